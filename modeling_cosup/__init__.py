@@ -1,0 +1,25 @@
+"""The model that travels with a checkpoint: Gen, Emb_seq, their losses, the passage index and the retrieval-aware generate()."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .configuration_cosup import CoSupConfig
+from .generation_cosup import CoSupGenerateOutput, Retrieval
+from .loss_cosup import chunked_cross_entropy, info_nce, similarity_scores
+from .modeling_cosup import CoSupForCausalLM, CoSupOutput
+from .retrieval_cosup import PassageIndex
+
+AutoConfig.register("cosup", CoSupConfig)
+AutoModel.register(CoSupConfig, CoSupForCausalLM)
+AutoModelForCausalLM.register(CoSupConfig, CoSupForCausalLM)
+
+__all__ = [
+    "CoSupConfig",
+    "CoSupForCausalLM",
+    "CoSupGenerateOutput",
+    "CoSupOutput",
+    "PassageIndex",
+    "Retrieval",
+    "chunked_cross_entropy",
+    "info_nce",
+    "similarity_scores",
+]

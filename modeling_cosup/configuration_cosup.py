@@ -1,0 +1,123 @@
+"""Configuration of a CoSup model: two sub-models and how they meet."""
+
+from transformers import AutoConfig, PreTrainedConfig
+
+# Similarity, temperature and λ are chosen together (the dot product of two final-norm states starts near |h|² ≈ 1,200).
+SIMILARITY_DEFAULTS = {
+    "cosine": {"temperature": 0.05, "nsp_loss_weight": 1.0},
+    "dot": {"temperature": 1.0, "nsp_loss_weight": 0.01},  # the paper's
+}
+QUERY_SOURCES = ("gen", "emb_seq", "query_encoder")
+POOLINGS = ("eos", "mean", "cls")
+
+
+class CoSupConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`CoSupForCausalLM`].
+
+    Args:
+        gen_config (`PreTrainedConfig` or `dict`): configuration of Gen, any `AutoModelForCausalLM` architecture.
+        emb_seq_config (`PreTrainedConfig` or `dict`): configuration of Emb_seq, any `AutoModel` architecture.
+        query_encoder_config (`PreTrainedConfig` or `dict`, *optional*): only with `query_from="query_encoder"`.
+        nsp_token_id, cs_token_id, ce_token_id (`int`, *optional*): ids of `[NSP]`, `[Cs]` and `[CE]` in Gen's tokenizer. Without
+            `nsp_token_id` the model is plain Gen.
+        similarity (`str`): `"cosine"` or `"dot"` (the paper).
+        temperature (`float`, *optional*): divides the scores of the NSP loss. Defaults to 0.05 for cosine, 1.0 for dot.
+        nsp_loss_weight (`float`, *optional*): λ of L = L_NTP + λ·L_NSP (Eq. 5). Defaults to 1.0 for cosine, 0.01 for dot.
+        query_from (`str`): where a query embedding comes from. `"gen"`: Gen's last hidden state at `[NSP]` (the method).
+            `"emb_seq"`: Emb_seq reads everything up to and including `[NSP]` (the paper's baseline, section 5).
+            `"query_encoder"`: a third encoder reads it (appendix C.1).
+        emb_seq_pooling (`str`): `"eos"` (the paper), `"mean"` or `"cls"`.
+        passage_template (`str`): how a passage reads, for Gen and for Emb_seq. A passage without a title is its text alone.
+        max_passage_length (`int`): tokens of a passage, without the BOS and EOS that Emb_seq also reads; longer ones are truncated.
+        load_emb_seq (`bool`): `False` loads Gen alone, which is all that generation from an index needs. Never saved.
+        fingerprint (`dict`, *optional*): written by `save_pretrained`; see `CoSupForCausalLM.fingerprint`.
+
+    Raises:
+        `ValueError`: on an unknown similarity, query source or pooling, a temperature that is not positive, or a template without `{text}`.
+    """
+
+    model_type = "cosup"
+    sub_configs = {"gen_config": AutoConfig, "emb_seq_config": AutoConfig, "query_encoder_config": AutoConfig}
+
+    gen_config: dict | PreTrainedConfig | None = None
+    emb_seq_config: dict | PreTrainedConfig | None = None
+    query_encoder_config: dict | PreTrainedConfig | None = None
+    nsp_token_id: int | None = None
+    cs_token_id: int | None = None
+    ce_token_id: int | None = None
+    similarity: str = "cosine"
+    temperature: float | None = None
+    nsp_loss_weight: float | None = None
+    query_from: str = "gen"
+    emb_seq_pooling: str = "eos"
+    passage_template: str = "{title} :: {text}"
+    max_passage_length: int = 256
+    load_emb_seq: bool = True
+    fingerprint: dict | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        for name, value, known in (
+            ("similarity", self.similarity, tuple(SIMILARITY_DEFAULTS)),
+            ("query_from", self.query_from, QUERY_SOURCES),
+            ("emb_seq_pooling", self.emb_seq_pooling, POOLINGS),
+        ):
+            if value not in known:
+                raise ValueError(f"CoSupConfig.{name} is {value!r}, expected one of {', '.join(map(repr, known))}.")
+        if self.temperature is None:
+            self.temperature = SIMILARITY_DEFAULTS[self.similarity]["temperature"]
+        if self.nsp_loss_weight is None:
+            self.nsp_loss_weight = SIMILARITY_DEFAULTS[self.similarity]["nsp_loss_weight"]
+        if not self.temperature > 0:
+            raise ValueError(f"CoSupConfig.temperature is {self.temperature}, expected a positive number.")
+        if "{text}" not in self.passage_template:
+            raise ValueError(f"CoSupConfig.passage_template is {self.passage_template!r}, expected a template that holds {{text}}.")
+        for key in self.sub_configs:
+            sub_config = getattr(self, key)
+            if sub_config is None and key != "query_encoder_config":
+                sub_config = {"model_type": "llama"}
+            if isinstance(sub_config, dict):
+                sub_config = dict(sub_config)
+                setattr(self, key, AutoConfig.for_model(sub_config.pop("model_type"), **sub_config))
+            elif sub_config is not None:
+                setattr(self, key, sub_config)
+        # peft and transformers look for weight tying on the outermost config
+        self.tie_word_embeddings = bool(self.gen_config.get_text_config().tie_word_embeddings)
+        # AutoModel loads the same class as AutoModelForCausalLM: embeddings come from its forward too
+        self.auto_map = {
+            "AutoConfig": "configuration_cosup.CoSupConfig",
+            "AutoModel": "modeling_cosup.CoSupForCausalLM",
+            "AutoModelForCausalLM": "modeling_cosup.CoSupForCausalLM",
+        }
+        kwargs.pop("auto_map", None)
+        super().__post_init__(**kwargs)
+
+    def get_text_config(self, *args, **kwargs):
+        """Gen's text config: generation reads vocabulary, width and depth from it."""
+        return self.gen_config.get_text_config(*args, **kwargs)
+
+    @property
+    def embedding_size(self) -> int:
+        """Width of query and passage embeddings: Gen's, where Gen makes the queries, else Emb_seq's."""
+        source = self.gen_config if self.query_from == "gen" else self.emb_seq_config
+        return source.get_text_config().hidden_size
+
+    @property
+    def needs_emb_head(self) -> bool:
+        """Whether Emb_seq's width must be mapped onto Gen's."""
+        return self.emb_seq_config.get_text_config().hidden_size != self.embedding_size
+
+    @property
+    def embedding_settings(self) -> dict:
+        """What decides a passage embedding beside weights and tokenizers; an index compares it (see `PassageIndex.check_model`)."""
+        names = ("similarity", "emb_seq_pooling", "passage_template", "max_passage_length")
+        return {name: getattr(self, name) for name in names}
+
+    def to_dict(self):
+        output = super().to_dict()
+        output.pop("load_emb_seq", None)  # a choice of the process that loads, not of the checkpoint
+        return output
+
+
+CoSupConfig.register_for_auto_class()

@@ -1,0 +1,527 @@
+"""Gen and Emb_seq in one model: two losses in one forward, two spaces in one generation loop."""
+
+import copy
+import hashlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+
+from .configuration_cosup import (CoSupConfig)
+from .generation_cosup import (RetrievalGenerationMixin)
+from .loss_cosup import (chunked_cross_entropy, info_nce)
+from .retrieval_cosup import (PassageIndex)
+from .tokenization_cosup import (add_control_tokens, bos_and_eos, end_of_turn_token_id, encode_texts, same_tokenizer, tokenizer_fingerprint)
+
+EMB_SEQ_TOKENIZER_FOLDER = "emb_seq_tokenizer"  # only where the two tokenizers differ
+
+
+@dataclass
+class CoSupOutput(ModelOutput):
+    """
+    Output of [`CoSupForCausalLM`]. A field that was not asked for is `None`.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`): `ntp_loss + nsp_loss_weight * nsp_loss`.
+        ntp_loss (`torch.FloatTensor` of shape `()`): next token prediction.
+        nsp_loss (`torch.FloatTensor` of shape `()`): next sequence prediction over the passages of this call.
+        logits (`torch.Tensor` of shape `(B, T, V)`): not computed with `labels` unless `return_logits=True`.
+        query_embeds (`torch.FloatTensor` of shape `(N, h)`): one per `[NSP]` of `input_ids`, row by row, left to right.
+        passage_embeds (`torch.FloatTensor` of shape `(M, h)`): one per row of `passage_input_ids`.
+        past_key_values (`Cache`), hidden_states, attentions: Gen's.
+    """
+
+    loss: torch.FloatTensor | None = None
+    ntp_loss: torch.FloatTensor | None = None
+    nsp_loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    query_embeds: torch.FloatTensor | None = None
+    passage_embeds: torch.FloatTensor | None = None
+    past_key_values: object | None = None
+    hidden_states: tuple | None = None
+    attentions: tuple | None = None
+
+
+class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixin):
+    """
+    Semiparametric language model: Gen's LM head predicts the next token, its hidden state at `[NSP]` the next passage.
+
+    Build one from two pretrained models with [`~CoSupForCausalLM.from_gen_and_emb_seq`], load one with `from_pretrained`.
+
+    Args:
+        config (`CoSupConfig`): the two sub-configurations and how they meet.
+        gen, emb_seq, query_encoder (`PreTrainedModel`, *optional*): ready models to take instead of new ones.
+    """
+
+    config_class = CoSupConfig
+    base_model_prefix = "gen"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config, gen=None, emb_seq=None, query_encoder=None):
+        temperature, config.temperature = config.temperature, None  # the NSP loss's: transformers would read it as a sampling temperature
+        super().__init__(config)
+        config.temperature = temperature
+        self.gen = gen if gen is not None else AutoModelForCausalLM.from_config(config.gen_config)
+        self.emb_seq = self.emb_head = self.query_encoder = None
+        self._keys_to_ignore_on_load_unexpected = []
+        if config.load_emb_seq:
+            self.emb_seq = emb_seq if emb_seq is not None else AutoModel.from_config(config.emb_seq_config)
+            if config.needs_emb_head:
+                self.emb_head = nn.Linear(config.emb_seq_config.get_text_config().hidden_size, config.embedding_size, bias=False)
+        else:
+            self._keys_to_ignore_on_load_unexpected += [r"^emb_seq\.", r"^emb_head\."]
+        if config.query_from == "query_encoder":
+            self.query_encoder = query_encoder if query_encoder is not None else AutoModel.from_config(config.query_encoder_config)
+        # peft ties and trains token rows only where the outermost model says what is tied
+        self._tied_weights_keys = {f"gen.{target}": f"gen.{source}" for target, source in (self.gen._tied_weights_keys or {}).items()}
+        self._tokenizer = self._emb_seq_tokenizer = None
+        self.post_init()
+
+    # ------------------------------------------------------------------ building
+
+    @classmethod
+    def from_gen_and_emb_seq(cls, gen, emb_seq=None, tokenizer=None, emb_seq_tokenizer=None, query_encoder=None, model_kwargs=None, **config):
+        """
+        A CoSup model from two pretrained models.
+
+        Control tokens are added to the tokenizers (in place) and both embeddings grow; new rows start at the mean of the old ones. The
+        checkpoint's generation config becomes greedy, ends at every end-of-turn id and can never sample `[Cs]`.
+
+        Args:
+            gen (`str` or `PreTrainedModel`): name, path or model, any `AutoModelForCausalLM` architecture.
+            emb_seq (`str` or `PreTrainedModel`, *optional*): any `AutoModel` architecture; defaults to a copy of Gen's weights, the paper's
+                best setting.
+            tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): Gen's; needed when `gen` is a model, else defaults to `gen`'s.
+            emb_seq_tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): defaults to that of `emb_seq` when it is a name or path, else to
+                `tokenizer`. When it reads text differently from `tokenizer`, both are kept and saved.
+            query_encoder (`str` or `PreTrainedModel`, *optional*): with `query_from="query_encoder"`.
+            model_kwargs (`dict`, *optional*): for `from_pretrained` of names and paths, e.g. `{"dtype": "bfloat16"}`.
+            **config: fields of [`CoSupConfig`], and `nsp_token`, `cs_token`, `ce_token`: strings of the control tokens.
+
+        Returns:
+            `CoSupForCausalLM`, in the mode (train or eval) of Gen.
+
+        Raises:
+            `ValueError`: without a tokenizer, or for an architecture whose logits are more than its LM head's output.
+        """
+        names = {key: config.pop(key) for key in ("nsp_token", "cs_token", "ce_token") if key in config}
+        model_kwargs = model_kwargs or {}
+        tokenizer = tokenizer if tokenizer is not None else gen
+        if not isinstance(tokenizer, str) and isinstance(tokenizer, PreTrainedModel):
+            raise ValueError("Gen was given as a model; pass its tokenizer as `tokenizer=`.")
+        if emb_seq_tokenizer is None and isinstance(emb_seq, str) and emb_seq != gen:
+            emb_seq_tokenizer = emb_seq
+        tokenizer = _load_tokenizer(tokenizer)
+        emb_seq_tokenizer = tokenizer if emb_seq_tokenizer is None else _load_tokenizer(emb_seq_tokenizer)
+        if same_tokenizer(tokenizer, emb_seq_tokenizer):
+            emb_seq_tokenizer = tokenizer
+        gen = AutoModelForCausalLM.from_pretrained(gen, **model_kwargs) if isinstance(gen, str) else gen
+        emb_seq = copy.deepcopy(gen.base_model) if emb_seq is None else _load_encoder(emb_seq, model_kwargs)
+        query_encoder = None if query_encoder is None else _load_encoder(query_encoder, model_kwargs)
+
+        old_sizes = len(tokenizer), len(emb_seq_tokenizer)
+        nsp_token_id, cs_token_id, ce_token_id = add_control_tokens(tokenizer, names)
+        if emb_seq_tokenizer is not tokenizer:
+            add_control_tokens(emb_seq_tokenizer, names)
+        _grow_embeddings(gen, old_sizes[0], len(tokenizer))
+        for encoder in (emb_seq, query_encoder):
+            if encoder is not None:
+                _grow_embeddings(encoder, old_sizes[1], len(emb_seq_tokenizer))
+
+        config = CoSupConfig(  # copies: a composite config resets the attention implementation of its parts
+            gen_config=copy.deepcopy(gen.config),
+            emb_seq_config=copy.deepcopy(emb_seq.config),
+            query_encoder_config=None if query_encoder is None else copy.deepcopy(query_encoder.config),
+            nsp_token_id=nsp_token_id,
+            cs_token_id=cs_token_id,
+            ce_token_id=ce_token_id,
+            dtype=gen.dtype,
+            **config,
+        )
+        model = cls(config, gen, emb_seq, query_encoder).train(gen.training)
+        if model.emb_head is not None:
+            model.emb_head.to(device=emb_seq.device, dtype=emb_seq.dtype)
+        model._tokenizer, model._emb_seq_tokenizer = tokenizer, emb_seq_tokenizer
+        model._set_generation_defaults(tokenizer)
+        model._check_lm_head()
+        return model
+
+    def _set_generation_defaults(self, tokenizer):
+        """Greedy, ending at every end-of-turn id, `[Cs]` never sampled: saved as the checkpoint's generation config."""
+        ends = self.gen.generation_config.eos_token_id if self.gen.generation_config is not None else None
+        ends = [*(ends if isinstance(ends, list) else [ends]), end_of_turn_token_id(tokenizer), tokenizer.eos_token_id]
+        self.generation_config = GenerationConfig(
+            do_sample=False,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=sorted({id for id in ends if id is not None}),
+            pad_token_id=tokenizer.pad_token_id,
+            suppress_tokens=[self.config.cs_token_id],
+        )
+
+    @torch.no_grad()
+    def _check_lm_head(self):
+        """Gen's logits must be those of `_lm_head` over its last hidden state: losses and generation rely on it."""
+        input_ids = torch.tensor([[0, self.config.nsp_token_id]], device=self.device)
+        training, _ = self.training, self.eval()
+        expected = self.gen(input_ids=input_ids, use_cache=False).logits
+        found = self._lm_head(self.gen.base_model(input_ids=input_ids, use_cache=False).last_hidden_state)
+        self.train(training)
+        if not torch.allclose(expected, found, atol=1e-4, rtol=1e-3):
+            raise ValueError(f"{type(self.gen).__name__} does more after its LM head than CoSup knows of, so its losses would be wrong.")
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        passage_input_ids=None,
+        passage_attention_mask=None,
+        passage_labels=None,
+        num_items_in_batch=None,
+        compute_nsp_loss=True,
+        return_logits=None,
+        output_query_embeds=True,
+        **kwargs,
+    ):
+        """
+        One pass over Gen and, with passages, over Emb_seq: L = L_NTP + λ·L_NSP (Eq. 5).
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): without it only passages are encoded.
+            attention_mask (`torch.LongTensor` of shape `(B, T)`, *optional*), position_ids, past_key_values, inputs_embeds, use_cache: as in Gen.
+            labels (`torch.LongTensor` of shape `(B, T)`, *optional*): -100 where nothing is trained; shifted inside.
+            logits_to_keep (`int` or `torch.LongTensor`): the last n columns, or these columns; 0 for all.
+            passage_input_ids (`torch.LongTensor` of shape `(M, L)`, *optional*): BOS + passage + EOS; M may be 0.
+            passage_attention_mask (`torch.LongTensor` of shape `(M, L)`, *optional*): padding on either side.
+            passage_labels (`torch.LongTensor` of shape `(N,)`, *optional*): for the i-th `[NSP]` of the batch (row by row, left to right) the
+                row of `passage_input_ids` that is its positive; -100 for none.
+            num_items_in_batch (`int` or `torch.Tensor`, *optional*): global number of trained tokens; the NTP loss is the sum divided by it,
+                else the mean over this call's tokens.
+            compute_nsp_loss (`bool`): `False` returns the embeddings and leaves the NSP loss, and the sum of both, to the caller.
+            return_logits (`bool`, *optional*): defaults to `True` without labels, `False` with.
+            output_query_embeds (`bool`): `False` skips the search for `[NSP]`, which decoding does not need.
+            nsp_token_id (`int` or `None`, *optional*): overrides the config's; `None` makes this call plain Gen.
+
+        Returns:
+            [`CoSupOutput`].
+
+        Raises:
+            `ValueError`: when `passage_labels` does not count as many entries as the batch has `[NSP]`, or Emb_seq is needed and not loaded.
+        """
+        nsp_token_id = kwargs.pop("nsp_token_id", self.config.nsp_token_id)
+        kwargs.pop("return_dict", None)
+        passage_embeds = None
+        if passage_input_ids is not None:
+            passage_embeds = self.encode_passages(passage_input_ids, passage_attention_mask)
+        if input_ids is None and inputs_embeds is None:
+            return CoSupOutput(passage_embeds=passage_embeds)
+
+        optional = {"position_ids": position_ids, "past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
+        optional["use_cache"] = False if use_cache is None and labels is not None else use_cache
+        optional = {name: value for name, value in optional.items() if value is not None}
+        outputs = self.gen.base_model(input_ids=input_ids, attention_mask=attention_mask, **optional, **kwargs)
+        hidden = outputs.last_hidden_state  # (B, T, h), after the final norm
+
+        query_embeds = None
+        if nsp_token_id is not None and output_query_embeds and input_ids is not None:
+            query_embeds = self._query_embeds(hidden, input_ids, attention_mask, input_ids == nsp_token_id)  # (N, h)
+
+        logits = None
+        if return_logits or (return_logits is None and labels is None):
+            columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+            logits = self._lm_head(hidden if isinstance(columns, int) else hidden[:, columns])
+        ntp_loss = nsp_loss = loss = None
+        if labels is not None:
+            count = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != -100).sum().clamp(min=1)
+            loss = ntp_loss = chunked_cross_entropy(hidden, labels, self._lm_head) / count
+        if passage_labels is not None and query_embeds is not None and len(passage_labels) != len(query_embeds):
+            raise ValueError(f"passage_labels has {len(passage_labels)} entries, expected one for each of the {len(query_embeds)} [NSP] in input_ids.")
+        if compute_nsp_loss and passage_labels is not None and passage_embeds is not None and query_embeds is not None:
+            losses = info_nce(query_embeds, passage_embeds, passage_labels, temperature=self.config.temperature)
+            nsp_loss = losses.sum() / (passage_labels != -100).sum().clamp(min=1)
+            if passage_embeds.requires_grad:  # every parameter keeps a gradient, zero if need be, also without a single [NSP]
+                nsp_loss = nsp_loss + 0.0 * passage_embeds.sum()
+            loss = self.config.nsp_loss_weight * nsp_loss if loss is None else loss + self.config.nsp_loss_weight * nsp_loss
+        return CoSupOutput(
+            loss=loss,
+            ntp_loss=ntp_loss,
+            nsp_loss=nsp_loss,
+            logits=logits,
+            query_embeds=query_embeds,
+            passage_embeds=passage_embeds,
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
+
+    def encode_passages(self, input_ids, attention_mask=None):
+        """
+        Embeddings of passages: Emb_seq's hidden state at the end-of-sequence token (section 3.2), or its mean or first one.
+
+        A passage's embedding depends on nothing but the passage: not on the padding, its side, or the other rows.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(M, L)`): BOS + passage + EOS; M may be 0.
+            attention_mask (`torch.LongTensor` of shape `(M, L)`, *optional*): defaults to no padding.
+
+        Returns:
+            `torch.FloatTensor` of shape `(M, h)`, of unit length when the similarity is the cosine.
+
+        Raises:
+            `ValueError`: when Emb_seq is not loaded.
+        """
+        if self.emb_seq is None:
+            raise ValueError("Emb_seq is not in memory (load_emb_seq=False): this model generates from a ready index but encodes no passages.")
+        if self.training and torch.is_grad_enabled():
+            self.config.fingerprint = None  # Emb_seq is being trained: what its checkpoint stored no longer describes it
+        return self._encode(self.emb_seq, input_ids, attention_mask)
+
+    def _encode(self, encoder, input_ids, attention_mask):
+        """`(M, L)` ids to `(M, h)` embeddings with `encoder`, pooled and, for the cosine, normalised."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if input_ids.shape[0] == 0:  # one dummy row, dropped: a rank without passages takes part in every collective and every gradient
+            dummy = input_ids.new_zeros(1, 1)
+            return self._encode(encoder, dummy, torch.ones_like(dummy))[:0]
+        # padding to the right: then default positions are the real ones in every architecture
+        order = attention_mask.argsort(dim=1, descending=True, stable=True)
+        input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
+        options = {"use_cache": False} if "use_cache" in encoder.config.to_dict() else {}
+        hidden = encoder(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state  # (M, L, h_emb)
+        if self.config.emb_seq_pooling == "mean":
+            weights = attention_mask[:, :, None].float()
+            embeds = ((hidden.float() * weights).sum(1) / weights.sum(1).clamp(min=1)).to(hidden.dtype)
+        else:
+            column = attention_mask.sum(1) - 1 if self.config.emb_seq_pooling == "eos" else torch.zeros_like(attention_mask[:, 0])
+            embeds = hidden[torch.arange(len(hidden), device=hidden.device), column]
+        if self.emb_head is not None:
+            embeds = self.emb_head(embeds)
+        return self._normalize(embeds)
+
+    def _query_embeds(self, hidden, input_ids, attention_mask, is_nsp):
+        """Query embeddings `(N, h)` at the True positions of `is_nsp` `(B, T)`, from Gen's hidden states or from the encoder that `query_from` names."""
+        if self.config.query_from == "gen":
+            return self._normalize(hidden[is_nsp])
+        rows, columns = is_nsp.nonzero(as_tuple=True)
+        ids = input_ids[rows]
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask[rows, -ids.shape[1] :]
+        mask = mask * (torch.arange(ids.shape[1], device=ids.device) <= columns[:, None])  # everything up to and including [NSP]
+        return self.encode_queries(ids, mask)
+
+    def encode_queries(self, input_ids, attention_mask):
+        """
+        Query embeddings from Emb_seq or the query encoder (section 5, "Baseline"; appendix C.1): each row is everything up to `[NSP]`.
+
+        Where Emb_seq has a tokenizer of its own, the rows are decoded and encoded again.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(N, T)`): in Gen's token ids.
+            attention_mask (`torch.LongTensor` of shape `(N, T)`): 0 for padding and for all that follows `[NSP]`.
+
+        Returns:
+            `torch.FloatTensor` of shape `(N, h)`.
+
+        Raises:
+            `ValueError`: when the encoder is not loaded.
+        """
+        encoder = self.query_encoder if self.config.query_from == "query_encoder" else self.emb_seq
+        if encoder is None:
+            raise ValueError("Queries come from Emb_seq (query_from='emb_seq'), which is not in memory: load without load_emb_seq=False.")
+        if len(input_ids) and self.emb_seq_tokenizer is not self.tokenizer:
+            texts = [self.tokenizer.decode(ids[mask.bool()], skip_special_tokens=True) for ids, mask in zip(input_ids, attention_mask, strict=True)]
+            bos, eos = bos_and_eos(self.emb_seq_tokenizer)
+            rows = [bos + ids + eos for ids in encode_texts(self.emb_seq_tokenizer, texts)]
+            width = max(map(len, rows))
+            input_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in rows], device=input_ids.device)
+            attention_mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in rows], device=input_ids.device)
+        return self._encode(encoder, input_ids, attention_mask)
+
+    def _normalize(self, embeds):
+        return F.normalize(embeds.float(), dim=-1) if self.config.similarity == "cosine" else embeds.float()
+
+    def _lm_head(self, hidden):
+        """Logits `(..., V)` of hidden states `(..., h)`, with the scaling that some architectures apply after the head."""
+        logits = self.gen.get_output_embeddings()(hidden)
+        config = self.config.get_text_config()
+        if scale := getattr(config, "logit_scale", None):  # Cohere
+            logits = logits * scale
+        if divisor := getattr(config, "logits_scaling", None):  # Granite
+            logits = logits / divisor
+        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    # ------------------------------------------------------------------ index
+
+    def build_index(self, passages, tokenizer=None, **kwargs):
+        """A [`PassageIndex`] of `passages` in this model's space; see [`PassageIndex.build`] for the arguments."""
+        return PassageIndex.build(passages, model=self, tokenizer=tokenizer, **kwargs)
+
+    def load_index(self, name_or_path, **kwargs):
+        """
+        Load a saved [`PassageIndex`] and check that it is of this model.
+
+        Args:
+            name_or_path (`str`): a folder, or a dataset repository on the Hub.
+            **kwargs: for [`PassageIndex.from_pretrained`], e.g. `revision`.
+
+        Raises:
+            `ValueError`: when the index was built by another model, with what differs.
+        """
+        index = PassageIndex.from_pretrained(name_or_path, **kwargs)
+        index.check_model(self)
+        return index
+
+    def fingerprint(self, state_dict=None):
+        """
+        What an index must share with this model: hashes of Emb_seq's weights and of the tokenizers, and the embedding settings.
+
+        The weights' hash is that of the last save or load, until Emb_seq runs in training: so a dtype cast, a quantised load, a load without
+        Emb_seq and further training of Gen alone change nothing.
+
+        Args:
+            state_dict (`dict`, *optional*): this model's full state dict, where the parameters in memory are shards.
+
+        Returns:
+            `dict[str, str | int]`.
+        """
+        adapted = self.emb_seq is not None and any(".base_layer." in name for name, _ in self.emb_seq.named_parameters())
+        if self.config.fingerprint is None or adapted:
+            hashes = {"emb_seq": self._hash_emb_seq(state_dict), "tokenizer": tokenizer_fingerprint(self.tokenizer)}
+            hashes["emb_seq_tokenizer"] = tokenizer_fingerprint(self.emb_seq_tokenizer)
+            if adapted:
+                return {**hashes, **self.config.embedding_settings}
+            self.config.fingerprint = hashes
+        return {**self.config.fingerprint, **self.config.embedding_settings}
+
+    @torch.no_grad()
+    def _hash_emb_seq(self, state_dict=None):
+        """SHA-256 of Emb_seq's and `emb_head`'s parameters, in bfloat16 so that a cast between float32 and bfloat16 keeps it."""
+        if self.emb_seq is None:
+            raise ValueError("The checkpoint stores no fingerprint of Emb_seq and Emb_seq is not loaded, so no index can be checked against it.")
+        digest = hashlib.sha256()
+        for name, parameter in self.named_parameters():
+            if not name.startswith(("emb_seq.", "emb_head.")):
+                continue
+            digest.update(name.encode())
+            parameter = parameter if state_dict is None else state_dict[name]
+            digest.update(parameter.detach().to(torch.bfloat16).contiguous().cpu().view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()
+
+    # ------------------------------------------------------------------ tokenizers, saving
+
+    @property
+    def tokenizer(self):
+        """Gen's tokenizer: the one this model was built with or was given, else the one saved beside it."""
+        if self._tokenizer is None:
+            self._tokenizer = AutoTokenizer.from_pretrained(self._checkpoint(), revision=self.config._commit_hash)
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer):
+        self._tokenizer = tokenizer
+
+    @property
+    def emb_seq_tokenizer(self):
+        """Emb_seq's tokenizer; the same object as `tokenizer` unless the checkpoint holds one of its own."""
+        if self._emb_seq_tokenizer is None:
+            # a checkpoint that was never fingerprinted has one tokenizer
+            stored = self.config.fingerprint or {}
+            if stored.get("emb_seq_tokenizer") == stored.get("tokenizer"):
+                self._emb_seq_tokenizer = self.tokenizer
+            else:
+                self._emb_seq_tokenizer = AutoTokenizer.from_pretrained(
+                    self._checkpoint(), subfolder=EMB_SEQ_TOKENIZER_FOLDER, revision=self.config._commit_hash
+                )
+        return self._emb_seq_tokenizer
+
+    @emb_seq_tokenizer.setter
+    def emb_seq_tokenizer(self, tokenizer):
+        self._emb_seq_tokenizer = tokenizer
+
+    def _has_tokenizer(self):
+        try:
+            return self.tokenizer is not None
+        except (OSError, ValueError):  # built from a bare config, or a checkpoint that was saved without one
+            return False
+
+    def _checkpoint(self):
+        if not self.config._name_or_path:
+            raise ValueError("This model knows no tokenizer: build it with from_gen_and_emb_seq, load it with from_pretrained, or pass tokenizer=.")
+        return self.config._name_or_path
+
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs):
+        """
+        Save weights (safetensors), config with fingerprint, generation config, the code of this model and the tokenizer(s).
+
+        Args: those of `PreTrainedModel.save_pretrained`.
+
+        Raises:
+            `ValueError`: when Emb_seq was not loaded: the checkpoint would lack half of its weights.
+        """
+        if self.emb_seq is None:
+            raise ValueError("This model was loaded with load_emb_seq=False; saved, it would be a checkpoint without Emb_seq.")
+        if is_main_process and self._has_tokenizer():
+            self.fingerprint(state_dict)
+            self.tokenizer.save_pretrained(save_directory)
+            if self.emb_seq_tokenizer is not self.tokenizer:
+                self.emb_seq_tokenizer.save_pretrained(f"{save_directory}/{EMB_SEQ_TOKENIZER_FOLDER}")
+        super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+
+    # ------------------------------------------------------------------ what transformers asks of a causal LM
+
+    def get_input_embeddings(self):
+        return self.gen.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.gen.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.gen.get_output_embeddings()
+
+    def set_output_embeddings(self, value):
+        self.gen.set_output_embeddings(value)
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        """Resize Gen's embeddings; Emb_seq's stay."""
+        embeddings = self.gen.resize_token_embeddings(*args, **kwargs)
+        self.config.get_text_config().vocab_size = embeddings.weight.shape[0]
+        return embeddings
+
+
+def _load_tokenizer(tokenizer):
+    return AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer
+
+
+def _load_encoder(encoder, model_kwargs):
+    """A model without LM head from a name, a path, or a model with or without one."""
+    if isinstance(encoder, str):
+        return AutoModel.from_pretrained(encoder, **model_kwargs)
+    return encoder.base_model
+
+
+@torch.no_grad()
+def _grow_embeddings(model, old_size, new_size):
+    """Room for `new_size` tokens; rows from `old_size` on become the mean of the rows before, in input and output embeddings."""
+    if model.get_input_embeddings().weight.shape[0] < new_size:
+        model.resize_token_embeddings(new_size, mean_resizing=False)
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    for weight in {id(layer.weight): layer.weight for layer in embeddings if layer is not None}.values():  # tied weights once
+        weight[old_size:new_size] = weight[:old_size].float().mean(0).to(weight.dtype)
+
+
+CoSupForCausalLM.register_for_auto_class("AutoModelForCausalLM")

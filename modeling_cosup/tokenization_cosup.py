@@ -1,0 +1,200 @@
+"""
+How prompts, passages and control tokens become token ids, the same in training, in the index and while generating.
+
+Text can hold anything, "[NSP]" and "</s>" included: it is always encoded as text. Control tokens, BOS and EOS are appended as ids.
+"""
+
+import hashlib
+import inspect
+import re
+
+from jinja2 import TemplateError
+from transformers import AddedToken
+
+CONTROL_TOKENS = {"nsp_token": "[NSP]", "cs_token": "[Cs]", "ce_token": "[CE]"}
+
+# The paper's prompt, `<instruction>## Input:\n\n<input>## Output:\n\n`, for a tokenizer that has no chat template of its own:
+# the system message is the instruction, the user message the input.
+PAPER_CHAT_TEMPLATE = (
+    "{% if bos_token %}{{ bos_token }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] }}"
+    "{% elif message['role'] == 'user' %}## Input:\n\n{{ message['content'] }}"
+    "{% else %}## Output:\n\n{{ message['content'] }}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}## Output:\n\n{% endif %}"
+)
+_MARKERS = ("\ue000", "\ue001")  # private-use characters around a control token in user text, removed before encoding
+_PROBE = 'The 3 Zürich "élan" :: don\'t\n\tstop, 42.5% [x] </y> 東京 ½'  # its ids stand for a tokenizer's normaliser and pre-tokenizer
+
+
+def add_control_tokens(tokenizer, names=None):
+    """
+    Add `[NSP]`, `[Cs]` and `[CE]` to a tokenizer, in place, and give it a chat template and a pad token where it has none.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): changed in place.
+        names (`dict`, *optional*): other strings for `nsp_token`, `cs_token`, `ce_token`, e.g. `{"nsp_token": "[Ret]"}`.
+
+    Returns:
+        `list[int]`: the ids of the three tokens.
+
+    Raises:
+        `ValueError`: when two of the three are the same token.
+    """
+    tokens = [*({**CONTROL_TOKENS, **(names or {})}).values()]
+    # special: never split, skipped when decoding; not normalized: "[nsp]" in a text is not [NSP] under a lower-casing normaliser
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
+    ids = tokenizer.convert_tokens_to_ids(tokens)
+    if len(set(ids)) != 3 or None in ids:
+        raise ValueError(f"The control tokens {tokens} have the ids {ids}, expected three different ones.")
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PAPER_CHAT_TEMPLATE
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(ids[2])
+    return ids
+
+
+def encode_texts(tokenizer, texts, forbidden_ids=()):
+    """
+    Encode texts as text: no special tokens are added and none in the text is recognised.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): any tokenizer.
+        texts (`list[str]`): may hold anything.
+        forbidden_ids (iterable of `int`): ids that no text may produce (control tokens, EOS).
+
+    Returns:
+        `list[list[int]]`: token ids of each text.
+
+    Raises:
+        `ValueError`: when a text still gives a forbidden id, which means that the token is part of the tokenizer's ordinary vocabulary.
+    """
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    forbidden = set(forbidden_ids)
+    for text, ids in zip(texts, encoded, strict=True):
+        if found := forbidden.intersection(ids):
+            tokens = tokenizer.convert_ids_to_tokens(sorted(found))
+            raise ValueError(f"The text {text[:80]!r} encodes to the control tokens {tokens}; the tokenizer must not hold them as ordinary words.")
+    return encoded
+
+
+def render_passage(passage, template):
+    """`{"title", "text"}` through a template such as `"{title} :: {text}"`; without a title the text alone."""
+    if not passage.get("title"):
+        return passage["text"]
+    return re.sub(r"\{(title|text)\}", lambda match: passage[match[1]], template)  # one pass: braces in a title stay as they are
+
+
+def encode_passages_for_gen(tokenizer, passages, config):
+    """Token ids of passages as Gen reads them between `[NSP]` and `[Cs]`: `list[list[int]]`, each at most `config.max_passage_length` long."""
+    texts = [render_passage(passage, config.passage_template) for passage in passages]
+    control_ids = (config.nsp_token_id, config.cs_token_id, config.ce_token_id, tokenizer.eos_token_id)
+    return [ids[: config.max_passage_length] for ids in encode_texts(tokenizer, texts, control_ids)]
+
+
+def encode_passages_for_emb_seq(tokenizer, passages, config):
+    """
+    Token ids of passages as Emb_seq reads them, `list[list[int]]`: BOS, the passage, EOS. BOS and EOS fall back to CLS and SEP.
+
+    The passage is truncated to `config.max_passage_length` first, so that EOS, whose hidden state is the embedding, survives.
+
+    Raises:
+        `ValueError`: when pooling is `"eos"` and the tokenizer has neither an EOS nor a SEP token.
+    """
+    bos, eos = bos_and_eos(tokenizer)
+    if not eos and config.emb_seq_pooling == "eos":
+        raise ValueError(f"{type(tokenizer).__name__} has no EOS or SEP token, which emb_seq_pooling='eos' reads; use 'mean' or 'cls'.")
+    texts = [render_passage(passage, config.passage_template) for passage in passages]
+    return [bos + ids[: config.max_passage_length] + eos for ids in encode_texts(tokenizer, texts, eos)]
+
+
+def bos_and_eos(tokenizer):
+    """`([BOS or CLS], [EOS or SEP])`, each a list of one id, or empty where the tokenizer has none."""
+    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
+    eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    return [bos] if bos is not None else [], [eos] if eos is not None else []
+
+
+def encode_prompt(tokenizer, input, instruction=""):
+    """
+    Token ids of a prompt through the tokenizer's chat template: `instruction` as system message, `input` as user message.
+
+    A template that refuses a system message gets both in the user message.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): with a chat template.
+        input (`str`): the question. Control tokens in it stay text.
+        instruction (`str`): the task, may be empty.
+
+    Returns:
+        `list[int]`: the prompt, ready for the first generated token.
+    """
+    user = {"role": "user", "content": input}
+    if not instruction:
+        return encode_chat(tokenizer, [user])
+    try:
+        return encode_chat(tokenizer, [{"role": "system", "content": instruction}, user])
+    except TemplateError:
+        return encode_chat(tokenizer, [{"role": "user", "content": f"{instruction}\n\n{input}"}])
+
+
+def encode_chat(tokenizer, messages):
+    """
+    Token ids of messages through the chat template with a generation prompt; control tokens in their content stay text.
+
+    Equals `apply_chat_template(messages, add_generation_prompt=True, sanitize_control_tokens=True)`, which older releases of transformers
+    lack: there, control tokens in the content are wrapped in private-use characters before rendering and encoded apart after it.
+    """
+    if "sanitize_control_tokens" in inspect.signature(tokenizer.apply_chat_template).parameters:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False)
+    return _encode_chat_with_markers(tokenizer, messages)
+
+
+def _encode_chat_with_markers(tokenizer, messages):
+    start, end = _MARKERS
+    specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    pattern = re.compile("|".join(re.escape(token) for token in sorted(specials, key=len, reverse=True)))
+    marked = [
+        {**message, "content": pattern.sub(rf"{start}\g<0>{end}", message["content"].replace(start, "").replace(end, ""))} for message in messages
+    ]
+    rendered = tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False)
+    ids = []
+    for i, piece in enumerate(re.split(f"[{start}{end}]", rendered)):
+        if piece:  # odd pieces stood between markers
+            ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=i % 2 == 1)["input_ids"]
+    return ids
+
+
+def end_of_turn_token_id(tokenizer):
+    """
+    The id that ends an assistant's turn: the first special token that the chat template writes after the answer, else EOS.
+
+    Raises:
+        `ValueError`: when there is neither.
+    """
+    answer = "end-of-turn-probe"
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    tail = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(answer)[2]
+    specials = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for id in tokenizer(tail, add_special_tokens=False)["input_ids"]:
+        if id in specials:
+            return id
+    if tokenizer.eos_token_id is None:
+        raise ValueError("The chat template ends an answer with no special token and the tokenizer has no EOS: nothing would end an answer.")
+    return tokenizer.eos_token_id
+
+
+def same_tokenizer(first, second):
+    """Whether two tokenizers read every text alike."""
+    return first is second or tokenizer_fingerprint(first) == tokenizer_fingerprint(second)
+
+
+def tokenizer_fingerprint(tokenizer):
+    """Hash (hex `str`) of a tokenizer's vocabulary and of its ids for a probe text; the same before and after saving."""
+    digest = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode())
+    digest.update(repr(encode_texts(tokenizer, [_PROBE])).encode())
+    digest.update(repr(bos_and_eos(tokenizer)).encode())
+    return digest.hexdigest()
