@@ -1,0 +1,63 @@
+"""What the recipes share: YAML configs with command-line overrides, tables, and clear endings."""
+
+import contextlib
+import sys
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+
+def parse(dataclasses, description, argv=None):
+    """
+    Dataclass instances from `--config file.yaml` and the command line; the command line wins.
+
+    Args:
+        dataclasses (list of dataclass types): fields become options.
+        description (`str`): of the program.
+        argv (`list[str]`, *optional*): defaults to `sys.argv[1:]`.
+
+    Raises:
+        `SystemExit`: with the config file and key, when a key is no option.
+    """
+    parser = HfArgumentParser(dataclasses, description=description)
+    parser.add_argument("--config", help="YAML file with any of the options below; the command line wins.")
+    argv = sys.argv[1:] if argv is None else argv
+    known = {action.dest: action for action in parser._actions}
+    for i, word in enumerate(argv):
+        if word == "--config" or word.startswith("--config="):
+            path = Path(word.partition("=")[2] or argv[i + 1])
+            if not path.is_file():
+                sys.exit(f"--config {path}: no such file.")
+            values = yaml.safe_load(path.read_text()) or {}
+            if unknown := sorted(set(values) - set(known)):
+                sys.exit(f"{path}: unknown option {unknown[0]!r}.")
+            for name, value in values.items():
+                known[name].required = False
+                kind = known[name].type
+                values[name] = kind(str(value)) if kind in (int, float) and isinstance(value, str) else value  # YAML reads 1e-4 as a string
+            parser.set_defaults(**values)
+    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[: len(dataclasses)]  # behind them: a namespace with `config`
+
+
+def table(rows):
+    """Two columns of text, aligned."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name.ljust(width)}  {value}" for name, value in rows)
+
+
+@contextlib.contextmanager
+def clear_errors():
+    """Bad input ends the program with its message alone, on the last line, and exit code 1."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def check_trainer_package():
+    """End with a clear message where `import trainer` finds another package of that name."""
+    import trainer
+
+    if not Path(trainer.__file__).with_name("cosup_trainer.py").exists():
+        sys.exit(f"`import trainer` found {trainer.__file__}, another package; run `pip uninstall trainer` and install this project again.")

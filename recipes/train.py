@@ -1,0 +1,179 @@
+"""
+Train Gen and Emb_seq together, then build the index and evaluate.
+
+    accelerate launch --config_file recipes/accelerate_configs/single.yaml recipes/train.py --config recipes/configs/quickstart.yaml
+    accelerate launch recipes/train.py --gen NAME --train_file train.jsonl --corpus_file corpus.jsonl --eval_file eval.jsonl --output_dir out
+
+Writes the checkpoint to `output_dir`, the index to `output_dir/index`, all measured numbers to `output_dir/results.json`.
+"""
+
+import importlib
+import json
+import os
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cli import check_trainer_package, clear_errors, parse, table
+
+check_trainer_package()
+
+import torch  # noqa: E402
+from modeling_cosup import CoSupForCausalLM, PassageIndex  # noqa: E402
+from trainer import CoSupTrainer, CoSupTrainingArguments, load_corpus, load_evaluation_set, load_instances  # noqa: E402
+from trainer.evaluation import evaluate_model, ntp_loss, recall, reference_instances  # noqa: E402
+from transformers import set_seed  # noqa: E402
+from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
+
+
+@dataclass
+class ScriptArguments:
+    """What is trained, on what, and what is measured. Training itself: `CoSupTrainingArguments`."""
+
+    gen: str | None = field(default=None, metadata={"help": "Name or path of Gen (AutoModelForCausalLM)."})
+    emb_seq: str | None = field(default=None, metadata={"help": "Name or path of Emb_seq (AutoModel); defaults to a copy of Gen."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "A CoSup checkpoint to go on training, instead of --gen."})
+    dtype: str = field(default="float32", metadata={"help": "Dtype of the weights."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    similarity: str = field(default="cosine", metadata={"help": "cosine or dot (the paper)."})
+    temperature: float | None = field(default=None, metadata={"help": "Of the NSP loss; 0.05 for cosine, 1.0 for dot."})
+    nsp_loss_weight: float | None = field(default=None, metadata={"help": "λ; 1.0 for cosine, 0.01 for dot."})
+    emb_seq_pooling: str = field(default="eos", metadata={"help": "eos (the paper), mean or cls."})
+    passage_template: str = field(default="{title} :: {text}", metadata={"help": "How a passage reads."})
+    max_passage_length: int = field(default=256, metadata={"help": "Tokens of a passage."})
+    nsp_token: str = field(default="[NSP]", metadata={"help": "String of the token that retrieves."})
+    cs_token: str = field(default="[Cs]", metadata={"help": "String of the token that opens grounded text."})
+    ce_token: str = field(default="[CE]", metadata={"help": "String of the token that closes grounded text."})
+    train_file: str | None = field(default=None, metadata={"help": "Training instances: JSON Lines (.gz) or a dataset name."})
+    validation_file: str | None = field(default=None, metadata={"help": "Held-out instances in the same format, for eval_loss and eval_recall@k."})
+    corpus_file: str | None = field(default=None, metadata={"help": "Passages to index: JSON Lines (.gz) or a dataset name."})
+    eval_file: str | None = field(default=None, metadata={"help": "Questions with answers and provenance: JSON Lines (.gz) or a dataset name."})
+    eval_before_training: bool = field(default=False, metadata={"help": "Also measure held-out NTP loss and recall before training."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first training instances."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first evaluation instances."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Decoded tokens per answer."})
+    num_examples: int = field(default=4, metadata={"help": "Answers to print with their passages."})
+    num_threads: int | None = field(default=None, metadata={"help": "Threads of a single process on a CPU; defaults to all cores."})
+    prepare: str | None = field(default=None, metadata={"help": "Make the data first: the name behind recipes/prepare_*.py, e.g. quickstart."})
+    prepare_options: str = field(default="{}", metadata={"help": "JSON object of arguments for it."})
+
+
+def main():
+    """Read and check everything, train, save, index, evaluate."""
+    script, args = parse([ScriptArguments, CoSupTrainingArguments], __doc__)
+    if args.use_cpu and args.world_size == 1:
+        torch.set_num_threads(script.num_threads or os.cpu_count())  # accelerate launch leaves one
+    with clear_errors():
+        check_output_dir(args.output_dir)
+        set_seed(args.seed)
+        if script.prepare:
+            prepare(script, args)
+        if not script.train_file or not (script.gen or script.model_name_or_path):
+            raise ValueError("Nothing to train: give --train_file and --gen (or --model_name_or_path), or --prepare quickstart.")
+        train = load_instances(script.train_file)[: script.max_train_samples]
+        validation = load_instances(script.validation_file, "validation") if script.validation_file else None
+        corpus = load_corpus(script.corpus_file) if script.corpus_file else None
+        questions = load_evaluation_set(script.eval_file, corpus=corpus)[: script.max_eval_samples] if script.eval_file else None
+        if questions is not None and corpus is None:
+            raise ValueError("--eval_file needs --corpus_file: its questions are answered from that corpus.")
+        if validation is None and args.eval_strategy != "no":
+            raise ValueError(f"eval_strategy is {args.eval_strategy.value!r} but there is no --validation_file.")
+        trainer = CoSupTrainer(load_model(script), args, train_dataset=train, eval_dataset=validation)
+
+    results = {"seed": args.seed}
+    if questions is not None and script.eval_before_training and trainer.is_world_process_zero():
+        model = trainer.model.to(args.device)
+        with trainer.accelerator.autocast():  # in training's precision, here and after training
+            results["before"] = held_out(model, model.build_index(corpus, batch_size=args.per_device_eval_batch_size), questions, corpus, args)
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint in ("True", "true"):
+        checkpoint = get_last_checkpoint(args.output_dir)
+    output = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    results["train"] = output.metrics
+    if validation is not None:
+        results["validation"] = trainer.evaluate()
+
+    if corpus is not None and trainer.is_world_process_zero():
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        with trainer.accelerator.autocast():
+            index = model.build_index(corpus, batch_size=args.per_device_eval_batch_size)
+            index.save_pretrained(Path(args.output_dir) / "index")
+            if questions is not None:
+                report(model, index, questions, corpus, results, script, args)
+    if trainer.is_world_process_zero():
+        Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2, default=lambda value: value.to_dict()) + "\n")
+    trainer.accelerator.end_training()
+
+
+def check_output_dir(output_dir):
+    """An output folder that cannot be written is an error now, not after training."""
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output_dir).close()
+    except OSError as error:
+        raise ValueError(f"--output_dir {output_dir} cannot be written: {error.strerror}.") from None
+
+
+def prepare(script, args):
+    """Make data and models through `recipes/prepare_<name>.py`, on one process; its paths fill the options that were not given."""
+    options = {"seed": args.seed, **json.loads(script.prepare_options)}
+    with args.main_process_first(desc="prepare", local=False):
+        paths = importlib.import_module(f"prepare_{script.prepare}").prepare(str(Path(args.output_dir) / "world"), **options)
+    for name in ("gen", "emb_seq", "train_file", "validation_file", "corpus_file", "eval_file"):
+        if getattr(script, name) is None:
+            setattr(script, name, paths[name.removesuffix("_file")])
+
+
+def load_model(script):
+    """The model to train: a checkpoint of this project, or Gen and Emb_seq put together."""
+    kwargs = {"dtype": getattr(torch, script.dtype)}
+    if script.attn_implementation:
+        kwargs["attn_implementation"] = script.attn_implementation
+    if script.model_name_or_path:
+        return CoSupForCausalLM.from_pretrained(script.model_name_or_path, **kwargs)
+    names = ("similarity", "temperature", "nsp_loss_weight", "emb_seq_pooling", "passage_template", "max_passage_length")
+    names += ("nsp_token", "cs_token", "ce_token")
+    fields = {name: getattr(script, name) for name in names}
+    return CoSupForCausalLM.from_gen_and_emb_seq(script.gen, script.emb_seq, model_kwargs=kwargs, **fields)
+
+
+def held_out(model, index: PassageIndex, questions, corpus, args):
+    """Held-out NTP loss of the reference answers, and recall@1 and @5 over the corpus."""
+    rates = recall(model, index, questions, batch_size=args.per_device_eval_batch_size)
+    return {"ntp_loss": ntp_loss(model, reference_instances(questions, corpus)), **{f"recall@{k}": rate for k, rate in rates.items()}}
+
+
+def report(model, index, questions, corpus, results, script, args):
+    """Measure, print the table and a few answers, and keep it all in `results`."""
+    if "before" in results:
+        results["after"] = held_out(model, index, questions, corpus, args)
+    metrics, answers = evaluate_model(model, index, questions, args.per_device_eval_batch_size, script.max_new_tokens)
+    results["evaluation"] = metrics
+    print(f"\n{len(questions)} questions over an index of {len(index):,} passages (95 % intervals in brackets)\n")
+    names = {
+        "recall@1": "recall@1 of the query embedding",
+        "recall@5": "recall@5 of the query embedding",
+        "retrieval_accuracy": "first passage retrieved while generating is right",
+        "exact_match": "exact match, own retrieval",
+        "exact_match_gold_passage": "exact match, gold passage given",
+        "exact_match_no_retrieval": "exact match, retrieval switched off",
+        "needless_retrieval": "questions that need no passage: retrieved",
+        "exact_match_no_passage": "questions that need no passage: exact match",
+    }
+    print(table([(names[name], rate) for name, rate in metrics.items()]))
+    if "before" in results:
+        rows = [(f"{name} {when}", results[when][name]) for name in results["before"] for when in ("before", "after")]
+        print("\nHeld-out reference answers and questions, before and after training\n\n" + table(rows))
+    needing = [i for i, x in enumerate(questions) if x["provenance"]]
+    free = [i for i, x in enumerate(questions) if not x["provenance"]][:1]
+    for i in needing[: max(0, script.num_examples - len(free))] + free[: script.num_examples]:
+        print(f"\nQ  {questions[i]['input']}\nA  {answers[i].cited}")
+    print(f"\nCheckpoint: {args.output_dir}   Index: {Path(args.output_dir) / 'index'}   Numbers: {Path(args.output_dir) / 'results.json'}")
+    print(f'Ask it:     python recipes/generate.py --model {args.output_dir} --index {Path(args.output_dir) / "index"} "{questions[needing[0]]["input"]}"')
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,7 @@
+"""What trains and judges a CoSup model."""
+
+from .cosup_trainer import CoSupTrainer
+from .data import CoSupDataCollator, load_corpus, load_evaluation_set, load_instances
+from .training_args import CoSupTrainingArguments
+
+__all__ = ["CoSupDataCollator", "CoSupTrainer", "CoSupTrainingArguments", "load_corpus", "load_evaluation_set", "load_instances"]

@@ -1,0 +1,262 @@
+"""From an instance to token ids, labels and passages; from instances to a batch. Files are checked before training starts."""
+
+import gzip
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from modeling_cosup.tokenization_cosup import (
+    encode_passages_for_emb_seq,
+    encode_passages_for_gen,
+    encode_prompt,
+    encode_texts,
+    end_of_turn_token_id,
+)
+
+# ---------------------------------------------------------------------- reading and checking
+
+
+def read_jsonl(path):
+    """
+    The objects of a JSON Lines file, `.gz` or plain, each with the place it stands at.
+
+    Yields:
+        `(str, dict)`: `"file, line n"` and the object. Blank lines are skipped.
+
+    Raises:
+        `FileNotFoundError`, `ValueError`: malformed JSON or a line that is no object, naming file and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file.")
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: malformed JSON ({error}).") from None
+            if not isinstance(value, dict):
+                raise ValueError(f"{where}: found {type(value).__name__}, expected a JSON object.")
+            yield where, value
+
+
+def _read(source, split):
+    """`(where, dict)` pairs of a JSON Lines file, or of a dataset name (Hub or folder) through `datasets.load_dataset`."""
+    if str(source).endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz")) or Path(source).is_file():
+        yield from read_jsonl(source)
+        return
+    from datasets import load_dataset
+
+    for row, value in enumerate(load_dataset(str(source), split=split)):
+        yield f"{source} ({split}), row {row}", value
+
+
+def load_instances(source, split="train"):
+    """Training instances of a JSON Lines file or dataset name, checked: `list[dict]`; see [`check_instance`]."""
+    return [check_instance(value, where) for where, value in _read(source, split)]
+
+
+def check_instance(instance, where):
+    """
+    A training instance with `instruction` filled in and nothing but known fields.
+
+    Args:
+        instance (`dict`): `{"id", "dataset", "instruction", "input", "segments": [{"text", "passage": {"id", "title", "text"} | None}]}`;
+            `id`, `dataset`, `instruction` and a passage's `title` may be missing.
+        where (`str`): file and line, or row, for the error.
+
+    Raises:
+        `ValueError`: names the place, the field, what was found and what was expected.
+    """
+
+    def require(condition, field, found, expected):
+        if not condition:
+            raise ValueError(f"{where}: {field} is {found!r}, expected {expected}.")
+
+    def text(value, field, may_be_empty=False):
+        require(isinstance(value, str) and (may_be_empty or value.strip()), field, value, "a string" if may_be_empty else "a string that is not empty")
+        return value
+
+    segments = instance.get("segments")
+    require(isinstance(segments, list) and segments, "segments", segments, "a list of at least one segment")
+    checked = []
+    for i, segment in enumerate(segments):
+        require(isinstance(segment, dict), f"segments[{i}]", segment, "an object with text and passage")
+        passage = segment.get("passage")
+        require(passage is None or isinstance(passage, dict), f"segments[{i}].passage", passage, "an object or null")
+        if passage is not None:
+            name = f"segments[{i}].passage"
+            body = text(passage.get("text"), f"{name}.text")
+            title = text(passage.get("title") or "", f"{name}.title", may_be_empty=True)
+            passage = {"id": str(passage.get("id") or content_id(title, body)), "title": title, "text": body}
+        checked.append({"text": text(segment.get("text"), f"segments[{i}].text"), "passage": passage})
+    return {
+        "id": str(instance.get("id") or where),
+        "dataset": str(instance.get("dataset") or ""),
+        "instruction": text(instance.get("instruction") or "", "instruction", may_be_empty=True),
+        "input": text(instance.get("input"), "input"),
+        "segments": checked,
+    }
+
+
+def content_id(title, text):
+    """Id of a passage that has none: the first 16 hex digits of `sha1(title + "\\n" + text)`."""
+    return hashlib.sha1(f"{title}\n{text}".encode()).hexdigest()[:16]
+
+
+def load_corpus(source, split="train"):
+    """
+    A corpus, `list[{"id", "title", "text"}]`, checked.
+
+    Raises:
+        `ValueError`: a missing or empty field, or a duplicate id, naming file and line.
+    """
+    passages, places = [], {}
+    for where, value in _read(source, split):
+        for name in ("id", "text"):
+            if not isinstance(value.get(name), str) or not value[name].strip():
+                raise ValueError(f"{where}: {name} is {value.get(name)!r}, expected a string that is not empty.")
+        if value["id"] in places:
+            raise ValueError(f"{where}: id {value['id']!r} already stands at {places[value['id']]}; ids must be unique.")
+        places[value["id"]] = where
+        passages.append({"id": value["id"], "title": value.get("title") or "", "text": value["text"]})
+    if not passages:
+        raise ValueError(f"{source}: the corpus holds no passage.")
+    return passages
+
+
+def load_evaluation_set(source, split="test", corpus=None):
+    """
+    Evaluation instances `{"id", "dataset", "instruction", "input", "answers", "provenance", "candidates"}`, checked.
+
+    Args:
+        source (`str`): JSON Lines file or dataset name.
+        split (`str`): of a dataset name.
+        corpus (`list[dict]`, *optional*): then every id in `provenance` and `candidates` must be a passage of it.
+
+    Raises:
+        `ValueError`: a missing field or an id that the corpus lacks, naming file and line.
+    """
+    known = None if corpus is None else {passage["id"] for passage in corpus}
+    instances = []
+    for where, value in _read(source, split):
+        if not isinstance(value.get("input"), str) or not value["input"].strip():
+            raise ValueError(f"{where}: input is {value.get('input')!r}, expected a string that is not empty.")
+        answers, provenance, candidates = value.get("answers"), value.get("provenance"), value.get("candidates") or []
+        if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+            raise ValueError(f"{where}: answers is {answers!r}, expected a list of at least one string.")
+        if not isinstance(provenance, list) or not all(isinstance(ids, list) and ids for ids in provenance):
+            raise ValueError(f"{where}: provenance is {provenance!r}, expected a list of lists of passage ids.")
+        for name, ids in [("provenance", sum(provenance, [])), ("candidates", candidates)]:
+            missing = [] if known is None else [id for id in ids if id not in known]
+            if missing:
+                raise ValueError(f"{where}: {name} holds {missing[0]!r}, which the corpus lacks ({len(missing)} such ids).")
+        instance = {"id": str(value.get("id") or where), "dataset": value.get("dataset") or "", "instruction": value.get("instruction") or ""}
+        instances.append({**instance, "input": value["input"], "answers": answers, "provenance": provenance, "candidates": candidates})
+    if not instances:
+        raise ValueError(f"{source}: the evaluation set holds no instance.")
+    return instances
+
+
+# ---------------------------------------------------------------------- tokenizing
+
+
+def tokenize_instance(instance, tokenizer, emb_seq_tokenizer, config, train_on_passages=False, end_of_turn_id=None):
+    """
+    Token ids, labels and passages of an instance.
+
+    Prompt, then for each segment `[NSP]` passage `[Cs]` text `[CE]`, or its text alone, then the end of turn. Trained are `[NSP]`, text, `[CE]`
+    and the end of turn; the prompt, passages and `[Cs]` have label -100 (`train_on_passages` turns passages on).
+
+    Args:
+        instance (`dict`): as [`check_instance`] returns it.
+        tokenizer, emb_seq_tokenizer (`PreTrainedTokenizerBase`): Gen's and Emb_seq's.
+        config (`CoSupConfig`): control token ids, passage template and length.
+        train_on_passages (`bool`): also train passage tokens.
+        end_of_turn_id (`int`, *optional*): what ends the response; found through the chat template when it is not given.
+
+    Returns:
+        `dict`: `input_ids` and `labels` (`list[int]`, equally long), `passage_input_ids` (`list[list[int]]`, one per `[NSP]`, as Emb_seq reads
+        them).
+    """
+    nsp, cs, ce = config.nsp_token_id, config.cs_token_id, config.ce_token_id
+    passages = [segment["passage"] for segment in instance["segments"] if segment["passage"] is not None]
+    gen_passages = iter(encode_passages_for_gen(tokenizer, passages, config))
+    texts = encode_texts(tokenizer, [segment["text"] for segment in instance["segments"]], (nsp, cs, ce, tokenizer.eos_token_id))
+    input_ids = list(encode_prompt(tokenizer, instance["input"], instance["instruction"]))
+    labels = [-100] * len(input_ids)
+    for segment, text in zip(instance["segments"], texts, strict=True):
+        if segment["passage"] is None:
+            input_ids += text
+            labels += text
+        else:
+            passage = next(gen_passages)
+            input_ids += [nsp, *passage, cs, *text, ce]
+            labels += [nsp, *(passage if train_on_passages else [-100] * len(passage)), -100, *text, ce]
+    end = end_of_turn_token_id(tokenizer) if end_of_turn_id is None else end_of_turn_id
+    return {
+        "input_ids": [*input_ids, end],
+        "labels": [*labels, end],
+        "passage_input_ids": encode_passages_for_emb_seq(emb_seq_tokenizer, passages, config),
+    }
+
+
+# ---------------------------------------------------------------------- batching
+
+
+@dataclass
+class CoSupDataCollator:
+    """
+    Pads instances and passages to the right and points each `[NSP]` at its passage.
+
+    Args:
+        pad_token_id, emb_seq_pad_token_id (`int`): may equal EOS; padding is masked by position.
+        mask_duplicates (`bool`): identical passages of the batch become one row.
+
+    Returns:
+        `dict` of `torch.LongTensor`: `input_ids`, `attention_mask`, `labels` `(B, T)`; `passage_input_ids`, `passage_attention_mask` `(M, L)`, M may
+        be 0; `passage_labels` `(N,)`, for the i-th `[NSP]` of the batch its row; `passage_hashes` `(M,)`, equal for identical passages on all ranks.
+    """
+
+    pad_token_id: int
+    emb_seq_pad_token_id: int
+    mask_duplicates: bool = True
+
+    def __call__(self, features):
+        rows, passages, passage_labels = {}, [], []
+        for feature in features:
+            for ids in feature["passage_input_ids"]:
+                row = rows.setdefault(tuple(ids), len(passages)) if self.mask_duplicates else len(passages)
+                if row == len(passages):
+                    passages.append(list(ids))
+                passage_labels.append(row)
+        input_ids, attention_mask = _pad([feature["input_ids"] for feature in features], self.pad_token_id)
+        labels, _ = _pad([feature["labels"] for feature in features], -100)
+        passage_input_ids, passage_attention_mask = _pad(passages, self.emb_seq_pad_token_id)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels,
+            "passage_input_ids": passage_input_ids,
+            "passage_attention_mask": passage_attention_mask,
+            "passage_labels": torch.tensor(passage_labels, dtype=torch.long),
+            "passage_hashes": torch.tensor([_hash(ids) for ids in passages], dtype=torch.long),
+        }
+
+
+def _pad(rows, value):
+    """Lists of ids to `(ids, mask)`, both `(len(rows), longest)`, padded on the right."""
+    width = max(map(len, rows), default=1)
+    ids = torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.long).reshape(len(rows), width)
+    mask = torch.arange(width) < torch.tensor([len(row) for row in rows], dtype=torch.long)[:, None]
+    return ids, mask.long().reshape(len(rows), width)
+
+
+def _hash(ids):
+    """A 63-bit hash of token ids that is the same in every process."""
+    return int.from_bytes(hashlib.blake2b(repr(list(ids)).encode(), digest_size=8).digest(), "big") >> 1

@@ -1,0 +1,267 @@
+"""Judge a model on an evaluation set: recall of its query embeddings, and what it retrieves and answers while generating."""
+
+import math
+import re
+import string
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from modeling_cosup.tokenization_cosup import encode_passages_for_gen, encode_prompt
+from tqdm.auto import tqdm
+
+from .data import CoSupDataCollator, tokenize_instance
+
+
+@dataclass
+class Rate:
+    """
+    A share of `n` questions with its 95 % Wilson interval.
+
+    Args:
+        hits (`int`), n (`int`): successes and trials.
+    """
+
+    hits: int
+    n: int
+
+    @property
+    def value(self):
+        return self.hits / self.n if self.n else float("nan")
+
+    @property
+    def interval(self):
+        """`(low, high)` of the 95 % Wilson score interval."""
+        if not self.n:
+            return float("nan"), float("nan")
+        z, p = 1.959964, self.value
+        centre, spread = p + z * z / (2 * self.n), z * math.sqrt(p * (1 - p) / self.n + z * z / (4 * self.n * self.n))
+        return (centre - spread) / (1 + z * z / self.n), (centre + spread) / (1 + z * z / self.n)
+
+    def __str__(self):
+        low, high = self.interval
+        return f"{100 * self.value:5.1f} %  [{100 * low:.1f}, {100 * high:.1f}]  n = {self.n}"
+
+    def to_dict(self):
+        return {"value": self.value, "interval": list(self.interval), "n": self.n}
+
+
+@dataclass
+class Mean:
+    """
+    A weighted mean over instances with its 95 % bootstrap interval (1,000 resamples of the instances, seed 0).
+
+    Args:
+        sums, weights (`list[float]`): per instance, e.g. the summed loss and the number of tokens.
+    """
+
+    sums: list
+    weights: list
+
+    @property
+    def value(self):
+        return float(np.sum(self.sums) / np.sum(self.weights))
+
+    @property
+    def interval(self):
+        """`(low, high)` of the 95 % percentile bootstrap."""
+        picks = np.random.default_rng(0).integers(len(self.sums), size=(1000, len(self.sums)))
+        means = np.asarray(self.sums)[picks].sum(1) / np.asarray(self.weights)[picks].sum(1)
+        return tuple(np.percentile(means, [2.5, 97.5]).tolist())
+
+    def __str__(self):
+        low, high = self.interval
+        return f"{self.value:7.3f}  [{low:.3f}, {high:.3f}]  n = {len(self.sums)}"
+
+    def to_dict(self):
+        return {"value": self.value, "interval": list(self.interval), "n": len(self.sums)}
+
+
+@dataclass
+class Answer:
+    """What a model wrote for one question: `text` without passages, the ids it retrieved in order, and the text with citations."""
+
+    text: str
+    retrieved: list = field(default_factory=list)
+    cited: str = ""
+
+
+def normalize_answer(text):
+    """SQuAD's and KILT's: lower case, without punctuation and articles, single spaces."""
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def exact_match(prediction, answers):
+    """Whether the normalised prediction equals one of the normalised answers."""
+    return normalize_answer(prediction) in {normalize_answer(answer) for answer in answers}
+
+
+def gold_ids(instance):
+    """Ids of all passages that count as evidence, of any evidence set."""
+    return {id for evidence in instance["provenance"] for id in evidence}
+
+
+# ---------------------------------------------------------------------- running the model
+
+
+@torch.no_grad()
+def embed_queries(model, instances, batch_size=32):
+    """
+    Query embeddings of questions: the hidden state at an `[NSP]` right behind the prompt.
+
+    Returns:
+        `torch.FloatTensor` of shape `(len(instances), h)` on the CPU.
+    """
+    prompts = [[*encode_prompt(model.tokenizer, x["input"], x["instruction"]), model.config.nsp_token_id] for x in instances]
+    embeds = torch.empty(len(prompts), model.config.embedding_size)
+    for rows, batch in _batches(model, prompts, batch_size, "Embedding questions"):
+        outputs = model(**batch, return_logits=False)
+        embeds[rows] = outputs.query_embeds.float().cpu()
+    return embeds
+
+
+def recall(model, index, instances, ks=(1, 5), batch_size=32):
+    """
+    Recall@k over the whole index: a gold passage among the k nearest to the query. Questions without provenance do not count.
+
+    Returns:
+        `dict[int, Rate]`.
+    """
+    asked = [instance for instance in instances if instance["provenance"]]
+    _, rows = index.search(embed_queries(model, asked, batch_size), k=max(ks))
+    ids = index.passages["id"].take(rows.reshape(-1)).to_pylist() if len(asked) else []
+    found = [[id in gold_ids(x) for id in ids[i * rows.shape[1] : (i + 1) * rows.shape[1]]] for i, x in enumerate(asked)]
+    return {k: Rate(sum(any(hits[:k]) for hits in found), len(asked)) for k in ks}
+
+
+@torch.no_grad()
+def answer(model, instances, index=None, mode="retrieval", batch_size=32, max_new_tokens=64):
+    """
+    Answers to questions.
+
+    Args:
+        model (`CoSupForCausalLM`), instances (`list[dict]`): evaluation instances.
+        index (`PassageIndex`): searched (`"retrieval"`) or read (`"gold"`).
+        mode (`str`): `"retrieval"`: Gen decides when to retrieve. `"gold"`: the first passage of the first evidence set stands behind the prompt,
+            and the answer ends with its grounded text. `"off"`: `[NSP]` cannot be emitted.
+        batch_size, max_new_tokens (`int`): as in generate().
+
+    Returns:
+        `list[Answer]`.
+    """
+    config, tokenizer = model.config, model.tokenizer
+    prompts = [list(encode_prompt(tokenizer, x["input"], x["instruction"])) for x in instances]
+    if mode == "gold":
+        gold = [index[index.row_of(x["provenance"][0][0])] for x in instances]
+        passages = encode_passages_for_gen(tokenizer, gold, config)
+        prompts = [[*prompt, config.nsp_token_id, *ids, config.cs_token_id] for prompt, ids in zip(prompts, passages, strict=True)]
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
+    if mode == "retrieval":
+        options["retriever"] = index
+    else:
+        options["suppress_tokens"] = [config.cs_token_id, config.nsp_token_id]
+    if mode == "gold":
+        options["eos_token_id"] = [config.ce_token_id, *model.generation_config.eos_token_id]
+    answers = [None] * len(prompts)
+    for rows, batch in _batches(model, prompts, batch_size, f"Answering ({mode})"):
+        outputs = model.generate(**batch, **options)
+        start = batch["input_ids"].shape[1]
+        cited = model.decode_with_citations(outputs, tokenizer) if mode == "retrieval" else [""] * len(rows)
+        traces = outputs.retrievals if mode == "retrieval" else [[] for _ in rows]
+        for row, sequence, trace, text in zip(rows, outputs.sequences, traces, cited, strict=True):
+            answers[row] = Answer(_written(sequence, trace, start, tokenizer), [retrieval.passage_id for retrieval in trace], text)
+    return answers
+
+
+@torch.no_grad()
+def ntp_loss(model, instances):
+    """
+    NTP loss of the first answer of each question, grounded on the first passage of its first evidence set.
+
+    Args:
+        instances (`list[dict]`): training instances, e.g. of [`reference_instances`].
+
+    Returns:
+        [`Mean`] over trained tokens.
+    """
+    training, sums, weights = model.training, [], []
+    model.eval()
+    collate = CoSupDataCollator(0, 0)
+    for instance in tqdm(instances, desc="NTP loss", unit="instance"):
+        batch = collate([tokenize_instance(instance, model.tokenizer, model.emb_seq_tokenizer, model.config)])
+        ids, mask, labels = (batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels"))
+        count = int((labels[:, 1:] != -100).sum())
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels, output_query_embeds=False).ntp_loss
+        sums.append(float(loss) * count)
+        weights.append(count)
+    model.train(training)
+    return Mean(sums, weights)
+
+
+def reference_instances(instances, corpus):
+    """Evaluation instances as training instances: the first answer on the first gold passage, or free text where there is no provenance."""
+    passages = {passage["id"]: passage for passage in corpus}
+    return [
+        {**x, "segments": [{"text": x["answers"][0], "passage": passages[x["provenance"][0][0]] if x["provenance"] else None}]} for x in instances
+    ]
+
+
+def evaluate_model(model, index, instances, batch_size=32, max_new_tokens=64):
+    """
+    Everything that one evaluation set says about a model and an index.
+
+    Returns:
+        `(dict[str, Rate], list[Answer])`: the metrics, and the answers with retrieval, one per instance.
+        `recall@k`: of the query embedding, over the whole index. `retrieval_accuracy`: the first passage retrieved while generating is gold
+        (not retrieving is wrong). `exact_match`, `exact_match_gold_passage`, `exact_match_no_retrieval`: of questions that need a passage, with
+        the model's own retrieval, with the gold passage, with retrieval switched off. `needless_retrieval` and `exact_match_no_passage`: of
+        questions without provenance, the share that retrieves, and the share answered right.
+    """
+    training = model.training
+    model.eval()
+    needs = [i for i, x in enumerate(instances) if x["provenance"]]
+    free = [i for i, x in enumerate(instances) if not x["provenance"]]
+    options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    answers = answer(model, instances, index, "retrieval", **options)
+    asked = [instances[i] for i in needs]
+    metrics = {f"recall@{k}": rate for k, rate in recall(model, index, asked, batch_size=batch_size).items()}
+
+    def matches(found, questions):
+        return Rate(sum(exact_match(a.text, x["answers"]) for a, x in zip(found, questions, strict=True)), len(questions))
+
+    metrics["retrieval_accuracy"] = Rate(sum(answers[i].retrieved[:1] != [] and answers[i].retrieved[0] in gold_ids(instances[i]) for i in needs), len(needs))
+    metrics["exact_match"] = matches([answers[i] for i in needs], asked)
+    metrics["exact_match_gold_passage"] = matches(answer(model, asked, index, "gold", **options), asked)
+    metrics["exact_match_no_retrieval"] = matches(answer(model, asked, None, "off", **options), asked)
+    if free:
+        metrics["needless_retrieval"] = Rate(sum(bool(answers[i].retrieved) for i in free), len(free))
+        metrics["exact_match_no_passage"] = matches([answers[i] for i in free], [instances[i] for i in free])
+    model.train(training)
+    return metrics, answers
+
+
+# ---------------------------------------------------------------------- helpers
+
+
+def _batches(model, prompts, batch_size, description):
+    """`(rows, {"input_ids", "attention_mask"})`, padded on the left, prompts of similar length together, under a progress bar."""
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    with tqdm(total=len(prompts), desc=description, unit="question") as bar:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            width = len(prompts[rows[0]])
+            ids = torch.tensor([[0] * (width - len(prompts[row])) + prompts[row] for row in rows], device=model.device)
+            mask = torch.tensor([[0] * (width - len(prompts[row])) + [1] * len(prompts[row]) for row in rows], device=model.device)
+            yield rows, {"input_ids": ids, "attention_mask": mask}
+            bar.update(len(rows))
+
+
+def _written(sequence, trace, start, tokenizer):
+    """What the model wrote itself: the continuation without passages."""
+    pieces, position = [], start
+    for retrieval in trace:
+        pieces.append(sequence[position : max(position, retrieval.position)])
+        position = retrieval.grounded_span[0]
+    pieces.append(sequence[position:])
+    return " ".join(text for piece in pieces if (text := tokenizer.decode(piece, skip_special_tokens=True).strip()))
