@@ -1,5 +1,7 @@
 """Configuration of a CoSup model: two sub-models and how they meet."""
 
+from typing import Any
+
 from transformers import AutoConfig, PreTrainedConfig
 
 # Similarity, temperature and λ are chosen together (the dot product of two final-norm states starts near |h|² ≈ 1,200).
@@ -34,15 +36,16 @@ class CoSupConfig(PreTrainedConfig):
         fingerprint (`dict`, *optional*): written by `save_pretrained`; see `CoSupForCausalLM.fingerprint`.
 
     Raises:
-        `ValueError`: on an unknown similarity, query source or pooling, a temperature that is not positive, or a template without `{text}`.
+        `ValueError`: on an unknown similarity, query source or pooling, a temperature that is not positive, a template without `{text}`, or a
+            query encoder that is missing or not of Emb_seq's width.
     """
 
     model_type = "cosup"
     sub_configs = {"gen_config": AutoConfig, "emb_seq_config": AutoConfig, "query_encoder_config": AutoConfig}
 
-    gen_config: dict | PreTrainedConfig | None = None
-    emb_seq_config: dict | PreTrainedConfig | None = None
-    query_encoder_config: dict | PreTrainedConfig | None = None
+    gen_config: Any = None  # dict or PreTrainedConfig; after __post_init__ a PreTrainedConfig
+    emb_seq_config: Any = None
+    query_encoder_config: Any = None
     nsp_token_id: int | None = None
     cs_token_id: int | None = None
     ce_token_id: int | None = None
@@ -82,6 +85,10 @@ class CoSupConfig(PreTrainedConfig):
                 setattr(self, key, AutoConfig.for_model(sub_config.pop("model_type"), **sub_config))
             elif sub_config is not None:
                 setattr(self, key, sub_config)
+        if self.query_from == "query_encoder":
+            width = None if self.query_encoder_config is None else self.query_encoder_config.get_text_config().hidden_size
+            if width != self.embedding_size:
+                raise ValueError(f"query_from='query_encoder' needs a query encoder of Emb_seq's width, {self.embedding_size}, found {width}.")
         # peft and transformers look for weight tying on the outermost config
         self.tie_word_embeddings = bool(self.gen_config.get_text_config().tie_word_embeddings)
         # AutoModel loads the same class as AutoModelForCausalLM: embeddings come from its forward too

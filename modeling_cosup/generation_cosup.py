@@ -39,7 +39,7 @@ class CoSupGenerateOutput(ModelOutput):
     Output of `generate(retriever=..., return_dict_in_generate=True)`.
 
     Args:
-        sequences (`torch.LongTensor` of shape `(B, T)`): the prompt as given, then what each row generated, retrieved passages and `[Cs]`
+        sequences (`torch.LongTensor` of shape `(B, T)`): the prompt, padded on the left, then what each row generated, passages and `[Cs]`
             included, padded on the right.
         retrievals (`list[list[Retrieval]]`): the retrieval trace of each row, in order.
         prompt_length (`int`): columns of the prompt.
@@ -92,10 +92,12 @@ class RetrievalGenerationMixin:
             raise ValueError(f"Retrieval works in greedy decoding and sampling, not in {mode.value}; set num_beams=1 and no assistant_model.")
         if not prepared.use_cache or prepared.cache_implementation is not None or kwargs.get("past_key_values") is not None:
             raise ValueError("Retrieval keeps its own dynamic KV cache: leave out use_cache=False, cache_implementation and past_key_values.")
+        if kwargs.get("inputs_embeds") is not None or prepared.guidance_scale not in (None, 1):
+            raise ValueError("inputs_embeds and guidance_scale are not available with a retriever: prompt and passages are read once, as token ids.")
         for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
             if getattr(prepared, name):
                 raise ValueError(f"{name}=True is not available with a retriever: rows that retrieve take no decoding step.")
-        if self._is_stateful:
+        if self.gen._is_stateful:
             raise ValueError(f"{type(self.gen).__name__} keeps a recurrent state, which cannot be re-packed after a retrieval; use an attention model.")
 
     def prepare_inputs_for_generation(self, input_ids, retriever=None, max_retrievals=None, **kwargs):
@@ -131,6 +133,8 @@ class RetrievalGenerationMixin:
 
         mask = kwargs.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask.long()
+        if bool((mask[:, -1] == 0).any()):
+            input_ids, mask = _left_padded(input_ids, mask)
         cache = kwargs["past_key_values"]
         history, chunk, chunk_mask = input_ids, input_ids, mask  # history and mask: (B, all columns); chunk: (B, W), real tokens on the left
         position_ids = (mask.cumsum(1) - 1).clamp(min=0)
@@ -164,7 +168,7 @@ class RetrievalGenerationMixin:
             forwarded += chunk_mask.sum()
             logits = outputs.logits[rows, 0 if chunk.shape[1] == 1 else torch.searchsorted(columns, last)].float()  # (B, V)
 
-            if chunk.shape[1] > 1 and (chunk is not input_ids or bool((mask[:, -1] == 0).any())):
+            if chunk.shape[1] > 1 and chunk is not input_ids:
                 history, mask = _repack(cache, history, mask)
 
             scores = self._process_scores(logits, history, mask, logits_processor)

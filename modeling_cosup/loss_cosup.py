@@ -29,7 +29,8 @@ def info_nce(query_embeds, passage_embeds, passage_labels, same_passage=None, te
         query_embeds (`torch.Tensor` of shape `(N, h)`): Gen's last hidden states at `[NSP]`.
         passage_embeds (`torch.Tensor` of shape `(M, h)`): Emb_seq's embeddings, this rank's and all others'.
         passage_labels (`torch.LongTensor` of shape `(N,)`): row of `passage_embeds` that is the positive of each query; -100 for none.
-        same_passage (`torch.BoolTensor` of shape `(N, M)`, *optional*): further positives of a query; they are not negatives.
+        same_passage (`torch.BoolTensor` of shape `(N, M)`, *optional*): passages that are no negatives of a query: further
+            positives, and repetitions. The positive itself may be marked too.
         temperature (`float`): divides the scores; 1.0 is the paper's.
 
     Returns:

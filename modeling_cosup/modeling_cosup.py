@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import os
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +46,7 @@ class CoSupOutput(ModelOutput):
     attentions: tuple | None = None
 
 
-class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixin):
+class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # generate() takes more than its base's
     """
     Semiparametric language model: Gen's LM head predicts the next token, its hidden state at `[NSP]` the next passage.
 
@@ -58,6 +59,7 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
 
     config_class = CoSupConfig
     base_model_prefix = "gen"
+    accepts_loss_kwargs = True  # num_items_in_batch
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -79,6 +81,9 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
             self._keys_to_ignore_on_load_unexpected += [r"^emb_seq\.", r"^emb_head\."]
         if config.query_from == "query_encoder":
             self.query_encoder = query_encoder if query_encoder is not None else AutoModel.from_config(config.query_encoder_config)
+        for encoder in (self.emb_seq, self.query_encoder):
+            if getattr(encoder, "pooler", None) is not None:
+                encoder.pooler = None  # BERT's is no part of an embedding: without a gradient it would stop DDP
         # peft ties and trains token rows only where the outermost model says what is tied
         self._tied_weights_keys = {f"gen.{target}": f"gen.{source}" for target, source in (self.gen._tied_weights_keys or {}).items()}
         self._tokenizer = self._emb_seq_tokenizer = None
@@ -109,12 +114,16 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
             `CoSupForCausalLM`, in the mode (train or eval) of Gen.
 
         Raises:
+            `TypeError`: for a keyword that is no field of the config.
             `ValueError`: without a tokenizer, or for an architecture whose logits are more than its LM head's output.
         """
         names = {key: config.pop(key) for key in ("nsp_token", "cs_token", "ce_token") if key in config}
+        if unknown := set(config) - set(CoSupConfig.__dataclass_fields__):
+            raise TypeError(f"from_gen_and_emb_seq got {', '.join(sorted(unknown))}, which are no fields of CoSupConfig.")
         model_kwargs = model_kwargs or {}
+        gen, emb_seq, query_encoder = (os.fspath(part) if isinstance(part, os.PathLike) else part for part in (gen, emb_seq, query_encoder))
         tokenizer = tokenizer if tokenizer is not None else gen
-        if not isinstance(tokenizer, str) and isinstance(tokenizer, PreTrainedModel):
+        if isinstance(tokenizer, PreTrainedModel):
             raise ValueError("Gen was given as a model; pass its tokenizer as `tokenizer=`.")
         if emb_seq_tokenizer is None and isinstance(emb_seq, str) and emb_seq != gen:
             emb_seq_tokenizer = emb_seq
@@ -123,7 +132,8 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
         if same_tokenizer(tokenizer, emb_seq_tokenizer):
             emb_seq_tokenizer = tokenizer
         gen = AutoModelForCausalLM.from_pretrained(gen, **model_kwargs) if isinstance(gen, str) else gen
-        emb_seq = copy.deepcopy(gen.base_model) if emb_seq is None else _load_encoder(emb_seq, model_kwargs)
+        emb_seq = gen.base_model if emb_seq is None else _load_encoder(emb_seq, model_kwargs)
+        emb_seq = copy.deepcopy(emb_seq) if emb_seq is gen.base_model else emb_seq
         query_encoder = None if query_encoder is None else _load_encoder(query_encoder, model_kwargs)
 
         old_sizes = len(tokenizer), len(emb_seq_tokenizer)
@@ -164,6 +174,9 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
             pad_token_id=tokenizer.pad_token_id,
             suppress_tokens=[self.config.cs_token_id],
         )
+        for config in (self.config, self.config.get_text_config()):  # or Trainer would align them, with a warning
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                setattr(config, name, getattr(tokenizer, name))
 
     @torch.no_grad()
     def _check_lm_head(self):
@@ -253,8 +266,6 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
         if compute_nsp_loss and passage_labels is not None and passage_embeds is not None and query_embeds is not None:
             losses = info_nce(query_embeds, passage_embeds, passage_labels, temperature=self.config.temperature)
             nsp_loss = losses.sum() / (passage_labels != -100).sum().clamp(min=1)
-            if passage_embeds.requires_grad:  # every parameter keeps a gradient, zero if need be, also without a single [NSP]
-                nsp_loss = nsp_loss + 0.0 * passage_embeds.sum()
             loss = self.config.nsp_loss_weight * nsp_loss if loss is None else loss + self.config.nsp_loss_weight * nsp_loss
         return CoSupOutput(
             loss=loss,
@@ -287,7 +298,7 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
         if self.emb_seq is None:
             raise ValueError("Emb_seq is not in memory (load_emb_seq=False): this model generates from a ready index but encodes no passages.")
         if self.training and torch.is_grad_enabled():
-            self.config.fingerprint = None  # Emb_seq is being trained: what its checkpoint stored no longer describes it
+            self._forget_fingerprint("emb_seq")  # Emb_seq is being trained: what its checkpoint stored no longer describes it
         return self._encode(self.emb_seq, input_ids, attention_mask)
 
     def _encode(self, encoder, input_ids, attention_mask):
@@ -399,14 +410,21 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
         Returns:
             `dict[str, str | int]`.
         """
+        stored = self.config.fingerprint or {}
         adapted = self.emb_seq is not None and any(".base_layer." in name for name, _ in self.emb_seq.named_parameters())
-        if self.config.fingerprint is None or adapted:
-            hashes = {"emb_seq": self._hash_emb_seq(state_dict), "tokenizer": tokenizer_fingerprint(self.tokenizer)}
-            hashes["emb_seq_tokenizer"] = tokenizer_fingerprint(self.emb_seq_tokenizer)
-            if adapted:
-                return {**hashes, **self.config.embedding_settings}
-            self.config.fingerprint = hashes
-        return {**self.config.fingerprint, **self.config.embedding_settings}
+        hashes = {
+            "emb_seq": None if adapted else stored.get("emb_seq"),
+            "tokenizer": stored.get("tokenizer") or tokenizer_fingerprint(self.tokenizer),
+            "emb_seq_tokenizer": stored.get("emb_seq_tokenizer") or tokenizer_fingerprint(self.emb_seq_tokenizer),
+        }
+        hashes["emb_seq"] = hashes["emb_seq"] or self._hash_emb_seq(state_dict)
+        self.config.fingerprint = {**hashes, "emb_seq": None} if adapted else hashes  # adapters may be trained, merged or taken off
+        return {**hashes, **self.config.embedding_settings}
+
+    def _forget_fingerprint(self, *names):
+        """Drop the stored hashes that no longer describe this model."""
+        if self.config.fingerprint is not None:
+            self.config.fingerprint = {**self.config.fingerprint, **dict.fromkeys(names)}
 
     @torch.no_grad()
     def _hash_emb_seq(self, state_dict=None):
@@ -428,12 +446,16 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
     def tokenizer(self):
         """Gen's tokenizer: the one this model was built with or was given, else the one saved beside it."""
         if self._tokenizer is None:
-            self._tokenizer = AutoTokenizer.from_pretrained(self._checkpoint(), revision=self.config._commit_hash)
+            self._tokenizer = self._load_saved_tokenizer()
         return self._tokenizer
 
     @tokenizer.setter
     def tokenizer(self, tokenizer):
+        shared = not self._has_tokenizer() or self.emb_seq_tokenizer is self.tokenizer
         self._tokenizer = tokenizer
+        if shared:
+            self._emb_seq_tokenizer = tokenizer
+        self._forget_fingerprint("tokenizer", "emb_seq_tokenizer")
 
     @property
     def emb_seq_tokenizer(self):
@@ -444,14 +466,13 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
             if stored.get("emb_seq_tokenizer") == stored.get("tokenizer"):
                 self._emb_seq_tokenizer = self.tokenizer
             else:
-                self._emb_seq_tokenizer = AutoTokenizer.from_pretrained(
-                    self._checkpoint(), subfolder=EMB_SEQ_TOKENIZER_FOLDER, revision=self.config._commit_hash
-                )
+                self._emb_seq_tokenizer = self._load_saved_tokenizer(subfolder=EMB_SEQ_TOKENIZER_FOLDER)
         return self._emb_seq_tokenizer
 
     @emb_seq_tokenizer.setter
     def emb_seq_tokenizer(self, tokenizer):
-        self._emb_seq_tokenizer = tokenizer
+        self._emb_seq_tokenizer = self.tokenizer if same_tokenizer(tokenizer, self.tokenizer) else tokenizer
+        self._forget_fingerprint("emb_seq_tokenizer")
 
     def _has_tokenizer(self):
         try:
@@ -459,10 +480,12 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
         except (OSError, ValueError):  # built from a bare config, or a checkpoint that was saved without one
             return False
 
-    def _checkpoint(self):
+    def _load_saved_tokenizer(self, **kwargs):
         if not self.config._name_or_path:
             raise ValueError("This model knows no tokenizer: build it with from_gen_and_emb_seq, load it with from_pretrained, or pass tokenizer=.")
-        return self.config._name_or_path
+        # without the config, AutoTokenizer would load it again and ask whether its code may run
+        revision = getattr(self.config, "_commit_hash", None)
+        return AutoTokenizer.from_pretrained(self.config._name_or_path, config=self.config, revision=revision, **kwargs)
 
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs):
         """
@@ -481,6 +504,11 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
             if self.emb_seq_tokenizer is not self.tokenizer:
                 self.emb_seq_tokenizer.save_pretrained(f"{save_directory}/{EMB_SEQ_TOKENIZER_FOLDER}")
         super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+
+    def load_state_dict(self, *args, **kwargs):
+        """Other weights than those that were fingerprinted, e.g. the best checkpoint at the end of training."""
+        self._forget_fingerprint("emb_seq")
+        return super().load_state_dict(*args, **kwargs)
 
     # ------------------------------------------------------------------ what transformers asks of a causal LM
 
@@ -504,7 +532,7 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
 
 
 def _load_tokenizer(tokenizer):
-    return AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    return AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str | os.PathLike) else tokenizer
 
 
 def _load_encoder(encoder, model_kwargs):
@@ -516,7 +544,8 @@ def _load_encoder(encoder, model_kwargs):
 
 @torch.no_grad()
 def _grow_embeddings(model, old_size, new_size):
-    """Room for `new_size` tokens; rows from `old_size` on become the mean of the rows before, in input and output embeddings."""
+    """Room for `new_size` tokens; rows from `old_size` on, and those the model lacked, become the mean of the rows before; in the head too."""
+    old_size = min(old_size, model.get_input_embeddings().weight.shape[0])
     if model.get_input_embeddings().weight.shape[0] < new_size:
         model.resize_token_embeddings(new_size, mean_resizing=False)
     embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from .tokenization_cosup import (encode_passages_for_emb_seq, encode_passages_fo
 try:
     import faiss
 except ImportError:
-    faiss = None
+    faiss = None  # type: ignore[assignment]
 try:
     import pyarrow as pa
 except ImportError:
@@ -95,9 +96,10 @@ class PassageIndex:
         queries = np.ascontiguousarray(torch.as_tensor(query_embeds).detach().float().cpu().numpy())
         if queries.shape[-1] != self.embeddings.shape[1]:
             raise ValueError(f"Queries have {queries.shape[-1]} dimensions, the index has {self.embeddings.shape[1]}.")
+        k = min(k, len(self))
         if len(queries) == 0:
             return np.zeros((0, k), np.float32), np.zeros((0, k), np.int64)
-        return self._faiss.search(queries, min(k, len(self)))
+        return self._faiss.search(queries, k)
 
     def __len__(self):
         return len(self.passages)
@@ -151,9 +153,16 @@ class PassageIndex:
             config = {"format_version": FORMAT_VERSION, "num_passages": len(self), "embedding_size": self.embeddings.shape[1]}
             (unfinished / CONFIG_FILE).write_text(json.dumps({**config, "fingerprint": self.fingerprint}, indent=2) + "\n")
             unfinished.chmod(0o755)  # mkdtemp's folder is private
+            replaced = unfinished.with_suffix(".replaced")
             if save_directory.exists():
-                shutil.rmtree(save_directory)
-            os.replace(unfinished, save_directory)
+                os.replace(save_directory, replaced)
+            try:
+                os.replace(unfinished, save_directory)
+            except OSError:
+                if replaced.exists():
+                    os.replace(replaced, save_directory)
+                raise
+            shutil.rmtree(replaced, ignore_errors=True)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -175,20 +184,31 @@ class PassageIndex:
         folder = Path(name_or_path)
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
+            from huggingface_hub.errors import HFValidationError
 
             files = [CONFIG_FILE, EMBEDDINGS_FILE, PASSAGES_FILE]
-            folder = Path(snapshot_download(str(name_or_path), repo_type="dataset", revision=revision, allow_patterns=files, **kwargs))
+            try:
+                folder = Path(snapshot_download(str(name_or_path), repo_type="dataset", revision=revision, allow_patterns=files, **kwargs))
+            except (HFValidationError, OSError) as error:
+                raise FileNotFoundError(f"{name_or_path} is not a folder, and no dataset repository of this name could be loaded: {error}") from error
         for name in (CONFIG_FILE, EMBEDDINGS_FILE, PASSAGES_FILE):
             if not (folder / name).exists():
                 raise FileNotFoundError(f"{folder} is not a complete passage index: {name} is missing.")
-        config = json.loads((folder / CONFIG_FILE).read_text())
+        config = _read(folder / CONFIG_FILE, lambda path: json.loads(path.read_text()))
         if config.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"{folder / CONFIG_FILE} has format_version {config.get('format_version')}, this release reads {FORMAT_VERSION}.")
-        passages = pa.ipc.open_file(pa.memory_map(str(folder / PASSAGES_FILE))).read_all()
-        embeddings = load_file(folder / EMBEDDINGS_FILE)["embeddings"]
+        passages = _read(folder / PASSAGES_FILE, lambda path: pa.ipc.open_file(pa.memory_map(str(path))).read_all())
+        embeddings = _read(folder / EMBEDDINGS_FILE, lambda path: load_file(path)["embeddings"])
         if not len(passages) == len(embeddings) == config["num_passages"]:
             raise ValueError(f"{folder}: {len(passages)} passages, {len(embeddings)} embeddings, expected {config['num_passages']} of both.")
         return cls(passages, embeddings, config["fingerprint"])
+
+
+def _read(path, reader):
+    try:
+        return reader(path)
+    except Exception as error:  # json, pyarrow and safetensors each raise their own
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def check_passages(passages):
@@ -200,6 +220,8 @@ def check_passages(passages):
     """
     checked, rows = [], {}
     for row, passage in enumerate(passages):
+        if not isinstance(passage, Mapping):
+            raise ValueError(f"Corpus row {row} is {passage!r}, expected a dict with 'id', 'title' and 'text'.")
         for name in ("id", "text"):
             value = passage.get(name)
             if not isinstance(value, str) or not value.strip():
@@ -222,18 +244,20 @@ def _embed(model, token_ids, batch_size, show_progress_bar):
     from tqdm.auto import tqdm
 
     training = model.training
-    model.eval()
     order = sorted(range(len(token_ids)), key=lambda row: -len(token_ids[row]))
     embeddings = torch.empty(len(token_ids), model.config.embedding_size)
-    with tqdm(total=len(order), desc="Embedding passages", unit="passage", disable=not show_progress_bar) as bar:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            width = len(token_ids[rows[0]])
-            ids = torch.tensor([token_ids[row] + [0] * (width - len(token_ids[row])) for row in rows], device=model.device)
-            mask = torch.tensor([[1] * len(token_ids[row]) + [0] * (width - len(token_ids[row])) for row in rows], device=model.device)
-            embeddings[rows] = model.encode_passages(ids, mask).float().cpu()
-            bar.update(len(rows))
-    model.train(training)
+    model.eval()
+    try:
+        with tqdm(total=len(order), desc="Embedding passages", unit="passage", disable=not show_progress_bar) as bar:
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                width = len(token_ids[rows[0]])
+                ids = torch.tensor([token_ids[row] + [0] * (width - len(token_ids[row])) for row in rows], device=model.device)
+                mask = torch.tensor([[1] * len(token_ids[row]) + [0] * (width - len(token_ids[row])) for row in rows], device=model.device)
+                embeddings[rows] = model.encode_passages(ids, mask).float().cpu()
+                bar.update(len(rows))
+    finally:
+        model.train(training)
     return embeddings
 
 

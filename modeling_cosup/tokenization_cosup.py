@@ -24,7 +24,7 @@ PAPER_CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}## Output:\n\n{% endif %}"
 )
-_MARKERS = ("\ue000", "\ue001")  # private-use characters around a control token in user text, removed before encoding
+_MARKERS = ("\U000f0000", "\U000f0001")  # private-use characters around a control token in user text, removed before encoding
 _PROBE = 'The 3 Zürich "élan" :: don\'t\n\tstop, 42.5% [x] </y> 東京 ½'  # its ids stand for a tokenizer's normaliser and pre-tokenizer
 
 
@@ -156,15 +156,23 @@ def encode_chat(tokenizer, messages):
 def _encode_chat_with_markers(tokenizer, messages):
     start, end = _MARKERS
     specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    pattern = re.compile("|".join(re.escape(token) for token in sorted(specials, key=len, reverse=True)))
+    pattern = "|".join(re.escape(token) for token in sorted(specials, key=len, reverse=True))
     marked = [
-        {**message, "content": pattern.sub(rf"{start}\g<0>{end}", message["content"].replace(start, "").replace(end, ""))} for message in messages
+        {**message, "content": re.sub(pattern, rf"{start}\g<0>{end}", re.sub(f"[{start}{end}]", "", message["content"]))} for message in messages
     ]
     rendered = tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False)
-    ids = []
-    for i, piece in enumerate(re.split(f"[{start}{end}]", rendered)):
-        if piece:  # odd pieces stood between markers
-            ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=i % 2 == 1)["input_ids"]
+    newline, ids = tokenizer("\n", add_special_tokens=False)["input_ids"], []
+    # odd pieces stood between markers; a lone marker, where the template split a text, is dropped but keeps its two sides apart
+    for i, piece in enumerate(re.split(f"{start}({pattern}){end}|[{start}{end}]", rendered)):
+        if not piece:
+            continue
+        prefix = "\n" if i else ""  # SentencePiece puts a space before what begins a string
+        piece_ids = tokenizer(prefix + piece, add_special_tokens=False, split_special_tokens=i % 2 == 1)["input_ids"]
+        if i and piece_ids[: len(newline)] == newline:
+            piece_ids = piece_ids[len(newline) :]
+        elif i:
+            piece_ids = tokenizer(piece, add_special_tokens=False, split_special_tokens=i % 2 == 1)["input_ids"]
+        ids += piece_ids
     return ids
 
 

@@ -7,11 +7,12 @@ import datasets
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from modeling_cosup import CoSupForCausalLM, info_nce, similarity_scores
-from modeling_cosup.tokenization_cosup import end_of_turn_token_id
 from transformers import Trainer
 from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
+
+from modeling_cosup import CoSupForCausalLM, info_nce, similarity_scores
+from modeling_cosup.tokenization_cosup import end_of_turn_token_id
 
 from .data import CoSupDataCollator, check_instance, tokenize_instance
 from .distributed import gather_rows, world_size
@@ -102,7 +103,7 @@ class CoSupTrainer(Trainer):
             **kwargs,
         )
         self._num_queries = None  # of the accumulated batch, over all ranks
-        self._sums, self._logged_at, self._logged_step = defaultdict(float), time.time(), 0
+        self._sums, self._logged_at = defaultdict(float), time.time()
         self._eval_batches = []
 
     # ------------------------------------------------------------------ data
@@ -139,10 +140,16 @@ class CoSupTrainer(Trainer):
     def _set_signature_columns_if_needed(self):
         self._signature_columns = COLUMNS
 
+    def train(self, *args, **kwargs):
+        """`Trainer.train`."""
+        self._sums, self._logged_at = defaultdict(float), time.time()
+        return super().train(*args, **kwargs)
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Count the queries of the accumulated batch beside its tokens."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
+            self._sums["steps"] += 1
             self._num_queries = self._global_sum(sum((batch["passage_labels"] != -100).sum() for batch in batches).to(device))
         return batches, num_items_in_batch
 
@@ -170,10 +177,12 @@ class CoSupTrainer(Trainer):
         same_passage = None
         if self.args.mask_duplicates and passage_hashes is not None and world_size() > 1:  # within a rank the collator left none
             all_hashes, _ = gather_rows(passage_hashes)
-            same_passage = all_hashes[passage_labels.clamp(min=0)][:, None] == all_hashes[None]  # (N, M)
+            same = all_hashes[:, None] == all_hashes[None]  # (M, M)
+            repeated = same.tril(-1).any(1)  # stands on an earlier row already: one negative, not two
+            same_passage = same[passage_labels.clamp(min=0)] | repeated  # (N, M)
         losses = info_nce(outputs.query_embeds, passage_embeds, passage_labels, same_passage, self.cosup_config.temperature)
         num_queries = self._num_queries if num_items_in_batch is not None else (passage_labels != -100).sum()
-        nsp_loss = losses.sum() / num_queries.clamp(min=1) + 0.0 * passage_embeds.sum()  # every rank takes part in every gradient
+        nsp_loss = losses.sum() / num_queries.clamp(min=1)  # 0 without queries, but every parameter keeps a gradient
         loss = outputs.ntp_loss + self.cosup_config.nsp_loss_weight * nsp_loss
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # data parallelism averages gradients over ranks
@@ -205,13 +214,13 @@ class CoSupTrainer(Trainer):
             keys = ("ntp_loss", "nsp_loss", "tokens", "correct", "negatives", "queries")
             totals = torch.stack([torch.as_tensor(self._sums[key], dtype=torch.float64, device=self.args.device) for key in keys])
             total = dict(zip(keys, self._global_sum(totals).tolist(), strict=True))
-            steps = max(1, self.state.global_step - self._logged_step)
+            steps = max(1, self._sums["steps"])
             logs["ntp_loss"] = total["ntp_loss"] / steps
             logs["nsp_loss"] = total["nsp_loss"] / steps
             logs["nsp_accuracy"] = total["correct"] / max(1, total["queries"])
             logs["num_negatives"] = total["negatives"] / max(1, total["queries"])
             logs["tokens_per_second"] = total["tokens"] / max(1e-9, time.time() - self._logged_at)
-            self._sums, self._logged_at, self._logged_step = defaultdict(float), time.time(), self.state.global_step
+            self._sums, self._logged_at = defaultdict(float), time.time()
         super().log(logs, start_time)
 
     def _global_sum(self, tensor):

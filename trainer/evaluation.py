@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from modeling_cosup.tokenization_cosup import encode_passages_for_gen, encode_prompt
 from tqdm.auto import tqdm
+
+from modeling_cosup.tokenization_cosup import encode_passages_for_gen, encode_prompt
 
 from .data import CoSupDataCollator, tokenize_instance
 
