@@ -11,6 +11,7 @@ from cli import check_trainer_package, clear_errors, parse
 check_trainer_package()
 
 import torch  # noqa: E402
+
 from modeling_cosup import CoSupForCausalLM  # noqa: E402
 from trainer import load_corpus  # noqa: E402
 

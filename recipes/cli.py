@@ -1,8 +1,12 @@
 """What the recipes share: YAML configs with command-line overrides, tables, and clear endings."""
 
 import contextlib
+import os
 import sys
 from pathlib import Path
+
+# Read once, when torch loads: threads that wait for work sleep. Spinning, they take the cores from any other program that runs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import yaml
 from transformers import HfArgumentParser

@@ -39,6 +39,7 @@ def answer(args):
         raise ValueError("no question given: write them behind the options, into --file, or to stdin.")
 
     import torch
+
     from modeling_cosup import CoSupForCausalLM
     from modeling_cosup.tokenization_cosup import encode_prompt
 

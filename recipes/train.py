@@ -7,6 +7,7 @@ Train Gen and Emb_seq together, then build the index and evaluate.
 Writes the checkpoint to `output_dir`, the index to `output_dir/index`, all measured numbers to `output_dir/results.json`.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -20,11 +21,12 @@ from cli import check_trainer_package, clear_errors, parse, table
 check_trainer_package()
 
 import torch  # noqa: E402
+from transformers import set_seed  # noqa: E402
+from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
+
 from modeling_cosup import CoSupForCausalLM, PassageIndex  # noqa: E402
 from trainer import CoSupTrainer, CoSupTrainingArguments, load_corpus, load_evaluation_set, load_instances  # noqa: E402
 from trainer.evaluation import evaluate_model, ntp_loss, recall, reference_instances  # noqa: E402
-from transformers import set_seed  # noqa: E402
-from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 
 
 @dataclass
@@ -60,6 +62,15 @@ class ScriptArguments:
 
 
 def main():
+    """Run, then close the process group. The trainer is gone by then: the last owner of a gloo group can deadlock as it goes."""
+    run()
+    gc.collect()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def run():
     """Read and check everything, train, save, index, evaluate."""
     script, args = parse([ScriptArguments, CoSupTrainingArguments], __doc__)
     if args.use_cpu and args.world_size == 1:
@@ -105,7 +116,6 @@ def main():
                 report(model, index, questions, corpus, results, script, args)
     if trainer.is_world_process_zero():
         Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2, default=lambda value: value.to_dict()) + "\n")
-    trainer.accelerator.end_training()
 
 
 def check_output_dir(output_dir):
