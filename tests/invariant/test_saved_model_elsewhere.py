@@ -1,0 +1,123 @@
+"""save_pretrained -> a fresh process without this package -> from_pretrained(trust_remote_code=True): same logits, same generation, same trace."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import PASSAGES, left_pad, make_model, make_tokenizer
+
+from modeling_cosup import CoSupForCausalLM, PassageIndex
+from modeling_cosup.tokenization_cosup import encode_prompt
+
+QUESTIONS = ["who?", "who painted the Night Watch?", "[NSP] in a question", "Curie"]
+
+# runs where `import modeling_cosup` fails; prints one JSON line
+SCRIPT = """
+import json, sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("modeling_cosup", "trainer"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+try:
+    import modeling_cosup
+    sys.exit("the package can be imported: this process proves nothing")
+except ModuleNotFoundError:
+    pass
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+job = json.loads(sys.argv[1])
+results = []
+for folder, index_folder in job["pairs"]:
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    inputs = {name: torch.tensor(value) for name, value in job["inputs"].items()}
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "who?"}], add_generation_prompt=True, return_dict=False)
+    for auto, options in ((AutoModelForCausalLM, {}), (AutoModel, {}), (AutoModelForCausalLM, {"load_emb_seq": False})):
+        model = auto.from_pretrained(folder, trust_remote_code=True, **options)
+        index = model.load_index(index_folder)
+        output = model.generate(**inputs, retriever=index, max_new_tokens=12, max_retrievals=3, return_dict_in_generate=True)
+        result = {
+            "model_type": config.model_type,
+            "module": type(model).__module__.split(".")[0],
+            "vocabulary": len(tokenizer),
+            "chat": chat,
+            "logits": model(**inputs).logits.double().sum().item(),
+            "sequences": output.sequences.tolist(),
+            "trace": [[retrieval.to_dict() for retrieval in trace] for trace in output.retrievals],
+            "cited": model.decode_with_citations(output, tokenizer),
+        }
+        if not options:
+            own = model.build_index(job["passages"], show_progress_bar=False)
+            result["embeddings"] = float((own.embeddings - index.embeddings).abs().max())
+            result["ids"] = [own[row]["input_ids"] for row in range(len(own))]
+            if auto is AutoModelForCausalLM:
+                model.save_pretrained(job["again"] + folder.rsplit("/", 1)[1])
+        results.append(result)
+print(json.dumps(results))
+"""
+
+
+def run_elsewhere(tmp_path, pairs, inputs):
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_MODULES_CACHE")}
+    environment |= {"HF_HOME": str(tmp_path / "hf_home"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+    (tmp_path / "cwd").mkdir(exist_ok=True)
+    job = {"pairs": pairs, "inputs": inputs, "again": f"{tmp_path}/again_", "passages": PASSAGES}
+    command = [sys.executable, "-I", "-c", SCRIPT, json.dumps(job)]
+    streams = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    result = subprocess.run(command, cwd=tmp_path / "cwd", env=environment, timeout=300, **streams)
+    assert result.returncode == 0, result.stderr
+    assert "[transformers]" not in result.stderr, result.stderr  # no warnings
+    return json.loads(result.stdout)  # nothing else is printed: nobody is asked again whether this code may run
+
+
+@pytest.fixture(scope="module")
+def models():
+    own = make_tokenizer(vocab_size=300, bos="<cls>", eos="<sep>", pad="<nothing>", texts=["another corpus"])
+    return {
+        "plain": make_model(),
+        "two_tokenizers": make_model("gpt2", "bert", emb_seq_kwargs={"hidden_size": 16}, emb_seq_pooling="cls", similarity="dot", emb_seq_tokenizer=own),
+    }
+
+
+def test_a_process_without_this_package_gives_the_same(models, tmp_path):
+    pairs, expected = [], {}
+    prompts = [[*encode_prompt(models["plain"].tokenizer, question), models["plain"].config.nsp_token_id] for question in QUESTIONS]
+    inputs = left_pad(prompts, models["plain"].tokenizer.pad_token_id)
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+        index = model.build_index(PASSAGES, show_progress_bar=False)
+        index.save_pretrained(tmp_path / f"{name}_index")
+        pairs.append([f"{tmp_path}/{name}", f"{tmp_path}/{name}_index"])
+        output = model.generate(**inputs, retriever=index, max_new_tokens=12, max_retrievals=3, return_dict_in_generate=True)
+        expected[name] = model(**inputs).logits.double().sum().item(), output, index
+    found = run_elsewhere(tmp_path, pairs, {key: value.tolist() for key, value in inputs.items()})
+    assert len(found) == 6
+    for i, result in enumerate(found):
+        name = list(models)[i // 3]
+        model, (logits, output, index) = models[name], expected[name]
+        assert result["model_type"] == "cosup" and result["module"] == "transformers_modules"
+        assert result["logits"] == pytest.approx(logits, rel=1e-6) and result["sequences"] == output.sequences.tolist()
+        assert json.dumps(result["trace"]) == json.dumps([[r.to_dict() for r in trace] for trace in output.retrievals])
+        assert result["cited"] == model.decode_with_citations(output, model.tokenizer) and "[1]" in result["cited"][0]
+        assert result["vocabulary"] == len(model.tokenizer) and result["chat"] == encode_prompt(model.tokenizer, "who?")
+        if "ids" in result:
+            assert result["embeddings"] < 1e-5 and result["ids"] == [index[row]["input_ids"] for row in range(len(index))]
+
+    for name, model in models.items():  # what the other process saved is as good as what it loaded
+        again = tmp_path / f"again_{name}"
+        assert sorted(os.listdir(again)) == sorted(os.listdir(tmp_path / name))
+        loaded = CoSupForCausalLM.from_pretrained(again)
+        assert loaded.fingerprint() == model.fingerprint()
+        for key, value in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[key], value)
+        loaded.load_index(f"{tmp_path}/{name}_index")
+    assert run_elsewhere(tmp_path, [[f"{tmp_path}/again_plain", pairs[0][1]]], {key: value.tolist() for key, value in inputs.items()}) == found[:3]
+    assert PassageIndex.from_pretrained(pairs[0][1]).fingerprint != PassageIndex.from_pretrained(pairs[1][1]).fingerprint

@@ -1,0 +1,349 @@
+"""What generate() takes and returns; that it is exact is the matter of tests/invariant."""
+
+import pytest
+import torch
+from conftest import PASSAGES, Steer, left_pad, make_gen, make_model, make_tokenizer, real_tokens
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers.generation import BaseStreamer, MinNewTokensLengthLogitsProcessor
+
+from modeling_cosup import CoSupGenerateOutput, Retrieval
+from modeling_cosup.tokenization_cosup import encode_prompt, encode_texts
+
+QUESTIONS = ["who?", "who painted the Night Watch?", "Curie", "when was it finished; in Amsterdam", "not this one!"]
+
+
+class Prefer(LogitsProcessor):
+    """Adds to the scores of some tokens, at every step."""
+
+    def __init__(self, ids, bonus=1000.0):
+        self.ids, self.bonus = ids, bonus
+
+    def __call__(self, input_ids, scores):
+        scores = scores.clone()
+        scores[:, self.ids] += self.bonus
+        return scores
+
+
+@pytest.fixture
+def index(model):
+    return model.build_index(PASSAGES, show_progress_bar=False)
+
+
+@pytest.fixture
+def inputs(model):
+    prompts = [encode_prompt(model.tokenizer, question) for question in QUESTIONS]
+    prompts[1].append(model.config.nsp_token_id)
+    return left_pad(prompts, model.tokenizer.pad_token_id)
+
+
+@pytest.fixture
+def steer(model):
+    return Steer(model, retrieve_every=7, quiet_id=model.tokenizer("!")["input_ids"][0])
+
+
+def generate(model, inputs, index, *processors, **kwargs):
+    options = {"max_new_tokens": 20, "return_dict_in_generate": True, "logits_processor": LogitsProcessorList(processors), **kwargs}
+    return model.generate(**inputs, retriever=index, **options)
+
+
+# ------------------------------------------------------------------ output
+
+
+def test_trace_points_at_what_stands_in_the_sequences(model, inputs, index, steer):
+    output = generate(model, inputs, index, steer, Prefer([model.config.ce_token_id], 5.0))
+    config, width = model.config, inputs["input_ids"].shape[1]
+    ends = {config.ce_token_id, config.nsp_token_id, *model.generation_config.eos_token_id}
+    assert output.prompt_length == width and torch.equal(output.sequences[:, :width], inputs["input_ids"])
+    assert sum(map(len, output.retrievals)) > 5 and config.ce_token_id in output.sequences
+    for ids, trace, count in zip(output.sequences.tolist(), output.retrievals, output.num_generated_tokens.tolist(), strict=True):
+        real = width + count + sum(len(index[index.row_of(r.passage_id)]["input_ids"]) + 1 for r in trace)
+        assert set(ids[real:]) <= {model.tokenizer.pad_token_id}
+        for retrieval in trace:
+            passage = index[index.row_of(retrieval.passage_id)]
+            start, end = retrieval.grounded_span
+            assert (retrieval.title, retrieval.text) == (passage["title"], passage["text"])
+            assert ids[retrieval.position] == config.nsp_token_id
+            assert ids[retrieval.position + 1 : start] == [*passage["input_ids"], config.cs_token_id]
+            assert start <= end <= real and not ends & set(ids[start:end]) and (end == real or ids[end] in ends)
+        assert [r.position for r in trace] == [column for column, id in enumerate(ids) if id == config.nsp_token_id and column < real - 1]
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_score_is_the_similarity_at_nsp(similarity):
+    model = make_model(similarity=similarity)
+    index = model.build_index(PASSAGES, show_progress_bar=False)
+    input_ids = torch.tensor([[*encode_prompt(model.tokenizer, "who?"), model.config.nsp_token_id]])
+    (retrieval,) = generate(model, {"input_ids": input_ids}, index, max_retrievals=1).retrievals[0]
+    scores = index.embeddings @ model(input_ids).query_embeds[0]
+    assert retrieval.score == pytest.approx(scores.max().item(), abs=1e-4) and index.row_of(retrieval.passage_id) == scores.argmax()
+    assert retrieval.to_dict() == {**vars(retrieval)} and retrieval.to_dict()["position"] == input_ids.shape[1] - 1
+
+
+def test_without_return_dict_it_is_a_tensor(model, inputs, index, steer):
+    expected = generate(model, inputs, index, steer)
+    assert isinstance(expected, CoSupGenerateOutput)
+    assert torch.equal(generate(model, inputs, index, steer, return_dict_in_generate=False), expected.sequences)
+    options = {"max_new_tokens": 20, "logits_processor": LogitsProcessorList([steer])}
+    assert torch.equal(model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], retriever=index, **options), expected.sequences)
+
+
+def test_decode_with_citations(model):
+    tokenizer, config = model.tokenizer, model.config
+    prompt, answer, passage, first, middle, second, tail = encode_texts(
+        tokenizer, ["who?", "So: ", "Amsterdam is a city.", " Rembrandt did", " and also", " Curie", " twice."]
+    )
+    nsp, cs, ce, eos, pad = [config.nsp_token_id], [config.cs_token_id], [config.ce_token_id], [tokenizer.eos_token_id], [tokenizer.pad_token_id]
+    pieces = [prompt, answer, nsp, passage, cs, first, ce, middle, nsp, passage, cs, second, nsp, passage, cs, tail, eos, pad, pad]
+    columns = [0]
+    for piece in pieces:
+        columns.append(columns[-1] + len(piece))
+
+    def retrieval(i, id, title):  # the [NSP] is piece i, the grounded text piece i + 3
+        return Retrieval(columns[i], id, title, f"Text of {id}.", 0.5, (columns[i + 3], columns[i + 4]))
+
+    trace = [retrieval(2, "a", "Title"), retrieval(8, "b", ""), retrieval(12, "a", "Title")]
+    sequences = torch.tensor([sum(pieces, [])] * 2)
+    output = CoSupGenerateOutput(sequences=sequences, retrievals=[trace, []], prompt_length=len(prompt))
+    with_citations, without = model.decode_with_citations(output, tokenizer)
+    assert with_citations == "So: Rembrandt did [1] and also Curie [2] twice. [1]\n[1] Title: Text of a.\n[2] Text of b."
+    assert without == tokenizer.decode(sequences[0, len(prompt) :], skip_special_tokens=True).strip()
+
+
+def test_citations_of_a_prompt_that_ends_in_nsp(model, index):
+    input_ids = torch.tensor([[*encode_prompt(model.tokenizer, "who?"), model.config.nsp_token_id]])
+    a = encode_texts(model.tokenizer, ["a"])[0]
+    output = generate(model, {"input_ids": input_ids}, index, Prefer(a), max_new_tokens=3)
+    (text,) = model.decode_with_citations(output, model.tokenizer)
+    retrieval = output.retrievals[0][0]
+    assert text == f"aaa [1]\n[1] {retrieval.title + ': ' if retrieval.title else ''}{retrieval.text}"
+
+
+def test_streaming_gives_every_token_in_order(model, inputs, index, steer):
+    class Collect(BaseStreamer):
+        def __init__(self):
+            self.tokens, self.ended = [], False
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.ended = True
+
+    for row in (0, 1):
+        ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()][None]
+        streamer = Collect()
+        output = generate(model, {"input_ids": ids}, index, steer, streamer=streamer)
+        assert len(output.retrievals[0]) >= 1 and streamer.ended and streamer.tokens == output.sequences[0].tolist()
+
+
+def test_text_streamer_prints_answer_and_passages(model, index, capsys):
+    input_ids = torch.tensor([[*encode_prompt(model.tokenizer, "who?"), model.config.nsp_token_id]])
+    streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    letter = encode_texts(model.tokenizer, ["a"])[0]
+    output = generate(model, {"input_ids": input_ids}, index, Prefer(letter), max_new_tokens=4, streamer=streamer)
+    printed = capsys.readouterr().out.strip()
+    assert printed == model.tokenizer.decode(output.sequences[0, input_ids.shape[1] :], skip_special_tokens=True)
+    assert output.retrievals[0][0].text in printed and printed.endswith("aaaa")
+
+
+# ------------------------------------------------------------------ budgets and stops
+
+
+def test_max_new_tokens_counts_decoded_tokens_of_each_row(model, inputs, index, steer):
+    for budget in (1, 6):
+        output = generate(model, inputs, index, steer, max_new_tokens=budget)
+        assert output.num_generated_tokens.tolist() == [budget] * len(QUESTIONS)
+        rows = real_tokens(output, inputs["attention_mask"], model.tokenizer.pad_token_id)
+        for row, (ids, trace) in enumerate(zip(rows, output.retrievals, strict=True)):
+            passages = sum(len(index[index.row_of(r.passage_id)]["input_ids"]) + 1 for r in trace)
+            assert len(ids) == int(inputs["attention_mask"][row].sum()) + budget + passages
+    longer = generate(model, inputs, index, steer, max_new_tokens=None, max_length=inputs["input_ids"].shape[1] + 6)
+    assert torch.equal(longer.sequences, output.sequences)
+
+
+def test_nsp_as_the_last_token_of_the_budget_retrieves_nothing(model, inputs, index):
+    output = generate(model, {name: value[:1] for name, value in inputs.items()}, index, Prefer([model.config.nsp_token_id]), max_new_tokens=1)
+    assert output.retrievals == [[]] and output.sequences[0, -1] == model.config.nsp_token_id
+
+
+def test_min_new_tokens_counts_decoded_tokens(model, inputs, index, steer):
+    ends = model.generation_config.eos_token_id
+    eager = Prefer(ends, 500.0)  # wants to end at every step, unless it retrieves
+    assert set(generate(model, inputs, index, steer, eager).num_generated_tokens.tolist()) <= {1, 2, 3, 4}
+    output = generate(model, inputs, index, steer, eager, min_new_tokens=7)
+    assert sum(map(len, output.retrievals)) >= 2
+    steps = output.num_generated_tokens.tolist()
+    assert min(steps) == 8 and all(ids[-1] in ends for ids in real_tokens(output, inputs["attention_mask"], model.tokenizer.pad_token_id))
+    width = inputs["input_ids"].shape[1]
+    by_length = generate(model, inputs, index, steer, eager, min_length=width + 7)
+    by_processor = generate(model, inputs, index, steer, eager, MinNewTokensLengthLogitsProcessor(width, 7, ends, "cpu"))
+    assert torch.equal(by_length.sequences, output.sequences) and torch.equal(by_processor.sequences, output.sequences)
+
+
+def test_an_ended_row_is_padded_and_stays_as_it_was(model, inputs, index, steer):
+    steer.end_every = 6
+    output = generate(model, inputs, index, steer)
+    pad, ends = model.tokenizer.pad_token_id, model.generation_config.eos_token_id
+    counts = output.num_generated_tokens.tolist()
+    assert min(counts) < max(counts)
+    for row, ids in enumerate(real_tokens(output, inputs["attention_mask"], pad)):
+        assert (ids[-1] in ends) == (counts[row] < 20) and not set(ids[int(inputs["attention_mask"][row].sum()) : -1]) & set(ends)
+
+
+def test_stopping_criteria_see_each_row_without_gaps(model, inputs, index, steer):
+    word = encode_texts(model.tokenizer, ["a"])[0][0]
+
+    class EndsInWord(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return input_ids[:, -1] == word
+
+    options = {"stopping_criteria": StoppingCriteriaList([EndsInWord()])}
+    output = generate(model, inputs, index, steer, Prefer([word], 3.0), **options)
+    assert min(output.num_generated_tokens.tolist()) < 20
+    for row, ids in enumerate(real_tokens(output, inputs["attention_mask"], model.tokenizer.pad_token_id)):
+        alone = torch.tensor([ids[: int(inputs["attention_mask"][row].sum())]])
+        assert generate(model, {"input_ids": alone}, index, steer, Prefer([word], 3.0), **options).sequences[0].tolist() == ids
+
+
+@pytest.mark.parametrize("gen", ["gpt2", "llama", "mistral"])
+@pytest.mark.parametrize("limit", [48, 49, 60, 70])
+def test_the_end_of_the_context_ends_a_row(gen, limit):
+    tokenizer = make_tokenizer()
+    model = make_model(gen, tokenizer=tokenizer, gen_kwargs={"max_position_embeddings": limit})
+    index = model.build_index(PASSAGES, show_progress_bar=False)
+    prompts = [encode_prompt(tokenizer, question) for question in QUESTIONS]
+    prompts[1].append(model.config.nsp_token_id)
+    inputs = left_pad(prompts, tokenizer.pad_token_id)
+    output = generate(model, inputs, index, Steer(model, retrieve_every=5), max_new_tokens=100)
+    lengths = [len(ids) for ids in real_tokens(output, inputs["attention_mask"], tokenizer.pad_token_id)]
+    assert lengths == [limit] * len(prompts)  # [Cs] included, where a passage was cut short
+    for ids, trace in zip(output.sequences.tolist(), output.retrievals, strict=True):
+        for retrieval in trace:
+            start, end = retrieval.grounded_span
+            passage = index[index.row_of(retrieval.passage_id)]["input_ids"]
+            assert ids[start - 1] == model.config.cs_token_id and start <= end <= len(ids)
+            assert ids[retrieval.position + 1 : start - 1] == passage[: start - retrieval.position - 2]
+
+
+@pytest.mark.parametrize("surplus", [0, 1])
+def test_a_prompt_that_fills_the_context(surplus):
+    model = make_model("gpt2")
+    index = model.build_index(PASSAGES, show_progress_bar=False)
+    prompt = encode_prompt(model.tokenizer, "who?")
+    for last in ([], [model.config.nsp_token_id]):
+        model.config.get_text_config().max_position_embeddings = len(prompt + last) + surplus
+        output = generate(model, {"input_ids": torch.tensor([prompt + last])}, index, max_new_tokens=5)
+        assert int(output.num_generated_tokens) <= 1 and output.sequences.shape[1] <= len(prompt + last) + 1
+
+
+# ------------------------------------------------------------------ retrieval
+
+
+def test_max_retrievals(model, inputs, index, steer):
+    nsp = model.config.nsp_token_id
+    unlimited = generate(model, inputs, index, Prefer([nsp]), max_new_tokens=5)
+    assert [len(trace) for trace in unlimited.retrievals] == [4, 5, 4, 4, 4]  # the last [NSP] comes too late
+    for limit in (0, 1, 2):
+        output = generate(model, inputs, index, Prefer([nsp]), max_new_tokens=5, max_retrievals=limit)
+        assert [len(trace) for trace in output.retrievals] == [limit] * 5
+        generated = output.sequences[:, inputs["input_ids"].shape[1] :]
+        assert (generated == nsp).sum(1).tolist() == [limit, max(limit - 1, 0), limit, limit, limit]  # one stood in the prompt of row 1
+
+
+def test_cs_is_never_generated(model, inputs, index, steer):
+    cs = model.config.cs_token_id
+    for options in ({}, {"do_sample": True}, {"do_sample": True, "temperature": 5.0, "top_k": 0}):
+        torch.manual_seed(0)
+        output = generate(model, inputs, index, steer, Prefer([cs]), **options)
+        assert (output.sequences == cs).sum(1).tolist() == [len(trace) for trace in output.retrievals]
+        plain = model.generate(**inputs, max_new_tokens=10, logits_processor=LogitsProcessorList([Prefer([cs])]), **options)
+        assert cs not in plain
+    config = GenerationConfig(suppress_tokens=[5])  # a user's own
+    output = generate(model, inputs, index, steer, Prefer([cs]), generation_config=config)
+    assert (output.sequences == cs).sum(1).tolist() == [len(trace) for trace in output.retrievals]
+
+
+def test_sampling_is_reproducible_and_varies(model, inputs, index, steer):
+    def sample(seed):
+        torch.manual_seed(seed)
+        return generate(model, inputs, index, steer, do_sample=True, top_k=20, temperature=0.8)
+
+    first, second, other = sample(0), sample(0), sample(1)
+    assert torch.equal(first.sequences, second.sequences) and first.retrievals == second.retrievals
+    assert first.sequences.shape != other.sequences.shape or not torch.equal(first.sequences, other.sequences)
+    assert sum(map(len, first.retrievals)) >= 2
+
+
+def test_num_return_sequences(model, inputs, index, steer):
+    torch.manual_seed(0)
+    output = generate(model, inputs, index, steer, do_sample=True, num_return_sequences=3)
+    assert len(output.sequences) == len(output.retrievals) == len(output.num_generated_tokens) == 15
+    assert torch.equal(output.sequences[:, : output.prompt_length], inputs["input_ids"].repeat_interleave(3, 0))
+    assert len({tuple(ids) for ids in output.sequences[:3].tolist()}) == 3
+    assert len(model.decode_with_citations(output, model.tokenizer)) == 15
+
+
+def test_the_defaults_of_the_checkpoint_are_greedy(model, inputs, index, steer):
+    assert torch.equal(generate(model, inputs, index, steer).sequences, generate(model, inputs, index, steer, do_sample=False).sequences)
+    assert not model.generation_config.do_sample and model.config.cs_token_id in model.generation_config.suppress_tokens
+
+
+def test_without_retriever_it_is_ordinary_generation(model, inputs, steer):
+    options = {"max_new_tokens": 20, "logits_processor": LogitsProcessorList([steer])}
+    expected = model.gen.generate(**inputs, generation_config=model.generation_config, **options)
+    assert model.config.nsp_token_id in expected[:, inputs["input_ids"].shape[1] :]  # [NSP] is a token like any other
+    assert torch.equal(model.generate(**inputs, **options), expected)
+    beams = model.generate(**inputs, num_beams=3, output_scores=True, return_dict_in_generate=True, **options)
+    assert beams.sequences.shape[0] == len(QUESTIONS) and beams.sequences_scores is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 2}, "not in beam_search"),
+        ({"use_cache": False}, "keeps its own dynamic KV cache"),
+        ({"cache_implementation": "static"}, "keeps its own dynamic KV cache"),
+        ({"past_key_values": DynamicCache()}, "keeps its own dynamic KV cache"),
+        ({"output_scores": True}, "output_scores=True is not available"),
+        ({"output_logits": True}, "output_logits=True is not available"),
+        ({"output_attentions": True}, "output_attentions=True is not available"),
+        ({"output_hidden_states": True}, "output_hidden_states=True is not available"),
+        ({"inputs_embeds": torch.zeros(5, 3, 32)}, "inputs_embeds and guidance_scale are not available"),
+        ({"guidance_scale": 2.0}, "inputs_embeds and guidance_scale are not available"),
+        ({"assistant_model": make_gen()}, "not in assisted_generation"),
+        ({"prompt_lookup_num_tokens": 2}, "not in assisted_generation"),
+        ({"generation_config": GenerationConfig(num_beams=2)}, "not in beam_search"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_combined_with_retrieval_raises(model, inputs, index, options, message):
+    with pytest.raises(ValueError) as error:
+        generate(model, inputs, index, **options)
+    assert message in str(error.value)
+
+
+def test_a_misspelt_argument_raises(model, inputs, index):
+    with pytest.raises(ValueError, match="max_retreivals"):
+        generate(model, inputs, index, max_retreivals=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_models_generate(model, inputs, index, steer, dtype):
+    output = generate(model.to(dtype), inputs, index, steer)
+    assert sum(map(len, output.retrievals)) >= 2 and output.num_generated_tokens.tolist() == [20] * 5
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's
+def test_a_model_with_adapters_generates(model, inputs, index, steer):
+    peft = pytest.importorskip("peft")
+    expected = generate(model, inputs, index, steer)
+    config = peft.LoraConfig(target_modules=r"gen\..*q_proj", r=2, task_type="CAUSAL_LM")  # starts as the identity
+    output = generate(peft.get_peft_model(model, config), inputs, index, steer, max_retrievals=9)
+    assert torch.equal(output.sequences, expected.sequences) and output.retrievals == expected.retrievals
+
+
+def test_a_recurrent_gen_is_refused():
+    model = make_model("mamba")
+    index = model.build_index(PASSAGES, show_progress_bar=False)
+    with pytest.raises(ValueError, match="recurrent state"):
+        model.generate(torch.tensor([[5, 6]]), retriever=index, max_new_tokens=2)

@@ -1,0 +1,170 @@
+"""The recipes as a user runs them: real subprocesses, real files, real exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import PASSAGES, make_emb_seq, make_gen, make_model, make_tokenizer
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "recipes"))
+
+
+def run(*command, cwd=ROOT, stdin=None):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True, input=stdin, env=environment, timeout=300)
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Two tiny models of different architecture and width on disk, and a small data set."""
+    folder = tmp_path_factory.mktemp("inputs")
+    make_gen("llama").save_pretrained(folder / "gen")
+    make_emb_seq("gpt2", hidden_size=48).save_pretrained(folder / "emb_seq")
+    for name in ("gen", "emb_seq"):
+        make_tokenizer().save_pretrained(folder / name)
+    instances = [{"id": f"i{i}", "input": f"question {i}?", "segments": [{"text": p["title"] or "none", "passage": p}]} for i, p in enumerate(PASSAGES)]
+    instances.append({"id": "free", "input": "hello?", "segments": [{"text": "hello", "passage": None}]})
+    questions = [{"id": f"q{i}", "input": f"question {i}?", "answers": [p["title"] or "none"], "provenance": [[p["id"]]]} for i, p in enumerate(PASSAGES)]
+    questions.append({"id": "free", "input": "hello?", "answers": ["hello"], "provenance": []})
+    write(folder / "train.jsonl", instances)
+    write(folder / "corpus.jsonl", PASSAGES)
+    write(folder / "eval.jsonl", questions)
+    return folder
+
+
+def options(inputs, output, *extra):
+    paths = ["--gen", inputs / "gen", "--emb_seq", inputs / "emb_seq", "--train_file", inputs / "train.jsonl", "--corpus_file", inputs / "corpus.jsonl"]
+    paths += ["--eval_file", inputs / "eval.jsonl", "--output_dir", output, "--max_steps", 2, "--max_new_tokens", 8, "--report_to", "none"]
+    return [str(word) for word in [*paths, *extra]]
+
+
+def train_here(monkeypatch, *argv):
+    """`recipes/train.py` in this process, which spares the imports; returns what it says as it ends."""
+    from train import main
+
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+    with pytest.raises(SystemExit) as ending:
+        main()
+    return str(ending.value.code)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(inputs, tmp_path_factory):
+    """What `accelerate launch recipes/train.py` leaves behind."""
+    output = tmp_path_factory.mktemp("trained") / "out"
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", "recipes/accelerate_configs/single.yaml"]
+    result = run(*launcher, "recipes/train.py", *options(inputs, output, "--eval_before_training", "true"))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "recall@1 of the query embedding" in result.stdout
+    assert "warning" not in (result.stdout + result.stderr).lower()
+    return output
+
+
+def test_train_writes_checkpoint_index_and_numbers(checkpoint):
+    results = json.loads((checkpoint / "results.json").read_text())
+    assert results["evaluation"]["recall@5"]["n"] == 6
+    assert results["evaluation"]["needless_retrieval"]["n"] == 1
+    assert {"ntp_loss", "recall@1", "recall@5"} <= set(results["before"]) & set(results["after"])
+    assert (checkpoint / "modeling_cosup.py").exists()
+    assert (checkpoint / "index" / "embeddings.safetensors").exists()
+
+
+def test_generate_answers_from_arguments_file_and_stdin(checkpoint, tmp_path):
+    command = [sys.executable, "recipes/generate.py", "--model", checkpoint, "--index", checkpoint / "index", "--max_new_tokens", "6"]
+    first = run(*command, "who is it?", "where?")
+    assert first.returncode == 0, first.stderr[-2000:]
+    assert first.stdout.startswith("Q  who is it?\nA  ")
+    (tmp_path / "questions.txt").write_text("who is it?\n\nwhere?\n")
+    assert run(*command, "--file", tmp_path / "questions.txt").stdout == first.stdout
+    assert run(*command, stdin="who is it?\nwhere?\n").stdout == first.stdout
+    nothing = run(*command, stdin="\n")
+    assert nothing.returncode == 1
+    assert nothing.stderr.strip().endswith("error: no question given: write them behind the options, into --file, or to stdin.")
+
+
+def test_build_index_equals_the_one_of_train(checkpoint, inputs, tmp_path):
+    result = run(sys.executable, "recipes/build_index.py", "--model", checkpoint, "--corpus_file", inputs / "corpus.jsonl", "--output_dir", tmp_path / "index")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (tmp_path / "index" / "index_config.json").read_text() == (checkpoint / "index" / "index_config.json").read_text()
+
+
+def test_index_of_another_model_is_refused(checkpoint, tmp_path):
+    make_model().save_pretrained(tmp_path / "other")
+    result = run(sys.executable, "recipes/generate.py", "--model", tmp_path / "other", "--index", checkpoint / "index", "who?")
+    assert result.returncode == 1
+    assert "error: This index was built by another model" in result.stderr
+    assert "emb_seq" in result.stderr
+
+
+BAD = [
+    ({"--train_file": '{"input": "q"'}, "train_file.jsonl, line 1: malformed JSON"),
+    ({"--train_file": '{"input": "q", "segments": []}'}, "train_file.jsonl, line 1: segments is []"),
+    ({"--corpus_file": '{"id": "p0", "title": "t", "text": ""}'}, "corpus_file.jsonl, line 1: text is ''"),
+    ({"--eval_file": '{"input": "q", "answers": ["a"], "provenance": [], "candidates": ["x"]}'}, "eval_file.jsonl, line 1: candidates holds 'x'"),
+]
+
+
+@pytest.mark.parametrize(("files", "message"), BAD)
+def test_bad_input_ends_before_training_with_its_place(inputs, tmp_path, monkeypatch, files, message):
+    extra = []
+    for option, line in files.items():
+        path = tmp_path / f"{option.removeprefix('--')}.jsonl"
+        path.write_text(line + "\n")
+        extra += [option, path]
+    said = train_here(monkeypatch, *options(inputs, tmp_path / "out", *extra))
+    assert said.startswith("error: ")
+    assert message in said
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_unwritable_output_and_unknown_options(inputs, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
+    assert "cannot be written" in train_here(monkeypatch, *options(inputs, tmp_path / "file" / "out"))
+    (tmp_path / "config.yaml").write_text("learning_rat: 1.0e-4\n")
+    assert "unknown option 'learning_rat'" in train_here(monkeypatch, *options(inputs, tmp_path / "out", "--config", tmp_path / "config.yaml"))
+    assert train_here(monkeypatch, "--output_dir", str(tmp_path / "out")).startswith("error: Nothing to train")
+
+
+def test_every_config_parses_and_the_command_line_wins():
+    from cli import parse
+    from train import ScriptArguments
+
+    from trainer import CoSupTrainingArguments
+
+    for path in sorted((ROOT / "recipes" / "configs").glob("*.yaml")):
+        script, args = parse([ScriptArguments, CoSupTrainingArguments], "", ["--config", str(path), "--seed", "7"])
+        values = yaml.safe_load(path.read_text())
+        assert args.seed == 7
+        assert args.learning_rate == float(values["learning_rate"])
+        assert script.similarity == values["similarity"]
+
+
+@pytest.mark.parametrize("folder", [".", "recipes", "tests", "trainer", "modeling_cosup"])
+def test_import_evaluate_and_trainer_find_the_right_module(folder):
+    """No file of ours shadows either name, wherever Python is started."""
+    code = "import importlib.util as u; print(u.find_spec('evaluate').origin); print(u.find_spec('trainer').origin)"
+    pytest.importorskip("evaluate")
+    result = run(sys.executable, "-c", code, cwd=ROOT / folder)
+    assert result.returncode == 0, result.stderr[-2000:]
+    evaluate, trainer = map(Path, result.stdout.splitlines())
+    assert evaluate.parts[-3:] == ("site-packages", "evaluate", "__init__.py")
+    assert trainer == ROOT / "trainer" / "__init__.py"
+
+
+def test_a_foreign_trainer_package_is_named(tmp_path):
+    (tmp_path / "trainer").mkdir()
+    (tmp_path / "trainer" / "__init__.py").write_text("")
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT / 'recipes')!r}]; import cli; cli.check_trainer_package()"
+    result = run(sys.executable, "-c", code)
+    assert result.returncode == 1
+    assert "another package" in result.stderr

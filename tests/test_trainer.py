@@ -1,0 +1,224 @@
+"""CoSupTrainer on tiny models: learning, scaling of the loss, logging, resuming, and the Trainer's own habits."""
+
+import copy
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from transformers import TrainerCallback
+
+from modeling_cosup import CoSupForCausalLM
+from trainer import CoSupTrainer, CoSupTrainingArguments
+
+SYLLABLES = "ba dan ki fel lo gor mu hin ne jas po ker ru lim si tos".split()
+NAMES = list(dict.fromkeys("".join(np.random.default_rng(i).choice(SYLLABLES, 3, replace=False)) for i in range(600)))
+
+
+def world(names, seed=0):
+    """One instance a name: its town stands in its passage only; every fifth needs no passage."""
+    rng = np.random.default_rng(seed)
+    instances = []
+    for i, name in enumerate(names):
+        town = "".join(rng.choice(["va", "ze", "xi"], 2))
+        passage = {"id": name, "title": name, "text": f"{name} lives in {town}."}
+        segment = {"text": town, "passage": passage} if i % 5 else {"text": "hello", "passage": None}
+        instances.append({"id": name, "dataset": "d", "instruction": "", "input": f"where is {name}?" if i % 5 else "say hello", "segments": [segment]})
+    return instances
+
+
+def arguments(tmp_path, **kwargs):
+    defaults = {"per_device_train_batch_size": 8, "learning_rate": 3e-3, "logging_steps": 1, "report_to": "none", "save_strategy": "no"}
+    defaults |= {"disable_tqdm": True, "use_cpu": True, "max_length": 256}
+    return CoSupTrainingArguments(str(tmp_path), **{**defaults, **kwargs})
+
+
+def trained(trainer):
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_losses_fall_and_retrieval_of_unseen_names_beats_chance(tmp_path):
+    small = {"initializer_range": 0.02, "hidden_size": 64}
+    tokenizer = make_tokenizer(vocab_size=300, texts=[f"{syllable} lives in" for syllable in SYLLABLES] * 9)
+    model = make_model(gen_kwargs=small, emb_seq_kwargs=small, tokenizer=tokenizer)
+    args = arguments(tmp_path, max_steps=160, per_device_train_batch_size=32, learning_rate=3e-3, lr_scheduler_type="cosine", warmup_steps=10)
+    trainer = CoSupTrainer(model, args, train_dataset=world(NAMES[:400]), eval_dataset=world(NAMES[400:450]))
+    before = trainer.evaluate()
+    logs = trained(trainer)
+    after = trainer.evaluate()
+    assert logs[-1]["ntp_loss"] < 0.5 * logs[0]["ntp_loss"]
+    assert logs[-1]["nsp_loss"] < 0.3 * logs[0]["nsp_loss"]
+    assert logs[-1]["nsp_accuracy"] > 0.9
+    assert after["eval_num_passages"] == 40
+    assert after["eval_recall@1"] >= 0.5  # chance: 1/40
+    assert after["eval_ntp_loss"] < before["eval_ntp_loss"]
+
+
+def test_logs_name_the_components(tmp_path):
+    model = make_model()
+    trainer = CoSupTrainer(model, arguments(tmp_path, max_steps=2), train_dataset=world(NAMES[:16]))
+    for entry in trained(trainer):
+        assert {"ntp_loss", "nsp_loss", "nsp_accuracy", "num_negatives", "tokens_per_second"} <= set(entry)
+        assert entry["loss"] == pytest.approx(entry["ntp_loss"] + model.config.nsp_loss_weight * entry["nsp_loss"], rel=1e-4)
+        assert 0 < entry["num_negatives"] < 8
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_gradient_accumulation_equals_the_reference(tmp_path, similarity):
+    """Two micro-batches of 4: NTP over all tokens, NSP over all queries, negatives within a micro-batch."""
+    model = make_model(similarity=similarity)
+    reference = copy.deepcopy(model).train()
+    args = arguments(tmp_path, max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=2, optim="sgd", learning_rate=0.1)
+    args.train_sampling_strategy, args.max_grad_norm, args.lr_scheduler_type = "sequential", 0.0, "constant"
+    trainer = CoSupTrainer(model, args, train_dataset=world(NAMES[:8]))
+    batches = [trainer.data_collator([trainer.train_dataset[i] for i in rows]) for rows in (range(4), range(4, 8))]
+    tokens = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+    queries = sum(len(batch["passage_labels"]) for batch in batches)
+    total = 0.0
+    for batch in batches:
+        batch.pop("passage_hashes")
+        outputs = reference(**batch)
+        share = (batch["labels"][:, 1:] != -100).sum() / tokens
+        loss = outputs.ntp_loss * share + reference.config.nsp_loss_weight * outputs.nsp_loss * len(batch["passage_labels"]) / queries
+        loss.backward()
+        total += loss.item()
+    (entry,) = trained(trainer)
+    assert entry["loss"] == pytest.approx(total, rel=1e-5)
+    for (name, parameter), expected in zip(model.named_parameters(), reference.parameters()):
+        step = -0.1 * (expected.grad if expected.grad is not None else 0)
+        torch.testing.assert_close(parameter, expected + step, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_batch_without_passages_trains(tmp_path):
+    instances = [instance for instance in world(NAMES) if instance["segments"][0]["passage"] is None]
+    logs = trained(CoSupTrainer(make_model(), arguments(tmp_path, max_steps=2), train_dataset=instances))
+    assert logs[-1]["nsp_loss"] == 0
+    assert logs[-1]["num_negatives"] == 0
+    assert np.isfinite(logs[-1]["loss"])
+
+
+def test_resumed_run_equals_uninterrupted_run(tmp_path):
+    model = make_model(gen_kwargs={"attention_dropout": 0.1})
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    whole = trained(CoSupTrainer(copy.deepcopy(model), arguments(tmp_path / "a", **options), train_dataset=world(NAMES[:32])))
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    trained(CoSupTrainer(copy.deepcopy(model), arguments(tmp_path / "b", **options), train_dataset=world(NAMES[:32]), callbacks=[Stop()]))
+    other = make_model(gen_kwargs={"attention_dropout": 0.1, "seed": 5})
+    resumed = CoSupTrainer(other, arguments(tmp_path / "b", **options), train_dataset=world(NAMES[:32]))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"))
+    losses = {entry["step"]: entry["loss"] for entry in resumed.state.log_history if "loss" in entry}
+    assert [losses[entry["step"]] for entry in whole] == pytest.approx([entry["loss"] for entry in whole], rel=1e-6)
+
+
+def test_best_model_by_recall_is_loaded_and_fingerprinted_anew(tmp_path):
+    options = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    args = arguments(tmp_path, load_best_model_at_end=True, metric_for_best_model="eval_recall@1", **options)
+    trainer = CoSupTrainer(make_model(), args, train_dataset=world(NAMES[:16]), eval_dataset=world(NAMES[16:32]))
+    trainer.train()
+    best = CoSupForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
+    assert trainer.model.fingerprint() == best.fingerprint()
+
+
+def test_streamed_dataset_and_long_instances(tmp_path, caplog):
+    instances = world(NAMES[:24])
+    instances[3]["input"] = "long " * 300
+    stream = datasets.Dataset.from_list(instances).to_iterable_dataset()
+    logs = trained(CoSupTrainer(make_model(), arguments(tmp_path, max_steps=2), train_dataset=stream))
+    assert len(logs) == 2
+    trainer = CoSupTrainer(make_model(), arguments(tmp_path), train_dataset=instances)
+    assert len(trainer.train_dataset) == 23
+
+
+def test_long_instances_are_counted_in_a_warning(tmp_path, monkeypatch):
+    from trainer import cosup_trainer
+
+    said = []
+    monkeypatch.setattr(cosup_trainer.logger, "warning", said.append)
+    instances = world(NAMES[:8])
+    instances[3]["input"] = instances[5]["input"] = "long " * 300
+    CoSupTrainer(make_model(), arguments(tmp_path), train_dataset=instances)
+    assert said == ["Dropped 2 of 8 instances of the training set: longer than max_length=256."]
+    with pytest.raises(ValueError, match="All 1 instances of the training set are longer than max_length=256 tokens"):
+        CoSupTrainer(make_model(), arguments(tmp_path), train_dataset=[instances[3]])
+
+
+def test_bad_rows_name_the_dataset_and_row(tmp_path):
+    instances = world(NAMES[:4])
+    instances[2]["segments"] = []
+    with pytest.raises(ValueError, match="evaluation set, row 2: segments"):
+        CoSupTrainer(make_model(), arguments(tmp_path), train_dataset=world(NAMES[:4]), eval_dataset=instances)
+
+
+def test_compute_metrics_gets_embeddings_and_positives(tmp_path):
+    seen = {}
+
+    def compute_metrics(prediction):
+        queries, passages = prediction.predictions
+        seen["shapes"] = queries.shape, passages.shape
+        nearest = (queries @ passages.T).argmax(1)
+        return {"own_recall": float((nearest == prediction.label_ids).mean())}
+
+    args = arguments(tmp_path, per_device_eval_batch_size=4)
+    trainer = CoSupTrainer(make_model(), args, eval_dataset={"one": world(NAMES[:10])}, train_dataset=world(NAMES[:10]), compute_metrics=compute_metrics)
+    metrics = trainer.evaluate()
+    assert metrics["eval_one_own_recall"] == pytest.approx(metrics["eval_one_recall@1"])
+    assert seen["shapes"] == ((8, 32), (8, 32))
+
+
+def test_tokenizers_of_their_own_are_saved_and_found(tmp_path):
+    emb_seq_tokenizer = make_tokenizer(vocab_size=300)
+    model = make_model(gen_kwargs={"hidden_size": 48}, emb_seq_tokenizer=emb_seq_tokenizer)
+    trainer = CoSupTrainer(model, arguments(tmp_path, max_steps=1), train_dataset=world(NAMES[:8]), emb_seq_processing_class=emb_seq_tokenizer)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "out"))
+    loaded = CoSupForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.emb_seq_tokenizer.get_vocab() == emb_seq_tokenizer.get_vocab() != loaded.tokenizer.get_vocab()
+
+
+def test_lora_trains_adapters_and_control_token_rows_only(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = make_model()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = CoSupTrainer(model, arguments(tmp_path, max_steps=2), train_dataset=world(NAMES[:16]), peft_config=config)
+    trained(trainer)
+    adapters = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert any("gen" in name and "lora_B" in name and p.abs().sum() > 0 for name, p in adapters.items())
+    assert any("emb_seq" in name and "lora_B" in name and p.abs().sum() > 0 for name, p in adapters.items())
+    merged = trainer.model.merge_and_unload()
+    rows = merged.get_input_embeddings().weight
+    changed = (rows != before["gen.model.embed_tokens.weight"]).any(1).nonzero()[:, 0].tolist()
+    assert set(changed) <= {model.config.nsp_token_id, model.config.cs_token_id, model.config.ce_token_id}
+    assert model.config.nsp_token_id in changed
+    merged.save_pretrained(tmp_path / "merged")
+    CoSupForCausalLM.from_pretrained(tmp_path / "merged")
+
+
+def test_the_papers_optimiser(tmp_path):
+    """Learning rate x 0.85 after every epoch, clipping on Gen alone."""
+    model = make_model(similarity="dot", nsp_loss_weight=10.0)
+    args = arguments(tmp_path, num_train_epochs=3, lr_decay_per_epoch=0.85, clip_gen_only=True, max_grad_norm=1e-3, optim="sgd", learning_rate=0.01)
+    norms = {}
+
+    class Norms(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            for part in ("gen", "emb_seq"):
+                norms[part] = torch.stack([p.grad.norm() for p in getattr(model, part).parameters() if p.grad is not None]).norm().item()
+
+    logs = trained(CoSupTrainer(model, args, train_dataset=world(NAMES[:16]), callbacks=[Norms()]))
+    assert [entry["learning_rate"] for entry in logs] == pytest.approx([0.01, 0.01, 0.0085, 0.0085, 0.007225, 0.007225], rel=0.2)
+    assert {round(entry["learning_rate"], 8) for entry in logs} >= {0.01, 0.0085, 0.007225}
+    assert norms["gen"] == pytest.approx(1e-3, rel=1e-2)
+    assert norms["emb_seq"] > 1e-2
+
+
+def test_model_without_emb_seq_cannot_be_trained(tmp_path):
+    make_model().save_pretrained(tmp_path / "m")
+    with pytest.raises(ValueError, match="load_emb_seq=False"):
+        CoSupTrainer(CoSupForCausalLM.from_pretrained(tmp_path / "m", load_emb_seq=False), arguments(tmp_path))
