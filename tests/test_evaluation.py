@@ -9,7 +9,7 @@ from trainer.data import tokenize_instance
 from trainer.evaluation import Mean, Rate, answer, evaluate_model, exact_match, normalize_answer, ntp_loss, recall, reference_instances
 
 QUESTIONS = [
-    {"id": f"q{i}", "dataset": "d", "instruction": "", "input": f"question {i}?", "answers": [p["title"] or "none"], "provenance": [[p["id"]]], "candidates": []}
+    {"id": f"q{i}", "dataset": "d", "instruction": "", "input": f"question {i}?", "answers": [p["title"] or "none"]} | {"provenance": [[p["id"]]]}
     for i, p in enumerate(PASSAGES)
 ]
 
