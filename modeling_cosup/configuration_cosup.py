@@ -83,8 +83,6 @@ class CoSupConfig(PreTrainedConfig):
             if isinstance(sub_config, dict):
                 sub_config = dict(sub_config)
                 setattr(self, key, AutoConfig.for_model(sub_config.pop("model_type"), **sub_config))
-            elif sub_config is not None:
-                setattr(self, key, sub_config)
         if self.query_from == "query_encoder":
             width = None if self.query_encoder_config is None else self.query_encoder_config.get_text_config().hidden_size
             if width != self.embedding_size:

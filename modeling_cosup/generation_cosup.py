@@ -8,6 +8,8 @@ from transformers.generation import MaxLengthCriteria, MinLengthLogitsProcessor,
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import ModelOutput
 
+from .tokenization_cosup import (pad_rows)
+
 
 @dataclass
 class Retrieval:
@@ -74,14 +76,18 @@ class RetrievalGenerationMixin:
 
         Raises:
             `ValueError`: for an index of another model, and for what cannot be combined with retrieval: beam search, assisted decoding, a
-            given or static cache, `use_cache=False`, per-step scores, states or attentions.
+            given or static cache, `use_cache=False`, per-step scores, states or attentions, state-space layers, training mode with
+            gradient checkpointing.
         """
-        if "nsp_token_id" in kwargs and kwargs.pop("nsp_token_id") is None:
+        if "nsp_token_id" in kwargs:
+            if kwargs.pop("nsp_token_id") is not None:
+                raise ValueError("generate() takes nsp_token_id=None (plain Gen) or none at all; which token retrieves is the config's business.")
             return super().generate(inputs, generation_config, **{"suppress_tokens": None, **kwargs})
         if retriever is None or self.config.nsp_token_id is None:
             return super().generate(inputs, generation_config, **kwargs)
         retriever.check_model(self)
         self._check_retrieval_arguments(generation_config, kwargs)
+        kwargs.pop("past_key_values", None)
         # a cache without config never evicts: sliding-window layers too must keep every column for re-packing
         return super().generate(inputs, generation_config, past_key_values=DynamicCache(), retriever=retriever, max_retrievals=max_retrievals, **kwargs)
 
@@ -97,7 +103,10 @@ class RetrievalGenerationMixin:
         for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
             if getattr(prepared, name):
                 raise ValueError(f"{name}=True is not available with a retriever: rows that retrieve take no decoding step.")
-        if self.gen._is_stateful:
+        if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.gen.modules()):
+            raise ValueError("In training mode with gradient checkpointing there is no KV cache to generate with: call model.eval() first.")
+        layer_types = getattr(self.config.get_text_config(), "layer_types", None) or []
+        if self.gen._is_stateful or any("attention" not in layer or "linear" in layer for layer in layer_types):
             raise ValueError(f"{type(self.gen).__name__} keeps a recurrent state, which cannot be re-packed after a retrieval; use an attention model.")
 
     def prepare_inputs_for_generation(self, input_ids, retriever=None, max_retrievals=None, **kwargs):
@@ -201,7 +210,7 @@ class RetrievalGenerationMixin:
             stopped |= unfinished & (lengths >= context_length)
             unfinished = unfinished & ~stopped
             retrieving = unfinished & decoding & (tokens == nsp_token_id)
-            finished, any_retrieving = torch.stack([~unfinished.any(), retrieving.any()]).tolist()  # the step's one synchronisation
+            finished, any_retrieving = torch.stack([~unfinished.any(), retrieving.any()]).tolist()  # waits for the device
 
         if streamer is not None:
             streamer.end()
@@ -306,10 +315,7 @@ def _ragged_chunk(tokens, decoding, passages, cs_token_id, pad):
     """The next chunk `(B, W)` and its mask: a passage and `[Cs]`, one decoded token, or nothing, a row; padded on the right."""
     decoded = tokens.tolist()
     rows = [passages[row] + [cs_token_id] if row in passages else [decoded[row]] * decodes for row, decodes in enumerate(decoding.tolist())]
-    width = max(map(len, rows))
-    chunk = torch.tensor([ids + [pad] * (width - len(ids)) for ids in rows], device=tokens.device)
-    chunk_mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in rows], device=tokens.device)
-    return chunk, chunk_mask
+    return pad_rows(rows, pad, device=tokens.device)
 
 
 def _assemble(input_ids, history, mask, prompt_lengths, pad):

@@ -15,7 +15,7 @@ from .configuration_cosup import (CoSupConfig)
 from .generation_cosup import (RetrievalGenerationMixin)
 from .loss_cosup import (chunked_cross_entropy, info_nce)
 from .retrieval_cosup import (PassageIndex)
-from .tokenization_cosup import (add_control_tokens, bos_and_eos, end_of_turn_token_id, encode_texts, same_tokenizer, tokenizer_fingerprint)
+from .tokenization_cosup import (add_control_tokens, bos_and_eos, end_of_turn_token_id, encode_texts, pad_rows, same_tokenizer, tokenizer_fingerprint)
 
 EMB_SEQ_TOKENIZER_FOLDER = "emb_seq_tokenizer"  # only where the two tokenizers differ
 
@@ -115,7 +115,8 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
 
         Raises:
             `TypeError`: for a keyword that is no field of the config.
-            `ValueError`: without a tokenizer, or for an architecture whose logits are more than its LM head's output.
+            `ValueError`: without a tokenizer, for an architecture whose logits are more than its LM head's output, or when `max_passage_length`
+                exceeds Emb_seq's positions.
         """
         names = {key: config.pop(key) for key in ("nsp_token", "cs_token", "ce_token") if key in config}
         if unknown := set(config) - set(CoSupConfig.__dataclass_fields__):
@@ -155,6 +156,9 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
             dtype=gen.dtype,
             **config,
         )
+        limit = getattr(emb_seq.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and config.max_passage_length + 2 > limit:
+            raise ValueError(f"max_passage_length={config.max_passage_length}, BOS and EOS do not fit into Emb_seq's {limit} positions.")
         model = cls(config, gen, emb_seq, query_encoder).train(gen.training)
         if model.emb_head is not None:
             model.emb_head.to(device=emb_seq.device, dtype=emb_seq.dtype)
@@ -181,6 +185,8 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
     @torch.no_grad()
     def _check_lm_head(self):
         """Gen's logits must be those of `_lm_head` over its last hidden state: losses and generation rely on it."""
+        if self.gen.config._attn_implementation not in ("eager", "sdpa"):
+            return  # flash kernels do not run on the device where models are put together
         input_ids = torch.tensor([[0, self.config.nsp_token_id]], device=self.device)
         training, _ = self.training, self.eval()
         expected = self.gen(input_ids=input_ids, use_cache=False).logits
@@ -236,7 +242,7 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
             `ValueError`: when `passage_labels` does not count as many entries as the batch has `[NSP]`, or Emb_seq is needed and not loaded.
         """
         nsp_token_id = kwargs.pop("nsp_token_id", self.config.nsp_token_id)
-        kwargs.pop("return_dict", None)
+        return_dict = kwargs.pop("return_dict", None)
         passage_embeds = None
         if passage_input_ids is not None:
             passage_embeds = self.encode_passages(passage_input_ids, passage_attention_mask)
@@ -267,7 +273,7 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
             losses = info_nce(query_embeds, passage_embeds, passage_labels, temperature=self.config.temperature)
             nsp_loss = losses.sum() / (passage_labels != -100).sum().clamp(min=1)
             loss = self.config.nsp_loss_weight * nsp_loss if loss is None else loss + self.config.nsp_loss_weight * nsp_loss
-        return CoSupOutput(
+        output = CoSupOutput(
             loss=loss,
             ntp_loss=ntp_loss,
             nsp_loss=nsp_loss,
@@ -278,6 +284,7 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
         )
+        return output if return_dict is not False else output.to_tuple()
 
     def encode_passages(self, input_ids, attention_mask=None):
         """
@@ -297,8 +304,8 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
         """
         if self.emb_seq is None:
             raise ValueError("Emb_seq is not in memory (load_emb_seq=False): this model generates from a ready index but encodes no passages.")
-        if self.training and torch.is_grad_enabled():
-            self._forget_fingerprint("emb_seq")  # Emb_seq is being trained: what its checkpoint stored no longer describes it
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.emb_seq.parameters()):
+            self._forget_fingerprint("emb_seq")  # Emb_seq may be being trained: what its checkpoint stored no longer describes it
         return self._encode(self.emb_seq, input_ids, attention_mask)
 
     def _encode(self, encoder, input_ids, attention_mask):
@@ -314,9 +321,10 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
         options = {"use_cache": False} if "use_cache" in encoder.config.to_dict() else {}
         hidden = encoder(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state  # (M, L, h_emb)
         if self.config.emb_seq_pooling == "mean":
-            weights = attention_mask[:, :, None].float()
+            weights = attention_mask.to(hidden.device)[:, :, None].float()
             embeds = ((hidden.float() * weights).sum(1) / weights.sum(1).clamp(min=1)).to(hidden.dtype)
         else:
+            attention_mask = attention_mask.to(hidden.device)
             column = attention_mask.sum(1) - 1 if self.config.emb_seq_pooling == "eos" else torch.zeros_like(attention_mask[:, 0])
             embeds = hidden[torch.arange(len(hidden), device=hidden.device), column]
         if self.emb_head is not None:
@@ -326,7 +334,7 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
     def _query_embeds(self, hidden, input_ids, attention_mask, is_nsp):
         """Query embeddings `(N, h)` at the True positions of `is_nsp` `(B, T)`, from Gen's hidden states or from the encoder that `query_from` names."""
         if self.config.query_from == "gen":
-            return self._normalize(hidden[is_nsp])
+            return self._normalize(hidden[is_nsp.to(hidden.device)])
         rows, columns = is_nsp.nonzero(as_tuple=True)
         ids = input_ids[rows]
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask[rows, -ids.shape[1] :]
@@ -356,9 +364,7 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
             texts = [self.tokenizer.decode(ids[mask.bool()], skip_special_tokens=True) for ids, mask in zip(input_ids, attention_mask, strict=True)]
             bos, eos = bos_and_eos(self.emb_seq_tokenizer)
             rows = [bos + ids + eos for ids in encode_texts(self.emb_seq_tokenizer, texts)]
-            width = max(map(len, rows))
-            input_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in rows], device=input_ids.device)
-            attention_mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in rows], device=input_ids.device)
+            input_ids, attention_mask = pad_rows(rows, device=input_ids.device)
         return self._encode(encoder, input_ids, attention_mask)
 
     def _normalize(self, embeds):
@@ -401,24 +407,23 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
         """
         What an index must share with this model: hashes of Emb_seq's weights and of the tokenizers, and the embedding settings.
 
-        The weights' hash is that of the last save or load, until Emb_seq runs in training: so a dtype cast, a quantised load, a load without
-        Emb_seq and further training of Gen alone change nothing.
+        The weights' hash is taken anew where the weights are float32 or bfloat16 (a cast between the two keeps it). Otherwise, quantised, in
+        float16 or not loaded, it is that of the last save, so that none of these refuses an index; neither does further training of Gen.
 
         Args:
             state_dict (`dict`, *optional*): this model's full state dict, where the parameters in memory are shards.
 
         Returns:
             `dict[str, str | int]`.
+
+        Raises:
+            `ValueError`: when Emb_seq is not loaded and the checkpoint stores no hash of it.
         """
         stored = self.config.fingerprint or {}
-        adapted = self.emb_seq is not None and any(".base_layer." in name for name, _ in self.emb_seq.named_parameters())
-        hashes = {
-            "emb_seq": None if adapted else stored.get("emb_seq"),
-            "tokenizer": stored.get("tokenizer") or tokenizer_fingerprint(self.tokenizer),
-            "emb_seq_tokenizer": stored.get("emb_seq_tokenizer") or tokenizer_fingerprint(self.emb_seq_tokenizer),
-        }
-        hashes["emb_seq"] = hashes["emb_seq"] or self._hash_emb_seq(state_dict)
-        self.config.fingerprint = {**hashes, "emb_seq": None} if adapted else hashes  # adapters may be trained, merged or taken off
+        hashes = {name: stored.get(name) or tokenizer_fingerprint(getattr(self, name)) for name in ("tokenizer", "emb_seq_tokenizer")}
+        exact = self.emb_seq is not None and {p.dtype for p in self.emb_seq.parameters()} <= {torch.float32, torch.bfloat16}
+        hashes["emb_seq"] = self._hash_emb_seq(state_dict) if exact or not stored.get("emb_seq") else stored["emb_seq"]
+        self.config.fingerprint = hashes
         return {**hashes, **self.config.embedding_settings}
 
     def _forget_fingerprint(self, *names):
@@ -428,16 +433,16 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
 
     @torch.no_grad()
     def _hash_emb_seq(self, state_dict=None):
-        """SHA-256 of Emb_seq's and `emb_head`'s parameters, in bfloat16 so that a cast between float32 and bfloat16 keeps it."""
+        """SHA-256 of up to 8,192 weights of each parameter of Emb_seq and `emb_head`, evenly spread, in bfloat16: milliseconds at any size."""
         if self.emb_seq is None:
             raise ValueError("The checkpoint stores no fingerprint of Emb_seq and Emb_seq is not loaded, so no index can be checked against it.")
         digest = hashlib.sha256()
         for name, parameter in self.named_parameters():
-            if not name.startswith(("emb_seq.", "emb_head.")):
-                continue
-            digest.update(name.encode())
-            parameter = parameter if state_dict is None else state_dict[name]
-            digest.update(parameter.detach().to(torch.bfloat16).contiguous().cpu().view(torch.int16).numpy().tobytes())
+            if name.startswith(("emb_seq.", "emb_head.")):
+                weights = (parameter if state_dict is None else state_dict[name]).detach().reshape(-1)
+                sample = weights[:: max(1, len(weights) // 4096)].to(torch.bfloat16).contiguous().cpu()
+                digest.update(f"{name} {tuple(parameter.shape)}".encode())
+                digest.update(sample.view(torch.int16).numpy().tobytes())
         return digest.hexdigest()
 
     # ------------------------------------------------------------------ tokenizers, saving

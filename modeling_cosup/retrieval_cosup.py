@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
-from .tokenization_cosup import (encode_passages_for_emb_seq, encode_passages_for_gen)
+from .tokenization_cosup import (encode_passages_for_emb_seq, encode_passages_for_gen, pad_rows)
 
 try:
     import faiss
@@ -141,10 +141,7 @@ class PassageIndex:
         Raises:
             `OSError`: when the folder cannot be written, or `save_directory` exists and is not an index.
         """
-        save_directory = Path(save_directory)
-        if save_directory.exists() and any(save_directory.iterdir()) and not (save_directory / CONFIG_FILE).exists():
-            raise FileExistsError(f"{save_directory} exists, is not empty and is not a passage index; choose another folder.")
-        save_directory.parent.mkdir(parents=True, exist_ok=True)
+        save_directory = self.check_save_directory(save_directory)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{save_directory.name}.", suffix=".unfinished", dir=save_directory.parent))
         try:
             save_file({"embeddings": self.embeddings.contiguous()}, unfinished / EMBEDDINGS_FILE)
@@ -165,6 +162,21 @@ class PassageIndex:
             shutil.rmtree(replaced, ignore_errors=True)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
+
+    @staticmethod
+    def check_save_directory(save_directory):
+        """
+        Raise now what `save_pretrained` would raise after an hour of embedding; its parents are created.
+
+        Raises:
+            `OSError`: when the folder cannot be written, or exists and is neither empty nor an index.
+        """
+        save_directory = Path(save_directory)
+        if save_directory.exists() and any(save_directory.iterdir()) and not (save_directory / CONFIG_FILE).exists():
+            raise FileExistsError(f"{save_directory} exists, is not empty and is not a passage index; choose another folder.")
+        save_directory.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=save_directory.parent).close()
+        return save_directory
 
     @classmethod
     def from_pretrained(cls, name_or_path, revision=None, **kwargs):
@@ -251,9 +263,7 @@ def _embed(model, token_ids, batch_size, show_progress_bar):
         with tqdm(total=len(order), desc="Embedding passages", unit="passage", disable=not show_progress_bar) as bar:
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
-                width = len(token_ids[rows[0]])
-                ids = torch.tensor([token_ids[row] + [0] * (width - len(token_ids[row])) for row in rows], device=model.device)
-                mask = torch.tensor([[1] * len(token_ids[row]) + [0] * (width - len(token_ids[row])) for row in rows], device=model.device)
+                ids, mask = pad_rows([token_ids[row] for row in rows], device=model.device)
                 embeddings[rows] = model.encode_passages(ids, mask).float().cpu()
                 bar.update(len(rows))
     finally:

@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import re
 
+import torch
 from jinja2 import TemplateError
 from transformers import AddedToken
 
@@ -116,6 +117,28 @@ def bos_and_eos(tokenizer):
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
     eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     return [bos] if bos is not None else [], [eos] if eos is not None else []
+
+
+def pad_rows(rows, value=0, side="right", device=None):
+    """
+    Lists of token ids as one tensor.
+
+    Args:
+        rows (`list[list[int]]`): may be empty, and so may each of them.
+        value (`int`): of the padding.
+        side (`str`): `"right"` or `"left"`, where the padding goes.
+
+    Returns:
+        `(ids, mask)`: `torch.LongTensor` of shape `(len(rows), longest)`, at least one column wide; the mask is 0 on padding.
+    """
+    width = max(map(len, rows), default=0) or 1
+    ids = torch.full((len(rows), width), value, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        columns = slice(len(row)) if side == "right" else slice(width - len(row), width)
+        ids[i, columns] = torch.tensor(row, dtype=torch.long)
+        mask[i, columns] = 1
+    return ids.to(device), mask.to(device)
 
 
 def encode_prompt(tokenizer, input, instruction=""):

@@ -12,7 +12,7 @@ check_trainer_package()
 
 import torch  # noqa: E402
 
-from modeling_cosup import CoSupForCausalLM  # noqa: E402
+from modeling_cosup import CoSupForCausalLM, PassageIndex  # noqa: E402
 from trainer import load_corpus  # noqa: E402
 
 
@@ -31,6 +31,7 @@ def main():
     """Check the corpus, embed it, save the index."""
     (args,) = parse([IndexArguments], __doc__)
     with clear_errors():
+        PassageIndex.check_save_directory(args.output_dir)
         corpus = load_corpus(args.corpus_file)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(device)

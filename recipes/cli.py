@@ -33,13 +33,22 @@ def parse(dataclasses, description, argv=None):
             path = Path(word.partition("=")[2] or argv[i + 1])
             if not path.is_file():
                 sys.exit(f"--config {path}: no such file.")
-            values = yaml.safe_load(path.read_text()) or {}
+            try:
+                values = yaml.safe_load(path.read_text()) or {}
+            except yaml.YAMLError as error:
+                sys.exit(f"{path}: malformed YAML: {error}")
+            if not isinstance(values, dict):
+                sys.exit(f"{path}: found {type(values).__name__}, expected options, `name: value` a line.")
             if unknown := sorted(set(values) - set(known)):
                 sys.exit(f"{path}: unknown option {unknown[0]!r}.")
             for name, value in values.items():
                 known[name].required = False
                 kind = known[name].type
-                values[name] = kind(str(value)) if kind in (int, float) and isinstance(value, str) else value  # YAML reads 1e-4 as a string
+                if kind in (int, float) and value is not None:
+                    try:
+                        values[name] = kind(str(value))  # YAML reads 1e-4 as a string
+                    except ValueError:
+                        sys.exit(f"{path}: {name} is {value!r}, expected {'an integer' if kind is int else 'a number'}.")
             parser.set_defaults(**values)
     return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[: len(dataclasses)]  # behind them: a namespace with `config`
 

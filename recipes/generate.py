@@ -40,11 +40,12 @@ def answer(args):
 
     import torch
 
-    from modeling_cosup import CoSupForCausalLM
+    from modeling_cosup import CoSupConfig, CoSupForCausalLM
     from modeling_cosup.tokenization_cosup import encode_prompt
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype, load_emb_seq=False).to(device)
+    own_queries = CoSupConfig.from_pretrained(args.model).query_from == "gen"  # then generation needs Gen alone
+    model = CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype, load_emb_seq=not own_queries).to(device)
     tokenizer = model.tokenizer
     index = model.load_index(args.index) if args.index else None
     tokenizer.padding_side = "left"

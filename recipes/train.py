@@ -22,7 +22,6 @@ check_trainer_package()
 
 import torch  # noqa: E402
 from transformers import set_seed  # noqa: E402
-from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 
 from modeling_cosup import CoSupForCausalLM, PassageIndex  # noqa: E402
 from trainer import CoSupTrainer, CoSupTrainingArguments, load_corpus, load_evaluation_set, load_instances  # noqa: E402
@@ -41,6 +40,7 @@ class ScriptArguments:
     similarity: str = field(default="cosine", metadata={"help": "cosine or dot (the paper)."})
     temperature: float | None = field(default=None, metadata={"help": "Of the NSP loss; 0.05 for cosine, 1.0 for dot."})
     nsp_loss_weight: float | None = field(default=None, metadata={"help": "λ; 1.0 for cosine, 0.01 for dot."})
+    query_from: str = field(default="gen", metadata={"help": "Where queries come from: gen (the method) or emb_seq (the paper's baseline)."})
     emb_seq_pooling: str = field(default="eos", metadata={"help": "eos (the paper), mean or cls."})
     passage_template: str = field(default="{title} :: {text}", metadata={"help": "How a passage reads."})
     max_passage_length: int = field(default=256, metadata={"help": "Tokens of a passage."})
@@ -62,17 +62,19 @@ class ScriptArguments:
 
 
 def main():
-    """Run, then close the process group. The trainer is gone by then: the last owner of a gloo group can deadlock as it goes."""
-    run()
-    gc.collect()
+    """Train on all processes, then index and evaluate on the main one, without a process group that would time out meanwhile."""
+    script, args = parse([ScriptArguments, CoSupTrainingArguments], __doc__)
+    model, corpus, questions, results = train(script, args)
+    gc.collect()  # the trainer first: the last owner of a gloo group can deadlock as it goes
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+    if model is not None:
+        index_and_evaluate(model, corpus, questions, results, script, args)
 
 
-def run():
-    """Read and check everything, train, save, index, evaluate."""
-    script, args = parse([ScriptArguments, CoSupTrainingArguments], __doc__)
+def train(script, args):
+    """Read and check everything, train, save. Returns the model (on the main process, else `None`), corpus, questions and results so far."""
     if args.use_cpu and args.world_size == 1:
         torch.set_num_threads(script.num_threads or os.cpu_count())  # accelerate launch leaves one
     with clear_errors():
@@ -88,6 +90,10 @@ def run():
         questions = load_evaluation_set(script.eval_file, corpus=corpus)[: script.max_eval_samples] if script.eval_file else None
         if questions is not None and corpus is None:
             raise ValueError("--eval_file needs --corpus_file: its questions are answered from that corpus.")
+        if questions is not None and not any(x["provenance"] for x in questions):
+            raise ValueError(f"{script.eval_file}: no question has provenance, so there is nothing to retrieve.")
+        if corpus is not None:
+            PassageIndex.check_save_directory(Path(args.output_dir) / "index")
         if validation is None and args.eval_strategy != "no":
             raise ValueError(f"eval_strategy is {args.eval_strategy.value!r} but there is no --validation_file.")
         trainer = CoSupTrainer(load_model(script), args, train_dataset=train, eval_dataset=validation)
@@ -95,27 +101,35 @@ def run():
     results = {"seed": args.seed}
     if questions is not None and script.eval_before_training and trainer.is_world_process_zero():
         model = trainer.model.to(args.device)
-        with trainer.accelerator.autocast():  # in training's precision, here and after training
+        with precision(args):
             results["before"] = held_out(model, model.build_index(corpus, batch_size=args.per_device_eval_batch_size), questions, corpus, args)
-    checkpoint = args.resume_from_checkpoint
-    if checkpoint in ("True", "true"):
-        checkpoint = get_last_checkpoint(args.output_dir)
-    output = trainer.train(resume_from_checkpoint=checkpoint)
+    resume = args.resume_from_checkpoint
+    output = trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)
     trainer.save_model()
     trainer.save_state()
     results["train"] = output.metrics
     if validation is not None:
         results["validation"] = trainer.evaluate()
 
-    if corpus is not None and trainer.is_world_process_zero():
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        with trainer.accelerator.autocast():
+    model = trainer.accelerator.unwrap_model(trainer.model) if trainer.is_world_process_zero() else None
+    return model, corpus, questions, results
+
+
+def index_and_evaluate(model, corpus, questions, results, script, args):
+    """Build and save the index, measure, write `results.json`."""
+    if corpus is not None:
+        with precision(args):
             index = model.build_index(corpus, batch_size=args.per_device_eval_batch_size)
             index.save_pretrained(Path(args.output_dir) / "index")
             if questions is not None:
                 report(model, index, questions, corpus, results, script, args)
-    if trainer.is_world_process_zero():
-        Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2, default=lambda value: value.to_dict()) + "\n")
+    Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2, default=lambda value: value.to_dict()) + "\n")
+
+
+def precision(args):
+    """Autocast as in training, for what is measured before and after it."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float16
+    return torch.autocast(args.device.type, dtype, enabled=args.bf16 or args.fp16)
 
 
 def check_output_dir(output_dir):
@@ -139,18 +153,21 @@ def prepare(script, args):
 
 def load_model(script):
     """The model to train: a checkpoint of this project, or Gen and Emb_seq put together."""
-    kwargs = {"dtype": getattr(torch, script.dtype)}
+    kwargs = {"dtype": script.dtype}
     if script.attn_implementation:
         kwargs["attn_implementation"] = script.attn_implementation
-    if script.model_name_or_path:
-        return CoSupForCausalLM.from_pretrained(script.model_name_or_path, **kwargs)
     names = ("similarity", "temperature", "nsp_loss_weight", "emb_seq_pooling", "passage_template", "max_passage_length")
-    names += ("nsp_token", "cs_token", "ce_token")
+    names += ("query_from", "nsp_token", "cs_token", "ce_token")
     fields = {name: getattr(script, name) for name in names}
+    if script.model_name_or_path:
+        defaults = ScriptArguments()
+        if changed := [name for name in names if fields[name] != getattr(defaults, name)]:
+            raise ValueError(f"--{changed[0]} is the checkpoint's business: {script.model_name_or_path} was built with its own.")
+        return CoSupForCausalLM.from_pretrained(script.model_name_or_path, **kwargs)
     return CoSupForCausalLM.from_gen_and_emb_seq(script.gen, script.emb_seq, model_kwargs=kwargs, **fields)
 
 
-def held_out(model, index: PassageIndex, questions, corpus, args):
+def held_out(model, index, questions, corpus, args):
     """Held-out NTP loss of the reference answers, and recall@1 and @5 over the corpus."""
     rates = recall(model, index, questions, batch_size=args.per_device_eval_batch_size)
     return {"ntp_loss": ntp_loss(model, reference_instances(questions, corpus)), **{f"recall@{k}": rate for k, rate in rates.items()}}
@@ -158,10 +175,11 @@ def held_out(model, index: PassageIndex, questions, corpus, args):
 
 def report(model, index, questions, corpus, results, script, args):
     """Measure, print the table and a few answers, and keep it all in `results`."""
-    if "before" in results:
-        results["after"] = held_out(model, index, questions, corpus, args)
     metrics, answers = evaluate_model(model, index, questions, args.per_device_eval_batch_size, script.max_new_tokens)
     results["evaluation"] = metrics
+    if "before" in results:
+        results["after"] = {"ntp_loss": ntp_loss(model, reference_instances(questions, corpus))}
+        results["after"].update({name: metrics[name] for name in results["before"] if name != "ntp_loss"})
     print(f"\n{len(questions)} questions over an index of {len(index):,} passages (95 % intervals in brackets)\n")
     names = {
         "recall@1": "recall@1 of the query embedding",

@@ -39,7 +39,7 @@ def test_labels_token_by_token(model, retrievals, train_on_passages):
     assert found["input_ids"] == [id for id, _ in expected]
     assert found["labels"] == [id if trained else -100 for id, trained in expected]
     assert len(found["passage_input_ids"]) == retrievals
-    for ids, passage in zip(found["passage_input_ids"], PASSAGES):
+    for ids, passage in zip(found["passage_input_ids"], PASSAGES[:retrievals], strict=True):
         assert ids == [tokenizer.bos_token_id, *plain(tokenizer, render_passage(passage, "{title} :: {text}")), eos]
 
 

@@ -86,7 +86,7 @@ def test_gradient_accumulation_equals_the_reference(tmp_path, similarity):
         total += loss.item()
     (entry,) = trained(trainer)
     assert entry["loss"] == pytest.approx(total, rel=1e-5)
-    for (name, parameter), expected in zip(model.named_parameters(), reference.parameters()):
+    for (name, parameter), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
         step = -0.1 * (expected.grad if expected.grad is not None else 0)
         torch.testing.assert_close(parameter, expected + step, rtol=1e-5, atol=1e-6, msg=name)
 

@@ -1,5 +1,6 @@
 """CoSupTrainer: the Trainer whose loss is L = L_NTP + λ·L_NSP over the global batch."""
 
+import copy
 import time
 from collections import defaultdict
 
@@ -9,7 +10,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import Trainer
 from transformers.trainer_utils import EvalPrediction
-from transformers.utils import logging
+from transformers.utils import is_peft_available, logging
 
 from modeling_cosup import CoSupForCausalLM, info_nce, similarity_scores
 from modeling_cosup.tokenization_cosup import end_of_turn_token_id
@@ -17,6 +18,9 @@ from modeling_cosup.tokenization_cosup import end_of_turn_token_id
 from .data import CoSupDataCollator, check_instance, tokenize_instance
 from .distributed import gather_rows, world_size
 from .training_args import CoSupTrainingArguments
+
+if is_peft_available():
+    from peft import LoraConfig, PeftModel, get_peft_model
 
 logger = logging.get_logger(__name__)
 
@@ -69,13 +73,14 @@ class CoSupTrainer(Trainer):
         **kwargs,
     ):
         args = args if args is not None else CoSupTrainingArguments("cosup")
-        if args.n_gpu > 1:  # DataParallel cannot slice a batch whose passages are shared by its rows
-            raise ValueError(f"{args.n_gpu} GPUs in one process: use `accelerate launch --multi_gpu`, or show it one with CUDA_VISIBLE_DEVICES=0.")
         model = CoSupForCausalLM.from_pretrained(model) if isinstance(model, str) else model
-        base = model.get_base_model() if not isinstance(model, CoSupForCausalLM) else model
-        if base.emb_seq is None:
-            raise ValueError("The model was loaded with load_emb_seq=False; training needs Emb_seq.")
+        base = _without_peft(model)
+        if base.config.model_type != "cosup" or base.emb_seq is None:
+            raise ValueError("CoSupTrainer needs a CoSupForCausalLM with Emb_seq; this one is another model or was loaded with load_emb_seq=False.")
+        if world_size() > 1 and not args.average_tokens_across_devices:
+            raise ValueError("Losses are divided by global counts: leave average_tokens_across_devices=True.")
         if processing_class is not None:
+            _check_control_tokens(processing_class, base.config)
             base.tokenizer = processing_class
         if emb_seq_processing_class is not None:
             base.emb_seq_tokenizer = emb_seq_processing_class
@@ -112,7 +117,11 @@ class CoSupTrainer(Trainer):
         """Instances to token ids; instances longer than `max_length` are dropped, with their number in a warning."""
         if dataset is None:
             return None
+        if isinstance(dataset, torch.utils.data.Dataset) and not isinstance(dataset, torch.utils.data.IterableDataset):
+            dataset = list(dataset)
         if isinstance(dataset, list):
+            if not dataset:
+                raise ValueError(f"The {name} is empty.")
             dataset = datasets.Dataset.from_list([check_instance(instance, f"{name}, row {row}") for row, instance in enumerate(dataset)])
         columns = dataset.column_names or list(next(iter(dataset)))
         if set(COLUMNS) <= set(columns):
@@ -136,6 +145,12 @@ class CoSupTrainer(Trainer):
             logger.warning(f"Dropped {len(tokenized) - len(short)} of {len(tokenized)} instances of the {name}: longer than max_length={args.max_length}.")
             tokenized = tokenized.select(short)
         return tokenized
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """`Trainer.evaluate`; `eval_dataset` may hold instances or tokenized ones, as in the constructor."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str | dict):
+            eval_dataset = self._prepare_dataset(eval_dataset, self.args, "evaluation set")
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = COLUMNS
@@ -212,7 +227,7 @@ class CoSupTrainer(Trainer):
         """Add the components of the loss to what `Trainer` logs."""
         if "loss" in logs and self._sums:
             keys = ("ntp_loss", "nsp_loss", "tokens", "correct", "negatives", "queries")
-            totals = torch.stack([torch.as_tensor(self._sums[key], dtype=torch.float64, device=self.args.device) for key in keys])
+            totals = torch.stack([torch.as_tensor(self._sums[key], dtype=torch.float32, device=self.args.device) for key in keys])
             total = dict(zip(keys, self._global_sum(totals).tolist(), strict=True))
             steps = max(1, self._sums["steps"])
             logs["ntp_loss"] = total["ntp_loss"] / steps
@@ -248,10 +263,11 @@ class CoSupTrainer(Trainer):
 
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
         """`Trainer`'s loop, then token-weighted losses and recall over all passages of the set."""
-        self._eval_batches = []
+        self._eval_batches, start = [], time.time()
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         batches = gather_object(self._eval_batches)
-        self._eval_batches, self._logged_at = [], time.time()  # time spent here is no training time
+        self._eval_batches = []
+        self._logged_at += time.time() - start  # no training time
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in self._evaluation_metrics(batches).items()})
         return output
 
@@ -282,6 +298,8 @@ class CoSupTrainer(Trainer):
             return super().create_scheduler(num_training_steps, optimizer)
         steps_per_epoch = max(1, round(num_training_steps / self.args.num_train_epochs))
         if self.args.max_steps > 0:
+            if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
+                raise ValueError("lr_decay_per_epoch needs to know how long an epoch is; a streamed dataset does not say.")
             batches = len(self.get_train_dataloader())
             steps_per_epoch = max(1, -(-batches // self.args.gradient_accumulation_steps))
         optimizer = self.optimizer if optimizer is None else optimizer
@@ -292,10 +310,8 @@ class CoSupTrainer(Trainer):
     def _clip_grad_norm(self, model):
         if not self.args.clip_gen_only:
             return super()._clip_grad_norm(model)
-        gen = self.accelerator.unwrap_model(model)
-        gen = gen.gen if isinstance(gen, CoSupForCausalLM) else gen.get_base_model().gen
+        gen = _without_peft(self.accelerator.unwrap_model(model)).gen
         return self.accelerator.clip_grad_norm_(gen.parameters(), self.args.max_grad_norm)
-
 
     def _issue_warnings_after_load(self, load_result):
         """Tied weights are stored once: a head that the checkpoint lacks because it is the embedding is not missing."""
@@ -322,21 +338,39 @@ class _ShorterThan:
 
 
 def _ranks(query_embeds, passage_embeds, labels, chunk_size=1024):
-    """Number of passages that score higher than the positive: `(N,)` for queries `(N, h)`, passages `(M, h)` and labels `(N,)`."""
+    """
+    Number of other passages that score at least as high as the positive (a tie is a miss, or a collapsed model would be perfect): `(N,)` for
+    queries `(N, h)`, passages `(M, h)` and labels `(N,)`.
+    """
     ranks = []
     for start in range(0, len(labels), chunk_size):
         scores = query_embeds[start : start + chunk_size] @ passage_embeds.T
         positive = np.take_along_axis(scores, labels[start : start + chunk_size, None], axis=1)
-        ranks.append((scores > positive).sum(1))
+        ranks.append((scores >= positive).sum(1) - 1)
     return np.concatenate(ranks)
 
 
-def _wrap_in_peft(model, peft_config):
-    """`get_peft_model`, with the rows of Gen's control tokens trainable unless the config says what to do with embeddings."""
-    from peft import LoraConfig, get_peft_model
+def _without_peft(model):
+    """The model itself, or the one that PEFT has wrapped."""
+    return model.get_base_model() if is_peft_available() and isinstance(model, PeftModel) else model
 
+
+def _check_control_tokens(tokenizer, config):
+    """A tokenizer without the model's control tokens, or with others at their ids, would train and save something else."""
+    tokens = [token for token in tokenizer.convert_ids_to_tokens([config.nsp_token_id, config.cs_token_id, config.ce_token_id]) if token]
+    if len(tokens) < 3 or not set(tokens) <= set(tokenizer.get_added_vocab()):
+        raise ValueError(f"processing_class has {tokens} where the model has its control tokens; pass the tokenizer that from_gen_and_emb_seq extended.")
+
+
+def _wrap_in_peft(model, peft_config):
+    """`get_peft_model`; trains the rows of Gen's control tokens (and `emb_head`) too, unless the config says what to do with embeddings."""
+    peft_config = copy.deepcopy(peft_config)
     if isinstance(peft_config, LoraConfig) and peft_config.trainable_token_indices is None and not peft_config.modules_to_save:
-        embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
-        config = model.config
-        peft_config.trainable_token_indices = {embedding: [config.nsp_token_id, config.cs_token_id, config.ce_token_id]}
+        names = {id(module): name for name, module in model.named_modules()}
+        ids = [model.config.nsp_token_id, model.config.cs_token_id, model.config.ce_token_id]
+        peft_config.trainable_token_indices = {names[id(model.get_input_embeddings())]: ids}
+        if not model.config.tie_word_embeddings:  # else their logits, equal at the start, would stay equal
+            peft_config.trainable_token_indices[names[id(model.get_output_embeddings())]] = ids
+        if model.emb_head is not None:
+            peft_config.modules_to_save = ["emb_head"]
     return get_peft_model(model, peft_config)

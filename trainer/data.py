@@ -14,6 +14,7 @@ from modeling_cosup.tokenization_cosup import (
     encode_prompt,
     encode_texts,
     end_of_turn_token_id,
+    pad_rows,
 )
 
 # ---------------------------------------------------------------------- reading and checking
@@ -32,14 +33,14 @@ def read_jsonl(path):
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file.")
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             where = f"{path}, line {number}"
             try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
+                value = json.loads(line.decode("utf-8"))
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise ValueError(f"{where}: malformed JSON ({error}).") from None
             if not isinstance(value, dict):
                 raise ValueError(f"{where}: found {type(value).__name__}, expected a JSON object.")
@@ -57,9 +58,33 @@ def _read(source, split):
         yield f"{source} ({split}), row {row}", value
 
 
+def check_text(value, field, where, may_be_empty=False):
+    """`value` if it is a string that can be encoded and, unless `may_be_empty`, holds more than white space; `ValueError` otherwise."""
+    expected = "a string" if may_be_empty else "a string that is not empty"
+    if not isinstance(value, str) or not (may_be_empty or value.strip()):
+        raise ValueError(f"{where}: {field} is {value!r}, expected {expected}.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # half a surrogate pair: valid JSON, no text
+        raise ValueError(f"{where}: {field} holds {value[error.start]!r}, which is no character.") from None
+    return value
+
+
+def check_passage(passage, where, field=""):
+    """A passage as `{"id", "title", "text"}`; a missing title becomes empty, a missing id that of [`content_id`]."""
+    text = check_text(passage.get("text"), f"{field}text", where)
+    title = passage.get("title")
+    title = check_text("" if title is None else title, f"{field}title", where, may_be_empty=True)
+    id = passage.get("id")
+    return {"id": content_id(title, text) if id is None else str(id), "title": title, "text": text}
+
+
 def load_instances(source, split="train"):
     """Training instances of a JSON Lines file or dataset name, checked: `list[dict]`; see [`check_instance`]."""
-    return [check_instance(value, where) for where, value in _read(source, split)]
+    instances = [check_instance(value, where) for where, value in _read(source, split)]
+    if not instances:
+        raise ValueError(f"{source}: holds no instance.")
+    return instances
 
 
 def check_instance(instance, where):
@@ -75,33 +100,30 @@ def check_instance(instance, where):
         `ValueError`: names the place, the field, what was found and what was expected.
     """
 
-    def require(condition, field, found, expected):
-        if not condition:
-            raise ValueError(f"{where}: {field} is {found!r}, expected {expected}.")
-
-    def text(value, field, may_be_empty=False):
-        require(isinstance(value, str) and (may_be_empty or value.strip()), field, value, "a string" if may_be_empty else "a string that is not empty")
-        return value
-
     segments = instance.get("segments")
-    require(isinstance(segments, list) and segments, "segments", segments, "a list of at least one segment")
+    if not isinstance(segments, list) or not segments:
+        raise ValueError(f"{where}: segments is {segments!r}, expected a list of at least one segment.")
     checked = []
     for i, segment in enumerate(segments):
-        require(isinstance(segment, dict), f"segments[{i}]", segment, "an object with text and passage")
+        name = f"segments[{i}]"
+        if not isinstance(segment, dict):
+            raise ValueError(f"{where}: {name} is {segment!r}, expected an object with text and passage.")
         passage = segment.get("passage")
-        require(passage is None or isinstance(passage, dict), f"segments[{i}].passage", passage, "an object or null")
-        if passage is not None:
-            name = f"segments[{i}].passage"
-            body = text(passage.get("text"), f"{name}.text")
-            title = text(passage.get("title") or "", f"{name}.title", may_be_empty=True)
-            passage = {"id": str(passage.get("id") or content_id(title, body)), "title": title, "text": body}
-        checked.append({"text": text(segment.get("text"), f"segments[{i}].text"), "passage": passage})
+        if passage is not None and not isinstance(passage, dict):
+            raise ValueError(f"{where}: {name}.passage is {passage!r}, expected an object or null.")
+        passage = None if passage is None else check_passage(passage, where, f"{name}.passage.")
+        checked.append({"text": check_text(segment.get("text"), f"{name}.text", where), "passage": passage})
+    return {**_check_question(instance, where), "segments": checked}
+
+
+def _check_question(value, where):
+    """The fields that training and evaluation instances share."""
+    instruction = value.get("instruction")
     return {
-        "id": str(instance.get("id") or where),
-        "dataset": str(instance.get("dataset") or ""),
-        "instruction": text(instance.get("instruction") or "", "instruction", may_be_empty=True),
-        "input": text(instance.get("input"), "input"),
-        "segments": checked,
+        "id": where if value.get("id") is None else str(value["id"]),
+        "dataset": str(value.get("dataset") or ""),
+        "instruction": check_text("" if instruction is None else instruction, "instruction", where, may_be_empty=True),
+        "input": check_text(value.get("input"), "input", where),
     }
 
 
@@ -119,13 +141,11 @@ def load_corpus(source, split="train"):
     """
     passages, places = [], {}
     for where, value in _read(source, split):
-        for name in ("id", "text"):
-            if not isinstance(value.get(name), str) or not value[name].strip():
-                raise ValueError(f"{where}: {name} is {value.get(name)!r}, expected a string that is not empty.")
+        check_text(value.get("id"), "id", where)
         if value["id"] in places:
             raise ValueError(f"{where}: id {value['id']!r} already stands at {places[value['id']]}; ids must be unique.")
         places[value["id"]] = where
-        passages.append({"id": value["id"], "title": value.get("title") or "", "text": value["text"]})
+        passages.append(check_passage(value, where))
     if not passages:
         raise ValueError(f"{source}: the corpus holds no passage.")
     return passages
@@ -146,22 +166,27 @@ def load_evaluation_set(source, split="test", corpus=None):
     known = None if corpus is None else {passage["id"] for passage in corpus}
     instances = []
     for where, value in _read(source, split):
-        if not isinstance(value.get("input"), str) or not value["input"].strip():
-            raise ValueError(f"{where}: input is {value.get('input')!r}, expected a string that is not empty.")
-        answers, provenance, candidates = value.get("answers"), value.get("provenance"), value.get("candidates") or []
-        if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+        question = _check_question(value, where)
+        answers, provenance, candidates = value.get("answers"), value.get("provenance"), value.get("candidates")
+        candidates = [] if candidates is None else candidates
+        if not _are_strings(answers) or not answers:
             raise ValueError(f"{where}: answers is {answers!r}, expected a list of at least one string.")
-        if not isinstance(provenance, list) or not all(isinstance(ids, list) and ids for ids in provenance):
+        if not isinstance(provenance, list) or not all(_are_strings(ids) and ids for ids in provenance):
             raise ValueError(f"{where}: provenance is {provenance!r}, expected a list of lists of passage ids.")
+        if not _are_strings(candidates):
+            raise ValueError(f"{where}: candidates is {candidates!r}, expected a list of passage ids.")
         for name, ids in [("provenance", sum(provenance, [])), ("candidates", candidates)]:
             missing = [] if known is None else [id for id in ids if id not in known]
             if missing:
                 raise ValueError(f"{where}: {name} holds {missing[0]!r}, which the corpus lacks ({len(missing)} such ids).")
-        instance = {"id": str(value.get("id") or where), "dataset": value.get("dataset") or "", "instruction": value.get("instruction") or ""}
-        instances.append({**instance, "input": value["input"], "answers": answers, "provenance": provenance, "candidates": candidates})
+        instances.append({**question, "answers": answers, "provenance": provenance, "candidates": candidates})
     if not instances:
         raise ValueError(f"{source}: the evaluation set holds no instance.")
     return instances
+
+
+def _are_strings(values):
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 # ---------------------------------------------------------------------- tokenizing
@@ -236,9 +261,9 @@ class CoSupDataCollator:
                 if row == len(passages):
                     passages.append(list(ids))
                 passage_labels.append(row)
-        input_ids, attention_mask = _pad([feature["input_ids"] for feature in features], self.pad_token_id)
-        labels, _ = _pad([feature["labels"] for feature in features], -100)
-        passage_input_ids, passage_attention_mask = _pad(passages, self.emb_seq_pad_token_id)
+        input_ids, attention_mask = pad_rows([feature["input_ids"] for feature in features], self.pad_token_id)
+        labels, _ = pad_rows([feature["labels"] for feature in features], -100)
+        passage_input_ids, passage_attention_mask = pad_rows(passages, self.emb_seq_pad_token_id)
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -248,14 +273,6 @@ class CoSupDataCollator:
             "passage_labels": torch.tensor(passage_labels, dtype=torch.long),
             "passage_hashes": torch.tensor([_hash(ids) for ids in passages], dtype=torch.long),
         }
-
-
-def _pad(rows, value):
-    """Lists of ids to `(ids, mask)`, both `(len(rows), longest)`, padded on the right."""
-    width = max(map(len, rows), default=1)
-    ids = torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.long).reshape(len(rows), width)
-    mask = torch.arange(width) < torch.tensor([len(row) for row in rows], dtype=torch.long)[:, None]
-    return ids, mask.long().reshape(len(rows), width)
 
 
 def _hash(ids):

@@ -1,5 +1,6 @@
 """Judge a model on an evaluation set: recall of its query embeddings, and what it retrieves and answers while generating."""
 
+import contextlib
 import math
 import re
 import string
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from modeling_cosup.tokenization_cosup import encode_passages_for_gen, encode_prompt
+from modeling_cosup.tokenization_cosup import encode_passages_for_gen, encode_prompt, pad_rows
 
 from .data import CoSupDataCollator, tokenize_instance
 
@@ -99,14 +100,25 @@ def exact_match(prediction, answers):
 
 
 def gold_ids(instance):
-    """Ids of all passages that count as evidence, of any evidence set."""
+    """Ids of all passages that count as gold, of any set of `provenance`."""
     return {id for evidence in instance["provenance"] for id in evidence}
 
 
 # ---------------------------------------------------------------------- running the model
 
 
-@torch.no_grad()
+@contextlib.contextmanager
+def evaluating(model):
+    """Evaluation mode without gradients; the mode before comes back."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
 def embed_queries(model, instances, batch_size=32):
     """
     Query embeddings of questions: the hidden state at an `[NSP]` right behind the prompt.
@@ -116,9 +128,9 @@ def embed_queries(model, instances, batch_size=32):
     """
     prompts = [[*encode_prompt(model.tokenizer, x["input"], x["instruction"]), model.config.nsp_token_id] for x in instances]
     embeds = torch.empty(len(prompts), model.config.embedding_size)
-    for rows, batch in _batches(model, prompts, batch_size, "Embedding questions"):
-        outputs = model(**batch, return_logits=False)
-        embeds[rows] = outputs.query_embeds.float().cpu()
+    with evaluating(model):
+        for rows, batch in _batches(model, prompts, batch_size, "Embedding questions"):
+            embeds[rows] = model(**batch, return_logits=False, use_cache=False).query_embeds.float().cpu()
     return embeds
 
 
@@ -136,7 +148,6 @@ def recall(model, index, instances, ks=(1, 5), batch_size=32):
     return {k: Rate(sum(any(hits[:k]) for hits in found), len(asked)) for k in ks}
 
 
-@torch.no_grad()
 def answer(model, instances, index=None, mode="retrieval", batch_size=32, max_new_tokens=64):
     """
     Answers to questions.
@@ -144,8 +155,8 @@ def answer(model, instances, index=None, mode="retrieval", batch_size=32, max_ne
     Args:
         model (`CoSupForCausalLM`), instances (`list[dict]`): evaluation instances.
         index (`PassageIndex`): searched (`"retrieval"`) or read (`"gold"`).
-        mode (`str`): `"retrieval"`: Gen decides when to retrieve. `"gold"`: the first passage of the first evidence set stands behind the prompt,
-            and the answer ends with its grounded text. `"off"`: `[NSP]` cannot be emitted.
+        mode (`str`): `"retrieval"`: Gen decides when to retrieve. `"gold"`: the first passage of the first set of `provenance` stands behind the
+            prompt, and the answer ends with its grounded text. `"off"`: `[NSP]` cannot be emitted.
         batch_size, max_new_tokens (`int`): as in generate().
 
     Returns:
@@ -166,7 +177,8 @@ def answer(model, instances, index=None, mode="retrieval", batch_size=32, max_ne
         options["eos_token_id"] = [config.ce_token_id, *model.generation_config.eos_token_id]
     answers = [None] * len(prompts)
     for rows, batch in _batches(model, prompts, batch_size, f"Answering ({mode})"):
-        outputs = model.generate(**batch, **options)
+        with evaluating(model):
+            outputs = model.generate(**batch, **options)
         start = batch["input_ids"].shape[1]
         cited = model.decode_with_citations(outputs, tokenizer) if mode == "retrieval" else [""] * len(rows)
         traces = outputs.retrievals if mode == "retrieval" else [[] for _ in rows]
@@ -175,10 +187,9 @@ def answer(model, instances, index=None, mode="retrieval", batch_size=32, max_ne
     return answers
 
 
-@torch.no_grad()
 def ntp_loss(model, instances):
     """
-    NTP loss of the first answer of each question, grounded on the first passage of its first evidence set.
+    NTP loss of the first answer of each question, grounded on the first passage of its first set of `provenance`.
 
     Args:
         instances (`list[dict]`): training instances, e.g. of [`reference_instances`].
@@ -186,17 +197,16 @@ def ntp_loss(model, instances):
     Returns:
         [`Mean`] over trained tokens.
     """
-    training, sums, weights = model.training, [], []
-    model.eval()
+    sums, weights = [], []
     collate = CoSupDataCollator(0, 0)
     for instance in tqdm(instances, desc="NTP loss", unit="instance"):
         batch = collate([tokenize_instance(instance, model.tokenizer, model.emb_seq_tokenizer, model.config)])
         ids, mask, labels = (batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels"))
         count = int((labels[:, 1:] != -100).sum())
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels, output_query_embeds=False).ntp_loss
+        with evaluating(model):
+            loss = model(input_ids=ids, attention_mask=mask, labels=labels, output_query_embeds=False).ntp_loss
         sums.append(float(loss) * count)
         weights.append(count)
-    model.train(training)
     return Mean(sums, weights)
 
 
@@ -219,8 +229,6 @@ def evaluate_model(model, index, instances, batch_size=32, max_new_tokens=64):
         the model's own retrieval, with the gold passage, with retrieval switched off. `needless_retrieval` and `exact_match_no_passage`: of
         questions without provenance, the share that retrieves, and the share answered right.
     """
-    training = model.training
-    model.eval()
     needs = [i for i, x in enumerate(instances) if x["provenance"]]
     free = [i for i, x in enumerate(instances) if not x["provenance"]]
     options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
@@ -238,7 +246,6 @@ def evaluate_model(model, index, instances, batch_size=32, max_new_tokens=64):
     if free:
         metrics["needless_retrieval"] = Rate(sum(bool(answers[i].retrieved) for i in free), len(free))
         metrics["exact_match_no_passage"] = matches([answers[i] for i in free], [instances[i] for i in free])
-    model.train(training)
     return metrics, answers
 
 
@@ -251,9 +258,7 @@ def _batches(model, prompts, batch_size, description):
     with tqdm(total=len(prompts), desc=description, unit="question") as bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            width = len(prompts[rows[0]])
-            ids = torch.tensor([[0] * (width - len(prompts[row])) + prompts[row] for row in rows], device=model.device)
-            mask = torch.tensor([[0] * (width - len(prompts[row])) + [1] * len(prompts[row]) for row in rows], device=model.device)
+            ids, mask = pad_rows([prompts[row] for row in rows], side="left", device=model.device)
             yield rows, {"input_ids": ids, "attention_mask": mask}
             bar.update(len(rows))
 

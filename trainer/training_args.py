@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -33,5 +36,8 @@ class CoSupTrainingArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # TrainingArguments refuses bf16 on a CPU unless told that it is meant
         super().__post_init__()
+        if self.n_gpu > 1:  # DataParallel cannot slice a batch whose passages are shared by its rows
+            logger.warning(f"{self.n_gpu} GPUs are visible to one process: it uses the first. For all of them: accelerate launch --multi_gpu.")
+            self._n_gpu = 1
         if self.accelerator_config.dispatch_batches is None:
             self.accelerator_config.dispatch_batches = False  # a batch has as many passages as it has, so no batch can be sliced for the ranks
