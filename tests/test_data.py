@@ -134,6 +134,8 @@ BAD_INSTANCES = [
     (good(segments=[segment(text="")]), "segments[0].text is ''"),
     (good(segments=[segment(), segment(passage={"id": "p", "title": "t", "text": " "})]), "segments[1].passage.text is ' '"),
     (good(segments=[segment(passage={"id": "p", "title": "t"})]), "segments[0].passage.text is None"),
+    ('{"input": "\\ud83d", "segments": [{"text": "a"}]}', "input holds '\\ud83d', which is no character"),
+    (good(segments=[segment(passage={"id": "p", "title": 5, "text": "t"})]), "segments[0].passage.title is 5"),
     (good(segments=[segment(passage="passage")]), "segments[0].passage is 'passage', expected an object or null"),
 ]
 
@@ -152,6 +154,18 @@ def test_gzip_and_missing_files(tmp_path):
     assert load_instances(tmp_path / "train.jsonl.gz")[0]["input"] == "q?"
     with pytest.raises(FileNotFoundError, match="nowhere.jsonl"):
         load_instances(tmp_path / "nowhere.jsonl")
+
+
+def test_bytes_that_are_no_text_and_empty_files(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(b'{"input": "q"}\n{"input": "\xff"}\n')
+    with pytest.raises(ValueError, match="train.jsonl, line 1: segments"):
+        load_instances(tmp_path / "train.jsonl")
+    (tmp_path / "train.jsonl").write_bytes(b'\n{"input": "\xff"}\n')
+    with pytest.raises(ValueError, match="train.jsonl, line 2: malformed JSON"):
+        load_instances(tmp_path / "train.jsonl")
+    (tmp_path / "train.jsonl").write_bytes(b"\n")
+    with pytest.raises(ValueError, match="holds no instance"):
+        load_instances(tmp_path / "train.jsonl")
 
 
 def test_dataset_folder_names_the_row(tmp_path):
@@ -182,6 +196,9 @@ def test_bad_corpora(tmp_path, lines, message):
         ({"provenance": [["p9"]]}, "line 1: provenance holds 'p9', which the corpus lacks"),
         ({"provenance": ["p0"]}, "line 1: provenance is"),
         ({"answers": []}, "line 1: answers is"),
+        ({"candidates": "p0"}, "line 1: candidates is 'p0', expected a list of passage ids"),
+        ({"provenance": [[{"id": "p0"}]]}, "line 1: provenance is"),
+        ({"instruction": 5}, "line 1: instruction is 5, expected a string"),
         ({"input": None}, "line 1: input is None"),
     ],
 )

@@ -132,6 +132,13 @@ def test_unwritable_output_and_unknown_options(inputs, tmp_path, monkeypatch):
     assert "cannot be written" in train_here(monkeypatch, *options(inputs, tmp_path / "file" / "out"))
     (tmp_path / "config.yaml").write_text("learning_rat: 1.0e-4\n")
     assert "unknown option 'learning_rat'" in train_here(monkeypatch, *options(inputs, tmp_path / "out", "--config", tmp_path / "config.yaml"))
+    (tmp_path / "config.yaml").write_text("max_steps: abc\n")
+    assert "max_steps is 'abc', expected an integer" in train_here(monkeypatch, *options(inputs, tmp_path / "out", "--config", tmp_path / "config.yaml"))
+    (tmp_path / "config.yaml").write_text("a: [\n")
+    assert "malformed YAML" in train_here(monkeypatch, *options(inputs, tmp_path / "out", "--config", tmp_path / "config.yaml"))
+    (tmp_path / "taken" / "index").mkdir(parents=True)
+    (tmp_path / "taken" / "index" / "file").touch()
+    assert "is not a passage index" in train_here(monkeypatch, *options(inputs, tmp_path / "taken"))
     assert train_here(monkeypatch, "--output_dir", str(tmp_path / "out")).startswith("error: Nothing to train")
 
 

@@ -222,3 +222,53 @@ def test_model_without_emb_seq_cannot_be_trained(tmp_path):
     make_model().save_pretrained(tmp_path / "m")
     with pytest.raises(ValueError, match="load_emb_seq=False"):
         CoSupTrainer(CoSupForCausalLM.from_pretrained(tmp_path / "m", load_emb_seq=False), arguments(tmp_path))
+
+
+def test_lora_on_an_untied_gen_trains_the_rows_of_its_head(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = make_model(gen_kwargs={"tie_word_embeddings": False}, emb_seq_kwargs={"hidden_size": 48})
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    trainer = CoSupTrainer(model, arguments(tmp_path, max_steps=2), train_dataset=world(NAMES[:16]), peft_config=config)
+    assert config.trainable_token_indices is None  # the caller's config is the caller's
+    trained(trainer)
+    assert any("emb_head" in name and parameter.requires_grad for name, parameter in trainer.model.named_parameters())
+    head = trainer.model.merge_and_unload().get_output_embeddings().weight
+    assert not torch.equal(head[model.config.nsp_token_id], head[model.config.ce_token_id])  # equal at the start: the mean
+
+
+def test_an_index_is_refused_after_training_in_eval_mode_and_after_a_merge(tmp_path, passages):
+    peft = pytest.importorskip("peft")
+    model = make_model()
+    index = model.build_index(passages, show_progress_bar=False)
+    index.check_model(model)
+    adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    merged = adapted.merge_and_unload()
+    with pytest.raises(ValueError, match="emb_seq"):
+        index.check_model(merged)
+    model.eval()
+    optimizer = torch.optim.SGD(model.emb_seq.parameters(), lr=1.0)
+    model.encode_passages(torch.tensor([[5, 6, 7]])).sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="emb_seq"):
+        index.check_model(model)
+
+
+def test_evaluate_takes_raw_instances_and_a_tie_is_a_miss(tmp_path):
+    from trainer.cosup_trainer import _ranks
+
+    trainer = CoSupTrainer(make_model(), arguments(tmp_path), train_dataset=world(NAMES[:8]))
+    assert trainer.evaluate(world(NAMES[8:18]))["eval_num_passages"] == 8
+    assert _ranks(np.ones((2, 3)), np.ones((4, 3)), np.array([0, 3])).tolist() == [3, 3]
+    assert _ranks(np.eye(3), np.eye(3), np.array([0, 2, 2])).tolist() == [0, 2, 0]
+
+
+def test_a_tokenizer_without_the_control_tokens_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="processing_class has"):
+        CoSupTrainer(make_model(), arguments(tmp_path), train_dataset=world(NAMES[:8]), processing_class=make_tokenizer())
+
+
+def test_generating_in_training_mode_with_checkpointing_is_refused(model, passages):
+    index = model.build_index(passages, show_progress_bar=False)
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="call model.eval"):
+        model.train().generate(torch.tensor([[5, 6]]), retriever=index, max_new_tokens=2)
