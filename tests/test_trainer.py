@@ -125,14 +125,19 @@ def test_best_model_by_recall_is_loaded_and_fingerprinted_anew(tmp_path):
     assert trainer.model.fingerprint() == best.fingerprint()
 
 
-def test_streamed_dataset_and_long_instances(tmp_path, caplog):
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield from world(NAMES[:24])
+
+
+@pytest.mark.parametrize("kind", ["datasets", "torch"])
+def test_streamed_datasets_train_and_drop_long_instances(tmp_path, kind):
     instances = world(NAMES[:24])
     instances[3]["input"] = "long " * 300
-    stream = datasets.Dataset.from_list(instances).to_iterable_dataset()
-    logs = trained(CoSupTrainer(make_model(), arguments(tmp_path, max_steps=2), train_dataset=stream))
-    assert len(logs) == 2
-    trainer = CoSupTrainer(make_model(), arguments(tmp_path), train_dataset=instances)
-    assert len(trainer.train_dataset) == 23
+    stream = datasets.Dataset.from_list(instances).to_iterable_dataset() if kind == "datasets" else Stream()
+    trainer = CoSupTrainer(make_model(), arguments(tmp_path, max_steps=2), train_dataset=stream)
+    assert len(list(trainer.train_dataset)) == (23 if kind == "datasets" else 24)
+    assert len(trained(trainer)) == 2
 
 
 def test_long_instances_are_counted_in_a_warning(tmp_path, monkeypatch):

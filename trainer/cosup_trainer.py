@@ -117,7 +117,9 @@ class CoSupTrainer(Trainer):
         """Instances to token ids; instances longer than `max_length` are dropped, with their number in a warning."""
         if dataset is None:
             return None
-        if isinstance(dataset, torch.utils.data.Dataset) and not isinstance(dataset, torch.utils.data.IterableDataset):
+        if isinstance(dataset, torch.utils.data.IterableDataset) and not isinstance(dataset, datasets.IterableDataset):
+            dataset = datasets.IterableDataset.from_generator(dataset.__iter__)
+        elif isinstance(dataset, torch.utils.data.Dataset) and not isinstance(dataset, torch.utils.data.IterableDataset):
             dataset = list(dataset)
         if isinstance(dataset, list):
             if not dataset:
