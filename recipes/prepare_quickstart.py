@@ -199,7 +199,8 @@ def write_models(folder, seed, drill_max_steps):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape, **ids))  # 0.4M parameters
         model.save_pretrained(folder / "emb_seq")
-        copy_drill(model, tokenizer, random.Random(seed), drill_max_steps)
+        if drill_max_steps:
+            copy_drill(model, tokenizer, random.Random(seed), drill_max_steps)
         model.save_pretrained(folder / "gen")
     for name in ("emb_seq", "gen"):
         tokenizer.save_pretrained(folder / name)
@@ -210,7 +211,7 @@ def copy_drill(gen, tokenizer, rng, max_steps, batch_size=32, learning_rate=2e-3
     Train Gen, in place, to copy: `<s> x </s> gap </s> x` on random tokens, with the loss on the second x.
 
     The lengths of x and gap change at every step, so that looking for what followed the last time solves it and looking at a fixed distance does not.
-    Ends once the mean loss of 20 steps is below `target` nats, typically after 500 steps or 20 seconds.
+    Ends once the mean loss of 20 steps is below `target` nats, typically after about 500 steps.
     """
     optimizer = torch.optim.AdamW(gen.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
@@ -227,7 +228,7 @@ def copy_drill(gen, tokenizer, rng, max_steps, batch_size=32, learning_rate=2e-3
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-        mean = sum(losses[-20:]) / 20
+        mean = sum(losses[-20:]) / len(losses[-20:])
         progress.set_postfix(loss=f"{mean:.2f}", refresh=False)
         if len(losses) >= 20 and mean < target:
             return
@@ -260,7 +261,7 @@ def prepare(
         num_validation (`int`): instances of validation.jsonl, and its entities.
         num_eval_no_passage (`int`): further questions of eval.jsonl that need no passage.
         no_passage_share (`float`): share of such questions in train.jsonl and validation.jsonl.
-        drill_max_steps (`int`): upper limit of the copy drill; 0 leaves Gen untrained.
+        drill_max_steps (`int`): upper limit of the copy drill, which warns when it gets there; 0 leaves Gen untrained.
 
     Returns:
         `dict[str, str]`: the path of each output, under "train", "validation", "eval", "corpus", "gen", "emb_seq" and "world".
