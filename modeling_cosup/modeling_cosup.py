@@ -433,7 +433,7 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
 
     @torch.no_grad()
     def _hash_emb_seq(self, state_dict=None):
-        """SHA-256 of up to 8,192 weights of each parameter of Emb_seq and `emb_head`, evenly spread, in bfloat16: milliseconds at any size."""
+        """SHA-256 of up to 8,192 weights of each parameter of Emb_seq and `emb_head`, evenly spread, in bfloat16: cheap enough for every use."""
         if self.emb_seq is None:
             raise ValueError("The checkpoint stores no fingerprint of Emb_seq and Emb_seq is not loaded, so no index can be checked against it.")
         digest = hashlib.sha256()

@@ -14,7 +14,7 @@ Written under `output_dir`:
     world.json                      the settings
 
 Gen has run a copy drill on random tokens. It stands in for the pretraining that a real Gen brings: without it retrieval is learned all the same, but
-not how to copy an answer out of a passage (exact match stays near 20 %).
+not how to copy an answer out of a passage.
 """
 
 import argparse

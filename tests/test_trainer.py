@@ -263,6 +263,7 @@ def test_evaluate_takes_raw_instances_and_a_tie_is_a_miss(tmp_path):
 
     trainer = CoSupTrainer(make_model(), arguments(tmp_path), train_dataset=world(NAMES[:8]))
     assert trainer.evaluate(world(NAMES[8:18]))["eval_num_passages"] == 8
+    assert trainer.evaluate(list(trainer.train_dataset))["eval_num_passages"] == 6  # a list of tokenized instances
     assert _ranks(np.ones((2, 3)), np.ones((4, 3)), np.array([0, 3])).tolist() == [3, 3]
     assert _ranks(np.eye(3), np.eye(3), np.array([0, 2, 2])).tolist() == [0, 2, 0]
 

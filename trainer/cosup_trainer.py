@@ -117,6 +117,7 @@ class CoSupTrainer(Trainer):
         """Instances to token ids; instances longer than `max_length` are dropped, with their number in a warning."""
         if dataset is None:
             return None
+        checked = False
         if isinstance(dataset, torch.utils.data.IterableDataset) and not isinstance(dataset, datasets.IterableDataset):
             dataset = datasets.IterableDataset.from_generator(dataset.__iter__)
         elif isinstance(dataset, torch.utils.data.Dataset) and not isinstance(dataset, torch.utils.data.IterableDataset):
@@ -124,7 +125,10 @@ class CoSupTrainer(Trainer):
         if isinstance(dataset, list):
             if not dataset:
                 raise ValueError(f"The {name} is empty.")
-            dataset = datasets.Dataset.from_list([check_instance(instance, f"{name}, row {row}") for row, instance in enumerate(dataset)])
+            if not set(COLUMNS) <= set(dataset[0]):  # before Arrow sees it: its errors name no row
+                dataset = [check_instance(instance, f"{name}, row {row}") for row, instance in enumerate(dataset)]
+                checked = True
+            dataset = datasets.Dataset.from_list(dataset)
         columns = dataset.column_names or list(next(iter(dataset)))
         if set(COLUMNS) <= set(columns):
             return dataset
@@ -132,7 +136,7 @@ class CoSupTrainer(Trainer):
         config, end_of_turn_id = self.cosup_config, end_of_turn_token_id(self.tokenizers[0])
 
         def tokenize(instance, row):
-            instance = check_instance(instance, f"{name}, row {row}")
+            instance = instance if checked else check_instance(instance, f"{name}, row {row}")
             return tokenize_instance(instance, tokenizer, emb_seq_tokenizer, config, args.train_on_passages, end_of_turn_id)
 
         options = {"with_indices": True, "remove_columns": columns}
