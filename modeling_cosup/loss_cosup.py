@@ -21,7 +21,7 @@ def similarity_scores(query_embeds, passage_embeds, temperature=1.0):
         return query_embeds.float() @ passage_embeds.float().T / temperature
 
 
-def info_nce(query_embeds, passage_embeds, passage_labels, same_passage=None, temperature=1.0):
+def info_nce(query_embeds, passage_embeds, passage_labels, same_passage=None, temperature=1.0, return_scores=False):
     """
     Next sequence prediction loss (Eq. 4): cross-entropy of each query over all passages of the global batch.
 
@@ -32,18 +32,21 @@ def info_nce(query_embeds, passage_embeds, passage_labels, same_passage=None, te
         same_passage (`torch.BoolTensor` of shape `(N, M)`, *optional*): passages that are no negatives of a query: further
             positives, and repetitions. The positive itself may be marked too.
         temperature (`float`): divides the scores; 1.0 is the paper's.
+        return_scores (`bool`): also return what the softmax saw.
 
     Returns:
         `torch.FloatTensor` of shape `(N,)`: one loss per query, not reduced: the caller knows the global count. 0 where the label is -100.
+        With `return_scores` a pair of it and the scores `(N, M)`, `-inf` for what is no negative.
     """
     scores = similarity_scores(query_embeds, passage_embeds, temperature)  # (N, M)
     if same_passage is not None:
         other = same_passage & (torch.arange(scores.shape[1], device=scores.device) != passage_labels[:, None])
         scores = scores.masked_fill(other, float("-inf"))  # a duplicate of the positive must not be pushed away
-    return F.cross_entropy(scores, passage_labels, reduction="none", ignore_index=-100)
+    losses = F.cross_entropy(scores, passage_labels, reduction="none", ignore_index=-100)
+    return (losses, scores) if return_scores else losses
 
 
-def chunked_cross_entropy(hidden_states, labels, lm_head, chunk_size=2048):
+def chunked_cross_entropy(hidden_states, labels, lm_head, chunk_size=2048, label_positions=None):
     """
     Next token prediction loss (Eq. 2) with logits only where a label stands, `chunk_size` positions at a time.
 
@@ -55,14 +58,16 @@ def chunked_cross_entropy(hidden_states, labels, lm_head, chunk_size=2048):
         labels (`torch.LongTensor` of shape `(B, T)`): token ids, -100 where nothing is trained; shifted here, not by the caller.
         lm_head (`Callable`): maps `(K, h)` to logits `(K, V)`.
         chunk_size (`int`): positions per chunk.
+        label_positions (`torch.LongTensor` of shape `(K,)`, *optional*): the positions of `(B · T)` whose next token is trained, where the caller
+            knows them; to find them here, a GPU must be waited for.
 
     Returns:
         `torch.FloatTensor` scalar: the sum over all labels, not the mean: the caller knows the global count. 0, with a graph, without labels.
     """
-    shifted = labels[:, 1:]
-    trained = shifted != -100
-    hidden = hidden_states[:, :-1][trained]  # (K, h)
-    targets = shifted[trained]  # (K,)
+    if label_positions is None:
+        label_positions = F.pad(labels[:, 1:] != -100, (0, 1)).flatten().nonzero()[:, 0]
+    hidden = hidden_states.flatten(0, 1)[label_positions.to(hidden_states.device)]  # (K, h)
+    targets = labels.flatten()[label_positions + 1]  # (K,)
 
     def chunk_loss(chunk, target):
         return F.cross_entropy(lm_head(chunk).float(), target, reduction="sum")

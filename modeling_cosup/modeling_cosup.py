@@ -15,7 +15,7 @@ from .configuration_cosup import (CoSupConfig)
 from .generation_cosup import (RetrievalGenerationMixin)
 from .loss_cosup import (chunked_cross_entropy, info_nce)
 from .retrieval_cosup import (PassageIndex)
-from .tokenization_cosup import (add_control_tokens, bos_and_eos, end_of_turn_token_id, encode_texts, pad_rows, same_tokenizer, tokenizer_fingerprint)
+from .tokenization_cosup import (add_control_tokens, encode_queries_for_emb_seq, end_of_turn_token_id, pad_rows, same_tokenizer, tokenizer_fingerprint)
 
 EMB_SEQ_TOKENIZER_FOLDER = "emb_seq_tokenizer"  # only where the two tokenizers differ
 
@@ -87,6 +87,7 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
         # peft ties and trains token rows only where the outermost model says what is tied
         self._tied_weights_keys = {f"gen.{target}": f"gen.{source}" for target, source in (self.gen._tied_weights_keys or {}).items()}
         self._tokenizer = self._emb_seq_tokenizer = None
+        self._causal_encoders = []  # names, as find_causal_encoders found them
         self.post_init()
 
     # ------------------------------------------------------------------ building
@@ -214,6 +215,14 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
         compute_nsp_loss=True,
         return_logits=None,
         output_query_embeds=True,
+        nsp_positions=None,
+        label_positions=None,
+        passage_position_ids=None,
+        passage_ends=None,
+        query_input_ids=None,
+        query_attention_mask=None,
+        query_position_ids=None,
+        query_ends=None,
         **kwargs,
     ):
         """
@@ -233,6 +242,13 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
             compute_nsp_loss (`bool`): `False` returns the embeddings and leaves the NSP loss, and the sum of both, to the caller.
             return_logits (`bool`, *optional*): defaults to `True` without labels, `False` with.
             output_query_embeds (`bool`): `False` skips the search for `[NSP]`, which decoding does not need.
+            nsp_positions (`torch.LongTensor` of shape `(N,)`, *optional*): the positions of `(B · T)` that hold `[NSP]`, and
+            label_positions (`torch.LongTensor` of shape `(K,)`, *optional*): those whose next token is trained, where the caller knows them: to find
+                them here, a GPU must be waited for.
+            passage_position_ids (`torch.LongTensor` of shape `(1, L)`, *optional*), passage_ends (`torch.LongTensor` of shape `(M,)`, *optional*):
+                packed passages: see [`~CoSupForCausalLM.encode_passages`].
+            query_input_ids (`torch.LongTensor` of shape `(N, T)`, *optional*), query_attention_mask, query_position_ids, query_ends: what Emb_seq or
+                the query encoder reads for each `[NSP]`, where `query_from` names it; made of `input_ids` if not given.
             nsp_token_id (`int` or `None`, *optional*): overrides the config's; `None` makes this call plain Gen.
 
         Returns:
@@ -243,11 +259,13 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
         """
         nsp_token_id = kwargs.pop("nsp_token_id", self.config.nsp_token_id)
         return_dict = kwargs.pop("return_dict", None)
-        passage_embeds = None
+        passage_embeds = query_embeds = None
         if passage_input_ids is not None:
-            passage_embeds = self.encode_passages(passage_input_ids, passage_attention_mask)
+            passage_embeds = self.encode_passages(passage_input_ids, passage_attention_mask, passage_position_ids, passage_ends)
+        if query_input_ids is not None:
+            query_embeds = self._encode(self._query_encoder(), query_input_ids, query_attention_mask, query_position_ids, query_ends)
         if input_ids is None and inputs_embeds is None:
-            return CoSupOutput(passage_embeds=passage_embeds)
+            return CoSupOutput(query_embeds=query_embeds, passage_embeds=passage_embeds)
 
         optional = {"position_ids": position_ids, "past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
         optional["use_cache"] = False if use_cache is None and labels is not None else use_cache
@@ -255,9 +273,8 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
         outputs = self.gen.base_model(input_ids=input_ids, attention_mask=attention_mask, **optional, **kwargs)
         hidden = outputs.last_hidden_state  # (B, T, h), after the final norm
 
-        query_embeds = None
-        if nsp_token_id is not None and output_query_embeds and input_ids is not None:
-            query_embeds = self._query_embeds(hidden, input_ids, attention_mask, input_ids == nsp_token_id)  # (N, h)
+        if nsp_token_id is not None and output_query_embeds and query_embeds is None and input_ids is not None:
+            query_embeds = self._query_embeds(hidden, input_ids, attention_mask, nsp_positions)  # (N, h)
 
         logits = None
         if return_logits or (return_logits is None and labels is None):
@@ -266,7 +283,7 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
         ntp_loss = nsp_loss = loss = None
         if labels is not None:
             count = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != -100).sum().clamp(min=1)
-            loss = ntp_loss = chunked_cross_entropy(hidden, labels, self._lm_head) / count
+            loss = ntp_loss = chunked_cross_entropy(hidden, labels, self._lm_head, label_positions=label_positions) / count
         if passage_labels is not None and query_embeds is not None and len(passage_labels) != len(query_embeds):
             raise ValueError(f"passage_labels has {len(passage_labels)} entries, expected one for each of the {len(query_embeds)} [NSP] in input_ids.")
         if compute_nsp_loss and passage_labels is not None and passage_embeds is not None and query_embeds is not None:
@@ -286,7 +303,7 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
         )
         return output if return_dict is not False else output.to_tuple()
 
-    def encode_passages(self, input_ids, attention_mask=None):
+    def encode_passages(self, input_ids, attention_mask=None, position_ids=None, ends=None):
         """
         Embeddings of passages: Emb_seq's hidden state at the end-of-sequence token (section 3.2), or its mean or first one.
 
@@ -295,6 +312,9 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
         Args:
             input_ids (`torch.LongTensor` of shape `(M, L)`): BOS + passage + EOS; M may be 0.
             attention_mask (`torch.LongTensor` of shape `(M, L)`, *optional*): defaults to no padding.
+            position_ids (`torch.LongTensor` of shape `(1, L)`, *optional*): the passages are packed, one behind the other in one row, and positions
+                begin anew with each. Needs a causal Emb_seq, and an attention implementation that keeps them apart.
+            ends (`torch.LongTensor` of shape `(M,)`, *optional*): with `position_ids`, the column at which each passage ends.
 
         Returns:
             `torch.FloatTensor` of shape `(M, h)`, of unit length when the similarity is the cosine.
@@ -306,20 +326,28 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
             raise ValueError("Emb_seq is not in memory (load_emb_seq=False): this model generates from a ready index but encodes no passages.")
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.emb_seq.parameters()):
             self._forget_fingerprint("emb_seq")  # Emb_seq may be being trained: what its checkpoint stored no longer describes it
-        return self._encode(self.emb_seq, input_ids, attention_mask)
+        return self._encode(self.emb_seq, input_ids, attention_mask, position_ids, ends)
 
-    def _encode(self, encoder, input_ids, attention_mask):
-        """`(M, L)` ids to `(M, h)` embeddings with `encoder`, pooled and, for the cosine, normalised."""
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
+    def _encode(self, encoder, input_ids, attention_mask, position_ids=None, ends=None):
+        """`(M, L)` ids, or those of one packed row, to `(M, h)` embeddings with `encoder`, pooled and, for the cosine, normalised."""
         if input_ids.shape[0] == 0:  # one dummy row, dropped: a rank without passages takes part in every collective and every gradient
             dummy = input_ids.new_zeros(1, 1)
             return self._encode(encoder, dummy, torch.ones_like(dummy))[:0]
+        options = {"use_cache": False} if "use_cache" in encoder.config.to_dict() else {}
+        if position_ids is not None:
+            if self.config.emb_seq_pooling != "eos":
+                raise ValueError(f"Packed passages are read at their end; emb_seq_pooling is {self.config.emb_seq_pooling!r}.")
+            hidden = encoder(input_ids=input_ids, position_ids=position_ids, **options).last_hidden_state  # (1, L, h_emb)
+            embeds = hidden[0, ends.to(hidden.device)]
+            return self._normalize(embeds if self.emb_head is None else self.emb_head(embeds))
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
         # padding to the right: then default positions are the real ones in every architecture
         order = attention_mask.argsort(dim=1, descending=True, stable=True)
         input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
-        options = {"use_cache": False} if "use_cache" in encoder.config.to_dict() else {}
-        hidden = encoder(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state  # (M, L, h_emb)
+        # a causal encoder never sees the padding on its right: without a mask the attention kernels are faster, and no GPU is waited for
+        mask = {} if any(getattr(self, name) is encoder for name in self._causal_encoders) else {"attention_mask": attention_mask}
+        hidden = encoder(input_ids=input_ids, **mask, **options).last_hidden_state  # (M, L, h_emb)
         if self.config.emb_seq_pooling == "mean":
             weights = attention_mask.to(hidden.device)[:, :, None].float()
             embeds = ((hidden.float() * weights).sum(1) / weights.sum(1).clamp(min=1)).to(hidden.dtype)
@@ -331,11 +359,13 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
             embeds = self.emb_head(embeds)
         return self._normalize(embeds)
 
-    def _query_embeds(self, hidden, input_ids, attention_mask, is_nsp):
-        """Query embeddings `(N, h)` at the True positions of `is_nsp` `(B, T)`, from Gen's hidden states or from the encoder that `query_from` names."""
+    def _query_embeds(self, hidden, input_ids, attention_mask, nsp_positions=None):
+        """Query embeddings `(N, h)` at the `[NSP]` of `input_ids` `(B, T)`, from Gen's hidden states or from the encoder that `query_from` names."""
+        if nsp_positions is None:
+            nsp_positions = (input_ids == self.config.nsp_token_id).flatten().nonzero()[:, 0]
         if self.config.query_from == "gen":
-            return self._normalize(hidden[is_nsp.to(hidden.device)])
-        rows, columns = is_nsp.nonzero(as_tuple=True)
+            return self._normalize(hidden.flatten(0, 1)[nsp_positions.to(hidden.device)])
+        rows, columns = nsp_positions // input_ids.shape[1], nsp_positions % input_ids.shape[1]
         ids = input_ids[rows]
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask[rows, -ids.shape[1] :]
         mask = mask * (torch.arange(ids.shape[1], device=ids.device) <= columns[:, None])  # everything up to and including [NSP]
@@ -357,15 +387,39 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
         Raises:
             `ValueError`: when the encoder is not loaded.
         """
+        encoder = self._query_encoder()
+        if len(input_ids) and self.emb_seq_tokenizer is not self.tokenizer:
+            rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
+            input_ids, attention_mask = pad_rows(encode_queries_for_emb_seq(self.tokenizer, self.emb_seq_tokenizer, rows), device=input_ids.device)
+        return self._encode(encoder, input_ids, attention_mask)
+
+    def _query_encoder(self):
+        """What reads queries where Gen's own hidden state does not: Emb_seq or the query encoder."""
         encoder = self.query_encoder if self.config.query_from == "query_encoder" else self.emb_seq
         if encoder is None:
             raise ValueError("Queries come from Emb_seq (query_from='emb_seq'), which is not in memory: load without load_emb_seq=False.")
-        if len(input_ids) and self.emb_seq_tokenizer is not self.tokenizer:
-            texts = [self.tokenizer.decode(ids[mask.bool()], skip_special_tokens=True) for ids, mask in zip(input_ids, attention_mask, strict=True)]
-            bos, eos = bos_and_eos(self.emb_seq_tokenizer)
-            rows = [bos + ids + eos for ids in encode_texts(self.emb_seq_tokenizer, texts)]
-            input_ids, attention_mask = pad_rows(rows, device=input_ids.device)
-        return self._encode(encoder, input_ids, attention_mask)
+        return encoder
+
+    @torch.no_grad()
+    def find_causal_encoders(self):
+        """
+        Find out, with two small passes each, whether Emb_seq and the query encoder are causal: whether a token on the right leaves the states before it
+        as they were. From then on causal ones read padded batches without an attention mask.
+
+        Returns:
+            `bool`: whether all of them are.
+        """
+        names = [name for name in ("emb_seq", "query_encoder") if getattr(self, name) is not None]
+        training, _ = self.training, self.eval()
+        self._causal_encoders = []
+        for name in names:
+            encoder = getattr(self, name)
+            short = torch.tensor([[3, 1, 2]], device=encoder.device)
+            states = [encoder(input_ids=ids).last_hidden_state[:, :3].float() for ids in (short, torch.cat([short, short], 1))]
+            if torch.allclose(*states, atol=1e-3, rtol=1e-2):
+                self._causal_encoders.append(name)
+        self.train(training)
+        return self._causal_encoders == names
 
     def _normalize(self, embeds):
         return F.normalize(embeds.float(), dim=-1) if self.config.similarity == "cosine" else embeds.float()

@@ -112,6 +112,21 @@ def encode_passages_for_emb_seq(tokenizer, passages, config):
     return [bos + ids[: config.max_passage_length] + eos for ids in encode_texts(tokenizer, texts, eos)]
 
 
+def encode_queries_for_emb_seq(tokenizer, emb_seq_tokenizer, rows):
+    """
+    Everything up to and including `[NSP]` as Emb_seq reads it (section 5, "Baseline"), `list[list[int]]`.
+
+    Args:
+        tokenizer, emb_seq_tokenizer (`PreTrainedTokenizerBase`): Gen's and Emb_seq's. Where they are the same object, a row stays as it is.
+        rows (`list[list[int]]`): in Gen's token ids.
+    """
+    if emb_seq_tokenizer is tokenizer:
+        return [list(row) for row in rows]
+    bos, eos = bos_and_eos(emb_seq_tokenizer)
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+    return [bos + ids + eos for ids in encode_texts(emb_seq_tokenizer, texts)]
+
+
 def bos_and_eos(tokenizer):
     """`([BOS or CLS], [EOS or SEP])`, each a list of one id, or empty where the tokenizer has none."""
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id

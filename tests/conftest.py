@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LogitsProcessor, PreTrainedTokenizerFast
 
 from modeling_cosup import CoSupForCausalLM
+from modeling_cosup.tokenization_cosup import pad_rows
 
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
 
@@ -90,6 +91,20 @@ def model(tokenizer):
 @pytest.fixture
 def passages():
     return [dict(passage) for passage in PASSAGES]
+
+
+def plain_batch(rows):
+    """A padded batch made the plain way, one passage row for each `[NSP]`."""
+    input_ids, attention_mask = pad_rows([row["input_ids"] for row in rows])
+    passage_input_ids, passage_attention_mask = pad_rows([ids for row in rows for ids in row["passage_input_ids"]])
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "labels": pad_rows([row["labels"] for row in rows], -100)[0],
+        "passage_input_ids": passage_input_ids,
+        "passage_attention_mask": passage_attention_mask,
+        "passage_labels": torch.arange(len(passage_input_ids)),
+    }
 
 
 class Steer(LogitsProcessor):

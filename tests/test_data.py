@@ -4,11 +4,10 @@ import gzip
 import json
 
 import pytest
-import torch
 from conftest import PASSAGES
 
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_prompt, render_passage
-from trainer import CoSupDataCollator, load_corpus, load_evaluation_set, load_instances
+from trainer import load_corpus, load_evaluation_set, load_instances
 from trainer.data import check_instance, tokenize_instance
 
 INSTANCE = {"id": "1", "dataset": "d", "instruction": "Answer.", "input": "who painted it?", "segments": []}
@@ -78,32 +77,6 @@ def features(model, *segment_lists):
         tokenize_instance(dict(INSTANCE, segments=[{"text": "t", "passage": p} for p in passages]), model.tokenizer, model.tokenizer, model.config)
         for passages in segment_lists
     ]
-
-
-def test_collator_encodes_identical_passages_once(model):
-    a, b, c = PASSAGES[:3]
-    rows = features(model, [a, b], [None], [b, c, a])
-    batch = CoSupDataCollator(0, 0)(rows)
-    assert batch["passage_labels"].tolist() == [0, 1, 1, 2, 0]
-    assert batch["passage_input_ids"].shape[0] == len(set(batch["passage_hashes"].tolist())) == 3
-    assert (batch["input_ids"] == model.config.nsp_token_id).sum() == 5
-    for i, row in enumerate(rows):
-        n = len(row["input_ids"])
-        assert batch["input_ids"][i, :n].tolist() == row["input_ids"]
-        assert batch["labels"][i, :n].tolist() == row["labels"]
-        assert batch["attention_mask"][i].tolist() == [1] * n + [0] * (batch["input_ids"].shape[1] - n)
-        assert (batch["labels"][i, n:] == -100).all()
-
-    kept = CoSupDataCollator(0, 0, mask_duplicates=False)(rows)
-    assert kept["passage_labels"].tolist() == [0, 1, 2, 3, 4]
-    assert kept["passage_hashes"][1] == kept["passage_hashes"][2]
-
-
-def test_collator_without_any_passage(model):
-    batch = CoSupDataCollator(0, 0)(features(model, [None], [None]))
-    assert batch["passage_input_ids"].shape == batch["passage_attention_mask"].shape == (0, 1)
-    assert batch["passage_labels"].shape == (0,)
-    assert batch["passage_labels"].dtype == torch.long
 
 
 # ---------------------------------------------------------------------- bad input

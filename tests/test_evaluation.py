@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from conftest import PASSAGES, make_model
+from conftest import PASSAGES, make_model, plain_batch
 
-from trainer import CoSupDataCollator
 from trainer.data import tokenize_instance
 from trainer.evaluation import Mean, Rate, answer, evaluate_model, exact_match, normalize_answer, ntp_loss, recall, reference_instances
 
@@ -36,8 +35,7 @@ def test_mean_is_weighted_and_its_interval_holds_it():
 
 def test_ntp_loss_of_references_equals_the_model(model):
     instances = reference_instances(QUESTIONS[:2], PASSAGES)
-    batch = CoSupDataCollator(0, 0)([tokenize_instance(x, model.tokenizer, model.tokenizer, model.config) for x in instances])
-    batch.pop("passage_hashes")
+    batch = plain_batch([tokenize_instance(x, model.tokenizer, model.tokenizer, model.config) for x in instances])
     with torch.no_grad():
         assert ntp_loss(model, instances).value == pytest.approx(float(model(**batch).ntp_loss), rel=1e-5)
 

@@ -1,23 +1,29 @@
 """CoSupTrainer: the Trainer whose loss is L = L_NTP + λ·L_NSP over the global batch."""
 
+import contextlib
 import copy
+import functools
 import time
 from collections import defaultdict
 
 import datasets
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from transformers import Trainer
 from transformers.trainer_utils import EvalPrediction
 from transformers.utils import is_peft_available, logging
 
-from modeling_cosup import CoSupForCausalLM, info_nce, similarity_scores
+from modeling_cosup import CoSupForCausalLM, info_nce
+from modeling_cosup.modeling_cosup import CoSupOutput
 from modeling_cosup.tokenization_cosup import end_of_turn_token_id
 
-from .data import CoSupDataCollator, check_instance, tokenize_instance
-from .distributed import gather_rows, world_size
+from .batching import CoSupDataCollator, NoDuplicatesSampler, global_batch
+from .data import check_instance, tokenize_instance
+from .distributed import gather_objects, gather_rows, host_group, world_size
+from .grad_cache import first_pass, has_dropout, like_pieces, second_pass
 from .training_args import CoSupTrainingArguments
+from .watch import FiniteLosses, explained_memory_errors, last_complete_checkpoint
 
 if is_peft_available():
     from peft import LoraConfig, PeftModel, get_peft_model
@@ -25,7 +31,9 @@ if is_peft_available():
 logger = logging.get_logger(__name__)
 
 COLUMNS = ["input_ids", "labels", "passage_input_ids"]
+OPTIONAL_COLUMNS = ["id", "passage_ids", "positive_ids", "negative_input_ids", "negative_ids", "query_input_ids"]
 RECALL_AT = (1, 5)
+CALL_OVERHEAD = {"cpu": 64}  # tokens that could be read in the time that one more forward and backward costs; a GPU's is far larger
 
 
 class CoSupTrainer(Trainer):
@@ -33,11 +41,12 @@ class CoSupTrainer(Trainer):
     Trains a [`CoSupForCausalLM`] by next token and next sequence prediction in the same step.
 
     NTP is summed over tokens and divided by the global count of trained tokens, NSP is summed over queries and divided by the global count of
-    queries, over all ranks and accumulated micro-batches; the negatives of a query are all passages of its micro-batch, on all ranks.
+    queries, over all ranks and accumulated batches; the negatives of a query are all passages of its batch, on all ranks. How a batch is cut into
+    micro-batches (by length, against padding; with `nsp_batch_size`, against memory) changes neither.
 
-    Logs beside `loss`: `ntp_loss`, `nsp_loss`, `nsp_accuracy` (in-batch retrieval accuracy), `num_negatives` (mean per query) and
-    `tokens_per_second` (tokens of Gen and Emb_seq, without padding). `evaluate()` returns `eval_ntp_loss`, `eval_nsp_loss`, their weighted sum
-    `eval_loss`, and `eval_recall@1`, `eval_recall@5` over all distinct passages of the evaluation set.
+    Logs beside `loss`: `ntp_loss`, `nsp_loss`, `nsp_accuracy` (in-batch retrieval accuracy), `num_negatives` (mean per query), `tokens_per_second`
+    (tokens of Gen and Emb_seq, without padding) and `padding` (its share of all tokens). `evaluate()` returns `eval_ntp_loss`, `eval_nsp_loss`, their
+    weighted sum `eval_loss`, and `eval_recall@1`, `eval_recall@5` over all distinct passages of the evaluation set.
 
     Args:
         model (`CoSupForCausalLM` or `str`): a model or the name or path of one.
@@ -52,7 +61,9 @@ class CoSupTrainer(Trainer):
         peft_config (`PeftConfig`, *optional*): wraps the model; control-token rows of Gen's embeddings are trained too.
 
     Raises:
-        `ValueError`: an invalid instance, naming its row, before training starts.
+        `ValueError`: an invalid instance, naming its row, before training starts; arguments that do not fit the model.
+        `FloatingPointError`: while training, a loss that is NaN or infinite, naming the step, the loss and the instances.
+        `torch.OutOfMemoryError`: while training, naming the arguments that would lower it.
     """
 
     loss_is_scaled_for_ga = True  # over tokens and queries of the whole accumulated batch, not per micro-batch
@@ -84,13 +95,14 @@ class CoSupTrainer(Trainer):
             base.tokenizer = processing_class
         if emb_seq_processing_class is not None:
             base.emb_seq_tokenizer = emb_seq_processing_class
+        _check_supervision(args, base.config)
         if peft_config is not None:
             model = _wrap_in_peft(model, peft_config)
+        _freeze(base, args)
         self.cosup_config = base.config
         self.tokenizers = base.tokenizer, base.emb_seq_tokenizer
         if data_collator is None:
-            pad_ids = [tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0 for tokenizer in self.tokenizers]
-            data_collator = CoSupDataCollator(*pad_ids, mask_duplicates=args.mask_duplicates)
+            data_collator = _default_collator(base, args, self.tokenizers)
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: self._prepare_dataset(dataset, args, f"evaluation set {name!r}") for name, dataset in eval_dataset.items()}
         else:
@@ -107,9 +119,12 @@ class CoSupTrainer(Trainer):
             optimizers=optimizers,
             **kwargs,
         )
+        self._host_group = host_group()
         self._num_queries = None  # of the accumulated batch, over all ranks
+        self._finite = FiniteLosses()
         self._sums, self._logged_at = defaultdict(float), time.time()
         self._eval_batches = []
+        self._num_parameters = None
 
     # ------------------------------------------------------------------ data
 
@@ -159,81 +174,181 @@ class CoSupTrainer(Trainer):
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def _set_signature_columns_if_needed(self):
-        self._signature_columns = COLUMNS
+        self._signature_columns = COLUMNS + OPTIONAL_COLUMNS
 
-    def train(self, *args, **kwargs):
-        """`Trainer.train`."""
+    def _get_train_sampler(self, train_dataset=None):
+        """With `batch_sampler="no_duplicates"`, batches over all ranks that name no passage twice."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.batch_sampler != "no_duplicates":
+            return super()._get_train_sampler(train_dataset)
+        if not isinstance(dataset, datasets.Dataset):
+            raise ValueError("batch_sampler='no_duplicates' chooses from the whole dataset; a streamed one cannot be chosen from.")
+        passages = dataset["passage_ids"] if "passage_ids" in dataset.column_names else [list(map(tuple, ids)) for ids in dataset["passage_input_ids"]]
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return NoDuplicatesSampler(list(passages), self.args.train_batch_size * world_size(), seed)
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """`Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that was written to its end."""
         self._sums, self._logged_at = defaultdict(float), time.time()
-        return super().train(*args, **kwargs)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        self._finite.check()
+        return output
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Count the queries of the accumulated batch beside its tokens."""
-        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if batches:
-            self._sums["steps"] += 1
-            self._num_queries = self._global_sum(sum((batch["passage_labels"] != -100).sum() for batch in batches).to(device))
+        """The batches of an optimiser step, with what all ranks know of them, and the number of tokens that they train."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        num_items_in_batch, self._num_queries = self._share_facts(batches)
+        self._sums["steps"] += 1
         return batches, num_items_in_batch
+
+    def _share_facts(self, batches):
+        """
+        Tell each other, from the host, what the batches hold; then all ranks have equally many micro-batches, each with every part of the model.
+
+        Returns:
+            `(int, int)`: trained tokens and queries over all ranks.
+        """
+        facts = gather_objects([batch["facts"] for batch in batches], self._host_group)
+        rank, args = self.args.process_index, self.args
+        for i, batch in enumerate(batches):
+            ranks = [rank_facts[i] for rank_facts in facts]
+            seen, own = ([ranks[rank]], 0) if args.gather == "local" else (ranks, rank)
+            batch["global"] = global_batch(seen, own, args.mask_duplicates)
+            if len(ranks) > 1:
+                missing = max(len(each.instance_ids) for each in ranks) - len(batch["micro_batches"])
+                batch["micro_batches"] += [{} for _ in range(missing)]
+                batch["micro_batches"] = [self.data_collator.complete(micro_batch, batch["passage_labels"].device) for micro_batch in batch["micro_batches"]]
+        everything = [each for rank_facts in facts for each in rank_facts]
+        return max(1, sum(each.num_labels for each in everything)), sum(len(each.passage_labels) for each in everything)
+
+    def floating_point_ops(self, inputs):
+        """6 operations a token and parameter that reads it, embeddings apart."""
+        facts, base = inputs["facts"], _without_peft(self.model)
+        if self._num_parameters is None:
+            parts = [base.gen, base.emb_seq if self.args.supervision != "ntp" else None]
+            self._num_parameters = [0 if part is None else part.num_parameters(exclude_embeddings=True) for part in parts]
+        gen, emb_seq = self._num_parameters
+        return 6 * (facts.num_gen_tokens * gen + (facts.num_tokens - facts.num_gen_tokens) * emb_seq)
 
     # ------------------------------------------------------------------ loss
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """`Trainer.training_step`; with `nsp_batch_size`, in two passes (see `grad_cache`)."""
+        with explained_memory_errors(self.args):
+            if self.args.nsp_batch_size is None or self.args.supervision == "ntp":
+                loss = super().training_step(model, inputs, num_items_in_batch)
+            else:
+                loss = self._cached_training_step(model, inputs, num_items_in_batch)
+        return loss
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """
-        L = L_NTP + λ·L_NSP (Eq. 5) of this rank's micro-batch, scaled so that the mean over ranks and sum over micro-batches is the global loss.
+        L = L_NTP + λ·L_NSP (Eq. 5) of this rank's batch, scaled so that the mean over ranks and sum over batches is the global loss.
 
         Args:
             model: the (wrapped) model.
             inputs (`dict`): a batch of [`CoSupDataCollator`].
-            return_outputs (`bool`): also return the model's output.
-            num_items_in_batch (`torch.Tensor`, *optional*): trained tokens of the accumulated batch, over all ranks; without it, of this batch.
+            return_outputs (`bool`): also return the embeddings and losses, as a [`CoSupOutput`].
+            num_items_in_batch (`int`, *optional*): trained tokens of the accumulated batch, over all ranks; without it, of this batch.
 
         Returns:
             `torch.FloatTensor` scalar, or `(loss, CoSupOutput)`.
         """
-        inputs = dict(inputs)
-        passage_hashes = inputs.pop("passage_hashes", None)
-        passage_labels = inputs["passage_labels"]
-        outputs = model(**inputs, num_items_in_batch=num_items_in_batch, compute_nsp_loss=False)
-        passage_embeds, first_row = gather_rows(outputs.passage_embeds)  # (M, h), this rank's from first_row on
-        passage_labels = torch.where(passage_labels == -100, -100, passage_labels + first_row)
-        same_passage = None
-        if self.args.mask_duplicates and passage_hashes is not None and world_size() > 1:  # within a rank the collator left none
-            all_hashes, _ = gather_rows(passage_hashes)
-            same = all_hashes[:, None] == all_hashes[None]  # (M, M)
-            repeated = same.tril(-1).any(1)  # stands on an earlier row already: one negative, not two
-            same_passage = same[passage_labels.clamp(min=0)] | repeated  # (N, M)
-        losses = info_nce(outputs.query_embeds, passage_embeds, passage_labels, same_passage, self.cosup_config.temperature)
-        num_queries = self._num_queries if num_items_in_batch is not None else (passage_labels != -100).sum()
-        nsp_loss = losses.sum() / num_queries.clamp(min=1)  # 0 without queries, but every parameter keeps a gradient
-        loss = outputs.ntp_loss + self.cosup_config.nsp_loss_weight * nsp_loss
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # data parallelism averages gradients over ranks
+        num_queries = self._num_queries
+        if num_items_in_batch is None or "global" not in inputs:
+            num_items_in_batch, num_queries = self._share_facts([inputs])
+        pieces = [self._forward(model, micro_batch, num_items_in_batch) for micro_batch in inputs["micro_batches"]]
+        ntp_losses = torch.stack([piece.ntp_loss for piece in pieces if piece.ntp_loss is not None] or [torch.zeros((), device=self.args.device)])
+        output = CoSupOutput(ntp_loss=ntp_losses.sum(), query_embeds=_cat(pieces, "query_embeds"), passage_embeds=_cat(pieces, "passage_embeds"))
+        self._finite.add(self.state.global_step, "NTP", ntp_losses, inputs["facts"].instance_ids, model.training)
+        output.nsp_loss = self._nsp_loss(output.query_embeds, output.passage_embeds, inputs, num_queries, model.training)
+        output.loss = output.ntp_loss + self.cosup_config.nsp_loss_weight * output.nsp_loss
         if model.training:
-            self._count(inputs, outputs, nsp_loss, passage_embeds, passage_labels, same_passage)
-        outputs.nsp_loss, outputs.loss = nsp_loss, loss
-        return (loss, outputs) if return_outputs else loss
+            self._count(inputs["facts"], ntp_loss=output.ntp_loss, nsp_loss=output.nsp_loss)
+        loss = output.loss * self._loss_scale
+        return (loss, output) if return_outputs else loss
 
-    @torch.no_grad()
-    def _count(self, inputs, outputs, nsp_loss, passage_embeds, passage_labels, same_passage):
-        """Add a micro-batch to what the next log shows; tensors only, nothing waits for the device."""
-        scores = similarity_scores(outputs.query_embeds, passage_embeds)
-        sums = self._sums
-        sums["ntp_loss"] += outputs.ntp_loss.detach()
-        sums["nsp_loss"] += nsp_loss.detach()
-        sums["tokens"] += inputs["attention_mask"].sum() + inputs["passage_attention_mask"].sum()
-        if scores.numel():
-            valid = passage_labels != -100
-            positive = scores.gather(1, passage_labels.clamp(min=0)[:, None])
-            negatives = torch.ones_like(scores, dtype=torch.bool) if same_passage is None else ~same_passage
-            negatives = negatives & (torch.arange(scores.shape[1], device=scores.device) != passage_labels[:, None])
-            sums["correct"] += (valid & ~((scores >= positive) & negatives).any(1)).sum()
-            sums["negatives"] += (negatives.sum(1) * valid).sum()
-            sums["queries"] += valid.sum()
+    def _cached_training_step(self, model, inputs, num_items_in_batch):
+        """GradCache: the gradients of [`~CoSupTrainer.compute_loss`] in the memory of one micro-batch."""
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        micro_batches, scale = inputs["micro_batches"], self._loss_scale
+        with self.compute_loss_context_manager():
+            query_pieces, passage_pieces, states = first_pass(model, micro_batches)
+            embeds = [torch.cat([piece for piece in pieces if piece is not None]).requires_grad_() for pieces in (query_pieces, passage_pieces)]
+            nsp_loss = self._nsp_loss(*embeds, inputs, self._num_queries, True)
+            gradients = torch.autograd.grad(self.cosup_config.nsp_loss_weight * nsp_loss, embeds)
+            gradients = [like_pieces(gradient, pieces) for gradient, pieces in zip(gradients, (query_pieces, passage_pieces), strict=True)]
+        ntp_losses = []
+        forward = functools.partial(self._forward, model, num_items_in_batch=num_items_in_batch)
+        passes = second_pass(forward, micro_batches, *gradients, states)
+        for i in range(len(micro_batches)):
+            last = i == len(micro_batches) - 1
+            with contextlib.nullcontext() if last else self._without_gradient_exchange(model):
+                with self.compute_loss_context_manager():
+                    ntp_loss, loss = next(passes)
+                ntp_losses.append(ntp_loss)
+                self._finite.add(self.state.global_step, "NTP", ntp_loss[None], inputs["facts"].instance_ids[i : i + 1], True)
+                if loss.requires_grad:
+                    self.accelerator.backward(loss * scale)
+        next(passes, None)  # restores the random state
+        ntp_loss, nsp_loss = torch.stack(ntp_losses).sum(), nsp_loss.detach()
+        self._count(inputs["facts"], ntp_loss=ntp_loss, nsp_loss=nsp_loss)
+        return (ntp_loss + self.cosup_config.nsp_loss_weight * nsp_loss) * scale
+
+    @property
+    def _loss_scale(self):
+        return self.accelerator.num_processes  # losses are divided by global counts, and data parallelism averages gradients over ranks
+
+    def _without_gradient_exchange(self, model):
+        """DDP exchanges gradients once, after the last micro-batch; FSDP after each, or every rank would hold the gradients of the whole model."""
+        sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        return contextlib.nullcontext() if sharded else self.accelerator.no_sync(model)
+
+    def _forward(self, model, micro_batch, num_items_in_batch):
+        inputs = {name: tensor for name, tensor in micro_batch.items() if name != "first_pass"}
+        retrieves = self.args.supervision in ("co", "nsp")
+        return model(**inputs, num_items_in_batch=num_items_in_batch, compute_nsp_loss=False, return_logits=False, output_query_embeds=retrieves)
+
+    def _nsp_loss(self, query_embeds, passage_embeds, inputs, num_queries, training):
+        """This rank's share of L_NSP (Eq. 4) over the passages of all ranks; counts what the next log shows."""
+        if query_embeds is None:
+            return torch.zeros((), device=self.args.device)
+        facts, batch, device = inputs["facts"], inputs["global"], query_embeds.device
+        passage_embeds = gather_rows(passage_embeds, batch.passage_counts, self.args.gather)  # (M, h), this rank's from first_row on
+        labels = inputs["passage_labels"] + batch.first_row  # (N,)
+        same_passage = None
+        if batch.repeated.any() or batch.no_negatives.size:
+            groups, repeated, pairs = (torch.from_numpy(array).to(device) for array in (batch.passage_groups, batch.repeated, batch.no_negatives))
+            same_passage = (groups[labels][:, None] == groups) | repeated  # (N, M): of identical passages one is a negative, not each
+            same_passage[pairs[0], pairs[1]] = True
+        losses, scores = info_nce(query_embeds, passage_embeds, labels, same_passage, self.cosup_config.temperature, return_scores=True)
+        self._finite.add(self.state.global_step, "NSP", losses, [[id] for id in facts.query_instance_ids], training)
+        if training and scores.numel():
+            scores = scores.detach()
+            negatives = scores.scatter(1, labels[:, None], float("-inf"))
+            self._sums["correct"] += (scores.gather(1, labels[:, None])[:, 0] > negatives.amax(1)).sum()  # a tie is a miss
+            self._sums["negatives"] += (negatives > float("-inf")).sum()
+        self._sums["queries"] += len(labels) * training
+        return losses.sum() / max(1, num_queries)  # 0 without queries, but every parameter keeps a gradient
+
+    def _count(self, facts, **losses):
+        """Add a batch to what the next log shows; nothing waits for the device."""
+        for name, loss in losses.items():
+            self._sums[name] += loss.detach()
+        self._sums["tokens"] += facts.num_tokens
+        self._sums["padded_tokens"] += facts.num_padded_tokens
 
     def log(self, logs, start_time=None):
         """Add the components of the loss to what `Trainer` logs."""
         if "loss" in logs and self._sums:
-            keys = ("ntp_loss", "nsp_loss", "tokens", "correct", "negatives", "queries")
-            totals = torch.stack([torch.as_tensor(self._sums[key], dtype=torch.float32, device=self.args.device) for key in keys])
+            self._finite.check()
+            keys = ("ntp_loss", "nsp_loss", "tokens", "padded_tokens", "correct", "negatives", "queries")
+            totals = torch.stack([torch.as_tensor(self._sums[key], dtype=torch.float64, device=self.args.device) for key in keys])
             total = dict(zip(keys, self._global_sum(totals).tolist(), strict=True))
             steps = max(1, self._sums["steps"])
             logs["ntp_loss"] = total["ntp_loss"] / steps
@@ -241,6 +356,7 @@ class CoSupTrainer(Trainer):
             logs["nsp_accuracy"] = total["correct"] / max(1, total["queries"])
             logs["num_negatives"] = total["negatives"] / max(1, total["queries"])
             logs["tokens_per_second"] = total["tokens"] / max(1e-9, time.time() - self._logged_at)
+            logs["padding"] = 1 - total["tokens"] / max(1, total["padded_tokens"])
             self._sums, self._logged_at = defaultdict(float), time.time()
         super().log(logs, start_time)
 
@@ -252,20 +368,21 @@ class CoSupTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Losses and embeddings of a batch; the loop returns the loss alone, the embeddings wait for the end of the set."""
         inputs = self._prepare_inputs(inputs)
-        hashes = inputs.pop("passage_hashes")
+        facts, device = inputs["facts"], self.args.device
+        inputs["global"] = global_batch([facts], 0, self.args.mask_duplicates)  # negatives of a rank's own batch
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**inputs)
-        queries, tokens = (inputs["passage_labels"] != -100).sum(), (inputs["labels"][:, 1:] != -100).sum()
-        labels = inputs["passage_labels"]
-        positives = torch.where(labels == -100, -1, hashes[labels.clamp(min=0)]) if len(hashes) else torch.full_like(labels, -1)
-        arrays = (outputs.query_embeds, positives, outputs.passage_embeds, hashes)
-        self._eval_batches.append(
-            {
-                "sums": [float(outputs.ntp_loss * tokens), int(tokens), float(outputs.nsp_loss * queries), int(queries)],
-                "arrays": [array.cpu().numpy() for array in arrays],
-            }
-        )
-        return outputs.loss.detach(), None, None
+            pieces = [self._forward(model, micro_batch, 1) for micro_batch in inputs["micro_batches"]]
+            ntp_sum = sum((piece.ntp_loss for piece in pieces if piece.ntp_loss is not None), torch.zeros((), device=device))
+            query_embeds, passage_embeds = _cat(pieces, "query_embeds"), _cat(pieces, "passage_embeds")
+            nsp_sum = self._nsp_loss(query_embeds, passage_embeds, inputs, 1, False)
+        nothing = torch.zeros(0, self.cosup_config.embedding_size)
+        keys = np.array([row[0] for row in facts.passage_keys], dtype=np.int64)
+        positives = np.array([facts.passage_keys[label][0] for label in facts.passage_labels], dtype=np.int64)
+        embeds = [(nothing if tensor is None else tensor).float().cpu().numpy() for tensor in (query_embeds, passage_embeds)]
+        sums = [float(ntp_sum), facts.num_labels, float(nsp_sum), len(facts.passage_labels)]
+        self._eval_batches.append({"sums": sums, "arrays": [embeds[0], positives, embeds[1], keys]})
+        loss = ntp_sum / max(1, facts.num_labels) + self.cosup_config.nsp_loss_weight * nsp_sum / max(1, len(facts.passage_labels))
+        return loss, None, None
 
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
         """`Trainer`'s loop, then token-weighted losses and recall over all passages of the set."""
@@ -316,8 +433,21 @@ class CoSupTrainer(Trainer):
     def _clip_grad_norm(self, model):
         if not self.args.clip_gen_only:
             return super()._clip_grad_norm(model)
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED or getattr(plugin, "fsdp_version", 2) == 1:
+            raise ValueError("clip_gen_only needs the norm of Gen's gradients alone, which DeepSpeed and FSDP1 do not give: use DDP or FSDP2.")
         gen = _without_peft(self.accelerator.unwrap_model(model)).gen
         return self.accelerator.clip_grad_norm_(gen.parameters(), self.args.max_grad_norm)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _save_checkpoint(self, model, trial):
+        self._finite.check()  # a ruined model is not saved
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # the state file, written next and last, says that all ranks are done
 
     def _issue_warnings_after_load(self, load_result):
         """Tied weights are stored once: a head that the checkpoint lacks because it is the embedding is not missing."""
@@ -359,6 +489,56 @@ def _ranks(query_embeds, passage_embeds, labels, chunk_size=1024):
 def _without_peft(model):
     """The model itself, or the one that PEFT has wrapped."""
     return model.get_base_model() if is_peft_available() and isinstance(model, PeftModel) else model
+
+
+def _cat(pieces, name):
+    """The embeddings of all micro-batches, `None` where none has any."""
+    found = [getattr(piece, name) for piece in pieces if getattr(piece, name) is not None]
+    return torch.cat(found) if found else None
+
+
+def _check_supervision(args, config):
+    """Whether the model makes its queries where `supervision` trains them."""
+    if args.supervision == "separate" and config.query_from == "gen":
+        raise ValueError("supervision='separate' trains queries of an encoder: build the model with query_from='emb_seq' or 'query_encoder'.")
+    if args.supervision in ("co", "nsp") and config.query_from != "gen":
+        raise ValueError(f"The model makes queries with {config.query_from!r}: train it with supervision='separate', or build it with query_from='gen'.")
+    if args.freeze_gen and args.freeze_emb_seq:
+        raise ValueError("freeze_gen and freeze_emb_seq together leave nothing to train.")
+
+
+def _freeze(model, args):
+    """Turn off gradients of what is frozen, and of what the supervision never reaches."""
+    frozen = [model.gen] * args.freeze_gen
+    if args.freeze_emb_seq or args.supervision == "ntp":
+        frozen += [module for module in (model.emb_seq, model.emb_head) if module is not None]
+    if args.supervision == "ntp" and model.query_encoder is not None:
+        frozen.append(model.query_encoder)
+    if args.supervision == "nsp" and not model.config.tie_word_embeddings:
+        frozen.append(model.get_output_embeddings())
+    for module in frozen:
+        module.requires_grad_(False)
+
+
+def _default_collator(model, args, tokenizers):
+    """The collator that suits model, device and arguments."""
+    config = model.config
+    causal = model.find_causal_encoders()
+    fused = [(part.config._attn_implementation or "").startswith(("flash", "flex")) for part in (model.gen, model.emb_seq)]
+    packed = fused if args.padding_free is None else [args.padding_free] * 2
+    pad_ids = [tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0 for tokenizer in tokenizers]
+    return CoSupDataCollator(
+        *pad_ids,
+        config.nsp_token_id,
+        mask_duplicates=args.mask_duplicates,
+        supervision=args.supervision,
+        max_instances=None if args.nsp_batch_size is None else args.per_device_train_batch_size,
+        max_tokens=args.max_tokens_per_micro_batch,
+        call_overhead=CALL_OVERHEAD.get(args.device.type, 8192),
+        padding_free=packed[0],
+        padding_free_passages=packed[1] and causal and config.emb_seq_pooling == "eos",
+        shorten_first_pass=args.nsp_batch_size is not None and not has_dropout(model),
+    )
 
 
 def _check_control_tokens(tokenizer, config):

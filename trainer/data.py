@@ -3,18 +3,15 @@
 import gzip
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from modeling_cosup.tokenization_cosup import (
     encode_passages_for_emb_seq,
     encode_passages_for_gen,
     encode_prompt,
+    encode_queries_for_emb_seq,
     encode_texts,
     end_of_turn_token_id,
-    pad_rows,
 )
 
 # ---------------------------------------------------------------------- reading and checking
@@ -93,7 +90,8 @@ def check_instance(instance, where):
 
     Args:
         instance (`dict`): `{"id", "dataset", "instruction", "input", "segments": [{"text", "passage": {"id", "title", "text"} | None}]}`;
-            `id`, `dataset`, `instruction` and a passage's `title` may be missing.
+            `id`, `dataset`, `instruction` and a passage's `title` may be missing. A segment with a passage may also hold `"negatives"`, passages that
+            are no answer though they look like one, and `"positives"`, ids of further passages that would have been right.
         where (`str`): file and line, or row, for the error.
 
     Raises:
@@ -111,8 +109,21 @@ def check_instance(instance, where):
         passage = segment.get("passage")
         if passage is not None and not isinstance(passage, dict):
             raise ValueError(f"{where}: {name}.passage is {passage!r}, expected an object or null.")
-        passage = None if passage is None else check_passage(passage, where, f"{name}.passage.")
-        checked.append({"text": check_text(segment.get("text"), f"{name}.text", where), "passage": passage})
+        negatives, positives = segment.get("negatives") or [], segment.get("positives") or []
+        if not isinstance(negatives, list) or not all(isinstance(negative, dict) for negative in negatives):
+            raise ValueError(f"{where}: {name}.negatives is {negatives!r}, expected a list of passages.")
+        if not _are_strings(positives):
+            raise ValueError(f"{where}: {name}.positives is {positives!r}, expected a list of passage ids.")
+        if passage is None and (negatives or positives):
+            raise ValueError(f"{where}: {name} has negatives or positives but no passage, so no [NSP] that they could belong to.")
+        checked.append(
+            {
+                "text": check_text(segment.get("text"), f"{name}.text", where),
+                "passage": None if passage is None else check_passage(passage, where, f"{name}.passage."),
+                "negatives": [check_passage(negative, where, f"{name}.negatives[{j}].") for j, negative in enumerate(negatives)],
+                "positives": positives,
+            }
+        )
     return {**_check_question(instance, where), "segments": checked}
 
 
@@ -207,74 +218,38 @@ def tokenize_instance(instance, tokenizer, emb_seq_tokenizer, config, train_on_p
         end_of_turn_id (`int`, *optional*): what ends the response; found through the chat template when it is not given.
 
     Returns:
-        `dict`: `input_ids` and `labels` (`list[int]`, equally long), `passage_input_ids` (`list[list[int]]`, one per `[NSP]`, as Emb_seq reads
-        them).
+        `dict`: `id`; `input_ids` and `labels` (`list[int]`, equally long); for each `[NSP]` an entry of `passage_input_ids` (as Emb_seq reads them),
+        `passage_ids` and `positive_ids` (ids of further passages that would have been right); `negative_input_ids` and `negative_ids`; and, where
+        Emb_seq or a query encoder makes the queries, `query_input_ids`, what it reads for each `[NSP]`.
     """
     nsp, cs, ce = config.nsp_token_id, config.cs_token_id, config.ce_token_id
-    passages = [segment["passage"] for segment in instance["segments"] if segment["passage"] is not None]
+    retrieving = [segment for segment in instance["segments"] if segment["passage"] is not None]
+    passages = [segment["passage"] for segment in retrieving]
+    negatives = [negative for segment in retrieving for negative in segment.get("negatives") or []]
     gen_passages = iter(encode_passages_for_gen(tokenizer, passages, config))
     texts = encode_texts(tokenizer, [segment["text"] for segment in instance["segments"]], (nsp, cs, ce, tokenizer.eos_token_id))
     input_ids = list(encode_prompt(tokenizer, instance["input"], instance["instruction"]))
-    labels = [-100] * len(input_ids)
+    labels, queries = [-100] * len(input_ids), []
     for segment, text in zip(instance["segments"], texts, strict=True):
         if segment["passage"] is None:
             input_ids += text
             labels += text
         else:
             passage = next(gen_passages)
+            queries.append([*input_ids, nsp])
             input_ids += [nsp, *passage, cs, *text, ce]
             labels += [nsp, *(passage if train_on_passages else [-100] * len(passage)), -100, *text, ce]
     end = end_of_turn_token_id(tokenizer) if end_of_turn_id is None else end_of_turn_id
-    return {
+    tokenized = {
+        "id": instance["id"],
         "input_ids": [*input_ids, end],
         "labels": [*labels, end],
         "passage_input_ids": encode_passages_for_emb_seq(emb_seq_tokenizer, passages, config),
+        "passage_ids": [passage["id"] for passage in passages],
+        "positive_ids": [list(segment.get("positives") or []) for segment in retrieving],
+        "negative_input_ids": encode_passages_for_emb_seq(emb_seq_tokenizer, negatives, config),
+        "negative_ids": [negative["id"] for negative in negatives],
     }
-
-
-# ---------------------------------------------------------------------- batching
-
-
-@dataclass
-class CoSupDataCollator:
-    """
-    Pads instances and passages to the right and points each `[NSP]` at its passage.
-
-    Args:
-        pad_token_id, emb_seq_pad_token_id (`int`): may equal EOS; padding is masked by position.
-        mask_duplicates (`bool`): identical passages of the batch become one row.
-
-    Returns:
-        `dict` of `torch.LongTensor`: `input_ids`, `attention_mask`, `labels` `(B, T)`; `passage_input_ids`, `passage_attention_mask` `(M, L)`, M may
-        be 0; `passage_labels` `(N,)`, for the i-th `[NSP]` of the batch its row; `passage_hashes` `(M,)`, equal for identical passages on all ranks.
-    """
-
-    pad_token_id: int
-    emb_seq_pad_token_id: int
-    mask_duplicates: bool = True
-
-    def __call__(self, features):
-        rows, passages, passage_labels = {}, [], []
-        for feature in features:
-            for ids in feature["passage_input_ids"]:
-                row = rows.setdefault(tuple(ids), len(passages)) if self.mask_duplicates else len(passages)
-                if row == len(passages):
-                    passages.append(list(ids))
-                passage_labels.append(row)
-        input_ids, attention_mask = pad_rows([feature["input_ids"] for feature in features], self.pad_token_id)
-        labels, _ = pad_rows([feature["labels"] for feature in features], -100)
-        passage_input_ids, passage_attention_mask = pad_rows(passages, self.emb_seq_pad_token_id)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "labels": labels,
-            "passage_input_ids": passage_input_ids,
-            "passage_attention_mask": passage_attention_mask,
-            "passage_labels": torch.tensor(passage_labels, dtype=torch.long),
-            "passage_hashes": torch.tensor([_hash(ids) for ids in passages], dtype=torch.long),
-        }
-
-
-def _hash(ids):
-    """A 63-bit hash of token ids that is the same in every process."""
-    return int.from_bytes(hashlib.blake2b(repr(list(ids)).encode(), digest_size=8).digest(), "big") >> 1
+    if config.query_from != "gen":
+        tokenized["query_input_ids"] = encode_queries_for_emb_seq(tokenizer, emb_seq_tokenizer, queries)
+    return tokenized

@@ -9,23 +9,49 @@ def world_size():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def gather_rows(rows):
+def host_group():
+    """A process group for what ranks tell each other from the host, so that no GPU is waited for; all ranks must ask for it together."""
+    return None if world_size() == 1 or dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
+def gather_objects(value, group=None):
+    """`value` of every rank, in rank order: `list`."""
+    values = [None] * world_size()
+    if world_size() == 1:
+        return [value]
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def gather_rows(rows, counts, gather="global"):
     """
-    The rows of all ranks, in rank order, with gradients to every rank's own rows.
+    The rows of all ranks, in rank order.
 
     Args:
         rows (`torch.Tensor` of shape `(M_r, ...)`): M_r may differ between ranks and be 0.
+        counts (`list[int]`): M_r of each rank.
+        gather (`str`): `"global"`: with gradients to every rank's own rows, as if one process held them all. `"detached"`: the other ranks' rows are
+            constants (what the paper's code did; its gradient is another one). `"local"`: this rank's rows alone.
 
     Returns:
-        `(torch.Tensor of shape (M, ...), int)`: all rows, and where this rank's begin.
+        `torch.Tensor` of shape `(M, ...)`.
     """
-    if world_size() == 1:
-        return rows, 0
-    count = torch.tensor([len(rows)], device=rows.device)
-    counts = [torch.empty_like(count) for _ in range(world_size())]
-    dist.all_gather(counts, count)
-    counts = [int(count) for count in counts]
-    return _GatherRows.apply(rows, counts), sum(counts[: dist.get_rank()])
+    if len(counts) == 1 or gather == "local":
+        return rows
+    if gather == "global":
+        return _GatherRows.apply(rows, counts)
+    pieces = list(_all_gather(rows.detach(), counts))
+    pieces[dist.get_rank()] = rows
+    return torch.cat(pieces)
+
+
+def _all_gather(rows, counts):
+    """The rows of each rank, `tuple[torch.Tensor]`; ragged counts are padded on the way."""
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    buffers = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(buffers, padded)
+    return tuple(buffer[:count] for buffer, count in zip(buffers, counts, strict=True))
 
 
 class _GatherRows(torch.autograd.Function):
@@ -35,11 +61,7 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx, rows, counts):
         rank = dist.get_rank()
         ctx.start, ctx.count = sum(counts[:rank]), counts[rank]
-        padded = rows.new_zeros(max(counts), *rows.shape[1:])
-        padded[: len(rows)] = rows
-        buffers = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(buffers, padded)
-        return torch.cat([buffer[:count] for buffer, count in zip(buffers, counts, strict=True)])
+        return torch.cat(_all_gather(rows, counts))
 
     @staticmethod
     def backward(ctx, gradient):

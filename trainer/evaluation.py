@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from modeling_cosup.tokenization_cosup import encode_passages_for_gen, encode_prompt, pad_rows
 
-from .data import CoSupDataCollator, tokenize_instance
+from .data import tokenize_instance
 
 
 @dataclass
@@ -198,13 +198,12 @@ def ntp_loss(model, instances):
         [`Mean`] over trained tokens.
     """
     sums, weights = [], []
-    collate = CoSupDataCollator(0, 0)
     for instance in tqdm(instances, desc="NTP loss", unit="instance"):
-        batch = collate([tokenize_instance(instance, model.tokenizer, model.emb_seq_tokenizer, model.config)])
-        ids, mask, labels = (batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels"))
+        tokenized = tokenize_instance(instance, model.tokenizer, model.emb_seq_tokenizer, model.config)
+        ids, labels = (torch.tensor([tokenized[name]], device=model.device) for name in ("input_ids", "labels"))
         count = int((labels[:, 1:] != -100).sum())
         with evaluating(model):
-            loss = model(input_ids=ids, attention_mask=mask, labels=labels, output_query_embeds=False).ntp_loss
+            loss = model(input_ids=ids, labels=labels, output_query_embeds=False).ntp_loss
         sums.append(float(loss) * count)
         weights.append(count)
     return Mean(sums, weights)

@@ -8,6 +8,12 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+CHOICES = {
+    "supervision": ("co", "ntp", "nsp", "separate"),
+    "gather": ("global", "local", "detached"),
+    "batch_sampler": ("batch_sampler", "no_duplicates"),
+}
+
 
 @dataclass
 class CoSupTrainingArguments(TrainingArguments):
@@ -17,17 +23,42 @@ class CoSupTrainingArguments(TrainingArguments):
     Args:
         max_length (`int`): tokens of an instance, passages included. A longer instance is dropped, counted and reported, never cut.
         train_on_passages (`bool`): also train the tokens of retrieved passages (an ablation of the paper; its main result masks them).
+        supervision (`str`): `"co"`: both losses in one step (the method). `"ntp"`: next tokens alone; Emb_seq is frozen. `"nsp"`: next passages alone.
+            `"separate"`: Gen learns next tokens and Emb_seq next passages, from queries that it encodes itself (the paper's baseline, section 5); the
+            model's `query_from` says whether one encoder reads queries and passages or two (appendix C.1).
+        nsp_batch_size (`int`, *optional*): instances, over all ranks, whose passages are each other's negatives. Turns on GradCache: the NSP loss sees
+            all of them in the memory of a micro-batch of `per_device_train_batch_size`, with the same gradients; one optimiser step is
+            `gradient_accumulation_steps` such batches. Without it the NSP batch is `per_device_train_batch_size` times the number of ranks.
+        max_tokens_per_micro_batch (`int`, *optional*): with `nsp_batch_size`, cut micro-batches by tokens (padding and passages included) in place of
+            instances.
+        gather (`str`): `"global"`: negatives are all ranks' passages, with gradients to all of them: W ranks equal one process. `"detached"`: other
+            ranks' passages are constants, as in the paper's code. `"local"`: this rank's passages alone.
         mask_duplicates (`bool`): encode identical passages of a batch once and never count one as a negative of the other. The paper counted
             them.
+        batch_sampler (`str`): `"no_duplicates"` draws batches in which no passage is named twice; `"batch_sampler"` does not look.
+        padding_free (`bool`, *optional*): a micro-batch is one row without padding. Defaults to `True` where the attention implementation keeps its
+            parts apart without a dense mask (flash and flex attention); elsewhere rows of like length go together.
+        freeze_gen, freeze_emb_seq (`bool`): train the other one alone. With a frozen Emb_seq (and `emb_head`) an index stays valid.
         lr_decay_per_epoch (`float`, *optional*): multiply the learning rate by this after every epoch, in place of `lr_scheduler_type`; the
             paper's is 0.85.
         clip_gen_only (`bool`): clip the gradients of Gen alone to `max_grad_norm`, as the paper did.
         dataset_num_proc (`int`, *optional*): processes that tokenize the dataset.
+
+    Raises:
+        `ValueError`: for an unknown choice, an NSP batch that the ranks cannot share evenly, or a token budget without `nsp_batch_size`.
     """
 
     max_length: int = field(default=1024, metadata={"help": "Tokens of an instance, passages included; a longer one is dropped and counted."})
     train_on_passages: bool = field(default=False, metadata={"help": "Also train the tokens of retrieved passages (ablation)."})
+    supervision: str = field(default="co", metadata={"help": "co, ntp, nsp or separate (the paper's baseline)."})
+    nsp_batch_size: int | None = field(default=None, metadata={"help": "Instances, over all ranks, whose passages are each other's negatives (GradCache)."})
+    max_tokens_per_micro_batch: int | None = field(default=None, metadata={"help": "With nsp_batch_size: cut micro-batches by tokens, not instances."})
+    gather: str = field(default="global", metadata={"help": "global, detached (the paper's code) or local."})
     mask_duplicates: bool = field(default=True, metadata={"help": "Identical passages are encoded once and are no negatives of each other."})
+    batch_sampler: str = field(default="batch_sampler", metadata={"help": "no_duplicates draws batches in which no passage is named twice."})
+    padding_free: bool | None = field(default=None, metadata={"help": "A micro-batch is one row without padding; defaults to what attention allows."})
+    freeze_gen: bool = field(default=False, metadata={"help": "Train Emb_seq alone."})
+    freeze_emb_seq: bool = field(default=False, metadata={"help": "Train Gen alone; an index stays valid."})
     lr_decay_per_epoch: float | None = field(default=None, metadata={"help": "Multiply the learning rate by this after every epoch (paper: 0.85)."})
     clip_gen_only: bool = field(default=False, metadata={"help": "Clip the gradients of Gen alone (paper)."})
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize the dataset."})
@@ -35,9 +66,26 @@ class CoSupTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # TrainingArguments refuses bf16 on a CPU unless told that it is meant
+        self.logging_nan_inf_filter = False  # CoSupTrainer stops at a loss that is no number, and asking at every step would wait for the GPU
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every part takes part in every step
+        if self.ddp_broadcast_buffers is None:
+            self.ddp_broadcast_buffers = False  # rotary frequencies: constants
         super().__post_init__()
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(map(repr, choices))}.")
+        if self.nsp_batch_size is not None and (self.nsp_batch_size < 1 or self.nsp_batch_size % self.world_size):
+            raise ValueError(f"nsp_batch_size={self.nsp_batch_size} must be a positive multiple of the number of ranks, {self.world_size}.")
+        if self.max_tokens_per_micro_batch is not None and self.nsp_batch_size is None:
+            raise ValueError("max_tokens_per_micro_batch cuts the NSP batch of GradCache: give nsp_batch_size too.")
         if self.n_gpu > 1:  # DataParallel cannot slice a batch whose passages are shared by its rows
             logger.warning(f"{self.n_gpu} GPUs are visible to one process: it uses the first. For all of them: accelerate launch --multi_gpu.")
             self._n_gpu = 1
         if self.accelerator_config.dispatch_batches is None:
             self.accelerator_config.dispatch_batches = False  # a batch has as many passages as it has, so no batch can be sliced for the ranks
+
+    @property
+    def train_batch_size(self):
+        """Instances that a rank loads at once: its share of the NSP batch, or a micro-batch."""
+        return super().train_batch_size if self.nsp_batch_size is None else self.nsp_batch_size // self.world_size
