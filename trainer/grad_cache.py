@@ -61,12 +61,12 @@ def first_pass(model, micro_batches):
     return query_embeds, passage_embeds, states
 
 
-def second_pass(model, micro_batches, query_gradients, passage_gradients, states):
+def second_pass(forward, micro_batches, query_gradients, passage_gradients, states):
     """
     Every micro-batch again, with a graph.
 
     Args:
-        model (`Callable`): the (wrapped) model; called with a micro-batch it returns a `CoSupOutput`.
+        forward (`Callable`): takes a micro-batch, returns a `CoSupOutput`.
         micro_batches (`list[dict]`): as in the first pass.
         query_gradients, passage_gradients (`list[torch.Tensor]`): of the NSP loss with respect to what [`first_pass`] returned; `None` where it did.
         states (`list[RandomState]`): likewise.
@@ -76,7 +76,7 @@ def second_pass(model, micro_batches, query_gradients, passage_gradients, states
     """
     for i, micro_batch in enumerate(micro_batches):
         states[i].restore()
-        outputs = model(**{name: tensor for name, tensor in micro_batch.items() if name != "first_pass"}, compute_nsp_loss=False)
+        outputs = forward(micro_batch)
         loss = zero = torch.zeros((), device=states[i].device)
         if outputs.ntp_loss is not None:
             loss = loss + outputs.ntp_loss

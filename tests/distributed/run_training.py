@@ -1,10 +1,15 @@
-"""One SGD step of CoSupTrainer on this process group; rank 0 writes the parameters. Launched by test_ranks_equal_one_process.py."""
+"""One SGD step of CoSupTrainer for each case, on this process group; rank 0 writes parameters and log. Launched by test_ranks_equal_one_process.py."""
 
 import gc
+import json
 import sys
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -14,48 +19,81 @@ from safetensors.torch import save_file  # noqa: E402
 from trainer import CoSupTrainer, CoSupTrainingArguments  # noqa: E402
 
 EMB_SEQ = {"hidden_size": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-# passages per instance; duplicates across ranks (p0, p1), and a rank without any passage
+# passages of each of 12 instances; duplicates across ranks (p0, p1), hard negatives, and ranks without any passage
 PATTERNS = {
-    "ragged": [["p0"], ["p1", "p2"], [], ["p3"], ["p0"], ["p1"], ["p4", "p5", "p0"], []],
-    "zero": [["p0"], ["p1"], ["p2"], ["p3"], [], [], [], []],
-    "none": [[], [], [], [], [], [], [], []],
+    "ragged": [["p0"], ["p1", "p2"], [], ["p3"], ["p0"], ["p1"], ["p4", "p5", "p0"], [], ["p2"], ["p5"], ["p1", "p3"], ["p4"]],
+    "zero": [["p0"], ["p1"], ["p2"], ["p3"], [], [], [], [], [], [], [], []],
+    "none": [[]] * 12,
 }
 
 
-def main(output, pattern, world_size, accumulation):
+class ShardedTrainer(CoSupTrainer):
+    """FSDP2 on a CPU mesh, where accelerate would take DDP: layers and root sharded, gradients averaged by a reduce-scatter."""
+
+    def create_optimizer(self, model=None):
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for layer in [*self.model.gen.model.layers, *self.model.emb_seq.h]:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+        assert all(isinstance(parameter, DTensor) for parameter in self.model.parameters())
+        self.accelerator.prepare_model = lambda model, **kwargs: model
+        return super().create_optimizer(model)
+
+
+def instances(pattern):
     passages = {passage["id"]: passage for passage in PASSAGES}
-    instances = []
+    made = []
     for i, ids in enumerate(PATTERNS[pattern]):
         segments = [{"text": f"answer {i} {id}", "passage": passages[id]} for id in ids] or [{"text": "free", "passage": None}]
-        instances.append({"id": str(i), "dataset": "d", "instruction": "", "input": f"question {i} " * (i + 1), "segments": segments})
+        if i == 5 and ids:
+            segments[0]["negatives"] = [passages["p0"], {"id": "hard", "title": "Radium", "text": "Radium is a metal."}]
+        made.append({"id": str(i), "dataset": "d", "instruction": "", "input": f"question {i} " * (i % 5 + 1), "segments": segments})
+    return made
+
+
+def run(output, name, pattern="ragged", accumulation=1, fsdp=False, model=None, **options):
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    model = make_model(emb_seq="gpt2", emb_seq_kwargs=EMB_SEQ, **(model or {}))
     args = CoSupTrainingArguments(
-        output + ".folder",
+        str(Path(output, f"{name}-{world_size}")),
         use_cpu=True,
         max_steps=1,
-        per_device_train_batch_size=8 // accumulation // world_size,
-        gradient_accumulation_steps=accumulation,
         optim="sgd",
         learning_rate=0.1,
         lr_scheduler_type="constant",
-        max_grad_norm=0.0,
         train_sampling_strategy="sequential",
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
         logging_steps=1,
+        gradient_accumulation_steps=accumulation,
+        **{"max_grad_norm": 0.0, "per_device_train_batch_size": 12 // accumulation // world_size, **options},
     )
-    trainer = CoSupTrainer(make_model(emb_seq="gpt2", emb_seq_kwargs=EMB_SEQ), args, train_dataset=instances)
+    trainer = (ShardedTrainer if fsdp and world_size > 1 else CoSupTrainer)(model, args, train_dataset=instances(pattern))
     assert trainer.accelerator.num_processes == world_size, trainer.accelerator.num_processes
     trainer.train()
+    state = {}
+    for key, parameter in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
+        value = parameter.detach()
+        state[key] = (value.full_tensor() if isinstance(value, DTensor) else value).clone()
+    (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
     if trainer.is_world_process_zero():
-        state = {name: parameter.detach().clone() for name, parameter in trainer.accelerator.unwrap_model(trainer.model).named_parameters()}
-        (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
-        save_file(state, output, metadata={key: repr(entry[key]) for key in ("loss", "ntp_loss", "nsp_loss", "nsp_accuracy", "num_negatives")})
+        log = {key: repr(float(entry[key])) for key in ("loss", "ntp_loss", "nsp_loss", "nsp_accuracy", "num_negatives", "grad_norm")}
+        save_file(state, Path(output, f"{name}-{world_size}.safetensors"), metadata=log)
 
 
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
-    gc.collect()  # DDP's reducer first: the last owner of a gloo group can deadlock as it goes
+def main():
+    output, cases = sys.argv[1], json.loads(sys.argv[2])
+    if "RANK" in __import__("os").environ:
+        dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    for name, case in cases.items():
+        run(output, name, **case)
+        gc.collect()  # DDP's reducer: the last owner of a gloo group can deadlock as it goes
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

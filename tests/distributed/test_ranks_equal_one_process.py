@@ -1,5 +1,6 @@
-"""W ranks x b equal one process x W·b: loss and every parameter after a step, in real gloo process groups (DDP)."""
+"""W ranks x b equal one process x W·b: loss and every parameter after a step, in real gloo process groups (DDP and FSDP2)."""
 
+import json
 import os
 import signal
 import subprocess
@@ -13,31 +14,107 @@ from safetensors import safe_open
 
 SCRIPT = Path(__file__).with_name("run_training.py")
 EMB_SEQ = {"hidden_size": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+CACHED = {"nsp_batch_size": 12, "per_device_train_batch_size": 2}
+BUDGET = {"nsp_batch_size": 12, "max_tokens_per_micro_batch": 150}
+CLIPPED = {"clip_gen_only": True, "max_grad_norm": 0.01}
+# for every case its reference: the case that one process runs
+CASES = {
+    "ragged": {},
+    "zero": {"pattern": "zero"},
+    "none": {"pattern": "none"},
+    "accumulated": {"accumulation": 2},
+    "checkpointed": CHECKPOINTING,
+    "cached": CACHED,
+    "cached, checkpointed": CACHED | CHECKPOINTING,
+    "cached, budget": BUDGET,
+    "cached, accumulated": CACHED | {"nsp_batch_size": 6, "accumulation": 2, "per_device_train_batch_size": 1},
+    "cached, zero": CACHED | {"pattern": "zero"},
+    "clipped": CLIPPED,
+    "separate": {"supervision": "separate", "model": {"query_from": "emb_seq"}},
+    "cached, separate": CACHED | {"supervision": "separate", "model": {"query_from": "emb_seq"}},
+    "counted duplicates": {"mask_duplicates": False},
+    "nsp": {"supervision": "nsp"},
+    "ntp": {"supervision": "ntp"},
+}
+REFERENCES = {"cached": "ragged", "cached, checkpointed": "ragged", "cached, budget": "ragged", "checkpointed": "ragged", "cached, zero": "zero"}
+REFERENCES |= {"cached, accumulated": "accumulated", "cached, separate": "separate"}
+THREE_RANKS = ["ragged", "zero", "accumulated", "cached", "cached, budget", "separate"]
+SHARDED = ["ragged", "zero", "accumulated", "checkpointed", "cached", "cached, checkpointed", "cached, budget", "clipped", "separate"]
+DETACHED = {"detached": {"gather": "detached"}, "local": {"gather": "local"}}
 
 
-def run(tmp_path, pattern, world_size, accumulation):
-    output = tmp_path / f"{world_size}.safetensors"
+def launch(folder, world_size, cases):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)] if world_size > 1 else [sys.executable]
-    command += [str(SCRIPT), str(output), pattern, str(world_size), str(accumulation)]
-    with open(tmp_path / "log", "w+") as log:
+    command += [str(SCRIPT), str(folder), json.dumps(cases)]
+    with open(folder / f"log-{world_size}", "w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
         try:
-            assert process.wait(timeout=180) == 0, (tmp_path / "log").read_text()[-3000:]
+            assert process.wait(timeout=400) == 0, Path(log.name).read_text()[-4000:]
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)  # the ranks too
-    with safe_open(output, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, {key: float(value) for key, value in file.metadata().items() if key != "format"}
 
 
-@pytest.mark.parametrize(("pattern", "accumulation"), [("ragged", 1), ("zero", 1), ("none", 1), ("ragged", 2)])
-def test_two_ranks_equal_one_process(tmp_path, pattern, accumulation):
-    one, log_one = run(tmp_path, pattern, 1, accumulation)
-    two, log_two = run(tmp_path, pattern, 2, accumulation)
-    assert log_two == pytest.approx(log_one, rel=1e-5, abs=1e-6)
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Every case on one process, and on 2 and 3 ranks under DDP and on 2 under FSDP2; one launch for each number of ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    launch(folder, 1, {name: CASES[name] for name in CASES if name not in REFERENCES} | DETACHED)
+    launch(folder, 2, CASES | DETACHED | {f"fsdp, {name}": CASES[name] | {"fsdp": True} for name in SHARDED})
+    launch(folder, 3, {name: CASES[name] for name in THREE_RANKS})
+    return folder
+
+
+def load(folder, name, world_size):
+    with safe_open(folder / f"{name}-{world_size}.safetensors", "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, {key: float(value) for key, value in file.metadata().items() if key != "format"}
+
+
+def gradients(state):
     start = dict(make_model(emb_seq="gpt2", emb_seq_kwargs=EMB_SEQ).named_parameters())
-    for name, parameter in one.items():
-        gradient, other = start[name] - parameter, start[name] - two[name]
-        assert (gradient - other).norm() <= 1e-5 * gradient.norm() + 1e-6, name
-    if pattern != "none":
-        assert any(not torch.equal(start[name], parameter) for name, parameter in one.items() if name.startswith("emb_seq"))
+    return {name: start[name].detach() - parameter for name, parameter in state.items()}
+
+
+def relative_error(found, expected):
+    difference = torch.stack([(found[name] - gradient).norm() for name, gradient in expected.items()]).norm()
+    return float(difference / torch.stack([gradient.norm() for gradient in expected.values()]).norm())
+
+
+@pytest.mark.parametrize(
+    ("world_size", "name"),
+    [(2, name) for name in CASES] + [(3, name) for name in THREE_RANKS] + [(2, f"fsdp, {name}") for name in SHARDED],
+)
+def test_ranks_equal_one_process(results, world_size, name):
+    reference = name.removeprefix("fsdp, ")
+    one, log_one = load(results, REFERENCES.get(reference, reference), 1)
+    many, log_many = load(results, name, world_size)
+    assert log_many == pytest.approx(log_one, rel=1e-5, abs=1e-6)
+    expected, found = gradients(one), gradients(many)
+    for key, gradient in expected.items():
+        assert (found[key] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6, key
+    assert relative_error(found, expected) < 2e-5
+    trained = {key.split(".")[0] for key, gradient in expected.items() if gradient.any()}
+    assert ("emb_seq" in trained) == (reference not in ("none", "ntp"))
+
+
+def test_clipping_gen_alone_uses_the_norm_over_all_shards(results):
+    _, plain = load(results, "ragged", 1)
+    state, log = load(results, "fsdp, clipped", 2)
+    norms = {part: torch.stack([g.norm() for key, g in gradients(state).items() if key.startswith(part)]).norm() / 0.1 for part in ("gen", "emb_seq")}
+    assert norms["gen"] == pytest.approx(0.01, rel=1e-3)
+    assert norms["emb_seq"] > 0.02
+    assert log["grad_norm"] > 0.02 and log["grad_norm"] <= plain["grad_norm"]
+
+
+def test_detached_and_local_gathering_give_other_gradients(results):
+    """`gather="detached"` has the loss of the global batch and, as the paper's code, another gradient; `"local"` has another loss too."""
+    exact, log = load(results, "ragged", 1)
+    for name in DETACHED:
+        assert relative_error(gradients(load(results, name, 1)[0]), gradients(exact)) < 1e-6  # one process: all the same
+    detached, detached_log = load(results, "detached", 2)
+    assert detached_log["nsp_loss"] == pytest.approx(log["nsp_loss"], rel=1e-5)
+    assert relative_error(gradients(detached), gradients(exact)) > 0.01
+    local, local_log = load(results, "local", 2)
+    assert local_log["num_negatives"] < log["num_negatives"]
+    assert local_log["nsp_loss"] < log["nsp_loss"]
