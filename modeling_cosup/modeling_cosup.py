@@ -415,7 +415,8 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
         for name in names:
             encoder = getattr(self, name)
             short = torch.tensor([[3, 1, 2]], device=encoder.device)
-            states = [encoder(input_ids=ids).last_hidden_state[:, :3].float() for ids in (short, torch.cat([short, short], 1))]
+            options = {"use_cache": False} if "use_cache" in encoder.config.to_dict() else {}
+            states = [encoder(input_ids=ids, **options).last_hidden_state[:, :3].float() for ids in (short, torch.cat([short, short], 1))]
             if torch.allclose(*states, atol=1e-3, rtol=1e-2):
                 self._causal_encoders.append(name)
         self.train(training)

@@ -278,3 +278,16 @@ def test_generating_in_training_mode_with_checkpointing_is_refused(model, passag
     model.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="call model.eval"):
         model.train().generate(torch.tensor([[5, 6]]), retriever=index, max_new_tokens=2)
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_alike(tmp_path):
+    model = make_model()
+    eager = trained(CoSupTrainer(copy.deepcopy(model), arguments(tmp_path, max_steps=3), train_dataset=world(NAMES[:24])))
+    trainer = CoSupTrainer(copy.deepcopy(model), arguments(tmp_path, max_steps=3, torch_compile=True), train_dataset=world(NAMES[:24]))
+    compiled = trained(trainer)
+    assert [entry["loss"] for entry in compiled] == pytest.approx([entry["loss"] for entry in eager], rel=1e-4)
+    assert sum(module._compiled_call_impl is not None for module in trainer.model.modules()) == 4
+    assert type(trainer.model_wrapped).__name__ == "CoSupForCausalLM"
+    trainer.save_model(str(tmp_path / "saved"))
+    CoSupForCausalLM.from_pretrained(tmp_path / "saved")

@@ -9,8 +9,9 @@ from collections import defaultdict
 import datasets
 import numpy as np
 import torch
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType, DynamoBackend, gather_object
 from transformers import Trainer
+from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import EvalPrediction
 from transformers.utils import is_peft_available, logging
 
@@ -33,7 +34,7 @@ logger = logging.get_logger(__name__)
 COLUMNS = ["input_ids", "labels", "passage_input_ids"]
 OPTIONAL_COLUMNS = ["id", "passage_ids", "positive_ids", "negative_input_ids", "negative_ids", "query_input_ids"]
 RECALL_AT = (1, 5)
-CALL_OVERHEAD = {"cpu": 64}  # tokens that could be read in the time that one more forward and backward costs; a GPU's is far larger
+CALL_OVERHEAD = {"cpu": 128}  # tokens that could be read in the time that one more forward and backward costs; a GPU's is far larger
 
 
 class CoSupTrainer(Trainer):
@@ -99,6 +100,7 @@ class CoSupTrainer(Trainer):
         if peft_config is not None:
             model = _wrap_in_peft(model, peft_config)
         _freeze(base, args)
+        _speed_up(base, args)
         self.cosup_config = base.config
         self.tokenizers = base.tokenizer, base.emb_seq_tokenizer
         if data_collator is None:
@@ -119,6 +121,8 @@ class CoSupTrainer(Trainer):
             optimizers=optimizers,
             **kwargs,
         )
+        if args.torch_compile:  # the layers are compiled already; the rest depends on the data
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
         self._host_group = host_group()
         self._num_queries = None  # of the accumulated batch, over all ranks
         self._finite = FiniteLosses()
@@ -311,8 +315,8 @@ class CoSupTrainer(Trainer):
 
     def _forward(self, model, micro_batch, num_items_in_batch):
         inputs = {name: tensor for name, tensor in micro_batch.items() if name != "first_pass"}
-        retrieves = self.args.supervision in ("co", "nsp")
-        return model(**inputs, num_items_in_batch=num_items_in_batch, compute_nsp_loss=False, return_logits=False, output_query_embeds=retrieves)
+        inputs |= {"num_items_in_batch": num_items_in_batch, "output_query_embeds": self.args.supervision in ("co", "nsp")}
+        return model(**inputs, use_cache=False, compute_nsp_loss=False, return_logits=False)
 
     def _nsp_loss(self, query_embeds, passage_embeds, inputs, num_queries, training):
         """This rank's share of L_NSP (Eq. 4) over the passages of all ranks; counts what the next log shows."""
@@ -518,6 +522,17 @@ def _freeze(model, args):
         frozen.append(model.get_output_embeddings())
     for module in frozen:
         module.requires_grad_(False)
+
+
+def _speed_up(model, args):
+    """`torch_compile`: every layer, in place, for any length. `use_liger_kernel`: in both models; the loss stays ours, which needs no logits either."""
+    parts = [part for part in (model.gen, model.emb_seq, model.query_encoder) if part is not None]
+    if args.use_liger_kernel:
+        for part in parts:
+            apply_liger_kernel(part, {"fused_linear_cross_entropy": False, "cross_entropy": False, **(args.liger_kernel_config or {})})
+    if args.torch_compile:
+        for layer in [module for module in model.modules() if type(module).__name__ in set(model._no_split_modules or ())]:
+            layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode, dynamic=True)
 
 
 def _default_collator(model, args, tokenizers):

@@ -54,7 +54,7 @@ def first_pass(model, micro_batches):
             inputs = {name: tensor for name, tensor in micro_batch.items() if name.startswith(("passage_", "query_"))}
             rows = micro_batch.get("first_pass") or micro_batch
             inputs |= {name: rows[name] for name in ("input_ids", "position_ids", "nsp_positions") if name in rows}
-            outputs = model(**inputs, compute_nsp_loss=False, return_logits=False)
+            outputs = model(**inputs, use_cache=False, compute_nsp_loss=False, return_logits=False)
             query_embeds.append(outputs.query_embeds)
             passage_embeds.append(outputs.passage_embeds)
     states.append(RandomState(device))

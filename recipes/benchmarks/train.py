@@ -1,0 +1,434 @@
+"""
+Speed, memory and error of a training step, side by side in one process.
+
+    python recipes/benchmarks/train.py --gen HuggingFaceTB/SmolLM2-135M-Instruct --train_file train.jsonl
+    python recipes/benchmarks/train.py --sections precision          # no model and no data needed: the quickstart's world
+
+Sections: `step` (forward and backward of a whole batch in each arm, interleaved, median of `--repeats` after one warm-up), `nsp_batch` (memory of
+GradCache as its batch grows), `precision` (loss after 300 steps in float32 and bf16). Prints tables and writes `--output_file`.
+"""
+
+import ctypes
+import gc
+import importlib
+import itertools
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from cli import check_trainer_package, parse  # noqa: E402
+
+check_trainer_package()
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+import transformers  # noqa: E402
+from transformers import Trainer, TrainingArguments, set_seed  # noqa: E402
+
+from modeling_cosup import CoSupForCausalLM  # noqa: E402
+from modeling_cosup.loss_cosup import chunked_cross_entropy  # noqa: E402
+from modeling_cosup.tokenization_cosup import pad_rows  # noqa: E402
+from trainer import CoSupTrainer, CoSupTrainingArguments, load_instances  # noqa: E402
+
+GB = 1e9
+PEAK_FLOPS = {"NVIDIA H200": 989e12, "NVIDIA H100": 989e12, "NVIDIA A100": 312e12}  # dense bf16
+
+
+@dataclass
+class BenchmarkArguments:
+    """What is measured."""
+
+    gen: str | None = field(default=None, metadata={"help": "Name or path of Gen; Emb_seq is a copy of it."})
+    train_file: str | None = field(default=None, metadata={"help": "Training instances whose lengths and duplicates are the benchmark's."})
+    sections: str = field(default="step,nsp_batch,precision", metadata={"help": "Comma-separated."})
+    batch_size: int = field(default=8, metadata={"help": "Instances of a batch."})
+    micro_batch_tokens: int = field(default=2048, metadata={"help": "Token budget of a micro-batch with GradCache."})
+    repeats: int = field(default=9, metadata={"help": "Timed rounds of every arm; each round is another batch."})
+    nsp_batch_sizes: str = field(default="8,16,32,64", metadata={"help": "NSP batches whose memory is measured."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "In every arm."})
+    torch_compile: bool = field(default=False, metadata={"help": "Add an arm with compiled layers."})
+    num_threads: int | None = field(default=None, metadata={"help": "Threads on a CPU; defaults to all cores."})
+    precision_steps: int = field(default=300, metadata={"help": "Steps of the precision section."})
+    seed: int = field(default=0, metadata={"help": "Of everything."})
+    output_file: str | None = field(default=None, metadata={"help": "Where the numbers go, as JSON."})
+
+
+# ---------------------------------------------------------------------- measuring
+
+
+class Meter:
+    """Seconds and peak memory of a call, on the CPU (resident memory of the process) or a GPU (allocated memory), above what was held before it."""
+
+    def __init__(self, device):
+        self.cuda = device.type == "cuda"
+
+    def __call__(self, call):
+        gc.collect()
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
+        else:
+            ctypes.CDLL(None).malloc_trim(0)  # what earlier arms freed goes back to the system
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+            held = self._resident("VmRSS")
+        start = time.perf_counter()
+        result = call()
+        if self.cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        peak = torch.cuda.max_memory_allocated() if self.cuda else self._resident("VmHWM")
+        return result, seconds, peak - held
+
+    @staticmethod
+    def _resident(name):
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+        return int(line.split()[1]) * 1024
+
+
+def gradients_of(model):
+    return {name: parameter.grad.detach().clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def gradient_error(found, expected):
+    """‖found − expected‖ / ‖expected‖ over all parameters."""
+    difference = sum(float((found[name].double() - gradient.double()).square().sum()) for name, gradient in expected.items())
+    return (difference / sum(float(gradient.double().square().sum()) for gradient in expected.values())) ** 0.5
+
+
+# ---------------------------------------------------------------------- arms
+
+
+def padded_baseline(model, rows, autocast):
+    """
+    The plain way: every row padded to the longest, attention masks, the LM head at every position, every passage encoded as often as it stands there.
+
+    The loss is ours (identical passages are no negatives), or the two could not be compared.
+    """
+    input_ids, attention_mask = (tensor.to(model.device) for tensor in pad_rows([row["input_ids"] for row in rows]))
+    labels = pad_rows([row["labels"] for row in rows], -100)[0].to(model.device)
+    passages = [tuple(ids) for row in rows for ids in row["passage_input_ids"]]
+    passage_ids, passage_mask = (tensor.to(model.device) for tensor in pad_rows([list(ids) for ids in passages]))
+    with autocast():
+        hidden = model.gen.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        logits = model.gen.get_output_embeddings()(hidden).float()  # (B, T, V)
+        ntp_loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        states = model.emb_seq(input_ids=passage_ids, attention_mask=passage_mask, use_cache=False).last_hidden_state
+        embeds = states[torch.arange(len(states), device=states.device), passage_mask.sum(1) - 1]
+    queries = F.normalize(hidden[input_ids == model.config.nsp_token_id].float(), dim=-1)
+    embeds = F.normalize(embeds.float(), dim=-1)
+    number = {passage: i for i, passage in enumerate(dict.fromkeys(passages))}
+    group = torch.tensor([number[passage] for passage in passages], device=model.device)
+    first = torch.tensor([i for i, passage in enumerate(passages) if passages.index(passage) == i], device=model.device)
+    scores = queries @ embeds[first].T / model.config.temperature
+    loss = ntp_loss + model.config.nsp_loss_weight * F.cross_entropy(scores, group)
+    loss.backward()
+    return float(loss.detach())
+
+
+class PlainTrainer(Trainer):
+    """transformers' Trainer on Gen alone with what CoSupTrainer does for speed: rows of like length together, logits only where a label stands."""
+
+    loss_is_scaled_for_ga = True
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        losses = []
+        for batch in inputs["micro_batches"]:
+            with self.accelerator.autocast():
+                hidden = model.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
+                losses.append(chunked_cross_entropy(hidden, batch["labels"], model.get_output_embeddings(), label_positions=batch["label_positions"]))
+        return torch.stack(losses).sum() / num_items_in_batch
+
+
+class Ours:
+    """A CoSupTrainer whose steps are called one by one."""
+
+    def __init__(self, model, folder, rows, script, **options):
+        defaults = {"per_device_train_batch_size": script.batch_size, "report_to": "none", "bf16": script.bf16, "seed": script.seed}
+        args = CoSupTrainingArguments(folder, **{**defaults, **options})
+        self.trainer = CoSupTrainer(model, args, train_dataset=rows)
+        self.trainer.create_optimizer_and_scheduler(1)
+        # accelerate puts autocast around forward, once; float32 arms must not see it
+        for name in ("forward", "_is_accelerate_prepared"):
+            vars(model).pop(name, None)
+        self.model = self.trainer.accelerator.prepare_model(model)
+        self.forward = vars(model).pop("forward", None)
+
+    def step(self, rows):
+        collated = self.trainer.data_collator([dict(row) for row in rows])
+        batches, count = self.trainer.get_batch_samples(iter([collated]), 1, self.trainer.args.device)
+        if self.forward is not None:
+            self.model.forward = self.forward
+        try:
+            return float(self.trainer.training_step(self.model, batches[0], count))
+        finally:
+            vars(self.model).pop("forward", None)
+
+    def padding(self, rows):
+        facts = self.trainer.data_collator([dict(row) for row in rows])["facts"]
+        return 1 - facts.num_tokens / facts.num_padded_tokens
+
+
+def batches_of(trainer, size, count, seed):
+    """`count` random batches of tokenized instances."""
+    order = torch.randperm(len(trainer.train_dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = list(itertools.islice(itertools.cycle(order), size * count))
+    return [[trainer.train_dataset[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
+
+
+def useful_tokens(rows, distinct=False):
+    """Tokens that Gen and Emb_seq must read of a batch; passages as often as they are named, or once each."""
+    passages = [tuple(ids) for row in rows for ids in row["passage_input_ids"]]
+    return sum(len(row["input_ids"]) for row in rows) + sum(map(len, set(passages) if distinct else passages))
+
+
+# ---------------------------------------------------------------------- sections
+
+
+def section_step(model, instances, script, folder):
+    """Every arm on the same batches, one after the other, batch by batch."""
+    device = model.device
+    meter = Meter(device)
+
+    def autocast():
+        return torch.autocast(device.type, torch.bfloat16, enabled=script.bf16)
+
+    first = Ours(model, folder, instances, script)
+    rows = first.trainer.train_dataset
+    cached = {"nsp_batch_size": script.batch_size, "max_tokens_per_micro_batch": script.micro_batch_tokens}
+    arms = {
+        "padded baseline": lambda batch: padded_baseline(model, batch, autocast),
+        "ours": first.step,
+        "ours, duplicates encoded": Ours(model, folder, rows, script, mask_duplicates=False).step,
+        "ours, GradCache": Ours(model, folder, rows, script, **cached).step,
+    }
+    uncut = Ours(model, folder, rows, script)
+    uncut.trainer.data_collator.call_overhead = None
+    arms["ours, one padded micro-batch"] = uncut.step
+    if script.torch_compile:
+        compiled = Ours(model, folder, rows, script, torch_compile=True)  # compiles the layers in place: only this arm may see it
+        calls = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl is not None}
+
+        def switch(on):
+            for module, call in calls.items():
+                module._compiled_call_impl = call if on else None
+
+        def compiled_step(batch):
+            switch(True)
+            try:
+                return compiled.step(batch)
+            finally:
+                switch(False)
+
+        switch(False)
+
+        arms["ours, compiled layers"] = compiled_step
+
+    def full_precision():
+        return torch.autocast(device.type, enabled=False)
+
+    exactness = {}  # each arm in float32 on a small batch
+    small = batches_of(first.trainer, 4, 1, script.seed + 1)[0]
+    exact = {"ours": {}, "ours, duplicates encoded": {"mask_duplicates": False}, "ours, GradCache": cached | {"nsp_batch_size": 4}}
+    model.zero_grad()
+    expected = padded_baseline(model, small, full_precision), gradients_of(model)
+    for name, options in exact.items():
+        model.zero_grad()
+        loss = Ours(model, folder, rows, script, bf16=False, **options).step(small)
+        exactness[name] = abs(loss - expected[0]) / expected[0], gradient_error(gradients_of(model), expected[1])
+
+    seconds, memory, errors = ({name: [] for name in arms} for _ in range(3))
+    batches = batches_of(first.trainer, script.batch_size, script.repeats + 1, script.seed)
+    for i, batch in enumerate(batches):
+        expected = None
+        if i == 0:  # the warm-up batch says what bf16 costs in precision
+            model.zero_grad()
+            padded_baseline(model, batch, full_precision)
+            expected = gradients_of(model)
+        for name, arm in arms.items():
+            model.zero_grad()
+            _, took, peak = meter(lambda arm=arm, batch=batch: arm(batch))
+            if expected is not None:
+                errors[name].append(gradient_error(gradients_of(model), expected))
+            else:
+                seconds[name].append(took)
+                memory[name].append(peak)
+        if i:
+            print(f"  batch {i} of {len(batches) - 1}: " + ", ".join(f"{name} {seconds[name][-1]:.1f} s" for name in arms), flush=True)
+    model.zero_grad()
+
+    tokens = statistics.mean(useful_tokens(batch) for batch in batches[1:])
+    named = sum(len(row["passage_input_ids"]) for batch in batches[1:] for row in batch)
+    distinct = sum(len({tuple(ids) for row in batch for ids in row["passage_input_ids"]}) for batch in batches[1:])
+    result = {"useful_tokens": tokens, "duplicate_rate": 1 - distinct / named, "padding": {}, "arms": {}}
+    result["padding"] = {
+        "one padded micro-batch": statistics.mean(uncut.padding(batch) for batch in batches[1:]),
+        "ours": statistics.mean(first.padding(batch) for batch in batches[1:]),
+    }
+    base = seconds["padded baseline"]
+    parameters = sum(part.num_parameters(exclude_embeddings=True) for part in (model.gen, model.emb_seq)) / 2
+    flops = PEAK_FLOPS.get(torch.cuda.get_device_name().split(" NVL")[0]) if device.type == "cuda" else None
+    for name in arms:
+        ratio = statistics.median(b / s for b, s in zip(base, seconds[name], strict=True))
+        median = statistics.median(seconds[name])
+        result["arms"][name] = {
+            "seconds": median,
+            "seconds_min_max": [min(seconds[name]), max(seconds[name])],
+            "speed_to_baseline": ratio,
+            "useful_tokens_per_second": tokens / median,
+            "peak_memory_gb": max(memory[name]) / GB,
+            "gradient_error": max(errors[name]),
+            "float32_loss_and_gradient_error": exactness.get(name),
+            "mfu": None if flops is None else 6 * parameters * tokens / median / flops,
+        }
+    print(f"\nForward and backward, batches of {script.batch_size} instances, {tokens:.0f} useful tokens, {named} passages of which {distinct} distinct")
+    print(f"padding: {result['padding']}")
+    print_table(
+        ["arm", "s / batch", "x baseline", "useful tokens/s", "peak memory GB", "gradient error of bf16", "in float32: loss, gradient error"],
+        [
+            [name, f"{a['seconds']:.2f}", f"{a['speed_to_baseline']:.2f}", f"{a['useful_tokens_per_second']:.0f}", f"{a['peak_memory_gb']:.2f}"]
+            + [f"{a['gradient_error']:.1e}", "{:.0e}, {:.0e}".format(*exactness[name]) if name in exactness else ""]
+            for name, a in result["arms"].items()
+        ],
+    )
+    result["ntp"] = against_plain_trainer(model, rows, batches, meter, script, folder)
+    return result
+
+
+def against_plain_trainer(model, rows, batches, meter, script, folder):
+    """`supervision="ntp"` and transformers' Trainer on Gen alone, on the same micro-batches."""
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    ours = Ours(model, folder, rows, script, supervision="ntp")
+    plain = PlainTrainer(model.gen, TrainingArguments(folder, report_to="none", bf16=script.bf16, use_cpu=model.device.type == "cpu"))
+    gen = model.gen
+
+    def plain_step(batch):
+        collated = ours.trainer.data_collator([dict(row) for row in batch])
+        return float(plain.training_step(gen, {"micro_batches": collated["micro_batches"]}, collated["facts"].num_labels))
+
+    seconds = {"ours, ntp": [], "plain Trainer, same tricks": []}
+    for i, batch in enumerate(batches):
+        for name, arm in (("ours, ntp", ours.step), ("plain Trainer, same tricks", plain_step)):
+            model.zero_grad()
+            _, took, _ = meter(lambda arm=arm, batch=batch: arm(batch))
+            if i:
+                seconds[name].append(took)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trainable[name])
+    ratio = statistics.median(b / a for a, b in zip(*seconds.values(), strict=True))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    print(f"\nntp alone: {medians}, throughput of ours {ratio:.3f} x the plain Trainer's")
+    return {"seconds": medians, "throughput_ratio": ratio}
+
+
+def section_nsp_batch(model, instances, script, folder):
+    """Peak memory and time of one GradCache step, micro-batches held at the same token budget."""
+    meter, results = Meter(model.device), []
+    for size in map(int, script.nsp_batch_sizes.split(",")):
+        options = {"nsp_batch_size": size, "max_tokens_per_micro_batch": script.micro_batch_tokens}
+        ours = Ours(model, folder, instances, script, **options)
+        (batch,) = batches_of(ours.trainer, size, 1, script.seed)
+        model.zero_grad()
+        ours.step(batch[:2])  # gradients exist before the measurement
+        _, took, peak = meter(lambda ours=ours, batch=batch: ours.step(batch))
+        results.append({"nsp_batch_size": size, "seconds": took, "peak_memory_gb": peak / GB, "useful_tokens_per_second": useful_tokens(batch) / took})
+        print(f"  NSP batch {size}: {results[-1]}", flush=True)
+    model.zero_grad()
+    print_table(
+        ["NSP batch", "s / step", "peak memory above weights and gradients, GB", "useful tokens/s"],
+        [[str(r["nsp_batch_size"]), f"{r['seconds']:.1f}", f"{r['peak_memory_gb']:.2f}", f"{r['useful_tokens_per_second']:.0f}"] for r in results],
+    )
+    return results
+
+
+def section_precision(script, folder):
+    """The quickstart's world and models, trained for some hundred steps in float32, with bf16 autocast over float32 weights, and with bf16 weights."""
+    paths = importlib.import_module("prepare_quickstart").prepare(str(Path(folder) / "world"), seed=script.seed)
+    instances, results = load_instances(paths["train"]), {}
+    for name, options, dtype in (
+        ("float32", {}, "float32"),
+        ("bf16 autocast, float32 weights", {"bf16": True}, "float32"),
+        ("bf16 weights (no master copy)", {}, "bfloat16"),
+    ):
+        set_seed(script.seed)
+        model = CoSupForCausalLM.from_gen_and_emb_seq(paths["gen"], paths["emb_seq"], model_kwargs={"dtype": dtype}, max_passage_length=128)
+        args = CoSupTrainingArguments(
+            folder,
+            max_steps=script.precision_steps,
+            per_device_train_batch_size=64,
+            learning_rate=2e-3,
+            warmup_steps=50,
+            adam_beta2=0.98,
+            logging_steps=1,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            seed=script.seed,
+            **options,
+        )
+        trainer = CoSupTrainer(model, args, train_dataset=instances)
+        start = time.perf_counter()
+        trainer.train()
+        last = [entry for entry in trainer.state.log_history if "ntp_loss" in entry][-50:]
+        results[name] = {key: statistics.mean(entry[key] for entry in last) for key in ("loss", "ntp_loss", "nsp_loss")}
+        results[name]["seconds"] = time.perf_counter() - start
+    exact = results["float32"]["loss"]
+    print(f"\nMean loss of the last 50 of {script.precision_steps} steps on the quickstart's world")
+    print_table(
+        ["weights and computation", "loss", "to float32", "NTP", "NSP"],
+        [[name, f"{r['loss']:.4f}", f"{r['loss'] / exact - 1:+.2%}", f"{r['ntp_loss']:.4f}", f"{r['nsp_loss']:.4f}"] for name, r in results.items()],
+    )
+    return results
+
+
+def print_table(header, rows):
+    print("\n| " + " | ".join(header) + " |\n|" + "---|" * len(header))
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+
+
+def main():
+    (script,) = parse([BenchmarkArguments], __doc__)
+    set_seed(script.seed)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(script.num_threads or torch.get_num_threads())
+    script.bf16 = True
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    results = {"hardware": hardware, "torch": torch.__version__, "transformers": transformers.__version__, "arguments": vars(script)}
+    print(f"{hardware}; torch {torch.__version__}, transformers {transformers.__version__}", flush=True)
+    sections = script.sections.split(",")
+    with tempfile.TemporaryDirectory() as folder:
+        if {"step", "nsp_batch"} & set(sections):
+            if not script.gen or not script.train_file:
+                sys.exit("error: the sections step and nsp_batch need --gen and --train_file.")
+            kwargs = {"dtype": "float32"} | ({"attn_implementation": script.attn_implementation} if script.attn_implementation else {})
+            model = CoSupForCausalLM.from_gen_and_emb_seq(script.gen, model_kwargs=kwargs).to(device).train()
+            if script.gradient_checkpointing:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            instances = load_instances(script.train_file)
+            if "step" in sections:
+                results["step"] = section_step(model, instances, script, folder)
+            if "nsp_batch" in sections:
+                results["nsp_batch"] = section_nsp_batch(model, instances, script, folder)
+        if "precision" in sections:
+            results["precision"] = section_precision(script, folder)
+    if script.output_file:
+        Path(script.output_file).write_text(json.dumps(results, indent=2) + "\n")
+
+
+def cpu_name():
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+if __name__ == "__main__":
+    main()
