@@ -21,6 +21,7 @@ from cli import check_trainer_package, clear_errors, parse, table
 check_trainer_package()
 
 import torch  # noqa: E402
+from accelerate import DistributedType  # noqa: E402
 from transformers import set_seed  # noqa: E402
 
 from modeling_cosup import CoSupForCausalLM, PassageIndex  # noqa: E402
@@ -40,13 +41,22 @@ class ScriptArguments:
     similarity: str = field(default="cosine", metadata={"help": "cosine or dot (the paper)."})
     temperature: float | None = field(default=None, metadata={"help": "Of the NSP loss; 0.05 for cosine, 1.0 for dot."})
     nsp_loss_weight: float | None = field(default=None, metadata={"help": "λ; 1.0 for cosine, 0.01 for dot."})
-    query_from: str = field(default="gen", metadata={"help": "Where queries come from: gen (the method) or emb_seq (the paper's baseline)."})
+    query_from: str | None = field(
+        default=None,
+        metadata={"help": "gen (the method), emb_seq or query_encoder (the paper's baseline); defaults to emb_seq with --supervision separate."},
+    )
+    query_encoder: str | None = field(default=None, metadata={"help": "With --query_from query_encoder: its name or path; defaults to Emb_seq's."})
     emb_seq_pooling: str = field(default="eos", metadata={"help": "eos (the paper), mean or cls."})
     passage_template: str = field(default="{title} :: {text}", metadata={"help": "How a passage reads."})
     max_passage_length: int = field(default=256, metadata={"help": "Tokens of a passage."})
     nsp_token: str = field(default="[NSP]", metadata={"help": "String of the token that retrieves."})
     cs_token: str = field(default="[Cs]", metadata={"help": "String of the token that opens grounded text."})
     ce_token: str = field(default="[CE]", metadata={"help": "String of the token that closes grounded text."})
+    use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters of both models (and the control tokens' rows) alone."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout of the adapters."})
+    lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Modules that get adapters; defaults to every linear layer."})
     train_file: str | None = field(default=None, metadata={"help": "Training instances: JSON Lines (.gz) or a dataset name."})
     validation_file: str | None = field(default=None, metadata={"help": "Held-out instances in the same format, for eval_loss and eval_recall@k."})
     corpus_file: str | None = field(default=None, metadata={"help": "Passages to index: JSON Lines (.gz) or a dataset name."})
@@ -65,16 +75,19 @@ def main():
     """Train on all processes, then index and evaluate on the main one, without a process group that would time out meanwhile."""
     script, args = parse([ScriptArguments, CoSupTrainingArguments], __doc__)
     model, corpus, questions, results = train(script, args)
+    main_process = args.process_index == 0
     gc.collect()  # the trainer first: the last owner of a gloo group can deadlock as it goes
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-    if model is not None:
+    if main_process:
+        if model is None:  # its weights were shards
+            model = CoSupForCausalLM.from_pretrained(args.output_dir).to(args.device)
         index_and_evaluate(model, corpus, questions, results, script, args)
 
 
 def train(script, args):
-    """Read and check everything, train, save. Returns the model (on the main process, else `None`), corpus, questions and results so far."""
+    """Read and check everything, train, save. Returns the model (`None` where it was sharded), corpus, questions and results so far."""
     if args.use_cpu and args.world_size == 1:
         torch.set_num_threads(script.num_threads or os.cpu_count())  # accelerate launch leaves one
     with clear_errors():
@@ -96,7 +109,7 @@ def train(script, args):
             PassageIndex.check_save_directory(Path(args.output_dir) / "index")
         if validation is None and args.eval_strategy != "no":
             raise ValueError(f"eval_strategy is {args.eval_strategy.value!r} but there is no --validation_file.")
-        trainer = CoSupTrainer(load_model(script), args, train_dataset=train, eval_dataset=validation)
+        trainer = CoSupTrainer(load_model(script, args), args, train_dataset=train, eval_dataset=validation, peft_config=lora(script))
 
     results = {"seed": args.seed}
     if questions is not None and script.eval_before_training and trainer.is_world_process_zero():
@@ -111,7 +124,13 @@ def train(script, args):
     if validation is not None:
         results["validation"] = trainer.evaluate()
 
-    model = trainer.accelerator.unwrap_model(trainer.model) if trainer.is_world_process_zero() else None
+    if trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return None, corpus, questions, results
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if script.use_peft:  # output_dir holds the adapters; what follows, and any user without peft, takes the whole
+        model = model.merge_and_unload()
+        if trainer.is_world_process_zero():
+            model.save_pretrained(Path(args.output_dir) / "merged")
     return model, corpus, questions, results
 
 
@@ -151,7 +170,19 @@ def prepare(script, args):
             setattr(script, name, paths[name.removesuffix("_file")])
 
 
-def load_model(script):
+def lora(script):
+    """`LoraConfig` of both models, or `None`."""
+    if not script.use_peft:
+        return None
+    from peft import LoraConfig
+
+    target_modules = script.lora_target_modules or "all-linear"
+    return LoraConfig(
+        r=script.lora_r, lora_alpha=script.lora_alpha, lora_dropout=script.lora_dropout, target_modules=target_modules, task_type="CAUSAL_LM"
+    )
+
+
+def load_model(script, args):
     """The model to train: a checkpoint of this project, or Gen and Emb_seq put together."""
     kwargs = {"dtype": script.dtype}
     if script.attn_implementation:
@@ -164,6 +195,10 @@ def load_model(script):
         if changed := [name for name in names if fields[name] != getattr(defaults, name)]:
             raise ValueError(f"--{changed[0]} is the checkpoint's business: {script.model_name_or_path} was built with its own.")
         return CoSupForCausalLM.from_pretrained(script.model_name_or_path, **kwargs)
+    if fields["query_from"] is None:
+        fields["query_from"] = "emb_seq" if args.supervision == "separate" else "gen"
+    if fields["query_from"] == "query_encoder":
+        fields["query_encoder"] = script.query_encoder or script.emb_seq or script.gen
     return CoSupForCausalLM.from_gen_and_emb_seq(script.gen, script.emb_seq, model_kwargs=kwargs, **fields)
 
 

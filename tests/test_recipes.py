@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import PASSAGES, make_emb_seq, make_gen, make_model, make_tokenizer
+
+from modeling_cosup import CoSupForCausalLM
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
@@ -154,6 +157,70 @@ def test_every_config_parses_and_the_command_line_wins():
         assert args.seed == 7
         assert args.learning_rate == float(values["learning_rate"])
         assert script.similarity == values["similarity"]
+
+
+WAYS = {
+    "separate, one encoder": ["--supervision", "separate"],
+    "separate, two encoders": ["--supervision", "separate", "--query_from", "query_encoder"],
+    "ntp": ["--supervision", "ntp"],
+    "nsp": ["--supervision", "nsp"],
+    "GradCache": ["--nsp_batch_size", "6", "--max_tokens_per_micro_batch", "200", "--batch_sampler", "no_duplicates"],
+    "frozen Emb_seq": ["--freeze_emb_seq", "true"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_train_ends_in_a_checkpoint_that_answers(inputs, tmp_path, monkeypatch, way):
+    from train import main
+
+    monkeypatch.setattr(sys, "argv", ["train.py", *options(inputs, tmp_path / "out", *WAYS[way])])
+    main()
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["evaluation"]["recall@5"]["n"] == 6
+    model = CoSupForCausalLM.from_pretrained(tmp_path / "out")
+    query_from = {"separate, one encoder": "emb_seq", "separate, two encoders": "query_encoder"}.get(way, "gen")
+    assert model.config.query_from == query_from
+    index = model.load_index(tmp_path / "out" / "index")
+    out = model.generate(torch.tensor([[5, model.config.nsp_token_id]]), retriever=index, max_new_tokens=3, return_dict_in_generate=True)
+    assert out.retrievals[0][0].passage_id in {passage["id"] for passage in PASSAGES}
+
+
+def test_lora_leaves_adapters_and_a_merged_checkpoint(inputs, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    from train import main
+
+    monkeypatch.setattr(sys, "argv", ["train.py", *options(inputs, tmp_path / "out", "--use_peft", "true", "--lora_r", "4")])
+    main()
+    assert (tmp_path / "out" / "adapter_config.json").exists()
+    model = CoSupForCausalLM.from_pretrained(tmp_path / "out" / "merged")
+    model.load_index(tmp_path / "out" / "index")  # built by the merged model
+
+
+def test_two_processes_by_the_config_that_we_ship(inputs, tmp_path):
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", "recipes/accelerate_configs/multi_cpu.yaml"]
+    result = run(*launcher, "recipes/train.py", *options(inputs, tmp_path / "out", "--nsp_batch_size", "4", "--per_device_train_batch_size", "1"))
+    assert result.returncode == 0, result.stderr[-3000:]
+    metrics = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert metrics["evaluation"]["recall@5"]["n"] == 6
+    assert result.stdout.count("recall@1 of the query embedding") == 1  # one process evaluates
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["train_batch_size"] == 2  # of an NSP batch of 4 over 2 ranks
+
+
+def test_every_accelerate_config_is_one():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    kinds = {path.stem: load_config_from_file(str(path)) for path in sorted((ROOT / "recipes" / "accelerate_configs").glob("*.yaml"))}
+    assert {name: str(config.distributed_type).rpartition(".")[2] for name, config in kinds.items()} == {
+        "single": "NO",
+        "multi_cpu": "MULTI_GPU",
+        "multi_gpu": "MULTI_GPU",
+        "fsdp2": "FSDP",
+        "deepspeed_zero2": "DEEPSPEED",
+        "deepspeed_zero3": "DEEPSPEED",
+    }
+    assert kinds["fsdp2"].fsdp_config["fsdp_version"] == 2
+    assert [kinds[f"deepspeed_zero{stage}"].deepspeed_config["zero_stage"] for stage in (2, 3)] == [2, 3]
 
 
 @pytest.mark.parametrize("folder", [".", "recipes", "tests", "trainer", "modeling_cosup"])

@@ -291,3 +291,35 @@ def test_compiled_layers_train_alike(tmp_path):
     assert type(trainer.model_wrapped).__name__ == "CoSupForCausalLM"
     trainer.save_model(str(tmp_path / "saved"))
     CoSupForCausalLM.from_pretrained(tmp_path / "saved")
+
+
+def test_lora_resumes_and_merges_over_frozen_parts(tmp_path):
+    """Adapters of every linear layer of both models; a resumed run equals an uninterrupted one; the merged model answers as the adapted one."""
+    peft = pytest.importorskip("peft")
+
+    def run(folder, steps, resume=None, **options):
+        model = make_model(emb_seq_kwargs={"hidden_size": 48})
+        config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.1)
+        args = arguments(tmp_path / folder, max_steps=steps, save_strategy="steps", save_steps=2, **options)
+        trainer = CoSupTrainer(model, args, train_dataset=world(NAMES[:16]), peft_config=config)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+
+    _, whole = run("whole", 4)
+    run("cut", 2, lr_scheduler_type="constant")
+    trainer, resumed = run("whole", 4, resume=str(tmp_path / "whole" / "checkpoint-2"))
+    assert resumed == pytest.approx(whole, rel=1e-6)
+    assert not any("lora" in name and "emb_head" in name for name, _ in trainer.model.named_parameters())
+    model = trainer.model.eval()
+    batch = plain_batch([trainer.train_dataset[i] for i in range(4)])
+    with torch.no_grad():
+        adapted = model(**batch).loss
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(**batch).loss, adapted, rtol=1e-4, atol=1e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(CoSupForCausalLM.from_pretrained(tmp_path / "merged")(**batch).loss, adapted, rtol=1e-4, atol=1e-5)
+
+    frozen, _ = run("frozen", 2, freeze_emb_seq=True)
+    trained_names = [name for name, parameter in frozen.model.named_parameters() if parameter.requires_grad]
+    assert trained_names and not any("emb_seq" in name or "emb_head" in name for name in trained_names)

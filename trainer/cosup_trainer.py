@@ -121,6 +121,9 @@ class CoSupTrainer(Trainer):
             optimizers=optimizers,
             **kwargs,
         )
+        for name in ("nsp_batch_size", "clip_gen_only"):
+            if getattr(args, name) and self._shards_in_its_own_way():
+                raise ValueError(f"{name} works under DDP and FSDP2, not under {self.accelerator.distributed_type.value} as it is configured.")
         if args.torch_compile:  # the layers are compiled already; the rest depends on the data
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
         self._host_group = host_group()
@@ -129,6 +132,11 @@ class CoSupTrainer(Trainer):
         self._sums, self._logged_at = defaultdict(float), time.time()
         self._eval_batches = []
         self._num_parameters = None
+
+    def _shards_in_its_own_way(self):
+        """DeepSpeed takes one backward a step and clips by itself; FSDP1 has norms of shards."""
+        kind, plugin = self.accelerator.distributed_type, getattr(self.accelerator.state, "fsdp_plugin", None)
+        return kind == DistributedType.DEEPSPEED or (kind == DistributedType.FSDP and getattr(plugin, "fsdp_version", 1) == 1)
 
     # ------------------------------------------------------------------ data
 
@@ -268,7 +276,7 @@ class CoSupTrainer(Trainer):
         pieces = [self._forward(model, micro_batch, num_items_in_batch) for micro_batch in inputs["micro_batches"]]
         ntp_losses = torch.stack([piece.ntp_loss for piece in pieces if piece.ntp_loss is not None] or [torch.zeros((), device=self.args.device)])
         output = CoSupOutput(ntp_loss=ntp_losses.sum(), query_embeds=_cat(pieces, "query_embeds"), passage_embeds=_cat(pieces, "passage_embeds"))
-        self._finite.add(self.state.global_step, "NTP", ntp_losses, inputs["facts"].instance_ids, model.training)
+        self._finite.add(self.state.global_step, "NTP", ntp_losses.detach().isfinite(), inputs["facts"].instance_ids, model.training)
         output.nsp_loss = self._nsp_loss(output.query_embeds, output.passage_embeds, inputs, num_queries, model.training)
         output.loss = output.ntp_loss + self.cosup_config.nsp_loss_weight * output.nsp_loss
         if model.training:
@@ -296,7 +304,7 @@ class CoSupTrainer(Trainer):
                 with self.compute_loss_context_manager():
                     ntp_loss, loss = next(passes)
                 ntp_losses.append(ntp_loss)
-                self._finite.add(self.state.global_step, "NTP", ntp_loss[None], inputs["facts"].instance_ids[i : i + 1], True)
+                self._finite.add(self.state.global_step, "NTP", ntp_loss[None].isfinite(), inputs["facts"].instance_ids[i : i + 1], True)
                 if loss.requires_grad:
                     self.accelerator.backward(loss * scale)
         next(passes, None)  # restores the random state
@@ -331,7 +339,9 @@ class CoSupTrainer(Trainer):
             same_passage = (groups[labels][:, None] == groups) | repeated  # (N, M): of identical passages one is a negative, not each
             same_passage[pairs[0], pairs[1]] = True
         losses, scores = info_nce(query_embeds, passage_embeds, labels, same_passage, self.cosup_config.temperature, return_scores=True)
-        self._finite.add(self.state.global_step, "NSP", losses, [[id] for id in facts.query_instance_ids], training)
+        own = torch.stack([query_embeds.detach().isfinite().all(1), passage_embeds.detach()[labels].isfinite().all(1)]).all(0)
+        finite = torch.where(own.all(), losses.detach().isfinite(), own)  # one NaN embedding is in every loss: name those it comes from
+        self._finite.add(self.state.global_step, "NSP", finite, [[id] for id in facts.query_instance_ids], training)
         if training and scores.numel():
             scores = scores.detach()
             negatives = scores.scatter(1, labels[:, None], float("-inf"))
@@ -437,9 +447,6 @@ class CoSupTrainer(Trainer):
     def _clip_grad_norm(self, model):
         if not self.args.clip_gen_only:
             return super()._clip_grad_norm(model)
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED or getattr(plugin, "fsdp_version", 2) == 1:
-            raise ValueError("clip_gen_only needs the norm of Gen's gradients alone, which DeepSpeed and FSDP1 do not give: use DDP or FSDP2.")
         gen = _without_peft(self.accelerator.unwrap_model(model)).gen
         return self.accelerator.clip_grad_norm_(gen.parameters(), self.args.max_grad_norm)
 
@@ -566,6 +573,8 @@ def _check_control_tokens(tokenizer, config):
 def _wrap_in_peft(model, peft_config):
     """`get_peft_model`; trains the rows of Gen's control tokens (and `emb_head`) too, unless the config says what to do with embeddings."""
     peft_config = copy.deepcopy(peft_config)
+    if model.emb_head is not None and getattr(peft_config, "target_modules", None) == "all-linear" and peft_config.exclude_modules is None:
+        peft_config.exclude_modules = ["emb_head"]  # new and small: trained itself
     if isinstance(peft_config, LoraConfig) and peft_config.trainable_token_indices is None and not peft_config.modules_to_save:
         names = {id(module): name for name, module in model.named_modules()}
         ids = [model.config.nsp_token_id, model.config.cs_token_id, model.config.ce_token_id]

@@ -20,14 +20,14 @@ class FiniteLosses:
     def __init__(self):
         self._pending = []
 
-    def add(self, step, name, losses, instance_ids, training=True):
+    def add(self, step, name, finite, instance_ids, training=True):
         """
-        Look at losses.
+        Look at whether losses are finite.
 
         Args:
             step (`int`): optimiser steps taken.
             name (`str`): `"NTP"` or `"NSP"`.
-            losses (`torch.Tensor` of shape `(n,)`): any dtype.
+            finite (`torch.BoolTensor` of shape `(n,)`): whether they are.
             instance_ids (`list[list[str]]`): of the instances behind each of them.
             training (`bool`): `False` does nothing.
 
@@ -36,11 +36,10 @@ class FiniteLosses:
         """
         if not training:
             return
-        finite = losses.detach().isfinite()
-        arrived = None
-        if finite.device.type != "cpu":
+        arrived, device = None, finite.device
+        if device.type != "cpu":
             finite = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
-            arrived = torch.get_device_module(losses.device).Event()
+            arrived = torch.get_device_module(device).Event()
             arrived.record()
         if self._pending and self._pending[0][1] < step:
             self.check()

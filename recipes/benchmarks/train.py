@@ -2,12 +2,14 @@
 Speed, memory and error of a training step, side by side in one process.
 
     python recipes/benchmarks/train.py --gen HuggingFaceTB/SmolLM2-135M-Instruct --train_file train.jsonl
-    python recipes/benchmarks/train.py --sections precision          # no model and no data needed: the quickstart's world
+    python recipes/benchmarks/train.py --sections precision,defaults    # no model and no data needed: the quickstart's world
 
 Sections: `step` (forward and backward of a whole batch in each arm, interleaved, median of `--repeats` after one warm-up), `nsp_batch` (memory of
-GradCache as its batch grows), `precision` (loss after 300 steps in float32 and bf16). Prints tables and writes `--output_file`.
+GradCache as its batch grows), `precision` (loss after 300 steps in float32 and bf16), `defaults` (the paper's optimiser and similarity beside ours).
+Prints tables and writes `--output_file`.
 """
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -47,7 +49,7 @@ class BenchmarkArguments:
 
     gen: str | None = field(default=None, metadata={"help": "Name or path of Gen; Emb_seq is a copy of it."})
     train_file: str | None = field(default=None, metadata={"help": "Training instances whose lengths and duplicates are the benchmark's."})
-    sections: str = field(default="step,nsp_batch,precision", metadata={"help": "Comma-separated."})
+    sections: str = field(default="step,nsp_batch,precision,defaults", metadata={"help": "Comma-separated."})
     batch_size: int = field(default=8, metadata={"help": "Instances of a batch."})
     micro_batch_tokens: int = field(default=2048, metadata={"help": "Token budget of a micro-batch with GradCache."})
     repeats: int = field(default=9, metadata={"help": "Timed rounds of every arm; each round is another batch."})
@@ -57,6 +59,7 @@ class BenchmarkArguments:
     torch_compile: bool = field(default=False, metadata={"help": "Add an arm with compiled layers."})
     num_threads: int | None = field(default=None, metadata={"help": "Threads on a CPU; defaults to all cores."})
     precision_steps: int = field(default=300, metadata={"help": "Steps of the precision section."})
+    defaults_steps: int = field(default=300, metadata={"help": "Steps of the defaults section."})
     seed: int = field(default=0, metadata={"help": "Of everything."})
     output_file: str | None = field(default=None, metadata={"help": "Where the numbers go, as JSON."})
 
@@ -349,42 +352,60 @@ def section_nsp_batch(model, instances, script, folder):
     return results
 
 
+def train_in_the_quickstart_world(paths, script, folder, steps, dtype="float32", config=None, **options):
+    """The quickstart's models trained on its world: `(trainer, mean of each logged loss over the last 50 steps)`."""
+    set_seed(script.seed)
+    model = CoSupForCausalLM.from_gen_and_emb_seq(paths["gen"], paths["emb_seq"], model_kwargs={"dtype": dtype}, max_passage_length=128, **(config or {}))
+    defaults = {"per_device_train_batch_size": 64, "per_device_eval_batch_size": 256, "learning_rate": 2e-3, "adam_beta2": 0.98, "logging_steps": 1}
+    defaults |= {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "seed": script.seed, "max_steps": steps}
+    args = CoSupTrainingArguments(folder, **{**defaults, **options})
+    held_out = load_instances(paths["validation"]) if Path(paths["validation"] or "").is_file() else None
+    trainer = CoSupTrainer(model, args, train_dataset=load_instances(paths["train"]), eval_dataset=held_out)
+    with contextlib.redirect_stdout(sys.stderr):  # a line for every step
+        trainer.train()
+    last = [entry for entry in trainer.state.log_history if "ntp_loss" in entry][-50:]
+    return trainer, {key: statistics.mean(entry[key] for entry in last) for key in ("loss", "ntp_loss", "nsp_loss")}
+
+
 def section_precision(script, folder):
     """The quickstart's world and models, trained for some hundred steps in float32, with bf16 autocast over float32 weights, and with bf16 weights."""
-    paths = importlib.import_module("prepare_quickstart").prepare(str(Path(folder) / "world"), seed=script.seed)
-    instances, results = load_instances(paths["train"]), {}
-    for name, options, dtype in (
-        ("float32", {}, "float32"),
-        ("bf16 autocast, float32 weights", {"bf16": True}, "float32"),
-        ("bf16 weights (no master copy)", {}, "bfloat16"),
-    ):
-        set_seed(script.seed)
-        model = CoSupForCausalLM.from_gen_and_emb_seq(paths["gen"], paths["emb_seq"], model_kwargs={"dtype": dtype}, max_passage_length=128)
-        args = CoSupTrainingArguments(
-            folder,
-            max_steps=script.precision_steps,
-            per_device_train_batch_size=64,
-            learning_rate=2e-3,
-            warmup_steps=50,
-            adam_beta2=0.98,
-            logging_steps=1,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-            seed=script.seed,
-            **options,
-        )
-        trainer = CoSupTrainer(model, args, train_dataset=instances)
-        start = time.perf_counter()
-        trainer.train()
-        last = [entry for entry in trainer.state.log_history if "ntp_loss" in entry][-50:]
-        results[name] = {key: statistics.mean(entry[key] for entry in last) for key in ("loss", "ntp_loss", "nsp_loss")}
-        results[name]["seconds"] = time.perf_counter() - start
+    paths, results = importlib.import_module("prepare_quickstart").prepare(str(Path(folder) / "world"), seed=script.seed), {}
+    arms = {
+        "float32": {},
+        "bf16 autocast, float32 weights": {"bf16": True},
+        "bf16 weights (no master copy)": {"dtype": "bfloat16"},
+    }
+    for name, options in arms.items():
+        _, results[name] = train_in_the_quickstart_world(paths, script, folder, script.precision_steps, warmup_steps=50, **options)
     exact = results["float32"]["loss"]
-    print(f"\nMean loss of the last 50 of {script.precision_steps} steps on the quickstart's world")
+    print(f"\nMean loss of the last 50 of {script.precision_steps} steps on the quickstart's world, seed {script.seed}")
     print_table(
         ["weights and computation", "loss", "to float32", "NTP", "NSP"],
         [[name, f"{r['loss']:.4f}", f"{r['loss'] / exact - 1:+.2%}", f"{r['ntp_loss']:.4f}", f"{r['nsp_loss']:.4f}"] for name, r in results.items()],
+    )
+    return results
+
+
+def section_defaults(script, folder):
+    """The paper's optimiser and similarity, and the modern ones, one change at a time, on the quickstart's world; held-out losses and recall."""
+    paths, results = importlib.import_module("prepare_quickstart").prepare(str(Path(folder) / "world"), seed=script.seed), {}
+    paper = {"lr_decay_per_epoch": 0.85, "clip_gen_only": True, "weight_decay": 0.0}
+    modern = {"lr_scheduler_type": "cosine", "warmup_steps": 50, "weight_decay": 0.01}
+    arms = {
+        "the paper's: dot, λ 0.01, rate x 0.85 an epoch, clip Gen": (paper, {"similarity": "dot"}),
+        "the paper's at a tenth of the rate": (paper | {"learning_rate": 2e-4}, {"similarity": "dot"}),
+        "dot, λ 0.01, warm-up and cosine schedule": (modern, {"similarity": "dot"}),
+        "cosine 0.05, λ 1, the paper's optimiser": (paper, {}),
+        "cosine 0.05, λ 1, warm-up and cosine schedule": (modern, {}),
+    }
+    for name, (options, config) in arms.items():
+        trainer, _ = train_in_the_quickstart_world(paths, script, folder, script.defaults_steps, config=config, bf16=True, **options)
+        results[name] = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items() if key.startswith("eval_")}
+        print(f"  {name}: {results[name]}", flush=True)
+    print(f"\nHeld out, after {script.defaults_steps} steps on the quickstart's world, seed {script.seed}, learning rate 2e-3 unless said")
+    print_table(
+        ["setting", "NTP loss", "recall@1", "recall@5", "passages"],
+        [[name, f"{r['ntp_loss']:.3f}", f"{r['recall@1']:.1%}", f"{r['recall@5']:.1%}", str(r["num_passages"])] for name, r in results.items()],
     )
     return results
 
@@ -421,6 +442,8 @@ def main():
                 results["nsp_batch"] = section_nsp_batch(model, instances, script, folder)
         if "precision" in sections:
             results["precision"] = section_precision(script, folder)
+        if "defaults" in sections:
+            results["defaults"] = section_defaults(script, folder)
     if script.output_file:
         Path(script.output_file).write_text(json.dumps(results, indent=2) + "\n")
 
