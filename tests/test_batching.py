@@ -6,11 +6,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from conftest import PASSAGES, make_model
+from torch.utils.data import BatchSampler
 
 from trainer import CoSupDataCollator
-from trainer.batching import BatchFacts, NoDuplicatesSampler, cut_by_number, cut_by_padding, cut_by_tokens, global_batch
+from trainer.batching import BatchFacts, cut_by_number, cut_by_padding, cut_by_tokens
 from trainer.data import check_instance, tokenize_instance
+from trainer.duplicates import NoDuplicatesSampler, global_batch
 
 SEGMENTS = [[0, 1], [], [1, 2, 0], [3], [], [4]]
 
@@ -238,3 +241,13 @@ def test_no_batch_of_the_sampler_names_a_passage_twice():
     assert order == list(NoDuplicatesSampler(passages, 8, seed=3))
     sampler.set_epoch(1)
     assert list(sampler) != order
+
+
+def test_no_batch_over_ranks_names_a_passage_twice():
+    """As accelerate deals batches to ranks: rank r takes every W-th."""
+    passages = [[i % 50] for i in range(200)]
+    batches = BatchSampler(NoDuplicatesSampler(passages, 8), batch_size=4, drop_last=False)
+    ranks = [list(BatchSamplerShard(batches, num_processes=2, process_index=rank)) for rank in range(2)]
+    for first, second in list(zip(*ranks, strict=True))[:24]:
+        named = [passages[i][0] for i in first + second]
+        assert len(set(named)) == 8

@@ -1,11 +1,24 @@
 """The figures of an evaluation, by hand and on a model whose answers are known."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import PASSAGES, make_model, plain_batch
 
+from trainer.batching import BatchFacts
 from trainer.data import tokenize_instance
-from trainer.evaluation import Mean, Rate, answer, evaluate_model, exact_match, normalize_answer, ntp_loss, recall, reference_instances
+from trainer.evaluation import (
+    Mean,
+    Rate,
+    answer,
+    evaluate_model,
+    exact_match,
+    normalize_answer,
+    ntp_loss,
+    recall,
+    reference_instances,
+    retrieval_metrics,
+)
 
 QUESTIONS = [
     {"id": f"q{i}", "dataset": "d", "instruction": "", "input": f"question {i}?", "answers": [p["title"] or "none"]} | {"provenance": [[p["id"]]]}
@@ -62,3 +75,25 @@ def test_modes_of_answering(batch_size):
     assert metrics["needless_retrieval"].n == metrics["exact_match_no_passage"].n == 1
     assert len(answers) == 7
     assert model.training is False
+
+
+def test_retrieval_metrics_by_hand():
+    """Two batches: a passage that stands in both, one that is right for a query too, and a query without a number."""
+    facts = [
+        BatchFacts(passage_keys=[(1,), (2,)], positive_keys=[(), (1,)], query_keys=[10, 11], passage_labels=[0, 1]),
+        BatchFacts(passage_keys=[(2,), (3,)], positive_keys=[(), ()], query_keys=[12, 13], passage_labels=[0, 1]),
+    ]
+    passages = np.eye(3, dtype=np.float32)[[0, 1, 1, 2]]
+    queries = np.array([[1, 0, 0], [5, 1, 0], [2, 1, 0], [np.nan, 0, 1]], dtype=np.float32)
+    metrics, rows, labels = retrieval_metrics(queries, passages, facts, ks=(1, 2))
+    assert rows.tolist() == [0, 1, 3] and labels.tolist() == [0, 1, 1, 2]
+    assert (metrics["num_passages"], metrics["num_queries"]) == (3, 4)
+    assert metrics["recall@1"] == 0.5  # the first, and the second, for which passage 1 is right too
+    assert metrics["recall@2"] == 0.75
+    finite, _, _ = retrieval_metrics(np.nan_to_num(queries), passages, facts)
+    scores = torch.from_numpy(np.nan_to_num(queries)) @ torch.eye(3)
+    scores[1, 0] = float("-inf")
+    assert finite["nsp_loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(scores, torch.tensor([0, 1, 1, 2]))))
+    assert retrieval_metrics(queries[:0], passages, [BatchFacts(passage_keys=[(i,) for i in range(4)])])[0]["nsp_loss"] == 0.0
+    counted, _, _ = retrieval_metrics(np.nan_to_num(queries), passages, facts, mask_duplicates=False)
+    assert counted["num_passages"] == 4 and counted["nsp_loss"] > finite["nsp_loss"]

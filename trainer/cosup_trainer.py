@@ -1,7 +1,6 @@
 """CoSupTrainer: the Trainer whose loss is L = L_NTP + λ·L_NSP over the global batch."""
 
 import contextlib
-import copy
 import functools
 import time
 from collections import defaultdict
@@ -10,31 +9,29 @@ import datasets
 import numpy as np
 import torch
 from accelerate.utils import DistributedType, DynamoBackend, gather_object
+from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import EvalPrediction
-from transformers.utils import is_peft_available, logging
+from transformers.utils import logging
 
 from modeling_cosup import CoSupForCausalLM, info_nce
 from modeling_cosup.modeling_cosup import CoSupOutput
 from modeling_cosup.tokenization_cosup import end_of_turn_token_id
 
-from .batching import CoSupDataCollator, NoDuplicatesSampler, global_batch
+from .batching import CoSupDataCollator
 from .data import check_instance, tokenize_instance
 from .distributed import gather_objects, gather_rows, host_group, world_size
-from .grad_cache import first_pass, has_dropout, like_pieces, second_pass
+from .duplicates import NoDuplicatesSampler, global_batch
+from .evaluation import retrieval_metrics
+from .grad_cache import first_pass, like_pieces, second_pass
+from .model_setup import check_control_tokens, check_supervision, default_collator, freeze, speed_up, without_peft, wrap_in_peft
 from .training_args import CoSupTrainingArguments
 from .watch import FiniteLosses, explained_memory_errors, last_complete_checkpoint
-
-if is_peft_available():
-    from peft import LoraConfig, PeftModel, get_peft_model
 
 logger = logging.get_logger(__name__)
 
 COLUMNS = ["input_ids", "labels", "passage_input_ids"]
 OPTIONAL_COLUMNS = ["id", "passage_ids", "positive_ids", "negative_input_ids", "negative_ids", "query_input_ids"]
-RECALL_AT = (1, 5)
-CALL_OVERHEAD = {"cpu": 128}  # tokens that could be read in the time that one more forward and backward costs; a GPU's is far larger
 
 
 class CoSupTrainer(Trainer):
@@ -46,8 +43,8 @@ class CoSupTrainer(Trainer):
     micro-batches (by length, against padding; with `nsp_batch_size`, against memory) changes neither.
 
     Logs beside `loss`: `ntp_loss`, `nsp_loss`, `nsp_accuracy` (in-batch retrieval accuracy), `num_negatives` (mean per query), `tokens_per_second`
-    (tokens of Gen and Emb_seq, without padding) and `padding` (its share of all tokens). `evaluate()` returns `eval_ntp_loss`, `eval_nsp_loss`, their
-    weighted sum `eval_loss`, and `eval_recall@1`, `eval_recall@5` over all distinct passages of the evaluation set.
+    (tokens of Gen and Emb_seq, without padding) and `padding` (its share of all tokens). `evaluate()` returns `eval_ntp_loss`; `eval_nsp_loss`,
+    `eval_recall@1` and `eval_recall@5` over all distinct passages of the evaluation set, whatever the batches; and `eval_loss`, the weighted sum.
 
     Args:
         model (`CoSupForCausalLM` or `str`): a model or the name or path of one.
@@ -56,8 +53,8 @@ class CoSupTrainer(Trainer):
         train_dataset, eval_dataset (`Dataset`, `IterableDataset`, `list[dict]`, *optional*): instances, or already tokenized ones (columns
             `input_ids`, `labels`, `passage_input_ids`). `eval_dataset` may be a dict of them.
         processing_class, emb_seq_processing_class (`PreTrainedTokenizerBase`, *optional*): default to the model's own.
-        compute_metrics (`Callable`, *optional*): gets an `EvalPrediction` with `predictions=(query_embeds, passage_embeds)` and `label_ids`, for each
-            query the row of its passage (-100 for none).
+        compute_metrics (`Callable`, *optional*): gets an `EvalPrediction` with `predictions=(query_embeds, passage_embeds)`, the distinct passages of the
+            set, and `label_ids`, for each query the row of its passage.
         callbacks, optimizers: as in `Trainer`.
         peft_config (`PeftConfig`, *optional*): wraps the model; control-token rows of Gen's embeddings are trained too.
 
@@ -86,25 +83,25 @@ class CoSupTrainer(Trainer):
     ):
         args = args if args is not None else CoSupTrainingArguments("cosup")
         model = CoSupForCausalLM.from_pretrained(model) if isinstance(model, str) else model
-        base = _without_peft(model)
+        base = without_peft(model)
         if base.config.model_type != "cosup" or base.emb_seq is None:
             raise ValueError("CoSupTrainer needs a CoSupForCausalLM with Emb_seq; this one is another model or was loaded with load_emb_seq=False.")
         if world_size() > 1 and not args.average_tokens_across_devices:
             raise ValueError("Losses are divided by global counts: leave average_tokens_across_devices=True.")
         if processing_class is not None:
-            _check_control_tokens(processing_class, base.config)
+            check_control_tokens(processing_class, base.config)
             base.tokenizer = processing_class
         if emb_seq_processing_class is not None:
             base.emb_seq_tokenizer = emb_seq_processing_class
-        _check_supervision(args, base.config)
+        check_supervision(args, base.config)
         if peft_config is not None:
-            model = _wrap_in_peft(model, peft_config)
-        _freeze(base, args)
-        _speed_up(base, args)
+            model = wrap_in_peft(model, peft_config)
+        freeze(base, args)
+        speed_up(base, args)
         self.cosup_config = base.config
         self.tokenizers = base.tokenizer, base.emb_seq_tokenizer
         if data_collator is None:
-            data_collator = _default_collator(base, args, self.tokenizers)
+            data_collator = default_collator(base, args, self.tokenizers)
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: self._prepare_dataset(dataset, args, f"evaluation set {name!r}") for name, dataset in eval_dataset.items()}
         else:
@@ -239,7 +236,7 @@ class CoSupTrainer(Trainer):
 
     def floating_point_ops(self, inputs):
         """6 operations a token and parameter that reads it, embeddings apart."""
-        facts, base = inputs["facts"], _without_peft(self.model)
+        facts, base = inputs["facts"], without_peft(self.model)
         if self._num_parameters is None:
             parts = [base.gen, base.emb_seq if self.args.supervision != "ntp" else None]
             self._num_parameters = [0 if part is None else part.num_parameters(exclude_embeddings=True) for part in parts]
@@ -379,52 +376,47 @@ class CoSupTrainer(Trainer):
 
     # ------------------------------------------------------------------ evaluation
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        """`Trainer`'s; on several ranks each instance stands on one of them, once, and a rank that has none left gets an empty batch."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        if world_size() == 1 or not isinstance(dataset, datasets.Dataset) or not isinstance(self.data_collator, CoSupDataCollator):
+            return super().get_eval_dataloader(eval_dataset)
+        rank, size = self.args.process_index, self.args.eval_batch_size
+        longest = -(-len(dataset) // world_size())
+        rows = list(range(rank, len(dataset), world_size()))
+        batches = [rows[start : start + size] for start in range(0, longest, size)]
+        return DataLoader(
+            dataset, batch_sampler=batches, collate_fn=self.data_collator, num_workers=self.args.dataloader_num_workers, pin_memory=not self.args.use_cpu
+        )
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Losses and embeddings of a batch; the loop returns the loss alone, the embeddings wait for the end of the set."""
+        """Embeddings and NTP loss of a batch wait for the end of the set; the loop gets nothing."""
         inputs = self._prepare_inputs(inputs)
-        facts, device = inputs["facts"], self.args.device
-        inputs["global"] = global_batch([facts], 0, self.args.mask_duplicates)  # negatives of a rank's own batch
+        facts, nothing = inputs["facts"], torch.zeros(0, self.cosup_config.embedding_size)
         with torch.no_grad(), self.compute_loss_context_manager():
             pieces = [self._forward(model, micro_batch, 1) for micro_batch in inputs["micro_batches"]]
-            ntp_sum = sum((piece.ntp_loss for piece in pieces if piece.ntp_loss is not None), torch.zeros((), device=device))
-            query_embeds, passage_embeds = _cat(pieces, "query_embeds"), _cat(pieces, "passage_embeds")
-            nsp_sum = self._nsp_loss(query_embeds, passage_embeds, inputs, 1, False)
-        nothing = torch.zeros(0, self.cosup_config.embedding_size)
-        keys = np.array([row[0] for row in facts.passage_keys], dtype=np.int64)
-        positives = np.array([facts.passage_keys[label][0] for label in facts.passage_labels], dtype=np.int64)
-        embeds = [(nothing if tensor is None else tensor).float().cpu().numpy() for tensor in (query_embeds, passage_embeds)]
-        sums = [float(ntp_sum), facts.num_labels, float(nsp_sum), len(facts.passage_labels)]
-        self._eval_batches.append({"sums": sums, "arrays": [embeds[0], positives, embeds[1], keys]})
-        loss = ntp_sum / max(1, facts.num_labels) + self.cosup_config.nsp_loss_weight * nsp_sum / max(1, len(facts.passage_labels))
-        return loss, None, None
+        ntp_sum = sum(float(piece.ntp_loss) for piece in pieces if piece.ntp_loss is not None)
+        embeds = [_cat(pieces, name) for name in ("query_embeds", "passage_embeds")]
+        embeds = [(nothing if tensor is None else tensor).float().cpu().numpy() for tensor in embeds]
+        self._eval_batches.append((facts, ntp_sum, *embeds))
+        return None, None, None
 
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
-        """`Trainer`'s loop, then token-weighted losses and recall over all passages of the set."""
+        """`Trainer`'s loop, then the losses and recall over the whole set, whatever its batches."""
         self._eval_batches, start = [], time.time()
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
-        batches = gather_object(self._eval_batches)
+        facts, ntp_sums, queries, passages = zip(*gather_object(self._eval_batches), strict=True)
         self._eval_batches = []
         self._logged_at += time.time() - start  # no training time
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in self._evaluation_metrics(batches).items()})
-        return output
-
-    def _evaluation_metrics(self, batches):
-        ntp_sum, tokens, nsp_sum, queries = (sum(batch["sums"][i] for batch in batches) for i in range(4))
-        metrics = {"ntp_loss": ntp_sum / max(1, tokens), "nsp_loss": nsp_sum / max(1, queries)}
+        query_embeds, passage_embeds = np.concatenate(queries), np.concatenate(passages)
+        metrics, rows, labels = retrieval_metrics(query_embeds, passage_embeds, facts, self.cosup_config.temperature, self.args.mask_duplicates)
+        metrics["ntp_loss"] = sum(ntp_sums) / max(1, sum(each.num_labels for each in facts))
         metrics["loss"] = metrics["ntp_loss"] + self.cosup_config.nsp_loss_weight * metrics["nsp_loss"]
-        query_embeds, positives, passage_embeds, hashes = (np.concatenate([batch["arrays"][i] for batch in batches]) for i in range(4))
-        hashes, first = np.unique(hashes, return_index=True)  # identical passages once, hashes sorted
-        passage_embeds = passage_embeds[first]
-        asked = positives >= 0
-        metrics["num_passages"], metrics["num_queries"] = len(hashes), int(asked.sum())
-        labels = np.full(len(positives), -100)
-        labels[asked] = np.searchsorted(hashes, positives[asked])
-        if asked.any():
-            ranks = _ranks(query_embeds[asked], passage_embeds, labels[asked])
-            metrics.update({f"recall@{k}": float((ranks < k).mean()) for k in RECALL_AT})
         if self.compute_metrics is not None:
-            metrics.update(self.compute_metrics(EvalPrediction(predictions=(query_embeds, passage_embeds), label_ids=labels)))
-        return metrics
+            metrics.update(self.compute_metrics(EvalPrediction(predictions=(query_embeds, passage_embeds[rows]), label_ids=labels)))
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
 
     # ------------------------------------------------------------------ the paper's optimiser
 
@@ -447,7 +439,7 @@ class CoSupTrainer(Trainer):
     def _clip_grad_norm(self, model):
         if not self.args.clip_gen_only:
             return super()._clip_grad_norm(model)
-        gen = _without_peft(self.accelerator.unwrap_model(model)).gen
+        gen = without_peft(self.accelerator.unwrap_model(model)).gen
         return self.accelerator.clip_grad_norm_(gen.parameters(), self.args.max_grad_norm)
 
     # ------------------------------------------------------------------ checkpoints
@@ -484,103 +476,7 @@ class _ShorterThan:
         return False
 
 
-def _ranks(query_embeds, passage_embeds, labels, chunk_size=1024):
-    """
-    Number of other passages that score at least as high as the positive (a tie is a miss, or a collapsed model would be perfect): `(N,)` for
-    queries `(N, h)`, passages `(M, h)` and labels `(N,)`.
-    """
-    ranks = []
-    for start in range(0, len(labels), chunk_size):
-        scores = query_embeds[start : start + chunk_size] @ passage_embeds.T
-        positive = np.take_along_axis(scores, labels[start : start + chunk_size, None], axis=1)
-        ranks.append((scores >= positive).sum(1) - 1)
-    return np.concatenate(ranks)
-
-
-def _without_peft(model):
-    """The model itself, or the one that PEFT has wrapped."""
-    return model.get_base_model() if is_peft_available() and isinstance(model, PeftModel) else model
-
-
 def _cat(pieces, name):
     """The embeddings of all micro-batches, `None` where none has any."""
     found = [getattr(piece, name) for piece in pieces if getattr(piece, name) is not None]
     return torch.cat(found) if found else None
-
-
-def _check_supervision(args, config):
-    """Whether the model makes its queries where `supervision` trains them."""
-    if args.supervision == "separate" and config.query_from == "gen":
-        raise ValueError("supervision='separate' trains queries of an encoder: build the model with query_from='emb_seq' or 'query_encoder'.")
-    if args.supervision in ("co", "nsp") and config.query_from != "gen":
-        raise ValueError(f"The model makes queries with {config.query_from!r}: train it with supervision='separate', or build it with query_from='gen'.")
-    if args.freeze_gen and args.freeze_emb_seq:
-        raise ValueError("freeze_gen and freeze_emb_seq together leave nothing to train.")
-
-
-def _freeze(model, args):
-    """Turn off gradients of what is frozen, and of what the supervision never reaches."""
-    frozen = [model.gen] * args.freeze_gen
-    if args.freeze_emb_seq or args.supervision == "ntp":
-        frozen += [module for module in (model.emb_seq, model.emb_head) if module is not None]
-    if args.supervision == "ntp" and model.query_encoder is not None:
-        frozen.append(model.query_encoder)
-    if args.supervision == "nsp" and not model.config.tie_word_embeddings:
-        frozen.append(model.get_output_embeddings())
-    for module in frozen:
-        module.requires_grad_(False)
-
-
-def _speed_up(model, args):
-    """`torch_compile`: every layer, in place, for any length. `use_liger_kernel`: in both models; the loss stays ours, which needs no logits either."""
-    parts = [part for part in (model.gen, model.emb_seq, model.query_encoder) if part is not None]
-    if args.use_liger_kernel:
-        for part in parts:
-            apply_liger_kernel(part, {"fused_linear_cross_entropy": False, "cross_entropy": False, **(args.liger_kernel_config or {})})
-    if args.torch_compile:
-        for layer in [module for module in model.modules() if type(module).__name__ in set(model._no_split_modules or ())]:
-            layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode, dynamic=True)
-
-
-def _default_collator(model, args, tokenizers):
-    """The collator that suits model, device and arguments."""
-    config = model.config
-    causal = model.find_causal_encoders()
-    fused = [(part.config._attn_implementation or "").startswith(("flash", "flex")) for part in (model.gen, model.emb_seq)]
-    packed = fused if args.padding_free is None else [args.padding_free] * 2
-    pad_ids = [tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0 for tokenizer in tokenizers]
-    return CoSupDataCollator(
-        *pad_ids,
-        config.nsp_token_id,
-        mask_duplicates=args.mask_duplicates,
-        supervision=args.supervision,
-        max_instances=None if args.nsp_batch_size is None else args.per_device_train_batch_size,
-        max_tokens=args.max_tokens_per_micro_batch,
-        call_overhead=CALL_OVERHEAD.get(args.device.type, 8192),
-        padding_free=packed[0],
-        padding_free_passages=packed[1] and causal and config.emb_seq_pooling == "eos",
-        shorten_first_pass=args.nsp_batch_size is not None and not has_dropout(model),
-    )
-
-
-def _check_control_tokens(tokenizer, config):
-    """A tokenizer without the model's control tokens, or with others at their ids, would train and save something else."""
-    tokens = [token for token in tokenizer.convert_ids_to_tokens([config.nsp_token_id, config.cs_token_id, config.ce_token_id]) if token]
-    if len(tokens) < 3 or not set(tokens) <= set(tokenizer.get_added_vocab()):
-        raise ValueError(f"processing_class has {tokens} where the model has its control tokens; pass the tokenizer that from_gen_and_emb_seq extended.")
-
-
-def _wrap_in_peft(model, peft_config):
-    """`get_peft_model`; trains the rows of Gen's control tokens (and `emb_head`) too, unless the config says what to do with embeddings."""
-    peft_config = copy.deepcopy(peft_config)
-    if model.emb_head is not None and getattr(peft_config, "target_modules", None) == "all-linear" and peft_config.exclude_modules is None:
-        peft_config.exclude_modules = ["emb_head"]  # new and small: trained itself
-    if isinstance(peft_config, LoraConfig) and peft_config.trainable_token_indices is None and not peft_config.modules_to_save:
-        names = {id(module): name for name, module in model.named_modules()}
-        ids = [model.config.nsp_token_id, model.config.cs_token_id, model.config.ce_token_id]
-        peft_config.trainable_token_indices = {names[id(model.get_input_embeddings())]: ids}
-        if not model.config.tie_word_embeddings:  # else their logits, equal at the start, would stay equal
-            peft_config.trainable_token_indices[names[id(model.get_output_embeddings())]] = ids
-        if model.emb_head is not None:
-            peft_config.modules_to_save = ["emb_head"]
-    return get_peft_model(model, peft_config)

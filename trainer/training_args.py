@@ -84,6 +84,8 @@ class CoSupTrainingArguments(TrainingArguments):
             self._n_gpu = 1
         if self.accelerator_config.dispatch_batches is None:
             self.accelerator_config.dispatch_batches = False  # a batch has as many passages as it has, so no batch can be sliced for the ranks
+        if self.dataloader_pin_memory and not self.use_cpu:
+            self.accelerator_config.non_blocking = True  # the next batch travels to the GPU while this one is computed
 
     @property
     def train_batch_size(self):

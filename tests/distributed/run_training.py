@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -67,9 +68,11 @@ def run(output, name, pattern="ragged", accumulation=1, fsdp=False, model=None, 
         disable_tqdm=True,
         logging_steps=1,
         gradient_accumulation_steps=accumulation,
+        per_device_eval_batch_size=3,
         **{"max_grad_norm": 0.0, "per_device_train_batch_size": 12 // accumulation // world_size, **options},
     )
-    trainer = (ShardedTrainer if fsdp and world_size > 1 else CoSupTrainer)(model, args, train_dataset=instances(pattern))
+    held_out = instances("ragged")[:11]  # no multiple of anything
+    trainer = (ShardedTrainer if fsdp and world_size > 1 else CoSupTrainer)(model, args, train_dataset=instances(pattern), eval_dataset=held_out)
     assert trainer.accelerator.num_processes == world_size, trainer.accelerator.num_processes
     trainer.train()
     state = {}
@@ -77,14 +80,17 @@ def run(output, name, pattern="ragged", accumulation=1, fsdp=False, model=None, 
         value = parameter.detach()
         state[key] = (value.full_tensor() if isinstance(value, DTensor) else value).clone()
     (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    entry |= trainer.evaluate()
     if trainer.is_world_process_zero():
-        log = {key: repr(float(entry[key])) for key in ("loss", "ntp_loss", "nsp_loss", "nsp_accuracy", "num_negatives", "grad_norm")}
+        names = ["loss", "ntp_loss", "nsp_loss", "nsp_accuracy", "num_negatives", "grad_norm", "eval_loss", "eval_ntp_loss", "eval_nsp_loss"]
+        names += ["eval_recall@1", "eval_recall@5", "eval_num_queries"] if "eval_recall@1" in entry else []
+        log = {key: repr(float(entry[key])) for key in names}
         save_file(state, Path(output, f"{name}-{world_size}.safetensors"), metadata=log)
 
 
 def main():
     output, cases = sys.argv[1], json.loads(sys.argv[2])
-    if "RANK" in __import__("os").environ:
+    if "RANK" in os.environ:
         dist.init_process_group("gloo")
     torch.set_num_threads(1)
     for name, case in cases.items():

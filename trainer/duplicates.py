@@ -1,0 +1,120 @@
+"""Which passages of a batch over all ranks are the same, which are right for a query, and an order of the instances that avoids duplicates."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass
+class GlobalBatch:
+    """
+    What one rank must know of the batch that all ranks make up.
+
+    Args:
+        passage_counts (`list[int]`): passages of each rank, in rank order.
+        first_row (`int`): where this rank's begin.
+        passage_groups (`numpy.ndarray` of shape `(M,)`): equal for identical passages.
+        repeated (`numpy.ndarray` of shape `(M,)`): whether an identical passage stands on an earlier row.
+        no_negatives (`numpy.ndarray` of shape `(2, P)`): pairs of one of this rank's queries and the row of another passage that is right for it.
+    """
+
+    passage_counts: list
+    first_row: int
+    passage_groups: np.ndarray
+    repeated: np.ndarray
+    no_negatives: np.ndarray
+
+
+def global_batch(facts, rank, mask_duplicates=True):
+    """
+    The batch that all ranks make up.
+
+    Args:
+        facts (`list[BatchFacts]`): of each rank.
+        rank (`int`): whose view it is.
+        mask_duplicates (`bool`): passages that share a key are the same, and what is right for a query is right for an equal one.
+
+    Returns:
+        [`GlobalBatch`].
+    """
+    counts = [len(each.passage_keys) for each in facts]
+    starts = np.cumsum([0, *counts]).tolist()
+    keys = [row for each in facts for row in each.passage_keys]
+    groups = _groups(keys) if mask_duplicates else np.arange(len(keys))
+    repeated = np.ones(len(keys), dtype=bool)
+    repeated[np.unique(groups, return_index=True)[1]] = False
+    rows_of_key, rows_of_group, right = {}, {}, {}
+    for row, row_keys in enumerate(keys):
+        rows_of_group.setdefault(int(groups[row]), []).append(row)
+        for key in row_keys:
+            rows_of_key.setdefault(key, []).append(row)
+    if mask_duplicates:
+        for each, start in zip(facts, starts[:-1], strict=True):
+            for key, label in zip(each.query_keys, each.passage_labels, strict=True):
+                right.setdefault(key, set()).add(int(groups[start + label]))
+    pairs, mine = [], facts[rank]
+    for query, label in enumerate(mine.passage_labels):
+        others = set(right.get(mine.query_keys[query], ()))
+        others |= {int(groups[row]) for key in mine.positive_keys[query] for row in rows_of_key.get(key, ())}
+        others.discard(int(groups[starts[rank] + label]))
+        pairs += [(query, row) for group in sorted(others) for row in rows_of_group[group]]
+    return GlobalBatch(counts, starts[rank], groups, repeated, np.array(pairs, dtype=np.int64).reshape(-1, 2).T)
+
+
+def _groups(keys):
+    """`(M,)`: a number for each row, equal for rows that share a key, directly or through others (union-find)."""
+    parent, owner = list(range(len(keys))), {}
+
+    def find(row):
+        while parent[row] != row:
+            parent[row] = parent[parent[row]]
+            row = parent[row]
+        return row
+
+    for row, row_keys in enumerate(keys):
+        for key in row_keys:
+            first, second = sorted((find(owner.setdefault(key, row)), find(row)))
+            parent[second] = first
+    return np.array([find(row) for row in range(len(keys))], dtype=np.int64)
+
+
+# ---------------------------------------------------------------------- batches without duplicates
+
+
+class NoDuplicatesSampler(torch.utils.data.Sampler):
+    """
+    A random order of the instances in which no batch names a passage twice.
+
+    An instance that names a passage of the batch waits for the next one. When only such instances are left, they come as they are.
+
+    Args:
+        passages (`list[list]`): for each instance, what tells its passages apart.
+        batch_size (`int`): instances of the batch that all ranks make up.
+        seed (`int`): of the order; every epoch has another.
+    """
+
+    def __init__(self, passages, batch_size, seed=0):
+        self.passages, self.batch_size, self.seed, self.epoch = passages, batch_size, seed, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return len(self.passages)
+
+    def __iter__(self):
+        waiting = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.passages)).tolist()
+        while waiting:
+            batch, taken, rest = [], set(), []
+            for position, i in enumerate(waiting):
+                if taken.isdisjoint(self.passages[i]):
+                    batch.append(i)
+                    taken.update(self.passages[i])
+                else:
+                    rest.append(i)
+                if len(batch) == self.batch_size:
+                    rest += waiting[position + 1 :]
+                    break
+            yield from batch if len(batch) == self.batch_size else batch + rest
+            waiting = rest if len(batch) == self.batch_size else []

@@ -1,0 +1,97 @@
+"""What CoSupTrainer does to a model before it trains: adapters, what is frozen, what is compiled, and the collator that suits it."""
+
+import copy
+
+from transformers.integrations.liger import apply_liger_kernel
+from transformers.utils import is_peft_available
+
+from .batching import CoSupDataCollator
+from .grad_cache import has_dropout
+
+if is_peft_available():
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+CALL_OVERHEAD = {"cpu": 128}  # tokens that could be read in the time that one more forward and backward costs; a GPU's is far larger
+
+
+def without_peft(model):
+    """The model itself, or the one that PEFT has wrapped."""
+    return model.get_base_model() if is_peft_available() and isinstance(model, PeftModel) else model
+
+
+def check_supervision(args, config):
+    """Whether the model makes its queries where `supervision` trains them."""
+    if args.supervision == "separate" and config.query_from == "gen":
+        raise ValueError("supervision='separate' trains queries of an encoder: build the model with query_from='emb_seq' or 'query_encoder'.")
+    if args.supervision in ("co", "nsp") and config.query_from != "gen":
+        raise ValueError(f"The model makes queries with {config.query_from!r}: train it with supervision='separate', or build it with query_from='gen'.")
+    if args.freeze_gen and (args.freeze_emb_seq or args.supervision == "ntp"):
+        raise ValueError(f"freeze_gen with {'freeze_emb_seq' if args.freeze_emb_seq else 'supervision=' + repr('ntp')} leaves nothing to train.")
+
+
+def freeze(model, args):
+    """Turn off gradients of what is frozen, and of what the supervision never reaches."""
+    frozen = [model.gen] * args.freeze_gen
+    if args.freeze_emb_seq or args.supervision == "ntp":
+        frozen += [module for module in (model.emb_seq, model.emb_head) if module is not None]
+    if args.supervision == "ntp" and model.query_encoder is not None:
+        frozen.append(model.query_encoder)
+    if args.supervision == "nsp" and not model.config.tie_word_embeddings:
+        frozen.append(model.get_output_embeddings())
+    for module in frozen:
+        module.requires_grad_(False)
+
+
+def speed_up(model, args):
+    """`torch_compile`: every layer, in place, for any length. `use_liger_kernel`: in both models; the loss stays ours, which needs no logits either."""
+    parts = [part for part in (model.gen, model.emb_seq, model.query_encoder) if part is not None]
+    if args.use_liger_kernel:
+        for part in parts:
+            apply_liger_kernel(part, {"fused_linear_cross_entropy": False, "cross_entropy": False, **(args.liger_kernel_config or {})})
+    if args.torch_compile:
+        for layer in [module for module in model.modules() if type(module).__name__ in set(model._no_split_modules or ())]:
+            layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode, dynamic=True)
+
+
+def default_collator(model, args, tokenizers):
+    """The collator that suits model, device and arguments."""
+    config = model.config
+    causal = model.find_causal_encoders()
+    fused = [(part.config._attn_implementation or "").startswith(("flash", "flex")) for part in (model.gen, model.emb_seq)]
+    packed = fused if args.padding_free is None else [args.padding_free] * 2
+    pad_ids = [tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0 for tokenizer in tokenizers]
+    return CoSupDataCollator(
+        *pad_ids,
+        config.nsp_token_id,
+        mask_duplicates=args.mask_duplicates,
+        supervision=args.supervision,
+        max_instances=None if args.nsp_batch_size is None else args.per_device_train_batch_size,
+        max_tokens=args.max_tokens_per_micro_batch,
+        call_overhead=CALL_OVERHEAD.get(args.device.type, 8192),
+        padding_free=packed[0],
+        padding_free_passages=packed[1] and causal and config.emb_seq_pooling == "eos",
+        shorten_first_pass=args.nsp_batch_size is not None and not has_dropout(model),
+    )
+
+
+def check_control_tokens(tokenizer, config):
+    """A tokenizer without the model's control tokens, or with others at their ids, would train and save something else."""
+    tokens = [token for token in tokenizer.convert_ids_to_tokens([config.nsp_token_id, config.cs_token_id, config.ce_token_id]) if token]
+    if len(tokens) < 3 or not set(tokens) <= set(tokenizer.get_added_vocab()):
+        raise ValueError(f"processing_class has {tokens} where the model has its control tokens; pass the tokenizer that from_gen_and_emb_seq extended.")
+
+
+def wrap_in_peft(model, peft_config):
+    """`get_peft_model`; trains the rows of Gen's control tokens (and `emb_head`) too, unless the config says what to do with embeddings."""
+    peft_config = copy.deepcopy(peft_config)
+    if model.emb_head is not None and getattr(peft_config, "target_modules", None) == "all-linear" and peft_config.exclude_modules is None:
+        peft_config.exclude_modules = ["emb_head"]  # new and small: trained itself
+    if isinstance(peft_config, LoraConfig) and peft_config.trainable_token_indices is None and not peft_config.modules_to_save:
+        names = {id(module): name for name, module in model.named_modules()}
+        ids = [model.config.nsp_token_id, model.config.cs_token_id, model.config.ce_token_id]
+        peft_config.trainable_token_indices = {names[id(model.get_input_embeddings())]: ids}
+        if not model.config.tie_word_embeddings:  # else their logits, equal at the start, would stay equal
+            peft_config.trainable_token_indices[names[id(model.get_output_embeddings())]] = ids
+        if model.emb_head is not None:
+            peft_config.modules_to_save = ["emb_head"]
+    return get_peft_model(model, peft_config)
