@@ -2,10 +2,11 @@
 Speed, memory and error of a training step, side by side in one process.
 
     python recipes/benchmarks/train.py --gen HuggingFaceTB/SmolLM2-135M-Instruct --train_file train.jsonl
-    python recipes/benchmarks/train.py --sections precision,defaults    # no model and no data needed: the quickstart's world
+    python recipes/benchmarks/train.py --sections defaults    # no model and no data needed: the quickstart's world
 
 Sections: `step` (forward and backward of a whole batch in each arm, interleaved, median of `--repeats` after one warm-up), `nsp_batch` (memory of
-GradCache as its batch grows), `precision` (loss after 300 steps in float32 and bf16), `defaults` (the paper's optimiser and similarity beside ours).
+GradCache as its batch grows), `duplicates` (how many passages of a batch stand in it twice), `precision` (loss after 300 steps in float32 and bf16),
+`defaults` (the paper's optimiser and similarity beside ours).
 Prints tables and writes `--output_file`.
 """
 
@@ -16,6 +17,7 @@ import importlib
 import itertools
 import json
 import platform
+import random
 import statistics
 import sys
 import tempfile
@@ -49,7 +51,7 @@ class BenchmarkArguments:
 
     gen: str | None = field(default=None, metadata={"help": "Name or path of Gen; Emb_seq is a copy of it."})
     train_file: str | None = field(default=None, metadata={"help": "Training instances whose lengths and duplicates are the benchmark's."})
-    sections: str = field(default="step,nsp_batch,precision,defaults", metadata={"help": "Comma-separated."})
+    sections: str = field(default="step,nsp_batch,duplicates,precision,defaults", metadata={"help": "Comma-separated."})
     batch_size: int = field(default=8, metadata={"help": "Instances of a batch."})
     micro_batch_tokens: int = field(default=2048, metadata={"help": "Token budget of a micro-batch with GradCache."})
     repeats: int = field(default=9, metadata={"help": "Timed rounds of every arm; each round is another batch."})
@@ -59,6 +61,7 @@ class BenchmarkArguments:
     torch_compile: bool = field(default=False, metadata={"help": "Add an arm with compiled layers."})
     num_threads: int | None = field(default=None, metadata={"help": "Threads on a CPU; defaults to all cores."})
     precision_steps: int = field(default=300, metadata={"help": "Steps of the precision section."})
+    precision_layers: int = field(default=4, metadata={"help": "Layers of Gen that it takes, so that a CPU gets through."})
     defaults_steps: int = field(default=300, metadata={"help": "Steps of the defaults section."})
     seed: int = field(default=0, metadata={"help": "Of everything."})
     output_file: str | None = field(default=None, metadata={"help": "Where the numbers go, as JSON."})
@@ -332,6 +335,23 @@ def against_plain_trainer(model, rows, batches, meter, script, folder):
     return {"seconds": medians, "throughput_ratio": ratio}
 
 
+def section_duplicates(instances):
+    """How many passages of a random batch stand in it already, and what share of the passages' words need not be read again."""
+    rng, rows = random.Random(0), []
+    for size in (8, 64, 512, 4096):
+        if size > len(instances):
+            continue
+        batch = rng.sample(instances, size)
+        passages = [f"{s['passage']['title']} {s['passage']['text']}" for instance in batch for s in instance["segments"] if s["passage"]]
+        words = [sum(len(text.split()) for text in texts) for texts in (passages, set(passages))]
+        rows.append({"batch": size, "passages": len(passages), "duplicates": 1 - len(set(passages)) / len(passages), "words_spared": 1 - words[1] / words[0]})
+    print_table(
+        ["instances", "passages", "duplicates", "words spared"],
+        [[str(r["batch"]), str(r["passages"]), f"{r['duplicates']:.1%}", f"{r['words_spared']:.1%}"] for r in rows],
+    )
+    return rows
+
+
 def section_nsp_batch(model, instances, script, folder):
     """Peak memory and time of one GradCache step, micro-batches held at the same token budget."""
     meter, results = Meter(model.device), []
@@ -352,38 +372,40 @@ def section_nsp_batch(model, instances, script, folder):
     return results
 
 
-def train_in_the_quickstart_world(paths, script, folder, steps, dtype="float32", config=None, **options):
-    """The quickstart's models trained on its world: `(trainer, mean of each logged loss over the last 50 steps)`."""
-    set_seed(script.seed)
-    model = CoSupForCausalLM.from_gen_and_emb_seq(paths["gen"], paths["emb_seq"], model_kwargs={"dtype": dtype}, max_passage_length=128, **(config or {}))
-    defaults = {"per_device_train_batch_size": 64, "per_device_eval_batch_size": 256, "learning_rate": 2e-3, "adam_beta2": 0.98, "logging_steps": 1}
-    defaults |= {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "seed": script.seed, "max_steps": steps}
-    args = CoSupTrainingArguments(folder, **{**defaults, **options})
-    held_out = load_instances(paths["validation"]) if Path(paths["validation"] or "").is_file() else None
-    trainer = CoSupTrainer(model, args, train_dataset=load_instances(paths["train"]), eval_dataset=held_out)
-    with contextlib.redirect_stdout(sys.stderr):  # a line for every step
-        trainer.train()
-    last = [entry for entry in trainer.state.log_history if "ntp_loss" in entry][-50:]
-    return trainer, {key: statistics.mean(entry[key] for entry in last) for key in ("loss", "ntp_loss", "nsp_loss")}
-
-
 def section_precision(script, folder):
-    """The quickstart's world and models, trained for some hundred steps in float32, with bf16 autocast over float32 weights, and with bf16 weights."""
-    paths, results = importlib.import_module("prepare_quickstart").prepare(str(Path(folder) / "world"), seed=script.seed), {}
+    """The first layers of Gen, twice, on real text: the same batches in float32, with bf16 autocast over float32 weights, and with bf16 weights."""
+    instances, results = load_instances(script.train_file), {}
     arms = {
-        "float32": {},
-        "bf16 autocast, float32 weights": {"bf16": True},
-        "bf16 weights (no master copy)": {"dtype": "bfloat16"},
+        "float32": ("float32", {}),
+        "bf16 autocast, float32 weights": ("float32", {"bf16": True}),
+        "bf16 weights (no master copy)": ("bfloat16", {}),
     }
-    for name, options in arms.items():
-        _, results[name] = train_in_the_quickstart_world(paths, script, folder, script.precision_steps, warmup_steps=50, **options)
-    exact = results["float32"]["loss"]
-    print(f"\nMean loss of the last 50 of {script.precision_steps} steps on the quickstart's world, seed {script.seed}")
+    for name, (dtype, options) in arms.items():
+        set_seed(script.seed)
+        model = CoSupForCausalLM.from_gen_and_emb_seq(script.gen, model_kwargs={"dtype": dtype, "num_hidden_layers": script.precision_layers})
+        steps = {"max_steps": script.precision_steps, "per_device_train_batch_size": script.batch_size, "learning_rate": 2e-5, "warmup_steps": 20}
+        quiet = {"logging_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "seed": script.seed}
+        trainer = CoSupTrainer(model, CoSupTrainingArguments(folder, **steps, **quiet, **options), train_dataset=instances)
+        with contextlib.redirect_stdout(sys.stderr):  # a line for every step
+            trainer.train()
+        results[name] = mean_losses(trainer)
+        print(f"  {name}: {results[name]}", flush=True)
+    exact = results["float32"]
+    print(f"\nMean of the last 50 of {script.precision_steps} steps of {script.batch_size} instances, {script.precision_layers} layers, seed {script.seed}")
     print_table(
-        ["weights and computation", "loss", "to float32", "NTP", "NSP"],
-        [[name, f"{r['loss']:.4f}", f"{r['loss'] / exact - 1:+.2%}", f"{r['ntp_loss']:.4f}", f"{r['nsp_loss']:.4f}"] for name, r in results.items()],
+        ["weights and computation", "loss", "to float32", "NTP", "to float32", "NSP", "to float32"],
+        [
+            [name] + [text for key in ("loss", "ntp_loss", "nsp_loss") for text in (f"{r[key]:.4f}", f"{r[key] / exact[key] - 1:+.2%}")]
+            for name, r in results.items()
+        ],
     )
     return results
+
+
+def mean_losses(trainer, steps=50):
+    """Mean of each logged loss over the last steps."""
+    last = [entry for entry in trainer.state.log_history if "ntp_loss" in entry][-steps:]
+    return {key: statistics.mean(entry[key] for entry in last) for key in ("loss", "ntp_loss", "nsp_loss")}
 
 
 def section_defaults(script, folder):
@@ -399,7 +421,14 @@ def section_defaults(script, folder):
         "cosine 0.05, λ 1, warm-up and cosine schedule": (modern, {}),
     }
     for name, (options, config) in arms.items():
-        trainer, _ = train_in_the_quickstart_world(paths, script, folder, script.defaults_steps, config=config, bf16=True, **options)
+        set_seed(script.seed)
+        model = CoSupForCausalLM.from_gen_and_emb_seq(paths["gen"], paths["emb_seq"], max_passage_length=128, **config)
+        common = {"max_steps": script.defaults_steps, "per_device_train_batch_size": 64, "per_device_eval_batch_size": 256, "learning_rate": 2e-3}
+        common |= {"bf16": True, "adam_beta2": 0.98, "logging_steps": 50, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "seed": script.seed}
+        data = {"train_dataset": load_instances(paths["train"]), "eval_dataset": load_instances(paths["validation"])}
+        trainer = CoSupTrainer(model, CoSupTrainingArguments(folder, **{**common, **options}), **data)
+        with contextlib.redirect_stdout(sys.stderr):
+            trainer.train()
         results[name] = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items() if key.startswith("eval_")}
         print(f"  {name}: {results[name]}", flush=True)
     print(f"\nHeld out, after {script.defaults_steps} steps on the quickstart's world, seed {script.seed}, learning rate 2e-3 unless said")
@@ -428,9 +457,9 @@ def main():
     print(f"{hardware}; torch {torch.__version__}, transformers {transformers.__version__}", flush=True)
     sections = script.sections.split(",")
     with tempfile.TemporaryDirectory() as folder:
+        if set(sections) - {"defaults"} and not (script.gen and script.train_file):
+            sys.exit("error: every section but `defaults` needs --gen and --train_file.")
         if {"step", "nsp_batch"} & set(sections):
-            if not script.gen or not script.train_file:
-                sys.exit("error: the sections step and nsp_batch need --gen and --train_file.")
             kwargs = {"dtype": "float32"} | ({"attn_implementation": script.attn_implementation} if script.attn_implementation else {})
             model = CoSupForCausalLM.from_gen_and_emb_seq(script.gen, model_kwargs=kwargs).to(device).train()
             if script.gradient_checkpointing:
@@ -440,6 +469,8 @@ def main():
                 results["step"] = section_step(model, instances, script, folder)
             if "nsp_batch" in sections:
                 results["nsp_batch"] = section_nsp_batch(model, instances, script, folder)
+        if "duplicates" in sections:
+            results["duplicates"] = section_duplicates(load_instances(script.train_file))
         if "precision" in sections:
             results["precision"] = section_precision(script, folder)
         if "defaults" in sections:
