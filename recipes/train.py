@@ -28,6 +28,8 @@ from modeling_cosup import CoSupForCausalLM, PassageIndex  # noqa: E402
 from trainer import CoSupTrainer, CoSupTrainingArguments, load_corpus, load_evaluation_set, load_instances  # noqa: E402
 from trainer.evaluation import evaluate_model, ntp_loss, recall, reference_instances  # noqa: E402
 
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
 
 @dataclass
 class ScriptArguments:
@@ -110,6 +112,8 @@ def train(script, args):
         if validation is None and args.eval_strategy != "no":
             raise ValueError(f"eval_strategy is {args.eval_strategy.value!r} but there is no --validation_file.")
         trainer = CoSupTrainer(load_model(script, args), args, train_dataset=train, eval_dataset=validation, peft_config=lora(script))
+        if script.use_peft and trainer.accelerator.distributed_type in SHARDED:
+            raise ValueError("--use_peft leaves adapters, which the evaluation after a sharded training cannot load: train LoRA with DDP or one process.")
 
     results = {"seed": args.seed}
     if questions is not None and script.eval_before_training and trainer.is_world_process_zero():
@@ -118,13 +122,15 @@ def train(script, args):
             results["before"] = held_out(model, model.build_index(corpus, batch_size=args.per_device_eval_batch_size), questions, corpus, args)
     resume = args.resume_from_checkpoint
     output = trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     trainer.save_state()
     results["train"] = output.metrics
     if validation is not None:
         results["validation"] = trainer.evaluate()
 
-    if trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    if trainer.accelerator.distributed_type in SHARDED:
         return None, corpus, questions, results
     model = trainer.accelerator.unwrap_model(trainer.model)
     if script.use_peft:  # output_dir holds the adapters; what follows, and any user without peft, takes the whole
@@ -234,8 +240,9 @@ def report(model, index, questions, corpus, results, script, args):
     free = [i for i, x in enumerate(questions) if not x["provenance"]][:1]
     for i in needing[: max(0, script.num_examples - len(free))] + free[: script.num_examples]:
         print(f"\nQ  {questions[i]['input']}\nA  {answers[i].cited}")
-    print(f"\nCheckpoint: {args.output_dir}   Index: {Path(args.output_dir) / 'index'}   Numbers: {Path(args.output_dir) / 'results.json'}")
-    print(f'Ask it:     python recipes/generate.py --model {args.output_dir} --index {Path(args.output_dir) / "index"} "{questions[needing[0]]["input"]}"')
+    checkpoint = Path(args.output_dir) / "merged" if script.use_peft else args.output_dir
+    print(f"\nCheckpoint: {checkpoint}   Index: {Path(args.output_dir) / 'index'}   Numbers: {Path(args.output_dir) / 'results.json'}")
+    print(f'Ask it:     python recipes/generate.py --model {checkpoint} --index {Path(args.output_dir) / "index"} "{questions[needing[0]]["input"]}"')
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ ARCHITECTURES = {
     "gemma2": {"num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 8, "sliding_window": 8},
     "mamba": {"state_size": 4},
     "bert": {"intermediate_size": 64},
+    "modernbert": {"intermediate_size": 64},
 }
 
 

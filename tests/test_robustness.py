@@ -45,6 +45,48 @@ def test_nan_stops_with_step_loss_and_instances(tmp_path, part, cached):
     assert rows.all()  # no step was taken with it
 
 
+def test_a_nan_gradient_of_a_finite_loss_stops_before_the_step(tmp_path):
+    model = make_model()
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, "per_device_train_batch_size": 4, "train_sampling_strategy": "sequential"}
+    trainer = CoSupTrainer(model, arguments(tmp_path, **options), train_dataset=world(NAMES[:16]))
+    weight = model.gen.model.layers[0].mlp.up_proj.weight
+    weight.register_hook(lambda gradient: gradient * float("nan") if trainer.state.global_step == 1 else gradient)
+    with pytest.raises(FloatingPointError, match=f"Step 2: the gradient is NaN or infinite, in or among the instances .*'{NAMES[4]}'"):
+        trainer.train()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1"]
+
+
+def test_weights_alone_are_no_checkpoint_to_resume_from(tmp_path):
+    args = arguments(tmp_path, save_strategy="steps", save_steps=1, max_steps=1, save_only_model=True)
+    CoSupTrainer(make_model(), args, train_dataset=world(NAMES[:8])).train()
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        last_complete_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_half_precision_weights_are_trained_in_float32(tmp_path, dtype, monkeypatch):
+    from trainer import model_setup
+
+    said = []
+    monkeypatch.setattr(model_setup.logger, "warning", said.append)
+    model = make_model().to(dtype)
+    before = model.gen.model.layers[0].mlp.up_proj.weight.detach().float().clone()
+    args = arguments(tmp_path, max_steps=2, learning_rate=2e-5, bf16=True, freeze_emb_seq=True, lr_scheduler_type="constant")
+    CoSupTrainer(model, args, train_dataset=world(NAMES[:16])).train()
+    assert model.gen.dtype == torch.float32 and model.emb_seq.dtype == dtype  # what is frozen stays as it is
+    assert (model.gen.model.layers[0].mlp.up_proj.weight != before).float().mean() > 0.9
+    assert len(said) == (dtype == torch.bfloat16)
+
+
+def test_a_query_longer_than_its_encoder_reads_is_named(tmp_path):
+    model = make_model(query_from="emb_seq", emb_seq_kwargs={"max_position_embeddings": 300})
+    instances = world(NAMES[:4])
+    instances[1]["input"] = "where " * 200
+    with pytest.raises(ValueError, match=f"Instance '{NAMES[1]}': what stands before an .NSP. has .* tokens, its encoder reads 300"):
+        CoSupTrainer(model, arguments(tmp_path, supervision="separate", max_length=2048), train_dataset=instances)
+
+
 def test_ntp_nan_names_the_micro_batch(tmp_path):
     model = make_model(gen_kwargs={"tie_word_embeddings": False})
     instances = world(NAMES[:8])

@@ -323,3 +323,26 @@ def test_lora_resumes_and_merges_over_frozen_parts(tmp_path):
     frozen, _ = run("frozen", 2, freeze_emb_seq=True)
     trained_names = [name for name, parameter in frozen.model.named_parameters() if parameter.requires_grad]
     assert trained_names and not any("emb_seq" in name or "emb_head" in name for name in trained_names)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+def test_the_end_of_a_stream_leaves_no_gradient_behind(tmp_path, accumulation):
+    """24 instances in batches of 8, so 3 a pass: a window that the stream cannot fill takes no step, and every step has the scale of its own window."""
+    stream = datasets.Dataset.from_list(world(NAMES[:24])).to_iterable_dataset()
+    args = arguments(tmp_path, max_steps=4, gradient_accumulation_steps=accumulation, learning_rate=1e-6)
+    seen = []
+
+    class Norms(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            seen.append(all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters()))
+
+    logs = trained(CoSupTrainer(make_model(), args, train_dataset=stream, callbacks=[Norms()]))
+    assert len(logs) == 4 and all(seen)
+    assert max(entry["grad_norm"] for entry in logs) < 2 * min(entry["grad_norm"] for entry in logs)
+
+
+@pytest.mark.parametrize("emb_seq", ["llama", "gpt2", "bert", "modernbert"])
+def test_causal_encoders_are_told_from_others(emb_seq):
+    kwargs = {"modernbert": {"intermediate_size": 64, "global_attn_every_n_layers": 1}}.get(emb_seq, {})
+    model = make_model(emb_seq=emb_seq, emb_seq_kwargs=kwargs)
+    assert model.find_causal_encoders() == (emb_seq in ("llama", "gpt2"))

@@ -58,7 +58,8 @@ class CoSupDataCollator:
             tokens. `None`: not cut.
         padding_free (`bool`): rows of Gen stand one behind the other in one row, with positions of their own.
         padding_free_passages (`bool`): those of Emb_seq too.
-        shorten_first_pass (`bool`): add to each micro-batch its rows up to their last `[NSP]`: all that the first pass of GradCache must read.
+        shorten_first_pass (`bool`): add to each micro-batch, as `first_pass`, its rows up to their last `[NSP]`: all that the first pass of GradCache
+            must read; nothing where Gen makes no queries.
 
     Returns:
         `dict`: `micro_batches`, a list of `dict` of tensors as `CoSupForCausalLM.forward` takes them; `passage_labels` `(N,)`, for each query, in
@@ -134,6 +135,9 @@ class CoSupDataCollator:
             micro_batch["passage_input_ids"] = zero[:0]
         if self.supervision == "separate" and "query_input_ids" not in micro_batch:
             micro_batch["query_input_ids"] = zero[:0]
+        if self.shorten_first_pass and not micro_batch.get("first_pass"):
+            rows = {"input_ids": zero, "nsp_positions": zero[0, :0]} | ({"position_ids": zero} if self.padding_free else {})
+            micro_batch["first_pass"] = {} if self.supervision == "separate" else rows
         return micro_batch
 
     # ------------------------------------------------------------------ reading instances
@@ -206,7 +210,9 @@ class CoSupDataCollator:
             micro_batch["labels"] = _lay_out(labels, -100, self.padding_free)[0]["input_ids"]
             micro_batch["label_positions"] = _positions(offsets, [[i for i, label in enumerate(row[1:]) if label != -100] for row in labels])
         retrieving = [instance for instance in instances if instance["columns"]]
-        if self.shorten_first_pass and self.supervision == "co" and retrieving:
+        if self.shorten_first_pass:
+            micro_batch["first_pass"] = {}
+        if self.shorten_first_pass and self.supervision in ("co", "nsp") and retrieving:
             short = [instance["input_ids"][: instance["columns"][-1] + 1] for instance in retrieving]
             first, offsets = _lay_out(short, self.pad_token_id, self.padding_free)
             micro_batch["first_pass"] = first | {"nsp_positions": _positions(offsets, [instance["columns"] for instance in retrieving])}

@@ -1,17 +1,21 @@
 """CoSupTrainer: the Trainer whose loss is L = L_NTP + λ·L_NSP over the global batch."""
 
 import contextlib
+import dataclasses
 import functools
 import time
 from collections import defaultdict
+from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-from accelerate.utils import DistributedType, DynamoBackend, gather_object
+from accelerate.utils import DistributedType, DynamoBackend, clear_device_cache, gather_object
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import EvalPrediction
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction
 from transformers.utils import logging
 
 from modeling_cosup import CoSupForCausalLM, info_nce
@@ -24,7 +28,7 @@ from .distributed import gather_objects, gather_rows, host_group, world_size
 from .duplicates import NoDuplicatesSampler, global_batch
 from .evaluation import retrieval_metrics
 from .grad_cache import first_pass, like_pieces, second_pass
-from .model_setup import check_control_tokens, check_supervision, default_collator, freeze, speed_up, without_peft, wrap_in_peft
+from .model_setup import check_control_tokens, check_supervision, default_collator, freeze, keep_master_weights, speed_up, without_peft, wrap_in_peft
 from .training_args import CoSupTrainingArguments
 from .watch import FiniteLosses, explained_memory_errors, last_complete_checkpoint
 
@@ -97,6 +101,8 @@ class CoSupTrainer(Trainer):
         if peft_config is not None:
             model = wrap_in_peft(model, peft_config)
         freeze(base, args)
+        if model is base:
+            keep_master_weights(base, args)
         speed_up(base, args)
         self.cosup_config = base.config
         self.tokenizers = base.tokenizer, base.emb_seq_tokenizer
@@ -123,11 +129,15 @@ class CoSupTrainer(Trainer):
                 raise ValueError(f"{name} works under DDP and FSDP2, not under {self.accelerator.distributed_type.value} as it is configured.")
         if args.torch_compile:  # the layers are compiled already; the rest depends on the data
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
-        self._host_group = host_group()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if getattr(plugin, "fsdp_version", 1) == 2 and plugin.mixed_precision_policy is not None:  # losses, embeddings and gradients of ranks in float32
+            policy = plugin.mixed_precision_policy
+            plugin.mixed_precision_policy = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+        self._host_group = host_group(args.ddp_timeout_delta)
         self._num_queries = None  # of the accumulated batch, over all ranks
         self._finite = FiniteLosses()
         self._sums, self._logged_at = defaultdict(float), time.time()
-        self._eval_batches = []
+        self._eval_batches, self._step_instance_ids = [], []
         self._num_parameters = None
 
     def _shards_in_its_own_way(self):
@@ -192,25 +202,39 @@ class CoSupTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         if not isinstance(dataset, datasets.Dataset):
             raise ValueError("batch_sampler='no_duplicates' chooses from the whole dataset; a streamed one cannot be chosen from.")
-        passages = dataset["passage_ids"] if "passage_ids" in dataset.column_names else [list(map(tuple, ids)) for ids in dataset["passage_input_ids"]]
+        columns = [name for name in ("passage_ids", "negative_ids", "passage_input_ids", "negative_input_ids") if name in dataset.column_names]
+        passages = [{hash(id if isinstance(id, str) else tuple(id)) for name in columns for id in row[name]} for row in dataset.select_columns(columns)]
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return NoDuplicatesSampler(list(passages), self.args.train_batch_size * world_size(), seed)
+        return NoDuplicatesSampler(passages, self.args.train_batch_size * world_size(), seed)
+
+    def get_train_dataloader(self):
+        """`Trainer`'s; the sampler hears of the epoch also where a resumed run skips batches."""
+        loader = super().get_train_dataloader()
+        if self.args.batch_sampler == "no_duplicates":
+            loader.set_sampler(loader.get_sampler())
+        return loader
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """`Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that was written to its end."""
         self._sums, self._logged_at = defaultdict(float), time.time()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        vars(self.model).pop("_is_accelerate_prepared", None)  # an evaluation before has prepared it, but not for data parallelism
+        with explained_memory_errors(self.args):
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._finite.check()
         return output
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of an optimiser step, with what all ranks know of them, and the number of tokens that they train."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not isinstance(self.train_dataset, datasets.Dataset):  # a stream's end: not known before, and not the same on all ranks
+            batches = batches[: min(gather_objects(len(batches), self._host_group))]
+            batches = batches if len(batches) == num_batches else []  # Trainer takes no step with fewer
         if not batches:
             return batches, None
         num_items_in_batch, self._num_queries = self._share_facts(batches)
+        self._step_instance_ids = [id for batch in batches for ids in batch["facts"].instance_ids for id in ids]
         self._sums["steps"] += 1
         return batches, num_items_in_batch
 
@@ -247,11 +271,11 @@ class CoSupTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """`Trainer.training_step`; with `nsp_batch_size`, in two passes (see `grad_cache`)."""
-        with explained_memory_errors(self.args):
-            if self.args.nsp_batch_size is None or self.args.supervision == "ntp":
-                loss = super().training_step(model, inputs, num_items_in_batch)
-            else:
-                loss = self._cached_training_step(model, inputs, num_items_in_batch)
+        if self.args.nsp_batch_size is None or self.args.supervision == "ntp":
+            return super().training_step(model, inputs, num_items_in_batch)
+        loss = self._cached_training_step(model, inputs, num_items_in_batch)
+        if self.args.torch_empty_cache_steps is not None and self.state.global_step % self.args.torch_empty_cache_steps == 0:
+            clear_device_cache()
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -273,7 +297,7 @@ class CoSupTrainer(Trainer):
         pieces = [self._forward(model, micro_batch, num_items_in_batch) for micro_batch in inputs["micro_batches"]]
         ntp_losses = torch.stack([piece.ntp_loss for piece in pieces if piece.ntp_loss is not None] or [torch.zeros((), device=self.args.device)])
         output = CoSupOutput(ntp_loss=ntp_losses.sum(), query_embeds=_cat(pieces, "query_embeds"), passage_embeds=_cat(pieces, "passage_embeds"))
-        self._finite.add(self.state.global_step, "NTP", ntp_losses.detach().isfinite(), inputs["facts"].instance_ids, model.training)
+        self._finite.add(self.state.global_step, "NTP loss", ntp_losses.detach().isfinite(), inputs["facts"].instance_ids, model.training)
         output.nsp_loss = self._nsp_loss(output.query_embeds, output.passage_embeds, inputs, num_queries, model.training)
         output.loss = output.ntp_loss + self.cosup_config.nsp_loss_weight * output.nsp_loss
         if model.training:
@@ -284,6 +308,8 @@ class CoSupTrainer(Trainer):
     def _cached_training_step(self, model, inputs, num_items_in_batch):
         """GradCache: the gradients of [`~CoSupTrainer.compute_loss`] in the memory of one micro-batch."""
         model.train()
+        if callable(getattr(self.optimizer, "train", None)):  # schedule-free ones
+            self.optimizer.train()
         inputs = self._prepare_inputs(inputs)
         micro_batches, scale = inputs["micro_batches"], self._loss_scale
         with self.compute_loss_context_manager():
@@ -301,7 +327,7 @@ class CoSupTrainer(Trainer):
                 with self.compute_loss_context_manager():
                     ntp_loss, loss = next(passes)
                 ntp_losses.append(ntp_loss)
-                self._finite.add(self.state.global_step, "NTP", ntp_loss[None].isfinite(), inputs["facts"].instance_ids[i : i + 1], True)
+                self._finite.add(self.state.global_step, "NTP loss", ntp_loss[None].isfinite(), inputs["facts"].instance_ids[i : i + 1], True)
                 if loss.requires_grad:
                     self.accelerator.backward(loss * scale)
         next(passes, None)  # restores the random state
@@ -332,13 +358,15 @@ class CoSupTrainer(Trainer):
         labels = inputs["passage_labels"] + batch.first_row  # (N,)
         same_passage = None
         if batch.repeated.any() or batch.no_negatives.size:
-            groups, repeated, pairs = (torch.from_numpy(array).to(device) for array in (batch.passage_groups, batch.repeated, batch.no_negatives))
+            arrays = [torch.from_numpy(array) for array in (batch.passage_groups, batch.repeated, batch.no_negatives)]
+            pinned = arrays if device.type == "cpu" else [array.pin_memory() for array in arrays]
+            groups, repeated, pairs = (array.to(device, non_blocking=True) for array in pinned)
             same_passage = (groups[labels][:, None] == groups) | repeated  # (N, M): of identical passages one is a negative, not each
             same_passage[pairs[0], pairs[1]] = True
         losses, scores = info_nce(query_embeds, passage_embeds, labels, same_passage, self.cosup_config.temperature, return_scores=True)
         own = torch.stack([query_embeds.detach().isfinite().all(1), passage_embeds.detach()[labels].isfinite().all(1)]).all(0)
         finite = torch.where(own.all(), losses.detach().isfinite(), own)  # one NaN embedding is in every loss: name those it comes from
-        self._finite.add(self.state.global_step, "NSP", finite, [[id] for id in facts.query_instance_ids], training)
+        self._finite.add(self.state.global_step, "NSP loss", finite, [[id] for id in facts.query_instance_ids], training)
         if training and scores.numel():
             scores = scores.detach()
             negatives = scores.scatter(1, labels[:, None], float("-inf"))
@@ -350,7 +378,7 @@ class CoSupTrainer(Trainer):
     def _count(self, facts, **losses):
         """Add a batch to what the next log shows; nothing waits for the device."""
         for name, loss in losses.items():
-            self._sums[name] += loss.detach()
+            self._sums[name] += loss.detach().float()
         self._sums["tokens"] += facts.num_tokens
         self._sums["padded_tokens"] += facts.num_padded_tokens
 
@@ -395,7 +423,7 @@ class CoSupTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         facts, nothing = inputs["facts"], torch.zeros(0, self.cosup_config.embedding_size)
         self._share_facts([inputs])  # shards need the same calls on all ranks
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with explained_memory_errors(self.args), torch.no_grad(), self.compute_loss_context_manager():
             pieces = [self._forward(model, micro_batch, 1) for micro_batch in inputs["micro_batches"]]
         ntp_sum = sum(float(piece.ntp_loss) for piece in pieces if piece.ntp_loss is not None)
         embeds = [_cat(pieces, name) for name in ("query_embeds", "passage_embeds")]
@@ -411,7 +439,7 @@ class CoSupTrainer(Trainer):
         self._eval_batches = []
         self._logged_at += time.time() - start  # no training time
         query_embeds, passage_embeds = np.concatenate(queries), np.concatenate(passages)
-        metrics, rows, labels = retrieval_metrics(query_embeds, passage_embeds, facts, self.cosup_config.temperature, self.args.mask_duplicates)
+        metrics, rows, labels = retrieval_metrics(query_embeds, passage_embeds, facts, self.cosup_config.temperature)
         metrics["ntp_loss"] = sum(ntp_sums) / max(1, sum(each.num_labels for each in facts))
         metrics["loss"] = metrics["ntp_loss"] + self.cosup_config.nsp_loss_weight * metrics["nsp_loss"]
         if self.compute_metrics is not None:
@@ -443,10 +471,20 @@ class CoSupTrainer(Trainer):
         gen = without_peft(self.accelerator.unwrap_model(model)).gen
         return self.accelerator.clip_grad_norm_(gen.parameters(), self.args.max_grad_norm)
 
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if isinstance(grad_norm, torch.Tensor) and not self.args.fp16:  # the norm over all ranks; float16 skips such steps by itself
+            norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+            self._finite.add(self.state.global_step, "gradient", norm.detach().isfinite()[None], [self._step_instance_ids])
+        return grad_norm
+
     # ------------------------------------------------------------------ checkpoints
 
     def _save_checkpoint(self, model, trial):
         self._finite.check()  # a ruined model is not saved
+        if self.args.should_save:  # an older run's checkpoint of the same step is complete no longer
+            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir):

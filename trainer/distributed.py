@@ -9,9 +9,9 @@ def world_size():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def host_group():
+def host_group(timeout=None):
     """A process group for what ranks tell each other from the host, so that no GPU is waited for; all ranks must ask for it together."""
-    return None if world_size() == 1 or dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    return None if world_size() == 1 or dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
 
 
 def gather_objects(value, group=None):

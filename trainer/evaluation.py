@@ -275,7 +275,7 @@ def _written(sequence, trace, start, tokenizer):
     return " ".join(text for piece in pieces if (text := tokenizer.decode(piece, skip_special_tokens=True).strip()))
 
 
-def retrieval_metrics(query_embeds, passage_embeds, facts, temperature=1.0, mask_duplicates=True, ks=(1, 5), chunk_size=1024):
+def retrieval_metrics(query_embeds, passage_embeds, facts, temperature=1.0, ks=(1, 5), chunk_size=1024):
     """
     NSP loss and recall@k of queries over all distinct passages of a set.
 
@@ -283,7 +283,6 @@ def retrieval_metrics(query_embeds, passage_embeds, facts, temperature=1.0, mask
         query_embeds (`numpy.ndarray` of shape `(N, h)`), passage_embeds (`numpy.ndarray` of shape `(M, h)`): of all batches.
         facts (`list[BatchFacts]`): of the same batches, in the same order.
         temperature (`float`): of the NSP loss.
-        mask_duplicates (`bool`): identical passages count once.
 
     Returns:
         `(dict, numpy.ndarray, numpy.ndarray)`: `nsp_loss`, `num_passages`, `num_queries` and, with queries, `recall@k`; the rows of distinct passages; for
@@ -296,7 +295,7 @@ def retrieval_metrics(query_embeds, passage_embeds, facts, temperature=1.0, mask
         query_keys=[key for each in facts for key in each.query_keys],
         passage_labels=[int(start) + label for each, start in zip(facts, starts, strict=False) for label in each.passage_labels],
     )
-    batch = global_batch([merged], 0, mask_duplicates)
+    batch = global_batch([merged], 0)
     rows = np.flatnonzero(~batch.repeated)
     row_of_group = {int(batch.passage_groups[row]): i for i, row in enumerate(rows)}
     labels = np.array([row_of_group[int(batch.passage_groups[label])] for label in merged.passage_labels], dtype=np.int64)

@@ -40,7 +40,7 @@ def first_pass(model, micro_batches):
 
     Args:
         model (`Callable`): the (wrapped) model.
-        micro_batches (`list[dict]`): as [`CoSupDataCollator`] cuts them; where one has `first_pass`, Gen reads that in place of its rows.
+        micro_batches (`list[dict]`): as [`CoSupDataCollator`] cuts them; where one has `first_pass`, Gen reads that in place of its rows, or nothing.
 
     Returns:
         `(list, list, list)`: query embeddings `(N_i, h)` and passage embeddings `(M_i, h)` of each micro-batch, `None` where it has no such part, and the
@@ -52,7 +52,7 @@ def first_pass(model, micro_batches):
         for micro_batch in micro_batches:
             states.append(RandomState(device))
             inputs = {name: tensor for name, tensor in micro_batch.items() if name.startswith(("passage_", "query_"))}
-            rows = micro_batch.get("first_pass") or micro_batch
+            rows = micro_batch.get("first_pass", micro_batch)
             inputs |= {name: rows[name] for name in ("input_ids", "position_ids", "nsp_positions") if name in rows}
             outputs = model(**inputs, use_cache=False, compute_nsp_loss=False, return_logits=False)
             query_embeds.append(outputs.query_embeds)

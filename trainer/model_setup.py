@@ -2,14 +2,17 @@
 
 import copy
 
+import torch
 from transformers.integrations.liger import apply_liger_kernel
-from transformers.utils import is_peft_available
+from transformers.utils import is_peft_available, logging
 
 from .batching import CoSupDataCollator
 from .grad_cache import has_dropout
 
 if is_peft_available():
     from peft import LoraConfig, PeftModel, get_peft_model
+
+logger = logging.get_logger(__name__)
 
 CALL_OVERHEAD = {"cpu": 128}  # tokens that could be read in the time that one more forward and backward costs; a GPU's is far larger
 
@@ -42,6 +45,21 @@ def freeze(model, args):
         module.requires_grad_(False)
 
 
+def keep_master_weights(model, args):
+    """
+    Trained weights in float32: an update of 2e-5 of a bfloat16 weight of 0.02 is lost. Autocast (`bf16=True`) computes in bfloat16 all the same.
+
+    A whole part is converted where any of it is trained; adapters are PEFT's business.
+    """
+    for name in ("gen", "emb_seq", "emb_head", "query_encoder"):
+        part = getattr(model, name)
+        trained = [] if part is None else [p for p in part.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
+        if trained:
+            hint = "" if args.bf16 or args.fp16 else " Set bf16=True to compute in bfloat16."
+            logger.warning(f"The weights of {name} were {trained[0].dtype}; they are trained in float32, or small updates would be lost.{hint}")
+            part.float()
+
+
 def speed_up(model, args):
     """`torch_compile`: every layer, in place, for any length. `use_liger_kernel`: in both models; the loss stays ours, which needs no logits either."""
     parts = [part for part in (model.gen, model.emb_seq, model.query_encoder) if part is not None]
@@ -70,7 +88,7 @@ def default_collator(model, args, tokenizers):
         call_overhead=CALL_OVERHEAD.get(args.device.type, 8192),
         padding_free=packed[0],
         padding_free_passages=packed[1] and causal and config.emb_seq_pooling == "eos",
-        shorten_first_pass=args.nsp_batch_size is not None and not has_dropout(model),
+        shorten_first_pass=args.nsp_batch_size is not None and not has_dropout(model) and args.neftune_noise_alpha is None,
     )
 
 

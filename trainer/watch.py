@@ -26,7 +26,7 @@ class FiniteLosses:
 
         Args:
             step (`int`): optimiser steps taken.
-            name (`str`): `"NTP"` or `"NSP"`.
+            name (`str`): what is looked at, e.g. `"NTP loss"`.
             finite (`torch.BoolTensor` of shape `(n,)`): whether they are.
             instance_ids (`list[list[str]]`): of the instances behind each of them.
             training (`bool`): `False` does nothing.
@@ -58,7 +58,7 @@ class FiniteLosses:
             ids = dict.fromkeys(id for ok, each in zip(finite.tolist(), instance_ids, strict=False) if not ok for id in each)
             shown = ", ".join(map(repr, list(ids)[:16])) + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")
             raise FloatingPointError(
-                f"Step {step + 1}: the {name} loss is NaN or infinite, in or among the instances {shown or 'of another rank'}. No later checkpoint was"
+                f"Step {step + 1}: the {name} is NaN or infinite, in or among the instances {shown or 'of another rank'}. No later checkpoint was"
                 " written. Lower learning_rate or max_grad_norm, or use bf16 in place of fp16; then resume from the last checkpoint."
             )
 
@@ -109,9 +109,11 @@ def last_complete_checkpoint(output_dir):
 
 
 def _is_complete(folder):
-    """The state file is written last; what torch wrote before it is a readable archive."""
+    """The state file is written last; what torch wrote before it is a readable archive, optimiser and schedule among it."""
     try:
         json.loads((folder / "trainer_state.json").read_text())
     except (OSError, ValueError):
+        return False
+    if not any(folder.glob("scheduler.pt")) and not any(folder.glob("global_step*")):  # weights alone; DeepSpeed has a folder of its own
         return False
     return all(os.path.getsize(path) and zipfile.is_zipfile(path) for pattern in ("*.pt", "*.pth") for path in folder.glob(pattern))

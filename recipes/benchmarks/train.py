@@ -386,6 +386,7 @@ def section_precision(script, folder):
         steps = {"max_steps": script.precision_steps, "per_device_train_batch_size": script.batch_size, "learning_rate": 2e-5, "warmup_steps": 20}
         quiet = {"logging_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "seed": script.seed}
         trainer = CoSupTrainer(model, CoSupTrainingArguments(folder, **steps, **quiet, **options), train_dataset=instances)
+        trainer.model.to(getattr(torch, dtype))  # CoSupTrainer itself would not train weights of less than float32
         with contextlib.redirect_stdout(sys.stderr):  # a line for every step
             trainer.train()
         results[name] = mean_losses(trainer)

@@ -52,7 +52,7 @@ def instances(pattern):
     return made
 
 
-def run(output, name, pattern="ragged", accumulation=1, fsdp=False, model=None, **options):
+def run(output, name, pattern="ragged", accumulation=1, fsdp=False, model=None, evaluate_first=False, **options):
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     model = make_model(emb_seq="gpt2", emb_seq_kwargs=EMB_SEQ, **(model or {}))
     args = CoSupTrainingArguments(
@@ -74,11 +74,15 @@ def run(output, name, pattern="ragged", accumulation=1, fsdp=False, model=None, 
     held_out = instances("ragged")[:11]  # no multiple of anything
     trainer = (ShardedTrainer if fsdp and world_size > 1 else CoSupTrainer)(model, args, train_dataset=instances(pattern), eval_dataset=held_out)
     assert trainer.accelerator.num_processes == world_size, trainer.accelerator.num_processes
+    if evaluate_first:
+        trainer.evaluate()
     trainer.train()
     state = {}
     for key, parameter in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
         value = parameter.detach()
         state[key] = (value.full_tensor() if isinstance(value, DTensor) else value).clone()
+    if fsdp and world_size > 1 and trainer.is_world_process_zero():
+        trainer.model.save_pretrained(Path(output, f"{name}-saved"), state_dict=state)
     (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
     entry |= trainer.evaluate()
     if trainer.is_world_process_zero():

@@ -36,7 +36,7 @@ def launch(folder, world_size, name, die_at=-1, die_while_saving=-1, resume="no"
         (1, {"die_at": 9}, 8, {"per_device_train_batch_size": 4}),  # in the second epoch
         (1, {"die_while_saving": 8}, 6, {"per_device_train_batch_size": 2, "nsp_batch_size": 4, "batch_sampler": "no_duplicates"}),
         (1, {"die_while_saving": 4}, 2, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "dataloader_num_workers": 1}),
-        (2, {"die_at": 7}, 6, {"per_device_train_batch_size": 2, "batch_sampler": "no_duplicates"}),
+        (2, {"die_at": 9}, 8, {"per_device_train_batch_size": 2, "batch_sampler": "no_duplicates"}),  # amid the second epoch
         (2, {"die_while_saving": 8}, 6, {"per_device_train_batch_size": 1, "nsp_batch_size": 4}),
     ],
 )

@@ -12,6 +12,8 @@ import torch
 from conftest import make_model
 from safetensors import safe_open
 
+from modeling_cosup import CoSupForCausalLM
+
 SCRIPT = Path(__file__).with_name("run_training.py")
 EMB_SEQ = {"hidden_size": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
@@ -35,10 +37,11 @@ CASES = {
     "cached, separate": CACHED | {"supervision": "separate", "model": {"query_from": "emb_seq"}},
     "counted duplicates": {"mask_duplicates": False},
     "nsp": {"supervision": "nsp"},
+    "evaluated first": {"evaluate_first": True},
     "ntp": {"supervision": "ntp"},
 }
 REFERENCES = {"cached": "ragged", "cached, checkpointed": "ragged", "cached, budget": "ragged", "checkpointed": "ragged", "cached, zero": "zero"}
-REFERENCES |= {"cached, accumulated": "accumulated", "cached, separate": "separate"}
+REFERENCES |= {"evaluated first": "ragged", "cached, accumulated": "accumulated", "cached, separate": "separate"}
 THREE_RANKS = ["ragged", "zero", "accumulated", "cached", "cached, budget", "separate"]
 SHARDED = ["ragged", "zero", "accumulated", "checkpointed", "cached", "cached, checkpointed", "cached, budget", "clipped", "separate"]
 DETACHED = {"detached": {"gather": "detached"}, "local": {"gather": "local"}}
@@ -105,6 +108,16 @@ def test_clipping_gen_alone_uses_the_norm_over_all_shards(results):
     assert norms["gen"] == pytest.approx(0.01, rel=1e-3)
     assert norms["emb_seq"] > 0.02
     assert log["grad_norm"] > 0.02 and log["grad_norm"] <= plain["grad_norm"]
+
+
+def test_a_sharded_model_is_saved_as_what_it_is(results):
+    """`fully_shard` gives the model a class of torch's own; the checkpoint must still carry our code and find it."""
+    folder = results / "fsdp, ragged-saved"
+    assert (folder / "modeling_cosup.py").is_file() and not list(folder.glob("_fsdp*"))
+    assert json.loads((folder / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"] == "modeling_cosup.CoSupForCausalLM"
+    loaded = dict(CoSupForCausalLM.from_pretrained(folder).named_parameters())
+    state, _ = load(results, "fsdp, ragged", 2)
+    assert all(torch.equal(loaded[name], parameter) for name, parameter in state.items())
 
 
 def test_detached_and_local_gathering_give_other_gradients(results):

@@ -102,6 +102,31 @@ def test_dropout_is_replayed(tmp_path, gradient_checkpointing):
     assert other[0] != pytest.approx(direct[0], rel=1e-5)  # dropout was on
 
 
+def test_noisy_embeddings_turn_the_short_first_pass_off(tmp_path):
+    """NEFTune draws noise by shape, so a shorter first pass would see other noise."""
+    args = CoSupTrainingArguments(str(tmp_path), report_to="none", nsp_batch_size=8, per_device_train_batch_size=2, neftune_noise_alpha=5.0)
+    assert not CoSupTrainer(make_model(), args, train_dataset=INSTANCES).data_collator.shorten_first_pass
+    args.neftune_noise_alpha = None
+    assert CoSupTrainer(make_model(), args, train_dataset=INSTANCES).data_collator.shorten_first_pass
+
+
+def test_the_first_pass_reads_gen_only_where_it_makes_queries(tmp_path):
+    """Tokens that Gen forwards in a step: all rows once, and in the first pass rows up to their last [NSP], or, with queries of Emb_seq, nothing."""
+    for config, supervision in (({}, "co"), ({"query_from": "emb_seq"}, "separate")):
+        model, read = make_model(**config), []
+        model.gen.model.register_forward_pre_hook(lambda module, args, kwargs, read=read: read.append(kwargs["input_ids"].numel()), with_kwargs=True)
+        args = CoSupTrainingArguments(str(tmp_path), report_to="none", nsp_batch_size=8, per_device_train_batch_size=1, supervision=supervision)
+        trainer = CoSupTrainer(model, args, train_dataset=INSTANCES)
+        trainer.create_optimizer_and_scheduler(1)
+        rows, nsp = list(trainer.train_dataset), model.config.nsp_token_id
+        batches, count = trainer.get_batch_samples(iter([trainer.data_collator(rows)]), 1, model.device)
+        trainer.training_step(model, batches[0], count)
+        whole = sum(len(row["input_ids"]) for row in rows)
+        prefixes = sum(len(row["input_ids"]) - row["input_ids"][::-1].index(nsp) for row in rows if nsp in row["input_ids"])
+        free = sum(nsp not in row["input_ids"] for row in rows)
+        assert sum(read) in ((whole + prefixes, whole + prefixes + 1) if supervision == "co" else (whole,)), (supervision, free)
+
+
 @pytest.mark.parametrize("supervision", ["ntp", "nsp", "separate"])
 def test_other_supervisions(tmp_path, supervision):
     query_encoder = {"query_from": "emb_seq"} if supervision == "separate" else {}
