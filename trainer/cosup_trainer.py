@@ -10,7 +10,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from accelerate.utils import DistributedType, DynamoBackend, clear_device_cache, gather_object
+from accelerate.utils import DistributedType, DynamoBackend, gather_object
+from accelerate.utils.memory import clear_device_cache
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -205,13 +206,14 @@ class CoSupTrainer(Trainer):
         columns = [name for name in ("passage_ids", "negative_ids", "passage_input_ids", "negative_input_ids") if name in dataset.column_names]
         passages = [{hash(id if isinstance(id, str) else tuple(id)) for name in columns for id in row[name]} for row in dataset.select_columns(columns)]
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return NoDuplicatesSampler(passages, self.args.train_batch_size * world_size(), seed)
+        self._sampler = NoDuplicatesSampler(passages, self.args.train_batch_size * world_size(), seed)
+        return self._sampler
 
     def get_train_dataloader(self):
         """`Trainer`'s; the sampler hears of the epoch also where a resumed run skips batches."""
         loader = super().get_train_dataloader()
         if self.args.batch_sampler == "no_duplicates":
-            loader.set_sampler(loader.get_sampler())
+            loader.set_sampler(self._sampler)
         return loader
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):

@@ -82,7 +82,7 @@ def run(output, name, pattern="ragged", accumulation=1, fsdp=False, model=None, 
         value = parameter.detach()
         state[key] = (value.full_tensor() if isinstance(value, DTensor) else value).clone()
     if fsdp and world_size > 1 and trainer.is_world_process_zero():
-        trainer.model.save_pretrained(Path(output, f"{name}-saved"), state_dict=state)
+        trainer.model.save_pretrained(Path(output, f"{name}-saved"), state_dict=dict(state))
     (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
     entry |= trainer.evaluate()
     if trainer.is_world_process_zero():
