@@ -45,7 +45,8 @@ class CoSupTrainer(Trainer):
 
     NTP is summed over tokens and divided by the global count of trained tokens, NSP is summed over queries and divided by the global count of
     queries, over all ranks and accumulated batches; the negatives of a query are all passages of its batch, on all ranks. How a batch is cut into
-    micro-batches (by length, against padding; with `nsp_batch_size`, against memory) changes neither.
+    micro-batches (by length, against padding; with `nsp_batch_size`, against memory) changes neither. Weights that are trained are held in float32;
+    `bf16=True` computes in bfloat16.
 
     Logs beside `loss`: `ntp_loss`, `nsp_loss`, `nsp_accuracy` (in-batch retrieval accuracy), `num_negatives` (mean per query), `tokens_per_second`
     (tokens of Gen and Emb_seq, without padding) and `padding` (its share of all tokens). `evaluate()` returns `eval_ntp_loss`; `eval_nsp_loss`,

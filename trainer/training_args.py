@@ -35,7 +35,8 @@ class CoSupTrainingArguments(TrainingArguments):
             ranks' passages are constants, as in the paper's code. `"local"`: this rank's passages alone.
         mask_duplicates (`bool`): encode identical passages of a batch once and never count one as a negative of the other. The paper counted
             them.
-        batch_sampler (`str`): `"no_duplicates"` draws batches in which no passage is named twice; `"batch_sampler"` does not look.
+        batch_sampler (`str`): `"no_duplicates"` draws batches, over all ranks, in which no passage (hard negatives included, by id and by content) is
+            named twice, as long as there are such; `"batch_sampler"` does not look.
         padding_free (`bool`, *optional*): a micro-batch is one row without padding. Defaults to `True` where the attention implementation keeps its
             parts apart without a dense mask (flash and flex attention); elsewhere rows of like length go together.
         freeze_gen, freeze_emb_seq (`bool`): train the other one alone. With a frozen Emb_seq (and `emb_head`) an index stays valid.
