@@ -229,7 +229,7 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
         One pass over Gen and, with passages, over Emb_seq: L = L_NTP + λ·L_NSP (Eq. 5).
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): without it only passages are encoded.
+            input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): without it only passages and given queries are encoded.
             attention_mask (`torch.LongTensor` of shape `(B, T)`, *optional*), position_ids, past_key_values, inputs_embeds, use_cache: as in Gen.
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*): -100 where nothing is trained; shifted inside.
             logits_to_keep (`int` or `torch.LongTensor`): the last n columns, or these columns; 0 for all.
@@ -417,7 +417,11 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
             size = encoder.get_input_embeddings().weight.shape[0]
             long = torch.arange(1, 9, device=encoder.device)[None] * (size // 9)  # other tokens on the right: the same ones would hardly be noticed
             options = {"use_cache": False} if "use_cache" in encoder.config.to_dict() else {}
-            states = [encoder(input_ids=ids, **options).last_hidden_state[:, :3].float() for ids in (long[:, :3], long)]
+            attention, encoder.config._attn_implementation = encoder.config._attn_implementation, "eager"  # flash kernels take no float32, no CPU
+            try:
+                states = [encoder(input_ids=ids, **options).last_hidden_state[:, :3].float() for ids in (long[:, :3], long)]
+            finally:
+                encoder.config._attn_implementation = attention
             if torch.allclose(*states, atol=1e-3, rtol=1e-2):
                 self._causal_encoders.append(name)
         self.train(training)

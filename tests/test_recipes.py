@@ -207,6 +207,20 @@ def test_two_processes_by_the_config_that_we_ship(inputs, tmp_path):
     assert state["train_batch_size"] == 2  # of an NSP batch of 4 over 2 ranks
 
 
+def test_the_benchmark_of_a_step_runs(inputs, tmp_path):
+    result = run(
+        *[sys.executable, "recipes/benchmarks/train.py", "--gen", inputs / "gen", "--train_file", inputs / "train.jsonl", "--num_threads", 1],
+        *["--sections", "step,nsp_batch,duplicates", "--batch_size", 3, "--repeats", 2, "--nsp_batch_sizes", "3,6", "--output_file", tmp_path / "out.json"],
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    numbers = json.loads((tmp_path / "out.json").read_text())
+    for loss_error, error in (arm["float32_loss_and_gradient_error"] or (0, 0) for arm in numbers["step"]["arms"].values()):
+        assert loss_error < 1e-5 and error < 1e-4
+    assert [row["nsp_batch_size"] for row in numbers["nsp_batch"]] == [3, 6]
+    too_large = run(sys.executable, "recipes/benchmarks/train.py", "--gen", inputs / "gen", "--train_file", inputs / "train.jsonl", "--batch_size", 99)
+    assert "a batch of 99 instances needs as many" in too_large.stderr
+
+
 def test_every_accelerate_config_is_one():
     from accelerate.commands.config.config_args import load_config_from_file
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator, DistributedType
 from conftest import PASSAGES, make_model
 from test_trainer import NAMES, arguments, world
 
@@ -15,14 +16,14 @@ from trainer import CoSupTrainer, CoSupTrainingArguments
 from trainer.watch import explained_memory_errors, last_complete_checkpoint
 
 
-def poisoned(model, instances, part):
-    """Instance 5 alone holds a token whose embedding, in Gen or in Emb_seq, is NaN."""
+def poisoned(model, instances, part, value):
+    """Instance 5 alone holds a token whose embedding, in Gen or in Emb_seq, is NaN or infinite."""
     tokenizer = model.tokenizer
     token = tokenizer("~", add_special_tokens=False)["input_ids"][0]
     passage = {"id": "poisoned", "title": "", "text": "~ here"}
     instances[5] = dict(instances[5], input="what is ~?" if part == "gen" else "what?", segments=[{"text": "a", "passage": passage}])
     with torch.no_grad():
-        (model.gen.model if part == "gen" else model.emb_seq).embed_tokens.weight[token] = float("nan")
+        (model.gen.model if part == "gen" else model.emb_seq).embed_tokens.weight[token] = value
     return instances
 
 
@@ -30,9 +31,11 @@ def poisoned(model, instances, part):
 @pytest.mark.parametrize("part", ["gen", "emb_seq"])
 def test_nan_stops_with_step_loss_and_instances(tmp_path, part, cached):
     model = make_model(gen_kwargs={"tie_word_embeddings": False})
-    instances = poisoned(model, world(NAMES[:16]), part)
+    instances = world(NAMES[:16])
     options = {"train_sampling_strategy": "sequential", "save_strategy": "steps", "save_steps": 1, "max_steps": 4, "per_device_train_batch_size": 4}
     options |= {"nsp_batch_size": 4, "per_device_train_batch_size": 1} if cached else {}
+    poison = float("inf") if cached else float("nan")
+    instances = poisoned(model, instances, part, poison)
     trainer = CoSupTrainer(model, arguments(tmp_path, **options), train_dataset=instances)
     name = "NTP" if part == "gen" and not cached else "NSP"  # GradCache computes NSP first
     with pytest.raises(FloatingPointError, match=f"Step 2: the {name} loss is NaN or infinite") as error:
@@ -55,6 +58,31 @@ def test_a_nan_gradient_of_a_finite_loss_stops_before_the_step(tmp_path):
         trainer.train()
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1"]
+
+
+def test_sharding_that_cannot_do_it_is_refused(tmp_path, monkeypatch):
+    """What only DDP and FSDP2 can do, asked of DeepSpeed: neither runs on this machine, so the type is pretended."""
+    for option in ({"nsp_batch_size": 8}, {"clip_gen_only": True}):
+        monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.DEEPSPEED))
+        with pytest.raises(ValueError, match=f"{next(iter(option))} works under DDP and FSDP2, not under DEEPSPEED"):
+            CoSupTrainer(make_model(), arguments(tmp_path, **option), train_dataset=world(NAMES[:8]))
+
+
+def test_liger_kernels_go_into_both_models(tmp_path, monkeypatch):
+    """They need a GPU; here only that both parts get them, and that the loss stays ours."""
+    from trainer import model_setup
+
+    seen = []
+    monkeypatch.setattr(model_setup, "apply_liger_kernel", lambda part, config: seen.append((type(part).__name__, config)))
+    CoSupTrainer(make_model(), arguments(tmp_path, use_liger_kernel=True, liger_kernel_config={"rope": False}), train_dataset=world(NAMES[:8]))
+    assert [name for name, _ in seen] == ["LlamaForCausalLM", "LlamaModel"]
+    assert all(config == {"fused_linear_cross_entropy": False, "cross_entropy": False, "rope": False} for _, config in seen)
+
+
+def test_an_attention_that_this_machine_lacks_does_not_stop_the_check_for_causality(model):
+    model.emb_seq.config._attn_implementation = "flash_attention_2"
+    assert model.find_causal_encoders()
+    assert model.emb_seq.config._attn_implementation == "flash_attention_2"
 
 
 def test_weights_alone_are_no_checkpoint_to_resume_from(tmp_path):
@@ -206,13 +234,13 @@ def test_arguments_that_do_not_fit_the_model(tmp_path):
 
 def test_what_a_step_logs_can_be_checked_by_hand(tmp_path):
     """num_negatives and padding of one batch whose passages are known."""
-    instances = [{"id": str(i), "input": "q", "segments": [{"text": "a", "passage": PASSAGES[i % 3]}]} for i in range(6)]
+    instances = [{"id": str(i), "input": f"q {i % 4}", "segments": [{"text": "a", "passage": PASSAGES[i % 3]}]} for i in range(6)]
     trainer = CoSupTrainer(make_model(), arguments(tmp_path, per_device_train_batch_size=6, max_steps=1), train_dataset=instances)
     trainer.data_collator.call_overhead = None
     trainer.train()
     (entry,) = [entry for entry in trainer.state.log_history if "nsp_loss" in entry]
-    # the same question three times over: all three passages are right for each query, so nothing is left to be a negative
-    assert entry["num_negatives"] == 0 and entry["nsp_loss"] == pytest.approx(0, abs=1e-6)
+    # three distinct passages; q 0 is asked with passages 0 and 1, q 1 with 1 and 2: what is right for a question is no negative of it
+    assert entry["num_negatives"] == pytest.approx((4 * 1 + 2 * 2) / 6)
     facts = trainer.data_collator(list(trainer.train_dataset))["facts"]
     assert entry["padding"] == pytest.approx(1 - facts.num_tokens / facts.num_padded_tokens)
     json.dumps(entry)

@@ -45,8 +45,8 @@ class CoSupTrainer(Trainer):
 
     NTP is summed over tokens and divided by the global count of trained tokens, NSP is summed over queries and divided by the global count of
     queries, over all ranks and accumulated batches; the negatives of a query are all passages of its batch, on all ranks. How a batch is cut into
-    micro-batches (by length, against padding; with `nsp_batch_size`, against memory) changes neither. Weights that are trained are held in float32;
-    `bf16=True` computes in bfloat16.
+    micro-batches (by length, against padding; with `nsp_batch_size`, against memory) changes neither. Weights that are trained are held in float32
+    (adapters as PEFT holds them); `bf16=True` computes in bfloat16.
 
     Logs beside `loss`: `ntp_loss`, `nsp_loss`, `nsp_accuracy` (in-batch retrieval accuracy), `num_negatives` (mean per query), `tokens_per_second`
     (tokens of Gen and Emb_seq, without padding) and `padding` (its share of all tokens). `evaluate()` returns `eval_ntp_loss`; `eval_nsp_loss`,
@@ -131,8 +131,8 @@ class CoSupTrainer(Trainer):
                 raise ValueError(f"{name} works under DDP and FSDP2, not under {self.accelerator.distributed_type.value} as it is configured.")
         if args.torch_compile:  # the layers are compiled already; the rest depends on the data
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if getattr(plugin, "fsdp_version", 1) == 2 and plugin.mixed_precision_policy is not None:  # losses, embeddings and gradients of ranks in float32
+        plugin = self._fsdp2_plugin()
+        if plugin is not None and plugin.mixed_precision_policy is not None:  # losses, embeddings and gradients of ranks in float32
             policy = plugin.mixed_precision_policy
             plugin.mixed_precision_policy = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
         self._host_group = host_group(args.ddp_timeout_delta)
@@ -144,8 +144,12 @@ class CoSupTrainer(Trainer):
 
     def _shards_in_its_own_way(self):
         """DeepSpeed takes one backward a step and clips by itself; FSDP1 has norms of shards."""
-        kind, plugin = self.accelerator.distributed_type, getattr(self.accelerator.state, "fsdp_plugin", None)
-        return kind == DistributedType.DEEPSPEED or (kind == DistributedType.FSDP and getattr(plugin, "fsdp_version", 1) == 1)
+        kind = self.accelerator.distributed_type
+        return kind == DistributedType.DEEPSPEED or (kind == DistributedType.FSDP and self._fsdp2_plugin() is None)
+
+    def _fsdp2_plugin(self):
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        return plugin if getattr(plugin, "fsdp_version", 1) == 2 else None
 
     # ------------------------------------------------------------------ data
 
@@ -300,7 +304,8 @@ class CoSupTrainer(Trainer):
         pieces = [self._forward(model, micro_batch, num_items_in_batch) for micro_batch in inputs["micro_batches"]]
         ntp_losses = torch.stack([piece.ntp_loss for piece in pieces if piece.ntp_loss is not None] or [torch.zeros((), device=self.args.device)])
         output = CoSupOutput(ntp_loss=ntp_losses.sum(), query_embeds=_cat(pieces, "query_embeds"), passage_embeds=_cat(pieces, "passage_embeds"))
-        self._finite.add(self.state.global_step, "NTP loss", ntp_losses.detach().isfinite(), inputs["facts"].instance_ids, model.training)
+        if model.training:
+            self._finite.add(self.state.global_step, "NTP loss", ntp_losses.detach().isfinite(), inputs["facts"].instance_ids)
         output.nsp_loss = self._nsp_loss(output.query_embeds, output.passage_embeds, inputs, num_queries, model.training)
         output.loss = output.ntp_loss + self.cosup_config.nsp_loss_weight * output.nsp_loss
         if model.training:
@@ -330,7 +335,7 @@ class CoSupTrainer(Trainer):
                 with self.compute_loss_context_manager():
                     ntp_loss, loss = next(passes)
                 ntp_losses.append(ntp_loss)
-                self._finite.add(self.state.global_step, "NTP loss", ntp_loss[None].isfinite(), inputs["facts"].instance_ids[i : i + 1], True)
+                self._finite.add(self.state.global_step, "NTP loss", ntp_loss[None].isfinite(), inputs["facts"].instance_ids[i : i + 1])
                 if loss.requires_grad:
                     self.accelerator.backward(loss * scale)
         next(passes, None)  # restores the random state
@@ -367,9 +372,10 @@ class CoSupTrainer(Trainer):
             same_passage = (groups[labels][:, None] == groups) | repeated  # (N, M): of identical passages one is a negative, not each
             same_passage[pairs[0], pairs[1]] = True
         losses, scores = info_nce(query_embeds, passage_embeds, labels, same_passage, self.cosup_config.temperature, return_scores=True)
-        own = torch.stack([query_embeds.detach().isfinite().all(1), passage_embeds.detach()[labels].isfinite().all(1)]).all(0)
-        finite = torch.where(own.all(), losses.detach().isfinite(), own)  # one NaN embedding is in every loss: name those it comes from
-        self._finite.add(self.state.global_step, "NSP loss", finite, [[id] for id in facts.query_instance_ids], training)
+        if training:
+            own = torch.stack([query_embeds.detach().isfinite().all(1), passage_embeds.detach()[labels].isfinite().all(1)]).all(0)
+            finite = torch.where(own.all(), losses.detach().isfinite(), own)  # one NaN embedding is in every loss: name those it comes from
+            self._finite.add(self.state.global_step, "NSP loss", finite, [[id] for id in facts.query_instance_ids])
         if training and scores.numel():
             scores = scores.detach()
             negatives = scores.scatter(1, labels[:, None], float("-inf"))

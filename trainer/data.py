@@ -1,4 +1,4 @@
-"""From an instance to token ids, labels and passages; from instances to a batch. Files are checked before training starts."""
+"""From files to checked instances, from an instance to token ids, labels and passages."""
 
 import gzip
 import hashlib

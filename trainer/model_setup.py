@@ -100,7 +100,7 @@ def check_control_tokens(tokenizer, config):
 
 
 def wrap_in_peft(model, peft_config):
-    """`get_peft_model`; trains the rows of Gen's control tokens (and `emb_head`) too, unless the config says what to do with embeddings."""
+    """`get_peft_model`; trains the rows of the control tokens (and `emb_head`) too, unless the config says what to do with embeddings."""
     peft_config = copy.deepcopy(peft_config)
     if model.emb_head is not None and getattr(peft_config, "target_modules", None) == "all-linear" and peft_config.exclude_modules is None:
         peft_config.exclude_modules = ["emb_head"]  # new and small: trained itself
@@ -110,6 +110,9 @@ def wrap_in_peft(model, peft_config):
         peft_config.trainable_token_indices = {names[id(model.get_input_embeddings())]: ids}
         if not model.config.tie_word_embeddings:  # else their logits, equal at the start, would stay equal
             peft_config.trainable_token_indices[names[id(model.get_output_embeddings())]] = ids
+        encoder = {"emb_seq": model.emb_seq, "query_encoder": model.query_encoder}.get(model.config.query_from)
+        if encoder is not None and model.emb_seq_tokenizer is model.tokenizer:  # it reads [NSP] at the end of every query
+            peft_config.trainable_token_indices[names[id(encoder.get_input_embeddings())]] = ids
         if model.emb_head is not None:
             peft_config.modules_to_save = ["emb_head"]
     return get_peft_model(model, peft_config)

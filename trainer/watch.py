@@ -20,7 +20,7 @@ class FiniteLosses:
     def __init__(self):
         self._pending = []
 
-    def add(self, step, name, finite, instance_ids, training=True):
+    def add(self, step, name, finite, instance_ids):
         """
         Look at whether losses are finite.
 
@@ -29,13 +29,10 @@ class FiniteLosses:
             name (`str`): what is looked at, e.g. `"NTP loss"`.
             finite (`torch.BoolTensor` of shape `(n,)`): whether they are.
             instance_ids (`list[list[str]]`): of the instances behind each of them.
-            training (`bool`): `False` does nothing.
 
         Raises:
             `FloatingPointError`.
         """
-        if not training:
-            return
         arrived, device = None, finite.device
         if device.type != "cpu":
             finite = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
@@ -73,8 +70,8 @@ def explained_memory_errors(args):
     """
     try:
         yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
             raise
         if args.nsp_batch_size is None:
             knobs = [f"nsp_batch_size={args.train_batch_size * args.world_size} with a per_device_train_batch_size below {args.per_device_train_batch_size}"]

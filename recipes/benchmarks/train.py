@@ -117,8 +117,10 @@ def padded_baseline(model, rows, autocast):
     """
     The plain way: every row padded to the longest, attention masks, the LM head at every position, every passage encoded as often as it stands there.
 
-    The loss is ours (identical passages are no negatives), or the two could not be compared.
+    The loss is ours (identical passages are no negatives), or the two could not be compared; instances with hard negatives have no place here.
     """
+    if any(row["negative_input_ids"] for row in rows):
+        sys.exit("error: the padded baseline knows no hard negatives; take a file without.")
     input_ids, attention_mask = (tensor.to(model.device) for tensor in pad_rows([row["input_ids"] for row in rows]))
     labels = pad_rows([row["labels"] for row in rows], -100)[0].to(model.device)
     passages = [tuple(ids) for row in rows for ids in row["passage_input_ids"]]
@@ -158,7 +160,7 @@ class Ours:
     """A CoSupTrainer whose steps are called one by one."""
 
     def __init__(self, model, folder, rows, script, **options):
-        defaults = {"per_device_train_batch_size": script.batch_size, "report_to": "none", "bf16": script.bf16, "seed": script.seed}
+        defaults = {"per_device_train_batch_size": script.batch_size, "report_to": "none", "bf16": script.bf16, "seed": script.seed, "tf32": False}
         args = CoSupTrainingArguments(folder, **{**defaults, **options})
         self.trainer = CoSupTrainer(model, args, train_dataset=rows)
         self.trainer.create_optimizer_and_scheduler(1)
@@ -186,14 +188,15 @@ class Ours:
 def batches_of(trainer, size, count, seed):
     """`count` random batches of tokenized instances."""
     order = torch.randperm(len(trainer.train_dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    if size > len(order):
+        sys.exit(f"error: a batch of {size} instances needs as many; the file has {len(order)}, and repeated ones would be cheaper.")
     order = list(itertools.islice(itertools.cycle(order), size * count))
     return [[trainer.train_dataset[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
 
 
-def useful_tokens(rows, distinct=False):
-    """Tokens that Gen and Emb_seq must read of a batch; passages as often as they are named, or once each."""
-    passages = [tuple(ids) for row in rows for ids in row["passage_input_ids"]]
-    return sum(len(row["input_ids"]) for row in rows) + sum(map(len, set(passages) if distinct else passages))
+def useful_tokens(rows):
+    """Tokens of Gen's rows and of the passages of a batch, these as often as they are named."""
+    return sum(len(row["input_ids"]) + sum(map(len, row["passage_input_ids"])) for row in rows)
 
 
 # ---------------------------------------------------------------------- sections
@@ -259,7 +262,9 @@ def section_step(model, instances, script, folder):
             model.zero_grad()
             padded_baseline(model, batch, full_precision)
             expected = gradients_of(model)
-        for name, arm in arms.items():
+        names = list(arms)
+        for name in names[i % len(names) :] + names[: i % len(names)]:  # none is always the first to see a batch
+            arm = arms[name]
             model.zero_grad()
             _, took, peak = meter(lambda arm=arm, batch=batch: arm(batch))
             if expected is not None:
@@ -281,30 +286,35 @@ def section_step(model, instances, script, folder):
     }
     base = seconds["padded baseline"]
     parameters = sum(part.num_parameters(exclude_embeddings=True) for part in (model.gen, model.emb_seq)) / 2
-    flops = PEAK_FLOPS.get(torch.cuda.get_device_name().split(" NVL")[0]) if device.type == "cuda" else None
+    flops = next((peak for prefix, peak in PEAK_FLOPS.items() if device.type == "cuda" and torch.cuda.get_device_name().startswith(prefix)), None)
     for name in arms:
-        ratio = statistics.median(b / s for b, s in zip(base, seconds[name], strict=True))
+        ratios = [b / s for b, s in zip(base, seconds[name], strict=True)]
         median = statistics.median(seconds[name])
         result["arms"][name] = {
             "seconds": median,
             "seconds_min_max": [min(seconds[name]), max(seconds[name])],
-            "speed_to_baseline": ratio,
-            "useful_tokens_per_second": tokens / median,
+            "speed_to_baseline": statistics.median(ratios),
+            "speed_to_baseline_min_max": [min(ratios), max(ratios)],
+            "useful_tokens_per_second": tokens * len(batches[1:]) / sum(seconds[name]),
             "peak_memory_gb": max(memory[name]) / GB,
             "gradient_error": max(errors[name]),
             "float32_loss_and_gradient_error": exactness.get(name),
-            "mfu": None if flops is None else 6 * parameters * tokens / median / flops,
+            "mfu": None if flops is None else 6 * parameters * tokens * len(batches[1:]) / sum(seconds[name]) / flops,
         }
     print(f"\nForward and backward, batches of {script.batch_size} instances, {tokens:.0f} useful tokens, {named} passages of which {distinct} distinct")
     print(f"padding: {result['padding']}")
     print_table(
-        ["arm", "s / batch", "x baseline", "useful tokens/s", "peak memory GB", "gradient error of bf16", "in float32: loss, gradient error"],
+        ["arm", "s / batch", "x baseline", "min, max", "useful tokens/s", "MFU", "peak memory GB", "gradient error of bf16", "in float32: loss, gradient"],
         [
-            [name, f"{a['seconds']:.2f}", f"{a['speed_to_baseline']:.2f}", f"{a['useful_tokens_per_second']:.0f}", f"{a['peak_memory_gb']:.2f}"]
+            [name, f"{a['seconds']:.2f}", f"{a['speed_to_baseline']:.2f}", "{:.2f}, {:.2f}".format(*a["speed_to_baseline_min_max"])]
+            + [f"{a['useful_tokens_per_second']:.0f}", "" if a["mfu"] is None else f"{a['mfu']:.1%}", f"{a['peak_memory_gb']:.2f}"]
             + [f"{a['gradient_error']:.1e}", "{:.0e}, {:.0e}".format(*exactness[name]) if name in exactness else ""]
             for name, a in result["arms"].items()
         ],
     )
+    paired = [cached / plain for cached, plain in zip(seconds["ours, GradCache"], seconds["ours"], strict=True)]
+    result["gradcache_to_uncached"] = statistics.median(paired)
+    print(f"\nGradCache takes {statistics.median(paired):.2f} x the uncached step (median of the batches' ratios; {min(paired):.2f} to {max(paired):.2f})")
     result["ntp"] = against_plain_trainer(model, rows, batches, meter, script, folder)
     return result
 
@@ -322,7 +332,8 @@ def against_plain_trainer(model, rows, batches, meter, script, folder):
 
     seconds = {"ours, ntp": [], "plain Trainer, same tricks": []}
     for i, batch in enumerate(batches):
-        for name, arm in (("ours, ntp", ours.step), ("plain Trainer, same tricks", plain_step)):
+        arms = [("ours, ntp", ours.step), ("plain Trainer, same tricks", plain_step)]
+        for name, arm in arms[:: 1 if i % 2 else -1]:
             model.zero_grad()
             _, took, _ = meter(lambda arm=arm, batch=batch: arm(batch))
             if i:
@@ -335,9 +346,9 @@ def against_plain_trainer(model, rows, batches, meter, script, folder):
     return {"seconds": medians, "throughput_ratio": ratio}
 
 
-def section_duplicates(instances):
+def section_duplicates(instances, seed):
     """How many passages of a random batch stand in it already, and what share of the passages' words need not be read again."""
-    rng, rows = random.Random(0), []
+    rng, rows = random.Random(seed), []
     for size in (8, 64, 512, 4096):
         if size > len(instances):
             continue
@@ -386,7 +397,8 @@ def section_precision(script, folder):
         steps = {"max_steps": script.precision_steps, "per_device_train_batch_size": script.batch_size, "learning_rate": 2e-5, "warmup_steps": 20}
         quiet = {"logging_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "seed": script.seed}
         trainer = CoSupTrainer(model, CoSupTrainingArguments(folder, **steps, **quiet, **options), train_dataset=instances)
-        trainer.model.to(getattr(torch, dtype))  # CoSupTrainer itself would not train weights of less than float32
+        for parameter in trainer.model.parameters():  # CoSupTrainer itself would not train weights of less than float32
+            parameter.data = parameter.data.to(getattr(torch, dtype))
         with contextlib.redirect_stdout(sys.stderr):  # a line for every step
             trainer.train()
         results[name] = mean_losses(trainer)
@@ -411,7 +423,8 @@ def mean_losses(trainer, steps=50):
 
 def section_defaults(script, folder):
     """The paper's optimiser and similarity, and the modern ones, one change at a time, on the quickstart's world; held-out losses and recall."""
-    paths, results = importlib.import_module("prepare_quickstart").prepare(str(Path(folder) / "world"), seed=script.seed), {}
+    options = {"seed": script.seed, "num_train_instances": 64 * script.defaults_steps // 3}  # three epochs, as in the paper
+    paths, results = importlib.import_module("prepare_quickstart").prepare(str(Path(folder) / "world"), **options), {}
     paper = {"lr_decay_per_epoch": 0.85, "clip_gen_only": True, "weight_decay": 0.0}
     modern = {"lr_scheduler_type": "cosine", "warmup_steps": 50, "weight_decay": 0.01}
     arms = {
@@ -432,7 +445,7 @@ def section_defaults(script, folder):
             trainer.train()
         results[name] = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items() if key.startswith("eval_")}
         print(f"  {name}: {results[name]}", flush=True)
-    print(f"\nHeld out, after {script.defaults_steps} steps on the quickstart's world, seed {script.seed}, learning rate 2e-3 unless said")
+    print(f"\nHeld out, after 3 epochs of {script.defaults_steps // 3} steps on the quickstart's world, seed {script.seed}, learning rate 2e-3 unless said")
     print_table(
         ["setting", "NTP loss", "recall@1", "recall@5", "passages"],
         [[name, f"{r['ntp_loss']:.3f}", f"{r['recall@1']:.1%}", f"{r['recall@5']:.1%}", str(r["num_passages"])] for name, r in results.items()],
@@ -471,7 +484,7 @@ def main():
             if "nsp_batch" in sections:
                 results["nsp_batch"] = section_nsp_batch(model, instances, script, folder)
         if "duplicates" in sections:
-            results["duplicates"] = section_duplicates(load_instances(script.train_file))
+            results["duplicates"] = section_duplicates(load_instances(script.train_file), script.seed)
         if "precision" in sections:
             results["precision"] = section_precision(script, folder)
         if "defaults" in sections:

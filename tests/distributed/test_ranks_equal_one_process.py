@@ -42,7 +42,7 @@ CASES = {
 }
 REFERENCES = {"cached": "ragged", "cached, checkpointed": "ragged", "cached, budget": "ragged", "checkpointed": "ragged", "cached, zero": "zero"}
 REFERENCES |= {"evaluated first": "ragged", "cached, accumulated": "accumulated", "cached, separate": "separate"}
-THREE_RANKS = ["ragged", "zero", "accumulated", "cached", "cached, budget", "separate"]
+THREE_RANKS = ["ragged", "zero", "accumulated", "checkpointed", "cached", "cached, budget", "separate"]
 SHARDED = ["ragged", "zero", "accumulated", "checkpointed", "cached", "cached, checkpointed", "cached, budget", "clipped", "separate"]
 DETACHED = {"detached": {"gather": "detached"}, "local": {"gather": "local"}}
 
@@ -53,7 +53,7 @@ def launch(folder, world_size, cases):
     with open(folder / f"log-{world_size}", "w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
         try:
-            assert process.wait(timeout=400) == 0, Path(log.name).read_text()[-4000:]
+            assert process.wait(timeout=900) == 0, Path(log.name).read_text()[-4000:]
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)  # the ranks too
@@ -95,8 +95,8 @@ def test_ranks_equal_one_process(results, world_size, name):
     assert log_many == pytest.approx(log_one, rel=1e-5, abs=1e-6)
     expected, found = gradients(one), gradients(many)
     for key, gradient in expected.items():
-        assert (found[key] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6, key
-    assert relative_error(found, expected) < 2e-5
+        assert (found[key] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6, key  # subtracting weights of float32 leaves about 1e-6
+    assert relative_error(found, expected) <= 1e-5
     trained = {key.split(".")[0] for key, gradient in expected.items() if gradient.any()}
     assert ("emb_seq" in trained) == (reference not in ("none", "ntp"))
 
@@ -104,7 +104,7 @@ def test_ranks_equal_one_process(results, world_size, name):
 def test_clipping_gen_alone_uses_the_norm_over_all_shards(results):
     _, plain = load(results, "ragged", 1)
     state, log = load(results, "fsdp, clipped", 2)
-    norms = {part: torch.stack([g.norm() for key, g in gradients(state).items() if key.startswith(part)]).norm() / 0.1 for part in ("gen", "emb_seq")}
+    norms = {part: torch.stack([g.norm() for key, g in gradients(state).items() if key.startswith(part)]).norm() for part in ("gen", "emb_seq")}
     assert norms["gen"] == pytest.approx(0.01, rel=1e-3)
     assert norms["emb_seq"] > 0.02
     assert log["grad_norm"] > 0.02 and log["grad_norm"] <= plain["grad_norm"]

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import PASSAGES, make_model, plain_batch
+from conftest import PASSAGES, make_emb_seq, make_model, plain_batch
 
 from trainer import CoSupTrainer, CoSupTrainingArguments
 
@@ -141,6 +141,15 @@ def test_other_supervisions(tmp_path, supervision):
     assert trained == {"ntp": {"gen"}, "nsp": {"gen", "emb_seq"}, "separate": {"gen", "emb_seq"}}[supervision]
     if supervision == "nsp":
         assert "gen.lm_head.weight" not in whole[1]
+
+
+def test_two_encoders(tmp_path):
+    torch.manual_seed(3)
+    model = make_model(query_from="query_encoder", query_encoder=make_emb_seq(seed=4))
+    whole = step(tmp_path, model, {"call_overhead": None}, supervision="separate")
+    cached = step(tmp_path, model, nsp_batch_size=8, supervision="separate", **{"per_device_train_batch_size": 3})
+    assert_same(cached, whole)
+    assert {name.split(".")[0] for name, gradient in whole[1].items() if gradient.any()} == {"gen", "emb_seq", "query_encoder"}
 
 
 @pytest.mark.parametrize("frozen", ["gen", "emb_seq"])
