@@ -278,7 +278,7 @@ class CoSupTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """`Trainer.training_step`; with `nsp_batch_size`, in two passes (see `grad_cache`)."""
-        if self.args.nsp_batch_size is None or self.args.supervision == "ntp":
+        if self.args.nsp_batch_size is None:
             return super().training_step(model, inputs, num_items_in_batch)
         loss = self._cached_training_step(model, inputs, num_items_in_batch)
         if self.args.torch_empty_cache_steps is not None and self.state.global_step % self.args.torch_empty_cache_steps == 0:
@@ -320,15 +320,16 @@ class CoSupTrainer(Trainer):
             self.optimizer.train()
         inputs = self._prepare_inputs(inputs)
         micro_batches, scale = inputs["micro_batches"], self._loss_scale
-        with self.compute_loss_context_manager():
-            query_pieces, passage_pieces, states = first_pass(model, micro_batches)
-            embeds = [torch.cat([piece for piece in pieces if piece is not None]).requires_grad_() for pieces in (query_pieces, passage_pieces)]
-            nsp_loss = self._nsp_loss(*embeds, inputs, self._num_queries, True)
-            gradients = torch.autograd.grad(self.cosup_config.nsp_loss_weight * nsp_loss, embeds)
-            gradients = [like_pieces(gradient, pieces) for gradient, pieces in zip(gradients, (query_pieces, passage_pieces), strict=True)]
-        ntp_losses = []
+        nsp_loss, gradients, states, ntp_losses = torch.zeros((), device=self.args.device), [[None] * len(micro_batches)] * 2, None, []
+        if self.args.supervision != "ntp":
+            with self.compute_loss_context_manager():
+                *pieces, states = first_pass(model, micro_batches)
+                embeds = [torch.cat([piece for piece in part if piece is not None]).requires_grad_() for part in pieces]
+                nsp_loss = self._nsp_loss(*embeds, inputs, self._num_queries, True)
+                gradients = torch.autograd.grad(self.cosup_config.nsp_loss_weight * nsp_loss, embeds)
+                gradients = [like_pieces(gradient, part) for gradient, part in zip(gradients, pieces, strict=True)]
         forward = functools.partial(self._forward, model, num_items_in_batch=num_items_in_batch)
-        passes = second_pass(forward, micro_batches, *gradients, states)
+        passes = second_pass(forward, micro_batches, *gradients, states, self.args.device)
         for i in range(len(micro_batches)):
             last = i == len(micro_batches) - 1
             with contextlib.nullcontext() if last else self._without_gradient_exchange(model):

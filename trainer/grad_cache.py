@@ -61,7 +61,7 @@ def first_pass(model, micro_batches):
     return query_embeds, passage_embeds, states
 
 
-def second_pass(forward, micro_batches, query_gradients, passage_gradients, states):
+def second_pass(forward, micro_batches, query_gradients, passage_gradients, states, device):
     """
     Every micro-batch again, with a graph.
 
@@ -69,22 +69,25 @@ def second_pass(forward, micro_batches, query_gradients, passage_gradients, stat
         forward (`Callable`): takes a micro-batch, returns a `CoSupOutput`.
         micro_batches (`list[dict]`): as in the first pass.
         query_gradients, passage_gradients (`list[torch.Tensor]`): of the NSP loss with respect to what [`first_pass`] returned; `None` where it did.
-        states (`list[RandomState]`): likewise.
+        states (`list[RandomState]`, *optional*): likewise; without a first pass none.
+        device (`torch.device`): of the losses.
 
     Yields:
         `(torch.Tensor, torch.Tensor)`: the NTP loss of a micro-batch, 0 without labels, and what must be differentiated before the next is asked for.
     """
     for i, micro_batch in enumerate(micro_batches):
-        states[i].restore()
+        if states is not None:
+            states[i].restore()
         outputs = forward(micro_batch)
-        loss = zero = torch.zeros((), device=states[i].device)
+        loss = zero = torch.zeros((), device=device)
         if outputs.ntp_loss is not None:
             loss = loss + outputs.ntp_loss
         for embeds, gradient in ((outputs.query_embeds, query_gradients[i]), (outputs.passage_embeds, passage_gradients[i])):
             if embeds is not None and gradient is not None:
                 loss = loss + (embeds * gradient).sum()
         yield (zero if outputs.ntp_loss is None else outputs.ntp_loss.detach()), loss
-    states[-1].restore()
+    if states is not None:
+        states[-1].restore()
 
 
 def like_pieces(tensor, pieces):
