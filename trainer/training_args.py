@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 import torch
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -21,6 +21,8 @@ class CoSupTrainingArguments(TrainingArguments):
     [`~transformers.TrainingArguments`] and:
 
     Args:
+        lr_scheduler_type (`str`), warmup_steps (`int` or `float`): as there, but the default is a cosine schedule after a warm-up of a tenth of all steps;
+            `recipes/benchmarks` says why.
         max_length (`int`): tokens of an instance, passages included. A longer instance is dropped, counted and reported, never cut.
         train_on_passages (`bool`): also train the tokens of retrieved passages (an ablation of the paper; its main result masks them).
         supervision (`str`): `"co"`: both losses in one step (the method). `"ntp"`: next tokens alone; Emb_seq is frozen. `"nsp"`: next passages alone.
@@ -49,6 +51,8 @@ class CoSupTrainingArguments(TrainingArguments):
         `ValueError`: for an unknown choice, an NSP batch that the ranks cannot share evenly, or a token budget without `nsp_batch_size`.
     """
 
+    lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of linear warm-up, or, below 1, their share of all steps."})
     max_length: int = field(default=1024, metadata={"help": "Tokens of an instance, passages included; a longer one is dropped and counted."})
     train_on_passages: bool = field(default=False, metadata={"help": "Also train the tokens of retrieved passages (ablation)."})
     supervision: str = field(default="co", metadata={"help": "co, ntp, nsp or separate (the paper's baseline)."})
