@@ -432,7 +432,8 @@ class CoSupTrainer(Trainer):
         """Embeddings and NTP loss of a batch wait for the end of the set; the loop gets nothing."""
         inputs = self._prepare_inputs(inputs)
         facts, nothing = inputs["facts"], torch.zeros(0, self.cosup_config.embedding_size)
-        self._share_facts([inputs])  # shards need the same calls on all ranks
+        if world_size() > 1:
+            self._share_facts([inputs])  # shards need the same calls on all ranks
         with explained_memory_errors(self.args), torch.no_grad(), self.compute_loss_context_manager():
             pieces = [self._forward(model, micro_batch, 1) for micro_batch in inputs["micro_batches"]]
         ntp_sum = sum(float(piece.ntp_loss) for piece in pieces if piece.ntp_loss is not None)

@@ -296,16 +296,15 @@ def retrieval_metrics(query_embeds, passage_embeds, facts, temperature=1.0, ks=(
         passage_labels=[int(start) + label for each, start in zip(facts, starts, strict=False) for label in each.passage_labels],
     )
     batch = global_batch([merged], 0)
-    rows = np.flatnonzero(~batch.repeated)
+    rows, pairs = np.flatnonzero(~batch.repeated), batch.no_negatives
     row_of_group = {int(batch.passage_groups[row]): i for i, row in enumerate(rows)}
     labels = np.array([row_of_group[int(batch.passage_groups[label])] for label in merged.passage_labels], dtype=np.int64)
     passages, losses, ranks = torch.from_numpy(passage_embeds[rows]), [], []
     for start in range(0, len(labels), chunk_size):
         queries, positives = torch.from_numpy(query_embeds[start : start + chunk_size]), torch.from_numpy(labels[start : start + chunk_size])
         right = torch.zeros(len(queries), len(rows), dtype=torch.bool)
-        for query, row in batch.no_negatives.T.tolist():
-            if start <= query < start + chunk_size:
-                right[query - start, row_of_group[int(batch.passage_groups[row])]] = True
+        for query, row in pairs[:, (pairs[0] >= start) & (pairs[0] < start + chunk_size)].T.tolist():
+            right[query - start, row_of_group[int(batch.passage_groups[row])]] = True
         loss, scores = info_nce(queries, passages, positives, right, temperature, return_scores=True)
         losses.append(loss)
         own = scores.gather(1, positives[:, None])
