@@ -42,7 +42,7 @@ class CoSupTrainingArguments(TrainingArguments):
         padding_free (`bool`, *optional*): a micro-batch is one row without padding. Defaults to `True` where the attention implementation keeps its
             parts apart without a dense mask (flash and flex attention); elsewhere rows of like length go together.
         freeze_gen, freeze_emb_seq (`bool`): train the other one alone. With a frozen Emb_seq (and `emb_head`) an index stays valid.
-        lr_decay_per_epoch (`float`, *optional*): multiply the learning rate by this after every epoch, in place of `lr_scheduler_type`; the
+        lr_decay_per_epoch (`float`, *optional*): multiply the learning rate by this after every epoch, in place of `lr_scheduler_type` and warm-up; the
             paper's is 0.85.
         clip_gen_only (`bool`): clip the gradients of Gen alone to `max_grad_norm`, as the paper did.
         dataset_num_proc (`int`, *optional*): processes that tokenize the dataset.
