@@ -3,7 +3,8 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_cosup import CoSupConfig
-from .generation_cosup import CoSupGenerateOutput, Retrieval
+from .decoding_cosup import Retrieval, RetrievalError
+from .generation_cosup import Completion, CoSupGenerateOutput, RetrievalConfig
 from .loss_cosup import chunked_cross_entropy, info_nce, similarity_scores
 from .modeling_cosup import CoSupForCausalLM, CoSupOutput
 from .retrieval_cosup import PassageIndex
@@ -17,8 +18,11 @@ __all__ = [
     "CoSupForCausalLM",
     "CoSupGenerateOutput",
     "CoSupOutput",
+    "Completion",
     "PassageIndex",
     "Retrieval",
+    "RetrievalConfig",
+    "RetrievalError",
     "chunked_cross_entropy",
     "info_nce",
     "similarity_scores",

@@ -1,38 +1,71 @@
-"""The retrieval-aware generate(): one decoding loop over tokens and passages, KV cache kept across retrievals, any batch."""
+"""Retrieval-aware generate() and generate_many(): what they take, what they return, and what they refuse."""
 
-from dataclasses import asdict, dataclass
+import contextlib
+import copy
+import hashlib
+import json
+import os
+from dataclasses import dataclass, fields, replace
 
 import torch
 from transformers import DynamicCache
-from transformers.generation import MaxLengthCriteria, MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import ModelOutput
 
+from .cache_cosup import (EMPTY, RowCache, layer_kinds)
+from .decoding_cosup import (Decoder, Retrieval, Row)
 from .tokenization_cosup import (pad_rows)
 
 
 @dataclass
-class Retrieval:
+class RetrievalConfig:
     """
-    One retrieval of one row.
+    How `generate()` retrieves.
 
     Args:
-        position (`int`): column of `[NSP]` in the row of `sequences`.
-        passage_id, title, text (`str`): the passage.
-        score (`float`): inner product of query and passage embedding (the cosine, where that is the similarity).
-        grounded_span (`tuple[int, int]`): columns `[start, end)` of the text between `[Cs]` and `[CE]`; `end` is where the row stops or
-            retrieves again if there is no `[CE]`.
+        top_k (`int`): passages for each `[NSP]`, best first, with a line break between. (`generate(top_k=...)` is that of sampling.)
+        max_retrievals (`int`, *optional*): per row; after them `[NSP]` cannot be emitted. Defaults to no limit.
+        force_nsp_first (`bool`): every row begins with `[NSP]`.
+        forbid_nsp (`bool`): `[NSP]` is never emitted: parametric space only.
+        candidates (`list[list[str] | None]`, *optional*): for each prompt the ids of the passages among which it searches; `None` for all.
+        passages (`list[list[str | dict]]`, *optional*): an oracle: for each prompt the passages that its `[NSP]` get, in order, in place of a search; ids of
+            the index or `{"id", "title", "text"}`. When they are used up, `[NSP]` cannot be emitted.
+        min_score (`float`, *optional*): a passage below it is not retrieved. A row for which nothing is found takes its `[NSP]` back and decides again without
+            it; a prompt that ends in `[NSP]` keeps it and goes on.
+        no_repeat_passages (`bool`): a row never gets the same passage twice.
+        forget_passages (`str`, *optional*): what becomes of a passage at its `[CE]`. `None`: it stays in view. `"recompute"`: `[Cs]`…`[CE]` is read again
+            without it, and the row goes on as if the passage had never stood there. `"mask"`: its keys and values are dropped and nothing else
+            changes: what was read with the passage in view stays as it was, positions too.
+        output_query_embeds (`bool`): the trace holds the query embeddings.
+        stream_passages (`bool`): a streamer gets passages and `[Cs]` too.
+
+    Raises:
+        `ValueError`: for values that cannot be, alone or together.
     """
 
-    position: int
-    passage_id: str
-    title: str
-    text: str
-    score: float
-    grounded_span: tuple = (0, 0)
+    top_k: int = 1
+    max_retrievals: int | None = None
+    force_nsp_first: bool = False
+    forbid_nsp: bool = False
+    candidates: list | None = None
+    passages: list | None = None
+    min_score: float | None = None
+    no_repeat_passages: bool = False
+    forget_passages: str | None = None
+    output_query_embeds: bool = False
+    stream_passages: bool = True
 
-    def to_dict(self):
-        return asdict(self)
+    def __post_init__(self):
+        if self.top_k < 1:
+            raise ValueError(f"RetrievalConfig.top_k is {self.top_k}, expected 1 or more.")
+        if self.max_retrievals is not None and self.max_retrievals < 0:
+            raise ValueError(f"RetrievalConfig.max_retrievals is {self.max_retrievals}, expected 0 or more.")
+        if self.force_nsp_first and self.forbid_nsp:
+            raise ValueError("RetrievalConfig: force_nsp_first and forbid_nsp exclude each other.")
+        if self.candidates is not None and self.passages is not None:
+            raise ValueError("RetrievalConfig: candidates are searched, passages are given without a search; set one of them.")
+        if self.forget_passages not in (None, "recompute", "mask"):
+            raise ValueError(f"RetrievalConfig.forget_passages is {self.forget_passages!r}, expected None, 'recompute' or 'mask'.")
 
 
 @dataclass
@@ -56,71 +89,186 @@ class CoSupGenerateOutput(ModelOutput):
     num_forwarded_tokens: int | None = None
 
 
-class RetrievalGenerationMixin:
-    """`generate()` with a `retriever`; goes before `GenerationMixin` in the bases."""
+@dataclass
+class Completion:
+    """
+    What `generate_many` returns for one prompt.
 
-    def generate(self, inputs=None, generation_config=None, retriever=None, max_retrievals=None, **kwargs):
+    Args:
+        index (`int`): of the prompt.
+        token_ids (`list[int]`): what follows the prompt, passages and `[Cs]` included.
+        text (`str`): what the model wrote itself.
+        cited_text (`str`): with a numbered citation behind each grounded span, and the passages below.
+        num_generated_tokens (`int`): tokens that were decoded.
+        retrievals (`list[Retrieval]`): the trace; positions count from the first token of the prompt.
+    """
+
+    index: int
+    token_ids: list
+    text: str
+    cited_text: str
+    num_generated_tokens: int
+    retrievals: list
+
+
+class RetrievalGenerationMixin:
+    """`generate()` with a `retriever`, and `generate_many()`; goes before `GenerationMixin` in the bases."""
+
+    def generate(self, inputs=None, generation_config=None, retriever=None, retrieval_config=None, max_retrievals=None, **kwargs):
         """
         Generate; whenever a row emits `[NSP]`, its hidden state there searches `retriever`, the passage and `[Cs]` are appended, and the
         row writes on. Greedy decoding and sampling; every other argument is that of `GenerationMixin.generate`.
 
+        A passage for which the context has no room is shortened; a row whose context is full ends.
+
         Args:
             inputs (`torch.LongTensor` of shape `(B, T)`, *optional*): prompts, padded on the left. One that ends in `[NSP]` retrieves at once.
-            generation_config (`GenerationConfig`, *optional*): as always. Budgets such as `max_new_tokens` count decoded tokens, row by row.
+            generation_config (`GenerationConfig`, *optional*): as always. Budgets such as `max_new_tokens` count decoded tokens, row by row. With
+                `cache_implementation="static"` the one-token step keeps its shapes; where transformers compiles a static cache (on a GPU, or with
+                `compile_config`), it is captured.
             retriever ([`PassageIndex`], *optional*): without it this is ordinary generation.
-            max_retrievals (`int`, *optional*): per row; after them `[NSP]` cannot be emitted. Defaults to no limit.
+            retrieval_config ([`RetrievalConfig`], *optional*): how to retrieve.
+            max_retrievals (`int`, *optional*): per row; that of `retrieval_config`.
             nsp_token_id (`None`, *optional*): `None` makes the call plain Gen: nothing is suppressed, nothing retrieved.
 
         Returns:
             `torch.LongTensor`, or [`CoSupGenerateOutput`] with `return_dict_in_generate=True` and a retriever.
 
         Raises:
-            `ValueError`: for an index of another model, and for what cannot be combined with retrieval: beam search, assisted decoding, a
-            given or static cache, `use_cache=False`, per-step scores, states or attentions, state-space layers, training mode with
-            gradient checkpointing.
+            `ValueError`: for an index of another model, a prompt that fills the context, and what cannot be combined with retrieval: beam search, assisted
+                decoding, a given cache, `use_cache=False`, per-step scores, states or attentions, state-space layers, a streamer for several rows,
+                training mode with gradient checkpointing.
+            [`RetrievalError`]: when a search fails; it keeps the rows that were finished.
         """
         if "nsp_token_id" in kwargs:
             if kwargs.pop("nsp_token_id") is not None:
                 raise ValueError("generate() takes nsp_token_id=None (plain Gen) or none at all; which token retrieves is the config's business.")
             return super().generate(inputs, generation_config, **{"suppress_tokens": None, **kwargs})
-        if retriever is None or self.config.nsp_token_id is None:
+        settings = _with_max_retrievals(retrieval_config, max_retrievals)
+        if self.config.nsp_token_id is None or (retriever is None and settings.passages is None and not settings.forbid_nsp):
+            if retrieval_config is not None:
+                raise ValueError("retrieval_config needs a retriever, passages of its own or forbid_nsp=True, and a model with an [NSP] token.")
             return super().generate(inputs, generation_config, **kwargs)
-        retriever.check_model(self)
-        self._check_retrieval_arguments(generation_config, kwargs)
-        kwargs.pop("past_key_values", None)
-        # a cache without config never evicts: sliding-window layers too must keep every column for re-packing
-        return super().generate(inputs, generation_config, past_key_values=DynamicCache(), retriever=retriever, max_retrievals=max_retrievals, **kwargs)
+        if retriever is not None:
+            retriever.check_model(self)
+        return self._generate_with_retrieval(inputs, generation_config, kwargs, retriever=retriever, settings=settings)
 
-    def _check_retrieval_arguments(self, generation_config, kwargs):
+    def generate_many(
+        self, prompts, generation_config=None, retriever=None, retrieval_config=None, max_retrievals=None, batch_size=32, max_batch_tokens=None,
+        output_file=None, show_progress_bar=True, **kwargs,
+    ):  # fmt: skip
+        """
+        Continue any number of prompts: a row that is finished makes room for the next prompt at once, so that the batch stays full.
+
+        Args:
+            prompts (`list[list[int]]`): token ids of each.
+            generation_config, retriever, retrieval_config, max_retrievals, **kwargs: as in [`generate`]; without retriever plain generation, in which `[NSP]`
+                is a token like any other. `candidates` and `passages` are lists over all prompts.
+            batch_size (`int`): rows at once.
+            max_batch_tokens (`int`, *optional*): fewer rows where this many columns of KV cache would not hold them: a row may need its prompt,
+                `max_new_tokens`, and `max_retrievals` (one, where there is no limit) passages of full length.
+            output_file (`str` or `Path`, *optional*): JSON Lines; each answer is appended as soon as it is finished, and answers that stand there already are
+                not written again.
+            show_progress_bar (`bool`): a tqdm bar over prompts.
+
+        Returns:
+            `list[Completion]`: in the order of the prompts.
+
+        Raises:
+            `ValueError`: for prompts that are empty or fill the context (before anything is generated), an `output_file` that holds answers to other prompts,
+                and all that generate() refuses.
+            [`RetrievalError`]: when a search fails; finished answers are in `output_file`.
+        """
+        settings = _with_max_retrievals(retrieval_config, max_retrievals)
+        if retriever is not None:
+            retriever.check_model(self)
+        prompts = [list(map(int, prompt)) for prompt in prompts]
+        if empty := [number for number, prompt in enumerate(prompts) if not prompt]:
+            raise ValueError(f"Prompt {empty[0]} is empty.")
+        if not prompts:
+            return []
+        results = _read_completions(output_file, prompts) if output_file is not None else {}
+        longest = max(map(len, prompts))
+        if max_batch_tokens is not None:
+            new_tokens = self._prepare_generation_config(generation_config, **kwargs)[0].max_new_tokens or 20  # transformers' default
+            need = longest + new_tokens + (1 if settings.max_retrievals is None else settings.max_retrievals) * settings.top_k * self.config.max_passage_length
+            batch_size = max(1, min(batch_size, max_batch_tokens // need))
+        queue = _Queue(prompts, results, batch_size, output_file, show_progress_bar)
+        first = torch.full((1, longest), prompts[0][-1], device=self.device)  # transformers prepares processors and budgets from its shape
+        self._generate_with_retrieval(first, generation_config, kwargs, retriever=retriever, settings=settings, queue=queue)
+        return [queue.results[number] for number in range(len(prompts))]
+
+    def _generate_with_retrieval(self, inputs, generation_config, kwargs, **own):
+        prepared = self._check_retrieval_arguments(generation_config, kwargs, own["settings"])
+        static = prepared.cache_implementation == "static"
+        if static:  # ours, not transformers' own static cache
+            generation_config = copy.deepcopy(generation_config or self.generation_config)
+            generation_config.cache_implementation = None
+            kwargs = {name: value for name, value in kwargs.items() if name != "cache_implementation"}
+        kwargs = {**kwargs, "past_key_values": DynamicCache()}  # a placeholder: the loop has a cache of its own
+        with _maskable_attention(self.gen):
+            return super().generate(inputs, generation_config, static=static, **own, **kwargs)
+
+    def _check_retrieval_arguments(self, generation_config, kwargs, settings):
         prepared, _ = self._prepare_generation_config(generation_config, **kwargs)
         mode = prepared.get_generation_mode(kwargs.get("assistant_model"))
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) or kwargs.get("custom_generate") is not None:
             raise ValueError(f"Retrieval works in greedy decoding and sampling, not in {mode.value}; set num_beams=1 and no assistant_model.")
-        if not prepared.use_cache or prepared.cache_implementation is not None or kwargs.get("past_key_values") is not None:
-            raise ValueError("Retrieval keeps its own dynamic KV cache: leave out use_cache=False, cache_implementation and past_key_values.")
+        own = kwargs.get("past_key_values") is not None or prepared.cache_implementation not in (None, "dynamic", "static")
+        if not prepared.use_cache or own:
+            raise ValueError("Retrieval keeps its own KV cache: leave out use_cache=False and past_key_values; cache_implementation may be 'static'.")
         if kwargs.get("inputs_embeds") is not None or prepared.guidance_scale not in (None, 1):
             raise ValueError("inputs_embeds and guidance_scale are not available with a retriever: prompt and passages are read once, as token ids.")
         for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
             if getattr(prepared, name):
-                raise ValueError(f"{name}=True is not available with a retriever: rows that retrieve take no decoding step.")
+                raise ValueError(f"{name}=True is not available with a retriever: rows that read passages have no step for it.")
         if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.gen.modules()):
             raise ValueError("In training mode with gradient checkpointing there is no KV cache to generate with: call model.eval() first.")
-        layer_types = getattr(self.config.get_text_config(), "layer_types", None) or []
-        if self.gen._is_stateful or any("attention" not in layer or "linear" in layer for layer in layer_types):
-            raise ValueError(f"{type(self.gen).__name__} keeps a recurrent state, which cannot be re-packed after a retrieval; use an attention model.")
+        kinds = layer_kinds(self.config.get_text_config())
+        if self.gen._is_stateful or not set(kinds) <= {"full_attention", "sliding_attention"}:
+            raise ValueError(
+                f"{type(self.gen).__name__} has layers of the types {', '.join(kinds)}; a recurrent state or a chunked window cannot be kept through "
+                "retrievals: use a model of full and sliding-window attention."
+            )
+        if not self.gen._supports_attention_backend:
+            self._check_row_cache()
+        return prepared
 
-    def prepare_inputs_for_generation(self, input_ids, retriever=None, max_retrievals=None, **kwargs):
-        """Names `retriever` and `max_retrievals` as arguments of generate(); `_sample` takes them."""
+    @torch.no_grad()
+    def _check_row_cache(self):
+        """Older architectures make their attention masks themselves: see once whether Gen follows the mask and the positions that it is given."""
+        if getattr(self, "_follows_masks", False):
+            return
+        config, device = self.config.get_text_config(), self.device
+        ids = torch.arange(1, 9, device=device).reshape(2, 4) * (config.vocab_size // 9)
+        lengths = torch.tensor([[2], [3]], device=device)
+        cache, read, ends = RowCache(2, 5, device), torch.arange(3, device=device), torch.arange(2, device=device)
+        try:
+            for start, count in ((torch.zeros_like(lengths), lengths), (lengths, torch.ones_like(lengths))):
+                offsets = read[: int(count.max())]
+                positions = start + torch.minimum(offsets, count - 1)
+                tokens = ids.gather(1, positions)
+                cache.begin(2, start + offsets, tokens, torch.where(offsets < count, positions, EMPTY), int((start + offsets).max()) + 1)
+                mask = torch.zeros(2, 1, len(offsets), cache._width, dtype=self.gen.dtype, device=device)
+                mask = mask.masked_fill(~cache.visible(positions), torch.finfo(mask.dtype).min)
+                hidden = self.gen.base_model(tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True).last_hidden_state
+            expected = [self.gen.base_model(row[None, : int(n) + 1], use_cache=False).last_hidden_state[0, -1] for row, n in zip(ids, lengths, strict=True)]
+            self._follows_masks = torch.allclose(hidden[ends, 0].float(), torch.stack(expected).float(), atol=1e-2, rtol=1e-2)
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+            raise ValueError(f"{type(self.gen).__name__} cannot read rows of different lengths from one cache ({error}); use another architecture.") from error
+        if not self._follows_masks:
+            raise ValueError(f"{type(self.gen).__name__} makes attention masks of its own, which retrieval would need to change; use another architecture.")
+
+    def prepare_inputs_for_generation(self, input_ids, retriever=None, settings=None, static=False, queue=None, **kwargs):
+        """Names what `_sample` takes, so that generate() lets it through."""
         return super().prepare_inputs_for_generation(input_ids, output_query_embeds=False, **kwargs)
 
     def _sample(
-        self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None, retriever=None, max_retrievals=None, **kwargs
-    ):
-        """
-        The decoding loop. Each pass forwards one chunk a row: the prompt, one token, or a passage and `[Cs]`; columns on the right that a
-        shorter chunk leaves empty are squeezed out of cache and history before the next pass. No token is forwarded twice.
-        """
-        if retriever is None:
+        self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None, retriever=None, settings=None, static=False,
+        queue=None, **kwargs,
+    ):  # fmt: skip
+        """Where transformers has prepared everything and would decode."""
+        if settings is None:
             return super()._sample(
                 input_ids,
                 logits_processor=logits_processor,
@@ -130,209 +278,212 @@ class RetrievalGenerationMixin:
                 streamer=streamer,
                 **kwargs,
             )
-        nsp_token_id, cs_token_id = self.config.nsp_token_id, self.config.cs_token_id
-        batch, prompt_length, device = len(input_ids), input_ids.shape[1], input_ids.device
-        rows = torch.arange(batch, device=device)
-        pad = 0 if generation_config._pad_token_tensor is None else int(generation_config._pad_token_tensor)
-        budget = generation_config.max_length - prompt_length
-        min_new_tokens, logits_processor = _split_off_minimum_length(logits_processor, prompt_length)
-        stopping_criteria = StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria))  # it counts columns
-        eos_token_ids = generation_config._eos_token_tensor
-        context_length = getattr(self.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+        if synced_gpus and self.config.query_from != "gen":
+            raise ValueError(f"query_from={self.config.query_from!r} is not available with synced_gpus: only Gen's forwards are kept in step.")
+        prompts = queue.prompts if queue is not None else _unpadded(input_ids, kwargs.get("attention_mask"))
+        if streamer is not None and len(prompts) > 1:
+            raise ValueError(f"A streamer takes one row, found {len(prompts)}: their texts would be mixed. Stream one prompt, or use generate_many.")
+        self._check_lengths(prompts)
+        slots = min(queue.batch_size, len(prompts)) if queue is not None else len(prompts)
+        columns = self._columns_to_start_with(prompts, generation_config.max_length - input_ids.shape[1], settings, static)
+        decoder = Decoder(
+            self, generation_config, logits_processor, stopping_criteria, retriever, settings, slots, input_ids.shape[1], columns, input_ids.device,
+            streamer, synced_gpus, static, refill=queue is not None,
+        )  # fmt: skip
+        rows = [Row(number, prompt) for number, prompt in enumerate(prompts)]
+        self._give_passages(decoder, rows, retriever, settings)
+        if queue is not None:
+            return queue.run(self, decoder, rows)
+        finished = sorted(decoder.run(rows), key=lambda row: row.number)
+        return self._output(decoder, finished, input_ids, generation_config)
 
-        mask = kwargs.get("attention_mask")
-        mask = torch.ones_like(input_ids) if mask is None else mask.long()
-        if bool((mask[:, -1] == 0).any()):
-            input_ids, mask = _left_padded(input_ids, mask)
-        cache = kwargs["past_key_values"]
-        history, chunk, chunk_mask = input_ids, input_ids, mask  # history and mask: (B, all columns); chunk: (B, W), real tokens on the left
-        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
-        prompt_lengths = mask.sum(1)
-        lengths = prompt_lengths.clone()  # real tokens per row
-        generated = torch.zeros(batch, dtype=torch.long, device=device)
-        unfinished = torch.ones(batch, dtype=torch.bool, device=device)
-        retrievals = [[] for _ in range(batch)]
-        forwarded = 0
-        retrieving = (chunk[:, -1] == nsp_token_id) & (max_retrievals != 0)
-        any_retrieving, finished = bool(retrieving.any()), False
+    def _check_lengths(self, prompts):
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        for number, prompt in enumerate(prompts):
+            if limit is not None and len(prompt) >= limit:
+                raise ValueError(f"Prompt {number} has {len(prompt):,} tokens, but Gen reads {limit:,}: nothing could be written behind it.")
 
-        while self._has_unfinished_sequences(finished, synced_gpus, device):
-            if chunk.shape[1] == 1:
-                last, columns = torch.zeros_like(lengths), 1
-            else:
-                last = (chunk_mask * torch.arange(1, chunk.shape[1] + 1, device=device)).argmax(1)  # last real column of each row
-                columns = torch.unique(last)
-            outputs = self(
-                input_ids=chunk,
-                attention_mask=mask,
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=columns,
-                output_query_embeds=any_retrieving and self.config.query_from == "gen",
-            )
-            if finished:  # other ranks still generate: this rank only keeps up with their collectives
-                cache.crop(-chunk.shape[1])
+    def _columns_to_start_with(self, prompts, budget, settings, static):
+        """Columns of the cache: a captured step should not change its shape, the others may grow."""
+        longest = max(map(len, prompts))
+        if not static:
+            return longest + min(budget, 256)
+        passages = (1 if settings.max_retrievals is None else settings.max_retrievals) * settings.top_k * (self.config.max_passage_length + 1)
+        return min(longest + budget + passages, getattr(self.config.get_text_config(), "max_position_embeddings", None) or EMPTY)
+
+    def _row_cache(self, rows, columns, device, static):
+        """A cache for one call; that of a captured step is kept, since another one would have to be captured anew."""
+        if not static:
+            return RowCache(rows, columns, device)
+        kept = getattr(self, "_static_row_cache", None)
+        if kept is None or len(kept.positions) != rows or kept.columns < columns or kept.positions.device != device or kept.dtype != self.gen.dtype:
+            kept = self._static_row_cache = RowCache(rows, columns, device, static=True)
+            kept.dtype = self.gen.dtype
+        kept.positions.fill_(EMPTY)
+        return kept
+
+    def _give_passages(self, decoder, rows, retriever, settings):
+        """Candidates and given passages to the rows they belong to; with `num_return_sequences` every copy of a prompt gets them."""
+        for name in ("candidates", "passages"):
+            given = getattr(settings, name)
+            if given is None:
                 continue
-            forwarded += chunk_mask.sum()
-            logits = outputs.logits[rows, 0 if chunk.shape[1] == 1 else torch.searchsorted(columns, last)].float()  # (B, V)
+            if len(given) == 0 or len(rows) % len(given):
+                raise ValueError(f"RetrievalConfig.{name} has {len(given)} entries, expected one for each of the {len(rows)} prompts.")
+            copies = len(rows) // len(given)
+            for i, entry in enumerate(given):
+                value = None
+                if entry is not None:
+                    value = retriever.rows_of(entry) if name == "candidates" else decoder.given_passages(entry)
+                for row in rows[i * copies : (i + 1) * copies]:
+                    setattr(row, "given" if name == "passages" else "candidates", value)
 
-            if chunk.shape[1] > 1 and chunk is not input_ids:
-                history, mask = _repack(cache, history, mask)
-
-            scores = self._process_scores(logits, history, mask, logits_processor)
-            scores[:, cs_token_id] = float("-inf")  # [Cs] follows a passage, never a decision of Gen
-            if max_retrievals is not None:
-                exhausted = torch.tensor([len(trace) >= max_retrievals for trace in retrievals], device=device)
-                scores[exhausted, nsp_token_id] = float("-inf")
-            if min_new_tokens and eos_token_ids is not None:
-                too_short = generated < min_new_tokens
-                scores[:, eos_token_ids] = scores[:, eos_token_ids].masked_fill(too_short[:, None], float("-inf"))
-            tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0] if generation_config.do_sample else scores.argmax(-1)
-
-            decoding = unfinished & ~retrieving
-            generated += decoding
-            if any_retrieving:
-                embeds = self._retrieval_query_embeds(outputs, chunk, last, retrieving, history, mask)
-                room = (context_length - lengths - 1).clamp(min=0) if context_length != float("inf") else None
-                passages = self._retrieve(retriever, embeds, retrieving, lengths, prompt_length - prompt_lengths, room, retrievals)
-                chunk, chunk_mask = _ragged_chunk(tokens, decoding, passages, cs_token_id, pad)
-            else:
-                chunk, chunk_mask = torch.where(decoding, tokens, pad)[:, None], decoding.long()[:, None]
-            if streamer is not None:
-                streamer.put((chunk[0] if batch == 1 else chunk[:, 0]).cpu())
-
-            position_ids = (lengths[:, None] + chunk_mask.cumsum(1) - 1).clamp(min=0)
-            lengths = lengths + chunk_mask.sum(1)
-            history, mask = torch.cat([history, chunk], 1), torch.cat([mask, chunk_mask], 1)
-            stopped = decoding & stopping_criteria(_left_padded(history, mask)[0] if any_retrieving else history, None)
-            stopped |= decoding & (generated >= budget)
-            stopped |= unfinished & (lengths >= context_length)
-            unfinished = unfinished & ~stopped
-            retrieving = unfinished & decoding & (tokens == nsp_token_id)
-            finished, any_retrieving = torch.stack([~unfinished.any(), retrieving.any()]).tolist()  # waits for the device
-
-        if streamer is not None:
-            streamer.end()
-        sequences = _assemble(input_ids, history, mask, prompt_lengths, pad)
+    def _output(self, decoder, rows, input_ids, generation_config):
+        """Prompts as they were given, then each row's continuation, padded on the right."""
+        width = input_ids.shape[1]
+        prompts = pad_rows([[decoder.pad] * (width - len(row.prompt)) + row.prompt for row in rows], device=input_ids.device)[0]
+        continuations = [torch.tensor(row.ids[len(row.prompt) :], dtype=torch.long, device=input_ids.device) for row in rows]
+        continuations = torch.nn.utils.rnn.pad_sequence(continuations, batch_first=True, padding_value=decoder.pad)
+        sequences = torch.cat([prompts, continuations], dim=1)
+        for row in rows:
+            padding = width - len(row.prompt)
+            for retrieval in row.retrievals:
+                retrieval.position += padding
+                retrieval.grounded_span = tuple(column + padding for column in retrieval.grounded_span)
         if not generation_config.return_dict_in_generate:
             return sequences
-        _locate_grounded_spans(sequences, retrievals, lengths - prompt_lengths + prompt_length, self.config, eos_token_ids)
         return CoSupGenerateOutput(
-            sequences=sequences, retrievals=retrievals, prompt_length=prompt_length, num_generated_tokens=generated, num_forwarded_tokens=int(forwarded)
+            sequences=sequences,
+            retrievals=[row.retrievals for row in rows],
+            prompt_length=width,
+            num_generated_tokens=torch.tensor([row.num_generated_tokens for row in rows], device=input_ids.device),
+            num_forwarded_tokens=decoder.num_forwarded_tokens,
         )
 
-    def _process_scores(self, logits, history, mask, logits_processor):
-        for processor in logits_processor:
-            if isinstance(getattr(processor, "prompt_ignore_length", None), torch.Tensor):  # padding per row, which re-packing changed
-                processor.prompt_ignore_length = (mask.cumsum(1) == 0).sum(1)
-        return logits_processor(history, logits)
-
-    def _retrieval_query_embeds(self, outputs, chunk, last, retrieving, history, mask):
-        """Query embeddings `(R, h)` of the rows that retrieve, in row order."""
-        if self.config.query_from != "gen":
-            return self.encode_queries(history[retrieving], mask[retrieving])  # these rows end in [NSP]
-        is_nsp = chunk == self.config.nsp_token_id  # Gen returned one query for each of them; earlier ones of a prompt are not asked for
-        wanted = is_nsp & retrieving[:, None] & (torch.arange(chunk.shape[1], device=chunk.device) == last[:, None])
-        return outputs.query_embeds[wanted[is_nsp]]
-
-    def _retrieve(self, retriever, query_embeds, retrieving, lengths, offsets, room, retrievals):
-        """One search for all rows that retrieve; writes the trace and returns `{row: passage token ids}`, shortened where the context ends."""
-        scores, indices = retriever.search(query_embeds, k=1)
-        passages = {}
-        for i, row in enumerate(retrieving.nonzero()[:, 0].tolist()):
-            passage = retriever[int(indices[i][0])]
-            limit = None if room is None else int(room[row])
-            passages[row] = list(passage["input_ids"])[:limit]
-            position = int(lengths[row]) - 1 + int(offsets[row])
-            retrievals[row].append(Retrieval(position, passage["id"], passage["title"], passage["text"], float(scores[i][0])))
-            retrievals[row][-1].grounded_span = (position + len(passages[row]) + 2,) * 2
-        return passages
-
-    def decode_with_citations(self, outputs, tokenizer):
+    def decode_with_citations(self, outputs, tokenizer=None):
         """
         Readable answers: the generated text with a numbered citation behind each grounded span, and the passages below.
 
         Args:
             outputs ([`CoSupGenerateOutput`]): of `generate(..., return_dict_in_generate=True)` with a retriever.
-            tokenizer (`PreTrainedTokenizerBase`): Gen's.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*): Gen's; defaults to the model's own.
 
         Returns:
             `list[str]`: one text a row. A passage that a row used twice keeps its number.
         """
-        texts = []
-        for sequence, trace in zip(outputs.sequences, outputs.retrievals, strict=True):
-            numbers, pieces, position = {}, [], outputs.prompt_length
-            for retrieval in trace:
-                start, end = retrieval.grounded_span
-                number = numbers.setdefault(retrieval.passage_id, len(numbers) + 1)
-                pieces.append(tokenizer.decode(sequence[position : max(position, retrieval.position)], skip_special_tokens=True))
-                pieces.append(f"{tokenizer.decode(sequence[start:end], skip_special_tokens=True).strip()} [{number}]")
-                position = end
-            pieces.append(tokenizer.decode(sequence[position:], skip_special_tokens=True))
-            lines = [" ".join(piece.strip() for piece in pieces if piece.strip())]
-            used = {retrieval.passage_id: retrieval for retrieval in trace}
-            lines += [f"[{n}] {used[id].title + ': ' if used[id].title else ''}{used[id].text}" for id, n in numbers.items()]
-            texts.append("\n".join(lines))
-        return texts
+        tokenizer = self.tokenizer if tokenizer is None else tokenizer
+        rows = zip(outputs.sequences.tolist(), outputs.retrievals, strict=True)
+        return [cited_text(ids, trace, outputs.prompt_length, tokenizer) for ids, trace in rows]
 
 
-def _split_off_minimum_length(logits_processor, prompt_length):
-    """Processors that count columns would count passages: take them out and return the number of decoded tokens they ask for."""
-    minimum, rest = 0, type(logits_processor)()
-    for processor in logits_processor:
-        if isinstance(processor, MinNewTokensLengthLogitsProcessor):
-            minimum = max(minimum, processor.min_new_tokens)
-        elif isinstance(processor, MinLengthLogitsProcessor):
-            minimum = max(minimum, processor.min_length - prompt_length)
-        else:
-            rest.append(processor)
-    return minimum, rest
+def cited_text(ids, trace, start, tokenizer):
+    """One row of [`~RetrievalGenerationMixin.decode_with_citations`]: `ids` from `start` on, with its trace."""
+    numbers, pieces, position, known = {}, [], start, {}
+    for retrieval in trace:
+        first, end = retrieval.grounded_span
+        cited = []
+        for passage in retrieval.passages:
+            key = passage["id"] if passage["id"] is not None else (passage["title"], passage["text"])
+            known[key] = passage
+            cited.append(numbers.setdefault(key, len(numbers) + 1))
+        pieces.append(tokenizer.decode(ids[position : max(position, retrieval.position)], skip_special_tokens=True))
+        pieces.append(f"{tokenizer.decode(ids[first:end], skip_special_tokens=True).strip()} {''.join(f'[{number}]' for number in cited)}")
+        position = end
+    pieces.append(tokenizer.decode(ids[position:], skip_special_tokens=True))
+    lines = [" ".join(piece.strip() for piece in pieces if piece.strip())]
+    lines += [f"[{n}] {known[key]['title'] + ': ' if known[key]['title'] else ''}{known[key]['text']}" for key, n in numbers.items()]
+    return "\n".join(lines)
 
 
-def _left_padded(history, mask):
-    """Token ids and mask with every row's real tokens moved to the right end, in order."""
-    order = torch.argsort(mask, dim=1, stable=True)
-    return history.gather(1, order), mask.gather(1, order)
+def written_text(ids, trace, start, tokenizer):
+    """What the model wrote itself: `ids` from `start` on, without the passages of the trace."""
+    pieces, position = [], start
+    for retrieval in trace:
+        pieces.append(ids[position : max(position, retrieval.position)])
+        position = retrieval.grounded_span[0]
+    pieces.append(ids[position:])
+    return " ".join(text for piece in pieces if (text := tokenizer.decode(piece, skip_special_tokens=True).strip()))
 
 
-def _repack(cache, history, mask):
-    """
-    Squeeze empty columns out from between the tokens of each row: keys, values and history move so that padding is on the left.
+class _Queue:
+    """The prompts of generate_many() that are not answered yet, and where their answers go."""
 
-    Keys hold their rotation already, so a move is exact; with sliding windows, gaps would push tokens out of the window.
-    """
-    order = torch.argsort(mask, dim=1, stable=True)[:, int((mask == 0).sum(1).min()) :]  # zeros first, order kept, common padding dropped
-    for layer in cache.layers:
-        for name in ("keys", "values"):
-            states = getattr(layer, name)  # (B, heads, columns, head_dim)
-            index = order.to(states.device)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
-            setattr(layer, name, states.gather(2, index))
-    return history.gather(1, order), mask.gather(1, order)
+    def __init__(self, prompts, results, batch_size, output_file, show_progress_bar):
+        self.prompts, self.results, self.batch_size = prompts, results, batch_size
+        self.output_file, self.show_progress_bar = output_file, show_progress_bar
+
+    def run(self, model, decoder, rows):
+        """Longest prompts first: memory runs out at once or never, and the last batch is not held up by a long one."""
+        from tqdm.auto import tqdm
+
+        waiting = sorted((row for row in rows if row.number not in self.results), key=lambda row: -len(row.prompt))
+        file = open(self.output_file, "a", encoding="utf-8") if self.output_file is not None else contextlib.nullcontext()
+        bar = tqdm(total=len(rows), initial=len(self.results), desc="Generating", unit="prompt", disable=not self.show_progress_bar)
+        with file, bar:
+
+            def keep(row):
+                start = len(row.prompt)
+                text, cited = (function(row.ids, row.retrievals, start, model.tokenizer) for function in (written_text, cited_text))
+                self.results[row.number] = done = Completion(row.number, row.ids[start:], text, cited, row.num_generated_tokens, row.retrievals)
+                if self.output_file is not None:
+                    trace = [retrieval.to_dict() for retrieval in done.retrievals]
+                    line = {**vars(done), "retrievals": trace, "prompt_sha256": _prompt_hash(row.prompt)}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    file.flush()
+                bar.update(1)
+
+            decoder.run(waiting, keep)
 
 
-def _ragged_chunk(tokens, decoding, passages, cs_token_id, pad):
-    """The next chunk `(B, W)` and its mask: a passage and `[Cs]`, one decoded token, or nothing, a row; padded on the right."""
-    decoded = tokens.tolist()
-    rows = [passages[row] + [cs_token_id] if row in passages else [decoded[row]] * decodes for row, decodes in enumerate(decoding.tolist())]
-    return pad_rows(rows, pad, device=tokens.device)
+def _read_completions(path, prompts):
+    """Answers that stand in the output file of an earlier, interrupted call: `{index: Completion}`. A last line that was cut off is removed."""
+    if not os.path.exists(path):
+        return {}
+    results, whole = {}, 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            whole += len(line)
+            try:
+                found = json.loads(line)
+                index, names = found["index"], {field.name for field in fields(Completion)}
+                if found["prompt_sha256"] != _prompt_hash(prompts[index]):
+                    raise ValueError(f"{path}, line {number}: an answer to another prompt than number {index} of this call; choose another output_file.")
+                retrievals = [Retrieval(**{**trace, "grounded_span": tuple(trace["grounded_span"])}) for trace in found["retrievals"]]
+                results[index] = Completion(**{**{name: found[name] for name in names}, "retrievals": retrievals})
+            except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
+                raise ValueError(f"{path}, line {number}: not an answer that generate_many wrote for these prompts ({error!r}); choose another file.") from error
+    os.truncate(path, whole)
+    return results
 
 
-def _assemble(input_ids, history, mask, prompt_lengths, pad):
-    """Prompts as they were given, then each row's continuation, padded on the right: `(B, T)`."""
-    history, mask = _left_padded(history, mask)
-    starts = (mask == 0).sum(1) + prompt_lengths  # first column of each continuation
-    continuations = [row[start:] for row, start in zip(history, starts.tolist(), strict=True)]
-    return torch.cat([input_ids, torch.nn.utils.rnn.pad_sequence(continuations, batch_first=True, padding_value=pad)], dim=1)
+def _prompt_hash(prompt):
+    return hashlib.sha256(" ".join(map(str, prompt)).encode()).hexdigest()[:16]
 
 
-def _locate_grounded_spans(sequences, retrievals, ends, config, eos_token_ids):
-    """Fill in the end of each grounded span: the first `[CE]`, `[NSP]` or end-of-turn token after its start, or the row's end."""
-    stops = {config.ce_token_id, config.nsp_token_id, *(eos_token_ids.tolist() if eos_token_ids is not None else [])}
-    for row, trace in enumerate(retrievals):
-        ids, row_end = sequences[row].tolist(), int(ends[row])
-        for retrieval in trace:
-            start = end = retrieval.grounded_span[0]
-            while end < row_end and ids[end] not in stops:
-                end += 1
-            retrieval.grounded_span = (start, end)
+def _with_max_retrievals(retrieval_config, max_retrievals):
+    settings = retrieval_config if retrieval_config is not None else RetrievalConfig()
+    return settings if max_retrievals is None else replace(settings, max_retrievals=max_retrievals)
+
+
+def _unpadded(input_ids, attention_mask):
+    """The token ids of each row, `list[list[int]]`."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    prompts = [ids[keep.bool()].tolist() for ids, keep in zip(input_ids, mask, strict=True)]
+    if empty := [row for row, prompt in enumerate(prompts) if not prompt]:
+        raise ValueError(f"Row {empty[0]} of input_ids holds no token.")
+    return prompts
+
+
+@contextlib.contextmanager
+def _maskable_attention(gen):
+    """Rows of different lengths need a mask, which flash kernels do not take: for this call Gen then attends through SDPA."""
+    config = gen.config.get_text_config()
+    kept = config._attn_implementation
+    if kept not in ("sdpa", "eager"):
+        config._attn_implementation = "sdpa" if gen._supports_sdpa and not getattr(config, "attn_logit_softcapping", None) else "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = kept

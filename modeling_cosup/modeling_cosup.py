@@ -217,6 +217,7 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
         output_query_embeds=True,
         nsp_positions=None,
         label_positions=None,
+        logit_positions=None,
         passage_position_ids=None,
         passage_ends=None,
         query_input_ids=None,
@@ -245,6 +246,8 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
             nsp_positions (`torch.LongTensor` of shape `(N,)`, *optional*): the positions of `(B · T)` that hold `[NSP]`, and
             label_positions (`torch.LongTensor` of shape `(K,)`, *optional*): those whose next token is trained, where the caller knows them: to find
                 them here, a GPU must be waited for.
+            logit_positions (`torch.LongTensor` of shape `(R,)`, *optional*): the positions of `(B · T)` that get logits, then `(R, V)`; in place of
+                `logits_to_keep`.
             passage_position_ids (`torch.LongTensor` of shape `(1, L)`, *optional*), passage_ends (`torch.LongTensor` of shape `(M,)`, *optional*):
                 packed passages: see [`~CoSupForCausalLM.encode_passages`].
             query_input_ids (`torch.LongTensor` of shape `(N, T)`, *optional*), query_attention_mask, query_position_ids, query_ends: what Emb_seq or
@@ -279,7 +282,8 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
         logits = None
         if return_logits or (return_logits is None and labels is None):
             columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
-            logits = self._lm_head(hidden if isinstance(columns, int) else hidden[:, columns])
+            kept = hidden if isinstance(columns, int) else hidden[:, columns]
+            logits = self._lm_head(kept if logit_positions is None else hidden.flatten(0, 1)[logit_positions.to(hidden.device)])
         ntp_loss = nsp_loss = loss = None
         if labels is not None:
             count = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != -100).sum().clamp(min=1)

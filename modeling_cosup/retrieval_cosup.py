@@ -82,7 +82,7 @@ class PassageIndex:
         table = pa.table({**columns, "input_ids": pa.array(gen_ids, pa.large_list(pa.int32()))})
         return cls(table, embeddings, model.fingerprint())
 
-    def search(self, query_embeds, k=1):
+    def search(self, query_embeds, k=1, candidates=None):
         """
         The nearest passages by exact inner product.
 
@@ -99,6 +99,14 @@ class PassageIndex:
         k = min(k, len(self))
         if len(queries) == 0:
             return np.zeros((0, k), np.float32), np.zeros((0, k), np.int64)
+        if candidates is not None:
+            scores, rows = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1)
+            for i, pool in enumerate(candidates):
+                pool = np.arange(len(self)) if pool is None else pool
+                own = self.embeddings.numpy()[pool] @ queries[i]
+                best = np.argsort(-own)[:k]
+                scores[i, : len(best)], rows[i, : len(best)] = own[best], pool[best]
+            return scores, rows
         return self._faiss.search(queries, k)
 
     def __len__(self):
@@ -107,6 +115,14 @@ class PassageIndex:
     def __getitem__(self, row):
         """The passage of a row: `{"id", "title", "text", "input_ids"}`."""
         return {name: column[row].as_py() for name, column in zip(self.passages.column_names, self.passages.columns, strict=True)}
+
+    def get_passages(self, rows):
+        """The passages of several rows."""
+        return [self[row] for row in rows]
+
+    def rows_of(self, ids):
+        """Rows of passage ids."""
+        return np.array([self.row_of(id) for id in ids])
 
     def row_of(self, passage_id):
         """Row of a passage id; `KeyError` when the index lacks it."""

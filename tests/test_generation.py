@@ -99,7 +99,8 @@ def test_decode_with_citations(model):
         columns.append(columns[-1] + len(piece))
 
     def retrieval(i, id, title):  # the [NSP] is piece i, the grounded text piece i + 3
-        return Retrieval(columns[i], id, title, f"Text of {id}.", 0.5, (columns[i + 3], columns[i + 4]))
+        passage = {"id": id, "title": title, "text": f"Text of {id}."}
+        return Retrieval(0, columns[i], [passage], [0.5], (columns[i + 3], columns[i + 4]))
 
     trace = [retrieval(2, "a", "Title"), retrieval(8, "b", ""), retrieval(12, "a", "Title")]
     sequences = torch.tensor([sum(pieces, [])] * 2)
@@ -225,15 +226,16 @@ def test_the_end_of_the_context_ends_a_row(gen, limit):
             assert ids[retrieval.position + 1 : start - 1] == passage[: start - retrieval.position - 2]
 
 
-@pytest.mark.parametrize("surplus", [0, 1])
-def test_a_prompt_that_fills_the_context(surplus):
-    model = make_model("gpt2")
-    index = model.build_index(PASSAGES, show_progress_bar=False)
+def test_a_prompt_that_fills_the_context(model, index):
     prompt = encode_prompt(model.tokenizer, "who?")
     for last in ([], [model.config.nsp_token_id]):
-        model.config.get_text_config().max_position_embeddings = len(prompt + last) + surplus
-        output = generate(model, {"input_ids": torch.tensor([prompt + last])}, index, max_new_tokens=5)
-        assert int(output.num_generated_tokens) <= 1 and output.sequences.shape[1] <= len(prompt + last) + 1
+        ids = prompt + last
+        model.config.get_text_config().max_position_embeddings = len(ids) + 1
+        output = generate(model, {"input_ids": torch.tensor([ids])}, index, max_new_tokens=5)
+        assert output.sequences.shape[1] == len(ids) + 1
+        model.config.get_text_config().max_position_embeddings = len(ids)
+        with pytest.raises(ValueError, match=f"Prompt 1 has {len(ids)} tokens, but Gen reads {len(ids)}"):
+            generate(model, left_pad([prompt[:3], ids], model.tokenizer.pad_token_id), index, max_new_tokens=5)
 
 
 # ------------------------------------------------------------------ retrieval
@@ -301,9 +303,9 @@ def test_without_retriever_it_is_ordinary_generation(model, inputs, steer):
     ("options", "message"),
     [
         ({"num_beams": 2}, "not in beam_search"),
-        ({"use_cache": False}, "keeps its own dynamic KV cache"),
-        ({"cache_implementation": "static"}, "keeps its own dynamic KV cache"),
-        ({"past_key_values": DynamicCache()}, "keeps its own dynamic KV cache"),
+        ({"use_cache": False}, "keeps its own KV cache"),
+        ({"cache_implementation": "offloaded"}, "keeps its own KV cache"),
+        ({"past_key_values": DynamicCache()}, "keeps its own KV cache"),
         ({"output_scores": True}, "output_scores=True is not available"),
         ({"output_logits": True}, "output_logits=True is not available"),
         ({"output_attentions": True}, "output_attentions=True is not available"),

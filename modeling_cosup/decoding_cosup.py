@@ -1,0 +1,603 @@
+"""The decoding loop behind generate() and generate_many(): rows that write, retrieve, finish and make room for others, each at its own pace."""
+
+from collections import deque
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+from transformers.generation import (
+    EosTokenCriteria,
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    MaxLengthCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+)
+
+from .cache_cosup import (EMPTY, RowCache, attention_mask)
+from .tokenization_cosup import (encode_passages_for_gen, encode_texts, pad_rows)
+
+# these read nothing but how long a row is, and a passage is not to count
+_COUNTING = (
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    ExponentialDecayLengthPenalty,
+    SuppressTokensAtBeginLogitsProcessor,
+)
+
+
+@dataclass
+class Retrieval:
+    """
+    One retrieval of one row.
+
+    Args:
+        row (`int`): of the batch, or of the prompts of `generate_many`.
+        position (`int`): of `[NSP]` in the row's token ids: its column of `sequences`.
+        passages (`list[dict]`): `{"id", "title", "text"}`, best first.
+        scores (`list[float | None]`): inner product of query and passage embedding (the cosine, where that is the similarity); `None` for passages
+            that were given, not found.
+        grounded_span (`tuple[int, int]`): positions `[start, end)` of the text between `[Cs]` and `[CE]`; `end` is where the row stops or
+            retrieves again if there is no `[CE]`.
+        query_embed (`list[float]`, *optional*): the query embedding, with `RetrievalConfig(output_query_embeds=True)`.
+    """
+
+    row: int
+    position: int
+    passages: list
+    scores: list
+    grounded_span: tuple = (0, 0)
+    query_embed: list | None = None
+
+    @property
+    def passage_ids(self):
+        """Ids of all passages, best first."""
+        return [passage["id"] for passage in self.passages]
+
+    @property
+    def passage_id(self):
+        """Id of the best passage."""
+        return self.passages[0]["id"]
+
+    @property
+    def title(self):
+        """Title of the best passage."""
+        return self.passages[0]["title"]
+
+    @property
+    def text(self):
+        """Text of the best passage."""
+        return self.passages[0]["text"]
+
+    @property
+    def score(self):
+        """Score of the best passage."""
+        return self.scores[0]
+
+    def to_dict(self):
+        """As JSON has it."""
+        return asdict(self)
+
+
+@dataclass(eq=False)  # a row is itself, whatever it holds
+class Row:
+    """
+    One sequence that is being written.
+
+    Args:
+        number (`int`): of the prompt.
+        prompt (`list[int]`): token ids.
+        candidates (`numpy.ndarray` of int64, *optional*): rows of the index that may be retrieved.
+        given (`list`, *optional*): passages that `[NSP]` gets, in order, in place of a search.
+        slot (`int`): of the cache.
+        retrievals (`list[Retrieval]`): so far; positions count from the row's own first token.
+        used (`set[int]`): rows of the index that were retrieved.
+        forgotten (`list[tuple[int, list[int]]]`): passages that are no longer in the cache: where they stood, and their ids.
+        held (`torch.Tensor` of shape `(V,)`): logits of the decision for `[NSP]`, in case nothing is found.
+        rewrite (`list[int]`): to be read next in place of the decided token.
+        grounded (`tuple[int, int]`, *optional*): columns `[passage, [Cs])` of the last passage while it is in the cache.
+        ids (`list[int]`): all that was written, when the row is finished.
+        num_generated_tokens (`int`): decided tokens.
+    """
+
+    number: int
+    prompt: list
+    candidates: np.ndarray | None = None
+    given: list | None = None
+    slot: int = -1
+    retrievals: list = field(default_factory=list)
+    used: set = field(default_factory=set)
+    forgotten: list = field(default_factory=list)
+    held: torch.Tensor | None = None
+    rewrite: list | None = None
+    grounded: tuple | None = None
+    ids: list | None = None
+    num_generated_tokens: int = 0
+
+
+class RetrievalError(RuntimeError):
+    """
+    The search failed while rows were being written.
+
+    Attributes:
+        finished (`list[Row]`): the rows that were done; `number`, `ids` and `retrievals` say all about each.
+    """
+
+    def __init__(self, message, finished):
+        super().__init__(message)
+        self.finished = finished
+
+
+class Decoder:
+    """
+    One call of generate() or generate_many().
+
+    Each pass of the loop makes one decision for every row. Before it, new prompts are read (one ragged chunk), every other row forwards its last token
+    (one column, all rows at once), and rows whose last token was `[NSP]` search together and read their passages (one ragged chunk). No token is
+    forwarded twice. While nothing retrieves or ends, a pass does no work per row in Python and waits for the device once.
+
+    Args:
+        model ([`CoSupForCausalLM`]), generation_config (`GenerationConfig`), logits_processor, stopping_criteria: as `_sample` gets them.
+        retriever ([`PassageIndex`] or the like, *optional*), settings ([`RetrievalConfig`]): what to search and how.
+        slots (`int`): rows at once.
+        prompt_length (`int`): columns of the prompt; what counts tokens counts from here.
+        columns (`int`): of the cache to start with.
+        streamer (`BaseStreamer`, *optional*), synced_gpus (`bool`): as in generate().
+        static (`bool`): the one-token step keeps its shapes and is captured where `compile_config` and the device say so.
+        refill (`bool`): finished rows make room for waiting ones, so `logits_processor` sees slots in place of rows.
+    """
+
+    def __init__(
+        self, model, generation_config, logits_processor, stopping_criteria, retriever, settings, slots, prompt_length, columns, device,
+        streamer=None, synced_gpus=False, static=False, refill=False,
+    ):  # fmt: skip
+        self.model, self.config, self.text_config = model, model.config, model.config.get_text_config()
+        self.generation_config, self.processors, self.retriever, self.settings = generation_config, logits_processor, retriever, settings
+        self.criteria = [each for each in stopping_criteria if not isinstance(each, MaxLengthCriteria | EosTokenCriteria)]
+        self.streamer, self.synced_gpus, self.static, self.refill = streamer, synced_gpus, static, refill
+        self.slots, self.prompt_length, self.device = slots, prompt_length, device
+        self.budget = generation_config.max_length - prompt_length
+        self.context_length = getattr(self.text_config, "max_position_embeddings", None) or EMPTY
+        self.pad = 0 if generation_config._pad_token_tensor is None else int(generation_config._pad_token_tensor)
+        ends = generation_config._eos_token_tensor
+        self.ends = set() if ends is None else set(ends.tolist())
+        self.retrieves = retriever is not None or settings.passages is not None
+        nsp, cs = self.config.nsp_token_id, self.config.cs_token_id
+        self.never = ([cs] if cs is not None else []) + ([nsp] if settings.forbid_nsp else [])
+        special = {*self.ends, *([nsp] if self.retrieves else []), *([self.config.ce_token_id] if settings.forget_passages else [])}
+        self.special = torch.tensor(sorted(special), dtype=torch.long, device=device)
+        self.cache = model._row_cache(slots, columns, device, static)
+        self.forward = model.__call__
+        if static and model._valid_auto_compile_criteria({"past_key_values": self.cache}, generation_config):
+            self.forward = model.get_compiled_call(generation_config.compile_config)
+        # slot by slot, on the host: columns that are filled, position of the next token, decided tokens, [NSP] not allowed; and the decided token
+        self.columns, self.positions, self.generated = (np.zeros(slots, dtype=np.int64) for _ in range(3))
+        self.banned, self.occupied = np.zeros(slots, dtype=bool), np.zeros(slots, dtype=bool)
+        self.occupied_on_device = torch.zeros(slots, dtype=torch.bool, device=device)
+        self.rows: list[Row | None] = []  # by slot; behind the last one no slot is taken
+        self.tokens = torch.full((slots,), self.pad, dtype=torch.long, device=device)
+        self.asking: list[Row] = []  # their last decision was [NSP]
+        self.banned_once: list[Row] = []  # nothing was found for them: they decide again
+        self.rewriting: list[Row] = []  # read their text again, without its passage
+        self.leaving: list[Row] = []  # their passage leaves the cache once [CE] was read
+        self.full: list[Row] = []  # the context ended with their passage
+        self.finished: list[Row] = []
+        self.num_forwarded_tokens = 0
+        self._separator: list[int] | None = None
+
+    # ------------------------------------------------------------------ the loop
+
+    @torch.no_grad()
+    def run(self, waiting, on_finish=None):
+        """
+        Write all rows.
+
+        Args:
+            waiting (iterable of [`Row`]): in the order in which they are to begin.
+            on_finish (callable, *optional*): gets each row when it is done.
+
+        Returns:
+            `list[Row]`: in the order in which they ended.
+
+        Raises:
+            [`RetrievalError`]: when the search fails; it keeps the finished rows.
+        """
+        waiting, self.on_finish = deque(waiting), on_finish
+        while self.model._has_unfinished_sequences(not (waiting or self.occupied.any()), self.synced_gpus, self.device):
+            new = self._admit(waiting)
+            reading = {row: row.prompt for row in new} | {row: row.rewrite for row in self.rewriting}
+            stepping = self.occupied[: len(self.rows)].copy()
+            stepping[[row.slot for row in reading]] = False
+            asking, self.asking, self.rewriting = self.asking, [], []
+            logits, queries = self._step(stepping, with_queries=bool(asking))
+            if self._joint(bool(reading)):
+                logits, queries = self._merge(logits, queries, reading, self._read(reading))
+            self._let_passages_leave()
+            asking += [row for row in new if row.prompt[-1] == self.config.nsp_token_id and self._may_retrieve(row)]
+            passages = self._retrieve(asking, queries, logits) if asking else {}
+            if self._joint(bool(passages)):
+                logits, _ = self._merge(logits, None, passages, self._read(passages))
+            if self.rows:
+                self._decide(logits, [row for row in new if self.settings.force_nsp_first and not row.retrievals])
+        if self.streamer is not None:
+            self.streamer.end()
+        return self.finished
+
+    def _joint(self, needed):
+        """Whether there is something to forward, here or, with `synced_gpus`, on any rank; a rank that has nothing keeps up with the collectives."""
+        if not self.synced_gpus:
+            return needed
+        flag = torch.tensor(int(needed), device=self.device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        if flag.item() and not needed:
+            self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False, output_query_embeds=False)
+        return needed
+
+    def _admit(self, waiting):
+        """Waiting rows take free slots; not one at a time, since reading a prompt costs everyone a forward."""
+        free = self.slots - int(self.occupied.sum())
+        if not waiting or (0 < self.slots - free and free < min(max(1, self.slots // 8), len(waiting))):
+            return []
+        new = []
+        while waiting and len(new) < free:
+            row = waiting.popleft()
+            row.slot = self.rows.index(None) if None in self.rows else len(self.rows)
+            self.rows[row.slot : row.slot + 1] = [row]
+            self.columns[row.slot] = self.positions[row.slot] = self.generated[row.slot] = 0
+            self.cache.positions[row.slot] = EMPTY
+            self.banned[row.slot] = self.retrieves and not self._may_retrieve(row)
+            self._occupy(row.slot, True)
+            new.append(row)
+        return new
+
+    def _occupy(self, slot, occupied):
+        self.occupied[slot] = occupied
+        self.occupied_on_device[slot] = bool(occupied)
+
+    def _may_retrieve(self, row):
+        """Whether this row still has a retrieval to make."""
+        limit = self.settings.max_retrievals
+        return self.retrieves and not self.settings.forbid_nsp and (limit is None or len(row.retrievals) < limit) and (row.given is None or len(row.given) > 0)
+
+    # ------------------------------------------------------------------ forwards
+
+    def _step(self, stepping, with_queries):
+        """Forward the decided token of every stepping slot: logits `(n, V)` and query embeddings `(n, h)` of the first n slots, of which only these count."""
+        if not self._joint(bool(stepping.any())):
+            return None, None
+        n = self.slots if self.static else len(self.rows)
+        width = int(self.columns[: len(self.rows)].max()) + 1
+        self.cache.grow(width)
+        width = self.cache.columns if self.static else width
+        columns, positions = torch.from_numpy(np.stack([self.columns[:n], self.positions[:n]])).to(self.device)[:, :, None]
+        self.cache.begin(n, columns, self.tokens[:n, None], positions, width)
+        even = not self.static and (self.columns[:n] == width - 1).all() and (self.positions[:n] == width - 1).all()
+        own = self.retrieves and self.config.query_from == "gen"
+        outputs = self.forward(
+            input_ids=self.tokens[:n, None],
+            attention_mask=None if even else self._mask(positions),
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            output_query_embeds=own and (self.static or with_queries),
+            nsp_positions=torch.arange(n, device=self.device),
+        )
+        # a slot that does not step has written beside its tokens, where its next one will be written
+        self.columns[: len(stepping)] += stepping
+        self.positions[: len(stepping)] += stepping
+        self.num_forwarded_tokens += int(stepping.sum())
+        return outputs.logits[:, -1], outputs.query_embeds
+
+    def _read(self, chunks):
+        """Forward one ragged chunk, `{row: ids}`: logits `(R, V)` and query embeddings `(R, h)` at the last token of each row."""
+        rows = list(chunks)
+        slots = np.array([row.slot for row in rows])
+        lengths = np.array([len(ids) for ids in chunks.values()])
+        ids, mask = pad_rows(list(chunks.values()), self.pad, device=self.device)
+        starts = torch.from_numpy(np.stack([self.columns[slots], self.positions[slots], lengths])).to(self.device)[:, :, None]
+        offsets = torch.arange(ids.shape[1], device=self.device)
+        width = int((self.columns[slots]).max()) + ids.shape[1]
+        self.cache.grow(width)
+        first = len(rows) if (slots == np.arange(len(rows))).all() else torch.from_numpy(slots).to(self.device)
+        positions = starts[1] + torch.minimum(offsets, starts[2] - 1)
+        self.cache.begin(first, starts[0] + offsets, ids, torch.where(mask.bool(), positions, EMPTY), width)
+        even = (lengths == ids.shape[1]).all() and (self.columns[slots] == width - ids.shape[1]).all()
+        even = even and (self.positions[slots] == self.columns[slots]).all()
+        last = (torch.arange(len(rows), device=self.device) * ids.shape[1]) + starts[2, :, 0] - 1
+        outputs = self.model(
+            input_ids=ids,
+            attention_mask=None if even else self._mask(positions),
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logit_positions=last,
+            output_query_embeds=self.config.query_from == "gen" and self.retrieves,
+            nsp_positions=last,
+        )
+        self.columns[slots] += lengths
+        self.positions[slots] += lengths
+        self.num_forwarded_tokens += int(lengths.sum())
+        return outputs.logits, outputs.query_embeds
+
+    def _mask(self, positions):
+        return attention_mask(self.cache, self.text_config, positions, self.model.gen.config._attn_implementation, self.model.gen.dtype)
+
+    def _merge(self, logits, queries, chunks, read):
+        """Logits and query embeddings of all slots: those of a step, and of the rows that read a chunk in this pass."""
+        if not chunks:
+            return logits, queries
+        slots = torch.tensor([row.slot for row in chunks], device=self.device)
+        if logits is None:
+            logits = read[0].new_zeros(len(self.rows), read[0].shape[-1])
+        merged = [logits.index_copy(0, slots, read[0].to(logits.device))]
+        if read[1] is not None:
+            queries = read[1].new_zeros(len(logits), read[1].shape[-1]) if queries is None else queries
+            queries = queries.index_copy(0, slots, read[1])
+        return merged[0], queries
+
+    # ------------------------------------------------------------------ decisions
+
+    def _decide(self, logits, forced):
+        """One token for each row."""
+        n = len(self.rows)
+        logits = logits[:n].to(self.device)
+        scores = self._process(logits.to(torch.float32, copy=True))
+        if self.never:
+            scores[:, self.never] = float("-inf")
+        if self.banned[:n].any():
+            banned = torch.from_numpy(self.banned[:n]).to(self.device)
+            scores[:, self.config.nsp_token_id].masked_fill_(banned, float("-inf"))
+        tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0] if self.generation_config.do_sample else scores.argmax(-1)
+        if forced := [row.slot for row in forced if not self.banned[row.slot]]:
+            tokens[forced] = self.config.nsp_token_id
+        for row in self.banned_once:
+            self.banned[row.slot] = not self._may_retrieve(row)
+        self.banned_once = []
+        self.tokens[:n] = tokens
+        self.generated[:n] += self.occupied[:n]
+        ended = self.occupied[:n] & ((self.generated[:n] >= self.budget) | (self.positions[:n] + 1 >= self.context_length))
+        stopped = torch.zeros_like(tokens, dtype=torch.bool)
+        if self.criteria:
+            stopped = self._places(torch.stack([each(self._history(tokens), None) for each in self.criteria]).any(0), back=True)
+        event = ((stopped | torch.isin(tokens, self.special)) & self.occupied_on_device[:n]).any()
+        if event.item() or self.streamer is not None or ended.any():  # waits for the device
+            self._after(tokens.tolist(), stopped.tolist(), ended.tolist(), logits)
+
+    def _after(self, tokens, stopped, ended, logits):
+        """What follows from the decisions: rows end, ask for passages, or leave the text that a passage was for."""
+        done = []
+        for row, token, stop, end in zip(list(self.rows), tokens, stopped, ended, strict=True):
+            if row is None:
+                continue
+            if row in self.full:
+                self.generated[row.slot] -= 1  # no room for what was decided
+                done.append((row, []))
+                continue
+            asks = self.retrieves and token == self.config.nsp_token_id
+            over = stop or end or token in self.ends
+            if self.streamer is not None and (over or not asks):
+                self.streamer.put(torch.tensor([token]))
+            if over:
+                done.append((row, [token]))
+            elif asks:
+                row.held = logits[row.slot].clone()
+                self.asking.append(row)
+            elif token == self.config.ce_token_id and row.grounded is not None:
+                self._end_grounded_text(row)
+        self.full = []
+        for row, last in done:
+            self._finish(row, last)
+
+    def _process(self, scores):
+        """Scores after the logits processors, each of which sees the rows as if they had been alone: their own tokens, padded on the left."""
+        history = None
+        for processor in self.processors:
+            if isinstance(processor, _COUNTING):
+                for count in np.unique(self.generated[: len(self.rows)]):
+                    slots = torch.from_numpy(np.flatnonzero(self.generated[: len(self.rows)] == count)).to(self.device)
+                    counted = scores.new_zeros((1, 1), dtype=torch.long).expand(len(slots), self.prompt_length + int(count))
+                    scores[slots] = processor(counted, scores[slots])
+                continue
+            if history is None:
+                history = self._history()
+            if isinstance(getattr(processor, "prompt_ignore_length", None), torch.Tensor):  # how much padding stands before each row
+                lengths = self._places(torch.from_numpy(self.columns[: len(self.rows)].copy()).to(self.device))
+                processor.prompt_ignore_length = history.shape[1] - lengths
+            scores = self._places(processor(history, self._places(scores)), back=True)
+        return scores
+
+    def _history(self, tokens=None):
+        """What each row holds, in the order of the batch, padded on the left: `(B, T)`; with `tokens` they are the last column."""
+        n = len(self.rows)
+        lengths = torch.from_numpy(self.columns[:n].copy()).to(self.device)[:, None]
+        width = int(self.columns[:n].max())
+        columns = torch.arange(width, device=self.device) - (width - lengths)
+        history = self.cache.tokens[:n].gather(1, columns.clamp(min=0)).masked_fill_(columns < 0, self.pad)
+        if tokens is not None:
+            history = torch.cat([history, tokens[:, None]], 1)
+        return self._places(history, fill=self.pad)
+
+    def _places(self, values, back=False, fill=0):
+        """Slot order to the order of the whole batch, as processors and criteria know it (rows that have left are `fill`), or back."""
+        if self.refill or self.static:
+            return values
+        order = [row.number for row in self.rows]
+        if order == list(range(self.slots)):
+            return values
+        order = torch.tensor(order, device=values.device)
+        return values[order] if back else values.new_full((self.slots, *values.shape[1:]), fill).index_copy(0, order, values)
+
+    # ------------------------------------------------------------------ retrieval
+
+    def _retrieve(self, asking, queries, logits):
+        """One search for all rows that ask. Returns `{row: passage ids and [Cs]}`; a row for which nothing was found decides again, without `[NSP]`."""
+        settings = self.settings
+        embeds = self._query_embeds(asking, queries) if settings.output_query_embeds or any(row.given is None for row in asking) else None
+        found = self._search(asking, embeds)
+        chunks = {}
+        for i, row in enumerate(asking):
+            if not found[i]:
+                self.banned[row.slot] = True
+                self.banned_once.append(row)
+                if row.held is not None:  # a prompt that ends in [NSP] has no earlier decision to go back to
+                    self.columns[row.slot] -= 1
+                    self.positions[row.slot] -= 1
+                    self.generated[row.slot] -= 1
+                    logits[row.slot] = row.held
+                row.held = None
+                continue
+            passages, scores = zip(*found[i], strict=True)
+            room = max(0, self.context_length - int(self.positions[row.slot]) - 1)
+            ids = self._join([passage["input_ids"] for passage in passages])[:room]
+            position = int(self.columns[row.slot]) - 1 + sum(len(cut) for _, cut in row.forgotten)
+            start = position + len(ids) + 2
+            kept = [{name: passage[name] for name in ("id", "title", "text")} for passage in passages]
+            query = embeds[i].tolist() if settings.output_query_embeds else None
+            row.retrievals.append(Retrieval(row.number, position, kept, list(scores), (start, start), query))
+            row.grounded = (int(self.columns[row.slot]), int(self.columns[row.slot]) + len(ids))
+            chunk = [*ids, self.config.cs_token_id]
+            if self.streamer is not None:
+                shown = ([self.config.nsp_token_id] if row.held is not None else []) + (chunk if settings.stream_passages else [])
+                if shown:
+                    self.streamer.put(torch.tensor(shown))
+            row.held = None
+            self.banned[row.slot] = not self._may_retrieve(row)
+            if int(self.positions[row.slot]) + len(chunk) >= self.context_length:
+                self.full.append(row)
+            chunks[row] = chunk
+        return chunks
+
+    def _search(self, asking, embeds):
+        """For each asking row the passages it gets, best first: `list[list[tuple[dict, float | None]]]`."""
+        settings, found = self.settings, [[] for _ in asking]
+        open_rows = [i for i, row in enumerate(asking) if row.given is None]
+        for i, row in enumerate(asking):
+            if row.given is not None:
+                given, row.given = row.given[: settings.top_k], row.given[settings.top_k :]
+                found[i] = [(passage, None) for passage in given]
+        if not open_rows:
+            return found
+        extra = max(len(asking[i].used) for i in open_rows) if settings.no_repeat_passages else 0
+        options = {}
+        if any(asking[i].candidates is not None for i in open_rows):
+            options["candidates"] = [asking[i].candidates for i in open_rows]
+        try:
+            scores, rows = self.retriever.search(embeds[open_rows], k=settings.top_k + extra, **options)
+            picks = [self._pick(asking[i], rows[j], scores[j]) for j, i in enumerate(open_rows)]
+            passages = iter(self.retriever.get_passages([row for picked in picks for row, _ in picked]))
+        except Exception as error:  # whatever a retriever raises: the finished rows must not be lost with it
+            raise RetrievalError(f"The search failed after {len(self.finished)} finished rows: {error}", self.finished) from error
+        for i, picked in zip(open_rows, picks, strict=True):
+            asking[i].used.update(row for row, _ in picked)
+            found[i] = [(next(passages), score) for _, score in picked]
+        return found
+
+    def _pick(self, row, rows, scores):
+        """`[(row of the index, score)]` of what this row may use of its search results, at most `top_k`."""
+        settings, picked = self.settings, []
+        for found, score in zip(rows.tolist(), scores.tolist(), strict=True):
+            low = settings.min_score is not None and score < settings.min_score
+            if found >= 0 and not low and not (settings.no_repeat_passages and found in row.used):
+                picked.append((found, score))
+        return picked[: settings.top_k]
+
+    def _query_embeds(self, asking, queries):
+        """Query embeddings `(R, h)` of the rows that ask, in float32."""
+        if self.config.query_from == "gen":
+            embeds = queries[torch.tensor([row.slot for row in asking], device=queries.device)]
+        else:
+            ids = [self.cache.tokens[row.slot, : self.columns[row.slot]].tolist() for row in asking]
+            embeds = self.model.encode_queries(*pad_rows(ids, self.pad, device=self.device))
+        return embeds.float()
+
+    def _join(self, passages):
+        """Token ids of several passages behind each other, a line break between."""
+        if len(passages) > 1 and self._separator is None:
+            self._separator = encode_texts(self.model.tokenizer, ["\n"])[0]
+        joined = list(passages[0])
+        for ids in passages[1:]:
+            joined += [*self._separator, *ids]
+        return joined
+
+    def given_passages(self, passages):
+        """Passages of an oracle, ids of the index or `{"title", "text"}`, as the index would give them: `list[dict]`."""
+        ids = [passage for passage in passages if isinstance(passage, str)]
+        if ids and self.retriever is None:
+            raise ValueError(f"Passage {ids[0]!r} is given by its id, which needs a retriever; or give it as a dict with 'title' and 'text'.")
+        known = iter(self.retriever.get_passages(self.retriever.rows_of(ids)) if ids else [])
+        dicts = [passage for passage in passages if not isinstance(passage, str)]
+        encoded = iter(encode_passages_for_gen(self.model.tokenizer, dicts, self.config) if dicts else [])
+        return [
+            next(known) if isinstance(passage, str) else {"id": None, "title": "", **passage, "input_ids": next(encoded)} for passage in passages
+        ]  # fmt: skip
+
+    # ------------------------------------------------------------------ forgetting, ending
+
+    def _end_grounded_text(self, row):
+        """`[CE]` was decided: the passage leaves the cache, now or once `[CE]` was read."""
+        if self.settings.forget_passages == "mask":
+            self.leaving.append(row)
+        elif self.settings.forget_passages == "recompute":
+            start, end = row.grounded
+            text = self.cache.tokens[row.slot, end : self.columns[row.slot]].tolist()  # [Cs] and what was grounded
+            self._forget(row)
+            self.cache.cut(row.slot, start)
+            self.positions[row.slot] -= self.columns[row.slot] - start
+            self.columns[row.slot] = start
+            row.rewrite = [*text, self.config.ce_token_id]
+            self.rewriting.append(row)
+
+    def _let_passages_leave(self):
+        """With `forget_passages="mask"`: columns of passages whose `[CE]` was just read are taken out; all others keep their positions."""
+        for row in self.leaving:
+            start, end = row.grounded
+            self._forget(row)
+            self.cache.cut(row.slot, start, end)
+            self.columns[row.slot] -= end - start
+        self.leaving = []
+
+    def _forget(self, row):
+        """Note what leaves the cache: it still belongs to what was written."""
+        (start, end), row.grounded = row.grounded, None
+        before = sum(len(cut) for _, cut in row.forgotten)
+        row.forgotten.append((start + before, self.cache.tokens[row.slot, start:end].tolist()))
+
+    def _finish(self, row, last):
+        """The row is done: its ids and the spans of its trace are final, its slot is free."""
+        slot = row.slot
+        ids = self.cache.tokens[slot, : self.columns[slot]].tolist() + last
+        for start, cut in row.forgotten:
+            ids[start:start] = cut
+        row.ids, row.num_generated_tokens = ids, int(self.generated[slot])
+        row.held = row.grounded = None
+        stops = {self.config.ce_token_id, self.config.nsp_token_id, *self.ends}
+        for retrieval in row.retrievals:
+            start = end = retrieval.grounded_span[0]
+            while end < len(ids) and ids[end] not in stops:
+                end += 1
+            retrieval.grounded_span = (start, end)
+        self.finished.append(row)
+        self._leave(slot)
+        if self.on_finish is not None:
+            self.on_finish(row)
+
+    def _leave(self, slot):
+        """Free a slot; the last row moves into it, so that the rows still are the first ones. A captured step keeps its shape, and its rows their slots."""
+        self.rows[slot] = None
+        self._occupy(slot, False)
+        self.banned[slot] = False
+        if self.static:
+            self.columns[slot] = self.positions[slot] = 0
+            return
+        last = self.rows.pop()
+        if last is not None:
+            self.cache.move(last.slot, slot)
+            for states in (self.columns, self.positions, self.generated, self.banned, self.tokens):
+                states[slot] = states[last.slot]
+            self._occupy(last.slot, False)
+            self._occupy(slot, True)
+            self.rows[slot], last.slot = last, slot
