@@ -155,7 +155,7 @@ class RetrievalGenerationMixin:
 
     def generate_many(
         self, prompts, generation_config=None, retriever=None, retrieval_config=None, max_retrievals=None, batch_size=32, max_batch_tokens=None,
-        output_file=None, show_progress_bar=True, **kwargs,
+        output_file=None, show_progress_bar=True, description="Generating", **kwargs,
     ):  # fmt: skip
         """
         Continue any number of prompts: a row that is finished makes room for the next prompt at once, so that the batch stays full.
@@ -169,7 +169,7 @@ class RetrievalGenerationMixin:
                 `max_new_tokens`, and `max_retrievals` (one, where there is no limit) passages of full length.
             output_file (`str` or `Path`, *optional*): JSON Lines; each answer is appended as soon as it is finished, and answers that stand there already are
                 not written again.
-            show_progress_bar (`bool`): a tqdm bar over prompts.
+            show_progress_bar (`bool`), description (`str`): a tqdm bar over prompts, and what stands before it.
 
         Returns:
             `list[Completion]`: in the order of the prompts.
@@ -193,7 +193,8 @@ class RetrievalGenerationMixin:
             new_tokens = self._prepare_generation_config(generation_config, **kwargs)[0].max_new_tokens or 20  # transformers' default
             need = longest + new_tokens + (1 if settings.max_retrievals is None else settings.max_retrievals) * settings.top_k * self.config.max_passage_length
             batch_size = max(1, min(batch_size, max_batch_tokens // need))
-        queue = _Queue(prompts, results, batch_size, output_file, show_progress_bar)
+        bar = {"total": len(prompts), "initial": len(results), "desc": description, "unit": "prompt", "disable": not show_progress_bar}
+        queue = _Queue(prompts, results, batch_size, output_file, bar)
         first = torch.full((1, longest), prompts[0][-1], device=self.device)  # transformers prepares processors and budgets from its shape
         self._generate_with_retrieval(first, generation_config, kwargs, retriever=retriever, settings=settings, queue=queue)
         return [queue.results[number] for number in range(len(prompts))]
@@ -201,10 +202,10 @@ class RetrievalGenerationMixin:
     def _generate_with_retrieval(self, inputs, generation_config, kwargs, **own):
         prepared = self._check_retrieval_arguments(generation_config, kwargs, own["settings"])
         static = prepared.cache_implementation == "static"
-        if static:  # ours, not transformers' own static cache
+        kwargs = {name: value for name, value in kwargs.items() if name != "cache_implementation"}
+        if static and (generation_config or self.generation_config).cache_implementation is not None:  # ours, not transformers' own static cache
             generation_config = copy.deepcopy(generation_config or self.generation_config)
             generation_config.cache_implementation = None
-            kwargs = {name: value for name, value in kwargs.items() if name != "cache_implementation"}
         kwargs = {**kwargs, "past_key_values": DynamicCache()}  # a placeholder: the loop has a cache of its own
         with _maskable_attention(self.gen):
             return super().generate(inputs, generation_config, static=static, **own, **kwargs)
@@ -408,9 +409,8 @@ def written_text(ids, trace, start, tokenizer):
 class _Queue:
     """The prompts of generate_many() that are not answered yet, and where their answers go."""
 
-    def __init__(self, prompts, results, batch_size, output_file, show_progress_bar):
-        self.prompts, self.results, self.batch_size = prompts, results, batch_size
-        self.output_file, self.show_progress_bar = output_file, show_progress_bar
+    def __init__(self, prompts, results, batch_size, output_file, bar):
+        self.prompts, self.results, self.batch_size, self.output_file, self.bar = prompts, results, batch_size, output_file, bar
 
     def run(self, model, decoder, rows):
         """Longest prompts first: memory runs out at once or never, and the last batch is not held up by a long one."""
@@ -418,8 +418,7 @@ class _Queue:
 
         waiting = sorted((row for row in rows if row.number not in self.results), key=lambda row: -len(row.prompt))
         file = open(self.output_file, "a", encoding="utf-8") if self.output_file is not None else contextlib.nullcontext()
-        bar = tqdm(total=len(rows), initial=len(self.results), desc="Generating", unit="prompt", disable=not self.show_progress_bar)
-        with file, bar:
+        with file, tqdm(**self.bar) as bar:
 
             def keep(row):
                 start = len(row.prompt)

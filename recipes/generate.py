@@ -23,9 +23,17 @@ def main():
     parser.add_argument("--instruction", default="", help="the task's instruction, as in training")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_new_tokens", type=int, default=128)
-    parser.add_argument("--max_retrievals", type=int, default=None, help="per question")
     parser.add_argument("--do_sample", action="store_true", help="sample instead of greedy decoding")
+    parser.add_argument("--stream", action="store_true", help="print each answer while it is written, passages included")
+    parser.add_argument("--output_file", help="JSON Lines: answers with their traces; a second call goes on where the first was interrupted")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--max_retrievals", type=int, default=None, help="per question")
+    parser.add_argument("--passages_per_nsp", type=int, default=1, help="passages for each retrieval")
+    parser.add_argument("--min_score", type=float, default=None, help="a passage below it is not retrieved")
+    parser.add_argument("--force_nsp_first", action="store_true", help="every answer begins with a retrieval")
+    parser.add_argument("--forbid_nsp", action="store_true", help="never retrieve")
+    parser.add_argument("--no_repeat_passages", action="store_true", help="no passage twice in an answer")
+    parser.add_argument("--forget_passages", choices=["recompute", "mask"], default=None, help="what becomes of a passage at its [CE]")
     args = parser.parse_args()
     with clear_errors():
         answer(args)
@@ -39,8 +47,9 @@ def answer(args):
         raise ValueError("no question given: write them behind the options, into --file, or to stdin.")
 
     import torch
+    from transformers import TextStreamer
 
-    from modeling_cosup import CoSupConfig, CoSupForCausalLM
+    from modeling_cosup import CoSupConfig, CoSupForCausalLM, RetrievalConfig
     from modeling_cosup.tokenization_cosup import encode_prompt
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,20 +57,20 @@ def answer(args):
     model = CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype, load_emb_seq=not own_queries).to(device)
     tokenizer = model.tokenizer
     index = model.load_index(args.index) if args.index else None
-    tokenizer.padding_side = "left"
+    names = ("max_retrievals", "min_score", "force_nsp_first", "forbid_nsp", "no_repeat_passages", "forget_passages")
     options = {"max_new_tokens": args.max_new_tokens, "do_sample": args.do_sample}
-    for start in range(0, len(questions), args.batch_size):
-        batch = questions[start : start + args.batch_size]
-        prompts = {"input_ids": [list(encode_prompt(tokenizer, question, args.instruction)) for question in batch]}
-        inputs = tokenizer.pad(prompts, return_tensors="pt").to(device)
-        if index is None:
-            outputs = model.generate(**inputs, **options)
-            texts = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        else:
-            outputs = model.generate(**inputs, **options, retriever=index, max_retrievals=args.max_retrievals, return_dict_in_generate=True)
-            texts = model.decode_with_citations(outputs, tokenizer)
-        for question, text in zip(batch, texts, strict=True):
-            print(f"Q  {question}\nA  {text}\n", flush=True)
+    if index is not None:
+        options["retriever"] = index
+        options["retrieval_config"] = RetrievalConfig(top_k=args.passages_per_nsp, **{name: getattr(args, name) for name in names})
+    prompts = [list(encode_prompt(tokenizer, question, args.instruction)) for question in questions]
+    if args.stream:
+        for question, prompt in zip(questions, prompts, strict=True):
+            print(f"Q  {question}\nA  ", end="", flush=True)
+            model.generate(torch.tensor([prompt], device=device), streamer=TextStreamer(tokenizer, skip_prompt=True), **options)
+        return
+    options |= {"batch_size": args.batch_size, "output_file": args.output_file, "show_progress_bar": len(questions) > args.batch_size}
+    for question, done in zip(questions, model.generate_many(prompts, **options), strict=True):
+        print(f"Q  {question}\nA  {done.cited_text}\n")
 
 
 if __name__ == "__main__":

@@ -171,23 +171,16 @@ def answer(model, instances, index=None, mode="retrieval", batch_size=32, max_ne
         gold = [index[index.row_of(x["provenance"][0][0])] for x in instances]
         passages = encode_passages_for_gen(tokenizer, gold, config)
         prompts = [[*prompt, config.nsp_token_id, *ids, config.cs_token_id] for prompt, ids in zip(prompts, passages, strict=True)]
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "batch_size": batch_size}
     if mode == "retrieval":
         options["retriever"] = index
     else:
         options["suppress_tokens"] = [config.cs_token_id, config.nsp_token_id]
     if mode == "gold":
         options["eos_token_id"] = [config.ce_token_id, *model.generation_config.eos_token_id]
-    answers = [None] * len(prompts)
-    for rows, batch in _batches(model, prompts, batch_size, f"Answering ({mode})"):
-        with evaluating(model):
-            outputs = model.generate(**batch, **options)
-        start = batch["input_ids"].shape[1]
-        cited = model.decode_with_citations(outputs, tokenizer) if mode == "retrieval" else [""] * len(rows)
-        traces = outputs.retrievals if mode == "retrieval" else [[] for _ in rows]
-        for row, sequence, trace, text in zip(rows, outputs.sequences, traces, cited, strict=True):
-            answers[row] = Answer(_written(sequence, trace, start, tokenizer), [retrieval.passage_id for retrieval in trace], text)
-    return answers
+    with evaluating(model):
+        completions = model.generate_many(prompts, description=f"Answering ({mode})", **options)
+    return [Answer(done.text, [retrieval.passage_id for retrieval in done.retrievals], done.cited_text) for done in completions]
 
 
 def ntp_loss(model, instances):
@@ -263,16 +256,6 @@ def _batches(model, prompts, batch_size, description):
             ids, mask = pad_rows([prompts[row] for row in rows], side="left", device=model.device)
             yield rows, {"input_ids": ids, "attention_mask": mask}
             bar.update(len(rows))
-
-
-def _written(sequence, trace, start, tokenizer):
-    """What the model wrote itself: the continuation without passages."""
-    pieces, position = [], start
-    for retrieval in trace:
-        pieces.append(sequence[position : max(position, retrieval.position)])
-        position = retrieval.grounded_span[0]
-    pieces.append(sequence[position:])
-    return " ".join(text for piece in pieces if (text := tokenizer.decode(piece, skip_special_tokens=True).strip()))
 
 
 def retrieval_metrics(query_embeds, passage_embeds, facts, temperature=1.0, ks=(1, 5), chunk_size=1024):
