@@ -16,7 +16,7 @@ from transformers.generation import (
     SuppressTokensAtBeginLogitsProcessor,
 )
 
-from .cache_cosup import (EMPTY, RowCache, attention_mask)
+from .cache_cosup import (EMPTY, attention_mask)
 from .tokenization_cosup import (encode_passages_for_gen, encode_texts, pad_rows)
 
 # these read nothing but how long a row is, and a passage is not to count
@@ -178,16 +178,16 @@ class Decoder:
         self.columns, self.positions, self.generated = (np.zeros(slots, dtype=np.int64) for _ in range(3))
         self.banned, self.occupied = np.zeros(slots, dtype=bool), np.zeros(slots, dtype=bool)
         self.occupied_on_device = torch.zeros(slots, dtype=torch.bool, device=device)
-        self.rows: list[Row | None] = []  # by slot; behind the last one no slot is taken
+        self.rows = []  # by slot; behind the last one no slot is taken
         self.tokens = torch.full((slots,), self.pad, dtype=torch.long, device=device)
-        self.asking: list[Row] = []  # their last decision was [NSP]
-        self.banned_once: list[Row] = []  # nothing was found for them: they decide again
-        self.rewriting: list[Row] = []  # read their text again, without its passage
-        self.leaving: list[Row] = []  # their passage leaves the cache once [CE] was read
-        self.full: list[Row] = []  # the context ended with their passage
-        self.finished: list[Row] = []
+        self.asking = []  # their last decision was [NSP]
+        self.banned_once = []  # nothing was found for them: they decide again
+        self.rewriting = []  # read their text again, without its passage
+        self.leaving = []  # their passage leaves the cache once [CE] was read
+        self.full = []  # the context ended with their passage
+        self.finished = []
         self.num_forwarded_tokens = 0
-        self._separator: list[int] | None = None
+        self._separator = None
 
     # ------------------------------------------------------------------ the loop
 

@@ -342,7 +342,9 @@ class RetrievalGenerationMixin:
     def _output(self, decoder, rows, input_ids, generation_config):
         """Prompts as they were given, then each row's continuation, padded on the right."""
         width = input_ids.shape[1]
-        prompts = pad_rows([[decoder.pad] * (width - len(row.prompt)) + row.prompt for row in rows], device=input_ids.device)[0]
+        prompts = input_ids
+        if any(row.prompt[-1] != last for row, last in zip(rows, input_ids[:, -1].tolist(), strict=True)):  # padded on the right: the answer goes there
+            prompts = pad_rows([[decoder.pad] * (width - len(row.prompt)) + row.prompt for row in rows], device=input_ids.device)[0]
         continuations = [torch.tensor(row.ids[len(row.prompt) :], dtype=torch.long, device=input_ids.device) for row in rows]
         continuations = torch.nn.utils.rnn.pad_sequence(continuations, batch_first=True, padding_value=decoder.pad)
         sequences = torch.cat([prompts, continuations], dim=1)
@@ -452,7 +454,7 @@ def _read_completions(path, prompts):
                 retrievals = [Retrieval(**{**trace, "grounded_span": tuple(trace["grounded_span"])}) for trace in found["retrievals"]]
                 results[index] = Completion(**{**{name: found[name] for name in names}, "retrievals": retrievals})
             except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
-                raise ValueError(f"{path}, line {number}: not an answer that generate_many wrote for these prompts ({error!r}); choose another file.") from error
+                raise ValueError(f"{path}, line {number}: not an answer of generate_many to these prompts ({error!r}); choose another file.") from error
     os.truncate(path, whole)
     return results
 

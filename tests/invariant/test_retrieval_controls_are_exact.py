@@ -146,9 +146,9 @@ ARCHITECTURES = ["llama", "gpt2", "mistral", "gemma2"]
 @pytest.mark.parametrize("forget", ["recompute", "mask"])
 def test_forgotten_passages(gen, forget):
     model, index, output, rows, trace = check(RetrievalConfig(forget_passages=forget), gen)
-    ce = model.config.ce_token_id
-    spans = [ids[r.grounded_span[1]] == ce for ids, row in zip(output.sequences.tolist(), output.retrievals, strict=True) for r in row if r.grounded_span[1] < len(ids)]
-    assert sum(spans) >= 3 and max(map(len, trace)) >= 2  # several passages are forgotten, some rows retrieve again after that
+    written = output.sequences.tolist()
+    ends = [ids[r.grounded_span[1]] for ids, row in zip(written, output.retrievals, strict=True) for r in row if r.grounded_span[1] < len(ids)]
+    assert ends.count(model.config.ce_token_id) >= 3 and max(map(len, trace)) >= 2  # several passages are forgotten, some rows retrieve again after that
     assert generate(*setup(gen), RetrievalConfig())[1] != rows  # and it makes a difference
 
 
@@ -215,9 +215,8 @@ def test_force_and_forbid(gen):
 
 
 def test_all_at_once():
-    settings = RetrievalConfig(
-        top_k=2, force_nsp_first=True, no_repeat_passages=True, forget_passages="recompute", max_retrievals=2, candidates=[["p0", "p1", "p2"], None, ["p3"], None, ["p5", "p0"]]
-    )  # fmt: skip
+    pools = [["p0", "p1", "p2"], None, ["p3"], None, ["p5", "p0"]]
+    settings = RetrievalConfig(2, max_retrievals=2, force_nsp_first=True, candidates=pools, no_repeat_passages=True, forget_passages="recompute")
     *_, trace = check(settings, every=5)
     assert sum(map(len, trace)) >= 6
 
