@@ -11,17 +11,13 @@ Prints tables and writes `--output_file`.
 """
 
 import contextlib
-import ctypes
-import gc
 import importlib
 import itertools
 import json
-import platform
 import random
 import statistics
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,7 +29,7 @@ check_trainer_package()
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-import transformers  # noqa: E402
+from measuring import GB, Meter, describe, print_table  # noqa: E402
 from transformers import Trainer, TrainingArguments, set_seed  # noqa: E402
 
 from modeling_cosup import CoSupForCausalLM  # noqa: E402
@@ -41,7 +37,6 @@ from modeling_cosup.loss_cosup import chunked_cross_entropy  # noqa: E402
 from modeling_cosup.tokenization_cosup import pad_rows  # noqa: E402
 from trainer import CoSupTrainer, CoSupTrainingArguments, load_instances  # noqa: E402
 
-GB = 1e9
 PEAK_FLOPS = {"NVIDIA H200": 989e12, "NVIDIA H100": 989e12, "NVIDIA A100": 312e12}  # dense bf16
 
 
@@ -68,36 +63,6 @@ class BenchmarkArguments:
 
 
 # ---------------------------------------------------------------------- measuring
-
-
-class Meter:
-    """Seconds and peak memory of a call, on the CPU (resident memory of the process) or a GPU (allocated memory), above what was held before it."""
-
-    def __init__(self, device):
-        self.cuda = device.type == "cuda"
-
-    def __call__(self, call):
-        gc.collect()
-        if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            held = torch.cuda.memory_allocated()
-        else:
-            ctypes.CDLL(None).malloc_trim(0)  # what earlier arms freed goes back to the system
-            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-            held = self._resident("VmRSS")
-        start = time.perf_counter()
-        result = call()
-        if self.cuda:
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        peak = torch.cuda.max_memory_allocated() if self.cuda else self._resident("VmHWM")
-        return result, seconds, peak - held
-
-    @staticmethod
-    def _resident(name):
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-        return int(line.split()[1]) * 1024
 
 
 def gradients_of(model):
@@ -453,12 +418,6 @@ def section_defaults(script, folder):
     return results
 
 
-def print_table(header, rows):
-    print("\n| " + " | ".join(header) + " |\n|" + "---|" * len(header))
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
-
-
 def main():
     (script,) = parse([BenchmarkArguments], __doc__)
     set_seed(script.seed)
@@ -466,9 +425,7 @@ def main():
     if device.type == "cpu":
         torch.set_num_threads(script.num_threads or torch.get_num_threads())
     script.bf16 = True
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
-    results = {"hardware": hardware, "torch": torch.__version__, "transformers": transformers.__version__, "arguments": vars(script)}
-    print(f"{hardware}; torch {torch.__version__}, transformers {transformers.__version__}", flush=True)
+    results = {**describe(device), "arguments": vars(script)}
     sections = script.sections.split(",")
     with tempfile.TemporaryDirectory() as folder:
         if set(sections) - {"defaults"} and not (script.gen and script.train_file):
@@ -491,11 +448,6 @@ def main():
             results["defaults"] = section_defaults(script, folder)
     if script.output_file:
         Path(script.output_file).write_text(json.dumps(results, indent=2) + "\n")
-
-
-def cpu_name():
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":
