@@ -28,6 +28,7 @@ import faiss  # noqa: E402
 import torch  # noqa: E402
 from measuring import GB, Arm, Clock, TimedIndex, describe, print_table, show, spread, take_turns  # noqa: E402
 from random_world import SHAPES, Ends, World  # noqa: E402
+from torch._dynamo.utils import counters  # noqa: E402
 from transformers import DynamicCache, LogitsProcessorList, set_seed  # noqa: E402
 
 from modeling_cosup import RetrievalConfig  # noqa: E402
@@ -60,6 +61,8 @@ class BenchmarkArguments:
     def __post_init__(self):
         if self.shape not in SHAPES:
             raise ValueError(f"--shape is {self.shape!r}, expected one of {', '.join(SHAPES)}.")
+        if wrong := set(self.parts) - {1, 2, 3, 4}:
+            raise ValueError(f"--parts holds {min(wrong)}, expected 1, 2, 3 or 4.")
         if self.new_tokens < 4 * self.retrievals:
             raise ValueError(f"--new_tokens is {self.new_tokens}, expected 4 or more for each of the {self.retrievals} retrievals of a row.")
         if self.num_candidates > self.num_passages:
@@ -176,11 +179,13 @@ def part_2(world, script):
             arms["CoSup, captured, never retrieves"] = lambda p=prompts, m=never_view: world.generate(m, p, **never, **world.compile)
             arms["CoSup, captured, retrieves"] = lambda p=prompts, m=view: timed_retrieve(world, m, p, index, **world.compile)
         done = take_turns(arms, script.repeats, world.meter)
+        captures = say_captures() if script.captured else None
         for name, arm in done.items():
             kind, timed = done["plain, captured" if "captured" in name else "plain"], name.endswith(", retrieves")
             rows, expected = arm.results[-1], done["CoSup, retrieves" if timed else "plain"].results[-1]
             result = {"batch": size, "arm": name, **facts(arm, size * script.new_tokens)}
             result["rows_equal"] = equal(rows[0], expected[0]) if timed else equal(rows, expected)  # to the eager arm that does the same
+            result["captures"] = captures if "captured" in name else None
             parts = [part for _, part in arm.results] if timed else [{}]
             result["parts"] = {key: statistics.median(part[key] for part in parts) for key in parts[0]}
             result |= {"speed_to_plain": spread(arm.ratios(done["plain"])), "speed_to_plain_of_its_kind": spread(arm.ratios(kind))}
@@ -207,7 +212,16 @@ def part_2(world, script):
 def captured_view(model):
     """The same weights with a captured cache of its own: of its own size, and not one that another arm made larger."""
     torch._dynamo.reset()  # else the shapes of the batch before would make this one's dynamic
+    counters.clear()
     return copy.copy(model)
+
+
+def say_captures():
+    """What torch.compile made of the captured arms of a batch size, all together: a step that silently stays eager would be seen here."""
+    found = {"graphs": counters["stats"]["unique_graphs"], "graph_breaks": sum(counters["graph_break"].values())}
+    found["cuda_graphs_skipped"] = counters["inductor"]["cudagraph_skips"]
+    print(f"  captured: {found}", flush=True)
+    return found
 
 
 def part_3(world, script):
