@@ -296,7 +296,7 @@ class RetrievalGenerationMixin:
         if queue is not None:
             return queue.run(self, decoder, rows)
         finished = sorted(decoder.run(rows), key=lambda row: row.number)
-        return self._output(decoder, finished, input_ids, generation_config)
+        return self._output(decoder, finished, input_ids, kwargs.get("attention_mask"), generation_config)
 
     def _check_lengths(self, prompts):
         limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
@@ -329,6 +329,8 @@ class RetrievalGenerationMixin:
             given = getattr(settings, name)
             if given is None:
                 continue
+            if name == "candidates" and retriever is None:
+                raise ValueError("RetrievalConfig.candidates need a retriever to search them.")
             if len(given) == 0 or len(rows) % len(given):
                 raise ValueError(f"RetrievalConfig.{name} has {len(given)} entries, expected one for each of the {len(rows)} prompts.")
             copies = len(rows) // len(given)
@@ -339,11 +341,11 @@ class RetrievalGenerationMixin:
                 for row in rows[i * copies : (i + 1) * copies]:
                     setattr(row, "given" if name == "passages" else "candidates", value)
 
-    def _output(self, decoder, rows, input_ids, generation_config):
+    def _output(self, decoder, rows, input_ids, mask, generation_config):
         """Prompts as they were given, then each row's continuation, padded on the right."""
         width = input_ids.shape[1]
         prompts = input_ids
-        if any(row.prompt[-1] != last for row, last in zip(rows, input_ids[:, -1].tolist(), strict=True)):  # padded on the right: the answer goes there
+        if mask is not None and (mask[:, -1] == 0).any():  # padded on the right, where the answers go
             prompts = pad_rows([[decoder.pad] * (width - len(row.prompt)) + row.prompt for row in rows], device=input_ids.device)[0]
         continuations = [torch.tensor(row.ids[len(row.prompt) :], dtype=torch.long, device=input_ids.device) for row in rows]
         continuations = torch.nn.utils.rnn.pad_sequence(continuations, batch_first=True, padding_value=decoder.pad)
