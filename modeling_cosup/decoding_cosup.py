@@ -167,7 +167,8 @@ class Decoder:
         self.ends = set() if ends is None else set(ends.tolist())
         self.retrieves = retriever is not None or settings.passages is not None
         nsp, cs = self.config.nsp_token_id, self.config.cs_token_id
-        self.never = ([cs] if cs is not None else []) + ([nsp] if settings.forbid_nsp else [])
+        never = [id for id, forbidden in ((cs, True), (nsp, settings.forbid_nsp)) if id is not None and forbidden]
+        self.never = torch.tensor(never, dtype=torch.long, device=device)
         special = {*self.ends, *([nsp] if self.retrieves else []), *([self.config.ce_token_id] if settings.forget_passages else [])}
         self.special = torch.tensor(sorted(special), dtype=torch.long, device=device)
         self.cache = model._row_cache(slots, columns, device, static)
@@ -346,8 +347,7 @@ class Decoder:
         n = len(self.rows)
         logits = logits[:n].to(self.device)
         scores = self._process(logits.to(torch.float32, copy=True))
-        if self.never:
-            scores[:, self.never] = float("-inf")
+        scores.index_fill_(1, self.never, float("-inf"))
         if self.banned[:n].any():
             banned = torch.from_numpy(self.banned[:n]).to(self.device)
             scores[:, self.config.nsp_token_id].masked_fill_(banned, float("-inf"))
