@@ -220,6 +220,8 @@ class RetrievalGenerationMixin:
             raise ValueError("Retrieval keeps its own KV cache: leave out use_cache=False and past_key_values; cache_implementation may be 'static'.")
         if kwargs.get("inputs_embeds") is not None or prepared.guidance_scale not in (None, 1):
             raise ValueError("inputs_embeds and guidance_scale are not available with a retriever: prompt and passages are read once, as token ids.")
+        if prepared.prefill_chunk_size is not None or prepared.cache_config is not None:
+            raise ValueError("prefill_chunk_size and cache_config are not available with a retriever: prompts are read whole, into a cache of its own.")
         for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
             if getattr(prepared, name):
                 raise ValueError(f"{name}=True is not available with a retriever: rows that read passages have no step for it.")

@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Generat
 from transformers.modeling_outputs import ModelOutput
 
 from .configuration_cosup import (CoSupConfig)
-from .generation_cosup import (RetrievalGenerationMixin)
+from .generation_cosup import (RetrievalConfig, RetrievalGenerationMixin)
 from .loss_cosup import (chunked_cross_entropy, info_nce)
 from .retrieval_cosup import (PassageIndex)
 from .tokenization_cosup import (add_control_tokens, encode_queries_for_emb_seq, end_of_turn_token_id, pad_rows, same_tokenizer, tokenizer_fingerprint)
@@ -63,6 +63,7 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
     """
 
     config_class = CoSupConfig
+    retrieval_config_class = RetrievalConfig  # for those who loaded this code with a checkpoint
     base_model_prefix = "gen"
     accepts_loss_kwargs = True  # num_items_in_batch
     supports_gradient_checkpointing = True

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import PASSAGES, Steer, left_pad, make_model, make_tokenizer, real_tokens
+from conftest import PASSAGES, Steer, left_pad, real_tokens
 from transformers import LogitsProcessorList
 
 from modeling_cosup import Completion, RetrievalConfig, RetrievalError

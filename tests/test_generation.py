@@ -16,7 +16,7 @@ from transformers import (
     TextIteratorStreamer,
     TextStreamer,
 )
-from transformers.generation import BaseStreamer, MinNewTokensLengthLogitsProcessor
+from transformers.generation import BaseStreamer, EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, MinNewTokensLengthLogitsProcessor
 
 from modeling_cosup import CoSupGenerateOutput, Retrieval, RetrievalConfig, RetrievalError
 from modeling_cosup.tokenization_cosup import encode_prompt, encode_texts
@@ -183,6 +183,17 @@ def test_min_new_tokens_counts_decoded_tokens(model, inputs, index, steer):
     assert torch.equal(by_length.sequences, output.sequences) and torch.equal(by_processor.sequences, output.sequences)
 
 
+def test_criteria_of_the_user_end_rows(model, inputs, index, steer):
+    word, width = encode_texts(model.tokenizer, ["a"])[0][0], inputs["input_ids"].shape[1]
+    output = generate(model, inputs, index, Prefer([word], 3.0), steer, stopping_criteria=StoppingCriteriaList([EosTokenCriteria(eos_token_id=word)]))
+    rows = real_tokens(output, inputs["attention_mask"], model.tokenizer.pad_token_id)
+    assert any(ids[-1] == word for ids in rows) and min(output.num_generated_tokens.tolist()) < 20
+    output = generate(model, inputs, index, steer, max_new_tokens=None, stopping_criteria=StoppingCriteriaList([MaxLengthCriteria(max_length=width + 4)]))
+    assert output.num_generated_tokens.tolist() == [4] * 5
+    output = generate(model, inputs, index, steer, stopping_criteria=StoppingCriteriaList([MaxTimeCriteria(max_time=0.0)]))
+    assert output.num_generated_tokens.tolist() == [1] * 5
+
+
 def test_an_ended_row_is_padded_and_stays_as_it_was(model, inputs, index, steer):
     steer.end_every = 6
     output = generate(model, inputs, index, steer)
@@ -314,6 +325,7 @@ def test_without_retriever_it_is_ordinary_generation(model, inputs, steer):
         ({"output_hidden_states": True}, "output_hidden_states=True is not available"),
         ({"inputs_embeds": torch.zeros(5, 3, 32)}, "inputs_embeds and guidance_scale are not available"),
         ({"guidance_scale": 2.0}, "inputs_embeds and guidance_scale are not available"),
+        ({"prefill_chunk_size": 4}, "prefill_chunk_size and cache_config are not available"),
         ({"assistant_model": make_gen()}, "not in assisted_generation"),
         ({"prompt_lookup_num_tokens": 2}, "not in assisted_generation"),
         ({"generation_config": GenerationConfig(num_beams=2)}, "not in beam_search"),
