@@ -11,7 +11,7 @@ import torch
 import yaml
 from conftest import PASSAGES, make_emb_seq, make_gen, make_model, make_tokenizer
 
-from modeling_cosup import CoSupForCausalLM
+from modeling_cosup import CoSupForCausalLM, PassageIndex
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
@@ -79,7 +79,7 @@ def test_train_writes_checkpoint_index_and_numbers(checkpoint):
     assert results["evaluation"]["needless_retrieval"]["n"] == 1
     assert {"ntp_loss", "recall@1", "recall@5"} <= set(results["before"]) & set(results["after"])
     assert (checkpoint / "modeling_cosup.py").exists()
-    assert (checkpoint / "index" / "embeddings.safetensors").exists()
+    assert (checkpoint / "index" / "embeddings-00000.safetensors").exists()
 
 
 def test_generate_answers_from_arguments_file_and_stdin(checkpoint, tmp_path):
@@ -98,7 +98,10 @@ def test_generate_answers_from_arguments_file_and_stdin(checkpoint, tmp_path):
 def test_build_index_equals_the_one_of_train(checkpoint, inputs, tmp_path):
     result = run(sys.executable, "recipes/build_index.py", "--model", checkpoint, "--corpus_file", inputs / "corpus.jsonl", "--output_dir", tmp_path / "index")
     assert result.returncode == 0, result.stderr[-2000:]
-    assert (tmp_path / "index" / "index_config.json").read_text() == (checkpoint / "index" / "index_config.json").read_text()
+    built, trained = (PassageIndex.from_pretrained(folder / "index") for folder in (tmp_path, checkpoint))
+    assert built.fingerprint == trained.fingerprint
+    assert list(built) == list(trained)
+    torch.testing.assert_close(built.embeddings, trained.embeddings, rtol=0, atol=1e-5)  # other batches
 
 
 def test_index_of_another_model_is_refused(checkpoint, tmp_path):
