@@ -255,18 +255,25 @@ def write_shards(folder, shards, builder, bar, shard_size, num_processes=1, proc
     Raises:
         `OSError`: when the disk is full; says what to free.
     """
-    number = -1
+    number, done = -1, 0
     for number, passages in enumerate(shards):
         if number % num_processes != process_index:
             continue
         digest = digest_of(passages)
-        if is_complete(folder, number, digest):
-            bar.initial += len(passages)  # counts as done, not as fast
+        if not is_complete(folder, number, digest):
+            try:
+                files = write_new_shard(folder, number, passages, builder, bar)
+            except OSError as error:
+                if error.errno in NO_ROOM:
+                    raise OSError(error.errno, _no_room(folder, builder, max(len(passages), (bar.total or 0) - done))) from error
+                raise
+            marker = {"first_row": number * shard_size, "num_passages": len(passages), "digest": digest, "files": files}
+            write_json(folder / f"shard-{number:05d}.json", marker)
+        else:
+            if not bar.disable:
+                bar.initial += len(passages)  # counts as done, not as fast
             bar.update(len(passages))
-            continue
-        files = write_new_shard(folder, number, passages, builder, bar)
-        marker = {"first_row": number * shard_size, "num_passages": len(passages), "digest": digest, "files": files}
-        write_json(folder / f"shard-{number:05d}.json", marker)
+        done += len(passages)
     return number + 1
 
 
@@ -277,19 +284,16 @@ def write_new_shard(folder, number, passages, builder, bar):
     try:
         builder.make(passages, bar, paths)
         return {path.name: seal(path) for path in paths}
-    except BaseException as error:
+    except BaseException:
         for path in paths:
             path.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in NO_ROOM:
-            raise OSError(error.errno, _no_room(folder, len(passages), builder, bar)) from error
         raise
 
 
-def _no_room(folder, shard_size, builder, bar):
-    size = builder.model.config.embedding_size * builder.dtype.itemsize
-    left = shard_size if bar.total is None else max(shard_size, bar.total - bar.n)
+def _no_room(folder, builder, left):
+    size = left * builder.model.config.embedding_size * builder.dtype.itemsize
     return (
-        f"no room for the next shard in {folder.parent}: free at least {left * size / 1e6:,.1f} MB for the embeddings of {left:,} passages that are left, "
+        f"no room for the next shard in {folder.parent}: free at least {size / 1e6:,.1f} MB for the embeddings of {left:,} passages that are left, "
         "and room for their texts. Complete shards stay: the same call then goes on behind them"
     )
 

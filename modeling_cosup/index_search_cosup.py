@@ -35,12 +35,12 @@ class ExactSearch:
         """`(scores, rows)` of the k nearest of all rows; `queries` is a float32 tensor `(N, h)`."""
         queries = queries.cpu().numpy()
         best = nothing(len(queries), 0)
-        for start, block in self._blocks():
+        for start, block in self.blocks():
             scores, rows = faiss.knn(queries, block, min(k, len(block)), faiss.METRIC_INNER_PRODUCT)
             best = merge(best, (scores, rows + start), k)
         return best
 
-    def _blocks(self):
+    def blocks(self):
         """`(first row, float32 array)` of all embeddings: whole shards, or blocks of them that are widened."""
         for start, shard in zip(self.starts, self.shards, strict=False):
             step = len(shard) if shard.embeddings.dtype == torch.float32 else HALF_ROWS
@@ -217,7 +217,7 @@ def make_approximate(factory, exact, train_rows):
 
 def add_to_approximate(index, exact, first_row):
     """Add the rows from `first_row` on, deleted ones too: the FAISS index counts them as we do."""
-    for start, block in exact._blocks():
+    for start, block in exact.blocks():
         if start + len(block) > first_row:
             index.add(block[max(0, first_row - start) :])
 

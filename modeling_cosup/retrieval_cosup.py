@@ -400,6 +400,8 @@ class PassageIndex(PassageStore):
         folder = find_folder(name_or_path, allow_faiss_files and search is None, revision, **kwargs)
         index = cls._load(folder, verify)
         approximate = index.config["approximate"]
+        if search == "exact" and approximate is not None and not (folder / approximate["file"]).exists():
+            index.config = {**index.config, "approximate": None, "files": {k: v for k, v in index.config["files"].items() if k != approximate["file"]}}
         if approximate is None or search == "exact":
             return index
         if not allow_faiss_files:

@@ -8,6 +8,7 @@ Every process embeds its share. After a crash the same command goes on at the fi
 until the new one is whole.
 """
 
+import os
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -46,7 +47,7 @@ def main():
     """Check the corpus, embed it, save the index."""
     (args,) = parse([IndexArguments], __doc__)
     with clear_errors():
-        state = PartialState(timeout=timedelta(days=7))  # a process may wait for a slower one; one that dies is noticed at once
+        state = processes()
         model = CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(state.device)
         model.build_index(
             corpus(args),
@@ -64,6 +65,15 @@ def main():
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def processes():
+    """The processes of this launch; one may wait long for a slower one, and notices at once when one dies."""
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if state.num_processes != launched:
+        raise ValueError(f"{launched} processes were launched, accelerate sees {state.num_processes}: each would build the whole index.")
+    return state
 
 
 def corpus(args):
