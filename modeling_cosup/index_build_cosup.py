@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from .corpus_cosup import (can_be_read_twice, checked_passages, find_duplicate, hash_ids, read_corpus)
 from .index_files_cosup import (DTYPES, Shard, create_tensors, map_shard, seal, shard_files, write_json, write_passages)
-from .tokenization_cosup import (encode_passages_for_emb_seq, encode_passages_for_gen, pad_rows)
+from .tokenization_cosup import (add_bos_and_eos, encode_passages_for_emb_seq, encode_passages_for_gen, pad_rows)
 
 try:
     import pyarrow as pa
@@ -78,8 +78,13 @@ class ShardBuilder:
         model, rows = self.model, ([], [])
         for start in range(0, len(passages), TOKENIZED_AT_ONCE):
             chunk = passages[start : start + TOKENIZED_AT_ONCE]
-            rows[0].extend(np.array(ids, np.int32) for ids in encode_passages_for_gen(model.tokenizer, chunk, model.config))
-            rows[1].extend(np.array(ids, np.int32) for ids in encode_passages_for_emb_seq(model.emb_seq_tokenizer, chunk, model.config))
+            gen_ids = encode_passages_for_gen(model.tokenizer, chunk, model.config)
+            if model.emb_seq_tokenizer is model.tokenizer:  # read once
+                emb_seq_ids = add_bos_and_eos(model.tokenizer, gen_ids, model.config)
+            else:
+                emb_seq_ids = encode_passages_for_emb_seq(model.emb_seq_tokenizer, chunk, model.config)
+            for kept, ids in zip(rows, (gen_ids, emb_seq_ids), strict=True):
+                kept.extend(np.array(row, np.int32) for row in ids)
         return rows
 
     @torch.no_grad()

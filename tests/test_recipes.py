@@ -224,6 +224,25 @@ def test_the_benchmark_of_a_step_runs(inputs, tmp_path):
     assert "a batch of 99 instances needs as many" in too_large.stderr
 
 
+def test_build_index_trains_an_approximate_index_and_says_its_recall(checkpoint, inputs, tmp_path):
+    command = [sys.executable, "recipes/build_index.py", "--model", checkpoint, "--corpus_file", inputs / "corpus.jsonl", "--output_dir", tmp_path / "index"]
+    result = run(*command, "--index_factory", "HNSW8", "--ef_search", 32, "--embedding_dtype", "float16", "--shard_size", 4, "--max_tokens_per_batch", 64)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "6 passages in" in result.stdout and "recall@1  100.0 %" in result.stdout
+    index = PassageIndex.from_pretrained(tmp_path / "index", allow_faiss_files=True)
+    assert index.config["shards"] == [4, 2] and index.config["dtype"] == "float16" and index.config["approximate"]["search_options"] == {"efSearch": 32}
+
+
+def test_the_benchmark_of_the_index_runs(tmp_path):
+    pytest.importorskip("sentence_transformers")
+    result = run(sys.executable, "recipes/benchmarks/index.py", "--quick", "true", "--num_threads", 1, "--output_file", tmp_path / "out.json")
+    assert result.returncode == 0, result.stderr[-3000:]
+    numbers = json.loads((tmp_path / "out.json").read_text())
+    assert numbers["encode"]["largest_difference"] < 1e-4
+    assert all(line["same_rows"] == 1 for line in numbers["search"]) and [line["passages"] for line in numbers["memory"]] == [300, 900]
+    assert max(line["recall@10"] for line in numbers["approximate"]) > 0.9
+
+
 def test_every_accelerate_config_is_one():
     from accelerate.commands.config.config_args import load_config_from_file
 
