@@ -5,8 +5,8 @@ Speed, memory and recall of the passage index, each arm beside what it is measur
     python recipes/benchmarks/index.py --sections search,memory       # no model needed: random embeddings, a tiny random model
     python recipes/benchmarks/index.py --quick true                    # a few seconds, to see that it runs
 
-Sections: `encode` (passages/s of building an index against sentence-transformers' `encode` on the same weights), `search` (exact search over mapped files against
-raw FAISS, candidates, deletions), `approximate` (HNSW and IVF against exact search, with recall), `memory` (peak while building, by corpus size).
+Sections: `encode` (passages/s of building an index against sentence-transformers' `encode` on the same weights), `search` (exact search over mapped files
+against raw FAISS, candidates, deletions), `approximate` (HNSW and IVF against exact search, with recall), `memory` (peak while building, by corpus size).
 Arms alternate, round by round, and rotate; ratios are medians of the rounds' own ratios. Prints tables and writes `--output_file`.
 """
 
@@ -32,6 +32,7 @@ import faiss  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
 
 from modeling_cosup import CoSupForCausalLM, PassageIndex  # noqa: E402
 from modeling_cosup.index_build_cosup import record_batch  # noqa: E402
@@ -121,7 +122,7 @@ def encode(args, folder):
     """Passages/s of `PassageIndex.build` (tokens for Gen, texts and checks included) and of sentence-transformers' `encode`, and how far they differ."""
     try:
         from sentence_transformers import SentenceTransformer
-        from sentence_transformers.models import Pooling, Transformer
+        from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     except ImportError:
         print("encode: skipped, it needs sentence-transformers (pip install sentence-transformers)\n")
         return None
@@ -129,9 +130,11 @@ def encode(args, folder):
     model = CoSupForCausalLM.from_gen_and_emb_seq(name, model_kwargs={"dtype": args.dtype}).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     model.emb_seq.save_pretrained(folder / "emb_seq")  # the same weights
-    model.emb_seq_tokenizer.save_pretrained(folder / "emb_seq")
-    transformer = Transformer(str(folder / "emb_seq"), max_seq_length=2048, model_args={"dtype": args.dtype})
-    reference = SentenceTransformer(modules=[transformer, Pooling(transformer.get_word_embedding_dimension(), "lasttoken")])
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer.chat_template = None  # sentence-transformers would wrap every text in it
+    tokenizer.save_pretrained(folder / "emb_seq")
+    transformer = Transformer(str(folder / "emb_seq"), max_seq_length=2048, model_kwargs={"dtype": args.dtype})
+    reference = SentenceTransformer(modules=[transformer, Pooling(model.config.embedding_size, "lasttoken")])
     passages = synthetic_passages(args.num_passages)
     ids = encode_passages_for_emb_seq(model.emb_seq_tokenizer, passages, model.config)
     texts = model.emb_seq_tokenizer.batch_decode(ids)  # BOS and EOS as text, which sentence-transformers' tokenizer reads as the tokens they are
@@ -142,13 +145,14 @@ def encode(args, folder):
     }
     seconds, ratio = measure(arms, args.repeats)
     error = float(np.abs(found["ours"] - found["reference"]).max())
-    tokens = sum(map(len, ids))
+    tokens, base = sum(map(len, ids)), "sentence-transformers"
     print(f"Encoding {len(passages)} passages, {tokens:,} tokens, {args.dtype}\n")
     header("arm", "passages/s", "tokens/s", "speed to sentence-transformers", "min – max", "largest difference of an embedding")
-    row("sentence-transformers", f"{len(passages) / seconds['sentence-transformers']:.1f}", f"{tokens / seconds['sentence-transformers']:.0f}", "1.00", "", "")
-    ours = ratio("PassageIndex.build", "sentence-transformers")
-    row("`PassageIndex.build`", f"{len(passages) / seconds['PassageIndex.build']:.1f}", f"{tokens / seconds['PassageIndex.build']:.0f}", speed(ours), f"{error:.0e}")
+    for arm in arms:
+        difference = "" if arm == base else f"{error:.0e}"
+        row(f"`{arm}`", f"{len(passages) / seconds[arm]:.1f}", f"{tokens / seconds[arm]:.0f}", speed(ratio(arm, base)), difference)
     print()
+    ours = ratio("PassageIndex.build", base)
     return {"seconds": seconds, "speed": ours, "largest_difference": error, "tokens": tokens, "passages": len(passages)}
 
 
@@ -198,37 +202,40 @@ def random_index(count, size, folder):
 
 def search(args, folder):
     """Exact search over mapped files against `faiss.IndexFlatIP` of a copy in memory; pools of 100 candidates; one passage in a hundred deleted."""
-    results = []
     header("passages x dimensions", "queries", "raw FAISS ms", "mapped files ms", "speed", "min – max", "100 candidates each ms", "1 % deleted ms", "same rows")
+    results = []
     for count, size in (map(int, pair.split("x")) for pair in args.sizes.split(",")):
-        index, queries = random_index(count, size, folder / f"{count}x{size}")
-        raw = faiss.IndexFlatIP(size)
-        raw.add(index.embeddings.numpy())
-        random = np.random.default_rng(0)
-        pools = [random.choice(count, 100, replace=False) for _ in queries]
-        thinned = PassageIndex.from_pretrained(folder / f"{count}x{size}", verify=False)
-        thinned.delete([f"p{row}" for row in random.choice(count, count // 100, replace=False)])
-        device = None if args.device is None else PassageIndex.from_pretrained(folder / f"{count}x{size}", verify=False).to(args.device)
-        for n in map(int, args.batch_sizes.split(",")):
-            asked = queries[:n]
-            arms = {
-                "raw": lambda asked=asked: raw.search(asked.numpy(), 10),
-                "ours": lambda asked=asked: index.search(asked, 10),
-                "pools": lambda asked=asked: index.search(asked, 10, candidates=pools[: len(asked)]),
-                "deleted": lambda asked=asked: thinned.search(asked, 10),
-            }
-            if device is not None:
-                arms["device"] = lambda asked=asked: device.search(asked, 10)
-            seconds, ratio = measure(arms, args.repeats)
-            same = float((arms["raw"]()[1] == arms["ours"]()[1]).mean())
-            ours = ratio("ours", "raw")
-            times = [f"{1000 * seconds[name]:.2f}" for name in ("raw", "ours", "pools", "deleted")]
-            row(f"{count:,} x {size}", n, times[0], times[1], speed(ours), times[2], times[3], f"{100 * same:.1f} %")
-            if device is not None:
-                print(f"    on {args.device}: {1000 * seconds['device']:.2f} ms")
-            results.append({"passages": count, "dimensions": size, "queries": n, "seconds": seconds, "speed_to_raw_faiss": ours, "same_rows": same})
-        del raw, index, thinned
+        results += search_one_size(args, count, size, folder / f"{count}x{size}")
     print()
+    return results
+
+
+def search_one_size(args, count, size, folder):
+    index, queries = random_index(count, size, folder)
+    raw = faiss.IndexFlatIP(size)
+    raw.add(index.embeddings.numpy())
+    random, results = np.random.default_rng(0), []
+    pools = [random.choice(count, 100, replace=False) for _ in queries]
+    thinned = PassageIndex.from_pretrained(folder, verify=False)
+    thinned.delete([f"p{row}" for row in random.choice(count, count // 100, replace=False)])
+    device = None if args.device is None else PassageIndex.from_pretrained(folder, verify=False).to(args.device)
+    for n in map(int, args.batch_sizes.split(",")):
+        asked, own = queries[:n], pools[:n]
+        arms = {
+            "raw": lambda asked=asked: raw.search(asked.numpy(), 10),
+            "ours": lambda asked=asked: index.search(asked, 10),
+            "pools": lambda asked=asked, own=own: index.search(asked, 10, candidates=own),
+            "deleted": lambda asked=asked: thinned.search(asked, 10),
+        }
+        if device is not None:
+            arms["device"] = lambda asked=asked: device.search(asked, 10)
+        seconds, ratio = measure(arms, args.repeats)
+        same, ours = float((arms["raw"]()[1] == arms["ours"]()[1]).mean()), ratio("ours", "raw")
+        times = [f"{1000 * seconds[name]:.2f}" for name in ("raw", "ours", "pools", "deleted")]
+        row(f"{count:,} x {size}", n, times[0], times[1], speed(ours), times[2], times[3], f"{100 * same:.1f} %")
+        if device is not None:
+            print(f"    on {args.device}: {1000 * seconds['device']:.2f} ms")
+        results.append({"passages": count, "dimensions": size, "queries": n, "seconds": seconds, "speed_to_raw_faiss": ours, "same_rows": same})
     return results
 
 
@@ -238,13 +245,14 @@ def approximate(args, folder):
     index, queries = random_index(count, size, folder / "index")
     exact = PassageIndex.from_pretrained(folder / "index", search="exact", verify=False)
     lists = 16 if args.quick else 1024
+    factories = {"HNSW32": ("efSearch", [16, 64, 256]), f"IVF{lists},Flat": ("nprobe", [1, 8, 32]), f"IVF{lists},PQ{size // 8}": ("nprobe", [8, 32])}
     print(f"{count:,} x {size}; exact search is the baseline\n")
     header("index", "options", "made in s", "file MB", "queries", "ms", "exact ms", "speed", "min – max", "recall@10")
     results = []
-    for factory, options in (("HNSW32", {"efSearch": [16, 64, 256]}), (f"IVF{lists},Flat", {"nprobe": [1, 8, 32]}), (f"IVF{lists},PQ{size // 8}", {"nprobe": [8, 32]})):
+    for factory, (name, values) in factories.items():
         start = time.perf_counter()
         index.train_approximate(factory)
-        made, (name, values) = time.perf_counter() - start, next(iter(options.items()))
+        made = time.perf_counter() - start
         bytes_of_file = (folder / "index" / index.config["approximate"]["file"]).stat().st_size
         for value in values:
             index.set_search_options(**{name: value})
@@ -283,7 +291,9 @@ def build(model, folder, count, threads):
     peak, done = {"anonymous": 0.0, "total": 0.0}, threading.Event()
 
     def watch():
-        while not done.wait(0.05):
+        finished = False
+        while not finished:
+            finished = done.wait(0.05)
             status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
             for name, key in (("anonymous", "RssAnon"), ("total", "VmRSS")):
                 peak[name] = max(peak[name], int(status[key].split()[0]) * 1024 / 1e6)
