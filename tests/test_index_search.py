@@ -64,9 +64,10 @@ def check(found, scores):
 
 @pytest.mark.parametrize("where", ["memory", "files", "device"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("n", [1, 33])
+@pytest.mark.parametrize("n", [1, 33, 70])
 def test_exact_search_equals_one_product(tmp_path, monkeypatch, where, dtype, n):
     monkeypatch.setattr(index_search_cosup, "HALF_ROWS", 32)
+    monkeypatch.setattr(index_search_cosup, "PRODUCT_ROWS", 30)
     monkeypatch.setattr(index_search_cosup, "DEVICE_SCORES", n * 50)  # several blocks a shard, and shards in several blocks
     index = random_index(dtype=dtype, normalize=False)
     if where == "files":
