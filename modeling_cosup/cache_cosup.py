@@ -174,7 +174,7 @@ def attention_mask(cache, config, positions, implementation, dtype):
 
 def layer_kinds(config):
     """The sorted set of Gen's layer types: `"full_attention"`, `"sliding_attention"` and those of other architectures."""
-    if types := getattr(config, "layer_types", None):
+    if types := getattr(config, "layer_types", None) or getattr(config, "attention_layers", None):  # the latter: GPT-Neo
         return sorted(set(types))
     sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     return ["sliding_attention" if sliding else "full_attention"]

@@ -160,14 +160,16 @@ class Decoder:
         self.criteria = [each for each in stopping_criteria if not isinstance(each, MaxLengthCriteria | EosTokenCriteria)]
         self.streamer, self.synced_gpus, self.static, self.refill = streamer, synced_gpus, static, refill
         self.slots, self.prompt_length, self.device = slots, prompt_length, device
-        self.budget = generation_config.max_length - prompt_length
+        lengths = [each.max_length for each in stopping_criteria if isinstance(each, MaxLengthCriteria)]
+        self.budget = min([generation_config.max_length, *lengths]) - prompt_length
         self.context_length = getattr(self.text_config, "max_position_embeddings", None) or EMPTY
         self.pad = 0 if generation_config._pad_token_tensor is None else int(generation_config._pad_token_tensor)
-        ends = generation_config._eos_token_tensor
-        self.ends = set() if ends is None else set(ends.tolist())
+        ends = [each.eos_token_id for each in stopping_criteria if isinstance(each, EosTokenCriteria)]
+        self.ends = {id for tensor in ends for id in tensor.reshape(-1).tolist()}
         self.retrieves = retriever is not None or settings.passages is not None
         nsp, cs = self.config.nsp_token_id, self.config.cs_token_id
-        self.never = ([cs] if cs is not None else []) + ([nsp] if settings.forbid_nsp else [])
+        never = [id for id, forbidden in ((cs, True), (nsp, settings.forbid_nsp)) if id is not None and forbidden]
+        self.never = torch.tensor(never, dtype=torch.long, device=device)
         special = {*self.ends, *([nsp] if self.retrieves else []), *([self.config.ce_token_id] if settings.forget_passages else [])}
         self.special = torch.tensor(sorted(special), dtype=torch.long, device=device)
         self.cache = model._row_cache(slots, columns, device, static)
@@ -221,7 +223,7 @@ class Decoder:
             passages = self._retrieve(asking, queries, logits) if asking else {}
             if self._joint(bool(passages)):
                 logits, _ = self._merge(logits, None, passages, self._read(passages))
-            if self.rows:
+            if self.occupied.any():
                 self._decide(logits, [row for row in new if self.settings.force_nsp_first and not row.retrievals])
         if self.streamer is not None:
             self.streamer.end()
@@ -346,8 +348,7 @@ class Decoder:
         n = len(self.rows)
         logits = logits[:n].to(self.device)
         scores = self._process(logits.to(torch.float32, copy=True))
-        if self.never:
-            scores[:, self.never] = float("-inf")
+        scores.index_fill_(1, self.never, float("-inf"))
         if self.banned[:n].any():
             banned = torch.from_numpy(self.banned[:n]).to(self.device)
             scores[:, self.config.nsp_token_id].masked_fill_(banned, float("-inf"))

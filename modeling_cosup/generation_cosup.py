@@ -220,6 +220,8 @@ class RetrievalGenerationMixin:
             raise ValueError("Retrieval keeps its own KV cache: leave out use_cache=False and past_key_values; cache_implementation may be 'static'.")
         if kwargs.get("inputs_embeds") is not None or prepared.guidance_scale not in (None, 1):
             raise ValueError("inputs_embeds and guidance_scale are not available with a retriever: prompt and passages are read once, as token ids.")
+        if prepared.prefill_chunk_size is not None or prepared.cache_config is not None:
+            raise ValueError("prefill_chunk_size and cache_config are not available with a retriever: prompts are read whole, into a cache of its own.")
         for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
             if getattr(prepared, name):
                 raise ValueError(f"{name}=True is not available with a retriever: rows that read passages have no step for it.")
@@ -296,7 +298,7 @@ class RetrievalGenerationMixin:
         if queue is not None:
             return queue.run(self, decoder, rows)
         finished = sorted(decoder.run(rows), key=lambda row: row.number)
-        return self._output(decoder, finished, input_ids, generation_config)
+        return self._output(decoder, finished, input_ids, kwargs.get("attention_mask"), generation_config)
 
     def _check_lengths(self, prompts):
         limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
@@ -329,6 +331,8 @@ class RetrievalGenerationMixin:
             given = getattr(settings, name)
             if given is None:
                 continue
+            if name == "candidates" and retriever is None:
+                raise ValueError("RetrievalConfig.candidates need a retriever to search them.")
             if len(given) == 0 or len(rows) % len(given):
                 raise ValueError(f"RetrievalConfig.{name} has {len(given)} entries, expected one for each of the {len(rows)} prompts.")
             copies = len(rows) // len(given)
@@ -339,11 +343,11 @@ class RetrievalGenerationMixin:
                 for row in rows[i * copies : (i + 1) * copies]:
                     setattr(row, "given" if name == "passages" else "candidates", value)
 
-    def _output(self, decoder, rows, input_ids, generation_config):
+    def _output(self, decoder, rows, input_ids, mask, generation_config):
         """Prompts as they were given, then each row's continuation, padded on the right."""
         width = input_ids.shape[1]
         prompts = input_ids
-        if any(row.prompt[-1] != last for row, last in zip(rows, input_ids[:, -1].tolist(), strict=True)):  # padded on the right: the answer goes there
+        if mask is not None and (mask[:, -1] == 0).any():  # padded on the right, where the answers go
             prompts = pad_rows([[decoder.pad] * (width - len(row.prompt)) + row.prompt for row in rows], device=input_ids.device)[0]
         continuations = [torch.tensor(row.ids[len(row.prompt) :], dtype=torch.long, device=input_ids.device) for row in rows]
         continuations = torch.nn.utils.rnn.pad_sequence(continuations, batch_first=True, padding_value=decoder.pad)

@@ -12,10 +12,15 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Generat
 from transformers.modeling_outputs import ModelOutput
 
 from .configuration_cosup import (CoSupConfig)
-from .generation_cosup import (RetrievalGenerationMixin)
+from .generation_cosup import (RetrievalConfig, RetrievalGenerationMixin)
 from .loss_cosup import (chunked_cross_entropy, info_nce)
 from .retrieval_cosup import (PassageIndex)
 from .tokenization_cosup import (add_control_tokens, encode_queries_for_emb_seq, end_of_turn_token_id, pad_rows, same_tokenizer, tokenizer_fingerprint)
+
+try:
+    from torch.distributed.tensor import DTensor
+except ImportError:  # a torch without distributed
+    DTensor = ()  # type: ignore[assignment, misc]
 
 EMB_SEQ_TOKENIZER_FOLDER = "emb_seq_tokenizer"  # only where the two tokenizers differ
 
@@ -58,6 +63,7 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
     """
 
     config_class = CoSupConfig
+    retrieval_config_class = RetrievalConfig  # for those who loaded this code with a checkpoint
     base_model_prefix = "gen"
     accepts_loss_kwargs = True  # num_items_in_batch
     supports_gradient_checkpointing = True
@@ -471,7 +477,7 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
         """
         What an index must share with this model: hashes of Emb_seq's weights and of the tokenizers, and the embedding settings.
 
-        The weights' hash is taken anew where the weights are float32 or bfloat16 (a cast between the two keeps it). Otherwise, quantised, in
+        The weights' hash is taken anew where the weights are float32 or bfloat16 (a cast between the two keeps it). Otherwise, quantised, sharded, in
         float16 or not loaded, it is that of the last save, so that none of these refuses an index; neither does further training of Gen.
 
         Args:
@@ -485,7 +491,9 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
         """
         stored = self.config.fingerprint or {}
         hashes = {name: stored.get(name) or tokenizer_fingerprint(getattr(self, name)) for name in ("tokenizer", "emb_seq_tokenizer")}
-        exact = self.emb_seq is not None and {p.dtype for p in self.emb_seq.parameters()} <= {torch.float32, torch.bfloat16}
+        weights = [] if self.emb_seq is None else list(self.emb_seq.parameters())
+        sharded = state_dict is None and any(isinstance(weight, DTensor) for weight in weights)  # FSDP2: to put them together costs every rank a gather
+        exact = self.emb_seq is not None and not sharded and {weight.dtype for weight in weights} <= {torch.float32, torch.bfloat16}
         hashes["emb_seq"] = self._hash_emb_seq(state_dict) if exact or not stored.get("emb_seq") else stored["emb_seq"]
         self.config.fingerprint = hashes
         return {**hashes, **self.config.embedding_settings}
@@ -503,7 +511,8 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
         digest = hashlib.sha256()
         for name, parameter in self.named_parameters():
             if name.startswith(("emb_seq.", "emb_head.")):
-                weights = (parameter if state_dict is None else state_dict[name]).detach().reshape(-1)
+                weights = (parameter if state_dict is None else state_dict[name]).detach()
+                weights = (weights.full_tensor() if isinstance(weights, DTensor) else weights).reshape(-1)
                 sample = weights[:: max(1, len(weights) // 4096)].to(torch.bfloat16).contiguous().cpu()
                 digest.update(f"{name} {tuple(parameter.shape)}".encode())
                 digest.update(sample.view(torch.int16).numpy().tobytes())

@@ -1,18 +1,14 @@
-"""The passage index: texts, ids, token ids and exact embeddings of a corpus, searched through FAISS."""
-
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Mapping
-from pathlib import Path
+"""The passage index: a corpus of any size in Emb_seq's space, built in flat memory, searched exactly or through FAISS."""
 
 import numpy as np
-import torch
-from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .tokenization_cosup import (encode_passages_for_emb_seq, encode_passages_for_gen, pad_rows)
+from .index_build_cosup import (ShardBuilder, begin, collect, evaluating, finish, read_shards, unfinished_folder, write_new_shard, write_shards)
+from .index_files_cosup import (CONFIG_FILE, check_file, check_save_directory, map_shard, put_in_place, sweep, write_json)
+from .index_search_cosup import (ApproximateSearch, read_approximate)
+from .index_searchable_cosup import (SearchableStore)
+from .index_store_cosup import (find_folder, map_id_table, new_config)
 
 try:
     import faiss
@@ -25,110 +21,116 @@ except ImportError:
 
 logger = logging.get_logger(__name__)
 
-FORMAT_VERSION = 1
-CONFIG_FILE, EMBEDDINGS_FILE, PASSAGES_FILE = "index_config.json", "embeddings.safetensors", "passages.arrow"
+SHARD_SIZE = 32768  # passages: half a gigabyte at 4,096 dimensions, minutes of work
 
 
-class PassageIndex:
+class PassageIndex(SearchableStore):
     """
     A corpus in Emb_seq's space: what `generate(retriever=...)` searches.
 
-    Args:
-        passages (`pyarrow.Table`): columns `id`, `title`, `text` (strings) and `input_ids` (lists of int32, as Gen reads the passage).
-        embeddings (`torch.FloatTensor` of shape `(M, h)`): of the same rows.
-        fingerprint (`dict`): of the model that made the embeddings, see [`CoSupForCausalLM.fingerprint`].
+    Made by [`PassageIndex.build`] or [`PassageIndex.from_pretrained`]. An index that lives in a folder keeps there what `add`, `delete` and
+    `train_approximate` do; one in memory keeps it until it is saved. A passage's row is its place in the corpus, and stays.
 
     Raises:
         `ImportError`: when faiss or pyarrow is missing.
     """
 
-    def __init__(self, passages, embeddings, fingerprint):
+    def __init__(self, shards, config, folder=None):
         _require_packages()
-        if len(passages) != len(embeddings):
-            raise ValueError(f"The index has {len(passages)} passages but {len(embeddings)} embeddings.")
-        self.passages = passages
-        self.embeddings = embeddings
-        self.fingerprint = fingerprint
-        self._rows = None
-        self._faiss = faiss.IndexFlatIP(embeddings.shape[1])
-        self._faiss.add(embeddings.numpy())
+        super().__init__(shards, config, folder)
+
+    # ------------------------------------------------------------------ building
 
     @classmethod
-    def build(cls, passages, model, tokenizer=None, batch_size=64, show_progress_bar=True):
+    def build(
+        cls,
+        passages,
+        model,
+        tokenizer=None,
+        save_directory=None,
+        batch_size=256,
+        max_tokens_per_batch=16384,
+        shard_size=SHARD_SIZE,
+        dtype="float32",
+        num_processes=1,
+        process_index=0,
+        show_progress_bar=True,
+    ):
         """
         Embed a corpus.
 
+        With `save_directory` the index is made there, shard by shard, in the memory of one shard and 8 bytes a passage; after a crash the same call goes
+        on at the first shard that is not complete. The folder gets its name when it is whole; an index that stood there stays until then.
+
         Args:
-            passages (iterable of `dict`): each `{"id", "title", "text"}`; `title` may be empty or missing.
+            passages: `{"id", "title", "text"}` each; `title` may be empty or missing. A list or another iterable, a `datasets` data set, streamed or not, or
+                the path of a file: JSON Lines (`.gz`) or Parquet. What can be read twice is checked before anything is embedded, the rest as it streams.
             model ([`CoSupForCausalLM`]): with Emb_seq in memory; it runs where it is, in its dtype.
             tokenizer (`PreTrainedTokenizerBase`, *optional*): Gen's; defaults to the model's own.
-            batch_size (`int`): passages per forward; batches are sorted by length.
-            show_progress_bar (`bool`): a tqdm bar.
+            save_directory (`str` or `Path`, *optional*): folder of the index; without it the index is in memory.
+            batch_size (`int`): most passages of a forward.
+            max_tokens_per_batch (`int`): most tokens of a forward, padding included; the passages of a shard are sorted by length.
+            shard_size (`int`): passages of a shard.
+            dtype (`str`): of the stored embeddings: `"float32"`, or `"float16"` or `"bfloat16"` in half the space, searched in float32.
+            num_processes, process_index (`int`): this process makes the shards `process_index`, `process_index + num_processes`, …, in a `save_directory` that
+                all see; then, once all are done, one of them calls [`PassageIndex.merge`].
+            show_progress_bar (`bool`): tqdm bars, on process 0: of the passages that it embeds.
+
+        Returns:
+            [`PassageIndex`], or `None` with several processes.
+
+        Raises:
+            `ValueError`: names the place of a passage with a missing field, an empty text or an id that was there before; a passage whose embedding is not
+                finite; or what differs when another model, or other settings, began the unfinished build.
+            `OSError`: when the folder cannot be written, or the disk is full.
+        """
+        _require_packages()
+        if save_directory is None and num_processes > 1:
+            raise ValueError("Several processes build an index in files: give save_directory.")
+        if not 0 <= process_index < num_processes:
+            raise ValueError(f"process_index is {process_index}, expected one of 0 to {num_processes - 1}.")
+        if tokenizer is not None:
+            model.tokenizer = tokenizer
+        builder = ShardBuilder(model, dtype, batch_size, max_tokens_per_batch)
+        size = model.config.embedding_size
+        settings = {"fingerprint": model.fingerprint(), "embedding_size": size, "dtype": dtype, "shard_size": shard_size}
+        if save_directory is not None:
+            save_directory = check_save_directory(save_directory)
+            begin(unfinished_folder(save_directory), settings)
+        total, shards = read_shards(passages, shard_size, show_progress_bar and process_index == 0)
+        own = None if total is None else sum(min(shard_size, total - start) for start in range(process_index * shard_size, total, num_processes * shard_size))
+        bar = tqdm(total=own, desc="Embedding passages", unit=" passages", smoothing=0, disable=not show_progress_bar or process_index > 0)
+        with bar, evaluating(model):
+            if save_directory is None:
+                made = [builder.make(shard, bar) for shard in shards]
+                return cls(made, new_config(settings, made))
+            num_shards = write_shards(unfinished_folder(save_directory), shards, builder, bar, shard_size, num_processes, process_index)
+        finish(unfinished_folder(save_directory), num_shards, settings)
+        return cls.merge(save_directory) if num_processes == 1 else None
+
+    @classmethod
+    def merge(cls, save_directory):
+        """
+        Make an index of the shards that all processes of a build have finished, and give it its name.
 
         Returns:
             [`PassageIndex`].
 
         Raises:
-            `ValueError`: names the row of a passage with a missing field, an empty text or an id that was there before.
+            `FileNotFoundError`: when a process is not done.
+            `ValueError`: when an id stands in two shards.
         """
-        _require_packages()
-        passages = check_passages(passages)
-        if tokenizer is not None:
-            model.tokenizer = tokenizer
-        gen_ids = encode_passages_for_gen(model.tokenizer, passages, model.config)
-        emb_seq_ids = encode_passages_for_emb_seq(model.emb_seq_tokenizer, passages, model.config)
-        embeddings = _embed(model, emb_seq_ids, batch_size, show_progress_bar)
-        columns = {name: pa.array([passage[name] for passage in passages], pa.large_string()) for name in ("id", "title", "text")}
-        table = pa.table({**columns, "input_ids": pa.array(gen_ids, pa.large_list(pa.int32()))})
-        return cls(table, embeddings, model.fingerprint())
-
-    def search(self, query_embeds, k=1, candidates=None):
-        """
-        The nearest passages by exact inner product.
-
-        Args:
-            query_embeds (`torch.Tensor` of shape `(N, h)`): of the model that built the index; any float dtype and device.
-            k (`int`): passages per query, at most as many as the index holds.
-
-        Returns:
-            `(scores, indices)`: `numpy.ndarray` of float32 and int64, both `(N, k)`, best first; `index[i]` is a passage.
-        """
-        queries = np.ascontiguousarray(torch.as_tensor(query_embeds).detach().float().cpu().numpy())
-        if queries.shape[-1] != self.embeddings.shape[1]:
-            raise ValueError(f"Queries have {queries.shape[-1]} dimensions, the index has {self.embeddings.shape[1]}.")
-        k = min(k, len(self))
-        if len(queries) == 0:
-            return np.zeros((0, k), np.float32), np.zeros((0, k), np.int64)
-        if candidates is not None:
-            scores, rows = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1)
-            for i, pool in enumerate(candidates):
-                pool = np.arange(len(self)) if pool is None else pool
-                own = self.embeddings.numpy()[pool] @ queries[i]
-                best = np.argsort(-own)[:k]
-                scores[i, : len(best)], rows[i, : len(best)] = own[best], pool[best]
-            return scores, rows
-        return self._faiss.search(queries, k)
-
-    def __len__(self):
-        return len(self.passages)
-
-    def __getitem__(self, row):
-        """The passage of a row: `{"id", "title", "text", "input_ids"}`."""
-        return {name: column[row].as_py() for name, column in zip(self.passages.column_names, self.passages.columns, strict=True)}
-
-    def get_passages(self, rows):
-        """The passages of several rows."""
-        return [self[row] for row in rows]
-
-    def rows_of(self, ids):
-        """Rows of passage ids."""
-        return np.array([self.row_of(id) for id in ids])
-
-    def row_of(self, passage_id):
-        """Row of a passage id; `KeyError` when the index lacks it."""
-        if self._rows is None:
-            self._rows = {id: row for row, id in enumerate(self.passages["id"].to_pylist())}
-        return self._rows[passage_id]
+        save_directory = check_save_directory(save_directory)
+        folder = unfinished_folder(save_directory)
+        settings, shards, files = collect(folder)
+        config = new_config(settings, shards, files)
+        index = cls(shards, config, folder)
+        index._write_id_table(folder, config, shards)
+        index._check_ids(map_id_table(folder, config))
+        write_json(folder / CONFIG_FILE, config)
+        put_in_place(folder, save_directory)
+        sweep(save_directory, config)
+        return cls.from_pretrained(save_directory, verify=False)
 
     def check_model(self, model):
         """
@@ -143,148 +145,81 @@ class PassageIndex:
             lines = [f"  {name}: the index has {_short(self.fingerprint.get(name))}, the model {_short(expected[name])}" for name in different]
             raise ValueError("This index was built by another model; build it again with this one.\n" + "\n".join(lines))
 
+    # ------------------------------------------------------------------ changing
+
+    def add(self, passages, model, batch_size=256, max_tokens_per_batch=16384, shard_size=SHARD_SIZE, show_progress_bar=True):
+        """
+        Add passages behind the last row; an approximate index is extended, not trained again.
+
+        In a folder this is kept when all are embedded; a process that dies before leaves the index as it was.
+
+        Args: those of [`PassageIndex.build`].
+
+        Raises:
+            `ValueError`: as in `build`, for an id that is already in the index, and for a model that did not make it. Then nothing is added.
+        """
+        self.check_model(model)
+        if self.config["approximate"] is not None and self._approximate is None:
+            raise ValueError("The approximate index of this folder was not loaded and could not be extended: load it with allow_faiss_files=True.")
+        builder = ShardBuilder(model, self.config["dtype"], batch_size, max_tokens_per_batch)
+        total, cut = read_shards(passages, shard_size, show_progress_bar, lambda ids: [ids[i] for i in np.flatnonzero(self._find(ids) >= 0)])
+        shards, config = list(self._shards), self._next_config()
+        try:
+            with tqdm(total=total, desc="Embedding passages", unit=" passages", smoothing=0, disable=not show_progress_bar) as bar, evaluating(model):
+                for new in cut:
+                    if self.folder is None:
+                        shards.append(builder.make(new, bar))
+                    else:
+                        config["files"].update(write_new_shard(self.folder, len(shards), new, builder, bar))
+                        shards.append(map_shard(self.folder, len(shards)))
+            config["shards"] = [len(shard) for shard in shards]
+            approximate = self._extend_approximate(shards, config)
+            if self.folder is not None:
+                self._write_id_table(self.folder, config, shards)
+                self._keep(config)
+        except BaseException:
+            if self.folder is not None:
+                sweep(self.folder, self.config)
+            raise
+        self.config, self._approximate = config, approximate
+        self._id_table = None if self.folder is None else map_id_table(self.folder, config)
+        self._set_shards(shards)
+
     # ------------------------------------------------------------------ files
 
-    def save_pretrained(self, save_directory):
-        """
-        Write the index as a folder: `index_config.json`, `embeddings.safetensors`, `passages.arrow`.
-
-        The folder appears under its name only when it is complete; an index that stood there before is replaced.
-
-        Args:
-            save_directory (`str` or `Path`): created with its parents.
-
-        Raises:
-            `OSError`: when the folder cannot be written, or `save_directory` exists and is not an index.
-        """
-        save_directory = self.check_save_directory(save_directory)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{save_directory.name}.", suffix=".unfinished", dir=save_directory.parent))
-        try:
-            save_file({"embeddings": self.embeddings.contiguous()}, unfinished / EMBEDDINGS_FILE)
-            with pa.OSFile(str(unfinished / PASSAGES_FILE), "wb") as file, pa.ipc.new_file(file, self.passages.schema) as writer:
-                writer.write_table(self.passages)
-            config = {"format_version": FORMAT_VERSION, "num_passages": len(self), "embedding_size": self.embeddings.shape[1]}
-            (unfinished / CONFIG_FILE).write_text(json.dumps({**config, "fingerprint": self.fingerprint}, indent=2) + "\n")
-            unfinished.chmod(0o755)  # mkdtemp's folder is private
-            replaced = unfinished.with_suffix(".replaced")
-            if save_directory.exists():
-                os.replace(save_directory, replaced)
-            try:
-                os.replace(unfinished, save_directory)
-            except OSError:
-                if replaced.exists():
-                    os.replace(replaced, save_directory)
-                raise
-            shutil.rmtree(replaced, ignore_errors=True)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-
-    @staticmethod
-    def check_save_directory(save_directory):
-        """
-        Raise now what `save_pretrained` would raise after an hour of embedding; its parents are created.
-
-        Raises:
-            `OSError`: when the folder cannot be written, or exists and is neither empty nor an index.
-        """
-        save_directory = Path(save_directory)
-        if save_directory.exists() and any(save_directory.iterdir()) and not (save_directory / CONFIG_FILE).exists():
-            raise FileExistsError(f"{save_directory} exists, is not empty and is not a passage index; choose another folder.")
-        save_directory.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=save_directory.parent).close()
-        return save_directory
-
     @classmethod
-    def from_pretrained(cls, name_or_path, revision=None, **kwargs):
+    def from_pretrained(cls, name_or_path, revision=None, allow_faiss_files=False, search=None, verify=None, **kwargs):
         """
-        Load a saved index: texts are memory-mapped, embeddings read, FAISS built from them. Nothing is unpickled.
+        Load a saved index: everything is mapped, so that it takes no time and hardly any memory. Nothing is unpickled.
 
         Args:
             name_or_path (`str` or `Path`): a folder, or a dataset repository on the Hub.
             revision (`str`, *optional*): of the repository.
+            allow_faiss_files (`bool`): read the file of an approximate index, by FAISS's own parser: only of a source that you trust.
+            search (`str`, *optional*): `"exact"` leaves an approximate index alone.
+            verify (`bool`, *optional*): compare the SHA-256 of all files (`True`), of none (`False`), or of those below 16 MB (default). Sizes always are.
             **kwargs: for `huggingface_hub.snapshot_download`.
 
         Raises:
             `FileNotFoundError`: when the folder is not a complete index.
-            `ValueError`: for a format version that this release does not read, or files that do not belong together.
+            `ValueError`: for a format version that this release does not read, a truncated or altered file, or an approximate index that may not be read.
         """
         _require_packages()
-        folder = Path(name_or_path)
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-            from huggingface_hub.errors import HFValidationError
-
-            files = [CONFIG_FILE, EMBEDDINGS_FILE, PASSAGES_FILE]
-            try:
-                folder = Path(snapshot_download(str(name_or_path), repo_type="dataset", revision=revision, allow_patterns=files, **kwargs))
-            except (HFValidationError, OSError) as error:
-                raise FileNotFoundError(f"{name_or_path} is not a folder, and no dataset repository of this name could be loaded: {error}") from error
-        for name in (CONFIG_FILE, EMBEDDINGS_FILE, PASSAGES_FILE):
-            if not (folder / name).exists():
-                raise FileNotFoundError(f"{folder} is not a complete passage index: {name} is missing.")
-        config = _read(folder / CONFIG_FILE, lambda path: json.loads(path.read_text()))
-        if config.get("format_version") != FORMAT_VERSION:
-            raise ValueError(f"{folder / CONFIG_FILE} has format_version {config.get('format_version')}, this release reads {FORMAT_VERSION}.")
-        passages = _read(folder / PASSAGES_FILE, lambda path: pa.ipc.open_file(pa.memory_map(str(path))).read_all())
-        embeddings = _read(folder / EMBEDDINGS_FILE, lambda path: load_file(path)["embeddings"])
-        if not len(passages) == len(embeddings) == config["num_passages"]:
-            raise ValueError(f"{folder}: {len(passages)} passages, {len(embeddings)} embeddings, expected {config['num_passages']} of both.")
-        return cls(passages, embeddings, config["fingerprint"])
-
-
-def _read(path, reader):
-    try:
-        return reader(path)
-    except Exception as error:  # json, pyarrow and safetensors each raise their own
-        raise ValueError(f"{path} is damaged: {error}") from error
-
-
-def check_passages(passages):
-    """
-    A corpus as a list of `{"id", "title", "text"}`, checked.
-
-    Raises:
-        `ValueError`: names the row, what was found and what was expected.
-    """
-    checked, rows = [], {}
-    for row, passage in enumerate(passages):
-        if not isinstance(passage, Mapping):
-            raise ValueError(f"Corpus row {row} is {passage!r}, expected a dict with 'id', 'title' and 'text'.")
-        for name in ("id", "text"):
-            value = passage.get(name)
-            if not isinstance(value, str) or not value.strip():
-                raise ValueError(f"Corpus row {row}: {name!r} is {value!r}, expected a string that is not empty.")
-        title = passage.get("title") or ""
-        if not isinstance(title, str):
-            raise ValueError(f"Corpus row {row}: 'title' is {title!r}, expected a string.")
-        if passage["id"] in rows:
-            raise ValueError(f"Corpus row {row}: id {passage['id']!r} already stands in row {rows[passage['id']]}; ids must be unique.")
-        rows[passage["id"]] = row
-        checked.append({"id": passage["id"], "title": title, "text": passage["text"]})
-    if not checked:
-        raise ValueError("The corpus holds no passage.")
-    return checked
-
-
-@torch.no_grad()
-def _embed(model, token_ids, batch_size, show_progress_bar):
-    """Embeddings `(M, h)` in float32 on the CPU, in the order of `token_ids`; batches of similar length, longest first."""
-    from tqdm.auto import tqdm
-
-    training = model.training
-    order = sorted(range(len(token_ids)), key=lambda row: -len(token_ids[row]))
-    embeddings = torch.empty(len(token_ids), model.config.embedding_size)
-    model.eval()
-    try:
-        with tqdm(total=len(order), desc="Embedding passages", unit="passage", disable=not show_progress_bar) as bar:
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                ids, mask = pad_rows([token_ids[row] for row in rows], device=model.device)
-                embeddings[rows] = model.encode_passages(ids, mask).float().cpu()
-                bar.update(len(rows))
-    finally:
-        model.train(training)
-    return embeddings
+        if search not in (None, "exact"):
+            raise ValueError(f"search is {search!r}, expected None or 'exact'.")
+        folder = find_folder(name_or_path, allow_faiss_files and search is None, revision, **kwargs)
+        index = cls._load(folder, verify)
+        approximate = index.config["approximate"]
+        if search == "exact" and approximate is not None and not (folder / approximate["file"]).exists():
+            index.config = {**index.config, "approximate": None, "files": {k: v for k, v in index.config["files"].items() if k != approximate["file"]}}
+        if approximate is None or search == "exact":
+            return index
+        if not allow_faiss_files:
+            raise ValueError(f"{name_or_path} is searched through a FAISS file: pass allow_faiss_files=True if you trust it, or search='exact'.")
+        check_file(folder / approximate["file"], index.config["files"][approximate["file"]], verify)
+        index._approximate = ApproximateSearch(read_approximate(folder / approximate["file"], index.num_rows, index.config["embedding_size"]))
+        index._search_options = {}
+        return index
 
 
 def _require_packages():

@@ -1,12 +1,24 @@
 """What generate() takes and returns; that it is exact is the matter of tests/invariant."""
 
+import threading
+
 import pytest
 import torch
 from conftest import PASSAGES, Steer, left_pad, make_gen, make_model, make_tokenizer, real_tokens
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextStreamer
-from transformers.generation import BaseStreamer, MinNewTokensLengthLogitsProcessor
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+    TextStreamer,
+)
+from transformers.generation import BaseStreamer, EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, MinNewTokensLengthLogitsProcessor
 
-from modeling_cosup import CoSupGenerateOutput, Retrieval
+from modeling_cosup import CoSupGenerateOutput, Retrieval, RetrievalConfig, RetrievalError
 from modeling_cosup.tokenization_cosup import encode_prompt, encode_texts
 
 QUESTIONS = ["who?", "who painted the Night Watch?", "Curie", "when was it finished; in Amsterdam", "not this one!"]
@@ -120,16 +132,6 @@ def test_citations_of_a_prompt_that_ends_in_nsp(model, index):
 
 
 def test_streaming_gives_every_token_in_order(model, inputs, index, steer):
-    class Collect(BaseStreamer):
-        def __init__(self):
-            self.tokens, self.ended = [], False
-
-        def put(self, value):
-            self.tokens += value.flatten().tolist()
-
-        def end(self):
-            self.ended = True
-
     for row in (0, 1):
         ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()][None]
         streamer = Collect()
@@ -179,6 +181,17 @@ def test_min_new_tokens_counts_decoded_tokens(model, inputs, index, steer):
     by_length = generate(model, inputs, index, steer, eager, min_length=width + 7)
     by_processor = generate(model, inputs, index, steer, eager, MinNewTokensLengthLogitsProcessor(width, 7, ends, "cpu"))
     assert torch.equal(by_length.sequences, output.sequences) and torch.equal(by_processor.sequences, output.sequences)
+
+
+def test_criteria_of_the_user_end_rows(model, inputs, index, steer):
+    word, width = encode_texts(model.tokenizer, ["a"])[0][0], inputs["input_ids"].shape[1]
+    output = generate(model, inputs, index, Prefer([word], 3.0), steer, stopping_criteria=StoppingCriteriaList([EosTokenCriteria(eos_token_id=word)]))
+    rows = real_tokens(output, inputs["attention_mask"], model.tokenizer.pad_token_id)
+    assert any(ids[-1] == word for ids in rows) and min(output.num_generated_tokens.tolist()) < 20
+    output = generate(model, inputs, index, steer, max_new_tokens=None, stopping_criteria=StoppingCriteriaList([MaxLengthCriteria(max_length=width + 4)]))
+    assert output.num_generated_tokens.tolist() == [4] * 5
+    output = generate(model, inputs, index, steer, stopping_criteria=StoppingCriteriaList([MaxTimeCriteria(max_time=0.0)]))
+    assert output.num_generated_tokens.tolist() == [1] * 5
 
 
 def test_an_ended_row_is_padded_and_stays_as_it_was(model, inputs, index, steer):
@@ -312,6 +325,7 @@ def test_without_retriever_it_is_ordinary_generation(model, inputs, steer):
         ({"output_hidden_states": True}, "output_hidden_states=True is not available"),
         ({"inputs_embeds": torch.zeros(5, 3, 32)}, "inputs_embeds and guidance_scale are not available"),
         ({"guidance_scale": 2.0}, "inputs_embeds and guidance_scale are not available"),
+        ({"prefill_chunk_size": 4}, "prefill_chunk_size and cache_config are not available"),
         ({"assistant_model": make_gen()}, "not in assisted_generation"),
         ({"prompt_lookup_num_tokens": 2}, "not in assisted_generation"),
         ({"generation_config": GenerationConfig(num_beams=2)}, "not in beam_search"),
@@ -344,8 +358,244 @@ def test_a_model_with_adapters_generates(model, inputs, index, steer):
     assert torch.equal(output.sequences, expected.sequences) and output.retrievals == expected.retrievals
 
 
-def test_a_recurrent_gen_is_refused():
-    model = make_model("mamba")
+@pytest.mark.parametrize(("gen", "message"), [("mamba", "recurrent state"), ("gpt_neo", "layers of the types global, local"), ("bloom", "from one cache")])
+def test_architectures_that_are_refused(gen, message):
+    model = make_model(gen)
     index = model.build_index(PASSAGES, show_progress_bar=False)
-    with pytest.raises(ValueError, match="recurrent state"):
+    with pytest.raises(ValueError, match=message):
         model.generate(torch.tensor([[5, 6]]), retriever=index, max_new_tokens=2)
+
+
+# ------------------------------------------------------------------ streaming
+
+
+def stream_of(model, index, streamer, **kwargs):
+    input_ids = torch.tensor([[*encode_prompt(model.tokenizer, "who?"), model.config.nsp_token_id]])
+    letter = encode_texts(model.tokenizer, ["a"])[0]
+    return generate(model, {"input_ids": input_ids}, index, Prefer(letter), max_new_tokens=4, streamer=streamer, **kwargs), input_ids
+
+
+def test_passages_can_be_hidden_from_a_streamer(model, index, capsys):
+    streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    output, _ = stream_of(model, index, streamer, retrieval_config=RetrievalConfig(stream_passages=False))
+    assert capsys.readouterr().out.strip() == "aaaa" and len(output.retrievals[0]) == 1
+
+
+def test_text_iterator_streamer(model, index):
+    streamer = TextIteratorStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    thread = threading.Thread(target=stream_of, args=(model, index, streamer))
+    thread.start()
+    text = "".join(streamer)
+    thread.join()
+    assert text.strip().endswith("aaaa") and any(passage["text"] in text for passage in PASSAGES)
+
+
+class Collect(BaseStreamer):
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+def test_a_refused_nsp_is_not_streamed(model, index, steer):
+    ids, streamer = torch.tensor([encode_prompt(model.tokenizer, "who?")]), Collect()
+    settings = RetrievalConfig(min_score=9.0, force_nsp_first=True)
+    output = generate(model, {"input_ids": ids}, index, steer, streamer=streamer, retrieval_config=settings)
+    assert streamer.tokens == output.sequences[0].tolist() and model.config.nsp_token_id not in streamer.tokens[:-1]
+
+
+def test_a_streamer_takes_one_row(model, inputs, index):
+    with pytest.raises(ValueError, match="A streamer takes one row, found 5"):
+        generate(model, inputs, index, streamer=Collect())
+
+
+# ------------------------------------------------------------------ rows that leave, processors that count
+
+
+def test_finished_rows_leave_the_batch(model, inputs, index, steer):
+    steer.end_every = 6
+    sizes = []
+    model.gen.base_model.register_forward_pre_hook(lambda module, args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    output = generate(model, inputs, index, steer)
+    steps = [rows for rows, width in sizes if width == 1]
+    counts = sorted(output.num_generated_tokens.tolist())
+    assert steps == sorted(steps, reverse=True) and len(set(steps)) > 1
+    assert sum(steps) == sum(count - 1 for count in counts)  # a row's first decision follows from its prompt, after its last it is gone
+
+
+def test_processors_see_the_whole_batch_in_order(model, inputs, index, steer):
+    steer.end_every = 6
+    letters = [encode_texts(model.tokenizer, [letter])[0][0] for letter in "abcde"]
+    seen = []
+
+    class OneLetterARow(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            seen.append(tuple(input_ids.shape))
+            scores = scores.clone()
+            scores[torch.arange(5), letters] += 100.0
+            return scores
+
+    output = generate(model, inputs, index, steer, OneLetterARow())
+    assert {rows for rows, _ in seen} == {5} and len(set(output.num_generated_tokens.tolist())) > 2
+    assert_own_letters(model, output, letters)
+
+
+def assert_own_letters(model, output, letters):
+    """Each row wrote its own letter, beside `[NSP]` and the end, or ended at once."""
+    others = {model.config.nsp_token_id, *model.generation_config.eos_token_id, model.tokenizer.pad_token_id}
+    for letter, ids, trace in zip(letters, output.sequences.tolist(), output.retrievals, strict=True):
+        passages = {column for r in trace for column in range(r.position + 1, r.grounded_span[0])}
+        written = {id for column, id in enumerate(ids) if column >= output.prompt_length and column not in passages}
+        assert written <= {letter, *others}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"forced_eos_token_id": 5}, {"exponential_decay_length_penalty": (4, 3.0)}, {"begin_suppress_tokens": [22, 232]}, {"min_new_tokens": 9}],
+    ids=lambda options: next(iter(options)),
+)
+def test_processors_that_count_do_not_count_passages(model, inputs, index, steer, options):
+    """In a batch as alone, where rows retrieve different amounts; and differently from without the option."""
+    processors = [steer, Prefer(model.generation_config.eos_token_id, 500.0 if "min_new_tokens" in options else 1.0)]
+    rows = real_tokens(output := generate(model, inputs, index, *processors, **options), inputs["attention_mask"], model.tokenizer.pad_token_id)
+    assert len(set(map(len, output.retrievals))) > 1
+    for row, ids in enumerate(rows):
+        prompt = inputs["input_ids"][row][inputs["attention_mask"][row].bool()][None]
+        assert generate(model, {"input_ids": prompt}, index, *processors, **options).sequences[0].tolist() == ids
+    if "forced_eos_token_id" in options:
+        assert [ids[-1] for ids, count in zip(rows, output.num_generated_tokens.tolist(), strict=True) if count == 20] == [5] * 5
+    if "min_new_tokens" in options:
+        assert min(output.num_generated_tokens.tolist()) > 9
+    assert rows != real_tokens(generate(model, inputs, index, *processors), inputs["attention_mask"], model.tokenizer.pad_token_id)
+
+
+def test_prefix_allowed_tokens_know_their_row(model, inputs, index, steer):
+    letters = [encode_texts(model.tokenizer, [letter])[0][0] for letter in "abcde"]
+    nsp, ends = model.config.nsp_token_id, model.generation_config.eos_token_id
+    steer.end_every = 6
+    output = generate(model, inputs, index, steer, prefix_allowed_tokens_fn=lambda row, ids: [letters[row], nsp, *ends])
+    assert len(set(output.num_generated_tokens.tolist())) > 2
+    assert_own_letters(model, output, letters)
+
+
+# ------------------------------------------------------------------ settings
+
+
+def test_query_embeddings_on_request(model, inputs, index, steer):
+    output = generate(model, inputs, index, steer, retrieval_config=RetrievalConfig(output_query_embeds=True))
+    assert sum(map(len, output.retrievals)) >= 2
+    for retrieval in (r for trace in output.retrievals for r in trace):
+        scores = index.embeddings @ torch.tensor(retrieval.query_embed)
+        assert scores.max().item() == pytest.approx(retrieval.score, abs=1e-5)
+    assert generate(model, inputs, index, steer).retrievals[1][0].query_embed is None
+
+
+def test_candidates_with_num_return_sequences(model, inputs, index, steer):
+    pools = [["p0"], ["p1"], ["p2"], ["p3"], ["p4"]]
+    torch.manual_seed(0)
+    options = {"do_sample": True, "num_return_sequences": 2, "retrieval_config": RetrievalConfig(candidates=pools, force_nsp_first=True)}
+    output = generate(model, inputs, index, steer, **options)
+    assert [{r.passage_id for r in trace} for trace in output.retrievals] == [{f"p{row // 2}"} for row in range(10)]
+    assert [r.row for trace in output.retrievals for r in trace[:1]] == list(range(10))
+
+
+def test_an_index_smaller_than_top_k(model, inputs):
+    index = model.build_index(PASSAGES[:2], show_progress_bar=False)
+    output = generate(model, inputs, index, retrieval_config=RetrievalConfig(top_k=5, force_nsp_first=True), max_new_tokens=3)
+    assert [len(trace[0].passages) for trace in output.retrievals] == [2] * 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"top_k": 0}, "top_k is 0"),
+        ({"max_retrievals": -1}, "max_retrievals is -1"),
+        ({"force_nsp_first": True, "forbid_nsp": True}, "exclude each other"),
+        ({"candidates": [], "passages": []}, "set one of them"),
+        ({"forget_passages": "yes"}, "'recompute' or 'mask'"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        RetrievalConfig(**settings)
+
+
+def test_candidates_and_passages_must_fit(model, inputs, index):
+    for settings in ({"candidates": [["p0"]] * 3}, {"passages": [["p0"]] * 3}):
+        with pytest.raises(ValueError, match=f"{next(iter(settings))} has 3 entries, expected one for each of the 5 prompts"):
+            generate(model, inputs, index, retrieval_config=RetrievalConfig(**settings))
+    for settings in ({"candidates": [["p0", "p77"]] * 5}, {"passages": [["p77"]] * 5}):
+        with pytest.raises((ValueError, KeyError), match="p77"):
+            generate(model, inputs, index, retrieval_config=RetrievalConfig(**settings))
+    with pytest.raises(ValueError, match="retrieval_config needs a retriever"):
+        generate(model, inputs, None, retrieval_config=RetrievalConfig(top_k=2))
+    with pytest.raises(ValueError, match="candidates need a retriever"):
+        generate(model, inputs, None, retrieval_config=RetrievalConfig(candidates=[["p0"]] * 5, forbid_nsp=True))
+    with pytest.raises(ValueError, match="'p0' is given by its id"):
+        generate(model, inputs, None, retrieval_config=RetrievalConfig(passages=[["p0"]] * 5))
+
+
+# ------------------------------------------------------------------ a search that fails
+
+
+class Breaks:
+    """An index whose third search fails."""
+
+    def __init__(self, index):
+        self.index, self.searches = index, 0
+        self.check_model, self.get_passages, self.rows_of = index.check_model, index.get_passages, index.rows_of
+
+    def search(self, *args, **kwargs):
+        self.searches += 1
+        if self.searches == 3:
+            raise ConnectionError("the server went away")
+        return self.index.search(*args, **kwargs)
+
+
+def test_a_failed_search_keeps_the_finished_rows(model, inputs, index, steer):
+    steer.end_every = 6
+    expected = generate(model, inputs, index, steer)
+    with pytest.raises(RetrievalError, match="the server went away") as error:
+        generate(model, inputs, Breaks(index), steer)
+    rows = real_tokens(expected, inputs["attention_mask"], model.tokenizer.pad_token_id)
+    assert error.value.finished and all(row.ids == rows[row.number] for row in error.value.finished)
+
+
+# ------------------------------------------------------------------ a static cache, a captured step
+
+
+def test_a_static_cache_gives_the_same_tokens(model, inputs, index, steer):
+    steer.end_every = 11
+    expected = generate(model, inputs, index, steer)
+    in_config = GenerationConfig(cache_implementation="static", pad_token_id=model.tokenizer.pad_token_id)
+    for options in ({"cache_implementation": "static"}, {"generation_config": in_config}):
+        output = generate(model, inputs, index, steer, **options)
+        assert torch.equal(output.sequences, expected.sequences) and model._static_row_cache.static
+        assert [[r.passage_id for r in trace] for trace in output.retrievals] == [[r.passage_id for r in trace] for trace in expected.retrievals]
+
+
+def test_a_static_cache_is_used_again(model, inputs, index, steer):
+    first = generate(model, inputs, index, steer, cache_implementation="static")
+    kept = model._static_row_cache
+    again = generate(model, inputs, index, steer, cache_implementation="static")
+    assert model._static_row_cache is kept and torch.equal(first.sequences, again.sequences)
+    other = generate(model.double(), inputs, index, steer, cache_implementation="static")
+    assert model._static_row_cache is not kept and other.sequences.shape[0] == 5
+
+
+@pytest.mark.slow
+def test_a_captured_step_gives_the_same_tokens(model, inputs, index, steer):
+    compiled = CompileConfig(mode="default")
+    compiled._compile_all_devices = True  # transformers compiles on accelerators only
+    steer.end_every = 11
+    expected = generate(model, inputs, index, steer)
+    torch._dynamo.utils.counters.clear()
+    for _ in range(2):
+        output = generate(model, inputs, index, steer, cache_implementation="static", compile_config=compiled)
+        assert torch.equal(output.sequences, expected.sequences)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] in (1, 2)  # one more where the cache had to grow
+    assert not torch._dynamo.utils.counters["graph_break"]

@@ -13,6 +13,8 @@ PAIRS = {  # Gen, Emb_seq, more
     "gpt2-llama-wider": ("gpt2", "llama", {"emb_seq_kwargs": {"hidden_size": 48}}),
     "mistral-bert-narrower": ("mistral", "bert", {"emb_seq_kwargs": {"hidden_size": 16}, "emb_seq_pooling": "mean"}),
     "qwen3-gpt2-dot": ("qwen3", "gpt2", {"similarity": "dot"}),
+    "phi3-llama": ("phi3", "llama", {}),  # a sliding window on every layer
+    "gptj-bert": ("gptj", "bert", {"emb_seq_pooling": "mean"}),  # makes its attention masks itself
 }
 MAX_NEW_TOKENS = 20
 

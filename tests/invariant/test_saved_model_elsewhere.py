@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import PASSAGES, left_pad, make_model, make_tokenizer
@@ -44,7 +45,11 @@ for folder, index_folder in job["pairs"]:
         model = auto.from_pretrained(folder, trust_remote_code=True, **options)
         index = model.load_index(index_folder)
         output = model.generate(**inputs, retriever=index, max_new_tokens=12, max_retrievals=3, return_dict_in_generate=True)
+        settings = model.retrieval_config_class(max_retrievals=3)
+        prompts = [ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"])]
+        many = model.generate_many(prompts, retriever=index, retrieval_config=settings, max_new_tokens=12, batch_size=3, show_progress_bar=False)
         result = {
+            "many": [done.token_ids for done in many],
             "model_type": config.model_type,
             "module": type(model).__module__.split(".")[0],
             "vocabulary": len(tokenizer),
@@ -89,7 +94,7 @@ def models():
 
 def as_json(retrieval):
     """A retrieval as JSON gives it back, without its score."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in retrieval.to_dict().items() if name != "score"}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in retrieval.to_dict().items() if name != "scores"}
 
 
 def test_a_process_without_this_package_gives_the_same(models, tmp_path):
@@ -111,11 +116,14 @@ def test_a_process_without_this_package_gives_the_same(models, tmp_path):
         assert result["model_type"] == "cosup" and result["module"] == "transformers_modules"
         assert result["logits"] == pytest.approx(logits, rel=1e-4, abs=1e-2) and result["sequences"] == output.sequences.tolist()
         for found_trace, trace in zip(result["trace"], output.retrievals, strict=True):
-            scores = [retrieval.pop("score") for retrieval in found_trace]  # another number of threads may round the last digit otherwise
-            assert scores == pytest.approx([retrieval.score for retrieval in trace], abs=1e-5)
+            scores = [retrieval.pop("scores") for retrieval in found_trace]  # another number of threads may round the last digit otherwise
+            assert scores == pytest.approx(np.array([retrieval.scores for retrieval in trace]), abs=1e-5)
             assert found_trace == [as_json(retrieval) for retrieval in trace]
         assert result["cited"] == model.decode_with_citations(output, model.tokenizer) and "[1]" in result["cited"][0]
         assert result["vocabulary"] == len(model.tokenizer) and result["chat"] == encode_prompt(model.tokenizer, "who?")
+        pad, width = model.tokenizer.pad_token_id, output.prompt_length
+        for ids, sequence in zip(result["many"], result["sequences"], strict=True):
+            assert ids + [pad] * (len(sequence) - width - len(ids)) == sequence[width:]
         if "ids" in result:
             assert result["embeddings"] < 1e-5 and result["ids"] == [index[row]["input_ids"] for row in range(len(index))]
 

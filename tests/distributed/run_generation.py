@@ -1,0 +1,57 @@
+"""generate(synced_gpus=True) of a sharded model, every rank with prompts of its own. Launched by test_synced_generation.py."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from conftest import PASSAGES, Steer, left_pad, make_model  # noqa: E402
+from transformers import LogitsProcessorList  # noqa: E402
+
+from modeling_cosup import RetrievalConfig  # noqa: E402
+from modeling_cosup.tokenization_cosup import encode_prompt  # noqa: E402
+
+PROMPTS = [["who?", "who painted the Night Watch?", "Curie"], ["when was it finished; in Amsterdam"]]  # of each rank
+SETTINGS = {
+    "plain": {},
+    "first": {"force_nsp_first": True},
+    "forget": {"forget_passages": "recompute", "top_k": 2},
+    "refused": {"min_score": 0.15, "force_nsp_first": True},
+}
+
+
+def answers(model, index, rank, settings, **kwargs):
+    prompts = [encode_prompt(model.tokenizer, question) for question in PROMPTS[rank]]
+    steer = Steer(model, retrieve_every=6, end_every=17 - 6 * rank)
+    inputs = left_pad(prompts, model.tokenizer.pad_token_id)
+    options = {"max_new_tokens": 16, "logits_processor": LogitsProcessorList([steer]), "return_dict_in_generate": True}
+    output = model.generate(**inputs, retriever=index, retrieval_config=RetrievalConfig(**settings), **options, **kwargs)
+    return output.sequences.tolist(), [[r.passage_ids for r in trace] for trace in output.retrievals]
+
+
+def main():
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    model = make_model()
+    index = model.build_index(PASSAGES, show_progress_bar=False)
+    expected = {name: answers(model, index, dist.get_rank(), settings) for name, settings in SETTINGS.items()}
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.gen.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    found = {name: answers(model, index, dist.get_rank(), settings, synced_gpus=True) for name, settings in SETTINGS.items()}
+    Path(sys.argv[1], f"rank-{dist.get_rank()}.json").write_text(json.dumps([expected, found]))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    assert "RANK" in os.environ
+    main()
