@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_gen, make_tokenizer
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = ["--shape", "tiny", "--device", "cpu", "--new_tokens", "16", "--batch_sizes", "1", "3", "--repeats", "1", "--num_passages", "60", "--captured", "false"]
@@ -41,7 +42,16 @@ def test_all_arms_write_the_same_tokens(benchmark, monkeypatch, tmp_path, capsys
     assert [(r["arm"], r["rows_equal"]) for r in results["part_4"]] == [("fixed batches", 10), ("generate_many", 10)]
     shown = capsys.readouterr().out
     headings = ["Against the original's algorithm", "Against plain gen.generate", "Exact search among 90 x 64", "A queue against fixed batches of 3"]
-    assert "float32, seed 0" in shown and all(heading in shown for heading in headings)
+    assert shown.count("random weights, shape tiny, float32, seed 0, ") == 4 and all(heading in shown for heading in headings)
+
+
+def test_a_model_of_ones_own(benchmark, monkeypatch, tmp_path):
+    make_gen("qwen3").save_pretrained(tmp_path / "gen")
+    make_tokenizer().save_pretrained(tmp_path / "gen")
+    run(benchmark, monkeypatch, *SMALL, "--gen", tmp_path / "gen", "--parts", 1, 4, "--batch_sizes", 2, "--output_file", tmp_path / "out.json")
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert [r["rows_equal"] for r in results["part_1"]] == [2]
+    assert [r["rows_equal"] for r in results["part_4"]] == [10, 10]
 
 
 def test_other_passages_give_other_tokens(benchmark):

@@ -149,12 +149,13 @@ def part_1(world, script):
         results[-1]["speed_to_original"] = spread(arms["CoSup"].ratios(arms["original"], work=size / len(first)))
         results[-1]["original"] = facts(arms["original"], len(first) * script.new_tokens)
         results[-1]["CoSup"] = facts(arms["CoSup"], size * script.new_tokens)
-    print(f"\nAgainst the original's algorithm, one row after another: {script.new_tokens} tokens and {script.retrievals} retrievals a row")
+    print(f"\nAgainst the original's algorithm, one row after another: {script.new_tokens} tokens and {script.retrievals} retrievals a row; {world.said}")
     print_table(
-        ["batch", "the original, tokens/s", "CoSup, tokens/s", "x the original (min to max)", "rows with the same tokens"],
+        ["batch", "the original, tokens/s", "CoSup, tokens/s", "x the original (min to max)", "peak memory GB: original, CoSup", "rows with the same tokens"],
         [
             [str(r["batch"]), f"{r['original']['tokens_per_second']:.1f}", f"{r['CoSup']['tokens_per_second']:.1f}"]
-            + [show(r["speed_to_original"]), f"{r['rows_equal']} of {r['rows_compared']}"]
+            + [show(r["speed_to_original"]), ", ".join(f"{r[name]['peak_memory_gb']:.2f}" for name in ("original", "CoSup"))]
+            + [f"{r['rows_equal']} of {r['rows_compared']}"]
             for r in results
         ],
     )
@@ -193,7 +194,7 @@ def part_2(world, script):
                 rest = Arm(seconds=[whole - sum(part.values()) for whole, part in zip(arm.seconds, parts, strict=True)])
                 result["speed_to_plain_without_parts"] = spread(rest.ratios(done["plain"]))
             results.append(result)
-    print(f"\nAgainst plain gen.generate: {script.new_tokens} tokens a row; where it retrieves, {script.retrievals} passages a row")
+    print(f"\nAgainst plain gen.generate: {script.new_tokens} tokens a row; where it retrieves, {script.retrievals} passages a row; {world.said}")
     header = ["batch", "arm", "s", "reading passages, s", "search, s", "tokens/s", "x plain", "x plain without reading and search"]
     print_table(
         [*header, "x plain, captured alike", "peak memory GB", "rows as in the eager arm"],
@@ -239,7 +240,7 @@ def part_3(world, script):
             shares = spread([part / whole for part, whole in zip(search, arm.seconds, strict=True)])
             results.append({"batch": rows, "arm": name, "index_size": size, "search_seconds": statistics.median(search), "share_of_search": shares})
             results[-1] |= facts(arm, rows * script.new_tokens)
-    print(f"\nExact search among {size:,} x {world.config.embedding_size}: {script.new_tokens} tokens and {script.retrievals} retrievals a row")
+    print(f"\nExact search among {size:,} x {world.config.embedding_size}: {script.new_tokens} tokens and {script.retrievals} retrievals a row; {world.said}")
     print_table(
         ["batch", "decoding", "s", "search, s", "share of search (min to max)"],
         [[str(r["batch"]), r["arm"], f"{r['seconds']['median']:.2f}", f"{r['search_seconds']:.3f}", show(r["share_of_search"], ".1%")] for r in results],
@@ -273,7 +274,8 @@ def part_4(world, script):
         {"arm": name, **facts(arm, tokens), "rows_equal": equal(arm.results[-1], first.results[-1]), "speed_to_fixed": spread(arm.ratios(first))}
         for name, arm in arms.items()
     ]
-    print(f"\nA queue against fixed batches of {rows}: {len(prompts)} prompts, answers of {min(lengths.values())} to {max(lengths.values())} tokens")
+    shortest, longest = min(lengths.values()), max(lengths.values())
+    print(f"\nA queue against fixed batches of {rows}: {len(prompts)} prompts, answers of {shortest} to {longest} tokens; {world.said}")
     print_table(
         ["arm", "s", "tokens/s", "x fixed (min to max)", "peak memory GB", "rows with the same tokens"],
         [
@@ -294,7 +296,8 @@ def main():
             torch.set_num_threads(script.threads)
         results = {**describe(device), "arguments": vars(script)}
         world = World(script, device)
-        print(f"{script.gen or f'random weights, shape {script.shape}'}, {script.dtype}, seed {script.seed}", flush=True)
+        weights = script.gen or f"random weights, shape {script.shape}"
+        world.said = f"{weights}, {script.dtype}, seed {script.seed}, {results['hardware']}"
         for part in script.parts:
             results[f"part_{part}"] = {1: part_1, 2: part_2, 3: part_3, 4: part_4}[part](world, script)
         if script.output_file:

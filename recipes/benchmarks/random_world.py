@@ -35,11 +35,17 @@ class World:
 
     Args:
         script (`BenchmarkArguments`), device (`torch.device`): what to build, and where.
+
+    Attributes:
+        model (`CoSupForCausalLM`): whose Emb_seq is a small one, since it takes no part in generation.
+        options (`dict`): for every generate(): greedy, and neither an end of turn nor a control token unless it is forced.
+        compile (`dict`): for a static cache and a captured step.
+        said (`str`): what ran on what, for the headings of tables.
     """
 
     def __init__(self, script, device):
         self.script, self.device, self.meter = script, device, Meter(device)
-        rng = random.Random(script.seed)
+        self.said, rng = "", random.Random(script.seed)
         self.words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 8))) for _ in range(200)]
         self.model = self._make_model()
         self.config, self.pad = self.model.config, self.model.generation_config.pad_token_id
