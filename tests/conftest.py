@@ -173,3 +173,11 @@ def real_tokens(output, attention_mask, pad):
         prompt, continuation = sequence[: output.prompt_length][mask.bool()], sequence[output.prompt_length :]
         rows.append(prompt.tolist() + continuation[continuation != pad].tolist())
     return rows
+
+
+def assert_same_retrievals(found, expected):
+    """Two traces of a batch: the same passages at the same places; scores may differ by a rounding (weights lie elsewhere in memory)."""
+    for ours, theirs in zip(found, expected, strict=True):
+        for first, second in zip(ours, theirs, strict=True):
+            assert (first.row, first.position, first.passages, first.grounded_span) == (second.row, second.position, second.passages, second.grounded_span)
+            assert first.scores == pytest.approx(second.scores, abs=1e-5)

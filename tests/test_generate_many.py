@@ -164,6 +164,7 @@ def test_an_output_file_of_other_prompts_is_refused(model, index, prompts, optio
 SCRIPT = """
 import sys, time
 sys.path.insert(0, {tests!r})
+from conftest import *
 from test_generate_many import *
 tokenizer = make_tokenizer()
 model = make_model(tokenizer=tokenizer)
