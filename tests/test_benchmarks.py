@@ -76,6 +76,8 @@ def test_other_passages_give_other_tokens(benchmark):
         (["--shape", "tiny", "--new_tokens", "7"], "--new_tokens is 7, expected 4 or more for each of the 2 retrievals"),
         (["--shape", "tiny", "--num_candidates", "9", "--num_passages", "8"], "--num_candidates is 9, expected at most the 8 passages"),
         (["--shape", "tiny", "--parts", "4", "--num_prompts", "9999", "--num_passages", "60"], "9999 prompts that begin differently need as many tokens"),
+        (["--dtype", "int8"], "--dtype is 'int8', expected float32, bfloat16 or float16"),
+        (["--output_file", "nowhere/out.json"], "--output_file nowhere/out.json: its folder does not exist"),
         (["--shape", "tiny", "--parts", "5"], "--parts holds 5, expected 1, 2, 3 or 4"),
     ],
 )

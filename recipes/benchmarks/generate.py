@@ -61,6 +61,12 @@ class BenchmarkArguments:
     def __post_init__(self):
         if self.shape not in SHAPES:
             raise ValueError(f"--shape is {self.shape!r}, expected one of {', '.join(SHAPES)}.")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"--dtype is {self.dtype!r}, expected float32, bfloat16 or float16.")
+        if self.device not in ("auto", "cpu") and not torch.cuda.is_available():
+            raise ValueError(f"--device is {self.device!r}, but torch finds no GPU here.")
+        if self.output_file and not Path(self.output_file).parent.is_dir():
+            raise ValueError(f"--output_file {self.output_file}: its folder does not exist.")
         if wrong := set(self.parts) - {1, 2, 3, 4}:
             raise ValueError(f"--parts holds {min(wrong)}, expected 1, 2, 3 or 4.")
         if self.new_tokens < 4 * self.retrievals:
@@ -300,8 +306,8 @@ def main():
         world.said = f"{weights}, {script.dtype}, seed {script.seed}, {results['hardware']}"
         for part in script.parts:
             results[f"part_{part}"] = {1: part_1, 2: part_2, 3: part_3, 4: part_4}[part](world, script)
-        if script.output_file:
-            Path(script.output_file).write_text(json.dumps(results, indent=2) + "\n")
+            if script.output_file:  # after each part: a later one that fails takes nothing along
+                Path(script.output_file).write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
