@@ -7,13 +7,23 @@ import numpy as np
 import torch
 from transformers.generation import (
     EosTokenCriteria,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
     ExponentialDecayLengthPenalty,
     ForcedBOSTokenLogitsProcessor,
     ForcedEOSTokenLogitsProcessor,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
     MaxLengthCriteria,
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
     SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from .cache_cosup import (EMPTY, attention_mask)
@@ -27,6 +37,19 @@ _COUNTING = (
     ForcedEOSTokenLogitsProcessor,
     ExponentialDecayLengthPenalty,
     SuppressTokensAtBeginLogitsProcessor,
+)
+# these read nothing but the scores, so no history need be put together for them
+_SCORES_ONLY = (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    MinPLogitsWarper,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 
@@ -402,6 +425,9 @@ class Decoder:
                     slots = torch.from_numpy(np.flatnonzero(self.generated[: len(self.rows)] == count)).to(self.device)
                     counted = scores.new_zeros((1, 1), dtype=torch.long).expand(len(slots), self.prompt_length + int(count))
                     scores[slots] = processor(counted, scores[slots])
+                continue
+            if isinstance(processor, _SCORES_ONLY):
+                scores = processor(self.tokens[: len(scores), None], scores)
                 continue
             if history is None:
                 history = self._history()

@@ -191,7 +191,7 @@ class RetrievalGenerationMixin:
         longest = max(map(len, prompts))
         if max_batch_tokens is not None:
             new_tokens = self._prepare_generation_config(generation_config, **kwargs)[0].max_new_tokens or 20  # transformers' default
-            need = longest + new_tokens + (1 if settings.max_retrievals is None else settings.max_retrievals) * settings.top_k * self.config.max_passage_length
+            need = longest + new_tokens + (0 if retriever is None and settings.passages is None else self._columns_for_passages(settings))
             batch_size = max(1, min(batch_size, max_batch_tokens // need))
         bar = {"total": len(prompts), "initial": len(results), "desc": description, "unit": "prompt", "disable": not show_progress_bar}
         queue = _Queue(prompts, results, batch_size, output_file, bar)
@@ -311,15 +311,20 @@ class RetrievalGenerationMixin:
         longest = max(map(len, prompts))
         if not static:
             return longest + min(budget, 256)
-        passages = (1 if settings.max_retrievals is None else settings.max_retrievals) * settings.top_k * (self.config.max_passage_length + 1)
-        return min(longest + budget + passages, getattr(self.config.get_text_config(), "max_position_embeddings", None) or EMPTY)
+        return min(longest + budget + self._columns_for_passages(settings), getattr(self.config.get_text_config(), "max_position_embeddings", None) or EMPTY)
+
+    def _columns_for_passages(self, settings):
+        """Columns that the passages of a row may take: those of `max_retrievals`, or one retrieval where there is no limit."""
+        retrievals = 0 if settings.forbid_nsp else 1 if settings.max_retrievals is None else settings.max_retrievals
+        return retrievals * settings.top_k * (self.config.max_passage_length + 1)
 
     def _row_cache(self, rows, columns, device, static):
         """A cache for one call; that of a captured step is kept, since another one would have to be captured anew."""
         if not static:
             return RowCache(rows, columns, device)
         kept = getattr(self, "_static_row_cache", None)
-        if kept is None or len(kept.positions) != rows or kept.columns < columns or kept.positions.device != device or kept.dtype != self.gen.dtype:
+        fits = kept is not None and len(kept.positions) == rows and kept.positions.device == device and kept.dtype == self.gen.dtype
+        if not fits or not columns <= kept.columns <= 2 * columns + 64:  # attention reads all of it: a far too large one is slower for good
             kept = self._static_row_cache = RowCache(rows, columns, device, static=True)
             kept.dtype = self.gen.dtype
         kept.positions.fill_(EMPTY)

@@ -82,7 +82,7 @@ def test_a_finished_row_makes_room_at_once(model, index, prompts, options, stati
 
 
 def test_fewer_rows_where_the_cache_may_hold_fewer_tokens(model, index, prompts, options):
-    need = max(map(len, prompts)) + 18 + model.config.max_passage_length
+    need = max(map(len, prompts)) + 18 + model.config.max_passage_length + 1
     for tokens, expected in ((10, 1), (need, 1), (3 * need, 3)):
         sizes = []
         hook = model.gen.base_model.register_forward_pre_hook(lambda m, a, kwargs, s=sizes: s.append(len(kwargs["input_ids"])), with_kwargs=True)
