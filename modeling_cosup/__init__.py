@@ -3,11 +3,11 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_cosup import CoSupConfig
-from .decoding_cosup import Retrieval, RetrievalError
 from .generation_cosup import Completion, CoSupGenerateOutput, RetrievalConfig
 from .loss_cosup import chunked_cross_entropy, info_nce, similarity_scores
 from .modeling_cosup import CoSupForCausalLM, CoSupOutput
 from .retrieval_cosup import PassageIndex
+from .trace_cosup import Retrieval, RetrievalError
 
 AutoConfig.register("cosup", CoSupConfig)
 AutoModel.register(CoSupConfig, CoSupForCausalLM)

@@ -18,16 +18,18 @@ class RowCache(Cache):
         rows (`int`): slots, the most rows at once.
         columns (`int`): to start with; it grows.
         device (`torch.device`): of `tokens` and `positions`; keys and values are allocated where the layers write them.
+        limit (`int`): columns that a row can fill, Gen's context length.
         static (`bool`): keys and values keep their addresses, for a captured decoding step (torch.compile, CUDA graphs).
+        dtype (`torch.dtype`, *optional*): of the model, noted by whoever keeps the cache for another call.
 
     Attributes:
         tokens, positions (`torch.LongTensor` of shape `(rows, columns)`): what each column holds.
         keys, values (`list[torch.Tensor]` of shape `(rows, heads, columns, head_dim)`): a layer each.
     """
 
-    def __init__(self, rows, columns, device, static=False):
+    def __init__(self, rows, columns, device, limit=EMPTY, static=False, dtype=None):
         super().__init__(layers=[])
-        self.static = static
+        self.static, self.limit, self.dtype = static, limit, dtype
         columns = _rounded(columns)
         self.tokens = torch.zeros(rows, columns, dtype=torch.long, device=device)
         self.positions = torch.full((rows, columns), EMPTY, device=device)
@@ -69,14 +71,11 @@ class RowCache(Cache):
         return self._write(self.keys[layer_idx], key_states), self._write(self.values[layer_idx], value_states)
 
     def _write(self, stored, states):
-        columns = self._columns.to(stored.device)
-        if isinstance(self._slots, torch.Tensor):
-            slots = self._slots.to(stored.device)
-            stored[slots[:, None], :, columns] = states.transpose(1, 2)
-            return stored[slots, :, : self._width]
-        rows = stored[: self._slots]
-        rows.scatter_(2, columns[:, None, :, None].expand_as(states), states)
-        return rows[:, :, : self._width]
+        columns, slots = self._columns.to(stored.device), self._slots
+        every = isinstance(slots, int)
+        index = torch.arange(slots, device=stored.device) if every else slots.to(stored.device)
+        stored[index[:, None], :, columns] = states.transpose(1, 2)  # not scatter_, for which a compiled step would copy the cache twice
+        return stored[:slots, :, : self._width] if every else stored[index, :, : self._width]
 
     def visible(self, positions, window=None):
         """
@@ -115,10 +114,10 @@ class RowCache(Cache):
 
     @torch.no_grad()
     def grow(self, columns):
-        """Make room for `columns` columns; at least twice as many as before, so that a long text is copied a few times only."""
+        """Make room for `columns` columns; twice as many as before, so that a long text is copied a few times only, but no more than a context needs."""
         if columns <= self.columns:
             return
-        added = _rounded(max(columns, 2 * self.columns)) - self.columns
+        added = _rounded(max(columns, min(2 * self.columns, self.limit))) - self.columns
         self.tokens = torch.nn.functional.pad(self.tokens, (0, added))
         self.positions = torch.cat([self.positions, self.positions.new_full((len(self.positions), added), EMPTY)], 1)  # pad() goes through a double
         for stored in (self.keys, self.values):
@@ -127,27 +126,21 @@ class RowCache(Cache):
                 if self.static:
                     torch._dynamo.mark_static_address(stored[layer])
 
-    def move(self, source, target):
-        """Slot `target` becomes what slot `source` holds."""
-        for states in (self.tokens, self.positions, *self.keys, *self.values):
-            states[target] = states[source]
-
-    def cut(self, slot, start, end=None):
-        """
-        Take the tokens of columns `[start, end)` out of a slot; what stands behind them moves up and keeps its positions.
-
-        Returns:
-            `torch.LongTensor` of shape `(end - start,)`: the tokens; without `end` all from `start` on.
-        """
-        end = self.columns if end is None else end
-        removed = self.tokens[slot, start:end].clone()
-        kept = self.columns - end
+    def move(self, source, target, length):
+        """Slot `target` becomes what slot `source` holds in its first `length` columns."""
         for states in (*self.keys, *self.values):
-            states[slot, :, start : start + kept] = states[slot, :, end:].clone()
+            states[target, :, :length] = states[source, :, :length]
+        self.tokens[target] = self.tokens[source]
+        self.positions[target] = self.positions[source]
+
+    def cut(self, slot, start, end, length):
+        """Take the tokens of columns `[start, end)` out of a slot of `length` tokens; what stands behind them moves up and keeps its positions."""
+        kept = start + length - end
+        for states in (*self.keys, *self.values):
+            states[slot, :, start:kept] = states[slot, :, end:length].clone()
         for states in (self.tokens, self.positions):
-            states[slot, start : start + kept] = states[slot, end:].clone()
-        self.positions[slot, start + kept :] = EMPTY
-        return removed
+            states[slot, start:kept] = states[slot, end:length].clone()
+        self.positions[slot, kept:] = EMPTY
 
 
 def attention_mask(cache, config, positions, implementation, dtype):

@@ -1,7 +1,6 @@
 """The decoding loop behind generate() and generate_many(): rows that write, retrieve, finish and make room for others, each at its own pace."""
 
 from collections import deque
-from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from transformers.generation import (
 
 from .cache_cosup import (EMPTY, attention_mask)
 from .tokenization_cosup import (encode_passages_for_gen, encode_texts, pad_rows)
+from .trace_cosup import (Retrieval, RetrievalError)
 
 # these read nothing but how long a row is, and a passage is not to count
 _COUNTING = (
@@ -38,6 +38,7 @@ _COUNTING = (
     ExponentialDecayLengthPenalty,
     SuppressTokensAtBeginLogitsProcessor,
 )
+_MINIMUM = (MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor)
 # these read nothing but the scores, so no history need be put together for them
 _SCORES_ONLY = (
     EpsilonLogitsWarper,
@@ -51,108 +52,6 @@ _SCORES_ONLY = (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
-
-
-@dataclass
-class Retrieval:
-    """
-    One retrieval of one row.
-
-    Args:
-        row (`int`): of the batch, or of the prompts of `generate_many`.
-        position (`int`): of `[NSP]` in the row's token ids: its column of `sequences`.
-        passages (`list[dict]`): `{"id", "title", "text"}`, best first.
-        scores (`list[float | None]`): inner product of query and passage embedding (the cosine, where that is the similarity); `None` for passages
-            that were given, not found.
-        grounded_span (`tuple[int, int]`): positions `[start, end)` of the text between `[Cs]` and `[CE]`; `end` is where the row stops or
-            retrieves again if there is no `[CE]`.
-        query_embed (`list[float]`, *optional*): the query embedding, with `RetrievalConfig(output_query_embeds=True)`.
-    """
-
-    row: int
-    position: int
-    passages: list
-    scores: list
-    grounded_span: tuple = (0, 0)
-    query_embed: list | None = None
-
-    @property
-    def passage_ids(self):
-        """Ids of all passages, best first."""
-        return [passage["id"] for passage in self.passages]
-
-    @property
-    def passage_id(self):
-        """Id of the best passage."""
-        return self.passages[0]["id"]
-
-    @property
-    def title(self):
-        """Title of the best passage."""
-        return self.passages[0]["title"]
-
-    @property
-    def text(self):
-        """Text of the best passage."""
-        return self.passages[0]["text"]
-
-    @property
-    def score(self):
-        """Score of the best passage."""
-        return self.scores[0]
-
-    def to_dict(self):
-        """As JSON has it."""
-        return asdict(self)
-
-
-@dataclass(eq=False)  # a row is itself, whatever it holds
-class Row:
-    """
-    One sequence that is being written.
-
-    Args:
-        number (`int`): of the prompt.
-        prompt (`list[int]`): token ids.
-        candidates (`numpy.ndarray` of int64, *optional*): rows of the index that may be retrieved.
-        given (`list`, *optional*): passages that `[NSP]` gets, in order, in place of a search.
-        slot (`int`): of the cache.
-        retrievals (`list[Retrieval]`): so far; positions count from the row's own first token.
-        used (`set[int]`): rows of the index that were retrieved.
-        forgotten (`list[tuple[int, list[int]]]`): passages that are no longer in the cache: where they stood, and their ids.
-        held (`torch.Tensor` of shape `(V,)`): logits of the decision for `[NSP]`, in case nothing is found.
-        rewrite (`list[int]`): to be read next in place of the decided token.
-        grounded (`tuple[int, int]`, *optional*): columns `[passage, [Cs])` of the last passage while it is in the cache.
-        ids (`list[int]`): all that was written, when the row is finished.
-        num_generated_tokens (`int`): decided tokens.
-    """
-
-    number: int
-    prompt: list
-    candidates: np.ndarray | None = None
-    given: list | None = None
-    slot: int = -1
-    retrievals: list = field(default_factory=list)
-    used: set = field(default_factory=set)
-    forgotten: list = field(default_factory=list)
-    held: torch.Tensor | None = None
-    rewrite: list | None = None
-    grounded: tuple | None = None
-    ids: list | None = None
-    num_generated_tokens: int = 0
-
-
-class RetrievalError(RuntimeError):
-    """
-    The search failed while rows were being written.
-
-    Attributes:
-        finished (`list[Row]`): the rows that were done; `number`, `ids` and `retrievals` say all about each.
-    """
-
-    def __init__(self, message, finished):
-        super().__init__(message)
-        self.finished = finished
 
 
 class Decoder:
@@ -202,7 +101,9 @@ class Decoder:
         # slot by slot, on the host: columns that are filled, position of the next token, decided tokens, [NSP] not allowed; and the decided token
         self.columns, self.positions, self.generated = (np.zeros(slots, dtype=np.int64) for _ in range(3))
         self.banned, self.occupied = np.zeros(slots, dtype=bool), np.zeros(slots, dtype=bool)
-        self.occupied_on_device = torch.zeros(slots, dtype=torch.bool, device=device)
+        self.state = torch.zeros(2, slots, dtype=torch.long, device=device)  # columns and positions on the device, right unless `moved`
+        self.occupied_on_device, self.banned_on_device = (torch.zeros(slots, dtype=torch.bool, device=device) for _ in range(2))
+        self.range, self.moved, self.order = torch.arange(slots, device=device), True, None
         self.rows = []  # by slot; behind the last one no slot is taken
         self.tokens = torch.full((slots,), self.pad, dtype=torch.long, device=device)
         self.asking = []  # their last decision was [NSP]
@@ -212,7 +113,7 @@ class Decoder:
         self.full = []  # the context ended with their passage
         self.finished = []
         self.num_forwarded_tokens = 0
-        self._separator = None
+        self._separator = self.on_finish = None
 
     # ------------------------------------------------------------------ the loop
 
@@ -233,32 +134,46 @@ class Decoder:
         """
         waiting, self.on_finish = deque(waiting), on_finish
         while self.model._has_unfinished_sequences(not (waiting or self.occupied.any()), self.synced_gpus, self.device):
-            new = self._admit(waiting)
-            reading = {row: row.prompt for row in new} | {row: row.rewrite for row in self.rewriting}
-            stepping = self.occupied[: len(self.rows)].copy()
-            stepping[[row.slot for row in reading]] = False
-            asking, self.asking, self.rewriting = self.asking, [], []
-            logits, queries = self._step(stepping, with_queries=bool(asking))
-            if self._joint(bool(reading)):
-                logits, queries = self._merge(logits, queries, reading, self._read(reading))
-            self._let_passages_leave()
-            asking += [row for row in new if row.prompt[-1] == self.config.nsp_token_id and self._may_retrieve(row)]
-            passages = self._retrieve(asking, queries, logits) if asking else {}
-            if self._joint(bool(passages)):
-                logits, _ = self._merge(logits, None, passages, self._read(passages))
-            if self.occupied.any():
-                self._decide(logits, [row for row in new if self.settings.force_nsp_first and not row.retrievals])
-        if self.streamer is not None:
-            self.streamer.end()
+            self._pass(waiting)
         return self.finished
 
-    def _joint(self, needed):
-        """Whether there is something to forward, here or, with `synced_gpus`, on any rank; a rank that has nothing keeps up with the collectives."""
-        if not self.synced_gpus:
-            return needed
-        flag = torch.tensor(int(needed), device=self.device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        if flag.item() and not needed:
+    def _pass(self, waiting):
+        """One decision for every row, and all that must be forwarded before it."""
+        new = self._admit(waiting)
+        reading = {row: row.prompt for row in new} | {row: row.rewrite for row in self.rewriting}
+        stepping = self.occupied[: len(self.rows)].copy()
+        stepping[[row.slot for row in reading]] = False
+        asking, self.asking, self.rewriting = self.asking, [], []
+        logits = queries = None
+        if self._joint(bool(stepping.any())):
+            logits, queries = self._step(stepping, with_queries=bool(asking))
+        if self._joint(bool(reading)):
+            logits, queries = self._merge(logits, queries, reading, self._read(reading))
+        self._let_passages_leave()
+        asking += [row for row in new if row.prompt[-1] == self.config.nsp_token_id and self._may_retrieve(row)]
+        passages, error = {}, None
+        try:
+            passages = self._retrieve(asking, queries, logits) if asking else {}
+        except RetrievalError as failure:
+            error = failure
+        if self._joint(bool(passages), error):
+            logits, _ = self._merge(logits, None, passages, self._read(passages))
+        if self.occupied.any():
+            self._decide(logits, [row for row in new if self.settings.force_nsp_first and not row.retrievals])
+
+    def _joint(self, needed, error=None):
+        """
+        Whether this rank has something to forward. With `synced_gpus`, one that has nothing while another has keeps up with the collectives of a forward,
+        and an error of one rank ends them all.
+        """
+        state = 2 if error is not None else int(needed)
+        if self.synced_gpus:
+            flag = torch.tensor(state, device=self.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            state = int(flag)
+        if state == 2:
+            raise error or RetrievalError("The search of another rank failed.", self.finished)
+        if state and not needed:
             self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False, output_query_embeds=False)
         return needed
 
@@ -274,14 +189,19 @@ class Decoder:
             self.rows[row.slot : row.slot + 1] = [row]
             self.columns[row.slot] = self.positions[row.slot] = self.generated[row.slot] = 0
             self.cache.positions[row.slot] = EMPTY
-            self.banned[row.slot] = self.retrieves and not self._may_retrieve(row)
+            self._ban(row, self.retrieves and not self._may_retrieve(row))
             self._occupy(row.slot, True)
             new.append(row)
         return new
 
     def _occupy(self, slot, occupied):
-        self.occupied[slot] = occupied
-        self.occupied_on_device[slot] = bool(occupied)
+        self.occupied[slot] = self.occupied_on_device[slot] = occupied
+        self.moved = True
+
+    def _ban(self, row, banned):
+        """Whether the row's next decision may not be `[NSP]`."""
+        if self.banned[row.slot] != banned:
+            self.banned[row.slot] = self.banned_on_device[row.slot] = bool(banned)
 
     def _may_retrieve(self, row):
         """Whether this row still has a retrieval to make."""
@@ -292,13 +212,13 @@ class Decoder:
 
     def _step(self, stepping, with_queries):
         """Forward the decided token of every stepping slot: logits `(n, V)` and query embeddings `(n, h)` of the first n slots, of which only these count."""
-        if not self._joint(bool(stepping.any())):
-            return None, None
         n = self.slots if self.static else len(self.rows)
         width = int(self.columns[: len(self.rows)].max()) + 1
         self.cache.grow(width)
         width = self.cache.columns if self.static else width
-        columns, positions = torch.from_numpy(np.stack([self.columns[:n], self.positions[:n]])).to(self.device)[:, :, None]
+        if self.moved:
+            self.state.copy_(torch.from_numpy(np.stack([self.columns, self.positions])))
+        columns, positions = self.state[:, :n, None]
         self.cache.begin(n, columns, self.tokens[:n, None], positions, width)
         even = not self.static and (self.columns[:n] == width - 1).all() and (self.positions[:n] == width - 1).all()
         own = self.retrieves and self.config.query_from == "gen"
@@ -309,8 +229,11 @@ class Decoder:
             past_key_values=self.cache,
             use_cache=True,
             output_query_embeds=own and (self.static or with_queries),
-            nsp_positions=torch.arange(n, device=self.device),
+            nsp_positions=self.range[:n],
         )
+        self.moved = not np.array_equal(stepping, self.occupied[: len(stepping)])
+        if not self.moved:  # no copy from the host while nothing but steps happens
+            self.state += self.occupied_on_device
         # a slot that does not step has written beside its tokens, where its next one will be written
         self.columns[: len(stepping)] += stepping
         self.positions[: len(stepping)] += stepping
@@ -345,11 +268,12 @@ class Decoder:
         )
         self.columns[slots] += lengths
         self.positions[slots] += lengths
+        self.moved = True
         self.num_forwarded_tokens += int(lengths.sum())
         return outputs.logits, outputs.query_embeds
 
     def _mask(self, positions):
-        return attention_mask(self.cache, self.text_config, positions, self.model.gen.config._attn_implementation, self.model.gen.dtype)
+        return attention_mask(self.cache, self.text_config, positions, self.text_config._attn_implementation, self.model.gen.dtype)
 
     def _merge(self, logits, queries, chunks, read):
         """Logits and query embeddings of all slots: those of a step, and of the rows that read a chunk in this pass."""
@@ -358,35 +282,35 @@ class Decoder:
         slots = torch.tensor([row.slot for row in chunks], device=self.device)
         if logits is None:
             logits = read[0].new_zeros(len(self.rows), read[0].shape[-1])
-        merged = [logits.index_copy(0, slots, read[0].to(logits.device))]
+        logits = logits.index_copy(0, slots, read[0].to(logits.device))
         if read[1] is not None:
             queries = read[1].new_zeros(len(logits), read[1].shape[-1]) if queries is None else queries
             queries = queries.index_copy(0, slots, read[1])
-        return merged[0], queries
+        return logits, queries
 
     # ------------------------------------------------------------------ decisions
 
     def _decide(self, logits, forced):
-        """One token for each row."""
+        """One token for each row, from the `logits` `(n, V)` of the first n slots; rows of `forced` take `[NSP]`."""
         n = len(self.rows)
         logits = logits[:n].to(self.device)
-        scores = self._process(logits.to(torch.float32, copy=True))
-        scores.index_fill_(1, self.never, float("-inf"))
-        if self.banned[:n].any():
-            banned = torch.from_numpy(self.banned[:n]).to(self.device)
-            scores[:, self.config.nsp_token_id].masked_fill_(banned, float("-inf"))
+        scores = self._without_banned(logits.to(torch.float32, copy=True))  # before the warpers: what top_p keeps must be allowed
+        scores = self._without_banned(self._process(scores))  # and after: a processor may have put anything there
+        if not self.occupied[:n].all():
+            scores = scores.masked_fill(~self.occupied_on_device[:n, None], 0.0)  # nobody's: any token will do
         tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0] if self.generation_config.do_sample else scores.argmax(-1)
         if forced := [row.slot for row in forced if not self.banned[row.slot]]:
             tokens[forced] = self.config.nsp_token_id
         for row in self.banned_once:
-            self.banned[row.slot] = not self._may_retrieve(row)
+            self._ban(row, not self._may_retrieve(row))
         self.banned_once = []
         self.tokens[:n] = tokens
         self.generated[:n] += self.occupied[:n]
         ended = self.occupied[:n] & ((self.generated[:n] >= self.budget) | (self.positions[:n] + 1 >= self.context_length))
         stopped = torch.zeros_like(tokens, dtype=torch.bool)
         if self.criteria:
-            stopped = self._places(torch.stack([each(self._history(tokens), None) for each in self.criteria]).any(0), back=True)
+            history = self._history(tokens)
+            stopped = self._places(torch.stack([each(history, None) for each in self.criteria]).any(0), back=True)
         event = ((stopped | torch.isin(tokens, self.special)) & self.occupied_on_device[:n]).any()
         if event.item() or self.streamer is not None or ended.any():  # waits for the device
             self._after(tokens.tolist(), stopped.tolist(), ended.tolist(), logits)
@@ -416,17 +340,26 @@ class Decoder:
         for row, last in done:
             self._finish(row, last)
 
+    def _without_banned(self, scores):
+        """Scores `(n, V)` without `[Cs]`, and without `[NSP]` where a row may not retrieve."""
+        scores.index_fill_(1, self.never, float("-inf"))
+        if self.banned[: len(scores)].any():
+            scores[:, self.config.nsp_token_id].masked_fill_(self.banned_on_device[: len(scores)], float("-inf"))
+        return scores
+
     def _process(self, scores):
-        """Scores after the logits processors, each of which sees the rows as if they had been alone: their own tokens, padded on the left."""
-        history = None
+        """Scores `(n, V)` after the logits processors, each of which sees the rows as if they had been alone: their own tokens, padded on the left."""
+        history, generated = None, self.generated[: len(self.rows)]
         for processor in self.processors:
-            if isinstance(processor, _COUNTING):
-                for count in np.unique(self.generated[: len(self.rows)]):
-                    slots = torch.from_numpy(np.flatnonzero(self.generated[: len(self.rows)] == count)).to(self.device)
+            if type(processor) in _COUNTING:
+                if type(processor) in _MINIMUM and self.prompt_length + generated.min() >= _minimum(processor):
+                    continue
+                for count in np.unique(generated):
+                    slots = torch.from_numpy(np.flatnonzero(generated == count)).to(self.device)
                     counted = scores.new_zeros((1, 1), dtype=torch.long).expand(len(slots), self.prompt_length + int(count))
                     scores[slots] = processor(counted, scores[slots])
                 continue
-            if isinstance(processor, _SCORES_ONLY):
+            if type(processor) in _SCORES_ONLY:
                 scores = processor(self.tokens[: len(scores), None], scores)
                 continue
             if history is None:
@@ -450,53 +383,57 @@ class Decoder:
 
     def _places(self, values, back=False, fill=0):
         """Slot order to the order of the whole batch, as processors and criteria know it (rows that have left are `fill`), or back."""
-        if self.refill or self.static:
+        if self.order is None:
             return values
-        order = [row.number for row in self.rows]
-        if order == list(range(self.slots)):
-            return values
-        order = torch.tensor(order, device=values.device)
-        return values[order] if back else values.new_full((self.slots, *values.shape[1:]), fill).index_copy(0, order, values)
+        return values[self.order] if back else values.new_full((self.slots, *values.shape[1:]), fill).index_copy(0, self.order, values)
 
     # ------------------------------------------------------------------ retrieval
 
     def _retrieve(self, asking, queries, logits):
         """One search for all rows that ask. Returns `{row: passage ids and [Cs]}`; a row for which nothing was found decides again, without `[NSP]`."""
-        settings = self.settings
+        settings, chunks = self.settings, {}
         embeds = self._query_embeds(asking, queries) if settings.output_query_embeds or any(row.given is None for row in asking) else None
-        found = self._search(asking, embeds)
-        chunks = {}
-        for i, row in enumerate(asking):
-            if not found[i]:
-                self.banned[row.slot] = True
-                self.banned_once.append(row)
-                if row.held is not None:  # a prompt that ends in [NSP] has no earlier decision to go back to
-                    self.columns[row.slot] -= 1
-                    self.positions[row.slot] -= 1
-                    self.generated[row.slot] -= 1
-                    logits[row.slot] = row.held
-                row.held = None
-                continue
-            passages, scores = zip(*found[i], strict=True)
-            room = max(0, self.context_length - int(self.positions[row.slot]) - 1)
-            ids = self._join([passage["input_ids"] for passage in passages])[:room]
-            position = int(self.columns[row.slot]) - 1 + sum(len(cut) for _, cut in row.forgotten)
-            start = position + len(ids) + 2
-            kept = [{name: passage[name] for name in ("id", "title", "text")} for passage in passages]
-            query = embeds[i].tolist() if settings.output_query_embeds else None
-            row.retrievals.append(Retrieval(row.number, position, kept, list(scores), (start, start), query))
-            row.grounded = (int(self.columns[row.slot]), int(self.columns[row.slot]) + len(ids))
-            chunk = [*ids, self.config.cs_token_id]
-            if self.streamer is not None:
-                shown = ([self.config.nsp_token_id] if row.held is not None else []) + (chunk if settings.stream_passages else [])
-                if shown:
-                    self.streamer.put(torch.tensor(shown))
-            row.held = None
-            self.banned[row.slot] = not self._may_retrieve(row)
-            if int(self.positions[row.slot]) + len(chunk) >= self.context_length:
+        for i, (row, found) in enumerate(zip(asking, self._search(asking, embeds), strict=True)):
+            room = self.context_length - int(self.positions[row.slot]) - 1
+            if not found:
+                self._refuse(row, logits)
+            elif room < 1:  # not even one token of a passage can be read
                 self.full.append(row)
-            chunks[row] = chunk
+            else:
+                chunks[row] = self._give(row, found, room, embeds[i].tolist() if settings.output_query_embeds else None)
+            row.held = None
         return chunks
+
+    def _refuse(self, row, logits):
+        """Nothing was found: the row takes its `[NSP]` back. A prompt that ends in one keeps it, there is no earlier decision to go back to."""
+        self._ban(row, True)
+        self.banned_once.append(row)
+        if row.held is not None:
+            self.columns[row.slot] -= 1
+            self.positions[row.slot] -= 1
+            self.generated[row.slot] -= 1
+            self.moved = True
+            logits[row.slot] = row.held
+
+    def _give(self, row, found, room, query):
+        """Write the trace and return what the row reads: its passages, as far as there is room, and `[Cs]`."""
+        ids, starts = self._join([passage["input_ids"] for passage, _ in found])
+        ids = ids[:room]
+        found = [pair for pair, start in zip(found, starts, strict=True) if start < room]  # of the others no token is read
+        column = int(self.columns[row.slot])
+        position = column - 1 + sum(len(cut) for _, cut in row.forgotten)
+        passages = [{name: passage[name] for name in ("id", "title", "text")} for passage, _ in found]
+        span = position + len(ids) + 2
+        row.retrievals.append(Retrieval(row.number, position, passages, [score for _, score in found], (span, span), query))
+        row.grounded = (column, column + len(ids))
+        chunk = [*ids, self.config.cs_token_id]
+        shown = ([self.config.nsp_token_id] if row.held is not None else []) + (chunk if self.settings.stream_passages else [])
+        if self.streamer is not None and shown:
+            self.streamer.put(torch.tensor(shown))
+        self._ban(row, not self._may_retrieve(row))
+        if int(self.positions[row.slot]) + len(chunk) >= self.context_length:
+            self.full.append(row)
+        return chunk
 
     def _search(self, asking, embeds):
         """For each asking row the passages it gets, best first: `list[list[tuple[dict, float | None]]]`."""
@@ -542,13 +479,14 @@ class Decoder:
         return embeds.float()
 
     def _join(self, passages):
-        """Token ids of several passages behind each other, a line break between."""
+        """Token ids of several passages behind each other, a line break between; and where each begins."""
         if len(passages) > 1 and self._separator is None:
             self._separator = encode_texts(self.model.tokenizer, ["\n"])[0]
-        joined = list(passages[0])
+        joined, starts = list(passages[0]), [0]
         for ids in passages[1:]:
+            starts.append(len(joined) + len(self._separator))
             joined += [*self._separator, *ids]
-        return joined
+        return joined, starts
 
     def given_passages(self, passages):
         """Passages of an oracle, ids of the index or `{"title", "text"}`, as the index would give them: `list[dict]`."""
@@ -572,9 +510,10 @@ class Decoder:
             start, end = row.grounded
             text = self.cache.tokens[row.slot, end : self.columns[row.slot]].tolist()  # [Cs] and what was grounded
             self._forget(row)
-            self.cache.cut(row.slot, start)
+            self.cache.cut(row.slot, start, int(self.columns[row.slot]), int(self.columns[row.slot]))
             self.positions[row.slot] -= self.columns[row.slot] - start
             self.columns[row.slot] = start
+            self.moved = True
             row.rewrite = [*text, self.config.ce_token_id]
             self.rewriting.append(row)
 
@@ -583,8 +522,9 @@ class Decoder:
         for row in self.leaving:
             start, end = row.grounded
             self._forget(row)
-            self.cache.cut(row.slot, start, end)
+            self.cache.cut(row.slot, start, end, int(self.columns[row.slot]))
             self.columns[row.slot] -= end - start
+            self.moved = True
         self.leaving = []
 
     def _forget(self, row):
@@ -616,15 +556,24 @@ class Decoder:
         """Free a slot; the last row moves into it, so that the rows still are the first ones. A captured step keeps its shape, and its rows their slots."""
         self.rows[slot] = None
         self._occupy(slot, False)
-        self.banned[slot] = False
+        self.banned[slot] = self.banned_on_device[slot] = False
         if self.static:
             self.columns[slot] = self.positions[slot] = 0
             return
         last = self.rows.pop()
         if last is not None:
-            self.cache.move(last.slot, slot)
-            for states in (self.columns, self.positions, self.generated, self.banned, self.tokens):
+            self.cache.move(last.slot, slot, int(self.columns[last.slot]))
+            for states in (self.columns, self.positions, self.generated, self.banned, self.banned_on_device, self.tokens):
                 states[slot] = states[last.slot]
             self._occupy(last.slot, False)
             self._occupy(slot, True)
             self.rows[slot], last.slot = last, slot
+        if not self.refill:
+            self.order = torch.tensor([row.number for row in self.rows], device=self.device)
+
+
+def _minimum(processor):
+    """The length from which on a minimum-length processor has nothing to say."""
+    if isinstance(processor, MinLengthLogitsProcessor):
+        return processor.min_length
+    return processor.prompt_length_to_skip + processor.min_new_tokens

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import hashlib
+import inspect
 import json
 import os
 from dataclasses import dataclass, fields, replace
@@ -13,8 +14,9 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import ModelOutput
 
 from .cache_cosup import (EMPTY, RowCache, layer_kinds)
-from .decoding_cosup import (Decoder, Retrieval, Row)
+from .decoding_cosup import (Decoder)
 from .tokenization_cosup import (pad_rows)
+from .trace_cosup import (Retrieval, Row, cited_text, written_text)
 
 
 @dataclass
@@ -114,7 +116,7 @@ class Completion:
 class RetrievalGenerationMixin:
     """`generate()` with a `retriever`, and `generate_many()`; goes before `GenerationMixin` in the bases."""
 
-    def generate(self, inputs=None, generation_config=None, retriever=None, retrieval_config=None, max_retrievals=None, **kwargs):
+    def generate(self, inputs=None, generation_config=None, *, retriever=None, retrieval_config=None, max_retrievals=None, **kwargs):
         """
         Generate; whenever a row emits `[NSP]`, its hidden state there searches `retriever`, the passage and `[Cs]` are appended, and the
         row writes on. Greedy decoding and sampling; every other argument is that of `GenerationMixin.generate`.
@@ -144,17 +146,11 @@ class RetrievalGenerationMixin:
             if kwargs.pop("nsp_token_id") is not None:
                 raise ValueError("generate() takes nsp_token_id=None (plain Gen) or none at all; which token retrieves is the config's business.")
             return super().generate(inputs, generation_config, **{"suppress_tokens": None, **kwargs})
-        settings = _with_max_retrievals(retrieval_config, max_retrievals)
-        if self.config.nsp_token_id is None or (retriever is None and settings.passages is None and not settings.forbid_nsp):
-            if retrieval_config is not None:
-                raise ValueError("retrieval_config needs a retriever, passages of its own or forbid_nsp=True, and a model with an [NSP] token.")
-            return super().generate(inputs, generation_config, **kwargs)
-        if retriever is not None:
-            retriever.check_model(self)
-        return self._generate_with_retrieval(inputs, generation_config, kwargs, retriever=retriever, settings=settings)
+        call = self._retrieval_call(retriever, retrieval_config, max_retrievals)
+        return super().generate(inputs, generation_config, **kwargs) if call is None else self._generate_with_retrieval(inputs, generation_config, kwargs, call)
 
     def generate_many(
-        self, prompts, generation_config=None, retriever=None, retrieval_config=None, max_retrievals=None, batch_size=32, max_batch_tokens=None,
+        self, prompts, generation_config=None, *, retriever=None, retrieval_config=None, max_retrievals=None, batch_size=32, max_batch_tokens=None,
         output_file=None, show_progress_bar=True, description="Generating", **kwargs,
     ):  # fmt: skip
         """
@@ -163,7 +159,8 @@ class RetrievalGenerationMixin:
         Args:
             prompts (`list[list[int]]`): token ids of each.
             generation_config, retriever, retrieval_config, max_retrievals, **kwargs: as in [`generate`]; without retriever plain generation, in which `[NSP]`
-                is a token like any other. `candidates` and `passages` are lists over all prompts.
+                is a token like any other. `candidates` and `passages` are lists over all prompts. Logits processors and stopping criteria see the rows that
+                are being written, whose places change: they must not remember which row is which.
             batch_size (`int`): rows at once.
             max_batch_tokens (`int`, *optional*): fewer rows where this many columns of KV cache would not hold them: a row may need its prompt,
                 `max_new_tokens`, and `max_retrievals` (one, where there is no limit) passages of full length.
@@ -179,38 +176,68 @@ class RetrievalGenerationMixin:
                 and all that generate() refuses.
             [`RetrievalError`]: when a search fails; finished answers are in `output_file`.
         """
-        settings = _with_max_retrievals(retrieval_config, max_retrievals)
-        if retriever is not None:
-            retriever.check_model(self)
+        for name in ("streamer", "prefix_allowed_tokens_fn"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} needs rows that keep their places: use generate().")
+        call = self._retrieval_call(retriever, retrieval_config, max_retrievals) or _Call(None, RetrievalConfig())
+        prepared = self._check_retrieval_arguments(generation_config, kwargs)
+        if prepared.num_return_sequences not in (None, 1):
+            raise ValueError("generate_many answers each prompt once: for num_return_sequences, repeat the prompts.")
         prompts = [list(map(int, prompt)) for prompt in prompts]
         if empty := [number for number, prompt in enumerate(prompts) if not prompt]:
             raise ValueError(f"Prompt {empty[0]} is empty.")
-        if not prompts:
+        if not prompts and not kwargs.get("synced_gpus"):
             return []
-        results = _read_completions(output_file, prompts) if output_file is not None else {}
-        longest = max(map(len, prompts))
+        longest = max(map(len, prompts), default=1)
+        key = self._settings_hash(prepared, call)
+        results = _read_completions(output_file, prompts, key) if output_file is not None else {}
         if max_batch_tokens is not None:
-            new_tokens = self._prepare_generation_config(generation_config, **kwargs)[0].max_new_tokens or 20  # transformers' default
-            need = longest + new_tokens + (0 if retriever is None and settings.passages is None else self._columns_for_passages(settings))
-            batch_size = max(1, min(batch_size, max_batch_tokens // need))
+            budget = prepared.max_new_tokens or (prepared.max_length or longest + 20) - longest  # 20: transformers' default
+            call.columns = self._check_lengths(prompts) or self._columns_needed(longest, budget, call)
+            batch_size = max(1, min(batch_size, max_batch_tokens // call.columns))
         bar = {"total": len(prompts), "initial": len(results), "desc": description, "unit": "prompt", "disable": not show_progress_bar}
-        queue = _Queue(prompts, results, batch_size, output_file, bar)
-        first = torch.full((1, longest), prompts[0][-1], device=self.device)  # transformers prepares processors and budgets from its shape
-        self._generate_with_retrieval(first, generation_config, kwargs, retriever=retriever, settings=settings, queue=queue)
-        return [queue.results[number] for number in range(len(prompts))]
+        call.queue = _Queue(prompts, results, batch_size, output_file, key, bar)
+        first = torch.zeros((1, longest), dtype=torch.long, device=self.device)  # transformers prepares processors and budgets from its shape
+        self._generate_with_retrieval(first, generation_config, {"attention_mask": torch.ones_like(first), **kwargs}, call)
+        return [call.queue.results[number] for number in range(len(prompts))]
 
-    def _generate_with_retrieval(self, inputs, generation_config, kwargs, **own):
-        prepared = self._check_retrieval_arguments(generation_config, kwargs, own["settings"])
-        static = prepared.cache_implementation == "static"
+    def release_static_cache(self):
+        """Free the memory that `cache_implementation="static"` keeps for the next call."""
+        self._static_row_cache = None
+
+    def _retrieval_call(self, retriever, retrieval_config, max_retrievals):
+        """What this call retrieves, checked; `None` for ordinary generation."""
+        settings = retrieval_config if retrieval_config is not None else RetrievalConfig()
+        settings = settings if max_retrievals is None else replace(settings, max_retrievals=max_retrievals)
+        if self.config.nsp_token_id is None or (retriever is None and settings.passages is None and not settings.forbid_nsp):
+            if retrieval_config is not None:
+                raise ValueError("retrieval_config needs a retriever, passages of its own or forbid_nsp=True, and a model with an [NSP] token.")
+            return None
+        if retriever is not None:
+            retriever.check_model(self)
+        return _Call(retriever, settings)
+
+    def _generate_with_retrieval(self, inputs, generation_config, kwargs, call):
+        call.static = self._check_retrieval_arguments(generation_config, kwargs).cache_implementation == "static"
         kwargs = {name: value for name, value in kwargs.items() if name != "cache_implementation"}
-        if static and (generation_config or self.generation_config).cache_implementation is not None:  # ours, not transformers' own static cache
+        if call.static and (generation_config or self.generation_config).cache_implementation is not None:  # ours, not transformers' own static cache
             generation_config = copy.deepcopy(generation_config or self.generation_config)
             generation_config.cache_implementation = None
         kwargs = {**kwargs, "past_key_values": DynamicCache()}  # a placeholder: the loop has a cache of its own
-        with _maskable_attention(self.gen):
-            return super().generate(inputs, generation_config, static=static, **own, **kwargs)
+        try:
+            with _maskable_attention(self.gen):
+                return super().generate(inputs, generation_config, retrieval_call=call, **kwargs)
+        finally:
+            if kwargs.get("streamer") is not None:
+                kwargs["streamer"].end()  # after an error too, or who reads from it would wait for ever
 
-    def _check_retrieval_arguments(self, generation_config, kwargs, settings):
+    def _settings_hash(self, generation_config, call):
+        """Of all that decides an answer and can be written down: weights only by name, processors not at all."""
+        settings = {name: value for name, value in vars(call.settings).items() if name not in ("candidates", "passages")}
+        index = getattr(call.retriever, "fingerprint", None)
+        return _hash([generation_config.to_diff_dict(), settings, index, self.config._name_or_path])
+
+    def _check_retrieval_arguments(self, generation_config, kwargs):
         prepared, _ = self._prepare_generation_config(generation_config, **kwargs)
         mode = prepared.get_generation_mode(kwargs.get("assistant_model"))
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) or kwargs.get("custom_generate") is not None:
@@ -225,6 +252,9 @@ class RetrievalGenerationMixin:
         for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
             if getattr(prepared, name):
                 raise ValueError(f"{name}=True is not available with a retriever: rows that read passages have no step for it.")
+        own_inputs = {"input_ids", "attention_mask", "past_key_values", "use_cache", "inputs_embeds", "kwargs"}
+        if unheeded := sorted((set(inspect.signature(self.forward).parameters) - own_inputs) & {name for name, value in kwargs.items() if value is not None}):
+            raise ValueError(f"{', '.join(unheeded)}: not available with a retriever, which makes what Gen reads row by row.")
         if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.gen.modules()):
             raise ValueError("In training mode with gradient checkpointing there is no KV cache to generate with: call model.eval() first.")
         kinds = layer_kinds(self.config.get_text_config())
@@ -262,16 +292,15 @@ class RetrievalGenerationMixin:
         if not self._follows_masks:
             raise ValueError(f"{type(self.gen).__name__} makes attention masks of its own, which retrieval would need to change; use another architecture.")
 
-    def prepare_inputs_for_generation(self, input_ids, retriever=None, settings=None, static=False, queue=None, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, retrieval_call=None, **kwargs):
         """Names what `_sample` takes, so that generate() lets it through."""
         return super().prepare_inputs_for_generation(input_ids, output_query_embeds=False, **kwargs)
 
     def _sample(
-        self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None, retriever=None, settings=None, static=False,
-        queue=None, **kwargs,
+        self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None, retrieval_call=None, **kwargs
     ):  # fmt: skip
         """Where transformers has prepared everything and would decode."""
-        if settings is None:
+        if retrieval_call is None:
             return super()._sample(
                 input_ids,
                 logits_processor=logits_processor,
@@ -281,24 +310,34 @@ class RetrievalGenerationMixin:
                 streamer=streamer,
                 **kwargs,
             )
-        if synced_gpus and self.config.query_from != "gen":
-            raise ValueError(f"query_from={self.config.query_from!r} is not available with synced_gpus: only Gen's forwards are kept in step.")
-        prompts = queue.prompts if queue is not None else _unpadded(input_ids, kwargs.get("attention_mask"))
-        if streamer is not None and len(prompts) > 1:
-            raise ValueError(f"A streamer takes one row, found {len(prompts)}: their texts would be mixed. Stream one prompt, or use generate_many.")
-        self._check_lengths(prompts)
-        slots = min(queue.batch_size, len(prompts)) if queue is not None else len(prompts)
-        columns = self._columns_to_start_with(prompts, generation_config.max_length - input_ids.shape[1], settings, static)
-        decoder = Decoder(
-            self, generation_config, logits_processor, stopping_criteria, retriever, settings, slots, input_ids.shape[1], columns, input_ids.device,
-            streamer, synced_gpus, static, refill=queue is not None,
-        )  # fmt: skip
-        rows = [Row(number, prompt) for number, prompt in enumerate(prompts)]
-        self._give_passages(decoder, rows, retriever, settings)
+        call, queue, mask, width = retrieval_call, retrieval_call.queue, kwargs.get("attention_mask"), input_ids.shape[1]
+        try:
+            prompts, error = self._prompts(input_ids, mask, call, streamer, synced_gpus), None
+            slots = queue.batch_size if queue is not None and call.static else min(queue.batch_size if queue is not None else len(prompts), len(prompts))
+            columns = call.columns or self._columns_to_start_with(prompts, generation_config.max_length - width, call)
+            decoder = Decoder(
+                self, generation_config, logits_processor, stopping_criteria, call.retriever, call.settings, max(slots, 1), width, columns,
+                input_ids.device, streamer, synced_gpus, call.static, refill=queue is not None,
+            )  # fmt: skip
+            rows = [Row(number, prompt) for number, prompt in enumerate(prompts)]
+            self._give_passages(decoder, rows, call, 1 if queue is not None else generation_config.num_return_sequences or 1)
+        except ValueError as failure:
+            error = failure
+        _raise_together(error, synced_gpus, input_ids.device)
         if queue is not None:
             return queue.run(self, decoder, rows)
         finished = sorted(decoder.run(rows), key=lambda row: row.number)
-        return self._output(decoder, finished, input_ids, kwargs.get("attention_mask"), generation_config)
+        return self._output(decoder, finished, input_ids, mask, generation_config)
+
+    def _prompts(self, input_ids, mask, call, streamer, synced_gpus):
+        """The prompts of a call, `list[list[int]]`, and everything that can be wrong with them."""
+        if synced_gpus and self.config.query_from != "gen":
+            raise ValueError(f"query_from={self.config.query_from!r} is not available with synced_gpus: only Gen's forwards are kept in step.")
+        prompts = call.queue.prompts if call.queue is not None else _unpadded(input_ids, mask)
+        if streamer is not None and len(prompts) > 1:
+            raise ValueError(f"A streamer takes one row, found {len(prompts)}: their texts would be mixed. Stream one prompt, or use generate_many.")
+        self._check_lengths(prompts)
+        return prompts
 
     def _check_lengths(self, prompts):
         limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
@@ -306,45 +345,45 @@ class RetrievalGenerationMixin:
             if limit is not None and len(prompt) >= limit:
                 raise ValueError(f"Prompt {number} has {len(prompt):,} tokens, but Gen reads {limit:,}: nothing could be written behind it.")
 
-    def _columns_to_start_with(self, prompts, budget, settings, static):
+    def _columns_to_start_with(self, prompts, budget, call):
         """Columns of the cache: a captured step should not change its shape, the others may grow."""
-        longest = max(map(len, prompts))
-        if not static:
-            return longest + min(budget, 256)
-        return min(longest + budget + self._columns_for_passages(settings), getattr(self.config.get_text_config(), "max_position_embeddings", None) or EMPTY)
+        longest = max(map(len, prompts), default=1)
+        return self._columns_needed(longest, budget, call) if call.static else longest + min(budget, 256)
 
-    def _columns_for_passages(self, settings):
-        """Columns that the passages of a row may take: those of `max_retrievals`, or one retrieval where there is no limit."""
-        retrievals = 0 if settings.forbid_nsp else 1 if settings.max_retrievals is None else settings.max_retrievals
-        return retrievals * settings.top_k * (self.config.max_passage_length + 1)
+    def _columns_needed(self, longest, budget, call):
+        """Columns that the longest row may fill: prompt, decoded tokens, and the passages of `max_retrievals` (of one, where there is no limit)."""
+        settings, limit = call.settings, getattr(self.config.get_text_config(), "max_position_embeddings", None) or EMPTY
+        retrievals = 1 if settings.max_retrievals is None else settings.max_retrievals
+        if settings.forbid_nsp or (call.retriever is None and settings.passages is None):
+            retrievals = 0
+        return min(longest + budget + retrievals * settings.top_k * (self.config.max_passage_length + 1), limit)
 
     def _row_cache(self, rows, columns, device, static):
         """A cache for one call; that of a captured step is kept, since another one would have to be captured anew."""
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None) or EMPTY
         if not static:
-            return RowCache(rows, columns, device)
+            return RowCache(rows, columns, device, limit)
         kept = getattr(self, "_static_row_cache", None)
         fits = kept is not None and len(kept.positions) == rows and kept.positions.device == device and kept.dtype == self.gen.dtype
-        if not fits or not columns <= kept.columns <= 2 * columns + 64:  # attention reads all of it: a far too large one is slower for good
-            kept = self._static_row_cache = RowCache(rows, columns, device, static=True)
-            kept.dtype = self.gen.dtype
+        if not fits or not columns <= kept.columns <= 4 * columns + 64:  # attention reads all of it: a far too large one is slower for good
+            kept = self._static_row_cache = RowCache(rows, columns, device, limit, static=True, dtype=self.gen.dtype)
         kept.positions.fill_(EMPTY)
         return kept
 
-    def _give_passages(self, decoder, rows, retriever, settings):
-        """Candidates and given passages to the rows they belong to; with `num_return_sequences` every copy of a prompt gets them."""
+    def _give_passages(self, decoder, rows, call, copies):
+        """Candidates and given passages to the rows they belong to; with `num_return_sequences` all copies of a prompt get its own."""
         for name in ("candidates", "passages"):
-            given = getattr(settings, name)
+            given = getattr(call.settings, name)
             if given is None:
                 continue
-            if name == "candidates" and retriever is None:
+            if name == "candidates" and call.retriever is None:
                 raise ValueError("RetrievalConfig.candidates need a retriever to search them.")
-            if len(given) == 0 or len(rows) % len(given):
-                raise ValueError(f"RetrievalConfig.{name} has {len(given)} entries, expected one for each of the {len(rows)} prompts.")
-            copies = len(rows) // len(given)
+            if len(given) * copies != len(rows):
+                raise ValueError(f"RetrievalConfig.{name} has {len(given)} entries, expected one for each of the {len(rows) // copies} prompts.")
             for i, entry in enumerate(given):
                 value = None
                 if entry is not None:
-                    value = retriever.rows_of(entry) if name == "candidates" else decoder.given_passages(entry)
+                    value = call.retriever.rows_of(entry) if name == "candidates" else decoder.given_passages(entry)
                 for row in rows[i * copies : (i + 1) * copies]:
                     setattr(row, "given" if name == "passages" else "candidates", value)
 
@@ -388,43 +427,25 @@ class RetrievalGenerationMixin:
         return [cited_text(ids, trace, outputs.prompt_length, tokenizer) for ids, trace in rows]
 
 
-def cited_text(ids, trace, start, tokenizer):
-    """One row of [`~RetrievalGenerationMixin.decode_with_citations`]: `ids` from `start` on, with its trace."""
-    numbers, pieces, position, known = {}, [], start, {}
-    for retrieval in trace:
-        first, end = retrieval.grounded_span
-        cited = []
-        for passage in retrieval.passages:
-            key = passage["id"] if passage["id"] is not None else (passage["title"], passage["text"])
-            known[key] = passage
-            cited.append(numbers.setdefault(key, len(numbers) + 1))
-        pieces.append(tokenizer.decode(ids[position : max(position, retrieval.position)], skip_special_tokens=True))
-        pieces.append(f"{tokenizer.decode(ids[first:end], skip_special_tokens=True).strip()} {''.join(f'[{number}]' for number in cited)}")
-        position = end
-    pieces.append(tokenizer.decode(ids[position:], skip_special_tokens=True))
-    lines = [" ".join(piece.strip() for piece in pieces if piece.strip())]
-    lines += [f"[{n}] {known[key]['title'] + ': ' if known[key]['title'] else ''}{known[key]['text']}" for key, n in numbers.items()]
-    return "\n".join(lines)
+@dataclass
+class _Call:
+    """What one call of generate() or generate_many() is about, on its way through transformers' generate() to `_sample`."""
 
-
-def written_text(ids, trace, start, tokenizer):
-    """What the model wrote itself: `ids` from `start` on, without the passages of the trace."""
-    pieces, position = [], start
-    for retrieval in trace:
-        pieces.append(ids[position : max(position, retrieval.position)])
-        position = retrieval.grounded_span[0]
-    pieces.append(ids[position:])
-    return " ".join(text for piece in pieces if (text := tokenizer.decode(piece, skip_special_tokens=True).strip()))
+    retriever: object
+    settings: RetrievalConfig
+    static: bool = False
+    queue: object = None
+    columns: int | None = None
 
 
 class _Queue:
     """The prompts of generate_many() that are not answered yet, and where their answers go."""
 
-    def __init__(self, prompts, results, batch_size, output_file, bar):
-        self.prompts, self.results, self.batch_size, self.output_file, self.bar = prompts, results, batch_size, output_file, bar
+    def __init__(self, prompts, results, batch_size, output_file, key, bar):
+        self.prompts, self.results, self.batch_size, self.output_file, self.key, self.bar = prompts, results, batch_size, output_file, key, bar
 
     def run(self, model, decoder, rows):
-        """Longest prompts first: memory runs out at once or never, and the last batch is not held up by a long one."""
+        """Longest prompts first: the last rows of the batch should be short ones."""
         from tqdm.auto import tqdm
 
         waiting = sorted((row for row in rows if row.number not in self.results), key=lambda row: -len(row.prompt))
@@ -437,7 +458,7 @@ class _Queue:
                 self.results[row.number] = done = Completion(row.number, row.ids[start:], text, cited, row.num_generated_tokens, row.retrievals)
                 if self.output_file is not None:
                     trace = [retrieval.to_dict() for retrieval in done.retrievals]
-                    line = {**vars(done), "retrievals": trace, "prompt_sha256": _prompt_hash(row.prompt)}
+                    line = {**vars(done), "retrievals": trace, "prompt": _hash(row.prompt), "settings": self.key}
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
                     file.flush()
                 bar.update(1)
@@ -445,7 +466,7 @@ class _Queue:
             decoder.run(waiting, keep)
 
 
-def _read_completions(path, prompts):
+def _read_completions(path, prompts, key):
     """Answers that stand in the output file of an earlier, interrupted call: `{index: Completion}`. A last line that was cut off is removed."""
     if not os.path.exists(path):
         return {}
@@ -458,8 +479,10 @@ def _read_completions(path, prompts):
             try:
                 found = json.loads(line)
                 index, names = found["index"], {field.name for field in fields(Completion)}
-                if found["prompt_sha256"] != _prompt_hash(prompts[index]):
+                if found["prompt"] != _hash(prompts[index]):
                     raise ValueError(f"{path}, line {number}: an answer to another prompt than number {index} of this call; choose another output_file.")
+                if found["settings"] != key:
+                    raise ValueError(f"{path}, line {number}: an answer of another model or index, or with other settings; choose another output_file.")
                 retrievals = [Retrieval(**{**trace, "grounded_span": tuple(trace["grounded_span"])}) for trace in found["retrievals"]]
                 results[index] = Completion(**{**{name: found[name] for name in names}, "retrievals": retrievals})
             except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
@@ -468,22 +491,31 @@ def _read_completions(path, prompts):
     return results
 
 
-def _prompt_hash(prompt):
-    return hashlib.sha256(" ".join(map(str, prompt)).encode()).hexdigest()[:16]
+def _hash(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _with_max_retrievals(retrieval_config, max_retrievals):
-    settings = retrieval_config if retrieval_config is not None else RetrievalConfig()
-    return settings if max_retrievals is None else replace(settings, max_retrievals=max_retrievals)
+def _raise_together(error, synced_gpus, device):
+    """Raise `error`; with `synced_gpus` on every rank if on any, or the others would wait for its forwards."""
+    failed = torch.tensor(int(error is not None), device=device)
+    if synced_gpus:
+        torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX)
+    if error is not None:
+        raise error
+    if synced_gpus and failed.item():
+        raise ValueError("Another rank was given what generate() refuses; its error says what.")
 
 
 def _unpadded(input_ids, attention_mask):
     """The token ids of each row, `list[list[int]]`."""
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    prompts = [ids[keep.bool()].tolist() for ids, keep in zip(input_ids, mask, strict=True)]
-    if empty := [row for row, prompt in enumerate(prompts) if not prompt]:
-        raise ValueError(f"Row {empty[0]} of input_ids holds no token.")
-    return prompts
+    if attention_mask is None:
+        return input_ids.tolist()
+    mask = attention_mask.bool()
+    holes = (mask[:, 1:] & ~mask[:, :-1]).sum(1) + mask[:, 0].int() > 1
+    for wrong, message in ((~mask.any(1), "holds no token"), (holes, "has padding between its tokens; expected it on one side")):
+        if wrong.any():
+            raise ValueError(f"Row {int(wrong.int().argmax())} of input_ids {message}.")
+    return [ids[keep].tolist() for ids, keep in zip(input_ids, mask, strict=True)]
 
 
 @contextlib.contextmanager

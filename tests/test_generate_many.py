@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from conftest import PASSAGES, Steer, left_pad, real_tokens
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessorList, TextStreamer
 
 from modeling_cosup import Completion, RetrievalConfig, RetrievalError
 from modeling_cosup.tokenization_cosup import encode_prompt
@@ -101,6 +101,15 @@ def test_candidates_and_passages_belong_to_their_prompts(model, index, prompts, 
 
 def test_prompts_that_cannot_be(model, index, options):
     assert model.generate_many([], retriever=index, **options) == []
+    with pytest.raises(ValueError, match="num_return_sequences"):
+        model.generate_many([[5]], retriever=index, do_sample=True, num_return_sequences=2, **options)
+    with pytest.raises(ValueError, match="retrieval_config needs a retriever"):
+        model.generate_many([[5]], retrieval_config=RetrievalConfig(force_nsp_first=True), **options)
+    for name, value in (("streamer", TextStreamer(model.tokenizer)), ("prefix_allowed_tokens_fn", lambda row, ids: [5])):
+        with pytest.raises(ValueError, match=f"{name} needs rows that keep their places"):
+            model.generate_many([[5]], retriever=index, **options, **{name: value})
+    with pytest.raises(ValueError, match="candidates has 2 entries, expected one for each of the 4 prompts"):
+        model.generate_many([[5]] * 4, retriever=index, retrieval_config=RetrievalConfig(candidates=[["p0"], ["p1"]]), **options)
     with pytest.raises(ValueError, match="Prompt 1 is empty"):
         model.generate_many([[5], []], retriever=index, **options)
     with pytest.raises(ValueError, match="Prompt 1 has 600 tokens, but Gen reads 512"):
@@ -130,7 +139,7 @@ def test_an_interrupted_call_goes_on(model, index, prompts, options, tmp_path):
     expected = model.generate_many(prompts, retriever=index, **options)
 
     class Breaks:
-        check_model, rows_of, get_passages, searches = index.check_model, index.rows_of, index.get_passages, 0
+        check_model, rows_of, get_passages, fingerprint, searches = index.check_model, index.rows_of, index.get_passages, index.fingerprint, 0
 
         def search(self, *args, **kwargs):
             self.searches += 1
@@ -155,6 +164,10 @@ def test_an_output_file_of_other_prompts_is_refused(model, index, prompts, optio
     before = path.read_bytes()
     with pytest.raises(ValueError, match="line [12]: an answer to another prompt"):
         model.generate_many(prompts[2:6], retriever=index, output_file=path, **options)
+    for other in ({"retrieval_config": RetrievalConfig(top_k=2)}, {"max_retrievals": 1}, {"do_sample": True}, {"retriever": None}):
+        with pytest.raises(ValueError, match="line 1: an answer of another model or index, or with other settings"):
+            model.generate_many(prompts[:2], **{"retriever": index, "output_file": path, **options, **other})
+    assert path.read_bytes() == before
     path.write_bytes(before + b"{}\n")
     with pytest.raises(ValueError, match="line 3: not an answer"):
         model.generate_many(prompts, retriever=index, output_file=path, **options)

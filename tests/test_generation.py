@@ -229,8 +229,8 @@ def test_the_end_of_the_context_ends_a_row(gen, limit):
     prompts[1].append(model.config.nsp_token_id)
     inputs = left_pad(prompts, tokenizer.pad_token_id)
     output = generate(model, inputs, index, Steer(model, retrieve_every=5), max_new_tokens=100)
-    lengths = [len(ids) for ids in real_tokens(output, inputs["attention_mask"], tokenizer.pad_token_id)]
-    assert lengths == [limit] * len(prompts)  # [Cs] included, where a passage was cut short
+    for ids in real_tokens(output, inputs["attention_mask"], tokenizer.pad_token_id):  # [Cs] included, where a passage was cut short
+        assert len(ids) == limit or (len(ids) == limit - 1 and ids[-1] == model.config.nsp_token_id)  # no room for a token of a passage
     for ids, trace in zip(output.sequences.tolist(), output.retrievals, strict=True):
         for retrieval in trace:
             start, end = retrieval.grounded_span
@@ -245,7 +245,7 @@ def test_a_prompt_that_fills_the_context(model, index):
         ids = prompt + last
         model.config.get_text_config().max_position_embeddings = len(ids) + 1
         output = generate(model, {"input_ids": torch.tensor([ids])}, index, max_new_tokens=5)
-        assert output.sequences.shape[1] == len(ids) + 1
+        assert output.sequences.shape[1] == len(ids) + (not last) and output.retrievals == [[]]  # one token, or no room for a passage
         model.config.get_text_config().max_position_embeddings = len(ids)
         with pytest.raises(ValueError, match=f"Prompt 1 has {len(ids)} tokens, but Gen reads {len(ids)}"):
             generate(model, left_pad([prompt[:3], ids], model.tokenizer.pad_token_id), index, max_new_tokens=5)
@@ -338,6 +338,19 @@ def test_what_cannot_be_combined_with_retrieval_raises(model, inputs, index, opt
     assert message in str(error.value)
 
 
+def test_arguments_that_would_not_be_heeded_raise(model, inputs, index):
+    with pytest.raises(ValueError, match="passage_input_ids, position_ids: not available with a retriever"):
+        generate(model, inputs, index, position_ids=inputs["attention_mask"], passage_input_ids=inputs["input_ids"])
+    with pytest.raises(TypeError):  # transformers' third argument is another one
+        model.generate(inputs["input_ids"], None, index)
+    holes = inputs["attention_mask"].clone()
+    holes[2, -2] = 0
+    with pytest.raises(ValueError, match="Row 2 of input_ids has padding between its tokens"):
+        generate(model, {**inputs, "attention_mask": holes}, index)
+    with pytest.raises(ValueError, match="Row 0 of input_ids holds no token"):
+        generate(model, {**inputs, "attention_mask": holes * 0}, index)
+
+
 def test_a_misspelt_argument_raises(model, inputs, index):
     with pytest.raises(ValueError, match="max_retreivals"):
         generate(model, inputs, index, max_retreivals=3)
@@ -382,7 +395,7 @@ def test_passages_can_be_hidden_from_a_streamer(model, index, capsys):
 
 
 def test_text_iterator_streamer(model, index):
-    streamer = TextIteratorStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = TextIteratorStreamer(model.tokenizer, skip_prompt=True, timeout=60, skip_special_tokens=True)
     thread = threading.Thread(target=stream_of, args=(model, index, streamer))
     thread.start()
     text = "".join(streamer)
@@ -482,6 +495,29 @@ def test_prefix_allowed_tokens_know_their_row(model, inputs, index, steer):
     assert_own_letters(model, output, letters)
 
 
+@pytest.mark.parametrize("warper", [{"top_p": 0.5}, {"top_k": 1}, {"min_p": 0.5}], ids=lambda warper: next(iter(warper)))
+@pytest.mark.parametrize("settings", [{"max_retrievals": 1}, {"forbid_nsp": True}, {"min_score": 9.0}], ids=lambda settings: next(iter(settings)))
+def test_sampling_where_nsp_is_likely_but_not_allowed(model, inputs, index, warper, settings):
+    """The warpers choose among what is allowed: they must not keep `[NSP]` alone."""
+    torch.manual_seed(0)
+    eager = Prefer([model.config.nsp_token_id])
+    output = generate(model, inputs, index, eager, do_sample=True, retrieval_config=RetrievalConfig(**settings), **warper)
+    limit = settings.get("max_retrievals", 0)
+    assert [len(trace) for trace in output.retrievals] == [limit] * 5 and output.num_generated_tokens.tolist() == [20] * 5
+
+
+def test_passages_for_which_there_is_no_room_are_not_cited(model, index):
+    prompt = [*encode_prompt(model.tokenizer, "who?"), model.config.nsp_token_id]
+    first = generate(model, {"input_ids": torch.tensor([prompt])}, index, max_new_tokens=1, retrieval_config=RetrievalConfig(top_k=3)).retrievals[0][0]
+    lengths = [len(index[index.row_of(id)]["input_ids"]) for id in first.passage_ids]
+    separator = len(encode_texts(model.tokenizer, ["\n"])[0])
+    for room, kept in ((1, 1), (lengths[0] + separator, 1), (lengths[0] + separator + 1, 2), (sum(lengths) + 2 * separator, 3)):
+        model.config.get_text_config().max_position_embeddings = len(prompt) + room + 1  # and [Cs]
+        output = generate(model, {"input_ids": torch.tensor([prompt])}, index, retrieval_config=RetrievalConfig(top_k=3))
+        assert output.retrievals[0][0].passage_ids == first.passage_ids[:kept] and output.sequences.shape[1] == len(prompt) + room + 1
+        assert int(output.num_generated_tokens) == 0
+
+
 # ------------------------------------------------------------------ settings
 
 
@@ -525,9 +561,12 @@ def test_settings_that_cannot_be(settings, message):
 
 
 def test_candidates_and_passages_must_fit(model, inputs, index):
-    for settings in ({"candidates": [["p0"]] * 3}, {"passages": [["p0"]] * 3}):
-        with pytest.raises(ValueError, match=f"{next(iter(settings))} has 3 entries, expected one for each of the 5 prompts"):
+    for settings in ({"candidates": [["p0"]] * 3}, {"passages": [["p0"]] * 3}, {"candidates": [["p0"]]}):
+        name, given = next(iter(settings.items()))
+        with pytest.raises(ValueError, match=f"{name} has {len(given)} entries, expected one for each of the 5 prompts"):
             generate(model, inputs, index, retrieval_config=RetrievalConfig(**settings))
+        with pytest.raises(ValueError, match=f"{name} has {len(given)} entries, expected one for each of the 5 prompts"):
+            generate(model, inputs, index, do_sample=True, num_return_sequences=3, retrieval_config=RetrievalConfig(**settings))
     for settings in ({"candidates": [["p0", "p77"]] * 5}, {"passages": [["p77"]] * 5}):
         with pytest.raises((ValueError, KeyError), match="p77"):
             generate(model, inputs, index, retrieval_config=RetrievalConfig(**settings))
@@ -561,6 +600,10 @@ def test_a_failed_search_keeps_the_finished_rows(model, inputs, index, steer):
     expected = generate(model, inputs, index, steer)
     with pytest.raises(RetrievalError, match="the server went away") as error:
         generate(model, inputs, Breaks(index), steer)
+    streamer = Collect()
+    with pytest.raises(RetrievalError):
+        generate(model, {"input_ids": inputs["input_ids"][1:2]}, Breaks(index), Prefer([model.config.nsp_token_id]), streamer=streamer)
+    assert streamer.ended  # who reads from it does not wait for ever
     rows = real_tokens(expected, inputs["attention_mask"], model.tokenizer.pad_token_id)
     assert error.value.finished and all(row.ids == rows[row.number] for row in error.value.finished)
 
@@ -576,6 +619,12 @@ def test_a_static_cache_gives_the_same_tokens(model, inputs, index, steer):
         output = generate(model, inputs, index, steer, **options)
         assert torch.equal(output.sequences, expected.sequences) and model._static_row_cache.static
         assert [[r.passage_id for r in trace] for trace in output.retrievals] == [[r.passage_id for r in trace] for trace in expected.retrievals]
+
+
+def test_a_static_cache_can_be_released(model, inputs, index):
+    generate(model, inputs, index, cache_implementation="static")
+    model.release_static_cache()
+    assert model._static_row_cache is None
 
 
 def test_a_static_cache_is_used_again(model, inputs, index, steer):

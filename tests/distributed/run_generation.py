@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import PASSAGES, Steer, left_pad, make_model  # noqa: E402
 from transformers import LogitsProcessorList  # noqa: E402
 
-from modeling_cosup import RetrievalConfig  # noqa: E402
+from modeling_cosup import RetrievalConfig, RetrievalError  # noqa: E402
 from modeling_cosup.tokenization_cosup import encode_prompt  # noqa: E402
 
 PROMPTS = [["who?", "who painted the Night Watch?", "Curie"], ["when was it finished; in Amsterdam"]]  # of each rank
@@ -47,6 +47,20 @@ def main():
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     found = {name: answers(model, index, dist.get_rank(), settings, synced_gpus=True) for name, settings in SETTINGS.items()}
+    prompts = [encode_prompt(model.tokenizer, question) for question in PROMPTS[0]] if dist.get_rank() == 0 else []  # one rank has none left
+    options = {"max_new_tokens": 9, "show_progress_bar": False, "logits_processor": LogitsProcessorList([Steer(model, 5)])}
+    many = model.generate_many(prompts, retriever=index, batch_size=2, synced_gpus=True, **options)
+    assert len(many) == len(prompts) and (not many or sum(len(done.retrievals) for done in many) > 1)
+    if dist.get_rank() == 1:
+        index.search = None  # its search fails: every rank ends, none waits
+    for rank, wrong, message in ((1, {"candidates": [["nowhere"]] * len(PROMPTS[dist.get_rank()])}, "nowhere"), (1, {}, "search")):
+        settings = wrong if dist.get_rank() == rank else {}
+        try:
+            answers(model, index, dist.get_rank(), {"force_nsp_first": True, **settings}, synced_gpus=True)
+        except (ValueError, RetrievalError) as error:
+            assert message in str(error) if dist.get_rank() == rank else "nother rank" in str(error), error
+        else:
+            raise AssertionError("nothing was raised")
     Path(sys.argv[1], f"rank-{dist.get_rank()}.json").write_text(json.dumps([expected, found]))
     dist.barrier()
     dist.destroy_process_group()

@@ -136,6 +136,12 @@ def check(settings, gen="llama", every=7, **kwargs):
     for row, prompt in enumerate(prompts):
         ids, found = Reference(model, index, processors, settings, prompt, row).run()
         assert rows[row] == ids and trace[row] == found, f"row {row} differs from the reference"
+    assert generate(model, index, prompts, processors, settings, cache_implementation="static")[1:] == (rows, trace), "the static cache differs"
+    options = {"retriever": index, "retrieval_config": settings, "logits_processor": processors, "max_new_tokens": MAX_NEW_TOKENS, "show_progress_bar": False}
+    for batch_size, kind in ((2, {}), (3, {"cache_implementation": "static"})):
+        many = model.generate_many(prompts, batch_size=batch_size, **options, **kind)
+        assert [[*prompt, *done.token_ids] for prompt, done in zip(prompts, many, strict=True)] == rows, f"generate_many differs, {kind}"
+        assert [[(r.position, r.passage_ids) for r in done.retrievals] for done in many] == trace
     return model, index, output, rows, trace
 
 
