@@ -221,11 +221,11 @@ def begin(folder, settings):
     Begin a build, or go on with one.
 
     Raises:
-        `ValueError`: when another model or other settings began it; names each that differs.
+        `ValueError`: when shards are there that another model or other settings made; names what differs.
     """
     folder.mkdir(exist_ok=True)
     path = folder / BUILD_FILE
-    if path.exists():
+    if path.exists() and any(folder.glob("shard-*.json")):
         build = json.loads(path.read_text())
         before, now = ({**facts, **facts["fingerprint"]} for facts in (build, settings))
         different = [name for name in now if name != "fingerprint" and before.get(name) != now[name]]

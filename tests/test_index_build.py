@@ -274,6 +274,9 @@ def test_a_build_of_another_model_or_setting_is_not_gone_on_with(model, tmp_path
     with pytest.raises(ValueError, match=f"unfinished build with other settings(.|\n)*  {name}"):
         build(other, save_directory=tmp_path / "index", **{"shard_size": 5, **change})
     assert content(tmp_path / ".index.unfinished") == before
+    for path in (tmp_path / ".index.unfinished").glob("shard-*"):
+        path.unlink()
+    assert len(build(other, save_directory=tmp_path / "index", **{"shard_size": 5, **change})) == len(MANY)  # nothing is lost by beginning anew
 
 
 def test_an_index_stands_until_the_new_one_is_whole(model, tmp_path, monkeypatch):
