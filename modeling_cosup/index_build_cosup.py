@@ -29,6 +29,7 @@ logger = logging.get_logger(__name__)
 
 BUILD_FILE = "build.json"
 TOKENIZED_AT_ONCE = 2048  # passages: enough for the threads of a tokenizer
+SHORTEST = 0.75  # of the longest passage of a batch: few passages, of very different lengths, would else be mostly padding
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -40,14 +41,16 @@ class ShardBuilder:
         model ([`CoSupForCausalLM`]): with Emb_seq in memory; it runs where it is, in its dtype.
         dtype (`str`): of the stored embeddings: `"float32"`, `"float16"` or `"bfloat16"`.
         batch_size (`int`): most passages of a forward.
-        max_tokens_per_batch (`int`): most tokens of a forward, padding included; a passage that is longer goes alone.
+        max_tokens_per_batch (`int`, *optional*): most tokens of a forward, padding included; a passage that is longer goes alone. Defaults to 4,096 on a CPU,
+            where larger batches leave its caches, and 32,768 elsewhere.
     """
 
-    def __init__(self, model, dtype="float32", batch_size=256, max_tokens_per_batch=16384):
+    def __init__(self, model, dtype="float32", batch_size=256, max_tokens_per_batch=None):
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
         self.model, self.dtype = model, DTYPES[dtype]
-        self.batch_size, self.max_tokens_per_batch = batch_size, max_tokens_per_batch
+        self.batch_size = batch_size
+        self.max_tokens_per_batch = max_tokens_per_batch or (4096 if model.device.type == "cpu" else 32768)
 
     def make(self, passages, bar, paths=None):
         """
@@ -103,11 +106,14 @@ class ShardBuilder:
         """Rows of similar length, longest first: what does not fit into memory fails at once."""
         lengths = np.array([len(ids) for ids in token_ids])
         order = np.argsort(-lengths, kind="stable")
-        start = 0
+        lengths, start = lengths[order], 0
         while start < len(order):
-            size = max(1, min(self.batch_size, self.max_tokens_per_batch // max(1, lengths[order[start]])))
-            yield order[start : start + size]
-            start += size
+            longest = max(1, lengths[start])
+            size = max(1, min(self.batch_size, self.max_tokens_per_batch // longest))
+            similar = np.searchsorted(-lengths, -SHORTEST * longest, side="right")
+            end = max(start + 1, min(start + size, similar))
+            yield order[start:end]
+            start = end
 
     def _store(self, passages, rows, embeds, embeddings, bar):
         stored = embeds.to(self.dtype).cpu()
@@ -217,11 +223,11 @@ def begin(folder, settings):
     Begin a build, or go on with one.
 
     Raises:
-        `ValueError`: when another model or other settings began it; names each that differs.
+        `ValueError`: when shards are there that another model or other settings made; names what differs.
     """
     folder.mkdir(exist_ok=True)
     path = folder / BUILD_FILE
-    if path.exists():
+    if path.exists() and any(folder.glob("shard-*.json")):
         build = json.loads(path.read_text())
         before, now = ({**facts, **facts["fingerprint"]} for facts in (build, settings))
         different = [name for name in now if name != "fingerprint" and before.get(name) != now[name]]

@@ -49,7 +49,7 @@ class PassageIndex(SearchableStore):
         tokenizer=None,
         save_directory=None,
         batch_size=256,
-        max_tokens_per_batch=16384,
+        max_tokens_per_batch=None,
         shard_size=SHARD_SIZE,
         dtype="float32",
         num_processes=1,
@@ -69,7 +69,8 @@ class PassageIndex(SearchableStore):
             tokenizer (`PreTrainedTokenizerBase`, *optional*): Gen's; defaults to the model's own.
             save_directory (`str` or `Path`, *optional*): folder of the index; without it the index is in memory.
             batch_size (`int`): most passages of a forward.
-            max_tokens_per_batch (`int`): most tokens of a forward, padding included; the passages of a shard are sorted by length.
+            max_tokens_per_batch (`int`, *optional*): most tokens of a forward, padding included; defaults to 4,096 on a CPU, 32,768 elsewhere. The passages
+                of a shard are sorted by length.
             shard_size (`int`): passages of a shard.
             dtype (`str`): of the stored embeddings: `"float32"`, or `"float16"` or `"bfloat16"` in half the space, searched in float32.
             num_processes, process_index (`int`): this process makes the shards `process_index`, `process_index + num_processes`, …, in a `save_directory` that
@@ -147,7 +148,7 @@ class PassageIndex(SearchableStore):
 
     # ------------------------------------------------------------------ changing
 
-    def add(self, passages, model, batch_size=256, max_tokens_per_batch=16384, shard_size=SHARD_SIZE, show_progress_bar=True):
+    def add(self, passages, model, batch_size=256, max_tokens_per_batch=None, shard_size=SHARD_SIZE, show_progress_bar=True):
         """
         Add passages behind the last row; an approximate index is extended, not trained again.
 

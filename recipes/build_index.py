@@ -31,7 +31,7 @@ class IndexArguments:
     corpus_file: str = field(metadata={"help": "Passages {id, title, text}: JSON Lines (.gz), Parquet or a dataset name (its split `train`)."})
     output_dir: str = field(metadata={"help": "Folder of the index."})
     batch_size: int = field(default=256, metadata={"help": "Most passages of a forward."})
-    max_tokens_per_batch: int = field(default=16384, metadata={"help": "Most tokens of a forward, padding included."})
+    max_tokens_per_batch: int | None = field(default=None, metadata={"help": "Most tokens of a forward; 4,096 on a CPU, 32,768 elsewhere."})
     shard_size: int = field(default=32768, metadata={"help": "Passages of a shard: what is lost when a process dies, and what is held in memory."})
     dtype: str = field(default="auto", metadata={"help": "Dtype of the model's weights, e.g. bfloat16 on a GPU."})
     embedding_dtype: str = field(default="float32", metadata={"help": "Dtype of the stored embeddings: float32, or float16 or bfloat16 in half the space."})
