@@ -1,10 +1,9 @@
 """From files to checked instances, from an instance to token ids, labels and passages."""
 
-import gzip
 import hashlib
-import json
 from pathlib import Path
 
+from modeling_cosup.corpus_cosup import check_text, check_title_and_text, checked_passages, read_corpus, read_jsonl
 from modeling_cosup.tokenization_cosup import (
     encode_passages_for_emb_seq,
     encode_passages_for_gen,
@@ -15,33 +14,6 @@ from modeling_cosup.tokenization_cosup import (
 )
 
 # ---------------------------------------------------------------------- reading and checking
-
-
-def read_jsonl(path):
-    """
-    The objects of a JSON Lines file, `.gz` or plain, each with the place it stands at.
-
-    Yields:
-        `(str, dict)`: `"file, line n"` and the object. Blank lines are skipped.
-
-    Raises:
-        `FileNotFoundError`, `ValueError`: malformed JSON or a line that is no object, naming file and line.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file.")
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                value = json.loads(line.decode("utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{where}: malformed JSON ({error}).") from None
-            if not isinstance(value, dict):
-                raise ValueError(f"{where}: found {type(value).__name__}, expected a JSON object.")
-            yield where, value
 
 
 def _read(source, split):
@@ -55,25 +27,10 @@ def _read(source, split):
         yield f"{source} ({split}), row {row}", value
 
 
-def check_text(value, field, where, may_be_empty=False):
-    """`value` if it is a string that can be encoded and, unless `may_be_empty`, holds more than white space; `ValueError` otherwise."""
-    expected = "a string" if may_be_empty else "a string that is not empty"
-    if not isinstance(value, str) or not (may_be_empty or value.strip()):
-        raise ValueError(f"{where}: {field} is {value!r}, expected {expected}.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # half a surrogate pair: valid JSON, no text
-        raise ValueError(f"{where}: {field} holds {value[error.start]!r}, which is no character.") from None
-    return value
-
-
 def check_passage(passage, where, field=""):
     """A passage as `{"id", "title", "text"}`; a missing title becomes empty, a missing id that of [`content_id`]."""
-    text = check_text(passage.get("text"), f"{field}text", where)
-    title = passage.get("title")
-    title = check_text("" if title is None else title, f"{field}title", where, may_be_empty=True)
-    id = passage.get("id")
-    return {"id": content_id(title, text) if id is None else str(id), "title": title, "text": text}
+    checked, id = check_title_and_text(passage, where, field), passage.get("id")
+    return {"id": content_id(**checked) if id is None else str(id), **checked}
 
 
 def load_instances(source, split="train"):
@@ -145,18 +102,18 @@ def content_id(title, text):
 
 def load_corpus(source, split="train"):
     """
-    A corpus, `list[{"id", "title", "text"}]`, checked.
+    A corpus, `list[{"id", "title", "text"}]`, checked: of a JSON Lines or Parquet file, or a dataset name.
 
     Raises:
         `ValueError`: a missing or empty field, or a duplicate id, naming file and line.
     """
     passages, places = [], {}
-    for where, value in _read(source, split):
-        check_text(value.get("id"), "id", where)
-        if value["id"] in places:
-            raise ValueError(f"{where}: id {value['id']!r} already stands at {places[value['id']]}; ids must be unique.")
-        places[value["id"]] = where
-        passages.append(check_passage(value, where))
+    pairs = read_corpus(source) if str(source).endswith(".parquet") else _read(source, split)
+    for where, passage in checked_passages(pairs):
+        if passage["id"] in places:
+            raise ValueError(f"{where}: id {passage['id']!r} already stands at {places[passage['id']]}; ids must be unique.")
+        places[passage["id"]] = where
+        passages.append(passage)
     if not passages:
         raise ValueError(f"{source}: the corpus holds no passage.")
     return passages

@@ -1,0 +1,320 @@
+"""
+Embedding a corpus, shard by shard: peak memory is that of one shard, and 8 bytes a passage for the check that no id stands there twice.
+
+A build lives in a folder of its own beside the index, `.<name>.unfinished`: `build.json` says what is being built, and a shard counts once its marker
+`shard-00000.json` was renamed into place. A build that was killed goes on behind the shards that count.
+"""
+
+import contextlib
+import errno
+import hashlib
+import itertools
+import json
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from .corpus_cosup import (can_be_read_twice, checked_passages, find_duplicate, hash_ids, read_corpus)
+from .index_files_cosup import (DTYPES, Shard, create_tensors, map_shard, seal, shard_files, write_json, write_passages)
+from .tokenization_cosup import (encode_passages_for_emb_seq, encode_passages_for_gen, pad_rows)
+
+try:
+    import pyarrow as pa
+except ImportError:
+    pa = None
+
+logger = logging.get_logger(__name__)
+
+BUILD_FILE = "build.json"
+TOKENIZED_AT_ONCE = 2048  # passages: enough for the threads of a tokenizer
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class ShardBuilder:
+    """
+    Makes shards out of passages.
+
+    Args:
+        model ([`CoSupForCausalLM`]): with Emb_seq in memory; it runs where it is, in its dtype.
+        dtype (`str`): of the stored embeddings: `"float32"`, `"float16"` or `"bfloat16"`.
+        batch_size (`int`): most passages of a forward.
+        max_tokens_per_batch (`int`): most tokens of a forward, padding included; a passage that is longer goes alone.
+    """
+
+    def __init__(self, model, dtype="float32", batch_size=256, max_tokens_per_batch=16384):
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
+        self.model, self.dtype = model, DTYPES[dtype]
+        self.batch_size, self.max_tokens_per_batch = batch_size, max_tokens_per_batch
+
+    def make(self, passages, bar, paths=None):
+        """
+        A shard of passages.
+
+        Args:
+            passages (`list[dict]`): checked.
+            bar (`tqdm`): moves with each batch.
+            paths (`tuple[Path, Path]`, *optional*): of the files to write embeddings and passages to, as they come; else the shard is in memory.
+
+        Raises:
+            `ValueError`: names the passages whose embedding is not finite.
+        """
+        gen_ids, emb_seq_ids = self._tokenize(passages)
+        shape = (len(passages), self.model.config.embedding_size)
+        if paths is None:
+            embeddings = torch.empty(shape, dtype=self.dtype)
+        else:
+            embeddings = create_tensors(paths[0], {"embeddings": (shape, self.dtype)})["embeddings"]
+        self._embed(passages, emb_seq_ids, embeddings, bar)
+        batch = record_batch(passages, gen_ids)
+        if paths is not None:
+            write_passages(paths[1], batch)
+        return Shard(batch, embeddings)
+
+    def _tokenize(self, passages):
+        """Token ids as Gen and as Emb_seq read them: two lists of int32 arrays, a seventh of the memory of lists of `int`."""
+        model, rows = self.model, ([], [])
+        for start in range(0, len(passages), TOKENIZED_AT_ONCE):
+            chunk = passages[start : start + TOKENIZED_AT_ONCE]
+            rows[0].extend(np.array(ids, np.int32) for ids in encode_passages_for_gen(model.tokenizer, chunk, model.config))
+            rows[1].extend(np.array(ids, np.int32) for ids in encode_passages_for_emb_seq(model.emb_seq_tokenizer, chunk, model.config))
+        return rows
+
+    @torch.no_grad()
+    def _embed(self, passages, token_ids, embeddings, bar):
+        """Fill `embeddings` `(n, h)`. A batch is fetched only when the next one was sent off, so that a GPU need not wait for this thread."""
+        waiting = None
+        for rows in self._batches(token_ids):
+            ids, mask = pad_rows([token_ids[row] for row in rows], device=self.model.device)
+            embeds = self.model.encode_passages(ids, mask)
+            if waiting is not None:
+                self._store(passages, *waiting, embeddings, bar)
+            waiting = rows, embeds
+        self._store(passages, *waiting, embeddings, bar)
+
+    def _batches(self, token_ids):
+        """Rows of similar length, longest first: what does not fit into memory fails at once."""
+        lengths = np.array([len(ids) for ids in token_ids])
+        order = np.argsort(-lengths, kind="stable")
+        start = 0
+        while start < len(order):
+            size = max(1, min(self.batch_size, self.max_tokens_per_batch // max(1, lengths[order[start]])))
+            yield order[start : start + size]
+            start += size
+
+    def _store(self, passages, rows, embeds, embeddings, bar):
+        stored = embeds.to(self.dtype).cpu()
+        finite = stored.isfinite().all(1)
+        if not finite.all():
+            bad = [passages[row]["id"] for row in rows[~finite.numpy()]]
+            raise ValueError(f"The embeddings of {len(bad)} passages are not finite in {self.dtype}: {bad[:5]}. Emb_seq's weights or its dtype are at fault.")
+        embeddings[torch.from_numpy(rows)] = stored
+        bar.update(len(rows))
+
+
+def record_batch(passages, gen_ids):
+    """The `pyarrow.RecordBatch` of a shard: texts, ids, hashes of ids, and what Gen reads."""
+    ids = [passage["id"] for passage in passages]
+    offsets = np.cumsum([0, *map(len, gen_ids)])
+    columns = {name: pa.array([passage[name] for passage in passages], pa.large_string()) for name in ("id", "title", "text")}
+    columns["input_ids"] = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(np.concatenate(gen_ids), pa.int32()))
+    return pa.record_batch({**columns, "id_hash": pa.array(hash_ids(ids))})
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Evaluation mode; the mode before comes back."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+# ---------------------------------------------------------------------- reading the corpus
+
+
+def read_shards(source, shard_size, show_progress_bar, known=lambda ids: []):
+    """
+    A corpus in shards, checked: before the first one where it can be read twice, else as it streams.
+
+    Args:
+        source: see [`read_corpus`].
+        shard_size (`int`): passages of each but the last.
+        known (callable): of a list of ids those that the index already holds.
+
+    Returns:
+        `(int or None, iterator of list[dict])`: the number of passages, where it is known, and the shards.
+
+    Raises:
+        `ValueError`: names the place of a passage with a missing or empty field, or of an id that was there before.
+    """
+    if shard_size < 1:
+        raise ValueError(f"shard_size is {shard_size}, expected at least 1.")
+    if not can_be_read_twice(source):
+        return None, _check_as_it_streams(_cut(checked_passages(read_corpus(source)), shard_size), known)
+
+    def read():
+        return checked_passages(read_corpus(source))
+
+    bar = tqdm(read(), desc="Checking passages", unit=" passages", disable=not show_progress_bar)
+    hashes = [_hash_of_new(chunk, known) for chunk in _cut(bar, TOKENIZED_AT_ONCE)]
+    if not hashes:
+        raise ValueError("The corpus holds no passage.")
+    hashes = np.concatenate(hashes)
+    find_duplicate(hashes, read)
+    return len(hashes), ([passage for _, passage in chunk] for chunk in _cut(read(), shard_size))
+
+
+def _cut(iterable, size):
+    iterator = iter(iterable)
+    while chunk := list(itertools.islice(iterator, size)):
+        yield chunk
+
+
+def _hash_of_new(pairs, known):
+    """Hashes of the ids of `(where, passage)` pairs, none of which the index may hold already."""
+    if held := set(known([passage["id"] for _, passage in pairs])):
+        where, id = next((where, passage["id"]) for where, passage in pairs if passage["id"] in held)
+        raise ValueError(f"{where}: id {id!r} is already in the index ({len(held)} such ids).")
+    return hash_ids(passage["id"] for _, passage in pairs)
+
+
+def _check_as_it_streams(shards, known):
+    """Shards of a corpus that can be read only once; ids of the same hash in two shards are taken for the same (one in 10^19 pairs is not)."""
+    seen = np.empty(0, np.int64)
+    for pairs in shards:
+        hashes = _hash_of_new(pairs, known)
+        find_duplicate(hashes.copy(), lambda pairs=pairs: pairs)
+        if len(seen) and (again := np.flatnonzero(seen[np.minimum(seen.searchsorted(hashes), len(seen) - 1)] == hashes)).size:
+            where, passage = pairs[again[0]]
+            raise ValueError(f"{where}: id {passage['id']!r} already stands in an earlier row; ids must be unique.")
+        seen = np.concatenate([seen, hashes])
+        seen.sort(kind="stable")  # merges the two runs
+        yield [passage for _, passage in pairs]
+    if not len(seen):
+        raise ValueError("The corpus holds no passage.")
+
+
+# ---------------------------------------------------------------------- building in a folder
+
+
+def unfinished_folder(save_directory):
+    """Where the build of an index lives until it is complete: beside it, under a name that a second call finds."""
+    return save_directory.with_name(f".{save_directory.name}.unfinished")
+
+
+def begin(folder, settings):
+    """
+    Begin a build, or go on with one.
+
+    Raises:
+        `ValueError`: when another model or other settings began it; names each that differs.
+    """
+    folder.mkdir(exist_ok=True)
+    path = folder / BUILD_FILE
+    if path.exists():
+        build = json.loads(path.read_text())
+        before, now = ({**facts, **facts["fingerprint"]} for facts in (build, settings))
+        different = [name for name in now if name != "fingerprint" and before.get(name) != now[name]]
+        if different:
+            lines = [f"  {name}: then {before.get(name)!r}, now {now[name]!r}" for name in different]
+            raise ValueError(f"{folder} holds an unfinished build with other settings; finish it with those, or delete the folder.\n" + "\n".join(lines))
+    write_json(path, settings)
+
+
+def is_complete(folder, number, digest):
+    """Whether a shard was written to its end, of the same passages, and its files are still as long as they were."""
+    marker = folder / f"shard-{number:05d}.json"
+    if not marker.exists():
+        return False
+    facts = json.loads(marker.read_text())
+    whole = all((folder / name).exists() and (folder / name).stat().st_size == file["size"] for name, file in facts["files"].items())
+    if facts["digest"] != digest:
+        logger.warning(f"The passages of shard {number} are not those that it was built of: it is built again.")
+    return whole and facts["digest"] == digest
+
+
+def digest_of(passages):
+    """SHA-256 of the content of passages."""
+    digest = hashlib.sha256()
+    for passage in passages:
+        for value in (passage["id"], passage["title"], passage["text"]):
+            content = value.encode()
+            digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()
+
+
+def write_shards(folder, shards, builder, bar, shard_size, num_processes=1, process_index=0):
+    """
+    Write the shards of this process that are not yet complete, each with its marker. Returns how many shards the corpus has.
+
+    Raises:
+        `OSError`: when the disk is full; says what to free.
+    """
+    number = -1
+    for number, passages in enumerate(shards):
+        if number % num_processes != process_index:
+            continue
+        digest = digest_of(passages)
+        if is_complete(folder, number, digest):
+            bar.initial += len(passages)  # counts as done, not as fast
+            bar.update(len(passages))
+            continue
+        files = write_new_shard(folder, number, passages, builder, bar)
+        marker = {"first_row": number * shard_size, "num_passages": len(passages), "digest": digest, "files": files}
+        write_json(folder / f"shard-{number:05d}.json", marker)
+    return number + 1
+
+
+def write_new_shard(folder, number, passages, builder, bar):
+    """Embed passages into the files of a shard; `dict` of their sizes and checksums. Where that fails, neither file stays."""
+    paths = [folder / name for name in shard_files(number)]
+    (folder / f"shard-{number:05d}.json").unlink(missing_ok=True)
+    try:
+        builder.make(passages, bar, paths)
+        return {path.name: seal(path) for path in paths}
+    except BaseException as error:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise OSError(error.errno, _no_room(folder, len(passages), builder, bar)) from error
+        raise
+
+
+def _no_room(folder, shard_size, builder, bar):
+    size = builder.model.config.embedding_size * builder.dtype.itemsize
+    left = shard_size if bar.total is None else max(shard_size, bar.total - bar.n)
+    return (
+        f"no room for the next shard in {folder.parent}: free at least {left * size / 1e6:,.1f} MB for the embeddings of {left:,} passages that are left, "
+        "and room for their texts. Complete shards stay: the same call then goes on behind them"
+    )
+
+
+def finish(folder, num_shards, settings):
+    """Note how many shards the corpus has: those of a longer corpus before it do not count."""
+    write_json(folder / BUILD_FILE, {**settings, "num_shards": num_shards})
+
+
+def collect(folder):
+    """
+    The shards of a build that all processes have finished.
+
+    Returns:
+        `(settings, list[Shard], files)`: what `build.json` holds, the shards, mapped, and the sizes and checksums of their files.
+
+    Raises:
+        `FileNotFoundError`: when there is no build, or a shard is missing.
+    """
+    if not (folder / BUILD_FILE).exists():
+        raise FileNotFoundError(f"{folder} holds no build: call build first.")
+    settings = json.loads((folder / BUILD_FILE).read_text())
+    markers = [folder / f"shard-{number:05d}.json" for number in range(settings.get("num_shards", 0))]
+    missing = [path.name for path in markers if not path.exists()]
+    if missing or not markers:
+        raise FileNotFoundError(f"{folder} is not complete ({', '.join(missing[:5]) or 'no process is done'}): let every process end its build first.")
+    files = {name: facts for path in markers for name, facts in json.loads(path.read_text())["files"].items()}
+    return settings, [map_shard(folder, number) for number in range(len(markers))], files

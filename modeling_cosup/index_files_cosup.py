@@ -1,0 +1,289 @@
+"""
+The files of a passage index: what they are called, how they are written, mapped into memory and checked.
+
+A folder is an index when it holds `index_config.json`, which is written last and names every other file with its size and SHA-256:
+
+    index_config.json             format_version, fingerprint, dtype, shards, ids, deleted, approximate, files
+    embeddings-00000.safetensors  embeddings (n, h) of shard 0
+    passages-00000.arrow          one record batch of the same n rows: id, title, text, input_ids (as Gen reads them), id_hash
+    ids-00000.safetensors         hashes of all ids, sorted, and their rows
+    deleted-00001.safetensors     rows that were deleted, sorted
+    index-00002.faiss             an approximate index, read only on request
+
+Files are never changed once the config names them: a change writes new ones, then replaces the config. So a process that dies leaves the old state or the new.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+try:
+    import pyarrow as pa
+except ImportError:
+    pa = None
+
+FORMAT_VERSION = 2
+CONFIG_FILE = "index_config.json"
+FILE_PATTERNS = [CONFIG_FILE, "embeddings-*.safetensors", "passages-*.arrow", "ids-*.safetensors", "deleted-*.safetensors"]
+FAISS_PATTERN = "index-*.faiss"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+ALWAYS_VERIFIED = 16 * 2**20  # bytes: the SHA-256 of a smaller file is checked at every load, which takes a hundredth of a second
+BLOCK = 2**20  # bytes
+PARTITION = 2**22  # ids of the id table that are sorted at once
+_SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+
+
+@dataclass
+class Shard:
+    """
+    Consecutive passages of an index, in memory or mapped from files.
+
+    Args:
+        passages (`pyarrow.RecordBatch`): columns `id`, `title`, `text`, `input_ids` and `id_hash`.
+        embeddings (`torch.Tensor` of shape `(n, h)`): of the same rows, float32, float16 or bfloat16.
+    """
+
+    passages: Any
+    embeddings: torch.Tensor
+
+    def __len__(self):
+        return len(self.embeddings)
+
+
+def shard_files(number):
+    """Names of the two files of a shard."""
+    return f"embeddings-{number:05d}.safetensors", f"passages-{number:05d}.arrow"
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def create_tensors(path, tensors):
+    """
+    A safetensors file, mapped into memory, to be filled in place: what is written to the tensors is in the file.
+
+    Args:
+        path (`Path`): overwritten.
+        tensors (`dict`): name to `(shape, torch.dtype)`.
+
+    Returns:
+        `dict[str, torch.Tensor]`: zeros.
+
+    Raises:
+        `OSError`: when the disk has no room. All of it is taken now: a mapped page without room behind it would end the process by a signal.
+    """
+    header, size = {}, 0
+    for name, (shape, dtype) in tensors.items():
+        end = size + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [size, end]}
+        size = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format asks for aligned data
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for start in range(0, size, BLOCK):
+            file.write(bytes(min(BLOCK, size - start)))
+    if not size:
+        return {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in tensors.items()}
+    data = torch.from_numpy(np.memmap(path, np.uint8, "r+", offset=8 + len(text), shape=(size,)))
+    return {name: data[slice(*header[name]["data_offsets"])].view(dtype).view(shape) for name, (shape, dtype) in tensors.items()}
+
+
+def write_tensors(path, tensors):
+    """Write `dict[str, torch.Tensor]` as safetensors, a block of rows at a time: mapped tensors are not read into memory whole."""
+    for name, target in create_tensors(path, {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}).items():
+        for start in range(0, len(target), 8192):
+            target[start : start + 8192] = tensors[name][start : start + 8192]
+
+
+def write_passages(path, passages):
+    """Write a `pyarrow.RecordBatch` as an Arrow file."""
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, passages.schema) as writer:
+        writer.write_batch(passages)
+
+
+def write_json(path, value):
+    """Write JSON so that `path` holds either what it held before or all of this, also after a crash or a power cut."""
+    handle, unfinished = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(handle, "w") as file:
+            file.write(json.dumps(value, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(unfinished, 0o644)  # mkstemp's file is private
+        os.replace(unfinished, path)
+    except BaseException:
+        Path(unfinished).unlink(missing_ok=True)
+        raise
+
+
+def seal(path):
+    """`{"size", "sha256"}` of a file that is complete, once it has reached the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_shard(folder, number, shard):
+    """Write a shard that is in memory; `dict` of its files' sizes and checksums."""
+    embeddings, passages = shard_files(number)
+    write_tensors(folder / embeddings, {"embeddings": shard.embeddings})
+    write_passages(folder / passages, shard.passages)
+    return {name: seal(folder / name) for name in (embeddings, passages)}
+
+
+def make_id_table(shards, path=None):
+    """
+    The table that finds ids: their hashes, sorted, and their rows, in partitions of the range of hashes, so that memory stays flat.
+
+    Args:
+        shards (`list[Shard]`): of the whole index.
+        path (`Path`, *optional*): of a file to write; else the table is made in memory.
+
+    Returns:
+        `(hashes, rows)`: `numpy.ndarray` of int64, both `(M,)`. Equal hashes stand in the order of their rows.
+    """
+    count = sum(map(len, shards))
+    specs = {"hashes": ((count,), torch.int64), "rows": ((count,), torch.int64)}
+    table = {name: torch.empty(*spec[0], dtype=spec[1]) for name, spec in specs.items()} if path is None else create_tensors(path, specs)
+    hashes, rows = table["hashes"].numpy(), table["rows"].numpy()
+    starts = np.cumsum([0, *map(len, shards)])
+    bits = max(0, math.ceil(math.log2(max(count, 1) / PARTITION)))
+    done = 0
+    for partition in range(2**bits):
+        found = []
+        for start, shard in zip(starts, shards, strict=False):
+            column = shard.passages["id_hash"].to_numpy()
+            inside = np.flatnonzero((column >> (64 - bits)) + 2 ** (bits - 1) == partition) if bits else np.arange(len(column))
+            found.append((column[inside], inside + start))
+        part_hashes, part_rows = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        order = part_hashes.argsort(kind="stable")
+        hashes[done : done + len(order)], rows[done : done + len(order)] = part_hashes[order], part_rows[order]
+        done += len(order)
+    return hashes, rows
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def read(path, reader):
+    """`reader(path)`, its errors as a `ValueError` that names the file."""
+    try:
+        return reader(path)
+    except Exception as error:  # json, pyarrow and safetensors each raise their own
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def map_tensors(path):
+    """`dict[str, torch.Tensor]` of a safetensors file, mapped: a page is read when it is looked at."""
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def map_passages(path):
+    """The `pyarrow.RecordBatch` of an Arrow file, mapped."""
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    if reader.num_record_batches != 1:
+        raise ValueError(f"found {reader.num_record_batches} record batches, expected one")
+    return reader.get_batch(0)
+
+
+def map_shard(folder, number):
+    """A [`Shard`] mapped from its files."""
+    embeddings, passages = shard_files(number)
+    return Shard(read(folder / passages, map_passages), read(folder / embeddings, lambda path: map_tensors(path)["embeddings"]))
+
+
+def read_config(folder, verify=None):
+    """
+    The config of an index folder, once the files that it names are there and whole.
+
+    Args:
+        folder (`Path`): of the index.
+        verify (`bool`, *optional*): compare SHA-256 of every file (`True`) or of none (`False`); by default of those below 16 MB. Sizes always are.
+
+    Raises:
+        `FileNotFoundError`: when the folder is no complete index; names the missing file.
+        `ValueError`: names a damaged file, or a format version that this release does not read.
+    """
+    path = folder / CONFIG_FILE
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} is not a complete passage index: {CONFIG_FILE} is missing.")
+    config = read(path, lambda path: json.loads(path.read_text()))
+    version = config.get("format_version") if isinstance(config, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} has format_version {version!r}, this release reads {FORMAT_VERSION}: build the index again, with recipes/build_index.py.")
+    for name, facts in config["files"].items():
+        if config["approximate"] is None or name != config["approximate"]["file"]:  # that one is checked when it is asked for
+            check_file(folder / name, facts, verify)
+    return config
+
+
+def check_file(path, facts, verify=None):
+    """Raise `FileNotFoundError` or `ValueError` unless a file is what the config says; see [`read_config`]."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path.parent} is not a complete passage index: {path.name} is missing.")
+    size = path.stat().st_size
+    if size != facts["size"]:
+        raise ValueError(f"{path} is damaged: it has {size:,} bytes, expected {facts['size']:,}. Copy or build the index again.")
+    if (verify or (verify is None and size <= ALWAYS_VERIFIED)) and sha256(path) != facts["sha256"]:
+        raise ValueError(f"{path} is damaged: its SHA-256 is not that of {CONFIG_FILE}. Copy or build the index again.")
+
+
+# ---------------------------------------------------------------------- folders
+
+
+def check_save_directory(save_directory):
+    """
+    Raise now what saving would raise after an hour of embedding; its parents are created.
+
+    Raises:
+        `OSError`: when the folder cannot be written, or exists and is neither empty nor an index.
+    """
+    save_directory = Path(os.path.abspath(save_directory))  # "." has no name to put a folder beside
+    if save_directory.exists() and any(save_directory.iterdir()) and not (save_directory / CONFIG_FILE).exists():
+        raise FileExistsError(f"{save_directory} exists, is not empty and is not a passage index; choose another folder.")
+    save_directory.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=save_directory.parent).close()
+    return save_directory
+
+
+def put_in_place(unfinished, save_directory):
+    """Give a complete folder its name; an index that stood there before goes, or stays if this fails."""
+    replaced = unfinished.with_suffix(".replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if save_directory.exists():
+        os.replace(save_directory, replaced)
+    try:
+        os.replace(unfinished, save_directory)
+    except OSError:
+        if replaced.exists():
+            os.replace(replaced, save_directory)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def sweep(folder, config):
+    """Remove files that the config does not name: those of the build, of the state before, and of a change that died half-way."""
+    for pattern in (*FILE_PATTERNS[1:], FAISS_PATTERN, "shard-*.json", "build.json", f".{CONFIG_FILE}.*", ".shard-*.json.*", ".build.json.*"):
+        for path in folder.glob(pattern):
+            if path.name not in config["files"]:
+                path.unlink(missing_ok=True)

@@ -1,0 +1,262 @@
+"""
+Searching an index by inner product: exactly over mapped files (FAISS) or on a device (torch), or approximately through any FAISS index.
+
+Each searcher has `search(queries, k) -> (scores, rows)`, both `numpy.ndarray` `(N, k)`, best first; rows that were deleted are still in there, and -1
+stands where fewer than k were found.
+"""
+
+import numpy as np
+import torch
+
+from .index_files_cosup import (DTYPES)
+
+try:
+    import faiss
+except ImportError:
+    faiss = None  # type: ignore[assignment]
+
+HALF_ROWS = 16384  # rows of float16 or bfloat16 embeddings that are widened to float32 at once
+DEVICE_SCORES = 2**26  # scores that are held at once on a device: 256 MB
+
+
+class ExactSearch:
+    """
+    Exact search over shards where they lie, in memory or mapped: nothing is copied.
+
+    Args:
+        shards (`list[Shard]`): of the whole index.
+    """
+
+    def __init__(self, shards):
+        self.shards = shards
+        self.starts = np.cumsum([0, *map(len, shards)])
+
+    def search(self, queries, k):
+        """`(scores, rows)` of the k nearest of all rows; `queries` is a float32 tensor `(N, h)`."""
+        queries = queries.cpu().numpy()
+        best = nothing(len(queries), 0)
+        for start, block in self._blocks():
+            scores, rows = faiss.knn(queries, block, min(k, len(block)), faiss.METRIC_INNER_PRODUCT)
+            best = merge(best, (scores, rows + start), k)
+        return best
+
+    def _blocks(self):
+        """`(first row, float32 array)` of all embeddings: whole shards, or blocks of them that are widened."""
+        for start, shard in zip(self.starts, self.shards, strict=False):
+            step = len(shard) if shard.embeddings.dtype == torch.float32 else HALF_ROWS
+            for offset in range(0, len(shard), step):
+                yield start + offset, shard.embeddings[offset : offset + step].float().numpy()
+
+    def gather(self, rows):
+        """Embeddings of some rows, float32 `(len(rows), h)`."""
+        owners = np.searchsorted(self.starts, rows, side="right") - 1
+        if len(self.shards) == 1:
+            return self.shards[0].embeddings[torch.from_numpy(rows)].float()
+        embeddings = torch.empty(len(rows), self.shards[0].embeddings.shape[1])
+        for owner in np.unique(owners):
+            own = np.flatnonzero(owners == owner)
+            embeddings[torch.from_numpy(own)] = self.shards[owner].embeddings[torch.from_numpy(rows[own] - self.starts[owner])].float()
+        return embeddings
+
+
+class DeviceSearch:
+    """
+    Exact search by matrix product and top-k on a device that holds all embeddings.
+
+    Args:
+        shards (`list[Shard]`): of the whole index.
+        device (`str` or `torch.device`): e.g. `"cuda"`.
+        dtype (`str`, *optional*): in which the device holds them: `"float32"`, `"float16"` or `"bfloat16"`; defaults to that of the files. Scores are float32.
+    """
+
+    def __init__(self, shards, device, dtype=None):
+        dtype = shards[0].embeddings.dtype if dtype is None else DTYPES[dtype]
+        self.embeddings = torch.empty(sum(map(len, shards)), shards[0].embeddings.shape[1], device=device, dtype=dtype)
+        start = 0
+        for shard in shards:
+            self.embeddings[start : start + len(shard)] = shard.embeddings.to(self.embeddings.device)
+            start += len(shard)
+
+    def search(self, queries, k):
+        """`(scores, rows)` of the k nearest of all rows; `queries` is a float32 tensor `(N, h)`."""
+        queries = queries.to(self.embeddings.device)
+        step = max(1, DEVICE_SCORES // len(queries))
+        scores, rows = [], []
+        for start in range(0, len(self.embeddings), step):
+            found = self._scores(queries, self.embeddings[start : start + step]).topk(min(k, len(self.embeddings) - start, step))
+            scores.append(found.values)
+            rows.append(found.indices + start)
+        scores, order = torch.cat(scores, 1).sort(dim=1, descending=True, stable=True)
+        rows = torch.cat(rows, 1).gather(1, order)
+        return scores[:, :k].cpu().numpy(), rows[:, :k].cpu().numpy()
+
+    def _scores(self, queries, block):
+        """Float32 scores `(N, rows of block)`. Half-precision embeddings stay as they are on a GPU, whose product takes them and sums in float32."""
+        if block.dtype == torch.float32:
+            return queries @ block.T
+        if block.is_cuda:
+            return torch.mm(queries.to(block.dtype), block.T, out_dtype=torch.float32)
+        return torch.cat([queries @ block[start : start + HALF_ROWS].float().T for start in range(0, len(block), HALF_ROWS)], 1)
+
+    def gather(self, rows):
+        """Embeddings of some rows, float32 `(len(rows), h)`, on the device."""
+        return self.embeddings[torch.from_numpy(rows).to(self.embeddings.device)].float()
+
+
+class ApproximateSearch:
+    """
+    Search through a FAISS index whose ids are our rows.
+
+    Args:
+        index (`faiss.Index`): by inner product, of all rows.
+    """
+
+    def __init__(self, index):
+        self.index = index
+
+    def search(self, queries, k):
+        """`(scores, rows)` of about the k nearest; scores are those of the FAISS index, which compression may have changed."""
+        scores, rows = self.index.search(queries.cpu().numpy(), k)
+        return np.where(rows < 0, -np.inf, scores).astype(np.float32), rows
+
+
+def nothing(n, k):
+    """`(scores, rows)` `(n, k)` where nothing was found."""
+    return np.full((n, k), -np.inf, np.float32), np.full((n, k), -1, np.int64)
+
+
+def merge(first, second, k):
+    """The k best of two `(scores, rows)`; among equal scores those of `first` come first."""
+    scores, rows = (np.concatenate(parts, axis=1) for parts in zip(first, second, strict=True))
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+
+
+def search_without(deleted, searcher, queries, k, num_rows):
+    """
+    The k nearest that were not deleted: more are fetched than asked for, and more again for the queries whose k are not full.
+
+    Args:
+        deleted (`numpy.ndarray` of int64): rows, sorted.
+        searcher: one of the above.
+        queries (`torch.FloatTensor` of shape `(N, h)`), k (`int`): as there.
+        num_rows (`int`): of the searcher, deleted ones included.
+    """
+    if not len(deleted):
+        return searcher.search(queries, k)
+    best = nothing(len(queries), k)
+    fetch, open_rows = min(num_rows, k + 8 + 2 * k * len(deleted) // num_rows), np.arange(len(queries))
+    while len(open_rows):
+        scores, rows = searcher.search(queries[torch.from_numpy(open_rows)], fetch)
+        exhausted = (rows[:, -1] < 0) | (fetch == num_rows)
+        alive = (rows >= 0) & ~contains(deleted, rows)
+        order = np.argsort(~alive, axis=1, kind="stable")[:, :k]  # the living first, in their order
+        found = np.take_along_axis(alive, order, 1)
+        best[0][open_rows] = np.where(found, np.take_along_axis(scores, order, 1), -np.inf)
+        best[1][open_rows] = np.where(found, np.take_along_axis(rows, order, 1), -1)
+        open_rows = open_rows[~(found.all(1) | exhausted)]
+        fetch = min(num_rows, 4 * fetch)
+    return best
+
+
+def search_pools(searcher, queries, pools, k, deleted):
+    """
+    The k best of each query's own rows.
+
+    Args:
+        searcher ([`ExactSearch`] or [`DeviceSearch`]): whose embeddings are gathered.
+        queries (`torch.FloatTensor` of shape `(N, h)`): one for each pool.
+        pools (`list` of `numpy.ndarray` of int64): rows of the index, in any order; deleted ones are left out, repeated ones count once.
+
+    Returns:
+        `(scores, rows)`, `(N, k)`, with -inf and -1 at the end where a pool holds fewer than k.
+    """
+    best = nothing(len(queries), k)
+    for i, pool in enumerate(pools):
+        pool = np.unique(pool)
+        if len(deleted):
+            pool = pool[~contains(deleted, pool)]
+        if len(pool):
+            embeddings = searcher.gather(pool)
+            scores, order = (embeddings @ queries[i].to(embeddings.device)).topk(min(k, len(pool)))
+            best[0][i, : len(order)], best[1][i, : len(order)] = scores.cpu().numpy(), pool[order.cpu().numpy()]
+    return best
+
+
+def contains(values, rows):
+    """Whether each of `rows` (any shape) is among the sorted `values`, of which there is at least one."""
+    return values[np.minimum(values.searchsorted(rows), len(values) - 1)] == rows
+
+
+# ---------------------------------------------------------------------- approximate indexes
+
+
+def make_approximate(factory, exact, train_rows):
+    """
+    A FAISS index of all embeddings, trained on a sample of them and filled shard by shard.
+
+    Args:
+        factory (`str`): of `faiss.index_factory`, e.g. `"HNSW32"`, `"IVF1024,Flat"`, `"OPQ16_64,IVF256,PQ16"`.
+        exact ([`ExactSearch`]): of the shards.
+        train_rows (`numpy.ndarray` of int64): the sample.
+
+    Raises:
+        `ValueError`: when FAISS does not know the factory string, or the sample is too small for it.
+    """
+    size = exact.shards[0].embeddings.shape[1]
+    try:
+        index = faiss.index_factory(size, factory, faiss.METRIC_INNER_PRODUCT)
+        if not index.is_trained:
+            index.train(exact.gather(train_rows).numpy())
+    except RuntimeError as error:
+        message = str(error).partition("Error: ")[2] or str(error)
+        raise ValueError(f"index_factory {factory!r} of {size} dimensions and {len(train_rows):,} training embeddings: FAISS says {message}") from None
+    add_to_approximate(index, exact, 0)
+    return index
+
+
+def add_to_approximate(index, exact, first_row):
+    """Add the rows from `first_row` on, deleted ones too: the FAISS index counts them as we do."""
+    for start, block in exact._blocks():
+        if start + len(block) > first_row:
+            index.add(block[max(0, first_row - start) :])
+
+
+def write_approximate(index, path):
+    """Write a FAISS index; `OSError` when that fails, as on a full disk."""
+    try:
+        faiss.write_index(index, str(path))
+    except RuntimeError as error:
+        path.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written; is the disk full? FAISS says {error}") from None
+
+
+def read_approximate(path, num_rows, size):
+    """A FAISS index, mapped; `ValueError` when it cannot be read or is not of `num_rows` embeddings of `size` dimensions."""
+    try:
+        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+    except RuntimeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if (index.ntotal, index.d) != (num_rows, size):
+        raise ValueError(f"{path} holds {index.ntotal:,} embeddings of {index.d} dimensions, expected {num_rows:,} of {size}.")
+    return index
+
+
+def set_search_options(index, options):
+    """
+    Set options of `faiss.ParameterSpace` on an index, e.g. `nprobe`, `efSearch`.
+
+    Raises:
+        `ValueError`: names an option that this kind of index does not have.
+    """
+    for name, value in options.items():
+        try:
+            faiss.ParameterSpace().set_index_parameter(index, name, value)
+        except RuntimeError:
+            raise ValueError(f"{type(index).__name__} has no search option {name!r} (or not {value!r}); IVF has nprobe, HNSW efSearch.") from None
+
+
+def recall(found, expected):
+    """Mean share of `expected` rows `(N, k)` that stand in the same row of `found`; -1 counts as nothing."""
+    hits = [len(np.intersect1d(a[a >= 0], b)) for a, b in zip(found, expected, strict=True)]
+    return float(sum(hits) / max(1, expected.size))
