@@ -4,7 +4,6 @@ import hashlib
 import json
 
 import numpy as np
-import torch
 
 from .milvus_client_cosup import (MAX_REQUEST_BYTES, MAX_REQUEST_ROWS, milvus_packages, split)
 
@@ -28,11 +27,7 @@ def prepare_upload(connection, index, index_type, index_params, overwrite):
     unfinished = _is_unfinished(connection, source, overwrite)
     if not unfinished:
         _create(connection, index, source)
-    if "embedding" not in connection.call("list_indexes", "listing the indexes"):
-        indexes = milvus_packages()[0].MilvusClient.prepare_index_params()
-        indexes.add_index("embedding", index_type=index_type, metric_type="IP", params=index_params)
-        indexes.add_index("id", index_type="INVERTED")
-        connection.call("create_index", "creating the index", index_params=indexes)
+    _create_indexes(connection, index_type, index_params)
     if not unfinished:
         return 0
     connection.call("load_collection", "loading the collection")
@@ -65,16 +60,25 @@ def _create(connection, index, source):
     for name in TEXT_FIELDS:
         schema.add_field(name, data_type.VARCHAR, max_length=MAX_FIELD_BYTES)
     schema.add_field("input_ids", data_type.ARRAY, element_type=data_type.INT32, max_capacity=MAX_TOKENS)
-    schema.add_field("embedding", data_type.FLOAT_VECTOR, dim=index.embeddings.shape[1])
+    schema.add_field("embedding", data_type.FLOAT_VECTOR, dim=index.config["embedding_size"])
     properties = {
         "cosup.format_version": FORMAT_VERSION,
         "cosup.fingerprint": json.dumps(index.fingerprint),
         "cosup.source": source,
         "cosup.complete": "false",
-        "cosup.next_row": str(len(index.embeddings)),  # every row below was given to a passage once, whether it is still there or not
+        "cosup.next_row": str(index.num_rows),  # every row below was given to a passage once, whether it is still there or not
         "cosup.adding": "",  # rows `first:stop` of an add() under way
     }
     connection.call("create_collection", "creating the collection", schema=schema, properties=properties, consistency_level="Session")
+
+
+def _create_indexes(connection, index_type, index_params):
+    there = connection.call("list_indexes", "listing the indexes")
+    for name, options in (("embedding", {"index_type": index_type, "metric_type": "IP", "params": index_params}), ("id", {"index_type": "INVERTED"})):
+        if name not in there:
+            index = milvus_packages()[0].MilvusClient.prepare_index_params()
+            index.add_index(name, index_name=name, **options)
+            connection.call("create_index", "creating the index", index_params=index, sync=False)  # nothing is there to index yet
 
 
 def upload(connection, index, skip=0, first_row=0, batch_size=MAX_REQUEST_ROWS, show_progress_bar=False):
@@ -90,7 +94,7 @@ def upload(connection, index, skip=0, first_row=0, batch_size=MAX_REQUEST_ROWS, 
     from tqdm.auto import tqdm
 
     rows = live_rows(index)
-    batch_size = max(1, min(batch_size, MAX_REQUEST_ROWS, MAX_REQUEST_BYTES // (4 * index.embeddings.shape[1])))
+    batch_size = max(1, min(batch_size, MAX_REQUEST_ROWS, MAX_REQUEST_BYTES // (4 * index.config["embedding_size"])))
     with tqdm(total=len(rows), initial=skip, desc="Uploading passages", unit="passage", disable=not show_progress_bar) as bar:
         for start in range(skip, len(rows), batch_size):
             batch = rows[start : start + batch_size]
@@ -148,12 +152,12 @@ def check_sizes(index):
 
 def live_rows(index):
     """Rows of a [`PassageIndex`] that hold a passage: int64, in order."""
-    return np.arange(len(index))
+    return np.setdiff1d(np.arange(index.num_rows), index._deleted, assume_unique=True)
 
 
 def _embeddings(index, rows):
     """Embeddings `(M, h)` of rows of a [`PassageIndex`], in float32."""
-    return index.embeddings[torch.from_numpy(rows)].float().numpy()
+    return index._exact.gather(rows).numpy()
 
 
 def _digest(index, index_type, index_params):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import shim  # TEMP
 import torch
 from conftest import PASSAGES, left_pad, make_model
 from milvus_server import MilvusServer, milvus_server  # noqa: F401

@@ -1,7 +1,7 @@
 """What generate() and its users may ask of a retriever, over every back end: in memory, from disk, approximate, in Milvus."""
 
-import shim  # TEMP
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,9 +14,10 @@ from modeling_cosup import PassageIndex
 from modeling_cosup.milvus_cosup import MilvusPassageIndex
 from modeling_cosup.tokenization_cosup import encode_passages_for_gen, encode_prompt
 
-EXACT = ["memory", "disk", "milvus-file", "milvus-server"]
-APPROXIMATE = ["milvus-hnsw"]
-KEPT = ["disk", "milvus-file", "milvus-server", "milvus-hnsw"]  # live outside of this process' memory
+EXACT = ["memory", "disk", "torch-cpu", "milvus-file", "milvus-server"]
+TOLERANCES = {"float16": 5e-3}  # of scores; others: 1e-5
+APPROXIMATE = ["faiss-hnsw", "milvus-hnsw"]
+ALL = [*EXACT, *TOLERANCES, *APPROXIMATE]
 
 ODD = ['"quoted" and \'quoted\'', "back\\slash \\n \\", "new\nline\r\n\ttab", "emoji 😀 ünï 東京", "{a} % $meta", "bell \x07 end", "NULL", " spaces "]
 CORPUS = [{"id": f"{i}", "title": f"Title {i % 7}" if i % 3 else "", "text": f"{i} {'radium ' * (i % 5)}in {i * i}"} for i in range(40)]
@@ -24,18 +25,23 @@ CORPUS += [{"id": text, "title": text, "text": f"{text} {i}"} for i, text in enu
 names = (f"index{i}" for i in itertools.count())
 
 
-def make(name, model, passages, folder, server):
-    """A retriever over `passages`, and how to open it again."""
-    index = model.build_index(passages, show_progress_bar=False)
-    if name == "memory":
-        return index, None
-    if name == "disk":
-        index.save_pretrained(folder / "index")
-        return PassageIndex.from_pretrained(folder / "index"), lambda: PassageIndex.from_pretrained(folder / "index")
-    uri, collection = (str(folder / "passages.db"), "passages") if name == "milvus-file" else (server.uri, next(names))
-    options = {"index_type": "HNSW", "index_params": {"M": 8, "efConstruction": 32}} if name == "milvus-hnsw" else {}
-    retriever = MilvusPassageIndex.from_index(index, uri, collection, show_progress_bar=False, **options)
-    return retriever, lambda: MilvusPassageIndex(uri, collection)
+def make(name, model, passages, folder, request):
+    """A retriever over `passages`, and how to open it again where it outlives this process."""
+    if name.startswith("milvus"):
+        uri, collection = request.getfixturevalue("milvus_server").uri, next(names)
+        if name == "milvus-file":
+            uri = str(folder / "passages.db")
+        options = {"index_type": "HNSW", "index_params": {"M": 8, "efConstruction": 32}} if name == "milvus-hnsw" else {}
+        index = model.build_index(passages, show_progress_bar=False)
+        retriever = MilvusPassageIndex.from_index(index, uri, collection, show_progress_bar=False, **options)
+        return retriever, lambda: MilvusPassageIndex(uri, collection)
+    if name in ("disk", "faiss-hnsw"):
+        index = model.build_index(passages, save_directory=folder / "index", shard_size=4, show_progress_bar=False)
+        if name == "faiss-hnsw":
+            index.train_approximate("HNSW16")
+        return index, lambda: PassageIndex.from_pretrained(folder / "index", allow_faiss_files=True)
+    index = model.build_index(passages, show_progress_bar=False, dtype="float16" if name == "float16" else "float32")
+    return index.to("cpu") if name == "torch-cpu" else index, None
 
 
 @pytest.fixture(scope="module")
@@ -49,54 +55,59 @@ def embeddings(the_model):
     return the_model.build_index(CORPUS, show_progress_bar=False).embeddings.clone()
 
 
-@pytest.fixture(scope="module", params=EXACT + APPROXIMATE)
-def retriever(request, the_model, tmp_path_factory):
+@pytest.fixture(scope="module", params=ALL)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def retriever(name, request, the_model, tmp_path_factory):
     """Over `CORPUS`, row by row; only to be read."""
-    server = request.getfixturevalue("milvus_server") if request.param.startswith("milvus") else None
-    retriever, _ = make(request.param, the_model, CORPUS, tmp_path_factory.mktemp("retriever"), server)
-    retriever.exact = request.param in EXACT
-    return retriever
+    return make(name, the_model, CORPUS, tmp_path_factory.mktemp("retriever"), request)[0]
 
 
-@pytest.fixture(params=EXACT + APPROXIMATE)
-def changeable(request, the_model, tmp_path):
+@pytest.fixture
+def changeable(name, request, the_model, tmp_path):
     """Over the six `PASSAGES`, and how to open it again."""
-    server = request.getfixturevalue("milvus_server") if request.param.startswith("milvus") else None
-    return make(request.param, the_model, PASSAGES, tmp_path, server)
+    return make(name, the_model, PASSAGES, tmp_path, request)
 
 
 def queries(n=9, seed=0):
     return torch.randn(n, 32, generator=torch.Generator().manual_seed(seed))
 
 
-def check_results(scores, rows, query_embeds, embeddings, k, pools=None, exact=True):
+def check_results(scores, rows, query_embeds, embeddings, k, name, pools=None):
     """Compare with the plain product; rows of equal scores may stand in any order."""
     assert scores.shape == rows.shape == (len(query_embeds), k) and scores.dtype == np.float32 and rows.dtype == np.int64
+    tolerance = {"rtol": TOLERANCES.get(name, 1e-5), "atol": TOLERANCES.get(name, 1e-5)}
     products = (query_embeds.float() @ embeddings.T).numpy()
     for i, (row_scores, row_rows) in enumerate(zip(scores, rows, strict=True)):
         pool = range(len(embeddings)) if pools is None or pools[i] is None else sorted({int(row) for row in pools[i]})
         expected = np.sort(products[i, list(pool)])[::-1][:k]
         found = min(k, len(pool))
+        if name in APPROXIMATE and (pools is None or pools[i] is None):
+            found = np.count_nonzero(row_rows >= 0)  # at least some
+            assert found >= min(k, 10)
         assert (row_rows[found:] == -1).all() and (row_scores[found:] == -np.inf).all()
         row_scores, row_rows = row_scores[:found], row_rows[:found]
         assert set(row_rows.tolist()) <= set(pool) and len(set(row_rows.tolist())) == found
         assert (row_scores[:-1] >= row_scores[1:]).all()
-        np.testing.assert_allclose(row_scores, products[i, row_rows], rtol=1e-5, atol=1e-5)
-        if exact:
-            np.testing.assert_allclose(row_scores, expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(row_scores, products[i, row_rows], **tolerance)
+        if name not in APPROXIMATE:
+            np.testing.assert_allclose(row_scores, expected, **tolerance)
 
 
 # ------------------------------------------------------------------ search
 
 
 @pytest.mark.parametrize("k", [1, 5, len(CORPUS)])
-def test_search_equals_topk_of_the_product(retriever, embeddings, k):
-    check_results(*retriever.search(queries(), k=k), queries(), embeddings, k, exact=retriever.exact)
+def test_search_equals_topk_of_the_product(name, retriever, embeddings, k):
+    check_results(*retriever.search(queries(), k=k), queries(), embeddings, k, name)
 
 
-def test_more_than_there_are(retriever, embeddings):
+def test_more_than_there_are(name, retriever, embeddings):
     assert len(retriever) == len(CORPUS)
-    check_results(*retriever.search(queries(3), k=10_000), queries(3), embeddings, len(CORPUS), exact=retriever.exact)
+    check_results(*retriever.search(queries(3), k=10_000), queries(3), embeddings, len(CORPUS), name)
 
 
 def test_one_passage_is_the_default(retriever):
@@ -104,9 +115,9 @@ def test_one_passage_is_the_default(retriever):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_any_float_dtype(retriever, embeddings, dtype):
+def test_any_float_dtype(name, retriever, embeddings, dtype):
     query_embeds = queries().to(dtype).requires_grad_()
-    check_results(*retriever.search(query_embeds, k=3), query_embeds.detach().float(), embeddings, 3, exact=retriever.exact)
+    check_results(*retriever.search(query_embeds, k=3), query_embeds.detach().float(), embeddings, 3, name)
 
 
 @pytest.mark.parametrize("candidates", [None, []])
@@ -115,16 +126,16 @@ def test_no_query(retriever, candidates):
     assert scores.shape == rows.shape == (0, 3) and scores.dtype == np.float32 and rows.dtype == np.int64
 
 
-def test_many_queries_at_once(retriever, embeddings):
-    check_results(*retriever.search(queries(300), k=2), queries(300), embeddings, 2, exact=retriever.exact)
+def test_many_queries_at_once(name, retriever, embeddings):
+    check_results(*retriever.search(queries(300), k=2), queries(300), embeddings, 2, name)
 
 
 POOLS = [np.array([3, 1, 40], np.int64), None, np.arange(48), np.array([7], np.int64), np.array([], np.int64), np.array([5, 5, 9], np.int64)]
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
-def test_candidates_of_each_query(retriever, embeddings, k):
-    check_results(*retriever.search(queries(6), k=k, candidates=POOLS), queries(6), embeddings, k, POOLS, exact=retriever.exact)
+def test_candidates_of_each_query(name, retriever, embeddings, k):
+    check_results(*retriever.search(queries(6), k=k, candidates=POOLS), queries(6), embeddings, k, name, POOLS)
 
 
 def test_candidates_none_at_all_and_no_pool_given_are_the_same(retriever):
@@ -210,37 +221,38 @@ NEW = [{"id": "new1", "title": "", "text": "radium again"}, {"id": 'new "2"', "t
 def found(retriever, embeds=None, k=100):
     """What a search finds: for each query `{passage id: score}`."""
     scores, rows = retriever.search(queries() if embeds is None else embeds, k=k)
-    ids = {row: passage["id"] for row, passage in zip(set(rows.ravel().tolist()), retriever.get_passages(set(rows.ravel().tolist())), strict=True)}
-    return [{ids[row]: score for row, score in zip(r, s, strict=True)} for r, s in zip(rows.tolist(), scores.tolist(), strict=True)]
+    there = sorted({*rows.ravel().tolist()} - {-1})
+    ids = {row: passage["id"] for row, passage in zip(there, retriever.get_passages(there), strict=True)}
+    return [{ids[row]: score for row, score in zip(r, s, strict=True) if row >= 0} for r, s in zip(rows.tolist(), scores.tolist(), strict=True)]
 
 
-def check_equals_a_fresh_index(retriever, model, passages):
+def check_equals_a_fresh_index(retriever, model, passages, name):
     fresh = model.build_index(passages, show_progress_bar=False)
     assert len(retriever) == len(fresh)
     for results, expected in zip(found(retriever), found(fresh), strict=True):
-        assert results == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        assert results == pytest.approx(expected, rel=TOLERANCES.get(name, 1e-5), abs=TOLERANCES.get(name, 1e-5))
     ids = [passage["id"] for passage in passages]
     assert retriever.get_passages(retriever.rows_of(ids)) == fresh.get_passages(fresh.rows_of(ids))
 
 
-def test_after_add_and_delete_it_equals_a_fresh_index(changeable, the_model):
+def test_after_add_and_delete_it_equals_a_fresh_index(name, changeable, the_model):
     retriever, reopen = changeable
     rows = retriever.rows_of([passage["id"] for passage in PASSAGES])
     retriever.add(NEW, the_model)
-    check_equals_a_fresh_index(retriever, the_model, PASSAGES + NEW)
+    check_equals_a_fresh_index(retriever, the_model, PASSAGES + NEW, name)
     new_rows = retriever.rows_of([passage["id"] for passage in NEW])
     retriever.delete(["p1", NEW[2]["id"], "p4"])
     left = [PASSAGES[0], PASSAGES[2], PASSAGES[3], PASSAGES[5], *NEW[:2]]
-    check_equals_a_fresh_index(retriever, the_model, left)
+    check_equals_a_fresh_index(retriever, the_model, left, name)
     retriever.add([PASSAGES[4]], the_model)  # back again, under a new row
-    check_equals_a_fresh_index(retriever, the_model, left + [PASSAGES[4]])
+    check_equals_a_fresh_index(retriever, the_model, left + [PASSAGES[4]], name)
 
     stay = retriever.rows_of([passage["id"] for passage in left]).tolist()
     assert stay == [*rows[[0, 2, 3, 5]], *new_rows[:2]], "rows are stable"
     (again,) = retriever.rows_of(["p4"])
     assert again not in {*rows.tolist(), *new_rows.tolist()}, "a deleted row is never given away"
     if reopen is not None:
-        check_equals_a_fresh_index(reopen(), the_model, left + [PASSAGES[4]])
+        check_equals_a_fresh_index(reopen(), the_model, left + [PASSAGES[4]], name)
         assert reopen().rows_of(["p4"]).tolist() == [again]
 
 
@@ -266,13 +278,13 @@ def test_the_last_row_stays_taken_when_it_is_deleted(changeable, the_model):
     assert retriever.rows_of(["p5"])[0] > last
 
 
-def test_everything_deleted(changeable, the_model):
+def test_everything_deleted(name, changeable, the_model):
     retriever, _ = changeable
     retriever.delete([passage["id"] for passage in PASSAGES])
     assert len(retriever) == 0 and [part.shape for part in retriever.search(queries(2), k=3)] == [(2, 0), (2, 0)]
     assert [part.shape for part in retriever.search(queries(2), k=3, candidates=[[0, 1], None])] == [(2, 0), (2, 0)]
     retriever.add(NEW, the_model)
-    check_equals_a_fresh_index(retriever, the_model, NEW)
+    check_equals_a_fresh_index(retriever, the_model, NEW, name)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +292,7 @@ def test_everything_deleted(changeable, the_model):
     [
         ([NEW[0], PASSAGES[3]], "p3"),
         ([NEW[0], NEW[1], NEW[0]], "new1"),
-        ([NEW[0], {"id": "x", "title": "T", "text": " "}], "'text' is"),
+        ([NEW[0], {"id": "x", "title": "T", "text": " "}], "text'? is ' '"),
         ([], "no passage"),
     ],
 )
@@ -320,28 +332,18 @@ def run(model, retriever, **kwargs):
     return model.generate(**left_pad(prompts, model.tokenizer.pad_token_id), retriever=retriever, **options)
 
 
-@pytest.mark.parametrize("name", EXACT)
-def test_generation_is_the_same_with_every_exact_back_end(name, request, the_model, tmp_path):
-    server = request.getfixturevalue("milvus_server") if name.startswith("milvus") else None
-    retriever, _ = make(name, the_model, PASSAGES, tmp_path, server)
+def test_generation_is_the_same_with_every_back_end(name, changeable, the_model):
+    if name in APPROXIMATE:
+        pytest.skip("an approximate search may find another passage")
     expected = run(the_model, the_model.build_index(PASSAGES, show_progress_bar=False))
-    output = run(the_model, retriever)
+    output = run(the_model, changeable[0])
     assert sum(map(len, expected.retrievals)) > 5 and torch.equal(output.sequences, expected.sequences)
     for trace, expected_trace in zip(output.retrievals, expected.retrievals, strict=True):
-        for retrieval, other in zip(trace, expected_trace, strict=True):
-            assert retrieval.score == pytest.approx(other.score, rel=1e-5, abs=1e-5)
-            assert (retrieval.position, retrieval.passage_id, retrieval.title, retrieval.text, retrieval.grounded_span) == (
-                other.position,
-                other.passage_id,
-                other.title,
-                other.text,
-                other.grounded_span,
-            )
+        tolerance = TOLERANCES.get(name, 1e-5)
+        assert [retrieval.score for retrieval in trace] == pytest.approx([other.score for other in expected_trace], rel=tolerance, abs=tolerance)
+        assert [replace(retrieval, score=0) for retrieval in trace] == [replace(other, score=0) for other in expected_trace]
 
 
-@pytest.mark.parametrize("name", EXACT)
-def test_generation_refuses_an_index_of_another_model(name, request, the_model, tmp_path):
-    server = request.getfixturevalue("milvus_server") if name.startswith("milvus") else None
-    retriever, _ = make(name, the_model, PASSAGES, tmp_path, server)
+def test_generation_refuses_an_index_of_another_model(changeable):
     with pytest.raises(ValueError, match="  emb_seq: "):
-        run(make_model(emb_seq_kwargs={"seed": 9}), retriever)
+        run(make_model(emb_seq_kwargs={"seed": 9}), changeable[0])

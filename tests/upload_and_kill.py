@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import shim  # TEMP
 
 from modeling_cosup import PassageIndex
 from modeling_cosup.milvus_client_cosup import MilvusConnection
