@@ -32,7 +32,7 @@ class MilvusConnection:
     def __init__(self, uri, collection, token=None, timeout=60.0, max_retries=5):
         milvus_packages()
         self.uri, self.collection, self.token, self.timeout, self.max_retries = str(uri), collection, token, timeout, max_retries
-        self.is_file, self._client, self._needs_loading = "://" not in self.uri, None, False
+        self.is_file, self._client = "://" not in self.uri, None
         if self.is_file and not self.uri.endswith(".db"):
             raise ValueError(f"uri is {self.uri!r}, expected a server (http://host:19530) or a local file that ends in .db.")
 
@@ -59,29 +59,37 @@ class MilvusConnection:
             if attempt:
                 time.sleep(0.5 * 2 ** (attempt - 1))
             try:
-                client = self._connected()
-                if self._needs_loading:
-                    client.load_collection(self.collection, retry_times=0)
-                    self._needs_loading = False
-                return getattr(client, method)(*arguments, retry_times=0, **kwargs)  # pymilvus alone would try 75 times
+                return self._send(method, *arguments, **kwargs)
             except (pymilvus.MilvusException, grpc.RpcError) as error:
-                failure = error
-                not_loaded = isinstance(error, pymilvus.MilvusException) and error.code == NOT_LOADED
-                self._needs_loading |= not_loaded
-                if not not_loaded and not _may_pass(error, grpc):
+                if not _may_pass(error, grpc):
                     raise RuntimeError(f"{self}: failed while {doing}: {error}") from error
+                failure = error
                 logger.warning(f"{self}: no answer while {doing}, attempt {attempt + 1} of {self.max_retries + 1}.")
         raise ConnectionError(
             f"{self}: no answer to {self.max_retries + 1} attempts while {doing}: {failure}. Check that the server runs, and uri and token; "
             "then call again. A larger max_retries or timeout waits longer."
         ) from failure
 
+    def _send(self, method, *arguments, **kwargs):
+        pymilvus, _ = milvus_packages()
+        client = self._connected()
+        send = getattr(client, method)
+        try:
+            return send(*arguments, retry_times=0, **kwargs)  # pymilvus alone would try 75 times
+        except pymilvus.MilvusException as error:
+            if error.code != NOT_LOADED:
+                raise
+            client.load_collection(self.collection, retry_times=0)
+            return send(*arguments, retry_times=0, **kwargs)
+
     def _connected(self):
         if self._client is None:
             pymilvus, _ = milvus_packages()
-            # a deadline given to each call would make pymilvus go on trying until it is reached
+            # A deadline given to each call would make pymilvus go on trying until it is reached; and gRPC by itself waits up to two minutes
+            # before it tries a server again that was away.
             deadline = json.dumps({"methodConfig": [{"name": [{}], "timeout": f"{self.timeout}s"}]})
-            options = {"dedicated": True, "timeout": min(self.timeout, 10), "grpc_options": {"grpc.service_config": deadline}}
+            grpc_options = {"grpc.service_config": deadline, "grpc.initial_reconnect_backoff_ms": 100, "grpc.max_reconnect_backoff_ms": 500}
+            options = {"dedicated": True, "timeout": min(self.timeout, 10), "grpc_options": grpc_options}
             try:
                 self._client = pymilvus.MilvusClient(self.uri, token=self.token or "", **options)
             except pymilvus.exceptions.ConnectionConfigException as error:

@@ -120,8 +120,8 @@ class MilvusPassageIndex:
             `FileExistsError`: when the collection exists and is not an unfinished upload of this index.
             `ValueError`: names a passage that Milvus cannot hold: a title, text or id above 65,535 bytes, or more than 4,096 token ids.
         """
-        check_sizes(index)
         connection = MilvusConnection(uri, collection, token, timeout, max_retries)
+        check_sizes(index)
         if connection.is_file:
             Path(connection.uri).parent.mkdir(parents=True, exist_ok=True)
         try:
