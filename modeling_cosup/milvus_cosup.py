@@ -14,14 +14,16 @@ from .retrieval_cosup import (PassageIndex)
 logger = logging.get_logger(__name__)
 
 MAX_RESULTS = 16_384  # passages a query, the limit of a Milvus server
+LARGE_POOL = 512  # candidates; from about here on, a search with a filter was faster than fetching them, at 100,000 passages
+MAX_FILTER_ROWS = 65_536
 
 
 class MilvusPassageIndex:
     """
     A passage index that lives in a Milvus collection, with the same methods as [`PassageIndex`].
 
-    Passages, token ids, embeddings and the fingerprint of the model that made them all stand in the collection. A search that names
-    candidates fetches their embeddings and scores them here: Milvus takes one filter a request, and a filter costs it a scan.
+    Passages, token ids, embeddings and the fingerprint of the model that made them all stand in the collection. Up to 512 candidates of a
+    query are fetched and scored here, since Milvus takes one filter a request, and a filter costs it a scan.
 
     This process sees its own writes at once, and all that was written before it opened the index; what others write later it sees within
     seconds. Only one process may write at a time.
@@ -153,7 +155,7 @@ class MilvusPassageIndex:
         queries = _check_queries(query_embeds, k, self.embedding_size)
         pools = self._check_candidates(candidates, len(queries))
         k = min(k, self._size)
-        scores, rows = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
+        scores, rows = _nothing(len(queries), k)
         if k:
             self._search_all(queries, [i for i, pool in enumerate(pools) if pool is None], scores, rows)
             self._search_pools(queries, pools, scores, rows)
@@ -165,27 +167,47 @@ class MilvusPassageIndex:
         if selected and k > MAX_RESULTS:
             raise ValueError(f"k is {k}, but a Milvus server returns at most {MAX_RESULTS} passages a query; use candidates or a PassageIndex.")
         per_request = max(1, min(MAX_REQUEST_ROWS, MAX_REQUEST_BYTES // (4 * queries.shape[1]), 2**20 // k))
-        options = {"limit": k, "anns_field": "embedding", "output_fields": ["row"], "consistency_level": "Session"}
-        options["search_params"] = {"metric_type": "IP", "params": self.search_params}
         for start in range(0, len(selected), per_request):
             part = selected[start : start + per_request]
-            for i, hits in zip(part, self._milvus.call("search", "searching", data=list(queries[part]), **options), strict=True):
-                scores[i, : len(hits)] = [hit["distance"] for hit in hits]
-                rows[i, : len(hits)] = [hit["row"] for hit in hits]
+            scores[part], rows[part] = self._send_search(queries[part], k)
+
+    def _send_search(self, queries, k, expression=""):
+        """One request: `(scores, rows)`, `(N, k)`, with -inf and -1 where fewer are found."""
+        options = {"limit": k, "filter": expression, "anns_field": "embedding", "output_fields": ["row"], "consistency_level": "Session"}
+        options["search_params"] = {"metric_type": "IP", "params": self.search_params}
+        scores, rows = _nothing(len(queries), k)
+        for i, hits in enumerate(self._milvus.call("search", "searching", data=list(queries), **options)):
+            scores[i, : len(hits)] = [hit["distance"] for hit in hits]
+            rows[i, : len(hits)] = [hit["row"] for hit in hits]
+        return scores, rows
 
     def _search_pools(self, queries, pools, scores, rows):
-        """Score the candidates of each query that names some; each passage is fetched once."""
-        named = [pool for pool in pools if pool is not None]
-        wanted = np.unique(np.concatenate(named)) if named else np.zeros(0, np.int64)
-        if not len(wanted):
+        """Search the candidates of each query that names some."""
+        filters = self._properties["cosup.index_type"] == "FLAT" and scores.shape[1] <= MAX_RESULTS  # an approximate index would miss candidates
+        named = {i: pool for i, pool in enumerate(pools) if pool is not None and len(pool)}
+        large = {i: pool for i, pool in named.items() if filters and len(pool) > LARGE_POOL}
+        for i, pool in large.items():
+            scores[i], rows[i] = self._search_large_pool(queries[i : i + 1], pool, scores.shape[1])
+        self._search_small_pools(queries, {i: pool for i, pool in named.items() if i not in large}, scores, rows)
+
+    def _search_large_pool(self, query, pool, k):
+        """`(scores, rows)`, `(k,)`, of one query by requests with a filter, each of which costs the server a scan."""
+        parts = [pool[start : start + MAX_FILTER_ROWS] for start in range(0, len(pool), MAX_FILTER_ROWS)]
+        found = [self._send_search(query, k, f"row in {part.tolist()}") for part in parts]
+        scores, rows = (np.concatenate(arrays, axis=1)[0] for arrays in zip(*found, strict=True))
+        best = np.argsort(-scores, kind="stable")[:k]
+        return scores[best], rows[best]
+
+    def _search_small_pools(self, queries, pools, scores, rows):
+        """Fetch the candidates' embeddings, each once, and score them here."""
+        if not pools:
             return
-        found, embeddings = self._fetch_embeddings(wanted)
-        for i, pool in enumerate(pools):
-            if pool is not None:
-                pool = pool[np.isin(pool, found)]  # the others were deleted
-                pool_scores = embeddings[np.searchsorted(found, pool)] @ queries[i]
-                best = np.argsort(-pool_scores, kind="stable")[: scores.shape[1]]
-                scores[i, : len(best)], rows[i, : len(best)] = pool_scores[best], pool[best]
+        found, embeddings = self._fetch_embeddings(np.unique(np.concatenate([*pools.values()])))
+        for i, pool in pools.items():
+            pool = pool[np.isin(pool, found)]  # the others were deleted
+            pool_scores = embeddings[np.searchsorted(found, pool)] @ queries[i]
+            best = np.argsort(-pool_scores, kind="stable")[: scores.shape[1]]
+            scores[i, : len(best)], rows[i, : len(best)] = pool_scores[best], pool[best]
 
     def _fetch_embeddings(self, rows):
         """Of `rows` (sorted) those that are there, and their embeddings `(M, h)` in float32."""
@@ -326,6 +348,11 @@ class MilvusPassageIndex:
 
     def _query(self, expression, fields):
         return self._milvus.call("query", "reading passages", filter=expression, output_fields=fields, consistency_level="Session")
+
+
+def _nothing(n, k):
+    """`(scores, rows)`, `(n, k)`, where nothing was found."""
+    return np.full((n, k), -np.inf, np.float32), np.full((n, k), -1, np.int64)
 
 
 def _check_queries(query_embeds, k, embedding_size):

@@ -26,7 +26,7 @@ def prepare_upload(connection, index, index_type, index_params, overwrite):
     source = _digest(index, index_type, index_params)
     unfinished = _is_unfinished(connection, source, overwrite)
     if not unfinished:
-        _create(connection, index, source)
+        _create(connection, index, source, index_type)
     _create_indexes(connection, index_type, index_params)
     if not unfinished:
         return 0
@@ -52,7 +52,7 @@ def _is_unfinished(connection, source, overwrite):
     return False
 
 
-def _create(connection, index, source):
+def _create(connection, index, source, index_type):
     pymilvus, _ = milvus_packages()
     data_type = pymilvus.DataType
     schema = pymilvus.MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
@@ -64,6 +64,7 @@ def _create(connection, index, source):
     properties = {
         "cosup.format_version": FORMAT_VERSION,
         "cosup.fingerprint": json.dumps(index.fingerprint),
+        "cosup.index_type": index_type,
         "cosup.source": source,
         "cosup.complete": "false",
         "cosup.next_row": str(index.num_rows),  # every row below was given to a passage once, whether it is still there or not

@@ -13,7 +13,7 @@ import torch
 from conftest import PASSAGES, left_pad, make_model
 from milvus_server import MilvusServer, milvus_server  # noqa: F401
 
-from modeling_cosup import PassageIndex, milvus_client_cosup, milvus_cosup, milvus_upload_cosup
+from modeling_cosup import milvus_client_cosup, milvus_cosup, milvus_upload_cosup
 from modeling_cosup.milvus_client_cosup import MilvusConnection
 from modeling_cosup.milvus_cosup import MilvusPassageIndex
 
@@ -89,9 +89,8 @@ KILLED = [  # where the upload goes, at which of six batches or behind which req
 @pytest.fixture(scope="module")
 def killed(large, milvus_server, tmp_path_factory):  # noqa: F811
     """`(uri, collection)` of an upload of `large` that was killed, for each case."""
-    targets = [
-        (milvus_server.uri if where == "server" else str(tmp_path_factory.mktemp("killed") / "passages.db"), f"killed{i}") for i, (where, *_) in enumerate(KILLED)
-    ]
+    file = tmp_path_factory.mktemp("killed") / "passages.db"
+    targets = [(milvus_server.uri if where == "server" else str(file), f"killed{i}") for i, (where, *_) in enumerate(KILLED)]
     words = [word for target, (_, batch, moment, _) in zip(targets, KILLED, strict=True) for word in (*target, str(batch), moment)]
     command = [sys.executable, str(ROOT / "tests" / "upload_and_kill.py"), str(large[1]), *words]
     process = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
@@ -344,6 +343,21 @@ def test_more_results_than_a_server_returns(large, milvus_server, monkeypatch): 
     with pytest.raises(ValueError, match="k is 1001, but a Milvus server returns at most 1000 passages a query"):
         retriever.search(queries(), k=1001)
     assert retriever.search(queries(1), k=2000, candidates=[np.arange(1500)])[1][0, 1498:1501].tolist().count(-1) == 1
+
+
+def test_a_large_pool_is_one_request_where_that_is_exact(large, milvus_server, monkeypatch):  # noqa: F811
+    retriever = upload(large[0], milvus_server, "pools")
+    approximate = upload(large[0], milvus_server, "approximate_pools", index_type="HNSW", index_params={"M": 4, "efConstruction": 8}, search_params={"ef": 8})
+    calls = count_calls(monkeypatch)
+    for size, expected in ((512, ["query"]), (513, ["search"])):
+        pool = np.arange(0, 5 * size, 5)
+        products = (queries(1) @ large[0].embeddings[pool].T)[0].sort(descending=True).values[:7]
+        np.testing.assert_allclose(retriever.search(queries(1), 7, [pool])[0][0], products, rtol=1e-5, atol=1e-5)
+        assert calls == expected
+        calls.clear()
+        np.testing.assert_allclose(approximate.search(queries(1), 7, [pool])[0][0], products, rtol=1e-5, atol=1e-5)
+        assert calls == ["query"]
+        calls.clear()
 
 
 def test_large_requests_are_sent_in_parts(large, milvus_server, monkeypatch):  # noqa: F811

@@ -10,7 +10,7 @@ from conftest import PASSAGES, Steer, left_pad, make_model
 from milvus_server import milvus_server  # noqa: F401
 from transformers import LogitsProcessorList
 
-from modeling_cosup import PassageIndex
+from modeling_cosup import PassageIndex, milvus_cosup
 from modeling_cosup.milvus_cosup import MilvusPassageIndex
 from modeling_cosup.tokenization_cosup import encode_passages_for_gen, encode_prompt
 
@@ -136,6 +136,13 @@ POOLS = [np.array([3, 1, 40], np.int64), None, np.arange(48), np.array([7], np.i
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_candidates_of_each_query(name, retriever, embeddings, k):
     check_results(*retriever.search(queries(6), k=k, candidates=POOLS), queries(6), embeddings, k, name, POOLS)
+
+
+def test_large_and_small_pools_find_the_same(name, retriever, embeddings, monkeypatch):
+    monkeypatch.setattr(milvus_cosup, "LARGE_POOL", 2)
+    monkeypatch.setattr(milvus_cosup, "MAX_FILTER_ROWS", 20)
+    for k in (1, 5, 30):
+        check_results(*retriever.search(queries(6), k=k, candidates=POOLS), queries(6), embeddings, k, name, POOLS)
 
 
 def test_candidates_none_at_all_and_no_pool_given_are_the_same(retriever):
