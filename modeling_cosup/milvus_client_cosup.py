@@ -152,5 +152,5 @@ def _stop_milvus_lite(path):
 
 def _may_pass(error, grpc):
     """Whether an error says that the server cannot be reached or is not ready, so that the same request may succeed later."""
-    code = error.code() if isinstance(error, grpc.RpcError) else error.code
+    code = error.code() if callable(error.code) else error.code  # a method of gRPC's errors
     return code in (CANNOT_CONNECT, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
