@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from .corpus_cosup import (can_be_read_twice, checked_passages, find_duplicate, hash_ids, read_corpus)
 from .index_files_cosup import (DTYPES, Shard, create_tensors, map_shard, seal, shard_files, write_json, write_passages)
-from .tokenization_cosup import (encode_passages_for_emb_seq, encode_passages_for_gen, pad_rows)
+from .tokenization_cosup import (add_bos_and_eos, encode_passages_for_emb_seq, encode_passages_for_gen, pad_rows)
 
 try:
     import pyarrow as pa
@@ -78,8 +78,13 @@ class ShardBuilder:
         model, rows = self.model, ([], [])
         for start in range(0, len(passages), TOKENIZED_AT_ONCE):
             chunk = passages[start : start + TOKENIZED_AT_ONCE]
-            rows[0].extend(np.array(ids, np.int32) for ids in encode_passages_for_gen(model.tokenizer, chunk, model.config))
-            rows[1].extend(np.array(ids, np.int32) for ids in encode_passages_for_emb_seq(model.emb_seq_tokenizer, chunk, model.config))
+            gen_ids = encode_passages_for_gen(model.tokenizer, chunk, model.config)
+            if model.emb_seq_tokenizer is model.tokenizer:  # read once
+                emb_seq_ids = add_bos_and_eos(model.tokenizer, gen_ids, model.config)
+            else:
+                emb_seq_ids = encode_passages_for_emb_seq(model.emb_seq_tokenizer, chunk, model.config)
+            for kept, ids in zip(rows, (gen_ids, emb_seq_ids), strict=True):
+                kept.extend(np.array(row, np.int32) for row in ids)
         return rows
 
     @torch.no_grad()
@@ -255,18 +260,25 @@ def write_shards(folder, shards, builder, bar, shard_size, num_processes=1, proc
     Raises:
         `OSError`: when the disk is full; says what to free.
     """
-    number = -1
+    number, done = -1, 0
     for number, passages in enumerate(shards):
         if number % num_processes != process_index:
             continue
         digest = digest_of(passages)
-        if is_complete(folder, number, digest):
-            bar.initial += len(passages)  # counts as done, not as fast
+        if not is_complete(folder, number, digest):
+            try:
+                files = write_new_shard(folder, number, passages, builder, bar)
+            except OSError as error:
+                if error.errno in NO_ROOM:
+                    raise OSError(error.errno, _no_room(folder, builder, max(len(passages), (bar.total or 0) - done))) from error
+                raise
+            marker = {"first_row": number * shard_size, "num_passages": len(passages), "digest": digest, "files": files}
+            write_json(folder / f"shard-{number:05d}.json", marker)
+        else:
+            if not bar.disable:
+                bar.initial += len(passages)  # counts as done, not as fast
             bar.update(len(passages))
-            continue
-        files = write_new_shard(folder, number, passages, builder, bar)
-        marker = {"first_row": number * shard_size, "num_passages": len(passages), "digest": digest, "files": files}
-        write_json(folder / f"shard-{number:05d}.json", marker)
+        done += len(passages)
     return number + 1
 
 
@@ -277,19 +289,16 @@ def write_new_shard(folder, number, passages, builder, bar):
     try:
         builder.make(passages, bar, paths)
         return {path.name: seal(path) for path in paths}
-    except BaseException as error:
+    except BaseException:
         for path in paths:
             path.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in NO_ROOM:
-            raise OSError(error.errno, _no_room(folder, len(passages), builder, bar)) from error
         raise
 
 
-def _no_room(folder, shard_size, builder, bar):
-    size = builder.model.config.embedding_size * builder.dtype.itemsize
-    left = shard_size if bar.total is None else max(shard_size, bar.total - bar.n)
+def _no_room(folder, builder, left):
+    size = left * builder.model.config.embedding_size * builder.dtype.itemsize
     return (
-        f"no room for the next shard in {folder.parent}: free at least {left * size / 1e6:,.1f} MB for the embeddings of {left:,} passages that are left, "
+        f"no room for the next shard in {folder.parent}: free at least {size / 1e6:,.1f} MB for the embeddings of {left:,} passages that are left, "
         "and room for their texts. Complete shards stay: the same call then goes on behind them"
     )
 

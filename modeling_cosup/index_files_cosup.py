@@ -203,7 +203,9 @@ def map_passages(path):
     reader = pa.ipc.open_file(pa.memory_map(str(path)))
     if reader.num_record_batches != 1:
         raise ValueError(f"found {reader.num_record_batches} record batches, expected one")
-    return reader.get_batch(0)
+    passages = reader.get_batch(0)
+    passages.validate()  # lengths and the last offsets: what costs no time
+    return passages
 
 
 def map_shard(folder, number):

@@ -91,9 +91,10 @@ def render_passage(passage, template):
 
 def encode_passages_for_gen(tokenizer, passages, config):
     """Token ids of passages as Gen reads them between `[NSP]` and `[Cs]`: `list[list[int]]`, each at most `config.max_passage_length` long."""
-    texts = [render_passage(passage, config.passage_template) for passage in passages]
+    template, length = config.passage_template, config.max_passage_length  # read once: a config's attributes take longer than a short passage
+    texts = [render_passage(passage, template) for passage in passages]
     control_ids = (config.nsp_token_id, config.cs_token_id, config.ce_token_id, tokenizer.eos_token_id)
-    return [ids[: config.max_passage_length] for ids in encode_texts(tokenizer, texts, control_ids)]
+    return [ids[:length] for ids in encode_texts(tokenizer, texts, control_ids)]
 
 
 def encode_passages_for_emb_seq(tokenizer, passages, config):
@@ -105,11 +106,17 @@ def encode_passages_for_emb_seq(tokenizer, passages, config):
     Raises:
         `ValueError`: when pooling is `"eos"` and the tokenizer has neither an EOS nor a SEP token.
     """
-    bos, eos = bos_and_eos(tokenizer)
+    template = config.passage_template
+    texts = [render_passage(passage, template) for passage in passages]
+    return add_bos_and_eos(tokenizer, encode_texts(tokenizer, texts, bos_and_eos(tokenizer)[1]), config)
+
+
+def add_bos_and_eos(tokenizer, rows, config):
+    """Token ids of passages (`list[list[int]]`), truncated, between BOS and EOS: see [`encode_passages_for_emb_seq`]."""
+    (bos, eos), length = bos_and_eos(tokenizer), config.max_passage_length
     if not eos and config.emb_seq_pooling == "eos":
         raise ValueError(f"{type(tokenizer).__name__} has no EOS or SEP token, which emb_seq_pooling='eos' reads; use 'mean' or 'cls'.")
-    texts = [render_passage(passage, config.passage_template) for passage in passages]
-    return [bos + ids[: config.max_passage_length] + eos for ids in encode_texts(tokenizer, texts, eos)]
+    return [bos + ids[:length] + eos for ids in rows]
 
 
 def encode_queries_for_emb_seq(tokenizer, emb_seq_tokenizer, rows):

@@ -2,42 +2,102 @@
 Embed a corpus with a CoSup checkpoint and save the index.
 
     python recipes/build_index.py --model out --corpus_file corpus.jsonl --output_dir out/index
+    accelerate launch recipes/build_index.py --model out --corpus_file corpus.jsonl --output_dir out/index --index_factory HNSW32
+
+Every process embeds its share. After a crash the same command goes on at the first shard that is not complete. An index that is already in `output_dir` stays
+until the new one is whole.
 """
 
+import os
 from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
 
-from cli import check_trainer_package, clear_errors, parse
+from cli import check_trainer_package, clear_errors, parse, table
 
 check_trainer_package()
 
 import torch  # noqa: E402
+from accelerate import PartialState  # noqa: E402
 
 from modeling_cosup import CoSupForCausalLM, PassageIndex  # noqa: E402
-from trainer import load_corpus  # noqa: E402
 
 
 @dataclass
 class IndexArguments:
-    """Which model embeds which corpus."""
+    """Which model embeds which corpus, and how."""
 
     model: str = field(metadata={"help": "Name or path of a CoSup checkpoint."})
-    corpus_file: str = field(metadata={"help": "Passages {id, title, text}: JSON Lines (.gz) or a dataset name."})
+    corpus_file: str = field(metadata={"help": "Passages {id, title, text}: JSON Lines (.gz), Parquet or a dataset name (its split `train`)."})
     output_dir: str = field(metadata={"help": "Folder of the index."})
-    batch_size: int = field(default=64, metadata={"help": "Passages per forward."})
-    dtype: str = field(default="auto", metadata={"help": "Dtype of the weights."})
+    batch_size: int = field(default=256, metadata={"help": "Most passages of a forward."})
+    max_tokens_per_batch: int = field(default=16384, metadata={"help": "Most tokens of a forward, padding included."})
+    shard_size: int = field(default=32768, metadata={"help": "Passages of a shard: what is lost when a process dies, and what is held in memory."})
+    dtype: str = field(default="auto", metadata={"help": "Dtype of the model's weights, e.g. bfloat16 on a GPU."})
+    embedding_dtype: str = field(default="float32", metadata={"help": "Dtype of the stored embeddings: float32, or float16 or bfloat16 in half the space."})
+    streaming: bool = field(default=False, metadata={"help": "Stream a dataset from the Hub instead of downloading it first; it is read twice."})
+    index_factory: str | None = field(default=None, metadata={"help": "Also train an approximate index: HNSW32, IVF1024,Flat, OPQ16_64,IVF1024,PQ16, ..."})
+    train_size: int = field(default=65536, metadata={"help": "Embeddings that it is trained on."})
+    nprobe: int | None = field(default=None, metadata={"help": "Lists that an IVF index looks into."})
+    ef_search: int | None = field(default=None, metadata={"help": "Candidates that an HNSW index keeps."})
+    seed: int = field(default=0, metadata={"help": "Of the training sample."})
 
 
 def main():
     """Check the corpus, embed it, save the index."""
     (args,) = parse([IndexArguments], __doc__)
     with clear_errors():
-        PassageIndex.check_save_directory(args.output_dir)
-        corpus = load_corpus(args.corpus_file)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(device)
-        index = model.build_index(corpus, batch_size=args.batch_size)
-        index.save_pretrained(args.output_dir)
-    print(f"{len(index):,} passages in {args.output_dir}")
+        state = processes()
+        model = CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(state.device)
+        model.build_index(
+            corpus(args),
+            save_directory=args.output_dir,
+            batch_size=args.batch_size,
+            max_tokens_per_batch=args.max_tokens_per_batch,
+            shard_size=args.shard_size,
+            dtype=args.embedding_dtype,
+            num_processes=state.num_processes,
+            process_index=state.process_index,
+        )
+        state.wait_for_everyone()
+        if state.is_main_process:
+            finish(args, state)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def processes():
+    """The processes of this launch; one may wait long for a slower one, and notices at once when one dies."""
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if state.num_processes != launched:
+        raise ValueError(f"{launched} processes were launched, accelerate sees {state.num_processes}: each would build the whole index.")
+    return state
+
+
+def corpus(args):
+    """What `build_index` reads: a path, or a data set."""
+    if Path(args.corpus_file).is_file() or args.corpus_file.endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")):
+        return args.corpus_file
+    from datasets import load_dataset
+
+    return load_dataset(args.corpus_file, split="train", streaming=args.streaming)
+
+
+def finish(args, state):
+    """On one process: put the shards together, train an approximate index, say what there is."""
+    if state.num_processes > 1:
+        PassageIndex.merge(args.output_dir)
+    index = PassageIndex.from_pretrained(args.output_dir, verify=False)
+    print(f"{len(index):,} passages in {args.output_dir}", flush=True)
+    if args.index_factory:
+        options = {"nprobe": args.nprobe, "efSearch": args.ef_search}
+        recall = index.train_approximate(
+            args.index_factory, args.train_size, args.seed, **{name: value for name, value in options.items() if value is not None}
+        )
+        print(f"{args.index_factory} against exact search, queries sampled from the passages:")
+        print(table([(name, f"{100 * value:.1f} %") for name, value in recall.items()]))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 import yaml
 from conftest import PASSAGES, make_emb_seq, make_gen, make_model, make_tokenizer
 
-from modeling_cosup import CoSupForCausalLM
+from modeling_cosup import CoSupForCausalLM, PassageIndex
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
@@ -79,7 +79,7 @@ def test_train_writes_checkpoint_index_and_numbers(checkpoint):
     assert results["evaluation"]["needless_retrieval"]["n"] == 1
     assert {"ntp_loss", "recall@1", "recall@5"} <= set(results["before"]) & set(results["after"])
     assert (checkpoint / "modeling_cosup.py").exists()
-    assert (checkpoint / "index" / "embeddings.safetensors").exists()
+    assert (checkpoint / "index" / "embeddings-00000.safetensors").exists()
 
 
 def test_generate_answers_from_arguments_file_and_stdin(checkpoint, tmp_path):
@@ -98,7 +98,10 @@ def test_generate_answers_from_arguments_file_and_stdin(checkpoint, tmp_path):
 def test_build_index_equals_the_one_of_train(checkpoint, inputs, tmp_path):
     result = run(sys.executable, "recipes/build_index.py", "--model", checkpoint, "--corpus_file", inputs / "corpus.jsonl", "--output_dir", tmp_path / "index")
     assert result.returncode == 0, result.stderr[-2000:]
-    assert (tmp_path / "index" / "index_config.json").read_text() == (checkpoint / "index" / "index_config.json").read_text()
+    built, trained = (PassageIndex.from_pretrained(folder / "index") for folder in (tmp_path, checkpoint))
+    assert built.fingerprint == trained.fingerprint
+    assert list(built) == list(trained)
+    torch.testing.assert_close(built.embeddings, trained.embeddings, rtol=0, atol=1e-5)  # other batches
 
 
 def test_index_of_another_model_is_refused(checkpoint, tmp_path):
@@ -219,6 +222,25 @@ def test_the_benchmark_of_a_step_runs(inputs, tmp_path):
     assert [row["nsp_batch_size"] for row in numbers["nsp_batch"]] == [3, 6]
     too_large = run(sys.executable, "recipes/benchmarks/train.py", "--gen", inputs / "gen", "--train_file", inputs / "train.jsonl", "--batch_size", 99)
     assert "a batch of 99 instances needs as many" in too_large.stderr
+
+
+def test_build_index_trains_an_approximate_index_and_says_its_recall(checkpoint, inputs, tmp_path):
+    command = [sys.executable, "recipes/build_index.py", "--model", checkpoint, "--corpus_file", inputs / "corpus.jsonl", "--output_dir", tmp_path / "index"]
+    result = run(*command, "--index_factory", "HNSW8", "--ef_search", 32, "--embedding_dtype", "float16", "--shard_size", 4, "--max_tokens_per_batch", 64)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "6 passages in" in result.stdout and "recall@1  100.0 %" in result.stdout
+    index = PassageIndex.from_pretrained(tmp_path / "index", allow_faiss_files=True)
+    assert index.config["shards"] == [4, 2] and index.config["dtype"] == "float16" and index.config["approximate"]["search_options"] == {"efSearch": 32}
+
+
+def test_the_benchmark_of_the_index_runs(tmp_path):
+    pytest.importorskip("sentence_transformers")
+    result = run(sys.executable, "recipes/benchmarks/index.py", "--quick", "true", "--num_threads", 1, "--output_file", tmp_path / "out.json")
+    assert result.returncode == 0, result.stderr[-3000:]
+    numbers = json.loads((tmp_path / "out.json").read_text())
+    assert numbers["encode"]["largest_difference"] < 1e-4
+    assert all(line["same_rows"] == 1 for line in numbers["search"]) and [line["passages"] for line in numbers["memory"]] == [300, 900]
+    assert max(line["recall@10"] for line in numbers["approximate"]) > 0.9
 
 
 def test_every_accelerate_config_is_one():

@@ -7,12 +7,13 @@ import shutil
 import pytest
 import torch
 from conftest import PASSAGES, make_emb_seq, make_model, make_tokenizer
-from safetensors.torch import load_file, save_file
 
-from modeling_cosup import CoSupForCausalLM, PassageIndex, retrieval_cosup
+from modeling_cosup import CoSupForCausalLM, PassageIndex, index_files_cosup, index_store_cosup
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_passages_for_gen
 
-FILES = ["embeddings.safetensors", "index_config.json", "passages.arrow"]
+FILES = ["embeddings-00000.safetensors", "ids-00000.safetensors", "index_config.json", "passages-00000.arrow"]
+
+json_dumps = json.dumps
 
 
 def build(model, passages=PASSAGES, **kwargs):
@@ -82,14 +83,14 @@ def test_emb_seq_with_its_own_tokenizer_and_width():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"id": "p0", "title": "", "text": "again"}, "row 6: id 'p0' already stands in row 0"),
-        ({"id": "x", "title": "T", "text": ""}, "row 6: 'text' is ''"),
-        ({"id": "x", "title": "T", "text": " \n"}, "row 6: 'text' is"),
-        ({"id": "x", "title": "T"}, "row 6: 'text' is None"),
-        ({"title": "T", "text": "x"}, "row 6: 'id' is None"),
-        ({"id": "", "text": "x"}, "row 6: 'id' is ''"),
-        ({"id": 7, "text": "x"}, "row 6: 'id' is 7, expected a string"),
-        ({"id": "x", "title": ["T"], "text": "x"}, "row 6: 'title' is"),
+        ({"id": "p0", "title": "", "text": "again"}, "Corpus row 6: id 'p0' already stands at Corpus row 0"),
+        ({"id": "x", "title": "T", "text": ""}, "row 6: text is ''"),
+        ({"id": "x", "title": "T", "text": " \n"}, "row 6: text is"),
+        ({"id": "x", "title": "T"}, "row 6: text is None"),
+        ({"title": "T", "text": "x"}, "row 6: id is None"),
+        ({"id": "", "text": "x"}, "row 6: id is ''"),
+        ({"id": 7, "text": "x"}, "row 6: id is 7, expected a string"),
+        ({"id": "x", "title": ["T"], "text": "x"}, "row 6: title is"),
         ("not a passage", "row 6"),
         (None, "row 6"),
     ],
@@ -132,30 +133,34 @@ def test_saving_replaces_an_index_also_the_one_it_was_loaded_from(model, tmp_pat
     assert os.listdir(tmp_path) == ["index"]
 
 
-@pytest.mark.parametrize("broken", ["embeddings", "passages", "config", "rename", "last rename"])
+@pytest.mark.parametrize("broken", ["embeddings", "passages", "ids", "config", "rename", "last rename"])
 @pytest.mark.parametrize("existing", [False, True])
 def test_an_interrupted_save_leaves_nothing_half_written(model, tmp_path, monkeypatch, broken, existing):
     index = build(model)
     if existing:
         build(model, PASSAGES[:2]).save_pretrained(tmp_path / "index")
 
-    def half_then_fail(tensors, path):
-        path.write_bytes(b"half")
-        raise OSError("No space left on device")
-
     def fail(*args, **kwargs):
         raise OSError("No space left on device")
 
+    replace, write_tensors = os.replace, index_files_cosup.write_tensors
+
+    def half_then_fail(path, tensors):
+        write_tensors(path, tensors)
+        path.write_bytes(path.read_bytes()[:100])
+        fail()
+
     if broken == "embeddings":
-        monkeypatch.setattr(retrieval_cosup, "save_file", half_then_fail)
+        monkeypatch.setattr(index_files_cosup, "write_tensors", half_then_fail)
     elif broken == "passages":
-        monkeypatch.setattr(retrieval_cosup.pa.ipc, "new_file", fail)
+        monkeypatch.setattr(index_files_cosup.pa.ipc, "new_file", fail)
+    elif broken == "ids":
+        monkeypatch.setattr(index_store_cosup, "make_id_table", fail)
     elif broken == "config":
-        monkeypatch.setattr(retrieval_cosup.json, "dumps", fail)
+        monkeypatch.setattr(index_files_cosup.json, "dumps", lambda value, **kwargs: fail() if "fingerprint" in value else json_dumps(value, **kwargs))
     elif broken == "rename":
         monkeypatch.setattr(os, "replace", fail)
     else:
-        replace = os.replace
         monkeypatch.setattr(os, "replace", lambda old, new: fail() if str(old).endswith(".unfinished") else replace(old, new))
     with pytest.raises(OSError, match="No space left"):
         index.save_pretrained(tmp_path / "index")
@@ -199,7 +204,21 @@ def test_a_truncated_file_is_named(model, tmp_path, name):
     for length in (0, len(content) // 2, len(content) - 3):
         (tmp_path / "index" / name).write_bytes(content[:length])
         with pytest.raises(ValueError, match=name):
-            PassageIndex.from_pretrained(tmp_path / "index")
+            PassageIndex.from_pretrained(tmp_path / "index", verify=False)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "index_config.json"])
+def test_an_altered_file_is_named(model, tmp_path, monkeypatch, name):
+    build(model).save_pretrained(tmp_path / "index")
+    content = bytearray((tmp_path / "index" / name).read_bytes())
+    content[content.index(b"Rembrandt") if name.endswith(".arrow") else -20] ^= 1
+    (tmp_path / "index" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} is damaged: its SHA-256"):
+        PassageIndex.from_pretrained(tmp_path / "index")
+    monkeypatch.setattr(index_files_cosup, "ALWAYS_VERIFIED", 10)  # then only on request
+    PassageIndex.from_pretrained(tmp_path / "index")
+    with pytest.raises(ValueError, match=f"{name} is damaged: its SHA-256"):
+        PassageIndex.from_pretrained(tmp_path / "index", verify=True)
 
 
 def edit(folder, **changes):
@@ -210,16 +229,21 @@ def edit(folder, **changes):
 def test_files_that_do_not_belong_together(model, tmp_path):
     build(model).save_pretrained(tmp_path / "index")
     build(model, PASSAGES[:3]).save_pretrained(tmp_path / "other")
-    shutil.copy(tmp_path / "other" / "embeddings.safetensors", tmp_path / "index")
-    with pytest.raises(ValueError, match="6 passages, 3 embeddings, expected 6 of both"):
+    name = "embeddings-00000.safetensors"
+    shutil.copy(tmp_path / "other" / name, tmp_path / "index")
+    with pytest.raises(ValueError, match=f"{name} is damaged: it has .* bytes, expected"):
+        PassageIndex.from_pretrained(tmp_path / "index")
+    files = json.loads((tmp_path / "index" / "index_config.json").read_text())["files"]
+    edit(tmp_path / "index", files={**files, name: json.loads((tmp_path / "other" / "index_config.json").read_text())["files"][name]})
+    with pytest.raises(ValueError, match=r"6 passages, embeddings of shape \(3, 32\), expected 6 of both and 32 dimensions"):
         PassageIndex.from_pretrained(tmp_path / "index")
 
 
-@pytest.mark.parametrize("version", [0, 2, None, "1"])
+@pytest.mark.parametrize("version", [0, 1, 3, None, "2"])
 def test_another_format_version(model, tmp_path, version):
     build(model).save_pretrained(tmp_path / "index")
     edit(tmp_path / "index", format_version=version)
-    with pytest.raises(ValueError, match=f"format_version {version}, this release reads 1"):
+    with pytest.raises(ValueError, match=f"format_version {version!r}, this release reads 2: build the index again, with recipes/build_index.py"):
         PassageIndex.from_pretrained(tmp_path / "index")
 
 
@@ -229,10 +253,13 @@ def test_a_folder_that_does_not_exist(tmp_path):
 
 
 def test_nothing_on_the_path_of_an_index_is_unpickled(model, tmp_path):
-    """A pickle under the name of the embeddings is refused as the bytes it is."""
+    """A pickle under the name of the embeddings is refused as the bytes it is, also where it has their checksum."""
     build(model).save_pretrained(tmp_path / "index")
-    torch.save({"embeddings": torch.zeros(6, 32)}, tmp_path / "index" / "embeddings.safetensors")
-    with pytest.raises(ValueError, match="embeddings.safetensors"):
+    path = tmp_path / "index" / "embeddings-00000.safetensors"
+    torch.save({"embeddings": torch.zeros(6, 32)}, path)
+    files = json.loads((tmp_path / "index" / "index_config.json").read_text())["files"]
+    edit(tmp_path / "index", files={**files, path.name: index_files_cosup.seal(path)})
+    with pytest.raises(ValueError, match="embeddings-00000.safetensors is damaged"):
         PassageIndex.from_pretrained(tmp_path / "index")
 
 
@@ -364,15 +391,6 @@ def test_a_model_that_was_never_fingerprinted_is_not_taken_on_trust(model, tmp_p
     index.check_model(CoSupForCausalLM.from_pretrained(folder))  # hashed on the spot
     with pytest.raises(ValueError, match="no fingerprint of Emb_seq and Emb_seq is not loaded"):
         index.check_model(CoSupForCausalLM.from_pretrained(folder, load_emb_seq=False))
-
-
-def test_changed_embeddings_are_what_is_searched(model, tmp_path):
-    """FAISS is built from the safetensors at load; nothing else on disk decides."""
-    build(model).save_pretrained(tmp_path / "index")
-    embeddings = load_file(tmp_path / "index" / "embeddings.safetensors")["embeddings"]
-    save_file({"embeddings": embeddings.flip(0).contiguous()}, tmp_path / "index" / "embeddings.safetensors")
-    _, indices = PassageIndex.from_pretrained(tmp_path / "index").search(embeddings)
-    assert indices[:, 0].tolist() == [5, 4, 3, 2, 1, 0]
 
 
 def test_query_encoder_of_another_width_is_refused():

@@ -146,8 +146,8 @@ def recall(model, index, instances, ks=(1, 5), batch_size=32):
     """
     asked = [instance for instance in instances if instance["provenance"]]
     _, rows = index.search(embed_queries(model, asked, batch_size), k=max(ks))
-    ids = index.passages["id"].take(rows.reshape(-1)).to_pylist() if len(asked) else []
-    found = [[id in gold_ids(x) for id in ids[i * rows.shape[1] : (i + 1) * rows.shape[1]]] for i, x in enumerate(asked)]
+    passages = iter(index.get_passages(rows[rows >= 0]))  # an approximate search may find fewer
+    found = [[next(passages)["id"] in gold_ids(x) for row in nearest if row >= 0] for x, nearest in zip(asked, rows.tolist(), strict=True)]
     return {k: Rate(sum(any(hits[:k]) for hits in found), len(asked)) for k in ks}
 
 
