@@ -275,27 +275,29 @@ class MilvusPassageIndex:
 
     # ------------------------------------------------------------------ maintenance
 
-    def add(self, passages, model):
+    def add(self, passages, model, batch_size=256, max_tokens_per_batch=16384, show_progress_bar=True):
         """
         Embed passages and add them, under new rows. An add that is cut off leaves some of them behind, which the next one removes.
 
         Args:
-            passages (iterable of `dict`): each `{"id", "title", "text"}`, as for [`PassageIndex.build`].
+            passages: as for [`PassageIndex.build`]. Their embeddings are in memory until they are sent: add a large corpus piece by piece.
             model ([`CoSupForCausalLM`]): the one that built the index.
+            batch_size, max_tokens_per_batch, show_progress_bar: as for [`PassageIndex.build`].
 
         Raises:
             `ValueError`: for another model, a passage that is not valid or that Milvus cannot hold, or ids that the index holds already.
         """
         self.check_model(model)
         self._remove_leftovers()
-        new = PassageIndex.build(passages, model=model, show_progress_bar=False)
+        options = {"batch_size": batch_size, "max_tokens_per_batch": max_tokens_per_batch, "show_progress_bar": show_progress_bar}
+        new = PassageIndex.build(passages, model, **options)
         check_sizes(new)
         if known := self._known_rows([passage["id"] for passage in new.get_passages(live_rows(new))]):
             raise ValueError(f"The index already holds passages with {_some(list(known), 'id')}; delete them first.")
         first = int(self._properties["cosup.next_row"])
         stop = first + len(new)
         set_properties(self._milvus, next_row=str(stop), adding=f"{first}:{stop}")  # before the passages: a row is never given away twice
-        upload(self._milvus, new, first_row=first)
+        upload(self._milvus, new, first_row=first, show_progress_bar=show_progress_bar)
         self._end_add()
 
     def _remove_leftovers(self):

@@ -163,6 +163,17 @@ def test_another_collection_is_overwritten_only_on_request(index, the_model, mil
     check_equal(upload(smaller, milvus_server, "taken", overwrite=True), smaller, k=2)
 
 
+def test_deleted_passages_are_not_uploaded_and_rows_keep_their_numbers(the_model, milvus_server):  # noqa: F811
+    index = the_model.build_index(PASSAGES, shard_size=2, show_progress_bar=False)
+    index.delete(["p1", "p5"])
+    retriever = upload(index, milvus_server, "with_gaps")
+    assert len(retriever) == 4 and retriever.rows_of(["p0", "p2", "p3", "p4"]).tolist() == [0, 2, 3, 4]
+    for part, expected in zip(retriever.search(queries(), 9, [[0, 1, 5]] + [None] * 4), index.search(queries(), 9, [[0, 1, 5]] + [None] * 4), strict=True):
+        np.testing.assert_allclose(part, expected, rtol=1e-5, atol=1e-5)
+    retriever.add([PASSAGES[5]], the_model)
+    assert retriever.rows_of(["p5"]).tolist() == [6]
+
+
 # ------------------------------------------------------------------ a server that goes away
 
 
