@@ -29,6 +29,7 @@ logger = logging.get_logger(__name__)
 
 BUILD_FILE = "build.json"
 TOKENIZED_AT_ONCE = 2048  # passages: enough for the threads of a tokenizer
+SHORTEST = 0.75  # of the longest passage of a batch: few passages, of very different lengths, would else be mostly padding
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -103,11 +104,14 @@ class ShardBuilder:
         """Rows of similar length, longest first: what does not fit into memory fails at once."""
         lengths = np.array([len(ids) for ids in token_ids])
         order = np.argsort(-lengths, kind="stable")
-        start = 0
+        lengths, start = lengths[order], 0
         while start < len(order):
-            size = max(1, min(self.batch_size, self.max_tokens_per_batch // max(1, lengths[order[start]])))
-            yield order[start : start + size]
-            start += size
+            longest = max(1, lengths[start])
+            size = max(1, min(self.batch_size, self.max_tokens_per_batch // longest))
+            similar = np.searchsorted(-lengths, -SHORTEST * longest, side="right")
+            end = max(start + 1, min(start + size, similar))
+            yield order[start:end]
+            start = end
 
     def _store(self, passages, rows, embeds, embeddings, bar):
         stored = embeds.to(self.dtype).cpu()

@@ -145,6 +145,9 @@ def test_batches_respect_both_bounds_and_change_nothing(model, monkeypatch):
     index = build(model, max_tokens_per_batch=60, batch_size=3)
     assert max(rows for rows, _ in shapes) == 3 and len(shapes) > 8
     assert all(rows * width <= 60 or rows == 1 for rows, width in shapes) and sum(rows for rows, _ in shapes) == len(MANY)
+    lengths = sorted((len(ids) for ids in encode_passages_for_emb_seq(model.tokenizer, MANY, model.config)), reverse=True)
+    ends = np.cumsum([rows for rows, _ in shapes])
+    assert all(lengths[end - 1] >= 0.75 * width for end, (_, width) in zip(ends, shapes, strict=True))  # little padding
     assert [width for _, width in shapes] == sorted((width for _, width in shapes), reverse=True)
     torch.testing.assert_close(index.embeddings, expected, rtol=0, atol=1e-5)
     alone = [encode(torch.tensor([ids]))[0] for ids in encode_passages_for_emb_seq(model.tokenizer, MANY, model.config)]
@@ -164,7 +167,7 @@ def test_a_passage_without_tokens(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_storage(model, tmp_path, dtype):
-    exact, half = build(model), build(model, save_directory=tmp_path / "half", dtype=dtype, shard_size=9)
+    exact, half = build(model, shard_size=9), build(model, save_directory=tmp_path / "half", dtype=dtype, shard_size=9)
     stored = half._shards[0].embeddings
     assert str(stored.dtype) == f"torch.{dtype}" and (tmp_path / "half" / "embeddings-00000.safetensors").stat().st_size < 9 * 32 * 2 + 200
     assert torch.equal(half.embeddings, exact.embeddings.to(stored.dtype).float())

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import PASSAGES, make_model
 
-from modeling_cosup import PassageIndex, index_search_cosup
+from modeling_cosup import PassageIndex, index_search_cosup, index_searchable_cosup
 from modeling_cosup.index_build_cosup import record_batch
 from modeling_cosup.index_files_cosup import Shard
 from modeling_cosup.index_store_cosup import new_config
@@ -253,7 +253,7 @@ def test_an_approximate_index_in_memory_is_saved_with_it(tmp_path):
 
 def test_the_training_sample_is_of_all_shards_and_of_the_seed(monkeypatch):
     samples, make = [], index_search_cosup.make_approximate
-    monkeypatch.setattr("modeling_cosup.retrieval_cosup.make_approximate", lambda factory, exact, rows: samples.append(rows) or make(factory, exact, rows))
+    monkeypatch.setattr(index_searchable_cosup, "make_approximate", lambda factory, exact, rows: samples.append(rows) or make(factory, exact, rows))
     index = random_index()
     for seed in (0, 0, 1):
         index.train_approximate("IVF2,Flat", train_size=100, seed=seed)
