@@ -30,7 +30,13 @@ def prepare_upload(connection, index, index_type, index_params, overwrite):
     _create_indexes(connection, index_type, index_params)
     if not unfinished:
         return 0
-    connection.call("load_collection", "loading the collection")
+    try:
+        connection.call("load_collection", "loading the collection")
+    except RuntimeError:  # Milvus Lite, killed while it wrote the file of an index, refuses the half of it
+        while names := connection.call("list_indexes", "listing the indexes"):  # it drops all of them at once, a server one
+            connection.call("drop_index", "dropping an index", index_name=names[0])
+        _create_indexes(connection, index_type, index_params)
+        connection.call("load_collection", "loading the collection")
     arrived = count_passages(connection)
     connection.call("release_collection", "releasing the collection")  # a server indexes what is not in memory faster
     return max(0, arrived - MAX_REQUEST_ROWS)  # a batch was sent only after the one before had arrived

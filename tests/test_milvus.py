@@ -122,6 +122,18 @@ def test_an_upload_of_another_index_does_not_go_on(large, index, the_model, milv
     check_equal(upload(index, milvus_server, "other"), index)
 
 
+def test_an_upload_goes_on_behind_a_half_written_index_file(index, tmp_path):
+    uri = tmp_path / "passages.db"
+    retriever = MilvusPassageIndex.from_index(index, uri, "passages", show_progress_bar=False)
+    milvus_upload_cosup.set_properties(retriever._milvus, complete="false")
+    retriever.close()
+    files = [*uri.rglob("*.idx"), *uri.rglob("*.sidx")]
+    assert len(files) == 2
+    for file in files:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    check_equal(MilvusPassageIndex.from_index(index, uri, "passages", show_progress_bar=False), index)
+
+
 def test_an_upload_survives_a_restart_of_the_server(large, tmp_path, monkeypatch):
     server = MilvusServer(tmp_path / "server").start()
 
