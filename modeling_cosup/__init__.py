@@ -5,6 +5,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from .configuration_cosup import CoSupConfig
 from .generation_cosup import Completion, CoSupGenerateOutput, RetrievalConfig
 from .loss_cosup import chunked_cross_entropy, info_nce, similarity_scores
+from .milvus_cosup import MilvusPassageIndex
 from .modeling_cosup import CoSupForCausalLM, CoSupOutput
 from .retrieval_cosup import PassageIndex
 from .trace_cosup import Retrieval, RetrievalError
@@ -19,6 +20,7 @@ __all__ = [
     "CoSupGenerateOutput",
     "CoSupOutput",
     "Completion",
+    "MilvusPassageIndex",
     "PassageIndex",
     "Retrieval",
     "RetrievalConfig",

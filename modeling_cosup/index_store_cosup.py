@@ -131,6 +131,14 @@ class PassageStore:
             raise ValueError(f"The index does not hold {len(missing)} of {len(ids)} ids: {missing[:5]}.")
         return rows
 
+    def live_rows(self):
+        """Rows that hold a passage, those that were not deleted: `numpy.ndarray` of int64, in order."""
+        return np.setdiff1d(np.arange(self.num_rows), self._deleted, assume_unique=True)
+
+    def get_embeddings(self, rows):
+        """Passage embeddings of rows, `numpy.ndarray` of float32 `(len(rows), h)`."""
+        return self._exact.gather(np.asarray(rows, np.int64)).numpy()
+
     def row_of(self, passage_id):
         """Row of a passage id; `KeyError` when the index lacks it."""
         (row,) = self._find([passage_id]).tolist()

@@ -8,7 +8,7 @@ import torch
 from transformers.utils import logging
 
 from .milvus_client_cosup import (MAX_REQUEST_BYTES, MAX_REQUEST_ROWS, MilvusConnection, split)
-from .milvus_upload_cosup import (FORMAT_VERSION, TEXT_FIELDS, check_sizes, count_passages, finish_upload, live_rows, prepare_upload, set_properties, upload)
+from .milvus_upload_cosup import (FORMAT_VERSION, TEXT_FIELDS, check_sizes, count_passages, finish_upload, prepare_upload, set_properties, upload)
 from .retrieval_cosup import (PassageIndex)
 
 logger = logging.get_logger(__name__)
@@ -292,7 +292,7 @@ class MilvusPassageIndex:
         options = {"batch_size": batch_size, "max_tokens_per_batch": max_tokens_per_batch, "show_progress_bar": show_progress_bar}
         new = PassageIndex.build(passages, model, **options)
         check_sizes(new)
-        if known := self._known_rows([passage["id"] for passage in new.get_passages(live_rows(new))]):
+        if known := self._known_rows([passage["id"] for passage in new.get_passages(new.live_rows())]):
             raise ValueError(f"The index already holds passages with {_some(list(known), 'id')}; delete them first.")
         first = int(self._properties["cosup.next_row"])
         stop = first + len(new)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 
-import numpy as np
 
 from .milvus_client_cosup import (MAX_REQUEST_BYTES, MAX_REQUEST_ROWS, milvus_packages, split)
 
@@ -100,12 +99,12 @@ def upload(connection, index, skip=0, first_row=0, batch_size=MAX_REQUEST_ROWS, 
     """
     from tqdm.auto import tqdm
 
-    rows = live_rows(index)
+    rows = index.live_rows()
     batch_size = max(1, min(batch_size, MAX_REQUEST_ROWS, MAX_REQUEST_BYTES // (4 * index.config["embedding_size"])))
     with tqdm(total=len(rows), initial=skip, desc="Uploading passages", unit="passage", disable=not show_progress_bar) as bar:
         for start in range(skip, len(rows), batch_size):
             batch = rows[start : start + batch_size]
-            columns = zip(batch.tolist(), index.get_passages(batch), _embeddings(index, batch), strict=True)
+            columns = zip(batch.tolist(), index.get_passages(batch), index.get_embeddings(batch), strict=True)
             data = [{"row": first_row + row, **passage, "embedding": embedding} for row, passage, embedding in columns]
             for part in split(data, _request_bytes, MAX_REQUEST_BYTES):
                 connection.call("upsert", "writing passages", data=part)
@@ -121,7 +120,7 @@ def finish_upload(connection, index):
     """
     connection.call("flush", "storing the passages")
     connection.call("load_collection", "loading the collection")  # an approximate index is built now
-    there, expected = count_passages(connection), len(live_rows(index))
+    there, expected = count_passages(connection), len(index.live_rows())
     if there != expected:
         raise RuntimeError(f"{connection}: there are {there} passages after the upload, expected {expected}.")
     set_properties(connection, complete="true")
@@ -146,7 +145,7 @@ def check_sizes(index):
     Raises:
         `ValueError`: names the passage and what is too long.
     """
-    rows = live_rows(index)
+    rows = index.live_rows()
     for start in range(0, len(rows), MAX_REQUEST_ROWS):
         for passage in index.get_passages(rows[start : start + MAX_REQUEST_ROWS]):
             sizes = {name: len(passage[name].encode()) for name in TEXT_FIELDS}
@@ -157,22 +156,12 @@ def check_sizes(index):
                 raise ValueError(f"Passage {passage['id'][:80]!r} has {len(passage['input_ids'])} token ids, Milvus holds at most {MAX_TOKENS}.")
 
 
-def live_rows(index):
-    """Rows of a [`PassageIndex`] that hold a passage: int64, in order."""
-    return np.setdiff1d(np.arange(index.num_rows), index._deleted, assume_unique=True)
-
-
-def _embeddings(index, rows):
-    """Embeddings `(M, h)` of rows of a [`PassageIndex`], in float32."""
-    return index._exact.gather(rows).numpy()
-
-
 def _digest(index, index_type, index_params):
     """SHA-256 of what an upload is of: the fingerprint, the index type, the number of passages, and some 64 of them, evenly spread, as a whole."""
-    rows = live_rows(index)
+    rows = index.live_rows()
     sample = rows[:: max(1, len(rows) // 64)]
     settings = [index.fingerprint, len(rows), index_type, index_params, index.get_passages(sample)]
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + _embeddings(index, sample).tobytes()).hexdigest()
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + index.get_embeddings(sample).tobytes()).hexdigest()
 
 
 def _request_bytes(passage):

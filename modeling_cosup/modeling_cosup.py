@@ -14,6 +14,7 @@ from transformers.modeling_outputs import ModelOutput
 from .configuration_cosup import (CoSupConfig)
 from .generation_cosup import (RetrievalConfig, RetrievalGenerationMixin)
 from .loss_cosup import (chunked_cross_entropy, info_nce)
+from .milvus_cosup import (MilvusPassageIndex)
 from .retrieval_cosup import (PassageIndex)
 from .tokenization_cosup import (add_control_tokens, encode_queries_for_emb_seq, end_of_turn_token_id, pad_rows, same_tokenizer, tokenizer_fingerprint)
 
@@ -458,18 +459,19 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
         """A [`PassageIndex`] of `passages` in this model's space; see [`PassageIndex.build`] for the arguments."""
         return PassageIndex.build(passages, model=self, tokenizer=tokenizer, **kwargs)
 
-    def load_index(self, name_or_path, **kwargs):
+    def load_index(self, name_or_path, uri=None, **kwargs):
         """
-        Load a saved [`PassageIndex`] and check that it is of this model.
+        Load a saved [`PassageIndex`], or open one that Milvus holds, and check that it is of this model.
 
         Args:
-            name_or_path (`str`): a folder, or a dataset repository on the Hub.
-            **kwargs: for [`PassageIndex.from_pretrained`], e.g. `revision`.
+            name_or_path (`str`): a folder, or a dataset repository on the Hub; with `uri` a collection.
+            uri (`str`, *optional*): of a Milvus server, or the path of a `.db` file: see [`MilvusPassageIndex`].
+            **kwargs: for [`PassageIndex.from_pretrained`], e.g. `revision`, or for [`MilvusPassageIndex`], e.g. `token`.
 
         Raises:
             `ValueError`: when the index was built by another model, with what differs.
         """
-        index = PassageIndex.from_pretrained(name_or_path, **kwargs)
+        index = PassageIndex.from_pretrained(name_or_path, **kwargs) if uri is None else MilvusPassageIndex(uri, name_or_path, **kwargs)
         index.check_model(self)
         return index
 

@@ -13,7 +13,7 @@ import torch
 from conftest import PASSAGES, left_pad, make_model
 from milvus_server import MilvusServer, milvus_server  # noqa: F401
 
-from modeling_cosup import milvus_client_cosup, milvus_cosup, milvus_upload_cosup
+from modeling_cosup import RetrievalError, milvus_client_cosup, milvus_cosup, milvus_upload_cosup
 from modeling_cosup.milvus_client_cosup import MilvusConnection
 from modeling_cosup.milvus_cosup import MilvusPassageIndex
 
@@ -219,13 +219,46 @@ def test_a_server_that_stays_away_is_a_clear_error(index, the_model, server):
         lambda: retriever.get_passages([0]),
         lambda: retriever.rows_of(["p0"]),
         lambda: retriever.delete(["p0"]),
-        lambda: the_model.generate(**inputs, retriever=retriever, max_new_tokens=2),
         lambda: MilvusPassageIndex(server.uri, "passages", max_retries=1),
     ):
         with pytest.raises(ConnectionError, match=expected):
             call()
+    with pytest.raises(RetrievalError, match=expected):
+        the_model.generate(**inputs, retriever=retriever, max_new_tokens=2)
     server.start()
     check_equal(retriever, index)
+
+
+def test_a_server_that_goes_away_in_mid_generation(index, the_model, server, tmp_path):
+    """Finished answers are kept; when the server is back, the same call goes on."""
+    retriever = upload(index, server, "passages", max_retries=1)
+    prompts = [[5 + i, 6, 7 + i % 3, the_model.config.nsp_token_id] for i in range(9)]
+    options = {"retriever": retriever, "max_new_tokens": 4, "batch_size": 2, "show_progress_bar": False}
+    expected = the_model.generate_many(prompts, **options)
+    search, searches = retriever.search, []
+
+    def search_until_the_fourth(*args, **kwargs):
+        searches.append(1)
+        if len(searches) == 4:
+            server.kill()
+        return search(*args, **kwargs)
+
+    retriever.search = search_until_the_fourth
+    with pytest.raises(RetrievalError, match="after [1-8] finished rows: Milvus at") as error:
+        the_model.generate_many(prompts, output_file=tmp_path / "answers.jsonl", **options)
+    kept = (tmp_path / "answers.jsonl").read_text().splitlines()
+    assert len(kept) == len(error.value.finished) > 0 and isinstance(error.value.__cause__, ConnectionError)
+    server.start()
+    found = the_model.generate_many(prompts, output_file=tmp_path / "answers.jsonl", **options)
+    assert [done.token_ids for done in found] == [done.token_ids for done in expected]
+    assert (tmp_path / "answers.jsonl").read_text().splitlines()[: len(kept)] == kept
+
+
+def test_load_index_opens_a_collection(index, the_model, server):
+    upload(index, server, "passages")
+    check_equal(the_model.load_index("passages", uri=server.uri), index)
+    with pytest.raises(ValueError, match="  emb_seq: "):
+        make_model(emb_seq_kwargs={"seed": 9}).load_index("passages", uri=server.uri)
 
 
 def test_a_server_that_hangs_is_not_waited_for(index, server):

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from conftest import PASSAGES, make_emb_seq, make_model, make_tokenizer
 from safetensors import safe_open
 from transformers import AutoTokenizer
+from transformers.dynamic_module_utils import get_imports
 
 import modeling_cosup
 from modeling_cosup import CoSupForCausalLM
@@ -43,6 +45,9 @@ def test_source_files_travel(tmp_path):
         bare = {alias.name.split(".")[0] for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
         bare |= {node.module.split(".")[0] for node in tree.body if isinstance(node, ast.ImportFrom) and not node.level}
         assert not bare & {"faiss", "pyarrow", "datasets", "accelerate", "peft", "modeling_cosup", "trainer"}, path.name
+        # what transformers asks for before it runs the code, imports inside functions included
+        asked = set(get_imports(path)) - sys.stdlib_module_names
+        assert asked <= {"torch", "transformers", "numpy", "safetensors", "tqdm", "jinja2", "huggingface_hub"}, path.name
 
 
 def test_weights_are_saved_once_under_both_parts(tmp_path):

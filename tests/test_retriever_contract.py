@@ -348,7 +348,7 @@ def test_generation_is_the_same_with_every_back_end(name, changeable, the_model)
     for trace, expected_trace in zip(output.retrievals, expected.retrievals, strict=True):
         tolerance = TOLERANCES.get(name, 1e-5)
         assert [retrieval.score for retrieval in trace] == pytest.approx([other.score for other in expected_trace], rel=tolerance, abs=tolerance)
-        assert [replace(retrieval, score=0) for retrieval in trace] == [replace(other, score=0) for other in expected_trace]
+        assert [replace(retrieval, scores=[]) for retrieval in trace] == [replace(other, scores=[]) for other in expected_trace]
 
 
 def test_generation_refuses_an_index_of_another_model(changeable):
