@@ -4,6 +4,7 @@ from collections import deque
 
 import numpy as np
 import torch
+from transformers import CompileConfig
 from transformers.generation import (
     EosTokenCriteria,
     EpsilonLogitsWarper,
@@ -97,7 +98,8 @@ class Decoder:
         self.cache = model._row_cache(slots, columns, device, static)
         self.forward = model.__call__
         if static and model._valid_auto_compile_criteria({"past_key_values": self.cache}, generation_config):
-            self.forward = model.get_compiled_call(generation_config.compile_config)
+            # shapes are fixed on purpose: a graph for symbolic ones would be slower
+            self.forward = model.get_compiled_call(generation_config.compile_config or CompileConfig(dynamic=False))
         # slot by slot, on the host: columns that are filled, position of the next token, decided tokens, [NSP] not allowed; and the decided token
         self.columns, self.positions, self.generated = (np.zeros(slots, dtype=np.int64) for _ in range(3))
         self.banned, self.occupied = np.zeros(slots, dtype=bool), np.zeros(slots, dtype=bool)
