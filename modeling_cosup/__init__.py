@@ -3,10 +3,11 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_cosup import CoSupConfig
-from .generation_cosup import Completion, CoSupGenerateOutput, RetrievalConfig
+from .generation_cosup import CoSupGenerateOutput, RetrievalConfig
 from .loss_cosup import chunked_cross_entropy, info_nce, similarity_scores
 from .milvus_cosup import MilvusPassageIndex
 from .modeling_cosup import CoSupForCausalLM, CoSupOutput
+from .queue_cosup import Completion
 from .retrieval_cosup import PassageIndex
 from .trace_cosup import Retrieval, RetrievalError
 

@@ -2,11 +2,8 @@
 
 import contextlib
 import copy
-import hashlib
 import inspect
-import json
-import os
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import DynamicCache
@@ -15,8 +12,9 @@ from transformers.modeling_outputs import ModelOutput
 
 from .cache_cosup import (EMPTY, RowCache, layer_kinds)
 from .decoding_cosup import (Decoder)
+from .queue_cosup import (Queue, hash_of, read_completions)
 from .tokenization_cosup import (pad_rows)
-from .trace_cosup import (Retrieval, Row, cited_text, written_text)
+from .trace_cosup import (Row, cited_text)
 
 
 @dataclass
@@ -89,28 +87,6 @@ class CoSupGenerateOutput(ModelOutput):
     prompt_length: int | None = None
     num_generated_tokens: torch.LongTensor | None = None
     num_forwarded_tokens: int | None = None
-
-
-@dataclass
-class Completion:
-    """
-    What `generate_many` returns for one prompt.
-
-    Args:
-        index (`int`): of the prompt.
-        token_ids (`list[int]`): what follows the prompt, passages and `[Cs]` included.
-        text (`str`): what the model wrote itself.
-        cited_text (`str`): with a numbered citation behind each grounded span, and the passages below.
-        num_generated_tokens (`int`): tokens that were decoded.
-        retrievals (`list[Retrieval]`): the trace; positions count from the first token of the prompt.
-    """
-
-    index: int
-    token_ids: list
-    text: str
-    cited_text: str
-    num_generated_tokens: int
-    retrievals: list
 
 
 class RetrievalGenerationMixin:
@@ -190,13 +166,13 @@ class RetrievalGenerationMixin:
             return []
         longest = max(map(len, prompts), default=1)
         key = self._settings_hash(prepared, call)
-        results = _read_completions(output_file, prompts, key) if output_file is not None else {}
+        results = read_completions(output_file, prompts, key) if output_file is not None else {}
         if max_batch_tokens is not None:
             budget = prepared.max_new_tokens or (prepared.max_length or longest + 20) - longest  # 20: transformers' default
             call.columns = self._check_lengths(prompts) or self._columns_needed(longest, budget, call)
             batch_size = max(1, min(batch_size, max_batch_tokens // call.columns))
         bar = {"total": len(prompts), "initial": len(results), "desc": description, "unit": "prompt", "disable": not show_progress_bar}
-        call.queue = _Queue(prompts, results, batch_size, output_file, key, bar)
+        call.queue = Queue(prompts, results, batch_size, output_file, key, bar)
         first = torch.zeros((1, longest), dtype=torch.long, device=self.device)  # transformers prepares processors and budgets from its shape
         self._generate_with_retrieval(first, generation_config, {"attention_mask": torch.ones_like(first), **kwargs}, call)
         return [call.queue.results[number] for number in range(len(prompts))]
@@ -235,7 +211,7 @@ class RetrievalGenerationMixin:
         """Of all that decides an answer and can be written down: weights only by name, processors not at all."""
         settings = {name: value for name, value in vars(call.settings).items() if name not in ("candidates", "passages")}
         index = getattr(call.retriever, "fingerprint", None)
-        return _hash([generation_config.to_diff_dict(), settings, index, self.config._name_or_path])
+        return hash_of([generation_config.to_diff_dict(), settings, index, self.config._name_or_path])
 
     def _check_retrieval_arguments(self, generation_config, kwargs):
         prepared, _ = self._prepare_generation_config(generation_config, **kwargs)
@@ -436,63 +412,6 @@ class _Call:
     static: bool = False
     queue: object = None
     columns: int | None = None
-
-
-class _Queue:
-    """The prompts of generate_many() that are not answered yet, and where their answers go."""
-
-    def __init__(self, prompts, results, batch_size, output_file, key, bar):
-        self.prompts, self.results, self.batch_size, self.output_file, self.key, self.bar = prompts, results, batch_size, output_file, key, bar
-
-    def run(self, model, decoder, rows):
-        """Longest prompts first: the last rows of the batch should be short ones."""
-        from tqdm.auto import tqdm
-
-        waiting = sorted((row for row in rows if row.number not in self.results), key=lambda row: -len(row.prompt))
-        file = open(self.output_file, "a", encoding="utf-8") if self.output_file is not None else contextlib.nullcontext()
-        with file, tqdm(**self.bar) as bar:
-
-            def keep(row):
-                start = len(row.prompt)
-                text, cited = (function(row.ids, row.retrievals, start, model.tokenizer) for function in (written_text, cited_text))
-                self.results[row.number] = done = Completion(row.number, row.ids[start:], text, cited, row.num_generated_tokens, row.retrievals)
-                if self.output_file is not None:
-                    trace = [retrieval.to_dict() for retrieval in done.retrievals]
-                    line = {**vars(done), "retrievals": trace, "prompt": _hash(row.prompt), "settings": self.key}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                    file.flush()
-                bar.update(1)
-
-            decoder.run(waiting, keep)
-
-
-def _read_completions(path, prompts, key):
-    """Answers that stand in the output file of an earlier, interrupted call: `{index: Completion}`. A last line that was cut off is removed."""
-    if not os.path.exists(path):
-        return {}
-    results, whole = {}, 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                break
-            whole += len(line)
-            try:
-                found = json.loads(line)
-                index, names = found["index"], {field.name for field in fields(Completion)}
-                if found["prompt"] != _hash(prompts[index]):
-                    raise ValueError(f"{path}, line {number}: an answer to another prompt than number {index} of this call; choose another output_file.")
-                if found["settings"] != key:
-                    raise ValueError(f"{path}, line {number}: an answer of another model or index, or with other settings; choose another output_file.")
-                retrievals = [Retrieval(**{**trace, "grounded_span": tuple(trace["grounded_span"])}) for trace in found["retrievals"]]
-                results[index] = Completion(**{**{name: found[name] for name in names}, "retrievals": retrievals})
-            except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
-                raise ValueError(f"{path}, line {number}: not an answer of generate_many to these prompts ({error!r}); choose another file.") from error
-    os.truncate(path, whole)
-    return results
-
-
-def _hash(value):
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _raise_together(error, synced_gpus, device):
