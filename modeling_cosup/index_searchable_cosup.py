@@ -41,6 +41,8 @@ class SearchableStore(PassageStore):
 
     # ------------------------------------------------------------------ searching
 
+    @torch.autocast("cpu", enabled=False)  # in float32 wherever it is called from: under autocast a product of float32 would be half precision
+    @torch.autocast("cuda", enabled=False)
     def search(self, query_embeds, k=1, candidates=None):
         """
         The nearest passages by inner product: exactly, or approximately after [`~PassageIndex.train_approximate`].

@@ -362,6 +362,14 @@ def test_low_precision_models_generate(model, inputs, index, steer, dtype):
     assert sum(map(len, output.retrievals)) >= 2 and output.num_generated_tokens.tolist() == [20] * 5
 
 
+def test_under_autocast_the_index_is_searched_in_float32(model, inputs, index, steer):
+    with torch.autocast("cpu", torch.bfloat16):
+        output = generate(model, inputs, index, steer, retrieval_config=RetrievalConfig(force_nsp_first=True, output_query_embeds=True))
+    assert sum(map(len, output.retrievals)) >= 5
+    for retrieval in (r for trace in output.retrievals for r in trace):
+        assert (index.embeddings @ torch.tensor(retrieval.query_embed)).max().item() == pytest.approx(retrieval.score, abs=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's
 def test_a_model_with_adapters_generates(model, inputs, index, steer):
     peft = pytest.importorskip("peft")
