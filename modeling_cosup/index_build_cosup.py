@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .corpus_cosup import (can_be_read_twice, checked_passages, find_duplicate, hash_ids, read_corpus)
-from .index_files_cosup import (DTYPES, Shard, create_tensors, map_shard, seal, shard_files, write_json, write_passages)
+from .index_files_cosup import (DTYPES, Shard, create_tensors, map_shard, seal, sha256, shard_files, write_json, write_passages)
 from .tokenization_cosup import (add_bos_and_eos, encode_passages_for_emb_seq, encode_passages_for_gen, pad_rows)
 
 try:
@@ -238,15 +238,20 @@ def begin(folder, settings):
 
 
 def is_complete(folder, number, digest):
-    """Whether a shard was written to its end, of the same passages, and its files are still as long as they were."""
+    """Whether a shard was written to its end, of the same passages, and its files are still what they were: reading them is cheap beside embedding."""
     marker = folder / f"shard-{number:05d}.json"
     if not marker.exists():
         return False
     facts = json.loads(marker.read_text())
-    whole = all((folder / name).exists() and (folder / name).stat().st_size == file["size"] for name, file in facts["files"].items())
+    whole = all(_is_whole(folder / name, file) and sha256(folder / name) == file["sha256"] for name, file in facts["files"].items())
     if facts["digest"] != digest:
         logger.warning(f"The passages of shard {number} are not those that it was built of: it is built again.")
     return whole and facts["digest"] == digest
+
+
+def _is_whole(path, facts):
+    """Whether a file is as long as it was."""
+    return path.exists() and path.stat().st_size == facts["size"]
 
 
 def digest_of(passages):
@@ -263,14 +268,20 @@ def write_shards(folder, shards, builder, bar, shard_size, num_processes=1, proc
     """
     Write the shards of this process that are not yet complete, each with its marker. Returns how many shards the corpus has.
 
+    At its end the process notes in `done-00000.json` which corpus it read, and which of its shards it saw whole.
+
     Raises:
         `OSError`: when the disk is full; says what to free.
     """
-    number, done = -1, 0
+    number, done, digests, corpus = -1, 0, {}, hashlib.sha256()
+    done_file = folder / f"done-{process_index:05d}.json"
+    done_file.unlink(missing_ok=True)
     for number, passages in enumerate(shards):
+        digest = digest_of(passages)
+        corpus.update(digest.encode())
         if number % num_processes != process_index:
             continue
-        digest = digest_of(passages)
+        digests[f"shard-{number:05d}.json"] = digest
         if not is_complete(folder, number, digest):
             try:
                 files = write_new_shard(folder, number, passages, builder, bar)
@@ -285,6 +296,7 @@ def write_shards(folder, shards, builder, bar, shard_size, num_processes=1, proc
                 bar.initial += len(passages)  # counts as done, not as fast
             bar.update(len(passages))
         done += len(passages)
+    write_json(done_file, {"num_processes": num_processes, "corpus": corpus.hexdigest(), "digests": digests})
     return number + 1
 
 
@@ -309,9 +321,9 @@ def _no_room(folder, builder, left):
     )
 
 
-def finish(folder, num_shards, settings):
-    """Note how many shards the corpus has: those of a longer corpus before it do not count."""
-    write_json(folder / BUILD_FILE, {**settings, "num_shards": num_shards})
+def finish(folder, num_shards, settings, num_processes=1):
+    """Note how many shards the corpus has, and how many processes make them: those of a longer corpus before it do not count."""
+    write_json(folder / BUILD_FILE, {**settings, "num_shards": num_shards, "num_processes": num_processes})
 
 
 def collect(folder):
@@ -323,6 +335,7 @@ def collect(folder):
 
     Raises:
         `FileNotFoundError`: when there is no build, or a shard is missing.
+        `ValueError`: when the processes read different corpora, or a shard is not what its process left.
     """
     if not (folder / BUILD_FILE).exists():
         raise FileNotFoundError(f"{folder} holds no build: call build first.")
@@ -331,5 +344,21 @@ def collect(folder):
     missing = [path.name for path in markers if not path.exists()]
     if missing or not markers:
         raise FileNotFoundError(f"{folder} is not complete ({', '.join(missing[:5]) or 'no process is done'}): let every process end its build first.")
-    files = {name: facts for path in markers for name, facts in json.loads(path.read_text())["files"].items()}
+    facts = {path.name: json.loads(path.read_text()) for path in markers}
+    _check_done(folder, facts, settings["num_processes"])
+    files = {name: file for marker in facts.values() for name, file in marker["files"].items()}
+    if damaged := [name for name, file in files.items() if not _is_whole(folder / name, file)]:
+        raise ValueError(f"{folder}: {', '.join(damaged[:5])} missing or damaged: let every process build again, which makes only these anew.")
     return settings, [map_shard(folder, number) for number in range(len(markers))], files
+
+
+def _check_done(folder, markers, num_processes):
+    """Raise unless all processes came to their end, with the same corpus, and the shards are those that they left."""
+    paths = [folder / f"done-{rank:05d}.json" for rank in range(num_processes)]
+    if missing := [path.name for path in paths if not path.exists()]:
+        raise FileNotFoundError(f"{folder} is not complete ({', '.join(missing[:5])}): let every process end its build first.")
+    done = [json.loads(path.read_text()) for path in paths]
+    digests = {name: digest for process in done for name, digest in process["digests"].items()}
+    same = len({process["corpus"] for process in done}) == 1 and all(process["num_processes"] == num_processes for process in done)
+    if not same or digests != {name: marker["digest"] for name, marker in markers.items()}:
+        raise ValueError(f"{folder}: the processes read different corpora, or were of different number: let every one of the {num_processes} build again.")

@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ FORMAT_VERSION = 2
 CONFIG_FILE = "index_config.json"
 FILE_PATTERNS = [CONFIG_FILE, "embeddings-*.safetensors", "passages-*.arrow", "ids-*.safetensors", "deleted-*.safetensors"]
 FAISS_PATTERN = "index-*.faiss"
+LOCK_FILE = ".lock"  # held by the process that changes the folder
+FILE_NAME = re.compile(r"(embeddings|ids|deleted)-[0-9]{5,}\.safetensors|passages-[0-9]{5,}\.arrow|index-[0-9]{5,}\.faiss")
+UNFINISHED_PATTERNS = ["shard-*.json", "done-*.json", "build.json", f".{CONFIG_FILE}.*", ".shard-*.json.*", ".done-*.json.*", ".build.json.*"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ALWAYS_VERIFIED = 16 * 2**20  # bytes: the SHA-256 of a smaller file is checked at every load, which takes a hundredth of a second
 BLOCK = 2**20  # bytes
@@ -129,9 +133,25 @@ def write_json(path, value):
 
 def seal(path):
     """`{"size", "sha256"}` of a file that is complete, once it has reached the disk."""
+    flush(path)
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def flush(path):
+    """Wait until a file has reached the disk."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
-    return {"size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def digest_of_config(config):
+    """SHA-256 of a config without `files`, whose entries are compared with the files themselves."""
+    text = json.dumps({name: value for name, value in config.items() if name not in ("files", "sha256")}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_config(folder, config, write=write_json):
+    """Write `index_config.json`, with its own SHA-256."""
+    write(folder / CONFIG_FILE, {**config, "sha256": digest_of_config(config)})
 
 
 def sha256(path):
@@ -198,20 +218,28 @@ def map_tensors(path):
         return {name: file.get_tensor(name) for name in file.keys()}
 
 
-def map_passages(path):
-    """The `pyarrow.RecordBatch` of an Arrow file, mapped."""
+def passage_schema():
+    """The columns of every Arrow file."""
+    columns = [(name, pa.large_string()) for name in ("id", "title", "text")]
+    return pa.schema([*columns, ("input_ids", pa.large_list(pa.int32())), ("id_hash", pa.int64())])
+
+
+def map_passages(path, full=False):
+    """The `pyarrow.RecordBatch` of an Arrow file, mapped; `full` looks at every offset, of which a bad one would end the process by a signal."""
     reader = pa.ipc.open_file(pa.memory_map(str(path)))
     if reader.num_record_batches != 1:
         raise ValueError(f"found {reader.num_record_batches} record batches, expected one")
+    if not reader.schema.equals(passage_schema()):
+        raise ValueError(f"found the columns {reader.schema.to_string()!r}, expected {passage_schema().to_string()!r}")
     passages = reader.get_batch(0)
-    passages.validate()  # lengths and the last offsets: what costs no time
+    passages.validate(full=full)  # else lengths and the last offsets: what costs no time
     return passages
 
 
-def map_shard(folder, number):
-    """A [`Shard`] mapped from its files."""
+def map_shard(folder, number, full=False):
+    """A [`Shard`] mapped from its files; for `full` see [`map_passages`]."""
     embeddings, passages = shard_files(number)
-    return Shard(read(folder / passages, map_passages), read(folder / embeddings, lambda path: map_tensors(path)["embeddings"]))
+    return Shard(read(folder / passages, lambda path: map_passages(path, full)), read(folder / embeddings, lambda path: map_tensors(path)["embeddings"]))
 
 
 def read_config(folder, verify=None):
@@ -224,7 +252,7 @@ def read_config(folder, verify=None):
 
     Raises:
         `FileNotFoundError`: when the folder is no complete index; names the missing file.
-        `ValueError`: names a damaged file, or a format version that this release does not read.
+        `ValueError`: names a damaged file, what is wrong with the config, or a format version that this release does not read.
     """
     path = folder / CONFIG_FILE
     if not path.exists():
@@ -233,10 +261,41 @@ def read_config(folder, verify=None):
     version = config.get("format_version") if isinstance(config, dict) else None
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has format_version {version!r}, this release reads {FORMAT_VERSION}: build the index again, with recipes/build_index.py.")
+    check_config(path, config)
+    config.pop("sha256", None)  # of the file, not of the config that changes in memory
     for name, facts in config["files"].items():
         if config["approximate"] is None or name != config["approximate"]["file"]:  # that one is checked when it is asked for
             check_file(folder / name, facts, verify)
     return config
+
+
+def check_config(path, config):
+    """
+    Raise `ValueError` unless a config is one that an index wrote. Its names are joined to the folder: none may lead out of it.
+
+    Args:
+        path (`Path`): of the config, for messages.
+        config (`dict`): of this format version.
+    """
+    types = {"generation": int, "embedding_size": int, "dtype": str, "fingerprint": dict, "shards": list, "ids": str, "files": dict}
+    types = {**types, "deleted": (str, type(None)), "approximate": (dict, type(None))}
+    if wrong := [name for name, kind in types.items() if name not in config or not isinstance(config[name], kind)]:
+        raise ValueError(f"{path} is damaged: {', '.join(wrong)} missing or of a wrong type.")
+    if config.get("sha256", digest_of_config(config)) != digest_of_config(config):
+        raise ValueError(f"{path} is damaged: its SHA-256 is not the one that it holds. Copy or build the index again.")
+    if config["dtype"] not in DTYPES or not config["shards"] or not all(type(count) is int and count > 0 for count in config["shards"]):
+        raise ValueError(f"{path} is damaged: dtype is {config['dtype']!r}, shards are {config['shards'][:5]}.")
+    for name, facts in config["files"].items():
+        right = isinstance(facts, dict) and isinstance(facts.get("size"), int) and isinstance(facts.get("sha256"), str)
+        if not FILE_NAME.fullmatch(name) or not right:
+            raise ValueError(f"{path} is damaged: {name!r} is no file of an index, or its size and SHA-256 are missing.")
+    needed = [("embeddings" if i == 0 else "passages", name) for number in range(len(config["shards"])) for i, name in enumerate(shard_files(number))]
+    needed += [(kind, config[kind]) for kind in ("ids", "deleted") if config[kind] is not None]
+    if config["approximate"] is not None:
+        needed.append(("index", config["approximate"].get("file")))
+    for kind, name in needed:
+        if name not in config["files"] or not name.startswith(f"{kind}-"):
+            raise ValueError(f"{path} is damaged: it does not list {name!r} among its files.")
 
 
 def check_file(path, facts, verify=None):
@@ -258,14 +317,23 @@ def check_save_directory(save_directory):
     Raise now what saving would raise after an hour of embedding; its parents are created.
 
     Raises:
-        `OSError`: when the folder cannot be written, or exists and is neither empty nor an index.
+        `OSError`: when the folder cannot be written, or exists and is neither empty nor an index, or holds other files too: they would be gone.
     """
     save_directory = Path(os.path.abspath(save_directory))  # "." has no name to put a folder beside
     if save_directory.exists() and any(save_directory.iterdir()) and not (save_directory / CONFIG_FILE).exists():
         raise FileExistsError(f"{save_directory} exists, is not empty and is not a passage index; choose another folder.")
+    if save_directory.exists() and (foreign := sorted(path.name for path in save_directory.iterdir() if not _is_ours(path))):
+        raise FileExistsError(f"{save_directory} also holds {', '.join(foreign[:5])}, which replacing the index would delete; choose another folder.")
     save_directory.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=save_directory.parent).close()
     return save_directory
+
+
+def _is_ours(path):
+    """Whether a file is one that an index or its build writes."""
+    if path.is_dir():
+        return False
+    return path.name in (CONFIG_FILE, LOCK_FILE) or bool(FILE_NAME.fullmatch(path.name)) or any(path.match(pattern) for pattern in UNFINISHED_PATTERNS)
 
 
 def put_in_place(unfinished, save_directory):
@@ -285,7 +353,7 @@ def put_in_place(unfinished, save_directory):
 
 def sweep(folder, config):
     """Remove files that the config does not name: those of the build, of the state before, and of a change that died half-way."""
-    for pattern in (*FILE_PATTERNS[1:], FAISS_PATTERN, "shard-*.json", "build.json", f".{CONFIG_FILE}.*", ".shard-*.json.*", ".build.json.*"):
+    for pattern in (*FILE_PATTERNS[1:], FAISS_PATTERN, *UNFINISHED_PATTERNS):
         for path in folder.glob(pattern):
             if path.name not in config["files"]:
                 path.unlink(missing_ok=True)

@@ -1,6 +1,8 @@
 """What an index holds, apart from searching it: shards of passages and embeddings, rows, ids, deletions, and the folder that they live in."""
 
+import contextlib
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,7 +17,9 @@ from .index_files_cosup import (
     FAISS_PATTERN,
     FILE_PATTERNS,
     FORMAT_VERSION,
+    LOCK_FILE,
     check_save_directory,
+    flush,
     make_id_table,
     map_shard,
     map_tensors,
@@ -24,11 +28,17 @@ from .index_files_cosup import (
     read_config,
     seal,
     sweep,
+    write_config,
     write_json,
     write_shard,
     write_tensors,
 )
 from .index_search_cosup import (ExactSearch, contains)
+
+try:
+    import fcntl
+except ImportError:  # no POSIX system: writers are told apart by the config alone
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.get_logger(__name__)
 
@@ -183,11 +193,12 @@ class PassageStore:
             `ValueError`: names ids that the index does not hold; then none is deleted.
         """
         deleted = np.union1d(self._deleted, self.rows_of(ids))
-        if self.folder is not None:
-            config = self._next_config()
-            self._write_deleted(self.folder, config, deleted)
-            self._keep(config)
-        self._deleted = deleted
+        with self._changing():
+            if self.folder is not None:
+                config = self._next_config()
+                self._write_deleted(self.folder, config, deleted)
+                self._keep(config)
+            self._deleted = deleted
 
     def _check_ids(self, id_table):
         """Raise when an id stands in two rows: equal hashes are neighbours in the table."""
@@ -197,15 +208,36 @@ class PassageStore:
             if first == second:
                 raise ValueError(f"Row {rows[i + 1]}: id {second!r} already stands in row {rows[i]}; ids must be unique.")
 
-    def _next_config(self):
+    @contextlib.contextmanager
+    def _changing(self):
         """
-        A copy of the config to change; new files are named after its generation.
+        From its first new file to its config a change has the folder for itself; one that fails takes its files along.
 
         Raises:
-            `ValueError`: when another process changed the folder since this one loaded it.
+            `ValueError`: when another process changes the folder now, or did so since this one loaded it, or the folder is in the cache of the Hub.
         """
-        if self.folder is not None and json.loads((self.folder / CONFIG_FILE).read_text())["generation"] != self.config["generation"]:
+        if self.folder is None:
+            yield
+            return
+        if is_in_hub_cache(self.folder):
+            raise ValueError(f"{self.folder} is in the cache of the Hub, which others share: save_pretrained it to a folder first, and load that.")
+        with locked(self.folder):
+            self._check_unchanged()
+            try:
+                yield
+            except BaseException:
+                # what no config names is of this change or of one that died: under the lock nobody else writes
+                sweep(self.folder, json.loads((self.folder / CONFIG_FILE).read_text()))
+                raise
+
+    def _check_unchanged(self):
+        stored = json.loads((self.folder / CONFIG_FILE).read_text())
+        same = all(stored["files"].get(name) == facts for name, facts in self.config["files"].items())
+        if stored["generation"] != self.config["generation"] or not same:
             raise ValueError(f"{self.folder} was changed by another process: load the index again.")
+
+    def _next_config(self):
+        """A copy of the config to change; new files are named after its generation."""
         return {**self.config, "generation": self.config["generation"] + 1, "files": dict(self.config["files"])}
 
     def _write_file(self, folder, config, name, write):
@@ -227,7 +259,8 @@ class PassageStore:
 
     def _keep(self, config):
         """From now on the folder is what this config says."""
-        write_json(self.folder / CONFIG_FILE, config)
+        self._check_unchanged()
+        write_config(self.folder, config, write_json)
         self.config = config
         sweep(self.folder, config)
 
@@ -250,7 +283,7 @@ class PassageStore:
         save_directory = check_save_directory(save_directory)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{save_directory.name}.", suffix=".unfinished", dir=save_directory.parent))
         try:
-            write_json(unfinished / CONFIG_FILE, self._write_files(unfinished))
+            write_config(unfinished, self._write_files(unfinished))
             unfinished.chmod(0o755)  # mkdtemp's folder is private
             put_in_place(unfinished, save_directory)
         finally:
@@ -261,6 +294,7 @@ class PassageStore:
         if self.folder is not None:
             for name in self.config["files"]:
                 shutil.copyfile(self.folder / name, folder / name)
+                flush(folder / name)
             return self.config
         config = {**self.config, "files": {}}
         for number, shard in enumerate(self._shards):
@@ -274,7 +308,8 @@ class PassageStore:
     def _load(cls, folder, verify=None):
         """The index of a folder, mapped."""
         config = read_config(folder, verify)
-        index = cls([map_shard(folder, number) for number in range(len(config["shards"]))], config, folder)
+        full = bool(verify) or is_in_hub_cache(folder)
+        index = cls([map_shard(folder, number, full) for number in range(len(config["shards"]))], config, folder)
         for count, shard in zip(config["shards"], index._shards, strict=True):
             if not count == len(shard) == len(shard.passages) or shard.embeddings.shape[1] != config["embedding_size"]:
                 shapes = f"{len(shard.passages)} passages, embeddings of shape {tuple(shard.embeddings.shape)}"
@@ -282,7 +317,41 @@ class PassageStore:
         index._id_table = map_id_table(folder, config)
         if config["deleted"] is not None:
             index._deleted = read(folder / config["deleted"], map_tensors)["rows"].numpy()
+            rows = index._deleted
+            if rows.ndim != 1 or rows.dtype != np.int64 or (np.diff(rows) <= 0).any() or (rows < 0).any() or (rows >= index.num_rows).any():
+                raise ValueError(f"{folder / config['deleted']} is damaged: expected rows from 0 to {index.num_rows - 1}, in order, each once.")
         return index
+
+
+def is_in_hub_cache(folder):
+    """Whether a folder is a snapshot in the cache of the Hub, whose files others share."""
+    return folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("datasets--")
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """
+    Keep other processes, and other indexes of this one, from changing a folder. A process that dies lets go of it.
+
+    Raises:
+        `ValueError`: when another one has it.
+    """
+    if fcntl is None:
+        yield
+        return
+    path = folder / LOCK_FILE
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = os.path.samestat(os.fstat(file.fileno()), path.stat())  # else it was removed by who had it
+        except (BlockingIOError, FileNotFoundError):
+            free = False
+        if not free:
+            raise ValueError(f"{folder} is being changed by another process: wait for it, then load the index again.")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def map_id_table(folder, config):

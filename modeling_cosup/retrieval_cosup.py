@@ -1,11 +1,13 @@
 """The passage index: a corpus of any size in Emb_seq's space, built in flat memory, searched exactly or through FAISS."""
 
+import functools
+
 import numpy as np
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .index_build_cosup import (ShardBuilder, begin, collect, evaluating, finish, read_shards, unfinished_folder, write_new_shard, write_shards)
-from .index_files_cosup import (CONFIG_FILE, check_file, check_save_directory, map_shard, put_in_place, sweep, write_json)
+from .index_files_cosup import (check_file, check_save_directory, map_shard, put_in_place, sweep, write_config)
 from .index_search_cosup import (ApproximateSearch, read_approximate)
 from .index_searchable_cosup import (SearchableStore)
 from .index_store_cosup import (find_folder, map_id_table, new_config)
@@ -106,7 +108,7 @@ class PassageIndex(SearchableStore):
                 made = [builder.make(shard, bar) for shard in shards]
                 return cls(made, new_config(settings, made))
             num_shards = write_shards(unfinished_folder(save_directory), shards, builder, bar, shard_size, num_processes, process_index)
-        finish(unfinished_folder(save_directory), num_shards, settings)
+        finish(unfinished_folder(save_directory), num_shards, settings, num_processes)
         return cls.merge(save_directory) if num_processes == 1 else None
 
     @classmethod
@@ -119,7 +121,7 @@ class PassageIndex(SearchableStore):
 
         Raises:
             `FileNotFoundError`: when a process is not done.
-            `ValueError`: when an id stands in two shards.
+            `ValueError`: when an id stands in two shards, the processes read different corpora, or a file was damaged.
         """
         save_directory = check_save_directory(save_directory)
         folder = unfinished_folder(save_directory)
@@ -128,7 +130,7 @@ class PassageIndex(SearchableStore):
         index = cls(shards, config, folder)
         index._write_id_table(folder, config, shards)
         index._check_ids(map_id_table(folder, config))
-        write_json(folder / CONFIG_FILE, config)
+        write_config(folder, config)
         put_in_place(folder, save_directory)
         sweep(save_directory, config)
         return cls.from_pretrained(save_directory, verify=False)
@@ -164,8 +166,9 @@ class PassageIndex(SearchableStore):
             raise ValueError("The approximate index of this folder was not loaded and could not be extended: load it with allow_faiss_files=True.")
         builder = ShardBuilder(model, self.config["dtype"], batch_size, max_tokens_per_batch)
         total, cut = read_shards(passages, shard_size, show_progress_bar, lambda ids: [ids[i] for i in np.flatnonzero(self._find(ids) >= 0)])
-        shards, config = list(self._shards), self._next_config()
-        try:
+        shards = list(self._shards)
+        with self._changing():
+            config = self._next_config()
             with tqdm(total=total, desc="Embedding passages", unit=" passages", smoothing=0, disable=not show_progress_bar) as bar, evaluating(model):
                 for new in cut:
                     if self.folder is None:
@@ -178,13 +181,14 @@ class PassageIndex(SearchableStore):
             if self.folder is not None:
                 self._write_id_table(self.folder, config, shards)
                 self._keep(config)
-        except BaseException:
-            if self.folder is not None:
-                sweep(self.folder, self.config)
-            raise
         self.config, self._approximate = config, approximate
         self._id_table = None if self.folder is None else map_id_table(self.folder, config)
         self._set_shards(shards)
+
+    @functools.wraps(SearchableStore.train_approximate)
+    def train_approximate(self, *args, **kwargs):
+        with self._changing():
+            return super().train_approximate(*args, **kwargs)
 
     # ------------------------------------------------------------------ files
 
