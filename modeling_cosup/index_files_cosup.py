@@ -254,6 +254,21 @@ def read_config(folder, verify=None):
         `FileNotFoundError`: when the folder is no complete index; names the missing file.
         `ValueError`: names a damaged file, what is wrong with the config, or a format version that this release does not read.
     """
+    config = _read_checked(folder)
+    config.pop("sha256", None)  # of the file, not of the config that changes in memory
+    for name, facts in config["files"].items():
+        if config["approximate"] is None or name != config["approximate"]["file"]:  # that one is checked when it is asked for
+            check_file(folder / name, facts, verify)
+    return config
+
+
+def read_names(folder, allow_faiss_files):
+    """Names of the files that a config, once it was checked, lists; that of an approximate index only on request."""
+    return [name for name in _read_checked(folder)["files"] if allow_faiss_files or not name.endswith(".faiss")]
+
+
+def _read_checked(folder):
+    """The config of a folder, checked by itself, whether or not its files are there."""
     path = folder / CONFIG_FILE
     if not path.exists():
         raise FileNotFoundError(f"{folder} is not a complete passage index: {CONFIG_FILE} is missing.")
@@ -262,10 +277,6 @@ def read_config(folder, verify=None):
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has format_version {version!r}, this release reads {FORMAT_VERSION}: build the index again, with recipes/build_index.py.")
     check_config(path, config)
-    config.pop("sha256", None)  # of the file, not of the config that changes in memory
-    for name, facts in config["files"].items():
-        if config["approximate"] is None or name != config["approximate"]["file"]:  # that one is checked when it is asked for
-            check_file(folder / name, facts, verify)
     return config
 
 

@@ -14,8 +14,6 @@ from transformers.utils import logging
 from .corpus_cosup import (hash_ids)
 from .index_files_cosup import (
     CONFIG_FILE,
-    FAISS_PATTERN,
-    FILE_PATTERNS,
     FORMAT_VERSION,
     LOCK_FILE,
     check_save_directory,
@@ -26,6 +24,7 @@ from .index_files_cosup import (
     put_in_place,
     read,
     read_config,
+    read_names,
     seal,
     sweep,
     write_config,
@@ -372,9 +371,12 @@ def find_folder(name_or_path, allow_faiss_files, revision=None, **kwargs):
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    patterns = [*FILE_PATTERNS, *[FAISS_PATTERN] * allow_faiss_files]
     try:
-        return Path(snapshot_download(str(name_or_path), repo_type="dataset", revision=revision, allow_patterns=patterns, **kwargs))
+        folder = Path(snapshot_download(str(name_or_path), repo_type="dataset", revision=revision, allow_patterns=[CONFIG_FILE], **kwargs))
+        if is_in_hub_cache(folder):
+            revision = folder.name  # the commit: both downloads are of the same one
+        names = read_names(folder, allow_faiss_files)
+        return Path(snapshot_download(str(name_or_path), repo_type="dataset", revision=revision, allow_patterns=[CONFIG_FILE, *names], **kwargs))
     except (HFValidationError, OSError) as error:
         raise FileNotFoundError(f"{name_or_path} is not a folder, and no dataset repository of this name could be loaded: {error}") from error
 

@@ -166,3 +166,25 @@ def test_bad_arrow_files_are_refused(model, tmp_path):
     write_arrow(tmp_path / "index", batch.set_column(2, "text", text))
     with pytest.raises(ValueError, match="passages-00000.arrow is damaged"):
         PassageIndex.from_pretrained(tmp_path / "index", verify=True)
+
+
+@pytest.mark.parametrize("faiss_files", [False, True])
+def test_only_what_the_config_names_is_downloaded(model, tmp_path, monkeypatch, faiss_files):
+    folder = tmp_path / "datasets--me--index" / "snapshots" / "abc"
+    build(model, tmp_path / "index").train_approximate("Flat")
+    shutil.copytree(tmp_path / "index", folder)
+    calls = []
+
+    def download(name, repo_type, revision, allow_patterns):
+        calls.append((revision, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    index = PassageIndex.from_pretrained("me/index", allow_faiss_files=faiss_files, search=None if faiss_files else "exact")
+    names = [name for name in json.loads((folder / NAME).read_text())["files"] if faiss_files or not name.endswith(".faiss")]
+    assert calls == [(None, [NAME]), ("abc", [NAME, *names])] and len(index) == len(PASSAGES)
+    edit(folder, lambda config: config["files"].update({"*": {"size": 1, "sha256": "x"}}))
+    calls.clear()
+    with pytest.raises(ValueError, match="is no file of an index"):
+        PassageIndex.from_pretrained("me/index")
+    assert len(calls) == 1
