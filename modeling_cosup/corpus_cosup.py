@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,13 +23,13 @@ def read_jsonl(path):
         `(str, dict)`: `"file, line n"` and the object. Blank lines are skipped.
 
     Raises:
-        `FileNotFoundError`, `ValueError`: malformed JSON or a line that is no object, naming file and line.
+        `FileNotFoundError`, `ValueError`: a damaged `.gz`, malformed JSON or a line that is no object, naming file and line.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file.")
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(_read_lines(file, path), 1):
             if not line.strip():
                 continue
             where = f"{path}, line {number}"
@@ -41,6 +42,13 @@ def read_jsonl(path):
             yield where, value
 
 
+def _read_lines(file, path):
+    try:
+        yield from file
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:  # cut off, no gzip at all, or altered
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
 def read_parquet(path):
     """`(where, dict)` pairs of a Parquet file with columns `id`, `text` and perhaps `title`; `ValueError` when it is none."""
     if parquet is None:
@@ -49,13 +57,24 @@ def read_parquet(path):
         file = parquet.ParquetFile(path)
     except ValueError as error:  # ArrowInvalid is one
         raise ValueError(f"{path} is no Parquet file: {error}") from None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is not a file.") from None
+    except OSError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
     columns = [name for name in ("id", "title", "text") if name in file.schema_arrow.names]
     row = 0
     with file:
-        for batch in file.iter_batches(batch_size=1024, columns=columns):
+        for batch in _read_batches(file, columns, path):
             for value in batch.to_pylist():
                 yield f"{path}, row {row}", value
                 row += 1
+
+
+def _read_batches(file, columns, path):
+    try:
+        yield from file.iter_batches(batch_size=1024, columns=columns)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def read_corpus(source):
@@ -63,14 +82,18 @@ def read_corpus(source):
     The passages of a corpus as they stand in it, unchecked, one at a time.
 
     Args:
-        source (`str`, `Path` or iterable of `dict`): a file, Parquet when its name ends in `.parquet`, else JSON Lines (`.gz` or plain); or anything
-            that yields passages, such as a list or a (streamed) `datasets` data set.
+        source (`str`, `Path`, list of these, or iterable of `dict`): files, Parquet where the name ends in `.parquet`, else JSON Lines (`.gz` or plain);
+            or anything that yields passages, such as a list or a (streamed) `datasets` data set.
 
     Yields:
         `(str, object)`: the place, for errors, and what stands there.
     """
     if isinstance(source, str | Path):
         yield from read_parquet(source) if Path(source).suffix == ".parquet" else read_jsonl(source)
+        return
+    if isinstance(source, list | tuple) and source and all(isinstance(path, str | Path) for path in source):
+        for path in source:
+            yield from read_corpus(path)
         return
     for row, value in enumerate(source):
         yield f"Corpus row {row}", value

@@ -19,6 +19,9 @@ HALF_ROWS = 16384  # rows of float16 or bfloat16 embeddings that are widened to 
 PRODUCT_QUERIES = range(2, 65)  # of so many queries torch's product and top-k is up to three times as fast as FAISS; of one, or of very many, FAISS is
 PRODUCT_ROWS = 4096  # whose scores stay in a core's cache
 DEVICE_SCORES = 2**26  # scores that are held at once on a device: 256 MB
+GATHER = 0.1  # of the rows: gathering so many costs as much as reading all of them in order
+GATHER_QUERY = 0.03  # of the rows: gathering so many costs as much as scoring one more query against all of them
+MASK_BYTES = 2**28  # of the masks of pools that are held at once
 
 
 class ExactSearch:
@@ -32,20 +35,43 @@ class ExactSearch:
     def __init__(self, shards):
         self.shards = shards
         self.starts = np.cumsum([0, *map(len, shards)])
+        self._is_finite = False  # until all embeddings were looked at, in the first search
 
-    def search(self, queries, k):
-        """`(scores, rows)` of the k nearest of all rows; `queries` is a float32 tensor `(N, h)`."""
+    def search(self, queries, k, allowed=None):
+        """
+        The k nearest of all rows.
+
+        Args:
+            queries (`torch.FloatTensor` of shape `(N, h)`), k (`int`).
+            allowed (`torch.BoolTensor` of shape `(N, num_rows)`, *optional*): rows that a query may find.
+
+        Returns:
+            `(scores, rows)`.
+
+        Raises:
+            `ValueError`: for embeddings that are not finite. FAISS passes over a NaN, a top-k in torch puts it first.
+        """
         queries = queries.cpu()
         best = nothing(len(queries), 0)
         for start, block in self.blocks():
-            if len(queries) in PRODUCT_QUERIES:
-                embeddings = torch.from_numpy(block)
-                found = top_of_product(lambda rows, embeddings=embeddings: queries @ embeddings[rows].T, len(block), PRODUCT_ROWS, k)
+            embeddings = torch.from_numpy(block)
+            if not self._is_finite:
+                check_finite(torch.stack(embeddings.aminmax()).numpy())
+            if allowed is not None or len(queries) in PRODUCT_QUERIES:
+                allows = None if allowed is None else allowed[:, start : start + len(block)]
+                found = top_of_product(lambda rows, embeddings=embeddings: queries @ embeddings[rows].T, len(block), PRODUCT_ROWS, k, allows)
                 scores, rows = (part.numpy() for part in found)
             else:
                 scores, rows = faiss.knn(queries.numpy(), block, min(k, len(block)), faiss.METRIC_INNER_PRODUCT)
-            best = merge(best, (scores, rows + start), k)
+                scores = np.where(rows < 0, -np.inf, scores).astype(np.float32)
+            best = merge(best, (scores, np.where(rows < 0, -1, rows + start)), k)
+        self._is_finite = True
         return best
+
+    @staticmethod
+    def scores(queries, embeddings):
+        """Float32 scores `(N, M)` of queries and embeddings that were gathered."""
+        return queries.cpu() @ embeddings.T
 
     def blocks(self):
         """`(first row, float32 array)` of all embeddings: whole shards, or blocks of them that are widened."""
@@ -84,15 +110,21 @@ class DeviceSearch:
             self.embeddings[start : start + len(shard)] = shard.embeddings.to(self.embeddings.device)
             start += len(shard)
 
-    def search(self, queries, k):
-        """`(scores, rows)` of the k nearest of all rows; `queries` is a float32 tensor `(N, h)`."""
+    def search(self, queries, k, allowed=None):
+        """`(scores, rows)` of the k nearest of all rows, or of those `allowed`; see [`ExactSearch.search`]."""
         queries = queries.to(self.embeddings.device)
         step = max(1, DEVICE_SCORES // len(queries))
-        scores, rows = top_of_product(lambda rows: self._scores(queries, self.embeddings[rows]), len(self.embeddings), step, k)
-        return scores.cpu().numpy(), rows.cpu().numpy()
+        found = top_of_product(lambda rows: self.scores(queries, self.embeddings[rows]), len(self.embeddings), step, k, allowed)
+        scores, rows = (part.cpu().numpy() for part in found)
+        check_finite(scores[rows >= 0])
+        return scores, rows
 
-    def _scores(self, queries, block):
-        """Float32 scores `(N, rows of block)`. Half-precision embeddings stay as they are on a GPU, whose product takes them and sums in float32."""
+    def scores(self, queries, block):
+        """
+        Float32 scores `(N, rows of block)`, of all rows as of a pool: a passage has one score. Half-precision embeddings stay as they are on a GPU, whose
+        product takes them and sums in float32.
+        """
+        queries = queries.to(block.device)
         if block.dtype == torch.float32:
             return queries @ block.T
         if block.is_cuda:
@@ -100,8 +132,8 @@ class DeviceSearch:
         return torch.cat([queries @ block[start : start + HALF_ROWS].float().T for start in range(0, len(block), HALF_ROWS)], 1)
 
     def gather(self, rows):
-        """Embeddings of some rows, float32 `(len(rows), h)`, on the device."""
-        return self.embeddings[torch.from_numpy(rows).to(self.embeddings.device)].float()
+        """Embeddings of some rows, `(len(rows), h)`, on the device and in its dtype."""
+        return self.embeddings[torch.from_numpy(rows).to(self.embeddings.device)]
 
 
 class ApproximateSearch:
@@ -120,22 +152,49 @@ class ApproximateSearch:
         scores, rows = self.index.search(queries.cpu().numpy(), k)
         return np.where(rows < 0, -np.inf, scores).astype(np.float32), rows
 
+    def on_gpu(self, number):
+        """
+        An [`ApproximateSearch`] of a copy on a GPU; this one stays as it is.
 
-def top_of_product(scores_of, count, step, k):
+        Raises:
+            `ValueError`: when FAISS was built without GPUs, or has no GPU form of this kind of index.
+        """
+        try:
+            resources = faiss.StandardGpuResources()
+            found = ApproximateSearch(faiss.index_cpu_to_gpu(resources, number, self.index))
+        except (AttributeError, RuntimeError) as error:
+            kind = type(self.index).__name__
+            raise ValueError(f"FAISS cannot search this {kind} on a GPU; load with search='exact' to search exactly there: {error}") from None
+        found.resources = resources  # for as long as the index
+        return found
+
+
+def check_finite(scores):
+    """`ValueError` unless all scores (or embeddings) are finite."""
+    if not np.isfinite(scores).all():
+        raise ValueError("The index holds NaN or infinite embeddings (or their scores overflow): no search of it can be right; build it again.")
+
+
+def top_of_product(scores_of, count, step, k, allowed=None):
     """
     The k best of `count` scores of each query, computed `step` at a time.
 
     Args:
         scores_of (callable): of a `slice` of rows, their scores `(N, rows)`.
+        allowed (`torch.BoolTensor` of shape `(N, count)`, *optional*): all others are -1 with a score of -inf.
 
     Returns:
         `(scores, rows)`: tensors `(N, min(k, count))`, best first.
     """
     scores, rows = [], []
     for start in range(0, count, step):
-        found = scores_of(slice(start, start + step)).topk(min(k, count - start, step))
+        part = slice(start, start + step)
+        values = scores_of(part)
+        if allowed is not None:
+            values = values.masked_fill(~allowed[:, part].to(values.device), -torch.inf)
+        found = values.topk(min(k, count - start, step))
         scores.append(found.values)
-        rows.append(found.indices + start)
+        rows.append(found.indices + start if allowed is None else (found.indices + start).masked_fill(found.values == -torch.inf, -1))
     scores, order = torch.cat(scores, 1).sort(dim=1, descending=True, stable=True)
     return scores[:, :k], torch.cat(rows, 1).gather(1, order[:, :k])
 
@@ -179,28 +238,61 @@ def search_without(deleted, searcher, queries, k, num_rows):
     return best
 
 
-def search_pools(searcher, queries, pools, k, deleted):
+def search_pools(searcher, queries, pools, k, deleted, num_rows):
     """
-    The k best of each query's own rows.
+    The k best of each query's own rows. Queries with the same pool share its embeddings; large pools are found while all rows are scored.
 
     Args:
-        searcher ([`ExactSearch`] or [`DeviceSearch`]): whose embeddings are gathered.
+        searcher ([`ExactSearch`] or [`DeviceSearch`]): of the embeddings.
         queries (`torch.FloatTensor` of shape `(N, h)`): one for each pool.
         pools (`list` of `numpy.ndarray` of int64): rows of the index, in any order; deleted ones are left out, repeated ones count once.
+        k (`int`), deleted (`numpy.ndarray` of int64), num_rows (`int`): as in [`search_without`].
 
     Returns:
         `(scores, rows)`, `(N, k)`, with -inf and -1 at the end where a pool holds fewer than k.
     """
-    best = nothing(len(queries), k)
-    for i, pool in enumerate(pools):
-        pool = np.unique(pool)
-        if len(deleted):
-            pool = pool[~contains(deleted, pool)]
-        if len(pool):
-            embeddings = searcher.gather(pool)
-            scores, order = (embeddings @ queries[i].to(embeddings.device)).topk(min(k, len(pool)))
-            best[0][i, : len(order)], best[1][i, : len(order)] = scores.cpu().numpy(), pool[order.cpu().numpy()]
+    best, groups = nothing(len(queries), k), group_pools(pools)
+    large = [group for group in groups if len(group[0]) > min(GATHER, GATHER_QUERY * len(group[1])) * num_rows]
+    if sum(len(pool) for pool, _ in large) <= GATHER * num_rows:
+        large = []
+    owners = [(pool, query) for pool, members in large for query in members]
+    step = max(1, MASK_BYTES // num_rows)
+    for part in (owners[start : start + step] for start in range(0, len(owners), step)):
+        allowed, members = torch.zeros(len(part), num_rows, dtype=torch.bool), [query for _, query in part]
+        for mask, (pool, _) in zip(allowed, part, strict=True):
+            mask[torch.from_numpy(pool)] = True
+        allowed[:, torch.from_numpy(deleted)] = False
+        best[0][members], best[1][members] = searcher.search(queries[members], k, allowed)
+    scanned = {query for _, query in owners}
+    for pool, members in groups:
+        if members[0] not in scanned:
+            found = search_pool(searcher, queries[members], pool, k, deleted)
+            best[0][members, : found[0].shape[1]], best[1][members, : found[0].shape[1]] = found
     return best
+
+
+def group_pools(pools):
+    """Equal pools together: a list of `(pool, list of those that have it)`."""
+    same = {}
+    for i, pool in enumerate(pools):
+        same.setdefault(id(pool), (pool, []))[1].append(i)
+    equal = {}
+    for pool, members in same.values():
+        equal.setdefault(pool.tobytes(), (pool, []))[1].extend(members)
+    return list(equal.values())
+
+
+def search_pool(searcher, queries, pool, k, deleted):
+    """`(scores, rows)`, at most `(N, k)`, of one pool that all `queries` have, by one gathering and one product."""
+    pool = np.unique(pool)
+    if len(deleted):
+        pool = pool[~contains(deleted, pool)]
+    if not len(pool):
+        return nothing(len(queries), 0)
+    scores, order = searcher.scores(queries, searcher.gather(pool)).topk(min(k, len(pool)))
+    scores = scores.cpu().numpy()
+    check_finite(scores)
+    return scores, pool[order.cpu().numpy()]
 
 
 def contains(values, rows):
@@ -223,16 +315,45 @@ def make_approximate(factory, exact, train_rows):
     Raises:
         `ValueError`: when FAISS does not know the factory string, or the sample is too small for it.
     """
-    size = exact.shards[0].embeddings.shape[1]
+    index = empty_approximate(factory, exact.shards[0].embeddings.shape[1], len(train_rows))
     try:
-        index = faiss.index_factory(size, factory, faiss.METRIC_INNER_PRODUCT)
         if not index.is_trained:
             index.train(exact.gather(train_rows).numpy())
     except RuntimeError as error:
-        message = str(error).partition("Error: ")[2] or str(error)
-        raise ValueError(f"index_factory {factory!r} of {size} dimensions and {len(train_rows):,} training embeddings: FAISS says {message}") from None
+        raise _refused(factory, index.d, len(train_rows), error) from None
     add_to_approximate(index, exact, 0)
     return index
+
+
+def empty_approximate(factory, size, train_size, **search_options):
+    """
+    A FAISS index of nothing: tells of a wrong setting before hours of embedding.
+
+    Args:
+        factory (`str`): of `faiss.index_factory`.
+        size (`int`): dimensions of an embedding.
+        train_size (`int`): embeddings of the training sample.
+        **search_options: see [`set_search_options`].
+
+    Raises:
+        `ValueError`: when FAISS does not know the factory string or an option, or the sample is too small for the lists of an IVF index.
+    """
+    if train_size < 1:
+        raise ValueError(f"train_size is {train_size}, expected at least 1.")
+    try:
+        index = faiss.index_factory(size, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise _refused(factory, size, train_size, error) from None
+    ivf = faiss.try_extract_index_ivf(index)
+    if ivf is not None and ivf.nlist > train_size:
+        raise _refused(factory, size, train_size, f"{ivf.nlist} lists need at least as many training embeddings")
+    set_search_options(index, search_options)
+    return index
+
+
+def _refused(factory, size, train_size, error):
+    message = str(error).partition("Error: ")[2] or str(error)
+    return ValueError(f"index_factory {factory!r} of {size} dimensions and {train_size:,} training embeddings: FAISS says {message}")
 
 
 def add_to_approximate(index, exact, first_row):

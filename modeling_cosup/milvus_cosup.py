@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 from transformers.utils import logging
 
+from .index_searchable_cosup import (check_candidates, check_queries)
 from .milvus_client_cosup import (MAX_REQUEST_BYTES, MAX_REQUEST_ROWS, MilvusConnection, split)
 from .milvus_upload_cosup import (FORMAT_VERSION, TEXT_FIELDS, check_sizes, count_passages, finish_upload, prepare_upload, set_properties, upload)
 from .retrieval_cosup import (PassageIndex)
@@ -152,8 +152,9 @@ class MilvusPassageIndex:
         Raises:
             `ValueError`: for another width, queries that are not finite, candidates out of range, or a k that is too small or too large.
         """
-        queries = _check_queries(query_embeds, k, self.embedding_size)
-        pools = self._check_candidates(candidates, len(queries))
+        queries = check_queries(query_embeds, self.embedding_size, k).cpu().numpy()
+        pools = [None] * len(queries) if candidates is None else check_candidates(candidates, len(queries), self._count_rows)
+        pools = [None if pool is None else np.unique(pool) for pool in pools]
         k = min(k, self._size)
         scores, rows = _nothing(len(queries), k)
         if k:
@@ -328,22 +329,8 @@ class MilvusPassageIndex:
 
     # ------------------------------------------------------------------ requests
 
-    def _check_candidates(self, candidates, num_queries):
-        """Candidates as one sorted array of different rows, or None, a query."""
-        if candidates is None:
-            return [None] * num_queries
-        if len(candidates) != num_queries:
-            raise ValueError(f"There are {len(candidates)} candidate pools for {num_queries} queries.")
-        pools = [None if pool is None else np.unique(np.asarray(pool, np.int64)) for pool in candidates]
-        for i, pool in enumerate(pools):
-            if pool is not None and len(pool):
-                stop = self._next_row(pool[-1])
-                if bad := pool[(pool < 0) | (pool >= stop)].tolist():
-                    raise ValueError(f"Candidates of query {i}: {_some(bad, 'row')} out of range, expected 0 to {stop - 1}.")
-        return pools
-
-    def _next_row(self, row):
-        """The first row that no passage has had; asks again where `row` is unknown, since others may have added passages."""
+    def _count_rows(self, row):
+        """How many rows were ever given; asks again where `row` is unknown, since others may have added passages."""
         if row >= int(self._properties["cosup.next_row"]):
             self._read_properties()
         return int(self._properties["cosup.next_row"])
@@ -355,18 +342,6 @@ class MilvusPassageIndex:
 def _nothing(n, k):
     """`(scores, rows)`, `(n, k)`, where nothing was found."""
     return np.full((n, k), -np.inf, np.float32), np.full((n, k), -1, np.int64)
-
-
-def _check_queries(query_embeds, k, embedding_size):
-    """Queries as a float32 array `(N, h)`."""
-    queries = np.ascontiguousarray(torch.as_tensor(query_embeds).detach().float().cpu().numpy())
-    if queries.ndim != 2 or queries.shape[1] != embedding_size:
-        raise ValueError(f"Queries have {queries.shape[-1]} dimensions, the index has {embedding_size}.")
-    if k < 1:
-        raise ValueError(f"k is {k}, expected at least 1.")
-    if not np.isfinite(queries).all():
-        raise ValueError(f"query_embeds hold NaN or infinity in {_some(np.flatnonzero(~np.isfinite(queries).all(1)).tolist(), 'row')}.")
-    return queries
 
 
 def _quote(text):

@@ -3,7 +3,7 @@
 import hashlib
 import json
 
-
+from .index_files_cosup import (shard_files)
 from .milvus_client_cosup import (MAX_REQUEST_BYTES, MAX_REQUEST_ROWS, milvus_packages, split)
 
 FORMAT_VERSION = "1"
@@ -157,11 +157,17 @@ def check_sizes(index):
 
 
 def _digest(index, index_type, index_params):
-    """SHA-256 of what an upload is of: the fingerprint, the index type, the number of passages, and some 64 of them, evenly spread, as a whole."""
+    """SHA-256 of what an upload is of: the fingerprint, the index type, and every passage: by the checksums of its folder, or all that is in memory."""
     rows = index.live_rows()
-    sample = rows[:: max(1, len(rows) // 64)]
-    settings = [index.fingerprint, len(rows), index_type, index_params, index.get_passages(sample)]
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + index.get_embeddings(sample).tobytes()).hexdigest()
+    settings = [index.fingerprint, index_type, index_params]
+    if index.folder is not None:
+        names = [name for number in range(len(index.config["shards"])) for name in shard_files(number)]
+        settings.append([index.config["files"][name]["sha256"] for name in names])
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + rows.tobytes())
+    for start in range(0, 0 if index.folder is not None else len(rows), MAX_REQUEST_ROWS):
+        part = rows[start : start + MAX_REQUEST_ROWS]
+        digest.update(json.dumps(index.get_passages(part), sort_keys=True).encode() + index.get_embeddings(part).tobytes())
+    return digest.hexdigest()
 
 
 def _request_bytes(passage):

@@ -21,6 +21,7 @@ import torch  # noqa: E402
 from accelerate import PartialState  # noqa: E402
 
 from modeling_cosup import CoSupForCausalLM, PassageIndex  # noqa: E402
+from modeling_cosup.index_search_cosup import empty_approximate  # noqa: E402
 
 
 @dataclass
@@ -49,6 +50,7 @@ def main():
     with clear_errors():
         state = processes()
         model = CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(state.device)
+        check(args, model.config.embedding_size)
         model.build_index(
             corpus(args),
             save_directory=args.output_dir,
@@ -85,6 +87,28 @@ def corpus(args):
     return load_dataset(args.corpus_file, split="train", streaming=args.streaming)
 
 
+def search_options(args):
+    """Options of the approximate index that were given, by FAISS's names."""
+    return {name: value for name, value in {"nprobe": args.nprobe, "efSearch": args.ef_search}.items() if value is not None}
+
+
+def check(args, embedding_size):
+    """
+    Whether the settings can be right, before anything is embedded.
+
+    Raises:
+        `ValueError`: names the setting.
+    """
+    for name in ("batch_size", "max_tokens_per_batch", "shard_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}, expected at least 1.")
+    if args.index_factory:
+        empty_approximate(args.index_factory, embedding_size, args.train_size, **search_options(args))
+    elif search_options(args):
+        raise ValueError("nprobe and ef_search are options of an approximate index: they need an index_factory.")
+
+
 def finish(args, state):
     """On one process: put the shards together, train an approximate index, say what there is."""
     if state.num_processes > 1:
@@ -92,10 +116,7 @@ def finish(args, state):
     index = PassageIndex.from_pretrained(args.output_dir, verify=False)
     print(f"{len(index):,} passages in {args.output_dir}", flush=True)
     if args.index_factory:
-        options = {"nprobe": args.nprobe, "efSearch": args.ef_search}
-        recall = index.train_approximate(
-            args.index_factory, args.train_size, args.seed, **{name: value for name, value in options.items() if value is not None}
-        )
+        recall = index.train_approximate(args.index_factory, args.train_size, args.seed, **search_options(args))
         print(f"{args.index_factory} against exact search, queries sampled from the passages:")
         print(table([(name, f"{100 * value:.1f} %") for name, value in recall.items()]))
 

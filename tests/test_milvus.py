@@ -365,7 +365,7 @@ def test_what_another_process_adds_is_found(index, the_model, milvus_server):  #
     writer.add([{"id": "new", "title": "", "text": "radium"}], the_model)
     assert reader.rows_of(["new"]).tolist() == [6] and reader[6]["text"] == "radium"
     assert reader.search(queries(1), candidates=[[6]])[1].tolist() == [[6]]
-    with pytest.raises(ValueError, match="row 7 out of range, expected 0 to 6"):
+    with pytest.raises(ValueError, match=r"candidates\[0\] holds \[7\], which are no rows of this index \(0 to 6\)"):
         reader.search(queries(1), candidates=[[6, 7]])
 
 
