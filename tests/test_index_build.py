@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -366,7 +367,8 @@ def test_two_processes_one_killed_then_resumed(inputs, tmp_path):
     resumed = launch(inputs, tmp_path / "index", world_size=2)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert resumed.stdout.count("23 passages") == 1
-    assert sorted(resumed.stdout.splitlines())[-2:] == ["made 0 shards, world size 2", "made 2 shards, world size 2"]
+    made = sorted(map(int, re.findall(r"made (\d) shards, world size 2", resumed.stdout)))  # two processes may print into one line
+    assert len(made) == 2 and 2 in made and sum(made) < 6, made  # rank 1 had one of its three; how far rank 0 came before it was ended is chance
     build(make_model(emb_seq_kwargs={"seed": 1}), save_directory=tmp_path / "here", shard_size=4)
     assert content(tmp_path / "index") == content(tmp_path / "here")
 
