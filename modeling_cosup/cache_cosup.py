@@ -173,5 +173,10 @@ def layer_kinds(config):
     return ["sliding_attention" if sliding else "full_attention"]
 
 
+def context_length(config):
+    """Positions that Gen can read, from its text config; `EMPTY`, which no row reaches, where it sets no limit."""
+    return getattr(config, "max_position_embeddings", None) or EMPTY
+
+
 def _rounded(columns):
     return -(-max(columns, 1) // _BLOCK) * _BLOCK

@@ -7,7 +7,7 @@ import torch
 from transformers import CompileConfig
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
-from .cache_cosup import (EMPTY, attention_mask)
+from .cache_cosup import (EMPTY, attention_mask, context_length)
 from .scores_cosup import (RowScores)
 from .tokenization_cosup import (encode_passages_for_gen, encode_texts, pad_rows)
 from .trace_cosup import (Retrieval, RetrievalError)
@@ -42,7 +42,7 @@ class Decoder(RowScores):
         self.slots, self.prompt_length, self.device = slots, prompt_length, device
         lengths = [each.max_length for each in stopping_criteria if isinstance(each, MaxLengthCriteria)]
         self.budget = min([generation_config.max_length, *lengths]) - prompt_length
-        self.context_length = getattr(self.text_config, "max_position_embeddings", None) or EMPTY
+        self.context_length = context_length(self.text_config)
         self.pad = 0 if generation_config._pad_token_tensor is None else int(generation_config._pad_token_tensor)
         ends = [each.eos_token_id for each in stopping_criteria if isinstance(each, EosTokenCriteria)]
         self.ends = {id for tensor in ends for id in tensor.reshape(-1).tolist()}
@@ -311,6 +311,8 @@ class Decoder(RowScores):
                 self._refuse(row, logits)
             elif room < 1:  # not even one token of a passage can be read
                 self.full.append(row)
+                if self.streamer is not None and row.held is not None:
+                    self.streamer.put(torch.tensor([self.config.nsp_token_id]))  # it was kept back until the search
             else:
                 chunks[row] = self._give(row, found, room, embeds[i].tolist() if settings.output_query_embeds else None)
             row.held = None

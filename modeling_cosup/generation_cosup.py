@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import ModelOutput
 
-from .cache_cosup import (EMPTY, RowCache, layer_kinds)
+from .cache_cosup import (EMPTY, RowCache, context_length, layer_kinds)
 from .decoding_cosup import (Decoder)
 from .queue_cosup import (Queue, hash_of, read_completions)
 from .tokenization_cosup import (pad_rows)
@@ -316,9 +316,9 @@ class RetrievalGenerationMixin:
         return prompts
 
     def _check_lengths(self, prompts):
-        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        limit = context_length(self.config.get_text_config())
         for number, prompt in enumerate(prompts):
-            if limit is not None and len(prompt) >= limit:
+            if len(prompt) >= limit:
                 raise ValueError(f"Prompt {number} has {len(prompt):,} tokens, but Gen reads {limit:,}: nothing could be written behind it.")
 
     def _columns_to_start_with(self, prompts, budget, call):
@@ -328,7 +328,7 @@ class RetrievalGenerationMixin:
 
     def _columns_needed(self, longest, budget, call):
         """Columns that the longest row may fill: prompt, decoded tokens, and the passages of `max_retrievals` (of one, where there is no limit)."""
-        settings, limit = call.settings, getattr(self.config.get_text_config(), "max_position_embeddings", None) or EMPTY
+        settings, limit = call.settings, context_length(self.config.get_text_config())
         retrievals = 1 if settings.max_retrievals is None else settings.max_retrievals
         if settings.forbid_nsp or (call.retriever is None and settings.passages is None):
             retrievals = 0
@@ -336,7 +336,7 @@ class RetrievalGenerationMixin:
 
     def _row_cache(self, rows, columns, device, static):
         """A cache for one call; that of a captured step is kept, since another one would have to be captured anew."""
-        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None) or EMPTY
+        limit = context_length(self.config.get_text_config())
         if not static:
             return RowCache(rows, columns, device, limit)
         kept = getattr(self, "_static_row_cache", None)

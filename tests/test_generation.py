@@ -526,6 +526,14 @@ def test_passages_for_which_there_is_no_room_are_not_cited(model, index):
         assert int(output.num_generated_tokens) == 0
 
 
+def test_an_nsp_without_room_for_a_passage_is_streamed(model, index):
+    prompt = encode_prompt(model.tokenizer, "who?")
+    model.config.get_text_config().max_position_embeddings = len(prompt) + 2
+    streamer = Collect()
+    output = generate(model, {"input_ids": torch.tensor([prompt])}, index, Prefer([model.config.nsp_token_id]), streamer=streamer)
+    assert streamer.tokens == output.sequences[0].tolist() and output.retrievals == [[]]
+
+
 # ------------------------------------------------------------------ settings
 
 
