@@ -33,6 +33,7 @@ class CoSupConfig(PreTrainedConfig):
         passage_template (`str`): how a passage reads, for Gen and for Emb_seq. A passage without a title is its text alone.
         max_passage_length (`int`): tokens of a passage, without the BOS and EOS that Emb_seq also reads; longer ones are truncated.
         load_emb_seq (`bool`): `False` loads Gen alone, which is all that generation from an index needs. Never saved.
+        gen_name_or_path, emb_seq_name_or_path (`str`, *optional*): repositories on the Hub that the two parts were made from, for the model card.
         fingerprint (`dict`, *optional*): written by `save_pretrained`; see `CoSupForCausalLM.fingerprint`.
 
     Raises:
@@ -57,6 +58,8 @@ class CoSupConfig(PreTrainedConfig):
     passage_template: str = "{title} :: {text}"
     max_passage_length: int = 256
     load_emb_seq: bool = True
+    gen_name_or_path: str | None = None
+    emb_seq_name_or_path: str | None = None
     fingerprint: dict | None = None
     tie_word_embeddings: bool = False
 

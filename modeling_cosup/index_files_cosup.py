@@ -149,9 +149,14 @@ def digest_of_config(config):
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def signed(config):
+    """A config with its own SHA-256, as `index_config.json` holds it."""
+    return {**config, "sha256": digest_of_config(config)}
+
+
 def write_config(folder, config, write=write_json):
-    """Write `index_config.json`, with its own SHA-256."""
-    write(folder / CONFIG_FILE, {**config, "sha256": digest_of_config(config)})
+    """Write `index_config.json`."""
+    write(folder / CONFIG_FILE, signed(config))
 
 
 def sha256(path):

@@ -1,7 +1,6 @@
 """Gen and Emb_seq in one model: two losses in one forward, two spaces in one generation loop."""
 
 import copy
-import hashlib
 import os
 from dataclasses import dataclass
 
@@ -13,17 +12,12 @@ from transformers.modeling_outputs import ModelOutput
 
 from .configuration_cosup import (CoSupConfig)
 from .generation_cosup import (RetrievalConfig, RetrievalGenerationMixin)
+from .hub_cosup import (is_repo_id)
 from .loss_cosup import (chunked_cross_entropy, info_nce)
 from .milvus_cosup import (MilvusPassageIndex)
 from .retrieval_cosup import (PassageIndex)
-from .tokenization_cosup import (add_control_tokens, encode_queries_for_emb_seq, end_of_turn_token_id, pad_rows, same_tokenizer, tokenizer_fingerprint)
-
-try:
-    from torch.distributed.tensor import DTensor
-except ImportError:  # a torch without distributed
-    DTensor = ()  # type: ignore[assignment, misc]
-
-EMB_SEQ_TOKENIZER_FOLDER = "emb_seq_tokenizer"  # only where the two tokenizers differ
+from .sharing_cosup import (SharingMixin)
+from .tokenization_cosup import (add_control_tokens, encode_queries_for_emb_seq, end_of_turn_token_id, pad_rows, same_tokenizer)
 
 
 @dataclass
@@ -52,7 +46,7 @@ class CoSupOutput(ModelOutput):
     attentions: tuple | None = None
 
 
-class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # generate() takes more than its base's
+class CoSupForCausalLM(RetrievalGenerationMixin, SharingMixin, PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # generate() takes more than its base's
     """
     Semiparametric language model: Gen's LM head predicts the next token, its hidden state at `[NSP]` the next passage.
 
@@ -94,6 +88,7 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
         # peft ties and trains token rows only where the outermost model says what is tied
         self._tied_weights_keys = {f"gen.{target}": f"gen.{source}" for target, source in (self.gen._tied_weights_keys or {}).items()}
         self._tokenizer = self._emb_seq_tokenizer = None
+        self._facts = None  # of training and evaluation; until then those that lie beside the checkpoint
         self._causal_encoders = []  # names, as find_causal_encoders found them
         self.post_init()
 
@@ -158,6 +153,8 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
             gen_config=copy.deepcopy(gen.config),
             emb_seq_config=copy.deepcopy(emb_seq.config),
             query_encoder_config=None if query_encoder is None else copy.deepcopy(query_encoder.config),
+            gen_name_or_path=_repository_of(gen),
+            emb_seq_name_or_path=_repository_of(emb_seq),
             nsp_token_id=nsp_token_id,
             cs_token_id=cs_token_id,
             ce_token_id=ce_token_id,
@@ -475,127 +472,6 @@ class CoSupForCausalLM(RetrievalGenerationMixin, PreTrainedModel, GenerationMixi
         index.check_model(self)
         return index
 
-    def fingerprint(self, state_dict=None):
-        """
-        What an index must share with this model: hashes of Emb_seq's weights and of the tokenizers, and the embedding settings.
-
-        The weights' hash is taken anew where the weights are float32 or bfloat16 (a cast between the two keeps it). Otherwise, quantised, sharded, in
-        float16 or not loaded, it is that of the last save, so that none of these refuses an index; neither does further training of Gen.
-
-        Args:
-            state_dict (`dict`, *optional*): this model's full state dict, where the parameters in memory are shards.
-
-        Returns:
-            `dict[str, str | int]`.
-
-        Raises:
-            `ValueError`: when Emb_seq is not loaded and the checkpoint stores no hash of it.
-        """
-        stored = self.config.fingerprint or {}
-        hashes = {name: stored.get(name) or tokenizer_fingerprint(getattr(self, name)) for name in ("tokenizer", "emb_seq_tokenizer")}
-        weights = [] if self.emb_seq is None else list(self.emb_seq.parameters())
-        sharded = state_dict is None and any(isinstance(weight, DTensor) for weight in weights)  # FSDP2: to put them together costs every rank a gather
-        exact = self.emb_seq is not None and not sharded and {weight.dtype for weight in weights} <= {torch.float32, torch.bfloat16}
-        hashes["emb_seq"] = self._hash_emb_seq(state_dict) if exact or not stored.get("emb_seq") else stored["emb_seq"]
-        self.config.fingerprint = hashes
-        return {**hashes, **self.config.embedding_settings}
-
-    def _forget_fingerprint(self, *names):
-        """Drop the stored hashes that no longer describe this model."""
-        if self.config.fingerprint is not None:
-            self.config.fingerprint = {**self.config.fingerprint, **dict.fromkeys(names)}
-
-    @torch.no_grad()
-    def _hash_emb_seq(self, state_dict=None):
-        """SHA-256 of up to 8,192 weights of each parameter of Emb_seq and `emb_head`, evenly spread, in bfloat16: cheap enough for every use."""
-        if self.emb_seq is None:
-            raise ValueError("The checkpoint stores no fingerprint of Emb_seq and Emb_seq is not loaded, so no index can be checked against it.")
-        digest = hashlib.sha256()
-        for name, parameter in self.named_parameters():
-            if name.startswith(("emb_seq.", "emb_head.")):
-                weights = (parameter if state_dict is None else state_dict[name]).detach()
-                weights = (weights.full_tensor() if isinstance(weights, DTensor) else weights).reshape(-1)
-                sample = weights[:: max(1, len(weights) // 4096)].to(torch.bfloat16).contiguous().cpu()
-                digest.update(f"{name} {tuple(parameter.shape)}".encode())
-                digest.update(sample.view(torch.int16).numpy().tobytes())
-        return digest.hexdigest()
-
-    # ------------------------------------------------------------------ tokenizers, saving
-
-    @property
-    def tokenizer(self):
-        """Gen's tokenizer: the one this model was built with or was given, else the one saved beside it."""
-        if self._tokenizer is None:
-            self._tokenizer = self._load_saved_tokenizer()
-        return self._tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer):
-        shared = not self._has_tokenizer() or self.emb_seq_tokenizer is self.tokenizer
-        self._tokenizer = tokenizer
-        if shared:
-            self._emb_seq_tokenizer = tokenizer
-        self._forget_fingerprint("tokenizer", "emb_seq_tokenizer")
-
-    @property
-    def emb_seq_tokenizer(self):
-        """Emb_seq's tokenizer; the same object as `tokenizer` unless the checkpoint holds one of its own."""
-        if self._emb_seq_tokenizer is None:
-            # a checkpoint that was never fingerprinted has one tokenizer
-            stored = self.config.fingerprint or {}
-            if stored.get("emb_seq_tokenizer") == stored.get("tokenizer"):
-                self._emb_seq_tokenizer = self.tokenizer
-            else:
-                self._emb_seq_tokenizer = self._load_saved_tokenizer(subfolder=EMB_SEQ_TOKENIZER_FOLDER)
-        return self._emb_seq_tokenizer
-
-    @emb_seq_tokenizer.setter
-    def emb_seq_tokenizer(self, tokenizer):
-        self._emb_seq_tokenizer = self.tokenizer if same_tokenizer(tokenizer, self.tokenizer) else tokenizer
-        self._forget_fingerprint("emb_seq_tokenizer")
-
-    def _has_tokenizer(self):
-        try:
-            return self.tokenizer is not None
-        except (OSError, ValueError):  # built from a bare config, or a checkpoint that was saved without one
-            return False
-
-    def _load_saved_tokenizer(self, **kwargs):
-        if not self.config._name_or_path:
-            raise ValueError("This model knows no tokenizer: build it with from_gen_and_emb_seq, load it with from_pretrained, or pass tokenizer=.")
-        # without the config, AutoTokenizer would load it again and ask whether its code may run
-        revision = getattr(self.config, "_commit_hash", None)
-        return AutoTokenizer.from_pretrained(self.config._name_or_path, config=self.config, revision=revision, **kwargs)
-
-    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs):
-        """
-        Save weights (safetensors), config with fingerprint, generation config, the code of this model and the tokenizer(s).
-
-        Args: those of `PreTrainedModel.save_pretrained`.
-
-        Raises:
-            `ValueError`: when Emb_seq was not loaded: the checkpoint would lack half of its weights.
-        """
-        if self.emb_seq is None:
-            raise ValueError("This model was loaded with load_emb_seq=False; saved, it would be a checkpoint without Emb_seq.")
-        if is_main_process and self._has_tokenizer():
-            self.fingerprint(state_dict)
-            self.tokenizer.save_pretrained(save_directory)
-            if self.emb_seq_tokenizer is not self.tokenizer:
-                self.emb_seq_tokenizer.save_pretrained(f"{save_directory}/{EMB_SEQ_TOKENIZER_FOLDER}")
-        self._be_found_by_its_own_name()
-        super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
-
-    def _be_found_by_its_own_name(self):
-        """`fully_shard` makes a class of its own, whose file transformers would save in place of this one."""
-        if type(self).__module__.startswith("torch."):
-            type(self).__name__, type(self).__module__ = CoSupForCausalLM.__name__, CoSupForCausalLM.__module__
-
-    def load_state_dict(self, *args, **kwargs):
-        """Other weights than those that were fingerprinted, e.g. the best checkpoint at the end of training."""
-        self._forget_fingerprint("emb_seq")
-        return super().load_state_dict(*args, **kwargs)
-
     # ------------------------------------------------------------------ what transformers asks of a causal LM
 
     def get_input_embeddings(self):
@@ -626,6 +502,12 @@ def _load_encoder(encoder, model_kwargs):
     if isinstance(encoder, str):
         return AutoModel.from_pretrained(encoder, **model_kwargs)
     return encoder.base_model
+
+
+def _repository_of(model):
+    """The repository that a model was loaded from; `None` for a folder, which nobody else has."""
+    name = model.config._name_or_path
+    return name if is_repo_id(name) else None
 
 
 @torch.no_grad()

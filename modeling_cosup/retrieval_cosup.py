@@ -1,13 +1,29 @@
 """The passage index: a corpus of any size in Emb_seq's space, built in flat memory, searched exactly or through FAISS."""
 
 import functools
+import json
+import tempfile
+from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from .card_cosup import (index_card)
+from .hub_cosup import (CARD_FILE, make_repo, push_files)
 from .index_build_cosup import (ShardBuilder, begin, collect, evaluating, finish, read_shards, unfinished_folder, write_new_shard, write_shards)
-from .index_files_cosup import (check_file, check_save_directory, map_shard, put_in_place, sweep, write_config)
+from .index_files_cosup import (
+    CONFIG_FILE,
+    FAISS_PATTERN,
+    FILE_PATTERNS,
+    check_file,
+    check_save_directory,
+    map_shard,
+    put_in_place,
+    signed,
+    sweep,
+    write_config,
+)
 from .index_search_cosup import (ApproximateSearch, read_approximate)
 from .index_searchable_cosup import (SearchableStore)
 from .index_store_cosup import (find_folder, map_id_table, new_config)
@@ -225,6 +241,53 @@ class PassageIndex(SearchableStore):
         index._approximate = ApproximateSearch(read_approximate(folder / approximate["file"], index.num_rows, index.config["embedding_size"]))
         index._search_options = {}
         return index
+
+    def push_to_hub(
+        self,
+        repo_id,
+        commit_message="Upload PassageIndex",
+        commit_description=None,
+        private=None,
+        token=None,
+        revision=None,
+        create_pr=False,
+        model=None,
+        license=None,
+    ):
+        """
+        Share this index as a dataset repository, with a card, in one commit; `from_pretrained` and `model.load_index` get it back, by revision if need be.
+
+        What lives in a folder is uploaded from there. A push that is cut off leaves the repository as it was; the same call goes on, and files that had
+        arrived are not sent again. Files of an index that was there before are deleted.
+
+        Args:
+            repo_id (`str`): `namespace/name`, or a name in your own; created if it does not exist.
+            commit_message, commit_description, private, token, revision, create_pr: as in `PreTrainedModel.push_to_hub`.
+            model (`str`, *optional*): repository of the model that made it, for the card.
+            license (`str`, *optional*): identifier of the passages' licence; the card says `unknown` otherwise.
+
+        Returns:
+            `huggingface_hub.CommitInfo`.
+
+        Raises:
+            `ValueError`: when another process changed the folder since this index was loaded, or the Hub finds the card's metadata invalid.
+            `HfHubHTTPError`: when the Hub refuses.
+        """
+        hub = {"commit_message": commit_message, "commit_description": commit_description, "token": token}
+        hub |= {"revision": revision, "create_pr": create_pr, "repo_type": "dataset"}
+        repo_id = make_repo(repo_id, private, token, "dataset")
+        with tempfile.TemporaryDirectory() as folder:
+            index = self
+            if self.folder is None:
+                self.save_pretrained(Path(folder) / "index")
+                index = self.from_pretrained(Path(folder) / "index", search="exact", verify=False)
+            else:
+                self._check_unchanged()
+            config = index.config
+            files = {name: index.folder / name for name in config["files"]}
+            files[CONFIG_FILE] = (json.dumps(signed(config), indent=2) + "\n").encode()
+            files[CARD_FILE] = index_card(config, len(self), repo_id, model, license).encode()
+            return push_files(files, repo_id, [*FILE_PATTERNS, FAISS_PATTERN], **hub)
 
 
 def _require_packages():

@@ -4,7 +4,8 @@ Train Gen and Emb_seq together, then build the index and evaluate.
     accelerate launch --config_file recipes/accelerate_configs/single.yaml recipes/train.py --config recipes/configs/quickstart.yaml
     accelerate launch recipes/train.py --gen NAME --train_file train.jsonl --corpus_file corpus.jsonl --eval_file eval.jsonl --output_dir out
 
-Writes the checkpoint to `output_dir`, the index to `output_dir/index`, all measured numbers to `output_dir/results.json`.
+Writes the checkpoint with its model card to `output_dir`, the index to `output_dir/index`, all measured numbers to `output_dir/results.json`. With
+`--push_to_hub true` the checkpoint goes to `--hub_model_id`, and the index to the dataset repository of that name with `-index` behind it.
 """
 
 import gc
@@ -25,8 +26,10 @@ from accelerate import DistributedType  # noqa: E402
 from transformers import set_seed  # noqa: E402
 
 from modeling_cosup import CoSupForCausalLM, PassageIndex  # noqa: E402
+from modeling_cosup.card_cosup import load_facts  # noqa: E402
 from trainer import CoSupTrainer, CoSupTrainingArguments, load_corpus, load_evaluation_set, load_instances  # noqa: E402
-from trainer.evaluation import evaluate_model, ntp_loss, recall, reference_instances  # noqa: E402
+from trainer.evaluation import METRIC_NAMES, evaluate_model, ntp_loss, recall, reference_instances  # noqa: E402
+from trainer.hub import complete_card, held_out_group, push_checkpoint, result_group  # noqa: E402
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
@@ -68,6 +71,9 @@ class ScriptArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first evaluation instances."})
     max_new_tokens: int = field(default=64, metadata={"help": "Decoded tokens per answer."})
     num_examples: int = field(default=4, metadata={"help": "Answers to print with their passages."})
+    license: str | None = field(default=None, metadata={"help": "Identifier of the checkpoint's licence, for its card; the card says unknown otherwise."})
+    corpus_license: str | None = field(default=None, metadata={"help": "The same of the corpus, for the card of the index."})
+    push_index: bool = field(default=True, metadata={"help": "With --push_to_hub, also push the index, to a dataset repository: hub_model_id + '-index'."})
     num_threads: int | None = field(default=None, metadata={"help": "Threads of a single process on a CPU; defaults to all cores."})
     prepare: str | None = field(default=None, metadata={"help": "Make the data first: the name behind recipes/prepare_*.py, e.g. quickstart."})
     prepare_options: str = field(default="{}", metadata={"help": "JSON object of arguments for it."})
@@ -124,7 +130,14 @@ def train(script, args):
     output = trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model()
+    question = next((x["input"] for x in questions or [] if x["provenance"]), None)
+    card = {"license": script.license, "dataset": script.train_file, "question": question}
+    if args.push_to_hub:  # now, without the numbers that are still to be measured: a crash until then loses nothing
+        trainer.push_to_hub(**card)
+        args.hub_model_id = trainer.hub_model_id
+    else:
+        trainer.save_model()
+        trainer.create_model_card(**card)
     trainer.save_state()
     results["train"] = output.metrics
     if validation is not None:
@@ -141,7 +154,8 @@ def train(script, args):
 
 
 def index_and_evaluate(model, corpus, questions, results, script, args):
-    """Build and save the index, measure, write `results.json`."""
+    """Build and save the index, measure, write `results.json`, complete the card, and push both."""
+    index = None
     if corpus is not None:
         with precision(args):
             index = model.build_index(corpus, batch_size=args.per_device_eval_batch_size)
@@ -149,6 +163,26 @@ def index_and_evaluate(model, corpus, questions, results, script, args):
             if questions is not None:
                 report(model, index, questions, corpus, results, script, args)
     Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2, default=lambda value: value.to_dict()) + "\n")
+    share(model, index, questions, results, script, args)
+
+
+def share(model, index, questions, results, script, args):
+    """The cards with all that was measured; with `push_to_hub` the index, then the checkpoint once more."""
+    output_dir = Path(args.output_dir)
+    groups = held_out_group(results["validation"]) if "validation" in results else []
+    if "evaluation" in results:
+        names = ", ".join(sorted({x["dataset"] for x in questions if x["dataset"]})) or Path(script.eval_file).name
+        groups.append(result_group(results["evaluation"], METRIC_NAMES, names, len(index)))
+    place = None if index is None else str(output_dir / "index")
+    if args.push_to_hub and script.push_index and index is not None:
+        place = f"{args.hub_model_id}-index"
+        hub = {"private": args.hub_private_repo, "token": args.hub_token}
+        PassageIndex.from_pretrained(output_dir / "index").push_to_hub(place, model=args.hub_model_id, license=script.corpus_license, **hub)
+    if script.use_peft:
+        complete_card(model, output_dir / "merged", str(output_dir / "merged"), **{**load_facts(output_dir), "results": groups, "index": place})
+    complete_card(model, output_dir, args.hub_model_id if args.push_to_hub else str(output_dir), results=groups, index=place)
+    if args.push_to_hub:
+        push_checkpoint(output_dir, args.hub_model_id, args, "Card with results")
 
 
 def precision(args):
@@ -222,17 +256,7 @@ def report(model, index, questions, corpus, results, script, args):
         results["after"] = {"ntp_loss": ntp_loss(model, reference_instances(questions, corpus))}
         results["after"].update({name: metrics[name] for name in results["before"] if name != "ntp_loss"})
     print(f"\n{len(questions)} questions over an index of {len(index):,} passages (95 % intervals in brackets)\n")
-    names = {
-        "recall@1": "recall@1 of the query embedding",
-        "recall@5": "recall@5 of the query embedding",
-        "retrieval_accuracy": "first passage retrieved while generating is right",
-        "exact_match": "exact match, own retrieval",
-        "exact_match_gold_passage": "exact match, gold passage given",
-        "exact_match_no_retrieval": "exact match, retrieval switched off",
-        "needless_retrieval": "questions that need no passage: retrieved",
-        "exact_match_no_passage": "questions that need no passage: exact match",
-    }
-    print(table([(names[name], rate) for name, rate in metrics.items()]))
+    print(table([(METRIC_NAMES[name], rate) for name, rate in metrics.items()]))
     if "before" in results:
         rows = [(f"{name} {when}", results[when][name]) for name in results["before"] for when in ("before", "after")]
         print("\nHeld-out reference answers and questions, before and after training\n\n" + table(rows))

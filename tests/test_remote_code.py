@@ -15,7 +15,7 @@ from transformers.dynamic_module_utils import get_imports
 
 import modeling_cosup
 from modeling_cosup import CoSupForCausalLM
-from modeling_cosup.modeling_cosup import EMB_SEQ_TOKENIZER_FOLDER
+from modeling_cosup.hub_cosup import EMB_SEQ_TOKENIZER_FOLDER
 
 SOURCES = sorted(Path(modeling_cosup.__file__).parent.glob("*_cosup.py"))
 

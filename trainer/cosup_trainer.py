@@ -29,6 +29,7 @@ from .distributed import gather_objects, gather_rows, host_group, world_size
 from .duplicates import NoDuplicatesSampler, global_batch
 from .evaluation import retrieval_metrics
 from .grad_cache import first_pass, like_pieces, second_pass
+from .hub import HubMixin
 from .model_setup import check_control_tokens, check_supervision, default_collator, freeze, keep_master_weights, speed_up, without_peft, wrap_in_peft
 from .training_args import CoSupTrainingArguments
 from .watch import FiniteLosses, explained_memory_errors, last_complete_checkpoint
@@ -39,7 +40,7 @@ COLUMNS = ["input_ids", "labels", "passage_input_ids"]
 OPTIONAL_COLUMNS = ["id", "passage_ids", "positive_ids", "negative_input_ids", "negative_ids", "query_input_ids"]
 
 
-class CoSupTrainer(Trainer):
+class CoSupTrainer(HubMixin, Trainer):  # type: ignore[misc]  # its card takes other arguments
     """
     Trains a [`CoSupForCausalLM`] by next token and next sequence prediction in the same step.
 
@@ -106,6 +107,7 @@ class CoSupTrainer(Trainer):
         if model is base:
             keep_master_weights(base, args)
         speed_up(base, args)
+        self._check_hub_arguments(args, model)
         self.cosup_config = base.config
         self.tokenizers = base.tokenizer, base.emb_seq_tokenizer
         if data_collator is None:
@@ -177,7 +179,8 @@ class CoSupTrainer(Trainer):
 
         def tokenize(instance, row):
             instance = instance if checked else check_instance(instance, f"{name}, row {row}")
-            return tokenize_instance(instance, tokenizer, emb_seq_tokenizer, config, args.train_on_passages, end_of_turn_id)
+            tokenized = tokenize_instance(instance, tokenizer, emb_seq_tokenizer, config, args.train_on_passages, end_of_turn_id)
+            return {"dataset": instance["dataset"], **tokenized}  # counted for the model card
 
         options = {"with_indices": True, "remove_columns": columns}
         if isinstance(dataset, datasets.IterableDataset):

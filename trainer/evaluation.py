@@ -17,6 +17,17 @@ from .batching import BatchFacts
 from .data import tokenize_instance
 from .duplicates import global_batch
 
+METRIC_NAMES = {  # as reports and model cards say them
+    "recall@1": "recall@1 of the query embedding",
+    "recall@5": "recall@5 of the query embedding",
+    "retrieval_accuracy": "first passage retrieved while generating is right",
+    "exact_match": "exact match, own retrieval",
+    "exact_match_gold_passage": "exact match, gold passage given",
+    "exact_match_no_retrieval": "exact match, retrieval switched off",
+    "needless_retrieval": "questions that need no passage: retrieved",
+    "exact_match_no_passage": "questions that need no passage: exact match",
+}
+
 
 @dataclass
 class Rate:

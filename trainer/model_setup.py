@@ -20,6 +20,11 @@ def without_peft(model):
     return model.get_base_model() if is_peft_available() and isinstance(model, PeftModel) else model
 
 
+def adapter_config(model):
+    """`PeftConfig` of a model's active adapter; `None` of a model without adapters."""
+    return model.active_peft_config if is_peft_available() and isinstance(model, PeftModel) else None
+
+
 def check_supervision(args, config):
     """Whether the model makes its queries where `supervision` trains them."""
     if args.supervision == "separate" and config.query_from == "gen":

@@ -1,0 +1,264 @@
+"""The model card: metadata and text from the config, and from what training and evaluation recorded about these weights."""
+
+import json
+import re
+from importlib import metadata
+from pathlib import Path
+
+from huggingface_hub import DatasetCardData, EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, StrictUndefined
+from transformers.utils import cached_file
+
+from .hub_cosup import (CARD_MARKER, is_repo_id)
+
+FACTS_FILE = "training_facts.json"  # what training and evaluation recorded, and of which weights
+CURVES_FILE = "loss_curves.png"
+TEMPLATE_FILE = "hub_card.md"
+TAGS = ["retrieval-augmented-generation", "cosup", "custom_code"]
+PAPER_TAG = "arxiv:2403.09024"
+SHOWN_LOSSES = ("loss", "ntp_loss", "nsp_loss", "nsp_accuracy")
+SHOWN_STEPS = 10
+
+
+def load_facts(name_or_path, revision=None):
+    """
+    The facts that lie beside a checkpoint, `dict`; empty where there are none.
+
+    Args:
+        name_or_path (`str`): folder or repository of the checkpoint.
+        revision (`str`, *optional*): of the repository.
+
+    Returns:
+        `dict`: `weights` (hash of the weights that the rest is about), `name`, `base_model`, `license`, `language`, `datasets`, `tags`, `training`,
+        `results`, `index` and `question`, each optional; `CoSupTrainer.create_model_card` records them.
+    """
+    path = beside_checkpoint(name_or_path, FACTS_FILE, revision)
+    if path is None:
+        return {}
+    try:
+        facts = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path} is damaged: found {type(facts).__name__}, expected an object.")
+    return facts
+
+
+def beside_checkpoint(name_or_path, name, revision=None):
+    """Path of a file of a checkpoint, downloaded if need be; `None` where it has no such file, or the Hub cannot be asked."""
+    if not name_or_path:
+        return None
+    options = {"_raise_exceptions_for_gated_repo": False, "_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return cached_file(name_or_path, name, revision=revision, **options)
+
+
+def model_card(model, repo_id, facts, base=None):
+    """
+    The card of a checkpoint, from the template `hub_card.md`; where that file is not installed, from the short one of `huggingface_hub`.
+
+    Args:
+        model ([`CoSupForCausalLM`]): with its tokenizer.
+        repo_id (`str`): where the checkpoint will be loaded from: a repository, or a folder.
+        facts (`dict`): see [`load_facts`].
+        base (`str`, *optional*): of adapters: the model that they change.
+
+    Returns:
+        `str`: of the file `README.md`.
+    """
+    data, template = _metadata(model, repo_id, facts, base), _template()
+    if template is None:
+        summary = "A CoSup model: it retrieves passages while it writes. Load it with `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`."
+        card = ModelCard.from_template(data, model_id=repo_id, model_summary=f"{CARD_MARKER}\n\n{summary}")
+        return str(card)
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)  # Markdown
+    return environment.from_string(template).render(metadata=data.to_yaml(), **_context(model, repo_id, facts, base))
+
+
+def _template():
+    """Text of the template: beside this package in a checkout, else among the installed files; `None` for code that came with a checkpoint."""
+    if __package__ != "modeling_cosup":
+        return None
+    path = Path(__file__).parent.parent / TEMPLATE_FILE
+    if not path.exists():
+        try:
+            paths = [Path(file.locate()) for file in metadata.files("cosup") or [] if file.name == TEMPLATE_FILE]
+        except metadata.PackageNotFoundError:
+            paths = []
+        path = next((found for found in paths if found.exists()), None)
+    return None if path is None else path.read_text(encoding="utf-8")
+
+
+def _metadata(model, repo_id, facts, base):
+    """`ModelCardData` as the Hub specifies it."""
+    config = model.config
+    parts = [name for name in (config.gen_name_or_path, config.emb_seq_name_or_path) if name]
+    given = base or facts.get("base_model")
+    base_models = [given] if given else list(dict.fromkeys(parts))
+    relation = {"base_model_relation": "adapter" if base else "finetune"} if base_models else {}  # else the Hub takes two for a merge
+    return ModelCardData(
+        license=facts.get("license") or "unknown",
+        language=facts.get("language"),
+        base_model=base_models or None,
+        datasets=facts.get("datasets") or None,
+        library_name="peft" if base else "transformers",
+        pipeline_tag="text-generation",
+        tags=list(dict.fromkeys([*TAGS, PAPER_TAG, *facts.get("tags", [])])),
+        model_name=_name(repo_id, facts),
+        eval_results=[result for group in facts.get("results", []) for result in _eval_results(group)] or None,
+        **relation,
+    )
+
+
+def _name(repo_id, facts):
+    return facts.get("name") or Path(repo_id).absolute().name
+
+
+def _eval_results(group):
+    """The `model-index` entries of one evaluation set."""
+    dataset = group["dataset"]
+    for metric in group["metrics"]:
+        yield EvalResult(
+            task_type="text-generation",
+            dataset_type=dataset["type"],
+            dataset_name=dataset["name"],
+            metric_type=re.sub(r"\W+", "_", metric["type"].replace("@", "_at_")),
+            metric_name=f"{metric['name']} ({metric['unit']})" if metric.get("unit") else metric["name"],
+            metric_value=metric["value"],
+            metric_args={"n": metric["n"], **({"interval_95": metric["interval"]} if metric.get("interval") else {})},
+        )
+
+
+def _context(model, repo_id, facts, base):
+    """What the template fills in."""
+    config = model.config
+    tokens = model.tokenizer.convert_ids_to_tokens([config.nsp_token_id, config.cs_token_id, config.ce_token_id])
+    return {
+        "marker": CARD_MARKER,
+        "name": _name(repo_id, facts),
+        "repo_id": repo_id,
+        "adapter": base is not None,
+        "base": base,
+        "index": facts.get("index"),
+        "question": json.dumps(facts.get("question") or "who painted the night watch?", ensure_ascii=False),
+        "nsp_token": tokens[0],
+        "cs_token": tokens[1],
+        "ce_token": tokens[2],
+        "gen": _part(model.gen, config.gen_config, config.gen_name_or_path),
+        "emb_seq": _part(model.emb_seq, config.emb_seq_config, config.emb_seq_name_or_path),
+        "training": _training(facts.get("training")),
+        "results": [_result(group) for group in facts.get("results", [])],
+        "settings": _settings(config),
+    }
+
+
+def _part(part, config, name):
+    return {
+        "architecture": type(part).__name__ if part is not None else config.model_type,
+        "parameters": "not loaded" if part is None else f"{part.num_parameters():,}",
+        "name": f"[{name}](https://huggingface.co/{name})" if is_repo_id(name) else "not recorded",
+    }
+
+
+def _settings(config):
+    """Rows of the table of what the model, and any index of it, was built with."""
+    names = ("similarity", "temperature", "nsp_loss_weight", "query_from", *config.embedding_settings)
+    return [(f"`{name}`", f"`{getattr(config, name)!r}`") for name in dict.fromkeys(names)]
+
+
+def _training(training):
+    """Counts, the table of arguments, and at most `SHOWN_STEPS` lines of the log."""
+    if not training:
+        return None
+    counts = training.get("instances", {})
+    by_name = ", ".join(f"{count:,} of {name}" for name, count in counts.items() if name)
+    log = [entry for entry in training.get("log", []) if "loss" in entry]
+    names = [name for name in SHOWN_LOSSES if any(name in entry for entry in log)]
+    picked = [log[round(i * (len(log) - 1) / max(1, min(SHOWN_STEPS, len(log)) - 1))] for i in range(min(SHOWN_STEPS, len(log)))]
+    passages = training.get("passages")
+    return {
+        "instances": f"Trained on {sum(counts.values()):,} instances" + (f" ({by_name})" if by_name else ""),
+        "passages": f"which hold {passages:,} distinct passages" if passages else None,
+        "table": list(training.get("arguments", {}).items()),
+        "loss_names": names,
+        "losses": [[entry.get("step", ""), *(f"{entry[name]:.4g}" if name in entry else "" for name in names)] for entry in picked],
+        "curves": training.get("curves", False),
+    }
+
+
+def _result(group):
+    rows = []
+    for metric in group["metrics"]:
+        unit = f" {metric['unit']}" if metric.get("unit") else ""
+        interval = "[{:.4g}, {:.4g}]".format(*metric["interval"]) if metric.get("interval") else ""
+        rows.append({"name": metric["name"], "value": f"{metric['value']:.4g}{unit}", "interval": interval, "n": f"{metric['n']:,}"})
+    size = group.get("index_size")
+    return {"dataset": group["dataset"]["name"], "index": f"{size:,}" if size else None, "rows": rows}
+
+
+# ---------------------------------------------------------------------- the card of an index
+
+INDEX_CARD = """---
+{metadata}
+---
+{marker}
+
+# {name}
+
+A passage index: {passages:,} passages with the embeddings that the Emb_seq of {model} gave them ({size:,} dimensions, {dtype}, {bytes}). A CoSup model
+searches it while it writes.
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{model_id}", trust_remote_code=True, load_emb_seq=False)
+index = model.load_index("{repo_id}")  # needs faiss-cpu and pyarrow; revision="..." pins a commit
+print(len(index), index[0])
+```
+
+Only the model that made it can search it: loading compares hashes of Emb_seq and of the tokenizers, and these settings:
+
+| | |
+|---|---|
+{settings}
+
+The files are safetensors, Arrow and JSON, listed with their sizes and SHA-256 in `index_config.json`. Nothing in them is executed.{approximate}
+The passages keep the licence of the corpus that they come from.
+"""
+_SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
+
+
+def index_card(config, num_passages, repo_id, model=None, license=None):
+    """
+    The card of an index, `str`, with metadata as the Hub specifies it for datasets.
+
+    Args:
+        config (`dict`): of the index.
+        num_passages (`int`): that can be found.
+        repo_id (`str`): of the index.
+        model (`str`, *optional*): repository of the model that made it.
+        license (`str`, *optional*): of the passages; else `unknown`.
+    """
+    metadata = DatasetCardData(
+        license=license or "unknown",
+        task_categories=["text-retrieval"],
+        size_categories=[_SIZES[min(max(0, len(str(num_passages)) - 3), len(_SIZES) - 1)]],
+        tags=["cosup", "passage-index"],
+        pretty_name=repo_id.rsplit("/", 1)[-1],
+        viewer=False,
+    )
+    settings = [f"| `{name}` | `{value!r}` |" for name, value in config["fingerprint"].items()]
+    approximate = "\nThe file of its approximate index is parsed by FAISS and read only with `allow_faiss_files=True`." if config["approximate"] else ""
+    return INDEX_CARD.format(
+        metadata=metadata.to_yaml(),
+        marker=CARD_MARKER,
+        name=repo_id.rsplit("/", 1)[-1],
+        repo_id=repo_id,
+        passages=num_passages,
+        model=f"[{model}](https://huggingface.co/{model})" if model else "a CoSup model",
+        model_id=model or "the model that made it",
+        size=config["embedding_size"],
+        dtype=config["dtype"],
+        bytes=f"{sum(facts['size'] for facts in config['files'].values()) / 1e6:,.1f} MB",
+        settings="\n".join(settings),
+        approximate=approximate,
+    )

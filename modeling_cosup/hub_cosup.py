@@ -1,0 +1,88 @@
+"""Uploads to the Hub: one commit for a whole checkpoint or index, so that no revision ever holds half of one."""
+
+import re
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+CARD_FILE = "README.md"
+EMB_SEQ_TOKENIZER_FOLDER = "emb_seq_tokenizer"  # only where the two tokenizers differ
+CARD_MARKER = (
+    "<!-- CoSup wrote this card from what training recorded. Proofread it, complete it, then remove this comment: a card without it is never replaced. -->"
+)
+# What a checkpoint may hold, at its top level and in the folder of a second tokenizer. Nothing else is uploaded: no optimiser states, no arguments, no data.
+CHECKPOINT_PATTERNS = ("*.safetensors", "*.json", "*_cosup.py", "*.jinja", "*.model", "vocab.txt", "merges.txt", "loss_curves.png", CARD_FILE)
+# Of these, what a later push replaces: weights in fewer shards, code in other files
+REPLACED_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*_cosup.py", f"{EMB_SEQ_TOKENIZER_FOLDER}/*", "loss_curves.png", "training_facts.json")
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def is_repo_id(name):
+    """Whether a name is that of a repository on the Hub, `namespace/name`, and no folder here."""
+    return isinstance(name, str) and _REPO_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
+def checkpoint_files(folder):
+    """
+    Files of a folder that make up a checkpoint: `dict` of path in the repository to `Path`.
+
+    Resume states, pickled arguments, data and indexes beside them stay where they are.
+    """
+    folder = Path(folder)
+    found = [path for path in folder.iterdir() if any(fnmatch(path.name, pattern) for pattern in CHECKPOINT_PATTERNS)]
+    found += (folder / EMB_SEQ_TOKENIZER_FOLDER).glob("*")
+    return {path.relative_to(folder).as_posix(): path for path in sorted(found) if path.is_file()}
+
+
+def make_repo(repo_id, private=None, token=None, repo_type="model"):
+    """Create a repository unless it is there; its whole name: without a namespace it is the user's."""
+    return HfApi().create_repo(repo_id, private=private, token=token, repo_type=repo_type, exist_ok=True).repo_id
+
+
+def push_files(
+    files, repo_id, replaced=(), repo_type="model", commit_message="Upload", commit_description=None, token=None, revision=None, create_pr=False
+):
+    """
+    Upload files as one commit.
+
+    A process or a server that dies leaves the repository as it was; the same call goes on from there, and large files that had arrived are not sent again. A
+    card that its owner has made theirs (without [`CARD_MARKER`]) stays.
+
+    Args:
+        files (`dict[str, Path | str | bytes]`): path in the repository to a local file, or its content.
+        repo_id (`str`): of a repository that exists, `namespace/name`.
+        replaced (sequence of `str`): patterns: files of the repository that match and are not in `files` are deleted by the same commit.
+        repo_type (`str`): `"model"` or `"dataset"`.
+        commit_message, commit_description, token, revision, create_pr: as in `huggingface_hub`; a branch that does not exist is created.
+
+    Returns:
+        `huggingface_hub.CommitInfo`.
+
+    Raises:
+        `ValueError`: when the Hub finds the card's metadata invalid; then nothing was uploaded.
+        `HfHubHTTPError`: when the Hub refuses, or another commit came in between.
+    """
+    api, options = HfApi(), {"repo_type": repo_type, "token": token}
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True, **options)
+    head = api.repo_info(repo_id, revision=revision, **options)
+    there = {file.rfilename for file in head.siblings or []}
+    if CARD_FILE in files and CARD_FILE in there and not _wrote_card(api, repo_id, head.sha, options):
+        logger.warning(f"{repo_id} has a card that its owner wrote; it stays as it is.")
+        files = {name: content for name, content in files.items() if name != CARD_FILE}
+    stale = [name for name in sorted(there - set(files)) if any(fnmatch(name, pattern) for pattern in replaced)]
+    operations = [CommitOperationDelete(path_in_repo=name) for name in stale]
+    operations += [CommitOperationAdd(name, content if isinstance(content, bytes) else str(content)) for name, content in files.items()]
+    commit = {"commit_message": commit_message, "commit_description": commit_description, "revision": revision, "create_pr": create_pr}
+    return api.create_commit(repo_id, operations, parent_commit=head.sha, **commit, **options)
+
+
+def _wrote_card(api, repo_id, commit, options):
+    """Whether the card at a commit is one of ours, as we left it, or one that the Hub made with the repository."""
+    text = Path(api.hf_hub_download(repo_id, CARD_FILE, revision=commit, **options)).read_text(encoding="utf-8")
+    body = re.sub(r"\A---\n.*?\n---\s*", "", text, flags=re.DOTALL)
+    return CARD_MARKER in text or not body.strip()
