@@ -28,8 +28,8 @@ class SharingMixin:
         """
         What an index must share with this model: hashes of Emb_seq's weights and of the tokenizers, and the embedding settings.
 
-        The weights' hash is taken anew where the weights are float32 or bfloat16 (a cast between the two keeps it). Otherwise, quantised, sharded, in
-        float16 or not loaded, it is that of the last save, so that none of these refuses an index; neither does further training of Gen.
+        The weights' hash is taken anew where the weights are float32 or bfloat16 (a cast between the two keeps it). Otherwise, quantised, sharded, offloaded,
+        in float16 or not loaded, it is that of the last save, so that none of these refuses an index; neither does further training of Gen.
 
         Args:
             state_dict (`dict`, *optional*): this model's full state dict, where the parameters in memory are shards.
@@ -43,8 +43,9 @@ class SharingMixin:
         stored = self.config.fingerprint or {}
         hashes = {name: stored.get(name) or tokenizer_fingerprint(getattr(self, name)) for name in ("tokenizer", "emb_seq_tokenizer")}
         weights = [] if self.emb_seq is None else list(self.emb_seq.parameters())
-        sharded = state_dict is None and any(isinstance(weight, DTensor) for weight in weights)  # FSDP2: to put them together costs every rank a gather
-        exact = self.emb_seq is not None and not sharded and {weight.dtype for weight in weights} <= {torch.float32, torch.bfloat16}
+        # FSDP2's shards, which to put together costs every rank a gather, and weights that accelerate keeps elsewhere (device_map)
+        elsewhere = state_dict is None and any(isinstance(weight, DTensor) or weight.is_meta for weight in weights)
+        exact = self.emb_seq is not None and not elsewhere and {weight.dtype for weight in weights} <= {torch.float32, torch.bfloat16}
         hashes["emb_seq"] = self._hash_emb_seq(state_dict) if exact or not stored.get("emb_seq") else stored["emb_seq"]
         self.config.fingerprint = hashes
         return {**hashes, **self.config.embedding_settings}
@@ -173,7 +174,8 @@ class SharingMixin:
         facts = self._facts
         if facts is None:
             facts = load_facts(self.config._name_or_path, getattr(self.config, "_commit_hash", None))
-        if facts.get("weights") and facts["weights"] != self._hash_weights(state_dict):
+        in_memory = state_dict is not None or not any(weight.is_meta for weight in self.parameters())  # what is offloaded is not trained
+        if facts.get("weights") and in_memory and facts["weights"] != self._hash_weights(state_dict):
             logger.warning_once("These weights are not those that were trained and measured: what was recorded of the former is left out of the card.")
             return {}
         return facts
