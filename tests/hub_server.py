@@ -102,15 +102,17 @@ class Hub:
         """The environment of a client: this endpoint, `token` (`None` for none) and a Hugging Face folder, a new one if `home` is `None`."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "TRANSFORMERS_", "no_proxy", "NO_PROXY"))}
         home = home or tempfile.mkdtemp(dir=self.root.parent, prefix="hf_home_")
-        ours = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
+        ours = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}  # not absent: conftest.py would set it to 1
+        ours |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
         return {**kept, **ours, **({"HF_TOKEN": token} if token else {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"})}
 
     def popen(self, code, *args, home=None, token=TOKEN, package=True):
         """Starts `python -c code` as a client, in an empty folder; `args` are its `sys.argv[1:]`, as text. See `run`."""
-        environment = self.environment(home, token)
+        here = Path(__file__).parent
+        environment = {**self.environment(home, token), "PYTHONPATH": f"{here.parent}{os.pathsep}{here}"}  # this checkout, and conftest.py
         if not package:
             code = BLOCK_PACKAGES + code
-            environment.pop("PYTHONPATH", None)
+            del environment["PYTHONPATH"]
         elsewhere = tempfile.mkdtemp(dir=self.root.parent, prefix="cwd_")
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], env=environment, cwd=elsewhere, **streams)
@@ -124,7 +126,7 @@ class Hub:
             args: its `sys.argv[1:]`.
             home (`Path`, *optional*): the `HF_HOME` to use, for a cache that several programs share.
             token (`str`, *optional*): another token than the right one; `None` for none.
-            package (`bool`): False if `modeling_cosup` and `trainer` must not be importable.
+            package (`bool`): False if `modeling_cosup` and `trainer` must not be importable; else they and `conftest` are this checkout's.
 
         Returns:
             What the last line holds. An `AssertionError` with the program's stderr if it failed.
@@ -141,11 +143,12 @@ class Hub:
         return [request for request in requests if method in (None, request["method"])]
 
     def wait_for_stall(self):
-        """Returns when an upload has come to `stall_after_bytes`."""
-        while not any(request["status"] == "stalled" for request in self.requests()):
-            if self.process.poll() is not None:
-                raise RuntimeError("The test Hub ended before an upload came to its limit")
+        """Returns when an upload has come to `stall_after_bytes`; a `RuntimeError` if none has after two minutes."""
+        for _ in range(6000):
+            if any(request["status"] == "stalled" for request in self.requests()):
+                return
             time.sleep(0.02)
+        raise RuntimeError(f"No upload came to the {self.options['stall_after_bytes']} bytes at which the test Hub stalls")
 
 
 @contextmanager
