@@ -208,8 +208,8 @@ def test_the_usage_block_of_the_card_runs_as_pasted(published, index, tmp_path):
 
 
 UPLOADS = {
-    "model": "from modeling_cosup import CoSupForCausalLM\nCoSupForCausalLM.from_pretrained(sys.argv[1] + '/plain').push_to_hub('victim', max_shard_size='200KB')",
-    "dataset": "from modeling_cosup import PassageIndex\nPassageIndex.from_pretrained(sys.argv[1] + '/index').push_to_hub('victim')",
+    "model": "CoSupForCausalLM.from_pretrained(sys.argv[1] + '/plain').push_to_hub('victim', max_shard_size='200KB')",
+    "dataset": "PassageIndex.from_pretrained(sys.argv[1] + '/index').push_to_hub('victim')",
 }
 
 
@@ -218,8 +218,8 @@ def test_a_push_that_the_server_did_not_survive_is_completed_by_the_next_one(mod
     models["plain"].save_pretrained(tmp_path / "plain")
     many = [{"id": f"m{i}", "title": "", "text": f"radium {i}"} for i in range(400)]
     index = models["plain"].build_index(many, save_directory=tmp_path / "index", shard_size=100, show_progress_bar=False)
-    code = f"import sys, json\n{UPLOADS[kind]}\nprint(json.dumps(1))"
-    with hub_server(tmp_path / "hub", stall_after_bytes=250_000) as hub:
+    code = f"import sys, json\nfrom modeling_cosup import CoSupForCausalLM, PassageIndex\n{UPLOADS[kind]}\nprint(json.dumps(1))"
+    with hub_server(tmp_path / "hub", stall_after_bytes=250_000 if kind == "model" else 100_000) as hub:
         process = hub.popen(code, tmp_path)
         hub.wait_for_stall()
         hub.kill()
