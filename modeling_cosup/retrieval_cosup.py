@@ -6,6 +6,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from .configuration_cosup import (EARLIER_EMBEDDING_SETTINGS)
 from .index_build_cosup import (ShardBuilder, begin, collect, evaluating, finish, read_shards, unfinished_folder, write_new_shard, write_shards)
 from .index_files_cosup import (check_file, check_save_directory, map_shard, put_in_place, sweep, write_config)
 from .index_search_cosup import (ApproximateSearch, read_approximate)
@@ -142,10 +143,10 @@ class PassageIndex(SearchableStore):
         Raises:
             `ValueError`: names every setting that differs, with both values.
         """
-        expected = model.fingerprint()
-        different = [name for name in expected if self.fingerprint.get(name) != expected[name]]
+        expected, found = model.fingerprint(), {**EARLIER_EMBEDDING_SETTINGS, **self.fingerprint}
+        different = [name for name in expected if found.get(name) != expected[name]]
         if different:
-            lines = [f"  {name}: the index has {_short(self.fingerprint.get(name))}, the model {_short(expected[name])}" for name in different]
+            lines = [f"  {name}: the index has {_short(found.get(name))}, the model {_short(expected[name])}" for name in different]
             raise ValueError("This index was built by another model; build it again with this one.\n" + "\n".join(lines))
 
     # ------------------------------------------------------------------ changing

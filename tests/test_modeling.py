@@ -97,7 +97,7 @@ def test_weight_and_temperature_follow_the_similarity_unless_given():
     [
         ({"similarity": "l2"}, "similarity is 'l2', expected one of 'cosine', 'dot'"),
         ({"query_from": "passage"}, "query_from is 'passage'"),
-        ({"emb_seq_pooling": "max"}, "emb_seq_pooling is 'max', expected one of 'eos', 'mean', 'cls'"),
+        ({"emb_seq_pooling": "max"}, "emb_seq_pooling is 'max', expected one of 'eos', 'lasttoken', 'mean', 'cls'"),
         ({"temperature": 0.0}, "temperature is 0.0, expected a positive number"),
         ({"passage_template": "{title}"}, "expected a template that holds {text}"),
     ],
