@@ -14,6 +14,11 @@ from transformers import PreTrainedTokenizerFast
 
 from .tokenization_cosup import (added_tokens)
 
+try:
+    from tokenizers import Tokenizer, processors
+except ImportError:  # never: transformers needs it; but what loads this code may only ask for transformers itself
+    pass
+
 POOLING_MODES = {"eos": "lasttoken", "lasttoken": "lasttoken", "mean": "mean_tokens", "cls": "cls_token"}  # names of sentence-transformers
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -123,8 +128,6 @@ def passage_tokenizer(tokenizer, config):
     Raises:
         `ValueError`: when it is not backed by the tokenizers library, whose files hold what is added.
     """
-    from tokenizers import Tokenizer, processors
-
     if not tokenizer.is_fast:
         raise ValueError(f"Emb_seq's tokenizer, {type(tokenizer).__name__}, is not backed by the tokenizers library; sentence-transformers needs one that is.")
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
