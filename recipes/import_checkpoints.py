@@ -99,12 +99,16 @@ def load(kind, name, args, subfolder=""):
     A model, of safetensors unless `--allow_pytorch_bin`.
 
     Raises:
-        `OSError`: when it is not there, or only as a file that must be unpickled.
+        `OSError`: when it is not there, damaged, or there only as a file that must be unpickled.
         `ValueError`: when weights are missing: transformers would make them up.
     """
+    from safetensors import SafetensorError
+
     safetensors = None if args.allow_pytorch_bin else True
     try:
         model, info = kind.from_pretrained(name, dtype=args.dtype, subfolder=subfolder, use_safetensors=safetensors, output_loading_info=True)
+    except SafetensorError as error:
+        raise OSError(f"{name}: its weights cannot be read: {error}") from error
     except OSError as error:
         raise OSError(f"{name}: {error}" + ("" if args.allow_pytorch_bin else f"\n{ONLY_SAFETENSORS}")) from error
     if missing := sorted(key for key in info["missing_keys"] if not key.startswith("pooler.")):
