@@ -10,7 +10,9 @@ SIMILARITY_DEFAULTS = {
     "dot": {"temperature": 1.0, "nsp_loss_weight": 0.01},  # the paper's
 }
 QUERY_SOURCES = ("gen", "emb_seq", "query_encoder")
-POOLINGS = ("eos", "mean", "cls")
+POOLINGS = ("eos", "lasttoken", "mean", "cls")
+# Embedding settings that an index of an earlier release does not name, as they were then.
+EARLIER_EMBEDDING_SETTINGS = {"emb_seq_add_bos_token": True, "emb_seq_add_eos_token": True, "passage_prompt": ""}
 
 
 class CoSupConfig(PreTrainedConfig):
@@ -29,16 +31,21 @@ class CoSupConfig(PreTrainedConfig):
         query_from (`str`): where a query embedding comes from. `"gen"`: Gen's last hidden state at `[NSP]` (the method).
             `"emb_seq"`: Emb_seq reads everything up to and including `[NSP]` (the paper's baseline, section 5).
             `"query_encoder"`: a third encoder reads it (appendix C.1).
-        emb_seq_pooling (`str`): `"eos"` (the paper), `"mean"` or `"cls"`.
+        emb_seq_pooling (`str`): `"eos"` (the paper), `"lasttoken"` (the last token, whatever it is), `"mean"` or `"cls"`.
+        emb_seq_add_bos_token, emb_seq_add_eos_token (`bool`): whether Emb_seq reads BOS (or CLS) before and EOS (or SEP) behind a passage.
+        emb_head_size (`int`, *optional*): width of the embeddings that `emb_head` makes, where Gen makes no queries; then there is an `emb_head` even if
+            that is Emb_seq's own width. By default there is one only where Emb_seq's width is not Gen's.
         passage_template (`str`): how a passage reads, for Gen and for Emb_seq. A passage without a title is its text alone.
+        passage_prompt (`str`): what Emb_seq, and it alone, reads before every passage: some retrievers want one.
+        query_prompt (`str`): the same before a query, where Emb_seq or a query encoder reads queries.
         max_passage_length (`int`): tokens of a passage, without the BOS and EOS that Emb_seq also reads; longer ones are truncated.
         load_emb_seq (`bool`): `False` loads Gen alone, which is all that generation from an index needs. Never saved.
         gen_name_or_path, emb_seq_name_or_path (`str`, *optional*): repositories on the Hub that the two parts were made from, for the model card.
         fingerprint (`dict`, *optional*): written by `save_pretrained`; see `CoSupForCausalLM.fingerprint`.
 
     Raises:
-        `ValueError`: on an unknown similarity, query source or pooling, a temperature that is not positive, a template without `{text}`, or a
-            query encoder that is missing or not of Emb_seq's width.
+        `ValueError`: on an unknown similarity, query source or pooling, a temperature that is not positive, a template without `{text}`, a query encoder
+            that is missing or not of Emb_seq's width, or settings that exclude each other.
     """
 
     model_type = "cosup"
@@ -55,7 +62,12 @@ class CoSupConfig(PreTrainedConfig):
     nsp_loss_weight: float | None = None
     query_from: str = "gen"
     emb_seq_pooling: str = "eos"
+    emb_seq_add_bos_token: bool = True
+    emb_seq_add_eos_token: bool = True
+    emb_head_size: int | None = None
     passage_template: str = "{title} :: {text}"
+    passage_prompt: str = ""
+    query_prompt: str = ""
     max_passage_length: int = 256
     load_emb_seq: bool = True
     gen_name_or_path: str | None = None
@@ -79,6 +91,10 @@ class CoSupConfig(PreTrainedConfig):
             raise ValueError(f"CoSupConfig.temperature is {self.temperature}, expected a positive number.")
         if "{text}" not in self.passage_template:
             raise ValueError(f"CoSupConfig.passage_template is {self.passage_template!r}, expected a template that holds {{text}}.")
+        if self.emb_seq_pooling == "eos" and not self.emb_seq_add_eos_token:
+            raise ValueError("emb_seq_pooling='eos' reads the EOS that emb_seq_add_eos_token=False leaves out; use 'lasttoken' for a passage's last token.")
+        if self.query_prompt and self.query_from == "gen":
+            raise ValueError(f"query_prompt is {self.query_prompt!r}, but Gen makes the queries (query_from='gen'): no encoder would read it.")
         for key in self.sub_configs:
             sub_config = getattr(self, key)
             if sub_config is None and key != "query_encoder_config":
@@ -88,8 +104,11 @@ class CoSupConfig(PreTrainedConfig):
                 setattr(self, key, AutoConfig.for_model(sub_config.pop("model_type"), **sub_config))
         if self.query_from == "query_encoder":
             width = None if self.query_encoder_config is None else self.query_encoder_config.get_text_config().hidden_size
-            if width != self.embedding_size:
-                raise ValueError(f"query_from='query_encoder' needs a query encoder of Emb_seq's width, {self.embedding_size}, found {width}.")
+            expected = self.emb_seq_config.get_text_config().hidden_size
+            if width != expected:
+                raise ValueError(f"query_from='query_encoder' needs a query encoder of Emb_seq's width, {expected}, found {width}.")
+        if self.query_from == "gen" and self.emb_head_size not in (None, self.embedding_size):
+            raise ValueError(f"emb_head_size is {self.emb_head_size}, but Gen makes the queries: expected its width, {self.embedding_size}.")
         # peft and transformers look for weight tying on the outermost config
         self.tie_word_embeddings = bool(self.gen_config.get_text_config().tie_word_embeddings)
         # AutoModel loads the same class as AutoModelForCausalLM: embeddings come from its forward too
@@ -107,19 +126,20 @@ class CoSupConfig(PreTrainedConfig):
 
     @property
     def embedding_size(self) -> int:
-        """Width of query and passage embeddings: Gen's, where Gen makes the queries, else Emb_seq's."""
-        source = self.gen_config if self.query_from == "gen" else self.emb_seq_config
-        return source.get_text_config().hidden_size
+        """Width of query and passage embeddings: Gen's, where Gen makes the queries, else that of `emb_head`, where there is one, else Emb_seq's."""
+        if self.query_from == "gen":
+            return self.gen_config.get_text_config().hidden_size
+        return self.emb_head_size or self.emb_seq_config.get_text_config().hidden_size
 
     @property
     def needs_emb_head(self) -> bool:
-        """Whether Emb_seq's width must be mapped onto Gen's."""
-        return self.emb_seq_config.get_text_config().hidden_size != self.embedding_size
+        """Whether a linear map, `emb_head`, follows Emb_seq: onto Gen's width, or because `emb_head_size` says so."""
+        return self.emb_head_size is not None or self.emb_seq_config.get_text_config().hidden_size != self.embedding_size
 
     @property
     def embedding_settings(self) -> dict:
         """What decides a passage embedding beside weights and tokenizers; an index compares it (see `PassageIndex.check_model`)."""
-        names = ("similarity", "emb_seq_pooling", "passage_template", "max_passage_length")
+        names = ("similarity", "emb_seq_pooling", "passage_template", "max_passage_length", *EARLIER_EMBEDDING_SETTINGS)
         return {name: getattr(self, name) for name in names}
 
     def to_dict(self):

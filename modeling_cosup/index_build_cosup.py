@@ -16,6 +16,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from .configuration_cosup import (EARLIER_EMBEDDING_SETTINGS)
 from .corpus_cosup import (can_be_read_twice, checked_passages, find_duplicate, hash_ids, read_corpus)
 from .index_files_cosup import (DTYPES, Shard, create_tensors, map_shard, seal, sha256, shard_files, write_json, write_passages)
 from .tokenization_cosup import (add_bos_and_eos, encode_passages_for_emb_seq, encode_passages_for_gen, pad_rows)
@@ -82,7 +83,7 @@ class ShardBuilder:
         for start in range(0, len(passages), TOKENIZED_AT_ONCE):
             chunk = passages[start : start + TOKENIZED_AT_ONCE]
             gen_ids = encode_passages_for_gen(model.tokenizer, chunk, model.config)
-            if model.emb_seq_tokenizer is model.tokenizer:  # read once
+            if model.emb_seq_tokenizer is model.tokenizer and not model.config.passage_prompt:  # read once
                 emb_seq_ids = add_bos_and_eos(model.tokenizer, gen_ids, model.config)
             else:
                 emb_seq_ids = encode_passages_for_emb_seq(model.emb_seq_tokenizer, chunk, model.config)
@@ -229,7 +230,7 @@ def begin(folder, settings):
     path = folder / BUILD_FILE
     if path.exists() and any(folder.glob("shard-*.json")):
         build = json.loads(path.read_text())
-        before, now = ({**facts, **facts["fingerprint"]} for facts in (build, settings))
+        before, now = ({**EARLIER_EMBEDDING_SETTINGS, **facts, **facts["fingerprint"]} for facts in (build, settings))
         different = [name for name in now if name != "fingerprint" and before.get(name) != now[name]]
         if different:
             lines = [f"  {name}: then {before.get(name)!r}, now {now[name]!r}" for name in different]

@@ -15,9 +15,10 @@ from .generation_cosup import (RetrievalConfig, RetrievalGenerationMixin)
 from .hub_cosup import (is_repo_id)
 from .loss_cosup import (chunked_cross_entropy, info_nce)
 from .milvus_cosup import (MilvusPassageIndex)
+from .parts_cosup import (PartsMixin)
 from .retrieval_cosup import (PassageIndex)
 from .sharing_cosup import (SharingMixin)
-from .tokenization_cosup import (add_control_tokens, encode_queries_for_emb_seq, end_of_turn_token_id, pad_rows, same_tokenizer)
+from .tokenization_cosup import (add_control_tokens, added_tokens, encode_queries_for_emb_seq, end_of_turn_token_id, pad_rows, same_tokenizer)
 
 
 @dataclass
@@ -46,7 +47,7 @@ class CoSupOutput(ModelOutput):
     attentions: tuple | None = None
 
 
-class CoSupForCausalLM(RetrievalGenerationMixin, SharingMixin, PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # generate() takes more than its base's
+class CoSupForCausalLM(RetrievalGenerationMixin, SharingMixin, PartsMixin, PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # its generate() takes more
     """
     Semiparametric language model: Gen's LM head predicts the next token, its hidden state at `[NSP]` the next passage.
 
@@ -76,10 +77,12 @@ class CoSupForCausalLM(RetrievalGenerationMixin, SharingMixin, PreTrainedModel, 
         self._keys_to_ignore_on_load_unexpected = []
         if config.load_emb_seq:
             self.emb_seq = emb_seq if emb_seq is not None else AutoModel.from_config(config.emb_seq_config)
-            if config.needs_emb_head:
-                self.emb_head = nn.Linear(config.emb_seq_config.get_text_config().hidden_size, config.embedding_size, bias=False)
         else:
-            self._keys_to_ignore_on_load_unexpected += [r"^emb_seq\.", r"^emb_head\."]
+            self._keys_to_ignore_on_load_unexpected += [r"^emb_seq\."]
+        if config.needs_emb_head and (config.load_emb_seq or config.query_from == "query_encoder"):  # queries pass through it too
+            self.emb_head = nn.Linear(config.emb_seq_config.get_text_config().hidden_size, config.embedding_size, bias=False)
+        else:
+            self._keys_to_ignore_on_load_unexpected += [r"^emb_head\."]
         if config.query_from == "query_encoder":
             self.query_encoder = query_encoder if query_encoder is not None else AutoModel.from_config(config.query_encoder_config)
         for encoder in (self.emb_seq, self.query_encoder):
@@ -95,7 +98,7 @@ class CoSupForCausalLM(RetrievalGenerationMixin, SharingMixin, PreTrainedModel, 
     # ------------------------------------------------------------------ building
 
     @classmethod
-    def from_gen_and_emb_seq(cls, gen, emb_seq=None, tokenizer=None, emb_seq_tokenizer=None, query_encoder=None, model_kwargs=None, **config):
+    def from_gen_and_emb_seq(cls, gen, emb_seq=None, tokenizer=None, emb_seq_tokenizer=None, query_encoder=None, emb_head=None, model_kwargs=None, **config):
         """
         A CoSup model from two pretrained models.
 
@@ -110,6 +113,7 @@ class CoSupForCausalLM(RetrievalGenerationMixin, SharingMixin, PreTrainedModel, 
             emb_seq_tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): defaults to that of `emb_seq` when it is a name or path, else to
                 `tokenizer`. When it reads text differently from `tokenizer`, both are kept and saved.
             query_encoder (`str` or `PreTrainedModel`, *optional*): with `query_from="query_encoder"`.
+            emb_head (`torch.Tensor` of shape `(h, h_emb)`, *optional*): weight of `emb_head`, where the config asks for one.
             model_kwargs (`dict`, *optional*): for `from_pretrained` of names and paths, e.g. `{"dtype": "bfloat16"}`.
             **config: fields of [`CoSupConfig`], and `nsp_token`, `cs_token`, `ce_token`: strings of the control tokens.
 
@@ -162,11 +166,13 @@ class CoSupForCausalLM(RetrievalGenerationMixin, SharingMixin, PreTrainedModel, 
             **config,
         )
         limit = getattr(emb_seq.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and config.max_passage_length + 2 > limit:
+        if limit is not None and config.max_passage_length + sum(map(len, added_tokens(emb_seq_tokenizer, config))) > limit:
             raise ValueError(f"max_passage_length={config.max_passage_length}, BOS and EOS do not fit into Emb_seq's {limit} positions.")
         model = cls(config, gen, emb_seq, query_encoder).train(gen.training)
         if model.emb_head is not None:
             model.emb_head.to(device=emb_seq.device, dtype=emb_seq.dtype)
+            if emb_head is not None:
+                model.emb_head.load_state_dict({"weight": emb_head})
         model._tokenizer, model._emb_seq_tokenizer = tokenizer, emb_seq_tokenizer
         model._set_generation_defaults(tokenizer)
         model._check_lm_head()
@@ -343,7 +349,7 @@ class CoSupForCausalLM(RetrievalGenerationMixin, SharingMixin, PreTrainedModel, 
             return self._encode(encoder, dummy, torch.ones_like(dummy))[:0]
         options = {"use_cache": False} if "use_cache" in encoder.config.to_dict() else {}
         if position_ids is not None:
-            if self.config.emb_seq_pooling != "eos":
+            if self.config.emb_seq_pooling not in ("eos", "lasttoken"):
                 raise ValueError(f"Packed passages are read at their end; emb_seq_pooling is {self.config.emb_seq_pooling!r}.")
             hidden = encoder(input_ids=input_ids, position_ids=position_ids, **options).last_hidden_state  # (1, L, h_emb)
             embeds = hidden[0, ends.to(hidden.device)]
@@ -361,7 +367,7 @@ class CoSupForCausalLM(RetrievalGenerationMixin, SharingMixin, PreTrainedModel, 
             embeds = ((hidden.float() * weights).sum(1) / weights.sum(1).clamp(min=1)).to(hidden.dtype)
         else:
             attention_mask = attention_mask.to(hidden.device)
-            column = attention_mask.sum(1) - 1 if self.config.emb_seq_pooling == "eos" else torch.zeros_like(attention_mask[:, 0])
+            column = torch.zeros_like(attention_mask[:, 0]) if self.config.emb_seq_pooling == "cls" else attention_mask.sum(1) - 1
             embeds = hidden[torch.arange(len(hidden), device=hidden.device), column]
         if self.emb_head is not None:
             embeds = self.emb_head(embeds)
@@ -383,7 +389,7 @@ class CoSupForCausalLM(RetrievalGenerationMixin, SharingMixin, PreTrainedModel, 
         """
         Query embeddings from Emb_seq or the query encoder (section 5, "Baseline"; appendix C.1): each row is everything up to `[NSP]`.
 
-        Where Emb_seq has a tokenizer of its own, the rows are decoded and encoded again.
+        Where Emb_seq has a tokenizer of its own, or the config a query prompt, the rows are decoded and encoded again.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(N, T)`): in Gen's token ids.
@@ -396,9 +402,10 @@ class CoSupForCausalLM(RetrievalGenerationMixin, SharingMixin, PreTrainedModel, 
             `ValueError`: when the encoder is not loaded.
         """
         encoder = self._query_encoder()
-        if len(input_ids) and self.emb_seq_tokenizer is not self.tokenizer:
+        if len(input_ids) and (self.emb_seq_tokenizer is not self.tokenizer or self.config.query_prompt):
             rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
-            input_ids, attention_mask = pad_rows(encode_queries_for_emb_seq(self.tokenizer, self.emb_seq_tokenizer, rows), device=input_ids.device)
+            rows = encode_queries_for_emb_seq(self.tokenizer, self.emb_seq_tokenizer, rows, self.config)
+            input_ids, attention_mask = pad_rows(rows, device=input_ids.device)
         return self._encode(encoder, input_ids, attention_mask)
 
     def _query_encoder(self):

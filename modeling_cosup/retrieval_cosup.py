@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .card_cosup import (index_card)
+from .configuration_cosup import (EARLIER_EMBEDDING_SETTINGS)
 from .hub_cosup import (CARD_FILE, make_repo, push_files)
 from .index_build_cosup import (ShardBuilder, begin, collect, evaluating, finish, read_shards, unfinished_folder, write_new_shard, write_shards)
 from .index_files_cosup import (
@@ -158,10 +159,10 @@ class PassageIndex(SearchableStore):
         Raises:
             `ValueError`: names every setting that differs, with both values.
         """
-        expected = model.fingerprint()
-        different = [name for name in expected if self.fingerprint.get(name) != expected[name]]
+        expected, found = model.fingerprint(), {**EARLIER_EMBEDDING_SETTINGS, **self.fingerprint}
+        different = [name for name in expected if found.get(name) != expected[name]]
         if different:
-            lines = [f"  {name}: the index has {_short(self.fingerprint.get(name))}, the model {_short(expected[name])}" for name in different]
+            lines = [f"  {name}: the index has {_short(found.get(name))}, the model {_short(expected[name])}" for name in different]
             raise ValueError("This index was built by another model; build it again with this one.\n" + "\n".join(lines))
 
     # ------------------------------------------------------------------ changing

@@ -99,39 +99,50 @@ def encode_passages_for_gen(tokenizer, passages, config):
 
 def encode_passages_for_emb_seq(tokenizer, passages, config):
     """
-    Token ids of passages as Emb_seq reads them, `list[list[int]]`: BOS, the passage, EOS. BOS and EOS fall back to CLS and SEP.
+    Token ids of passages as Emb_seq reads them, `list[list[int]]`: BOS, `config.passage_prompt` and the passage, EOS. BOS and EOS fall back to CLS and SEP;
+    `config.emb_seq_add_bos_token` and `config.emb_seq_add_eos_token` leave them out.
 
     The passage is truncated to `config.max_passage_length` first, so that EOS, whose hidden state is the embedding, survives.
 
     Raises:
         `ValueError`: when pooling is `"eos"` and the tokenizer has neither an EOS nor a SEP token.
     """
-    template = config.passage_template
-    texts = [render_passage(passage, template) for passage in passages]
+    template, prompt = config.passage_template, config.passage_prompt
+    texts = [prompt + render_passage(passage, template) for passage in passages]
     return add_bos_and_eos(tokenizer, encode_texts(tokenizer, texts, bos_and_eos(tokenizer)[1]), config)
 
 
 def add_bos_and_eos(tokenizer, rows, config):
     """Token ids of passages (`list[list[int]]`), truncated, between BOS and EOS: see [`encode_passages_for_emb_seq`]."""
-    (bos, eos), length = bos_and_eos(tokenizer), config.max_passage_length
+    (bos, eos), length = added_tokens(tokenizer, config), config.max_passage_length
     if not eos and config.emb_seq_pooling == "eos":
-        raise ValueError(f"{type(tokenizer).__name__} has no EOS or SEP token, which emb_seq_pooling='eos' reads; use 'mean' or 'cls'.")
+        raise ValueError(f"{type(tokenizer).__name__} has no EOS or SEP token, which emb_seq_pooling='eos' reads; use 'lasttoken', 'mean' or 'cls'.")
     return [bos + ids[:length] + eos for ids in rows]
 
 
-def encode_queries_for_emb_seq(tokenizer, emb_seq_tokenizer, rows):
+def encode_queries_for_emb_seq(tokenizer, emb_seq_tokenizer, rows, config):
     """
     Everything up to and including `[NSP]` as Emb_seq reads it (section 5, "Baseline"), `list[list[int]]`.
 
     Args:
-        tokenizer, emb_seq_tokenizer (`PreTrainedTokenizerBase`): Gen's and Emb_seq's. Where they are the same object, a row stays as it is.
+        tokenizer, emb_seq_tokenizer (`PreTrainedTokenizerBase`): Gen's and Emb_seq's. Where they are the same object and there is no query prompt, a row
+            stays as it is. Else it becomes text without special tokens, the prompt before it, and loses its end where it is longer than the
+            `model_max_length` of Emb_seq's tokenizer.
         rows (`list[list[int]]`): in Gen's token ids.
+        config (`CoSupConfig`): `query_prompt`, and whether BOS and EOS are added.
     """
-    if emb_seq_tokenizer is tokenizer:
+    if emb_seq_tokenizer is tokenizer and not config.query_prompt:
         return [list(row) for row in rows]
-    bos, eos = bos_and_eos(emb_seq_tokenizer)
-    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
-    return [bos + ids + eos for ids in encode_texts(emb_seq_tokenizer, texts)]
+    bos, eos = added_tokens(emb_seq_tokenizer, config)
+    length = emb_seq_tokenizer.model_max_length - len(bos) - len(eos)
+    texts = [config.query_prompt + tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+    return [bos + ids[:length] + eos for ids in encode_texts(emb_seq_tokenizer, texts)]
+
+
+def added_tokens(tokenizer, config):
+    """`(ids before, ids behind)` what Emb_seq reads: those of [`bos_and_eos`] that the config lets be added."""
+    bos, eos = bos_and_eos(tokenizer)
+    return bos if config.emb_seq_add_bos_token else [], eos if config.emb_seq_add_eos_token else []
 
 
 def bos_and_eos(tokenizer):

@@ -51,7 +51,7 @@ class ScriptArguments:
         metadata={"help": "gen (the method), emb_seq or query_encoder (the paper's baseline); defaults to emb_seq with --supervision separate."},
     )
     query_encoder: str | None = field(default=None, metadata={"help": "With --query_from query_encoder: its name or path; defaults to Emb_seq's."})
-    emb_seq_pooling: str = field(default="eos", metadata={"help": "eos (the paper), mean or cls."})
+    emb_seq_pooling: str = field(default="eos", metadata={"help": "eos (the paper), lasttoken, mean or cls."})
     passage_template: str = field(default="{title} :: {text}", metadata={"help": "How a passage reads."})
     max_passage_length: int = field(default=256, metadata={"help": "Tokens of a passage."})
     nsp_token: str = field(default="[NSP]", metadata={"help": "String of the token that retrieves."})

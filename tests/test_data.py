@@ -4,7 +4,7 @@ import gzip
 import json
 
 import pytest
-from conftest import PASSAGES
+from conftest import PASSAGES, make_model
 
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_prompt, render_passage
 from trainer import load_corpus, load_evaluation_set, load_instances
@@ -52,6 +52,20 @@ def test_control_tokens_as_characters_stay_text(model):
     assert set(counts.values()) == {1}  # one of each, the ones we wrote
     assert found["input_ids"].count(tokenizer.bos_token_id) == 1
     assert found["passage_input_ids"][0].count(tokenizer.eos_token_id) == 1
+
+
+def test_what_a_retriever_of_another_make_reads():
+    settings = {"emb_seq_pooling": "lasttoken", "emb_seq_add_eos_token": False, "query_from": "emb_seq"}
+    model = make_model(passage_prompt="passage: ", query_prompt="query: ", **settings)
+    tokenizer, bos = model.tokenizer, model.tokenizer.bos_token_id
+    segment = {"text": "Rembrandt", "passage": PASSAGES[0], "negatives": [PASSAGES[1]]}
+    found = tokenize_instance(check_instance(dict(INSTANCE, segments=[segment]), "here"), tokenizer, tokenizer, model.config)
+    rendered = [render_passage(passage, "{title} :: {text}") for passage in PASSAGES[:2]]
+    assert found["passage_input_ids"] == [[bos, *plain(tokenizer, f"passage: {rendered[0]}")]]
+    assert found["negative_input_ids"] == [[bos, *plain(tokenizer, f"passage: {rendered[1]}")]]
+    prompt = "query: Answer.## Input:\n\nwho painted it?## Output:\n\n"
+    assert found["query_input_ids"] == [[bos, *plain(tokenizer, prompt)]]
+    assert tokenizer.decode(found["input_ids"]).count("passage: ") == 0
 
 
 def test_eos_survives_the_truncation_of_a_passage(model):

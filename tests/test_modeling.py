@@ -97,9 +97,12 @@ def test_weight_and_temperature_follow_the_similarity_unless_given():
     [
         ({"similarity": "l2"}, "similarity is 'l2', expected one of 'cosine', 'dot'"),
         ({"query_from": "passage"}, "query_from is 'passage'"),
-        ({"emb_seq_pooling": "max"}, "emb_seq_pooling is 'max', expected one of 'eos', 'mean', 'cls'"),
+        ({"emb_seq_pooling": "max"}, "emb_seq_pooling is 'max', expected one of 'eos', 'lasttoken', 'mean', 'cls'"),
         ({"temperature": 0.0}, "temperature is 0.0, expected a positive number"),
         ({"passage_template": "{title}"}, "expected a template that holds {text}"),
+        ({"emb_seq_add_eos_token": False}, "use 'lasttoken' for a passage's last token"),
+        ({"query_prompt": "query: "}, "query_prompt is 'query: ', but Gen makes the queries"),
+        ({"emb_head_size": 8}, "emb_head_size is 8, but Gen makes the queries: expected its width, 4096"),
     ],
 )
 def test_a_bad_setting_is_named(bad, message):
@@ -115,6 +118,25 @@ def test_config_survives_saving(tmp_path):
     assert config.to_dict() == {**model.config.to_dict(), "_name_or_path": str(tmp_path)}
     assert config.gen_config.sliding_window == 8 and config.emb_seq_config.model_type == "bert" and config.get_text_config() is config.gen_config
     assert (config.temperature, config.nsp_token_id, config.embedding_size, config.needs_emb_head) == (3.0, model.config.nsp_token_id, 32, True)
+
+
+def test_an_emb_head_that_is_asked_for():
+    weight = torch.randn(8, 16)
+    model = make_model(emb_seq_kwargs={"hidden_size": 16}, query_from="emb_seq", emb_head_size=8, emb_head=weight, similarity="dot")
+    assert torch.equal(model.emb_head.weight, weight) and model.config.embedding_size == 8
+    ids = torch.tensor([[5, 6, model.config.nsp_token_id]])
+    expected = model.emb_seq(ids).last_hidden_state[:, -1] @ weight.T  # of a query and of a passage alike
+    torch.testing.assert_close(model.encode_queries(ids, torch.ones_like(ids)), expected)
+    torch.testing.assert_close(model.encode_passages(ids), expected)
+    square = make_model(emb_head_size=32)
+    assert square.emb_head.weight.shape == (32, 32) and make_model().emb_head is None
+
+
+def test_passages_may_fill_the_positions_of_an_emb_seq_that_reads_no_eos():
+    settings = {"emb_seq_pooling": "lasttoken", "max_passage_length": 511}
+    make_model(emb_seq_add_eos_token=False, **settings)
+    with pytest.raises(ValueError, match="max_passage_length=511, BOS and EOS do not fit into Emb_seq's 512 positions"):
+        make_model(**settings)
 
 
 def test_logits_are_computed_only_when_asked_for():

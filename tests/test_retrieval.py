@@ -274,6 +274,8 @@ def test_nothing_on_the_path_of_an_index_is_unpickled(model, tmp_path):
         ({"emb_seq_pooling": "mean"}, "emb_seq_pooling"),
         ({"passage_template": "{title}: {text}"}, "passage_template"),
         ({"max_passage_length": 64}, "max_passage_length"),
+        ({"emb_seq_add_bos_token": False}, "emb_seq_add_bos_token"),
+        ({"passage_prompt": "passage: "}, "passage_prompt"),
         ({"tokenizer": make_tokenizer(texts=["another corpus"])}, "tokenizer"),
         ({"emb_seq_tokenizer": make_tokenizer(texts=["another corpus"])}, "emb_seq_tokenizer"),
         ({"nsp_token": "[Ret]"}, "tokenizer"),
@@ -289,6 +291,28 @@ def test_an_index_of_another_model_is_refused_by_name(tmp_path, change, field):
     inputs = {"input_ids": torch.tensor([[5, other.config.nsp_token_id]]), "max_new_tokens": 2}
     with pytest.raises(ValueError, match="built by another model"):
         other.generate(**inputs, retriever=PassageIndex.from_pretrained(tmp_path / "index"))
+
+
+def test_an_index_of_an_earlier_release_is_one_with_the_settings_of_then(model, tmp_path):
+    build(model).save_pretrained(tmp_path / "index")
+    new = ("emb_seq_add_bos_token", "emb_seq_add_eos_token", "passage_prompt")
+    path = tmp_path / "index" / "index_config.json"
+    config = json.loads(path.read_text())
+    config["fingerprint"] = {name: value for name, value in config["fingerprint"].items() if name not in new}
+    path.write_text(json.dumps({**config, "sha256": index_files_cosup.digest_of_config(config)}))
+    model.load_index(tmp_path / "index")
+    with pytest.raises(ValueError, match="  emb_seq_add_bos_token: the index has True, the model False"):
+        make_model(emb_seq_add_bos_token=False).load_index(tmp_path / "index")
+
+
+def test_an_index_of_passages_with_a_prompt(passages):
+    model = make_model(passage_prompt="passage: ", emb_seq_add_eos_token=False, emb_seq_pooling="lasttoken")
+    index, tokenizer = build(model), model.tokenizer
+    for row, passage in enumerate(passages):
+        text = f"passage: {passage['title']} :: {passage['text']}" if passage["title"] else f"passage: {passage['text']}"
+        ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]]
+        torch.testing.assert_close(index.embeddings[row], model.encode_passages(torch.tensor([ids]))[0], rtol=0, atol=1e-5)
+        assert tokenizer.decode(index[row]["input_ids"]) in text.removeprefix("passage: ")  # Gen reads no prompt
 
 
 def test_what_leaves_emb_seq_alone_is_accepted(model, tmp_path):

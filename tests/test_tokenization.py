@@ -16,6 +16,7 @@ from modeling_cosup.tokenization_cosup import (
     encode_passages_for_emb_seq,
     encode_passages_for_gen,
     encode_prompt,
+    encode_queries_for_emb_seq,
     encode_texts,
     end_of_turn_token_id,
     render_passage,
@@ -120,6 +121,27 @@ def test_bos_and_eos_fall_back_to_cls_and_sep():
         encode_passages_for_emb_seq(no_end, [{"text": "text"}], config)
     config.emb_seq_pooling = "mean"
     assert encode_passages_for_emb_seq(no_end, [{"text": "text"}], config) == [[3]]
+
+
+def test_bos_eos_and_prompts_as_a_retriever_has_them():
+    tokenizer = make_tokenizer()
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    text = encode_texts(tokenizer, ["find it: a text"])[0]
+    for before in (True, False):
+        for behind in (True, False):
+            flags = {"emb_seq_add_bos_token": before, "emb_seq_add_eos_token": behind, "emb_seq_pooling": "lasttoken", "query_from": "emb_seq"}
+            config = make_model(passage_prompt="find it: ", query_prompt="find it: ", **flags).config
+            expected = [[bos] * before + text + [eos] * behind]
+            assert encode_passages_for_emb_seq(tokenizer, [{"text": "a text"}], config) == expected
+            row = [config.nsp_token_id, *encode_texts(tokenizer, ["a text"])[0], eos]
+            gen_tokenizer = make_model().tokenizer
+            assert encode_queries_for_emb_seq(gen_tokenizer, tokenizer, [row], config) == expected
+            assert encode_queries_for_emb_seq(gen_tokenizer, gen_tokenizer, [row], config) == expected  # a prompt makes it text
+            tokenizer.model_max_length = 3 + before + behind
+            assert encode_queries_for_emb_seq(gen_tokenizer, tokenizer, [row], config) == [[bos] * before + text[:3] + [eos] * behind]
+            tokenizer.model_max_length = 10**9
+            config.query_prompt = ""
+            assert encode_queries_for_emb_seq(gen_tokenizer, gen_tokenizer, [row], config) == [row]
 
 
 def test_the_papers_prompt():

@@ -208,7 +208,7 @@ def tokenize_instance(instance, tokenizer, emb_seq_tokenizer, config, train_on_p
         "negative_ids": [negative["id"] for negative in negatives],
     }
     if config.query_from != "gen":
-        tokenized["query_input_ids"] = encode_queries_for_emb_seq(tokenizer, emb_seq_tokenizer, queries)
+        tokenized["query_input_ids"] = encode_queries_for_emb_seq(tokenizer, emb_seq_tokenizer, queries, config)
         encoder = config.emb_seq_config if config.query_from == "emb_seq" else config.query_encoder_config
         limit = getattr(encoder.get_text_config(), "max_position_embeddings", None) or float("inf")
         longest = max(map(len, tokenized["query_input_ids"]), default=0)

@@ -90,7 +90,7 @@ def default_collator(model, args, tokenizers):
         max_tokens=args.max_tokens_per_micro_batch,
         call_overhead=_call_overhead(model, args.device),
         padding_free=packed[0],
-        padding_free_passages=packed[1] and causal and config.emb_seq_pooling == "eos",
+        padding_free_passages=packed[1] and causal and config.emb_seq_pooling in ("eos", "lasttoken"),
         shorten_first_pass=args.nsp_batch_size is not None and not has_dropout(model) and args.neftune_noise_alpha is None,
     )
 

@@ -8,7 +8,7 @@ from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq
 
 # the pooling each architecture is known for, and every pooling where padding could leak in
 CASES = [("llama", "eos"), ("llama", "mean"), ("gpt2", "eos"), ("gpt2", "mean"), ("mistral", "eos"), ("mistral", "mean")]
-CASES += [("bert", "cls"), ("bert", "mean"), ("bert", "eos")]
+CASES += [("bert", "cls"), ("bert", "mean"), ("bert", "eos"), ("llama", "lasttoken")]
 
 
 def pad(rows, side, extra=0):
@@ -24,7 +24,7 @@ def pad(rows, side, extra=0):
 @pytest.mark.parametrize(("architecture", "pooling"), CASES)
 @torch.no_grad()
 def test_embedding_does_not_depend_on_batch_mates(architecture, pooling, similarity):
-    model = make_model(emb_seq=architecture, emb_seq_pooling=pooling, similarity=similarity)
+    model = make_model(emb_seq=architecture, emb_seq_pooling=pooling, similarity=similarity, emb_seq_add_eos_token=pooling != "lasttoken")
     rows = encode_passages_for_emb_seq(model.emb_seq_tokenizer, PASSAGES, model.config)
     assert len(set(map(len, rows))) > 3
     alone = torch.cat([model.encode_passages(torch.tensor([tokens])) for tokens in rows])  # no padding, no mask
@@ -48,6 +48,19 @@ def test_eos_pooling_reads_the_eos(architecture):
     assert tokens[-1] == model.emb_seq_tokenizer.eos_token_id
     hidden = model.emb_seq(torch.tensor([tokens])).last_hidden_state[0]
     torch.testing.assert_close(model.encode_passages(**pad([tokens, tokens * 2], "right"))[0], hidden[-1], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_last_token_pooling_reads_the_passage_itself():
+    model = make_model(emb_seq_pooling="lasttoken", emb_seq_add_eos_token=False, similarity="dot")
+    tokens = encode_passages_for_emb_seq(model.emb_seq_tokenizer, PASSAGES[:1], model.config)[0]
+    assert tokens[-1] == model.emb_seq_tokenizer(".", add_special_tokens=False)["input_ids"][0]
+    hidden = model.emb_seq(torch.tensor([tokens])).last_hidden_state[0]
+    torch.testing.assert_close(model.encode_passages(**pad([tokens, tokens * 2], "right"))[0], hidden[-1], rtol=0, atol=1e-5)
+    packed = model.encode_passages(
+        torch.tensor([tokens * 2]), position_ids=torch.arange(len(tokens)).repeat(2)[None], ends=torch.tensor([len(tokens), 2 * len(tokens)]) - 1
+    )
+    torch.testing.assert_close(packed, hidden[-1:].expand(2, -1), rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
