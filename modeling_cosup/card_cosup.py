@@ -98,7 +98,7 @@ def _metadata(model, repo_id, facts, base):
     return ModelCardData(
         license=facts.get("license") or "unknown",
         language=facts.get("language"),
-        base_model=base_models or None,
+        base_model=(base_models[0] if len(base_models) == 1 else base_models) or None,
         datasets=facts.get("datasets") or None,
         library_name="peft" if base else "transformers",
         pipeline_tag="text-generation",

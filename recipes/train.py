@@ -28,8 +28,9 @@ from transformers import set_seed  # noqa: E402
 from modeling_cosup import CoSupForCausalLM, PassageIndex  # noqa: E402
 from modeling_cosup.card_cosup import load_facts  # noqa: E402
 from trainer import CoSupTrainer, CoSupTrainingArguments, load_corpus, load_evaluation_set, load_instances  # noqa: E402
+from trainer.card import complete_card, held_out_group, result_group  # noqa: E402
 from trainer.evaluation import METRIC_NAMES, evaluate_model, ntp_loss, recall, reference_instances  # noqa: E402
-from trainer.hub import complete_card, held_out_group, push_checkpoint, result_group  # noqa: E402
+from trainer.hub import push_checkpoint  # noqa: E402
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 

@@ -1,33 +1,24 @@
-"""What CoSupTrainer records for the model card, and what it pushes."""
+"""What CoSupTrainer pushes, and when."""
 
-import json
-import platform
+import functools
+import os
 import shutil
-from collections import Counter
+import tempfile
 from pathlib import Path
 
-import torch
-import transformers
 from huggingface_hub import HfApi
-from safetensors import safe_open
 from transformers.trainer_utils import HubStrategy, SaveStrategy
-from transformers.utils import ADAPTER_CONFIG_NAME, logging
+from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
-from modeling_cosup.card_cosup import CURVES_FILE, FACTS_FILE, load_facts, model_card
+from modeling_cosup.card_cosup import CURVES_FILE
 from modeling_cosup.hub_cosup import CARD_FILE, REPLACED_PATTERNS, checkpoint_files, is_repo_id, push_files
 
-from .evaluation import Rate
-from .model_setup import adapter_config, without_peft
-
-try:
-    from matplotlib.figure import Figure
-except ImportError:
-    Figure = None  # type: ignore[assignment, misc]
+from .card import draw_losses, held_out_group, training_record, write_card
+from .model_setup import adapter_config
 
 logger = logging.get_logger(__name__)
 
-LOGGED = ("step", "epoch", "loss", "ntp_loss", "nsp_loss", "nsp_accuracy", "num_negatives", "learning_rate")
 RESUME_STRATEGIES = (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
 
 
@@ -102,25 +93,28 @@ class HubMixin:
         options = {"token": token, "revision": revision or self.args.hub_revision}
         if blocking:
             return push_checkpoint(self.args.output_dir, self.hub_model_id, self.args, commit_message, **options)
-        return HfApi().run_as_future(push_checkpoint, self.args.output_dir, self.hub_model_id, self.args, commit_message, **options)
+        return self._hub_api.run_as_future(push_checkpoint, self.args.output_dir, self.hub_model_id, self.args, commit_message, **options)
 
     def _push_from_checkpoint(self, checkpoint_folder):
-        """`hub_strategy="every_save"`: the files of a checkpoint that others can load, copied first, since the folder may be rotated away meanwhile."""
+        """`hub_strategy="every_save"`: the files of a checkpoint that others can load, beside training."""
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         if self.push_in_progress is not None and not self.push_in_progress.is_done() and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        for name, path in checkpoint_files(checkpoint_folder).items():
-            target = Path(self.args.output_dir) / name
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target)
         when = f"step {self.state.global_step}" if self.args.save_strategy == SaveStrategy.STEPS else f"epoch {int(self.state.epoch)}"
-        job = HfApi().run_as_future(push_checkpoint, self.args.output_dir, self.hub_model_id, self.args, f"Training in progress, {when}")
+        folder = _keep_files(checkpoint_folder, self.args.output_dir)
+        job = self._hub_api.run_as_future(_push_and_remove, folder, self.hub_model_id, self.args, f"Training in progress, {when}")
+        job.add_done_callback(_report)
         if self.push_in_progress is None or self.push_in_progress.is_done():
             self.push_in_progress = PushInProgress([job])
         else:
             self.push_in_progress.jobs.append(job)
+
+    @functools.cached_property
+    def _hub_api(self):
+        """The one whose pushes wait for each other."""
+        return HfApi()
 
     def _save(self, output_dir=None, state_dict=None):
         """`Trainer`'s, which keeps the arguments in a file: without the token."""
@@ -131,140 +125,33 @@ class HubMixin:
             self.args.hub_token = token
 
 
-# ---------------------------------------------------------------------- what is recorded
+def _keep_files(checkpoint_folder, output_dir):
+    """A folder of our own with the files of a checkpoint, which may be rotated away before they are uploaded; links, where the file system has them."""
+    folder = Path(tempfile.mkdtemp(prefix="_push-", dir=output_dir))
+    for name, path in checkpoint_files(checkpoint_folder).items():
+        target = folder / name
+        target.parent.mkdir(exist_ok=True)
+        try:
+            os.link(path, target)
+        except OSError:
+            shutil.copyfile(path, target)
+    return folder
 
 
-def training_record(trainer):
-    """
-    What training did, `dict` as JSON has it.
-
-    Returns:
-        `instances` (counts by data set), `passages` (distinct ones, where known), `arguments` (rows of a table) and `log`.
-    """
-    data, log = trainer.train_dataset, trainer.state.log_history
-    columns = getattr(data, "column_names", None) or []
-    sized = hasattr(data, "__len__")
-    counts = Counter(data["dataset"]) if "dataset" in columns else {"": len(data)} if sized else {}
-    passages = len({id for row in data["passage_ids"] for id in row}) if sized and "passage_ids" in columns else None
-    kept = [{name: entry[name] for name in LOGGED if name in entry} for entry in log if "loss" in entry]
-    return {"instances": dict(counts.most_common() if counts else {}), "passages": passages, "arguments": _arguments(trainer, log), "log": kept}
+def _push_and_remove(folder, repo_id, args, commit_message):
+    """Push a folder of [`_keep_files`], which then goes. Without the card: that of a checkpoint of adapters is PEFT's, and the Hub would keep it."""
+    try:
+        return push_checkpoint(folder, repo_id, args, commit_message, card=False)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _arguments(trainer, log):
-    """Rows of the card's table: names and values as text. No paths, no tokens."""
-    args, adapters = trainer.args, adapter_config(trainer.model)
-    negatives = [entry["num_negatives"] for entry in log if "num_negatives" in entry]
-    runtime = next((entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry), None)
-    batch = args.train_batch_size * args.world_size
-    device = torch.cuda.get_device_name() if args.device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    rows = {
-        "supervision": args.supervision,
-        "optimizer": f"{getattr(args.optim, 'value', args.optim)}, weight decay {args.weight_decay:g}, gradients clipped at {args.max_grad_norm:g}",
-        "learning rate": f"{args.learning_rate:g}, "
-        + (f"×{args.lr_decay_per_epoch:g} after every epoch" if args.lr_decay_per_epoch else f"{getattr(args.lr_scheduler_type, 'value', '')} schedule"),
-        "steps": f"{trainer.state.global_step:,} ({trainer.state.epoch:.2f} epochs)" if trainer.state.epoch is not None else f"{trainer.state.global_step:,}",
-        "instances a step": f"{batch * args.gradient_accumulation_steps:,}",
-        "NSP batch": f"{batch:,} instances" + (", GradCache" if args.nsp_batch_size else ""),
-        "negatives per query": f"{sum(negatives) / len(negatives):,.1f} (mean)" if negatives else None,
-        "negatives from": {"global": "all processes", "local": "the own process", "detached": "all processes, without gradients"}[args.gather],
-        "longest instance": f"{args.max_length:,} tokens",
-        "adapters": None if adapters is None else f"{adapters.peft_type.value}, r = {adapters.r}, α = {adapters.lora_alpha}",
-        "precision": "bfloat16 autocast" if args.bf16 else "float16 autocast" if args.fp16 else "float32",
-        "seed": str(args.seed),
-        "hardware": f"{args.world_size} × {device}",
-        "training time": None if runtime is None else f"{runtime / 60:.1f} minutes",
-        "versions": f"transformers {transformers.__version__}, torch {torch.__version__}",
-    }
-    return {name: value for name, value in rows.items() if value is not None}
+def _report(job):
+    if job.exception() is not None:
+        logger.warning(f"A push during training failed, and training goes on: {job.exception()}")
 
 
-def result_group(metrics, names, dataset, index_size=None):
-    """
-    The results of one evaluation set as the card shows them.
-
-    Args:
-        metrics (`dict[str, Rate | Mean]`): by type, e.g. `recall@1`.
-        names (`dict[str, str]`): how each reads.
-        dataset (`str`): name of the set.
-        index_size (`int`, *optional*): passages that were searched.
-    """
-    rows = []
-    for kind, metric in metrics.items():
-        value, scale = metric.to_dict(), 100 if isinstance(metric, Rate) else 1
-        if value["n"]:
-            interval = [round(scale * bound, 4) for bound in value["interval"]]
-            row = {"type": kind, "name": names.get(kind, kind), "value": round(scale * value["value"], 4), "interval": interval}
-            rows.append({**row, "unit": "%" if scale == 100 else "", "n": value["n"]})
-    return {"dataset": {"name": dataset, "type": dataset if is_repo_id(dataset) else "custom"}, "index_size": index_size, "metrics": rows}
-
-
-def held_out_group(metrics_of_set):
-    """Recall that `CoSupTrainer.evaluate()` returned, as a list of one [`result_group`]; empty without queries."""
-    n = metrics_of_set.get("eval_num_queries", 0)
-    if not n:
-        return []
-    metrics = {f"recall@{k}": Rate(round(metrics_of_set[f"eval_recall@{k}"] * n), n) for k in (1, 5)}
-    return [result_group(metrics, {}, "held-out instances", metrics_of_set["eval_num_passages"])]
-
-
-def draw_losses(log, path):
-    """A picture of the losses, where matplotlib is installed and there is something to draw; whether it was drawn."""
-    steps = [entry["step"] for entry in log]
-    if Figure is None or len(steps) < 2:
-        path.unlink(missing_ok=True)
-        return False
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    losses, accuracy = figure.subplots(1, 2)
-    for name, label in (("ntp_loss", "NTP loss"), ("nsp_loss", "NSP loss")):
-        losses.plot(steps, [entry.get(name, float("nan")) for entry in log], label=label)
-    accuracy.plot(steps, [100 * entry.get("nsp_accuracy", float("nan")) for entry in log], color="C2", label="in-batch NSP accuracy (%)")
-    for axis in (losses, accuracy):
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
-    figure.savefig(path, dpi=110)
-    return True
-
-
-# ---------------------------------------------------------------------- what is written
-
-
-class _SavedWeights:
-    """The weights in the safetensors files of a folder, by name, each read when it is asked for."""
-
-    def __init__(self, folder):
-        self._files = [safe_open(path, "pt") for path in sorted(Path(folder).glob("*.safetensors"))]
-
-    def __getitem__(self, name):
-        return next(file for file in self._files if name in file.keys()).get_tensor(name)
-
-
-def write_card(model, folder, repo_id, facts):
-    """
-    Record facts and write the card of a checkpoint that was saved in a folder; both travel with it when it is pushed.
-
-    Args:
-        model ([`CoSupForCausalLM`] or `PeftModel`): whose weights were saved; of adapters, the base model, merged or not.
-        folder (`str` or `Path`): of the checkpoint, or of adapters.
-        repo_id (`str`): where it will be loaded from.
-        facts (`dict`): see [`load_facts`].
-    """
-    folder, base, adapters = Path(folder), without_peft(model), None
-    if (folder / ADAPTER_CONFIG_NAME).exists():
-        adapters = json.loads((folder / ADAPTER_CONFIG_NAME).read_text())["base_model_name_or_path"] or "the base model"
-    else:
-        facts = base.record_facts(facts, _SavedWeights(folder))  # the saved ones: those in memory may be shards
-    card = model_card(base, repo_id, facts, adapters)
-    (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / CARD_FILE).write_text(card, encoding="utf-8")
-
-
-def complete_card(model, folder, repo_id, **facts):
-    """Add facts, e.g. `results` that were measured after training, to those of a folder, and write its card anew."""
-    write_card(model, folder, repo_id, {**load_facts(folder), **{name: value for name, value in facts.items() if value is not None}})
-
-
-def push_checkpoint(folder, repo_id, args, commit_message, token=None, revision=None):
+def push_checkpoint(folder, repo_id, args, commit_message, token=None, revision=None, card=True):
     """
     Push what others can load of an output folder, in one commit.
 
@@ -273,9 +160,11 @@ def push_checkpoint(folder, repo_id, args, commit_message, token=None, revision=
         repo_id (`str`): of a repository that exists.
         args ([`CoSupTrainingArguments`]): `hub_token` and `hub_revision`.
         commit_message (`str`), token (`str`, *optional*), revision (`str`, *optional*): as in `Trainer.push_to_hub`.
+        card (`bool`): whether the card goes along.
 
     Returns:
         `huggingface_hub.CommitInfo`.
     """
+    files = {name: path for name, path in checkpoint_files(folder).items() if card or name != CARD_FILE}
     options = {"token": token or args.hub_token, "revision": revision or args.hub_revision}
-    return push_files(checkpoint_files(folder), repo_id, REPLACED_PATTERNS, commit_message=commit_message, **options)
+    return push_files(files, repo_id, REPLACED_PATTERNS, commit_message=commit_message, **options)

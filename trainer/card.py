@@ -1,0 +1,154 @@
+"""The model card of a run: what is recorded of training and evaluation, and the files that say it."""
+
+import json
+import platform
+from collections import Counter
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import safe_open
+from transformers.utils import ADAPTER_CONFIG_NAME
+
+from modeling_cosup.card_cosup import FACTS_FILE, load_facts, model_card
+from modeling_cosup.hub_cosup import CARD_FILE, is_repo_id
+
+from .evaluation import Rate
+from .model_setup import adapter_config, without_peft
+
+try:
+    from matplotlib.figure import Figure
+except ImportError:
+    Figure = None  # type: ignore[assignment, misc]
+
+LOGGED = ("step", "epoch", "loss", "ntp_loss", "nsp_loss", "nsp_accuracy", "num_negatives", "learning_rate")
+
+
+def training_record(trainer):
+    """
+    What training did, `dict` as JSON has it.
+
+    Returns:
+        `instances` (counts by data set), `passages` (distinct ones, where known), `arguments` (rows of a table) and `log`.
+    """
+    data, log = trainer.train_dataset, trainer.state.log_history
+    columns = getattr(data, "column_names", None) or []
+    sized = hasattr(data, "__len__")
+    counts = Counter(data["dataset"]) if "dataset" in columns else {"": len(data)} if sized else {}
+    passages = len({id for row in data["passage_ids"] for id in row}) if sized and "passage_ids" in columns else None
+    kept = [{name: entry[name] for name in LOGGED if name in entry} for entry in log if "loss" in entry]
+    return {"instances": dict(counts.most_common() if counts else {}), "passages": passages, "arguments": _arguments(trainer, log), "log": kept}
+
+
+def _arguments(trainer, log):
+    """Rows of the card's table: names and values as text. No paths, no tokens."""
+    args, adapters = trainer.args, adapter_config(trainer.model)
+    negatives = [entry["num_negatives"] for entry in log if "num_negatives" in entry]
+    runtime = next((entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry), None)
+    batch = args.train_batch_size * args.world_size
+    device = torch.cuda.get_device_name() if args.device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    rows = {
+        "supervision": args.supervision,
+        "optimizer": f"{getattr(args.optim, 'value', args.optim)}, weight decay {args.weight_decay:g}, gradients clipped at {args.max_grad_norm:g}",
+        "learning rate": f"{args.learning_rate:g}, "
+        + (f"×{args.lr_decay_per_epoch:g} after every epoch" if args.lr_decay_per_epoch else f"{getattr(args.lr_scheduler_type, 'value', '')} schedule"),
+        "steps": f"{trainer.state.global_step:,} ({trainer.state.epoch:.2f} epochs)" if trainer.state.epoch is not None else f"{trainer.state.global_step:,}",
+        "instances a step": f"{batch * args.gradient_accumulation_steps:,}",
+        "NSP batch": f"{batch:,} instances" + (", GradCache" if args.nsp_batch_size else ""),
+        "negatives per query": f"{sum(negatives) / len(negatives):,.1f} (mean)" if negatives else None,
+        "negatives from": {"global": "all processes", "local": "the own process", "detached": "all processes, without gradients"}[args.gather],
+        "longest instance": f"{args.max_length:,} tokens",
+        "adapters": None if adapters is None else f"{adapters.peft_type.value}, r = {adapters.r}, α = {adapters.lora_alpha}",
+        "precision": "bfloat16 autocast" if args.bf16 else "float16 autocast" if args.fp16 else "float32",
+        "seed": str(args.seed),
+        "hardware": f"{args.world_size} × {device}",
+        "training time": None if runtime is None else f"{runtime / 60:.1f} minutes",
+        "versions": f"transformers {transformers.__version__}, torch {torch.__version__}",
+    }
+    return {name: value for name, value in rows.items() if value is not None}
+
+
+def result_group(metrics, names, dataset, index_size=None):
+    """
+    The results of one evaluation set as the card shows them.
+
+    Args:
+        metrics (`dict[str, Rate | Mean]`): by type, e.g. `recall@1`.
+        names (`dict[str, str]`): how each reads.
+        dataset (`str`): name of the set.
+        index_size (`int`, *optional*): passages that were searched.
+    """
+    rows = []
+    for kind, metric in metrics.items():
+        value, scale = metric.to_dict(), 100 if isinstance(metric, Rate) else 1
+        if value["n"]:
+            interval = [round(scale * bound, 4) for bound in value["interval"]]
+            row = {"type": kind, "name": names.get(kind, kind), "value": round(scale * value["value"], 4), "interval": interval}
+            rows.append({**row, "unit": "%" if scale == 100 else "", "n": value["n"]})
+    return {"dataset": {"name": dataset, "type": dataset if is_repo_id(dataset) else "custom"}, "index_size": index_size, "metrics": rows}
+
+
+def held_out_group(metrics_of_set):
+    """Recall that `CoSupTrainer.evaluate()` returned, as a list of one [`result_group`]; empty without queries."""
+    n = metrics_of_set.get("eval_num_queries", 0)
+    if not n:
+        return []
+    metrics = {f"recall@{k}": Rate(round(metrics_of_set[f"eval_recall@{k}"] * n), n) for k in (1, 5)}
+    return [result_group(metrics, {}, "held-out instances", metrics_of_set["eval_num_passages"])]
+
+
+def draw_losses(log, path):
+    """A picture of the losses, where matplotlib is installed and there is something to draw; whether it was drawn."""
+    steps = [entry["step"] for entry in log]
+    if Figure is None or len(steps) < 2:
+        path.unlink(missing_ok=True)
+        return False
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    losses, accuracy = figure.subplots(1, 2)
+    for name, label in (("ntp_loss", "NTP loss"), ("nsp_loss", "NSP loss")):
+        losses.plot(steps, [entry.get(name, float("nan")) for entry in log], label=label)
+    accuracy.plot(steps, [100 * entry.get("nsp_accuracy", float("nan")) for entry in log], color="C2", label="in-batch NSP accuracy (%)")
+    for axis in (losses, accuracy):
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    return True
+
+
+# ---------------------------------------------------------------------- what is written
+
+
+class _SavedWeights:
+    """The weights in the safetensors files of a folder, by name, each read when it is asked for."""
+
+    def __init__(self, folder):
+        self._files = [safe_open(path, "pt") for path in sorted(Path(folder).glob("*.safetensors"))]
+
+    def __getitem__(self, name):
+        return next(file for file in self._files if name in file.keys()).get_tensor(name)
+
+
+def write_card(model, folder, repo_id, facts):
+    """
+    Record facts and write the card of a checkpoint that was saved in a folder; both travel with it when it is pushed.
+
+    Args:
+        model ([`CoSupForCausalLM`] or `PeftModel`): whose weights were saved; of adapters, the base model, merged or not.
+        folder (`str` or `Path`): of the checkpoint, or of adapters.
+        repo_id (`str`): where it will be loaded from.
+        facts (`dict`): see [`load_facts`].
+    """
+    folder, base, adapters = Path(folder), without_peft(model), None
+    if (folder / ADAPTER_CONFIG_NAME).exists():
+        adapters = json.loads((folder / ADAPTER_CONFIG_NAME).read_text())["base_model_name_or_path"] or "the base model"
+    else:
+        facts = base.record_facts(facts, _SavedWeights(folder))  # the saved ones: those in memory may be shards
+    card = model_card(base, repo_id, facts, adapters)
+    (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def complete_card(model, folder, repo_id, **facts):
+    """Add facts, e.g. `results` that were measured after training, to those of a folder, and write its card anew."""
+    write_card(model, folder, repo_id, {**load_facts(folder), **{name: value for name, value in facts.items() if value is not None}})
