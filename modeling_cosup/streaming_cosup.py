@@ -137,8 +137,9 @@ def ending(streamer):
     try:
         yield
     except BaseException as error:
-        if hasattr(streamer, "on_error"):
-            streamer.on_error(error)
+        on_error = getattr(streamer, "on_error", None)
+        if on_error is not None:
+            on_error(error)
         elif streamer is not None:
             streamer.end()
         raise

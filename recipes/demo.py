@@ -32,10 +32,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, StoppingCriteria
 
 MAX_BYTES = 5 * 2**20  # of an uploaded corpus, unpacked
 MAX_PASSAGES = 2000
+MAX_TEXT = 10_000  # characters of a passage
 MAX_QUESTION = 2000  # characters
 MAX_RETRIEVALS = 16  # for an answer: a model that retrieves for ever must not keep the others waiting
 INDEXED_AT_ONCE = 64  # passages, between two steps of the progress
-AUTOMATIC, FORCED, OFF = "Automatic", "Always first", "Off"
+AUTOMATIC, FORCED, OFF = "Automatic", "Forced", "Off"
 FORMATS = [".jsonl", ".gz", ".txt", ".csv"]
 
 
@@ -69,6 +70,8 @@ def read_upload(path):
         for name, value in passage.items():
             if not isinstance(value, str) or (name == "text" and not value.strip()):
                 raise ValueError(f"Line {line}: {name} is {_shorten(value)}, expected a string{' that is not empty' if name == 'text' else ''}.")
+            if len(value) > MAX_TEXT:
+                raise ValueError(f"Line {line}: {name} has {len(value):,} characters, expected {MAX_TEXT:,} at most.")
             if any("\ud800" <= character <= "\udfff" for character in value):
                 raise ValueError(f"Line {line}: {name} holds half a surrogate pair, which is no character.")
         if passage["id"] in lines:
@@ -221,6 +224,7 @@ CSS = """
 .cosup-passage p { margin: .3em 0 0; max-height: 14em; overflow-y: auto; white-space: pre-wrap; }
 .cosup-number { font-weight: 600; }
 .cosup-score { margin-left: auto; font-size: .8em; opacity: .7; white-space: nowrap; }
+.cosup-status { margin: 0; }
 .cosup-note, .cosup-status, .cosup-passages > p { font-size: .85em; opacity: .7; }
 .cosup-caret { display: inline-block; width: .5em; height: 1em; vertical-align: text-bottom; background: currentColor; opacity: .5; }
 @media (max-width: 640px) { .cosup-columns { grid-template-columns: minmax(0, 1fr); } }
@@ -257,7 +261,7 @@ class Demo:
         load_emb_seq = args.upload or config.query_from != "gen"  # else generation needs Gen alone
         self.model = AutoModelForCausalLM.from_pretrained(args.model, revision=args.revision, trust_remote_code=True, load_emb_seq=load_emb_seq)
         self.model = self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        self.name = Path(args.model).resolve().name if Path(args.model).exists() else args.model
+        self.name = Path(os.path.abspath(args.model)).name if Path(args.model).exists() else args.model
         options = {} if args.index_revision is None else {"revision": args.index_revision}
         self.index = self.model.load_index(args.index, **options) if args.index else None
         self.no_upload = None if args.upload else "This demo takes no corpora: it was started without Emb_seq, which embeds them."
@@ -267,7 +271,7 @@ class Demo:
 
     def ask(self, question, retrieval, top_k, max_new_tokens, min_score, corpus, request: gr.Request):
         """Answer a question, event by event: yields the HTML of the answer, and whether it can be stopped."""
-        index = self.index if corpus is None else corpus
+        question, index = question or "", self.index if corpus is None else corpus  # an untouched box holds None
         try:
             settings = self._settings(question, retrieval, top_k, min_score, index)
             prompt = torch.tensor([self.encode_prompt(self.model.tokenizer, question, self.instruction)], device=self.model.device)
@@ -297,6 +301,10 @@ class Demo:
             raise ValueError(f"The question has {len(question):,} characters, expected {MAX_QUESTION:,} at most.")
         if retrieval == FORCED and index is None:
             raise ValueError("There is no index to retrieve from: upload a corpus, or start the demo with one.")
+        try:
+            min_score = float(min_score) if min_score and min_score.strip() else None  # None: never touched
+        except ValueError:
+            raise ValueError(f"The least score is {_shorten(min_score)}, expected a number, or nothing.") from None
         chosen = {"force_nsp_first": retrieval == FORCED, "forbid_nsp": retrieval == OFF or index is None}
         return self.model.retrieval_config_class(top_k=int(top_k), min_score=min_score, **chosen)
 
@@ -362,7 +370,7 @@ class Demo:
             gr.HTML(f"<h2>{html.escape(self.name)}</h2><p>A language model that retrieves while it writes. Text in colour is grounded on the passage [n].</p>")
             with gr.Row():
                 with gr.Column(scale=7):
-                    question = gr.Textbox(label="Question", lines=2, max_length=MAX_QUESTION, elem_id="question", autofocus=True)
+                    question = gr.Textbox(label="Question", lines=1, max_lines=6, max_length=MAX_QUESTION, elem_id="question", autofocus=True)
                     with gr.Row():
                         ask = gr.Button("Ask", variant="primary", elem_id="ask", min_width=120)
                         stop = gr.Button("Stop", interactive=False, elem_id="stop", min_width=120)
@@ -385,11 +393,11 @@ class Demo:
         with gr.Accordion("More settings", open=False):
             top_k = gr.Slider(1, 5, 1, step=1, label="Passages for each [NSP]")
             max_new_tokens = gr.Slider(8, 512, 128, step=8, label="Most tokens to write")
-            min_score = gr.Number(None, label="Least score of a passage", info="Empty: any. Below it, nothing is retrieved.", elem_id="min-score")
+            min_score = gr.Textbox(label="Least score of a passage", info="Below it, nothing is retrieved. Empty: any score will do.", elem_id="min-score")
         return retrieval, top_k, max_new_tokens, min_score
 
     def _corpus(self, corpus):
-        status = gr.HTML(self.default_status(), elem_id="status")
+        status = gr.HTML(self.default_status(), elem_id="status", padding=False)
         with gr.Accordion("Your own corpus", open=False):
             if self.no_upload:
                 gr.HTML(f"<p>{html.escape(self.no_upload)}</p>")
@@ -398,7 +406,7 @@ class Demo:
             gr.HTML(f"<p>JSON Lines (text, perhaps title and id), CSV (the same as columns) or text (a passage a paragraph). {limits}</p>")
             file = gr.File(file_types=FORMATS, label="Corpus", elem_id="corpus", height=140)
             with gr.Row():
-                index, back = gr.Button("Index it", elem_id="index"), gr.Button("Back to the first index", interactive=False, elem_id="back")
+                index, back = gr.Button("Index it", elem_id="index"), gr.Button("Back to the demo's index", interactive=False, elem_id="back")
         private = {"api_visibility": "private", "show_progress": "hidden"}
         index.click(self.take_corpus, file, [status, corpus, back], concurrency_id="model", concurrency_limit=1, **private)
         back.click(self.drop_corpus, None, [status, corpus, back], queue=False, **private)
