@@ -402,7 +402,7 @@ class Demo:
             if self.no_upload:
                 gr.HTML(f"<p>{html.escape(self.no_upload)}</p>")
                 return
-            limits = f"Up to {MAX_PASSAGES:,} passages in {MAX_BYTES // 2**20} MB, kept in memory for you alone until you leave."
+            limits = f"Up to {MAX_PASSAGES:,} passages in {MAX_BYTES // 2**20} MB, searched by you alone, and gone an hour after you left."
             gr.HTML(f"<p>JSON Lines (text, perhaps title and id), CSV (the same as columns) or text (a passage a paragraph). {limits}</p>")
             file = gr.File(file_types=FORMATS, label="Corpus", elem_id="corpus", height=140)
             with gr.Row():
