@@ -9,6 +9,7 @@ from .milvus_cosup import MilvusPassageIndex
 from .modeling_cosup import CoSupForCausalLM, CoSupOutput
 from .queue_cosup import Completion
 from .retrieval_cosup import PassageIndex
+from .streaming_cosup import RetrievalStreamer, StreamEvent
 from .trace_cosup import Retrieval, RetrievalError
 
 AutoConfig.register("cosup", CoSupConfig)
@@ -26,6 +27,8 @@ __all__ = [
     "Retrieval",
     "RetrievalConfig",
     "RetrievalError",
+    "RetrievalStreamer",
+    "StreamEvent",
     "chunked_cross_entropy",
     "info_nce",
     "similarity_scores",

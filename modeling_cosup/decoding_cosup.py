@@ -39,6 +39,7 @@ class Decoder(RowScores):
         self.generation_config, self.processors, self.retriever, self.settings = generation_config, logits_processor, retriever, settings
         self.criteria = [each for each in stopping_criteria if not isinstance(each, MaxLengthCriteria | EosTokenCriteria)]
         self.streamer, self.synced_gpus, self.static, self.refill = streamer, synced_gpus, static, refill
+        self.on_retrieval = getattr(streamer, "on_retrieval", None)
         self.slots, self.prompt_length, self.device = slots, prompt_length, device
         lengths = [each.max_length for each in stopping_criteria if isinstance(each, MaxLengthCriteria)]
         self.budget = min([generation_config.max_length, *lengths]) - prompt_length
@@ -342,7 +343,9 @@ class Decoder(RowScores):
         row.grounded = (column, column + len(ids))
         chunk = [*ids, self.config.cs_token_id]
         shown = ([self.config.nsp_token_id] if row.held is not None else []) + (chunk if self.settings.stream_passages else [])
-        if self.streamer is not None and shown:
+        if self.on_retrieval is not None:
+            self.on_retrieval(row.retrievals[-1])
+        elif self.streamer is not None and shown:
             self.streamer.put(torch.tensor(shown))
         self._ban(row, not self._may_retrieve(row))
         if int(self.positions[row.slot]) + len(chunk) >= self.context_length:

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import ModelOutput
 from .cache_cosup import (EMPTY, RowCache, context_length, layer_kinds)
 from .decoding_cosup import (Decoder)
 from .queue_cosup import (Queue, hash_of, read_completions)
+from .streaming_cosup import (RetrievalStreamer, ending)
 from .tokenization_cosup import (pad_rows)
 from .trace_cosup import (Row, cited_text)
 
@@ -37,7 +38,7 @@ class RetrievalConfig:
             without it, and the row goes on as if the passage had never stood there. `"mask"`: its keys and values are dropped and nothing else
             changes: what was read with the passage in view stays as it was, positions too.
         output_query_embeds (`bool`): the trace holds the query embeddings.
-        stream_passages (`bool`): a streamer gets passages and `[Cs]` too.
+        stream_passages (`bool`): a streamer gets passages and `[Cs]` too. One with a method `on_retrieval` gets each [`Retrieval`] in their place.
 
     Raises:
         `ValueError`: for values that cannot be, alone or together.
@@ -118,12 +119,15 @@ class RetrievalGenerationMixin:
                 training mode with gradient checkpointing.
             [`RetrievalError`]: when a search fails; it keeps the rows that were finished.
         """
-        if "nsp_token_id" in kwargs:
-            if kwargs.pop("nsp_token_id") is not None:
-                raise ValueError("generate() takes nsp_token_id=None (plain Gen) or none at all; which token retrieves is the config's business.")
-            return super().generate(inputs, generation_config, **{"suppress_tokens": None, **kwargs})
-        call = self._retrieval_call(retriever, retrieval_config, max_retrievals)
-        return super().generate(inputs, generation_config, **kwargs) if call is None else self._generate_with_retrieval(inputs, generation_config, kwargs, call)
+        with ending(kwargs.get("streamer")):
+            if "nsp_token_id" in kwargs:
+                if kwargs.pop("nsp_token_id") is not None:
+                    raise ValueError("generate() takes nsp_token_id=None (plain Gen) or none at all; which token retrieves is the config's business.")
+                return super().generate(inputs, generation_config, **{"suppress_tokens": None, **kwargs})
+            call = self._retrieval_call(retriever, retrieval_config, max_retrievals)
+            if call is None:
+                return super().generate(inputs, generation_config, **kwargs)
+            return self._generate_with_retrieval(inputs, generation_config, kwargs, call)
 
     def generate_many(
         self, prompts, generation_config=None, *, retriever=None, retrieval_config=None, max_retrievals=None, batch_size=32, max_batch_tokens=None,
@@ -177,6 +181,21 @@ class RetrievalGenerationMixin:
         self._generate_with_retrieval(first, generation_config, {"attention_mask": torch.ones_like(first), **kwargs}, call)
         return [call.queue.results[number] for number in range(len(prompts))]
 
+    def make_streamer(self, tokenizer=None, timeout=None):
+        """
+        A streamer for one call of generate(), which runs in another thread: `for event in streamer` gives texts and retrievals as they happen.
+
+        Args:
+            tokenizer (`PreTrainedTokenizerBase`, *optional*): Gen's; defaults to the model's own.
+            timeout (`float`, *optional*): seconds to wait for an event; by default, without end.
+
+        Returns:
+            [`RetrievalStreamer`], whose events are [`StreamEvent`]s.
+        """
+        ends = self.generation_config.eos_token_id
+        stops = {self.config.nsp_token_id, self.config.ce_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        return RetrievalStreamer(self.tokenizer if tokenizer is None else tokenizer, stops, timeout)
+
     def release_static_cache(self):
         """Free the memory that `cache_implementation="static"` keeps for the next call."""
         self._static_row_cache = None
@@ -200,12 +219,11 @@ class RetrievalGenerationMixin:
             generation_config = copy.deepcopy(generation_config or self.generation_config)
             generation_config.cache_implementation = None
         kwargs = {**kwargs, "past_key_values": DynamicCache()}  # a placeholder: the loop has a cache of its own
-        try:
-            with _maskable_attention(self.gen):
-                return super().generate(inputs, generation_config, retrieval_call=call, **kwargs)
-        finally:
-            if kwargs.get("streamer") is not None:
-                kwargs["streamer"].end()  # after an error too, or who reads from it would wait for ever
+        with _maskable_attention(self.gen):
+            output = super().generate(inputs, generation_config, retrieval_call=call, **kwargs)
+        if kwargs.get("streamer") is not None:
+            kwargs["streamer"].end()
+        return output
 
     def _settings_hash(self, generation_config, call):
         """Of all that decides an answer and can be written down: weights only by name, processors not at all."""
