@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ try:
     import pyarrow.parquet as parquet
 except ImportError:
     parquet = None
+
+_NO_ID = re.compile(r"[\x00-\x1f\x7f]|(^|[/\\])\.\.($|[/\\])")
 
 
 def read_jsonl(path):
@@ -116,6 +119,17 @@ def check_text(value, field, where, may_be_empty=False):
     return value
 
 
+def check_id(value, where):
+    """
+    `value` if it can be the id of a passage. Ids are names, never paths; one that leads out of a folder is refused all the same, for the sake of what reads
+    them elsewhere, and so is one that would break a line of a log.
+    """
+    check_text(value, "id", where)
+    if _NO_ID.search(value):
+        raise ValueError(f"{where}: id is {value!r}, expected no control characters and no '..' between slashes.")
+    return value
+
+
 def check_title_and_text(passage, where, field=""):
     """`{"title", "text"}` of a passage, checked; a missing title becomes empty."""
     text = check_text(passage.get("text"), f"{field}text", where)
@@ -139,7 +153,7 @@ def checked_passages(pairs):
     for where, value in pairs:
         if not isinstance(value, Mapping):
             raise ValueError(f"{where} is {value!r}, expected a passage: id, title and text.")
-        yield where, {"id": check_text(value.get("id"), "id", where), **check_title_and_text(value, where)}
+        yield where, {"id": check_id(value.get("id"), where), **check_title_and_text(value, where)}
 
 
 def hash_id(id):

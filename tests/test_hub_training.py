@@ -69,7 +69,8 @@ def trained(hub, inputs, tmp_path_factory):  # noqa: F811
     """What `recipes/train.py --push_to_hub true` leaves here, all that it said, and the files of the repository."""
     output = tmp_path_factory.mktemp("trained") / "out"
     extra = ["--push_to_hub", "true", "--hub_model_id", "tester/trained", "--hub_token", TOKEN, "--license", "apache-2.0"]
-    extra += ["--max_steps", 4, "--logging_steps", 1, "--validation_file", inputs / "train.jsonl", "--save_strategy", "steps", "--save_steps", 2, "--corpus_license", "cc-by-sa-4.0"]
+    extra += ["--max_steps", 4, "--logging_steps", 1, "--validation_file", inputs / "train.jsonl", "--save_strategy", "steps", "--save_steps", 2]
+    extra += ["--corpus_license", "cc-by-sa-4.0"]
     process = hub.popen(TRAIN, *options(inputs, output, *extra), token=None)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
