@@ -25,6 +25,7 @@ from modeling_cosup.tokenization_cosup import render_passage
 from trainer.evaluation import embed_queries
 
 SHARD_SIZE = 32768  # passages that are encoded, and lost when the process dies
+SORTED = 2048  # that are sorted by length, and encoded between two steps of the progress bar
 
 
 def is_cosup(name):
@@ -162,14 +163,19 @@ class SentenceRetriever:
         """Embeddings of passages, `torch.FloatTensor` of shape `(n, h)`; those that are kept in `folder` are not made again."""
         path = None if folder is None else folder / f"{digest_of(passages)[:16]}.safetensors"
         if path is None or not path.exists():
-            texts = [render_passage(passage, self.template) for passage in passages]
-            embeddings = self.normalized(self.model.encode_document(texts, batch_size=self.batch_size, convert_to_tensor=True, show_progress_bar=False))
+            texts, parts = [render_passage(passage, self.template) for passage in passages], []
+            for start in range(0, len(texts), SORTED):
+                part = texts[start : start + SORTED]
+                parts.append(self.normalized(self.model.encode_document(part, batch_size=self.batch_size, convert_to_tensor=True, show_progress_bar=False)))
+                bar.update(len(part))
+            embeddings = torch.cat(parts)
             if path is not None:
                 folder.mkdir(parents=True, exist_ok=True)
                 unfinished = path.with_suffix(".unfinished")
                 write_tensors(unfinished, {"embeddings": embeddings})
                 unfinished.replace(path)
-        bar.update(len(passages))
+        else:
+            bar.update(len(passages))
         return embeddings if path is None else read(path, map_tensors)["embeddings"]
 
     def normalized(self, embeddings):
