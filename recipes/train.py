@@ -132,14 +132,11 @@ def train(script, args):
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     question = next((x["input"] for x in questions or [] if x["provenance"]), None)
-    card = {"license": script.license, "dataset": script.train_file, "question": question}
-    if args.push_to_hub:  # now, without the numbers that are still to be measured: a crash until then loses nothing
-        trainer.push_to_hub(**card)
-        args.hub_model_id = trainer.hub_model_id
-    else:
-        trainer.save_model()
-        trainer.create_model_card(**card)
+    trainer.save_model(_internal_call=True)  # pushed at the end, with its numbers, while no rank waits for the upload
+    trainer.create_model_card(license=script.license, dataset=script.train_file, question=question)
     trainer.save_state()
+    if args.push_to_hub and trainer.is_world_process_zero():
+        args.hub_model_id = trainer.hub_model_id
     results["train"] = output.metrics
     if validation is not None:
         results["validation"] = trainer.evaluate()
@@ -168,7 +165,7 @@ def index_and_evaluate(model, corpus, questions, results, script, args):
 
 
 def share(model, index, questions, results, script, args):
-    """The cards with all that was measured; with `push_to_hub` the index, then the checkpoint once more."""
+    """The cards with all that was measured; with `push_to_hub` also the index and the checkpoint."""
     output_dir = Path(args.output_dir)
     groups = held_out_group(results["validation"]) if "validation" in results else []
     if "evaluation" in results:
@@ -183,7 +180,7 @@ def share(model, index, questions, results, script, args):
         complete_card(model, output_dir / "merged", str(output_dir / "merged"), **{**load_facts(output_dir), "results": groups, "index": place})
     complete_card(model, output_dir, args.hub_model_id if args.push_to_hub else str(output_dir), results=groups, index=place)
     if args.push_to_hub:
-        push_checkpoint(output_dir, args.hub_model_id, args, "Card with results")
+        push_checkpoint(output_dir, args.hub_model_id, args, "End of training")
 
 
 def precision(args):
