@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.metrics import citation_scores, claim_recall, fever_nli, grounding, k_precision, split_sentences
+from trainer.metrics import citation_scores, cited_passages, claim_recall, fever_nli, grounding, k_precision, split_sentences
 
 A, B, C, D = ({"title": title, "text": f"text {title}"} for title in "ABCD")
 
@@ -96,6 +96,14 @@ def test_citations_by_hand():
     assert scores("Radium glows.", Judge(radium=["A"]))["citation_precision"] == 0.0
     assert scores(" \n Night fell [1].", Judge(night=["A"]))["citation_recall"] == 1.0
     assert scores("", Judge()) is None
+
+
+def test_numbers_of_citations_count_distinct_passages():
+    prediction = {"retrievals": [retrieval("", A, B), retrieval("", C, A)]}
+    for each in prediction["retrievals"]:
+        each["passage_ids"] = each["titles"]
+    assert [passage["id"] for passage in cited_passages(prediction)] == ["A", "B", "C"]
+    assert cited_passages(prediction)[2] == {"id": "C", **C} and cited_passages({"retrievals": []}) == []
 
 
 def test_an_unneeded_citation_costs_precision():

@@ -93,6 +93,15 @@ def k_precision(prediction):
 # ---------------------------------------------------------------------- ALCE
 
 
+def cited_passages(prediction):
+    """The distinct passages of all `retrievals` in order of first appearance, as `[n]` counts them: `list[dict]` of `{"id", "title", "text"}`."""
+    passages = {}
+    for retrieval in prediction["retrievals"]:
+        for id, title, text in zip(retrieval["passage_ids"], retrieval["titles"], retrieval["texts"], strict=True):
+            passages.setdefault(id, {"id": id, "title": title, "text": text})
+    return list(passages.values())
+
+
 def citation_scores(outputs, passages, entail, at_most_citations=3, split=split_sentences):
     """
     ALCE's citation recall and precision.

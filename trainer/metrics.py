@@ -24,7 +24,7 @@ from .correctness import (
     str_em,
     unigram_f1,
 )
-from .grounding import citation_scores, claim_recall, fever_nli, grounding, k_precision, split_sentences
+from .grounding import citation_scores, cited_passages, claim_recall, fever_nli, grounding, k_precision, split_sentences
 from .intervals import Mean
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "accuracy",
     "alce_output",
     "citation_scores",
+    "cited_passages",
     "claim_recall",
     "cor_metric",
     "correctness",
@@ -99,6 +100,35 @@ def with_provenance(instances):
     if not needing:
         raise ValueError(f"The provenance of all {len(instances)} instances is empty: retrieval cannot be judged.")
     return needing
+
+
+def select_fields(rows, schema):
+    """
+    Rows with the fields of a schema and no others, so that whole lines of predictions and evaluation sets can be given to an `evaluate` module.
+
+    Args:
+        rows (`list[dict]`).
+        schema (`dict`): names of fields, nested in dicts and lists of one item as the rows are; whatever else stands there means a text.
+
+    Returns:
+        `list[dict]`: numbers become texts; a list of texts that a row lacks is `None`.
+
+    Raises:
+        `ValueError`: with counts, when rows lack a text or a list of dicts.
+    """
+    for name, part in schema.items():
+        required = not isinstance(part, list) or isinstance(part[0], dict)
+        if required and (without := sum(row.get(name) is None for row in rows)):
+            raise ValueError(f"{without} of {len(rows)} rows have no {name!r}; expected the fields {sorted(schema)}.")
+    return [_select(row, schema) for row in rows]
+
+
+def _select(value, schema):
+    if isinstance(schema, dict):
+        return {name: _select(value.get(name), part) for name, part in schema.items()}
+    if isinstance(schema, list):
+        return None if value is None else [_select(each, schema[0]) for each in value]
+    return str(value) if isinstance(value, int) else value
 
 
 def evidence_sets(provenance):
@@ -233,6 +263,20 @@ def emission_rates(pairs):
     """
     emitted = [(bool(prediction["retrievals"]), any(instance["provenance"])) for prediction, instance in pairs]
     return {"needed": Mean.of(nsp for nsp, needed in emitted if needed), "not_needed": Mean.of(nsp for nsp, needed in emitted if not needed)}
+
+
+def mean_scores(rows, names=None):
+    """
+    Means over questions.
+
+    Args:
+        rows (`list[dict[str, float]]`): of each question, all with the same names.
+        names (`tuple[str]`, *optional*): which to average; all by default.
+
+    Returns:
+        `dict[str, float]`; NaN where there is no question and `names` says what is missing.
+    """
+    return {name: Mean.of(row[name] for row in rows).value for name in names or (rows[0] if rows else ())}
 
 
 def cor_minus(correct, hits):
