@@ -61,7 +61,7 @@ def test_grounding_judges_each_sentence_by_its_own_passage():
         ]
     ]
     grounding([{"retrievals": [retrieval("Night", {"title": "", "text": "bare"})]}], judge)
-    assert judge.asked[-1] == [("bare", "Night")]
+    assert judge.asked[-1] == [("Title: \nbare", "Night")]
 
 
 def test_a_judge_that_does_not_answer_is_an_error():

@@ -39,8 +39,8 @@ def split_sentences(text):
 
 
 def premise(title, text):
-    """A passage as ALCE gives it to the NLI model; a passage without title is its text."""
-    return f"Title: {title}\n{text}" if title else text
+    """A passage as ALCE gives it to the NLI model, also where the title is empty."""
+    return f"Title: {title}\n{text}"
 
 
 # ---------------------------------------------------------------------- between [Cs] and [CE]
