@@ -62,6 +62,8 @@ METRICS = {  # name -> (how tables say it, what it is)
     "ndcg@10": ("nDCG@10", "of the query embedding's ranking"),
     **{f"success@{k}": (f"R@{k}", f"a gold passage is among the {k} nearest to the query embedding") for k in (1, 5, 20, 100)},
 }
+COR_LABELS = {"short_answer": "short answer", **{name: METRICS[name][0] for name in ("accuracy", "em", "f1", "rouge_l", "fever_label", "fever_nli")}}
+COR_LABELS |= {name: METRICS[name][0] for name in ("str_em", "claim_recall")} | {"": "needs an NLI model"}
 COUNTS = ("num_retrievals",)  # all others are shares
 
 
@@ -100,7 +102,8 @@ def score(predictions, questions, mode="retrieval", metric=None, entail=None):
         emitted = [float(bool(prediction["retrievals"])) for prediction in predictions]
         scores["nsp_needed"], scores["nsp_not_needed"] = _where(emitted, needed), _where(emitted, free)
         scores["num_retrievals"] = [float(len(prediction["retrievals"])) for prediction in predictions]
-    scores |= _columns([_text_scores(*each) for each in zip(predictions, questions, scores.get("r_precision", hits), strict=True)])
+    rows = zip(predictions, questions, scores.get("r_precision", hits), free, strict=True)
+    scores |= _columns([{} if no_passage else _text_scores(*each) for *each, no_passage in rows])
     if entail is not None:
         scores |= _nli_scores(predictions, questions, hits, entail)
     scores["cor_not_needed"], scores["cor"] = _where(scores["cor"], free), _where(scores["cor"], [not each for each in free])
@@ -238,8 +241,11 @@ def average(columns):
 
 def resampled_means(values, seed, resamples=RESAMPLES):
     """Means of `resamples` draws of as many values as there are, with replacement: `numpy.ndarray` of shape `(resamples,)`."""
-    generator = np.random.default_rng(seed)
-    return np.array([values[generator.integers(len(values), size=len(values))].mean() for _ in range(resamples)])
+    if (values == values[0]).all():
+        return np.full(resamples, values[0])
+    generator, rows = np.random.default_rng(seed), max(1, 2**22 // len(values))  # 32 MB of picks at a time
+    sizes = [min(rows, resamples - start) for start in range(0, resamples, rows)]
+    return np.concatenate([values[generator.integers(len(values), size=(size, len(values)))].mean(1) for size in sizes])
 
 
 def averages(tasks, scores):
