@@ -110,6 +110,37 @@ def score(predictions, questions, mode="retrieval", metric=None, entail=None):
     return scores
 
 
+def check_questions(questions, where, metric=None):
+    """
+    Raise unless Cor can be computed: before hours of answering, not after them.
+
+    Args:
+        questions (`list[dict]`), where (`str`): and whose they are, for the error.
+        metric (`str`, *optional*): what Cor is.
+
+    Raises:
+        `ValueError`: with counts, for questions without what their metric compares with, or a package that it needs.
+    """
+    lacking = {}
+    for question in questions:
+        name = metric or cor_metric(question["dataset"])
+        if not _has_what_it_needs(question, name):
+            lacking[name] = lacking.get(name, 0) + 1
+    for name, count in lacking.items():
+        what = {"str_em": "meta.qa_pairs", "claim_recall": "meta.claims"}.get(name, "verdicts" if name.startswith("fever") else "answers")
+        raise ValueError(f"Task {where}: {count} of {len(questions)} questions have no {what}, which {name}, their Cor, compares with.")
+    if not has_rouge() and any((metric or cor_metric(x["dataset"])) == "rouge_l" for x in questions):
+        raise ValueError(f"Task {where}: Cor is ROUGE-L, which needs the package that KILT uses: pip install rouge.")
+
+
+def _has_what_it_needs(question, name):
+    if name in ("str_em", "claim_recall"):
+        return bool(question.get("meta", {}).get("qa_pairs" if name == "str_em" else "claims"))
+    if name.startswith("fever"):
+        return len({answer.strip().lower() for answer in question["answers"]} & set(FEVER_LABELS)) == 1
+    return bool(question["answers"])
+
+
 def cor_names(questions, metric=None, nli=True):
     """Names of what Cor is on these questions, `list[str]`; `""` stands for those that need an NLI model that is not there."""
     return sorted({(metric or cor_metric(x["dataset"], nli)) or "" for x in questions})
@@ -129,8 +160,6 @@ def _cor(predictions, questions, metric, entail):
 def _by_metric(name, pairs, entail):
     """One value for each `(prediction, question)`; `None` where the metric needs an NLI model that is not there."""
     if name in TEXT_METRICS:
-        if without := sum(not x["answers"] for _, x in pairs):
-            raise ValueError(f"{without} of {len(pairs)} questions have no answers, which {name} compares with.")
         return [correctness(p["output"], x["answers"], name) for p, x in pairs]
     if name == "str_em":
         return [str_em(p["output_with_citations"], x.get("meta", {}).get("qa_pairs"))[0] for p, x in pairs]
