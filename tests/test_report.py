@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import make_model
 from evaluation_world import EVIL, MARKUP, QUESTIONS, write_world
 
@@ -28,8 +27,7 @@ def judged(tmp_path_factory):
     common = {**paths, "max_new_tokens": 9, "max_retrievals": 2}
     tasks = [Task("a$b_c", **common, split="in-domain"), Task("d", **common, pool=1, gold_in_pool=False)]
     model = make_model()
-    with torch.no_grad():
-        model.gen.get_output_embeddings().weight[model.config.nsp_token_id] *= -20  # so that it now and then retrieves
+    model.generation_config.sequence_bias = [[[model.config.nsp_token_id], 1000.0]]  # it retrieves as often as it may
     facts = {"command": f"run_evaluation.py {MARKUP}", "nli_model": None}
     evaluate_tasks(model, tasks, folder / "out", ["forced", "off", "retrieval", "gold"], facts=facts)
     return folder / "out"

@@ -152,7 +152,8 @@ def write_comparison(comparison, output_dir, names=("A", "B")):
 def comparison_blocks(comparison, names):
     """The comparison as blocks of a document."""
     text = f"A is {names[0]} ({comparison['first']}), B is {names[1]} ({comparison['second']}). Differences are B − A, question by question, in "
-    text += "percentage points, with 95 % intervals and two-sided p-values of the paired bootstrap; of fewer than some 30 questions it is too sure. Nothing is corrected for the number of comparisons."
+    text += "percentage points, with 95 % intervals and two-sided p-values of the paired bootstrap; of fewer than some 30 questions it is too sure. Nothing "
+    text += "is corrected for the number of comparisons."
     blocks = [Heading("Comparison of two evaluations", 1), Text(text)]
     header = ["", "A", "B", "B − A", "p", "n"]
     if len(comparison["tasks"]) > 1:
