@@ -103,7 +103,7 @@ def test_the_report(folders, tmp_path):
     assert text == to_markdown(comparison_blocks(found, ("first", "second")))
     plain = text.replace("**", "")
     assert re.search(r"\| Cor \| 25.0 \| 100.0 \| \+75.0 \\\[\+\d\d.\d, \+8\d.\d\\] \| &lt; 0.001 \| 40 \|", plain) and "| **Cor** | **25.0**" in text
-    assert "| MRR, corpus | " in plain and "only in the second folder\\: c" in text
+    assert "| MRR, corpus | " in plain and "only in the second folder: c" in text
     page = (tmp_path / "out" / "comparison.html").read_text()
     assert "improvement" in page and "+133.3 %" in page
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import make_model
 from evaluation_world import CORPUS, FREE, IDS, QUESTIONS, UNKNOWN, question, without_times, write_checkpoint, write_world
+from nli_models import make_classifier
 
 from modeling_cosup import Completion, Retrieval
 from trainer.evaluation import cite, embed_queries, make_answer, wrong_passages
@@ -365,7 +366,7 @@ def test_a_config_lists_tasks_and_errors_are_clear(many, tmp_path, monkeypatch, 
     checkpoint, eval_file, corpus_file = many[1], many[3], many[5]
     entries = [{"name": "a", "split": "in-domain"}, {"name": "b", "pool": 4, "max_eval_samples": 3}]
     config = {"tasks": [{**entry, "eval_file": eval_file, "corpus_file": corpus_file} for entry in entries], "modes": ["off"], "max_new_tokens": 4}
-    (tmp_path / "tasks.yaml").write_text(json.dumps(config))  # JSON is YAML
+    (tmp_path / "tasks.yaml").write_text(json.dumps(config).replace('"off"', "off"))  # JSON is YAML, in which off is false
 
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["run_evaluation.py", *map(str, words), "--output_dir", str(tmp_path / "out")])
@@ -376,6 +377,13 @@ def test_a_config_lists_tasks_and_errors_are_clear(many, tmp_path, monkeypatch, 
     assert [results["tasks"][name]["n"] for name in "ab"] == [5, 3] and results["tasks"]["b"]["pool"] == 4
     assert len(list((tmp_path / "out" / "indexes").iterdir())) == 1  # one corpus, embedded once
     assert "b, off: 3 questions" in capsys.readouterr().out
+    for part in make_classifier():
+        part.save_pretrained(tmp_path / "nli")
+    call("--config", tmp_path / "tasks.yaml", "--model", checkpoint, "--max_eval_samples", 5, "--modes", "forced", "--nli_model", tmp_path / "nli")
+    results = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    grounded = [r["grounded_text"] for p in predictions(tmp_path / "out", "forced", "a") for r in p["retrievals"]]
+    assert any(grounded) and results["tasks"]["a"]["modes"]["forced"]["metrics"]["gr"]["n"] > 0
+    assert (tmp_path / "out" / "nli.jsonl").exists() and results["settings"]["nli_model"] == str(tmp_path / "nli")
     for words, message in [
         (["--model", checkpoint], "error: give either --eval_file"),
         (["--model", checkpoint, "--eval_file", eval_file, "--pool", "x"], "error: Task eval: pool is 'x'"),

@@ -89,19 +89,23 @@ def main_table(results):
             rows.append([name, _pool(task), str(n), cor, *(show(own["metrics"].get(metric), metric) for metric in MAIN)])
         if len(names) > 1 and split in results["averages"]:
             strong.append(len(rows))
-            rows.append(_average_row(results, split, mode, f"average of {len(names)}"))
+            rows.append(_average_row(results, split, mode, "average of", len(names)))
     if len(results["tasks"]) > 1 and mode in results["averages"].get("all", {}):
         strong.append(len(rows))
-        rows.append(_average_row(results, "all", mode, f"average of all {len(results['tasks'])}"))
+        rows.append(_average_row(results, "all", mode, "average of all", len(results["tasks"])))
     header = ["", "pool", "n", "Cor is", *(METRICS[metric][0] for metric in MAIN)]
     note = f"Percent, with 95 % bootstrap intervals (of no width where all questions have the same value); {MODE_NAMES[mode]}. "
     note += "; ".join(f"{METRICS[metric][0]}: {METRICS[metric][1]}" for metric in MAIN) + "."
     return [Heading("Results"), Table(header, rows, strong=frozenset(strong)), Text(note, note=True)]
 
 
-def _average_row(results, split, mode, name):
+def _average_row(results, split, mode, name, count):
+    """A row of averages over `count` tasks; a metric that does not apply in all of them says in how many it does."""
     own = results["averages"][split][mode]
-    return [name, "", str(own["cor"]["n"]) if "cor" in own else "", "", *(show(own.get(metric), metric) for metric in MAIN)]
+    cells = [show(own.get(metric), metric) for metric in MAIN]
+    few = [own[metric]["tasks"] if metric in own and own[metric]["tasks"] < count else None for metric in MAIN]
+    cells = [cell if tasks is None else (cell[0], f"{cell[1]}, {tasks} of {count} tasks") for cell, tasks in zip(cells, few, strict=True)]
+    return [f"{name} {count}", "", str(own["cor"]["n"]) if "cor" in own else "", "", *cells]
 
 
 def _pool(task):
