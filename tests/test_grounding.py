@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.metrics import citation_scores, claim_recall, fever_nli, grounding, k_precision, split_sentences
+from trainer.metrics import citation_scores, cited_passages, claim_recall, fever_nli, grounding, k_precision, split_sentences
 
 A, B, C, D = ({"title": title, "text": f"text {title}"} for title in "ABCD")
 
@@ -61,7 +61,7 @@ def test_grounding_judges_each_sentence_by_its_own_passage():
         ]
     ]
     grounding([{"retrievals": [retrieval("Night", {"title": "", "text": "bare"})]}], judge)
-    assert judge.asked[-1] == [("bare", "Night")]
+    assert judge.asked[-1] == [("Title: \nbare", "Night")]
 
 
 def test_a_judge_that_does_not_answer_is_an_error():
@@ -96,6 +96,14 @@ def test_citations_by_hand():
     assert scores("Radium glows.", Judge(radium=["A"]))["citation_precision"] == 0.0
     assert scores(" \n Night fell [1].", Judge(night=["A"]))["citation_recall"] == 1.0
     assert scores("", Judge()) is None
+
+
+def test_numbers_of_citations_count_distinct_passages():
+    prediction = {"retrievals": [retrieval("", A, B), retrieval("", C, A)]}
+    for each in prediction["retrievals"]:
+        each["passage_ids"] = each["titles"]
+    assert [passage["id"] for passage in cited_passages(prediction)] == ["A", "B", "C"]
+    assert cited_passages(prediction)[2] == {"id": "C", **C} and cited_passages({"retrievals": []}) == []
 
 
 def test_an_unneeded_citation_costs_precision():

@@ -136,6 +136,7 @@ def test_fever_by_its_label():
 def test_which_metric_is_cor():
     assert (cor_metric("nq"), cor_metric("wow"), cor_metric("fever"), cor_metric("my own set")) == ("short_answer", "f1", "fever_nli", "short_answer")
     assert (cor_metric("fever", nli=False), cor_metric("alce_eli5", nli=False), cor_metric("eli5", nli=False)) == ("fever_label", None, "rouge_l")
+    assert (cor_metric("eli5", claims=True), cor_metric("eli5", nli=False, claims=True)) == ("claim_recall", None)
     assert all(correctness("supports", ["supports"], metric) == 1.0 for metric in set(DATASET_METRICS.values()) & {"short_answer", "f1"})
 
 

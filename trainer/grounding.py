@@ -39,8 +39,8 @@ def split_sentences(text):
 
 
 def premise(title, text):
-    """A passage as ALCE gives it to the NLI model; a passage without title is its text."""
-    return f"Title: {title}\n{text}" if title else text
+    """A passage as ALCE gives it to the NLI model, also where the title is empty."""
+    return f"Title: {title}\n{text}"
 
 
 # ---------------------------------------------------------------------- between [Cs] and [CE]
@@ -91,6 +91,15 @@ def k_precision(prediction):
 
 
 # ---------------------------------------------------------------------- ALCE
+
+
+def cited_passages(prediction):
+    """The distinct passages of all `retrievals` in order of first appearance, as `[n]` counts them: `list[dict]` of `{"id", "title", "text"}`."""
+    passages = {}
+    for retrieval in prediction["retrievals"]:
+        for id, title, text in zip(retrieval["passage_ids"], retrieval["titles"], retrieval["texts"], strict=True):
+            passages.setdefault(id, {"id": id, "title": title, "text": text})
+    return list(passages.values())
 
 
 def citation_scores(outputs, passages, entail, at_most_citations=3, split=split_sentences):

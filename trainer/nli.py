@@ -178,6 +178,11 @@ class NLIJudge:
             file.write("".join("\n" + json.dumps({"key": key, "entailed": answer}) for key, answer in answers.items()))
 
 
+def as_judge(nli):
+    """A judge as it is, or the [`NLIJudge`] of a model's name or folder."""
+    return nli if callable(nli) else NLIJudge.from_pretrained(nli)
+
+
 def entailment_label(config):
     """
     Index of a classifier's label for entailment: the one that begins with "entail", in any case ("not_entailment" does not).
