@@ -100,12 +100,14 @@ def main_table(results):
 
 
 def _average_row(results, split, mode, name, count):
-    """A row of averages over `count` tasks; a metric that does not apply in all of them says in how many it does."""
     own = results["averages"][split][mode]
-    cells = [show(own.get(metric), metric) for metric in MAIN]
-    few = [own[metric]["tasks"] if metric in own and own[metric]["tasks"] < count else None for metric in MAIN]
-    cells = [cell if tasks is None else (cell[0], f"{cell[1]}, {tasks} of {count} tasks") for cell, tasks in zip(cells, few, strict=True)]
-    return [f"{name} {count}", "", str(own["cor"]["n"]) if "cor" in own else "", "", *cells]
+    return [f"{name} {count}", "", str(own["cor"]["n"]) if "cor" in own else "", "", *(_show_average(own.get(metric), metric, count) for metric in MAIN)]
+
+
+def _show_average(found, metric, count):
+    """An average as a cell; of a metric that does not apply in all `count` tasks it says in how many it does."""
+    cell = show(found, metric)
+    return (cell[0], f"{cell[1]}, {found['tasks']} of {count} tasks") if found is not None and found["tasks"] < count else cell
 
 
 def _pool(task):
@@ -121,7 +123,8 @@ def _modes(results):
     strong = frozenset()
     if len(rows) > 1:
         strong = frozenset([len(rows)])
-        rows.append(["average", *(show(results["averages"]["all"].get(mode, {}).get("cor"), "cor") for mode in modes)])
+        own, count = results["averages"]["all"], len(rows)
+        rows.append(["average", *(_show_average(own.get(mode, {}).get("cor"), "cor", count) for mode in modes)])
     note = "Cor in percent. Where passages are given, only questions that need one are asked, and [NSP] is forced first."
     return [Heading("What retrieval is worth"), Table(["", *(MODE_NAMES[mode] for mode in modes)], rows, strong=strong), Text(note, note=True)]
 
