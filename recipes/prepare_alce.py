@@ -23,7 +23,7 @@ check_trainer_package()
 
 from modeling_cosup.corpus_cosup import check_text  # noqa: E402
 from trainer.data import content_id  # noqa: E402
-from trainer.evaluation import normalize_answer  # noqa: E402
+from trainer.metrics import normalize_answer  # noqa: E402
 
 NOT_META = ("sample_id", "id", "question", "docs", "answer")
 
