@@ -15,7 +15,7 @@ try:
 except ImportError:
     parquet = None
 
-_NO_ID = re.compile(r"[\x00-\x1f\x7f]|(^|[/\\])\.\.($|[/\\])")
+_NO_ID = re.compile(r"\x00|(^|[/\\])\.\.($|[/\\])")
 
 
 def read_jsonl(path):
@@ -121,12 +121,12 @@ def check_text(value, field, where, may_be_empty=False):
 
 def check_id(value, where):
     """
-    `value` if it can be the id of a passage. Ids are names, never paths; one that leads out of a folder is refused all the same, for the sake of what reads
-    them elsewhere, and so is one that would break a line of a log.
+    `value` if it can be the id of a passage. Ids are names, never paths; one that would lead out of a folder is refused all the same, for the sake of what
+    reads them elsewhere.
     """
     check_text(value, "id", where)
     if _NO_ID.search(value):
-        raise ValueError(f"{where}: id is {value!r}, expected no control characters and no '..' between slashes.")
+        raise ValueError(f"{where}: id is {value!r}, expected no NUL and no '..' between slashes.")
     return value
 
 

@@ -208,7 +208,7 @@ def test_the_usage_block_of_the_card_runs_as_pasted(published, index, tmp_path):
 
 
 UPLOADS = {
-    "model": "CoSupForCausalLM.from_pretrained(sys.argv[1] + '/plain').push_to_hub('victim', max_shard_size='200KB')",
+    "model": "CoSupForCausalLM.from_pretrained(sys.argv[1] + '/plain').push_to_hub('victim', max_shard_size='70KB')",
     "dataset": "PassageIndex.from_pretrained(sys.argv[1] + '/index').push_to_hub('victim')",
 }
 
@@ -217,9 +217,10 @@ UPLOADS = {
 def test_a_push_that_the_server_did_not_survive_is_completed_by_the_next_one(models, kind, tmp_path):
     models["plain"].save_pretrained(tmp_path / "plain")
     many = [{"id": f"m{i}", "title": "", "text": f"radium {i}"} for i in range(400)]
-    index = models["plain"].build_index(many, save_directory=tmp_path / "index", shard_size=100, show_progress_bar=False)
+    index = models["plain"].build_index(many, save_directory=tmp_path / "index", shard_size=20, show_progress_bar=False)
+    stall = {"model": 1_000_000, "dataset": 140_000}[kind]  # half of it: more than the five files that are sent at a time
     code = f"import sys, json\nfrom modeling_cosup import CoSupForCausalLM, PassageIndex\n{UPLOADS[kind]}\nprint(json.dumps(1))"
-    with hub_server(tmp_path / "hub", stall_after_bytes=250_000 if kind == "model" else 100_000) as hub:
+    with hub_server(tmp_path / "hub", stall_after_bytes=stall) as hub:
         process = hub.popen(code, tmp_path)
         hub.wait_for_stall()
         hub.kill()

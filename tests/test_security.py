@@ -54,7 +54,8 @@ def test_no_code_of_ours_unpickles_or_evaluates(path):
         if name in ("np.load", "numpy.load"):
             assert given.get("allow_pickle", "False") == "False", f"{path.name}:{line}"
         assert "allow_pickle" not in given or given["allow_pickle"] == "False", f"{path.name}:{line}"
-        if name.endswith("import_module"):  # a module of recipes/ that the user names; the module that the checkpoint's class came from
+        # by a name that is not written there: a module of recipes/ that the user names; the module that the checkpoint's class came from
+        if name.endswith("import_module") and not isinstance(call.args[0], ast.Constant):
             assert path.name in ("train.py", "demo.py"), f"{path.name}:{line}"
         if path in TRAVELS:
             assert given.get("trust_remote_code", "False") == "False", f"{path.name}:{line} would run the code of another repository"
@@ -127,7 +128,7 @@ def test_code_runs_only_with_trust_remote_code(tmp_path):
     assert result.returncode != 0 and "trust_remote_code" in result.stderr and not (tmp_path / "exploded").exists()
 
 
-@pytest.mark.parametrize("id", ["..", "../x", "a/../b", "..\\x", "x\\..", "/..", "nul\x00", "two\nlines", "\x7f"])
+@pytest.mark.parametrize("id", ["..", "../x", "a/../b", "..\\x", "x\\..", "/..", "nul\x00"])
 def test_an_id_that_leads_out_of_a_folder_is_refused(id, tmp_path):
     with pytest.raises(ValueError, match="Passage 0|row 0|id is"):
         PassageIndex.build([{"id": id, "text": "word"}], make_model(), save_directory=tmp_path / "index", show_progress_bar=False)
