@@ -7,43 +7,12 @@ from conftest import PASSAGES, make_model, plain_batch
 
 from trainer.batching import BatchFacts
 from trainer.data import tokenize_instance
-from trainer.evaluation import (
-    Mean,
-    Rate,
-    answer,
-    evaluate_model,
-    exact_match,
-    normalize_answer,
-    ntp_loss,
-    recall,
-    reference_instances,
-    retrieval_metrics,
-)
+from trainer.evaluation import answer, evaluate_model, ntp_loss, recall, reference_instances, retrieval_metrics
 
 QUESTIONS = [
     {"id": f"q{i}", "dataset": "d", "instruction": "", "input": f"question {i}?", "answers": [p["title"] or "none"]} | {"provenance": [[p["id"]]]}
     for i, p in enumerate(PASSAGES)
 ]
-
-
-def test_normalize_answer_and_exact_match():
-    assert normalize_answer("  The Night-Watch, by a  man! ") == "nightwatch by man"
-    assert exact_match("the Night Watch.", ["x", "night watch"])
-    assert not exact_match("night", ["night watch"])
-    assert exact_match("...", [""])
-
-
-def test_wilson_interval():
-    assert Rate(0, 10).interval == pytest.approx((0.0, 0.2775), abs=1e-4)  # Wilson's score interval, computed by hand
-    assert Rate(5, 10).interval == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    assert Rate(10, 10).interval[1] == pytest.approx(1.0)
-
-
-def test_mean_is_weighted_and_its_interval_holds_it():
-    mean = Mean([2.0, 12.0], [1, 3])
-    assert mean.value == 3.5
-    assert mean.interval[0] <= 3.5 <= mean.interval[1]
-    assert Mean([4.0, 8.0], [2, 4]).interval == (2.0, 2.0)
 
 
 def test_ntp_loss_of_references_equals_the_model(model):

@@ -16,8 +16,8 @@ from modeling_cosup.tokenization_cosup import (
 # ---------------------------------------------------------------------- reading and checking
 
 
-def _read(source, split):
-    """`(where, dict)` pairs of a JSON Lines file, or of a dataset name (Hub or folder) through `datasets.load_dataset`."""
+def read_rows(source, split="train"):
+    """`(where, dict)` pairs of a JSON Lines file, or of a dataset name (Hub or folder) through `datasets.load_dataset`, unchecked."""
     if str(source).endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz")) or Path(source).is_file():
         yield from read_jsonl(source)
         return
@@ -35,7 +35,7 @@ def check_passage(passage, where, field=""):
 
 def load_instances(source, split="train"):
     """Training instances of a JSON Lines file or dataset name, checked: `list[dict]`; see [`check_instance`]."""
-    instances = [check_instance(value, where) for where, value in _read(source, split)]
+    instances = [check_instance(value, where) for where, value in read_rows(source, split)]
     if not instances:
         raise ValueError(f"{source}: holds no instance.")
     return instances
@@ -108,7 +108,7 @@ def load_corpus(source, split="train"):
         `ValueError`: a missing or empty field, or a duplicate id, naming file and line.
     """
     passages, places = [], {}
-    pairs = read_corpus(source) if str(source).endswith(".parquet") else _read(source, split)
+    pairs = read_corpus(source) if str(source).endswith(".parquet") else read_rows(source, split)
     for where, passage in checked_passages(pairs):
         if passage["id"] in places:
             raise ValueError(f"{where}: id {passage['id']!r} already stands at {places[passage['id']]}; ids must be unique.")
@@ -119,35 +119,41 @@ def load_corpus(source, split="train"):
     return passages
 
 
-def load_evaluation_set(source, split="test", corpus=None):
+def load_evaluation_set(source, split="test", corpus=None, answers_required=True):
     """
-    Evaluation instances `{"id", "dataset", "instruction", "input", "answers", "provenance", "candidates"}`, checked.
+    Evaluation instances `{"id", "dataset", "instruction", "input", "answers", "provenance", "candidates", "meta"}`, checked.
 
     Args:
         source (`str`): JSON Lines file or dataset name.
         split (`str`): of a dataset name.
         corpus (`list[dict]`, *optional*): then every id in `provenance` and `candidates` must be a passage of it.
+        answers_required (`bool`): an empty list of answers is an error; retrieval alone can be judged without them.
+
+    `candidates` may be missing, and so may `meta`, an object of whatever else a metric needs (`qa_pairs` and `claims` of ALCE).
 
     Raises:
         `ValueError`: a missing field or an id that the corpus lacks, naming file and line.
     """
     known = None if corpus is None else {passage["id"] for passage in corpus}
     instances = []
-    for where, value in _read(source, split):
+    for where, value in read_rows(source, split):
         question = _check_question(value, where)
         answers, provenance, candidates = value.get("answers"), value.get("provenance"), value.get("candidates")
         candidates = [] if candidates is None else candidates
-        if not _are_strings(answers) or not answers:
-            raise ValueError(f"{where}: answers is {answers!r}, expected a list of at least one string.")
+        if not _are_strings(answers) or (answers_required and not answers):
+            raise ValueError(f"{where}: answers is {answers!r}, expected a list of {'at least one string' if answers_required else 'strings'}.")
         if not isinstance(provenance, list) or not all(_are_strings(ids) and ids for ids in provenance):
             raise ValueError(f"{where}: provenance is {provenance!r}, expected a list of lists of passage ids.")
         if not _are_strings(candidates):
             raise ValueError(f"{where}: candidates is {candidates!r}, expected a list of passage ids.")
-        for name, ids in [("provenance", sum(provenance, [])), ("candidates", candidates)]:
+        meta = {} if value.get("meta") is None else value["meta"]
+        if not isinstance(meta, dict):
+            raise ValueError(f"{where}: meta is {meta!r}, expected an object.")
+        for name, ids in [("provenance", [id for evidence in provenance for id in evidence]), ("candidates", candidates)]:
             missing = [] if known is None else [id for id in ids if id not in known]
             if missing:
                 raise ValueError(f"{where}: {name} holds {missing[0]!r}, which the corpus lacks ({len(missing)} such ids).")
-        instances.append({**question, "answers": answers, "provenance": provenance, "candidates": candidates})
+        instances.append({**question, "answers": answers, "provenance": provenance, "candidates": candidates, "meta": meta})
     if not instances:
         raise ValueError(f"{source}: the evaluation set holds no instance.")
     return instances

@@ -1,9 +1,6 @@
 """Judge a model on an evaluation set: recall of its query embeddings, and what it retrieves and answers while generating."""
 
 import contextlib
-import math
-import re
-import string
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +13,8 @@ from modeling_cosup.tokenization_cosup import encode_passages_for_gen, encode_pr
 from .batching import BatchFacts
 from .data import tokenize_instance
 from .duplicates import global_batch
+from .intervals import Mean, Rate
+from .metrics import exact_match, gold_ids
 
 METRIC_NAMES = {  # as reports and model cards say them
     "recall@1": "recall@1 of the query embedding",
@@ -30,92 +29,12 @@ METRIC_NAMES = {  # as reports and model cards say them
 
 
 @dataclass
-class Rate:
-    """
-    A share of `n` questions with its 95 % Wilson interval.
-
-    Args:
-        hits (`int`), n (`int`): successes and trials.
-    """
-
-    hits: int
-    n: int
-
-    @property
-    def value(self):
-        return self.hits / self.n if self.n else float("nan")
-
-    @property
-    def interval(self):
-        """`(low, high)` of the 95 % Wilson score interval."""
-        if not self.n:
-            return float("nan"), float("nan")
-        z, p = 1.959964, self.value
-        centre, spread = p + z * z / (2 * self.n), z * math.sqrt(p * (1 - p) / self.n + z * z / (4 * self.n * self.n))
-        return (centre - spread) / (1 + z * z / self.n), (centre + spread) / (1 + z * z / self.n)
-
-    def __str__(self):
-        low, high = self.interval
-        return f"{100 * self.value:5.1f} %  [{100 * low:.1f}, {100 * high:.1f}]  n = {self.n}"
-
-    def to_dict(self):
-        return {"value": self.value, "interval": list(self.interval), "n": self.n}
-
-
-@dataclass
-class Mean:
-    """
-    A weighted mean over instances with its 95 % bootstrap interval (1,000 resamples of the instances, seed 0).
-
-    Args:
-        sums, weights (`list[float]`): per instance, e.g. the summed loss and the number of tokens.
-    """
-
-    sums: list
-    weights: list
-
-    @property
-    def value(self):
-        return float(np.sum(self.sums) / np.sum(self.weights))
-
-    @property
-    def interval(self):
-        """`(low, high)` of the 95 % percentile bootstrap."""
-        picks = np.random.default_rng(0).integers(len(self.sums), size=(1000, len(self.sums)))
-        means = np.asarray(self.sums)[picks].sum(1) / np.asarray(self.weights)[picks].sum(1)
-        return tuple(np.percentile(means, [2.5, 97.5]).tolist())
-
-    def __str__(self):
-        low, high = self.interval
-        return f"{self.value:7.3f}  [{low:.3f}, {high:.3f}]  n = {len(self.sums)}"
-
-    def to_dict(self):
-        return {"value": self.value, "interval": list(self.interval), "n": len(self.sums)}
-
-
-@dataclass
 class Answer:
     """What a model wrote for one question: `text` without passages, the ids it retrieved in order, and the text with citations."""
 
     text: str
     retrieved: list = field(default_factory=list)
     cited: str = ""
-
-
-def normalize_answer(text):
-    """SQuAD's and KILT's: lower case, without punctuation and articles, single spaces."""
-    text = "".join(character for character in text.lower() if character not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-def exact_match(prediction, answers):
-    """Whether the normalised prediction equals one of the normalised answers."""
-    return normalize_answer(prediction) in {normalize_answer(answer) for answer in answers}
-
-
-def gold_ids(instance):
-    """Ids of all passages that count as gold, of any set of `provenance`."""
-    return {id for evidence in instance["provenance"] for id in evidence}
 
 
 # ---------------------------------------------------------------------- running the model

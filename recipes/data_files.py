@@ -1,0 +1,131 @@
+"""What the prepare recipes share: sources that are read one by one, files that are whole or not there, passages of other formats, the paper's instructions."""
+
+import contextlib
+import csv
+import gzip
+import io
+import json
+import sys
+import zlib
+from pathlib import Path
+
+from modeling_cosup.corpus_cosup import check_text, check_title_and_text, read_corpus
+
+INSTRUCTIONS = Path(__file__).with_name("instructions.json")
+TSV_ENDINGS = (".tsv", ".tsv.gz")
+
+
+@contextlib.contextmanager
+def writing(path):
+    """
+    A function that writes one object a line (JSON Lines, `.gz` by the name). The file gets its name when the block ends well, and is not there otherwise.
+
+    Args:
+        path (`str`, `Path` or None): without one nothing is written. Folders are made.
+    """
+    if path is None:
+        yield lambda value: None
+        return
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        with unfinished.open("wb") as raw, contextlib.ExitStack() as stack:
+            # without a name and a time in the header, the same lines are the same bytes
+            file = stack.enter_context(gzip.GzipFile("", "wb", fileobj=raw, mtime=0)) if path.suffix == ".gz" else raw
+            yield lambda value: file.write((json.dumps(value, ensure_ascii=False) + "\n").encode())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read_json(path):
+    """
+    What a JSON file holds, `.gz` or plain.
+
+    Raises:
+        `FileNotFoundError`, `ValueError`: names the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file.")
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            return json.loads(file.read().decode("utf-8"))
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: malformed JSON ({error}).") from None
+
+
+def read_tsv(path, columns):
+    """
+    Rows of a file of tab-separated values with a header, `.gz` or plain; values may be quoted as in CSV.
+
+    Args:
+        path (`str` or `Path`), columns (`list[str]`): the header that is expected.
+
+    Yields:
+        `(str, dict)`: `"file, line n"` and the row.
+
+    Raises:
+        `FileNotFoundError`, `ValueError`: names file and line, what was found and what was expected.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file.")
+    csv.field_size_limit(sys.maxsize)
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as binary:
+        rows = csv.reader(io.TextIOWrapper(binary, encoding="utf-8", newline=""), delimiter="\t")
+        try:
+            for number, row in enumerate(rows):
+                where = f"{path}, line {rows.line_num}"
+                if number == 0 and row != columns:
+                    raise ValueError(f"{where}: the header is {row!r}, expected {columns!r}.")
+                if row and len(row) != len(columns):
+                    raise ValueError(f"{where}: found {len(row)} columns, expected {len(columns)}: {', '.join(columns)}.")
+                if number and row:
+                    yield where, dict(zip(columns, row, strict=True))
+        except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path} is damaged behind line {rows.line_num}: {error}") from None
+
+
+def read_passages(source):
+    """
+    Passages of a corpus, one at a time: our JSON Lines or Parquet, BEIR's `corpus.jsonl` (`_id`), or DPR's `psgs_w100.tsv` (`id`, `text`, `title`).
+
+    Args:
+        source (`str`, `Path` or iterable of `(str, dict)`): a file, or its lines with their places.
+
+    Yields:
+        `(str, dict)`: the place and `{"id", "title", "text"}`; with `wikipedia_id`, `start_paragraph_id` and `end_paragraph_id` where the line has them.
+
+    Raises:
+        `ValueError`: names file and line, the field, what was found and what was expected.
+    """
+    if isinstance(source, str | Path):
+        source = read_tsv(source, ["id", "text", "title"]) if str(source).endswith(TSV_ENDINGS) else read_corpus(str(source))
+    for where, value in source:
+        id = value.get("id", value.get("_id"))
+        passage = {"id": check_text(str(id) if isinstance(id, int) else id, "id", where), **check_title_and_text(value, where)}
+        yield where, passage | {name: value[name] for name in ("wikipedia_id", "start_paragraph_id", "end_paragraph_id") if name in value}
+
+
+def instruction_of(dataset, given):
+    """
+    The instruction of a dataset: what was given as `--instruction`, else the paper's.
+
+    Raises:
+        `ValueError`: when there is neither.
+    """
+    if given is not None:
+        return given
+    known = json.loads(INSTRUCTIONS.read_text(encoding="utf-8"))["instructions"]
+    if dataset not in known:
+        raise ValueError(f"{INSTRUCTIONS.name} has no instruction for {dataset!r}, only for {', '.join(known)}: give one as --instruction; it may be empty.")
+    return known[dataset]
+
+
+def distinct(values):
+    """Values in order, each once."""
+    return list(dict.fromkeys(values))

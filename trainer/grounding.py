@@ -1,0 +1,219 @@
+"""
+Does what was written follow from what was retrieved: Gr and K-precision of grounded text, ALCE's citations and claims, FEVER by NLI.
+
+What needs an NLI model takes `entail`, a function from pairs (premise, hypothesis) to one bool each, e.g. a judge of `trainer.nli`; it is called with all
+pairs of all instances at once, so that the model can work in batches.
+"""
+
+import re
+from collections import Counter
+
+from .correctness import alce_output, fever_verdict, normalize_answer, remove_citations
+
+# Words that end in a full stop within a sentence, lower case.
+ABBREVIATIONS = frozenset(
+    "mr mrs ms dr prof st sr jr gen col lt maj capt sgt cmdr adm rev hon gov sen rep pres vs etc no nos vol vols pp ed eds fig al approx ca cf "
+    "inc ltd co corp bros dept univ est jan feb mar apr jun jul aug sep sept oct nov dec mt ft e.g i.e a.m p.m".split()
+)
+_SENTENCE_END = re.compile(r"[.!?]+[\"'”’)\]]*\s+(?=[\"'“‘(\[]*[A-Z0-9À-Þ\[])")
+
+
+def split_sentences(text):
+    """
+    Sentences of an English text: `list[str]`, none of them empty.
+
+    A sentence ends at `.`, `!` or `?` (with closing quotes and brackets) before white space and a capital, digit or opening bracket, unless the full stop
+    belongs to an abbreviation or an initial. ALCE splits with NLTK's Punkt model, which is a download; to count exactly as it does, pass
+    `nltk.sent_tokenize` where a function here takes `split`.
+    """
+    sentences, start = [], 0
+    for end in _SENTENCE_END.finditer(text):
+        word = re.split(r"[\s(\[\"'“‘]", text[start : end.start()])[-1].lower()
+        inner = text[end.start()] == "." and end.group().rstrip() == "." and (word in ABBREVIATIONS or re.fullmatch(r"[^\W\d]|([^\W\d]\.)+[^\W\d]", word))
+        if not inner:
+            sentences.append(text[start : end.end()].strip())
+            start = end.end()
+    return [sentence for sentence in [*sentences, text[start:].strip()] if sentence]
+
+
+def premise(title, text):
+    """A passage as ALCE gives it to the NLI model; a passage without title is its text."""
+    return f"Title: {title}\n{text}" if title else text
+
+
+# ---------------------------------------------------------------------- between [Cs] and [CE]
+
+
+def grounding(predictions, entail, split=split_sentences):
+    """
+    Gr: share of the sentences between `[Cs]` and `[CE]` that follow from the passages retrieved for that very span.
+
+    Args:
+        predictions (`list[dict]`): with `retrievals`, each `{"titles", "texts", "grounded_text"}`.
+        entail (`Callable`): `list[(premise, hypothesis)]` -> `list[bool]`.
+        split (`Callable`): a text -> its sentences.
+
+    Returns:
+        `list[float | None]`: one per prediction; `None` where no sentence is grounded on a passage (nothing was retrieved): Gr says nothing about it.
+    """
+    pairs, owners = [], []
+    for owner, prediction in enumerate(predictions):
+        for retrieval in prediction["retrievals"]:
+            passages = "\n".join(premise(title, text) for title, text in zip(retrieval["titles"], retrieval["texts"], strict=True))
+            for sentence in split(retrieval["grounded_text"]):
+                pairs.append((passages, sentence))
+                owners.append(owner)
+    labels = _ask(entail, pairs)
+    total, entailed = Counter(owners), Counter(owner for owner, label in zip(owners, labels, strict=True) if label)
+    return [entailed[owner] / total[owner] if total[owner] else None for owner in range(len(predictions))]
+
+
+def k_precision(prediction):
+    """
+    K-precision: share of the words between `[Cs]` and `[CE]` that stand in the passages retrieved for that span. Lexical, needs no model.
+
+    Words are those of [`normalize_answer`]; one counts at most as often as the passages hold it.
+
+    Args:
+        prediction (`dict`): as for [`grounding`].
+
+    Returns:
+        `float`, or `None` where no word is grounded on a passage.
+    """
+    found = total = 0
+    for retrieval in prediction["retrievals"]:
+        words = Counter(normalize_answer(retrieval["grounded_text"]).split())
+        passages = Counter(normalize_answer(" ".join([*retrieval["titles"], *retrieval["texts"]])).split())
+        found, total = found + sum((words & passages).values()), total + sum(words.values())
+    return found / total if total else None
+
+
+# ---------------------------------------------------------------------- ALCE
+
+
+def citation_scores(outputs, passages, entail, at_most_citations=3, split=split_sentences):
+    """
+    ALCE's citation recall and precision.
+
+    Recall: share of the sentences that follow from the passages they cite, taken together; a sentence without citation, or with one out of range, does not.
+    Precision: share of the citations that are of use. In a sentence that follows from its passages, a citation is of no use if its passage alone does not
+    entail the sentence and the others do without it; in any other sentence none is of use.
+
+    Args:
+        outputs (`list[str]`): with `[n]` before the sentence's end; only the first line counts. `[1]` is the first passage; `[0]` is out of range.
+        passages (`list[list[dict]]`): for each output, the passages that `n` counts, `{"title", "text"}`.
+        entail (`Callable`): `list[(premise, hypothesis)]` -> `list[bool]`; called three times.
+        at_most_citations (`int`): further ones of a sentence are ignored.
+        split (`Callable`): a text -> its sentences.
+
+    Returns:
+        `list[dict | None]`: for each output `citation_recall`, `citation_precision` and, to sum up over outputs, the numbers of `sentences`, of those
+        with `several` citations, of those `supported` by them, and of `unneeded` citations there. `None` for an empty output, which ALCE leaves out.
+    """
+    sentences = [
+        _Sentence(sentence, row, passages[row], at_most_citations) for row, output in enumerate(outputs) for sentence in split(alce_output(output))
+    ]
+    cited = [s for s in sentences if s.premises]
+    for sentence, label in zip(cited, _ask(entail, [(s.joint(s.premises), s.claim) for s in cited]), strict=True):
+        sentence.entailed = label
+    several = [(s, ref) for s in cited if s.entailed and len(s.premises) > 1 for ref in s.refs]
+    alone = _ask(entail, [(s.passage(ref), s.claim) for s, ref in several])
+    doubtful = [pair for pair, label in zip(several, alone, strict=True) if not label]
+    without = _ask(entail, [(s.joint(s.others(ref)), s.claim) for s, ref in doubtful])
+    for (sentence, _), label in zip(doubtful, without, strict=True):
+        sentence.unneeded += label
+    return [_citation_scores([s for s in sentences if s.row == row]) for row in range(len(outputs))]
+
+
+class _Sentence:
+    """A sentence of an output: what it claims, and the passages it cites (none where a citation is out of range)."""
+
+    def __init__(self, text, row, passages, at_most):
+        self.row, self.claim, self.entailed, self.unneeded = row, remove_citations(text).strip(), False, 0
+        refs = [int(number) - 1 for number in re.findall(r"\[(\d+)", text)]
+        self.refs = refs[:at_most] if all(0 <= ref < len(passages) for ref in refs) else []
+        self.several = len(self.refs or refs) > 1
+        self._passages = passages
+        self.premises = [self.passage(ref) for ref in self.refs]
+
+    def passage(self, ref):
+        return premise(self._passages[ref]["title"], self._passages[ref]["text"])
+
+    def others(self, ref):
+        """The cited passages without one citation of `ref`."""
+        refs = list(self.refs)
+        refs.remove(ref)
+        return [self.passage(other) for other in refs]
+
+    @staticmethod
+    def joint(premises):
+        return "\n".join(premises)
+
+
+def _citation_scores(sentences):
+    if not sentences:
+        return None
+    citations = sum(len(s.refs) for s in sentences)
+    useful = sum(len(s.refs) - s.unneeded if s.entailed else 0 for s in sentences)
+    return {
+        "citation_recall": sum(s.entailed for s in sentences) / len(sentences),
+        "citation_precision": useful / citations if citations else 0.0,
+        "sentences": len(sentences),
+        "several": sum(s.several for s in sentences),
+        "supported": sum(s.several and s.entailed for s in sentences),
+        "unneeded": sum(s.unneeded for s in sentences),
+    }
+
+
+def claim_recall(outputs, claims, entail):
+    """
+    ALCE's correctness on ELI5: share of the claims of a reference answer that follow from the output.
+
+    Args:
+        outputs (`list[str]`): may hold citations; only the first line counts.
+        claims (`list[list[str]]`): of each question.
+        entail (`Callable`): `list[(premise, hypothesis)]` -> `list[bool]`.
+
+    Returns:
+        `list[float]`.
+
+    Raises:
+        `ValueError`: with counts, when a question has no claims.
+    """
+    if without := sum(not each for each in claims):
+        raise ValueError(f"{without} of {len(claims)} questions have no claims: claim recall is for ALCE's ELI5.")
+    pairs = [(remove_citations(alce_output(output)), claim) for output, each in zip(outputs, claims, strict=True) for claim in each]
+    labels = iter(_ask(entail, pairs))
+    return [sum(next(labels) for _ in each) / len(each) for each in claims]
+
+
+def fever_nli(outputs, inputs, answers, entail):
+    """
+    The paper's Cor on FEVER: the output must entail a claim that is supported, and must not entail one that is refuted.
+
+    An empty output is wrong (the paper's script, which asks the model all the same, would mostly count it right on refuted claims).
+
+    Args:
+        outputs (`list[str]`), inputs (`list[str]`): what was written about which claim.
+        answers (`list[list[str]]`): "SUPPORTS" or "REFUTES", in any case.
+        entail (`Callable`): `list[(premise, hypothesis)]` -> `list[bool]`.
+
+    Returns:
+        `list[float]`.
+    """
+    verdicts = []
+    for each in answers:
+        if len(found := {fever_verdict(answer) for answer in each}) != 1:
+            raise ValueError(f"The answers to a FEVER claim are {each!r}, expected one verdict.")
+        verdicts.append(found.pop() == "supports")
+    outputs = [remove_citations(output).strip() for output in outputs]
+    labels = iter(_ask(entail, [(output, claim) for output, claim in zip(outputs, inputs, strict=True) if output]))
+    return [float(bool(output) and next(labels) == verdict) for output, verdict in zip(outputs, verdicts, strict=True)]
+
+
+def _ask(entail, pairs):
+    """One bool for each pair; a judge that leaves pairs without an answer is an error."""
+    labels = list(entail(pairs)) if pairs else []
+    if len(labels) != len(pairs) or any(label is None for label in labels):
+        raise ValueError(f"The NLI model answered {sum(label is not None for label in labels)} of {len(pairs)} pairs.")
+    return [bool(label) for label in labels]
