@@ -131,7 +131,7 @@ class RetrievalGenerationMixin:
 
     def generate_many(
         self, prompts, generation_config=None, *, retriever=None, retrieval_config=None, max_retrievals=None, batch_size=32, max_batch_tokens=None,
-        output_file=None, show_progress_bar=True, description="Generating", **kwargs,
+        output_file=None, on_completion=None, show_progress_bar=True, description="Generating", **kwargs,
     ):  # fmt: skip
         """
         Continue any number of prompts: a row that is finished makes room for the next prompt at once, so that the batch stays full.
@@ -146,6 +146,8 @@ class RetrievalGenerationMixin:
                 `max_new_tokens`, and `max_retrievals` (one, where there is no limit) passages of full length.
             output_file (`str` or `Path`, *optional*): JSON Lines; each answer is appended as soon as it is finished, and answers that stand there already are
                 not written again.
+            on_completion (callable, *optional*): gets each [`Completion`] as soon as it is finished, not those of `output_file`; what it returns, a `dict` or
+                `None`, stands behind the progress bar.
             show_progress_bar (`bool`), description (`str`): a tqdm bar over prompts, and what stands before it.
 
         Returns:
@@ -176,7 +178,7 @@ class RetrievalGenerationMixin:
             call.columns = self._check_lengths(prompts) or self._columns_needed(longest, budget, call)
             batch_size = max(1, min(batch_size, max_batch_tokens // call.columns))
         bar = {"total": len(prompts), "initial": len(results), "desc": description, "unit": "prompt", "disable": not show_progress_bar}
-        call.queue = Queue(prompts, results, batch_size, output_file, key, bar)
+        call.queue = Queue(prompts, results, batch_size, output_file, key, bar, on_completion)
         first = torch.zeros((1, longest), dtype=torch.long, device=self.device)  # transformers prepares processors and budgets from its shape
         self._generate_with_retrieval(first, generation_config, {"attention_mask": torch.ones_like(first), **kwargs}, call)
         return [call.queue.results[number] for number in range(len(prompts))]

@@ -34,8 +34,9 @@ class Completion:
 class Queue:
     """The prompts of generate_many() that are not answered yet, and where their answers go."""
 
-    def __init__(self, prompts, results, batch_size, output_file, key, bar):
+    def __init__(self, prompts, results, batch_size, output_file, key, bar, on_completion=None):
         self.prompts, self.results, self.batch_size, self.output_file, self.key, self.bar = prompts, results, batch_size, output_file, key, bar
+        self.on_completion = on_completion
 
     def run(self, model, decoder, rows):
         """Longest prompts first: the last rows of the batch should be short ones."""
@@ -54,6 +55,8 @@ class Queue:
                     line = {**vars(done), "retrievals": trace, "prompt": hash_of(row.prompt), "settings": self.key}
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
                     file.flush()
+                if self.on_completion is not None and (said := self.on_completion(done)):
+                    bar.set_postfix(said, refresh=False)
                 bar.update(1)
 
             decoder.run(waiting, keep)

@@ -32,13 +32,17 @@ def test_recall_against_the_model_itself(model):
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_modes_of_answering(batch_size):
-    """An untrained model never retrieves with mode 'off', reads the gold passage with 'gold', and what it wrote excludes passages."""
+    """An untrained model never retrieves with mode 'off', reads gold passages with 'gold', others with 'wrong', and what it wrote excludes passages."""
     model = make_model()
     index = model.build_index(PASSAGES, show_progress_bar=False)
     off = answer(model, QUESTIONS, None, "off", batch_size=batch_size, max_new_tokens=6)
     gold = answer(model, QUESTIONS, index, "gold", batch_size=batch_size, max_new_tokens=6)
-    assert all(found.retrieved == [] for found in off + gold)
-    assert [a.text for a in off] != [a.text for a in gold]
+    wrong, again = (answer(model, QUESTIONS, index, "wrong", batch_size=batch_size, max_new_tokens=6) for _ in range(2))
+    assert all(found.retrieved == [] for found in off)
+    assert [found.retrieved for found in gold] == [x["provenance"][0] for x in QUESTIONS]
+    assert all(len(found.retrieved) == 1 and found.retrieved != x["provenance"][0] for found, x in zip(wrong, QUESTIONS, strict=True))
+    assert wrong == again
+    assert len({tuple(a.text for a in answers) for answers in (off, gold, wrong)}) == 3
     metrics, answers = evaluate_model(model, index, QUESTIONS + [{**QUESTIONS[0], "provenance": []}], batch_size, 6)
     assert metrics["exact_match"].n == metrics["retrieval_accuracy"].n == 6
     assert metrics["needless_retrieval"].n == metrics["exact_match_no_passage"].n == 1

@@ -9,6 +9,17 @@ def world_size():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank():
+    """This process' number, 0 without a process group."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def barrier():
+    """Wait for all ranks."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 def host_group(timeout=None):
     """A process group for what ranks tell each other from the host, so that no GPU is waited for; all ranks must ask for it together."""
     return None if world_size() == 1 or dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)

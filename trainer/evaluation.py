@@ -1,20 +1,22 @@
 """Judge a model on an evaluation set: recall of its query embeddings, and what it retrieves and answers while generating."""
 
 import contextlib
+import random
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from modeling_cosup import info_nce
-from modeling_cosup.tokenization_cosup import encode_passages_for_gen, encode_prompt, pad_rows
+from modeling_cosup import RetrievalConfig, info_nce
+from modeling_cosup.tokenization_cosup import encode_prompt, pad_rows
 
 from .batching import BatchFacts
 from .data import tokenize_instance
 from .duplicates import global_batch
 from .intervals import Mean, Rate
-from .metrics import exact_match, gold_ids
+from .metrics import exact_match, gold_ids, split_sentences
 
 METRIC_NAMES = {  # as reports and model cards say them
     "recall@1": "recall@1 of the query embedding",
@@ -26,15 +28,29 @@ METRIC_NAMES = {  # as reports and model cards say them
     "needless_retrieval": "questions that need no passage: retrieved",
     "exact_match_no_passage": "questions that need no passage: exact match",
 }
+MODES = ("retrieval", "gold", "off", "forced", "wrong")  # see `retrieval_settings`
 
 
 @dataclass
 class Answer:
-    """What a model wrote for one question: `text` without passages, the ids it retrieved in order, and the text with citations."""
+    """
+    What a model wrote for one question.
+
+    Args:
+        text (`str`): without passages.
+        retrieved (`list[str]`): the best passage of each retrieval, in order.
+        cited (`str`): to be read: a numbered citation behind each grounded span, and the passages below.
+        output_with_citations (`str`): as ALCE wants it: `[n]` before the end of each grounded sentence, where n counts the distinct passages.
+        retrievals (`list[dict]`): `{"passage_ids", "scores", "titles", "texts", "grounded_text"}`, in order.
+        num_generated_tokens (`int`): tokens that were decoded.
+    """
 
     text: str
     retrieved: list = field(default_factory=list)
     cited: str = ""
+    output_with_citations: str = ""
+    retrievals: list = field(default_factory=list)
+    num_generated_tokens: int = 0
 
 
 # ---------------------------------------------------------------------- running the model
@@ -81,36 +97,103 @@ def recall(model, index, instances, ks=(1, 5), batch_size=32):
     return {k: Rate(sum(any(hits[:k]) for hits in found), len(asked)) for k in ks}
 
 
-def answer(model, instances, index=None, mode="retrieval", batch_size=32, max_new_tokens=64):
+def answer(
+    model, instances, index=None, mode="retrieval", batch_size=32, max_new_tokens=64, candidates=None, top_k=1, max_retrievals=None, seed=0,
+    output_file=None, on_completion=None, show_progress_bar=True,
+):  # fmt: skip
     """
     Answers to questions.
 
     Args:
         model (`CoSupForCausalLM`), instances (`list[dict]`): evaluation instances.
-        index (`PassageIndex`): searched (`"retrieval"`) or read (`"gold"`).
-        mode (`str`): `"retrieval"`: Gen decides when to retrieve. `"gold"`: the first passage of the first set of `provenance` stands behind the
-            prompt, and the answer ends with its grounded text. `"off"`: `[NSP]` cannot be emitted.
+        index (`PassageIndex`): searched or read, unless the mode is `"off"`.
+        mode (`str`): see [`retrieval_settings`].
         batch_size, max_new_tokens (`int`): as in generate().
+        candidates (`list`, *optional*): for each question the ids of the passages among which it searches.
+        top_k (`int`), max_retrievals (`int`, *optional*): of [`RetrievalConfig`], where the model searches.
+        seed (`int`): of mode `"wrong"`.
+        output_file, on_completion, show_progress_bar: as in generate_many().
 
     Returns:
         `list[Answer]`.
     """
-    config, tokenizer = model.config, model.tokenizer
-    prompts = [list(encode_prompt(tokenizer, x["input"], x["instruction"])) for x in instances]
-    if mode == "gold":
-        gold = [index[index.row_of(x["provenance"][0][0])] for x in instances]
-        passages = encode_passages_for_gen(tokenizer, gold, config)
-        prompts = [[*prompt, config.nsp_token_id, *ids, config.cs_token_id] for prompt, ids in zip(prompts, passages, strict=True)]
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "batch_size": batch_size}
-    if mode == "retrieval":
-        options["retriever"] = index
-    else:
-        options["suppress_tokens"] = [config.cs_token_id, config.nsp_token_id]
-    if mode == "gold":
-        options["eos_token_id"] = [config.ce_token_id, *model.generation_config.eos_token_id]
+    prompts = [list(encode_prompt(model.tokenizer, x["input"], x["instruction"])) for x in instances]
+    settings = retrieval_settings(mode, instances, index, candidates, top_k, max_retrievals, seed)
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "batch_size": batch_size, "output_file": output_file, "on_completion": on_completion}
+    options |= {"description": f"Answering ({mode})", "show_progress_bar": show_progress_bar}
     with evaluating(model):
-        completions = model.generate_many(prompts, description=f"Answering ({mode})", **options)
-    return [Answer(done.text, [retrieval.passage_id for retrieval in done.retrievals], done.cited_text) for done in completions]
+        completions = model.generate_many(prompts, retriever=None if mode == "off" else index, retrieval_config=settings, **options)
+    return [make_answer(done, len(prompt), model.tokenizer) for done, prompt in zip(completions, prompts, strict=True)]
+
+
+def retrieval_settings(mode, instances, index=None, candidates=None, top_k=1, max_retrievals=None, seed=0):
+    """
+    How the questions of an evaluation retrieve.
+
+    Args:
+        mode (`str`): `"retrieval"`: Gen decides when, and its query finds what. `"forced"`: the same, but every answer begins with `[NSP]`. `"off"`: `[NSP]` is
+            never emitted. `"gold"`: every answer begins with `[NSP]` and gets the passages of the first set of `provenance`, in order. `"wrong"`: the same with
+            as many passages that are not gold, drawn at random from the question's `candidates`, or from the index where it has none.
+        others: see [`answer`].
+
+    Returns:
+        [`RetrievalConfig`].
+
+    Raises:
+        `ValueError`: for an unknown mode; with counts, for questions without provenance in `"gold"` and `"wrong"`, or without a wrong passage to draw.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}.")
+    if mode == "off":
+        return RetrievalConfig(forbid_nsp=True)
+    if mode in ("retrieval", "forced"):
+        return RetrievalConfig(top_k, max_retrievals, force_nsp_first=mode == "forced", candidates=candidates)
+    if without := sum(not x["provenance"] for x in instances):
+        raise ValueError(f"{without} of {len(instances)} questions have no provenance: mode {mode!r} needs gold passages.")
+    passages = [x["provenance"][0] for x in instances] if mode == "gold" else wrong_passages(instances, index, seed)
+    return RetrievalConfig(force_nsp_first=True, passages=passages)
+
+
+def wrong_passages(instances, index, seed=0):
+    """For each question as many ids of random passages that are not gold as its first set of `provenance` holds; which, depends on seed and question alone."""
+    rows = index.live_rows()
+    passages = [_wrong_passages(x, index, rows, random.Random(f"{seed} {x['id']}")) for x in instances]
+    if without := sum(not ids for ids in passages):
+        raise ValueError(f"{without} of {len(instances)} questions have no passage but gold ones: mode 'wrong' has nothing to give them.")
+    return passages
+
+
+def _wrong_passages(instance, index, rows, generator):
+    gold, count = gold_ids(instance), len(instance["provenance"][0])
+    if instance.get("candidates"):
+        wrong = [id for id in instance["candidates"] if id not in gold]
+    else:
+        drawn = generator.sample(range(len(rows)), min(len(rows), count + len(gold)))  # enough, even if all gold passages are drawn
+        wrong = [passage["id"] for passage in index.get_passages(rows[drawn]) if passage["id"] not in gold]
+    return generator.sample(wrong, min(count, len(wrong)))
+
+
+def make_answer(done, start, tokenizer):
+    """[`Answer`] of a [`Completion`] whose prompt had `start` tokens: positions of its trace count from the prompt's first."""
+    numbers, pieces, retrievals, position = {}, [], [], 0
+    for retrieval in done.retrievals:
+        first, end = (column - start for column in retrieval.grounded_span)
+        marks = "".join(f"[{numbers.setdefault(id, len(numbers) + 1)}]" for id in retrieval.passage_ids)
+        grounded = tokenizer.decode(done.token_ids[first:end], skip_special_tokens=True).strip()
+        before = tokenizer.decode(done.token_ids[position : max(position, retrieval.position - start)], skip_special_tokens=True)
+        pieces += [before, *(cite(sentence, marks) for sentence in split_sentences(grounded))]
+        position = end
+        names = {name: [passage[name.removesuffix("s")] for passage in retrieval.passages] for name in ("titles", "texts")}
+        retrievals.append({"passage_ids": retrieval.passage_ids, "scores": retrieval.scores, **names, "grounded_text": grounded})
+    pieces.append(tokenizer.decode(done.token_ids[position:], skip_special_tokens=True))
+    output = " ".join(piece.strip() for piece in pieces if piece.strip())
+    return Answer(done.text, [retrieval.passage_id for retrieval in done.retrievals], done.cited_text, output, retrievals, done.num_generated_tokens)
+
+
+def cite(sentence, marks):
+    """A sentence with `marks` before its closing punctuation."""
+    end = re.search(r"[.!?]*[\"'”’)\]]*$", sentence).start()
+    return f"{sentence[:end]} {marks}{sentence[end:]}"
 
 
 def ntp_loss(model, instances):

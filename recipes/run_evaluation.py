@@ -1,0 +1,122 @@
+"""
+Judge a checkpoint on one evaluation set, or on all that a config lists, and write a results folder with a report.
+
+    accelerate launch recipes/run_evaluation.py --model out --corpus_file corpus.jsonl --eval_file eval.jsonl --output_dir results
+    accelerate launch recipes/run_evaluation.py --config tasks.yaml --model out --output_dir results --modes retrieval gold off wrong
+
+A config may hold any option, and `tasks`, a list of such entries (options of the same names serve all entries that leave them out):
+
+    tasks:
+      - {name: nq-20, eval_file: nq.jsonl, corpus_file: nq_corpus.jsonl, split: in-domain, pool: 20}
+
+Several processes share the questions. After a crash the same command (with as many processes) goes on; a corpus is embedded once, and kept in `--index_cache`.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cli import check_trainer_package, clear_errors, parse, table
+
+check_trainer_package()
+
+import torch  # noqa: E402
+from build_index import processes  # noqa: E402
+
+from modeling_cosup import CoSupConfig, CoSupForCausalLM  # noqa: E402
+from trainer.judging import command_line, evaluate_tasks  # noqa: E402
+from trainer.report import write_report  # noqa: E402
+from trainer.scoring import COUNTS, METRICS  # noqa: E402
+from trainer.tasks import read_tasks  # noqa: E402
+
+TASK_OPTIONS = ("corpus_file", "index", "split", "pool", "gold_in_pool", "metric", "max_eval_samples", "max_new_tokens", "top_k", "max_retrievals")
+
+
+@dataclass
+class EvaluationArguments:
+    """Which model is judged, on what, and how."""
+
+    model: str = field(metadata={"help": "Name or path of a CoSup checkpoint."})
+    output_dir: str = field(metadata={"help": "Results folder."})
+    tasks: str | None = field(default=None, metadata={"help": "In a config: a list of tasks; see above."})
+    eval_file: str | None = field(default=None, metadata={"help": "Questions of a single task: JSON Lines (.gz) or a dataset name."})
+    corpus_file: str | None = field(default=None, metadata={"help": "Passages to embed: JSON Lines (.gz), Parquet or a dataset name."})
+    index: str | None = field(default=None, metadata={"help": "Name or path of an index of the model, in place of a corpus."})
+    split: str | None = field(default=None, metadata={"help": "in-domain or out-of-domain, for the averages."})
+    pool: str | None = field(default=None, metadata={"help": "full (default): search the whole index; a number: so many candidates of each question."})
+    gold_in_pool: bool | None = field(default=None, metadata={"help": "Gold candidates are always in the pool (default); false: the first ones as they are."})
+    metric: str | None = field(default=None, metadata={"help": "What Cor is; defaults to that of the questions' dataset."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Ask only the first questions of each task."})
+    max_new_tokens: int | None = field(default=None, metadata={"help": "Decoded tokens per answer; defaults to 64."})
+    top_k: int | None = field(default=None, metadata={"help": "Passages for each retrieval; defaults to 1."})
+    max_retrievals: int | None = field(default=None, metadata={"help": "Per answer; defaults to no limit."})
+    modes: list[str] = field(default_factory=lambda: ["retrieval", "gold", "off"], metadata={"help": "Any of retrieval, gold, off, forced and wrong."})
+    index_cache: str | None = field(default=None, metadata={"help": "Folder of embedded corpora, for all runs that name it; defaults to OUTPUT_DIR/indexes."})
+    nli_model: str | None = field(default=None, metadata={"help": "NLI model for Gr, citations and FEVER, e.g. google/t5_xxl_true_nli_mixture."})
+    nli_batch_size: int = field(default=32, metadata={"help": "Pairs at once."})
+    batch_size: int = field(default=32, metadata={"help": "Questions at once."})
+    dtype: str = field(default="auto", metadata={"help": "Dtype of the model's weights, e.g. bfloat16 on a GPU."})
+    num_examples: int = field(default=3, metadata={"help": "Answers of each task that the report shows."})
+    num_threads: int | None = field(default=None, metadata={"help": "Threads of a process on a CPU."})
+    seed: int = field(default=0, metadata={"help": "Of the passages of mode wrong."})
+
+
+def main():
+    """Load, judge, write the report, print the figures."""
+    (args,) = parse([EvaluationArguments], __doc__)
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    with clear_errors():
+        tasks = list_tasks(args)
+        state = processes()
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        model = load_model(args, tasks).to(state.device)
+        entail = load_judge(args, state.device) if args.nli_model and state.is_main_process else None
+        facts = {"command": command_line(), "nli_model": args.nli_model}
+        results = evaluate_tasks(model, tasks, args.output_dir, args.modes, entail, args.index_cache, args.batch_size, args.seed, facts)
+        if state.is_main_process:
+            write_report(args.output_dir, args.num_examples)
+            print_figures(results, args.output_dir)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def list_tasks(args):
+    """The tasks of the config, or the one of the command line: `list[Task]`."""
+    if (args.tasks is None) == (args.eval_file is None):
+        raise ValueError("give either --eval_file, for one task, or a config that lists tasks.")
+    entries = args.tasks if args.tasks is not None else [{"name": Path(args.eval_file).name.split(".")[0], "eval_file": args.eval_file}]
+    return read_tasks(entries, **{name: getattr(args, name) for name in TASK_OPTIONS})
+
+
+def load_model(args, tasks):
+    """The checkpoint; without Emb_seq where nothing is to be embedded."""
+    embeds = any(task.index is None and task.corpus_file for task in tasks) or CoSupConfig.from_pretrained(args.model).query_from != "gen"
+    return CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype, load_emb_seq=embeds)
+
+
+def load_judge(args, device):
+    """The NLI judge; what it has answered stays in the results folder."""
+    from trainer.nli import NLIJudge
+
+    return NLIJudge.from_pretrained(args.nli_model, device, batch_size=args.nli_batch_size, cache_file=Path(args.output_dir) / "nli.jsonl")
+
+
+def print_figures(results, output_dir):
+    """The main figures of each task, and where everything is."""
+    for name, task in results["tasks"].items():
+        for mode, own in task["modes"].items():
+            print(f"\n{name}, {mode}: {own['n']} questions (95 % intervals in brackets)\n")
+            print(table([(METRICS[metric][0], show(figure, metric)) for metric, figure in own["metrics"].items()]))
+    print(f"\nReport: {Path(output_dir) / 'report.html'}   Figures: {Path(output_dir) / 'metrics.json'}   {results['seconds']:,.0f} s")
+
+
+def show(figure, metric):
+    """A figure on one line."""
+    scale = 1 if metric in COUNTS else 100
+    low, high = (scale * bound for bound in figure["interval"])
+    return f"{scale * figure['value']:6.2f}  [{low:.2f}, {high:.2f}]  n = {figure['n']}"
+
+
+if __name__ == "__main__":
+    main()
