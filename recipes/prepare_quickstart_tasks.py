@@ -7,7 +7,7 @@ In-domain: `people` and `places`, the questions of the world's own eval.jsonl. O
     wordings     the facts and passages of training, asked in words that no training question has
     styles       the questions of training, on passages whose sentences no training passage has
     attributes   kinds of facts that training does not know; the rest of the passage is as in training
-    reversed     the question names the fact ("Who was born in Tathebro?"), the answer is the entity
+    surnames     the question has only the second half of a person's name; no training question has
 
 Written under `output_dir`: corpus.jsonl, the world's corpus and the new passages, one for all tasks; <task>.jsonl, whose `candidates` are the gold passage
 and the nearest others by the letters of names (no model has a part in it); tasks.json, the settings. The world itself stays as it is.
@@ -33,29 +33,25 @@ SPLITS = {
     "wordings": "out-of-domain",
     "styles": "out-of-domain",
     "attributes": "out-of-domain",
-    "reversed": "out-of-domain",
+    "surnames": "out-of-domain",
 }
 
-# What is never trained, for each fact of PERSON and PLACE in their order: wordings of questions, sentences of passages, reversed questions.
+# What is never trained, for each fact of PERSON and PLACE in their order: wordings of questions, sentences of passages.
 UNTRAINED = {
     "person": [
-        (["In which town was {n} born?", "{n} was born where?"], ["{v} is the birthplace of {n}.", "The town where {n} was born is {v}."],
-         ["Who was born in {v}?", "Who comes from the town of {v}?"]),
-        (["In what year was {n} born?", "Which year does {n} date from?"], ["The birth year of {n} is {v}.", "In {v} {n} was born."], []),
-        (["What trade does {n} work in?", "By what job does {n} earn a living?"], ["The job of {n} is {v}.", "A {v} is what {n} works as."], []),
-        (["What does {n} play?", "{n} plays which instrument?"], ["The instrument played by {n} is the {v}.", "The {v} is the instrument of {n}."], []),
-        (["Who shares a house with {n}?", "{n} is married to who?"], ["{v} is the spouse of {n}.", "The spouse of {n} is {v}."],
-         ["Who is married to {v}?", "Who shares a house with {v}?"]),
+        (["In which town was {n} born?", "{n} was born where?"], ["{v} is the birthplace of {n}.", "The town where {n} was born is {v}."]),
+        (["In what year was {n} born?", "Which year does {n} date from?"], ["The birth year of {n} is {v}.", "In {v} {n} was born."]),
+        (["What trade does {n} work in?", "By what job does {n} earn a living?"], ["The job of {n} is {v}.", "A {v} is what {n} works as."]),
+        (["What does {n} play?", "{n} plays which instrument?"], ["The instrument played by {n} is the {v}.", "The {v} is the instrument of {n}."]),
+        (["Who shares a house with {n}?", "{n} is married to who?"], ["{v} is the spouse of {n}.", "The spouse of {n} is {v}."]),
     ],
     "place": [
-        (["By who was {n} founded?", "{n} owes its founding to who?"], ["{v} is the founder of {n}.", "The founder of {n} is {v}."],
-         ["What was founded by {v}?", "Which town owes its founding to {v}?"]),
-        (["Which year does {n} go back to?", "What is the year of the founding of {n}?"], ["The founding of {n} was in {v}.", "In {v} {n} was founded."], []),
-        (["What do travellers know {n} for?", "{n} sells what?"], ["Travellers know {n} for {v}.", "Known for {v} is {n}."], []),
-        (["By the banks of which river does {n} lie?", "{n} stands on which river?"], ["The river near {n} is the {v}.", "The {v} is the river of {n}."],
-         ["What lies on the river {v}?", "Which town stands by the banks of the {v}?"]),
+        (["By who was {n} founded?", "{n} owes its founding to who?"], ["{v} is the founder of {n}.", "The founder of {n} is {v}."]),
+        (["Which year does {n} go back to?", "What is the year of the founding of {n}?"], ["The founding of {n} was in {v}.", "In {v} {n} was founded."]),
+        (["What do travellers know {n} for?", "{n} sells what?"], ["Travellers know {n} for {v}.", "Known for {v} is {n}."]),
+        (["By the banks of which river does {n} lie?", "{n} stands on which river?"], ["The river near {n} is the {v}.", "The {v} is the river of {n}."]),
     ],
-}  # fmt: skip
+}
 NEW_FACTS = {  # as PERSON and PLACE; the answer is the value alone
     "person": [
         (2, ["lies in the river {v}"], ["Which river does {n} lie in?"]),
@@ -89,33 +85,29 @@ class NewEntities:
         self.world.owner.update({passage["title"]: "title" for passage in corpus})
 
     def draw(self, task):
-        """`(passage, question, answers, value)` of one question about a new entity."""
-        kind = "person" if self.rng.random() < 0.7 else "place"
-        title = self.world.name((2, self.rng.choice([2, 3])) if kind == "person" else (3,), "title")
-        facts = list(zip(PERSON if kind == "person" else PLACE, UNTRAINED[kind], strict=True))
-        if task == "reversed":
-            asked = self.rng.choice([fact for fact in facts if fact[1][2]])
-            rest = self.rng.sample([fact for fact in facts if fact is not asked], 2)
-        else:
-            asked, *rest = self.rng.sample(facts, 3)
-        new = self.rng.choice(NEW_FACTS[kind])
-        values, names = [], title
-        for spec in [(new if task == "attributes" else asked[0])[0], *(fact[0][0] for fact in rest)]:
-            values.append(self.world.name((spec,), "tasks", avoid=names) if isinstance(spec, int) else self.rng.choice(spec))
-            names += f" {values[-1]}"  # as in training: a syllable stands once in a passage
-        sentences = [(new if task == "attributes" else asked[0])[1], *(fact[0][1] for fact in rest)]
+        """`(passage, question, answers)` of one question about a new entity."""
+        kind = "person" if task == "surnames" or self.rng.random() < 0.7 else "place"
+        second = 3 if task == "surnames" else self.rng.choice([2, 3])  # enough of them for no two people to share one
+        title = self.world.name((2, second) if kind == "person" else (3,), "title")
+        drawn = self.rng.sample(list(zip(PERSON if kind == "person" else PLACE, UNTRAINED[kind], strict=True)), 3)
+        (values, sentences, questions, answer), (own_questions, _) = drawn[0]
+        if task == "attributes":
+            values, sentences, questions = self.rng.choice(NEW_FACTS[kind])
+        kinds, wordings = [values], [sentences]
+        for fact, _ in drawn[1:]:
+            kinds.append(fact[0])
+            wordings.append(fact[1])
         if task == "styles":
-            sentences = [fact[1][1] for fact in (asked, *rest)]
-        text = self._text(title, kind, sentences, values, whole=task == "styles")
-        question, answer = {
-            "wordings": (asked[1][0], asked[0][3]),
-            "styles": (asked[0][2], asked[0][3]),
-            "attributes": (new[2], "{v}"),
-            "reversed": (asked[1][2], "{n}"),
-        }[task]
-        told = {"n": title, "v": values[0]}
+            wordings = [own for _, (_, own) in drawn]
+        told, names = [], title
+        for each in kinds:
+            told.append(self.world.name((each,), "tasks", avoid=names) if isinstance(each, int) else self.rng.choice(each))
+            names += f" {told[-1]}"  # as in training: a syllable stands once in a passage
+        text = self._text(title, kind, wordings, told, whole=task == "styles")
         passage = {"id": hashlib.sha1(f"{title}\n{text}".encode()).hexdigest()[:16], "title": title, "text": text}
-        return passage, self.rng.choice(question).format(**told), [answer.format(**told)], values[0]
+        name = title.split()[-1] if task == "surnames" else title
+        question = self.rng.choice(own_questions if task == "wordings" else questions).format(n=name)
+        return passage, question, [str(told[0]) if task in ("attributes", "surnames") else answer.format(n=title, v=told[0])]
 
     def _text(self, title, kind, sentences, values, whole):
         """Sentences in random order; `whole` ones name the entity themselves, others get it, then a pronoun, as their subject."""
@@ -212,12 +204,13 @@ def write_tasks(world, folder, seed, num_questions, num_no_passage, pool_size):
         "places": places[:num_questions] + free[num_no_passage : 2 * num_no_passage],
     }
     entities = NewEntities(seed, corpus, [passages[x["provenance"][0][0]] for x in needing])
-    drawn = {task: [entities.draw(task) for _ in range(num_questions * (4 if task == "reversed" else 1))] for task in SPLITS if task not in tasks}
+    drawn = {task: [entities.draw(task) for _ in range(num_questions)] for task in SPLITS if task not in tasks}
     corpus += [passage for rows in drawn.values() for passage, *_ in rows]
-    words = Counter(word for passage in corpus for word in set(re.findall(r"\w+", passage["text"])))
-    drawn["reversed"] = [row for row in drawn["reversed"] if words[row[-1]] == 1][:num_questions]  # else other entities would be right too
     for task, rows in drawn.items():
-        tasks[task] = [{"input": question, "answers": answers, "provenance": [[passage["id"]]]} for passage, question, answers, _ in rows]
+        tasks[task] = [{"input": question, "answers": answers, "provenance": [[passage["id"]]]} for passage, question, answers in rows]
+    names = Counter(word for passage in corpus for word in set(re.findall(r"\w+", passage["text"])))
+    titles = {passage["id"]: passage["title"] for passage in corpus}
+    tasks["surnames"] = [row for row in tasks["surnames"] if names[titles[row["provenance"][0][0]].split()[1]] == 1]  # else others would be right too
     nearest = NearestByLetters(corpus, random.Random(f"pools {seed}"))
     write_jsonl(folder / "corpus.jsonl", corpus)
     for task, rows in tasks.items():
