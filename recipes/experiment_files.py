@@ -19,6 +19,7 @@ What an experiment file says, and which trainings and evaluations follow from it
 import hashlib
 import json
 import random
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def load_experiment(path, overrides=()):
             inner = inner.setdefault(part, {})
             if not isinstance(inner, dict):
                 raise ValueError(f"--override {override}: {part} holds no options.")
-        inner[keys[-1]] = yaml.safe_load(value)
+        inner[keys[-1]] = _value(value, override)
     where = str(path)
     if unknown := sorted(set(values) - {each.name for each in fields(Experiment)}):
         raise ValueError(f"{where}: unknown field {unknown[0]!r}.")
@@ -111,6 +112,16 @@ def load_experiment(path, overrides=()):
     experiment = Experiment(**{name: value for name, value in values.items() if value is not None})
     _check(experiment, where)
     return experiment
+
+
+def _value(text, override):
+    """The value of an override; YAML would take the brace of `{data}` for a mapping."""
+    if re.match(r"\{(data|world|models)\}", text):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--override {override}: malformed YAML: {error}") from None
 
 
 def _check(experiment, where):

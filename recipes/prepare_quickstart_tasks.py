@@ -157,7 +157,7 @@ def prepare_tasks(world: str, output_dir: str, seed: int = 0, num_questions: int
 
     Args:
         world (`str`): a folder of prepare_quickstart.py.
-        output_dir (`str`): other tasks there are replaced; a folder that holds anything else is refused.
+        output_dir (`str`): other tasks there are replaced; a folder that holds no tasks is refused.
         seed (`int`): of the new entities.
         num_questions (`int`): most questions of a task that need a passage.
         num_no_passage (`int`): further questions of `people` and of `places` that need none.
@@ -173,10 +173,9 @@ def prepare_tasks(world: str, output_dir: str, seed: int = 0, num_questions: int
     settings["world"] = json.loads(Path(world, "world.json").read_text())
     settings["code"] = hashlib.sha1(Path(__file__).read_bytes()).hexdigest()
     output = Path(output_dir)
-    names = {"corpus.jsonl", "tasks.json", *(f"{task}.jsonl" for task in SPLITS)}
     found = set(os.listdir(output)) if output.exists() else set()
-    if found not in (set(), names):
-        raise FileExistsError(f"{output} holds other things than tasks of this script: choose another folder, or remove it.")
+    if found and "tasks.json" not in found:
+        raise FileExistsError(f"{output} holds something, but no tasks of this script: choose another folder, or remove it.")
     if not found or json.loads((output / "tasks.json").read_text()) != settings:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{output.name}.", dir=output.parent) as temporary:

@@ -90,7 +90,7 @@ def test_encoders_become_emb_seq_and_the_retriever_has_learned(world, tmp_path):
             model = CoSupForCausalLM.from_gen_and_emb_seq(
                 world["gen"], paths[name], query_from=query_from, emb_seq_pooling=pooling, max_passage_length=128, **extra
             )
-            assert model.encode_passages([{"id": "p", "title": "t", "text": "x"}]).isfinite().all()
+            assert model.build_index([{"id": "p", "title": "t", "text": "x"}]).embeddings.isfinite().all()
     tokenizer = AutoTokenizer.from_pretrained(paths["retriever"])
     texts = [f"{p['title']} :: {p['text']}" for p in load_corpus(world["corpus"])[:64]]
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -104,6 +105,7 @@ def here(monkeypatch):
     return start
 
 
+@pytest.mark.slow
 def test_two_arms_two_seeds_from_file_to_report(inputs, tmp_path, here):
     code, launched = here(arguments(inputs, tmp_path / "out", more=("--cache_dir", tmp_path / "cache")))
     assert code == 0
@@ -159,6 +161,7 @@ def test_a_failed_arm_stands_in_the_report_and_the_others_are_there(inputs, tmp_
     assert "There is one seed" in (tmp_path / "out" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_where_it_was(inputs, tmp_path, here):
     """The runner and its training are killed; the second call resumes, and ends with the weights of a training that was never killed."""
     given = ["arms={co: {supervision: co}}", "baseline=retrieval", "seeds=[0]", "pools=[4]", "max_steps=60", "save_strategy=steps", "save_steps=5"]
@@ -209,16 +212,23 @@ def test_a_recipe_is_launched_and_its_error_is_found_in_its_log(tmp_path, monkey
     assert log.read_text().split("\n")[:2] == ["good", "bad"]
 
 
-def test_the_folder_of_a_training_that_still_runs_is_left_alone(tmp_path):
+def test_the_folder_of_a_training_that_still_runs_is_left_alone(tmp_path, capsys):
     """A program that inherited the lock of a runner that died holds it."""
     with run_experiments.locked(tmp_path / "folder") as lock:
         left = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock])
-    code = "import sys; sys.path[:0] = sys.argv[1:3]; from run_experiments import locked\nwith locked(__import__('pathlib').Path(sys.argv[3])): print('mine')"
-    words = [sys.executable, "-c", code, str(ROOT), str(ROOT / "recipes"), str(tmp_path / "folder")]
-    second = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-    assert second.stdout.readline().strip().endswith("another process works on it; waiting")
+    entered = Event()
+
+    def second():
+        with run_experiments.locked(tmp_path / "folder"):
+            entered.set()
+
+    thread = Thread(target=second)
+    thread.start()
+    assert not entered.wait(0.5)
+    assert capsys.readouterr().out == f"{tmp_path / 'folder'}: another process works on it; waiting\n"
     left.communicate(b"\n")
-    assert second.communicate(timeout=60)[0].strip() == "mine"
+    assert entered.wait(60)
+    thread.join()
 
 
 # ---------------------------------------------------------------------- files
@@ -261,6 +271,7 @@ def test_all_shipped_experiments_share_the_co_arm():
         (["tasks=[{name: a, eval_fil: b}]"], "unknown field 'eval_fil'"),
         (["max_steps"], "expected key=value"),
         (["title.a.b=1"], "title holds no options"),
+        (["seeds=[1"], "--override seeds=[1: malformed YAML"),
     ],
 )
 def test_what_an_experiment_file_cannot_say(inputs, overrides, message):
