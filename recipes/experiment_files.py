@@ -11,6 +11,7 @@ What an experiment file says, and which trainings and evaluations follow from it
     tasks               as in a config of recipes/run_evaluation.py, or the name of a file with such a list; those of the world by default
     pools               full, 20, 100, ...: each task is judged with each, unless it says `pool`, or `pools` of its own
     corpus_sizes        in place of pools: the full corpus is searched, cut to so many passages, gold ones always among them; `full` is all of it
+    pools_only          embed only the passages that the pools of the asked questions hold, not whole corpora: for large ones on a slow machine
     evaluation          other options of recipes/run_evaluation.py
     axis                an option of train.py whose values are the x axis of a plot; an arm without it is drawn as a level line
     data                a folder; `{data}` stands for it in paths, as `{world}` and `{models}` do for the folders of the seed's world
@@ -60,6 +61,7 @@ class Experiment:
     tasks: list | str | None = None
     pools: list = field(default_factory=lambda: ["full"])
     corpus_sizes: list | None = None
+    pools_only: bool = False
     evaluation: dict = field(default_factory=dict)
     axis: str | None = None
     data: str | None = None
@@ -141,6 +143,8 @@ def _check(experiment, where):
         raise ValueError(f"{where}: evaluation: run_evaluation.py has no option {unknown[0]!r} that could stand here.")
     if experiment.axis is not None and experiment.axis not in TRAIN_OPTIONS:
         raise ValueError(f"{where}: axis is {experiment.axis!r}, expected an option of train.py.")
+    if experiment.pools_only and (experiment.corpus_sizes is not None or "full" in experiment.pools):
+        raise ValueError(f"{where}: pools_only leaves out what a search of the full corpus needs.")
     if isinstance(experiment.tasks, str):
         experiment.tasks = read_yaml(find(experiment.tasks)).get("tasks")
     if experiment.tasks is None and experiment.world is None:
@@ -218,6 +222,27 @@ def cut_corpora(entries, meaning, folder, max_questions=None, seed=0):
             write_lines(eval_file, [{**x, "candidates": []} for x in load_evaluation_set(entry["eval_file"])])  # which the small corpora lack
             kept.append({**entry, "corpus_file": str(corpus_file), "eval_file": str(eval_file)})
     return kept, notes
+
+
+def cut_to_pools(entries, folder, max_questions=None):
+    """
+    Corpora of nothing but the candidates and gold passages of the questions that are asked.
+
+    Args:
+        entries: of [`expand_tasks`]; folder (`Path`), max_questions: as for [`cut_corpora`].
+
+    Returns:
+        `list[dict]`: the entries with their new files.
+    """
+    files = {}
+    for source in dict.fromkeys(entry["corpus_file"] for entry in entries):
+        wanted = {}
+        for entry in [entry for entry in entries if entry["corpus_file"] == source]:
+            limit = entry.get("max_eval_samples", max_questions)
+            wanted |= {id: None for x in load_evaluation_set(entry["eval_file"])[:limit] for id in (*x["candidates"], *gold_ids(x))}
+        files[source] = folder / f"{digest(source)[:8]}-{digest_of(sorted(wanted))[:8]}.jsonl"
+        write_lines(files[source], [passage for passage in load_corpus(source) if passage["id"] in wanted])
+    return [{**entry, "corpus_file": str(files[entry["corpus_file"]])} for entry in entries]
 
 
 # ---------------------------------------------------------------------- files and what they hold

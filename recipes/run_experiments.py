@@ -33,7 +33,7 @@ check_trainer_package()
 
 import torch  # noqa: E402
 import yaml  # noqa: E402
-from experiment_files import NOT_OPTIONS, ROOT, WORLD_FILES, cut_corpora, digest, evaluation_key, expand_tasks, key_of, load_experiment  # noqa: E402
+from experiment_files import NOT_OPTIONS, ROOT, WORLD_FILES, cut_corpora, cut_to_pools, digest, evaluation_key, expand_tasks, key_of, load_experiment  # noqa: E402
 from prepare_quickstart import prepare  # noqa: E402
 from prepare_quickstart_models import prepare_models  # noqa: E402
 from prepare_quickstart_tasks import prepare_tasks  # noqa: E402
@@ -140,6 +140,8 @@ def plan_seed(experiment, seed, cache, notes):
     if experiment.corpus_sizes:
         entries, left_out = cut_corpora(entries, meaning, cache / "corpora", experiment.evaluation.get("max_eval_samples"))
         notes += [note for note in left_out if note not in notes]
+    if experiment.pools_only:
+        entries = cut_to_pools(entries, cache / "corpora", experiment.evaluation.get("max_eval_samples"))
     runs = []
     for arm, own in options.items():
         run = Run(arm, seed, complete(fill(own, places), seed, world), entries=entries, meaning=meaning)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from trainer.document import _plain
 from trainer.experiment_report import write_experiment_report
 from trainer.tables import Results, verdict
 
@@ -89,8 +90,10 @@ def test_report_says_who_is_ahead_and_what_is_missing(tmp_path):
     results = make(tmp_path, {**many, "absent": {0: None}}, seeds=[0], title="<script>alert(1)</script>")
     write_experiment_report(results, tmp_path / "report")
     text, page = ((tmp_path / "report" / f"report.{kind}").read_text() for kind in ("md", "html"))
-    assert "in-domain average: new is ahead in Ret (+40.0)" in page
-    assert "in-domain average: same is within noise in Ret (+0.0)" in page
+    cells = ["new: full corpus, in-domain average", "Ret (+40.0)", "—", "—"]
+    assert f"| {' | '.join(map(_plain, cells))} |" in text
+    cells = ["same: full corpus, out-of-domain average", "—", "—", "Ret (+0.0)"]
+    assert f"| {' | '.join(map(_plain, cells))} |" in text
     assert "absent, seed 0: not run" in page
     assert "+40.0 (+100.0 %)" in page
     assert "<script>" not in page and "<script>" not in text
