@@ -28,6 +28,7 @@ import yaml
 from run_evaluation import TASK_OPTIONS, EvaluationArguments
 from train import ScriptArguments
 
+from modeling_cosup.configuration_cosup import SIMILARITY_DEFAULTS
 from modeling_cosup.index_files_cosup import sha256
 from trainer import CoSupTrainingArguments, load_corpus, load_evaluation_set
 from trainer.metrics import gold_ids
@@ -36,6 +37,7 @@ from trainer.tasks import read_tasks
 ROOT = Path(__file__).resolve().parents[1]
 NOT_OPTIONS = {"prepare", "prepare_options", "output_dir", "seed", "eval_file", "corpus_file"}  # data, folders and seeds are the runner's business
 TRAIN_OPTIONS = {each.name for each in (*fields(ScriptArguments), *fields(CoSupTrainingArguments))} - NOT_OPTIONS
+TRAIN_DEFAULTS = {each.name: each.default for each in (*fields(ScriptArguments), *fields(CoSupTrainingArguments))}
 EVALUATION_OPTIONS = {each.name for each in fields(EvaluationArguments)} - {"model", "output_dir", "tasks", "eval_file", "index_cache", *TASK_OPTIONS[:4]}
 NO_PART_OF_A_RESULT = {  # changing these trains nothing anew
     "num_threads", "logging_steps", "logging_strategy", "logging_first_step", "report_to", "save_strategy", "save_steps", "save_total_limit", "disable_tqdm",
@@ -292,9 +294,14 @@ def digest_of(value):
 
 
 def key_of(options):
-    """What names a training: a hash of all options that decide its result and of the content of the files and models that they name."""
+    """
+    What names a training: a hash of all options that decide its result and of the content of the files and models that they name.
+
+    An option that says what train.py does anyway names no other training.
+    """
     files = ("gen", "emb_seq", "query_encoder", "model_name_or_path", "train_file", "validation_file")
-    told = {name: value for name, value in options.items() if name not in NO_PART_OF_A_RESULT and value is not None}
+    told = {**SIMILARITY_DEFAULTS.get(options.get("similarity", TRAIN_DEFAULTS["similarity"]), {}), **{k: v for k, v in options.items() if v is not None}}
+    told = {name: value for name, value in told.items() if name not in NO_PART_OF_A_RESULT and value != TRAIN_DEFAULTS.get(name)}
     return digest_of({name: digest(value) if name in files else str(value) for name, value in told.items()})[:12]
 
 

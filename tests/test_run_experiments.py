@@ -252,11 +252,12 @@ def test_shipped_experiments_are_valid(path, tmp_path):
         assert args.gradient_accumulation_steps * args.train_batch_size in (64, 128)
 
 
-def test_all_shipped_experiments_share_the_co_arm():
+def test_shipped_experiments_share_what_they_have_in_common(tmp_path):
     """What one has trained the next one finds."""
-    names = ("main_table", "corpus_size", "controls", "general_retriever")
-    files = [load_experiment(ROOT / "recipes" / "experiments" / f"{name}.yaml") for name in names]
-    assert len({experiment_files.key_of(run_experiments.complete(each.options("co"), 0, {"gen": "G", "train_file": "T"})) for each in files}) == 1
+    arms = {"main_table": "co", "corpus_size": "co", "controls": "co", "general_retriever": "co", "emb_seq": "same", "nsp_loss_weight": "ours"}
+    arms |= {"passages_trained": "masked", "similarity": "cosine-0.05"}
+    options = [load_experiment(ROOT / "recipes" / "experiments" / f"{name}.yaml").options(arm) for name, arm in arms.items()]
+    assert len({experiment_files.key_of(run_experiments.complete(each, 0, {"gen": "G", "train_file": "T"})) for each in options}) == 1
 
 
 @pytest.mark.parametrize(
