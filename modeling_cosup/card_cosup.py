@@ -7,15 +7,18 @@ from pathlib import Path
 
 from huggingface_hub import DatasetCardData, EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from .hub_cosup import (CARD_MARKER, is_repo_id)
+
+logger = logging.get_logger(__name__)
 
 FACTS_FILE = "training_facts.json"  # what training and evaluation recorded, and of which weights
 CURVES_FILE = "loss_curves.png"
 TEMPLATE_FILE = "hub_card.md"
 TAGS = ["retrieval-augmented-generation", "cosup", "custom_code"]
 PAPER_TAG = "arxiv:2403.09024"
+FACTS_OF_ALL_WEIGHTS = ("license", "language", "datasets", "tags")  # what stays true when the weights change
 SHOWN_LOSSES = ("loss", "ntp_loss", "nsp_loss", "nsp_accuracy")
 SHOWN_STEPS = 10
 
@@ -33,14 +36,13 @@ def load_facts(name_or_path, revision=None):
         `results`, `index` and `question`, each optional; `CoSupTrainer.create_model_card` records them.
     """
     path = beside_checkpoint(name_or_path, FACTS_FILE, revision)
-    if path is None:
-        return {}
     try:
-        facts = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(facts, dict):
-        raise ValueError(f"{path} is damaged: found {type(facts).__name__}, expected an object.")
+        facts = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError:
+        facts = None
+    if not isinstance(facts, dict):  # no reason not to save a model
+        logger.warning(f"{path} is damaged and is left out of the card.")
+        return {}
     return facts
 
 
@@ -49,7 +51,10 @@ def beside_checkpoint(name_or_path, name, revision=None):
     if not name_or_path:
         return None
     options = {"_raise_exceptions_for_gated_repo": False, "_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    return cached_file(name_or_path, name, revision=revision, **options)
+    try:
+        return cached_file(name_or_path, name, revision=revision, **options)
+    except OSError:  # the repository is private, or is no longer there
+        return None
 
 
 def model_card(model, repo_id, facts, base=None):
@@ -110,7 +115,12 @@ def _metadata(model, repo_id, facts, base):
 
 
 def _name(repo_id, facts):
-    return facts.get("name") or Path(repo_id).absolute().name
+    return _cell(facts.get("name") or Path(repo_id).absolute().name)
+
+
+def _cell(value):
+    """A value as one cell of a Markdown table, or one line."""
+    return " ".join(str(value).split()).replace("|", "\\|")
 
 
 def _eval_results(group):
@@ -135,10 +145,10 @@ def _context(model, repo_id, facts, base):
     return {
         "marker": CARD_MARKER,
         "name": _name(repo_id, facts),
-        "repo_id": repo_id,
+        "repo_id": json.dumps(repo_id, ensure_ascii=False),
         "adapter": base is not None,
         "base": base,
-        "index": facts.get("index"),
+        "index": json.dumps(facts["index"], ensure_ascii=False) if facts.get("index") else None,
         "question": json.dumps(facts.get("question") or "who painted the night watch?", ensure_ascii=False),
         "nsp_token": tokens[0],
         "cs_token": tokens[1],
@@ -162,7 +172,7 @@ def _part(part, config, name):
 def _settings(config):
     """Rows of the table of what the model, and any index of it, was built with."""
     names = ("similarity", "temperature", "nsp_loss_weight", "query_from", *config.embedding_settings)
-    return [(f"`{name}`", f"`{getattr(config, name)!r}`") for name in dict.fromkeys(names)]
+    return [(f"`{name}`", f"`{_cell(repr(getattr(config, name)))}`") for name in dict.fromkeys(names)]
 
 
 def _training(training):
@@ -170,7 +180,7 @@ def _training(training):
     if not training:
         return None
     counts = training.get("instances", {})
-    by_name = ", ".join(f"{count:,} of {name}" for name, count in counts.items() if name)
+    by_name = ", ".join(f"{count:,} of {_cell(name)}" for name, count in counts.items() if name)
     log = [entry for entry in training.get("log", []) if "loss" in entry]
     names = [name for name in SHOWN_LOSSES if any(name in entry for entry in log)]
     picked = [log[round(i * (len(log) - 1) / max(1, min(SHOWN_STEPS, len(log)) - 1))] for i in range(min(SHOWN_STEPS, len(log)))]
@@ -178,7 +188,7 @@ def _training(training):
     return {
         "instances": f"Trained on {sum(counts.values()):,} instances" + (f" ({by_name})" if by_name else ""),
         "passages": f"which hold {passages:,} distinct passages" if passages else None,
-        "table": list(training.get("arguments", {}).items()),
+        "table": [(_cell(name), _cell(value)) for name, value in training.get("arguments", {}).items()],
         "loss_names": names,
         "losses": [[entry.get("step", ""), *(f"{entry[name]:.4g}" if name in entry else "" for name in names)] for entry in picked],
         "curves": training.get("curves", False),
@@ -190,9 +200,9 @@ def _result(group):
     for metric in group["metrics"]:
         unit = f" {metric['unit']}" if metric.get("unit") else ""
         interval = "[{:.4g}, {:.4g}]".format(*metric["interval"]) if metric.get("interval") else ""
-        rows.append({"name": metric["name"], "value": f"{metric['value']:.4g}{unit}", "interval": interval, "n": f"{metric['n']:,}"})
+        rows.append({"name": _cell(metric["name"]), "value": f"{metric['value']:.4g}{unit}", "interval": interval, "n": f"{metric['n']:,}"})
     size = group.get("index_size")
-    return {"dataset": group["dataset"]["name"], "index": f"{size:,}" if size else None, "rows": rows}
+    return {"dataset": _cell(group["dataset"]["name"]), "index": f"{size:,}" if size else None, "rows": rows}
 
 
 # ---------------------------------------------------------------------- the card of an index
@@ -210,7 +220,7 @@ searches it while it writes.
 ```python
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{model_id}", trust_remote_code=True, load_emb_seq=False)
+model = AutoModelForCausalLM.from_pretrained("{model_id}", trust_remote_code=True, load_emb_seq=False){comment}
 index = model.load_index("{repo_id}")  # needs faiss-cpu and pyarrow; revision="..." pins a commit
 print(len(index), index[0])
 ```
@@ -246,7 +256,7 @@ def index_card(config, num_passages, repo_id, model=None, license=None):
         pretty_name=repo_id.rsplit("/", 1)[-1],
         viewer=False,
     )
-    settings = [f"| `{name}` | `{value!r}` |" for name, value in config["fingerprint"].items()]
+    settings = [f"| `{name}` | `{_cell(repr(value))}` |" for name, value in config["fingerprint"].items()]
     approximate = "\nThe file of its approximate index is parsed by FAISS and read only with `allow_faiss_files=True`." if config["approximate"] else ""
     return INDEX_CARD.format(
         metadata=metadata.to_yaml(),
@@ -255,7 +265,8 @@ def index_card(config, num_passages, repo_id, model=None, license=None):
         repo_id=repo_id,
         passages=num_passages,
         model=f"[{model}](https://huggingface.co/{model})" if model else "a CoSup model",
-        model_id=model or "the model that made it",
+        model_id=model or "namespace/model",
+        comment="" if model else "  # the one that made it",
         size=config["embedding_size"],
         dtype=config["dtype"],
         bytes=f"{sum(facts['size'] for facts in config['files'].values()) / 1e6:,.1f} MB",

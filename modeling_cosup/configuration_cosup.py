@@ -145,6 +145,9 @@ class CoSupConfig(PreTrainedConfig):
     def to_dict(self):
         output = super().to_dict()
         output.pop("load_emb_seq", None)  # a choice of the process that loads, not of the checkpoint
+        for name in self.sub_configs:  # the folder that a part was loaded from, which is nobody else's business; repositories stand in `gen_name_or_path`
+            if isinstance(output.get(name), dict):
+                output[name].pop("_name_or_path", None)
         return output
 
 

@@ -14,10 +14,18 @@ EMB_SEQ_TOKENIZER_FOLDER = "emb_seq_tokenizer"  # only where the two tokenizers 
 CARD_MARKER = (
     "<!-- CoSup wrote this card from what training recorded. Proofread it, complete it, then remove this comment: a card without it is never replaced. -->"
 )
-# What a checkpoint may hold, at its top level and in the folder of a second tokenizer. Nothing else is uploaded: no optimiser states, no arguments, no data.
-CHECKPOINT_PATTERNS = ("*.safetensors", "*.json", "*_cosup.py", "*.jinja", "*.model", "vocab.txt", "merges.txt", "loss_curves.png", CARD_FILE)
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("*.model", "*.jinja"),
+)
+# What a checkpoint holds. Nothing else is uploaded: no resume states, no arguments, no data, whatever lies beside it. `*` does not reach into folders.
+CHECKPOINT_FILES = (
+    *("*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json", "*_cosup.py"),
+    *("training_facts.json", "results.json", "loss_curves.png", CARD_FILE),
+    *(*TOKENIZER_FILES, *(f"{EMB_SEQ_TOKENIZER_FOLDER}/{name}" for name in TOKENIZER_FILES)),
+)
 # Of these, what a later push replaces: weights in fewer shards, code in other files
-REPLACED_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*_cosup.py", f"{EMB_SEQ_TOKENIZER_FOLDER}/*", "loss_curves.png", "training_facts.json")
+REPLACED_FILES = ("*.safetensors", "model.safetensors.index.json", "*_cosup.py", f"{EMB_SEQ_TOKENIZER_FOLDER}/*", "loss_curves.png", "training_facts.json")
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -26,16 +34,16 @@ def is_repo_id(name):
     return isinstance(name, str) and _REPO_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
-def checkpoint_files(folder):
-    """
-    Files of a folder that make up a checkpoint: `dict` of path in the repository to `Path`.
+def matches(name, patterns):
+    """Whether a path in a repository matches one of the patterns; `*` stands for what holds no slash."""
+    return any(name.count("/") == pattern.count("/") and fnmatch(name, pattern) for pattern in patterns)
 
-    Resume states, pickled arguments, data and indexes beside them stay where they are.
-    """
+
+def checkpoint_files(folder, patterns=CHECKPOINT_FILES):
+    """Files of a folder that make up a checkpoint: `dict` of path in the repository to `Path`. What lies beside them stays where it is."""
     folder = Path(folder)
-    found = [path for path in folder.iterdir() if any(fnmatch(path.name, pattern) for pattern in CHECKPOINT_PATTERNS)]
-    found += (folder / EMB_SEQ_TOKENIZER_FOLDER).glob("*")
-    return {path.relative_to(folder).as_posix(): path for path in sorted(found) if path.is_file()}
+    found = {path.relative_to(folder).as_posix(): path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()}
+    return dict(sorted(found.items()))
 
 
 def make_repo(repo_id, private=None, token=None, repo_type="model"):
@@ -67,17 +75,17 @@ def push_files(
         `HfHubHTTPError`: when the Hub refuses, or another commit came in between.
     """
     api, options = HfApi(), {"repo_type": repo_type, "token": token}
-    if revision is not None and not revision.startswith("refs/pr"):
+    if revision is not None and not create_pr and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True, **options)
     head = api.repo_info(repo_id, revision=revision, **options)
     there = {file.rfilename for file in head.siblings or []}
     if CARD_FILE in files and CARD_FILE in there and not _wrote_card(api, repo_id, head.sha, options):
         logger.warning(f"{repo_id} has a card that its owner wrote; it stays as it is.")
         files = {name: content for name, content in files.items() if name != CARD_FILE}
-    stale = [name for name in sorted(there - set(files)) if any(fnmatch(name, pattern) for pattern in replaced)]
+    stale = [name for name in sorted(there - set(files)) if matches(name, replaced)]
     operations = [CommitOperationDelete(path_in_repo=name) for name in stale]
     operations += [CommitOperationAdd(name, content if isinstance(content, bytes) else str(content)) for name, content in files.items()]
-    commit = {"commit_message": commit_message, "commit_description": commit_description, "revision": revision, "create_pr": create_pr}
+    commit = {"commit_message": commit_message or "Upload", "commit_description": commit_description, "revision": revision, "create_pr": create_pr}
     return api.create_commit(repo_id, operations, parent_commit=head.sha, **commit, **options)
 
 

@@ -12,12 +12,37 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
-from .hub_cosup import (CARD_MARKER, make_repo, push_files)
+from .hub_cosup import (CARD_FILE, CARD_MARKER, TOKENIZER_FILES, checkpoint_files, make_repo, push_files)
+from .index_files_cosup import (write_json)
 from .tokenization_cosup import (added_tokens)
 
 POOLING_MODES = {"eos": "lasttoken", "lasttoken": "lasttoken", "mean": "mean_tokens", "cls": "cls_token"}  # names of sentence-transformers
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
+PART_FILES = (
+    *("*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", CARD_FILE, *TOKENIZER_FILES),
+    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "[0-9]_*/config.json", "[0-9]_*/model.safetensors"),
+)
+GEN_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- cosup
+---
+{marker}
+
+# Gen of a CoSup model
+
+The language model of a semiparametric one ([arXiv 2403.09024](https://arxiv.org/abs/2403.09024)), as a plain {architecture}: it loads without
+`trust_remote_code`, and nothing is retrieved. Where it writes `{nsp_token}`, the whole model would.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+"""
 CARD = """---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
@@ -80,10 +105,15 @@ class PartsMixin:
         part.save_pretrained(save_directory, is_main_process=is_main_process, state_dict=_of_part(state_dict, "gen."), **kwargs)
         if not is_main_process:
             return
+        nsp_token = "[NSP]"
         if self._has_tokenizer():
             self.tokenizer.save_pretrained(save_directory)
+            nsp_token = self.tokenizer.convert_ids_to_tokens(self.config.nsp_token_id)
+        repo_id = _repository(save_directory, repo_id, token, private) if push_to_hub else None
+        facts = {"architecture": type(part).__name__, "nsp_token": nsp_token}
+        _write_card(save_directory, GEN_CARD.format(marker=CARD_MARKER, name=repo_id or Path(save_directory).absolute().name, **facts))
         if push_to_hub:
-            _push(save_directory, repo_id, token, private)
+            _push(save_directory, repo_id, token)
 
     def save_emb_seq(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, repo_id=None, token=None, private=None, **kwargs):
         """
@@ -107,11 +137,13 @@ class PartsMixin:
             return
         tokenizer.save_pretrained(save_directory)
         path = Path(save_directory) / "tokenizer_config.json"
-        _write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "tokenizer_class": "PreTrainedTokenizerFast"})  # its name in every release
+        write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "tokenizer_class": "PreTrainedTokenizerFast"})  # its name in every release
         head = None if self.emb_head is None else (state_dict or self.state_dict())["emb_head.weight"]
         write_modules(Path(save_directory), self.config, tokenizer.model_max_length, head)
+        repo_id = _repository(save_directory, repo_id, token, private) if push_to_hub else None
+        _write_card(save_directory, emb_seq_card(self.config, repo_id or Path(save_directory).absolute().name))
         if push_to_hub:
-            _push(save_directory, repo_id, token, private)
+            _push(save_directory, repo_id, token)
 
 
 def passage_tokenizer(tokenizer, config):
@@ -146,7 +178,7 @@ def passage_tokenizer(tokenizer, config):
 
 def write_modules(folder, config, max_seq_length, head=None):
     """
-    What makes a folder with a transformer one of sentence-transformers: the list of modules, their settings, and a card unless there is one.
+    What makes a folder with a transformer one of sentence-transformers: the list of modules, and their settings.
 
     Args:
         folder (`Path`): with model and tokenizer.
@@ -164,12 +196,12 @@ def write_modules(folder, config, max_seq_length, head=None):
         modules.append((f"{len(modules)}_Normalize", "Normalize", {}))
     for path, _, options in modules[1:]:
         (folder / path).mkdir(exist_ok=True)
-        _write_json(folder / path / "config.json", options)
+        write_json(folder / path / "config.json", options)
     if head is not None:
         save_file({"linear.weight": head.detach().cpu().contiguous()}, folder / "2_Dense" / "model.safetensors", metadata={"format": "pt"})
     listed = [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"} for i, (path, kind, _) in enumerate(modules)]
-    _write_json(folder / "modules.json", listed)
-    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_seq_length, "do_lower_case": False})
+    write_json(folder / "modules.json", listed)
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_seq_length, "do_lower_case": False})
     settings = {
         "model_type": "SentenceTransformer",
         "prompts": {"query": config.query_prompt, "document": config.passage_prompt},
@@ -177,11 +209,14 @@ def write_modules(folder, config, max_seq_length, head=None):
         "similarity_fn_name": config.similarity,
         "cosup": {"passage_template": config.passage_template, "query_from": config.query_from},
     }
-    _write_json(folder / "config_sentence_transformers.json", settings)
-    if not (folder / "README.md").exists():
-        similarity = {"cosine": "cosine", "dot": "dot product"}[config.similarity]
-        facts = {"template": config.passage_template, "width": config.embedding_size, "similarity": similarity, "length": config.max_passage_length}
-        (folder / "README.md").write_text(CARD.format(marker=CARD_MARKER, name=folder.name, queries=QUERIES[config.query_from], **facts), encoding="utf-8")
+    write_json(folder / "config_sentence_transformers.json", settings)
+
+
+def emb_seq_card(config, name):
+    """The card of an Emb_seq that is loaded from `name`, a repository or a folder."""
+    similarity = {"cosine": "cosine", "dot": "dot product"}[config.similarity]
+    facts = {"template": config.passage_template, "width": config.embedding_size, "similarity": similarity, "length": config.max_passage_length}
+    return CARD.format(marker=CARD_MARKER, name=name, queries=QUERIES[config.query_from], **facts)
 
 
 def _part(model, part):
@@ -201,12 +236,17 @@ def _of_part(state_dict, prefix):
     return None if state_dict is None else {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
 
 
-def _write_json(path, value):
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _write_card(folder, card):
+    """Write a card, unless there is one that somebody has made theirs."""
+    path = Path(folder) / CARD_FILE
+    if not path.exists() or CARD_MARKER in path.read_text(encoding="utf-8"):
+        path.write_text(card, encoding="utf-8")
 
 
-def _push(folder, repo_id, token, private):
-    folder = Path(folder)
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")}
-    repo_id = make_repo(repo_id or folder.absolute().name, private, token)
-    push_files(files, repo_id, ["*.safetensors", "*.safetensors.index.json"], commit_message="Upload a part of a CoSup model", token=token)
+def _repository(folder, repo_id, token, private):
+    return make_repo(repo_id or Path(folder).absolute().name, private, token)
+
+
+def _push(folder, repo_id, token):
+    replaced = ("*.safetensors", "model.safetensors.index.json")
+    push_files(checkpoint_files(folder, PART_FILES), repo_id, replaced, commit_message="Upload a part of a CoSup model", token=token)

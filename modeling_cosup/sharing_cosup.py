@@ -8,8 +8,8 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from .card_cosup import (CURVES_FILE, FACTS_FILE, beside_checkpoint, load_facts, model_card)
-from .hub_cosup import (CARD_FILE, EMB_SEQ_TOKENIZER_FOLDER, REPLACED_PATTERNS, checkpoint_files, make_repo, push_files)
+from .card_cosup import (CURVES_FILE, FACTS_FILE, FACTS_OF_ALL_WEIGHTS, beside_checkpoint, load_facts, model_card)
+from .hub_cosup import (CARD_FILE, EMB_SEQ_TOKENIZER_FOLDER, CARD_MARKER, REPLACED_FILES, checkpoint_files, make_repo, push_files)
 from .index_files_cosup import (write_json)
 from .tokenization_cosup import (same_tokenizer, tokenizer_fingerprint)
 
@@ -63,7 +63,12 @@ class SharingMixin:
 
     @torch.no_grad()
     def _hash_weights(self, state_dict=None, parts=("",)):
-        """SHA-256 of up to 8,192 weights of each parameter whose name begins with one of `parts`, evenly spread, in bfloat16: cheap enough for every use."""
+        """
+        SHA-256 of up to 8,192 weights of each parameter whose name begins with one of `parts`, evenly spread, in bfloat16: cheap enough for every use.
+        `None` where weights are elsewhere: shards without `state_dict`, or offloaded.
+        """
+        if state_dict is None and any(isinstance(weight, DTensor) or weight.is_meta for weight in self.parameters()):
+            return None
         digest = hashlib.sha256()
         for name, parameter in self.named_parameters():
             if name.startswith(parts):
@@ -136,7 +141,7 @@ class SharingMixin:
         """
         if self.emb_seq is None:
             raise ValueError("This model was loaded with load_emb_seq=False; saved, it would be a checkpoint without Emb_seq.")
-        names = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr")
+        names = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags", "index", "license")
         hub = {name: kwargs.pop(name) for name in names if name in kwargs}
         if is_main_process and self._has_tokenizer():
             self.fingerprint(state_dict)
@@ -144,7 +149,8 @@ class SharingMixin:
             if self.emb_seq_tokenizer is not self.tokenizer:
                 self.emb_seq_tokenizer.save_pretrained(f"{save_directory}/{EMB_SEQ_TOKENIZER_FOLDER}")
         if is_main_process:
-            self._save_facts(Path(save_directory), state_dict)
+            self._saved_weights = self._hash_weights(state_dict)
+            self._save_facts(Path(save_directory), self._saved_weights)
         self._be_found_by_its_own_name()
         super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, max_shard_size=max_shard_size, **kwargs)
         if push_to_hub and is_main_process:
@@ -164,37 +170,55 @@ class SharingMixin:
 
     # ------------------------------------------------------------------ facts and card
 
-    def training_facts(self, state_dict=None):
+    def training_facts(self, weights=None):
         """
-        What training and evaluation recorded of these weights, `dict`; see [`load_facts`]. Facts of other weights are none.
+        What training and evaluation recorded of these weights, `dict`; see [`load_facts`]. Of other weights only what does not depend on them is left.
 
         Args:
-            state_dict (`dict`, *optional*): this model's full state dict, where the parameters in memory are shards.
+            weights (`str`, *optional*): hash of the weights, where those in memory are shards.
         """
         facts = self._facts
         if facts is None:
             facts = load_facts(self.config._name_or_path, getattr(self.config, "_commit_hash", None))
-        in_memory = state_dict is not None or not any(weight.is_meta for weight in self.parameters())  # what is offloaded is not trained
-        if facts.get("weights") and in_memory and facts["weights"] != self._hash_weights(state_dict):
-            logger.warning_once("These weights are not those that were trained and measured: what was recorded of the former is left out of the card.")
-            return {}
-        return facts
+        now = weights or self._hash_weights() if facts.get("weights") else None
+        if now is None or facts["weights"] == now:  # what is offloaded or sharded here was not trained here
+            return facts
+        logger.warning_once("These weights are not those that were trained and measured: what was recorded of the former is left out of the card.")
+        return {name: facts[name] for name in FACTS_OF_ALL_WEIGHTS if name in facts}
 
-    def record_facts(self, facts, state_dict=None):
-        """Take `facts` (see [`load_facts`]) as those of the weights as they are now; `save_pretrained` and `push_to_hub` write them. Returns them."""
-        self._facts = {**facts, "weights": self._hash_weights(state_dict)}
+    def record_facts(self, facts, curves=None):
+        """
+        Take `facts` (see [`load_facts`]) as those of the weights as they were last saved, or are now; `save_pretrained` and `push_to_hub` write them.
+
+        Args:
+            facts (`dict`): those that name `weights` keep them.
+            curves (`Path`, *optional*): the picture of the losses.
+
+        Returns:
+            `dict`: the facts with `weights`.
+        """
+        self._facts, self._curves = {"weights": self._saved_weights or self._hash_weights(), **facts}, curves
         return self._facts
 
-    def _save_facts(self, folder, state_dict=None):
-        """Write the facts and the picture of the losses, where there are any."""
-        facts = self.training_facts(state_dict)
+    def _save_facts(self, folder, weights):
+        """Write the facts and the picture of the losses; what a folder said of other weights goes."""
         folder.mkdir(parents=True, exist_ok=True)
-        if not facts:
-            return
-        write_json(folder / FACTS_FILE, facts)
-        curves = beside_checkpoint(self.config._name_or_path, CURVES_FILE, getattr(self.config, "_commit_hash", None))
-        if curves is not None and facts.get("training", {}).get("curves") and not (folder / CURVES_FILE).exists():
+        facts = self.training_facts(weights)
+        source = self.config._name_or_path, CURVES_FILE, getattr(self.config, "_commit_hash", None)
+        curves = self._curves if self._facts is not None else beside_checkpoint(*source)
+        drawn = curves is not None and Path(curves).exists() and facts.get("training", {}).get("curves", False)
+        if drawn and Path(curves).resolve() != (folder / CURVES_FILE).resolve():
             (folder / CURVES_FILE).write_bytes(Path(curves).read_bytes())
+        elif not drawn:
+            (folder / CURVES_FILE).unlink(missing_ok=True)
+        if facts:
+            training = {"training": {**facts["training"], "curves": drawn}} if "training" in facts else {}
+            write_json(folder / FACTS_FILE, {**facts, **training})
+        else:
+            (folder / FACTS_FILE).unlink(missing_ok=True)
+        card = folder / CARD_FILE
+        if not facts.get("results") and card.exists() and CARD_MARKER in card.read_text(encoding="utf-8"):
+            card.unlink()
 
     # ------------------------------------------------------------------ the Hub
 
@@ -239,7 +263,8 @@ class SharingMixin:
 
     def _push_folder(self, folder, repo_id, tags=None, index=None, license=None, private=None, token=None, **hub):
         """Push a folder that holds this checkpoint, with a card of the facts that were saved in it and of those given here."""
-        repo_id, given = make_repo(repo_id, private, token), {"index": index, "license": license, "tags": tags}
+        repo_id = make_repo(repo_id, private, token)
+        given = {"index": index, "license": license, "tags": [tags] if isinstance(tags, str) else tags}
         facts = {**load_facts(folder), **{name: value for name, value in given.items() if value is not None}}
         files = {**checkpoint_files(folder), CARD_FILE: model_card(self, repo_id, facts).encode()}
-        return push_files(files, repo_id, REPLACED_PATTERNS, token=token, **hub)
+        return push_files(files, repo_id, REPLACED_FILES, token=token, **hub)

@@ -32,7 +32,7 @@ def writing(path):
     try:
         with unfinished.open("wb") as raw, contextlib.ExitStack() as stack:
             # without a name and a time in the header, the same lines are the same bytes
-            file = stack.enter_context(gzip.GzipFile("", "wb", fileobj=raw, mtime=0)) if path.suffix == ".gz" else raw
+            file = stack.enter_context(gzip.GzipFile("", "wb", 6, raw, mtime=0)) if path.suffix == ".gz" else raw
             yield lambda value: file.write((json.dumps(value, ensure_ascii=False) + "\n").encode())
         unfinished.replace(path)
     finally:

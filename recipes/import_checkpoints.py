@@ -82,9 +82,10 @@ def writing(output):
         `ValueError`: when something stands in `output`.
         `OSError`: when nothing can be written there.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output_dir {output}: expected an empty folder, or none.")
-    folder = output.absolute().with_name(f".{output.name}.unfinished")
+    if output.exists() and (not output.is_dir() or any(output.iterdir()) or output.resolve() == Path.cwd()):
+        raise ValueError(f"--output_dir {output}: expected an empty folder other than the current one, or none.")
+    output = output.resolve()
+    folder = output.with_name(f".{output.name}.unfinished")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:

@@ -1,14 +1,16 @@
 """
 Evaluation instances and a corpus from ALCE: ASQA, QAMPARI and ELI5 with the passages that ALCE retrieved.
 
-    python recipes/prepare_alce.py --dataset asqa --input_file asqa_eval_gtr_top100.json --output_file alce/asqa.jsonl.gz --output_corpus alce/asqa_corpus.jsonl.gz
+    python recipes/prepare_alce.py --dataset asqa --input_file asqa_eval_gtr_top100.json --output_file alce/asqa.jsonl.gz \\
+        --output_corpus alce/asqa_corpus.jsonl.gz
 
 An item's docs become its candidates, the first `--num_candidates` of them in their order; those of all items become the corpus. Answers are the long answers
 (of all annotators; for QAMPARI every alias of every answer). What ALCE's metrics need besides stands under `meta`, as ALCE has it: `qa_pairs` for str_em,
 `claims` for claim recall, `answers` of QAMPARI, and every other field.
 
 ALCE does not say which passages are right. `--provenance short_answers` takes each candidate that holds a short answer, both normalised as ALCE does it;
-`--provenance none`, the default, leaves it empty and says so in `meta`: `"provenance_unknown": true`. Such a question must not count as one that needs no passage.
+`--provenance none`, the default, takes none. Where provenance is empty `meta` says so, `"provenance_unknown": true`: such a question must not count as one
+that needs no passage.
 """
 
 import argparse
@@ -21,7 +23,7 @@ check_trainer_package()
 
 from modeling_cosup.corpus_cosup import check_text  # noqa: E402
 from trainer.data import content_id  # noqa: E402
-from trainer.evaluation import normalize_answer  # noqa: E402
+from trainer.metrics import normalize_answer  # noqa: E402
 
 NOT_META = ("sample_id", "id", "question", "docs", "answer")
 

@@ -72,7 +72,8 @@ def main():
         model = load_model(args, tasks).to(state.device)
         entail = load_judge(args, state.device) if args.nli_model and state.is_main_process else None
         facts = {"command": command_line(), "nli_model": args.nli_model}
-        results = evaluate_tasks(model, tasks, args.output_dir, args.modes, entail, args.index_cache, args.batch_size, args.seed, facts)
+        modes = ["off" if mode is False else mode for mode in args.modes]  # YAML reads `off` so
+        results = evaluate_tasks(model, tasks, args.output_dir, modes, entail, args.index_cache, args.batch_size, args.seed, facts)
         if state.is_main_process:
             write_report(args.output_dir, args.num_examples)
             print_figures(results, args.output_dir)

@@ -5,7 +5,8 @@ Train Gen and Emb_seq together, then build the index and evaluate.
     accelerate launch recipes/train.py --gen NAME --train_file train.jsonl --corpus_file corpus.jsonl --eval_file eval.jsonl --output_dir out
 
 Writes the checkpoint with its model card to `output_dir`, the index to `output_dir/index`, all measured numbers to `output_dir/results.json`. With
-`--push_to_hub true` the checkpoint goes to `--hub_model_id`, and the index to the dataset repository of that name with `-index` behind it.
+`--push_to_hub true` the checkpoint goes to `--hub_model_id`, and with `--push_index true` the index, passages included, to the dataset repository of that name
+with `-index` behind it.
 """
 
 import gc
@@ -28,7 +29,7 @@ from transformers import set_seed  # noqa: E402
 from modeling_cosup import CoSupForCausalLM, PassageIndex  # noqa: E402
 from modeling_cosup.card_cosup import load_facts  # noqa: E402
 from trainer import CoSupTrainer, CoSupTrainingArguments, load_corpus, load_evaluation_set, load_instances  # noqa: E402
-from trainer.card import complete_card, held_out_group, result_group  # noqa: E402
+from trainer.card import complete_card, held_out_group, result_group, write_card  # noqa: E402
 from trainer.evaluation import METRIC_NAMES, evaluate_model, ntp_loss, recall, reference_instances  # noqa: E402
 from trainer.hub import push_checkpoint  # noqa: E402
 
@@ -74,7 +75,9 @@ class ScriptArguments:
     num_examples: int = field(default=4, metadata={"help": "Answers to print with their passages."})
     license: str | None = field(default=None, metadata={"help": "Identifier of the checkpoint's licence, for its card; the card says unknown otherwise."})
     corpus_license: str | None = field(default=None, metadata={"help": "The same of the corpus, for the card of the index."})
-    push_index: bool = field(default=True, metadata={"help": "With --push_to_hub, also push the index, to a dataset repository: hub_model_id + '-index'."})
+    push_index: bool = field(
+        default=False, metadata={"help": "With --push_to_hub, also publish the index, passages included: the dataset repository hub_model_id + '-index'."}
+    )
     num_threads: int | None = field(default=None, metadata={"help": "Threads of a single process on a CPU; defaults to all cores."})
     prepare: str | None = field(default=None, metadata={"help": "Make the data first: the name behind recipes/prepare_*.py, e.g. quickstart."})
     prepare_options: str = field(default="{}", metadata={"help": "JSON object of arguments for it."})
@@ -131,15 +134,11 @@ def train(script, args):
     output = trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    question = next((x["input"] for x in questions or [] if x["provenance"]), None)
-    card = {"license": script.license, "dataset": script.train_file, "question": question}
-    if args.push_to_hub:  # now, without the numbers that are still to be measured: a crash until then loses nothing
-        trainer.push_to_hub(**card)
-        args.hub_model_id = trainer.hub_model_id
-    else:
-        trainer.save_model()
-        trainer.create_model_card(**card)
+    trainer.save_model(_internal_call=True)  # pushed at the end, with its numbers, while no rank waits for the upload
+    trainer.create_model_card(license=script.license, dataset=script.train_file)
     trainer.save_state()
+    if args.push_to_hub and trainer.is_world_process_zero():
+        args.hub_model_id = trainer.hub_model_id
     results["train"] = output.metrics
     if validation is not None:
         results["validation"] = trainer.evaluate()
@@ -168,22 +167,25 @@ def index_and_evaluate(model, corpus, questions, results, script, args):
 
 
 def share(model, index, questions, results, script, args):
-    """The cards with all that was measured; with `push_to_hub` the index, then the checkpoint once more."""
+    """The cards with all that was measured; with `push_to_hub` also the index and the checkpoint."""
     output_dir = Path(args.output_dir)
     groups = held_out_group(results["validation"]) if "validation" in results else []
     if "evaluation" in results:
         names = ", ".join(sorted({x["dataset"] for x in questions if x["dataset"]})) or Path(script.eval_file).name
         groups.append(result_group(results["evaluation"], METRIC_NAMES, names, len(index)))
-    place = None if index is None else str(output_dir / "index")
-    if args.push_to_hub and script.push_index and index is not None:
-        place = f"{args.hub_model_id}-index"
-        hub = {"private": args.hub_private_repo, "token": args.hub_token}
-        PassageIndex.from_pretrained(output_dir / "index").push_to_hub(place, model=args.hub_model_id, license=script.corpus_license, **hub)
-    if script.use_peft:
-        complete_card(model, output_dir / "merged", str(output_dir / "merged"), **{**load_facts(output_dir), "results": groups, "index": place})
-    complete_card(model, output_dir, args.hub_model_id if args.push_to_hub else str(output_dir), results=groups, index=place)
+    place, repo_id = None if index is None else str(output_dir / "index"), str(output_dir)
     if args.push_to_hub:
-        push_checkpoint(output_dir, args.hub_model_id, args, "Card with results")
+        place, repo_id = None, args.hub_model_id
+        if script.push_index and index is not None:
+            place = f"{repo_id}-index"
+            hub = {"private": args.hub_private_repo, "token": args.hub_token}
+            PassageIndex.from_pretrained(output_dir / "index").push_to_hub(place, model=repo_id, license=script.corpus_license, **hub)
+    question = next((x["input"] for x in questions or [] if x["provenance"]), None) if place else None
+    complete_card(model, output_dir, repo_id, groups, place, question)
+    if script.use_peft:
+        write_card(model, output_dir / "merged", str(output_dir / "merged"), load_facts(output_dir), place, question)
+    if args.push_to_hub:
+        push_checkpoint(output_dir, repo_id, "End of training", token=args.hub_token, revision=args.hub_revision)
 
 
 def precision(args):

@@ -193,3 +193,14 @@ def test_bad_evaluation_sets(tmp_path, changes, message):
     line = {"id": "1", "input": "q?", "answers": ["a"], "provenance": [["p0"]], "candidates": ["p0"], **changes}
     with pytest.raises(ValueError, match=message):
         load_evaluation_set(write(tmp_path / "eval.jsonl", line), corpus=PASSAGES)
+
+
+def test_evaluation_sets_carry_what_metrics_need_and_may_lack_answers(tmp_path):
+    line = {"id": "1", "input": "q?", "answers": [], "provenance": [["p0"]], "meta": {"claims": ["c"]}}
+    file = write(tmp_path / "eval.jsonl", line, {**line, "meta": None})
+    first, second = load_evaluation_set(file, corpus=PASSAGES, answers_required=False)
+    assert (first["meta"], second["meta"], first["candidates"], first["answers"]) == ({"claims": ["c"]}, {}, [], [])
+    with pytest.raises(ValueError, match="line 1: answers is .*, expected a list of at least one string"):
+        load_evaluation_set(file)
+    with pytest.raises(ValueError, match="line 1: meta is 'c', expected an object"):
+        load_evaluation_set(write(tmp_path / "eval.jsonl", {**line, "meta": "c"}), answers_required=False)

@@ -44,6 +44,20 @@ def one_by_one(model, index, prompts, options, **kwargs):
     return outputs, rows
 
 
+def test_on_completion_gets_each_new_answer_and_says_what_the_bar_shows(model, index, prompts, options, tmp_path, capsys):
+    def run(prompts):
+        found = []
+        options["show_progress_bar"] = True
+        file = {"output_file": tmp_path / "answers.jsonl", "on_completion": lambda done: found.append(done) or {"done": f"{len(found)}!"}}
+        return found, model.generate_many(prompts, retriever=index, batch_size=4, **file, **options)
+
+    first, answers = run(prompts[:5])
+    assert sorted(first, key=lambda done: done.index) == answers
+    assert "done=5!" in capsys.readouterr().err
+    second, answers = run(prompts)
+    assert sorted(done.index for done in second) == list(range(5, 17)) and len(answers) == 17  # the others stood in the file
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
 def test_the_same_answers_as_one_by_one(model, index, prompts, options, batch_size):
     outputs, rows = one_by_one(model, index, prompts, options)

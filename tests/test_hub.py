@@ -310,6 +310,64 @@ print(json.dumps([same, stale, open(hf_hub_download("tester/changed", "README.md
     assert "library_name: transformers" in card and "A CoSup model" in card
 
 
+def test_parts_are_pushed_and_load_without_any_code(models, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    models["plain"].save_pretrained(tmp_path / "plain")
+    code = """
+import json, sys
+from pathlib import Path
+from huggingface_hub import HfApi
+from modeling_cosup import CoSupForCausalLM
+model, folder = CoSupForCausalLM.from_pretrained(sys.argv[1]), Path(sys.argv[2])
+for name in ("gen", "emb"):
+    (folder / name / ".git").mkdir(parents=True)
+    (folder / name / ".git" / "config").write_text("https://user:secret@example.org")
+    (folder / name / "optimizer.pt").write_text("x")
+model.save_gen(folder / "gen", push_to_hub=True, repo_id="gen-alone")
+model.save_emb_seq(folder / "emb", push_to_hub=True, repo_id="emb-alone")
+print(json.dumps([HfApi().list_repo_files(f"tester/{name}-alone") for name in ("gen", "emb")]))
+"""
+    use = """
+import json, re, sys
+import torch
+from huggingface_hub import hf_hub_download
+results = []
+for name in ("gen", "emb"):
+    card = open(hf_hub_download(f"tester/{name}-alone", "README.md")).read()
+    exec(re.search(r"```python\\n(.*?)```", card, re.DOTALL)[1])
+    results.append(float(model(torch.tensor([[5, 6, 7]])).logits.sum()) if name == "gen" else embeddings.tolist())
+print(json.dumps(results))
+"""
+    with hub_server(tmp_path / "hub") as hub:
+        listed = hub.run(code, tmp_path / "plain", tmp_path / "parts")
+        assert not [name for names in listed for name in names if "git/" in name or name.endswith(".pt")]
+        logits, embeddings = hub.run(use, package=False)
+    model = models["plain"]
+    assert logits == pytest.approx(float(model(torch.tensor([[5, 6, 7]])).logits.sum()), rel=1e-4)
+    passage = {"id": "1", "title": "The Night Watch", "text": "The Night Watch is a 1642 painting by Rembrandt."}
+    np.testing.assert_allclose(embeddings, model.build_index([passage], show_progress_bar=False).embeddings.numpy(), atol=1e-5)
+
+
+def test_a_checkpoint_is_saved_where_its_source_is_gone(published, tmp_path):
+    """Facts are no reason not to save: the repository was deleted, or what lies beside the checkpoint is damaged."""
+    hub, _ = published
+    code = """
+import json, sys
+from pathlib import Path
+from huggingface_hub import HfApi
+from modeling_cosup import CoSupForCausalLM
+model = CoSupForCausalLM.from_pretrained(sys.argv[1])
+model.push_to_hub("tester/gone")
+model = CoSupForCausalLM.from_pretrained("tester/gone")
+HfApi().delete_repo("tester/gone")
+model.save_pretrained(sys.argv[2])
+(Path(sys.argv[2]) / "training_facts.json").write_text("{")
+CoSupForCausalLM.from_pretrained(sys.argv[2]).save_pretrained(sys.argv[3])
+print(json.dumps([(Path(folder) / "model.safetensors").exists() for folder in sys.argv[2:]]))
+"""
+    assert hub.run(code, hub.root.parent / "plain", tmp_path / "a", tmp_path / "b") == [True, True]
+
+
 def test_names_that_are_repositories(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "mine").mkdir(parents=True)

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors import safe_open
 from transformers.utils import ADAPTER_CONFIG_NAME
 
-from modeling_cosup.card_cosup import FACTS_FILE, load_facts, model_card
+from modeling_cosup.card_cosup import CURVES_FILE, FACTS_FILE, load_facts, model_card
 from modeling_cosup.hub_cosup import CARD_FILE, is_repo_id
 
 from .evaluation import Rate
@@ -21,6 +20,7 @@ try:
 except ImportError:
     Figure = None  # type: ignore[assignment, misc]
 
+KEPT_LINES = 500  # of a log
 LOGGED = ("step", "epoch", "loss", "ntp_loss", "nsp_loss", "nsp_accuracy", "num_negatives", "learning_rate")
 
 
@@ -34,10 +34,11 @@ def training_record(trainer):
     data, log = trainer.train_dataset, trainer.state.log_history
     columns = getattr(data, "column_names", None) or []
     sized = hasattr(data, "__len__")
-    counts = Counter(data["dataset"]) if "dataset" in columns else {"": len(data)} if sized else {}
+    counts = Counter(data["dataset"]) if sized and "dataset" in columns else Counter({"": len(data)} if sized else {})
     passages = len({id for row in data["passage_ids"] for id in row}) if sized and "passage_ids" in columns else None
     kept = [{name: entry[name] for name in LOGGED if name in entry} for entry in log if "loss" in entry]
-    return {"instances": dict(counts.most_common() if counts else {}), "passages": passages, "arguments": _arguments(trainer, log), "log": kept}
+    kept = kept[:: -(-len(kept) // KEPT_LINES) or 1]
+    return {"instances": dict(counts.most_common()), "passages": passages, "arguments": _arguments(trainer, log), "log": kept}
 
 
 def _arguments(trainer, log):
@@ -58,7 +59,7 @@ def _arguments(trainer, log):
         "negatives per query": f"{sum(negatives) / len(negatives):,.1f} (mean)" if negatives else None,
         "negatives from": {"global": "all processes", "local": "the own process", "detached": "all processes, without gradients"}[args.gather],
         "longest instance": f"{args.max_length:,} tokens",
-        "adapters": None if adapters is None else f"{adapters.peft_type.value}, r = {adapters.r}, α = {adapters.lora_alpha}",
+        "adapters": None if adapters is None else ", ".join([adapters.peft_type.value, *_rank(adapters.to_dict())]),
         "precision": "bfloat16 autocast" if args.bf16 else "float16 autocast" if args.fp16 else "float32",
         "seed": str(args.seed),
         "hardware": f"{args.world_size} × {device}",
@@ -66,6 +67,10 @@ def _arguments(trainer, log):
         "versions": f"transformers {transformers.__version__}, torch {torch.__version__}",
     }
     return {name: value for name, value in rows.items() if value is not None}
+
+
+def _rank(adapters):
+    return [f"{sign} = {adapters[name]}" for name, sign in (("r", "r"), ("lora_alpha", "α")) if name in adapters]
 
 
 def result_group(metrics, names, dataset, index_size=None):
@@ -119,17 +124,7 @@ def draw_losses(log, path):
 # ---------------------------------------------------------------------- what is written
 
 
-class _SavedWeights:
-    """The weights in the safetensors files of a folder, by name, each read when it is asked for."""
-
-    def __init__(self, folder):
-        self._files = [safe_open(path, "pt") for path in sorted(Path(folder).glob("*.safetensors"))]
-
-    def __getitem__(self, name):
-        return next(file for file in self._files if name in file.keys()).get_tensor(name)
-
-
-def write_card(model, folder, repo_id, facts):
+def write_card(model, folder, repo_id, facts, index=None, question=None):
     """
     Record facts and write the card of a checkpoint that was saved in a folder; both travel with it when it is pushed.
 
@@ -138,17 +133,21 @@ def write_card(model, folder, repo_id, facts):
         folder (`str` or `Path`): of the checkpoint, or of adapters.
         repo_id (`str`): where it will be loaded from.
         facts (`dict`): see [`load_facts`].
+        index (`str`, *optional*): repository or folder of its index, and
+        question (`str`, *optional*): for the usage block. Both are recorded only with an index that is a repository: nobody else has use for a folder here,
+            and an unpublished question is data.
     """
     folder, base, adapters = Path(folder), without_peft(model), None
+    shown = {name: value for name, value in (("index", index), ("question", question)) if value}
+    facts = {**facts, **(shown if is_repo_id(index) else {})}
     if (folder / ADAPTER_CONFIG_NAME).exists():
         adapters = json.loads((folder / ADAPTER_CONFIG_NAME).read_text())["base_model_name_or_path"] or "the base model"
     else:
-        facts = base.record_facts(facts, _SavedWeights(folder))  # the saved ones: those in memory may be shards
-    card = model_card(base, repo_id, facts, adapters)
+        facts = base.record_facts(facts, folder / CURVES_FILE)
     (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+    (folder / CARD_FILE).write_text(model_card(base, repo_id, {**facts, **shown}, adapters), encoding="utf-8")
 
 
-def complete_card(model, folder, repo_id, **facts):
-    """Add facts, e.g. `results` that were measured after training, to those of a folder, and write its card anew."""
-    write_card(model, folder, repo_id, {**load_facts(folder), **{name: value for name, value in facts.items() if value is not None}})
+def complete_card(model, folder, repo_id, results, index=None, question=None):
+    """Add results that were measured after training to the facts of a folder, and write its card anew; see [`write_card`]."""
+    write_card(model, folder, repo_id, {**load_facts(folder), "results": results}, index, question)

@@ -139,18 +139,19 @@ TEXT_METRICS = {  # (prediction, answers) -> number, with the names of DATASET_M
 }
 
 
-def cor_metric(dataset, nli=True):
+def cor_metric(dataset, nli=True, claims=False):
     """
     Name of the metric that is Cor on a dataset.
 
     Args:
         dataset (`str`): a dataset that is not in `DATASET_METRICS` gets `"short_answer"`.
         nli (`bool`): whether there is an NLI model. Without one FEVER is judged by its label; a report must say which of the two it shows.
+        claims (`bool`): whether the question has ALCE's reference claims: then it is judged by them (ALCE's ELI5 is called as KILT's).
 
     Returns:
         `str`, or `None` where the metric needs an NLI model that is not there.
     """
-    metric = DATASET_METRICS.get(dataset, "short_answer")
+    metric = "claim_recall" if claims else DATASET_METRICS.get(dataset, "short_answer")
     if nli or metric not in ("fever_nli", "claim_recall"):
         return metric
     return "fever_label" if metric == "fever_nli" else None

@@ -114,7 +114,7 @@ def to_markdown(blocks):
 
 def escape_markdown(text):
     """A text on one line that Markdown shows as it is: no markup, links, pictures or HTML."""
-    text = re.sub(r"([\\`*_{}\[\]()#!|~$>@:])", r"\\\1", " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;"))
+    text = re.sub(r"([\\`*_\[\]#!|~$>]|:(?=//))", r"\\\1", " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;"))
     return re.sub(r"^([-+]|\d+\.)(?=\s|$)", r"\\\1", text)
 
 
@@ -146,7 +146,7 @@ def _markdown_code(block):
 
 def _markdown_example(block):
     lines = [f"**Q** {escape_markdown(block.question)}", f"**A** {escape_markdown(block.answer)}"]
-    lines.append(f"*{escape_markdown(', '.join(block.marks))}; expected\\: {escape_markdown(block.expected)}*")
+    lines.append(f"*{escape_markdown(', '.join(block.marks))}; expected: {escape_markdown(block.expected)}*")
     lines += [f"\\[{number}\\] {escape_markdown(f'{title}: {text}' if title else text)}" for number, title, text in block.passages]
     return "> " + "  \n> ".join(lines)
 

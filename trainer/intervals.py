@@ -102,8 +102,9 @@ def bootstrap_interval(values, weights=None, resamples=1000, seed=0):
     values = _finite(values, "values")
     if not len(values):
         return float("nan"), float("nan")
-    weights = np.ones(len(values)) if weights is None else _finite(weights, "weights")
-    means = np.concatenate([values[picks].sum(1) / weights[picks].sum(1) for picks in _resamples(len(values), resamples, seed)])
+    weights = None if weights is None else _finite(weights, "weights")
+    picked = _resamples(len(values), resamples, seed)
+    means = np.concatenate([values[picks].sum(1) / (picks.shape[1] if weights is None else weights[picks].sum(1)) for picks in picked])
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 

@@ -28,9 +28,9 @@ from modeling_cosup.index_files_cosup import write_json
 from modeling_cosup.queue_cosup import hash_of
 
 from .distributed import barrier, rank, world_size
-from .evaluation import MODES, answer, embed_queries
+from .evaluation import MODES, answer, embed_queries, wrong_passages
 from .metrics import exact_match, gold_ids, match_by_id
-from .scoring import averages, cor_names, figures, has_rouge, score, score_ranking
+from .scoring import averages, check_questions, cor_names, figures, has_rouge, score, score_ranking
 from .tasks import check_ids, open_index, provenance_unknown
 
 RANKED = 100  # passages of a ranking over the whole corpus
@@ -103,6 +103,7 @@ class _Judge:
     def __init__(self, model, task, folder, modes, batch_size, seed):
         self.model, self.task, self.folder, self.batch_size, self.seed = model, task, folder, batch_size, seed
         self.questions = task.read_questions()
+        check_questions(self.questions, task.name, task.metric)
         self.needing = [x for x in self.questions if x["provenance"]]
         self.modes = [mode for mode in modes if mode not in NEEDS_GOLD or self.needing]
         self.left_out = [f"mode {mode}: left out, no question has provenance" for mode in modes if mode not in self.modes]
@@ -112,6 +113,8 @@ class _Judge:
         self.index, self.index_name = open_index(self.task, self.model, index_cache)
         if self.index is not None:
             check_ids(self.task, self.questions, self.index)
+            if "wrong" in self.modes:
+                wrong_passages(self.needing, self.index, self.seed)  # whether there are any
         elif set(self.modes) != {"off"}:
             raise ValueError(f"Task {self.task.name} has neither an index nor a corpus_file; only mode 'off' needs none of them.")
 
@@ -142,12 +145,13 @@ class _Judge:
             if different := [name for name in settings if before.get(name) != settings[name]]:
                 lines = [f"  {name}: then {before.get(name)!r}, now {settings[name]!r}" for name in different]
                 raise ValueError(f"{folder} holds answers of other settings; choose another output_dir, or delete it.\n" + "\n".join(lines))
+        done = (folder / file).exists()
         barrier()  # all have looked before anything changes
-        if rank() == 0:
+        if rank() == 0 and not done:
             (folder / "parts").mkdir(parents=True, exist_ok=True)
             write_json(folder / "run.json", settings)
         barrier()
-        return folder, (folder / file).exists()
+        return folder, done
 
     # ------------------------------------------------------------------ running the model
 

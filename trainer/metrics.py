@@ -1,11 +1,10 @@
 """
 The figures of an evaluation, as pure functions of ids and texts: what was retrieved here, what was answered in `correctness`, what grounds it in `grounding`.
 
-Predictions and evaluation instances are matched by id; `provenance` is a list of evidence sets, any of which is enough.
+Predictions and evaluation instances are matched by id (`matching`); `provenance` is a list of evidence sets, any of which is enough.
 """
 
 import math
-from collections import Counter
 
 from .correctness import (
     DATASET_METRICS,
@@ -24,108 +23,19 @@ from .correctness import (
     str_em,
     unigram_f1,
 )
-from .grounding import citation_scores, claim_recall, fever_nli, grounding, k_precision, split_sentences
+from .grounding import citation_scores, cited_passages, claim_recall, fever_nli, grounding, k_precision, split_sentences
 from .intervals import Mean
+from .matching import evidence_sets, gold_ids, match_by_id, retrieved_ids, select_fields, with_provenance
 
 __all__ = [
-    "DATASET_METRICS",
-    "KILT_METRICS",
-    "accuracy",
-    "alce_output",
-    "citation_scores",
-    "claim_recall",
-    "cor_metric",
-    "correctness",
-    "exact_match",
-    "fever_label",
-    "fever_nli",
-    "grounding",
-    "k_precision",
-    "kilt_scores",
-    "normalize_answer",
-    "remove_citations",
-    "rouge_l",
-    "short_answer",
-    "split_sentences",
-    "str_em",
-    "unigram_f1",
+    "DATASET_METRICS", "IN_DOMAIN", "KILT_METRICS", "accuracy", "alce_output", "by_retrieval", "citation_scores", "cited_passages", "claim_recall",
+    "cor_metric", "cor_minus", "correctness", "domain_averages", "emission_rates", "evidence_sets", "exact_match", "fever_label", "fever_nli",
+    "gold_ids", "grounding", "improvement_rates", "k_precision", "kilt_scores", "match_by_id", "mean_scores", "ndcg", "normalize_answer",
+    "r_precision", "ranking_scores", "recall_at_k", "reciprocal_rank", "remove_citations", "ret", "ret_precision", "retrieval_scores",
+    "retrieved_ids", "rouge_l", "select_fields", "short_answer", "split_sentences", "str_em", "success_at_k", "unigram_f1", "with_provenance",
 ]
 
 IN_DOMAIN = ("nq", "fever", "wow", "asqa")  # the evaluation sets whose training part is in the paper's training data (Self-RAG's)
-
-# ---------------------------------------------------------------------- matching
-
-
-def match_by_id(predictions, instances):
-    """
-    Pairs of a prediction and its evaluation instance.
-
-    Args:
-        predictions (`list[dict]`), instances (`list[dict]`): each with an `"id"`, in any order.
-
-    Returns:
-        `list[tuple[dict, dict]]`: `(prediction, instance)`, in the order of the instances.
-
-    Raises:
-        `ValueError`: with counts and examples, when an id is missing, stands twice, or has no partner.
-    """
-    ids = {}
-    for name, rows in (("predictions", predictions), ("evaluation set", instances)):
-        if without := sum("id" not in row for row in rows):
-            raise ValueError(f"{without} of {len(rows)} rows of the {name} have no id.")
-        ids[name] = [str(row["id"]).strip() for row in rows]
-    found, asked = ids["predictions"], ids["evaluation set"]
-    problems = [f"{len(twice)} ids stand twice in the {name} ({_some_of(twice)})" for name in ids if (twice := _twice(ids[name]))]
-    if unanswered := sorted(set(asked) - set(found)):
-        problems.append(f"{len(unanswered)} questions have no prediction ({_some_of(unanswered)})")
-    if unknown := sorted(set(found) - set(asked)):
-        problems.append(f"{len(unknown)} predictions have no question ({_some_of(unknown)})")
-    if problems:
-        raise ValueError(f"{len(found)} predictions and {len(asked)} questions do not match by id: {'; '.join(problems)}.")
-    by_id = dict(zip(found, predictions, strict=True))
-    return [(by_id[id], instance) for id, instance in zip(asked, instances, strict=True)]
-
-
-def with_provenance(instances):
-    """
-    The instances that need a passage: those whose `provenance` holds an id.
-
-    Raises:
-        `ValueError`: with counts, when an instance has no field `provenance`, or when none needs a passage, so that retrieval cannot be judged.
-    """
-    if without := [str(instance.get("id")) for instance in instances if instance.get("provenance") is None]:
-        raise ValueError(f"{len(without)} of {len(instances)} instances have no provenance ({_some_of(without)}): retrieval cannot be judged.")
-    needing = [instance for instance in instances if any(instance["provenance"])]
-    if not needing:
-        raise ValueError(f"The provenance of all {len(instances)} instances is empty: retrieval cannot be judged.")
-    return needing
-
-
-def evidence_sets(provenance):
-    """
-    The distinct, non-empty evidence sets of a `provenance`: `list[set]`.
-
-    Raises:
-        `ValueError`: when there is none.
-    """
-    sets = []
-    for evidence in map(set, provenance or []):
-        if evidence and evidence not in sets:
-            sets.append(evidence)
-    if not sets:
-        raise ValueError("The provenance is empty: retrieval cannot be judged.")
-    return sets
-
-
-def gold_ids(instance):
-    """Ids of all passages that count as gold, of any set of `provenance`."""
-    return {id for evidence in instance["provenance"] for id in evidence}
-
-
-def retrieved_ids(prediction):
-    """Ids of the passages of all `retrievals` of a prediction, in order, the best of each retrieval first; repeats stay."""
-    return [id for retrieval in prediction["retrievals"] for id in retrieval["passage_ids"]]
-
 
 # ---------------------------------------------------------------------- retrieval of one question
 
@@ -235,6 +145,20 @@ def emission_rates(pairs):
     return {"needed": Mean.of(nsp for nsp, needed in emitted if needed), "not_needed": Mean.of(nsp for nsp, needed in emitted if not needed)}
 
 
+def mean_scores(rows, names=None):
+    """
+    Means over questions.
+
+    Args:
+        rows (`list[dict[str, float]]`): of each question, all with the same names.
+        names (`tuple[str]`, *optional*): which to average; all by default.
+
+    Returns:
+        `dict[str, float]`; NaN where there is no question and `names` says what is missing.
+    """
+    return {name: Mean.of(row[name] for row in rows).value for name in names or (rows[0] if rows else ())}
+
+
 def cor_minus(correct, hits):
     """
     Cor⁻: correctness with wrong retrieval counted as wrong.
@@ -307,11 +231,3 @@ def _gold(provenance):
 
 def _distinct(ids):
     return list(dict.fromkeys(ids))
-
-
-def _twice(ids):
-    return [id for id, count in Counter(ids).items() if count > 1]
-
-
-def _some_of(ids):
-    return ", ".join(ids[:3]) + ("" if len(ids) <= 3 else ", …")

@@ -38,6 +38,8 @@ def draw_bars(groups, names, labels, path, scale=100, ylabel="%"):
         offset = (number - (len(names) - 1) / 2) * width
         bars = {"color": COLORS[number % len(COLORS)], "ecolor": "#30363d", "capsize": 3, "error_kw": {"elinewidth": 1}}
         axes.bar(np.array(places, float) + offset, values, 0.92 * width, yerr=errors, label=label, **bars)
+    if scale == 100:
+        axes.set_ylim(0, 104)
     axes.set_xticks(range(len(groups)), list(groups), rotation=0 if len(groups) < 7 else 30, ha="center" if len(groups) < 7 else "right")
     _finish(figure, axes, path, ylabel)
 

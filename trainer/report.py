@@ -7,7 +7,7 @@ from .document import Bullets, Code, Example, Heading, Plot, Table, Text, write_
 from .judging import read_lines
 from .metrics import gold_ids
 from .plots import can_draw, draw_bars, draw_curves, draw_scores
-from .scoring import COUNTS, METRICS, RETRIEVING, cited_passages
+from .scoring import COR_LABELS, COUNTS, METRICS, RETRIEVING, cited_passages
 
 MAIN = ("ret", "ret_precision", "cor", "cor_minus", "gr", "k_precision")
 SPLITS = {"in-domain": "In-domain", "out-of-domain": "Out-of-domain", None: "Other tasks"}
@@ -64,7 +64,9 @@ def _summary(results):
     settings = results["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in settings["versions"].items())
     processes = f"{settings['processes']} processes on " if settings["processes"] > 1 else ""
-    return f"{settings['time']}; {processes}{settings['hardware']}; {settings['dtype']}; {versions}; {results['seconds']:,.0f} seconds."
+    answering = sum(own["seconds"] for task in results["tasks"].values() for own in task["modes"].values())
+    took = f"answering took {answering:,.0f} s{' in all processes together' if processes else ''}, this run {results['seconds']:,.0f} s"
+    return f"{settings['time']}; {processes}{settings['hardware']}; {settings['dtype']}; {versions}; {took}."
 
 
 # ---------------------------------------------------------------------- tables
@@ -82,21 +84,30 @@ def main_table(results):
         for name in names:
             task = results["tasks"][name]
             own = task["modes"][mode]
-            rows.append([name, _pool(task), str(own["n"]), " / ".join(task["cor"]) or "—", *(show(own["metrics"].get(metric), metric) for metric in MAIN)])
+            cor = " / ".join(COR_LABELS[each] for each in task["cor"])
+            n = own["metrics"].get("cor", own)["n"]
+            rows.append([name, _pool(task), str(n), cor, *(show(own["metrics"].get(metric), metric) for metric in MAIN)])
         if len(names) > 1 and split in results["averages"]:
             strong.append(len(rows))
-            rows.append(_average_row(results, split, mode, f"average of {len(names)}"))
+            rows.append(_average_row(results, split, mode, "average of", len(names)))
     if len(results["tasks"]) > 1 and mode in results["averages"].get("all", {}):
         strong.append(len(rows))
-        rows.append(_average_row(results, "all", mode, f"average of all {len(results['tasks'])}"))
+        rows.append(_average_row(results, "all", mode, "average of all", len(results["tasks"])))
     header = ["", "pool", "n", "Cor is", *(METRICS[metric][0] for metric in MAIN)]
-    note = f"Percent, with 95 % bootstrap intervals; {MODE_NAMES[mode]}. " + "; ".join(f"{METRICS[metric][0]}: {METRICS[metric][1]}" for metric in MAIN) + "."
+    note = f"Percent, with 95 % bootstrap intervals (of no width where all questions have the same value); {MODE_NAMES[mode]}. "
+    note += "; ".join(f"{METRICS[metric][0]}: {METRICS[metric][1]}" for metric in MAIN) + "."
     return [Heading("Results"), Table(header, rows, strong=frozenset(strong)), Text(note, note=True)]
 
 
-def _average_row(results, split, mode, name):
+def _average_row(results, split, mode, name, count):
     own = results["averages"][split][mode]
-    return [name, "", str(own["cor"]["n"]) if "cor" in own else "", "", *(show(own.get(metric), metric) for metric in MAIN)]
+    return [f"{name} {count}", "", str(own["cor"]["n"]) if "cor" in own else "", "", *(_show_average(own.get(metric), metric, count) for metric in MAIN)]
+
+
+def _show_average(found, metric, count):
+    """An average as a cell; of a metric that does not apply in all `count` tasks it says in how many it does."""
+    cell = show(found, metric)
+    return (cell[0], f"{cell[1]}, {found['tasks']} of {count} tasks") if found is not None and found["tasks"] < count else cell
 
 
 def _pool(task):
@@ -112,7 +123,8 @@ def _modes(results):
     strong = frozenset()
     if len(rows) > 1:
         strong = frozenset([len(rows)])
-        rows.append(["average", *(show(results["averages"]["all"].get(mode, {}).get("cor"), "cor") for mode in modes)])
+        own, count = results["averages"]["all"], len(rows)
+        rows.append(["average", *(_show_average(own.get(mode, {}).get("cor"), "cor", count) for mode in modes)])
     note = "Cor in percent. Where passages are given, only questions that need one are asked, and [NSP] is forced first."
     return [Heading("What retrieval is worth"), Table(["", *(MODE_NAMES[mode] for mode in modes)], rows, strong=strong), Text(note, note=True)]
 
@@ -158,9 +170,9 @@ def _all_figures(results):
         rows = []
         for name in names:
             cells = [("—" if name not in own else (show(own[name], name)[0], f"{show(own[name], name)[1]} n = {own[name]['n']}")) for own in sources.values()]
-            rows.append([METRICS[name][0], *cells, METRICS[name][1]])
-        blocks.append(Table(["", *sources, ""], rows, folded=task_name, text_columns=frozenset([len(sources) + 1])))
-    return blocks
+            rows.append([METRICS[name][0], *cells])
+        blocks.append(Table(["", *sources], rows, folded=task_name))
+    return [*blocks, Table(["figure", "what it is"], [list(words) for words in METRICS.values()], folded="what the figures are", text_columns=frozenset([1]))]
 
 
 # ---------------------------------------------------------------------- the rest
@@ -238,7 +250,7 @@ def _example(prediction, scores):
         text = passage["text"] if len(passage["text"]) <= PASSAGE_SHOWN else passage["text"][:PASSAGE_SHOWN].rstrip() + " …"
         passages.append((number, passage["title"], text))
     values = {"Ret": scores.get("ret"), "Cor": scores["cor"] if scores["cor"] is not None else scores.get("cor_not_needed"), "Gr": scores.get("gr")}
-    marks = [f"{name} {100 * value:.0f}" for name, value in values.items() if value is not None]
+    marks = [f"{name} {value:.3g}" for name, value in values.items() if value is not None]
     expected = " / ".join(prediction["answers"][:4]) + (" / …" if len(prediction["answers"]) > 4 else "")
     return Example(prediction["input"], prediction["output_with_citations"], expected, passages, marks + ["nothing retrieved"] * (not passages))
 

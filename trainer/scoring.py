@@ -62,6 +62,8 @@ METRICS = {  # name -> (how tables say it, what it is)
     "ndcg@10": ("nDCG@10", "of the query embedding's ranking"),
     **{f"success@{k}": (f"R@{k}", f"a gold passage is among the {k} nearest to the query embedding") for k in (1, 5, 20, 100)},
 }
+COR_LABELS = {"short_answer": "short answer", **{name: METRICS[name][0] for name in ("accuracy", "em", "f1", "rouge_l", "fever_label", "fever_nli")}}
+COR_LABELS |= {name: METRICS[name][0] for name in ("str_em", "claim_recall")} | {"": "needs an NLI model"}
 COUNTS = ("num_retrievals",)  # all others are shares
 
 
@@ -100,11 +102,43 @@ def score(predictions, questions, mode="retrieval", metric=None, entail=None):
         emitted = [float(bool(prediction["retrievals"])) for prediction in predictions]
         scores["nsp_needed"], scores["nsp_not_needed"] = _where(emitted, needed), _where(emitted, free)
         scores["num_retrievals"] = [float(len(prediction["retrievals"])) for prediction in predictions]
-    scores |= _columns([_text_scores(*each) for each in zip(predictions, questions, scores.get("r_precision", hits), strict=True)])
+    rows = zip(predictions, questions, scores.get("r_precision", hits), free, strict=True)
+    scores |= _columns([{} if no_passage else _text_scores(*each) for *each, no_passage in rows])
     if entail is not None:
         scores |= _nli_scores(predictions, questions, hits, entail)
     scores["cor_not_needed"], scores["cor"] = _where(scores["cor"], free), _where(scores["cor"], [not each for each in free])
     return scores
+
+
+def check_questions(questions, where, metric=None):
+    """
+    Raise unless Cor can be computed: before hours of answering, not after them.
+
+    Args:
+        questions (`list[dict]`), where (`str`): and whose they are, for the error.
+        metric (`str`, *optional*): what Cor is.
+
+    Raises:
+        `ValueError`: with counts, for questions without what their metric compares with, or a package that it needs.
+    """
+    lacking = {}
+    for question in questions:
+        name = metric or cor_metric(question["dataset"])
+        if not _has_what_it_needs(question, name):
+            lacking[name] = lacking.get(name, 0) + 1
+    for name, count in lacking.items():
+        what = {"str_em": "meta.qa_pairs", "claim_recall": "meta.claims"}.get(name, "verdicts" if name.startswith("fever") else "answers")
+        raise ValueError(f"Task {where}: {count} of {len(questions)} questions have no {what}, which {name}, their Cor, compares with.")
+    if not has_rouge() and any((metric or cor_metric(x["dataset"])) == "rouge_l" for x in questions):
+        raise ValueError(f"Task {where}: Cor is ROUGE-L, which needs the package that KILT uses: pip install rouge.")
+
+
+def _has_what_it_needs(question, name):
+    if name in ("str_em", "claim_recall"):
+        return bool(question.get("meta", {}).get("qa_pairs" if name == "str_em" else "claims"))
+    if name.startswith("fever"):
+        return len({answer.strip().lower() for answer in question["answers"]} & set(FEVER_LABELS)) == 1
+    return bool(question["answers"])
 
 
 def cor_names(questions, metric=None, nli=True):
@@ -126,8 +160,6 @@ def _cor(predictions, questions, metric, entail):
 def _by_metric(name, pairs, entail):
     """One value for each `(prediction, question)`; `None` where the metric needs an NLI model that is not there."""
     if name in TEXT_METRICS:
-        if without := sum(not x["answers"] for _, x in pairs):
-            raise ValueError(f"{without} of {len(pairs)} questions have no answers, which {name} compares with.")
         return [correctness(p["output"], x["answers"], name) for p, x in pairs]
     if name == "str_em":
         return [str_em(p["output_with_citations"], x.get("meta", {}).get("qa_pairs"))[0] for p, x in pairs]
@@ -238,8 +270,11 @@ def average(columns):
 
 def resampled_means(values, seed, resamples=RESAMPLES):
     """Means of `resamples` draws of as many values as there are, with replacement: `numpy.ndarray` of shape `(resamples,)`."""
-    generator = np.random.default_rng(seed)
-    return np.array([values[generator.integers(len(values), size=len(values))].mean() for _ in range(resamples)])
+    if (values == values[0]).all():
+        return np.full(resamples, values[0])
+    generator, rows = np.random.default_rng(seed), max(1, 2**22 // len(values))  # 32 MB of picks at a time
+    sizes = [min(rows, resamples - start) for start in range(0, resamples, rows)]
+    return np.concatenate([values[generator.integers(len(values), size=(size, len(values)))].mean(1) for size in sizes])
 
 
 def averages(tasks, scores):

@@ -1,0 +1,167 @@
+"""
+Candidate pools for an evaluation set: for each question its gold passages and the nearest others, by any retriever.
+
+    python recipes/build_candidates.py --model sentence-transformers/all-MiniLM-L6-v2 --eval_file nq.jsonl.gz --corpus_file corpus.jsonl.gz \\
+        --output_file nq_100.jsonl.gz --num_candidates 100 --index_dir cache
+    python recipes/build_candidates.py --model out --index out/index --eval_file nq.jsonl.gz --output_file nq_20.jsonl.gz --num_candidates 20
+
+The retriever is a sentence-transformers model, with its own prompts and similarity, or a CoSup checkpoint, whose query is its state at an `[NSP]` behind the
+prompt. Candidates stand best first, gold at its own place; gold that is not among the nearest takes the last places. `--gold_first` puts all gold first.
+Everything else in the evaluation file stays as it is. Also printed: recall of the retriever over the whole corpus.
+
+With `--index_dir` a corpus is encoded once: what is there is found by the content of passages and model, whatever the files are called, and a run that was
+cut off goes on. A sentence-transformers model reads `--passage_template`, a passage without title its text alone; `[SEP]` in a slot filling question becomes a
+space, since it would be a control token to many.
+"""
+
+import argparse
+from dataclasses import dataclass
+
+from cli import check_trainer_package, clear_errors, table
+from data_files import writing
+
+check_trainer_package()
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from retrievers import CoSupRetriever, SentenceRetriever, is_cosup  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from trainer.data import load_evaluation_set, read_rows  # noqa: E402
+from trainer.evaluation import Rate, gold_ids  # noqa: E402
+
+KS = (1, 5, 20, 100)
+QUERIES = 1024  # that are searched at once
+
+
+def main():
+    """Read the options and build the pools."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="name or path of a sentence-transformers model or a CoSup checkpoint")
+    parser.add_argument("--eval_file", required=True, help="evaluation instances: JSON Lines (.gz or plain) or a dataset name")
+    parser.add_argument("--split", default="test", help="of a dataset name")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--corpus_file", help="passages {id, title, text}: JSON Lines (.gz) or Parquet")
+    source.add_argument("--index", help="the index of a CoSup checkpoint, in place of a corpus")
+    parser.add_argument("--output_file", required=True, help="the evaluation instances with their candidates, JSON Lines (.gz by the name)")
+    parser.add_argument("--num_candidates", type=int, default=100, help="of a question; the paper's are 20 and 100")
+    parser.add_argument("--gold_first", action="store_true", help="all gold before the others")
+    parser.add_argument("--index_dir", help="folder in which encoded corpora are kept")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--passage_template", default="{title}. {text}", help="of a sentence-transformers model; a CoSup checkpoint has its own")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="auto", help="of the weights, e.g. bfloat16 on a GPU")
+    args = parser.parse_args()
+    with clear_errors():
+        print(table(build(args)))
+
+
+def build(args):
+    """
+    Write the evaluation set with candidates.
+
+    Returns:
+        `list[(str, str)]`: lines of the table that is printed.
+
+    Raises:
+        `ValueError`: for bad input, with file and line; for gold passages that the corpus lacks, with their number.
+    """
+    if min(args.num_candidates, args.batch_size) < 1:
+        raise ValueError(f"--num_candidates is {args.num_candidates} and --batch_size {args.batch_size}, expected at least 1.")
+    instances = load_evaluation_set(args.eval_file, args.split, answers_required=False)
+    kind = CoSupRetriever if is_cosup(args.model) else SentenceRetriever
+    if args.index and kind is SentenceRetriever:
+        raise ValueError(f"--index {args.index}: {args.model} is no CoSup checkpoint; give a --corpus_file.")
+    retriever = kind(args)
+    gold = gold_rows(instances, retriever, args.index or args.corpus_file)
+    queries = retriever.embed_queries(instances)
+    k = min(max(args.num_candidates, *KS), len(retriever))
+    pools = []
+    for start in tqdm(range(0, len(instances), QUERIES), desc="Searching", unit=" batches"):
+        part = slice(start, start + QUERIES)
+        _, nearest = retriever.search(queries[part], k)
+        for rows, query, own in zip(nearest, queries[part], gold[part], strict=True):
+            pools.append(make_pool(rows[rows >= 0], own, lambda own, query=query: retriever.scores(query, own), args.num_candidates, args.gold_first))
+    with writing(args.output_file) as write:
+        for (_, row), pool in zip(read_rows(args.eval_file, args.split), pools, strict=True):
+            write({**row, "candidates": retriever.ids_of(pool.rows)})
+    return summary(instances, pools, gold, len(retriever), args.num_candidates, retriever)
+
+
+def gold_rows(instances, retriever, name):
+    """
+    For each question the rows of its gold passages, `list[numpy.ndarray]`.
+
+    Raises:
+        `ValueError`: with the number of gold passages that are not there.
+    """
+    ids = sorted({id for instance in instances for id in gold_ids(instance)})
+    rows = dict(zip(ids, retriever.find(ids), strict=True))
+    if missing := [id for id in ids if rows[id] < 0]:
+        count = sum(bool(gold_ids(instance) & set(missing)) for instance in instances)
+        raise ValueError(f"{name} lacks {len(missing)} of {len(ids)} gold passages, of {count} of {len(instances)} questions, e.g. {missing[0]!r}.")
+    return [np.array([rows[id] for id in sorted(gold_ids(instance))], np.int64) for instance in instances]
+
+
+@dataclass
+class Pool:
+    """
+    Candidates of a question.
+
+    Args:
+        rows (`numpy.ndarray` of int64): of the corpus, in the order in which they are written.
+        nearest (`numpy.ndarray` of int64): what the retriever found in the whole corpus, best first.
+    """
+
+    rows: np.ndarray
+    nearest: np.ndarray
+
+
+def make_pool(nearest, gold, scores, size, gold_first):
+    """
+    Gold and the nearest others.
+
+    Args:
+        nearest (`numpy.ndarray` of int64): rows of the corpus, best first, at least `size` of them where the corpus has so many.
+        gold (`numpy.ndarray` of int64): rows of gold passages.
+        scores (callable): gives the scores of gold rows.
+        size (`int`): of the pool; where there is more gold, the best of it alone.
+        gold_first (`bool`): else gold stands where its score puts it; what is not among the nearest comes last.
+
+    Returns:
+        [`Pool`].
+    """
+    gold = gold[np.argsort(-scores(gold), kind="stable")] if len(gold) else gold
+    gold = gold[:size]
+    others = nearest[~np.isin(nearest, gold)][: size - len(gold)]
+    if gold_first:
+        return Pool(np.concatenate([gold, others]), nearest)
+    inside = nearest[np.isin(nearest, gold) | np.isin(nearest, others)]
+    return Pool(np.concatenate([inside, gold[~np.isin(gold, inside)]]), nearest)
+
+
+def summary(instances, pools, gold, num_passages, size, retriever):
+    """Recall@k over the whole corpus, of a gold passage and of a whole evidence set, and counts of what is not as it should be."""
+    asked = [i for i, rows in enumerate(gold) if len(rows)]
+    lines = [("questions", f"{len(instances):,}"), ("passages in the corpus", f"{num_passages:,}")]
+    places = [{id: place for place, id in enumerate(retriever.ids_of(pool.nearest))} for pool in pools]
+
+    def place(i, whole):
+        sets = [[places[i].get(id, num_passages) for id in ids] for ids in instances[i]["provenance"]]
+        return min(max(found) if whole else min(found) for found in sets)
+
+    several = any(len(ids) > 1 for instance in instances for ids in instance["provenance"])
+    for whole, name in [(False, "a gold passage"), (True, "a whole evidence set")][: 1 + several]:
+        found = [place(i, whole) for i in asked]
+        lines += [(f"recall@{k}, {name}", str(Rate(sum(p < k for p in found), len(found)))) for k in KS if k <= num_passages and asked]
+    counts = {
+        "questions without gold": len(instances) - len(asked),
+        f"pools smaller than {size}": sum(len(pool.rows) < size for pool in pools),
+        f"questions with more gold than {size}: the best of it was kept": sum(len(rows) > size for rows in gold),
+        f"questions whose gold is not among the nearest {size}": sum(not np.isin(gold[i], pools[i].nearest[:size]).any() for i in asked),
+    }
+    return lines + [(name, f"{count:,}") for name, count in counts.items() if count]
+
+
+if __name__ == "__main__":
+    main()

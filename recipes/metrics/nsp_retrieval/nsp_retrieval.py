@@ -1,0 +1,70 @@
+"""What a CoSup model retrieves: Ret, Ret-P, KILT's R-precision and recall@k, MRR and nDCG of the query embedding, how often `[NSP]` is emitted."""
+
+import importlib
+
+import datasets
+import evaluate
+
+DESCRIPTION = """
+What a model that retrieves while it writes has retrieved, by passage id: Ret (a gold passage is among them), Ret-P (share of the distinct ones that are
+gold), KILT's R-precision and recall@k, how often [NSP] was emitted, and MRR, nDCG@10 and success@k of a ranking of passages, where there is one.
+"""
+INPUTS = """
+Args:
+    predictions (list of dict): {"id", "retrievals": [{"passage_ids": [best first]}, ...], "query_ranking": [ids, best first] or None}: lines of
+        predictions.jsonl.
+    references (list of dict): {"id", "provenance": [[ids of one evidence set], ...]}: lines of an evaluation set, matched by id. Those with an empty
+        provenance need no passage and count for `nsp_not_needed` only.
+    ks (list of int): of recall@k and success@k; 1 and 5 by default.
+
+Returns:
+    dict: ret, ret_precision, r_precision, recall@k, nsp_needed, nsp_not_needed, num_questions (with provenance) and, where all of these have a ranking, mrr,
+    ndcg@10, success@k. Shares between 0 and 1; NaN where there is no question of that kind.
+"""
+CITATION = """
+@inproceedings{lee2024semiparametric,
+  title={Semiparametric Token-Sequence Co-Supervision},
+  author={Lee, Hyunji and Kim, Doyoung and Jun, Jihoon and Joo, Sejune and Jang, Joel and On, Kyoung-Woon and Seo, Minjoon},
+  booktitle={Proceedings of ACL},
+  year={2024}
+}
+"""
+STRING = datasets.Value("string")
+PREDICTION = {"id": STRING, "retrievals": [{"passage_ids": [STRING]}], "query_ranking": [STRING]}
+REFERENCE = {"id": STRING, "provenance": [[STRING]]}
+
+
+class NSPRetrieval(evaluate.Metric):
+    """Thin: the figures are `trainer.metrics`'."""
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=DESCRIPTION,
+            citation=CITATION,
+            inputs_description=INPUTS,
+            features=datasets.Features({"predictions": PREDICTION, "references": REFERENCE}),
+        )
+
+    def _download_and_prepare(self, dl_manager):
+        try:
+            importlib.import_module("trainer.metrics")  # named at the top, evaluate would tell the user to install PyPI's other `trainer`
+        except ImportError as error:
+            raise ImportError("This metric needs the package cosup (`pip install cosup`), whose `trainer` is not PyPI's package of that name.") from error
+
+    def compute(self, *, predictions, references, **options):
+        """Whole lines of predictions and of an evaluation set will do: other fields are dropped."""
+        from trainer.metrics import select_fields
+
+        return super().compute(predictions=select_fields(predictions, PREDICTION), references=select_fields(references, REFERENCE), **options)
+
+    def _compute(self, predictions, references, ks=(1, 5)):
+        from trainer.metrics import emission_rates, match_by_id, mean_scores, ranking_scores, retrieval_scores, retrieved_ids, with_provenance
+
+        pairs, needing = match_by_id(predictions, references), {x["id"] for x in with_provenance(references)}
+        asked = [(prediction, x["provenance"]) for prediction, x in pairs if x["id"] in needing]
+        scores = mean_scores([retrieval_scores(retrieved_ids(prediction), provenance, ks) for prediction, provenance in asked])
+        rates = emission_rates(pairs)
+        scores |= {"nsp_needed": rates["needed"].value, "nsp_not_needed": rates["not_needed"].value, "num_questions": len(asked)}
+        if all(prediction["query_ranking"] for prediction, _ in asked):
+            scores |= mean_scores([ranking_scores(prediction["query_ranking"], provenance, ks) for prediction, provenance in asked])
+        return scores
