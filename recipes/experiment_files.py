@@ -77,7 +77,7 @@ class Experiment:
     @property
     def modes(self):
         """What the answers of a model may retrieve, see `trainer.evaluation.retrieval_settings`."""
-        return self.evaluation.get("modes") or ["retrieval"]
+        return ["off" if mode is False else mode for mode in self.evaluation.get("modes") or ["retrieval"]]  # YAML reads `off` so
 
 
 def load_experiment(path, overrides=()):

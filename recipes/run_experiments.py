@@ -179,7 +179,8 @@ def complete(options, seed, world):
     if options.get("validation_file") is None:
         options.pop("validation_file", None)
         options["eval_strategy"] = "no"  # a config may ask for it, but there is nothing to evaluate on
-    return {**options, "seed": seed}
+    unquoted = {name: "no" for name, value in options.items() if name.endswith("_strategy") and value is False}  # YAML reads `no` so
+    return {**options, **unquoted, "seed": seed}
 
 
 def fill(value, places):
@@ -240,7 +241,7 @@ def evaluate(run, experiment, cache, args):
         if (run.evaluation / "evaluated.json").exists():
             say(run, f"evaluated already: {run.evaluation}")
             return
-        config = {**experiment.evaluation, "tasks": run.entries}
+        config = {**experiment.evaluation, "modes": experiment.modes, "tasks": run.entries}
         (run.evaluation / "tasks.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         merged = run.folder / "model" / "merged"
         arguments = ["--config", str(run.evaluation / "tasks.yaml"), "--model", str(merged if merged.exists() else run.folder / "model")]
@@ -356,7 +357,8 @@ def report(experiment, runs, notes, args):
             row[name] = json.loads(path.read_text()) if path.exists() else None
         rows.append(row)
     command = shlex.join(["python", "recipes/run_experiments.py", *sys.argv[1:]])
-    results = Results(asdict(experiment), rows, runs[0].meaning, notes, command)
+    told = {**asdict(experiment), "evaluation": {**experiment.evaluation, "modes": experiment.modes}}
+    results = Results(told, rows, runs[0].meaning, notes, command)
     write_experiment_report(results, args.output_dir)
     print(f"\nReport: {Path(args.output_dir) / 'report.html'}   Numbers: {Path(args.output_dir) / 'experiment.json'}")
 

@@ -17,6 +17,7 @@ MODE_NAMES = {
     "wrong": "always wrong passage",
     "off": "parametric space only",
 }
+FURTHER = ("em", "f1", "rouge_l", "kilt_em", "kilt_f1", "str_em", "str_hit", "citation_recall", "citation_precision", "gr_success", "gr_failure", "mrr")
 EMISSION = ("nsp_needed", "nsp_not_needed", "cor_not_needed", "num_retrievals")
 GROUP_NAMES = {"in-domain": "in-domain average", "out-of-domain": "out-of-domain average", "all": "average of all tasks"}
 SMALL = 1_000_000_000  # parameters of Gen below which a result says nothing about models of the paper's size
@@ -97,7 +98,7 @@ def _verdicts(results):
 
 
 def _tables(results):
-    """For each setting: tasks and averages x lines, the main metrics; then when [NSP] is emitted."""
+    """For each setting: tasks and averages x lines, the main metrics; then, folded, when [NSP] is emitted and further metrics."""
     blocks = []
     metrics = [metric for metric in MAIN if metric in results.metrics or metric == "gr"]
     for number, setting in enumerate(results.settings):
@@ -109,10 +110,11 @@ def _tables(results):
     if "gr" not in results.metrics:
         note += " Gr needs an NLI model (evaluation.nli_model) and is not shown without."
     blocks.append(Text(note, note=True))
-    metrics = [metric for metric in EMISSION if metric in results.metrics]
-    for setting in results.settings:
-        rows, strong = _rows(results, setting, metrics)
-        blocks.append(Table(["", *(METRICS[m][0] for m in metrics)], rows, strong, folded=f"When [NSP] is emitted: {setting}"))
+    for title, names in (("When [NSP] is emitted", EMISSION), ("Further metrics", FURTHER)):
+        metrics = [metric for metric in names if metric in results.metrics]
+        for setting in results.settings if metrics else []:
+            rows, strong = _rows(results, setting, metrics)
+            blocks.append(Table(["", *(METRICS[m][0] for m in metrics)], rows, strong, folded=f"{title}: {setting}"))
     return blocks
 
 

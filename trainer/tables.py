@@ -33,7 +33,7 @@ class Results:
 
     def __init__(self, experiment, runs, meaning, notes=(), command=""):
         self.experiment, self.runs, self.meaning, self.notes, self.command = experiment, runs, meaning, list(notes), command
-        self.modes = experiment["evaluation"].get("modes") or ["retrieval"]
+        self.modes = experiment["evaluation"]["modes"]
         self.found = {}  # figures that were asked for
         self.scores = {}  # line -> seed -> task -> metric -> {question: value}
         for run in runs:
