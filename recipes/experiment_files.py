@@ -240,8 +240,8 @@ def cut_to_pools(entries, folder, max_questions=None):
     for source in dict.fromkeys(entry["corpus_file"] for entry in entries):
         wanted = {}
         for entry in [entry for entry in entries if entry["corpus_file"] == source]:
-            limit = entry.get("max_eval_samples", max_questions)
-            wanted |= {id: None for x in load_evaluation_set(entry["eval_file"])[:limit] for id in (*x["candidates"], *gold_ids(x))}
+            (task,) = read_tasks([entry], max_eval_samples=max_questions)
+            wanted |= {id: None for x in task.read_questions() for id in (*x["candidates"], *gold_ids(x))}
         files[source] = folder / f"{digest(source)[:8]}-{digest_of(sorted(wanted))[:8]}.jsonl"
         write_lines(files[source], [passage for passage in load_corpus(source) if passage["id"] in wanted])
     return [{**entry, "corpus_file": str(files[entry["corpus_file"]])} for entry in entries]

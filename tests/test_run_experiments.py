@@ -334,7 +334,7 @@ def test_corpora_cut_to_what_pools_hold(inputs, tmp_path):
     extra = [{"id": f"extra{i}", "title": "", "text": f"passage {i}"} for i in range(20)]
     write(tmp_path / "corpus.jsonl", [*extra, *PASSAGES])
     experiment = load_experiment(inputs / "experiment.yaml", ["pools=[1, 2]", "pools_only=true"])
-    questions = [{**x, "candidates": ["extra3", x["provenance"][0][0]]} for x in load_evaluation_set(inputs / "eval.jsonl")]
+    questions = [{**x, "candidates": ["extra3", x["provenance"][0][0], "extra4"]} for x in load_evaluation_set(inputs / "eval.jsonl")]
     tasks = [{"name": "t", "eval_file": str(write(tmp_path / "eval.jsonl", questions)), "corpus_file": str(tmp_path / "corpus.jsonl")}]
     entries = experiment_files.cut_to_pools(expand_tasks(experiment, tasks)[0], tmp_path / "cut", max_questions=2)
     (corpus_file,) = {entry["corpus_file"] for entry in entries}  # embedded once for both pools

@@ -102,6 +102,7 @@ def draw_lines(panels, levels, path, xlabel):
         axes.set_xscale("log")
         axes.set_xticks(ticks, [f"{x:,g}" for x in ticks], rotation=30)
         axes.minorticks_off()
+        axes.set_ylim(0, 103)
         axes.set_title(_safe(f"{metric}, %"), fontsize=10)
         axes.set_xlabel(_safe(xlabel), fontsize=9)
         _trim(axes)
