@@ -79,6 +79,38 @@ def draw_scores(scores, path):
     _save(figure, path)
 
 
+def draw_lines(panels, levels, path, xlabel):
+    """
+    Curves over a number, on a logarithmic axis, with 95 % intervals; one panel for each metric.
+
+    Args:
+        panels (`dict[str, dict[str, dict[float, dict]]]`): metric -> label of the curve -> number -> figure.
+        levels (`dict[str, dict[str, dict]]`): metric -> label -> figure that no number belongs to: a level line.
+        path (`Path`): of the PNG.
+        xlabel (`str`): what the number is.
+    """
+    figure = Figure(figsize=(3.6 * len(panels) + 2.2, 3.4), layout="constrained")
+    for axes, (metric, curves) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True):
+        for number, (label, points) in enumerate(curves.items()):
+            xs, color = sorted(points), COLORS[number % len(COLORS)]
+            low, high = 100 * np.array([points[x]["interval"] for x in xs]).reshape(-1, 2).T
+            axes.plot(xs, [100 * points[x]["value"] for x in xs], marker="o", markersize=4, label=_safe(label), color=color)
+            axes.fill_between(xs, low, high, alpha=0.13, color=color, linewidth=0)
+        for number, (label, level) in enumerate(levels.get(metric, {}).items()):
+            axes.axhline(100 * level["value"], linestyle="--", linewidth=1.2, color=COLORS[number % len(COLORS)], label=_safe(label))
+        ticks = sorted({x for points in curves.values() for x in points})
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{x:,g}" for x in ticks], rotation=30)
+        axes.minorticks_off()
+        axes.set_ylim(0, 103)
+        axes.set_title(_safe(f"{metric}, %"), fontsize=10)
+        axes.set_xlabel(_safe(xlabel), fontsize=9)
+        _trim(axes)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside right upper", fontsize=9)
+    _save(figure, path)
+
+
 def _new(width):
     figure = Figure(figsize=(min(width, 14), 3.4), layout="constrained")
     return figure, figure.subplots()
