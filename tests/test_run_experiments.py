@@ -21,9 +21,12 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
 
 import experiment_files  # noqa: E402
+import experiment_processes  # noqa: E402
+import experiment_tasks  # noqa: E402
 import run_experiments  # noqa: E402
 from cli import parse  # noqa: E402
-from experiment_files import cut_corpora, expand_tasks, load_experiment  # noqa: E402
+from experiment_files import load_experiment  # noqa: E402
+from experiment_tasks import cut_corpora, expand_tasks  # noqa: E402
 from test_recipes import write  # noqa: E402
 from train import ScriptArguments  # noqa: E402
 
@@ -90,7 +93,7 @@ def here(monkeypatch):
                 else:
                     code = 0
         if code:
-            raise run_experiments.Failed(f"{recipe}: {run_experiments.reason(log)}")
+            raise run_experiments.Failed(f"{recipe}: {experiment_processes.reason(log)}")
         return " ".join([recipe, *given]), 1.0
 
     monkeypatch.setattr(run_experiments, "launch", launch)
@@ -200,26 +203,26 @@ def test_a_killed_training_goes_on_where_it_was(inputs, tmp_path, here):
 def test_a_recipe_is_launched_and_its_error_is_found_in_its_log(tmp_path, monkeypatch):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "recipe.py").write_text("import sys\nprint(sys.argv[1])\nsys.exit('error: it is broken.' if sys.argv[1] == 'bad' else 0)\n")
-    monkeypatch.setattr(run_experiments, "ROOT", tmp_path)
+    monkeypatch.setattr(experiment_processes, "ROOT", tmp_path)
     args = run_experiments.RunnerArguments("", "")
     run, log = run_experiments.Run("co", 0, {}), tmp_path / "log"
-    with run_experiments.locked(tmp_path / "folder") as lock:
-        command, seconds = run_experiments.launch("recipe.py", ["good"], run, log, args, lock)
+    with experiment_processes.locked(tmp_path / "folder") as lock:
+        command, seconds = experiment_processes.launch("recipe.py", ["good"], run, log, args, lock)
     assert command.startswith("accelerate launch --config_file ")
     assert seconds > 0
     with pytest.raises(run_experiments.Failed, match=r"recipe.py: error: it is broken. \(exit code 1; log: "):
-        run_experiments.launch("recipe.py", ["bad"], run, log, args)
+        experiment_processes.launch("recipe.py", ["bad"], run, log, args)
     assert log.read_text().split("\n")[:2] == ["good", "bad"]
 
 
 def test_the_folder_of_a_training_that_still_runs_is_left_alone(tmp_path, capsys):
     """A program that inherited the lock of a runner that died holds it."""
-    with run_experiments.locked(tmp_path / "folder") as lock:
+    with experiment_processes.locked(tmp_path / "folder") as lock:
         left = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock])
     entered = Event()
 
     def second():
-        with run_experiments.locked(tmp_path / "folder"):
+        with experiment_processes.locked(tmp_path / "folder"):
             entered.set()
 
     thread = Thread(target=second)
@@ -336,7 +339,7 @@ def test_corpora_cut_to_what_pools_hold(inputs, tmp_path):
     experiment = load_experiment(inputs / "experiment.yaml", ["pools=[1, 2]", "pools_only=true"])
     questions = [{**x, "candidates": ["extra3", x["provenance"][0][0], "extra4"]} for x in load_evaluation_set(inputs / "eval.jsonl")]
     tasks = [{"name": "t", "eval_file": str(write(tmp_path / "eval.jsonl", questions)), "corpus_file": str(tmp_path / "corpus.jsonl")}]
-    entries = experiment_files.cut_to_pools(expand_tasks(experiment, tasks)[0], tmp_path / "cut", max_questions=2)
+    entries = experiment_tasks.cut_to_pools(expand_tasks(experiment, tasks)[0], tmp_path / "cut", max_questions=2)
     (corpus_file,) = {entry["corpus_file"] for entry in entries}  # embedded once for both pools
     gold = [x["provenance"][0][0] for x in questions[:2]]
     assert [passage["id"] for passage in load_corpus(corpus_file)] == ["extra3", *gold]
