@@ -61,14 +61,15 @@ class SharingMixin:
             raise ValueError("The checkpoint stores no fingerprint of Emb_seq and Emb_seq is not loaded, so no index can be checked against it.")
         return self._hash_weights(state_dict, ("emb_seq.", "emb_head."))
 
-    @torch.no_grad()
-    def _hash_weights(self, state_dict=None, parts=("",)):
-        """
-        SHA-256 of up to 8,192 weights of each parameter whose name begins with one of `parts`, evenly spread, in bfloat16: cheap enough for every use.
-        `None` where weights are elsewhere: shards without `state_dict`, or offloaded.
-        """
+    def _hash_of_all(self, state_dict=None):
+        """Hash of all weights; `None` where they are elsewhere: shards without `state_dict`, which only all ranks together could put together, or offloaded."""
         if state_dict is None and any(isinstance(weight, DTensor) or weight.is_meta for weight in self.parameters()):
             return None
+        return self._hash_weights(state_dict)
+
+    @torch.no_grad()
+    def _hash_weights(self, state_dict=None, parts=("",)):
+        """SHA-256 of up to 8,192 weights of each parameter whose name begins with one of `parts`, evenly spread, in bfloat16: cheap enough for every use."""
         digest = hashlib.sha256()
         for name, parameter in self.named_parameters():
             if name.startswith(parts):
@@ -149,7 +150,7 @@ class SharingMixin:
             if self.emb_seq_tokenizer is not self.tokenizer:
                 self.emb_seq_tokenizer.save_pretrained(f"{save_directory}/{EMB_SEQ_TOKENIZER_FOLDER}")
         if is_main_process:
-            self._saved_weights = self._hash_weights(state_dict)
+            self._saved_weights = self._hash_of_all(state_dict)
             self._save_facts(Path(save_directory), self._saved_weights)
         self._be_found_by_its_own_name()
         super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, max_shard_size=max_shard_size, **kwargs)
@@ -180,7 +181,7 @@ class SharingMixin:
         facts = self._facts
         if facts is None:
             facts = load_facts(self.config._name_or_path, getattr(self.config, "_commit_hash", None))
-        now = weights or self._hash_weights() if facts.get("weights") else None
+        now = weights or self._hash_of_all() if facts.get("weights") else None
         if now is None or facts["weights"] == now:  # what is offloaded or sharded here was not trained here
             return facts
         logger.warning_once("These weights are not those that were trained and measured: what was recorded of the former is left out of the card.")
@@ -197,7 +198,7 @@ class SharingMixin:
         Returns:
             `dict`: the facts with `weights`.
         """
-        self._facts, self._curves = {"weights": self._saved_weights or self._hash_weights(), **facts}, curves
+        self._facts, self._curves = {"weights": self._saved_weights or self._hash_of_all(), **facts}, curves
         return self._facts
 
     def _save_facts(self, folder, weights):

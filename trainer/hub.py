@@ -157,7 +157,7 @@ def _check_base(model):
 def _check_saved(model):
     """Raise unless the weights are those that were last saved: a card must not describe others. Of adapters and of shards this is not known."""
     base = without_peft(model)
-    if base is model and base._hash_weights() not in (None, base._saved_weights):
+    if base is model and base._hash_of_all() not in (None, base._saved_weights):
         raise ValueError("The weights are not those that were last saved in output_dir: call save_model() first, then create_model_card().")
 
 
