@@ -43,7 +43,7 @@ def launch(recipe, arguments, run, log, args, lock=None):
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, pass_fds=() if lock is None else (lock,)).returncode
     if code:
         raise Failed(f"{recipe}: {reason(log, begin)} (exit code {code}; log: {log})")
-    return shlex.join(["accelerate", *command[3:]]), round(time.monotonic() - start, 1)
+    return shlex.join(["accelerate", *command[3:]]).replace(f"{ROOT}/", ""), round(time.monotonic() - start, 1)
 
 
 def reason(log, begin=0):
