@@ -32,6 +32,8 @@ from trainer import CoSupTrainer, CoSupTrainingArguments, load_corpus, load_eval
 from trainer.card import complete_card, held_out_group, result_group, write_card  # noqa: E402
 from trainer.evaluation import METRIC_NAMES, evaluate_model, ntp_loss, recall, reference_instances  # noqa: E402
 from trainer.hub import push_checkpoint  # noqa: E402
+from trainer.intervals import Mean  # noqa: E402
+from trainer.metrics import k_precision  # noqa: E402
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
@@ -172,7 +174,7 @@ def share(model, index, questions, results, script, args):
     groups = held_out_group(results["validation"]) if "validation" in results else []
     if "evaluation" in results:
         names = ", ".join(sorted({x["dataset"] for x in questions if x["dataset"]})) or Path(script.eval_file).name
-        groups.append(result_group(results["evaluation"], METRIC_NAMES, names, len(index)))
+        groups.append(result_group({**results["evaluation"], **results["grounding"]}, METRIC_NAMES, names, len(index)))
     place, repo_id = None if index is None else str(output_dir / "index"), str(output_dir)
     if args.push_to_hub:
         place, repo_id = None, args.hub_model_id
@@ -255,6 +257,8 @@ def report(model, index, questions, corpus, results, script, args):
     """Measure, print the table and a few answers, and keep it all in `results`."""
     metrics, answers = evaluate_model(model, index, questions, args.per_device_eval_batch_size, script.max_new_tokens)
     results["evaluation"] = metrics
+    grounded = Mean.of(k_precision({"retrievals": answer.retrievals}) for answer in answers)
+    results["grounding"] = {"k_precision": grounded} if grounded.n else {}
     if "before" in results:
         results["after"] = {"ntp_loss": ntp_loss(model, reference_instances(questions, corpus))}
         results["after"].update({name: metrics[name] for name in results["before"] if name != "ntp_loss"})

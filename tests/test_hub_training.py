@@ -12,6 +12,9 @@ from test_recipes import ROOT, inputs, options  # noqa: F401
 
 from modeling_cosup import CoSupForCausalLM
 from trainer import CoSupTrainer, CoSupTrainingArguments
+from trainer.card import result_group
+from trainer.evaluation import METRIC_NAMES
+from trainer.intervals import Mean, Rate
 
 pytest.importorskip("jsonschema", reason="jsonschema, which the test Hub checks cards with, is not installed")
 
@@ -229,6 +232,14 @@ def test_cards_of_tokenized_data_streams_and_other_adapters(tmp_path):
     assert "| adapters | IA3 |" in record(adapted)[1]
     with pytest.raises(ValueError, match="adapters of a model in memory"):
         adapted.push_to_hub()
+
+
+def test_shares_are_percentages_and_losses_are_not():
+    metrics = {"recall@1": Rate(1, 4), "k_precision": Mean.of([0.5, None, 1.0]), "ntp_loss": Mean.of([1.5, 2.5]), "exact_match": Rate(0, 0)}
+    group = result_group(metrics, METRIC_NAMES, "nq", 10)
+    found = [(row["type"], row["value"], row["unit"], row["n"]) for row in group["metrics"]]
+    assert found == [("recall@1", 25.0, "%", 4), ("k_precision", 75.0, "%", 2), ("ntp_loss", 2.0, "", 2)]  # nothing of no question
+    assert group["metrics"][1]["name"].startswith("K-precision") and group["dataset"] == {"name": "nq", "type": "custom"}
 
 
 def test_a_folder_without_weights_is_not_pushed(tmp_path):

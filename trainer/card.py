@@ -78,14 +78,14 @@ def result_group(metrics, names, dataset, index_size=None):
     The results of one evaluation set as the card shows them.
 
     Args:
-        metrics (`dict[str, Rate | Mean]`): by type, e.g. `recall@1`.
+        metrics (`dict[str, Rate | Mean]`): by type, e.g. `recall@1`: shares, and losses, whose types end in `loss`.
         names (`dict[str, str]`): how each reads.
         dataset (`str`): name of the set.
         index_size (`int`, *optional*): passages that were searched.
     """
     rows = []
     for kind, metric in metrics.items():
-        value, scale = metric.to_dict(), 100 if isinstance(metric, Rate) else 1
+        value, scale = metric.to_dict(), 1 if kind.endswith("loss") else 100
         if value["n"]:
             interval = [round(scale * bound, 4) for bound in value["interval"]]
             row = {"type": kind, "name": names.get(kind, kind), "value": round(scale * value["value"], 4), "interval": interval}

@@ -27,6 +27,7 @@ METRIC_NAMES = {  # as reports and model cards say them
     "exact_match_no_retrieval": "exact match, retrieval switched off",
     "needless_retrieval": "questions that need no passage: retrieved",
     "exact_match_no_passage": "questions that need no passage: exact match",
+    "k_precision": "K-precision: words between [Cs] and [CE] that stand in their passage",
 }
 MODES = ("retrieval", "gold", "off", "forced", "wrong")  # see `retrieval_settings`
 
