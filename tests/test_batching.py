@@ -122,6 +122,11 @@ def test_what_each_supervision_reads(model):
     lengths = micro_batch["query_attention_mask"].sum(1)
     assert all(row[length - 1] == separate.config.nsp_token_id for row, length in zip(micro_batch["query_input_ids"], lengths, strict=True))
 
+    alone = collator(separate, supervision="nsp", encoder_queries=True)(features(separate))
+    (micro_batch,) = alone["micro_batches"]
+    assert micro_batch["input_ids"].shape == (1, 1) and "labels" not in micro_batch  # Gen is not asked
+    assert len(micro_batch["query_input_ids"]) == 7 and len(alone["facts"].instance_ids[0]) == 7
+
 
 def test_a_batch_without_any_passage_still_touches_every_part(model):
     batch = collator(model)(features(model, [[], []]))

@@ -226,6 +226,8 @@ def test_arguments_that_do_not_fit_the_model(tmp_path):
     for options in ({"freeze_emb_seq": True}, {"supervision": "ntp"}):
         with pytest.raises(ValueError, match="leaves nothing to train"):
             CoSupTrainer(make_model(), arguments(tmp_path, freeze_gen=True, **options))
+    with pytest.raises(ValueError, match="Emb_seq makes the queries too"):
+        CoSupTrainer(make_model(query_from="emb_seq"), arguments(tmp_path, supervision="nsp", freeze_emb_seq=True))
     stream = CoSupTrainer(make_model(), arguments(tmp_path), train_dataset=world(NAMES[:8])).train_dataset.to_iterable_dataset()
     trainer = CoSupTrainer(make_model(), arguments(tmp_path, batch_sampler="no_duplicates", max_steps=1), train_dataset=stream)
     with pytest.raises(ValueError, match="a streamed one cannot be chosen from"):

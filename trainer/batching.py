@@ -52,6 +52,7 @@ class CoSupDataCollator:
         nsp_token_id (`int`): id of `[NSP]`.
         mask_duplicates (`bool`): identical passages become one row.
         supervision (`str`): `"co"`, `"ntp"` (no passages), `"nsp"` (nothing behind the last `[NSP]`, no labels) or `"separate"` (queries are rows).
+        encoder_queries (`bool`): queries are rows of their own, read by an encoder; always so with `"separate"`. With `"nsp"` nothing is left for Gen.
         max_instances (`int`, *optional*): of a micro-batch.
         max_tokens (`int`, *optional*): of a micro-batch, padding, passages and queries included; takes the place of `max_instances`.
         call_overhead (`int`, *optional*): without a limit, a batch is cut where that saves padding, counting for every further micro-batch this many
@@ -74,6 +75,7 @@ class CoSupDataCollator:
     nsp_token_id: int
     mask_duplicates: bool = True
     supervision: str = "co"
+    encoder_queries: bool = False
     max_instances: int | None = None
     max_tokens: int | None = None
     call_overhead: int | None = None
@@ -81,21 +83,25 @@ class CoSupDataCollator:
     padding_free_passages: bool = False
     shorten_first_pass: bool = False
 
+    def __post_init__(self):
+        self.encoder_queries |= self.supervision == "separate"
+
     def __call__(self, features):
         instances = [self._instance(feature) for feature in features]
         passages, keys, rows = self._passages(instances)
         if self.supervision == "nsp":
             instances = [instance for instance in instances if instance["queries"]]
         queries = [query for instance in instances for query in instance["queries"]]
-        query_rows = [query["input_ids"] for query in queries] if self.supervision == "separate" else []
-        lengths = {"gen": [len(instance["input_ids"]) for instance in instances], "passages": list(map(len, passages)), "queries": list(map(len, query_rows))}
+        query_rows = [query["input_ids"] for query in queries] if self.encoder_queries else []
+        gen_lengths = [] if self._no_gen else [len(instance["input_ids"]) for instance in instances]
+        lengths = {"gen": gen_lengths, "passages": list(map(len, passages)), "queries": list(map(len, query_rows))}
         groups = self._cut(lengths)
 
         passage_order = [row for group in groups["passages"] for row in group]
         position = {row: i for i, row in enumerate(passage_order)}
         starts = np.cumsum([0] + [len(instance["queries"]) for instance in instances]).tolist()
         query_order = [i for group in groups["gen"] for instance in group for i in range(starts[instance], starts[instance + 1])]
-        if self.supervision == "separate":
+        if self.encoder_queries:
             query_order = [i for group in groups["queries"] for i in group]
         ordered = [queries[i] for i in query_order]
         facts = BatchFacts(
@@ -114,7 +120,7 @@ class CoSupDataCollator:
             micro_batch = self._gen([instances[j] for j in gen]) if gen else {}
             micro_batch |= self._emb_seq("passage", [passages[row] for row in passage]) if passage else {}
             micro_batch |= self._emb_seq("query", [query_rows[j] for j in query]) if query else {}
-            facts.instance_ids.append([instances[j]["id"] for j in gen])
+            facts.instance_ids.append([queries[j]["instance_id"] for j in query] if self._no_gen else [instances[j]["id"] for j in gen])
             facts.num_padded_tokens += sum(tensor.numel() for name, tensor in micro_batch.items() if name.endswith("input_ids"))
             micro_batches.append(micro_batch)
         self.complete(micro_batches[-1])  # every part takes part in every step: a step without passages is one with zero gradients
@@ -129,16 +135,21 @@ class CoSupDataCollator:
                 micro_batch["position_ids"] = zero
             if self.supervision != "nsp":
                 micro_batch |= {"labels": zero - 100, "label_positions": zero[0, :0]}
-            if self.supervision in ("co", "nsp"):
+            if not self.encoder_queries and self.supervision != "ntp":
                 micro_batch["nsp_positions"] = zero[0, :0]
         if self.supervision != "ntp" and "passage_input_ids" not in micro_batch:
             micro_batch["passage_input_ids"] = zero[:0]
-        if self.supervision == "separate" and "query_input_ids" not in micro_batch:
+        if self.encoder_queries and "query_input_ids" not in micro_batch:
             micro_batch["query_input_ids"] = zero[:0]
         if self.shorten_first_pass and not micro_batch.get("first_pass"):
             rows = {"input_ids": zero, "nsp_positions": zero[0, :0]} | ({"position_ids": zero} if self.padding_free else {})
-            micro_batch["first_pass"] = {} if self.supervision == "separate" else rows
+            micro_batch["first_pass"] = {} if self.encoder_queries else rows
         return micro_batch
+
+    @property
+    def _no_gen(self):
+        """Whether Gen has no part in the loss: next passages alone, of an encoder's queries."""
+        return self.supervision == "nsp" and self.encoder_queries
 
     # ------------------------------------------------------------------ reading instances
 
@@ -154,13 +165,13 @@ class CoSupDataCollator:
         if self.supervision == "ntp":
             return instance | {"columns": []}
         passage_ids, query_input_ids = feature.get("passage_ids") or [None] * len(columns), feature.get("query_input_ids")
-        if self.supervision == "separate" and query_input_ids is None:
-            raise ValueError(f"Instance {id!r} has no query_input_ids, which supervision='separate' needs: tokenize it with this model's config.")
+        if self.encoder_queries and query_input_ids is None:
+            raise ValueError(f"Instance {id!r} has no query_input_ids, which supervision={self.supervision!r} needs: tokenize it with this model's config.")
         for i, column in enumerate(columns):
             positive_ids = (feature.get("positive_ids") or {i: ()})[i] or ()
             query = {"instance_id": id, "key": _hash("query", *input_ids[: column + 1]), "passage": (id, i, tuple(passages[i]), passage_ids[i])}
             query |= {"positive_keys": tuple(_hash("id", positive) for positive in positive_ids)}
-            query |= {"input_ids": query_input_ids[i]} if self.supervision == "separate" else {}
+            query |= {"input_ids": query_input_ids[i]} if self.encoder_queries else {}
             instance["queries"].append(query)
         negatives = feature.get("negative_input_ids") or []
         negative_ids = feature.get("negative_ids") or [None] * len(negatives)
@@ -194,7 +205,7 @@ class CoSupDataCollator:
             total = max(1, sum(map(sum, lengths.values())))
             groups = {name: cut_by_tokens(part, self.max_tokens * sum(part) / total, packed[name]) for name, part in lengths.items()}
         else:
-            count = max(1, -(-len(lengths["gen"]) // self.max_instances))
+            count = max(1, -(-len(lengths["queries" if self._no_gen else "gen"]) // self.max_instances))
             groups = {name: cut_by_number(part, count) for name, part in lengths.items()}
         return {name: part[:: 1 if name == "gen" else -1] for name, part in groups.items()}
 
@@ -203,7 +214,7 @@ class CoSupDataCollator:
     def _gen(self, instances):
         rows = [instance["input_ids"] for instance in instances]
         micro_batch, offsets = _lay_out(rows, self.pad_token_id, self.padding_free)
-        if self.supervision in ("co", "nsp"):
+        if not self.encoder_queries and self.supervision != "ntp":
             micro_batch["nsp_positions"] = _positions(offsets, [instance["columns"] for instance in instances])
         if self.supervision != "nsp":
             labels = [[-100, *instance["labels"][1:]] for instance in instances]  # packed, the first would be its neighbour's next token
@@ -212,7 +223,7 @@ class CoSupDataCollator:
         retrieving = [instance for instance in instances if instance["columns"]]
         if self.shorten_first_pass:
             micro_batch["first_pass"] = {}
-        if self.shorten_first_pass and self.supervision in ("co", "nsp") and retrieving:
+        if self.shorten_first_pass and not self.encoder_queries and self.supervision != "ntp" and retrieving:
             short = [instance["input_ids"][: instance["columns"][-1] + 1] for instance in retrieving]
             first, offsets = _lay_out(short, self.pad_token_id, self.padding_free)
             micro_batch["first_pass"] = first | {"nsp_positions": _positions(offsets, [instance["columns"] for instance in retrieving])}

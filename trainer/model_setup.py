@@ -29,15 +29,21 @@ def check_supervision(args, config):
     """Whether the model makes its queries where `supervision` trains them."""
     if args.supervision == "separate" and config.query_from == "gen":
         raise ValueError("supervision='separate' trains queries of an encoder: build the model with query_from='emb_seq' or 'query_encoder'.")
-    if args.supervision in ("co", "nsp") and config.query_from != "gen":
-        raise ValueError(f"The model makes queries with {config.query_from!r}: train it with supervision='separate', or build it with query_from='gen'.")
+    if args.supervision == "co" and config.query_from != "gen":
+        raise ValueError(
+            f"The model makes queries with {config.query_from!r}: train it with supervision='separate' (or 'nsp', its encoders alone), "
+            "or build it with query_from='gen'."
+        )
     if args.freeze_gen and (args.freeze_emb_seq or args.supervision == "ntp"):
         raise ValueError(f"freeze_gen with {'freeze_emb_seq' if args.freeze_emb_seq else 'supervision=' + repr('ntp')} leaves nothing to train.")
+    if args.supervision == "nsp" and config.query_from == "emb_seq" and args.freeze_emb_seq:
+        raise ValueError("freeze_emb_seq with supervision='nsp' leaves nothing to train: Emb_seq makes the queries too.")
 
 
 def freeze(model, args):
     """Turn off gradients of what is frozen, and of what the supervision never reaches."""
-    frozen = [model.gen] * args.freeze_gen
+    encoders_alone = args.supervision == "nsp" and model.config.query_from != "gen"
+    frozen = [model.gen] * (args.freeze_gen or encoders_alone)
     if args.freeze_emb_seq or args.supervision == "ntp":
         frozen += [module for module in (model.emb_seq, model.emb_head) if module is not None]
     if args.supervision == "ntp" and model.query_encoder is not None:
@@ -86,6 +92,7 @@ def default_collator(model, args, tokenizers):
         config.nsp_token_id,
         mask_duplicates=args.mask_duplicates,
         supervision=args.supervision,
+        encoder_queries=args.supervision != "ntp" and config.query_from != "gen",
         max_instances=None if args.nsp_batch_size is None else args.per_device_train_batch_size,
         max_tokens=args.max_tokens_per_micro_batch,
         call_overhead=_call_overhead(model, args.device),

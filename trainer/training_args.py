@@ -25,9 +25,10 @@ class CoSupTrainingArguments(TrainingArguments):
             `recipes/benchmarks` says why.
         max_length (`int`): tokens of an instance, passages included. A longer instance is dropped, counted and reported, never cut.
         train_on_passages (`bool`): also train the tokens of retrieved passages (an ablation of the paper; its main result masks them).
-        supervision (`str`): `"co"`: both losses in one step (the method). `"ntp"`: next tokens alone; Emb_seq is frozen. `"nsp"`: next passages alone.
-            `"separate"`: Gen learns next tokens and Emb_seq next passages, from queries that it encodes itself (the paper's baseline, section 5); the
-            model's `query_from` says whether one encoder reads queries and passages or two (appendix C.1).
+        supervision (`str`): `"co"`: both losses in one step (the method). `"ntp"`: next tokens alone; Emb_seq is frozen. `"nsp"`: next passages alone;
+            where an encoder makes the queries, Gen is not run, and a retriever is trained. `"separate"`: Gen learns next tokens and Emb_seq next passages,
+            from queries that it encodes itself (the paper's baseline, section 5); the model's `query_from` says whether one encoder reads queries and
+            passages or two (appendix C.1).
         nsp_batch_size (`int`, *optional*): instances, over all ranks, whose passages are each other's negatives. Turns on GradCache: the NSP loss sees
             all of them in the memory of a micro-batch of `per_device_train_batch_size`, with the same gradients; one optimiser step is
             `gradient_accumulation_steps` such batches. Without it the NSP batch is `per_device_train_batch_size` times the number of ranks.

@@ -143,6 +143,23 @@ def test_other_supervisions(tmp_path, supervision):
         assert "gen.lm_head.weight" not in whole[1]
 
 
+@pytest.mark.parametrize("query_from", ["emb_seq", "query_encoder"])
+def test_a_retriever_alone(tmp_path, query_from):
+    """Next passages alone with an encoder's queries: the gradients that separate supervision gives the encoders, and Gen is neither trained nor run."""
+    torch.manual_seed(3)
+    model = make_model(query_from=query_from, query_encoder=make_emb_seq(seed=4) if query_from == "query_encoder" else None)
+    whole = step(tmp_path, model, {"call_overhead": None}, supervision="nsp")
+    assert_same(step(tmp_path, model, nsp_batch_size=8, supervision="nsp", **{"per_device_train_batch_size": 3}), whole)
+    assert {name.split(".")[0] for name in whole[1]} == {"emb_seq", query_from}
+    separate = step(tmp_path, model, {"call_overhead": None}, supervision="separate")
+    for name, gradient in whole[1].items():
+        torch.testing.assert_close(gradient, separate[1][name], rtol=1e-4, atol=1e-6)
+    read = []
+    model.gen.model.register_forward_pre_hook(lambda module, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    step(tmp_path, model, {"call_overhead": None}, supervision="nsp")
+    assert read == [1]
+
+
 def test_two_encoders(tmp_path):
     torch.manual_seed(3)
     model = make_model(query_from="query_encoder", query_encoder=make_emb_seq(seed=4))
