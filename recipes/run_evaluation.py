@@ -49,7 +49,7 @@ class EvaluationArguments:
     max_new_tokens: int | None = field(default=None, metadata={"help": "Decoded tokens per answer; defaults to 64."})
     top_k: int | None = field(default=None, metadata={"help": "Passages for each retrieval; defaults to 1."})
     max_retrievals: int | None = field(default=None, metadata={"help": "Per answer; defaults to no limit."})
-    modes: list[str] = field(default_factory=lambda: ["retrieval", "gold", "off"], metadata={"help": "Any of retrieval, gold, off, forced and wrong."})
+    modes: list[str] = field(default_factory=lambda: ["retrieval", "gold", "off"], metadata={"help": "Any of retrieval, gold, off, forced and wrong; query: generate nothing."})
     index_cache: str | None = field(default=None, metadata={"help": "Folder of embedded corpora, for all runs that name it; defaults to OUTPUT_DIR/indexes."})
     nli_model: str | None = field(default=None, metadata={"help": "NLI model for Gr, citations and FEVER, e.g. google/t5_xxl_true_nli_mixture."})
     nli_batch_size: int = field(default=32, metadata={"help": "Pairs at once."})
@@ -106,9 +106,10 @@ def load_judge(args, device):
 def print_figures(results, output_dir):
     """The main figures of each task, and where everything is."""
     for name, task in results["tasks"].items():
-        for mode, own in task["modes"].items():
-            print(f"\n{name}, {mode}: {own['n']} questions (95 % intervals in brackets)\n")
-            print(table([(METRICS[metric][0], show(figure, metric)) for metric, figure in own["metrics"].items()]))
+        found = {mode: own["metrics"] for mode, own in task["modes"].items()} or {f"query embedding, {scope}": own for scope, own in task["query"].items()}
+        for mode, own in found.items():
+            print(f"\n{name}, {mode}: {max((figure['n'] for figure in own.values()), default=0)} questions (95 % intervals in brackets)\n")
+            print(table([(METRICS[metric][0], show(figure, metric)) for metric, figure in own.items()]))
     print(f"\nReport: {Path(output_dir) / 'report.html'}   Figures: {Path(output_dir) / 'metrics.json'}   {results['seconds']:,.0f} s")
 
 

@@ -15,8 +15,10 @@ from evaluation_world import CORPUS, FREE, IDS, QUESTIONS, UNKNOWN, question, wi
 from nli_models import make_classifier
 
 from modeling_cosup import Completion, Retrieval
+from trainer.comparison import compare_results
 from trainer.evaluation import cite, embed_queries, make_answer, wrong_passages
 from trainer.judging import evaluate_tasks, read_lines
+from trainer.report import write_report
 from trainer.scoring import average, score
 from trainer.tasks import Task, read_tasks
 
@@ -283,6 +285,23 @@ def test_no_index_needs_mode_off(model, world, tmp_path):
         evaluate_tasks(model, [task], tmp_path / "b", ["off", "retrieval"])
     with pytest.raises(ValueError, match="mode is 'oracle', expected one of"):
         evaluate_tasks(model, [task], tmp_path / "b", ["oracle"])
+
+
+def test_the_query_embedding_alone(judged, model, world, tmp_path, monkeypatch):
+    """Mode query generates nothing; its figures are those that every run has of the query embedding, and reports and comparisons do without answers."""
+    monkeypatch.setattr("trainer.judging.answer", lambda *args, **kwargs: pytest.fail("generates"))
+    tasks = [Task("full", **world, split="in-domain"), Task("pool", **world, split="out-of-domain", pool=4, top_k=2, max_retrievals=2)]
+    results = evaluate_tasks(model, tasks, tmp_path, ["query"], batch_size=3)
+    for name in ("full", "pool"):
+        assert results["tasks"][name]["query"] == judged[1]["tasks"][name]["query"] and not results["tasks"][name]["modes"]
+    assert results["averages"]["all"].keys() == {"query (corpus)", "query (pool)"}
+    write_report(tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    assert "## Query embedding" in report and "## Results" not in report
+    found = compare_results(judged[0], tmp_path)
+    assert list(found["tasks"]["full"]) == ["query"] and found["tasks"]["full"]["query"]["corpus mrr"]["difference"] == 0
+    with pytest.raises(ValueError, match="There is no mode"):
+        evaluate_tasks(model, tasks, tmp_path / "b", [])
 
 
 # ---------------------------------------------------------------------- the recipe

@@ -16,6 +16,7 @@ MODE_NAMES = {
     "gold": "oracle passage",
     "wrong": "always wrong passage",
     "off": "parametric space only",
+    "query": "query embedding",
 }
 FURTHER = ("em", "f1", "rouge_l", "kilt_em", "kilt_f1", "str_em", "str_hit", "citation_recall", "citation_precision", "gr_success", "gr_failure", "mrr")
 EMISSION = ("nsp_needed", "nsp_not_needed", "cor_not_needed", "num_retrievals")

@@ -35,6 +35,7 @@ from .tasks import check_ids, open_index, provenance_unknown
 
 RANKED = 100  # passages of a ranking over the whole corpus
 KS = (1, 5, 20, 100)
+QUERY = "query"  # the mode that generates nothing
 NEEDS_GOLD = ("gold", "wrong")
 
 
@@ -46,7 +47,8 @@ def evaluate_tasks(model, tasks, output_dir, modes=("retrieval", "gold", "off"),
         model ([`CoSupForCausalLM`]): with Emb_seq in memory where a corpus must be embedded.
         tasks (`list[Task]`): what it is judged on.
         output_dir (`str` or `Path`): the results folder, seen by all processes.
-        modes (sequence of `str`): of [`~trainer.evaluation.retrieval_settings`].
+        modes (sequence of `str`): of [`~trainer.evaluation.retrieval_settings`]. Or `"query"`: nothing is generated for it. The query embeddings are ranked in any
+            case; alone, it judges retrieval fast.
         entail (`Callable`, *optional*): an NLI judge, `list[(premise, hypothesis)]` -> `list[bool]`, asked on the first process. It may be given later: the
             same call then scores the answers that are there.
         index_cache (`str` or `Path`, *optional*): where embedded corpora are kept, for all runs that name it; defaults to `output_dir/indexes`.
@@ -62,8 +64,11 @@ def evaluate_tasks(model, tasks, output_dir, modes=("retrieval", "gold", "off"),
             other settings.
     """
     output_dir, start = Path(output_dir), time.perf_counter()
-    if wrong := [mode for mode in modes if mode not in MODES]:
-        raise ValueError(f"mode is {wrong[0]!r}, expected one of {', '.join(MODES)}.")
+    if wrong := [mode for mode in modes if mode not in (*MODES, QUERY)]:
+        raise ValueError(f"mode is {wrong[0]!r}, expected one of {', '.join((*MODES, QUERY))}.")
+    if not modes:
+        raise ValueError("There is no mode: nothing would be judged.")
+    modes = [mode for mode in modes if mode != QUERY]
     judges = [_Judge(model, task, output_dir / task.name, modes, batch_size, seed) for task in tasks]
     for judge in judges:
         judge.open_index(index_cache or output_dir / "indexes")

@@ -75,6 +75,8 @@ def _summary(results):
 def main_table(results):
     """The paper's main table: a row for each task, by split, with averages."""
     modes = list(results["settings"]["modes"])
+    if not modes:
+        return []
     mode = next((mode for mode in RETRIEVING if mode in modes), modes[0])
     rows, strong = [], []
     for split, heading in SPLITS.items():
@@ -236,7 +238,10 @@ def _retrieval_scores(results, output_dir):
 
 
 def _examples(results, output_dir, num_examples):
-    mode = next((mode for mode in RETRIEVING if mode in results["settings"]["modes"]), results["settings"]["modes"][0])
+    modes = results["settings"]["modes"]
+    if not modes:
+        return []
+    mode = next((mode for mode in RETRIEVING if mode in modes), modes[0])
     blocks = [Heading("Examples"), Text(f"The first answers of each task, {MODE_NAMES[mode]}.", note=True)] if num_examples else []
     for name, predictions in _predictions(results, output_dir, mode):
         scores = {row["id"]: row for row in read_lines(output_dir / name / mode / "scores.jsonl")}

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from .intervals import mean_and_deviation
-from .judging import read_lines
+from .judging import QUERY, read_lines
 from .scoring import METRICS, average
 
 MAIN = ("ret", "ret_precision", "cor", "cor_minus", "gr", "k_precision", "success@1")
@@ -164,9 +164,9 @@ def _read_scores(run, name, mode):
     """`{metric: {question: value}}` of a task in a mode; where the model searches itself, with the ranking of the query embedding over what is searched."""
     folder = Path(run["evaluation"], "results", name)
     columns = {}
-    for row in _rows(folder / mode / "scores.jsonl"):
+    for row in _rows(folder / mode / "scores.jsonl") if mode != QUERY else []:
         _add(columns, run["questions"][name], row, {metric: value for metric, value in row.items() if metric != "id"})
-    if mode == "retrieval":
+    if mode in ("retrieval", QUERY):
         for row in _rows(folder / "query" / "scores.jsonl"):
             scope = "pool" if any(key.startswith("pool ") for key in row) else "corpus"
             _add(columns, run["questions"][name], row, {key.split(" ", 1)[1]: value for key, value in row.items() if key.startswith(f"{scope} ")})
