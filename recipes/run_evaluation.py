@@ -49,7 +49,9 @@ class EvaluationArguments:
     max_new_tokens: int | None = field(default=None, metadata={"help": "Decoded tokens per answer; defaults to 64."})
     top_k: int | None = field(default=None, metadata={"help": "Passages for each retrieval; defaults to 1."})
     max_retrievals: int | None = field(default=None, metadata={"help": "Per answer; defaults to no limit."})
-    modes: list[str] = field(default_factory=lambda: ["retrieval", "gold", "off"], metadata={"help": "Any of retrieval, gold, off, forced and wrong; query: generate nothing."})
+    modes: list[str] = field(
+        default_factory=lambda: ["retrieval", "gold", "off"], metadata={"help": "Any of retrieval, gold, off, forced and wrong; query: generate nothing."}
+    )
     index_cache: str | None = field(default=None, metadata={"help": "Folder of embedded corpora, for all runs that name it; defaults to OUTPUT_DIR/indexes."})
     nli_model: str | None = field(default=None, metadata={"help": "NLI model for Gr, citations and FEVER, e.g. google/t5_xxl_true_nli_mixture."})
     nli_batch_size: int = field(default=32, metadata={"help": "Pairs at once."})

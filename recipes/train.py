@@ -33,7 +33,7 @@ from trainer.card import complete_card, held_out_group, result_group, write_card
 from trainer.evaluation import METRIC_NAMES, evaluate_model, ntp_loss, recall, reference_instances  # noqa: E402
 from trainer.hub import push_checkpoint  # noqa: E402
 from trainer.intervals import Mean  # noqa: E402
-from trainer.metrics import k_precision  # noqa: E402
+from trainer.metrics import k_precision, provenance_unknown  # noqa: E402
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
@@ -222,9 +222,7 @@ def lora(script):
     from peft import LoraConfig
 
     target_modules = script.lora_target_modules or "all-linear"
-    return LoraConfig(
-        r=script.lora_r, lora_alpha=script.lora_alpha, lora_dropout=script.lora_dropout, target_modules=target_modules, task_type="CAUSAL_LM"
-    )
+    return LoraConfig(r=script.lora_r, lora_alpha=script.lora_alpha, lora_dropout=script.lora_dropout, target_modules=target_modules, task_type="CAUSAL_LM")
 
 
 def load_model(script, args):
@@ -268,7 +266,7 @@ def report(model, index, questions, corpus, results, script, args):
         rows = [(f"{name} {when}", results[when][name]) for name in results["before"] for when in ("before", "after")]
         print("\nHeld-out reference answers and questions, before and after training\n\n" + table(rows))
     needing = [i for i, x in enumerate(questions) if x["provenance"]]
-    free = [i for i, x in enumerate(questions) if not x["provenance"]][:1]
+    free = [i for i, x in enumerate(questions) if not (x["provenance"] or provenance_unknown(x))][:1]
     for i in needing[: max(0, script.num_examples - len(free))] + free[: script.num_examples]:
         print(f"\nQ  {questions[i]['input']}\nA  {answers[i].cited}")
     checkpoint = Path(args.output_dir) / "merged" if script.use_peft else args.output_dir

@@ -43,10 +43,11 @@ def test_modes_of_answering(batch_size):
     assert all(len(found.retrieved) == 1 and found.retrieved != x["provenance"][0] for found, x in zip(wrong, QUESTIONS, strict=True))
     assert wrong == again
     assert len({tuple(a.text for a in answers) for answers in (off, gold, wrong)}) == 3
-    metrics, answers = evaluate_model(model, index, QUESTIONS + [{**QUESTIONS[0], "provenance": []}], batch_size, 6)
+    unknown = {**QUESTIONS[0], "provenance": [], "meta": {"provenance_unknown": True}}  # may need one, for all that is known
+    metrics, answers = evaluate_model(model, index, QUESTIONS + [{**QUESTIONS[0], "provenance": []}, unknown], batch_size, 6)
     assert metrics["exact_match"].n == metrics["retrieval_accuracy"].n == 6
     assert metrics["needless_retrieval"].n == metrics["exact_match_no_passage"].n == 1
-    assert len(answers) == 7
+    assert len(answers) == 8
     assert model.training is False
 
 

@@ -16,7 +16,7 @@ from .batching import BatchFacts
 from .data import tokenize_instance
 from .duplicates import global_batch
 from .intervals import Mean, Rate
-from .metrics import exact_match, gold_ids, split_sentences
+from .metrics import exact_match, gold_ids, provenance_unknown, split_sentences
 
 METRIC_NAMES = {  # as reports and model cards say them
     "recall@1": "recall@1 of the query embedding",
@@ -222,9 +222,7 @@ def ntp_loss(model, instances):
 def reference_instances(instances, corpus):
     """Evaluation instances as training instances: the first answer on the first gold passage, or free text where there is no provenance."""
     passages = {passage["id"]: passage for passage in corpus}
-    return [
-        {**x, "segments": [{"text": x["answers"][0], "passage": passages[x["provenance"][0][0]] if x["provenance"] else None}]} for x in instances
-    ]
+    return [{**x, "segments": [{"text": x["answers"][0], "passage": passages[x["provenance"][0][0]] if x["provenance"] else None}]} for x in instances]
 
 
 def evaluate_model(model, index, instances, batch_size=32, max_new_tokens=64):
@@ -236,10 +234,10 @@ def evaluate_model(model, index, instances, batch_size=32, max_new_tokens=64):
         `recall@k`: of the query embedding, over the whole index. `retrieval_accuracy`: the first passage retrieved while generating is gold
         (not retrieving is wrong). `exact_match`, `exact_match_gold_passage`, `exact_match_no_retrieval`: of questions that need a passage, with
         the model's own retrieval, with the gold passage, with retrieval switched off. `needless_retrieval` and `exact_match_no_passage`: of
-        questions without provenance, the share that retrieves, and the share answered right.
+        questions that need no passage, the share that retrieves, and the share answered right.
     """
     needs = [i for i, x in enumerate(instances) if x["provenance"]]
-    free = [i for i, x in enumerate(instances) if not x["provenance"]]
+    free = [i for i, x in enumerate(instances) if not (x["provenance"] or provenance_unknown(x))]
     options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
     answers = answer(model, instances, index, "retrieval", **options)
     asked = [instances[i] for i in needs]

@@ -29,9 +29,9 @@ from modeling_cosup.queue_cosup import hash_of
 
 from .distributed import barrier, rank, world_size
 from .evaluation import MODES, answer, embed_queries, wrong_passages
-from .metrics import exact_match, gold_ids, match_by_id
+from .metrics import exact_match, gold_ids, match_by_id, provenance_unknown
 from .scoring import averages, check_questions, cor_names, figures, has_rouge, score, score_ranking
-from .tasks import check_ids, open_index, provenance_unknown
+from .tasks import check_ids, open_index
 
 RANKED = 100  # passages of a ranking over the whole corpus
 KS = (1, 5, 20, 100)
@@ -47,8 +47,8 @@ def evaluate_tasks(model, tasks, output_dir, modes=("retrieval", "gold", "off"),
         model ([`CoSupForCausalLM`]): with Emb_seq in memory where a corpus must be embedded.
         tasks (`list[Task]`): what it is judged on.
         output_dir (`str` or `Path`): the results folder, seen by all processes.
-        modes (sequence of `str`): of [`~trainer.evaluation.retrieval_settings`]. Or `"query"`: nothing is generated for it. The query embeddings are ranked in any
-            case; alone, it judges retrieval fast.
+        modes (sequence of `str`): of [`~trainer.evaluation.retrieval_settings`]. The query embeddings are ranked in any case; `"query"` generates nothing
+            beside that: alone, it judges retrieval fast.
         entail (`Callable`, *optional*): an NLI judge, `list[(premise, hypothesis)]` -> `list[bool]`, asked on the first process. It may be given later: the
             same call then scores the answers that are there.
         index_cache (`str` or `Path`, *optional*): where embedded corpora are kept, for all runs that name it; defaults to `output_dir/indexes`.

@@ -98,6 +98,11 @@ def gold_ids(instance):
     return {id for evidence in instance["provenance"] for id in evidence}
 
 
+def provenance_unknown(instance):
+    """Whether nobody knows which passages a question needs (`"meta": {"provenance_unknown": true}`): it is none that needs no passage."""
+    return bool((instance.get("meta") or {}).get("provenance_unknown"))
+
+
 def retrieved_ids(prediction):
     """Ids of the passages of all `retrievals` of a prediction, in order, the best of each retrieval first; repeats stay."""
     return [id for retrieval in prediction["retrievals"] for id in retrieval["passage_ids"]]

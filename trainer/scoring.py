@@ -17,12 +17,12 @@ from .metrics import (
     k_precision,
     kilt_scores,
     match_by_id,
+    provenance_unknown,
     ranking_scores,
     retrieval_scores,
     retrieved_ids,
     str_em,
 )
-from .tasks import provenance_unknown
 
 RESAMPLES = 1000
 RETRIEVING = ("retrieval", "forced")  # modes in which the model searches, so that what it retrieves says something about it

@@ -14,7 +14,7 @@ from modeling_cosup.queue_cosup import hash_of
 from .correctness import TEXT_METRICS
 from .data import load_corpus, load_evaluation_set
 from .distributed import barrier, rank, world_size
-from .metrics import gold_ids
+from .metrics import gold_ids, provenance_unknown
 
 SPLITS = ("in-domain", "out-of-domain")
 COR_METRICS = (*TEXT_METRICS, "fever_nli", "str_em", "claim_recall")
@@ -126,11 +126,6 @@ def read_tasks(entries, **defaults):
     if twice := [name for name, count in Counter(task.name for task in tasks).items() if count > 1]:
         raise ValueError(f"{len(twice)} names of tasks stand twice: {', '.join(twice)}.")
     return tasks
-
-
-def provenance_unknown(question):
-    """Whether nobody knows which passages a question needs: it is none that needs no passage."""
-    return bool(question.get("meta", {}).get("provenance_unknown"))
 
 
 # ---------------------------------------------------------------------- indexes
