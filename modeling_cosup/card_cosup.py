@@ -9,7 +9,7 @@ from huggingface_hub import DatasetCardData, EvalResult, ModelCard, ModelCardDat
 from jinja2 import Environment, StrictUndefined
 from transformers.utils import cached_file, logging
 
-from .hub_cosup import CARD_MARKER, is_repo_id
+from .hub_cosup import (CARD_MARKER, is_repo_id)
 
 logger = logging.get_logger(__name__)
 

@@ -7,11 +7,10 @@ import torch
 from transformers import CompileConfig
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
-from .cache_cosup import EMPTY, attention_mask, context_length
-from .scores_cosup import RowScores
-from .tokenization_cosup import encode_passages_for_gen, encode_texts, pad_rows
-from .trace_cosup import Retrieval, RetrievalError
-
+from .cache_cosup import (EMPTY, attention_mask, context_length)
+from .scores_cosup import (RowScores)
+from .tokenization_cosup import (encode_passages_for_gen, encode_texts, pad_rows)
+from .trace_cosup import (Retrieval, RetrievalError)
 
 class Decoder(RowScores):
     """

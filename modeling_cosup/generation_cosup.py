@@ -10,12 +10,12 @@ from transformers import DynamicCache
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import ModelOutput
 
-from .cache_cosup import EMPTY, RowCache, context_length, layer_kinds
-from .decoding_cosup import Decoder
-from .queue_cosup import Queue, hash_of, read_completions
-from .streaming_cosup import RetrievalStreamer, ending
-from .tokenization_cosup import pad_rows
-from .trace_cosup import Row, cited_text
+from .cache_cosup import (EMPTY, RowCache, context_length, layer_kinds)
+from .decoding_cosup import (Decoder)
+from .queue_cosup import (Queue, hash_of, read_completions)
+from .streaming_cosup import (RetrievalStreamer, ending)
+from .tokenization_cosup import (pad_rows)
+from .trace_cosup import (Row, cited_text)
 
 
 @dataclass

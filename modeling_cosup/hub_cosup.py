@@ -51,7 +51,9 @@ def make_repo(repo_id, private=None, token=None, repo_type="model"):
     return HfApi().create_repo(repo_id, private=private, token=token, repo_type=repo_type, exist_ok=True).repo_id
 
 
-def push_files(files, repo_id, replaced=(), repo_type="model", commit_message="Upload", commit_description=None, token=None, revision=None, create_pr=False):
+def push_files(
+    files, repo_id, replaced=(), repo_type="model", commit_message="Upload", commit_description=None, token=None, revision=None, create_pr=False
+):
     """
     Upload files as one commit.
 

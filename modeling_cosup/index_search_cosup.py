@@ -8,7 +8,7 @@ stands where fewer than k were found.
 import numpy as np
 import torch
 
-from .index_files_cosup import DTYPES
+from .index_files_cosup import (DTYPES)
 
 try:
     import faiss

@@ -18,7 +18,7 @@ from .index_search_cosup import (
     set_search_options,
     write_approximate,
 )
-from .index_store_cosup import PassageStore
+from .index_store_cosup import (PassageStore)
 
 try:
     import faiss

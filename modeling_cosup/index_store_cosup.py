@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from .corpus_cosup import hash_ids
+from .corpus_cosup import (hash_ids)
 from .index_files_cosup import (
     CONFIG_FILE,
     FORMAT_VERSION,
@@ -32,7 +32,7 @@ from .index_files_cosup import (
     write_shard,
     write_tensors,
 )
-from .index_search_cosup import ExactSearch, contains
+from .index_search_cosup import (ExactSearch, contains)
 
 try:
     import fcntl
@@ -249,7 +249,9 @@ class PassageStore:
         return new
 
     def _write_deleted(self, folder, config, deleted):
-        config["deleted"] = self._write_file(folder, config, "deleted.safetensors", lambda path: write_tensors(path, {"rows": torch.from_numpy(deleted)}))
+        config["deleted"] = self._write_file(
+            folder, config, "deleted.safetensors", lambda path: write_tensors(path, {"rows": torch.from_numpy(deleted)})
+        )
 
     def _write_id_table(self, folder, config, shards):
         config["ids"] = self._write_file(folder, config, "ids.safetensors", lambda path: make_id_table(shards, path))

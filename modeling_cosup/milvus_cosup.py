@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 from transformers.utils import logging
 
-from .index_searchable_cosup import check_candidates, check_queries
-from .milvus_client_cosup import MAX_REQUEST_BYTES, MAX_REQUEST_ROWS, MilvusConnection, split
-from .milvus_upload_cosup import FORMAT_VERSION, TEXT_FIELDS, check_sizes, count_passages, finish_upload, prepare_upload, set_properties, upload
-from .retrieval_cosup import PassageIndex
+from .index_searchable_cosup import (check_candidates, check_queries)
+from .milvus_client_cosup import (MAX_REQUEST_BYTES, MAX_REQUEST_ROWS, MilvusConnection, split)
+from .milvus_upload_cosup import (FORMAT_VERSION, TEXT_FIELDS, check_sizes, count_passages, finish_upload, prepare_upload, set_properties, upload)
+from .retrieval_cosup import (PassageIndex)
 
 logger = logging.get_logger(__name__)
 

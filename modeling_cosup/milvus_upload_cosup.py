@@ -3,8 +3,8 @@
 import hashlib
 import json
 
-from .index_files_cosup import shard_files
-from .milvus_client_cosup import MAX_REQUEST_BYTES, MAX_REQUEST_ROWS, milvus_packages, split
+from .index_files_cosup import (shard_files)
+from .milvus_client_cosup import (MAX_REQUEST_BYTES, MAX_REQUEST_ROWS, milvus_packages, split)
 
 FORMAT_VERSION = "1"
 MAX_FIELD_BYTES = 65_535  # of a VARCHAR

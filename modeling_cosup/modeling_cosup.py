@@ -10,15 +10,15 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from .configuration_cosup import CoSupConfig
-from .generation_cosup import RetrievalConfig, RetrievalGenerationMixin
-from .hub_cosup import is_repo_id
-from .loss_cosup import chunked_cross_entropy, info_nce
-from .milvus_cosup import MilvusPassageIndex
-from .parts_cosup import PartsMixin
-from .retrieval_cosup import PassageIndex
-from .sharing_cosup import SharingMixin
-from .tokenization_cosup import add_control_tokens, added_tokens, encode_queries_for_emb_seq, end_of_turn_token_id, pad_rows, same_tokenizer
+from .configuration_cosup import (CoSupConfig)
+from .generation_cosup import (RetrievalConfig, RetrievalGenerationMixin)
+from .hub_cosup import (is_repo_id)
+from .loss_cosup import (chunked_cross_entropy, info_nce)
+from .milvus_cosup import (MilvusPassageIndex)
+from .parts_cosup import (PartsMixin)
+from .retrieval_cosup import (PassageIndex)
+from .sharing_cosup import (SharingMixin)
+from .tokenization_cosup import (add_control_tokens, added_tokens, encode_queries_for_emb_seq, end_of_turn_token_id, pad_rows, same_tokenizer)
 
 
 @dataclass

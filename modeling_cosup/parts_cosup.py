@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
-from .hub_cosup import CARD_FILE, CARD_MARKER, TOKENIZER_FILES, checkpoint_files, make_repo, push_files
-from .index_files_cosup import write_json
-from .tokenization_cosup import added_tokens
+from .hub_cosup import (CARD_FILE, CARD_MARKER, TOKENIZER_FILES, checkpoint_files, make_repo, push_files)
+from .index_files_cosup import (write_json)
+from .tokenization_cosup import (added_tokens)
 
 POOLING_MODES = {"eos": "lasttoken", "lasttoken": "lasttoken", "mean": "mean_tokens", "cls": "cls_token"}  # names of sentence-transformers
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import dataclass, fields
 
-from .trace_cosup import Retrieval, cited_text, written_text
+from .trace_cosup import (Retrieval, cited_text, written_text)
 
 
 @dataclass

@@ -9,10 +9,10 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .card_cosup import index_card
-from .configuration_cosup import EARLIER_EMBEDDING_SETTINGS
-from .hub_cosup import CARD_FILE, make_repo, push_files
-from .index_build_cosup import ShardBuilder, begin, collect, evaluating, finish, read_shards, unfinished_folder, write_new_shard, write_shards
+from .card_cosup import (index_card)
+from .configuration_cosup import (EARLIER_EMBEDDING_SETTINGS)
+from .hub_cosup import (CARD_FILE, make_repo, push_files)
+from .index_build_cosup import (ShardBuilder, begin, collect, evaluating, finish, read_shards, unfinished_folder, write_new_shard, write_shards)
 from .index_files_cosup import (
     CONFIG_FILE,
     FAISS_PATTERN,
@@ -25,9 +25,9 @@ from .index_files_cosup import (
     sweep,
     write_config,
 )
-from .index_search_cosup import ApproximateSearch, read_approximate
-from .index_searchable_cosup import SearchableStore
-from .index_store_cosup import find_folder, map_id_table, new_config
+from .index_search_cosup import (ApproximateSearch, read_approximate)
+from .index_searchable_cosup import (SearchableStore)
+from .index_store_cosup import (find_folder, map_id_table, new_config)
 
 try:
     import faiss

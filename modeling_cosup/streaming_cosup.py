@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers.generation.streamers import BaseStreamer
 
-from .trace_cosup import Retrieval
+from .trace_cosup import (Retrieval)
 
 INCOMPLETE = "\ufffd"  # how a tokenizer shows the first bytes of a character
 

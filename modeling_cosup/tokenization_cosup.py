@@ -213,7 +213,9 @@ def _encode_chat_with_markers(tokenizer, messages):
     start, end = _MARKERS
     specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     pattern = "|".join(re.escape(token) for token in sorted(specials, key=len, reverse=True))
-    marked = [{**message, "content": re.sub(pattern, rf"{start}\g<0>{end}", re.sub(f"[{start}{end}]", "", message["content"]))} for message in messages]
+    marked = [
+        {**message, "content": re.sub(pattern, rf"{start}\g<0>{end}", re.sub(f"[{start}{end}]", "", message["content"]))} for message in messages
+    ]
     rendered = tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False)
     newline, ids = tokenizer("\n", add_special_tokens=False)["input_ids"], []
     # odd pieces stood between markers; a lone marker, where the template split a text, is dropped but keeps its two sides apart

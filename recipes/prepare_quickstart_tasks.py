@@ -185,7 +185,9 @@ def prepare_tasks(world: str, output_dir: str, seed: int = 0, num_questions: int
             (made / "tasks.json").write_text(json.dumps(settings, indent=2) + "\n")
             shutil.rmtree(output, ignore_errors=True)
             made.rename(output)  # complete, or not there at all
-    return {task: {"eval_file": str(output / f"{task}.jsonl"), "corpus_file": str(output / "corpus.jsonl"), "split": split} for task, split in SPLITS.items()}
+    return {
+        task: {"eval_file": str(output / f"{task}.jsonl"), "corpus_file": str(output / "corpus.jsonl"), "split": split} for task, split in SPLITS.items()
+    }
 
 
 def write_tasks(world, folder, seed, num_questions, num_no_passage, pool_size):

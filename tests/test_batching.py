@@ -151,7 +151,9 @@ def test_cuts_are_optimal_and_within_limits():
             return sum(len(group) * max(lengths[i] for i in group) + overhead for group in groups)
 
         order = sorted(range(7), key=lambda i: -lengths[i])
-        best = min(cost([order[a:b] for a, b in itertools.pairwise([0, *cuts, 7])]) for n in range(7) for cuts in itertools.combinations(range(1, 7), n))
+        best = min(
+            cost([order[a:b] for a, b in itertools.pairwise([0, *cuts, 7])]) for n in range(7) for cuts in itertools.combinations(range(1, 7), n)
+        )
         groups = cut_by_padding(lengths, overhead)
         assert cost(groups) == best and sorted(sum(groups, [])) == list(range(7))
         by_tokens = cut_by_tokens(lengths, 50)

@@ -432,7 +432,9 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
         "model.build_index(passages, save_directory=sys.argv[2], shard_size=50, show_progress_bar=False)"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, "-c", code, tmp_path / "model", tmp_path / "index"], capture_output=True, text=True, timeout=200, env=environment)
+    result = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "model", tmp_path / "index"], capture_output=True, text=True, timeout=200, env=environment
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     held = [int(line) for line in result.stdout.split()]
     stored = sum(path.stat().st_size for path in (tmp_path / "index").iterdir()) / 1024

@@ -19,7 +19,7 @@ TOLERANCES = {"float16": 5e-3}  # of scores; others: 1e-5
 APPROXIMATE = ["faiss-hnsw", "milvus-hnsw"]
 ALL = [*EXACT, *TOLERANCES, *APPROXIMATE]
 
-ODD = ["\"quoted\" and 'quoted'", "back\\slash \\n \\", "new\nline\r\n\ttab", "emoji 😀 ünï 東京", "{a} % $meta", "bell \x07 end", "NULL", " spaces "]
+ODD = ['"quoted" and \'quoted\'', "back\\slash \\n \\", "new\nline\r\n\ttab", "emoji 😀 ünï 東京", "{a} % $meta", "bell \x07 end", "NULL", " spaces "]
 CORPUS = [{"id": f"{i}", "title": f"Title {i % 7}" if i % 3 else "", "text": f"{i} {'radium ' * (i % 5)}in {i * i}"} for i in range(40)]
 CORPUS += [{"id": text, "title": text, "text": f"{text} {i}"} for i, text in enumerate(ODD)]
 names = (f"index{i}" for i in itertools.count())

@@ -121,7 +121,9 @@ def citation_scores(outputs, passages, entail, at_most_citations=3, split=split_
         `list[dict | None]`: for each output `citation_recall`, `citation_precision` and, to sum up over outputs, the numbers of `sentences`, of those
         with `several` citations, of those `supported` by them, and of `unneeded` citations there. `None` for an empty output, which ALCE leaves out.
     """
-    sentences = [_Sentence(sentence, row, passages[row], at_most_citations) for row, output in enumerate(outputs) for sentence in split(alce_output(output))]
+    sentences = [
+        _Sentence(sentence, row, passages[row], at_most_citations) for row, output in enumerate(outputs) for sentence in split(alce_output(output))
+    ]
     cited = [s for s in sentences if s.premises]
     for sentence, label in zip(cited, _ask(entail, [(s.joint(s.premises), s.claim) for s in cited]), strict=True):
         sentence.entailed = label
