@@ -56,20 +56,26 @@ class SharingMixin:
             self.config.fingerprint = {**self.config.fingerprint, **dict.fromkeys(names)}
 
     def _hash_emb_seq(self, state_dict=None):
-        """Hash of Emb_seq and `emb_head`; see [`~SharingMixin._hash_weights`]."""
+        """Hash of Emb_seq and `emb_head`; see [`~SharingMixin.hash_weights`]."""
         if self.emb_seq is None:
             raise ValueError("The checkpoint stores no fingerprint of Emb_seq and Emb_seq is not loaded, so no index can be checked against it.")
-        return self._hash_weights(state_dict, ("emb_seq.", "emb_head."))
+        return self.hash_weights(state_dict, ("emb_seq.", "emb_head."))
 
     def _hash_of_all(self, state_dict=None):
         """Hash of all weights; `None` where they are elsewhere: shards without `state_dict`, which only all ranks together could put together, or offloaded."""
         if state_dict is None and any(isinstance(weight, DTensor) or weight.is_meta for weight in self.parameters()):
             return None
-        return self._hash_weights(state_dict)
+        return self.hash_weights(state_dict)
 
     @torch.no_grad()
-    def _hash_weights(self, state_dict=None, parts=("",)):
-        """SHA-256 of up to 8,192 weights of each parameter whose name begins with one of `parts`, evenly spread, in bfloat16: cheap enough for every use."""
+    def hash_weights(self, state_dict=None, parts=("",)):
+        """
+        SHA-256 (hex `str`) of up to 8,192 weights of each parameter, evenly spread, in bfloat16: cheap enough for every use.
+
+        Args:
+            state_dict (`dict`, *optional*): the weights, where the model's own are shards.
+            parts (`tuple[str]`): of the model, by how the names of their parameters begin; all by default.
+        """
         digest = hashlib.sha256()
         for name, parameter in self.named_parameters():
             if name.startswith(parts):

@@ -10,8 +10,9 @@ from cli import check_trainer_package, clear_errors
 
 check_trainer_package()
 
-from trainer.comparison import MAIN, compare_results, show_row, write_comparison  # noqa: E402
+from trainer.comparison import compare_results, show_row, write_comparison  # noqa: E402
 from trainer.report import MODE_NAMES  # noqa: E402
+from trainer.scoring import MAIN  # noqa: E402
 
 
 def main():

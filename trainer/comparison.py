@@ -10,11 +10,10 @@ from .document import Bullets, Heading, Table, Text, write_document
 from .intervals import paired_bootstrap
 from .judging import QUERY, read_lines
 from .report import MODE_NAMES, read_results
-from .scoring import COUNTS, METRICS, resampled_means
+from .scoring import COUNTS, MAIN, METRICS, resampled_means
 
 RESAMPLES = 10_000
 COMPARED = ("pool", "gold_in_pool", "top_k", "max_retrievals", "max_new_tokens", "cor", "passages", "eval_file", "corpus_file")
-MAIN = ("ret", "ret_precision", "cor", "cor_minus", "gr", "k_precision")
 
 
 def compare_results(first, second, resamples=RESAMPLES, seed=0):

@@ -8,7 +8,7 @@ from modeling_cosup.index_files_cosup import write_json
 from .document import Bullets, Code, Heading, Plot, Table, Text, write_document
 from .plots import can_draw, draw_bars, draw_lines
 from .scoring import COUNTS, METRICS
-from .tables import MAIN
+from .tables import COLUMNS
 
 MODE_NAMES = {
     "retrieval": "own decision",
@@ -83,7 +83,7 @@ def _verdicts(results):
                 if line == results.baseline:
                     continue
                 said = {"ahead": [], "behind": [], "within noise": []}
-                for metric in MAIN:
+                for metric in COLUMNS:
                     found = results.compare(line, results.tasks(setting, group), metric)
                     if found is not None:
                         said[found["verdict"]].append(f"{METRICS[metric][0]} ({_signed(found['difference'], metric)})")
@@ -101,7 +101,7 @@ def _verdicts(results):
 def _tables(results):
     """For each setting: tasks and averages x lines, the main metrics; then, folded, when [NSP] is emitted and further metrics."""
     blocks = []
-    metrics = [metric for metric in MAIN if metric in results.metrics or metric == "gr"]
+    metrics = [metric for metric in COLUMNS if metric in results.metrics or metric == "gr"]
     for number, setting in enumerate(results.settings):
         rows, strong = _rows(results, setting, metrics)
         blocks += [Heading("Results")] * (number == 0) + [Heading(setting, 3), Table(["", *(METRICS[m][0] for m in metrics)], rows, strong)]
@@ -138,7 +138,7 @@ def _comparisons(results):
     """Differences with the baseline, with intervals and the paper's improvement rates."""
     if results.baseline is None or len(results.lines) < 2:
         return []
-    metrics = [metric for metric in MAIN if metric in results.metrics]
+    metrics = [metric for metric in COLUMNS if metric in results.metrics]
     blocks = [Heading(f"Differences with {name_of(results, results.baseline)}")]
     for setting in results.settings:
         rows = []

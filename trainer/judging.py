@@ -135,7 +135,7 @@ class _Judge:
             "questions": hash_of(self.asked(mode)),
             "number of questions": len(self.asked(mode)),
             "index": None if mode == "off" else self.index_name,
-            "weights": self.model._hash_weights(None, ("gen.", "query_encoder.")),
+            "weights": self.model.hash_weights(None, ("gen.", "query_encoder.")),
             "dtype": str(self.model.gen.dtype),
             **{name: getattr(self.task, name) for name in names},
             **({"seed": self.seed} if mode == "wrong" else {}),

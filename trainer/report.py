@@ -7,9 +7,8 @@ from .document import Bullets, Code, Example, Heading, Plot, Table, Text, write_
 from .judging import read_lines
 from .metrics import gold_ids
 from .plots import can_draw, draw_bars, draw_curves, draw_scores
-from .scoring import COR_LABELS, COUNTS, METRICS, RETRIEVING, cited_passages
+from .scoring import COR_LABELS, COUNTS, MAIN, METRICS, RETRIEVING, cited_passages
 
-MAIN = ("ret", "ret_precision", "cor", "cor_minus", "gr", "k_precision")
 SPLITS = {"in-domain": "In-domain", "out-of-domain": "Out-of-domain", None: "Other tasks"}
 MODE_NAMES = {
     "retrieval": "own retrieval",

@@ -25,6 +25,7 @@ from .metrics import (
 )
 
 RESAMPLES = 1000
+MAIN = ("ret", "ret_precision", "cor", "cor_minus", "gr", "k_precision")  # the columns of main tables
 RETRIEVING = ("retrieval", "forced")  # modes in which the model searches, so that what it retrieves says something about it
 
 METRICS = {  # name -> (how tables say it, what it is)

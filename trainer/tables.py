@@ -12,9 +12,9 @@ import numpy as np
 
 from .intervals import mean_and_deviation
 from .judging import QUERY, read_lines
-from .scoring import METRICS, average
+from .scoring import MAIN, METRICS, average
 
-MAIN = ("ret", "ret_precision", "cor", "cor_minus", "gr", "k_precision", "success@1")
+COLUMNS = (*MAIN, "success@1")
 GROUPS = ("in-domain", "out-of-domain", "all")
 
 
