@@ -5,9 +5,10 @@ import pytest
 import torch
 from conftest import PASSAGES, make_model, plain_batch
 
+from modeling_cosup.tokenization_cosup import encode_prompt
 from trainer.batching import BatchFacts
 from trainer.data import tokenize_instance
-from trainer.evaluation import answer, evaluate_model, ntp_loss, recall, reference_instances, retrieval_metrics
+from trainer.evaluation import answer, embed_queries, evaluate_model, ntp_loss, recall, reference_instances, retrieval_metrics
 
 QUESTIONS = [
     {"id": f"q{i}", "dataset": "d", "instruction": "", "input": f"question {i}?", "answers": [p["title"] or "none"]} | {"provenance": [[p["id"]]]}
@@ -28,6 +29,15 @@ def test_recall_against_the_model_itself(model):
     assert rates[6].hits == 6  # the index holds six
     one_by_one = [recall(model, index, [question], ks=(1,))[1].hits for question in QUESTIONS]
     assert rates[1].hits == sum(one_by_one)
+
+
+def test_queries_of_an_encoder_are_embedded_without_gen():
+    model = make_model(query_from="emb_seq").eval()
+    prompts = [[*encode_prompt(model.tokenizer, x["input"]), model.config.nsp_token_id] for x in QUESTIONS]
+    with torch.no_grad():
+        expected = torch.cat([model(torch.tensor([prompt])).query_embeds for prompt in prompts])
+    model.gen.base_model.register_forward_pre_hook(lambda module, args: pytest.fail("Gen is run"))
+    torch.testing.assert_close(embed_queries(model, QUESTIONS, batch_size=4), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])

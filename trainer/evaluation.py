@@ -80,7 +80,10 @@ def embed_queries(model, instances, batch_size=32):
     embeds = torch.empty(len(prompts), model.config.embedding_size)
     with evaluating(model):
         for rows, batch in _batches(model, prompts, batch_size, "Embedding questions"):
-            embeds[rows] = model(**batch, return_logits=False, use_cache=False).query_embeds.float().cpu()
+            if model.config.query_from == "gen":
+                embeds[rows] = model(**batch, return_logits=False, use_cache=False).query_embeds.float().cpu()
+            else:  # what an encoder reads, Gen need not
+                embeds[rows] = model.encode_queries(**batch).float().cpu()
     return embeds
 
 
