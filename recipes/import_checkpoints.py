@@ -7,7 +7,8 @@ Make a CoSup checkpoint of models that exist: a causal LM as Gen and a retriever
 
 With `--query_from emb_seq` or `query_encoder` a retriever works at once (appendix C.1); with `gen`, the default, Gen must first be trained to make its queries:
 `recipes/train.py --model_name_or_path out`. The files of a sentence-transformers retriever say how it pools, compares and is prompted; of any other, say it
-yourself. Where sentence-transformers is installed, its embeddings are compared with the checkpoint's.
+yourself. Where sentence-transformers is installed, its embeddings are compared with the checkpoint's. A retriever reads as the query all that was written up
+to `[NSP]`, the instruction too; with `--chat_template_path recipes/configs/question_only.jinja` a prompt is the question alone, which most were trained for.
 
 The paper's pairs are known by the name of their Gen; for a copy say `--paper cosupervision` or `--paper separate`. Their tokens are `<PAD>` `[Cs]` `[Ce]`
 `[Ret]`, added in this order where the tokenizer (of `--tokenizer`, else of `--gen`) lacks all four. Their Emb_seq reads a passage, `title :: text`, with BOS
@@ -29,6 +30,7 @@ import shutil
 from pathlib import Path
 
 from cli import clear_errors
+from jinja2 import TemplateError
 
 PAPER_PAIRS = {
     "kaist-ai/cosupervision-gen-Llama2_7b": "cosupervision",
@@ -53,6 +55,7 @@ def main():
     parser.add_argument("--passage_template", help="by default '{title} :: {text}'")
     parser.add_argument("--passage_prompt", help="what Emb_seq reads before every passage; by default that of sentence-transformers")
     parser.add_argument("--query_prompt", help="the same before a query, where Gen does not make it")
+    parser.add_argument("--chat_template_path", help="Jinja file that prompts are made with, e.g. recipes/configs/question_only.jinja; else the tokenizer's")
     parser.add_argument("--max_passage_length", type=int, help="tokens; by default what the retriever was made for")
     parser.add_argument("--dtype", default="auto", help="of the weights, e.g. bfloat16")
     parser.add_argument("--allow_pytorch_bin", action="store_true", help="also read pytorch_model.bin, by torch's weights_only reader")
@@ -141,7 +144,7 @@ def paper_pair(args, paper):
 
     from modeling_cosup import CoSupForCausalLM
 
-    decided = ("query_from", "query_encoder", "emb_seq_pooling", "similarity", "passage_template", "passage_prompt", "query_prompt")
+    decided = ("query_from", "query_encoder", "emb_seq_pooling", "similarity", "passage_template", "passage_prompt", "query_prompt", "chat_template_path")
     if given := [name for name in decided if getattr(args, name) is not None]:
         raise ValueError(f"--{given[0]} is decided by the paper's {paper} pair; leave it out, or say --paper none.")
     tokenizer = paper_tokenizer(args.tokenizer or args.gen)
@@ -184,6 +187,23 @@ def paper_tokenizer(name):
 # ---------------------------------------------------------------------- any causal LM and retriever
 
 
+def set_chat_template(tokenizer, path):
+    """
+    Give a tokenizer the chat template of a Jinja file.
+
+    Raises:
+        `ValueError`: when it cannot be read or rendered, or when the user's words are not in what it writes.
+    """
+    try:
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        question = [{"role": "user", "content": "who was first?"}]
+        rendered = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+    except (OSError, UnicodeError, TemplateError) as error:
+        raise ValueError(f"--chat_template_path {path} cannot be read as a Jinja chat template: {error}") from error
+    if "who was first?" not in rendered:
+        raise ValueError(f"--chat_template_path {path} writes {rendered!r} for a question, without the question.")
+
+
 def retriever_pair(args):
     """
     Any causal LM with any retriever, as a CoSup model.
@@ -198,6 +218,8 @@ def retriever_pair(args):
     from modeling_cosup.tokenization_cosup import same_tokenizer
 
     tokenizer = load_tokenizer(args.tokenizer or args.gen)
+    if args.chat_template_path is not None:
+        set_chat_template(tokenizer, args.chat_template_path)
     if set(PAPER_TOKENS) <= set(tokenizer.get_vocab()):
         raise ValueError(f"The tokenizer holds the paper's {' '.join(PAPER_TOKENS)}: say --paper cosupervision, --paper separate, or --paper none.")
     retriever = read_retriever(args.emb_seq, args)

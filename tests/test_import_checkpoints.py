@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -287,6 +288,19 @@ def test_a_retriever_embeds_and_is_asked_as_before(tmp_path, monkeypatch, librar
     out = model.generate(ids, attention_mask=torch.ones_like(ids), retriever=index, max_new_tokens=4, return_dict_in_generate=True)
     best = int(theirs.similarity(theirs.encode_query([read]), expected).argmax())
     assert out.retrievals[0][0].passages[0]["id"] == index[best]["id"]
+
+
+def test_a_retriever_is_asked_the_question_alone(tmp_path, monkeypatch, library):
+    pair = [*retriever(tmp_path, modules=[normalize()]), "--query_from", "emb_seq", "--chat_template_path"]
+    import_here(monkeypatch, *pair, ROOT / "recipes" / "configs" / "question_only.jinja", "--output_dir", tmp_path / "out")
+    model, theirs = CoSupForCausalLM.from_pretrained(tmp_path / "out"), library.SentenceTransformer(str(tmp_path / "retriever"))
+    ids = torch.tensor([[*encode_prompt(model.tokenizer, "radium [SEP] discoverer", instruction="Find the entity."), model.config.nsp_token_id]])
+    assert torch.allclose(model.encode_queries(ids, torch.ones_like(ids)), torch.tensor(theirs.encode_query(["radium   discoverer"])), atol=1e-5)
+    shutil.rmtree(tmp_path / "out")
+    template = tmp_path / "template.jinja"
+    for text, message in (("{% if", "cannot be read as a Jinja"), ("{{ messages[0]['role'] }}", "writes 'user' for a question"), (None, "cannot be read")):
+        template.write_text(text) if text is not None else template.unlink()
+        assert message in refused(monkeypatch, tmp_path / "out", *pair, template)
 
 
 def test_a_retriever_that_gen_will_be_trained_to_ask(tmp_path, monkeypatch, library, capsys):
