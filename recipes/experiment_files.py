@@ -38,6 +38,7 @@ NO_PART_OF_A_RESULT = {  # changing these trains nothing anew
     "num_threads", "logging_steps", "logging_strategy", "logging_first_step", "report_to", "save_strategy", "save_steps", "save_total_limit", "disable_tqdm",
     "dataloader_num_workers", "dataset_num_proc", "num_examples", "per_device_eval_batch_size", "run_name", "license",
 }  # fmt: skip
+SCORING = ("nli_model", "gr_hypothesis")  # options of an evaluation that say how answers are judged, not what they are
 WORLD_FILES = {"gen": "gen", "emb_seq": "emb_seq", "train_file": "train.jsonl", "validation_file": "validation.jsonl"}
 
 
@@ -114,8 +115,8 @@ def load_experiment(path, overrides=()):
 
 
 def _value(text, override):
-    """The value of an override; YAML would take the brace of `{data}` for a mapping."""
-    if re.match(r"\{(data|world|models)\}", text):
+    """The value of an override; YAML would take the brace of `{data}` or `{sentence}` for a mapping."""
+    if re.match(r"\{\w+\}", text):
         return text
     try:
         return yaml.safe_load(text)
@@ -191,8 +192,14 @@ def key_of(options):
     return digest_of({name: digest(value) if name in files else str(value) for name, value in told.items()})[:12]
 
 
+def scoring(evaluation):
+    """What decides the scores of answers that are there: `SCORING` of the options of an evaluation, an NLI model with the digest of its folder."""
+    told = {name: evaluation[name] for name in SCORING if evaluation.get(name) is not None}
+    return {name: digest(value) if name == "nli_model" else value for name, value in told.items()}
+
+
 def evaluation_key(model_key, entries, evaluation):
-    """The same of an evaluation of a model."""
+    """The same of the answers of a model: how they are judged (`SCORING`) may change, and they stay."""
     told = [{name: digest(value) if name in ("eval_file", "corpus_file") else value for name, value in entry.items()} for entry in entries]
-    ignored = ("num_threads", "batch_size", "nli_batch_size", "num_examples")
+    ignored = ("num_threads", "batch_size", "nli_batch_size", "num_examples", *SCORING)
     return digest_of([model_key, told, {name: value for name, value in evaluation.items() if name not in ignored}])[:12]

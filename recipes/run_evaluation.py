@@ -23,6 +23,7 @@ import torch  # noqa: E402
 from build_index import processes  # noqa: E402
 
 from modeling_cosup import CoSupConfig, CoSupForCausalLM  # noqa: E402
+from trainer.grounding import HYPOTHESIS  # noqa: E402
 from trainer.judging import command_line, evaluate_tasks  # noqa: E402
 from trainer.report import write_report  # noqa: E402
 from trainer.scoring import COUNTS, METRICS  # noqa: E402
@@ -54,6 +55,9 @@ class EvaluationArguments:
     )
     index_cache: str | None = field(default=None, metadata={"help": "Folder of embedded corpora, for all runs that name it; defaults to OUTPUT_DIR/indexes."})
     nli_model: str | None = field(default=None, metadata={"help": "NLI model for Gr, citations and FEVER, e.g. google/t5_xxl_true_nli_mixture."})
+    gr_hypothesis: str = field(
+        default=HYPOTHESIS, metadata={"help": "How the NLI model reads a sentence for Gr; '{question} {sentence}' for answers of a few words."}
+    )
     nli_batch_size: int = field(default=32, metadata={"help": "Pairs at once."})
     batch_size: int = field(default=32, metadata={"help": "Questions at once."})
     dtype: str = field(default="auto", metadata={"help": "Dtype of the model's weights, e.g. bfloat16 on a GPU."})
@@ -75,7 +79,7 @@ def main():
         entail = load_judge(args, state.device) if args.nli_model and state.is_main_process else None
         facts = {"command": command_line(), "nli_model": args.nli_model}
         modes = ["off" if mode is False else mode for mode in args.modes]  # YAML reads `off` so
-        results = evaluate_tasks(model, tasks, args.output_dir, modes, entail, args.index_cache, args.batch_size, args.seed, facts)
+        results = evaluate_tasks(model, tasks, args.output_dir, modes, entail, args.index_cache, args.batch_size, args.seed, facts, args.gr_hypothesis)
         if state.is_main_process:
             write_report(args.output_dir, args.num_examples)
             print_figures(results, args.output_dir)

@@ -28,7 +28,7 @@ from cli import check_trainer_package, clear_errors, parse
 check_trainer_package()
 
 import yaml  # noqa: E402
-from experiment_files import NOT_OPTIONS, ROOT, WORLD_FILES, evaluation_key, key_of, load_experiment  # noqa: E402
+from experiment_files import NOT_OPTIONS, ROOT, WORLD_FILES, evaluation_key, key_of, load_experiment, scoring  # noqa: E402
 from experiment_processes import Failed, hardware, launch, locked, say, training_facts  # noqa: E402
 from experiment_tasks import cut_corpora, cut_to_pools, digest, expand_tasks  # noqa: E402
 from prepare_quickstart import prepare  # noqa: E402
@@ -226,7 +226,8 @@ def evaluate(run, experiment, cache, args):
     results = run.evaluation / "results"
     run.evaluation.mkdir(parents=True, exist_ok=True)
     with locked(run.evaluation) as lock:
-        if (run.evaluation / "evaluated.json").exists():
+        done, judged_by = run.evaluation / "evaluated.json", scoring(experiment.evaluation)
+        if done.exists() and json.loads(done.read_text()).get("scoring", {}) == judged_by:
             say(run, f"evaluated already: {run.evaluation}")
             return
         config = {**experiment.evaluation, "modes": experiment.modes, "tasks": run.entries}
@@ -235,7 +236,8 @@ def evaluate(run, experiment, cache, args):
         arguments = ["--config", str(run.evaluation / "tasks.yaml"), "--model", str(merged if merged.exists() else run.folder / "model")]
         arguments += ["--output_dir", str(results), "--index_cache", str(cache / "indexes")]
         command, seconds = launch("run_evaluation.py", arguments, run, run.evaluation / "evaluation.log", args, lock)
-        write_json(run.evaluation / "evaluated.json", {"command": command, "seconds": seconds})
+        before = json.loads(done.read_text())["seconds"] if done.exists() else 0  # for the answers, which are there
+        write_json(done, {"command": command, "seconds": seconds + before, "scoring": judged_by})
 
 
 # ---------------------------------------------------------------------- reporting

@@ -146,6 +146,12 @@ def test_a_judge_by_its_name(tmp_path):
     predictions = [{"id": "1", "retrievals": spans[:1]}, {"id": "2", "retrievals": spans[1:]}]
     found = load("grounding").compute(predictions=predictions, references=REFERENCES, nli=str(tmp_path / "nli"))
     assert {name: found[name] for name in ("gr", "gr_success", "gr_failure")} == {"gr": 0.5, "gr_success": 1.0, "gr_failure": 0.0}
+    asked = []
+    options = {"references": REFERENCES, "nli": lambda pairs: asked.extend(pairs) or [True] * len(pairs), "hypothesis": "{question} {sentence}"}
+    assert load("grounding").compute(predictions=[{**prediction, "input": "which?"} for prediction in predictions], **options)["gr"] == 1.0
+    assert [hypothesis for _, hypothesis in asked] == ["which? w3 red", "which? w3 blue"]
+    with pytest.raises(ValueError, match="2 of 2 rows have no 'input'"):
+        load("grounding").compute(predictions=predictions, **options)
 
 
 def test_the_foreign_trainer_package_is_named(tmp_path):

@@ -64,6 +64,16 @@ def test_grounding_judges_each_sentence_by_its_own_passage():
     assert judge.asked[-1] == [("Title: \nbare", "Night")]
 
 
+def test_a_short_answer_is_judged_with_its_question():
+    judge = Judge(what=["A"])
+    predictions = [{"input": "what {fell}?", "retrievals": [retrieval("Night", A)]}, {"input": "and {0}?", "retrievals": [retrieval("Day {x}.", A)]}]
+    assert grounding(predictions, judge, hypothesis="{question} {sentence}") == [1.0, 0.0]
+    assert judge.asked[-1] == [("Title: A\ntext A", "what {fell}? Night"), ("Title: A\ntext A", "and {0}? Day {x}.")]
+    for wrong, reason in (("{question}", "expected a template with {sentence}"), ("{sentence} {}", "expected a template"), ("{sentence", "expected '}'")):
+        with pytest.raises(ValueError, match=reason):
+            grounding(predictions, judge, hypothesis=wrong)
+
+
 def test_a_judge_that_does_not_answer_is_an_error():
     predictions = [{"retrievals": [retrieval("One. Two.", A)]}]
     with pytest.raises(ValueError, match="answered 1 of 2 pairs"):

@@ -27,6 +27,7 @@ import run_experiments  # noqa: E402
 from cli import parse  # noqa: E402
 from experiment_files import load_experiment  # noqa: E402
 from experiment_tasks import cut_corpora, expand_tasks  # noqa: E402
+from nli_models import make_classifier  # noqa: E402
 from test_recipes import write  # noqa: E402
 from train import ScriptArguments  # noqa: E402
 
@@ -148,6 +149,17 @@ def test_two_arms_two_seeds_from_file_to_report(inputs, tmp_path, here):
     assert before == {path: path.stat().st_mtime_ns for path in before}
     _, launched = here(arguments(inputs, tmp_path / "out", "arms.co.temperature=0.1", more=("--cache_dir", tmp_path / "cache", "--seeds", "1")))
     assert launched == [("train.py", "co, seed 1"), ("run_evaluation.py", "co, seed 1")]
+
+    for part in make_classifier():  # an NLI model that comes later judges the answers that are there
+        part.save_pretrained(tmp_path / "nli")
+    answers = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("predictions.jsonl")}
+    judged = arguments(inputs, tmp_path / "judged", f"evaluation.nli_model={tmp_path / 'nli'}", more=("--cache_dir", tmp_path / "cache", "--seeds", "0"))
+    code, launched = here(judged)
+    assert (code, launched) == (0, [("run_evaluation.py", "co, seed 0"), ("run_evaluation.py", "separate, seed 0")])
+    assert answers == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("predictions.jsonl")}
+    assert "Gr needs an NLI model" not in (tmp_path / "judged" / "report.md").read_text()
+    assert here(judged)[1] == []
+    assert len(here([*judged, "--override", "evaluation.gr_hypothesis={question} {sentence}"])[1]) == 2
 
 
 def test_a_failed_arm_stands_in_the_report_and_the_others_are_there(inputs, tmp_path, here):

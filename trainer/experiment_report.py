@@ -6,6 +6,7 @@ from pathlib import Path
 from modeling_cosup.index_files_cosup import write_json
 
 from .document import Bullets, Code, Heading, Plot, Table, Text, write_document
+from .grounding import HYPOTHESIS
 from .plots import can_draw, draw_bars, draw_lines
 from .scoring import COUNTS, METRICS
 from .tables import COLUMNS
@@ -108,8 +109,13 @@ def _tables(results):
     note = "Percent; mean ± standard deviation over seeds, 95 % bootstrap interval over questions, n = questions. R@1: the nearest passage to the query "
     note += "embedding at an [NSP] right behind the question is gold. Averages are plain means over tasks. "
     note += "An interval without width says that all questions scored alike, not that all others would."
-    if "gr" not in results.metrics:
+    evaluation = results.experiment["evaluation"]
+    if not evaluation.get("nli_model"):
         note += " Gr needs an NLI model (evaluation.nli_model) and is not shown without."
+    elif "gr" in results.metrics:
+        note += f" Gr is by {evaluation['nli_model']}, which read each sentence as {evaluation.get('gr_hypothesis', HYPOTHESIS)}."
+    else:
+        note += " Gr is not shown: no arm wrote between [Cs] and [CE] on a passage."
     blocks.append(Text(note, note=True))
     for title, names in (("When [NSP] is emitted", EMISSION), ("Further metrics", FURTHER)):
         metrics = [metric for metric in names if metric in results.metrics]

@@ -7,9 +7,11 @@ pairs of all instances at once, so that the model can work in batches.
 
 import re
 from collections import Counter
+from string import Formatter
 
 from .correctness import alce_output, fever_verdict, normalize_answer, remove_citations
 
+HYPOTHESIS = "{sentence}"  # of Gr
 # Words that end in a full stop within a sentence, lower case.
 ABBREVIATIONS = frozenset(
     "mr mrs ms dr prof st sr jr gen col lt maj capt sgt cmdr adm rev hon gov sen rep pres vs etc ed eds al approx ca cf "
@@ -46,24 +48,46 @@ def premise(title, text):
 # ---------------------------------------------------------------------- between [Cs] and [CE]
 
 
-def grounding(predictions, entail, split=split_sentences):
+def check_hypothesis(template):
+    """
+    The hypothesis template of [`grounding`] as it is.
+
+    Raises:
+        `ValueError`: when it lacks `{sentence}`, or holds another field than that and `{question}`.
+    """
+    try:
+        fields = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"The hypothesis of Gr is {template!r}: {error}.") from None
+    if "sentence" not in fields or set(fields) - {"question", "sentence"}:
+        raise ValueError(f"The hypothesis of Gr is {template!r}, expected a template with {{sentence}} and, if need be, {{question}}.")
+    return template
+
+
+def grounding(predictions, entail, split=split_sentences, hypothesis=HYPOTHESIS):
     """
     Gr: share of the sentences between `[Cs]` and `[CE]` that follow from the passages retrieved for that very span.
 
     Args:
-        predictions (`list[dict]`): with `retrievals`, each `{"titles", "texts", "grounded_text"}`.
+        predictions (`list[dict]`): with `retrievals`, each `{"titles", "texts", "grounded_text"}`, and `input` where `hypothesis` asks for it.
         entail (`Callable`): `list[(premise, hypothesis)]` -> `list[bool]`.
         split (`Callable`): a text -> its sentences.
+        hypothesis (`str`): how the NLI model reads a sentence. `"{sentence}"`, as the paper has it, or `"{question} {sentence}"`: a short answer states
+            nothing by itself (ALCE reads its lists of short answers so).
 
     Returns:
         `list[float | None]`: one per prediction; `None` where no sentence is grounded on a passage (nothing was retrieved): Gr says nothing about it.
+
+    Raises:
+        `ValueError`: for a template that is none, with counts for pairs that the judge leaves without an answer.
     """
+    check_hypothesis(hypothesis)
     pairs, owners = [], []
     for owner, prediction in enumerate(predictions):
         for retrieval in prediction["retrievals"]:
             passages = "\n".join(premise(title, text) for title, text in zip(retrieval["titles"], retrieval["texts"], strict=True))
             for sentence in split(retrieval["grounded_text"]):
-                pairs.append((passages, sentence))
+                pairs.append((passages, hypothesis.format(question=prediction.get("input", ""), sentence=sentence)))
                 owners.append(owner)
     labels = _ask(entail, pairs)
     total, entailed = Counter(owners), Counter(owner for owner, label in zip(owners, labels, strict=True) if label)

@@ -29,6 +29,7 @@ from modeling_cosup.queue_cosup import hash_of
 
 from .distributed import barrier, rank, world_size
 from .evaluation import MODES, answer, embed_queries, wrong_passages
+from .grounding import HYPOTHESIS, check_hypothesis
 from .metrics import exact_match, gold_ids, match_by_id, provenance_unknown
 from .scoring import averages, check_questions, cor_names, figures, has_rouge, score, score_ranking
 from .tasks import check_ids, open_index
@@ -39,7 +40,9 @@ QUERY = "query"  # the mode that generates nothing
 NEEDS_GOLD = ("gold", "wrong")
 
 
-def evaluate_tasks(model, tasks, output_dir, modes=("retrieval", "gold", "off"), entail=None, index_cache=None, batch_size=32, seed=0, facts=None):
+def evaluate_tasks(
+    model, tasks, output_dir, modes=("retrieval", "gold", "off"), entail=None, index_cache=None, batch_size=32, seed=0, facts=None, gr_hypothesis=HYPOTHESIS
+):
     """
     Judge a model; all processes of a group call this together and share the questions. What `output_dir` holds already, of the same settings, is kept.
 
@@ -55,6 +58,7 @@ def evaluate_tasks(model, tasks, output_dir, modes=("retrieval", "gold", "off"),
         batch_size (`int`): rows at once.
         seed (`int`): of the passages of mode `"wrong"`.
         facts (`dict`, *optional*): more to record in `settings`: command, names, ...
+        gr_hypothesis (`str`): how the judge reads a sentence for Gr; see [`~trainer.grounding.grounding`].
 
     Returns:
         `dict`: what `metrics.json` holds, on every process.
@@ -68,6 +72,7 @@ def evaluate_tasks(model, tasks, output_dir, modes=("retrieval", "gold", "off"),
         raise ValueError(f"mode is {wrong[0]!r}, expected one of {', '.join((*MODES, QUERY))}.")
     if not modes:
         raise ValueError("There is no mode: nothing would be judged.")
+    check_hypothesis(gr_hypothesis)
     modes = [mode for mode in modes if mode != QUERY]
     judges = [_Judge(model, task, output_dir / task.name, modes, batch_size, seed) for task in tasks]
     for judge in judges:
@@ -78,9 +83,10 @@ def evaluate_tasks(model, tasks, output_dir, modes=("retrieval", "gold", "off"),
         for mode in judge.modes:
             judge.answer(mode)
         if rank() == 0:
-            tasks_found[judge.task.name], scores[judge.task.name] = judge.score(entail)
+            tasks_found[judge.task.name], scores[judge.task.name] = judge.score(entail, gr_hypothesis)
     if rank() == 0:
-        settings = {**(facts or {}), "modes": list(modes), "nli": entail is not None, "seed": seed, **environment(model), "batch_size": batch_size}
+        settings = {**(facts or {}), "modes": list(modes), "nli": entail is not None, "gr_hypothesis": gr_hypothesis, "seed": seed}
+        settings |= {**environment(model), "batch_size": batch_size}
         splits = {judge.task.name: judge.task.split for judge in judges}
         results = {"settings": settings, "tasks": tasks_found, "averages": averages(splits, scores), "seconds": round(time.perf_counter() - start, 1)}
         write_json(output_dir / "metrics.json", results)
@@ -220,7 +226,7 @@ class _Judge:
 
     # ------------------------------------------------------------------ scoring
 
-    def score(self, entail):
+    def score(self, entail, gr_hypothesis):
         """Figures of the task, and the scores of each mode's questions; `scores.jsonl` and `metrics.json` of each mode are written."""
         rankings = self._rankings()
         found, scores = {}, {}
@@ -231,7 +237,7 @@ class _Judge:
             self._write_scores("query", self.needing, {f"{name} {metric}": v for name in rankings for metric, v in scores[f"query ({name})"].items()})
         for mode in self.modes:
             predictions = read_lines(self.folder / mode / "predictions.jsonl")
-            scores[mode] = score(predictions, self.asked(mode), mode, self.task.metric, entail)
+            scores[mode] = score(predictions, self.asked(mode), mode, self.task.metric, entail, gr_hypothesis)
             self._write_scores(mode, self.asked(mode), scores[mode])
             budget = sum(p["num_generated_tokens"] >= self.task.max_new_tokens for p in predictions)
             empty = sum(not p["output"].strip() for p in predictions)

@@ -5,6 +5,7 @@ import importlib.util
 import numpy as np
 
 from .correctness import FEVER_LABELS, TEXT_METRICS
+from .grounding import HYPOTHESIS
 from .intervals import Mean
 from .metrics import (
     citation_scores,
@@ -73,7 +74,7 @@ def has_rouge():
     return importlib.util.find_spec("rouge") is not None
 
 
-def score(predictions, questions, mode="retrieval", metric=None, entail=None):
+def score(predictions, questions, mode="retrieval", metric=None, entail=None, gr_hypothesis=HYPOTHESIS):
     """
     The scores of each question.
 
@@ -83,6 +84,7 @@ def score(predictions, questions, mode="retrieval", metric=None, entail=None):
         metric (`str`, *optional*): what Cor is; defaults to that of each question's dataset.
         entail (`Callable`, *optional*): an NLI judge, `list[(premise, hypothesis)]` -> `list[bool]`. Without it there is no `gr`, `fever_nli`, `claim_recall`
             and `citation_…`, and FEVER's Cor is that by label.
+        gr_hypothesis (`str`): how the judge reads a sentence for Gr; see [`~trainer.grounding.grounding`].
 
     Returns:
         `dict[str, list[float | None]]`: by name of `METRICS`, in the order of the questions; `None` where a metric does not apply.
@@ -106,7 +108,7 @@ def score(predictions, questions, mode="retrieval", metric=None, entail=None):
     rows = zip(predictions, questions, scores.get("r_precision", hits), free, strict=True)
     scores |= _columns([{} if no_passage else _text_scores(*each) for *each, no_passage in rows])
     if entail is not None:
-        scores |= _nli_scores(predictions, questions, hits, entail)
+        scores |= _nli_scores(predictions, questions, hits, entail, gr_hypothesis)
     scores["cor_not_needed"], scores["cor"] = _where(scores["cor"], free), _where(scores["cor"], [not each for each in free])
     return scores
 
@@ -191,9 +193,9 @@ def is_fever(question):
     return question["dataset"] == "fever" and bool(question["answers"]) and all(answer.strip().lower() in FEVER_LABELS for answer in question["answers"])
 
 
-def _nli_scores(predictions, questions, hits, entail):
+def _nli_scores(predictions, questions, hits, entail, gr_hypothesis):
     """What the judge says: Gr, also by retrieval success, citations, FEVER, claims."""
-    scores = {"gr": grounding(predictions, entail)}
+    scores = {"gr": grounding(predictions, entail, hypothesis=gr_hypothesis)}
     scores["gr_success"] = [gr if hit is not None and hit > 0 else None for gr, hit in zip(scores["gr"], hits, strict=True)]
     scores["gr_failure"] = [gr if hit is not None and not hit > 0 else None for gr, hit in zip(scores["gr"], hits, strict=True)]
     cited = citation_scores([p["output_with_citations"] for p in predictions], [cited_passages(p) for p in predictions], entail)

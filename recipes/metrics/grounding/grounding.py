@@ -14,6 +14,8 @@ Args:
     predictions (list of dict): {"id", "retrievals": [{"passage_ids", "titles", "texts", "grounded_text"}, ...]}: lines of predictions.jsonl.
     references (list of dict): {"id", "provenance": [[ids of one evidence set], ...]}: lines of an evaluation set, matched by id; for the split by retrieval.
     nli (callable or str, optional): a judge, `list[(premise, hypothesis)]` -> `list[bool]`, or the name of an NLI model. Without it there is no Gr.
+    hypothesis (str): how the NLI model reads a sentence, "{sentence}" by default. "{question} {sentence}", for answers of a few words, needs the field
+        "input" of the predictions.
 
 Returns:
     dict: k_precision and, with nli, gr, gr_success and gr_failure (where a gold passage was retrieved, and where not), between 0 and 1, NaN where there is
@@ -29,7 +31,7 @@ CITATION = """
 """
 STRING = datasets.Value("string")
 RETRIEVAL = {"passage_ids": [STRING], "titles": [STRING], "texts": [STRING], "grounded_text": STRING}
-PREDICTION = {"id": STRING, "retrievals": [RETRIEVAL]}
+PREDICTION = {"id": STRING, "input": STRING, "retrievals": [RETRIEVAL]}
 REFERENCE = {"id": STRING, "provenance": [[STRING]]}
 
 
@@ -54,9 +56,11 @@ class Grounding(evaluate.Metric):
         """Whole lines of predictions and of an evaluation set will do: other fields are dropped."""
         from trainer.metrics import select_fields
 
+        if "{question" not in options.get("hypothesis", ""):
+            predictions = [{"input": "", **prediction} for prediction in predictions]
         return super().compute(predictions=select_fields(predictions, PREDICTION), references=select_fields(references, REFERENCE), **options)
 
-    def _compute(self, predictions, references, nli=None):
+    def _compute(self, predictions, references, nli=None, hypothesis="{sentence}"):
         from trainer.intervals import Mean
         from trainer.metrics import by_retrieval, grounding, k_precision, match_by_id, ret, retrieved_ids, with_provenance
         from trainer.nli import as_judge
@@ -66,6 +70,6 @@ class Grounding(evaluate.Metric):
         scores = {"k_precision": words.value, "num_grounded": words.n}
         if nli is None:
             return scores
-        values = grounding([prediction for prediction, _ in pairs], as_judge(nli))
+        values = grounding([prediction for prediction, _ in pairs], as_judge(nli), hypothesis=hypothesis)
         hits = [ret(retrieved_ids(prediction), x["provenance"]) if x["id"] in needing else None for prediction, x in pairs]
         return scores | {"gr": Mean.of(values).value} | {f"gr_{name}": mean.value for name, mean in by_retrieval(values, hits).items()}
