@@ -23,6 +23,7 @@ import torch  # noqa: E402
 from build_index import processes  # noqa: E402
 
 from modeling_cosup import CoSupConfig, CoSupForCausalLM  # noqa: E402
+from trainer.card import add_results, evaluation_groups  # noqa: E402
 from trainer.grounding import HYPOTHESIS  # noqa: E402
 from trainer.judging import command_line, evaluate_tasks  # noqa: E402
 from trainer.report import write_report  # noqa: E402
@@ -58,6 +59,7 @@ class EvaluationArguments:
     gr_hypothesis: str = field(
         default=HYPOTHESIS, metadata={"help": "How the NLI model reads a sentence for Gr; '{question} {sentence}' for answers of a few words."}
     )
+    update_card: bool = field(default=False, metadata={"help": "Also write the main figures to the card of the checkpoint, which must be a folder."})
     nli_batch_size: int = field(default=32, metadata={"help": "Pairs at once."})
     batch_size: int = field(default=32, metadata={"help": "Questions at once."})
     dtype: str = field(default="auto", metadata={"help": "Dtype of the model's weights, e.g. bfloat16 on a GPU."})
@@ -73,6 +75,8 @@ def main():
         torch.set_num_threads(args.num_threads)
     with clear_errors():
         tasks = list_tasks(args)
+        if args.update_card and not Path(args.model, "config.json").is_file():
+            raise ValueError(f"--update_card writes into the folder of a whole checkpoint, and {args.model} is none.")
         state = processes()
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         model = load_model(args, tasks).to(state.device)
@@ -82,6 +86,8 @@ def main():
         results = evaluate_tasks(model, tasks, args.output_dir, modes, entail, args.index_cache, args.batch_size, args.seed, facts, args.gr_hypothesis)
         if state.is_main_process:
             write_report(args.output_dir, args.num_examples)
+            if args.update_card and not add_results(args.model, evaluation_groups(results)):
+                print(f"{args.model}/README.md is not a card of this package's making and stays as it is; push_to_hub makes one with the figures.")
             print_figures(results, args.output_dir)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

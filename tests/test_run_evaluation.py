@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,16 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_model
 from evaluation_world import CORPUS, FREE, IDS, QUESTIONS, UNKNOWN, question, without_times, write_checkpoint, write_world
 from nli_models import make_classifier
 
-from modeling_cosup import Completion, Retrieval
+from modeling_cosup import Completion, CoSupForCausalLM, Retrieval
+from trainer.card import write_card
 from trainer.comparison import compare_results
 from trainer.evaluation import cite, embed_queries, make_answer, wrong_passages
 from trainer.judging import evaluate_tasks, read_lines
 from trainer.report import write_report
-from trainer.scoring import average, score
+from trainer.scoring import MAIN, average, score
 from trainer.tasks import Task, read_tasks
 
 ROOT = Path(__file__).parents[1]
@@ -411,3 +414,54 @@ def test_a_config_lists_tasks_and_errors_are_clear(many, tmp_path, monkeypatch, 
         with pytest.raises(SystemExit) as ending:
             call(*words)
         assert message in str(ending.value.code)
+
+
+def test_figures_reach_the_card(many, tmp_path, monkeypatch, capsys):
+    """Beside what training recorded, in place of older figures of the same set; not into a card of the owner's making; not of other weights."""
+    from run_evaluation import main
+
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(many[1], folder)
+    model = CoSupForCausalLM.from_pretrained(folder)
+    metrics = [{"type": "ret", "name": "Ret", "value": 1.25, "n": 9}]
+    older = [{"dataset": {"name": name, "type": "custom"}, "index_size": 2, "metrics": metrics} for name in "ax"]
+    write_card(model, folder, "me/model", {"results": older, "training": {"instances": {"nq": 7}}})
+    for part in make_classifier():
+        part.save_pretrained(tmp_path / "nli")
+    entries = [{"name": name, "eval_file": many[3], "corpus_file": many[5], **more} for name, more in (("a", {}), ("b", {"pool": 4}))]
+    (tmp_path / "tasks.yaml").write_text(json.dumps({"tasks": entries, "modes": ["forced"], "max_new_tokens": 6, "nli_model": str(tmp_path / "nli")}))
+
+    def call(output, *words):
+        monkeypatch.setattr(sys, "argv", ["run_evaluation.py", "--config", str(tmp_path / "tasks.yaml"), "--update_card", "true", *words])
+        monkeypatch.setattr(sys, "argv", [*sys.argv, "--output_dir", str(tmp_path / output)])
+        main()
+
+    call("out", "--model", str(folder))
+    results, facts = json.loads((tmp_path / "out" / "metrics.json").read_text()), json.loads((folder / "training_facts.json").read_text())
+    assert [group["dataset"]["name"] for group in facts["results"]] == ["x", "a", "b (pools of 4)"] and facts["training"] == {"instances": {"nq": 7}}
+    for group, name in zip(facts["results"][1:], "ab", strict=True):
+        own = results["tasks"][name]
+        shown = {metric["type"]: metric for metric in group["metrics"]}
+        assert {"ret", "cor", "k_precision", "success@1"} <= set(shown) <= {*MAIN, "success@1"}
+        for metric in ("ret", "k_precision", "cor"):
+            figure = own["modes"]["forced"]["metrics"][metric]
+            assert (shown[metric]["value"], shown[metric]["n"]) == (round(100 * figure["value"], 4), figure["n"])
+        assert shown["success@1"]["value"] == round(100 * own["query"]["pool" if name == "b" else "corpus"]["success@1"]["value"], 4)
+    card = (folder / "README.md").read_text()
+    assert f"Gr (by {tmp_path / 'nli'})" in card and "1.25" in card and "7 of nq" in card
+    assert CoSupForCausalLM.from_pretrained(folder).training_facts()["results"] == facts["results"]
+
+    (folder / "README.md").write_text("my own card")
+    call("again", "--model", str(folder), "--max_eval_samples", "2")
+    assert (folder / "README.md").read_text() == "my own card" and "stays as it is" in capsys.readouterr().out
+    facts = json.loads((folder / "training_facts.json").read_text())
+    assert [metric["n"] for group in facts["results"][1:] for metric in group["metrics"] if metric["type"] == "cor"] == [2, 2]
+    with torch.no_grad():
+        next(model.gen.parameters()).add_(1.0)
+    model.save_pretrained(folder)
+    (folder / "training_facts.json").write_text(json.dumps(facts))
+    call("other", "--model", str(folder), "--max_eval_samples", "2")
+    assert [group["dataset"]["name"] for group in json.loads((folder / "training_facts.json").read_text())["results"]] == ["a", "b (pools of 4)"]
+    with pytest.raises(SystemExit) as ending:
+        call("hub", "--model", "me/model")
+    assert "error: --update_card writes into the folder" in str(ending.value.code)

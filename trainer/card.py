@@ -9,11 +9,13 @@ import torch
 import transformers
 from transformers.utils import ADAPTER_CONFIG_NAME
 
+from modeling_cosup import CoSupForCausalLM
 from modeling_cosup.card_cosup import CURVES_FILE, FACTS_FILE, load_facts, model_card
-from modeling_cosup.hub_cosup import CARD_FILE, is_repo_id
+from modeling_cosup.hub_cosup import CARD_FILE, CARD_MARKER, is_repo_id
 
 from .evaluation import Rate
 from .model_setup import adapter_config, without_peft
+from .scoring import COR_LABELS, MAIN, METRICS, RETRIEVING
 
 try:
     from matplotlib.figure import Figure
@@ -78,14 +80,14 @@ def result_group(metrics, names, dataset, index_size=None):
     The results of one evaluation set as the card shows them.
 
     Args:
-        metrics (`dict[str, Rate | Mean]`): by type, e.g. `recall@1`: shares, and losses, whose types end in `loss`.
+        metrics (`dict[str, Rate | Mean | dict]`): by type, e.g. `recall@1`: shares, and losses, whose types end in `loss`; or what their `to_dict` gives.
         names (`dict[str, str]`): how each reads.
         dataset (`str`): name of the set.
         index_size (`int`, *optional*): passages that were searched.
     """
     rows = []
     for kind, metric in metrics.items():
-        value, scale = metric.to_dict(), 1 if kind.endswith("loss") else 100
+        value, scale = metric if isinstance(metric, dict) else metric.to_dict(), 1 if kind.endswith("loss") else 100
         if value["n"]:
             interval = [round(scale * bound, 4) for bound in value["interval"]]
             row = {"type": kind, "name": names.get(kind, kind), "value": round(scale * value["value"], 4), "interval": interval}
@@ -100,6 +102,31 @@ def held_out_group(metrics_of_set):
         return []
     metrics = {f"recall@{k}": Rate(round(metrics_of_set[f"eval_recall@{k}"] * n), n) for k in (1, 5)}
     return [result_group(metrics, {}, "held-out instances", metrics_of_set["eval_num_passages"])]
+
+
+def evaluation_groups(results):
+    """
+    The main figures of [`~trainer.judging.evaluate_tasks`] as the card shows them.
+
+    Args:
+        results (`dict`): what it returned.
+
+    Returns:
+        `list[dict]`: one [`result_group`] for each task: answers by the model's own decision to retrieve (else forced), and the query embedding's recall@1.
+    """
+    groups = []
+    for name, task in results["tasks"].items():
+        own = next((task["modes"][mode]["metrics"] for mode in RETRIEVING if mode in task["modes"]), {})
+        metrics = {metric: own[metric] for metric in MAIN if metric in own}
+        searched = "corpus" if task["pool"] == "full" else "pool"
+        if ranked := task["query"].get(searched):
+            metrics["success@1"] = ranked["success@1"]
+        names = {metric: METRICS[metric][0] for metric in metrics}
+        names["cor"] = f"Cor ({', '.join(COR_LABELS[each] for each in task['cor'])})"
+        names["gr"] = f"Gr (by {results['settings'].get('nli_model') or 'an NLI model'})"
+        title = name if searched == "corpus" else f"{name} (pools of {task['pool']})"
+        groups.append(result_group(metrics, names, title, task["passages"]))
+    return [group for group in groups if group["metrics"]]
 
 
 def draw_losses(log, path):
@@ -146,6 +173,31 @@ def write_card(model, folder, repo_id, facts, index=None, question=None):
         facts = base.record_facts(facts, folder / CURVES_FILE)
     (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / CARD_FILE).write_text(model_card(base, repo_id, {**facts, **shown}, adapters), encoding="utf-8")
+
+
+def add_results(folder, groups):
+    """
+    Add results to the facts of a checkpoint's folder, in place of those of the same evaluation sets, and write its card anew.
+
+    What the folder says of other weights than it holds goes. A card that its owner has made his own (its marker is gone) stays.
+
+    Args:
+        folder (`str` or `Path`): of a whole checkpoint, no adapters.
+        groups (`list[dict]`): see [`result_group`].
+
+    Returns:
+        `bool`: whether the card was written.
+    """
+    folder = Path(folder)
+    model = CoSupForCausalLM.from_pretrained(folder)
+    facts, names = model.training_facts(), {group["dataset"]["name"] for group in groups}
+    facts["results"] = [group for group in facts.get("results", []) if group["dataset"]["name"] not in names] + groups
+    card = folder / CARD_FILE
+    if card.exists() and CARD_MARKER not in card.read_text(encoding="utf-8"):
+        (folder / FACTS_FILE).write_text(json.dumps(model.record_facts(facts, folder / CURVES_FILE), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return False
+    write_card(model, folder, str(folder), facts, facts.get("index"), facts.get("question"))
+    return True
 
 
 def complete_card(model, folder, repo_id, results, index=None, question=None):
