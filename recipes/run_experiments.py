@@ -186,7 +186,7 @@ def fill(value, places):
 
 
 def show_plan(experiment, cache):
-    """Print arms, options and tasks."""
+    """Print arms, options and tasks, and which trainings are done."""
     print(f"{experiment.title}: {len(experiment.arms)} arms x {len(experiment.seeds)} seeds, in {cache}")
     arms = [experiment.options(arm) for arm in experiment.arms]
     shared = {name: value for name, value in arms[0].items() if name not in NOT_OPTIONS and all(own.get(name) == value for own in arms)}
@@ -196,6 +196,20 @@ def show_plan(experiment, cache):
     else:
         print(yaml.safe_dump({"tasks": expand_tasks(experiment, experiment.tasks)[0]}, sort_keys=False, allow_unicode=True), end="")
     print(yaml.safe_dump({"pools": experiment.pools, "corpus_sizes": experiment.corpus_sizes, "evaluation": experiment.evaluation}, sort_keys=False), end="")
+    print("trainings:")
+    for seed in experiment.seeds:
+        for arm in experiment.arms:
+            folder = cache / "models" / key_of(planned_options(experiment, arm, seed, cache))
+            state = "done" if (folder / "trained.json").exists() else "begun" if folder.exists() else "to do"
+            print(f"  {arm}, seed {seed}: {state}" + ("" if state == "to do" else f", {folder}"))
+
+
+def planned_options(experiment, arm, seed, cache):
+    """What `plan_seed` would train an arm with, without making the world; of a world that is not there yet no training is done."""
+    folder = cache / "worlds" / f"seed-{seed}"
+    places = {"data": experiment.data or "{data}", "world": str(folder / "world"), "models": str(folder / "models")}
+    world = {name: str(folder / "world" / file) for name, file in WORLD_FILES.items()} if experiment.world else {}
+    return complete(fill(experiment.options(arm), places), seed, world)
 
 
 # ---------------------------------------------------------------------- running

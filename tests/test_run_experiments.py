@@ -110,7 +110,7 @@ def here(monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_arms_two_seeds_from_file_to_report(inputs, tmp_path, here):
+def test_two_arms_two_seeds_from_file_to_report(inputs, tmp_path, here, capsys):
     code, launched = here(arguments(inputs, tmp_path / "out", more=("--cache_dir", tmp_path / "cache")))
     assert code == 0
     assert [recipe for recipe, _ in launched] == ["train.py", "run_evaluation.py"] * 4
@@ -149,6 +149,10 @@ def test_two_arms_two_seeds_from_file_to_report(inputs, tmp_path, here):
     assert before == {path: path.stat().st_mtime_ns for path in before}
     _, launched = here(arguments(inputs, tmp_path / "out", "arms.co.temperature=0.1", more=("--cache_dir", tmp_path / "cache", "--seeds", "1")))
     assert launched == [("train.py", "co, seed 1"), ("run_evaluation.py", "co, seed 1")]
+    capsys.readouterr()
+    run_experiments.show_plan(load_experiment(inputs / "experiment.yaml", arguments(inputs, "")[5:] + ["seeds=[1, 2]"]), tmp_path / "cache")
+    plan = capsys.readouterr().out.partition("trainings:\n")[2].splitlines()
+    assert [line.partition(", /")[0].strip() for line in plan] == ["co, seed 1: done", "separate, seed 1: done", "co, seed 2: to do", "separate, seed 2: to do"]
 
     for part in make_classifier():  # an NLI model that comes later judges the answers that are there
         part.save_pretrained(tmp_path / "nli")
@@ -314,6 +318,20 @@ def test_what_names_a_training(tmp_path):
     assert key != experiment_files.key_of({**options, "seed": 1})
     (tmp_path / "train.jsonl").write_text("b")
     assert key != experiment_files.key_of(options)
+
+
+def test_a_plan_names_the_trainings_of_a_world_that_is_not_made(inputs, tmp_path):
+    """What --dry_run looks for is what a run will train, also with models that come with the world."""
+    small = {"num_train_entities": 60, "num_unseen_entities": 10, "num_train_instances": 40, "num_validation": 10, "num_eval_no_passage": 5}
+    task = {"name": "known", "eval_file": str(inputs / "eval.jsonl"), "corpus_file": str(inputs / "corpus.jsonl")}
+    overrides = [f"world_options={json.dumps({**small, 'drill_max_steps': 0})}", "model_options={retriever_steps: 1}"]
+    overrides += [f"tasks={json.dumps([task])}", "pools=[4]"]
+    experiment = load_experiment(ROOT / "recipes/experiments/emb_seq.yaml", overrides)
+    before = {arm: run_experiments.planned_options(experiment, arm, 3, tmp_path) for arm in experiment.arms}
+    assert not list(tmp_path.iterdir())
+    runs = run_experiments.plan_seed(experiment, 3, tmp_path, [])
+    assert {run.arm: run.options for run in runs} == before
+    assert [run.folder.name for run in runs] == [experiment_files.key_of(options) for options in before.values()]
 
 
 def test_missing_folders_are_asked_for(inputs):
