@@ -10,7 +10,7 @@ from cli import check_trainer_package, clear_errors
 
 check_trainer_package()
 
-from trainer.comparison import compare_results, show_row, write_comparison  # noqa: E402
+from trainer.comparison import compare_results, show_row, verdict, write_comparison  # noqa: E402
 from trainer.report import MODE_NAMES  # noqa: E402
 from trainer.scoring import MAIN  # noqa: E402
 
@@ -30,7 +30,8 @@ def main():
         sections = {**comparison["tasks"], **{f"average, {split}": modes for split, modes in comparison["averages"].items()}}
         for name, modes in sections.items():
             for mode, found in modes.items():
-                print_rows(f"{name}, {MODE_NAMES.get(mode, 'query embedding')}", [show_row(metric, own) for metric, own in found.items() if is_main(metric)])
+                rows = [(*show_row(metric, own), verdict(metric, own)) for metric, own in found.items() if is_main(metric)]
+                print_rows(f"{name}, {MODE_NAMES.get(mode, 'query embedding')}", rows)
         for note in comparison["notes"]:
             print(f"\nnote: {note}")
         if args.output_dir:
@@ -47,8 +48,8 @@ def print_rows(title, rows):
     """One section of the table."""
     if rows:
         print(f"\n{title}\n")
-    for name, first, second, (difference, interval), p, n in rows:
-        print(f"  {name:14} {first:>6} {second:>6}  {difference:>6} {interval:18} p {p:7}  n = {n}")
+    for name, first, second, (difference, interval), p, n, found in rows:
+        print(f"  {name:14} {first:>6} {second:>6}  {difference:>6} {interval:18} p {p:7}  n = {n:5}  {found}")
 
 
 if __name__ == "__main__":

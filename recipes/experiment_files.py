@@ -38,7 +38,7 @@ NO_PART_OF_A_RESULT = {  # changing these trains nothing anew
     "num_threads", "logging_steps", "logging_strategy", "logging_first_step", "report_to", "save_strategy", "save_steps", "save_total_limit", "disable_tqdm",
     "dataloader_num_workers", "dataset_num_proc", "num_examples", "per_device_eval_batch_size", "run_name", "license",
 }  # fmt: skip
-SCORING = ("nli_model", "gr_hypothesis")  # options of an evaluation that say how answers are judged, not what they are
+SCORING = ("nli_model", "gr_hypothesis", "metric", "split")  # options of an evaluation or a task that say how answers are judged, not what they are
 WORLD_FILES = {"gen": "gen", "emb_seq": "emb_seq", "train_file": "train.jsonl", "validation_file": "validation.jsonl"}
 
 
@@ -147,6 +147,10 @@ def _check(experiment, where):
         experiment.tasks = read_yaml(find(experiment.tasks)).get("tasks")
     if experiment.tasks is None and experiment.world is None:
         raise ValueError(f"{where}: there are no tasks: list them, or give world: quickstart.")
+    if experiment.axis:
+        values = [options[experiment.axis] for options in experiment.arms.values() if options.get(experiment.axis) is not None]
+        if len({float(value) for value in values if _is_number(value)}) < len(values):
+            raise ValueError(f"{where}: axis is {experiment.axis}, whose values in the arms are {values}, expected numbers, each in one arm.")
     if experiment.world not in (None, "quickstart"):
         raise ValueError(f"{where}: world is {experiment.world!r}, expected quickstart.")
     if experiment.tasks is not None:
@@ -155,6 +159,13 @@ def _check(experiment, where):
     experiment.baseline = lines[0] if experiment.baseline is None else experiment.baseline
     if experiment.baseline not in lines:
         raise ValueError(f"{where}: baseline is {experiment.baseline!r}, expected one of {', '.join(lines)}.")
+
+
+def _is_number(value):
+    try:
+        return float(value) is not None  # YAML reads 1e-4 as a string
+    except (TypeError, ValueError):
+        return False
 
 
 # ---------------------------------------------------------------------- files, and what names a result
@@ -192,14 +203,15 @@ def key_of(options):
     return digest_of({name: digest(value) if name in files else str(value) for name, value in told.items()})[:12]
 
 
-def scoring(evaluation):
-    """What decides the scores of answers that are there: `SCORING` of the options of an evaluation, an NLI model with the digest of its folder."""
+def scoring(evaluation, entries):
+    """What decides the scores of answers that are there: `SCORING` of the options of an evaluation (an NLI model by its content) and of each task."""
     told = {name: evaluation[name] for name in SCORING if evaluation.get(name) is not None}
-    return {name: digest(value) if name == "nli_model" else value for name, value in told.items()}
+    own = {entry["name"]: {name: entry[name] for name in SCORING if entry.get(name) is not None} for entry in entries}
+    return {**told, "tasks": own} | ({"nli_model": digest(told["nli_model"])} if "nli_model" in told else {})
 
 
 def evaluation_key(model_key, entries, evaluation):
     """The same of the answers of a model: how they are judged (`SCORING`) may change, and they stay."""
-    told = [{name: digest(value) if name in ("eval_file", "corpus_file") else value for name, value in entry.items()} for entry in entries]
+    told = [{name: digest(value) if name in ("eval_file", "corpus_file") else value for name, value in e.items() if name not in SCORING} for e in entries]
     ignored = ("num_threads", "batch_size", "nli_batch_size", "num_examples", *SCORING)
     return digest_of([model_key, told, {name: value for name, value in evaluation.items() if name not in ignored}])[:12]

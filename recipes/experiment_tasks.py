@@ -35,6 +35,13 @@ def expand_tasks(experiment, entries):
     return expanded, meaning
 
 
+def corpora_of(entries):
+    """The distinct corpus files of entries; without one there is nothing to cut."""
+    if without := [entry["name"] for entry in entries if not entry.get("corpus_file")]:
+        raise ValueError(f"{len(without)} of {len(entries)} tasks have no corpus_file that corpus_sizes or pools_only could cut, e.g. {without[0]}.")
+    return list(dict.fromkeys(entry["corpus_file"] for entry in entries))
+
+
 def cut_corpora(entries, meaning, folder, max_questions=None, seed=0):
     """
     Corpora of the sizes that entries ask for: all gold passages of the tasks that share a corpus, and random others; a larger one holds the smaller one.
@@ -52,7 +59,7 @@ def cut_corpora(entries, meaning, folder, max_questions=None, seed=0):
         `ValueError`: when a size is below the number of gold passages.
     """
     kept, notes, orders = [], [], {}
-    for source in dict.fromkeys(entry["corpus_file"] for entry in entries):
+    for source in corpora_of(entries):
         corpus, own = load_corpus(source), [entry for entry in entries if entry["corpus_file"] == source]
         questions = {entry["eval_file"]: load_evaluation_set(entry["eval_file"])[: entry.get("max_eval_samples", max_questions)] for entry in own}
         gold = {id for rows in questions.values() for x in rows for id in gold_ids(x)}
@@ -76,21 +83,22 @@ def cut_corpora(entries, meaning, folder, max_questions=None, seed=0):
     return kept, notes
 
 
-def cut_to_pools(entries, folder, max_questions=None):
+def cut_to_pools(entries, folder, options=None):
     """
     Corpora of nothing but the candidates and gold passages of the questions that are asked.
 
     Args:
-        entries: of [`expand_tasks`]; folder (`Path`), max_questions: as for [`cut_corpora`].
+        entries: of [`expand_tasks`]; folder (`Path`): as for [`cut_corpora`].
+        options (`dict`, *optional*): of tasks that do not say otherwise, e.g. `max_eval_samples` and `gold_in_pool`.
 
     Returns:
         `list[dict]`: the entries with their new files.
     """
     files = {}
-    for source in dict.fromkeys(entry["corpus_file"] for entry in entries):
+    for source in corpora_of(entries):
         wanted = {}
         for entry in [entry for entry in entries if entry["corpus_file"] == source]:
-            (task,) = read_tasks([entry], max_eval_samples=max_questions)
+            (task,) = read_tasks([entry], **(options or {}))
             wanted |= {id: None for x in task.read_questions() for id in (*x["candidates"], *gold_ids(x))}
         files[source] = folder / f"{digest(source)[:8]}-{digest_of(sorted(wanted))[:8]}.jsonl"
         write_lines(files[source], [passage for passage in load_corpus(source) if passage["id"] in wanted])

@@ -34,6 +34,7 @@ from experiment_tasks import cut_corpora, cut_to_pools, digest, expand_tasks  # 
 from prepare_quickstart import prepare  # noqa: E402
 from prepare_quickstart_models import prepare_models  # noqa: E402
 from prepare_quickstart_tasks import prepare_tasks  # noqa: E402
+from run_evaluation import TASK_OPTIONS  # noqa: E402
 
 from modeling_cosup.index_files_cosup import write_json  # noqa: E402
 from trainer.experiment_report import write_experiment_report  # noqa: E402
@@ -129,7 +130,7 @@ def plan_seed(experiment, seed, cache, notes):
         entries, left_out = cut_corpora(entries, meaning, cache / "corpora", experiment.evaluation.get("max_eval_samples"))
         notes += [note for note in left_out if note not in notes]
     if experiment.pools_only:
-        entries = cut_to_pools(entries, cache / "corpora", experiment.evaluation.get("max_eval_samples"))
+        entries = cut_to_pools(entries, cache / "corpora", {name: experiment.evaluation[name] for name in TASK_OPTIONS if name in experiment.evaluation})
     runs = []
     for arm, own in options.items():
         run = Run(arm, seed, complete(fill(own, places), seed, world), entries=entries, meaning=meaning)
@@ -240,7 +241,7 @@ def evaluate(run, experiment, cache, args):
     results = run.evaluation / "results"
     run.evaluation.mkdir(parents=True, exist_ok=True)
     with locked(run.evaluation) as lock:
-        done, judged_by = run.evaluation / "evaluated.json", scoring(experiment.evaluation)
+        done, judged_by = run.evaluation / "evaluated.json", scoring(experiment.evaluation, run.entries)
         if done.exists() and json.loads(done.read_text()).get("scoring", {}) == judged_by:
             say(run, f"evaluated already: {run.evaluation}")
             return
@@ -249,8 +250,9 @@ def evaluate(run, experiment, cache, args):
         merged = run.folder / "model" / "merged"
         arguments = ["--config", str(run.evaluation / "tasks.yaml"), "--model", str(merged if merged.exists() else run.folder / "model")]
         arguments += ["--output_dir", str(results), "--index_cache", str(cache / "indexes")]
-        command, seconds = launch("run_evaluation.py", arguments, run, run.evaluation / "evaluation.log", args, lock)
         before = json.loads(done.read_text())["seconds"] if done.exists() else 0  # for the answers, which are there
+        done.unlink(missing_ok=True)  # from now on there may be scores of two judges
+        command, seconds = launch("run_evaluation.py", arguments, run, run.evaluation / "evaluation.log", args, lock)
         write_json(done, {"command": command, "seconds": seconds + before, "scoring": judged_by})
 
 
@@ -265,6 +267,9 @@ def report(experiment, runs, notes, args):
         row["questions"] = {entry["name"]: digest(entry["eval_file"]) for entry in run.entries}
         for name, path in (("trained", run.folder / "trained.json"), ("evaluated", run.evaluation / "evaluated.json")):
             row[name] = json.loads(path.read_text()) if path.exists() else None
+        if row["evaluated"] and row["evaluated"].get("scoring", {}) != scoring(experiment.evaluation, run.entries):
+            row["evaluated"] = None
+            notes.append(f"{run.name}: its answers were judged in another way, and not yet in this one")
         rows.append(row)
     command = shlex.join(["python", "recipes/run_experiments.py", *sys.argv[1:]])
     told = {**asdict(experiment), "evaluation": {**experiment.evaluation, "modes": experiment.modes}}

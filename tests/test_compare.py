@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.comparison import compare_results, comparison_blocks, write_comparison
+from trainer.comparison import compare_results, comparison_blocks, verdict, write_comparison
 from trainer.document import to_markdown
 
 ROOT = Path(__file__).parents[1]
@@ -92,7 +92,23 @@ def test_settings_that_differ_are_noted(folders):
     results = json.loads(path.read_text())
     results["tasks"]["a"]["pool"] = 20
     path.write_text(json.dumps(results))
-    assert "a: the settings differ in pool: 'full' and 20" in compare_results(*folders)["notes"]
+    results["settings"] |= {"nli": True, "nli_model": "judge"}
+    path.write_text(json.dumps(results))
+    notes = compare_results(*folders)["notes"]
+    assert "a: the settings differ in pool: 'full' and 20" in notes
+    assert any(note.startswith("the answers were judged in different ways") and note.endswith("nli_model: None and 'judge'") for note in notes)
+
+
+def test_resamples_and_seed_are_those_of_averages_too(folders):
+    found = [compare_results(*folders, resamples=50, seed=seed)["averages"]["all"]["retrieval"]["cor"] for seed in (7, 8)]
+    assert found[0]["interval"] != found[1]["interval"] and min(each["p_value"] for each in found) >= 1 / 51
+    assert compare_results(*folders)["averages"]["all"]["retrieval"]["cor"]["p_value"] < 1 / 51
+
+
+def test_verdicts():
+    for metric, interval, expected in (("cor", (0.1, 0.3), "better"), ("cor", (-0.3, -0.1), "worse"), ("cor", (-0.1, 0.5), "within noise")):
+        assert verdict(metric, {"difference": sum(interval) / 2, "interval": interval}) == expected
+    assert verdict("num_retrievals", {"difference": 0.2, "interval": (0.1, 0.3)}) == "more"
 
 
 def test_the_report(folders, tmp_path):
@@ -112,7 +128,7 @@ def test_the_recipe(folders, tmp_path):
     command = [sys.executable, "recipes/compare.py", *map(str, folders)]
     result = subprocess.run([*command, "--output_dir", str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert re.search(r"b, own retrieval\n\n  Cor +25.0 +100.0 +\+75.0 \[\+\d\d.\d, \+8\d.\d\] +p < 0.001 +n = 40\n", result.stdout)
+    assert re.search(r"b, own retrieval\n\n  Cor +25.0 +100.0 +\+75.0 \[\+\d\d.\d, \+8\d.\d\] +p < 0.001 +n = 40 +better\n", result.stdout)
     assert "note: 1 tasks are only in the second folder: c" in result.stdout and (tmp_path / "out" / "comparison.html").exists()
     result = subprocess.run([*command[:-1], str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert result.returncode == 1 and result.stderr.strip().splitlines()[-1].startswith("error: ") and "no complete results folder" in result.stderr

@@ -22,7 +22,7 @@ from trainer.comparison import compare_results
 from trainer.evaluation import cite, embed_queries, make_answer, wrong_passages
 from trainer.judging import evaluate_tasks, read_lines
 from trainer.report import write_report
-from trainer.scoring import MAIN, average, score
+from trainer.scoring import MAIN, average, cor_names, score
 from trainer.tasks import Task, read_tasks
 
 ROOT = Path(__file__).parents[1]
@@ -191,6 +191,17 @@ def test_scores_by_hand():
     assert score([prediction(questions[0], "x")], questions[:1], metric="em")["cor"] == [0.0]
 
 
+def test_cor_of_questions_with_claims_is_claim_recall():
+    """ALCE's ELI5 has the name of KILT's, which is judged by ROUGE-L."""
+    with_claims = {**QUESTIONS[0], "dataset": "eli5", "meta": {"claims": ["one", "two"]}}
+    questions = [with_claims, {**QUESTIONS[2], "dataset": "eli5", "answers": ["all of it"]}]
+    made = [prediction(questions[0], "text of all"), prediction(questions[1], "all of it")]
+    found = score(made, questions, entail=lambda pairs: [hypothesis == "one" for _, hypothesis in pairs])
+    assert found["cor"] == pytest.approx([0.5, 1.0]) and found["claim_recall"] == [0.5, None]
+    assert score(made, questions)["cor"] == [None, pytest.approx(1.0)]
+    assert cor_names(questions) == ["claim_recall", "rouge_l"] and cor_names(questions, nli=False) == ["", "rouge_l"]
+
+
 def test_average_of_tasks():
     found = average([[1.0, None, 0.0], [1.0], [None]])
     assert (found["value"], found["n"], found["tasks"]) == (0.75, 3, 2)
@@ -251,6 +262,8 @@ def test_bad_sets_are_refused_with_counts_before_anything_is_written(model, tmp_
         ([{**QUESTIONS[0], "answers": []}], {}, "1 of 1 questions have no answers, which short_answer, their Cor, compares with"),
         ([{**QUESTIONS[0], "dataset": "fever", "answers": ["maybe"]}, QUESTIONS[1]], {}, "1 of 2 questions have no verdicts, which fever_nli"),
         ([{**UNKNOWN, "meta": {"provenance_unknown": True}}], {}, "1 of 1 questions have no meta.qa_pairs, which str_em"),
+        ([{**QUESTIONS[0], "meta": {"qa_pairs": [{}]}}], {}, r"1 of 1 questions have other meta.qa_pairs than a list of .*short_answers.*, e.g. 'q0'"),
+        ([{**QUESTIONS[0], "meta": {"claims": "one"}}], {}, "1 of 1 questions have other meta.claims than a list of texts"),
     ]
     for number, (questions, fields, message) in enumerate(cases):
         (tmp_path / str(number)).mkdir()

@@ -32,6 +32,7 @@ from test_recipes import write  # noqa: E402
 from train import ScriptArguments  # noqa: E402
 
 from trainer import CoSupTrainingArguments, load_corpus, load_evaluation_set  # noqa: E402
+from trainer.tasks import read_tasks  # noqa: E402
 
 FILE = """
 title: A tiny experiment
@@ -163,7 +164,15 @@ def test_two_arms_two_seeds_from_file_to_report(inputs, tmp_path, here, capsys):
     assert answers == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("predictions.jsonl")}
     assert "Gr needs an NLI model" not in (tmp_path / "judged" / "report.md").read_text()
     assert here(judged)[1] == []
-    assert len(here([*judged, "--override", "evaluation.gr_hypothesis={question} {sentence}"])[1]) == 2
+    launched = here([*judged, "--override", "evaluation.gr_hypothesis={question} {sentence}", "--only", "co"])[1]
+    assert launched == [("run_evaluation.py", "co, seed 0")]
+    found = json.loads((tmp_path / "judged" / "experiment.json").read_text())
+    assert list(found["figures"]["Top-2"]) == ["co"] and any("judged in another way" in note for note in found["notes"])  # two judges in no table
+    broken = [*judged, "--override", "evaluation.gr_hypothesis={answer} {sentence}"]
+    assert here(broken)[0] == 1
+    assert len(here(judged)[1]) == 2  # a judging that failed has left scores of which nobody knows whose they are
+    assert here([*judged, "--override", "evaluation.metric=f1"])[1] == [("run_evaluation.py", f"{arm}, seed 0") for arm in ("co", "separate")]
+    assert answers == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("predictions.jsonl")}
 
 
 def test_a_failed_arm_stands_in_the_report_and_the_others_are_there(inputs, tmp_path, here):
@@ -287,6 +296,8 @@ def test_shipped_experiments_share_what_they_have_in_common(tmp_path):
         (["tasks=null"], "there are no tasks"),
         (["baseline=other"], "baseline is 'other', expected one of co, separate"),
         (["axis=colour"], "axis is 'colour'"),
+        (["axis=similarity", "arms.co.similarity=dot"], "axis is similarity, whose values in the arms are ['dot'], expected numbers"),
+        (["axis=max_steps", "arms.co.max_steps=2", "arms.separate.max_steps=2.0"], "whose values in the arms are [2, 2.0], expected numbers, each in one arm"),
         (["seeds=3"], "seeds is 3, expected a list"),
         (["tasks=[{name: a, eval_fil: b}]"], "unknown field 'eval_fil'"),
         (["max_steps"], "expected key=value"),
@@ -369,9 +380,15 @@ def test_corpora_cut_to_what_pools_hold(inputs, tmp_path):
     experiment = load_experiment(inputs / "experiment.yaml", ["pools=[1, 2]", "pools_only=true"])
     questions = [{**x, "candidates": ["extra3", x["provenance"][0][0], "extra4"]} for x in load_evaluation_set(inputs / "eval.jsonl")]
     tasks = [{"name": "t", "eval_file": str(write(tmp_path / "eval.jsonl", questions)), "corpus_file": str(tmp_path / "corpus.jsonl")}]
-    entries = experiment_tasks.cut_to_pools(expand_tasks(experiment, tasks)[0], tmp_path / "cut", max_questions=2)
+    entries = experiment_tasks.cut_to_pools(expand_tasks(experiment, tasks)[0], tmp_path / "cut", {"max_eval_samples": 2})
     (corpus_file,) = {entry["corpus_file"] for entry in entries}  # embedded once for both pools
     gold = [x["provenance"][0][0] for x in questions[:2]]
     assert [passage["id"] for passage in load_corpus(corpus_file)] == ["extra3", *gold]
+    entries = experiment_tasks.cut_to_pools(expand_tasks(experiment, tasks)[0], tmp_path / "cut", {"max_eval_samples": 2, "gold_in_pool": False})
+    for task in read_tasks(entries, max_eval_samples=2, gold_in_pool=False):  # all that will be asked for is there
+        assert {id for x in task.read_questions() for id in (*x["candidates"], *x["provenance"][0])} <= {p["id"] for p in load_corpus(task.corpus_file)}
+    for cut in (experiment_tasks.cut_to_pools, lambda entries, folder: cut_corpora(entries, {}, folder)):
+        with pytest.raises(ValueError, match="1 of 1 tasks have no corpus_file that .* could cut, e.g. t"):
+            cut([{"name": "t", "eval_file": tasks[0]["eval_file"], "index": "x"}], tmp_path / "cut")
     with pytest.raises(ValueError, match="pools_only leaves out"):
         load_experiment(inputs / "experiment.yaml", ["pools=[full]", "pools_only=true"])

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from trainer.document import _plain
-from trainer.experiment_report import write_experiment_report
+from trainer.experiment_report import _over_option, write_experiment_report
 from trainer.tables import Results, verdict
 
 MEANING = {
@@ -54,6 +54,28 @@ def test_mean_and_deviation_over_seeds_and_plain_mean_over_tasks(tmp_path):
     assert found["seeds"] == {0: 0.75, 1: 0.25}
     assert found["n"] == 4
     assert found["left_out"] == 0
+
+
+def test_an_average_says_in_how_many_tasks_it_exists(tmp_path):
+    scores = {"old": {0: {"a": {"1": 1}, "b": {"1": 0}}}, "new": {0: {"a": {"1": 1}, "b": {"1": None}}}}
+    results = make(tmp_path, scores)
+    old, new = (results.figure(line, ["a", "b"], "ret") for line in ("old", "new"))
+    assert (old["value"], old["tasks"], old["of_tasks"]) == (0.5, 2, 2) and (new["value"], new["tasks"], new["of_tasks"]) == (1.0, 1, 2)
+    found = results.compare("new", ["a", "b"], "ret")
+    assert (found["difference"], found["tasks"], found["of_tasks"]) == (0.0, 1, 2)
+    write_experiment_report(results, tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert text.count("n = 1, 1 of 2 tasks") == 2 and "2 of 2 tasks" not in text  # the average, and its difference
+
+
+def test_the_report_says_what_cor_is(tmp_path):
+    results = make(tmp_path, SCORES)
+    for arm in SCORES:
+        told = {"a": {"cor": ["fever_label"]}, "b": {"cor": ["em", "f1"]}}
+        (tmp_path / f"{arm}-0" / "results" / "metrics.json").write_text(json.dumps({"tasks": told}))
+    results = Results(results.experiment, results.runs, MEANING)
+    write_experiment_report(results, tmp_path / "out")
+    assert "Cor is a: FEVER, label; b: EM, F1." in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_questions_of_other_worlds_are_other_questions(tmp_path):
@@ -118,3 +140,10 @@ def test_curves_are_drawn(tmp_path, option):
         results.meaning = {name: {**own, "size": 10} for name, own in MEANING.items()}
     write_experiment_report(results, tmp_path / "report")
     assert (tmp_path / "report" / "plots" / "curves.png").stat().st_size > 5000
+
+
+def test_every_mode_has_its_curve(tmp_path):
+    arms = {"old": {"temperature": 0.1}, "new": {"temperature": "1e-2"}}
+    panels = _over_option(make(tmp_path, SCORES, ("retrieval", "forced"), arms=arms, axis="temperature"), ["ret"])[1]
+    where = [f"full corpus, {split}, {mode}" for split in ("in-domain", "out-of-domain") for mode in ("own decision", "forced [NSP]")]
+    assert {label: sorted(points) for label, points in panels["Ret"].items()} == {label: [0.01, 0.1] for label in where}

@@ -13,6 +13,7 @@ from .report import MODE_NAMES, read_results
 from .scoring import COUNTS, MAIN, METRICS, resampled_means
 
 RESAMPLES = 10_000
+JUDGED = ("nli", "nli_model", "gr_hypothesis")  # settings that say how answers were judged
 COMPARED = ("pool", "gold_in_pool", "top_k", "max_retrievals", "max_new_tokens", "cor", "passages", "eval_file", "corpus_file")
 
 
@@ -35,6 +36,9 @@ def compare_results(first, second, resamples=RESAMPLES, seed=0):
     """
     folders, runs = (Path(first), Path(second)), (read_results(first), read_results(second))
     tasks, samples, notes = {}, {}, _only_in_one(runs)
+    judged = [{key: run["settings"].get(key) for key in JUDGED} for run in runs]
+    different = [f"{key}: {judged[0][key]!r} and {judged[1][key]!r}" for key in JUDGED if judged[0][key] != judged[1][key]]
+    notes += [f"the answers were judged in different ways, so Gr and other figures of an NLI model do not compare: {'; '.join(different)}"] * bool(different)
     for name in [name for name in runs[0]["tasks"] if name in runs[1]["tasks"]]:
         own = [run["tasks"][name] for run in runs]
         different = [f"{key}: {own[0].get(key)!r} and {own[1].get(key)!r}" for key in COMPARED if own[0].get(key) != own[1].get(key)]
@@ -49,7 +53,7 @@ def compare_results(first, second, resamples=RESAMPLES, seed=0):
         raise ValueError(f"{first} and {second} share no task and mode: there is nothing to compare.")
     splits = {name: runs[0]["tasks"][name]["split"] for name in tasks}
     names = [run["settings"]["model"] for run in runs]
-    return {"first": names[0], "second": names[1], "tasks": tasks, "averages": _averages(splits, tasks, samples), "notes": notes}
+    return {"first": names[0], "second": names[1], "tasks": tasks, "averages": _averages(splits, tasks, samples, resamples, seed), "notes": notes}
 
 
 def _only_in_one(runs):
@@ -89,7 +93,7 @@ def _compare(first, second, resamples, seed):
     return found, samples
 
 
-def _averages(splits, tasks, samples):
+def _averages(splits, tasks, samples, resamples, seed):
     """Comparisons of the plain means over tasks; questions are resampled within each task, in pairs."""
     groups = {split: [name for name, own in splits.items() if own == split] for split in ("in-domain", "out-of-domain")} | {"all": list(splits)}
     averages = {}
@@ -98,14 +102,14 @@ def _averages(splits, tasks, samples):
             holding = [name for name in names if mode in tasks[name]]
             for metric in dict.fromkeys(metric for name in holding for metric in samples[name][mode]):
                 columns = [samples[name][mode][metric] for name in holding if metric in samples[name][mode]]
-                averages.setdefault(group, {}).setdefault(mode, {})[metric] = _average(columns)
+                averages.setdefault(group, {}).setdefault(mode, {})[metric] = _average(columns, resamples, seed)
     return averages
 
 
-def _average(columns):
+def _average(columns, resamples, seed):
     means = np.mean([column.mean(1) for column in columns], 0)
     differences = [column[1] - column[0] for column in columns]
-    resampled = np.mean([resampled_means(values, seed, RESAMPLES) for seed, values in enumerate(differences)], 0)
+    resampled = np.mean([resampled_means(values, seed + number, resamples) for number, values in enumerate(differences)], 0)
     measured = float(means[1] - means[0])
     as_far = int((np.abs(resampled - measured) >= abs(measured) - 1e-12).sum())
     low, high = np.percentile(resampled, [2.5, 97.5])
@@ -175,6 +179,12 @@ def comparison_blocks(comparison, names):
         blocks += [Heading(name), Table(header, rows, strong=frozenset(strong))]
     blocks.append(Text("Bold: the interval of the difference does not hold 0.", note=True))
     return blocks + ([Heading("What to know"), Bullets(comparison["notes"])] if comparison["notes"] else [])
+
+
+def verdict(metric, found):
+    """Of the second run: `"better"` or `"worse"` where the interval of the difference leaves out 0 (of a count: `"more"`, `"fewer"`), else `"within noise"`."""
+    more, fewer = ("more", "fewer") if metric in COUNTS else ("better", "worse")
+    return (more if found["difference"] > 0 else fewer) if _is_sure(found) else "within noise"
 
 
 def _is_sure(found):

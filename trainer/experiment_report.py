@@ -19,7 +19,10 @@ MODE_NAMES = {
     "off": "parametric space only",
     "query": "query embedding",
 }
-FURTHER = ("em", "f1", "rouge_l", "kilt_em", "kilt_f1", "str_em", "str_hit", "citation_recall", "citation_precision", "gr_success", "gr_failure", "mrr")
+FURTHER = (
+    *("accuracy", "em", "f1", "rouge_l", "fever_label", "fever_nli", "kilt_accuracy", "kilt_em", "kilt_f1", "kilt_rouge_l"),
+    *("str_em", "str_hit", "claim_recall", "citation_recall", "citation_precision", "gr_success", "gr_failure", "r_precision", "recall@5", "mrr", "ndcg@10"),
+)
 EMISSION = ("nsp_needed", "nsp_not_needed", "cor_not_needed", "num_retrievals")
 GROUP_NAMES = {"in-domain": "in-domain average", "out-of-domain": "out-of-domain average", "all": "average of all tasks"}
 SMALL = 1_000_000_000  # parameters of Gen below which a result says nothing about models of the paper's size
@@ -109,6 +112,8 @@ def _tables(results):
     note = "Percent; mean ± standard deviation over seeds, 95 % bootstrap interval over questions, n = questions. R@1: the nearest passage to the query "
     note += "embedding at an [NSP] right behind the question is gold. Averages are plain means over tasks. "
     note += "An interval without width says that all questions scored alike, not that all others would."
+    if results.cor:
+        note += f" Cor is {'; '.join(f'{task}: {name}' for task, name in results.cor.items())}."
     evaluation = results.experiment["evaluation"]
     if not evaluation.get("nli_model"):
         note += " Gr needs an NLI model (evaluation.nli_model) and is not shown without."
@@ -167,7 +172,7 @@ def _cell(figure, metric):
     scale = 1 if metric in COUNTS else 100
     spread = "" if figure["deviation"] is None else f" ± {scale * figure['deviation']:.1f}"
     low, high = (scale * bound for bound in figure["interval"])
-    return f"{scale * figure['value']:.1f}{spread}", f"[{low:.1f}, {high:.1f}] n = {figure['n']:,}"
+    return f"{scale * figure['value']:.1f}{spread}", f"[{low:.1f}, {high:.1f}] n = {figure['n']:,}{_where(figure)}"
 
 
 def _difference(found, metric):
@@ -178,7 +183,12 @@ def _difference(found, metric):
     low, high = (scale * bound for bound in found["interval"])
     signs = [sum(sign * each > 0 for each in found["seeds"].values()) for sign in (1, -1)]
     seeds = f"{signs[0]} / {len(found['seeds']) - sum(signs)} / {signs[1]}"
-    return f"{_signed(found['difference'], metric)}{rate}", f"[{low:+.1f}, {high:+.1f}] n = {found['n']:,}, {seeds}, {found['verdict']}"
+    return f"{_signed(found['difference'], metric)}{rate}", f"[{low:+.1f}, {high:+.1f}] n = {found['n']:,}{_where(found)}, {seeds}, {found['verdict']}"
+
+
+def _where(found):
+    """In how many tasks an average exists, where it does not in all of them."""
+    return "" if found["tasks"] == found["of_tasks"] else f", {found['tasks']} of {found['of_tasks']} tasks"
 
 
 def _signed(difference, metric):
@@ -233,7 +243,10 @@ def _over_option(results, metrics):
                     continue
                 own = {line: results.figure(line, results.tasks(setting, group), metric) for line in results.lines}
                 where = f"{setting}, {group}"
-                panels[METRICS[metric][0]][where] = {float(options[line]): f for line, f in own.items() if f is not None and options[line] is not None}
+                for mode in results.modes:
+                    points = {options[line]: own[line] for arm in results.experiment["arms"] if (line := results.line(arm, mode)) in own}
+                    label = where if len(results.modes) == 1 else f"{where}, {MODE_NAMES.get(mode, mode)}"
+                    panels[METRICS[metric][0]][label] = {float(at): f for at, f in points.items() if f is not None and at is not None}
                 levels[METRICS[metric][0]] |= {f"{line}, {where}": f for line, f in own.items() if f is not None and options[line] is None}
     return axis, panels, levels
 

@@ -158,8 +158,9 @@ class NLIJudge:
         return hashlib.sha256(json.dumps([self._fingerprint, *pair]).encode()).hexdigest()
 
     def _hash_settings(self):
-        """What an answer depends on: a sample of each weight, its type, how a probe is read, and the length."""
-        digest = hashlib.sha256(repr((self.max_length, self.model.dtype, self.tokenizer("A probe, of IDs: naïve?")["input_ids"])).encode())
+        """What an answer depends on: a sample of each weight, its type, which label is entailment, how a probe is read, and the length."""
+        told = (self.max_length, self.model.dtype, self.writes, self.entailment, self.tokenizer("A probe, of IDs: naïve?")["input_ids"])
+        digest = hashlib.sha256(repr(told).encode())
         digest.update(repr(sorted(self.tokenizer.get_vocab().items())).encode())
         for name, parameter in self.model.named_parameters():
             digest.update(f"{name} {tuple(parameter.shape)}".encode())

@@ -66,6 +66,10 @@ METRICS = {  # name -> (how tables say it, what it is)
 }
 COR_LABELS = {"short_answer": "short answer", **{name: METRICS[name][0] for name in ("accuracy", "em", "f1", "rouge_l", "fever_label", "fever_nli")}}
 COR_LABELS |= {name: METRICS[name][0] for name in ("str_em", "claim_recall")} | {"": "needs an NLI model"}
+META = {  # what of ALCE's fields is judged, by which metric, and what it must be
+    "qa_pairs": ("str_em", 'a list of {"short_answers": [texts]}'),
+    "claims": ("claim_recall", "a list of texts"),
+}
 COUNTS = ("num_retrievals",)  # all others are shares
 
 
@@ -124,34 +128,50 @@ def check_questions(questions, where, metric=None):
     Raises:
         `ValueError`: with counts, for questions without what their metric compares with, or a package that it needs.
     """
+    for key, (name, expected) in META.items():
+        if malformed := [x["id"] for x in questions if x.get("meta", {}).get(key) and not _has_what_it_needs(x, name)]:
+            raise ValueError(f"Task {where}: {len(malformed)} of {len(questions)} questions have other meta.{key} than {expected}, e.g. {malformed[0]!r}.")
     lacking = {}
     for question in questions:
-        name = metric or cor_metric(question["dataset"])
+        name = metric or _metric_of(question)
         if not _has_what_it_needs(question, name):
             lacking[name] = lacking.get(name, 0) + 1
     for name, count in lacking.items():
         what = {"str_em": "meta.qa_pairs", "claim_recall": "meta.claims"}.get(name, "verdicts" if name.startswith("fever") else "answers")
         raise ValueError(f"Task {where}: {count} of {len(questions)} questions have no {what}, which {name}, their Cor, compares with.")
-    if not has_rouge() and any((metric or cor_metric(x["dataset"])) == "rouge_l" for x in questions):
+    if not has_rouge() and any((metric or _metric_of(x)) == "rouge_l" for x in questions):
         raise ValueError(f"Task {where}: Cor is ROUGE-L, which needs the package that KILT uses: pip install rouge.")
 
 
+def _metric_of(question, nli=True):
+    """What Cor is on a question, by its data set and by what there is to compare with."""
+    return cor_metric(question["dataset"], nli, claims=bool(question.get("meta", {}).get("claims")))
+
+
 def _has_what_it_needs(question, name):
-    if name in ("str_em", "claim_recall"):
-        return bool(question.get("meta", {}).get("qa_pairs" if name == "str_em" else "claims"))
+    meta = question.get("meta", {})
+    if name == "str_em":
+        pairs = meta.get("qa_pairs")
+        return bool(pairs) and isinstance(pairs, list) and all(isinstance(pair, dict) and _are_texts(pair.get("short_answers")) for pair in pairs)
+    if name == "claim_recall":
+        return _are_texts(meta.get("claims"))
     if name.startswith("fever"):
         return len({answer.strip().lower() for answer in question["answers"]} & set(FEVER_LABELS)) == 1
     return bool(question["answers"])
 
 
+def _are_texts(value):
+    return isinstance(value, list) and bool(value) and all(isinstance(each, str) for each in value)
+
+
 def cor_names(questions, metric=None, nli=True):
     """Names of what Cor is on these questions, `list[str]`; `""` stands for those that need an NLI model that is not there."""
-    return sorted({(metric or cor_metric(x["dataset"], nli)) or "" for x in questions})
+    return sorted({(metric or _metric_of(x, nli)) or "" for x in questions})
 
 
 def _cor(predictions, questions, metric, entail):
     values = [None] * len(questions)
-    names = [metric or cor_metric(x["dataset"], entail is not None) for x in questions]
+    names = [metric or _metric_of(x, entail is not None) for x in questions]
     for name in set(names) - {None}:
         rows = [i for i, each in enumerate(names) if each == name]
         own = [(predictions[i], questions[i]) for i in rows]

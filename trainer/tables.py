@@ -6,13 +6,14 @@ over the seeds that were asked the same one, and intervals come from resampling 
 the standard deviation over seeds; a difference counts as one only if its interval leaves out 0 and all seeds agree on its sign.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
 
 from .intervals import mean_and_deviation
 from .judging import QUERY, read_lines
-from .scoring import MAIN, METRICS, average
+from .scoring import COR_LABELS, MAIN, METRICS, average
 
 COLUMNS = (*MAIN, "success@1")
 GROUPS = ("in-domain", "out-of-domain", "all")
@@ -45,6 +46,11 @@ class Results:
         self.settings = list(dict.fromkeys(own["setting"] for own in meaning.values()))
         found = {metric for seeds in self.scores.values() for tasks in seeds.values() for own in tasks.values() for metric in own}
         self.metrics = [metric for metric in METRICS if metric in found]
+        self.cor = {}  # task -> what Cor is there
+        for path in [Path(run["evaluation"], "results", "metrics.json") for run in runs if run["evaluated"] is not None]:
+            told = json.loads(path.read_text())["tasks"] if path.exists() else {}
+            named = {own["task"]: told[name]["cor"] for name, own in meaning.items() if name in told}
+            self.cor |= {task: ", ".join(COR_LABELS[each] for each in names) for task, names in named.items()}
 
     def line(self, arm, mode):
         """How tables name the answers of an arm in a mode: by what differs."""
@@ -82,8 +88,8 @@ class Results:
             names (`list[str]`): tasks; over several it is the plain mean of the tasks' means.
 
         Returns:
-            `dict`: `value`, the mean over seeds; `interval`; `n` (questions); `deviation` over seeds (`None` for one) and `seeds` (`{seed: value}`). `None`
-            where the metric does not apply.
+            `dict`: `value`, the mean over seeds; `interval`; `n` (questions); `tasks` in which it applies, `of_tasks` (all); `deviation` over seeds (`None` for
+            one) and `seeds` (`{seed: value}`). `None` where the metric does not apply.
         """
         key = (line, tuple(names), metric)
         if key not in self.found:
@@ -98,16 +104,17 @@ class Results:
             return None
         values = {seed: value for seed, tasks in seeds.items() if (value := _plain_mean(tasks, names, metric)) is not None}
         mean, deviation = mean_and_deviation(list(values.values()))
-        return {"value": mean, "interval": found["interval"], "n": found["n"], "deviation": deviation if len(values) > 1 else None, "seeds": values}
+        figure = {"value": mean, "interval": found["interval"], "n": found["n"], "tasks": found["tasks"], "of_tasks": len(names)}
+        return {**figure, "deviation": deviation if len(values) > 1 else None, "seeds": values}
 
     def compare(self, line, names, metric, baseline=None):
         """
         A line against the baseline, question by question, over the seeds and questions that both have.
 
         Returns:
-            `dict`: `difference` of the means, its `interval`, `n`, `left_out` (questions for which one of them has no value), `rate` (the difference in percent
-            of the baseline; `None` where that is 0), `seeds` (`{seed: difference}`) and `verdict`: `"ahead"`, `"behind"` or `"within noise"`. `None` where
-            there is nothing to compare.
+            `dict`: `difference` of the means, its `interval`, `n`, `left_out` (questions for which one of them has no value), `tasks` in which both have one,
+            `of_tasks` (all), `rate` (the difference in percent of the baseline; `None` where that is 0), `seeds` (`{seed: difference}`) and `verdict`:
+            `"ahead"`, `"behind"` or `"within noise"`. `None` where there is nothing to compare.
         """
         baseline = self.baseline if baseline is None else baseline
         ours, theirs = self.scores.get(line, {}), self.scores.get(baseline, {})
@@ -131,6 +138,7 @@ class Results:
             return None
         differences = {seed: float(np.mean(own)) for seed, own in per_seed.items() if own}
         result = {"difference": found["value"], "interval": found["interval"], "n": found["n"], "left_out": left_out, "seeds": differences}
+        result |= {"tasks": found["tasks"], "of_tasks": len(names)}
         return result | {"rate": 100 * found["value"] / np.mean(old) if np.mean(old) else None, "verdict": verdict(found["interval"], differences.values())}
 
     # ------------------------------------------------------------------ all of them
