@@ -22,6 +22,7 @@ needs no passage. FEVER's labels become lower case, as its instruction says them
 
 import argparse
 import itertools
+import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
@@ -223,11 +224,25 @@ class Pages:
         sets = []
         for references in evidence:
             choices = [self.find(reference, places) for reference in references]
-            combinations = list(itertools.islice(itertools.product(*choices), MAX_SETS + 1))
-            if len(combinations) > MAX_SETS:
-                places[f"evidence sets cut to their first {MAX_SETS:,} combinations of passages"] += 1
-            sets += [tuple(distinct(ids)) for ids in combinations[:MAX_SETS]]
+            sets += [tuple(distinct(ids)) for ids in combine(choices, places)]
         return [list(ids) for ids in distinct(sets)]
+
+
+def combine(choices, places):
+    """
+    One passage of each page: all combinations, or, where these are more than `MAX_SETS`, so few that every passage of every page is in one of them.
+
+    Args:
+        choices (`list[list[str]]`): for each page of an evidence set its passages.
+        places (`Counter`): counts evidence sets that were cut.
+
+    Returns:
+        `list[tuple[str]]`.
+    """
+    if math.prod(map(len, choices)) <= MAX_SETS:
+        return list(itertools.product(*choices))
+    places[f"evidence sets of more than {MAX_SETS:,} combinations, of which each passage is in one"] += 1
+    return list(zip(*(itertools.islice(itertools.cycle(ids), max(map(len, choices))) for ids in choices), strict=True))
 
 
 def read_corpus_of(args, pages, counts):
