@@ -22,7 +22,7 @@ from data_files import distinct, instruction_of, read_json, read_passages, writi
 check_trainer_package()
 
 from modeling_cosup.corpus_cosup import check_text  # noqa: E402
-from trainer.data import content_id  # noqa: E402
+from trainer.data import content_id, read_rows  # noqa: E402
 from trainer.metrics import normalize_answer  # noqa: E402
 
 NOT_META = ("sample_id", "id", "question", "docs", "answer")
@@ -32,7 +32,8 @@ def main():
     """Read the options and prepare the data set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, choices=["asqa", "qampari", "eli5"])
-    parser.add_argument("--input_file", required=True, help="ALCE's JSON, a list of items with question and docs (.gz or plain)")
+    parser.add_argument("--input_file", required=True, help="ALCE's JSON, a list of items with question and docs (.gz or plain), JSON Lines, or a dataset name")
+    parser.add_argument("--split", default="validation", help="of a dataset name")
     parser.add_argument("--output_file", required=True, help="evaluation instances, JSON Lines (.gz by the name)")
     parser.add_argument("--output_corpus", required=True, help="the passages in our format")
     parser.add_argument("--num_candidates", type=int, default=100, help="of an item; the paper's are 5 and 100")
@@ -58,7 +59,7 @@ def prepare(args):
     instruction, passages = instruction_of(args.dataset, args.instruction), {}
     counts = Counter({"items read": 0, "items written": 0})
     with writing(args.output_file) as write, writing(args.output_corpus) as write_passage:
-        for where, item in read_items(args.input_file):
+        for where, item in read_items(args.input_file, args.split):
             counts["items read"] += 1
             pool = read_docs(item, where, args.num_candidates, passages, counts)
             answers = answers_of(item, args.dataset, where)
@@ -83,13 +84,18 @@ def prepare(args):
     return counts
 
 
-def read_items(path):
-    """`(where, dict)` pairs of the items of a file: a list, or an object with the list under `data`, as ALCE writes its results."""
+def read_items(path, split):
+    """`(where, dict)` pairs of the items of a file: a list, or an object with the list under `data`, as ALCE writes its results; or of a dataset name."""
+    if not str(path).endswith((".json", ".json.gz")):
+        for where, row in read_rows(path, split):
+            yield where, {name: value for name, value in row.items() if value is not None}  # data sets fill what a row lacks
+        return
     data = read_json(path)
     items = data.get("data") if isinstance(data, dict) else data
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise ValueError(f"{path}: found {type(data).__name__}, expected ALCE's list of items, each an object with question and docs.")
-    return ((f"{path}, item {number}", item) for number, item in enumerate(items))
+    for number, item in enumerate(items):
+        yield f"{path}, item {number}", item
 
 
 def read_docs(item, where, num_candidates, passages, counts):

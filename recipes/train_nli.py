@@ -27,6 +27,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from transformers import (  # noqa: E402
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -39,6 +40,7 @@ from trainer.correctness import normalize_answer  # noqa: E402
 from trainer.data import load_instances  # noqa: E402
 from trainer.grounding import check_hypothesis, premise  # noqa: E402
 from trainer.intervals import Rate  # noqa: E402
+from trainer.nli import entailment_label  # noqa: E402
 
 LABELS = {0: "not_entailment", 1: "entailment"}
 NAMES = re.compile(r"\b(?:[A-Z][\w'-]*(?: (?:of |the |de )?[A-Z][\w'-]*)*|\d[\d,.]*\d|\d)")
@@ -69,15 +71,21 @@ def main():
         set_seed(args.seed)
         train = make_pairs(load_instances(nli.train_file), nli.hypothesis, args.seed, nli.max_train_samples)
         held_out = nli.validation_file and make_pairs(load_instances(nli.validation_file, "validation"), nli.hypothesis, args.seed, nli.max_eval_samples)
-        tokenizer = AutoTokenizer.from_pretrained(nli.model_name_or_path)
+        tokenizer, labels = AutoTokenizer.from_pretrained(nli.model_name_or_path), labels_of(AutoConfig.from_pretrained(nli.model_name_or_path))
+        label2id = {name: i for i, name in labels.items()}
         model = AutoModelForSequenceClassification.from_pretrained(
-            nli.model_name_or_path, num_labels=2, id2label=LABELS, label2id={name: i for i, name in LABELS.items()}, ignore_mismatched_sizes=True
+            nli.model_name_or_path, num_labels=2, id2label=labels, label2id=label2id, ignore_mismatched_sizes=True
         )
+    entailed = entailment_label(model.config)
     tokenizer.model_max_length = min(nli.max_length, tokenizer.model_max_length)
 
     def tokenized(pairs):
-        rows = tokenizer([p for p, *_ in pairs], [h for _, h, *_ in pairs], truncation="only_first", max_length=nli.max_length)
-        return Dataset.from_dict({**rows, "labels": [int(kind == "entailed") for *_, kind in pairs]})
+        room = nli.max_length - tokenizer.num_special_tokens_to_add(pair=True)
+        lengths = [len(ids) for ids in tokenizer([h for _, h, _ in pairs], add_special_tokens=False)["input_ids"]]
+        if full := sum(length >= room for length in lengths):
+            raise ValueError(f"{full} of {len(pairs)} hypotheses leave no room for a premise: up to {max(lengths)} of --max_length {nli.max_length} tokens.")
+        rows = tokenizer([p for p, *_ in pairs], [h for _, h, _ in pairs], truncation="only_first", max_length=nli.max_length)
+        return Dataset.from_dict({**rows, "labels": [entailed if kind == "entailed" else 1 - entailed for *_, kind in pairs]})
 
     with clear_errors():
         datasets = {"train_dataset": tokenized(train), "eval_dataset": tokenized(held_out) if held_out else None}
@@ -91,6 +99,15 @@ def main():
         if trainer.is_world_process_zero():
             print(table([(f"accuracy, {kind}", str(rate)) for kind, rate in rates.items()]))
         trainer.save_metrics("eval", {f"eval_accuracy_{kind.replace(' ', '_')}": rate.value for kind, rate in rates.items()})
+
+
+def labels_of(config):
+    """Labels of the model that is trained, `{0: name, 1: name}`: those of an NLI model of two labels, whose head goes on, else new ones."""
+    try:
+        entailment_label(config)
+    except ValueError:
+        return LABELS
+    return dict(config.id2label) if len(config.id2label) == 2 else LABELS
 
 
 def make_pairs(instances, hypothesis, seed=0, max_segments=None):
@@ -143,7 +160,7 @@ def false_claims(segment, segments, generator):
     drawn = [generator.choice(segments)[1] for _ in range(TRIES)]
     others = segment["negatives"] or [other["passage"] for other in drawn if other["passage"]["text"] != passage["text"]]
     wrong = [other["text"] for other in drawn if normalize_answer(other["text"]) != right and is_label(other["text"], segments) == label]
-    names = [name for name in NAMES.findall(passage["text"]) if normalize_answer(name) not in right]
+    names = [name for name in NAMES.findall(passage["text"]) if normalize_answer(name) not in right and right not in normalize_answer(name)]
     if names and not label and generator.random() < 0.5:
         wrong = [generator.choice(names)]
     return [(other, text, "other passage") for other in others[:1]] + [(passage, other, "wrong text") for other in wrong[:1]]

@@ -101,6 +101,18 @@ def test_questions_that_need_no_passage():
     assert (found["cor"], found["cor_minus"]) == (0.5, 1.0)
 
 
+def test_rankings_of_an_evaluation_and_questions_of_which_nobody_knows():
+    """As the files of an evaluation are: the ranking of the query embedding in a file of its own."""
+    predictions = [{name: value for name, value in row.items() if name != "query_ranking"} for row in PREDICTIONS]
+    predictions += [{"id": "3", "retrievals": [PASSAGE]}, {"id": "4", "retrievals": []}]
+    references = [*REFERENCES, {"id": "3", "provenance": [], "meta": {"provenance_unknown": True}}, {"id": "4", "provenance": []}]
+    rankings = [{"id": "1", "corpus": ["p9", "p1"], "pool": ["p1"]}, {"id": "2", "corpus": ["p2", "p9"], "pool": ["p9", "p2"]}]
+    found = load("nsp_retrieval").compute(predictions=predictions, references=references, rankings=rankings)
+    assert found["mrr"] == 0.75 and found["nsp_not_needed"] == 0.0 and found["num_questions"] == 2
+    assert load("nsp_retrieval").compute(predictions=predictions, references=references, rankings=rankings, ranking="pool")["success@1"] == 0.5
+    assert "mrr" not in load("nsp_retrieval").compute(predictions=predictions, references=references)
+
+
 def test_alce_judges_what_the_references_hold():
     """ELI5 has claims and no readings; an output without one of both is an error, with counts."""
     judge = {"nli": lambda pairs: [hypothesis in premise for premise, hypothesis in pairs]}

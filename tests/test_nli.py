@@ -99,6 +99,12 @@ def test_answers_are_kept_by_content(folder, tmp_path):
     with torch.no_grad():
         next(other.model.parameters()).mul_(1.01)
     assert asked(NLIJudge(other.model, other.tokenizer, cache_file=cache)) == len(set(pairs))
+    if not other.writes:  # the same weights, and another label says entailment
+        other = NLIJudge.from_pretrained(folder, device="cpu", cache_file=tmp_path / "labels" / "nli.jsonl")
+        other(pairs)
+        labels = other.model.config.id2label
+        other.model.config.id2label = {i: labels[len(labels) - 1 - i] for i in labels}
+        assert asked(NLIJudge(other.model, other.tokenizer, cache_file=tmp_path / "labels" / "nli.jsonl")) == len(set(pairs))
     lines = [line for line in cache.read_text().splitlines() if line]
     assert len(lines) == 3 * len(set(pairs)) and set(json.loads(lines[0])) == {"key", "entailed"}
     cache.write_text("\n".join([*lines[:5], lines[5][:20]]))

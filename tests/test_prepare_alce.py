@@ -21,7 +21,7 @@ ITEMS = json.loads(FILE.read_text(encoding="utf-8"))
 
 def options(tmp_path, **changes):
     files = {"input_file": FILE, "output_file": tmp_path / "eval.jsonl", "output_corpus": tmp_path / "corpus.jsonl"}
-    return Namespace(**{**files, "dataset": "asqa", "num_candidates": 100, "provenance": "none", "instruction": None, **changes})
+    return Namespace(**{**files, "dataset": "asqa", "num_candidates": 100, "provenance": "none", "instruction": None, "split": "validation", **changes})
 
 
 def prepared(tmp_path, **changes):
@@ -102,6 +102,19 @@ def test_bad_files(tmp_path, items, changes, message):
     with pytest.raises(ValueError, match=message):
         prepare(options(tmp_path, input_file=write_items(tmp_path, *items), **changes))
     assert [path.name for path in tmp_path.iterdir()] == ["items.json"]
+
+
+def test_a_data_set_by_its_name(tmp_path):
+    """A folder stands for a name; what a data set fills with None is not there."""
+    expected = prepared(tmp_path)
+    (tmp_path / "set").mkdir()
+    items = [{name: value for name, value in item.items() if name != "annotations"} for item in ITEMS]
+    rows = [{"sample_id": str(item.get("sample_id", item.get("id", i))), "question": item["question"], "docs": item["docs"]} for i, item in enumerate(items)]
+    rows = [{**row, **{name: item[name] for name in ("qa_pairs", "answer") if name in item}} for row, item in zip(rows, items, strict=True)]
+    (tmp_path / "set" / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    counts, corpus, questions = prepared(tmp_path, input_file=str(tmp_path / "set"))
+    assert counts["items read"] == expected[0]["items read"] and corpus == expected[1]
+    assert [(x["input"], x["candidates"]) for x in questions] == [(x["input"], x["candidates"]) for x in expected[2]]
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import gzip
 import json
 import sys
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -140,8 +141,19 @@ def test_a_data_set_folder_is_read_like_a_file(tmp_path):
 def test_too_many_combinations_are_cut_and_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_kilt, "MAX_SETS", 2)
     counts = prepare_kilt.prepare(kilt(tmp_path))
-    assert counts["evidence sets cut to their first 2 combinations of passages"] == 1
-    assert {q["id"]: q["provenance"] for q in read(tmp_path / "eval.jsonl")}["q3"] == [["10-0"], ["10-1"]]
+    assert counts["evidence sets of more than 2 combinations, of which each passage is in one"] == 1
+    whole = {q["id"]: q["provenance"] for q in read(tmp_path / "eval.jsonl")}["q3"]
+    monkeypatch.undo()
+    prepare_kilt.prepare(kilt(tmp_path))
+    assert {id for ids in whole for id in ids} == {id for q in read(tmp_path / "eval.jsonl") if q["id"] == "q3" for ids in q["provenance"] for id in ids}
+
+
+def test_every_passage_of_a_large_page_stays_right():
+    pages, places = [[f"a{i}" for i in range(60)], [f"b{i}" for i in range(50)], ["c"]], Counter()
+    sets = prepare_kilt.combine(pages, places)
+    assert len(sets) == 60 and {id for ids in sets for id in ids} == {id for page in pages for id in page} and sum(places.values()) == 1
+    assert all(ids[0][0] + ids[1][0] + ids[2] == "abc" for ids in sets)
+    assert prepare_kilt.combine([["a", "b"], ["c"]], places) == [("a", "c"), ("b", "c")] and prepare_kilt.combine([["a"], []], places) == []
 
 
 GOOD = {"id": "q", "input": "q?", "output": [{"answer": "a", "provenance": [{"wikipedia_id": "10"}]}]}

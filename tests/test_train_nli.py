@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
-from train_nli import LABELS, make_pairs
+from train_nli import LABELS, labels_of, make_pairs
 
 from trainer.data import load_instances
 from trainer.metrics import grounding
@@ -68,6 +68,21 @@ def test_pairs_by_hand(tmp_path):
     assert len(make_pairs(instances, "{sentence}", max_segments=2)) == 4
 
 
+def test_a_longer_name_is_no_wrong_answer(tmp_path):
+    passage = {"id": "a", "title": "", "text": "Barack Obama met Angela Merkel."}
+    rows = [{"dataset": "qa", "input": "who?", "segments": [{"text": "Obama", "passage": passage}]}]
+    rows.append({"dataset": "qa", "input": "where?", "segments": [{"text": "there", "passage": {**passage, "text": "nowhere"}}]})
+    instances = load_instances(write(tmp_path / "a.jsonl", rows))
+    found = {pair[1] for seed in range(40) for pair in make_pairs(instances, "{question} {sentence}", seed)}
+    assert found == {"who? Obama", "who? Angela Merkel", "who? there", "where? there", "where? Obama"}
+
+
+def test_labels_of_a_model_that_goes_on():
+    other = {0: "entailment", 1: "not_entailment"}
+    assert labels_of(BertConfig(id2label=other)) == other
+    assert labels_of(BertConfig(id2label={0: "contradiction", 1: "neutral", 2: "entailment"})) == LABELS == labels_of(BertConfig())
+
+
 def test_instances_that_give_no_pairs(tmp_path):
     with pytest.raises(ValueError, match="None of 1 instances has a passage"):
         make_pairs(load_instances(write(tmp_path / "a.jsonl", [{"input": "?", "segments": [{"text": "x", "passage": None}]}])), "{sentence}")
@@ -100,6 +115,7 @@ def test_from_instances_to_gr(tmp_path):
     predictions = [{"input": "w1", "retrievals": spans[:1]}, {"input": "w1", "retrievals": spans[1:]}]
     assert grounding(predictions, judge, hypothesis="{question} {sentence}") == [1.0, 0.0]
 
-    command[command.index("--train_file") + 1] = tmp_path / "missing.jsonl"
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path, timeout=300)
-    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: ") and "missing.jsonl" in done.stderr
+    for option, value, message in (("--train_file", tmp_path / "missing.jsonl", "missing.jsonl"), ("--num_train_epochs", "1", "leave no room")):
+        bad = [*command, option, value, "--max_length", "5" if option != "--train_file" else "320"]
+        done = subprocess.run(list(map(str, bad)), capture_output=True, text=True, cwd=tmp_path, timeout=300)
+        assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: ") and message in done.stderr

@@ -272,6 +272,8 @@ class _Judge:
             notes.append(f"{unknown} of {total} questions do not say which passages they need: they do not count in Ret and what follows from it")
         if self.task.pool != "full" and (without := sum(gold_ids(x).isdisjoint(x["candidates"]) for x in self.needing)):
             notes.append(f"{without} of {len(self.needing)} pools hold no gold passage")
+        if self.task.pool != "full" and (easy := sum(set(x["candidates"]) <= gold_ids(x) for x in self.needing)):
+            notes.append(f"{easy} of {len(self.needing)} pools hold gold passages alone: whatever is retrieved there is right")
         if entail is None:
             notes.append("no NLI model was given: no Gr, citation recall and precision, claim recall" + ("; FEVER is judged by its label" * self._has_fever()))
         if not has_rouge():

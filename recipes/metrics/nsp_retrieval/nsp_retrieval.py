@@ -11,11 +11,13 @@ gold), KILT's R-precision and recall@k, how often [NSP] was emitted, and MRR, nD
 """
 INPUTS = """
 Args:
-    predictions (list of dict): {"id", "retrievals": [{"passage_ids": [best first]}, ...], "query_ranking": [ids, best first] or None}: lines of
-        predictions.jsonl.
+    predictions (list of dict): {"id", "retrievals": [{"passage_ids": [best first]}, ...]}: lines of predictions.jsonl. With "query_ranking" (ids, best first)
+        there are figures of the ranking too.
     references (list of dict): {"id", "provenance": [[ids of one evidence set], ...]}: lines of an evaluation set, matched by id. Those with an empty
-        provenance need no passage and count for `nsp_not_needed` only.
+        provenance need no passage and count for `nsp_not_needed` only, unless their "meta" says "provenance_unknown".
     ks (list of int): of recall@k and success@k; 1 and 5 by default.
+    rankings (list of dict, optional): {"id", "corpus": [ids, best first], "pool": [...]}: lines of query/ranking.jsonl, in place of "query_ranking".
+    ranking (str): which of them, "corpus" by default.
 
 Returns:
     dict: ret, ret_precision, r_precision, recall@k, nsp_needed, nsp_not_needed, num_questions (with provenance) and, where all of these have a ranking, mrr,
@@ -31,7 +33,7 @@ CITATION = """
 """
 STRING = datasets.Value("string")
 PREDICTION = {"id": STRING, "retrievals": [{"passage_ids": [STRING]}], "query_ranking": [STRING]}
-REFERENCE = {"id": STRING, "provenance": [[STRING]]}
+REFERENCE = {"id": STRING, "provenance": [[STRING]], "meta": [STRING]}
 
 
 class NSPRetrieval(evaluate.Metric):
@@ -51,10 +53,13 @@ class NSPRetrieval(evaluate.Metric):
         except ImportError as error:
             raise ImportError("This metric needs the package cosup (`pip install cosup`), whose `trainer` is not PyPI's package of that name.") from error
 
-    def compute(self, *, predictions, references, **options):
+    def compute(self, *, predictions, references, rankings=None, ranking="corpus", **options):
         """Whole lines of predictions and of an evaluation set will do: other fields are dropped."""
         from trainer.metrics import select_fields
 
+        found = {str(row["id"]): row[ranking] for row in rankings or []}
+        predictions = [{**row, "query_ranking": found.get(str(row["id"]), row.get("query_ranking"))} for row in predictions]
+        references = [{**row, "meta": ["provenance_unknown"] * bool((row.get("meta") or {}).get("provenance_unknown"))} for row in references]
         return super().compute(predictions=select_fields(predictions, PREDICTION), references=select_fields(references, REFERENCE), **options)
 
     def _compute(self, predictions, references, ks=(1, 5)):
@@ -63,7 +68,7 @@ class NSPRetrieval(evaluate.Metric):
         pairs, needing = match_by_id(predictions, references), {x["id"] for x in with_provenance(references)}
         asked = [(prediction, x["provenance"]) for prediction, x in pairs if x["id"] in needing]
         scores = mean_scores([retrieval_scores(retrieved_ids(prediction), provenance, ks) for prediction, provenance in asked])
-        rates = emission_rates(pairs)
+        rates = emission_rates([(prediction, x) for prediction, x in pairs if any(x["provenance"]) or not x["meta"]])
         scores |= {"nsp_needed": rates["needed"].value, "nsp_not_needed": rates["not_needed"].value, "num_questions": len(asked)}
         if all(prediction["query_ranking"] for prediction, _ in asked):
             scores |= mean_scores([ranking_scores(prediction["query_ranking"], provenance, ks) for prediction, provenance in asked])
