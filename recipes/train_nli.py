@@ -6,8 +6,9 @@ Train an NLI model on training instances: a judge for Gr where none fits the dat
     python recipes/run_evaluation.py --nli_model nli --gr_hypothesis '{question} {sentence}' ...
 
 A premise is a passage as Gr gives it to the model, a hypothesis a text as `--hypothesis` says. Two pairs come from a segment. Its passage entails its text. And
-either another passage (the first of its `negatives`, else one of the same data set) does not entail it, or the passage does not entail a wrong text: one of
-another instance of the data set (of a verdict, the other verdict), or, half of the time, a name or number of the passage that the right text does not hold.
+either another passage (the first of its `negatives`, else one of the same data set) does not entail it, or the passage does not entail a wrong text: that of
+another instance (of a verdict, the other verdict), or the right one with its rarest word of the passage replaced by another rare word of it; in place of an
+answer of a few words a name or number of the passage.
 What is learnt is whether a passage supports an answer of this data. Say so beside figures: such a judge is neither the paper's, nor independent of the data
 that the judged model has seen.
 
@@ -16,8 +17,9 @@ Any option of `transformers.TrainingArguments` may be given. The accuracy on pai
 
 import random
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from string import punctuation as PUNCTUATION
 
 from cli import check_trainer_package, clear_errors, parse, table
 
@@ -43,6 +45,9 @@ from trainer.intervals import Rate  # noqa: E402
 from trainer.nli import entailment_label  # noqa: E402
 
 LABELS = {0: "not_entailment", 1: "entailment"}
+KINDS = ("entailed", "other passage", "wrong text", "wrong word")
+SENTENCE = 4  # words from which a text is more than an answer
+RARE = 5  # words of a passage that may stand in the place of another
 NAMES = re.compile(r"\b(?:[A-Z][\w'-]*(?: (?:of |the |de )?[A-Z][\w'-]*)*|\d[\d,.]*\d|\d)")
 TRIES = 20  # segments that are drawn to find another passage and another text
 
@@ -94,8 +99,8 @@ def main():
     trainer.save_model()
     if held_out:
         right = trainer.predict(datasets["eval_dataset"]).predictions.argmax(1) == np.array(datasets["eval_dataset"]["labels"])
-        kinds = {"all": right} | {kind: right[[each == kind for *_, each in held_out]] for kind in ("entailed", "other passage", "wrong text")}
-        rates = {kind: Rate(int(own.sum()), len(own)) for kind, own in kinds.items()}
+        kinds = {"all": right} | {kind: right[[each == kind for *_, each in held_out]] for kind in KINDS}
+        rates = {kind: Rate(int(own.sum()), len(own)) for kind, own in kinds.items() if len(own)}
         if trainer.is_world_process_zero():
             print(table([(f"accuracy, {kind}", str(rate)) for kind, rate in rates.items()]))
         trainer.save_metrics("eval", {f"eval_accuracy_{kind.replace(' ', '_')}": rate.value for kind, rate in rates.items()})
@@ -121,7 +126,7 @@ def make_pairs(instances, hypothesis, seed=0, max_segments=None):
         max_segments (`int`, *optional*): use only so many segments.
 
     Returns:
-        `list[tuple[str, str, str]]`: premise, hypothesis and `"entailed"`, `"other passage"` or `"wrong text"`.
+        `list[tuple[str, str, str]]`: premise, hypothesis and one of `KINDS`, the first of which alone is entailed.
 
     Raises:
         `ValueError`: when no instance has a passage, or all passages and all texts of a data set are the same.
@@ -133,9 +138,9 @@ def make_pairs(instances, hypothesis, seed=0, max_segments=None):
     if not segments:
         raise ValueError(f"None of {len(instances)} instances has a passage: there is no pair.")
     generator.shuffle(segments)
-    pairs = []
+    pairs, frequencies = [], {id(own): count_words(own) for own in by_dataset.values()}
     for question, segment, own in segments[:max_segments]:
-        if false := false_claims(segment, own, generator):
+        if false := false_claims(question, segment, own, frequencies[id(own)], generator):
             made = [(segment["passage"], segment["text"], "entailed"), generator.choice(false)]
             pairs += [(premise(p["title"], p["text"]), hypothesis.format(question=question, sentence=sentence), kind) for p, sentence, kind in made]
     if not pairs:
@@ -143,13 +148,20 @@ def make_pairs(instances, hypothesis, seed=0, max_segments=None):
     return pairs
 
 
-def false_claims(segment, segments, generator):
+def count_words(segments):
+    """`Counter` of the words of texts and passages of a data set."""
+    return Counter(word for _, each in segments for text in (each["text"], each["passage"]["text"]) for word in normalize_answer(text).split())
+
+
+def false_claims(question, segment, segments, frequency, generator):
     """
     What no passage says.
 
     Args:
+        question (`str`).
         segment (`dict`): `{"text", "passage", "negatives"}`.
         segments (`list[tuple[str, dict]]`): questions and segments of its data set.
+        frequency (`Counter`): of their words.
         generator (`random.Random`).
 
     Returns:
@@ -160,10 +172,30 @@ def false_claims(segment, segments, generator):
     drawn = [generator.choice(segments)[1] for _ in range(TRIES)]
     others = segment["negatives"] or [other["passage"] for other in drawn if other["passage"]["text"] != passage["text"]]
     wrong = [other["text"] for other in drawn if normalize_answer(other["text"]) != right and is_label(other["text"], segments) == label]
-    names = [name for name in NAMES.findall(passage["text"]) if normalize_answer(name) not in right and right not in normalize_answer(name)]
-    if names and not label and generator.random() < 0.5:
-        wrong = [generator.choice(names)]
-    return [(other, text, "other passage") for other in others[:1]] + [(passage, other, "wrong text") for other in wrong[:1]]
+    made = [(other, text, "other passage") for other in others[:1]] + [(passage, other, "wrong text") for other in wrong[:1]]
+    if label:
+        return made
+    if len(text.split()) >= SENTENCE:
+        changed = change_word(question, text, passage, frequency, generator)
+    else:
+        names = [name for name in NAMES.findall(passage["text"]) if normalize_answer(name) not in right and right not in normalize_answer(name)]
+        changed = generator.choice(names) if names else None
+    return made + [(passage, changed, "wrong word")] * (changed is not None)
+
+
+def change_word(question, text, passage, frequency, generator):
+    """The text with its rarest word that the passage holds and the question does not replaced by another rare word of the passage; `None` without both."""
+    words, told = text.split(), passage["text"].split()
+    asked, right = set(normalize_answer(question).split()), set(normalize_answer(text).split())
+    held = set(normalize_answer(passage["text"]).split()) - asked
+    spots = [(frequency[normalize_answer(word)], i) for i, word in enumerate(words) if normalize_answer(word) in held]
+    others = sorted((frequency[bare], bare, word) for word in set(told) if (bare := normalize_answer(word)) and bare in held - right)
+    if not spots or not others:
+        return None
+    _, spot = min(spots)
+    _, _, other = generator.choice(others[:RARE])
+    words[spot] = words[spot].replace(words[spot].strip(PUNCTUATION), other.strip(PUNCTUATION))
+    return " ".join(words)
 
 
 def is_label(text, segments):

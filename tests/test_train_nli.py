@@ -53,7 +53,7 @@ def test_pairs_by_hand(tmp_path):
     assert len(pairs) == 20 and [kind == "entailed" for *_, kind in pairs] == [True, False] * 10
     found = {pair for seed in range(60) for pair in make_pairs(instances, "{question} {sentence}", seed)}
     river, city = "Title: Rhine\nIt flows through Basel to New York.", "Title: \nBern lies at the Aare."
-    wrong = {(river, f"where? {text}", "wrong text") for text in ("Bern", "It", "New York")}  # not Basel, which the answer holds
+    wrong = {(river, "where? Bern", "wrong text")} | {(river, f"where? {text}", "wrong word") for text in ("It", "New York")}  # not Basel, which is right
     assert {pair for pair in found if pair[1].startswith("where?")} == {
         (river, "where? to Basel", "entailed"), (city, "where? to Basel", "other passage"), *wrong
     }  # fmt: skip
@@ -75,6 +75,18 @@ def test_a_longer_name_is_no_wrong_answer(tmp_path):
     instances = load_instances(write(tmp_path / "a.jsonl", rows))
     found = {pair[1] for seed in range(40) for pair in make_pairs(instances, "{question} {sentence}", seed)}
     assert found == {"who? Obama", "who? Angela Merkel", "who? there", "where? there", "where? Obama"}
+
+
+def test_a_sentence_is_made_wrong_by_one_word(tmp_path):
+    """The rarest word that the passage holds and the question does not; what stands in its place is another word of the passage."""
+    rows = []
+    for i, job in enumerate(["carver", "weaver", "dancer"]):
+        passage = {"id": f"p{i}", "title": f"Person {i}", "text": f"Person {i} works as a {job}. She was born in 18{i}0."}
+        rows.append({"dataset": "qa", "input": f"what is Person {i}?", "segments": [{"text": f"Person {i} works as a {job}.", "passage": passage}]})
+    instances = load_instances(write(tmp_path / "a.jsonl", rows))
+    found = {pair for seed in range(300) for pair in make_pairs(instances, "{sentence}", seed)}
+    changed = {hypothesis for text, hypothesis, kind in found if kind == "wrong word" and text.startswith("Title: Person 0")}
+    assert changed == {f"Person 0 works as a {word}." for word in ("She", "was", "born", "in", "1800")}
 
 
 def test_labels_of_a_model_that_goes_on():
