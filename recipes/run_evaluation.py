@@ -80,7 +80,7 @@ def main():
         state = processes()
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         model = load_model(args, tasks).to(state.device)
-        entail = load_judge(args, state.device) if args.nli_model and state.is_main_process else None
+        entail = load_judge(args, state) if args.nli_model else None
         facts = {"command": command_line(), "nli_model": args.nli_model}
         modes = ["off" if mode is False else mode for mode in args.modes]  # YAML reads `off` so
         results = evaluate_tasks(model, tasks, args.output_dir, modes, entail, args.index_cache, args.batch_size, args.seed, facts, args.gr_hypothesis)
@@ -108,11 +108,12 @@ def load_model(args, tasks):
     return CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype, load_emb_seq=embeds)
 
 
-def load_judge(args, device):
-    """The NLI judge; what it has answered stays in the results folder."""
+def load_judge(args, state):
+    """The NLI judge of this process; what it has answered stays in the results folder."""
     from trainer.nli import NLIJudge
 
-    return NLIJudge.from_pretrained(args.nli_model, device, batch_size=args.nli_batch_size, cache_file=Path(args.output_dir) / "nli.jsonl")
+    options = {"batch_size": args.nli_batch_size, "cache_file": Path(args.output_dir) / "nli.jsonl", "show_progress_bar": state.is_main_process}
+    return NLIJudge.from_pretrained(args.nli_model, state.device, **options)
 
 
 def print_figures(results, output_dir):

@@ -373,6 +373,17 @@ def test_two_processes_share_the_questions_and_the_corpus(many, alone, tmp_path)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["settings"]["processes"] == 2
     assert result.stdout.count("eval, forced: 31 questions") == 1
 
+    for part in make_classifier():  # and they share what the NLI model is asked
+        part.save_pretrained(tmp_path / "nli")
+    judged = run(command(*launcher, "recipes/run_evaluation.py", *words, "--nli_model", tmp_path / "nli"))
+    assert judged.returncode == 0, judged.stderr[-3000:]
+    shutil.copytree(alone, tmp_path / "alone")
+    assert run(command("recipes/run_evaluation.py", *many, "--output_dir", tmp_path / "alone", "--nli_model", tmp_path / "nli")).returncode == 0
+    found = [json.loads((tmp_path / name / "metrics.json").read_text())["tasks"]["eval"]["modes"]["forced"]["metrics"] for name in ("out", "alone")]
+    assert found[0] == found[1] and found[0]["gr"]["n"] > 10
+    keys = [[json.loads(line)["key"] for line in (tmp_path / name / "nli.jsonl").read_text().splitlines() if line] for name in ("out", "alone")]
+    assert sorted(keys[0]) == sorted(set(keys[1]))  # no pair was judged twice
+
 
 def test_a_killed_run_goes_on(many, alone, tmp_path):
     words = command("recipes/run_evaluation.py", *many, "--output_dir", tmp_path)

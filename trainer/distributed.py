@@ -34,6 +34,14 @@ def gather_objects(value, group=None):
     return values
 
 
+def broadcast_object(value, group=None):
+    """Rank 0's `value`, on every rank."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values, src=0, group=group)
+    return values[0]
+
+
 def gather_rows(rows, counts, gather="global"):
     """
     The rows of all ranks, in rank order.

@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import torch
@@ -27,10 +27,11 @@ from modeling_cosup.corpus_cosup import read_jsonl
 from modeling_cosup.index_files_cosup import write_json
 from modeling_cosup.queue_cosup import hash_of
 
-from .distributed import barrier, rank, world_size
+from .distributed import barrier, gather_objects, host_group, rank, world_size
 from .evaluation import MODES, answer, embed_queries, wrong_passages
 from .grounding import HYPOTHESIS, check_hypothesis
 from .metrics import exact_match, gold_ids, match_by_id, provenance_unknown
+from .nli import SharedJudge
 from .scoring import averages, check_questions, cor_names, figures, has_rouge, score, score_ranking
 from .tasks import check_ids, open_index
 
@@ -52,8 +53,8 @@ def evaluate_tasks(
         output_dir (`str` or `Path`): the results folder, seen by all processes.
         modes (sequence of `str`): of [`~trainer.evaluation.retrieval_settings`]. The query embeddings are ranked in any case; `"query"` generates nothing
             beside that: alone, it judges retrieval fast.
-        entail (`Callable`, *optional*): an NLI judge, `list[(premise, hypothesis)]` -> `list[bool]`, asked on the first process. It may be given later: the
-            same call then scores the answers that are there.
+        entail (`Callable`, *optional*): an NLI judge, `list[(premise, hypothesis)]` -> `list[bool]`. Where every process gives one they share the pairs, else
+            the first process' is asked. It may be given later: the same call then scores the answers that are there.
         index_cache (`str` or `Path`, *optional*): where embedded corpora are kept, for all runs that name it; defaults to `output_dir/indexes`.
         batch_size (`int`): rows at once.
         seed (`int`): of the passages of mode `"wrong"`.
@@ -77,13 +78,19 @@ def evaluate_tasks(
     judges = [_Judge(model, task, output_dir / task.name, modes, batch_size, seed) for task in tasks]
     for judge in judges:
         judge.open_index(index_cache or output_dir / "indexes")
-    tasks_found, scores = {}, {}
+    tasks_found, scores, entail = {}, {}, _shared(entail)
     for judge in judges:
         judge.rank_passages()
         for mode in judge.modes:
             judge.answer(mode)
         if rank() == 0:
-            tasks_found[judge.task.name], scores[judge.task.name] = judge.score(entail, gr_hypothesis)
+            try:
+                tasks_found[judge.task.name], scores[judge.task.name] = judge.score(entail, gr_hypothesis)
+            finally:
+                if isinstance(entail, SharedJudge):
+                    entail.stop()
+        elif isinstance(entail, SharedJudge):
+            entail.serve()
     if rank() == 0:
         settings = {**(facts or {}), "modes": list(modes), "nli": entail is not None, "gr_hypothesis": gr_hypothesis, "seed": seed}
         settings |= {**environment(model), "batch_size": batch_size}
@@ -92,6 +99,13 @@ def evaluate_tasks(
         write_json(output_dir / "metrics.json", results)
     barrier()
     return json.loads((output_dir / "metrics.json").read_text())
+
+
+def _shared(entail):
+    """A judge that all processes answer, where each has one; else that of the first process."""
+    if world_size() == 1 or not all(gather_objects(entail is not None)):
+        return entail
+    return SharedJudge(entail, host_group(timedelta(days=7)))
 
 
 def environment(model):

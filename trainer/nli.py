@@ -9,6 +9,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from .distributed import broadcast_object, gather_objects, rank, world_size
+
 logger = logging.getLogger(__name__)
 
 DEFAULT_NLI_MODEL = "google/t5_xxl_true_nli_mixture"
@@ -30,12 +32,14 @@ class NLIJudge:
         max_length (`int`, *optional*): tokens of a pair; by default what model and tokenizer allow, at most 1,024.
         cache_file (`str` or `Path`, *optional*): JSON Lines of the answers by content hash of model, settings and pair, kept between calls and runs; several
             processes may share it. By default nothing is kept.
+        show_progress_bar (`bool`).
 
     Raises:
         `ValueError`: when not exactly one of a classifier's labels says entailment.
     """
 
-    def __init__(self, model, tokenizer, batch_size=32, max_length=None, cache_file=None):
+    def __init__(self, model, tokenizer, batch_size=32, max_length=None, cache_file=None, show_progress_bar=True):
+        self.show_progress_bar = show_progress_bar
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
         self.writes = writes_its_answer(model.config)
         self.entailment = None if self.writes else entailment_label(model.config)
@@ -95,7 +99,7 @@ class NLIJudge:
         """`{pair: bool}` of distinct pairs; what was judged before an error is in the cache file."""
         self._check_hypotheses(pairs)
         order, answers, strange = sorted(pairs, key=lambda pair: -len(pair[0]) - len(pair[1])), {}, []
-        with tqdm(total=len(pairs), desc="Entailment", unit="pair", disable=not pairs) as bar:
+        with tqdm(total=len(pairs), desc="Entailment", unit="pair", disable=not (pairs and self.show_progress_bar)) as bar:
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
                 for pair, (answer, output) in zip(batch, self._answer(batch), strict=True):
@@ -177,6 +181,56 @@ class NLIJudge:
         with self.cache_file.open("a", encoding="utf-8") as file:
             # the newline stands first: a line that was cut off spoils no other
             file.write("".join("\n" + json.dumps({"key": key, "entailed": answer}) for key, answer in answers.items()))
+
+
+class SharedJudge:
+    """
+    One judge of a process group: the first process asks, each answers a share, e.g. on its own GPU.
+
+    All processes make one together. Then the first calls it as any judge and ends with `stop`, while the others `serve`.
+
+    Args:
+        entail (`Callable`): this process' judge, `list[(premise, hypothesis)]` -> `list[bool]`.
+        group (`torch.distributed.ProcessGroup`, *optional*): for what processes tell each other, of the host.
+    """
+
+    def __init__(self, entail, group=None):
+        self.entail, self.group = entail, group
+
+    def __call__(self, pairs):
+        """
+        Whether each premise entails its hypothesis, on the first process.
+
+        Raises:
+            `ValueError`: when any process' judge gives no answer, with what it said.
+        """
+        answers = self._answer([tuple(pair) for pair in pairs])
+        return [answers[tuple(pair)] for pair in pairs]
+
+    def serve(self):
+        """Answer until the first process stops; the error of any process ends all."""
+        while self._answer(None) is not None:
+            pass
+
+    def stop(self):
+        """Let the other processes go on, on the first one."""
+        broadcast_object(None, self.group)
+
+    def _answer(self, pairs):
+        """`{pair: bool}` of the pairs of the first process, on every process; `None` when it has stopped."""
+        pairs = broadcast_object(pairs, self.group)
+        if pairs is None:
+            return None
+        distinct, found, error = list(dict.fromkeys(pairs)), {}, None
+        own = distinct[rank() :: world_size()]
+        try:
+            found = dict(zip(own, self.entail(own), strict=True))
+        except Exception as failure:  # the others wait for an answer
+            error = f"process {rank()}: {failure}"
+        replies = gather_objects((found, error), self.group)
+        if errors := [each for _, each in replies if each]:
+            raise ValueError("; ".join(errors))
+        return {pair: answer for answers, _ in replies for pair, answer in answers.items()}
 
 
 def as_judge(nli):

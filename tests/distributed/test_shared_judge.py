@@ -1,0 +1,30 @@
+"""An NLI judge shared by a real process group: each pair is judged once, by one process, and the error of any process ends all."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).with_name("run_shared_judge.py")
+
+
+def launch(argument):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", str(SCRIPT), argument]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[2])}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def test_each_process_judges_its_share():
+    first, second, third = launch("answers")
+    assert first["answers"] == [[True, False, True, False, True, True], [True, False], []]
+    assert first["asked"] == [[["a", "a"], ["c", "a"]], [["a", "a"]], []]
+    assert second["asked"] == [[["a", "b"], ["d", "d"]], [["a", "b"]], []]
+    assert third["asked"] == [[["b", "b"]], [], []]
+
+
+def test_the_error_of_one_process_ends_all():
+    found = launch("fails")
+    assert [each["error"] for each in found] == ["process 1: 1 of 2 pairs got no answer"] * 3
