@@ -111,6 +111,11 @@ def test_answers_are_kept_by_content(folder, tmp_path):
     assert asked(NLIJudge.from_pretrained(folder, device="cpu", cache_file=cache)) == len(set(pairs)) - 5
 
 
+def test_weights_are_float32_on_a_cpu(folders):
+    for device in ("cpu", "cpu:0", torch.device("cpu", 0)):
+        assert NLIJudge.from_pretrained(folders["classifier"], device=device).model.dtype == torch.float32
+
+
 def test_without_a_cache_file_nothing_is_written(folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     NLIJudge.from_pretrained(folders["classifier"], device="cpu")([("red", "red")])

@@ -66,7 +66,7 @@ class NLIJudge:
         config = AutoConfig.from_pretrained(name)
         kind = AutoModelForSeq2SeqLM if writes_its_answer(config) else AutoModelForSequenceClassification
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = dtype or (torch.float32 if str(device) == "cpu" else torch.bfloat16)
+        dtype = dtype or (torch.float32 if str(device).startswith("cpu") else torch.bfloat16)  # of a launch it is "cpu:0"
         placement = {"device_map": "auto"} if device == "auto" else {}
         model, info = kind.from_pretrained(name, dtype=dtype, use_safetensors=True, output_loading_info=True, **placement)
         if missing := sorted(info["missing_keys"]):
