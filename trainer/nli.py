@@ -195,7 +195,7 @@ class SharedJudge:
     """
 
     def __init__(self, entail, group=None):
-        self.entail, self.group = entail, group
+        self.entail, self.group, self.ended = entail, group, False
 
     def __call__(self, pairs):
         """
@@ -213,8 +213,9 @@ class SharedJudge:
             pass
 
     def stop(self):
-        """Let the other processes go on, on the first one."""
-        broadcast_object(None, self.group)
+        """Let the other processes go on, on the first one; after an error nobody serves any more."""
+        if not self.ended:
+            broadcast_object(None, self.group)
 
     def _answer(self, pairs):
         """`{pair: bool}` of the pairs of the first process, on every process; `None` when it has stopped."""
@@ -229,6 +230,7 @@ class SharedJudge:
             error = f"process {rank()}: {failure}"
         replies = gather_objects((found, error), self.group)
         if errors := [each for _, each in replies if each]:
+            self.ended = True
             raise ValueError("; ".join(errors))
         return {pair: answer for answers, _ in replies for pair, answer in answers.items()}
 

@@ -22,8 +22,10 @@ judge, told = SharedJudge(entail), {}
 try:
     if dist.get_rank() == 0:
         pairs = [("a", "a"), ("a", "b"), ("b", "b"), ("c", "a"), ["a", "a"], ("d", "d")]
-        told["answers"] = [judge(pairs), judge(pairs[:2]), judge([])]
-        judge.stop()
+        try:
+            told["answers"] = [judge(pairs), judge(pairs[:2]), judge([])]
+        finally:
+            judge.stop()
     else:
         judge.serve()
 except ValueError as error:
