@@ -22,7 +22,7 @@ import torch  # noqa: E402
 
 from modeling_cosup.tokenization_cosup import render_passage  # noqa: E402
 from trainer.correctness import normalize_answer  # noqa: E402
-from trainer.data import load_corpus, load_instances  # noqa: E402
+from trainer.data import content_id, load_corpus, load_instances  # noqa: E402
 
 CANDIDATES = 4  # mined for one that is wanted: some hold the answer
 
@@ -75,7 +75,7 @@ def mine(args):
     for query, segment, right in queries:
         answer = normalize_answer(segment["text"])
         found = [passages[text] for text in near.get((query, right.own), ())]
-        found = [p for p in found if p["id"] not in right.ids and content(p) not in right.contents and not holds(p, answer)][: args.num_negatives]
+        found = [p for p in found if not right.holds(p) and not holds(p, answer)][: args.num_negatives]
         segment["negatives"] = segment["negatives"] + found
         counts["with all negatives" if len(found) == args.num_negatives else "with fewer" if found else "with none"] += 1
     with writing(args.output_file) as write:
@@ -90,12 +90,16 @@ class Right:
 
     Args:
         own (`str`): its passage, as the retriever reads it.
-        ids, contents (`set`): of the passages of its instance, of `positives`, and of the negatives that it has.
+        ids, contents (`set`): ids, and ids by content, of the passages of its instance, of `positives`, and of the negatives that it has.
     """
 
     def __init__(self, own, instance, segment):
         known = [each["passage"] for each in instance["segments"] if each["passage"] is not None] + segment["negatives"]
-        self.own, self.ids, self.contents = own, {p["id"] for p in known} | set(segment["positives"]), {content(p) for p in known}
+        self.own, self.ids, self.contents = own, {p["id"] for p in known} | set(segment["positives"]), {content_id(p["title"], p["text"]) for p in known}
+
+    def holds(self, passage):
+        """Whether a passage is one of these, by id or content."""
+        return passage["id"] in self.ids or content_id(passage["title"], passage["text"]) in self.contents
 
 
 def list_queries(instances, template):
@@ -133,11 +137,6 @@ def search(queries, texts, args):
     for row in mined:
         near.setdefault((row["query"], row["passage"]), []).append(row["negative"])
     return near
-
-
-def content(passage):
-    """What makes two passages the same, whatever their ids."""
-    return passage["title"], passage["text"]
 
 
 def holds(passage, answer):
