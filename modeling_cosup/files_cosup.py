@@ -1,8 +1,7 @@
 """
-Files: JSON and JSON Lines that are whole or not there, digests, and locks.
+Files: JSON that is whole or not there, digests, and locks.
 
-JSON Lines are read here rather than by `datasets`, `jsonlines` or `orjson`: an error names file and line, a corpus streams, and `.gz` is read too. Locks are
-`flock` rather than `filelock`, which unlocks when its holder lets go: a program that inherited the lock of its launcher would lose it.
+Locks are `flock` rather than `filelock`, which unlocks when its holder lets go: a program that inherited the lock of its launcher would lose it.
 """
 
 import contextlib
@@ -12,7 +11,7 @@ import json
 import os
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,23 @@ BLOCK = 2**20  # bytes
 # ---------------------------------------------------------------------- JSON
 
 
+def byte_lines(path: str | Path) -> Iterator[bytes]:
+    """
+    The lines of a file, `.gz` or plain.
+
+    Raises:
+        `FileNotFoundError`, `ValueError`: for a damaged `.gz`; names the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file.")
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        try:
+            yield from file
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:  # cut off, no gzip at all, or altered
+            raise ValueError(f"{path} is damaged: {error}") from None
+
+
 def read_json(path: str | Path) -> Any:
     """
     What a JSON file holds, `.gz` or plain.
@@ -34,9 +50,7 @@ def read_json(path: str | Path) -> Any:
     Raises:
         `FileNotFoundError`, `ValueError`: names the file.
     """
-    path = Path(path)
-    with _open(path) as file:
-        text = b"".join(_read(file, path))
+    text = b"".join(byte_lines(path))
     try:
         return json.loads(text.decode("utf-8"))
     except ValueError as error:  # malformed JSON or no UTF-8
@@ -57,84 +71,6 @@ def write_json(path: str | Path, value: Any) -> None:
     except BaseException:
         Path(unfinished).unlink(missing_ok=True)
         raise
-
-
-# ---------------------------------------------------------------------- JSON Lines
-
-
-def lines_with_places(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """
-    The objects of a JSON Lines file, `.gz` or plain, one at a time.
-
-    Yields:
-        `(str, dict)`: `"file, line n"` and the object. Blank lines are skipped.
-
-    Raises:
-        `FileNotFoundError`, `ValueError`: a damaged `.gz`, malformed JSON or a line that is no object, naming file and line.
-    """
-    path = Path(path)
-    with _open(path) as file:
-        for number, line in enumerate(_read(file, path), 1):
-            if not line.strip():
-                continue
-            place = f"{path}, line {number}"
-            try:
-                value = json.loads(line.decode("utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{place}: malformed JSON ({error}).") from None
-            if not isinstance(value, dict):
-                raise ValueError(f"{place}: found {type(value).__name__}, expected a JSON object.")
-            yield place, value
-
-
-def read_lines(path: str | Path) -> list[dict]:
-    """All objects of a JSON Lines file; see [`lines_with_places`]."""
-    return [value for _, value in lines_with_places(path)]
-
-
-@contextlib.contextmanager
-def writing_lines(path: str | Path | None) -> Iterator[Callable[[Any], object]]:
-    """
-    A function that writes one object a line, `.gz` by the name. The file appears when the block ends without an error.
-
-    Args:
-        path (`str`, `Path` or None): without one nothing is written. Folders are made.
-    """
-    if path is None:
-        yield lambda value: None
-        return
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        with unfinished.open("wb") as raw, contextlib.ExitStack() as stack:
-            file: Any = raw
-            if path.suffix == ".gz":  # without a name and a time in the header, the same lines are the same bytes
-                file = stack.enter_context(gzip.GzipFile("", "wb", 6, raw, mtime=0))
-            yield lambda value: file.write((json.dumps(value, ensure_ascii=False) + "\n").encode())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def write_lines(path: str | Path, values: Iterable[Any]) -> None:
-    """Write JSON Lines; see [`writing_lines`]."""
-    with writing_lines(path) as write:
-        for value in values:
-            write(value)
-
-
-def _open(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file.")
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-
-
-def _read(file: Iterable[bytes], path: Path) -> Iterator[bytes]:
-    try:
-        yield from file
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:  # cut off, no gzip at all, or altered
-        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 # ---------------------------------------------------------------------- digests

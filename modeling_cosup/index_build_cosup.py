@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .configuration_cosup import (EARLIER_EMBEDDING_SETTINGS)
-from .corpus_cosup import (can_be_read_twice, checked_passages, find_duplicate, hash_ids, read_corpus)
+from .passages_cosup import (can_be_read_twice, checked_passages, find_duplicate, hash_ids, read_corpus)
 from .files_cosup import digest, digest_all, digest_file, read_json, write_json
 from .index_files_cosup import (DTYPES, Shard, create_tensors, map_shard, seal, shard_files, write_passages)
 from .tokenization_cosup import (add_bos_and_eos, encode_passages_for_emb_seq, encode_passages_for_gen, pad_rows)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from .corpus_cosup import (hash_ids)
+from .passages_cosup import (hash_ids)
 from .files_cosup import locked, read_json, write_json
 from .index_files_cosup import (
     CONFIG_FILE,

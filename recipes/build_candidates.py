@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from modeling_cosup.files_cosup import writing_lines
+from modeling_cosup.lines_cosup import writing_lines
 from trainer.data import load_evaluation_set, read_rows
 from trainer.judging.intervals import Rate
 from trainer.judging.matching import gold_ids

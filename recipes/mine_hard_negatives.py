@@ -17,7 +17,7 @@ from shared.cli import clear_errors, table
 
 import torch
 
-from modeling_cosup.files_cosup import writing_lines
+from modeling_cosup.lines_cosup import writing_lines
 from modeling_cosup.tokenization_cosup import render_passage
 from trainer.data import content_id, load_corpus, load_instances
 from trainer.judging.correctness import normalize_answer

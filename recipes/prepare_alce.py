@@ -18,8 +18,9 @@ from collections import Counter
 
 from shared.cli import clear_errors, table
 
-from modeling_cosup.corpus_cosup import check_text
-from modeling_cosup.files_cosup import read_json, writing_lines
+from modeling_cosup.files_cosup import read_json
+from modeling_cosup.lines_cosup import writing_lines
+from modeling_cosup.passages_cosup import check_text
 from trainer.data import content_id, read_rows
 from trainer.judging.correctness import normalize_answer
 

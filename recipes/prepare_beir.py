@@ -17,8 +17,8 @@ from shared.cli import clear_errors, table
 
 from tqdm import tqdm
 
-from modeling_cosup.corpus_cosup import check_text
-from modeling_cosup.files_cosup import lines_with_places, writing_lines
+from modeling_cosup.lines_cosup import lines_with_places, writing_lines
+from modeling_cosup.passages_cosup import check_text
 
 from shared.data_files import distinct, instruction_of, read_passages, read_tsv
 

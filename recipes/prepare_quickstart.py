@@ -35,7 +35,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from modeling_cosup.files_cosup import digest_file, read_json, write_json, write_lines
+from modeling_cosup.files_cosup import digest_file, read_json, write_json
+from modeling_cosup.lines_cosup import write_lines
 from trainer.data import content_id
 
 # ---------------------------------------------------------------------- the world

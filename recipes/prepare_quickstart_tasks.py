@@ -26,7 +26,8 @@ from pathlib import Path
 
 from prepare_quickstart import GOODS, INSTRUMENTS, PERSON, PLACE, World
 
-from modeling_cosup.files_cosup import digest_file, read_json, read_lines, write_json, write_lines
+from modeling_cosup.files_cosup import digest_file, read_json, write_json
+from modeling_cosup.lines_cosup import read_lines, write_lines
 from trainer.data import content_id
 
 SPLITS = {

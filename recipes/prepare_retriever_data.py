@@ -14,7 +14,7 @@ import re
 
 from shared.cli import clear_errors, table
 
-from modeling_cosup.files_cosup import writing_lines
+from modeling_cosup.lines_cosup import writing_lines
 from trainer.data import load_instances
 
 

@@ -34,8 +34,8 @@ from shared.cli import clear_errors, table
 
 from tqdm import tqdm
 
-from modeling_cosup.corpus_cosup import check_text
-from modeling_cosup.files_cosup import writing_lines
+from modeling_cosup.lines_cosup import writing_lines
+from modeling_cosup.passages_cosup import check_text
 from trainer.data import check_instance, content_id, read_rows
 
 PAPER_COUNT = 42_932

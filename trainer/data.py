@@ -3,8 +3,8 @@
 import hashlib
 from pathlib import Path
 
-from modeling_cosup.corpus_cosup import check_text, check_title_and_text, checked_passages, read_corpus
-from modeling_cosup.files_cosup import lines_with_places
+from modeling_cosup.lines_cosup import lines_with_places
+from modeling_cosup.passages_cosup import check_text, check_title_and_text, checked_passages, read_corpus
 from modeling_cosup.tokenization_cosup import (
     encode_passages_for_emb_seq,
     encode_passages_for_gen,

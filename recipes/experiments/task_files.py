@@ -3,7 +3,8 @@
 import random
 from pathlib import Path
 
-from modeling_cosup.files_cosup import digest, digest_file, write_lines
+from modeling_cosup.files_cosup import digest, digest_file
+from modeling_cosup.lines_cosup import write_lines
 from trainer import load_corpus, load_evaluation_set
 from trainer.judging.matching import gold_ids
 from trainer.judging.tasks import read_tasks

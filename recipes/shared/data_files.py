@@ -7,8 +7,8 @@ import sys
 import zlib
 from pathlib import Path
 
-from modeling_cosup.corpus_cosup import check_text, check_title_and_text, read_corpus
 from modeling_cosup.files_cosup import read_json
+from modeling_cosup.passages_cosup import check_text, check_title_and_text, read_corpus
 
 INSTRUCTIONS = Path(__file__).with_name("instructions.json")
 TSV_ENDINGS = (".tsv", ".tsv.gz")

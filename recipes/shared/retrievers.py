@@ -17,10 +17,10 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from modeling_cosup import CoSupConfig, CoSupForCausalLM
-from modeling_cosup.corpus_cosup import checked_passages, read_corpus
 from modeling_cosup.files_cosup import digest, digest_all
 from modeling_cosup.index_files_cosup import map_tensors, read, write_tensors
 from modeling_cosup.index_search_cosup import DeviceSearch, ExactSearch
+from modeling_cosup.passages_cosup import checked_passages, read_corpus
 from modeling_cosup.tokenization_cosup import render_passage
 from trainer.judging.answers import embed_queries
 

@@ -8,18 +8,8 @@ from threading import Event, Thread
 
 import pytest
 
-from modeling_cosup.files_cosup import (
-    digest,
-    digest_all,
-    digest_file,
-    lines_with_places,
-    locked,
-    read_json,
-    read_lines,
-    write_json,
-    write_lines,
-    writing_lines,
-)
+from modeling_cosup.files_cosup import digest, digest_all, digest_file, locked, read_json, write_json
+from modeling_cosup.lines_cosup import lines_with_places, read_lines, write_lines, writing_lines
 
 ROWS = [{"id": "ä", "text": "[NSP] \u2028 line"}, {"id": "b"}]
 

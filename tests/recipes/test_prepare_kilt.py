@@ -11,7 +11,7 @@ import prepare_beir
 import prepare_kilt
 import pytest
 
-from modeling_cosup.files_cosup import writing_lines
+from modeling_cosup.lines_cosup import writing_lines
 from trainer import load_corpus, load_evaluation_set
 
 FORMATS = Path(__file__).parent / "data_formats"

@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from modeling_cosup.files_cosup import digest, read_json, read_lines, write_json, write_lines
+from modeling_cosup.files_cosup import digest, read_json, write_json
+from modeling_cosup.lines_cosup import read_lines, write_lines
 
 from ..distributed import barrier, gather_objects, host_group, rank, world_size
 from .answers import MODES, answer, embed_queries, wrong_passages

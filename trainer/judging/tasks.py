@@ -6,7 +6,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from modeling_cosup import PassageIndex
-from modeling_cosup.corpus_cosup import checked_passages, read_corpus
 from modeling_cosup.files_cosup import digest, digest_all, digest_file
 
 from ..data import load_corpus, load_evaluation_set
@@ -174,7 +173,7 @@ def corpus_digest(source):
     """SHA-256 of a corpus: of the file as it is, or of the passages of a dataset."""
     if is_file(source):
         return digest_file(source)
-    return digest_all(passage for _, passage in checked_passages(read_corpus(load_corpus(source))))
+    return digest_all(load_corpus(source))
 
 
 def check_ids(task, questions, index):

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from modeling_cosup.files_cosup import read_lines, write_json
+from modeling_cosup.files_cosup import write_json
+from modeling_cosup.lines_cosup import read_lines
 
 from ..judging.intervals import paired_bootstrap
 from ..judging.judge import QUERY

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from modeling_cosup.files_cosup import read_json, read_lines
+from modeling_cosup.files_cosup import read_json
+from modeling_cosup.lines_cosup import read_lines
 
 from ..judging.matching import gold_ids
 from ..judging.scoring import COR_LABELS, COUNTS, MAIN, METRICS, RETRIEVING, cited_passages

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from modeling_cosup.files_cosup import read_json, read_lines
+from modeling_cosup.files_cosup import read_json
+from modeling_cosup.lines_cosup import read_lines
 
 from ..judging.intervals import mean_and_deviation
 from ..judging.judge import QUERY
