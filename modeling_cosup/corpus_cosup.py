@@ -1,14 +1,13 @@
 """Corpora: passages read one by one from JSON Lines, Parquet, a data set or any iterable, and checked as they come."""
 
-import gzip
 import hashlib
-import json
 import re
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+
+from .files_cosup import lines_with_places
 
 try:
     import pyarrow.parquet as parquet
@@ -16,40 +15,6 @@ except ImportError:
     parquet = None
 
 _NO_ID = re.compile(r"\x00|(^|[/\\])\.\.($|[/\\])")
-
-
-def read_jsonl(path):
-    """
-    The objects of a JSON Lines file, `.gz` or plain, each with the place it stands at.
-
-    Yields:
-        `(str, dict)`: `"file, line n"` and the object. Blank lines are skipped.
-
-    Raises:
-        `FileNotFoundError`, `ValueError`: a damaged `.gz`, malformed JSON or a line that is no object, naming file and line.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file.")
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        for number, line in enumerate(_read_lines(file, path), 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                value = json.loads(line.decode("utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{where}: malformed JSON ({error}).") from None
-            if not isinstance(value, dict):
-                raise ValueError(f"{where}: found {type(value).__name__}, expected a JSON object.")
-            yield where, value
-
-
-def _read_lines(file, path):
-    try:
-        yield from file
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:  # cut off, no gzip at all, or altered
-        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def read_parquet(path):
@@ -92,7 +57,7 @@ def read_corpus(source):
         `(str, object)`: the place, for errors, and what stands there.
     """
     if isinstance(source, str | Path):
-        yield from read_parquet(source) if Path(source).suffix == ".parquet" else read_jsonl(source)
+        yield from read_parquet(source) if Path(source).suffix == ".parquet" else lines_with_places(source)
         return
     if isinstance(source, list | tuple) and source and all(isinstance(path, str | Path) for path in source):
         for path in source:

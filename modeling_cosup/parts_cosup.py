@@ -5,15 +5,14 @@ Both load without this code. The folder is written as sentence-transformers read
 """
 
 import copy
-import json
 from pathlib import Path
 
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
+from .files_cosup import read_json, write_json
 from .hub_cosup import (CARD_FILE, CARD_MARKER, TOKENIZER_FILES, checkpoint_files, make_repo, push_files)
-from .index_files_cosup import (write_json)
 from .tokenization_cosup import (added_tokens)
 
 POOLING_MODES = {"eos": "lasttoken", "lasttoken": "lasttoken", "mean": "mean_tokens", "cls": "cls_token"}  # names of sentence-transformers
@@ -137,7 +136,7 @@ class PartsMixin:
             return
         tokenizer.save_pretrained(save_directory)
         path = Path(save_directory) / "tokenizer_config.json"
-        write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "tokenizer_class": "PreTrainedTokenizerFast"})  # its name in every release
+        write_json(path, {**read_json(path), "tokenizer_class": "PreTrainedTokenizerFast"})  # its name in every release
         head = None if self.emb_head is None else (state_dict or self.state_dict())["emb_head.weight"]
         write_modules(Path(save_directory), self.config, tokenizer.model_max_length, head)
         repo_id = _repository(save_directory, repo_id, token, private) if push_to_hub else None

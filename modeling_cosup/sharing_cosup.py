@@ -9,8 +9,8 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from .card_cosup import (CURVES_FILE, FACTS_FILE, FACTS_OF_ALL_WEIGHTS, beside_checkpoint, load_facts, model_card)
+from .files_cosup import write_json
 from .hub_cosup import (CARD_FILE, EMB_SEQ_TOKENIZER_FOLDER, CARD_MARKER, REPLACED_FILES, checkpoint_files, make_repo, push_files)
-from .index_files_cosup import (write_json)
 from .tokenization_cosup import (same_tokenizer, tokenizer_fingerprint)
 
 try:

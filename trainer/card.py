@@ -11,6 +11,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME
 
 from modeling_cosup import CoSupForCausalLM
 from modeling_cosup.card_cosup import CURVES_FILE, FACTS_FILE, load_facts, model_card
+from modeling_cosup.files_cosup import read_json
 from modeling_cosup.hub_cosup import CARD_FILE, CARD_MARKER, is_repo_id
 
 from .judging.intervals import Rate
@@ -168,7 +169,7 @@ def write_card(model, folder, repo_id, facts, index=None, question=None):
     shown = {name: value for name, value in (("index", index), ("question", question)) if value}
     facts = {**facts, **(shown if is_repo_id(index) else {})}
     if (folder / ADAPTER_CONFIG_NAME).exists():
-        adapters = json.loads((folder / ADAPTER_CONFIG_NAME).read_text())["base_model_name_or_path"] or "the base model"
+        adapters = read_json(folder / ADAPTER_CONFIG_NAME)["base_model_name_or_path"] or "the base model"
     else:
         facts = base.record_facts(facts, folder / CURVES_FILE)
     (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

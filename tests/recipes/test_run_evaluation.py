@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from modeling_cosup import Completion, CoSupForCausalLM, Retrieval
+from modeling_cosup.files_cosup import read_lines
 from support.evaluation_world import (
     CORPUS,
     FREE,
@@ -29,7 +30,7 @@ from support.models import make_model
 from support.nli_models import make_classifier
 from trainer.card import write_card
 from trainer.judging.answers import cite, embed_queries, make_answer, wrong_passages
-from trainer.judging.judge import evaluate_tasks, read_lines
+from trainer.judging.judge import evaluate_tasks
 from trainer.judging.scoring import MAIN, average, cor_names, score
 from trainer.judging.tasks import Task, read_tasks
 from trainer.reports.comparison import compare_results
