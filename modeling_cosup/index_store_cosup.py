@@ -3,10 +3,13 @@
 import contextlib
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers.utils import logging
 
 from .passages_cosup import (hash_ids)
@@ -31,6 +34,7 @@ from .index_files_cosup import (
     write_tensors,
 )
 from .index_search_cosup import (ExactSearch, contains)
+from .retriever_cosup import (Rows)
 
 logger = logging.get_logger(__name__)
 
@@ -57,17 +61,17 @@ class PassageStore:
         self._shards = shards
         self._exact = ExactSearch(shards)
 
-    def __len__(self):
+    def __len__(self) -> int:
         """Passages that can be found; rows of deleted ones do not count."""
         return self.num_rows - len(self._deleted)
 
     @property
-    def num_rows(self):
+    def num_rows(self) -> int:
         """Rows that were ever given, those of deleted passages included."""
         return int(self._exact.starts[-1])
 
     @property
-    def fingerprint(self):
+    def fingerprint(self) -> dict[str, Any]:
         """Of the model that made the embeddings, see [`CoSupForCausalLM.fingerprint`]."""
         return self.config["fingerprint"]
 
@@ -77,17 +81,17 @@ class PassageStore:
         parts = [shard.embeddings.float() for shard in self._shards]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def __getitem__(self, row):
+    def __getitem__(self, row: int) -> dict[str, Any]:
         """The passage of a row: `{"id", "title", "text", "input_ids"}`."""
         return self.get_passages([row])[0]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         """All passages that were not deleted, by row."""
         for row in range(self.num_rows):
             if not len(self._deleted) or not contains(self._deleted, row):
                 yield self[row]
 
-    def get_passages(self, rows):
+    def get_passages(self, rows: Rows) -> list[dict[str, Any]]:
         """
         Passages of rows.
 
@@ -100,12 +104,17 @@ class PassageStore:
         Raises:
             `IndexError`: names rows that the index does not have, or whose passages were deleted.
         """
+        places = self._places(self._checked_rows(rows), COLUMNS)
+        return [{name: column[row].as_py() for name, column in columns.items()} for columns, row in places]
+
+    def _checked_rows(self, rows):
+        """Rows as an int64 array; `IndexError` names those that hold no passage."""
         rows = np.asarray(rows, np.int64).reshape(-1)
         if (wrong := rows[(rows < 0) | (rows >= self.num_rows)]).size:
             raise IndexError(f"The index has no rows {wrong[:5].tolist()}; it has 0 to {self.num_rows - 1}.")
         if len(self._deleted) and (wrong := rows[contains(self._deleted, rows)]).size:
             raise IndexError(f"The passages of rows {wrong[:5].tolist()} were deleted.")
-        return [{name: column[row].as_py() for name, column in batch.items()} for batch, row in self._places(rows, COLUMNS)]
+        return rows
 
     def _places(self, rows, columns):
         """For each row the columns of its shard, and the row in that shard."""
@@ -113,7 +122,7 @@ class PassageStore:
         shards = {owner: {name: self._shards[owner].passages[name] for name in columns} for owner in set(owners.tolist())}
         return [(shards[owner], row) for owner, row in zip(owners.tolist(), (rows - self._exact.starts[owners]).tolist(), strict=True)]
 
-    def rows_of(self, ids):
+    def rows_of(self, ids: Iterable[str]) -> NDArray[np.int64]:
         """
         Rows of passage ids.
 
@@ -127,29 +136,35 @@ class PassageStore:
             `ValueError`: names (up to 5 of) the ids that the index does not hold.
         """
         ids = list(ids)
-        rows = self._find(ids)
+        rows = self.find(ids)
         if (rows < 0).any():
             missing = [ids[i] for i in np.flatnonzero(rows < 0)]
             raise ValueError(f"The index does not hold {len(missing)} of {len(ids)} ids: {missing[:5]}.")
         return rows
 
-    def live_rows(self):
+    def live_rows(self) -> NDArray[np.int64]:
         """Rows that hold a passage, those that were not deleted: `numpy.ndarray` of int64, in order."""
         return np.setdiff1d(np.arange(self.num_rows), self._deleted, assume_unique=True)
 
-    def get_embeddings(self, rows):
-        """Passage embeddings of rows, `numpy.ndarray` of float32 `(len(rows), h)`."""
-        return self._exact.gather(np.asarray(rows, np.int64)).numpy()
+    def get_embeddings(self, rows: Rows) -> NDArray[np.float32]:
+        """
+        Passage embeddings of rows, `numpy.ndarray` of float32 `(len(rows), h)`.
 
-    def row_of(self, passage_id):
+        Raises:
+            `IndexError`: names rows that hold no passage.
+        """
+        return self._exact.gather(self._checked_rows(rows)).numpy()
+
+    def row_of(self, passage_id: str) -> int:
         """Row of a passage id; `KeyError` when the index lacks it."""
-        (row,) = self._find([passage_id]).tolist()
+        (row,) = self.find([passage_id]).tolist()
         if row < 0:
             raise KeyError(passage_id)
         return row
 
-    def _find(self, ids):
-        """Rows of ids, -1 where the index lacks one: the rows of its hash, one after the other, until the id itself is the same and not deleted."""
+    def find(self, ids: Iterable[str]) -> NDArray[np.int64]:
+        """Rows of passage ids, `numpy.ndarray` of int64, -1 where the index lacks one; `ValueError` for what is no string."""
+        ids = list(ids)
         if wrong := [id for id in ids if not isinstance(id, str)]:
             raise ValueError(f"{wrong[0]!r} is no passage id, expected a string.")
         if self._id_table is None:
@@ -157,6 +172,7 @@ class PassageStore:
         table_hashes, table_rows = self._id_table
         hashes, rows = hash_ids(ids), np.full(len(ids), -1, np.int64)
         places, waiting = table_hashes.searchsorted(hashes), np.arange(len(ids))
+        # the rows of a hash, one after the other, until the id itself is the same and not deleted
         while len(waiting):
             waiting = waiting[places[waiting] < len(table_hashes)]
             waiting = waiting[table_hashes[places[waiting]] == hashes[waiting]]
@@ -172,7 +188,7 @@ class PassageStore:
 
     # ------------------------------------------------------------------ changing
 
-    def delete(self, ids):
+    def delete(self, ids: Iterable[str]) -> None:
         """
         Delete passages: no search and no id finds them any more. Their rows and their bytes stay until the index is built anew.
 

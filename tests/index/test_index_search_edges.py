@@ -154,7 +154,7 @@ def test_the_recall_is_shown_and_needs_passages(monkeypatch):
     index, shown = random_index(), []
     monkeypatch.setattr(logging.getLogger("modeling_cosup.index_searchable_cosup"), "warning", shown.append)
     index.train_approximate("HNSW8")
-    assert len(shown) == 1 and "recall@10" in shown[0]
+    assert len(shown) == 1 and "ann_recall@10" in shown[0]
     index.delete([f"m{row}" for row in range(300)])
     for call in (index.measure_recall, lambda: index.train_approximate("HNSW8")):
         with pytest.raises(ValueError, match="All passages of this index were deleted"):

@@ -73,7 +73,7 @@ def test_source_files_travel(tmp_path):
         assert not bare & {"faiss", "pyarrow", "datasets", "accelerate", "peft", "modeling_cosup", "trainer"}, path.name
         # what transformers asks for before it runs the code, imports inside functions included
         asked = set(get_imports(path)) - sys.stdlib_module_names
-        assert asked <= {"torch", "transformers", "numpy", "safetensors", "tqdm", "huggingface_hub", "tokenizers"}, path.name
+        assert asked <= {"torch", "transformers", "numpy", "safetensors", "tqdm", "jinja2", "huggingface_hub", "tokenizers"}, path.name
 
 
 def test_weights_are_saved_once_under_both_parts(tmp_path):

@@ -9,6 +9,9 @@ STAYS = {  # the only list of what only authors need; the travelling code import
     "card_cosup.py": "cards of models, parts and indexes; without it a plain card is written",
     "corpus_cosup.py": "corpora in files; without it an index is built from a list of passages",
     "lines_cosup.py": "JSON Lines, which corpora and results are kept in",
+    "milvus_client_cosup.py": "the client of a Milvus server",
+    "milvus_cosup.py": "an index in Milvus; without it an index is a folder or a repository on the Hub",
+    "milvus_upload_cosup.py": "uploading an index to Milvus",
 }
 
 
