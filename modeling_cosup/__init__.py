@@ -1,20 +1,36 @@
 """The model that travels with a checkpoint: Gen, Emb_seq, their losses, the passage index and the retrieval-aware generate()."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from .configuration_cosup import CoSupConfig
-from .generation_cosup import CoSupGenerateOutput, RetrievalConfig
-from .loss_cosup import chunked_cross_entropy, info_nce, similarity_scores
-from .milvus_cosup import MilvusPassageIndex
-from .modeling_cosup import CoSupForCausalLM, CoSupOutput
-from .queue_cosup import Completion
-from .retrieval_cosup import PassageIndex
-from .streaming_cosup import RetrievalStreamer, StreamEvent
-from .trace_cosup import Retrieval, RetrievalError
+if TYPE_CHECKING:
+    from .configuration_cosup import CoSupConfig
+    from .generation_cosup import CoSupGenerateOutput, RetrievalConfig
+    from .loss_cosup import chunked_cross_entropy, info_nce, similarity_scores
+    from .milvus_cosup import MilvusPassageIndex
+    from .modeling_cosup import CoSupForCausalLM, CoSupOutput
+    from .queue_cosup import Completion
+    from .retrieval_cosup import PassageIndex
+    from .streaming_cosup import RetrievalStreamer, StreamEvent
+    from .trace_cosup import Retrieval, RetrievalError
 
-AutoConfig.register("cosup", CoSupConfig)
-AutoModel.register(CoSupConfig, CoSupForCausalLM)
-AutoModelForCausalLM.register(CoSupConfig, CoSupForCausalLM)
+_MODULES = {
+    "CoSupConfig": "configuration_cosup",
+    "CoSupForCausalLM": "modeling_cosup",
+    "CoSupGenerateOutput": "generation_cosup",
+    "CoSupOutput": "modeling_cosup",
+    "Completion": "queue_cosup",
+    "MilvusPassageIndex": "milvus_cosup",
+    "PassageIndex": "retrieval_cosup",
+    "Retrieval": "trace_cosup",
+    "RetrievalConfig": "generation_cosup",
+    "RetrievalError": "trace_cosup",
+    "RetrievalStreamer": "streaming_cosup",
+    "StreamEvent": "streaming_cosup",
+    "chunked_cross_entropy": "loss_cosup",
+    "info_nce": "loss_cosup",
+    "similarity_scores": "loss_cosup",
+}
 
 __all__ = [
     "CoSupConfig",
@@ -33,3 +49,29 @@ __all__ = [
     "info_nce",
     "similarity_scores",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """
+    Import on first use, so that a program which only reads files, such as a report, does not wait for torch.
+
+    The first name that is used also registers the model with transformers' Auto classes.
+    """
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _register()
+    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def _register() -> None:
+    """`AutoModel.from_pretrained` of a CoSup checkpoint takes these classes, without `trust_remote_code`."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    from .configuration_cosup import CoSupConfig
+    from .modeling_cosup import CoSupForCausalLM
+
+    AutoConfig.register("cosup", CoSupConfig, exist_ok=True)
+    AutoModel.register(CoSupConfig, CoSupForCausalLM, exist_ok=True)
+    AutoModelForCausalLM.register(CoSupConfig, CoSupForCausalLM, exist_ok=True)

@@ -17,18 +17,18 @@ space, since it would be a control token to many.
 import argparse
 from dataclasses import dataclass
 
-from cli import check_trainer_package, clear_errors, table
-from data_files import writing
+from shared.cli import clear_errors, table
 
-check_trainer_package()
+import numpy as np
+import torch
+from tqdm import tqdm
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from retrievers import CoSupRetriever, SentenceRetriever, is_cosup  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from trainer.data import load_evaluation_set, read_rows
+from trainer.judging.intervals import Rate
+from trainer.judging.matching import gold_ids
 
-from trainer.data import load_evaluation_set, read_rows  # noqa: E402
-from trainer.evaluation import Rate, gold_ids  # noqa: E402
+from shared.data_files import writing
+from shared.retrievers import CoSupRetriever, SentenceRetriever, is_cosup
 
 KS = (1, 5, 20, 100)
 QUERIES = 1024  # that are searched at once

@@ -13,15 +13,13 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-from cli import check_trainer_package, clear_errors, parse, table
+from shared.cli import clear_errors, parse, table
 
-check_trainer_package()
+import torch
+from accelerate import PartialState
 
-import torch  # noqa: E402
-from accelerate import PartialState  # noqa: E402
-
-from modeling_cosup import CoSupForCausalLM, PassageIndex  # noqa: E402
-from modeling_cosup.index_search_cosup import empty_approximate  # noqa: E402
+from modeling_cosup import CoSupForCausalLM, PassageIndex
+from modeling_cosup.index_search_cosup import empty_approximate
 
 
 @dataclass

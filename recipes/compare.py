@@ -6,13 +6,11 @@ Compare two results folders of run_evaluation.py, question by question: differen
 
 import argparse
 
-from cli import check_trainer_package, clear_errors
+from shared.cli import clear_errors
 
-check_trainer_package()
-
-from trainer.comparison import compare_results, show_row, verdict, write_comparison  # noqa: E402
-from trainer.report import MODE_NAMES  # noqa: E402
-from trainer.scoring import MAIN  # noqa: E402
+from trainer.judging.scoring import MAIN
+from trainer.reports.comparison import compare_results, show_row, verdict, write_comparison
+from trainer.reports.evaluation import MODE_NAMES
 
 
 def main():

@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from cli import clear_errors
+from shared.cli import clear_errors
 
 
 def main():

@@ -29,7 +29,8 @@ import contextlib
 import shutil
 from pathlib import Path
 
-from cli import clear_errors
+from shared.cli import clear_errors
+
 from jinja2 import TemplateError
 
 PAPER_PAIRS = {
@@ -211,11 +212,12 @@ def retriever_pair(args):
     Raises:
         `ValueError`: when the retriever does what Emb_seq cannot, options are missing or contradict its files, or embeddings are not the retriever's.
     """
-    from retriever_files import compare, read_retriever
     from transformers import AutoModel, AutoModelForCausalLM
 
     from modeling_cosup import CoSupForCausalLM
     from modeling_cosup.tokenization_cosup import same_tokenizer
+
+    from shared.retriever_files import compare, read_retriever
 
     tokenizer = load_tokenizer(args.tokenizer or args.gen)
     if args.chat_template_path is not None:

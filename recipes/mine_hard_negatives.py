@@ -13,16 +13,15 @@ import argparse
 import importlib.util
 import re
 
-from cli import check_trainer_package, clear_errors, table
-from data_files import writing
+from shared.cli import clear_errors, table
 
-check_trainer_package()
+import torch
 
-import torch  # noqa: E402
+from modeling_cosup.tokenization_cosup import render_passage
+from trainer.data import content_id, load_corpus, load_instances
+from trainer.judging.correctness import normalize_answer
 
-from modeling_cosup.tokenization_cosup import render_passage  # noqa: E402
-from trainer.correctness import normalize_answer  # noqa: E402
-from trainer.data import content_id, load_corpus, load_instances  # noqa: E402
+from shared.data_files import writing
 
 CANDIDATES = 4  # mined for one that is wanted: some hold the answer
 

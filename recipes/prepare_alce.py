@@ -16,14 +16,13 @@ that needs no passage.
 import argparse
 from collections import Counter
 
-from cli import check_trainer_package, clear_errors, table
-from data_files import distinct, instruction_of, read_json, read_passages, writing
+from shared.cli import clear_errors, table
 
-check_trainer_package()
+from modeling_cosup.corpus_cosup import check_text
+from trainer.data import content_id, read_rows
+from trainer.judging.correctness import normalize_answer
 
-from modeling_cosup.corpus_cosup import check_text  # noqa: E402
-from trainer.data import content_id, read_rows  # noqa: E402
-from trainer.metrics import normalize_answer  # noqa: E402
+from shared.data_files import distinct, instruction_of, read_json, read_passages, writing
 
 NOT_META = ("sample_id", "id", "question", "docs", "answer")
 

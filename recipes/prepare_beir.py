@@ -13,14 +13,13 @@ import argparse
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from cli import check_trainer_package, clear_errors, table
-from data_files import distinct, instruction_of, read_passages, read_tsv, writing
+from shared.cli import clear_errors, table
 
-check_trainer_package()
+from tqdm import tqdm
 
-from tqdm import tqdm  # noqa: E402
+from modeling_cosup.corpus_cosup import check_text, read_jsonl
 
-from modeling_cosup.corpus_cosup import check_text, read_jsonl  # noqa: E402
+from shared.data_files import distinct, instruction_of, read_passages, read_tsv, writing
 
 FILE_ENDINGS = ("", ".gz")
 

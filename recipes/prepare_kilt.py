@@ -27,15 +27,14 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 
-from cli import check_trainer_package, clear_errors, table
-from data_files import distinct, instruction_of, read_json, read_passages, writing
+from shared.cli import clear_errors, table
 
-check_trainer_package()
+from tqdm import tqdm
 
-from tqdm import tqdm  # noqa: E402
+from modeling_cosup.corpus_cosup import check_text, read_jsonl
+from trainer.data import read_rows
 
-from modeling_cosup.corpus_cosup import check_text, read_jsonl  # noqa: E402
-from trainer.data import read_rows  # noqa: E402
+from shared.data_files import distinct, instruction_of, read_json, read_passages, writing
 
 TASKS = ["nq", "triviaqa", "hotpotqa", "eli5", "fever", "trex", "zsre", "wow"]
 HEADING, BULLET = "Section::::", re.compile(r"^BULLET::::(- )?")

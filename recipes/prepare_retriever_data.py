@@ -12,12 +12,11 @@ import argparse
 import random
 import re
 
-from cli import check_trainer_package, clear_errors, table
-from data_files import writing
+from shared.cli import clear_errors, table
 
-check_trainer_package()
+from trainer.data import load_instances
 
-from trainer.data import load_instances  # noqa: E402
+from shared.data_files import writing
 
 
 def main():

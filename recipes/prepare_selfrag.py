@@ -30,15 +30,14 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from cli import check_trainer_package, clear_errors, table
-from data_files import writing
+from shared.cli import clear_errors, table
 
-check_trainer_package()
+from tqdm import tqdm
 
-from tqdm import tqdm  # noqa: E402
+from modeling_cosup.corpus_cosup import check_text
+from trainer.data import check_instance, content_id, read_rows
 
-from modeling_cosup.corpus_cosup import check_text  # noqa: E402
-from trainer.data import check_instance, content_id, read_rows  # noqa: E402
+from shared.data_files import writing
 
 PAPER_COUNT = 42_932
 FILTERS = ("without_passage", "irrelevant", "unsupported")

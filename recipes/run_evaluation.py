@@ -15,20 +15,18 @@ Several processes share the questions. After a crash the same command (with as m
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cli import check_trainer_package, clear_errors, parse, table
+from shared.cli import clear_errors, parse, table
 
-check_trainer_package()
+import torch
+from build_index import processes
 
-import torch  # noqa: E402
-from build_index import processes  # noqa: E402
-
-from modeling_cosup import CoSupConfig, CoSupForCausalLM  # noqa: E402
-from trainer.card import add_results, evaluation_groups  # noqa: E402
-from trainer.grounding import HYPOTHESIS  # noqa: E402
-from trainer.judging import command_line, evaluate_tasks  # noqa: E402
-from trainer.report import write_report  # noqa: E402
-from trainer.scoring import COUNTS, METRICS  # noqa: E402
-from trainer.tasks import read_tasks  # noqa: E402
+from modeling_cosup import CoSupConfig, CoSupForCausalLM
+from trainer.card import add_results, evaluation_groups
+from trainer.judging.grounding import HYPOTHESIS
+from trainer.judging.judge import command_line, evaluate_tasks
+from trainer.judging.scoring import COUNTS, METRICS
+from trainer.judging.tasks import read_tasks
+from trainer.reports.evaluation import write_report
 
 TASK_OPTIONS = ("corpus_file", "index", "split", "pool", "gold_in_pool", "metric", "max_eval_samples", "max_new_tokens", "top_k", "max_retrievals")
 
@@ -110,7 +108,7 @@ def load_model(args, tasks):
 
 def load_judge(args, state):
     """The NLI judge of this process; what it has answered stays in the results folder."""
-    from trainer.nli import NLIJudge
+    from trainer.judging.nli import NLIJudge
 
     options = {"batch_size": args.nli_batch_size, "cache_file": Path(args.output_dir) / "nli.jsonl", "show_progress_bar": state.is_main_process}
     return NLIJudge.from_pretrained(args.nli_model, state.device, **options)

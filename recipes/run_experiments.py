@@ -23,23 +23,22 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from cli import check_trainer_package, clear_errors, parse
+from shared.cli import clear_errors, parse
 
-check_trainer_package()
+import yaml
+from prepare_quickstart import prepare
+from prepare_quickstart_models import prepare_models
+from prepare_quickstart_tasks import prepare_tasks
+from run_evaluation import TASK_OPTIONS
 
-import yaml  # noqa: E402
-from experiment_files import NOT_OPTIONS, ROOT, WORLD_FILES, evaluation_key, key_of, load_experiment, scoring  # noqa: E402
-from experiment_processes import Failed, hardware, launch, locked, say, training_facts  # noqa: E402
-from experiment_tasks import cut_corpora, cut_to_pools, digest, expand_tasks  # noqa: E402
-from prepare_quickstart import prepare  # noqa: E402
-from prepare_quickstart_models import prepare_models  # noqa: E402
-from prepare_quickstart_tasks import prepare_tasks  # noqa: E402
-from run_evaluation import TASK_OPTIONS  # noqa: E402
+from modeling_cosup.index_files_cosup import write_json
+from trainer.reports.experiment import write_experiment_report
+from trainer.reports.experiment_figures import Results
+from trainer.watch import last_complete_checkpoint
 
-from modeling_cosup.index_files_cosup import write_json  # noqa: E402
-from trainer.experiment_report import write_experiment_report  # noqa: E402
-from trainer.tables import Results  # noqa: E402
-from trainer.watch import last_complete_checkpoint  # noqa: E402
+from experiments.definition import NOT_OPTIONS, ROOT, WORLD_FILES, evaluation_key, key_of, load_experiment, scoring
+from experiments.launching import Failed, hardware, launch, locked, say, training_facts
+from experiments.task_files import cut_corpora, cut_to_pools, digest, expand_tasks
 
 
 @dataclass

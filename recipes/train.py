@@ -18,22 +18,21 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cli import check_trainer_package, clear_errors, parse, table
+from shared.cli import clear_errors, parse, table
 
-check_trainer_package()
+import torch
+from accelerate import DistributedType
+from transformers import set_seed
 
-import torch  # noqa: E402
-from accelerate import DistributedType  # noqa: E402
-from transformers import set_seed  # noqa: E402
-
-from modeling_cosup import CoSupForCausalLM, PassageIndex  # noqa: E402
-from modeling_cosup.card_cosup import load_facts  # noqa: E402
-from trainer import CoSupTrainer, CoSupTrainingArguments, load_corpus, load_evaluation_set, load_instances  # noqa: E402
-from trainer.card import complete_card, held_out_group, result_group, write_card  # noqa: E402
-from trainer.evaluation import METRIC_NAMES, evaluate_model, ntp_loss, recall, reference_instances  # noqa: E402
-from trainer.hub import push_checkpoint  # noqa: E402
-from trainer.intervals import Mean  # noqa: E402
-from trainer.metrics import k_precision, provenance_unknown  # noqa: E402
+from modeling_cosup import CoSupForCausalLM, PassageIndex
+from modeling_cosup.card_cosup import load_facts
+from trainer import CoSupTrainer, CoSupTrainingArguments, load_corpus, load_evaluation_set, load_instances
+from trainer.card import complete_card, held_out_group, result_group, write_card
+from trainer.hub import push_checkpoint
+from trainer.judging.answers import METRIC_NAMES, evaluate_model, ntp_loss, recall, reference_instances
+from trainer.judging.grounding import k_precision
+from trainer.judging.intervals import Mean
+from trainer.judging.matching import provenance_unknown
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 

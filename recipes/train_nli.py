@@ -21,14 +21,12 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from string import punctuation as PUNCTUATION
 
-from cli import check_trainer_package, clear_errors, parse, table
+from shared.cli import clear_errors, parse, table
 
-check_trainer_package()
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from transformers import (  # noqa: E402
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -38,11 +36,11 @@ from transformers import (  # noqa: E402
     set_seed,
 )
 
-from trainer.correctness import normalize_answer  # noqa: E402
-from trainer.data import load_instances  # noqa: E402
-from trainer.grounding import check_hypothesis, premise  # noqa: E402
-from trainer.intervals import Rate  # noqa: E402
-from trainer.nli import entailment_label  # noqa: E402
+from trainer.data import load_instances
+from trainer.judging.correctness import normalize_answer
+from trainer.judging.grounding import check_hypothesis, premise
+from trainer.judging.intervals import Rate
+from trainer.judging.nli import entailment_label
 
 LABELS = {0: "not_entailment", 1: "entailment"}
 KINDS = ("entailed", "other passage", "wrong text", "wrong word")

@@ -1,8 +1,35 @@
-"""What trains and judges a CoSup model."""
+"""What trains a CoSup model, judges it (`trainer.judging`) and reports it (`trainer.reports`)."""
 
-from .batching import CoSupDataCollator
-from .cosup_trainer import CoSupTrainer
-from .data import load_corpus, load_evaluation_set, load_instances
-from .training_args import CoSupTrainingArguments
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-__all__ = ["CoSupDataCollator", "CoSupTrainer", "CoSupTrainingArguments", "load_corpus", "load_evaluation_set", "load_instances"]
+if TYPE_CHECKING:
+    from .batching import CoSupDataCollator
+    from .cosup_trainer import CoSupTrainer
+    from .data import load_corpus, load_evaluation_set, load_instances
+    from .training_args import CoSupTrainingArguments
+
+_MODULES = {
+    "CoSupDataCollator": "batching",
+    "CoSupTrainer": "cosup_trainer",
+    "CoSupTrainingArguments": "training_args",
+    "load_corpus": "data",
+    "load_evaluation_set": "data",
+    "load_instances": "data",
+}
+
+__all__ = [
+    "CoSupDataCollator",
+    "CoSupTrainer",
+    "CoSupTrainingArguments",
+    "load_corpus",
+    "load_evaluation_set",
+    "load_instances",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import on first use: reports and figures need no torch, and importing the package must not load it."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

@@ -13,9 +13,9 @@ from modeling_cosup import CoSupForCausalLM
 from modeling_cosup.card_cosup import CURVES_FILE, FACTS_FILE, load_facts, model_card
 from modeling_cosup.hub_cosup import CARD_FILE, CARD_MARKER, is_repo_id
 
-from .evaluation import Rate
+from .judging.intervals import Rate
+from .judging.scoring import COR_LABELS, MAIN, METRICS, RETRIEVING
 from .model_setup import adapter_config, without_peft
-from .scoring import COR_LABELS, MAIN, METRICS, RETRIEVING
 
 try:
     from matplotlib.figure import Figure
@@ -106,7 +106,7 @@ def held_out_group(metrics_of_set):
 
 def evaluation_groups(results):
     """
-    The main figures of [`~trainer.judging.evaluate_tasks`] as the card shows them.
+    The main figures of [`~trainer.judging.judge.evaluate_tasks`] as the card shows them.
 
     Args:
         results (`dict`): what it returned.

@@ -27,10 +27,19 @@ from .batching import CoSupDataCollator
 from .data import check_instance, tokenize_instance
 from .distributed import gather_objects, gather_rows, host_group, world_size
 from .duplicates import NoDuplicatesSampler, global_batch
-from .evaluation import retrieval_metrics
 from .grad_cache import first_pass, like_pieces, second_pass
+from .held_out import retrieval_metrics
 from .hub import HubMixin
-from .model_setup import check_control_tokens, check_supervision, default_collator, freeze, keep_master_weights, speed_up, without_peft, wrap_in_peft
+from .model_setup import (
+    check_control_tokens,
+    check_supervision,
+    default_collator,
+    freeze,
+    keep_master_weights,
+    speed_up,
+    without_peft,
+    wrap_in_peft,
+)
 from .training_args import CoSupTrainingArguments
 from .watch import FiniteLosses, explained_memory_errors, last_complete_checkpoint
 

@@ -20,18 +20,19 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, for `shared`
 
-from cli import clear_errors, parse  # noqa: E402, I001  (before torch: it says how threads wait)
+from measuring import GB, Arm, Clock, TimedIndex, describe, print_table, show, spread, take_turns
+from shared.cli import clear_errors, parse
 
-import faiss  # noqa: E402
-import torch  # noqa: E402
-from measuring import GB, Arm, Clock, TimedIndex, describe, print_table, show, spread, take_turns  # noqa: E402
-from random_world import SHAPES, Ends, World  # noqa: E402
-from torch._dynamo.utils import counters  # noqa: E402
-from transformers import DynamicCache, LogitsProcessorList, set_seed  # noqa: E402
+import faiss
+import torch
+from torch._dynamo.utils import counters
+from transformers import DynamicCache, LogitsProcessorList, set_seed
 
-from modeling_cosup import RetrievalConfig  # noqa: E402
+from modeling_cosup import RetrievalConfig
+
+from random_world import SHAPES, Ends, World
 
 
 @dataclass

@@ -22,23 +22,21 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, for `shared`
 
-from cli import check_trainer_package, parse  # noqa: E402
+from shared.cli import parse
 
-check_trainer_package()
+import faiss
+import numpy as np
+import torch
+import transformers
+from transformers import AutoTokenizer
 
-import faiss  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from transformers import AutoTokenizer  # noqa: E402
-
-from modeling_cosup import CoSupForCausalLM, PassageIndex  # noqa: E402
-from modeling_cosup.index_build_cosup import record_batch  # noqa: E402
-from modeling_cosup.index_files_cosup import Shard  # noqa: E402
-from modeling_cosup.index_store_cosup import new_config  # noqa: E402
-from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq  # noqa: E402
+from modeling_cosup import CoSupForCausalLM, PassageIndex
+from modeling_cosup.index_build_cosup import record_batch
+from modeling_cosup.index_files_cosup import Shard
+from modeling_cosup.index_store_cosup import new_config
+from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq
 
 SHARD_SIZE = 32768
 

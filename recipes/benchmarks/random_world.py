@@ -3,8 +3,9 @@
 import random
 import string
 
-import torch
 from measuring import Meter
+
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,

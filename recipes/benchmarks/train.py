@@ -21,21 +21,19 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, for `shared`
 
-from cli import check_trainer_package, parse  # noqa: E402
+from measuring import GB, Meter, describe, print_table
+from shared.cli import parse
 
-check_trainer_package()
+import torch
+import torch.nn.functional as F
+from transformers import Trainer, TrainingArguments, set_seed
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from measuring import GB, Meter, describe, print_table  # noqa: E402
-from transformers import Trainer, TrainingArguments, set_seed  # noqa: E402
-
-from modeling_cosup import CoSupForCausalLM  # noqa: E402
-from modeling_cosup.loss_cosup import chunked_cross_entropy  # noqa: E402
-from modeling_cosup.tokenization_cosup import pad_rows  # noqa: E402
-from trainer import CoSupTrainer, CoSupTrainingArguments, load_instances  # noqa: E402
+from modeling_cosup import CoSupForCausalLM
+from modeling_cosup.loss_cosup import chunked_cross_entropy
+from modeling_cosup.tokenization_cosup import pad_rows
+from trainer import CoSupTrainer, CoSupTrainingArguments, load_instances
 
 PEAK_FLOPS = {"NVIDIA H200": 989e12, "NVIDIA H100": 989e12, "NVIDIA A100": 312e12}  # dense bf16
 

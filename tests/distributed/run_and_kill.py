@@ -12,9 +12,8 @@ from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import PASSAGES, make_model  # noqa: E402
-
-from trainer import CoSupTrainer, CoSupTrainingArguments  # noqa: E402
+from support.models import PASSAGES, make_model
+from trainer import CoSupTrainer, CoSupTrainingArguments
 
 
 def die():

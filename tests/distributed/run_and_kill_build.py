@@ -7,9 +7,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 
-import build_index  # noqa: E402
+import build_index
 
-from modeling_cosup import index_build_cosup  # noqa: E402
+from modeling_cosup import index_build_cosup
 
 die_at, die_on = int(sys.argv.pop(1)), int(sys.argv.pop(1))
 make, made = index_build_cosup.ShardBuilder.make, []

@@ -12,11 +12,12 @@ from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import PASSAGES, Steer, left_pad, make_model  # noqa: E402
-from transformers import LogitsProcessorList  # noqa: E402
+from transformers import LogitsProcessorList
 
-from modeling_cosup import RetrievalConfig, RetrievalError  # noqa: E402
-from modeling_cosup.tokenization_cosup import encode_prompt  # noqa: E402
+from modeling_cosup import RetrievalConfig, RetrievalError
+from modeling_cosup.tokenization_cosup import encode_prompt
+from support.generation import Steer, left_pad
+from support.models import PASSAGES, make_model
 
 PROMPTS = [["who?", "who painted the Night Watch?", "Curie"], ["when was it finished; in Amsterdam"]]  # of each rank
 SETTINGS = {

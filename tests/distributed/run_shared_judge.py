@@ -5,7 +5,7 @@ import sys
 
 import torch.distributed as dist
 
-from trainer.nli import SharedJudge
+from trainer.judging.nli import SharedJudge
 
 dist.init_process_group("gloo")
 asked, fails = [], sys.argv[1] == "fails"

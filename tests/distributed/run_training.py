@@ -14,10 +14,10 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import PASSAGES, make_model  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import save_file
 
-from trainer import CoSupTrainer, CoSupTrainingArguments  # noqa: E402
+from support.models import PASSAGES, make_model
+from trainer import CoSupTrainer, CoSupTrainingArguments
 
 EMB_SEQ = {"hidden_size": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 # passages of each of 12 instances; duplicates across ranks (p0, p1), hard negatives, and ranks without any passage

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model
 from safetensors import safe_open
 
 from modeling_cosup import CoSupForCausalLM
+from support.models import make_model
 
 SCRIPT = Path(__file__).with_name("run_training.py")
 EMB_SEQ = {"hidden_size": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}

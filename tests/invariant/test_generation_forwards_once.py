@@ -4,12 +4,13 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import PASSAGES, Steer, assert_same_retrievals, left_pad, make_model, make_tokenizer, real_tokens
 from transformers import LogitsProcessorList
 
 from modeling_cosup import CoSupForCausalLM
 from modeling_cosup.cache_cosup import EMPTY
 from modeling_cosup.tokenization_cosup import encode_prompt
+from support.generation import Steer, assert_same_retrievals, left_pad, real_tokens
+from support.models import PASSAGES, make_model, make_tokenizer
 
 QUESTIONS = ["who?", "who painted the Night Watch?", "not this one!"]
 

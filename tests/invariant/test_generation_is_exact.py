@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from conftest import PASSAGES, Steer, left_pad, make_emb_seq, make_model, make_tokenizer, real_tokens, reference_generate
 from transformers import LogitsProcessorList
 
 from modeling_cosup.tokenization_cosup import encode_prompt
+from support.generation import Steer, left_pad, real_tokens, reference_generate
+from support.models import PASSAGES, make_emb_seq, make_model, make_tokenizer
 
 QUESTIONS = ["who?", "who painted the Night Watch?", "Curie", "when was it finished; in Amsterdam", "not this one!"]
 PAIRS = {  # Gen, Emb_seq, more

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from conftest import PASSAGES, make_emb_seq, make_model, plain_batch
 
+from support.models import PASSAGES, make_emb_seq, make_model, plain_batch
 from trainer import CoSupTrainer, CoSupTrainingArguments
 
 NUMBERS = [[0], [1, 2], [], [3], [0, 4], [5], [], [2]]

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import PASSAGES, make_model
 
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq
+from support.models import PASSAGES, make_model
 
 # the pooling each architecture is known for, and every pooling where padding could leak in
 CASES = [("llama", "eos"), ("llama", "mean"), ("gpt2", "eos"), ("gpt2", "mean"), ("mistral", "eos"), ("mistral", "mean")]

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PASSAGES, Steer, left_pad, make_model, make_tokenizer, real_tokens
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from modeling_cosup import RetrievalConfig
 from modeling_cosup.tokenization_cosup import encode_passages_for_gen, encode_prompt, encode_texts
+from support.generation import Steer, left_pad, real_tokens
+from support.models import PASSAGES, make_model, make_tokenizer
 
 QUESTIONS = ["who?", "who painted the Night Watch?", "Curie", "when was it finished; in Amsterdam", "not this one!"]
 MAX_NEW_TOKENS = 24

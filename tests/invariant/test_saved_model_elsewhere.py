@@ -8,10 +8,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import PASSAGES, left_pad, make_model, make_tokenizer
 
 from modeling_cosup import CoSupForCausalLM, PassageIndex
 from modeling_cosup.tokenization_cosup import encode_prompt
+from support.generation import left_pad
+from support.models import PASSAGES, make_model, make_tokenizer
 
 QUESTIONS = ["who?", "who painted the Night Watch?", "[NSP] in a question", "Curie"]
 

@@ -36,7 +36,7 @@ REFERENCE = {"id": STRING, "qa_pairs": [{"short_answers": [STRING]}], "claims": 
 
 
 class ALCE(evaluate.Metric):
-    """Thin: the figures are `trainer.metrics`'."""
+    """Thin: the figures are computed by `trainer.judging`."""
 
     def _info(self):
         return evaluate.MetricInfo(
@@ -48,20 +48,23 @@ class ALCE(evaluate.Metric):
 
     def _download_and_prepare(self, dl_manager):
         try:
-            importlib.import_module("trainer.metrics")  # named at the top, evaluate would tell the user to install PyPI's other `trainer`
+            importlib.import_module("trainer.judging")  # named at the top, evaluate would tell the user to install PyPI's other `trainer`
         except ImportError as error:
             raise ImportError("This metric needs the package cosup (`pip install cosup`), whose `trainer` is not PyPI's package of that name.") from error
 
     def compute(self, *, predictions, references, **options):
         """Whole lines of predictions and of an evaluation set will do: other fields are dropped."""
-        from trainer.metrics import select_fields
+        from trainer.judging.matching import select_fields
 
         references = [{"qa_pairs": [], **(x.get("meta") or {}), **x} for x in references]  # prepare_alce.py keeps what is ALCE's under `meta`
         return super().compute(predictions=select_fields(predictions, PREDICTION), references=select_fields(references, REFERENCE), **options)
 
     def _compute(self, predictions, references, nli=None):
-        from trainer.metrics import citation_scores, cited_passages, claim_recall, match_by_id, mean_scores, str_em
-        from trainer.nli import as_judge
+        from trainer.judging.correctness import str_em
+        from trainer.judging.grounding import citation_scores, cited_passages, claim_recall
+        from trainer.judging.matching import match_by_id
+        from trainer.judging.nli import as_judge
+        from trainer.judging.retrieval import mean_scores
 
         pairs, scores = match_by_id(predictions, references), {}
         outputs = [prediction["output_with_citations"] for prediction, _ in pairs]

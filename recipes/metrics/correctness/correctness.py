@@ -35,7 +35,7 @@ REFERENCE = {"id": STRING, "dataset": STRING, "input": STRING, "answers": [STRIN
 
 
 class Correctness(evaluate.Metric):
-    """Thin: the figures are `trainer.metrics`'."""
+    """Thin: the figures are computed by `trainer.judging`."""
 
     def _info(self):
         return evaluate.MetricInfo(
@@ -47,20 +47,23 @@ class Correctness(evaluate.Metric):
 
     def _download_and_prepare(self, dl_manager):
         try:
-            importlib.import_module("trainer.metrics")  # named at the top, evaluate would tell the user to install PyPI's other `trainer`
+            importlib.import_module("trainer.judging")  # named at the top, evaluate would tell the user to install PyPI's other `trainer`
         except ImportError as error:
             raise ImportError("This metric needs the package cosup (`pip install cosup`), whose `trainer` is not PyPI's package of that name.") from error
 
     def compute(self, *, predictions, references, **options):
         """Whole lines of predictions and of an evaluation set will do: other fields are dropped."""
-        from trainer.metrics import select_fields
+        from trainer.judging.matching import select_fields
 
         return super().compute(predictions=select_fields(predictions, PREDICTION), references=select_fields(references, REFERENCE), **options)
 
     def _compute(self, predictions, references, metric=None, nli=None):
-        from trainer.intervals import Mean
-        from trainer.metrics import by_retrieval, cor_metric, cor_minus, correctness, fever_nli, match_by_id, ret, retrieved_ids, with_provenance
-        from trainer.nli import as_judge
+        from trainer.judging.correctness import cor_metric, correctness
+        from trainer.judging.grounding import fever_nli
+        from trainer.judging.intervals import Mean
+        from trainer.judging.matching import match_by_id, retrieved_ids, with_provenance
+        from trainer.judging.nli import as_judge
+        from trainer.judging.retrieval import by_retrieval, cor_minus, ret
 
         metrics = {metric or cor_metric(x["dataset"], nli is not None) for x in references}
         if len(metrics) > 1:

@@ -36,7 +36,7 @@ REFERENCE = {"id": STRING, "provenance": [[STRING]]}
 
 
 class Grounding(evaluate.Metric):
-    """Thin: the figures are `trainer.metrics`'."""
+    """Thin: the figures are computed by `trainer.judging`."""
 
     def _info(self):
         return evaluate.MetricInfo(
@@ -48,22 +48,24 @@ class Grounding(evaluate.Metric):
 
     def _download_and_prepare(self, dl_manager):
         try:
-            importlib.import_module("trainer.metrics")  # named at the top, evaluate would tell the user to install PyPI's other `trainer`
+            importlib.import_module("trainer.judging")  # named at the top, evaluate would tell the user to install PyPI's other `trainer`
         except ImportError as error:
             raise ImportError("This metric needs the package cosup (`pip install cosup`), whose `trainer` is not PyPI's package of that name.") from error
 
     def compute(self, *, predictions, references, **options):
         """Whole lines of predictions and of an evaluation set will do: other fields are dropped."""
-        from trainer.metrics import select_fields
+        from trainer.judging.matching import select_fields
 
         if "{question" not in options.get("hypothesis", ""):
             predictions = [{"input": "", **prediction} for prediction in predictions]
         return super().compute(predictions=select_fields(predictions, PREDICTION), references=select_fields(references, REFERENCE), **options)
 
     def _compute(self, predictions, references, nli=None, hypothesis="{sentence}"):
-        from trainer.intervals import Mean
-        from trainer.metrics import by_retrieval, grounding, k_precision, match_by_id, ret, retrieved_ids, with_provenance
-        from trainer.nli import as_judge
+        from trainer.judging.grounding import grounding, k_precision
+        from trainer.judging.intervals import Mean
+        from trainer.judging.matching import match_by_id, retrieved_ids, with_provenance
+        from trainer.judging.nli import as_judge
+        from trainer.judging.retrieval import by_retrieval, ret
 
         pairs, needing = match_by_id(predictions, references), {x["id"] for x in with_provenance(references)}
         words = Mean.of(k_precision(prediction) for prediction, _ in pairs)

@@ -34,7 +34,7 @@ REFERENCE = {"id": STRING, "answers": [STRING], "provenance": [[STRING]]}
 
 
 class KILT(evaluate.Metric):
-    """Thin: the figures are `trainer.metrics`'."""
+    """Thin: the figures are computed by `trainer.judging`."""
 
     def _info(self):
         return evaluate.MetricInfo(
@@ -46,18 +46,20 @@ class KILT(evaluate.Metric):
 
     def _download_and_prepare(self, dl_manager):
         try:
-            importlib.import_module("trainer.metrics")  # named at the top, evaluate would tell the user to install PyPI's other `trainer`
+            importlib.import_module("trainer.judging")  # named at the top, evaluate would tell the user to install PyPI's other `trainer`
         except ImportError as error:
             raise ImportError("This metric needs the package cosup (`pip install cosup`), whose `trainer` is not PyPI's package of that name.") from error
 
     def compute(self, *, predictions, references, **options):
         """Whole lines of predictions and of an evaluation set will do: other fields are dropped."""
-        from trainer.metrics import select_fields
+        from trainer.judging.matching import select_fields
 
         return super().compute(predictions=select_fields(predictions, PREDICTION), references=select_fields(references, REFERENCE), **options)
 
     def _compute(self, predictions, references, rouge=True):
-        from trainer.metrics import kilt_scores, match_by_id, mean_scores, r_precision, recall_at_k, retrieved_ids, with_provenance
+        from trainer.judging.correctness import kilt_scores
+        from trainer.judging.matching import match_by_id, retrieved_ids, with_provenance
+        from trainer.judging.retrieval import mean_scores, r_precision, recall_at_k
 
         needing, rows = {x["id"] for x in with_provenance(references)}, []
         for prediction, x in match_by_id(predictions, references):

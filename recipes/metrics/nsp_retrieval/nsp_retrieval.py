@@ -37,7 +37,7 @@ REFERENCE = {"id": STRING, "provenance": [[STRING]], "meta": [STRING]}
 
 
 class NSPRetrieval(evaluate.Metric):
-    """Thin: the figures are `trainer.metrics`'."""
+    """Thin: the figures are computed by `trainer.judging`."""
 
     def _info(self):
         return evaluate.MetricInfo(
@@ -49,13 +49,13 @@ class NSPRetrieval(evaluate.Metric):
 
     def _download_and_prepare(self, dl_manager):
         try:
-            importlib.import_module("trainer.metrics")  # named at the top, evaluate would tell the user to install PyPI's other `trainer`
+            importlib.import_module("trainer.judging")  # named at the top, evaluate would tell the user to install PyPI's other `trainer`
         except ImportError as error:
             raise ImportError("This metric needs the package cosup (`pip install cosup`), whose `trainer` is not PyPI's package of that name.") from error
 
     def compute(self, *, predictions, references, rankings=None, ranking="corpus", **options):
         """Whole lines of predictions and of an evaluation set will do: other fields are dropped."""
-        from trainer.metrics import select_fields
+        from trainer.judging.matching import select_fields
 
         found = {str(row["id"]): row[ranking] for row in rankings or []}
         predictions = [{**row, "query_ranking": found.get(str(row["id"]), row.get("query_ranking"))} for row in predictions]
@@ -63,7 +63,8 @@ class NSPRetrieval(evaluate.Metric):
         return super().compute(predictions=select_fields(predictions, PREDICTION), references=select_fields(references, REFERENCE), **options)
 
     def _compute(self, predictions, references, ks=(1, 5)):
-        from trainer.metrics import emission_rates, match_by_id, mean_scores, ranking_scores, retrieval_scores, retrieved_ids, with_provenance
+        from trainer.judging.matching import match_by_id, retrieved_ids, with_provenance
+        from trainer.judging.retrieval import emission_rates, mean_scores, ranking_scores, retrieval_scores
 
         pairs, needing = match_by_id(predictions, references), {x["id"] for x in with_provenance(references)}
         asked = [(prediction, x["provenance"]) for prediction, x in pairs if x["id"] in needing]

@@ -1,0 +1,1 @@
+"""Experiments: their YAML files, and what `run_experiments.py` needs to read them and to launch their runs."""

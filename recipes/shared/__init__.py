@@ -1,0 +1,1 @@
+"""What several recipes share. Nothing here can be run."""

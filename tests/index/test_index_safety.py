@@ -1,0 +1,190 @@
+"""What an index refuses: names that lead out of its folder, altered configs, second writers, stale shards, foreign files."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from modeling_cosup import PassageIndex, index_files_cosup
+from modeling_cosup.index_store_cosup import locked
+from support.models import PASSAGES
+
+MANY = [{"id": f"m{i}", "title": "", "text": f"radium {i}"} for i in range(12)]
+NAME = "index_config.json"
+
+
+def build(model, folder, passages=PASSAGES, **kwargs):
+    return PassageIndex.build(passages, model, save_directory=folder, show_progress_bar=False, **kwargs)
+
+
+def edit(folder, change, sign=True):
+    """Change the config as an attacker does, who can also compute its SHA-256, or as an accident does."""
+    config = json.loads((folder / NAME).read_text())
+    change(config)
+    if sign:
+        config["sha256"] = index_files_cosup.digest_of_config(config)
+    (folder / NAME).write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: config["files"].update({"../precious": {"size": 1, "sha256": "x"}}),
+        lambda config: config["files"].update({"/precious": {"size": 1, "sha256": "x"}}),
+        lambda config: config.update(ids="../ids-00000.safetensors"),
+        lambda config: config.update(deleted="../precious"),
+        lambda config: config.update(deleted=config["ids"]),
+        lambda config: config.update(approximate={"file": "../precious"}),
+        lambda config: config.update(approximate={}),
+        lambda config: config.update(files={}),
+        lambda config: config["files"].pop("passages-00000.arrow"),
+        lambda config: config["files"].update({"passages-00000.arrow": 5}),
+        lambda config: config.update(shards=["6"]),
+        lambda config: [config.pop(name) for name in [*config] if name != "format_version"],
+    ],
+)
+def test_a_config_that_no_index_wrote_is_refused(model, tmp_path, change):
+    build(model, tmp_path / "index")
+    (tmp_path / "precious").write_text("p")
+    edit(tmp_path / "index", change)
+    with pytest.raises(ValueError, match="index_config.json is damaged"):
+        PassageIndex.from_pretrained(tmp_path / "index", search="exact")
+
+
+def test_an_altered_config_and_bad_deletions_are_found(model, tmp_path):
+    build(model, tmp_path / "index").delete(["p1", "p3"])
+    shutil.copytree(tmp_path / "index", tmp_path / "altered")
+    edit(tmp_path / "altered", lambda config: config.update(deleted=None), sign=False)
+    with pytest.raises(ValueError, match="its SHA-256 is not the one that it holds"):
+        PassageIndex.from_pretrained(tmp_path / "altered")
+    index = PassageIndex.from_pretrained(tmp_path / "index")
+    for rows in ([3, 1], [1, 1], [-1, 2], [2, 6]):
+        index._deleted, index.folder = np.array(rows), None
+        index.save_pretrained(tmp_path / "bad")
+        with pytest.raises(ValueError, match="expected rows from 0 to 5, in order, each once"):
+            PassageIndex.from_pretrained(tmp_path / "bad")
+
+
+def test_one_writer_at_a_time(model, tmp_path):
+    first = build(model, tmp_path / "index")
+    second = PassageIndex.from_pretrained(tmp_path / "index")
+
+    def meanwhile():
+        yield {"id": "new", "text": "word"}
+        for change in (lambda: second.delete(["p1"]), lambda: second.add(MANY, model, show_progress_bar=False), lambda: second.train_approximate("Flat")):
+            with pytest.raises(ValueError, match="is being changed by another process"):
+                change()
+        yield {"id": "newer", "text": "word"}
+
+    first.add(meanwhile(), model, shard_size=1, show_progress_bar=False)
+    for change in (lambda: second.delete(["p1"]), lambda: second.add(MANY, model, show_progress_bar=False), lambda: second.train_approximate("Flat")):
+        with pytest.raises(ValueError, match="was changed by another process"):
+            change()
+    assert len(PassageIndex.from_pretrained(tmp_path / "index", verify=True)) == len(PASSAGES) + 2
+    with locked(tmp_path / "index"), pytest.raises(ValueError, match="is being changed"):
+        first.delete(["p1"])
+    first.delete(["p1"])
+    assert not (tmp_path / "index" / ".lock").exists()
+
+
+def test_a_replaced_index_is_not_changed_by_who_loaded_the_old_one(model, tmp_path):
+    first = build(model, tmp_path / "index")
+    build(model, tmp_path / "index", MANY)  # generation 0 again
+    with pytest.raises(ValueError, match="was changed by another process"):
+        first.delete(["p1"])
+
+
+def test_merge_refuses_shards_of_another_corpus(model, tmp_path):
+    other = [{**passage, "text": f"{passage['text']} anew"} for passage in MANY]
+    for rank in range(2):
+        build(model, tmp_path / "index", MANY, shard_size=4, num_processes=2, process_index=rank)
+    build(model, tmp_path / "index", other, shard_size=4, num_processes=2, process_index=0)
+    with pytest.raises(ValueError, match="the processes read different corpora"):
+        PassageIndex.merge(tmp_path / "index")
+    build(model, tmp_path / "index", other, shard_size=4, num_processes=2, process_index=1)
+    work = tmp_path / ".index.unfinished"
+    done = (work / "done-00001.json").read_text()
+    (work / "done-00001.json").unlink()
+    with pytest.raises(FileNotFoundError, match="done-00001.json"):
+        PassageIndex.merge(tmp_path / "index")
+    (work / "done-00001.json").write_text(done)
+    assert [passage["text"] for passage in PassageIndex.merge(tmp_path / "index")] == [passage["text"] for passage in other]
+
+
+def test_a_damaged_shard_is_made_again(model, tmp_path):
+    build(model, tmp_path / "index", MANY, shard_size=4, num_processes=2, process_index=1)
+    build(model, tmp_path / "index", MANY, shard_size=4, num_processes=2, process_index=0)
+    path = tmp_path / ".index.unfinished" / "embeddings-00001.safetensors"
+    right = path.read_bytes()
+    path.write_bytes(right[:-1])
+    with pytest.raises(ValueError, match="embeddings-00001.safetensors missing or damaged"):
+        PassageIndex.merge(tmp_path / "index")
+    path.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
+    build(model, tmp_path / "index", MANY, shard_size=4, num_processes=2, process_index=1)
+    assert path.read_bytes() == right and len(PassageIndex.merge(tmp_path / "index")) == 12
+
+
+def test_a_snapshot_in_the_cache_of_the_hub_is_read_only(model, tmp_path):
+    folder = tmp_path / "datasets--me--index" / "snapshots" / "abc"
+    index = build(model, folder)
+    changes = [lambda: index.delete(["p1"]), lambda: index.add(MANY, model, show_progress_bar=False), lambda: index.train_approximate("Flat")]
+    for change in changes:
+        with pytest.raises(ValueError, match="save_pretrained it to a folder first"):
+            change()
+    index.save_pretrained(tmp_path / "own")
+    PassageIndex.from_pretrained(tmp_path / "own").delete(["p1"])
+
+
+@pytest.mark.parametrize("foreign", ["README.md", ".git/config", "model.safetensors"])
+def test_foreign_files_are_not_replaced(model, tmp_path, foreign):
+    index = build(model, tmp_path / "index")
+    path = tmp_path / "index" / foreign
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("precious")
+    for save in (lambda: index.save_pretrained(tmp_path / "index"), lambda: build(model, tmp_path / "index")):
+        with pytest.raises(FileExistsError, match=f"also holds {foreign.split('/')[0]}"):
+            save()
+    assert path.read_text() == "precious"
+
+
+def write_arrow(folder, batch):
+    path = folder / "passages-00000.arrow"
+    index_files_cosup.write_passages(path, batch)
+    edit(folder, lambda config: config["files"].update({path.name: index_files_cosup.seal(path)}))
+
+
+def test_bad_arrow_files_are_refused(model, tmp_path):
+    index = build(model, tmp_path / "index")
+    batch = pa.ipc.open_file(pa.BufferReader((tmp_path / "index" / "passages-00000.arrow").read_bytes())).get_batch(0)
+    write_arrow(tmp_path / "index", batch.set_column(0, "id", pa.array([passage["id"] for passage in index])))  # string, not large_string
+    with pytest.raises(ValueError, match="passages-00000.arrow is damaged: found the columns"):
+        PassageIndex.from_pretrained(tmp_path / "index")
+    offsets = pa.py_buffer(np.array([0, 10**12, 3, 4, 5, 6, 7], np.int64))
+    text = pa.Array.from_buffers(pa.large_string(), 6, [None, offsets, pa.py_buffer(b"abcdefg")])
+    write_arrow(tmp_path / "index", batch.set_column(2, "text", text))
+    with pytest.raises(ValueError, match="passages-00000.arrow is damaged"):
+        PassageIndex.from_pretrained(tmp_path / "index", verify=True)
+
+
+@pytest.mark.parametrize("faiss_files", [False, True])
+def test_only_what_the_config_names_is_downloaded(model, tmp_path, monkeypatch, faiss_files):
+    folder = tmp_path / "datasets--me--index" / "snapshots" / "abc"
+    build(model, tmp_path / "index").train_approximate("Flat")
+    shutil.copytree(tmp_path / "index", folder)
+    calls = []
+
+    def download(name, repo_type, revision, allow_patterns):
+        calls.append((revision, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    index = PassageIndex.from_pretrained("me/index", allow_faiss_files=faiss_files, search=None if faiss_files else "exact")
+    names = [name for name in json.loads((folder / NAME).read_text())["files"] if faiss_files or not name.endswith(".faiss")]
+    assert calls == [(None, [NAME]), ("abc", [NAME, *names])] and len(index) == len(PASSAGES)
+    edit(folder, lambda config: config["files"].update({"*": {"size": 1, "sha256": "x"}}))
+    calls.clear()
+    with pytest.raises(ValueError, match="is no file of an index"):
+        PassageIndex.from_pretrained("me/index")
+    assert len(calls) == 1

@@ -1,0 +1,380 @@
+"""Searching an index: shards, candidates, deletions, devices, approximate indexes; adding and deleting."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+import torch
+
+from modeling_cosup import PassageIndex, index_search_cosup, index_searchable_cosup
+from support.indexes import all_scores, check, in_folder, queries, random_index
+from support.models import PASSAGES, make_model
+
+MANY = [{"id": f"m{i}", "title": "", "text": f"{i} radium"} for i in range(300)]
+
+
+# ------------------------------------------------------------------ exact
+
+
+@pytest.mark.parametrize("where", ["memory", "files", "device"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("n", [1, 33, 70])
+def test_exact_search_equals_one_product(tmp_path, monkeypatch, where, dtype, n):
+    monkeypatch.setattr(index_search_cosup, "HALF_ROWS", 32)
+    monkeypatch.setattr(index_search_cosup, "PRODUCT_ROWS", 30)
+    monkeypatch.setattr(index_search_cosup, "DEVICE_SCORES", n * 50)  # several blocks a shard, and shards in several blocks
+    index = random_index(dtype=dtype, normalize=False)
+    if where == "files":
+        index = in_folder(index, tmp_path / "index")
+    if where == "device":
+        assert index.to("cpu") is index
+    for k in (1, 7, 300):
+        found = index.search(queries(n), k)
+        assert found[1].shape == (n, k)
+        check(found, all_scores(index, queries(n)))
+    assert index.search(queries(n), 1000)[1].shape == (n, 300)
+    assert [part.shape for part in index.search(queries(0), 3)] == [(0, 3), (0, 3)]
+
+
+def test_a_device_may_hold_half_precision():
+    index = random_index()
+    index.to("cpu", dtype="bfloat16")
+    scores, rows = index.search(queries(9), 5)
+    right = (queries(9) @ index.embeddings.bfloat16().float().T).topk(5)
+    assert rows.tolist() == right.indices.tolist()
+    assert scores.dtype == np.float32
+    index.to(None)
+    check(index.search(queries(9), 5), all_scores(index, queries(9)))
+
+
+def test_searching_copies_no_embeddings(tmp_path):
+    index = in_folder(random_index(shard_size=300), tmp_path / "index")
+    assert index.embeddings.data_ptr() == index._shards[0].embeddings.data_ptr()
+    blocks = list(index._exact.blocks())
+    assert [block.ctypes.data for _, block in blocks] == [shard.embeddings.data_ptr() for shard in index._shards]
+
+
+@pytest.mark.parametrize("where", ["memory", "files", "device"])
+def test_bad_queries(tmp_path, where):
+    index = random_index()
+    index = in_folder(index, tmp_path / "index") if where == "files" else index.to("cpu" if where == "device" else None)
+    with pytest.raises(ValueError, match="Queries have 8 dimensions, the index has 16"):
+        index.search(queries(2, 8))
+    with pytest.raises(ValueError, match="expected a tensor"):
+        index.search(queries(1)[0])
+    bad = queries(4)
+    bad[1, 3], bad[3, 0] = float("nan"), float("inf")
+    with pytest.raises(ValueError, match=r"NaN or infinite in rows \[1, 3\]"):
+        index.search(bad)
+    with pytest.raises(ValueError, match="k is 0, expected at least 1"):
+        index.search(queries(2), 0)
+
+
+# ------------------------------------------------------------------ candidates
+
+
+@pytest.mark.parametrize("where", ["memory", "files", "device", "approximate"])
+def test_candidates(tmp_path, where):
+    index = random_index()
+    if where == "files":
+        index = in_folder(index, tmp_path / "index")
+    elif where == "device":
+        index.to("cpu")
+    elif where == "approximate":
+        index.train_approximate("HNSW16", efSearch=300)
+    pools = [None, np.array([3, 290, 71, 3, 140]), np.array([], np.int64), np.arange(300)[::-1], [5], None]
+    scores, rows = index.search(queries(6), 4, candidates=pools)
+    right = all_scores(index, queries(6))
+    for i, pool in enumerate(pools):
+        allowed = np.arange(300) if pool is None else np.unique(np.asarray(pool, np.int64))
+        best = allowed[np.argsort(-right[i, allowed].numpy(), kind="stable")][:4]
+        assert rows[i].tolist() == [*best.tolist(), *[-1] * (4 - len(best))]
+        np.testing.assert_allclose(scores[i, : len(best)], right[i, best], rtol=1e-4, atol=1e-5)
+        assert (scores[i, len(best) :] == -np.inf).all()
+
+
+def test_bad_candidates():
+    index = random_index()
+    for pool, message in [([3, 300], r"candidates\[1\] holds \[300\], which are no rows of this index \(0 to 299\)"), ([-1], r"candidates\[1\] holds \[-1\]")]:
+        with pytest.raises(ValueError, match=message):
+            index.search(queries(2), candidates=[None, pool])
+    with pytest.raises(ValueError, match="1 lists of candidates for 2 queries"):
+        index.search(queries(2), candidates=[[1]])
+    with pytest.raises(ValueError, match="does not hold 6 of 7 ids: \\['x0', 'x1', 'x2', 'x3', 'x4'\\]"):
+        index.rows_of(["m1", *(f"x{i}" for i in range(6))])
+    with pytest.raises(ValueError, match="5 is no passage id, expected a string"):
+        index.rows_of([5])
+    assert index.rows_of([]).dtype == np.int64
+
+
+def test_reading_passages(tmp_path):
+    index = in_folder(random_index(), tmp_path / "index")
+    assert [passage["id"] for passage in index.get_passages([299, 0, 70])] == ["m299", "m0", "m70"]
+    assert index.get_passages(np.array([69]))[0] == {"id": "m69", "title": "", "text": "x", "input_ids": [5, 6]} == index[69]
+    assert index.get_passages([]) == []
+    for row in (300, -1):
+        with pytest.raises(IndexError, match=rf"no rows \[{row}\]; it has 0 to 299"):
+            index.get_passages([0, row])
+
+
+# ------------------------------------------------------------------ deleting
+
+
+@pytest.mark.parametrize("where", ["memory", "files", "device", "HNSW16", "IVF8,Flat", "OPQ4_8,IVF4,PQ4x4"])
+def test_deleted_passages_are_never_found(tmp_path, where):
+    index = random_index()
+    index = in_folder(index, tmp_path / "index") if where == "files" else index
+    if where == "device":
+        index.to("cpu")
+    elif where not in ("memory", "files"):
+        index.train_approximate(where, **({"efSearch": 300} if where == "HNSW16" else {"nprobe": 8}))
+    nearest = all_scores(index, queries(5)).topk(40).indices
+    gone = sorted({int(row) for row in nearest.flatten()} | set(range(70, 140)))  # all that is near, and a whole shard
+    index.delete([f"m{row}" for row in gone])
+    alive = torch.ones(300, dtype=torch.bool)
+    alive[gone] = False
+    assert len(index) == int(alive.sum()) and index.num_rows == 300
+    for k in (1, 5, 300):
+        scores, rows = index.search(queries(5), k)
+        assert rows.shape == (5, min(k, len(index))) and not set(rows.flatten()) & set(gone)
+        if "PQ" not in where:
+            check((scores, rows), all_scores(index, queries(5), alive))
+    pool = [*gone[:3], int(alive.nonzero()[0, 0])]
+    assert index.search(queries(1), 3, candidates=[pool])[1].tolist() == [[pool[3], -1, -1]]
+    kept = index[int(alive.nonzero()[0, 0])]["id"]
+    for call in (lambda: index.rows_of([f"m{gone[0]}"]), lambda: index.delete([kept, f"m{gone[0]}"])):
+        with pytest.raises(ValueError, match=f"does not hold 1 of . ids: ..m{gone[0]}"):
+            call()
+    assert len(index) == int(alive.sum())  # the second one deleted nothing
+    with pytest.raises(KeyError):
+        index.row_of(f"m{gone[0]}")
+    with pytest.raises(IndexError, match="were deleted"):
+        index.get_passages([gone[0]])
+    assert [passage["id"] for passage in index] == [f"m{row}" for row in alive.nonzero()[:, 0].tolist()]
+
+
+@pytest.mark.parametrize("where", ["memory", "files"])
+def test_everything_deleted(tmp_path, where):
+    index = random_index(20, shard_size=7)
+    index = in_folder(index, tmp_path / "index") if where == "files" else index
+    index.delete([f"m{i}" for i in range(20)])
+    if where == "files":
+        index = PassageIndex.from_pretrained(tmp_path / "index")
+    assert len(index) == 0 and [part.shape for part in index.search(queries(3), 5)] == [(3, 0), (3, 0)]
+    assert index.search(queries(1), 5, candidates=[[1, 2]])[1].shape == (1, 0) and list(index) == []
+
+
+# ------------------------------------------------------------------ approximate
+
+
+@pytest.mark.parametrize(
+    ("factory", "weak", "strong"),
+    [("HNSW16", {"efSearch": 1}, {"efSearch": 400}), ("IVF16,Flat", {"nprobe": 1}, {"nprobe": 16}), ("IVF8,PQ16x4", {"nprobe": 1}, {"nprobe": 8})],
+)
+def test_approximate_search(tmp_path, factory, weak, strong):
+    index = in_folder(random_index(3000, shard_size=900), tmp_path / "index")
+    low = index.train_approximate(factory, queries=queries(50), **weak)
+    stored = json.loads((tmp_path / "index" / "index_config.json").read_text())["approximate"]
+    assert set(low) == {"recall@1", "recall@10"} and stored["recall@10"] == low["recall@10"] and stored["index_factory"] == factory
+    index.set_search_options(**strong)
+    high = index.measure_recall(queries(50))
+    assert high["recall@10"] > low["recall@10"] and high["recall@10"] > (0.4 if "PQ" in factory else 0.99)
+    right = all_scores(index, queries(50)).topk(10).indices.tolist()
+    by_hand = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(index.search(queries(50), 10)[1].tolist(), right, strict=True)])
+    assert high["recall@10"] == pytest.approx(by_hand)
+    found = index.search(queries(9), 10)
+    with pytest.raises(ValueError, match="no search option 'nope'"):
+        index.set_search_options(nope=3)
+
+    with pytest.raises(ValueError, match="pass allow_faiss_files=True if you trust it, or search='exact'"):
+        PassageIndex.from_pretrained(tmp_path / "index")
+    check(PassageIndex.from_pretrained(tmp_path / "index", search="exact").search(queries(9), 10), all_scores(index, queries(9)))
+    loaded = PassageIndex.from_pretrained(tmp_path / "index", allow_faiss_files=True)
+    loaded.set_search_options(**strong)
+    assert (loaded.search(queries(9), 10)[1] == found[1]).all()
+    loaded.save_pretrained(tmp_path / "copy")
+    again = PassageIndex.from_pretrained(tmp_path / "copy", allow_faiss_files=True, verify=True)
+    again.set_search_options(**strong)
+    assert (again.search(queries(9), 10)[1] == found[1]).all()
+
+
+def test_an_approximate_index_in_memory_is_saved_with_it(tmp_path):
+    index = random_index()
+    index.train_approximate("HNSW16", efSearch=300)
+    assert (in_folder(index, tmp_path / "index", allow_faiss_files=True).search(queries(9), 5)[1] == index.search(queries(9), 5)[1]).all()
+    assert len(list((tmp_path / "index").glob("index-*.faiss"))) == 1
+
+
+def test_the_training_sample_is_of_all_shards_and_of_the_seed(monkeypatch):
+    samples, make = [], index_search_cosup.make_approximate
+    monkeypatch.setattr(index_searchable_cosup, "make_approximate", lambda factory, exact, rows: samples.append(rows) or make(factory, exact, rows))
+    index = random_index()
+    for seed in (0, 0, 1):
+        index.train_approximate("IVF2,Flat", train_size=100, seed=seed)
+    assert len(set(samples[0])) == 100 and set(samples[0] // 70) == {0, 1, 2, 3, 4}
+    assert (samples[0] == samples[1]).all() and (samples[0] != samples[2]).any()
+
+
+@pytest.mark.parametrize(
+    ("factory", "options", "message"),
+    [
+        ("Graph", {}, "index_factory 'Graph' of 16 dimensions and 300 training embeddings: FAISS says"),
+        ("IVF1024,Flat", {}, "index_factory 'IVF1024,Flat' of 16 dimensions and 300 training embeddings: FAISS says .*1024"),
+        ("IVF4,PQ5", {}, "index_factory 'IVF4,PQ5'"),
+        ("IVF4,Flat", {"efSearch": 3}, "IndexIVFFlat has no search option 'efSearch'"),
+        ("IVF4,Flat", {"train_size": 0}, "train_size is 0"),
+    ],
+)
+def test_bad_factories_leave_the_index_as_it_was(tmp_path, factory, options, message):
+    index = in_folder(random_index(), tmp_path / "index")
+    files = sorted(os.listdir(tmp_path / "index"))
+    with pytest.raises(ValueError, match=message):
+        index.train_approximate(factory, **options)
+    check(index.search(queries(3), 4), all_scores(index, queries(3)))
+    assert sorted(os.listdir(tmp_path / "index")) == files
+    with pytest.raises(ValueError, match="call train_approximate first"):
+        index.set_search_options(nprobe=3)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "missing", "another"])
+def test_a_damaged_faiss_file(tmp_path, damage):
+    index = in_folder(random_index(), tmp_path / "index")
+    index.train_approximate("IVF4,Flat")
+    (path,) = (tmp_path / "index").glob("*.faiss")
+    content = bytearray(path.read_bytes())
+    if damage == "truncated":
+        path.write_bytes(content[:-9])
+    elif damage == "altered":
+        content[-9] ^= 1
+        path.write_bytes(content)
+    elif damage == "missing":
+        path.unlink()
+    else:
+        other = faiss.IndexFlatIP(16)
+        faiss.write_index(other, str(path))
+        config = json.loads((tmp_path / "index" / "index_config.json").read_text())
+        from modeling_cosup.index_files_cosup import seal
+
+        config["files"][path.name] = seal(path)
+        (tmp_path / "index" / "index_config.json").write_text(json.dumps(config))
+    message = {"missing": f"{path.name} is missing", "another": "holds 0 embeddings of 16 dimensions, expected 300 of 16"}.get(damage, "is damaged")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        PassageIndex.from_pretrained(tmp_path / "index", allow_faiss_files=True)
+    exact = PassageIndex.from_pretrained(tmp_path / "index", search="exact")
+    exact.save_pretrained(tmp_path / "copy")
+    if damage == "missing":
+        check(PassageIndex.from_pretrained(tmp_path / "copy").search(queries(3)), all_scores(index, queries(3)))
+
+
+# ------------------------------------------------------------------ adding
+
+
+@pytest.mark.parametrize("where", ["memory", "files"])
+@pytest.mark.parametrize("approximate", [None, "HNSW16", "IVF4,Flat"])
+def test_after_adding_and_deleting_it_is_a_fresh_index(model, tmp_path, where, approximate):
+    index = PassageIndex.build(MANY[:200], model, save_directory=tmp_path / "index" if where == "files" else None, show_progress_bar=False, shard_size=90)
+    if approximate:
+        index.train_approximate(approximate, **({"efSearch": 400} if "HNSW" in approximate else {"nprobe": 4}))
+    index.delete([f"m{i}" for i in range(0, 200, 3)])
+    index.add((passage for passage in MANY[200:]), model, show_progress_bar=False, shard_size=60)
+    index.add([MANY[3], MANY[0]], model, show_progress_bar=False)  # deleted before: new rows
+    assert index.rows_of(["m3", "m0", "m1"]).tolist() == [300, 301, 1] and len(index) == 300 - 67 + 2
+    loaded = PassageIndex.from_pretrained(tmp_path / "index", allow_faiss_files=True) if where == "files" else index
+    fresh = PassageIndex.build(list(index), model, show_progress_bar=False)
+    assert list(loaded) == list(index) == list(fresh)
+    query_embeds = queries(20, 32)
+    scores, rows = fresh.search(query_embeds, 10)
+    for searched in (index, loaded):
+        found = searched.search(query_embeds, 10)
+        assert [p["id"] for p in searched.get_passages(found[1].flatten())] == [p["id"] for p in fresh.get_passages(rows.flatten())]
+        np.testing.assert_allclose(found[0], scores, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["memory", "files"])
+def test_what_cannot_be_added_changes_nothing(model, tmp_path, where):
+    index = PassageIndex.build(PASSAGES, model, save_directory=tmp_path / "index" if where == "files" else None, show_progress_bar=False)
+    files = sorted(os.listdir(tmp_path / "index")) if where == "files" else None
+    new = {"id": "new", "text": "word"}
+    for passages, message in [
+        ([new, PASSAGES[2]], "Corpus row 1: id 'p2' is already in the index"),
+        (iter([new, {"id": "newer", "text": "word"}, PASSAGES[2]]), "Corpus row 2: id 'p2' is already in the index"),
+        ([new, {"id": "x", "text": ""}], "Corpus row 1: text is ''"),
+        ([new, new], "Corpus row 1: id 'new' already stands"),
+        ([], "holds no passage"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            index.add(passages, model, show_progress_bar=False, shard_size=1)
+    with pytest.raises(ValueError, match="built by another model"):
+        index.add([new], make_model(emb_seq_kwargs={"seed": 9}))
+    with pytest.raises(ValueError, match=r"does not hold 1 of 2 ids: \['nope'\]"):
+        index.delete(["p0", "nope"])
+    assert len(index) == 6 and (files is None or sorted(os.listdir(tmp_path / "index")) == files)
+    if where == "files":
+        index.train_approximate("HNSW8")
+        with pytest.raises(ValueError, match="was not loaded and could not be extended"):
+            PassageIndex.from_pretrained(tmp_path / "index", search="exact").add([new], model)
+
+
+def test_two_writers_do_not_undo_each_other(tmp_path):
+    first = in_folder(random_index(), tmp_path / "index")
+    second = PassageIndex.from_pretrained(tmp_path / "index")
+    first.delete(["m1"])
+    with pytest.raises(ValueError, match="was changed by another process: load the index again"):
+        second.delete(["m2"])
+    assert len(second) == 300 and len(PassageIndex.from_pretrained(tmp_path / "index")) == 299
+
+
+KILL = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[2])
+from support.models import make_model
+from modeling_cosup import PassageIndex, index_store_cosup
+
+def kill_at(step, module, name, calls):
+    real = getattr(module, name)
+    def wrapped(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+    setattr(module, name, wrapped)
+
+for step in range(1, 20):
+    if (child := os.fork()) == 0:
+        index, calls = PassageIndex.from_pretrained(sys.argv[1] + f"/{step}", allow_faiss_files=True), []
+        for module, name in ((index_store_cosup, "seal"), (index_store_cosup, "write_json"), (index_store_cosup, "sweep"), (os, "replace")):
+            kill_at(step, module, name, calls)
+        index.add([{"id": "new", "text": "word"}], make_model(), show_progress_bar=False)
+        index.delete(["p0"])
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_a_kill_at_any_step_leaves_the_old_state_or_the_new(model, tmp_path):
+    """add, then delete: killed before each file is sealed, before each config is written and renamed, and before old files go."""
+    PassageIndex.build(PASSAGES, model, save_directory=tmp_path / "index", show_progress_bar=False).train_approximate("HNSW8")
+    for step in range(1, 20):
+        shutil.copytree(tmp_path / "index", tmp_path / str(step))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-c", KILL, tmp_path, Path(__file__).parents[1]]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    codes = [int(line) for line in result.stdout.split()]
+    assert set(codes) == {-signal.SIGKILL, 0} and codes == sorted(codes) and len(codes) == 19, result.stderr[-2000:]
+    states = []
+    for step in range(1, 20):
+        index = PassageIndex.from_pretrained(tmp_path / str(step), allow_faiss_files=True, verify=True)
+        ids = {passage["id"] for passage in index}
+        assert {passage["id"] for passage in index.get_passages(index.search(queries(1, 32), 10)[1][0])} == ids
+        states.append(("new" in ids, "p0" in ids))
+        if not states[-1][0]:  # what was interrupted can be done again
+            index.add([{"id": "new", "text": "word"}], model, show_progress_bar=False)
+            assert len(PassageIndex.from_pretrained(tmp_path / str(step), allow_faiss_files=True)) == 7
+    assert [state for i, state in enumerate(states) if state not in states[:i]] == [(False, True), (True, True), (True, False)]

@@ -1,0 +1,462 @@
+"""What is Milvus' own: uploads that are cut off, a server that goes away, values and limits of its fields, one process a file."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from modeling_cosup import RetrievalError, milvus_client_cosup, milvus_cosup, milvus_upload_cosup
+from modeling_cosup.milvus_client_cosup import MilvusConnection
+from modeling_cosup.milvus_cosup import MilvusPassageIndex
+from support.generation import left_pad
+from support.milvus_server import MilvusServer, milvus_server  # noqa: F401
+from support.models import PASSAGES, make_model
+
+pymilvus = pytest.importorskip("pymilvus", reason="pymilvus is not installed")
+pytest.importorskip("milvus_lite", reason="milvus-lite is not installed")
+
+ROOT = Path(__file__).parents[2]
+MANY = [{"id": f"id {i}", "title": "", "text": f"{i} in {i * i}"} for i in range(4096 + 1500)]
+
+
+@pytest.fixture(scope="module")
+def the_model():
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def index(the_model):
+    """Of the six `PASSAGES`; only to be read."""
+    return the_model.build_index(PASSAGES, show_progress_bar=False)
+
+
+@pytest.fixture(scope="module")
+def large(the_model, tmp_path_factory):
+    """Of more passages than one request holds, and the folder it is saved in."""
+    folder = tmp_path_factory.mktemp("large") / "index"
+    return the_model.build_index(MANY, save_directory=folder, shard_size=2500, show_progress_bar=False), folder
+
+
+def upload(index, server, name, **kwargs):
+    return MilvusPassageIndex.from_index(index, server.uri, name, show_progress_bar=False, **kwargs)
+
+
+def queries(n=5):
+    return torch.randn(n, 32, generator=torch.Generator().manual_seed(0))
+
+
+def check_equal(retriever, index, k=5):
+    assert len(retriever) == len(index)
+    scores, found = retriever.search(queries(), k)
+    np.testing.assert_allclose(scores, index.search(queries(), k)[0], rtol=1e-5, atol=1e-5)  # rows of equal scores may change places
+    np.testing.assert_allclose(scores, (queries()[:, None] @ index.embeddings[found].mT)[:, 0], rtol=1e-5, atol=1e-5)
+    rows = range(0, len(index), max(1, len(index) // 50))
+    assert retriever.get_passages(rows) == index.get_passages(rows)
+
+
+def count_calls(monkeypatch, then=None):
+    """Notes the methods that are called; `then(method, how often it was called)` runs before each of them."""
+    calls, call = [], MilvusConnection.call
+
+    def counted(self, method, *args, **kwargs):
+        calls.append(method)
+        if then is not None:
+            then(method, calls.count(method))
+        return call(self, method, *args, **kwargs)
+
+    monkeypatch.setattr(MilvusConnection, "call", counted)
+    return calls
+
+
+# ------------------------------------------------------------------ uploads that are cut off
+
+
+KILLED = [  # where the upload goes, at which of six batches or behind which request it is killed, and how many batches the next one sends
+    ("server", 1, "before", 6),
+    ("server", 6, "before", 5),  # 5,000 passages have arrived, of which a request may have brought 4,096
+    ("server", 6, "after", 5),
+    ("file", 6, "after", 5),
+    ("file", 0, "create_collection", 6),
+    ("file", 0, "flush", 5),
+]
+
+
+@pytest.fixture(scope="module")
+def killed(large, milvus_server, tmp_path_factory):  # noqa: F811
+    """`(uri, collection)` of an upload of `large` that was killed, for each case."""
+    file = tmp_path_factory.mktemp("killed") / "passages.db"
+    targets = [(milvus_server.uri if where == "server" else str(file), f"killed{i}") for i, (where, *_) in enumerate(KILLED)]
+    words = [word for target, (_, batch, moment, _) in zip(targets, KILLED, strict=True) for word in (*target, str(batch), moment)]
+    command = [sys.executable, str(ROOT / "tests" / "support" / "upload_and_kill.py"), str(large[1]), *words]
+    process = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return targets
+
+
+@pytest.mark.parametrize("case", range(len(KILLED)), ids=["-".join(map(str, case[:3])) for case in KILLED])
+def test_an_upload_that_is_killed_goes_on(large, killed, monkeypatch, case):
+    uri, name = killed[case]
+    with pytest.raises(ValueError, match="the upload has not ended; call MilvusPassageIndex.from_index with the same index"):
+        MilvusPassageIndex(uri, name)
+    calls = count_calls(monkeypatch)
+    retriever = MilvusPassageIndex.from_index(large[0], uri, name, show_progress_bar=False)
+    assert "drop_collection" not in calls and calls.count("upsert") == KILLED[case][3]
+    check_equal(retriever, large[0])
+    retriever.close()
+    check_equal(MilvusPassageIndex(uri, name), large[0])
+
+
+def test_an_upload_of_another_index_does_not_go_on(large, index, the_model, milvus_server):  # noqa: F811
+    upload(index, milvus_server, "other").close()
+    connection = MilvusConnection(milvus_server.uri, "other")
+    milvus_upload_cosup.set_properties(connection, complete="false")
+    changed = the_model.build_index([{**PASSAGES[0], "text": "Changed."}, *PASSAGES[1:]], show_progress_bar=False)
+    for another, options in ((changed, {}), (large[0], {}), (index, {"index_type": "HNSW"})):
+        with pytest.raises(FileExistsError, match="'other' exists already and is not an unfinished upload of this index"):
+            upload(another, milvus_server, "other", **options)
+    check_equal(upload(index, milvus_server, "other"), index)
+
+
+def test_an_upload_goes_on_behind_a_half_written_index_file(index, tmp_path):
+    uri = tmp_path / "passages.db"
+    retriever = MilvusPassageIndex.from_index(index, uri, "passages", show_progress_bar=False)
+    milvus_upload_cosup.set_properties(retriever._milvus, complete="false")
+    retriever.close()
+    files = [*uri.rglob("*.idx"), *uri.rglob("*.sidx")]
+    assert len(files) == 2
+    for file in files:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    check_equal(MilvusPassageIndex.from_index(index, uri, "passages", show_progress_bar=False), index)
+
+
+def test_an_upload_survives_a_restart_of_the_server(large, tmp_path, monkeypatch):
+    server = MilvusServer(tmp_path / "server").start()
+
+    def restart(method, count):
+        if (method, count) == ("upsert", 3):
+            server.kill()
+            threading.Timer(0.7, server.start).start()
+
+    try:
+        calls = count_calls(monkeypatch, restart)
+        check_equal(upload(large[0], server, "restarted"), large[0])
+        assert calls.count("upsert") == 6
+    finally:
+        server.kill()
+
+
+def test_an_upload_that_lost_passages_is_not_taken_for_whole(index, milvus_server, monkeypatch):  # noqa: F811
+    upsert = MilvusConnection.call
+
+    def lose(self, method, *args, data=(), **kwargs):
+        return upsert(self, method, *args, **({"data": data[1:]} if method == "upsert" else {}), **kwargs)
+
+    monkeypatch.setattr(MilvusConnection, "call", lose)
+    with pytest.raises(RuntimeError, match="there are 5 passages after the upload, expected 6"):
+        upload(index, milvus_server, "lost")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="the upload has not ended"):
+        MilvusPassageIndex(milvus_server.uri, "lost")
+    check_equal(upload(index, milvus_server, "lost"), index)
+
+
+def test_another_collection_is_overwritten_only_on_request(index, the_model, milvus_server):  # noqa: F811
+    smaller = the_model.build_index(PASSAGES[:2], show_progress_bar=False)
+    upload(index, milvus_server, "taken")
+    for again in (smaller, index):
+        with pytest.raises(FileExistsError, match="'taken' exists already"):
+            upload(again, milvus_server, "taken")
+    check_equal(MilvusPassageIndex(milvus_server.uri, "taken"), index)
+    check_equal(upload(smaller, milvus_server, "taken", overwrite=True), smaller, k=2)
+
+
+def test_deleted_passages_are_not_uploaded_and_rows_keep_their_numbers(the_model, milvus_server):  # noqa: F811
+    index = the_model.build_index(PASSAGES, shard_size=2, show_progress_bar=False)
+    index.delete(["p1", "p5"])
+    retriever = upload(index, milvus_server, "with_gaps")
+    assert len(retriever) == 4 and retriever.rows_of(["p0", "p2", "p3", "p4"]).tolist() == [0, 2, 3, 4]
+    for part, expected in zip(retriever.search(queries(), 9, [[0, 1, 5]] + [None] * 4), index.search(queries(), 9, [[0, 1, 5]] + [None] * 4), strict=True):
+        np.testing.assert_allclose(part, expected, rtol=1e-5, atol=1e-5)
+    retriever.add([PASSAGES[5]], the_model)
+    assert retriever.rows_of(["p5"]).tolist() == [6]
+
+
+# ------------------------------------------------------------------ a server that goes away
+
+
+@pytest.fixture
+def server(tmp_path):
+    server = MilvusServer(tmp_path / "server").start()
+    yield server
+    server.kill()
+
+
+def test_searches_go_on_when_the_server_comes_back(index, server):
+    retriever = upload(index, server, "passages")
+    for i in range(6):
+        if i == 3:
+            server.kill()
+            timer = threading.Timer(0.7, server.start)
+            timer.start()
+        check_equal(retriever, index)
+    timer.join()
+
+
+def test_a_server_that_stays_away_is_a_clear_error(index, the_model, server):
+    retriever = upload(index, server, "passages", max_retries=1)
+    inputs = left_pad([[5, 6, the_model.config.nsp_token_id]], the_model.tokenizer.pad_token_id)
+    assert the_model.generate(**inputs, retriever=retriever, max_new_tokens=2).shape[1] > 5
+    server.kill()
+    expected = f"Milvus at {server.uri}, collection 'passages': no answer to 2 attempts while (.|\n)*Check that the server runs"
+    for call in (
+        lambda: retriever.search(queries()),
+        lambda: retriever.search(queries(1), candidates=[[0]]),
+        lambda: retriever.get_passages([0]),
+        lambda: retriever.rows_of(["p0"]),
+        lambda: retriever.delete(["p0"]),
+        lambda: MilvusPassageIndex(server.uri, "passages", max_retries=1),
+    ):
+        with pytest.raises(ConnectionError, match=expected):
+            call()
+    with pytest.raises(RetrievalError, match=expected):
+        the_model.generate(**inputs, retriever=retriever, max_new_tokens=2)
+    server.start()
+    check_equal(retriever, index)
+
+
+def test_a_server_that_goes_away_in_mid_generation(index, the_model, server, tmp_path):
+    """Finished answers are kept; when the server is back, the same call goes on."""
+    retriever = upload(index, server, "passages", max_retries=1)
+    prompts = [[5 + i, 6, 7 + i % 3, the_model.config.nsp_token_id] for i in range(9)]
+    options = {"retriever": retriever, "max_new_tokens": 4, "batch_size": 2, "show_progress_bar": False}
+    expected = the_model.generate_many(prompts, **options)
+    search, searches = retriever.search, []
+
+    def search_until_the_fourth(*args, **kwargs):
+        searches.append(1)
+        if len(searches) == 4:
+            server.kill()
+        return search(*args, **kwargs)
+
+    retriever.search = search_until_the_fourth
+    with pytest.raises(RetrievalError, match="after [1-8] finished rows: Milvus at") as error:
+        the_model.generate_many(prompts, output_file=tmp_path / "answers.jsonl", **options)
+    kept = (tmp_path / "answers.jsonl").read_text().splitlines()
+    assert len(kept) == len(error.value.finished) > 0 and isinstance(error.value.__cause__, ConnectionError)
+    server.start()
+    found = the_model.generate_many(prompts, output_file=tmp_path / "answers.jsonl", **options)
+    assert [done.token_ids for done in found] == [done.token_ids for done in expected]
+    assert (tmp_path / "answers.jsonl").read_text().splitlines()[: len(kept)] == kept
+
+
+def test_load_index_opens_a_collection(index, the_model, server):
+    upload(index, server, "passages")
+    check_equal(the_model.load_index("passages", uri=server.uri), index)
+    with pytest.raises(ValueError, match="  emb_seq: "):
+        make_model(emb_seq_kwargs={"seed": 9}).load_index("passages", uri=server.uri)
+
+
+def test_a_server_that_hangs_is_not_waited_for(index, server):
+    retriever = upload(index, server, "passages", max_retries=0, timeout=2.0)
+    server.process.send_signal(signal.SIGSTOP)
+    os.waitpid(server.process.pid, os.WUNTRACED)  # a busy machine delivers the signal late: the server would still answer
+    with pytest.raises(ConnectionError, match="no answer to 1 attempts while searching"):
+        retriever.search(queries())
+    server.process.send_signal(signal.SIGCONT)
+    check_equal(retriever, index)
+
+
+def test_an_add_that_is_cut_off_leaves_nothing(index, the_model, server, monkeypatch, caplog):
+    new = [{"id": f"new{i}", "title": "", "text": f"radium {i}"} for i in range(3)]
+    retriever = upload(index, server, "passages", max_retries=0)
+    monkeypatch.setattr(milvus_upload_cosup, "MAX_REQUEST_ROWS", 1)
+    count_calls(monkeypatch, lambda method, count: server.kill() if (method, count) == ("upsert", 2) else None)
+    with pytest.raises(ConnectionError, match="while writing passages"):
+        retriever.add(new, the_model)
+    monkeypatch.undo()
+    server.start()
+
+    retriever = MilvusPassageIndex(server.uri, "passages")
+    assert len(retriever) == len(PASSAGES) + 1 and retriever.rows_of(["new0"]).tolist() == [6]
+    retriever.add(new, the_model)  # new0 is no id twice: what was left is removed first
+    assert len(retriever) == len(PASSAGES) + 3 and retriever.rows_of(["new0", "new2"]).tolist() == [9, 11]
+    with pytest.raises(IndexError, match="6"):
+        retriever.get_passages([6])
+
+
+# ------------------------------------------------------------------ what is opened
+
+
+def test_a_collection_that_is_not_there(index, milvus_server):  # noqa: F811
+    upload(index, milvus_server, "there")
+    with pytest.raises(ValueError, match="collection 'missing': there is no such collection, only .*'there'"):
+        MilvusPassageIndex(milvus_server.uri, "missing")
+
+
+def test_a_collection_that_is_no_index(milvus_server):  # noqa: F811
+    pymilvus.MilvusClient(milvus_server.uri).create_collection("foreign", dimension=4)
+    with pytest.raises(ValueError, match="'foreign': has format_version None, this release reads 1; None: it is no passage index"):
+        MilvusPassageIndex(milvus_server.uri, "foreign")
+
+
+def test_another_format_version(index, milvus_server):  # noqa: F811
+    upload(index, milvus_server, "future")
+    milvus_upload_cosup.set_properties(MilvusConnection(milvus_server.uri, "future"), format_version="7")
+    with pytest.raises(ValueError, match="has format_version 7, this release reads 1"):
+        MilvusPassageIndex(milvus_server.uri, "future")
+
+
+def test_an_alias_opens_like_a_name(index, milvus_server):  # noqa: F811
+    upload(index, milvus_server, "version1")
+    pymilvus.MilvusClient(milvus_server.uri).create_alias("version1", "current")
+    check_equal(MilvusPassageIndex(milvus_server.uri, "current"), index)
+
+
+@pytest.mark.parametrize("uri", ["passages", "passages.sqlite", ""])
+def test_neither_server_nor_file(index, uri):
+    with pytest.raises(ValueError, match="expected a server .* or a local file that ends in .db"):
+        MilvusPassageIndex(uri, "passages")
+    with pytest.raises(ValueError, match="expected a server"):
+        MilvusPassageIndex.from_index(index, uri, "passages")
+
+
+def test_a_file_that_is_not_there_is_not_made_by_opening_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match="missing.db"):
+        MilvusPassageIndex(tmp_path / "missing.db", "passages")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_serves_one_process_at_a_time(index, tmp_path):
+    uri = tmp_path / "deep" / "passages.db"
+    first = MilvusPassageIndex.from_index(index, uri, "passages", show_progress_bar=False)
+    second = MilvusPassageIndex(uri, "passages")
+    code = """
+import sys
+from modeling_cosup.milvus_cosup import MilvusPassageIndex
+for uri in map(str.strip, sys.stdin):
+    try:
+        index = MilvusPassageIndex(uri, "passages")
+        print(len(index), flush=True)
+        index.close()
+    except OSError as error:
+        print(error, flush=True)
+"""
+    command, env = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as other:
+
+        def elsewhere():
+            print(uri, file=other.stdin, flush=True)
+            return other.stdout.readline()
+
+        first.close()
+        check_equal(second, index)  # closing one leaves the other open
+        assert "Milvus cannot open" in (answer := elsewhere()) and "A local file serves one process at a time" in answer
+        second.close()
+        assert elsewhere() == "6\n"
+        other.stdin.close()
+
+
+def test_what_another_process_adds_is_found(index, the_model, milvus_server):  # noqa: F811
+    writer, reader = upload(index, milvus_server, "shared"), MilvusPassageIndex(milvus_server.uri, "shared")
+    writer.add([{"id": "new", "title": "", "text": "radium"}], the_model)
+    assert reader.rows_of(["new"]).tolist() == [6] and reader[6]["text"] == "radium"
+    assert reader.search(queries(1), candidates=[[6]])[1].tolist() == [[6]]
+    with pytest.raises(ValueError, match=r"candidates\[0\] holds \[7\], which are no rows of this index \(0 to 6\)"):
+        reader.search(queries(1), candidates=[[6, 7]])
+
+
+# ------------------------------------------------------------------ limits
+
+
+def test_long_texts_are_kept_whole_or_refused(the_model, milvus_server):  # noqa: F811
+    longest = "é" * 32_767 + "x"  # 65,535 bytes
+    whole = the_model.build_index([{"id": "long", "title": longest, "text": longest}], show_progress_bar=False)
+    assert upload(whole, milvus_server, "long")[0] == whole[0]
+    for field in ("title", "text", "id"):
+        passage = {"id": "too long", "title": "", "text": "x", **{field: longest + "x"}}
+        index = the_model.build_index([*PASSAGES, passage], show_progress_bar=False)
+        with pytest.raises(ValueError, match=f"'{field}' has 65536 bytes, Milvus holds at most 65535"):
+            upload(index, milvus_server, "too_long")
+    assert not MilvusConnection(milvus_server.uri, "too_long").call("has_collection", "looking")
+
+
+def test_too_many_token_ids_are_refused(milvus_server):  # noqa: F811
+    model = make_model(max_passage_length=5000, emb_seq_kwargs={"max_position_embeddings": 6000})
+    long = {"id": "long", "title": "", "text": "x " * 2048 + "x"}
+    index = model.build_index([*PASSAGES, long], show_progress_bar=False)
+    with pytest.raises(ValueError, match="Passage 'long' has 4097 token ids, Milvus holds at most 4096"):
+        upload(index, milvus_server, "too_many")
+
+
+def test_more_results_than_a_server_returns(large, milvus_server, monkeypatch):  # noqa: F811
+    retriever = upload(large[0], milvus_server, "results")
+    monkeypatch.setattr(milvus_cosup, "MAX_RESULTS", 1000)
+    check_equal(retriever, large[0], k=1000)
+    with pytest.raises(ValueError, match="k is 1001, but a Milvus server returns at most 1000 passages a query"):
+        retriever.search(queries(), k=1001)
+    assert retriever.search(queries(1), k=2000, candidates=[np.arange(1500)])[1][0, 1498:1501].tolist().count(-1) == 1
+
+
+def test_a_large_pool_is_one_request_where_that_is_exact(large, milvus_server, monkeypatch):  # noqa: F811
+    retriever = upload(large[0], milvus_server, "pools")
+    approximate = upload(large[0], milvus_server, "approximate_pools", index_type="HNSW", index_params={"M": 4, "efConstruction": 8}, search_params={"ef": 8})
+    calls = count_calls(monkeypatch)
+    for size, expected in ((512, ["query"]), (513, ["search"])):
+        pool = np.arange(0, 5 * size, 5)
+        products = (queries(1) @ large[0].embeddings[pool].T)[0].sort(descending=True).values[:7]
+        np.testing.assert_allclose(retriever.search(queries(1), 7, [pool])[0][0], products, rtol=1e-5, atol=1e-5)
+        assert calls == expected
+        calls.clear()
+        np.testing.assert_allclose(approximate.search(queries(1), 7, [pool])[0][0], products, rtol=1e-5, atol=1e-5)
+        assert calls == ["query"]
+        calls.clear()
+
+
+def test_large_requests_are_sent_in_parts(large, milvus_server, monkeypatch):  # noqa: F811
+    index = large[0]
+    query_embeds = torch.randn(20, 32, generator=torch.Generator().manual_seed(1))
+    pools = [None if i % 4 == 0 else np.arange(i, 300, i) for i in range(20)]
+    expected = index.search(query_embeds, 3, candidates=pools)
+    retriever = upload(index, milvus_server, "parts")
+    for module in (milvus_client_cosup, milvus_cosup):
+        monkeypatch.setattr(module, "MAX_REQUEST_BYTES", 4 * 32 * 2)
+    calls = count_calls(monkeypatch)
+    for part, other in zip(retriever.search(query_embeds, 3, candidates=pools), expected, strict=True):
+        np.testing.assert_allclose(part, other, rtol=1e-5, atol=1e-5)
+    assert calls.count("search") == 3 and calls.count("query") > 100  # five open queries, two a request
+    ids = [f"id {i}" for i in range(100)]
+    assert retriever.rows_of(ids).tolist() == list(range(100)) and calls.count("query") > 105
+
+
+def test_all_passages_of_a_batch_come_in_one_request(index, milvus_server, monkeypatch):  # noqa: F811
+    retriever = upload(index, milvus_server, "one_request")
+    calls = count_calls(monkeypatch)
+    retriever.get_passages([0, 3, 5, 3])
+    assert calls == ["query"]
+    retriever.search(queries(4), candidates=[[0, 1], [1, 2], [5], [3]])
+    assert calls == ["query", "query"]
+
+
+# ------------------------------------------------------------------ packages
+
+
+def test_pymilvus_is_imported_when_it_is_needed_and_its_absence_says_what_to_install():
+    code = """
+import sys
+from modeling_cosup.milvus_cosup import MilvusPassageIndex
+print("pymilvus" in sys.modules, "grpc" in sys.modules)
+sys.modules["pymilvus"] = None
+for make in (lambda: MilvusPassageIndex("http://localhost:19530", "x"), lambda: MilvusPassageIndex.from_index(None, "x.db", "x")):
+    try:
+        make()
+    except ImportError as error:
+        print(error)
+"""
+    out = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
+    assert out.stdout == "False False\n" + 'An index in Milvus needs pymilvus: pip install "cosup[milvus]".\n' * 2, out.stderr[-2000:]

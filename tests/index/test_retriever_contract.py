@@ -1,0 +1,357 @@
+"""What generate() and its users may ask of a retriever, over every back end: in memory, from disk, approximate, in Milvus."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import LogitsProcessorList
+
+from modeling_cosup import PassageIndex, milvus_cosup
+from modeling_cosup.milvus_cosup import MilvusPassageIndex
+from modeling_cosup.tokenization_cosup import encode_passages_for_gen, encode_prompt
+from support.generation import Steer, left_pad
+from support.milvus_server import milvus_server  # noqa: F401
+from support.models import PASSAGES, make_model
+
+EXACT = ["memory", "disk", "torch-cpu", "milvus-file", "milvus-server"]
+TOLERANCES = {"float16": 5e-3}  # of scores; others: 1e-5
+APPROXIMATE = ["faiss-hnsw", "milvus-hnsw"]
+ALL = [*EXACT, *TOLERANCES, *APPROXIMATE]
+
+ODD = ['"quoted" and \'quoted\'', "back\\slash \\n \\", "new\nline\r\n\ttab", "emoji 😀 ünï 東京", "{a} % $meta", "bell \x07 end", "NULL", " spaces "]
+CORPUS = [{"id": f"{i}", "title": f"Title {i % 7}" if i % 3 else "", "text": f"{i} {'radium ' * (i % 5)}in {i * i}"} for i in range(40)]
+CORPUS += [{"id": text, "title": text, "text": f"{text} {i}"} for i, text in enumerate(ODD)]
+names = (f"index{i}" for i in itertools.count())
+
+
+def make(name, model, passages, folder, request):
+    """A retriever over `passages`, and how to open it again where it outlives this process."""
+    if name.startswith("milvus"):
+        uri, collection = request.getfixturevalue("milvus_server").uri, next(names)
+        if name == "milvus-file":
+            uri = str(folder / "passages.db")
+        options = {"index_type": "HNSW", "index_params": {"M": 8, "efConstruction": 32}} if name == "milvus-hnsw" else {}
+        index = model.build_index(passages, show_progress_bar=False)
+        retriever = MilvusPassageIndex.from_index(index, uri, collection, show_progress_bar=False, **options)
+        return retriever, lambda: MilvusPassageIndex(uri, collection)
+    if name in ("disk", "faiss-hnsw"):
+        index = model.build_index(passages, save_directory=folder / "index", shard_size=4, show_progress_bar=False)
+        if name == "faiss-hnsw":
+            index.train_approximate("HNSW16")
+        return index, lambda: PassageIndex.from_pretrained(folder / "index", allow_faiss_files=True)
+    index = model.build_index(passages, show_progress_bar=False, dtype="float16" if name == "float16" else "float32")
+    return index.to("cpu") if name == "torch-cpu" else index, None
+
+
+@pytest.fixture(scope="module")
+def the_model():
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def embeddings(the_model):
+    """Embeddings of `CORPUS` without any index, `(M, h)`."""
+    return the_model.build_index(CORPUS, show_progress_bar=False).embeddings.clone()
+
+
+@pytest.fixture(scope="module", params=ALL)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def retriever(name, request, the_model, tmp_path_factory):
+    """Over `CORPUS`, row by row; only to be read."""
+    return make(name, the_model, CORPUS, tmp_path_factory.mktemp("retriever"), request)[0]
+
+
+@pytest.fixture
+def changeable(name, request, the_model, tmp_path):
+    """Over the six `PASSAGES`, and how to open it again."""
+    return make(name, the_model, PASSAGES, tmp_path, request)
+
+
+def queries(n=9, seed=0):
+    return torch.randn(n, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def check_results(scores, rows, query_embeds, embeddings, k, name, pools=None):
+    """Compare with the plain product; rows of equal scores may stand in any order."""
+    assert scores.shape == rows.shape == (len(query_embeds), k) and scores.dtype == np.float32 and rows.dtype == np.int64
+    tolerance = {"rtol": TOLERANCES.get(name, 1e-5), "atol": TOLERANCES.get(name, 1e-5)}
+    products = (query_embeds.float() @ embeddings.T).numpy()
+    for i, (row_scores, row_rows) in enumerate(zip(scores, rows, strict=True)):
+        pool = range(len(embeddings)) if pools is None or pools[i] is None else sorted({int(row) for row in pools[i]})
+        expected = np.sort(products[i, list(pool)])[::-1][:k]
+        found = min(k, len(pool))
+        if name in APPROXIMATE and (pools is None or pools[i] is None):
+            found = np.count_nonzero(row_rows >= 0)  # at least some
+            assert found >= min(k, 10)
+        assert (row_rows[found:] == -1).all() and (row_scores[found:] == -np.inf).all()
+        row_scores, row_rows = row_scores[:found], row_rows[:found]
+        assert set(row_rows.tolist()) <= set(pool) and len(set(row_rows.tolist())) == found
+        assert (row_scores[:-1] >= row_scores[1:]).all()
+        np.testing.assert_allclose(row_scores, products[i, row_rows], **tolerance)
+        if name not in APPROXIMATE:
+            np.testing.assert_allclose(row_scores, expected, **tolerance)
+
+
+# ------------------------------------------------------------------ search
+
+
+@pytest.mark.parametrize("k", [1, 5, len(CORPUS)])
+def test_search_equals_topk_of_the_product(name, retriever, embeddings, k):
+    check_results(*retriever.search(queries(), k=k), queries(), embeddings, k, name)
+
+
+def test_more_than_there_are(name, retriever, embeddings):
+    assert len(retriever) == len(CORPUS)
+    check_results(*retriever.search(queries(3), k=10_000), queries(3), embeddings, len(CORPUS), name)
+
+
+def test_one_passage_is_the_default(retriever):
+    assert [part.shape for part in retriever.search(queries())] == [(9, 1), (9, 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_any_float_dtype(name, retriever, embeddings, dtype):
+    query_embeds = queries().to(dtype).requires_grad_()
+    check_results(*retriever.search(query_embeds, k=3), query_embeds.detach().float(), embeddings, 3, name)
+
+
+@pytest.mark.parametrize("candidates", [None, []])
+def test_no_query(retriever, candidates):
+    scores, rows = retriever.search(torch.zeros(0, 32), k=3, candidates=candidates)
+    assert scores.shape == rows.shape == (0, 3) and scores.dtype == np.float32 and rows.dtype == np.int64
+
+
+def test_many_queries_at_once(name, retriever, embeddings):
+    check_results(*retriever.search(queries(300), k=2), queries(300), embeddings, 2, name)
+
+
+POOLS = [np.array([3, 1, 40], np.int64), None, np.arange(48), np.array([7], np.int64), np.array([], np.int64), np.array([5, 5, 9], np.int64)]
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_candidates_of_each_query(name, retriever, embeddings, k):
+    check_results(*retriever.search(queries(6), k=k, candidates=POOLS), queries(6), embeddings, k, name, POOLS)
+
+
+def test_large_and_small_pools_find_the_same(name, retriever, embeddings, monkeypatch):
+    monkeypatch.setattr(milvus_cosup, "LARGE_POOL", 2)
+    monkeypatch.setattr(milvus_cosup, "MAX_FILTER_ROWS", 20)
+    for k in (1, 5, 30):
+        check_results(*retriever.search(queries(6), k=k, candidates=POOLS), queries(6), embeddings, k, name, POOLS)
+
+
+def test_candidates_none_at_all_and_no_pool_given_are_the_same(retriever):
+    expected = retriever.search(queries(4), k=3)
+    for part, other in zip(expected, retriever.search(queries(4), k=3, candidates=[None] * 4), strict=True):
+        np.testing.assert_array_equal(part, other)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"query_embeds": torch.randn(2, 16)}, "16.* 32"),
+        ({"query_embeds": torch.randn(2, 64), "candidates": [[1], None]}, "64.* 32"),
+        ({"k": 0}, "k is 0|k=0|at least 1"),
+        ({"k": -1}, "k is -1|k=-1|at least 1"),
+        ({"candidates": [[0]]}, "1.*2"),
+        ({"candidates": [[0, 48], None]}, "48"),
+        ({"candidates": [None, [-1]]}, "-1"),
+    ],
+)
+def test_bad_arguments(retriever, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        retriever.search(**{"query_embeds": queries(2), **arguments})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_queries_that_are_not_finite_are_named(retriever, value):
+    query_embeds = queries(5)
+    query_embeds[[1, 3], 7] = value
+    for candidates in (None, [[0]] * 5):
+        with pytest.raises(ValueError, match="1, 3"):
+            retriever.search(query_embeds, candidates=candidates)
+
+
+# ------------------------------------------------------------------ passages
+
+
+def test_passages_are_as_gen_reads_them(retriever, the_model):
+    ids = encode_passages_for_gen(the_model.tokenizer, CORPUS, the_model.config)
+    expected = [{**passage, "input_ids": row} for passage, row in zip(CORPUS, ids, strict=True)]
+    assert retriever.get_passages(range(len(CORPUS))) == expected
+    some = np.array([47, 3, 41, 3, 0], np.int64)
+    assert retriever.get_passages(some) == [expected[row] for row in some] and retriever.get_passages([]) == []
+    assert [retriever[row] for row in some] == [expected[row] for row in some]
+    passage = retriever[3]
+    assert type(passage["input_ids"]) is list and {type(id) for id in passage["input_ids"]} == {int}
+
+
+@pytest.mark.parametrize("rows", [[48], [0, 1_000_000], [-1]])
+def test_rows_that_are_not_there(retriever, rows):
+    with pytest.raises((IndexError, ValueError), match=str(rows[-1])):
+        retriever.get_passages(rows)
+
+
+def test_rows_of_ids(retriever):
+    ids = [passage["id"] for passage in CORPUS]
+    rows = retriever.rows_of(ids)
+    assert isinstance(rows, np.ndarray) and rows.dtype == np.int64 and rows.tolist() == list(range(len(CORPUS)))
+    assert retriever.rows_of([ids[44], ids[2], ids[44]]).tolist() == [44, 2, 44]
+    nothing = retriever.rows_of([])
+    assert nothing.shape == (0,) and nothing.dtype == np.int64
+
+
+def test_unknown_ids_are_named(retriever):
+    with pytest.raises(ValueError) as error:
+        retriever.rows_of(["0", "x1", 'x"2', "1", *[f"y{i}" for i in range(10)]])
+    assert "x1" in str(error.value) and 'x"2' in str(error.value) and "y2" in str(error.value) and "y3" not in str(error.value)
+
+
+def test_the_model_is_checked(retriever, the_model):
+    retriever.check_model(the_model)
+    for change, field in (({"emb_seq_kwargs": {"seed": 9}}, "emb_seq"), ({"similarity": "dot"}, "similarity")):
+        with pytest.raises(ValueError, match=f"  {field}: ") as error:
+            retriever.check_model(make_model(**change))
+        assert str(error.value).count("the index has") == 1
+
+
+# ------------------------------------------------------------------ maintenance
+
+NEW = [{"id": "new1", "title": "", "text": "radium again"}, {"id": 'new "2"', "title": "Two", "text": "the city"}, {"id": "new3", "text": "chemist"}]
+
+
+def found(retriever, embeds=None, k=100):
+    """What a search finds: for each query `{passage id: score}`."""
+    scores, rows = retriever.search(queries() if embeds is None else embeds, k=k)
+    there = sorted({*rows.ravel().tolist()} - {-1})
+    ids = {row: passage["id"] for row, passage in zip(there, retriever.get_passages(there), strict=True)}
+    return [{ids[row]: score for row, score in zip(r, s, strict=True) if row >= 0} for r, s in zip(rows.tolist(), scores.tolist(), strict=True)]
+
+
+def check_equals_a_fresh_index(retriever, model, passages, name):
+    fresh = model.build_index(passages, show_progress_bar=False)
+    assert len(retriever) == len(fresh)
+    for results, expected in zip(found(retriever), found(fresh), strict=True):
+        assert results == pytest.approx(expected, rel=TOLERANCES.get(name, 1e-5), abs=TOLERANCES.get(name, 1e-5))
+    ids = [passage["id"] for passage in passages]
+    assert retriever.get_passages(retriever.rows_of(ids)) == fresh.get_passages(fresh.rows_of(ids))
+
+
+def test_after_add_and_delete_it_equals_a_fresh_index(name, changeable, the_model):
+    retriever, reopen = changeable
+    rows = retriever.rows_of([passage["id"] for passage in PASSAGES])
+    retriever.add(NEW, the_model)
+    check_equals_a_fresh_index(retriever, the_model, PASSAGES + NEW, name)
+    new_rows = retriever.rows_of([passage["id"] for passage in NEW])
+    retriever.delete(["p1", NEW[2]["id"], "p4"])
+    left = [PASSAGES[0], PASSAGES[2], PASSAGES[3], PASSAGES[5], *NEW[:2]]
+    check_equals_a_fresh_index(retriever, the_model, left, name)
+    retriever.add([PASSAGES[4]], the_model)  # back again, under a new row
+    check_equals_a_fresh_index(retriever, the_model, left + [PASSAGES[4]], name)
+
+    stay = retriever.rows_of([passage["id"] for passage in left]).tolist()
+    assert stay == [*rows[[0, 2, 3, 5]], *new_rows[:2]], "rows are stable"
+    (again,) = retriever.rows_of(["p4"])
+    assert again not in {*rows.tolist(), *new_rows.tolist()}, "a deleted row is never given away"
+    if reopen is not None:
+        check_equals_a_fresh_index(reopen(), the_model, left + [PASSAGES[4]], name)
+        assert reopen().rows_of(["p4"]).tolist() == [again]
+
+
+def test_a_deleted_row_is_gone(changeable, the_model):
+    retriever, _ = changeable
+    rows = retriever.rows_of(["p0", "p1", "p2"])
+    retriever.delete(["p1"])
+    with pytest.raises((IndexError, ValueError), match=str(rows[1])):
+        retriever.get_passages(rows)
+    with pytest.raises(ValueError, match="p1"):
+        retriever.rows_of(["p0", "p1"])
+    scores, found_rows = retriever.search(queries(2), k=3, candidates=[rows, rows[1:2]])
+    assert set(found_rows[0].tolist()) == {rows[0], rows[2], -1} and found_rows[1].tolist() == [-1] * 3
+    assert scores[0, 2] == -np.inf and (scores[1] == -np.inf).all()
+
+
+def test_the_last_row_stays_taken_when_it_is_deleted(changeable, the_model):
+    retriever, reopen = changeable
+    (last,) = retriever.rows_of(["p5"])
+    retriever.delete(["p5"])
+    retriever = retriever if reopen is None else reopen()
+    retriever.add([PASSAGES[5]], the_model)
+    assert retriever.rows_of(["p5"])[0] > last
+
+
+def test_everything_deleted(name, changeable, the_model):
+    retriever, _ = changeable
+    retriever.delete([passage["id"] for passage in PASSAGES])
+    assert len(retriever) == 0 and [part.shape for part in retriever.search(queries(2), k=3)] == [(2, 0), (2, 0)]
+    assert [part.shape for part in retriever.search(queries(2), k=3, candidates=[[0, 1], None])] == [(2, 0), (2, 0)]
+    retriever.add(NEW, the_model)
+    check_equals_a_fresh_index(retriever, the_model, NEW, name)
+
+
+@pytest.mark.parametrize(
+    ("passages", "message"),
+    [
+        ([NEW[0], PASSAGES[3]], "p3"),
+        ([NEW[0], NEW[1], NEW[0]], "new1"),
+        ([NEW[0], {"id": "x", "title": "T", "text": " "}], "text'? is ' '"),
+        ([], "no passage"),
+    ],
+)
+def test_a_bad_add_changes_nothing(changeable, the_model, passages, message):
+    retriever, reopen = changeable
+    before = found(retriever)
+    with pytest.raises(ValueError, match=message):
+        retriever.add(passages, the_model)
+    assert len(retriever) == len(PASSAGES) and found(retriever) == before
+    if reopen is not None:
+        assert found(reopen()) == before
+
+
+def test_adding_with_another_model_is_refused(changeable):
+    retriever, _ = changeable
+    with pytest.raises(ValueError, match="  emb_seq: "):
+        retriever.add(NEW, make_model(emb_seq_kwargs={"seed": 9}))
+    assert len(retriever) == len(PASSAGES)
+
+
+def test_deleting_an_unknown_id_deletes_nothing(changeable):
+    retriever, _ = changeable
+    before = found(retriever)
+    with pytest.raises(ValueError, match="p99"):
+        retriever.delete(["p0", "p99"])
+    assert len(retriever) == len(PASSAGES) and found(retriever) == before
+
+
+# ------------------------------------------------------------------ generation
+
+
+def run(model, retriever, **kwargs):
+    prompts = [encode_prompt(model.tokenizer, question) for question in ["who?", "who painted the Night Watch?", "Curie", "not this one!"]]
+    prompts[1].append(model.config.nsp_token_id)
+    steer = Steer(model, retrieve_every=7, quiet_id=model.tokenizer("!")["input_ids"][0])
+    options = {"max_new_tokens": 16, "logits_processor": LogitsProcessorList([steer]), "return_dict_in_generate": True, **kwargs}
+    return model.generate(**left_pad(prompts, model.tokenizer.pad_token_id), retriever=retriever, **options)
+
+
+def test_generation_is_the_same_with_every_back_end(name, changeable, the_model):
+    if name in APPROXIMATE:
+        pytest.skip("an approximate search may find another passage")
+    expected = run(the_model, the_model.build_index(PASSAGES, show_progress_bar=False))
+    output = run(the_model, changeable[0])
+    assert sum(map(len, expected.retrievals)) > 5 and torch.equal(output.sequences, expected.sequences)
+    for trace, expected_trace in zip(output.retrievals, expected.retrievals, strict=True):
+        tolerance = TOLERANCES.get(name, 1e-5)
+        assert [retrieval.score for retrieval in trace] == pytest.approx([other.score for other in expected_trace], rel=tolerance, abs=tolerance)
+        assert [replace(retrieval, scores=[]) for retrieval in trace] == [replace(other, scores=[]) for other in expected_trace]
+
+
+def test_generation_refuses_an_index_of_another_model(changeable):
+    with pytest.raises(ValueError, match="  emb_seq: "):
+        run(make_model(emb_seq_kwargs={"seed": 9}), changeable[0])

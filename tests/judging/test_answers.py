@@ -1,0 +1,89 @@
+"""The figures of an evaluation, by hand and on a model whose answers are known."""
+
+import numpy as np
+import pytest
+import torch
+
+from modeling_cosup.tokenization_cosup import encode_prompt
+from support.models import PASSAGES, make_model, plain_batch
+from trainer.batching import BatchFacts
+from trainer.data import tokenize_instance
+from trainer.held_out import retrieval_metrics
+from trainer.judging.answers import (
+    answer,
+    embed_queries,
+    evaluate_model,
+    ntp_loss,
+    recall,
+    reference_instances,
+)
+
+QUESTIONS = [
+    {"id": f"q{i}", "dataset": "d", "instruction": "", "input": f"question {i}?", "answers": [p["title"] or "none"]} | {"provenance": [[p["id"]]]}
+    for i, p in enumerate(PASSAGES)
+]
+
+
+def test_ntp_loss_of_references_equals_the_model(model):
+    instances = reference_instances(QUESTIONS[:2], PASSAGES)
+    batch = plain_batch([tokenize_instance(x, model.tokenizer, model.tokenizer, model.config) for x in instances])
+    with torch.no_grad():
+        assert ntp_loss(model, instances).value == pytest.approx(float(model(**batch).ntp_loss), rel=1e-5)
+
+
+def test_recall_against_the_model_itself(model):
+    index = model.build_index(PASSAGES, show_progress_bar=False)
+    rates = recall(model, index, QUESTIONS, ks=(1, 6), batch_size=4)
+    assert rates[6].hits == 6  # the index holds six
+    one_by_one = [recall(model, index, [question], ks=(1,))[1].hits for question in QUESTIONS]
+    assert rates[1].hits == sum(one_by_one)
+
+
+def test_queries_of_an_encoder_are_embedded_without_gen():
+    model = make_model(query_from="emb_seq").eval()
+    prompts = [[*encode_prompt(model.tokenizer, x["input"]), model.config.nsp_token_id] for x in QUESTIONS]
+    with torch.no_grad():
+        expected = torch.cat([model(torch.tensor([prompt])).query_embeds for prompt in prompts])
+    model.gen.base_model.register_forward_pre_hook(lambda module, args: pytest.fail("Gen is run"))
+    torch.testing.assert_close(embed_queries(model, QUESTIONS, batch_size=4), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_modes_of_answering(batch_size):
+    """An untrained model never retrieves with mode 'off', reads gold passages with 'gold', others with 'wrong', and what it wrote excludes passages."""
+    model = make_model()
+    index = model.build_index(PASSAGES, show_progress_bar=False)
+    off = answer(model, QUESTIONS, None, "off", batch_size=batch_size, max_new_tokens=6)
+    gold = answer(model, QUESTIONS, index, "gold", batch_size=batch_size, max_new_tokens=6)
+    wrong, again = (answer(model, QUESTIONS, index, "wrong", batch_size=batch_size, max_new_tokens=6) for _ in range(2))
+    assert all(found.retrieved == [] for found in off)
+    assert [found.retrieved for found in gold] == [x["provenance"][0] for x in QUESTIONS]
+    assert all(len(found.retrieved) == 1 and found.retrieved != x["provenance"][0] for found, x in zip(wrong, QUESTIONS, strict=True))
+    assert wrong == again
+    assert len({tuple(a.text for a in answers) for answers in (off, gold, wrong)}) == 3
+    unknown = {**QUESTIONS[0], "provenance": [], "meta": {"provenance_unknown": True}}  # may need one, for all that is known
+    metrics, answers = evaluate_model(model, index, QUESTIONS + [{**QUESTIONS[0], "provenance": []}, unknown], batch_size, 6)
+    assert metrics["exact_match"].n == metrics["retrieval_accuracy"].n == 6
+    assert metrics["needless_retrieval"].n == metrics["exact_match_no_passage"].n == 1
+    assert len(answers) == 8
+    assert model.training is False
+
+
+def test_retrieval_metrics_by_hand():
+    """Two batches: a passage that stands in both, one that is right for a query too, and a query without a number."""
+    facts = [
+        BatchFacts(passage_keys=[(1,), (2,)], positive_keys=[(), (1,)], query_keys=[10, 11], passage_labels=[0, 1]),
+        BatchFacts(passage_keys=[(2,), (3,)], positive_keys=[(), ()], query_keys=[12, 13], passage_labels=[0, 1]),
+    ]
+    passages = np.eye(3, dtype=np.float32)[[0, 1, 1, 2]]
+    queries = np.array([[1, 0, 0], [5, 1, 0], [2, 1, 0], [np.nan, 0, 1]], dtype=np.float32)
+    metrics, rows, labels = retrieval_metrics(queries, passages, facts, ks=(1, 2))
+    assert rows.tolist() == [0, 1, 3] and labels.tolist() == [0, 1, 1, 2]
+    assert (metrics["num_passages"], metrics["num_queries"]) == (3, 4)
+    assert metrics["recall@1"] == 0.5  # the first, and the second, for which passage 1 is right too
+    assert metrics["recall@2"] == 0.75
+    finite, _, _ = retrieval_metrics(np.nan_to_num(queries), passages, facts)
+    scores = torch.from_numpy(np.nan_to_num(queries)) @ torch.eye(3)
+    scores[1, 0] = float("-inf")
+    assert finite["nsp_loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(scores, torch.tensor([0, 1, 1, 2]))))
+    assert retrieval_metrics(queries[:0], passages, [BatchFacts(passage_keys=[(i,) for i in range(4)])])[0]["nsp_loss"] == 0.0

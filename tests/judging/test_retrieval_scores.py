@@ -1,0 +1,276 @@
+"""The figures of an evaluation on cases small enough to count by hand, and against independent implementations."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from trainer.judging.correctness import (
+    DATASET_METRICS,
+    cor_metric,
+    correctness,
+    exact_match,
+    kilt_scores,
+    normalize_answer,
+    rouge_l,
+    short_answer,
+    str_em,
+    unigram_f1,
+)
+from trainer.judging.matching import evidence_sets, gold_ids, match_by_id, retrieved_ids, with_provenance
+from trainer.judging.retrieval import (
+    by_retrieval,
+    cor_minus,
+    domain_averages,
+    emission_rates,
+    improvement_rates,
+    ndcg,
+    r_precision,
+    ranking_scores,
+    recall_at_k,
+    reciprocal_rank,
+    ret,
+    ret_precision,
+    retrieval_scores,
+    success_at_k,
+)
+
+# ---------------------------------------------------------------------- answers
+
+
+def test_normalize_answer_and_exact_match():
+    assert normalize_answer("  The Night-Watch, by a  man! ") == "nightwatch by man"
+    assert exact_match("the Night Watch.", ["x", "night watch"])
+    assert not exact_match("night", ["night watch"])
+    assert exact_match("...", [""])
+
+
+def test_unigram_f1_takes_the_best_answer():
+    assert unigram_f1("painted by Rembrandt in 1642", ["Rembrandt", "by Rembrandt van Rijn"]) == pytest.approx(2 * (2 / 5) * (2 / 4) / (2 / 5 + 2 / 4))
+    assert unigram_f1("Rembrandt Rembrandt", ["Rembrandt"]) == pytest.approx(2 / 3)  # a repeated word counts once
+    assert unigram_f1("Vermeer", ["Rembrandt"]) == 0.0
+
+
+def test_empty_answers():
+    """KILT: no overlap is 0. SQuAD 2.0: nothing against nothing is 1. Nothing is contained in everything: an answer of articles is always found."""
+    assert unigram_f1("", [""]) == 0.0 and unigram_f1("the", ["a"]) == 0.0
+    assert unigram_f1("", [""], squad_v2=True) == 1.0 and unigram_f1("the", ["a"], squad_v2=True) == 1.0
+    assert unigram_f1("", ["x"], squad_v2=True) == 0.0 == unigram_f1("x", [""], squad_v2=True)
+    assert short_answer("", ["The"]) and not short_answer("", ["Rembrandt"])
+    assert set(kilt_scores("  ", ["Rembrandt"], 1.0).values()) == {0.0}
+    with pytest.raises(ValueError, match="no answers"):
+        correctness("x", [], "f1")
+    with pytest.raises(ValueError, match="metric is 'bleu'"):
+        correctness("x", ["x"], "bleu")
+
+
+def test_squad_against_torchmetrics():
+    """The same texts through an independent SQuAD; where both sides are empty it follows another rule than ours, so these are left to the cases by hand."""
+    squad = pytest.importorskip("torchmetrics.functional.text", reason="torchmetrics has an independent SQuAD").squad
+    generator = random.Random(0)
+    words = "the a an Night watch, Rembrandt 1642! in-law it's AN.".split()
+    texts = [" ".join(generator.choices(words, k=generator.randint(1, 5))) for _ in range(300)]
+    pairs = [(a, b) for a, b in zip(texts, reversed(texts), strict=True) if normalize_answer(a) or normalize_answer(b)]
+    for prediction, answer in pairs:
+        theirs = squad([{"id": "1", "prediction_text": prediction}], [{"id": "1", "answers": {"text": [answer], "answer_start": [0]}}])
+        assert 100 * exact_match(prediction, [answer]) == float(theirs["exact_match"])
+        assert 100 * unigram_f1(prediction, [answer]) == pytest.approx(float(theirs["f1"]), abs=1e-4)
+    assert len({unigram_f1(a, [b]) for a, b in pairs}) > 5  # the texts do differ in how alike they are
+
+
+def test_rankings_against_torchmetrics():
+    functional = pytest.importorskip("torchmetrics.functional.retrieval", reason="torchmetrics has independent ranking figures")
+    generator = random.Random(0)
+    for _ in range(100):
+        ranking = generator.sample("abcdefghijklmnop", k=16)
+        gold = set(generator.sample(ranking, k=generator.randint(1, 5)))
+        scores, target = torch.arange(16.0, 0.0, -1.0), torch.tensor([id in gold for id in ranking])
+        for k in (1, 3, 10):
+            assert ndcg(ranking, [gold], k) == pytest.approx(float(functional.retrieval_normalized_dcg(scores, target, top_k=k)), abs=1e-6)
+            assert success_at_k(ranking, [gold], k) == float(functional.retrieval_hit_rate(scores, target, top_k=k))
+        assert reciprocal_rank(ranking, [gold]) == pytest.approx(float(functional.retrieval_reciprocal_rank(scores, target)))
+        assert r_precision(ranking, [gold]) == pytest.approx(float(functional.retrieval_r_precision(scores, target)))
+
+
+def test_short_answer_is_contained():
+    assert short_answer("It was painted by Rembrandt van Rijn, in 1642.", ["Vermeer", "rembrandt van rijn"])
+    assert short_answer("the cartoon", ["art"])  # substrings, as published
+    assert not short_answer("by van Rijn", ["Rembrandt van Rijn"])
+
+
+def test_accuracy_of_kilt_is_literal():
+    assert correctness(" Rembrandt ", ["Rembrandt"], "accuracy") == 1.0
+    assert correctness("rembrandt", ["Rembrandt"], "accuracy") == 0.0
+
+
+def test_rouge_l():
+    """The longest common subsequence of a sentence, by hand; a text without a word is 0; a long sentence is no error."""
+    pytest.importorskip("rouge", reason="ROUGE-L is PyPI's rouge (extra eval)")
+    assert rouge_l("one police killed the gunman", ["police kill the gunman now"]) == pytest.approx(0.6, abs=1e-6)  # 3 of 5, 3 of 5
+    assert rouge_l("x", ["police", "x"]) == pytest.approx(1.0, abs=1e-6)
+    assert rouge_l("", ["police"]) == 0.0 == rouge_l("...", ["police"])
+    long = " ".join(f"w{i}" for i in range(1500))
+    assert rouge_l(long, [long]) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_kilt_scores_count_only_with_all_of_the_evidence():
+    pytest.importorskip("rouge", reason="ROUGE-L is PyPI's rouge (extra eval)")
+    right = kilt_scores("the Rembrandt", ["Rembrandt", " "], 1.0)
+    assert {name: right[name] for name in ("accuracy", "em", "f1")} == {"accuracy": 0.0, "em": 1.0, "f1": 1.0}
+    assert right["kilt_em"] == 1.0 and right["kilt_rouge_l"] == right["rouge_l"] == pytest.approx(2 / 3, abs=1e-6)
+    partly = kilt_scores("Rembrandt", ["Rembrandt"], 0.5)
+    assert partly["em"] == partly["accuracy"] == 1.0 and partly["kilt_em"] == partly["kilt_accuracy"] == partly["kilt_f1"] == 0.0
+
+
+def test_fever_by_its_label():
+    assert correctness("The claim is true.", ["SUPPORTS"], "fever_label") == 1.0
+    assert correctness("It was painted in 1642. refutes", ["refutes"], "fever_label") == 1.0
+    assert correctness("supports", ["REFUTES"], "fever_label") == 0.0
+    with pytest.raises(ValueError, match="NOT ENOUGH INFO"):
+        correctness("true", ["NOT ENOUGH INFO"], "fever_label")
+
+
+def test_which_metric_is_cor():
+    assert (cor_metric("nq"), cor_metric("wow"), cor_metric("fever"), cor_metric("my own set")) == ("short_answer", "f1", "fever_nli", "short_answer")
+    assert (cor_metric("fever", nli=False), cor_metric("alce_eli5", nli=False), cor_metric("eli5", nli=False)) == ("fever_label", None, "rouge_l")
+    assert (cor_metric("eli5", claims=True), cor_metric("eli5", nli=False, claims=True)) == ("claim_recall", None)
+    assert all(correctness("supports", ["supports"], metric) == 1.0 for metric in set(DATASET_METRICS.values()) & {"short_answer", "f1"})
+
+
+def test_str_em_is_the_share_of_readings():
+    pairs = [{"short_answers": ["1642", "sixteen"]}, {"short_answers": ["Amsterdam"]}]
+    assert str_em("Painted in 1642 [1].", pairs) == (0.5, 0.0)
+    assert str_em("  Painted in 1642 [1] in Amsterdam [2].\nNot read.", pairs) == (1.0, 1.0)
+    assert str_em("Painted in 1642.\nAmsterdam", pairs) == (0.5, 0.0)  # the second line does not count
+    assert str_em("", pairs) == (0.0, 0.0)
+    with pytest.raises(ValueError, match="no qa_pairs"):
+        str_em("x", [])
+
+
+# ---------------------------------------------------------------------- retrieval
+
+
+@pytest.mark.parametrize(
+    "retrieved, provenance, expected",
+    [
+        (["a"], [["a"]], 1.0),
+        (["b", "a"], [["a"]], 0.0),  # R is 1: only the first counts
+        (["b", "a"], [["a", "b"]], 1.0),
+        (["a", "a", "b"], [["a", "b"]], 1.0),  # a repeat takes no place
+        (["a", "c"], [["a", "b"]], 0.5),
+        (["c", "d"], [["a", "b"], ["c"]], 1.0),  # the best set
+        (["a", "b"], [["a", "a", "b"]], 1.0),  # an id twice in a set is one
+        ([], [["a"]], 0.0),
+    ],
+)
+def test_r_precision(retrieved, provenance, expected):
+    assert r_precision(retrieved, provenance) == expected
+
+
+def test_recall_at_k_places_a_set_where_its_last_passage_is_found():
+    """Retrieved x a y b against the set {a, b}: places are x, y, {a, b}; the partly found set gives its place away."""
+    assert [recall_at_k(["x", "a", "y", "b"], [["a", "b"]], k) for k in (1, 2, 3)] == [0.0, 0.0, 1.0]
+    assert [recall_at_k(["a", "b"], [["a", "b"]], k) for k in (1, 2)] == [1.0, 1.0]  # one place
+    assert recall_at_k(["a", "x"], [["a", "b"]], 2) == 0.0  # half a set is nothing
+    assert [recall_at_k(["a", "a", "c"], [["a"], ["c"], ["a"]], k) for k in (1, 2)] == [0.5, 1.0]  # repeats and equal sets count once
+    assert [recall_at_k(["a"], [["a"], ["a", "b"]], k) for k in (1, 2)] == [0.5, 0.5]
+    assert [recall_at_k(["x", "a"], [["a", "b"], ["a"]], k) for k in (2, 3)] == [0.0, 0.5]  # a takes a place for each of its sets
+    assert recall_at_k([], [["a"]], 5) == 0.0
+
+
+def test_ret_and_ret_precision_are_of_sets():
+    assert ret(["x", "b"], [["a", "b"]]) == 1.0  # one of the set is enough
+    assert ret(["x"], [["a"], ["b"]]) == 0.0 == ret([], [["a"]])
+    assert ret_precision(["a", "a", "a", "x"], [["a"]]) == 0.5  # two distinct
+    assert ret_precision(["a", "b", "x"], [["a"], ["b"]]) == pytest.approx(2 / 3)
+    assert ret_precision([], [["a"]]) == 0.0
+    scores = retrieval_scores(["a", "x", "b"], [["a", "b"]], ks=(1, 2))
+    assert scores == {"ret": 1.0, "ret_precision": pytest.approx(2 / 3), "r_precision": 0.5, "recall@1": 0.0, "recall@2": 1.0}
+
+
+def test_ranking_by_the_query_embedding():
+    ranking = ["x", "a", "y", "b", "z"]
+    assert reciprocal_rank(ranking, [["b"], ["a"]]) == 0.5
+    assert reciprocal_rank(ranking, [["q"]]) == 0.0
+    assert [success_at_k(ranking, [["b"]], k) for k in (1, 3, 4)] == [0.0, 0.0, 1.0]
+    gain = 1 / math.log2(3) + 1 / math.log2(5)
+    assert ndcg(ranking, [["a", "b"]]) == pytest.approx(gain / (1 + 1 / math.log2(3)))
+    assert ndcg(ranking, [["a"], ["b"]], k=2) == pytest.approx((1 / math.log2(3)) / (1 + 1 / math.log2(3)))
+    assert ndcg(["a", "b"], [["b"], ["a"], ["c"]], k=2) == 1.0  # k places hold no more than k
+    assert ranking_scores(ranking, [["a"]], ks=(1, 2)) == {"mrr": 0.5, "ndcg@10": pytest.approx(1 / math.log2(3)), "success@1": 0.0, "success@2": 1.0}
+
+
+@pytest.mark.parametrize("metric", [ret, ret_precision, r_precision, reciprocal_rank, ndcg, lambda found, sets: recall_at_k(found, sets, 1)])
+@pytest.mark.parametrize("provenance", [[], [[]], None])
+def test_no_retrieval_metric_without_provenance(metric, provenance):
+    with pytest.raises(ValueError, match="provenance is empty"):
+        metric(["a"], provenance)
+
+
+def test_evidence_sets_and_ids():
+    assert evidence_sets([["a", "b"], [], ["b", "a"], ["a"]]) == [{"a", "b"}, {"a"}]
+    assert gold_ids({"provenance": [["a", "b"], ["c"]]}) == {"a", "b", "c"}
+    assert retrieved_ids({"retrievals": [{"passage_ids": ["a", "b"]}, {"passage_ids": ["a"]}]}) == ["a", "b", "a"]
+
+
+# ---------------------------------------------------------------------- many questions
+
+
+def test_match_by_id():
+    instances = [{"id": 1, "input": "one"}, {"id": "2", "input": "two"}]
+    pairs = match_by_id([{"id": "2", "output": "b"}, {"id": "1", "output": "a"}], instances)
+    assert [(prediction["output"], instance["input"]) for prediction, instance in pairs] == [("a", "one"), ("b", "two")]
+
+
+@pytest.mark.parametrize(
+    "found, asked, message",
+    [
+        ("abc", "abcde", r"3 predictions and 5 questions .* 2 questions have no prediction \(d, e\)"),
+        ("abcx", "abc", r"1 predictions have no question \(x\)"),
+        ("aab", "ab", r"1 ids stand twice in the predictions \(a\)"),
+        ("ab", "abb", r"1 ids stand twice in the evaluation set \(b\)"),
+        ("abcdef", "", r"6 predictions have no question \(a, b, c, …\)"),
+    ],
+)
+def test_ids_that_do_not_match(found, asked, message):
+    with pytest.raises(ValueError, match=message):
+        match_by_id([{"id": id} for id in found], [{"id": id} for id in asked])
+    with pytest.raises(ValueError, match="1 of 2 rows of the predictions have no id"):
+        match_by_id([{"id": "a"}, {}], [{"id": "a"}])
+
+
+def test_missing_provenance_is_an_error():
+    needing = {"id": "a", "provenance": [["p"]]}
+    assert with_provenance([needing, {"id": "b", "provenance": []}]) == [needing]
+    with pytest.raises(ValueError, match=r"1 of 2 instances have no provenance \(b\)"):
+        with_provenance([needing, {"id": "b"}])
+    with pytest.raises(ValueError, match="The provenance of all 2 instances is empty"):
+        with_provenance([{"id": "a", "provenance": []}, {"id": "b", "provenance": [[]]}])
+
+
+def test_emission_rates():
+    once, never = {"retrievals": [{"passage_ids": ["a"]}]}, {"retrievals": []}
+    need, free = {"provenance": [["a"]]}, {"provenance": []}
+    rates = emission_rates([(once, need), (never, need), (once, need), (once, free), (never, free)])
+    assert (rates["needed"].value, rates["needed"].n) == (pytest.approx(2 / 3), 3)
+    assert (rates["not_needed"].value, rates["not_needed"].n) == (0.5, 2)
+    assert emission_rates([(never, need)])["not_needed"].n == 0
+
+
+def test_cor_minus_and_the_split_by_retrieval():
+    correct, hits = [1.0, 1.0, 0.5, 0.0, 1.0, None], [1.0, 0.0, 1.0, 1.0, None, 1.0]
+    assert cor_minus(correct, hits) == [1.0, 0.0, 0.5, 0.0, None, None]
+    parts = by_retrieval(correct, hits)
+    assert (parts["success"].value, parts["success"].n, parts["failure"].value, parts["failure"].n) == (0.5, 3, 1.0, 1)
+
+
+def test_domain_averages_and_improvement_rates():
+    values, baseline = {"nq": 60.0, "fever": 80.0, "squad": 55.0}, {"nq": 50.0, "fever": 80.0, "squad": 50.0}
+    assert domain_averages(values) == {"in-domain": 70.0, "out-of-domain": 55.0, "all": 65.0}
+    assert domain_averages({"squad": 1.0}) == {"in-domain": None, "out-of-domain": 1.0, "all": 1.0}
+    rates = improvement_rates(values, baseline)
+    assert rates == pytest.approx({"nq": 20.0, "fever": 0.0, "squad": 10.0, "in-domain": 100 * 5 / 65, "out-of-domain": 10.0, "all": 100 * 5 / 60})
+    assert improvement_rates({"squad": 1.0}, {"squad": 0.0})["squad"] is None
+    with pytest.raises(ValueError, match="'fever'"):
+        improvement_rates({"nq": 1.0}, baseline)

@@ -1,0 +1,410 @@
+"""Building a CoSup model from two models, its configuration, and the two losses in one forward."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from modeling_cosup import CoSupConfig, CoSupForCausalLM
+from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_texts
+from support.models import PASSAGES, TEXTS, make_emb_seq, make_gen, make_model, make_tokenizer
+
+ARCHITECTURES_OF_GEN = ["llama", "gpt2", "mistral", "qwen3"]
+
+
+def batch(model, passages=PASSAGES[:4], rows=3):
+    """Rows with 2, 1 and 0 times [NSP], padded on the right; four passages; the positives of the three queries."""
+    nsp = model.config.nsp_token_id
+    texts = encode_texts(model.tokenizer, TEXTS[:3])
+    texts[0][5:5] = [nsp]
+    texts[0].append(nsp)
+    texts[1][3:3] = [nsp]
+    width = max(map(len, texts))
+    input_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in texts])
+    attention_mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in texts])
+    labels = input_ids.masked_fill(attention_mask == 0, -100)
+    labels[:, ::3] = -100
+    encoded = encode_passages_for_emb_seq(model.emb_seq_tokenizer, passages, model.config)
+    longest = max(map(len, encoded))
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "labels": labels,
+        "passage_input_ids": torch.tensor([ids + [0] * (longest - len(ids)) for ids in encoded]),
+        "passage_attention_mask": torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in encoded]),
+        "passage_labels": torch.tensor([2, 0, 3]),
+    }
+    return {name: value[:rows] if name in ("input_ids", "attention_mask", "labels") else value for name, value in inputs.items()}
+
+
+def reference_losses(model, inputs):
+    """Both losses from the sub-models alone, unpadded, one row at a time."""
+    ntp, count, queries, passages = 0.0, 0, [], []
+    for ids, mask, labels in zip(inputs["input_ids"], inputs["attention_mask"].bool(), inputs["labels"], strict=True):
+        output = model.gen(ids[mask][None], output_hidden_states=True)
+        ntp = ntp + F.cross_entropy(output.logits[0, :-1], labels[mask][1:], ignore_index=-100, reduction="sum")
+        count += int((labels[mask][1:] != -100).sum())
+        queries += list(output.hidden_states[-1][0][ids[mask] == model.config.nsp_token_id])
+    for ids, mask in zip(inputs["passage_input_ids"], inputs["passage_attention_mask"].bool(), strict=True):
+        embedding = model.emb_seq(ids[mask][None]).last_hidden_state[0, -1]
+        passages.append(embedding if model.emb_head is None else model.emb_head.weight @ embedding)
+    queries, passages = torch.stack(queries), torch.stack(passages)
+    if model.config.similarity == "cosine":
+        queries, passages = F.normalize(queries, dim=-1), F.normalize(passages, dim=-1)
+    nsp = F.cross_entropy(queries @ passages.T / model.config.temperature, inputs["passage_labels"], ignore_index=-100)
+    return ntp / count, nsp, queries, passages
+
+
+# ------------------------------------------------------------------ forward
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+@pytest.mark.parametrize(("gen", "emb_seq", "width"), [("llama", "llama", 32), ("gpt2", "mistral", 48), ("mistral", "gpt2", 16), ("qwen3", "bert", 32)])
+def test_losses_embeddings_and_gradients_equal_the_reference(gen, emb_seq, width, similarity):
+    model = make_model(gen, emb_seq, similarity=similarity, emb_seq_kwargs={"hidden_size": width})
+    inputs = batch(model)
+    output = model(**inputs)
+    ntp, nsp, queries, passages = reference_losses(model, inputs)
+    torch.testing.assert_close(output.query_embeds, queries, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output.passage_embeds, passages, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output.ntp_loss, ntp, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.nsp_loss, nsp, rtol=1e-4, atol=1e-4)
+    assert output.loss == output.ntp_loss + model.config.nsp_loss_weight * output.nsp_loss
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(output.loss, parameters, allow_unused=True)
+    expected = torch.autograd.grad(ntp + model.config.nsp_loss_weight * nsp, parameters, allow_unused=True)
+    for gradient, reference in zip(gradients, expected, strict=True):
+        assert gradient is not None
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient) if reference is None else reference, rtol=1e-3, atol=1e-4)
+
+
+def test_weight_and_temperature_follow_the_similarity_unless_given():
+    def settings(**kwargs):
+        config = CoSupConfig(**kwargs)
+        return config.similarity, config.temperature, config.nsp_loss_weight
+
+    assert settings() == ("cosine", 0.05, 1.0)
+    assert settings(similarity="dot") == ("dot", 1.0, 0.01)  # the paper's
+    assert settings(similarity="dot", nsp_loss_weight=0.5, temperature=2.0) == ("dot", 2.0, 0.5)
+    assert settings(nsp_loss_weight=0.0) == ("cosine", 0.05, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"similarity": "l2"}, "similarity is 'l2', expected one of 'cosine', 'dot'"),
+        ({"query_from": "passage"}, "query_from is 'passage'"),
+        ({"emb_seq_pooling": "max"}, "emb_seq_pooling is 'max', expected one of 'eos', 'lasttoken', 'mean', 'cls'"),
+        ({"temperature": 0.0}, "temperature is 0.0, expected a positive number"),
+        ({"passage_template": "{title}"}, "expected a template that holds {text}"),
+        ({"emb_seq_add_eos_token": False}, "use 'lasttoken' for a passage's last token"),
+        ({"query_prompt": "query: "}, "query_prompt is 'query: ', but Gen makes the queries"),
+        ({"emb_head_size": 8}, "emb_head_size is 8, but Gen makes the queries: expected its width, 4096"),
+    ],
+)
+def test_a_bad_setting_is_named(bad, message):
+    with pytest.raises(ValueError) as error:
+        CoSupConfig(**bad)
+    assert message in str(error.value)
+
+
+def test_config_survives_saving(tmp_path):
+    model = make_model("mistral", "bert", emb_seq_kwargs={"hidden_size": 16}, similarity="dot", temperature=3.0, passage_template="{text}", nsp_token="[Ret]")
+    model.config.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.to_dict() == {**model.config.to_dict(), "_name_or_path": str(tmp_path)}
+    assert config.gen_config.sliding_window == 8 and config.emb_seq_config.model_type == "bert" and config.get_text_config() is config.gen_config
+    assert (config.temperature, config.nsp_token_id, config.embedding_size, config.needs_emb_head) == (3.0, model.config.nsp_token_id, 32, True)
+
+
+def test_an_emb_head_that_is_asked_for():
+    weight = torch.randn(8, 16)
+    model = make_model(emb_seq_kwargs={"hidden_size": 16}, query_from="emb_seq", emb_head_size=8, emb_head=weight, similarity="dot")
+    assert torch.equal(model.emb_head.weight, weight) and model.config.embedding_size == 8
+    ids = torch.tensor([[5, 6, model.config.nsp_token_id]])
+    expected = model.emb_seq(ids).last_hidden_state[:, -1] @ weight.T  # of a query and of a passage alike
+    torch.testing.assert_close(model.encode_queries(ids, torch.ones_like(ids)), expected)
+    torch.testing.assert_close(model.encode_passages(ids), expected)
+    square = make_model(emb_head_size=32)
+    assert square.emb_head.weight.shape == (32, 32) and make_model().emb_head is None
+
+
+def test_passages_may_fill_the_positions_of_an_emb_seq_that_reads_no_eos():
+    settings = {"emb_seq_pooling": "lasttoken", "max_passage_length": 511}
+    make_model(emb_seq_add_eos_token=False, **settings)
+    with pytest.raises(ValueError, match="max_passage_length=511, BOS and EOS do not fit into Emb_seq's 512 positions"):
+        make_model(**settings)
+
+
+def test_logits_are_computed_only_when_asked_for():
+    model = make_model()
+    inputs = batch(model)
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    expected = model.gen(**text).logits
+    assert model(**inputs).logits is None
+    torch.testing.assert_close(model(**inputs, return_logits=True).logits, expected)
+    torch.testing.assert_close(model(**text).logits, expected)
+    assert model(**text, return_logits=False).logits is None
+    torch.testing.assert_close(model(**text, logits_to_keep=1).logits, expected[:, -1:])
+    torch.testing.assert_close(model(**text, logits_to_keep=torch.tensor([0, 4])).logits, expected[:, [0, 4]])
+
+
+def test_num_items_in_batch_replaces_the_count():
+    model = make_model()
+    inputs = batch(model)
+    count = int((inputs["labels"][:, 1:] != -100).sum())
+    mean = model(**inputs)
+    for total in (50, torch.tensor(50)):
+        scaled = model(**inputs, num_items_in_batch=total)
+        torch.testing.assert_close(scaled.ntp_loss, mean.ntp_loss * count / 50)
+        assert scaled.nsp_loss == mean.nsp_loss
+
+
+def test_nsp_loss_can_be_left_to_the_caller():
+    model = make_model()
+    inputs = batch(model)
+    expected, output = model(**inputs), model(**inputs, compute_nsp_loss=False)
+    assert output.nsp_loss is None and output.loss == output.ntp_loss == expected.ntp_loss
+    assert torch.equal(output.query_embeds, expected.query_embeds) and torch.equal(output.passage_embeds, expected.passage_embeds)
+    del inputs["labels"]  # the NSP loss alone
+    output = model(**inputs)
+    assert output.ntp_loss is None and output.loss == model.config.nsp_loss_weight * expected.nsp_loss
+
+
+def test_queries_without_a_positive_do_not_count():
+    model = make_model()
+    inputs = batch(model)
+    first = model(**{**inputs, "passage_labels": torch.tensor([2, -100, -100])}).nsp_loss
+    second = model(**{**inputs, "passage_labels": torch.tensor([-100, 0, -100])}).nsp_loss
+    both = model(**{**inputs, "passage_labels": torch.tensor([2, 0, -100])}).nsp_loss
+    torch.testing.assert_close(both, (first + second) / 2)
+    assert model(**{**inputs, "passage_labels": torch.tensor([-100] * 3)}).nsp_loss == 0
+
+
+@pytest.mark.parametrize("count", [0, 2, 4])
+@pytest.mark.parametrize("compute_nsp_loss", [True, False])
+def test_wrong_number_of_passage_labels(count, compute_nsp_loss):
+    model = make_model()
+    with pytest.raises(ValueError, match=rf"passage_labels has {count} entries, expected one for each of the 3 \[NSP\]"):
+        model(**{**batch(model), "passage_labels": torch.zeros(count, dtype=torch.long)}, compute_nsp_loss=compute_nsp_loss)
+
+
+@pytest.mark.parametrize("query_from", ["gen", "emb_seq"])
+def test_a_batch_without_nsp(query_from):
+    model = make_model(query_from=query_from)
+    inputs = batch(model)
+    inputs["input_ids"][inputs["input_ids"] == model.config.nsp_token_id] = 9
+    nothing = torch.zeros(0, dtype=torch.long)
+    output = model(**{**inputs, "passage_labels": nothing})
+    assert output.query_embeds.shape == (0, 32) and output.nsp_loss == 0 and output.loss == output.ntp_loss
+    output.loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert not any(p.grad.any() for p in model.emb_seq.parameters()) and any(p.grad.any() for p in model.gen.parameters())
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
+    assert model(**text).loss == output.ntp_loss  # no passages at all
+
+
+@pytest.mark.parametrize("width", [0, 7])
+def test_queries_without_any_passage(width):
+    model = make_model()
+    nothing = torch.zeros(0, width, dtype=torch.long)
+    inputs = {**batch(model), "passage_input_ids": nothing, "passage_attention_mask": nothing, "passage_labels": torch.full((3,), -100)}
+    output = model(**inputs)
+    assert output.passage_embeds.shape == (0, 32) and output.nsp_loss == 0 and output.loss == output.ntp_loss
+    output.loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_no_labels_at_all_gives_zero_losses_with_gradients():
+    model = make_model()
+    inputs = batch(model)
+    output = model(**{**inputs, "labels": torch.full_like(inputs["labels"], -100), "passage_labels": torch.full((3,), -100)})
+    assert output.loss == output.ntp_loss == output.nsp_loss == 0
+    output.loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_passages_alone():
+    model = make_model()
+    inputs = batch(model)
+    output = model(passage_input_ids=inputs["passage_input_ids"], passage_attention_mask=inputs["passage_attention_mask"])
+    assert torch.equal(output.passage_embeds, model(**inputs).passage_embeds) and output.loss is None and output.logits is None
+
+
+@pytest.mark.parametrize("query_from", ["emb_seq", "query_encoder"])
+def test_queries_of_another_encoder_read_everything_up_to_nsp(query_from):
+    encoder = make_emb_seq("gpt2", seed=7) if query_from == "query_encoder" else None
+    model = make_model(query_from=query_from, query_encoder=encoder, similarity="dot")
+    inputs = batch(model)
+    found, expected = model(**inputs).query_embeds, []
+    for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True):
+        ids = ids[mask]
+        for position in (ids == model.config.nsp_token_id).nonzero()[:, 0].tolist():
+            expected.append((encoder or model.emb_seq)(ids[None, : position + 1]).last_hidden_state[0, -1])
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_keeps_losses_and_embeddings_in_float32():
+    model = make_model(similarity="dot")
+    inputs = batch(model)
+    expected = model(**inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(**inputs)
+    for name in ("loss", "ntp_loss", "nsp_loss", "query_embeds", "passage_embeds"):
+        assert output[name].dtype == torch.float32
+    torch.testing.assert_close(output.ntp_loss, expected.ntp_loss, rtol=0.05, atol=0)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    model = make_model("llama", "gpt2", emb_seq_kwargs={"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}).train()
+    inputs = batch(model)
+    model(**inputs).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # renamed in transformers
+    for part in (model.gen, model.emb_seq):
+        assert any(getattr(module, "gradient_checkpointing", False) for module in part.modules())
+    model(**inputs).loss.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-5, atol=1e-6)
+
+
+# ------------------------------------------------------------------ from_gen_and_emb_seq
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("gen", ARCHITECTURES_OF_GEN)
+def test_new_rows_start_at_the_mean_and_nothing_else_changes(gen, tied):
+    tokenizer = make_tokenizer()
+    old = len(tokenizer)
+    gen = make_gen(gen, vocab_size=old, tie_word_embeddings=tied)
+    emb_seq = make_emb_seq("bert", vocab_size=old)
+    before = {name: p.detach().clone() for model in (gen, emb_seq) for name, p in model.state_dict().items()}
+    model = CoSupForCausalLM.from_gen_and_emb_seq(gen, emb_seq, tokenizer=tokenizer)
+    assert len(tokenizer) == old + 3
+    assert [model.config.nsp_token_id, model.config.cs_token_id, model.config.ce_token_id] == [old, old + 1, old + 2]
+    for embeddings in (model.get_input_embeddings(), model.get_output_embeddings(), model.emb_seq.get_input_embeddings()):
+        assert embeddings.weight.shape[0] == old + 3
+        torch.testing.assert_close(embeddings.weight[old:], embeddings.weight[:old].mean(0).expand(3, -1), rtol=1e-5, atol=1e-6)
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied == model.config.tie_word_embeddings
+    assert model.config.get_text_config().vocab_size == model.gen.config.vocab_size == model.config.emb_seq_config.vocab_size == old + 3
+    for part in (model.gen, model.emb_seq):
+        for name, parameter in part.state_dict().items():
+            assert torch.equal(parameter[:old] if parameter.shape[:1] == (old + 3,) else parameter, before[name]), name
+
+
+def test_spare_embedding_rows_are_used_and_kept():
+    tokenizer = make_tokenizer()
+    old = len(tokenizer)
+    gen = make_gen(vocab_size=400)
+    before = gen.get_input_embeddings().weight.detach().clone()
+    model = CoSupForCausalLM.from_gen_and_emb_seq(gen, tokenizer=tokenizer)
+    weight = model.get_input_embeddings().weight
+    assert weight.shape == before.shape and torch.equal(weight[old + 3 :], before[old + 3 :]) and torch.equal(weight[:old], before[:old])
+    torch.testing.assert_close(weight[old : old + 3], before[:old].mean(0).expand(3, -1))
+
+
+def test_a_tokenizer_that_has_the_control_tokens_keeps_their_rows():
+    first = make_model()
+    second = CoSupForCausalLM.from_gen_and_emb_seq(copy.deepcopy(first.gen), tokenizer=first.tokenizer)
+    assert torch.equal(second.get_input_embeddings().weight, first.get_input_embeddings().weight)
+    assert second.config.nsp_token_id == first.config.nsp_token_id
+
+
+@pytest.mark.parametrize("gen", ARCHITECTURES_OF_GEN)
+@pytest.mark.parametrize("given", [False, True])
+def test_emb_seq_defaults_to_a_copy_of_gen(gen, given):
+    gen = make_gen(gen)
+    model = CoSupForCausalLM.from_gen_and_emb_seq(gen, gen if given else None, tokenizer=make_tokenizer())
+    weights = dict(model.gen.base_model.named_parameters())
+    assert weights.keys() == dict(model.emb_seq.named_parameters()).keys() and model.emb_head is None
+    for name, copied in model.emb_seq.named_parameters():
+        assert torch.equal(copied, weights[name]) and copied.data_ptr() != weights[name].data_ptr()
+    assert model.emb_seq_tokenizer is model.tokenizer
+
+
+def test_names_paths_and_models_give_the_same(tmp_path):
+    tokenizer, gen, emb_seq = make_tokenizer(), make_gen("gpt2"), make_emb_seq("bert", hidden_size=16)
+    for name, part in (("gen", gen), ("emb_seq", emb_seq)):
+        part.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    build = CoSupForCausalLM.from_gen_and_emb_seq
+    models = [
+        build(str(tmp_path / "gen"), str(tmp_path / "emb_seq"), emb_seq_pooling="cls"),
+        build(AutoModelForCausalLM.from_pretrained(tmp_path / "gen"), str(tmp_path / "emb_seq"), tokenizer=str(tmp_path / "gen"), emb_seq_pooling="cls"),
+        build(str(tmp_path / "gen"), AutoModel.from_pretrained(tmp_path / "emb_seq"), AutoTokenizer.from_pretrained(tmp_path / "gen"), emb_seq_pooling="cls"),
+    ]
+    state = models[0].state_dict()
+    for model in models:
+        assert model.config.emb_seq_pooling == "cls" and model.emb_head.weight.shape == (32, 16) and model.emb_seq_tokenizer is model.tokenizer
+        for name, parameter in model.state_dict().items():
+            assert name == "emb_head.weight" or torch.equal(parameter, state[name]), name
+    half = build(str(tmp_path / "gen"), str(tmp_path / "emb_seq"), model_kwargs={"dtype": "bfloat16"})
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16} and half.config.dtype == torch.bfloat16
+    alone = build(str(tmp_path / "gen"))
+    assert torch.equal(alone.emb_seq.get_input_embeddings().weight, alone.get_input_embeddings().weight)
+
+
+def test_a_model_without_a_tokenizer_raises():
+    with pytest.raises(ValueError, match="pass its tokenizer as `tokenizer=`"):
+        CoSupForCausalLM.from_gen_and_emb_seq(make_gen())
+
+
+def test_control_tokens_by_other_names():
+    model = make_model(nsp_token="[Ret]", ce_token="[Ce]")
+    assert model.tokenizer.convert_tokens_to_ids(["[Ret]", "[Cs]", "[Ce]"]) == [model.config.nsp_token_id, model.config.cs_token_id, model.config.ce_token_id]
+    assert "[NSP]" not in model.tokenizer.get_vocab()
+
+
+def test_tokenizers_of_their_own_are_kept_apart():
+    tokenizer, own = make_tokenizer(), make_tokenizer(vocab_size=300, bos="<cls>", eos="<sep>", texts=["another corpus"])
+    model = make_model(tokenizer=tokenizer, emb_seq_tokenizer=own, emb_seq_kwargs={"vocab_size": 260})
+    assert model.tokenizer is tokenizer and model.emb_seq_tokenizer is own
+    assert {"[NSP]", "[Cs]", "[CE]"} <= own.get_vocab().keys()
+    assert model.emb_seq.get_input_embeddings().weight.shape[0] == max(260, len(own))
+    same = make_model(tokenizer=make_tokenizer(), emb_seq_tokenizer=make_tokenizer())
+    assert same.emb_seq_tokenizer is same.tokenizer
+
+
+def test_modes_and_handed_in_configs_stay():
+    gen, emb_seq = make_gen().train(), make_emb_seq("gpt2").train()
+    model = CoSupForCausalLM.from_gen_and_emb_seq(gen, emb_seq, tokenizer=make_tokenizer())
+    assert model.training and model.emb_seq.training and model.gen is gen and model.emb_seq is emb_seq
+    assert not make_model().training
+
+
+def test_an_architecture_with_another_head_raises():
+    """Gemma 2 caps its logits, which is known; a model that scales them in a way that is not known is refused."""
+    model = make_gen("gemma2", final_logit_softcapping=5.0)
+    built = CoSupForCausalLM.from_gen_and_emb_seq(model, tokenizer=make_tokenizer())
+    input_ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(built(input_ids).logits, model(input_ids).logits, rtol=1e-4, atol=1e-5)
+
+    class DoublesItsLogits(type(make_gen())):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = 2 * output.logits
+            return output
+
+    with pytest.raises(ValueError, match="DoublesItsLogits does more after its LM head"):
+        CoSupForCausalLM.from_gen_and_emb_seq(DoublesItsLogits(make_gen().config).eval(), tokenizer=make_tokenizer())
+
+
+def test_resize_token_embeddings_keeps_the_configs_in_step():
+    model = make_model()
+    model.resize_token_embeddings(410)
+    assert model.get_input_embeddings().weight.shape[0] == model.config.get_text_config().vocab_size == model.gen.config.vocab_size == 410
+    assert model(torch.tensor([[409]])).logits.shape[-1] == 410 and model.emb_seq.get_input_embeddings().weight.shape[0] == 400
+
+
+def test_saved_and_loaded_it_is_the_same_model(tmp_path):
+    model = make_model("gpt2", "llama", emb_seq_kwargs={"hidden_size": 48})
+    inputs = batch(model)
+    model.save_pretrained(tmp_path)
+    for loaded in (CoSupForCausalLM.from_pretrained(tmp_path), AutoModel.from_pretrained(str(tmp_path)), AutoModelForCausalLM.from_pretrained(tmp_path)):
+        assert not loaded.training and torch.equal(loaded(**inputs).loss, model(**inputs).loss)
+        assert loaded.fingerprint() == model.fingerprint() and loaded.generation_config.to_dict() == model.generation_config.to_dict()
+        assert [loaded.tokenizer.get_vocab(), loaded.tokenizer.chat_template] == [model.tokenizer.get_vocab(), model.tokenizer.chat_template]

@@ -1,0 +1,167 @@
+"""Nothing on a load path is unpickled or executed, no name leads out of a folder, and what travels with a checkpoint can be audited."""
+
+import ast
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling_cosup import CoSupForCausalLM, PassageIndex
+from support.models import PASSAGES, make_model, make_tokenizer
+
+ROOT = Path(__file__).parents[2]
+TRAVELS = sorted((ROOT / "modeling_cosup").glob("*.py"))
+SHIPPED = [path for folder in ("modeling_cosup", "trainer", "recipes") for path in sorted((ROOT / folder).rglob("*.py"))]
+# Modules that unpickle, start programs, load native code or open connections by themselves
+UNPICKLE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+FORBIDDEN = UNPICKLE | {"ctypes", "socket", "urllib", "requests", "http", "httpx", "runpy", "code"}
+FORBIDDEN_WHERE_IT_TRAVELS = FORBIDDEN | {"subprocess", "multiprocessing", "sys", "site", "builtins", "trainer", "recipes"}
+CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.hub.load", "np.fromfile"}
+
+
+def calls(tree):
+    """`(line, dotted name, call)` of every call in a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield node.lineno, ast.unparse(node.func), node
+
+
+def imported(tree):
+    """Names of the top-level packages that a module imports, wherever it does."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_no_code_of_ours_unpickles_or_evaluates(path):
+    tree = ast.parse(path.read_text())
+    benchmark = path.parent.name == "benchmarks"  # asks the C library for its memory
+    assert not set(imported(tree)) & (FORBIDDEN_WHERE_IT_TRAVELS if path in TRAVELS else UNPICKLE if benchmark else FORBIDDEN)
+    for line, name, call in calls(tree):
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert name not in CALLS, f"{path.name}:{line} calls {name}"
+        if name == "torch.load":
+            assert given.get("weights_only") == "True", f"{path.name}:{line}"
+        if name in ("np.load", "numpy.load"):
+            assert given.get("allow_pickle", "False") == "False", f"{path.name}:{line}"
+        assert "allow_pickle" not in given or given["allow_pickle"] == "False", f"{path.name}:{line}"
+        # by a name that is not written there: a module of recipes/ that the user names; the module that the checkpoint's class came from
+        if name.endswith("import_module") and not isinstance(call.args[0], ast.Constant):
+            assert path.name in ("train.py", "demo.py"), f"{path.name}:{line}"
+        if path in TRAVELS:
+            assert given.get("trust_remote_code", "False") == "False", f"{path.name}:{line} would run the code of another repository"
+
+
+def test_what_travels_is_small_enough_to_be_read():
+    lengths = {path.name: len(path.read_text().splitlines()) for path in TRAVELS}
+    assert max(lengths.values()) <= 550 and sum(lengths.values()) <= 7000, lengths
+
+
+def is_pickle(path):
+    """Whether a file begins as a pickle does, or as a zip archive, in which torch hides one."""
+    head = path.read_bytes()[:4]
+    return head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or head == b"PK\x03\x04"
+
+
+def test_nothing_that_is_saved_is_a_pickle(tmp_path):
+    model = make_model(emb_seq_tokenizer=make_tokenizer(texts=["another corpus"]))
+    model.save_pretrained(tmp_path / "model")
+    model.save_gen(tmp_path / "gen")
+    model.save_emb_seq(tmp_path / "emb_seq")
+    index = model.build_index(PASSAGES, save_directory=tmp_path / "index", show_progress_bar=False)
+    index.delete(["p1"])
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 30 and not [path for path in files if is_pickle(path)]
+    (tmp_path / "pickle").write_bytes(pickle.dumps([1]))
+    torch.save({}, tmp_path / "archive")
+    assert is_pickle(tmp_path / "pickle") and is_pickle(tmp_path / "archive")
+
+
+class Bomb:
+    """What it unpickles to makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_booby_trapped_files_beside_a_checkpoint_or_an_index_do_nothing(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path / "model")
+    index = model.build_index(PASSAGES, save_directory=tmp_path / "index", show_progress_bar=False)
+    bomb = pickle.dumps(Bomb(str(tmp_path / "exploded")))
+    for folder in ("model", "index"):
+        for name in ("pytorch_model.bin", "training_args.bin", "index.pkl", "optimizer.pt"):
+            (tmp_path / folder / name).write_bytes(bomb)
+    code = f"import os\nos.mkdir({str(tmp_path / 'exploded')!r})\n"
+    (tmp_path / "index" / "index.py").write_text(code)  # a dataset's loading script
+    (tmp_path / "model" / "sitecustomize.py").write_text(code)
+    loaded = CoSupForCausalLM.from_pretrained(tmp_path / "model")
+    assert len(loaded.load_index(tmp_path / "index", verify=True)) == len(index)
+    (tmp_path / "model" / "model.safetensors").unlink()  # weights as a pickle alone: refused, not read
+    with pytest.raises(Exception, match="(?i)weights.only|unpickl|safetensors"):
+        CoSupForCausalLM.from_pretrained(tmp_path / "model")
+    assert not (tmp_path / "exploded").exists()
+    with pytest.raises(FileExistsError):
+        pickle.loads(bomb) if (tmp_path / "exploded").mkdir() is None else None  # the bomb is one
+
+
+def test_code_runs_only_with_trust_remote_code(tmp_path):
+    make_model().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "configuration_cosup.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'exploded')!r})\n")
+    code = f"from transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained({str(tmp_path / 'model')!r})"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, "-I", "-c", code]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0 and "trust_remote_code" in result.stderr and not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("id", ["..", "../x", "a/../b", "..\\x", "x\\..", "/..", "nul\x00"])
+def test_an_id_that_leads_out_of_a_folder_is_refused(id, tmp_path):
+    with pytest.raises(ValueError, match="Passage 0|row 0|id is"):
+        PassageIndex.build([{"id": id, "text": "word"}], make_model(), save_directory=tmp_path / "index", show_progress_bar=False)
+    assert not (tmp_path / "index").exists()
+
+
+def test_ids_that_only_look_like_paths_are_names(tmp_path):
+    ids = ["/m/02mjmr", "enwiki/12#3", "a..b", "...", "C:\\x", "آی‌دی", "with space", "%2e%2e/x"]
+    model = make_model()
+    before = sorted(tmp_path.parent.iterdir())
+    model.build_index([{"id": id, "text": "word"} for id in ids], save_directory=tmp_path / "index", show_progress_bar=False)
+    index = PassageIndex.from_pretrained(tmp_path / "index")
+    assert [passage["id"] for passage in index] == ids and index.rows_of(ids).tolist() == list(range(len(ids)))
+    assert sorted(tmp_path.parent.iterdir()) == before
+
+
+def test_a_module_path_of_an_emb_seq_folder_cannot_lead_out(tmp_path):
+    from shared.retriever_files import safe_path
+
+    for path in ("../x", "/etc", "a/../../b"):
+        with pytest.raises(ValueError, match="leads out of the folder"):
+            safe_path("me/retriever", path)
+    shutil.rmtree(tmp_path)
+
+
+def test_facts_beside_a_checkpoint_are_data(tmp_path):
+    """A card is made of facts by a template that is ours: what a stranger wrote into the facts is shown, not run."""
+    model = make_model()
+    model.save_pretrained(tmp_path / "model")
+    facts = {"question": "{{ 7 * 7 }}", "name": "{% for x in ().__class__.__bases__ %}{% endfor %}", "license": "mit"}
+    (tmp_path / "model" / "training_facts.json").write_text(json.dumps(facts))
+    from modeling_cosup.card_cosup import model_card
+
+    loaded = CoSupForCausalLM.from_pretrained(tmp_path / "model")
+    card = model_card(loaded, "me/model", loaded.training_facts())
+    assert "{{ 7 * 7 }}" in card and "49" not in card.split("## Settings")[0] and "__bases__" in card

@@ -1,0 +1,87 @@
+"""The benchmark of generate(), small: it runs, what it compares is the same work, and the tokens that it calls the same could have been others."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from support.models import make_gen, make_tokenizer
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SMALL = ["--shape", "tiny", "--device", "cpu", "--new_tokens", "16", "--batch_sizes", "1", "3", "--repeats", "1", "--num_passages", "60", "--captured", "false"]
+SMALL += ["--num_candidates", "20", "--index_size", "90", "--num_prompts", "10", "--rows_at_once", "3"]
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """`recipes/benchmarks/generate.py`, under a name of its own: `recipes/` has a generate.py too."""
+    monkeypatch.setattr(sys, "path", [str(RECIPES / "benchmarks"), *sys.path])
+    spec = importlib.util.spec_from_file_location("benchmark_of_generate", RECIPES / "benchmarks" / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(benchmark, monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, argv)])
+    benchmark.main()
+
+
+def test_all_arms_write_the_same_tokens(benchmark, monkeypatch, tmp_path, capsys):
+    run(benchmark, monkeypatch, *SMALL, "--output_file", tmp_path / "out.json")
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert [(r["batch"], r["rows_equal"], r["rows_compared"]) for r in results["part_1"]] == [(1, 1, 1), (3, 2, 2)]
+    arms = ["plain", "plain again", "CoSup, never retrieves", "CoSup, retrieves"]
+    assert [(r["batch"], r["arm"], r["rows_equal"]) for r in results["part_2"]] == [(size, arm, size) for size in (1, 3) for arm in arms]
+    assert all(0 < sum(r["parts"].values()) < r["seconds"]["max"] for r in results["part_2"] if r["arm"] == "CoSup, retrieves")
+    assert [(r["batch"], r["index_size"]) for r in results["part_3"]] == [(1, 90), (3, 90)]
+    assert all(0 < r["share_of_search"]["min"] < 1 for r in results["part_3"])
+    assert [(r["arm"], r["rows_equal"]) for r in results["part_4"]] == [("fixed batches", 10), ("generate_many", 10)]
+    shown = capsys.readouterr().out
+    headings = ["Against the original's algorithm", "Against plain gen.generate", "Exact search among 90 x 64", "A queue against fixed batches of 3"]
+    assert shown.count("random weights, shape tiny, float32, seed 0, ") == 4 and all(heading in shown for heading in headings)
+
+
+def test_a_model_of_ones_own(benchmark, monkeypatch, tmp_path):
+    make_gen("qwen3").save_pretrained(tmp_path / "gen")
+    make_tokenizer().save_pretrained(tmp_path / "gen")
+    run(benchmark, monkeypatch, *SMALL, "--gen", tmp_path / "gen", "--parts", 1, 4, "--batch_sizes", 2, "--output_file", tmp_path / "out.json")
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert [r["rows_equal"] for r in results["part_1"]] == [2]
+    assert [r["rows_equal"] for r in results["part_4"]] == [10, 10]
+
+
+def test_other_passages_give_other_tokens(benchmark):
+    script = benchmark.BenchmarkArguments(shape="tiny", new_tokens=16, num_passages=60)
+    world = benchmark.World(script, torch.device("cpu"))
+    index, (prompt,), plan = world.index(60), world.prompts(1), world.plan(1).tolist()[0]
+    ends = []
+    for id in ("p1", "p2"):
+        pool = index.get_passages(index.rows_of([id]))
+        original = benchmark.original_generate(world, prompt, plan, pool, world.embed(pool))
+        assert world.retrieve(world.model, [prompt], index, [[id]]) == [original]
+        at = [position for position, token in enumerate(original) if token == world.config.nsp_token_id]
+        assert len(at) == script.retrievals and original[at[0] + 1 :][: len(pool[0]["input_ids"])] == pool[0]["input_ids"]
+        ends.append(original[-4:])
+    assert ends[0] != ends[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--shape", "1b"], "--shape is '1b', expected one of tiny, 135m, 7b"),
+        (["--shape", "tiny", "--new_tokens", "7"], "--new_tokens is 7, expected 4 or more for each of the 2 retrievals"),
+        (["--shape", "tiny", "--num_candidates", "9", "--num_passages", "8"], "--num_candidates is 9, expected at most the 8 passages"),
+        (["--shape", "tiny", "--parts", "4", "--num_prompts", "9999", "--num_passages", "60"], "9999 prompts that begin differently need as many tokens"),
+        (["--dtype", "int8"], "--dtype is 'int8', expected float32, bfloat16 or float16"),
+        (["--output_file", "nowhere/out.json"], "--output_file nowhere/out.json: its folder does not exist"),
+        (["--shape", "tiny", "--parts", "5"], "--parts holds 5, expected 1, 2, 3 or 4"),
+    ],
+)
+def test_bad_options_are_said(benchmark, monkeypatch, options, message):
+    with pytest.raises(SystemExit, match=message):
+        run(benchmark, monkeypatch, "--device", "cpu", *options)

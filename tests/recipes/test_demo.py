@@ -1,0 +1,389 @@
+"""The demo in a real browser: what is asked, retrieved, uploaded and refused, and its parts without one."""
+
+import ast
+import gzip
+import importlib.util
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import urlparse
+
+import pytest
+import torch
+import yaml
+
+from support.models import PASSAGES, make_model
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+BROWSER = shutil.which("chromium")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+ATTACK = "<img src=x onerror=window.hacked=1><script>window.hacked=1</script>${window.hacked=1}{{value}}"
+MINE = [{"title": f"Mine {ATTACK}", "text": f"Uploaded passage {number}. {ATTACK}"} for number in range(3)]
+
+
+@torch.no_grad()
+def eager_model():
+    """A random Gen that retrieves whenever it may: the bias of its last layer norm points at `[NSP]`."""
+    model = make_model("gpt2", gen_kwargs={"tie_word_embeddings": False, "max_position_embeddings": 2048})
+    weight = model.gen.lm_head.weight
+    weight[:, 0] = 0
+    weight[model.config.nsp_token_id, 0] = 10
+    model.gen.transformer.ln_f.bias[0] = 8
+    return model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = eager_model()
+    model.save_pretrained(folder / "tiny-model")
+    model.build_index(PASSAGES, show_progress_bar=False).save_pretrained(folder / "index")
+    return folder
+
+
+# ------------------------------------------------------------------ in a browser
+
+
+class Server:
+    """The demo as the `app.py` of a Space: alone in a folder, where an import of the project would fail."""
+
+    def __init__(self, folder, checkpoint):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url, self.log = f"http://127.0.0.1:{port}", folder / "log"
+        shutil.copy(RECIPES / "demo.py", folder / "app.py")
+        for name in ("modeling_cosup", "trainer", "cli"):
+            (folder / f"{name}.py").write_text("raise SystemExit('the project was imported')")
+        variables = {"COSUP_MODEL": checkpoint / "tiny-model", "COSUP_INDEX": checkpoint / "index", "COSUP_EXAMPLES": "who painted it?|where?"}
+        variables |= {"HF_HOME": folder / "hf_home", "GRADIO_TEMP_DIR": folder / "gradio", "GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": port}
+        dropped = ("PYTHONPATH", "HF_MODULES_CACHE", "GRADIO_ANALYTICS_ENABLED")
+        environment = {name: value for name, value in os.environ.items() if name not in dropped} | {name: str(value) for name, value in variables.items()}
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen([sys.executable, "app.py"], cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def wait(self):
+        """Until the page is there."""
+        waiting = threading.Event()
+        for _ in range(1200):
+            if self.process.poll() is not None:
+                break
+            try:
+                return urllib.request.urlopen(self.url, timeout=5).close()
+            except (urllib.error.URLError, ConnectionError):
+                waiting.wait(0.1)
+        raise AssertionError(f"The demo did not start:\n{self.log.read_text()}")
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint, tmp_path_factory):
+    pytest.importorskip("gradio", reason="the demo is a Gradio app")
+    server = Server(tmp_path_factory.mktemp("space"), checkpoint)
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.process.terminate()
+        server.process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    playwright = pytest.importorskip("playwright.sync_api", reason="drives the browser")
+    if BROWSER is None:
+        pytest.skip("no chromium: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(server, browser):
+    """Opens the page for a new visitor; in the end, no request has left this machine and no script has failed."""
+    contexts, urls, failures = [], [], []
+
+    def visit():
+        contexts.append(browser.new_context(viewport={"width": 1280, "height": 800}))
+        contexts[-1].set_default_timeout(30_000)
+        contexts[-1].on("request", lambda request: urls.append(urlparse(request.url)))
+        contexts[-1].on("weberror", lambda error: failures.append(str(error.error)))
+        page = contexts[-1].new_page()
+        page.goto(server.url)
+        page.wait_for_selector("#question textarea")
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert {url.hostname for url in urls if url.scheme not in ("data", "blob")} == {"127.0.0.1"}
+    assert failures == []
+
+
+def ask(page, question, retrieval="Automatic"):
+    """Ask and wait for the end of the answer: its text, and its cards' texts."""
+    page.locator("#retrieval").get_by_text(retrieval, exact=True).click()
+    page.fill("#question textarea", question)
+    page.click("#ask")
+    page.locator(".cosup-question").get_by_text(question, exact=True).wait_for()
+    page.wait_for_selector(".cosup-caret", state="detached")
+    return page.inner_text(".cosup-answer"), page.locator(".cosup-passage").all_inner_texts()
+
+
+def upload(page, path):
+    if not page.locator("#index").is_visible():
+        page.get_by_text("Your own corpus").click()
+    if page.locator("#corpus button[aria-label*='lear']").count():
+        page.locator("#corpus button[aria-label*='lear']").first.click()
+    page.set_input_files("#corpus input[type=file]", path)
+    page.locator("#corpus").get_by_text(path.stem).first.wait_for()
+    page.click("#index")
+
+
+def test_an_answer_streams_beside_its_passages(visit):
+    page = visit()
+    assert "An index of 6 passages is searched." in page.inner_text("#status")
+    page.evaluate(
+        "window.seen = []; new MutationObserver(() => window.seen.push([document.querySelector('.cosup-caret') != null, "
+        "document.querySelectorAll('mark').length])).observe(document.querySelector('#answer'), {childList: true, subtree: true})"
+    )
+    text, cards = ask(page, "who painted the Night Watch?")
+    seen = page.evaluate("window.seen")
+    assert any(caret and 0 < marks < 16 for caret, marks in seen) and seen[-1] == [False, 16]  # it was there before it was whole
+    cited = [int(number) for number in re.findall(r"\[(\d+)\]", text)]
+    assert len(cited) == page.locator("mark.cosup-grounded").count() == 16 > len(cards)  # a passage that is cited again keeps its number
+    assert list(dict.fromkeys(cited)) == list(range(1, len(cards) + 1)) and len(text) > 16 * 4  # and then there is text
+    for number, card in enumerate(cards, 1):
+        assert card.startswith(f"[{number}]") and "cosine" in card and any(passage["text"] in card for passage in PASSAGES)
+    page.get_by_text("More settings").click()
+    page.get_by_label("number input for Passages for each [NSP]").fill("3")
+    text, cards = ask(page, "and with three passages?", "Forced")
+    assert text.lstrip().startswith("[1][2][3]") and len(cards) >= 3
+    page.locator("#min-score textarea").fill("2")
+    assert ask(page, "and with none that is good enough?")[1] == []
+    page.get_by_text("where?", exact=True).click()  # an example
+    page.wait_for_function("document.querySelector('#question textarea').value == 'where?'")
+
+
+def test_retrieval_can_be_switched_off_and_forced(visit):
+    page = visit()
+    text, cards = ask(page, "without?", "Off")
+    assert text.strip() and "[1]" not in text and cards == [] and "Nothing was retrieved." in page.inner_text("#answer")
+    text, cards = ask(page, "with?", "Forced")
+    assert cards and text.lstrip().startswith("[1]")
+
+
+def test_a_corpus_is_searched_by_the_one_who_uploaded_it(visit, tmp_path):
+    page, other = visit(), visit()
+    path = tmp_path / "corpus.jsonl.gz"
+    path.write_bytes(gzip.compress("\n".join(map(json.dumps, MINE * 50)).encode()))
+    upload(page, path)
+    page.locator("#status").get_by_text("Your corpus of 150 passages is searched now, by you alone.").wait_for()
+    _, cards = ask(page, f"mine? {ATTACK}")
+    assert ATTACK in page.inner_text(".cosup-question")  # shown as it is, not run
+    assert cards and all(f"Mine {ATTACK}" in card and card.count(ATTACK) == 2 for card in cards)
+    assert page.evaluate("window.hacked") is None and page.locator("#answer img, #answer script").count() == 0
+    assert "searched: your corpus" in page.inner_text("#answer")
+    _, cards = ask(other, "theirs?")
+    assert cards and "Uploaded" not in str(cards) and "An index of 6 passages is searched." in other.inner_text("#status")
+    page.click("#back")
+    page.locator("#status").get_by_text("An index of 6 passages is searched.").wait_for()
+    _, cards = ask(page, "the first again?")
+    assert cards and "Uploaded" not in str(cards)
+
+
+def test_errors_are_shown_and_the_demo_lives_on(visit, server, tmp_path):
+    page = visit()
+    page.click("#ask")
+    page.get_by_text("Write a question first.").wait_for()
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps(MINE[0] | {"id": ATTACK}) + "\n" + json.dumps(MINE[1] | {"id": ATTACK}))
+    upload(page, path)
+    page.locator("#status").get_by_text("Not indexed. Line 2: id '<img src=x onerror").wait_for()
+    toast = page.locator("[data-testid=toast-body]")
+    toast.get_by_text("Line 2: id '<img").wait_for()
+    assert page.evaluate("window.hacked") is None and page.locator("[data-testid=toast-body] img, #status img").count() == 0
+    page.fill("#question textarea", "é" * 1900)
+    page.click("#ask")
+    toast.get_by_text("tokens, but Gen reads 2,048").wait_for()
+    assert str(tmp_path) not in page.content() and "Traceback" not in page.content()
+    assert ask(page, "still there?")[1]
+    assert "Traceback" not in server.log.read_text()
+
+
+# ------------------------------------------------------------------ its parts
+
+
+@pytest.fixture(scope="module")
+def module():
+    pytest.importorskip("gradio", reason="the demo is a Gradio app")
+    spec = importlib.util.spec_from_file_location("cosup_demo", RECIPES / "demo.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def demo(module, checkpoint):
+    return module.Demo(module.parse(["--model", str(checkpoint / "tiny-model"), "--index", str(checkpoint / "index")]))
+
+
+def visitor(name="a session"):
+    return SimpleNamespace(session_hash=name)
+
+
+def test_the_file_needs_nothing_of_the_project():
+    nodes = list(ast.walk(ast.parse((RECIPES / "demo.py").read_text())))
+    names = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert names - sys.stdlib_module_names == {"gradio", "torch", "transformers"}
+
+
+def test_the_files_of_a_space():
+    _, front, _ = (RECIPES / "space" / "README.md").read_text().split("---\n", 2)
+    matter = yaml.safe_load(front)
+    assert (matter["sdk"], matter["app_file"]) == ("gradio", "app.py") and isinstance(matter["sdk_version"], str)
+    needed = {line.split(">")[0] for line in (RECIPES / "space" / "requirements.txt").read_text().splitlines() if line and line[0] != "#"}
+    assert needed == {"torch", "transformers", "faiss-cpu", "pyarrow"}  # gradio comes with the SDK
+
+
+@pytest.fixture
+def slow(module, monkeypatch):
+    """A Gen that after a few tokens waits for the one who stops it; or goes on after a minute."""
+
+    class Slow(module.Stop):
+        calls = 0
+
+        def __call__(self, *args, **kwargs):
+            self.calls += 1
+            if self.calls > 5:
+                self.event.wait(60)
+            return super().__call__(*args, **kwargs)
+
+    monkeypatch.setattr(module, "Stop", Slow)
+
+
+def test_stop_ends_the_answer(demo, slow):
+    pages = demo.ask("who?", "Off", 1, 512, "", None, visitor())
+    next(pages), next(pages)
+    demo.stop(visitor("another session"))
+    assert not demo.running["a session"].is_set()
+    demo.stop(visitor())
+    rest = list(pages)
+    assert 1 <= len(rest) <= 6 and "cosup-caret" not in rest[-1][0] and demo.running == {}
+
+
+def test_a_visitor_who_leaves_stops_generation(demo, slow):
+    pages = demo.ask("who?", "Off", 1, 512, "", None, visitor())
+    next(pages), next(pages)
+    threads = threading.active_count()
+    pages.close()
+    assert threading.active_count() == threads - 1 and demo.running == {}
+    demo.stop(visitor())  # nothing is running
+
+
+def test_an_error_of_the_search_is_shown_without_its_path(module, demo, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("cannot read /srv/secret/index.bin: gone")
+
+    monkeypatch.setattr(demo.index, "search", fail)
+    pages, shown = demo.ask("who?", "Forced", 1, 8, "", None, visitor()), []
+    with pytest.raises(module.gr.Error) as error:
+        shown.extend(page for page, _ in pages)
+    assert "The search failed" in error.value.message and "gone" in error.value.message and "secret" not in error.value.message
+    monkeypatch.undo()
+    assert "cosup-passage-1" in list(demo.ask("who?", "Forced", 1, 8, "", None, visitor()))[-1][0]
+
+
+def test_what_cannot_be_asked(module, demo):
+    refused = [("  ", "", "Write a question"), ("a" * 2001, "", "2,001 characters, expected 2,000 at most"), ("who?", "high", "The least score is .*high")]
+    for question, min_score, reason in refused:
+        with pytest.raises(module.gr.Error, match=reason):
+            next(demo.ask(question, "Off", 1, 8, min_score, None, visitor()))
+
+
+def test_without_an_index_and_without_emb_seq(module, checkpoint):
+    demo = module.Demo(module.parse(["--model", str(checkpoint / "tiny-model"), "--no-upload"]))
+    assert demo.model.emb_seq is None and "There is no index" in demo.default_status()
+    assert "without Emb_seq" in str(demo.page().get_config_file()["components"])
+    answer = list(demo.ask("who?", "Automatic", 1, 8, "", None, visitor()))[-1][0]
+    assert "there is no index" in answer and "cosup-passage-1" not in answer
+    with pytest.raises(module.gr.Error, match="There is no index to retrieve from"):
+        next(demo.ask("who?", "Forced", 1, 8, "", None, visitor()))
+
+
+def test_a_model_must_be_named(module, capsys, monkeypatch):
+    monkeypatch.delenv("COSUP_MODEL", raising=False)
+    with pytest.raises(SystemExit):
+        module.parse([])
+    assert "set COSUP_MODEL" in capsys.readouterr().err
+    monkeypatch.setenv("COSUP_EXAMPLES", "one?| two? |")
+    monkeypatch.setenv("COSUP_UPLOAD", "0")
+    args = module.parse(["--model", "here"])
+    assert args.examples == ["one?", "two?"] and args.upload is False
+
+
+# ------------------------------------------------------------------ corpora
+
+GOOD = {
+    "corpus.jsonl": '\ufeff{"id": "a", "title": "T", "text": "one"}\n\n{"text": "two\u2028still", "title": null}\n',
+    "corpus.csv": 'id,title,text\na,T,one\n,,"two\n\nstill"\n',
+    "corpus.TXT": "\n\none\nmore\n \ntwo\n",
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_corpus_is_read(module, tmp_path, name, packed):
+    path = tmp_path / (name + ".gz" * packed)
+    path.write_bytes(gzip.compress(GOOD[name].encode()) if packed else GOOD[name].encode())
+    expected = {
+        "corpus.jsonl": [{"id": "a", "title": "T", "text": "one"}, {"id": "line 3", "title": "", "text": "two\u2028still"}],
+        "corpus.csv": [{"id": "a", "title": "T", "text": "one"}, {"id": "line 5", "title": "", "text": "two\n\nstill"}],
+        "corpus.TXT": [{"id": "line 3", "title": "", "text": "one\nmore"}, {"id": "line 6", "title": "", "text": "two"}],
+    }
+    assert module.read_upload(str(path)) == expected[name]
+
+
+BAD = {
+    "an object without text": ("a.jsonl", b'{"text": "a"}\n{"title": "b"}', "Line 2: text is None, expected a string that is not empty"),
+    "an empty text": ("a.jsonl", b'{"text": " "}', "Line 1: text is ' '"),
+    "a number": ("a.jsonl", b'{"text": "a", "id": 7}', "Line 1: id is 7, expected a string"),
+    "no object": ("a.jsonl", b'{"text": "a"}\n[1]', "Line 2: found .1., expected a JSON object"),
+    "no JSON": ("a.jsonl", b'{"text": "a"}\n{"text": }', r"Line 2: malformed JSON \(Expecting value, column 10\)"),
+    "deep JSON": ("a.jsonl", b"[" * 200_000, "Line 1: this JSON cannot be read"),
+    "a long number": ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "Line 1: this JSON cannot be read"),
+    "half a pair": ("a.jsonl", b'{"text": "\\ud800"}', "Line 1: text holds half a surrogate pair"),
+    "an id twice": ("a.csv", b"id,text\na,b\nc,d\na,e\n", "Line 4: id 'a' already stands in line 2"),
+    "no column": ("a.csv", b"title,body\na,b\n", "Line 1: found the columns 'title, body', expected one named text"),
+    "too many cells": ("a.csv", b"text\na\nb,c\n", "Line 3: found more cells than the 1 columns"),
+    "too few cells": ("a.csv", b"text,title\na\n", "Line 2: found fewer cells than the 2 columns"),
+    "a quote left open": ("a.csv", b'text\n"a\n', "malformed CSV"),
+    "another encoding": ("a.txt", "one\n\ntw\xf6".encode("latin-1"), "Line 3: the byte 0xf6 is no UTF-8"),
+    "nothing": ("a.txt", b"\n \n", "holds no passage"),
+    "no gzip": ("a.txt.gz", b"one", "no whole .gz file"),
+    "a gzip cut off": ("a.jsonl.gz", gzip.compress(b'{"text": "a"}')[:-9], "no whole .gz file"),
+    "a bomb": ("a.jsonl.gz", gzip.compress(bytes(6 * 2**20)), "more than 5 MB when it is unpacked"),
+    "too many": ("a.txt", b"a\n\n" * 2001, "Line 4001: the corpus holds more than 2,000 passages"),
+    "a long text": ("a.txt", b"a\n\n" + b"b" * 10_001, "Line 3: text has 10,001 characters, expected 10,000 at most"),
+    "another format": ("a.pkl", b"", "ends in '.pkl', expected .jsonl"),
+    "no format": ("a", b"", "ends in 'nothing', expected .jsonl"),
+    "gzip of no format": ("a.gz", b"", "ends in '.gz', expected .jsonl"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "reason"), BAD.values(), ids=BAD)
+def test_a_corpus_is_refused_with_the_line(module, tmp_path, name, content, reason):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=reason) as error:
+        module.read_upload(str(tmp_path / name))
+    assert str(tmp_path) not in str(error.value)

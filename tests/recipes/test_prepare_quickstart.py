@@ -1,0 +1,58 @@
+"""The fictional world: valid files, no unseen name in training, a tokenizer that keeps control tokens out of text, reuse and refusal."""
+
+import json
+from pathlib import Path
+
+import pytest
+from prepare_quickstart import prepare
+from transformers import AutoTokenizer
+
+from modeling_cosup import CoSupForCausalLM
+from trainer import load_corpus, load_evaluation_set, load_instances
+
+SMALL = {"num_train_entities": 300, "num_validation": 20, "num_unseen_entities": 30, "num_train_instances": 400}
+SMALL |= {"num_eval_no_passage": 10, "drill_max_steps": 0}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return prepare(str(tmp_path_factory.mktemp("quickstart") / "world"), **SMALL)
+
+
+def test_files_are_valid_and_unseen_entities_are_unseen(world):
+    train, validation = load_instances(world["train"]), load_instances(world["validation"])
+    corpus = load_corpus(world["corpus"])
+    questions = load_evaluation_set(world["eval"], corpus=corpus)
+    assert (len(train), len(validation), len(corpus)) == (400, 20, 350)
+    assert sum(not question["provenance"] for question in questions) == 10
+    assert 0.03 < sum(instance["segments"][0]["passage"] is None for instance in train) / 400 < 0.25
+    titles = {passage["id"]: passage["title"] for passage in corpus}
+    assert len(set(titles.values())) == 350  # a name is one entity
+    read = Path(world["train"]).read_text()
+    for question in questions:
+        for (gold,) in question["provenance"]:
+            assert titles[gold] not in read
+            assert titles[gold] in question["input"]
+            assert question["answers"][0].startswith(titles[gold])
+
+
+def test_tokenizer_is_lossless_and_knows_no_special_token_in_text(world):
+    tokenizer = AutoTokenizer.from_pretrained(world["gen"])
+    for instance in load_instances(world["train"]):
+        text = instance["segments"][0]["text"]
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+    ids = tokenizer("a </s> b <s> <pad>", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert not {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} & set(ids)
+    CoSupForCausalLM.from_gen_and_emb_seq(world["gen"], world["emb_seq"], max_passage_length=128)
+
+
+def test_same_settings_are_reused_and_foreign_folders_refused(world, tmp_path):
+    folder = str(Path(world["train"]).parent)
+    before = Path(world["train"]).stat().st_mtime_ns
+    assert prepare(folder, **SMALL) == world
+    assert Path(world["train"]).stat().st_mtime_ns == before
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="choose another folder"):
+        prepare(str(tmp_path), **SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert json.loads(Path(folder, "world.json").read_text())["num_train_entities"] == 300

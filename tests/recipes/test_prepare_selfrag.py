@@ -1,0 +1,162 @@
+"""Self-RAG's training data: its marks as segments, each filter and its count, the question before a passage, and bad input."""
+
+import gzip
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+from prepare_selfrag import FILTERS, main, prepare, read_pieces, report
+
+from trainer import load_corpus, load_instances
+from trainer.data import content_id
+
+FILE = Path(__file__).parent / "data_formats" / "selfrag.jsonl"
+OTTER, MILK = ({"id": content_id(title, text), "title": title, "text": text} for title, text in [("Otter", "Otters eat fish."), ("Café", "Coffee with milk.")])
+PASSAGE = "[Retrieval]<paragraph>Otter\nOtters eat fish.</paragraph>"
+
+
+def options(tmp_path, **changes):
+    files = {"input_file": FILE, "split": "train", "output_file": tmp_path / "train.jsonl", "output_corpus": tmp_path / "corpus.jsonl"}
+    return Namespace(**{**files, "filters": list(FILTERS), "min_support": "partial", "question_template": "", **changes})
+
+
+def segments(instance):
+    return [(segment["text"], segment["passage"]) for segment in instance["segments"]]
+
+
+def ids(tmp_path, **changes):
+    prepare(options(tmp_path, **changes))
+    return [instance["id"] for instance in load_instances(tmp_path / "train.jsonl")]
+
+
+def write(tmp_path, *rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_marks_become_segments(tmp_path):
+    counts, damaged = prepare(options(tmp_path))
+    found = {instance["id"]: instance for instance in load_instances(tmp_path / "train.jsonl")}
+    assert list(found) == ["s1", "s2", "s10"]
+    assert segments(found["s1"]) == [("Fish.", OTTER)]
+    assert segments(found["s2"]) == [
+        ("Well. Let us see.", None),
+        ("They eat fish. They eat it raw.", OTTER),  # what is continued stays on the passage
+        ("They drink no coffee.", MILK),
+        ("That is all. Indeed.", None),  # behind free text nothing is left to continue
+    ]
+    assert segments(found["s10"]) == [("Fish.", {"id": content_id("", "Otters eat fish."), "title": "", "text": "Otters eat fish."})]
+    assert (found["s1"]["dataset"], found["s1"]["instruction"], found["s1"]["input"]) == ("nq", "", "what do otters eat?")
+    assert (found["s2"]["instruction"], found["s2"]["input"]) == ("Answer at length. ", "what do otters eat and drink?")
+    assert [passage["title"] for passage in load_corpus(tmp_path / "corpus.jsonl")] == ["Otter", "Café", ""]
+    assert dict(counts) == {
+        "read": 10,
+        "damaged": 4,
+        "without_passage": 1,
+        "irrelevant": 1,
+        "unsupported": 1,
+        "written": 3,
+        "  with 1 passage": 2,
+        "  with 2 passages": 1,
+        "continued texts without a passage, now free text": 1,
+        "passages": 3,
+    }
+    assert [line.partition(": ")[0].rpartition(", ")[2] for line in damaged] == ["line 6", "line 7", "line 8", "line 9"]
+    lines = report(counts).splitlines()
+    assert lines[0].split() == ["instances", "read", "10"]
+    assert lines[5].split() == ["instances", "written", "3", "the", "paper's:", "42,932"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"filters": []}, ["s1", "s2", "s3", "s4", "s5", "s10"]),
+        ({"filters": ["irrelevant", "unsupported"]}, ["s1", "s2", "s3", "s10"]),
+        ({"filters": ["without_passage", "unsupported"]}, ["s1", "s2", "s4", "s10"]),
+        ({"filters": ["without_passage", "irrelevant"]}, ["s1", "s2", "s5", "s10"]),
+        ({"min_support": "full"}, ["s1", "s10"]),
+        ({"min_support": "none"}, ["s1", "s2", "s5", "s10"]),
+    ],
+)
+def test_each_filter_can_be_switched_off(tmp_path, changes, expected):
+    assert ids(tmp_path, **changes) == expected
+
+
+def test_what_no_filter_touches_reads_as_it_stands(tmp_path):
+    prepare(options(tmp_path, filters=[]))
+    found = {instance["id"]: instance for instance in load_instances(tmp_path / "train.jsonl")}
+    assert segments(found["s3"]) == [("4", None)]
+    assert (found["s3"]["instruction"], found["s3"]["input"]) == ("Add.", "2 + 2")
+    assert segments(found["s4"]) == [("false", MILK)]
+    assert (found["s4"]["instruction"], found["s4"]["input"]) == ("True or false?", "Otters eat coffee.")
+
+
+def test_question_before_each_passage(tmp_path):
+    prepare(options(tmp_path, question_template="Question: {input}"))
+    found = {instance["id"]: segments(instance) for instance in load_instances(tmp_path / "train.jsonl")}
+    assert found["s1"] == [("Question: what do otters eat?", None), ("Fish.", OTTER)]
+    assert [text for text, _ in found["s2"]] == [
+        "Well. Let us see. Question: what do otters eat and drink?",
+        "They eat fish. They eat it raw.",
+        "Question: what do otters eat and drink?",
+        "They drink no coffee.",
+        "That is all. Indeed.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("Fish.[Fully supported]", "Fully supported.* at character 5 rates no text on a passage"),
+        ("[Relevant]Fish.", "at character 0 rates no passage"),
+        (PASSAGE + "Fish.[Relevant]", "rates no passage"),
+        (PASSAGE + "Fish.", "has no rating"),
+        ("[Retrieval]Fish.", "at character 0 is no"),
+        ("Fish.</paragraph>", "at character 5 is no"),
+        ("[Retrieval]<paragraph>\n</paragraph>[Relevant]Fish.", "is empty"),
+        ("", "the output holds no text"),
+    ],
+)
+def test_damaged_marks(output, message):
+    with pytest.raises(ValueError, match=message):
+        read_pieces(output)
+
+
+def test_a_data_set_folder_and_gzip_are_read_like_a_file(tmp_path):
+    expected = ids(tmp_path)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_bytes(FILE.read_bytes())
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(FILE.read_bytes()))
+    assert ids(tmp_path, input_file=tmp_path / "set") == ids(tmp_path, input_file=tmp_path / "rows.jsonl.gz") == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "changes", "message"),
+    [
+        ({"output": None}, {}, "rows.jsonl, line 1: output is None, expected a string"),
+        ({"instruction": ""}, {}, "line 1: instruction is ''"),
+        ({"instruction": "Say.## Input:\n\n"}, {}, "line 1: input is ''"),
+        ({"input": 5}, {}, "line 1: input is 5, expected a string"),
+        ({"output": "[No Retrieval]4"}, {}, "(?s)No instance is left.*without_passage +1"),
+        ({"output": "[Relevant]4"}, {}, "(?s)No instance is left.*damaged marks +1.*rows.jsonl, line 1: .Relevant. at character 0"),
+        ({}, {"question_template": "Question:"}, "--question_template is 'Question:', expected a text with {input}"),
+    ],
+)
+def test_bad_input(tmp_path, row, changes, message):
+    path = write(tmp_path, {"id": "1", "instruction": "q?", "input": "", "output": PASSAGE + "[Relevant]Fish.[Fully supported]", **row})
+    with pytest.raises(ValueError, match=message):
+        prepare(options(tmp_path, input_file=path, **changes))
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    arguments = ["--input_file", str(FILE), "--output_file", str(tmp_path / "train.jsonl.gz"), "--filters"]
+    monkeypatch.setattr(sys, "argv", ["prepare_selfrag.py", *arguments])
+    main()
+    printed = capsys.readouterr().out
+    assert "the paper's: 42,932" in printed and "selfrag.jsonl, line 9: the output holds no text." in printed
+    assert len(load_instances(tmp_path / "train.jsonl.gz")) == 6
+    assert [path.name for path in tmp_path.iterdir()] == ["train.jsonl.gz"]

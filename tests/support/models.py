@@ -1,0 +1,89 @@
+"""Tiny random models of real architectures, a tiny real tokenizer, and passages, shared by all tests."""
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from modeling_cosup import CoSupForCausalLM
+from modeling_cosup.tokenization_cosup import pad_rows
+
+TEXTS = [
+    "Rembrandt painted the Night Watch in 1642 in Amsterdam.",
+    "Marie Curie was a physicist and chemist who was born in Warsaw.",
+    "The Night Watch is a painting; who painted it? When was it finished?",
+    "## Input:\n\nwho discovered radium?## Output:\n\nMarie Curie discovered radium in 1898.",
+]
+PASSAGES = [
+    {"id": f"p{i}", "title": title, "text": text}
+    for i, (title, text) in enumerate(
+        [
+            ("Night Watch", "The Night Watch was painted by Rembrandt in 1642."),
+            ("Marie Curie", "Marie Curie discovered radium and polonium."),
+            ("", "A passage without a title, about nothing at all."),
+            ("Amsterdam", "Amsterdam is a city."),
+            ("Warsaw", "Warsaw is the city where Marie Curie was born in 1867, and a long passage about it needs a few more words than this."),
+            ("Control [NSP] tokens </s>", "A text may hold [NSP] and [CE] and </s> and [Cs] as characters."),
+        ]
+    )
+]
+ARCHITECTURES = {
+    "llama": {"num_key_value_heads": 2, "intermediate_size": 64, "tie_word_embeddings": True},
+    "gpt2": {"n_inner": 64},
+    "mistral": {"num_key_value_heads": 2, "intermediate_size": 64, "sliding_window": 8, "head_dim": 8},
+    "qwen3": {"num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 8},
+    "gemma2": {"num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 8, "sliding_window": 8},
+    "gptj": {"rotary_dim": 4, "n_inner": 64},
+    "phi3": {"num_key_value_heads": 2, "intermediate_size": 64, "sliding_window": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8, "num_layers": 2, "num_heads": 4},
+    "bloom": {},
+    "mamba": {"state_size": 4},
+    "bert": {"intermediate_size": 64},
+    "modernbert": {"intermediate_size": 64},
+}
+
+
+def make_tokenizer(vocab_size=384, bos="<s>", eos="</s>", pad="<pad>", texts=TEXTS):
+    """A byte-level BPE tokenizer, trained on the spot; BOS, EOS and pad are special tokens outside its ordinary vocabulary."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos, pad_token=pad)
+
+
+def make_config(architecture="llama", vocab_size=400, hidden_size=32, layers=2, **kwargs):
+    options = {"vocab_size": vocab_size, "hidden_size": hidden_size, "num_hidden_layers": layers, "num_attention_heads": 4}
+    options |= {"max_position_embeddings": 512, "initializer_range": 0.2, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    return AutoConfig.for_model(architecture, **{**options, **ARCHITECTURES[architecture], **kwargs})
+
+
+def make_gen(architecture="llama", seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(make_config(architecture, **kwargs)).eval()
+
+
+def make_emb_seq(architecture="llama", seed=1, **kwargs):
+    torch.manual_seed(seed)
+    return AutoModel.from_config(make_config(architecture, **kwargs)).eval()
+
+
+def make_model(gen="llama", emb_seq="llama", tokenizer=None, gen_kwargs=None, emb_seq_kwargs=None, **config):
+    """A CoSup model of random weights whose Gen and Emb_seq have the architectures named."""
+    tokenizer = tokenizer or make_tokenizer()
+    gen = make_gen(gen, **(gen_kwargs or {}))
+    return CoSupForCausalLM.from_gen_and_emb_seq(gen, make_emb_seq(emb_seq, **(emb_seq_kwargs or {})), tokenizer=tokenizer, **config)
+
+
+def plain_batch(rows):
+    """A padded batch made the plain way, one passage row for each `[NSP]`."""
+    input_ids, attention_mask = pad_rows([row["input_ids"] for row in rows])
+    passage_input_ids, passage_attention_mask = pad_rows([ids for row in rows for ids in row["passage_input_ids"]])
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "labels": pad_rows([row["labels"] for row in rows], -100)[0],
+        "passage_input_ids": passage_input_ids,
+        "passage_attention_mask": passage_attention_mask,
+        "passage_labels": torch.arange(len(passage_input_ids)),
+    }

@@ -1,0 +1,260 @@
+"""Micro-batches, duplicates, the facts of a batch, and the sampler that avoids duplicates."""
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler
+
+from support.models import PASSAGES, make_model
+from trainer import CoSupDataCollator
+from trainer.batching import BatchFacts, cut_by_number, cut_by_padding, cut_by_tokens
+from trainer.data import check_instance, tokenize_instance
+from trainer.duplicates import NoDuplicatesSampler, global_batch
+
+SEGMENTS = [[0, 1], [], [1, 2, 0], [3], [], [4]]
+
+
+def features(model, segment_lists=SEGMENTS, **segment):
+    rows = []
+    for i, numbers in enumerate(segment_lists):
+        segments = [{"text": f"answer {number}", "passage": PASSAGES[number], **segment} for number in numbers] or [{"text": "free", "passage": None}]
+        instance = check_instance({"id": f"i{i}", "input": f"question {i} " * (i + 1), "segments": segments}, "here")
+        rows.append(tokenize_instance(instance, model.tokenizer, model.tokenizer, model.config))
+    return rows
+
+
+def collator(model, **kwargs):
+    return CoSupDataCollator(model.tokenizer.pad_token_id, model.tokenizer.pad_token_id, model.config.nsp_token_id, **kwargs)
+
+
+def queries_and_passages(model, batch):
+    """What each query reads up to its `[NSP]` and what its passage is, as token ids, through the positions of the micro-batches."""
+    prefixes, passages = [], []
+    for micro_batch in batch["micro_batches"]:
+        ids, starts = micro_batch["input_ids"], torch.arange(len(micro_batch["input_ids"])) * micro_batch["input_ids"].shape[1]
+        if "position_ids" in micro_batch:
+            starts = (micro_batch["position_ids"][0] == 0).nonzero()[:, 0]
+        for position in micro_batch["nsp_positions"].tolist():
+            start = int(starts[starts <= position].max())
+            prefixes.append(ids.flatten()[start : position + 1].tolist())
+        if "passage_ends" in micro_batch:
+            starts = [0, *(micro_batch["passage_ends"] + 1).tolist()]
+            passages += [micro_batch["passage_input_ids"][0, a:b].tolist() for a, b in itertools.pairwise(starts)]
+        elif len(micro_batch.get("passage_input_ids", [])):
+            masks = micro_batch["passage_attention_mask"].bool()
+            passages += [ids[mask].tolist() for ids, mask in zip(micro_batch["passage_input_ids"], masks, strict=True)]
+    return prefixes, [passages[label] for label in batch["passage_labels"].tolist()]
+
+
+CUTS = [{}, {"call_overhead": 1}, {"max_instances": 2}, {"max_tokens": 100}, {"max_tokens": 1}, {"padding_free": True, "padding_free_passages": True}]
+CUTS += [{"padding_free": True, "padding_free_passages": True, "max_tokens": 120}]
+
+
+@pytest.mark.parametrize("mask_duplicates", [True, False])
+@pytest.mark.parametrize("cut", CUTS)
+def test_every_cut_keeps_instances_queries_labels_and_passages(model, cut, mask_duplicates):
+    rows = features(model)
+    batch = collator(model, mask_duplicates=mask_duplicates, **cut)(copy.deepcopy(rows))
+    facts = batch["facts"]
+    assert sorted(id for ids in facts.instance_ids for id in ids) == [f"i{i}" for i in range(6)]
+    expected = []
+    for row in rows:
+        columns = [i for i, token in enumerate(row["input_ids"]) if token == model.config.nsp_token_id]
+        expected += [(row["input_ids"][: column + 1], passage) for column, passage in zip(columns, row["passage_input_ids"], strict=True)]
+    assert sorted(zip(*queries_and_passages(model, batch), strict=True)) == sorted(expected)
+    assert len(facts.passage_keys) == (5 if mask_duplicates else 7)
+    trained = [
+        (int(mb["input_ids"].flatten()[position]), int(mb["labels"].flatten()[position + 1]))
+        for mb in batch["micro_batches"]
+        for position in mb["label_positions"].tolist()
+    ]
+    pairs = [(row["input_ids"][i], label) for row in rows for i, label in enumerate(row["labels"][1:]) if label != -100]
+    assert sorted(trained) == sorted(pairs) and facts.num_labels == len(pairs)
+    for mb in batch["micro_batches"]:
+        assert int((mb["labels"].flatten() != -100).sum()) == len(mb["label_positions"])
+    real = sum(len(row["input_ids"]) for row in rows)
+    assert facts.num_gen_tokens == real
+    assert facts.num_padded_tokens >= facts.num_tokens > real
+    if cut.get("padding_free"):
+        assert facts.num_padded_tokens == facts.num_tokens
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_micro_batches_keep_to_the_token_budget(model, packed):
+    rows = features(model) * 9
+    longest = max(max(len(row["input_ids"]) for row in rows), max(len(ids) for row in rows for ids in row["passage_input_ids"]))
+    budget = 5 * longest  # each part's share holds its longest row
+    batch = collator(model, max_tokens=budget, padding_free=packed, padding_free_passages=packed, mask_duplicates=False)(rows)
+    assert len(batch["micro_batches"]) > 2
+    for mb in batch["micro_batches"]:
+        assert sum(mb[name].numel() for name in ("input_ids", "passage_input_ids") if name in mb) <= budget
+
+
+def test_shortened_rows_end_at_their_last_query(model):
+    batch = collator(model, max_instances=2, shorten_first_pass=True)(features(model))
+    for mb in batch["micro_batches"]:
+        if not len(mb["nsp_positions"]):
+            assert not mb["first_pass"] or mb["first_pass"]["input_ids"].numel() == 1
+            continue
+        first = mb["first_pass"]
+        assert (first["input_ids"].flatten()[first["nsp_positions"]] == model.config.nsp_token_id).all()
+        assert len(first["nsp_positions"]) == len(mb["nsp_positions"])
+        assert first["input_ids"].numel() < mb["input_ids"].numel()
+
+
+def test_what_each_supervision_reads(model):
+    rows = features(model)
+    ntp = collator(model, supervision="ntp")(rows)
+    assert not any("passage" in name for name in ntp["micro_batches"][0]) and not len(ntp["passage_labels"])
+    nsp = collator(model, supervision="nsp")(rows)
+    (micro_batch,) = nsp["micro_batches"]
+    assert "labels" not in micro_batch and len(micro_batch["input_ids"]) == 4  # instances without a passage have no part in it
+    assert nsp["facts"].num_labels == 0
+    with pytest.raises(ValueError, match="'i0' has no query_input_ids"):
+        collator(model, supervision="separate")(rows)
+    separate = make_model(query_from="emb_seq")
+    (micro_batch,) = collator(separate, supervision="separate")(features(separate))["micro_batches"]
+    assert len(micro_batch["query_input_ids"]) == 7 and "nsp_positions" not in micro_batch
+    lengths = micro_batch["query_attention_mask"].sum(1)
+    assert all(row[length - 1] == separate.config.nsp_token_id for row, length in zip(micro_batch["query_input_ids"], lengths, strict=True))
+
+    alone = collator(separate, supervision="nsp", encoder_queries=True)(features(separate))
+    (micro_batch,) = alone["micro_batches"]
+    assert micro_batch["input_ids"].shape == (1, 1) and "labels" not in micro_batch  # Gen is not asked
+    assert len(micro_batch["query_input_ids"]) == 7 and len(alone["facts"].instance_ids[0]) == 7
+
+
+def test_a_batch_without_any_passage_still_touches_every_part(model):
+    batch = collator(model)(features(model, [[], []]))
+    assert batch["micro_batches"][-1]["passage_input_ids"].shape == (0, 1)
+    assert batch["passage_labels"].shape == (0,) and batch["passage_labels"].dtype == torch.long
+
+
+@pytest.mark.parametrize("broken", [{"passage_input_ids": []}, {"labels": [1]}, {"input_ids": []}])
+def test_a_malformed_instance_is_named(model, broken):
+    rows = features(model)
+    with pytest.raises(ValueError, match="Instance 'i0' has .* expected as many"):
+        collator(model)([rows[3], rows[0] | broken])
+
+
+def test_cuts_are_optimal_and_within_limits():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        lengths = rng.integers(1, 40, size=7).tolist()
+        overhead = int(rng.integers(0, 40))
+
+        def cost(groups, lengths=lengths, overhead=overhead):
+            return sum(len(group) * max(lengths[i] for i in group) + overhead for group in groups)
+
+        order = sorted(range(7), key=lambda i: -lengths[i])
+        best = min(
+            cost([order[a:b] for a, b in itertools.pairwise([0, *cuts, 7])]) for n in range(7) for cuts in itertools.combinations(range(1, 7), n)
+        )
+        groups = cut_by_padding(lengths, overhead)
+        assert cost(groups) == best and sorted(sum(groups, [])) == list(range(7))
+        by_tokens = cut_by_tokens(lengths, 50)
+        assert sorted(sum(by_tokens, [])) == list(range(7))
+        assert all(len(group) == 1 or len(group) * lengths[group[0]] <= 50 for group in by_tokens)
+        packed = cut_by_tokens(lengths, 50, packed=True)
+        assert all(len(group) == 1 or sum(lengths[i] for i in group) <= 50 for group in packed)
+    assert [len(group) for group in cut_by_number([1] * 7, 3)] == [3, 3, 1]
+    assert cut_by_padding([], 5) == cut_by_tokens([], 5) == []
+
+
+# ---------------------------------------------------------------------- duplicates over ranks
+
+
+def facts_of(model, segment_lists, **segment):
+    return collator(model)(features(model, segment_lists, **segment))["facts"]
+
+
+def test_identical_passages_are_found_by_content_and_by_id(model):
+    ranks = [BatchFacts(passage_keys=[(1, 10), (2, 20)]), BatchFacts(passage_keys=[(3, 10), (2, 30), (4, 40), (5, 30)])]
+    batch = global_batch(ranks, 1)
+    assert batch.passage_groups.tolist() == [0, 1, 0, 1, 4, 1]  # row 5 through row 3
+    assert batch.repeated.tolist() == [False, False, True, True, False, True]
+    assert (batch.passage_counts, batch.first_row) == ([2, 4], 2)
+    assert not global_batch(ranks, 1, mask_duplicates=False).repeated.any()
+
+
+def test_ids_and_contents_of_real_instances(model):
+    same_text = dict(PASSAGES[0], id="other")
+    same_id = dict(PASSAGES[1], text="other text")
+    rows = features(model, [[0], [1]])
+    for passage in (same_text, same_id):
+        instance = check_instance({"id": "x", "input": "q", "segments": [{"text": "a", "passage": passage}]}, "here")
+        rows.append(tokenize_instance(instance, model.tokenizer, model.tokenizer, model.config))
+    batch = collator(model)(rows)
+    assert len(batch["facts"].passage_keys) == 3  # one row for equal content
+    groups = global_batch([batch["facts"]], 0).passage_groups
+    assert len(set(groups.tolist())) == 2  # and other content of the same id is no negative
+
+
+def test_further_positives_and_equal_questions_are_no_negatives(model):
+    facts = facts_of(model, [[0], [1], [2]], positives=[PASSAGES[1]["id"]])
+    pairs = global_batch([facts], 0).no_negatives.T.tolist()
+    row_of_p1 = {label: query for query, label in enumerate(facts.passage_labels)}
+    names = {facts.query_instance_ids[query]: (query, label) for label, query in row_of_p1.items()}
+    p1 = names["i1"][1]
+    assert sorted(pairs) == sorted([[names["i0"][0], p1], [names["i2"][0], p1]])
+
+    question = {"input": "who?", "segments": [{"text": "a", "passage": PASSAGES[0]}]}
+    rows = []
+    for i in range(2):
+        instance = check_instance({**question, "id": str(i), "segments": [{"text": "a", "passage": PASSAGES[i]}]}, "here")
+        rows.append(tokenize_instance(instance, model.tokenizer, model.tokenizer, model.config))
+    one, two = (collator(model)([row])["facts"] for row in rows)
+    assert global_batch([one, two], 0).no_negatives.T.tolist() == [[0, 1]]  # the same question on another rank: both passages are right
+    assert global_batch([one, two], 0, mask_duplicates=False).no_negatives.size == 0
+
+
+def test_hard_negatives_are_passages_without_a_query(model):
+    facts = facts_of(model, [[0], [1]], negatives=[PASSAGES[4], PASSAGES[0]])
+    assert len(facts.passage_keys) == 3 and len(facts.passage_labels) == 2  # passage 0 is the answer of one and a negative of the other
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"negatives": "p"}, r"segments\[0\].negatives is 'p', expected a list of passages"),
+        ({"negatives": [{"text": ""}]}, r"segments\[0\].negatives\[0\].text is ''"),
+        ({"positives": [3]}, r"segments\[0\].positives is \[3\], expected a list of passage ids"),
+        ({"positives": ["p"], "passage": None}, "has negatives or positives but no passage"),
+    ],
+)
+def test_bad_negatives_and_positives(change, message):
+    segment = {"text": "a", "passage": PASSAGES[0], **change}
+    with pytest.raises(ValueError, match=message):
+        check_instance({"id": "1", "input": "q", "segments": [segment]}, "here")
+
+
+def test_no_batch_of_the_sampler_names_a_passage_twice():
+    rng = np.random.default_rng(0)
+    passages = [[int(p)] if p < 80 else [int(p), int(p) - 80] for p in rng.integers(0, 100, size=200)]
+    sampler = NoDuplicatesSampler(passages, 8, seed=3)
+    order = list(sampler)
+    assert sorted(order) == list(range(200)) and len(sampler) == 200
+    clean = 0
+    for start in range(0, 200, 8):
+        named = sum((passages[i] for i in order[start : start + 8]), [])
+        if len(set(named)) < len(named):
+            break
+        clean += 1
+    assert clean >= 20
+    assert order == list(NoDuplicatesSampler(passages, 8, seed=3))
+    sampler.set_epoch(1)
+    assert list(sampler) != order
+
+
+def test_no_batch_over_ranks_names_a_passage_twice():
+    """As accelerate deals batches to ranks: rank r takes every W-th."""
+    passages = [[i % 50] for i in range(200)]
+    batches = BatchSampler(NoDuplicatesSampler(passages, 8), batch_size=4, drop_last=False)
+    ranks = [list(BatchSamplerShard(batches, num_processes=2, process_index=rank)) for rank in range(2)]
+    for first, second in list(zip(*ranks, strict=True))[:24]:
+        named = [passages[i][0] for i in first + second]
+        assert len(set(named)) == 8

@@ -1,0 +1,206 @@
+"""Labels token by token, batches, and every bad input with its place."""
+
+import gzip
+import json
+
+import pytest
+
+from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_prompt, render_passage
+from support.models import PASSAGES, make_model
+from trainer import load_corpus, load_evaluation_set, load_instances
+from trainer.data import check_instance, tokenize_instance
+
+INSTANCE = {"id": "1", "dataset": "d", "instruction": "Answer.", "input": "who painted it?", "segments": []}
+
+
+def plain(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+@pytest.mark.parametrize("retrievals", [0, 1, 2, 3])
+@pytest.mark.parametrize("train_on_passages", [False, True])
+def test_labels_token_by_token(model, retrievals, train_on_passages):
+    tokenizer, config = model.tokenizer, model.config
+    nsp, cs, ce, eos = config.nsp_token_id, config.cs_token_id, config.ce_token_id, tokenizer.eos_token_id
+    instance = dict(INSTANCE, segments=[{"text": "free text", "passage": None}])
+    for i in range(retrievals):
+        instance["segments"].append({"text": f"grounded {i}", "passage": PASSAGES[i]})
+
+    prompt = plain(tokenizer, "Answer.## Input:\n\nwho painted it?## Output:\n\n")
+    expected = [(tokenizer.bos_token_id, False), *[(id, False) for id in prompt], *[(id, True) for id in plain(tokenizer, "free text")]]
+    for i in range(retrievals):
+        passage = plain(tokenizer, render_passage(PASSAGES[i], "{title} :: {text}"))
+        expected += [(nsp, True), *[(id, train_on_passages) for id in passage], (cs, False)]
+        expected += [*[(id, True) for id in plain(tokenizer, f"grounded {i}")], (ce, True)]
+    expected += [(eos, True)]
+
+    found = tokenize_instance(instance, tokenizer, tokenizer, config, train_on_passages)
+    assert found["input_ids"] == [id for id, _ in expected]
+    assert found["labels"] == [id if trained else -100 for id, trained in expected]
+    assert len(found["passage_input_ids"]) == retrievals
+    for ids, passage in zip(found["passage_input_ids"], PASSAGES[:retrievals], strict=True):
+        assert ids == [tokenizer.bos_token_id, *plain(tokenizer, render_passage(passage, "{title} :: {text}")), eos]
+
+
+def test_control_tokens_as_characters_stay_text(model):
+    tokenizer, config = model.tokenizer, model.config
+    hostile = "[NSP] a [Cs] b [CE] c </s> d <s>"
+    passage = {"id": "h", "title": hostile, "text": hostile}
+    instance = dict(INSTANCE, instruction=hostile, input=hostile, segments=[{"text": hostile, "passage": passage}, {"text": hostile, "passage": None}])
+    found = tokenize_instance(check_instance(instance, "here"), tokenizer, tokenizer, config)
+    counts = {id: found["input_ids"].count(id) for id in (config.nsp_token_id, config.cs_token_id, config.ce_token_id, tokenizer.eos_token_id)}
+    assert set(counts.values()) == {1}  # one of each, the ones we wrote
+    assert found["input_ids"].count(tokenizer.bos_token_id) == 1
+    assert found["passage_input_ids"][0].count(tokenizer.eos_token_id) == 1
+
+
+def test_what_a_retriever_of_another_make_reads():
+    settings = {"emb_seq_pooling": "lasttoken", "emb_seq_add_eos_token": False, "query_from": "emb_seq"}
+    model = make_model(passage_prompt="passage: ", query_prompt="query: ", **settings)
+    tokenizer, bos = model.tokenizer, model.tokenizer.bos_token_id
+    segment = {"text": "Rembrandt", "passage": PASSAGES[0], "negatives": [PASSAGES[1]]}
+    found = tokenize_instance(check_instance(dict(INSTANCE, segments=[segment]), "here"), tokenizer, tokenizer, model.config)
+    rendered = [render_passage(passage, "{title} :: {text}") for passage in PASSAGES[:2]]
+    assert found["passage_input_ids"] == [[bos, *plain(tokenizer, f"passage: {rendered[0]}")]]
+    assert found["negative_input_ids"] == [[bos, *plain(tokenizer, f"passage: {rendered[1]}")]]
+    prompt = "query: Answer.## Input:\n\nwho painted it?## Output:\n\n"
+    assert found["query_input_ids"] == [[bos, *plain(tokenizer, prompt)]]
+    assert tokenizer.decode(found["input_ids"]).count("passage: ") == 0
+
+
+def test_eos_survives_the_truncation_of_a_passage(model):
+    model.config.max_passage_length = 8
+    (ids,) = encode_passages_for_emb_seq(model.tokenizer, [{"title": "", "text": "word " * 100}], model.config)
+    assert len(ids) == 10
+    assert ids[0] == model.tokenizer.bos_token_id
+    assert ids[-1] == model.tokenizer.eos_token_id
+
+
+def test_end_of_turn_of_a_chat_template_is_trained(model):
+    tokenizer = model.tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    turns = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|im_end|>\n{% endfor %}"
+    tokenizer.chat_template = turns + "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    found = tokenize_instance(dict(INSTANCE, segments=[{"text": "yes", "passage": None}]), tokenizer, tokenizer, model.config)
+    assert found["labels"][-1] == found["input_ids"][-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert found["input_ids"][: -len(plain(tokenizer, "yes")) - 1] == encode_prompt(tokenizer, INSTANCE["input"], INSTANCE["instruction"])
+
+
+def features(model, *segment_lists):
+    return [
+        tokenize_instance(dict(INSTANCE, segments=[{"text": "t", "passage": p} for p in passages]), model.tokenizer, model.tokenizer, model.config)
+        for passages in segment_lists
+    ]
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+def write(path, *lines):
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
+    return path
+
+
+def good(**changes):
+    return {"id": "1", "dataset": "d", "instruction": "", "input": "q?", "segments": [{"text": "a", "passage": None}], **changes}
+
+
+def segment(**changes):
+    return {"text": "a", "passage": {"id": "p", "title": "", "text": "passage"}, **changes}
+
+
+BAD_INSTANCES = [
+    ('{"id": "1", "input": ', "malformed JSON"),
+    ("[1, 2]", "found list, expected a JSON object"),
+    ({"id": "1", "segments": [segment()]}, "input is None, expected a string that is not empty"),
+    (good(input="  "), "input is '  ', expected a string that is not empty"),
+    (good(instruction=3), "instruction is 3, expected a string"),
+    (good(segments=[]), "segments is [], expected a list of at least one segment"),
+    (good(segments=None), "segments is None"),
+    (good(segments=["text"]), "segments[0] is 'text'"),
+    (good(segments=[segment(text="")]), "segments[0].text is ''"),
+    (good(segments=[segment(), segment(passage={"id": "p", "title": "t", "text": " "})]), "segments[1].passage.text is ' '"),
+    (good(segments=[segment(passage={"id": "p", "title": "t"})]), "segments[0].passage.text is None"),
+    ('{"input": "\\ud83d", "segments": [{"text": "a"}]}', "input holds '\\ud83d', which is no character"),
+    (good(segments=[segment(passage={"id": "p", "title": 5, "text": "t"})]), "segments[0].passage.title is 5"),
+    (good(segments=[segment(passage="passage")]), "segments[0].passage is 'passage', expected an object or null"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_INSTANCES)
+def test_bad_instances_name_file_line_and_field(tmp_path, line, message):
+    path = write(tmp_path / "train.jsonl", good(), "", line)
+    with pytest.raises(ValueError, match="train.jsonl, line 3") as error:
+        load_instances(path)
+    assert message in str(error.value)
+
+
+def test_gzip_and_missing_files(tmp_path):
+    with gzip.open(tmp_path / "train.jsonl.gz", "wt") as file:
+        file.write(json.dumps(good()) + "\n")
+    assert load_instances(tmp_path / "train.jsonl.gz")[0]["input"] == "q?"
+    with pytest.raises(FileNotFoundError, match="nowhere.jsonl"):
+        load_instances(tmp_path / "nowhere.jsonl")
+
+
+def test_bytes_that_are_no_text_and_empty_files(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(b'{"input": "q"}\n{"input": "\xff"}\n')
+    with pytest.raises(ValueError, match="train.jsonl, line 1: segments"):
+        load_instances(tmp_path / "train.jsonl")
+    (tmp_path / "train.jsonl").write_bytes(b'\n{"input": "\xff"}\n')
+    with pytest.raises(ValueError, match="train.jsonl, line 2: malformed JSON"):
+        load_instances(tmp_path / "train.jsonl")
+    (tmp_path / "train.jsonl").write_bytes(b"\n")
+    with pytest.raises(ValueError, match="holds no instance"):
+        load_instances(tmp_path / "train.jsonl")
+
+
+def test_dataset_folder_names_the_row(tmp_path):
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "train.json", good(), good(segments=[]))
+    with pytest.raises(ValueError, match=r"\(train\), row 1: segments is \[\]"):
+        load_instances(tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([PASSAGES[0], {"id": "x", "title": "t", "text": ""}], "line 2: text is ''"),
+        ([PASSAGES[0], {"title": "t", "text": "t"}], "line 2: id is None"),
+        ([PASSAGES[0], PASSAGES[1], PASSAGES[0]], "line 3: id 'p0' already stands at"),
+        ([], "the corpus holds no passage"),
+    ],
+)
+def test_bad_corpora(tmp_path, lines, message):
+    with pytest.raises(ValueError, match=message):
+        load_corpus(write(tmp_path / "corpus.jsonl", *lines))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"candidates": ["p0", "nope"]}, "line 1: candidates holds 'nope', which the corpus lacks"),
+        ({"provenance": [["p9"]]}, "line 1: provenance holds 'p9', which the corpus lacks"),
+        ({"provenance": ["p0"]}, "line 1: provenance is"),
+        ({"answers": []}, "line 1: answers is"),
+        ({"candidates": "p0"}, "line 1: candidates is 'p0', expected a list of passage ids"),
+        ({"provenance": [[{"id": "p0"}]]}, "line 1: provenance is"),
+        ({"instruction": 5}, "line 1: instruction is 5, expected a string"),
+        ({"input": None}, "line 1: input is None"),
+    ],
+)
+def test_bad_evaluation_sets(tmp_path, changes, message):
+    line = {"id": "1", "input": "q?", "answers": ["a"], "provenance": [["p0"]], "candidates": ["p0"], **changes}
+    with pytest.raises(ValueError, match=message):
+        load_evaluation_set(write(tmp_path / "eval.jsonl", line), corpus=PASSAGES)
+
+
+def test_evaluation_sets_carry_what_metrics_need_and_may_lack_answers(tmp_path):
+    line = {"id": "1", "input": "q?", "answers": [], "provenance": [["p0"]], "meta": {"claims": ["c"]}}
+    file = write(tmp_path / "eval.jsonl", line, {**line, "meta": None})
+    first, second = load_evaluation_set(file, corpus=PASSAGES, answers_required=False)
+    assert (first["meta"], second["meta"], first["candidates"], first["answers"]) == ({"claims": ["c"]}, {}, [], [])
+    with pytest.raises(ValueError, match="line 1: answers is .*, expected a list of at least one string"):
+        load_evaluation_set(file)
+    with pytest.raises(ValueError, match="line 1: meta is 'c', expected an object"):
+        load_evaluation_set(write(tmp_path / "eval.jsonl", {**line, "meta": "c"}), answers_required=False)

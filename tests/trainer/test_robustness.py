@@ -1,0 +1,248 @@
+"""What goes wrong is said clearly, before anything is lost: NaN, too little memory, broken instances, checkpoints that were not finished."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator, DistributedType
+
+from support.models import PASSAGES, make_model
+from support.training import NAMES, arguments, world
+from trainer import CoSupTrainer, CoSupTrainingArguments
+from trainer.watch import explained_memory_errors, last_complete_checkpoint
+
+
+def poisoned(model, instances, part, value):
+    """Instance 5 alone holds a token whose embedding, in Gen or in Emb_seq, is NaN or infinite."""
+    tokenizer = model.tokenizer
+    token = tokenizer("~", add_special_tokens=False)["input_ids"][0]
+    passage = {"id": "poisoned", "title": "", "text": "~ here"}
+    instances[5] = dict(instances[5], input="what is ~?" if part == "gen" else "what?", segments=[{"text": "a", "passage": passage}])
+    with torch.no_grad():
+        (model.gen.model if part == "gen" else model.emb_seq).embed_tokens.weight[token] = value
+    return instances
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("part", ["gen", "emb_seq"])
+def test_nan_stops_with_step_loss_and_instances(tmp_path, part, cached):
+    model = make_model(gen_kwargs={"tie_word_embeddings": False})
+    instances = world(NAMES[:16])
+    options = {"train_sampling_strategy": "sequential", "save_strategy": "steps", "save_steps": 1, "max_steps": 4, "per_device_train_batch_size": 4}
+    options |= {"nsp_batch_size": 4, "per_device_train_batch_size": 1} if cached else {}
+    poison = float("inf") if cached else float("nan")
+    instances = poisoned(model, instances, part, poison)
+    trainer = CoSupTrainer(model, arguments(tmp_path, **options), train_dataset=instances)
+    name = "NTP" if part == "gen" and not cached else "NSP"  # GradCache computes NSP first
+    with pytest.raises(FloatingPointError, match=f"Step 2: the {name} loss is NaN or infinite") as error:
+        trainer.train()
+    if name == "NSP" or cached:
+        assert f"instances '{instances[5]['id']}'." in str(error.value)  # it alone
+    assert instances[5]["id"] in str(error.value)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1"]
+    rows = torch.cat([parameter.isfinite().flatten() for name, parameter in model.named_parameters() if "embed_tokens" not in name])
+    assert rows.all()  # no step was taken with it
+
+
+def test_a_nan_gradient_of_a_finite_loss_stops_before_the_step(tmp_path):
+    model = make_model()
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, "per_device_train_batch_size": 4, "train_sampling_strategy": "sequential"}
+    trainer = CoSupTrainer(model, arguments(tmp_path, **options), train_dataset=world(NAMES[:16]))
+    weight = model.gen.model.layers[0].mlp.up_proj.weight
+    weight.register_hook(lambda gradient: gradient * float("nan") if trainer.state.global_step == 1 else gradient)
+    with pytest.raises(FloatingPointError, match=f"Step 2: the gradient is NaN or infinite, in or among the instances .*'{NAMES[4]}'"):
+        trainer.train()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1"]
+
+
+def test_sharding_that_cannot_do_it_is_refused(tmp_path, monkeypatch):
+    """What only DDP and FSDP2 can do, asked of DeepSpeed: neither runs on this machine, so the type is pretended."""
+    for option in ({"nsp_batch_size": 8}, {"clip_gen_only": True}):
+        monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.DEEPSPEED))
+        with pytest.raises(ValueError, match=f"{next(iter(option))} works under DDP and FSDP2, not under DEEPSPEED"):
+            CoSupTrainer(make_model(), arguments(tmp_path, **option), train_dataset=world(NAMES[:8]))
+
+
+def test_liger_kernels_go_into_both_models(tmp_path, monkeypatch):
+    """They need a GPU; here only that both parts get them, and that the loss stays ours."""
+    from trainer import model_setup
+
+    seen = []
+    monkeypatch.setattr(model_setup, "apply_liger_kernel", lambda part, config: seen.append((type(part).__name__, config)))
+    CoSupTrainer(make_model(), arguments(tmp_path, use_liger_kernel=True, liger_kernel_config={"rope": False}), train_dataset=world(NAMES[:8]))
+    assert [name for name, _ in seen] == ["LlamaForCausalLM", "LlamaModel"]
+    assert all(config == {"fused_linear_cross_entropy": False, "cross_entropy": False, "rope": False} for _, config in seen)
+
+
+def test_an_attention_that_this_machine_lacks_does_not_stop_the_check_for_causality(model):
+    model.emb_seq.config._attn_implementation = "flash_attention_2"
+    assert model.find_causal_encoders()
+    assert model.emb_seq.config._attn_implementation == "flash_attention_2"
+
+
+def test_weights_alone_are_no_checkpoint_to_resume_from(tmp_path):
+    args = arguments(tmp_path, save_strategy="steps", save_steps=1, max_steps=1, save_only_model=True)
+    CoSupTrainer(make_model(), args, train_dataset=world(NAMES[:8])).train()
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        last_complete_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_half_precision_weights_are_trained_in_float32(tmp_path, dtype, monkeypatch):
+    from trainer import model_setup
+
+    said = []
+    monkeypatch.setattr(model_setup.logger, "warning", said.append)
+    model = make_model().to(dtype)
+    before = model.gen.model.layers[0].mlp.up_proj.weight.detach().float().clone()
+    args = arguments(tmp_path, max_steps=2, learning_rate=2e-5, bf16=True, freeze_emb_seq=True, lr_scheduler_type="constant")
+    CoSupTrainer(model, args, train_dataset=world(NAMES[:16])).train()
+    assert model.gen.dtype == torch.float32 and model.emb_seq.dtype == dtype  # what is frozen stays as it is
+    assert (model.gen.model.layers[0].mlp.up_proj.weight != before).float().mean() > 0.9
+    assert len(said) == (dtype == torch.bfloat16)
+
+
+def test_a_query_longer_than_its_encoder_reads_is_named(tmp_path):
+    model = make_model(query_from="emb_seq", emb_seq_kwargs={"max_position_embeddings": 300})
+    instances = world(NAMES[:4])
+    instances[1]["input"] = "where " * 200
+    with pytest.raises(ValueError, match=f"Instance '{NAMES[1]}': what stands before an .NSP. has .* tokens, its encoder reads 300"):
+        CoSupTrainer(model, arguments(tmp_path, supervision="separate", max_length=2048), train_dataset=instances)
+
+
+def test_ntp_nan_names_the_micro_batch(tmp_path):
+    model = make_model(gen_kwargs={"tie_word_embeddings": False})
+    instances = world(NAMES[:8])
+    instances[3] = dict(instances[3], input="say ~ now", segments=[{"text": "free", "passage": None}])
+    token = model.tokenizer("~", add_special_tokens=False)["input_ids"][0]
+    with torch.no_grad():
+        model.gen.model.embed_tokens.weight[token] = float("nan")
+    args = arguments(tmp_path, nsp_batch_size=8, per_device_train_batch_size=1, max_steps=1)
+    with pytest.raises(FloatingPointError, match=f"Step 1: the NTP loss is NaN or infinite, in or among the instances '{instances[3]['id']}'"):
+        CoSupTrainer(model, args, train_dataset=instances).train()
+
+
+MEMORY = """
+import resource, sys
+sys.path.insert(0, {tests!r})
+import torch
+from support.models import PASSAGES, make_model
+from trainer import CoSupTrainer, CoSupTrainingArguments
+instances = [{{"id": str(i), "input": "long " * 150, "segments": [{{"text": "answer " * 100, "passage": PASSAGES[0]}}]}} for i in range(64)]
+args = CoSupTrainingArguments({folder!r}, per_device_train_batch_size=64, max_steps=1, report_to="none", max_length=2048, save_strategy="no")
+gen = {{"max_position_embeddings": 2048, "hidden_size": 256, "layers": 8, "intermediate_size": 1024}}
+model = make_model(gen_kwargs=gen, emb_seq_kwargs={{"hidden_size": 256}})
+trainer = CoSupTrainer(model, args, train_dataset=instances)
+held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + 400 * 2**20,) * 2)
+trainer.train()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the memory of a process")
+def test_out_of_memory_names_the_knobs(tmp_path):
+    script = MEMORY.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=200)
+    assert done.returncode != 0
+    assert "OutOfMemoryError" in done.stderr and "Out of memory in a training step" in done.stderr, done.stderr[-2000:]
+    assert "nsp_batch_size=64 with a per_device_train_batch_size below 64" in done.stderr and "gradient_checkpointing" in done.stderr
+
+
+def test_memory_advice_follows_the_arguments_and_other_errors_pass(tmp_path):
+    for options, expected in (
+        ({"nsp_batch_size": 8}, "max_tokens_per_micro_batch"),
+        ({"nsp_batch_size": 8, "max_tokens_per_micro_batch": 99, "gradient_checkpointing": True}, "a max_tokens_per_micro_batch below 99"),
+    ):
+        args = CoSupTrainingArguments(str(tmp_path), report_to="none", **options)
+        with pytest.raises(torch.OutOfMemoryError, match=expected) as error:
+            with explained_memory_errors(args):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        assert "Tried to allocate 2 GiB" in str(error.value)
+        assert ("gradient_checkpointing;" in str(error.value)) != bool(options.get("gradient_checkpointing"))
+    with pytest.raises(RuntimeError, match="^something else$"):
+        with explained_memory_errors(args):
+            raise RuntimeError("something else")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_data_workers_error_names_the_instance(tmp_path, workers):
+    trainer = CoSupTrainer(make_model(), arguments(tmp_path, dataloader_num_workers=workers, max_steps=1), train_dataset=world(NAMES[:8]))
+    rows = list(trainer.train_dataset)
+    rows[3]["passage_input_ids"] = []
+    broken = CoSupTrainer(make_model(), arguments(tmp_path, dataloader_num_workers=workers, max_steps=1), train_dataset=rows)
+    with pytest.raises(ValueError, match=f"Instance '{NAMES[3]}' has .* 1 \\[NSP\\] and 0 passages"):
+        broken.train()
+
+
+@pytest.mark.parametrize("cut", ["state", "optimizer", "nothing written"])
+def test_the_last_complete_checkpoint(tmp_path, cut):
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    CoSupTrainer(make_model(), arguments(tmp_path, **options), train_dataset=world(NAMES[:16])).train()
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+    last = tmp_path / "checkpoint-3"
+    if cut == "state":
+        whole = (last / "trainer_state.json").read_text()
+        (last / "trainer_state.json").write_text(whole[: len(whole) // 2])
+    elif cut == "optimizer":
+        whole = (last / "optimizer.pt").read_bytes()
+        (last / "optimizer.pt").write_bytes(whole[: len(whole) // 2])
+    else:
+        (tmp_path / "checkpoint-10").mkdir()
+    expected = tmp_path / ("checkpoint-3" if cut == "nothing written" else "checkpoint-2")
+    assert last_complete_checkpoint(tmp_path) == str(expected)
+    trainer = CoSupTrainer(make_model(), arguments(tmp_path, **options | {"max_steps": 4}), train_dataset=world(NAMES[:16]))
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        last_complete_checkpoint(tmp_path / "checkpoint-1")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"supervision": "both"}, "supervision is 'both', expected one of 'co', 'ntp', 'nsp', 'separate'"),
+        ({"gather": "all"}, "gather is 'all'"),
+        ({"batch_sampler": "none"}, "batch_sampler is 'none'"),
+        ({"nsp_batch_size": 0}, "must be a positive multiple of the number of ranks, 1"),
+        ({"max_tokens_per_micro_batch": 100}, "give nsp_batch_size too"),
+    ],
+)
+def test_arguments_that_mean_nothing(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        CoSupTrainingArguments(str(tmp_path), **options)
+
+
+def test_arguments_that_do_not_fit_the_model(tmp_path):
+    with pytest.raises(ValueError, match="query_from='emb_seq' or 'query_encoder'"):
+        CoSupTrainer(make_model(), arguments(tmp_path, supervision="separate"))
+    with pytest.raises(ValueError, match="train it with supervision='separate'"):
+        CoSupTrainer(make_model(query_from="emb_seq"), arguments(tmp_path))
+    for options in ({"freeze_emb_seq": True}, {"supervision": "ntp"}):
+        with pytest.raises(ValueError, match="leaves nothing to train"):
+            CoSupTrainer(make_model(), arguments(tmp_path, freeze_gen=True, **options))
+    with pytest.raises(ValueError, match="Emb_seq makes the queries too"):
+        CoSupTrainer(make_model(query_from="emb_seq"), arguments(tmp_path, supervision="nsp", freeze_emb_seq=True))
+    stream = CoSupTrainer(make_model(), arguments(tmp_path), train_dataset=world(NAMES[:8])).train_dataset.to_iterable_dataset()
+    trainer = CoSupTrainer(make_model(), arguments(tmp_path, batch_sampler="no_duplicates", max_steps=1), train_dataset=stream)
+    with pytest.raises(ValueError, match="a streamed one cannot be chosen from"):
+        trainer._get_train_sampler(stream)
+
+
+def test_what_a_step_logs_can_be_checked_by_hand(tmp_path):
+    """num_negatives and padding of one batch whose passages are known."""
+    instances = [{"id": str(i), "input": f"q {i % 4}", "segments": [{"text": "a", "passage": PASSAGES[i % 3]}]} for i in range(6)]
+    trainer = CoSupTrainer(make_model(), arguments(tmp_path, per_device_train_batch_size=6, max_steps=1), train_dataset=instances)
+    trainer.data_collator.call_overhead = None
+    trainer.train()
+    (entry,) = [entry for entry in trainer.state.log_history if "nsp_loss" in entry]
+    # three distinct passages; q 0 is asked with passages 0 and 1, q 1 with 1 and 2: what is right for a question is no negative of it
+    assert entry["num_negatives"] == pytest.approx((4 * 1 + 2 * 2) / 6)
+    facts = trainer.data_collator(list(trainer.train_dataset))["facts"]
+    assert entry["padding"] == pytest.approx(1 - facts.num_tokens / facts.num_padded_tokens)
+    json.dumps(entry)

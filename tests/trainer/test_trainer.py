@@ -1,0 +1,326 @@
+"""CoSupTrainer on tiny models: learning, scaling of the loss, logging, resuming, and the Trainer's own habits."""
+
+import copy
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from modeling_cosup import CoSupForCausalLM
+from support.models import make_model, make_tokenizer, plain_batch
+from support.training import NAMES, SYLLABLES, arguments, world
+from trainer import CoSupTrainer
+
+
+def trained(trainer):
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_losses_fall_and_retrieval_of_unseen_names_beats_chance(tmp_path):
+    small = {"initializer_range": 0.02, "hidden_size": 64}
+    tokenizer = make_tokenizer(vocab_size=300, texts=[f"{syllable} lives in" for syllable in SYLLABLES] * 9)
+    model = make_model(gen_kwargs=small, emb_seq_kwargs=small, tokenizer=tokenizer)
+    args = arguments(tmp_path, max_steps=160, per_device_train_batch_size=32, learning_rate=3e-3, lr_scheduler_type="cosine", warmup_steps=10)
+    trainer = CoSupTrainer(model, args, train_dataset=world(NAMES[:400]), eval_dataset=world(NAMES[400:450]))
+    before = trainer.evaluate()
+    logs = trained(trainer)
+    after = trainer.evaluate()
+    assert logs[-1]["ntp_loss"] < 0.5 * logs[0]["ntp_loss"]
+    assert logs[-1]["nsp_loss"] < 0.3 * logs[0]["nsp_loss"]
+    assert logs[-1]["nsp_accuracy"] > 0.9
+    assert after["eval_num_passages"] == 40
+    assert after["eval_recall@1"] >= 0.5  # chance: 1/40
+    assert after["eval_ntp_loss"] < before["eval_ntp_loss"]
+
+
+def test_logs_name_the_components(tmp_path):
+    model = make_model()
+    trainer = CoSupTrainer(model, arguments(tmp_path, max_steps=2), train_dataset=world(NAMES[:16]))
+    for entry in trained(trainer):
+        assert {"ntp_loss", "nsp_loss", "nsp_accuracy", "num_negatives", "tokens_per_second"} <= set(entry)
+        assert entry["loss"] == pytest.approx(entry["ntp_loss"] + model.config.nsp_loss_weight * entry["nsp_loss"], rel=1e-4)
+        assert 0 < entry["num_negatives"] < 8
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_gradient_accumulation_equals_the_reference(tmp_path, similarity):
+    """Two micro-batches of 4: NTP over all tokens, NSP over all queries, negatives within a micro-batch."""
+    model = make_model(similarity=similarity)
+    reference = copy.deepcopy(model).train()
+    args = arguments(tmp_path, max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=2, optim="sgd", learning_rate=0.1)
+    args.train_sampling_strategy, args.max_grad_norm, args.lr_scheduler_type = "sequential", 0.0, "constant"
+    trainer = CoSupTrainer(model, args, train_dataset=world(NAMES[:8]))
+    micro_batches = [[trainer.train_dataset[i] for i in rows] for rows in (range(4), range(4, 8))]
+    batches = [plain_batch(rows) for rows in micro_batches]
+    tokens = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+    queries = sum(len(batch["passage_labels"]) for batch in batches)
+    total = 0.0
+    for batch in batches:
+        outputs = reference(**batch)
+        share = (batch["labels"][:, 1:] != -100).sum() / tokens
+        loss = outputs.ntp_loss * share + reference.config.nsp_loss_weight * outputs.nsp_loss * len(batch["passage_labels"]) / queries
+        loss.backward()
+        total += loss.item()
+    (entry,) = trained(trainer)
+    assert entry["loss"] == pytest.approx(total, rel=1e-5)
+    for (name, parameter), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
+        step = -0.1 * (expected.grad if expected.grad is not None else 0)
+        torch.testing.assert_close(parameter, expected + step, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_batch_without_passages_trains(tmp_path):
+    instances = [instance for instance in world(NAMES) if instance["segments"][0]["passage"] is None]
+    logs = trained(CoSupTrainer(make_model(), arguments(tmp_path, max_steps=2), train_dataset=instances))
+    assert logs[-1]["nsp_loss"] == 0
+    assert logs[-1]["num_negatives"] == 0
+    assert np.isfinite(logs[-1]["loss"])
+
+
+def test_resumed_run_equals_uninterrupted_run(tmp_path):
+    model = make_model(gen_kwargs={"attention_dropout": 0.1})
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    whole = trained(CoSupTrainer(copy.deepcopy(model), arguments(tmp_path / "a", **options), train_dataset=world(NAMES[:32])))
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    trained(CoSupTrainer(copy.deepcopy(model), arguments(tmp_path / "b", **options), train_dataset=world(NAMES[:32]), callbacks=[Stop()]))
+    other = make_model(gen_kwargs={"attention_dropout": 0.1, "seed": 5})
+    resumed = CoSupTrainer(other, arguments(tmp_path / "b", **options), train_dataset=world(NAMES[:32]))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"))
+    losses = {entry["step"]: entry["loss"] for entry in resumed.state.log_history if "loss" in entry}
+    assert [losses[entry["step"]] for entry in whole] == pytest.approx([entry["loss"] for entry in whole], rel=1e-6)
+
+
+def test_best_model_by_recall_is_loaded_and_fingerprinted_anew(tmp_path):
+    options = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    args = arguments(tmp_path, load_best_model_at_end=True, metric_for_best_model="eval_recall@1", **options)
+    trainer = CoSupTrainer(make_model(), args, train_dataset=world(NAMES[:16]), eval_dataset=world(NAMES[16:32]))
+    trainer.train()
+    best = CoSupForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
+    assert trainer.model.fingerprint() == best.fingerprint()
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield from world(NAMES[:24])
+
+
+@pytest.mark.parametrize("kind", ["datasets", "torch"])
+def test_streamed_datasets_train_and_drop_long_instances(tmp_path, kind):
+    instances = world(NAMES[:24])
+    instances[3]["input"] = "long " * 300
+    stream = datasets.Dataset.from_list(instances).to_iterable_dataset() if kind == "datasets" else Stream()
+    trainer = CoSupTrainer(make_model(), arguments(tmp_path, max_steps=2), train_dataset=stream)
+    assert len(list(trainer.train_dataset)) == (23 if kind == "datasets" else 24)
+    assert len(trained(trainer)) == 2
+
+
+def test_long_instances_are_counted_in_a_warning(tmp_path, monkeypatch):
+    from trainer import cosup_trainer
+
+    said = []
+    monkeypatch.setattr(cosup_trainer.logger, "warning", said.append)
+    instances = world(NAMES[:8])
+    instances[3]["input"] = instances[5]["input"] = "long " * 300
+    CoSupTrainer(make_model(), arguments(tmp_path), train_dataset=instances)
+    assert said == ["Dropped 2 of 8 instances of the training set: longer than max_length=256."]
+    with pytest.raises(ValueError, match="All 1 instances of the training set are longer than max_length=256 tokens"):
+        CoSupTrainer(make_model(), arguments(tmp_path), train_dataset=[instances[3]])
+
+
+def test_bad_rows_name_the_dataset_and_row(tmp_path):
+    instances = world(NAMES[:4])
+    instances[2]["segments"] = []
+    with pytest.raises(ValueError, match="evaluation set, row 2: segments"):
+        CoSupTrainer(make_model(), arguments(tmp_path), train_dataset=world(NAMES[:4]), eval_dataset=instances)
+
+
+def test_compute_metrics_gets_embeddings_and_positives(tmp_path):
+    seen = {}
+
+    def compute_metrics(prediction):
+        queries, passages = prediction.predictions
+        seen["shapes"] = queries.shape, passages.shape
+        nearest = (queries @ passages.T).argmax(1)
+        return {"own_recall": float((nearest == prediction.label_ids).mean())}
+
+    args = arguments(tmp_path, per_device_eval_batch_size=4)
+    trainer = CoSupTrainer(make_model(), args, eval_dataset={"one": world(NAMES[:10])}, train_dataset=world(NAMES[:10]), compute_metrics=compute_metrics)
+    metrics = trainer.evaluate()
+    assert metrics["eval_one_own_recall"] == pytest.approx(metrics["eval_one_recall@1"])
+    assert seen["shapes"] == ((8, 32), (8, 32))
+
+
+def test_tokenizers_of_their_own_are_saved_and_found(tmp_path):
+    emb_seq_tokenizer = make_tokenizer(vocab_size=300)
+    model = make_model(gen_kwargs={"hidden_size": 48}, emb_seq_tokenizer=emb_seq_tokenizer)
+    trainer = CoSupTrainer(model, arguments(tmp_path, max_steps=1), train_dataset=world(NAMES[:8]), emb_seq_processing_class=emb_seq_tokenizer)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "out"))
+    loaded = CoSupForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.emb_seq_tokenizer.get_vocab() == emb_seq_tokenizer.get_vocab() != loaded.tokenizer.get_vocab()
+
+
+def test_lora_trains_adapters_and_control_token_rows_only(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = make_model()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = CoSupTrainer(model, arguments(tmp_path, max_steps=2), train_dataset=world(NAMES[:16]), peft_config=config)
+    trained(trainer)
+    adapters = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert any("gen" in name and "lora_B" in name and p.abs().sum() > 0 for name, p in adapters.items())
+    assert any("emb_seq" in name and "lora_B" in name and p.abs().sum() > 0 for name, p in adapters.items())
+    merged = trainer.model.merge_and_unload()
+    rows = merged.get_input_embeddings().weight
+    changed = (rows != before["gen.model.embed_tokens.weight"]).any(1).nonzero()[:, 0].tolist()
+    assert set(changed) <= {model.config.nsp_token_id, model.config.cs_token_id, model.config.ce_token_id}
+    assert model.config.nsp_token_id in changed
+    merged.save_pretrained(tmp_path / "merged")
+    CoSupForCausalLM.from_pretrained(tmp_path / "merged")
+
+
+def test_the_papers_optimiser(tmp_path):
+    """Learning rate x 0.85 after every epoch, clipping on Gen alone."""
+    model = make_model(similarity="dot", nsp_loss_weight=10.0)
+    args = arguments(tmp_path, num_train_epochs=3, lr_decay_per_epoch=0.85, clip_gen_only=True, max_grad_norm=1e-3, optim="sgd", learning_rate=0.01)
+    norms = {}
+
+    class Norms(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            for part in ("gen", "emb_seq"):
+                norms[part] = torch.stack([p.grad.norm() for p in getattr(model, part).parameters() if p.grad is not None]).norm().item()
+
+    logs = trained(CoSupTrainer(model, args, train_dataset=world(NAMES[:16]), callbacks=[Norms()]))
+    assert [entry["learning_rate"] for entry in logs] == pytest.approx([0.01, 0.01, 0.0085, 0.0085, 0.007225, 0.007225], rel=0.2)
+    assert {round(entry["learning_rate"], 8) for entry in logs} >= {0.01, 0.0085, 0.007225}
+    assert norms["gen"] == pytest.approx(1e-3, rel=1e-2)
+    assert norms["emb_seq"] > 1e-2
+
+
+def test_model_without_emb_seq_cannot_be_trained(tmp_path):
+    make_model().save_pretrained(tmp_path / "m")
+    with pytest.raises(ValueError, match="load_emb_seq=False"):
+        CoSupTrainer(CoSupForCausalLM.from_pretrained(tmp_path / "m", load_emb_seq=False), arguments(tmp_path))
+
+
+def test_lora_on_an_untied_gen_trains_the_rows_of_its_head(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = make_model(gen_kwargs={"tie_word_embeddings": False}, emb_seq_kwargs={"hidden_size": 48})
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    trainer = CoSupTrainer(model, arguments(tmp_path, max_steps=2), train_dataset=world(NAMES[:16]), peft_config=config)
+    assert config.trainable_token_indices is None  # the caller's config is the caller's
+    trained(trainer)
+    assert any("emb_head" in name and parameter.requires_grad for name, parameter in trainer.model.named_parameters())
+    head = trainer.model.merge_and_unload().get_output_embeddings().weight
+    assert not torch.equal(head[model.config.nsp_token_id], head[model.config.ce_token_id])  # equal at the start: the mean
+
+
+def test_an_index_is_refused_after_training_in_eval_mode_and_after_a_merge(tmp_path, passages):
+    peft = pytest.importorskip("peft")
+    model = make_model()
+    index = model.build_index(passages, show_progress_bar=False)
+    index.check_model(model)
+    adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    merged = adapted.merge_and_unload()
+    with pytest.raises(ValueError, match="emb_seq"):
+        index.check_model(merged)
+    model.eval()
+    optimizer = torch.optim.SGD(model.emb_seq.parameters(), lr=1.0)
+    model.encode_passages(torch.tensor([[5, 6, 7]])).sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="emb_seq"):
+        index.check_model(model)
+
+
+def test_evaluate_takes_raw_instances_and_a_tie_is_a_miss(tmp_path):
+    trainer = CoSupTrainer(make_model(), arguments(tmp_path), train_dataset=world(NAMES[:8]))
+    assert trainer.evaluate(world(NAMES[8:18]))["eval_num_passages"] == 8
+    assert trainer.evaluate(list(trainer.train_dataset))["eval_num_passages"] == 6  # a list of tokenized instances
+    collapsed = make_model()
+    with torch.no_grad():
+        collapsed.emb_seq.norm.weight.zero_()
+    assert CoSupTrainer(collapsed, arguments(tmp_path), train_dataset=world(NAMES[:8])).evaluate(world(NAMES[8:18]))["eval_recall@5"] == 0
+
+
+def test_a_tokenizer_without_the_control_tokens_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="processing_class has"):
+        CoSupTrainer(make_model(), arguments(tmp_path), train_dataset=world(NAMES[:8]), processing_class=make_tokenizer())
+
+
+def test_generating_in_training_mode_with_checkpointing_is_refused(model, passages):
+    index = model.build_index(passages, show_progress_bar=False)
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="call model.eval"):
+        model.train().generate(torch.tensor([[5, 6]]), retriever=index, max_new_tokens=2)
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_alike(tmp_path):
+    model = make_model()
+    eager = trained(CoSupTrainer(copy.deepcopy(model), arguments(tmp_path, max_steps=3), train_dataset=world(NAMES[:24])))
+    trainer = CoSupTrainer(copy.deepcopy(model), arguments(tmp_path, max_steps=3, torch_compile=True), train_dataset=world(NAMES[:24]))
+    compiled = trained(trainer)
+    assert [entry["loss"] for entry in compiled] == pytest.approx([entry["loss"] for entry in eager], rel=1e-4)
+    assert sum(module._compiled_call_impl is not None for module in trainer.model.modules()) == 4
+    assert type(trainer.model_wrapped).__name__ == "CoSupForCausalLM"
+    trainer.save_model(str(tmp_path / "saved"))
+    CoSupForCausalLM.from_pretrained(tmp_path / "saved")
+
+
+def test_lora_resumes_and_merges_over_frozen_parts(tmp_path):
+    """Adapters of every linear layer of both models; a resumed run equals an uninterrupted one; the merged model answers as the adapted one."""
+    peft = pytest.importorskip("peft")
+
+    def run(folder, steps, resume=None, **options):
+        model = make_model(emb_seq_kwargs={"hidden_size": 48})
+        config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.1)
+        args = arguments(tmp_path / folder, max_steps=steps, save_strategy="steps", save_steps=2, **options)
+        trainer = CoSupTrainer(model, args, train_dataset=world(NAMES[:16]), peft_config=config)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+
+    _, whole = run("whole", 4)
+    trainer, resumed = run("whole", 4, resume=str(tmp_path / "whole" / "checkpoint-2"))
+    assert resumed == pytest.approx(whole, rel=1e-6)
+    assert not any("lora" in name and "emb_head" in name for name, _ in trainer.model.named_parameters())
+    model = trainer.model.eval()
+    batch = plain_batch([trainer.train_dataset[i] for i in range(4)])
+    with torch.no_grad():
+        adapted = model(**batch).loss
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(**batch).loss, adapted, rtol=1e-4, atol=1e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(CoSupForCausalLM.from_pretrained(tmp_path / "merged")(**batch).loss, adapted, rtol=1e-4, atol=1e-5)
+
+    frozen, _ = run("frozen", 2, freeze_emb_seq=True)
+    trained_names = [name for name, parameter in frozen.model.named_parameters() if parameter.requires_grad]
+    assert trained_names and not any("emb_seq" in name or "emb_head" in name for name in trained_names)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+def test_the_end_of_a_stream_leaves_no_gradient_behind(tmp_path, accumulation):
+    """24 instances in batches of 8, so 3 a pass: a window that the stream cannot fill takes no step and leaves nothing behind."""
+    stream = datasets.Dataset.from_list(world(NAMES[:24])).to_iterable_dataset()
+    args = arguments(tmp_path, max_steps=4, gradient_accumulation_steps=accumulation, learning_rate=1e-6)
+    seen = []
+
+    class Norms(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            seen.append(all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters()))
+
+    logs = trained(CoSupTrainer(make_model(), args, train_dataset=stream, callbacks=[Norms()]))
+    assert len(logs) == 4 and all(seen)
+
+
+@pytest.mark.parametrize("emb_seq", ["llama", "gpt2", "bert", "modernbert"])
+def test_causal_encoders_are_told_from_others(emb_seq):
+    kwargs = {"modernbert": {"intermediate_size": 64, "global_attn_every_n_layers": 1}}.get(emb_seq, {})
+    model = make_model(emb_seq=emb_seq, emb_seq_kwargs=kwargs)
+    assert model.find_causal_encoders() == (emb_seq in ("llama", "gpt2"))
