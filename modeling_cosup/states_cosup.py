@@ -76,7 +76,7 @@ def _record(module, args, kwargs, name):
     else:
         states = _states.get()
     if states is not None:
-        states[name] = [*args, *kwargs.values()][0]
+        states[name] = next(iter([*args, *kwargs.values()]), None)
 
 
 def decided_states(
@@ -105,10 +105,12 @@ def decided_states(
                 f"Nothing entered {name!r} while Gen's base model ran. It is no part of the base model, or it was compiled before it was watched."
             )
         state = states[name]
-        if state.shape[:2] != (rows, columns) and state.shape[0] != rows * columns:  # OPT reads (B · T, h)
-            raise ValueError(f"What enters {name!r} is of shape {tuple(state.shape)}, not one state for each of {rows} x {columns} positions.")
+        if not isinstance(state, torch.Tensor) or state.ndim < 2 or state[..., 0].numel() != rows * columns:
+            shape = tuple(state.shape) if isinstance(state, torch.Tensor) else type(state).__name__
+            raise ValueError(f"What enters {name!r} is {shape}, not one state for each of {rows} x {columns} positions.")
+        width = state.shape[-1]  # (B, T, h), or (B · T, h) in OPT
         if positions is None:
-            decided[name] = state.reshape(rows, columns, -1)[:, -1]
+            decided[name] = state.reshape(rows, columns, width)[:, -1]
         else:
-            decided[name] = state.reshape(rows * columns, -1)[positions.to(state.device)]
+            decided[name] = state.reshape(rows * columns, width)[positions.to(state.device)]
     return decided
