@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from .configuration_cosup import CoSupConfig
     from .generation_cosup import CoSupGenerateOutput, RetrievalConfig
     from .loss_cosup import chunked_cross_entropy, info_nce, similarity_scores
+    from .memory_cosup import Memory
     from .milvus_cosup import MilvusPassageIndex
     from .modeling_cosup import CoSupForCausalLM, CoSupOutput
     from .queue_cosup import Completion
@@ -21,6 +22,7 @@ _MODULES = {
     "CoSupGenerateOutput": "generation_cosup",
     "CoSupOutput": "modeling_cosup",
     "Completion": "queue_cosup",
+    "Memory": "memory_cosup",
     "MilvusPassageIndex": "milvus_cosup",
     "PassageIndex": "retrieval_cosup",
     "Retrieval": "trace_cosup",
@@ -40,6 +42,7 @@ __all__ = [
     "CoSupGenerateOutput",
     "CoSupOutput",
     "Completion",
+    "Memory",
     "MilvusPassageIndex",
     "PassageIndex",
     "Retrieval",

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import inspect
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import DynamicCache
@@ -13,8 +13,11 @@ from transformers.modeling_outputs import ModelOutput
 from .cache_cosup import (EMPTY, RowCache, context_length, layer_kinds)
 from .decoding_cosup import (Decoder)
 from .files_cosup import digest
+from .memory_cosup import (Memory, check_memory)
 from .queue_cosup import (Queue, read_completions)
 from .retriever_cosup import (Retriever)
+from .settings_cosup import (decoding_settings)
+from .states_cosup import (watch)
 from .streaming_cosup import (RetrievalStreamer, ending)
 from .tokenization_cosup import (pad_rows)
 from .trace_cosup import (Row, cited_text)
@@ -98,7 +101,8 @@ class RetrievalGenerationMixin:
     device: torch.device  # a property of the model
 
     def generate(
-        self, inputs=None, generation_config=None, *, retriever: Retriever | None = None, retrieval_config=None, max_retrievals=None, **kwargs
+        self, inputs=None, generation_config=None, *, retriever: Retriever | None = None, retrieval_config=None, max_retrievals=None,
+        memory: Memory | None = None, **kwargs,
     ):  # fmt: skip
         """
         Generate; whenever a row emits `[NSP]`, its hidden state there searches `retriever`, the passage and `[Cs]` are appended, and the
@@ -114,29 +118,34 @@ class RetrievalGenerationMixin:
             retriever ([`Retriever`], *optional*): e.g. a [`PassageIndex`]; without it this is ordinary generation.
             retrieval_config ([`RetrievalConfig`], *optional*): how to retrieve.
             max_retrievals (`int`, *optional*): per row; that of `retrieval_config`.
+            memory ([`Memory`], *optional*): adjusts the logits of every decision, with a retriever or without one.
             nsp_token_id (`None`, *optional*): `None` makes the call plain Gen: nothing is suppressed, nothing retrieved.
 
         Returns:
-            `torch.LongTensor`, or [`CoSupGenerateOutput`] with `return_dict_in_generate=True` and a retriever.
+            `torch.LongTensor`, or [`CoSupGenerateOutput`] with `return_dict_in_generate=True` and a retriever or a memory.
 
         Raises:
-            `ValueError`: for an index of another model, a prompt that fills the context, and what cannot be combined with retrieval: beam search, assisted
-                decoding, a given cache, `use_cache=False`, per-step scores, states or attentions, state-space layers, a streamer for several rows,
-                training mode with gradient checkpointing.
+            `TypeError`: for a memory that is none.
+            `ValueError`: for an index of another model, a memory that names no submodule of Gen, a prompt that fills the context, and what cannot be
+                combined with retrieval or a memory: beam search, assisted decoding, a given cache, `use_cache=False`, per-step scores, states or
+                attentions, state-space layers, a streamer for several rows, training mode with gradient checkpointing.
             [`RetrievalError`]: when a search fails; it keeps the rows that were finished.
         """
         with ending(kwargs.get("streamer")):
             if "nsp_token_id" in kwargs:
                 if kwargs.pop("nsp_token_id") is not None:
                     raise ValueError("generate() takes nsp_token_id=None (plain Gen) or none at all; which token retrieves is the config's business.")
+                if memory is not None:
+                    raise ValueError("nsp_token_id=None makes the call plain Gen, which has no memory: leave out one of them.")
                 return super().generate(inputs, generation_config, **{"suppress_tokens": None, **kwargs})  # type: ignore[misc]
-            call = self._retrieval_call(retriever, retrieval_config, max_retrievals)
+            call = self._retrieval_call(retriever, retrieval_config, max_retrievals, memory)
             if call is None:
                 return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
             return self._generate_with_retrieval(inputs, generation_config, kwargs, call)
 
     def generate_many(
-        self, prompts, generation_config=None, *, retriever: Retriever | None = None, retrieval_config=None, max_retrievals=None, batch_size=32,
+        self, prompts, generation_config=None, *, retriever: Retriever | None = None, retrieval_config=None, max_retrievals=None,
+        memory: Memory | None = None, batch_size=32,
         max_batch_tokens=None, output_file=None, on_completion=None, show_progress_bar=True, description="Generating", **kwargs,
     ):  # fmt: skip
         """
@@ -144,9 +153,9 @@ class RetrievalGenerationMixin:
 
         Args:
             prompts (`list[list[int]]`): token ids of each.
-            generation_config, retriever, retrieval_config, max_retrievals, **kwargs: as in [`generate`]; without retriever plain generation, in which `[NSP]`
-                is a token like any other. `candidates` and `passages` are lists over all prompts. Logits processors and stopping criteria see the rows that
-                are being written, whose places change: they must not remember which row is which.
+            generation_config, retriever, retrieval_config, max_retrievals, memory, **kwargs: as in [`generate`]; without retriever plain generation, in
+                which `[NSP]` is a token like any other. `candidates` and `passages` are lists over all prompts. Logits processors and stopping criteria
+                see the rows that are being written, whose places change: they must not remember which row is which.
             batch_size (`int`): rows at once.
             max_batch_tokens (`int`, *optional*): fewer rows where this many columns of KV cache would not hold them: a row may need its prompt,
                 `max_new_tokens`, and `max_retrievals` (one, where there is no limit) passages of full length.
@@ -167,7 +176,7 @@ class RetrievalGenerationMixin:
         for name in ("streamer", "prefix_allowed_tokens_fn"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} needs rows that keep their places: use generate().")
-        call = self._retrieval_call(retriever, retrieval_config, max_retrievals) or _Call(None, RetrievalConfig())
+        call = self._retrieval_call(retriever, retrieval_config, max_retrievals, memory) or _Call()
         prepared = self._check_retrieval_arguments(generation_config, kwargs)
         if prepared.num_return_sequences not in (None, 1):
             raise ValueError("generate_many answers each prompt once: for num_return_sequences, repeat the prompts.")
@@ -208,17 +217,21 @@ class RetrievalGenerationMixin:
         """Free the memory that `cache_implementation="static"` keeps for the next call."""
         self._static_row_cache = None
 
-    def _retrieval_call(self, retriever, retrieval_config, max_retrievals):
-        """What this call retrieves, checked; `None` for ordinary generation."""
+    def _retrieval_call(self, retriever, retrieval_config, max_retrievals, memory):
+        """What this call retrieves and which memory it has, checked; `None` for ordinary generation."""
+        if memory is not None:
+            check_memory(memory)
+            watch(self.gen, memory.states)
         settings = retrieval_config if retrieval_config is not None else RetrievalConfig()
         settings = settings if max_retrievals is None else replace(settings, max_retrievals=max_retrievals)
-        if self.config.nsp_token_id is None or (retriever is None and settings.passages is None and not settings.forbid_nsp):
+        has_passages = retriever is not None or settings.passages is not None
+        if self.config.nsp_token_id is None or not (has_passages or settings.forbid_nsp):
             if retrieval_config is not None:
                 raise ValueError("retrieval_config needs a retriever, passages of its own or forbid_nsp=True, and a model with an [NSP] token.")
-            return None
+            return None if memory is None else _Call(memory=memory)
         if retriever is not None:
             retriever.check_model(self)
-        return _Call(retriever, settings)
+        return _Call(retriever, settings, memory)
 
     def _generate_with_retrieval(self, inputs, generation_config, kwargs, call):
         call.static = self._check_retrieval_arguments(generation_config, kwargs).cache_implementation == "static"
@@ -237,13 +250,14 @@ class RetrievalGenerationMixin:
         """Of all that decides an answer and can be written down: weights only by name, processors not at all."""
         settings = {name: value for name, value in vars(call.settings).items() if name not in ("candidates", "passages")}
         index = getattr(call.retriever, "fingerprint", None)
-        return digest([generation_config.to_diff_dict(), settings, index, self.config._name_or_path])
+        memory = None if call.memory is None else call.memory.fingerprint
+        return digest([generation_config.to_diff_dict(), settings, index, memory, self.config._name_or_path])
 
     def _check_retrieval_arguments(self, generation_config, kwargs):
         prepared, _ = self._prepare_generation_config(generation_config, **kwargs)
         mode = prepared.get_generation_mode(kwargs.get("assistant_model"))
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) or kwargs.get("custom_generate") is not None:
-            raise ValueError(f"Retrieval works in greedy decoding and sampling, not in {mode.value}; set num_beams=1 and no assistant_model.")
+            raise ValueError(f"Retrieval and memories work in greedy decoding and sampling, not in {mode.value}; set num_beams=1 and no assistant_model.")
         own = kwargs.get("past_key_values") is not None or prepared.cache_implementation not in (None, "dynamic", "static")
         if not prepared.use_cache or own:
             raise ValueError("Retrieval keeps its own KV cache: leave out use_cache=False and past_key_values; cache_implementation may be 'static'.")
@@ -253,7 +267,7 @@ class RetrievalGenerationMixin:
             raise ValueError("prefill_chunk_size and cache_config are not available with a retriever: prompts are read whole, into a cache of its own.")
         for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
             if getattr(prepared, name):
-                raise ValueError(f"{name}=True is not available with a retriever: rows that read passages have no step for it.")
+                raise ValueError(f"{name}=True is not available with a retriever or a memory: rows that read passages have no step for it.")
         own_inputs = {"input_ids", "attention_mask", "past_key_values", "use_cache", "inputs_embeds", "kwargs"}
         if unheeded := sorted((set(inspect.signature(self.forward).parameters) - own_inputs) & {name for name, value in kwargs.items() if value is not None}):
             raise ValueError(f"{', '.join(unheeded)}: not available with a retriever, which makes what Gen reads row by row.")
@@ -317,10 +331,30 @@ class RetrievalGenerationMixin:
             prompts, error = self._prompts(input_ids, mask, call, streamer, synced_gpus), None
             slots = queue.batch_size if queue is not None and call.static else min(queue.batch_size if queue is not None else len(prompts), len(prompts))
             columns = call.columns or self._columns_to_start_with(prompts, generation_config.max_length - width, call)
+            settings = decoding_settings(
+                self.config,
+                generation_config,
+                logits_processor,
+                stopping_criteria,
+                call.settings,
+                prompt_length=width,
+                device=input_ids.device,
+                has_retriever=call.retriever is not None,
+                static=call.static,
+                refill=queue is not None,
+            )
             decoder = Decoder(
-                self, generation_config, logits_processor, stopping_criteria, call.retriever, call.settings, max(slots, 1), width, columns,
-                input_ids.device, streamer, synced_gpus, call.static, refill=queue is not None,
-            )  # fmt: skip
+                self,
+                settings,
+                generation_config,
+                max(slots, 1),
+                columns,
+                input_ids.device,
+                call.retriever,
+                call.memory,
+                streamer,
+                synced_gpus,
+            )
             rows = [Row(number, prompt) for number, prompt in enumerate(prompts)]
             self._give_passages(decoder, rows, call, 1 if queue is not None else generation_config.num_return_sequences or 1)
         except ValueError as failure:
@@ -385,7 +419,7 @@ class RetrievalGenerationMixin:
             for i, entry in enumerate(given):
                 value = None
                 if entry is not None:
-                    value = call.retriever.rows_of(entry) if name == "candidates" else decoder.given_passages(entry)
+                    value = call.retriever.rows_of(entry) if name == "candidates" else decoder.lookup.given_passages(entry)
                 for row in rows[i * copies : (i + 1) * copies]:
                     setattr(row, "given" if name == "passages" else "candidates", value)
 
@@ -394,9 +428,9 @@ class RetrievalGenerationMixin:
         width = input_ids.shape[1]
         prompts = input_ids
         if mask is not None and (mask[:, -1] == 0).any():  # padded on the right, where the answers go
-            prompts = pad_rows([[decoder.pad] * (width - len(row.prompt)) + row.prompt for row in rows], device=input_ids.device)[0]
+            prompts = pad_rows([[decoder.settings.pad] * (width - len(row.prompt)) + row.prompt for row in rows], device=input_ids.device)[0]
         continuations = [torch.tensor(row.ids[len(row.prompt) :], dtype=torch.long, device=input_ids.device) for row in rows]
-        continuations = torch.nn.utils.rnn.pad_sequence(continuations, batch_first=True, padding_value=decoder.pad)
+        continuations = torch.nn.utils.rnn.pad_sequence(continuations, batch_first=True, padding_value=decoder.settings.pad)
         sequences = torch.cat([prompts, continuations], dim=1)
         for row in rows:
             padding = width - len(row.prompt)
@@ -410,7 +444,7 @@ class RetrievalGenerationMixin:
             retrievals=[row.retrievals for row in rows],
             prompt_length=width,
             num_generated_tokens=torch.tensor([row.num_generated_tokens for row in rows], device=input_ids.device),
-            num_forwarded_tokens=decoder.num_forwarded_tokens,
+            num_forwarded_tokens=decoder.forwards.num_tokens,
         )
 
     def decode_with_citations(self, outputs, tokenizer=None):
@@ -433,8 +467,9 @@ class RetrievalGenerationMixin:
 class _Call:
     """What one call of generate() or generate_many() is about, on its way through transformers' generate() to `_sample`."""
 
-    retriever: Retriever | None
-    settings: RetrievalConfig
+    retriever: Retriever | None = None
+    settings: RetrievalConfig = field(default_factory=RetrievalConfig)
+    memory: Memory | None = None
     static: bool = False
     queue: object = None
     columns: int | None = None

@@ -20,6 +20,7 @@ from .parts_cosup import (PartsMixin)
 from .retrieval_cosup import (PassageIndex)
 from .retriever_cosup import (Retriever)
 from .sharing_cosup import (SharingMixin)
+from .states_cosup import (decided_states, recording)
 from .tokenization_cosup import (add_control_tokens, added_tokens, encode_queries_for_emb_seq, end_of_turn_token_id, pad_rows, same_tokenizer)
 
 
@@ -36,6 +37,7 @@ class CoSupOutput(ModelOutput):
         query_embeds (`torch.FloatTensor` of shape `(N, h)`): one per `[NSP]` of `input_ids`, row by row, left to right.
         passage_embeds (`torch.FloatTensor` of shape `(M, h)`): one per row of `passage_input_ids`.
         past_key_values (`Cache`), hidden_states, attentions: Gen's.
+        states (`dict[str, torch.Tensor]`): what entered the submodules of `output_states`, each `(R, h)`.
     """
 
     loss: torch.FloatTensor | None = None
@@ -47,6 +49,7 @@ class CoSupOutput(ModelOutput):
     past_key_values: object | None = None
     hidden_states: tuple | None = None
     attentions: tuple | None = None
+    states: dict[str, torch.Tensor] | None = None
 
 
 class CoSupForCausalLM(RetrievalGenerationMixin, SharingMixin, PartsMixin, PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # its generate() takes more
@@ -229,6 +232,7 @@ class CoSupForCausalLM(RetrievalGenerationMixin, SharingMixin, PartsMixin, PreTr
         nsp_positions=None,
         label_positions=None,
         logit_positions=None,
+        output_states=None,
         passage_position_ids=None,
         passage_ends=None,
         query_input_ids=None,
@@ -259,6 +263,8 @@ class CoSupForCausalLM(RetrievalGenerationMixin, SharingMixin, PartsMixin, PreTr
                 them here, a GPU must be waited for.
             logit_positions (`torch.LongTensor` of shape `(R,)`, *optional*): the positions of `(B · T)` that get logits, then `(R, V)`; in place of
                 `logits_to_keep`.
+            output_states (`tuple[str, ...]`, *optional*): names of submodules of Gen, such as `"model.layers.1.mlp"`, whose inputs are returned at
+                `logit_positions`, or without them at the last column of each row. torch.compile traces it where [`states_cosup.watch`] was called.
             passage_position_ids (`torch.LongTensor` of shape `(1, L)`, *optional*), passage_ends (`torch.LongTensor` of shape `(M,)`, *optional*):
                 packed passages: see [`~CoSupForCausalLM.encode_passages`].
             query_input_ids (`torch.LongTensor` of shape `(N, T)`, *optional*), query_attention_mask, query_position_ids, query_ends: what Emb_seq or
@@ -269,7 +275,8 @@ class CoSupForCausalLM(RetrievalGenerationMixin, SharingMixin, PartsMixin, PreTr
             [`CoSupOutput`].
 
         Raises:
-            `ValueError`: when `passage_labels` does not count as many entries as the batch has `[NSP]`, or Emb_seq is needed and not loaded.
+            `ValueError`: when `passage_labels` does not count as many entries as the batch has `[NSP]`, Emb_seq is needed and not loaded, or Gen has no
+                submodule of a name in `output_states`.
         """
         nsp_token_id = kwargs.pop("nsp_token_id", self.config.nsp_token_id)
         return_dict = kwargs.pop("return_dict", None)
@@ -284,7 +291,8 @@ class CoSupForCausalLM(RetrievalGenerationMixin, SharingMixin, PartsMixin, PreTr
         optional = {"position_ids": position_ids, "past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
         optional["use_cache"] = False if use_cache is None and labels is not None else use_cache
         optional = {name: value for name, value in optional.items() if value is not None}
-        outputs = self.gen.base_model(input_ids=input_ids, attention_mask=attention_mask, **optional, **kwargs)
+        with recording(self.gen, output_states) as entered:
+            outputs = self.gen.base_model(input_ids=input_ids, attention_mask=attention_mask, **optional, **kwargs)
         hidden = outputs.last_hidden_state  # (B, T, h), after the final norm
 
         if nsp_token_id is not None and output_query_embeds and query_embeds is None and input_ids is not None:
@@ -315,6 +323,7 @@ class CoSupForCausalLM(RetrievalGenerationMixin, SharingMixin, PartsMixin, PreTr
             past_key_values=outputs.get("past_key_values"),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
+            states=decided_states(entered, output_states, hidden, logit_positions) if output_states else None,
         )
         return output if return_dict is not False else output.to_tuple()
 

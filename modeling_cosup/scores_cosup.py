@@ -48,62 +48,88 @@ _SCORES_ONLY = (
 
 class RowScores:
     """
-    The part of a [`Decoder`] between logits and decisions. Scores are in slot order, `(n, V)`; processors and criteria know the rows in the order of the batch.
+    What a decision is made from: the scores of each row's next token, and whether a stopping criterion ends it.
 
-    Attributes:
-        processors (`LogitsProcessorList`): of the call.
-        prompt_length (`int`): columns from which decoded tokens are counted.
-        rows (`list`), columns, generated (`numpy.ndarray`), tokens (`torch.LongTensor`): by slot; see [`Decoder`].
-        order (`torch.LongTensor` of shape `(n,)`, *optional*): the row of the batch in each slot, once a row has left; `None` while both orders are the same.
-        never (`torch.LongTensor`): ids that no row may decide. banned (`numpy.ndarray` of bool): slots whose next decision may not be `[NSP]`.
+    Scores are by slot, `(n, V)`; processors and criteria know the rows in the order of the batch.
+
+    Args:
+        settings ([`DecodingSettings`]), slots ([`Slots`]), cache ([`RowCache`]): of the loop.
+        nsp_token_id (`int`, *optional*): of `[NSP]`, which some rows may not decide.
     """
+
+    def __init__(self, settings, slots, cache, nsp_token_id):
+        self.settings, self.slots, self.cache, self.nsp_token_id = settings, slots, cache, nsp_token_id
+
+    def of(self, logits):
+        """Scores `(n, V)` in float32 of the logits `(n, V)` of the first n slots; where no row is, all are equal."""
+        occupied = self.slots.occupied[: len(logits)]
+        scores = self._without_banned(logits.to(torch.float32, copy=True))  # before the warpers: what top_p keeps must be allowed
+        scores = self._without_banned(self._process(scores))  # and after: a processor may have put anything there
+        if not occupied.all():
+            scores = scores.masked_fill(~self.slots.occupied_on_device[: len(logits), None], 0.0)  # nobody's: any token will do
+        return scores
+
+    def stopped(self, tokens):
+        """Which of the decided `tokens` `(n,)` end their row by a stopping criterion: `(n,)` of bool."""
+        if not self.settings.criteria:
+            return torch.zeros_like(tokens, dtype=torch.bool)
+        history = self._history(tokens)
+        verdicts = [criterion(history, None) for criterion in self.settings.criteria]
+        return self._in_order(torch.stack(verdicts).any(0), back=True)
 
     def _without_banned(self, scores):
         """Scores `(n, V)` without `[Cs]`, and without `[NSP]` where a row may not retrieve."""
-        scores.index_fill_(1, self.never, float("-inf"))
-        if self.banned[: len(scores)].any():
-            scores[:, self.config.nsp_token_id].masked_fill_(self.banned_on_device[: len(scores)], float("-inf"))
+        scores.index_fill_(1, self.settings.never, float("-inf"))
+        if self.slots.banned[: len(scores)].any():
+            scores[:, self.nsp_token_id].masked_fill_(self.slots.banned_on_device[: len(scores)], float("-inf"))
         return scores
 
     def _process(self, scores):
         """Scores `(n, V)` after the logits processors, each of which sees the rows as if they had been alone: their own tokens, padded on the left."""
-        history, generated = None, self.generated[: len(self.rows)]
-        for processor in self.processors:
+        history = None
+        for processor in self.settings.processors:
             if type(processor) in _COUNTING:
-                if type(processor) in _MINIMUM and self.prompt_length + generated.min() >= _minimum(processor):
-                    continue
-                for count in np.unique(generated):
-                    slots = torch.from_numpy(np.flatnonzero(generated == count)).to(self.device)
-                    counted = scores.new_zeros((1, 1), dtype=torch.long).expand(len(slots), self.prompt_length + int(count))
-                    scores[slots] = processor(counted, scores[slots])
+                self._process_by_count(processor, scores)
                 continue
             if type(processor) in _SCORES_ONLY:
-                scores = processor(self.tokens[: len(scores), None], scores)
+                scores = processor(self.slots.tokens[: len(scores), None], scores)
                 continue
             if history is None:
                 history = self._history()
             if isinstance(getattr(processor, "prompt_ignore_length", None), torch.Tensor):  # how much padding stands before each row
-                lengths = self._places(torch.from_numpy(self.columns[: len(self.rows)].copy()).to(self.device))
-                processor.prompt_ignore_length = history.shape[1] - lengths
-            scores = self._places(processor(history, self._places(scores)), back=True)
+                processor.prompt_ignore_length = history.shape[1] - self._in_order(self.slots.lengths())
+            scores = self._in_order(processor(history, self._in_order(scores)), back=True)
         return scores
+
+    def _process_by_count(self, processor, scores):
+        """Scores `(n, V)`, in place, after a processor that looks at nothing but how many tokens a row has."""
+        generated = self.slots.generated[: len(scores)]
+        if type(processor) in _MINIMUM and self.settings.prompt_length + generated.min() >= _minimum(processor):
+            return
+        for count in np.unique(generated):
+            same = torch.from_numpy(np.flatnonzero(generated == count)).to(scores.device)
+            counted = scores.new_zeros((1, 1), dtype=torch.long).expand(len(same), self.settings.prompt_length + int(count))
+            scores[same] = processor(counted, scores[same])
 
     def _history(self, tokens=None):
         """What each row holds, in the order of the batch, padded on the left: `(B, T)`; with `tokens` they are the last column."""
-        n = len(self.rows)
-        lengths = torch.from_numpy(self.columns[:n].copy()).to(self.device)[:, None]
-        width = int(self.columns[:n].max())
-        columns = torch.arange(width, device=self.device) - (width - lengths)
-        history = self.cache.tokens[:n].gather(1, columns.clamp(min=0)).masked_fill_(columns < 0, self.pad)
+        n = len(self.slots)
+        lengths = self.slots.lengths()[:, None]
+        width = int(self.slots.columns[:n].max())
+        columns = torch.arange(width, device=lengths.device) - (width - lengths)
+        history = self.cache.tokens[:n].gather(1, columns.clamp(min=0)).masked_fill_(columns < 0, self.settings.pad)
         if tokens is not None:
             history = torch.cat([history, tokens[:, None]], 1)
-        return self._places(history, fill=self.pad)
+        return self._in_order(history, fill=self.settings.pad)
 
-    def _places(self, values, back=False, fill=0):
-        """Slot order to the order of the whole batch, as processors and criteria know it (rows that have left are `fill`), or back."""
-        if self.order is None:
+    def _in_order(self, values, back=False, fill=0):
+        """Values by slot, in the order of the whole batch, as processors and criteria know it (rows that have left are `fill`); or back."""
+        order = self.slots.order
+        if order is None:
             return values
-        return values[self.order] if back else values.new_full((self.slots, *values.shape[1:]), fill).index_copy(0, self.order, values)
+        if back:
+            return values[order]
+        return values.new_full((self.slots.count, *values.shape[1:]), fill).index_copy(0, order, values)
 
 
 def _minimum(processor):

@@ -73,7 +73,7 @@ class Row:
         retrievals (`list[Retrieval]`): so far; positions count from the row's own first token.
         used (`set[int]`): rows of the index that were retrieved.
         forgotten (`list[tuple[int, list[int]]]`): passages that are no longer in the cache: where they stood, and their ids.
-        held (`torch.Tensor` of shape `(V,)`): logits of the decision for `[NSP]`, in case nothing is found.
+        held (`torch.Tensor` of shape `(V,)`): logits of the decision for `[NSP]`, as a memory adjusted them, in case nothing is found.
         rewrite (`list[int]`): to be read next in place of the decided token.
         grounded (`tuple[int, int]`, *optional*): columns `[passage, [Cs])` of the last passage while it is in the cache.
         ids (`list[int]`): all that was written, when the row is finished.
@@ -93,6 +93,12 @@ class Row:
     grounded: tuple | None = None
     ids: list | None = None
     num_generated_tokens: int = 0
+
+    def may_retrieve(self, max_retrievals: int | None) -> bool:
+        """Whether this row has a retrieval left, of `max_retrievals` (`None` for any number) and of the passages that it was given."""
+        if max_retrievals is not None and len(self.retrievals) >= max_retrievals:
+            return False
+        return self.given is None or len(self.given) > 0
 
 
 class RetrievalError(RuntimeError):

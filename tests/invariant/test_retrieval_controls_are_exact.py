@@ -1,5 +1,7 @@
 """Every control of RetrievalConfig, in a batch, equals a slow reference without cache, token by token: top_k, candidates, oracle, forgetting, refusals."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -48,9 +50,10 @@ def generate(model, index, prompts, processors, settings, **kwargs):
 
 
 class Reference:
-    """One row the slow way: everything that is in view goes through Gen for every token."""
+    """One row the slow way: everything that is in view goes through Gen for every token, and a memory sees what enters Gen's submodules there."""
 
-    def __init__(self, model, index, processors, settings, prompt, row):
+    def __init__(self, model, index, processors, settings, prompt, row, memory=None):
+        self.memory, self.states = memory, {}
         self.model, self.index, self.processors, self.settings = model, index, processors, settings
         self.ids, self.prompt, self.trace, self.forgotten = list(prompt), prompt, [], []  # forgotten: (start, end, [CE]) of a passage
         self.pool = None if settings.candidates is None or settings.candidates[row] is None else [index.row_of(id) for id in settings.candidates[row]]
@@ -61,7 +64,19 @@ class Reference:
         return [id for column, id in enumerate(self.ids) if column not in hidden]
 
     def hidden_state(self):
-        """Gen's last hidden state at the last token."""
+        """Gen's last hidden state at the last token; `states` become what enters the memory's submodules there."""
+
+        def keep(module, args, name):
+            self.states[name] = args[0][:, -1]
+
+        names = [] if self.memory is None else self.memory.states
+        hooks = [self.model.gen.get_submodule(name).register_forward_pre_hook(partial(keep, name=name)) for name in names]
+        hidden = self.last_hidden_state()
+        for hook in hooks:
+            hook.remove()
+        return hidden
+
+    def last_hidden_state(self):
         if self.settings.forget_passages != "mask":
             return self.model.gen.base_model(torch.tensor([self.view()]), use_cache=False).last_hidden_state[0, -1]
         n = len(self.ids)
@@ -93,7 +108,12 @@ class Reference:
 
     def decide(self, hidden, ban):
         config = self.model.config
-        scores = self.processors(torch.tensor([self.view()]), self.model.gen.get_output_embeddings()(hidden)[None])[0]
+        logits = self.model.gen.get_output_embeddings()(hidden)[None]
+        if cap := getattr(self.model.gen.config, "final_logit_softcapping", None):
+            logits = cap * torch.tanh(logits / cap)
+        if self.memory is not None:
+            logits = self.memory.adjust(logits, self.states)
+        scores = self.processors(torch.tensor([self.view()]), logits)[0]
         scores[[config.cs_token_id] + [config.nsp_token_id] * ban] = float("-inf")
         return int(scores.argmax())
 
@@ -131,14 +151,17 @@ class Reference:
                 passage = None
 
 
-def check(settings, gen="llama", every=7, **kwargs):
+def check(settings, gen="llama", every=7, make_memory=None, **kwargs):
     model, index, prompts, processors = setup(gen, every, **kwargs)
-    output, rows, trace = generate(model, index, prompts, processors, settings)
+    memory = None if make_memory is None else make_memory(model)
+    output, rows, trace = generate(model, index, prompts, processors, settings, memory=memory)
     for row, prompt in enumerate(prompts):
-        ids, found = Reference(model, index, processors, settings, prompt, row).run()
+        ids, found = Reference(model, index, processors, settings, prompt, row, memory).run()
         assert rows[row] == ids and trace[row] == found, f"row {row} differs from the reference"
-    assert generate(model, index, prompts, processors, settings, cache_implementation="static")[1:] == (rows, trace), "the static cache differs"
-    options = {"retriever": index, "retrieval_config": settings, "logits_processor": processors, "max_new_tokens": MAX_NEW_TOKENS, "show_progress_bar": False}
+    static = generate(model, index, prompts, processors, settings, memory=memory, cache_implementation="static")
+    assert static[1:] == (rows, trace), "the static cache differs"
+    options = {"retriever": index, "retrieval_config": settings, "logits_processor": processors, "memory": memory}
+    options |= {"max_new_tokens": MAX_NEW_TOKENS, "show_progress_bar": False}
     for batch_size, kind in ((2, {}), (3, {"cache_implementation": "static"})):
         many = model.generate_many(prompts, batch_size=batch_size, **options, **kind)
         assert [[*prompt, *done.token_ids] for prompt, done in zip(prompts, many, strict=True)] == rows, f"generate_many differs, {kind}"

@@ -1,0 +1,116 @@
+"""What enters submodules of Gen, on request: the states that a token memory computes with."""
+
+import contextlib
+import difflib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from functools import partial
+
+import torch
+from torch import nn
+
+# Where the hooks write during a forward that asks for states. Forwards of several threads do not meet in a context variable; torch.compile
+# cannot trace one, so that a traced forward writes to the last entry of a list.
+_states: ContextVar[dict | None] = ContextVar("cosup_states", default=None)
+_traced_states: list[dict] = []
+
+
+def watch(gen: nn.Module, names: tuple[str, ...]) -> None:
+    """
+    Register, once, the hooks that record what enters submodules of Gen.
+
+    `forward(output_states=...)` does this itself. Call it before a forward that asks for states is compiled: hooks cannot be registered in
+    what torch.compile traces.
+
+    Args:
+        gen (`nn.Module`), names (`tuple[str, ...]`): Gen, and names of its submodules, such as `"model.layers.1.mlp"`.
+
+    Raises:
+        `ValueError`: for a name that Gen has no submodule for.
+    """
+    if isinstance(names, str):
+        raise ValueError(f"Names of submodules are expected as a tuple, found the string {names!r}.")
+    for name in names:
+        module = _submodule(gen, name)
+        hooks = module._forward_pre_hooks.values()
+        if not any(isinstance(hook, partial) and hook.func is _record for hook in hooks):
+            module.register_forward_pre_hook(partial(_record, name=name), with_kwargs=True)
+
+
+def _submodule(gen, name):
+    try:
+        if name:
+            return gen.get_submodule(name)
+    except AttributeError:
+        pass
+    close = difflib.get_close_matches(name, [known for known, _ in gen.named_modules()], n=3)
+    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    raise ValueError(f"{type(gen).__name__} has no submodule {name!r}.{hint}")
+
+
+@contextlib.contextmanager
+def recording(gen: nn.Module, names: tuple[str, ...] | None) -> Iterator[dict[str, torch.Tensor]]:
+    """A context in which a forward of Gen fills the `dict` that it gives: by name, what enters each submodule, `(B, T, h)`."""
+    states: dict[str, torch.Tensor] = {}
+    if not names:
+        yield states
+    elif torch.compiler.is_compiling():
+        _traced_states.append(states)
+        try:
+            yield states
+        finally:
+            _traced_states.pop()
+    else:
+        watch(gen, names)
+        token = _states.set(states)
+        try:
+            yield states
+        finally:
+            _states.reset(token)
+
+
+def _record(module, args, kwargs, name):
+    """A forward-pre-hook: notes the first argument of the submodule."""
+    if torch.compiler.is_compiling():
+        states = _traced_states[-1] if _traced_states else None
+    else:
+        states = _states.get()
+    if states is not None:
+        states[name] = next(iter([*args, *kwargs.values()]), None)
+
+
+def decided_states(
+    states: dict[str, torch.Tensor], names: tuple[str, ...], hidden: torch.Tensor, positions: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """
+    Choose the states at the decided positions.
+
+    Args:
+        states (`dict[str, torch.Tensor]`): as [`recording`] filled it.
+        names (`tuple[str, ...]`): of the submodules that were asked for.
+        hidden (`torch.Tensor` of shape `(B, T, h)`): what Gen returned.
+        positions (`torch.LongTensor` of shape `(R,)`, *optional*): of `(B · T)`; without them the last column of each row.
+
+    Returns:
+        `dict[str, torch.Tensor]`: by name, `(R, h)`; without positions R is B.
+
+    Raises:
+        `ValueError`: for a submodule that did not run, or reads something other than one state for each position.
+    """
+    rows, columns = hidden.shape[:2]
+    decided = {}
+    for name in names:
+        if name not in states:
+            raise ValueError(
+                f"Nothing entered {name!r} while Gen's base model ran. It is no part of the base model, or it was compiled before it was watched."
+            )
+        state = states[name]
+        if not isinstance(state, torch.Tensor) or state.ndim < 2 or state[..., 0].numel() != rows * columns:
+            shape = tuple(state.shape) if isinstance(state, torch.Tensor) else type(state).__name__
+            raise ValueError(f"What enters {name!r} is {shape}, not one state for each of {rows} x {columns} positions.")
+        width = state.shape[-1]  # (B, T, h), or (B · T, h) in OPT
+        if positions is None:
+            decided[name] = state.reshape(rows, columns, width)[:, -1]
+        else:
+            decided[name] = state.reshape(rows * columns, width)[positions.to(state.device)]
+    return decided

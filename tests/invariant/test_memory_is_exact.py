@@ -1,0 +1,148 @@
+"""With a memory that reads Gen's states, a batch == each row alone == a slow reference without cache, token by token, with every control."""
+
+import pytest
+import torch
+from test_retrieval_controls_are_exact import MAX_NEW_TOKENS, check, generate, setup
+from transformers import CompileConfig
+
+from modeling_cosup import RetrievalConfig
+from support.generation import left_pad, real_tokens
+from support.memories import LAST_MLP, AddedStates, RetrievesByState
+
+MEMORIES = {"added": AddedStates, "retrieves": RetrievesByState}
+
+
+def maker(kind, gen="llama"):
+    return lambda model: MEMORIES[kind](model, LAST_MLP[gen])
+
+
+def check_rows_alone(settings, gen, make_memory, rows, trace, **kwargs):
+    model, index, prompts, processors = setup(gen, **kwargs)
+    for row, prompt in enumerate(prompts):
+        _, alone, found = generate(model, index, [prompt], processors, settings, memory=make_memory(model))
+        assert (alone, found) == ([rows[row]], [trace[row]]), f"row {row} alone differs"
+
+
+@pytest.mark.parametrize("gen", LAST_MLP)
+@pytest.mark.parametrize("kind", MEMORIES)
+def test_batch_row_and_reference_agree(gen, kind):
+    *_, rows, trace = check(RetrievalConfig(), gen, make_memory=maker(kind, gen))
+    check_rows_alone(RetrievalConfig(), gen, maker(kind, gen), rows, trace)
+    _, without, other = generate(*setup(gen), RetrievalConfig())
+    assert sum(map(len, trace)) >= 4 and rows != without and trace != other  # the memory decides tokens and retrievals
+
+
+def dividing_score(output):
+    """A minimum score that some retrievals miss, in the widest gap between the scores: no rounding may decide which."""
+    scores = sorted(r.score for row in output.retrievals for r in row)
+    middle = range(max(1, len(scores) // 5), max(2, 4 * len(scores) // 5))
+    gap = max(middle, key=lambda i: scores[i] - scores[i - 1])
+    return (scores[gap] + scores[gap - 1]) / 2
+
+
+@pytest.mark.parametrize("gen", LAST_MLP)
+@pytest.mark.parametrize("kind", MEMORIES)
+def test_a_row_that_takes_its_nsp_back(gen, kind):
+    output, _, _ = generate(*setup(gen, every=5), RetrievalConfig(), memory=maker(kind, gen)(setup(gen, every=5)[0]))
+    settings = RetrievalConfig(min_score=dividing_score(output))
+    *_, rows, trace = check(settings, gen, every=5, make_memory=maker(kind, gen))
+    check_rows_alone(settings, gen, maker(kind, gen), rows, trace, every=5)
+    assert any(trace)
+    *_, nothing = check(RetrievalConfig(min_score=9.0), gen, every=5, make_memory=maker(kind, gen))
+    assert not any(nothing)
+
+
+@pytest.mark.parametrize("gen", LAST_MLP)
+@pytest.mark.parametrize("forget", ["recompute", "mask"])
+def test_forgotten_passages(gen, forget):
+    settings = RetrievalConfig(forget_passages=forget)
+    model, index, output, rows, trace = check(settings, gen, make_memory=maker("added", gen))
+    check_rows_alone(settings, gen, maker("added", gen), rows, trace)
+    assert any(model.config.ce_token_id in ids[r.grounded_span[0] :] for ids, row in zip(rows, output.retrievals, strict=True) for r in row)
+    assert generate(*setup(gen), RetrievalConfig(), memory=maker("added", gen)(model))[1] != rows  # forgetting makes a difference
+
+
+def test_every_control_at_once():
+    pools = [["p0", "p1", "p2"], None, ["p3"], None, ["p5", "p0"]]
+    settings = RetrievalConfig(2, max_retrievals=2, force_nsp_first=True, candidates=pools, no_repeat_passages=True, forget_passages="recompute")
+    *_, trace = check(settings, every=5, make_memory=maker("retrieves"))
+    assert sum(map(len, trace)) >= 6
+
+
+def test_every_forward_is_adjusted_once():
+    model, index, prompts, processors = setup(every=5)
+    memory, forwards = maker("retrieves")(model), []
+    model.gen.base_model.register_forward_pre_hook(lambda *args: forwards.append(1))
+    output, _, _ = generate(model, index, prompts[:1], processors, RetrievalConfig(min_score=9.0), memory=memory)
+    assert memory.calls == [1] * len(forwards)
+    assert len(forwards) > int(output.num_generated_tokens)  # [NSP] was forwarded and taken back
+
+
+@torch.no_grad()
+def slow_rows(model, prompts, processors, memory):
+    """Every prompt continued without retriever and without cache."""
+    rows = []
+    for prompt in prompts:
+        ids, generated = list(prompt), 0
+        while generated < MAX_NEW_TOKENS and (not generated or ids[-1] not in model.generation_config.eos_token_id):
+            output = model(torch.tensor([ids]), output_states=memory.states, use_cache=False)
+            scores = processors(torch.tensor([ids]), memory.adjust(output.logits[:, -1], output.states))[0]
+            scores[model.config.cs_token_id] = float("-inf")
+            ids.append(int(scores.argmax()))
+            generated += 1
+        rows.append(ids)
+    return rows
+
+
+@pytest.mark.parametrize("gen", ["llama", "mistral"])
+def test_without_a_retriever(gen):
+    model, _, prompts, processors = setup(gen)
+    memory = maker("added", gen)(model)
+    rows = slow_rows(model, prompts, processors, memory)
+    assert model.config.nsp_token_id in rows[0]  # a token like any other
+    inputs = left_pad(prompts, model.generation_config.pad_token_id)
+    options = {"logits_processor": processors, "max_new_tokens": MAX_NEW_TOKENS, "memory": memory}
+    output = model.generate(**inputs, return_dict_in_generate=True, **options)
+    assert real_tokens(output, inputs["attention_mask"], model.generation_config.pad_token_id) == rows
+    many = model.generate_many(prompts, batch_size=2, show_progress_bar=False, **options)
+    assert [[*prompt, *done.token_ids] for prompt, done in zip(prompts, many, strict=True)] == rows
+
+
+class Bystander:
+    """Changes nothing."""
+
+    states, fingerprint = (), "nothing"
+
+    def adjust(self, logits, states):
+        assert states == {}
+        return logits
+
+
+@pytest.mark.parametrize("sample", [{}, {"do_sample": True, "temperature": 3.0}])
+def test_a_memory_that_changes_nothing_is_no_memory(sample):
+    model, index, prompts, processors = setup()
+    results = []
+    for memory in (None, Bystander()):
+        torch.manual_seed(0)
+        results.append(generate(model, index, prompts, processors, RetrievalConfig(), memory=memory, **sample)[1:])
+    assert results[0] == results[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gen", ["llama", "gpt2"])
+def test_a_captured_step_keeps_the_states(gen):
+    model, index, prompts, processors = setup(gen)
+    memory = maker("added", gen)(model)
+    _, rows, trace = generate(model, index, prompts, processors, RetrievalConfig(), memory=memory)
+    _, without, _ = generate(model, index, prompts, processors, RetrievalConfig())
+    compiled = CompileConfig(mode="default")
+    compiled._compile_all_devices = True  # transformers compiles on accelerators only
+    options = {"cache_implementation": "static", "compile_config": compiled}
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    # first without: what is compiled then must not be taken where states are asked for, nor the other way round
+    for turn in (None, memory, memory, None):
+        _, found, retrieved = generate(model, index, prompts, processors, RetrievalConfig(), memory=turn, **options)
+        assert found == (without if turn is None else rows) and (turn is None or retrieved == trace)
+    assert 2 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4  # with states and without; once more each where the cache had to grow
+    assert not torch._dynamo.utils.counters["graph_break"]

@@ -1,0 +1,182 @@
+"""The seam for token memories: states of Gen that forward returns on request, and what generate() takes and refuses as a memory."""
+
+import threading
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from modeling_cosup.states_cosup import recording, watch
+from support.memories import LAST_MLP, AddedStates
+from support.models import make_model
+
+NAMES = {**LAST_MLP, "qwen3": "model.layers.0.self_attn"}  # called with keywords
+
+
+def inputs_of(module, run):
+    """What enters a module while `run()` runs, as a hook of our own sees it."""
+    seen = []
+    hook = module.register_forward_pre_hook(lambda module, args, kwargs: seen.append([*args, *kwargs.values()][0]), with_kwargs=True)
+    run()
+    hook.remove()
+    return seen[-1]
+
+
+@pytest.fixture
+def ids():
+    return torch.arange(1, 13).reshape(2, 6) * 17
+
+
+@pytest.mark.parametrize("gen", NAMES)
+@torch.no_grad()
+def test_states_at_the_decided_positions(gen, ids):
+    model, name = make_model(gen), NAMES[gen]
+    expected = inputs_of(model.gen.get_submodule(name), lambda: model.gen(ids))  # (B, T, h)
+    last = model(ids, output_states=(name,))
+    assert list(last.states) == [name] and torch.equal(last.states[name], expected[:, -1])
+    positions = torch.tensor([7, 0, 4])
+    some = model(ids, output_states=(name,), logit_positions=positions)
+    assert torch.equal(some.states[name], expected.flatten(0, 1)[positions]) and some.logits.shape[0] == 3
+    step = model(ids, output_states=(name,), past_key_values=DynamicCache(), use_cache=True)
+    assert torch.equal(step.states[name], expected[:, -1])
+
+
+def test_several_states_and_their_gradients(ids):
+    model = make_model()
+    names = ("model.layers.0.mlp", "model.layers.1.mlp")
+    states = model(ids, output_states=names).states
+    assert tuple(states) == names and not torch.equal(*states.values())
+    states[names[1]].sum().backward()
+    assert model.gen.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+def test_what_is_not_asked_for_costs_nothing(ids):
+    model = make_model()
+    module = model.gen.get_submodule("model.layers.1.mlp")
+    assert model(ids).states is None and not module._forward_pre_hooks
+    for _ in range(3):
+        model(ids, output_states=("model.layers.1.mlp",))
+    assert len(module._forward_pre_hooks) == 1
+    assert model(ids).states is None
+
+
+def test_a_forward_of_another_thread_writes_nothing(ids):
+    model, name = make_model(), "model.layers.1.mlp"
+    with recording(model.gen, (name,)) as states:
+        thread = threading.Thread(target=model, args=(ids,))
+        thread.start()
+        thread.join()
+        assert states == {}
+        model(ids[:1])
+        assert len(states[name]) == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("model.layers.9.mlp",), r"LlamaForCausalLM has no submodule 'model.layers.9.mlp'. Did you mean 'model.layers.\d.mlp'"),
+        (("",), "has no submodule ''"),
+        (("lm_head",), "Nothing entered 'lm_head' while Gen's base model ran"),
+        (("model.norm", "model"), r"What enters 'model' is \(2, 6\), not one state for each of 2 x 6 positions"),
+        ("model.norm", "expected as a tuple"),
+    ],
+)
+def test_a_state_that_is_none_raises(ids, names, message):
+    model = make_model()
+    with pytest.raises(ValueError, match=message):
+        model(ids, output_states=names)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@torch.no_grad()
+def test_compiled_states_are_the_same(ids, backend):
+    model, names = make_model(), ("model.layers.1.mlp", "model.layers.0.mlp")
+    expected = model(ids, output_states=names)
+    torch._dynamo.reset()
+    forward = torch.compile(model.__call__, backend=backend, fullgraph=True, dynamic=False)
+    options = {"output_query_embeds": False, "use_cache": False}
+    assert forward(ids, **options).states is None
+    output = forward(ids, output_states=names, **options)
+    torch.testing.assert_close(output.states, expected.states)
+    torch.testing.assert_close(output.logits, expected.logits)
+    assert forward(ids, **options).states is None
+
+
+@torch.no_grad()
+def test_compiling_what_is_not_watched_raises(ids):
+    model, names = make_model(), ("model.layers.1.mlp",)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="compiled before it was watched"):
+        torch.compile(model.__call__, backend="eager", fullgraph=True)(ids, output_states=names, output_query_embeds=False, use_cache=False)
+    torch._dynamo.reset()
+    watch(model.gen, names)
+    states = torch.compile(model.__call__, backend="eager", fullgraph=True)(ids, output_states=names, output_query_embeds=False, use_cache=False).states
+    torch.testing.assert_close(states, model(ids, output_states=names).states)
+
+
+# ------------------------------------------------------------------ what generate() takes as a memory
+
+
+def changed(memory, **values):
+    for name, value in values.items():
+        setattr(memory, name, value)
+    return memory
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"states": ["model.norm"]}, TypeError, "memory.states is"),
+        ({"fingerprint": 3}, TypeError, "memory.fingerprint is 3"),
+        ({"states": ("model.layers.7.mlp",)}, ValueError, "has no submodule 'model.layers.7.mlp'"),
+        ({"adjust": lambda logits, states: logits[:, :5]}, ValueError, r"AddedStates.adjust returned \(2, 5\) in torch.float32, expected \(2, \d+\)"),
+        ({"adjust": lambda logits, states: logits.double()}, ValueError, "in torch.float64"),
+    ],
+)
+def test_a_memory_that_cannot_be_asked_raises(ids, values, error, message):
+    model = make_model()
+    memory = changed(AddedStates(model, "model.layers.1.mlp"), **values)
+    with pytest.raises(error, match=message):
+        model.generate(ids, memory=memory, max_new_tokens=2)
+    with pytest.raises(error, match=message):
+        model.generate_many(ids.tolist(), memory=memory, max_new_tokens=2, show_progress_bar=False)
+
+
+def test_what_is_no_memory_raises(ids):
+    model = make_model()
+    with pytest.raises(TypeError, match="memory is a dict, which has no states, no fingerprint, no adjust"):
+        model.generate(ids, memory={}, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 2}, "Retrieval and memories work in greedy decoding and sampling, not in beam_search"),
+        ({"use_cache": False}, "KV cache"),
+        ({"output_scores": True}, "output_scores=True is not available with a retriever or a memory"),
+        ({"nsp_token_id": None}, "plain Gen, which has no memory"),
+        ({"output_states": ("model.norm",)}, "output_states: not available"),
+    ],
+)
+def test_what_cannot_be_combined_with_a_memory_raises(ids, options, message):
+    model = make_model()
+    with pytest.raises(ValueError, match=message):
+        model.generate(ids, memory=AddedStates(model, "model.layers.1.mlp"), max_new_tokens=2, **options)
+
+
+def test_an_output_file_belongs_to_one_memory(tmp_path, ids):
+    model, path = make_model(), tmp_path / "answers.jsonl"
+    options = {"max_new_tokens": 3, "show_progress_bar": False, "output_file": path}
+    first, other = (AddedStates(model, "model.layers.1.mlp", seed=seed) for seed in (0, 1))
+    answers = model.generate_many(ids.tolist(), memory=first, **options)
+    assert model.generate_many(ids.tolist(), memory=first, **options) == answers
+    for memory in (other, None):
+        with pytest.raises(ValueError, match="with other settings"):
+            model.generate_many(ids.tolist(), memory=memory, **options)
+
+
+def test_half_precision(ids):
+    model = make_model().bfloat16()
+    memory = AddedStates(model, "model.layers.1.mlp")
+    output = model.generate(ids, memory=memory, max_new_tokens=4)
+    assert memory.calls and output.shape == (2, 10)
