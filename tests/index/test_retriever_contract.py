@@ -12,7 +12,6 @@ from modeling_cosup import PassageIndex, milvus_cosup
 from modeling_cosup.milvus_cosup import MilvusPassageIndex
 from modeling_cosup.tokenization_cosup import encode_passages_for_gen, encode_prompt
 from support.generation import Steer, left_pad
-from support.milvus_server import milvus_server  # noqa: F401
 from support.models import PASSAGES, make_model
 
 EXACT = ["memory", "disk", "torch-cpu", "milvus-file", "milvus-server"]
