@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .modeling_cosup import CoSupForCausalLM, CoSupOutput
     from .queue_cosup import Completion
     from .retrieval_cosup import PassageIndex
+    from .retriever_cosup import Retriever
     from .streaming_cosup import RetrievalStreamer, StreamEvent
     from .trace_cosup import Retrieval, RetrievalError
 
@@ -26,6 +27,7 @@ _MODULES = {
     "RetrievalConfig": "generation_cosup",
     "RetrievalError": "trace_cosup",
     "RetrievalStreamer": "streaming_cosup",
+    "Retriever": "retriever_cosup",
     "StreamEvent": "streaming_cosup",
     "chunked_cross_entropy": "loss_cosup",
     "info_nce": "loss_cosup",
@@ -44,6 +46,7 @@ __all__ = [
     "RetrievalConfig",
     "RetrievalError",
     "RetrievalStreamer",
+    "Retriever",
     "StreamEvent",
     "chunked_cross_entropy",
     "info_nce",

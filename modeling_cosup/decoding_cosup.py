@@ -22,7 +22,7 @@ class Decoder(RowScores):
 
     Args:
         model ([`CoSupForCausalLM`]), generation_config (`GenerationConfig`), logits_processor, stopping_criteria: as `_sample` gets them.
-        retriever ([`PassageIndex`] or the like, *optional*), settings ([`RetrievalConfig`]): what to search and how.
+        retriever ([`Retriever`], *optional*), settings ([`RetrievalConfig`]): what to search and how.
         slots (`int`): rows at once.
         prompt_length (`int`): columns of the prompt; what counts tokens counts from here.
         columns (`int`): of the cache to start with.

@@ -12,7 +12,9 @@ from transformers.modeling_outputs import ModelOutput
 
 from .cache_cosup import (EMPTY, RowCache, context_length, layer_kinds)
 from .decoding_cosup import (Decoder)
-from .queue_cosup import (Queue, hash_of, read_completions)
+from .files_cosup import digest
+from .queue_cosup import (Queue, read_completions)
+from .retriever_cosup import (Retriever)
 from .streaming_cosup import (RetrievalStreamer, ending)
 from .tokenization_cosup import (pad_rows)
 from .trace_cosup import (Row, cited_text)
@@ -93,7 +95,11 @@ class CoSupGenerateOutput(ModelOutput):
 class RetrievalGenerationMixin:
     """`generate()` with a `retriever`, and `generate_many()`; goes before `GenerationMixin` in the bases."""
 
-    def generate(self, inputs=None, generation_config=None, *, retriever=None, retrieval_config=None, max_retrievals=None, **kwargs):
+    device: torch.device  # a property of the model
+
+    def generate(
+        self, inputs=None, generation_config=None, *, retriever: Retriever | None = None, retrieval_config=None, max_retrievals=None, **kwargs
+    ):  # fmt: skip
         """
         Generate; whenever a row emits `[NSP]`, its hidden state there searches `retriever`, the passage and `[Cs]` are appended, and the
         row writes on. Greedy decoding and sampling; every other argument is that of `GenerationMixin.generate`.
@@ -105,7 +111,7 @@ class RetrievalGenerationMixin:
             generation_config (`GenerationConfig`, *optional*): as always. Budgets such as `max_new_tokens` count decoded tokens, row by row. With
                 `cache_implementation="static"` the one-token step keeps its shapes; where transformers compiles a static cache (on a GPU, or with
                 `compile_config`), it is captured.
-            retriever ([`PassageIndex`], *optional*): without it this is ordinary generation.
+            retriever ([`Retriever`], *optional*): e.g. a [`PassageIndex`]; without it this is ordinary generation.
             retrieval_config ([`RetrievalConfig`], *optional*): how to retrieve.
             max_retrievals (`int`, *optional*): per row; that of `retrieval_config`.
             nsp_token_id (`None`, *optional*): `None` makes the call plain Gen: nothing is suppressed, nothing retrieved.
@@ -123,15 +129,15 @@ class RetrievalGenerationMixin:
             if "nsp_token_id" in kwargs:
                 if kwargs.pop("nsp_token_id") is not None:
                     raise ValueError("generate() takes nsp_token_id=None (plain Gen) or none at all; which token retrieves is the config's business.")
-                return super().generate(inputs, generation_config, **{"suppress_tokens": None, **kwargs})
+                return super().generate(inputs, generation_config, **{"suppress_tokens": None, **kwargs})  # type: ignore[misc]
             call = self._retrieval_call(retriever, retrieval_config, max_retrievals)
             if call is None:
-                return super().generate(inputs, generation_config, **kwargs)
+                return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
             return self._generate_with_retrieval(inputs, generation_config, kwargs, call)
 
     def generate_many(
-        self, prompts, generation_config=None, *, retriever=None, retrieval_config=None, max_retrievals=None, batch_size=32, max_batch_tokens=None,
-        output_file=None, on_completion=None, show_progress_bar=True, description="Generating", **kwargs,
+        self, prompts, generation_config=None, *, retriever: Retriever | None = None, retrieval_config=None, max_retrievals=None, batch_size=32,
+        max_batch_tokens=None, output_file=None, on_completion=None, show_progress_bar=True, description="Generating", **kwargs,
     ):  # fmt: skip
         """
         Continue any number of prompts: a row that is finished makes room for the next prompt at once, so that the batch stays full.
@@ -231,7 +237,7 @@ class RetrievalGenerationMixin:
         """Of all that decides an answer and can be written down: weights only by name, processors not at all."""
         settings = {name: value for name, value in vars(call.settings).items() if name not in ("candidates", "passages")}
         index = getattr(call.retriever, "fingerprint", None)
-        return hash_of([generation_config.to_diff_dict(), settings, index, self.config._name_or_path])
+        return digest([generation_config.to_diff_dict(), settings, index, self.config._name_or_path])
 
     def _check_retrieval_arguments(self, generation_config, kwargs):
         prepared, _ = self._prepare_generation_config(generation_config, **kwargs)
@@ -427,7 +433,7 @@ class RetrievalGenerationMixin:
 class _Call:
     """What one call of generate() or generate_many() is about, on its way through transformers' generate() to `_sample`."""
 
-    retriever: object
+    retriever: Retriever | None
     settings: RetrievalConfig
     static: bool = False
     queue: object = None

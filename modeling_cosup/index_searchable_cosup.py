@@ -1,5 +1,7 @@
 """Searching what an index holds: everything or candidates, exactly or approximately, from files or on a device."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from transformers.utils import logging
@@ -19,6 +21,7 @@ from .index_search_cosup import (
     write_approximate,
 )
 from .index_store_cosup import (PassageStore)
+from .retriever_cosup import (Rows, SearchResults)
 
 try:
     import faiss
@@ -43,9 +46,7 @@ class SearchableStore(PassageStore):
 
     # ------------------------------------------------------------------ searching
 
-    @torch.autocast("cpu", enabled=False)  # in float32 wherever it is called from: under autocast a product of float32 would be half precision
-    @torch.autocast("cuda", enabled=False)
-    def search(self, query_embeds, k=1, candidates=None):
+    def search(self, query_embeds: torch.Tensor, k: int = 1, candidates: Sequence[Rows | None] | None = None) -> SearchResults:
         """
         The nearest passages by inner product: exactly, or approximately after [`~PassageIndex.train_approximate`].
 
@@ -61,8 +62,11 @@ class SearchableStore(PassageStore):
         Raises:
             `ValueError`: for queries of another width, or that are NaN or infinite; for candidates that are no rows; for a k below 1.
         """
-        queries = check_queries(query_embeds, self.config["embedding_size"], k)
-        k = min(k, len(self))
+        # in float32 wherever it is called from: under autocast a product of float32 would be half precision
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return self._search(check_queries(query_embeds, self.config["embedding_size"], k), min(k, len(self)), candidates)
+
+    def _search(self, queries, k, candidates):
         if len(queries) == 0 or k == 0:
             return nothing(len(queries), k)
         if candidates is None:
@@ -121,7 +125,7 @@ class SearchableStore(PassageStore):
             **search_options: see [`~PassageIndex.set_search_options`].
 
         Returns:
-            `dict[str, float]`: recall against exact search; also logged, and kept in the config. A device that was searched on is left: call `to` again.
+            `dict[str, float]`: what `measure_recall` returns; also logged, and kept in the config. A device that was searched on is left: call `to` again.
 
         Raises:
             `ValueError`: when FAISS refuses the factory string, the size of the sample, or an option, and when all passages were deleted.
@@ -173,7 +177,7 @@ class SearchableStore(PassageStore):
                 easier than real queries.
 
         Returns:
-            `dict[str, float]`: `recall@1` and `recall@k`: mean share of the k exact nearest among the k found.
+            `dict[str, float]`: `ann_recall@1` and `ann_recall@k`: mean share of the k exact nearest among the k found.
 
         Raises:
             `ValueError`: when all passages were deleted.
@@ -185,7 +189,7 @@ class SearchableStore(PassageStore):
         queries, k = check_queries(queries, self.config["embedding_size"], k), min(k, len(self))
         expected = search_without(self._deleted, self._exact, queries, k, self.num_rows)[1]
         found = self._search_all(queries, k)[1]
-        return {f"recall@{n}": recall(found[:, :n], expected[:, :n]) for n in sorted({1, k})}
+        return {f"ann_recall@{n}": recall(found[:, :n], expected[:, :n]) for n in sorted({1, k})}
 
     def _require_passages(self):
         if not len(self):

@@ -1,17 +1,19 @@
 """What an index holds, apart from searching it: shards of passages and embeddings, rows, ids, deletions, and the folder that they live in."""
 
 import contextlib
-import json
-import os
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers.utils import logging
 
-from .corpus_cosup import (hash_ids)
+from .passages_cosup import (hash_ids)
+from .files_cosup import locked, read_json, write_json
 from .index_files_cosup import (
     CONFIG_FILE,
     FORMAT_VERSION,
@@ -28,16 +30,11 @@ from .index_files_cosup import (
     seal,
     sweep,
     write_config,
-    write_json,
     write_shard,
     write_tensors,
 )
 from .index_search_cosup import (ExactSearch, contains)
-
-try:
-    import fcntl
-except ImportError:  # no POSIX system: writers are told apart by the config alone
-    fcntl = None  # type: ignore[assignment]
+from .retriever_cosup import (Rows)
 
 logger = logging.get_logger(__name__)
 
@@ -64,17 +61,17 @@ class PassageStore:
         self._shards = shards
         self._exact = ExactSearch(shards)
 
-    def __len__(self):
+    def __len__(self) -> int:
         """Passages that can be found; rows of deleted ones do not count."""
         return self.num_rows - len(self._deleted)
 
     @property
-    def num_rows(self):
+    def num_rows(self) -> int:
         """Rows that were ever given, those of deleted passages included."""
         return int(self._exact.starts[-1])
 
     @property
-    def fingerprint(self):
+    def fingerprint(self) -> dict[str, Any]:
         """Of the model that made the embeddings, see [`CoSupForCausalLM.fingerprint`]."""
         return self.config["fingerprint"]
 
@@ -84,17 +81,17 @@ class PassageStore:
         parts = [shard.embeddings.float() for shard in self._shards]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def __getitem__(self, row):
+    def __getitem__(self, row: int) -> dict[str, Any]:
         """The passage of a row: `{"id", "title", "text", "input_ids"}`."""
         return self.get_passages([row])[0]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         """All passages that were not deleted, by row."""
         for row in range(self.num_rows):
             if not len(self._deleted) or not contains(self._deleted, row):
                 yield self[row]
 
-    def get_passages(self, rows):
+    def get_passages(self, rows: Rows) -> list[dict[str, Any]]:
         """
         Passages of rows.
 
@@ -107,12 +104,17 @@ class PassageStore:
         Raises:
             `IndexError`: names rows that the index does not have, or whose passages were deleted.
         """
+        places = self._places(self._checked_rows(rows), COLUMNS)
+        return [{name: column[row].as_py() for name, column in columns.items()} for columns, row in places]
+
+    def _checked_rows(self, rows):
+        """Rows as an int64 array; `IndexError` names those that hold no passage."""
         rows = np.asarray(rows, np.int64).reshape(-1)
         if (wrong := rows[(rows < 0) | (rows >= self.num_rows)]).size:
             raise IndexError(f"The index has no rows {wrong[:5].tolist()}; it has 0 to {self.num_rows - 1}.")
         if len(self._deleted) and (wrong := rows[contains(self._deleted, rows)]).size:
             raise IndexError(f"The passages of rows {wrong[:5].tolist()} were deleted.")
-        return [{name: column[row].as_py() for name, column in batch.items()} for batch, row in self._places(rows, COLUMNS)]
+        return rows
 
     def _places(self, rows, columns):
         """For each row the columns of its shard, and the row in that shard."""
@@ -120,7 +122,7 @@ class PassageStore:
         shards = {owner: {name: self._shards[owner].passages[name] for name in columns} for owner in set(owners.tolist())}
         return [(shards[owner], row) for owner, row in zip(owners.tolist(), (rows - self._exact.starts[owners]).tolist(), strict=True)]
 
-    def rows_of(self, ids):
+    def rows_of(self, ids: Iterable[str]) -> NDArray[np.int64]:
         """
         Rows of passage ids.
 
@@ -134,29 +136,35 @@ class PassageStore:
             `ValueError`: names (up to 5 of) the ids that the index does not hold.
         """
         ids = list(ids)
-        rows = self._find(ids)
+        rows = self.find(ids)
         if (rows < 0).any():
             missing = [ids[i] for i in np.flatnonzero(rows < 0)]
             raise ValueError(f"The index does not hold {len(missing)} of {len(ids)} ids: {missing[:5]}.")
         return rows
 
-    def live_rows(self):
+    def live_rows(self) -> NDArray[np.int64]:
         """Rows that hold a passage, those that were not deleted: `numpy.ndarray` of int64, in order."""
         return np.setdiff1d(np.arange(self.num_rows), self._deleted, assume_unique=True)
 
-    def get_embeddings(self, rows):
-        """Passage embeddings of rows, `numpy.ndarray` of float32 `(len(rows), h)`."""
-        return self._exact.gather(np.asarray(rows, np.int64)).numpy()
+    def get_embeddings(self, rows: Rows) -> NDArray[np.float32]:
+        """
+        Passage embeddings of rows, `numpy.ndarray` of float32 `(len(rows), h)`.
 
-    def row_of(self, passage_id):
+        Raises:
+            `IndexError`: names rows that hold no passage.
+        """
+        return self._exact.gather(self._checked_rows(rows)).numpy()
+
+    def row_of(self, passage_id: str) -> int:
         """Row of a passage id; `KeyError` when the index lacks it."""
-        (row,) = self._find([passage_id]).tolist()
+        (row,) = self.find([passage_id]).tolist()
         if row < 0:
             raise KeyError(passage_id)
         return row
 
-    def _find(self, ids):
-        """Rows of ids, -1 where the index lacks one: the rows of its hash, one after the other, until the id itself is the same and not deleted."""
+    def find(self, ids: Iterable[str]) -> NDArray[np.int64]:
+        """Rows of passage ids, `numpy.ndarray` of int64, -1 where the index lacks one; `ValueError` for what is no string."""
+        ids = list(ids)
         if wrong := [id for id in ids if not isinstance(id, str)]:
             raise ValueError(f"{wrong[0]!r} is no passage id, expected a string.")
         if self._id_table is None:
@@ -164,6 +172,7 @@ class PassageStore:
         table_hashes, table_rows = self._id_table
         hashes, rows = hash_ids(ids), np.full(len(ids), -1, np.int64)
         places, waiting = table_hashes.searchsorted(hashes), np.arange(len(ids))
+        # the rows of a hash, one after the other, until the id itself is the same and not deleted
         while len(waiting):
             waiting = waiting[places[waiting] < len(table_hashes)]
             waiting = waiting[table_hashes[places[waiting]] == hashes[waiting]]
@@ -179,7 +188,7 @@ class PassageStore:
 
     # ------------------------------------------------------------------ changing
 
-    def delete(self, ids):
+    def delete(self, ids: Iterable[str]) -> None:
         """
         Delete passages: no search and no id finds them any more. Their rows and their bytes stay until the index is built anew.
 
@@ -220,17 +229,26 @@ class PassageStore:
             return
         if is_in_hub_cache(self.folder):
             raise ValueError(f"{self.folder} is in the cache of the Hub, which others share: save_pretrained it to a folder first, and load that.")
-        with locked(self.folder):
-            self._check_unchanged()
+        lock = self.folder / LOCK_FILE
+        with locked(lock, f"{self.folder} is being changed by another process: wait for it, then load the index again."):
             try:
-                yield
-            except BaseException:
-                # what no config names is of this change or of one that died: under the lock nobody else writes
-                sweep(self.folder, json.loads((self.folder / CONFIG_FILE).read_text()))
-                raise
+                self._check_unchanged()
+                with self._sweeping_on_failure():
+                    yield
+            finally:
+                lock.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _sweeping_on_failure(self):
+        """Remove the files of a change that fails: what no config names is of this one or of one that died, for under the lock nobody else writes."""
+        try:
+            yield
+        except BaseException:
+            sweep(self.folder, read_json(self.folder / CONFIG_FILE))
+            raise
 
     def _check_unchanged(self):
-        stored = json.loads((self.folder / CONFIG_FILE).read_text())
+        stored = read_json(self.folder / CONFIG_FILE)
         same = all(stored["files"].get(name) == facts for name, facts in self.config["files"].items())
         if stored["generation"] != self.config["generation"] or not same:
             raise ValueError(f"{self.folder} was changed by another process: load the index again.")
@@ -325,32 +343,6 @@ class PassageStore:
 def is_in_hub_cache(folder):
     """Whether a folder is a snapshot in the cache of the Hub, whose files others share."""
     return folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("datasets--")
-
-
-@contextlib.contextmanager
-def locked(folder):
-    """
-    Keep other processes, and other indexes of this one, from changing a folder. A process that dies lets go of it.
-
-    Raises:
-        `ValueError`: when another one has it.
-    """
-    if fcntl is None:
-        yield
-        return
-    path = folder / LOCK_FILE
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = os.path.samestat(os.fstat(file.fileno()), path.stat())  # else it was removed by who had it
-        except (BlockingIOError, FileNotFoundError):
-            free = False
-        if not free:
-            raise ValueError(f"{folder} is being changed by another process: wait for it, then load the index again.")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
 
 
 def map_id_table(folder, config):

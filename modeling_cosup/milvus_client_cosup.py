@@ -1,6 +1,7 @@
 """Requests to a Milvus server or file that are sent again while it does not answer."""
 
 import json
+import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,6 +14,7 @@ MAX_REQUEST_ROWS = 4_096
 MAX_REQUEST_BYTES = 16 * 2**20  # a server takes 64 MiB a message
 NOT_LOADED = 101  # Milvus' code for a collection that is not in memory, e.g. after a restart
 CANNOT_CONNECT = 2  # pymilvus' own code
+TOKEN_VARIABLE = "MILVUS_TOKEN"  # of the environment: a token on a command line would be seen in lists of processes, and in results
 
 _open_files: Counter = Counter()  # file mode: Milvus Lite runs in this process, once for each file, until its last connection is closed
 
@@ -26,15 +28,19 @@ class MilvusConnection:
 
     Raises:
         `ImportError`: when pymilvus is missing.
-        `ValueError`: when `uri` is neither a server nor a file that ends in `.db`.
+        `ValueError`: when `uri` is neither a server nor a file that ends in `.db`, or holds a password, which messages and results would show.
     """
 
     def __init__(self, uri, collection, token=None, timeout=60.0, max_retries=5):
         milvus_packages()
-        self.uri, self.collection, self.token, self.timeout, self.max_retries = str(uri), collection, token, timeout, max_retries
+        self.uri, self.collection, self.timeout, self.max_retries = str(uri), collection, timeout, max_retries
+        self.token = token or os.environ.get(TOKEN_VARIABLE, "")
         self.is_file, self._client = "://" not in self.uri, None
         if self.is_file and not self.uri.endswith(".db"):
             raise ValueError(f"uri is {self.uri!r}, expected a server (http://host:19530) or a local file that ends in .db.")
+        host = self.uri.partition("://")[2].partition("/")[0]
+        if "@" in host:
+            raise ValueError(f"uri holds a password; expected http://{host.rpartition('@')[2]}, and user:password in the variable {TOKEN_VARIABLE}.")
 
     def __str__(self):
         return f"Milvus at {self.uri}, collection {self.collection!r}"
@@ -51,7 +57,7 @@ class MilvusConnection:
 
         Raises:
             `ConnectionError`: when it did not answer `max_retries + 1` times.
-            `RuntimeError`: when Milvus refuses the request.
+            `OSError`: when Milvus refuses the request.
         """
         pymilvus, grpc = milvus_packages()
         arguments = (self.collection,) if name_collection else ()
@@ -62,7 +68,7 @@ class MilvusConnection:
                 return self._send(method, *arguments, **kwargs)
             except (pymilvus.MilvusException, grpc.RpcError) as error:
                 if not _may_pass(error, grpc):
-                    raise RuntimeError(f"{self}: failed while {doing}: {error}") from error
+                    raise OSError(f"{self}: failed while {doing}: {error}") from error
                 failure = error
                 logger.warning(f"{self}: no answer while {doing}, attempt {attempt + 1} of {self.max_retries + 1}.")
         raise ConnectionError(
@@ -91,7 +97,7 @@ class MilvusConnection:
             grpc_options = {"grpc.service_config": deadline, "grpc.initial_reconnect_backoff_ms": 100, "grpc.max_reconnect_backoff_ms": 500}
             options = {"dedicated": True, "timeout": min(self.timeout, 10), "grpc_options": grpc_options}
             try:
-                self._client = pymilvus.MilvusClient(self.uri, token=self.token or "", **options)
+                self._client = pymilvus.MilvusClient(self.uri, token=self.token, **options)
             except pymilvus.exceptions.ConnectionConfigException as error:
                 raise OSError(f"Milvus cannot open {self.uri}: {error.message}. A local file serves one process at a time; several need a server.") from error
             _open_files[_file_key(self.uri)] += self.is_file

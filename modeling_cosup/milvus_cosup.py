@@ -1,15 +1,22 @@
 """A passage index in Milvus: what `generate(retriever=...)` searches when the corpus outgrows one machine."""
 
 import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from transformers.utils import logging
 
+from .index_search_cosup import (nothing)
 from .index_searchable_cosup import (check_candidates, check_queries)
 from .milvus_client_cosup import (MAX_REQUEST_BYTES, MAX_REQUEST_ROWS, MilvusConnection, split)
 from .milvus_upload_cosup import (FORMAT_VERSION, TEXT_FIELDS, check_sizes, count_passages, finish_upload, prepare_upload, set_properties, upload)
 from .retrieval_cosup import (PassageIndex)
+from .retriever_cosup import (Rows, SearchResults, check_fingerprint)
 
 logger = logging.get_logger(__name__)
 
@@ -20,7 +27,7 @@ MAX_FILTER_ROWS = 65_536
 
 class MilvusPassageIndex:
     """
-    A passage index that lives in a Milvus collection, with the same methods as [`PassageIndex`].
+    A passage index that lives in a Milvus collection: a [`Retriever`] that, like [`PassageIndex`], also gives embeddings, adds and deletes.
 
     Passages, token ids, embeddings and the fingerprint of the model that made them all stand in the collection. Up to 512 candidates of a
     query are fetched and scored here, since Milvus takes one filter a request, and a filter costs it a scan.
@@ -32,31 +39,45 @@ class MilvusPassageIndex:
         uri (`str`): `"http://host:19530"` (or `https://`, with `/database` behind it for another one than the default), or for a small index a
             local file that ends in `.db`, which one process at a time may open.
         collection (`str`): its name, or an alias of it.
-        token (`str`, *optional*): `"user:password"` or an API key.
+        token (`str`, *optional*): `"user:password"` or an API key; defaults to the environment variable `MILVUS_TOKEN`.
         timeout (`float`): seconds that one request may take.
         max_retries (`int`): how often a request that a server does not answer is sent again, after 0.5, 1, 2, ... seconds. The default goes on
             for at least 15 seconds.
         search_params (`dict`, *optional*): of the collection's index type, e.g. `{"ef": 128}` for HNSW.
+        search (`str`, *optional*): `"exact"` refuses a collection whose index type is approximate.
 
     Raises:
         `ImportError`: when pymilvus is missing.
         `FileNotFoundError`: when there is no such file.
-        `ValueError`: when there is no such collection (names those there are), or it is no complete passage index.
+        `ValueError`: when there is no such collection (names those there are), or it is no complete passage index, or not an exact one.
         `ConnectionError`: here and in every method, when the server does not answer any more.
     """
 
-    def __init__(self, uri, collection, token=None, timeout=60.0, max_retries=5, search_params=None):
+    fingerprint: dict[str, Any]
+
+    def __init__(
+        self,
+        uri: str | os.PathLike[str],
+        collection: str,
+        token: str | None = None,
+        timeout: float = 60.0,
+        max_retries: int = 5,
+        search_params: dict[str, Any] | None = None,
+        search: str | None = None,
+    ) -> None:
+        if search not in (None, "exact"):
+            raise ValueError(f"search is {search!r}, expected None or 'exact'.")
         self._milvus = MilvusConnection(uri, collection, token, timeout, max_retries)
         self.search_params = dict(search_params or {})
         if self._milvus.is_file and not Path(self._milvus.uri).exists():
             raise FileNotFoundError(f"There is no Milvus file {self._milvus.uri}; MilvusPassageIndex.from_index makes one.")
         try:
-            self._open()
+            self._open(exact=search == "exact")
         except BaseException:
             self.close()
             raise
 
-    def _open(self):
+    def _open(self, exact):
         """Read what stands with the collection, and bring it into the server's memory."""
         if not self._milvus.call("has_collection", "looking for the collection"):
             names = self._milvus.call("list_collections", "listing the collections", name_collection=False)
@@ -64,6 +85,8 @@ class MilvusPassageIndex:
         self._read_properties()
         if self._properties["cosup.complete"] != "true":
             raise ValueError(f"{self._milvus}: the upload has not ended; call MilvusPassageIndex.from_index with the same index to go on where it stopped.")
+        if exact and self._properties["cosup.index_type"] != "FLAT":
+            raise ValueError(f"{self._milvus}: is searched through {self._properties['cosup.index_type']}, and search='exact' needs FLAT.")
         self.fingerprint = json.loads(self._properties["cosup.fingerprint"])
         self._milvus.call("load_collection", "loading the collection")
         self._size = count_passages(self._milvus)
@@ -136,7 +159,7 @@ class MilvusPassageIndex:
 
     # ------------------------------------------------------------------ the retriever
 
-    def search(self, query_embeds, k=1, candidates=None):
+    def search(self, query_embeds: torch.Tensor, k: int = 1, candidates: Sequence[Rows | None] | None = None) -> SearchResults:
         """
         The nearest passages by inner product, exact with the index type `"FLAT"` and among candidates.
 
@@ -156,7 +179,7 @@ class MilvusPassageIndex:
         pools = [None] * len(queries) if candidates is None else check_candidates(candidates, len(queries), self._count_rows)
         pools = [None if pool is None else np.unique(pool) for pool in pools]
         k = min(k, self._size)
-        scores, rows = _nothing(len(queries), k)
+        scores, rows = nothing(len(queries), k)
         if k:
             self._search_all(queries, [i for i, pool in enumerate(pools) if pool is None], scores, rows)
             self._search_pools(queries, pools, scores, rows)
@@ -176,7 +199,7 @@ class MilvusPassageIndex:
         """One request: `(scores, rows)`, `(N, k)`, with -inf and -1 where fewer are found."""
         options = {"limit": k, "filter": expression, "anns_field": "embedding", "output_fields": ["row"], "consistency_level": "Session"}
         options["search_params"] = {"metric_type": "IP", "params": self.search_params}
-        scores, rows = _nothing(len(queries), k)
+        scores, rows = nothing(len(queries), k)
         for i, hits in enumerate(self._milvus.call("search", "searching", data=list(queries), **options)):
             scores[i, : len(hits)] = [hit["distance"] for hit in hits]
             rows[i, : len(hits)] = [hit["row"] for hit in hits]
@@ -221,7 +244,7 @@ class MilvusPassageIndex:
         order = np.argsort(found)
         return found[order], embeddings[order]
 
-    def get_passages(self, rows):
+    def get_passages(self, rows: Rows) -> list[dict[str, Any]]:
         """
         The passages of rows, `list` of `{"id", "title", "text", "input_ids"}`, in their order; up to 4,096 passages cost one request.
 
@@ -237,14 +260,49 @@ class MilvusPassageIndex:
             raise IndexError(f"The index holds no passage in {_some(missing, 'row')}.")
         return [dict(passages[row]) for row in rows]
 
-    def __len__(self):
+    def get_embeddings(self, rows: Rows) -> NDArray[np.float32]:
+        """
+        Passage embeddings of rows, `numpy.ndarray` of float32 `(len(rows), h)`.
+
+        Raises:
+            `IndexError`: names rows that hold no passage.
+        """
+        rows = np.asarray(rows, np.int64).reshape(-1)
+        there, embeddings = self._fetch_embeddings(np.unique(rows))
+        if missing := np.setdiff1d(rows, there).tolist():
+            raise IndexError(f"The index holds no passage in {_some(missing, 'row')}.")
+        return embeddings[np.searchsorted(there, rows)]
+
+    def __len__(self) -> int:
         return self._size
 
-    def __getitem__(self, row):
+    @property
+    def num_rows(self) -> int:
+        """Rows that were ever given, those of deleted passages included."""
+        return int(self._properties["cosup.next_row"])
+
+    def live_rows(self) -> NDArray[np.int64]:
+        """Rows that hold a passage, in order: `numpy.ndarray` of int64. Where passages were deleted, 4,096 rows cost one request."""
+        self._read_properties()
+        self._size = count_passages(self._milvus)
+        if self._size == self.num_rows:
+            return np.arange(self.num_rows)
+        rows = []
+        for start in range(0, self.num_rows, MAX_REQUEST_ROWS):
+            rows += [hit["row"] for hit in self._query(f"row >= {start} and row < {start + MAX_REQUEST_ROWS}", ["row"])]
+        return np.sort(np.array(rows, np.int64))
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
         """The passage of a row: `{"id", "title", "text", "input_ids"}`."""
         return self.get_passages([row])[0]
 
-    def rows_of(self, ids):
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """All passages that were not deleted, by row."""
+        rows = self.live_rows()
+        for start in range(0, len(rows), MAX_REQUEST_ROWS):
+            yield from self.get_passages(rows[start : start + MAX_REQUEST_ROWS])
+
+    def rows_of(self, ids: Iterable[str]) -> NDArray[np.int64]:
         """
         Rows of passage ids, `numpy.ndarray` of int64, in their order.
 
@@ -252,31 +310,41 @@ class MilvusPassageIndex:
             `ValueError`: names (up to five of) the ids that the index does not hold.
         """
         ids = list(ids)
-        rows = self._known_rows(ids)
-        if missing := [id for id in dict.fromkeys(ids) if id not in rows]:
+        rows = self.find(ids)
+        if missing := list(dict.fromkeys(id for id, row in zip(ids, rows, strict=True) if row < 0)):
             raise ValueError(f"The index holds no passage with {_some(missing, 'id')}.")
-        return np.array([rows[id] for id in ids], np.int64)
-
-    def _known_rows(self, ids):
-        """`{id: row}` of those ids that the index holds."""
-        rows = {}
-        quoted = [_quote(id) for id in dict.fromkeys(ids) if isinstance(id, str)]
-        for part in split(quoted, len, MAX_REQUEST_BYTES // 4):  # of characters, up to four bytes each
-            rows.update({hit["id"]: hit["row"] for hit in self._query(f"id in [{', '.join(part)}]", ["row", "id"])})
         return rows
 
-    def check_model(self, model):
+    def row_of(self, passage_id: str) -> int:
+        """Row of a passage id; `KeyError` when the index lacks it."""
+        (row,) = self.find([passage_id]).tolist()
+        if row < 0:
+            raise KeyError(passage_id)
+        return row
+
+    def find(self, ids: Iterable[str]) -> NDArray[np.int64]:
+        """Rows of passage ids, `numpy.ndarray` of int64, -1 where the index lacks one; `ValueError` for what is no string."""
+        ids = list(ids)
+        if wrong := [id for id in ids if not isinstance(id, str)]:
+            raise ValueError(f"{wrong[0]!r} is no passage id, expected a string.")
+        rows: dict[str, int] = {}
+        quoted = [_quote(id) for id in dict.fromkeys(ids)]
+        for part in split(quoted, len, MAX_REQUEST_BYTES // 4):  # of characters, up to four bytes each
+            rows.update({hit["id"]: hit["row"] for hit in self._query(f"id in [{', '.join(part)}]", ["row", "id"])})
+        return np.array([rows.get(id, -1) for id in ids], np.int64)
+
+    def check_model(self, model: Any) -> None:
         """
         Raise unless `model` searches the space that this index holds.
 
         Raises:
             `ValueError`: names every setting that differs, with both values.
         """
-        PassageIndex.check_model(self, model)
+        check_fingerprint(self.fingerprint, model)
 
     # ------------------------------------------------------------------ maintenance
 
-    def add(self, passages, model, batch_size=256, max_tokens_per_batch=16384, show_progress_bar=True):
+    def add(self, passages, model, batch_size=256, max_tokens_per_batch=None, show_progress_bar=True):
         """
         Embed passages and add them, under new rows. An add that is cut off leaves some of them behind, which the next one removes.
 
@@ -293,8 +361,9 @@ class MilvusPassageIndex:
         options = {"batch_size": batch_size, "max_tokens_per_batch": max_tokens_per_batch, "show_progress_bar": show_progress_bar}
         new = PassageIndex.build(passages, model, **options)
         check_sizes(new)
-        if known := self._known_rows([passage["id"] for passage in new.get_passages(new.live_rows())]):
-            raise ValueError(f"The index already holds passages with {_some(list(known), 'id')}; delete them first.")
+        ids = [passage["id"] for passage in new]
+        if known := [id for id, row in zip(ids, self.find(ids), strict=True) if row >= 0]:
+            raise ValueError(f"The index already holds passages with {_some(known, 'id')}; delete them first.")
         first = int(self._properties["cosup.next_row"])
         stop = first + len(new)
         set_properties(self._milvus, next_row=str(stop), adding=f"{first}:{stop}")  # before the passages: a row is never given away twice
@@ -313,7 +382,7 @@ class MilvusPassageIndex:
         self._read_properties()
         self._size = count_passages(self._milvus)
 
-    def delete(self, ids):
+    def delete(self, ids: Iterable[str]) -> None:
         """
         Delete passages. Their rows stay empty.
 
@@ -331,17 +400,12 @@ class MilvusPassageIndex:
 
     def _count_rows(self, row):
         """How many rows were ever given; asks again where `row` is unknown, since others may have added passages."""
-        if row >= int(self._properties["cosup.next_row"]):
+        if row >= self.num_rows:
             self._read_properties()
-        return int(self._properties["cosup.next_row"])
+        return self.num_rows
 
     def _query(self, expression, fields):
         return self._milvus.call("query", "reading passages", filter=expression, output_fields=fields, consistency_level="Session")
-
-
-def _nothing(n, k):
-    """`(scores, rows)`, `(n, k)`, where nothing was found."""
-    return np.full((n, k), -np.inf, np.float32), np.full((n, k), -1, np.int64)
 
 
 def _quote(text):

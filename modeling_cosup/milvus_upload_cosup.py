@@ -31,7 +31,9 @@ def prepare_upload(connection, index, index_type, index_params, overwrite):
         return 0
     try:
         connection.call("load_collection", "loading the collection")
-    except RuntimeError:  # Milvus Lite, killed while it wrote the file of an index, refuses the half of it
+    except ConnectionError:
+        raise
+    except OSError:  # Milvus Lite, killed while it wrote the file of an index, refuses the half of it
         while names := connection.call("list_indexes", "listing the indexes"):  # it drops all of them at once, a server one
             connection.call("drop_index", "dropping an index", index_name=names[0])
         _create_indexes(connection, index_type, index_params)

@@ -1,8 +1,10 @@
 """Gen and Emb_seq in one model: two losses in one forward, two spaces in one generation loop."""
 
 import copy
+import inspect
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +16,9 @@ from .configuration_cosup import (CoSupConfig)
 from .generation_cosup import (RetrievalConfig, RetrievalGenerationMixin)
 from .hub_cosup import (is_repo_id)
 from .loss_cosup import (chunked_cross_entropy, info_nce)
-from .milvus_cosup import (MilvusPassageIndex)
 from .parts_cosup import (PartsMixin)
 from .retrieval_cosup import (PassageIndex)
+from .retriever_cosup import (Retriever)
 from .sharing_cosup import (SharingMixin)
 from .tokenization_cosup import (add_control_tokens, added_tokens, encode_queries_for_emb_seq, end_of_turn_token_id, pad_rows, same_tokenizer)
 
@@ -91,8 +93,6 @@ class CoSupForCausalLM(RetrievalGenerationMixin, SharingMixin, PartsMixin, PreTr
         # peft ties and trains token rows only where the outermost model says what is tied
         self._tied_weights_keys = {f"gen.{target}": f"gen.{source}" for target, source in (self.gen._tied_weights_keys or {}).items()}
         self._tokenizer = self._emb_seq_tokenizer = None
-        self._facts = self._curves = None  # of training and evaluation; until then those that lie beside the checkpoint
-        self._saved_weights = None  # hash of those that were last saved
         self._causal_encoders = []  # names, as find_causal_encoders found them
         self.post_init()
 
@@ -464,19 +464,24 @@ class CoSupForCausalLM(RetrievalGenerationMixin, SharingMixin, PartsMixin, PreTr
         """A [`PassageIndex`] of `passages` in this model's space; see [`PassageIndex.build`] for the arguments."""
         return PassageIndex.build(passages, model=self, tokenizer=tokenizer, **kwargs)
 
-    def load_index(self, name_or_path, uri=None, **kwargs):
+    def load_index(self, name_or_path: str | os.PathLike[str], uri: str | None = None, **kwargs: Any) -> Retriever:
         """
         Load a saved [`PassageIndex`], or open one that Milvus holds, and check that it is of this model.
 
         Args:
             name_or_path (`str`): a folder, or a dataset repository on the Hub; with `uri` a collection.
             uri (`str`, *optional*): of a Milvus server, or the path of a `.db` file: see [`MilvusPassageIndex`].
-            **kwargs: for [`PassageIndex.from_pretrained`], e.g. `revision`, or for [`MilvusPassageIndex`], e.g. `token`.
+            **kwargs: for [`PassageIndex.from_pretrained`], e.g. `revision`, or for [`MilvusPassageIndex`], e.g. `search_params`.
 
         Raises:
-            `ValueError`: when the index was built by another model, with what differs.
+            `ValueError`: when the index was built by another model, with what differs; for an option that an index in Milvus does not have.
+            `ImportError`: for an index in Milvus where the package `cosup` is not installed: its code does not come with a checkpoint.
         """
-        index = PassageIndex.from_pretrained(name_or_path, **kwargs) if uri is None else MilvusPassageIndex(uri, name_or_path, **kwargs)
+        index: Retriever
+        if uri is None:
+            index = PassageIndex.from_pretrained(name_or_path, **kwargs)
+        else:
+            index = _open_in_milvus(uri, str(name_or_path), kwargs)
         index.check_model(self)
         return index
 
@@ -499,6 +504,18 @@ class CoSupForCausalLM(RetrievalGenerationMixin, SharingMixin, PartsMixin, PreTr
         embeddings = self.gen.resize_token_embeddings(*args, **kwargs)
         self.config.get_text_config().vocab_size = embeddings.weight.shape[0]
         return embeddings
+
+
+def _open_in_milvus(uri: str, collection: str, options: dict[str, Any]) -> Retriever:
+    """By the installed package: nobody has to read the code of a database client before trusting a checkpoint."""
+    try:
+        from modeling_cosup.milvus_cosup import MilvusPassageIndex
+    except ImportError as error:
+        raise ImportError('An index in Milvus needs the package cosup, which does not come with a checkpoint: pip install "cosup[milvus]".') from error
+    names = list(inspect.signature(MilvusPassageIndex).parameters)[2:]
+    if unknown := sorted(set(options) - set(names)):
+        raise ValueError(f"An index in Milvus has no option {unknown[0]!r}, only {', '.join(names)}.")
+    return MilvusPassageIndex(uri, collection, **options)
 
 
 def _load_tokenizer(tokenizer):

@@ -2,16 +2,16 @@
 
 import functools
 import json
+import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .card_cosup import (index_card)
-from .configuration_cosup import (EARLIER_EMBEDDING_SETTINGS)
-from .hub_cosup import (CARD_FILE, make_repo, push_files)
+from .hub_cosup import CARD_FILE, make_repo, package_cards, plain_card, push_files
 from .index_build_cosup import (ShardBuilder, begin, collect, evaluating, finish, read_shards, unfinished_folder, write_new_shard, write_shards)
 from .index_files_cosup import (
     CONFIG_FILE,
@@ -28,6 +28,7 @@ from .index_files_cosup import (
 from .index_search_cosup import (ApproximateSearch, read_approximate)
 from .index_searchable_cosup import (SearchableStore)
 from .index_store_cosup import (find_folder, map_id_table, new_config)
+from .retriever_cosup import (check_fingerprint)
 
 try:
     import faiss
@@ -152,22 +153,18 @@ class PassageIndex(SearchableStore):
         sweep(save_directory, config)
         return cls.from_pretrained(save_directory, verify=False)
 
-    def check_model(self, model):
+    def check_model(self, model: Any) -> None:
         """
         Raise unless `model` searches the space that this index holds.
 
         Raises:
             `ValueError`: names every setting that differs, with both values.
         """
-        expected, found = model.fingerprint(), {**EARLIER_EMBEDDING_SETTINGS, **self.fingerprint}
-        different = [name for name in expected if found.get(name) != expected[name]]
-        if different:
-            lines = [f"  {name}: the index has {_short(found.get(name))}, the model {_short(expected[name])}" for name in different]
-            raise ValueError("This index was built by another model; build it again with this one.\n" + "\n".join(lines))
+        check_fingerprint(self.fingerprint, model)
 
     # ------------------------------------------------------------------ changing
 
-    def add(self, passages, model, batch_size=256, max_tokens_per_batch=None, shard_size=SHARD_SIZE, show_progress_bar=True):
+    def add(self, passages, model, batch_size=256, max_tokens_per_batch=None, show_progress_bar=True, shard_size=SHARD_SIZE):
         """
         Add passages behind the last row; an approximate index is extended, not trained again.
 
@@ -182,7 +179,7 @@ class PassageIndex(SearchableStore):
         if self.config["approximate"] is not None and self._approximate is None:
             raise ValueError("The approximate index of this folder was not loaded and could not be extended: load it with allow_faiss_files=True.")
         builder = ShardBuilder(model, self.config["dtype"], batch_size, max_tokens_per_batch)
-        total, cut = read_shards(passages, shard_size, show_progress_bar, lambda ids: [ids[i] for i in np.flatnonzero(self._find(ids) >= 0)])
+        total, cut = read_shards(passages, shard_size, show_progress_bar, lambda ids: [ids[i] for i in np.flatnonzero(self.find(ids) >= 0)])
         shards = list(self._shards)
         with self._changing():
             config = self._next_config()
@@ -210,7 +207,15 @@ class PassageIndex(SearchableStore):
     # ------------------------------------------------------------------ files
 
     @classmethod
-    def from_pretrained(cls, name_or_path, revision=None, allow_faiss_files=False, search=None, verify=None, **kwargs):
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        revision: str | None = None,
+        allow_faiss_files: bool = False,
+        search: str | None = None,
+        verify: bool | None = None,
+        **kwargs: Any,
+    ) -> "PassageIndex":
         """
         Load a saved index: everything is mapped, so that it takes no time and hardly any memory. Nothing is unpickled.
 
@@ -287,15 +292,18 @@ class PassageIndex(SearchableStore):
             config = index.config
             files = {name: index.folder / name for name in config["files"]}
             files[CONFIG_FILE] = (json.dumps(signed(config), indent=2) + "\n").encode()
-            files[CARD_FILE] = index_card(config, len(self), repo_id, model, license).encode()
+            files[CARD_FILE] = _card(config, len(self), repo_id, model, license).encode()
             return push_files(files, repo_id, [*FILE_PATTERNS, FAISS_PATTERN], **hub)
+
+
+def _card(config, num_passages, repo_id, model, license):
+    cards = package_cards()
+    if cards is None:
+        return plain_card(repo_id, f"A passage index of a CoSup model: {num_passages:,} passages.", license, ["passage-index"], viewer=False)
+    return cards.index_card(config, num_passages, repo_id, model, license)
 
 
 def _require_packages():
     missing = [pip for module, pip in ((faiss, "faiss-cpu"), (pa, "pyarrow")) if module is None]
     if missing:
         raise ImportError(f"A passage index needs {' and '.join(missing)}: pip install {' '.join(missing)} (on a GPU machine faiss-gpu).")
-
-
-def _short(value):
-    return f"{value[:12]}…" if isinstance(value, str) and len(value) == 64 else repr(value)

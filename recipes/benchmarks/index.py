@@ -33,6 +33,7 @@ import transformers
 from transformers import AutoTokenizer
 
 from modeling_cosup import CoSupForCausalLM, PassageIndex
+from modeling_cosup.files_cosup import write_json
 from modeling_cosup.index_build_cosup import record_batch
 from modeling_cosup.index_files_cosup import Shard
 from modeling_cosup.index_store_cosup import new_config
@@ -75,7 +76,7 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             results[section] = {"encode": encode, "search": search, "approximate": approximate, "memory": memory}[section](args, Path(folder))
     if args.output_file:
-        Path(args.output_file).write_text(json.dumps(results, indent=2) + "\n")
+        write_json(args.output_file, results)
 
 
 def measure(arms, repeats):
@@ -238,14 +239,14 @@ def search_one_size(args, count, size, folder):
 
 
 def approximate(args, folder):
-    """HNSW and IVF against exact search: seconds to make, speed, and recall@10 of queries that are no passages."""
+    """HNSW and IVF against exact search: seconds to make, speed, and ann_recall@10 of queries that are no passages."""
     count, size = map(int, args.approximate_size.split("x"))
     index, queries = random_index(count, size, folder / "index")
     exact = PassageIndex.from_pretrained(folder / "index", search="exact", verify=False)
     lists = 16 if args.quick else 1024
     factories = {"HNSW32": ("efSearch", [16, 64, 256]), f"IVF{lists},Flat": ("nprobe", [1, 8, 32]), f"IVF{lists},PQ{size // 8}": ("nprobe", [8, 32])}
     print(f"{count:,} x {size}; exact search is the baseline\n")
-    header("index", "options", "made in s", "file MB", "queries", "ms", "exact ms", "speed", "min – max", "recall@10")
+    header("index", "options", "made in s", "file MB", "queries", "ms", "exact ms", "speed", "min – max", "ann_recall@10")
     results = []
     for factory, (name, values) in factories.items():
         start = time.perf_counter()
@@ -254,13 +255,13 @@ def approximate(args, folder):
         bytes_of_file = (folder / "index" / index.config["approximate"]["file"]).stat().st_size
         for value in values:
             index.set_search_options(**{name: value})
-            recall = index.measure_recall(queries)["recall@10"]
+            recall = index.measure_recall(queries)["ann_recall@10"]
             for n in (1, 32):
                 asked = queries[:n]
                 seconds, ratio = measure({"ours": lambda a=asked: index.search(a, 10), "exact": lambda a=asked: exact.search(a, 10)}, args.repeats)
                 ours, times = ratio("ours", "exact"), [f"{1000 * seconds[arm]:.2f}" for arm in ("ours", "exact")]
                 row(f"`{factory}`", f"{name} {value}", f"{made:.1f}", f"{bytes_of_file / 1e6:.1f}", n, *times, speed(ours), f"{100 * recall:.1f} %")
-                results.append({"index_factory": factory, name: value, "made": made, "queries": n, "seconds": seconds, "speed": ours, "recall@10": recall})
+                results.append({"index_factory": factory, name: value, "made": made, "queries": n, "seconds": seconds, "speed": ours, "ann_recall@10": recall})
     print()
     return results
 

@@ -4,8 +4,6 @@ The quickstart's world, its encoders and its tasks as folders: each is made once
 A folder keeps its settings, and a hash of the code that made it: other settings or other code make it anew.
 """
 
-import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -14,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from modeling_cosup.files_cosup import digest, digest_file, read_json, write_json
 
 from shared import quickstart_models, quickstart_tasks, quickstart_world
 
@@ -167,11 +167,9 @@ def settings_of(args: WorldArguments | EncoderArguments | TaskArguments, *module
     settings = asdict(args)
     del settings["output_dir"]
     if "world" in settings:
-        settings["world"] = json.loads(Path(settings["world"], "world.json").read_text())
-    code = hashlib.sha1()
-    for module in modules:
-        code.update(Path(str(module.__file__)).read_bytes())
-    return {**settings, "code": code.hexdigest()}
+        settings["world"] = read_json(Path(settings["world"], "world.json"))
+    settings["code"] = digest([digest_file(str(module.__file__)) for module in modules])
+    return settings
 
 
 def make_once(output: Path, names: Sequence[str], settings: dict[str, Any], write: Callable[[Path], None]) -> None:
@@ -192,13 +190,13 @@ def make_once(output: Path, names: Sequence[str], settings: dict[str, Any], writ
         raise FileExistsError(
             f"{output} holds other things than {', '.join(names)}: choose another folder, or remove it."
         )
-    if found and json.loads((output / names[-1]).read_text()) == settings:
+    if found and read_json(output / names[-1]) == settings:
         return
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{output.name}.", dir=output.parent) as temporary:
         made = Path(temporary, output.name)
         made.mkdir()
         write(made)
-        (made / names[-1]).write_text(json.dumps(settings, indent=2) + "\n")
+        write_json(made / names[-1], settings)
         shutil.rmtree(output, ignore_errors=True)
         made.rename(output)  # complete, or not there at all

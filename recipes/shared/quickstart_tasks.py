@@ -1,6 +1,5 @@
 """Evaluation tasks over the quickstart's world: new entities, questions about them, look-alikes for their pools."""
 
-import json
 import random
 import re
 from collections import Counter, defaultdict
@@ -8,9 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from modeling_cosup.lines_cosup import read_lines, write_lines
 from trainer.data import content_id
 
-from shared.quickstart_world import GOODS, INSTRUMENTS, PERSON, PLACE, Passage, World, write_jsonl
+from shared.quickstart_world import GOODS, INSTRUMENTS, PERSON, PLACE, Passage, World
 
 SPLITS = {
     "people": "in-domain",
@@ -190,9 +190,9 @@ def write_tasks(world: Path, folder: Path, seed: int, num_questions: int, num_no
         folder (`Path`): it exists.
         seed, num_questions, num_no_passage, pool_size (`int`): as in `TaskArguments`.
     """
-    corpus = read_jsonl(world / "corpus.jsonl")
+    corpus = read_lines(world / "corpus.jsonl")
     passages = {passage["id"]: passage for passage in corpus}
-    asked = read_jsonl(world / "eval.jsonl")
+    asked = read_lines(world / "eval.jsonl")
     needing, free = [x for x in asked if x["provenance"]], [x for x in asked if not x["provenance"]]
     people = [x for x in needing if " " in passages[x["provenance"][0][0]]["title"]]  # a place has one word
     places = [x for x in needing if x not in people]
@@ -212,16 +212,11 @@ def write_tasks(world: Path, folder: Path, seed: int, num_questions: int, num_no
     surnames = tasks["surnames"]  # a name that comes twice would make another passage right too
     tasks["surnames"] = [row for row in surnames if names[titles[row["provenance"][0][0]].split()[1]] == 1]
     nearest = NearestByLetters(corpus, random.Random(f"pools {seed}"))
-    write_jsonl(folder / "corpus.jsonl", corpus)
+    write_lines(folder / "corpus.jsonl", corpus)
     for task, questions in tasks.items():
         for i, row in enumerate(questions):
             gold = [id for evidence in row["provenance"] for id in evidence]
             pool = nearest.pool(row["input"], gold, pool_size)
             facts = {name: row[name] for name in ("input", "answers", "provenance")}
             questions[i] = {"id": f"{task}-{i}", "dataset": task, "instruction": "", **facts, "candidates": pool}
-        write_jsonl(folder / f"{task}.jsonl", questions)
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """One JSON object of each line."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        write_lines(folder / f"{task}.jsonl", questions)

@@ -1,11 +1,11 @@
 """The fictional world of the quickstart: its words, its entities, and the questions about them, as JSON Lines."""
 
-import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from modeling_cosup.lines_cosup import write_lines
 from trainer.data import content_id
 
 Passage = dict[str, str]  # {"id", "title", "text"}
@@ -147,8 +147,8 @@ def write_world(folder: Path, settings: dict[str, Any]) -> None:
             while len(distinct) < settings["num_eval_no_passage"]:
                 distinct[world.ask_no_passage(split)] = None
             asked += distinct
-        write_jsonl(folder / f"{split}.jsonl", [record(split, i, *x) for i, x in enumerate(asked)])
-    write_jsonl(folder / "corpus.jsonl", corpus)
+        write_lines(folder / f"{split}.jsonl", [record(split, i, *x) for i, x in enumerate(asked)])
+    write_lines(folder / "corpus.jsonl", corpus)
 
 
 def record(split: str, i: int, question: str, answer: str, passage: Passage | None) -> dict[str, Any]:
@@ -157,9 +157,3 @@ def record(split: str, i: int, question: str, answer: str, passage: Passage | No
     if split == "eval":
         return {**row, "answers": [answer], "provenance": [[passage["id"]]] if passage else [], "candidates": []}
     return {**row, "segments": [{"text": answer, "passage": passage}]}
-
-
-def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    """One JSON object a line."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)

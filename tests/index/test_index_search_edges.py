@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from modeling_cosup import index_search_cosup
-from modeling_cosup.corpus_cosup import read_corpus
 from modeling_cosup.index_search_cosup import ApproximateSearch, ExactSearch, empty_approximate
 from modeling_cosup.milvus_upload_cosup import _digest
+from modeling_cosup.passages_cosup import read_corpus
 from support.indexes import all_scores, check, in_folder, queries, random_index
 
 # ------------------------------------------------------------------ embeddings that are not finite
@@ -154,7 +154,7 @@ def test_the_recall_is_shown_and_needs_passages(monkeypatch):
     index, shown = random_index(), []
     monkeypatch.setattr(logging.getLogger("modeling_cosup.index_searchable_cosup"), "warning", shown.append)
     index.train_approximate("HNSW8")
-    assert len(shown) == 1 and "recall@10" in shown[0]
+    assert len(shown) == 1 and "ann_recall@10" in shown[0]
     index.delete([f"m{row}" for row in range(300)])
     for call in (index.measure_recall, lambda: index.train_approximate("HNSW8")):
         with pytest.raises(ValueError, match="All passages of this index were deleted"):

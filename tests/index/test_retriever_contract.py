@@ -1,6 +1,8 @@
 """What generate() and its users may ask of a retriever, over every back end: in memory, from disk, approximate, in Milvus."""
 
+import inspect
 import itertools
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -8,11 +10,14 @@ import pytest
 import torch
 from transformers import LogitsProcessorList
 
-from modeling_cosup import PassageIndex, milvus_cosup
+from modeling_cosup import PassageIndex, Retriever, milvus_cosup
 from modeling_cosup.milvus_cosup import MilvusPassageIndex
+from modeling_cosup.retriever_cosup import check_fingerprint
 from modeling_cosup.tokenization_cosup import encode_passages_for_gen, encode_prompt
 from support.generation import Steer, left_pad
 from support.models import PASSAGES, make_model
+from trainer.judging.judge import evaluate_tasks
+from trainer.judging.tasks import Task
 
 EXACT = ["memory", "disk", "torch-cpu", "milvus-file", "milvus-server"]
 TOLERANCES = {"float16": 5e-3}  # of scores; others: 1e-5
@@ -95,6 +100,99 @@ def check_results(scores, rows, query_embeds, embeddings, k, name, pools=None):
         np.testing.assert_allclose(row_scores, products[i, row_rows], **tolerance)
         if name not in APPROXIMATE:
             np.testing.assert_allclose(row_scores, expected, **tolerance)
+
+
+# ------------------------------------------------------------------ one interface
+
+ASKED = {name for name in vars(Retriever) if name == "__len__" or not name.startswith("_")}
+ALSO_SHARED = {"__getitem__", "__iter__", "add", "delete", "find", "get_embeddings", "num_rows", "row_of"}  # what else every back end of ours has
+
+
+def parameters(kind, name):
+    """Names and defaults of what a method takes, in order; `None` for a property, and for an attribute that instances alone have."""
+    member = getattr(kind, name, None)
+    if not callable(member):
+        return None
+    taken = inspect.signature(member).parameters
+    return [(parameter, taken[parameter].default) for parameter in taken if parameter != "shard_size"]  # a collection has no shards
+
+
+def test_every_back_end_is_a_retriever(retriever):
+    assert isinstance(retriever, Retriever)
+    for name in ASKED | ALSO_SHARED:
+        assert hasattr(retriever, name)
+        assert parameters(type(retriever), name) == parameters(PassageIndex, name)
+        if name in ASKED:
+            assert parameters(type(retriever), name) == parameters(Retriever, name)
+
+
+def test_what_lacks_a_member_is_no_retriever():
+    assert ASKED == {"__len__", "check_model", "fingerprint", "get_passages", "live_rows", "rows_of", "search"}
+    for name in ASKED:
+        assert not isinstance(type("Lacking", (), dict.fromkeys(ASKED - {name}))(), Retriever)
+
+
+class ProductRetriever:
+    """A back end of the smallest kind: what [`Retriever`] asks over arrays in memory, by one product. Notes what it was asked."""
+
+    def __init__(self, index):
+        self.passages, self.embeddings, self.asked = list(index), index.embeddings.numpy(), set()
+        self.of_model = index.fingerprint
+
+    @property
+    def fingerprint(self):
+        self.asked.add("fingerprint")
+        return self.of_model
+
+    def __len__(self):
+        self.asked.add("__len__")
+        return len(self.passages)
+
+    def search(self, query_embeds, k=1, candidates=None):
+        self.asked.add("search")
+        products, k = query_embeds.float().cpu().numpy() @ self.embeddings.T, min(k, len(self.passages))
+        for i, pool in enumerate(candidates or []):
+            if pool is not None:
+                products[i, np.setdiff1d(np.arange(len(self.passages)), pool)] = -np.inf
+        rows = np.argsort(-products, axis=1, kind="stable")[:, :k]
+        scores = np.take_along_axis(products, rows, 1)
+        return scores, np.where(scores == -np.inf, -1, rows)
+
+    def get_passages(self, rows):
+        self.asked.add("get_passages")
+        return [dict(self.passages[row]) for row in rows]
+
+    def rows_of(self, ids):
+        self.asked.add("rows_of")
+        known = {passage["id"]: row for row, passage in enumerate(self.passages)}
+        return np.array([known[id] for id in ids], np.int64)
+
+    def live_rows(self):
+        self.asked.add("live_rows")
+        return np.arange(len(self.passages))
+
+    def check_model(self, model):
+        self.asked.add("check_model")
+        check_fingerprint(self.of_model, model)
+
+
+def test_generation_and_judging_ask_for_no_more_and_no_less(the_model, monkeypatch, tmp_path):
+    index = the_model.build_index(PASSAGES, show_progress_bar=False)
+    other = ProductRetriever(index)
+    assert isinstance(other, Retriever)
+    eval_file = tmp_path / "eval.jsonl"
+    ids = [passage["id"] for passage in PASSAGES]
+    questions = [{"id": f"q{i}", "input": f"question {i}?", "answers": ["x"], "provenance": [[id]], "candidates": ids} for i, id in enumerate(ids)]
+    eval_file.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    tasks = [Task("full", str(eval_file), index="full", max_new_tokens=6), Task("pool", str(eval_file), index="pool", pool=4, max_new_tokens=6)]
+    found = {}
+    for name, retriever in (("files", index), ("product", other)):
+        monkeypatch.setattr(the_model, "load_index", lambda *args, retriever=retriever, **kwargs: retriever)
+        results = evaluate_tasks(the_model, tasks, tmp_path / name, ["retrieval", "forced", "gold", "wrong"])
+        found[name] = {task: {mode: run["metrics"] for mode, run in results["tasks"][task]["modes"].items()} for task in ("full", "pool")}
+    assert found["files"] == found["product"] and other.asked == ASKED
+    with pytest.raises(ValueError, match="  emb_seq: "):
+        run(make_model(emb_seq_kwargs={"seed": 9}), other)
 
 
 # ------------------------------------------------------------------ search
@@ -193,7 +291,7 @@ def test_passages_are_as_gen_reads_them(retriever, the_model):
 
 @pytest.mark.parametrize("rows", [[48], [0, 1_000_000], [-1]])
 def test_rows_that_are_not_there(retriever, rows):
-    with pytest.raises((IndexError, ValueError), match=str(rows[-1])):
+    with pytest.raises(IndexError, match=str(rows[-1])):
         retriever.get_passages(rows)
 
 
@@ -204,6 +302,35 @@ def test_rows_of_ids(retriever):
     assert retriever.rows_of([ids[44], ids[2], ids[44]]).tolist() == [44, 2, 44]
     nothing = retriever.rows_of([])
     assert nothing.shape == (0,) and nothing.dtype == np.int64
+
+
+def test_one_id_and_ids_that_may_be_missing(retriever):
+    assert retriever.row_of(CORPUS[44]["id"]) == 44
+    with pytest.raises(KeyError, match="x1"):
+        retriever.row_of("x1")
+    rows = retriever.find([CORPUS[5]["id"], "x1", CORPUS[41]["id"], "x1"])
+    assert rows.dtype == np.int64 and rows.tolist() == [5, -1, 41, -1] and retriever.find([]).shape == (0,)
+    for ask in (retriever.find, retriever.rows_of):
+        with pytest.raises(ValueError, match="3 is no passage id, expected a string"):
+            ask(["0", 3])
+
+
+def test_embeddings_of_rows(name, retriever, embeddings):
+    tolerance = {"rtol": TOLERANCES.get(name, 1e-5), "atol": TOLERANCES.get(name, 1e-5)}
+    rows = [7, 3, 47, 3]
+    found = retriever.get_embeddings(rows)
+    assert found.dtype == np.float32 and found.shape == (4, 32)
+    np.testing.assert_allclose(found, embeddings[rows].numpy(), **tolerance)
+    assert retriever.get_embeddings(np.array([], np.int64)).shape == (0, 32)
+    for wrong in ([48], [0, -1]):
+        with pytest.raises(IndexError, match=str(wrong[-1])):
+            retriever.get_embeddings(wrong)
+
+
+def test_all_rows_and_all_passages(retriever):
+    rows = retriever.live_rows()
+    assert isinstance(rows, np.ndarray) and rows.dtype == np.int64 and rows.tolist() == list(range(len(CORPUS))) and retriever.num_rows == len(CORPUS)
+    assert list(retriever) == retriever.get_passages(rows)
 
 
 def test_unknown_ids_are_named(retriever):
@@ -267,10 +394,15 @@ def test_a_deleted_row_is_gone(changeable, the_model):
     retriever, _ = changeable
     rows = retriever.rows_of(["p0", "p1", "p2"])
     retriever.delete(["p1"])
-    with pytest.raises((IndexError, ValueError), match=str(rows[1])):
+    with pytest.raises(IndexError, match=str(rows[1])):
         retriever.get_passages(rows)
     with pytest.raises(ValueError, match="p1"):
         retriever.rows_of(["p0", "p1"])
+    with pytest.raises(IndexError, match=str(rows[1])):
+        retriever.get_embeddings(rows)
+    assert retriever.find(["p0", "p1"]).tolist() == [rows[0], -1] and retriever.num_rows == len(PASSAGES)
+    assert retriever.live_rows().tolist() == [row for row in range(len(PASSAGES)) if row != rows[1]]
+    assert [passage["id"] for passage in retriever] == ["p0", "p2", "p3", "p4", "p5"]
     scores, found_rows = retriever.search(queries(2), k=3, candidates=[rows, rows[1:2]])
     assert set(found_rows[0].tolist()) == {rows[0], rows[2], -1} and found_rows[1].tolist() == [-1] * 3
     assert scores[0, 2] == -np.inf and (scores[1] == -np.inf).all()

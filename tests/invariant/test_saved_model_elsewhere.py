@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from modeling_cosup import CoSupForCausalLM, PassageIndex
 from modeling_cosup.tokenization_cosup import encode_prompt
 from support.generation import left_pad
+from support.milvus_server import milvus_server  # noqa: F401
 from support.models import PASSAGES, make_model, make_tokenizer
 
 QUESTIONS = ["who?", "who painted the Night Watch?", "[NSP] in a question", "Curie"]
@@ -60,12 +62,23 @@ for folder, index_folder in job["pairs"]:
             "trace": [[retrieval.to_dict() for retrieval in trace] for trace in output.retrievals],
             "cited": model.decode_with_citations(output, tokenizer),
         }
+        try:
+            model.load_index("wiki", uri="http://127.0.0.1:9")
+        except ImportError as error:
+            result["milvus"] = str(error)
         if not options:
             own = model.build_index(job["passages"], show_progress_bar=False)
             result["embeddings"] = float((own.embeddings - index.embeddings).abs().max())
             result["ids"] = [own[row]["input_ids"] for row in range(len(own))]
             if auto is AutoModelForCausalLM:
                 model.save_pretrained(job["again"] + folder.rsplit("/", 1)[1])
+                model.save_gen("gen")
+                with open("gen/README.md") as file:
+                    result["card of gen"] = file.read()
+                try:
+                    model.build_index("corpus.jsonl", show_progress_bar=False)
+                except ImportError as error:
+                    result["corpus in a file"] = str(error)
         results.append(result)
 print(json.dumps(results))
 """
@@ -121,10 +134,14 @@ def test_a_process_without_this_package_gives_the_same(models, tmp_path):
             assert scores == pytest.approx(np.array([retrieval.scores for retrieval in trace]), abs=1e-5)
             assert found_trace == [as_json(retrieval) for retrieval in trace]
         assert result["cited"] == model.decode_with_citations(output, model.tokenizer) and "[1]" in result["cited"][0]
+        assert result["milvus"] == 'An index in Milvus needs the package cosup, which does not come with a checkpoint: pip install "cosup[milvus]".'
         assert result["vocabulary"] == len(model.tokenizer) and result["chat"] == encode_prompt(model.tokenizer, "who?")
         pad, width = model.tokenizer.pad_token_id, output.prompt_length
         for ids, sequence in zip(result["many"], result["sequences"], strict=True):
             assert ids + [pad] * (len(sequence) - width - len(ids)) == sequence[width:]
+        if "card of gen" in result:  # what only authors need is not here, which is said or does not matter
+            assert "pip install cosup" in result["corpus in a file"]
+            assert "library_name: transformers" in result["card of gen"] and "# gen\n\nGen of a CoSup model" in result["card of gen"]
         if "ids" in result:
             assert result["embeddings"] < 1e-5 and result["ids"] == [index[row]["input_ids"] for row in range(len(index))]
 
@@ -140,3 +157,46 @@ def test_a_process_without_this_package_gives_the_same(models, tmp_path):
     for result, first in zip(again, found[:3], strict=True):
         assert (result["sequences"], result["cited"], result["chat"]) == (first["sequences"], first["cited"], first["chat"])
     assert PassageIndex.from_pretrained(pairs[0][1]).fingerprint != PassageIndex.from_pretrained(pairs[1][1]).fingerprint
+
+
+# runs where the package is installed; the classes of the model still come with the checkpoint
+MILVUS_SCRIPT = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM
+
+folder, index_folder, uri, inputs = json.loads(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+inputs = {name: torch.tensor(value) for name, value in inputs.items()}
+indexes = model.load_index(index_folder), model.load_index("elsewhere", uri=uri)
+result = {"modules": [type(each).__module__ for each in (model, *indexes)]}
+outputs = [model.generate(**inputs, retriever=index, max_new_tokens=12, max_retrievals=3, return_dict_in_generate=True) for index in indexes]
+result["sequences"] = [output.sequences.tolist() for output in outputs]
+result["ids"] = [[[retrieval.passage_ids for retrieval in trace] for trace in output.retrievals] for output in outputs]
+indexes[1].add([{"id": "new", "title": "", "text": "radium"}], model, show_progress_bar=False)
+result["added"] = indexes[1][indexes[1].row_of("new")]["text"]
+print(json.dumps(result))
+"""
+
+
+def test_a_model_that_came_with_a_checkpoint_searches_milvus_through_the_installed_package(models, tmp_path, milvus_server):  # noqa: F811
+    from modeling_cosup import MilvusPassageIndex
+
+    model = models["plain"]
+    model.save_pretrained(tmp_path / "model")
+    index = model.build_index(PASSAGES, show_progress_bar=False)
+    index.save_pretrained(tmp_path / "index")
+    MilvusPassageIndex.from_index(index, milvus_server.uri, "elsewhere", show_progress_bar=False)
+    prompts = [[*encode_prompt(model.tokenizer, question), model.config.nsp_token_id] for question in QUESTIONS]
+    inputs = {name: value.tolist() for name, value in left_pad(prompts, model.tokenizer.pad_token_id).items()}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HOME": str(tmp_path / "hf_home"), "CUDA_VISIBLE_DEVICES": ""}
+    job = json.dumps([str(tmp_path / "model"), str(tmp_path / "index"), milvus_server.uri, inputs])
+    command = [sys.executable, "-c", MILVUS_SCRIPT, job]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    model_module, files_module, milvus_module = result["modules"]
+    assert model_module.startswith("transformers_modules") and files_module.startswith("transformers_modules")
+    assert milvus_module == "modeling_cosup.milvus_cosup"
+    assert result["sequences"][0] == result["sequences"][1] and result["ids"][0] == result["ids"][1] and any(result["ids"][0])
+    assert result["added"] == "radium"

@@ -1,12 +1,14 @@
 """
-The one vocabulary of figures: what training logs, results files, reports, model cards and `evaluate` modules call what they measure.
+The one vocabulary of figures: what logs, results, reports, model cards and `evaluate` modules call what they measure.
 
-A figure has one name everywhere. A name ends in `@k` where the figure looks at the first k places of a ranking; the table below holds it once, with a
-literal k, and [`figure`] fills the number in. `recall@k` alone is no name: recall of what, over what, is what makes three different figures of it.
+A figure has one name everywhere. The name of a figure that looks at the first k places of a ranking ends in `@k`: the
+table holds it once, with a literal k, and [`figure`] fills the number in. `recall@k` alone is no name: three different
+figures would answer to it.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypedDict
 
 Scale = Literal["share", "count", "nats"]
 Need = Literal["gold", "judge", "no_passage"]
@@ -22,7 +24,8 @@ class Figure:
         label (`str`): in tables and plots.
         meaning (`str`): one sentence for readers, without a full stop.
         scale (`str`): `"share"`, from 0 to 1, shown in percent; `"count"`, shown as it is; `"nats"`, a loss.
-        needs (tuple of `str`): what must be there, or the figure is absent: `"gold"` passages, an NLI `"judge"`, or questions that need `"no_passage"`.
+        needs (tuple of `str`): what must be there, or the figure is absent: `"gold"` passages, an NLI `"judge"`, or
+            questions that need `"no_passage"`.
     """
 
     name: str
@@ -32,61 +35,127 @@ class Figure:
     needs: tuple[Need, ...] = ()
 
 
-_GOLD, _JUDGE = ("gold",), ("judge",)
+class Measured(TypedDict):
+    """A figure as results files hold it: its value, the 95 % interval `[low, high]`, and the number of questions."""
+
+    value: float
+    interval: list[float]
+    n: int
+
+
+_GOLD: tuple[Need, ...] = ("gold",)
+_JUDGE: tuple[Need, ...] = ("judge",)
+_GOLD_AND_JUDGE: tuple[Need, ...] = ("gold", "judge")
+_NO_PASSAGE: tuple[Need, ...] = ("no_passage",)
+
+_TRAINING = (
+    Figure("loss", "loss", "weighted sum of the losses that are trained", "nats"),
+    Figure("ntp_loss", "NTP loss", "next token prediction, mean over the trained tokens", "nats"),
+    Figure("nsp_loss", "NSP loss", "next sequence prediction, mean over the queries", "nats"),
+    Figure("nsp_accuracy", "NSP accuracy", "the passage of a query scores above all negatives of its batch"),
+    Figure("num_negatives", "negatives", "number of negatives of a query, mean", "count"),
+    Figure("tokens_per_second", "tokens/s", "tokens per second, padding not counted", "count"),
+    Figure("padding", "padding", "share of the positions of a batch that are padding"),
+)
+_RETRIEVAL_WHILE_GENERATING = (
+    Figure("ret", "Ret", "a gold passage is among those retrieved while generating", needs=_GOLD),
+    Figure("ret_precision", "Ret-P", "share of the distinct retrieved passages that are gold", needs=_GOLD),
+    Figure(
+        "r_precision",
+        "R-precision",
+        "KILT's: share of an evidence set of R passages that is among the first R retrieved, for the best set",
+        needs=_GOLD,
+    ),
+    Figure(
+        "kilt_recall@k",
+        "KILT recall@k",
+        "KILT's: share of the evidence sets that are complete in the first k places of what was retrieved; "
+        "where passages stand for a page, each is a set",
+        needs=_GOLD,
+    ),
+    Figure(
+        "nsp_needed",
+        "[NSP], needed",
+        "share of the questions that need a passage in which [NSP] was emitted",
+        needs=_GOLD,
+    ),
+    Figure(
+        "nsp_not_needed",
+        "[NSP], not needed",
+        "share of the questions that need none in which [NSP] was emitted",
+        needs=_NO_PASSAGE,
+    ),
+    Figure("num_retrievals", "retrievals", "number of retrievals of a question", "count"),
+)
+_QUERY_EMBEDDING = (
+    Figure("query_recall@k", "R@k", "a gold passage is among the k nearest to the query embedding", needs=_GOLD),
+    Figure("mrr", "MRR", "1 / rank of the first gold passage in the ranking by the query embedding", needs=_GOLD),
+    Figure("ndcg@k", "nDCG@k", "of the first k by the query embedding, gain 1 for each gold passage", needs=_GOLD),
+    Figure("ann_recall@k", "ANN recall@k", "share of the exact k nearest passages that an approximate search finds"),
+)
+_ANSWERS = (
+    Figure("cor", "Cor", "the answer is right, by the metric of its dataset"),
+    Figure("cor_minus", "Cor⁻", "Cor, with wrong retrieval counted as wrong", needs=_GOLD),
+    Figure("cor_success", "Cor, Ret = 1", "Cor where a gold passage was retrieved", needs=_GOLD),
+    Figure("cor_failure", "Cor, Ret = 0", "Cor where none was", needs=_GOLD),
+    Figure("cor_not_needed", "Cor, not needed", "Cor of the questions that need no passage", needs=_NO_PASSAGE),
+    Figure("short_answer", "short answer", "a normalised answer is part of the normalised output"),
+    Figure("accuracy", "accuracy", "KILT's: the output is one of the answers, neither normalised"),
+    Figure("em", "EM", "exact match: the normalised output is one of the normalised answers, as in SQuAD"),
+    Figure("f1", "F1", "F1 of the normalised words, for the best answer"),
+    Figure("rouge_l", "ROUGE-L", "F by PyPI's rouge, as in KILT, for the best answer"),
+    Figure("kilt_accuracy", "KILT-accuracy", "accuracy where R-precision is 1, else 0", needs=_GOLD),
+    Figure("kilt_em", "KILT-EM", "EM where R-precision is 1, else 0", needs=_GOLD),
+    Figure("kilt_f1", "KILT-F1", "F1 where R-precision is 1, else 0", needs=_GOLD),
+    Figure("kilt_rouge_l", "KILT-ROUGE-L", "ROUGE-L where R-precision is 1, else 0", needs=_GOLD),
+    Figure("fever_label", "FEVER, label", "the right verdict is part of the normalised output"),
+    Figure(
+        "fever_nli",
+        "FEVER, NLI",
+        "a supported claim follows from the output, a refuted one does not; an empty output is wrong",
+        needs=_JUDGE,
+    ),
+    Figure(
+        "str_em",
+        "str_em",
+        "ALCE's: share of the readings of a question of which a short answer is part of the normalised output",
+    ),
+    Figure("str_hit", "str_hit", "ALCE's: a short answer of every reading is part of the normalised output"),
+    Figure(
+        "claim_recall",
+        "claim recall",
+        "ALCE's: share of the reference claims that follow from the output",
+        needs=_JUDGE,
+    ),
+)
+_GROUNDING = (
+    Figure(
+        "gr",
+        "Gr",
+        "share of the sentences between [Cs] and [CE] that follow from their passages, by the NLI model",
+        needs=_JUDGE,
+    ),
+    Figure("gr_success", "Gr, Ret = 1", "Gr where a gold passage was retrieved", needs=_GOLD_AND_JUDGE),
+    Figure("gr_failure", "Gr, Ret = 0", "Gr where none was", needs=_GOLD_AND_JUDGE),
+    Figure("k_precision", "K-precision", "share of the words between [Cs] and [CE] that are in their passages"),
+    Figure(
+        "citation_recall",
+        "citation recall",
+        "ALCE's: share of the sentences that follow from the passages they cite",
+        needs=_JUDGE,
+    ),
+    Figure(
+        "citation_precision",
+        "citation precision",
+        "ALCE's: share of the citations that support their sentence alone, or that its others cannot replace",
+        needs=_JUDGE,
+    ),
+)
 
 FIGURES: dict[str, Figure] = {
-    figure.name: figure
-    for figure in (
-        # while training, and over an evaluation set
-        Figure("loss", "loss", "weighted sum of the losses that are trained", "nats"),
-        Figure("ntp_loss", "NTP loss", "next token prediction, mean over trained tokens", "nats"),
-        Figure("nsp_loss", "NSP loss", "next sequence prediction, mean over queries", "nats"),
-        Figure("nsp_accuracy", "NSP accuracy", "the right passage of a query scores above all negatives of its batch"),
-        Figure("num_negatives", "negatives", "number of negatives of each query", "count"),
-        # retrieval while generating
-        Figure("ret", "Ret", "a gold passage is among those retrieved while generating", needs=_GOLD),
-        Figure("ret_precision", "Ret-P", "share of the distinct retrieved passages that are gold", needs=_GOLD),
-        Figure("r_precision", "R-precision", "KILT's: share of an evidence set of R passages among the first R retrieved", needs=_GOLD),
-        Figure(
-            "kilt_recall@k",
-            "KILT recall@k",
-            "KILT's: share of the evidence sets that are complete among the first k retrieved while generating; where passages stand for a page, each is a set",
-            needs=_GOLD,
-        ),
-        Figure("nsp_needed", "[NSP], needed", "share of the questions that need a passage in which [NSP] was emitted", needs=_GOLD),
-        Figure("nsp_not_needed", "[NSP], not needed", "share of the questions that need none in which [NSP] was emitted", needs=("no_passage",)),
-        Figure("num_retrievals", "retrievals", "number of retrievals for each question", "count"),
-        # the query embedding, without generating
-        Figure("query_recall@k", "R@k", "a gold passage is among the k nearest to the query embedding", needs=_GOLD),
-        Figure("mrr", "MRR", "1 / rank of the first gold passage in the ranking of the query embedding", needs=_GOLD),
-        Figure("ndcg@k", "nDCG@k", "of the ranking of the query embedding, gain 1 for each gold passage", needs=_GOLD),
-        Figure("ann_recall@k", "ANN recall@k", "share of the exact k nearest passages that an approximate search finds"),
-        # answers
-        Figure("cor", "Cor", "the answer is right, by the metric of its dataset"),
-        Figure("cor_minus", "Cor⁻", "Cor, with wrong retrieval counted as wrong", needs=_GOLD),
-        Figure("cor_not_needed", "Cor, not needed", "Cor of the questions that need no passage", needs=("no_passage",)),
-        Figure("short_answer", "short answer", "a right answer stands in the output, or the output in a right answer"),
-        Figure("accuracy", "accuracy", "KILT's: the answer is one of the answers, as they are"),
-        Figure("em", "EM", "exact match after SQuAD's normalisation"),
-        Figure("f1", "F1", "of the normalised words"),
-        Figure("rouge_l", "ROUGE-L", "F, by PyPI's rouge, as in KILT"),
-        Figure("kilt_accuracy", "KILT-accuracy", "accuracy where R-precision is 1, else 0", needs=_GOLD),
-        Figure("kilt_em", "KILT-EM", "EM where R-precision is 1, else 0", needs=_GOLD),
-        Figure("kilt_f1", "KILT-F1", "F1 where R-precision is 1, else 0", needs=_GOLD),
-        Figure("kilt_rouge_l", "KILT-ROUGE-L", "ROUGE-L where R-precision is 1, else 0", needs=_GOLD),
-        Figure("fever_label", "FEVER, label", "the right verdict stands in the answer"),
-        Figure("fever_nli", "FEVER, NLI", "the answer entails a supported claim, and does not entail a refuted one", needs=_JUDGE),
-        Figure("str_em", "str_em", "ALCE's: share of the readings of which a short answer stands in the answer"),
-        Figure("str_hit", "str_hit", "ALCE's: all readings do"),
-        # grounding
-        Figure("gr", "Gr", "share of the sentences between [Cs] and [CE] that follow from their passage, by the NLI model", needs=_JUDGE),
-        Figure("gr_success", "Gr, Ret = 1", "Gr where a gold passage was retrieved", needs=("gold", "judge")),
-        Figure("gr_failure", "Gr, Ret = 0", "Gr where none was", needs=("gold", "judge")),
-        Figure("k_precision", "K-precision", "share of the words between [Cs] and [CE] that are in their passage"),
-        Figure("claim_recall", "claim recall", "ALCE's: share of the reference claims that follow from the answer", needs=_JUDGE),
-        Figure("citation_recall", "citation recall", "ALCE's: share of the sentences that follow from what they cite", needs=_JUDGE),
-        Figure("citation_precision", "citation precision", "ALCE's: share of the citations that are of use", needs=_JUDGE),
-    )
+    entry.name: entry
+    for group in (_TRAINING, _RETRIEVAL_WHILE_GENERATING, _QUERY_EMBEDDING, _ANSWERS, _GROUNDING)
+    for entry in group
 }
 
 MAIN = ("ret", "ret_precision", "cor", "cor_minus", "gr", "k_precision")  # the columns of main tables
@@ -99,12 +168,18 @@ MODES: dict[str, str] = {  # how an evaluation answers its questions, and what t
     "off": "retrieval off",
     "query": "query embedding",
 }
-SEARCHING = ("retrieval", "forced")  # modes in which the model searches, so that what it retrieves says something about it
+SEARCHING = ("retrieval", "forced")  # modes in which the model searches for passages itself
+GIVEN = ("gold", "wrong")  # modes in which passages are given, and only questions that need one are asked
+QUERY = "query"  # the mode that ranks passages by the query embedding and generates nothing
+SCOPES: dict[str, str] = {"corpus": "over the corpus", "pool": "over the pool"}  # what mode "query" ranks
+
+NO_JUDGE = ""  # in place of a figure's name, where Cor needs an NLI model that is not there
 
 
 def figure(name: str) -> Figure:
     """
-    The figure of a name, `"query_recall@5"` as well as `"ret"`; a prefix `eval_` or `train_`, as the Trainer logs it, is read over.
+    The figure of a name, `"query_recall@5"` as well as `"ret"`. The prefixes `eval_` and `train_` of the Trainer's logs
+    are read over.
 
     Raises:
         `KeyError`: when the vocabulary has no such figure, with the name.
@@ -112,15 +187,38 @@ def figure(name: str) -> Figure:
     base = name.removeprefix("eval_").removeprefix("train_")
     if base in FIGURES:
         return FIGURES[base]
-    stem, at, k = base.partition("@")
+    stem, _, k = base.partition("@")
     if not k.isdigit() or f"{stem}@k" not in FIGURES:
         raise KeyError(f"{name!r} is no figure of trainer.judging.figures.")
     general = FIGURES[f"{stem}@k"]
-    meaning = general.meaning.replace("first k ", f"first {k} ").replace("the k ", f"the {k} ").replace("exact k ", f"exact {k} ")
+    meaning = general.meaning.replace(" k ", f" {k} ")
     return replace(general, name=base, label=general.label.replace("@k", f"@{k}"), meaning=meaning)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of figures in the order of the vocabulary, each once; `@1` before `@5`."""
+    places = {name: place for place, name in enumerate(FIGURES)}
+
+    def place(name: str) -> tuple[int, int]:
+        stem, _, k = name.partition("@")
+        return places[f"{stem}@k" if k else stem], int(k or 0)
+
+    return sorted(set(names), key=place)
+
+
+def cor_label(name: str) -> str:
+    """What Cor is, for tables: the label of a figure, or that an NLI model is missing."""
+    return "needs an NLI model" if name == NO_JUDGE else figure(name).label
 
 
 def shown(value: float, name: str, signed: bool = False) -> str:
     """A value as tables show it: percent with one digit for a share, two digits for a count, three for a loss."""
     scale, digits = {"share": (100, 1), "count": (1, 2), "nats": (1, 3)}[figure(name).scale]
     return f"{scale * value:{'+' if signed else ''}.{digits}f}"
+
+
+def line(measured: Measured, name: str) -> str:
+    """A figure on one line of a terminal: value, interval and number of questions."""
+    low, high = (shown(bound, name) for bound in measured["interval"])
+    unit = " %" if figure(name).scale == "share" else ""
+    return f"{shown(measured['value'], name):>6}{unit}  [{low}, {high}]  n = {measured['n']}"

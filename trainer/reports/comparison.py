@@ -4,10 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from modeling_cosup.index_files_cosup import write_json
+from modeling_cosup.files_cosup import write_json
+from modeling_cosup.lines_cosup import read_lines
 
 from ..judging.intervals import paired_bootstrap
-from ..judging.judge import QUERY, read_lines
+from ..judging.judge import QUERY
 from ..judging.scoring import COUNTS, MAIN, METRICS, resampled_means
 from .document import Bullets, Heading, Table, Text, write_document
 from .evaluation import MODE_NAMES, read_results

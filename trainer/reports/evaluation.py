@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
-from ..judging.judge import read_lines
+from modeling_cosup.files_cosup import read_json
+from modeling_cosup.lines_cosup import read_lines
+
 from ..judging.matching import gold_ids
 from ..judging.scoring import COR_LABELS, COUNTS, MAIN, METRICS, RETRIEVING, cited_passages
 from .document import Bullets, Code, Example, Heading, Plot, Table, Text, write_document
@@ -46,7 +48,7 @@ def read_results(output_dir):
     path = Path(output_dir) / "metrics.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: {output_dir} is no complete results folder of recipes/run_evaluation.py.")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def show(figure, metric, interval=True):

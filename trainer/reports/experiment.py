@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from modeling_cosup.index_files_cosup import write_json
+from modeling_cosup.files_cosup import write_json
 
 from ..judging.grounding import HYPOTHESIS
 from ..judging.scoring import COUNTS, METRICS

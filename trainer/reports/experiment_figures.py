@@ -6,13 +6,15 @@ over the seeds that were asked the same one, and intervals come from resampling 
 the standard deviation over seeds; a difference counts as one only if its interval leaves out 0 and all seeds agree on its sign.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 
+from modeling_cosup.files_cosup import read_json
+from modeling_cosup.lines_cosup import read_lines
+
 from ..judging.intervals import mean_and_deviation
-from ..judging.judge import QUERY, read_lines
+from ..judging.judge import QUERY
 from ..judging.scoring import COR_LABELS, MAIN, METRICS, average
 
 COLUMNS = (*MAIN, "success@1")
@@ -48,7 +50,7 @@ class Results:
         self.metrics = [metric for metric in METRICS if metric in found]
         self.cor = {}  # task -> what Cor is there
         for path in [Path(run["evaluation"], "results", "metrics.json") for run in runs if run["evaluated"] is not None]:
-            told = json.loads(path.read_text())["tasks"] if path.exists() else {}
+            told = read_json(path)["tasks"] if path.exists() else {}
             named = {own["task"]: told[name]["cor"] for name, own in meaning.items() if name in told}
             self.cor |= {task: ", ".join(COR_LABELS[each] for each in names) for task, names in named.items()}
 
