@@ -14,10 +14,9 @@ cut off goes on. A sentence-transformers model reads `--passage_template`, a pas
 space, since it would be a control token to many.
 """
 
-import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from shared.cli import clear_errors, table
+from shared.cli import clear_errors, parse, table
 
 import numpy as np
 import torch
@@ -34,24 +33,37 @@ KS = (1, 5, 20, 100)
 QUERIES = 1024  # that are searched at once
 
 
+@dataclass
+class CandidateArguments:
+    """Which retriever searches which passages for which questions."""
+
+    model: str = field(metadata={"help": "name or path of a sentence-transformers model or a CoSup checkpoint"})
+    eval_file: str = field(metadata={"help": "evaluation instances: JSON Lines (.gz or plain) or a dataset name"})
+    output_file: str = field(
+        metadata={"help": "the evaluation instances with their candidates, JSON Lines (.gz by the name)"}
+    )
+    corpus_file: str | None = field(
+        default=None, metadata={"help": "passages {id, title, text}: JSON Lines (.gz) or Parquet"}
+    )
+    index: str | None = field(default=None, metadata={"help": "the index of a CoSup checkpoint, in place of a corpus"})
+    split: str = field(default="test", metadata={"help": "of a dataset name"})
+    num_candidates: int = field(default=100, metadata={"help": "of a question; the paper's are 20 and 100"})
+    gold_first: bool = field(default=False, metadata={"help": "all gold before the others"})
+    index_dir: str | None = field(default=None, metadata={"help": "folder in which encoded corpora are kept"})
+    batch_size: int = field(default=64, metadata={"help": "texts at once"})
+    passage_template: str = field(
+        default="{title}. {text}",
+        metadata={"help": "of a sentence-transformers model; a CoSup checkpoint has its own"},
+    )
+    device: str = field(
+        default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "where the model runs"}
+    )
+    dtype: str = field(default="auto", metadata={"help": "of the weights, e.g. bfloat16 on a GPU"})
+
+
 def main():
     """Read the options and build the pools."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="name or path of a sentence-transformers model or a CoSup checkpoint")
-    parser.add_argument("--eval_file", required=True, help="evaluation instances: JSON Lines (.gz or plain) or a dataset name")
-    parser.add_argument("--split", default="test", help="of a dataset name")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--corpus_file", help="passages {id, title, text}: JSON Lines (.gz) or Parquet")
-    source.add_argument("--index", help="the index of a CoSup checkpoint, in place of a corpus")
-    parser.add_argument("--output_file", required=True, help="the evaluation instances with their candidates, JSON Lines (.gz by the name)")
-    parser.add_argument("--num_candidates", type=int, default=100, help="of a question; the paper's are 20 and 100")
-    parser.add_argument("--gold_first", action="store_true", help="all gold before the others")
-    parser.add_argument("--index_dir", help="folder in which encoded corpora are kept")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--passage_template", default="{title}. {text}", help="of a sentence-transformers model; a CoSup checkpoint has its own")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="auto", help="of the weights, e.g. bfloat16 on a GPU")
-    args = parser.parse_args()
+    (args,) = parse([CandidateArguments], __doc__)
     with clear_errors():
         print(table(build(args)))
 
@@ -66,6 +78,8 @@ def build(args):
     Raises:
         `ValueError`: for bad input, with file and line; for gold passages that the corpus lacks, with their number.
     """
+    if (args.corpus_file is None) == (args.index is None):
+        raise ValueError("give either --corpus_file or --index.")
     if min(args.num_candidates, args.batch_size) < 1:
         raise ValueError(f"--num_candidates is {args.num_candidates} and --batch_size {args.batch_size}, expected at least 1.")
     instances = load_evaluation_set(args.eval_file, args.split, answers_required=False)

@@ -8,18 +8,15 @@ Every process embeds its share. After a crash the same command goes on at the fi
 until the new one is whole.
 """
 
-import os
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
 from shared.cli import clear_errors, parse, table
 
-import torch
-from accelerate import PartialState
-
 from modeling_cosup import CoSupForCausalLM, PassageIndex
 from modeling_cosup.index_search_cosup import empty_approximate
+
+from shared.processes import end_processes, processes
 
 
 @dataclass
@@ -62,18 +59,7 @@ def main():
         state.wait_for_everyone()
         if state.is_main_process:
             finish(args, state)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-
-
-def processes():
-    """The processes of this launch; one may wait long for a slower one, and notices at once when one dies."""
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if state.num_processes != launched:
-        raise ValueError(f"{launched} processes were launched, accelerate sees {state.num_processes}: each would build the whole index.")
-    return state
+    end_processes()
 
 
 def corpus(args):

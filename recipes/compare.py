@@ -4,24 +4,31 @@ Compare two results folders of run_evaluation.py, question by question: differen
     python recipes/compare.py results-separate results-co --output_dir comparison
 """
 
-import argparse
+from dataclasses import dataclass, field
 
-from shared.cli import clear_errors
+from shared.cli import clear_errors, parse
 
 from trainer.judging.scoring import MAIN
 from trainer.reports.comparison import compare_results, show_row, verdict, write_comparison
 from trainer.reports.evaluation import MODE_NAMES
 
 
+@dataclass
+class ComparisonArguments:
+    """Which results are compared, and how often they are resampled."""
+
+    a: str = field(metadata={"help": "results folder that is compared with", "metavar": "A", "positional": True})
+    b: str = field(metadata={"help": "results folder that may be better", "metavar": "B", "positional": True})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "also write comparison.md, comparison.html and comparison.json there"}
+    )
+    resamples: int = field(default=10_000, metadata={"help": "of the bootstrap"})
+    seed: int = field(default=0, metadata={"help": "of the bootstrap"})
+
+
 def main():
     """Compare, print the main figures, write the rest."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("a", metavar="A", help="results folder that is compared with")
-    parser.add_argument("b", metavar="B", help="results folder that may be better")
-    parser.add_argument("--output_dir", help="also write comparison.md, comparison.html and comparison.json there")
-    parser.add_argument("--resamples", type=int, default=10_000, help="of the bootstrap")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
-    args = parser.parse_args()
+    (args,) = parse([ComparisonArguments], __doc__)
     with clear_errors():
         comparison = compare_results(args.a, args.b, args.resamples, args.seed)
         print(f"A = {args.a}, B = {args.b}; B - A in percentage points, 95 % interval, two-sided p")

@@ -6,35 +6,61 @@ Answer questions and print each answer with its passages.
     cat questions.txt | python recipes/generate.py --model out --index out/index
 """
 
-import argparse
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-from shared.cli import clear_errors
+from shared.cli import clear_errors, parse
+
+
+@dataclass(kw_only=True)
+class GenerateArguments:
+    """What is asked, and how it is answered."""
+
+    questions: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "questions; without any, and without --file, they are read from stdin",
+            "positional": True,
+            "may_be_empty": True,
+        },
+    )
+    model: str = field(metadata={"help": "name or path of a CoSup checkpoint"})
+    index: str | None = field(
+        default=None, metadata={"help": "name or path of its index; without it nothing is retrieved"}
+    )
+    file: str | None = field(default=None, metadata={"help": "a text file, one question a line"})
+    instruction: str = field(default="", metadata={"help": "the task's instruction, as in training"})
+    batch_size: int = field(default=8, metadata={"help": "questions at once"})
+    max_new_tokens: int = field(default=128, metadata={"help": "decoded tokens per answer"})
+    do_sample: bool = field(default=False, metadata={"help": "sample instead of greedy decoding", "flag": True})
+    stream: bool = field(
+        default=False, metadata={"help": "print each answer while it is written, passages included", "flag": True}
+    )
+    output_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON Lines: answers with their traces; a second call goes on where the first was interrupted"
+        },
+    )
+    dtype: str = field(default="auto", metadata={"help": "of the weights, e.g. bfloat16 on a GPU"})
+    max_retrievals: int | None = field(default=None, metadata={"help": "per question"})
+    passages_per_nsp: int = field(default=1, metadata={"help": "passages for each retrieval"})
+    min_score: float | None = field(default=None, metadata={"help": "a passage below it is not retrieved"})
+    force_nsp_first: bool = field(
+        default=False, metadata={"help": "every answer begins with a retrieval", "flag": True}
+    )
+    forbid_nsp: bool = field(default=False, metadata={"help": "never retrieve", "flag": True})
+    no_repeat_passages: bool = field(default=False, metadata={"help": "no passage twice in an answer", "flag": True})
+    forget_passages: Literal["recompute", "mask"] | None = field(
+        default=None, metadata={"help": "what becomes of a passage at its [CE]"}
+    )
 
 
 def main():
     """Read questions from the command line, a file or stdin, one a line, and answer them in batches."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("questions", nargs="*", help="questions; without any, and without --file, they are read from stdin")
-    parser.add_argument("--model", required=True, help="name or path of a CoSup checkpoint")
-    parser.add_argument("--index", help="name or path of its index; without it nothing is retrieved")
-    parser.add_argument("--file", help="a text file, one question a line")
-    parser.add_argument("--instruction", default="", help="the task's instruction, as in training")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--max_new_tokens", type=int, default=128)
-    parser.add_argument("--do_sample", action="store_true", help="sample instead of greedy decoding")
-    parser.add_argument("--stream", action="store_true", help="print each answer while it is written, passages included")
-    parser.add_argument("--output_file", help="JSON Lines: answers with their traces; a second call goes on where the first was interrupted")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--max_retrievals", type=int, default=None, help="per question")
-    parser.add_argument("--passages_per_nsp", type=int, default=1, help="passages for each retrieval")
-    parser.add_argument("--min_score", type=float, default=None, help="a passage below it is not retrieved")
-    parser.add_argument("--force_nsp_first", action="store_true", help="every answer begins with a retrieval")
-    parser.add_argument("--forbid_nsp", action="store_true", help="never retrieve")
-    parser.add_argument("--no_repeat_passages", action="store_true", help="no passage twice in an answer")
-    parser.add_argument("--forget_passages", choices=["recompute", "mask"], default=None, help="what becomes of a passage at its [CE]")
-    args = parser.parse_args()
+    (args,) = parse([GenerateArguments], __doc__)
     with clear_errors():
         answer(args)
 

@@ -24,12 +24,13 @@ What their code does otherwise than this checkpoint:
 - After a `[Ce]` they forbid the next one until a passage was retrieved (the separate pair: before the first passage too).
 """
 
-import argparse
 import contextlib
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-from shared.cli import clear_errors
+from shared.cli import clear_errors, parse
 
 from jinja2 import TemplateError
 
@@ -41,27 +42,59 @@ ONLY_SAFETENSORS = "Only safetensors are read; --allow_pytorch_bin also reads py
 PAPER_TOKENS = ("<PAD>", "[Cs]", "[Ce]", "[Ret]")
 
 
+@dataclass
+class ImportArguments:
+    """Which models become Gen and Emb_seq, and how Emb_seq reads."""
+
+    gen: str = field(metadata={"help": "name or path of Gen (AutoModelForCausalLM)"})
+    emb_seq: str = field(metadata={"help": "name or path of Emb_seq: sentence-transformers or any AutoModel"})
+    output_dir: str = field(metadata={"help": "folder of the checkpoint; must be empty or not there"})
+    tokenizer: str | None = field(default=None, metadata={"help": "Gen's; by default that of --gen"})
+    paper: Literal["cosupervision", "separate", "none"] | None = field(
+        default=None, metadata={"help": "a copy of a pair of the paper's authors, or none of theirs"}
+    )
+    query_from: Literal["gen", "emb_seq", "query_encoder"] | None = field(
+        default=None, metadata={"help": "what makes the queries; gen, unless the pair decides it"}
+    )
+    query_encoder: str | None = field(
+        default=None, metadata={"help": "with --query_from query_encoder; by default it starts as Emb_seq"}
+    )
+    emb_seq_pooling: Literal["eos", "lasttoken", "mean", "cls"] | None = field(
+        default=None, metadata={"help": "of an Emb_seq that is not of sentence-transformers"}
+    )
+    similarity: Literal["cosine", "dot"] | None = field(
+        default=None, metadata={"help": "of an Emb_seq that is not of sentence-transformers"}
+    )
+    passage_template: str | None = field(default=None, metadata={"help": "by default '{title} :: {text}'"})
+    passage_prompt: str | None = field(
+        default=None,
+        metadata={"help": "what Emb_seq reads before every passage; by default that of sentence-transformers"},
+    )
+    query_prompt: str | None = field(
+        default=None, metadata={"help": "the same before a query, where Gen does not make it"}
+    )
+    chat_template_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Jinja file that prompts are made with, e.g. recipes/configs/question_only.jinja; "
+            "else the tokenizer's"
+        },
+    )
+    max_passage_length: int | None = field(
+        default=None, metadata={"help": "tokens; by default what the retriever was made for"}
+    )
+    dtype: str = field(default="auto", metadata={"help": "of the weights, e.g. bfloat16"})
+    allow_pytorch_bin: bool = field(
+        default=False, metadata={"help": "also read pytorch_model.bin, by torch's weights_only reader"}
+    )
+    push_to_hub: str | None = field(
+        default=None, metadata={"help": "also push the checkpoint to this repository", "metavar": "REPO"}
+    )
+
+
 def main():
     """Read the options and import the pair."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gen", required=True, help="name or path of Gen (AutoModelForCausalLM)")
-    parser.add_argument("--emb_seq", required=True, help="name or path of Emb_seq: sentence-transformers or any AutoModel")
-    parser.add_argument("--output_dir", required=True, help="folder of the checkpoint; must be empty or not there")
-    parser.add_argument("--tokenizer", help="Gen's; by default that of --gen")
-    parser.add_argument("--paper", choices=["cosupervision", "separate", "none"], help="a copy of a pair of the paper's authors, or none of theirs")
-    parser.add_argument("--query_from", choices=["gen", "emb_seq", "query_encoder"], help="what makes the queries; gen, unless the pair decides it")
-    parser.add_argument("--query_encoder", help="with --query_from query_encoder; by default it starts as Emb_seq")
-    parser.add_argument("--emb_seq_pooling", choices=["eos", "lasttoken", "mean", "cls"], help="of an Emb_seq that is not of sentence-transformers")
-    parser.add_argument("--similarity", choices=["cosine", "dot"], help="of an Emb_seq that is not of sentence-transformers")
-    parser.add_argument("--passage_template", help="by default '{title} :: {text}'")
-    parser.add_argument("--passage_prompt", help="what Emb_seq reads before every passage; by default that of sentence-transformers")
-    parser.add_argument("--query_prompt", help="the same before a query, where Gen does not make it")
-    parser.add_argument("--chat_template_path", help="Jinja file that prompts are made with, e.g. recipes/configs/question_only.jinja; else the tokenizer's")
-    parser.add_argument("--max_passage_length", type=int, help="tokens; by default what the retriever was made for")
-    parser.add_argument("--dtype", default="auto", help="of the weights, e.g. bfloat16")
-    parser.add_argument("--allow_pytorch_bin", action="store_true", help="also read pytorch_model.bin, by torch's weights_only reader")
-    parser.add_argument("--push_to_hub", metavar="REPO", help="also push the checkpoint to this repository")
-    args = parser.parse_args()
+    (args,) = parse([ImportArguments], __doc__)
     with clear_errors():
         import_pair(args)
 

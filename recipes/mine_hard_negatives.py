@@ -9,11 +9,11 @@ near as the right passage, or nearer (`--relative_margin`); and passages that ho
 will do, also the Emb_seq of a CoSup checkpoint (`model.save_emb_seq`). What is found stands in `negatives`, behind negatives that were there.
 """
 
-import argparse
 import importlib.util
 import re
+from dataclasses import dataclass, field
 
-from shared.cli import clear_errors, table
+from shared.cli import clear_errors, parse, table_of_counts
 
 import torch
 
@@ -25,24 +25,34 @@ from trainer.judging.correctness import normalize_answer
 CANDIDATES = 4  # mined for one that is wanted: some hold the answer
 
 
+@dataclass
+class MiningArguments:
+    """What is read, what counts as a hard negative, and what is written."""
+
+    train_file: str = field(metadata={"help": "training instances: JSON Lines (.gz or plain) or a dataset name"})
+    model: str = field(metadata={"help": "name or path of a sentence-transformers model"})
+    output_file: str = field(metadata={"help": "the instances with their negatives, JSON Lines (.gz by the name)"})
+    corpus_file: str | None = field(default=None, metadata={"help": "further passages that may be negatives"})
+    num_negatives: int = field(default=1, metadata={"help": "of a query, at most"})
+    range_min: int = field(default=0, metadata={"help": "so many of the nearest are skipped"})
+    range_max: int = field(default=50, metadata={"help": "no passage after this rank is a hard negative"})
+    relative_margin: float = field(
+        default=0.05,
+        metadata={"help": "a negative's similarity is at most that of the right passage less this share"},
+    )
+    passage_template: str = field(default="{title}. {text}", metadata={"help": "how the model reads a passage"})
+    batch_size: int = field(default=64, metadata={"help": "texts at once"})
+    device: str = field(
+        default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "where the model runs"}
+    )
+    dtype: str = field(default="auto", metadata={"help": "of the weights, e.g. bfloat16 on a GPU"})
+
+
 def main():
     """Read the options and mine."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train_file", required=True, help="training instances: JSON Lines (.gz or plain) or a dataset name")
-    parser.add_argument("--model", required=True, help="name or path of a sentence-transformers model")
-    parser.add_argument("--output_file", required=True, help="the instances with their negatives, JSON Lines (.gz by the name)")
-    parser.add_argument("--corpus_file", help="further passages that may be negatives")
-    parser.add_argument("--num_negatives", type=int, default=1, help="of a query, at most")
-    parser.add_argument("--range_min", type=int, default=0, help="so many of the nearest are skipped")
-    parser.add_argument("--range_max", type=int, default=50, help="no passage behind this rank is a hard negative")
-    parser.add_argument("--relative_margin", type=float, default=0.05, help="a negative's similarity is at most that of the right passage less this share")
-    parser.add_argument("--passage_template", default="{title}. {text}")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="auto", help="of the weights, e.g. bfloat16 on a GPU")
-    args = parser.parse_args()
+    (args,) = parse([MiningArguments], __doc__)
     with clear_errors():
-        print(table([(name, f"{count:>10,}") for name, count in mine(args).items()]))
+        print(table_of_counts(mine(args)))
 
 
 def mine(args):

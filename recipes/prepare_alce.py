@@ -13,10 +13,11 @@ ALCE does not say which passages are right. `--provenance short_answers` takes e
 that needs no passage.
 """
 
-import argparse
 from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal
 
-from shared.cli import clear_errors, table
+from shared.cli import clear_errors, parse, table_of_counts
 
 from modeling_cosup.files_cosup import read_json
 from modeling_cosup.lines_cosup import writing_lines
@@ -29,20 +30,31 @@ from shared.data_files import distinct, instruction_of, read_passages
 NOT_META = ("sample_id", "id", "question", "docs", "answer")
 
 
+@dataclass
+class ALCEArguments:
+    """What is read, and what is written."""
+
+    dataset: Literal["asqa", "qampari", "eli5"] = field(metadata={"help": "which of ALCE's data sets it is"})
+    input_file: str = field(
+        metadata={
+            "help": "ALCE's JSON, a list of items with question and docs (.gz or plain), JSON Lines, or a dataset name"
+        }
+    )
+    output_file: str = field(metadata={"help": "evaluation instances, JSON Lines (.gz by the name)"})
+    output_corpus: str = field(metadata={"help": "the passages in our format"})
+    split: str = field(default="validation", metadata={"help": "of a dataset name"})
+    num_candidates: int = field(default=100, metadata={"help": "of an item; the paper's are 5 and 100"})
+    provenance: Literal["none", "short_answers"] = field(
+        default="none", metadata={"help": "which candidates are right: not known, or each that holds a short answer"}
+    )
+    instruction: str | None = field(default=None, metadata={"help": "by default the paper's; may be empty"})
+
+
 def main():
     """Read the options and prepare the data set."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", required=True, choices=["asqa", "qampari", "eli5"])
-    parser.add_argument("--input_file", required=True, help="ALCE's JSON, a list of items with question and docs (.gz or plain), JSON Lines, or a dataset name")
-    parser.add_argument("--split", default="validation", help="of a dataset name")
-    parser.add_argument("--output_file", required=True, help="evaluation instances, JSON Lines (.gz by the name)")
-    parser.add_argument("--output_corpus", required=True, help="the passages in our format")
-    parser.add_argument("--num_candidates", type=int, default=100, help="of an item; the paper's are 5 and 100")
-    parser.add_argument("--provenance", choices=["none", "short_answers"], default="none")
-    parser.add_argument("--instruction", help="by default the paper's; may be empty")
-    args = parser.parse_args()
+    (args,) = parse([ALCEArguments], __doc__)
     with clear_errors():
-        print(table([(name, f"{count:>10,}") for name, count in prepare(args).items()]))
+        print(table_of_counts(prepare(args)))
 
 
 def prepare(args):
@@ -81,7 +93,7 @@ def prepare(args):
             write_passage(passage)
         counts["passages in the corpus"] = len(passages)
         if not counts["items written"] or not passages:
-            raise ValueError("No item or no passage is left.\n" + table([(name, f"{count:>10,}") for name, count in counts.items()]))
+            raise ValueError("No item or no passage is left.\n" + table_of_counts(counts))
     return counts
 
 

@@ -9,11 +9,11 @@ judges retrieval: most of its queries have no answer, and only those whose `meta
 `build_candidates.py` works, and a recipe that judges answers refuses the file.
 """
 
-import argparse
 from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from shared.cli import clear_errors, table
+from shared.cli import clear_errors, parse, table_of_counts
 
 from tqdm import tqdm
 
@@ -25,18 +25,23 @@ from shared.data_files import distinct, instruction_of, read_passages, read_tsv
 FILE_ENDINGS = ("", ".gz")
 
 
+@dataclass
+class BEIRArguments:
+    """What is read, and what is written."""
+
+    input_dir: str = field(metadata={"help": "folder with corpus.jsonl and queries.jsonl (or .gz)"})
+    qrels_file: str = field(metadata={"help": "tab-separated query-id, corpus-id, score, of one split"})
+    dataset: str = field(metadata={"help": "name, e.g. nq; also says which instruction of the paper is taken"})
+    output_file: str = field(metadata={"help": "evaluation instances, JSON Lines (.gz by the name)"})
+    output_corpus: str = field(metadata={"help": "the passages in our format"})
+    instruction: str | None = field(default=None, metadata={"help": "by default the paper's; may be empty"})
+
+
 def main():
     """Read the options and prepare the data set."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input_dir", required=True, help="folder with corpus.jsonl and queries.jsonl (or .gz)")
-    parser.add_argument("--qrels_file", required=True, help="tab-separated query-id, corpus-id, score, of one split")
-    parser.add_argument("--dataset", required=True, help="name, e.g. nq; also says which instruction of the paper is taken")
-    parser.add_argument("--output_file", required=True, help="evaluation instances, JSON Lines (.gz by the name)")
-    parser.add_argument("--output_corpus", required=True, help="the passages in our format")
-    parser.add_argument("--instruction", help="by default the paper's; may be empty")
-    args = parser.parse_args()
+    (args,) = parse([BEIRArguments], __doc__)
     with clear_errors():
-        print(table([(name, f"{count:>10,}") for name, count in prepare(args).items()]))
+        print(table_of_counts(prepare(args)))
 
 
 def prepare(args):
@@ -72,7 +77,7 @@ def prepare(args):
             write({"id": id, **facts, "provenance": provenance, "candidates": []})
         counts.update({"gold passages": len(found), "gold passages that the corpus lacks": len(wanted - found)})
         if not counts["queries written, with answers"] + counts["queries written, without answers"]:
-            raise ValueError("No query is left.\n" + table([(name, f"{count:>10,}") for name, count in counts.items()]))
+            raise ValueError("No query is left.\n" + table_of_counts(counts))
     return counts
 
 

@@ -20,14 +20,15 @@ needs no passage. FEVER's labels become lower case, as its instruction says them
 (`qa/wikipedia-dev.json` of `triviaqa-rc.tar.gz`) as `--triviaqa_file`.
 """
 
-import argparse
 import itertools
 import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import Literal
 
-from shared.cli import clear_errors, table
+from shared.cli import clear_errors, parse, table_of_counts
 
 from tqdm import tqdm
 
@@ -38,31 +39,48 @@ from trainer.data import read_rows
 
 from shared.data_files import distinct, instruction_of, read_passages
 
-TASKS = ["nq", "triviaqa", "hotpotqa", "eli5", "fever", "trex", "zsre", "wow"]
 HEADING, BULLET = "Section::::", re.compile(r"^BULLET::::(- )?")
 MAX_SETS = 1000  # of passage ids that one evidence set may become
 
 
+@dataclass
+class KILTArguments:
+    """What is read, and what is written."""
+
+    task: Literal["nq", "triviaqa", "hotpotqa", "eli5", "fever", "trex", "zsre", "wow"] = field(
+        metadata={"help": "zsre is KILT's structured_zeroshot"}
+    )
+    input_file: str = field(metadata={"help": "questions: KILT's JSON Lines (.gz or plain) or a dataset name"})
+    output_file: str = field(metadata={"help": "evaluation instances, JSON Lines (.gz by the name)"})
+    knowledge_file: str | None = field(
+        default=None,
+        metadata={"help": "KILT's knowledge source: JSON Lines (.gz or plain), a page a line; it is cut into passages"},
+    )
+    corpus_file: str | None = field(
+        default=None,
+        metadata={"help": "in its place, passages: ours, BEIR's corpus.jsonl or DPR's psgs_w100.tsv (.gz or plain)"},
+    )
+    output_corpus: str | None = field(
+        default=None, metadata={"help": "the passages in our format; needed with --knowledge_file"}
+    )
+    config_name: str | None = field(default=None, metadata={"help": "of a dataset name, e.g. nq of facebook/kilt_tasks"})
+    split: str = field(default="validation", metadata={"help": "of a dataset name"})
+    match: Literal["title", "id"] = field(
+        default="title", metadata={"help": "how a passage that does not name its page belongs to one"}
+    )
+    words: int = field(default=100, metadata={"help": "of a passage that is cut from a page"})
+    max_other_pages: int | None = field(
+        default=None, metadata={"help": "keep all pages that are gold and so many of the others: a small corpus"}
+    )
+    triviaqa_file: str | None = field(default=None, metadata={"help": "TriviaQA's own JSON, for the questions"})
+    instruction: str | None = field(default=None, metadata={"help": "by default the paper's; may be empty"})
+
+
 def main():
     """Read the options and prepare the task."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", required=True, choices=TASKS, help="zsre is KILT's structured_zeroshot")
-    parser.add_argument("--input_file", required=True, help="questions: KILT's JSON Lines (.gz or plain) or a dataset name")
-    parser.add_argument("--config_name", help="of a dataset name, e.g. nq of facebook/kilt_tasks")
-    parser.add_argument("--split", default="validation", help="of a dataset name")
-    corpus = parser.add_mutually_exclusive_group(required=True)
-    corpus.add_argument("--knowledge_file", help="KILT's knowledge source: JSON Lines (.gz or plain), a page a line; it is cut into passages")
-    corpus.add_argument("--corpus_file", help="passages: ours, BEIR's corpus.jsonl or DPR's psgs_w100.tsv (.gz or plain)")
-    parser.add_argument("--output_file", required=True, help="evaluation instances, JSON Lines (.gz by the name)")
-    parser.add_argument("--output_corpus", help="the passages in our format; needed with --knowledge_file")
-    parser.add_argument("--match", choices=["title", "id"], default="title", help="how a passage that does not name its page belongs to one")
-    parser.add_argument("--words", type=int, default=100, help="of a passage that is cut from a page")
-    parser.add_argument("--max_other_pages", type=int, help="keep all pages that are gold and so many of the others: a small corpus")
-    parser.add_argument("--triviaqa_file", help="TriviaQA's own JSON, for the questions")
-    parser.add_argument("--instruction", help="by default the paper's; may be empty")
-    args = parser.parse_args()
+    (args,) = parse([KILTArguments], __doc__)
     with clear_errors():
-        print(table([(name, f"{count:>10,}") for name, count in prepare(args).items()]))
+        print(table_of_counts(prepare(args)))
 
 
 def prepare(args):
@@ -75,6 +93,8 @@ def prepare(args):
     Raises:
         `ValueError`: names file and line, what was found and what was expected; or says why nothing is left.
     """
+    if (args.knowledge_file is None) == (args.corpus_file is None):
+        raise ValueError("give either --knowledge_file or --corpus_file.")
     if args.knowledge_file and not args.output_corpus:
         raise ValueError("--knowledge_file is cut into passages: say where they go, --output_corpus.")
     if args.words < 1 or (args.max_other_pages or 0) < 0:
@@ -100,7 +120,7 @@ def prepare(args):
             counts["questions written"] += 1
         counts.update({**places, "gold passages": len(gold)})
         if not counts["questions written"]:
-            raise ValueError("No question is left.\n" + table([(name, f"{count:>10,}") for name, count in counts.items()]))
+            raise ValueError("No question is left.\n" + table_of_counts(counts))
     return counts
 
 

@@ -8,27 +8,37 @@ learns to find passages like the one it has. A keyword query is the title of a p
 be found: it keeps a retriever from forgetting, in favour of questions, that a query may be a name and a few words. Only passages with titles give one.
 """
 
-import argparse
 import random
 import re
+from dataclasses import dataclass, field
 
-from shared.cli import clear_errors, table
+from shared.cli import clear_errors, parse, table_of_counts
 
 from modeling_cosup.lines_cosup import writing_lines
 from trainer.data import load_instances
 
 
+@dataclass
+class RetrieverDataArguments:
+    """What is read, what is drawn, and what is written."""
+
+    train_file: str = field(metadata={"help": "training instances: JSON Lines (.gz or plain) or a dataset name"})
+    output_file: str = field(metadata={"help": "JSON Lines (.gz by the name)"})
+    num_questions: int | None = field(
+        default=None, metadata={"help": "how many of the questions, drawn at random; by default all"}
+    )
+    keyword_share: float = field(
+        default=0.25,
+        metadata={"help": "of keyword queries among all instances, as far as there are passages with titles"},
+    )
+    seed: int = field(default=0, metadata={"help": "of what is drawn"})
+
+
 def main():
     """Read the options and prepare the data set."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train_file", required=True, help="training instances: JSON Lines (.gz or plain) or a dataset name")
-    parser.add_argument("--output_file", required=True, help="JSON Lines (.gz by the name)")
-    parser.add_argument("--num_questions", type=int, help="how many of the questions, drawn at random; by default all")
-    parser.add_argument("--keyword_share", type=float, default=0.25, help="of keyword queries among all instances, as far as there are passages with titles")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    (args,) = parse([RetrieverDataArguments], __doc__)
     with clear_errors():
-        print(table([(name, f"{count:>10,}") for name, count in prepare(args).items()]))
+        print(table_of_counts(prepare(args)))
 
 
 def prepare(args):

@@ -25,12 +25,12 @@ what it retrieved; `--question_template "Question: {input}"` has Gen write the q
 What stands before "## Input:" in Self-RAG's instruction is the instruction, what stands behind it the input; without it, all of it is the input.
 """
 
-import argparse
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
-from shared.cli import clear_errors, table
+from shared.cli import clear_errors, parse, table
 
 from tqdm import tqdm
 
@@ -68,17 +68,35 @@ class Piece:
     support: str | None = None
 
 
+@dataclass
+class SelfRAGArguments:
+    """What is read, what is left out, and what is written."""
+
+    input_file: str = field(
+        metadata={"help": "JSON Lines with instruction, input and output (.gz or plain), or a dataset name"}
+    )
+    output_file: str = field(metadata={"help": "training instances, JSON Lines (.gz by the name)"})
+    output_corpus: str | None = field(default=None, metadata={"help": "also write their passages, each once"})
+    split: str = field(default="train", metadata={"help": "of a dataset name"})
+    filters: list[str] = field(
+        default_factory=lambda: list(FILTERS),
+        metadata={
+            "help": "which to apply; none: --filters without a name",
+            "choices": FILTERS,
+            "may_be_empty": True,
+        },
+    )
+    min_support: Literal["none", "partial", "full"] = field(
+        default="partial", metadata={"help": "lowest rating that the filter `unsupported` lets pass"}
+    )
+    question_template: str = field(
+        default="", metadata={"help": 'e.g. "Question: {input}": written before each [NSP]'}
+    )
+
+
 def main():
     """Read the options and prepare the instances."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input_file", required=True, help="JSON Lines with instruction, input and output (.gz or plain), or a dataset name")
-    parser.add_argument("--split", default="train", help="of a dataset name")
-    parser.add_argument("--output_file", required=True, help="training instances, JSON Lines (.gz by the name)")
-    parser.add_argument("--output_corpus", help="also write their passages, each once")
-    parser.add_argument("--filters", nargs="*", choices=FILTERS, default=list(FILTERS), help="which to apply; none: --filters without a name")
-    parser.add_argument("--min_support", choices=list(MIN_SUPPORT), default="partial", help="lowest rating that the filter `unsupported` lets pass")
-    parser.add_argument("--question_template", default="", help='e.g. "Question: {input}": written before each [NSP]')
-    args = parser.parse_args()
+    (args,) = parse([SelfRAGArguments], __doc__)
     with clear_errors():
         counts, damaged = prepare(args)
         print(report(counts))

@@ -12,58 +12,21 @@ A config may hold any option, and `tasks`, a list of such entries (options of th
 Several processes share the questions. After a crash the same command (with as many processes) goes on; a corpus is embedded once, and kept in `--index_cache`.
 """
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from shared.cli import clear_errors, parse, table
 
 import torch
-from build_index import processes
 
 from modeling_cosup import CoSupConfig, CoSupForCausalLM
 from trainer.card import add_results, evaluation_groups
-from trainer.judging.grounding import HYPOTHESIS
 from trainer.judging.judge import command_line, evaluate_tasks
 from trainer.judging.scoring import COUNTS, METRICS
 from trainer.judging.tasks import read_tasks
 from trainer.reports.evaluation import write_report
 
-TASK_OPTIONS = ("corpus_file", "index", "split", "pool", "gold_in_pool", "metric", "max_eval_samples", "max_new_tokens", "top_k", "max_retrievals")
-
-
-@dataclass
-class EvaluationArguments:
-    """Which model is judged, on what, and how."""
-
-    model: str = field(metadata={"help": "Name or path of a CoSup checkpoint."})
-    output_dir: str = field(metadata={"help": "Results folder."})
-    tasks: str | None = field(default=None, metadata={"help": "In a config: a list of tasks; see above."})
-    eval_file: str | None = field(default=None, metadata={"help": "Questions of a single task: JSON Lines (.gz) or a dataset name."})
-    corpus_file: str | None = field(default=None, metadata={"help": "Passages to embed: JSON Lines (.gz), Parquet or a dataset name."})
-    index: str | None = field(default=None, metadata={"help": "Name or path of an index of the model, in place of a corpus."})
-    split: str | None = field(default=None, metadata={"help": "in-domain or out-of-domain, for the averages."})
-    pool: str | None = field(default=None, metadata={"help": "full (default): search the whole index; a number: so many candidates of each question."})
-    gold_in_pool: bool | None = field(default=None, metadata={"help": "Gold candidates are always in the pool (default); false: the first ones as they are."})
-    metric: str | None = field(default=None, metadata={"help": "What Cor is; defaults to that of the questions' dataset."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Ask only the first questions of each task."})
-    max_new_tokens: int | None = field(default=None, metadata={"help": "Decoded tokens per answer; defaults to 64."})
-    top_k: int | None = field(default=None, metadata={"help": "Passages for each retrieval; defaults to 1."})
-    max_retrievals: int | None = field(default=None, metadata={"help": "Per answer; defaults to no limit."})
-    modes: list[str] = field(
-        default_factory=lambda: ["retrieval", "gold", "off"], metadata={"help": "Any of retrieval, gold, off, forced and wrong; query: generate nothing."}
-    )
-    index_cache: str | None = field(default=None, metadata={"help": "Folder of embedded corpora, for all runs that name it; defaults to OUTPUT_DIR/indexes."})
-    nli_model: str | None = field(default=None, metadata={"help": "NLI model for Gr, citations and FEVER, e.g. google/t5_xxl_true_nli_mixture."})
-    gr_hypothesis: str = field(
-        default=HYPOTHESIS, metadata={"help": "How the NLI model reads a sentence for Gr; '{question} {sentence}' for answers of a few words."}
-    )
-    update_card: bool = field(default=False, metadata={"help": "Also write the main figures to the card of the checkpoint, which must be a folder."})
-    nli_batch_size: int = field(default=32, metadata={"help": "Pairs at once."})
-    batch_size: int = field(default=32, metadata={"help": "Questions at once."})
-    dtype: str = field(default="auto", metadata={"help": "Dtype of the model's weights, e.g. bfloat16 on a GPU."})
-    num_examples: int = field(default=3, metadata={"help": "Answers of each task that the report shows."})
-    num_threads: int | None = field(default=None, metadata={"help": "Threads of a process on a CPU."})
-    seed: int = field(default=0, metadata={"help": "Of the passages of mode wrong."})
+from shared.arguments import TASK_OPTIONS, EvaluationArguments
+from shared.processes import end_processes, processes
 
 
 def main():
@@ -87,9 +50,7 @@ def main():
             if args.update_card and not add_results(args.model, evaluation_groups(results)):
                 print(f"{args.model}/README.md is not a card of this package's making and stays as it is; push_to_hub makes one with the figures.")
             print_figures(results, args.output_dir)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    end_processes()
 
 
 def list_tasks(args):

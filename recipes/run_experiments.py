@@ -26,10 +26,6 @@ from pathlib import Path
 from shared.cli import clear_errors, parse
 
 import yaml
-from prepare_quickstart import prepare
-from prepare_quickstart_models import prepare_models
-from prepare_quickstart_tasks import prepare_tasks
-from run_evaluation import TASK_OPTIONS
 
 from modeling_cosup.files_cosup import read_json, write_json
 from trainer.reports.experiment import write_experiment_report
@@ -39,6 +35,15 @@ from trainer.watch import last_complete_checkpoint
 from experiments.definition import NOT_OPTIONS, ROOT, WORLD_FILES, evaluation_key, key_of, load_experiment, scoring
 from experiments.launching import Failed, hardware, launch, locked_folder, say, training_facts
 from experiments.task_files import cut_corpora, cut_to_pools, digest_of_content, expand_tasks
+from shared.arguments import TASK_OPTIONS
+from shared.quickstart import (
+    EncoderArguments,
+    TaskArguments,
+    WorldArguments,
+    prepare_encoders,
+    prepare_tasks,
+    prepare_world,
+)
 
 
 @dataclass
@@ -48,7 +53,10 @@ class RunnerArguments:
     experiment: str = field(metadata={"help": "YAML file; recipes/experiments holds those of the paper."})
     output_dir: str = field(metadata={"help": "Folder of the report."})
     cache_dir: str | None = field(default=None, metadata={"help": "Worlds, models, indexes and evaluations, for all experiments that name it."})
-    override: list[str] = field(default_factory=list, metadata={"help": "key=value ...: fields of the file, or options of train.py for all arms."})
+    override: list[str] = field(
+        default_factory=list,
+        metadata={"help": "key=value ...: fields of the file, or options of train.py for all arms.", "action": "extend"},
+    )
     seeds: str | None = field(default=None, metadata={"help": "In place of the file's, e.g. 0,1."})
     only: list[str] | None = field(default=None, metadata={"help": "Run these arms alone; the report holds whatever is there."})
     dry_run: bool = field(default=False, metadata={"help": "Say what would be run, and do nothing."})
@@ -76,7 +84,7 @@ class Run:
 
 def main():
     """Plan, run, report. Ends with 1 when an arm failed."""
-    (args,) = parse([RunnerArguments], __doc__, gather_overrides(sys.argv[1:]))
+    (args,) = parse([RunnerArguments], __doc__)
     with clear_errors():
         experiment = load_experiment(args.experiment, args.override)
         if args.seeds:
@@ -101,18 +109,6 @@ def main():
             say(run, f"FAILED: {failure}")
     report(experiment, runs, notes, args)
     sys.exit(1 if any(run.failure for run in runs) else 0)
-
-
-def gather_overrides(argv):
-    """The command line with all that stands behind any `--override` behind one: argparse would keep the last one alone."""
-    kept, overrides, taking = [], [], False
-    for word in argv:
-        taking = word == "--override" or (taking and not word.startswith("--"))
-        if word.startswith("--override="):
-            overrides.append(word.partition("=")[2])
-        elif word != "--override":
-            (overrides if taking else kept).append(word)
-    return [*kept, "--override", *overrides] if overrides else kept
 
 
 # ---------------------------------------------------------------------- planning
@@ -143,15 +139,15 @@ def make_world(experiment, seed, cache, places, needs_models):
     """The world of a seed: files for options that are not given, and tasks unless there are others. `places` gets its folders."""
     folder = cache / "worlds" / f"seed-{seed}"
     with locked_folder(folder):
-        paths = prepare(str(folder / "world"), seed=seed, **experiment.world_options)
         places["world"] = str(folder / "world")
+        paths = prepare_world(WorldArguments(places["world"], seed=seed, **experiment.world_options))
         tasks = experiment.tasks
         if tasks is None:
-            made = prepare_tasks(places["world"], str(folder / "tasks"), seed=seed, **experiment.task_options)
-            tasks = [{"name": name, **task} for name, task in made.items()]
+            task_args = TaskArguments(places["world"], str(folder / "tasks"), seed=seed, **experiment.task_options)
+            tasks = [{"name": name, **task} for name, task in prepare_tasks(task_args).items()]
         if needs_models:
-            prepare_models(places["world"], str(folder / "models"), seed=seed, **experiment.model_options)
             places["models"] = str(folder / "models")
+            prepare_encoders(EncoderArguments(places["world"], places["models"], seed=seed, **experiment.model_options))
     return {name: paths[name.removesuffix("_file")] for name in WORLD_FILES}, tasks
 
 

@@ -10,12 +10,10 @@ with `-index` behind it.
 """
 
 import gc
-import importlib
 import json
 import os
 import sys
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from shared.cli import clear_errors, parse, table
@@ -34,54 +32,11 @@ from trainer.judging.grounding import k_precision
 from trainer.judging.intervals import Mean
 from trainer.judging.matching import provenance_unknown
 
+from shared.arguments import ScriptArguments
+from shared.processes import end_processes
+from shared.quickstart import WorldArguments, prepare_world
+
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
-
-
-@dataclass
-class ScriptArguments:
-    """What is trained, on what, and what is measured. Training itself: `CoSupTrainingArguments`."""
-
-    gen: str | None = field(default=None, metadata={"help": "Name or path of Gen (AutoModelForCausalLM)."})
-    emb_seq: str | None = field(default=None, metadata={"help": "Name or path of Emb_seq (AutoModel); defaults to a copy of Gen."})
-    model_name_or_path: str | None = field(default=None, metadata={"help": "A CoSup checkpoint to go on training, instead of --gen."})
-    dtype: str = field(default="float32", metadata={"help": "Dtype of the weights."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
-    similarity: str = field(default="cosine", metadata={"help": "cosine or dot (the paper)."})
-    temperature: float | None = field(default=None, metadata={"help": "Of the NSP loss; 0.05 for cosine, 1.0 for dot."})
-    nsp_loss_weight: float | None = field(default=None, metadata={"help": "λ; 1.0 for cosine, 0.01 for dot."})
-    query_from: str | None = field(
-        default=None,
-        metadata={"help": "gen (the method), emb_seq or query_encoder (the paper's baseline); defaults to emb_seq with --supervision separate."},
-    )
-    query_encoder: str | None = field(default=None, metadata={"help": "With --query_from query_encoder: its name or path; defaults to Emb_seq's."})
-    emb_seq_pooling: str = field(default="eos", metadata={"help": "eos (the paper), lasttoken, mean or cls."})
-    passage_template: str = field(default="{title} :: {text}", metadata={"help": "How a passage reads."})
-    max_passage_length: int = field(default=256, metadata={"help": "Tokens of a passage."})
-    nsp_token: str = field(default="[NSP]", metadata={"help": "String of the token that retrieves."})
-    cs_token: str = field(default="[Cs]", metadata={"help": "String of the token that opens grounded text."})
-    ce_token: str = field(default="[CE]", metadata={"help": "String of the token that closes grounded text."})
-    use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters of both models (and the control tokens' rows) alone."})
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout of the adapters."})
-    lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Modules that get adapters; defaults to every linear layer."})
-    train_file: str | None = field(default=None, metadata={"help": "Training instances: JSON Lines (.gz) or a dataset name."})
-    validation_file: str | None = field(default=None, metadata={"help": "Held-out instances in the same format, for eval_loss and eval_recall@k."})
-    corpus_file: str | None = field(default=None, metadata={"help": "Passages to index: JSON Lines (.gz) or a dataset name."})
-    eval_file: str | None = field(default=None, metadata={"help": "Questions with answers and provenance: JSON Lines (.gz) or a dataset name."})
-    eval_before_training: bool = field(default=False, metadata={"help": "Also measure held-out NTP loss and recall before training."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first training instances."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first evaluation instances."})
-    max_new_tokens: int = field(default=64, metadata={"help": "Decoded tokens per answer."})
-    num_examples: int = field(default=4, metadata={"help": "Answers to print with their passages."})
-    license: str | None = field(default=None, metadata={"help": "Identifier of the checkpoint's licence, for its card; the card says unknown otherwise."})
-    corpus_license: str | None = field(default=None, metadata={"help": "The same of the corpus, for the card of the index."})
-    push_index: bool = field(
-        default=False, metadata={"help": "With --push_to_hub, also publish the index, passages included: the dataset repository hub_model_id + '-index'."}
-    )
-    num_threads: int | None = field(default=None, metadata={"help": "Threads of a single process on a CPU; defaults to all cores."})
-    prepare: str | None = field(default=None, metadata={"help": "Make the data first: the name behind recipes/prepare_*.py, e.g. quickstart."})
-    prepare_options: str = field(default="{}", metadata={"help": "JSON object of arguments for it."})
 
 
 def main():
@@ -90,9 +45,7 @@ def main():
     model, corpus, questions, results = train(script, args)
     main_process = args.process_index == 0
     gc.collect()  # the trainer first: the last owner of a gloo group can deadlock as it goes
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    end_processes()
     if main_process:
         if model is None:  # its weights were shards
             model = CoSupForCausalLM.from_pretrained(args.output_dir).to(args.device)
@@ -205,10 +158,11 @@ def check_output_dir(output_dir):
 
 
 def prepare(script, args):
-    """Make data and models through `recipes/prepare_<name>.py`, on one process; its paths fill the options that were not given."""
-    options = {"seed": args.seed, **json.loads(script.prepare_options)}
+    """Make the quickstart's world on one process; its paths fill the options that were not given."""
+    settings = {"seed": args.seed, **json.loads(script.prepare_options)}
+    world = WorldArguments(str(Path(args.output_dir) / "world"), **settings)
     with args.main_process_first(desc="prepare", local=False):
-        paths = importlib.import_module(f"prepare_{script.prepare}").prepare(str(Path(args.output_dir) / "world"), **options)
+        paths = prepare_world(world)
     for name in ("gen", "emb_seq", "train_file", "validation_file", "corpus_file", "eval_file"):
         if getattr(script, name) is None:
             setattr(script, name, paths[name.removesuffix("_file")])

@@ -6,6 +6,8 @@ import torch
 from support.models import PASSAGES, make_model, make_tokenizer
 from support.recipes import write_inputs
 
+pytest_plugins = ["support.hub_server", "support.milvus_server"]  # their fixtures: `hub` and `milvus_server`
+
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
 
 

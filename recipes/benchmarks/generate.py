@@ -21,7 +21,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, for `shared`
 
-from measuring import GB, Arm, Clock, TimedIndex, describe, print_table, show, spread, take_turns
 from shared.cli import clear_errors, parse
 
 import faiss
@@ -32,6 +31,7 @@ from transformers import DynamicCache, LogitsProcessorList, set_seed
 from modeling_cosup import RetrievalConfig
 from modeling_cosup.files_cosup import write_json
 
+from measuring import GB, Arm, Clock, TimedIndex, describe, print_table, show, spread, take_turns
 from random_world import SHAPES, Ends, World
 
 
@@ -144,7 +144,9 @@ def part_1(world, script):
         pools = [index.get_passages(index.rows_of(ids)) for ids in candidates[: script.original_rows]]
         embeds = [world.embed(pool) for pool in pools]
 
-        def original(rows=list(zip(prompts, plan, pools, embeds, strict=False))):  # noqa: B006, B008  (it ends with the shortest)
+        timed = list(zip(prompts, plan, pools, embeds, strict=False))  # ends with the shortest: the first `original_rows`
+
+        def original(rows=timed):
             return [original_generate(world, *row) for row in rows]
 
         def ours(prompts=prompts, candidates=candidates):

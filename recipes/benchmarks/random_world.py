@@ -3,8 +3,6 @@
 import random
 import string
 
-from measuring import Meter
-
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -20,6 +18,8 @@ from transformers import (
 
 from modeling_cosup import CoSupForCausalLM, RetrievalConfig
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, pad_rows
+
+from measuring import Meter
 
 SHAPES = {
     "tiny": {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},

@@ -11,7 +11,6 @@ Prints tables and writes `--output_file`.
 """
 
 import contextlib
-import importlib
 import itertools
 import random
 import statistics
@@ -22,7 +21,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, for `shared`
 
-from measuring import GB, Meter, describe, print_table
 from shared.cli import parse
 
 import torch
@@ -34,6 +32,9 @@ from modeling_cosup.files_cosup import write_json
 from modeling_cosup.loss_cosup import chunked_cross_entropy
 from modeling_cosup.tokenization_cosup import pad_rows
 from trainer import CoSupTrainer, CoSupTrainingArguments, load_instances
+
+from measuring import GB, Meter, describe, print_table
+from shared.quickstart import WorldArguments, prepare_world
 
 PEAK_FLOPS = {"NVIDIA H200": 989e12, "NVIDIA H100": 989e12, "NVIDIA A100": 312e12}  # dense bf16
 
@@ -386,8 +387,9 @@ def mean_losses(trainer, steps=50):
 
 def section_defaults(script, folder):
     """The paper's optimiser and similarity, and the modern ones, one change at a time, on the quickstart's world; held-out losses and recall."""
-    options = {"seed": script.seed, "num_train_instances": 64 * script.defaults_steps // 3}  # three epochs, as in the paper
-    paths, results = importlib.import_module("prepare_quickstart").prepare(str(Path(folder) / "world"), **options), {}
+    num_instances = 64 * script.defaults_steps // 3  # three epochs, as in the paper
+    world = WorldArguments(str(Path(folder) / "world"), seed=script.seed, num_train_instances=num_instances)
+    paths, results = prepare_world(world), {}
     paper = {"lr_decay_per_epoch": 0.85, "clip_gen_only": True, "weight_decay": 0.0}
     modern = {"lr_scheduler_type": "cosine", "warmup_steps": 50, "weight_decay": 0.01}
     arms = {

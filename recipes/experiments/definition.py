@@ -22,14 +22,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import yaml
-from run_evaluation import TASK_OPTIONS, EvaluationArguments
-from train import ScriptArguments
 
 from modeling_cosup.configuration_cosup import SIMILARITY_DEFAULTS
 from modeling_cosup.files_cosup import digest
 from trainer import CoSupTrainingArguments
 
 from experiments.task_files import digest_of_content, expand_tasks
+from shared.arguments import TASK_OPTIONS, EvaluationArguments, ScriptArguments
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_OPTIONS = {"prepare", "prepare_options", "output_dir", "seed", "eval_file", "corpus_file"}  # data, folders and seeds are the runner's business
@@ -74,7 +73,7 @@ class Experiment:
 
     @property
     def modes(self):
-        """What the answers of a model may retrieve, see `trainer.evaluation.retrieval_settings`."""
+        """What the answers of a model may retrieve, see `trainer.judging.answers.retrieval_settings`."""
         return ["off" if mode is False else mode for mode in self.evaluation.get("modes") or ["retrieval"]]  # YAML reads `off` so
 
 

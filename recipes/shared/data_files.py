@@ -5,16 +5,19 @@ import gzip
 import io
 import sys
 import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 from modeling_cosup.files_cosup import read_json
 from modeling_cosup.passages_cosup import check_text, check_title_and_text, read_corpus
 
 INSTRUCTIONS = Path(__file__).with_name("instructions.json")
 TSV_ENDINGS = (".tsv", ".tsv.gz")
+T = TypeVar("T")
 
 
-def read_tsv(path, columns):
+def read_tsv(path: str | Path, columns: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """
     Rows of a file of tab-separated values with a header, `.gz` or plain; values may be quoted as in CSV.
 
@@ -46,7 +49,7 @@ def read_tsv(path, columns):
             raise ValueError(f"{path} is damaged behind line {rows.line_num}: {error}") from None
 
 
-def read_passages(source):
+def read_passages(source: str | Path | Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     Passages of a corpus, one at a time: our JSON Lines or Parquet, BEIR's `corpus.jsonl` (`_id`), or DPR's `psgs_w100.tsv` (`id`, `text`, `title`).
 
@@ -67,7 +70,7 @@ def read_passages(source):
         yield where, passage | {name: value[name] for name in ("wikipedia_id", "start_paragraph_id", "end_paragraph_id") if name in value}
 
 
-def instruction_of(dataset, given):
+def instruction_of(dataset: str, given: str | None) -> str:
     """
     The instruction of a dataset: what was given as `--instruction`, else the paper's.
 
@@ -82,6 +85,6 @@ def instruction_of(dataset, given):
     return known[dataset]
 
 
-def distinct(values):
+def distinct(values: Iterable[T]) -> list[T]:
     """Values in order, each once."""
     return list(dict.fromkeys(values))

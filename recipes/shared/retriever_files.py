@@ -3,12 +3,14 @@
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from modeling_cosup import CoSupForCausalLM
 from modeling_cosup.files_cosup import read_json
 from modeling_cosup.tokenization_cosup import bos_and_eos, encode_passages_for_emb_seq, pad_rows, render_passage
 
@@ -32,14 +34,14 @@ class Retriever:
         is_sentence_transformers (`bool`): whether files of sentence-transformers said so.
     """
 
-    settings: dict
-    tokenizer: object
+    settings: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase
     subfolder: str = ""
     head: torch.Tensor | None = None
     is_sentence_transformers: bool = False
 
 
-def read_retriever(name, args):
+def read_retriever(name: str, args: Any) -> Retriever:
     """
     Settings of a retriever, from its files and, where they say nothing, from the options.
 
@@ -66,12 +68,12 @@ def read_retriever(name, args):
     tokenizer = AutoTokenizer.from_pretrained(name, subfolder=subfolder)
     if facts.pop("do_lower_case", False) and tokenizer("A")["input_ids"] != tokenizer("a")["input_ids"]:
         raise ValueError(f"{name}: sentence_bert_config.json says do_lower_case, and the tokenizer itself does not do it; not supported.")
-    before, behind = set_added_tokens(tokenizer, name)
+    before, after = set_added_tokens(tokenizer, name)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 512
     longest = longest or min(tokenizer.model_max_length, positions)
     tokenizer.model_max_length = longest
-    facts |= {"emb_seq_add_bos_token": bool(before), "emb_seq_add_eos_token": bool(behind)}
-    facts["max_passage_length"] = args.max_passage_length or longest - len(before) - len(behind)
+    facts |= {"emb_seq_add_bos_token": bool(before), "emb_seq_add_eos_token": bool(after)}
+    facts["max_passage_length"] = args.max_passage_length or longest - len(before) - len(after)
     for option in ("passage_template", "passage_prompt", "query_prompt"):
         if getattr(args, option) is not None:
             facts[option] = getattr(args, option)
@@ -80,28 +82,28 @@ def read_retriever(name, args):
     return Retriever(facts, tokenizer, subfolder, head, modules is not None)
 
 
-def set_added_tokens(tokenizer, name):
+def set_added_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[list[int], list[int]]:
     """
-    What the tokenizer puts before and behind a text, as two lists of at most one id; they become its BOS and EOS, if they are not.
+    What the tokenizer puts before and after a text, as two lists of at most one id; they become its BOS and EOS, if they are not.
 
     Raises:
         `ValueError`: when it puts more there.
     """
     text, whole = tokenizer("retrieval", add_special_tokens=False)["input_ids"], tokenizer("retrieval")["input_ids"]
     start = next((i for i in range(len(whole)) if whole[i : i + len(text)] == text), None)
-    before, behind = (whole, []) if start is None else (whole[:start], whole[start + len(text) :])
-    if max(len(before), len(behind)) > 1:
+    before, after = (whole, []) if start is None else (whole[:start], whole[start + len(text) :])
+    if max(len(before), len(after)) > 1:
         raise ValueError(f"The tokenizer of {name} makes {tokenizer.convert_ids_to_tokens(whole)} of 'retrieval'; expected at most one token on either side.")
-    for ids, own, token in zip((before, behind), bos_and_eos(tokenizer), ("bos_token", "eos_token"), strict=True):
+    for ids, own, token in zip((before, after), bos_and_eos(tokenizer), ("bos_token", "eos_token"), strict=True):
         if ids and ids != own:
             setattr(tokenizer, token, tokenizer.convert_ids_to_tokens(ids[0]))
-    return before, behind
+    return before, after
 
 
 # ---------------------------------------------------------------------- sentence-transformers
 
 
-def read_modules(name, modules, allow_pytorch_bin):
+def read_modules(name: str, modules: list[dict[str, Any]], allow_pytorch_bin: bool) -> dict[str, Any]:
     """
     What the modules of a sentence-transformers retriever do, as fields of `CoSupConfig` and of [`Retriever`].
 
@@ -132,14 +134,14 @@ def read_modules(name, modules, allow_pytorch_bin):
     }
 
 
-def safe_path(name, path):
+def safe_path(name: str, path: str) -> str:
     """`path` of a module as a prefix of file names: empty, or with a slash at its end."""
     if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
         raise ValueError(f"{name}: modules.json leads out of the folder, to {path!r}.")
     return f"{path}/" if path else ""
 
 
-def read_pooling(name, file):
+def read_pooling(name: str, file: str) -> str:
     """The one pooling mode of a Pooling module, by CoSup's name."""
     config = read_settings(name, file) or {}
     modes = config.get("pooling_mode", [key.removeprefix("pooling_mode_") for key, on in config.items() if key.startswith("pooling_mode_") and on])
@@ -151,7 +153,7 @@ def read_pooling(name, file):
     return POOLINGS[modes[0]]
 
 
-def read_dense(name, path, allow_pytorch_bin):
+def read_dense(name: str, path: str, allow_pytorch_bin: bool) -> torch.Tensor:
     """The weight `(h, h_emb)` of a Dense module that is a linear map and nothing else."""
     config = read_settings(name, f"{path}config.json") or {}
     activation = config.get("activation_function", "Tanh").rpartition(".")[2]
@@ -167,7 +169,7 @@ def read_dense(name, path, allow_pytorch_bin):
     return torch.load(file, map_location="cpu", weights_only=True)["linear.weight"]
 
 
-def read_prompts(options):
+def read_prompts(options: dict[str, Any]) -> dict[str, str]:
     """Prompts of passages and queries, and the template of a folder that CoSup wrote."""
     prompts = options.get("prompts") or {}
     default = prompts.get(options.get("default_prompt_name")) or ""
@@ -177,7 +179,7 @@ def read_prompts(options):
     return found if template is None else {**found, "passage_template": template}
 
 
-def find_file(name, file):
+def find_file(name: str, file: str) -> Path | None:
     """Path of a file of a folder or repository, or `None`."""
     if Path(name).is_dir():
         path = Path(name) / file
@@ -191,7 +193,7 @@ def find_file(name, file):
         return None
 
 
-def read_settings(name, file):
+def read_settings(name: str, file: str) -> Any:
     """A JSON file of a folder or repository, or `None` where there is none."""
     path = find_file(name, file)
     if path is None:
@@ -206,7 +208,7 @@ def read_settings(name, file):
 
 
 @torch.no_grad()
-def compare(model, name, own_head):
+def compare(model: CoSupForCausalLM, name: str, own_head: bool) -> None:
     """
     Compare embeddings of a few passages with those of sentence-transformers, where it is installed.
 

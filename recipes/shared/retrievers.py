@@ -6,9 +6,11 @@ Encoded corpora are kept under `index_dir`, by the content of model and passages
 
 import hashlib
 import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
-from modeling_cosup import CoSupConfig, CoSupForCausalLM
+from modeling_cosup import CoSupConfig, CoSupForCausalLM, PassageIndex
 from modeling_cosup.files_cosup import digest, digest_all
 from modeling_cosup.index_files_cosup import map_tensors, read, write_tensors
 from modeling_cosup.index_search_cosup import DeviceSearch, ExactSearch
@@ -28,7 +30,7 @@ SHARD_SIZE = 32768  # passages that are encoded, and lost when the process dies
 SORTED = 2048  # that are sorted by length, and encoded between two steps of the progress bar
 
 
-def is_cosup(name):
+def is_cosup(name: str) -> bool:
     """Whether a name or path is a CoSup checkpoint, by its config; sentence-transformers models may have none."""
     try:
         return PretrainedConfig.get_config_dict(name)[0].get("model_type") == "cosup"
@@ -47,7 +49,7 @@ class CoSupRetriever:
         `ValueError`, `FileNotFoundError`: for a corpus or an index that cannot be used.
     """
 
-    def __init__(self, args):
+    def __init__(self, args: Any) -> None:
         self.batch_size = args.batch_size
         own_queries = CoSupConfig.from_pretrained(args.model).query_from == "gen"  # then Emb_seq has nothing to do where the index is there
         load_emb_seq = args.index is None or not own_queries
@@ -56,7 +58,7 @@ class CoSupRetriever:
         if args.device != "cpu":
             self.index.to(args.device)
 
-    def build(self, corpus_file, index_dir):
+    def build(self, corpus_file: str, index_dir: str | None) -> PassageIndex:
         """The index of a corpus; under `index_dir` it is found again by the content of corpus and model."""
         if index_dir is None:
             return self.model.build_index(corpus_file, batch_size=self.batch_size)
@@ -68,10 +70,10 @@ class CoSupRetriever:
         folder.parent.mkdir(parents=True, exist_ok=True)
         return self.model.build_index(corpus_file, save_directory=folder, batch_size=self.batch_size)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.index)
 
-    def find(self, ids):
+    def find(self, ids: Iterable[str]) -> list[int]:
         """Rows of ids, -1 where there is none."""
         rows = []
         for id in ids:
@@ -81,19 +83,19 @@ class CoSupRetriever:
                 rows.append(-1)
         return rows
 
-    def ids_of(self, rows):
+    def ids_of(self, rows: Iterable[int]) -> list[str]:
         """Ids of rows, `list[str]`."""
         return [passage["id"] for passage in self.index.get_passages(rows)]
 
-    def embed_queries(self, instances):
+    def embed_queries(self, instances: list[dict[str, Any]]) -> torch.Tensor:
         """Query embeddings, `torch.FloatTensor` of shape `(N, h)`."""
         return embed_queries(self.model, instances, self.batch_size)
 
-    def search(self, queries, k):
+    def search(self, queries: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
         """`(scores, rows)`, `numpy.ndarray` of shape `(N, k)`, best first, of the whole corpus."""
         return self.index.search(queries, k)
 
-    def scores(self, query, rows):
+    def scores(self, query: torch.Tensor, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Scores of rows for one query, `numpy.ndarray`."""
         return self.index.get_embeddings(rows) @ query.numpy()
 
@@ -104,7 +106,7 @@ class Block:
 
     embeddings: torch.Tensor
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.embeddings)
 
 
@@ -120,7 +122,7 @@ class SentenceRetriever:
         `OSError`: for a model that cannot be loaded.
     """
 
-    def __init__(self, args):
+    def __init__(self, args: Any) -> None:
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError:
@@ -141,7 +143,7 @@ class SentenceRetriever:
         self.exact = ExactSearch(blocks)
         self.searcher = self.exact if args.device == "cpu" else DeviceSearch(blocks, args.device)
 
-    def read(self, corpus_file):
+    def read(self, corpus_file: str) -> Iterator[dict[str, str]]:
         """Passages of the corpus, one at a time; their ids are kept."""
         for where, passage in checked_passages(read_corpus(corpus_file)):
             if passage["id"] in self.rows:
@@ -150,7 +152,7 @@ class SentenceRetriever:
             self.ids.append(passage["id"])
             yield passage
 
-    def fingerprint(self):
+    def fingerprint(self) -> str:
         """What decides an embedding: weights, tokenizer, modules, prompts and template; hex `str`."""
         total = hashlib.sha256(repr((str(self.model), self.model.prompts, self.model.default_prompt_name, self.model.max_seq_length)).encode())
         total.update(repr((self.template, self.model.similarity_fn_name, sorted(self.model.tokenizer.get_vocab().items()))).encode())
@@ -159,7 +161,7 @@ class SentenceRetriever:
             total.update(weights.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return total.hexdigest()[:16]
 
-    def encode_shard(self, passages, folder, bar):
+    def encode_shard(self, passages: list[dict[str, str]], folder: Path | None, bar: tqdm) -> torch.Tensor:
         """Embeddings of passages, `torch.FloatTensor` of shape `(n, h)`; those that are kept in `folder` are not made again."""
         path = None if folder is None else folder / f"{digest_all(passages)[:16]}.safetensors"
         if path is None or not path.exists():
@@ -178,31 +180,31 @@ class SentenceRetriever:
             bar.update(len(passages))
         return embeddings if path is None else read(path, map_tensors)["embeddings"]
 
-    def normalized(self, embeddings):
+    def normalized(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Float32 on the CPU; of unit length where the model compares by the cosine."""
         embeddings = embeddings.float().cpu()
         return F.normalize(embeddings, dim=-1) if self.model.similarity_fn_name == "cosine" else embeddings
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.ids)
 
-    def find(self, ids):
+    def find(self, ids: Iterable[str]) -> list[int]:
         """Rows of ids, -1 where there is none."""
         return [self.rows.get(id, -1) for id in ids]
 
-    def ids_of(self, rows):
+    def ids_of(self, rows: Iterable[int]) -> list[str]:
         """Ids of rows, `list[str]`."""
         return [self.ids[row] for row in rows]
 
-    def embed_queries(self, instances):
+    def embed_queries(self, instances: list[dict[str, Any]]) -> torch.Tensor:
         """Query embeddings, `torch.FloatTensor` of shape `(N, h)`: of the inputs alone, without instructions."""
         texts = [re.sub(r"\s*\[SEP\]\s*", " ", instance["input"]) for instance in instances]
         return self.normalized(self.model.encode_query(texts, batch_size=self.batch_size, convert_to_tensor=True, show_progress_bar=True))
 
-    def search(self, queries, k):
+    def search(self, queries: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
         """`(scores, rows)`, `numpy.ndarray` of shape `(N, k)`, best first, of the whole corpus."""
         return self.searcher.search(queries, k)
 
-    def scores(self, query, rows):
+    def scores(self, query: torch.Tensor, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Scores of rows for one query, `numpy.ndarray`."""
         return (self.exact.gather(np.asarray(rows, np.int64)) @ query).numpy()

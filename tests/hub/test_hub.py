@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -140,12 +141,7 @@ print(json.dumps([HfApi().list_repo_files(repo, repo_type=kind), open(hf_hub_dow
 
 def test_whatever_was_pushed_loads_and_answers_the_same_without_this_package(published, models, inputs, tmp_path):
     hub, commits = published
-    try:
-        import bitsandbytes  # noqa: F401
-
-        bits = [8, 4]
-    except ImportError:
-        bits = []
+    bits = [8, 4] if find_spec("bitsandbytes") else []
     settings = {"all": True, "commit": commits["plain"], "index_commit": commits["two_tokenizers_index"], "bits": bits}
     results = hub.run(LOAD, job(inputs, **settings), package=False, home=tmp_path / "home")
     for name in ("plain", "AutoModel", "code_revision", "eager", "auto", "disk"):

@@ -1,5 +1,4 @@
 """The test Hub against the genuine huggingface_hub client: what is pushed comes back, and nothing half done is ever seen."""
-# ruff: noqa: F811 (the fixture `hub` is imported)
 
 import base64
 import hashlib
@@ -11,7 +10,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from support.hub_server import Hub, hub, hub_server  # noqa: F401
+from support.hub_server import Hub, hub_server
 
 CLIENT = """
 import json, os, sys

@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def hub(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(hub, inputs, tmp_path_factory):  # noqa: F811
+def trained(hub, inputs, tmp_path_factory):
     """What `recipes/train.py --push_to_hub true` leaves here, all that it said, and the files of the repository."""
     output = tmp_path_factory.mktemp("trained") / "out"
     extra = ["--push_to_hub", "true", "--hub_model_id", "tester/trained", "--hub_token", TOKEN, "--license", "apache-2.0"]
@@ -102,9 +103,7 @@ def test_the_card_says_what_was_trained_and_measured(trained):
     assert 'model.load_index("tester/trained-index")' in card and '"content": "question 0?"' in card
     facts = json.loads((output / "training_facts.json").read_text())
     assert [entry["step"] for entry in facts["training"]["log"]] == [1, 2, 3, 4]
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
+    if find_spec("matplotlib") is None:
         assert "loss_curves.png" not in card
     else:
         assert "![Loss curves](loss_curves.png)" in card and (output / "loss_curves.png").read_bytes().startswith(b"\x89PNG") and "loss_curves.png" in names
@@ -123,7 +122,7 @@ def test_resume_states_data_and_secrets_stay_here(hub, trained):
     assert not [path for path in Path(folder).rglob("*") if path.is_file() and any(place in path.read_bytes() for place in ours)]
 
 
-def test_a_card_without_a_hub_describes_the_folder(inputs, tmp_path, monkeypatch):  # noqa: F811
+def test_a_card_without_a_hub_describes_the_folder(inputs, tmp_path, monkeypatch):
 
     monkeypatch.setattr("sys.argv", ["train.py", *options(inputs, tmp_path / "out", "--logging_steps", "1")])
     from train import main
@@ -145,7 +144,7 @@ def test_a_card_without_a_hub_describes_the_folder(inputs, tmp_path, monkeypatch
         assert not (tmp_path / folder / "training_facts.json").exists() and not (tmp_path / folder / "loss_curves.png").exists()
 
 
-def test_adapters_load_onto_the_base_and_merge_into_a_checkpoint_with_code(hub, inputs, tmp_path):  # noqa: F811
+def test_adapters_load_onto_the_base_and_merge_into_a_checkpoint_with_code(hub, inputs, tmp_path):
     pytest.importorskip("peft")
     make_model().save_pretrained(tmp_path / "base")
     base = "import sys\nfrom modeling_cosup import CoSupForCausalLM\nCoSupForCausalLM.from_pretrained(sys.argv[1]).push_to_hub('tester/base')\nprint(1)"

@@ -15,7 +15,7 @@ from modeling_cosup import RetrievalError, milvus_client_cosup, milvus_cosup, mi
 from modeling_cosup.milvus_client_cosup import MilvusConnection
 from modeling_cosup.milvus_cosup import MilvusPassageIndex
 from support.generation import left_pad
-from support.milvus_server import MilvusServer, milvus_server  # noqa: F401
+from support.milvus_server import MilvusServer
 from support.models import PASSAGES, make_model
 
 pymilvus = pytest.importorskip("pymilvus", reason="pymilvus is not installed")
@@ -88,7 +88,7 @@ KILLED = [  # where the upload goes, at which of six batches or behind which req
 
 
 @pytest.fixture(scope="module")
-def killed(large, milvus_server, tmp_path_factory):  # noqa: F811
+def killed(large, milvus_server, tmp_path_factory):
     """`(uri, collection)` of an upload of `large` that was killed, for each case."""
     file = tmp_path_factory.mktemp("killed") / "passages.db"
     targets = [(milvus_server.uri if where == "server" else str(file), f"killed{i}") for i, (where, *_) in enumerate(KILLED)]
@@ -112,7 +112,7 @@ def test_an_upload_that_is_killed_goes_on(large, killed, monkeypatch, case):
     check_equal(MilvusPassageIndex(uri, name), large[0])
 
 
-def test_an_upload_of_another_index_does_not_go_on(large, index, the_model, milvus_server):  # noqa: F811
+def test_an_upload_of_another_index_does_not_go_on(large, index, the_model, milvus_server):
     upload(index, milvus_server, "other").close()
     connection = MilvusConnection(milvus_server.uri, "other")
     milvus_upload_cosup.set_properties(connection, complete="false")
@@ -151,7 +151,7 @@ def test_an_upload_survives_a_restart_of_the_server(large, tmp_path, monkeypatch
         server.kill()
 
 
-def test_an_upload_that_lost_passages_is_not_taken_for_whole(index, milvus_server, monkeypatch):  # noqa: F811
+def test_an_upload_that_lost_passages_is_not_taken_for_whole(index, milvus_server, monkeypatch):
     upsert = MilvusConnection.call
 
     def lose(self, method, *args, data=(), **kwargs):
@@ -166,7 +166,7 @@ def test_an_upload_that_lost_passages_is_not_taken_for_whole(index, milvus_serve
     check_equal(upload(index, milvus_server, "lost"), index)
 
 
-def test_another_collection_is_overwritten_only_on_request(index, the_model, milvus_server):  # noqa: F811
+def test_another_collection_is_overwritten_only_on_request(index, the_model, milvus_server):
     smaller = the_model.build_index(PASSAGES[:2], show_progress_bar=False)
     upload(index, milvus_server, "taken")
     for again in (smaller, index):
@@ -176,7 +176,7 @@ def test_another_collection_is_overwritten_only_on_request(index, the_model, mil
     check_equal(upload(smaller, milvus_server, "taken", overwrite=True), smaller, k=2)
 
 
-def test_deleted_passages_are_not_uploaded_and_rows_keep_their_numbers(the_model, milvus_server):  # noqa: F811
+def test_deleted_passages_are_not_uploaded_and_rows_keep_their_numbers(the_model, milvus_server):
     index = the_model.build_index(PASSAGES, shard_size=2, show_progress_bar=False)
     index.delete(["p1", "p5"])
     retriever = upload(index, milvus_server, "with_gaps")
@@ -293,26 +293,26 @@ def test_an_add_that_is_cut_off_leaves_nothing(index, the_model, server, monkeyp
 # ------------------------------------------------------------------ what is opened
 
 
-def test_a_collection_that_is_not_there(index, milvus_server):  # noqa: F811
+def test_a_collection_that_is_not_there(index, milvus_server):
     upload(index, milvus_server, "there")
     with pytest.raises(ValueError, match="collection 'missing': there is no such collection, only .*'there'"):
         MilvusPassageIndex(milvus_server.uri, "missing")
 
 
-def test_a_collection_that_is_no_index(milvus_server):  # noqa: F811
+def test_a_collection_that_is_no_index(milvus_server):
     pymilvus.MilvusClient(milvus_server.uri).create_collection("foreign", dimension=4)
     with pytest.raises(ValueError, match="'foreign': has format_version None, this release reads 1; None: it is no passage index"):
         MilvusPassageIndex(milvus_server.uri, "foreign")
 
 
-def test_another_format_version(index, milvus_server):  # noqa: F811
+def test_another_format_version(index, milvus_server):
     upload(index, milvus_server, "future")
     milvus_upload_cosup.set_properties(MilvusConnection(milvus_server.uri, "future"), format_version="7")
     with pytest.raises(ValueError, match="has format_version 7, this release reads 1"):
         MilvusPassageIndex(milvus_server.uri, "future")
 
 
-def test_an_alias_opens_like_a_name(index, milvus_server):  # noqa: F811
+def test_an_alias_opens_like_a_name(index, milvus_server):
     upload(index, milvus_server, "version1")
     pymilvus.MilvusClient(milvus_server.uri).create_alias("version1", "current")
     check_equal(MilvusPassageIndex(milvus_server.uri, "current"), index)
@@ -362,7 +362,7 @@ for uri in map(str.strip, sys.stdin):
         other.stdin.close()
 
 
-def test_what_another_process_adds_is_found(index, the_model, milvus_server):  # noqa: F811
+def test_what_another_process_adds_is_found(index, the_model, milvus_server):
     writer, reader = upload(index, milvus_server, "shared"), MilvusPassageIndex(milvus_server.uri, "shared")
     writer.add([{"id": "new", "title": "", "text": "radium"}], the_model)
     assert reader.rows_of(["new"]).tolist() == [6] and reader[6]["text"] == "radium"
@@ -374,7 +374,7 @@ def test_what_another_process_adds_is_found(index, the_model, milvus_server):  #
 # ------------------------------------------------------------------ limits
 
 
-def test_long_texts_are_kept_whole_or_refused(the_model, milvus_server):  # noqa: F811
+def test_long_texts_are_kept_whole_or_refused(the_model, milvus_server):
     longest = "é" * 32_767 + "x"  # 65,535 bytes
     whole = the_model.build_index([{"id": "long", "title": longest, "text": longest}], show_progress_bar=False)
     assert upload(whole, milvus_server, "long")[0] == whole[0]
@@ -386,7 +386,7 @@ def test_long_texts_are_kept_whole_or_refused(the_model, milvus_server):  # noqa
     assert not MilvusConnection(milvus_server.uri, "too_long").call("has_collection", "looking")
 
 
-def test_too_many_token_ids_are_refused(milvus_server):  # noqa: F811
+def test_too_many_token_ids_are_refused(milvus_server):
     model = make_model(max_passage_length=5000, emb_seq_kwargs={"max_position_embeddings": 6000})
     long = {"id": "long", "title": "", "text": "x " * 2048 + "x"}
     index = model.build_index([*PASSAGES, long], show_progress_bar=False)
@@ -394,7 +394,7 @@ def test_too_many_token_ids_are_refused(milvus_server):  # noqa: F811
         upload(index, milvus_server, "too_many")
 
 
-def test_more_results_than_a_server_returns(large, milvus_server, monkeypatch):  # noqa: F811
+def test_more_results_than_a_server_returns(large, milvus_server, monkeypatch):
     retriever = upload(large[0], milvus_server, "results")
     monkeypatch.setattr(milvus_cosup, "MAX_RESULTS", 1000)
     check_equal(retriever, large[0], k=1000)
@@ -403,7 +403,7 @@ def test_more_results_than_a_server_returns(large, milvus_server, monkeypatch): 
     assert retriever.search(queries(1), k=2000, candidates=[np.arange(1500)])[1][0, 1498:1501].tolist().count(-1) == 1
 
 
-def test_a_large_pool_is_one_request_where_that_is_exact(large, milvus_server, monkeypatch):  # noqa: F811
+def test_a_large_pool_is_one_request_where_that_is_exact(large, milvus_server, monkeypatch):
     retriever = upload(large[0], milvus_server, "pools")
     approximate = upload(large[0], milvus_server, "approximate_pools", index_type="HNSW", index_params={"M": 4, "efConstruction": 8}, search_params={"ef": 8})
     calls = count_calls(monkeypatch)
@@ -418,7 +418,7 @@ def test_a_large_pool_is_one_request_where_that_is_exact(large, milvus_server, m
         calls.clear()
 
 
-def test_large_requests_are_sent_in_parts(large, milvus_server, monkeypatch):  # noqa: F811
+def test_large_requests_are_sent_in_parts(large, milvus_server, monkeypatch):
     index = large[0]
     query_embeds = torch.randn(20, 32, generator=torch.Generator().manual_seed(1))
     pools = [None if i % 4 == 0 else np.arange(i, 300, i) for i in range(20)]
@@ -434,7 +434,7 @@ def test_large_requests_are_sent_in_parts(large, milvus_server, monkeypatch):  #
     assert retriever.rows_of(ids).tolist() == list(range(100)) and calls.count("query") > 105
 
 
-def test_all_passages_of_a_batch_come_in_one_request(index, milvus_server, monkeypatch):  # noqa: F811
+def test_all_passages_of_a_batch_come_in_one_request(index, milvus_server, monkeypatch):
     retriever = upload(index, milvus_server, "one_request")
     calls = count_calls(monkeypatch)
     retriever.get_passages([0, 3, 5, 3])

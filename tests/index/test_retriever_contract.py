@@ -15,7 +15,6 @@ from modeling_cosup.milvus_cosup import MilvusPassageIndex
 from modeling_cosup.retriever_cosup import check_fingerprint
 from modeling_cosup.tokenization_cosup import encode_passages_for_gen, encode_prompt
 from support.generation import Steer, left_pad
-from support.milvus_server import milvus_server  # noqa: F401
 from support.models import PASSAGES, make_model
 from trainer.judging.judge import evaluate_tasks
 from trainer.judging.tasks import Task

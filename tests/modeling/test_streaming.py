@@ -199,7 +199,10 @@ def wordpiece_tokenizer():
 def test_spaces_between_spans_are_the_tokenizers(make):
     model = make_model(tokenizer=make())
     index = model.build_index(PASSAGES[:2], show_progress_bar=False)
-    encode = lambda text: model.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+
+    def encode(text):
+        return model.tokenizer(text, add_special_tokens=False)["input_ids"]
+
     nsp, ce = model.config.nsp_token_id, model.config.ce_token_id
     ids = [*encode("Rembrandt painted"), nsp, *encode(" the Night Watch"), ce, *encode(" in Amsterdam"), nsp, *encode(" Curie"), ce, *encode(" .")]
     events, _, output = stream(model, encode_prompt(model.tokenizer, "who?"), [Write(ids, model.tokenizer.eos_token_id)], retriever=index)

@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from prepare_quickstart import prepare
 from transformers import AutoTokenizer
 
 from modeling_cosup import CoSupForCausalLM
 from trainer import load_corpus, load_evaluation_set, load_instances
+
+from shared import quickstart_models, quickstart_world
+from shared.quickstart import WorldArguments, prepare_world
 
 SMALL = {"num_train_entities": 300, "num_validation": 20, "num_unseen_entities": 30, "num_train_instances": 400}
 SMALL |= {"num_eval_no_passage": 10, "drill_max_steps": 0}
@@ -16,7 +18,7 @@ SMALL |= {"num_eval_no_passage": 10, "drill_max_steps": 0}
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return prepare(str(tmp_path_factory.mktemp("quickstart") / "world"), **SMALL)
+    return prepare_world(WorldArguments(str(tmp_path_factory.mktemp("quickstart") / "world"), **SMALL))
 
 
 def test_files_are_valid_and_unseen_entities_are_unseen(world):
@@ -49,10 +51,21 @@ def test_tokenizer_is_lossless_and_knows_no_special_token_in_text(world):
 def test_same_settings_are_reused_and_foreign_folders_refused(world, tmp_path):
     folder = str(Path(world["train"]).parent)
     before = Path(world["train"]).stat().st_mtime_ns
-    assert prepare(folder, **SMALL) == world
+    assert prepare_world(WorldArguments(folder, **SMALL)) == world
     assert Path(world["train"]).stat().st_mtime_ns == before
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="choose another folder"):
-        prepare(str(tmp_path), **SMALL)
+        prepare_world(WorldArguments(str(tmp_path), **SMALL))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     assert json.loads(Path(folder, "world.json").read_text())["num_train_entities"] == 300
+
+
+@pytest.mark.parametrize("module", [quickstart_world, quickstart_models], ids=lambda module: module.__name__)
+def test_other_code_makes_the_world_anew(module, tmp_path, monkeypatch):
+    args = WorldArguments(str(tmp_path / "world"), **SMALL)
+    path = Path(prepare_world(args)["train"])
+    before = path.stat().st_mtime_ns
+    (tmp_path / "code.py").write_text(Path(module.__file__).read_text() + "# changed\n")
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "code.py"))
+    prepare_world(args)
+    assert path.stat().st_mtime_ns > before

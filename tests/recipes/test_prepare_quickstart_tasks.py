@@ -5,27 +5,37 @@ from pathlib import Path
 
 import pytest
 import torch
-from prepare_quickstart import prepare
-from prepare_quickstart_models import embed, prepare_models
-from prepare_quickstart_tasks import SPLITS, prepare_tasks
 from transformers import AutoModel, AutoTokenizer
 
 from modeling_cosup import CoSupForCausalLM
 from trainer import load_corpus, load_evaluation_set, load_instances
 
+from shared.quickstart import (
+    EncoderArguments,
+    TaskArguments,
+    WorldArguments,
+    prepare_encoders,
+    prepare_tasks,
+    prepare_world,
+)
+from shared.quickstart_models import embed
+from shared.quickstart_tasks import SPLITS
+
 SMALL = {"num_train_entities": 300, "num_validation": 20, "num_unseen_entities": 60, "num_train_instances": 400}
 SMALL |= {"num_eval_no_passage": 10, "drill_max_steps": 0}
+FEW = {"num_questions": 20, "num_no_passage": 5, "pool_size": 30}
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return prepare(str(tmp_path_factory.mktemp("quickstart") / "world"), **SMALL)
+    return prepare_world(WorldArguments(str(tmp_path_factory.mktemp("quickstart") / "world"), **SMALL))
 
 
 @pytest.fixture(scope="module")
 def tasks(world, tmp_path_factory):
     before = {path: path.stat().st_mtime_ns for path in Path(world["world"]).parent.rglob("*")}
-    made = prepare_tasks(str(Path(world["world"]).parent), str(tmp_path_factory.mktemp("tasks") / "tasks"), num_questions=20, num_no_passage=5, pool_size=30)
+    folder, output = str(Path(world["world"]).parent), str(tmp_path_factory.mktemp("tasks") / "tasks")
+    made = prepare_tasks(TaskArguments(folder, output, **FEW))
     assert before == {path: path.stat().st_mtime_ns for path in Path(world["world"]).parent.rglob("*")}
     return made
 
@@ -68,17 +78,18 @@ def test_the_look_alikes_of_a_pool_share_letters_with_the_question(tasks):
 def test_the_same_tasks_are_reused_and_foreign_folders_refused(world, tasks, tmp_path):
     folder, made = str(Path(world["world"]).parent), Path(tasks["people"]["eval_file"])
     before = made.stat().st_mtime_ns
-    assert prepare_tasks(folder, str(made.parent), num_questions=20, num_no_passage=5, pool_size=30) == tasks
+    assert prepare_tasks(TaskArguments(folder, str(made.parent), **FEW)) == tasks
     assert made.stat().st_mtime_ns == before
     (tmp_path / "notes.txt").write_text("mine")
-    for prepare_something in (prepare_tasks, prepare_models):
-        with pytest.raises(FileExistsError, match="choose another folder"):
-            prepare_something(folder, str(tmp_path))
+    with pytest.raises(FileExistsError, match="choose another folder"):
+        prepare_tasks(TaskArguments(folder, str(tmp_path)))
+    with pytest.raises(FileExistsError, match="choose another folder"):
+        prepare_encoders(EncoderArguments(folder, str(tmp_path)))
 
 
 def test_encoders_become_emb_seq_and_the_retriever_has_learned(world, tmp_path):
     folder = str(Path(world["world"]).parent)
-    paths = prepare_models(folder, str(tmp_path / "models"), retriever_steps=60)
+    paths = prepare_encoders(EncoderArguments(folder, str(tmp_path / "models"), retriever_steps=60))
     for name, pooling in (("emb_seq_small", "eos"), ("emb_seq_bert", "eos"), ("retriever", "mean")):
         for query_from in ("gen", "emb_seq", "query_encoder"):
             extra = {"query_encoder": paths[name]} if query_from == "query_encoder" else {}

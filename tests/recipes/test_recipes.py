@@ -103,9 +103,9 @@ def test_unwritable_output_and_unknown_options(inputs, tmp_path, monkeypatch):
 def test_every_config_parses_and_the_command_line_wins():
     from shared.cli import parse
 
-    from train import ScriptArguments
-
     from trainer import CoSupTrainingArguments
+
+    from shared.arguments import ScriptArguments
 
     for path in sorted((ROOT / "recipes" / "configs").glob("*.yaml")):
         script, args = parse([ScriptArguments, CoSupTrainingArguments], "", ["--config", str(path), "--seed", "7"])

@@ -18,7 +18,6 @@ import run_experiments
 import torch
 import yaml
 from safetensors.torch import load_file
-from train import ScriptArguments
 
 from support.models import PASSAGES, make_emb_seq, make_gen, make_tokenizer
 from support.nli_models import make_classifier
@@ -29,6 +28,7 @@ from trainer.judging.tasks import read_tasks
 from experiments import definition, launching, task_files
 from experiments.definition import load_experiment
 from experiments.task_files import cut_corpora, expand_tasks
+from shared.arguments import ScriptArguments
 
 ROOT = Path(__file__).parents[2]
 FILE = """
@@ -309,9 +309,11 @@ def test_what_an_experiment_file_cannot_say(inputs, overrides, message):
 
 def test_overrides_of_several_kinds(inputs):
     argv = ["--override", "max_steps=7", "seeds=[4]", "--only", "co", "--override", "arms.co.gen=small", "--override=evaluation.top_k=2"]
-    gathered = run_experiments.gather_overrides(argv)
-    assert gathered == ["--only", "co", "--override", "max_steps=7", "seeds=[4]", "arms.co.gen=small", "evaluation.top_k=2"]
-    experiment = load_experiment(inputs / "experiment.yaml", gathered[3:])
+    required = ["--experiment", str(inputs / "experiment.yaml"), "--output_dir", "out"]
+    (args,) = parse([run_experiments.RunnerArguments], "", [*required, *argv])
+    assert args.only == ["co"]
+    assert args.override == ["max_steps=7", "seeds=[4]", "arms.co.gen=small", "evaluation.top_k=2"]
+    experiment = load_experiment(args.experiment, args.override)
     assert (experiment.seeds, experiment.evaluation["top_k"]) == ([4], 2)
     assert [experiment.options(arm).get("gen") for arm in experiment.arms] == ["small", None]
     assert {experiment.options(arm)["max_steps"] for arm in experiment.arms} == {7}

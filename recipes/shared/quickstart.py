@@ -1,0 +1,202 @@
+"""
+The quickstart's world, its encoders and its tasks as folders: each is made once for its settings, whole or not at all.
+
+A folder keeps its settings, and a hash of the code that made it: other settings or other code make it anew.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from modeling_cosup.files_cosup import digest, digest_file, read_json, write_json
+
+from shared import quickstart_models, quickstart_tasks, quickstart_world
+
+WORLD_NAMES = ("train.jsonl", "validation.jsonl", "eval.jsonl", "corpus.jsonl", "gen", "emb_seq", "world.json")
+
+
+@dataclass
+class WorldArguments:
+    """Where the world goes, and how large it is."""
+
+    output_dir: str = field(
+        metadata={"help": "another world there is replaced; a folder that holds anything else is refused"}
+    )
+    seed: int = field(default=0, metadata={"help": "of names, facts, questions and weights"})
+    num_train_entities: int = field(
+        default=20000,
+        metadata={
+            "help": "entities of train.jsonl; with only a few hundred, names are memorised rather than looked up"
+        },
+    )
+    num_unseen_entities: int = field(default=500, metadata={"help": "entities of eval.jsonl, one question each"})
+    num_train_instances: int = field(default=25600, metadata={"help": "instances of train.jsonl: 400 steps of 64"})
+    num_validation: int = field(default=256, metadata={"help": "instances of validation.jsonl, and its entities"})
+    num_eval_no_passage: int = field(
+        default=100, metadata={"help": "further questions of eval.jsonl that need no passage"}
+    )
+    no_passage_share: float = field(
+        default=0.11, metadata={"help": "share of such questions in train.jsonl and validation.jsonl"}
+    )
+    drill_max_steps: int = field(
+        default=1200,
+        metadata={"help": "upper limit of the copy drill, which warns when it gets there; 0 leaves Gen untrained"},
+    )
+
+
+@dataclass
+class EncoderArguments:
+    """For which world the encoders are made."""
+
+    world: str = field(metadata={"help": "a folder of prepare_quickstart.py"})
+    output_dir: str = field(
+        metadata={
+            "help": "other encoders of this script there are replaced; a folder that holds anything else is refused"
+        }
+    )
+    seed: int = field(default=0, metadata={"help": "of all weights and of the retriever's own world"})
+    retriever_steps: int = field(
+        default=400, metadata={"help": "training steps of the retriever, each of 64 passages"}
+    )
+
+
+@dataclass
+class TaskArguments:
+    """For which world the tasks are made, and how large they are."""
+
+    world: str = field(metadata={"help": "a folder of prepare_quickstart.py"})
+    output_dir: str = field(
+        metadata={
+            "help": "other tasks of this script there are replaced; a folder that holds anything else is refused"
+        }
+    )
+    seed: int = field(default=0, metadata={"help": "of the new entities"})
+    num_questions: int = field(default=150, metadata={"help": "most questions of a task that need a passage"})
+    num_no_passage: int = field(
+        default=25, metadata={"help": "further questions of `people` and of `places` that need none"}
+    )
+    pool_size: int = field(default=100, metadata={"help": "candidates of a question"})
+
+
+def prepare_world(args: WorldArguments) -> dict[str, str]:
+    """
+    Write a world, or reuse the one that is there.
+
+    Returns:
+        `dict[str, str]`: the path of each output, under "train", "validation", "eval", "corpus", "gen", "emb_seq" and
+            "world".
+
+    Raises:
+        `FileExistsError`: when the folder holds anything but a world.
+    """
+    settings = settings_of(args, quickstart_world, quickstart_models)
+
+    def write(folder: Path) -> None:
+        quickstart_world.write_world(folder, settings)
+        quickstart_models.write_models(folder, args.seed, args.drill_max_steps)
+
+    output = Path(args.output_dir)
+    make_once(output, WORLD_NAMES, settings, write)
+    return {name.partition(".")[0]: str(output / name) for name in WORLD_NAMES}
+
+
+def prepare_encoders(args: EncoderArguments) -> dict[str, str]:
+    """
+    Write the encoders, or reuse those that are there.
+
+    Returns:
+        `dict[str, str]`: the path of each, by the names of `quickstart_models.ENCODERS`.
+
+    Raises:
+        `FileExistsError`: when the folder holds anything but such encoders.
+        `FileNotFoundError`: where there is no world.
+    """
+    output, names = Path(args.output_dir), quickstart_models.ENCODERS
+
+    def write(folder: Path) -> None:
+        quickstart_models.write_encoders(Path(args.world), folder, args.seed, args.retriever_steps)
+
+    settings = settings_of(args, quickstart_world, quickstart_models)
+    make_once(output, (*names, "models.json"), settings, write)
+    return {name: str(output / name) for name in names}
+
+
+def prepare_tasks(args: TaskArguments) -> dict[str, dict[str, str]]:
+    """
+    Write the tasks, or reuse those that are there.
+
+    Returns:
+        `dict[str, dict]`: task -> `eval_file`, `corpus_file`, `split`.
+
+    Raises:
+        `FileExistsError`: when the folder holds anything but such tasks.
+        `FileNotFoundError`: where there is no world.
+    """
+    output, splits = Path(args.output_dir), quickstart_tasks.SPLITS
+
+    def write(folder: Path) -> None:
+        sizes = {
+            "num_questions": args.num_questions,
+            "num_no_passage": args.num_no_passage,
+            "pool_size": args.pool_size,
+        }
+        quickstart_tasks.write_tasks(Path(args.world), folder, args.seed, **sizes)
+
+    names = (*(f"{task}.jsonl" for task in splits), "corpus.jsonl", "tasks.json")
+    make_once(output, names, settings_of(args, quickstart_world, quickstart_tasks), write)
+    corpus = str(output / "corpus.jsonl")
+    return {
+        task: {"eval_file": str(output / f"{task}.jsonl"), "corpus_file": corpus, "split": split}
+        for task, split in splits.items()
+    }
+
+
+def settings_of(args: WorldArguments | EncoderArguments | TaskArguments, *modules: ModuleType) -> dict[str, Any]:
+    """
+    What decides the content of a folder, `dict`.
+
+    Args:
+        args (dataclass): the options. A world counts by its settings, not by its path.
+        modules: the modules whose code makes the content.
+    """
+    settings = asdict(args)
+    del settings["output_dir"]
+    if "world" in settings:
+        settings["world"] = read_json(Path(settings["world"], "world.json"))
+    settings["code"] = digest([digest_file(str(module.__file__)) for module in modules])
+    return settings
+
+
+def make_once(output: Path, names: Sequence[str], settings: dict[str, Any], write: Callable[[Path], None]) -> None:
+    """
+    Make a folder, unless it is there and was made with the same settings.
+
+    Args:
+        output (`Path`): the folder.
+        names (sequence of `str`): all that it holds. The last one is the file of the settings.
+        settings (`dict`): what JSON can hold.
+        write (callable): writes everything but the settings into the folder that it is given.
+
+    Raises:
+        `FileExistsError`: when the folder holds anything else.
+    """
+    found = set(os.listdir(output)) if output.exists() else set()
+    if found not in (set(), set(names)):
+        raise FileExistsError(
+            f"{output} holds other things than {', '.join(names)}: choose another folder, or remove it."
+        )
+    if found and read_json(output / names[-1]) == settings:
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{output.name}.", dir=output.parent) as temporary:
+        made = Path(temporary, output.name)
+        made.mkdir()
+        write(made)
+        write_json(made / names[-1], settings)
+        shutil.rmtree(output, ignore_errors=True)
+        made.rename(output)  # complete, or not there at all

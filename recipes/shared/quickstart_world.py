@@ -1,0 +1,159 @@
+"""The fictional world of the quickstart: its words, its entities, and the questions about them, as JSON Lines."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from modeling_cosup.lines_cosup import write_lines
+from trainer.data import content_id
+
+Passage = dict[str, str]  # {"id", "title", "text"}
+Fact = tuple[list[str], str]  # the questions that ask for it, and their answer
+
+SYLLABLES = [consonant + vowel for consonant in "b d k l m n r s t v kr th".split() for vowel in "aeiou"]
+JOBS = (
+    "baker smith weaver miller potter sailor tailor mason painter doctor lawyer farmer hunter singer dancer carver "
+    "printer cooper"
+).split()
+INSTRUMENTS = "lute harp flute drum fiddle horn organ bell lyre pipe zither cello viol trumpet oboe".split()
+GOODS = "salt wool honey glass silk paper cheese copper amber wine rope pearls lamps boots clocks carpets".split()
+CYCLES = {
+    "day": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split(),
+    "month": "January February March April May June July August September October November December".split(),
+}
+
+# A fact: its values (an int asks for a fictional name of so many syllables), its wordings in passages and in
+# questions, and its answer.
+PERSON: list[tuple[Any, list[str], list[str], str]] = [
+    (3, ["was born in {v}", "comes from the town of {v}", "grew up in {v}"],
+     ["Where was {n} born?", "What is the birthplace of {n}?"], "{n} was born in {v}."),
+    (range(1400, 1900), ["was born in the year {v}", "dates from {v}"],
+     ["When was {n} born?", "What is the birth year of {n}?"], "{n} was born in the year {v}."),
+    (JOBS, ["works as a {v}", "is a {v} by trade", "earns a living as a {v}"],
+     ["What does {n} do for work?", "What is the job of {n}?"], "{n} works as a {v}."),
+    (INSTRUMENTS, ["plays the {v}", "loves to play the {v}"],
+     ["What instrument does {n} play?", "Which instrument is played by {n}?"], "{n} plays the {v}."),
+    (2, ["is married to {v}", "shares a house with a spouse named {v}"],
+     ["Who is {n} married to?", "Who is the spouse of {n}?"], "{n} is married to {v}."),
+]  # fmt: skip
+PLACE: list[tuple[Any, list[str], list[str], str]] = [
+    (2, ["was founded by {v}", "owes its founding to {v}"],
+     ["Who founded {n}?", "Who is the founder of {n}?"], "{n} was founded by {v}."),
+    (range(1000, 1400), ["was founded in the year {v}", "goes back to {v}"],
+     ["When was {n} founded?", "In what year was {n} founded?"], "{n} was founded in the year {v}."),
+    (GOODS, ["is known for its {v}", "sells {v} to travellers"],
+     ["What is {n} known for?", "What does {n} sell?"], "{n} is known for its {v}."),
+    (2, ["lies on the river {v}", "stands by the banks of the {v}"],
+     ["Which river does {n} lie on?", "What river is near {n}?"], "{n} lies on the river {v}."),
+]  # fmt: skip
+NO_PASSAGE = {  # question, answer
+    "count": ("Count from {a} to {b}.", "{c}."),
+    "cycle": ("Which {c} comes after {a}?", "After {a} comes {b}."),
+    "greeting": ("Say hello to {n}.", "Hello {n}."),
+}
+
+
+class World:
+    """Draws entities and questions. A name belongs to one title, or to the answers of one split."""
+
+    def __init__(self, seed: int | str) -> None:
+        self.rng = random.Random(seed)
+        self.owner: dict[str, str] = {}  # name -> "title", or the split whose answers may use it again
+        self.counts = [(a, b) for b in range(1, 10) for a in range(1, b)]
+        self.rng.shuffle(self.counts)  # the first 8 are held out
+
+    def name(self, lengths: Sequence[int], owner: str, avoid: str = "") -> str:
+        """
+        A name such as "Tathebro", for lengths (3,), or "Krado Zuli", for (2, 2).
+
+        No syllable comes twice, and none that is in `avoid`.
+
+        Raises:
+            `ValueError`: when no name is left.
+        """
+        syllables = [syllable for syllable in SYLLABLES if syllable not in avoid.lower()]
+        for _ in range(10000):
+            drawn = iter(self.rng.sample(syllables, sum(lengths)))
+            name = " ".join("".join(next(drawn) for _ in range(length)).capitalize() for length in lengths)
+            if name not in self.owner or self.owner[name] == owner != "title":
+                self.owner[name] = owner
+                return name
+        raise ValueError("The world has run out of names: ask for fewer unseen entities.")
+
+    def entity(self, split: str) -> tuple[Passage, list[Fact]]:
+        """A person or a place: its passage, and for each of three facts the questions and their answer."""
+        person = self.rng.random() < 0.7
+        title = self.name((2, self.rng.choice([2, 3])) if person else (3,), "title")
+        subject, pronoun = title, self.rng.choice(["He", "She"]) if person else "It"
+        sentences, facts, names = [], [], title
+        for values, wordings, questions, answer in self.rng.sample(PERSON if person else PLACE, 3):
+            value = self.name((values,), split, avoid=names) if isinstance(values, int) else self.rng.choice(values)
+            names += f" {value}"  # a syllable that comes once can be copied by looking for the one before it
+            sentences.append(f"{subject} {self.rng.choice(wordings).format(v=value)}.")
+            facts.append(([question.format(n=title) for question in questions], answer.format(n=title, v=value)))
+            subject = pronoun
+        text = " ".join(sentences)
+        return {"id": content_id(title, text), "title": title, "text": text}, facts
+
+    def ask(self, passage: Passage, facts: list[Fact]) -> tuple[str, str, Passage]:
+        """A question about an entity: `(question, answer, passage)`."""
+        questions, answer = self.rng.choice(facts)
+        return self.rng.choice(questions), answer, passage
+
+    def ask_no_passage(self, split: str) -> tuple[str, str, None]:
+        """
+        A question that needs no passage: `(question, answer, None)`.
+
+        Counts and names are other ones in training; days and months are the same.
+        """
+        kind = self.rng.choice(list(NO_PASSAGE))
+        question, answer = NO_PASSAGE[kind]
+        if kind == "count":
+            a, b = self.rng.choice(self.counts[8:] if split == "train" else self.counts[:8])
+            values = {"a": a, "b": b, "c": " ".join(map(str, range(a, b + 1)))}
+        elif kind == "cycle":
+            cycle = self.rng.choice(list(CYCLES))
+            i = self.rng.randrange(len(CYCLES[cycle]))
+            values = {"c": cycle, "a": CYCLES[cycle][i - 1], "b": CYCLES[cycle][i]}
+        else:
+            values = {"n": self.name(self.rng.choice([(2,), (2, 2)]), split)}
+        return question.format(**values), answer.format(**values), None
+
+
+def write_world(folder: Path, settings: dict[str, Any]) -> None:
+    """
+    Write the four JSON Lines files. Unseen entities come first: the names they use are then closed to training.
+
+    Args:
+        folder (`Path`): it exists.
+        settings (`dict`): the fields of `WorldArguments`.
+    """
+    world, corpus = World(settings["seed"]), []
+    for split, num_entities, num_instances, no_passage_share in (
+        ("eval", settings["num_unseen_entities"], settings["num_unseen_entities"], 0.0),
+        ("validation", settings["num_validation"], settings["num_validation"], settings["no_passage_share"]),
+        ("train", settings["num_train_entities"], settings["num_train_instances"], settings["no_passage_share"]),
+    ):
+        entities = [world.entity(split) for _ in range(num_entities)]
+        corpus += [passage for passage, _ in entities]
+        free = [world.rng.random() < no_passage_share for _ in range(num_instances)]
+        asked = [
+            world.ask_no_passage(split) if free[i] else world.ask(*entities[i % num_entities])
+            for i in range(num_instances)
+        ]
+        if split == "eval":
+            distinct: dict[tuple, None] = {}
+            while len(distinct) < settings["num_eval_no_passage"]:
+                distinct[world.ask_no_passage(split)] = None
+            asked += distinct
+        write_lines(folder / f"{split}.jsonl", [record(split, i, *x) for i, x in enumerate(asked)])
+    write_lines(folder / "corpus.jsonl", corpus)
+
+
+def record(split: str, i: int, question: str, answer: str, passage: Passage | None) -> dict[str, Any]:
+    """A training instance, or for split "eval" an evaluation instance."""
+    row = {"id": f"quickstart-{split}-{i}", "dataset": "quickstart", "instruction": "", "input": question}
+    if split == "eval":
+        return {**row, "answers": [answer], "provenance": [[passage["id"]]] if passage else [], "candidates": []}
+    return {**row, "segments": [{"text": answer, "passage": passage}]}
