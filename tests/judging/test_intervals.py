@@ -56,7 +56,9 @@ def test_bootstrap_is_the_percentile_bootstrap(monkeypatch):
     means = [values[generator.integers(50, size=50)].mean() for _ in range(4000)]
     low, high = bootstrap_interval(values, resamples=4000, seed=5)
     assert (low, high) == pytest.approx(np.percentile(means, [2.5, 97.5]), rel=0.03)
-    assert bootstrap_interval(values, seed=5) == bootstrap_interval(values, seed=5) != bootstrap_interval(values, seed=6)
+    assert (
+        bootstrap_interval(values, seed=5) == bootstrap_interval(values, seed=5) != bootstrap_interval(values, seed=6)
+    )
     whole = bootstrap_interval(values, resamples=1000)
     monkeypatch.setattr(intervals, "CHUNK", 50 * 7)
     assert bootstrap_interval(values, resamples=1000) == pytest.approx(whole, rel=0.05)
@@ -104,7 +106,9 @@ def test_paired_bootstrap_sees_what_pairing_shows():
     """A small gain on every instance is certain although the instances differ widely; the same gain between unrelated runs is not."""
     generator = np.random.default_rng(0)
     first = {f"q{i}": float(value) for i, value in enumerate(generator.normal(0, 10, size=100))}
-    second = {id: value + 0.5 + generator.normal(0, 0.1) for id, value in reversed(first.items())}  # order does not matter
+    second = {
+        id: value + 0.5 + generator.normal(0, 0.1) for id, value in reversed(first.items())
+    }  # order does not matter
     better = paired_bootstrap(first, second)
     assert better.difference == pytest.approx(0.5, abs=0.05) and better.interval[0] > 0.4
     assert better.p_value == pytest.approx(1 / 10_001)

@@ -226,8 +226,8 @@ def paired_bootstrap(
     if only_first or only_second:
         examples = sorted(map(str, only_first | only_second))[:3]
         raise ValueError(
-            f"The runs hold different instances: {len(only_first)} ids are only in the first, {len(only_second)} only in "
-            f"the second, {len(first.keys() & second.keys())} in both; e.g. {examples}."
+            f"The runs hold different instances: {len(only_first)} ids are only in the first, {len(only_second)} only "
+            f"in the second, {len(first.keys() & second.keys())} in both; e.g. {examples}."
         )
     pairs = [(first[id], second[id]) for id in first]
     differences = [new - old for old, new in pairs if old is not None and new is not None]
