@@ -1,96 +1,54 @@
-"""The model card: metadata and text from the config, and from what training and evaluation recorded about these weights."""
+"""
+The cards of a model, of its parts and of an index: metadata and text, made of configs and of recorded facts. Stays in the package: a process that has only a
+checkpoint writes [`~hub_cosup.plain_card`].
+"""
 
 import json
 import re
 from importlib import metadata
 from pathlib import Path
 
-from huggingface_hub import DatasetCardData, EvalResult, ModelCard, ModelCardData
+from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
-from transformers.utils import cached_file, logging
 
-from .hub_cosup import (CARD_MARKER, is_repo_id)
+from .hub_cosup import CARD_MARKER, is_repo_id
 
-logger = logging.get_logger(__name__)
-
-FACTS_FILE = "training_facts.json"  # what training and evaluation recorded, and of which weights
-CURVES_FILE = "loss_curves.png"
 TEMPLATE_FILE = "hub_card.md"
 TAGS = ["retrieval-augmented-generation", "cosup", "custom_code"]
 PAPER_TAG = "arxiv:2403.09024"
-FACTS_OF_ALL_WEIGHTS = ("license", "language", "datasets", "tags")  # what stays true when the weights change
 SHOWN_LOSSES = ("loss", "ntp_loss", "nsp_loss", "nsp_accuracy")
 SHOWN_STEPS = 10
 
 
-def load_facts(name_or_path, revision=None):
-    """
-    The facts that lie beside a checkpoint, `dict`; empty where there are none.
-
-    Args:
-        name_or_path (`str`): folder or repository of the checkpoint.
-        revision (`str`, *optional*): of the repository.
-
-    Returns:
-        `dict`: `weights` (hash of the weights that the rest is about), `name`, `base_model`, `license`, `language`, `datasets`, `tags`, `training`,
-        `results`, `index` and `question`, each optional; `CoSupTrainer.create_model_card` records them.
-    """
-    path = beside_checkpoint(name_or_path, FACTS_FILE, revision)
-    try:
-        facts = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError:
-        facts = None
-    if not isinstance(facts, dict):  # no reason not to save a model
-        logger.warning(f"{path} is damaged and is left out of the card.")
-        return {}
-    return facts
-
-
-def beside_checkpoint(name_or_path, name, revision=None):
-    """Path of a file of a checkpoint, downloaded if need be; `None` where it has no such file, or the Hub cannot be asked."""
-    if not name_or_path:
-        return None
-    options = {"_raise_exceptions_for_gated_repo": False, "_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    try:
-        return cached_file(name_or_path, name, revision=revision, **options)
-    except OSError:  # the repository is private, or is no longer there
-        return None
-
-
 def model_card(model, repo_id, facts, base=None):
     """
-    The card of a checkpoint, from the template `hub_card.md`; where that file is not installed, from the short one of `huggingface_hub`.
+    The card of a checkpoint, from the template `hub_card.md`.
 
     Args:
         model ([`CoSupForCausalLM`]): with its tokenizer.
         repo_id (`str`): where the checkpoint will be loaded from: a repository, or a folder.
-        facts (`dict`): see [`load_facts`].
+        facts (`dict`): see [`~facts_cosup.load_facts`].
         base (`str`, *optional*): of adapters: the model that they change.
 
     Returns:
         `str`: of the file `README.md`.
+
+    Raises:
+        `FileNotFoundError`: when the template is not installed.
     """
-    data, template = _metadata(model, repo_id, facts, base), _template()
-    if template is None:
-        summary = "A CoSup model: it retrieves passages while it writes. Load it with `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`."
-        card = ModelCard.from_template(data, model_id=repo_id, model_summary=f"{CARD_MARKER}\n\n{summary}")
-        return str(card)
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)  # Markdown
-    return environment.from_string(template).render(metadata=data.to_yaml(), **_context(model, repo_id, facts, base))
+    data = _metadata(model, repo_id, facts, base)
+    return environment.from_string(_template()).render(metadata=data.to_yaml(), **_context(model, repo_id, facts, base))
 
 
 def _template():
-    """Text of the template: beside this package in a checkout, else among the installed files; `None` for code that came with a checkpoint."""
-    if __package__ != "modeling_cosup":
-        return None
+    """Text of the template: next to this package in a checkout, else among the installed files."""
     path = Path(__file__).parent.parent / TEMPLATE_FILE
-    if not path.exists():
-        try:
-            paths = [Path(file.locate()) for file in metadata.files("cosup") or [] if file.name == TEMPLATE_FILE]
-        except metadata.PackageNotFoundError:
-            paths = []
-        path = next((found for found in paths if found.exists()), None)
-    return None if path is None else path.read_text(encoding="utf-8")
+    installed = [] if path.exists() else [file.locate() for file in metadata.files("cosup") or [] if file.name == TEMPLATE_FILE]
+    for candidate in (path, *map(Path, installed)):
+        if candidate.exists():
+            return candidate.read_text(encoding="utf-8")
+    raise FileNotFoundError(f"{TEMPLATE_FILE}, the template of model cards, is not installed: install cosup again.")
 
 
 def _metadata(model, repo_id, facts, base):
@@ -273,3 +231,75 @@ def index_card(config, num_passages, repo_id, model=None, license=None):
         settings="\n".join(settings),
         approximate=approximate,
     )
+
+
+# ---------------------------------------------------------------------- the cards of parts
+
+GEN_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- cosup
+---
+{marker}
+
+# Gen of a CoSup model
+
+The language model of a semiparametric one ([arXiv 2403.09024](https://arxiv.org/abs/2403.09024)), as a plain {architecture}: it loads without
+`trust_remote_code`, and nothing is retrieved. Where it writes `{nsp_token}`, the whole model would.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+"""
+EMB_SEQ_CARD = """---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+tags:
+- sentence-transformers
+- feature-extraction
+- sentence-similarity
+- cosup
+---
+{marker}
+
+# Emb_seq of a CoSup model
+
+The passage encoder of a semiparametric language model ([arXiv 2403.09024](https://arxiv.org/abs/2403.09024)), as a
+[sentence-transformers](https://www.sbert.net) model: no code of the checkpoint is run.
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{name}")
+template = {template!r}
+passages = [{{"title": "The Night Watch", "text": "The Night Watch is a 1642 painting by Rembrandt."}}]
+texts = [template.replace("{{title}}", p["title"]).replace("{{text}}", p["text"]) if p["title"] else p["text"] for p in passages]
+embeddings = model.encode(texts)
+```
+
+A passage is rendered by the template above; one without a title is its text alone. Then `encode` gives what `encode_passages` of the whole model gives:
+{width} numbers, compared by the {similarity}. Passages are cut to {length} tokens; special tokens that stand in a text are read as text.
+
+{queries}
+"""
+QUERIES = {
+    "gen": "Queries are no texts: they are the hidden states of the other half, the language model Gen, where it writes `[NSP]`.",
+    "emb_seq": "This model also reads the queries: all that the other half, the language model Gen, has read and written up to `[NSP]`.",
+    "query_encoder": "Another encoder, of the whole model, reads the queries: all that the language model Gen has read and written up to `[NSP]`.",
+}
+
+
+def gen_card(architecture, nsp_token, name):
+    """The card of a Gen of a class `architecture` that is loaded from `name`, a repository or a folder."""
+    return GEN_CARD.format(marker=CARD_MARKER, architecture=architecture, nsp_token=nsp_token, name=name)
+
+
+def emb_seq_card(config, name):
+    """The card of an Emb_seq that is loaded from `name`, a repository or a folder."""
+    similarity = {"cosine": "cosine", "dot": "dot product"}[config.similarity]
+    facts = {"template": config.passage_template, "width": config.embedding_size, "similarity": similarity, "length": config.max_passage_length}
+    return EMB_SEQ_CARD.format(marker=CARD_MARKER, name=name, queries=QUERIES[config.query_from], **facts)

@@ -12,7 +12,8 @@ from transformers.modeling_outputs import ModelOutput
 
 from .cache_cosup import (EMPTY, RowCache, context_length, layer_kinds)
 from .decoding_cosup import (Decoder)
-from .queue_cosup import (Queue, hash_of, read_completions)
+from .files_cosup import digest
+from .queue_cosup import (Queue, read_completions)
 from .streaming_cosup import (RetrievalStreamer, ending)
 from .tokenization_cosup import (pad_rows)
 from .trace_cosup import (Row, cited_text)
@@ -231,7 +232,7 @@ class RetrievalGenerationMixin:
         """Of all that decides an answer and can be written down: weights only by name, processors not at all."""
         settings = {name: value for name, value in vars(call.settings).items() if name not in ("candidates", "passages")}
         index = getattr(call.retriever, "fingerprint", None)
-        return hash_of([generation_config.to_diff_dict(), settings, index, self.config._name_or_path])
+        return digest([generation_config.to_diff_dict(), settings, index, self.config._name_or_path])
 
     def _check_retrieval_arguments(self, generation_config, kwargs):
         prepared, _ = self._prepare_generation_config(generation_config, **kwargs)

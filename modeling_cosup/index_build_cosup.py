@@ -7,9 +7,7 @@ A build lives in a folder of its own beside the index, `.<name>.unfinished`: `bu
 
 import contextlib
 import errno
-import hashlib
 import itertools
-import json
 
 import numpy as np
 import torch
@@ -17,8 +15,9 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .configuration_cosup import (EARLIER_EMBEDDING_SETTINGS)
-from .corpus_cosup import (can_be_read_twice, checked_passages, find_duplicate, hash_ids, read_corpus)
-from .index_files_cosup import (DTYPES, Shard, create_tensors, map_shard, seal, sha256, shard_files, write_json, write_passages)
+from .passages_cosup import (can_be_read_twice, checked_passages, find_duplicate, hash_ids, read_corpus)
+from .files_cosup import digest, digest_all, digest_file, read_json, write_json
+from .index_files_cosup import (DTYPES, Shard, create_tensors, map_shard, seal, shard_files, write_passages)
 from .tokenization_cosup import (add_bos_and_eos, encode_passages_for_emb_seq, encode_passages_for_gen, pad_rows)
 
 try:
@@ -229,7 +228,7 @@ def begin(folder, settings):
     folder.mkdir(exist_ok=True)
     path = folder / BUILD_FILE
     if path.exists() and any(folder.glob("shard-*.json")):
-        build = json.loads(path.read_text())
+        build = read_json(path)
         before, now = ({**EARLIER_EMBEDDING_SETTINGS, **facts, **facts["fingerprint"]} for facts in (build, settings))
         different = [name for name in now if name != "fingerprint" and before.get(name) != now[name]]
         if different:
@@ -238,31 +237,21 @@ def begin(folder, settings):
     write_json(path, settings)
 
 
-def is_complete(folder, number, digest):
+def is_complete(folder, number, content):
     """Whether a shard was written to its end, of the same passages, and its files are still what they were: reading them is cheap beside embedding."""
     marker = folder / f"shard-{number:05d}.json"
     if not marker.exists():
         return False
-    facts = json.loads(marker.read_text())
-    whole = all(_is_whole(folder / name, file) and sha256(folder / name) == file["sha256"] for name, file in facts["files"].items())
-    if facts["digest"] != digest:
+    facts = read_json(marker)
+    whole = all(_is_whole(folder / name, file) and digest_file(folder / name) == file["sha256"] for name, file in facts["files"].items())
+    if facts["digest"] != content:
         logger.warning(f"The passages of shard {number} are not those that it was built of: it is built again.")
-    return whole and facts["digest"] == digest
+    return whole and facts["digest"] == content
 
 
 def _is_whole(path, facts):
     """Whether a file is as long as it was."""
     return path.exists() and path.stat().st_size == facts["size"]
-
-
-def digest_of(passages):
-    """SHA-256 of the content of passages."""
-    digest = hashlib.sha256()
-    for passage in passages:
-        for value in (passage["id"], passage["title"], passage["text"]):
-            content = value.encode()
-            digest.update(len(content).to_bytes(8, "little") + content)
-    return digest.hexdigest()
 
 
 def write_shards(folder, shards, builder, bar, shard_size, num_processes=1, process_index=0):
@@ -274,30 +263,30 @@ def write_shards(folder, shards, builder, bar, shard_size, num_processes=1, proc
     Raises:
         `OSError`: when the disk is full; says what to free.
     """
-    number, done, digests, corpus = -1, 0, {}, hashlib.sha256()
+    number, done, contents, digests = -1, 0, [], {}
     done_file = folder / f"done-{process_index:05d}.json"
     done_file.unlink(missing_ok=True)
     for number, passages in enumerate(shards):
-        digest = digest_of(passages)
-        corpus.update(digest.encode())
+        content = digest_all(passages)
+        contents.append(content)
         if number % num_processes != process_index:
             continue
-        digests[f"shard-{number:05d}.json"] = digest
-        if not is_complete(folder, number, digest):
+        digests[f"shard-{number:05d}.json"] = content
+        if not is_complete(folder, number, content):
             try:
                 files = write_new_shard(folder, number, passages, builder, bar)
             except OSError as error:
                 if error.errno in NO_ROOM:
                     raise OSError(error.errno, _no_room(folder, builder, max(len(passages), (bar.total or 0) - done))) from error
                 raise
-            marker = {"first_row": number * shard_size, "num_passages": len(passages), "digest": digest, "files": files}
+            marker = {"first_row": number * shard_size, "num_passages": len(passages), "digest": content, "files": files}
             write_json(folder / f"shard-{number:05d}.json", marker)
         else:
             if not bar.disable:
                 bar.initial += len(passages)  # counts as done, not as fast
             bar.update(len(passages))
         done += len(passages)
-    write_json(done_file, {"num_processes": num_processes, "corpus": corpus.hexdigest(), "digests": digests})
+    write_json(done_file, {"num_processes": num_processes, "corpus": digest(contents), "digests": digests})
     return number + 1
 
 
@@ -340,12 +329,12 @@ def collect(folder):
     """
     if not (folder / BUILD_FILE).exists():
         raise FileNotFoundError(f"{folder} holds no build: call build first.")
-    settings = json.loads((folder / BUILD_FILE).read_text())
+    settings = read_json(folder / BUILD_FILE)
     markers = [folder / f"shard-{number:05d}.json" for number in range(settings.get("num_shards", 0))]
     missing = [path.name for path in markers if not path.exists()]
     if missing or not markers:
         raise FileNotFoundError(f"{folder} is not complete ({', '.join(missing[:5]) or 'no process is done'}): let every process end its build first.")
-    facts = {path.name: json.loads(path.read_text()) for path in markers}
+    facts = {path.name: read_json(path) for path in markers}
     _check_done(folder, facts, settings["num_processes"])
     files = {name: file for marker in facts.values() for name, file in marker["files"].items()}
     if damaged := [name for name, file in files.items() if not _is_whole(folder / name, file)]:
@@ -358,7 +347,7 @@ def _check_done(folder, markers, num_processes):
     paths = [folder / f"done-{rank:05d}.json" for rank in range(num_processes)]
     if missing := [path.name for path in paths if not path.exists()]:
         raise FileNotFoundError(f"{folder} is not complete ({', '.join(missing[:5])}): let every process end its build first.")
-    done = [json.loads(path.read_text()) for path in paths]
+    done = [read_json(path) for path in paths]
     digests = {name: digest for process in done for name, digest in process["digests"].items()}
     same = len({process["corpus"] for process in done}) == 1 and all(process["num_processes"] == num_processes for process in done)
     if not same or digests != {name: marker["digest"] for name, marker in markers.items()}:

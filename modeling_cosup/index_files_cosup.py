@@ -13,7 +13,6 @@ A folder is an index when it holds `index_config.json`, which is written last an
 Files are never changed once the config names them: a change writes new ones, then replaces the config. So a process that dies leaves the old state or the new.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -27,6 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
+
+from .files_cosup import BLOCK, digest, digest_file, read_json, write_json
 
 try:
     import pyarrow as pa
@@ -42,7 +43,6 @@ FILE_NAME = re.compile(r"(embeddings|ids|deleted)-[0-9]{5,}\.safetensors|passage
 UNFINISHED_PATTERNS = ["shard-*.json", "done-*.json", "build.json", f".{CONFIG_FILE}.*", ".shard-*.json.*", ".done-*.json.*", ".build.json.*"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ALWAYS_VERIFIED = 16 * 2**20  # bytes: the SHA-256 of a smaller file is checked at every load, which takes a hundredth of a second
-BLOCK = 2**20  # bytes
 PARTITION = 2**22  # ids of the id table that are sorted at once
 _SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
 
@@ -116,25 +116,10 @@ def write_passages(path, passages):
         writer.write_batch(passages)
 
 
-def write_json(path, value):
-    """Write JSON so that `path` holds either what it held before or all of this, also after a crash or a power cut."""
-    handle, unfinished = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with open(handle, "w") as file:
-            file.write(json.dumps(value, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(unfinished, 0o644)  # mkstemp's file is private
-        os.replace(unfinished, path)
-    except BaseException:
-        Path(unfinished).unlink(missing_ok=True)
-        raise
-
-
 def seal(path):
     """`{"size", "sha256"}` of a file that is complete, once it has reached the disk."""
     flush(path)
-    return {"size": path.stat().st_size, "sha256": sha256(path)}
+    return {"size": path.stat().st_size, "sha256": digest_file(path)}
 
 
 def flush(path):
@@ -145,8 +130,7 @@ def flush(path):
 
 def digest_of_config(config):
     """SHA-256 of a config without `files`, whose entries are compared with the files themselves."""
-    text = json.dumps({name: value for name, value in config.items() if name not in ("files", "sha256")}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return digest({name: value for name, value in config.items() if name not in ("files", "sha256")})
 
 
 def signed(config):
@@ -157,14 +141,6 @@ def signed(config):
 def write_config(folder, config, write=write_json):
     """Write `index_config.json`."""
     write(folder / CONFIG_FILE, signed(config))
-
-
-def sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def write_shard(folder, number, shard):
@@ -277,7 +253,7 @@ def _read_checked(folder):
     path = folder / CONFIG_FILE
     if not path.exists():
         raise FileNotFoundError(f"{folder} is not a complete passage index: {CONFIG_FILE} is missing.")
-    config = read(path, lambda path: json.loads(path.read_text()))
+    config = read(path, read_json)
     version = config.get("format_version") if isinstance(config, dict) else None
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has format_version {version!r}, this release reads {FORMAT_VERSION}: build the index again, with recipes/build_index.py.")
@@ -321,7 +297,7 @@ def check_file(path, facts, verify=None):
     size = path.stat().st_size
     if size != facts["size"]:
         raise ValueError(f"{path} is damaged: it has {size:,} bytes, expected {facts['size']:,}. Copy or build the index again.")
-    if (verify or (verify is None and size <= ALWAYS_VERIFIED)) and sha256(path) != facts["sha256"]:
+    if (verify or (verify is None and size <= ALWAYS_VERIFIED)) and digest_file(path) != facts["sha256"]:
         raise ValueError(f"{path} is damaged: its SHA-256 is not that of {CONFIG_FILE}. Copy or build the index again.")
 
 

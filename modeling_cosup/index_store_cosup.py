@@ -1,8 +1,6 @@
 """What an index holds, apart from searching it: shards of passages and embeddings, rows, ids, deletions, and the folder that they live in."""
 
 import contextlib
-import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,7 +9,8 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from .corpus_cosup import (hash_ids)
+from .passages_cosup import (hash_ids)
+from .files_cosup import locked, read_json, write_json
 from .index_files_cosup import (
     CONFIG_FILE,
     FORMAT_VERSION,
@@ -28,16 +27,10 @@ from .index_files_cosup import (
     seal,
     sweep,
     write_config,
-    write_json,
     write_shard,
     write_tensors,
 )
 from .index_search_cosup import (ExactSearch, contains)
-
-try:
-    import fcntl
-except ImportError:  # no POSIX system: writers are told apart by the config alone
-    fcntl = None  # type: ignore[assignment]
 
 logger = logging.get_logger(__name__)
 
@@ -220,17 +213,26 @@ class PassageStore:
             return
         if is_in_hub_cache(self.folder):
             raise ValueError(f"{self.folder} is in the cache of the Hub, which others share: save_pretrained it to a folder first, and load that.")
-        with locked(self.folder):
-            self._check_unchanged()
+        lock = self.folder / LOCK_FILE
+        with locked(lock, f"{self.folder} is being changed by another process: wait for it, then load the index again."):
             try:
-                yield
-            except BaseException:
-                # what no config names is of this change or of one that died: under the lock nobody else writes
-                sweep(self.folder, json.loads((self.folder / CONFIG_FILE).read_text()))
-                raise
+                self._check_unchanged()
+                with self._sweeping_on_failure():
+                    yield
+            finally:
+                lock.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _sweeping_on_failure(self):
+        """Remove the files of a change that fails: what no config names is of this one or of one that died, for under the lock nobody else writes."""
+        try:
+            yield
+        except BaseException:
+            sweep(self.folder, read_json(self.folder / CONFIG_FILE))
+            raise
 
     def _check_unchanged(self):
-        stored = json.loads((self.folder / CONFIG_FILE).read_text())
+        stored = read_json(self.folder / CONFIG_FILE)
         same = all(stored["files"].get(name) == facts for name, facts in self.config["files"].items())
         if stored["generation"] != self.config["generation"] or not same:
             raise ValueError(f"{self.folder} was changed by another process: load the index again.")
@@ -325,32 +327,6 @@ class PassageStore:
 def is_in_hub_cache(folder):
     """Whether a folder is a snapshot in the cache of the Hub, whose files others share."""
     return folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("datasets--")
-
-
-@contextlib.contextmanager
-def locked(folder):
-    """
-    Keep other processes, and other indexes of this one, from changing a folder. A process that dies lets go of it.
-
-    Raises:
-        `ValueError`: when another one has it.
-    """
-    if fcntl is None:
-        yield
-        return
-    path = folder / LOCK_FILE
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = os.path.samestat(os.fstat(file.fileno()), path.stat())  # else it was removed by who had it
-        except (BlockingIOError, FileNotFoundError):
-            free = False
-        if not free:
-            raise ValueError(f"{folder} is being changed by another process: wait for it, then load the index again.")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
 
 
 def map_id_table(folder, config):

@@ -91,8 +91,6 @@ class CoSupForCausalLM(RetrievalGenerationMixin, SharingMixin, PartsMixin, PreTr
         # peft ties and trains token rows only where the outermost model says what is tied
         self._tied_weights_keys = {f"gen.{target}": f"gen.{source}" for target, source in (self.gen._tied_weights_keys or {}).items()}
         self._tokenizer = self._emb_seq_tokenizer = None
-        self._facts = self._curves = None  # of training and evaluation; until then those that lie beside the checkpoint
-        self._saved_weights = None  # hash of those that were last saved
         self._causal_encoders = []  # names, as find_causal_encoders found them
         self.post_init()
 

@@ -5,15 +5,14 @@ Both load without this code. The folder is written as sentence-transformers read
 """
 
 import copy
-import json
 from pathlib import Path
 
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
-from .hub_cosup import (CARD_FILE, CARD_MARKER, TOKENIZER_FILES, checkpoint_files, make_repo, push_files)
-from .index_files_cosup import (write_json)
+from .files_cosup import read_json, write_json
+from .hub_cosup import CARD_FILE, CARD_MARKER, TOKENIZER_FILES, checkpoint_files, make_repo, package_cards, plain_card, push_files
 from .tokenization_cosup import (added_tokens)
 
 POOLING_MODES = {"eos": "lasttoken", "lasttoken": "lasttoken", "mean": "mean_tokens", "cls": "cls_token"}  # names of sentence-transformers
@@ -23,62 +22,6 @@ PART_FILES = (
     *("*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", CARD_FILE, *TOKENIZER_FILES),
     *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "[0-9]_*/config.json", "[0-9]_*/model.safetensors"),
 )
-GEN_CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- cosup
----
-{marker}
-
-# Gen of a CoSup model
-
-The language model of a semiparametric one ([arXiv 2403.09024](https://arxiv.org/abs/2403.09024)), as a plain {architecture}: it loads without
-`trust_remote_code`, and nothing is retrieved. Where it writes `{nsp_token}`, the whole model would.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-```
-"""
-CARD = """---
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-tags:
-- sentence-transformers
-- feature-extraction
-- sentence-similarity
-- cosup
----
-{marker}
-
-# Emb_seq of a CoSup model
-
-The passage encoder of a semiparametric language model ([arXiv 2403.09024](https://arxiv.org/abs/2403.09024)), as a
-[sentence-transformers](https://www.sbert.net) model: no code of the checkpoint is run.
-
-```python
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("{name}")
-template = {template!r}
-passages = [{{"title": "The Night Watch", "text": "The Night Watch is a 1642 painting by Rembrandt."}}]
-texts = [template.replace("{{title}}", p["title"]).replace("{{text}}", p["text"]) if p["title"] else p["text"] for p in passages]
-embeddings = model.encode(texts)
-```
-
-A passage is rendered by the template above; one without a title is its text alone. Then `encode` gives what `encode_passages` of the whole model gives:
-{width} numbers, compared by the {similarity}. Passages are cut to {length} tokens; special tokens that stand in a text are read as text.
-
-{queries}
-"""
-QUERIES = {
-    "gen": "Queries are no texts: they are the hidden states of the other half, the language model Gen, where it writes `[NSP]`.",
-    "emb_seq": "This model also reads the queries: all that the other half, the language model Gen, has read and written up to `[NSP]`.",
-    "query_encoder": "Another encoder, of the whole model, reads the queries: all that the language model Gen has read and written up to `[NSP]`.",
-}
 
 
 class PartsMixin:
@@ -110,8 +53,12 @@ class PartsMixin:
             self.tokenizer.save_pretrained(save_directory)
             nsp_token = self.tokenizer.convert_ids_to_tokens(self.config.nsp_token_id)
         repo_id = _repository(save_directory, repo_id, token, private) if push_to_hub else None
-        facts = {"architecture": type(part).__name__, "nsp_token": nsp_token}
-        _write_card(save_directory, GEN_CARD.format(marker=CARD_MARKER, name=repo_id or Path(save_directory).absolute().name, **facts))
+        name, cards = repo_id or Path(save_directory).absolute().name, package_cards()
+        if cards is None:
+            card = plain_card(name, "Gen of a CoSup model, a plain causal language model.", library_name="transformers", pipeline_tag="text-generation")
+        else:
+            card = cards.gen_card(type(part).__name__, nsp_token, name)
+        _write_card(save_directory, card)
         if push_to_hub:
             _push(save_directory, repo_id, token)
 
@@ -137,11 +84,17 @@ class PartsMixin:
             return
         tokenizer.save_pretrained(save_directory)
         path = Path(save_directory) / "tokenizer_config.json"
-        write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "tokenizer_class": "PreTrainedTokenizerFast"})  # its name in every release
+        write_json(path, {**read_json(path), "tokenizer_class": "PreTrainedTokenizerFast"})  # its name in every release
         head = None if self.emb_head is None else (state_dict or self.state_dict())["emb_head.weight"]
         write_modules(Path(save_directory), self.config, tokenizer.model_max_length, head)
         repo_id = _repository(save_directory, repo_id, token, private) if push_to_hub else None
-        _write_card(save_directory, emb_seq_card(self.config, repo_id or Path(save_directory).absolute().name))
+        name, cards = repo_id or Path(save_directory).absolute().name, package_cards()
+        if cards is None:
+            metadata = {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity"}
+            card = plain_card(name, "Emb_seq of a CoSup model: its passage encoder, for sentence-transformers.", **metadata)
+        else:
+            card = cards.emb_seq_card(self.config, name)
+        _write_card(save_directory, card)
         if push_to_hub:
             _push(save_directory, repo_id, token)
 
@@ -210,13 +163,6 @@ def write_modules(folder, config, max_seq_length, head=None):
         "cosup": {"passage_template": config.passage_template, "query_from": config.query_from},
     }
     write_json(folder / "config_sentence_transformers.json", settings)
-
-
-def emb_seq_card(config, name):
-    """The card of an Emb_seq that is loaded from `name`, a repository or a folder."""
-    similarity = {"cosine": "cosine", "dot": "dot product"}[config.similarity]
-    facts = {"template": config.passage_template, "width": config.embedding_size, "similarity": similarity, "length": config.max_passage_length}
-    return CARD.format(marker=CARD_MARKER, name=name, queries=QUERIES[config.query_from], **facts)
 
 
 def _part(model, part):

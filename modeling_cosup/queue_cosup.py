@@ -1,11 +1,11 @@
 """The queue of generate_many(): which prompts are waiting, and the file that keeps the answers."""
 
 import contextlib
-import hashlib
 import json
 import os
 from dataclasses import dataclass, fields
 
+from .files_cosup import digest
 from .trace_cosup import (Retrieval, cited_text, written_text)
 
 
@@ -52,7 +52,7 @@ class Queue:
                 self.results[row.number] = done = Completion(row.number, row.ids[start:], text, cited, row.num_generated_tokens, row.retrievals)
                 if self.output_file is not None:
                     trace = [retrieval.to_dict() for retrieval in done.retrievals]
-                    line = {**vars(done), "retrievals": trace, "prompt": hash_of(row.prompt), "settings": self.key}
+                    line = {**vars(done), "retrievals": trace, "prompt": digest(row.prompt), "settings": self.key}
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
                     file.flush()
                 if self.on_completion is not None and (said := self.on_completion(done)):
@@ -75,7 +75,7 @@ def read_completions(path, prompts, key):
             try:
                 found = json.loads(line)
                 index, names = found["index"], {field.name for field in fields(Completion)}
-                if found["prompt"] != hash_of(prompts[index]):
+                if found["prompt"] != digest(prompts[index]):
                     raise ValueError(f"{path}, line {number}: an answer to another prompt than number {index} of this call; choose another output_file.")
                 if found["settings"] != key:
                     raise ValueError(f"{path}, line {number}: an answer of another model or index, or with other settings; choose another output_file.")
@@ -85,8 +85,3 @@ def read_completions(path, prompts, key):
                 raise ValueError(f"{path}, line {number}: not an answer of generate_many to these prompts ({error!r}); choose another file.") from error
     os.truncate(path, whole)
     return results
-
-
-def hash_of(value):
-    """16 hex digits of the SHA-256 of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

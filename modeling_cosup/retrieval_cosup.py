@@ -9,9 +9,8 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .card_cosup import (index_card)
 from .configuration_cosup import (EARLIER_EMBEDDING_SETTINGS)
-from .hub_cosup import (CARD_FILE, make_repo, push_files)
+from .hub_cosup import CARD_FILE, make_repo, package_cards, plain_card, push_files
 from .index_build_cosup import (ShardBuilder, begin, collect, evaluating, finish, read_shards, unfinished_folder, write_new_shard, write_shards)
 from .index_files_cosup import (
     CONFIG_FILE,
@@ -287,8 +286,15 @@ class PassageIndex(SearchableStore):
             config = index.config
             files = {name: index.folder / name for name in config["files"]}
             files[CONFIG_FILE] = (json.dumps(signed(config), indent=2) + "\n").encode()
-            files[CARD_FILE] = index_card(config, len(self), repo_id, model, license).encode()
+            files[CARD_FILE] = _card(config, len(self), repo_id, model, license).encode()
             return push_files(files, repo_id, [*FILE_PATTERNS, FAISS_PATTERN], **hub)
+
+
+def _card(config, num_passages, repo_id, model, license):
+    cards = package_cards()
+    if cards is None:
+        return plain_card(repo_id, f"A passage index of a CoSup model: {num_passages:,} passages.", license, ["passage-index"], viewer=False)
+    return cards.index_card(config, num_passages, repo_id, model, license)
 
 
 def _require_packages():

@@ -1,4 +1,9 @@
-"""What a checkpoint is, apart from its weights: tokenizers, fingerprint, facts and card, the folder that holds them, and the repository that shares them."""
+"""
+What a model needs to be saved, pushed and recognised again: tokenizers, fingerprint, folder, repository.
+
+Its neighbours: `facts_cosup` has what was recorded of a checkpoint, `hub_cosup` uploads files, `card_cosup` writes cards; `trainer/card.py` records what was
+trained, `trainer/hub.py` says what the Trainer pushes, and when.
+"""
 
 import hashlib
 import tempfile
@@ -6,11 +11,9 @@ from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
-from transformers.utils import logging
 
-from .card_cosup import (CURVES_FILE, FACTS_FILE, FACTS_OF_ALL_WEIGHTS, beside_checkpoint, load_facts, model_card)
-from .hub_cosup import (CARD_FILE, EMB_SEQ_TOKENIZER_FOLDER, CARD_MARKER, REPLACED_FILES, checkpoint_files, make_repo, push_files)
-from .index_files_cosup import (write_json)
+from .facts_cosup import carry_facts, load_facts
+from .hub_cosup import CARD_FILE, CARD_MARKER, EMB_SEQ_TOKENIZER_FOLDER, REPLACED_FILES, checkpoint_files, make_repo, package_cards, plain_card, push_files
 from .tokenization_cosup import (same_tokenizer, tokenizer_fingerprint)
 
 try:
@@ -18,7 +21,8 @@ try:
 except ImportError:  # a torch without distributed
     DTensor = ()  # type: ignore[assignment, misc]
 
-logger = logging.get_logger(__name__)
+
+SUMMARY = "A CoSup model: it retrieves passages while it writes. Load it with `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`."
 
 
 class SharingMixin:
@@ -61,8 +65,12 @@ class SharingMixin:
             raise ValueError("The checkpoint stores no fingerprint of Emb_seq and Emb_seq is not loaded, so no index can be checked against it.")
         return self.hash_weights(state_dict, ("emb_seq.", "emb_head."))
 
-    def _hash_of_all(self, state_dict=None):
-        """Hash of all weights; `None` where they are elsewhere: shards without `state_dict`, which only all ranks together could put together, or offloaded."""
+    def hash_all_weights(self, state_dict=None):
+        """
+        Hash of all weights, `str`: what says whether recorded facts are about them.
+
+        `None` where they are elsewhere: offloaded, or shards without `state_dict`, which only all ranks together could put together.
+        """
         if state_dict is None and any(isinstance(weight, DTensor) or weight.is_meta for weight in self.parameters()):
             return None
         return self.hash_weights(state_dict)
@@ -156,8 +164,8 @@ class SharingMixin:
             if self.emb_seq_tokenizer is not self.tokenizer:
                 self.emb_seq_tokenizer.save_pretrained(f"{save_directory}/{EMB_SEQ_TOKENIZER_FOLDER}")
         if is_main_process:
-            self._saved_weights = self._hash_of_all(state_dict)
-            self._save_facts(Path(save_directory), self._saved_weights)
+            carry_facts(self, Path(save_directory), self.hash_all_weights(state_dict))
+            _remove_stale_card(Path(save_directory))
         self._be_found_by_its_own_name()
         super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, max_shard_size=max_shard_size, **kwargs)
         if push_to_hub and is_main_process:
@@ -174,58 +182,6 @@ class SharingMixin:
         """Other weights than those that were fingerprinted, e.g. the best checkpoint at the end of training."""
         self._forget_fingerprint("emb_seq")
         return super().load_state_dict(*args, **kwargs)
-
-    # ------------------------------------------------------------------ facts and card
-
-    def training_facts(self, weights=None):
-        """
-        What training and evaluation recorded of these weights, `dict`; see [`load_facts`]. Of other weights only what does not depend on them is left.
-
-        Args:
-            weights (`str`, *optional*): hash of the weights, where those in memory are shards.
-        """
-        facts = self._facts
-        if facts is None:
-            facts = load_facts(self.config._name_or_path, getattr(self.config, "_commit_hash", None))
-        now = weights or self._hash_of_all() if facts.get("weights") else None
-        if now is None or facts["weights"] == now:  # what is offloaded or sharded here was not trained here
-            return facts
-        logger.warning_once("These weights are not those that were trained and measured: what was recorded of the former is left out of the card.")
-        return {name: facts[name] for name in FACTS_OF_ALL_WEIGHTS if name in facts}
-
-    def record_facts(self, facts, curves=None):
-        """
-        Take `facts` (see [`load_facts`]) as those of the weights as they were last saved, or are now; `save_pretrained` and `push_to_hub` write them.
-
-        Args:
-            facts (`dict`): those that name `weights` keep them.
-            curves (`Path`, *optional*): the picture of the losses.
-
-        Returns:
-            `dict`: the facts with `weights`.
-        """
-        self._facts, self._curves = {"weights": self._saved_weights or self._hash_of_all(), **facts}, curves
-        return self._facts
-
-    def _save_facts(self, folder, weights):
-        """Write the facts and the picture of the losses; what a folder said of other weights goes."""
-        folder.mkdir(parents=True, exist_ok=True)
-        facts = self.training_facts(weights)
-        source = self.config._name_or_path, CURVES_FILE, getattr(self.config, "_commit_hash", None)
-        curves = self._curves if self._facts is not None else beside_checkpoint(*source)
-        drawn = curves is not None and Path(curves).exists() and facts.get("training", {}).get("curves", False)
-        if drawn and Path(curves).resolve() != (folder / CURVES_FILE).resolve():
-            (folder / CURVES_FILE).write_bytes(Path(curves).read_bytes())
-        elif not drawn:
-            (folder / CURVES_FILE).unlink(missing_ok=True)
-        if facts:
-            training = {"training": {**facts["training"], "curves": drawn}} if "training" in facts else {}
-            write_json(folder / FACTS_FILE, {**facts, **training})
-        else:
-            (folder / FACTS_FILE).unlink(missing_ok=True)
-        card = folder / CARD_FILE
-        if not facts.get("results") and card.exists() and CARD_MARKER in card.read_text(encoding="utf-8"):
-            card.unlink()
 
     # ------------------------------------------------------------------ the Hub
 
@@ -273,5 +229,18 @@ class SharingMixin:
         repo_id = make_repo(repo_id, private, token)
         given = {"index": index, "license": license, "tags": [tags] if isinstance(tags, str) else tags}
         facts = {**load_facts(folder), **{name: value for name, value in given.items() if value is not None}}
-        files = {**checkpoint_files(folder), CARD_FILE: model_card(self, repo_id, facts).encode()}
+        cards = package_cards()
+        if cards is None:
+            metadata = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+            card = plain_card(repo_id, SUMMARY, facts.get("license"), ["custom_code", *facts.get("tags", [])], **metadata)
+        else:
+            card = cards.model_card(self, repo_id, facts)
+        files = {**checkpoint_files(folder), CARD_FILE: card.encode()}
         return push_files(files, repo_id, REPLACED_FILES, token=token, **hub)
+
+
+def _remove_stale_card(folder):
+    """Remove a card of ours that shows results which [`carry_facts`] did not keep."""
+    card = folder / CARD_FILE
+    if not load_facts(folder).get("results") and card.exists() and CARD_MARKER in card.read_text(encoding="utf-8"):
+        card.unlink()

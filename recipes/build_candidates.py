@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from modeling_cosup.lines_cosup import writing_lines
 from trainer.data import load_evaluation_set, read_rows
 from trainer.judging.intervals import Rate
 from trainer.judging.matching import gold_ids
 
-from shared.data_files import writing
 from shared.retrievers import CoSupRetriever, SentenceRetriever, is_cosup
 
 KS = (1, 5, 20, 100)
@@ -82,7 +82,7 @@ def build(args):
         _, nearest = retriever.search(queries[part], k)
         for rows, query, own in zip(nearest, queries[part], gold[part], strict=True):
             pools.append(make_pool(rows[rows >= 0], own, lambda own, query=query: retriever.scores(query, own), args.num_candidates, args.gold_first))
-    with writing(args.output_file) as write:
+    with writing_lines(args.output_file) as write:
         for (_, row), pool in zip(read_rows(args.eval_file, args.split), pools, strict=True):
             write({**row, "candidates": retriever.ids_of(pool.rows)})
     return summary(instances, pools, gold, len(retriever), args.num_candidates, retriever)

@@ -17,11 +17,10 @@ from shared.cli import clear_errors, table
 
 import torch
 
+from modeling_cosup.lines_cosup import writing_lines
 from modeling_cosup.tokenization_cosup import render_passage
 from trainer.data import content_id, load_corpus, load_instances
 from trainer.judging.correctness import normalize_answer
-
-from shared.data_files import writing
 
 CANDIDATES = 4  # mined for one that is wanted: some hold the answer
 
@@ -77,7 +76,7 @@ def mine(args):
         found = [p for p in found if not right.holds(p) and not holds(p, answer)][: args.num_negatives]
         segment["negatives"] = segment["negatives"] + found
         counts["with all negatives" if len(found) == args.num_negatives else "with fewer" if found else "with none"] += 1
-    with writing(args.output_file) as write:
+    with writing_lines(args.output_file) as write:
         for instance in instances:
             write(instance)
     return counts

@@ -18,11 +18,13 @@ from collections import Counter
 
 from shared.cli import clear_errors, table
 
-from modeling_cosup.corpus_cosup import check_text
+from modeling_cosup.files_cosup import read_json
+from modeling_cosup.lines_cosup import writing_lines
+from modeling_cosup.passages_cosup import check_text
 from trainer.data import content_id, read_rows
 from trainer.judging.correctness import normalize_answer
 
-from shared.data_files import distinct, instruction_of, read_json, read_passages, writing
+from shared.data_files import distinct, instruction_of, read_passages
 
 NOT_META = ("sample_id", "id", "question", "docs", "answer")
 
@@ -57,7 +59,7 @@ def prepare(args):
         raise ValueError(f"--num_candidates is {args.num_candidates}, expected at least 1.")
     instruction, passages = instruction_of(args.dataset, args.instruction), {}
     counts = Counter({"items read": 0, "items written": 0})
-    with writing(args.output_file) as write, writing(args.output_corpus) as write_passage:
+    with writing_lines(args.output_file) as write, writing_lines(args.output_corpus) as write_passage:
         for where, item in read_items(args.input_file, args.split):
             counts["items read"] += 1
             pool = read_docs(item, where, args.num_candidates, passages, counts)

@@ -17,9 +17,10 @@ from shared.cli import clear_errors, table
 
 from tqdm import tqdm
 
-from modeling_cosup.corpus_cosup import check_text, read_jsonl
+from modeling_cosup.lines_cosup import lines_with_places, writing_lines
+from modeling_cosup.passages_cosup import check_text
 
-from shared.data_files import distinct, instruction_of, read_passages, read_tsv, writing
+from shared.data_files import distinct, instruction_of, read_passages, read_tsv
 
 FILE_ENDINGS = ("", ".gz")
 
@@ -51,7 +52,7 @@ def prepare(args):
     instruction, counts = instruction_of(args.dataset, args.instruction), Counter()
     relevant = read_qrels(args.qrels_file)
     wanted, found = {id for ids in relevant.values() for id in ids}, set()
-    with writing(args.output_file) as write, writing(args.output_corpus) as write_passage:
+    with writing_lines(args.output_file) as write, writing_lines(args.output_corpus) as write_passage:
         for where, passage in tqdm(read_passages_with_text(find(args.input_dir, "corpus.jsonl"), counts), desc="Reading passages", unit=" passages"):
             if passage["id"] in wanted:
                 if passage["id"] in found:
@@ -59,7 +60,7 @@ def prepare(args):
                 found.add(passage["id"])
             write_passage(passage)
             counts["passages in the corpus"] += 1
-        for where, value in read_jsonl(find(args.input_dir, "queries.jsonl")):
+        for where, value in lines_with_places(find(args.input_dir, "queries.jsonl")):
             id = check_text(value.get("_id"), "_id", where)
             provenance = [[passage] for passage in relevant.get(id, []) if passage in found]
             if not provenance:
@@ -98,7 +99,7 @@ def read_qrels(path):
 
 def read_passages_with_text(path, counts):
     """`(where, passage)` pairs; BEIR has passages of empty text, which no embedding stands for: they are counted and left out."""
-    for where, value in read_jsonl(path):
+    for where, value in lines_with_places(path):
         if value.get("text") == "":
             counts["passages left out: no text"] += 1
             continue

@@ -31,10 +31,12 @@ from shared.cli import clear_errors, table
 
 from tqdm import tqdm
 
-from modeling_cosup.corpus_cosup import check_text, read_jsonl
+from modeling_cosup.files_cosup import read_json
+from modeling_cosup.lines_cosup import lines_with_places, writing_lines
+from modeling_cosup.passages_cosup import check_text
 from trainer.data import read_rows
 
-from shared.data_files import distinct, instruction_of, read_json, read_passages, writing
+from shared.data_files import distinct, instruction_of, read_passages
 
 TASKS = ["nq", "triviaqa", "hotpotqa", "eli5", "fever", "trex", "zsre", "wow"]
 HEADING, BULLET = "Section::::", re.compile(r"^BULLET::::(- )?")
@@ -81,7 +83,7 @@ def prepare(args):
     counts = Counter({"questions read": 0})
     questions = list(read_questions(args, counts))
     pages = Pages(questions, args.match)
-    with writing(args.output_file) as write, writing(args.output_corpus) as write_passage:
+    with writing_lines(args.output_file) as write, writing_lines(args.output_corpus) as write_passage:
         for passage in tqdm(read_corpus_of(args, pages, counts), desc="Reading passages", unit=" passages"):
             pages.add(passage)
             write_passage(passage)
@@ -251,7 +253,7 @@ def read_corpus_of(args, pages, counts):
             yield passage
         return
     others = 0
-    for where, page in read_jsonl(args.knowledge_file):
+    for where, page in lines_with_places(args.knowledge_file):
         id, title = str(page.get("wikipedia_id") or page.get("_id") or "").strip(), page.get("wikipedia_title")
         if id not in pages.ids:
             others += 1

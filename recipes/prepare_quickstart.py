@@ -18,7 +18,6 @@ not how to copy an answer out of a passage.
 """
 
 import argparse
-import hashlib
 import inspect
 import json
 import os
@@ -35,6 +34,10 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from modeling_cosup.files_cosup import digest_file, read_json, write_json
+from modeling_cosup.lines_cosup import write_lines
+from trainer.data import content_id
 
 # ---------------------------------------------------------------------- the world
 
@@ -110,7 +113,7 @@ class World:
             facts.append(([question.format(n=title) for question in questions], answer.format(n=title, v=value)))
             subject = pronoun
         text = " ".join(sentences)
-        return {"id": hashlib.sha1(f"{title}\n{text}".encode()).hexdigest()[:16], "title": title, "text": text}, facts
+        return {"id": content_id(title, text), "title": title, "text": text}, facts
 
     def ask(self, passage, facts):
         """A question about an entity: `(question, answer, passage)`."""
@@ -149,8 +152,8 @@ def write_world(folder, settings):
             while len(distinct) < settings["num_eval_no_passage"]:
                 distinct[world.ask_no_passage(split)] = None
             asked += distinct
-        write_jsonl(folder / f"{split}.jsonl", [record(split, i, *x) for i, x in enumerate(asked)])
-    write_jsonl(folder / "corpus.jsonl", corpus)
+        write_lines(folder / f"{split}.jsonl", [record(split, i, *x) for i, x in enumerate(asked)])
+    write_lines(folder / "corpus.jsonl", corpus)
 
 
 def record(split, i, question, answer, passage):
@@ -159,11 +162,6 @@ def record(split, i, question, answer, passage):
     if split == "eval":
         return {**row, "answers": [answer], "provenance": [[passage["id"]]] if passage else [], "candidates": []}
     return {**row, "segments": [{"text": answer, "passage": passage}]}
-
-
-def write_jsonl(path, rows):
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 # ---------------------------------------------------------------------- the tokenizer and the models
@@ -267,12 +265,12 @@ def prepare(
         `dict[str, str]`: the path of each output, under "train", "validation", "eval", "corpus", "gen", "emb_seq" and "world".
     """
     settings = {name: value for name, value in locals().items() if name != "output_dir"}
-    settings["code"] = hashlib.sha1(Path(__file__).read_bytes()).hexdigest()
+    settings["code"] = digest_file(__file__)
     output = Path(output_dir)
     names = ["train.jsonl", "validation.jsonl", "eval.jsonl", "corpus.jsonl", "gen", "emb_seq", "world.json"]
     paths = {name.partition(".")[0]: str(output / name) for name in names}
     found = set(os.listdir(output)) if output.exists() else set()
-    if found == set(names) and json.loads(Path(paths["world"]).read_text()) == settings:
+    if found == set(names) and read_json(paths["world"]) == settings:
         return paths
     if found not in (set(), set(names)):
         raise FileExistsError(f"{output} holds other things than a world of this script: choose another folder, or remove it.")
@@ -282,7 +280,7 @@ def prepare(
         made.mkdir()
         write_world(made, settings)
         write_models(made, seed, drill_max_steps)
-        Path(made, "world.json").write_text(json.dumps(settings, indent=2) + "\n")
+        write_json(made / "world.json", settings)
         shutil.rmtree(output, ignore_errors=True)
         made.rename(output)  # complete, or not there at all
     return paths

@@ -12,7 +12,6 @@ Written under `output_dir`:
 """
 
 import argparse
-import hashlib
 import inspect
 import json
 import os
@@ -27,6 +26,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaModel
 
 from modeling_cosup import info_nce
+from modeling_cosup.files_cosup import digest_file, read_json, write_json
 
 NAMES = ("emb_seq_small", "emb_seq_bert", "retriever")
 
@@ -47,19 +47,19 @@ def prepare_models(world: str, output_dir: str, seed: int = 0, retriever_steps: 
     Raises:
         `FileExistsError`: for such a folder.
     """
-    settings = {"seed": seed, "retriever_steps": retriever_steps, "world": json.loads(Path(world, "world.json").read_text())}
-    settings["code"] = hashlib.sha1(Path(__file__).read_bytes()).hexdigest()
+    settings = {"seed": seed, "retriever_steps": retriever_steps, "world": read_json(Path(world, "world.json"))}
+    settings["code"] = digest_file(__file__)
     output, names = Path(output_dir), {*NAMES, "models.json"}
     found = set(os.listdir(output)) if output.exists() else set()
     if found not in (set(), names):
         raise FileExistsError(f"{output} holds other things than encoders of this script: choose another folder, or remove it.")
-    if not found or json.loads((output / "models.json").read_text()) != settings:
+    if not found or read_json(output / "models.json") != settings:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{output.name}.", dir=output.parent) as temporary, torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             made = Path(temporary, output.name)
             write_models(AutoTokenizer.from_pretrained(Path(world, "gen")), made, seed, retriever_steps)
-            (made / "models.json").write_text(json.dumps(settings, indent=2) + "\n")
+            write_json(made / "models.json", settings)
             shutil.rmtree(output, ignore_errors=True)
             made.rename(output)  # complete, or not there at all
     return {name: str(output / name) for name in NAMES}

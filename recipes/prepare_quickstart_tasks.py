@@ -14,7 +14,6 @@ and the nearest others by the letters of names (no model has a part in it); task
 """
 
 import argparse
-import hashlib
 import inspect
 import json
 import os
@@ -25,7 +24,11 @@ import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from prepare_quickstart import GOODS, INSTRUMENTS, PERSON, PLACE, World, write_jsonl
+from prepare_quickstart import GOODS, INSTRUMENTS, PERSON, PLACE, World
+
+from modeling_cosup.files_cosup import digest_file, read_json, write_json
+from modeling_cosup.lines_cosup import read_lines, write_lines
+from trainer.data import content_id
 
 SPLITS = {
     "people": "in-domain",
@@ -104,7 +107,7 @@ class NewEntities:
             told.append(self.world.name((each,), "tasks", avoid=names) if isinstance(each, int) else self.rng.choice(each))
             names += f" {told[-1]}"  # as in training: a syllable stands once in a passage
         text = self._text(title, kind, wordings, told, whole=task == "styles")
-        passage = {"id": hashlib.sha1(f"{title}\n{text}".encode()).hexdigest()[:16], "title": title, "text": text}
+        passage = {"id": content_id(title, text), "title": title, "text": text}
         name = title.split()[-1] if task == "surnames" else title
         question = self.rng.choice(own_questions if task == "wordings" else questions).format(n=name)
         return passage, question, [str(told[0]) if task in ("attributes", "surnames") else answer.format(n=title, v=told[0])]
@@ -170,19 +173,19 @@ def prepare_tasks(world: str, output_dir: str, seed: int = 0, num_questions: int
         `FileExistsError`: for such a folder. `FileNotFoundError`: where there is no world.
     """
     settings = {name: value for name, value in locals().items() if name not in ("world", "output_dir")}
-    settings["world"] = json.loads(Path(world, "world.json").read_text())
-    settings["code"] = hashlib.sha1(Path(__file__).read_bytes()).hexdigest()
+    settings["world"] = read_json(Path(world, "world.json"))
+    settings["code"] = digest_file(__file__)
     output = Path(output_dir)
     found = set(os.listdir(output)) if output.exists() else set()
     if found and "tasks.json" not in found:
         raise FileExistsError(f"{output} holds something, but no tasks of this script: choose another folder, or remove it.")
-    if not found or json.loads((output / "tasks.json").read_text()) != settings:
+    if not found or read_json(output / "tasks.json") != settings:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{output.name}.", dir=output.parent) as temporary:
             made = Path(temporary, output.name)
             made.mkdir()
             write_tasks(Path(world), made, seed, num_questions, num_no_passage, pool_size)
-            (made / "tasks.json").write_text(json.dumps(settings, indent=2) + "\n")
+            write_json(made / "tasks.json", settings)
             shutil.rmtree(output, ignore_errors=True)
             made.rename(output)  # complete, or not there at all
     return {
@@ -192,9 +195,9 @@ def prepare_tasks(world: str, output_dir: str, seed: int = 0, num_questions: int
 
 def write_tasks(world, folder, seed, num_questions, num_no_passage, pool_size):
     """Write corpus.jsonl and the file of each task."""
-    corpus = read_jsonl(world / "corpus.jsonl")
+    corpus = read_lines(world / "corpus.jsonl")
     passages = {passage["id"]: passage for passage in corpus}
-    asked = read_jsonl(world / "eval.jsonl")
+    asked = read_lines(world / "eval.jsonl")
     needing, free = [x for x in asked if x["provenance"]], [x for x in asked if not x["provenance"]]
     people = [x for x in needing if " " in passages[x["provenance"][0][0]]["title"]]  # a place has one word
     places = [x for x in needing if x not in people]
@@ -211,17 +214,13 @@ def write_tasks(world, folder, seed, num_questions, num_no_passage, pool_size):
     titles = {passage["id"]: passage["title"] for passage in corpus}
     tasks["surnames"] = [row for row in tasks["surnames"] if names[titles[row["provenance"][0][0]].split()[1]] == 1]  # else others would be right too
     nearest = NearestByLetters(corpus, random.Random(f"pools {seed}"))
-    write_jsonl(folder / "corpus.jsonl", corpus)
+    write_lines(folder / "corpus.jsonl", corpus)
     for task, rows in tasks.items():
         for i, row in enumerate(rows):
             gold = [id for evidence in row["provenance"] for id in evidence]
             pool = nearest.pool(row["input"], gold, pool_size)
             rows[i] = {"id": f"{task}-{i}", "dataset": task, "instruction": "", **{k: row[k] for k in ("input", "answers", "provenance")}, "candidates": pool}
-        write_jsonl(folder / f"{task}.jsonl", rows)
-
-
-def read_jsonl(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        write_lines(folder / f"{task}.jsonl", rows)
 
 
 if __name__ == "__main__":

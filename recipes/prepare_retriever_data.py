@@ -14,9 +14,8 @@ import re
 
 from shared.cli import clear_errors, table
 
+from modeling_cosup.lines_cosup import writing_lines
 from trainer.data import load_instances
-
-from shared.data_files import writing
 
 
 def main():
@@ -55,7 +54,7 @@ def prepare(args):
     keywords = keyword_queries(single, generator)[: int(len(questions) * args.keyword_share / (1 - args.keyword_share))]
     mixed = questions + keywords
     generator.shuffle(mixed)
-    with writing(args.output_file) as write:
+    with writing_lines(args.output_file) as write:
         for instance in mixed:
             write(instance)
     left_out = {"left out: no passage, or several": len(instances) - len(single), "questions left out": len(single) - len(questions)}

@@ -34,10 +34,9 @@ from shared.cli import clear_errors, table
 
 from tqdm import tqdm
 
-from modeling_cosup.corpus_cosup import check_text
+from modeling_cosup.lines_cosup import writing_lines
+from modeling_cosup.passages_cosup import check_text
 from trainer.data import check_instance, content_id, read_rows
-
-from shared.data_files import writing
 
 PAPER_COUNT = 42_932
 FILTERS = ("without_passage", "irrelevant", "unsupported")
@@ -99,7 +98,7 @@ def prepare(args):
     if args.question_template and "{input}" not in args.question_template:
         raise ValueError(f"--question_template is {args.question_template!r}, expected a text with {{input}}.")
     counts, damaged, passages = Counter({"read": 0, "damaged": 0, **dict.fromkeys(FILTERS, 0), "written": 0}), [], set()
-    with writing(args.output_file) as write, writing(args.output_corpus) as write_passage:
+    with writing_lines(args.output_file) as write, writing_lines(args.output_corpus) as write_passage:
         for where, row in tqdm(read_rows(args.input_file, args.split), desc="Reading instances", unit=" instances"):
             counts["read"] += 1
             question, output = read_question(row, where), check_text(row.get("output"), "output", where, may_be_empty=True)

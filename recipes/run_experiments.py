@@ -31,14 +31,14 @@ from prepare_quickstart_models import prepare_models
 from prepare_quickstart_tasks import prepare_tasks
 from run_evaluation import TASK_OPTIONS
 
-from modeling_cosup.index_files_cosup import write_json
+from modeling_cosup.files_cosup import read_json, write_json
 from trainer.reports.experiment import write_experiment_report
 from trainer.reports.experiment_figures import Results
 from trainer.watch import last_complete_checkpoint
 
 from experiments.definition import NOT_OPTIONS, ROOT, WORLD_FILES, evaluation_key, key_of, load_experiment, scoring
-from experiments.launching import Failed, hardware, launch, locked, say, training_facts
-from experiments.task_files import cut_corpora, cut_to_pools, digest, expand_tasks
+from experiments.launching import Failed, hardware, launch, locked_folder, say, training_facts
+from experiments.task_files import cut_corpora, cut_to_pools, digest_of_content, expand_tasks
 
 
 @dataclass
@@ -142,7 +142,7 @@ def plan_seed(experiment, seed, cache, notes):
 def make_world(experiment, seed, cache, places, needs_models):
     """The world of a seed: files for options that are not given, and tasks unless there are others. `places` gets its folders."""
     folder = cache / "worlds" / f"seed-{seed}"
-    with locked(folder):
+    with locked_folder(folder):
         paths = prepare(str(folder / "world"), seed=seed, **experiment.world_options)
         places["world"] = str(folder / "world")
         tasks = experiment.tasks
@@ -219,7 +219,7 @@ def train(run, args):
     """Train, unless it is done: `run.folder` gets `options.yaml`, `train.log`, `model/` and, last of all, `trained.json`."""
     done = run.folder / "trained.json"
     run.folder.mkdir(parents=True, exist_ok=True)
-    with locked(run.folder) as lock:
+    with locked_folder(run.folder) as lock:
         if done.exists():
             say(run, f"trained already: {run.folder}")
             return
@@ -239,9 +239,9 @@ def evaluate(run, experiment, cache, args):
     """Judge the model, unless it is done: `run.evaluation` gets `tasks.yaml`, `evaluation.log` and `results/`, whose `metrics.json` comes last of all."""
     results = run.evaluation / "results"
     run.evaluation.mkdir(parents=True, exist_ok=True)
-    with locked(run.evaluation) as lock:
+    with locked_folder(run.evaluation) as lock:
         done, judged_by = run.evaluation / "evaluated.json", scoring(experiment.evaluation, run.entries)
-        if done.exists() and json.loads(done.read_text()).get("scoring", {}) == judged_by:
+        if done.exists() and read_json(done).get("scoring", {}) == judged_by:
             say(run, f"evaluated already: {run.evaluation}")
             return
         config = {**experiment.evaluation, "modes": experiment.modes, "tasks": run.entries}
@@ -249,7 +249,7 @@ def evaluate(run, experiment, cache, args):
         merged = run.folder / "model" / "merged"
         arguments = ["--config", str(run.evaluation / "tasks.yaml"), "--model", str(merged if merged.exists() else run.folder / "model")]
         arguments += ["--output_dir", str(results), "--index_cache", str(cache / "indexes")]
-        before = json.loads(done.read_text())["seconds"] if done.exists() else 0  # for the answers, which are there
+        before = read_json(done)["seconds"] if done.exists() else 0  # for the answers, which are there
         done.unlink(missing_ok=True)  # from now on there may be scores of two judges
         command, seconds = launch("run_evaluation.py", arguments, run, run.evaluation / "evaluation.log", args, lock)
         write_json(done, {"command": command, "seconds": seconds + before, "scoring": judged_by})
@@ -263,9 +263,9 @@ def report(experiment, runs, notes, args):
     rows = []
     for run in runs:
         row = {"arm": run.arm, "seed": run.seed, "options": run.options, "folder": str(run.folder), "evaluation": str(run.evaluation), "failure": run.failure}
-        row["questions"] = {entry["name"]: digest(entry["eval_file"]) for entry in run.entries}
+        row["questions"] = {entry["name"]: digest_of_content(entry["eval_file"]) for entry in run.entries}
         for name, path in (("trained", run.folder / "trained.json"), ("evaluated", run.evaluation / "evaluated.json")):
-            row[name] = json.loads(path.read_text()) if path.exists() else None
+            row[name] = read_json(path) if path.exists() else None
         if row["evaluated"] and row["evaluated"].get("scoring", {}) != scoring(experiment.evaluation, run.entries):
             row["evaluated"] = None
             notes.append(f"{run.name}: its answers were judged in another way, and not yet in this one")

@@ -25,7 +25,7 @@ from accelerate import DistributedType
 from transformers import set_seed
 
 from modeling_cosup import CoSupForCausalLM, PassageIndex
-from modeling_cosup.card_cosup import load_facts
+from modeling_cosup.facts_cosup import load_facts
 from trainer import CoSupTrainer, CoSupTrainingArguments, load_corpus, load_evaluation_set, load_instances
 from trainer.card import complete_card, held_out_group, result_group, write_card
 from trainer.hub import push_checkpoint

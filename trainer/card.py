@@ -1,6 +1,5 @@
-"""The model card of a run: what is recorded of training and evaluation, and the files that say it."""
+"""What is recorded of training and evaluation: facts and the picture of the losses, written next to the weights with the card that shows them."""
 
-import json
 import platform
 from collections import Counter
 from pathlib import Path
@@ -10,7 +9,9 @@ import transformers
 from transformers.utils import ADAPTER_CONFIG_NAME
 
 from modeling_cosup import CoSupForCausalLM
-from modeling_cosup.card_cosup import CURVES_FILE, FACTS_FILE, load_facts, model_card
+from modeling_cosup.card_cosup import model_card
+from modeling_cosup.facts_cosup import FACTS_FILE, facts_of, load_facts
+from modeling_cosup.files_cosup import read_json, write_json
 from modeling_cosup.hub_cosup import CARD_FILE, CARD_MARKER, is_repo_id
 
 from .judging.intervals import Rate
@@ -151,7 +152,7 @@ def draw_losses(log, path):
 # ---------------------------------------------------------------------- what is written
 
 
-def write_card(model, folder, repo_id, facts, index=None, question=None):
+def write_card(model, folder, repo_id, facts, index=None, question=None, weights=None):
     """
     Record facts and write the card of a checkpoint that was saved in a folder; both travel with it when it is pushed.
 
@@ -163,15 +164,16 @@ def write_card(model, folder, repo_id, facts, index=None, question=None):
         index (`str`, *optional*): repository or folder of its index, and
         question (`str`, *optional*): for the usage block. Both are recorded only with an index that is a repository: nobody else has use for a folder here,
             and an unpublished question is data.
+        weights (`str`, *optional*): hash of the weights, where those in memory are shards.
     """
     folder, base, adapters = Path(folder), without_peft(model), None
     shown = {name: value for name, value in (("index", index), ("question", question)) if value}
     facts = {**facts, **(shown if is_repo_id(index) else {})}
     if (folder / ADAPTER_CONFIG_NAME).exists():
-        adapters = json.loads((folder / ADAPTER_CONFIG_NAME).read_text())["base_model_name_or_path"] or "the base model"
+        adapters = read_json(folder / ADAPTER_CONFIG_NAME)["base_model_name_or_path"] or "the base model"
     else:
-        facts = base.record_facts(facts, folder / CURVES_FILE)
-    (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        facts = {"weights": weights or base.hash_all_weights(), **facts}
+    write_json(folder / FACTS_FILE, facts)
     (folder / CARD_FILE).write_text(model_card(base, repo_id, {**facts, **shown}, adapters), encoding="utf-8")
 
 
@@ -190,11 +192,11 @@ def add_results(folder, groups):
     """
     folder = Path(folder)
     model = CoSupForCausalLM.from_pretrained(folder)
-    facts, names = model.training_facts(), {group["dataset"]["name"] for group in groups}
+    facts, names = facts_of(model), {group["dataset"]["name"] for group in groups}
     facts["results"] = [group for group in facts.get("results", []) if group["dataset"]["name"] not in names] + groups
     card = folder / CARD_FILE
     if card.exists() and CARD_MARKER not in card.read_text(encoding="utf-8"):
-        (folder / FACTS_FILE).write_text(json.dumps(model.record_facts(facts, folder / CURVES_FILE), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(folder / FACTS_FILE, {"weights": model.hash_all_weights(), **facts})
         return False
     write_card(model, folder, str(folder), facts, facts.get("index"), facts.get("question"))
     return True

@@ -3,7 +3,8 @@
 import hashlib
 from pathlib import Path
 
-from modeling_cosup.corpus_cosup import check_text, check_title_and_text, checked_passages, read_corpus, read_jsonl
+from modeling_cosup.lines_cosup import lines_with_places
+from modeling_cosup.passages_cosup import check_text, check_title_and_text, checked_passages, read_corpus
 from modeling_cosup.tokenization_cosup import (
     encode_passages_for_emb_seq,
     encode_passages_for_gen,
@@ -19,7 +20,7 @@ from modeling_cosup.tokenization_cosup import (
 def read_rows(source, split="train"):
     """`(where, dict)` pairs of a JSON Lines file, or of a dataset name (Hub or folder) through `datasets.load_dataset`, unchecked."""
     if str(source).endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz")) or Path(source).is_file():
-        yield from read_jsonl(source)
+        yield from lines_with_places(source)
         return
     from datasets import load_dataset
 

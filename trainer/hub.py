@@ -1,4 +1,4 @@
-"""What CoSupTrainer pushes, and when."""
+"""What CoSupTrainer pushes, and when: the files and cards themselves are made by `card.py` and `modeling_cosup`."""
 
 import functools
 import os
@@ -11,7 +11,8 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
-from modeling_cosup.card_cosup import CURVES_FILE, model_card
+from modeling_cosup.card_cosup import model_card
+from modeling_cosup.facts_cosup import CURVES_FILE
 from modeling_cosup.hub_cosup import CARD_FILE, REPLACED_FILES, checkpoint_files, is_repo_id, push_files
 
 from .card import draw_losses, held_out_group, training_record, write_card
@@ -25,6 +26,8 @@ RESUME_STRATEGIES = (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
 
 class HubMixin:
     """The part of [`CoSupTrainer`] that describes and shares what was trained."""
+
+    _saved_weights = None  # hash of the weights that were last saved in output_dir
 
     def _check_hub_arguments(self, args, model):
         """What cannot be shared is an error before training, not after it."""
@@ -66,14 +69,21 @@ class HubMixin:
         """
         if not self.is_world_process_zero():
             return
-        _check_saved(self.model)
+        self._check_saved()
         given = {"language": language, "license": license, "tags": _listed(tags) + _listed(tasks), "base_model": finetuned_from, "name": model_name}
         given["datasets"] = [name for name in _listed(dataset) + _listed(dataset_tags) if is_repo_id(name)]
         facts = {name: value for name, value in given.items() if value}
         last = next((entry for entry in reversed(self.state.log_history) if "eval_recall@1" in entry), {})
         facts |= {"training": training_record(self), "results": held_out_group(last) if results is None else results}
         facts["training"]["curves"] = draw_losses(facts["training"]["log"], Path(self.args.output_dir) / CURVES_FILE)
-        write_card(self.model, self.args.output_dir, self.hub_model_id or self.args.hub_model_id or self.args.output_dir, facts, index, question)
+        repo_id = self.hub_model_id or self.args.hub_model_id or self.args.output_dir
+        write_card(self.model, self.args.output_dir, repo_id, facts, index, question, self._saved_weights)
+
+    def _check_saved(self):
+        """Raise unless the weights are those that were last saved: a card must not describe others. Of adapters and of shards this is not known."""
+        base = without_peft(self.model)
+        if base is self.model and base.hash_all_weights() not in (None, self._saved_weights):
+            raise ValueError("The weights are not those that were last saved in output_dir: call save_model() first, then create_model_card().")
 
     def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs):
         """
@@ -138,6 +148,9 @@ class HubMixin:
             super()._save(output_dir, state_dict)
         finally:
             self.args.hub_token = token
+        base = without_peft(self.model)
+        if base is self.model and Path(output_dir or self.args.output_dir) == Path(self.args.output_dir):
+            self._saved_weights = base.hash_all_weights(state_dict)
 
 
 def _listed(value):
@@ -152,13 +165,6 @@ def _check_base(model):
             f"A push would upload adapters of {adapters.base_model_name_or_path or 'a model in memory'}, which nobody else has: push the base model"
             " first (model.push_to_hub, or recipes/import_checkpoints.py) and train adapters of the repository."
         )
-
-
-def _check_saved(model):
-    """Raise unless the weights are those that were last saved: a card must not describe others. Of adapters and of shards this is not known."""
-    base = without_peft(model)
-    if base is model and base._hash_of_all() not in (None, base._saved_weights):
-        raise ValueError("The weights are not those that were last saved in output_dir: call save_model() first, then create_model_card().")
 
 
 def _keep_files(checkpoint_folder, output_dir):

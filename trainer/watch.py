@@ -1,12 +1,13 @@
 """What goes wrong in a run, said clearly: losses that are no numbers, memory that is too small, checkpoints that were not written to their end."""
 
 import contextlib
-import json
 import os
 import zipfile
 from pathlib import Path
 
 import torch
+
+from modeling_cosup.files_cosup import read_json
 
 
 class FiniteLosses:
@@ -108,7 +109,7 @@ def last_complete_checkpoint(output_dir):
 def _is_complete(folder):
     """The state file is written last; what torch wrote before it is a readable archive, optimiser and schedule among it."""
     try:
-        json.loads((folder / "trainer_state.json").read_text())
+        read_json(folder / "trainer_state.json")
     except (OSError, ValueError):
         return False
     if not any(folder.glob("scheduler.pt")) and not any(folder.glob("global_step*")):  # weights alone; DeepSpeed has a folder of its own

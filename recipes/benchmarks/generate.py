@@ -13,7 +13,6 @@ ends early. Every table says in how many rows the tokens are the same; expect al
 
 import contextlib
 import copy
-import json
 import random
 import statistics
 import sys
@@ -31,6 +30,7 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache, LogitsProcessorList, set_seed
 
 from modeling_cosup import RetrievalConfig
+from modeling_cosup.files_cosup import write_json
 
 from random_world import SHAPES, Ends, World
 
@@ -308,7 +308,7 @@ def main():
         for part in script.parts:
             results[f"part_{part}"] = {1: part_1, 2: part_2, 3: part_3, 4: part_4}[part](world, script)
             if script.output_file:  # after each part: a later one that fails takes nothing along
-                Path(script.output_file).write_text(json.dumps(results, indent=2) + "\n")
+                write_json(script.output_file, results)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ import transformers
 from transformers import AutoTokenizer
 
 from modeling_cosup import CoSupForCausalLM, PassageIndex
+from modeling_cosup.files_cosup import write_json
 from modeling_cosup.index_build_cosup import record_batch
 from modeling_cosup.index_files_cosup import Shard
 from modeling_cosup.index_store_cosup import new_config
@@ -75,7 +76,7 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             results[section] = {"encode": encode, "search": search, "approximate": approximate, "memory": memory}[section](args, Path(folder))
     if args.output_file:
-        Path(args.output_file).write_text(json.dumps(results, indent=2) + "\n")
+        write_json(args.output_file, results)
 
 
 def measure(arms, repeats):

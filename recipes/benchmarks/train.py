@@ -13,7 +13,6 @@ Prints tables and writes `--output_file`.
 import contextlib
 import importlib
 import itertools
-import json
 import random
 import statistics
 import sys
@@ -31,6 +30,7 @@ import torch.nn.functional as F
 from transformers import Trainer, TrainingArguments, set_seed
 
 from modeling_cosup import CoSupForCausalLM
+from modeling_cosup.files_cosup import write_json
 from modeling_cosup.loss_cosup import chunked_cross_entropy
 from modeling_cosup.tokenization_cosup import pad_rows
 from trainer import CoSupTrainer, CoSupTrainingArguments, load_instances
@@ -445,7 +445,7 @@ def main():
         if "defaults" in sections:
             results["defaults"] = section_defaults(script, folder)
     if script.output_file:
-        Path(script.output_file).write_text(json.dumps(results, indent=2) + "\n")
+        write_json(script.output_file, results)
 
 
 if __name__ == "__main__":

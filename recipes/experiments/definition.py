@@ -26,9 +26,10 @@ from run_evaluation import TASK_OPTIONS, EvaluationArguments
 from train import ScriptArguments
 
 from modeling_cosup.configuration_cosup import SIMILARITY_DEFAULTS
+from modeling_cosup.files_cosup import digest
 from trainer import CoSupTrainingArguments
 
-from experiments.task_files import digest, digest_of, expand_tasks
+from experiments.task_files import digest_of_content, expand_tasks
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_OPTIONS = {"prepare", "prepare_options", "output_dir", "seed", "eval_file", "corpus_file"}  # data, folders and seeds are the runner's business
@@ -201,18 +202,22 @@ def key_of(options):
     files = ("gen", "emb_seq", "query_encoder", "model_name_or_path", "train_file", "validation_file")
     told = {**SIMILARITY_DEFAULTS.get(options.get("similarity", TRAIN_DEFAULTS["similarity"]), {}), **{k: v for k, v in options.items() if v is not None}}
     told = {name: value for name, value in told.items() if name not in NO_PART_OF_A_RESULT and value != TRAIN_DEFAULTS.get(name)}
-    return digest_of({name: digest(value) if name in files else str(value) for name, value in told.items()})[:12]
+    return digest({name: digest_of_content(value) if name in files else str(value) for name, value in told.items()})[:12]
 
 
 def scoring(evaluation, entries):
     """What decides the scores of answers that are there: `SCORING` of the options of an evaluation (an NLI model by its content) and of each task."""
     told = {name: evaluation[name] for name in SCORING if evaluation.get(name) is not None}
     own = {entry["name"]: {name: entry[name] for name in SCORING if entry.get(name) is not None} for entry in entries}
-    return {**told, "tasks": own} | ({"nli_model": digest(told["nli_model"])} if "nli_model" in told else {})
+    return {**told, "tasks": own} | ({"nli_model": digest_of_content(told["nli_model"])} if "nli_model" in told else {})
 
 
 def evaluation_key(model_key, entries, evaluation):
     """The same of the answers of a model: how they are judged (`SCORING`) may change, and they stay."""
-    told = [{name: digest(value) if name in ("eval_file", "corpus_file") else value for name, value in e.items() if name not in SCORING} for e in entries]
+    tasks = []
+    for entry in entries:
+        asked = {name: value for name, value in entry.items() if name not in SCORING}
+        files = {name: digest_of_content(asked[name]) for name in ("eval_file", "corpus_file") if name in asked}
+        tasks.append({**asked, **files})
     ignored = ("num_threads", "batch_size", "nli_batch_size", "num_examples", *SCORING)
-    return digest_of([model_key, told, {name: value for name, value in evaluation.items() if name not in ignored}])[:12]
+    return digest([model_key, tasks, {name: value for name, value in evaluation.items() if name not in ignored}])[:12]

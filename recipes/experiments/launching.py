@@ -1,7 +1,6 @@
 """The processes of an experiment: recipes launched with a log, folders that one of them has to itself, and what a training leaves behind."""
 
 import contextlib
-import json
 import math
 import os
 import platform
@@ -14,12 +13,9 @@ import time
 import torch
 from safetensors import safe_open
 
-from experiments.definition import ROOT
+from modeling_cosup.files_cosup import locked, read_json
 
-try:
-    import fcntl  # tells two runners of one cache from each other
-except ImportError:  # Windows: run one at a time
-    fcntl = None  # type: ignore[assignment]
+from experiments.definition import ROOT
 
 
 class Failed(Exception):
@@ -56,23 +52,13 @@ def reason(log, begin=0):
     return (errors or lines or ["it said nothing"])[-1]
 
 
-@contextlib.contextmanager
-def locked(folder):
+def locked_folder(folder):
     """
-    A folder for this process alone; another runner of the same cache waits. Yields the number of an open file: a program that inherits it holds the lock
-    too, so that a training whose runner was killed is not begun a second time beside it.
+    A folder for this process alone; another runner of the same cache waits. A program that inherits the open file that this yields holds the lock too, so
+    that a training whose runner was killed is not begun a second time next to it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        yield None
-        return
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{folder}: another process works on it; waiting", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield file.fileno()
+    return locked(folder.with_name(f".{folder.name}.lock"), f"{folder}: another process works on it; waiting", wait=True)
 
 
 def hardware(options):
@@ -92,7 +78,7 @@ def cpu_name():
 
 def training_facts(model):
     """Numbers of a finished training: `steps`, `parameters`, and the losses that it logged last."""
-    state = json.loads((model / "trainer_state.json").read_text())
+    state = read_json(model / "trainer_state.json")
     last = next((entry for entry in reversed(state["log_history"]) if "loss" in entry), {})
     sizes = {part: count for part, count in parameters(model).items() if count}
     return {"steps": state["global_step"], "parameters": sizes, "losses": {name: last[name] for name in ("loss", "ntp_loss", "nsp_loss") if name in last}}

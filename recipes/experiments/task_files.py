@@ -1,11 +1,10 @@
 """The tasks of an experiment in each of their settings, and the corpora that settings ask for."""
 
-import hashlib
-import json
 import random
 from pathlib import Path
 
-from modeling_cosup.index_files_cosup import sha256
+from modeling_cosup.files_cosup import digest, digest_file
+from modeling_cosup.lines_cosup import write_lines
 from trainer import load_corpus, load_evaluation_set
 from trainer.judging.matching import gold_ids
 from trainer.judging.tasks import read_tasks
@@ -75,8 +74,8 @@ def cut_corpora(entries, meaning, folder, max_questions=None, seed=0):
             if size < len(gold):
                 raise ValueError(f"corpus_sizes holds {size:,}, but {len(gold):,} gold passages of the tasks over {source} must be in it.")
             meaning[entry["name"]]["size"] = size
-            corpus_file = folder / f"{digest(source)[:8]}-{digest_of(sorted(gold))[:8]}-{size}.jsonl"
-            eval_file = folder / f"{digest(entry['eval_file'])[:8]}-{Path(entry['eval_file']).name.split('.')[0]}.jsonl"
+            corpus_file = folder / f"{digest_of_content(source)[:8]}-{digest(sorted(gold))[:8]}-{size}.jsonl"
+            eval_file = folder / f"{digest_of_content(entry['eval_file'])[:8]}-{Path(entry['eval_file']).name.split('.')[0]}.jsonl"
             write_lines(corpus_file, orders[source][:size])
             write_lines(eval_file, [{**x, "candidates": []} for x in load_evaluation_set(entry["eval_file"])])  # which the small corpora lack
             kept.append({**entry, "corpus_file": str(corpus_file), "eval_file": str(eval_file)})
@@ -100,32 +99,16 @@ def cut_to_pools(entries, folder, options=None):
         for entry in [entry for entry in entries if entry["corpus_file"] == source]:
             (task,) = read_tasks([entry], **(options or {}))
             wanted |= {id: None for x in task.read_questions() for id in (*x["candidates"], *gold_ids(x))}
-        files[source] = folder / f"{digest(source)[:8]}-{digest_of(sorted(wanted))[:8]}.jsonl"
+        files[source] = folder / f"{digest_of_content(source)[:8]}-{digest(sorted(wanted))[:8]}.jsonl"
         write_lines(files[source], [passage for passage in load_corpus(source) if passage["id"] in wanted])
     return [{**entry, "corpus_file": str(files[entry["corpus_file"]])} for entry in entries]
 
 
-# ---------------------------------------------------------------------- files and what they hold
-
-
-def write_lines(path, rows):
-    """Write JSON Lines, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}")
-    unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    unfinished.replace(path)
-
-
-def digest(source):
+def digest_of_content(source):
     """SHA-256 of the content of a file or folder; a name that is neither, e.g. of the Hub, stands for itself."""
     path = Path(source)
     if path.is_file():
-        return sha256(path)
+        return digest_file(path)
     if path.is_dir():
-        return digest_of([[str(each.relative_to(path)), sha256(each)] for each in sorted(path.rglob("*")) if each.is_file()])
-    return digest_of(str(source))
-
-
-def digest_of(value):
-    """SHA-256 of a value that JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+        return digest([[str(file.relative_to(path)), digest_file(file)] for file in sorted(path.rglob("*")) if file.is_file()])
+    return digest(str(source))

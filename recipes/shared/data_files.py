@@ -1,61 +1,17 @@
-"""What the prepare recipes share: sources that are read one by one, files that are whole or not there, passages of other formats, the paper's instructions."""
+"""What the prepare recipes share: sources that are read one by one, passages of other formats, the paper's instructions."""
 
-import contextlib
 import csv
 import gzip
 import io
-import json
 import sys
 import zlib
 from pathlib import Path
 
-from modeling_cosup.corpus_cosup import check_text, check_title_and_text, read_corpus
+from modeling_cosup.files_cosup import read_json
+from modeling_cosup.passages_cosup import check_text, check_title_and_text, read_corpus
 
 INSTRUCTIONS = Path(__file__).with_name("instructions.json")
 TSV_ENDINGS = (".tsv", ".tsv.gz")
-
-
-@contextlib.contextmanager
-def writing(path):
-    """
-    A function that writes one object a line (JSON Lines, `.gz` by the name). The file gets its name when the block ends well, and is not there otherwise.
-
-    Args:
-        path (`str`, `Path` or None): without one nothing is written. Folders are made.
-    """
-    if path is None:
-        yield lambda value: None
-        return
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        with unfinished.open("wb") as raw, contextlib.ExitStack() as stack:
-            # without a name and a time in the header, the same lines are the same bytes
-            file = stack.enter_context(gzip.GzipFile("", "wb", 6, raw, mtime=0)) if path.suffix == ".gz" else raw
-            yield lambda value: file.write((json.dumps(value, ensure_ascii=False) + "\n").encode())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def read_json(path):
-    """
-    What a JSON file holds, `.gz` or plain.
-
-    Raises:
-        `FileNotFoundError`, `ValueError`: names the file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file.")
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            return json.loads(file.read().decode("utf-8"))
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: malformed JSON ({error}).") from None
 
 
 def read_tsv(path, columns):
@@ -120,7 +76,7 @@ def instruction_of(dataset, given):
     """
     if given is not None:
         return given
-    known = json.loads(INSTRUCTIONS.read_text(encoding="utf-8"))["instructions"]
+    known = read_json(INSTRUCTIONS)["instructions"]
     if dataset not in known:
         raise ValueError(f"{INSTRUCTIONS.name} has no instruction for {dataset!r}, only for {', '.join(known)}: give one as --instruction; it may be empty.")
     return known[dataset]

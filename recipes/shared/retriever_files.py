@@ -1,7 +1,6 @@
 """What the files of a retriever say: how it reads, pools and compares texts, for a sentence-transformers retriever and for a plain encoder."""
 
 import importlib.util
-import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
+from modeling_cosup.files_cosup import read_json
 from modeling_cosup.tokenization_cosup import bos_and_eos, encode_passages_for_emb_seq, pad_rows, render_passage
 
 POOLINGS = {"cls": "cls", "cls_token": "cls", "mean": "mean", "mean_tokens": "mean", "lasttoken": "lasttoken"}  # names of old and new releases
@@ -50,7 +50,7 @@ def read_retriever(name, args):
     Raises:
         `ValueError`: names the module or file that does what Emb_seq cannot, or the option that is missing or contradicts the files.
     """
-    modules = read_json(name, "modules.json")
+    modules = read_settings(name, "modules.json")
     facts = {} if modules is None else read_modules(name, modules, args.allow_pytorch_bin)
     for option in ("emb_seq_pooling", "similarity"):
         given = getattr(args, option)
@@ -114,13 +114,13 @@ def read_modules(name, modules, allow_pytorch_bin):
         wrong = next((kind for kind in kinds if kind not in ("Transformer", "Pooling", "Dense", "Normalize")), " → ".join(kinds))
         raise ValueError(f"{name}: modules.json lists {wrong}. {SUPPORTED}.")
     paths = {kind: safe_path(name, module["path"]) for kind, module in zip(kinds, modules, strict=True)}
-    options = read_json(name, "config_sentence_transformers.json") or {}
+    options = read_settings(name, "config_sentence_transformers.json") or {}
     if options.get("model_type", "SentenceTransformer") != "SentenceTransformer":
         raise ValueError(f"{name} is a {options['model_type']}; supported are retrievers that make one vector of a text.")
     similarity = "cosine" if "Normalize" in kinds else options.get("similarity_fn_name") or "cosine"
     if similarity not in ("cosine", "dot"):
         raise ValueError(f"{name}: config_sentence_transformers.json compares by {similarity!r}, expected 'cosine' or 'dot'.")
-    transformer = read_json(name, f"{paths['Transformer']}sentence_bert_config.json") or {}
+    transformer = read_settings(name, f"{paths['Transformer']}sentence_bert_config.json") or {}
     return {
         "subfolder": paths["Transformer"].rstrip("/"),
         "max_seq_length": transformer.get("max_seq_length"),
@@ -141,7 +141,7 @@ def safe_path(name, path):
 
 def read_pooling(name, file):
     """The one pooling mode of a Pooling module, by CoSup's name."""
-    config = read_json(name, file) or {}
+    config = read_settings(name, file) or {}
     modes = config.get("pooling_mode", [key.removeprefix("pooling_mode_") for key, on in config.items() if key.startswith("pooling_mode_") and on])
     modes = [modes] if isinstance(modes, str) else modes
     if len(modes) != 1 or modes[0] not in POOLINGS:
@@ -153,7 +153,7 @@ def read_pooling(name, file):
 
 def read_dense(name, path, allow_pytorch_bin):
     """The weight `(h, h_emb)` of a Dense module that is a linear map and nothing else."""
-    config = read_json(name, f"{path}config.json") or {}
+    config = read_settings(name, f"{path}config.json") or {}
     activation = config.get("activation_function", "Tanh").rpartition(".")[2]
     if config.get("bias", True) or activation != "Identity" or config.get("use_residual"):
         raise ValueError(f"{name}: the Dense module in {path} has bias {config.get('bias', True)} and activation {activation}. {SUPPORTED}.")
@@ -191,13 +191,13 @@ def find_file(name, file):
         return None
 
 
-def read_json(name, file):
+def read_settings(name, file):
     """A JSON file of a folder or repository, or `None` where there is none."""
     path = find_file(name, file)
     if path is None:
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except ValueError as error:
         raise ValueError(f"{name}: {file} is no JSON: {error}") from error
 

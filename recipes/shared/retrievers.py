@@ -17,10 +17,10 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from modeling_cosup import CoSupConfig, CoSupForCausalLM
-from modeling_cosup.corpus_cosup import checked_passages, read_corpus
-from modeling_cosup.index_build_cosup import digest_of
+from modeling_cosup.files_cosup import digest, digest_all
 from modeling_cosup.index_files_cosup import map_tensors, read, write_tensors
 from modeling_cosup.index_search_cosup import DeviceSearch, ExactSearch
+from modeling_cosup.passages_cosup import checked_passages, read_corpus
 from modeling_cosup.tokenization_cosup import render_passage
 from trainer.judging.answers import embed_queries
 
@@ -60,8 +60,8 @@ class CoSupRetriever:
         """The index of a corpus; under `index_dir` it is found again by the content of corpus and model."""
         if index_dir is None:
             return self.model.build_index(corpus_file, batch_size=self.batch_size)
-        corpus = digest_of(passage for _, passage in checked_passages(read_corpus(corpus_file)))
-        folder = Path(index_dir) / hashlib.sha256(f"{corpus} {sorted(self.model.fingerprint().items())}".encode()).hexdigest()[:16]
+        corpus = digest_all(passage for _, passage in checked_passages(read_corpus(corpus_file)))
+        folder = Path(index_dir) / digest([corpus, self.model.fingerprint()])[:16]
         if folder.is_dir():
             print(f"The index of this corpus by this model is there: {folder}", flush=True)
             return self.model.load_index(str(folder), search="exact")
@@ -152,16 +152,16 @@ class SentenceRetriever:
 
     def fingerprint(self):
         """What decides an embedding: weights, tokenizer, modules, prompts and template; hex `str`."""
-        digest = hashlib.sha256(repr((str(self.model), self.model.prompts, self.model.default_prompt_name, self.model.max_seq_length)).encode())
-        digest.update(repr((self.template, self.model.similarity_fn_name, sorted(self.model.tokenizer.get_vocab().items()))).encode())
+        total = hashlib.sha256(repr((str(self.model), self.model.prompts, self.model.default_prompt_name, self.model.max_seq_length)).encode())
+        total.update(repr((self.template, self.model.similarity_fn_name, sorted(self.model.tokenizer.get_vocab().items()))).encode())
         for name, weights in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tuple(weights.shape)} {weights.dtype}".encode())
-            digest.update(weights.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+            total.update(f"{name} {tuple(weights.shape)} {weights.dtype}".encode())
+            total.update(weights.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return total.hexdigest()[:16]
 
     def encode_shard(self, passages, folder, bar):
         """Embeddings of passages, `torch.FloatTensor` of shape `(n, h)`; those that are kept in `folder` are not made again."""
-        path = None if folder is None else folder / f"{digest_of(passages)[:16]}.safetensors"
+        path = None if folder is None else folder / f"{digest_all(passages)[:16]}.safetensors"
         if path is None or not path.exists():
             texts, parts = [render_passage(passage, self.template) for passage in passages], []
             for start in range(0, len(texts), SORTED):

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from modeling_cosup import CoSupForCausalLM
+from modeling_cosup.facts_cosup import FACTS_FILE
+from modeling_cosup.files_cosup import write_json
 from modeling_cosup.hub_cosup import is_repo_id
 from support.hub_server import TOKEN, hub_server
 from support.models import PASSAGES, make_model, make_tokenizer
@@ -95,8 +98,8 @@ def published(models, tmp_path_factory):
     """A Hub that holds two models and their indexes, and the commits that the client was told."""
     folder = tmp_path_factory.mktemp("hub")
     for name, model in models.items():
-        model.record_facts({"question": "who painted it?"})
         model.save_pretrained(folder / name)
+        write_json(folder / name / FACTS_FILE, {"weights": model.hash_all_weights(), "question": "who painted it?"})
     with hub_server(folder / "server") as hub:
         yield hub, hub.run(PUSH, folder, json.dumps(PASSAGES))
 
@@ -173,10 +176,10 @@ def test_the_code_needs_torch_and_transformers_and_an_index_names_what_it_needs(
     assert "needs faiss-cpu and pyarrow: pip install faiss-cpu pyarrow" in message
 
 
-def test_what_a_repository_holds(published, models, tmp_path):
+def test_what_a_repository_holds(published, tmp_path):
     hub, _ = published
     names, card = listing(hub, "tester/two_tokenizers")
-    models["two_tokenizers"].save_pretrained(tmp_path, max_shard_size="200KB")
+    CoSupForCausalLM.from_pretrained(hub.root.parent / "two_tokenizers").save_pretrained(tmp_path, max_shard_size="200KB")
     saved = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert set(names) - {".gitattributes"} == saved | {"README.md"}
     assert {"emb_seq_tokenizer/tokenizer.json", "chat_template.jinja", "generation_config.json", "config.json", "training_facts.json"} <= saved

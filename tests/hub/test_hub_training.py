@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from modeling_cosup import CoSupForCausalLM
+from modeling_cosup.facts_cosup import facts_of
 from support.hub_server import TOKEN, hub_server
 from support.models import PASSAGES, make_model
 from support.recipes import ROOT, options
@@ -134,7 +135,7 @@ def test_a_card_without_a_hub_describes_the_folder(inputs, tmp_path, monkeypatch
     facts = (tmp_path / "out" / "training_facts.json").read_text()
     assert str(tmp_path) not in facts and "question 0?" not in facts  # what a later push would take along
     model = CoSupForCausalLM.from_pretrained(tmp_path / "out")
-    assert model.training_facts()["results"][0]["metrics"]
+    assert facts_of(model)["results"][0]["metrics"]
     model.save_pretrained(tmp_path / "copy")
     assert (tmp_path / "copy" / "training_facts.json").exists()
     with torch.no_grad():
@@ -206,7 +207,7 @@ def test_a_card_describes_the_weights_that_were_saved(tmp_path):
     assert facts["training"]["log"][-1]["step"] == 2 and facts["datasets"] == ["me/data"] and facts["tags"] == ["mine", "qa"]
     assert "# a \\| b # c\n" in card and "- language" not in card and "language: en" in card
     trained = CoSupForCausalLM.from_pretrained(tmp_path / "a")
-    assert trained.training_facts() == facts
+    assert facts_of(trained) == facts
 
     again = make_trainer(tmp_path / "b", trained)  # the former run's facts and picture are not this one's
     again.train()

@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from modeling_cosup import PassageIndex, corpus_cosup, index_build_cosup
+from modeling_cosup import PassageIndex, index_build_cosup, passages_cosup
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq
 from support.models import PASSAGES, make_model
 
@@ -112,7 +112,7 @@ def test_bad_files(model, tmp_path):
 
 def test_ids_with_the_same_hash_are_told_apart(model, tmp_path, monkeypatch):
     """All hashes collide: the ids themselves decide."""
-    monkeypatch.setattr(corpus_cosup, "hash_id", lambda id: 7)
+    monkeypatch.setattr(passages_cosup, "hash_id", lambda id: 7)
     index = build(model, save_directory=tmp_path / "index", shard_size=7)
     assert index.rows_of(["m22", "m0", "m9"]).tolist() == [22, 0, 9]
     with pytest.raises(ValueError, match=r"does not hold 1 of 2 ids: \['x'\]"):

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from modeling_cosup import PassageIndex, index_files_cosup
-from modeling_cosup.index_store_cosup import locked
+from modeling_cosup.files_cosup import locked
 from support.models import PASSAGES
 
 MANY = [{"id": f"m{i}", "title": "", "text": f"radium {i}"} for i in range(12)]
@@ -83,7 +83,7 @@ def test_one_writer_at_a_time(model, tmp_path):
         with pytest.raises(ValueError, match="was changed by another process"):
             change()
     assert len(PassageIndex.from_pretrained(tmp_path / "index", verify=True)) == len(PASSAGES) + 2
-    with locked(tmp_path / "index"), pytest.raises(ValueError, match="is being changed"):
+    with locked(tmp_path / "index" / ".lock", "held"), pytest.raises(ValueError, match="is being changed"):
         first.delete(["p1"])
     first.delete(["p1"])
     assert not (tmp_path / "index" / ".lock").exists()

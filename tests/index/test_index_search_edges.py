@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from modeling_cosup import index_search_cosup
-from modeling_cosup.corpus_cosup import read_corpus
 from modeling_cosup.index_search_cosup import ApproximateSearch, ExactSearch, empty_approximate
 from modeling_cosup.milvus_upload_cosup import _digest
+from modeling_cosup.passages_cosup import read_corpus
 from support.indexes import all_scores, check, in_folder, queries, random_index
 
 # ------------------------------------------------------------------ embeddings that are not finite

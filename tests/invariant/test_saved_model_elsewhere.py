@@ -66,6 +66,13 @@ for folder, index_folder in job["pairs"]:
             result["ids"] = [own[row]["input_ids"] for row in range(len(own))]
             if auto is AutoModelForCausalLM:
                 model.save_pretrained(job["again"] + folder.rsplit("/", 1)[1])
+                model.save_gen("gen")
+                with open("gen/README.md") as file:
+                    result["card of gen"] = file.read()
+                try:
+                    model.build_index("corpus.jsonl", show_progress_bar=False)
+                except ImportError as error:
+                    result["corpus in a file"] = str(error)
         results.append(result)
 print(json.dumps(results))
 """
@@ -125,6 +132,9 @@ def test_a_process_without_this_package_gives_the_same(models, tmp_path):
         pad, width = model.tokenizer.pad_token_id, output.prompt_length
         for ids, sequence in zip(result["many"], result["sequences"], strict=True):
             assert ids + [pad] * (len(sequence) - width - len(ids)) == sequence[width:]
+        if "card of gen" in result:  # what only authors need is not here, which is said or does not matter
+            assert "pip install cosup" in result["corpus in a file"]
+            assert "library_name: transformers" in result["card of gen"] and "# gen\n\nGen of a CoSup model" in result["card of gen"]
         if "ids" in result:
             assert result["embeddings"] < 1e-5 and result["ids"] == [index[row]["input_ids"] for row in range(len(index))]
 

@@ -12,12 +12,12 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_imports
 
-import modeling_cosup
 from modeling_cosup import CoSupForCausalLM
 from modeling_cosup.hub_cosup import EMB_SEQ_TOKENIZER_FOLDER
 from support.models import PASSAGES, make_emb_seq, make_model, make_tokenizer
+from support.travelling import FOLDER, STAYS, travelling_files
 
-SOURCES = sorted(Path(modeling_cosup.__file__).parent.glob("*_cosup.py"))
+SOURCES = travelling_files()
 
 
 def files(folder):
@@ -27,15 +27,41 @@ def files(folder):
 def test_a_saved_folder_holds_only_what_can_be_read_without_trust(tmp_path):
     make_model(emb_seq_tokenizer=make_tokenizer(texts=["another corpus"])).save_pretrained(tmp_path)
     assert {Path(name).suffix for name in files(tmp_path)} == {".safetensors", ".json", ".py", ".jinja"}
-    assert {path.name for path in SOURCES} == {name for name in files(tmp_path) if name.endswith(".py")}  # flat, all of them, unchanged
+    assert {path.name for path in SOURCES} == {name for name in files(tmp_path) if name.endswith(".py")}  # flat and unchanged
     for path in SOURCES:
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= set(files(tmp_path))
     assert f"{EMB_SEQ_TOKENIZER_FOLDER}/tokenizer.json" in files(tmp_path)
 
 
+def test_what_stays_in_the_package_is_listed():
+    assert {path.name for path in FOLDER.glob("*_cosup.py")} - {path.name for path in SOURCES} == set(STAYS)
+
+
+def guarded_imports(tree):
+    """Modules of this package that are imported by their full name; each within a function and a `try` that expects it to be missing."""
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef):
+            for block in ast.walk(function):
+                if isinstance(block, ast.Try) and any(ast.unparse(handler.type) == "ImportError" for handler in block.handlers):
+                    for node in block.body:
+                        if isinstance(node, ast.ImportFrom) and node.module.startswith("modeling_cosup"):
+                            yield from [node.module] if "." in node.module else [f"{node.module}.{alias.name}" for alias in node.names]
+
+
+def test_what_stays_is_imported_under_a_guard():
+    found = set()
+    for path in SOURCES:
+        tree = ast.parse(path.read_text())
+        absolute = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level and node.module.startswith("modeling_cosup")]
+        guarded = list(guarded_imports(tree))
+        assert len(absolute) == len(guarded), f"{path.name} imports the package without a guard"
+        found.update(f"{name.removeprefix('modeling_cosup.')}.py" for name in guarded)
+    assert {"card_cosup.py", "corpus_cosup.py"} <= found <= set(STAYS)
+
+
 def test_source_files_travel(tmp_path):
-    """Relative imports name a module of this folder, and optional packages are imported under a guard."""
+    """Relative imports name a module that travels, and optional packages are imported under a guard."""
     names = {path.stem for path in SOURCES}
     for path in SOURCES:
         tree = ast.parse(path.read_text())
@@ -47,7 +73,7 @@ def test_source_files_travel(tmp_path):
         assert not bare & {"faiss", "pyarrow", "datasets", "accelerate", "peft", "modeling_cosup", "trainer"}, path.name
         # what transformers asks for before it runs the code, imports inside functions included
         asked = set(get_imports(path)) - sys.stdlib_module_names
-        assert asked <= {"torch", "transformers", "numpy", "safetensors", "tqdm", "jinja2", "huggingface_hub", "tokenizers"}, path.name
+        assert asked <= {"torch", "transformers", "numpy", "safetensors", "tqdm", "huggingface_hub", "tokenizers"}, path.name
 
 
 def test_weights_are_saved_once_under_both_parts(tmp_path):

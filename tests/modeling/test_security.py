@@ -13,10 +13,13 @@ import pytest
 import torch
 
 from modeling_cosup import CoSupForCausalLM, PassageIndex
+from modeling_cosup.card_cosup import model_card
+from modeling_cosup.facts_cosup import facts_of
 from support.models import PASSAGES, make_model, make_tokenizer
+from support.travelling import travelling_files
 
 ROOT = Path(__file__).parents[2]
-TRAVELS = sorted((ROOT / "modeling_cosup").glob("*.py"))
+TRAVELS = travelling_files()
 SHIPPED = [path for folder in ("modeling_cosup", "trainer", "recipes") for path in sorted((ROOT / folder).rglob("*.py"))]
 # Modules that unpickle, start programs, load native code or open connections by themselves
 UNPICKLE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
@@ -54,16 +57,22 @@ def test_no_code_of_ours_unpickles_or_evaluates(path):
         if name in ("np.load", "numpy.load"):
             assert given.get("allow_pickle", "False") == "False", f"{path.name}:{line}"
         assert "allow_pickle" not in given or given["allow_pickle"] == "False", f"{path.name}:{line}"
-        # by a name that is not written there: a module of recipes/ that the user names; the module that the checkpoint's class came from
+        # by a name that is not written there: a module of recipes/ that the user names; the module that the checkpoint's class came from;
+        # in a package's __init__, which does not travel, a module of its own table
         if name.endswith("import_module") and not isinstance(call.args[0], ast.Constant):
-            assert path.name in ("train.py", "demo.py"), f"{path.name}:{line}"
+            assert path.name in ("train.py", "demo.py", "__init__.py"), f"{path.name}:{line}"
         if path in TRAVELS:
             assert given.get("trust_remote_code", "False") == "False", f"{path.name}:{line} would run the code of another repository"
 
 
 def test_what_travels_is_small_enough_to_be_read():
+    """
+    A careful user reads it before trusting it: a file in one sitting, all of it in a day. What only authors need stays in the package.
+
+    The caps leave a tenth for what is to come: raise them only with a reason, after asking what could stay.
+    """
     lengths = {path.name: len(path.read_text().splitlines()) for path in TRAVELS}
-    assert max(lengths.values()) <= 550 and sum(lengths.values()) <= 7000, lengths
+    assert max(lengths.values()) <= 550 and sum(lengths.values()) <= 6500, lengths
 
 
 def is_pickle(path):
@@ -160,8 +169,6 @@ def test_facts_beside_a_checkpoint_are_data(tmp_path):
     model.save_pretrained(tmp_path / "model")
     facts = {"question": "{{ 7 * 7 }}", "name": "{% for x in ().__class__.__bases__ %}{% endfor %}", "license": "mit"}
     (tmp_path / "model" / "training_facts.json").write_text(json.dumps(facts))
-    from modeling_cosup.card_cosup import model_card
-
     loaded = CoSupForCausalLM.from_pretrained(tmp_path / "model")
-    card = model_card(loaded, "me/model", loaded.training_facts())
+    card = model_card(loaded, "me/model", facts_of(loaded))
     assert "{{ 7 * 7 }}" in card and "49" not in card.split("## Settings")[0] and "__bases__" in card

@@ -11,9 +11,8 @@ import prepare_beir
 import prepare_kilt
 import pytest
 
+from modeling_cosup.lines_cosup import writing_lines
 from trainer import load_corpus, load_evaluation_set
-
-from shared.data_files import writing
 
 FORMATS = Path(__file__).parent / "data_formats"
 NQ = "Answer the following question with corresponding evidence."
@@ -211,10 +210,10 @@ def test_bad_options_and_corpora(tmp_path, changes, message):
 
 def test_the_same_lines_are_the_same_bytes_and_a_failure_leaves_the_old_file(tmp_path):
     for name in ("a.jsonl.gz", "b.jsonl.gz"):
-        with writing(tmp_path / name) as line:
+        with writing_lines(tmp_path / name) as line:
             line({"text": "é"})
     assert (tmp_path / "a.jsonl.gz").read_bytes() == (tmp_path / "b.jsonl.gz").read_bytes()
-    with pytest.raises(RuntimeError), writing(tmp_path / "a.jsonl.gz") as line:
+    with pytest.raises(RuntimeError), writing_lines(tmp_path / "a.jsonl.gz") as line:
         line({"text": "new"})
         raise RuntimeError
     assert read(tmp_path / "a.jsonl.gz") == [{"text": "é"}]

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from modeling_cosup import Completion, CoSupForCausalLM, Retrieval
+from modeling_cosup.facts_cosup import facts_of
+from modeling_cosup.lines_cosup import read_lines
 from support.evaluation_world import (
     CORPUS,
     FREE,
@@ -29,7 +31,7 @@ from support.models import make_model
 from support.nli_models import make_classifier
 from trainer.card import write_card
 from trainer.judging.answers import cite, embed_queries, make_answer, wrong_passages
-from trainer.judging.judge import evaluate_tasks, read_lines
+from trainer.judging.judge import evaluate_tasks
 from trainer.judging.scoring import MAIN, average, cor_names, score
 from trainer.judging.tasks import Task, read_tasks
 from trainer.reports.comparison import compare_results
@@ -482,7 +484,7 @@ def test_figures_reach_the_card(many, tmp_path, monkeypatch, capsys):
         assert shown["success@1"]["value"] == round(100 * own["query"]["pool" if name == "b" else "corpus"]["success@1"]["value"], 4)
     card = (folder / "README.md").read_text()
     assert f"Gr (by {tmp_path / 'nli'})" in card and "1.25" in card and "7 of nq" in card
-    assert CoSupForCausalLM.from_pretrained(folder).training_facts()["results"] == facts["results"]
+    assert facts_of(CoSupForCausalLM.from_pretrained(folder))["results"] == facts["results"]
 
     (folder / "README.md").write_text("my own card")
     call("again", "--model", str(folder), "--max_eval_samples", "2")

@@ -228,7 +228,7 @@ def test_a_recipe_is_launched_and_its_error_is_found_in_its_log(tmp_path, monkey
     monkeypatch.setattr(launching, "ROOT", tmp_path)
     args = run_experiments.RunnerArguments("", "")
     run, log = run_experiments.Run("co", 0, {}), tmp_path / "log"
-    with launching.locked(tmp_path / "folder") as lock:
+    with launching.locked_folder(tmp_path / "folder") as lock:
         command, seconds = launching.launch("recipe.py", ["good"], run, log, args, lock)
     assert command.startswith("accelerate launch --config_file ")
     assert seconds > 0
@@ -239,12 +239,12 @@ def test_a_recipe_is_launched_and_its_error_is_found_in_its_log(tmp_path, monkey
 
 def test_the_folder_of_a_training_that_still_runs_is_left_alone(tmp_path, capsys):
     """A program that inherited the lock of a runner that died holds it."""
-    with launching.locked(tmp_path / "folder") as lock:
+    with launching.locked_folder(tmp_path / "folder") as lock:
         left = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock])
     entered = Event()
 
     def second():
-        with launching.locked(tmp_path / "folder"):
+        with launching.locked_folder(tmp_path / "folder"):
             entered.set()
 
     thread = Thread(target=second)

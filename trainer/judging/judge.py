@@ -23,9 +23,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from modeling_cosup.corpus_cosup import read_jsonl
-from modeling_cosup.index_files_cosup import write_json
-from modeling_cosup.queue_cosup import hash_of
+from modeling_cosup.files_cosup import digest, read_json, write_json
+from modeling_cosup.lines_cosup import read_lines, write_lines
 
 from ..distributed import barrier, gather_objects, host_group, rank, world_size
 from .answers import MODES, answer, embed_queries, wrong_passages
@@ -99,7 +98,7 @@ def evaluate_tasks(
         results = {"settings": settings, "tasks": tasks_found, "averages": averages(splits, scores), "seconds": round(time.perf_counter() - start, 1)}
         write_json(output_dir / "metrics.json", results)
     barrier()
-    return json.loads((output_dir / "metrics.json").read_text())
+    return read_json(output_dir / "metrics.json")
 
 
 def _shared(entail):
@@ -153,7 +152,7 @@ class _Judge:
         names = ("pool", "gold_in_pool", "top_k", "max_retrievals", "max_new_tokens")
         return {
             "mode": mode,
-            "questions": hash_of(self.asked(mode)),
+            "questions": digest(self.asked(mode)),
             "number of questions": len(self.asked(mode)),
             "index": None if mode == "off" else self.index_name,
             "weights": self.model.hash_weights(None, ("gen.", "query_encoder.")),
@@ -167,7 +166,7 @@ class _Judge:
         folder = self.folder / mode
         settings = json.loads(json.dumps(self._settings(mode)))
         if (folder / "run.json").exists():
-            before = json.loads((folder / "run.json").read_text())
+            before = read_json(folder / "run.json")
             if different := [name for name in settings if before.get(name) != settings[name]]:
                 lines = [f"  {name}: then {before.get(name)!r}, now {settings[name]!r}" for name in different]
                 raise ValueError(f"{folder} holds answers of other settings; choose another output_dir, or delete it.\n" + "\n".join(lines))
@@ -322,22 +321,6 @@ class _Clock:
             self.found += not gold_ids(question).isdisjoint(id for retrieval in done.retrievals for id in retrieval.passage_ids)
             self.right += exact_match(done.text, question["answers"])
         return {"Ret": f"{100 * self.found / self.asked:.1f}", "EM": f"{100 * self.right / self.asked:.1f}"} if self.asked else None
-
-
-# ---------------------------------------------------------------------- files
-
-
-def write_lines(path, rows):
-    """Write JSON Lines so that `path` holds all of them or is not there."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    unfinished.replace(path)
-
-
-def read_lines(path):
-    """The rows of a JSON Lines file, `list[dict]`; `ValueError` names a line that is damaged."""
-    return [row for _, row in read_jsonl(path)]
 
 
 def command_line():

@@ -9,6 +9,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from modeling_cosup.files_cosup import digest
+
 from ..distributed import broadcast_object, gather_objects, rank, world_size
 
 logger = logging.getLogger(__name__)
@@ -159,7 +161,7 @@ class NLIJudge:
     # ------------------------------------------------------------------ keeping answers
 
     def _key(self, pair):
-        return hashlib.sha256(json.dumps([self._fingerprint, *pair]).encode()).hexdigest()
+        return digest([self._fingerprint, *pair])
 
     def _hash_settings(self):
         """What an answer depends on: a sample of each weight, its type, which label is entailment, how a probe is read, and the length."""

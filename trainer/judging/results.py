@@ -1,25 +1,10 @@
-"""The files of a results folder: how they are written and read. Needs no torch."""
+"""The file of results: its format, and how it is read. Needs no torch."""
 
-import json
-from collections.abc import Iterable
 from pathlib import Path
 
-from modeling_cosup.corpus_cosup import read_jsonl
+from modeling_cosup.files_cosup import read_json
 
 FORMAT = 2  # of metrics.json and results.json; 1 had other names of figures, and no number
-
-
-def read_lines(path: str | Path) -> list[dict]:
-    """The rows of a JSON Lines file; `ValueError` names a line that is damaged."""
-    return [row for _, row in read_jsonl(path)]
-
-
-def write_lines(path: Path, rows: Iterable[dict]) -> None:
-    """Write JSON Lines so that `path` holds all of them or is not there."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    unfinished.replace(path)
 
 
 def read_results(path: str | Path) -> dict:
@@ -38,7 +23,7 @@ def read_results(path: str | Path) -> dict:
         path = path / "metrics.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: {path.parent} is no complete results folder.")
-    results = json.loads(path.read_text(encoding="utf-8"))
+    results = read_json(path)
     if (found := results.get("format", 1)) != FORMAT:
         raise ValueError(
             f"{path} is of format {found}, expected format {FORMAT}: another version of this package wrote it, with other "

@@ -6,10 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from modeling_cosup import PassageIndex
-from modeling_cosup.corpus_cosup import checked_passages, read_corpus
-from modeling_cosup.index_build_cosup import digest_of
-from modeling_cosup.index_files_cosup import sha256
-from modeling_cosup.queue_cosup import hash_of
+from modeling_cosup.files_cosup import digest, digest_all, digest_file
 
 from ..data import load_corpus, load_evaluation_set
 from ..distributed import barrier, rank, world_size
@@ -150,10 +147,10 @@ def open_index(task, model, index_cache, batch_size=256):
     """
     if task.index is not None:
         index = model.load_index(task.index)
-        return index, hash_of([index.fingerprint, len(index)])
+        return index, digest([index.fingerprint, len(index)])
     if task.corpus_file is None:
         return None, None
-    name = f"{corpus_digest(task.corpus_file)[:16]}-{hash_of(model.fingerprint())}"
+    name = f"{corpus_digest(task.corpus_file)[:16]}-{digest(model.fingerprint())[:16]}"
     folder = Path(index_cache) / name
     if not (folder / "index_config.json").exists():
         barrier()  # nobody looks while another one already builds
@@ -175,8 +172,8 @@ def is_file(name):
 def corpus_digest(source):
     """SHA-256 of a corpus: of the file as it is, or of the passages of a dataset."""
     if is_file(source):
-        return sha256(source)
-    return digest_of(passage for _, passage in checked_passages(read_corpus(load_corpus(source))))
+        return digest_file(source)
+    return digest_all(load_corpus(source))
 
 
 def check_ids(task, questions, index):

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from modeling_cosup.index_files_cosup import write_json
+from modeling_cosup.files_cosup import write_json
 
 from ..judging.figures import MAIN, MODES, QUERY, SCOPES, figure, shown
 from ..judging.intervals import compare_differences, paired_bootstrap

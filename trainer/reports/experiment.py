@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from modeling_cosup.index_files_cosup import write_json
+from modeling_cosup.files_cosup import write_json
 
 from ..judging.figures import figure, shown
 from ..judging.grounding import HYPOTHESIS

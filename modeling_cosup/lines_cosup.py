@@ -1,0 +1,74 @@
+"""
+JSON Lines: read with the place of each object, written whole or not at all. Stays in the package: a checkpoint does not need it.
+
+Read here rather than by `datasets`, `jsonlines` or `orjson`: an error names file and line, a large file streams, and `.gz` is read too.
+"""
+
+import contextlib
+import gzip
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .files_cosup import byte_lines
+
+
+def lines_with_places(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """
+    The objects of a JSON Lines file, `.gz` or plain, one at a time.
+
+    Yields:
+        `(str, dict)`: `"file, line n"` and the object. Blank lines are skipped.
+
+    Raises:
+        `FileNotFoundError`, `ValueError`: a damaged `.gz`, malformed JSON or a line that is no object, naming file and line.
+    """
+    for number, line in enumerate(byte_lines(path), 1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            value = json.loads(line.decode("utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{place}: malformed JSON ({error}).") from None
+        if not isinstance(value, dict):
+            raise ValueError(f"{place}: found {type(value).__name__}, expected a JSON object.")
+        yield place, value
+
+
+def read_lines(path: str | Path) -> list[dict]:
+    """All objects of a JSON Lines file; see [`lines_with_places`]."""
+    return [value for _, value in lines_with_places(path)]
+
+
+@contextlib.contextmanager
+def writing_lines(path: str | Path | None) -> Iterator[Callable[[Any], object]]:
+    """
+    A function that writes one object a line, `.gz` by the name. The file appears when the block ends without an error.
+
+    Args:
+        path (`str`, `Path` or None): without one nothing is written. Folders are made.
+    """
+    if path is None:
+        yield lambda value: None
+        return
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        with unfinished.open("wb") as raw, contextlib.ExitStack() as stack:
+            file: Any = raw
+            if path.suffix == ".gz":  # without a name and a time in the header, the same lines are the same bytes
+                file = stack.enter_context(gzip.GzipFile("", "wb", 6, raw, mtime=0))
+            yield lambda value: file.write((json.dumps(value, ensure_ascii=False) + "\n").encode())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_lines(path: str | Path, values: Iterable[Any]) -> None:
+    """Write JSON Lines; see [`writing_lines`]."""
+    with writing_lines(path) as write:
+        for value in values:
+            write(value)

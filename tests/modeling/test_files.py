@@ -1,0 +1,118 @@
+"""JSON and JSON Lines that are whole or not there, digests, and locks."""
+
+import gzip
+import signal
+import subprocess
+import sys
+from threading import Event, Thread
+
+import pytest
+
+from modeling_cosup.files_cosup import digest, digest_all, digest_file, locked, read_json, write_json
+from modeling_cosup.lines_cosup import lines_with_places, read_lines, write_lines, writing_lines
+
+ROWS = [{"id": "ä", "text": "[NSP] \u2028 line"}, {"id": "b"}]
+
+
+def test_reading_and_writing_files_needs_neither_torch_nor_numpy():
+    code = "import sys, modeling_cosup.files_cosup; print({'torch', 'numpy', 'transformers'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "folder/rows.jsonl.gz"])
+def test_lines_are_read_as_they_were_written(name, tmp_path):
+    path = tmp_path / name
+    write_lines(path, ROWS)
+    assert read_lines(path) == ROWS and list(lines_with_places(path))[1] == (f"{path}, line 2", {"id": "b"})
+    before = path.read_bytes()
+    write_lines(path, iter(ROWS))
+    assert path.read_bytes() == before  # no time of day in a .gz
+    with writing_lines(None) as write:
+        write(ROWS[0])
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_file_that_was_not_written_whole_is_not_there(tmp_path):
+    def broken():
+        yield ROWS[0]
+        raise RuntimeError("no more rows")
+
+    with pytest.raises(RuntimeError):
+        write_lines(tmp_path / "rows.jsonl", broken())
+    write_json(tmp_path / "value.json", {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "value.json", {"a": object()})
+    assert read_json(tmp_path / "value.json") == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["value.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("cut.json", b'{"a": ', "cut.json: malformed JSON"),
+        ("latin.json", b'"\xe4"', "latin.json: malformed JSON"),
+        ("cut.json.gz", gzip.compress(b'{"a": 1}')[:-9], "cut.json.gz is damaged: "),
+        ("plain.json.gz", b"{}", "plain.json.gz is damaged: "),
+        ("cut.jsonl", b'{}\n\n{"a": ', "cut.jsonl, line 3: malformed JSON"),
+        ("list.jsonl", b"[1]\n", "list.jsonl, line 1: found list, expected a JSON object"),
+        ("cut.jsonl.gz", gzip.compress(b"{}\n" * 9)[:-9], "cut.jsonl.gz is damaged: "),
+    ],
+)
+def test_damage_is_reported_with_its_place(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_lines(tmp_path / name) if ".jsonl" in name else read_json(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="none is not a file"):
+        read_lines(tmp_path / "none") if ".jsonl" in name else read_json(tmp_path / "none")
+
+
+def test_digests(tmp_path):
+    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1}) != digest({"a": 1, "b": [3]})
+    assert digest_all(iter(ROWS)) == digest_all(ROWS) != digest_all(ROWS[::-1])
+    assert digest_all(["a", "b"]) != digest_all(["ab"]) and len(digest(ROWS)) == 64
+    (tmp_path / "file").write_bytes(b"abc")
+    assert digest_file(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_lock_is_held_by_one(tmp_path):
+    path = tmp_path / "lock"
+    with locked(path, "held"), pytest.raises(ValueError, match="^held$"):
+        with locked(path, "held"):
+            pass
+    with locked(path, "held"):
+        path.unlink()  # its holder may
+    with locked(path, "held"):
+        pass
+
+
+def test_a_lock_goes_with_the_process_that_held_it(tmp_path):
+    code = "import sys, time; from pathlib import Path; from modeling_cosup.files_cosup import locked\n"
+    code += "with locked(Path(sys.argv[1]), 'held'):\n    print('locked', flush=True)\n    time.sleep(600)"
+    holder = subprocess.Popen([sys.executable, "-c", code, tmp_path / "lock"], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "locked\n"
+    with pytest.raises(ValueError, match="held"), locked(tmp_path / "lock", "held"):
+        pass
+    holder.send_signal(signal.SIGKILL)
+    holder.communicate()
+    with locked(tmp_path / "lock", "held"):
+        pass
+
+
+def test_who_waits_for_a_lock_that_its_holder_removes_still_locks_out_others(tmp_path, capsys):
+    path, entered, leave = tmp_path / "lock", Event(), Event()
+
+    def second():
+        with locked(path, "held", wait=True):
+            entered.set()
+            leave.wait(60)
+
+    thread = Thread(target=second)
+    with locked(path, "held"):
+        thread.start()
+        assert not entered.wait(0.3)
+        path.unlink()
+    assert entered.wait(60) and capsys.readouterr().out == "held\n"
+    with pytest.raises(ValueError, match="held"), locked(path, "held"):
+        pass
+    leave.set()
+    thread.join()

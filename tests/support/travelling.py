@@ -1,0 +1,18 @@
+"""Which code travels with a checkpoint: what transformers finds by following relative imports from the model's file."""
+
+from pathlib import Path
+
+from transformers.dynamic_module_utils import get_relative_import_files
+
+FOLDER = Path(__file__).parents[2] / "modeling_cosup"
+STAYS = {  # the only list of what only authors need; the travelling code imports it under a guard, in a function
+    "card_cosup.py": "cards of models, parts and indexes; without it a plain card is written",
+    "corpus_cosup.py": "corpora in files; without it an index is built from a list of passages",
+    "lines_cosup.py": "JSON Lines, which corpora and results are kept in",
+}
+
+
+def travelling_files() -> list[Path]:
+    """Paths of the modules that are saved with a checkpoint, by name."""
+    model = FOLDER / "modeling_cosup.py"
+    return sorted({model, *map(Path, get_relative_import_files(str(model)))})
