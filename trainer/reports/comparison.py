@@ -12,10 +12,11 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from modeling_cosup.files_cosup import write_json
+from modeling_cosup.lines_cosup import read_lines
 
 from ..judging.figures import MAIN, MODES, QUERY, SCOPES, figure, shown
 from ..judging.intervals import compare_differences, paired_bootstrap
-from ..judging.results import FORMAT, read_lines, read_results
+from ..judging.results import FORMAT, read_results
 from .cells import interval_text, percent, verdict
 from .document import Block, Bullets, Cell, Heading, Table, Text, write_document
 
@@ -63,7 +64,7 @@ def compare_results(
         tasks[name], columns[name] = {}, {}
         for section in _shared_sections(name, runs):
             rows = [_read_rows(folder, name, section) for folder in folders]
-            _check_same_questions(rows, f"{name}, {section_label(section)}", folders)
+            _check_same_questions(rows, f"{name}, mode {section}", folders)
             columns[name][section] = _columns(rows[0], rows[1])
             tasks[name][section] = _compare(rows[0], rows[1], columns[name][section], resamples, seed)
     if not any(tasks.values()):

@@ -4,9 +4,11 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from modeling_cosup.lines_cosup import read_lines
+
 from ..judging.figures import FIGURES, MAIN, MODES, QUERY, SCOPES, SEARCHING, cor_label, figure, in_order
 from ..judging.grounding import cited_passages
-from ..judging.results import read_lines, read_results
+from ..judging.results import read_results
 from .cells import average_cell, figure_cell
 from .document import Block, Bullets, Cell, Code, Example, Heading, Table, Text, write_document
 from .evaluation_plots import evaluation_plots

@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from modeling_cosup.lines_cosup import read_lines
+
 from ..judging.figures import MODES, SCOPES, SEARCHING, figure
 from ..judging.matching import gold_ids
-from ..judging.results import read_lines
 from .document import Block, Heading, Plot, Text
 from .plots import can_draw, draw_bars, draw_curves, draw_histograms
 

@@ -6,8 +6,9 @@ from typing import TypeAlias
 
 import numpy as np
 
+from modeling_cosup.lines_cosup import read_lines
+
 from ..judging.figures import QUERY
-from ..judging.results import read_lines
 
 Scores: TypeAlias = dict[str, float]  # question -> value
 TaskScores: TypeAlias = dict[str, dict[str, Scores]]  # task -> figure -> scores
