@@ -1,5 +1,6 @@
 """
-Compare two results folders of run_evaluation.py, question by question: differences with 95 % intervals and p-values of the paired bootstrap.
+Compare two results folders of run_evaluation.py, question by question: differences with 95 % intervals and p-values of
+the paired bootstrap.
 
     python recipes/compare.py results-separate results-co --output_dir comparison
 """
@@ -8,9 +9,11 @@ from dataclasses import dataclass, field
 
 from shared.cli import clear_errors, parse
 
-from trainer.judging.scoring import MAIN
-from trainer.reports.comparison import compare_results, show_row, verdict, write_comparison
-from trainer.reports.evaluation import MODE_NAMES
+from trainer.judging.figures import MAIN
+from trainer.reports.cells import verdict
+from trainer.reports.comparison import compare_results, comparison_row, section_label, write_comparison
+
+PRINTED = (*MAIN, "mrr", "query_recall@1")  # the report holds all figures
 
 
 @dataclass
@@ -26,17 +29,16 @@ class ComparisonArguments:
     seed: int = field(default=0, metadata={"help": "of the bootstrap"})
 
 
-def main():
+def main() -> None:
     """Compare, print the main figures, write the rest."""
     (args,) = parse([ComparisonArguments], __doc__)
     with clear_errors():
         comparison = compare_results(args.a, args.b, args.resamples, args.seed)
         print(f"A = {args.a}, B = {args.b}; B - A in percentage points, 95 % interval, two-sided p")
-        sections = {**comparison["tasks"], **{f"average, {split}": modes for split, modes in comparison["averages"].items()}}
-        for name, modes in sections.items():
-            for mode, found in modes.items():
-                rows = [(*show_row(metric, own), verdict(metric, own)) for metric, own in found.items() if is_main(metric)]
-                print_rows(f"{name}, {MODE_NAMES.get(mode, 'query embedding')}", rows)
+        for task, sections in comparison["tasks"].items():
+            print_sections(task, sections)
+        for split, sections in comparison["averages"].items():
+            print_sections(f"average, {split}", sections)
         for note in comparison["notes"]:
             print(f"\nnote: {note}")
         if args.output_dir:
@@ -44,17 +46,17 @@ def main():
             print(f"\nReport: {args.output_dir}/comparison.html")
 
 
-def is_main(metric):
-    """Whether a metric is printed; the report holds all."""
-    return metric in MAIN or metric.endswith((" mrr", " success@1"))
-
-
-def print_rows(title, rows):
-    """One section of the table."""
-    if rows:
-        print(f"\n{title}\n")
-    for name, first, second, (difference, interval), p, n, found in rows:
-        print(f"  {name:14} {first:>6} {second:>6}  {difference:>6} {interval:18} p {p:7}  n = {n:5}  {found}")
+def print_sections(title: str, sections: dict) -> None:
+    """The main figures of a task, or of an average, section by section."""
+    for section, comparisons in sections.items():
+        names = [name for name in PRINTED if name in comparisons]
+        if names:
+            print(f"\n{title}, {section_label(section)}\n")
+        for name in names:
+            compared = comparisons[name]
+            label, first, second, (difference, interval), p, n = comparison_row(name, compared)
+            outcome = verdict(name, compared["interval"])
+            print(f"  {label:14} {first:>6} {second:>6}  {difference:>6} {interval:18} p {p:7}  n = {n:5}  {outcome}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from support.models import make_model
 from trainer.judging.judge import evaluate_tasks
 from trainer.judging.tasks import Task
 from trainer.reports import document, plots
+from trainer.reports.cells import average_cell, figure_cell, seeds_cell, seeds_difference_cell
 from trainer.reports.document import (
     Bullets,
     Code,
@@ -23,7 +24,7 @@ from trainer.reports.document import (
     to_html,
     to_markdown,
 )
-from trainer.reports.evaluation import show, write_report
+from trainer.reports.evaluation import write_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -56,7 +57,7 @@ def test_report_holds_tables_examples_and_what_was_left_out(output):
     figures = json.loads((output / "metrics.json").read_text())["tasks"]["d"]["modes"]["retrieval"]["metrics"]
     for heading in ("Results", "What retrieval is worth", "Query embedding", "Plots", "Examples", "All figures", "What is left out", "How this was made"):
         assert f"<h2>{heading}</h2>" in page and f"\n## {heading}\n" in text
-    value, interval = show(figures["cor"], "cor")
+    value, interval = figure_cell(figures["cor"], "cor")
     row = next(line for line in text.splitlines() if line.startswith("| d | 1 | 7 | short answer | "))
     assert f"{value} \\{interval[:-1]}\\]" in row and "| — |" in row  # Gr without an NLI model
     assert "In-domain" in text and "Other tasks" in text and "average of all 2" in text
@@ -120,23 +121,36 @@ def test_the_page_in_a_browser(output):
 
 def test_cells_of_figures():
     figure = {"value": 0.256, "interval": [0.1, 0.4], "n": 4}
-    assert show(figure, "cor") == ("25.6", "[10.0, 40.0]") and show(figure, "cor", interval=False) == "25.6"
-    assert show({**figure, "value": 1.5}, "num_retrievals") == ("1.50", "[0.10, 0.40]")
-    assert show(None, "gr") == "—"
+    assert figure_cell(figure, "cor") == ("25.6", "[10.0, 40.0]")
+    assert figure_cell(figure, "cor", with_n=True) == ("25.6", "[10.0, 40.0] n = 4")
+    assert figure_cell({**figure, "value": 1.5}, "num_retrievals") == ("1.50", "[0.10, 0.40]")
+    average = {**figure, "tasks": 2, "of_tasks": 3, "deviation": None, "seeds": {0: 0.256}}
+    assert average_cell(average, "cor", 2) == ("25.6", "[10.0, 40.0]")
+    assert average_cell(average, "cor", 3) == ("25.6", "[10.0, 40.0], 2 of 3 tasks")
+    assert seeds_cell(average, "cor") == ("25.6", "[10.0, 40.0] n = 4, 2 of 3 tasks")
+    assert seeds_cell({**average, "tasks": 3, "deviation": 0.02}, "cor") == ("25.6 ± 2.0", "[10.0, 40.0] n = 4")
+    difference = {**average, "tasks": 3, "difference": 0.2, "rate": 25.0, "seeds": {0: 0.3, 1: 0.1, 2: 0.0}, "verdict": "ahead"}
+    assert seeds_difference_cell(difference, "cor") == ("+20.0 (+25.0 %)", "[+10.0, +40.0] n = 4, 2 / 1 / 0, ahead")
+    assert seeds_difference_cell({**difference, "rate": None}, "num_retrievals")[0] == "+0.20"
+    assert figure_cell(None, "gr") == average_cell(None, "gr", 2) == seeds_cell(None, "gr") == seeds_difference_cell(None, "gr") == "—"
 
 
 def test_blocks_in_markdown():
-    blocks = [Heading("a*b", 3), Text("- 1\n# 2"), Bullets(["x|y"]), Code("``` <b>"), Table(["", "n"], [["group"], ["a|b", ("1.0", "[0, 2]")]], strong={1})]
-    blocks.append(Example("q?", "", "y", [(1, "", "t")], ["Ret 0"]))
+    table = Table(["", "n"], [["group"], ["a|b", ("1.0", "[0, 2]")]], strong={1})
+    blocks = [Heading("a*b", 3), Text("- 1\n# 2"), Bullets(["x|y", "1. z"]), Code("``` <b>"), table]
+    blocks += [Table(["a_b"], [["c"], ["d"]], folded="more"), Example("q?", "", "y", [(1, "", "t"), (2, "T", "u")], ["Ret 0", "Gr 1"])]
     assert to_markdown(blocks).split("\n\n") == [
         "### a\\*b",
         "\\- 1 \\# 2",
-        "- x\\|y",
+        "- x\\|y\n- 1\\. z",
         "````\n``` <b>\n````",
         "|  | n |\n|---|---|\n| **group** |  |\n| **a\\|b** | **1.0 \\[0, 2\\]** |",
-        "> **Q** q?  \n> **A**   \n> *Ret 0; expected: y*  \n> \\[1\\] t\n",
+        "### more",
+        "| a\\_b |\n|---|\n| **c** |\n| **d** |",
+        "> **Q** q?\\\n> **A** \\\n> *Ret 0, Gr 1; expected: y*\\\n> \\[1\\] t\\\n> \\[2\\] T: u\n",
     ]
-    assert escape_markdown("1. [a](b) <i>&amp; `c` ~d~ http://e") == "\\1. \\[a\\](b) &lt;i\\>&amp;amp; \\`c\\` \\~d\\~ http\\://e"
+    assert escape_markdown("1. [a](b) <i>&amp; `c` ~d~ http://e") == "1. \\[a\\](b) &lt;i\\>&amp;amp; \\`c\\` \\~d\\~ http\\://e"
     page = to_html(blocks, Path("."), "<t>")
     assert "<title>&lt;t&gt;</title>" in page and '<tr class="strong"><td>a|b</td><td>1.0<small>[0, 2]</small></td></tr>' in page
-    assert '<td colspan="2">group</td>' in page and "<i>(empty)</i>" in page and document.CSS in page
+    assert '<td colspan="2">group</td>' in page and "<i>(empty)</i>" in page
+    assert (document.TEMPLATES / "report.css").read_text() in page and "<details><summary>more</summary>" in page

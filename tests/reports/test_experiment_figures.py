@@ -4,9 +4,11 @@ import json
 
 import pytest
 
-from trainer.reports.document import _plain
-from trainer.reports.experiment import _over_option, write_experiment_report
-from trainer.reports.experiment_figures import Results, verdict
+from trainer.judging.results import FORMAT
+from trainer.reports.document import escape_markdown
+from trainer.reports.experiment import write_experiment_report
+from trainer.reports.experiment_figures import Results
+from trainer.reports.experiment_plots import _over_corpus_sizes, _over_option, _without_option
 
 MEANING = {
     "a": {"task": "a", "setting": "full corpus", "size": None, "split": "in-domain"},
@@ -14,7 +16,7 @@ MEANING = {
 }
 
 
-def make(tmp_path, scores, modes=("retrieval",), same_questions=True, **experiment):
+def make(tmp_path, scores, modes=("retrieval",), same_questions=True, cor=None, **experiment):
     """Results of `{arm: {seed: {task: {id: ret}}}}`, written as recipes/run_evaluation.py writes them."""
     runs = []
     for arm, seeds in scores.items():
@@ -25,6 +27,10 @@ def make(tmp_path, scores, modes=("retrieval",), same_questions=True, **experime
                     path = folder / "results" / task / mode / "scores.jsonl"
                     path.parent.mkdir(parents=True)
                     path.write_text("".join(json.dumps({"id": id, "ret": value, "cor": None}) + "\n" for id, value in values.items()))
+            if tasks is not None:
+                told = {task: {"cor": (cor or {}).get(task, [])} for task in tasks}
+                (folder / "results").mkdir(parents=True, exist_ok=True)
+                (folder / "results" / "metrics.json").write_text(json.dumps({"format": FORMAT, "tasks": told}))
             questions = {task: task if same_questions else f"{task} of {seed}" for task in MEANING}
             done = {"command": "c", "seconds": 1.0} if tasks is not None else None
             trained = done and {**done, "resumed": False, "hardware": "h", "steps": 1, "parameters": {"gen": 10**6}, "losses": {"loss": 1.0}}
@@ -69,11 +75,7 @@ def test_an_average_says_in_how_many_tasks_it_exists(tmp_path):
 
 
 def test_the_report_says_what_cor_is(tmp_path):
-    results = make(tmp_path, SCORES)
-    for arm in SCORES:
-        told = {"a": {"cor": ["fever_label"]}, "b": {"cor": ["em", "f1"]}}
-        (tmp_path / f"{arm}-0" / "results" / "metrics.json").write_text(json.dumps({"tasks": told}))
-    results = Results(results.experiment, results.runs, MEANING)
+    results = make(tmp_path, SCORES, cor={"a": ["fever_label"], "b": ["em", "f1"]})
     write_experiment_report(results, tmp_path / "out")
     assert "Cor is a: FEVER, label; b: EM, F1." in (tmp_path / "out" / "report.md").read_text()
 
@@ -94,17 +96,30 @@ def test_only_what_both_have_is_compared(tmp_path):
     assert results.compare("new", ["b"], "ret") is None
 
 
-@pytest.mark.parametrize(
-    ("interval", "differences", "said"),
-    [
-        ((0.1, 0.3), [0.2, 0.2], "ahead"),
-        ((0.1, 0.3), [0.5, -0.1], "within noise"),
-        ((-0.3, -0.1), [-0.2], "behind"),
-        ((-0.1, 0.3), [0.1, 0.1], "within noise"),
-    ],
-)
-def test_verdict(interval, differences, said):
-    assert verdict(interval, differences) == said
+def test_rankings_of_what_is_searched_stand_with_the_own_decision(tmp_path):
+    """Of a pool where there is one, else of the corpus; mode query shows them alone."""
+    results = make(tmp_path, SCORES)
+    for task, scopes in {"a": ("corpus",), "b": ("corpus", "pool")}.items():
+        path = tmp_path / "old-0" / "results" / task / "query" / "scores.jsonl"
+        path.parent.mkdir()
+        rows = [{"id": "1", "scope": scope, "mrr": {"corpus": 0.25, "pool": 0.5}[scope]} for scope in scopes]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for modes in (["retrieval"], ["query"]):
+        experiment = {**results.experiment, "evaluation": {"modes": modes}}
+        again = Results(experiment, results.runs, MEANING)
+        assert [again.figure("old", [task], "mrr")["value"] for task in "ab"] == [0.25, 0.5]
+        assert (again.figure("old", ["a"], "ret") is None) == (modes == ["query"])
+
+
+def test_results_that_are_not_complete_or_of_another_format_are_refused(tmp_path):
+    results = make(tmp_path, SCORES)
+    path = tmp_path / "new-1" / "results" / "metrics.json"
+    path.write_text(json.dumps({"tasks": {}}))
+    with pytest.raises(ValueError, match=f"is of format 1, expected format {FORMAT}"):
+        Results(results.experiment, results.runs, MEANING)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="no complete results folder"):
+        Results(results.experiment, results.runs, MEANING)
 
 
 def test_report_says_who_is_ahead_and_what_is_missing(tmp_path):
@@ -113,9 +128,9 @@ def test_report_says_who_is_ahead_and_what_is_missing(tmp_path):
     write_experiment_report(results, tmp_path / "report")
     text, page = ((tmp_path / "report" / f"report.{kind}").read_text() for kind in ("md", "html"))
     cells = ["new: full corpus, in-domain average", "Ret (+40.0)", "—", "—"]
-    assert f"| {' | '.join(map(_plain, cells))} |" in text
+    assert f"| {' | '.join(map(escape_markdown, cells))} |" in text
     cells = ["same: full corpus, out-of-domain average", "—", "—", "Ret (+0.0)"]
-    assert f"| {' | '.join(map(_plain, cells))} |" in text
+    assert f"| {' | '.join(map(escape_markdown, cells))} |" in text
     assert "absent, seed 0: not run" in page
     assert "+40.0 (+100.0 %)" in page
     assert "<script>" not in page and "<script>" not in text
@@ -128,7 +143,8 @@ def test_modes_of_one_arm_are_compared_with_each_other(tmp_path):
     assert results.baseline == "retrieval"
     assert results.compare("gold", ["a"], "ret")["difference"] == 0
     write_experiment_report(results, tmp_path / "report")
-    assert "oracle passage" in (tmp_path / "report" / "report.md").read_text()
+    assert [results.label(line) for line in results.lines] == ["own retrieval", "gold passages given"]
+    assert "gold passages given: full corpus, in-domain average" in (tmp_path / "report" / "report.md").read_text()
 
 
 @pytest.mark.parametrize("option", ["axis", "corpus_sizes"])
@@ -144,6 +160,20 @@ def test_curves_are_drawn(tmp_path, option):
 
 def test_every_mode_has_its_curve(tmp_path):
     arms = {"old": {"temperature": 0.1}, "new": {"temperature": "1e-2"}}
-    panels = _over_option(make(tmp_path, SCORES, ("retrieval", "forced"), arms=arms, axis="temperature"), ["ret"])[1]
-    where = [f"full corpus, {split}, {mode}" for split in ("in-domain", "out-of-domain") for mode in ("own decision", "forced [NSP]")]
-    assert {label: sorted(points) for label, points in panels["Ret"].items()} == {label: [0.01, 0.1] for label in where}
+    results = make(tmp_path, SCORES, ("retrieval", "forced"), arms=arms, axis="temperature")
+    curves = _over_option(results, "ret")
+    where = [f"full corpus, {split}, {mode}" for split in ("in-domain", "out-of-domain") for mode in ("own retrieval", "[NSP] forced first")]
+    assert {label: sorted(points) for label, points in curves.items()} == {label: [0.01, 0.1] for label in where}
+    assert _without_option(results, "ret") == {}
+
+
+def test_an_arm_without_the_option_is_a_level_and_corpora_are_places_of_a_curve(tmp_path):
+    results = make(tmp_path, SCORES, arms={"old": {"temperature": 0.1}, "new": {}}, axis="temperature")
+    assert [list(curve) for curve in _over_option(results, "ret").values()] == [[0.1], [0.1]]
+    assert _without_option(results, "ret") == {
+        "new, full corpus, in-domain": results.figure("new", ["a"], "ret"),
+        "new, full corpus, out-of-domain": results.figure("new", ["b"], "ret"),
+    }
+    results.meaning = {name: {**about, "size": 10} for name, about in MEANING.items()}
+    curves = _over_corpus_sizes(results, "ret")
+    assert curves["old, in-domain"] == {10: results.figure("old", ["a"], "ret")} and len(curves) == 4

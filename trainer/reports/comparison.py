@@ -1,24 +1,39 @@
-"""Two results folders beside each other: is the second better, and how sure is that."""
+"""
+Two results folders next to each other: is the second better, and how sure is that?
 
+A comparison has sections: the modes in which both models answered, and what the query embedding ranks, e.g. `"query
+corpus"`.
+"""
+
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from modeling_cosup.files_cosup import write_json
 from modeling_cosup.lines_cosup import read_lines
 
-from ..judging.intervals import paired_bootstrap
-from ..judging.judge import QUERY
-from ..judging.scoring import COUNTS, MAIN, METRICS, resampled_means
-from .document import Bullets, Heading, Table, Text, write_document
-from .evaluation import MODE_NAMES, read_results
+from ..judging.figures import MAIN, MODES, QUERY, SCOPES, figure, shown
+from ..judging.intervals import compare_differences, paired_bootstrap
+from ..judging.results import FORMAT, read_results
+from .cells import interval_text, percent, verdict
+from .document import Block, Bullets, Cell, Heading, Table, Text, write_document
 
 RESAMPLES = 10_000
 JUDGED = ("nli", "nli_model", "gr_hypothesis")  # settings that say how answers were judged
-COMPARED = ("pool", "gold_in_pool", "top_k", "max_retrievals", "max_new_tokens", "cor", "passages", "eval_file", "corpus_file")
+COMPARED = (  # fields of a task that should be the same
+    *("pool", "gold_in_pool", "top_k", "max_retrievals", "max_new_tokens", "cor", "passages"),
+    *("eval_file", "corpus_file"),
+)
+
+Rows: TypeAlias = dict[str, dict[str, float | None]]  # question -> figure -> value
+Columns: TypeAlias = dict[str, np.ndarray]  # figure -> values of both runs, (2, n)
 
 
-def compare_results(first, second, resamples=RESAMPLES, seed=0):
+def compare_results(
+    first: str | Path, second: str | Path, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, Any]:
     """
     The paired bootstrap of two results folders, `second - first`, question by question.
 
@@ -27,167 +42,226 @@ def compare_results(first, second, resamples=RESAMPLES, seed=0):
         resamples (`int`), seed (`int`): the same seed gives the same answer.
 
     Returns:
-        `dict`: `"tasks"`: task -> mode -> metric -> `{"first", "second", "difference", "interval", "p_value", "n", "left_out"}`; `"averages"`: split -> mode ->
-        metric -> the same over tasks, with `"rate"`, by how many percent of the first the second is better; `"notes"`: what is not compared, and settings that
-        differ. Metrics of the query embedding stand under mode `"query"`.
+        `dict`: `"tasks"`: task -> section -> figure -> `{"first", "second", "difference", "interval", "p_value", "n",
+        "left_out"}`; `"averages"`: split -> section -> figure -> the same over tasks, with `"tasks"`, their number,
+        and `"rate"`, by how many percent of the first the second is better; `"notes"`: what is not compared, and
+        settings that differ.
 
     Raises:
         `FileNotFoundError`: for a folder that is not complete.
-        `ValueError`: when the folders share no task and mode, or, with counts, when a task's questions are not the same.
+        `ValueError`: for a folder of another format; when the folders share no task and mode, or, with counts, when a
+            task's questions are not the same.
     """
-    folders, runs = (Path(first), Path(second)), (read_results(first), read_results(second))
-    tasks, samples, notes = {}, {}, _only_in_one(runs)
-    judged = [{key: run["settings"].get(key) for key in JUDGED} for run in runs]
-    different = [f"{key}: {judged[0][key]!r} and {judged[1][key]!r}" for key in JUDGED if judged[0][key] != judged[1][key]]
-    notes += [f"the answers were judged in different ways, so Gr and other figures of an NLI model do not compare: {'; '.join(different)}"] * bool(different)
-    for name in [name for name in runs[0]["tasks"] if name in runs[1]["tasks"]]:
-        own = [run["tasks"][name] for run in runs]
-        different = [f"{key}: {own[0].get(key)!r} and {own[1].get(key)!r}" for key in COMPARED if own[0].get(key) != own[1].get(key)]
-        notes += [f"{name}: the settings differ in {'; '.join(different)}"] * bool(different)
-        modes = [mode for mode in own[0]["modes"] if mode in own[1]["modes"]] + [QUERY] * all(each["query"] for each in own)
-        tasks[name], samples[name] = {}, {}
-        for mode in modes:
-            scores = [_scores(folder, name, mode) for folder in folders]
-            _check_same_questions(scores, name, mode, folders)
-            tasks[name][mode], samples[name][mode] = _compare(*scores, resamples, seed)
+    folders = (Path(first), Path(second))
+    runs = (read_results(first), read_results(second))
+    notes = [*_only_in_one(runs), *_judged_differently(runs)]
+    tasks: dict[str, dict] = {}
+    columns: dict[str, dict[str, Columns]] = {}
+    for name in runs[0]["tasks"]:
+        if name not in runs[1]["tasks"]:
+            continue
+        notes += _set_differently(name, runs)
+        tasks[name], columns[name] = {}, {}
+        for section in _shared_sections(name, runs):
+            rows = [_read_rows(folder, name, section) for folder in folders]
+            _check_same_questions(rows, f"{name}, mode {section}", folders)
+            columns[name][section] = _columns(rows[0], rows[1])
+            tasks[name][section] = _compare(rows[0], rows[1], columns[name][section], resamples, seed)
     if not any(tasks.values()):
         raise ValueError(f"{first} and {second} share no task and mode: there is nothing to compare.")
     splits = {name: runs[0]["tasks"][name]["split"] for name in tasks}
-    names = [run["settings"]["model"] for run in runs]
-    return {"first": names[0], "second": names[1], "tasks": tasks, "averages": _averages(splits, tasks, samples, resamples, seed), "notes": notes}
+    return {
+        "format": FORMAT,
+        "first": runs[0]["settings"]["model"],
+        "second": runs[1]["settings"]["model"],
+        "tasks": tasks,
+        "averages": _averages(splits, columns, resamples, seed),
+        "notes": notes,
+    }
 
 
-def _only_in_one(runs):
-    notes = []
+def section_label(section: str) -> str:
+    """A section in words: `"query embedding over the pool"`."""
+    mode, _, scope = section.partition(" ")
+    return f"{MODES[mode]} {SCOPES[scope]}" if scope else MODES[mode]
+
+
+# ---------------------------------------------------------------------- what can be compared
+
+
+def _only_in_one(runs: Sequence[dict]) -> Iterator[str]:
     for run, other, which in ((runs[0], runs[1], "first"), (runs[1], runs[0], "second")):
-        if alone := [name for name in run["tasks"] if name not in other["tasks"]]:
-            notes.append(f"{len(alone)} tasks are only in the {which} folder: {', '.join(alone)}")
-    return notes
+        alone = [name for name in run["tasks"] if name not in other["tasks"]]
+        if alone:
+            yield f"{len(alone)} tasks are only in the {which} folder: {', '.join(alone)}"
 
 
-def _scores(folder, task, mode):
-    """`{id: {metric: value}}` of a mode."""
-    return {row.pop("id"): row for row in read_lines(folder / task / mode / "scores.jsonl")}
+def _judged_differently(runs: Sequence[dict]) -> Iterator[str]:
+    different = _differences(runs[0]["settings"], runs[1]["settings"], JUDGED)
+    if different:
+        yield (
+            "the answers were judged in different ways, so Gr and other figures of an NLI model do not compare: "
+            f"{different}"
+        )
 
 
-def _check_same_questions(scores, task, mode, folders):
-    first, second = map(set, scores)
+def _set_differently(task: str, runs: Sequence[dict]) -> Iterator[str]:
+    different = _differences(runs[0]["tasks"][task], runs[1]["tasks"][task], COMPARED)
+    if different:
+        yield f"{task}: the settings differ in {different}"
+
+
+def _differences(first: dict, second: dict, keys: Sequence[str]) -> str:
+    different = [key for key in keys if first.get(key) != second.get(key)]
+    return "; ".join(f"{key}: {first.get(key)!r} and {second.get(key)!r}" for key in different)
+
+
+def _shared_sections(task: str, runs: Sequence[dict]) -> list[str]:
+    first, second = (run["tasks"][task] for run in runs)
+    modes = [mode for mode in first["modes"] if mode in second["modes"]]
+    return modes + [f"{QUERY} {scope}" for scope in first["query"] if scope in second["query"]]
+
+
+def _read_rows(folder: Path, task: str, section: str) -> Rows:
+    mode, _, scope = section.partition(" ")
+    rows = {}
+    for row in read_lines(folder / task / mode / "scores.jsonl"):
+        if row.pop("scope", "") == scope:
+            rows[row.pop("id")] = row
+    return rows
+
+
+def _check_same_questions(rows: Sequence[Rows], where: str, folders: Sequence[Path]) -> None:
+    first, second = (set(run) for run in rows)
     if first != second:
-        counts = f"{len(first - second)} are only in {folders[0]}, {len(second - first)} only in {folders[1]}, {len(first & second)} in both"
-        raise ValueError(f"Task {task}, mode {mode}: the folders do not hold the same questions: of {len(first | second)} ids {counts}.")
+        raise ValueError(
+            f"Task {where}: the folders do not hold the same questions: of {len(first | second)} ids "
+            f"{len(first - second)} are only in {folders[0]}, {len(second - first)} only in {folders[1]}, "
+            f"{len(first & second)} in both."
+        )
 
 
-def _compare(first, second, resamples, seed):
-    """Comparisons by metric, and the values of both runs of the questions that have one in both, for the averages."""
-    found, samples = {}, {}
-    names = [name for name in next(iter(first.values()), {}) if name in next(iter(second.values()), {})]
-    for name in names:
+# ---------------------------------------------------------------------- comparing it
+
+
+def _columns(first: Rows, second: Rows) -> Columns:
+    """The values of the questions that have one in both runs, by figure; without any a figure is left out."""
+    columns = {}
+    for name in _shared_figures(first, second):
+        pairs = [(first[id][name], second[id][name]) for id in first]
+        both = [pair for pair in pairs if None not in pair]
+        if both:
+            columns[name] = np.array(both, float).T
+    return columns
+
+
+def _shared_figures(first: Rows, second: Rows) -> list[str]:
+    names: list[dict] = [next(iter(run.values()), {}) for run in (first, second)]
+    return [name for name in names[0] if name in names[1]]
+
+
+def _compare(first: Rows, second: Rows, columns: Columns, resamples: int, seed: int) -> dict[str, dict]:
+    comparisons = {}
+    for name, both in columns.items():
         values = [{id: row[name] for id, row in run.items()} for run in (first, second)]
-        both = [id for id in values[0] if values[0][id] is not None and values[1][id] is not None]
-        if not both:
-            continue
-        samples[name] = np.array([[run[id] for id in both] for run in values], float)  # (2, n)
-        means = samples[name].mean(1)
-        compared = paired_bootstrap(*values, resamples=resamples, seed=seed).to_dict()
-        compared["left_out"] -= sum(values[0][id] is None and values[1][id] is None for id in values[0])  # it applies in neither
-        found[name] = {"first": float(means[0]), "second": float(means[1]), **compared}
-    return found, samples
+        compared = paired_bootstrap(values[0], values[1], resamples, seed).to_dict()
+        compared["left_out"] -= sum(
+            values[0][id] is None and values[1][id] is None for id in first
+        )  # applies in neither
+        comparisons[name] = {"first": float(both[0].mean()), "second": float(both[1].mean()), **compared}
+    return comparisons
 
 
-def _averages(splits, tasks, samples, resamples, seed):
-    """Comparisons of the plain means over tasks; questions are resampled within each task, in pairs."""
-    groups = {split: [name for name, own in splits.items() if own == split] for split in ("in-domain", "out-of-domain")} | {"all": list(splits)}
-    averages = {}
-    for group, names in groups.items():
-        for mode in dict.fromkeys(mode for name in names for mode in tasks[name]):
-            holding = [name for name in names if mode in tasks[name]]
-            for metric in dict.fromkeys(metric for name in holding for metric in samples[name][mode]):
-                columns = [samples[name][mode][metric] for name in holding if metric in samples[name][mode]]
-                averages.setdefault(group, {}).setdefault(mode, {})[metric] = _average(columns, resamples, seed)
+def _averages(
+    splits: dict[str, str | None], columns: dict[str, dict[str, Columns]], resamples: int, seed: int
+) -> dict[str, dict[str, dict]]:
+    """The plain means over tasks; questions are resampled within each task, in pairs."""
+    averages: dict[str, dict[str, dict]] = {}
+    for group in ("in-domain", "out-of-domain", "all"):
+        tasks = [columns[task] for task, split in splits.items() if group in (split, "all")]
+        gathered: dict[str, dict[str, list[np.ndarray]]] = {}  # section -> figure -> of each task, (2, n)
+        for sections in tasks:
+            for section, figures in sections.items():
+                for name, both in figures.items():
+                    gathered.setdefault(section, {}).setdefault(name, []).append(both)
+        for section, by_name in gathered.items():
+            comparisons = {name: _average(of_tasks, resamples, seed) for name, of_tasks in by_name.items()}
+            averages.setdefault(group, {})[section] = comparisons
     return averages
 
 
-def _average(columns, resamples, seed):
-    means = np.mean([column.mean(1) for column in columns], 0)
-    differences = [column[1] - column[0] for column in columns]
-    resampled = np.mean([resampled_means(values, seed + number, resamples) for number, values in enumerate(differences)], 0)
-    measured = float(means[1] - means[0])
-    as_far = int((np.abs(resampled - measured) >= abs(measured) - 1e-12).sum())
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return {
-        "first": float(means[0]),
-        "second": float(means[1]),
-        "difference": measured,
-        "interval": [float(low), float(high)],
-        "p_value": (1 + as_far) / (1 + len(resampled)),
-        "n": int(sum(map(len, differences))),
-        "tasks": len(columns),
-        "rate": 100 * measured / float(means[0]) if means[0] else None,
-    }
+def _average(of_tasks: list[np.ndarray], resamples: int, seed: int) -> dict[str, Any]:
+    first, second = (float(np.mean([both[run].mean() for both in of_tasks])) for run in (0, 1))
+    compared = compare_differences([both[1] - both[0] for both in of_tasks], resamples, seed).to_dict()
+    del compared["left_out"]
+    rate = 100 * compared["difference"] / first if first else None
+    return {"first": first, "second": second, **compared, "tasks": len(of_tasks), "rate": rate}
 
 
 # ---------------------------------------------------------------------- showing it
 
 
-def show_row(metric, found):
-    """Cells of a comparison: metric, both means, the difference with its interval, p and n."""
-    scale, digits = (1, 2) if metric in COUNTS else (100, 1)
-    low, high = (f"{scale * bound:+.{digits}f}" for bound in found["interval"])
-    values = [f"{scale * found[which]:.{digits}f}" for which in ("first", "second")]
-    p = "< 0.001" if found["p_value"] < 0.001 else f"{found['p_value']:.3f}"
-    return [label(metric), *values, (f"{scale * found['difference']:+.{digits}f}", f"[{low}, {high}]"), p, str(found["n"])]
+def comparison_row(name: str, comparison: dict[str, Any]) -> list[Cell]:
+    """Cells of a comparison: figure, both values, the difference with its interval, p and n."""
+    difference = shown(comparison["difference"], name, signed=True)
+    p_value = comparison["p_value"]
+    return [
+        figure(name).label,
+        shown(comparison["first"], name),
+        shown(comparison["second"], name),
+        (difference, interval_text(comparison["interval"], name, signed=True)),
+        "< 0.001" if p_value < 0.001 else f"{p_value:.3f}",
+        str(comparison["n"]),
+    ]
 
 
-def label(metric):
-    """How a table says a metric; that of a ranking has "corpus" or "pool" before its name."""
-    scope, _, name = metric.rpartition(" ")
-    return f"{METRICS[name][0]}, {scope}" if scope in ("corpus", "pool") else METRICS[metric][0]
-
-
-def write_comparison(comparison, output_dir, names=("A", "B")):
-    """Write `comparison.json`, `comparison.md` and `comparison.html` of what [`compare_results`] found; `names` are the folders'."""
+def write_comparison(comparison: dict[str, Any], output_dir: str | Path, names: Sequence[str] = ("A", "B")) -> None:
+    """Write `comparison.json`, `comparison.md` and `comparison.html`; `names` are the names of the folders."""
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(output_dir / "comparison.json", comparison)
     write_document(comparison_blocks(comparison, names), output_dir, "comparison", "Comparison of two evaluations")
 
 
-def comparison_blocks(comparison, names):
+def comparison_blocks(comparison: dict[str, Any], names: Sequence[str]) -> list[Block]:
     """The comparison as blocks of a document."""
-    text = f"A is {names[0]} ({comparison['first']}), B is {names[1]} ({comparison['second']}). Differences are B − A, question by question, in "
-    text += "percentage points, with 95 % intervals and two-sided p-values of the paired bootstrap; of fewer than some 30 questions it is too sure. Nothing "
-    text += "is corrected for the number of comparisons."
-    blocks = [Heading("Comparison of two evaluations", 1), Text(text)]
-    header = ["", "A", "B", "B − A", "p", "n"]
+    about = (
+        f"A is {names[0]} ({comparison['first']}), B is {names[1]} ({comparison['second']}). Differences are B − A, "
+        "question by question, in percentage points, with 95 % intervals and two-sided p-values of the paired "
+        "bootstrap; of fewer than some 30 questions it is too sure. Nothing is corrected for the number of "
+        "comparisons."
+    )
+    blocks: list[Block] = [Heading("Comparison of two evaluations", 1), Text(about)]
     if len(comparison["tasks"]) > 1:
-        rows, strong = [], []
-        for split, modes in comparison["averages"].items():
-            for mode, found in modes.items():
-                chosen = [metric for metric in MAIN if metric in found]
-                rows += [[f"{split}, {MODE_NAMES.get(mode, mode)}"]] * bool(chosen)
-                for metric in chosen:
-                    rate = found[metric]["rate"]
-                    strong += [len(rows)] * _is_sure(found[metric])
-                    rows.append([*show_row(metric, found[metric]), "—" if rate is None else f"{rate:+.1f} %", str(found[metric]["tasks"])])
-        blocks += [Heading("Averages"), Table([*header, "improvement", "tasks"], rows, strong=frozenset(strong))]
-    for name, modes in comparison["tasks"].items():
-        rows, strong = [], []
-        for mode, found in modes.items():
-            rows.append([MODE_NAMES.get(mode, "query embedding")])
-            for metric, own in found.items():
-                strong += [len(rows)] * _is_sure(own)
-                rows.append(show_row(metric, own))
-        blocks += [Heading(name), Table(header, rows, strong=frozenset(strong))]
+        blocks += [Heading("Averages"), _averages_table(comparison["averages"])]
+    for task, sections in comparison["tasks"].items():
+        table = Table(["", "A", "B", "B − A", "p", "n"], [])
+        for section, comparisons in sections.items():
+            table.rows.append([section_label(section)])
+            for name, compared in comparisons.items():
+                _add_row(table, name, compared)
+        blocks += [Heading(task), table]
     blocks.append(Text("Bold: the interval of the difference does not hold 0.", note=True))
-    return blocks + ([Heading("What to know"), Bullets(comparison["notes"])] if comparison["notes"] else [])
+    if comparison["notes"]:
+        blocks += [Heading("What to know"), Bullets(comparison["notes"])]
+    return blocks
 
 
-def verdict(metric, found):
-    """Of the second run: `"better"` or `"worse"` where the interval of the difference leaves out 0 (of a count: `"more"`, `"fewer"`), else `"within noise"`."""
-    more, fewer = ("more", "fewer") if metric in COUNTS else ("better", "worse")
-    return (more if found["difference"] > 0 else fewer) if _is_sure(found) else "within noise"
+def _averages_table(averages: dict[str, dict[str, dict]]) -> Table:
+    """The main figures over tasks, with the rate of improvement."""
+    table = Table(["", "A", "B", "B − A", "p", "n", "improvement", "tasks"], [])
+    for split, sections in averages.items():
+        for section, comparisons in sections.items():
+            names = [name for name in MAIN if name in comparisons]
+            if names:
+                table.rows.append([f"{split}, {section_label(section)}"])
+            for name in names:
+                compared = comparisons[name]
+                _add_row(table, name, compared, [percent(compared["rate"]), str(compared["tasks"])])
+    return table
 
 
-def _is_sure(found):
-    low, high = found["interval"]
-    return low > 0 or high < 0
+def _add_row(table: Table, name: str, compared: dict[str, Any], further: Sequence[Cell] = ()) -> None:
+    if verdict(name, compared["interval"]) != "within noise":
+        table.strong.add(len(table.rows))
+    table.rows.append([*comparison_row(name, compared), *further])

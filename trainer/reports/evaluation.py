@@ -1,29 +1,26 @@
 """The report of a results folder, made of its files alone: `report.md`, `report.html` and `plots/`."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
-from modeling_cosup.files_cosup import read_json
 from modeling_cosup.lines_cosup import read_lines
 
-from ..judging.matching import gold_ids
-from ..judging.scoring import COR_LABELS, COUNTS, MAIN, METRICS, RETRIEVING, cited_passages
-from .document import Bullets, Code, Example, Heading, Plot, Table, Text, write_document
-from .plots import can_draw, draw_bars, draw_curves, draw_scores
+from ..judging.figures import FIGURES, MAIN, MODES, QUERY, SCOPES, SEARCHING, cor_label, figure, in_order
+from ..judging.grounding import cited_passages
+from ..judging.results import read_results
+from .cells import average_cell, figure_cell
+from .document import Block, Bullets, Cell, Code, Example, Heading, Table, Text, write_document
+from .evaluation_plots import evaluation_plots
 
 SPLITS = {"in-domain": "In-domain", "out-of-domain": "Out-of-domain", None: "Other tasks"}
-MODE_NAMES = {
-    "retrieval": "own retrieval",
-    "gold": "gold passages given",
-    "off": "retrieval off",
-    "forced": "[NSP] forced first",
-    "wrong": "wrong passages given",
-}
+RANKING = ("mrr", "ndcg@10", "query_recall@1", "query_recall@5", "query_recall@20", "query_recall@100")
+EMISSION = ("nsp_needed", "nsp_not_needed", "num_retrievals", "cor_not_needed")
 PASSAGE_SHOWN = 600  # characters of a passage in an example
-NO_MATPLOTLIB = "There are no plots: pip install matplotlib, and run the same command again."
+ANSWERS_SHOWN = 4
 
 
-def write_report(output_dir, num_examples=3):
+def write_report(output_dir: str | Path, num_examples: int = 3) -> None:
     """
     Write the report of a results folder.
 
@@ -33,243 +30,218 @@ def write_report(output_dir, num_examples=3):
 
     Raises:
         `FileNotFoundError`: when the folder has no `metrics.json`: it is no complete results folder.
+        `ValueError`: when it is of another format.
     """
     output_dir = Path(output_dir)
     results = read_results(output_dir)
     title = f"Evaluation of {results['settings']['model'] or 'a model'}"
-    blocks = [Heading(title, 1), Text(_summary(results), note=True), *main_table(results), *_modes(results), *_query(results), *_emission(results)]
-    blocks += _plots(results, output_dir) if can_draw() else [Text(NO_MATPLOTLIB, note=True)]
-    blocks += [*_examples(results, output_dir, num_examples), *_all_figures(results), *_left_out(results), *_settings(results)]
+    blocks: list[Block] = [Heading(title, 1), Text(_summary(results), note=True)]
+    blocks += _main_table(results)
+    blocks += _modes(results)
+    blocks += _rankings(results)
+    blocks += _emission(results)
+    blocks += evaluation_plots(results, output_dir)
+    blocks += _examples(results, output_dir, num_examples)
+    blocks += _all_figures(results)
+    blocks += _left_out(results)
+    blocks += _settings(results)
     write_document(blocks, output_dir, "report", title)
 
 
-def read_results(output_dir):
-    """`metrics.json` of a results folder; `FileNotFoundError` when it is not complete."""
-    path = Path(output_dir) / "metrics.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: {output_dir} is no complete results folder of recipes/run_evaluation.py.")
-    return read_json(path)
-
-
-def show(figure, metric, interval=True):
-    """A figure as a cell of a table: percent, or a count; "—" where there is none."""
-    if figure is None:
-        return "—"
-    scale, digits = (1, 2) if metric in COUNTS else (100, 1)
-    low, high = (f"{scale * bound:.{digits}f}" for bound in figure["interval"])
-    value = f"{scale * figure['value']:.{digits}f}"
-    return (value, f"[{low}, {high}]") if interval else value
-
-
-def _summary(results):
+def _summary(results: dict) -> str:
     settings = results["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in settings["versions"].items())
-    processes = f"{settings['processes']} processes on " if settings["processes"] > 1 else ""
-    answering = sum(own["seconds"] for task in results["tasks"].values() for own in task["modes"].values())
-    took = f"answering took {answering:,.0f} s{' in all processes together' if processes else ''}, this run {results['seconds']:,.0f} s"
-    return f"{settings['time']}; {processes}{settings['hardware']}; {settings['dtype']}; {versions}; {took}."
+    hardware, together = settings["hardware"], ""
+    if settings["processes"] > 1:
+        hardware = f"{settings['processes']} processes on {hardware}"
+        together = " in all processes together"
+    seconds = 0.0
+    for task in results["tasks"].values():
+        seconds += sum(answers["seconds"] for answers in task["modes"].values())
+    times = f"answering took {seconds:,.0f} s{together}, this run {results['seconds']:,.0f} s"
+    return f"{settings['time']}; {hardware}; {settings['dtype']}; {versions}; {times}."
 
 
 # ---------------------------------------------------------------------- tables
 
 
-def main_table(results):
+def _main_table(results: dict) -> list[Block]:
     """The paper's main table: a row for each task, by split, with averages."""
-    modes = list(results["settings"]["modes"])
-    if not modes:
+    mode = _main_mode(results)
+    if mode is None:
         return []
-    mode = next((mode for mode in RETRIEVING if mode in modes), modes[0])
-    rows, strong = [], []
+    table = Table(["", "pool", "n", "Cor is", *(figure(name).label for name in MAIN)], [])
     for split, heading in SPLITS.items():
-        names = [name for name, task in results["tasks"].items() if task["split"] == split and mode in task["modes"]]
-        if names:
-            rows.append([heading])
-        for name in names:
-            task = results["tasks"][name]
-            own = task["modes"][mode]
-            cor = " / ".join(COR_LABELS[each] for each in task["cor"])
-            n = own["metrics"].get("cor", own)["n"]
-            rows.append([name, _pool(task), str(n), cor, *(show(own["metrics"].get(metric), metric) for metric in MAIN)])
-        if len(names) > 1 and split in results["averages"]:
-            strong.append(len(rows))
-            rows.append(_average_row(results, split, mode, "average of", len(names)))
-    if len(results["tasks"]) > 1 and mode in results["averages"].get("all", {}):
-        strong.append(len(rows))
-        rows.append(_average_row(results, "all", mode, "average of all", len(results["tasks"])))
-    header = ["", "pool", "n", "Cor is", *(METRICS[metric][0] for metric in MAIN)]
-    note = f"Percent, with 95 % bootstrap intervals (of no width where all questions have the same value); {MODE_NAMES[mode]}. "
-    note += "; ".join(f"{METRICS[metric][0]}: {METRICS[metric][1]}" for metric in MAIN) + "."
-    return [Heading("Results"), Table(header, rows, strong=frozenset(strong)), Text(note, note=True)]
+        tasks = {
+            name: task for name, task in results["tasks"].items() if task["split"] == split and mode in task["modes"]
+        }
+        if tasks:
+            table.rows.append([heading])
+        table.rows += [_task_row(name, task, mode) for name, task in tasks.items()]
+        if split in results["averages"] and len(tasks) > 1:
+            _add_average(table, f"average of {len(tasks)}", results["averages"][split][mode], len(tasks))
+    num_tasks = len(results["tasks"])
+    if num_tasks > 1 and mode in results["averages"].get("all", {}):
+        _add_average(table, f"average of all {num_tasks}", results["averages"]["all"][mode], num_tasks)
+    meanings = "; ".join(f"{figure(name).label}: {figure(name).meaning}" for name in MAIN)
+    note = f"Percent, with 95 % intervals (Wilson's of yes/no figures, else bootstrap); {MODES[mode]}. {meanings}."
+    return [Heading("Results"), table, Text(note, note=True)]
 
 
-def _average_row(results, split, mode, name, count):
-    own = results["averages"][split][mode]
-    return [f"{name} {count}", "", str(own["cor"]["n"]) if "cor" in own else "", "", *(_show_average(own.get(metric), metric, count) for metric in MAIN)]
+def _main_mode(results: dict) -> str | None:
+    """The mode that the main table, the main plot and the examples show: one in which the model searches, if any."""
+    modes = results["settings"]["modes"]
+    for mode in (*SEARCHING, *modes):
+        if mode in modes:
+            return mode
+    return None
 
 
-def _show_average(found, metric, count):
-    """An average as a cell; of a metric that does not apply in all `count` tasks it says in how many it does."""
-    cell = show(found, metric)
-    return (cell[0], f"{cell[1]}, {found['tasks']} of {count} tasks") if found is not None and found["tasks"] < count else cell
+def _task_row(name: str, task: dict, mode: str) -> list[Cell]:
+    answers = task["modes"][mode]
+    figures = answers["metrics"]
+    n = figures["cor"]["n"] if "cor" in figures else answers["n"]
+    pool = str(task["pool"])
+    if task["pool"] == "full" and task["passages"] is not None:
+        pool = f"{task['passages']:,}"
+    cor = " / ".join(cor_label(metric) for metric in task["cor"])
+    return [name, pool, str(n), cor, *(figure_cell(figures.get(main), main) for main in MAIN)]
 
 
-def _pool(task):
-    return f"{task['passages']:,}" if task["pool"] == "full" and task["passages"] is not None else str(task["pool"])
+def _add_average(table: Table, title: str, averages: dict, of_tasks: int) -> None:
+    n = str(averages["cor"]["n"]) if "cor" in averages else ""
+    table.strong.add(len(table.rows))
+    table.rows.append([title, "", n, "", *(average_cell(averages.get(name), name, of_tasks) for name in MAIN)])
 
 
-def _modes(results):
+def _modes(results: dict) -> list[Block]:
     """Cor of each task in each mode."""
-    modes = [mode for mode in results["settings"]["modes"] if any(mode in task["modes"] for task in results["tasks"].values())]
+    tasks = results["tasks"]
+    modes = [mode for mode in results["settings"]["modes"] if any(mode in task["modes"] for task in tasks.values())]
     if len(modes) < 2:
         return []
-    rows = [[name, *(_in_mode(task, mode) for mode in modes)] for name, task in results["tasks"].items()]
-    strong = frozenset()
-    if len(rows) > 1:
-        strong = frozenset([len(rows)])
-        own, count = results["averages"]["all"], len(rows)
-        rows.append(["average", *(_show_average(own.get(mode, {}).get("cor"), "cor", count) for mode in modes)])
-    note = "Cor in percent. Where passages are given, only questions that need one are asked, and [NSP] is forced first."
-    return [Heading("What retrieval is worth"), Table(["", *(MODE_NAMES[mode] for mode in modes)], rows, strong=strong), Text(note, note=True)]
-
-
-def _in_mode(task, mode):
-    return show(task["modes"].get(mode, {}).get("metrics", {}).get("cor"), "cor")
-
-
-def _query(results):
-    """What the query embedding finds."""
-    names, rows = ("mrr", "ndcg@10", "success@1", "success@5", "success@20", "success@100"), []
-    for task_name, task in results["tasks"].items():
-        for scope, own in task["query"].items():
-            size = f"corpus of {task['passages']:,}" if scope == "corpus" else f"pool of {task['pool']}"
-            n = str(own["mrr"]["n"]) if "mrr" in own else "0"
-            rows.append([task_name, size, n, *(show(own.get(name), name) for name in names)])
-    if not rows:
-        return []
-    note = "The query embedding at an [NSP] right behind the question, in percent; the corpus is ranked to place 100."
-    header = ["", "ranked", "n", *(METRICS[name][0] for name in names)]
-    return [Heading("Query embedding"), Table(header, rows), Text(note, note=True)]
-
-
-def _emission(results):
-    names, rows = ("nsp_needed", "nsp_not_needed", "num_retrievals", "cor_not_needed"), []
-    for task_name, task in results["tasks"].items():
-        own = task["modes"].get("retrieval", {}).get("metrics", {})
-        if own:
-            rows.append([task_name, *(show(own.get(name), name) for name in names)])
-    if not rows:
-        return []
-    note = "How often the model decides to retrieve: share of the questions in percent, and retrievals for each question."
-    return [Heading("When [NSP] is emitted"), Table(["", *(METRICS[name][0] for name in names)], rows), Text(note, note=True)]
-
-
-def _all_figures(results):
-    """Everything that was measured, folded."""
-    blocks = [Heading("All figures")]
-    for task_name, task in results["tasks"].items():
-        sources = {MODE_NAMES[mode]: own["metrics"] for mode, own in task["modes"].items()}
-        sources |= {f"query, {scope}": own for scope, own in task["query"].items()}
-        names = [name for name in METRICS if any(name in own for own in sources.values())]
-        rows = []
-        for name in names:
-            cells = [("—" if name not in own else (show(own[name], name)[0], f"{show(own[name], name)[1]} n = {own[name]['n']}")) for own in sources.values()]
-            rows.append([METRICS[name][0], *cells])
-        blocks.append(Table(["", *sources], rows, folded=task_name))
-    return [*blocks, Table(["figure", "what it is"], [list(words) for words in METRICS.values()], folded="what the figures are", text_columns=frozenset([1]))]
-
-
-# ---------------------------------------------------------------------- the rest
-
-
-def _plots(results, output_dir):
-    """Draw what there is to draw."""
-    tasks, blocks = results["tasks"], [Heading("Plots")]
-    mode = next((mode for mode in RETRIEVING if mode in results["settings"]["modes"]), None)
-    if mode is not None:
-        own = {name: task["modes"][mode]["metrics"] for name, task in tasks.items() if mode in task["modes"]}
-        names = [name for name in ("ret", "cor", "gr") if any(name in figures for figures in own.values())]
-        names += ["k_precision"] * ("gr" not in names and any("k_precision" in figures for figures in own.values()))
-        if names:
-            draw_bars(own, names, [METRICS[name][0] for name in names], output_dir / "plots" / "main.png")
-            blocks.append(Plot("plots/main.png", f"Retrieval, correctness and grounding ({MODE_NAMES[mode]}), with 95 % intervals"))
-    by_mode = {name: {m: own["metrics"]["cor"] for m, own in task["modes"].items() if "cor" in own["metrics"]} for name, task in tasks.items()}
-    modes = [mode for mode in results["settings"]["modes"] if any(mode in own for own in by_mode.values())]
-    if len(modes) > 1:
-        draw_bars(by_mode, modes, [MODE_NAMES[mode] for mode in modes], output_dir / "plots" / "modes.png")
-        blocks.append(Plot("plots/modes.png", "Cor by what is retrieved, with 95 % intervals"))
-    curves = {}
+    table = Table(["", *(MODES[mode] for mode in modes)], [])
     for name, task in tasks.items():
-        for scope, own in task["query"].items():
-            points = {int(metric.partition("@")[2]): figure for metric, figure in own.items() if metric.startswith("success@")}
-            if points:
-                curves[f"{name}, {scope}"] = points
-    if curves:
-        draw_curves(curves, output_dir / "plots" / "recall.png")
-        blocks.append(Plot("plots/recall.png", "Recall@k of the query embedding, with 95 % intervals"))
-    rates = {name: task["modes"].get("retrieval", {}).get("metrics", {}) for name, task in tasks.items()}
-    names = [name for name in ("nsp_needed", "nsp_not_needed") if any(name in own for own in rates.values())]
-    if names:
-        draw_bars(rates, names, [METRICS[name][0] for name in names], output_dir / "plots" / "emission.png")
-        blocks.append(Plot("plots/emission.png", "How often [NSP] is emitted, with 95 % intervals"))
-    scores = _retrieval_scores(results, output_dir)
-    if scores:
-        draw_scores(scores, output_dir / "plots" / "scores.png")
-        blocks.append(Plot("plots/scores.png", "Scores of the best passage of each retrieval, gold or not"))
-    return blocks if len(blocks) > 1 else []
+        cells = [figure_cell(_figures(task, mode).get("cor"), "cor") for mode in modes]
+        table.rows.append([name, *cells])
+    if len(tasks) > 1:
+        averages = results["averages"]["all"]
+        table.strong.add(len(tasks))
+        cells = [average_cell(averages.get(mode, {}).get("cor"), "cor", len(tasks)) for mode in modes]
+        table.rows.append(["average", *cells])
+    note = (
+        "Cor in percent. Where passages are given, only questions that need one are asked, and [NSP] is forced first."
+    )
+    return [Heading("What retrieval is worth"), table, Text(note, note=True)]
 
 
-def _predictions(results, output_dir, mode):
-    """`(task, predictions)` of the tasks that have the mode."""
+def _figures(task: dict, mode: str) -> dict:
+    """The figures of a task in a mode, none where it was not asked in it."""
+    return task["modes"][mode]["metrics"] if mode in task["modes"] else {}
+
+
+def _rankings(results: dict) -> list[Block]:
+    """What the query embedding finds."""
+    table = Table(["", "ranked", "n", *(figure(name).label for name in RANKING)], [])
+    for name, task in results["tasks"].items():
+        for scope, figures in task["query"].items():
+            ranked = f"corpus of {task['passages']:,}" if scope == "corpus" else f"pool of {task['pool']}"
+            n = figures["mrr"]["n"] if "mrr" in figures else 0
+            table.rows.append([name, ranked, str(n), *(figure_cell(figures.get(k), k) for k in RANKING)])
+    if not table.rows:
+        return []
+    note = "The query embedding at an [NSP] right after the question, in percent; the corpus is ranked to place 100."
+    return [Heading("Query embedding"), table, Text(note, note=True)]
+
+
+def _emission(results: dict) -> list[Block]:
+    table = Table(["", *(figure(name).label for name in EMISSION)], [])
+    for task_name, task in results["tasks"].items():
+        figures = _figures(task, "retrieval")
+        if figures:
+            table.rows.append([task_name, *(figure_cell(figures.get(name), name) for name in EMISSION)])
+    if not table.rows:
+        return []
+    note = "How often the model decides to retrieve: share of the questions in percent, and retrievals of a question."
+    return [Heading("When [NSP] is emitted"), table, Text(note, note=True)]
+
+
+def _all_figures(results: dict) -> list[Block]:
+    """Everything that was measured, folded."""
+    blocks: list[Block] = [Heading("All figures")]
+    for task_name, task in results["tasks"].items():
+        sections = {MODES[mode]: answers["metrics"] for mode, answers in task["modes"].items()}
+        for scope, figures in task["query"].items():
+            sections[f"{MODES[QUERY]} {SCOPES[scope]}"] = figures
+        table = Table(["", *sections], [], folded=task_name)
+        for name in in_order(name for figures in sections.values() for name in figures):
+            cells = [figure_cell(figures.get(name), name, with_n=True) for figures in sections.values()]
+            table.rows.append([figure(name).label, *cells])
+        blocks.append(table)
+    meanings: list[list[Cell]] = [[entry.label, entry.meaning] for entry in FIGURES.values()]
+    folded = "what the figures are"
+    return [*blocks, Table(["figure", "what it is"], meanings, folded=folded, text_columns=frozenset([1]))]
+
+
+# ---------------------------------------------------------------------- examples, notes and settings
+
+
+def _examples(results: dict, output_dir: Path, num_examples: int) -> list[Block]:
+    mode = _main_mode(results)
+    if mode is None or not num_examples:
+        return []
+    blocks: list[Block] = [Heading("Examples")]
+    blocks.append(Text(f"The first answers of each task, {MODES[mode]}.", note=True))
     for name, task in results["tasks"].items():
         if mode in task["modes"]:
-            yield name, read_lines(output_dir / name / mode / "predictions.jsonl")
-
-
-def _retrieval_scores(results, output_dir):
-    """`{task: (scores of gold passages, of others)}`: of the best passage of each retrieval."""
-    found = {}
-    for name, predictions in _predictions(results, output_dir, "retrieval"):
-        right, wrong = [], []
-        for prediction in predictions:
-            for retrieval in prediction["retrievals"] if prediction["provenance"] else []:
-                (right if retrieval["passage_ids"][0] in gold_ids(prediction) else wrong).append(retrieval["scores"][0])
-        if right or wrong:
-            found[name] = right, wrong
-    return found
-
-
-def _examples(results, output_dir, num_examples):
-    modes = results["settings"]["modes"]
-    if not modes:
-        return []
-    mode = next((mode for mode in RETRIEVING if mode in modes), modes[0])
-    blocks = [Heading("Examples"), Text(f"The first answers of each task, {MODE_NAMES[mode]}.", note=True)] if num_examples else []
-    for name, predictions in _predictions(results, output_dir, mode):
-        scores = {row["id"]: row for row in read_lines(output_dir / name / mode / "scores.jsonl")}
-        blocks += [Heading(name, 3)] * bool(num_examples) + [_example(each, scores[each["id"]]) for each in predictions[:num_examples]]
+            folder = output_dir / name / mode
+            scores = {row["id"]: row for row in read_lines(folder / "scores.jsonl")}
+            blocks.append(Heading(name, 3))
+            for prediction in read_lines(folder / "predictions.jsonl")[:num_examples]:
+                blocks.append(_example(prediction, scores[prediction["id"]]))
     return blocks
 
 
-def _example(prediction, scores):
+def _example(prediction: dict, scores: dict) -> Example:
     passages = []
     for number, passage in enumerate(cited_passages(prediction), 1):
-        text = passage["text"] if len(passage["text"]) <= PASSAGE_SHOWN else passage["text"][:PASSAGE_SHOWN].rstrip() + " …"
-        passages.append((number, passage["title"], text))
-    values = {"Ret": scores.get("ret"), "Cor": scores["cor"] if scores["cor"] is not None else scores.get("cor_not_needed"), "Gr": scores.get("gr")}
-    marks = [f"{name} {value:.3g}" for name, value in values.items() if value is not None]
-    expected = " / ".join(prediction["answers"][:4]) + (" / …" if len(prediction["answers"]) > 4 else "")
-    return Example(prediction["input"], prediction["output_with_citations"], expected, passages, marks + ["nothing retrieved"] * (not passages))
+        passages.append((number, passage["title"], _shortened(passage["text"])))
+    marks = [f"{label} {value:.3g}" for label, value in _marks(scores)]
+    if not passages:
+        marks.append("nothing retrieved")
+    answers = prediction["answers"]
+    expected = " / ".join(answers[:ANSWERS_SHOWN])
+    if len(answers) > ANSWERS_SHOWN:
+        expected += " / …"
+    return Example(prediction["input"], prediction["output_with_citations"], expected, passages, marks)
 
 
-def _left_out(results):
-    blocks = [Heading("What is left out")]
+def _marks(scores: dict) -> Iterator[tuple[str, float]]:
+    """The scores that an example shows; Cor of a question that needs no passage has a name of its own."""
+    for name in ("ret", "cor", "cor_not_needed", "gr"):
+        value = scores.get(name)
+        if value is not None:
+            yield "Cor" if name == "cor_not_needed" else figure(name).label, value
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= PASSAGE_SHOWN else f"{text[:PASSAGE_SHOWN].rstrip()} …"
+
+
+def _left_out(results: dict) -> list[Block]:
+    blocks: list[Block] = []
     for name, task in results["tasks"].items():
-        blocks += [Heading(name, 3), Bullets(task["left_out"])] if task["left_out"] else []
-    return blocks if len(blocks) > 1 else []
+        if task["left_out"]:
+            blocks += [Heading(name, 3), Bullets(task["left_out"])]
+    return [Heading("What is left out"), *blocks] if blocks else []
 
 
-def _settings(results):
-    settings = results["settings"]
-    rows = [[name, json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value] for name, value in settings.items() if name != "command"]
-    blocks = [Heading("How this was made")] + ([Code(settings["command"])] if "command" in settings else [])
+def _settings(results: dict) -> list[Block]:
+    blocks: list[Block] = [Heading("How this was made")]
+    rows: list[list[Cell]] = []
+    for name, value in results["settings"].items():
+        if name == "command":
+            blocks.append(Code(value))
+        else:
+            rows.append([name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)])
     return [*blocks, Table(["setting", "value"], rows, folded="settings", text_columns=frozenset([1]))]

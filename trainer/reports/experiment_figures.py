@@ -1,24 +1,43 @@
 """
-The figures of an experiment: arms x seeds x tasks, averaged, compared, and judged.
+The figures of an experiment: arms x seeds x tasks, averaged and compared.
 
-A line of a table is an arm, or, where the answers of a model were made in several modes, an arm and a mode. A question counts once: its scores are averaged
-over the seeds that were asked the same one, and intervals come from resampling questions, within each task. What seeds alone change is shown beside it, as
-the standard deviation over seeds; a difference counts as one only if its interval leaves out 0 and all seeds agree on its sign.
+A line of a table is an arm, or, where the answers of a model were made in several modes, an arm and a mode. A question
+counts once: its scores are averaged over the seeds that were asked the same one, and intervals come from resampling
+questions, within each task. What seeds alone change is shown next to it, as the standard deviation over seeds.
 """
 
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
+from ..judging.figures import MAIN, MODES, cor_label, in_order
+from ..judging.intervals import average, mean_and_deviation
+from ..judging.results import FORMAT, read_results
+from .cells import verdict
+from .experiment_scores import Scores, TaskScores, over_seeds, plain_mean, read_task_scores, results_folder, scores_of
 
-from modeling_cosup.files_cosup import read_json
-from modeling_cosup.lines_cosup import read_lines
+COLUMNS = (*MAIN, "query_recall@1")
+SPLITS = ("in-domain", "out-of-domain")
+ALL = "all"
 
-from ..judging.intervals import mean_and_deviation
-from ..judging.judge import QUERY
-from ..judging.scoring import COR_LABELS, MAIN, METRICS, average
 
-COLUMNS = (*MAIN, "success@1")
-GROUPS = ("in-domain", "out-of-domain", "all")
+@dataclass(frozen=True)
+class Place:
+    """Where figures are shown: one task, or a group of tasks with their average."""
+
+    name: str
+    tasks: tuple[str, ...]
+    split: str | None = None  # of a task
+    is_group: bool = False
+
+
+@dataclass
+class _Pairs:
+    """The questions of a task for which a line and the baseline have a value."""
+
+    differences: dict[int, Scores] = field(default_factory=dict)  # by seed, line minus baseline
+    baseline_values: list[float] = field(default_factory=list)
+    left_out: int = 0
 
 
 class Results:
@@ -26,187 +45,260 @@ class Results:
     What an experiment found.
 
     Args:
-        experiment (`dict`): the fields of its file: `title`, `about`, `arms`, `baseline`, `seeds`, `evaluation`, `axis`, `corpus_sizes`, ...
-        runs (`list[dict]`): of each arm and seed: `arm`, `seed`, `options`, `failure`, `trained` and `evaluated` (`None` until done), `evaluation` (the folder
-            whose `results/` recipes/run_evaluation.py wrote), `questions` (for each task what tells its questions from others).
+        experiment (`dict`): the fields of its file: `title`, `about`, `arms`, `baseline`, `seeds`, `evaluation`,
+            `axis`, `corpus_sizes`, ...
+        runs (`list[dict]`): of each arm and seed: `arm`, `seed`, `options`, `failure`, `trained` and `evaluated`
+            (`None` until done), `evaluation` (the folder whose `results/` recipes/run_evaluation.py wrote),
+            `questions` (for each task what tells its questions from others).
         meaning (`dict`): name of a task in the results -> `{"task", "setting", "size", "split"}`.
         notes (`list[str]`): what was left out.
         command (`str`): that made all this.
+
+    Attributes:
+        lines (`list[str]`): those with answers, in order.
+        settings (`list[str]`): e.g. `"Top-20"`.
+        names (`list[str]`): the figures that were measured, in the order of the vocabulary.
+        cor (`dict[str, str]`): what Cor is, by task.
+
+    Raises:
+        `FileNotFoundError`, `ValueError`: for results that are not complete, or of another format.
     """
 
-    def __init__(self, experiment, runs, meaning, notes=(), command=""):
-        self.experiment, self.runs, self.meaning, self.notes, self.command = experiment, runs, meaning, list(notes), command
-        self.modes = experiment["evaluation"]["modes"]
-        self.found = {}  # figures that were asked for
-        self.scores = {}  # line -> seed -> task -> metric -> {question: value}
-        for run in runs:
-            if run["evaluated"] is not None:
-                for mode in self.modes:
-                    own = {name: _read_scores(run, name, mode) for name in meaning}
-                    self.scores.setdefault(self.line(run["arm"], mode), {})[run["seed"]] = {name: found for name, found in own.items() if found}
-        self.lines = [line for arm in experiment["arms"] for mode in self.modes if (line := self.line(arm, mode)) in self.scores]
-        self.settings = list(dict.fromkeys(own["setting"] for own in meaning.values()))
-        found = {metric for seeds in self.scores.values() for tasks in seeds.values() for own in tasks.values() for metric in own}
-        self.metrics = [metric for metric in METRICS if metric in found]
-        self.cor = {}  # task -> what Cor is there
-        for path in [Path(run["evaluation"], "results", "metrics.json") for run in runs if run["evaluated"] is not None]:
-            told = read_json(path)["tasks"] if path.exists() else {}
-            named = {own["task"]: told[name]["cor"] for name, own in meaning.items() if name in told}
-            self.cor |= {task: ", ".join(COR_LABELS[each] for each in names) for task, names in named.items()}
+    def __init__(
+        self,
+        experiment: dict,
+        runs: list[dict],
+        meaning: dict[str, dict],
+        notes: Sequence[str] = (),
+        command: str = "",
+    ):
+        self.experiment = experiment
+        self.runs = runs
+        self.meaning = meaning
+        self.notes = list(notes)
+        self.command = command
+        self.modes: list[str] = experiment["evaluation"]["modes"]
+        self.evaluated = [run for run in runs if run["evaluated"] is not None]
+        self.arm_and_mode = {self._line(arm, mode): (arm, mode) for arm in experiment["arms"] for mode in self.modes}
+        self.scores = self._read_scores()
+        self.lines = [line for line in self.arm_and_mode if line in self.scores]
+        self.settings = list(dict.fromkeys(task["setting"] for task in meaning.values()))
+        self.names = self._measured_names()
+        self.cor = self._read_cor()
+        self._figures: dict[tuple, dict | None] = {}  # a figure and a comparison are asked for several times
+        self._comparisons: dict[tuple, dict | None] = {}
 
-    def line(self, arm, mode):
+    def _line(self, arm: str, mode: str) -> str:
         """How tables name the answers of an arm in a mode: by what differs."""
         if len(self.modes) == 1:
             return arm
-        return mode if len(self.experiment["arms"]) == 1 else f"{arm}, {mode}"
+        if len(self.experiment["arms"]) == 1:
+            return mode
+        return f"{arm}, {mode}"
+
+    def _read_scores(self) -> dict[str, dict[int, TaskScores]]:
+        """Line -> seed -> task -> figure -> question -> value."""
+        scores: dict[str, dict[int, TaskScores]] = {}
+        for run in self.evaluated:
+            for mode in self.modes:
+                by_task = {task: read_task_scores(run, task, mode) for task in self.meaning}
+                line = scores.setdefault(self._line(run["arm"], mode), {})
+                line[run["seed"]] = {task: figures for task, figures in by_task.items() if figures}
+        return scores
+
+    def _measured_names(self) -> list[str]:
+        names: set[str] = set()
+        for seeds in self.scores.values():
+            for tasks in seeds.values():
+                for figures in tasks.values():
+                    names |= figures.keys()
+        return in_order(names)
+
+    def _read_cor(self) -> dict[str, str]:
+        labels = {}
+        for run in self.evaluated:
+            tasks = read_results(results_folder(run))["tasks"]
+            for name, about in self.meaning.items():
+                if name in tasks:
+                    labels[about["task"]] = ", ".join(cor_label(cor) for cor in tasks[name]["cor"])
+        return labels
+
+    # ------------------------------------------------------------------ lines and places
 
     @property
-    def baseline(self):
+    def baseline(self) -> str | None:
         """The line that others are compared with, `None` where it failed."""
         wanted = self.experiment["baseline"]
-        return next((line for line in self.lines if line == wanted or line.startswith(f"{wanted}, ")), None)
+        for line in self.lines:
+            if wanted in (line, self.arm(line)):
+                return line
+        return None
 
-    def arm(self, line):
+    def arm(self, line: str) -> str:
         """The arm of a line."""
-        return next((arm for arm in self.experiment["arms"] for mode in self.modes if self.line(arm, mode) == line), None)
+        return self.arm_and_mode[line][0]
 
-    def tasks(self, setting, group="all"):
+    def label(self, line: str) -> str:
+        """A line as readers know it: modes by what they mean."""
+        return self._line(self.arm(line), self.mode_label(line))
+
+    def mode_label(self, line: str) -> str:
+        """The mode of a line, in words."""
+        return MODES[self.arm_and_mode[line][1]]
+
+    def tasks(self, setting: str, group: str = ALL) -> tuple[str, ...]:
         """Names of the tasks of a setting and a group, in order."""
-        return [name for name, own in self.meaning.items() if own["setting"] == setting and group in ("all", own["split"])]
+        names = []
+        for name, about in self.meaning.items():
+            if about["setting"] == setting and group in (ALL, about["split"]):
+                names.append(name)
+        return tuple(names)
 
-    def groups(self, setting):
-        """The groups that say something of their own: in-domain and out-of-domain where there are both, and all."""
-        present = [group for group in GROUPS[:2] if self.tasks(setting, group)]
-        return [*present, "all"] if len(present) == 2 else ["all"]
+    def task_places(self, setting: str) -> list[Place]:
+        """The tasks of a setting."""
+        return [
+            Place(self.meaning[name]["task"], (name,), self.meaning[name]["split"]) for name in self.tasks(setting)
+        ]
+
+    def group_places(self, setting: str) -> list[Place]:
+        """The groups that say something of their own: each split where there are both, and all tasks."""
+        splits = [split for split in SPLITS if self.tasks(setting, split)]
+        groups = [*splits, ALL] if len(splits) == 2 else [ALL]
+        return [Place(group, self.tasks(setting, group), is_group=True) for group in groups]
 
     # ------------------------------------------------------------------ one figure
 
-    def figure(self, line, names, metric):
+    def figure(self, line: str, tasks: Sequence[str], name: str) -> dict[str, Any] | None:
         """
-        A metric of a line over one or more tasks.
+        A figure of a line over one or more tasks.
 
         Args:
-            line (`str`), metric (`str`).
-            names (`list[str]`): tasks; over several it is the plain mean of the tasks' means.
+            line (`str`), name (`str`): of the figure.
+            tasks (sequence of `str`): over several it is the plain mean of the tasks' means.
 
         Returns:
-            `dict`: `value`, the mean over seeds; `interval`; `n` (questions); `tasks` in which it applies, `of_tasks` (all); `deviation` over seeds (`None` for
-            one) and `seeds` (`{seed: value}`). `None` where the metric does not apply.
+            `dict`: `value`, the mean over seeds; `interval`; `n` (questions); `tasks` in which it applies, `of_tasks`
+            (all); `deviation` over seeds (`None` for one) and `seeds` (`{seed: value}`). `None` where the figure does
+            not apply.
         """
-        key = (line, tuple(names), metric)
-        if key not in self.found:
-            self.found[key] = self._figure(*key)
-        return self.found[key]
+        key = (line, tuple(tasks), name)
+        if key not in self._figures:
+            self._figures[key] = self._figure(*key)
+        return self._figures[key]
 
-    def _figure(self, line, names, metric):
-        seeds = self.scores.get(line, {})
-        columns = [_over_seeds([tasks.get(name, {}).get(metric, {}) for tasks in seeds.values()]) for name in names]
-        found = average([list(column.values()) for column in columns])
-        if found is None:
+    def _figure(self, line: str, tasks: tuple[str, ...], name: str) -> dict[str, Any] | None:
+        by_seed = self.scores.get(line, {})
+        columns = []
+        for task in tasks:
+            question_means = over_seeds([scores_of(by_task, task, name) for by_task in by_seed.values()])
+            columns.append(list(question_means.values()))
+        measured = average(columns)
+        if measured is None:
             return None
-        values = {seed: value for seed, tasks in seeds.items() if (value := _plain_mean(tasks, names, metric)) is not None}
-        mean, deviation = mean_and_deviation(list(values.values()))
-        figure = {"value": mean, "interval": found["interval"], "n": found["n"], "tasks": found["tasks"], "of_tasks": len(names)}
-        return {**figure, "deviation": deviation if len(values) > 1 else None, "seeds": values}
+        seeds = {}
+        for seed, by_task in by_seed.items():
+            task_means = [plain_mean(scores.values()) for task in tasks if (scores := scores_of(by_task, task, name))]
+            if task_means:
+                seeds[seed] = plain_mean(task_means)
+        value, deviation = mean_and_deviation(list(seeds.values()))
+        return {
+            "value": value,
+            "interval": measured["interval"],
+            "n": measured["n"],
+            "tasks": measured["tasks"],
+            "of_tasks": len(tasks),
+            "deviation": deviation if len(seeds) > 1 else None,
+            "seeds": seeds,
+        }
 
-    def compare(self, line, names, metric, baseline=None):
+    # ------------------------------------------------------------------ one comparison
+
+    def compare(self, line: str, tasks: Sequence[str], name: str) -> dict[str, Any] | None:
         """
         A line against the baseline, question by question, over the seeds and questions that both have.
 
         Returns:
-            `dict`: `difference` of the means, its `interval`, `n`, `left_out` (questions for which one of them has no value), `tasks` in which both have one,
-            `of_tasks` (all), `rate` (the difference in percent of the baseline; `None` where that is 0), `seeds` (`{seed: difference}`) and `verdict`:
-            `"ahead"`, `"behind"` or `"within noise"`. `None` where there is nothing to compare.
+            `dict`: `difference` of the means, its `interval`, `n`, `left_out` (questions for which one of them has no
+            value), `tasks` in which both have one, `of_tasks` (all), `rate` (the difference in percent of the
+            baseline; `None` where that is 0), `seeds` (`{seed: difference}`) and `verdict`, see
+            [`~trainer.reports.cells.verdict`]. `None` where there is nothing to compare.
         """
-        baseline = self.baseline if baseline is None else baseline
-        ours, theirs = self.scores.get(line, {}), self.scores.get(baseline, {})
-        seeds = [seed for seed in ours if seed in theirs]
-        columns, old, per_seed, left_out = [], [], {seed: [] for seed in seeds}, 0
-        for name in names:
-            pairs, values = [], []
-            for seed in seeds:
-                first, second = (theirs[seed].get(name, {}).get(metric, {}), ours[seed].get(name, {}).get(metric, {}))
-                shared = [key for key in first if key in second]
-                left_out += len(set(first) ^ set(second))
-                pairs.append({key: second[key] - first[key] for key in shared})
-                values += [first[key] for key in shared]
-                if shared:
-                    per_seed[seed].append(float(np.mean(list(pairs[-1].values()))))
-            if values:
-                columns.append(list(_over_seeds(pairs).values()))
-                old.append(float(np.mean(values)))
-        found = average(columns)
-        if found is None:
+        key = (line, tuple(tasks), name)
+        if key not in self._comparisons:
+            self._comparisons[key] = self._compare(*key)
+        return self._comparisons[key]
+
+    def _compare(self, line: str, tasks: tuple[str, ...], name: str) -> dict[str, Any] | None:
+        all_pairs = [self._pairs(line, task, name) for task in tasks]
+        pairs_by_task = [pairs for pairs in all_pairs if pairs.baseline_values]
+        measured = average([list(over_seeds(pairs.differences.values()).values()) for pairs in pairs_by_task])
+        if measured is None:
             return None
-        differences = {seed: float(np.mean(own)) for seed, own in per_seed.items() if own}
-        result = {"difference": found["value"], "interval": found["interval"], "n": found["n"], "left_out": left_out, "seeds": differences}
-        result |= {"tasks": found["tasks"], "of_tasks": len(names)}
-        return result | {"rate": 100 * found["value"] / np.mean(old) if np.mean(old) else None, "verdict": verdict(found["interval"], differences.values())}
+        difference = measured["value"]
+        baseline = plain_mean(plain_mean(pairs.baseline_values) for pairs in pairs_by_task)
+        seeds = {}
+        for seed in self._shared_seeds(line):
+            task_means = [
+                plain_mean(pairs.differences[seed].values()) for pairs in pairs_by_task if pairs.differences[seed]
+            ]
+            if task_means:
+                seeds[seed] = plain_mean(task_means)
+        return {
+            "difference": difference,
+            "interval": measured["interval"],
+            "n": measured["n"],
+            "left_out": sum(pairs.left_out for pairs in all_pairs),
+            "seeds": seeds,
+            "tasks": measured["tasks"],
+            "of_tasks": len(tasks),
+            "rate": 100 * difference / baseline if baseline else None,
+            "verdict": verdict(name, measured["interval"], seeds.values()),
+        }
+
+    def _pairs(self, line: str, task: str, name: str) -> _Pairs:
+        pairs = _Pairs()
+        for seed in self._shared_seeds(line):
+            new = scores_of(self.scores[line][seed], task, name)
+            old = scores_of(self.scores[self.baseline or ""][seed], task, name)
+            shared = [question for question in old if question in new]
+            pairs.differences[seed] = {question: new[question] - old[question] for question in shared}
+            pairs.baseline_values += [old[question] for question in shared]
+            pairs.left_out += len(old.keys() ^ new.keys())
+        return pairs
+
+    def _shared_seeds(self, line: str) -> list[int]:
+        theirs = self.scores.get(self.baseline or "", {})
+        return [seed for seed in self.scores.get(line, {}) if seed in theirs]
 
     # ------------------------------------------------------------------ all of them
 
-    def to_dict(self):
-        """Everything as JSON holds it: what was run, `figures` (setting -> line -> task or group -> metric) and `comparisons` with the baseline."""
-        figures, comparisons = {}, {}
+    def to_dict(self) -> dict[str, Any]:
+        """
+        Everything as JSON holds it: what was run, `figures` (setting -> line -> task or group -> figure) and
+        `comparisons` with the baseline.
+        """
+        figures: dict[str, dict] = {}
+        comparisons: dict[str, dict] = {}
         for setting in self.settings:
-            places = {**{self.meaning[name]["task"]: [name] for name in self.tasks(setting)}, **{g: self.tasks(setting, g) for g in self.groups(setting)}}
+            places = [*self.task_places(setting), *self.group_places(setting)]
             for line in self.lines:
-                own = {place: {m: self.figure(line, names, m) for m in self.metrics} for place, names in places.items()}
-                figures.setdefault(setting, {})[line] = {place: _present(found) for place, found in own.items()}
+                figures.setdefault(setting, {})[line] = self._of_places(self.figure, line, places)
                 if self.baseline is not None and line != self.baseline:
-                    own = {place: {m: self.compare(line, names, m) for m in self.metrics} for place, names in places.items()}
-                    comparisons.setdefault(setting, {})[line] = {place: _present(found) for place, found in own.items()}
-        told = {"experiment": self.experiment, "command": self.command, "runs": self.runs, "notes": self.notes, "baseline": self.baseline}
-        return {**told, "figures": figures, "comparisons": comparisons}
+                    comparisons.setdefault(setting, {})[line] = self._of_places(self.compare, line, places)
+        return {
+            "format": FORMAT,
+            "experiment": self.experiment,
+            "command": self.command,
+            "runs": self.runs,
+            "notes": self.notes,
+            "baseline": self.baseline,
+            "figures": figures,
+            "comparisons": comparisons,
+        }
 
-
-def verdict(interval, differences):
-    """`"ahead"` or `"behind"` where the interval leaves out 0 and every seed is on the same side, else `"within noise"`."""
-    low, high = interval
-    if low > 0 and all(each > 0 for each in differences):
-        return "ahead"
-    if high < 0 and all(each < 0 for each in differences):
-        return "behind"
-    return "within noise"
-
-
-def _read_scores(run, name, mode):
-    """`{metric: {question: value}}` of a task in a mode; where the model searches itself, with the ranking of the query embedding over what is searched."""
-    folder = Path(run["evaluation"], "results", name)
-    columns = {}
-    for row in _rows(folder / mode / "scores.jsonl") if mode != QUERY else []:
-        _add(columns, run["questions"][name], row, {metric: value for metric, value in row.items() if metric != "id"})
-    if mode in ("retrieval", QUERY):
-        for row in _rows(folder / "query" / "scores.jsonl"):
-            scope = "pool" if any(key.startswith("pool ") for key in row) else "corpus"
-            _add(columns, run["questions"][name], row, {key.split(" ", 1)[1]: value for key, value in row.items() if key.startswith(f"{scope} ")})
-    return columns
-
-
-def _rows(path):
-    return read_lines(path) if path.exists() else []
-
-
-def _add(columns, questions, row, values):
-    for metric, value in values.items():
-        if value is not None:
-            columns.setdefault(metric, {})[f"{questions[:16]} {row['id']}"] = float(value)
-
-
-def _over_seeds(columns):
-    """`{question: mean}` over the seeds that asked it."""
-    gathered = {}
-    for column in columns:
-        for key, value in column.items():
-            gathered.setdefault(key, []).append(value)
-    return {key: sum(values) / len(values) for key, values in gathered.items()}
-
-
-def _plain_mean(tasks, names, metric):
-    """Mean over tasks of a seed's means, `None` where there is none."""
-    means = [float(np.mean(list(column.values()))) for name in names if (column := tasks.get(name, {}).get(metric))]
-    return float(np.mean(means)) if means else None
-
-
-def _present(figures):
-    return {metric: figure for metric, figure in figures.items() if figure is not None}
+    def _of_places(self, measure: Callable[..., dict | None], line: str, places: list[Place]) -> dict[str, dict]:
+        by_place: dict[str, dict] = {}
+        for place in places:
+            measured = {name: measure(line, place.tasks, name) for name in self.names}
+            by_place[place.name] = {name: figure for name, figure in measured.items() if figure is not None}
+        return by_place

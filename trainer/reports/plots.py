@@ -1,144 +1,165 @@
-"""The pictures of a report, drawn with matplotlib where it is installed."""
+"""The pictures of a report, drawn with matplotlib where it is installed. All figures are shares, drawn in percent."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
-
-from ..judging.scoring import METRICS
 
 try:
     from matplotlib.figure import Figure
 except ImportError:
     Figure = None  # type: ignore[assignment, misc]
 
+Measured: TypeAlias = Mapping[str, Any]  # with "value" and "interval"
+Curve: TypeAlias = Mapping[float, Measured]
+
 COLORS = ("#2f6db3", "#e08a2e", "#4d9a5b", "#b5475b", "#7b62a8", "#6b7680")
+LINE_STYLES = ("-", "--", ":")
+MAX_WIDTH = 14.0  # inches
+MANY_GROUPS = 7  # from this number on their names are set at an angle
 
 
-def can_draw():
+def can_draw() -> bool:
     """Whether matplotlib is installed."""
     return Figure is not None
 
 
-def draw_bars(groups, names, labels, path, scale=100, ylabel="%"):
+def draw_bars(groups: Mapping[str, Mapping[str, Measured]], labels: Mapping[str, str], path: Path) -> None:
     """
     Bars with 95 % intervals.
 
     Args:
-        groups (`dict[str, dict[str, dict]]`): by place on the axis: figures by name; one that lacks a name has no bar there.
-        names (`list[str]`): of the figures, one colour each.
-        labels (`list[str]`): what the legend says of each.
+        groups: place on the axis -> key of a bar -> figure; a place that lacks a key has no bar there.
+        labels: key of a bar -> what the legend calls it; one colour each, in this order.
         path (`Path`): of the PNG.
-        scale (`float`), ylabel (`str`): of the axis.
     """
-    figure, axes = _new(max(6.0, 1.1 * len(groups) * max(1, len(names) / 3)))
-    width = 0.8 / len(names)
-    for number, (name, label) in enumerate(zip(names, labels, strict=True)):
-        places = [i for i, own in enumerate(groups.values()) if name in own]
-        found = [own[name] for own in groups.values() if name in own]
-        values = scale * np.array([each["value"] for each in found])
-        errors = np.abs(scale * np.array([each["interval"] for each in found]).reshape(-1, 2).T - values)
-        offset = (number - (len(names) - 1) / 2) * width
-        bars = {"color": COLORS[number % len(COLORS)], "ecolor": "#30363d", "capsize": 3, "error_kw": {"elinewidth": 1}}
-        axes.bar(np.array(places, float) + offset, values, 0.92 * width, yerr=errors, label=label, **bars)
-    if scale == 100:
-        axes.set_ylim(0, 104)
-    axes.set_xticks(range(len(groups)), list(groups), rotation=0 if len(groups) < 7 else 30, ha="center" if len(groups) < 7 else "right")
-    _finish(figure, axes, path, ylabel)
+    width = max(6.0, 1.1 * len(groups) * max(1.0, len(labels) / 3))
+    picture = Figure(figsize=(min(width, MAX_WIDTH), 3.4), layout="constrained")
+    axes = picture.subplots()
+    bar_width = 0.8 / len(labels)
+    for number, (key, label) in enumerate(labels.items()):
+        places, figures = [], []
+        for place, bars in enumerate(groups.values()):
+            if key in bars:
+                places.append(place)
+                figures.append(bars[key])
+        values, low, high = _percents(figures)
+        offset = (number - (len(labels) - 1) / 2) * bar_width
+        axes.bar(
+            np.array(places, float) + offset,
+            values,
+            0.92 * bar_width,
+            yerr=[values - low, high - values],
+            label=_safe(label),
+            color=COLORS[number % len(COLORS)],
+            ecolor="#30363d",
+            capsize=3,
+            error_kw={"elinewidth": 1},
+        )
+    axes.set_ylim(0, 104)
+    axes.set_ylabel("%")
+    names = [_safe(name) for name in groups]
+    if len(groups) < MANY_GROUPS:
+        axes.set_xticks(range(len(groups)), names)
+    else:
+        axes.set_xticks(range(len(groups)), names, rotation=30, ha="right")
+    _trim(axes)
+    _add_legend(picture, axes)
+    _save(picture, path)
 
 
-def draw_curves(curves, path):
-    """Recall@k of rankings: `curves` is `{label: {k: figure}}`."""
-    figure, axes = _new(6.5)
-    for number, (label, points) in enumerate(curves.items()):
-        ks, color = sorted(points), COLORS[number % len(COLORS)]
-        low, high = np.array([points[k]["interval"] for k in ks]).T * 100
-        style = "-" if number < len(COLORS) else "--"
-        axes.plot(ks, [100 * points[k]["value"] for k in ks], marker="o", markersize=4, label=label, color=color, linestyle=style)
-        axes.fill_between(ks, low, high, alpha=0.13, color=color, linewidth=0)
-    axes.set_xscale("log")
-    ticks = sorted({k for points in curves.values() for k in points})
-    axes.set_xticks(ticks, [str(k) for k in ticks])
-    axes.minorticks_off()
-    axes.set_xlabel("k")
-    axes.set_ylim(0, 103)
-    _finish(figure, axes, path, METRICS["success@1"][0].replace("1", "k") + ", %")
+def draw_curves(
+    panels: Mapping[str, Mapping[str, Curve]],
+    path: Path,
+    xlabel: str,
+    levels: Mapping[str, Mapping[str, Measured]] | None = None,
+) -> None:
+    """
+    Curves over a number, on a logarithmic axis, with 95 % intervals.
+
+    Args:
+        panels: title of a panel -> label of a curve -> number -> figure.
+        path (`Path`): of the PNG.
+        xlabel (`str`): what the number is.
+        levels: title of a panel -> label -> figure that no number belongs to: a level line.
+    """
+    width = 6.5 if len(panels) == 1 else 3.6 * len(panels) + 2.2
+    picture = Figure(figsize=(width, 3.4), layout="constrained")
+    panel_axes = picture.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, curves) in zip(panel_axes, panels.items(), strict=True):
+        for number, (label, curve) in enumerate(curves.items()):
+            _draw_curve(axes, label, curve, number)
+        for number, (label, level) in enumerate((levels or {}).get(title, {}).items()):
+            color = COLORS[number % len(COLORS)]
+            axes.axhline(100 * level["value"], linestyle="--", linewidth=1.2, color=color, label=_safe(label))
+        ticks = sorted({number for curve in curves.values() for number in curve})
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{tick:,g}" for tick in ticks], rotation=30)
+        axes.minorticks_off()
+        axes.set_ylim(0, 103)
+        axes.set_title(_safe(f"{title}, %"), fontsize=10)
+        axes.set_xlabel(_safe(xlabel), fontsize=9)
+        _trim(axes)
+    _add_legend(picture, panel_axes[0])
+    _save(picture, path)
 
 
-def draw_scores(scores, path):
-    """Histograms of retrieval scores, of right and of wrong passages: `scores` is `{task: (right, wrong)}`, each a list of numbers."""
+def _draw_curve(axes, label: str, curve: Curve, number: int) -> None:
+    numbers = sorted(curve)
+    values, low, high = _percents([curve[at] for at in numbers])
+    color = COLORS[number % len(COLORS)]
+    style = LINE_STYLES[number // len(COLORS) % len(LINE_STYLES)]
+    axes.plot(numbers, values, marker="o", markersize=4, label=_safe(label), color=color, linestyle=style)
+    axes.fill_between(numbers, low, high, alpha=0.13, color=color, linewidth=0)
+
+
+def draw_histograms(scores: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path) -> None:
+    """Histograms of retrieval scores: task -> (of gold passages, of others); one panel for each task."""
     columns = min(3, len(scores))
     rows = -(-len(scores) // columns)
-    figure = Figure(figsize=(3.6 * columns + 0.6, 2.7 * rows), layout="constrained")
-    for axes, (task, (right, wrong)) in zip(figure.subplots(rows, columns, squeeze=False).flat, scores.items(), strict=False):
-        bins = np.histogram_bin_edges([*right, *wrong], bins=24)
-        axes.hist([right, wrong], bins=bins, stacked=True, color=[COLORS[2], COLORS[3]], label=[f"gold ({len(right)})", f"not gold ({len(wrong)})"])
+    picture = Figure(figsize=(3.6 * columns + 0.6, 2.7 * rows), layout="constrained")
+    panels = list(picture.subplots(rows, columns, squeeze=False).flat)
+    for axes, (task, (gold, others)) in zip(panels, scores.items(), strict=False):
+        labels = [f"gold ({len(gold)})", f"not gold ({len(others)})"]
+        bins = np.histogram_bin_edges([*gold, *others], bins=24)
+        axes.hist([gold, others], bins=bins, stacked=True, color=[COLORS[2], COLORS[3]], label=labels)
         axes.set_title(_safe(task), fontsize=10)
         axes.set_xlabel("score", fontsize=9)
         axes.legend(frameon=False, fontsize=8)
         _trim(axes)
-    for axes in figure.axes[len(scores) :]:
+    for axes in panels[len(scores) :]:
         axes.set_axis_off()
-    _save(figure, path)
+    _save(picture, path)
 
 
-def draw_lines(panels, levels, path, xlabel):
-    """
-    Curves over a number, on a logarithmic axis, with 95 % intervals; one panel for each metric.
-
-    Args:
-        panels (`dict[str, dict[str, dict[float, dict]]]`): metric -> label of the curve -> number -> figure.
-        levels (`dict[str, dict[str, dict]]`): metric -> label -> figure that no number belongs to: a level line.
-        path (`Path`): of the PNG.
-        xlabel (`str`): what the number is.
-    """
-    figure = Figure(figsize=(3.6 * len(panels) + 2.2, 3.4), layout="constrained")
-    for axes, (metric, curves) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True):
-        for number, (label, points) in enumerate(curves.items()):
-            xs, color = sorted(points), COLORS[number % len(COLORS)]
-            low, high = 100 * np.array([points[x]["interval"] for x in xs]).reshape(-1, 2).T
-            axes.plot(xs, [100 * points[x]["value"] for x in xs], marker="o", markersize=4, label=_safe(label), color=color)
-            axes.fill_between(xs, low, high, alpha=0.13, color=color, linewidth=0)
-        for number, (label, level) in enumerate(levels.get(metric, {}).items()):
-            axes.axhline(100 * level["value"], linestyle="--", linewidth=1.2, color=COLORS[number % len(COLORS)], label=_safe(label))
-        ticks = sorted({x for points in curves.values() for x in points})
-        axes.set_xscale("log")
-        axes.set_xticks(ticks, [f"{x:,g}" for x in ticks], rotation=30)
-        axes.minorticks_off()
-        axes.set_ylim(0, 103)
-        axes.set_title(_safe(f"{metric}, %"), fontsize=10)
-        axes.set_xlabel(_safe(xlabel), fontsize=9)
-        _trim(axes)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="outside right upper", fontsize=9)
-    _save(figure, path)
+def _percents(figures: Sequence[Measured]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values, lower and upper bounds in percent, each of shape `(number of figures,)`."""
+    values = np.array([figure["value"] for figure in figures], float)
+    bounds = np.array([figure["interval"] for figure in figures], float).reshape(-1, 2)
+    low = np.minimum(bounds[:, 0], values)  # where rounding leaves a bound on the wrong side
+    high = np.maximum(bounds[:, 1], values)
+    return 100 * values, 100 * low, 100 * high
 
 
-def _new(width):
-    figure = Figure(figsize=(min(width, 14), 3.4), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _trim(axes):
+def _trim(axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
     axes.set_axisbelow(True)
 
 
-def _finish(figure, axes, path, ylabel):
-    axes.set_ylabel(ylabel)
-    _trim(axes)
+def _add_legend(picture, axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, [_safe(label) for label in labels], frameon=False, loc="outside right upper", fontsize=9)
-    for text in axes.get_xticklabels():
-        text.set_text(_safe(text.get_text()))
-    _save(figure, path)
+    picture.legend(handles, labels, frameon=False, loc="outside right upper", fontsize=9)
 
 
-def _save(figure, path):
+def _save(picture, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}")
-    figure.savefig(unfinished, format="png", dpi=130)
+    picture.savefig(unfinished, format="png", dpi=130)
     unfinished.replace(path)
 
 
-def _safe(text):
+def _safe(text: str) -> str:
     """Dollar signs would start a formula."""
     return text.replace("$", r"\$")

@@ -1,0 +1,99 @@
+"""The pictures of an experiment: bars of the averages in each setting, or curves over what arms or corpora vary."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from ..judging.figures import figure
+from .document import Block, Heading, Plot, Text
+from .experiment_figures import Place, Results
+from .plots import Curve, can_draw, draw_bars, draw_curves
+
+Curves: TypeAlias = Mapping[str, Curve]
+
+
+def experiment_plots(results: Results, output_dir: Path) -> list[Block]:
+    """Draw what there is to draw into `output_dir/plots`, and the blocks that show it."""
+    if not can_draw():
+        return [Text("Without matplotlib there are no plots: pip install matplotlib", note=True)]
+    grounding = "gr" if "gr" in results.names else "k_precision"
+    names = [name for name in ("ret", "cor", grounding, "query_recall@1") if name in results.names]
+    levels: dict[str, dict[str, Any]] = {}
+    if results.experiment["corpus_sizes"]:
+        xlabel = "passages in the corpus"
+        panels = {figure(name).label: _over_corpus_sizes(results, name) for name in names}
+    elif results.experiment["axis"]:
+        xlabel = results.experiment["axis"]
+        panels = {figure(name).label: _over_option(results, name) for name in names}
+        levels = {figure(name).label: _without_option(results, name) for name in names}
+    else:
+        return [Heading("Plots"), *_bars(results, names, output_dir)]
+    draw_curves(panels, output_dir / "plots" / "curves.png", xlabel, levels)
+    return [Heading("Plots"), Plot("plots/curves.png", f"Averages by {xlabel}, with 95 % intervals over questions")]
+
+
+def _bars(results: Results, names: list[str], output_dir: Path) -> list[Block]:
+    blocks: list[Block] = []
+    for number, setting in enumerate(results.settings):
+        groups: dict[str, dict[str, dict]] = {}
+        for place in _shown_groups(results, setting):
+            for name in names:
+                groups[f"{figure(name).label}\n{place.name}"] = _by_line(results, place, name)
+        labels = {line: results.label(line) for line in results.lines}
+        path = f"plots/averages-{number}.png"
+        draw_bars(groups, labels, output_dir / path)
+        blocks.append(Plot(path, f"{setting}: averages over tasks, with 95 % intervals over questions"))
+    return blocks
+
+
+def _over_corpus_sizes(results: Results, name: str) -> Curves:
+    """A curve for each line and group, over the sizes of the corpora."""
+    curves: dict[str, dict[float, dict]] = {}
+    for setting in results.settings:
+        size = next(about["size"] for about in results.meaning.values() if about["setting"] == setting)
+        for place in _shown_groups(results, setting):
+            for line, measured in _by_line(results, place, name).items():
+                curves.setdefault(f"{results.label(line)}, {place.name}", {})[size] = measured
+    return curves
+
+
+def _over_option(results: Results, name: str) -> Curves:
+    """A curve for each setting, group and mode, over the option that the arms set."""
+    curves: dict[str, dict[float, dict]] = {}
+    for setting in results.settings:
+        for place in _shown_groups(results, setting):
+            for line, measured in _by_line(results, place, name).items():
+                option = _option(results, line)
+                if option is not None:
+                    label = f"{setting}, {place.name}"
+                    if len(results.modes) > 1:
+                        label += f", {results.mode_label(line)}"
+                    curves.setdefault(label, {})[float(option)] = measured
+    return curves
+
+
+def _without_option(results: Results, name: str) -> dict[str, Any]:
+    """Figures of the lines whose arms do not set the option."""
+    levels = {}
+    for setting in results.settings:
+        for place in _shown_groups(results, setting):
+            for line, measured in _by_line(results, place, name).items():
+                if _option(results, line) is None:
+                    levels[f"{results.label(line)}, {setting}, {place.name}"] = measured
+    return levels
+
+
+def _shown_groups(results: Results, setting: str) -> list[Place]:
+    """In-domain and out-of-domain where there are both, as they say what all would; else all."""
+    groups = results.group_places(setting)
+    return groups[:-1] if len(groups) > 1 else groups
+
+
+def _by_line(results: Results, place: Place, name: str) -> dict[str, dict]:
+    measured = {line: results.figure(line, place.tasks, name) for line in results.lines}
+    return {line: average for line, average in measured.items() if average is not None}
+
+
+def _option(results: Results, line: str) -> Any:
+    """What the line's arm sets the option of the axis to, `None` where it leaves it."""
+    return results.experiment["arms"][results.arm(line)].get(results.experiment["axis"])
