@@ -66,7 +66,7 @@ class ScriptArguments:
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout of the adapters."})
     lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Modules that get adapters; defaults to every linear layer."})
     train_file: str | None = field(default=None, metadata={"help": "Training instances: JSON Lines (.gz) or a dataset name."})
-    validation_file: str | None = field(default=None, metadata={"help": "Held-out instances in the same format, for eval_loss and eval_recall@k."})
+    validation_file: str | None = field(default=None, metadata={"help": "Held-out instances in the same format, for eval_loss and eval_query_recall@k."})
     corpus_file: str | None = field(default=None, metadata={"help": "Passages to index: JSON Lines (.gz) or a dataset name."})
     eval_file: str | None = field(default=None, metadata={"help": "Questions with answers and provenance: JSON Lines (.gz) or a dataset name."})
     eval_before_training: bool = field(default=False, metadata={"help": "Also measure held-out NTP loss and recall before training."})
