@@ -16,7 +16,6 @@ from .hub_cosup import CARD_MARKER, is_repo_id
 TEMPLATE_FILE = "hub_card.md"
 TAGS = ["retrieval-augmented-generation", "cosup", "custom_code"]
 PAPER_TAG = "arxiv:2403.09024"
-SHOWN_LOSSES = ("loss", "ntp_loss", "nsp_loss", "nsp_accuracy")
 SHOWN_STEPS = 10
 
 
@@ -140,14 +139,14 @@ def _training(training):
     counts = training.get("instances", {})
     by_name = ", ".join(f"{count:,} of {_cell(name)}" for name, count in counts.items() if name)
     log = [entry for entry in training.get("log", []) if "loss" in entry]
-    names = [name for name in SHOWN_LOSSES if any(name in entry for entry in log)]
+    names = dict.fromkeys(name for entry in log for name in entry if name.endswith("loss") or name == "nsp_accuracy")
     picked = [log[round(i * (len(log) - 1) / max(1, min(SHOWN_STEPS, len(log)) - 1))] for i in range(min(SHOWN_STEPS, len(log)))]
     passages = training.get("passages")
     return {
         "instances": f"Trained on {sum(counts.values()):,} instances" + (f" ({by_name})" if by_name else ""),
         "passages": f"which hold {passages:,} distinct passages" if passages else None,
         "table": [(_cell(name), _cell(value)) for name, value in training.get("arguments", {}).items()],
-        "loss_names": names,
+        "loss_names": list(names),
         "losses": [[entry.get("step", ""), *(f"{entry[name]:.4g}" if name in entry else "" for name in names)] for entry in picked],
         "curves": training.get("curves", False),
     }

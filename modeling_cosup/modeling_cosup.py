@@ -233,12 +233,10 @@ class CoSupForCausalLM(RetrievalGenerationMixin, SharingMixin, PartsMixin, PreTr
         label_positions=None,
         logit_positions=None,
         output_states=None,
-        passage_position_ids=None,
-        passage_ends=None,
+        passage_packing=None,
         query_input_ids=None,
         query_attention_mask=None,
-        query_position_ids=None,
-        query_ends=None,
+        query_packing=None,
         **kwargs,
     ):
         """
@@ -265,10 +263,9 @@ class CoSupForCausalLM(RetrievalGenerationMixin, SharingMixin, PartsMixin, PreTr
                 `logits_to_keep`.
             output_states (`tuple[str, ...]`, *optional*): names of submodules of Gen, such as `"model.layers.1.mlp"`, whose inputs are returned at
                 `logit_positions`, or without them at the last column of each row. torch.compile traces it where [`states_cosup.watch`] was called.
-            passage_position_ids (`torch.LongTensor` of shape `(1, L)`, *optional*), passage_ends (`torch.LongTensor` of shape `(M,)`, *optional*):
-                packed passages: see [`~CoSupForCausalLM.encode_passages`].
-            query_input_ids (`torch.LongTensor` of shape `(N, T)`, *optional*), query_attention_mask, query_position_ids, query_ends: what Emb_seq or
-                the query encoder reads for each `[NSP]`, where `query_from` names it; made of `input_ids` if not given.
+            passage_packing ([`~tokenization_cosup.Packing`], *optional*): the passages are packed, see [`~CoSupForCausalLM.encode_passages`].
+            query_input_ids (`torch.LongTensor` of shape `(N, T)`, *optional*), query_attention_mask, query_packing: what Emb_seq or the query encoder
+                reads for each `[NSP]`, where `query_from` names it; made of `input_ids` if not given.
             nsp_token_id (`int` or `None`, *optional*): overrides the config's; `None` makes this call plain Gen.
 
         Returns:
@@ -282,9 +279,9 @@ class CoSupForCausalLM(RetrievalGenerationMixin, SharingMixin, PartsMixin, PreTr
         return_dict = kwargs.pop("return_dict", None)
         passage_embeds = query_embeds = None
         if passage_input_ids is not None:
-            passage_embeds = self.encode_passages(passage_input_ids, passage_attention_mask, passage_position_ids, passage_ends)
+            passage_embeds = self.encode_passages(passage_input_ids, passage_attention_mask, passage_packing)
         if query_input_ids is not None:
-            query_embeds = self._encode(self._query_encoder(), query_input_ids, query_attention_mask, query_position_ids, query_ends)
+            query_embeds = self._encode(self._query_encoder(), query_input_ids, query_attention_mask, query_packing)
         if input_ids is None and inputs_embeds is None:
             return CoSupOutput(query_embeds=query_embeds, passage_embeds=passage_embeds)
 
@@ -327,7 +324,7 @@ class CoSupForCausalLM(RetrievalGenerationMixin, SharingMixin, PartsMixin, PreTr
         )
         return output if return_dict is not False else output.to_tuple()
 
-    def encode_passages(self, input_ids, attention_mask=None, position_ids=None, ends=None):
+    def encode_passages(self, input_ids, attention_mask=None, packing=None):
         """
         Embeddings of passages: Emb_seq's hidden state at the end-of-sequence token (section 3.2), or its mean or first one.
 
@@ -336,9 +333,8 @@ class CoSupForCausalLM(RetrievalGenerationMixin, SharingMixin, PartsMixin, PreTr
         Args:
             input_ids (`torch.LongTensor` of shape `(M, L)`): BOS + passage + EOS; M may be 0.
             attention_mask (`torch.LongTensor` of shape `(M, L)`, *optional*): defaults to no padding.
-            position_ids (`torch.LongTensor` of shape `(1, L)`, *optional*): the passages are packed, one behind the other in one row, and positions
-                begin anew with each. Needs a causal Emb_seq, and an attention implementation that keeps them apart.
-            ends (`torch.LongTensor` of shape `(M,)`, *optional*): with `position_ids`, the column at which each passage ends.
+            packing ([`~tokenization_cosup.Packing`], *optional*): the passages are packed in one row `(1, L)`. Needs a causal Emb_seq, and an
+                attention implementation that keeps them apart.
 
         Returns:
             `torch.FloatTensor` of shape `(M, h)`, of unit length when the similarity is the cosine.
@@ -350,19 +346,19 @@ class CoSupForCausalLM(RetrievalGenerationMixin, SharingMixin, PartsMixin, PreTr
             raise ValueError("Emb_seq is not in memory (load_emb_seq=False): this model generates from a ready index but encodes no passages.")
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.emb_seq.parameters()):
             self._forget_fingerprint("emb_seq")  # Emb_seq may be being trained: what its checkpoint stored no longer describes it
-        return self._encode(self.emb_seq, input_ids, attention_mask, position_ids, ends)
+        return self._encode(self.emb_seq, input_ids, attention_mask, packing)
 
-    def _encode(self, encoder, input_ids, attention_mask, position_ids=None, ends=None):
+    def _encode(self, encoder, input_ids, attention_mask, packing=None):
         """`(M, L)` ids, or those of one packed row, to `(M, h)` embeddings with `encoder`, pooled and, for the cosine, normalised."""
         if input_ids.shape[0] == 0:  # one dummy row, dropped: a rank without passages takes part in every collective and every gradient
             dummy = input_ids.new_zeros(1, 1)
             return self._encode(encoder, dummy, torch.ones_like(dummy))[:0]
         options = {"use_cache": False} if "use_cache" in encoder.config.to_dict() else {}
-        if position_ids is not None:
+        if packing is not None:
             if self.config.emb_seq_pooling not in ("eos", "lasttoken"):
                 raise ValueError(f"Packed passages are read at their end; emb_seq_pooling is {self.config.emb_seq_pooling!r}.")
-            hidden = encoder(input_ids=input_ids, position_ids=position_ids, **options).last_hidden_state  # (1, L, h_emb)
-            embeds = hidden[0, ends.to(hidden.device)]
+            hidden = encoder(input_ids=input_ids, position_ids=packing.position_ids, **options).last_hidden_state  # (1, L, h_emb)
+            embeds = hidden[0, packing.ends.to(hidden.device)]
             return self._normalize(embeds if self.emb_head is None else self.emb_head(embeds))
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)

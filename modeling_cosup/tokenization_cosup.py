@@ -7,6 +7,7 @@ Text can hold anything, "[NSP]" and "</s>" included: it is always encoded as tex
 import hashlib
 import inspect
 import re
+from dataclasses import dataclass
 
 import torch
 from jinja2 import TemplateError
@@ -172,6 +173,20 @@ def pad_rows(rows, value=0, side="right", device=None):
         ids[i, columns] = torch.tensor(row, dtype=torch.long)
         mask[i, columns] = 1
     return ids.to(device), mask.to(device)
+
+
+@dataclass
+class Packing:
+    """
+    Rows of different lengths, one after the other in a single row `(1, L)`: no padding is read.
+
+    Args:
+        position_ids (`torch.LongTensor` of shape `(1, L)`): begin anew with each row.
+        ends (`torch.LongTensor` of shape `(M,)`): the column of the last token of each row.
+    """
+
+    position_ids: torch.LongTensor
+    ends: torch.LongTensor
 
 
 def encode_prompt(tokenizer, input, instruction=""):

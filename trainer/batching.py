@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from modeling_cosup.tokenization_cosup import pad_rows
+from modeling_cosup.tokenization_cosup import Packing, pad_rows
 
 # ---------------------------------------------------------------------- what a batch is
 
@@ -28,16 +28,56 @@ class BatchFacts:
         num_padded_tokens (`int`): the same with padding.
     """
 
-    instance_ids: list = field(default_factory=list)
-    query_instance_ids: list = field(default_factory=list)
-    passage_keys: list = field(default_factory=list)
-    positive_keys: list = field(default_factory=list)
-    query_keys: list = field(default_factory=list)
-    passage_labels: list = field(default_factory=list)
+    instance_ids: list[list[str]] = field(default_factory=list)
+    query_instance_ids: list[str] = field(default_factory=list)
+    passage_keys: list[tuple[int, ...]] = field(default_factory=list)
+    positive_keys: list[tuple[int, ...]] = field(default_factory=list)
+    query_keys: list[int] = field(default_factory=list)
+    passage_labels: list[int] = field(default_factory=list)
     num_labels: int = 0
     num_gen_tokens: int = 0
     num_tokens: int = 0
     num_padded_tokens: int = 0
+
+
+@dataclass
+class _Rows:
+    """
+    What the instances of a batch hold, before it is cut.
+
+    Args:
+        instances (`list[dict]`): see `CoSupDataCollator._instance`.
+        queries (`list[dict]`): of all of them, in order.
+        passages (`list[tuple[int, ...]]`): token ids of each passage row.
+        passage_keys (`list[set[int]]`): of each passage row, see [`BatchFacts`].
+        row_of_passage (`dict[tuple, int]`): of each passage that an instance names.
+    """
+
+    instances: list[dict]
+    queries: list[dict]
+    passages: list[tuple[int, ...]]
+    passage_keys: list[set[int]]
+    row_of_passage: dict[tuple, int]
+
+
+def forward_arguments(micro_batch: dict) -> dict:
+    """
+    What `CoSupForCausalLM.forward` takes of a micro-batch.
+
+    A micro-batch is a flat `dict` of tensors, which every library pins, moves and copies; what belongs together becomes one argument here.
+
+    Args:
+        micro_batch (`dict[str, torch.Tensor]`): as [`CoSupDataCollator`] cuts it.
+
+    Returns:
+        `dict`: the same tensors, without `first_pass`; where passages or queries are packed, with `passage_packing` or `query_packing`.
+    """
+    arguments = {name: tensor for name, tensor in micro_batch.items() if name != "first_pass"}
+    for part in ("passage", "query"):
+        if f"{part}_ends" in arguments:
+            position_ids, ends = arguments.pop(f"{part}_position_ids"), arguments.pop(f"{part}_ends")
+            arguments[f"{part}_packing"] = Packing(position_ids, ends)
+    return arguments
 
 
 @dataclass
@@ -63,7 +103,7 @@ class CoSupDataCollator:
             must read; nothing where Gen makes no queries.
 
     Returns:
-        `dict`: `micro_batches`, a list of `dict` of tensors as `CoSupForCausalLM.forward` takes them; `passage_labels` `(N,)`, for each query, in
+        `dict`: `micro_batches`, a list of `dict` of tensors, see [`forward_arguments`]; `passage_labels` `(N,)`, for each query, in
         the order of the micro-batches, the row of its passage, in theirs; `facts`, a [`BatchFacts`].
 
     Raises:
@@ -87,44 +127,13 @@ class CoSupDataCollator:
         self.encoder_queries |= self.supervision == "separate"
 
     def __call__(self, features):
-        instances = [self._instance(feature) for feature in features]
-        passages, keys, rows = self._passages(instances)
-        if self.supervision == "nsp":
-            instances = [instance for instance in instances if instance["queries"]]
-        queries = [query for instance in instances for query in instance["queries"]]
-        query_rows = [query["input_ids"] for query in queries] if self.encoder_queries else []
-        gen_lengths = [] if self._no_gen else [len(instance["input_ids"]) for instance in instances]
-        lengths = {"gen": gen_lengths, "passages": list(map(len, passages)), "queries": list(map(len, query_rows))}
-        groups = self._cut(lengths)
-
-        passage_order = [row for group in groups["passages"] for row in group]
-        position = {row: i for i, row in enumerate(passage_order)}
-        starts = np.cumsum([0] + [len(instance["queries"]) for instance in instances]).tolist()
-        query_order = [i for group in groups["gen"] for instance in group for i in range(starts[instance], starts[instance + 1])]
-        if self.encoder_queries:
-            query_order = [i for group in groups["queries"] for i in group]
-        ordered = [queries[i] for i in query_order]
-        facts = BatchFacts(
-            query_instance_ids=[query["instance_id"] for query in ordered],
-            passage_keys=[tuple(sorted(keys[row])) for row in passage_order],
-            positive_keys=[query["positive_keys"] for query in ordered],
-            query_keys=[query["key"] for query in ordered],
-            passage_labels=[position[rows[query["passage"]]] for query in ordered],
-            num_labels=sum(label != -100 for instance in instances for label in instance["labels"][1:]),
-            num_gen_tokens=sum(lengths["gen"]),
-            num_tokens=sum(map(sum, lengths.values())),
-        )
-        micro_batches = []
-        for i in range(max(1, *map(len, groups.values()))):
-            gen, passage, query = (groups[name][i] if i < len(groups[name]) else [] for name in ("gen", "passages", "queries"))
-            micro_batch = self._gen([instances[j] for j in gen]) if gen else {}
-            micro_batch |= self._emb_seq("passage", [passages[row] for row in passage]) if passage else {}
-            micro_batch |= self._emb_seq("query", [query_rows[j] for j in query]) if query else {}
-            facts.instance_ids.append([queries[j]["instance_id"] for j in query] if self._no_gen else [instances[j]["id"] for j in gen])
-            facts.num_padded_tokens += sum(tensor.numel() for name, tensor in micro_batch.items() if name.endswith("input_ids"))
-            micro_batches.append(micro_batch)
+        rows = self._read(features)
+        cuts = self._cut(rows)
+        micro_batches = [self._micro_batch(rows, cut) for cut in cuts]
+        facts = self._facts(rows, cuts, micro_batches)
         self.complete(micro_batches[-1])  # every part takes part in every step: a step without passages is one with zero gradients
-        return {"micro_batches": micro_batches, "passage_labels": torch.tensor(facts.passage_labels, dtype=torch.long), "facts": facts}
+        passage_labels = torch.tensor(facts.passage_labels, dtype=torch.long)
+        return {"micro_batches": micro_batches, "passage_labels": passage_labels, "facts": facts}
 
     def complete(self, micro_batch, device=None):
         """Give `micro_batch`, in place, an empty share of each part of the model that it does not touch: ranks must make the same calls."""
@@ -152,6 +161,15 @@ class CoSupDataCollator:
         return self.supervision == "nsp" and self.encoder_queries
 
     # ------------------------------------------------------------------ reading instances
+
+    def _read(self, features):
+        """The rows that Gen and the encoders read for these instances, before any is cut or padded."""
+        instances = [self._instance(feature) for feature in features]
+        passages, passage_keys, row_of_passage = self._passages(instances)
+        if self.supervision == "nsp":
+            instances = [instance for instance in instances if instance["queries"]]
+        queries = [query for instance in instances for query in instance["queries"]]
+        return _Rows(instances, queries, passages, passage_keys, row_of_passage)
 
     def _instance(self, feature):
         """An instance with one entry of `queries` for each `[NSP]`."""
@@ -196,7 +214,20 @@ class CoSupDataCollator:
 
     # ------------------------------------------------------------------ cutting
 
-    def _cut(self, lengths):
+    def _lengths(self, rows):
+        """The length of each row, by part."""
+        gen = [] if self._no_gen else [len(instance["input_ids"]) for instance in rows.instances]
+        queries = [len(query["input_ids"]) for query in rows.queries] if self.encoder_queries else []
+        return {"gen": gen, "passages": [len(passage) for passage in rows.passages], "queries": queries}
+
+    def _cut(self, rows):
+        """The numbers of the rows of each micro-batch, by part: `list[dict[str, list[int]]]`, of at least one micro-batch."""
+        groups = self._groups(self._lengths(rows))
+        count = max(1, *map(len, groups.values()))
+        padded = {name: part + [[]] * (count - len(part)) for name, part in groups.items()}
+        return [{name: part[i] for name, part in padded.items()} for i in range(count)]
+
+    def _groups(self, lengths):
         """Row numbers of each micro-batch, by part. With a limit, long instances share a micro-batch with short passages."""
         packed = {"gen": self.padding_free, "passages": self.padding_free_passages, "queries": self.padding_free_passages}
         if self.max_tokens is None and self.max_instances is None:
@@ -207,9 +238,50 @@ class CoSupDataCollator:
         else:
             count = max(1, -(-len(lengths["queries" if self._no_gen else "gen"]) // self.max_instances))
             groups = {name: cut_by_number(part, count) for name, part in lengths.items()}
-        return {name: part[:: 1 if name == "gen" else -1] for name, part in groups.items()}
+        return {name: part if name == "gen" else part[::-1] for name, part in groups.items()}
+
+    def _facts(self, rows, cuts, micro_batches):
+        """What the host knows of a batch; queries and passages in the order of its micro-batches."""
+        lengths = self._lengths(rows)
+        passage_order = [row for cut in cuts for row in cut["passages"]]
+        position = {row: i for i, row in enumerate(passage_order)}
+        queries = [query for cut in cuts for query in self._queries(rows, cut)]
+        if self._no_gen:
+            instance_ids = [[query["instance_id"] for query in self._queries(rows, cut)] for cut in cuts]
+        else:
+            instance_ids = [[rows.instances[i]["id"] for i in cut["gen"]] for cut in cuts]
+        padded = [tensor.numel() for batch in micro_batches for name, tensor in batch.items() if name.endswith("input_ids")]
+        return BatchFacts(
+            instance_ids=instance_ids,
+            query_instance_ids=[query["instance_id"] for query in queries],
+            passage_keys=[tuple(sorted(rows.passage_keys[row])) for row in passage_order],
+            positive_keys=[query["positive_keys"] for query in queries],
+            query_keys=[query["key"] for query in queries],
+            passage_labels=[position[rows.row_of_passage[query["passage"]]] for query in queries],
+            num_labels=sum(label != -100 for instance in rows.instances for label in instance["labels"][1:]),
+            num_gen_tokens=sum(lengths["gen"]),
+            num_tokens=sum(map(sum, lengths.values())),
+            num_padded_tokens=sum(padded),
+        )
+
+    def _queries(self, rows, cut):
+        """The queries of a micro-batch, in the order in which it makes them."""
+        if self.encoder_queries:
+            return [rows.queries[i] for i in cut["queries"]]
+        return [query for i in cut["gen"] for query in rows.instances[i]["queries"]]
 
     # ------------------------------------------------------------------ tensors
+
+    def _micro_batch(self, rows, cut):
+        """The tensors of a micro-batch, with the arguments of forward that they are; see [`forward_arguments`]."""
+        micro_batch = {}
+        if cut["gen"]:
+            micro_batch |= self._gen([rows.instances[i] for i in cut["gen"]])
+        if cut["passages"]:
+            micro_batch |= self._emb_seq("passage", [rows.passages[row] for row in cut["passages"]])
+        if cut["queries"]:
+            micro_batch |= self._emb_seq("query", [rows.queries[i]["input_ids"] for i in cut["queries"]])
+        return micro_batch
 
     def _gen(self, instances):
         rows = [instance["input_ids"] for instance in instances]

@@ -14,6 +14,7 @@ from modeling_cosup.facts_cosup import FACTS_FILE, facts_of, load_facts
 from modeling_cosup.files_cosup import read_json, write_json
 from modeling_cosup.hub_cosup import CARD_FILE, CARD_MARKER, is_repo_id
 
+from .judging.figures import FIGURES
 from .judging.intervals import Rate
 from .judging.scoring import COR_LABELS, MAIN, METRICS, RETRIEVING
 from .model_setup import adapter_config, without_peft
@@ -24,7 +25,7 @@ except ImportError:
     Figure = None  # type: ignore[assignment, misc]
 
 KEPT_LINES = 500  # of a log
-LOGGED = ("step", "epoch", "loss", "ntp_loss", "nsp_loss", "nsp_accuracy", "num_negatives", "learning_rate")
+LOGGED = ("step", "epoch", "nsp_accuracy", "num_negatives", "learning_rate")  # and every loss
 
 
 def training_record(trainer):
@@ -39,9 +40,14 @@ def training_record(trainer):
     sized = hasattr(data, "__len__")
     counts = Counter(data["dataset"]) if sized and "dataset" in columns else Counter({"": len(data)} if sized else {})
     passages = len({id for row in data["passage_ids"] for id in row}) if sized and "passage_ids" in columns else None
-    kept = [{name: entry[name] for name in LOGGED if name in entry} for entry in log if "loss" in entry]
+    kept = [_shown(entry) for entry in log if "loss" in entry]
     kept = kept[:: -(-len(kept) // KEPT_LINES) or 1]
     return {"instances": dict(counts.most_common()), "passages": passages, "arguments": _arguments(trainer, log), "log": kept}
+
+
+def _shown(entry):
+    """What the card shows of an entry of the log: every loss, whatever its name, and `LOGGED`."""
+    return {name: value for name, value in entry.items() if name in LOGGED or name.endswith("loss")}
 
 
 def _arguments(trainer, log):
@@ -101,7 +107,7 @@ def held_out_group(metrics_of_set):
     n = metrics_of_set.get("eval_num_queries", 0)
     if not n:
         return []
-    metrics = {f"recall@{k}": Rate(round(metrics_of_set[f"eval_recall@{k}"] * n), n) for k in (1, 5)}
+    metrics = {f"query_recall@{k}": Rate(round(metrics_of_set[f"eval_query_recall@{k}"] * n), n) for k in (1, 5)}
     return [result_group(metrics, {}, "held-out instances", metrics_of_set["eval_num_passages"])]
 
 
@@ -138,7 +144,8 @@ def draw_losses(log, path):
         return False
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     losses, accuracy = figure.subplots(1, 2)
-    for name, label in (("ntp_loss", "NTP loss"), ("nsp_loss", "NSP loss")):
+    for name in dict.fromkeys(name for entry in log for name in entry if name.endswith("_loss")):
+        label = FIGURES[name].label if name in FIGURES else name
         losses.plot(steps, [entry.get(name, float("nan")) for entry in log], label=label)
     accuracy.plot(steps, [100 * entry.get("nsp_accuracy", float("nan")) for entry in log], color="C2", label="in-batch NSP accuracy (%)")
     for axis in (losses, accuracy):

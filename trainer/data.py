@@ -42,6 +42,10 @@ def load_instances(source, split="train"):
     return instances
 
 
+class CheckedInstance(dict):
+    """A training instance that [`check_instance`] returned. Handed to it again, it is not checked again; a changed copy, a plain `dict`, is."""
+
+
 def check_instance(instance, where):
     """
     A training instance with `instruction` filled in and nothing but known fields.
@@ -52,10 +56,14 @@ def check_instance(instance, where):
             are no answer though they look like one, and `"positives"`, ids of further passages that would have been right.
         where (`str`): file and line, or row, for the error.
 
+    Returns:
+        [`CheckedInstance`].
+
     Raises:
         `ValueError`: names the place, the field, what was found and what was expected.
     """
-
+    if isinstance(instance, CheckedInstance):
+        return instance
     segments = instance.get("segments")
     if not isinstance(segments, list) or not segments:
         raise ValueError(f"{where}: segments is {segments!r}, expected a list of at least one segment.")
@@ -82,7 +90,7 @@ def check_instance(instance, where):
                 "positives": positives,
             }
         )
-    return {**_check_question(instance, where), "segments": checked}
+    return CheckedInstance({**_check_question(instance, where), "segments": checked})
 
 
 def _check_question(value, where):

@@ -1,14 +1,18 @@
 """
-GradCache (Gao et al., arXiv 2101.06983) for two supervisions: an NSP batch of any size in the memory of one micro-batch, with the same gradients.
+GradCache (Gao et al., arXiv 2101.06983) for two supervisions: an NSP batch of any size in the memory of one micro-batch,
+with the same gradients.
 
-First pass: every micro-batch without a graph, for its embeddings alone. Then the NSP loss over all of them, and its gradient with respect to each
-embedding. Second pass: every micro-batch again, with a graph; its own NTP loss plus the inner product of its embeddings with their gradients has the
-gradient of the whole loss. Gen is causal, so the first pass reads its rows only up to their last `[NSP]`; where dropout is active both passes read
-all of them, and the second sees the random numbers of the first.
+First pass: every micro-batch without a graph, for its embeddings alone. Then the embedding losses (NSP) over all of
+them, and the gradient of each embedding. Second pass: every micro-batch again, with a graph; its own token losses (NTP)
+plus the inner product of its embeddings with their gradients has the gradient of the whole loss. Gen is causal, so the
+first pass reads its rows only up to their last `[NSP]`; where dropout is active both passes read all of them, and the
+second sees the random numbers of the first.
 """
 
 import torch
 from torch import nn
+
+from .batching import forward_arguments
 
 
 class RandomState:
@@ -54,7 +58,7 @@ def first_pass(model, micro_batches):
             inputs = {name: tensor for name, tensor in micro_batch.items() if name.startswith(("passage_", "query_"))}
             rows = micro_batch.get("first_pass", micro_batch)
             inputs |= {name: rows[name] for name in ("input_ids", "position_ids", "nsp_positions") if name in rows}
-            outputs = model(**inputs, use_cache=False, compute_nsp_loss=False, return_logits=False)
+            outputs = model(**forward_arguments(inputs), use_cache=False, compute_nsp_loss=False, return_logits=False)
             query_embeds.append(outputs.query_embeds)
             passage_embeds.append(outputs.passage_embeds)
     states.append(RandomState(device))
@@ -68,29 +72,33 @@ def second_pass(forward, micro_batches, query_gradients, passage_gradients, stat
     Args:
         forward (`Callable`): takes a micro-batch, returns a `CoSupOutput`.
         micro_batches (`list[dict]`): as in the first pass.
-        query_gradients, passage_gradients (`list[torch.Tensor]`): of the NSP loss with respect to what [`first_pass`] returned; `None` where it did.
+        query_gradients, passage_gradients (`list[torch.Tensor]`): of the embedding losses with respect to what [`first_pass`] returned; `None` where it did.
         states (`list[RandomState]`, *optional*): likewise; without a first pass none.
-        device (`torch.device`): of the losses.
+        device (`torch.device`): of the inner products.
 
     Yields:
-        `(torch.Tensor, torch.Tensor)`: the NTP loss of a micro-batch, 0 without labels, and what must be differentiated before the next is asked for.
+        `(CoSupOutput, torch.FloatTensor)`: the output of a micro-batch, and the inner product of its embeddings with their gradients, a scalar that has
+        the gradient of the embedding losses. Both must be differentiated before the next pair is asked for.
     """
     for i, micro_batch in enumerate(micro_batches):
         if states is not None:
             states[i].restore()
-        outputs = forward(micro_batch)
-        loss = zero = torch.zeros((), device=device)
-        if outputs.ntp_loss is not None:
-            loss = loss + outputs.ntp_loss
+        outputs, inner_product = forward(micro_batch), torch.zeros((), device=device)
         for embeds, gradient in ((outputs.query_embeds, query_gradients[i]), (outputs.passage_embeds, passage_gradients[i])):
             if embeds is not None and gradient is not None:
-                loss = loss + (embeds * gradient).sum()
-        yield (zero if outputs.ntp_loss is None else outputs.ntp_loss.detach()), loss
+                inner_product = inner_product + (embeds * gradient).sum()
+        yield outputs, inner_product
     if states is not None:
         states[-1].restore()
 
 
+def concatenated(pieces):
+    """The tensors among `pieces` as one; `None` where there is none."""
+    tensors = [piece for piece in pieces if piece is not None]
+    return torch.cat(tensors) if tensors else None
+
+
 def like_pieces(tensor, pieces):
-    """`tensor` cut as the non-`None` of `pieces` were concatenated; `None` where they are."""
+    """`tensor` cut into the pieces that [`concatenated`] joined; `None` where they are."""
     sizes = [0 if piece is None else len(piece) for piece in pieces]
     return [None if piece is None else part for piece, part in zip(pieces, tensor.split(sizes), strict=True)]

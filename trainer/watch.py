@@ -27,7 +27,7 @@ class FiniteLosses:
 
         Args:
             step (`int`): optimiser steps taken.
-            name (`str`): what is looked at, e.g. `"NTP loss"`.
+            name (`str`): what is looked at, e.g. `"ntp_loss"`.
             finite (`torch.BoolTensor` of shape `(n,)`): whether they are.
             instance_ids (`list[list[str]]`): of the instances behind each of them.
 

@@ -368,11 +368,12 @@ def section_precision(script, folder):
         results[name] = mean_losses(trainer)
         print(f"  {name}: {results[name]}", flush=True)
     exact = results["float32"]
+    header = ["weights and computation"] + [cell for name in exact for cell in (name, "to float32")]
     print(f"\nMean of the last 50 of {script.precision_steps} steps of {script.batch_size} instances, {script.precision_layers} layers, seed {script.seed}")
     print_table(
-        ["weights and computation", "loss", "to float32", "NTP", "to float32", "NSP", "to float32"],
+        header,
         [
-            [name] + [text for key in ("loss", "ntp_loss", "nsp_loss") for text in (f"{r[key]:.4f}", f"{r[key] / exact[key] - 1:+.2%}")]
+            [name] + [text for key in exact for text in (f"{r[key]:.4f}", f"{r[key] / exact[key] - 1:+.2%}")]
             for name, r in results.items()
         ],
     )
@@ -381,8 +382,8 @@ def section_precision(script, folder):
 
 def mean_losses(trainer, steps=50):
     """Mean of each logged loss over the last steps."""
-    last = [entry for entry in trainer.state.log_history if "ntp_loss" in entry][-steps:]
-    return {key: statistics.mean(entry[key] for entry in last) for key in ("loss", "ntp_loss", "nsp_loss")}
+    last = [entry for entry in trainer.state.log_history if "loss" in entry][-steps:]
+    return {name: statistics.mean(entry[name] for entry in last) for name in last[0] if name.endswith("loss")}
 
 
 def section_defaults(script, folder):
@@ -412,8 +413,8 @@ def section_defaults(script, folder):
         print(f"  {name}: {results[name]}", flush=True)
     print(f"\nHeld out, after 3 epochs of {script.defaults_steps // 3} steps on the quickstart's world, seed {script.seed}, learning rate 2e-3 unless said")
     print_table(
-        ["setting", "NTP loss", "recall@1", "recall@5", "passages"],
-        [[name, f"{r['ntp_loss']:.3f}", f"{r['recall@1']:.1%}", f"{r['recall@5']:.1%}", str(r["num_passages"])] for name, r in results.items()],
+        ["setting", "NTP loss", "query_recall@1", "query_recall@5", "passages"],
+        [[name, f"{r['ntp_loss']:.3f}", f"{r['query_recall@1']:.1%}", f"{r['query_recall@5']:.1%}", str(r["num_passages"])] for name, r in results.items()],
     )
     return results
 

@@ -81,7 +81,8 @@ def training_facts(model):
     state = read_json(model / "trainer_state.json")
     last = next((entry for entry in reversed(state["log_history"]) if "loss" in entry), {})
     sizes = {part: count for part, count in parameters(model).items() if count}
-    return {"steps": state["global_step"], "parameters": sizes, "losses": {name: last[name] for name in ("loss", "ntp_loss", "nsp_loss") if name in last}}
+    losses = {name: value for name, value in last.items() if name.endswith("loss")}
+    return {"steps": state["global_step"], "parameters": sizes, "losses": losses}
 
 
 def parameters(model):

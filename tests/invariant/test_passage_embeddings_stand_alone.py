@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq
+from modeling_cosup.tokenization_cosup import Packing, encode_passages_for_emb_seq
 from support.models import PASSAGES, make_model
 
 # the pooling each architecture is known for, and every pooling where padding could leak in
@@ -57,9 +57,8 @@ def test_last_token_pooling_reads_the_passage_itself():
     assert tokens[-1] == model.emb_seq_tokenizer(".", add_special_tokens=False)["input_ids"][0]
     hidden = model.emb_seq(torch.tensor([tokens])).last_hidden_state[0]
     torch.testing.assert_close(model.encode_passages(**pad([tokens, tokens * 2], "right"))[0], hidden[-1], rtol=0, atol=1e-5)
-    packed = model.encode_passages(
-        torch.tensor([tokens * 2]), position_ids=torch.arange(len(tokens)).repeat(2)[None], ends=torch.tensor([len(tokens), 2 * len(tokens)]) - 1
-    )
+    packing = Packing(torch.arange(len(tokens)).repeat(2)[None], torch.tensor([len(tokens), 2 * len(tokens)]) - 1)
+    packed = model.encode_passages(torch.tensor([tokens * 2]), packing=packing)
     torch.testing.assert_close(packed, hidden[-1:].expand(2, -1), rtol=0, atol=1e-5)
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from modeling_cosup import CoSupConfig
 from modeling_cosup.tokenization_cosup import encode_prompt
 from support.models import PASSAGES, make_model, plain_batch
 from trainer.batching import BatchFacts
@@ -17,6 +18,7 @@ from trainer.judging.answers import (
     recall,
     reference_instances,
 )
+from trainer.losses import embedding_losses
 
 QUESTIONS = [
     {"id": f"q{i}", "dataset": "d", "instruction": "", "input": f"question {i}?", "answers": [p["title"] or "none"]} | {"provenance": [[p["id"]]]}
@@ -69,6 +71,11 @@ def test_modes_of_answering(batch_size):
     assert model.training is False
 
 
+def losses_of(batch):
+    """`embedding_losses` of a model with temperature 1."""
+    return embedding_losses(batch, CoSupConfig(temperature=1.0), None)
+
+
 def test_retrieval_metrics_by_hand():
     """Two batches: a passage that stands in both, one that is right for a query too, and a query without a number."""
     facts = [
@@ -77,13 +84,14 @@ def test_retrieval_metrics_by_hand():
     ]
     passages = np.eye(3, dtype=np.float32)[[0, 1, 1, 2]]
     queries = np.array([[1, 0, 0], [5, 1, 0], [2, 1, 0], [np.nan, 0, 1]], dtype=np.float32)
-    metrics, rows, labels = retrieval_metrics(queries, passages, facts, ks=(1, 2))
+    metrics, rows, labels = retrieval_metrics(queries, passages, facts, losses_of, ks=(1, 2))
     assert rows.tolist() == [0, 1, 3] and labels.tolist() == [0, 1, 1, 2]
     assert (metrics["num_passages"], metrics["num_queries"]) == (3, 4)
-    assert metrics["recall@1"] == 0.5  # the first, and the second, for which passage 1 is right too
-    assert metrics["recall@2"] == 0.75
-    finite, _, _ = retrieval_metrics(np.nan_to_num(queries), passages, facts)
+    assert metrics["query_recall@1"] == 0.5  # the first, and the second, for which passage 1 is right too
+    assert metrics["query_recall@2"] == 0.75
+    finite, _, _ = retrieval_metrics(np.nan_to_num(queries), passages, facts, losses_of)
     scores = torch.from_numpy(np.nan_to_num(queries)) @ torch.eye(3)
     scores[1, 0] = float("-inf")
     assert finite["nsp_loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(scores, torch.tensor([0, 1, 1, 2]))))
-    assert retrieval_metrics(queries[:0], passages, [BatchFacts(passage_keys=[(i,) for i in range(4)])])[0]["nsp_loss"] == 0.0
+    nothing, _, _ = retrieval_metrics(queries[:0], passages, [BatchFacts(passage_keys=[(i,) for i in range(4)])], losses_of)
+    assert nothing["nsp_loss"] == 0.0

@@ -37,10 +37,10 @@ def test_nan_stops_with_step_loss_and_instances(tmp_path, part, cached):
     poison = float("inf") if cached else float("nan")
     instances = poisoned(model, instances, part, poison)
     trainer = CoSupTrainer(model, arguments(tmp_path, **options), train_dataset=instances)
-    name = "NTP" if part == "gen" and not cached else "NSP"  # GradCache computes NSP first
-    with pytest.raises(FloatingPointError, match=f"Step 2: the {name} loss is NaN or infinite") as error:
+    name = "ntp_loss" if part == "gen" and not cached else "nsp_loss"  # GradCache computes NSP first
+    with pytest.raises(FloatingPointError, match=f"Step 2: the {name} is NaN or infinite") as error:
         trainer.train()
-    if name == "NSP" or cached:
+    if name == "nsp_loss" or cached:
         assert f"instances '{instances[5]['id']}'." in str(error.value)  # it alone
     assert instances[5]["id"] in str(error.value)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1"]
@@ -123,7 +123,7 @@ def test_ntp_nan_names_the_micro_batch(tmp_path):
     with torch.no_grad():
         model.gen.model.embed_tokens.weight[token] = float("nan")
     args = arguments(tmp_path, nsp_batch_size=8, per_device_train_batch_size=1, max_steps=1)
-    with pytest.raises(FloatingPointError, match=f"Step 1: the NTP loss is NaN or infinite, in or among the instances '{instances[3]['id']}'"):
+    with pytest.raises(FloatingPointError, match=f"Step 1: the ntp_loss is NaN or infinite, in or among the instances '{instances[3]['id']}'"):
         CoSupTrainer(model, args, train_dataset=instances).train()
 
 
