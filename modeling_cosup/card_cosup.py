@@ -1,6 +1,7 @@
 """
-The cards of a model, of its parts and of an index: metadata and text, made of configs and of recorded facts. Stays in the package: a process that has only a
-checkpoint writes [`~hub_cosup.plain_card`].
+The cards of a model, of its parts and of an index: metadata and text, made of configs and recorded facts.
+
+Does not travel with a checkpoint: a process that has no more writes [`~hub_cosup.plain_card`].
 """
 
 import json
@@ -43,10 +44,11 @@ def model_card(model, repo_id, facts, base=None):
 def _template():
     """Text of the template: next to this package in a checkout, else among the installed files."""
     path = Path(__file__).parent.parent / TEMPLATE_FILE
-    installed = [] if path.exists() else [file.locate() for file in metadata.files("cosup") or [] if file.name == TEMPLATE_FILE]
-    for candidate in (path, *map(Path, installed)):
-        if candidate.exists():
-            return candidate.read_text(encoding="utf-8")
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    for file in metadata.files("cosup") or []:
+        if file.name == TEMPLATE_FILE:
+            return Path(file.locate()).read_text(encoding="utf-8")
     raise FileNotFoundError(f"{TEMPLATE_FILE}, the template of model cards, is not installed: install cosup again.")
 
 

@@ -1,4 +1,4 @@
-"""Corpora in files, JSON Lines or Parquet, read passage by passage. Stays in the package: a checkpoint builds an index from a list of passages without it."""
+"""Corpora in files, JSON Lines or Parquet, read passage by passage. Does not travel with a checkpoint."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ except ImportError:
 
 def read_files(paths: Iterable[str | Path]) -> Iterator[tuple[str, dict]]:
     """
-    The rows of files, one after another, unchecked: Parquet where the name ends in `.parquet`, else JSON Lines (`.gz` or plain).
+    The rows of files, one after another, unchecked: Parquet where the name ends in `.parquet`, else JSON Lines.
 
     Yields:
         `(str, dict)`: the place, for errors, and the row.
@@ -26,7 +26,7 @@ def read_files(paths: Iterable[str | Path]) -> Iterator[tuple[str, dict]]:
 
 
 def read_parquet(path):
-    """`(where, dict)` pairs of a Parquet file with columns `id`, `text` and perhaps `title`; `ValueError` when it is none."""
+    """`(where, dict)` pairs of a Parquet file with columns `id`, `text` and perhaps `title`."""
     if parquet is None:
         raise ImportError("A Parquet file needs pyarrow: pip install pyarrow.")
     try:

@@ -1,7 +1,8 @@
 """
 What was recorded of a checkpoint: `training_facts.json` and the picture of its losses, files next to the weights.
 
-The facts name a hash of the weights that they are about. A model that is loaded and saved again takes them along only if its weights are still those.
+The facts name a hash of the weights that they are about. A model that is loaded and saved again takes them along only
+if its weights are still the same.
 `trainer/card.py` records them, `card_cosup.py` shows them.
 """
 
@@ -27,8 +28,9 @@ def load_facts(name_or_path, revision=None):
         revision (`str`, *optional*): of the repository.
 
     Returns:
-        `dict`: empty where there are none. `weights` (hash of the weights that the rest is about), `name`, `base_model`, `license`, `language`, `datasets`,
-        `tags`, `training`, `results`, `index` and `question`, each optional; `CoSupTrainer.create_model_card` records them.
+        `dict`: `weights` (hash of the weights that the rest is about), `name`, `base_model`, `license`, `language`,
+            `datasets`, `tags`, `training`, `results`, `index` and `question`, each optional. Empty where there are none.
+            `CoSupTrainer.create_model_card` records them.
     """
     path = beside_checkpoint(name_or_path, FACTS_FILE, revision)
     try:
@@ -42,12 +44,12 @@ def load_facts(name_or_path, revision=None):
 
 
 def beside_checkpoint(name_or_path, name, revision=None):
-    """Path of a file of a checkpoint, downloaded if need be; `None` where it has no such file, or the Hub cannot be asked."""
+    """Path of a file of a checkpoint, downloaded if need be; `None` where it has none, or the Hub cannot be asked."""
     if not name_or_path:
         return None
-    options = {"_raise_exceptions_for_gated_repo": False, "_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    quiet = ("gated_repo", "missing_entries", "connection_errors")
     try:
-        return cached_file(name_or_path, name, revision=revision, **options)
+        return cached_file(name_or_path, name, revision=revision, **{f"_raise_exceptions_for_{kind}": False for kind in quiet})
     except OSError:  # the repository is private, or is no longer there
         return None
 
@@ -66,7 +68,7 @@ def facts_of(model, weights=None):
     weights = weights or model.hash_all_weights()
     if weights in (None, facts["weights"]):  # what is offloaded or sharded here was not trained here
         return facts
-    logger.warning_once("These weights are not those that were trained and measured: what was recorded of the former is left out of the card.")
+    logger.warning_once("These are not the weights that were trained and measured: what was recorded of those is left out.")
     return {name: facts[name] for name in FACTS_OF_ALL_WEIGHTS if name in facts}
 
 

@@ -1,7 +1,8 @@
 """
 Files: JSON that is whole or not there, digests, and locks.
 
-Locks are `flock` rather than `filelock`, which unlocks when its holder lets go: a program that inherited the lock of its launcher would lose it.
+Locks are `flock` rather than `filelock`, which unlocks when its holder lets go: a program that inherited the lock of
+its launcher would lose it.
 """
 
 import contextlib
@@ -58,7 +59,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON so that `path` holds either what it held before or all of `value`, also after a crash or a power cut."""
+    """Write JSON: `path` holds either what it held before or all of `value`, also after a crash or a power cut."""
     path = Path(path)
     handle, unfinished = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
@@ -77,7 +78,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 (hex) of anything that JSON can hold; the order of keys does not matter, and other objects count as their `str`."""
+    """SHA-256 (hex) of anything that JSON can hold, whatever the order of keys; other objects count as their `str`."""
     return hashlib.sha256(_canonical(value)).hexdigest()
 
 
@@ -108,7 +109,9 @@ def _canonical(value: Any) -> bytes:
 @contextlib.contextmanager
 def locked(path: Path, busy: str, wait: bool = False) -> Iterator[int | None]:
     """
-    Hold a lock file: no other process, and nothing else in this one, holds it while the block runs. A process that dies lets go of it.
+    Hold a lock file: no other process, and nothing else in this one, holds it while the block runs.
+
+    A process that dies lets go of it.
 
     Args:
         path (`Path`): of the lock file, which stays; its holder may remove it.
@@ -116,7 +119,8 @@ def locked(path: Path, busy: str, wait: bool = False) -> Iterator[int | None]:
         wait (`bool`): print that and wait, instead of raising it.
 
     Yields:
-        `int`: the open file. A program that inherits it holds the lock until it ends, even when this process is gone. `None` where there are no locks.
+        `int`: the open file. A program that inherits it holds the lock until it ends, even when this process is gone.
+            `None` where there are no locks.
 
     Raises:
         `ValueError`: `busy`.

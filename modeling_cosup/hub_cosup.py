@@ -1,4 +1,4 @@
-"""Uploads to the Hub: which files, in one commit for a whole checkpoint or index, so that no revision ever holds half of one."""
+"""Uploads to the Hub: which files, in one commit, so that no revision ever holds half of a checkpoint or index."""
 
 import re
 from fnmatch import fnmatch
@@ -47,7 +47,7 @@ def checkpoint_files(folder, patterns=CHECKPOINT_FILES):
 
 
 def package_cards():
-    """The module [`card_cosup`] of the installed package; `None` in a process that has only a checkpoint, which then writes [`plain_card`]."""
+    """The module [`card_cosup`]; `None` in a process that has only a checkpoint, which writes [`plain_card`] instead."""
     try:
         from modeling_cosup import card_cosup
     except ImportError:

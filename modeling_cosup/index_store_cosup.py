@@ -240,7 +240,11 @@ class PassageStore:
 
     @contextlib.contextmanager
     def _sweeping_on_failure(self):
-        """Remove the files of a change that fails: what no config names is of this one or of one that died, for under the lock nobody else writes."""
+        """
+        Remove the files of a change that fails.
+
+        What no config names is of this change or of one that died: under the lock nobody else writes.
+        """
         try:
             yield
         except BaseException:

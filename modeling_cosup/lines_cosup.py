@@ -1,7 +1,8 @@
 """
-JSON Lines: read with the place of each object, written whole or not at all. Stays in the package: a checkpoint does not need it.
+JSON Lines: read with the place of each object, written whole or not at all. Does not travel with a checkpoint.
 
-Read here rather than by `datasets`, `jsonlines` or `orjson`: an error names file and line, a large file streams, and `.gz` is read too.
+Read here rather than by `datasets`, `jsonlines` or `orjson`: an error names file and line, a large file streams, and
+`.gz` is read too.
 """
 
 import contextlib
@@ -22,7 +23,8 @@ def lines_with_places(path: str | Path) -> Iterator[tuple[str, dict]]:
         `(str, dict)`: `"file, line n"` and the object. Blank lines are skipped.
 
     Raises:
-        `FileNotFoundError`, `ValueError`: a damaged `.gz`, malformed JSON or a line that is no object, naming file and line.
+        `FileNotFoundError`, `ValueError`: for a damaged `.gz`, malformed JSON or a line that is no object; names file
+            and line.
     """
     for number, line in enumerate(byte_lines(path), 1):
         if not line.strip():

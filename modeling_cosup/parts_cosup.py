@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from .files_cosup import read_json, write_json
-from .hub_cosup import CARD_FILE, CARD_MARKER, TOKENIZER_FILES, checkpoint_files, make_repo, package_cards, plain_card, push_files
+from .hub_cosup import CARD_FILE, CARD_MARKER, TOKENIZER_FILES
+from .hub_cosup import checkpoint_files, make_repo, package_cards, plain_card, push_files
 from .tokenization_cosup import (added_tokens)
 
 POOLING_MODES = {"eos": "lasttoken", "lasttoken": "lasttoken", "mean": "mean_tokens", "cls": "cls_token"}  # names of sentence-transformers
@@ -55,7 +56,8 @@ class PartsMixin:
         repo_id = _repository(save_directory, repo_id, token, private) if push_to_hub else None
         name, cards = repo_id or Path(save_directory).absolute().name, package_cards()
         if cards is None:
-            card = plain_card(name, "Gen of a CoSup model, a plain causal language model.", library_name="transformers", pipeline_tag="text-generation")
+            metadata = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+            card = plain_card(name, "Gen of a CoSup model, a plain causal language model.", **metadata)
         else:
             card = cards.gen_card(type(part).__name__, nsp_token, name)
         _write_card(save_directory, card)
@@ -91,7 +93,7 @@ class PartsMixin:
         name, cards = repo_id or Path(save_directory).absolute().name, package_cards()
         if cards is None:
             metadata = {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity"}
-            card = plain_card(name, "Emb_seq of a CoSup model: its passage encoder, for sentence-transformers.", **metadata)
+            card = plain_card(name, "Emb_seq of a CoSup model, its passage encoder.", **metadata)
         else:
             card = cards.emb_seq_card(self.config, name)
         _write_card(save_directory, card)

@@ -15,8 +15,8 @@ def read_corpus(source):
     The passages of a corpus as they stand in it, unchecked, one at a time.
 
     Args:
-        source (`str`, `Path`, list of these, or iterable of `dict`): files, see [`corpus_cosup`]; or anything that yields passages, such as a list or a
-            (streamed) `datasets` data set.
+        source (`str`, `Path`, list of these, or iterable of `dict`): files, see [`corpus_cosup`]; or anything that
+            yields passages, such as a list or a (streamed) `datasets` data set.
 
     Yields:
         `(str, object)`: the place, for errors, and what stands there.
@@ -37,7 +37,9 @@ def _read_files(paths):
     try:
         from modeling_cosup.corpus_cosup import read_files
     except ImportError:
-        raise ImportError("A corpus is read from files by the installed package: pip install cosup. A list of passages needs only the checkpoint.") from None
+        raise ImportError(
+            "To read a corpus from files, install the package: pip install cosup. A list of passages needs only the checkpoint."
+        ) from None
     return read_files(paths)
 
 

@@ -299,7 +299,8 @@ class PassageIndex(SearchableStore):
 def _card(config, num_passages, repo_id, model, license):
     cards = package_cards()
     if cards is None:
-        return plain_card(repo_id, f"A passage index of a CoSup model: {num_passages:,} passages.", license, ["passage-index"], viewer=False)
+        summary = f"A passage index of a CoSup model: {num_passages:,} passages."
+        return plain_card(repo_id, summary, license, ["passage-index"], viewer=False)
     return cards.index_card(config, num_passages, repo_id, model, license)
 
 

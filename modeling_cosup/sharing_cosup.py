@@ -1,8 +1,8 @@
 """
 What a model needs to be saved, pushed and recognised again: tokenizers, fingerprint, folder, repository.
 
-Its neighbours: `facts_cosup` has what was recorded of a checkpoint, `hub_cosup` uploads files, `card_cosup` writes cards; `trainer/card.py` records what was
-trained, `trainer/hub.py` says what the Trainer pushes, and when.
+Its neighbours: `facts_cosup` has what was recorded of a checkpoint, `hub_cosup` uploads files, `card_cosup` writes
+cards; `trainer/card.py` records what was trained, `trainer/hub.py` says what the Trainer pushes, and when.
 """
 
 import hashlib
@@ -13,7 +13,8 @@ import torch
 from transformers import AutoTokenizer
 
 from .facts_cosup import carry_facts, load_facts
-from .hub_cosup import CARD_FILE, CARD_MARKER, EMB_SEQ_TOKENIZER_FOLDER, REPLACED_FILES, checkpoint_files, make_repo, package_cards, plain_card, push_files
+from .hub_cosup import CARD_FILE, CARD_MARKER, EMB_SEQ_TOKENIZER_FOLDER, REPLACED_FILES
+from .hub_cosup import checkpoint_files, make_repo, package_cards, plain_card, push_files
 from .tokenization_cosup import (same_tokenizer, tokenizer_fingerprint)
 
 try:
@@ -22,7 +23,10 @@ except ImportError:  # a torch without distributed
     DTensor = ()  # type: ignore[assignment, misc]
 
 
-SUMMARY = "A CoSup model: it retrieves passages while it writes. Load it with `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`."
+SUMMARY = (
+    "A CoSup model: it retrieves passages while it writes. "
+    "Load it with `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`."
+)
 
 
 class SharingMixin:
@@ -69,7 +73,7 @@ class SharingMixin:
         """
         Hash of all weights, `str`: what says whether recorded facts are about them.
 
-        `None` where they are elsewhere: offloaded, or shards without `state_dict`, which only all ranks together could put together.
+        `None` where they are elsewhere: offloaded, or shards without `state_dict`, which only all ranks could put together.
         """
         if state_dict is None and any(isinstance(weight, DTensor) or weight.is_meta for weight in self.parameters()):
             return None
@@ -232,7 +236,8 @@ class SharingMixin:
         cards = package_cards()
         if cards is None:
             metadata = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-            card = plain_card(repo_id, SUMMARY, facts.get("license"), ["custom_code", *facts.get("tags", [])], **metadata)
+            tags = ["custom_code", *facts.get("tags", [])]
+            card = plain_card(repo_id, SUMMARY, facts.get("license"), tags, **metadata)
         else:
             card = cards.model_card(self, repo_id, facts)
         files = {**checkpoint_files(folder), CARD_FILE: card.encode()}

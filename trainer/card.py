@@ -1,4 +1,4 @@
-"""What is recorded of training and evaluation: facts and the picture of the losses, written next to the weights with the card that shows them."""
+"""What is recorded of training and evaluation: facts and a picture of the losses, written next to the weights."""
 
 import platform
 from collections import Counter

@@ -80,10 +80,12 @@ class HubMixin:
         write_card(self.model, self.args.output_dir, repo_id, facts, index, question, self._saved_weights)
 
     def _check_saved(self):
-        """Raise unless the weights are those that were last saved: a card must not describe others. Of adapters and of shards this is not known."""
+        """Raise unless the weights are those in output_dir: a card must not describe others. Not known of adapters and shards."""
         base = without_peft(self.model)
         if base is self.model and base.hash_all_weights() not in (None, self._saved_weights):
-            raise ValueError("The weights are not those that were last saved in output_dir: call save_model() first, then create_model_card().")
+            raise ValueError(
+                "The weights are not those that were last saved in output_dir: call save_model() first, then create_model_card()."
+            )
 
     def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs):
         """

@@ -54,11 +54,14 @@ def reason(log, begin=0):
 
 def locked_folder(folder):
     """
-    A folder for this process alone; another runner of the same cache waits. A program that inherits the open file that this yields holds the lock too, so
-    that a training whose runner was killed is not begun a second time next to it.
+    A folder for this process alone; another runner of the same cache waits.
+
+    A program that inherits the open file that this yields holds the lock too: a training whose runner was killed is not
+    begun a second time next to it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    return locked(folder.with_name(f".{folder.name}.lock"), f"{folder}: another process works on it; waiting", wait=True)
+    lock = folder.with_name(f".{folder.name}.lock")
+    return locked(lock, f"{folder}: another process works on it; waiting", wait=True)
 
 
 def hardware(options):

@@ -110,5 +110,6 @@ def digest_of_content(source):
     if path.is_file():
         return digest_file(path)
     if path.is_dir():
-        return digest([[str(file.relative_to(path)), digest_file(file)] for file in sorted(path.rglob("*")) if file.is_file()])
+        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        return digest([[str(file.relative_to(path)), digest_file(file)] for file in files])
     return digest(str(source))

@@ -68,7 +68,7 @@ def test_no_code_of_ours_unpickles_or_evaluates(path):
 
 def test_what_travels_is_small_enough_to_be_read():
     """
-    A careful user reads it before trusting it: a file in one sitting, all of it in a day. What only authors need stays in the package.
+    A careful user reads it before trusting it: a file in one sitting, all of it in a day. What only authors need stays.
 
     The caps leave a tenth for what is to come: raise them only with a reason, after asking what could stay.
     """

@@ -1,4 +1,4 @@
-"""Which code travels with a checkpoint: what transformers finds by following relative imports from the model's file."""
+"""Which code travels with a checkpoint: what transformers finds when it follows relative imports."""
 
 from pathlib import Path
 
