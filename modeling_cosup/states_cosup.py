@@ -20,8 +20,7 @@ def watch(gen: nn.Module, names: tuple[str, ...]) -> None:
     Register, once, the hooks that record what enters submodules of Gen.
 
     `forward(output_states=...)` does this itself. Call it before a forward that asks for states is compiled: hooks
-        cannot be registered in
-    what torch.compile traces.
+    cannot be registered in what torch.compile traces.
 
     Args:
         gen (`nn.Module`), names (`tuple[str, ...]`): Gen, and names of its submodules, such as `"model.layers.1.mlp"`.
@@ -51,10 +50,7 @@ def _submodule(gen, name):
 
 @contextlib.contextmanager
 def recording(gen: nn.Module, names: tuple[str, ...] | None) -> Iterator[dict[str, torch.Tensor]]:
-    """
-    A context in which a forward of Gen fills the `dict` that it gives: by name, what enters each submodule, `(B, T,
-    h)`.
-    """
+    """A context in which a forward of Gen fills the `dict` that it gives: by name, what enters each submodule."""
     states: dict[str, torch.Tensor] = {}
     if not names:
         yield states

@@ -63,7 +63,7 @@ def test_no_code_of_ours_unpickles_or_evaluates(path):
 
 def test_what_travels_is_small_enough_to_be_read():
     lengths = {path.name: len(path.read_text().splitlines()) for path in TRAVELS}
-    assert max(lengths.values()) <= 550 and sum(lengths.values()) <= 7400, lengths
+    assert max(lengths.values()) <= 550 and sum(lengths.values()) <= 7500, lengths
 
 
 def is_pickle(path):
