@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .configuration_cosup import CoSupConfig
-    from .generation_cosup import CoSupGenerateOutput, RetrievalConfig
+    from .generation_cosup import CoSupGenerateOutput
     from .loss_cosup import chunked_cross_entropy, info_nce, similarity_scores
     from .memory_cosup import Memory
     from .milvus_cosup import MilvusPassageIndex
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .queue_cosup import Completion
     from .retrieval_cosup import PassageIndex
     from .retriever_cosup import Retriever
+    from .settings_cosup import RetrievalConfig
     from .streaming_cosup import RetrievalStreamer, StreamEvent
     from .trace_cosup import Retrieval, RetrievalError
 
@@ -26,7 +27,7 @@ _MODULES = {
     "MilvusPassageIndex": "milvus_cosup",
     "PassageIndex": "retrieval_cosup",
     "Retrieval": "trace_cosup",
-    "RetrievalConfig": "generation_cosup",
+    "RetrievalConfig": "settings_cosup",
     "RetrievalError": "trace_cosup",
     "RetrievalStreamer": "streaming_cosup",
     "Retriever": "retriever_cosup",

@@ -1,44 +1,48 @@
 """
-The decoding loop of generate() and generate_many(): rows that write, retrieve, end and make room for others, each at its own pace.
+The decoding loop of generate() and generate_many(): rows that write, retrieve, end and make room for others, each at
+its own pace.
 
-A slot is a place in the batch, with a row of the KV cache and a row of everything else that is known (`Slots`). A row of the call (`Row`) takes
-a free slot, keeps it until it ends, and the last row then moves into the gap. Each pass (`Decoder._pass`) makes one decision for every row:
+A slot is a place in the batch, with a row of the KV cache and a row of everything else that is known (`Slots`). A row
+of the call (`Row`) takes a free slot, keeps it until it ends, and the last row then moves into the gap. Each pass
+(`Decoder._pass`) makes one decision for every row:
 
-1. Admit. Waiting rows take the slots that are free: at first all that fit, later a few at a time, since a prompt that is read costs every
-   row a forward (`_admit`).
-2. Step. Every row whose last decision was not forwarded yet forwards it: one token of each, one column (`Forwards.step`). This is most of
-   the work; with a static cache it keeps its shapes and can be compiled.
-3. Read. New rows forward their prompts, rows that forget a passage forward their text again: one ragged chunk, padded on the right
-   (`Forwards.read`). These rows do not count in the step.
-4. Retrieve. Rows whose last decision was `[NSP]` have just forwarded it, and their hidden state there is their query. They search together,
-   write their trace, and read passage and `[Cs]` as a second chunk (`_retrieve`). A row for which nothing is found takes its `[NSP]` back:
-   it gets the logits again from which it had decided (`Row.held`), and `[NSP]` is banned once.
-5. Decide. Every row has the logits of its last token now, from the step or from a chunk, adjusted once where there is a memory. Bans,
-   logits processors and warpers give scores, and argmax or a sample the next token (`_decide`). It is forwarded in the next pass.
-6. After. Only where a token is special (an end, `[NSP]`, `[CE]`), a budget is used up, or somebody streams, rows are looked at one by one:
-   they ask, forget, or end and free their slot (`_after`).
+1. Admit. Waiting rows take the slots that are free: at first all that fit, later a few at a time, since a prompt that
+   is read costs every row a forward (`_admit`).
+2. Step. Every row whose last decision was not forwarded yet forwards it: one token of each, one column
+   (`Forwards.step`). This is most of the work; with a static cache it keeps its shapes and can be compiled.
+3. Read. New rows forward their prompts, rows that forget a passage forward their text again: one ragged chunk, padded
+   on the right (`Forwards.read`). These rows do not count in the step.
+4. Retrieve. Rows whose last decision was `[NSP]` have just forwarded it, and their hidden state there is their query.
+   They search together, write their trace, and read passage and `[Cs]` as a second chunk (`_retrieve`). A row for
+   which nothing is found takes its `[NSP]` back: it gets the logits again from which it had decided (`Row.held`), and
+   `[NSP]` is banned once.
+5. Decide. Every row has the logits of its last token now, from the step or from a chunk, adjusted once where there is
+   a memory. Bans, logits processors and warpers give scores, and argmax or a sample the next token (`_decide`). It is
+   forwarded in the next pass.
+6. After. Only where a token is special (an end, `[NSP]`, `[CE]`), a budget is used up, or somebody streams, rows are
+   looked at one by one: they ask, forget, or end and free their slot (`_after`).
 
-Nothing is packed anew when a row grows by a passage: each row fills columns of its own without gaps, a chunk is written where its row ends,
-and the attention mask is made of the positions that stand next to the keys (`RowCache`). So no token is forwarded twice, a row reads exactly
-what it would read alone, and rows may be at different columns in the same forward. Processors and criteria are shown rows as if each had
-been alone (`RowScores`).
+Nothing is packed anew when a row grows by a passage: each row fills columns of its own without gaps, a chunk is
+written where its row ends, and the attention mask is made of the positions that stand next to the keys (`RowCache`).
+So no token is forwarded twice, a row reads exactly what it would read alone, and rows may be at different columns in
+the same forward. Processors and criteria are shown rows as if each had been alone (`RowScores`).
 
-Host and device meet in two places. Going out: a chunk, or rows that moved, send their columns and positions (`Slots` says when). Coming
-back: `_decide` asks once a pass whether anything special was decided; a pass in which nothing happens waits for this one bit, copies
-nothing else, and does no work row by row.
+Host and device meet in two places. Going out: a chunk, or rows that moved, send their columns and positions (`Slots`
+says when). Coming back: `_decide` asks once a pass whether anything special was decided. A pass in which nothing
+happens waits for this one bit, copies nothing else, and does no work row by row.
 """
 
 from collections import deque
 
 import torch
 
-from .cache_cosup import (EMPTY)
-from .forwards_cosup import (Forwards, Outputs)
-from .lookup_cosup import (Lookup)
-from .scores_cosup import (RowScores)
-from .slots_cosup import (Slots)
-from .tokenization_cosup import (pad_rows)
-from .trace_cosup import (Retrieval, RetrievalError)
+from .cache_cosup import EMPTY
+from .forwards_cosup import Forwards, Outputs
+from .lookup_cosup import Lookup
+from .scores_cosup import RowScores
+from .slots_cosup import Slots
+from .tokenization_cosup import pad_rows
+from .trace_cosup import Retrieval, RetrievalError
 
 
 class Decoder:
@@ -55,7 +59,17 @@ class Decoder:
     """
 
     def __init__(
-        self, model, settings, generation_config, slots, columns, device, retriever=None, memory=None, streamer=None, synced_gpus=False
+        self,
+        model,
+        settings,
+        generation_config,
+        slots,
+        columns,
+        device,
+        retriever=None,
+        memory=None,
+        streamer=None,
+        synced_gpus=False,
     ):
         self.model, self.config, self.settings, self.retrieval = model, model.config, settings, settings.retrieval
         self.streamer, self.synced_gpus = streamer, synced_gpus
@@ -91,9 +105,14 @@ class Decoder:
             [`RetrievalError`]: when the search fails; it keeps the finished rows.
         """
         waiting, self.on_finish = deque(waiting), on_finish
-        while self.model._has_unfinished_sequences(not (waiting or self.slots.occupied.any()), self.synced_gpus, self.slots.device):
+        while self._goes_on(waiting):
             self._pass(waiting)
         return self.finished
+
+    def _goes_on(self, waiting):
+        """Whether this rank, or with `synced_gpus` any, has rows that are not finished."""
+        over = not (waiting or self.slots.occupied.any())
+        return self.model._has_unfinished_sequences(over, self.synced_gpus, self.slots.device)
 
     def _pass(self, waiting):
         """One decision for every row, and all that must be forwarded before it."""
@@ -122,8 +141,8 @@ class Decoder:
 
     def _joint(self, needed, error=None):
         """
-        Whether this rank has something to forward. With `synced_gpus`, one that has nothing while another has keeps up with the collectives of
-        a forward, and an error of one rank ends them all.
+        Whether this rank has something to forward. With `synced_gpus`, one that has nothing while another has keeps up
+        with the collectives of a forward, and an error of one rank ends them all.
         """
         state = 2 if error is not None else int(needed)
         if self.synced_gpus:
@@ -159,7 +178,7 @@ class Decoder:
     # ------------------------------------------------------------------ decisions
 
     def _decide(self, logits, forced):
-        """Decide one token for each row, from the `logits` `(n, V)` of the first n slots; rows of `forced` take `[NSP]`."""
+        """Decide one token for each row, from `logits` `(n, V)` of the first slots; rows of `forced` take `[NSP]`."""
         slots, n = self.slots, len(self.slots)
         logits = logits[:n].to(slots.device)
         scores = self.scores.of(logits)
@@ -218,7 +237,8 @@ class Decoder:
         try:
             found = self.lookup.passages_for(asking, embeds)
         except Exception as error:  # whatever a retriever raises: the finished rows must not be lost with it
-            raise RetrievalError(f"The search failed after {len(self.finished)} finished rows: {error}", self.finished) from error
+            message = f"The search failed after {len(self.finished)} finished rows: {error}"
+            raise RetrievalError(message, self.finished) from error
         chunks = {}
         for i, (row, passages) in enumerate(zip(asking, found, strict=True)):
             room = self.settings.context_length - int(self.slots.positions[row.slot]) - 1
@@ -235,7 +255,7 @@ class Decoder:
         return chunks
 
     def _query_embeds(self, asking, query_embeds):
-        """Query embeddings `(R, h)` of the rows that ask, in float32: Gen's, or from the encoder that reads what they have written."""
+        """Query embeddings `(R, h)` of the rows that ask, in float32: Gen's, or of what they have written so far."""
         if self.config.query_from == "gen":
             places = torch.tensor([row.slot for row in asking], device=query_embeds.device)
             return query_embeds[places].float()
@@ -243,7 +263,7 @@ class Decoder:
         return self.model.encode_queries(*pad_rows(ids, self.settings.pad, device=self.slots.device)).float()
 
     def _refuse(self, row, logits):
-        """Nothing was found: the row takes its `[NSP]` back. A prompt that ends in one keeps it, there is no earlier decision to go back to."""
+        """Nothing was found: the row takes its `[NSP]` back, unless it is the last token of a prompt."""
         self.slots.ban(row.slot, True)
         self.banned_once.append(row)
         if row.held is not None:
@@ -254,9 +274,10 @@ class Decoder:
         """Write the trace and return what the row reads: its passages, as far as there is room, and `[Cs]`."""
         ids, starts = self.lookup.join([passage for passage, _ in passages])
         ids = ids[:room]
-        passages = [pair for pair, start in zip(passages, starts, strict=True) if start < room]  # of the others no token is read
+        num_read = sum(start < room for start in starts)
+        passages = passages[:num_read]  # of the others no token is read
         column = int(self.slots.columns[row.slot])
-        position = column - 1 + sum(len(cut) for _, cut in row.forgotten)
+        position = column - 1 + row.num_forgotten
         start = position + len(ids) + 2
         shown = [{name: passage[name] for name in ("id", "title", "text")} for passage, _ in passages]
         scores = [score for _, score in passages]
@@ -288,28 +309,24 @@ class Decoder:
             self.leaving.append(row)
         elif self.retrieval.forget_passages == "recompute":
             start, end = row.grounded
-            length = int(self.slots.columns[row.slot])
-            text = self._written(row)[end:]  # [Cs] and what was grounded
-            self._forget(row)
+            written = self._written(row)
+            length = len(written)
+            row.forget(written)
+            text = written[end:]  # [Cs] and what was grounded
             self.cache.cut(row.slot, start, length, length)
             self.slots.shorten(row.slot, columns=length - start, positions=length - start)
             row.rewrite = [*text, self.config.ce_token_id]
             self.rewriting.append(row)
 
     def _let_passages_leave(self):
-        """With `forget_passages="mask"`: take out the columns of passages whose `[CE]` was just read; all others keep their positions."""
+        """With `"mask"`: take out the columns of passages whose `[CE]` was just read; others keep their positions."""
         for row in self.leaving:
             start, end = row.grounded
-            self._forget(row)
-            self.cache.cut(row.slot, start, end, int(self.slots.columns[row.slot]))
+            written = self._written(row)
+            row.forget(written)
+            self.cache.cut(row.slot, start, end, len(written))
             self.slots.shorten(row.slot, columns=end - start, positions=0)
         self.leaving = []
-
-    def _forget(self, row):
-        """Note what leaves the cache: it still belongs to what was written."""
-        (start, end), row.grounded = row.grounded, None
-        before = sum(len(cut) for _, cut in row.forgotten)
-        row.forgotten.append((start + before, self._written(row)[start:end]))
 
     def _written(self, row):
         """Token ids that the row has in the cache."""
@@ -319,17 +336,9 @@ class Decoder:
 
     def _finish(self, row, last):
         """The row is done: its ids and the spans of its trace are final, its slot is free."""
-        ids = self._written(row) + last
-        for start, cut in row.forgotten:
-            ids[start:start] = cut
-        row.ids, row.num_generated_tokens = ids, int(self.slots.generated[row.slot])
-        row.held = row.grounded = None
+        row.num_generated_tokens = int(self.slots.generated[row.slot])
         stops = {self.config.ce_token_id, self.config.nsp_token_id, *self.settings.ends}
-        for retrieval in row.retrievals:
-            start = end = retrieval.grounded_span[0]
-            while end < len(ids) and ids[end] not in stops:
-                end += 1
-            retrieval.grounded_span = (start, end)
+        row.finish(self._written(row) + last, stops)
         self.finished.append(row)
         freed = row.slot
         source = self.slots.vacate(row)

@@ -1,4 +1,7 @@
-"""What the decoding loop forwards through Gen: the last token of every row, or whole chunks of some rows; and what comes out, slot by slot."""
+"""
+What the decoding loop forwards through Gen: the last token of every row, or whole chunks of some rows; and what comes
+out, slot by slot.
+"""
 
 from dataclasses import dataclass
 
@@ -6,10 +9,10 @@ import numpy as np
 import torch
 from transformers import CompileConfig
 
-from .cache_cosup import (EMPTY, attention_mask)
-from .memory_cosup import (adjusted)
-from .states_cosup import (watch)
-from .tokenization_cosup import (pad_rows)
+from .cache_cosup import EMPTY, attention_mask
+from .memory_cosup import adjusted
+from .states_cosup import watch
+from .tokenization_cosup import pad_rows
 
 
 @dataclass
@@ -18,7 +21,8 @@ class Outputs:
     What one pass has computed so far, by slot; only the slots that were forwarded count.
 
     Args:
-        logits (`torch.Tensor` of shape `(n, V)`, *optional*): at the last token of each row, as a memory adjusted them.
+        logits (`torch.Tensor` of shape `(n, V)`, *optional*): at the last token of each row, as a memory adjusted
+            them.
         query_embeds (`torch.FloatTensor` of shape `(n, h)`, *optional*): Gen's query embeddings there.
     """
 
@@ -26,7 +30,10 @@ class Outputs:
     query_embeds: torch.Tensor | None = None
 
     def place(self, slots, logits, query_embeds, n):
-        """Put the outputs of rows `(R, ...)` that read a chunk into their `slots` `(R,)`, of n where there is nothing yet."""
+        """
+        Put the outputs of rows `(R, ...)` that read a chunk into their `slots` `(R,)`, of n where there is nothing
+        yet.
+        """
         self.logits = _placed(self.logits, slots, logits, n)
         if query_embeds is not None:
             self.query_embeds = _placed(self.query_embeds, slots, query_embeds, len(self.logits))
@@ -43,7 +50,8 @@ class Forwards:
     Gen's forwards for one call of generate() or generate_many().
 
     Args:
-        model ([`CoSupForCausalLM`]), settings ([`DecodingSettings`]), slots ([`Slots`]), cache ([`RowCache`]): of the loop.
+        model ([`CoSupForCausalLM`]), settings ([`DecodingSettings`]), slots ([`Slots`]), cache ([`RowCache`]): of the
+            loop.
         generation_config (`GenerationConfig`): says whether and how the one-token step is compiled.
         memory ([`Memory`], *optional*): adjusts the logits of every decision.
     """
@@ -65,7 +73,8 @@ class Forwards:
 
     def step(self, stepping, with_queries):
         """
-        Forward the decided token of every slot, one column. Slots that do not step write next to their tokens, where their next one will be written.
+        Forward the decided token of every slot, one column. Slots that do not step write next to their tokens, where
+        their next one will be written.
 
         Args:
             stepping (`numpy.ndarray` of bool and shape `(n,)`): the slots that count.
@@ -145,8 +154,12 @@ class Forwards:
         self.model(input_ids=token, use_cache=False, output_query_embeds=False)
 
     def _adjusted(self, logits, states):
-        """What a decision is made from. Every forward passes here once, so that logits which a row holds on to are adjusted already."""
+        """
+        What a decision is made from. Every forward passes here once, so that logits which a row holds on to are
+        adjusted already.
+        """
         return logits if self.memory is None else adjusted(self.memory, logits, states)
 
     def _mask(self, positions):
-        return attention_mask(self.cache, self.text_config, positions, self.text_config._attn_implementation, self.model.gen.dtype)
+        implementation = self.text_config._attn_implementation
+        return attention_mask(self.cache, self.text_config, positions, implementation, self.model.gen.dtype)

@@ -2,76 +2,24 @@
 
 import contextlib
 import copy
-import inspect
 from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import DynamicCache
-from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import ModelOutput
 
-from .cache_cosup import (EMPTY, RowCache, context_length, layer_kinds)
+from .cache_cosup import (EMPTY, RowCache, context_length)
 from .decoding_cosup import (Decoder)
 from .files_cosup import digest
 from .memory_cosup import (Memory, check_memory)
 from .queue_cosup import (Queue, read_completions)
+from .refusals_cosup import (RefusalsMixin)
 from .retriever_cosup import (Retriever)
-from .settings_cosup import (decoding_settings)
+from .settings_cosup import (RetrievalConfig, decoding_settings)
 from .states_cosup import (watch)
 from .streaming_cosup import (RetrievalStreamer, ending)
 from .tokenization_cosup import (pad_rows)
 from .trace_cosup import (Row, cited_text)
-
-
-@dataclass
-class RetrievalConfig:
-    """
-    How `generate()` retrieves.
-
-    Args:
-        top_k (`int`): passages for each `[NSP]`, best first, with a line break between. (`generate(top_k=...)` is that of sampling.)
-        max_retrievals (`int`, *optional*): per row; after them `[NSP]` cannot be emitted. Defaults to no limit.
-        force_nsp_first (`bool`): every row begins with `[NSP]`.
-        forbid_nsp (`bool`): `[NSP]` is never emitted: parametric space only.
-        candidates (`list[list[str] | None]`, *optional*): for each prompt the ids of the passages among which it searches; `None` for all.
-        passages (`list[list[str | dict]]`, *optional*): an oracle: for each prompt the passages that its `[NSP]` get, in order, in place of a search; ids of
-            the index or `{"id", "title", "text"}`. When they are used up, `[NSP]` cannot be emitted.
-        min_score (`float`, *optional*): a passage below it is not retrieved. A row for which nothing is found takes its `[NSP]` back and decides again without
-            it; a prompt that ends in `[NSP]` keeps it and goes on.
-        no_repeat_passages (`bool`): a row never gets the same passage twice.
-        forget_passages (`str`, *optional*): what becomes of a passage at its `[CE]`. `None`: it stays in view. `"recompute"`: `[Cs]`…`[CE]` is read again
-            without it, and the row goes on as if the passage had never stood there. `"mask"`: its keys and values are dropped and nothing else
-            changes: what was read with the passage in view stays as it was, positions too.
-        output_query_embeds (`bool`): the trace holds the query embeddings.
-        stream_passages (`bool`): a streamer gets passages and `[Cs]` too. One with a method `on_retrieval` gets each [`Retrieval`] in their place.
-
-    Raises:
-        `ValueError`: for values that cannot be, alone or together.
-    """
-
-    top_k: int = 1
-    max_retrievals: int | None = None
-    force_nsp_first: bool = False
-    forbid_nsp: bool = False
-    candidates: list | None = None
-    passages: list | None = None
-    min_score: float | None = None
-    no_repeat_passages: bool = False
-    forget_passages: str | None = None
-    output_query_embeds: bool = False
-    stream_passages: bool = True
-
-    def __post_init__(self):
-        if self.top_k < 1:
-            raise ValueError(f"RetrievalConfig.top_k is {self.top_k}, expected 1 or more.")
-        if self.max_retrievals is not None and self.max_retrievals < 0:
-            raise ValueError(f"RetrievalConfig.max_retrievals is {self.max_retrievals}, expected 0 or more.")
-        if self.force_nsp_first and self.forbid_nsp:
-            raise ValueError("RetrievalConfig: force_nsp_first and forbid_nsp exclude each other.")
-        if self.candidates is not None and self.passages is not None:
-            raise ValueError("RetrievalConfig: candidates are searched, passages are given without a search; set one of them.")
-        if self.forget_passages not in (None, "recompute", "mask"):
-            raise ValueError(f"RetrievalConfig.forget_passages is {self.forget_passages!r}, expected None, 'recompute' or 'mask'.")
 
 
 @dataclass
@@ -95,15 +43,22 @@ class CoSupGenerateOutput(ModelOutput):
     num_forwarded_tokens: int | None = None
 
 
-class RetrievalGenerationMixin:
+class RetrievalGenerationMixin(RefusalsMixin):
     """`generate()` with a `retriever`, and `generate_many()`; goes before `GenerationMixin` in the bases."""
 
     device: torch.device  # a property of the model
 
     def generate(
-        self, inputs=None, generation_config=None, *, retriever: Retriever | None = None, retrieval_config=None, max_retrievals=None,
-        memory: Memory | None = None, **kwargs,
-    ):  # fmt: skip
+        self,
+        inputs=None,
+        generation_config=None,
+        *,
+        retriever: Retriever | None = None,
+        retrieval_config: RetrievalConfig | None = None,
+        max_retrievals: int | None = None,
+        memory: Memory | None = None,
+        **kwargs,
+    ):
         """
         Generate; whenever a row emits `[NSP]`, its hidden state there searches `retriever`, the passage and `[Cs]` are appended, and the
         row writes on. Greedy decoding and sampling; every other argument is that of `GenerationMixin.generate`.
@@ -122,13 +77,14 @@ class RetrievalGenerationMixin:
             nsp_token_id (`None`, *optional*): `None` makes the call plain Gen: nothing is suppressed, nothing retrieved.
 
         Returns:
-            `torch.LongTensor`, or [`CoSupGenerateOutput`] with `return_dict_in_generate=True` and a retriever or a memory.
+            `torch.LongTensor`, or [`CoSupGenerateOutput`] with `return_dict_in_generate=True` and a retriever or memory.
 
         Raises:
             `TypeError`: for a memory that is none.
-            `ValueError`: for an index of another model, a memory that names no submodule of Gen, a prompt that fills the context, and what cannot be
-                combined with retrieval or a memory: beam search, assisted decoding, a given cache, `use_cache=False`, per-step scores, states or
-                attentions, state-space layers, a streamer for several rows, training mode with gradient checkpointing.
+            `ValueError`: for an index of another model, a memory that names no submodule of Gen, a prompt that fills the
+                context, and what cannot be combined with a retriever or a memory: beam search, assisted decoding, a given
+                cache, `use_cache=False`, per-step scores, states or attentions, state-space layers, a streamer for several
+                rows, training mode with gradient checkpointing.
             [`RetrievalError`]: when a search fails; it keeps the rows that were finished.
         """
         with ending(kwargs.get("streamer")):
@@ -136,7 +92,7 @@ class RetrievalGenerationMixin:
                 if kwargs.pop("nsp_token_id") is not None:
                     raise ValueError("generate() takes nsp_token_id=None (plain Gen) or none at all; which token retrieves is the config's business.")
                 if memory is not None:
-                    raise ValueError("nsp_token_id=None makes the call plain Gen, which has no memory: leave out one of them.")
+                    raise ValueError("nsp_token_id=None makes the call plain Gen, which has no memory: drop one of them.")
                 return super().generate(inputs, generation_config, **{"suppress_tokens": None, **kwargs})  # type: ignore[misc]
             call = self._retrieval_call(retriever, retrieval_config, max_retrievals, memory)
             if call is None:
@@ -144,18 +100,31 @@ class RetrievalGenerationMixin:
             return self._generate_with_retrieval(inputs, generation_config, kwargs, call)
 
     def generate_many(
-        self, prompts, generation_config=None, *, retriever: Retriever | None = None, retrieval_config=None, max_retrievals=None,
-        memory: Memory | None = None, batch_size=32,
-        max_batch_tokens=None, output_file=None, on_completion=None, show_progress_bar=True, description="Generating", **kwargs,
-    ):  # fmt: skip
+        self,
+        prompts,
+        generation_config=None,
+        *,
+        retriever: Retriever | None = None,
+        retrieval_config: RetrievalConfig | None = None,
+        max_retrievals: int | None = None,
+        memory: Memory | None = None,
+        batch_size=32,
+        max_batch_tokens=None,
+        output_file=None,
+        on_completion=None,
+        show_progress_bar=True,
+        description="Generating",
+        **kwargs,
+    ):
         """
         Continue any number of prompts: a row that is finished makes room for the next prompt at once, so that the batch stays full.
 
         Args:
             prompts (`list[list[int]]`): token ids of each.
-            generation_config, retriever, retrieval_config, max_retrievals, memory, **kwargs: as in [`generate`]; without retriever plain generation, in
-                which `[NSP]` is a token like any other. `candidates` and `passages` are lists over all prompts. Logits processors and stopping criteria
-                see the rows that are being written, whose places change: they must not remember which row is which.
+            generation_config, retriever, retrieval_config, max_retrievals, memory, **kwargs: as in [`generate`]; without
+                retriever plain generation, in which `[NSP]` is a token like any other. `candidates` and `passages` are lists
+                over all prompts. Logits processors and stopping criteria see the rows that are being written, whose places
+                change: they must not remember which row is which.
             batch_size (`int`): rows at once.
             max_batch_tokens (`int`, *optional*): fewer rows where this many columns of KV cache would not hold them: a row may need its prompt,
                 `max_new_tokens`, and `max_retrievals` (one, where there is no limit) passages of full length.
@@ -252,61 +221,6 @@ class RetrievalGenerationMixin:
         index = getattr(call.retriever, "fingerprint", None)
         memory = None if call.memory is None else call.memory.fingerprint
         return digest([generation_config.to_diff_dict(), settings, index, memory, self.config._name_or_path])
-
-    def _check_retrieval_arguments(self, generation_config, kwargs):
-        prepared, _ = self._prepare_generation_config(generation_config, **kwargs)
-        mode = prepared.get_generation_mode(kwargs.get("assistant_model"))
-        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) or kwargs.get("custom_generate") is not None:
-            raise ValueError(f"Retrieval and memories work in greedy decoding and sampling, not in {mode.value}; set num_beams=1 and no assistant_model.")
-        own = kwargs.get("past_key_values") is not None or prepared.cache_implementation not in (None, "dynamic", "static")
-        if not prepared.use_cache or own:
-            raise ValueError("Retrieval keeps its own KV cache: leave out use_cache=False and past_key_values; cache_implementation may be 'static'.")
-        if kwargs.get("inputs_embeds") is not None or prepared.guidance_scale not in (None, 1):
-            raise ValueError("inputs_embeds and guidance_scale are not available with a retriever: prompt and passages are read once, as token ids.")
-        if prepared.prefill_chunk_size is not None or prepared.cache_config is not None:
-            raise ValueError("prefill_chunk_size and cache_config are not available with a retriever: prompts are read whole, into a cache of its own.")
-        for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
-            if getattr(prepared, name):
-                raise ValueError(f"{name}=True is not available with a retriever or a memory: rows that read passages have no step for it.")
-        own_inputs = {"input_ids", "attention_mask", "past_key_values", "use_cache", "inputs_embeds", "kwargs"}
-        if unheeded := sorted((set(inspect.signature(self.forward).parameters) - own_inputs) & {name for name, value in kwargs.items() if value is not None}):
-            raise ValueError(f"{', '.join(unheeded)}: not available with a retriever, which makes what Gen reads row by row.")
-        if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.gen.modules()):
-            raise ValueError("In training mode with gradient checkpointing there is no KV cache to generate with: call model.eval() first.")
-        kinds = layer_kinds(self.config.get_text_config())
-        if self.gen._is_stateful or not set(kinds) <= {"full_attention", "sliding_attention"}:
-            raise ValueError(
-                f"{type(self.gen).__name__} has layers of the types {', '.join(kinds)}; a recurrent state or a chunked window cannot be kept through "
-                "retrievals: use a model of full and sliding-window attention."
-            )
-        if not self.gen._supports_attention_backend:
-            self._check_row_cache()
-        return prepared
-
-    @torch.no_grad()
-    def _check_row_cache(self):
-        """Older architectures make their attention masks themselves: see once whether Gen follows the mask and the positions that it is given."""
-        if getattr(self, "_follows_masks", False):
-            return
-        config, device = self.config.get_text_config(), self.device
-        ids = torch.arange(1, 9, device=device).reshape(2, 4) * (config.vocab_size // 9)
-        lengths = torch.tensor([[2], [3]], device=device)
-        cache, read, ends = RowCache(2, 5, device), torch.arange(3, device=device), torch.arange(2, device=device)
-        try:
-            for start, count in ((torch.zeros_like(lengths), lengths), (lengths, torch.ones_like(lengths))):
-                offsets = read[: int(count.max())]
-                positions = start + torch.minimum(offsets, count - 1)
-                tokens = ids.gather(1, positions)
-                cache.begin(2, start + offsets, tokens, torch.where(offsets < count, positions, EMPTY), int((start + offsets).max()) + 1)
-                mask = torch.zeros(2, 1, len(offsets), cache._width, dtype=self.gen.dtype, device=device)
-                mask = mask.masked_fill(~cache.visible(positions), torch.finfo(mask.dtype).min)
-                hidden = self.gen.base_model(tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True).last_hidden_state
-            expected = [self.gen.base_model(row[None, : int(n) + 1], use_cache=False).last_hidden_state[0, -1] for row, n in zip(ids, lengths, strict=True)]
-            self._follows_masks = torch.allclose(hidden[ends, 0].float(), torch.stack(expected).float(), atol=1e-2, rtol=1e-2)
-        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-            raise ValueError(f"{type(self.gen).__name__} cannot read rows of different lengths from one cache ({error}); use another architecture.") from error
-        if not self._follows_masks:
-            raise ValueError(f"{type(self.gen).__name__} makes attention masks of its own, which retrieval would need to change; use another architecture.")
 
     def prepare_inputs_for_generation(self, input_ids, retrieval_call=None, **kwargs):
         """Names what `_sample` takes, so that generate() lets it through."""
@@ -419,18 +333,20 @@ class RetrievalGenerationMixin:
             for i, entry in enumerate(given):
                 value = None
                 if entry is not None:
-                    value = call.retriever.rows_of(entry) if name == "candidates" else decoder.lookup.given_passages(entry)
+                    value_of = call.retriever.rows_of if name == "candidates" else decoder.lookup.given_passages
+                    value = value_of(entry)
                 for row in rows[i * copies : (i + 1) * copies]:
                     setattr(row, "given" if name == "passages" else "candidates", value)
 
     def _output(self, decoder, rows, input_ids, mask, generation_config):
         """Prompts as they were given, then each row's continuation, padded on the right."""
-        width = input_ids.shape[1]
+        width, pad = input_ids.shape[1], decoder.settings.pad
         prompts = input_ids
         if mask is not None and (mask[:, -1] == 0).any():  # padded on the right, where the answers go
-            prompts = pad_rows([[decoder.settings.pad] * (width - len(row.prompt)) + row.prompt for row in rows], device=input_ids.device)[0]
+            shifted = [[pad] * (width - len(row.prompt)) + row.prompt for row in rows]
+            prompts = pad_rows(shifted, device=input_ids.device)[0]
         continuations = [torch.tensor(row.ids[len(row.prompt) :], dtype=torch.long, device=input_ids.device) for row in rows]
-        continuations = torch.nn.utils.rnn.pad_sequence(continuations, batch_first=True, padding_value=decoder.settings.pad)
+        continuations = torch.nn.utils.rnn.pad_sequence(continuations, batch_first=True, padding_value=pad)
         sequences = torch.cat([prompts, continuations], dim=1)
         for row in rows:
             padding = width - len(row.prompt)

@@ -1,7 +1,7 @@
 """From a query embedding to passages: what the rows of the decoding loop get for their `[NSP]`."""
 
-from .tokenization_cosup import (encode_passages_for_gen, encode_texts)
-from .trace_cosup import (Row)
+from .tokenization_cosup import encode_passages_for_gen, encode_texts
+from .trace_cosup import Row
 
 
 class Lookup:
@@ -20,7 +20,8 @@ class Lookup:
 
     def passages_for(self, asking: list[Row], query_embeds) -> list[list[tuple[dict, float | None]]]:
         """
-        Find the passages that each row gets, best first, with their scores (`None` for those given beforehand); none where nothing is found.
+        Find the passages that each row gets, best first, with their scores (`None` for those given beforehand); none
+        where nothing is found.
 
         Args:
             asking (`list[Row]`): the rows that ask.
@@ -95,7 +96,8 @@ class Lookup:
         """
         ids = [passage for passage in passages if isinstance(passage, str)]
         if ids and self.retriever is None:
-            raise ValueError(f"Passage {ids[0]!r} is given by its id, which needs a retriever; or give it as a dict with 'title' and 'text'.")
+            instead = "or give it as a dict with 'title' and 'text'"
+            raise ValueError(f"Passage {ids[0]!r} is given by its id, which needs a retriever; {instead}.")
         by_id = iter(self.retriever.get_passages(self.retriever.rows_of(ids)) if ids else [])
         dicts = [passage for passage in passages if not isinstance(passage, str)]
         encoded = iter(encode_passages_for_gen(self.model.tokenizer, dicts, self.model.config) if dicts else [])

@@ -10,11 +10,13 @@ class Memory(Protocol):
     """
     What `generate(memory=...)` and `generate_many(memory=...)` take: anything with these three.
 
-    The loop asks it once for every decision, before logits processors and warpers: for the one token that a row forwarded, and at the last
-    token of a prompt, a passage or a text that was read. A row that takes its `[NSP]` back decides from the logits that it had, adjusted once.
+    The loop asks it once for every decision, before logits processors and warpers: for the one token that a row
+    forwarded, and at the last token of a prompt, a passage or a text that was read. A row that takes its `[NSP]` back
+    decides from the logits that it had, adjusted once.
 
     Attributes:
-        states (`tuple[str, ...]`): names of submodules of Gen, such as `"model.layers.1.mlp"`; what enters them is handed to `adjust`.
+        states (`tuple[str, ...]`): names of submodules of Gen, such as `"model.layers.1.mlp"`; what enters them is
+            handed to `adjust`.
         fingerprint (`str`): tells this memory from any other; `output_file` of generate_many() holds it.
     """
 
@@ -23,11 +25,13 @@ class Memory(Protocol):
 
     def adjust(self, logits: torch.Tensor, states: dict[str, torch.Tensor]) -> torch.Tensor:
         """
-        Adjust the logits of R decisions. What a row gets must not depend on the other rows: some belong to no sequence, and are not used.
+        Adjust the logits of R decisions. What a row gets must not depend on the other rows: some belong to no
+        sequence, and are not used.
 
         Args:
             logits (`torch.FloatTensor` of shape `(R, V)`): Gen's, in float32; not to be changed in place.
-            states (`dict[str, torch.Tensor]`): by name, what entered each submodule of `states` at these positions, `(R, h)`, in Gen's dtype.
+            states (`dict[str, torch.Tensor]`): by name, what entered each submodule of `states` at these positions,
+                `(R, h)`, in Gen's dtype.
 
         Returns:
             `torch.FloatTensor` of shape `(R, V)`: logits, or log-probabilities, in float32.
@@ -44,7 +48,8 @@ def check_memory(memory: object) -> None:
     """
     if not isinstance(memory, Memory):
         missing = [name for name in ("states", "fingerprint", "adjust") if not hasattr(memory, name)]
-        raise TypeError(f"memory is a {type(memory).__name__}, which has no {', no '.join(missing)}: see Memory in memory_cosup.py.")
+        kind = type(memory).__name__
+        raise TypeError(f"memory is a {kind}, which has no {', no '.join(missing)}: see Memory in memory_cosup.py.")
     if not isinstance(memory.states, tuple) or not all(isinstance(name, str) for name in memory.states):
         raise TypeError(f"memory.states is {memory.states!r}, expected a tuple of names of submodules of Gen.")
     if not isinstance(memory.fingerprint, str):
@@ -60,6 +65,6 @@ def adjusted(memory: Memory, logits: torch.Tensor, states: dict[str, torch.Tenso
     """
     result = memory.adjust(logits.float(), states or {})
     if result.shape != logits.shape or result.dtype != torch.float32:
-        expected = f"{tuple(logits.shape)} in float32"
-        raise ValueError(f"{type(memory).__name__}.adjust returned {tuple(result.shape)} in {result.dtype}, expected {expected}.")
+        returned, expected = (f"{tuple(value.shape)} in {value.dtype}" for value in (result, logits.float()))
+        raise ValueError(f"{type(memory).__name__}.adjust returned {returned}, expected {expected}.")
     return result

@@ -13,12 +13,13 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Generat
 from transformers.modeling_outputs import ModelOutput
 
 from .configuration_cosup import (CoSupConfig)
-from .generation_cosup import (RetrievalConfig, RetrievalGenerationMixin)
+from .generation_cosup import (RetrievalGenerationMixin)
 from .hub_cosup import (is_repo_id)
 from .loss_cosup import (chunked_cross_entropy, info_nce)
 from .parts_cosup import (PartsMixin)
 from .retrieval_cosup import (PassageIndex)
 from .retriever_cosup import (Retriever)
+from .settings_cosup import (RetrievalConfig)
 from .sharing_cosup import (SharingMixin)
 from .states_cosup import (decided_states, recording)
 from .tokenization_cosup import (add_control_tokens, added_tokens, encode_queries_for_emb_seq, end_of_turn_token_id, pad_rows, same_tokenizer)
@@ -261,8 +262,9 @@ class CoSupForCausalLM(RetrievalGenerationMixin, SharingMixin, PartsMixin, PreTr
                 them here, a GPU must be waited for.
             logit_positions (`torch.LongTensor` of shape `(R,)`, *optional*): the positions of `(B · T)` that get logits, then `(R, V)`; in place of
                 `logits_to_keep`.
-            output_states (`tuple[str, ...]`, *optional*): names of submodules of Gen, such as `"model.layers.1.mlp"`, whose inputs are returned at
-                `logit_positions`, or without them at the last column of each row. torch.compile traces it where [`states_cosup.watch`] was called.
+            output_states (`tuple[str, ...]`, *optional*): names of submodules of Gen, such as `"model.layers.1.mlp"`, whose
+                inputs are returned at `logit_positions`, or without them at the last column of each row. Before it is
+                compiled, [`states_cosup.watch`] must be called.
             passage_packing ([`~tokenization_cosup.Packing`], *optional*): the passages are packed, see [`~CoSupForCausalLM.encode_passages`].
             query_input_ids (`torch.LongTensor` of shape `(N, T)`, *optional*), query_attention_mask, query_packing: what Emb_seq or the query encoder
                 reads for each `[NSP]`, where `query_from` names it; made of `input_ids` if not given.
@@ -272,8 +274,8 @@ class CoSupForCausalLM(RetrievalGenerationMixin, SharingMixin, PartsMixin, PreTr
             [`CoSupOutput`].
 
         Raises:
-            `ValueError`: when `passage_labels` does not count as many entries as the batch has `[NSP]`, Emb_seq is needed and not loaded, or Gen has no
-                submodule of a name in `output_states`.
+            `ValueError`: when `passage_labels` does not count as many entries as the batch has `[NSP]`, Emb_seq is needed and
+                not loaded, or Gen has no submodule of a name in `output_states`.
         """
         nsp_token_id = kwargs.pop("nsp_token_id", self.config.nsp_token_id)
         return_dict = kwargs.pop("return_dict", None)

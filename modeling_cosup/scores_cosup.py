@@ -63,10 +63,11 @@ class RowScores:
     def of(self, logits):
         """Scores `(n, V)` in float32 of the logits `(n, V)` of the first n slots; where no row is, all are equal."""
         occupied = self.slots.occupied[: len(logits)]
-        scores = self._without_banned(logits.to(torch.float32, copy=True))  # before the warpers: what top_p keeps must be allowed
-        scores = self._without_banned(self._process(scores))  # and after: a processor may have put anything there
+        # before the warpers, since what top_p keeps must be allowed; after them, since they may put anything there
+        scores = self._without_banned(logits.to(torch.float32, copy=True))
+        scores = self._without_banned(self._process(scores))
         if not occupied.all():
-            scores = scores.masked_fill(~self.slots.occupied_on_device[: len(logits), None], 0.0)  # nobody's: any token will do
+            scores = scores.masked_fill(~self.slots.occupied_on_device[: len(logits), None], 0.0)  # any token will do
         return scores
 
     def stopped(self, tokens):
@@ -85,7 +86,7 @@ class RowScores:
         return scores
 
     def _process(self, scores):
-        """Scores `(n, V)` after the logits processors, each of which sees the rows as if they had been alone: their own tokens, padded on the left."""
+        """Scores `(n, V)` after the logits processors, each of which sees every row as if it had been alone."""
         history = None
         for processor in self.settings.processors:
             if type(processor) in _COUNTING:
@@ -96,7 +97,8 @@ class RowScores:
                 continue
             if history is None:
                 history = self._history()
-            if isinstance(getattr(processor, "prompt_ignore_length", None), torch.Tensor):  # how much padding stands before each row
+            ignored = getattr(processor, "prompt_ignore_length", None)
+            if isinstance(ignored, torch.Tensor):  # of each row: the padding before it
                 processor.prompt_ignore_length = history.shape[1] - self._in_order(self.slots.lengths())
             scores = self._in_order(processor(history, self._in_order(scores)), back=True)
         return scores
@@ -108,11 +110,12 @@ class RowScores:
             return
         for count in np.unique(generated):
             same = torch.from_numpy(np.flatnonzero(generated == count)).to(scores.device)
-            counted = scores.new_zeros((1, 1), dtype=torch.long).expand(len(same), self.settings.prompt_length + int(count))
+            length = self.settings.prompt_length + int(count)
+            counted = scores.new_zeros((1, 1), dtype=torch.long).expand(len(same), length)
             scores[same] = processor(counted, scores[same])
 
     def _history(self, tokens=None):
-        """What each row holds, in the order of the batch, padded on the left: `(B, T)`; with `tokens` they are the last column."""
+        """Tokens of the rows, in the order of the batch, padded on the left: `(B, T)`; `tokens` are a last column."""
         n = len(self.slots)
         lengths = self.slots.lengths()[:, None]
         width = int(self.slots.columns[:n].max())
@@ -123,7 +126,7 @@ class RowScores:
         return self._in_order(history, fill=self.settings.pad)
 
     def _in_order(self, values, back=False, fill=0):
-        """Values by slot, in the order of the whole batch, as processors and criteria know it (rows that have left are `fill`); or back."""
+        """Values by slot, put in the order of the batch, where rows that have left are `fill`; or back."""
         order = self.slots.order
         if order is None:
             return values

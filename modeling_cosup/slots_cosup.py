@@ -1,11 +1,14 @@
-"""The state of the decoding loop, row by row: what the host knows of each slot, what the device knows, and how both stay the same."""
+"""
+The state of the decoding loop, row by row: what the host knows of each slot, what the device knows, and how both stay
+the same.
+"""
 
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from .trace_cosup import (Row)
+from .trace_cosup import Row
 
 
 @dataclass(eq=False)
@@ -13,32 +16,38 @@ class Slots:
     """
     The places of a batch, and all that is known of the rows in them.
 
-    Slots fill up from the first one on; `len(slots)` of them, those up to the last that is taken, take part in what is computed.
+    Slots fill up from the first one on; `len(slots)` of them, those up to the last that is taken, take part in what is
+    computed.
 
-    Host and device. The loop branches on what a row holds: this state is in NumPy on the host, where reading it waits for nothing. Forwards
-    and decisions compute with state on the device, since a copy from the host in every pass would make the device wait. Tokens are on the
-    device only, rows and `generated` on the host only. Four things have a twin on each side:
+    Host and device. The loop branches on what a row holds: this state is in NumPy on the host, where reading it waits
+    for nothing. Forwards and decisions compute with state on the device, since a copy from the host in every pass
+    would make the device wait. Tokens are on the device only, rows and `generated` on the host only. Four things have
+    a twin on each side:
 
     - `occupied` and `banned` change seldom, a slot at a time: both twins are written at once.
-    - `columns` and `positions` change in every pass. While every row steps, both twins count on by themselves and nothing is copied. Whatever
-      else happens (a chunk was read, a passage left, a row came or went, one does not step) changes the host only and sets `moved`: the device
-      is behind until the next step copies the host's twin. So the host is always right, the device unless `moved`.
+    - `columns` and `positions` change in every pass. While every row steps, both twins count on by themselves and
+      nothing is copied. Whatever else happens (a chunk was read, a passage left, a row came or went, one does not
+      step) changes the host only and sets `moved`: the device is behind until the next step copies the host's twin. So
+      the host is always right, the device unless `moved`.
 
     Args:
         count (`int`): slots, the most rows at once.
         device (`torch.device`): of the model's inputs.
         pad (`int`): what an empty slot holds as its token.
-        keeps_places (`bool`): a row keeps its slot to the end, for a captured step. Else the last row moves into a slot that is free.
+        keeps_places (`bool`): a row keeps its slot to the end, for a captured step. Else the last row moves into a
+            slot that is free.
         keeps_order (`bool`): `order` is kept, for processors that know the rows by their place in the batch.
 
     Attributes:
         rows (`list[Row | None]`): by slot, up to the last one that is taken.
-        columns, positions, generated (`numpy.ndarray` of int64): columns that are filled, position of the next token, decided tokens.
+        columns, positions, generated (`numpy.ndarray` of int64): columns that are filled, position of the next token,
+            decided tokens.
         occupied, banned (`numpy.ndarray` of bool): slots with a row, and those whose next decision may not be `[NSP]`.
         tokens (`torch.LongTensor` of shape `(count,)`): the last decision, which is not forwarded yet.
         occupied_on_device, banned_on_device (`torch.BoolTensor` of shape `(count,)`): their twins.
         places_on_device (`torch.LongTensor` of shape `(2, count)`): the twins of `columns` and `positions`.
-        order (`torch.LongTensor` of shape `(n,)`, *optional*): the row of the batch in each slot, once a row has left; until then `None`.
+        order (`torch.LongTensor` of shape `(n,)`, *optional*): the row of the batch in each slot, once a row has left;
+            until then `None`.
     """
 
     count: int

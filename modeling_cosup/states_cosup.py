@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import nn
 
-# Where the hooks write during a forward that asks for states. Forwards of several threads do not meet in a context variable; torch.compile
-# cannot trace one, so that a traced forward writes to the last entry of a list.
+# Where the hooks write during a forward that asks for states: a context variable, in which threads do not meet.
+# torch.compile cannot trace one, so a traced forward writes to the last entry of a list.
 _states: ContextVar[dict | None] = ContextVar("cosup_states", default=None)
 _traced_states: list[dict] = []
 
@@ -19,8 +19,8 @@ def watch(gen: nn.Module, names: tuple[str, ...]) -> None:
     """
     Register, once, the hooks that record what enters submodules of Gen.
 
-    `forward(output_states=...)` does this itself. Call it before a forward that asks for states is compiled: hooks cannot be registered in
-    what torch.compile traces.
+    `forward(output_states=...)` does this itself. Call it before a forward that asks for states is compiled: hooks
+    cannot be registered in what torch.compile traces.
 
     Args:
         gen (`nn.Module`), names (`tuple[str, ...]`): Gen, and names of its submodules, such as `"model.layers.1.mlp"`.
@@ -50,7 +50,7 @@ def _submodule(gen, name):
 
 @contextlib.contextmanager
 def recording(gen: nn.Module, names: tuple[str, ...] | None) -> Iterator[dict[str, torch.Tensor]]:
-    """A context in which a forward of Gen fills the `dict` that it gives: by name, what enters each submodule, `(B, T, h)`."""
+    """A context in which a forward of Gen fills the `dict` that it gives: by name, what enters each submodule."""
     states: dict[str, torch.Tensor] = {}
     if not names:
         yield states
@@ -89,7 +89,8 @@ def decided_states(
         states (`dict[str, torch.Tensor]`): as [`recording`] filled it.
         names (`tuple[str, ...]`): of the submodules that were asked for.
         hidden (`torch.Tensor` of shape `(B, T, h)`): what Gen returned.
-        positions (`torch.LongTensor` of shape `(R,)`, *optional*): of `(B · T)`; without them the last column of each row.
+        positions (`torch.LongTensor` of shape `(R,)`, *optional*): of `(B · T)`; without them the last column of each
+            row.
 
     Returns:
         `dict[str, torch.Tensor]`: by name, `(R, h)`; without positions R is B.
@@ -101,13 +102,13 @@ def decided_states(
     decided = {}
     for name in names:
         if name not in states:
-            raise ValueError(
-                f"Nothing entered {name!r} while Gen's base model ran. It is no part of the base model, or it was compiled before it was watched."
-            )
+            reason = "it is no part of it, or it was compiled before it was watched"
+            raise ValueError(f"Nothing entered {name!r} while Gen's base model ran: {reason}.")
         state = states[name]
         if not isinstance(state, torch.Tensor) or state.ndim < 2 or state[..., 0].numel() != rows * columns:
             shape = tuple(state.shape) if isinstance(state, torch.Tensor) else type(state).__name__
-            raise ValueError(f"What enters {name!r} is {shape}, not one state for each of {rows} x {columns} positions.")
+            expected = f"one state for each of {rows} x {columns} positions"
+            raise ValueError(f"What enters {name!r} is {shape}, not {expected}.")
         width = state.shape[-1]  # (B, T, h), or (B · T, h) in OPT
         if positions is None:
             decided[name] = state.reshape(rows, columns, width)[:, -1]

@@ -73,7 +73,8 @@ class Row:
         retrievals (`list[Retrieval]`): so far; positions count from the row's own first token.
         used (`set[int]`): rows of the index that were retrieved.
         forgotten (`list[tuple[int, list[int]]]`): passages that are no longer in the cache: where they stood, and their ids.
-        held (`torch.Tensor` of shape `(V,)`): logits of the decision for `[NSP]`, as a memory adjusted them, in case nothing is found.
+        held (`torch.Tensor` of shape `(V,)`): logits of the decision for `[NSP]`, as a memory adjusted them, in case
+            nothing is found.
         rewrite (`list[int]`): to be read next in place of the decided token.
         grounded (`tuple[int, int]`, *optional*): columns `[passage, [Cs])` of the last passage while it is in the cache.
         ids (`list[int]`): all that was written, when the row is finished.
@@ -95,10 +96,33 @@ class Row:
     num_generated_tokens: int = 0
 
     def may_retrieve(self, max_retrievals: int | None) -> bool:
-        """Whether this row has a retrieval left, of `max_retrievals` (`None` for any number) and of the passages that it was given."""
+        """Whether a retrieval is left, of `max_retrievals` (`None` for any number) and of the passages that were given."""
         if max_retrievals is not None and len(self.retrievals) >= max_retrievals:
             return False
         return self.given is None or len(self.given) > 0
+
+    @property
+    def num_forgotten(self) -> int:
+        """Tokens that were written and are no longer in the cache."""
+        return sum(len(cut) for _, cut in self.forgotten)
+
+    def forget(self, written: list[int]) -> None:
+        """Note that the last passage leaves the cache, which holds `written`: it still belongs to the row's ids."""
+        assert self.grounded is not None
+        (start, end), self.grounded = self.grounded, None
+        self.forgotten.append((start + self.num_forgotten, written[start:end]))
+
+    def finish(self, written: list[int], stops: set[int]) -> None:
+        """Make ids and spans final, of what the cache holds and what was forgotten; a grounded text ends at `stops`."""
+        for start, cut in self.forgotten:
+            written[start:start] = cut
+        self.ids = written
+        self.held = self.grounded = None
+        for retrieval in self.retrievals:
+            start = end = retrieval.grounded_span[0]
+            while end < len(written) and written[end] not in stops:
+                end += 1
+            retrieval.grounded_span = (start, end)
 
 
 class RetrievalError(RuntimeError):

@@ -50,7 +50,7 @@ def generate(model, index, prompts, processors, settings, **kwargs):
 
 
 class Reference:
-    """One row the slow way: everything that is in view goes through Gen for every token, and a memory sees what enters Gen's submodules there."""
+    """One row the slow way: all that is in view goes through Gen for every token; a memory sees what enters Gen's submodules."""
 
     def __init__(self, model, index, processors, settings, prompt, row, memory=None):
         self.memory, self.states = memory, {}
@@ -70,7 +70,8 @@ class Reference:
             self.states[name] = args[0][:, -1]
 
         names = [] if self.memory is None else self.memory.states
-        hooks = [self.model.gen.get_submodule(name).register_forward_pre_hook(partial(keep, name=name)) for name in names]
+        modules = {name: self.model.gen.get_submodule(name) for name in names}
+        hooks = [module.register_forward_pre_hook(partial(keep, name=name)) for name, module in modules.items()]
         hidden = self.last_hidden_state()
         for hook in hooks:
             hook.remove()

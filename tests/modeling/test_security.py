@@ -73,7 +73,7 @@ def test_what_travels_is_small_enough_to_be_read():
     The caps leave a tenth for what is to come: raise them only with a reason, after asking what could stay.
     """
     lengths = {path.name: len(path.read_text().splitlines()) for path in TRAVELS}
-    assert max(lengths.values()) <= 550 and sum(lengths.values()) <= 6500, lengths
+    assert max(lengths.values()) <= 550 and sum(lengths.values()) <= 7000, lengths
 
 
 def is_pickle(path):

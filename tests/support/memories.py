@@ -2,11 +2,19 @@
 
 import torch
 
-LAST_MLP = {"llama": "model.layers.1.mlp", "gpt2": "transformer.h.1.mlp", "mistral": "model.layers.1.mlp", "gemma2": "model.layers.1.mlp"}
+LAST_MLP = {
+    "llama": "model.layers.1.mlp",
+    "gpt2": "transformer.h.1.mlp",
+    "mistral": "model.layers.1.mlp",
+    "gemma2": "model.layers.1.mlp",
+}
 
 
 class AddedStates:
-    """Adds W·state to the logits, W random: a row that decides from another state, or is adjusted twice, decides other tokens."""
+    """
+    Adds W·state to the logits, W random: a row that decides from another state, or is adjusted twice, decides other
+    tokens.
+    """
 
     def __init__(self, model, name, scale=4.0, seed=0):
         self.states, self.fingerprint, self.calls = (name,), f"W of seed {seed} times {scale}", []
