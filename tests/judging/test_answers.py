@@ -10,7 +10,6 @@ from support.models import PASSAGES, make_model, plain_batch
 from trainer.batching import BatchFacts
 from trainer.data import tokenize_instance
 from trainer.held_out import retrieval_metrics
-from trainer.losses import embedding_losses
 from trainer.judging.answers import (
     answer,
     embed_queries,
@@ -19,6 +18,7 @@ from trainer.judging.answers import (
     recall,
     reference_instances,
 )
+from trainer.losses import embedding_losses
 
 QUESTIONS = [
     {"id": f"q{i}", "dataset": "d", "instruction": "", "input": f"question {i}?", "answers": [p["title"] or "none"]} | {"provenance": [[p["id"]]]}
