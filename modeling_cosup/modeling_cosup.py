@@ -335,8 +335,8 @@ class CoSupForCausalLM(RetrievalGenerationMixin, SharingMixin, PartsMixin, PreTr
         Args:
             input_ids (`torch.LongTensor` of shape `(M, L)`): BOS + passage + EOS; M may be 0.
             attention_mask (`torch.LongTensor` of shape `(M, L)`, *optional*): defaults to no padding.
-            packing ([`~tokenization_cosup.Packing`], *optional*): the passages are packed in one row `(1, L)`. Needs a causal Emb_seq, and an
-                attention implementation that keeps them apart.
+            packing ([`~tokenization_cosup.Packing`], *optional*): the passages are packed in one row `(1, L)`. Needs a
+                causal Emb_seq, and an attention implementation that keeps them apart.
 
         Returns:
             `torch.FloatTensor` of shape `(M, h)`, of unit length when the similarity is the cosine.

@@ -1,4 +1,4 @@
-"""What CoSupTrainer does to a dataset before it trains: check its instances, tokenize them, drop those that are too long."""
+"""What CoSupTrainer does to a dataset before it trains: check instances, tokenize them, drop those too long."""
 
 import datasets
 import torch
@@ -20,7 +20,8 @@ def tokenize_dataset(dataset, tokenizers, config, args, name: str):
     Instances to token ids; instances longer than `max_length` are dropped, with their number in a warning.
 
     Args:
-        dataset (`Dataset`, `IterableDataset`, `torch.utils.data.Dataset` or `list[dict]`, *optional*): instances, or already tokenized ones, which stay.
+        dataset (`Dataset`, `IterableDataset`, `torch.utils.data.Dataset` or `list[dict]`, *optional*): instances, or
+            already tokenized ones, which stay.
         tokenizers (`tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]`): of Gen and Emb_seq.
         config (`CoSupConfig`): of the model.
         args ([`CoSupTrainingArguments`]): `max_length`, `train_on_passages` and `dataset_num_proc`.
@@ -30,7 +31,8 @@ def tokenize_dataset(dataset, tokenizers, config, args, name: str):
         `datasets.Dataset`, or `datasets.IterableDataset` of what is streamed; `None` without a dataset.
 
     Raises:
-        `ValueError`: an empty dataset, an invalid instance, naming its row, or a dataset of which every instance is too long.
+        `ValueError`: an empty dataset, an invalid instance, naming its row, or a dataset of which every instance is
+            too long.
     """
     if dataset is None:
         return None
@@ -67,7 +69,9 @@ def no_duplicates_sampler(dataset, args, batch_size: int) -> NoDuplicatesSampler
         `ValueError`: for a streamed dataset.
     """
     if not isinstance(dataset, datasets.Dataset):
-        raise ValueError("batch_sampler='no_duplicates' chooses from the whole dataset; a streamed one cannot be chosen from.")
+        raise ValueError(
+            "batch_sampler='no_duplicates' chooses from the whole dataset; a streamed one cannot be chosen from."
+        )
     names = ("passage_ids", "negative_ids", "passage_input_ids", "negative_input_ids")
     columns = [name for name in names if name in dataset.column_names]
     passages = []
@@ -98,16 +102,20 @@ def _drop_long_instances(tokenized, max_length, name):
     """The instances of at most `max_length` tokens."""
     short = [row for row, ids in enumerate(tokenized["input_ids"]) if len(ids) <= max_length]
     if not short:
-        raise ValueError(f"All {len(tokenized)} instances of the {name} are longer than max_length={max_length} tokens.")
+        raise ValueError(
+            f"All {len(tokenized)} instances of the {name} are longer than max_length={max_length} tokens."
+        )
     if len(short) == len(tokenized):
         return tokenized
     dropped = len(tokenized) - len(short)
-    logger.warning(f"Dropped {dropped} of {len(tokenized)} instances of the {name}: longer than max_length={max_length}.")
+    logger.warning(
+        f"Dropped {dropped} of {len(tokenized)} instances of the {name}: longer than max_length={max_length}."
+    )
     return tokenized.select(short)
 
 
 class _ShorterThan:
-    """Filter of a streamed dataset that says how many instances it has dropped, at the first and at every power of two."""
+    """Filter of a stream that says how many instances it has dropped, at the first and at every power of two."""
 
     def __init__(self, max_length, name):
         self.max_length, self.name, self.dropped = max_length, name, 0
@@ -117,7 +125,6 @@ class _ShorterThan:
             return True
         self.dropped += 1
         if self.dropped & (self.dropped - 1) == 0:
-            logger.warning(
-                f"Dropped {self.dropped} instance(s) of the {self.name} so far: longer than max_length={self.max_length}."
-            )
+            limit = f"longer than max_length={self.max_length}"
+            logger.warning(f"Dropped {self.dropped} instance(s) of the {self.name} so far: {limit}.")
         return False

@@ -1,9 +1,11 @@
-"""Which passages of a batch over all ranks are the same, which are right for a query, and an order of the instances that avoids duplicates."""
+"""Which passages of a batch over all ranks are the same or right for a query, and an order without duplicates."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from .batching import BatchFacts
 
 
 @dataclass
@@ -12,18 +14,24 @@ class GlobalBatch:
     What one rank must know of the batch that all ranks make up.
 
     Args:
-        passage_counts (`list[int]`): passages of each rank, in rank order.
+        facts (`list[BatchFacts]`): of each rank, in rank order.
         first_row (`int`): where this rank's begin.
         passage_groups (`numpy.ndarray` of shape `(M,)`): equal for identical passages.
         repeated (`numpy.ndarray` of shape `(M,)`): whether an identical passage stands on an earlier row.
-        no_negatives (`numpy.ndarray` of shape `(2, P)`): pairs of one of this rank's queries and the row of another passage that is right for it.
+        no_negatives (`numpy.ndarray` of shape `(2, P)`): pairs of one of this rank's queries and the row of another
+            passage that is right for it.
     """
 
-    passage_counts: list
+    facts: list[BatchFacts]
     first_row: int
     passage_groups: np.ndarray
     repeated: np.ndarray
     no_negatives: np.ndarray
+
+    @property
+    def passage_counts(self) -> list[int]:
+        """Passages of each rank."""
+        return [len(rank_facts.passage_keys) for rank_facts in self.facts]
 
 
 def global_batch(facts, rank, mask_duplicates=True):
@@ -33,14 +41,14 @@ def global_batch(facts, rank, mask_duplicates=True):
     Args:
         facts (`list[BatchFacts]`): of each rank.
         rank (`int`): whose view it is.
-        mask_duplicates (`bool`): passages that share a key are the same, and what is right for a query is right for an equal one.
+        mask_duplicates (`bool`): passages that share a key are the same, and what is right for a query is right for
+            an equal one.
 
     Returns:
         [`GlobalBatch`].
     """
-    counts = [len(each.passage_keys) for each in facts]
-    starts = np.cumsum([0, *counts]).tolist()
-    keys = [row for each in facts for row in each.passage_keys]
+    starts = np.cumsum([0] + [len(rank_facts.passage_keys) for rank_facts in facts]).tolist()
+    keys = [row_keys for rank_facts in facts for row_keys in rank_facts.passage_keys]
     groups = _groups(keys) if mask_duplicates else np.arange(len(keys))
     repeated = np.ones(len(keys), dtype=bool)
     repeated[np.unique(groups, return_index=True)[1]] = False
@@ -50,8 +58,8 @@ def global_batch(facts, rank, mask_duplicates=True):
         for key in row_keys:
             rows_of_key.setdefault(key, []).append(row)
     if mask_duplicates:
-        for each, start in zip(facts, starts[:-1], strict=True):
-            for key, label in zip(each.query_keys, each.passage_labels, strict=True):
+        for rank_facts, start in zip(facts, starts[:-1], strict=True):
+            for key, label in zip(rank_facts.query_keys, rank_facts.passage_labels, strict=True):
                 right.setdefault(key, set()).add(int(groups[start + label]))
     pairs, mine = [], facts[rank]
     for query, label in enumerate(mine.passage_labels):
@@ -59,7 +67,7 @@ def global_batch(facts, rank, mask_duplicates=True):
         others |= {int(groups[row]) for key in mine.positive_keys[query] for row in rows_of_key.get(key, ())}
         others.discard(int(groups[starts[rank] + label]))
         pairs += [(query, row) for group in sorted(others) for row in rows_of_group[group]]
-    return GlobalBatch(counts, starts[rank], groups, repeated, np.array(pairs, dtype=np.int64).reshape(-1, 2).T)
+    return GlobalBatch(facts, starts[rank], groups, repeated, np.array(pairs, dtype=np.int64).reshape(-1, 2).T)
 
 
 def _groups(keys):
@@ -86,7 +94,8 @@ class NoDuplicatesSampler(torch.utils.data.Sampler):
     """
     A random order of the instances in which no batch names a passage twice.
 
-    An instance that names a passage of the batch waits for the next one. When only such instances are left, they come as they are.
+    An instance that names a passage of the batch waits for the next one. When only such instances are left, they come
+    as they are.
 
     Args:
         passages (`list[list]`): for each instance, what tells its passages apart.

@@ -1,12 +1,12 @@
 """
-GradCache (Gao et al., arXiv 2101.06983) for two supervisions: an NSP batch of any size in the memory of one micro-batch,
-with the same gradients.
+GradCache (Gao et al., arXiv 2101.06983) for two supervisions: an NSP batch of any size in the memory of one
+micro-batch, with the same gradients.
 
 First pass: every micro-batch without a graph, for its embeddings alone. Then the embedding losses (NSP) over all of
-them, and the gradient of each embedding. Second pass: every micro-batch again, with a graph; its own token losses (NTP)
-plus the inner product of its embeddings with their gradients has the gradient of the whole loss. Gen is causal, so the
-first pass reads its rows only up to their last `[NSP]`; where dropout is active both passes read all of them, and the
-second sees the random numbers of the first.
+them, and the gradient of each embedding. Second pass: every micro-batch again, with a graph; its own token losses
+(NTP) plus the inner product of its embeddings with their gradients has the gradient of the whole loss. Gen is causal,
+so the first pass reads its rows only up to their last `[NSP]`; where dropout is active both passes read all of them,
+and the second sees the random numbers of the first.
 """
 
 import torch
@@ -33,8 +33,14 @@ def has_dropout(model):
     """Whether a forward in training mode draws random numbers."""
     if any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules()):
         return True
-    configs = [module.config.to_dict() for module in model.modules() if hasattr(module, "config") and hasattr(module.config, "to_dict")]
-    values = [value for config in configs for name, value in config.items() if "drop" in name or "jitter" in name]  # attention_dropout is no module
+    configs = [
+        module.config.to_dict()
+        for module in model.modules()
+        if hasattr(module, "config") and hasattr(module.config, "to_dict")
+    ]
+    values = [
+        value for config in configs for name, value in config.items() if "drop" in name or "jitter" in name
+    ]  # attention_dropout is no module
     return any(isinstance(value, float) and value > 0 for value in values)
 
 
@@ -44,11 +50,12 @@ def first_pass(model, micro_batches):
 
     Args:
         model (`Callable`): the (wrapped) model.
-        micro_batches (`list[dict]`): as [`CoSupDataCollator`] cuts them; where one has `first_pass`, Gen reads that in place of its rows, or nothing.
+        micro_batches (`list[dict]`): as [`CoSupDataCollator`] cuts them; where one has `first_pass`, Gen reads that in
+            place of its rows, or nothing.
 
     Returns:
-        `(list, list, list)`: query embeddings `(N_i, h)` and passage embeddings `(M_i, h)` of each micro-batch, `None` where it has no such part, and the
-        [`RandomState`] before each micro-batch and, last, after them all.
+        `(list, list, list)`: query embeddings `(N_i, h)` and passage embeddings `(M_i, h)` of each micro-batch, `None`
+        where it has no such part, and the [`RandomState`] before each micro-batch and, last, after them all.
     """
     query_embeds, passage_embeds, states = [], [], []
     device = next(tensor.device for tensor in micro_batches[0].values() if isinstance(tensor, torch.Tensor))
@@ -72,19 +79,24 @@ def second_pass(forward, micro_batches, query_gradients, passage_gradients, stat
     Args:
         forward (`Callable`): takes a micro-batch, returns a `CoSupOutput`.
         micro_batches (`list[dict]`): as in the first pass.
-        query_gradients, passage_gradients (`list[torch.Tensor]`): of the embedding losses with respect to what [`first_pass`] returned; `None` where it did.
+        query_gradients, passage_gradients (`list[torch.Tensor]`): of the embedding losses with respect to what
+            [`first_pass`] returned; `None` where it did.
         states (`list[RandomState]`, *optional*): likewise; without a first pass none.
         device (`torch.device`): of the inner products.
 
     Yields:
-        `(CoSupOutput, torch.FloatTensor)`: the output of a micro-batch, and the inner product of its embeddings with their gradients, a scalar that has
-        the gradient of the embedding losses. Both must be differentiated before the next pair is asked for.
+        `(CoSupOutput, torch.FloatTensor)`: the output of a micro-batch, and the inner product of its embeddings with
+        their gradients, a scalar that has the gradient of the embedding losses. Both must be differentiated before the
+        next pair is asked for.
     """
     for i, micro_batch in enumerate(micro_batches):
         if states is not None:
             states[i].restore()
         outputs, inner_product = forward(micro_batch), torch.zeros((), device=device)
-        for embeds, gradient in ((outputs.query_embeds, query_gradients[i]), (outputs.passage_embeds, passage_gradients[i])):
+        for embeds, gradient in (
+            (outputs.query_embeds, query_gradients[i]),
+            (outputs.passage_embeds, passage_gradients[i]),
+        ):
             if embeds is not None and gradient is not None:
                 inner_product = inner_product + (embeds * gradient).sum()
         yield outputs, inner_product

@@ -1,4 +1,4 @@
-"""Evaluation while training: token losses of every instance once, and every query of the set against all of its distinct passages."""
+"""Evaluation while training: token losses of each instance, and each query against all distinct passages."""
 
 import functools
 import time
@@ -26,11 +26,13 @@ class HeldOutMixin:
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """`Trainer.evaluate`; `eval_dataset` may hold instances or tokenized ones, as in the constructor."""
         if eval_dataset is not None and not isinstance(eval_dataset, str | dict):
-            eval_dataset = tokenize_dataset(eval_dataset, self.tokenizers, self.cosup_config, self.args, "evaluation set")
+            eval_dataset = tokenize_dataset(
+                eval_dataset, self.tokenizers, self.cosup_config, self.args, "evaluation set"
+            )
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def get_eval_dataloader(self, eval_dataset=None):
-        """`Trainer`'s; on several ranks each instance is on one of them, once, and a rank that has none left gets an empty batch."""
+        """`Trainer`'s; of several ranks one has an instance, and a rank that has none left gets an empty batch."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
         own_collator = isinstance(self.data_collator, CoSupDataCollator)
@@ -57,7 +59,9 @@ class HeldOutMixin:
         with explained_memory_errors(self.args), torch.no_grad(), self.compute_loss_context_manager():
             outputs = [self._forward(model, micro_batch, 1) for micro_batch in inputs["micro_batches"]]
             losses = self.compute_losses(inputs, outputs)
-        embeds = [concatenated([getattr(output, name) for output in outputs]) for name in ("query_embeds", "passage_embeds")]
+        embeds = [
+            concatenated([getattr(output, name) for output in outputs]) for name in ("query_embeds", "passage_embeds")
+        ]
         arrays = [(nothing if part is None else part).float().cpu().numpy() for part in embeds]
         self._eval_batches.append((facts, {name: float(loss) for name, loss in losses.items()}, *arrays))
         return None, None, None
@@ -100,16 +104,17 @@ def retrieval_metrics(
     Embedding losses and recall of queries over all distinct passages of a set.
 
     Args:
-        query_embeds (`numpy.ndarray` of shape `(N, h)`), passage_embeds (`numpy.ndarray` of shape `(M, h)`): of all batches.
+        query_embeds (`numpy.ndarray` of shape `(N, h)`), passage_embeds (`numpy.ndarray` of shape `(M, h)`): of all
+            batches.
         facts (`Sequence[BatchFacts]`): of the same batches, in the same order.
         embedding_losses (`Callable`): see [`~trainer.losses.embedding_losses`].
         ks (`Sequence[int]`): of `query_recall@k`.
         chunk_size (`int`): queries that are scored at once.
 
     Returns:
-        `(dict, numpy.ndarray, numpy.ndarray)`: the mean of each loss, `num_passages`, `num_queries` and, with queries, `query_recall@k`; the rows of
-        distinct passages; for each query which of these is its own. Another passage that is right for a query is neither a negative nor a miss, a tie
-        is a miss.
+        `(dict, numpy.ndarray, numpy.ndarray)`: the mean of each loss, `num_passages`, `num_queries` and, with queries,
+        `query_recall@k`; the rows of distinct passages; for each query which of these is its own. Another passage that
+        is right for a query is neither a negative nor a miss, a tie is a miss.
     """
     starts = np.cumsum([0] + [len(batch_facts.passage_keys) for batch_facts in facts])
     merged = BatchFacts()

@@ -3,12 +3,13 @@ The losses that are trained, by name, and what the log shows of them.
 
 There are two kinds, because GradCache computes them at different times (see `grad_cache`):
 
-- token losses, of Gen's output for one micro-batch: a sum over its trained tokens, divided by their number over all ranks. The loss of a batch is the
-  sum over its micro-batches. `ntp_loss` (Eq. 2) is one.
-- embedding losses, of the embeddings of the whole batch, over all ranks: one value for each query. `nsp_loss` (Eq. 4) is one.
+- token losses, of Gen's output for one micro-batch: a sum over its trained tokens, divided by their number over all
+  ranks. The loss of a batch is the sum over its micro-batches. `ntp_loss` (Eq. 2) is one.
+- embedding losses, of the embeddings of the whole batch, over all ranks: one value for each query. `nsp_loss` (Eq. 4)
+  is one.
 
-To add a loss, add it to `token_losses` or to `embedding_losses`, and its weight to `loss_weights`. Its name ends in `_loss`: logs, evaluation, model
-cards and plots find it by that.
+To add a loss, add it to `token_losses` or to `embedding_losses`, and its weight to `loss_weights`. Its name ends in
+`_loss`: logs, evaluation, model cards and plots find it by that.
 """
 
 import time
@@ -33,7 +34,8 @@ class EmbeddingBatch:
     Args:
         query_embeds (`torch.FloatTensor` of shape `(N, h)`): of this rank.
         passage_embeds (`torch.FloatTensor` of shape `(M, h)`): of all ranks.
-        passage_labels (`torch.LongTensor` of shape `(N,)`): the row of `passage_embeds` that is the positive of each query.
+        passage_labels (`torch.LongTensor` of shape `(N,)`): the row of `passage_embeds` that is the positive of each
+            query.
         same_passage (`torch.BoolTensor` of shape `(N, M)`, *optional*): which passages are no negatives of a query.
     """
 
@@ -71,8 +73,9 @@ def embedding_losses(
     The losses over the embeddings of a batch.
 
     Returns:
-        `(dict[str, torch.FloatTensor], torch.FloatTensor)`: of each loss `(N,)`, one value for each query, not reduced: the caller knows the global
-        count; and the scores `(N, M)` of every query with every passage, `-inf` for what is no negative.
+        `(dict[str, torch.FloatTensor], torch.FloatTensor)`: of each loss `(N,)`, one value for each query, not
+        reduced: the caller knows the global count; and the scores `(N, M)` of every query with every passage, `-inf`
+        for what is no negative.
     """
     nsp_loss, scores = info_nce(
         batch.query_embeds,
@@ -104,7 +107,8 @@ def embedding_batch(
     This rank's queries, and the passages of all ranks.
 
     Args:
-        query_embeds (`torch.FloatTensor` of shape `(N, h)`), passage_embeds (`torch.FloatTensor` of shape `(M_r, h)`): of this rank.
+        query_embeds (`torch.FloatTensor` of shape `(N, h)`), passage_embeds (`torch.FloatTensor` of shape `(M_r, h)`):
+            of this rank.
         passage_labels (`torch.LongTensor` of shape `(N,)`): rows of this rank's `passage_embeds`.
         batch ([`GlobalBatch`]): which passages are the same.
         gather (`str`): see [`~trainer.distributed.gather_rows`].
@@ -118,14 +122,17 @@ def embedding_batch(
         if device.type != "cpu":
             arrays = [array.pin_memory() for array in arrays]
         groups, repeated, pairs = (array.to(device, non_blocking=True) for array in arrays)
-        same_passage = (groups[labels][:, None] == groups) | repeated  # (N, M): of identical passages one is a negative
+        same_passage = (
+            groups[labels][:, None] == groups
+        ) | repeated  # (N, M): of identical passages one is a negative
         same_passage[pairs[0], pairs[1]] = True
     return EmbeddingBatch(query_embeds, passage_embeds, labels, same_passage)
 
 
 def finite_queries(losses: torch.Tensor, batch: EmbeddingBatch) -> torch.Tensor:
     """
-    Which queries are not at fault for a loss that is NaN or infinite: one NaN embedding is in every loss, so name the queries that it comes from.
+    Which queries are not at fault for a loss that is NaN or infinite: one NaN embedding is in every loss, so name the
+    queries that it comes from.
 
     Args:
         losses (`torch.FloatTensor` of shape `(N,)`): of each query.
@@ -144,7 +151,8 @@ def finite_queries(losses: torch.Tensor, batch: EmbeddingBatch) -> torch.Tensor:
 
 class RunningFigures:
     """
-    What the next log shows: sums over the steps since the last one. They stay on the device until [`~RunningFigures.averages`] is asked for.
+    What the next log shows: sums over the steps since the last one. They stay on the device until
+    [`~RunningFigures.averages`] is asked for.
 
     Args:
         loss_names: of the losses that are trained.
@@ -177,7 +185,10 @@ class RunningFigures:
             self._losses[name] += loss.detach().float()
 
     def add_scores(self, scores: torch.Tensor, labels: torch.Tensor) -> None:
-        """The scores `(N, M)` of queries with passages, `-inf` for what is no negative, and the row `(N,)` of each query's positive."""
+        """
+        The scores `(N, M)` of queries with passages, `-inf` for what is no negative, and the row `(N,)` of each
+        query's positive.
+        """
         self._queries += len(labels)
         if not scores.numel():
             return

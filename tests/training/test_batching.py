@@ -11,7 +11,8 @@ from torch.utils.data import BatchSampler
 
 from support.models import PASSAGES, make_model
 from trainer import CoSupDataCollator
-from trainer.batching import BatchFacts, cut_by_number, cut_by_padding, cut_by_tokens
+from trainer.batching import BatchFacts
+from trainer.cutting import cut_by_number, cut_by_padding, cut_by_tokens
 from trainer.data import check_instance, tokenize_instance
 from trainer.duplicates import NoDuplicatesSampler, global_batch
 

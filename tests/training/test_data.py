@@ -3,11 +3,14 @@
 import gzip
 import json
 
+import datasets
 import pytest
+import torch
 
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_prompt, render_passage
 from support.models import PASSAGES, make_model
-from trainer import load_corpus, load_evaluation_set, load_instances
+from support.training import NAMES, arguments, world
+from trainer import CoSupTrainer, data, load_corpus, load_evaluation_set, load_instances
 from trainer.data import check_instance, tokenize_instance
 
 INSTANCE = {"id": "1", "dataset": "d", "instruction": "Answer.", "input": "who painted it?", "segments": []}
@@ -204,3 +207,41 @@ def test_evaluation_sets_carry_what_metrics_need_and_may_lack_answers(tmp_path):
         load_evaluation_set(file)
     with pytest.raises(ValueError, match="line 1: meta is 'c', expected an object"):
         load_evaluation_set(write(tmp_path / "eval.jsonl", {**line, "meta": "c"}), answers_required=False)
+
+
+def test_an_instance_is_checked_once(tmp_path, monkeypatch):
+    """Loaded instances are not checked again by the trainer, and what was changed since is."""
+    checks = []
+    check_question = data._check_question
+    monkeypatch.setattr(data, "_check_question", lambda value, where: checks.append(where) or check_question(value, where))
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(instance) + "\n" for instance in world(NAMES[:6])))
+    instances = load_instances(path)[:5]
+    assert len(checks) == 6
+    CoSupTrainer(make_model(), arguments(tmp_path), train_dataset=instances, eval_dataset=instances)
+    assert len(checks) == 6
+
+    changed = [dict(instances[0]), {**instances[1], "segments": []}]
+    with pytest.raises(ValueError, match="training set, row 1: segments"):
+        CoSupTrainer(make_model(), arguments(tmp_path), train_dataset=changed)
+    assert len(checks) == 7  # the first of them, and the second fails before
+
+
+@pytest.mark.parametrize("kind", ["list", "dataset", "stream", "torch"])
+def test_every_kind_of_dataset_is_checked(tmp_path, kind):
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, i):
+            return rows[i]
+
+    rows = world(NAMES[1:3])
+    rows[1]["segments"][0]["text"] = ""
+    made = {"list": lambda: rows, "torch": Rows, "dataset": lambda: datasets.Dataset.from_list(rows)}
+    made["stream"] = lambda: datasets.Dataset.from_list(rows).to_iterable_dataset()
+    with pytest.raises(ValueError, match=r"training set, row 1: segments\[0\].text is ''"):
+        list(CoSupTrainer(make_model(), arguments(tmp_path, max_steps=1), train_dataset=made[kind]()).train_dataset)
+    trainer = CoSupTrainer(make_model(), arguments(tmp_path), train_dataset=world(NAMES[:2]))
+    with pytest.raises(ValueError, match=r"evaluation set, row 1: segments\[0\].text is ''"):
+        trainer.evaluate(made[kind]())

@@ -1,0 +1,105 @@
+"""The losses by name: a further one, of either kind, is trained, logged, evaluated and shown without a list of names."""
+
+import copy
+
+import pytest
+import torch
+
+from support.models import make_model
+from support.training import NAMES, arguments, world
+from trainer import CoSupTrainer, held_out, training_step
+from trainer.losses import RunningFigures, embedding_losses, loss_weights, token_losses, total_loss
+
+WEIGHTS = {"double_loss": 0.5, "square_loss": 0.25}
+
+
+@pytest.fixture
+def further_losses(monkeypatch):
+    """Of a micro-batch twice its NTP loss, and of the embeddings the square of each query's NSP loss."""
+
+    def more_weights(config, args):
+        return loss_weights(config, args) | WEIGHTS
+
+    def more_of_tokens(output, config, args):
+        losses = token_losses(output, config, args)
+        if "ntp_loss" in losses:
+            losses["double_loss"] = 2 * losses["ntp_loss"]
+        return losses
+
+    def more_of_embeddings(batch, config, args):
+        losses, scores = embedding_losses(batch, config, args)
+        return losses | {"square_loss": losses["nsp_loss"] ** 2}, scores
+
+    monkeypatch.setattr(training_step, "loss_weights", more_weights)
+    monkeypatch.setattr(training_step, "token_losses", more_of_tokens)
+    for module in (training_step, held_out):
+        monkeypatch.setattr(module, "embedding_losses", more_of_embeddings)
+
+
+def train(model, folder, **options):
+    options = {"max_steps": 1, "optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant"} | options
+    options |= {"train_sampling_strategy": "sequential", "learning_rate": 0.1}
+    trainer = CoSupTrainer(copy.deepcopy(model), arguments(folder, **options), train_dataset=world(NAMES[:8]))
+    trainer.train()
+    (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return trainer, entry
+
+
+def test_further_losses_are_trained_logged_evaluated_and_shown(tmp_path, further_losses):
+    model = make_model()
+    trainer, entry = train(model, tmp_path / "a")
+    weights = trainer.loss_weights
+    assert entry["double_loss"] == pytest.approx(2 * entry["ntp_loss"], rel=1e-6)
+    assert entry["square_loss"] > entry["nsp_loss"] ** 2  # the mean of squares, and queries differ
+    assert entry["loss"] == pytest.approx(sum(weight * entry[name] for name, weight in weights.items()), rel=1e-4)
+
+    metrics = trainer.evaluate(world(NAMES[8:18]))
+    assert metrics["eval_double_loss"] == pytest.approx(2 * metrics["eval_ntp_loss"], rel=1e-6)
+    total = sum(weight * metrics[f"eval_{name}"] for name, weight in weights.items())
+    assert metrics["eval_loss"] == pytest.approx(total, rel=1e-6)
+
+    trainer.save_model()
+    trainer.create_model_card()
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "| step | loss | ntp_loss | nsp_loss | double_loss | square_loss | nsp_accuracy |" in card
+
+
+def test_grad_cache_takes_further_losses_of_both_kinds(tmp_path, further_losses):
+    model = make_model()
+    whole, entry = train(model, tmp_path / "a")
+    cached, cached_entry = train(model, tmp_path / "b", nsp_batch_size=8, per_device_train_batch_size=3)
+    for name in ("loss", "ntp_loss", "nsp_loss", "double_loss", "square_loss"):
+        assert cached_entry[name] == pytest.approx(entry[name], rel=1e-5)
+    before = dict(model.named_parameters())
+    other = dict(cached.model.named_parameters())
+    for name, parameter in whole.model.named_parameters():
+        moved = (parameter - before[name]).norm()
+        assert (other[name] - parameter).norm() <= 1e-5 * moved + 1e-6, name
+
+
+def test_further_losses_change_the_gradient(tmp_path, monkeypatch, request):
+    model = make_model()
+    plain, _ = train(model, tmp_path / "a")
+    request.getfixturevalue("further_losses")
+    more, _ = train(model, tmp_path / "b")
+    for part in ("gen", "emb_seq"):
+        pairs = zip(getattr(plain.model, part).parameters(), getattr(more.model, part).parameters(), strict=True)
+        assert any((first - second).norm() > 1e-3 for first, second in pairs)
+
+
+def test_a_loss_without_a_weight_is_named():
+    with pytest.raises(KeyError, match="z_loss"):
+        total_loss({"z_loss": torch.ones(())}, {"ntp_loss": 1.0})
+
+
+def test_running_figures_are_means_over_steps_and_queries():
+    running = RunningFigures(["ntp_loss"])
+    for loss in (1.0, 3.0):
+        running.add_step()
+        running.add_losses({"ntp_loss": torch.tensor(loss)})
+    scores = torch.tensor([[2.0, 1.0, float("-inf")], [1.0, 1.0, 0.0]])
+    running.add_scores(scores, torch.tensor([0, 1]))  # right with one negative; a tie, with two
+    figures = running.averages(torch.device("cpu"), lambda sums: sums)
+    assert figures["ntp_loss"] == 2.0
+    assert figures["nsp_accuracy"] == 0.5
+    assert figures["num_negatives"] == 1.5
