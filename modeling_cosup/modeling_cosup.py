@@ -1,7 +1,6 @@
 """Gen and Emb_seq in one model: two losses in one forward, two spaces in one generation loop."""
 
 import copy
-import inspect
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from .hub_cosup import (is_repo_id)
 from .loss_cosup import (chunked_cross_entropy, info_nce)
 from .parts_cosup import (PartsMixin)
 from .retrieval_cosup import (PassageIndex)
-from .retriever_cosup import (Retriever)
+from .retriever_cosup import (Retriever, open_by_uri)
 from .settings_cosup import (RetrievalConfig)
 from .sharing_cosup import (SharingMixin)
 from .states_cosup import (decided_states, recording)
@@ -488,7 +487,7 @@ class CoSupForCausalLM(RetrievalGenerationMixin, SharingMixin, PartsMixin, PreTr
         if uri is None:
             index = PassageIndex.from_pretrained(name_or_path, **kwargs)
         else:
-            index = _open_in_milvus(uri, str(name_or_path), kwargs)
+            index = open_by_uri(uri, str(name_or_path), kwargs)
         index.check_model(self)
         return index
 
@@ -511,18 +510,6 @@ class CoSupForCausalLM(RetrievalGenerationMixin, SharingMixin, PartsMixin, PreTr
         embeddings = self.gen.resize_token_embeddings(*args, **kwargs)
         self.config.get_text_config().vocab_size = embeddings.weight.shape[0]
         return embeddings
-
-
-def _open_in_milvus(uri: str, collection: str, options: dict[str, Any]) -> Retriever:
-    """By the installed package: nobody has to read the code of a database client before trusting a checkpoint."""
-    try:
-        from modeling_cosup.milvus_cosup import MilvusPassageIndex
-    except ImportError as error:
-        raise ImportError('An index in Milvus needs the package cosup, which does not come with a checkpoint: pip install "cosup[milvus]".') from error
-    names = list(inspect.signature(MilvusPassageIndex).parameters)[2:]
-    if unknown := sorted(set(options) - set(names)):
-        raise ValueError(f"An index in Milvus has no option {unknown[0]!r}, only {', '.join(names)}.")
-    return MilvusPassageIndex(uri, collection, **options)
 
 
 def _load_tokenizer(tokenizer):
