@@ -15,7 +15,7 @@ class GlobalBatch:
 
     Args:
         facts (`list[BatchFacts]`): of each rank, in rank order.
-        first_row (`int`): where this rank's begin.
+        rank (`int`): this one.
         passage_groups (`numpy.ndarray` of shape `(M,)`): equal for identical passages.
         repeated (`numpy.ndarray` of shape `(M,)`): whether an identical passage stands on an earlier row.
         no_negatives (`numpy.ndarray` of shape `(2, P)`): pairs of one of this rank's queries and the row of another
@@ -23,7 +23,7 @@ class GlobalBatch:
     """
 
     facts: list[BatchFacts]
-    first_row: int
+    rank: int
     passage_groups: np.ndarray
     repeated: np.ndarray
     no_negatives: np.ndarray
@@ -32,6 +32,11 @@ class GlobalBatch:
     def passage_counts(self) -> list[int]:
         """Passages of each rank."""
         return [len(rank_facts.passage_keys) for rank_facts in self.facts]
+
+    @property
+    def first_row(self) -> int:
+        """Where the passages of this rank begin."""
+        return sum(self.passage_counts[: self.rank])
 
 
 def global_batch(facts, rank, mask_duplicates=True):
@@ -67,7 +72,7 @@ def global_batch(facts, rank, mask_duplicates=True):
         others |= {int(groups[row]) for key in mine.positive_keys[query] for row in rows_of_key.get(key, ())}
         others.discard(int(groups[starts[rank] + label]))
         pairs += [(query, row) for group in sorted(others) for row in rows_of_group[group]]
-    return GlobalBatch(facts, starts[rank], groups, repeated, np.array(pairs, dtype=np.int64).reshape(-1, 2).T)
+    return GlobalBatch(facts, rank, groups, repeated, np.array(pairs, dtype=np.int64).reshape(-1, 2).T)
 
 
 def _groups(keys):

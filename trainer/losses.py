@@ -8,8 +8,9 @@ There are two kinds, because GradCache computes them at different times (see `gr
 - embedding losses, of the embeddings of the whole batch, over all ranks: one value for each query. `nsp_loss` (Eq. 4)
   is one.
 
-To add a loss, add it to `token_losses` or to `embedding_losses`, and its weight to `loss_weights`. Its name ends in
-`_loss`: logs, evaluation, model cards and plots find it by that.
+To add a loss, add it to `token_losses` or to `embedding_losses`, its weight to `loss_weights`, and what it needs of the
+model to `forward_options`. Its name ends in `_loss`: logs, evaluation, model cards and plots find it by that. Its label
+goes into `judging/figures.py`.
 """
 
 import time
@@ -52,6 +53,15 @@ def loss_weights(config: CoSupConfig, args: CoSupTrainingArguments) -> dict[str,
     """The weight of each loss in the one that is minimised, L = L_NTP + λ·L_NSP (Eq. 5)."""
     assert config.nsp_loss_weight is not None  # the config fills in what its similarity calls for
     return {"ntp_loss": 1.0, "nsp_loss": config.nsp_loss_weight}
+
+
+def forward_options(micro_batch: dict[str, torch.Tensor], args: CoSupTrainingArguments) -> dict:
+    """What the losses ask of the forward of a micro-batch; nothing else is computed. Logits are its largest tensor."""
+    return {
+        "output_query_embeds": args.supervision in ("co", "nsp"),
+        "compute_nsp_loss": False,
+        "return_logits": False,
+    }
 
 
 def token_losses(output: CoSupOutput, config: CoSupConfig, args: CoSupTrainingArguments) -> dict[str, torch.Tensor]:

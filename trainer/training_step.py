@@ -21,7 +21,15 @@ from .batching import forward_arguments
 from .distributed import gather_objects
 from .duplicates import global_batch
 from .grad_cache import concatenated, first_pass, like_pieces, second_pass
-from .losses import embedding_batch, embedding_losses, finite_queries, loss_weights, token_losses, total_loss
+from .losses import (
+    embedding_batch,
+    embedding_losses,
+    finite_queries,
+    forward_options,
+    loss_weights,
+    token_losses,
+    total_loss,
+)
 
 
 class TrainingStepMixin:
@@ -173,14 +181,8 @@ class TrainingStepMixin:
 
     def _forward(self, model, micro_batch, num_items_in_batch):
         """The `CoSupOutput` of a micro-batch: NTP loss and embeddings; embedding losses need the whole batch."""
-        return model(
-            **forward_arguments(micro_batch),
-            num_items_in_batch=num_items_in_batch,
-            output_query_embeds=self.args.supervision in ("co", "nsp"),
-            use_cache=False,
-            compute_nsp_loss=False,
-            return_logits=False,
-        )
+        arguments = forward_arguments(micro_batch) | forward_options(micro_batch, self.args)
+        return model(**arguments, num_items_in_batch=num_items_in_batch, use_cache=False)
 
     @property
     def loss_weights(self):
