@@ -95,7 +95,7 @@ def draw_curves(
             axes.axhline(100 * level["value"], linestyle="--", linewidth=1.2, color=color, label=_safe(label))
         ticks = sorted({number for curve in curves.values() for number in curve})
         axes.set_xscale("log")
-        axes.set_xticks(ticks, [f"{tick:,g}" for tick in ticks], rotation=30)
+        axes.set_xticks(ticks, [f"{tick:,g}" for tick in ticks], rotation=0 if len(panels) == 1 else 30)
         axes.minorticks_off()
         axes.set_ylim(0, 103)
         axes.set_title(_safe(f"{title}, %"), fontsize=10)
