@@ -28,6 +28,7 @@ from trainer.judging.intervals import Rate
 from trainer.judging.matching import gold_ids
 
 from shared.data_files import writing
+from shared.indexes import INDEX_HELP, INDEX_URI_HELP, check_index_options
 from shared.retrievers import CoSupRetriever, SentenceRetriever, is_cosup
 
 KS = (1, 5, 20, 100)
@@ -42,7 +43,8 @@ def main():
     parser.add_argument("--split", default="test", help="of a dataset name")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--corpus_file", help="passages {id, title, text}: JSON Lines (.gz) or Parquet")
-    source.add_argument("--index", help="the index of a CoSup checkpoint, in place of a corpus")
+    source.add_argument("--index", help=f"of a CoSup checkpoint, in place of a corpus: {INDEX_HELP}, which must be of the index type FLAT")
+    parser.add_argument("--index_uri", help=INDEX_URI_HELP)
     parser.add_argument("--output_file", required=True, help="the evaluation instances with their candidates, JSON Lines (.gz by the name)")
     parser.add_argument("--num_candidates", type=int, default=100, help="of a question; the paper's are 20 and 100")
     parser.add_argument("--gold_first", action="store_true", help="all gold before the others")
@@ -68,6 +70,7 @@ def build(args):
     """
     if min(args.num_candidates, args.batch_size) < 1:
         raise ValueError(f"--num_candidates is {args.num_candidates} and --batch_size {args.batch_size}, expected at least 1.")
+    check_index_options(args.index, args.index_uri)
     instances = load_evaluation_set(args.eval_file, args.split, answers_required=False)
     kind = CoSupRetriever if is_cosup(args.model) else SentenceRetriever
     if args.index and kind is SentenceRetriever:

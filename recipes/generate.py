@@ -4,6 +4,7 @@ Answer questions and print each answer with its passages.
     python recipes/generate.py --model out --index out/index "who painted the night watch?" "when?"
     python recipes/generate.py --model out --index out/index --file questions.txt
     cat questions.txt | python recipes/generate.py --model out --index out/index
+    python recipes/generate.py --model out --index wiki --index_uri http://host:19530 "when?"     # a collection in Milvus
 """
 
 import argparse
@@ -12,13 +13,15 @@ from pathlib import Path
 
 from shared.cli import clear_errors
 
+from shared.indexes import INDEX_HELP, add_index_options, check_index_options, open_index
+
 
 def main():
     """Read questions from the command line, a file or stdin, one a line, and answer them in batches."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("questions", nargs="*", help="questions; without any, and without --file, they are read from stdin")
     parser.add_argument("--model", required=True, help="name or path of a CoSup checkpoint")
-    parser.add_argument("--index", help="name or path of its index; without it nothing is retrieved")
+    add_index_options(parser, f"{INDEX_HELP}; without it nothing is retrieved")
     parser.add_argument("--file", help="a text file, one question a line")
     parser.add_argument("--instruction", default="", help="the task's instruction, as in training")
     parser.add_argument("--batch_size", type=int, default=8)
@@ -43,6 +46,7 @@ def answer(args):
     """Load, generate, print."""
     lines = args.questions or (Path(args.file).read_text(encoding="utf-8") if args.file else sys.stdin.read()).splitlines()
     questions = [line.strip() for line in lines if line.strip()]
+    check_index_options(args.index, args.index_uri)
     if not questions:
         raise ValueError("no question given: write them behind the options, into --file, or to stdin.")
 
@@ -56,7 +60,7 @@ def answer(args):
     own_queries = CoSupConfig.from_pretrained(args.model).query_from == "gen"  # then generation needs Gen alone
     model = CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype, load_emb_seq=not own_queries).to(device)
     tokenizer = model.tokenizer
-    index = model.load_index(args.index) if args.index else None
+    index = open_index(model, args.index, args.index_uri)
     names = ("max_retrievals", "min_score", "force_nsp_first", "forbid_nsp", "no_repeat_passages", "forget_passages")
     options = {"max_new_tokens": args.max_new_tokens, "do_sample": args.do_sample}
     if index is not None:

@@ -3,6 +3,7 @@ Judge a checkpoint on one evaluation set, or on all that a config lists, and wri
 
     accelerate launch recipes/run_evaluation.py --model out --corpus_file corpus.jsonl --eval_file eval.jsonl --output_dir results
     accelerate launch recipes/run_evaluation.py --config tasks.yaml --model out --output_dir results --modes retrieval gold off wrong
+    accelerate launch recipes/run_evaluation.py --model out --index wiki --index_uri http://host:19530 --eval_file eval.jsonl --output_dir results
 
 A config may hold any option, and `tasks`, a list of such entries (options of the same names serve all entries that leave them out):
 
@@ -28,7 +29,9 @@ from trainer.judging.scoring import COUNTS, METRICS
 from trainer.judging.tasks import read_tasks
 from trainer.reports.evaluation import write_report
 
-TASK_OPTIONS = ("corpus_file", "index", "split", "pool", "gold_in_pool", "metric", "max_eval_samples", "max_new_tokens", "top_k", "max_retrievals")
+from shared.indexes import INDEX_HELP, INDEX_URI_HELP, check_index_options
+
+TASK_OPTIONS = ("corpus_file", "index", "index_uri", "split", "pool", "gold_in_pool", "metric", "max_eval_samples", "max_new_tokens", "top_k", "max_retrievals")
 
 
 @dataclass
@@ -40,7 +43,8 @@ class EvaluationArguments:
     tasks: str | None = field(default=None, metadata={"help": "In a config: a list of tasks; see above."})
     eval_file: str | None = field(default=None, metadata={"help": "Questions of a single task: JSON Lines (.gz) or a dataset name."})
     corpus_file: str | None = field(default=None, metadata={"help": "Passages to embed: JSON Lines (.gz), Parquet or a dataset name."})
-    index: str | None = field(default=None, metadata={"help": "Name or path of an index of the model, in place of a corpus."})
+    index: str | None = field(default=None, metadata={"help": f"Of the model, in place of a corpus: {INDEX_HELP}."})
+    index_uri: str | None = field(default=None, metadata={"help": INDEX_URI_HELP})
     split: str | None = field(default=None, metadata={"help": "in-domain or out-of-domain, for the averages."})
     pool: str | None = field(default=None, metadata={"help": "full (default): search the whole index; a number: so many candidates of each question."})
     gold_in_pool: bool | None = field(default=None, metadata={"help": "Gold candidates are always in the pool (default); false: the first ones as they are."})
@@ -96,6 +100,7 @@ def list_tasks(args):
     """The tasks of the config, or the one of the command line: `list[Task]`."""
     if (args.tasks is None) == (args.eval_file is None):
         raise ValueError("give either --eval_file, for one task, or a config that lists tasks.")
+    check_index_options(args.index, args.index_uri)
     entries = args.tasks if args.tasks is not None else [{"name": Path(args.eval_file).name.split(".")[0], "eval_file": args.eval_file}]
     return read_tasks(entries, **{name: getattr(args, name) for name in TASK_OPTIONS})
 
