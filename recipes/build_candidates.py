@@ -27,6 +27,7 @@ from trainer.data import load_evaluation_set, read_rows
 from trainer.judging.intervals import Rate
 from trainer.judging.matching import gold_ids
 
+from shared.indexes import INDEX_HELP, INDEX_URI_HELP, check_index_options
 from shared.retrievers import CoSupRetriever, SentenceRetriever, is_cosup
 
 KS = (1, 5, 20, 100)
@@ -45,7 +46,11 @@ class CandidateArguments:
     corpus_file: str | None = field(
         default=None, metadata={"help": "passages {id, title, text}: JSON Lines (.gz) or Parquet"}
     )
-    index: str | None = field(default=None, metadata={"help": "the index of a CoSup checkpoint, in place of a corpus"})
+    index: str | None = field(
+        default=None,
+        metadata={"help": f"of a CoSup checkpoint, in place of a corpus: {INDEX_HELP}, which must be of the index type FLAT"},
+    )
+    index_uri: str | None = field(default=None, metadata={"help": INDEX_URI_HELP})
     split: str = field(default="test", metadata={"help": "of a dataset name"})
     num_candidates: int = field(default=100, metadata={"help": "of a question; the paper's are 20 and 100"})
     gold_first: bool = field(default=False, metadata={"help": "all gold before the others"})
@@ -82,6 +87,7 @@ def build(args):
         raise ValueError("give either --corpus_file or --index.")
     if min(args.num_candidates, args.batch_size) < 1:
         raise ValueError(f"--num_candidates is {args.num_candidates} and --batch_size {args.batch_size}, expected at least 1.")
+    check_index_options(args.index, args.index_uri)
     instances = load_evaluation_set(args.eval_file, args.split, answers_required=False)
     kind = CoSupRetriever if is_cosup(args.model) else SentenceRetriever
     if args.index and kind is SentenceRetriever:

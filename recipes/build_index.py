@@ -3,19 +3,24 @@ Embed a corpus with a CoSup checkpoint and save the index.
 
     python recipes/build_index.py --model out --corpus_file corpus.jsonl --output_dir out/index
     accelerate launch recipes/build_index.py --model out --corpus_file corpus.jsonl --output_dir out/index --index_factory HNSW32
+    python recipes/build_index.py --model out --corpus_file corpus.jsonl --output_dir out/index --index wiki --index_uri http://host:19530
 
 Every process embeds its share. After a crash the same command goes on at the first shard that is not complete. An index that is already in `output_dir` stays
-until the new one is whole.
+until the new one is whole. With `--index_uri` it is also uploaded to Milvus; an upload that was cut off goes on. What `--index` and `--index_uri` say here,
+they say to the other recipes, which then search that collection. The variable MILVUS_TOKEN may hold `user:password` or an API key.
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from shared.cli import clear_errors, parse, table
 
-from modeling_cosup import CoSupForCausalLM, PassageIndex
+from modeling_cosup import CoSupForCausalLM, MilvusPassageIndex, PassageIndex
 from modeling_cosup.index_search_cosup import empty_approximate
+from modeling_cosup.milvus_client_cosup import milvus_packages
 
+from shared.indexes import check_index_options
 from shared.processes import end_processes, processes
 
 
@@ -37,6 +42,10 @@ class IndexArguments:
     nprobe: int | None = field(default=None, metadata={"help": "Lists that an IVF index looks into."})
     ef_search: int | None = field(default=None, metadata={"help": "Candidates that an HNSW index keeps."})
     seed: int = field(default=0, metadata={"help": "Of the training sample."})
+    index: str | None = field(default=None, metadata={"help": "With --index_uri: name of the Milvus collection to upload to."})
+    index_uri: str | None = field(default=None, metadata={"help": "Milvus server (http://host:19530) or local file (.db) to upload to."})
+    milvus_index_type: str = field(default="FLAT", metadata={"help": "Of the collection: FLAT (exact), or an approximate one, e.g. HNSW."})
+    milvus_index_params: str = field(default="{}", metadata={"help": 'JSON object, of the index type: {"M": 32, "efConstruction": 200}.'})
 
 
 def main():
@@ -91,10 +100,27 @@ def check(args, embedding_size):
         empty_approximate(args.index_factory, embedding_size, args.train_size, **search_options(args))
     elif search_options(args):
         raise ValueError("nprobe and ef_search are options of an approximate index: they need an index_factory.")
+    check_index_options(args.index, args.index_uri)
+    if args.index and args.index_uri is None:
+        raise ValueError(f"--index {args.index} without --index_uri: name the Milvus server to upload to; the folder is output_dir.")
+    if args.index_uri is not None:
+        milvus_packages()
+    milvus_index_params(args)
+
+
+def milvus_index_params(args):
+    """`dict` of the option; `ValueError` when it is none."""
+    try:
+        params = json.loads(args.milvus_index_params)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"milvus_index_params is {args.milvus_index_params!r}: malformed JSON: {error}") from None
+    if not isinstance(params, dict):
+        raise ValueError(f"milvus_index_params is {args.milvus_index_params!r}, expected a JSON object.")
+    return params
 
 
 def finish(args, state):
-    """On one process: put the shards together, train an approximate index, say what there is."""
+    """On one process: put the shards together, train an approximate index, upload, say what there is."""
     if state.num_processes > 1:
         PassageIndex.merge(args.output_dir)
     index = PassageIndex.from_pretrained(args.output_dir, verify=False)
@@ -103,6 +129,11 @@ def finish(args, state):
         recall = index.train_approximate(args.index_factory, args.train_size, args.seed, **search_options(args))
         print(f"{args.index_factory} against exact search, queries sampled from the passages:")
         print(table([(name, f"{100 * value:.1f} %") for name, value in recall.items()]))
+    if args.index_uri is not None:
+        options = {"index_type": args.milvus_index_type, "index_params": milvus_index_params(args)}
+        uploaded = MilvusPassageIndex.from_index(index, args.index_uri, args.index, **options)
+        print(f"{len(uploaded):,} passages in collection {args.index} of {args.index_uri}", flush=True)
+        uploaded.close()
 
 
 if __name__ == "__main__":

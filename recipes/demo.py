@@ -4,9 +4,10 @@ Ask a CoSup checkpoint in a browser: the answer streams, and each retrieved pass
     python recipes/demo.py --model cosup-quickstart --index cosup-quickstart/index --examples "What is the job of Bokre Thosaba?" "Count from 2 to 8."
 
 This file needs nothing else of the project, since a checkpoint carries its own code: as the `app.py` of a Space it runs as it is. `recipes/space` holds the
-two other files of one, and says how to make it. There, options come from variables: COSUP_MODEL, COSUP_INDEX, COSUP_REVISION, COSUP_INDEX_REVISION,
-COSUP_INSTRUCTION, COSUP_EXAMPLES (questions, `|` between them) and COSUP_UPLOAD (0: no corpora of users, and Emb_seq is not loaded). Gradio reads
-GRADIO_SERVER_NAME and GRADIO_SERVER_PORT. The page loads nothing from elsewhere. The checkpoint's code is run: name one that you trust.
+two other files of one, and says how to make it. There, options come from variables: COSUP_MODEL, COSUP_INDEX, COSUP_INDEX_URI, COSUP_REVISION,
+COSUP_INDEX_REVISION, COSUP_INSTRUCTION, COSUP_EXAMPLES (questions, `|` between them) and COSUP_UPLOAD (0: no corpora of users, and Emb_seq is not
+loaded). An index in Milvus (COSUP_INDEX_URI) also needs the package cosup[milvus]. Gradio reads GRADIO_SERVER_NAME and GRADIO_SERVER_PORT.
+The page loads nothing from elsewhere. The checkpoint's code is run: name one that you trust.
 """
 
 import argparse
@@ -263,7 +264,7 @@ class Demo:
         self.model = self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self.name = Path(os.path.abspath(args.model)).name if Path(args.model).exists() else args.model
         options = {} if args.index_revision is None else {"revision": args.index_revision}
-        self.index = self.model.load_index(args.index, **options) if args.index else None
+        self.index = self.model.load_index(args.index, args.index_uri, **options) if args.index else None
         self.no_upload = None if args.upload else "This demo takes no corpora: it was started without Emb_seq, which embeds them."
         # a checkpoint's own way to render a question, in which a typed [NSP] stays text
         self.encode_prompt = importlib.import_module(".tokenization_cosup", type(self.model).__module__.rpartition(".")[0]).encode_prompt
@@ -436,7 +437,10 @@ def parse(argv=None):
     variables = os.environ.get
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=variables("COSUP_MODEL"), help="name or path of a CoSup checkpoint")
-    parser.add_argument("--index", default=variables("COSUP_INDEX"), help="name or path of its index; without it nothing is retrieved before an upload")
+    index_help = "name or path of its index, or with --index_uri of a Milvus collection; without it nothing is retrieved before an upload"
+    parser.add_argument("--index", default=variables("COSUP_INDEX"), help=index_help)
+    uri_help = "of the Milvus server or local file (.db) that holds the index; needs the package cosup[milvus]; MILVUS_TOKEN may hold a token"
+    parser.add_argument("--index_uri", default=variables("COSUP_INDEX_URI"), help=uri_help)
     parser.add_argument("--revision", default=variables("COSUP_REVISION"), help="of the checkpoint: branch, tag or commit")
     parser.add_argument("--index_revision", default=variables("COSUP_INDEX_REVISION"), help="of the index")
     parser.add_argument("--instruction", default=variables("COSUP_INSTRUCTION", ""), help="the task's instruction, as in training")
@@ -447,6 +451,8 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if not args.model:
         parser.error("no model: give --model, or set COSUP_MODEL.")
+    if args.index_uri and not args.index:
+        parser.error("a server without an index: give --index, or set COSUP_INDEX, to the name of the Milvus collection.")
     return args
 
 

@@ -4,6 +4,7 @@ Answer questions and print each answer with its passages.
     python recipes/generate.py --model out --index out/index "who painted the night watch?" "when?"
     python recipes/generate.py --model out --index out/index --file questions.txt
     cat questions.txt | python recipes/generate.py --model out --index out/index
+    python recipes/generate.py --model out --index wiki --index_uri http://host:19530 "when?"     # a collection in Milvus
 """
 
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from shared.cli import clear_errors, parse
+
+from shared.indexes import INDEX_HELP, INDEX_URI_HELP, check_index_options, open_index
 
 
 @dataclass(kw_only=True)
@@ -27,9 +30,8 @@ class GenerateArguments:
         },
     )
     model: str = field(metadata={"help": "name or path of a CoSup checkpoint"})
-    index: str | None = field(
-        default=None, metadata={"help": "name or path of its index; without it nothing is retrieved"}
-    )
+    index: str | None = field(default=None, metadata={"help": f"{INDEX_HELP}; without it nothing is retrieved"})
+    index_uri: str | None = field(default=None, metadata={"help": INDEX_URI_HELP})
     file: str | None = field(default=None, metadata={"help": "a text file, one question a line"})
     instruction: str = field(default="", metadata={"help": "the task's instruction, as in training"})
     batch_size: int = field(default=8, metadata={"help": "questions at once"})
@@ -69,6 +71,7 @@ def answer(args):
     """Load, generate, print."""
     lines = args.questions or (Path(args.file).read_text(encoding="utf-8") if args.file else sys.stdin.read()).splitlines()
     questions = [line.strip() for line in lines if line.strip()]
+    check_index_options(args.index, args.index_uri)
     if not questions:
         raise ValueError("no question given: write them behind the options, into --file, or to stdin.")
 
@@ -82,7 +85,7 @@ def answer(args):
     own_queries = CoSupConfig.from_pretrained(args.model).query_from == "gen"  # then generation needs Gen alone
     model = CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype, load_emb_seq=not own_queries).to(device)
     tokenizer = model.tokenizer
-    index = model.load_index(args.index) if args.index else None
+    index = open_index(model, args.index, args.index_uri)
     names = ("max_retrievals", "min_score", "force_nsp_first", "forbid_nsp", "no_repeat_passages", "forget_passages")
     options = {"max_new_tokens": args.max_new_tokens, "do_sample": args.do_sample}
     if index is not None:

@@ -3,6 +3,7 @@ Judge a checkpoint on one evaluation set, or on all that a config lists, and wri
 
     accelerate launch recipes/run_evaluation.py --model out --corpus_file corpus.jsonl --eval_file eval.jsonl --output_dir results
     accelerate launch recipes/run_evaluation.py --config tasks.yaml --model out --output_dir results --modes retrieval gold off wrong
+    accelerate launch recipes/run_evaluation.py --model out --index wiki --index_uri http://host:19530 --eval_file eval.jsonl --output_dir results
 
 A config may hold any option, and `tasks`, a list of such entries (options of the same names serve all entries that leave them out):
 
@@ -26,6 +27,7 @@ from trainer.judging.tasks import read_tasks
 from trainer.reports.evaluation import write_report
 
 from shared.arguments import TASK_OPTIONS, EvaluationArguments
+from shared.indexes import check_index_options
 from shared.processes import end_processes, processes
 
 
@@ -57,6 +59,7 @@ def list_tasks(args):
     """The tasks of the config, or the one of the command line: `list[Task]`."""
     if (args.tasks is None) == (args.eval_file is None):
         raise ValueError("give either --eval_file, for one task, or a config that lists tasks.")
+    check_index_options(args.index, args.index_uri)
     entries = args.tasks if args.tasks is not None else [{"name": Path(args.eval_file).name.split(".")[0], "eval_file": args.eval_file}]
     return read_tasks(entries, **{name: getattr(args, name) for name in TASK_OPTIONS})
 

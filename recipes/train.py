@@ -4,6 +4,9 @@ Train Gen and Emb_seq together, then build the index and evaluate.
     accelerate launch --config_file recipes/accelerate_configs/single.yaml recipes/train.py --config recipes/configs/quickstart.yaml
     accelerate launch recipes/train.py --gen NAME --train_file train.jsonl --corpus_file corpus.jsonl --eval_file eval.jsonl --output_dir out
 
+With a frozen Emb_seq an index that is there stays valid, and is evaluated in place of a new one: `--index out/index`, or a Milvus collection, `--index wiki
+--index_uri http://host:19530`.
+
 Writes the checkpoint with its model card to `output_dir`, the index to `output_dir/index`, all measured numbers to `output_dir/results.json`. With
 `--push_to_hub true` the checkpoint goes to `--hub_model_id`, and with `--push_index true` the index, passages included, to the dataset repository of that name
 with `-index` behind it.
@@ -30,9 +33,11 @@ from trainer.hub import push_checkpoint
 from trainer.judging.answers import METRIC_NAMES, evaluate_model, ntp_loss, recall, reference_instances
 from trainer.judging.grounding import k_precision
 from trainer.judging.intervals import Mean
-from trainer.judging.matching import provenance_unknown
+from trainer.judging.matching import gold_ids, provenance_unknown
+from trainer.model_setup import without_peft
 
 from shared.arguments import ScriptArguments
+from shared.indexes import check_index_options, open_index
 from shared.processes import end_processes
 from shared.quickstart import WorldArguments, prepare_world
 
@@ -58,6 +63,9 @@ def train(script, args):
         torch.set_num_threads(script.num_threads or os.cpu_count())  # accelerate launch leaves one
     with clear_errors():
         check_output_dir(args.output_dir)
+        check_index_options(script.index, script.index_uri)
+        if script.index and (script.corpus_file or script.push_index):
+            raise ValueError("--index names an index that is there: --corpus_file and --push_index are for one that training builds.")
         set_seed(args.seed)
         if script.prepare:
             prepare(script, args)
@@ -67,8 +75,8 @@ def train(script, args):
         validation = load_instances(script.validation_file, "validation") if script.validation_file else None
         corpus = load_corpus(script.corpus_file) if script.corpus_file else None
         questions = load_evaluation_set(script.eval_file, corpus=corpus)[: script.max_eval_samples] if script.eval_file else None
-        if questions is not None and corpus is None:
-            raise ValueError("--eval_file needs --corpus_file: its questions are answered from that corpus.")
+        if questions is not None and corpus is None and script.index is None:
+            raise ValueError("--eval_file needs --corpus_file (or --index): its questions are answered from that corpus.")
         if questions is not None and not any(x["provenance"] for x in questions):
             raise ValueError(f"{script.eval_file}: no question has provenance, so there is nothing to retrieve.")
         if corpus is not None:
@@ -78,12 +86,14 @@ def train(script, args):
         trainer = CoSupTrainer(load_model(script, args), args, train_dataset=train, eval_dataset=validation, peft_config=lora(script))
         if script.use_peft and trainer.accelerator.distributed_type in SHARDED:
             raise ValueError("--use_peft leaves adapters, which the evaluation after a sharded training cannot load: train LoRA with DDP or one process.")
+        if script.index:
+            corpus = check_index(trainer, questions, script)
 
     results = {"seed": args.seed}
     if questions is not None and script.eval_before_training and trainer.is_world_process_zero():
         model = trainer.model.to(args.device)
         with precision(args):
-            results["before"] = held_out(model, model.build_index(corpus, batch_size=args.per_device_eval_batch_size), questions, corpus, args)
+            results["before"] = held_out(model, make_index(model, corpus, script, args), questions, corpus, args)
     resume = args.resume_from_checkpoint
     output = trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)
     if trainer.is_fsdp_enabled:
@@ -112,12 +122,44 @@ def index_and_evaluate(model, corpus, questions, results, script, args):
     index = None
     if corpus is not None:
         with precision(args):
-            index = model.build_index(corpus, batch_size=args.per_device_eval_batch_size)
-            index.save_pretrained(Path(args.output_dir) / "index")
+            index = make_index(model, corpus, script, args)
+            if script.index is None:
+                index.save_pretrained(Path(args.output_dir) / "index")
             if questions is not None:
                 report(model, index, questions, corpus, results, script, args)
     Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2, default=lambda value: value.to_dict()) + "\n")
     share(model, index, questions, results, script, args)
+
+
+def check_index(trainer, questions, script):
+    """
+    Whether the index that is there can be evaluated after training, on the main process; others would open a local file a second time.
+
+    Returns:
+        `list[dict]`: the gold passages of the questions, all that is needed of its corpus; `[]` on the other processes.
+
+    Raises:
+        `ValueError`: when training changes Emb_seq, for an index of another model, or one without these passages.
+    """
+    model = without_peft(trainer.model)
+    parts = [part for part in (model.emb_seq, model.emb_head) if part is not None]
+    if any(parameter.requires_grad for part in parts for parameter in part.parameters()):
+        raise ValueError(f"--index {script.index}: training changes Emb_seq, and no index of it stays valid; add --freeze_emb_seq true.")
+    if not trainer.is_world_process_zero():
+        return []
+    index = open_index(model, script.index, script.index_uri)
+    ids = sorted({id for question in questions or [] for id in gold_ids(question)})
+    passages = index.get_passages(index.rows_of(ids))
+    if script.index_uri is not None:
+        index.close()  # training may take days
+    return [{name: passage[name] for name in ("id", "title", "text")} for passage in passages]
+
+
+def make_index(model, corpus, script, args):
+    """The index that questions are answered from: the one that is there, or a new one of the corpus."""
+    if script.index:
+        return open_index(model, script.index, script.index_uri)
+    return model.build_index(corpus, batch_size=args.per_device_eval_batch_size)
 
 
 def share(model, index, questions, results, script, args):
@@ -127,9 +169,15 @@ def share(model, index, questions, results, script, args):
     if "evaluation" in results:
         names = ", ".join(sorted({x["dataset"] for x in questions if x["dataset"]})) or Path(script.eval_file).name
         groups.append(result_group({**results["evaluation"], **results["grounding"]}, METRIC_NAMES, names, len(index)))
-    place, repo_id = None if index is None else str(output_dir / "index"), str(output_dir)
+    repo_id, place = str(output_dir), None
+    if script.index:
+        place = script.index if script.index_uri is None else None  # a card can show how to load what is a folder or a repository
+    elif index is not None:
+        place = str(output_dir / "index")
     if args.push_to_hub:
-        place, repo_id = None, args.hub_model_id
+        repo_id = args.hub_model_id
+        if script.index is None:
+            place = None
         if script.push_index and index is not None:
             place = f"{repo_id}-index"
             hub = {"private": args.hub_private_repo, "token": args.hub_token}
@@ -164,6 +212,8 @@ def prepare(script, args):
     with args.main_process_first(desc="prepare", local=False):
         paths = prepare_world(world)
     for name in ("gen", "emb_seq", "train_file", "validation_file", "corpus_file", "eval_file"):
+        if name == "corpus_file" and script.index:
+            continue
         if getattr(script, name) is None:
             setattr(script, name, paths[name.removesuffix("_file")])
 
@@ -223,8 +273,11 @@ def report(model, index, questions, corpus, results, script, args):
     for i in needing[: max(0, script.num_examples - len(free))] + free[: script.num_examples]:
         print(f"\nQ  {questions[i]['input']}\nA  {answers[i].cited}")
     checkpoint = Path(args.output_dir) / "merged" if script.use_peft else args.output_dir
-    print(f"\nCheckpoint: {checkpoint}   Index: {Path(args.output_dir) / 'index'}   Numbers: {Path(args.output_dir) / 'results.json'}")
-    print(f'Ask it:     python recipes/generate.py --model {checkpoint} --index {Path(args.output_dir) / "index"} "{questions[needing[0]]["input"]}"')
+    place = script.index or Path(args.output_dir) / "index"
+    if script.index_uri is not None:
+        place = f"{place} --index_uri {script.index_uri}"
+    print(f"\nCheckpoint: {checkpoint}   Index: {place}   Numbers: {Path(args.output_dir) / 'results.json'}")
+    print(f'Ask it:     python recipes/generate.py --model {checkpoint} --index {place} "{questions[needing[0]]["input"]}"')
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ What an experiment file says, and which trainings and evaluations follow from it
     arms                name -> options in which the arm differs from base
     baseline            the arm (or, with one arm, the mode) that the others are compared with; the first one by default
     seeds               of data order, weights and world
-    tasks               as in a config of recipes/run_evaluation.py, or the name of a file with such a list; those of the world by default
+    tasks               as in a config of recipes/run_evaluation.py, or the name of a file with such a list; those of the world by default. A task may name
+                        an `index` (and `index_uri`: a collection in Milvus) where all arms share its Emb_seq
     pools               full, 20, 100, ...: each task is judged with each, unless it says `pool`, or `pools` of its own
     corpus_sizes        in place of pools: the full corpus is searched, cut to so many passages, gold ones always among them; `full` is all of it
     pools_only          embed only the passages that the pools of the asked questions hold, not whole corpora: for large ones on a slow machine
@@ -31,10 +32,12 @@ from experiments.task_files import digest_of_content, expand_tasks
 from shared.arguments import TASK_OPTIONS, EvaluationArguments, ScriptArguments
 
 ROOT = Path(__file__).resolve().parents[2]
-NOT_OPTIONS = {"prepare", "prepare_options", "output_dir", "seed", "eval_file", "corpus_file"}  # data, folders and seeds are the runner's business
+NOT_OPTIONS = {  # data, folders and seeds are the runner's business
+    "prepare", "prepare_options", "output_dir", "seed", "eval_file", "corpus_file", "index", "index_uri",
+}  # fmt: skip
 TRAIN_OPTIONS = {each.name for each in (*fields(ScriptArguments), *fields(CoSupTrainingArguments))} - NOT_OPTIONS
 TRAIN_DEFAULTS = {each.name: each.default for each in (*fields(ScriptArguments), *fields(CoSupTrainingArguments))}
-EVALUATION_OPTIONS = {each.name for each in fields(EvaluationArguments)} - {"model", "output_dir", "tasks", "eval_file", "index_cache", *TASK_OPTIONS[:4]}
+EVALUATION_OPTIONS = {each.name for each in fields(EvaluationArguments)} - {"model", "output_dir", "tasks", "eval_file", "index_cache", *TASK_OPTIONS[:5]}
 NO_PART_OF_A_RESULT = {  # changing these trains nothing anew
     "num_threads", "logging_steps", "logging_strategy", "logging_first_step", "report_to", "save_strategy", "save_steps", "save_total_limit", "disable_tqdm",
     "dataloader_num_workers", "dataset_num_proc", "num_examples", "per_device_eval_batch_size", "run_name", "license",

@@ -5,9 +5,12 @@ from typing import Literal
 
 from trainer.judging.grounding import HYPOTHESIS
 
+from shared.indexes import INDEX_HELP, INDEX_URI_HELP
+
 TASK_OPTIONS = (
     "corpus_file",
     "index",
+    "index_uri",
     "split",
     "pool",
     "gold_in_pool",
@@ -71,6 +74,10 @@ class ScriptArguments:
     corpus_file: str | None = field(
         default=None, metadata={"help": "Passages to index: JSON Lines (.gz) or a dataset name."}
     )
+    index: str | None = field(
+        default=None, metadata={"help": f"With --freeze_emb_seq, in place of --corpus_file: {INDEX_HELP}."}
+    )
+    index_uri: str | None = field(default=None, metadata={"help": INDEX_URI_HELP})
     eval_file: str | None = field(
         default=None, metadata={"help": "Questions with answers and provenance: JSON Lines (.gz) or a dataset name."}
     )
@@ -119,9 +126,8 @@ class EvaluationArguments:
     corpus_file: str | None = field(
         default=None, metadata={"help": "Passages to embed: JSON Lines (.gz), Parquet or a dataset name."}
     )
-    index: str | None = field(
-        default=None, metadata={"help": "Name or path of an index of the model, in place of a corpus."}
-    )
+    index: str | None = field(default=None, metadata={"help": f"Of the model, in place of a corpus: {INDEX_HELP}."})
+    index_uri: str | None = field(default=None, metadata={"help": INDEX_URI_HELP})
     split: str | None = field(default=None, metadata={"help": "in-domain or out-of-domain, for the averages."})
     pool: str | None = field(
         default=None,

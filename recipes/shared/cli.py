@@ -155,8 +155,10 @@ def table_of_counts(counts: Mapping[str, int]) -> str:
 
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
-    """Bad input ends the program with its message alone, on the last line, and exit code 1."""
+    """
+    Bad input, or an optional package that is not installed, ends the program with its message alone, on the last line, and exit code 1.
+    """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")

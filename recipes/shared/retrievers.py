@@ -26,6 +26,8 @@ from modeling_cosup.passages_cosup import checked_passages, read_corpus
 from modeling_cosup.tokenization_cosup import render_passage
 from trainer.judging.answers import embed_queries
 
+from shared.indexes import open_index
+
 SHARD_SIZE = 32768  # passages that are encoded, and lost when the process dies
 SORTED = 2048  # that are sorted by length, and encoded between two steps of the progress bar
 
@@ -43,10 +45,10 @@ class CoSupRetriever:
     A CoSup checkpoint over its index, which is loaded, or built of the corpus.
 
     Args:
-        args: `model`, `index` or `corpus_file`, `index_dir`, `batch_size`, `device`, `dtype`.
+        args: `model`, `index` (and `index_uri`) or `corpus_file`, `index_dir`, `batch_size`, `device`, `dtype`.
 
     Raises:
-        `ValueError`, `FileNotFoundError`: for a corpus or an index that cannot be used.
+        `ValueError`, `OSError`: for a corpus or an index that cannot be used.
     """
 
     def __init__(self, args: Any) -> None:
@@ -54,8 +56,11 @@ class CoSupRetriever:
         own_queries = CoSupConfig.from_pretrained(args.model).query_from == "gen"  # then Emb_seq has nothing to do where the index is there
         load_emb_seq = args.index is None or not own_queries
         self.model = CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype, load_emb_seq=load_emb_seq).to(args.device).eval()
-        self.index = self.model.load_index(args.index, search="exact") if args.index else self.build(args.corpus_file, args.index_dir)
-        if args.device != "cpu":
+        if args.index:
+            self.index = open_index(self.model, args.index, args.index_uri, search="exact")
+        else:
+            self.index = self.build(args.corpus_file, args.index_dir)
+        if args.device != "cpu" and args.index_uri is None:  # what Milvus holds, Milvus searches
             self.index.to(args.device)
 
     def build(self, corpus_file: str, index_dir: str | None) -> PassageIndex:
@@ -75,13 +80,7 @@ class CoSupRetriever:
 
     def find(self, ids: Iterable[str]) -> list[int]:
         """Rows of ids, -1 where there is none."""
-        rows = []
-        for id in ids:
-            try:
-                rows.append(self.index.row_of(id))
-            except KeyError:
-                rows.append(-1)
-        return rows
+        return self.index.find(ids).tolist()
 
     def ids_of(self, rows: Iterable[int]) -> list[str]:
         """Ids of rows, `list[str]`."""

@@ -1,5 +1,6 @@
 """Recipes as a user runs them: real processes, and a small data set with two tiny models on disk."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -45,11 +46,14 @@ def options(inputs, output, *extra):
     return [str(word) for word in [*paths, *extra]]
 
 
-def train_here(monkeypatch, *argv):
-    """`recipes/train.py` in this process, which spares the imports; returns what it says as it ends."""
-    from train import main
-
-    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+def fails_here(monkeypatch, recipe, *argv):
+    """A recipe in this process, which spares the imports; returns what it says as it ends with an error."""
+    monkeypatch.setattr(sys, "argv", [f"{recipe}.py", *map(str, argv)])
     with pytest.raises(SystemExit) as ending:
-        main()
+        importlib.import_module(recipe).main()
     return str(ending.value.code)
+
+
+def train_here(monkeypatch, *argv):
+    """`recipes/train.py` in this process; returns what it says as it ends with an error."""
+    return fails_here(monkeypatch, "train", *argv)

@@ -5,10 +5,12 @@ import random
 import re
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from modeling_cosup import RetrievalConfig
+from modeling_cosup import RetrievalConfig, Retriever
 from modeling_cosup.tokenization_cosup import encode_prompt, pad_rows
 
 from ..data import tokenize_instance
@@ -86,7 +88,7 @@ def embed_queries(model, instances, batch_size=32):
     return embeds
 
 
-def recall(model, index, instances, ks=(1, 5), batch_size=32):
+def recall(model, index: Retriever, instances, ks=(1, 5), batch_size=32):
     """
     Recall@k over the whole index: a gold passage among the k nearest to the query. Questions without provenance do not count.
 
@@ -109,7 +111,7 @@ def answer(
 
     Args:
         model (`CoSupForCausalLM`), instances (`list[dict]`): evaluation instances.
-        index (`PassageIndex`): searched or read, unless the mode is `"off"`.
+        index ([`Retriever`]): searched or read, unless the mode is `"off"`.
         mode (`str`): see [`retrieval_settings`].
         batch_size, max_new_tokens (`int`): as in generate().
         candidates (`list`, *optional*): for each question the ids of the passages among which it searches.
@@ -157,7 +159,7 @@ def retrieval_settings(mode, instances, index=None, candidates=None, top_k=1, ma
     return RetrievalConfig(force_nsp_first=True, passages=passages)
 
 
-def wrong_passages(instances, index, seed=0):
+def wrong_passages(instances: list[dict], index: Retriever, seed: int = 0) -> list[list[str]]:
     """For each question as many ids of random passages that are not gold as its first set of `provenance` holds; which, depends on seed and question alone."""
     rows = index.live_rows()
     passages = [_wrong_passages(x, index, rows, random.Random(f"{seed} {x['id']}")) for x in instances]
@@ -166,7 +168,7 @@ def wrong_passages(instances, index, seed=0):
     return passages
 
 
-def _wrong_passages(instance, index, rows, generator):
+def _wrong_passages(instance: dict, index: Retriever, rows: NDArray[np.int64], generator: random.Random) -> list[str]:
     gold, count = gold_ids(instance), len(instance["provenance"][0])
     if instance.get("candidates"):
         wrong = [id for id in instance["candidates"] if id not in gold]

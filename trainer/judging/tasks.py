@@ -2,10 +2,12 @@
 
 import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from modeling_cosup import PassageIndex
+from modeling_cosup import PassageIndex, Retriever
 from modeling_cosup.files_cosup import digest, digest_all, digest_file
 
 from ..data import load_corpus, load_evaluation_set
@@ -27,6 +29,7 @@ class Task:
         eval_file (`str`): questions, see [`load_evaluation_set`].
         corpus_file (`str`, *optional*): passages to embed; one of `corpus_file` and `index` is needed unless nothing is retrieved.
         index (`str`, *optional*): name or path of an index that is there already.
+        index_uri (`str`, *optional*): of the Milvus server, or local file, that holds it as a collection of that name.
         split (`str`, *optional*): `"in-domain"` or `"out-of-domain"`, for the averages.
         pool (`str` or `int`): `"full"`: the whole index is searched. A number: among so many candidates of each question, in the order of the file, but gold
             candidates first of all with `gold_in_pool`.
@@ -43,6 +46,7 @@ class Task:
     eval_file: str
     corpus_file: str | None = None
     index: str | None = None
+    index_uri: str | None = None
     split: str | None = None
     pool: str | int = "full"
     gold_in_pool: bool = True
@@ -55,6 +59,8 @@ class Task:
     def __post_init__(self):
         if not isinstance(self.name, str) or not self.name or self.name in (".", "..", "plots", "indexes") or Path(self.name).name != self.name:
             raise ValueError(f"A task's name is {self.name!r}, expected the name of a folder.")
+        if self.index_uri is not None and self.index is None:
+            raise ValueError(f"Task {self.name}: index_uri is {self.index_uri!r}, but no index says which collection there.")
         if self.split not in (None, *SPLITS):
             raise ValueError(f"Task {self.name}: split is {self.split!r}, expected {' or '.join(map(repr, SPLITS))}.")
         if str(self.pool).isdigit():
@@ -128,7 +134,7 @@ def read_tasks(entries, **defaults):
 # ---------------------------------------------------------------------- indexes
 
 
-def open_index(task, model, index_cache, batch_size=256):
+def open_index(task: Task, model: Any, index_cache: str | Path, batch_size: int = 256) -> tuple[Retriever | None, str | None]:
     """
     The index of a task: the one it names, or that of its corpus, which is embedded unless `index_cache` holds it.
 
@@ -140,13 +146,13 @@ def open_index(task, model, index_cache, batch_size=256):
         batch_size (`int`): most passages of a forward.
 
     Returns:
-        `(PassageIndex, str)`: and what tells it from others; `(None, None)` where the task has neither index nor corpus.
+        `(Retriever, str)`: and what tells it from others; `(None, None)` where the task has neither index nor corpus.
 
     Raises:
         `ValueError`: for an index of another model, or what is wrong with the corpus.
     """
     if task.index is not None:
-        index = model.load_index(task.index)
+        index = model.load_index(task.index, task.index_uri)
         return index, digest([index.fingerprint, len(index)])
     if task.corpus_file is None:
         return None, None
@@ -176,7 +182,7 @@ def corpus_digest(source):
     return digest_all(load_corpus(source))
 
 
-def check_ids(task, questions, index):
+def check_ids(task: Task, questions: list[dict], index: Retriever) -> None:
     """
     Raise unless the index holds every gold passage and every candidate.
 
@@ -191,7 +197,7 @@ def check_ids(task, questions, index):
         raise ValueError(f"Task {task.name}: gold passages or candidates of {touched} of {len(questions)} questions are missing. {error}") from None
 
 
-def _holds(index, ids):
+def _holds(index: Retriever, ids: Iterable[str]) -> bool:
     try:
         index.rows_of(ids)
     except ValueError:

@@ -1,0 +1,44 @@
+"""The index that a recipe is given by `--index` and `--index_uri`: a folder, a dataset repository on the Hub, or a collection in Milvus."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # a recipe that only prints its options does not wait for torch
+    from modeling_cosup import CoSupForCausalLM, Retriever
+
+INDEX_HELP = "name or path of an index; with --index_uri the name of a Milvus collection"
+INDEX_URI_HELP = "of the Milvus server (http://host:19530) or local file (.db) that holds it; a token is read from the variable MILVUS_TOKEN"
+
+
+def check_index_options(index: str | None, index_uri: str | None) -> None:
+    """
+    Whether the two options can go together, before anything is loaded.
+
+    Raises:
+        `ValueError`: for a server without a collection.
+    """
+    if index_uri is not None and not index:
+        raise ValueError(f"--index_uri {index_uri} without --index: name the collection that holds the index.")
+
+
+def open_index(
+    model: CoSupForCausalLM, index: str | None, index_uri: str | None = None, **options: Any
+) -> Retriever | None:
+    """
+    The index of a recipe, checked against the model.
+
+    Args:
+        model ([`CoSupForCausalLM`]): that made it.
+        index (`str`, *optional*), index_uri (`str`, *optional*): as above.
+        **options: for `load_index`, e.g. `search="exact"`.
+
+    Returns:
+        [`Retriever`], or `None` without `index`.
+
+    Raises:
+        `ValueError`: for an index of another model, a collection that is not there, or an option that this kind of index does not have.
+        `OSError`: for a folder that is not there, or a server that does not answer.
+    """
+    check_index_options(index, index_uri)
+    return model.load_index(index, index_uri, **options) if index else None
