@@ -8,7 +8,7 @@ import argparse
 
 from shared.cli import clear_errors
 
-from trainer.judging.scoring import MAIN
+from trainer.judging.figures import MAIN
 from trainer.reports.comparison import compare_results, show_row, verdict, write_comparison
 from trainer.reports.evaluation import MODE_NAMES
 
@@ -39,7 +39,7 @@ def main():
 
 def is_main(metric):
     """Whether a metric is printed; the report holds all."""
-    return metric in MAIN or metric.endswith((" mrr", " success@1"))
+    return metric in MAIN or metric.endswith((" mrr", " query_recall@1"))
 
 
 def print_rows(title, rows):

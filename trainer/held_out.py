@@ -11,7 +11,7 @@ from .duplicates import global_batch
 
 def retrieval_metrics(query_embeds, passage_embeds, facts, temperature=1.0, ks=(1, 5), chunk_size=1024):
     """
-    NSP loss and recall@k of queries over all distinct passages of a set.
+    NSP loss and query_recall@k of queries over all distinct passages of a set.
 
     Args:
         query_embeds (`numpy.ndarray` of shape `(N, h)`), passage_embeds (`numpy.ndarray` of shape `(M, h)`): of all batches.
@@ -19,8 +19,8 @@ def retrieval_metrics(query_embeds, passage_embeds, facts, temperature=1.0, ks=(
         temperature (`float`): of the NSP loss.
 
     Returns:
-        `(dict, numpy.ndarray, numpy.ndarray)`: `nsp_loss`, `num_passages`, `num_queries` and, with queries, `recall@k`; the rows of distinct passages; for
-        each query which of these is its own. Another passage that is right for a query is neither a negative nor a miss, a tie is a miss.
+        `(dict, numpy.ndarray, numpy.ndarray)`: `nsp_loss`, `num_passages`, `num_queries` and, with queries, `query_recall@k`; the rows of distinct
+        passages; for each query which of these is its own. Another passage that is right for a query is neither a negative nor a miss, a tie is a miss.
     """
     starts = np.cumsum([0] + [len(each.passage_keys) for each in facts])
     merged = BatchFacts(
@@ -45,5 +45,5 @@ def retrieval_metrics(query_embeds, passage_embeds, facts, temperature=1.0, ks=(
         ranks.append(torch.where(own[:, 0].isfinite(), (scores >= own).sum(1) - 1, len(rows)))  # -inf where it is right too; NaN finds nothing
     metrics = {"nsp_loss": float(torch.cat(losses).mean()) if len(labels) else 0.0, "num_passages": len(rows), "num_queries": len(labels)}
     if len(labels):
-        metrics |= {f"recall@{k}": float((torch.cat(ranks) < k).double().mean()) for k in ks}
+        metrics |= {f"query_recall@{k}": float((torch.cat(ranks) < k).double().mean()) for k in ks}
     return metrics, rows, labels

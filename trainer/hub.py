@@ -70,7 +70,7 @@ class HubMixin:
         given = {"language": language, "license": license, "tags": _listed(tags) + _listed(tasks), "base_model": finetuned_from, "name": model_name}
         given["datasets"] = [name for name in _listed(dataset) + _listed(dataset_tags) if is_repo_id(name)]
         facts = {name: value for name, value in given.items() if value}
-        last = next((entry for entry in reversed(self.state.log_history) if "eval_recall@1" in entry), {})
+        last = next((entry for entry in reversed(self.state.log_history) if "eval_query_recall@1" in entry), {})
         facts |= {"training": training_record(self), "results": held_out_group(last) if results is None else results}
         facts["training"]["curves"] = draw_losses(facts["training"]["log"], Path(self.args.output_dir) / CURVES_FILE)
         write_card(self.model, self.args.output_dir, self.hub_model_id or self.args.hub_model_id or self.args.output_dir, facts, index, question)

@@ -87,7 +87,7 @@ def run(output, name, pattern="ragged", accumulation=1, fsdp=False, model=None, 
     entry |= trainer.evaluate()
     if trainer.is_world_process_zero():
         names = ["loss", "ntp_loss", "nsp_loss", "nsp_accuracy", "num_negatives", "grad_norm", "eval_loss", "eval_ntp_loss", "eval_nsp_loss"]
-        names += ["eval_recall@1", "eval_recall@5", "eval_num_queries"] if "eval_recall@1" in entry else []
+        names += ["eval_query_recall@1", "eval_query_recall@5", "eval_num_queries"] if "eval_query_recall@1" in entry else []
         log = {key: repr(float(entry[key])) for key in names}
         save_file(state, Path(output, f"{name}-{world_size}.safetensors"), metadata=log)
 

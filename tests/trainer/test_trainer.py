@@ -32,7 +32,7 @@ def test_losses_fall_and_retrieval_of_unseen_names_beats_chance(tmp_path):
     assert logs[-1]["nsp_loss"] < 0.3 * logs[0]["nsp_loss"]
     assert logs[-1]["nsp_accuracy"] > 0.9
     assert after["eval_num_passages"] == 40
-    assert after["eval_recall@1"] >= 0.5  # chance: 1/40
+    assert after["eval_query_recall@1"] >= 0.5  # chance: 1/40
     assert after["eval_ntp_loss"] < before["eval_ntp_loss"]
 
 
@@ -98,7 +98,7 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path):
 
 def test_best_model_by_recall_is_loaded_and_fingerprinted_anew(tmp_path):
     options = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
-    args = arguments(tmp_path, load_best_model_at_end=True, metric_for_best_model="eval_recall@1", **options)
+    args = arguments(tmp_path, load_best_model_at_end=True, metric_for_best_model="eval_query_recall@1", **options)
     trainer = CoSupTrainer(make_model(), args, train_dataset=world(NAMES[:16]), eval_dataset=world(NAMES[16:32]))
     trainer.train()
     best = CoSupForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
@@ -152,7 +152,7 @@ def test_compute_metrics_gets_embeddings_and_positives(tmp_path):
     args = arguments(tmp_path, per_device_eval_batch_size=4)
     trainer = CoSupTrainer(make_model(), args, eval_dataset={"one": world(NAMES[:10])}, train_dataset=world(NAMES[:10]), compute_metrics=compute_metrics)
     metrics = trainer.evaluate()
-    assert metrics["eval_one_own_recall"] == pytest.approx(metrics["eval_one_recall@1"])
+    assert metrics["eval_one_own_recall"] == pytest.approx(metrics["eval_one_query_recall@1"])
     assert seen["shapes"] == ((8, 32), (8, 32))
 
 
@@ -245,7 +245,7 @@ def test_evaluate_takes_raw_instances_and_a_tie_is_a_miss(tmp_path):
     collapsed = make_model()
     with torch.no_grad():
         collapsed.emb_seq.norm.weight.zero_()
-    assert CoSupTrainer(collapsed, arguments(tmp_path), train_dataset=world(NAMES[:8])).evaluate(world(NAMES[8:18]))["eval_recall@5"] == 0
+    assert CoSupTrainer(collapsed, arguments(tmp_path), train_dataset=world(NAMES[:8])).evaluate(world(NAMES[8:18]))["eval_query_recall@5"] == 0
 
 
 def test_a_tokenizer_without_the_control_tokens_is_refused(tmp_path):

@@ -6,11 +6,12 @@ import numpy as np
 
 from modeling_cosup.index_files_cosup import write_json
 
+from ..judging import figures as vocabulary
 from ..judging.intervals import paired_bootstrap
-from ..judging.judge import QUERY, read_lines
-from ..judging.scoring import COUNTS, MAIN, METRICS, resampled_means
+from ..judging.results import read_lines, read_results
+from ..judging.scoring import resampled_means
 from .document import Bullets, Heading, Table, Text, write_document
-from .evaluation import MODE_NAMES, read_results
+from .evaluation import MODE_NAMES
 
 RESAMPLES = 10_000
 JUDGED = ("nli", "nli_model", "gr_hypothesis")  # settings that say how answers were judged
@@ -43,7 +44,7 @@ def compare_results(first, second, resamples=RESAMPLES, seed=0):
         own = [run["tasks"][name] for run in runs]
         different = [f"{key}: {own[0].get(key)!r} and {own[1].get(key)!r}" for key in COMPARED if own[0].get(key) != own[1].get(key)]
         notes += [f"{name}: the settings differ in {'; '.join(different)}"] * bool(different)
-        modes = [mode for mode in own[0]["modes"] if mode in own[1]["modes"]] + [QUERY] * all(each["query"] for each in own)
+        modes = [mode for mode in own[0]["modes"] if mode in own[1]["modes"]] + [vocabulary.QUERY] * all(each["query"] for each in own)
         tasks[name], samples[name] = {}, {}
         for mode in modes:
             scores = [_scores(folder, name, mode) for folder in folders]
@@ -66,7 +67,11 @@ def _only_in_one(runs):
 
 def _scores(folder, task, mode):
     """`{id: {metric: value}}` of a mode."""
-    return {row.pop("id"): row for row in read_lines(folder / task / mode / "scores.jsonl")}
+    scores = {}
+    for row in read_lines(folder / task / mode / "scores.jsonl"):
+        scope = f"{row.pop('scope')} " if mode == vocabulary.QUERY else ""
+        scores.setdefault(row.pop("id"), {}).update({f"{scope}{name}": value for name, value in row.items()})
+    return scores
 
 
 def _check_same_questions(scores, task, mode, folders):
@@ -130,7 +135,7 @@ def _average(columns, resamples, seed):
 
 def show_row(metric, found):
     """Cells of a comparison: metric, both means, the difference with its interval, p and n."""
-    scale, digits = (1, 2) if metric in COUNTS else (100, 1)
+    scale, digits = (1, 2) if vocabulary.figure(metric).scale == "count" else (100, 1)
     low, high = (f"{scale * bound:+.{digits}f}" for bound in found["interval"])
     values = [f"{scale * found[which]:.{digits}f}" for which in ("first", "second")]
     p = "< 0.001" if found["p_value"] < 0.001 else f"{found['p_value']:.3f}"
@@ -140,7 +145,7 @@ def show_row(metric, found):
 def label(metric):
     """How a table says a metric; that of a ranking has "corpus" or "pool" before its name."""
     scope, _, name = metric.rpartition(" ")
-    return f"{METRICS[name][0]}, {scope}" if scope in ("corpus", "pool") else METRICS[metric][0]
+    return f"{vocabulary.figure(name).label}, {scope}" if scope in ("corpus", "pool") else vocabulary.figure(metric).label
 
 
 def write_comparison(comparison, output_dir, names=("A", "B")):
@@ -162,7 +167,7 @@ def comparison_blocks(comparison, names):
         rows, strong = [], []
         for split, modes in comparison["averages"].items():
             for mode, found in modes.items():
-                chosen = [metric for metric in MAIN if metric in found]
+                chosen = [metric for metric in vocabulary.MAIN if metric in found]
                 rows += [[f"{split}, {MODE_NAMES.get(mode, mode)}"]] * bool(chosen)
                 for metric in chosen:
                     rate = found[metric]["rate"]
@@ -183,7 +188,7 @@ def comparison_blocks(comparison, names):
 
 def verdict(metric, found):
     """Of the second run: `"better"` or `"worse"` where the interval of the difference leaves out 0 (of a count: `"more"`, `"fewer"`), else `"within noise"`."""
-    more, fewer = ("more", "fewer") if metric in COUNTS else ("better", "worse")
+    more, fewer = ("more", "fewer") if vocabulary.figure(metric).scale == "count" else ("better", "worse")
     return (more if found["difference"] > 0 else fewer) if _is_sure(found) else "within noise"
 
 

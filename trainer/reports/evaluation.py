@@ -3,20 +3,15 @@
 import json
 from pathlib import Path
 
-from ..judging.judge import read_lines
+from ..judging import figures as vocabulary
+from ..judging.grounding import cited_passages
 from ..judging.matching import gold_ids
-from ..judging.scoring import COR_LABELS, COUNTS, MAIN, METRICS, RETRIEVING, cited_passages
+from ..judging.results import read_lines, read_results
 from .document import Bullets, Code, Example, Heading, Plot, Table, Text, write_document
 from .plots import can_draw, draw_bars, draw_curves, draw_scores
 
 SPLITS = {"in-domain": "In-domain", "out-of-domain": "Out-of-domain", None: "Other tasks"}
-MODE_NAMES = {
-    "retrieval": "own retrieval",
-    "gold": "gold passages given",
-    "off": "retrieval off",
-    "forced": "[NSP] forced first",
-    "wrong": "wrong passages given",
-}
+MODE_NAMES = vocabulary.MODES
 PASSAGE_SHOWN = 600  # characters of a passage in an example
 NO_MATPLOTLIB = "There are no plots: pip install matplotlib, and run the same command again."
 
@@ -41,19 +36,11 @@ def write_report(output_dir, num_examples=3):
     write_document(blocks, output_dir, "report", title)
 
 
-def read_results(output_dir):
-    """`metrics.json` of a results folder; `FileNotFoundError` when it is not complete."""
-    path = Path(output_dir) / "metrics.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: {output_dir} is no complete results folder of recipes/run_evaluation.py.")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def show(figure, metric, interval=True):
     """A figure as a cell of a table: percent, or a count; "—" where there is none."""
     if figure is None:
         return "—"
-    scale, digits = (1, 2) if metric in COUNTS else (100, 1)
+    scale, digits = (1, 2) if vocabulary.figure(metric).scale == "count" else (100, 1)
     low, high = (f"{scale * bound:.{digits}f}" for bound in figure["interval"])
     value = f"{scale * figure['value']:.{digits}f}"
     return (value, f"[{low}, {high}]") if interval else value
@@ -76,7 +63,7 @@ def main_table(results):
     modes = list(results["settings"]["modes"])
     if not modes:
         return []
-    mode = next((mode for mode in RETRIEVING if mode in modes), modes[0])
+    mode = next((mode for mode in vocabulary.SEARCHING if mode in modes), modes[0])
     rows, strong = [], []
     for split, heading in SPLITS.items():
         names = [name for name, task in results["tasks"].items() if task["split"] == split and mode in task["modes"]]
@@ -85,24 +72,25 @@ def main_table(results):
         for name in names:
             task = results["tasks"][name]
             own = task["modes"][mode]
-            cor = " / ".join(COR_LABELS[each] for each in task["cor"])
+            cor = " / ".join(vocabulary.cor_label(each) for each in task["cor"])
             n = own["metrics"].get("cor", own)["n"]
-            rows.append([name, _pool(task), str(n), cor, *(show(own["metrics"].get(metric), metric) for metric in MAIN)])
+            rows.append([name, _pool(task), str(n), cor, *(show(own["metrics"].get(metric), metric) for metric in vocabulary.MAIN)])
         if len(names) > 1 and split in results["averages"]:
             strong.append(len(rows))
             rows.append(_average_row(results, split, mode, "average of", len(names)))
     if len(results["tasks"]) > 1 and mode in results["averages"].get("all", {}):
         strong.append(len(rows))
         rows.append(_average_row(results, "all", mode, "average of all", len(results["tasks"])))
-    header = ["", "pool", "n", "Cor is", *(METRICS[metric][0] for metric in MAIN)]
-    note = f"Percent, with 95 % bootstrap intervals (of no width where all questions have the same value); {MODE_NAMES[mode]}. "
-    note += "; ".join(f"{METRICS[metric][0]}: {METRICS[metric][1]}" for metric in MAIN) + "."
+    header = ["", "pool", "n", "Cor is", *(vocabulary.figure(metric).label for metric in vocabulary.MAIN)]
+    note = f"Percent, with 95 % intervals (Wilson's where a question scores 0 or 1, else bootstrap); {MODE_NAMES[mode]}. "
+    note += "; ".join(f"{vocabulary.figure(metric).label}: {vocabulary.figure(metric).meaning}" for metric in vocabulary.MAIN) + "."
     return [Heading("Results"), Table(header, rows, strong=frozenset(strong)), Text(note, note=True)]
 
 
 def _average_row(results, split, mode, name, count):
     own = results["averages"][split][mode]
-    return [f"{name} {count}", "", str(own["cor"]["n"]) if "cor" in own else "", "", *(_show_average(own.get(metric), metric, count) for metric in MAIN)]
+    n = str(own["cor"]["n"]) if "cor" in own else ""
+    return [f"{name} {count}", "", n, "", *(_show_average(own.get(metric), metric, count) for metric in vocabulary.MAIN)]
 
 
 def _show_average(found, metric, count):
@@ -136,7 +124,7 @@ def _in_mode(task, mode):
 
 def _query(results):
     """What the query embedding finds."""
-    names, rows = ("mrr", "ndcg@10", "success@1", "success@5", "success@20", "success@100"), []
+    names, rows = ("mrr", "ndcg@10", "query_recall@1", "query_recall@5", "query_recall@20", "query_recall@100"), []
     for task_name, task in results["tasks"].items():
         for scope, own in task["query"].items():
             size = f"corpus of {task['passages']:,}" if scope == "corpus" else f"pool of {task['pool']}"
@@ -145,7 +133,7 @@ def _query(results):
     if not rows:
         return []
     note = "The query embedding at an [NSP] right behind the question, in percent; the corpus is ranked to place 100."
-    header = ["", "ranked", "n", *(METRICS[name][0] for name in names)]
+    header = ["", "ranked", "n", *(vocabulary.figure(name).label for name in names)]
     return [Heading("Query embedding"), Table(header, rows), Text(note, note=True)]
 
 
@@ -158,7 +146,7 @@ def _emission(results):
     if not rows:
         return []
     note = "How often the model decides to retrieve: share of the questions in percent, and retrievals for each question."
-    return [Heading("When [NSP] is emitted"), Table(["", *(METRICS[name][0] for name in names)], rows), Text(note, note=True)]
+    return [Heading("When [NSP] is emitted"), Table(["", *(vocabulary.figure(name).label for name in names)], rows), Text(note, note=True)]
 
 
 def _all_figures(results):
@@ -167,13 +155,14 @@ def _all_figures(results):
     for task_name, task in results["tasks"].items():
         sources = {MODE_NAMES[mode]: own["metrics"] for mode, own in task["modes"].items()}
         sources |= {f"query, {scope}": own for scope, own in task["query"].items()}
-        names = [name for name in METRICS if any(name in own for own in sources.values())]
+        names = vocabulary.in_order(name for own in sources.values() for name in own)
         rows = []
         for name in names:
             cells = [("—" if name not in own else (show(own[name], name)[0], f"{show(own[name], name)[1]} n = {own[name]['n']}")) for own in sources.values()]
-            rows.append([METRICS[name][0], *cells])
+            rows.append([vocabulary.figure(name).label, *cells])
         blocks.append(Table(["", *sources], rows, folded=task_name))
-    return [*blocks, Table(["figure", "what it is"], [list(words) for words in METRICS.values()], folded="what the figures are", text_columns=frozenset([1]))]
+    rows = [[entry.label, entry.meaning] for entry in vocabulary.FIGURES.values()]
+    return [*blocks, Table(["figure", "what it is"], rows, folded="what the figures are", text_columns=frozenset([1]))]
 
 
 # ---------------------------------------------------------------------- the rest
@@ -182,13 +171,13 @@ def _all_figures(results):
 def _plots(results, output_dir):
     """Draw what there is to draw."""
     tasks, blocks = results["tasks"], [Heading("Plots")]
-    mode = next((mode for mode in RETRIEVING if mode in results["settings"]["modes"]), None)
+    mode = next((mode for mode in vocabulary.SEARCHING if mode in results["settings"]["modes"]), None)
     if mode is not None:
         own = {name: task["modes"][mode]["metrics"] for name, task in tasks.items() if mode in task["modes"]}
         names = [name for name in ("ret", "cor", "gr") if any(name in figures for figures in own.values())]
         names += ["k_precision"] * ("gr" not in names and any("k_precision" in figures for figures in own.values()))
         if names:
-            draw_bars(own, names, [METRICS[name][0] for name in names], output_dir / "plots" / "main.png")
+            draw_bars(own, names, [vocabulary.figure(name).label for name in names], output_dir / "plots" / "main.png")
             blocks.append(Plot("plots/main.png", f"Retrieval, correctness and grounding ({MODE_NAMES[mode]}), with 95 % intervals"))
     by_mode = {name: {m: own["metrics"]["cor"] for m, own in task["modes"].items() if "cor" in own["metrics"]} for name, task in tasks.items()}
     modes = [mode for mode in results["settings"]["modes"] if any(mode in own for own in by_mode.values())]
@@ -198,7 +187,7 @@ def _plots(results, output_dir):
     curves = {}
     for name, task in tasks.items():
         for scope, own in task["query"].items():
-            points = {int(metric.partition("@")[2]): figure for metric, figure in own.items() if metric.startswith("success@")}
+            points = {int(metric.partition("@")[2]): figure for metric, figure in own.items() if metric.startswith("query_recall@")}
             if points:
                 curves[f"{name}, {scope}"] = points
     if curves:
@@ -207,7 +196,7 @@ def _plots(results, output_dir):
     rates = {name: task["modes"].get("retrieval", {}).get("metrics", {}) for name, task in tasks.items()}
     names = [name for name in ("nsp_needed", "nsp_not_needed") if any(name in own for own in rates.values())]
     if names:
-        draw_bars(rates, names, [METRICS[name][0] for name in names], output_dir / "plots" / "emission.png")
+        draw_bars(rates, names, [vocabulary.figure(name).label for name in names], output_dir / "plots" / "emission.png")
         blocks.append(Plot("plots/emission.png", "How often [NSP] is emitted, with 95 % intervals"))
     scores = _retrieval_scores(results, output_dir)
     if scores:
@@ -230,7 +219,7 @@ def _retrieval_scores(results, output_dir):
         right, wrong = [], []
         for prediction in predictions:
             for retrieval in prediction["retrievals"] if prediction["provenance"] else []:
-                (right if retrieval["passage_ids"][0] in gold_ids(prediction) else wrong).append(retrieval["scores"][0])
+                (right if retrieval["passages"][0]["id"] in gold_ids(prediction) else wrong).append(retrieval["scores"][0])
         if right or wrong:
             found[name] = right, wrong
     return found
@@ -240,7 +229,7 @@ def _examples(results, output_dir, num_examples):
     modes = results["settings"]["modes"]
     if not modes:
         return []
-    mode = next((mode for mode in RETRIEVING if mode in modes), modes[0])
+    mode = next((mode for mode in vocabulary.SEARCHING if mode in modes), modes[0])
     blocks = [Heading("Examples"), Text(f"The first answers of each task, {MODE_NAMES[mode]}.", note=True)] if num_examples else []
     for name, predictions in _predictions(results, output_dir, mode):
         scores = {row["id"]: row for row in read_lines(output_dir / name / mode / "scores.jsonl")}

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from modeling_cosup.index_files_cosup import write_json
 
+from ..judging import figures as vocabulary
 from ..judging.grounding import HYPOTHESIS
-from ..judging.scoring import COUNTS, METRICS
 from .document import Bullets, Code, Heading, Plot, Table, Text, write_document
 from .experiment_figures import COLUMNS
 from .plots import can_draw, draw_bars, draw_lines
@@ -21,7 +21,8 @@ MODE_NAMES = {
 }
 FURTHER = (
     *("accuracy", "em", "f1", "rouge_l", "fever_label", "fever_nli", "kilt_accuracy", "kilt_em", "kilt_f1", "kilt_rouge_l"),
-    *("str_em", "str_hit", "claim_recall", "citation_recall", "citation_precision", "gr_success", "gr_failure", "r_precision", "recall@5", "mrr", "ndcg@10"),
+    *("str_em", "str_hit", "claim_recall", "citation_recall", "citation_precision", "gr_success", "gr_failure", "r_precision"),
+    *("kilt_recall@5", "mrr", "ndcg@10"),
 )
 EMISSION = ("nsp_needed", "nsp_not_needed", "cor_not_needed", "num_retrievals")
 GROUP_NAMES = {"in-domain": "in-domain average", "out-of-domain": "out-of-domain average", "all": "average of all tasks"}
@@ -90,7 +91,7 @@ def _verdicts(results):
                 for metric in COLUMNS:
                     found = results.compare(line, results.tasks(setting, group), metric)
                     if found is not None:
-                        said[found["verdict"]].append(f"{METRICS[metric][0]} ({_signed(found['difference'], metric)})")
+                        said[found["verdict"]].append(f"{vocabulary.figure(metric).label} ({_signed(found['difference'], metric)})")
                         count += 1
                 where = GROUP_NAMES[group] if len(results.groups(setting)) > 1 else "all tasks"
                 rows.append([f"{name_of(results, line)}: {setting}, {where}", *(", ".join(own) or "—" for own in said.values())])
@@ -108,7 +109,7 @@ def _tables(results):
     metrics = [metric for metric in COLUMNS if metric in results.metrics or metric == "gr"]
     for number, setting in enumerate(results.settings):
         rows, strong = _rows(results, setting, metrics)
-        blocks += [Heading("Results")] * (number == 0) + [Heading(setting, 3), Table(["", *(METRICS[m][0] for m in metrics)], rows, strong)]
+        blocks += [Heading("Results")] * (number == 0) + [Heading(setting, 3), Table(["", *(vocabulary.figure(m).label for m in metrics)], rows, strong)]
     note = "Percent; mean ± standard deviation over seeds, 95 % bootstrap interval over questions, n = questions. R@1: the nearest passage to the query "
     note += "embedding at an [NSP] right behind the question is gold. Averages are plain means over tasks. "
     note += "An interval without width says that all questions scored alike, not that all others would."
@@ -126,7 +127,7 @@ def _tables(results):
         metrics = [metric for metric in names if metric in results.metrics]
         for setting in results.settings if metrics else []:
             rows, strong = _rows(results, setting, metrics)
-            blocks.append(Table(["", *(METRICS[m][0] for m in metrics)], rows, strong, folded=f"{title}: {setting}"))
+            blocks.append(Table(["", *(vocabulary.figure(m).label for m in metrics)], rows, strong, folded=f"{title}: {setting}"))
     return blocks
 
 
@@ -158,7 +159,7 @@ def _comparisons(results):
         for title, names in places.items():
             own = [(line, [results.compare(line, names, metric) for metric in metrics]) for line in results.lines if line != results.baseline]
             rows += [[title]] + [[name_of(results, line), *map(_difference, cells, metrics)] for line, cells in own]
-        blocks += [Heading(setting, 3), Table(["", *(METRICS[metric][0] for metric in metrics)], rows)]
+        blocks += [Heading(setting, 3), Table(["", *(vocabulary.figure(metric).label for metric in metrics)], rows)]
     note = "Percentage points, in brackets percent of the baseline (the paper's improvement rate); below, the 95 % interval of the paired bootstrap over "
     return [*blocks, Text(note + "questions, n, and how many seeds are above, equal to and below the baseline.", note=True)]
 
@@ -169,7 +170,7 @@ def _comparisons(results):
 def _cell(figure, metric):
     if figure is None:
         return "—"
-    scale = 1 if metric in COUNTS else 100
+    scale = 1 if vocabulary.figure(metric).scale == "count" else 100
     spread = "" if figure["deviation"] is None else f" ± {scale * figure['deviation']:.1f}"
     low, high = (scale * bound for bound in figure["interval"])
     return f"{scale * figure['value']:.1f}{spread}", f"[{low:.1f}, {high:.1f}] n = {figure['n']:,}{_where(figure)}"
@@ -178,7 +179,7 @@ def _cell(figure, metric):
 def _difference(found, metric):
     if found is None:
         return "—"
-    scale = 1 if metric in COUNTS else 100
+    scale = 1 if vocabulary.figure(metric).scale == "count" else 100
     rate = "" if found["rate"] is None else f" ({found['rate']:+.1f} %)"
     low, high = (scale * bound for bound in found["interval"])
     signs = [sum(sign * each > 0 for each in found["seeds"].values()) for sign in (1, -1)]
@@ -191,8 +192,12 @@ def _where(found):
     return "" if found["tasks"] == found["of_tasks"] else f", {found['tasks']} of {found['of_tasks']} tasks"
 
 
+def _scale(metric):
+    return 1 if vocabulary.figure(metric).scale == "count" else 100
+
+
 def _signed(difference, metric):
-    return f"{(1 if metric in COUNTS else 100) * difference:+.1f}"
+    return f"{_scale(metric) * difference:+.1f}"
 
 
 # ---------------------------------------------------------------------- plots
@@ -202,7 +207,7 @@ def _figures(results, output_dir):
     """Bars of the averages in each setting; curves over corpora or over the option that is the axis."""
     if not can_draw():
         return [Text("Without matplotlib there are no figures: pip install matplotlib", note=True)]
-    metrics = [metric for metric in ("ret", "cor", "gr" if "gr" in results.metrics else "k_precision", "success@1") if metric in results.metrics]
+    metrics = [metric for metric in ("ret", "cor", "gr" if "gr" in results.metrics else "k_precision", "query_recall@1") if metric in results.metrics]
     curves = _over_corpora(results, metrics) if results.experiment["corpus_sizes"] else _over_option(results, metrics) if results.experiment["axis"] else None
     if curves is not None:
         label, panels, levels = curves
@@ -215,7 +220,7 @@ def _figures(results, output_dir):
         for group in groups[: max(1, len(groups) - 1)]:  # in-domain and out-of-domain say what all would
             for metric in metrics:
                 own = {line: results.figure(line, results.tasks(setting, group), metric) for line in results.lines}
-                bars[f"{METRICS[metric][0]}\n{group}"] = {line: figure for line, figure in own.items() if figure is not None}
+                bars[f"{vocabulary.figure(metric).label}\n{group}"] = {line: figure for line, figure in own.items() if figure is not None}
         draw_bars(bars, results.lines, [name_of(results, line) for line in results.lines], output_dir / "plots" / f"averages-{number}.png")
         blocks.append(Plot(f"plots/averages-{number}.png", f"{setting}: averages over tasks, with 95 % intervals over questions"))
     return blocks
@@ -223,18 +228,19 @@ def _figures(results, output_dir):
 
 def _over_corpora(results, metrics):
     sizes = {setting: next(own["size"] for own in results.meaning.values() if own["setting"] == setting) for setting in results.settings}
-    panels = {METRICS[metric][0]: {} for metric in metrics}
+    panels = {vocabulary.figure(metric).label: {} for metric in metrics}
     for metric in metrics:
         for line in results.lines:
             for group in results.groups(results.settings[0]):
                 points = {sizes[s]: figure for s in results.settings if (figure := results.figure(line, results.tasks(s, group), metric)) is not None}
                 if group != "all" or len(results.groups(results.settings[0])) == 1:
-                    panels[METRICS[metric][0]][f"{name_of(results, line)}, {group}"] = points
+                    panels[vocabulary.figure(metric).label][f"{name_of(results, line)}, {group}"] = points
     return "passages in the corpus", panels, {}
 
 
 def _over_option(results, metrics):
-    axis, panels, levels = results.experiment["axis"], {METRICS[metric][0]: {} for metric in metrics}, {METRICS[metric][0]: {} for metric in metrics}
+    axis = results.experiment["axis"]
+    panels, levels = ({vocabulary.figure(metric).label: {} for metric in metrics} for _ in range(2))
     options = {line: results.experiment["arms"][results.arm(line)].get(axis) for line in results.lines}
     for metric in metrics:
         for setting in results.settings:
@@ -246,8 +252,8 @@ def _over_option(results, metrics):
                 for mode in results.modes:
                     points = {options[line]: own[line] for arm in results.experiment["arms"] if (line := results.line(arm, mode)) in own}
                     label = where if len(results.modes) == 1 else f"{where}, {MODE_NAMES.get(mode, mode)}"
-                    panels[METRICS[metric][0]][label] = {float(at): f for at, f in points.items() if f is not None and at is not None}
-                levels[METRICS[metric][0]] |= {f"{line}, {where}": f for line, f in own.items() if f is not None and options[line] is None}
+                    panels[vocabulary.figure(metric).label][label] = {float(at): f for at, f in points.items() if f is not None and at is not None}
+                levels[vocabulary.figure(metric).label] |= {f"{line}, {where}": f for line, f in own.items() if f is not None and options[line] is None}
     return axis, panels, levels
 
 

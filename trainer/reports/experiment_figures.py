@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ..judging import figures as vocabulary
 from ..judging.intervals import mean_and_deviation
-from ..judging.judge import QUERY, read_lines
-from ..judging.scoring import COR_LABELS, MAIN, METRICS, average
+from ..judging.results import read_lines
+from ..judging.scoring import average
 
-COLUMNS = (*MAIN, "success@1")
+COLUMNS = (*vocabulary.MAIN, "query_recall@1")
 GROUPS = ("in-domain", "out-of-domain", "all")
 
 
@@ -45,12 +46,12 @@ class Results:
         self.lines = [line for arm in experiment["arms"] for mode in self.modes if (line := self.line(arm, mode)) in self.scores]
         self.settings = list(dict.fromkeys(own["setting"] for own in meaning.values()))
         found = {metric for seeds in self.scores.values() for tasks in seeds.values() for own in tasks.values() for metric in own}
-        self.metrics = [metric for metric in METRICS if metric in found]
+        self.metrics = vocabulary.in_order(found)
         self.cor = {}  # task -> what Cor is there
         for path in [Path(run["evaluation"], "results", "metrics.json") for run in runs if run["evaluated"] is not None]:
             told = json.loads(path.read_text())["tasks"] if path.exists() else {}
             named = {own["task"]: told[name]["cor"] for name, own in meaning.items() if name in told}
-            self.cor |= {task: ", ".join(COR_LABELS[each] for each in names) for task, names in named.items()}
+            self.cor |= {task: ", ".join(vocabulary.cor_label(each) for each in names) for task, names in named.items()}
 
     def line(self, arm, mode):
         """How tables name the answers of an arm in a mode: by what differs."""
@@ -172,12 +173,14 @@ def _read_scores(run, name, mode):
     """`{metric: {question: value}}` of a task in a mode; where the model searches itself, with the ranking of the query embedding over what is searched."""
     folder = Path(run["evaluation"], "results", name)
     columns = {}
-    for row in _rows(folder / mode / "scores.jsonl") if mode != QUERY else []:
+    for row in _rows(folder / mode / "scores.jsonl") if mode != vocabulary.QUERY else []:
         _add(columns, run["questions"][name], row, {metric: value for metric, value in row.items() if metric != "id"})
-    if mode in ("retrieval", QUERY):
-        for row in _rows(folder / "query" / "scores.jsonl"):
-            scope = "pool" if any(key.startswith("pool ") for key in row) else "corpus"
-            _add(columns, run["questions"][name], row, {key.split(" ", 1)[1]: value for key, value in row.items() if key.startswith(f"{scope} ")})
+    if mode in ("retrieval", vocabulary.QUERY):
+        rows = _rows(folder / "query" / "scores.jsonl")
+        scope = "pool" if any(row["scope"] == "pool" for row in rows) else "corpus"
+        for row in rows:
+            if row["scope"] == scope:
+                _add(columns, run["questions"][name], row, {key: value for key, value in row.items() if key not in ("id", "scope")})
     return columns
 
 

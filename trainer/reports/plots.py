@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..judging.scoring import METRICS
+from ..judging import figures as vocabulary
 
 try:
     from matplotlib.figure import Figure
@@ -59,7 +59,7 @@ def draw_curves(curves, path):
     axes.minorticks_off()
     axes.set_xlabel("k")
     axes.set_ylim(0, 103)
-    _finish(figure, axes, path, METRICS["success@1"][0].replace("1", "k") + ", %")
+    _finish(figure, axes, path, vocabulary.figure("query_recall@1").label.replace("1", "k") + ", %")
 
 
 def draw_scores(scores, path):
