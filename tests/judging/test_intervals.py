@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from trainer.judging import intervals
-from trainer.judging.intervals import Mean, Rate, bootstrap_interval, mean_and_deviation, paired_bootstrap
+from trainer.judging.intervals import (
+    Mean,
+    Rate,
+    average,
+    bootstrap_interval,
+    compare_differences,
+    mean_and_deviation,
+    paired_bootstrap,
+    resampled_means,
+)
 
 
 def test_wilson_interval():
@@ -14,6 +23,13 @@ def test_wilson_interval():
     assert Rate(5, 10).interval == pytest.approx((0.2366, 0.7634), abs=1e-4)
     assert Rate(10, 10).interval[1] == pytest.approx(1.0)
     assert math.isnan(Rate(0, 0).value) and all(map(math.isnan, Rate(0, 0).interval))
+    z = 1.959964
+    for hits, n in ((1, 3), (77, 1500), (99_999, 100_000)):
+        p = hits / n
+        centre = p + z * z / (2 * n)
+        spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        by_formula = [(centre + sign * spread) / (1 + z * z / n) for sign in (-1, 1)]
+        assert Rate(hits, n).interval == pytest.approx(by_formula, abs=1e-7)
 
 
 def test_mean_is_weighted_and_its_interval_holds_it():
@@ -46,6 +62,35 @@ def test_bootstrap_is_the_percentile_bootstrap(monkeypatch):
     assert bootstrap_interval(values, resamples=1000) == pytest.approx(whole, rel=0.05)
     with pytest.raises(ValueError, match="1 of 3 values are NaN"):
         bootstrap_interval([1.0, math.nan, 2.0])
+
+
+def test_the_resamples_are_those_of_numpys_generator():
+    """One row of places after another: figures that earlier versions wrote come out again."""
+    values, weights = np.random.default_rng(1).exponential(size=(2, 50))
+    picks = np.random.default_rng(5).integers(50, size=(300, 50))
+    assert resampled_means(values, resamples=300, seed=5) == pytest.approx(values[picks].mean(1), abs=1e-12)
+    weighted = values[picks].sum(1) / weights[picks].sum(1)
+    assert resampled_means(values, weights, resamples=300, seed=5) == pytest.approx(weighted, abs=1e-12)
+
+
+def test_a_sample_that_does_not_vary_has_an_interval_of_no_width():
+    for values in ([0.1], [0.1] * 3):
+        assert bootstrap_interval(values) == (0.1, 0.1)
+    assert bootstrap_interval([0.5], [2.0]) == (0.25, 0.25)
+    assert all(map(math.isnan, bootstrap_interval([])))
+
+
+def test_averages_over_tasks_resample_each_task_by_itself():
+    """A task of one question and a large one weigh the same, and what does not apply counts for nothing."""
+    figure = average([[1.0], [0.0, 1.0, None, 0.0, 1.0], [None]])
+    assert (figure["value"], figure["n"], figure["tasks"]) == (0.75, 5, 2)
+    assert figure["interval"] == pytest.approx([0.5, 1.0])  # the first task is always 1
+    assert average([[None], []]) is None
+    differences = [[0.5], [0.0, 1.0, 0.0, 1.0]]
+    compared = compare_differences(differences, resamples=500, seed=3)
+    assert (compared.difference, compared.n) == (0.5, 5)
+    means = (0.5 + resampled_means(differences[1], resamples=500, seed=4)) / 2
+    assert compared.interval == pytest.approx(np.percentile(means, [2.5, 97.5]))
 
 
 def test_bootstrap_interval_covers_the_mean_19_times_of_20():

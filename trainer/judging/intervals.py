@@ -1,17 +1,31 @@
-"""Figures with their uncertainty: shares and means with 95 % intervals, the paired comparison of two runs, mean and deviation over seeds."""
+"""
+Figures with their uncertainty: shares and means with 95 % intervals, averages over tasks, the comparison of two runs.
 
-import math
+Wilson's interval and the resampling are scipy's. Ours is what they are asked: questions without a value are left out
+and counted, every task weighs the same in an average and is resampled by itself, and two runs are compared question by
+question.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
+import scipy  # scipy.stats loads on first use
 
-CHUNK = 1 << 24  # resampled values that are held at a time: 128 MB
+from .figures import Measured
+
+Values: TypeAlias = Sequence[float] | np.ndarray
+
+RESAMPLES = 1000
+CHUNK = 1 << 22  # resampled values that are held at a time: 32 MB, and as much again for their places
+NAN = float("nan")
 
 
 @dataclass
 class Rate:
     """
-    A share of `n` questions with its 95 % Wilson interval.
+    A share of `n` questions with its 95 % Wilson interval. NaN where there is no question.
 
     Args:
         hits (`int`), n (`int`): successes and trials.
@@ -21,98 +35,152 @@ class Rate:
     n: int
 
     @property
-    def value(self):
-        return self.hits / self.n if self.n else float("nan")
+    def value(self) -> float:
+        return self.hits / self.n if self.n else NAN
 
     @property
-    def interval(self):
+    def interval(self) -> tuple[float, float]:
         """`(low, high)` of the 95 % Wilson score interval."""
         if not self.n:
-            return float("nan"), float("nan")
-        z, p = 1.959964, self.value
-        centre, spread = p + z * z / (2 * self.n), z * math.sqrt(p * (1 - p) / self.n + z * z / (4 * self.n * self.n))
-        return (centre - spread) / (1 + z * z / self.n), (centre + spread) / (1 + z * z / self.n)
+            return NAN, NAN
+        low, high = scipy.stats.binomtest(self.hits, self.n).proportion_ci(0.95, method="wilson")
+        return float(low), float(high)
 
-    def __str__(self):
+    def __str__(self) -> str:
         low, high = self.interval
         return f"{100 * self.value:5.1f} %  [{100 * low:.1f}, {100 * high:.1f}]  n = {self.n}"
 
-    def to_dict(self):
+    def to_dict(self) -> Measured:
         return {"value": self.value, "interval": list(self.interval), "n": self.n}
 
 
 @dataclass
 class Mean:
     """
-    A mean over instances with its 95 % bootstrap interval (1,000 resamples of the instances, seed 0). NaN where there is no instance.
+    A mean over instances with its 95 % bootstrap interval. NaN where there is no instance.
 
     Args:
-        sums (`list[float]`): per instance, its value, or e.g. its summed loss.
-        weights (`list[float]`, *optional*): per instance, e.g. the number of tokens; 1 each by default.
+        sums (`list[float]`): of each instance its value, or e.g. its summed loss.
+        weights (`list[float]`, *optional*): of each instance e.g. its number of tokens; 1 by default.
     """
 
-    sums: list
-    weights: list | None = None
+    sums: Values
+    weights: Values | None = None
 
     @classmethod
-    def of(cls, values):
-        """The mean over the instances that have a value: those with `None`, where the metric does not apply, are left out, and `n` says how many remain."""
+    def of(cls, values: Iterable[float | None]) -> "Mean":
+        """The mean over the instances that have a value: `None`, where the figure does not apply, is left out."""
         return cls([float(value) for value in values if value is not None])
 
     @property
-    def n(self):
+    def n(self) -> int:
         """Number of instances."""
         return len(self.sums)
 
     @property
-    def value(self):
+    def value(self) -> float:
         total = self.n if self.weights is None else np.sum(self.weights)
-        return float(np.sum(self.sums) / total) if total else float("nan")
+        return float(np.sum(self.sums) / total) if total else NAN
 
     @property
-    def interval(self):
+    def interval(self) -> tuple[float, float]:
         """`(low, high)` of the 95 % percentile bootstrap."""
-        if not math.isfinite(self.value):
-            return float("nan"), float("nan")
+        if not np.isfinite(self.value):
+            return NAN, NAN
         return bootstrap_interval(self.sums, self.weights)
 
-    def __str__(self):
+    def __str__(self) -> str:
         low, high = self.interval
         return f"{self.value:7.3f}  [{low:.3f}, {high:.3f}]  n = {self.n}"
 
-    def to_dict(self):
+    def to_dict(self) -> Measured:
         return {"value": self.value, "interval": list(self.interval), "n": self.n}
 
 
-def bootstrap_interval(values, weights=None, resamples=1000, seed=0):
+# ---------------------------------------------------------------------- the bootstrap
+
+
+def bootstrap_interval(
+    values: Values, weights: Values | None = None, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
     """
-    95 % percentile bootstrap interval of a (weighted) mean.
+    95 % percentile bootstrap interval of a mean, `(low, high)`; see [`resampled_means`] for the arguments. NaN where
+    there is no value.
+    """
+    if not len(values):
+        return NAN, NAN
+    return _percentiles(resampled_means(values, weights, resamples, seed))
+
+
+def resampled_means(
+    values: Values, weights: Values | None = None, resamples: int = RESAMPLES, seed: int = 0
+) -> np.ndarray:
+    """
+    (Weighted) means of draws of as many values as there are, with replacement.
 
     Args:
-        values (`list[float]` or `numpy.ndarray` of shape `(n,)`): one per instance; with `weights` they are sums, already multiplied by their weight.
-        weights (of shape `(n,)`, *optional*): what the resampled sums are divided by.
-        resamples (`int`), seed (`int`): the same seed gives the same interval.
+        values (of shape `(n,)`): with `weights` they are sums, already multiplied by their weight.
+        weights (of shape `(n,)`, *optional*): what the drawn sums are divided by.
+        resamples (`int`), seed (`int`): the same seed gives the same means.
 
     Returns:
-        `(low, high)`, two `float`s; NaN where there is no value.
+        `numpy.ndarray` of shape `(resamples,)`, float64.
 
     Raises:
         `ValueError`: when a value is not a finite number.
     """
     values = _finite(values, "values")
-    if not len(values):
-        return float("nan"), float("nan")
-    weights = None if weights is None else _finite(weights, "weights")
-    picked = _resamples(len(values), resamples, seed)
-    means = np.concatenate([values[picks].sum(1) / (picks.shape[1] if weights is None else weights[picks].sum(1)) for picks in picked])
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    if weights is None:
+        if (values == values[0]).all():  # also a single value, which scipy refuses
+            return np.full(resamples, values[0])
+        columns: tuple[np.ndarray, ...] = (values,)
+        statistic: Callable = np.mean
+    else:
+        weights = _finite(weights, "weights")
+        if len(values) == 1:
+            return np.full(resamples, values[0] / weights[0])
+        columns = (values, weights)
+        statistic = _weighted_mean
+    drawn = scipy.stats.bootstrap(
+        columns,
+        statistic,
+        paired=weights is not None,
+        vectorized=True,
+        n_resamples=resamples,
+        batch=max(1, CHUNK // len(values)),
+        method="percentile",
+        rng=seed,
+    )
+    return drawn.bootstrap_distribution
+
+
+def average(columns: Iterable[Iterable[float | None]]) -> dict | None:
+    """
+    The plain mean over tasks of the mean over each task's questions.
+
+    Args:
+        columns: the scores of each task's questions; `None` where the figure does not apply.
+
+    Returns:
+        `{"value", "interval", "n", "tasks"}`: the 95 % interval is by resampling the questions within each task; `n`
+        counts questions; `tasks` counts the tasks in which the figure applies. `None` when there is none.
+    """
+    applied = [np.array([value for value in column if value is not None], float) for column in columns]
+    applied = [column for column in applied if len(column)]
+    if not applied:
+        return None
+    interval = _percentiles(_resampled_average(applied, RESAMPLES, seed=0))
+    n = sum(len(column) for column in applied)
+    return {"value": _average_value(applied), "interval": list(interval), "n": n, "tasks": len(applied)}
+
+
+# ---------------------------------------------------------------------- two runs
 
 
 @dataclass
 class Comparison:
     """
-    What [`paired_bootstrap`] found about two runs, second minus first.
+    Two runs, second minus first.
 
     Args:
         difference (`float`), interval (`tuple[float, float]`): of the means, with its 95 % interval.
@@ -122,27 +190,30 @@ class Comparison:
     """
 
     difference: float
-    interval: tuple
+    interval: tuple[float, float]
     p_value: float
     n: int
     left_out: int = 0
 
-    def __str__(self):
-        low, high = self.interval
-        return f"{self.difference:+7.3f}  [{low:+.3f}, {high:+.3f}]  p = {self.p_value:.4f}  n = {self.n}"
+    def to_dict(self) -> dict:
+        return {
+            "difference": self.difference,
+            "interval": list(self.interval),
+            "p_value": self.p_value,
+            "n": self.n,
+            "left_out": self.left_out,
+        }
 
-    def to_dict(self):
-        return {"difference": self.difference, "interval": list(self.interval), "p_value": self.p_value, "n": self.n, "left_out": self.left_out}
 
-
-def paired_bootstrap(first, second, resamples=10_000, seed=0):
+def paired_bootstrap(
+    first: dict[str, float | None], second: dict[str, float | None], resamples: int = 10_000, seed: int = 0
+) -> Comparison:
     """
     Whether the second run is better than the first: the bootstrap of their differences, instance by instance.
 
-    The p-value counts the resampled differences that are as far from the measured one as that is from 0 (plus one in both counts, so it is never 0).
-
     Args:
-        first, second (`dict[str, float | None]`): id of an instance -> its value; `None` where the metric does not apply.
+        first, second (`dict[str, float | None]`): id of an instance -> its value; `None` where the figure does not
+            apply.
         resamples (`int`), seed (`int`): the same seed gives the same answer.
 
     Returns:
@@ -151,48 +222,74 @@ def paired_bootstrap(first, second, resamples=10_000, seed=0):
     Raises:
         `ValueError`: with counts, when the two do not hold the same ids, or no instance has a value in both.
     """
-    if missing := set(first) ^ set(second):
-        only_first, only_second = len(set(first) - set(second)), len(set(second) - set(first))
+    only_first, only_second = first.keys() - second.keys(), second.keys() - first.keys()
+    if only_first or only_second:
+        examples = sorted(map(str, only_first | only_second))[:3]
         raise ValueError(
-            f"The runs hold different instances: {only_first} ids are only in the first, {only_second} only in the second, "
-            f"{len(set(first) & set(second))} in both; e.g. {sorted(map(str, missing))[:3]}."
+            f"The runs hold different instances: {len(only_first)} ids are only in the first, {len(only_second)} only in "
+            f"the second, {len(first.keys() & second.keys())} in both; e.g. {examples}."
         )
-    shared = [id for id in first if first[id] is not None and second[id] is not None]
-    if not shared:
+    pairs = [(first[id], second[id]) for id in first]
+    differences = [new - old for old, new in pairs if old is not None and new is not None]
+    if not differences:
         raise ValueError(f"None of the {len(first)} instances has a value in both runs: there is nothing to compare.")
-    differences = _finite([second[id] - first[id] for id in shared], "differences")
-    means = np.concatenate([differences[picks].mean(1) for picks in _resamples(len(differences), resamples, seed)])
-    measured = float(differences.mean())
-    as_far = int((np.abs(means - measured) >= abs(measured) - 1e-12).sum())
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Comparison(measured, (float(low), float(high)), (1 + as_far) / (1 + resamples), len(shared), len(first) - len(shared))
+    compared = compare_differences([differences], resamples, seed)
+    compared.left_out = len(pairs) - len(differences)
+    return compared
 
 
-def mean_and_deviation(values):
+def compare_differences(columns: Sequence[Values], resamples: int = 10_000, seed: int = 0) -> Comparison:
     """
-    Mean and sample standard deviation (n - 1) over seeds.
+    The plain mean over tasks of paired differences, against 0.
+
+    The p-value counts the resampled means that are as far from the measured one as that is from 0, plus one in both
+    counts, so it is never 0.
 
     Args:
-        values (`list[float]`): one per seed.
-
-    Returns:
-        `(mean, deviation)`, two `float`s; the deviation of a single seed is NaN.
+        columns: the differences of each task's instances; no column is empty.
+        resamples (`int`), seed (`int`): the same seed gives the same answer.
     """
-    values = _finite(values, "values")
-    if not len(values):
+    arrays = [_finite(column, "differences") for column in columns]
+    measured = _average_value(arrays)
+    means = _resampled_average(arrays, resamples, seed)
+    rounding = 1e-12
+    as_far = int((np.abs(means - measured) >= abs(measured) - rounding).sum())
+    n = sum(len(column) for column in arrays)
+    return Comparison(measured, _percentiles(means), (1 + as_far) / (1 + resamples), n)
+
+
+def mean_and_deviation(values: Values) -> tuple[float, float]:
+    """`(mean, sample standard deviation)` over seeds; the deviation, with n - 1, of a single seed is NaN."""
+    array = _finite(values, "values")
+    if not len(array):
         raise ValueError("There is no seed to average over.")
-    return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else float("nan")
+    return float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else NAN
 
 
-def _resamples(n, resamples, seed):
-    """Rows of `n` picks with replacement, `resamples` in all: arrays of shape `(rows, n)`."""
-    generator, rows = np.random.default_rng(seed), max(1, CHUNK // n)
-    for start in range(0, resamples, rows):
-        yield generator.integers(n, size=(min(rows, resamples - start), n))
+# ---------------------------------------------------------------------- helpers
 
 
-def _finite(values, what):
-    values = np.asarray(values, dtype=np.float64)
-    if bad := int((~np.isfinite(values)).sum()):
-        raise ValueError(f"{bad} of {len(values)} {what} are NaN or infinite.")
-    return values
+def _weighted_mean(sums: np.ndarray, weights: np.ndarray, axis: int) -> np.ndarray:
+    return sums.sum(axis) / weights.sum(axis)
+
+
+def _average_value(columns: list[np.ndarray]) -> float:
+    return float(np.mean([column.mean() for column in columns]))
+
+
+def _resampled_average(columns: list[np.ndarray], resamples: int, seed: int) -> np.ndarray:
+    """Averages over tasks, each task resampled by itself: shape `(resamples,)`."""
+    means = [resampled_means(column, None, resamples, seed + number) for number, column in enumerate(columns)]
+    return np.mean(means, 0)
+
+
+def _percentiles(means: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _finite(values: Values, what: str) -> np.ndarray:
+    array = np.asarray(values, dtype=np.float64)
+    if bad := int((~np.isfinite(array)).sum()):
+        raise ValueError(f"{bad} of {len(array)} {what} are NaN or infinite.")
+    return array
