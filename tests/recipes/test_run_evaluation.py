@@ -33,7 +33,7 @@ from trainer.judging.figures import MAIN
 from trainer.judging.judge import evaluate_tasks
 from trainer.judging.matching import retrieved_ids
 from trainer.judging.results import read_lines, read_results
-from trainer.judging.scoring import average, cor_names, measure, score
+from trainer.judging.scoring import cor_names, measure, score
 from trainer.judging.tasks import Task, read_tasks
 from trainer.reports.comparison import compare_results
 from trainer.reports.evaluation import write_report
@@ -217,13 +217,6 @@ def test_cor_of_questions_with_claims_is_claim_recall():
     assert found["cor"] == pytest.approx([0.5, 1.0]) and found["claim_recall"] == [0.5, None]
     assert score(made, questions)["cor"] == [None, pytest.approx(1.0)]
     assert cor_names(questions) == ["claim_recall", "rouge_l"] and cor_names(questions, nli=False) == ["", "rouge_l"]
-
-
-def test_average_of_tasks():
-    found = average([[1.0, None, 0.0], [1.0], [None]])
-    assert (found["value"], found["n"], found["tasks"]) == (0.75, 3, 2)
-    assert found["interval"] == [0.5, 1.0]
-    assert average([[None], []]) is None
 
 
 def test_a_share_of_questions_has_the_interval_of_wilson():

@@ -3,8 +3,6 @@
 import importlib.util
 from collections.abc import Sequence
 
-import numpy as np
-
 from .correctness import FEVER_LABELS, TEXT_METRICS, cor_metric, correctness, kilt_scores, str_em
 from .figures import NO_JUDGE, SEARCHING, Measured, in_order
 from .grounding import (
@@ -17,11 +15,10 @@ from .grounding import (
     grounding,
     k_precision,
 )
-from .intervals import Mean, Rate
+from .intervals import Mean, Rate, average
 from .matching import match_by_id, provenance_unknown, retrieved_ids
 from .retrieval import Scores, by_retrieval, cor_minus, emission, only_where, ranking_scores, retrieval_scores
 
-RESAMPLES = 1000
 META = {  # what of ALCE's fields is judged, by which figure, and what it must be
     "qa_pairs": ("str_em", 'a list of {"short_answers": [texts]}'),
     "claims": ("claim_recall", "a list of texts"),
@@ -280,39 +277,6 @@ def measure(scores: dict[str, Scores]) -> dict[str, Measured]:
             mean = Rate(int(sum(values)), len(values)) if is_share else Mean.of(values)
             figures[name] = mean.to_dict()
     return figures
-
-
-def average(columns: Sequence[Sequence[float | None]]) -> dict | None:
-    """
-    The plain mean over tasks of a figure's means.
-
-    Args:
-        columns (`list[list[float | None]]`): the scores of each task's questions.
-
-    Returns:
-        `{"value", "interval", "n", "tasks"}`: the interval comes from resampling the questions within each task; `n`
-        counts questions, `tasks` those in which the figure applies. `None` when there is none.
-    """
-    arrays = [np.array([value for value in column if value is not None], float) for column in columns]
-    arrays = [array for array in arrays if len(array)]
-    if not arrays:
-        return None
-    resampled = np.mean([resampled_means(array, seed) for seed, array in enumerate(arrays)], 0)
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    value = float(np.mean([array.mean() for array in arrays]))
-    n = sum(len(array) for array in arrays)
-    return {"value": value, "interval": [float(low), float(high)], "n": n, "tasks": len(arrays)}
-
-
-def resampled_means(values: np.ndarray, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
-    """Means of `resamples` draws of as many values as there are, with replacement: shape `(resamples,)`."""
-    if (values == values[0]).all():
-        return np.full(resamples, values[0])
-    generator, rows = np.random.default_rng(seed), max(1, 2**22 // len(values))  # 32 MB of picks at a time
-    sizes = [min(rows, resamples - start) for start in range(0, resamples, rows)]
-    return np.concatenate(
-        [values[generator.integers(len(values), size=(size, len(values)))].mean(1) for size in sizes]
-    )
 
 
 def averages(splits: dict[str, str | None], scores: dict[str, dict[str, dict[str, Scores]]]) -> dict[str, dict]:

@@ -7,9 +7,8 @@ import numpy as np
 from modeling_cosup.index_files_cosup import write_json
 
 from ..judging import figures as vocabulary
-from ..judging.intervals import paired_bootstrap
+from ..judging.intervals import paired_bootstrap, resampled_means
 from ..judging.results import read_lines, read_results
-from ..judging.scoring import resampled_means
 from .document import Bullets, Heading, Table, Text, write_document
 from .evaluation import MODE_NAMES
 
@@ -114,7 +113,7 @@ def _averages(splits, tasks, samples, resamples, seed):
 def _average(columns, resamples, seed):
     means = np.mean([column.mean(1) for column in columns], 0)
     differences = [column[1] - column[0] for column in columns]
-    resampled = np.mean([resampled_means(values, seed + number, resamples) for number, values in enumerate(differences)], 0)
+    resampled = np.mean([resampled_means(values, None, resamples, seed + number) for number, values in enumerate(differences)], 0)
     measured = float(means[1] - means[0])
     as_far = int((np.abs(resampled - measured) >= abs(measured) - 1e-12).sum())
     low, high = np.percentile(resampled, [2.5, 97.5])

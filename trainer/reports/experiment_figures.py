@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from ..judging import figures as vocabulary
-from ..judging.intervals import mean_and_deviation
+from ..judging.intervals import average, mean_and_deviation
 from ..judging.results import read_lines
-from ..judging.scoring import average
 
 COLUMNS = (*vocabulary.MAIN, "query_recall@1")
 GROUPS = ("in-domain", "out-of-domain", "all")
