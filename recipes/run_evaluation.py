@@ -21,9 +21,9 @@ import torch
 
 from modeling_cosup import CoSupConfig, CoSupForCausalLM
 from trainer.card import add_results, evaluation_groups
+from trainer.judging.figures import MODES, QUERY, SCOPES, figure, line
 from trainer.judging.judge import command_line, evaluate_tasks
-from trainer.judging.scoring import COUNTS, METRICS
-from trainer.judging.tasks import read_tasks
+from trainer.judging.tasks import read_tasks, task_name
 from trainer.reports.evaluation import write_report
 
 from shared.arguments import TASK_OPTIONS, EvaluationArguments
@@ -60,7 +60,7 @@ def list_tasks(args):
     if (args.tasks is None) == (args.eval_file is None):
         raise ValueError("give either --eval_file, for one task, or a config that lists tasks.")
     check_index_options(args.index, args.index_uri)
-    entries = args.tasks if args.tasks is not None else [{"name": Path(args.eval_file).name.split(".")[0], "eval_file": args.eval_file}]
+    entries = args.tasks if args.tasks is not None else [{"name": task_name(args.eval_file), "eval_file": args.eval_file}]
     return read_tasks(entries, **{name: getattr(args, name) for name in TASK_OPTIONS})
 
 
@@ -79,20 +79,17 @@ def load_judge(args, state):
 
 
 def print_figures(results, output_dir):
-    """The main figures of each task, and where everything is."""
+    """The figures of each task, and where everything is."""
     for name, task in results["tasks"].items():
-        found = {mode: own["metrics"] for mode, own in task["modes"].items()} or {f"query embedding, {scope}": own for scope, own in task["query"].items()}
-        for mode, own in found.items():
-            print(f"\n{name}, {mode}: {max((figure['n'] for figure in own.values()), default=0)} questions (95 % intervals in brackets)\n")
-            print(table([(METRICS[metric][0], show(figure, metric)) for metric, figure in own.items()]))
-    print(f"\nReport: {Path(output_dir) / 'report.html'}   Figures: {Path(output_dir) / 'metrics.json'}   {results['seconds']:,.0f} s")
-
-
-def show(figure, metric):
-    """A figure on one line."""
-    scale = 1 if metric in COUNTS else 100
-    low, high = (scale * bound for bound in figure["interval"])
-    return f"{scale * figure['value']:6.2f}  [{low:.2f}, {high:.2f}]  n = {figure['n']}"
+        sections = {MODES[mode]: answers["metrics"] for mode, answers in task["modes"].items()}
+        if not sections:
+            sections = {f"{MODES[QUERY]} {SCOPES[scope]}": figures for scope, figures in task["query"].items()}
+        for title, figures in sections.items():
+            asked = max((measured["n"] for measured in figures.values()), default=0)
+            print(f"\n{name}, {title}: {asked} questions (95 % intervals in brackets)\n")
+            print(table([(figure(metric).label, line(measured, metric)) for metric, measured in figures.items()]))
+    report, metrics = Path(output_dir) / "report.html", Path(output_dir) / "metrics.json"
+    print(f"\nReport: {report}   Figures: {metrics}   {results['seconds']:,.0f} s")
 
 
 if __name__ == "__main__":

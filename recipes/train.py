@@ -27,13 +27,17 @@ from transformers import set_seed
 
 from modeling_cosup import CoSupForCausalLM, PassageIndex
 from modeling_cosup.facts_cosup import load_facts
+from modeling_cosup.lines_cosup import read_lines
 from trainer import CoSupTrainer, CoSupTrainingArguments, load_corpus, load_evaluation_set, load_instances
-from trainer.card import complete_card, held_out_group, result_group, write_card
+from trainer.card import complete_card, evaluation_groups, held_out_group, write_card
 from trainer.hub import push_checkpoint
-from trainer.judging.answers import METRIC_NAMES, evaluate_model, ntp_loss, recall, reference_instances
-from trainer.judging.grounding import k_precision
-from trainer.judging.intervals import Mean
+from trainer.judging.answers import ntp_loss, rank_passages, reference_instances
+from trainer.judging.figures import MODES, QUERY, Measured, figure, line
+from trainer.judging.judge import evaluate_tasks
 from trainer.judging.matching import gold_ids, provenance_unknown
+from trainer.judging.results import FORMAT
+from trainer.judging.scoring import check_questions, measure, score_rankings
+from trainer.judging.tasks import Task, task_name
 from trainer.model_setup import without_peft
 
 from shared.arguments import ScriptArguments
@@ -42,6 +46,16 @@ from shared.processes import end_processes
 from shared.quickstart import WorldArguments, prepare_world
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+PRINTED = (  # modes and their figures, as far as there are any
+    (QUERY, "query_recall@1"),
+    (QUERY, "query_recall@5"),
+    ("retrieval", "ret"),
+    ("retrieval", "em"),
+    ("gold", "em"),
+    ("off", "em"),
+    ("retrieval", "nsp_not_needed"),
+    ("retrieval", "cor_not_needed"),
+)
 
 
 def main():
@@ -79,6 +93,8 @@ def train(script, args):
             raise ValueError("--eval_file needs --corpus_file (or --index): its questions are answered from that corpus.")
         if questions is not None and not any(x["provenance"] for x in questions):
             raise ValueError(f"{script.eval_file}: no question has provenance, so there is nothing to retrieve.")
+        if questions is not None:
+            check_questions(evaluation_task(script, args).read_questions(), script.eval_file)
         if corpus is not None:
             PassageIndex.check_save_directory(Path(args.output_dir) / "index")
         if validation is None and args.eval_strategy != "no":
@@ -89,11 +105,16 @@ def train(script, args):
         if script.index:
             corpus = check_index(trainer, questions, script)
 
-    results = {"seed": args.seed}
+    results = {"format": FORMAT, "seed": args.seed}
     if questions is not None and script.eval_before_training and trainer.is_world_process_zero():
         model = trainer.model.to(args.device)
         with precision(args):
-            results["before"] = held_out(model, make_index(model, corpus, script, args), questions, corpus, args)
+            index = open_index(model, script.index, script.index_uri)
+            if index is None:
+                index = model.build_index(corpus, batch_size=args.per_device_eval_batch_size)
+            results["before"] = held_out(model, index, questions, corpus, args)
+            if script.index_uri is not None:
+                index.close()  # training may take days
     resume = args.resume_from_checkpoint
     output = trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)
     if trainer.is_fsdp_enabled:
@@ -118,17 +139,18 @@ def train(script, args):
 
 
 def index_and_evaluate(model, corpus, questions, results, script, args):
-    """Build and save the index, measure, write `results.json`, complete the card, and push both."""
+    """Build and save the index, unless there is one; measure, write `results.json`, complete the card, and push both."""
     index = None
+    groups = held_out_group(results["validation"]) if "validation" in results else []
     if corpus is not None:
         with precision(args):
-            index = make_index(model, corpus, script, args)
             if script.index is None:
+                index = model.build_index(corpus, batch_size=args.per_device_eval_batch_size)
                 index.save_pretrained(Path(args.output_dir) / "index")
             if questions is not None:
-                report(model, index, questions, corpus, results, script, args)
-    Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2, default=lambda value: value.to_dict()) + "\n")
-    share(model, index, questions, results, script, args)
+                groups += evaluate(model, questions, corpus, results, script, args)
+    Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    share(model, index, questions, groups, script, args)
 
 
 def check_index(trainer, questions, script):
@@ -155,20 +177,9 @@ def check_index(trainer, questions, script):
     return [{name: passage[name] for name in ("id", "title", "text")} for passage in passages]
 
 
-def make_index(model, corpus, script, args):
-    """The index that questions are answered from: the one that is there, or a new one of the corpus."""
-    if script.index:
-        return open_index(model, script.index, script.index_uri)
-    return model.build_index(corpus, batch_size=args.per_device_eval_batch_size)
-
-
-def share(model, index, questions, results, script, args):
+def share(model, index, questions, groups, script, args):
     """The cards with all that was measured; with `push_to_hub` also the index and the checkpoint."""
     output_dir = Path(args.output_dir)
-    groups = held_out_group(results["validation"]) if "validation" in results else []
-    if "evaluation" in results:
-        names = ", ".join(sorted({x["dataset"] for x in questions if x["dataset"]})) or Path(script.eval_file).name
-        groups.append(result_group({**results["evaluation"], **results["grounding"]}, METRIC_NAMES, names, len(index)))
     repo_id, place = str(output_dir), None
     if script.index:
         place = script.index if script.index_uri is None else None  # a card can show how to load what is a folder or a repository
@@ -248,36 +259,75 @@ def load_model(script, args):
     return CoSupForCausalLM.from_gen_and_emb_seq(script.gen, script.emb_seq, model_kwargs=kwargs, **fields)
 
 
-def held_out(model, index, questions, corpus, args):
-    """Held-out NTP loss of the reference answers, and recall@1 and @5 over the corpus."""
-    rates = recall(model, index, questions, batch_size=args.per_device_eval_batch_size)
-    return {"ntp_loss": ntp_loss(model, reference_instances(questions, corpus)), **{f"recall@{k}": rate for k, rate in rates.items()}}
+def evaluation_task(script, args):
+    """The evaluation set as recipes/run_evaluation.py judges it, over the index of the output folder."""
+    return Task(
+        task_name(script.eval_file),
+        script.eval_file,
+        index=script.index or str(Path(args.output_dir) / "index"),
+        index_uri=script.index_uri,
+        max_eval_samples=script.max_eval_samples,
+        max_new_tokens=script.max_new_tokens,
+    )
 
 
-def report(model, index, questions, corpus, results, script, args):
-    """Measure, print the table and a few answers, and keep it all in `results`."""
-    metrics, answers = evaluate_model(model, index, questions, args.per_device_eval_batch_size, script.max_new_tokens)
-    results["evaluation"] = metrics
-    grounded = Mean.of(k_precision({"retrievals": answer.retrievals}) for answer in answers)
-    results["grounding"] = {"k_precision": grounded} if grounded.n else {}
+def held_out(model, index, questions, corpus, args) -> dict[str, Measured]:
+    """NTP loss of the reference answers, and recall of the query embeddings over the corpus."""
+    needing = [question for question in questions if question["provenance"]]
+    rankings = rank_passages(model, index, needing, args.per_device_eval_batch_size)
+    figures = measure(score_rankings([ranking["corpus"] for ranking in rankings], needing, ks=(1, 5)))
+    recall = {name: figures[name] for name in ("query_recall@1", "query_recall@5")}
+    return {"ntp_loss": ntp_loss(model, reference_instances(questions, corpus)).to_dict(), **recall}
+
+
+def evaluate(model, questions, corpus, results, script, args):
+    """Judge the model on the evaluation set, print figures and a few answers, keep all figures in `results`; returns groups of the card."""
+    task = evaluation_task(script, args)
+    with tempfile.TemporaryDirectory() as folder:
+        judged = evaluate_tasks(model, [task], folder, batch_size=args.per_device_eval_batch_size)
+        predictions = read_lines(Path(folder, task.name, "retrieval", "predictions.jsonl"))
+    evaluation = judged["tasks"][task.name]
+    names = ("n", "passages", "cor", "modes", "query", "left_out")  # no paths: results.json is pushed with the checkpoint
+    results["evaluation"] = {name: evaluation[name] for name in names}
+    by_mode = {mode: answers["metrics"] for mode, answers in evaluation["modes"].items()}
+    by_mode[QUERY] = evaluation["query"]["corpus"]
+    print(f"\n{len(questions)} questions over an index of {evaluation['passages']:,} passages (95 % intervals in brackets)\n")
+    rows = []
+    for mode, name in PRINTED:
+        if name in by_mode[mode]:
+            rows.append((f"{MODES[mode]}: {figure(name).label}", line(by_mode[mode][name], name)))
+    print(table(rows))
     if "before" in results:
-        results["after"] = {"ntp_loss": ntp_loss(model, reference_instances(questions, corpus))}
-        results["after"].update({name: metrics[name] for name in results["before"] if name != "ntp_loss"})
-    print(f"\n{len(questions)} questions over an index of {len(index):,} passages (95 % intervals in brackets)\n")
-    print(table([(METRIC_NAMES[name], rate) for name, rate in metrics.items()]))
-    if "before" in results:
-        rows = [(f"{name} {when}", results[when][name]) for name in results["before"] for when in ("before", "after")]
-        print("\nHeld-out reference answers and questions, before and after training\n\n" + table(rows))
-    needing = [i for i, x in enumerate(questions) if x["provenance"]]
-    free = [i for i, x in enumerate(questions) if not (x["provenance"] or provenance_unknown(x))][:1]
+        recall = {name: value for name, value in by_mode[QUERY].items() if name in results["before"]}
+        results["after"] = {"ntp_loss": ntp_loss(model, reference_instances(questions, corpus)).to_dict(), **recall}
+        print_before_and_after(results["before"], results["after"])
+    print_examples(questions, predictions, script, args)
+    return evaluation_groups(judged)
+
+
+def print_before_and_after(before, after):
+    """The held-out figures of before and after training, one below the other."""
+    rows = []
+    for name in after:
+        for when, figures in (("before", before), ("after", after)):
+            rows.append((f"{figure(name).label} {when}", line(figures[name], name)))
+    print("\nHeld-out reference answers and questions, before and after training\n\n" + table(rows))
+
+
+def print_examples(questions, predictions, script, args):
+    """A few answers, one of a question that needs no passage among them, and where everything is."""
+    needing = [i for i, question in enumerate(questions) if question["provenance"]]
+    free = [i for i, question in enumerate(questions) if not (question["provenance"] or provenance_unknown(question))][:1]
     for i in needing[: max(0, script.num_examples - len(free))] + free[: script.num_examples]:
-        print(f"\nQ  {questions[i]['input']}\nA  {answers[i].cited}")
-    checkpoint = Path(args.output_dir) / "merged" if script.use_peft else args.output_dir
-    place = script.index or Path(args.output_dir) / "index"
+        print(f"\nQ  {questions[i]['input']}\nA  {predictions[i]['cited_text']}")
+    output_dir = Path(args.output_dir)
+    checkpoint = output_dir / "merged" if script.use_peft else output_dir
+    index = script.index or output_dir / "index"
     if script.index_uri is not None:
-        place = f"{place} --index_uri {script.index_uri}"
-    print(f"\nCheckpoint: {checkpoint}   Index: {place}   Numbers: {Path(args.output_dir) / 'results.json'}")
-    print(f'Ask it:     python recipes/generate.py --model {checkpoint} --index {place} "{questions[needing[0]]["input"]}"')
+        index = f"{index} --index_uri {script.index_uri}"
+    print(f"\nCheckpoint: {checkpoint}   Index: {index}   Numbers: {output_dir / 'results.json'}")
+    question = questions[needing[0]]["input"]
+    print(f'Ask it:     python recipes/generate.py --model {checkpoint} --index {index} "{question}"')
 
 
 if __name__ == "__main__":

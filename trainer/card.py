@@ -14,9 +14,8 @@ from modeling_cosup.facts_cosup import FACTS_FILE, facts_of, load_facts
 from modeling_cosup.files_cosup import read_json, write_json
 from modeling_cosup.hub_cosup import CARD_FILE, CARD_MARKER, is_repo_id
 
-from .judging.figures import FIGURES
+from .judging.figures import FIGURES, MAIN, SEARCHING, Measured, cor_label, figure
 from .judging.intervals import Rate
-from .judging.scoring import COR_LABELS, MAIN, METRICS, RETRIEVING
 from .model_setup import adapter_config, without_peft
 
 try:
@@ -82,36 +81,49 @@ def _rank(adapters):
     return [f"{sign} = {adapters[name]}" for name, sign in (("r", "r"), ("lora_alpha", "α")) if name in adapters]
 
 
-def result_group(metrics, names, dataset, index_size=None):
+def result_group(
+    figures: dict[str, Measured], dataset: str, index_size: int | None = None, labels: dict[str, str] | None = None
+) -> dict:
     """
     The results of one evaluation set as the card shows them.
 
     Args:
-        metrics (`dict[str, Rate | Mean | dict]`): by type, e.g. `recall@1`: shares, and losses, whose types end in `loss`; or what their `to_dict` gives.
-        names (`dict[str, str]`): how each reads.
+        figures (`dict[str, Measured]`): by name, see `trainer.judging.figures`; those of no question are left out.
         dataset (`str`): name of the set.
         index_size (`int`, *optional*): passages that were searched.
+        labels (`dict[str, str]`, *optional*): in place of the labels of the vocabulary.
     """
     rows = []
-    for kind, metric in metrics.items():
-        value, scale = metric if isinstance(metric, dict) else metric.to_dict(), 1 if kind.endswith("loss") else 100
-        if value["n"]:
-            interval = [round(scale * bound, 4) for bound in value["interval"]]
-            row = {"type": kind, "name": names.get(kind, kind), "value": round(scale * value["value"], 4), "interval": interval}
-            rows.append({**row, "unit": "%" if scale == 100 else "", "n": value["n"]})
+    for name, measured in figures.items():
+        if not measured["n"]:
+            continue
+        is_share = figure(name).scale == "share"
+        scale = 100 if is_share else 1
+        rows.append(
+            {
+                "type": name,
+                "name": (labels or {}).get(name, figure(name).label),
+                "value": round(scale * measured["value"], 4),
+                "interval": [round(scale * bound, 4) for bound in measured["interval"]],
+                "unit": "%" if is_share else "",
+                "n": measured["n"],
+            }
+        )
     return {"dataset": {"name": dataset, "type": dataset if is_repo_id(dataset) else "custom"}, "index_size": index_size, "metrics": rows}
 
 
-def held_out_group(metrics_of_set):
+def held_out_group(metrics_of_set: dict[str, float]) -> list[dict]:
     """Recall that `CoSupTrainer.evaluate()` returned, as a list of one [`result_group`]; empty without queries."""
-    n = metrics_of_set.get("eval_num_queries", 0)
+    n = int(metrics_of_set.get("eval_num_queries", 0))
     if not n:
         return []
-    metrics = {f"query_recall@{k}": Rate(round(metrics_of_set[f"eval_query_recall@{k}"] * n), n) for k in (1, 5)}
-    return [result_group(metrics, {}, "held-out instances", metrics_of_set["eval_num_passages"])]
+    figures = {}
+    for name in ("query_recall@1", "query_recall@5"):
+        figures[name] = Rate(round(metrics_of_set[f"eval_{name}"] * n), n).to_dict()
+    return [result_group(figures, "held-out instances", int(metrics_of_set["eval_num_passages"]))]
 
 
-def evaluation_groups(results):
+def evaluation_groups(results: dict) -> list[dict]:
     """
     The main figures of [`~trainer.judging.judge.evaluate_tasks`] as the card shows them.
 
@@ -119,20 +131,23 @@ def evaluation_groups(results):
         results (`dict`): what it returned.
 
     Returns:
-        `list[dict]`: one [`result_group`] for each task: answers by the model's own decision to retrieve (else forced), and the query embedding's recall@1.
+        `list[dict]`: one [`result_group`] for each task: answers by the model's own decision to retrieve (else forced),
+        and R@1 of the query embedding over what was searched.
     """
     groups = []
     for name, task in results["tasks"].items():
-        own = next((task["modes"][mode]["metrics"] for mode in RETRIEVING if mode in task["modes"]), {})
-        metrics = {metric: own[metric] for metric in MAIN if metric in own}
-        searched = "corpus" if task["pool"] == "full" else "pool"
-        if ranked := task["query"].get(searched):
-            metrics["success@1"] = ranked["success@1"]
-        names = {metric: METRICS[metric][0] for metric in metrics}
-        names["cor"] = f"Cor ({', '.join(COR_LABELS[each] for each in task['cor'])})"
-        names["gr"] = f"Gr (by {results['settings'].get('nli_model') or 'an NLI model'})"
-        title = name if searched == "corpus" else f"{name} (pools of {task['pool']})"
-        groups.append(result_group(metrics, names, title, task["passages"]))
+        mode = next((mode for mode in SEARCHING if mode in task["modes"]), None)
+        answers = task["modes"][mode]["metrics"] if mode is not None else {}
+        figures = {main: answers[main] for main in MAIN if main in answers}
+        scope = "corpus" if task["pool"] == "full" else "pool"
+        if rankings := task["query"].get(scope):
+            figures["query_recall@1"] = rankings["query_recall@1"]
+        labels = {
+            "cor": f"Cor ({', '.join(map(cor_label, task['cor']))})",
+            "gr": f"Gr (by {results['settings'].get('nli_model') or 'an NLI model'})",
+        }
+        title = name if scope == "corpus" else f"{name} (pools of {task['pool']})"
+        groups.append(result_group(figures, title, task["passages"], labels))
     return [group for group in groups if group["metrics"]]
 
 
@@ -142,17 +157,18 @@ def draw_losses(log, path):
     if Figure is None or len(steps) < 2:
         path.unlink(missing_ok=True)
         return False
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    losses, accuracy = figure.subplots(1, 2)
+    picture = Figure(figsize=(9, 3.2), layout="constrained")
+    losses, accuracy = picture.subplots(1, 2)
     for name in dict.fromkeys(name for entry in log for name in entry if name.endswith("_loss")):
-        label = FIGURES[name].label if name in FIGURES else name
+        label = figure(name).label if name in FIGURES else name
         losses.plot(steps, [entry.get(name, float("nan")) for entry in log], label=label)
-    accuracy.plot(steps, [100 * entry.get("nsp_accuracy", float("nan")) for entry in log], color="C2", label="in-batch NSP accuracy (%)")
+    shares = [100 * entry.get("nsp_accuracy", float("nan")) for entry in log]
+    accuracy.plot(steps, shares, color="C2", label=f"{figure('nsp_accuracy').label} in the batch (%)")
     for axis in (losses, accuracy):
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
-    figure.savefig(path, dpi=110)
+    picture.savefig(path, dpi=110)
     return True
 
 

@@ -15,7 +15,6 @@ from support.models import PASSAGES, make_model
 from support.recipes import ROOT, options
 from trainer import CoSupTrainer, CoSupTrainingArguments
 from trainer.card import result_group
-from trainer.judging.answers import METRIC_NAMES
 from trainer.judging.intervals import Mean, Rate
 
 pytest.importorskip("jsonschema", reason="jsonschema, which the test Hub checks cards with, is not installed")
@@ -94,10 +93,10 @@ def test_a_trained_checkpoint_and_its_index_answer_the_same_elsewhere(hub, train
 def test_the_card_says_what_was_trained_and_measured(trained):
     output, _, names, card, _ = trained
     metadata = card.split("---")[1]
-    assert "license: apache-2.0" in metadata and "model-index:" in metadata and "type: recall_at_1" in metadata and "interval_95" in metadata
+    assert "license: apache-2.0" in metadata and "model-index:" in metadata and "type: query_recall_at_1" in metadata and "interval_95" in metadata
     results = json.loads((output / "results.json").read_text())
-    recall = results["evaluation"]["recall@1"]
-    assert re.search(rf"\| recall@1 of the query embedding \| {100 * recall['value']:.4g} % \[.*\] \| n = 6 \|", card)
+    recall = results["evaluation"]["query"]["corpus"]["query_recall@1"]
+    assert re.search(rf"\| R@1 \| {100 * recall['value']:.4g} % \[.*\] \| n = 6 \|", card)
     assert "held-out instances, over an index of 6 passages" in card and "Trained on 7 instances, which hold 6 distinct passages." in card
     assert "| supervision | co |" in card and "| step | loss | ntp_loss | nsp_loss | nsp_accuracy |" in card
     assert 'model.load_index("tester/trained-index")' in card and '"content": "question 0?"' in card
@@ -129,7 +128,7 @@ def test_a_card_without_a_hub_describes_the_folder(inputs, tmp_path, monkeypatch
 
     main()
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f'from_pretrained("{tmp_path}/out"' in card and f'load_index("{tmp_path}/out/index")' in card and "recall@5 of the query embedding" in card
+    assert f'from_pretrained("{tmp_path}/out"' in card and f'load_index("{tmp_path}/out/index")' in card and "| Cor (short answer) |" in card
     assert '"content": "question 0?"' in card
     facts = (tmp_path / "out" / "training_facts.json").read_text()
     assert str(tmp_path) not in facts and "question 0?" not in facts  # what a later push would take along
@@ -234,11 +233,12 @@ def test_cards_of_tokenized_data_streams_and_other_adapters(tmp_path):
 
 
 def test_shares_are_percentages_and_losses_are_not():
-    metrics = {"recall@1": Rate(1, 4), "k_precision": Mean.of([0.5, None, 1.0]), "ntp_loss": Mean.of([1.5, 2.5]), "exact_match": Rate(0, 0)}
-    group = result_group(metrics, METRIC_NAMES, "nq", 10)
+    means = {"query_recall@1": Rate(1, 4), "k_precision": Mean.of([0.5, None, 1.0]), "ntp_loss": Mean.of([1.5, 2.5]), "em": Rate(0, 0)}
+    group = result_group({name: mean.to_dict() for name, mean in means.items()}, "nq", 10, {"ntp_loss": "loss of the text"})
     found = [(row["type"], row["value"], row["unit"], row["n"]) for row in group["metrics"]]
-    assert found == [("recall@1", 25.0, "%", 4), ("k_precision", 75.0, "%", 2), ("ntp_loss", 2.0, "", 2)]  # nothing of no question
-    assert group["metrics"][1]["name"].startswith("K-precision") and group["dataset"] == {"name": "nq", "type": "custom"}
+    assert found == [("query_recall@1", 25.0, "%", 4), ("k_precision", 75.0, "%", 2), ("ntp_loss", 2.0, "", 2)]  # nothing of no question
+    assert [row["name"] for row in group["metrics"]] == ["R@1", "K-precision", "loss of the text"]
+    assert group["dataset"] == {"name": "nq", "type": "custom"}
 
 
 def test_a_folder_without_weights_is_not_pushed(tmp_path):

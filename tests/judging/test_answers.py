@@ -13,11 +13,11 @@ from trainer.held_out import retrieval_metrics
 from trainer.judging.answers import (
     answer,
     embed_queries,
-    evaluate_model,
     ntp_loss,
-    recall,
+    rank_passages,
     reference_instances,
 )
+from trainer.judging.matching import retrieved_ids
 from trainer.losses import embedding_losses
 
 QUESTIONS = [
@@ -33,12 +33,17 @@ def test_ntp_loss_of_references_equals_the_model(model):
         assert ntp_loss(model, instances).value == pytest.approx(float(model(**batch).ntp_loss), rel=1e-5)
 
 
-def test_recall_against_the_model_itself(model):
+def test_rankings_against_the_model_itself(model):
     index = model.build_index(PASSAGES, show_progress_bar=False)
-    rates = recall(model, index, QUESTIONS, ks=(1, 6), batch_size=4)
-    assert rates[6].hits == 6  # the index holds six
-    one_by_one = [recall(model, index, [question], ks=(1,))[1].hits for question in QUESTIONS]
-    assert rates[1].hits == sum(one_by_one)
+    rankings = rank_passages(model, index, QUESTIONS, batch_size=4)
+    assert [ranking["id"] for ranking in rankings] == [question["id"] for question in QUESTIONS]
+    assert all(sorted(ranking["corpus"]) == sorted(passage["id"] for passage in PASSAGES) for ranking in rankings)
+    for question, ranking in zip(QUESTIONS, rankings, strict=True):
+        assert rank_passages(model, index, [question]) == [ranking]
+    pools = [{**question, "candidates": ["p4", "p1"]} for question in QUESTIONS]
+    for ranking in rank_passages(model, index, pools, pools=True):
+        assert ranking["pool"] == [id for id in ranking["corpus"] if id in ("p1", "p4")]
+    assert rank_passages(model, index, []) == []
 
 
 def test_queries_of_an_encoder_are_embedded_without_gen():
@@ -58,16 +63,13 @@ def test_modes_of_answering(batch_size):
     off = answer(model, QUESTIONS, None, "off", batch_size=batch_size, max_new_tokens=6)
     gold = answer(model, QUESTIONS, index, "gold", batch_size=batch_size, max_new_tokens=6)
     wrong, again = (answer(model, QUESTIONS, index, "wrong", batch_size=batch_size, max_new_tokens=6) for _ in range(2))
-    assert all(found.retrieved == [] for found in off)
-    assert [found.retrieved for found in gold] == [x["provenance"][0] for x in QUESTIONS]
-    assert all(len(found.retrieved) == 1 and found.retrieved != x["provenance"][0] for found, x in zip(wrong, QUESTIONS, strict=True))
+    assert all(retrieved_ids(prediction) == [] for prediction in off)
+    assert [retrieved_ids(prediction) for prediction in gold] == [x["provenance"][0] for x in QUESTIONS]
+    for prediction, question in zip(wrong, QUESTIONS, strict=True):
+        assert len(retrieved_ids(prediction)) == 1 and retrieved_ids(prediction) != question["provenance"][0]
     assert wrong == again
-    assert len({tuple(a.text for a in answers) for answers in (off, gold, wrong)}) == 3
-    unknown = {**QUESTIONS[0], "provenance": [], "meta": {"provenance_unknown": True}}  # may need one, for all that is known
-    metrics, answers = evaluate_model(model, index, QUESTIONS + [{**QUESTIONS[0], "provenance": []}, unknown], batch_size, 6)
-    assert metrics["exact_match"].n == metrics["retrieval_accuracy"].n == 6
-    assert metrics["needless_retrieval"].n == metrics["exact_match_no_passage"].n == 1
-    assert len(answers) == 8
+    assert len({tuple(prediction["output"] for prediction in answers) for answers in (off, gold, wrong)}) == 3
+    assert [(p["id"], p["answers"], p["mode"]) for p in gold] == [(x["id"], x["answers"], "gold") for x in QUESTIONS]
     assert model.training is False
 
 

@@ -32,7 +32,7 @@ def scores(output, judge, passages=(A, B, C, D)):
 
 
 def retrieval(text, *passages):
-    return {"grounded_text": text, "titles": [p["title"] for p in passages], "texts": [p["text"] for p in passages]}
+    return {"grounded_text": text, "passages": [{"id": passage["title"], **passage} for passage in passages]}
 
 
 @pytest.mark.parametrize(
@@ -118,8 +118,6 @@ def test_citations_by_hand():
 
 def test_numbers_of_citations_count_distinct_passages():
     prediction = {"retrievals": [retrieval("", A, B), retrieval("", C, A)]}
-    for each in prediction["retrievals"]:
-        each["passage_ids"] = each["titles"]
     assert [passage["id"] for passage in cited_passages(prediction)] == ["A", "B", "C"]
     assert cited_passages(prediction)[2] == {"id": "C", **C} and cited_passages({"retrievals": []}) == []
 

@@ -72,7 +72,8 @@ def test_grounding_with_a_trained_judge(folder):
     passages = [("", "w3 red w4"), ("", "blue w5")]
 
     def retrieval(passage, text):
-        return {"titles": [passages[passage][0]], "texts": [passages[passage][1]], "grounded_text": text}
+        title, content = passages[passage]
+        return {"passages": [{"title": title, "text": content}], "grounded_text": text}
 
     predictions = [
         {"retrievals": [retrieval(0, "w1 red . w2 blue"), retrieval(1, "w1 blue")]},

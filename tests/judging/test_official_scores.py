@@ -14,7 +14,7 @@ import pytest
 
 from trainer.judging.correctness import kilt_scores, str_em
 from trainer.judging.grounding import citation_scores, claim_recall
-from trainer.judging.retrieval import mean_scores, recall_at_k, retrieval_scores
+from trainer.judging.retrieval import kilt_recall_at_k, mean_scores, retrieval_scores
 
 METRICS = Path(__file__).parents[2] / "recipes" / "metrics"
 OFFICIAL = json.loads((Path(__file__).parent / "official_scores.json").read_text(encoding="utf-8"))
@@ -29,7 +29,7 @@ KILT_NAMES = {  # theirs -> ours
     "KILT-f1": "kilt_f1",
     "KILT-rougel": "kilt_rouge_l",
     "Rprec": "r_precision",
-    "recall@5": "recall@5",
+    "recall@5": "kilt_recall@5",
 }
 ALCE_NAMES = {
     "str_em": "str_em",
@@ -55,9 +55,10 @@ def judge(pairs):
 
 def kilt_row(x):
     """Our scores of one question; where no evidence is known, retrieval is wrong."""
-    found = {"r_precision": 0.0, "recall@5": 0.0} | {f"recall@{k}": 0.0 for k in RECALLS}
+    found = {"r_precision": 0.0, "kilt_recall@5": 0.0} | {f"kilt_recall@{k}": 0.0 for k in RECALLS}
     if x["provenance"]:
-        found |= retrieval_scores(x["retrieved"], x["provenance"], ks=(5,)) | {f"recall@{k}": recall_at_k(x["retrieved"], x["provenance"], k) for k in RECALLS}
+        found |= retrieval_scores(x["retrieved"], x["provenance"], ks=(5,))
+        found |= {f"kilt_recall@{k}": kilt_recall_at_k(x["retrieved"], x["provenance"], k) for k in RECALLS}
     return found | kilt_scores(x["output"], x["answers"], found["r_precision"])
 
 
@@ -76,7 +77,7 @@ def test_each_score_of_kilt(name, kilt_rows):
 
 @pytest.mark.parametrize("name", [*KILT_NAMES, *(f"recall@{k}" for k in RECALLS)])
 def test_mean_scores_of_kilt(name, kilt_rows):
-    ours = KILT_NAMES.get(name, name)
+    ours = KILT_NAMES.get(name, f"kilt_{name}")
     assert mean_scores(kilt_rows, [ours])[ours] == same(KILT["scores"]["set"][name])
 
 
@@ -148,7 +149,10 @@ def load(tmp_path, monkeypatch):
 
 def test_the_module_of_kilt(load):
     pytest.importorskip("rouge", reason="ROUGE-L is PyPI's rouge (extra eval)")
-    predictions = [{"id": x["id"], "output": x["output"], "retrievals": [{"passage_ids": x["retrieved"]}]} for x in KILT["instances"]]
+    predictions = []
+    for x in KILT["instances"]:
+        passages = [{"id": id} for id in x["retrieved"]]
+        predictions.append({"id": x["id"], "output": x["output"], "retrievals": [{"passages": passages}]})
     ours = load("kilt").compute(predictions=predictions, references=KILT["instances"])
     assert {name: ours[KILT_NAMES[name]] for name in KILT_NAMES} == same({name: KILT["scores"]["set"][name] for name in KILT_NAMES})
 
@@ -156,7 +160,7 @@ def test_the_module_of_kilt(load):
 def test_the_module_of_alce(load):
     predictions, references = [], []
     for x, passages in zip(ALCE["instances"], alce_passages(), strict=True):
-        retrievals = [{"passage_ids": [p["title"]], "titles": [p["title"]], "texts": [p["text"]]} for p in passages]
+        retrievals = [{"passages": [{"id": p["title"], "title": p["title"], "text": p["text"]}]} for p in passages]
         predictions.append({"id": x["id"], "output_with_citations": x["output"], "retrievals": retrievals})
         references.append({"id": x["id"], "qa_pairs": [{"short_answers": answers} for answers in x["short_answers"]], "claims": x["claims"]})
     ours = load("alce").compute(predictions=predictions, references=references, nli=judge)

@@ -22,18 +22,16 @@ from trainer.judging.matching import evidence_sets, gold_ids, match_by_id, retri
 from trainer.judging.retrieval import (
     by_retrieval,
     cor_minus,
-    domain_averages,
-    emission_rates,
-    improvement_rates,
+    emission,
+    kilt_recall_at_k,
     ndcg,
+    query_recall_at_k,
     r_precision,
     ranking_scores,
-    recall_at_k,
     reciprocal_rank,
     ret,
     ret_precision,
     retrieval_scores,
-    success_at_k,
 )
 
 # ---------------------------------------------------------------------- answers
@@ -53,10 +51,8 @@ def test_unigram_f1_takes_the_best_answer():
 
 
 def test_empty_answers():
-    """KILT: no overlap is 0. SQuAD 2.0: nothing against nothing is 1. Nothing is contained in everything: an answer of articles is always found."""
+    """KILT: no overlap is 0. Nothing is contained in everything: an answer of articles is always found."""
     assert unigram_f1("", [""]) == 0.0 and unigram_f1("the", ["a"]) == 0.0
-    assert unigram_f1("", [""], squad_v2=True) == 1.0 and unigram_f1("the", ["a"], squad_v2=True) == 1.0
-    assert unigram_f1("", ["x"], squad_v2=True) == 0.0 == unigram_f1("x", [""], squad_v2=True)
     assert short_answer("", ["The"]) and not short_answer("", ["Rembrandt"])
     assert set(kilt_scores("  ", ["Rembrandt"], 1.0).values()) == {0.0}
     with pytest.raises(ValueError, match="no answers"):
@@ -88,7 +84,7 @@ def test_rankings_against_torchmetrics():
         scores, target = torch.arange(16.0, 0.0, -1.0), torch.tensor([id in gold for id in ranking])
         for k in (1, 3, 10):
             assert ndcg(ranking, [gold], k) == pytest.approx(float(functional.retrieval_normalized_dcg(scores, target, top_k=k)), abs=1e-6)
-            assert success_at_k(ranking, [gold], k) == float(functional.retrieval_hit_rate(scores, target, top_k=k))
+            assert query_recall_at_k(ranking, [gold], k) == float(functional.retrieval_hit_rate(scores, target, top_k=k))
         assert reciprocal_rank(ranking, [gold]) == pytest.approx(float(functional.retrieval_reciprocal_rank(scores, target)))
         assert r_precision(ranking, [gold]) == pytest.approx(float(functional.retrieval_r_precision(scores, target)))
 
@@ -168,15 +164,15 @@ def test_r_precision(retrieved, provenance, expected):
     assert r_precision(retrieved, provenance) == expected
 
 
-def test_recall_at_k_places_a_set_where_its_last_passage_is_found():
+def test_kilt_recall_at_k_places_a_set_where_its_last_passage_is_found():
     """Retrieved x a y b against the set {a, b}: places are x, y, {a, b}; the partly found set gives its place away."""
-    assert [recall_at_k(["x", "a", "y", "b"], [["a", "b"]], k) for k in (1, 2, 3)] == [0.0, 0.0, 1.0]
-    assert [recall_at_k(["a", "b"], [["a", "b"]], k) for k in (1, 2)] == [1.0, 1.0]  # one place
-    assert recall_at_k(["a", "x"], [["a", "b"]], 2) == 0.0  # half a set is nothing
-    assert [recall_at_k(["a", "a", "c"], [["a"], ["c"], ["a"]], k) for k in (1, 2)] == [0.5, 1.0]  # repeats and equal sets count once
-    assert [recall_at_k(["a"], [["a"], ["a", "b"]], k) for k in (1, 2)] == [0.5, 0.5]
-    assert [recall_at_k(["x", "a"], [["a", "b"], ["a"]], k) for k in (2, 3)] == [0.0, 0.5]  # a takes a place for each of its sets
-    assert recall_at_k([], [["a"]], 5) == 0.0
+    assert [kilt_recall_at_k(["x", "a", "y", "b"], [["a", "b"]], k) for k in (1, 2, 3)] == [0.0, 0.0, 1.0]
+    assert [kilt_recall_at_k(["a", "b"], [["a", "b"]], k) for k in (1, 2)] == [1.0, 1.0]  # one place
+    assert kilt_recall_at_k(["a", "x"], [["a", "b"]], 2) == 0.0  # half a set is nothing
+    assert [kilt_recall_at_k(["a", "a", "c"], [["a"], ["c"], ["a"]], k) for k in (1, 2)] == [0.5, 1.0]  # repeats and equal sets count once
+    assert [kilt_recall_at_k(["a"], [["a"], ["a", "b"]], k) for k in (1, 2)] == [0.5, 0.5]
+    assert [kilt_recall_at_k(["x", "a"], [["a", "b"], ["a"]], k) for k in (2, 3)] == [0.0, 0.5]  # a takes a place for each of its sets
+    assert kilt_recall_at_k([], [["a"]], 5) == 0.0
 
 
 def test_ret_and_ret_precision_are_of_sets():
@@ -186,22 +182,23 @@ def test_ret_and_ret_precision_are_of_sets():
     assert ret_precision(["a", "b", "x"], [["a"], ["b"]]) == pytest.approx(2 / 3)
     assert ret_precision([], [["a"]]) == 0.0
     scores = retrieval_scores(["a", "x", "b"], [["a", "b"]], ks=(1, 2))
-    assert scores == {"ret": 1.0, "ret_precision": pytest.approx(2 / 3), "r_precision": 0.5, "recall@1": 0.0, "recall@2": 1.0}
+    assert scores == {"ret": 1.0, "ret_precision": pytest.approx(2 / 3), "r_precision": 0.5, "kilt_recall@1": 0.0, "kilt_recall@2": 1.0}
 
 
 def test_ranking_by_the_query_embedding():
     ranking = ["x", "a", "y", "b", "z"]
     assert reciprocal_rank(ranking, [["b"], ["a"]]) == 0.5
     assert reciprocal_rank(ranking, [["q"]]) == 0.0
-    assert [success_at_k(ranking, [["b"]], k) for k in (1, 3, 4)] == [0.0, 0.0, 1.0]
+    assert [query_recall_at_k(ranking, [["b"]], k) for k in (1, 3, 4)] == [0.0, 0.0, 1.0]
     gain = 1 / math.log2(3) + 1 / math.log2(5)
     assert ndcg(ranking, [["a", "b"]]) == pytest.approx(gain / (1 + 1 / math.log2(3)))
     assert ndcg(ranking, [["a"], ["b"]], k=2) == pytest.approx((1 / math.log2(3)) / (1 + 1 / math.log2(3)))
     assert ndcg(["a", "b"], [["b"], ["a"], ["c"]], k=2) == 1.0  # k places hold no more than k
-    assert ranking_scores(ranking, [["a"]], ks=(1, 2)) == {"mrr": 0.5, "ndcg@10": pytest.approx(1 / math.log2(3)), "success@1": 0.0, "success@2": 1.0}
+    scores = ranking_scores(ranking, [["a"]], ks=(1, 2))
+    assert scores == {"mrr": 0.5, "ndcg@10": pytest.approx(1 / math.log2(3)), "query_recall@1": 0.0, "query_recall@2": 1.0}
 
 
-@pytest.mark.parametrize("metric", [ret, ret_precision, r_precision, reciprocal_rank, ndcg, lambda found, sets: recall_at_k(found, sets, 1)])
+@pytest.mark.parametrize("metric", [ret, ret_precision, r_precision, reciprocal_rank, ndcg, lambda found, sets: kilt_recall_at_k(found, sets, 1)])
 @pytest.mark.parametrize("provenance", [[], [[]], None])
 def test_no_retrieval_metric_without_provenance(metric, provenance):
     with pytest.raises(ValueError, match="provenance is empty"):
@@ -211,7 +208,7 @@ def test_no_retrieval_metric_without_provenance(metric, provenance):
 def test_evidence_sets_and_ids():
     assert evidence_sets([["a", "b"], [], ["b", "a"], ["a"]]) == [{"a", "b"}, {"a"}]
     assert gold_ids({"provenance": [["a", "b"], ["c"]]}) == {"a", "b", "c"}
-    assert retrieved_ids({"retrievals": [{"passage_ids": ["a", "b"]}, {"passage_ids": ["a"]}]}) == ["a", "b", "a"]
+    assert retrieved_ids({"retrievals": [{"passages": [{"id": "a"}, {"id": "b"}]}, {"passages": [{"id": "a"}]}]}) == ["a", "b", "a"]
 
 
 # ---------------------------------------------------------------------- many questions
@@ -249,28 +246,16 @@ def test_missing_provenance_is_an_error():
         with_provenance([{"id": "a", "provenance": []}, {"id": "b", "provenance": [[]]}])
 
 
-def test_emission_rates():
-    once, never = {"retrievals": [{"passage_ids": ["a"]}]}, {"retrievals": []}
-    need, free = {"provenance": [["a"]]}, {"provenance": []}
-    rates = emission_rates([(once, need), (never, need), (once, need), (once, free), (never, free)])
-    assert (rates["needed"].value, rates["needed"].n) == (pytest.approx(2 / 3), 3)
-    assert (rates["not_needed"].value, rates["not_needed"].n) == (0.5, 2)
-    assert emission_rates([(never, need)])["not_needed"].n == 0
+def test_emission_by_need():
+    once, never = {"retrievals": [{}]}, {"retrievals": []}
+    emitted = emission([once, never, once, never], [True, True, False, False], [False, False, True, False])
+    assert emitted == {"nsp_needed": [1.0, 0.0, None, None], "nsp_not_needed": [None, None, 1.0, None]}
 
 
 def test_cor_minus_and_the_split_by_retrieval():
     correct, hits = [1.0, 1.0, 0.5, 0.0, 1.0, None], [1.0, 0.0, 1.0, 1.0, None, 1.0]
     assert cor_minus(correct, hits) == [1.0, 0.0, 0.5, 0.0, None, None]
-    parts = by_retrieval(correct, hits)
-    assert (parts["success"].value, parts["success"].n, parts["failure"].value, parts["failure"].n) == (0.5, 3, 1.0, 1)
-
-
-def test_domain_averages_and_improvement_rates():
-    values, baseline = {"nq": 60.0, "fever": 80.0, "squad": 55.0}, {"nq": 50.0, "fever": 80.0, "squad": 50.0}
-    assert domain_averages(values) == {"in-domain": 70.0, "out-of-domain": 55.0, "all": 65.0}
-    assert domain_averages({"squad": 1.0}) == {"in-domain": None, "out-of-domain": 1.0, "all": 1.0}
-    rates = improvement_rates(values, baseline)
-    assert rates == pytest.approx({"nq": 20.0, "fever": 0.0, "squad": 10.0, "in-domain": 100 * 5 / 65, "out-of-domain": 10.0, "all": 100 * 5 / 60})
-    assert improvement_rates({"squad": 1.0}, {"squad": 0.0})["squad"] is None
-    with pytest.raises(ValueError, match="'fever'"):
-        improvement_rates({"nq": 1.0}, baseline)
+    assert by_retrieval("cor", correct, hits) == {
+        "cor_success": [1.0, None, 0.5, 0.0, None, None],
+        "cor_failure": [None, 1.0, None, None, None, None],
+    }

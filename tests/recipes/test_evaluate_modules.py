@@ -14,11 +14,11 @@ evaluate = pytest.importorskip("evaluate", reason="the modules are for the libra
 ROOT = Path(__file__).parents[2]
 METRICS = ROOT / "recipes" / "metrics"
 NAMES = sorted(folder.name for folder in METRICS.iterdir() if folder.is_dir())
-PASSAGE = {"passage_ids": ["p1"], "titles": ["Night Watch"], "texts": ["Rembrandt painted it in 1642."], "scores": [0.5]}
-PASSAGE |= {"grounded_text": "Rembrandt painted it."}
+PASSAGE = {"id": "p1", "title": "Night Watch", "text": "Rembrandt painted it in 1642."}
+RETRIEVAL = {"passages": [PASSAGE], "scores": [0.5], "grounded_text": "Rembrandt painted it."}
 PREDICTIONS = [  # lines as predictions.jsonl has them
     {"id": "2", "dataset": "nq", "output": "", "output_with_citations": "", "retrievals": [], "query_ranking": ["p9", "p2"], "seconds": 0.1},
-    {"id": "1", "output": "Rembrandt painted it.", "output_with_citations": "Rembrandt painted it [1].", "retrievals": [PASSAGE], "query_ranking": ["p1"]},
+    {"id": "1", "output": "Rembrandt painted it.", "output_with_citations": "Rembrandt painted it [1].", "retrievals": [RETRIEVAL], "query_ranking": ["p1"]},
 ]
 REFERENCES = [
     {"id": 1, "dataset": "nq", "instruction": "", "input": "who?", "answers": ["Rembrandt"], "provenance": [["p1"]], "candidates": ["p1", "p9"]},
@@ -63,10 +63,11 @@ def test_whole_lines_of_both_files_will_do(name):
 
 
 EXPECTED = {
-    "nsp_retrieval": {"ret": 0.5, "ret_precision": 0.5, "r_precision": 0.5, "recall@1": 0.5, "recall@5": 0.5, "nsp_needed": 0.5, "nsp_not_needed": float("nan")}
-    | {"num_questions": 2, "mrr": 0.75, "ndcg@10": (1 + 0.63092975 / 1.63092975) / 2, "success@1": 0.5, "success@5": 1.0},
+    "nsp_retrieval": {"ret": 0.5, "ret_precision": 0.5, "r_precision": 0.5, "kilt_recall@1": 0.5, "kilt_recall@5": 0.5}
+    | {"nsp_needed": 0.5, "nsp_not_needed": float("nan"), "num_questions": 2, "mrr": 0.75, "ndcg@10": (1 + 0.63092975 / 1.63092975) / 2}
+    | {"query_recall@1": 0.5, "query_recall@5": 1.0},
     "kilt": {"accuracy": 0.0, "em": 0.0, "f1": 0.25, "rouge_l": 0.25, "kilt_accuracy": 0.0, "kilt_em": 0.0, "kilt_f1": 0.25, "kilt_rouge_l": 0.25}
-    | {"r_precision": 0.5, "recall@5": 0.5, "num_without_provenance": 0},
+    | {"r_precision": 0.5, "kilt_recall@5": 0.5, "num_without_provenance": 0},
     "alce": {"str_em": 0.5, "str_hit": 0.5, "claim_recall": 1.0, "citation_recall": 1.0, "citation_precision": 1.0, "num_cited_outputs": 1},
     "grounding": {"k_precision": 1.0, "num_grounded": 1, "gr": 1.0, "gr_success": 1.0, "gr_failure": float("nan")},
     "correctness": {"cor": 0.5, "cor_minus": 0.5, "metric": "short_answer", "cor_success": 1.0, "cor_failure": 0.0},
@@ -104,12 +105,12 @@ def test_questions_that_need_no_passage():
 def test_rankings_of_an_evaluation_and_questions_of_which_nobody_knows():
     """As the files of an evaluation are: the ranking of the query embedding in a file of its own."""
     predictions = [{name: value for name, value in row.items() if name != "query_ranking"} for row in PREDICTIONS]
-    predictions += [{"id": "3", "retrievals": [PASSAGE]}, {"id": "4", "retrievals": []}]
+    predictions += [{"id": "3", "retrievals": [RETRIEVAL]}, {"id": "4", "retrievals": []}]
     references = [*REFERENCES, {"id": "3", "provenance": [], "meta": {"provenance_unknown": True}}, {"id": "4", "provenance": []}]
     rankings = [{"id": "1", "corpus": ["p9", "p1"], "pool": ["p1"]}, {"id": "2", "corpus": ["p2", "p9"], "pool": ["p9", "p2"]}]
     found = load("nsp_retrieval").compute(predictions=predictions, references=references, rankings=rankings)
     assert found["mrr"] == 0.75 and found["nsp_not_needed"] == 0.0 and found["num_questions"] == 2
-    assert load("nsp_retrieval").compute(predictions=predictions, references=references, rankings=rankings, ranking="pool")["success@1"] == 0.5
+    assert load("nsp_retrieval").compute(predictions=predictions, references=references, rankings=rankings, ranking="pool")["query_recall@1"] == 0.5
     assert "mrr" not in load("nsp_retrieval").compute(predictions=predictions, references=references)
 
 
@@ -154,7 +155,9 @@ def test_a_judge_by_its_name(tmp_path):
 
     for part in make_classifier(labels=["not_entailment", "entailment"]):
         part.save_pretrained(tmp_path / "nli")
-    spans = [{"passage_ids": [id], "titles": [""], "texts": ["w1 red w2"], "grounded_text": text} for id, text in (("p1", "w3 red"), ("p9", "w3 blue"))]
+    spans = []
+    for id, text in (("p1", "w3 red"), ("p9", "w3 blue")):
+        spans.append({"passages": [{"id": id, "title": "", "text": "w1 red w2"}], "grounded_text": text})
     predictions = [{"id": "1", "retrievals": spans[:1]}, {"id": "2", "retrievals": spans[1:]}]
     found = load("grounding").compute(predictions=predictions, references=REFERENCES, nli=str(tmp_path / "nli"))
     assert {name: found[name] for name in ("gr", "gr_success", "gr_failure")} == {"gr": 0.5, "gr_success": 1.0, "gr_failure": 0.0}

@@ -20,16 +20,20 @@ def checkpoint(inputs, tmp_path_factory):
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", "recipes/accelerate_configs/single.yaml"]
     result = run(*launcher, "recipes/train.py", *options(inputs, output, "--eval_before_training", "true"))
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "recall@1 of the query embedding" in result.stdout
+    assert "query embedding: R@1" in result.stdout
     assert "warning" not in (result.stdout + result.stderr).lower()
     return output
 
 
 def test_train_writes_checkpoint_index_and_numbers(checkpoint):
     results = json.loads((checkpoint / "results.json").read_text())
-    assert results["evaluation"]["recall@5"]["n"] == 6
-    assert results["evaluation"]["needless_retrieval"]["n"] == 1
-    assert {"ntp_loss", "recall@1", "recall@5"} <= set(results["before"]) & set(results["after"])
+    assert results["format"] == 2
+    assert results["evaluation"]["query"]["corpus"]["query_recall@5"]["n"] == 6
+    modes = {mode: answers["metrics"] for mode, answers in results["evaluation"]["modes"].items()}
+    assert modes["retrieval"]["nsp_not_needed"]["n"] == modes["retrieval"]["cor_not_needed"]["n"] == 1
+    assert modes["retrieval"]["em"]["n"] == modes["gold"]["em"]["n"] == modes["off"]["em"]["n"] == 6
+    assert {"ntp_loss", "query_recall@1", "query_recall@5"} == set(results["before"]) == set(results["after"])
+    assert results["after"]["query_recall@1"] == results["evaluation"]["query"]["corpus"]["query_recall@1"]
     assert (checkpoint / "modeling_cosup.py").exists()
     assert (checkpoint / "index" / "embeddings-00000.safetensors").exists()
 
@@ -132,7 +136,7 @@ def test_every_way_to_train_ends_in_a_checkpoint_that_answers(inputs, tmp_path, 
     monkeypatch.setattr(sys, "argv", ["train.py", *options(inputs, tmp_path / "out", *WAYS[way])])
     main()
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["evaluation"]["recall@5"]["n"] == 6
+    assert results["evaluation"]["query"]["corpus"]["query_recall@5"]["n"] == 6
     model = CoSupForCausalLM.from_pretrained(tmp_path / "out")
     query_from = {"separate, one encoder": "emb_seq", "separate, two encoders": "query_encoder"}.get(way, "gen")
     assert model.config.query_from == query_from
@@ -157,8 +161,8 @@ def test_two_processes_by_the_config_that_we_ship(inputs, tmp_path):
     result = run(*launcher, "recipes/train.py", *options(inputs, tmp_path / "out", "--nsp_batch_size", "4", "--per_device_train_batch_size", "1"))
     assert result.returncode == 0, result.stderr[-3000:]
     metrics = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert metrics["evaluation"]["recall@5"]["n"] == 6
-    assert result.stdout.count("recall@1 of the query embedding") == 1  # one process evaluates
+    assert metrics["evaluation"]["query"]["corpus"]["query_recall@5"]["n"] == 6
+    assert result.stdout.count("query embedding: R@1") == 1  # one process evaluates
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert state["train_batch_size"] == 2  # of an NSP batch of 4 over 2 ranks
 

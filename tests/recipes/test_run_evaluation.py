@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from modeling_cosup import Completion, CoSupForCausalLM, Retrieval
-from modeling_cosup.facts_cosup import facts_of
 from modeling_cosup.lines_cosup import read_lines
 from support.evaluation_world import (
     CORPUS,
@@ -30,9 +29,12 @@ from support.evaluation_world import (
 from support.models import make_model
 from support.nli_models import make_classifier
 from trainer.card import write_card
-from trainer.judging.answers import cite, embed_queries, make_answer, wrong_passages
+from trainer.judging.answers import as_prediction, cite, embed_queries, wrong_passages
+from trainer.judging.figures import MAIN
 from trainer.judging.judge import evaluate_tasks
-from trainer.judging.scoring import MAIN, average, cor_names, score
+from trainer.judging.matching import retrieved_ids
+from trainer.judging.results import read_results
+from trainer.judging.scoring import cor_names, measure, score
 from trainer.judging.tasks import Task, read_tasks
 from trainer.reports.comparison import compare_results
 from trainer.reports.evaluation import write_report
@@ -79,13 +81,13 @@ def test_every_mode_retrieves_what_it_should(judged):
     assert [p["id"] for p in predictions(output, "retrieval")] == [x["id"] for x in (*QUESTIONS, FREE, UNKNOWN)]
     assert all(not p["retrievals"] for p in predictions(output, "off"))
     for p in predictions(output, "gold"):
-        ids = [id for r in p["retrievals"] for id in r["passage_ids"]]
+        ids = retrieved_ids(p)
         assert ids and ids == gold[p["id"]][0][: len(ids)]  # in order, the first forced
     for p in predictions(output, "wrong"):
-        ids = {id for r in p["retrievals"] for id in r["passage_ids"]}
+        ids = set(retrieved_ids(p))
         assert ids and ids.isdisjoint(sum(gold[p["id"]], []))
     for p, x in zip(predictions(output, "forced", "pool"), (*QUESTIONS, FREE, UNKNOWN), strict=True):
-        ids = [r["passage_ids"] for r in p["retrievals"]]
+        ids = [[passage["id"] for passage in r["passages"]] for r in p["retrievals"]]
         assert 1 <= len(ids) <= 2 and all(len(each) == 2 for each in ids)
         assert set(sum(ids, [])) <= set(pool_of(x, 4))
     assert results["tasks"]["full"]["modes"]["gold"]["n"] == len(QUESTIONS)
@@ -95,7 +97,7 @@ def test_every_mode_retrieves_what_it_should(judged):
 def test_figures_are_those_of_the_predictions(judged):
     output, results = judged
     found = predictions(output, "forced")[: len(QUESTIONS)]
-    hits = [any(id in sum(x["provenance"], []) for r in p["retrievals"] for id in r["passage_ids"]) for p, x in zip(found, QUESTIONS, strict=True)]
+    hits = [any(id in sum(x["provenance"], []) for id in retrieved_ids(p)) for p, x in zip(found, QUESTIONS, strict=True)]
     figures = results["tasks"]["full"]["modes"]["forced"]["metrics"]
     assert (figures["ret"]["value"], figures["ret"]["n"]) == (pytest.approx(np.mean(hits)), len(QUESTIONS))
     assert figures["nsp_needed"]["value"] == figures["nsp_not_needed"]["value"] == 1.0
@@ -122,9 +124,9 @@ def test_rankings_against_plain_products(judged, model):
     ranks = [1 + min(own.index(id) for id in sum(x["provenance"], [])) for own, x in zip(ranked, QUESTIONS, strict=True)]
     figures = results["tasks"]["pool"]["query"]["corpus"]
     assert figures["mrr"]["value"] == pytest.approx(np.mean([1 / rank for rank in ranks]))
-    assert figures["success@5"]["value"] == pytest.approx(np.mean([rank <= 5 for rank in ranks]))
-    assert "success@20" not in figures  # of seven passages
-    assert set(results["tasks"]["pool"]["query"]["pool"]) == {"mrr", "ndcg@10", "success@1"}
+    assert figures["query_recall@5"]["value"] == pytest.approx(np.mean([rank <= 5 for rank in ranks]))
+    assert "query_recall@20" not in figures  # of seven passages
+    assert set(results["tasks"]["pool"]["query"]["pool"]) == {"mrr", "ndcg@10", "query_recall@1"}
 
 
 def test_pools():
@@ -148,10 +150,12 @@ def test_citations_stand_before_the_end_of_each_sentence(model):
         tokens += [config.nsp_token_id, *ids("a passage"), config.cs_token_id, *ids(text), config.ce_token_id]
         trace.append(Retrieval(0, position, passages, [0.5], (3 + len(tokens) - 1 - len(ids(text)), 3 + len(tokens) - 1)))
     tokens += ids("end.")
-    found = make_answer(Completion(0, tokens, "its text", "cited", 9, trace), 3, tokenizer)
-    assert found.output_with_citations == 'Well. It was Rembrandt [1]. He painted [1] who said "radium [2]!" end.'
-    assert [r["grounded_text"] for r in found.retrievals] == ["It was Rembrandt. He painted", 'who said "radium!"', ""]
-    assert found.retrieved == ["p0", "p1", "p0"] and found.retrievals[1]["titles"] == ["p1"] and found.retrievals[1]["texts"] == ["text of p1"]
+    found = as_prediction(FREE, Completion(0, tokens, "its text", "cited", 9, trace), 3, tokenizer)
+    assert found["output_with_citations"] == 'Well. It was Rembrandt [1]. He painted [1] who said "radium [2]!" end.'
+    assert [r["grounded_text"] for r in found["retrievals"]] == ["It was Rembrandt. He painted", 'who said "radium!"', ""]
+    assert retrieved_ids(found) == ["p0", "p1", "p0"] and found["retrievals"][1]["scores"] == [0.5]
+    assert found["retrievals"][1]["passages"] == [{"id": "p1", "title": "p1", "text": "text of p1"}]
+    assert (found["id"], found["output"], found["cited_text"], found["num_generated_tokens"]) == ("q90", "its text", "cited", 9)
     assert cite("Yes", "[1][2]") == "Yes [1][2]" and cite("(Really?)", "[1]") == "(Really [1]?)"
 
 
@@ -171,7 +175,10 @@ def test_wrong_passages_depend_on_seed_and_question_alone(model):
 
 
 def prediction(x, output, retrieved=(), grounded=""):
-    retrievals = [{"passage_ids": [id], "scores": [1.0], "titles": [""], "texts": [f"text of {id}"], "grounded_text": grounded} for id in retrieved]
+    retrievals = []
+    for id in retrieved:
+        passages = [{"id": id, "title": "", "text": f"text of {id}"}]
+        retrievals.append({"passages": passages, "scores": [1.0], "grounded_text": grounded})
     return {"id": x["id"], "output": output, "output_with_citations": output, "retrievals": retrievals}
 
 
@@ -213,11 +220,34 @@ def test_cor_of_questions_with_claims_is_claim_recall():
     assert cor_names(questions) == ["claim_recall", "rouge_l"] and cor_names(questions, nli=False) == ["", "rouge_l"]
 
 
-def test_average_of_tasks():
-    found = average([[1.0, None, 0.0], [1.0], [None]])
-    assert (found["value"], found["n"], found["tasks"]) == (0.75, 3, 2)
-    assert found["interval"] == [0.5, 1.0]
-    assert average([[None], []]) is None
+def test_a_share_of_questions_has_the_interval_of_wilson():
+    """Whose width is not nothing where all questions are alike; other means have that of the bootstrap."""
+    found = measure({"cor": [1.0, 1.0, None], "ret_precision": [0.5, 1.0], "gr": [None, None]})
+    assert list(found) == ["ret_precision", "cor"]  # in the order of the vocabulary; gr applies nowhere
+    assert found["cor"]["value"] == 1.0 and found["cor"]["n"] == 2 and found["cor"]["interval"] == pytest.approx([0.342, 1.0], abs=1e-3)
+    assert found["ret_precision"] == {"value": 0.75, "interval": [0.5, 1.0], "n": 2}
+
+
+def test_rows_of_rankings_name_their_scope(judged):
+    """One row for each question and scope, with the names that figures have everywhere."""
+    output, results = judged
+    rows = read_lines(output / "pool" / "query" / "scores.jsonl")
+    for scope in ("corpus", "pool"):
+        own = [row for row in rows if row["scope"] == scope]
+        assert [row["id"] for row in own] == [x["id"] for x in QUESTIONS]
+        assert np.mean([row["mrr"] for row in own]) == pytest.approx(results["tasks"]["pool"]["query"][scope]["mrr"]["value"])
+    assert len(rows) == 2 * len(QUESTIONS)
+
+
+def test_results_of_another_format_are_refused(judged, tmp_path):
+    output, results = judged
+    assert read_results(output) == read_results(output / "metrics.json") == results and results["format"] == 2
+    for content, found in (({**results, "format": 3}, 3), ({name: results[name] for name in ("tasks", "settings")}, 1)):
+        (tmp_path / "results.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=rf"results.json is of format {found}, expected format 2: .* Run its command again"):
+            read_results(tmp_path / "results.json")
+    with pytest.raises(FileNotFoundError, match="no complete results folder"):
+        read_results(tmp_path / "none")
 
 
 # ---------------------------------------------------------------------- going on, and caches
@@ -227,7 +257,7 @@ def test_what_is_there_is_kept_and_an_nli_model_may_come_later(model, world, tmp
     tasks = [Task("t", **world, **SHORT)]
     first = evaluate_tasks(model, tasks, tmp_path / "a", ["forced"], index_cache=tmp_path / "cache")
     monkeypatch.setattr(model, "build_index", lambda *args, **kwargs: pytest.fail("the corpus was embedded again"))
-    monkeypatch.setattr("trainer.judging.judge.answer", lambda *args, **kwargs: pytest.fail("questions were answered again"))
+    monkeypatch.setattr("trainer.judging.runs.answer", lambda *args, **kwargs: pytest.fail("questions were answered again"))
     again = evaluate_tasks(model, tasks, tmp_path / "a", ["forced"], entail=lambda pairs: [True] * len(pairs), index_cache=tmp_path / "cache")
     assert again["tasks"]["t"]["modes"]["forced"]["metrics"]["gr"]["value"] == 1.0
     assert first["tasks"]["t"]["modes"]["forced"]["metrics"].items() <= again["tasks"]["t"]["modes"]["forced"]["metrics"].items()
@@ -237,6 +267,10 @@ def test_what_is_there_is_kept_and_an_nli_model_may_come_later(model, world, tmp
     evaluate_tasks(model, tasks, tmp_path / "b", ["off"], index_cache=tmp_path / "cache")
     with pytest.raises(ValueError, match="(?s)holds answers of other settings.*max_new_tokens: then 6, now 7"):
         evaluate_tasks(model, [Task("t", **world, max_new_tokens=7)], tmp_path / "a", ["forced"], index_cache=tmp_path / "cache")
+    run_file = tmp_path / "a" / "t" / "forced" / "run.json"  # as the version before wrote it
+    run_file.write_text(json.dumps({name: value for name, value in json.loads(run_file.read_text()).items() if name != "format"}))
+    with pytest.raises(ValueError, match="(?s)holds answers of other settings.*format: then None, now 2"):
+        evaluate_tasks(model, tasks, tmp_path / "a", ["forced"], index_cache=tmp_path / "cache")
 
 
 def test_an_index_in_place_of_a_corpus(model, world, tmp_path):
@@ -316,12 +350,13 @@ def test_no_index_needs_mode_off(model, world, tmp_path):
 
 def test_the_query_embedding_alone(judged, model, world, tmp_path, monkeypatch):
     """Mode query generates nothing; its figures are those that every run has of the query embedding, and reports and comparisons do without answers."""
-    monkeypatch.setattr("trainer.judging.judge.answer", lambda *args, **kwargs: pytest.fail("generates"))
+    monkeypatch.setattr("trainer.judging.runs.answer", lambda *args, **kwargs: pytest.fail("generates"))
     tasks = [Task("full", **world, split="in-domain"), Task("pool", **world, split="out-of-domain", pool=4, top_k=2, max_retrievals=2)]
     results = evaluate_tasks(model, tasks, tmp_path, ["query"], batch_size=3)
     for name in ("full", "pool"):
         assert results["tasks"][name]["query"] == judged[1]["tasks"][name]["query"] and not results["tasks"][name]["modes"]
-    assert results["averages"]["all"].keys() == {"query (corpus)", "query (pool)"}
+    assert results["averages"]["all"].keys() == {"query"} and results["averages"]["all"]["query"].keys() == {"corpus", "pool"}
+    assert results["averages"]["all"]["query"]["corpus"]["mrr"]["tasks"] == 2 and results["averages"]["all"]["query"]["pool"]["mrr"]["tasks"] == 1
     write_report(tmp_path)
     report = (tmp_path / "report.md").read_text()
     assert "## Query embedding" in report and "## Results" not in report
@@ -361,7 +396,7 @@ def alone(many, tmp_path_factory):
     result = run(command("recipes/run_evaluation.py", *many, "--output_dir", output))
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Ret=" in result.stderr and "EM=" in result.stderr  # the running scores
-    assert "eval, forced: 31 questions" in result.stdout and (output / "report.html").exists() and (output / "report.md").exists()
+    assert "eval, [NSP] forced first: 31 questions" in result.stdout and (output / "report.html").exists() and (output / "report.md").exists()
     settings = json.loads((output / "metrics.json").read_text())["settings"]
     assert settings["command"].startswith("run_evaluation.py --model") and settings["processes"] == 1
     return output
@@ -382,7 +417,7 @@ def test_two_processes_share_the_questions_and_the_corpus(many, alone, tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     same_answers(tmp_path / "out", alone)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["settings"]["processes"] == 2
-    assert result.stdout.count("eval, forced: 31 questions") == 1
+    assert result.stdout.count("eval, [NSP] forced first: 31 questions") == 1
 
     for part in make_classifier():  # and they share what the NLI model is asked
         part.save_pretrained(tmp_path / "nli")
@@ -433,7 +468,7 @@ def test_a_config_lists_tasks_and_errors_are_clear(many, tmp_path, monkeypatch, 
     results = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert [results["tasks"][name]["n"] for name in "ab"] == [5, 3] and results["tasks"]["b"]["pool"] == 4
     assert len(list((tmp_path / "out" / "indexes").iterdir())) == 1  # one corpus, embedded once
-    assert "b, off: 3 questions" in capsys.readouterr().out
+    assert "b, retrieval off: 3 questions" in capsys.readouterr().out
     for part in make_classifier():
         part.save_pretrained(tmp_path / "nli")
     call("--config", tmp_path / "tasks.yaml", "--model", checkpoint, "--max_eval_samples", 5, "--modes", "forced", "--nli_model", tmp_path / "nli")
@@ -477,14 +512,14 @@ def test_figures_reach_the_card(many, tmp_path, monkeypatch, capsys):
     for group, name in zip(facts["results"][1:], "ab", strict=True):
         own = results["tasks"][name]
         shown = {metric["type"]: metric for metric in group["metrics"]}
-        assert {"ret", "cor", "k_precision", "success@1"} <= set(shown) <= {*MAIN, "success@1"}
+        assert {"ret", "cor", "k_precision", "query_recall@1"} <= set(shown) <= {*MAIN, "query_recall@1"}
         for metric in ("ret", "k_precision", "cor"):
             figure = own["modes"]["forced"]["metrics"][metric]
             assert (shown[metric]["value"], shown[metric]["n"]) == (round(100 * figure["value"], 4), figure["n"])
-        assert shown["success@1"]["value"] == round(100 * own["query"]["pool" if name == "b" else "corpus"]["success@1"]["value"], 4)
+        assert shown["query_recall@1"]["value"] == round(100 * own["query"]["pool" if name == "b" else "corpus"]["query_recall@1"]["value"], 4)
     card = (folder / "README.md").read_text()
     assert f"Gr (by {tmp_path / 'nli'})" in card and "1.25" in card and "7 of nq" in card
-    assert facts_of(CoSupForCausalLM.from_pretrained(folder))["results"] == facts["results"]
+    assert CoSupForCausalLM.from_pretrained(folder).training_facts()["results"] == facts["results"]
 
     (folder / "README.md").write_text("my own card")
     call("again", "--model", str(folder), "--max_eval_samples", "2")

@@ -120,7 +120,7 @@ def test_from_instances_to_gr(tmp_path):
 
     judge = NLIJudge.from_pretrained(tmp_path / "nli", device="cpu")
     assert judge.model.config.id2label == LABELS
-    spans = [{"titles": [""], "texts": ["v1 red v2"], "grounded_text": text} for text in ("red", "blue")]
+    spans = [{"passages": [{"title": "", "text": "v1 red v2"}], "grounded_text": text} for text in ("red", "blue")]
     predictions = [{"input": "w1", "retrievals": spans[:1]}, {"input": "w1", "retrievals": spans[1:]}]
     assert grounding(predictions, judge, hypothesis="{question} {sentence}") == [1.0, 0.0]
 

@@ -24,50 +24,35 @@ DATASET_METRICS = {
     "asqa": "str_em",
     "alce_eli5": "claim_recall",
 }
-KILT_METRICS = {  # the figure of KILT's own leaderboard
-    "fever": "accuracy",
-    "trex": "accuracy",
-    "zsre": "accuracy",
-    "structured_zeroshot": "accuracy",
-    "nq": "em",
-    "triviaqa": "em",
-    "hotpotqa": "em",
-    "eli5": "rouge_l",
-    "wow": "f1",
-}
 FEVER_LABELS = {"supports": ("supports", "true"), "refutes": ("refutes", "false")}
 
 
-def normalize_answer(text):
+def normalize_answer(text: str) -> str:
     """SQuAD's and KILT's: lower case, without punctuation and articles, single spaces."""
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def exact_match(prediction, answers):
+def exact_match(prediction: str, answers: list[str]) -> bool:
     """Whether the normalised prediction equals one of the normalised answers."""
     return normalize_answer(prediction) in {normalize_answer(answer) for answer in answers}
 
 
-def accuracy(prediction, answers):
+def accuracy(prediction: str, answers: list[str]) -> bool:
     """KILT's accuracy: whether the prediction, stripped and otherwise as it is, is one of the answers."""
     return prediction.strip() in {answer.strip() for answer in answers}
 
 
-def unigram_f1(prediction, answers, squad_v2=False):
+def unigram_f1(prediction: str, answers: list[str]) -> float:
     """
-    F1 of the normalised words, the best over all answers (KILT; Wizard of Wikipedia in the paper).
-
-    Args:
-        prediction (`str`), answers (`list[str]`).
-        squad_v2 (`bool`): where prediction or answer has no word left, 1 if the other has none either (SQuAD 2.0, ALCE); KILT has 0 there.
+    F1 of the normalised words, the best over all answers (KILT; Wizard of Wikipedia in the paper). 0 where prediction or
+    answer has no word left, as KILT has it.
     """
-    return max(_f1(normalize_answer(prediction).split(), normalize_answer(answer).split(), squad_v2) for answer in _some(answers))
+    words = normalize_answer(prediction).split()
+    return max(_f1(words, normalize_answer(answer).split()) for answer in _some(answers))
 
 
-def _f1(prediction, answer, squad_v2):
-    if squad_v2 and not (prediction and answer):
-        return float(prediction == answer)
+def _f1(prediction: list[str], answer: list[str]) -> float:
     common = sum((Counter(prediction) & Counter(answer)).values())
     if not common:
         return 0.0
@@ -75,13 +60,16 @@ def _f1(prediction, answer, squad_v2):
     return 2 * precision * recall / (precision + recall)
 
 
-def short_answer(prediction, answers):
-    """Whether one of the normalised answers is contained in the normalised prediction (the paper's accuracy, ALCE's presence): substrings, not words."""
+def short_answer(prediction: str, answers: list[str]) -> bool:
+    """
+    Whether one of the normalised answers is part of the normalised prediction (the paper's accuracy, ALCE's presence):
+    substrings, not words.
+    """
     prediction = normalize_answer(prediction)
     return any(normalize_answer(answer) in prediction for answer in answers)
 
 
-def rouge_l(prediction, answers):
+def rouge_l(prediction: str, answers: list[str]) -> float:
     """
     KILT's ROUGE-L: the F figure of PyPI's `rouge` (not `rouge_score`) on the texts as they are, the best over all answers; 0 for a text without a word.
 
@@ -111,12 +99,12 @@ def _rouge():
     return Rouge(metrics=["rouge-l"])
 
 
-def fever_label(prediction, answers):
+def fever_label(prediction: str, answers: list[str]) -> bool:
     """Whether the prediction holds the right verdict: "supports" or "true", "refutes" or "false". Holding both, as in the paper's script, is not wrong."""
     return short_answer(prediction, [word for answer in answers for word in FEVER_LABELS[fever_verdict(answer)]])
 
 
-def fever_verdict(answer):
+def fever_verdict(answer: str) -> str:
     """
     `"supports"` or `"refutes"`.
 
@@ -139,7 +127,7 @@ TEXT_METRICS = {  # (prediction, answers) -> number, with the names of DATASET_M
 }
 
 
-def cor_metric(dataset, nli=True, claims=False):
+def cor_metric(dataset: str, nli: bool = True, claims: bool = False) -> str | None:
     """
     Name of the metric that is Cor on a dataset.
 
@@ -157,7 +145,7 @@ def cor_metric(dataset, nli=True, claims=False):
     return "fever_label" if metric == "fever_nli" else None
 
 
-def correctness(prediction, answers, metric):
+def correctness(prediction: str, answers: list[str], metric: str) -> float:
     """
     One answer by one of the metrics that read nothing but texts.
 
@@ -174,7 +162,9 @@ def correctness(prediction, answers, metric):
     return float(TEXT_METRICS[metric](prediction, _some(answers)))
 
 
-def kilt_scores(prediction, answers, r_precision, rouge=True):
+def kilt_scores(
+    prediction: str, answers: list[str], r_precision: float | None, rouge: bool = True
+) -> dict[str, float]:
     """
     KILT's scores of one answer, and the same gated by retrieval.
 
@@ -188,7 +178,9 @@ def kilt_scores(prediction, answers, r_precision, rouge=True):
         `dict[str, float]`: `accuracy`, `em`, `f1`, `rouge_l`, and `kilt_accuracy`, `kilt_em`, `kilt_f1`, `kilt_rouge_l`.
     """
     answers, prediction = [answer.strip() for answer in answers if answer.strip()], prediction.strip()
-    names = ["accuracy", "em", "f1"] + ["rouge_l"] * rouge
+    names = ["accuracy", "em", "f1"]
+    if rouge:
+        names.append("rouge_l")
     scores = {name: correctness(prediction, answers, name) if prediction else 0.0 for name in names}
     return scores | {f"kilt_{name}": score if r_precision == 1 else 0.0 for name, score in scores.items()}
 
@@ -196,17 +188,17 @@ def kilt_scores(prediction, answers, r_precision, rouge=True):
 # ---------------------------------------------------------------------- ALCE
 
 
-def alce_output(text):
+def alce_output(text: str) -> str:
     """What ALCE scores of an output: its first line."""
     return text.strip().split("\n")[0].replace("<|im_end|>", "")
 
 
-def remove_citations(text):
+def remove_citations(text: str) -> str:
     """A text without `[n]`. As in ALCE, every closing bracket goes, not only that of a citation."""
     return re.sub(r" ?\[\d+", "", text).replace(" |", "").replace("]", "")
 
 
-def str_em(output, qa_pairs):
+def str_em(output: str, qa_pairs: list[dict]) -> tuple[float, float]:
     """
     ALCE's correctness on ASQA: the share of a question's readings of which a short answer is contained in the output.
 
@@ -224,7 +216,7 @@ def str_em(output, qa_pairs):
     return share, float(share == 1)
 
 
-def _some(answers):
+def _some(answers: list[str]) -> list[str]:
     if not answers:
         raise ValueError("An instance has no answers: correctness cannot be judged.")
     return answers

@@ -178,8 +178,8 @@ NO_JUDGE = ""  # in place of a figure's name, where Cor needs an NLI model that 
 
 def figure(name: str) -> Figure:
     """
-    The figure of a name, `"query_recall@5"` as well as `"ret"`. The prefixes `eval_` and `train_` of the Trainer's logs
-    are read over.
+    The figure of a name, `"query_recall@5"` as well as `"ret"`. The prefixes `eval_` and `train_` of the Trainer's
+    logs are read over.
 
     Raises:
         `KeyError`: when the vocabulary has no such figure, with the name.

@@ -1,15 +1,18 @@
 """
 Does what was written follow from what was retrieved: Gr and K-precision of grounded text, ALCE's citations and claims, FEVER by NLI.
 
-What needs an NLI model takes `entail`, a function from pairs (premise, hypothesis) to one bool each, e.g. a judge of `trainer.nli`; it is called with all
-pairs of all instances at once, so that the model can work in batches.
+What needs an NLI model takes `entail`, a function from pairs (premise, hypothesis) to one bool each, e.g. a judge of
+`trainer.judging.nli`. It is called with the pairs of all instances at once, so that the model can work in batches.
 """
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from string import Formatter
 
 from .correctness import alce_output, fever_verdict, normalize_answer, remove_citations
+
+Judge = Callable[[list[tuple[str, str]]], list[bool]]  # pairs (premise, hypothesis) -> does each premise entail it
 
 HYPOTHESIS = "{sentence}"  # of Gr
 # Words that end in a full stop within a sentence, lower case.
@@ -64,12 +67,18 @@ def check_hypothesis(template):
     return template
 
 
-def grounding(predictions, entail, split=split_sentences, hypothesis=HYPOTHESIS):
+def grounding(
+    predictions: list[dict],
+    entail: Judge,
+    split: Callable[[str], list[str]] = split_sentences,
+    hypothesis: str = HYPOTHESIS,
+) -> list[float | None]:
     """
     Gr: share of the sentences between `[Cs]` and `[CE]` that follow from the passages retrieved for that very span.
 
     Args:
-        predictions (`list[dict]`): with `retrievals`, each `{"titles", "texts", "grounded_text"}`, and `input` where `hypothesis` asks for it.
+        predictions (`list[dict]`): with `retrievals`, each `{"passages", "grounded_text"}`, and `input` where `hypothesis`
+            asks for it.
         entail (`Callable`): `list[(premise, hypothesis)]` -> `list[bool]`.
         split (`Callable`): a text -> its sentences.
         hypothesis (`str`): how the NLI model reads a sentence. `"{sentence}"`, as the paper has it, or `"{question} {sentence}"`: a short answer states
@@ -85,7 +94,7 @@ def grounding(predictions, entail, split=split_sentences, hypothesis=HYPOTHESIS)
     pairs, owners = [], []
     for owner, prediction in enumerate(predictions):
         for retrieval in prediction["retrievals"]:
-            passages = "\n".join(premise(title, text) for title, text in zip(retrieval["titles"], retrieval["texts"], strict=True))
+            passages = "\n".join(premise(passage["title"], passage["text"]) for passage in retrieval["passages"])
             for sentence in split(retrieval["grounded_text"]):
                 pairs.append((passages, hypothesis.format(question=prediction.get("input", ""), sentence=sentence)))
                 owners.append(owner)
@@ -94,9 +103,10 @@ def grounding(predictions, entail, split=split_sentences, hypothesis=HYPOTHESIS)
     return [entailed[owner] / total[owner] if total[owner] else None for owner in range(len(predictions))]
 
 
-def k_precision(prediction):
+def k_precision(prediction: dict) -> float | None:
     """
-    K-precision: share of the words between `[Cs]` and `[CE]` that stand in the passages retrieved for that span. Lexical, needs no model.
+    K-precision: share of the words between `[Cs]` and `[CE]` that are in the passages retrieved for that span. Lexical,
+    needs no model.
 
     Words are those of [`normalize_answer`]; one counts at most as often as the passages hold it.
 
@@ -106,23 +116,24 @@ def k_precision(prediction):
     Returns:
         `float`, or `None` where no word is grounded on a passage.
     """
-    found = total = 0
+    supported = total = 0
     for retrieval in prediction["retrievals"]:
         words = Counter(normalize_answer(retrieval["grounded_text"]).split())
-        passages = Counter(normalize_answer(" ".join([*retrieval["titles"], *retrieval["texts"]])).split())
-        found, total = found + sum((words & passages).values()), total + sum(words.values())
-    return found / total if total else None
+        passages = " ".join(f"{passage['title']} {passage['text']}" for passage in retrieval["passages"])
+        supported += (words & Counter(normalize_answer(passages).split())).total()
+        total += words.total()
+    return supported / total if total else None
 
 
 # ---------------------------------------------------------------------- ALCE
 
 
-def cited_passages(prediction):
-    """The distinct passages of all `retrievals` in order of first appearance, as `[n]` counts them: `list[dict]` of `{"id", "title", "text"}`."""
-    passages = {}
+def cited_passages(prediction: dict) -> list[dict]:
+    """The distinct passages `{"id", "title", "text"}` of all `retrievals` in order of first appearance, as `[n]` counts them."""
+    passages: dict[str, dict] = {}
     for retrieval in prediction["retrievals"]:
-        for id, title, text in zip(retrieval["passage_ids"], retrieval["titles"], retrieval["texts"], strict=True):
-            passages.setdefault(id, {"id": id, "title": title, "text": text})
+        for passage in retrieval["passages"]:
+            passages.setdefault(passage["id"], passage)
     return list(passages.values())
 
 

@@ -93,19 +93,19 @@ def evidence_sets(provenance):
     return sets
 
 
-def gold_ids(instance):
+def gold_ids(instance: dict) -> set[str]:
     """Ids of all passages that count as gold, of any set of `provenance`."""
     return {id for evidence in instance["provenance"] for id in evidence}
 
 
-def provenance_unknown(instance):
-    """Whether nobody knows which passages a question needs (`"meta": {"provenance_unknown": true}`): it is none that needs no passage."""
+def provenance_unknown(instance: dict) -> bool:
+    """Whether nobody knows which passages a question needs: `"meta": {"provenance_unknown": true}`. It may need one."""
     return bool((instance.get("meta") or {}).get("provenance_unknown"))
 
 
-def retrieved_ids(prediction):
+def retrieved_ids(prediction: dict) -> list[str]:
     """Ids of the passages of all `retrievals` of a prediction, in order, the best of each retrieval first; repeats stay."""
-    return [id for retrieval in prediction["retrievals"] for id in retrieval["passage_ids"]]
+    return [passage["id"] for retrieval in prediction["retrievals"] for passage in retrieval["passages"]]
 
 
 def _twice(ids):

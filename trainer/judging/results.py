@@ -26,7 +26,7 @@ def read_results(path: str | Path) -> dict:
     results = read_json(path)
     if (found := results.get("format", 1)) != FORMAT:
         raise ValueError(
-            f"{path} is of format {found}, expected format {FORMAT}: another version of this package wrote it, with other "
-            "names of figures. Run its command again into a new folder, or read it with the version that wrote it."
+            f"{path} is of format {found}, expected format {FORMAT}: another version of this package wrote it, with "
+            "other names of figures. Run its command again into a new folder, or read it with that version."
         )
     return results

@@ -5,9 +5,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
-from modeling_cosup import PassageIndex, Retriever
+from modeling_cosup import CoSupForCausalLM, PassageIndex, Retriever
 from modeling_cosup.files_cosup import digest, digest_all, digest_file
 
 from ..data import load_corpus, load_evaluation_set
@@ -34,7 +33,7 @@ class Task:
         pool (`str` or `int`): `"full"`: the whole index is searched. A number: among so many candidates of each question, in the order of the file, but gold
             candidates first of all with `gold_in_pool`.
         gold_in_pool (`bool`): gold candidates are always in the pool (the paper). `False`: the first ones, whatever they are (ALCE).
-        metric (`str`, *optional*): what Cor is; defaults to that of the questions' dataset, see `trainer.correctness.DATASET_METRICS`.
+        metric (`str`, *optional*): what Cor is; defaults to that of the questions' dataset, see `trainer.judging.correctness.DATASET_METRICS`.
         max_eval_samples (`int`, *optional*): only so many questions, the first ones.
         max_new_tokens (`int`), top_k (`int`), max_retrievals (`int`, *optional*): of each answer.
 
@@ -74,7 +73,7 @@ class Task:
             if not (type(value) is int and value >= (name != "max_retrievals")) and (value is not None or name in ("max_new_tokens", "top_k")):
                 raise ValueError(f"Task {self.name}: {name} is {value!r}, expected a number of 1 or more.")
 
-    def read_questions(self):
+    def read_questions(self) -> list[dict]:
         """
         The questions, each with its pool as `candidates`: `list[dict]`.
 
@@ -89,7 +88,7 @@ class Task:
                 f"Task {self.name}: none of the {len(questions)} questions of {self.eval_file} has provenance, so retrieval cannot be judged. "
                 'Where it is unknown, the questions say so: "meta": {"provenance_unknown": true}.'
             )
-        if self.pool == "full":
+        if isinstance(self.pool, str):
             return questions
         if short := [x["id"] for x in questions if len(set(x["candidates"])) < self.pool]:
             raise ValueError(
@@ -98,14 +97,19 @@ class Task:
             )
         return [{**x, "candidates": self._pool(x)} for x in questions]
 
-    def _pool(self, question):
+    def _pool(self, question: dict) -> list[str]:
         ids = list(dict.fromkeys(question["candidates"]))
         if self.gold_in_pool:
             ids.sort(key=lambda id: id not in gold_ids(question))  # stable: the others keep their order
-        return ids[: self.pool]
+        return ids[: int(self.pool)]
 
 
-def read_tasks(entries, **defaults):
+def task_name(eval_file: str) -> str:
+    """Name of the task of a single evaluation set: that of the file, without its endings."""
+    return Path(eval_file).name.split(".")[0]
+
+
+def read_tasks(entries: list[dict], **defaults) -> list[Task]:
     """
     Tasks as a config lists them.
 
@@ -134,7 +138,9 @@ def read_tasks(entries, **defaults):
 # ---------------------------------------------------------------------- indexes
 
 
-def open_index(task: Task, model: Any, index_cache: str | Path, batch_size: int = 256) -> tuple[Retriever | None, str | None]:
+def open_index(
+    task: Task, model: CoSupForCausalLM, index_cache: str | Path, batch_size: int = 256
+) -> tuple[Retriever | None, str | None]:
     """
     The index of a task: the one it names, or that of its corpus, which is embedded unless `index_cache` holds it.
 
@@ -170,12 +176,12 @@ def open_index(task: Task, model: Any, index_cache: str | Path, batch_size: int 
     return model.load_index(folder), name
 
 
-def is_file(name):
+def is_file(name: str) -> bool:
     """Whether a corpus is a file, not the name of a dataset."""
     return os.path.isfile(name) or str(name).endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet"))
 
 
-def corpus_digest(source):
+def corpus_digest(source: str) -> str:
     """SHA-256 of a corpus: of the file as it is, or of the passages of a dataset."""
     if is_file(source):
         return digest_file(source)

@@ -11,8 +11,8 @@ others an NLI model. They equal ALCE's own code on the same predictions, but for
 """
 INPUTS = """
 Args:
-    predictions (list of dict): {"id", "output_with_citations": text with [n] before the ends of sentences, "retrievals": [{"passage_ids", "titles",
-        "texts"}, ...]}: lines of predictions.jsonl; n counts the distinct retrieved passages.
+    predictions (list of dict): {"id", "output_with_citations": text with [n] before the ends of sentences, "retrievals": [{"passages": [{"id",
+        "title", "text"}, ...]}, ...]}: lines of predictions.jsonl; n counts the distinct retrieved passages.
     references (list of dict): {"id", "qa_pairs": [{"short_answers": [...]}, ...] or None, "claims": [...] or None}, matched by id.
     nli (callable or str, optional): a judge, `list[(premise, hypothesis)]` -> `list[bool]`, or the name of an NLI model. Without it there are no figures that
         need one.
@@ -30,8 +30,8 @@ CITATION = """
 }
 """
 STRING = datasets.Value("string")
-PASSAGES = {"passage_ids": [STRING], "titles": [STRING], "texts": [STRING]}
-PREDICTION = {"id": STRING, "output_with_citations": STRING, "retrievals": [PASSAGES]}
+PASSAGE = {"id": STRING, "title": STRING, "text": STRING}
+PREDICTION = {"id": STRING, "output_with_citations": STRING, "retrievals": [{"passages": [PASSAGE]}]}
 REFERENCE = {"id": STRING, "qa_pairs": [{"short_answers": [STRING]}], "claims": [STRING]}
 
 

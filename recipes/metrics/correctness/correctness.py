@@ -11,7 +11,7 @@ its label without an NLI model). Cor⁻ counts an answer as wrong where no gold 
 """
 INPUTS = """
 Args:
-    predictions (list of dict): {"id", "output": text, "retrievals": [{"passage_ids": [best first]}, ...]}: lines of predictions.jsonl.
+    predictions (list of dict): {"id", "output": text, "retrievals": [{"passages": [{"id"}, best first]}, ...]}: lines of predictions.jsonl.
     references (list of dict): {"id", "dataset", "input", "answers": [...], "provenance": [[ids of one evidence set], ...]}: lines of one evaluation set,
         matched by id. ASQA and ALCE's ELI5 are for the metric `alce`.
     metric (str, optional): accuracy, em, f1, rouge_l, short_answer, fever_label or fever_nli; that of the dataset by default.
@@ -30,7 +30,7 @@ CITATION = """
 }
 """
 STRING = datasets.Value("string")
-PREDICTION = {"id": STRING, "output": STRING, "retrievals": [{"passage_ids": [STRING]}]}
+PREDICTION = {"id": STRING, "output": STRING, "retrievals": [{"passages": [{"id": STRING}]}]}
 REFERENCE = {"id": STRING, "dataset": STRING, "input": STRING, "answers": [STRING], "provenance": [[STRING]]}
 
 
@@ -77,5 +77,5 @@ class Correctness(evaluate.Metric):
         else:
             correct = [correctness(output, x["answers"], metric) for output, (_, x) in zip(outputs, pairs, strict=True)]
         hits = [ret(retrieved_ids(prediction), x["provenance"]) if x["id"] in needing else None for prediction, x in pairs]
-        scores = {"cor": Mean.of(correct).value, "cor_minus": Mean.of(cor_minus(correct, hits)).value, "metric": metric}
-        return scores | {f"cor_{name}": mean.value for name, mean in by_retrieval(correct, hits).items()}
+        scores = {"cor": correct, "cor_minus": cor_minus(correct, hits), **by_retrieval("cor", correct, hits)}
+        return {**{name: Mean.of(values).value for name, values in scores.items()}, "metric": metric}

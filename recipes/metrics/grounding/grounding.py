@@ -7,11 +7,11 @@ import evaluate
 
 DESCRIPTION = """
 Gr: share of the sentences between [Cs] and [CE] that an NLI model finds entailed by the passages retrieved for that very span. K-precision: share of the
-words between [Cs] and [CE] that stand in those passages; lexical, needs no model, and is no stand-in for Gr.
+words between [Cs] and [CE] that are in those passages; lexical, needs no model, and is no stand-in for Gr.
 """
 INPUTS = """
 Args:
-    predictions (list of dict): {"id", "retrievals": [{"passage_ids", "titles", "texts", "grounded_text"}, ...]}: lines of predictions.jsonl.
+    predictions (list of dict): {"id", "retrievals": [{"passages": [{"id", "title", "text"}, ...], "grounded_text"}, ...]}: lines of predictions.jsonl.
     references (list of dict): {"id", "provenance": [[ids of one evidence set], ...]}: lines of an evaluation set, matched by id; for the split by retrieval.
     nli (callable or str, optional): a judge, `list[(premise, hypothesis)]` -> `list[bool]`, or the name of an NLI model. Without it there is no Gr.
     hypothesis (str): how the NLI model reads a sentence, "{sentence}" by default. "{question} {sentence}", for answers of a few words, needs the field
@@ -30,7 +30,7 @@ CITATION = """
 }
 """
 STRING = datasets.Value("string")
-RETRIEVAL = {"passage_ids": [STRING], "titles": [STRING], "texts": [STRING], "grounded_text": STRING}
+RETRIEVAL = {"passages": [{"id": STRING, "title": STRING, "text": STRING}], "grounded_text": STRING}
 PREDICTION = {"id": STRING, "input": STRING, "retrievals": [RETRIEVAL]}
 REFERENCE = {"id": STRING, "provenance": [[STRING]]}
 
@@ -74,4 +74,5 @@ class Grounding(evaluate.Metric):
             return scores
         values = grounding([prediction for prediction, _ in pairs], as_judge(nli), hypothesis=hypothesis)
         hits = [ret(retrieved_ids(prediction), x["provenance"]) if x["id"] in needing else None for prediction, x in pairs]
-        return scores | {"gr": Mean.of(values).value} | {f"gr_{name}": mean.value for name, mean in by_retrieval(values, hits).items()}
+        figures = {"gr": values, **by_retrieval("gr", values, hits)}
+        return scores | {name: Mean.of(own).value for name, own in figures.items()}

@@ -6,17 +6,17 @@ import datasets
 import evaluate
 
 DESCRIPTION = """
-KILT's figures: accuracy, exact match, F1 and ROUGE-L of the answers; R-precision and recall@5 of the retrieved passages; and KILT-accuracy, -EM, -F1 and
+KILT's figures: accuracy, exact match, F1 and ROUGE-L of the answers; R-precision and KILT's recall@5 of the retrieved passages; and KILT-accuracy, -EM, -F1 and
 -ROUGE-L, which count an answer only where R-precision is 1. They equal KILT's own code on the same predictions.
 """
 INPUTS = """
 Args:
-    predictions (list of dict): {"id", "output": text, "retrievals": [{"passage_ids": [best first]}, ...]}: lines of predictions.jsonl.
+    predictions (list of dict): {"id", "output": text, "retrievals": [{"passages": [{"id"}, best first]}, ...]}: lines of predictions.jsonl.
     references (list of dict): {"id", "answers": [...], "provenance": [[ids of one evidence set], ...]}: lines of an evaluation set, matched by id.
     rouge (bool): whether to compute ROUGE-L, which needs `pip install rouge`; True by default.
 
 Returns:
-    dict: accuracy, em, f1, rouge_l, kilt_accuracy, kilt_em, kilt_f1, kilt_rouge_l, r_precision, recall@5, between 0 and 1, and num_without_provenance:
+    dict: accuracy, em, f1, rouge_l, kilt_accuracy, kilt_em, kilt_f1, kilt_rouge_l, r_precision, kilt_recall@5, between 0 and 1, and num_without_provenance:
     questions whose provenance is empty; their retrieval is wrong, as in KILT.
 """
 CITATION = """
@@ -29,7 +29,7 @@ CITATION = """
 }
 """
 STRING = datasets.Value("string")
-PREDICTION = {"id": STRING, "output": STRING, "retrievals": [{"passage_ids": [STRING]}]}
+PREDICTION = {"id": STRING, "output": STRING, "retrievals": [{"passages": [{"id": STRING}]}]}
 REFERENCE = {"id": STRING, "answers": [STRING], "provenance": [[STRING]]}
 
 
@@ -59,12 +59,13 @@ class KILT(evaluate.Metric):
     def _compute(self, predictions, references, rouge=True):
         from trainer.judging.correctness import kilt_scores
         from trainer.judging.matching import match_by_id, retrieved_ids, with_provenance
-        from trainer.judging.retrieval import mean_scores, r_precision, recall_at_k
+        from trainer.judging.retrieval import kilt_recall_at_k, mean_scores, r_precision
 
         needing, rows = {x["id"] for x in with_provenance(references)}, []
         for prediction, x in match_by_id(predictions, references):
-            found, asked = retrieved_ids(prediction), x["id"] in needing
-            row = {"r_precision": r_precision(found, x["provenance"]), "recall@5": recall_at_k(found, x["provenance"], 5)} if asked else {}
-            row = {"r_precision": 0.0, "recall@5": 0.0} | row
+            retrieved, row = retrieved_ids(prediction), {"r_precision": 0.0, "kilt_recall@5": 0.0}
+            if x["id"] in needing:
+                row["r_precision"] = r_precision(retrieved, x["provenance"])
+                row["kilt_recall@5"] = kilt_recall_at_k(retrieved, x["provenance"], 5)
             rows.append(kilt_scores(prediction["output"], x["answers"], row["r_precision"], rouge) | row)
         return mean_scores(rows) | {"num_without_provenance": len(rows) - len(needing)}

@@ -1,4 +1,4 @@
-"""What a CoSup model retrieves: Ret, Ret-P, KILT's R-precision and recall@k, MRR and nDCG of the query embedding, how often `[NSP]` is emitted."""
+"""What a CoSup model retrieves: Ret, Ret-P, KILT's R-precision and recall@k, how often `[NSP]` is emitted, and what the query embedding finds."""
 
 import importlib
 
@@ -7,21 +7,21 @@ import evaluate
 
 DESCRIPTION = """
 What a model that retrieves while it writes has retrieved, by passage id: Ret (a gold passage is among them), Ret-P (share of the distinct ones that are
-gold), KILT's R-precision and recall@k, how often [NSP] was emitted, and MRR, nDCG@10 and success@k of a ranking of passages, where there is one.
+gold), KILT's R-precision and recall@k, how often [NSP] was emitted, and MRR, nDCG@10 and R@k of a ranking by the query embedding, where there is one.
 """
 INPUTS = """
 Args:
-    predictions (list of dict): {"id", "retrievals": [{"passage_ids": [best first]}, ...]}: lines of predictions.jsonl. With "query_ranking" (ids, best first)
-        there are figures of the ranking too.
+    predictions (list of dict): {"id", "retrievals": [{"passages": [{"id"}, best first]}, ...]}: lines of predictions.jsonl. With "query_ranking" (ids, best
+        first) there are figures of the ranking too.
     references (list of dict): {"id", "provenance": [[ids of one evidence set], ...]}: lines of an evaluation set, matched by id. Those with an empty
         provenance need no passage and count for `nsp_not_needed` only, unless their "meta" says "provenance_unknown".
-    ks (list of int): of recall@k and success@k; 1 and 5 by default.
+    ks (list of int): of kilt_recall@k and query_recall@k; 1 and 5 by default.
     rankings (list of dict, optional): {"id", "corpus": [ids, best first], "pool": [...]}: lines of query/ranking.jsonl, in place of "query_ranking".
     ranking (str): which of them, "corpus" by default.
 
 Returns:
-    dict: ret, ret_precision, r_precision, recall@k, nsp_needed, nsp_not_needed, num_questions (with provenance) and, where all of these have a ranking, mrr,
-    ndcg@10, success@k. Shares between 0 and 1; NaN where there is no question of that kind.
+    dict: ret, ret_precision, r_precision, kilt_recall@k, nsp_needed, nsp_not_needed, num_questions (with provenance) and, where all of these have a ranking,
+    mrr, ndcg@10, query_recall@k. Shares between 0 and 1; NaN where there is no question of that kind.
 """
 CITATION = """
 @inproceedings{lee2024semiparametric,
@@ -32,7 +32,7 @@ CITATION = """
 }
 """
 STRING = datasets.Value("string")
-PREDICTION = {"id": STRING, "retrievals": [{"passage_ids": [STRING]}], "query_ranking": [STRING]}
+PREDICTION = {"id": STRING, "retrievals": [{"passages": [{"id": STRING}]}], "query_ranking": [STRING]}
 REFERENCE = {"id": STRING, "provenance": [[STRING]], "meta": [STRING]}
 
 
@@ -63,14 +63,18 @@ class NSPRetrieval(evaluate.Metric):
         return super().compute(predictions=select_fields(predictions, PREDICTION), references=select_fields(references, REFERENCE), **options)
 
     def _compute(self, predictions, references, ks=(1, 5)):
+        from trainer.judging.intervals import Mean
         from trainer.judging.matching import match_by_id, retrieved_ids, with_provenance
-        from trainer.judging.retrieval import emission_rates, mean_scores, ranking_scores, retrieval_scores
+        from trainer.judging.retrieval import emission, mean_scores, ranking_scores, retrieval_scores
 
         pairs, needing = match_by_id(predictions, references), {x["id"] for x in with_provenance(references)}
         asked = [(prediction, x["provenance"]) for prediction, x in pairs if x["id"] in needing]
         scores = mean_scores([retrieval_scores(retrieved_ids(prediction), provenance, ks) for prediction, provenance in asked])
-        rates = emission_rates([(prediction, x) for prediction, x in pairs if any(x["provenance"]) or not x["meta"]])
-        scores |= {"nsp_needed": rates["needed"].value, "nsp_not_needed": rates["not_needed"].value, "num_questions": len(asked)}
+        needed = [any(x["provenance"]) for _, x in pairs]
+        not_needed = [not any(x["provenance"]) and not x["meta"] for _, x in pairs]
+        emitted = emission([prediction for prediction, _ in pairs], needed, not_needed)
+        scores |= {name: Mean.of(values).value for name, values in emitted.items()}
+        scores["num_questions"] = len(asked)
         if all(prediction["query_ranking"] for prediction, _ in asked):
             scores |= mean_scores([ranking_scores(prediction["query_ranking"], provenance, ks) for prediction, provenance in asked])
         return scores
