@@ -57,13 +57,13 @@ class HeldOutMixin:
         if world_size() > 1:
             self._share_facts([inputs])  # shards need the same calls on all ranks
         with explained_memory_errors(self.args), torch.no_grad(), self.compute_loss_context_manager():
-            outputs = [self._forward(model, micro_batch, 1) for micro_batch in inputs["micro_batches"]]
-            losses = self.compute_losses(inputs, outputs)
+            outputs = [self._forward(model, micro_batch) for micro_batch in inputs["micro_batches"]]
+            sums = self.compute_losses(inputs, outputs)  # the set's number of tokens is known at its end
         embeds = [
             concatenated([getattr(output, name) for output in outputs]) for name in ("query_embeds", "passage_embeds")
         ]
         arrays = [(nothing if part is None else part).float().cpu().numpy() for part in embeds]
-        self._eval_batches.append((facts, {name: float(loss) for name, loss in losses.items()}, *arrays))
+        self._eval_batches.append((facts, {name: float(total) for name, total in sums.items()}, *arrays))
         return None, None, None
 
     def evaluation_loop(

@@ -3,14 +3,15 @@ The losses that are trained, by name, and what the log shows of them.
 
 There are two kinds, because GradCache computes them at different times (see `grad_cache`):
 
-- token losses, of Gen's output for one micro-batch: a sum over its trained tokens, divided by their number over all
-  ranks. The loss of a batch is the sum over its micro-batches. `ntp_loss` (Eq. 2) is one.
+- token losses, of Gen's output for one micro-batch: a sum over its trained tokens. `ntp_loss` (Eq. 2) is one.
 - embedding losses, of the embeddings of the whole batch, over all ranks: one value for each query. `nsp_loss` (Eq. 4)
   is one.
 
-To add a loss, add it to `token_losses` or to `embedding_losses`, its weight to `loss_weights`, and what it needs of the
-model to `forward_options`. Its name ends in `_loss`: logs, evaluation, model cards and plots find it by that. Its label
-goes into `judging/figures.py`.
+Neither is divided: the caller knows the number of trained tokens, and of queries, of all ranks.
+
+To add a loss, add it to `token_losses` or to `embedding_losses`, its weight to `loss_weights`, and what it needs of
+the model to `forward_options`. Its name ends in `_loss`: logs, evaluation, model cards and plots find it by that. Its
+label goes into `judging/figures.py`.
 """
 
 import time
@@ -69,10 +70,10 @@ def token_losses(output: CoSupOutput, config: CoSupConfig, args: CoSupTrainingAr
     The losses over the trained tokens of a micro-batch.
 
     Args:
-        output (`CoSupOutput`): of Gen, with `ntp_loss` where the supervision has labels.
+        output (`CoSupOutput`): of Gen, with `ntp_loss`, a sum, where the supervision has labels.
 
     Returns:
-        `dict[str, torch.FloatTensor]`: scalars, with a graph.
+        `dict[str, torch.FloatTensor]`: scalars, with a graph: sums over tokens.
     """
     return {} if output.ntp_loss is None else {"ntp_loss": output.ntp_loss}
 

@@ -112,10 +112,10 @@ class TrainingStepMixin:
         """
         if num_items_in_batch is None or "global" not in inputs:
             num_items_in_batch = self._share_facts([inputs])
-        outputs = [self._forward(model, micro_batch, num_items_in_batch) for micro_batch in inputs["micro_batches"]]
+        outputs = [self._forward(model, micro_batch) for micro_batch in inputs["micro_batches"]]
         query_embeds = concatenated([output.query_embeds for output in outputs])
         passage_embeds = concatenated([output.passage_embeds for output in outputs])
-        losses = self.compute_losses(inputs, outputs, query_embeds, passage_embeds)
+        losses = self.compute_losses(inputs, outputs, num_items_in_batch, query_embeds, passage_embeds)
         loss = total_loss(losses, self.loss_weights)
         if model.training:
             self._running.add_batch(inputs["facts"])
@@ -125,7 +125,9 @@ class TrainingStepMixin:
         output = ModelOutput(loss=loss, **losses, query_embeds=query_embeds, passage_embeds=passage_embeds)
         return loss * self._loss_scale, output
 
-    def compute_losses(self, inputs, outputs=(), query_embeds=None, passage_embeds=None, first=0):
+    def compute_losses(
+        self, inputs, outputs=(), num_items_in_batch=1, query_embeds=None, passage_embeds=None, first=0
+    ):
         """
         This rank's share of each loss of a batch, by name: of the whole batch, or, as GradCache goes, of its
         embeddings or of one micro-batch.
@@ -133,6 +135,7 @@ class TrainingStepMixin:
         Args:
             inputs (`dict`): the batch.
             outputs (`list[CoSupOutput]`): of micro-batches, for the token losses.
+            num_items_in_batch (`int`): trained tokens of all ranks, by which token losses are divided.
             query_embeds (`torch.FloatTensor` of shape `(N, h)`, *optional*), passage_embeds (`torch.FloatTensor` of
                 shape `(M, h)`, *optional*): of all micro-batches, for the embedding losses.
             first (`int`): the number of the micro-batch that `outputs` begin with.
@@ -143,13 +146,13 @@ class TrainingStepMixin:
         Raises:
             `FloatingPointError`: while training, where one is NaN or infinite.
         """
-        losses = self._token_losses(inputs["facts"], outputs, first)
+        losses = self._token_losses(inputs["facts"], outputs, num_items_in_batch, first)
         if query_embeds is not None:
             losses |= self._embedding_losses(inputs, query_embeds, passage_embeds)
         return losses
 
-    def _token_losses(self, facts, outputs, first):
-        """The sum of each token loss over micro-batches."""
+    def _token_losses(self, facts, outputs, num_items_in_batch, first):
+        """The sum of each token loss over micro-batches, divided by the number of trained tokens of all ranks."""
         values, ids = defaultdict(list), defaultdict(list)
         instance_ids = dict(enumerate(facts.instance_ids))  # none of a micro-batch that is empty, made for other ranks
         for i, output in enumerate(outputs, first):
@@ -159,7 +162,7 @@ class TrainingStepMixin:
         losses = {}
         for name, of_micro_batches in values.items():
             stacked = torch.stack(of_micro_batches)
-            losses[name] = stacked.sum()
+            losses[name] = stacked.sum() / num_items_in_batch
             if self.model.training:
                 self._finite.add(self.state.global_step, name, stacked.detach().isfinite(), ids[name])
         return losses
@@ -179,10 +182,10 @@ class TrainingStepMixin:
             self._running.add_scores(scores, batch.passage_labels)
         return losses
 
-    def _forward(self, model, micro_batch, num_items_in_batch):
-        """The `CoSupOutput` of a micro-batch: NTP loss and embeddings; embedding losses need the whole batch."""
+    def _forward(self, model, micro_batch):
+        """The `CoSupOutput` of a micro-batch: NTP loss, a sum, and embeddings."""
         arguments = forward_arguments(micro_batch) | forward_options(micro_batch, self.args)
-        return model(**arguments, num_items_in_batch=num_items_in_batch, use_cache=False)
+        return model(**arguments, num_items_in_batch=1, use_cache=False)
 
     @property
     def loss_weights(self):
@@ -207,14 +210,14 @@ class TrainingStepMixin:
         query_gradients = passage_gradients = [None] * len(micro_batches)
         if self.args.supervision != "ntp":
             losses, query_gradients, passage_gradients, states = self._embedding_gradients(model, inputs)
-        forward = functools.partial(self._forward, model, num_items_in_batch=num_items_in_batch)
+        forward = functools.partial(self._forward, model)
         passes = second_pass(forward, micro_batches, query_gradients, passage_gradients, states, self.args.device)
         for i in range(len(micro_batches)):
             last = i == len(micro_batches) - 1
             with contextlib.nullcontext() if last else self._without_gradient_exchange(model):
                 with self.compute_loss_context_manager():
                     output, inner_product = next(passes)
-                    shares = self.compute_losses(inputs, [output], first=i)
+                    shares = self.compute_losses(inputs, [output], num_items_in_batch, first=i)
                 loss = total_loss(shares, self.loss_weights) + inner_product
                 if loss.requires_grad:
                     self.accelerator.backward(loss * self._loss_scale)
@@ -230,7 +233,7 @@ class TrainingStepMixin:
         with self.compute_loss_context_manager():
             *pieces, states = first_pass(model, inputs["micro_batches"])
             embeds = [concatenated(part).requires_grad_() for part in pieces]
-            losses = self.compute_losses(inputs, (), *embeds)
+            losses = self.compute_losses(inputs, query_embeds=embeds[0], passage_embeds=embeds[1])
             gradients = torch.autograd.grad(total_loss(losses, self.loss_weights), embeds)
         query_gradients, passage_gradients = map(like_pieces, gradients, pieces)
         return {name: loss.detach() for name, loss in losses.items()}, query_gradients, passage_gradients, states
