@@ -162,7 +162,7 @@ def _table(results: Results, setting: str, names: list[str], folded: str | None 
         if all(cell == MISSING for row in rows for cell in row[1:]):
             continue
         table.rows.append([_title(results, place)])
-        if place.is_group or place.split is None:
+        if place.is_group:
             table.strong |= set(range(len(table.rows), len(table.rows) + len(rows)))
         table.rows += rows
     return table

@@ -1,10 +1,14 @@
-"""Reports are made from files alone: importing them, and the parts of judging that they read, loads no torch."""
+"""What reports need: no torch, and their templates wherever the package is installed."""
 
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 import trainer.reports
+from trainer.reports.document import TEMPLATES
 
 JUDGING = ("correctness", "figures", "grounding", "intervals", "matching", "results")
 
@@ -22,3 +26,13 @@ def test_no_module_of_the_reports_imports_torch():
     )
     result = subprocess.run([sys.executable, "-c", code, *modules], capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_wheel_holds_the_templates():
+    setuptools = pytest.importorskip("setuptools.config.pyprojecttoml", reason="reads pyproject.toml")
+    configuration = setuptools.read_configuration(Path(__file__).parents[2] / "pyproject.toml", expand=False)
+    declared = configuration["tool"]["setuptools"]
+    assert "trainer.reports" in declared["packages"]
+    patterns = declared["package-data"]["trainer.reports"]
+    held = {path for pattern in patterns for path in TEMPLATES.parent.glob(pattern)}
+    assert held == set(TEMPLATES.iterdir()) and held
