@@ -52,6 +52,7 @@ class EmbeddingBatch:
 
 def loss_weights(config: CoSupConfig, args: CoSupTrainingArguments) -> dict[str, float]:
     """The weight of each loss in the one that is minimised, L = L_NTP + λ·L_NSP (Eq. 5)."""
+    assert config.nsp_loss_weight is not None  # the config fills it in
     return {"ntp_loss": 1.0, "nsp_loss": config.nsp_loss_weight}
 
 
