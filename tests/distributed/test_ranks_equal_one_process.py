@@ -32,6 +32,8 @@ CASES = {
     "cached, budget": BUDGET,
     "cached, accumulated": CACHED | {"nsp_batch_size": 6, "accumulation": 2, "per_device_train_batch_size": 1},
     "cached, zero": CACHED | {"pattern": "zero"},
+    "packed": {"padding_free": True},
+    "cached, packed": CACHED | {"padding_free": True},
     "clipped": CLIPPED,
     "separate": {"supervision": "separate", "model": {"query_from": "emb_seq"}},
     "cached, separate": CACHED | {"supervision": "separate", "model": {"query_from": "emb_seq"}},
@@ -41,9 +43,11 @@ CASES = {
     "ntp": {"supervision": "ntp"},
 }
 REFERENCES = {"cached": "ragged", "cached, checkpointed": "ragged", "cached, budget": "ragged", "checkpointed": "ragged", "cached, zero": "zero"}
+REFERENCES |= {"packed": "ragged", "cached, packed": "ragged"}
 REFERENCES |= {"evaluated first": "ragged", "cached, accumulated": "accumulated", "cached, separate": "separate"}
 THREE_RANKS = ["ragged", "zero", "accumulated", "checkpointed", "cached", "cached, budget", "separate"]
 SHARDED = ["ragged", "zero", "accumulated", "checkpointed", "cached", "cached, checkpointed", "cached, budget", "clipped", "separate"]
+SHARDED += ["packed", "cached, packed"]
 DETACHED = {"detached": {"gather": "detached"}, "local": {"gather": "local"}}
 
 
