@@ -413,7 +413,7 @@ def section_defaults(script, folder):
         print(f"  {name}: {results[name]}", flush=True)
     print(f"\nHeld out, after 3 epochs of {script.defaults_steps // 3} steps on the quickstart's world, seed {script.seed}, learning rate 2e-3 unless said")
     print_table(
-        ["setting", "NTP loss", "query_recall@1", "query_recall@5", "passages"],
+        ["setting", "NTP loss", "R@1", "R@5", "passages"],
         [[name, f"{r['ntp_loss']:.3f}", f"{r['query_recall@1']:.1%}", f"{r['query_recall@5']:.1%}", str(r["num_passages"])] for name, r in results.items()],
     )
     return results
