@@ -361,7 +361,7 @@ def test_the_query_embedding_alone(judged, model, world, tmp_path, monkeypatch):
     report = (tmp_path / "report.md").read_text()
     assert "## Query embedding" in report and "## Results" not in report
     found = compare_results(judged[0], tmp_path)
-    assert list(found["tasks"]["full"]) == ["query"] and found["tasks"]["full"]["query"]["corpus mrr"]["difference"] == 0
+    assert list(found["tasks"]["full"]) == ["query corpus"] and found["tasks"]["full"]["query corpus"]["mrr"]["difference"] == 0
     with pytest.raises(ValueError, match="There is no mode"):
         evaluate_tasks(model, tasks, tmp_path / "b", [])
 
