@@ -13,7 +13,6 @@ import torch
 from modeling_cosup import CoSupForCausalLM, PassageIndex
 from modeling_cosup.tokenization_cosup import encode_prompt
 from support.generation import left_pad
-from support.milvus_server import milvus_server  # noqa: F401
 from support.models import PASSAGES, make_model, make_tokenizer
 
 QUESTIONS = ["who?", "who painted the Night Watch?", "[NSP] in a question", "Curie"]
@@ -179,7 +178,7 @@ print(json.dumps(result))
 """
 
 
-def test_a_model_that_came_with_a_checkpoint_searches_milvus_through_the_installed_package(models, tmp_path, milvus_server):  # noqa: F811
+def test_a_model_that_came_with_a_checkpoint_searches_milvus_through_the_installed_package(models, tmp_path, milvus_server):
     from modeling_cosup import MilvusPassageIndex
 
     model = models["plain"]

@@ -7,7 +7,6 @@ import sys
 import pytest
 
 from modeling_cosup import CoSupForCausalLM, MilvusPassageIndex, PassageIndex
-from support.milvus_server import milvus_server  # noqa: F401
 from support.models import make_model
 from support.recipes import fails_here, run, train_here
 
@@ -15,7 +14,7 @@ TOKEN = "someone:a-secret-word"
 
 
 @pytest.fixture(scope="module")
-def world(inputs, milvus_server, tmp_path_factory):  # noqa: F811
+def world(inputs, milvus_server, tmp_path_factory):
     """A checkpoint, its index in a folder, and by `build_index.py` in a collection `wiki` of the server: `(checkpoint, index folder, uri)`."""
     folder = tmp_path_factory.mktemp("milvus_recipes")
     make_model().save_pretrained(folder / "model")
