@@ -25,7 +25,7 @@ _SENTENCE_END = re.compile(r"(?:[!?]+|(?<!\.)\.)[\"'”’)\]]*\s+")
 _INITIALS = re.compile(r"[^\W\d](\.[^\W\d])*")  # J., U.S., p.m.
 
 
-def split_sentences(text):
+def split_sentences(text: str) -> list[str]:
     """
     Sentences of an English text: `list[str]`, none of them empty.
 
@@ -46,7 +46,7 @@ def split_sentences(text):
     return [sentence for sentence in [*sentences, text[start:].strip()] if sentence]
 
 
-def premise(title, text):
+def premise(title: str, text: str) -> str:
     """A passage as ALCE gives it to the NLI model, also where the title is empty."""
     return f"Title: {title}\n{text}"
 
@@ -54,7 +54,7 @@ def premise(title, text):
 # ---------------------------------------------------------------------- between [Cs] and [CE]
 
 
-def check_hypothesis(template):
+def check_hypothesis(template: str) -> str:
     """
     The hypothesis template of [`grounding`] as it is.
 
@@ -140,7 +140,13 @@ def cited_passages(prediction: dict) -> list[dict]:
     return list(passages.values())
 
 
-def citation_scores(outputs, passages, entail, at_most_citations=3, split=split_sentences):
+def citation_scores(
+    outputs: list[str],
+    passages: list[list[dict]],
+    entail: Judge,
+    at_most_citations: int = 3,
+    split: Callable[[str], list[str]] = split_sentences,
+) -> list[dict | None]:
     """
     ALCE's citation recall and precision.
 
@@ -214,7 +220,7 @@ def _citation_scores(sentences):
     }
 
 
-def claim_recall(outputs, claims, entail):
+def claim_recall(outputs: list[str], claims: list[list[str]], entail: Judge) -> list[float]:
     """
     ALCE's correctness on ELI5: share of the claims of a reference answer that follow from the output.
 
@@ -236,7 +242,9 @@ def claim_recall(outputs, claims, entail):
     return [sum(next(labels) for _ in each) / len(each) for each in claims]
 
 
-def fever_nli(outputs, inputs, answers, entail):
+def fever_nli(
+    outputs: list[str], inputs: list[str], answers: list[list[str]], entail: Judge
+) -> list[float]:
     """
     The paper's Cor on FEVER: the output must entail a claim that is supported, and must not entail one that is refuted.
 
@@ -260,7 +268,7 @@ def fever_nli(outputs, inputs, answers, entail):
     return [float(bool(output) and next(labels) == verdict) for output, verdict in zip(outputs, verdicts, strict=True)]
 
 
-def _ask(entail, pairs):
+def _ask(entail: Judge, pairs: list[tuple[str, str]]) -> list[bool]:
     """One bool for each pair; a judge that leaves pairs without an answer is an error."""
     labels = list(entail(pairs)) if pairs else []
     if len(labels) != len(pairs) or any(label is None for label in labels):

@@ -1,9 +1,10 @@
 """Predictions and evaluation instances: which belongs to which, which need a passage, and the passage ids they hold."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 
-def match_by_id(predictions, instances):
+def match_by_id(predictions: list[dict], instances: list[dict]) -> list[tuple[dict, dict]]:
     """
     Pairs of a prediction and its evaluation instance.
 
@@ -33,7 +34,7 @@ def match_by_id(predictions, instances):
     return [(by_id[id], instance) for id, instance in zip(asked, instances, strict=True)]
 
 
-def with_provenance(instances):
+def with_provenance(instances: list[dict]) -> list[dict]:
     """
     The instances that need a passage: those whose `provenance` holds an id.
 
@@ -48,7 +49,7 @@ def with_provenance(instances):
     return needing
 
 
-def select_fields(rows, schema):
+def select_fields(rows: list[dict], schema: dict) -> list[dict]:
     """
     Rows with the fields of a schema and no others, so that whole lines of predictions and evaluation sets can be given to an `evaluate` module.
 
@@ -77,14 +78,14 @@ def _select(value, schema):
     return str(value) if isinstance(value, int) else value
 
 
-def evidence_sets(provenance):
+def evidence_sets(provenance: Sequence[Sequence[str]] | None) -> list[set[str]]:
     """
     The distinct, non-empty evidence sets of a `provenance`: `list[set]`.
 
     Raises:
         `ValueError`: when there is none.
     """
-    sets = []
+    sets: list[set[str]] = []
     for evidence in map(set, provenance or []):
         if evidence and evidence not in sets:
             sets.append(evidence)

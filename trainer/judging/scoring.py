@@ -197,7 +197,7 @@ def _cor(predictions: list[dict], questions: list[dict], metric: str | None, ent
 
 def _by_metric(
     name: str, predictions: list[dict], questions: list[dict], rows: list[int], entail: Judge | None
-) -> Scores:
+) -> Sequence[float | None]:
     """The value of each of `rows`; `None` where the metric needs an NLI model that is not there."""
     pairs = [(predictions[row], questions[row]) for row in rows]
     if name in TEXT_METRICS:
