@@ -54,7 +54,7 @@ PRINTED = (  # modes and their figures, as far as there are any
     ("gold", "em"),
     ("off", "em"),
     ("retrieval", "nsp_not_needed"),
-    ("retrieval", "cor_not_needed"),
+    ("retrieval", "em_not_needed"),
 )
 
 

@@ -148,7 +148,7 @@ def test_train_evaluates_over_an_index_that_is_there(world, inputs, tmp_path):
         assert result.returncode == 0, result.stderr[-3000:]
         assert "7 questions over an index of 6 passages" in result.stdout and f"--index {options[1]}" in result.stdout
         assert not (tmp_path / name / "index").exists()
-        results[name] = {part: json.loads((tmp_path / name / "results.json").read_text())[part] for part in ("before", "after", "evaluation", "grounding")}
+        results[name] = {part: json.loads((tmp_path / name / "results.json").read_text())[part] for part in ("before", "after", "evaluation")}
     assert results["milvus"] == results["folder"] and results["folder"]["evaluation"]["exact_match"]["n"] > 0
 
 

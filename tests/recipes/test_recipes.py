@@ -30,7 +30,7 @@ def test_train_writes_checkpoint_index_and_numbers(checkpoint):
     assert results["format"] == 2
     assert results["evaluation"]["query"]["corpus"]["query_recall@5"]["n"] == 6
     modes = {mode: answers["metrics"] for mode, answers in results["evaluation"]["modes"].items()}
-    assert modes["retrieval"]["nsp_not_needed"]["n"] == modes["retrieval"]["cor_not_needed"]["n"] == 1
+    assert modes["retrieval"]["nsp_not_needed"]["n"] == modes["retrieval"]["em_not_needed"]["n"] == 1
     assert modes["retrieval"]["em"]["n"] == modes["gold"]["em"]["n"] == modes["off"]["em"]["n"] == 6
     assert {"ntp_loss", "query_recall@1", "query_recall@5"} == set(results["before"]) == set(results["after"])
     assert results["after"]["query_recall@1"] == results["evaluation"]["query"]["corpus"]["query_recall@1"]

@@ -194,6 +194,7 @@ def test_scores_by_hand():
     found = score(made[::-1], questions)
     assert found["ret"] == [1.0, 0.0, None, None] and found["ret_precision"] == [0.5, 0.0, None, None] and found["r_precision"] == [0.0, 0.0, None, None]
     assert found["cor"] == [1.0, 1.0, None, 1.0] and found["cor_not_needed"] == [None, None, 1.0, None]
+    assert found["em_not_needed"] == [None, None, 1.0, None]
     assert found["cor_minus"] == [1.0, 0.0, None, None]
     assert found["kilt_em"] == [0.0, 0.0, None, None] and found["em"] == [1.0, 0.0, None, 0.0]
     assert found["nsp_needed"] == [1.0, 1.0, None, None] and found["nsp_not_needed"] == [None, None, 1.0, None]

@@ -102,6 +102,7 @@ _ANSWERS = (
     Figure("short_answer", "short answer", "a normalised answer is part of the normalised output"),
     Figure("accuracy", "accuracy", "KILT's: the output is one of the answers, neither normalised"),
     Figure("em", "EM", "exact match: the normalised output is one of the normalised answers, as in SQuAD"),
+    Figure("em_not_needed", "EM, not needed", "EM of the questions that need no passage", needs=_NO_PASSAGE),
     Figure("f1", "F1", "F1 of the normalised words, for the best answer"),
     Figure("rouge_l", "ROUGE-L", "F by PyPI's rouge, as in KILT, for the best answer"),
     Figure("kilt_accuracy", "KILT-accuracy", "accuracy where R-precision is 1, else 0", needs=_GOLD),

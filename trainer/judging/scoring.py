@@ -3,7 +3,15 @@
 import importlib.util
 from collections.abc import Sequence
 
-from .correctness import FEVER_LABELS, TEXT_METRICS, cor_metric, correctness, kilt_scores, str_em
+from .correctness import (
+    FEVER_LABELS,
+    TEXT_METRICS,
+    cor_metric,
+    correctness,
+    exact_match,
+    kilt_scores,
+    str_em,
+)
 from .figures import NO_JUDGE, SEARCHING, Measured, in_order
 from .grounding import (
     HYPOTHESIS,
@@ -71,7 +79,10 @@ def score(
     r_precisions = scores.get("r_precision", hits)
     text_scores: list[dict[str, float]] = []
     for prediction, question, r_precision, free in zip(predictions, questions, r_precisions, not_needed, strict=True):
-        text_scores.append({} if free else _text_scores(prediction, question, r_precision))
+        if free:
+            text_scores.append(_text_scores_without_passage(prediction, question))
+        else:
+            text_scores.append(_text_scores(prediction, question, r_precision))
     scores |= _columns(text_scores)
     if entail is not None:
         scores |= _nli_scores(predictions, questions, hits, entail, gr_hypothesis)
@@ -231,6 +242,13 @@ def _text_scores(prediction: dict, question: dict, r_precision: float | None) ->
     if meta.get("qa_pairs"):
         scores["str_em"], scores["str_hit"] = str_em(prediction["output_with_citations"], meta["qa_pairs"])
     return scores
+
+
+def _text_scores_without_passage(prediction: dict, question: dict) -> dict[str, float]:
+    """Exact match of a question that needs no passage; it does not count among those that need one."""
+    if not question["answers"]:
+        return {}
+    return {"em_not_needed": float(exact_match(prediction["output"], question["answers"]))}
 
 
 def _nli_scores(
