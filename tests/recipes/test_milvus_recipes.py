@@ -184,8 +184,10 @@ def test_candidates_come_from_a_collection(world, inputs, tmp_path, monkeypatch,
 
 
 @pytest.mark.slow
-def test_an_experiment_may_name_a_collection(world, inputs, tmp_path):
+def test_an_experiment_may_name_a_collection(world, inputs, tmp_path, monkeypatch, capsys):
     """Its tasks go to run_evaluation.py as they are; an arm with a frozen Emb_seq searches the index that is there."""
+    import run_experiments
+
     model, _, uri = world
     tasks = [{"name": "eval", "eval_file": str(inputs / "eval.jsonl"), "index": "wiki", "index_uri": uri}]
     experiment = {
@@ -196,8 +198,11 @@ def test_an_experiment_may_name_a_collection(world, inputs, tmp_path):
         "evaluation": {"modes": ["forced"], "max_new_tokens": 4},
     }
     (tmp_path / "experiment.yaml").write_text(json.dumps(experiment))  # JSON is YAML
-    result = run(sys.executable, "recipes/run_experiments.py", "--experiment", tmp_path / "experiment.yaml", "--output_dir", tmp_path / "out")
-    assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
+    command = ["run_experiments.py", "--experiment", tmp_path / "experiment.yaml", "--output_dir", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+    with pytest.raises(SystemExit) as ending:
+        run_experiments.main()
+    assert ending.value.code == 0, capsys.readouterr().out[-3000:]
     (metrics,) = (tmp_path / "out" / "evaluations").glob("*/results/metrics.json")
     task = json.loads(metrics.read_text())["tasks"]["eval"]
     assert task["passages"] == 6 and task["modes"]["forced"]["metrics"] and os.listdir(tmp_path / "out" / "indexes") == []
