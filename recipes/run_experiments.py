@@ -107,7 +107,8 @@ def main():
         except Failed as failure:
             run.failure = str(failure)
             say(run, f"FAILED: {failure}")
-    report(experiment, runs, notes, args)
+    with clear_errors():
+        report(experiment, runs, notes, args)
     sys.exit(1 if any(run.failure for run in runs) else 0)
 
 

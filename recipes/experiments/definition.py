@@ -27,9 +27,10 @@ import yaml
 from modeling_cosup.configuration_cosup import SIMILARITY_DEFAULTS
 from modeling_cosup.files_cosup import digest
 from trainer import CoSupTrainingArguments
+from trainer.judging.results import FORMAT
 
 from experiments.task_files import digest_of_content, expand_tasks
-from shared.arguments import TASK_OPTIONS, EvaluationArguments, ScriptArguments
+from shared.arguments import EvaluationArguments, ScriptArguments
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_OPTIONS = {  # data, folders and seeds are the runner's business
@@ -37,7 +38,11 @@ NOT_OPTIONS = {  # data, folders and seeds are the runner's business
 }  # fmt: skip
 TRAIN_OPTIONS = {each.name for each in (*fields(ScriptArguments), *fields(CoSupTrainingArguments))} - NOT_OPTIONS
 TRAIN_DEFAULTS = {each.name: each.default for each in (*fields(ScriptArguments), *fields(CoSupTrainingArguments))}
-EVALUATION_OPTIONS = {each.name for each in fields(EvaluationArguments)} - {"model", "output_dir", "tasks", "eval_file", "index_cache", *TASK_OPTIONS[:5]}
+NOT_EVALUATION_OPTIONS = {  # the runner's business, or that of a task
+    *("model", "output_dir", "tasks", "eval_file", "index_cache"),
+    *("corpus_file", "index", "index_uri", "split", "pool"),
+}
+EVALUATION_OPTIONS = {each.name for each in fields(EvaluationArguments)} - NOT_EVALUATION_OPTIONS
 NO_PART_OF_A_RESULT = {  # changing these trains nothing anew
     "num_threads", "logging_steps", "logging_strategy", "logging_first_step", "report_to", "save_strategy", "save_steps", "save_total_limit", "disable_tqdm",
     "dataloader_num_workers", "dataset_num_proc", "num_examples", "per_device_eval_batch_size", "run_name", "license",
@@ -215,11 +220,14 @@ def scoring(evaluation, entries):
 
 
 def evaluation_key(model_key, entries, evaluation):
-    """The same of the answers of a model: how they are judged (`SCORING`) may change, and they stay."""
+    """
+    The same of the answers of a model: how they are judged (`SCORING`) may change, and they stay. Results of another
+    format have another key: they are made anew, and are in nobody's way.
+    """
     tasks = []
     for entry in entries:
         asked = {name: value for name, value in entry.items() if name not in SCORING}
         files = {name: digest_of_content(asked[name]) for name in ("eval_file", "corpus_file") if name in asked}
         tasks.append({**asked, **files})
     ignored = ("num_threads", "batch_size", "nli_batch_size", "num_examples", *SCORING)
-    return digest([model_key, tasks, {name: value for name, value in evaluation.items() if name not in ignored}])[:12]
+    return digest([FORMAT, model_key, tasks, {name: value for name, value in evaluation.items() if name not in ignored}])[:12]

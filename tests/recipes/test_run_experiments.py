@@ -330,6 +330,23 @@ def test_what_names_a_training(tmp_path):
     assert key != definition.key_of(options)
 
 
+def test_answers_of_another_format_are_made_anew(monkeypatch):
+    """What another version has evaluated is in another folder, so it does not block the report."""
+    before = definition.evaluation_key("model", [], {"modes": ["off"]})
+    assert before == definition.evaluation_key("model", [], {"modes": ["off"], "num_threads": 3})
+    monkeypatch.setattr(definition, "FORMAT", definition.FORMAT + 1)
+    assert before != definition.evaluation_key("model", [], {"modes": ["off"]})
+
+
+def test_results_that_cannot_be_reported_end_with_their_message(inputs, tmp_path, here, monkeypatch):
+    def report(*args):
+        raise ValueError("metrics.json is of format 1")
+
+    monkeypatch.setattr(run_experiments, "plan_seed", lambda *args: [])
+    monkeypatch.setattr(run_experiments, "report", report)
+    assert here(arguments(inputs, tmp_path / "out"))[0] == "error: metrics.json is of format 1"
+
+
 def test_a_plan_names_the_trainings_of_a_world_that_is_not_made(inputs, tmp_path):
     """What --dry_run looks for is what a run will train, also with models that come with the world."""
     small = {"num_train_entities": 60, "num_unseen_entities": 10, "num_train_instances": 40, "num_validation": 10, "num_eval_no_passage": 5}

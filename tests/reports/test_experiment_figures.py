@@ -115,6 +115,7 @@ def test_results_that_are_not_complete_or_of_another_format_are_refused(tmp_path
     results = make(tmp_path, SCORES)
     path = tmp_path / "new-1" / "results" / "metrics.json"
     path.write_text(json.dumps({"tasks": {}}))
+    (path.parent / "a" / "retrieval" / "scores.jsonl").write_text(json.dumps({"id": "1", "recall@1": 1.0}) + "\n")
     with pytest.raises(ValueError, match=f"is of format 1, expected format {FORMAT}"):
         Results(results.experiment, results.runs, MEANING)
     path.unlink()

@@ -80,11 +80,12 @@ class Results:
         self.modes: list[str] = experiment["evaluation"]["modes"]
         self.evaluated = [run for run in runs if run["evaluated"] is not None]
         self.arm_and_mode = {self._line(arm, mode): (arm, mode) for arm in experiment["arms"] for mode in self.modes}
+        all_results = [read_results(results_folder(run)) for run in self.evaluated]  # first, as their format is checked
         self.scores = self._read_scores()
         self.lines = [line for line in self.arm_and_mode if line in self.scores]
         self.settings = list(dict.fromkeys(task["setting"] for task in meaning.values()))
         self.names = self._measured_names()
-        self.cor = self._read_cor()
+        self.cor = self._read_cor(all_results)
         self._figures: dict[tuple, dict | None] = {}  # a figure and a comparison are asked for several times
         self._comparisons: dict[tuple, dict | None] = {}
 
@@ -114,10 +115,10 @@ class Results:
                     names |= figures.keys()
         return in_order(names)
 
-    def _read_cor(self) -> dict[str, str]:
+    def _read_cor(self, all_results: list[dict]) -> dict[str, str]:
         labels = {}
-        for run in self.evaluated:
-            tasks = read_results(results_folder(run))["tasks"]
+        for results in all_results:
+            tasks = results["tasks"]
             for name, about in self.meaning.items():
                 if name in tasks:
                     labels[about["task"]] = ", ".join(cor_label(cor) for cor in tasks[name]["cor"])
