@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from modeling_cosup.lines_cosup import writing_lines
 from trainer.data import load_evaluation_set, read_rows
+from trainer.judging.figures import figure, line
 from trainer.judging.intervals import Rate
 from trainer.judging.matching import gold_ids
 
@@ -161,7 +162,7 @@ def make_pool(nearest, gold, scores, size, gold_first):
 
 
 def summary(instances, pools, gold, num_passages, size, retriever):
-    """Recall@k over the whole corpus, of a gold passage and of a whole evidence set, and counts of what is not as it should be."""
+    """How often a gold passage, and a whole evidence set, is among the first k of the corpus, and counts of what is not as it should be."""
     asked = [i for i, rows in enumerate(gold) if len(rows)]
     lines = [("questions", f"{len(instances):,}"), ("passages in the corpus", f"{num_passages:,}")]
     places = [{id: place for place, id in enumerate(retriever.ids_of(pool.nearest))} for pool in pools]
@@ -171,9 +172,13 @@ def summary(instances, pools, gold, num_passages, size, retriever):
         return min(max(found) if whole else min(found) for found in sets)
 
     several = any(len(ids) > 1 for instance in instances for ids in instance["provenance"])
-    for whole, name in [(False, "a gold passage"), (True, "a whole evidence set")][: 1 + several]:
+    ks = [k for k in KS if k <= num_passages] if asked else []
+    for whole in (False, True) if several else (False,):
         found = [place(i, whole) for i in asked]
-        lines += [(f"recall@{k}, {name}", str(Rate(sum(p < k for p in found), len(found)))) for k in KS if k <= num_passages and asked]
+        for k in ks:
+            name = f"query_recall@{k}"
+            label = f"a whole evidence set in the first {k}" if whole else figure(name).label
+            lines.append((label, line(Rate(sum(p < k for p in found), len(found)).to_dict(), name)))
     counts = {
         "questions without gold": len(instances) - len(asked),
         f"pools smaller than {size}": sum(len(pool.rows) < size for pool in pools),

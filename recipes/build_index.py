@@ -19,6 +19,7 @@ from shared.cli import clear_errors, parse, table
 from modeling_cosup import CoSupForCausalLM, MilvusPassageIndex, PassageIndex
 from modeling_cosup.index_search_cosup import empty_approximate
 from modeling_cosup.milvus_client_cosup import milvus_packages
+from trainer.judging.figures import figure, shown
 
 from shared.indexes import check_index_options
 from shared.processes import end_processes, processes
@@ -128,7 +129,7 @@ def finish(args, state):
     if args.index_factory:
         recall = index.train_approximate(args.index_factory, args.train_size, args.seed, **search_options(args))
         print(f"{args.index_factory} against exact search, queries sampled from the passages:")
-        print(table([(name, f"{100 * value:.1f} %") for name, value in recall.items()]))
+        print(table([(figure(name).label, f"{shown(value, name)} %") for name, value in recall.items()]))
     if args.index_uri is not None:
         options = {"index_type": args.milvus_index_type, "index_params": milvus_index_params(args)}
         uploaded = MilvusPassageIndex.from_index(index, args.index_uri, args.index, **options)

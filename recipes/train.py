@@ -28,7 +28,7 @@ from transformers import set_seed
 from modeling_cosup import CoSupForCausalLM, PassageIndex
 from modeling_cosup.facts_cosup import load_facts
 from modeling_cosup.lines_cosup import read_lines
-from trainer import CoSupTrainer, CoSupTrainingArguments, load_corpus, load_evaluation_set, load_instances
+from trainer import CoSupTrainer, CoSupTrainingArguments, load_corpus, load_instances
 from trainer.card import complete_card, evaluation_groups, held_out_group, write_card
 from trainer.hub import push_checkpoint
 from trainer.judging.answers import ntp_loss, rank_passages, reference_instances
@@ -88,13 +88,7 @@ def train(script, args):
         train = load_instances(script.train_file)[: script.max_train_samples]
         validation = load_instances(script.validation_file, "validation") if script.validation_file else None
         corpus = load_corpus(script.corpus_file) if script.corpus_file else None
-        questions = load_evaluation_set(script.eval_file, corpus=corpus)[: script.max_eval_samples] if script.eval_file else None
-        if questions is not None and corpus is None and script.index is None:
-            raise ValueError("--eval_file needs --corpus_file (or --index): its questions are answered from that corpus.")
-        if questions is not None and not any(x["provenance"] for x in questions):
-            raise ValueError(f"{script.eval_file}: no question has provenance, so there is nothing to retrieve.")
-        if questions is not None:
-            check_questions(evaluation_task(script, args).read_questions(), script.eval_file)
+        questions = read_questions(script, args, corpus) if script.eval_file else None
         if corpus is not None:
             PassageIndex.check_save_directory(Path(args.output_dir) / "index")
         if validation is None and args.eval_strategy != "no":
@@ -269,6 +263,22 @@ def evaluation_task(script, args):
         max_eval_samples=script.max_eval_samples,
         max_new_tokens=script.max_new_tokens,
     )
+
+
+def read_questions(script, args, corpus):
+    """
+    The questions of the evaluation set, checked for all that is asked of them before and after training.
+
+    Raises:
+        `ValueError`: when there is nothing to retrieve from or for, or for what cannot be judged.
+    """
+    if corpus is None and script.index is None:
+        raise ValueError("--eval_file needs --corpus_file (or --index): its questions are answered from that corpus.")
+    questions = evaluation_task(script, args).read_questions(corpus, answers_required=True)
+    if not any(question["provenance"] for question in questions):
+        raise ValueError(f"{script.eval_file}: no question has provenance, so there is nothing to retrieve.")
+    check_questions(questions, script.eval_file)
+    return questions
 
 
 def held_out(model, index, questions, corpus, args) -> dict[str, Measured]:

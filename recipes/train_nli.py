@@ -38,6 +38,7 @@ from transformers import (
 
 from trainer.data import load_instances
 from trainer.judging.correctness import normalize_answer
+from trainer.judging.figures import line
 from trainer.judging.grounding import check_hypothesis, premise
 from trainer.judging.intervals import Rate
 from trainer.judging.nli import entailment_label
@@ -100,7 +101,7 @@ def main():
         kinds = {"all": right} | {kind: right[[each == kind for *_, each in held_out]] for kind in KINDS}
         rates = {kind: Rate(int(own.sum()), len(own)) for kind, own in kinds.items() if len(own)}
         if trainer.is_world_process_zero():
-            print(table([(f"accuracy, {kind}", str(rate)) for kind, rate in rates.items()]))
+            print(table([(f"accuracy, {kind}", line(rate.to_dict(), "accuracy")) for kind, rate in rates.items()]))
         trainer.save_metrics("eval", {f"eval_accuracy_{kind.replace(' ', '_')}": rate.value for kind, rate in rates.items()})
 
 

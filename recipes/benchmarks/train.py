@@ -32,11 +32,13 @@ from modeling_cosup.files_cosup import write_json
 from modeling_cosup.loss_cosup import chunked_cross_entropy
 from modeling_cosup.tokenization_cosup import pad_rows
 from trainer import CoSupTrainer, CoSupTrainingArguments, load_instances
+from trainer.judging.figures import figure, shown
 
 from measuring import GB, Meter, describe, print_table
 from shared.quickstart import WorldArguments, prepare_world
 
 PEAK_FLOPS = {"NVIDIA H200": 989e12, "NVIDIA H100": 989e12, "NVIDIA A100": 312e12}  # dense bf16
+HELD_OUT = ("ntp_loss", "query_recall@1", "query_recall@5")
 
 
 @dataclass
@@ -411,10 +413,11 @@ def section_defaults(script, folder):
             trainer.train()
         results[name] = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items() if key.startswith("eval_")}
         print(f"  {name}: {results[name]}", flush=True)
-    print(f"\nHeld out, after 3 epochs of {script.defaults_steps // 3} steps on the quickstart's world, seed {script.seed}, learning rate 2e-3 unless said")
+    print(f"\nHeld out, after 3 epochs of {script.defaults_steps // 3} steps on the quickstart's world, seed {script.seed}, learning rate 2e-3 unless said,")
+    print("recall in percent")
     print_table(
-        ["setting", "NTP loss", "R@1", "R@5", "passages"],
-        [[name, f"{r['ntp_loss']:.3f}", f"{r['query_recall@1']:.1%}", f"{r['query_recall@5']:.1%}", str(r["num_passages"])] for name, r in results.items()],
+        ["setting", *(figure(name).label for name in HELD_OUT), figure("num_passages").label],
+        [[setting, *(shown(r[name], name) for name in HELD_OUT), str(r["num_passages"])] for setting, r in results.items()],
     )
     return results
 

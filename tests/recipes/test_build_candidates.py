@@ -100,10 +100,10 @@ def test_pools_are_gold_and_the_nearest_by_score(folder, tmp_path, name, size, g
     places = [[min(ids.index(id) for id in evidence) for evidence in q["provenance"]] for q, ids in zip(QUESTIONS, rankings, strict=True)]
     whole = [[max(ids.index(id) for id in evidence) for evidence in q["provenance"]] for q, ids in zip(QUESTIONS, rankings, strict=True)]
     for k in (1, 5):
-        for title, found in (("a gold passage", places), ("a whole evidence set", whole)):
+        for title, found in ((f"R@{k}", places), (f"a whole evidence set in the first {k}", whole)):
             hits = sum(min(ranks) < k for ranks in found[:2])
-            assert lines[f"recall@{k}, {title}"].split()[0] == f"{50 * hits:.1f}"
-    assert "recall@20, a gold passage" not in lines  # there are ten passages
+            assert lines[title].split()[0] == f"{50 * hits:.1f}"
+    assert "R@20" not in lines  # there are ten passages
     assert lines["questions without gold"] == "1"
 
 
@@ -208,7 +208,7 @@ def test_command_line(folder, tmp_path, monkeypatch, capsys):
     arguments += ["--output_file", tmp_path / "out.jsonl.gz", "--num_candidates", 4, "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["build_candidates.py", *map(str, arguments)])
     build_candidates.main()
-    assert "recall@5, a whole evidence set" in capsys.readouterr().out
+    assert "a whole evidence set in the first 5" in capsys.readouterr().out
     assert [len(instance["candidates"]) for instance in load_evaluation_set(tmp_path / "out.jsonl.gz", answers_required=False)] == [4, 4, 4]
     monkeypatch.setattr(sys, "argv", ["build_candidates.py", *map(str, arguments), "--model", str(tmp_path / "nothing")])
     with pytest.raises(SystemExit, match="error: .*nothing"):

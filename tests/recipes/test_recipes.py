@@ -185,7 +185,7 @@ def test_build_index_trains_an_approximate_index_and_says_its_recall(checkpoint,
     command = [sys.executable, "recipes/build_index.py", "--model", checkpoint, "--corpus_file", inputs / "corpus.jsonl", "--output_dir", tmp_path / "index"]
     result = run(*command, "--index_factory", "HNSW8", "--ef_search", 32, "--embedding_dtype", "float16", "--shard_size", 4, "--max_tokens_per_batch", 64)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert "6 passages in" in result.stdout and "ann_recall@1  100.0 %" in result.stdout
+    assert "6 passages in" in result.stdout and "ANN recall@1  100.0 %" in result.stdout
     index = PassageIndex.from_pretrained(tmp_path / "index", allow_faiss_files=True)
     assert index.config["shards"] == [4, 2] and index.config["dtype"] == "float16" and index.config["approximate"]["search_options"] == {"efSearch": 32}
 

@@ -1,6 +1,5 @@
 """Ask a model the questions of an evaluation set: what its query embeddings find, and what it retrieves and writes."""
 
-import contextlib
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from modeling_cosup import Completion, CoSupForCausalLM, RetrievalConfig, Retriever
+from modeling_cosup.index_build_cosup import evaluating
 from modeling_cosup.tokenization_cosup import encode_prompt, pad_rows
 
 from ..data import tokenize_instance
@@ -21,18 +21,6 @@ from .intervals import Mean
 from .matching import gold_ids
 
 RANKED = 100  # passages of a ranking over the whole corpus
-
-
-@contextlib.contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode before comes back."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
 
 
 # ---------------------------------------------------------------------- what the query embedding finds
@@ -47,7 +35,7 @@ def embed_queries(model: CoSupForCausalLM, questions: list[dict], batch_size: in
     """
     prompts = [[*_prompt(model, question), model.config.nsp_token_id] for question in questions]
     embeds = torch.empty(len(prompts), model.config.embedding_size)
-    with evaluating(model):
+    with evaluating(model), torch.no_grad():
         for rows, batch in _batches(model, prompts, batch_size, "Embedding questions"):
             if model.config.query_from == "gen":
                 embeds[rows] = model(**batch, return_logits=False, use_cache=False).query_embeds.float().cpu()
@@ -124,7 +112,7 @@ def answer(
     """
     prompts = [_prompt(model, question) for question in questions]
     settings = retrieval_settings(mode, questions, index, candidates, top_k, max_retrievals, seed)
-    with evaluating(model):
+    with evaluating(model), torch.no_grad():
         completions = model.generate_many(
             prompts,
             retriever=None if mode == "off" else index,
@@ -278,7 +266,7 @@ def ntp_loss(model: CoSupForCausalLM, instances: list[dict]) -> Mean:
         tokenized = tokenize_instance(instance, model.tokenizer, model.emb_seq_tokenizer, model.config)
         ids, labels = (torch.tensor([tokenized[name]], device=model.device) for name in ("input_ids", "labels"))
         count = int((labels[:, 1:] != -100).sum())
-        with evaluating(model):
+        with evaluating(model), torch.no_grad():
             loss = model(input_ids=ids, labels=labels, output_query_embeds=False).ntp_loss
         sums.append(float(loss) * count)
         weights.append(count)

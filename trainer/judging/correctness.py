@@ -4,6 +4,7 @@ import re
 import string
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 # Cor, by dataset. What the paper's published scoring counts; a long answer that holds the short one is right. KILT's own figures are `kilt_scores`.
@@ -117,14 +118,20 @@ def fever_verdict(answer: str) -> str:
     return verdict
 
 
-TEXT_METRICS = {  # (prediction, answers) -> number, with the names of DATASET_METRICS
+TextMetric = Callable[[str, list[str]], float]  # (prediction, answers) -> number
+
+ANSWER_METRICS: dict[str, TextMetric] = {  # scores of every question with answers; a new one needs its line here
     "accuracy": accuracy,
     "em": exact_match,
     "f1": unigram_f1,
     "rouge_l": rouge_l,
+}
+TEXT_METRICS: dict[str, TextMetric] = {  # what Cor can be without a judge, with the names of DATASET_METRICS
+    **ANSWER_METRICS,
     "short_answer": short_answer,
     "fever_label": fever_label,
 }
+KILT_METRICS = ("accuracy", "em", "f1", "rouge_l")  # that KILT also counts only with all of the evidence
 
 
 def cor_metric(dataset: str, nli: bool = True, claims: bool = False) -> str | None:
@@ -177,12 +184,23 @@ def kilt_scores(
     Returns:
         `dict[str, float]`: `accuracy`, `em`, `f1`, `rouge_l`, and `kilt_accuracy`, `kilt_em`, `kilt_f1`, `kilt_rouge_l`.
     """
+    scores = answer_scores(prediction, answers, [name for name in KILT_METRICS if rouge or name != "rouge_l"])
+    return scores | gated_by_retrieval(scores, r_precision)
+
+
+def answer_scores(prediction: str, answers: list[str], names: Iterable[str]) -> dict[str, float]:
+    """One answer by several of `TEXT_METRICS`. An empty prediction is wrong by every one; empty answers are dropped."""
     answers, prediction = [answer.strip() for answer in answers if answer.strip()], prediction.strip()
-    names = ["accuracy", "em", "f1"]
-    if rouge:
-        names.append("rouge_l")
-    scores = {name: correctness(prediction, answers, name) if prediction else 0.0 for name in names}
-    return scores | {f"kilt_{name}": score if r_precision == 1 else 0.0 for name, score in scores.items()}
+    return {name: correctness(prediction, answers, name) if prediction else 0.0 for name in names}
+
+
+def gated_by_retrieval(scores: dict[str, float], r_precision: float | None) -> dict[str, float]:
+    """The `kilt_…` scores: those of `KILT_METRICS` where R-precision is 1, else 0."""
+    gated = {}
+    for name in KILT_METRICS:
+        if name in scores:
+            gated[f"kilt_{name}"] = scores[name] if r_precision == 1 else 0.0
+    return gated
 
 
 # ---------------------------------------------------------------------- ALCE

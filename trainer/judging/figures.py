@@ -6,7 +6,7 @@ table holds it once, with a literal k, and [`figure`] fills the number in. `reca
 figures would answer to it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, TypedDict
 
@@ -26,6 +26,7 @@ class Figure:
         scale (`str`): `"share"`, from 0 to 1, shown in percent; `"count"`, shown as it is; `"nats"`, a loss.
         needs (tuple of `str`): what must be there, or the figure is absent: `"gold"` passages, an NLI `"judge"`, or
             questions that need `"no_passage"`.
+        binary (`bool`): of a single question it is yes or no. Cor is what its metric is, see [`is_binary`].
     """
 
     name: str
@@ -33,6 +34,7 @@ class Figure:
     meaning: str
     scale: Scale = "share"
     needs: tuple[Need, ...] = ()
+    binary: bool = False
 
 
 class Measured(TypedDict):
@@ -52,13 +54,18 @@ _TRAINING = (
     Figure("loss", "loss", "weighted sum of the losses that are trained", "nats"),
     Figure("ntp_loss", "NTP loss", "next token prediction, mean over the trained tokens", "nats"),
     Figure("nsp_loss", "NSP loss", "next sequence prediction, mean over the queries", "nats"),
-    Figure("nsp_accuracy", "NSP accuracy", "the passage of a query scores above all negatives of its batch"),
+    Figure(
+        "nsp_accuracy",
+        "NSP accuracy",
+        "the passage of a query scores above all negatives of its batch",
+        binary=True,
+    ),
     Figure("num_negatives", "negatives", "number of negatives of a query, mean", "count"),
     Figure("tokens_per_second", "tokens/s", "tokens per second, padding not counted", "count"),
     Figure("padding", "padding", "share of the positions of a batch that are padding"),
 )
 _RETRIEVAL_WHILE_GENERATING = (
-    Figure("ret", "Ret", "a gold passage is among those retrieved while generating", needs=_GOLD),
+    Figure("ret", "Ret", "a gold passage is among those retrieved while generating", needs=_GOLD, binary=True),
     Figure("ret_precision", "Ret-P", "share of the distinct retrieved passages that are gold", needs=_GOLD),
     Figure(
         "r_precision",
@@ -78,17 +85,25 @@ _RETRIEVAL_WHILE_GENERATING = (
         "[NSP], needed",
         "share of the questions that need a passage in which [NSP] was emitted",
         needs=_GOLD,
+        binary=True,
     ),
     Figure(
         "nsp_not_needed",
         "[NSP], not needed",
         "share of the questions that need none in which [NSP] was emitted",
         needs=_NO_PASSAGE,
+        binary=True,
     ),
     Figure("num_retrievals", "retrievals", "number of retrievals of a question", "count"),
 )
 _QUERY_EMBEDDING = (
-    Figure("query_recall@k", "R@k", "a gold passage is among the k nearest to the query embedding", needs=_GOLD),
+    Figure(
+        "query_recall@k",
+        "R@k",
+        "a gold passage is among the k nearest to the query embedding",
+        needs=_GOLD,
+        binary=True,
+    ),
     Figure("mrr", "MRR", "1 / rank of the first gold passage in the ranking by the query embedding", needs=_GOLD),
     Figure("ndcg@k", "nDCG@k", "of the first k by the query embedding, gain 1 for each gold passage", needs=_GOLD),
     Figure("ann_recall@k", "ANN recall@k", "share of the exact k nearest passages that an approximate search finds"),
@@ -99,29 +114,43 @@ _ANSWERS = (
     Figure("cor_success", "Cor, Ret = 1", "Cor where a gold passage was retrieved", needs=_GOLD),
     Figure("cor_failure", "Cor, Ret = 0", "Cor where none was", needs=_GOLD),
     Figure("cor_not_needed", "Cor, not needed", "Cor of the questions that need no passage", needs=_NO_PASSAGE),
-    Figure("short_answer", "short answer", "a normalised answer is part of the normalised output"),
-    Figure("accuracy", "accuracy", "KILT's: the output is one of the answers, neither normalised"),
-    Figure("em", "EM", "exact match: the normalised output is one of the normalised answers, as in SQuAD"),
-    Figure("em_not_needed", "EM, not needed", "EM of the questions that need no passage", needs=_NO_PASSAGE),
+    Figure("short_answer", "short answer", "a normalised answer is part of the normalised output", binary=True),
+    Figure("accuracy", "accuracy", "KILT's: the output is one of the answers, neither normalised", binary=True),
+    Figure(
+        "em",
+        "EM",
+        "exact match: the normalised output is one of the normalised answers, as in SQuAD",
+        binary=True,
+    ),
+    Figure(
+        "em_not_needed",
+        "EM, not needed",
+        "EM of the questions that need no passage",
+        needs=_NO_PASSAGE,
+        binary=True,
+    ),
     Figure("f1", "F1", "F1 of the normalised words, for the best answer"),
     Figure("rouge_l", "ROUGE-L", "F by PyPI's rouge, as in KILT, for the best answer"),
-    Figure("kilt_accuracy", "KILT-accuracy", "accuracy where R-precision is 1, else 0", needs=_GOLD),
-    Figure("kilt_em", "KILT-EM", "EM where R-precision is 1, else 0", needs=_GOLD),
+    Figure("kilt_accuracy", "KILT-accuracy", "accuracy where R-precision is 1, else 0", needs=_GOLD, binary=True),
+    Figure("kilt_em", "KILT-EM", "EM where R-precision is 1, else 0", needs=_GOLD, binary=True),
     Figure("kilt_f1", "KILT-F1", "F1 where R-precision is 1, else 0", needs=_GOLD),
     Figure("kilt_rouge_l", "KILT-ROUGE-L", "ROUGE-L where R-precision is 1, else 0", needs=_GOLD),
-    Figure("fever_label", "FEVER, label", "the right verdict is part of the normalised output"),
+    Figure("fever_label", "FEVER, label", "the right verdict is part of the normalised output", binary=True),
     Figure(
         "fever_nli",
         "FEVER, NLI",
         "a supported claim follows from the output, a refuted one does not; an empty output is wrong",
         needs=_JUDGE,
+        binary=True,
     ),
     Figure(
         "str_em",
         "str_em",
         "ALCE's: share of the readings of a question of which a short answer is part of the normalised output",
     ),
-    Figure("str_hit", "str_hit", "ALCE's: a short answer of every reading is part of the normalised output"),
+    Figure(
+        "str_hit", "str_hit", "ALCE's: a short answer of every reading is part of the normalised output", binary=True
+    ),
     Figure(
         "claim_recall",
         "claim recall",
@@ -152,13 +181,24 @@ _GROUNDING = (
         needs=_JUDGE,
     ),
 )
+_COUNTS = (
+    Figure("num_passages", "passages", "number of distinct passages that the queries are compared with", "count"),
+    Figure("num_queries", "queries", "number of queries", "count"),
+    Figure("num_questions", "questions", "number of questions that need a passage", "count"),
+    Figure("num_grounded", "grounded answers", "number of answers that hold grounded text", "count"),
+    Figure("num_cited_outputs", "cited outputs", "number of outputs in which citations can be judged", "count"),
+    Figure(
+        "num_without_provenance", "without provenance", "number of questions whose retrieval cannot be right", "count"
+    ),
+)
 
 FIGURES: dict[str, Figure] = {
     entry.name: entry
-    for group in (_TRAINING, _RETRIEVAL_WHILE_GENERATING, _QUERY_EMBEDDING, _ANSWERS, _GROUNDING)
+    for group in (_TRAINING, _RETRIEVAL_WHILE_GENERATING, _QUERY_EMBEDDING, _ANSWERS, _GROUNDING, _COUNTS)
     for entry in group
 }
 
+OF_COR = ("cor", "cor_minus", "cor_success", "cor_failure", "cor_not_needed")  # measured by the metric of the dataset
 MAIN = ("ret", "ret_precision", "cor", "cor_minus", "gr", "k_precision")  # the columns of main tables
 
 MODES: dict[str, str] = {  # how an evaluation answers its questions, and what tables call it
@@ -173,6 +213,8 @@ SEARCHING = ("retrieval", "forced")  # modes in which the model searches for pas
 GIVEN = ("gold", "wrong")  # modes in which passages are given, and only questions that need one are asked
 QUERY = "query"  # the mode that ranks passages by the query embedding and generates nothing
 SCOPES: dict[str, str] = {"corpus": "over the corpus", "pool": "over the pool"}  # what mode "query" ranks
+
+SPLITS = ("in-domain", "out-of-domain")  # of tasks, for averages
 
 NO_JUDGE = ""  # in place of a figure's name, where Cor needs an NLI model that is not there
 
@@ -194,6 +236,24 @@ def figure(name: str) -> Figure:
     general = FIGURES[f"{stem}@k"]
     meaning = general.meaning.replace(" k ", f" {k} ")
     return replace(general, name=base, label=general.label.replace("@k", f"@{k}"), meaning=meaning)
+
+
+def is_binary(name: str, cor: Collection[str] = ()) -> bool:
+    """
+    Whether a figure is yes or no of a single question, which decides its interval: Wilson's, else the bootstrap's.
+
+    Args:
+        name (`str`): of the figure.
+        cor (collection of `str`): what Cor is; it is binary where all of these are, and is not where nobody says.
+    """
+    if name in OF_COR:
+        return bool(cor) and all(metric != NO_JUDGE and figure(metric).binary for metric in cor)
+    return figure(name).binary
+
+
+def needing(need: Need) -> list[str]:
+    """Names of the figures that are absent without a `"judge"`, `"gold"` passages or questions of `"no_passage"`."""
+    return [entry.name for entry in FIGURES.values() if need in entry.needs]
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -46,10 +46,6 @@ class Rate:
         low, high = scipy.stats.binomtest(self.hits, self.n).proportion_ci(0.95, method="wilson")
         return float(low), float(high)
 
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{100 * self.value:5.1f} %  [{100 * low:.1f}, {100 * high:.1f}]  n = {self.n}"
-
     def to_dict(self) -> Measured:
         return {"value": self.value, "interval": list(self.interval), "n": self.n}
 
@@ -88,10 +84,6 @@ class Mean:
         if not np.isfinite(self.value):
             return NAN, NAN
         return bootstrap_interval(self.sums, self.weights)
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{self.value:7.3f}  [{low:.3f}, {high:.3f}]  n = {self.n}"
 
     def to_dict(self) -> Measured:
         return {"value": self.value, "interval": list(self.interval), "n": self.n}

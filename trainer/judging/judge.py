@@ -25,7 +25,7 @@ from modeling_cosup.files_cosup import read_json, write_json
 from modeling_cosup.lines_cosup import write_lines
 
 from ..distributed import barrier, gather_objects, host_group, rank, world_size
-from .figures import MODES, QUERY, in_order
+from .figures import MODES, QUERY, figure, in_order, needing
 from .grounding import HYPOTHESIS, Judge, check_hypothesis
 from .matching import gold_ids, provenance_unknown
 from .nli import SharedJudge
@@ -36,6 +36,7 @@ from .scoring import averages, cor_names, has_rouge, measure, score, score_ranki
 from .tasks import Task
 
 KS = (1, 5, 20, 100)  # of query_recall@k
+FREE_OF_GOLD = ("num_retrievals", "gr", "k_precision", "citation_recall", "citation_precision")  # of any question
 
 
 def evaluate_tasks(
@@ -171,6 +172,7 @@ def score_run(
         `(dict, dict, dict)`: the task as `metrics.json` holds it; mode -> scores; scope -> scores of its rankings.
     """
     rankings = _score_rankings(run)
+    cor = cor_names(run.questions, run.task.metric, entail is not None)
     scores, modes = {}, {}
     left_out = [*_notes(run, entail), *run.left_out]
     for mode in run.modes:
@@ -179,12 +181,12 @@ def score_run(
         write_lines(run.folder / mode / "scores.jsonl", _rows(questions, scores[mode]))
         seconds = [prediction["seconds"] for prediction in predictions if prediction["seconds"] is not None]
         modes[mode] = {
-            "metrics": measure(scores[mode]),
+            "metrics": measure(scores[mode], cor),
             "n": len(predictions),
             "seconds": round(sum(seconds), 1),
             "timed": len(seconds),
         }
-        write_json(run.folder / mode / "metrics.json", modes[mode])
+        write_json(run.folder / mode / "metrics.json", {"format": FORMAT, **modes[mode]})
         left_out += _notes_on_answers(mode, predictions, run.task.max_new_tokens)
     fields = {name: value for name, value in asdict(run.task).items() if name != "name"}
     facts = {
@@ -192,7 +194,7 @@ def score_run(
         "n": len(run.questions),
         "index": run.index_name,
         "passages": run.num_passages,
-        "cor": cor_names(run.questions, run.task.metric, entail is not None),
+        "cor": cor,
         "modes": modes,
         "query": {scope: measure(own) for scope, own in rankings.items()},
         "left_out": left_out,
@@ -226,10 +228,10 @@ def _notes(run: TaskRun, entail: Judge | None) -> list[str]:
     unknown = sum(provenance_unknown(question) and not question["provenance"] for question in run.questions)
     free = total - len(run.needing) - unknown
     if free:
-        notes.append(
-            f"{free} of {total} questions need no passage: "
-            "they count in '[NSP], not needed' and 'Cor, not needed' alone"
-        )
+        counting = [*needing("no_passage"), *FREE_OF_GOLD]
+        if entail is None:
+            counting = [name for name in counting if "judge" not in figure(name).needs]
+        notes.append(f"{free} of {total} questions need no passage: they count in {_labels(counting)} alone")
     if unknown:
         notes.append(
             f"{unknown} of {total} questions do not say which passages they need: "
@@ -244,13 +246,17 @@ def _notes(run: TaskRun, entail: Judge | None) -> list[str]:
                 f"{easy} of {len(pools)} pools hold gold passages alone: whatever is retrieved there is right"
             )
     if entail is None:
-        note = "no NLI model was given: no Gr, citation recall and precision, claim recall"
+        note = f"no NLI model was given: there is no {_labels(needing('judge'))}"
         if "fever_label" in cor_names(run.questions, run.task.metric, nli=False):
             note += "; FEVER is judged by its label"
         notes.append(note)
     if not has_rouge():
         notes.append("ROUGE-L is left out: pip install rouge")
     return notes
+
+
+def _labels(names: Sequence[str]) -> str:
+    return ", ".join(f"'{figure(name).label}'" for name in names)
 
 
 def _notes_on_answers(mode: str, predictions: list[dict], max_new_tokens: int) -> list[str]:

@@ -16,7 +16,7 @@ from modeling_cosup.lines_cosup import read_lines, write_lines
 from ..distributed import barrier, rank, world_size
 from .answers import answer, rank_passages, wrong_passages
 from .correctness import exact_match
-from .figures import GIVEN, QUERY
+from .figures import GIVEN, QUERY, figure, shown
 from .matching import gold_ids, match_by_id
 from .results import FORMAT
 from .scoring import check_questions
@@ -210,4 +210,5 @@ class Clock:
             self.right += exact_match(completion.text, question["answers"])
         if not self.asked:
             return None
-        return {"Ret": f"{100 * self.found / self.asked:.1f}", "EM": f"{100 * self.right / self.asked:.1f}"}
+        shares = {"ret": self.found / self.asked, "em": self.right / self.asked}
+        return {figure(name).label: shown(share, name) for name, share in shares.items()}

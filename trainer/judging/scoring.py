@@ -1,18 +1,20 @@
 """From predictions to figures: the scores of each question, their means with intervals, and averages over tasks."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from .correctness import (
+    ANSWER_METRICS,
     FEVER_LABELS,
     TEXT_METRICS,
+    answer_scores,
     cor_metric,
     correctness,
     exact_match,
-    kilt_scores,
+    gated_by_retrieval,
     str_em,
 )
-from .figures import NO_JUDGE, SEARCHING, Measured, in_order
+from .figures import NO_JUDGE, SEARCHING, SPLITS, Measured, in_order, is_binary
 from .grounding import (
     HYPOTHESIS,
     Judge,
@@ -234,9 +236,10 @@ def _text_scores(prediction: dict, question: dict, r_precision: float | None) ->
     scores: dict[str, float] = {}
     meta = question.get("meta", {})
     if any(answer.strip() for answer in question["answers"]):
-        scores = kilt_scores(prediction["output"], question["answers"], r_precision, rouge=has_rouge())
-        if r_precision is None:
-            scores = {name: value for name, value in scores.items() if not name.startswith("kilt_")}
+        names = [name for name in ANSWER_METRICS if name != "rouge_l" or has_rouge()]
+        scores = answer_scores(prediction["output"], question["answers"], names)
+        if r_precision is not None:
+            scores |= gated_by_retrieval(scores, r_precision)
     if is_fever(question):
         scores["fever_label"] = correctness(prediction["output"], question["answers"], "fever_label")
     if meta.get("qa_pairs"):
@@ -280,19 +283,22 @@ def _columns(rows: list[dict[str, float]]) -> dict[str, Scores]:
 # ---------------------------------------------------------------------- figures
 
 
-def measure(scores: dict[str, Scores]) -> dict[str, Measured]:
+def measure(scores: dict[str, Scores], cor: Collection[str] = ()) -> dict[str, Measured]:
     """
     The figures that apply to any question, in the order of the vocabulary: means with 95 % intervals.
 
-    The interval of a share of questions, whose scores are all 0 or 1, is Wilson's: it has a width where all questions
-    are alike. Other means have that of the bootstrap.
+    The interval of a figure that is yes or no of each question is Wilson's: it has a width where all questions are
+    alike. Other means have that of the bootstrap, whatever their values are.
+
+    Args:
+        scores (`dict[str, list[float | None]]`): as from [`score`].
+        cor (collection of `str`): what Cor is, see [`cor_names`].
     """
     figures = {}
     for name in in_order(scores):
         values = [value for value in scores[name] if value is not None]
         if values:
-            is_share = set(values) <= {0.0, 1.0}
-            mean = Rate(int(sum(values)), len(values)) if is_share else Mean.of(values)
+            mean = Rate(int(sum(values)), len(values)) if is_binary(name, cor) else Mean.of(values)
             figures[name] = mean.to_dict()
     return figures
 
@@ -309,9 +315,7 @@ def averages(splits: dict[str, str | None], scores: dict[str, dict[str, dict[str
         `dict`: `"in-domain"`, `"out-of-domain"`, `"all"`, as far as there are tasks -> mode -> figures, see
         [`average`].
     """
-    groups = {
-        name: [task for task, split in splits.items() if split == name] for name in ("in-domain", "out-of-domain")
-    }
+    groups = {name: [task for task, split in splits.items() if split == name] for name in SPLITS}
     averaged: dict[str, dict] = {}
     for group, tasks in {**groups, "all": list(splits)}.items():
         for mode in dict.fromkeys(mode for task in tasks for mode in scores[task]):

@@ -12,9 +12,9 @@ from modeling_cosup.files_cosup import digest, digest_all, digest_file
 from ..data import load_corpus, load_evaluation_set
 from ..distributed import barrier, rank, world_size
 from .correctness import TEXT_METRICS
+from .figures import SPLITS
 from .matching import gold_ids, provenance_unknown
 
-SPLITS = ("in-domain", "out-of-domain")
 COR_METRICS = (*TEXT_METRICS, "fever_nli", "str_em", "claim_recall")
 
 
@@ -73,14 +73,18 @@ class Task:
             if not (type(value) is int and value >= (name != "max_retrievals")) and (value is not None or name in ("max_new_tokens", "top_k")):
                 raise ValueError(f"Task {self.name}: {name} is {value!r}, expected a number of 1 or more.")
 
-    def read_questions(self) -> list[dict]:
+    def read_questions(self, corpus: list[dict] | None = None, answers_required: bool = False) -> list[dict]:
         """
         The questions, each with its pool as `candidates`: `list[dict]`.
+
+        Args:
+            corpus (`list[dict]`, *optional*), answers_required (`bool`): what is checked besides, see
+                [`load_evaluation_set`].
 
         Raises:
             `ValueError`: with counts, for questions with too few candidates, ids that stand twice, or provenance that is missing everywhere.
         """
-        questions = load_evaluation_set(self.eval_file, answers_required=False)[: self.max_eval_samples]
+        questions = load_evaluation_set(self.eval_file, corpus=corpus, answers_required=answers_required)[: self.max_eval_samples]
         if twice := [id for id, count in Counter(x["id"] for x in questions).items() if count > 1]:
             raise ValueError(f"Task {self.name}: {len(twice)} ids of {self.eval_file} stand twice, e.g. {twice[0]!r}.")
         if not any(x["provenance"] or provenance_unknown(x) for x in questions):

@@ -14,7 +14,7 @@ import numpy as np
 from modeling_cosup.files_cosup import write_json
 from modeling_cosup.lines_cosup import read_lines
 
-from ..judging.figures import MAIN, MODES, QUERY, SCOPES, figure, shown
+from ..judging.figures import MAIN, MODES, QUERY, SCOPES, SPLITS, figure, shown
 from ..judging.intervals import compare_differences, paired_bootstrap
 from ..judging.results import FORMAT, read_results
 from .cells import interval_text, percent, verdict
@@ -177,7 +177,7 @@ def _averages(
 ) -> dict[str, dict[str, dict]]:
     """The plain means over tasks; questions are resampled within each task, in pairs."""
     averages: dict[str, dict[str, dict]] = {}
-    for group in ("in-domain", "out-of-domain", "all"):
+    for group in (*SPLITS, "all"):
         tasks = [columns[task] for task, split in splits.items() if group in (split, "all")]
         gathered: dict[str, dict[str, list[np.ndarray]]] = {}  # section -> figure -> of each task, (2, n)
         for sections in tasks:

@@ -6,16 +6,27 @@ from pathlib import Path
 
 from modeling_cosup.lines_cosup import read_lines
 
-from ..judging.figures import FIGURES, MAIN, MODES, QUERY, SCOPES, SEARCHING, cor_label, figure, in_order
+from ..judging.figures import (
+    FIGURES,
+    MAIN,
+    MODES,
+    QUERY,
+    SCOPES,
+    SEARCHING,
+    SPLITS,
+    cor_label,
+    figure,
+    in_order,
+    shown,
+)
 from ..judging.grounding import cited_passages
 from ..judging.results import read_results
 from .cells import average_cell, figure_cell
 from .document import Block, Bullets, Cell, Code, Example, Heading, Table, Text, write_document
 from .evaluation_plots import evaluation_plots
 
-SPLITS = {"in-domain": "In-domain", "out-of-domain": "Out-of-domain", None: "Other tasks"}
 RANKING = ("mrr", "ndcg@10", "query_recall@1", "query_recall@5", "query_recall@20", "query_recall@100")
-EMISSION = ("nsp_needed", "nsp_not_needed", "num_retrievals", "cor_not_needed")
+EMISSION = ("nsp_needed", "nsp_not_needed", "num_retrievals", "cor_not_needed", "em_not_needed")
 PASSAGE_SHOWN = 600  # characters of a passage in an example
 ANSWERS_SHOWN = 4
 
@@ -71,12 +82,12 @@ def _main_table(results: dict) -> list[Block]:
     if mode is None:
         return []
     table = Table(["", "pool", "n", "Cor is", *(figure(name).label for name in MAIN)], [])
-    for split, heading in SPLITS.items():
+    for split in (*SPLITS, None):
         tasks = {
             name: task for name, task in results["tasks"].items() if task["split"] == split and mode in task["modes"]
         }
         if tasks:
-            table.rows.append([heading])
+            table.rows.append([split.capitalize() if split else "Other tasks"])
         table.rows += [_task_row(name, task, mode) for name, task in tasks.items()]
         if split in results["averages"] and len(tasks) > 1:
             _add_average(table, f"average of {len(tasks)}", results["averages"][split][mode], len(tasks))
@@ -209,7 +220,7 @@ def _example(prediction: dict, scores: dict) -> Example:
     passages = []
     for number, passage in enumerate(cited_passages(prediction), 1):
         passages.append((number, passage["title"], _shortened(passage["text"])))
-    marks = [f"{label} {value:.3g}" for label, value in _marks(scores)]
+    marks = list(_marks(scores))
     if not passages:
         marks.append("nothing retrieved")
     answers = prediction["answers"]
@@ -219,12 +230,13 @@ def _example(prediction: dict, scores: dict) -> Example:
     return Example(prediction["input"], prediction["output_with_citations"], expected, passages, marks)
 
 
-def _marks(scores: dict) -> Iterator[tuple[str, float]]:
-    """The scores that an example shows; Cor of a question that needs no passage has a name of its own."""
+def _marks(scores: dict) -> Iterator[str]:
+    """The scores that an example shows, in percent; Cor of a question that needs no passage has a name of its own."""
     for name in ("ret", "cor", "cor_not_needed", "gr"):
         value = scores.get(name)
         if value is not None:
-            yield "Cor" if name == "cor_not_needed" else figure(name).label, value
+            label = figure("cor" if name == "cor_not_needed" else name).label
+            yield f"{label} {shown(value, name)}"
 
 
 def _shortened(text: str) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from modeling_cosup.lines_cosup import read_lines
 
-from ..judging.figures import MODES, SCOPES, SEARCHING, figure
+from ..judging.figures import MODES, SCOPES, SEARCHING, Measured, figure
 from ..judging.matching import gold_ids
 from .document import Block, Heading, Plot, Text
 from .plots import can_draw, draw_bars, draw_curves, draw_histograms
@@ -64,7 +64,7 @@ def _draw_modes(results: dict, path: Path) -> str | None:
 
 def _draw_recall(results: dict, path: Path) -> str | None:
     """R@k of the query embedding over k: a curve for each ranking."""
-    curves: dict[str, dict[float, dict]] = {}
+    curves: dict[str, dict[float, Measured]] = {}
     for task_name, task in results["tasks"].items():
         for scope, figures in task["query"].items():
             for name, measured in figures.items():

@@ -1,7 +1,7 @@
 """The report of an experiment: what is ahead of what, tables and plots, what it took, and how to make it again."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,7 @@ from .document import Block, Bullets, Cell, Code, Heading, Table, Text, write_do
 from .experiment_figures import ALL, COLUMNS, Place, Results
 from .experiment_plots import experiment_plots
 
-FURTHER = (
-    *("accuracy", "em", "f1", "rouge_l", "fever_label", "fever_nli"),
-    *("kilt_accuracy", "kilt_em", "kilt_f1", "kilt_rouge_l"),
-    *("str_em", "str_hit", "claim_recall", "citation_recall", "citation_precision"),
-    *("gr_success", "gr_failure", "r_precision", "kilt_recall@5", "mrr", "ndcg@10"),
-)
-EMISSION = ("nsp_needed", "nsp_not_needed", "cor_not_needed", "num_retrievals")
+EMISSION = ("nsp_needed", "nsp_not_needed", "num_retrievals", "cor_not_needed", "em_not_needed")
 GROUP_TITLES = {
     "in-domain": "in-domain average",
     "out-of-domain": "out-of-domain average",
@@ -123,17 +117,20 @@ def _tables(results: Results) -> list[Block]:
     for setting in results.settings:
         blocks += [Heading(setting, 3), _table(results, setting, names)]
     blocks.append(Text(_what_columns_mean(results), note=True))
-    for title, wanted in (("When [NSP] is emitted", EMISSION), ("Further figures", FURTHER)):
-        names = [name for name in wanted if name in results.names]
+    further = [name for name in results.names if name not in (*COLUMNS, *EMISSION)]
+    emission = [name for name in EMISSION if name in results.names]
+    for title, names in (("When [NSP] is emitted", emission), ("Further figures", further)):
         if names:
             blocks += [_table(results, setting, names, folded=f"{title}: {setting}") for setting in results.settings]
     return blocks
 
 
 def _what_columns_mean(results: Results) -> str:
+    nearest = figure("query_recall@1")
     sentences = [
         "Percent; mean ± standard deviation over seeds, 95 % bootstrap interval over questions, n = questions.",
-        "R@1: the nearest passage to the query embedding at an [NSP] right after the question is gold.",
+        "The bootstrap's also where a single answer is right or wrong: its average over seeds is neither.",
+        f"{nearest.label}: {nearest.meaning}, which is read at an [NSP] right after the question.",
         "Averages are plain means over tasks.",
         "An interval without width says that all questions scored alike, not that all others would.",
     ]
@@ -193,8 +190,8 @@ def _rows(
     place: Place,
     lines: Sequence[str],
     names: Sequence[str],
-    measure: Callable[..., dict[str, Any] | None],
-    cell: Callable[[dict[str, Any] | None, str], Cell],
+    measure: Callable[..., Mapping[str, Any] | None],
+    cell: Callable[[Mapping[str, Any] | None, str], Cell],
 ) -> list[list[Cell]]:
     """A row for each line: what `measure` finds in a place, as cells."""
     return [[results.label(line), *(cell(measure(line, place.tasks, name), name) for name in names)] for line in lines]

@@ -6,18 +6,25 @@ counts once: its scores are averaged over the seeds that were asked the same one
 questions, within each task. What seeds alone change is shown next to it, as the standard deviation over seeds.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..judging.figures import MAIN, MODES, cor_label, in_order
+from ..judging.figures import MAIN, MODES, SPLITS, Measured, cor_label, in_order
 from ..judging.intervals import average, mean_and_deviation
 from ..judging.results import FORMAT, read_results
 from .cells import verdict
-from .experiment_scores import Scores, TaskScores, over_seeds, plain_mean, read_task_scores, results_folder, scores_of
+from .experiment_scores import (
+    ScoresById,
+    TaskScores,
+    over_seeds,
+    plain_mean,
+    read_task_scores,
+    results_folder,
+    scores_of,
+)
 
 COLUMNS = (*MAIN, "query_recall@1")
-SPLITS = ("in-domain", "out-of-domain")
 ALL = "all"
 
 
@@ -31,11 +38,20 @@ class Place:
     is_group: bool = False
 
 
+class MeasuredOverSeeds(Measured):
+    """A figure over one or more tasks: `value` is the mean over seeds, `interval` and `n` are of questions."""
+
+    tasks: int  # in which it applies
+    of_tasks: int
+    deviation: float | None  # over seeds; None for one
+    seeds: dict[int, float]
+
+
 @dataclass
 class _Pairs:
     """The questions of a task for which a line and the baseline have a value."""
 
-    differences: dict[int, Scores] = field(default_factory=dict)  # by seed, line minus baseline
+    differences: dict[int, ScoresById] = field(default_factory=dict)  # by seed, line minus baseline
     baseline_values: list[float] = field(default_factory=list)
     left_out: int = 0
 
@@ -80,13 +96,14 @@ class Results:
         self.modes: list[str] = experiment["evaluation"]["modes"]
         self.evaluated = [run for run in runs if run["evaluated"] is not None]
         self.arm_and_mode = {self._line(arm, mode): (arm, mode) for arm in experiment["arms"] for mode in self.modes}
-        all_results = [read_results(results_folder(run)) for run in self.evaluated]  # first, as their format is checked
+        # First of all, as the format is checked here.
+        all_results = [read_results(results_folder(run)) for run in self.evaluated]
         self.scores = self._read_scores()
         self.lines = [line for line in self.arm_and_mode if line in self.scores]
         self.settings = list(dict.fromkeys(task["setting"] for task in meaning.values()))
         self.names = self._measured_names()
         self.cor = self._read_cor(all_results)
-        self._figures: dict[tuple, dict | None] = {}  # a figure and a comparison are asked for several times
+        self._figures: dict[tuple, MeasuredOverSeeds | None] = {}  # asked for several times
         self._comparisons: dict[tuple, dict | None] = {}
 
     def _line(self, arm: str, mode: str) -> str:
@@ -169,7 +186,7 @@ class Results:
 
     # ------------------------------------------------------------------ one figure
 
-    def figure(self, line: str, tasks: Sequence[str], name: str) -> dict[str, Any] | None:
+    def figure(self, line: str, tasks: Sequence[str], name: str) -> MeasuredOverSeeds | None:
         """
         A figure of a line over one or more tasks.
 
@@ -178,16 +195,14 @@ class Results:
             tasks (sequence of `str`): over several it is the plain mean of the tasks' means.
 
         Returns:
-            `dict`: `value`, the mean over seeds; `interval`; `n` (questions); `tasks` in which it applies, `of_tasks`
-            (all); `deviation` over seeds (`None` for one) and `seeds` (`{seed: value}`). `None` where the figure does
-            not apply.
+            [`MeasuredOverSeeds`], `None` where the figure does not apply.
         """
         key = (line, tuple(tasks), name)
         if key not in self._figures:
             self._figures[key] = self._figure(*key)
         return self._figures[key]
 
-    def _figure(self, line: str, tasks: tuple[str, ...], name: str) -> dict[str, Any] | None:
+    def _figure(self, line: str, tasks: tuple[str, ...], name: str) -> MeasuredOverSeeds | None:
         by_seed = self.scores.get(line, {})
         columns = []
         for task in tasks:
@@ -297,7 +312,7 @@ class Results:
             "comparisons": comparisons,
         }
 
-    def _of_places(self, measure: Callable[..., dict | None], line: str, places: list[Place]) -> dict[str, dict]:
+    def _of_places(self, measure: Callable[..., Mapping | None], line: str, places: list[Place]) -> dict[str, dict]:
         by_place: dict[str, dict] = {}
         for place in places:
             measured = {name: measure(line, place.tasks, name) for name in self.names}

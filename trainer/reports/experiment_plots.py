@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ..judging.figures import figure
+from ..judging.figures import Measured, figure
 from .document import Block, Heading, Plot, Text
 from .experiment_figures import Place, Results
 from .plots import Curve, can_draw, draw_bars, draw_curves
@@ -18,7 +18,7 @@ def experiment_plots(results: Results, output_dir: Path) -> list[Block]:
         return [Text("Without matplotlib there are no plots: pip install matplotlib", note=True)]
     grounding = "gr" if "gr" in results.names else "k_precision"
     names = [name for name in ("ret", "cor", grounding, "query_recall@1") if name in results.names]
-    levels: dict[str, dict[str, Any]] = {}
+    levels: dict[str, dict[str, Measured]] = {}
     if results.experiment["corpus_sizes"]:
         xlabel = "passages in the corpus"
         panels = {figure(name).label: _over_corpus_sizes(results, name) for name in names}
@@ -35,7 +35,7 @@ def experiment_plots(results: Results, output_dir: Path) -> list[Block]:
 def _bars(results: Results, names: list[str], output_dir: Path) -> list[Block]:
     blocks: list[Block] = []
     for number, setting in enumerate(results.settings):
-        groups: dict[str, dict[str, dict]] = {}
+        groups: dict[str, dict[str, Measured]] = {}
         for place in _shown_groups(results, setting):
             for name in names:
                 groups[f"{figure(name).label}\n{place.name}"] = _by_line(results, place, name)
@@ -48,7 +48,7 @@ def _bars(results: Results, names: list[str], output_dir: Path) -> list[Block]:
 
 def _over_corpus_sizes(results: Results, name: str) -> Curves:
     """A curve for each line and group, over the sizes of the corpora."""
-    curves: dict[str, dict[float, dict]] = {}
+    curves: dict[str, dict[float, Measured]] = {}
     for setting in results.settings:
         size = next(about["size"] for about in results.meaning.values() if about["setting"] == setting)
         for place in _shown_groups(results, setting):
@@ -59,7 +59,7 @@ def _over_corpus_sizes(results: Results, name: str) -> Curves:
 
 def _over_option(results: Results, name: str) -> Curves:
     """A curve for each setting, group and mode, over the option that the arms set."""
-    curves: dict[str, dict[float, dict]] = {}
+    curves: dict[str, dict[float, Measured]] = {}
     for setting in results.settings:
         for place in _shown_groups(results, setting):
             for line, measured in _by_line(results, place, name).items():
@@ -72,9 +72,9 @@ def _over_option(results: Results, name: str) -> Curves:
     return curves
 
 
-def _without_option(results: Results, name: str) -> dict[str, Any]:
+def _without_option(results: Results, name: str) -> dict[str, Measured]:
     """Figures of the lines whose arms do not set the option."""
-    levels = {}
+    levels: dict[str, Measured] = {}
     for setting in results.settings:
         for place in _shown_groups(results, setting):
             for line, measured in _by_line(results, place, name).items():
@@ -89,7 +89,7 @@ def _shown_groups(results: Results, setting: str) -> list[Place]:
     return groups[:-1] if len(groups) > 1 else groups
 
 
-def _by_line(results: Results, place: Place, name: str) -> dict[str, dict]:
+def _by_line(results: Results, place: Place, name: str) -> dict[str, Measured]:
     measured = {line: results.figure(line, place.tasks, name) for line in results.lines}
     return {line: average for line, average in measured.items() if average is not None}
 

@@ -10,8 +10,8 @@ from modeling_cosup.lines_cosup import read_lines
 
 from ..judging.figures import QUERY
 
-Scores: TypeAlias = dict[str, float]  # question -> value
-TaskScores: TypeAlias = dict[str, dict[str, Scores]]  # task -> figure -> scores
+ScoresById: TypeAlias = dict[str, float]  # question -> value
+TaskScores: TypeAlias = dict[str, dict[str, ScoresById]]  # task -> figure -> scores
 
 
 def results_folder(run: dict) -> Path:
@@ -19,7 +19,7 @@ def results_folder(run: dict) -> Path:
     return Path(run["evaluation"], "results")
 
 
-def read_task_scores(run: dict, task: str, mode: str) -> dict[str, Scores]:
+def read_task_scores(run: dict, task: str, mode: str) -> dict[str, ScoresById]:
     """
     The scores of a task in a mode; where the model searches by its own decision, with the ranking by the query
     embedding over what is searched.
@@ -40,7 +40,7 @@ def read_task_scores(run: dict, task: str, mode: str) -> dict[str, Scores]:
         searched = "pool" if any(row["scope"] == "pool" for row in ranked) else "corpus"
         rows += [row for row in ranked if row["scope"] == searched]
     question_set = run["questions"][task][:16]
-    scores: dict[str, Scores] = {}
+    scores: dict[str, ScoresById] = {}
     for row in rows:
         question = f"{question_set} {row['id']}"
         for name, value in row.items():
@@ -49,12 +49,12 @@ def read_task_scores(run: dict, task: str, mode: str) -> dict[str, Scores]:
     return scores
 
 
-def scores_of(by_task: TaskScores, task: str, name: str) -> Scores:
+def scores_of(by_task: TaskScores, task: str, name: str) -> ScoresById:
     """The scores of one figure, empty where there are none."""
     return by_task.get(task, {}).get(name, {})
 
 
-def over_seeds(scores_of_seeds: Iterable[Scores]) -> Scores:
+def over_seeds(scores_of_seeds: Iterable[ScoresById]) -> ScoresById:
     """The mean of each question over the seeds that asked it."""
     gathered: dict[str, list[float]] = {}
     for scores in scores_of_seeds:

@@ -2,16 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
+
+from ..judging.figures import Measured
 
 try:
     from matplotlib.figure import Figure
 except ImportError:
     Figure = None  # type: ignore[assignment, misc]
 
-Measured: TypeAlias = Mapping[str, Any]  # with "value" and "interval"
 Curve: TypeAlias = Mapping[float, Measured]
 
 COLORS = ("#2f6db3", "#e08a2e", "#4d9a5b", "#b5475b", "#7b62a8", "#6b7680")
