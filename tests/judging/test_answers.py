@@ -4,19 +4,25 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_cosup import CoSupConfig
+from modeling_cosup import Completion, CoSupConfig, Retrieval
 from modeling_cosup.tokenization_cosup import encode_prompt
+from support.evaluation_world import CORPUS, FREE
+from support.evaluation_world import QUESTIONS as WORLD_QUESTIONS
 from support.models import PASSAGES, make_model, plain_batch
 from trainer.batching import BatchFacts
 from trainer.data import tokenize_instance
 from trainer.held_out import retrieval_metrics
 from trainer.judging.answers import (
     answer,
+    as_prediction,
+    cite,
     embed_queries,
     ntp_loss,
     rank_passages,
     reference_instances,
+    wrong_passages,
 )
+from trainer.judging.figures import figure
 from trainer.judging.matching import retrieved_ids
 from trainer.losses import embedding_losses
 
@@ -89,6 +95,7 @@ def test_retrieval_metrics_by_hand():
     metrics, rows, labels = retrieval_metrics(queries, passages, facts, losses_of, ks=(1, 2))
     assert rows.tolist() == [0, 1, 3] and labels.tolist() == [0, 1, 1, 2]
     assert (metrics["num_passages"], metrics["num_queries"]) == (3, 4)
+    assert {figure(name).name for name in metrics} == set(metrics)  # in the vocabulary
     assert metrics["query_recall@1"] == 0.5  # the first, and the second, for which passage 1 is right too
     assert metrics["query_recall@2"] == 0.75
     finite, _, _ = retrieval_metrics(np.nan_to_num(queries), passages, facts, losses_of)
@@ -97,3 +104,41 @@ def test_retrieval_metrics_by_hand():
     assert finite["nsp_loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(scores, torch.tensor([0, 1, 1, 2]))))
     nothing, _, _ = retrieval_metrics(queries[:0], passages, [BatchFacts(passage_keys=[(i,) for i in range(4)])], losses_of)
     assert nothing["nsp_loss"] == 0.0
+
+
+# ---------------------------------------------------------------------- citations, wrong passages
+
+
+def test_citations_stand_before_the_end_of_each_sentence(model):
+    """Two retrievals of one passage, then another, with free text around: numbers count distinct passages."""
+    tokenizer, config = model.tokenizer, model.config
+
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    tokens, trace = [*ids("Well.")], []
+    for id, text in (("p0", "It was Rembrandt. He painted"), ("p1", 'who said "radium!"'), ("p0", "")):
+        passages = [{"id": id, "title": id, "text": f"text of {id}"}]
+        position = 3 + len(tokens)
+        tokens += [config.nsp_token_id, *ids("a passage"), config.cs_token_id, *ids(text), config.ce_token_id]
+        trace.append(Retrieval(0, position, passages, [0.5], (3 + len(tokens) - 1 - len(ids(text)), 3 + len(tokens) - 1)))
+    tokens += ids("end.")
+    found = as_prediction(FREE, Completion(0, tokens, "its text", "cited", 9, trace), 3, tokenizer)
+    assert found["output_with_citations"] == 'Well. It was Rembrandt [1]. He painted [1] who said "radium [2]!" end.'
+    assert [r["grounded_text"] for r in found["retrievals"]] == ["It was Rembrandt. He painted", 'who said "radium!"', ""]
+    assert retrieved_ids(found) == ["p0", "p1", "p0"] and found["retrievals"][1]["scores"] == [0.5]
+    assert found["retrievals"][1]["passages"] == [{"id": "p1", "title": "p1", "text": "text of p1"}]
+    assert (found["id"], found["output"], found["cited_text"], found["num_generated_tokens"]) == ("q90", "its text", "cited", 9)
+    assert cite("Yes", "[1][2]") == "Yes [1][2]" and cite("(Really?)", "[1]") == "(Really [1]?)"
+
+
+def test_wrong_passages_depend_on_seed_and_question_alone(model):
+    index = model.build_index(CORPUS, show_progress_bar=False)
+    first = wrong_passages(WORLD_QUESTIONS, index, 0)
+    assert [len(ids) for ids in first] == [len(x["provenance"][0]) for x in WORLD_QUESTIONS]
+    assert wrong_passages(WORLD_QUESTIONS[3:], index, 0) == first[3:]
+    assert wrong_passages(WORLD_QUESTIONS, index, 1) != first
+    without_pools = [{**x, "candidates": []} for x in WORLD_QUESTIONS]
+    assert all(set(ids).isdisjoint(sum(x["provenance"], [])) for ids, x in zip(wrong_passages(without_pools, index), WORLD_QUESTIONS, strict=True))
+    with pytest.raises(ValueError, match="1 of 2 questions have no passage but gold ones"):
+        wrong_passages([WORLD_QUESTIONS[0], {**WORLD_QUESTIONS[1], "candidates": ["p0", "p1", "p3"]}], index)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from trainer.judging.figures import figure
+
 evaluate = pytest.importorskip("evaluate", reason="the modules are for the library evaluate (extra eval)")
 
 ROOT = Path(__file__).parents[2]
@@ -60,6 +62,7 @@ def test_whole_lines_of_both_files_will_do(name):
     references = [{**x, "meta": {"qa_pairs": [{"short_answers": x["answers"], "question": "?"}], "claims": ["a claim"]}} for x in REFERENCES]
     found = module.compute(predictions=PREDICTIONS, references=references, **options)
     assert found == pytest.approx(EXPECTED[name], nan_ok=True)
+    assert all(figure(measured).name == measured for measured in found if measured != "metric")  # in the vocabulary
 
 
 EXPECTED = {

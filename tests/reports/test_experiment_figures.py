@@ -148,6 +148,19 @@ def test_modes_of_one_arm_are_compared_with_each_other(tmp_path):
     assert "gold passages given: full corpus, in-domain average" in (tmp_path / "report" / "report.md").read_text()
 
 
+def test_whatever_was_measured_is_in_the_report(tmp_path):
+    """A figure needs no place in the report: what the tables before do not show stands in the last one, in order."""
+    results = make(tmp_path, SCORES)
+    for run in results.runs:
+        path = tmp_path / f"{run['arm']}-{run['seed']}" / "results" / "a" / "retrieval" / "scores.jsonl"
+        row = {"id": "1", "ret": 1, "em_not_needed": 1, "f1": 0.5, "kilt_recall@1": 1, "short_answer": 1, "cor_failure": 0}
+        path.write_text(json.dumps(row) + "\n")
+    write_experiment_report(Results(results.experiment, results.runs, MEANING), tmp_path / "report")
+    heads = [line for line in (tmp_path / "report" / "report.md").read_text().splitlines() if line.startswith("|  |")]
+    assert "|  | KILT recall@1 | Cor, Ret = 0 | short answer | F1 |" in heads
+    assert any("EM, not needed" in head for head in heads)
+
+
 @pytest.mark.parametrize("option", ["axis", "corpus_sizes"])
 def test_curves_are_drawn(tmp_path, option):
     pytest.importorskip("matplotlib", reason="draws")

@@ -41,6 +41,8 @@ def test_logs_name_the_components(tmp_path):
     trainer = CoSupTrainer(model, arguments(tmp_path, max_steps=2), train_dataset=world(NAMES[:16]))
     for entry in trained(trainer):
         assert {"ntp_loss", "nsp_loss", "nsp_accuracy", "num_negatives", "tokens_per_second"} <= set(entry)
+        ours = set(entry) - {"grad_norm", "learning_rate", "epoch", "step"}  # without what any Trainer logs
+        assert {figure(name).name for name in ours} == ours  # in the vocabulary
         assert entry["loss"] == pytest.approx(entry["ntp_loss"] + model.config.nsp_loss_weight * entry["nsp_loss"], rel=1e-4)
         assert 0 < entry["num_negatives"] < 8
 
