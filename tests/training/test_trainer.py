@@ -12,6 +12,7 @@ from modeling_cosup import CoSupForCausalLM
 from support.models import make_model, make_tokenizer, plain_batch
 from support.training import NAMES, SYLLABLES, arguments, world
 from trainer import CoSupTrainer
+from trainer.judging.figures import figure
 
 
 def trained(trainer):
