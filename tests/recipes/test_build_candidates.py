@@ -48,7 +48,8 @@ def folder(tmp_path_factory):
 
 
 def options(folder, tmp_path, **changes):
-    given = {"model": str(folder / "cosine"), "eval_file": folder / "eval.jsonl", "split": "test", "corpus_file": folder / "corpus.jsonl", "index": None}
+    given = {"model": str(folder / "cosine"), "eval_file": folder / "eval.jsonl", "split": "test"}
+    given |= {"corpus_file": folder / "corpus.jsonl", "index": None, "index_uri": None}
     given |= {"output_file": tmp_path / "out.jsonl", "num_candidates": 4, "gold_first": False, "index_dir": None, "batch_size": 3}
     return Namespace(**{**given, "passage_template": "{title}. {text}", "device": "cpu", "dtype": "auto", **changes})
 
