@@ -39,10 +39,12 @@ import torch
 from .cache_cosup import EMPTY
 from .forwards_cosup import Forwards, Outputs
 from .lookup_cosup import Lookup
+from .memory_cosup import Memory
+from .retriever_cosup import Retriever
 from .scores_cosup import RowScores
 from .slots_cosup import Slots
 from .tokenization_cosup import pad_rows
-from .trace_cosup import Retrieval, RetrievalError
+from .trace_cosup import Retrieval, RetrievalError, Row
 
 
 class Decoder:
@@ -66,8 +68,8 @@ class Decoder:
         slots,
         columns,
         device,
-        retriever=None,
-        memory=None,
+        retriever: Retriever | None = None,
+        memory: Memory | None = None,
         streamer=None,
         synced_gpus=False,
     ):
@@ -79,12 +81,12 @@ class Decoder:
         self.scores = RowScores(settings, self.slots, self.cache, self.config.nsp_token_id)
         self.lookup = Lookup(model, retriever, self.retrieval)
         # rows to which something happens in the next pass
-        self.asking = []  # their last decision was [NSP]
-        self.banned_once = []  # nothing was found for them: they decide again
-        self.rewriting = []  # read their text again, without its passage
-        self.leaving = []  # their passage leaves the cache once [CE] was read
-        self.full = []  # the context ended with their passage
-        self.finished = []
+        self.asking: list[Row] = []  # their last decision was [NSP]
+        self.banned_once: list[Row] = []  # nothing was found for them: they decide again
+        self.rewriting: list[Row] = []  # read their text again, without its passage
+        self.leaving: list[Row] = []  # their passage leaves the cache once [CE] was read
+        self.full: list[Row] = []  # the context ended with their passage
+        self.finished: list[Row] = []
         self.on_finish = None
 
     # ------------------------------------------------------------------ the loop

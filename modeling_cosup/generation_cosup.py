@@ -1,4 +1,4 @@
-"""Retrieval-aware generate() and generate_many(): what they take, what they return, and what they refuse."""
+"""Retrieval-aware generate() and generate_many(): what they take and what they return."""
 
 import contextlib
 import copy
@@ -218,7 +218,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
     def _settings_hash(self, generation_config, call):
         """Of all that decides an answer and can be written down: weights only by name, processors not at all."""
         settings = {name: value for name, value in vars(call.settings).items() if name not in ("candidates", "passages")}
-        index = getattr(call.retriever, "fingerprint", None)
+        index = None if call.retriever is None else call.retriever.fingerprint
         memory = None if call.memory is None else call.memory.fingerprint
         return digest([generation_config.to_diff_dict(), settings, index, memory, self.config._name_or_path])
 

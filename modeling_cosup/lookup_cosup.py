@@ -1,5 +1,7 @@
 """From a query embedding to passages: what the rows of the decoding loop get for their `[NSP]`."""
 
+from .retriever_cosup import Retriever
+from .settings_cosup import RetrievalConfig
 from .tokenization_cosup import encode_passages_for_gen, encode_texts
 from .trace_cosup import Row
 
@@ -10,13 +12,13 @@ class Lookup:
 
     Args:
         model ([`CoSupForCausalLM`]): whose tokenizer joins passages.
-        retriever ([`PassageIndex`] or the like, *optional*): what is searched.
+        retriever ([`Retriever`], *optional*): what is searched.
         retrieval ([`RetrievalConfig`]): how.
     """
 
-    def __init__(self, model, retriever, retrieval):
+    def __init__(self, model, retriever: Retriever | None, retrieval: RetrievalConfig):
         self.model, self.retriever, self.retrieval = model, retriever, retrieval
-        self._separator = None
+        self._separator: list[int] = []  # a line break, tokenized when it is first needed
 
     def passages_for(self, asking: list[Row], query_embeds) -> list[list[tuple[dict, float | None]]]:
         """
@@ -73,7 +75,7 @@ class Lookup:
 
     def join(self, passages: list[dict]) -> tuple[list[int], list[int]]:
         """Token ids of several passages, one after another with a line break between; and where each begins."""
-        if len(passages) > 1 and self._separator is None:
+        if len(passages) > 1 and not self._separator:
             self._separator = encode_texts(self.model.tokenizer, ["\n"])[0]
         ids: list[int] = []
         starts: list[int] = []
@@ -95,10 +97,13 @@ class Lookup:
             `ValueError`: for an id without a retriever.
         """
         ids = [passage for passage in passages if isinstance(passage, str)]
-        if ids and self.retriever is None:
-            instead = "or give it as a dict with 'title' and 'text'"
-            raise ValueError(f"Passage {ids[0]!r} is given by its id, which needs a retriever; {instead}.")
-        by_id = iter(self.retriever.get_passages(self.retriever.rows_of(ids)) if ids else [])
+        found: list[dict] = []
+        if ids:
+            if self.retriever is None:
+                instead = "or give it as a dict with 'title' and 'text'"
+                raise ValueError(f"Passage {ids[0]!r} is given by its id, which needs a retriever; {instead}.")
+            found = self.retriever.get_passages(self.retriever.rows_of(ids))
+        by_id = iter(found)
         dicts = [passage for passage in passages if not isinstance(passage, str)]
         encoded = iter(encode_passages_for_gen(self.model.tokenizer, dicts, self.model.config) if dicts else [])
         ready = []

@@ -41,7 +41,7 @@ from trainer.judging.tasks import Task, task_name
 from trainer.model_setup import without_peft
 
 from shared.arguments import ScriptArguments
-from shared.indexes import check_index_options, open_index
+from shared.indexes import check_index_options, close_index, open_index
 from shared.processes import end_processes
 from shared.quickstart import WorldArguments, prepare_world
 
@@ -107,8 +107,7 @@ def train(script, args):
             if index is None:
                 index = model.build_index(corpus, batch_size=args.per_device_eval_batch_size)
             results["before"] = held_out(model, index, questions, corpus, args)
-            if script.index_uri is not None:
-                index.close()  # training may take days
+            close_index(index)
     resume = args.resume_from_checkpoint
     output = trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)
     if trainer.is_fsdp_enabled:
@@ -166,8 +165,7 @@ def check_index(trainer, questions, script):
     index = open_index(model, script.index, script.index_uri)
     ids = sorted({id for question in questions or [] for id in gold_ids(question)})
     passages = index.get_passages(index.rows_of(ids))
-    if script.index_uri is not None:
-        index.close()  # training may take days
+    close_index(index)
     return [{name: passage[name] for name in ("id", "title", "text")} for passage in passages]
 
 

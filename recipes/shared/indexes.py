@@ -42,3 +42,9 @@ def open_index(
     """
     check_index_options(index, index_uri)
     return model.load_index(index, index_uri, **options) if index else None
+
+
+def close_index(index: Retriever) -> None:
+    """Let go of a server or a local file before a training that may take days; an index in a folder holds neither."""
+    if hasattr(index, "close"):
+        index.close()

@@ -1,8 +1,8 @@
 """The recipes over an index in Milvus: the same results as over the folder, from a real server and a local file, and clear errors."""
 
 import json
-import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -208,4 +208,19 @@ def test_an_experiment_may_name_a_collection(world, inputs, tmp_path, monkeypatc
     assert ending.value.code == 0, capsys.readouterr().out[-3000:]
     (metrics,) = (tmp_path / "out" / "evaluations").glob("*/results/metrics.json")
     task = json.loads(metrics.read_text())["tasks"]["eval"]
-    assert task["passages"] == 6 and task["modes"]["forced"]["metrics"] and os.listdir(tmp_path / "out" / "indexes") == []
+    assert task["passages"] == 6 and task["modes"]["forced"]["metrics"]
+    assert not list((tmp_path / "out" / "indexes").glob("*"))  # no corpus was embedded
+
+
+def test_the_demo_answers_from_a_collection(world):
+    pytest.importorskip("gradio", reason="the demo is a Gradio app")
+    import demo
+
+    model, folder, uri = world
+    request = SimpleNamespace(session_hash="a visitor")
+    answers = []
+    for options in (["--index", str(folder)], ["--index", "wiki", "--index_uri", uri]):
+        page = demo.Demo(demo.parse(["--model", str(model), *options]))
+        *_, (answer, _) = page.ask("who is it?", "Forced", 1, 6, "", None, request)
+        answers.append(answer)
+    assert answers[0] == answers[1] and "cosup-passage-1" in answers[0]

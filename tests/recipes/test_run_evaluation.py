@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from modeling_cosup import CoSupForCausalLM
+from modeling_cosup.facts_cosup import facts_of
 from modeling_cosup.lines_cosup import read_lines
 from support.evaluation_world import CORPUS, question, without_times, write_checkpoint, write_world
 from support.nli_models import make_classifier
@@ -176,7 +177,7 @@ def test_figures_reach_the_card(many, tmp_path, monkeypatch, capsys):
         assert shown["query_recall@1"]["value"] == round(100 * own["query"]["pool" if name == "b" else "corpus"]["query_recall@1"]["value"], 4)
     card = (folder / "README.md").read_text()
     assert f"Gr (by {tmp_path / 'nli'})" in card and "1.25" in card and "7 of nq" in card
-    assert CoSupForCausalLM.from_pretrained(folder).training_facts()["results"] == facts["results"]
+    assert facts_of(CoSupForCausalLM.from_pretrained(folder))["results"] == facts["results"]
 
     (folder / "README.md").write_text("my own card")
     call("again", "--model", str(folder), "--max_eval_samples", "2")

@@ -28,6 +28,15 @@ def test_no_module_of_the_reports_imports_torch():
     assert result.returncode == 0, result.stderr
 
 
+def test_a_wheel_holds_every_package():
+    root = Path(__file__).parents[2]
+    setuptools = pytest.importorskip("setuptools.config.pyprojecttoml", reason="reads pyproject.toml")
+    configuration = setuptools.read_configuration(root / "pyproject.toml", expand=False)
+    folders = {path.parent for name in ("modeling_cosup", "trainer") for path in (root / name).rglob("*.py")}
+    packages = {".".join(folder.relative_to(root).parts) for folder in folders}
+    assert set(configuration["tool"]["setuptools"]["packages"]) == packages
+
+
 def test_a_wheel_holds_the_templates():
     setuptools = pytest.importorskip("setuptools.config.pyprojecttoml", reason="reads pyproject.toml")
     configuration = setuptools.read_configuration(Path(__file__).parents[2] / "pyproject.toml", expand=False)
