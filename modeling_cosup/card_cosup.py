@@ -46,7 +46,11 @@ def _template():
     path = Path(__file__).parent.parent / TEMPLATE_FILE
     if path.exists():
         return path.read_text(encoding="utf-8")
-    for file in metadata.files("cosup") or []:
+    try:
+        installed = metadata.files("cosup") or []
+    except metadata.PackageNotFoundError:
+        installed = []
+    for file in installed:
         if file.name == TEMPLATE_FILE:
             return Path(file.locate()).read_text(encoding="utf-8")
     raise FileNotFoundError(f"{TEMPLATE_FILE}, the template of model cards, is not installed: install cosup again.")

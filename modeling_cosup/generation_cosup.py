@@ -25,7 +25,7 @@ from .trace_cosup import (Row, cited_text)
 @dataclass
 class CoSupGenerateOutput(ModelOutput):
     """
-    Output of `generate(retriever=..., return_dict_in_generate=True)`.
+    Output of `generate(..., return_dict_in_generate=True)` with a retriever, a memory, or both.
 
     Args:
         sequences (`torch.LongTensor` of shape `(B, T)`): the prompt, padded on the left, then what each row generated, passages and `[Cs]`

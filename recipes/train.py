@@ -27,6 +27,7 @@ from transformers import set_seed
 
 from modeling_cosup import CoSupForCausalLM, PassageIndex
 from modeling_cosup.facts_cosup import load_facts
+from modeling_cosup.files_cosup import write_json
 from modeling_cosup.lines_cosup import read_lines
 from trainer import CoSupTrainer, CoSupTrainingArguments, load_corpus, load_instances
 from trainer.card import complete_card, evaluation_groups, held_out_group, write_card
@@ -80,6 +81,8 @@ def train(script, args):
         check_index_options(script.index, script.index_uri)
         if script.index and (script.corpus_file or script.push_index):
             raise ValueError("--index names an index that is there: --corpus_file and --push_index are for one that training builds.")
+        if script.index and script.use_peft:
+            raise ValueError("--index needs Emb_seq as it is, and --use_peft wraps it in adapters: evaluate with run_evaluation.py afterwards.")
         set_seed(args.seed)
         if script.prepare:
             prepare(script, args)
@@ -135,6 +138,7 @@ def index_and_evaluate(model, corpus, questions, results, script, args):
     """Build and save the index, unless there is one; measure, write `results.json`, complete the card, and push both."""
     index = None
     groups = held_out_group(results["validation"]) if "validation" in results else []
+    write_json(Path(args.output_dir, "results.json"), results)  # so far: an evaluation may fail
     if corpus is not None:
         with precision(args):
             if script.index is None:
@@ -142,7 +146,7 @@ def index_and_evaluate(model, corpus, questions, results, script, args):
                 index.save_pretrained(Path(args.output_dir) / "index")
             if questions is not None:
                 groups += evaluate(model, questions, corpus, results, script, args)
-    Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_json(Path(args.output_dir, "results.json"), results)
     share(model, index, questions, groups, script, args)
 
 
@@ -163,8 +167,12 @@ def check_index(trainer, questions, script):
     if not trainer.is_world_process_zero():
         return []
     index = open_index(model, script.index, script.index_uri)
-    ids = sorted({id for question in questions or [] for id in gold_ids(question)})
-    passages = index.get_passages(index.rows_of(ids))
+    gold, candidates = set(), set()
+    for question in questions or []:
+        gold |= gold_ids(question)
+        candidates.update(question.get("candidates") or [])
+    index.rows_of(sorted(candidates))
+    passages = index.get_passages(index.rows_of(sorted(gold)))
     close_index(index)
     return [{name: passage[name] for name in ("id", "title", "text")} for passage in passages]
 
@@ -179,7 +187,7 @@ def share(model, index, questions, groups, script, args):
         place = str(output_dir / "index")
     if args.push_to_hub:
         repo_id = args.hub_model_id
-        if script.index is None:
+        if place is not None and Path(place).exists():  # a folder that nobody else has
             place = None
         if script.push_index and index is not None:
             place = f"{repo_id}-index"
@@ -211,7 +219,10 @@ def check_output_dir(output_dir):
 def prepare(script, args):
     """Make the quickstart's world on one process; its paths fill the options that were not given."""
     settings = {"seed": args.seed, **json.loads(script.prepare_options)}
-    world = WorldArguments(str(Path(args.output_dir) / "world"), **settings)
+    try:
+        world = WorldArguments(str(Path(args.output_dir) / "world"), **settings)
+    except TypeError as error:
+        raise ValueError(f"--prepare_options {script.prepare_options}: {error}") from None
     with args.main_process_first(desc="prepare", local=False):
         paths = prepare_world(world)
     for name in ("gen", "emb_seq", "train_file", "validation_file", "corpus_file", "eval_file"):

@@ -117,7 +117,7 @@ class TrainingStepMixin:
         passage_embeds = concatenated([output.passage_embeds for output in outputs])
         losses = self.compute_losses(inputs, outputs, num_items_in_batch, query_embeds, passage_embeds)
         loss = total_loss(losses, self.loss_weights)
-        if model.training:
+        if self.model.training:
             self._running.add_batch(inputs["facts"])
             self._running.add_losses(losses)
         if not return_outputs:
