@@ -1,6 +1,7 @@
 """Gen and Emb_seq in one model: two losses in one forward, two spaces in one generation loop."""
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,7 +180,7 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more
         optional = {"position_ids": position_ids, "past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
         optional["use_cache"] = False if use_cache is None and labels is not None else use_cache
         optional = {name: value for name, value in optional.items() if value is not None}
-        with recording(self.gen, output_states) as entered:
+        with recording(self.gen, output_states) if output_states else nullcontext({}) as entered:
             outputs = self.gen.base_model(input_ids=input_ids, attention_mask=attention_mask, **optional, **kwargs)
         hidden = outputs.last_hidden_state  # (B, T, h), after the final norm
 
