@@ -27,7 +27,7 @@ class BuildingMixin:
             emb_seq (`str` or `PreTrainedModel`, *optional*): any `AutoModel` architecture; defaults to a copy of Gen's weights, the paper's
                 best setting.
             tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): Gen's; needed when `gen` is a model, else defaults to `gen`'s.
-            emb_seq_tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): defaults to that of `emb_seq` when it is a name or path, else to
+            emb_seq_tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): defaults to the tokenizer of `emb_seq` when it is a name or path, else to
                 `tokenizer`. When it reads text differently from `tokenizer`, both are kept and saved.
             query_encoder (`str` or `PreTrainedModel`, *optional*): with `query_from="query_encoder"`.
             emb_head (`torch.Tensor` of shape `(h, h_emb)`, *optional*): weight of `emb_head`, where the config asks for one.
@@ -112,7 +112,7 @@ class BuildingMixin:
 
     @torch.no_grad()
     def _check_lm_head(self):
-        """Gen's logits must be those of `_lm_head` over its last hidden state: losses and generation rely on it."""
+        """Gen's logits must be `_lm_head` of its last hidden state: losses and generation rely on it."""
         if self.gen.config._attn_implementation not in ("eager", "sdpa"):
             return  # flash kernels do not run on the device where models are put together
         input_ids = torch.tensor([[0, self.config.nsp_token_id]], device=self.device)

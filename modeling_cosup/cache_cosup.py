@@ -9,7 +9,7 @@ _BLOCK = 64  # columns are allocated in multiples of this
 
 class RowCache(Cache):
     """
-    Pre-allocated keys and values in which the tokens of a row stand without gaps from column 0 on, each beside the position it was rotated for.
+    Pre-allocated keys and values in which the tokens of a row lie without gaps from column 0 on, each next to the position it was rotated for.
 
     A chunk is written where its row ends, whatever the other rows do; attention sees a column iff its position is not after the query's. So nothing
     is ever re-packed: a row that retrieved is longer, and that is all. Sliding windows are kept by the mask, no column is evicted.
@@ -51,8 +51,8 @@ class RowCache(Cache):
         Args:
             slots (`torch.LongTensor` of shape `(R,)` or `int`): the slots of its rows; an `int` n for the first n.
             columns, tokens, positions (`torch.LongTensor` of shape `(R, W)`): for each token its column, its id, and its position; `EMPTY` for padding, which
-                is written behind the end of its row and never seen.
-            width (`int`): columns that attention reads, those of this forward included.
+                is written after the end of its row and never seen.
+            width (`int`): columns that attention reads, including this forward's.
         """
         self._slots, self._columns, self._width = slots, columns, width
         for states, new in ((self.tokens, tokens), (self.positions, positions)):
@@ -93,7 +93,7 @@ class RowCache(Cache):
         visible = keys <= queries
         return visible if window is None else visible & (keys > queries - window)
 
-    # what transformers asks when no mask is given: every row stands at the same column
+    # what transformers asks when no mask is given: every row is at the same column
 
     def get_seq_length(self, layer_idx=0):
         return self._width - (0 if self._columns is None else self._columns.shape[1])
@@ -134,7 +134,7 @@ class RowCache(Cache):
         self.positions[target] = self.positions[source]
 
     def cut(self, slot, start, end, length):
-        """Take the tokens of columns `[start, end)` out of a slot of `length` tokens; what stands behind them moves up and keeps its positions."""
+        """Take the tokens of columns `[start, end)` out of a slot of `length` tokens; what follows them moves up and keeps its positions."""
         kept = start + length - end
         for states in (*self.keys, *self.values):
             states[slot, :, start:kept] = states[slot, :, end:length].clone()

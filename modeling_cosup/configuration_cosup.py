@@ -32,7 +32,7 @@ class CoSupConfig(PreTrainedConfig):
             `"emb_seq"`: Emb_seq reads everything up to and including `[NSP]` (the paper's baseline, section 5).
             `"query_encoder"`: a third encoder reads it (appendix C.1).
         emb_seq_pooling (`str`): `"eos"` (the paper), `"lasttoken"` (the last token, whatever it is), `"mean"` or `"cls"`.
-        emb_seq_add_bos_token, emb_seq_add_eos_token (`bool`): whether Emb_seq reads BOS (or CLS) before and EOS (or SEP) behind a passage.
+        emb_seq_add_bos_token, emb_seq_add_eos_token (`bool`): whether Emb_seq reads BOS (or CLS) before and EOS (or SEP) after a passage.
         emb_head_size (`int`, *optional*): width of the embeddings that `emb_head` makes, where Gen makes no queries; then there is an `emb_head` even if
             that is Emb_seq's own width. By default there is one only where Emb_seq's width is not Gen's.
         passage_template (`str`): how a passage reads, for Gen and for Emb_seq. A passage without a title is its text alone.
@@ -138,7 +138,7 @@ class CoSupConfig(PreTrainedConfig):
 
     @property
     def embedding_settings(self) -> dict:
-        """What decides a passage embedding beside weights and tokenizers; an index compares it (see `PassageIndex.check_model`)."""
+        """What decides a passage embedding besides weights and tokenizers; an index compares it (see `PassageIndex.check_model`)."""
         names = ("similarity", "emb_seq_pooling", "passage_template", "max_passage_length", *EARLIER_EMBEDDING_SETTINGS)
         return {name: getattr(self, name) for name in names}
 

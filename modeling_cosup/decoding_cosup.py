@@ -8,7 +8,7 @@ of the call (`Row`) takes a free slot, keeps it until it ends, and the last row 
 
 1. Admit. Waiting rows take the slots that are free: at first all that fit, later a few at a time, since a prompt that
    is read costs every row a forward (`_admit`).
-2. Step. Every row whose last decision was not forwarded yet forwards it: one token of each, one column
+2. Step. Every row whose last decision was not forwarded yet forwards it: one token per row, one column
    (`Forwards.step`). This is most of the work; with a static cache it keeps its shapes and can be compiled.
 3. Read. New rows forward their prompts, rows that forget a passage forward their text again: one ragged chunk, padded
    on the right (`Forwards.read`). These rows do not count in the step.
@@ -19,11 +19,11 @@ of the call (`Row`) takes a free slot, keeps it until it ends, and the last row 
 5. Decide. Every row has the logits of its last token now, from the step or from a chunk, adjusted once where there is
    a memory. Bans, logits processors and warpers give scores, and argmax or a sample the next token (`_decide`). It is
    forwarded in the next pass.
-6. After. Only where a token is special (an end, `[NSP]`, `[CE]`), a budget is used up, or somebody streams, rows are
-   looked at one by one: they ask, forget, or end and free their slot (`_after`).
+6. After. Only where a token is special (an end, `[NSP]`, `[CE]`), a budget is used up, or a streamer is attached, rows
+   are looked at one by one: they ask, forget, or end and free their slot (`_after`).
 
-Nothing is packed anew when a row grows by a passage: each row fills columns of its own without gaps, a chunk is
-written where its row ends, and the attention mask is made of the positions that stand next to the keys (`RowCache`).
+Growing a row by a passage repacks nothing: each row fills its own columns without gaps, a chunk is written where its
+row ends, and the attention mask is made of the positions that stand next to the keys (`RowCache`).
 So no token is forwarded twice, a row reads exactly what it would read alone, and rows may be at different columns in
 the same forward. Processors and criteria are shown rows as if each had been alone (`RowScores`).
 

@@ -56,7 +56,7 @@ def beside_checkpoint(name_or_path, name, revision=None):
 
 def facts_of(model, weights=None):
     """
-    The facts of the checkpoint that a model was loaded from, as far as they are true of its weights, `dict`.
+    Facts of the checkpoint that a model was loaded from: the ones that still hold for its weights, `dict`.
 
     Args:
         model ([`CoSupForCausalLM`]): its weights may have changed since.
@@ -68,7 +68,9 @@ def facts_of(model, weights=None):
     weights = weights or model.hash_all_weights()
     if weights in (None, facts["weights"]):  # what is offloaded or sharded here was not trained here
         return facts
-    logger.warning_once("These are not the weights that were trained and measured: what was recorded of those is left out.")
+    logger.warning_once(
+        "The weights changed since they were trained and evaluated; the recorded training and results are left out."
+    )
     return {name: facts[name] for name in FACTS_OF_ALL_WEIGHTS if name in facts}
 
 

@@ -1,8 +1,7 @@
 """
 Files: JSON that is whole or not there, digests, and locks.
 
-Locks are `flock` rather than `filelock`, which unlocks when its holder lets go: a program that inherited the lock of
-its launcher would lose it.
+We call `flock` directly: `filelock` unlocks explicitly on release, which would also drop a lock inherited by a child.
 """
 
 import contextlib
@@ -140,7 +139,7 @@ def locked(path: Path, busy: str, wait: bool = False) -> Iterator[int | None]:
             if _is_at(path, file.fileno()):
                 yield file.fileno()
                 return
-        # the holder before removed the file while we waited: this lock guards nothing
+        # the previous holder removed the file while we waited, so this lock guards nothing: try again
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

@@ -11,7 +11,6 @@ from transformers import CompileConfig
 
 from .cache_cosup import EMPTY, attention_mask
 from .memory_cosup import adjusted
-from .states_cosup import watch
 from .tokenization_cosup import pad_rows
 
 
@@ -31,8 +30,8 @@ class Outputs:
 
     def place(self, slots, logits, query_embeds, n):
         """
-        Put the outputs of rows `(R, ...)` that read a chunk into their `slots` `(R,)`, of n where there is nothing
-        yet.
+        Put the outputs of rows `(R, ...)` that read a chunk into their `slots` `(R,)`; makes room for n slots if
+        nothing was computed yet.
         """
         self.logits = _placed(self.logits, slots, logits, n)
         if query_embeds is not None:
@@ -63,7 +62,6 @@ class Forwards:
         self.output_states = None
         if memory is not None and memory.states:
             self.output_states = memory.states
-            watch(model.gen, memory.states)  # before the step is compiled
         self.slot_numbers = torch.arange(slots.count, device=slots.device)
         self.call_step = model.__call__
         if settings.static and model._valid_auto_compile_criteria({"past_key_values": cache}, generation_config):

@@ -61,7 +61,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
     ):
         """
         Generate; whenever a row emits `[NSP]`, its hidden state there searches `retriever`, the passage and `[Cs]` are appended, and the
-        row writes on. Greedy decoding and sampling; every other argument is that of `GenerationMixin.generate`.
+        row writes on. Greedy decoding and sampling; every other argument is as in `GenerationMixin.generate`.
 
         A passage for which the context has no room is shortened; a row whose context is full ends.
 
@@ -131,8 +131,8 @@ class RetrievalGenerationMixin(RefusalsMixin):
             output_file (`str` or `Path`, *optional*): JSON Lines; each answer is appended as soon as it is finished, and answers that stand there already are
                 not written again.
             on_completion (callable, *optional*): gets each [`Completion`] as soon as it is finished, not those of `output_file`; what it returns, a `dict` or
-                `None`, stands behind the progress bar.
-            show_progress_bar (`bool`), description (`str`): a tqdm bar over prompts, and what stands before it.
+                `None`, is shown after the progress bar.
+            show_progress_bar (`bool`), description (`str`): a tqdm bar over prompts, and the text before it.
 
         Returns:
             `list[Completion]`: in the order of the prompts.
@@ -190,6 +190,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
         """What this call retrieves and which memory it has, checked; `None` for ordinary generation."""
         if memory is not None:
             check_memory(memory)
+            # before the step is compiled; and a wrong name raises before anything is computed
             watch(self.gen, memory.states)
         settings = retrieval_config if retrieval_config is not None else RetrievalConfig()
         settings = settings if max_retrievals is None else replace(settings, max_retrievals=max_retrievals)
@@ -365,7 +366,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
 
     def decode_with_citations(self, outputs, tokenizer=None):
         """
-        Readable answers: the generated text with a numbered citation behind each grounded span, and the passages below.
+        Readable answers: the generated text with a numbered citation after each grounded span, and the passages below.
 
         Args:
             outputs ([`CoSupGenerateOutput`]): of `generate(..., return_dict_in_generate=True)` with a retriever.

@@ -18,7 +18,7 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
     *("*.model", "*.jinja"),
 )
-# What a checkpoint holds. Nothing else is uploaded: no resume states, no arguments, no data, whatever lies beside it. `*` does not reach into folders.
+# What a checkpoint holds. Nothing else is uploaded: no resume states, no arguments, no data, whatever lies next to it. `*` does not reach into folders.
 CHECKPOINT_FILES = (
     *("*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json", "*_cosup.py"),
     *("training_facts.json", "results.json", "loss_curves.png", CARD_FILE),
@@ -30,7 +30,7 @@ _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def is_repo_id(name):
-    """Whether a name is that of a repository on the Hub, `namespace/name`, and no folder here."""
+    """Whether a name names a repository on the Hub, `namespace/name`, and no folder here."""
     return isinstance(name, str) and _REPO_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
@@ -40,7 +40,7 @@ def matches(name, patterns):
 
 
 def checkpoint_files(folder, patterns=CHECKPOINT_FILES):
-    """Files of a folder that make up a checkpoint: `dict` of path in the repository to `Path`. What lies beside them stays where it is."""
+    """Files of a folder that make up a checkpoint: `dict` of path in the repository to `Path`. What lies next to them stays where it is."""
     folder = Path(folder)
     found = {path.relative_to(folder).as_posix(): path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()}
     return dict(sorted(found.items()))

@@ -1,8 +1,9 @@
 """
-Embedding a corpus, shard by shard: peak memory is that of one shard, and 8 bytes a passage for the check that no id stands there twice.
+Embedding a corpus, shard by shard: peak memory is one shard, and 8 bytes a passage for the check that no id occurs
+twice.
 
-A build lives in a folder of its own beside the index, `.<name>.unfinished`: `build.json` says what is being built, and a shard counts once its marker
-`shard-00000.json` was renamed into place. A build that was killed goes on behind the shards that count.
+A build lives in a folder of its own next to the index, `.<name>.unfinished`: `build.json` says what is being built, and a shard counts once its marker
+`shard-00000.json` was renamed into place. A build that was killed goes on after the shards that count.
 """
 
 import contextlib
@@ -214,7 +215,7 @@ def _check_as_it_streams(shards, known):
 
 
 def unfinished_folder(save_directory):
-    """Where the build of an index lives until it is complete: beside it, under a name that a second call finds."""
+    """Where the build of an index lives until it is complete: next to it, under a name that a second call finds."""
     return save_directory.with_name(f".{save_directory.name}.unfinished")
 
 
@@ -238,7 +239,7 @@ def begin(folder, settings):
 
 
 def is_complete(folder, number, content):
-    """Whether a shard was written to its end, of the same passages, and its files are still what they were: reading them is cheap beside embedding."""
+    """Whether a shard was written to its end, of the same passages, and its files are still what they were: reading them is cheap compared with embedding."""
     marker = folder / f"shard-{number:05d}.json"
     if not marker.exists():
         return False

@@ -67,7 +67,7 @@ class PassageStore:
 
     @property
     def num_rows(self) -> int:
-        """Rows that were ever given, those of deleted passages included."""
+        """Rows that were ever given, including the rows of deleted passages."""
         return int(self._exact.starts[-1])
 
     @property

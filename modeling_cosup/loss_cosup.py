@@ -48,7 +48,7 @@ def info_nce(query_embeds, passage_embeds, passage_labels, same_passage=None, te
 
 def chunked_cross_entropy(hidden_states, labels, lm_head, chunk_size=2048, label_positions=None):
     """
-    Next token prediction loss (Eq. 2) with logits only where a label stands, `chunk_size` positions at a time.
+    Next token prediction loss (Eq. 2) with logits only where there is a label, `chunk_size` positions at a time.
 
     The full logits `(B, T, V)` are the largest tensor of a training step; here at most `(chunk_size, V)` is alive, and a chunk's logits
     are computed again in the backward pass when there is more than one chunk.

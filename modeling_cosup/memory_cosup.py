@@ -1,4 +1,4 @@
-"""Where a token memory enters the decoding loop: what it wants to see of Gen, and what it makes of Gen's logits."""
+"""Where a token memory enters the decoding loop: what it reads of Gen, and how it changes Gen's logits."""
 
 from typing import Protocol, runtime_checkable
 

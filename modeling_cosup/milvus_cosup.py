@@ -78,7 +78,7 @@ class MilvusPassageIndex:
             raise
 
     def _open(self, exact):
-        """Read what stands with the collection, and bring it into the server's memory."""
+        """Read what is stored with the collection, and bring it into the server's memory."""
         if not self._milvus.call("has_collection", "looking for the collection"):
             names = self._milvus.call("list_collections", "listing the collections", name_collection=False)
             raise ValueError(f"{self._milvus}: there is no such collection, only {sorted(names)}.")
@@ -278,7 +278,7 @@ class MilvusPassageIndex:
 
     @property
     def num_rows(self) -> int:
-        """Rows that were ever given, those of deleted passages included."""
+        """Rows that were ever given, including the rows of deleted passages."""
         return int(self._properties["cosup.next_row"])
 
     def live_rows(self) -> NDArray[np.int64]:

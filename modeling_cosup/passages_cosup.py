@@ -19,7 +19,7 @@ def read_corpus(source):
             yields passages, such as a list or a (streamed) `datasets` data set.
 
     Yields:
-        `(str, object)`: the place, for errors, and what stands there.
+        `(str, object)`: the place, for errors, and the value there.
 
     Raises:
         `ImportError`: for a file in a process that has only a checkpoint.
@@ -80,7 +80,7 @@ def check_title_and_text(passage, where, field=""):
 
 def checked_passages(pairs):
     """
-    Passages of a corpus, each checked; that no id stands there twice is for [`find_duplicate`] to find.
+    Passages of a corpus, each checked; [`find_duplicate`] checks for duplicate ids.
 
     Args:
         pairs (iterable of `(str, object)`): of [`read_corpus`].
@@ -109,7 +109,7 @@ def hash_ids(ids):
 
 def find_duplicate(hashes, read):
     """
-    Raise when an id stands in a corpus twice, at 8 bytes a passage: ids are looked at only where hashes are equal.
+    Raise when an id occurs twice in a corpus, at 8 bytes a passage: ids are looked at only where hashes are equal.
 
     Args:
         hashes (`numpy.ndarray` of int64): of all ids; sorted in place.

@@ -18,7 +18,7 @@ class Completion:
         index (`int`): of the prompt.
         token_ids (`list[int]`): what follows the prompt, passages and `[Cs]` included.
         text (`str`): what the model wrote itself.
-        cited_text (`str`): with a numbered citation behind each grounded span, and the passages below.
+        cited_text (`str`): with a numbered citation after each grounded span, and the passages below.
         num_generated_tokens (`int`): tokens that were decoded.
         retrievals (`list[Retrieval]`): the trace; positions count from the first token of the prompt.
     """

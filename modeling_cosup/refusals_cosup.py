@@ -7,7 +7,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from .cache_cosup import EMPTY, RowCache, layer_kinds
 
-# what forward takes and the loop heeds, or refuses by another message
+# what forward takes and the loop honours, or refuses with another message
 _HEEDED = {"input_ids", "attention_mask", "past_key_values", "use_cache", "inputs_embeds", "kwargs"}
 
 
@@ -15,7 +15,7 @@ class RefusalsMixin:
     """The checks of [`RetrievalGenerationMixin`]."""
 
     def _check_retrieval_arguments(self, generation_config, kwargs):
-        """The `GenerationConfig` of the call, when nothing in it, in `kwargs` or in Gen is in the way."""
+        """Return the call's `GenerationConfig` after checking it, the kwargs and Gen."""
         prepared, _ = self._prepare_generation_config(generation_config, **kwargs)
         self._check_mode(prepared, kwargs)
         self._check_inputs(prepared, kwargs)

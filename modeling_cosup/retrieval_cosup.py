@@ -139,7 +139,7 @@ class PassageIndex(SearchableStore):
 
         Raises:
             `FileNotFoundError`: when a process is not done.
-            `ValueError`: when an id stands in two shards, the processes read different corpora, or a file was damaged.
+            `ValueError`: when an id occurs in two shards, the processes read different corpora, or a file was damaged.
         """
         save_directory = check_save_directory(save_directory)
         folder = unfinished_folder(save_directory)
@@ -166,7 +166,7 @@ class PassageIndex(SearchableStore):
 
     def add(self, passages, model, batch_size=256, max_tokens_per_batch=None, show_progress_bar=True, shard_size=SHARD_SIZE):
         """
-        Add passages behind the last row; an approximate index is extended, not trained again.
+        Add passages after the last row; an approximate index is extended, not trained again.
 
         In a folder this is kept when all are embedded; a process that dies before leaves the index as it was.
 

@@ -91,8 +91,10 @@ class Retriever(Protocol):
 
 def open_by_uri(uri: str, name: str, options: dict[str, Any]) -> Retriever:
     """
-    Open an index that a server, or the file of one, holds: by the installed package, since its code does not come with a checkpoint.
-    Nobody then has to read a database client before trusting one. transformers copies what relative imports name; this one is absolute.
+    Open an index held by a Milvus server or in a local Milvus file.
+
+    Needs the installed package: this code does not travel with checkpoints, so trusting one takes no reading of a
+    database client. transformers copies what relative imports name; this import is absolute.
 
     Args:
         uri (`str`): of a Milvus server, or the path of a `.db` file.

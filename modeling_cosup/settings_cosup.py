@@ -85,7 +85,7 @@ class DecodingSettings:
         never (`torch.LongTensor`): ids that no row may decide.
         special (`torch.LongTensor`): ids after which a pass must look at the rows one by one.
         processors (`LogitsProcessorList`): of logits, warpers included.
-        criteria (`list[StoppingCriteria]`): those that the loop does not know itself.
+        criteria (`list[StoppingCriteria]`): that the loop does not implement itself.
         do_sample (`bool`): sample, or take the best token.
         static (`bool`): the one-token step keeps its shapes, and is captured where `compile_config` and the device say
             so.

@@ -102,7 +102,7 @@ class SharingMixin:
 
     @property
     def tokenizer(self):
-        """Gen's tokenizer: the one this model was built with or was given, else the one saved beside it."""
+        """Gen's tokenizer: the one this model was built with or was given, else the one saved next to it."""
         if self._tokenizer is None:
             self._tokenizer = self._load_saved_tokenizer()
         return self._tokenizer

@@ -1,6 +1,6 @@
 """
-The state of the decoding loop, row by row: what the host knows of each slot, what the device knows, and how both stay
-the same.
+The state of the decoding loop, row by row: what the host knows of each slot, what the device knows, and how the two
+stay in sync.
 """
 
 from dataclasses import dataclass, field
@@ -98,7 +98,7 @@ class Slots:
         Take a row out, and move the last one into its slot, so that the rows are the first slots again.
 
         Returns:
-            `int`, *optional*: the slot from which a row was moved to `row.slot`: what the KV cache has to do, too.
+            `int`, *optional*: the slot from which a row was moved to `row.slot`; the KV cache must make the same move.
         """
         slot = row.slot
         self.rows[slot] = None
@@ -160,7 +160,7 @@ class Slots:
         self.moved = True
 
     def shorten(self, slot: int, columns: int, positions: int) -> None:
-        """A slot lost columns, and its next token will have an earlier position by so many `positions`."""
+        """Remove columns from a slot and move its next position back."""
         self.columns[slot] -= columns
         self.positions[slot] -= positions
         self.moved = True

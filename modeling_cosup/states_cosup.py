@@ -102,7 +102,7 @@ def decided_states(
     decided = {}
     for name in names:
         if name not in states:
-            reason = "it is no part of it, or it was compiled before it was watched"
+            reason = "it is not part of Gen's base model, or the model was compiled before watch() was called"
             raise ValueError(f"Nothing entered {name!r} while Gen's base model ran: {reason}.")
         state = states[name]
         if not isinstance(state, torch.Tensor) or state.ndim < 2 or state[..., 0].numel() != rows * columns:

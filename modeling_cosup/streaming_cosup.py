@@ -99,7 +99,7 @@ class RetrievalStreamer(BaseStreamer):
         """
         Give what the pending ids add to the text, unless `complete` and they end within a character.
 
-        They are decoded behind the ids before them, which decide on a space, and only those: the work for a token does not grow with the text.
+        They are decoded after the ids before them, which decide on a space, and only those: the work for a token does not grow with the text.
         """
         if not self._pending:
             return
@@ -110,7 +110,7 @@ class RetrievalStreamer(BaseStreamer):
         text = after[len(before) :] if after.startswith(before) else self.tokenizer.decode(self._pending, skip_special_tokens=True)
         if text:
             self._events.put(StreamEvent("text", text, self._retrieval))
-            self._context = [] if cut else self._pending  # half a character must not become a whole one with bytes from behind the span
+            self._context = [] if cut else self._pending  # half a character must not become a whole one with bytes from after the span
         self._pending = []
 
     # ------------------------------------------------------------------ the thread that reads

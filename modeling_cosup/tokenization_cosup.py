@@ -141,7 +141,7 @@ def encode_queries_for_emb_seq(tokenizer, emb_seq_tokenizer, rows, config):
 
 
 def added_tokens(tokenizer, config):
-    """`(ids before, ids behind)` what Emb_seq reads: those of [`bos_and_eos`] that the config lets be added."""
+    """`(ids before, ids after)` what Emb_seq reads: what the config adds of [`bos_and_eos`]."""
     bos, eos = bos_and_eos(tokenizer)
     return bos if config.emb_seq_add_bos_token else [], eos if config.emb_seq_add_eos_token else []
 

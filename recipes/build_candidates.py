@@ -5,7 +5,7 @@ Candidate pools for an evaluation set: for each question its gold passages and t
         --output_file nq_100.jsonl.gz --num_candidates 100 --index_dir cache
     python recipes/build_candidates.py --model out --index out/index --eval_file nq.jsonl.gz --output_file nq_20.jsonl.gz --num_candidates 20
 
-The retriever is a sentence-transformers model, with its own prompts and similarity, or a CoSup checkpoint, whose query is its state at an `[NSP]` behind the
+The retriever is a sentence-transformers model, with its own prompts and similarity, or a CoSup checkpoint, whose query is its state at an `[NSP]` after the
 prompt. Candidates stand best first, gold at its own place; gold that is not among the nearest takes the last places. `--gold_first` puts all gold first.
 Everything else in the evaluation file stays as it is. Also printed: recall of the retriever over the whole corpus.
 

@@ -6,8 +6,8 @@ Embed a corpus with a CoSup checkpoint and save the index.
     python recipes/build_index.py --model out --corpus_file corpus.jsonl --output_dir out/index --index wiki --index_uri http://host:19530
 
 Every process embeds its share. After a crash the same command goes on at the first shard that is not complete. An index that is already in `output_dir` stays
-until the new one is whole. With `--index_uri` it is also uploaded to Milvus; an upload that was cut off goes on. What `--index` and `--index_uri` say here,
-they say to the other recipes, which then search that collection. The variable MILVUS_TOKEN may hold `user:password` or an API key.
+until the new one is whole. With `--index_uri` it is also uploaded to Milvus; an upload that was cut off goes on. Pass the same two options
+to the other recipes to search that collection. The variable MILVUS_TOKEN may hold `user:password` or an API key.
 """
 
 import json
@@ -21,7 +21,7 @@ from modeling_cosup.index_search_cosup import empty_approximate
 from modeling_cosup.milvus_client_cosup import milvus_packages
 from trainer.judging.figures import figure, shown
 
-from shared.indexes import check_index_options
+from shared.indexes import INDEX_URI_HELP, check_index_options
 from shared.processes import end_processes, processes
 
 
@@ -44,7 +44,7 @@ class IndexArguments:
     ef_search: int | None = field(default=None, metadata={"help": "Candidates that an HNSW index keeps."})
     seed: int = field(default=0, metadata={"help": "Of the training sample."})
     index: str | None = field(default=None, metadata={"help": "With --index_uri: name of the Milvus collection to upload to."})
-    index_uri: str | None = field(default=None, metadata={"help": "Milvus server (http://host:19530) or local file (.db) to upload to."})
+    index_uri: str | None = field(default=None, metadata={"help": f"{INDEX_URI_HELP}; the index is uploaded there"})
     milvus_index_type: str = field(default="FLAT", metadata={"help": "Of the collection: FLAT (exact), or an approximate one, e.g. HNSW."})
     milvus_index_params: str = field(default="{}", metadata={"help": 'JSON object, of the index type: {"M": 32, "efConstruction": 200}.'})
 

@@ -1,5 +1,5 @@
 """
-Ask a CoSup checkpoint in a browser: the answer streams, and each retrieved passage stands beside the text that it grounds.
+Ask a CoSup checkpoint in a browser: the answer streams, and each retrieved passage is shown next to the text that it grounds.
 
     python recipes/demo.py --model cosup-quickstart --index cosup-quickstart/index --examples "What is the job of Bokre Thosaba?" "Count from 2 to 8."
 
@@ -169,7 +169,7 @@ class Answer:
             self.spans[-1][0] += event.text
 
     def html(self, writing=True):
-        """The question, the answer with its citations, and beside it the passages."""
+        """The question, the answer with its citations, and next to it the passages."""
         cards = "".join(self._card(*known) for known in self.passages.values())
         empty = "Nothing was retrieved." if not writing else ""
         caret = '<span class="cosup-caret"></span>' if writing else ""

@@ -20,7 +20,7 @@ What their code does otherwise than this checkpoint:
 - They embed passages in batches of ten, padded on the right, and read the last column: a shorter passage is read at a `<PAD>`, and its vector depends on its
   batch-mates. Here each is read at its own last token, as theirs is alone. Over the passages of one question they embed the text without its title.
 - A row that writes `[Ret]` inside `[Cs]`… gets a `[Ce]` before that `[Ret]`, after the search; here nothing is put in. Their separate pair overlooks the token
-  before `[Ret]`, and so writes a `[Ce]` that stands there twice. A row that ends inside `[Cs]`… gets a `[Ce]` behind its end.
+  before `[Ret]`, and so writes a `[Ce]` twice. A row that ends inside `[Cs]`… gets a `[Ce]` after its end.
 - After a `[Ce]` they forbid the next one until a passage was retrieved (the separate pair: before the first passage too).
 """
 
@@ -49,7 +49,7 @@ class ImportArguments:
     gen: str = field(metadata={"help": "name or path of Gen (AutoModelForCausalLM)"})
     emb_seq: str = field(metadata={"help": "name or path of Emb_seq: sentence-transformers or any AutoModel"})
     output_dir: str = field(metadata={"help": "folder of the checkpoint; must be empty or not there"})
-    tokenizer: str | None = field(default=None, metadata={"help": "Gen's; by default that of --gen"})
+    tokenizer: str | None = field(default=None, metadata={"help": "Gen's; by default the tokenizer of --gen"})
     paper: Literal["cosupervision", "separate", "none"] | None = field(
         default=None, metadata={"help": "a copy of a pair of the paper's authors, or none of theirs"}
     )
@@ -68,7 +68,7 @@ class ImportArguments:
     passage_template: str | None = field(default=None, metadata={"help": "by default '{title} :: {text}'"})
     passage_prompt: str | None = field(
         default=None,
-        metadata={"help": "what Emb_seq reads before every passage; by default that of sentence-transformers"},
+        metadata={"help": "what Emb_seq reads before every passage; by default the prompt of sentence-transformers"},
     )
     query_prompt: str | None = field(
         default=None, metadata={"help": "the same before a query, where Gen does not make it"}
@@ -113,7 +113,7 @@ def import_pair(args):
 @contextlib.contextmanager
 def writing(output):
     """
-    A folder beside `output`, which gets its name when the block ends well and goes away when it does not.
+    A folder next to `output`, which gets its name when the block ends well and goes away when it does not.
 
     Raises:
         `ValueError`: when something stands in `output`.

@@ -6,7 +6,7 @@ Hard negatives for training instances: passages that a retriever finds near a qu
 The search is sentence-transformers' `mine_hard_negatives`. A query is the question and what was written before its `[NSP]`; candidates are all passages of
 the training file, and of `--corpus_file`. Left out, since they may be right after all: passages of the same instance and its `positives`; what is nearly as
 near as the right passage, or nearer (`--relative_margin`); and passages that hold the text that is to be written, as for DPR. Any sentence-transformers model
-will do, also the Emb_seq of a CoSup checkpoint (`model.save_emb_seq`). What is found stands in `negatives`, behind negatives that were there.
+will do, also the Emb_seq of a CoSup checkpoint (`model.save_emb_seq`). What is found is added to `negatives`, after negatives that were there.
 """
 
 import importlib.util
@@ -38,7 +38,7 @@ class MiningArguments:
     range_max: int = field(default=50, metadata={"help": "no passage after this rank is a hard negative"})
     relative_margin: float = field(
         default=0.05,
-        metadata={"help": "a negative's similarity is at most that of the right passage less this share"},
+        metadata={"help": "a negative's similarity is at most the right passage's less this share"},
     )
     passage_template: str = field(default="{title}. {text}", metadata={"help": "how the model reads a passage"})
     batch_size: int = field(default=64, metadata={"help": "texts at once"})
@@ -102,7 +102,7 @@ class Right:
     """
 
     def __init__(self, own, instance, segment):
-        known = [each["passage"] for each in instance["segments"] if each["passage"] is not None] + segment["negatives"]
+        known = [other["passage"] for other in instance["segments"] if other["passage"] is not None] + segment["negatives"]
         self.own, self.ids, self.contents = own, {p["id"] for p in known} | set(segment["positives"]), {content_id(p["title"], p["text"]) for p in known}
 
     def holds(self, passage):

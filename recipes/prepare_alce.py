@@ -4,7 +4,7 @@ Evaluation instances and a corpus from ALCE: ASQA, QAMPARI and ELI5 with the pas
     python recipes/prepare_alce.py --dataset asqa --input_file asqa_eval_gtr_top100.json --output_file alce/asqa.jsonl.gz \\
         --output_corpus alce/asqa_corpus.jsonl.gz
 
-An item's docs become its candidates, the first `--num_candidates` of them in their order; those of all items become the corpus. Answers are the long answers
+An item's docs become its candidates, the first `--num_candidates` of them in their order; the docs of all items become the corpus. Answers are the long answers
 (of all annotators; for QAMPARI every alias of every answer). What ALCE's metrics need besides stands under `meta`, as ALCE has it: `qa_pairs` for str_em,
 `claims` for claim recall, `answers` of QAMPARI, and every other field.
 
@@ -115,7 +115,7 @@ def read_docs(item, where, num_candidates, passages, counts):
     """
     Ids of an item's candidates; their passages are added to `passages` (`dict` of id to passage).
 
-    A doc without id gets that of its content, and so does one whose id stands for another text. Docs of empty text are left out.
+    A doc without id gets the id of its content, and so does one whose id belongs to another text. Docs of empty text are left out.
     """
     docs = item.get("docs")
     if not isinstance(docs, list) or not all(isinstance(doc, dict) for doc in docs):

@@ -175,10 +175,10 @@ def read_outputs(outputs, where):
             raise ValueError(f"{where}: output[{i}].answer is {answer!r}, expected a string.")
         if answer and answer.strip():
             answers.append(answer.strip())
-        if not isinstance(references, list) or not all(isinstance(each, dict) and str(each.get("wikipedia_id") or "").strip() for each in references):
+        if not isinstance(references, list) or not all(isinstance(item, dict) and str(item.get("wikipedia_id") or "").strip() for item in references):
             raise ValueError(f"{where}: output[{i}].provenance is {references!r}, expected a list of objects with wikipedia_id.")
         if references:
-            evidence.append(tuple(distinct(read_reference(each) for each in references)))
+            evidence.append(tuple(distinct(read_reference(reference) for reference in references)))
     return answers, distinct(evidence)
 
 

@@ -17,12 +17,12 @@ Three filters leave an instance out. Each can be switched off by naming the othe
     unsupported         a text on a relevant passage is not rated, or below `--min_support`: by default [No support / Contradictory]
 
 The paper says that three filters leave 42,932 instances; their wording was not at hand when this was written, so these are a reading of it, and the table
-printed at the end shows each filter's count and, beside the result, the paper's. Instances whose marks are damaged are counted, and the first ones shown.
+printed at the end shows each filter's count and, next to the result, the paper's. Instances whose marks are damaged are counted, and the first ones shown.
 
-In the paper's examples "Question: …" is repeated before `[Cs]`. Nothing may stand between a passage and `[Cs]`, because generation puts `[Cs]` right behind
+In the paper's examples "Question: …" is repeated before `[Cs]`. Nothing may stand between a passage and `[Cs]`, because generation puts `[Cs]` right after
 what it retrieved; `--question_template "Question: {input}"` has Gen write the question before each `[NSP]`, so that it also stands in front of `[Cs]`.
 
-What stands before "## Input:" in Self-RAG's instruction is the instruction, what stands behind it the input; without it, all of it is the input.
+What comes before "## Input:" in Self-RAG's instruction is the instruction, what comes after it the input; without it, all of it is the input.
 """
 
 import re
@@ -144,7 +144,7 @@ def prepare(args):
 
 
 def report(counts):
-    """The table of what was left out and written; the paper's count stands beside ours."""
+    """The table of what was left out and written; the paper's count is next to ours."""
     names = {"read": "instances read", "damaged": "left out: damaged marks"} | {name: f"left out: {name}" for name in FILTERS}
     names |= {"written": "instances written", **{name: name for name in sorted(counts) if name.startswith(" ")}, "passages": "distinct passages"}
     names |= {name: name for name in counts if name not in names}

@@ -50,7 +50,7 @@ from shared.quickstart import (
 class RunnerArguments:
     """Which experiment is run, and where."""
 
-    experiment: str = field(metadata={"help": "YAML file; recipes/experiments holds those of the paper."})
+    experiment: str = field(metadata={"help": "YAML file; recipes/experiments holds the paper's."})
     output_dir: str = field(metadata={"help": "Folder of the report."})
     cache_dir: str | None = field(default=None, metadata={"help": "Worlds, models, indexes and evaluations, for all experiments that name it."})
     override: list[str] = field(
@@ -171,9 +171,9 @@ def complete(options, seed, world):
 def fill(value, places):
     """A value with `{data}`, `{world}` and `{models}` replaced in all its texts."""
     if isinstance(value, dict):
-        return {key: fill(each, places) for key, each in value.items()}
+        return {key: fill(part, places) for key, part in value.items()}
     if isinstance(value, list):
-        return [fill(each, places) for each in value]
+        return [fill(part, places) for part in value]
     if isinstance(value, str):
         for name in re.findall(r"\{(data|world|models)\}", value):
             if places.get(name, "{data}") == "{data}":

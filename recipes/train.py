@@ -4,12 +4,12 @@ Train Gen and Emb_seq together, then build the index and evaluate.
     accelerate launch --config_file recipes/accelerate_configs/single.yaml recipes/train.py --config recipes/configs/quickstart.yaml
     accelerate launch recipes/train.py --gen NAME --train_file train.jsonl --corpus_file corpus.jsonl --eval_file eval.jsonl --output_dir out
 
-With a frozen Emb_seq an index that is there stays valid, and is evaluated in place of a new one: `--index out/index`, or a Milvus collection, `--index wiki
---index_uri http://host:19530`.
+With a frozen Emb_seq an existing index stays valid: `--index out/index`, or for a Milvus collection
+`--index wiki --index_uri http://host:19530`, evaluates it instead of building one.
 
 Writes the checkpoint with its model card to `output_dir`, the index to `output_dir/index`, all measured numbers to `output_dir/results.json`. With
 `--push_to_hub true` the checkpoint goes to `--hub_model_id`, and with `--push_index true` the index, passages included, to the dataset repository of that name
-with `-index` behind it.
+with `-index` after it.
 """
 
 import gc
@@ -152,7 +152,8 @@ def index_and_evaluate(model, corpus, questions, results, script, args):
 
 def check_index(trainer, questions, script):
     """
-    Whether the index that is there can be evaluated after training, on the main process; others would open a local file a second time.
+    On the main process only (a local Milvus file opens once), check that the given index can be evaluated after
+    training.
 
     Returns:
         `list[dict]`: the gold passages of the questions, all that is needed of its corpus; `[]` on the other processes.

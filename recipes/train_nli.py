@@ -9,7 +9,7 @@ A premise is a passage as Gr gives it to the model, a hypothesis a text as `--hy
 either another passage (the first of its `negatives`, else one of the same data set) does not entail it, or the passage does not entail a wrong text: that of
 another instance (of a verdict, the other verdict), or the right one with its rarest word of the passage replaced by another rare word of it; in place of an
 answer of a few words a name or number of the passage.
-What is learnt is whether a passage supports an answer of this data. Say so beside figures: such a judge is neither the paper's, nor independent of the data
+What is learnt is whether a passage supports an answer of this data. Say so next to figures: such a judge is neither the paper's, nor independent of the data
 that the judged model has seen.
 
 Any option of `transformers.TrainingArguments` may be given. The accuracy on pairs of `--validation_file` is printed by kind, and kept in `eval_results.json`.

@@ -76,27 +76,28 @@ class CoSupDataCollator:
     How a batch is cut changes neither loss nor gradients: all micro-batches of a batch share their passages.
 
     Args:
-        pad_token_id, emb_seq_pad_token_id (`int`): may equal EOS; padding stands on the right, where causal attention
+        pad_token_id, emb_seq_pad_token_id (`int`): may equal EOS; padding is on the right, where causal attention
             never looks.
         nsp_token_id (`int`): id of `[NSP]`.
         mask_duplicates (`bool`): identical passages become one row.
-        supervision (`str`): `"co"`, `"ntp"` (no passages), `"nsp"` (nothing behind the last `[NSP]`, no labels) or
+        supervision (`str`): `"co"`, `"ntp"` (no passages), `"nsp"` (nothing after the last `[NSP]`, no labels) or
             `"separate"` (queries are rows).
         encoder_queries (`bool`): queries are rows of their own, read by an encoder; always so with `"separate"`. With
             `"nsp"` nothing is left for Gen.
         max_instances (`int`, *optional*): of a micro-batch.
         max_tokens (`int`, *optional*): of a micro-batch, padding, passages and queries included; takes the place of
             `max_instances`.
-        call_overhead (`int`, *optional*): without a limit, a batch is cut where that saves padding, counting for every
-            further micro-batch this many tokens. `None`: not cut.
-        padding_free (`bool`): rows of Gen stand one behind the other in one row, with positions of their own.
-        padding_free_passages (`bool`): those of Emb_seq too.
+        call_overhead (`int`, *optional*): without a limit, a batch is cut where that saves padding; each further
+            micro-batch counts as this many tokens. `None`: not cut.
+        padding_free (`bool`): rows of Gen are concatenated into one row, with positions of their own.
+        padding_free_passages (`bool`): rows of Emb_seq too.
         shorten_first_pass (`bool`): add to each micro-batch, as `first_pass`, its rows up to their last `[NSP]`: all
             that the first pass of GradCache must read; nothing where Gen makes no queries.
 
     Returns:
         `dict`: `micro_batches`, a list of `dict` of tensors, see [`forward_arguments`]; `passage_labels` `(N,)`, for
-        each query, in the order of the micro-batches, the row of its passage, in theirs; `facts`, a [`BatchFacts`].
+        each query, in the order of the micro-batches, the row of its passage among the passages of all micro-batches;
+        `facts`, a [`BatchFacts`].
 
     Raises:
         `ValueError`: a malformed instance, naming its id.
@@ -233,7 +234,7 @@ class CoSupDataCollator:
     # ------------------------------------------------------------------ tensors
 
     def _micro_batch(self, rows, cut):
-        """The tensors of a micro-batch, with the arguments of forward that they are; see [`forward_arguments`]."""
+        """The tensors of a micro-batch, by argument of forward; see [`forward_arguments`]."""
         micro_batch = {}
         if cut["gen"]:
             micro_batch |= self._gen([rows.instances[i] for i in cut["gen"]])
@@ -282,7 +283,7 @@ class CoSupDataCollator:
 
 
 def _lay_out(rows, pad_token_id, packed):
-    """Rows as one padded tensor, or one behind the other; and where each begins in the flattened tensor."""
+    """Rows as one padded tensor, or concatenated into one row; and where each begins in the flattened tensor."""
     if not packed:
         input_ids, _ = pad_rows([list(row) for row in rows], pad_token_id)
         return {"input_ids": input_ids}, [i * input_ids.shape[1] for i in range(len(rows))]

@@ -88,7 +88,8 @@ def result_group(
     The results of one evaluation set as the card shows them.
 
     Args:
-        figures (`dict[str, Measured]`): by name, see `trainer.judging.figures`; those of no question are left out.
+        figures (`dict[str, Measured]`): by name, see `trainer.judging.figures`; figures measured on no question are
+            left out.
         dataset (`str`): name of the set.
         index_size (`int`, *optional*): passages that were searched.
         labels (`dict[str, str]`, *optional*): in place of the labels of the vocabulary.
@@ -202,7 +203,8 @@ def write_card(model, folder, repo_id, facts, index=None, question=None, weights
 
 def add_results(folder, groups):
     """
-    Add results to the facts of a checkpoint's folder, in place of those of the same evaluation sets, and write its card anew.
+    Add results to the facts of a checkpoint's folder, in place of earlier results of the same evaluation sets, and
+    write its card anew.
 
     What the folder says of other weights than it holds goes. A card that its owner has made his own (its marker is gone) stays.
 

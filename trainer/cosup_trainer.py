@@ -188,7 +188,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
         return output
 
     def floating_point_ops(self, inputs):
-        """6 operations a token and parameter that reads it, embeddings apart."""
+        """6 operations per token and parameter that reads it, embeddings not counted."""
         facts, base = inputs["facts"], without_peft(self.model)
         if self._num_parameters is None:
             parts = [base.gen, base.emb_seq if self.args.supervision != "ntp" else None]
@@ -201,7 +201,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
     # ------------------------------------------------------------------ the log
 
     def log(self, logs, start_time=None):
-        """Add the losses by name, and what else the steps since the last log say, to what `Trainer` logs."""
+        """Add each loss by name, and the other running figures, to what `Trainer` logs."""
         if "loss" in logs and self._running.steps:
             self._finite.check()
             logs |= self._running.averages(self.args.device, self._sum_over_ranks)

@@ -10,7 +10,7 @@ def _longest_first(lengths):
 def cut_by_tokens(lengths, max_tokens, packed=False):
     """
     Rows, longest first, in groups of at most `max_tokens` tokens, padding to the longest included unless `packed`; a
-    longer row stands alone.
+    longer row is a group of its own.
     """
     groups, tokens = [], 0.0
     for i in _longest_first(lengths):

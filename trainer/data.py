@@ -29,7 +29,7 @@ def read_rows(source, split="train"):
 
 
 def check_passage(passage, where, field=""):
-    """A passage as `{"id", "title", "text"}`; a missing title becomes empty, a missing id that of [`content_id`]."""
+    """A passage as `{"id", "title", "text"}`; a missing title becomes empty, a missing id becomes its [`content_id`]."""
     checked, id = check_title_and_text(passage, where, field), passage.get("id")
     return {"id": content_id(**checked) if id is None else str(id), **checked}
 
@@ -43,7 +43,11 @@ def load_instances(source, split="train"):
 
 
 class CheckedInstance(dict):
-    """A training instance that [`check_instance`] returned. Handed to it again, it is not checked again; a changed copy, a plain `dict`, is."""
+    """
+    A training instance that was checked: [`check_instance`] returns it as it is.
+
+    A changed copy is a plain `dict` and is checked again. Changes made in place after loading are not checked.
+    """
 
 
 def check_instance(instance, where):

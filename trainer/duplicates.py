@@ -17,7 +17,7 @@ class GlobalBatch:
         facts (`list[BatchFacts]`): of each rank, in rank order.
         rank (`int`): this one.
         passage_groups (`numpy.ndarray` of shape `(M,)`): equal for identical passages.
-        repeated (`numpy.ndarray` of shape `(M,)`): whether an identical passage stands on an earlier row.
+        repeated (`numpy.ndarray` of shape `(M,)`): whether an earlier row holds an identical passage.
         no_negatives (`numpy.ndarray` of shape `(2, P)`): pairs of one of this rank's queries and the row of another
             passage that is right for it.
     """

@@ -32,7 +32,7 @@ class HeldOutMixin:
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def get_eval_dataloader(self, eval_dataset=None):
-        """`Trainer`'s; of several ranks one has an instance, and a rank that has none left gets an empty batch."""
+        """As `Trainer`'s, but each instance goes to exactly one rank, and a rank that runs out gets an empty batch."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
         own_collator = isinstance(self.data_collator, CoSupDataCollator)
@@ -51,7 +51,7 @@ class HeldOutMixin:
         )
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Embeddings and token losses of a batch wait for the end of the set; the loop gets nothing."""
+        """Keep a batch's embeddings and token losses until the end of the set; return nothing to the loop."""
         inputs = self._prepare_inputs(inputs)
         facts, nothing = inputs["facts"], torch.zeros(0, self.cosup_config.embedding_size)
         if world_size() > 1:

@@ -80,7 +80,10 @@ class HubMixin:
         write_card(self.model, self.args.output_dir, repo_id, facts, index, question, self._saved_weights)
 
     def _check_saved(self):
-        """Raise unless the weights are those in output_dir: a card must not describe others. Not known of adapters and shards."""
+        """
+        Raise unless the weights are the ones in output_dir: a card must not describe others. Cannot be checked for
+        adapters or shards.
+        """
         base = without_peft(self.model)
         if base is self.model and base.hash_all_weights() not in (None, self._saved_weights):
             raise ValueError(
@@ -115,7 +118,7 @@ class HubMixin:
         return self._hub_api.run_as_future(push_checkpoint, self.args.output_dir, self.hub_model_id, commit_message, **options)
 
     def _push_from_checkpoint(self, checkpoint_folder):
-        """`hub_strategy="every_save"`: the files of a checkpoint that others can load, beside training."""
+        """`hub_strategy="every_save"`: the files of a checkpoint that others can load, during training."""
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         if self.push_in_progress is not None and not self.push_in_progress.is_done() and not self.args.hub_always_push:
@@ -175,7 +178,7 @@ def _keep_files(checkpoint_folder, output_dir):
     for name, path in checkpoint_files(checkpoint_folder).items():
         target = folder / name
         target.parent.mkdir(exist_ok=True)
-        if name == CARD_FILE:  # that of adapters is PEFT's
+        if name == CARD_FILE:  # PEFT writes the card of adapters
             continue
         try:
             os.link(path, target)

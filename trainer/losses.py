@@ -7,7 +7,7 @@ There are two kinds, because GradCache computes them at different times (see `gr
 - embedding losses, of the embeddings of the whole batch, over all ranks: one value for each query. `nsp_loss` (Eq. 4)
   is one.
 
-Neither is divided: the caller knows the number of trained tokens, and of queries, of all ranks.
+Neither kind is averaged here: the caller knows the token and query counts of all ranks.
 
 To add a loss, add it to `token_losses` or to `embedding_losses`, its weight to `loss_weights`, and what it needs of
 the model to `forward_options`. Its name ends in `_loss`: logs, evaluation, model cards and plots find it by that. Its

@@ -76,7 +76,10 @@ class TrainingStepMixin:
         return max(1, sum(batch_facts.num_labels for batch_facts in everything))
 
     def _complete(self, batch, count):
-        """Fill a batch up to `count` micro-batches, each with every part of the model: ranks make the same calls."""
+        """
+        Pad the batch to `count` micro-batches that touch every part of the model, so that all ranks make the same
+        calls.
+        """
         micro_batches, device = batch["micro_batches"], batch["passage_labels"].device
         micro_batches += [{} for _ in range(count - len(micro_batches))]
         for micro_batch in micro_batches:
@@ -154,7 +157,8 @@ class TrainingStepMixin:
     def _token_losses(self, facts, outputs, num_items_in_batch, first):
         """The sum of each token loss over micro-batches, divided by the number of trained tokens of all ranks."""
         values, ids = defaultdict(list), defaultdict(list)
-        instance_ids = dict(enumerate(facts.instance_ids))  # none of a micro-batch that is empty, made for other ranks
+        # an empty micro-batch, added to match other ranks, has none
+        instance_ids = dict(enumerate(facts.instance_ids))
         for i, output in enumerate(outputs, first):
             for name, loss in token_losses(output, self.cosup_config, self.args).items():
                 values[name].append(loss)

@@ -14,8 +14,8 @@ class FiniteLosses:
     """
     Stops a run at the first loss that is NaN or infinite, naming step, loss and instances.
 
-    On a CPU at once, before the backward pass. On a GPU the answer travels to the host beside the computation and is read at the next step, log or
-    checkpoint: no step waits for it, and no checkpoint holds what came of it.
+    On a CPU at once, before the backward pass. On a GPU the answer travels to the host during the
+    computation and is read at the next step, log or checkpoint: no step waits for it, and no checkpoint holds what came of it.
     """
 
     def __init__(self):
@@ -29,7 +29,7 @@ class FiniteLosses:
             step (`int`): optimiser steps taken.
             name (`str`): what is looked at, e.g. `"ntp_loss"`.
             finite (`torch.BoolTensor` of shape `(n,)`): whether they are.
-            instance_ids (`list[list[str]]`): of the instances behind each of them.
+            instance_ids (`list[list[str]]`): of the instances that each of them comes from.
 
         Raises:
             `FloatingPointError`.
@@ -88,7 +88,8 @@ def explained_memory_errors(args):
 
 def last_complete_checkpoint(output_dir):
     """
-    The last `checkpoint-<step>` of a run that was written to its end: a process that is killed while it saves leaves half of one behind.
+    The last `checkpoint-<step>` of a run that was written to its end: a process that is killed while it saves leaves half
+    of one.
 
     Args:
         output_dir (`str`): of the run.

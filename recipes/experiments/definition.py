@@ -8,7 +8,7 @@ What an experiment file says, and which trainings and evaluations follow from it
     arms                name -> options in which the arm differs from base
     baseline            the arm (or, with one arm, the mode) that the others are compared with; the first one by default
     seeds               of data order, weights and world
-    tasks               as in a config of recipes/run_evaluation.py, or the name of a file with such a list; those of the world by default. A task may name
+    tasks               as in a config of recipes/run_evaluation.py, or the name of a file with such a list; the world's by default. A task may name
                         an `index` (and `index_uri`: a collection in Milvus) where all arms share its Emb_seq
     pools               full, 20, 100, ...: each task is judged with each, unless it says `pool`, or `pools` of its own
     corpus_sizes        in place of pools: the full corpus is searched, cut to so many passages, gold ones always among them; `full` is all of it
@@ -36,13 +36,13 @@ ROOT = Path(__file__).resolve().parents[2]
 NOT_OPTIONS = {  # data, folders and seeds are the runner's business
     "prepare", "prepare_options", "output_dir", "seed", "eval_file", "corpus_file", "index", "index_uri",
 }  # fmt: skip
-TRAIN_OPTIONS = {each.name for each in (*fields(ScriptArguments), *fields(CoSupTrainingArguments))} - NOT_OPTIONS
-TRAIN_DEFAULTS = {each.name: each.default for each in (*fields(ScriptArguments), *fields(CoSupTrainingArguments))}
-NOT_EVALUATION_OPTIONS = {  # the runner's business, or that of a task
+TRAIN_OPTIONS = {option.name for option in (*fields(ScriptArguments), *fields(CoSupTrainingArguments))} - NOT_OPTIONS
+TRAIN_DEFAULTS = {option.name: option.default for option in (*fields(ScriptArguments), *fields(CoSupTrainingArguments))}
+NOT_EVALUATION_OPTIONS = {  # for the runner or a task to set
     *("model", "output_dir", "tasks", "eval_file", "index_cache"),
     *("corpus_file", "index", "index_uri", "split", "pool"),
 }
-EVALUATION_OPTIONS = {each.name for each in fields(EvaluationArguments)} - NOT_EVALUATION_OPTIONS
+EVALUATION_OPTIONS = {option.name for option in fields(EvaluationArguments)} - NOT_EVALUATION_OPTIONS
 NO_PART_OF_A_RESULT = {  # changing these trains nothing anew
     "num_threads", "logging_steps", "logging_strategy", "logging_first_step", "report_to", "save_strategy", "save_steps", "save_total_limit", "disable_tqdm",
     "dataloader_num_workers", "dataset_num_proc", "num_examples", "per_device_eval_batch_size", "run_name", "license",
@@ -105,7 +105,7 @@ def load_experiment(path, overrides=()):
         key, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"--override {override}: expected key=value.")
-        known = {each.name for each in fields(Experiment)}
+        known = {entry.name for entry in fields(Experiment)}
         keys = key.split(".") if key.split(".")[0] in known else ["base", *key.split(".")]
         inner = values
         for part in keys[:-1]:
@@ -114,7 +114,7 @@ def load_experiment(path, overrides=()):
                 raise ValueError(f"--override {override}: {part} holds no options.")
         inner[keys[-1]] = _value(value, override)
     where = str(path)
-    if unknown := sorted(set(values) - {each.name for each in fields(Experiment)}):
+    if unknown := sorted(set(values) - {entry.name for entry in fields(Experiment)}):
         raise ValueError(f"{where}: unknown field {unknown[0]!r}.")
     if missing := [name for name in ("title", "arms") if not values.get(name)]:
         raise ValueError(f"{where}: {missing[0]} is missing.")
@@ -204,7 +204,7 @@ def key_of(options):
     """
     What names a training: a hash of all options that decide its result and of the content of the files and models that they name.
 
-    An option that says what train.py does anyway names no other training.
+    An option set to train.py's default does not change the hash.
     """
     files = ("gen", "emb_seq", "query_encoder", "model_name_or_path", "train_file", "validation_file")
     told = {**SIMILARITY_DEFAULTS.get(options.get("similarity", TRAIN_DEFAULTS["similarity"]), {}), **{k: v for k, v in options.items() if v is not None}}
@@ -221,8 +221,8 @@ def scoring(evaluation, entries):
 
 def evaluation_key(model_key, entries, evaluation):
     """
-    The same of the answers of a model: how they are judged (`SCORING`) may change, and they stay. Results of another
-    format have another key: they are made anew, and are in nobody's way.
+    Hash that names a model's answers; how they are judged (`SCORING`) does not enter. Results of another format get
+    another key.
     """
     tasks = []
     for entry in entries:

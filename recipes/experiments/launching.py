@@ -1,4 +1,4 @@
-"""The processes of an experiment: recipes launched with a log, folders that one of them has to itself, and what a training leaves behind."""
+"""The processes of an experiment: recipes launched with a log, folders locked by one process, facts of a training."""
 
 import contextlib
 import math

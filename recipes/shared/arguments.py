@@ -93,7 +93,7 @@ class ScriptArguments:
         metadata={"help": "Identifier of the checkpoint's licence, for its card; the card says unknown otherwise."},
     )
     corpus_license: str | None = field(
-        default=None, metadata={"help": "The same of the corpus, for the card of the index."}
+        default=None, metadata={"help": "Identifier of the corpus' licence, for the card of the index."}
     )
     push_index: bool = field(
         default=False,
@@ -106,7 +106,7 @@ class ScriptArguments:
         default=None, metadata={"help": "Threads of a single process on a CPU; defaults to all cores."}
     )
     prepare: Literal["quickstart"] | None = field(
-        default=None, metadata={"help": "Make data and models first: those of recipes/prepare_quickstart.py."}
+        default=None, metadata={"help": "Make data and models first, with recipes/prepare_quickstart.py."}
     )
     prepare_options: str = field(default="{}", metadata={"help": "JSON object of its options."})
 
@@ -138,7 +138,7 @@ class EvaluationArguments:
         metadata={"help": "Gold candidates are always in the pool (default); false: the first ones as they are."},
     )
     metric: str | None = field(
-        default=None, metadata={"help": "What Cor is; defaults to that of the questions' dataset."}
+        default=None, metadata={"help": "What Cor is; defaults to the metric of the questions' dataset."}
     )
     max_eval_samples: int | None = field(default=None, metadata={"help": "Ask only the first questions of each task."})
     max_new_tokens: int | None = field(default=None, metadata={"help": "Decoded tokens per answer; defaults to 64."})

@@ -114,7 +114,7 @@ def test_compiling_what_is_not_watched_raises(ids):
     model, names = make_model(), ("model.layers.1.mlp",)
     torch._dynamo.reset()
     options = {"output_states": names, "output_query_embeds": False, "use_cache": False}
-    with pytest.raises(Exception, match="compiled before it was watched"):
+    with pytest.raises(Exception, match=r"compiled before watch\(\) was called"):
         torch.compile(model.__call__, backend="eager", fullgraph=True)(ids, **options)
     torch._dynamo.reset()
     watch(model.gen, names)

@@ -145,8 +145,8 @@ def as_prediction(question: dict, completion: Completion, prompt_length: int, to
         `dict`: `id`, `dataset`, `input`, `answers`, `provenance` of the question; `output`: what the model wrote,
         without passages; `output_with_citations`: the same as ALCE wants it, with `[n]` before the end of each
         grounded sentence, where n counts the distinct passages; `cited_text`: for people, with the passages below;
-        `retrievals`: each
-        `{"passages": [{"id", "title", "text"}], "scores", "grounded_text"}`; `num_generated_tokens`.
+        `retrievals`: each `{"passages": [{"id", "title", "text"}], "scores", "grounded_text"}`;
+        `num_generated_tokens`.
     """
     tokens = completion.token_ids
     numbers: dict[str, int] = {}
@@ -196,9 +196,8 @@ def retrieval_settings(
     Args:
         mode (`str`): `"retrieval"`: Gen decides when, and its query finds what. `"forced"`: the same, but every answer
             begins with `[NSP]`. `"off"`: `[NSP]` is never emitted. `"gold"`: every answer begins with `[NSP]` and gets
-            the
-            passages of the first set of `provenance`, in order. `"wrong"`: the same with as many passages that are not
-            gold, drawn at random from the question's `candidates`, or from the index where it has none.
+            the passages of the first set of `provenance`, in order. `"wrong"`: the same with as many passages that are
+            not gold, drawn at random from the question's `candidates`, or from the index where it has none.
         others: see [`answer`].
 
     Raises:

@@ -195,7 +195,7 @@ def answer_scores(prediction: str, answers: list[str], names: Iterable[str]) -> 
 
 
 def gated_by_retrieval(scores: dict[str, float], r_precision: float | None) -> dict[str, float]:
-    """The `kilt_…` scores: those of `KILT_METRICS` where R-precision is 1, else 0."""
+    """The `kilt_…` scores: the scores of `KILT_METRICS` where R-precision is 1, else 0."""
     gated = {}
     for name in KILT_METRICS:
         if name in scores:
@@ -212,7 +212,7 @@ def alce_output(text: str) -> str:
 
 
 def remove_citations(text: str) -> str:
-    """A text without `[n]`. As in ALCE, every closing bracket goes, not only that of a citation."""
+    """A text without `[n]`. As in ALCE, every closing bracket goes, not only a citation's."""
     return re.sub(r" ?\[\d+", "", text).replace(" |", "").replace("]", "")
 
 

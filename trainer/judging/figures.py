@@ -77,20 +77,20 @@ _RETRIEVAL_WHILE_GENERATING = (
         "kilt_recall@k",
         "KILT recall@k",
         "KILT's: share of the evidence sets that are complete in the first k places of what was retrieved; "
-        "where passages stand for a page, each is a set",
+        "where several passages stand for one page, each is a set of its own",
         needs=_GOLD,
     ),
     Figure(
         "nsp_needed",
         "[NSP], needed",
-        "share of the questions that need a passage in which [NSP] was emitted",
+        "[NSP] was emitted, as a share of the questions that need a passage",
         needs=_GOLD,
         binary=True,
     ),
     Figure(
         "nsp_not_needed",
         "[NSP], not needed",
-        "share of the questions that need none in which [NSP] was emitted",
+        "[NSP] was emitted, as a share of the questions that need no passage",
         needs=_NO_PASSAGE,
         binary=True,
     ),
@@ -177,7 +177,7 @@ _GROUNDING = (
     Figure(
         "citation_precision",
         "citation precision",
-        "ALCE's: share of the citations that support their sentence alone, or that its others cannot replace",
+        "ALCE's: share of citations that support their sentence alone, or without which the others do not",
         needs=_JUDGE,
     ),
 )
@@ -222,7 +222,7 @@ NO_JUDGE = ""  # in place of a figure's name, where Cor needs an NLI model that 
 def figure(name: str) -> Figure:
     """
     The figure of a name, `"query_recall@5"` as well as `"ret"`. The prefixes `eval_` and `train_` of the Trainer's
-    logs are read over.
+    logs are ignored.
 
     Raises:
         `KeyError`: when the vocabulary has no such figure, with the name.

@@ -1,9 +1,9 @@
 """
 Figures with their uncertainty: shares and means with 95 % intervals, averages over tasks, the comparison of two runs.
 
-Wilson's interval and the resampling are scipy's. Ours is what they are asked: questions without a value are left out
-and counted, every task weighs the same in an average and is resampled by itself, and two runs are compared question by
-question.
+Wilson's interval and the bootstrap: scipy computes both; this module decides what is resampled. Questions without a
+value are left out and counted, every task weighs the same in an average and is resampled by itself, and two runs are
+compared question by question.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -74,7 +74,7 @@ def evaluate_tasks(
     Returns:
         `dict`: what `metrics.json` holds, on every process: `format`; `settings`; `tasks`: name -> its fields, `modes`
         (mode -> `metrics`, ...), `query` (scope -> figures) and `left_out`; `averages`: split -> mode -> figures,
-        those of the rankings under `"query"` by scope; `seconds`.
+        with the rankings' averages under `"query"` by scope; `seconds`.
 
     Raises:
         `ValueError`: with counts, for whatever is wrong with questions, passages or ids, before anything is generated;
@@ -126,7 +126,7 @@ def evaluate_tasks(
 
 
 def _shared(entail: Judge | None) -> Judge | SharedJudge | None:
-    """A judge that all processes answer, where each has one; else that of the first process."""
+    """A judge that all processes answer, where each has one; else the judge of the first process."""
     if world_size() == 1 or not all(gather_objects(entail is not None)):
         return entail
     return SharedJudge(entail, host_group(timedelta(days=7)))
@@ -223,7 +223,7 @@ def _rows(questions: list[dict], scores: dict[str, Scores]) -> list[dict]:
 
 
 def _notes(run: TaskRun, entail: Judge | None) -> list[str]:
-    """What does not count somewhere, with counts, in words."""
+    """Notes on what was left out, with counts."""
     total, notes = len(run.questions), []
     unknown = sum(provenance_unknown(question) and not question["provenance"] for question in run.questions)
     free = total - len(run.needing) - unknown
@@ -260,7 +260,7 @@ def _labels(names: Sequence[str]) -> str:
 
 
 def _notes_on_answers(mode: str, predictions: list[dict], max_new_tokens: int) -> list[str]:
-    """Answers that are cut off or empty, with counts, in words."""
+    """Notes on answers that are cut off or empty, with counts."""
     notes, total = [], len(predictions)
     if cut_off := sum(prediction["num_generated_tokens"] >= max_new_tokens for prediction in predictions):
         notes.append(f"mode {mode}: {cut_off} of {total} answers end at max_new_tokens ({max_new_tokens})")

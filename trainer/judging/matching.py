@@ -15,7 +15,7 @@ def match_by_id(predictions: list[dict], instances: list[dict]) -> list[tuple[di
         `list[tuple[dict, dict]]`: `(prediction, instance)`, in the order of the instances.
 
     Raises:
-        `ValueError`: with counts and examples, when an id is missing, stands twice, or has no partner.
+        `ValueError`: with counts and examples, when an id is missing, occurs twice, or has no partner.
     """
     ids = {}
     for name, rows in (("predictions", predictions), ("evaluation set", instances)):
@@ -55,7 +55,7 @@ def select_fields(rows: list[dict], schema: dict) -> list[dict]:
 
     Args:
         rows (`list[dict]`).
-        schema (`dict`): names of fields, nested in dicts and lists of one item as the rows are; whatever else stands there means a text.
+        schema (`dict`): names of fields, nested in dicts and lists of one item as the rows are; anything else means a text.
 
     Returns:
         `list[dict]`: numbers become texts; a list of texts that a row lacks is `None`.

@@ -181,7 +181,7 @@ class NLIJudge:
         self._known |= answers
         self.cache_file.parent.mkdir(parents=True, exist_ok=True)
         with self.cache_file.open("a", encoding="utf-8") as file:
-            # the newline stands first: a line that was cut off spoils no other
+            # the newline comes first: a line that was cut off spoils no other
             file.write("".join("\n" + json.dumps({"key": key, "entailed": answer}) for key, answer in answers.items()))
 
 
@@ -247,7 +247,7 @@ def entailment_label(config):
     Index of a classifier's label for entailment: the one that begins with "entail", in any case ("not_entailment" does not).
 
     Raises:
-        `ValueError`: when there is not exactly one such label beside others; names the labels.
+        `ValueError`: when there is not exactly one such label among others; names the labels.
     """
     labels = dict(sorted(config.id2label.items()))
     found = [index for index, label in labels.items() if str(label).lower().startswith("entail")]
@@ -266,7 +266,7 @@ def _max_length(config, tokenizer, writes):
         return MAX_LENGTH  # T5's positions are relative; its tokenizers name the 512 of its pretraining
     positions = getattr(config, "max_position_embeddings", None) or MAX_LENGTH
     if "roberta" in config.model_type:
-        positions -= config.pad_token_id + 1  # its positions start behind the padding's
+        positions -= config.pad_token_id + 1  # its positions start after the padding's
     return min(tokenizer.model_max_length, positions, MAX_LENGTH)
 
 

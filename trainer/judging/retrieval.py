@@ -1,8 +1,8 @@
 """
 What was retrieved, as pure functions of passage ids: the scores of one question, and what depends on them.
 
-`provenance` is a list of evidence sets, any one of which is enough. MRR and nDCG are a few lines, so no ir-measures: the
-tests compare them with torchmetrics.
+`provenance` is a list of evidence sets, any one of which is enough. MRR and nDCG are a few lines, so ir-measures is not
+needed: the tests compare them with torchmetrics.
 """
 
 import math
@@ -47,7 +47,7 @@ def kilt_recall_at_k(retrieved: Sequence[str], provenance: Provenance, k: int) -
     """
     KILT's recall@k: share of the evidence sets that are complete among the first `k` places.
 
-    A set takes one place, that of its last-found passage; each passage of no set takes one. A passage of several sets
+    A set takes one place, where its last-found passage is; each passage of no set takes one. A passage of several sets
     takes a place for each.
 
     Args:

@@ -1,5 +1,5 @@
 """
-One task of an evaluation on its way: its folder fills with rankings and answers. Processes share the questions.
+One task while it is evaluated: ranks passages and answers questions into its folder. Processes share the questions.
 
 A file that has its name is whole. What an interrupted run leaves lives in `parts/` until the mode is complete.
 """
@@ -41,7 +41,7 @@ class TaskRun:
     Attributes:
         questions (`list[dict]`): all of them.
         needing (`list[dict]`): those that need a passage.
-        left_out (`list[str]`): what does not count somewhere, in words.
+        left_out (`list[str]`): notes on what was left out, with counts.
         index, index_name: see [`open_index`].
 
     Raises:

@@ -288,7 +288,7 @@ def measure(scores: dict[str, Scores], cor: Collection[str] = ()) -> dict[str, M
     The figures that apply to any question, in the order of the vocabulary: means with 95 % intervals.
 
     The interval of a figure that is yes or no of each question is Wilson's: it has a width where all questions are
-    alike. Other means have that of the bootstrap, whatever their values are.
+    alike. Other means have the bootstrap's, whatever their values are.
 
     Args:
         scores (`dict[str, list[float | None]]`): as from [`score`].

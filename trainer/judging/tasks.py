@@ -33,7 +33,7 @@ class Task:
         pool (`str` or `int`): `"full"`: the whole index is searched. A number: among so many candidates of each question, in the order of the file, but gold
             candidates first of all with `gold_in_pool`.
         gold_in_pool (`bool`): gold candidates are always in the pool (the paper). `False`: the first ones, whatever they are (ALCE).
-        metric (`str`, *optional*): what Cor is; defaults to that of the questions' dataset, see `trainer.judging.correctness.DATASET_METRICS`.
+        metric (`str`, *optional*): what Cor is; defaults to the metric of the questions' dataset, see `trainer.judging.correctness.DATASET_METRICS`.
         max_eval_samples (`int`, *optional*): only so many questions, the first ones.
         max_new_tokens (`int`), top_k (`int`), max_retrievals (`int`, *optional*): of each answer.
 
@@ -109,7 +109,7 @@ class Task:
 
 
 def task_name(eval_file: str) -> str:
-    """Name of the task of a single evaluation set: that of the file, without its endings."""
+    """Name of the task of a single evaluation set: the file's, without its endings."""
     return Path(eval_file).name.split(".")[0]
 
 
@@ -122,7 +122,7 @@ def read_tasks(entries: list[dict], **defaults) -> list[Task]:
         **defaults: of the fields that an entry leaves out; `None` leaves them to [`Task`].
 
     Raises:
-        `ValueError`: for an unknown or missing field, or a name that stands twice.
+        `ValueError`: for an unknown or missing field, or a name that occurs twice.
     """
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"tasks is {entries!r}, expected a list of tasks, each with a name and an eval_file.")
@@ -146,7 +146,7 @@ def open_index(
     task: Task, model: CoSupForCausalLM, index_cache: str | Path, batch_size: int = 256
 ) -> tuple[Retriever | None, str | None]:
     """
-    The index of a task: the one it names, or that of its corpus, which is embedded unless `index_cache` holds it.
+    The index of a task: the one it names, or the index of its corpus, which is embedded unless `index_cache` holds it.
 
     All processes call this together; they share the work. The name in the cache is made of the corpus' content and of all that decides an embedding.
 

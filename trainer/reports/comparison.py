@@ -228,8 +228,8 @@ def comparison_blocks(comparison: dict[str, Any], names: Sequence[str]) -> list[
     about = (
         f"A is {names[0]} ({comparison['first']}), B is {names[1]} ({comparison['second']}). Differences are B − A, "
         "question by question, in percentage points, with 95 % intervals and two-sided p-values of the paired "
-        "bootstrap; of fewer than some 30 questions it is too sure. Nothing is corrected for the number of "
-        "comparisons."
+        "bootstrap; with fewer than about 30 questions its intervals are too narrow. Nothing is corrected for the "
+        "number of comparisons."
     )
     blocks: list[Block] = [Heading("Comparison of two evaluations", 1), Text(about)]
     if len(comparison["tasks"]) > 1:

@@ -96,8 +96,8 @@ def _main_table(results: dict) -> list[Block]:
         _add_average(table, f"average of all {num_tasks}", results["averages"]["all"][mode], num_tasks)
     meanings = "; ".join(f"{figure(name).label}: {figure(name).meaning}" for name in MAIN)
     note = (
-        f"Percent, {MODES[mode]}, with 95 % intervals: Wilson's of yes/no figures, else of the bootstrap, which have "
-        f"no width where all questions scored alike. {meanings}."
+        f"Percent, {MODES[mode]}, with 95 % intervals: Wilson intervals for yes/no figures, bootstrap intervals "
+        f"otherwise; the latter have zero width where all questions score the same. {meanings}."
     )
     return [Heading("Results"), table, Text(note, note=True)]
 

@@ -103,8 +103,8 @@ def _verdicts(results: Results) -> list[Block]:
                 rows.append([f"{results.label(line)}: {setting}, {where}", *cells])
     note = (
         "Differences in percentage points. Ahead or behind: the 95 % interval of the paired difference leaves out 0, "
-        f"and every seed is on that side. Of {count} comparisons some {max(1, round(count / 20))} would be so by "
-        "chance."
+        f"and every seed is on that side. Of {count} comparisons about {max(1, round(count / 20))} would look like "
+        "this by chance."
     )
     table = Table(["", "ahead in", "behind in", "within noise"], rows, text_columns=frozenset([1, 2, 3]))
     return [Heading(f"Against {results.label(results.baseline)}"), table, Text(note, note=True)]
@@ -132,7 +132,7 @@ def _what_columns_mean(results: Results) -> str:
         "The bootstrap's also where a single answer is right or wrong: its average over seeds is neither.",
         f"{nearest.label}: {nearest.meaning}, which is read at an [NSP] right after the question.",
         "Averages are plain means over tasks.",
-        "An interval without width says that all questions scored alike, not that all others would.",
+        "An interval of zero width only means that all questions here scored the same.",
     ]
     if results.cor:
         sentences.append(f"Cor is {'; '.join(f'{task}: {label}' for task, label in results.cor.items())}.")
@@ -225,7 +225,7 @@ def _trainings(results: Results) -> list[Block]:
         steps = f"{trained['steps']:,}"
         rows.append([_run_name(run), steps, seconds, evaluation, sizes, last_losses, trained["hardware"]])
     header = ["", "steps", "training", "evaluation", "parameters", "last losses", "hardware"]
-    note = "Times include the imports: they are of the whole command."
+    note = "Times are for the whole command, imports included."
     return [Heading("What it took"), Table(header, rows), Text(note, note=True)]
 
 

@@ -84,7 +84,7 @@ def _without_option(results: Results, name: str) -> dict[str, Measured]:
 
 
 def _shown_groups(results: Results, setting: str) -> list[Place]:
-    """In-domain and out-of-domain where there are both, as they say what all would; else all."""
+    """In-domain and out-of-domain where there are both, which together cover all tasks with a split; else all."""
     groups = results.group_places(setting)
     return groups[:-1] if len(groups) > 1 else groups
 

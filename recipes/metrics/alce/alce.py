@@ -75,6 +75,7 @@ class ALCE(evaluate.Metric):
             return scores
         entail = as_judge(nli)
         if any(x["claims"] for _, x in pairs):
-            scores |= mean_scores([{"claim_recall": each} for each in claim_recall(outputs, [x["claims"] or [] for _, x in pairs], entail)])
-        cited = [each for each in citation_scores(outputs, [cited_passages(prediction) for prediction, _ in pairs], entail) if each]
+            scores |= mean_scores([{"claim_recall": recall} for recall in claim_recall(outputs, [x["claims"] or [] for _, x in pairs], entail)])
+        cited_by_output = [cited_passages(prediction) for prediction, _ in pairs]
+        cited = [output_scores for output_scores in citation_scores(outputs, cited_by_output, entail) if output_scores]
         return scores | mean_scores(cited, ("citation_recall", "citation_precision")) | {"num_cited_outputs": len(cited)}
