@@ -60,8 +60,11 @@ def test_report_holds_tables_examples_and_what_was_left_out(output):
     value, interval = figure_cell(figures["cor"], "cor")
     row = next(line for line in text.splitlines() if line.startswith("| d | 1 | 7 | short answer | "))
     assert f"{value} \\{interval[:-1]}\\]" in row and "| — |" in row  # Gr without an NLI model
+    emission = next(line for line in text.partition("## When ")[2].splitlines() if line.startswith("|"))
+    assert emission.count(", not needed") == 3 and "| EM, not needed |" in emission
     assert "In-domain" in text and "Other tasks" in text and "average of all 2" in text
     assert "no NLI model was given" in text and page.count('class="example"') == 4
+    assert re.search(r"Ret (100|0)\.0 %", page)  # the marks of an example are in percent, as everything
     names = {path.name for path in (output / "plots").iterdir()}
     assert names == {"main.png", "modes.png", "recall.png", "emission.png", "scores.png"}
     assert all((output / "plots" / name).read_bytes().startswith(PNG) for name in names)

@@ -236,7 +236,7 @@ def _marks(scores: dict) -> Iterator[str]:
         value = scores.get(name)
         if value is not None:
             label = figure("cor" if name == "cor_not_needed" else name).label
-            yield f"{label} {shown(value, name)}"
+            yield f"{label} {shown(value, name)} %"
 
 
 def _shortened(text: str) -> str:
