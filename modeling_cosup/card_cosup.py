@@ -1,7 +1,7 @@
 """
 The cards of a model, of its parts and of an index: metadata and text, made of configs and recorded facts.
 
-Does not travel with a checkpoint: a process that has no more writes [`~hub_cosup.plain_card`].
+Does not travel with a checkpoint: a process that has no more writes [`~plain_card_cosup.plain_card`].
 """
 
 import json

@@ -4,7 +4,7 @@ import re
 from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import CardData, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -44,31 +44,6 @@ def checkpoint_files(folder, patterns=CHECKPOINT_FILES):
     folder = Path(folder)
     found = {path.relative_to(folder).as_posix(): path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()}
     return dict(sorted(found.items()))
-
-
-def package_cards():
-    """The module [`card_cosup`]; `None` in a process that has only a checkpoint, which writes [`plain_card`] instead."""
-    try:
-        from modeling_cosup import card_cosup
-    except ImportError:
-        return None
-    return card_cosup
-
-
-def plain_card(name, summary, license=None, tags=(), **metadata):
-    """
-    A card for its owner to complete.
-
-    Args:
-        name (`str`): of what it describes, and
-        summary (`str`): in a sentence.
-        license (`str`, *optional*), tags (sequence of `str`), **metadata: as the Hub specifies them.
-
-    Returns:
-        `str`: of the file `README.md`.
-    """
-    data = CardData(license=license or "unknown", tags=list(dict.fromkeys(["cosup", *tags])), **metadata)
-    return f"---\n{data.to_yaml()}\n---\n{CARD_MARKER}\n\n# {name}\n\n{summary}\n"
 
 
 def make_repo(repo_id, private=None, token=None, repo_type="model"):

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from .files_cosup import read_json, write_json
-from .hub_cosup import CARD_FILE, CARD_MARKER, TOKENIZER_FILES
-from .hub_cosup import checkpoint_files, make_repo, package_cards, plain_card, push_files
+from .hub_cosup import CARD_FILE, CARD_MARKER, TOKENIZER_FILES, checkpoint_files, make_repo, push_files
+from .plain_card_cosup import package_cards, plain_card
 from .tokenization_cosup import (added_tokens)
 
 POOLING_MODES = {"eos": "lasttoken", "lasttoken": "lasttoken", "mean": "mean_tokens", "cls": "cls_token"}  # names of sentence-transformers

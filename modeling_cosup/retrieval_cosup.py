@@ -11,7 +11,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .hub_cosup import CARD_FILE, make_repo, package_cards, plain_card, push_files
+from .hub_cosup import CARD_FILE, make_repo, push_files
 from .index_build_cosup import (ShardBuilder, begin, collect, evaluating, finish, read_shards, unfinished_folder, write_new_shard, write_shards)
 from .index_files_cosup import (
     CONFIG_FILE,
@@ -28,6 +28,7 @@ from .index_files_cosup import (
 from .index_search_cosup import (ApproximateSearch, read_approximate)
 from .index_searchable_cosup import (SearchableStore)
 from .index_store_cosup import (find_folder, map_id_table, new_config)
+from .plain_card_cosup import package_cards, plain_card
 from .retriever_cosup import (check_fingerprint)
 
 try:

@@ -1,11 +1,10 @@
 """
 What generate() and judging ask of an index, and no more: the seam where another back end enters.
 
-A back end is a class with the members of [`Retriever`], in a file of its own, and a branch of [`open_by_uri`].
+A back end is a class with the members of [`Retriever`], in a file of its own, and a branch of [`~opening_cosup.open_by_uri`].
 It inherits nothing: a model whose code came with a checkpoint and an index of the installed package work together.
 """
 
-import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -87,33 +86,6 @@ class Retriever(Protocol):
             `ValueError`: names every setting that differs, with both values.
         """
         ...
-
-
-def open_by_uri(uri: str, name: str, options: dict[str, Any]) -> Retriever:
-    """
-    Open an index held by a Milvus server or in a local Milvus file.
-
-    Needs the installed package: this code does not travel with checkpoints, so trusting one takes no reading of a
-    database client. transformers copies what relative imports name; this import is absolute.
-
-    Args:
-        uri (`str`): of a Milvus server, or the path of a `.db` file.
-        name (`str`): of the collection.
-        options (`dict`): for [`MilvusPassageIndex`].
-
-    Raises:
-        `ImportError`: when the package is not installed.
-        `ValueError`: for an option that this kind of index does not have.
-    """
-    try:
-        from modeling_cosup.milvus_cosup import MilvusPassageIndex
-    except ImportError as error:
-        message = 'An index in Milvus needs the package cosup, which does not come with a checkpoint: pip install "cosup[milvus]".'
-        raise ImportError(message) from error
-    names = list(inspect.signature(MilvusPassageIndex).parameters)[2:]
-    if unknown := sorted(set(options) - set(names)):
-        raise ValueError(f"An index in Milvus has no option {unknown[0]!r}, only {', '.join(names)}.")
-    return MilvusPassageIndex(uri, name, **options)
 
 
 def check_fingerprint(fingerprint: dict[str, Any], model: Any) -> None:

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 
 from .facts_cosup import carry_facts, load_facts
 from .hub_cosup import CARD_FILE, CARD_MARKER, EMB_SEQ_TOKENIZER_FOLDER, REPLACED_FILES
-from .hub_cosup import checkpoint_files, make_repo, package_cards, plain_card, push_files
+from .hub_cosup import checkpoint_files, make_repo, push_files
+from .plain_card_cosup import package_cards, plain_card
 from .tokenization_cosup import (same_tokenizer, tokenizer_fingerprint)
 
 try:
