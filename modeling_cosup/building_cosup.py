@@ -136,7 +136,7 @@ def _load_encoder(encoder, model_kwargs):
 
 
 def _repository_of(model):
-    """The repository that a model was loaded from; `None` for a folder, which nobody else has."""
+    """The repository that a model was loaded from; `None` for a local folder."""
     name = model.config._name_or_path
     return name if is_repo_id(name) else None
 

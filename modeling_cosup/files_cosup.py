@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def _canonical(value: Any) -> bytes:
 
 
 @contextlib.contextmanager
-def locked(path: Path, busy: str, wait: bool = False) -> Iterator[int | None]:
+def locked(path: Path, busy: str, on_wait: Callable[[str], object] | None = None) -> Iterator[int | None]:
     """
     Hold a lock file: no other process, and nothing else in this one, holds it while the block runs.
 
@@ -115,7 +115,7 @@ def locked(path: Path, busy: str, wait: bool = False) -> Iterator[int | None]:
     Args:
         path (`Path`): of the lock file, which stays; its holder may remove it.
         busy (`str`): what to say when it is held by another.
-        wait (`bool`): print that and wait, instead of raising it.
+        on_wait (`Callable`, *optional*): gets `busy` before this waits for the other; without it `busy` is raised.
 
     Yields:
         `int`: the open file. A program that inherits it holds the lock until it ends, even when this process is gone.
@@ -132,9 +132,9 @@ def locked(path: Path, busy: str, wait: bool = False) -> Iterator[int | None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if not wait:
+                if on_wait is None:
                     raise ValueError(busy) from None
-                print(busy, flush=True)
+                on_wait(busy)
                 fcntl.flock(file, fcntl.LOCK_EX)
             if _is_at(path, file.fileno()):
                 yield file.fileno()

@@ -243,7 +243,7 @@ class PassageStore:
         """
         Remove the files of a change that fails.
 
-        What no config names is of this change or of one that died: under the lock nobody else writes.
+        Files that no config names belong to this change or to one that died: the lock keeps other writers out.
         """
         try:
             yield

@@ -1,4 +1,4 @@
-"""Which card a push writes: that of the installed package, or a plain one where only a checkpoint is there."""
+"""Which card a push writes: the package's own, or a plain one when only the checkpoint is available."""
 
 from huggingface_hub import CardData
 

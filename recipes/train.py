@@ -188,7 +188,7 @@ def share(model, index, questions, groups, script, args):
         place = str(output_dir / "index")
     if args.push_to_hub:
         repo_id = args.hub_model_id
-        if place is not None and Path(place).exists():  # a folder that nobody else has
+        if place is not None and Path(place).exists():  # a local folder means nothing on the Hub
             place = None
         if script.push_index and index is not None:
             place = f"{repo_id}-index"

@@ -1,6 +1,7 @@
 """The processes of an experiment: recipes launched with a log, folders locked by one process, facts of a training."""
 
 import contextlib
+import functools
 import math
 import os
 import platform
@@ -61,7 +62,7 @@ def locked_folder(folder):
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder.with_name(f".{folder.name}.lock")
-    return locked(lock, f"{folder}: another process works on it; waiting", wait=True)
+    return locked(lock, f"{folder}: another process works on it; waiting", on_wait=functools.partial(print, flush=True))
 
 
 def hardware(options):

@@ -75,7 +75,7 @@ def test_figures_are_those_of_the_predictions(judged):
     figures = results["tasks"]["full"]["modes"]["forced"]["metrics"]
     assert (figures["ret"]["value"], figures["ret"]["n"]) == (pytest.approx(np.mean(hits)), len(QUESTIONS))
     assert figures["nsp_needed"]["value"] == figures["nsp_not_needed"]["value"] == 1.0
-    assert figures["cor"]["n"] == len(QUESTIONS) + 1  # that of unknown provenance counts, the one that needs no passage does not
+    assert figures["cor"]["n"] == len(QUESTIONS) + 1  # a question of unknown provenance counts, one that needs no passage does not
     assert figures["cor_not_needed"]["n"] == 1
     assert figures["str_em"]["n"] == 1
     assert "gr" not in figures and "citation_recall" not in figures and "fever_label" not in figures

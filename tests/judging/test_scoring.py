@@ -55,7 +55,7 @@ def test_cor_of_questions_with_claims_is_claim_recall():
 
 
 def test_a_share_of_questions_has_the_interval_of_wilson():
-    """Whose width is not nothing where all questions are alike; other means have that of the bootstrap."""
+    """It has a width even when all questions score the same; other means have bootstrap intervals."""
     found = measure({"cor": [1.0, 1.0, None], "ret_precision": [0.5, 1.0], "gr": [None, None]}, cor=["short_answer"])
     assert list(found) == ["ret_precision", "cor"]  # in the order of the vocabulary; gr applies nowhere
     assert found["cor"]["value"] == 1.0 and found["cor"]["n"] == 2 and found["cor"]["interval"] == pytest.approx([0.342, 1.0], abs=1e-3)

@@ -102,7 +102,7 @@ def test_who_waits_for_a_lock_that_its_holder_removes_still_locks_out_others(tmp
     path, entered, leave = tmp_path / "lock", Event(), Event()
 
     def second():
-        with locked(path, "held", wait=True):
+        with locked(path, "held", on_wait=print):
             entered.set()
             leave.wait(60)
 
