@@ -6,16 +6,26 @@ import os
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from .configuration_cosup import (CoSupConfig)
-from .hub_cosup import (is_repo_id)
-from .tokenization_cosup import (add_control_tokens, added_tokens, end_of_turn_token_id, same_tokenizer)
+from .configuration_cosup import CoSupConfig
+from .hub_cosup import is_repo_id
+from .tokenization_cosup import add_control_tokens, added_tokens, end_of_turn_token_id, same_tokenizer
 
 
 class BuildingMixin:
     """`from_gen_and_emb_seq()` of [`CoSupForCausalLM`]."""
 
     @classmethod
-    def from_gen_and_emb_seq(cls, gen, emb_seq=None, tokenizer=None, emb_seq_tokenizer=None, query_encoder=None, emb_head=None, model_kwargs=None, **config):
+    def from_gen_and_emb_seq(
+        cls,
+        gen,
+        emb_seq=None,
+        tokenizer=None,
+        emb_seq_tokenizer=None,
+        query_encoder=None,
+        emb_head=None,
+        model_kwargs=None,
+        **config,
+    ):
         """
         A CoSup model from two pretrained models.
 
@@ -44,9 +54,13 @@ class BuildingMixin:
         """
         names = {key: config.pop(key) for key in ("nsp_token", "cs_token", "ce_token") if key in config}
         if unknown := set(config) - set(CoSupConfig.__dataclass_fields__):
-            raise TypeError(f"from_gen_and_emb_seq got {', '.join(sorted(unknown))}, which are no fields of CoSupConfig.")
+            raise TypeError(
+                f"from_gen_and_emb_seq got {', '.join(sorted(unknown))}, which are no fields of CoSupConfig."
+            )
         model_kwargs = model_kwargs or {}
-        gen, emb_seq, query_encoder = (os.fspath(part) if isinstance(part, os.PathLike) else part for part in (gen, emb_seq, query_encoder))
+        gen, emb_seq, query_encoder = (
+            os.fspath(part) if isinstance(part, os.PathLike) else part for part in (gen, emb_seq, query_encoder)
+        )
         tokenizer = tokenizer if tokenizer is not None else gen
         if isinstance(tokenizer, PreTrainedModel):
             raise ValueError("Gen was given as a model; pass its tokenizer as `tokenizer=`.")
@@ -83,8 +97,13 @@ class BuildingMixin:
             **config,
         )
         limit = getattr(emb_seq.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and config.max_passage_length + sum(map(len, added_tokens(emb_seq_tokenizer, config))) > limit:
-            raise ValueError(f"max_passage_length={config.max_passage_length}, BOS and EOS do not fit into Emb_seq's {limit} positions.")
+        if (
+            limit is not None
+            and config.max_passage_length + sum(map(len, added_tokens(emb_seq_tokenizer, config))) > limit
+        ):
+            raise ValueError(
+                f"max_passage_length={config.max_passage_length}, BOS and EOS do not fit into Emb_seq's {limit} positions."
+            )
         model = cls(config, gen, emb_seq, query_encoder).train(gen.training)
         if model.emb_head is not None:
             model.emb_head.to(device=emb_seq.device, dtype=emb_seq.dtype)
@@ -121,7 +140,9 @@ class BuildingMixin:
         found = self._lm_head(self.gen.base_model(input_ids=input_ids, use_cache=False).last_hidden_state)
         self.train(training)
         if not torch.allclose(expected, found, atol=1e-4, rtol=1e-3):
-            raise ValueError(f"{type(self.gen).__name__} does more after its LM head than CoSup knows of, so its losses would be wrong.")
+            raise ValueError(
+                f"{type(self.gen).__name__} does more after its LM head than CoSup knows of, so its losses would be wrong."
+            )
 
 
 def _load_tokenizer(tokenizer):
@@ -148,5 +169,7 @@ def _grow_embeddings(model, old_size, new_size):
     if model.get_input_embeddings().weight.shape[0] < new_size:
         model.resize_token_embeddings(new_size, mean_resizing=False)
     embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
-    for weight in {id(layer.weight): layer.weight for layer in embeddings if layer is not None}.values():  # tied weights once
+    for weight in {
+        id(layer.weight): layer.weight for layer in embeddings if layer is not None
+    }.values():  # tied weights once
         weight[old_size:new_size] = weight[:old_size].float().mean(0).to(weight.dtype)

@@ -3,7 +3,9 @@
 import torch
 from transformers.cache_utils import Cache
 
-EMPTY = torch.iinfo(torch.int64).max  # position of a column that holds no token: later than any query, so nothing attends to it
+EMPTY = torch.iinfo(
+    torch.int64
+).max  # position of a column that holds no token: later than any query, so nothing attends to it
 _BLOCK = 64  # columns are allocated in multiples of this
 
 
@@ -74,7 +76,9 @@ class RowCache(Cache):
         columns, slots = self._columns.to(stored.device), self._slots
         every = isinstance(slots, int)
         index = torch.arange(slots, device=stored.device) if every else slots.to(stored.device)
-        stored[index[:, None], :, columns] = states.transpose(1, 2)  # not scatter_, for which a compiled step would copy the cache twice
+        stored[index[:, None], :, columns] = states.transpose(
+            1, 2
+        )  # not scatter_, for which a compiled step would copy the cache twice
         return stored[:slots, :, : self._width] if every else stored[index, :, : self._width]
 
     def visible(self, positions, window=None):
@@ -119,7 +123,9 @@ class RowCache(Cache):
             return
         added = _rounded(max(columns, min(2 * self.columns, self.limit))) - self.columns
         self.tokens = torch.nn.functional.pad(self.tokens, (0, added))
-        self.positions = torch.cat([self.positions, self.positions.new_full((len(self.positions), added), EMPTY)], 1)  # pad() goes through a double
+        self.positions = torch.cat(
+            [self.positions, self.positions.new_full((len(self.positions), added), EMPTY)], 1
+        )  # pad() goes through a double
         for stored in (self.keys, self.values):
             for layer, states in enumerate(stored):
                 stored[layer] = torch.nn.functional.pad(states, (0, 0, 0, added))
@@ -161,13 +167,18 @@ def attention_mask(cache, config, positions, implementation, dtype):
     masks = {kind: cache.visible(positions, window if kind == "sliding_attention" else None) for kind in kinds}
     if implementation != "sdpa":
         lowest = torch.finfo(dtype).min
-        masks = {kind: torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, lowest) for kind, mask in masks.items()}
+        masks = {
+            kind: torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, lowest)
+            for kind, mask in masks.items()
+        }
     return masks if len(masks) > 1 else masks[kinds[0]]
 
 
 def layer_kinds(config):
     """The sorted set of Gen's layer types: `"full_attention"`, `"sliding_attention"` and those of other architectures."""
-    if types := getattr(config, "layer_types", None) or getattr(config, "attention_layers", None):  # the latter: GPT-Neo
+    if types := getattr(config, "layer_types", None) or getattr(
+        config, "attention_layers", None
+    ):  # the latter: GPT-Neo
         return sorted(set(types))
     sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     return ["sliding_attention" if sliding else "full_attention"]

@@ -38,7 +38,9 @@ def model_card(model, repo_id, facts, base=None):
     """
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)  # Markdown
     data = _metadata(model, repo_id, facts, base)
-    return environment.from_string(_template()).render(metadata=data.to_yaml(), **_context(model, repo_id, facts, base))
+    return environment.from_string(_template()).render(
+        metadata=data.to_yaml(), **_context(model, repo_id, facts, base)
+    )
 
 
 def _template():
@@ -62,7 +64,9 @@ def _metadata(model, repo_id, facts, base):
     parts = [name for name in (config.gen_name_or_path, config.emb_seq_name_or_path) if name]
     given = base or facts.get("base_model")
     base_models = [given] if given else list(dict.fromkeys(parts))
-    relation = {"base_model_relation": "adapter" if base else "finetune"} if base_models else {}  # else the Hub takes two for a merge
+    relation = (
+        {"base_model_relation": "adapter" if base else "finetune"} if base_models else {}
+    )  # else the Hub takes two for a merge
     return ModelCardData(
         license=facts.get("license") or "unknown",
         language=facts.get("language"),
@@ -146,14 +150,20 @@ def _training(training):
     by_name = ", ".join(f"{count:,} of {_cell(name)}" for name, count in counts.items() if name)
     log = [entry for entry in training.get("log", []) if "loss" in entry]
     names = dict.fromkeys(name for entry in log for name in entry if name.endswith("loss") or name == "nsp_accuracy")
-    picked = [log[round(i * (len(log) - 1) / max(1, min(SHOWN_STEPS, len(log)) - 1))] for i in range(min(SHOWN_STEPS, len(log)))]
+    picked = [
+        log[round(i * (len(log) - 1) / max(1, min(SHOWN_STEPS, len(log)) - 1))]
+        for i in range(min(SHOWN_STEPS, len(log)))
+    ]
     passages = training.get("passages")
     return {
         "instances": f"Trained on {sum(counts.values()):,} instances" + (f" ({by_name})" if by_name else ""),
         "passages": f"which hold {passages:,} distinct passages" if passages else None,
         "table": [(_cell(name), _cell(value)) for name, value in training.get("arguments", {}).items()],
         "loss_names": list(names),
-        "losses": [[entry.get("step", ""), *(f"{entry[name]:.4g}" if name in entry else "" for name in names)] for entry in picked],
+        "losses": [
+            [entry.get("step", ""), *(f"{entry[name]:.4g}" if name in entry else "" for name in names)]
+            for entry in picked
+        ],
         "curves": training.get("curves", False),
     }
 
@@ -163,7 +173,14 @@ def _result(group):
     for metric in group["metrics"]:
         unit = f" {metric['unit']}" if metric.get("unit") else ""
         interval = "[{:.4g}, {:.4g}]".format(*metric["interval"]) if metric.get("interval") else ""
-        rows.append({"name": _cell(metric["name"]), "value": f"{metric['value']:.4g}{unit}", "interval": interval, "n": f"{metric['n']:,}"})
+        rows.append(
+            {
+                "name": _cell(metric["name"]),
+                "value": f"{metric['value']:.4g}{unit}",
+                "interval": interval,
+                "n": f"{metric['n']:,}",
+            }
+        )
     size = group.get("index_size")
     return {"dataset": _cell(group["dataset"]["name"]), "index": f"{size:,}" if size else None, "rows": rows}
 
@@ -220,7 +237,11 @@ def index_card(config, num_passages, repo_id, model=None, license=None):
         viewer=False,
     )
     settings = [f"| `{name}` | `{_cell(repr(value))}` |" for name, value in config["fingerprint"].items()]
-    approximate = "\nThe file of its approximate index is parsed by FAISS and read only with `allow_faiss_files=True`." if config["approximate"] else ""
+    approximate = (
+        "\nThe file of its approximate index is parsed by FAISS and read only with `allow_faiss_files=True`."
+        if config["approximate"]
+        else ""
+    )
     return INDEX_CARD.format(
         metadata=metadata.to_yaml(),
         marker=CARD_MARKER,
@@ -306,5 +327,10 @@ def gen_card(architecture, nsp_token, name):
 def emb_seq_card(config, name):
     """The card of an Emb_seq that is loaded from `name`, a repository or a folder."""
     similarity = {"cosine": "cosine", "dot": "dot product"}[config.similarity]
-    facts = {"template": config.passage_template, "width": config.embedding_size, "similarity": similarity, "length": config.max_passage_length}
+    facts = {
+        "template": config.passage_template,
+        "width": config.embedding_size,
+        "similarity": similarity,
+        "length": config.max_passage_length,
+    }
     return EMB_SEQ_CARD.format(marker=CARD_MARKER, name=name, queries=QUERIES[config.query_from], **facts)

@@ -90,11 +90,17 @@ class CoSupConfig(PreTrainedConfig):
         if not self.temperature > 0:
             raise ValueError(f"CoSupConfig.temperature is {self.temperature}, expected a positive number.")
         if "{text}" not in self.passage_template:
-            raise ValueError(f"CoSupConfig.passage_template is {self.passage_template!r}, expected a template that holds {{text}}.")
+            raise ValueError(
+                f"CoSupConfig.passage_template is {self.passage_template!r}, expected a template that holds {{text}}."
+            )
         if self.emb_seq_pooling == "eos" and not self.emb_seq_add_eos_token:
-            raise ValueError("emb_seq_pooling='eos' reads the EOS that emb_seq_add_eos_token=False leaves out; use 'lasttoken' for a passage's last token.")
+            raise ValueError(
+                "emb_seq_pooling='eos' reads the EOS that emb_seq_add_eos_token=False leaves out; use 'lasttoken' for a passage's last token."
+            )
         if self.query_prompt and self.query_from == "gen":
-            raise ValueError(f"query_prompt is {self.query_prompt!r}, but Gen makes the queries (query_from='gen'): no encoder would read it.")
+            raise ValueError(
+                f"query_prompt is {self.query_prompt!r}, but Gen makes the queries (query_from='gen'): no encoder would read it."
+            )
         for key in self.sub_configs:
             sub_config = getattr(self, key)
             if sub_config is None and key != "query_encoder_config":
@@ -103,12 +109,18 @@ class CoSupConfig(PreTrainedConfig):
                 sub_config = dict(sub_config)
                 setattr(self, key, AutoConfig.for_model(sub_config.pop("model_type"), **sub_config))
         if self.query_from == "query_encoder":
-            width = None if self.query_encoder_config is None else self.query_encoder_config.get_text_config().hidden_size
+            width = (
+                None if self.query_encoder_config is None else self.query_encoder_config.get_text_config().hidden_size
+            )
             expected = self.emb_seq_config.get_text_config().hidden_size
             if width != expected:
-                raise ValueError(f"query_from='query_encoder' needs a query encoder of Emb_seq's width, {expected}, found {width}.")
+                raise ValueError(
+                    f"query_from='query_encoder' needs a query encoder of Emb_seq's width, {expected}, found {width}."
+                )
         if self.query_from == "gen" and self.emb_head_size not in (None, self.embedding_size):
-            raise ValueError(f"emb_head_size is {self.emb_head_size}, but Gen makes the queries: expected its width, {self.embedding_size}.")
+            raise ValueError(
+                f"emb_head_size is {self.emb_head_size}, but Gen makes the queries: expected its width, {self.embedding_size}."
+            )
         # peft and transformers look for weight tying on the outermost config
         self.tie_word_embeddings = bool(self.gen_config.get_text_config().tie_word_embeddings)
         # AutoModel loads the same class as AutoModelForCausalLM: embeddings come from its forward too
@@ -134,12 +146,20 @@ class CoSupConfig(PreTrainedConfig):
     @property
     def needs_emb_head(self) -> bool:
         """Whether a linear map, `emb_head`, follows Emb_seq: onto Gen's width, or because `emb_head_size` says so."""
-        return self.emb_head_size is not None or self.emb_seq_config.get_text_config().hidden_size != self.embedding_size
+        return (
+            self.emb_head_size is not None or self.emb_seq_config.get_text_config().hidden_size != self.embedding_size
+        )
 
     @property
     def embedding_settings(self) -> dict:
         """What decides a passage embedding besides weights and tokenizers; an index compares it (see `PassageIndex.check_model`)."""
-        names = ("similarity", "emb_seq_pooling", "passage_template", "max_passage_length", *EARLIER_EMBEDDING_SETTINGS)
+        names = (
+            "similarity",
+            "emb_seq_pooling",
+            "passage_template",
+            "max_passage_length",
+            *EARLIER_EMBEDDING_SETTINGS,
+        )
         return {name: getattr(self, name) for name in names}
 
     def to_dict(self):

@@ -49,7 +49,9 @@ def beside_checkpoint(name_or_path, name, revision=None):
         return None
     quiet = ("gated_repo", "missing_entries", "connection_errors")
     try:
-        return cached_file(name_or_path, name, revision=revision, **{f"_raise_exceptions_for_{kind}": False for kind in quiet})
+        return cached_file(
+            name_or_path, name, revision=revision, **{f"_raise_exceptions_for_{kind}": False for kind in quiet}
+        )
     except OSError:  # the repository is private, or is no longer there
         return None
 

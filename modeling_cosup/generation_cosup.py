@@ -8,18 +8,18 @@ import torch
 from transformers import DynamicCache
 from transformers.modeling_outputs import ModelOutput
 
-from .cache_cosup import (EMPTY, RowCache, context_length)
-from .decoding_cosup import (Decoder)
+from .cache_cosup import EMPTY, RowCache, context_length
+from .decoding_cosup import Decoder
 from .files_cosup import digest
-from .memory_cosup import (Memory, check_memory)
-from .queue_cosup import (Queue, read_completions)
-from .refusals_cosup import (RefusalsMixin)
-from .retriever_cosup import (Retriever)
-from .settings_cosup import (RetrievalConfig, decoding_settings)
-from .states_cosup import (watch)
-from .streaming_cosup import (RetrievalStreamer, ending)
-from .tokenization_cosup import (pad_rows)
-from .trace_cosup import (Row, cited_text)
+from .memory_cosup import Memory, check_memory
+from .queue_cosup import Queue, read_completions
+from .refusals_cosup import RefusalsMixin
+from .retriever_cosup import Retriever
+from .settings_cosup import RetrievalConfig, decoding_settings
+from .states_cosup import watch
+from .streaming_cosup import RetrievalStreamer, ending
+from .tokenization_cosup import pad_rows
+from .trace_cosup import Row, cited_text
 
 
 @dataclass
@@ -90,9 +90,13 @@ class RetrievalGenerationMixin(RefusalsMixin):
         with ending(kwargs.get("streamer")):
             if "nsp_token_id" in kwargs:
                 if kwargs.pop("nsp_token_id") is not None:
-                    raise ValueError("generate() takes nsp_token_id=None (plain Gen) or none at all; which token retrieves is the config's business.")
+                    raise ValueError(
+                        "generate() takes nsp_token_id=None (plain Gen) or none at all; which token retrieves is the config's business."
+                    )
                 if memory is not None:
-                    raise ValueError("nsp_token_id=None makes the call plain Gen, which has no memory: drop one of them.")
+                    raise ValueError(
+                        "nsp_token_id=None makes the call plain Gen, which has no memory: drop one of them."
+                    )
                 return super().generate(inputs, generation_config, **{"suppress_tokens": None, **kwargs})  # type: ignore[misc]
             call = self._retrieval_call(retriever, retrieval_config, max_retrievals, memory)
             if call is None:
@@ -158,13 +162,25 @@ class RetrievalGenerationMixin(RefusalsMixin):
         key = self._settings_hash(prepared, call)
         results = read_completions(output_file, prompts, key) if output_file is not None else {}
         if max_batch_tokens is not None:
-            budget = prepared.max_new_tokens or (prepared.max_length or longest + 20) - longest  # 20: transformers' default
+            budget = (
+                prepared.max_new_tokens or (prepared.max_length or longest + 20) - longest
+            )  # 20: transformers' default
             call.columns = self._check_lengths(prompts) or self._columns_needed(longest, budget, call)
             batch_size = max(1, min(batch_size, max_batch_tokens // call.columns))
-        bar = {"total": len(prompts), "initial": len(results), "desc": description, "unit": "prompt", "disable": not show_progress_bar}
+        bar = {
+            "total": len(prompts),
+            "initial": len(results),
+            "desc": description,
+            "unit": "prompt",
+            "disable": not show_progress_bar,
+        }
         call.queue = Queue(prompts, results, batch_size, output_file, key, bar, on_completion)
-        first = torch.zeros((1, longest), dtype=torch.long, device=self.device)  # transformers prepares processors and budgets from its shape
-        self._generate_with_retrieval(first, generation_config, {"attention_mask": torch.ones_like(first), **kwargs}, call)
+        first = torch.zeros(
+            (1, longest), dtype=torch.long, device=self.device
+        )  # transformers prepares processors and budgets from its shape
+        self._generate_with_retrieval(
+            first, generation_config, {"attention_mask": torch.ones_like(first), **kwargs}, call
+        )
         return [call.queue.results[number] for number in range(len(prompts))]
 
     def make_streamer(self, tokenizer=None, timeout=None):
@@ -179,7 +195,9 @@ class RetrievalGenerationMixin(RefusalsMixin):
             [`RetrievalStreamer`], whose events are [`StreamEvent`]s.
         """
         ends = self.generation_config.eos_token_id
-        stops = {self.config.nsp_token_id, self.config.ce_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        stops = {self.config.nsp_token_id, self.config.ce_token_id, *(ends if isinstance(ends, list) else [ends])} - {
+            None
+        }
         return RetrievalStreamer(self.tokenizer if tokenizer is None else tokenizer, stops, timeout)
 
     def release_static_cache(self):
@@ -197,7 +215,9 @@ class RetrievalGenerationMixin(RefusalsMixin):
         has_passages = retriever is not None or settings.passages is not None
         if self.config.nsp_token_id is None or not (has_passages or settings.forbid_nsp):
             if retrieval_config is not None:
-                raise ValueError("retrieval_config needs a retriever, passages of its own or forbid_nsp=True, and a model with an [NSP] token.")
+                raise ValueError(
+                    "retrieval_config needs a retriever, passages of its own or forbid_nsp=True, and a model with an [NSP] token."
+                )
             return None if memory is None else _Call(memory=memory)
         if retriever is not None:
             retriever.check_model(self)
@@ -206,7 +226,9 @@ class RetrievalGenerationMixin(RefusalsMixin):
     def _generate_with_retrieval(self, inputs, generation_config, kwargs, call):
         call.static = self._check_retrieval_arguments(generation_config, kwargs).cache_implementation == "static"
         kwargs = {name: value for name, value in kwargs.items() if name != "cache_implementation"}
-        if call.static and (generation_config or self.generation_config).cache_implementation is not None:  # ours, not transformers' own static cache
+        if (
+            call.static and (generation_config or self.generation_config).cache_implementation is not None
+        ):  # ours, not transformers' own static cache
             generation_config = copy.deepcopy(generation_config or self.generation_config)
             generation_config.cache_implementation = None
         kwargs = {**kwargs, "past_key_values": DynamicCache()}  # a placeholder: the loop has a cache of its own
@@ -218,7 +240,9 @@ class RetrievalGenerationMixin(RefusalsMixin):
 
     def _settings_hash(self, generation_config, call):
         """Of all that decides an answer and can be written down: weights only by name, processors not at all."""
-        settings = {name: value for name, value in vars(call.settings).items() if name not in ("candidates", "passages")}
+        settings = {
+            name: value for name, value in vars(call.settings).items() if name not in ("candidates", "passages")
+        }
         index = None if call.retriever is None else call.retriever.fingerprint
         memory = None if call.memory is None else call.memory.fingerprint
         return digest([generation_config.to_diff_dict(), settings, index, memory, self.config._name_or_path])
@@ -241,10 +265,19 @@ class RetrievalGenerationMixin(RefusalsMixin):
                 streamer=streamer,
                 **kwargs,
             )
-        call, queue, mask, width = retrieval_call, retrieval_call.queue, kwargs.get("attention_mask"), input_ids.shape[1]
+        call, queue, mask, width = (
+            retrieval_call,
+            retrieval_call.queue,
+            kwargs.get("attention_mask"),
+            input_ids.shape[1],
+        )
         try:
             prompts, error = self._prompts(input_ids, mask, call, streamer, synced_gpus), None
-            slots = queue.batch_size if queue is not None and call.static else min(queue.batch_size if queue is not None else len(prompts), len(prompts))
+            slots = (
+                queue.batch_size
+                if queue is not None and call.static
+                else min(queue.batch_size if queue is not None else len(prompts), len(prompts))
+            )
             columns = call.columns or self._columns_to_start_with(prompts, generation_config.max_length - width, call)
             settings = decoding_settings(
                 self.config,
@@ -271,7 +304,9 @@ class RetrievalGenerationMixin(RefusalsMixin):
                 synced_gpus,
             )
             rows = [Row(number, prompt) for number, prompt in enumerate(prompts)]
-            self._give_passages(decoder, rows, call, 1 if queue is not None else generation_config.num_return_sequences or 1)
+            self._give_passages(
+                decoder, rows, call, 1 if queue is not None else generation_config.num_return_sequences or 1
+            )
         except ValueError as failure:
             error = failure
         _raise_together(error, synced_gpus, input_ids.device)
@@ -283,10 +318,14 @@ class RetrievalGenerationMixin(RefusalsMixin):
     def _prompts(self, input_ids, mask, call, streamer, synced_gpus):
         """The prompts of a call, `list[list[int]]`, and everything that can be wrong with them."""
         if synced_gpus and self.config.query_from != "gen":
-            raise ValueError(f"query_from={self.config.query_from!r} is not available with synced_gpus: only Gen's forwards are kept in step.")
+            raise ValueError(
+                f"query_from={self.config.query_from!r} is not available with synced_gpus: only Gen's forwards are kept in step."
+            )
         prompts = call.queue.prompts if call.queue is not None else _unpadded(input_ids, mask)
         if streamer is not None and len(prompts) > 1:
-            raise ValueError(f"A streamer takes one row, found {len(prompts)}: their texts would be mixed. Stream one prompt, or use generate_many.")
+            raise ValueError(
+                f"A streamer takes one row, found {len(prompts)}: their texts would be mixed. Stream one prompt, or use generate_many."
+            )
         self._check_lengths(prompts)
         return prompts
 
@@ -294,7 +333,9 @@ class RetrievalGenerationMixin(RefusalsMixin):
         limit = context_length(self.config.get_text_config())
         for number, prompt in enumerate(prompts):
             if len(prompt) >= limit:
-                raise ValueError(f"Prompt {number} has {len(prompt):,} tokens, but Gen reads {limit:,}: nothing could be written behind it.")
+                raise ValueError(
+                    f"Prompt {number} has {len(prompt):,} tokens, but Gen reads {limit:,}: nothing could be written behind it."
+                )
 
     def _columns_to_start_with(self, prompts, budget, call):
         """Columns of the cache: a captured step should not change its shape, the others may grow."""
@@ -315,8 +356,15 @@ class RetrievalGenerationMixin(RefusalsMixin):
         if not static:
             return RowCache(rows, columns, device, limit)
         kept = getattr(self, "_static_row_cache", None)
-        fits = kept is not None and len(kept.positions) == rows and kept.positions.device == device and kept.dtype == self.gen.dtype
-        if not fits or not columns <= kept.columns <= 4 * columns + 64:  # attention reads all of it: a far too large one is slower for good
+        fits = (
+            kept is not None
+            and len(kept.positions) == rows
+            and kept.positions.device == device
+            and kept.dtype == self.gen.dtype
+        )
+        if (
+            not fits or not columns <= kept.columns <= 4 * columns + 64
+        ):  # attention reads all of it: a far too large one is slower for good
             kept = self._static_row_cache = RowCache(rows, columns, device, limit, static=True, dtype=self.gen.dtype)
         kept.positions.fill_(EMPTY)
         return kept
@@ -330,7 +378,9 @@ class RetrievalGenerationMixin(RefusalsMixin):
             if name == "candidates" and call.retriever is None:
                 raise ValueError("RetrievalConfig.candidates need a retriever to search them.")
             if len(given) * copies != len(rows):
-                raise ValueError(f"RetrievalConfig.{name} has {len(given)} entries, expected one for each of the {len(rows) // copies} prompts.")
+                raise ValueError(
+                    f"RetrievalConfig.{name} has {len(given)} entries, expected one for each of the {len(rows) // copies} prompts."
+                )
             for i, entry in enumerate(given):
                 value = None
                 if entry is not None:
@@ -346,7 +396,9 @@ class RetrievalGenerationMixin(RefusalsMixin):
         if mask is not None and (mask[:, -1] == 0).any():  # padded on the right, where the answers go
             shifted = [[pad] * (width - len(row.prompt)) + row.prompt for row in rows]
             prompts = pad_rows(shifted, device=input_ids.device)[0]
-        continuations = [torch.tensor(row.ids[len(row.prompt) :], dtype=torch.long, device=input_ids.device) for row in rows]
+        continuations = [
+            torch.tensor(row.ids[len(row.prompt) :], dtype=torch.long, device=input_ids.device) for row in rows
+        ]
         continuations = torch.nn.utils.rnn.pad_sequence(continuations, batch_first=True, padding_value=pad)
         sequences = torch.cat([prompts, continuations], dim=1)
         for row in rows:
@@ -409,7 +461,10 @@ def _unpadded(input_ids, attention_mask):
         return input_ids.tolist()
     mask = attention_mask.bool()
     holes = (mask[:, 1:] & ~mask[:, :-1]).sum(1) + mask[:, 0].int() > 1
-    for wrong, message in ((~mask.any(1), "holds no token"), (holes, "has padding between its tokens; expected it on one side")):
+    for wrong, message in (
+        (~mask.any(1), "holds no token"),
+        (holes, "has padding between its tokens; expected it on one side"),
+    ):
         if wrong.any():
             raise ValueError(f"Row {int(wrong.int().argmax())} of input_ids {message}.")
     return [ids[keep].tolist() for ids, keep in zip(input_ids, mask, strict=True)]
@@ -421,7 +476,9 @@ def _maskable_attention(gen):
     config = gen.config.get_text_config()
     kept = config._attn_implementation
     if kept not in ("sdpa", "eager"):
-        config._attn_implementation = "sdpa" if gen._supports_sdpa and not getattr(config, "attn_logit_softcapping", None) else "eager"
+        config._attn_implementation = (
+            "sdpa" if gen._supports_sdpa and not getattr(config, "attn_logit_softcapping", None) else "eager"
+        )
     try:
         yield
     finally:

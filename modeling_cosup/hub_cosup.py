@@ -11,21 +11,41 @@ logger = logging.get_logger(__name__)
 
 CARD_FILE = "README.md"
 EMB_SEQ_TOKENIZER_FOLDER = "emb_seq_tokenizer"  # only where the two tokenizers differ
-CARD_MARKER = (
-    "<!-- CoSup wrote this card from what training recorded. Proofread it, complete it, then remove this comment: a card without it is never replaced. -->"
-)
+CARD_MARKER = "<!-- CoSup wrote this card from what training recorded. Proofread it, complete it, then remove this comment: a card without it is never replaced. -->"
 TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *(
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+    ),
     *("*.model", "*.jinja"),
 )
 # What a checkpoint holds. Nothing else is uploaded: no resume states, no arguments, no data, whatever lies next to it. `*` does not reach into folders.
 CHECKPOINT_FILES = (
-    *("*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json", "*_cosup.py"),
+    *(
+        "*.safetensors",
+        "model.safetensors.index.json",
+        "config.json",
+        "generation_config.json",
+        "adapter_config.json",
+        "*_cosup.py",
+    ),
     *("training_facts.json", "results.json", "loss_curves.png", CARD_FILE),
     *(*TOKENIZER_FILES, *(f"{EMB_SEQ_TOKENIZER_FOLDER}/{name}" for name in TOKENIZER_FILES)),
 )
 # Of these, what a later push replaces: weights in fewer shards, code in other files
-REPLACED_FILES = ("*.safetensors", "model.safetensors.index.json", "*_cosup.py", f"{EMB_SEQ_TOKENIZER_FOLDER}/*", "loss_curves.png", "training_facts.json")
+REPLACED_FILES = (
+    "*.safetensors",
+    "model.safetensors.index.json",
+    "*_cosup.py",
+    f"{EMB_SEQ_TOKENIZER_FOLDER}/*",
+    "loss_curves.png",
+    "training_facts.json",
+)
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -42,7 +62,12 @@ def matches(name, patterns):
 def checkpoint_files(folder, patterns=CHECKPOINT_FILES):
     """Files of a folder that make up a checkpoint: `dict` of path in the repository to `Path`. What lies next to them stays where it is."""
     folder = Path(folder)
-    found = {path.relative_to(folder).as_posix(): path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()}
+    found = {
+        path.relative_to(folder).as_posix(): path
+        for pattern in patterns
+        for path in sorted(folder.glob(pattern))
+        if path.is_file()
+    }
     return dict(sorted(found.items()))
 
 
@@ -52,7 +77,15 @@ def make_repo(repo_id, private=None, token=None, repo_type="model"):
 
 
 def push_files(
-    files, repo_id, replaced=(), repo_type="model", commit_message="Upload", commit_description=None, token=None, revision=None, create_pr=False
+    files,
+    repo_id,
+    replaced=(),
+    repo_type="model",
+    commit_message="Upload",
+    commit_description=None,
+    token=None,
+    revision=None,
+    create_pr=False,
 ):
     """
     Upload files as one commit.
@@ -84,8 +117,16 @@ def push_files(
         files = {name: content for name, content in files.items() if name != CARD_FILE}
     stale = [name for name in sorted(there - set(files)) if matches(name, replaced)]
     operations = [CommitOperationDelete(path_in_repo=name) for name in stale]
-    operations += [CommitOperationAdd(name, content if isinstance(content, bytes) else str(content)) for name, content in files.items()]
-    commit = {"commit_message": commit_message or "Upload", "commit_description": commit_description, "revision": revision, "create_pr": create_pr}
+    operations += [
+        CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
+        for name, content in files.items()
+    ]
+    commit = {
+        "commit_message": commit_message or "Upload",
+        "commit_description": commit_description,
+        "revision": revision,
+        "create_pr": create_pr,
+    }
     return api.create_commit(repo_id, operations, parent_commit=head.sha, **commit, **options)
 
 

@@ -15,11 +15,11 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .configuration_cosup import (EARLIER_EMBEDDING_SETTINGS)
-from .passages_cosup import (can_be_read_twice, checked_passages, find_duplicate, hash_ids, read_corpus)
+from .configuration_cosup import EARLIER_EMBEDDING_SETTINGS
 from .files_cosup import digest, digest_all, digest_file, read_json, write_json
-from .index_files_cosup import (DTYPES, Shard, create_tensors, map_shard, seal, shard_files, write_passages)
-from .tokenization_cosup import (add_bos_and_eos, encode_passages_for_emb_seq, encode_passages_for_gen, pad_rows)
+from .index_files_cosup import DTYPES, Shard, create_tensors, map_shard, seal, shard_files, write_passages
+from .passages_cosup import can_be_read_twice, checked_passages, find_duplicate, hash_ids, read_corpus
+from .tokenization_cosup import add_bos_and_eos, encode_passages_for_emb_seq, encode_passages_for_gen, pad_rows
 
 try:
     import pyarrow as pa
@@ -30,7 +30,9 @@ logger = logging.get_logger(__name__)
 
 BUILD_FILE = "build.json"
 TOKENIZED_AT_ONCE = 2048  # passages: enough for the threads of a tokenizer
-SHORTEST = 0.75  # of the longest passage of a batch: few passages, of very different lengths, would else be mostly padding
+SHORTEST = (
+    0.75  # of the longest passage of a batch: few passages, of very different lengths, would else be mostly padding
+)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -121,7 +123,9 @@ class ShardBuilder:
         finite = stored.isfinite().all(1)
         if not finite.all():
             bad = [passages[row]["id"] for row in rows[~finite.numpy()]]
-            raise ValueError(f"The embeddings of {len(bad)} passages are not finite in {self.dtype}: {bad[:5]}. Emb_seq's weights or its dtype are at fault.")
+            raise ValueError(
+                f"The embeddings of {len(bad)} passages are not finite in {self.dtype}: {bad[:5]}. Emb_seq's weights or its dtype are at fault."
+            )
         embeddings[torch.from_numpy(rows)] = stored
         bar.update(len(rows))
 
@@ -130,8 +134,12 @@ def record_batch(passages, gen_ids):
     """The `pyarrow.RecordBatch` of a shard: texts, ids, hashes of ids, and what Gen reads."""
     ids = [passage["id"] for passage in passages]
     offsets = np.cumsum([0, *map(len, gen_ids)])
-    columns = {name: pa.array([passage[name] for passage in passages], pa.large_string()) for name in ("id", "title", "text")}
-    columns["input_ids"] = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(np.concatenate(gen_ids), pa.int32()))
+    columns = {
+        name: pa.array([passage[name] for passage in passages], pa.large_string()) for name in ("id", "title", "text")
+    }
+    columns["input_ids"] = pa.LargeListArray.from_arrays(
+        pa.array(offsets, pa.int64()), pa.array(np.concatenate(gen_ids), pa.int32())
+    )
     return pa.record_batch({**columns, "id_hash": pa.array(hash_ids(ids))})
 
 
@@ -201,7 +209,10 @@ def _check_as_it_streams(shards, known):
     for pairs in shards:
         hashes = _hash_of_new(pairs, known)
         find_duplicate(hashes.copy(), lambda pairs=pairs: pairs)
-        if len(seen) and (again := np.flatnonzero(seen[np.minimum(seen.searchsorted(hashes), len(seen) - 1)] == hashes)).size:
+        if (
+            len(seen)
+            and (again := np.flatnonzero(seen[np.minimum(seen.searchsorted(hashes), len(seen) - 1)] == hashes)).size
+        ):
             where, passage = pairs[again[0]]
             raise ValueError(f"{where}: id {passage['id']!r} already stands in an earlier row; ids must be unique.")
         seen = np.concatenate([seen, hashes])
@@ -234,7 +245,10 @@ def begin(folder, settings):
         different = [name for name in now if name != "fingerprint" and before.get(name) != now[name]]
         if different:
             lines = [f"  {name}: then {before.get(name)!r}, now {now[name]!r}" for name in different]
-            raise ValueError(f"{folder} holds an unfinished build with other settings; finish it with those, or delete the folder.\n" + "\n".join(lines))
+            raise ValueError(
+                f"{folder} holds an unfinished build with other settings; finish it with those, or delete the folder.\n"
+                + "\n".join(lines)
+            )
     write_json(path, settings)
 
 
@@ -244,7 +258,10 @@ def is_complete(folder, number, content):
     if not marker.exists():
         return False
     facts = read_json(marker)
-    whole = all(_is_whole(folder / name, file) and digest_file(folder / name) == file["sha256"] for name, file in facts["files"].items())
+    whole = all(
+        _is_whole(folder / name, file) and digest_file(folder / name) == file["sha256"]
+        for name, file in facts["files"].items()
+    )
     if facts["digest"] != content:
         logger.warning(f"The passages of shard {number} are not those that it was built of: it is built again.")
     return whole and facts["digest"] == content
@@ -278,9 +295,16 @@ def write_shards(folder, shards, builder, bar, shard_size, num_processes=1, proc
                 files = write_new_shard(folder, number, passages, builder, bar)
             except OSError as error:
                 if error.errno in NO_ROOM:
-                    raise OSError(error.errno, _no_room(folder, builder, max(len(passages), (bar.total or 0) - done))) from error
+                    raise OSError(
+                        error.errno, _no_room(folder, builder, max(len(passages), (bar.total or 0) - done))
+                    ) from error
                 raise
-            marker = {"first_row": number * shard_size, "num_passages": len(passages), "digest": content, "files": files}
+            marker = {
+                "first_row": number * shard_size,
+                "num_passages": len(passages),
+                "digest": content,
+                "files": files,
+            }
             write_json(folder / f"shard-{number:05d}.json", marker)
         else:
             if not bar.disable:
@@ -334,12 +358,16 @@ def collect(folder):
     markers = [folder / f"shard-{number:05d}.json" for number in range(settings.get("num_shards", 0))]
     missing = [path.name for path in markers if not path.exists()]
     if missing or not markers:
-        raise FileNotFoundError(f"{folder} is not complete ({', '.join(missing[:5]) or 'no process is done'}): let every process end its build first.")
+        raise FileNotFoundError(
+            f"{folder} is not complete ({', '.join(missing[:5]) or 'no process is done'}): let every process end its build first."
+        )
     facts = {path.name: read_json(path) for path in markers}
     _check_done(folder, facts, settings["num_processes"])
     files = {name: file for marker in facts.values() for name, file in marker["files"].items()}
     if damaged := [name for name, file in files.items() if not _is_whole(folder / name, file)]:
-        raise ValueError(f"{folder}: {', '.join(damaged[:5])} missing or damaged: let every process build again, which makes only these anew.")
+        raise ValueError(
+            f"{folder}: {', '.join(damaged[:5])} missing or damaged: let every process build again, which makes only these anew."
+        )
     return settings, [map_shard(folder, number) for number in range(len(markers))], files
 
 
@@ -347,9 +375,15 @@ def _check_done(folder, markers, num_processes):
     """Raise unless all processes came to their end, with the same corpus, and the shards are those that they left."""
     paths = [folder / f"done-{rank:05d}.json" for rank in range(num_processes)]
     if missing := [path.name for path in paths if not path.exists()]:
-        raise FileNotFoundError(f"{folder} is not complete ({', '.join(missing[:5])}): let every process end its build first.")
+        raise FileNotFoundError(
+            f"{folder} is not complete ({', '.join(missing[:5])}): let every process end its build first."
+        )
     done = [read_json(path) for path in paths]
     digests = {name: digest for process in done for name, digest in process["digests"].items()}
-    same = len({process["corpus"] for process in done}) == 1 and all(process["num_processes"] == num_processes for process in done)
+    same = len({process["corpus"] for process in done}) == 1 and all(
+        process["num_processes"] == num_processes for process in done
+    )
     if not same or digests != {name: marker["digest"] for name, marker in markers.items()}:
-        raise ValueError(f"{folder}: the processes read different corpora, or were of different number: let every one of the {num_processes} build again.")
+        raise ValueError(
+            f"{folder}: the processes read different corpora, or were of different number: let every one of the {num_processes} build again."
+        )

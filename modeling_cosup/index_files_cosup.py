@@ -36,13 +36,31 @@ except ImportError:
 
 FORMAT_VERSION = 2
 CONFIG_FILE = "index_config.json"
-FILE_PATTERNS = [CONFIG_FILE, "embeddings-*.safetensors", "passages-*.arrow", "ids-*.safetensors", "deleted-*.safetensors"]
+FILE_PATTERNS = [
+    CONFIG_FILE,
+    "embeddings-*.safetensors",
+    "passages-*.arrow",
+    "ids-*.safetensors",
+    "deleted-*.safetensors",
+]
 FAISS_PATTERN = "index-*.faiss"
 LOCK_FILE = ".lock"  # held by the process that changes the folder
-FILE_NAME = re.compile(r"(embeddings|ids|deleted)-[0-9]{5,}\.safetensors|passages-[0-9]{5,}\.arrow|index-[0-9]{5,}\.faiss")
-UNFINISHED_PATTERNS = ["shard-*.json", "done-*.json", "build.json", f".{CONFIG_FILE}.*", ".shard-*.json.*", ".done-*.json.*", ".build.json.*"]
+FILE_NAME = re.compile(
+    r"(embeddings|ids|deleted)-[0-9]{5,}\.safetensors|passages-[0-9]{5,}\.arrow|index-[0-9]{5,}\.faiss"
+)
+UNFINISHED_PATTERNS = [
+    "shard-*.json",
+    "done-*.json",
+    "build.json",
+    f".{CONFIG_FILE}.*",
+    ".shard-*.json.*",
+    ".done-*.json.*",
+    ".build.json.*",
+]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-ALWAYS_VERIFIED = 16 * 2**20  # bytes: the SHA-256 of a smaller file is checked at every load, which takes a hundredth of a second
+ALWAYS_VERIFIED = (
+    16 * 2**20
+)  # bytes: the SHA-256 of a smaller file is checked at every load, which takes a hundredth of a second
 PARTITION = 2**22  # ids of the id table that are sorted at once
 _SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
 
@@ -100,12 +118,17 @@ def create_tensors(path, tensors):
     if not size:
         return {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in tensors.items()}
     data = torch.from_numpy(np.memmap(path, np.uint8, "r+", offset=8 + len(text), shape=(size,)))
-    return {name: data[slice(*header[name]["data_offsets"])].view(dtype).view(shape) for name, (shape, dtype) in tensors.items()}
+    return {
+        name: data[slice(*header[name]["data_offsets"])].view(dtype).view(shape)
+        for name, (shape, dtype) in tensors.items()
+    }
 
 
 def write_tensors(path, tensors):
     """Write `dict[str, torch.Tensor]` as safetensors, a block of rows at a time: mapped tensors are not read into memory whole."""
-    for name, target in create_tensors(path, {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}).items():
+    for name, target in create_tensors(
+        path, {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    ).items():
         for start in range(0, len(target), 8192):
             target[start : start + 8192] = tensors[name][start : start + 8192]
 
@@ -164,7 +187,11 @@ def make_id_table(shards, path=None):
     """
     count = sum(map(len, shards))
     specs = {"hashes": ((count,), torch.int64), "rows": ((count,), torch.int64)}
-    table = {name: torch.empty(*spec[0], dtype=spec[1]) for name, spec in specs.items()} if path is None else create_tensors(path, specs)
+    table = (
+        {name: torch.empty(*spec[0], dtype=spec[1]) for name, spec in specs.items()}
+        if path is None
+        else create_tensors(path, specs)
+    )
     hashes, rows = table["hashes"].numpy(), table["rows"].numpy()
     starts = np.cumsum([0, *map(len, shards)])
     bits = max(0, math.ceil(math.log2(max(count, 1) / PARTITION)))
@@ -173,7 +200,11 @@ def make_id_table(shards, path=None):
         found = []
         for start, shard in zip(starts, shards, strict=False):
             column = shard.passages["id_hash"].to_numpy()
-            inside = np.flatnonzero((column >> (64 - bits)) + 2 ** (bits - 1) == partition) if bits else np.arange(len(column))
+            inside = (
+                np.flatnonzero((column >> (64 - bits)) + 2 ** (bits - 1) == partition)
+                if bits
+                else np.arange(len(column))
+            )
             found.append((column[inside], inside + start))
         part_hashes, part_rows = (np.concatenate(parts) for parts in zip(*found, strict=True))
         order = part_hashes.argsort(kind="stable")
@@ -220,7 +251,10 @@ def map_passages(path, full=False):
 def map_shard(folder, number, full=False):
     """A [`Shard`] mapped from its files; for `full` see [`map_passages`]."""
     embeddings, passages = shard_files(number)
-    return Shard(read(folder / passages, lambda path: map_passages(path, full)), read(folder / embeddings, lambda path: map_tensors(path)["embeddings"]))
+    return Shard(
+        read(folder / passages, lambda path: map_passages(path, full)),
+        read(folder / embeddings, lambda path: map_tensors(path)["embeddings"]),
+    )
 
 
 def read_config(folder, verify=None):
@@ -238,7 +272,9 @@ def read_config(folder, verify=None):
     config = _read_checked(folder)
     config.pop("sha256", None)  # of the file, not of the config that changes in memory
     for name, facts in config["files"].items():
-        if config["approximate"] is None or name != config["approximate"]["file"]:  # that one is checked when it is asked for
+        if (
+            config["approximate"] is None or name != config["approximate"]["file"]
+        ):  # that one is checked when it is asked for
             check_file(folder / name, facts, verify)
     return config
 
@@ -256,7 +292,9 @@ def _read_checked(folder):
     config = read(path, read_json)
     version = config.get("format_version") if isinstance(config, dict) else None
     if version != FORMAT_VERSION:
-        raise ValueError(f"{path} has format_version {version!r}, this release reads {FORMAT_VERSION}: build the index again, with recipes/build_index.py.")
+        raise ValueError(
+            f"{path} has format_version {version!r}, this release reads {FORMAT_VERSION}: build the index again, with recipes/build_index.py."
+        )
     check_config(path, config)
     return config
 
@@ -269,19 +307,39 @@ def check_config(path, config):
         path (`Path`): of the config, for messages.
         config (`dict`): of this format version.
     """
-    types = {"generation": int, "embedding_size": int, "dtype": str, "fingerprint": dict, "shards": list, "ids": str, "files": dict}
+    types = {
+        "generation": int,
+        "embedding_size": int,
+        "dtype": str,
+        "fingerprint": dict,
+        "shards": list,
+        "ids": str,
+        "files": dict,
+    }
     types = {**types, "deleted": (str, type(None)), "approximate": (dict, type(None))}
     if wrong := [name for name, kind in types.items() if name not in config or not isinstance(config[name], kind)]:
         raise ValueError(f"{path} is damaged: {', '.join(wrong)} missing or of a wrong type.")
     if config.get("sha256", digest_of_config(config)) != digest_of_config(config):
-        raise ValueError(f"{path} is damaged: its SHA-256 is not the one that it holds. Copy or build the index again.")
-    if config["dtype"] not in DTYPES or not config["shards"] or not all(type(count) is int and count > 0 for count in config["shards"]):
+        raise ValueError(
+            f"{path} is damaged: its SHA-256 is not the one that it holds. Copy or build the index again."
+        )
+    if (
+        config["dtype"] not in DTYPES
+        or not config["shards"]
+        or not all(type(count) is int and count > 0 for count in config["shards"])
+    ):
         raise ValueError(f"{path} is damaged: dtype is {config['dtype']!r}, shards are {config['shards'][:5]}.")
     for name, facts in config["files"].items():
         right = isinstance(facts, dict) and isinstance(facts.get("size"), int) and isinstance(facts.get("sha256"), str)
         if not FILE_NAME.fullmatch(name) or not right:
-            raise ValueError(f"{path} is damaged: {name!r} is no file of an index, or its size and SHA-256 are missing.")
-    needed = [("embeddings" if i == 0 else "passages", name) for number in range(len(config["shards"])) for i, name in enumerate(shard_files(number))]
+            raise ValueError(
+                f"{path} is damaged: {name!r} is no file of an index, or its size and SHA-256 are missing."
+            )
+    needed = [
+        ("embeddings" if i == 0 else "passages", name)
+        for number in range(len(config["shards"]))
+        for i, name in enumerate(shard_files(number))
+    ]
     needed += [(kind, config[kind]) for kind in ("ids", "deleted") if config[kind] is not None]
     if config["approximate"] is not None:
         needed.append(("index", config["approximate"].get("file")))
@@ -296,9 +354,13 @@ def check_file(path, facts, verify=None):
         raise FileNotFoundError(f"{path.parent} is not a complete passage index: {path.name} is missing.")
     size = path.stat().st_size
     if size != facts["size"]:
-        raise ValueError(f"{path} is damaged: it has {size:,} bytes, expected {facts['size']:,}. Copy or build the index again.")
+        raise ValueError(
+            f"{path} is damaged: it has {size:,} bytes, expected {facts['size']:,}. Copy or build the index again."
+        )
     if (verify or (verify is None and size <= ALWAYS_VERIFIED)) and digest_file(path) != facts["sha256"]:
-        raise ValueError(f"{path} is damaged: its SHA-256 is not that of {CONFIG_FILE}. Copy or build the index again.")
+        raise ValueError(
+            f"{path} is damaged: its SHA-256 is not that of {CONFIG_FILE}. Copy or build the index again."
+        )
 
 
 # ---------------------------------------------------------------------- folders
@@ -313,9 +375,15 @@ def check_save_directory(save_directory):
     """
     save_directory = Path(os.path.abspath(save_directory))  # "." has no name to put a folder beside
     if save_directory.exists() and any(save_directory.iterdir()) and not (save_directory / CONFIG_FILE).exists():
-        raise FileExistsError(f"{save_directory} exists, is not empty and is not a passage index; choose another folder.")
-    if save_directory.exists() and (foreign := sorted(path.name for path in save_directory.iterdir() if not _is_ours(path))):
-        raise FileExistsError(f"{save_directory} also holds {', '.join(foreign[:5])}, which replacing the index would delete; choose another folder.")
+        raise FileExistsError(
+            f"{save_directory} exists, is not empty and is not a passage index; choose another folder."
+        )
+    if save_directory.exists() and (
+        foreign := sorted(path.name for path in save_directory.iterdir() if not _is_ours(path))
+    ):
+        raise FileExistsError(
+            f"{save_directory} also holds {', '.join(foreign[:5])}, which replacing the index would delete; choose another folder."
+        )
     save_directory.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=save_directory.parent).close()
     return save_directory
@@ -325,7 +393,11 @@ def _is_ours(path):
     """Whether a file is one that an index or its build writes."""
     if path.is_dir():
         return False
-    return path.name in (CONFIG_FILE, LOCK_FILE) or bool(FILE_NAME.fullmatch(path.name)) or any(path.match(pattern) for pattern in UNFINISHED_PATTERNS)
+    return (
+        path.name in (CONFIG_FILE, LOCK_FILE)
+        or bool(FILE_NAME.fullmatch(path.name))
+        or any(path.match(pattern) for pattern in UNFINISHED_PATTERNS)
+    )
 
 
 def put_in_place(unfinished, save_directory):

@@ -8,7 +8,7 @@ stands where fewer than k were found.
 import numpy as np
 import torch
 
-from .index_files_cosup import (DTYPES)
+from .index_files_cosup import DTYPES
 
 try:
     import faiss
@@ -16,7 +16,9 @@ except ImportError:
     faiss = None  # type: ignore[assignment]
 
 HALF_ROWS = 16384  # rows of float16 or bfloat16 embeddings that are widened to float32 at once
-PRODUCT_QUERIES = range(2, 65)  # of so many queries torch's product and top-k is up to three times as fast as FAISS; of one, or of very many, FAISS is
+PRODUCT_QUERIES = range(
+    2, 65
+)  # of so many queries torch's product and top-k is up to three times as fast as FAISS; of one, or of very many, FAISS is
 PRODUCT_ROWS = 4096  # whose scores stay in a core's cache
 DEVICE_SCORES = 2**26  # scores that are held at once on a device: 256 MB
 GATHER = 0.1  # of the rows: gathering so many costs as much as reading all of them in order
@@ -59,7 +61,13 @@ class ExactSearch:
                 check_finite(torch.stack(embeddings.aminmax()).numpy())
             if allowed is not None or len(queries) in PRODUCT_QUERIES:
                 allows = None if allowed is None else allowed[:, start : start + len(block)]
-                found = top_of_product(lambda rows, embeddings=embeddings: queries @ embeddings[rows].T, len(block), PRODUCT_ROWS, k, allows)
+                found = top_of_product(
+                    lambda rows, embeddings=embeddings: queries @ embeddings[rows].T,
+                    len(block),
+                    PRODUCT_ROWS,
+                    k,
+                    allows,
+                )
                 scores, rows = (part.numpy() for part in found)
             else:
                 scores, rows = faiss.knn(queries.numpy(), block, min(k, len(block)), faiss.METRIC_INNER_PRODUCT)
@@ -88,7 +96,9 @@ class ExactSearch:
         embeddings = torch.empty(len(rows), self.shards[0].embeddings.shape[1])
         for owner in np.unique(owners):
             own = np.flatnonzero(owners == owner)
-            embeddings[torch.from_numpy(own)] = self.shards[owner].embeddings[torch.from_numpy(rows[own] - self.starts[owner])].float()
+            embeddings[torch.from_numpy(own)] = (
+                self.shards[owner].embeddings[torch.from_numpy(rows[own] - self.starts[owner])].float()
+            )
         return embeddings
 
 
@@ -114,7 +124,9 @@ class DeviceSearch:
         """`(scores, rows)` of the k nearest of all rows, or of those `allowed`; see [`ExactSearch.search`]."""
         queries = queries.to(self.embeddings.device)
         step = max(1, DEVICE_SCORES // len(queries))
-        found = top_of_product(lambda rows: self.scores(queries, self.embeddings[rows]), len(self.embeddings), step, k, allowed)
+        found = top_of_product(
+            lambda rows: self.scores(queries, self.embeddings[rows]), len(self.embeddings), step, k, allowed
+        )
         scores, rows = (part.cpu().numpy() for part in found)
         check_finite(scores[rows >= 0])
         return scores, rows
@@ -129,7 +141,9 @@ class DeviceSearch:
             return queries @ block.T
         if block.is_cuda:
             return torch.mm(queries.to(block.dtype), block.T, out_dtype=torch.float32)
-        return torch.cat([queries @ block[start : start + HALF_ROWS].float().T for start in range(0, len(block), HALF_ROWS)], 1)
+        return torch.cat(
+            [queries @ block[start : start + HALF_ROWS].float().T for start in range(0, len(block), HALF_ROWS)], 1
+        )
 
     def gather(self, rows):
         """Embeddings of some rows, `(len(rows), h)`, on the device and in its dtype."""
@@ -164,7 +178,9 @@ class ApproximateSearch:
             found = ApproximateSearch(faiss.index_cpu_to_gpu(resources, number, self.index))
         except (AttributeError, RuntimeError) as error:
             kind = type(self.index).__name__
-            raise ValueError(f"FAISS cannot search this {kind} on a GPU; load with search='exact' to search exactly there: {error}") from None
+            raise ValueError(
+                f"FAISS cannot search this {kind} on a GPU; load with search='exact' to search exactly there: {error}"
+            ) from None
         found.resources = resources  # for as long as the index
         return found
 
@@ -172,7 +188,9 @@ class ApproximateSearch:
 def check_finite(scores):
     """`ValueError` unless all scores (or embeddings) are finite."""
     if not np.isfinite(scores).all():
-        raise ValueError("The index holds NaN or infinite embeddings (or their scores overflow): no search of it can be right; build it again.")
+        raise ValueError(
+            "The index holds NaN or infinite embeddings (or their scores overflow): no search of it can be right; build it again."
+        )
 
 
 def top_of_product(scores_of, count, step, k, allowed=None):
@@ -194,7 +212,11 @@ def top_of_product(scores_of, count, step, k, allowed=None):
             values = values.masked_fill(~allowed[:, part].to(values.device), -torch.inf)
         found = values.topk(min(k, count - start, step))
         scores.append(found.values)
-        rows.append(found.indices + start if allowed is None else (found.indices + start).masked_fill(found.values == -torch.inf, -1))
+        rows.append(
+            found.indices + start
+            if allowed is None
+            else (found.indices + start).masked_fill(found.values == -torch.inf, -1)
+        )
     scores, order = torch.cat(scores, 1).sort(dim=1, descending=True, stable=True)
     return scores[:, :k], torch.cat(rows, 1).gather(1, order[:, :k])
 
@@ -353,7 +375,9 @@ def empty_approximate(factory, size, train_size, **search_options):
 
 def _refused(factory, size, train_size, error):
     message = str(error).partition("Error: ")[2] or str(error)
-    return ValueError(f"index_factory {factory!r} of {size} dimensions and {train_size:,} training embeddings: FAISS says {message}")
+    return ValueError(
+        f"index_factory {factory!r} of {size} dimensions and {train_size:,} training embeddings: FAISS says {message}"
+    )
 
 
 def add_to_approximate(index, exact, first_row):
@@ -379,7 +403,9 @@ def read_approximate(path, num_rows, size):
     except RuntimeError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     if (index.ntotal, index.d) != (num_rows, size):
-        raise ValueError(f"{path} holds {index.ntotal:,} embeddings of {index.d} dimensions, expected {num_rows:,} of {size}.")
+        raise ValueError(
+            f"{path} holds {index.ntotal:,} embeddings of {index.d} dimensions, expected {num_rows:,} of {size}."
+        )
     return index
 
 
@@ -394,7 +420,9 @@ def set_search_options(index, options):
         try:
             faiss.ParameterSpace().set_index_parameter(index, name, value)
         except RuntimeError:
-            raise ValueError(f"{type(index).__name__} has no search option {name!r} (or not {value!r}); IVF has nprobe, HNSW efSearch.") from None
+            raise ValueError(
+                f"{type(index).__name__} has no search option {name!r} (or not {value!r}); IVF has nprobe, HNSW efSearch."
+            ) from None
 
 
 def recall(found, expected):

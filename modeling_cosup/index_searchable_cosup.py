@@ -20,8 +20,8 @@ from .index_search_cosup import (
     set_search_options,
     write_approximate,
 )
-from .index_store_cosup import (PassageStore)
-from .retriever_cosup import (Rows, SearchResults)
+from .index_store_cosup import PassageStore
+from .retriever_cosup import Rows, SearchResults
 
 try:
     import faiss
@@ -35,7 +35,9 @@ class SearchableStore(PassageStore):
     """Passages that can be searched: what [`PassageIndex`] is, apart from how it is built and loaded."""
 
     def __init__(self, shards, config, folder=None):
-        self._approximate = self._device = self._gpu = None  # the approximate index stays on the CPU; `_gpu` is a copy of it
+        self._approximate = self._device = self._gpu = (
+            None  # the approximate index stays on the CPU; `_gpu` is a copy of it
+        )
         self._device_options = None, None
         super().__init__(shards, config, folder)
 
@@ -46,7 +48,9 @@ class SearchableStore(PassageStore):
 
     # ------------------------------------------------------------------ searching
 
-    def search(self, query_embeds: torch.Tensor, k: int = 1, candidates: Sequence[Rows | None] | None = None) -> SearchResults:
+    def search(
+        self, query_embeds: torch.Tensor, k: int = 1, candidates: Sequence[Rows | None] | None = None
+    ) -> SearchResults:
         """
         The nearest passages by inner product: exactly, or approximately after [`~PassageIndex.train_approximate`].
 
@@ -64,7 +68,9 @@ class SearchableStore(PassageStore):
         """
         # in float32 wherever it is called from: under autocast a product of float32 would be half precision
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return self._search(check_queries(query_embeds, self.config["embedding_size"], k), min(k, len(self)), candidates)
+            return self._search(
+                check_queries(query_embeds, self.config["embedding_size"], k), min(k, len(self)), candidates
+            )
 
     def _search(self, queries, k, candidates):
         if len(queries) == 0 or k == 0:
@@ -75,14 +81,19 @@ class SearchableStore(PassageStore):
         best = nothing(len(queries), k)
         for rows, search in (
             ([i for i, pool in enumerate(pools) if pool is None], lambda part, rows: self._search_all(part, k)),
-            ([i for i, pool in enumerate(pools) if pool is not None], lambda part, rows: self._search_pools(part, [pools[i] for i in rows], k)),
+            (
+                [i for i, pool in enumerate(pools) if pool is not None],
+                lambda part, rows: self._search_pools(part, [pools[i] for i in rows], k),
+            ),
         ):
             if rows:
                 best[0][rows], best[1][rows] = search(queries[rows], rows)
         return best
 
     def _search_all(self, queries, k):
-        return search_without(self._deleted, self._gpu or self._approximate or self._device or self._exact, queries, k, self.num_rows)
+        return search_without(
+            self._deleted, self._gpu or self._approximate or self._device or self._exact, queries, k, self.num_rows
+        )
 
     def _search_pools(self, queries, pools, k):
         return search_pools(self._device or self._exact, queries, pools, k, self._deleted, self.num_rows)
@@ -136,14 +147,26 @@ class SearchableStore(PassageStore):
         rows = np.random.default_rng(seed).choice(self.num_rows, train_size, replace=False, shuffle=False)
         index = make_approximate(index_factory, self._exact, np.sort(rows))
         set_search_options(index, search_options)
-        before, self._approximate, self._search_options = self._approximate, ApproximateSearch(index), dict(search_options)
+        before, self._approximate, self._search_options = (
+            self._approximate,
+            ApproximateSearch(index),
+            dict(search_options),
+        )
         device, gpu, self._device, self._gpu = self._device, self._gpu, None, None
         try:
             config = self._next_config()
             measured = self.measure_recall(queries)
-            config["approximate"] = {"index_factory": index_factory, "train_size": len(rows), "seed": seed, "search_options": search_options, **measured}
+            config["approximate"] = {
+                "index_factory": index_factory,
+                "train_size": len(rows),
+                "seed": seed,
+                "search_options": search_options,
+                **measured,
+            }
             if self.folder is not None:
-                config["approximate"]["file"] = self._write_file(self.folder, config, "index.faiss", lambda path: write_approximate(index, path))
+                config["approximate"]["file"] = self._write_file(
+                    self.folder, config, "index.faiss", lambda path: write_approximate(index, path)
+                )
                 self._keep(config)
         except BaseException:
             self._approximate, self._device, self._gpu = before, device, gpu
@@ -184,7 +207,11 @@ class SearchableStore(PassageStore):
         """
         self._require_passages()
         if queries is None:
-            rows = np.sort(np.random.default_rng(seed).choice(self.num_rows, min(num_queries, self.num_rows), replace=False, shuffle=False))
+            rows = np.sort(
+                np.random.default_rng(seed).choice(
+                    self.num_rows, min(num_queries, self.num_rows), replace=False, shuffle=False
+                )
+            )
             queries = self._exact.gather(rows)
         queries, k = check_queries(queries, self.config["embedding_size"], k), min(k, len(self))
         expected = search_without(self._deleted, self._exact, queries, k, self.num_rows)[1]
@@ -200,7 +227,11 @@ class SearchableStore(PassageStore):
         if self._approximate is None:
             return None
         stored = config["approximate"]
-        index = faiss.clone_index(self._approximate.index) if self.folder is None else faiss.read_index(str(self.folder / stored["file"]))
+        index = (
+            faiss.clone_index(self._approximate.index)
+            if self.folder is None
+            else faiss.read_index(str(self.folder / stored["file"]))
+        )
         add_to_approximate(index, ExactSearch(shards), self.num_rows)
         set_search_options(index, self._search_options)
         if self.folder is not None:
@@ -211,7 +242,9 @@ class SearchableStore(PassageStore):
     def _write_files(self, folder):
         config = super()._write_files(folder)
         if self.folder is None and self._approximate is not None:
-            file = self._write_file(folder, config, "index.faiss", lambda path: write_approximate(self._approximate.index, path))
+            file = self._write_file(
+                folder, config, "index.faiss", lambda path: write_approximate(self._approximate.index, path)
+            )
             config["approximate"] = {**config["approximate"], "file": file}
         return config
 
@@ -230,7 +263,9 @@ def check_queries(query_embeds, size, k):
     """
     queries = torch.as_tensor(query_embeds).detach().float()
     if queries.ndim != 2 or queries.shape[1] != size:
-        raise ValueError(f"Queries have {queries.shape[-1]} dimensions, the index has {size}; expected a tensor (N, {size}), found {tuple(queries.shape)}.")
+        raise ValueError(
+            f"Queries have {queries.shape[-1]} dimensions, the index has {size}; expected a tensor (N, {size}), found {tuple(queries.shape)}."
+        )
     if k < 1:
         raise ValueError(f"k is {k}, expected at least 1.")
     finite = queries.isfinite().all(1)
@@ -267,7 +302,9 @@ def _check_pool(pool, name, count_rows):
     if not pool.size:
         return np.empty(0, np.int64)
     if pool.dtype.kind not in "iu":
-        raise ValueError(f"{name} is of {pool.dtype}, expected integers: rows of the index (np.flatnonzero(mask) of a mask).")
+        raise ValueError(
+            f"{name} is of {pool.dtype}, expected integers: rows of the index (np.flatnonzero(mask) of a mask)."
+        )
     pool = pool.reshape(-1)
     num_rows = count_rows(int(pool.max()))
     if pool.min() < 0 or pool.max() >= num_rows:

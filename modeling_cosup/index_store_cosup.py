@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from transformers.utils import logging
 
-from .passages_cosup import (hash_ids)
 from .files_cosup import locked, read_json, write_json
 from .index_files_cosup import (
     CONFIG_FILE,
@@ -33,8 +32,9 @@ from .index_files_cosup import (
     write_shard,
     write_tensors,
 )
-from .index_search_cosup import (ExactSearch, contains)
-from .retriever_cosup import (Rows)
+from .index_search_cosup import ExactSearch, contains
+from .passages_cosup import hash_ids
+from .retriever_cosup import Rows
 
 logger = logging.get_logger(__name__)
 
@@ -119,8 +119,13 @@ class PassageStore:
     def _places(self, rows, columns):
         """For each row the columns of its shard, and the row in that shard."""
         owners = np.searchsorted(self._exact.starts, rows, side="right") - 1
-        shards = {owner: {name: self._shards[owner].passages[name] for name in columns} for owner in set(owners.tolist())}
-        return [(shards[owner], row) for owner, row in zip(owners.tolist(), (rows - self._exact.starts[owners]).tolist(), strict=True)]
+        shards = {
+            owner: {name: self._shards[owner].passages[name] for name in columns} for owner in set(owners.tolist())
+        }
+        return [
+            (shards[owner], row)
+            for owner, row in zip(owners.tolist(), (rows - self._exact.starts[owners]).tolist(), strict=True)
+        ]
 
     def rows_of(self, ids: Iterable[str]) -> NDArray[np.int64]:
         """
@@ -177,7 +182,10 @@ class PassageStore:
             waiting = waiting[places[waiting] < len(table_hashes)]
             waiting = waiting[table_hashes[places[waiting]] == hashes[waiting]]
             found = table_rows[places[waiting]]
-            same = [column["id"][row].as_py() == ids[i] for i, (column, row) in zip(waiting, self._places(found, ("id",)), strict=True)]
+            same = [
+                column["id"][row].as_py() == ids[i]
+                for i, (column, row) in zip(waiting, self._places(found, ("id",)), strict=True)
+            ]
             right = np.array(same, bool)
             if len(self._deleted):
                 right &= ~contains(self._deleted, found)
@@ -214,7 +222,9 @@ class PassageStore:
         for i in np.flatnonzero(hashes[1:] == hashes[:-1]):
             first, second = (columns["id"][row].as_py() for columns, row in self._places(rows[i : i + 2], ("id",)))
             if first == second:
-                raise ValueError(f"Row {rows[i + 1]}: id {second!r} already stands in row {rows[i]}; ids must be unique.")
+                raise ValueError(
+                    f"Row {rows[i + 1]}: id {second!r} already stands in row {rows[i]}; ids must be unique."
+                )
 
     @contextlib.contextmanager
     def _changing(self):
@@ -228,9 +238,13 @@ class PassageStore:
             yield
             return
         if is_in_hub_cache(self.folder):
-            raise ValueError(f"{self.folder} is in the cache of the Hub, which others share: save_pretrained it to a folder first, and load that.")
+            raise ValueError(
+                f"{self.folder} is in the cache of the Hub, which others share: save_pretrained it to a folder first, and load that."
+            )
         lock = self.folder / LOCK_FILE
-        with locked(lock, f"{self.folder} is being changed by another process: wait for it, then load the index again."):
+        with locked(
+            lock, f"{self.folder} is being changed by another process: wait for it, then load the index again."
+        ):
             try:
                 self._check_unchanged()
                 with self._sweeping_on_failure():
@@ -272,7 +286,10 @@ class PassageStore:
 
     def _write_deleted(self, folder, config, deleted):
         config["deleted"] = self._write_file(
-            folder, config, "deleted.safetensors", lambda path: write_tensors(path, {"rows": torch.from_numpy(deleted)})
+            folder,
+            config,
+            "deleted.safetensors",
+            lambda path: write_tensors(path, {"rows": torch.from_numpy(deleted)}),
         )
 
     def _write_id_table(self, folder, config, shards):
@@ -302,7 +319,9 @@ class PassageStore:
             `OSError`: when the folder cannot be written, or `save_directory` exists and is not an index.
         """
         save_directory = check_save_directory(save_directory)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{save_directory.name}.", suffix=".unfinished", dir=save_directory.parent))
+        unfinished = Path(
+            tempfile.mkdtemp(prefix=f".{save_directory.name}.", suffix=".unfinished", dir=save_directory.parent)
+        )
         try:
             write_config(unfinished, self._write_files(unfinished))
             unfinished.chmod(0o755)  # mkdtemp's folder is private
@@ -334,13 +353,23 @@ class PassageStore:
         for count, shard in zip(config["shards"], index._shards, strict=True):
             if not count == len(shard) == len(shard.passages) or shard.embeddings.shape[1] != config["embedding_size"]:
                 shapes = f"{len(shard.passages)} passages, embeddings of shape {tuple(shard.embeddings.shape)}"
-                raise ValueError(f"{folder}: a shard has {shapes}, expected {count} of both and {config['embedding_size']} dimensions.")
+                raise ValueError(
+                    f"{folder}: a shard has {shapes}, expected {count} of both and {config['embedding_size']} dimensions."
+                )
         index._id_table = map_id_table(folder, config)
         if config["deleted"] is not None:
             index._deleted = read(folder / config["deleted"], map_tensors)["rows"].numpy()
             rows = index._deleted
-            if rows.ndim != 1 or rows.dtype != np.int64 or (np.diff(rows) <= 0).any() or (rows < 0).any() or (rows >= index.num_rows).any():
-                raise ValueError(f"{folder / config['deleted']} is damaged: expected rows from 0 to {index.num_rows - 1}, in order, each once.")
+            if (
+                rows.ndim != 1
+                or rows.dtype != np.int64
+                or (np.diff(rows) <= 0).any()
+                or (rows < 0).any()
+                or (rows >= index.num_rows).any()
+            ):
+                raise ValueError(
+                    f"{folder / config['deleted']} is damaged: expected rows from 0 to {index.num_rows - 1}, in order, each once."
+                )
         return index
 
 
@@ -368,16 +397,41 @@ def find_folder(name_or_path, allow_faiss_files, revision=None, **kwargs):
     from huggingface_hub.errors import HFValidationError
 
     try:
-        folder = Path(snapshot_download(str(name_or_path), repo_type="dataset", revision=revision, allow_patterns=[CONFIG_FILE], **kwargs))
+        folder = Path(
+            snapshot_download(
+                str(name_or_path), repo_type="dataset", revision=revision, allow_patterns=[CONFIG_FILE], **kwargs
+            )
+        )
         if is_in_hub_cache(folder):
             revision = folder.name  # the commit: both downloads are of the same one
         names = read_names(folder, allow_faiss_files)
-        return Path(snapshot_download(str(name_or_path), repo_type="dataset", revision=revision, allow_patterns=[CONFIG_FILE, *names], **kwargs))
+        return Path(
+            snapshot_download(
+                str(name_or_path),
+                repo_type="dataset",
+                revision=revision,
+                allow_patterns=[CONFIG_FILE, *names],
+                **kwargs,
+            )
+        )
     except (HFValidationError, OSError) as error:
-        raise FileNotFoundError(f"{name_or_path} is not a folder, and no dataset repository of this name could be loaded: {error}") from error
+        raise FileNotFoundError(
+            f"{name_or_path} is not a folder, and no dataset repository of this name could be loaded: {error}"
+        ) from error
 
 
 def new_config(settings, shards, files=None):
     """The config of an index that was just built."""
-    config = {"format_version": FORMAT_VERSION, "generation": 0, **{name: settings[name] for name in ("embedding_size", "dtype", "fingerprint")}}
-    return {**config, "shards": [len(shard) for shard in shards], "ids": None, "deleted": None, "approximate": None, "files": files or {}}
+    config = {
+        "format_version": FORMAT_VERSION,
+        "generation": 0,
+        **{name: settings[name] for name in ("embedding_size", "dtype", "fingerprint")},
+    }
+    return {
+        **config,
+        "shards": [len(shard) for shard in shards],
+        "ids": None,
+        "deleted": None,
+        "approximate": None,
+        "files": files or {},
+    }

@@ -17,7 +17,9 @@ def similarity_scores(query_embeds, passage_embeds, temperature=1.0):
     Returns:
         `torch.FloatTensor` of shape `(N, M)`.
     """
-    with torch.autocast(query_embeds.device.type, enabled=False):  # under autocast .float() @ .float() is still bf16: steps of 8 at a score of 1,150
+    with torch.autocast(
+        query_embeds.device.type, enabled=False
+    ):  # under autocast .float() @ .float() is still bf16: steps of 8 at a score of 1,150
         return query_embeds.float() @ passage_embeds.float().T / temperature
 
 

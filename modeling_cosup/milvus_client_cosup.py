@@ -14,9 +14,13 @@ MAX_REQUEST_ROWS = 4_096
 MAX_REQUEST_BYTES = 16 * 2**20  # a server takes 64 MiB a message
 NOT_LOADED = 101  # Milvus' code for a collection that is not in memory, e.g. after a restart
 CANNOT_CONNECT = 2  # pymilvus' own code
-TOKEN_VARIABLE = "MILVUS_TOKEN"  # of the environment: a token on a command line would be seen in lists of processes, and in results
+TOKEN_VARIABLE = (
+    "MILVUS_TOKEN"  # of the environment: a token on a command line would be seen in lists of processes, and in results
+)
 
-_open_files: Counter = Counter()  # file mode: Milvus Lite runs in this process, once for each file, until its last connection is closed
+_open_files: Counter = (
+    Counter()
+)  # file mode: Milvus Lite runs in this process, once for each file, until its last connection is closed
 
 
 class MilvusConnection:
@@ -37,10 +41,14 @@ class MilvusConnection:
         self.token = token or os.environ.get(TOKEN_VARIABLE, "")
         self.is_file, self._client = "://" not in self.uri, None
         if self.is_file and not self.uri.endswith(".db"):
-            raise ValueError(f"uri is {self.uri!r}, expected a server (http://host:19530) or a local file that ends in .db.")
+            raise ValueError(
+                f"uri is {self.uri!r}, expected a server (http://host:19530) or a local file that ends in .db."
+            )
         host = self.uri.partition("://")[2].partition("/")[0]
         if "@" in host:
-            raise ValueError(f"uri holds a password; expected http://{host.rpartition('@')[2]}, and user:password in the variable {TOKEN_VARIABLE}.")
+            raise ValueError(
+                f"uri holds a password; expected http://{host.rpartition('@')[2]}, and user:password in the variable {TOKEN_VARIABLE}."
+            )
 
     def __str__(self):
         return f"Milvus at {self.uri}, collection {self.collection!r}"
@@ -94,12 +102,18 @@ class MilvusConnection:
             # A deadline given to each call would make pymilvus go on trying until it is reached; and gRPC by itself waits up to two minutes
             # before it tries a server again that was away.
             deadline = json.dumps({"methodConfig": [{"name": [{}], "timeout": f"{self.timeout}s"}]})
-            grpc_options = {"grpc.service_config": deadline, "grpc.initial_reconnect_backoff_ms": 100, "grpc.max_reconnect_backoff_ms": 500}
+            grpc_options = {
+                "grpc.service_config": deadline,
+                "grpc.initial_reconnect_backoff_ms": 100,
+                "grpc.max_reconnect_backoff_ms": 500,
+            }
             options = {"dedicated": True, "timeout": min(self.timeout, 10), "grpc_options": grpc_options}
             try:
                 self._client = pymilvus.MilvusClient(self.uri, token=self.token, **options)
             except pymilvus.exceptions.ConnectionConfigException as error:
-                raise OSError(f"Milvus cannot open {self.uri}: {error.message}. A local file serves one process at a time; several need a server.") from error
+                raise OSError(
+                    f"Milvus cannot open {self.uri}: {error.message}. A local file serves one process at a time; several need a server."
+                ) from error
             _open_files[_file_key(self.uri)] += self.is_file
         return self._client
 

@@ -11,17 +11,28 @@ import torch
 from numpy.typing import NDArray
 from transformers.utils import logging
 
-from .index_search_cosup import (nothing)
-from .index_searchable_cosup import (check_candidates, check_queries)
-from .milvus_client_cosup import (MAX_REQUEST_BYTES, MAX_REQUEST_ROWS, MilvusConnection, split)
-from .milvus_upload_cosup import (FORMAT_VERSION, TEXT_FIELDS, check_sizes, count_passages, finish_upload, prepare_upload, set_properties, upload)
-from .retrieval_cosup import (PassageIndex)
-from .retriever_cosup import (Rows, SearchResults, check_fingerprint)
+from .index_search_cosup import nothing
+from .index_searchable_cosup import check_candidates, check_queries
+from .milvus_client_cosup import MAX_REQUEST_BYTES, MAX_REQUEST_ROWS, MilvusConnection, split
+from .milvus_upload_cosup import (
+    FORMAT_VERSION,
+    TEXT_FIELDS,
+    check_sizes,
+    count_passages,
+    finish_upload,
+    prepare_upload,
+    set_properties,
+    upload,
+)
+from .retrieval_cosup import PassageIndex
+from .retriever_cosup import Rows, SearchResults, check_fingerprint
 
 logger = logging.get_logger(__name__)
 
 MAX_RESULTS = 16_384  # passages a query, the limit of a Milvus server
-LARGE_POOL = 512  # candidates; from about here on, a search with a filter was faster than fetching them, at 100,000 passages
+LARGE_POOL = (
+    512  # candidates; from about here on, a search with a filter was faster than fetching them, at 100,000 passages
+)
 MAX_FILTER_ROWS = 65_536
 
 
@@ -70,7 +81,9 @@ class MilvusPassageIndex:
         self._milvus = MilvusConnection(uri, collection, token, timeout, max_retries)
         self.search_params = dict(search_params or {})
         if self._milvus.is_file and not Path(self._milvus.uri).exists():
-            raise FileNotFoundError(f"There is no Milvus file {self._milvus.uri}; MilvusPassageIndex.from_index makes one.")
+            raise FileNotFoundError(
+                f"There is no Milvus file {self._milvus.uri}; MilvusPassageIndex.from_index makes one."
+            )
         try:
             self._open(exact=search == "exact")
         except BaseException:
@@ -84,22 +97,32 @@ class MilvusPassageIndex:
             raise ValueError(f"{self._milvus}: there is no such collection, only {sorted(names)}.")
         self._read_properties()
         if self._properties["cosup.complete"] != "true":
-            raise ValueError(f"{self._milvus}: the upload has not ended; call MilvusPassageIndex.from_index with the same index to go on where it stopped.")
+            raise ValueError(
+                f"{self._milvus}: the upload has not ended; call MilvusPassageIndex.from_index with the same index to go on where it stopped."
+            )
         if exact and self._properties["cosup.index_type"] != "FLAT":
-            raise ValueError(f"{self._milvus}: is searched through {self._properties['cosup.index_type']}, and search='exact' needs FLAT.")
+            raise ValueError(
+                f"{self._milvus}: is searched through {self._properties['cosup.index_type']}, and search='exact' needs FLAT."
+            )
         self.fingerprint = json.loads(self._properties["cosup.fingerprint"])
         self._milvus.call("load_collection", "loading the collection")
         self._size = count_passages(self._milvus)
         if self._properties["cosup.adding"]:
-            logger.warning(f"{self._milvus}: passages are being added, or an add() was cut off; the next add() removes what it left.")
+            logger.warning(
+                f"{self._milvus}: passages are being added, or an add() was cut off; the next add() removes what it left."
+            )
 
     def _read_properties(self):
         description = self._milvus.call("describe_collection", "reading the collection's properties")
         self._properties = description["properties"]
         version = self._properties.get("cosup.format_version")
         if version != FORMAT_VERSION:
-            raise ValueError(f"{self._milvus}: has format_version {version}, this release reads {FORMAT_VERSION}; None: it is no passage index.")
-        (self.embedding_size,) = [field["params"]["dim"] for field in description["fields"] if field["name"] == "embedding"]
+            raise ValueError(
+                f"{self._milvus}: has format_version {version}, this release reads {FORMAT_VERSION}; None: it is no passage index."
+            )
+        (self.embedding_size,) = [
+            field["params"]["dim"] for field in description["fields"] if field["name"] == "embedding"
+        ]
 
     def close(self):
         """Close the connection; a local file can then be opened by another process."""
@@ -159,7 +182,9 @@ class MilvusPassageIndex:
 
     # ------------------------------------------------------------------ the retriever
 
-    def search(self, query_embeds: torch.Tensor, k: int = 1, candidates: Sequence[Rows | None] | None = None) -> SearchResults:
+    def search(
+        self, query_embeds: torch.Tensor, k: int = 1, candidates: Sequence[Rows | None] | None = None
+    ) -> SearchResults:
         """
         The nearest passages by inner product, exact with the index type `"FLAT"` and among candidates.
 
@@ -176,7 +201,11 @@ class MilvusPassageIndex:
             `ValueError`: for another width, queries that are not finite, candidates out of range, or a k that is too small or too large.
         """
         queries = check_queries(query_embeds, self.embedding_size, k).cpu().numpy()
-        pools = [None] * len(queries) if candidates is None else check_candidates(candidates, len(queries), self._count_rows)
+        pools = (
+            [None] * len(queries)
+            if candidates is None
+            else check_candidates(candidates, len(queries), self._count_rows)
+        )
         pools = [None if pool is None else np.unique(pool) for pool in pools]
         k = min(k, self._size)
         scores, rows = nothing(len(queries), k)
@@ -189,7 +218,9 @@ class MilvusPassageIndex:
         """Search the whole index for the `selected` queries, in requests that a server accepts."""
         k = scores.shape[1]
         if selected and k > MAX_RESULTS:
-            raise ValueError(f"k is {k}, but a Milvus server returns at most {MAX_RESULTS} passages a query; use candidates or a PassageIndex.")
+            raise ValueError(
+                f"k is {k}, but a Milvus server returns at most {MAX_RESULTS} passages a query; use candidates or a PassageIndex."
+            )
         per_request = max(1, min(MAX_REQUEST_ROWS, MAX_REQUEST_BYTES // (4 * queries.shape[1]), 2**20 // k))
         for start in range(0, len(selected), per_request):
             part = selected[start : start + per_request]
@@ -197,7 +228,13 @@ class MilvusPassageIndex:
 
     def _send_search(self, queries, k, expression=""):
         """One request: `(scores, rows)`, `(N, k)`, with -inf and -1 where fewer are found."""
-        options = {"limit": k, "filter": expression, "anns_field": "embedding", "output_fields": ["row"], "consistency_level": "Session"}
+        options = {
+            "limit": k,
+            "filter": expression,
+            "anns_field": "embedding",
+            "output_fields": ["row"],
+            "consistency_level": "Session",
+        }
         options["search_params"] = {"metric_type": "IP", "params": self.search_params}
         scores, rows = nothing(len(queries), k)
         for i, hits in enumerate(self._milvus.call("search", "searching", data=list(queries), **options)):
@@ -207,7 +244,9 @@ class MilvusPassageIndex:
 
     def _search_pools(self, queries, pools, scores, rows):
         """Search the candidates of each query that names some."""
-        filters = self._properties["cosup.index_type"] == "FLAT" and scores.shape[1] <= MAX_RESULTS  # an approximate index would miss candidates
+        filters = (
+            self._properties["cosup.index_type"] == "FLAT" and scores.shape[1] <= MAX_RESULTS
+        )  # an approximate index would miss candidates
         named = {i: pool for i, pool in enumerate(pools) if pool is not None and len(pool)}
         large = {i: pool for i, pool in named.items() if filters and len(pool) > LARGE_POOL}
         for i, pool in large.items():
@@ -254,8 +293,13 @@ class MilvusPassageIndex:
         rows = [int(row) for row in rows]
         wanted, passages = sorted(set(rows)), {}
         for start in range(0, len(wanted), MAX_REQUEST_ROWS):
-            for hit in self._query(f"row in {wanted[start : start + MAX_REQUEST_ROWS]}", ["row", *TEXT_FIELDS, "input_ids"]):
-                passages[hit["row"]] = {**{name: hit[name] for name in TEXT_FIELDS}, "input_ids": list(hit["input_ids"])}
+            for hit in self._query(
+                f"row in {wanted[start : start + MAX_REQUEST_ROWS]}", ["row", *TEXT_FIELDS, "input_ids"]
+            ):
+                passages[hit["row"]] = {
+                    **{name: hit[name] for name in TEXT_FIELDS},
+                    "input_ids": list(hit["input_ids"]),
+                }
         if missing := [row for row in wanted if row not in passages]:
             raise IndexError(f"The index holds no passage in {_some(missing, 'row')}.")
         return [dict(passages[row]) for row in rows]
@@ -289,7 +333,9 @@ class MilvusPassageIndex:
             return np.arange(self.num_rows)
         rows = []
         for start in range(0, self.num_rows, MAX_REQUEST_ROWS):
-            rows += [hit["row"] for hit in self._query(f"row >= {start} and row < {start + MAX_REQUEST_ROWS}", ["row"])]
+            rows += [
+                hit["row"] for hit in self._query(f"row >= {start} and row < {start + MAX_REQUEST_ROWS}", ["row"])
+            ]
         return np.sort(np.array(rows, np.int64))
 
     def __getitem__(self, row: int) -> dict[str, Any]:
@@ -358,7 +404,11 @@ class MilvusPassageIndex:
         """
         self.check_model(model)
         self._remove_leftovers()
-        options = {"batch_size": batch_size, "max_tokens_per_batch": max_tokens_per_batch, "show_progress_bar": show_progress_bar}
+        options = {
+            "batch_size": batch_size,
+            "max_tokens_per_batch": max_tokens_per_batch,
+            "show_progress_bar": show_progress_bar,
+        }
         new = PassageIndex.build(passages, model, **options)
         check_sizes(new)
         ids = [passage["id"] for passage in new]
@@ -366,7 +416,9 @@ class MilvusPassageIndex:
             raise ValueError(f"The index already holds passages with {_some(known, 'id')}; delete them first.")
         first = int(self._properties["cosup.next_row"])
         stop = first + len(new)
-        set_properties(self._milvus, next_row=str(stop), adding=f"{first}:{stop}")  # before the passages: a row is never given away twice
+        set_properties(
+            self._milvus, next_row=str(stop), adding=f"{first}:{stop}"
+        )  # before the passages: a row is never given away twice
         upload(self._milvus, new, first_row=first, show_progress_bar=show_progress_bar)
         self._end_add()
 
@@ -394,7 +446,9 @@ class MilvusPassageIndex:
 
     def _delete_rows(self, rows):
         for start in range(0, len(rows), MAX_REQUEST_ROWS):
-            self._milvus.call("delete", "deleting passages", filter=f"row in {rows[start : start + MAX_REQUEST_ROWS].tolist()}")
+            self._milvus.call(
+                "delete", "deleting passages", filter=f"row in {rows[start : start + MAX_REQUEST_ROWS].tolist()}"
+            )
 
     # ------------------------------------------------------------------ requests
 
@@ -405,7 +459,9 @@ class MilvusPassageIndex:
         return self.num_rows
 
     def _query(self, expression, fields):
-        return self._milvus.call("query", "reading passages", filter=expression, output_fields=fields, consistency_level="Session")
+        return self._milvus.call(
+            "query", "reading passages", filter=expression, output_fields=fields, consistency_level="Session"
+        )
 
 
 def _quote(text):

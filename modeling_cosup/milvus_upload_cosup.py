@@ -3,8 +3,8 @@
 import hashlib
 import json
 
-from .index_files_cosup import (shard_files)
-from .milvus_client_cosup import (MAX_REQUEST_BYTES, MAX_REQUEST_ROWS, milvus_packages, split)
+from .index_files_cosup import shard_files
+from .milvus_client_cosup import MAX_REQUEST_BYTES, MAX_REQUEST_ROWS, milvus_packages, split
 
 FORMAT_VERSION = "1"
 MAX_FIELD_BYTES = 65_535  # of a VARCHAR
@@ -34,7 +34,9 @@ def prepare_upload(connection, index, index_type, index_params, overwrite):
     except ConnectionError:
         raise
     except OSError:  # Milvus Lite, killed while it wrote the file of an index, refuses the half of it
-        while names := connection.call("list_indexes", "listing the indexes"):  # it drops all of them at once, a server one
+        while names := connection.call(
+            "list_indexes", "listing the indexes"
+        ):  # it drops all of them at once, a server one
             connection.call("drop_index", "dropping an index", index_name=names[0])
         _create_indexes(connection, index_type, index_params)
         connection.call("load_collection", "loading the collection")
@@ -74,19 +76,32 @@ def _create(connection, index, source, index_type):
         "cosup.index_type": index_type,
         "cosup.source": source,
         "cosup.complete": "false",
-        "cosup.next_row": str(index.num_rows),  # every row below was given to a passage once, whether it is still there or not
+        "cosup.next_row": str(
+            index.num_rows
+        ),  # every row below was given to a passage once, whether it is still there or not
         "cosup.adding": "",  # rows `first:stop` of an add() under way
     }
-    connection.call("create_collection", "creating the collection", schema=schema, properties=properties, consistency_level="Session")
+    connection.call(
+        "create_collection",
+        "creating the collection",
+        schema=schema,
+        properties=properties,
+        consistency_level="Session",
+    )
 
 
 def _create_indexes(connection, index_type, index_params):
     there = connection.call("list_indexes", "listing the indexes")
-    for name, options in (("embedding", {"index_type": index_type, "metric_type": "IP", "params": index_params}), ("id", {"index_type": "INVERTED"})):
+    for name, options in (
+        ("embedding", {"index_type": index_type, "metric_type": "IP", "params": index_params}),
+        ("id", {"index_type": "INVERTED"}),
+    ):
         if name not in there:
             index = milvus_packages()[0].MilvusClient.prepare_index_params()
             index.add_index(name, index_name=name, **options)
-            connection.call("create_index", "creating the index", index_params=index, sync=False)  # nothing is there to index yet
+            connection.call(
+                "create_index", "creating the index", index_params=index, sync=False
+            )  # nothing is there to index yet
 
 
 def upload(connection, index, skip=0, first_row=0, batch_size=MAX_REQUEST_ROWS, show_progress_bar=False):
@@ -103,7 +118,9 @@ def upload(connection, index, skip=0, first_row=0, batch_size=MAX_REQUEST_ROWS, 
 
     rows = index.live_rows()
     batch_size = max(1, min(batch_size, MAX_REQUEST_ROWS, MAX_REQUEST_BYTES // (4 * index.config["embedding_size"])))
-    with tqdm(total=len(rows), initial=skip, desc="Uploading passages", unit="passage", disable=not show_progress_bar) as bar:
+    with tqdm(
+        total=len(rows), initial=skip, desc="Uploading passages", unit="passage", disable=not show_progress_bar
+    ) as bar:
         for start in range(skip, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             columns = zip(batch.tolist(), index.get_passages(batch), index.get_embeddings(batch), strict=True)
@@ -130,7 +147,9 @@ def finish_upload(connection, index):
 
 def count_passages(connection):
     """Number of passages in a loaded collection, all writes of all processes included."""
-    (result,) = connection.call("query", "counting the passages", filter="", output_fields=["count(*)"], consistency_level="Strong")
+    (result,) = connection.call(
+        "query", "counting the passages", filter="", output_fields=["count(*)"], consistency_level="Strong"
+    )
     return result["count(*)"]
 
 
@@ -153,9 +172,13 @@ def check_sizes(index):
             sizes = {name: len(passage[name].encode()) for name in TEXT_FIELDS}
             for name, size in sizes.items():
                 if size > MAX_FIELD_BYTES:
-                    raise ValueError(f"Passage {passage['id'][:80]!r}: {name!r} has {size} bytes, Milvus holds at most {MAX_FIELD_BYTES}; cut it in two.")
+                    raise ValueError(
+                        f"Passage {passage['id'][:80]!r}: {name!r} has {size} bytes, Milvus holds at most {MAX_FIELD_BYTES}; cut it in two."
+                    )
             if len(passage["input_ids"]) > MAX_TOKENS:
-                raise ValueError(f"Passage {passage['id'][:80]!r} has {len(passage['input_ids'])} token ids, Milvus holds at most {MAX_TOKENS}.")
+                raise ValueError(
+                    f"Passage {passage['id'][:80]!r} has {len(passage['input_ids'])} token ids, Milvus holds at most {MAX_TOKENS}."
+                )
 
 
 def _digest(index, index_type, index_params):
@@ -168,10 +191,14 @@ def _digest(index, index_type, index_params):
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + rows.tobytes())
     for start in range(0, 0 if index.folder is not None else len(rows), MAX_REQUEST_ROWS):
         part = rows[start : start + MAX_REQUEST_ROWS]
-        digest.update(json.dumps(index.get_passages(part), sort_keys=True).encode() + index.get_embeddings(part).tobytes())
+        digest.update(
+            json.dumps(index.get_passages(part), sort_keys=True).encode() + index.get_embeddings(part).tobytes()
+        )
     return digest.hexdigest()
 
 
 def _request_bytes(passage):
     """About what a passage takes in a request."""
-    return 4 * (len(passage["embedding"]) + len(passage["input_ids"]) + sum(len(passage[name]) for name in TEXT_FIELDS))
+    return 4 * (
+        len(passage["embedding"]) + len(passage["input_ids"]) + sum(len(passage[name]) for name in TEXT_FIELDS)
+    )

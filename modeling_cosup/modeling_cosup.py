@@ -11,18 +11,18 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from .building_cosup import (BuildingMixin)
-from .configuration_cosup import (CoSupConfig)
-from .generation_cosup import (RetrievalGenerationMixin)
-from .loss_cosup import (chunked_cross_entropy, info_nce)
-from .opening_cosup import (open_by_uri)
-from .parts_cosup import (PartsMixin)
-from .retrieval_cosup import (PassageIndex)
-from .retriever_cosup import (Retriever)
-from .settings_cosup import (RetrievalConfig)
-from .sharing_cosup import (SharingMixin)
-from .states_cosup import (decided_states, recording)
-from .tokenization_cosup import (encode_queries_for_emb_seq, pad_rows)
+from .building_cosup import BuildingMixin
+from .configuration_cosup import CoSupConfig
+from .generation_cosup import RetrievalGenerationMixin
+from .loss_cosup import chunked_cross_entropy, info_nce
+from .opening_cosup import open_by_uri
+from .parts_cosup import PartsMixin
+from .retrieval_cosup import PassageIndex
+from .retriever_cosup import Retriever
+from .settings_cosup import RetrievalConfig
+from .sharing_cosup import SharingMixin
+from .states_cosup import decided_states, recording
+from .tokenization_cosup import encode_queries_for_emb_seq, pad_rows
 
 
 @dataclass
@@ -77,7 +77,10 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more
     _supports_attention_backend = True
 
     def __init__(self, config, gen=None, emb_seq=None, query_encoder=None):
-        temperature, config.temperature = config.temperature, None  # the NSP loss's: transformers would read it as a sampling temperature
+        temperature, config.temperature = (
+            config.temperature,
+            None,
+        )  # the NSP loss's: transformers would read it as a sampling temperature
         super().__init__(config)
         config.temperature = temperature
         self.gen = gen if gen is not None else AutoModelForCausalLM.from_config(config.gen_config)
@@ -87,17 +90,25 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more
             self.emb_seq = emb_seq if emb_seq is not None else AutoModel.from_config(config.emb_seq_config)
         else:
             self._keys_to_ignore_on_load_unexpected += [r"^emb_seq\."]
-        if config.needs_emb_head and (config.load_emb_seq or config.query_from == "query_encoder"):  # queries pass through it too
-            self.emb_head = nn.Linear(config.emb_seq_config.get_text_config().hidden_size, config.embedding_size, bias=False)
+        if config.needs_emb_head and (
+            config.load_emb_seq or config.query_from == "query_encoder"
+        ):  # queries pass through it too
+            self.emb_head = nn.Linear(
+                config.emb_seq_config.get_text_config().hidden_size, config.embedding_size, bias=False
+            )
         else:
             self._keys_to_ignore_on_load_unexpected += [r"^emb_head\."]
         if config.query_from == "query_encoder":
-            self.query_encoder = query_encoder if query_encoder is not None else AutoModel.from_config(config.query_encoder_config)
+            self.query_encoder = (
+                query_encoder if query_encoder is not None else AutoModel.from_config(config.query_encoder_config)
+            )
         for encoder in (self.emb_seq, self.query_encoder):
             if getattr(encoder, "pooler", None) is not None:
                 encoder.pooler = None  # BERT's is no part of an embedding: without a gradient it would stop DDP
         # peft ties and trains token rows only where the outermost model says what is tied
-        self._tied_weights_keys = {f"gen.{target}": f"gen.{source}" for target, source in (self.gen._tied_weights_keys or {}).items()}
+        self._tied_weights_keys = {
+            f"gen.{target}": f"gen.{source}" for target, source in (self.gen._tied_weights_keys or {}).items()
+        }
         self._tokenizer = self._emb_seq_tokenizer = None
         self._causal_encoders = []  # names, as find_causal_encoders found them
         self.post_init()
@@ -190,19 +201,33 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more
 
         logits = None
         if return_logits or (return_logits is None and labels is None):
-            columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+            columns = (
+                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+            )
             kept = hidden if isinstance(columns, int) else hidden[:, columns]
-            logits = self._lm_head(kept if logit_positions is None else hidden.flatten(0, 1)[logit_positions.to(hidden.device)])
+            logits = self._lm_head(
+                kept if logit_positions is None else hidden.flatten(0, 1)[logit_positions.to(hidden.device)]
+            )
         ntp_loss = nsp_loss = loss = None
         if labels is not None:
-            count = num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != -100).sum().clamp(min=1)
-            loss = ntp_loss = chunked_cross_entropy(hidden, labels, self._lm_head, label_positions=label_positions) / count
+            count = (
+                num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] != -100).sum().clamp(min=1)
+            )
+            loss = ntp_loss = (
+                chunked_cross_entropy(hidden, labels, self._lm_head, label_positions=label_positions) / count
+            )
         if passage_labels is not None and query_embeds is not None and len(passage_labels) != len(query_embeds):
-            raise ValueError(f"passage_labels has {len(passage_labels)} entries, expected one for each of the {len(query_embeds)} [NSP] in input_ids.")
+            raise ValueError(
+                f"passage_labels has {len(passage_labels)} entries, expected one for each of the {len(query_embeds)} [NSP] in input_ids."
+            )
         if compute_nsp_loss and passage_labels is not None and passage_embeds is not None and query_embeds is not None:
             losses = info_nce(query_embeds, passage_embeds, passage_labels, temperature=self.config.temperature)
             nsp_loss = losses.sum() / (passage_labels != -100).sum().clamp(min=1)
-            loss = self.config.nsp_loss_weight * nsp_loss if loss is None else loss + self.config.nsp_loss_weight * nsp_loss
+            loss = (
+                self.config.nsp_loss_weight * nsp_loss
+                if loss is None
+                else loss + self.config.nsp_loss_weight * nsp_loss
+            )
         output = CoSupOutput(
             loss=loss,
             ntp_loss=ntp_loss,
@@ -236,21 +261,31 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more
             `ValueError`: when Emb_seq is not loaded.
         """
         if self.emb_seq is None:
-            raise ValueError("Emb_seq is not in memory (load_emb_seq=False): this model generates from a ready index but encodes no passages.")
+            raise ValueError(
+                "Emb_seq is not in memory (load_emb_seq=False): this model generates from a ready index but encodes no passages."
+            )
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.emb_seq.parameters()):
-            self._forget_fingerprint("emb_seq")  # Emb_seq may be being trained: what its checkpoint stored no longer describes it
+            self._forget_fingerprint(
+                "emb_seq"
+            )  # Emb_seq may be being trained: what its checkpoint stored no longer describes it
         return self._encode(self.emb_seq, input_ids, attention_mask, packing)
 
     def _encode(self, encoder, input_ids, attention_mask, packing=None):
         """`(M, L)` ids, or those of one packed row, to `(M, h)` embeddings with `encoder`, pooled and, for the cosine, normalised."""
-        if input_ids.shape[0] == 0:  # one dummy row, dropped: a rank without passages takes part in every collective and every gradient
+        if (
+            input_ids.shape[0] == 0
+        ):  # one dummy row, dropped: a rank without passages takes part in every collective and every gradient
             dummy = input_ids.new_zeros(1, 1)
             return self._encode(encoder, dummy, torch.ones_like(dummy))[:0]
         options = {"use_cache": False} if "use_cache" in encoder.config.to_dict() else {}
         if packing is not None:
             if self.config.emb_seq_pooling not in ("eos", "lasttoken"):
-                raise ValueError(f"Packed passages are read at their end; emb_seq_pooling is {self.config.emb_seq_pooling!r}.")
-            hidden = encoder(input_ids=input_ids, position_ids=packing.position_ids, **options).last_hidden_state  # (1, L, h_emb)
+                raise ValueError(
+                    f"Packed passages are read at their end; emb_seq_pooling is {self.config.emb_seq_pooling!r}."
+                )
+            hidden = encoder(
+                input_ids=input_ids, position_ids=packing.position_ids, **options
+            ).last_hidden_state  # (1, L, h_emb)
             embeds = hidden[0, packing.ends.to(hidden.device)]
             return self._normalize(embeds if self.emb_head is None else self.emb_head(embeds))
         if attention_mask is None:
@@ -259,14 +294,22 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more
         order = attention_mask.argsort(dim=1, descending=True, stable=True)
         input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
         # a causal encoder never sees the padding on its right: without a mask the attention kernels are faster
-        mask = {} if any(getattr(self, name) is encoder for name in self._causal_encoders) else {"attention_mask": attention_mask}
+        mask = (
+            {}
+            if any(getattr(self, name) is encoder for name in self._causal_encoders)
+            else {"attention_mask": attention_mask}
+        )
         hidden = encoder(input_ids=input_ids, **mask, **options).last_hidden_state  # (M, L, h_emb)
         if self.config.emb_seq_pooling == "mean":
             weights = attention_mask.to(hidden.device)[:, :, None].float()
             embeds = ((hidden.float() * weights).sum(1) / weights.sum(1).clamp(min=1)).to(hidden.dtype)
         else:
             attention_mask = attention_mask.to(hidden.device)
-            column = torch.zeros_like(attention_mask[:, 0]) if self.config.emb_seq_pooling == "cls" else attention_mask.sum(1) - 1
+            column = (
+                torch.zeros_like(attention_mask[:, 0])
+                if self.config.emb_seq_pooling == "cls"
+                else attention_mask.sum(1) - 1
+            )
             embeds = hidden[torch.arange(len(hidden), device=hidden.device), column]
         if self.emb_head is not None:
             embeds = self.emb_head(embeds)
@@ -281,7 +324,9 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more
         rows, columns = nsp_positions // input_ids.shape[1], nsp_positions % input_ids.shape[1]
         ids = input_ids[rows]
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask[rows, -ids.shape[1] :]
-        mask = mask * (torch.arange(ids.shape[1], device=ids.device) <= columns[:, None])  # everything up to and including [NSP]
+        mask = mask * (
+            torch.arange(ids.shape[1], device=ids.device) <= columns[:, None]
+        )  # everything up to and including [NSP]
         return self.encode_queries(ids, mask)
 
     def encode_queries(self, input_ids, attention_mask):
@@ -311,7 +356,9 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more
         """What reads queries where Gen's own hidden state does not: Emb_seq or the query encoder."""
         encoder = self.query_encoder if self.config.query_from == "query_encoder" else self.emb_seq
         if encoder is None:
-            raise ValueError("Queries come from Emb_seq (query_from='emb_seq'), which is not in memory: load without load_emb_seq=False.")
+            raise ValueError(
+                "Queries come from Emb_seq (query_from='emb_seq'), which is not in memory: load without load_emb_seq=False."
+            )
         return encoder
 
     @torch.no_grad()
@@ -329,11 +376,18 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more
         for name in names:
             encoder = getattr(self, name)
             size = encoder.get_input_embeddings().weight.shape[0]
-            long = torch.arange(1, 9, device=encoder.device)[None] * (size // 9)  # other tokens on the right: the same ones would hardly be noticed
+            long = torch.arange(1, 9, device=encoder.device)[None] * (
+                size // 9
+            )  # other tokens on the right: the same ones would hardly be noticed
             options = {"use_cache": False} if "use_cache" in encoder.config.to_dict() else {}
-            attention, encoder.config._attn_implementation = encoder.config._attn_implementation, "eager"  # flash kernels take no float32, no CPU
+            attention, encoder.config._attn_implementation = (
+                encoder.config._attn_implementation,
+                "eager",
+            )  # flash kernels take no float32, no CPU
             try:
-                states = [encoder(input_ids=ids, **options).last_hidden_state[:, :3].float() for ids in (long[:, :3], long)]
+                states = [
+                    encoder(input_ids=ids, **options).last_hidden_state[:, :3].float() for ids in (long[:, :3], long)
+                ]
             finally:
                 encoder.config._attn_implementation = attention
             if torch.allclose(*states, atol=1e-3, rtol=1e-2):

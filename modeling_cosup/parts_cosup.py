@@ -14,21 +14,49 @@ from transformers import PreTrainedTokenizerFast
 from .files_cosup import read_json, write_json
 from .hub_cosup import CARD_FILE, CARD_MARKER, TOKENIZER_FILES, checkpoint_files, make_repo, push_files
 from .plain_card_cosup import package_cards, plain_card
-from .tokenization_cosup import (added_tokens)
+from .tokenization_cosup import added_tokens
 
-POOLING_MODES = {"eos": "lasttoken", "lasttoken": "lasttoken", "mean": "mean_tokens", "cls": "cls_token"}  # names of sentence-transformers
+POOLING_MODES = {
+    "eos": "lasttoken",
+    "lasttoken": "lasttoken",
+    "mean": "mean_tokens",
+    "cls": "cls_token",
+}  # names of sentence-transformers
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 PART_FILES = (
-    *("*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", CARD_FILE, *TOKENIZER_FILES),
-    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "[0-9]_*/config.json", "[0-9]_*/model.safetensors"),
+    *(
+        "*.safetensors",
+        "model.safetensors.index.json",
+        "config.json",
+        "generation_config.json",
+        CARD_FILE,
+        *TOKENIZER_FILES,
+    ),
+    *(
+        "modules.json",
+        "sentence_bert_config.json",
+        "config_sentence_transformers.json",
+        "[0-9]_*/config.json",
+        "[0-9]_*/model.safetensors",
+    ),
 )
 
 
 class PartsMixin:
     """`save_gen()` and `save_emb_seq()` of [`CoSupForCausalLM`]."""
 
-    def save_gen(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, repo_id=None, token=None, private=None, **kwargs):
+    def save_gen(
+        self,
+        save_directory,
+        is_main_process=True,
+        state_dict=None,
+        push_to_hub=False,
+        repo_id=None,
+        token=None,
+        private=None,
+        **kwargs,
+    ):
         """
         Save Gen as a plain checkpoint of its architecture, e.g. `LlamaForCausalLM`, with tokenizer, chat template and generation config. Whatever serves
         such models serves it, without retrieval and without `trust_remote_code`. This model stays as it is.
@@ -46,7 +74,9 @@ class PartsMixin:
         """
         part = _part(self, self.gen)
         part.generation_config = copy.deepcopy(self.generation_config)
-        part.save_pretrained(save_directory, is_main_process=is_main_process, state_dict=_of_part(state_dict, "gen."), **kwargs)
+        part.save_pretrained(
+            save_directory, is_main_process=is_main_process, state_dict=_of_part(state_dict, "gen."), **kwargs
+        )
         if not is_main_process:
             return
         nsp_token = "[NSP]"
@@ -64,7 +94,17 @@ class PartsMixin:
         if push_to_hub:
             _push(save_directory, repo_id, token)
 
-    def save_emb_seq(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, repo_id=None, token=None, private=None, **kwargs):
+    def save_emb_seq(
+        self,
+        save_directory,
+        is_main_process=True,
+        state_dict=None,
+        push_to_hub=False,
+        repo_id=None,
+        token=None,
+        private=None,
+        **kwargs,
+    ):
         """
         Save Emb_seq as a sentence-transformers folder: `SentenceTransformer(save_directory).encode(rendered passages)` equals `encode_passages`.
 
@@ -79,14 +119,20 @@ class PartsMixin:
                 are not merged.
         """
         if self.emb_seq is None:
-            raise ValueError("Emb_seq is not in memory (load_emb_seq=False), so there is nothing to save: load the model with it.")
+            raise ValueError(
+                "Emb_seq is not in memory (load_emb_seq=False), so there is nothing to save: load the model with it."
+            )
         part, tokenizer = _part(self, self.emb_seq), passage_tokenizer(self.emb_seq_tokenizer, self.config)
-        part.save_pretrained(save_directory, is_main_process=is_main_process, state_dict=_of_part(state_dict, "emb_seq."), **kwargs)
+        part.save_pretrained(
+            save_directory, is_main_process=is_main_process, state_dict=_of_part(state_dict, "emb_seq."), **kwargs
+        )
         if not is_main_process:
             return
         tokenizer.save_pretrained(save_directory)
         path = Path(save_directory) / "tokenizer_config.json"
-        write_json(path, {**read_json(path), "tokenizer_class": "PreTrainedTokenizerFast"})  # its name in every release
+        write_json(
+            path, {**read_json(path), "tokenizer_class": "PreTrainedTokenizerFast"}
+        )  # its name in every release
         head = None if self.emb_head is None else (state_dict or self.state_dict())["emb_head.weight"]
         write_modules(Path(save_directory), self.config, tokenizer.model_max_length, head)
         repo_id = _repository(save_directory, repo_id, token, private) if push_to_hub else None
@@ -113,11 +159,15 @@ def passage_tokenizer(tokenizer, config):
         `ValueError`: when it is not backed by the tokenizers library, whose files hold what is added.
     """
     if not tokenizer.is_fast:
-        raise ValueError(f"Emb_seq's tokenizer, {type(tokenizer).__name__}, is not backed by the tokenizers library; sentence-transformers needs one that is.")
+        raise ValueError(
+            f"Emb_seq's tokenizer, {type(tokenizer).__name__}, is not backed by the tokenizers library; sentence-transformers needs one that is."
+        )
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
-    before, behind = ([(tokenizer.convert_ids_to_tokens(id), id) for id in ids] for ids in added_tokens(tokenizer, config))
+    before, behind = (
+        [(tokenizer.convert_ids_to_tokens(id), id) for id in ids] for ids in added_tokens(tokenizer, config)
+    )
     pieces = [*(token for token, _ in before), "$A", *(token for token, _ in behind)]
     backend.post_processor = processors.TemplateProcessing(single=pieces, special_tokens=[*before, *behind])
     return PreTrainedTokenizerFast(
@@ -142,10 +192,21 @@ def write_modules(folder, config, max_seq_length, head=None):
         head (`torch.Tensor` of shape `(h, h_emb)`, *optional*): weight of `emb_head`.
     """
     width = config.emb_seq_config.get_text_config().hidden_size
-    modes = {f"pooling_mode_{mode}": mode == POOLING_MODES[config.emb_seq_pooling] for mode in ("cls_token", "mean_tokens", "lasttoken")}
-    modules = [("", "Transformer", None), ("1_Pooling", "Pooling", {"word_embedding_dimension": width, **modes, "include_prompt": True})]
+    modes = {
+        f"pooling_mode_{mode}": mode == POOLING_MODES[config.emb_seq_pooling]
+        for mode in ("cls_token", "mean_tokens", "lasttoken")
+    }
+    modules = [
+        ("", "Transformer", None),
+        ("1_Pooling", "Pooling", {"word_embedding_dimension": width, **modes, "include_prompt": True}),
+    ]
     if head is not None:
-        options = {"in_features": width, "out_features": config.embedding_size, "bias": False, "activation_function": "torch.nn.modules.linear.Identity"}
+        options = {
+            "in_features": width,
+            "out_features": config.embedding_size,
+            "bias": False,
+            "activation_function": "torch.nn.modules.linear.Identity",
+        }
         modules.append(("2_Dense", "Dense", options))
     if config.similarity == "cosine":
         modules.append((f"{len(modules)}_Normalize", "Normalize", {}))
@@ -153,8 +214,15 @@ def write_modules(folder, config, max_seq_length, head=None):
         (folder / path).mkdir(exist_ok=True)
         write_json(folder / path / "config.json", options)
     if head is not None:
-        save_file({"linear.weight": head.detach().cpu().contiguous()}, folder / "2_Dense" / "model.safetensors", metadata={"format": "pt"})
-    listed = [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"} for i, (path, kind, _) in enumerate(modules)]
+        save_file(
+            {"linear.weight": head.detach().cpu().contiguous()},
+            folder / "2_Dense" / "model.safetensors",
+            metadata={"format": "pt"},
+        )
+    listed = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind, _) in enumerate(modules)
+    ]
     write_json(folder / "modules.json", listed)
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_seq_length, "do_lower_case": False})
     settings = {
@@ -170,18 +238,28 @@ def write_modules(folder, config, max_seq_length, head=None):
 def _part(model, part):
     """A shallow copy of a sub-model, with a config of its own: saving notes class and dtype in the config, and the whole model's must not change."""
     if getattr(model, "hf_quantizer", None) is not None or getattr(part, "hf_quantizer", None) is not None:
-        raise ValueError("The weights are quantised; a part of them is saved from the model before, or after dequantize().")
+        raise ValueError(
+            "The weights are quantised; a part of them is saved from the model before, or after dequantize()."
+        )
     if adapters := [name for name, _ in part.named_parameters() if ".base_layer." in name or "lora_" in name]:
-        raise ValueError(f"{adapters[0]} belongs to an adapter that is not merged: call merge_and_unload() first, then save the parts of what it returns.")
+        raise ValueError(
+            f"{adapters[0]} belongs to an adapter that is not merged: call merge_and_unload() first, then save the parts of what it returns."
+        )
     part = copy.copy(part)
     part.config = copy.deepcopy(part.config)
     if type(part).__module__.startswith("transformers."):
-        vars(part.config).pop("auto_map", None)  # of a repository that also ships the code; the class is known without it
+        vars(part.config).pop(
+            "auto_map", None
+        )  # of a repository that also ships the code; the class is known without it
     return part
 
 
 def _of_part(state_dict, prefix):
-    return None if state_dict is None else {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+    return (
+        None
+        if state_dict is None
+        else {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+    )
 
 
 def _write_card(folder, card):
@@ -197,4 +275,10 @@ def _repository(folder, repo_id, token, private):
 
 def _push(folder, repo_id, token):
     replaced = ("*.safetensors", "model.safetensors.index.json")
-    push_files(checkpoint_files(folder, PART_FILES), repo_id, replaced, commit_message="Upload a part of a CoSup model", token=token)
+    push_files(
+        checkpoint_files(folder, PART_FILES),
+        repo_id,
+        replaced,
+        commit_message="Upload a part of a CoSup model",
+        token=token,
+    )

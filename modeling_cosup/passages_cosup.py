@@ -75,7 +75,10 @@ def check_title_and_text(passage, where, field=""):
     """`{"title", "text"}` of a passage, checked; a missing title becomes empty."""
     text = check_text(passage.get("text"), f"{field}text", where)
     title = passage.get("title")
-    return {"title": check_text("" if title is None else title, f"{field}title", where, may_be_empty=True), "text": text}
+    return {
+        "title": check_text("" if title is None else title, f"{field}title", where, may_be_empty=True),
+        "text": text,
+    }
 
 
 def checked_passages(pairs):
@@ -126,5 +129,7 @@ def find_duplicate(hashes, read):
     for where, passage in read():
         if hash_id(passage["id"]) in twice:
             if passage["id"] in places:
-                raise ValueError(f"{where}: id {passage['id']!r} already stands at {places[passage['id']]}; ids must be unique.")
+                raise ValueError(
+                    f"{where}: id {passage['id']!r} already stands at {places[passage['id']]}; ids must be unique."
+                )
             places[passage["id"]] = where

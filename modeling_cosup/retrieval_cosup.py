@@ -12,7 +12,17 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .hub_cosup import CARD_FILE, make_repo, push_files
-from .index_build_cosup import (ShardBuilder, begin, collect, evaluating, finish, read_shards, unfinished_folder, write_new_shard, write_shards)
+from .index_build_cosup import (
+    ShardBuilder,
+    begin,
+    collect,
+    evaluating,
+    finish,
+    read_shards,
+    unfinished_folder,
+    write_new_shard,
+    write_shards,
+)
 from .index_files_cosup import (
     CONFIG_FILE,
     FAISS_PATTERN,
@@ -25,11 +35,11 @@ from .index_files_cosup import (
     sweep,
     write_config,
 )
-from .index_search_cosup import (ApproximateSearch, read_approximate)
-from .index_searchable_cosup import (SearchableStore)
-from .index_store_cosup import (find_folder, map_id_table, new_config)
+from .index_search_cosup import ApproximateSearch, read_approximate
+from .index_searchable_cosup import SearchableStore
+from .index_store_cosup import find_folder, map_id_table, new_config
 from .plain_card_cosup import package_cards, plain_card
-from .retriever_cosup import (check_fingerprint)
+from .retriever_cosup import check_fingerprint
 
 try:
     import faiss
@@ -115,18 +125,38 @@ class PassageIndex(SearchableStore):
             model.tokenizer = tokenizer
         builder = ShardBuilder(model, dtype, batch_size, max_tokens_per_batch)
         size = model.config.embedding_size
-        settings = {"fingerprint": model.fingerprint(), "embedding_size": size, "dtype": dtype, "shard_size": shard_size}
+        settings = {
+            "fingerprint": model.fingerprint(),
+            "embedding_size": size,
+            "dtype": dtype,
+            "shard_size": shard_size,
+        }
         if save_directory is not None:
             save_directory = check_save_directory(save_directory)
             begin(unfinished_folder(save_directory), settings)
         total, shards = read_shards(passages, shard_size, show_progress_bar and process_index == 0)
-        own = None if total is None else sum(min(shard_size, total - start) for start in range(process_index * shard_size, total, num_processes * shard_size))
-        bar = tqdm(total=own, desc="Embedding passages", unit=" passages", smoothing=0, disable=not show_progress_bar or process_index > 0)
+        own = (
+            None
+            if total is None
+            else sum(
+                min(shard_size, total - start)
+                for start in range(process_index * shard_size, total, num_processes * shard_size)
+            )
+        )
+        bar = tqdm(
+            total=own,
+            desc="Embedding passages",
+            unit=" passages",
+            smoothing=0,
+            disable=not show_progress_bar or process_index > 0,
+        )
         with bar, evaluating(model):
             if save_directory is None:
                 made = [builder.make(shard, bar) for shard in shards]
                 return cls(made, new_config(settings, made))
-            num_shards = write_shards(unfinished_folder(save_directory), shards, builder, bar, shard_size, num_processes, process_index)
+            num_shards = write_shards(
+                unfinished_folder(save_directory), shards, builder, bar, shard_size, num_processes, process_index
+            )
         finish(unfinished_folder(save_directory), num_shards, settings, num_processes)
         return cls.merge(save_directory) if num_processes == 1 else None
 
@@ -165,7 +195,9 @@ class PassageIndex(SearchableStore):
 
     # ------------------------------------------------------------------ changing
 
-    def add(self, passages, model, batch_size=256, max_tokens_per_batch=None, show_progress_bar=True, shard_size=SHARD_SIZE):
+    def add(
+        self, passages, model, batch_size=256, max_tokens_per_batch=None, show_progress_bar=True, shard_size=SHARD_SIZE
+    ):
         """
         Add passages after the last row; an approximate index is extended, not trained again.
 
@@ -178,13 +210,26 @@ class PassageIndex(SearchableStore):
         """
         self.check_model(model)
         if self.config["approximate"] is not None and self._approximate is None:
-            raise ValueError("The approximate index of this folder was not loaded and could not be extended: load it with allow_faiss_files=True.")
+            raise ValueError(
+                "The approximate index of this folder was not loaded and could not be extended: load it with allow_faiss_files=True."
+            )
         builder = ShardBuilder(model, self.config["dtype"], batch_size, max_tokens_per_batch)
-        total, cut = read_shards(passages, shard_size, show_progress_bar, lambda ids: [ids[i] for i in np.flatnonzero(self.find(ids) >= 0)])
+        total, cut = read_shards(
+            passages, shard_size, show_progress_bar, lambda ids: [ids[i] for i in np.flatnonzero(self.find(ids) >= 0)]
+        )
         shards = list(self._shards)
         with self._changing():
             config = self._next_config()
-            with tqdm(total=total, desc="Embedding passages", unit=" passages", smoothing=0, disable=not show_progress_bar) as bar, evaluating(model):
+            with (
+                tqdm(
+                    total=total,
+                    desc="Embedding passages",
+                    unit=" passages",
+                    smoothing=0,
+                    disable=not show_progress_bar,
+                ) as bar,
+                evaluating(model),
+            ):
                 for new in cut:
                     if self.folder is None:
                         shards.append(builder.make(new, bar))
@@ -239,13 +284,21 @@ class PassageIndex(SearchableStore):
         index = cls._load(folder, verify)
         approximate = index.config["approximate"]
         if search == "exact" and approximate is not None and not (folder / approximate["file"]).exists():
-            index.config = {**index.config, "approximate": None, "files": {k: v for k, v in index.config["files"].items() if k != approximate["file"]}}
+            index.config = {
+                **index.config,
+                "approximate": None,
+                "files": {k: v for k, v in index.config["files"].items() if k != approximate["file"]},
+            }
         if approximate is None or search == "exact":
             return index
         if not allow_faiss_files:
-            raise ValueError(f"{name_or_path} is searched through a FAISS file: pass allow_faiss_files=True if you trust it, or search='exact'.")
+            raise ValueError(
+                f"{name_or_path} is searched through a FAISS file: pass allow_faiss_files=True if you trust it, or search='exact'."
+            )
         check_file(folder / approximate["file"], index.config["files"][approximate["file"]], verify)
-        index._approximate = ApproximateSearch(read_approximate(folder / approximate["file"], index.num_rows, index.config["embedding_size"]))
+        index._approximate = ApproximateSearch(
+            read_approximate(folder / approximate["file"], index.num_rows, index.config["embedding_size"])
+        )
         index._search_options = {}
         return index
 
@@ -308,4 +361,6 @@ def _card(config, num_passages, repo_id, model, license):
 def _require_packages():
     missing = [pip for module, pip in ((faiss, "faiss-cpu"), (pa, "pyarrow")) if module is None]
     if missing:
-        raise ImportError(f"A passage index needs {' and '.join(missing)}: pip install {' '.join(missing)} (on a GPU machine faiss-gpu).")
+        raise ImportError(
+            f"A passage index needs {' and '.join(missing)}: pip install {' '.join(missing)} (on a GPU machine faiss-gpu)."
+        )

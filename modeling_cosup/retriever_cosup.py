@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .configuration_cosup import (EARLIER_EMBEDDING_SETTINGS)
+from .configuration_cosup import EARLIER_EMBEDDING_SETTINGS
 
 Rows: TypeAlias = Sequence[int] | NDArray[np.int64]
 SearchResults: TypeAlias = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -36,7 +36,9 @@ class Retriever(Protocol):
         """Number of passages that can be found; deleted ones do not count."""
         ...
 
-    def search(self, query_embeds: torch.Tensor, k: int = 1, candidates: Sequence[Rows | None] | None = None) -> SearchResults:
+    def search(
+        self, query_embeds: torch.Tensor, k: int = 1, candidates: Sequence[Rows | None] | None = None
+    ) -> SearchResults:
         """
         The nearest passages by inner product.
 
@@ -103,7 +105,10 @@ def check_fingerprint(fingerprint: dict[str, Any], model: Any) -> None:
     of_index = {**EARLIER_EMBEDDING_SETTINGS, **fingerprint}
     different = [name for name in of_model if of_index.get(name) != of_model[name]]
     if different:
-        lines = [f"  {name}: the index has {_short(of_index.get(name))}, the model {_short(of_model[name])}" for name in different]
+        lines = [
+            f"  {name}: the index has {_short(of_index.get(name))}, the model {_short(of_model[name])}"
+            for name in different
+        ]
         raise ValueError("This index was built by another model; build it again with this one.\n" + "\n".join(lines))
 
 

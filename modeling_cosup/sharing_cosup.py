@@ -13,10 +13,17 @@ import torch
 from transformers import AutoTokenizer
 
 from .facts_cosup import carry_facts, load_facts
-from .hub_cosup import CARD_FILE, CARD_MARKER, EMB_SEQ_TOKENIZER_FOLDER, REPLACED_FILES
-from .hub_cosup import checkpoint_files, make_repo, push_files
+from .hub_cosup import (
+    CARD_FILE,
+    CARD_MARKER,
+    EMB_SEQ_TOKENIZER_FOLDER,
+    REPLACED_FILES,
+    checkpoint_files,
+    make_repo,
+    push_files,
+)
 from .plain_card_cosup import package_cards, plain_card
-from .tokenization_cosup import (same_tokenizer, tokenizer_fingerprint)
+from .tokenization_cosup import same_tokenizer, tokenizer_fingerprint
 
 try:
     from torch.distributed.tensor import DTensor
@@ -50,11 +57,18 @@ class SharingMixin:
             `ValueError`: when Emb_seq is not loaded and the checkpoint stores no hash of it.
         """
         stored = self.config.fingerprint or {}
-        hashes = {name: stored.get(name) or tokenizer_fingerprint(getattr(self, name)) for name in ("tokenizer", "emb_seq_tokenizer")}
+        hashes = {
+            name: stored.get(name) or tokenizer_fingerprint(getattr(self, name))
+            for name in ("tokenizer", "emb_seq_tokenizer")
+        }
         weights = [] if self.emb_seq is None else list(self.emb_seq.parameters())
         # FSDP2's shards, which to put together costs every rank a gather, and weights that accelerate keeps elsewhere (device_map)
         elsewhere = state_dict is None and any(isinstance(weight, DTensor) or weight.is_meta for weight in weights)
-        exact = self.emb_seq is not None and not elsewhere and {weight.dtype for weight in weights} <= {torch.float32, torch.bfloat16}
+        exact = (
+            self.emb_seq is not None
+            and not elsewhere
+            and {weight.dtype for weight in weights} <= {torch.float32, torch.bfloat16}
+        )
         hashes["emb_seq"] = self._hash_emb_seq(state_dict) if exact or not stored.get("emb_seq") else stored["emb_seq"]
         self.config.fingerprint = hashes
         return {**hashes, **self.config.embedding_settings}
@@ -67,7 +81,9 @@ class SharingMixin:
     def _hash_emb_seq(self, state_dict=None):
         """Hash of Emb_seq and `emb_head`; see [`~SharingMixin.hash_weights`]."""
         if self.emb_seq is None:
-            raise ValueError("The checkpoint stores no fingerprint of Emb_seq and Emb_seq is not loaded, so no index can be checked against it.")
+            raise ValueError(
+                "The checkpoint stores no fingerprint of Emb_seq and Emb_seq is not loaded, so no index can be checked against it."
+            )
         return self.hash_weights(state_dict, ("emb_seq.", "emb_head."))
 
     def hash_all_weights(self, state_dict=None):
@@ -141,14 +157,20 @@ class SharingMixin:
 
     def _load_saved_tokenizer(self, **kwargs):
         if not self.config._name_or_path:
-            raise ValueError("This model knows no tokenizer: build it with from_gen_and_emb_seq, load it with from_pretrained, or pass tokenizer=.")
+            raise ValueError(
+                "This model knows no tokenizer: build it with from_gen_and_emb_seq, load it with from_pretrained, or pass tokenizer=."
+            )
         # without the config, AutoTokenizer would load it again and ask whether its code may run
         revision = getattr(self.config, "_commit_hash", None)
-        return AutoTokenizer.from_pretrained(self.config._name_or_path, config=self.config, revision=revision, **kwargs)
+        return AutoTokenizer.from_pretrained(
+            self.config._name_or_path, config=self.config, revision=revision, **kwargs
+        )
 
     # ------------------------------------------------------------------ saving
 
-    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, max_shard_size="5GB", **kwargs):
+    def save_pretrained(
+        self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, max_shard_size="5GB", **kwargs
+    ):
         """
         Save weights (safetensors), config with fingerprint, generation config, the code of this model, the tokenizer(s), and what training recorded of
         these weights.
@@ -160,8 +182,21 @@ class SharingMixin:
             `ValueError`: when Emb_seq was not loaded: the checkpoint would lack half of its weights.
         """
         if self.emb_seq is None:
-            raise ValueError("This model was loaded with load_emb_seq=False; saved, it would be a checkpoint without Emb_seq.")
-        names = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags", "index", "license")
+            raise ValueError(
+                "This model was loaded with load_emb_seq=False; saved, it would be a checkpoint without Emb_seq."
+            )
+        names = (
+            "repo_id",
+            "commit_message",
+            "commit_description",
+            "private",
+            "token",
+            "revision",
+            "create_pr",
+            "tags",
+            "index",
+            "license",
+        )
         hub = {name: kwargs.pop(name) for name in names if name in kwargs}
         if is_main_process and self._has_tokenizer():
             self.fingerprint(state_dict)
@@ -172,7 +207,13 @@ class SharingMixin:
             carry_facts(self, Path(save_directory), self.hash_all_weights(state_dict))
             _remove_stale_card(Path(save_directory))
         self._be_found_by_its_own_name()
-        super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, max_shard_size=max_shard_size, **kwargs)
+        super().save_pretrained(
+            save_directory,
+            is_main_process=is_main_process,
+            state_dict=state_dict,
+            max_shard_size=max_shard_size,
+            **kwargs,
+        )
         if push_to_hub and is_main_process:
             hub.setdefault("repo_id", Path(save_directory).absolute().name)
             self._push_folder(save_directory, **hub)
@@ -226,8 +267,15 @@ class SharingMixin:
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size)
-            hub = {"commit_message": commit_message, "commit_description": commit_description, "private": private, "token": token}
-            return self._push_folder(folder, repo_id, tags=tags, index=index, license=license, revision=revision, create_pr=create_pr, **hub)
+            hub = {
+                "commit_message": commit_message,
+                "commit_description": commit_description,
+                "private": private,
+                "token": token,
+            }
+            return self._push_folder(
+                folder, repo_id, tags=tags, index=index, license=license, revision=revision, create_pr=create_pr, **hub
+            )
 
     def _push_folder(self, folder, repo_id, tags=None, index=None, license=None, private=None, token=None, **hub):
         """Push a folder that holds this checkpoint, with a card of the facts that were saved in it and of those given here."""

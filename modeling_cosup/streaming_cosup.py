@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers.generation.streamers import BaseStreamer
 
-from .trace_cosup import (Retrieval)
+from .trace_cosup import Retrieval
 
 INCOMPLETE = "\ufffd"  # how a tokenizer shows the first bytes of a character
 
@@ -103,14 +103,23 @@ class RetrievalStreamer(BaseStreamer):
         """
         if not self._pending:
             return
-        before, after = (self.tokenizer.decode(ids, skip_special_tokens=True) for ids in (self._context, self._context + self._pending))
+        before, after = (
+            self.tokenizer.decode(ids, skip_special_tokens=True)
+            for ids in (self._context, self._context + self._pending)
+        )
         cut = after.endswith(INCOMPLETE)
         if cut and complete:
             return
-        text = after[len(before) :] if after.startswith(before) else self.tokenizer.decode(self._pending, skip_special_tokens=True)
+        text = (
+            after[len(before) :]
+            if after.startswith(before)
+            else self.tokenizer.decode(self._pending, skip_special_tokens=True)
+        )
         if text:
             self._events.put(StreamEvent("text", text, self._retrieval))
-            self._context = [] if cut else self._pending  # half a character must not become a whole one with bytes from after the span
+            self._context = (
+                [] if cut else self._pending
+            )  # half a character must not become a whole one with bytes from after the span
         self._pending = []
 
     # ------------------------------------------------------------------ the thread that reads

@@ -26,7 +26,10 @@ PAPER_CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}## Output:\n\n{% endif %}"
 )
-_MARKERS = ("\U000f0000", "\U000f0001")  # private-use characters around a control token in user text, removed before encoding
+_MARKERS = (
+    "\U000f0000",
+    "\U000f0001",
+)  # private-use characters around a control token in user text, removed before encoding
 _PROBE = 'The 3 Zürich "élan" :: don\'t\n\tstop, 42.5% [x] </y> 東京 ½'  # its ids stand for a tokenizer's normaliser and pre-tokenizer
 
 
@@ -79,7 +82,9 @@ def encode_texts(tokenizer, texts, forbidden_ids=()):
     for text, ids in zip(texts, encoded, strict=True):
         if found := forbidden.intersection(ids):
             tokens = tokenizer.convert_ids_to_tokens(sorted(found))
-            raise ValueError(f"The text {text[:80]!r} encodes to the control tokens {tokens}; the tokenizer must not hold them as ordinary words.")
+            raise ValueError(
+                f"The text {text[:80]!r} encodes to the control tokens {tokens}; the tokenizer must not hold them as ordinary words."
+            )
     return encoded
 
 
@@ -87,12 +92,17 @@ def render_passage(passage, template):
     """`{"title", "text"}` through a template such as `"{title} :: {text}"`; without a title the text alone."""
     if not passage.get("title"):
         return passage["text"]
-    return re.sub(r"\{(title|text)\}", lambda match: passage[match[1]], template)  # one pass: braces in a title stay as they are
+    return re.sub(
+        r"\{(title|text)\}", lambda match: passage[match[1]], template
+    )  # one pass: braces in a title stay as they are
 
 
 def encode_passages_for_gen(tokenizer, passages, config):
     """Token ids of passages as Gen reads them between `[NSP]` and `[Cs]`: `list[list[int]]`, each at most `config.max_passage_length` long."""
-    template, length = config.passage_template, config.max_passage_length  # read once: a config's attributes take longer than a short passage
+    template, length = (
+        config.passage_template,
+        config.max_passage_length,
+    )  # read once: a config's attributes take longer than a short passage
     texts = [render_passage(passage, template) for passage in passages]
     control_ids = (config.nsp_token_id, config.cs_token_id, config.ce_token_id, tokenizer.eos_token_id)
     return [ids[:length] for ids in encode_texts(tokenizer, texts, control_ids)]
@@ -117,7 +127,9 @@ def add_bos_and_eos(tokenizer, rows, config):
     """Token ids of passages (`list[list[int]]`), truncated, between BOS and EOS: see [`encode_passages_for_emb_seq`]."""
     (bos, eos), length = added_tokens(tokenizer, config), config.max_passage_length
     if not eos and config.emb_seq_pooling == "eos":
-        raise ValueError(f"{type(tokenizer).__name__} has no EOS or SEP token, which emb_seq_pooling='eos' reads; use 'lasttoken', 'mean' or 'cls'.")
+        raise ValueError(
+            f"{type(tokenizer).__name__} has no EOS or SEP token, which emb_seq_pooling='eos' reads; use 'lasttoken', 'mean' or 'cls'."
+        )
     return [bos + ids[:length] + eos for ids in rows]
 
 
@@ -220,7 +232,9 @@ def encode_chat(tokenizer, messages):
     lack: there, control tokens in the content are wrapped in private-use characters before rendering and encoded apart after it.
     """
     if "sanitize_control_tokens" in inspect.signature(tokenizer.apply_chat_template).parameters:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False)
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
+        )
     return _encode_chat_with_markers(tokenizer, messages)
 
 
@@ -229,7 +243,11 @@ def _encode_chat_with_markers(tokenizer, messages):
     specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     pattern = "|".join(re.escape(token) for token in sorted(specials, key=len, reverse=True))
     marked = [
-        {**message, "content": re.sub(pattern, rf"{start}\g<0>{end}", re.sub(f"[{start}{end}]", "", message["content"]))} for message in messages
+        {
+            **message,
+            "content": re.sub(pattern, rf"{start}\g<0>{end}", re.sub(f"[{start}{end}]", "", message["content"])),
+        }
+        for message in messages
     ]
     rendered = tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False)
     newline, ids = tokenizer("\n", add_special_tokens=False)["input_ids"], []
@@ -262,7 +280,9 @@ def end_of_turn_token_id(tokenizer):
         if id in specials:
             return id
     if tokenizer.eos_token_id is None:
-        raise ValueError("The chat template ends an answer with no special token and the tokenizer has no EOS: nothing would end an answer.")
+        raise ValueError(
+            "The chat template ends an answer with no special token and the tokenizer has no EOS: nothing would end an answer."
+        )
     return tokenizer.eos_token_id
 
 

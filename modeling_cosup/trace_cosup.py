@@ -149,11 +149,16 @@ def cited_text(ids, trace, start, tokenizer):
             known[key] = passage
             cited.append(numbers.setdefault(key, len(numbers) + 1))
         pieces.append(tokenizer.decode(ids[position : max(position, retrieval.position)], skip_special_tokens=True))
-        pieces.append(f"{tokenizer.decode(ids[first:end], skip_special_tokens=True).strip()} {''.join(f'[{number}]' for number in cited)}")
+        pieces.append(
+            f"{tokenizer.decode(ids[first:end], skip_special_tokens=True).strip()} {''.join(f'[{number}]' for number in cited)}"
+        )
         position = end
     pieces.append(tokenizer.decode(ids[position:], skip_special_tokens=True))
     lines = [" ".join(piece.strip() for piece in pieces if piece.strip())]
-    lines += [f"[{n}] {known[key]['title'] + ': ' if known[key]['title'] else ''}{known[key]['text']}" for key, n in numbers.items()]
+    lines += [
+        f"[{n}] {known[key]['title'] + ': ' if known[key]['title'] else ''}{known[key]['text']}"
+        for key, n in numbers.items()
+    ]
     return "\n".join(lines)
 
 

@@ -49,7 +49,9 @@ class CandidateArguments:
     )
     index: str | None = field(
         default=None,
-        metadata={"help": f"of a CoSup checkpoint, in place of a corpus: {INDEX_HELP}, which must be of the index type FLAT"},
+        metadata={
+            "help": f"of a CoSup checkpoint, in place of a corpus: {INDEX_HELP}, which must be of the index type FLAT"
+        },
     )
     index_uri: str | None = field(default=None, metadata={"help": INDEX_URI_HELP})
     split: str = field(default="test", metadata={"help": "of a dataset name"})
@@ -87,7 +89,9 @@ def build(args):
     if (args.corpus_file is None) == (args.index is None):
         raise ValueError("give either --corpus_file or --index.")
     if min(args.num_candidates, args.batch_size) < 1:
-        raise ValueError(f"--num_candidates is {args.num_candidates} and --batch_size {args.batch_size}, expected at least 1.")
+        raise ValueError(
+            f"--num_candidates is {args.num_candidates} and --batch_size {args.batch_size}, expected at least 1."
+        )
     check_index_options(args.index, args.index_uri)
     instances = load_evaluation_set(args.eval_file, args.split, answers_required=False)
     kind = CoSupRetriever if is_cosup(args.model) else SentenceRetriever
@@ -102,7 +106,15 @@ def build(args):
         part = slice(start, start + QUERIES)
         _, nearest = retriever.search(queries[part], k)
         for rows, query, own in zip(nearest, queries[part], gold[part], strict=True):
-            pools.append(make_pool(rows[rows >= 0], own, lambda own, query=query: retriever.scores(query, own), args.num_candidates, args.gold_first))
+            pools.append(
+                make_pool(
+                    rows[rows >= 0],
+                    own,
+                    lambda own, query=query: retriever.scores(query, own),
+                    args.num_candidates,
+                    args.gold_first,
+                )
+            )
     with writing_lines(args.output_file) as write:
         for (_, row), pool in zip(read_rows(args.eval_file, args.split), pools, strict=True):
             write({**row, "candidates": retriever.ids_of(pool.rows)})
@@ -120,7 +132,9 @@ def gold_rows(instances, retriever, name):
     rows = dict(zip(ids, retriever.find(ids), strict=True))
     if missing := [id for id in ids if rows[id] < 0]:
         count = sum(bool(gold_ids(instance) & set(missing)) for instance in instances)
-        raise ValueError(f"{name} lacks {len(missing)} of {len(ids)} gold passages, of {count} of {len(instances)} questions, e.g. {missing[0]!r}.")
+        raise ValueError(
+            f"{name} lacks {len(missing)} of {len(ids)} gold passages, of {count} of {len(instances)} questions, e.g. {missing[0]!r}."
+        )
     return [np.array([rows[id] for id in sorted(gold_ids(instance))], np.int64) for instance in instances]
 
 
@@ -183,7 +197,9 @@ def summary(instances, pools, gold, num_passages, size, retriever):
         "questions without gold": len(instances) - len(asked),
         f"pools smaller than {size}": sum(len(pool.rows) < size for pool in pools),
         f"questions with more gold than {size}: the best of it was kept": sum(len(rows) > size for rows in gold),
-        f"questions whose gold is not among the nearest {size}": sum(not np.isin(gold[i], pools[i].nearest[:size]).any() for i in asked),
+        f"questions whose gold is not among the nearest {size}": sum(
+            not np.isin(gold[i], pools[i].nearest[:size]).any() for i in asked
+        ),
     }
     return lines + [(name, f"{count:,}") for name, count in counts.items() if count]
 

@@ -30,23 +30,47 @@ class IndexArguments:
     """Which model embeds which corpus, and how."""
 
     model: str = field(metadata={"help": "Name or path of a CoSup checkpoint."})
-    corpus_file: str = field(metadata={"help": "Passages {id, title, text}: JSON Lines (.gz), Parquet or a dataset name (its split `train`)."})
+    corpus_file: str = field(
+        metadata={
+            "help": "Passages {id, title, text}: JSON Lines (.gz), Parquet or a dataset name (its split `train`)."
+        }
+    )
     output_dir: str = field(metadata={"help": "Folder of the index."})
     batch_size: int = field(default=256, metadata={"help": "Most passages of a forward."})
-    max_tokens_per_batch: int | None = field(default=None, metadata={"help": "Most tokens of a forward; 4,096 on a CPU, 32,768 elsewhere."})
-    shard_size: int = field(default=32768, metadata={"help": "Passages of a shard: what is lost when a process dies, and what is held in memory."})
+    max_tokens_per_batch: int | None = field(
+        default=None, metadata={"help": "Most tokens of a forward; 4,096 on a CPU, 32,768 elsewhere."}
+    )
+    shard_size: int = field(
+        default=32768,
+        metadata={"help": "Passages of a shard: what is lost when a process dies, and what is held in memory."},
+    )
     dtype: str = field(default="auto", metadata={"help": "Dtype of the model's weights, e.g. bfloat16 on a GPU."})
-    embedding_dtype: str = field(default="float32", metadata={"help": "Dtype of the stored embeddings: float32, or float16 or bfloat16 in half the space."})
-    streaming: bool = field(default=False, metadata={"help": "Stream a dataset from the Hub instead of downloading it first; it is read twice."})
-    index_factory: str | None = field(default=None, metadata={"help": "Also train an approximate index: HNSW32, IVF1024,Flat, OPQ16_64,IVF1024,PQ16, ..."})
+    embedding_dtype: str = field(
+        default="float32",
+        metadata={"help": "Dtype of the stored embeddings: float32, or float16 or bfloat16 in half the space."},
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Stream a dataset from the Hub instead of downloading it first; it is read twice."},
+    )
+    index_factory: str | None = field(
+        default=None,
+        metadata={"help": "Also train an approximate index: HNSW32, IVF1024,Flat, OPQ16_64,IVF1024,PQ16, ..."},
+    )
     train_size: int = field(default=65536, metadata={"help": "Embeddings that it is trained on."})
     nprobe: int | None = field(default=None, metadata={"help": "Lists that an IVF index looks into."})
     ef_search: int | None = field(default=None, metadata={"help": "Candidates that an HNSW index keeps."})
     seed: int = field(default=0, metadata={"help": "Of the training sample."})
-    index: str | None = field(default=None, metadata={"help": "With --index_uri: name of the Milvus collection to upload to."})
+    index: str | None = field(
+        default=None, metadata={"help": "With --index_uri: name of the Milvus collection to upload to."}
+    )
     index_uri: str | None = field(default=None, metadata={"help": f"{INDEX_URI_HELP}; the index is uploaded there"})
-    milvus_index_type: str = field(default="FLAT", metadata={"help": "Of the collection: FLAT (exact), or an approximate one, e.g. HNSW."})
-    milvus_index_params: str = field(default="{}", metadata={"help": 'JSON object, of the index type: {"M": 32, "efConstruction": 200}.'})
+    milvus_index_type: str = field(
+        default="FLAT", metadata={"help": "Of the collection: FLAT (exact), or an approximate one, e.g. HNSW."}
+    )
+    milvus_index_params: str = field(
+        default="{}", metadata={"help": 'JSON object, of the index type: {"M": 32, "efConstruction": 200}.'}
+    )
 
 
 def main():
@@ -74,7 +98,9 @@ def main():
 
 def corpus(args):
     """What `build_index` reads: a path, or a data set."""
-    if Path(args.corpus_file).is_file() or args.corpus_file.endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")):
+    if Path(args.corpus_file).is_file() or args.corpus_file.endswith(
+        (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+    ):
         return args.corpus_file
     from datasets import load_dataset
 
@@ -83,7 +109,9 @@ def corpus(args):
 
 def search_options(args):
     """Options of the approximate index that were given, by FAISS's names."""
-    return {name: value for name, value in {"nprobe": args.nprobe, "efSearch": args.ef_search}.items() if value is not None}
+    return {
+        name: value for name, value in {"nprobe": args.nprobe, "efSearch": args.ef_search}.items() if value is not None
+    }
 
 
 def check(args, embedding_size):
@@ -103,7 +131,9 @@ def check(args, embedding_size):
         raise ValueError("nprobe and ef_search are options of an approximate index: they need an index_factory.")
     check_index_options(args.index, args.index_uri)
     if args.index and args.index_uri is None:
-        raise ValueError(f"--index {args.index} without --index_uri: name the Milvus server to upload to; the folder is output_dir.")
+        raise ValueError(
+            f"--index {args.index} without --index_uri: name the Milvus server to upload to; the folder is output_dir."
+        )
     if args.index_uri is not None:
         milvus_packages()
     milvus_index_params(args)

@@ -60,23 +60,37 @@ def read_upload(path):
     """
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     packed = suffixes[-1:] == [".gz"]
-    reader = {".jsonl": _read_jsonl, ".csv": _read_csv, ".txt": _read_paragraphs}.get("".join(suffixes[:-1][-1:] if packed else suffixes[-1:]))
+    reader = {".jsonl": _read_jsonl, ".csv": _read_csv, ".txt": _read_paragraphs}.get(
+        "".join(suffixes[:-1][-1:] if packed else suffixes[-1:])
+    )
     if reader is None:
-        raise ValueError(f"The file's name ends in {''.join(suffixes[-2:]) or 'nothing'!r}, expected .jsonl, .jsonl.gz, .txt or .csv.")
+        raise ValueError(
+            f"The file's name ends in {''.join(suffixes[-2:]) or 'nothing'!r}, expected .jsonl, .jsonl.gz, .txt or .csv."
+        )
     text, passages, lines = _decode(path, packed), [], {}
     for line, found in reader(text):
         if len(passages) == MAX_PASSAGES:
-            raise ValueError(f"Line {line}: the corpus holds more than {MAX_PASSAGES:,} passages, which is the most for this demo.")
-        passage = {"id": found.get("id") or f"line {line}", "title": found.get("title") or "", "text": found.get("text")}
+            raise ValueError(
+                f"Line {line}: the corpus holds more than {MAX_PASSAGES:,} passages, which is the most for this demo."
+            )
+        passage = {
+            "id": found.get("id") or f"line {line}",
+            "title": found.get("title") or "",
+            "text": found.get("text"),
+        }
         for name, value in passage.items():
             if not isinstance(value, str) or (name == "text" and not value.strip()):
-                raise ValueError(f"Line {line}: {name} is {_shorten(value)}, expected a string{' that is not empty' if name == 'text' else ''}.")
+                raise ValueError(
+                    f"Line {line}: {name} is {_shorten(value)}, expected a string{' that is not empty' if name == 'text' else ''}."
+                )
             if len(value) > MAX_TEXT:
                 raise ValueError(f"Line {line}: {name} has {len(value):,} characters, expected {MAX_TEXT:,} at most.")
             if any("\ud800" <= character <= "\udfff" for character in value):
                 raise ValueError(f"Line {line}: {name} holds half a surrogate pair, which is no character.")
         if passage["id"] in lines:
-            raise ValueError(f"Line {line}: id {_shorten(passage['id'])} already stands in line {lines[passage['id']]}; ids must be unique.")
+            raise ValueError(
+                f"Line {line}: id {_shorten(passage['id'])} already stands in line {lines[passage['id']]}; ids must be unique."
+            )
         lines[passage["id"]] = line
         passages.append(passage)
     if not passages:
@@ -91,12 +105,16 @@ def _decode(path, packed):
     except (EOFError, gzip.BadGzipFile, zlib.error):
         raise ValueError("The file is no whole .gz file.") from None
     if len(data) > MAX_BYTES:
-        raise ValueError(f"The file holds more than {MAX_BYTES // 2**20} MB{' when it is unpacked' if packed else ''}, which is the most for this demo.")
+        raise ValueError(
+            f"The file holds more than {MAX_BYTES // 2**20} MB{' when it is unpacked' if packed else ''}, which is the most for this demo."
+        )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise ValueError(f"Line {line}: the byte 0x{data[error.start]:02x} is no UTF-8; save the file in this encoding.") from None
+        raise ValueError(
+            f"Line {line}: the byte 0x{data[error.start]:02x} is no UTF-8; save the file in this encoding."
+        ) from None
 
 
 def _read_jsonl(text):
@@ -118,10 +136,14 @@ def _read_csv(text):
     rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         if "text" not in (rows.fieldnames or []):
-            raise ValueError(f"Line 1: found the columns {_shorten(', '.join(rows.fieldnames or []))}, expected one named text.")
+            raise ValueError(
+                f"Line 1: found the columns {_shorten(', '.join(rows.fieldnames or []))}, expected one named text."
+            )
         for row in rows:
             if None in row or None in row.values():
-                raise ValueError(f"Line {rows.line_num}: found {'more' if None in row else 'fewer'} cells than the {len(rows.fieldnames)} columns.")
+                raise ValueError(
+                    f"Line {rows.line_num}: found {'more' if None in row else 'fewer'} cells than the {len(rows.fieldnames)} columns."
+                )
             yield rows.line_num, row
     except csv.Error as error:
         raise ValueError(f"Line {rows.line_num}: malformed CSV ({error}).") from None
@@ -158,7 +180,9 @@ class Answer:
         if event.type == "retrieval":
             numbers = []
             for passage, score in zip(event.retrieval.passages, event.retrieval.scores, strict=True):
-                known = self.passages.setdefault((passage["id"], passage["title"], passage["text"]), [len(self.passages) + 1, passage, []])
+                known = self.passages.setdefault(
+                    (passage["id"], passage["title"], passage["text"]), [len(self.passages) + 1, passage, []]
+                )
                 known[2].append(score)
                 numbers.append(known[0])
             self.spans.append(["", numbers])
@@ -183,7 +207,9 @@ class Answer:
     def _text(self):
         shown, last = [], ""
         for text, numbers in self.spans:
-            if last[-1:].strip() and text[:1].isalnum():  # spans are tokenized apart, and a space between two may be in neither
+            if (
+                last[-1:].strip() and text[:1].isalnum()
+            ):  # spans are tokenized apart, and a space between two may be in neither
                 shown.append(" ")
             last = text or last
             bare = text.lstrip()
@@ -192,7 +218,9 @@ class Answer:
                 shown.append(html.escape(bare))
                 continue
             cites = "".join(f'<a href="#cosup-passage-{number}">[{number}]</a>' for number in numbers)
-            shown.append(f'<mark class="cosup-grounded" style="--hue: {_hue(numbers[0])}">{html.escape(bare.rstrip())}<sup>{cites}</sup></mark>')
+            shown.append(
+                f'<mark class="cosup-grounded" style="--hue: {_hue(numbers[0])}">{html.escape(bare.rstrip())}<sup>{cites}</sup></mark>'
+            )
             shown.append(html.escape(bare[len(bare.rstrip()) :]))
         return "".join(shown)
 
@@ -260,14 +288,20 @@ class Demo:
         self.instruction, self.examples = args.instruction, [[question] for question in args.examples]
         config = AutoConfig.from_pretrained(args.model, revision=args.revision, trust_remote_code=True)
         load_emb_seq = args.upload or config.query_from != "gen"  # else generation needs Gen alone
-        self.model = AutoModelForCausalLM.from_pretrained(args.model, revision=args.revision, trust_remote_code=True, load_emb_seq=load_emb_seq)
+        self.model = AutoModelForCausalLM.from_pretrained(
+            args.model, revision=args.revision, trust_remote_code=True, load_emb_seq=load_emb_seq
+        )
         self.model = self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self.name = Path(os.path.abspath(args.model)).name if Path(args.model).exists() else args.model
         options = {} if args.index_revision is None else {"revision": args.index_revision}
         self.index = self.model.load_index(args.index, args.index_uri, **options) if args.index else None
-        self.no_upload = None if args.upload else "This demo takes no corpora: it was started without Emb_seq, which embeds them."
+        self.no_upload = (
+            None if args.upload else "This demo takes no corpora: it was started without Emb_seq, which embeds them."
+        )
         # a checkpoint's own way to render a question, in which a typed [NSP] stays text
-        self.encode_prompt = importlib.import_module(".tokenization_cosup", type(self.model).__module__.rpartition(".")[0]).encode_prompt
+        self.encode_prompt = importlib.import_module(
+            ".tokenization_cosup", type(self.model).__module__.rpartition(".")[0]
+        ).encode_prompt
         self.lock, self.running = threading.Lock(), {}  # session -> what stops its answer
 
     def ask(self, question, retrieval, top_k, max_new_tokens, min_score, corpus, request: gr.Request):
@@ -275,12 +309,25 @@ class Demo:
         question, index = question or "", self.index if corpus is None else corpus  # an untouched box holds None
         try:
             settings = self._settings(question, retrieval, top_k, min_score, index)
-            prompt = torch.tensor([self.encode_prompt(self.model.tokenizer, question, self.instruction)], device=self.model.device)
+            prompt = torch.tensor(
+                [self.encode_prompt(self.model.tokenizer, question, self.instruction)], device=self.model.device
+            )
         except ValueError as error:
             raise _shown(error) from None
-        searched = "there is no index" if index is None else f"searched: {'your corpus' if corpus is not None else 'the index of this demo'}"
-        answer = Answer(question, self.model.config.similarity, searched if retrieval != OFF else "retrieval is switched off")
-        options = {"max_new_tokens": int(max_new_tokens), "retriever": index, "retrieval_config": settings, "max_retrievals": MAX_RETRIEVALS}
+        searched = (
+            "there is no index"
+            if index is None
+            else f"searched: {'your corpus' if corpus is not None else 'the index of this demo'}"
+        )
+        answer = Answer(
+            question, self.model.config.similarity, searched if retrieval != OFF else "retrieval is switched off"
+        )
+        options = {
+            "max_new_tokens": int(max_new_tokens),
+            "retriever": index,
+            "retrieval_config": settings,
+            "max_retrievals": MAX_RETRIEVALS,
+        }
         stop = self.running[request.session_hash] = threading.Event()
         try:
             yield answer.html(), gr.Button(interactive=True)
@@ -352,11 +399,19 @@ class Demo:
             error = _shown(error)
             yield _status(f"Not indexed. {error.reason}"), gr.skip(), gr.skip()
             raise error from None
-        yield _status(f"Your corpus of {len(passages):,} passages is searched now, by you alone."), index, gr.Button(interactive=True)
+        yield (
+            _status(f"Your corpus of {len(passages):,} passages is searched now, by you alone."),
+            index,
+            gr.Button(interactive=True),
+        )
 
     def default_status(self):
         """What is searched without a corpus of one's own."""
-        return _status("There is no index: answers come from Gen alone." if self.index is None else f"An index of {len(self.index):,} passages is searched.")
+        return _status(
+            "There is no index: answers come from Gen alone."
+            if self.index is None
+            else f"An index of {len(self.index):,} passages is searched."
+        )
 
     def drop_corpus(self):
         """Back to the index of the demo."""
@@ -368,10 +423,19 @@ class Demo:
         """`gr.Blocks`."""
         with gr.Blocks(title=f"CoSup: {self.name}", analytics_enabled=False, delete_cache=(600, 600)) as page:
             corpus = gr.State()
-            gr.HTML(f"<h2>{html.escape(self.name)}</h2><p>A language model that retrieves while it writes. Text in colour is grounded on the passage [n].</p>")
+            gr.HTML(
+                f"<h2>{html.escape(self.name)}</h2><p>A language model that retrieves while it writes. Text in colour is grounded on the passage [n].</p>"
+            )
             with gr.Row():
                 with gr.Column(scale=7):
-                    question = gr.Textbox(label="Question", lines=1, max_lines=6, max_length=MAX_QUESTION, elem_id="question", autofocus=True)
+                    question = gr.Textbox(
+                        label="Question",
+                        lines=1,
+                        max_lines=6,
+                        max_length=MAX_QUESTION,
+                        elem_id="question",
+                        autofocus=True,
+                    )
                     with gr.Row():
                         ask = gr.Button("Ask", variant="primary", elem_id="ask", min_width=120)
                         stop = gr.Button("Stop", interactive=False, elem_id="stop", min_width=120)
@@ -383,7 +447,15 @@ class Demo:
                     self._corpus(corpus)
             private = {"api_visibility": "private", "show_progress": "hidden"}
             inputs = [question, *choices, corpus]
-            asked = gr.on([ask.click, question.submit], self.ask, inputs, [answer, stop], concurrency_id="model", concurrency_limit=1, **private)
+            asked = gr.on(
+                [ask.click, question.submit],
+                self.ask,
+                inputs,
+                [answer, stop],
+                concurrency_id="model",
+                concurrency_limit=1,
+                **private,
+            )
             asked.then(lambda: gr.Button(interactive=False), None, stop, queue=False, **private)  # after an error too
             stop.click(self.stop, None, None, queue=False, **private)
             page.unload(self.stop)
@@ -394,7 +466,11 @@ class Demo:
         with gr.Accordion("More settings", open=False):
             top_k = gr.Slider(1, 5, 1, step=1, label="Passages for each [NSP]")
             max_new_tokens = gr.Slider(8, 512, 128, step=8, label="Most tokens to write")
-            min_score = gr.Textbox(label="Least score of a passage", info="Below it, nothing is retrieved. Empty: any score will do.", elem_id="min-score")
+            min_score = gr.Textbox(
+                label="Least score of a passage",
+                info="Below it, nothing is retrieved. Empty: any score will do.",
+                elem_id="min-score",
+            )
         return retrieval, top_k, max_new_tokens, min_score
 
     def _corpus(self, corpus):
@@ -404,12 +480,19 @@ class Demo:
                 gr.HTML(f"<p>{html.escape(self.no_upload)}</p>")
                 return
             limits = f"Up to {MAX_PASSAGES:,} passages in {MAX_BYTES // 2**20} MB, searched by you alone, and gone an hour after you left."
-            gr.HTML(f"<p>JSON Lines (text, perhaps title and id), CSV (the same as columns) or text (a passage a paragraph). {limits}</p>")
+            gr.HTML(
+                f"<p>JSON Lines (text, perhaps title and id), CSV (the same as columns) or text (a passage a paragraph). {limits}</p>"
+            )
             file = gr.File(file_types=FORMATS, label="Corpus", elem_id="corpus", height=140)
             with gr.Row():
-                index, back = gr.Button("Index it", elem_id="index"), gr.Button("Back to the demo's index", interactive=False, elem_id="back")
+                index, back = (
+                    gr.Button("Index it", elem_id="index"),
+                    gr.Button("Back to the demo's index", interactive=False, elem_id="back"),
+                )
         private = {"api_visibility": "private", "show_progress": "hidden"}
-        index.click(self.take_corpus, file, [status, corpus, back], concurrency_id="model", concurrency_limit=1, **private)
+        index.click(
+            self.take_corpus, file, [status, corpus, back], concurrency_id="model", concurrency_limit=1, **private
+        )
         back.click(self.drop_corpus, None, [status, corpus, back], queue=False, **private)
 
 
@@ -441,25 +524,42 @@ def parse(argv=None):
     parser.add_argument("--index", default=variables("COSUP_INDEX"), help=index_help)
     uri_help = "of the Milvus server or local file (.db) that holds the index; needs the package cosup[milvus]; MILVUS_TOKEN may hold a token"
     parser.add_argument("--index_uri", default=variables("COSUP_INDEX_URI"), help=uri_help)
-    parser.add_argument("--revision", default=variables("COSUP_REVISION"), help="of the checkpoint: branch, tag or commit")
+    parser.add_argument(
+        "--revision", default=variables("COSUP_REVISION"), help="of the checkpoint: branch, tag or commit"
+    )
     parser.add_argument("--index_revision", default=variables("COSUP_INDEX_REVISION"), help="of the index")
-    parser.add_argument("--instruction", default=variables("COSUP_INSTRUCTION", ""), help="the task's instruction, as in training")
+    parser.add_argument(
+        "--instruction", default=variables("COSUP_INSTRUCTION", ""), help="the task's instruction, as in training"
+    )
     examples = [question.strip() for question in variables("COSUP_EXAMPLES", "").split("|") if question.strip()]
     parser.add_argument("--examples", nargs="*", default=examples, help="questions to choose from")
     upload = variables("COSUP_UPLOAD", "1") != "0"
-    parser.add_argument("--upload", action=argparse.BooleanOptionalAction, default=upload, help="corpora of users; --no-upload does without Emb_seq")
+    parser.add_argument(
+        "--upload",
+        action=argparse.BooleanOptionalAction,
+        default=upload,
+        help="corpora of users; --no-upload does without Emb_seq",
+    )
     args = parser.parse_args(argv)
     if not args.model:
         parser.error("no model: give --model, or set COSUP_MODEL.")
     if args.index_uri and not args.index:
-        parser.error("a server without an index: give --index, or set COSUP_INDEX, to the name of the Milvus collection.")
+        parser.error(
+            "a server without an index: give --index, or set COSUP_INDEX, to the name of the Milvus collection."
+        )
     return args
 
 
 def main():
     page = Demo(parse()).page()
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none to fetch
-    options = {"css": CSS, "theme": gr.themes.Default(**fonts), "footer_links": [], "ssr_mode": False, "state_session_capacity": 64}
+    options = {
+        "css": CSS,
+        "theme": gr.themes.Default(**fonts),
+        "footer_links": [],
+        "ssr_mode": False,
+        "state_session_capacity": 64,
+    }
     page.launch(max_file_size=MAX_BYTES, **options)
 
 

@@ -69,7 +69,9 @@ def main():
 
 def answer(args):
     """Load, generate, print."""
-    lines = args.questions or (Path(args.file).read_text(encoding="utf-8") if args.file else sys.stdin.read()).splitlines()
+    lines = (
+        args.questions or (Path(args.file).read_text(encoding="utf-8") if args.file else sys.stdin.read()).splitlines()
+    )
     questions = [line.strip() for line in lines if line.strip()]
     check_index_options(args.index, args.index_uri)
     if not questions:
@@ -90,14 +92,22 @@ def answer(args):
     options = {"max_new_tokens": args.max_new_tokens, "do_sample": args.do_sample}
     if index is not None:
         options["retriever"] = index
-        options["retrieval_config"] = RetrievalConfig(top_k=args.passages_per_nsp, **{name: getattr(args, name) for name in names})
+        options["retrieval_config"] = RetrievalConfig(
+            top_k=args.passages_per_nsp, **{name: getattr(args, name) for name in names}
+        )
     prompts = [list(encode_prompt(tokenizer, question, args.instruction)) for question in questions]
     if args.stream:
         for question, prompt in zip(questions, prompts, strict=True):
             print(f"Q  {question}\nA  ", end="", flush=True)
-            model.generate(torch.tensor([prompt], device=device), streamer=TextStreamer(tokenizer, skip_prompt=True), **options)
+            model.generate(
+                torch.tensor([prompt], device=device), streamer=TextStreamer(tokenizer, skip_prompt=True), **options
+            )
         return
-    options |= {"batch_size": args.batch_size, "output_file": args.output_file, "show_progress_bar": len(questions) > args.batch_size}
+    options |= {
+        "batch_size": args.batch_size,
+        "output_file": args.output_file,
+        "show_progress_bar": len(questions) > args.batch_size,
+    }
     for question, done in zip(questions, model.generate_many(prompts, **options), strict=True):
         print(f"Q  {question}\nA  {done.cited_text}\n")
 

@@ -38,7 +38,9 @@ PAPER_PAIRS = {
     "kaist-ai/cosupervision-gen-Llama2_7b": "cosupervision",
     "kaist-ai/separate_supervision-gen-Llama2_7b": "separate",
 }
-ONLY_SAFETENSORS = "Only safetensors are read; --allow_pytorch_bin also reads pytorch_model.bin, by torch's weights_only reader."
+ONLY_SAFETENSORS = (
+    "Only safetensors are read; --allow_pytorch_bin also reads pytorch_model.bin, by torch's weights_only reader."
+)
 PAPER_TOKENS = ("<PAD>", "[Cs]", "[Ce]", "[Ret]")
 
 
@@ -105,7 +107,10 @@ def import_pair(args):
         paper = args.paper or PAPER_PAIRS.get(args.gen, "none")
         model = retriever_pair(args) if paper == "none" else paper_pair(args, paper)
         model.save_pretrained(folder)
-    print(f"{args.output_dir}: Gen {type(model.gen).__name__}, Emb_seq {type(model.emb_seq).__name__}, queries from {model.config.query_from}", flush=True)
+    print(
+        f"{args.output_dir}: Gen {type(model.gen).__name__}, Emb_seq {type(model.emb_seq).__name__}, queries from {model.config.query_from}",
+        flush=True,
+    )
     if args.push_to_hub:
         model.push_to_hub(args.push_to_hub)
 
@@ -144,13 +149,17 @@ def load(kind, name, args, subfolder=""):
 
     safetensors = None if args.allow_pytorch_bin else True
     try:
-        model, info = kind.from_pretrained(name, dtype=args.dtype, subfolder=subfolder, use_safetensors=safetensors, output_loading_info=True)
+        model, info = kind.from_pretrained(
+            name, dtype=args.dtype, subfolder=subfolder, use_safetensors=safetensors, output_loading_info=True
+        )
     except SafetensorError as error:
         raise OSError(f"{name}: its weights cannot be read: {error}") from error
     except OSError as error:
         raise OSError(f"{name}: {error}" + ("" if args.allow_pytorch_bin else f"\n{ONLY_SAFETENSORS}")) from error
     if missing := sorted(key for key in info["missing_keys"] if not key.startswith("pooler.")):
-        raise ValueError(f"{name} lacks {len(missing)} weights of a {type(model).__name__}, e.g. {missing[0]}: is it the right half of the pair?")
+        raise ValueError(
+            f"{name} lacks {len(missing)} weights of a {type(model).__name__}, e.g. {missing[0]}: is it the right half of the pair?"
+        )
     return model.eval()
 
 
@@ -161,7 +170,9 @@ def load_tokenizer(name):
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name} holds no tokenizer that can be read: {error}\nGive Gen's, e.g. that of its base model, as --tokenizer.") from error
+        raise ValueError(
+            f"{name} holds no tokenizer that can be read: {error}\nGive Gen's, e.g. that of its base model, as --tokenizer."
+        ) from error
 
 
 # ---------------------------------------------------------------------- the paper's pairs
@@ -178,7 +189,16 @@ def paper_pair(args, paper):
 
     from modeling_cosup import CoSupForCausalLM
 
-    decided = ("query_from", "query_encoder", "emb_seq_pooling", "similarity", "passage_template", "passage_prompt", "query_prompt", "chat_template_path")
+    decided = (
+        "query_from",
+        "query_encoder",
+        "emb_seq_pooling",
+        "similarity",
+        "passage_template",
+        "passage_prompt",
+        "query_prompt",
+        "chat_template_path",
+    )
     if given := [name for name in decided if getattr(args, name) is not None]:
         raise ValueError(f"--{given[0]} is decided by the paper's {paper} pair; leave it out, or say --paper none.")
     tokenizer = paper_tokenizer(args.tokenizer or args.gen)
@@ -186,9 +206,13 @@ def paper_pair(args, paper):
     for name, part in ((args.gen, gen), (args.emb_seq, emb_seq)):
         rows = part.get_input_embeddings().weight.shape[0]
         if rows != len(tokenizer):
-            raise ValueError(f"{name} has embeddings of {rows} tokens, the tokenizer has {len(tokenizer)}: give the one it was trained with as --tokenizer.")
+            raise ValueError(
+                f"{name} has embeddings of {rows} tokens, the tokenizer has {len(tokenizer)}: give the one it was trained with as --tokenizer."
+            )
     if paper == "cosupervision" and gen.config.hidden_size != emb_seq.config.hidden_size:
-        raise ValueError(f"Gen is {gen.config.hidden_size} wide, Emb_seq {emb_seq.config.hidden_size}: a co-supervised pair has one width.")
+        raise ValueError(
+            f"Gen is {gen.config.hidden_size} wide, Emb_seq {emb_seq.config.hidden_size}: a co-supervised pair has one width."
+        )
     return CoSupForCausalLM.from_gen_and_emb_seq(
         gen,
         emb_seq,
@@ -211,7 +235,9 @@ def paper_tokenizer(name):
     tokenizer = load_tokenizer(name)
     lacking = [token for token in PAPER_TOKENS if token not in tokenizer.get_vocab()]
     if 0 < len(lacking) < len(PAPER_TOKENS):
-        raise ValueError(f"{name}: the tokenizer lacks {' '.join(lacking)} of the paper's tokens {' '.join(PAPER_TOKENS)}; expected all of them, or none.")
+        raise ValueError(
+            f"{name}: the tokenizer lacks {' '.join(lacking)} of the paper's tokens {' '.join(PAPER_TOKENS)}; expected all of them, or none."
+        )
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in lacking], special_tokens=True)
     tokenizer.pad_token = PAPER_TOKENS[0]
     tokenizer.chat_template = PAPER_CHAT_TEMPLATE
@@ -256,21 +282,32 @@ def retriever_pair(args):
     if args.chat_template_path is not None:
         set_chat_template(tokenizer, args.chat_template_path)
     if set(PAPER_TOKENS) <= set(tokenizer.get_vocab()):
-        raise ValueError(f"The tokenizer holds the paper's {' '.join(PAPER_TOKENS)}: say --paper cosupervision, --paper separate, or --paper none.")
+        raise ValueError(
+            f"The tokenizer holds the paper's {' '.join(PAPER_TOKENS)}: say --paper cosupervision, --paper separate, or --paper none."
+        )
     retriever = read_retriever(args.emb_seq, args)
     gen = load(AutoModelForCausalLM, args.gen, args)
     emb_seq = load(AutoModel, args.emb_seq, args, retriever.subfolder)
     query_encoder = None
     if args.query_from == "query_encoder":
         other = read_retriever(args.query_encoder or args.emb_seq, args)
-        if other.settings != retriever.settings or not same_tokenizer(other.tokenizer, retriever.tokenizer) or (args.query_encoder and other.head is not None):
-            raise ValueError(f"{args.query_encoder} does not tokenize, pool and compare as {args.emb_seq} does, or has a dense layer of its own.")
+        if (
+            other.settings != retriever.settings
+            or not same_tokenizer(other.tokenizer, retriever.tokenizer)
+            or (args.query_encoder and other.head is not None)
+        ):
+            raise ValueError(
+                f"{args.query_encoder} does not tokenize, pool and compare as {args.emb_seq} does, or has a dense layer of its own."
+            )
         query_encoder = load(AutoModel, args.query_encoder or args.emb_seq, args, other.subfolder)
     elif args.query_encoder:
         raise ValueError("--query_encoder needs --query_from query_encoder.")
     head, settings = retriever.head, dict(retriever.settings)
     if head is not None and args.query_from in (None, "gen") and len(head) != gen.config.get_text_config().hidden_size:
-        print(f"The dense layer of {args.emb_seq} makes {len(head)} numbers, Gen {gen.config.get_text_config().hidden_size}: it is left out.", flush=True)
+        print(
+            f"The dense layer of {args.emb_seq} makes {len(head)} numbers, Gen {gen.config.get_text_config().hidden_size}: it is left out.",
+            flush=True,
+        )
         head = None
     model = CoSupForCausalLM.from_gen_and_emb_seq(
         gen,

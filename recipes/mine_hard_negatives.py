@@ -75,7 +75,9 @@ def mine(args):
     queries = list_queries(instances, args.passage_template)
     if not queries:
         raise ValueError(f"{args.train_file}: none of {len(instances)} instances has a passage, so there is no query.")
-    passages = {render_passage(segment["passage"], args.passage_template): segment["passage"] for _, segment, _ in queries}
+    passages = {
+        render_passage(segment["passage"], args.passage_template): segment["passage"] for _, segment, _ in queries
+    }
     for passage in load_corpus(args.corpus_file) if args.corpus_file else []:
         passages.setdefault(render_passage(passage, args.passage_template), passage)
     near = search(queries, list(passages), args)
@@ -85,7 +87,9 @@ def mine(args):
         found = [passages[text] for text in near.get((query, right.own), ())]
         found = [p for p in found if not right.holds(p) and not holds(p, answer)][: args.num_negatives]
         segment["negatives"] = segment["negatives"] + found
-        counts["with all negatives" if len(found) == args.num_negatives else "with fewer" if found else "with none"] += 1
+        counts[
+            "with all negatives" if len(found) == args.num_negatives else "with fewer" if found else "with none"
+        ] += 1
     with writing_lines(args.output_file) as write:
         for instance in instances:
             write(instance)
@@ -102,8 +106,14 @@ class Right:
     """
 
     def __init__(self, own, instance, segment):
-        known = [other["passage"] for other in instance["segments"] if other["passage"] is not None] + segment["negatives"]
-        self.own, self.ids, self.contents = own, {p["id"] for p in known} | set(segment["positives"]), {content_id(p["title"], p["text"]) for p in known}
+        known = [other["passage"] for other in instance["segments"] if other["passage"] is not None] + segment[
+            "negatives"
+        ]
+        self.own, self.ids, self.contents = (
+            own,
+            {p["id"] for p in known} | set(segment["positives"]),
+            {content_id(p["title"], p["text"]) for p in known},
+        )
 
     def holds(self, passage):
         """Whether a passage is one of these, by id or content."""
@@ -117,7 +127,13 @@ def list_queries(instances, template):
         written = [re.sub(r"\s*\[SEP\]\s*", " ", instance["input"])]
         for segment in instance["segments"]:
             if segment["passage"] is not None:
-                queries.append((" ".join(written), segment, Right(render_passage(segment["passage"], template), instance, segment)))
+                queries.append(
+                    (
+                        " ".join(written),
+                        segment,
+                        Right(render_passage(segment["passage"], template), instance, segment),
+                    )
+                )
             written.append(segment["text"])
     return queries
 
@@ -132,7 +148,9 @@ def search(queries, texts, args):
         raise ValueError("mining needs pip install sentence-transformers.") from None
     options = {} if args.dtype == "auto" else {"model_kwargs": {"dtype": args.dtype}}
     model = SentenceTransformer(args.model, device=args.device, **options)
-    rows = Dataset.from_dict({"query": [query for query, _, _ in queries], "passage": [right.own for _, _, right in queries]})
+    rows = Dataset.from_dict(
+        {"query": [query for query, _, _ in queries], "passage": [right.own for _, _, right in queries]}
+    )
     window = min(args.range_max, len(texts) - 1)
     if window <= args.range_min:
         raise ValueError(f"There are {len(texts)} passages: too few for negatives behind rank {args.range_min}.")
@@ -149,7 +167,9 @@ def search(queries, texts, args):
 
 def holds(passage, answer):
     """Whether title or text hold an answer, given and compared as normalised words."""
-    return bool(answer) and f" {answer} " in f" {normalize_answer(passage['title'])} {normalize_answer(passage['text'])} "
+    return (
+        bool(answer) and f" {answer} " in f" {normalize_answer(passage['title'])} {normalize_answer(passage['text'])} "
+    )
 
 
 if __name__ == "__main__":

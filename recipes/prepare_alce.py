@@ -82,10 +82,15 @@ def prepare(args):
             counts[f"items with fewer than {args.num_candidates} candidates"] += len(pool) < args.num_candidates
             meta = {name: value for name, value in item.items() if name not in NOT_META}
             short = short_answers(item, where)
-            provenance = [[id] for id in holding_answers(short, pool, passages)] if args.provenance == "short_answers" else []
+            provenance = (
+                [[id] for id in holding_answers(short, pool, passages)] if args.provenance == "short_answers" else []
+            )
             counts["items without provenance"] += not provenance
             meta |= {} if provenance else {"provenance_unknown": True}
-            id, question = str(item.get("sample_id", item.get("id", counts["items read"] - 1))), check_text(item.get("question"), "question", where)
+            id, question = (
+                str(item.get("sample_id", item.get("id", counts["items read"] - 1))),
+                check_text(item.get("question"), "question", where),
+            )
             facts = {"dataset": args.dataset, "instruction": instruction, "input": question, "answers": answers}
             write({"id": id, **facts, "provenance": provenance, "candidates": pool, "meta": meta})
             counts["items written"] += 1
@@ -101,12 +106,17 @@ def read_items(path, split):
     """`(where, dict)` pairs of the items of a file: a list, or an object with the list under `data`, as ALCE writes its results; or of a dataset name."""
     if not str(path).endswith((".json", ".json.gz")):
         for where, row in read_rows(path, split):
-            yield where, {name: value for name, value in row.items() if value is not None}  # data sets fill what a row lacks
+            yield (
+                where,
+                {name: value for name, value in row.items() if value is not None},
+            )  # data sets fill what a row lacks
         return
     data = read_json(path)
     items = data.get("data") if isinstance(data, dict) else data
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise ValueError(f"{path}: found {type(data).__name__}, expected ALCE's list of items, each an object with question and docs.")
+        raise ValueError(
+            f"{path}: found {type(data).__name__}, expected ALCE's list of items, each an object with question and docs."
+        )
     for number, item in enumerate(items):
         yield f"{path}, item {number}", item
 
@@ -127,7 +137,9 @@ def read_docs(item, where, num_candidates, passages, counts):
             counts["docs left out: no text"] += 1
             continue
         title, text = doc.get("title") or "", check_text(doc.get("text"), "text", place)
-        ((_, passage),) = read_passages([(place, {"id": doc.get("id") or content_id(title, text), "title": title, "text": text})])
+        ((_, passage),) = read_passages(
+            [(place, {"id": doc.get("id") or content_id(title, text), "title": title, "text": text})]
+        )
         if passages.get(passage["id"], passage) != passage:
             counts["docs whose id stands for another text: theirs is that of the content"] += 1
             passage["id"] = content_id(title, text)
@@ -144,7 +156,9 @@ def answers_of(item, dataset, where):
             raise ValueError(f"{where}: answers is {found!r}, expected a list of lists of aliases.")
         answers = [alias for aliases in found for alias in aliases]
     else:
-        answers = [annotation.get("long_answer") for annotation in item.get("annotations") or []] or [item.get("answer")]
+        answers = [annotation.get("long_answer") for annotation in item.get("annotations") or []] or [
+            item.get("answer")
+        ]
     answers = [answer for answer in answers if answer]
     return distinct(check_text(answer, "answer", where) for answer in answers)
 
@@ -152,7 +166,9 @@ def answers_of(item, dataset, where):
 def short_answers(item, where):
     """Short answers of ASQA's `qa_pairs`, else QAMPARI's aliases; ELI5 has none: `list[str]`."""
     pairs = item.get("qa_pairs") or []
-    if not isinstance(pairs, list) or not all(isinstance(pair, dict) and isinstance(pair.get("short_answers"), list) for pair in pairs):
+    if not isinstance(pairs, list) or not all(
+        isinstance(pair, dict) and isinstance(pair.get("short_answers"), list) for pair in pairs
+    ):
         raise ValueError(f"{where}: qa_pairs is {pairs!r}, expected a list of objects with short_answers, a list.")
     lists = [pair["short_answers"] for pair in pairs] or item.get("answers") or []
     return [check_text(answer, "short answer", where) for answers in lists for answer in answers]

@@ -58,7 +58,11 @@ def prepare(args):
     relevant = read_qrels(args.qrels_file)
     wanted, found = {id for ids in relevant.values() for id in ids}, set()
     with writing_lines(args.output_file) as write, writing_lines(args.output_corpus) as write_passage:
-        for where, passage in tqdm(read_passages_with_text(find(args.input_dir, "corpus.jsonl"), counts), desc="Reading passages", unit=" passages"):
+        for where, passage in tqdm(
+            read_passages_with_text(find(args.input_dir, "corpus.jsonl"), counts),
+            desc="Reading passages",
+            unit=" passages",
+        ):
             if passage["id"] in wanted:
                 if passage["id"] in found:
                     raise ValueError(f"{where}: id {passage['id']!r} stands there twice; ids must be unique.")
@@ -69,11 +73,18 @@ def prepare(args):
             id = check_text(value.get("_id"), "_id", where)
             provenance = [[passage] for passage in relevant.get(id, []) if passage in found]
             if not provenance:
-                counts[f"queries left out: {'the corpus lacks their passages' if id in relevant else 'of another split'}"] += 1
+                counts[
+                    f"queries left out: {'the corpus lacks their passages' if id in relevant else 'of another split'}"
+                ] += 1
                 continue
             answers = answers_of(value.get("metadata") or {}, where)
             counts["queries written, with answers" if answers else "queries written, without answers"] += 1
-            facts = {"dataset": args.dataset, "instruction": instruction, "input": check_text(value.get("text"), "text", where), "answers": answers}
+            facts = {
+                "dataset": args.dataset,
+                "instruction": instruction,
+                "input": check_text(value.get("text"), "text", where),
+                "answers": answers,
+            }
             write({"id": id, **facts, "provenance": provenance, "candidates": []})
         counts.update({"gold passages": len(found), "gold passages that the corpus lacks": len(wanted - found)})
         if not counts["queries written, with answers"] + counts["queries written, without answers"]:

@@ -54,7 +54,9 @@ class KILTArguments:
     output_file: str = field(metadata={"help": "evaluation instances, JSON Lines (.gz by the name)"})
     knowledge_file: str | None = field(
         default=None,
-        metadata={"help": "KILT's knowledge source: JSON Lines (.gz or plain), a page a line; it is cut into passages"},
+        metadata={
+            "help": "KILT's knowledge source: JSON Lines (.gz or plain), a page a line; it is cut into passages"
+        },
     )
     corpus_file: str | None = field(
         default=None,
@@ -63,7 +65,9 @@ class KILTArguments:
     output_corpus: str | None = field(
         default=None, metadata={"help": "the passages in our format; needed with --knowledge_file"}
     )
-    config_name: str | None = field(default=None, metadata={"help": "of a dataset name, e.g. nq of facebook/kilt_tasks"})
+    config_name: str | None = field(
+        default=None, metadata={"help": "of a dataset name, e.g. nq of facebook/kilt_tasks"}
+    )
     split: str = field(default="validation", metadata={"help": "of a dataset name"})
     match: Literal["title", "id"] = field(
         default="title", metadata={"help": "how a passage that does not name its page belongs to one"}
@@ -98,7 +102,9 @@ def prepare(args):
     if args.knowledge_file and not args.output_corpus:
         raise ValueError("--knowledge_file is cut into passages: say where they go, --output_corpus.")
     if args.words < 1 or (args.max_other_pages or 0) < 0:
-        raise ValueError(f"--words is {args.words} and --max_other_pages {args.max_other_pages}, expected at least 1 and 0.")
+        raise ValueError(
+            f"--words is {args.words} and --max_other_pages {args.max_other_pages}, expected at least 1 and 0."
+        )
     instruction = instruction_of(args.task, args.instruction)
     counts = Counter({"questions read": 0})
     questions = list(read_questions(args, counts))
@@ -115,7 +121,12 @@ def prepare(args):
                 counts["questions left out: the corpus lacks their pages"] += 1
                 continue
             gold.update(id for ids in provenance for id in ids)
-            facts = {"dataset": args.task, "instruction": instruction, "input": question["input"], "answers": question["answers"]}
+            facts = {
+                "dataset": args.task,
+                "instruction": instruction,
+                "input": question["input"],
+                "answers": question["answers"],
+            }
             write({"id": question["id"], **facts, "provenance": provenance, "candidates": []})
             counts["questions written"] += 1
         counts.update({**places, "gold passages": len(gold)})
@@ -141,17 +152,28 @@ def read_questions(args, counts):
         id, outputs = str(value.get("id")), value.get("output")
         text = value.get("input") or texts.get(id)
         if not text and args.task == "triviaqa":
-            found = f"{args.triviaqa_file} lacks {id}" if texts else "TriviaQA's files hold none, name its own as --triviaqa_file"
+            found = (
+                f"{args.triviaqa_file} lacks {id}"
+                if texts
+                else "TriviaQA's files hold none, name its own as --triviaqa_file"
+            )
             raise ValueError(f"{where}: no question ({found}).")
         if outputs is not None and not isinstance(outputs, list):
-            raise ValueError(f"{where}: output is {outputs!r}, expected a list of objects with answer, provenance or both.")
+            raise ValueError(
+                f"{where}: output is {outputs!r}, expected a list of objects with answer, provenance or both."
+            )
         answers, evidence = read_outputs(outputs or [], where)
         for left_out, kind in ((not answers, "no answer"), (answers and not evidence, "no provenance")):
             if left_out:
                 counts[f"questions left out: {kind}"] += 1
         if answers and evidence:
             answers = [answer.lower() for answer in answers] if args.task == "fever" else answers
-            yield {"id": id, "input": check_text(text, "input", where), "answers": distinct(answers), "evidence": evidence}
+            yield {
+                "id": id,
+                "input": check_text(text, "input", where),
+                "answers": distinct(answers),
+                "evidence": evidence,
+            }
 
 
 def read_tasks(args):
@@ -161,7 +183,9 @@ def read_tasks(args):
     from datasets import load_dataset
 
     rows = load_dataset(args.input_file, args.config_name, split=args.split)
-    return ((f"{args.input_file} ({args.config_name}, {args.split}), row {row}", value) for row, value in enumerate(rows))
+    return (
+        (f"{args.input_file} ({args.config_name}, {args.split}), row {row}", value) for row, value in enumerate(rows)
+    )
 
 
 def read_outputs(outputs, where):
@@ -169,14 +193,20 @@ def read_outputs(outputs, where):
     answers, evidence = [], []
     for i, output in enumerate(outputs):
         if not isinstance(output, dict):
-            raise ValueError(f"{where}: output[{i}] is {output!r}, expected an object with answer, provenance or both.")
+            raise ValueError(
+                f"{where}: output[{i}] is {output!r}, expected an object with answer, provenance or both."
+            )
         answer, references = output.get("answer"), output.get("provenance") or []
         if answer is not None and not isinstance(answer, str):
             raise ValueError(f"{where}: output[{i}].answer is {answer!r}, expected a string.")
         if answer and answer.strip():
             answers.append(answer.strip())
-        if not isinstance(references, list) or not all(isinstance(item, dict) and str(item.get("wikipedia_id") or "").strip() for item in references):
-            raise ValueError(f"{where}: output[{i}].provenance is {references!r}, expected a list of objects with wikipedia_id.")
+        if not isinstance(references, list) or not all(
+            isinstance(item, dict) and str(item.get("wikipedia_id") or "").strip() for item in references
+        ):
+            raise ValueError(
+                f"{where}: output[{i}].provenance is {references!r}, expected a list of objects with wikipedia_id."
+            )
         if references:
             evidence.append(tuple(distinct(read_reference(reference) for reference in references)))
     return answers, distinct(evidence)
@@ -184,15 +214,25 @@ def read_outputs(outputs, where):
 
 def read_reference(reference):
     """`(page id, title, first paragraph, last paragraph)` of a provenance; a data set says -1 where a paragraph is not known."""
-    first, last = (value if isinstance(value := reference.get(f"{end}_paragraph_id"), int) and value >= 0 else None for end in ("start", "end"))
-    return str(reference["wikipedia_id"]).strip(), plain_title(reference.get("title") or ""), first, first if last is None else last
+    first, last = (
+        value if isinstance(value := reference.get(f"{end}_paragraph_id"), int) and value >= 0 else None
+        for end in ("start", "end")
+    )
+    return (
+        str(reference["wikipedia_id"]).strip(),
+        plain_title(reference.get("title") or ""),
+        first,
+        first if last is None else last,
+    )
 
 
 def triviaqa_questions(path):
     """`dict` of question id to question, of TriviaQA's own JSON."""
     data = read_json(path)
     rows = data.get("Data") if isinstance(data, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and "QuestionId" in row and "Question" in row for row in rows):
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and "QuestionId" in row and "Question" in row for row in rows
+    ):
         raise ValueError(f"{path}: expected TriviaQA's JSON, {{'Data': [{{'QuestionId', 'Question', ...}}, ...]}}.")
     return {row["QuestionId"]: row["Question"] for row in rows}
 
@@ -210,10 +250,18 @@ class Pages:
     """
 
     def __init__(self, questions, match):
-        references = {reference for question in questions for evidence in question["evidence"] for reference in evidence}
+        references = {
+            reference for question in questions for evidence in question["evidence"] for reference in evidence
+        }
         self.match = match
-        self.ids, self.titles = {reference[0] for reference in references}, {reference[1] for reference in references} - {""}
-        self.by_id, self.by_title = defaultdict(list), defaultdict(list)  # to (passage id, first paragraph, last paragraph)
+        self.ids, self.titles = (
+            {reference[0] for reference in references},
+            {reference[1] for reference in references} - {""},
+        )
+        self.by_id, self.by_title = (
+            defaultdict(list),
+            defaultdict(list),
+        )  # to (passage id, first paragraph, last paragraph)
 
     def add(self, passage):
         """Keep a passage if it is of a page that a question names."""
@@ -280,7 +328,12 @@ def read_corpus_of(args, pages, counts):
             if args.max_other_pages is not None and others > args.max_other_pages:
                 continue
         counts["pages"] += 1
-        yield from cut_page(check_text(id, "wikipedia_id", where), check_text(title, "wikipedia_title", where), paragraphs_of(page, where), args.words)
+        yield from cut_page(
+            check_text(id, "wikipedia_id", where),
+            check_text(title, "wikipedia_title", where),
+            paragraphs_of(page, where),
+            args.words,
+        )
 
 
 def paragraphs_of(page, where):

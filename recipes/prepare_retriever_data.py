@@ -56,19 +56,33 @@ def prepare(args):
     if args.num_questions is not None and args.num_questions < 1:
         raise ValueError(f"--num_questions is {args.num_questions}, expected at least 1.")
     instances, generator = load_instances(args.train_file), random.Random(args.seed)
-    single = [instance for instance in instances if sum(segment["passage"] is not None for segment in instance["segments"]) == 1]
+    single = [
+        instance
+        for instance in instances
+        if sum(segment["passage"] is not None for segment in instance["segments"]) == 1
+    ]
     if not single:
         raise ValueError(f"{args.train_file}: none of {len(instances)} instances has exactly one passage.")
     generator.shuffle(single)
     questions = single[: args.num_questions]
-    keywords = keyword_queries(single, generator)[: int(len(questions) * args.keyword_share / (1 - args.keyword_share))]
+    keywords = keyword_queries(single, generator)[
+        : int(len(questions) * args.keyword_share / (1 - args.keyword_share))
+    ]
     mixed = questions + keywords
     generator.shuffle(mixed)
     with writing_lines(args.output_file) as write:
         for instance in mixed:
             write(instance)
-    left_out = {"left out: no passage, or several": len(instances) - len(single), "questions left out": len(single) - len(questions)}
-    return {"instances read": len(instances), **left_out, "questions written": len(questions), "keyword queries written": len(keywords)}
+    left_out = {
+        "left out: no passage, or several": len(instances) - len(single),
+        "questions left out": len(single) - len(questions),
+    }
+    return {
+        "instances read": len(instances),
+        **left_out,
+        "questions written": len(questions),
+        "keyword queries written": len(keywords),
+    }
 
 
 def keyword_queries(instances, generator):
@@ -83,7 +97,12 @@ def keyword_queries(instances, generator):
         length = generator.randint(1, 4)
         start = generator.randrange(max(1, len(words) - length))
         crop = re.sub(r"[^\w\s'-]", "", " ".join(words[start : start + length]))
-        query = {"id": f"keywords-{instance['id']}", "dataset": "keywords", "instruction": "", "input": f"{passage['title']} {crop}".strip()}
+        query = {
+            "id": f"keywords-{instance['id']}",
+            "dataset": "keywords",
+            "instruction": "",
+            "input": f"{passage['title']} {crop}".strip(),
+        }
         made.append(query | {"segments": [{"text": passage["title"], "passage": passage}]})
     generator.shuffle(made)
     return made

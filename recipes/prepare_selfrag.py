@@ -115,11 +115,18 @@ def prepare(args):
     """
     if args.question_template and "{input}" not in args.question_template:
         raise ValueError(f"--question_template is {args.question_template!r}, expected a text with {{input}}.")
-    counts, damaged, passages = Counter({"read": 0, "damaged": 0, **dict.fromkeys(FILTERS, 0), "written": 0}), [], set()
+    counts, damaged, passages = (
+        Counter({"read": 0, "damaged": 0, **dict.fromkeys(FILTERS, 0), "written": 0}),
+        [],
+        set(),
+    )
     with writing_lines(args.output_file) as write, writing_lines(args.output_corpus) as write_passage:
         for where, row in tqdm(read_rows(args.input_file, args.split), desc="Reading instances", unit=" instances"):
             counts["read"] += 1
-            question, output = read_question(row, where), check_text(row.get("output"), "output", where, may_be_empty=True)
+            question, output = (
+                read_question(row, where),
+                check_text(row.get("output"), "output", where, may_be_empty=True),
+            )
             try:
                 pieces = read_pieces(output)
             except ValueError as error:
@@ -131,7 +138,14 @@ def prepare(args):
                 continue
             prefix = args.question_template.replace("{input}", question["input"])
             instance = check_instance({**question, "segments": segments_of(pieces, prefix, counts)}, where)
-            write({**instance, "segments": [{"text": segment["text"], "passage": segment["passage"]} for segment in instance["segments"]]})
+            write(
+                {
+                    **instance,
+                    "segments": [
+                        {"text": segment["text"], "passage": segment["passage"]} for segment in instance["segments"]
+                    ],
+                }
+            )
             count_instance(instance, counts)
             for segment in instance["segments"]:
                 if (passage := segment["passage"]) and passage["id"] not in passages:
@@ -145,8 +159,14 @@ def prepare(args):
 
 def report(counts):
     """The table of what was left out and written; the paper's count is next to ours."""
-    names = {"read": "instances read", "damaged": "left out: damaged marks"} | {name: f"left out: {name}" for name in FILTERS}
-    names |= {"written": "instances written", **{name: name for name in sorted(counts) if name.startswith(" ")}, "passages": "distinct passages"}
+    names = {"read": "instances read", "damaged": "left out: damaged marks"} | {
+        name: f"left out: {name}" for name in FILTERS
+    }
+    names |= {
+        "written": "instances written",
+        **{name: name for name in sorted(counts) if name.startswith(" ")},
+        "passages": "distinct passages",
+    }
     names |= {name: name for name in counts if name not in names}
     beside = {"written": f"   the paper's: {PAPER_COUNT:,}"}
     return table([(text, f"{counts[name]:>10,}{beside.get(name, '')}") for name, text in names.items()])
@@ -169,7 +189,12 @@ def read_question(row, where):
         instruction, mark, behind = instruction.partition(INPUT)
         instruction, text = (instruction, behind) if mark else ("", instruction)
     id = where if row.get("id") is None else str(row["id"])
-    return {"id": id, "dataset": str(row.get("dataset_name") or "selfrag"), "instruction": instruction, "input": check_text(text, "input", where)}
+    return {
+        "id": id,
+        "dataset": str(row.get("dataset_name") or "selfrag"),
+        "instruction": instruction,
+        "input": check_text(text, "input", where),
+    }
 
 
 # ---------------------------------------------------------------------- outputs
@@ -190,7 +215,9 @@ def read_pieces(output):
         pieces[-1].text += output[position : match.start()]
         position, mark = match.end(), match["mark"]
         if match["stray"]:
-            raise ValueError(f"{match['stray']} at character {match.start()} is no [Retrieval]<paragraph>…</paragraph>.")
+            raise ValueError(
+                f"{match['stray']} at character {match.start()} is no [Retrieval]<paragraph>…</paragraph>."
+            )
         if match["passage"] is not None:
             pieces.append(Piece("passage", passage=match["passage"]))
         elif mark == "[Continue to Use Evidence]":
@@ -208,7 +235,9 @@ def read_pieces(output):
             pieces.append(Piece("free"))
     pieces[-1].text += output[position:]
     for piece in pieces:
-        if piece.kind == "passage" and (piece.relevant is None or not piece.text.strip() or not "".join(split_passage(piece.passage)).strip()):
+        if piece.kind == "passage" and (
+            piece.relevant is None or not piece.text.strip() or not "".join(split_passage(piece.passage)).strip()
+        ):
             raise ValueError(f"the passage {piece.passage[:40]!r}… has no rating, no text behind it, or is empty.")
     pieces = [piece for piece in pieces if piece.text.strip()]
     if not pieces:

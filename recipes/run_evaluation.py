@@ -46,11 +46,24 @@ def main():
         entail = load_judge(args, state) if args.nli_model else None
         facts = {"command": command_line(), "nli_model": args.nli_model}
         modes = ["off" if mode is False else mode for mode in args.modes]  # YAML reads `off` so
-        results = evaluate_tasks(model, tasks, args.output_dir, modes, entail, args.index_cache, args.batch_size, args.seed, facts, args.gr_hypothesis)
+        results = evaluate_tasks(
+            model,
+            tasks,
+            args.output_dir,
+            modes,
+            entail,
+            args.index_cache,
+            args.batch_size,
+            args.seed,
+            facts,
+            args.gr_hypothesis,
+        )
         if state.is_main_process:
             write_report(args.output_dir, args.num_examples)
             if args.update_card and not add_results(args.model, evaluation_groups(results)):
-                print(f"{args.model}/README.md is not a card of this package's making and stays as it is; push_to_hub makes one with the figures.")
+                print(
+                    f"{args.model}/README.md is not a card of this package's making and stays as it is; push_to_hub makes one with the figures."
+                )
             print_figures(results, args.output_dir)
     end_processes()
 
@@ -60,13 +73,18 @@ def list_tasks(args):
     if (args.tasks is None) == (args.eval_file is None):
         raise ValueError("give either --eval_file, for one task, or a config that lists tasks.")
     check_index_options(args.index, args.index_uri)
-    entries = args.tasks if args.tasks is not None else [{"name": task_name(args.eval_file), "eval_file": args.eval_file}]
+    entries = (
+        args.tasks if args.tasks is not None else [{"name": task_name(args.eval_file), "eval_file": args.eval_file}]
+    )
     return read_tasks(entries, **{name: getattr(args, name) for name in TASK_OPTIONS})
 
 
 def load_model(args, tasks):
     """The checkpoint; without Emb_seq where nothing is to be embedded."""
-    embeds = any(task.index is None and task.corpus_file for task in tasks) or CoSupConfig.from_pretrained(args.model).query_from != "gen"
+    embeds = (
+        any(task.index is None and task.corpus_file for task in tasks)
+        or CoSupConfig.from_pretrained(args.model).query_from != "gen"
+    )
     return CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype, load_emb_seq=embeds)
 
 
@@ -74,7 +92,11 @@ def load_judge(args, state):
     """The NLI judge of this process; what it has answered stays in the results folder."""
     from trainer.judging.nli import NLIJudge
 
-    options = {"batch_size": args.nli_batch_size, "cache_file": Path(args.output_dir) / "nli.jsonl", "show_progress_bar": state.is_main_process}
+    options = {
+        "batch_size": args.nli_batch_size,
+        "cache_file": Path(args.output_dir) / "nli.jsonl",
+        "show_progress_bar": state.is_main_process,
+    }
     return NLIJudge.from_pretrained(args.nli_model, state.device, **options)
 
 

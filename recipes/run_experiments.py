@@ -52,15 +52,24 @@ class RunnerArguments:
 
     experiment: str = field(metadata={"help": "YAML file; recipes/experiments holds the paper's."})
     output_dir: str = field(metadata={"help": "Folder of the report."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Worlds, models, indexes and evaluations, for all experiments that name it."})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Worlds, models, indexes and evaluations, for all experiments that name it."}
+    )
     override: list[str] = field(
         default_factory=list,
-        metadata={"help": "key=value ...: fields of the file, or options of train.py for all arms.", "action": "extend"},
+        metadata={
+            "help": "key=value ...: fields of the file, or options of train.py for all arms.",
+            "action": "extend",
+        },
     )
     seeds: str | None = field(default=None, metadata={"help": "In place of the file's, e.g. 0,1."})
-    only: list[str] | None = field(default=None, metadata={"help": "Run these arms alone; the report holds whatever is there."})
+    only: list[str] | None = field(
+        default=None, metadata={"help": "Run these arms alone; the report holds whatever is there."}
+    )
     dry_run: bool = field(default=False, metadata={"help": "Say what would be run, and do nothing."})
-    accelerate_config: str = field(default=str(ROOT / "recipes/accelerate_configs/single.yaml"), metadata={"help": "How train.py is launched."})
+    accelerate_config: str = field(
+        default=str(ROOT / "recipes/accelerate_configs/single.yaml"), metadata={"help": "How train.py is launched."}
+    )
 
 
 @dataclass
@@ -123,10 +132,16 @@ def plan_seed(experiment, seed, cache, notes):
         world, tasks = make_world(experiment, seed, cache, places, needs_models="{models}" in json.dumps(options))
     entries, meaning = expand_tasks(experiment, fill(tasks, places))
     if experiment.corpus_sizes:
-        entries, left_out = cut_corpora(entries, meaning, cache / "corpora", experiment.evaluation.get("max_eval_samples"))
+        entries, left_out = cut_corpora(
+            entries, meaning, cache / "corpora", experiment.evaluation.get("max_eval_samples")
+        )
         notes += [note for note in left_out if note not in notes]
     if experiment.pools_only:
-        entries = cut_to_pools(entries, cache / "corpora", {name: experiment.evaluation[name] for name in TASK_OPTIONS if name in experiment.evaluation})
+        entries = cut_to_pools(
+            entries,
+            cache / "corpora",
+            {name: experiment.evaluation[name] for name in TASK_OPTIONS if name in experiment.evaluation},
+        )
     runs = []
     for arm, own in options.items():
         run = Run(arm, seed, complete(fill(own, places), seed, world), entries=entries, meaning=meaning)
@@ -148,7 +163,9 @@ def make_world(experiment, seed, cache, places, needs_models):
             tasks = [{"name": name, **task} for name, task in prepare_tasks(task_args).items()]
         if needs_models:
             places["models"] = str(folder / "models")
-            prepare_encoders(EncoderArguments(places["world"], places["models"], seed=seed, **experiment.model_options))
+            prepare_encoders(
+                EncoderArguments(places["world"], places["models"], seed=seed, **experiment.model_options)
+            )
     return {name: paths[name.removesuffix("_file")] for name in WORLD_FILES}, tasks
 
 
@@ -164,7 +181,9 @@ def complete(options, seed, world):
     if options.get("validation_file") is None:
         options.pop("validation_file", None)
         options["eval_strategy"] = "no"  # a config may ask for it, but there is nothing to evaluate on
-    unquoted = {name: "no" for name, value in options.items() if name.endswith("_strategy") and value is False}  # YAML reads `no` so
+    unquoted = {
+        name: "no" for name, value in options.items() if name.endswith("_strategy") and value is False
+    }  # YAML reads `no` so
     return {**options, **unquoted, "seed": seed}
 
 
@@ -177,7 +196,9 @@ def fill(value, places):
     if isinstance(value, str):
         for name in re.findall(r"\{(data|world|models)\}", value):
             if places.get(name, "{data}") == "{data}":
-                raise ValueError(f"{value!r} stands for a folder that is not given: {'data=FOLDER' if name == 'data' else 'it needs world: quickstart'}.")
+                raise ValueError(
+                    f"{value!r} stands for a folder that is not given: {'data=FOLDER' if name == 'data' else 'it needs world: quickstart'}."
+                )
             value = value.replace("{" + name + "}", places[name])
     return value
 
@@ -186,13 +207,35 @@ def show_plan(experiment, cache):
     """Print arms, options and tasks, and which trainings are done."""
     print(f"{experiment.title}: {len(experiment.arms)} arms x {len(experiment.seeds)} seeds, in {cache}")
     arms = [experiment.options(arm) for arm in experiment.arms]
-    shared = {name: value for name, value in arms[0].items() if name not in NOT_OPTIONS and all(own.get(name) == value for own in arms)}
-    print(yaml.safe_dump({"all arms": shared, "arms": experiment.arms, "seeds": experiment.seeds}, sort_keys=False, allow_unicode=True), end="")
+    shared = {
+        name: value
+        for name, value in arms[0].items()
+        if name not in NOT_OPTIONS and all(own.get(name) == value for own in arms)
+    }
+    print(
+        yaml.safe_dump(
+            {"all arms": shared, "arms": experiment.arms, "seeds": experiment.seeds},
+            sort_keys=False,
+            allow_unicode=True,
+        ),
+        end="",
+    )
     if experiment.tasks is None:
         print("tasks: those of the quickstart world")
     else:
-        print(yaml.safe_dump({"tasks": expand_tasks(experiment, experiment.tasks)[0]}, sort_keys=False, allow_unicode=True), end="")
-    print(yaml.safe_dump({"pools": experiment.pools, "corpus_sizes": experiment.corpus_sizes, "evaluation": experiment.evaluation}, sort_keys=False), end="")
+        print(
+            yaml.safe_dump(
+                {"tasks": expand_tasks(experiment, experiment.tasks)[0]}, sort_keys=False, allow_unicode=True
+            ),
+            end="",
+        )
+    print(
+        yaml.safe_dump(
+            {"pools": experiment.pools, "corpus_sizes": experiment.corpus_sizes, "evaluation": experiment.evaluation},
+            sort_keys=False,
+        ),
+        end="",
+    )
     print("trainings:")
     for seed in experiment.seeds:
         for arm in experiment.arms:
@@ -220,7 +263,10 @@ def train(run, args):
         if done.exists():
             say(run, f"trained already: {run.folder}")
             return
-        model, arguments = run.folder / "model", ["--config", str(run.folder / "options.yaml"), "--output_dir", str(run.folder / "model")]
+        model, arguments = (
+            run.folder / "model",
+            ["--config", str(run.folder / "options.yaml"), "--output_dir", str(run.folder / "model")],
+        )
         (run.folder / "options.yaml").write_text(yaml.safe_dump(run.options, sort_keys=False))
         with contextlib.suppress(ValueError):
             last_complete_checkpoint(model)  # without one it begins again
@@ -229,7 +275,16 @@ def train(run, args):
         resumed = "--resume_from_checkpoint" in arguments
         for folder in model.glob("checkpoint-*"):
             shutil.rmtree(folder)
-        write_json(done, {"command": command, "seconds": seconds, "resumed": resumed, "hardware": hardware(run.options), **training_facts(model)})
+        write_json(
+            done,
+            {
+                "command": command,
+                "seconds": seconds,
+                "resumed": resumed,
+                "hardware": hardware(run.options),
+                **training_facts(model),
+            },
+        )
 
 
 def evaluate(run, experiment, cache, args):
@@ -244,7 +299,12 @@ def evaluate(run, experiment, cache, args):
         config = {**experiment.evaluation, "modes": experiment.modes, "tasks": run.entries}
         (run.evaluation / "tasks.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         merged = run.folder / "model" / "merged"
-        arguments = ["--config", str(run.evaluation / "tasks.yaml"), "--model", str(merged if merged.exists() else run.folder / "model")]
+        arguments = [
+            "--config",
+            str(run.evaluation / "tasks.yaml"),
+            "--model",
+            str(merged if merged.exists() else run.folder / "model"),
+        ]
         arguments += ["--output_dir", str(results), "--index_cache", str(cache / "indexes")]
         before = read_json(done)["seconds"] if done.exists() else 0  # for the answers, which are there
         done.unlink(missing_ok=True)  # from now on there may be scores of two judges
@@ -259,7 +319,14 @@ def report(experiment, runs, notes, args):
     """Write experiment.json and the report of all runs that are there."""
     rows = []
     for run in runs:
-        row = {"arm": run.arm, "seed": run.seed, "options": run.options, "folder": str(run.folder), "evaluation": str(run.evaluation), "failure": run.failure}
+        row = {
+            "arm": run.arm,
+            "seed": run.seed,
+            "options": run.options,
+            "folder": str(run.folder),
+            "evaluation": str(run.evaluation),
+            "failure": run.failure,
+        }
         row["questions"] = {entry["name"]: digest_of_content(entry["eval_file"]) for entry in run.entries}
         for name, path in (("trained", run.folder / "trained.json"), ("evaluated", run.evaluation / "evaluated.json")):
             row[name] = read_json(path) if path.exists() else None

@@ -80,14 +80,20 @@ def train(script, args):
         check_output_dir(args.output_dir)
         check_index_options(script.index, script.index_uri)
         if script.index and (script.corpus_file or script.push_index):
-            raise ValueError("--index names an index that is there: --corpus_file and --push_index are for one that training builds.")
+            raise ValueError(
+                "--index names an index that is there: --corpus_file and --push_index are for one that training builds."
+            )
         if script.index and script.use_peft:
-            raise ValueError("--index needs Emb_seq as it is, and --use_peft wraps it in adapters: evaluate with run_evaluation.py afterwards.")
+            raise ValueError(
+                "--index needs Emb_seq as it is, and --use_peft wraps it in adapters: evaluate with run_evaluation.py afterwards."
+            )
         set_seed(args.seed)
         if script.prepare:
             prepare(script, args)
         if not script.train_file or not (script.gen or script.model_name_or_path):
-            raise ValueError("Nothing to train: give --train_file and --gen (or --model_name_or_path), or --prepare quickstart.")
+            raise ValueError(
+                "Nothing to train: give --train_file and --gen (or --model_name_or_path), or --prepare quickstart."
+            )
         train = load_instances(script.train_file)[: script.max_train_samples]
         validation = load_instances(script.validation_file, "validation") if script.validation_file else None
         corpus = load_corpus(script.corpus_file) if script.corpus_file else None
@@ -96,9 +102,13 @@ def train(script, args):
             PassageIndex.check_save_directory(Path(args.output_dir) / "index")
         if validation is None and args.eval_strategy != "no":
             raise ValueError(f"eval_strategy is {args.eval_strategy.value!r} but there is no --validation_file.")
-        trainer = CoSupTrainer(load_model(script, args), args, train_dataset=train, eval_dataset=validation, peft_config=lora(script))
+        trainer = CoSupTrainer(
+            load_model(script, args), args, train_dataset=train, eval_dataset=validation, peft_config=lora(script)
+        )
         if script.use_peft and trainer.accelerator.distributed_type in SHARDED:
-            raise ValueError("--use_peft leaves adapters, which the evaluation after a sharded training cannot load: train LoRA with DDP or one process.")
+            raise ValueError(
+                "--use_peft leaves adapters, which the evaluation after a sharded training cannot load: train LoRA with DDP or one process."
+            )
         if script.index:
             corpus = check_index(trainer, questions, script)
 
@@ -164,7 +174,9 @@ def check_index(trainer, questions, script):
     model = without_peft(trainer.model)
     parts = [part for part in (model.emb_seq, model.emb_head) if part is not None]
     if any(parameter.requires_grad for part in parts for parameter in part.parameters()):
-        raise ValueError(f"--index {script.index}: training changes Emb_seq, and no index of it stays valid; add --freeze_emb_seq true.")
+        raise ValueError(
+            f"--index {script.index}: training changes Emb_seq, and no index of it stays valid; add --freeze_emb_seq true."
+        )
     if not trainer.is_world_process_zero():
         return []
     index = open_index(model, script.index, script.index_uri)
@@ -183,7 +195,9 @@ def share(model, index, questions, groups, script, args):
     output_dir = Path(args.output_dir)
     repo_id, place = str(output_dir), None
     if script.index:
-        place = script.index if script.index_uri is None else None  # a card can show how to load what is a folder or a repository
+        place = (
+            script.index if script.index_uri is None else None
+        )  # a card can show how to load what is a folder or a repository
     elif index is not None:
         place = str(output_dir / "index")
     if args.push_to_hub:
@@ -193,7 +207,9 @@ def share(model, index, questions, groups, script, args):
         if script.push_index and index is not None:
             place = f"{repo_id}-index"
             hub = {"private": args.hub_private_repo, "token": args.hub_token}
-            PassageIndex.from_pretrained(output_dir / "index").push_to_hub(place, model=repo_id, license=script.corpus_license, **hub)
+            PassageIndex.from_pretrained(output_dir / "index").push_to_hub(
+                place, model=repo_id, license=script.corpus_license, **hub
+            )
     question = next((x["input"] for x in questions or [] if x["provenance"]), None) if place else None
     complete_card(model, output_dir, repo_id, groups, place, question)
     if script.use_peft:
@@ -240,7 +256,13 @@ def lora(script):
     from peft import LoraConfig
 
     target_modules = script.lora_target_modules or "all-linear"
-    return LoraConfig(r=script.lora_r, lora_alpha=script.lora_alpha, lora_dropout=script.lora_dropout, target_modules=target_modules, task_type="CAUSAL_LM")
+    return LoraConfig(
+        r=script.lora_r,
+        lora_alpha=script.lora_alpha,
+        lora_dropout=script.lora_dropout,
+        target_modules=target_modules,
+        task_type="CAUSAL_LM",
+    )
 
 
 def load_model(script, args):
@@ -248,13 +270,22 @@ def load_model(script, args):
     kwargs = {"dtype": script.dtype}
     if script.attn_implementation:
         kwargs["attn_implementation"] = script.attn_implementation
-    names = ("similarity", "temperature", "nsp_loss_weight", "emb_seq_pooling", "passage_template", "max_passage_length")
+    names = (
+        "similarity",
+        "temperature",
+        "nsp_loss_weight",
+        "emb_seq_pooling",
+        "passage_template",
+        "max_passage_length",
+    )
     names += ("query_from", "nsp_token", "cs_token", "ce_token")
     fields = {name: getattr(script, name) for name in names}
     if script.model_name_or_path:
         defaults = ScriptArguments()
         if changed := [name for name in names if fields[name] != getattr(defaults, name)]:
-            raise ValueError(f"--{changed[0]} is the checkpoint's business: {script.model_name_or_path} was built with its own.")
+            raise ValueError(
+                f"--{changed[0]} is the checkpoint's business: {script.model_name_or_path} was built with its own."
+            )
         return CoSupForCausalLM.from_pretrained(script.model_name_or_path, **kwargs)
     if fields["query_from"] is None:
         fields["query_from"] = "emb_seq" if args.supervision == "separate" else "gen"
@@ -307,11 +338,20 @@ def evaluate(model, questions, corpus, results, script, args):
         judged = evaluate_tasks(model, [task], folder, batch_size=args.per_device_eval_batch_size)
         predictions = read_lines(Path(folder, task.name, "retrieval", "predictions.jsonl"))
     evaluation = judged["tasks"][task.name]
-    names = ("n", "passages", "cor", "modes", "query", "left_out")  # no paths: results.json is pushed with the checkpoint
+    names = (
+        "n",
+        "passages",
+        "cor",
+        "modes",
+        "query",
+        "left_out",
+    )  # no paths: results.json is pushed with the checkpoint
     results["evaluation"] = {name: evaluation[name] for name in names}
     by_mode = {mode: answers["metrics"] for mode, answers in evaluation["modes"].items()}
     by_mode[QUERY] = evaluation["query"]["corpus"]
-    print(f"\n{len(questions)} questions over an index of {evaluation['passages']:,} passages (95 % intervals in brackets)\n")
+    print(
+        f"\n{len(questions)} questions over an index of {evaluation['passages']:,} passages (95 % intervals in brackets)\n"
+    )
     rows = []
     for mode, name in PRINTED:
         if name in by_mode[mode]:
@@ -337,7 +377,9 @@ def print_before_and_after(before, after):
 def print_examples(questions, predictions, script, args):
     """A few answers, one of a question that needs no passage among them, and where everything is."""
     needing = [i for i, question in enumerate(questions) if question["provenance"]]
-    free = [i for i, question in enumerate(questions) if not (question["provenance"] or provenance_unknown(question))][:1]
+    free = [i for i, question in enumerate(questions) if not (question["provenance"] or provenance_unknown(question))][
+        :1
+    ]
     for i in needing[: max(0, script.num_examples - len(free))] + free[: script.num_examples]:
         print(f"\nQ  {questions[i]['input']}\nA  {predictions[i]['cited_text']}")
     output_dir = Path(args.output_dir)

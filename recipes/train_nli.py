@@ -57,10 +57,19 @@ class NLIArguments:
 
     train_file: str = field(metadata={"help": "Training instances: JSON Lines (.gz) or a dataset name."})
     model_name_or_path: str = field(metadata={"help": "An encoder, or an NLI model to go on with."})
-    validation_file: str | None = field(default=None, metadata={"help": "Held-out instances in the same format, for the accuracy."})
-    hypothesis: str = field(default="{question} {sentence}", metadata={"help": "How a text is read: the --gr_hypothesis of the evaluation."})
-    max_length: int = field(default=320, metadata={"help": "Tokens of a pair; a longer one loses the end of its premise."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many segments, drawn at random."})
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Held-out instances in the same format, for the accuracy."}
+    )
+    hypothesis: str = field(
+        default="{question} {sentence}",
+        metadata={"help": "How a text is read: the --gr_hypothesis of the evaluation."},
+    )
+    max_length: int = field(
+        default=320, metadata={"help": "Tokens of a pair; a longer one loses the end of its premise."}
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Use only so many segments, drawn at random."}
+    )
     max_eval_samples: int | None = field(default=None, metadata={"help": "The same of the held-out ones."})
     num_threads: int | None = field(default=None, metadata={"help": "Threads of a single process on a CPU."})
 
@@ -74,8 +83,13 @@ def main():
         check_hypothesis(nli.hypothesis)
         set_seed(args.seed)
         train = make_pairs(load_instances(nli.train_file), nli.hypothesis, args.seed, nli.max_train_samples)
-        held_out = nli.validation_file and make_pairs(load_instances(nli.validation_file, "validation"), nli.hypothesis, args.seed, nli.max_eval_samples)
-        tokenizer, labels = AutoTokenizer.from_pretrained(nli.model_name_or_path), labels_of(AutoConfig.from_pretrained(nli.model_name_or_path))
+        held_out = nli.validation_file and make_pairs(
+            load_instances(nli.validation_file, "validation"), nli.hypothesis, args.seed, nli.max_eval_samples
+        )
+        tokenizer, labels = (
+            AutoTokenizer.from_pretrained(nli.model_name_or_path),
+            labels_of(AutoConfig.from_pretrained(nli.model_name_or_path)),
+        )
         label2id = {name: i for i, name in labels.items()}
         model = AutoModelForSequenceClassification.from_pretrained(
             nli.model_name_or_path, num_labels=2, id2label=labels, label2id=label2id, ignore_mismatched_sizes=True
@@ -87,22 +101,34 @@ def main():
         room = nli.max_length - tokenizer.num_special_tokens_to_add(pair=True)
         lengths = [len(ids) for ids in tokenizer([h for _, h, _ in pairs], add_special_tokens=False)["input_ids"]]
         if full := sum(length >= room for length in lengths):
-            raise ValueError(f"{full} of {len(pairs)} hypotheses leave no room for a premise: up to {max(lengths)} of --max_length {nli.max_length} tokens.")
-        rows = tokenizer([p for p, *_ in pairs], [h for _, h, _ in pairs], truncation="only_first", max_length=nli.max_length)
-        return Dataset.from_dict({**rows, "labels": [entailed if kind == "entailed" else 1 - entailed for *_, kind in pairs]})
+            raise ValueError(
+                f"{full} of {len(pairs)} hypotheses leave no room for a premise: up to {max(lengths)} of --max_length {nli.max_length} tokens."
+            )
+        rows = tokenizer(
+            [p for p, *_ in pairs], [h for _, h, _ in pairs], truncation="only_first", max_length=nli.max_length
+        )
+        return Dataset.from_dict(
+            {**rows, "labels": [entailed if kind == "entailed" else 1 - entailed for *_, kind in pairs]}
+        )
 
     with clear_errors():
         datasets = {"train_dataset": tokenized(train), "eval_dataset": tokenized(held_out) if held_out else None}
-    trainer = Trainer(model, args, processing_class=tokenizer, data_collator=DataCollatorWithPadding(tokenizer), **datasets)
+    trainer = Trainer(
+        model, args, processing_class=tokenizer, data_collator=DataCollatorWithPadding(tokenizer), **datasets
+    )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     if held_out:
-        right = trainer.predict(datasets["eval_dataset"]).predictions.argmax(1) == np.array(datasets["eval_dataset"]["labels"])
+        right = trainer.predict(datasets["eval_dataset"]).predictions.argmax(1) == np.array(
+            datasets["eval_dataset"]["labels"]
+        )
         kinds = {"all": right} | {kind: right[[each == kind for *_, each in held_out]] for kind in KINDS}
         rates = {kind: Rate(int(own.sum()), len(own)) for kind, own in kinds.items() if len(own)}
         if trainer.is_world_process_zero():
             print(table([(f"accuracy, {kind}", line(rate.to_dict(), "accuracy")) for kind, rate in rates.items()]))
-        trainer.save_metrics("eval", {f"eval_accuracy_{kind.replace(' ', '_')}": rate.value for kind, rate in rates.items()})
+        trainer.save_metrics(
+            "eval", {f"eval_accuracy_{kind.replace(' ', '_')}": rate.value for kind, rate in rates.items()}
+        )
 
 
 def labels_of(config):
@@ -132,7 +158,9 @@ def make_pairs(instances, hypothesis, seed=0, max_segments=None):
     """
     generator, by_dataset = random.Random(seed), defaultdict(list)
     for instance in instances:
-        by_dataset[instance["dataset"]] += [(instance["input"], segment) for segment in instance["segments"] if segment["passage"] is not None]
+        by_dataset[instance["dataset"]] += [
+            (instance["input"], segment) for segment in instance["segments"] if segment["passage"] is not None
+        ]
     segments = [(question, segment, own) for own in by_dataset.values() for question, segment in own]
     if not segments:
         raise ValueError(f"None of {len(instances)} instances has a passage: there is no pair.")
@@ -141,15 +169,25 @@ def make_pairs(instances, hypothesis, seed=0, max_segments=None):
     for question, segment, own in segments[:max_segments]:
         if false := false_claims(question, segment, own, frequencies[id(own)], generator):
             made = [(segment["passage"], segment["text"], "entailed"), generator.choice(false)]
-            pairs += [(premise(p["title"], p["text"]), hypothesis.format(question=question, sentence=sentence), kind) for p, sentence, kind in made]
+            pairs += [
+                (premise(p["title"], p["text"]), hypothesis.format(question=question, sentence=sentence), kind)
+                for p, sentence, kind in made
+            ]
     if not pairs:
-        raise ValueError(f"{len(segments)} segments give no pair that is not entailed: all of a data set have the same passage and the same text.")
+        raise ValueError(
+            f"{len(segments)} segments give no pair that is not entailed: all of a data set have the same passage and the same text."
+        )
     return pairs
 
 
 def count_words(segments):
     """`Counter` of the words of texts and passages of a data set."""
-    return Counter(word for _, each in segments for text in (each["text"], each["passage"]["text"]) for word in normalize_answer(text).split())
+    return Counter(
+        word
+        for _, each in segments
+        for text in (each["text"], each["passage"]["text"])
+        for word in normalize_answer(text).split()
+    )
 
 
 def false_claims(question, segment, segments, frequency, generator):
@@ -169,15 +207,27 @@ def false_claims(question, segment, segments, frequency, generator):
     passage, text = segment["passage"], segment["text"]
     right, label = normalize_answer(text), is_label(text, segments)
     drawn = [generator.choice(segments)[1] for _ in range(TRIES)]
-    others = segment["negatives"] or [other["passage"] for other in drawn if other["passage"]["text"] != passage["text"]]
-    wrong = [other["text"] for other in drawn if normalize_answer(other["text"]) != right and is_label(other["text"], segments) == label]
-    made = [(other, text, "other passage") for other in others[:1]] + [(passage, other, "wrong text") for other in wrong[:1]]
+    others = segment["negatives"] or [
+        other["passage"] for other in drawn if other["passage"]["text"] != passage["text"]
+    ]
+    wrong = [
+        other["text"]
+        for other in drawn
+        if normalize_answer(other["text"]) != right and is_label(other["text"], segments) == label
+    ]
+    made = [(other, text, "other passage") for other in others[:1]] + [
+        (passage, other, "wrong text") for other in wrong[:1]
+    ]
     if label:
         return made
     if len(text.split()) >= SENTENCE:
         changed = change_word(question, text, passage, frequency, generator)
     else:
-        names = [name for name in NAMES.findall(passage["text"]) if normalize_answer(name) not in right and right not in normalize_answer(name)]
+        names = [
+            name
+            for name in NAMES.findall(passage["text"])
+            if normalize_answer(name) not in right and right not in normalize_answer(name)
+        ]
         changed = generator.choice(names) if names else None
     return made + [(passage, changed, "wrong word")] * (changed is not None)
 
@@ -188,7 +238,11 @@ def change_word(question, text, passage, frequency, generator):
     asked, right = set(normalize_answer(question).split()), set(normalize_answer(text).split())
     held = set(normalize_answer(passage["text"]).split()) - asked
     spots = [(frequency[normalize_answer(word)], i) for i, word in enumerate(words) if normalize_answer(word) in held]
-    others = sorted((frequency[bare], bare, word) for word in set(told) if (bare := normalize_answer(word)) and bare in held - right)
+    others = sorted(
+        (frequency[bare], bare, word)
+        for word in set(told)
+        if (bare := normalize_answer(word)) and bare in held - right
+    )
     if not spots or not others:
         return None
     _, spot = min(spots)

@@ -41,7 +41,12 @@ def training_record(trainer):
     passages = len({id for row in data["passage_ids"] for id in row}) if sized and "passage_ids" in columns else None
     kept = [_shown(entry) for entry in log if "loss" in entry]
     kept = kept[:: -(-len(kept) // KEPT_LINES) or 1]
-    return {"instances": dict(counts.most_common()), "passages": passages, "arguments": _arguments(trainer, log), "log": kept}
+    return {
+        "instances": dict(counts.most_common()),
+        "passages": passages,
+        "arguments": _arguments(trainer, log),
+        "log": kept,
+    }
 
 
 def _shown(entry):
@@ -55,17 +60,31 @@ def _arguments(trainer, log):
     negatives = [entry["num_negatives"] for entry in log if "num_negatives" in entry]
     runtime = next((entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry), None)
     batch = args.train_batch_size * args.world_size
-    device = torch.cuda.get_device_name() if args.device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name()
+        if args.device.type == "cuda"
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    )
     rows = {
         "supervision": args.supervision,
         "optimizer": f"{getattr(args.optim, 'value', args.optim)}, weight decay {args.weight_decay:g}, gradients clipped at {args.max_grad_norm:g}",
         "learning rate": f"{args.learning_rate:g}, "
-        + (f"×{args.lr_decay_per_epoch:g} after every epoch" if args.lr_decay_per_epoch else f"{getattr(args.lr_scheduler_type, 'value', '')} schedule"),
-        "steps": f"{trainer.state.global_step:,} ({trainer.state.epoch:.2f} epochs)" if trainer.state.epoch is not None else f"{trainer.state.global_step:,}",
+        + (
+            f"×{args.lr_decay_per_epoch:g} after every epoch"
+            if args.lr_decay_per_epoch
+            else f"{getattr(args.lr_scheduler_type, 'value', '')} schedule"
+        ),
+        "steps": f"{trainer.state.global_step:,} ({trainer.state.epoch:.2f} epochs)"
+        if trainer.state.epoch is not None
+        else f"{trainer.state.global_step:,}",
         "instances a step": f"{batch * args.gradient_accumulation_steps:,}",
         "NSP batch": f"{batch:,} instances" + (", GradCache" if args.nsp_batch_size else ""),
         "negatives per query": f"{sum(negatives) / len(negatives):,.1f} (mean)" if negatives else None,
-        "negatives from": {"global": "all processes", "local": "the own process", "detached": "all processes, without gradients"}[args.gather],
+        "negatives from": {
+            "global": "all processes",
+            "local": "the own process",
+            "detached": "all processes, without gradients",
+        }[args.gather],
         "longest instance": f"{args.max_length:,} tokens",
         "adapters": None if adapters is None else ", ".join([adapters.peft_type.value, *_rank(adapters.to_dict())]),
         "precision": "bfloat16 autocast" if args.bf16 else "float16 autocast" if args.fp16 else "float32",
@@ -110,7 +129,11 @@ def result_group(
                 "n": measured["n"],
             }
         )
-    return {"dataset": {"name": dataset, "type": dataset if is_repo_id(dataset) else "custom"}, "index_size": index_size, "metrics": rows}
+    return {
+        "dataset": {"name": dataset, "type": dataset if is_repo_id(dataset) else "custom"},
+        "index_size": index_size,
+        "metrics": rows,
+    }
 
 
 def held_out_group(metrics_of_set: dict[str, float]) -> list[dict]:

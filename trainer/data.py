@@ -85,12 +85,16 @@ def check_instance(instance, where):
         if not _are_strings(positives):
             raise ValueError(f"{where}: {name}.positives is {positives!r}, expected a list of passage ids.")
         if passage is None and (negatives or positives):
-            raise ValueError(f"{where}: {name} has negatives or positives but no passage, so no [NSP] that they could belong to.")
+            raise ValueError(
+                f"{where}: {name} has negatives or positives but no passage, so no [NSP] that they could belong to."
+            )
         checked.append(
             {
                 "text": check_text(segment.get("text"), f"{name}.text", where),
                 "passage": None if passage is None else check_passage(passage, where, f"{name}.passage."),
-                "negatives": [check_passage(negative, where, f"{name}.negatives[{j}].") for j, negative in enumerate(negatives)],
+                "negatives": [
+                    check_passage(negative, where, f"{name}.negatives[{j}].") for j, negative in enumerate(negatives)
+                ],
                 "positives": positives,
             }
         )
@@ -124,7 +128,9 @@ def load_corpus(source, split="train"):
     pairs = read_corpus(source) if str(source).endswith(".parquet") else read_rows(source, split)
     for where, passage in checked_passages(pairs):
         if passage["id"] in places:
-            raise ValueError(f"{where}: id {passage['id']!r} already stands at {places[passage['id']]}; ids must be unique.")
+            raise ValueError(
+                f"{where}: id {passage['id']!r} already stands at {places[passage['id']]}; ids must be unique."
+            )
         places[passage["id"]] = where
         passages.append(passage)
     if not passages:
@@ -154,7 +160,9 @@ def load_evaluation_set(source, split="test", corpus=None, answers_required=True
         answers, provenance, candidates = value.get("answers"), value.get("provenance"), value.get("candidates")
         candidates = [] if candidates is None else candidates
         if not _are_strings(answers) or (answers_required and not answers):
-            raise ValueError(f"{where}: answers is {answers!r}, expected a list of {'at least one string' if answers_required else 'strings'}.")
+            raise ValueError(
+                f"{where}: answers is {answers!r}, expected a list of {'at least one string' if answers_required else 'strings'}."
+            )
         if not isinstance(provenance, list) or not all(_are_strings(ids) and ids for ids in provenance):
             raise ValueError(f"{where}: provenance is {provenance!r}, expected a list of lists of passage ids.")
         if not _are_strings(candidates):
@@ -162,11 +170,18 @@ def load_evaluation_set(source, split="test", corpus=None, answers_required=True
         meta = {} if value.get("meta") is None else value["meta"]
         if not isinstance(meta, dict):
             raise ValueError(f"{where}: meta is {meta!r}, expected an object.")
-        for name, ids in [("provenance", [id for evidence in provenance for id in evidence]), ("candidates", candidates)]:
+        for name, ids in [
+            ("provenance", [id for evidence in provenance for id in evidence]),
+            ("candidates", candidates),
+        ]:
             missing = [] if known is None else [id for id in ids if id not in known]
             if missing:
-                raise ValueError(f"{where}: {name} holds {missing[0]!r}, which the corpus lacks ({len(missing)} such ids).")
-        instances.append({**question, "answers": answers, "provenance": provenance, "candidates": candidates, "meta": meta})
+                raise ValueError(
+                    f"{where}: {name} holds {missing[0]!r}, which the corpus lacks ({len(missing)} such ids)."
+                )
+        instances.append(
+            {**question, "answers": answers, "provenance": provenance, "candidates": candidates, "meta": meta}
+        )
     if not instances:
         raise ValueError(f"{source}: the evaluation set holds no instance.")
     return instances
@@ -203,7 +218,9 @@ def tokenize_instance(instance, tokenizer, emb_seq_tokenizer, config, train_on_p
     passages = [segment["passage"] for segment in retrieving]
     negatives = [negative for segment in retrieving for negative in segment.get("negatives") or []]
     gen_passages = iter(encode_passages_for_gen(tokenizer, passages, config))
-    texts = encode_texts(tokenizer, [segment["text"] for segment in instance["segments"]], (nsp, cs, ce, tokenizer.eos_token_id))
+    texts = encode_texts(
+        tokenizer, [segment["text"] for segment in instance["segments"]], (nsp, cs, ce, tokenizer.eos_token_id)
+    )
     input_ids = list(encode_prompt(tokenizer, instance["input"], instance["instruction"]))
     labels, queries = [-100] * len(input_ids), []
     for segment, text in zip(instance["segments"], texts, strict=True):
@@ -232,5 +249,7 @@ def tokenize_instance(instance, tokenizer, emb_seq_tokenizer, config, train_on_p
         limit = getattr(encoder.get_text_config(), "max_position_embeddings", None) or float("inf")
         longest = max(map(len, tokenized["query_input_ids"]), default=0)
         if longest > limit:
-            raise ValueError(f"Instance {instance['id']!r}: what stands before an [NSP] has {longest} tokens, its encoder reads {limit}.")
+            raise ValueError(
+                f"Instance {instance['id']!r}: what stands before an [NSP] has {longest} tokens, its encoder reads {limit}."
+            )
     return tokenized

@@ -22,7 +22,9 @@ def barrier():
 
 def host_group(timeout=None):
     """A process group for what ranks tell each other from the host, so that no GPU is waited for; all ranks must ask for it together."""
-    return None if world_size() == 1 or dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+    return (
+        None if world_size() == 1 or dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+    )
 
 
 def gather_objects(value, group=None):

@@ -33,7 +33,9 @@ class HubMixin:
         """What cannot be shared is an error before training, not after it."""
         if args.push_to_hub and args.hub_strategy in RESUME_STRATEGIES:
             strategy = args.hub_strategy.value
-            raise ValueError(f"hub_strategy={strategy!r} would upload resume states, which are pickled files: they stay local. Use 'every_save' or 'end'.")
+            raise ValueError(
+                f"hub_strategy={strategy!r} would upload resume states, which are pickled files: they stay local. Use 'every_save' or 'end'."
+            )
         if args.push_to_hub:
             _check_base(model)
             for folder in Path(args.output_dir).glob(f"{KEPT}*"):  # of a run that was killed
@@ -70,7 +72,13 @@ class HubMixin:
         if not self.is_world_process_zero():
             return
         self._check_saved()
-        given = {"language": language, "license": license, "tags": _listed(tags) + _listed(tasks), "base_model": finetuned_from, "name": model_name}
+        given = {
+            "language": language,
+            "license": license,
+            "tags": _listed(tags) + _listed(tasks),
+            "base_model": finetuned_from,
+            "name": model_name,
+        }
         given["datasets"] = [name for name in _listed(dataset) + _listed(dataset_tags) if is_repo_id(name)]
         facts = {name: value for name, value in given.items() if value}
         last = next((entry for entry in reversed(self.state.log_history) if "eval_query_recall@1" in entry), {})
@@ -90,7 +98,9 @@ class HubMixin:
                 "The weights are not those that were last saved in output_dir: call save_model() first, then create_model_card()."
             )
 
-    def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs):
+    def push_to_hub(
+        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
+    ):
         """
         Save, describe and share the model, in one commit on `hub_model_id`: weights, configs, code, tokenizer(s), card; no resume states.
 
@@ -115,7 +125,9 @@ class HubMixin:
         options = {"token": token, "revision": revision or self.args.hub_revision}
         if blocking:
             return push_checkpoint(self.args.output_dir, self.hub_model_id, commit_message, **options)
-        return self._hub_api.run_as_future(push_checkpoint, self.args.output_dir, self.hub_model_id, commit_message, **options)
+        return self._hub_api.run_as_future(
+            push_checkpoint, self.args.output_dir, self.hub_model_id, commit_message, **options
+        )
 
     def _push_from_checkpoint(self, checkpoint_folder):
         """`hub_strategy="every_save"`: the files of a checkpoint that others can load, during training."""
@@ -124,17 +136,25 @@ class HubMixin:
         if self.push_in_progress is not None and not self.push_in_progress.is_done() and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        when = f"step {self.state.global_step}" if self.args.save_strategy == SaveStrategy.STEPS else f"epoch {int(self.state.epoch)}"
+        when = (
+            f"step {self.state.global_step}"
+            if self.args.save_strategy == SaveStrategy.STEPS
+            else f"epoch {int(self.state.epoch)}"
+        )
         try:
             folder = _keep_files(checkpoint_folder, self.args.output_dir)
         except OSError as error:
             logger.warning(f"{checkpoint_folder} was not pushed, and training goes on: {error}")
             return
         base, adapters = without_peft(self.model), adapter_config(self.model)
-        card = model_card(base, self.hub_model_id, {}, None if adapters is None else adapters.base_model_name_or_path)  # no results: of these there are none
+        card = model_card(
+            base, self.hub_model_id, {}, None if adapters is None else adapters.base_model_name_or_path
+        )  # no results: of these there are none
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
         options = {"token": self.args.hub_token, "revision": self.args.hub_revision}
-        job = self._hub_api.run_as_future(_push_and_remove, folder, self.hub_model_id, f"Training in progress, {when}", **options)
+        job = self._hub_api.run_as_future(
+            _push_and_remove, folder, self.hub_model_id, f"Training in progress, {when}", **options
+        )
         job.add_done_callback(_report)
         if self.push_in_progress is None or self.push_in_progress.is_done():
             self.push_in_progress = PushInProgress([job])
@@ -217,5 +237,7 @@ def push_checkpoint(folder, repo_id, commit_message, token=None, revision=None):
     """
     files = checkpoint_files(folder)
     if not any(name.endswith(".safetensors") for name in files):
-        raise ValueError(f"{folder} holds no safetensors, so nothing was pushed: with FSDP, save with the state dict type FULL_STATE_DICT.")
+        raise ValueError(
+            f"{folder} holds no safetensors, so nothing was pushed: with FSDP, save with the state dict type FULL_STATE_DICT."
+        )
     return push_files(files, repo_id, REPLACED_FILES, commit_message=commit_message, token=token, revision=revision)

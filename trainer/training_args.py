@@ -52,27 +52,51 @@ class CoSupTrainingArguments(TrainingArguments):
         `ValueError`: for an unknown choice, an NSP batch that the ranks cannot share evenly, or a token budget without `nsp_batch_size`.
     """
 
-    lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of linear warm-up, or, below 1, their share of all steps."})
-    max_length: int = field(default=1024, metadata={"help": "Tokens of an instance, passages included; a longer one is dropped and counted."})
-    train_on_passages: bool = field(default=False, metadata={"help": "Also train the tokens of retrieved passages (ablation)."})
+    lr_scheduler_type: SchedulerType | str = field(
+        default="cosine", metadata={"help": "Schedule of the learning rate."}
+    )
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Steps of linear warm-up, or, below 1, their share of all steps."}
+    )
+    max_length: int = field(
+        default=1024,
+        metadata={"help": "Tokens of an instance, passages included; a longer one is dropped and counted."},
+    )
+    train_on_passages: bool = field(
+        default=False, metadata={"help": "Also train the tokens of retrieved passages (ablation)."}
+    )
     supervision: str = field(default="co", metadata={"help": "co, ntp, nsp or separate (the paper's baseline)."})
-    nsp_batch_size: int | None = field(default=None, metadata={"help": "Instances, over all ranks, whose passages are each other's negatives (GradCache)."})
-    max_tokens_per_micro_batch: int | None = field(default=None, metadata={"help": "With nsp_batch_size: cut micro-batches by tokens, not instances."})
+    nsp_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Instances, over all ranks, whose passages are each other's negatives (GradCache)."},
+    )
+    max_tokens_per_micro_batch: int | None = field(
+        default=None, metadata={"help": "With nsp_batch_size: cut micro-batches by tokens, not instances."}
+    )
     gather: str = field(default="global", metadata={"help": "global, detached (the paper's code) or local."})
-    mask_duplicates: bool = field(default=True, metadata={"help": "Identical passages are encoded once and are no negatives of each other."})
-    batch_sampler: str = field(default="batch_sampler", metadata={"help": "no_duplicates draws batches in which no passage is named twice."})
-    padding_free: bool | None = field(default=None, metadata={"help": "A micro-batch is one row without padding; defaults to what attention allows."})
+    mask_duplicates: bool = field(
+        default=True, metadata={"help": "Identical passages are encoded once and are no negatives of each other."}
+    )
+    batch_sampler: str = field(
+        default="batch_sampler", metadata={"help": "no_duplicates draws batches in which no passage is named twice."}
+    )
+    padding_free: bool | None = field(
+        default=None, metadata={"help": "A micro-batch is one row without padding; defaults to what attention allows."}
+    )
     freeze_gen: bool = field(default=False, metadata={"help": "Train Emb_seq alone."})
     freeze_emb_seq: bool = field(default=False, metadata={"help": "Train Gen alone; an index stays valid."})
-    lr_decay_per_epoch: float | None = field(default=None, metadata={"help": "Multiply the learning rate by this after every epoch (paper: 0.85)."})
+    lr_decay_per_epoch: float | None = field(
+        default=None, metadata={"help": "Multiply the learning rate by this after every epoch (paper: 0.85)."}
+    )
     clip_gen_only: bool = field(default=False, metadata={"help": "Clip the gradients of Gen alone (paper)."})
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize the dataset."})
 
     def __post_init__(self):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # TrainingArguments refuses bf16 on a CPU unless told that it is meant
-        self.logging_nan_inf_filter = False  # CoSupTrainer stops at a loss that is no number, and asking at every step would wait for the GPU
+        self.logging_nan_inf_filter = (
+            False  # CoSupTrainer stops at a loss that is no number, and asking at every step would wait for the GPU
+        )
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every part takes part in every step
         if self.ddp_broadcast_buffers is None:
@@ -80,16 +104,24 @@ class CoSupTrainingArguments(TrainingArguments):
         super().__post_init__()
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(map(repr, choices))}.")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, expected one of {', '.join(map(repr, choices))}."
+                )
         if self.nsp_batch_size is not None and (self.nsp_batch_size < 1 or self.nsp_batch_size % self.world_size):
-            raise ValueError(f"nsp_batch_size={self.nsp_batch_size} must be a positive multiple of the number of ranks, {self.world_size}.")
+            raise ValueError(
+                f"nsp_batch_size={self.nsp_batch_size} must be a positive multiple of the number of ranks, {self.world_size}."
+            )
         if self.max_tokens_per_micro_batch is not None and self.nsp_batch_size is None:
             raise ValueError("max_tokens_per_micro_batch cuts the NSP batch of GradCache: give nsp_batch_size too.")
         if self.n_gpu > 1:  # DataParallel cannot slice a batch whose passages are shared by its rows
-            logger.warning(f"{self.n_gpu} GPUs are visible to one process: it uses the first. For all of them: accelerate launch --multi_gpu.")
+            logger.warning(
+                f"{self.n_gpu} GPUs are visible to one process: it uses the first. For all of them: accelerate launch --multi_gpu."
+            )
             self._n_gpu = 1
         if self.accelerator_config.dispatch_batches is None:
-            self.accelerator_config.dispatch_batches = False  # a batch has as many passages as it has, so no batch can be sliced for the ranks
+            self.accelerator_config.dispatch_batches = (
+                False  # a batch has as many passages as it has, so no batch can be sliced for the ranks
+            )
         if self.dataloader_pin_memory and not self.use_cpu:
             self.accelerator_config.non_blocking = True  # the next batch travels to the GPU while this one is computed
 

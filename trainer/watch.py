@@ -53,7 +53,9 @@ class FiniteLosses:
                 arrived.synchronize()
             if bool(finite.all()):
                 continue
-            ids = dict.fromkeys(id for ok, each in zip(finite.tolist(), instance_ids, strict=False) if not ok for id in each)
+            ids = dict.fromkeys(
+                id for ok, each in zip(finite.tolist(), instance_ids, strict=False) if not ok for id in each
+            )
             shown = ", ".join(map(repr, list(ids)[:16])) + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")
             raise FloatingPointError(
                 f"Step {step + 1}: the {name} is NaN or infinite, in or among the instances {shown or 'of another rank'}. No later checkpoint was"
@@ -75,15 +77,23 @@ def explained_memory_errors(args):
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
             raise
         if args.nsp_batch_size is None:
-            knobs = [f"nsp_batch_size={args.train_batch_size * args.world_size} with a per_device_train_batch_size below {args.per_device_train_batch_size}"]
+            knobs = [
+                f"nsp_batch_size={args.train_batch_size * args.world_size} with a per_device_train_batch_size below {args.per_device_train_batch_size}"
+            ]
             knobs[0] += " (GradCache: the same gradients in less memory)"
         elif args.max_tokens_per_micro_batch is None:
-            knobs = [f"a per_device_train_batch_size below {args.per_device_train_batch_size}, or max_tokens_per_micro_batch"]
+            knobs = [
+                f"a per_device_train_batch_size below {args.per_device_train_batch_size}, or max_tokens_per_micro_batch"
+            ]
         else:
             knobs = [f"a max_tokens_per_micro_batch below {args.max_tokens_per_micro_batch}"]
-        knobs += ["gradient_checkpointing"] * (not args.gradient_checkpointing) + ["bf16"] * (not (args.bf16 or args.fp16))
+        knobs += ["gradient_checkpointing"] * (not args.gradient_checkpointing) + ["bf16"] * (
+            not (args.bf16 or args.fp16)
+        )
         knobs += [f"a max_length below {args.max_length}", "LoRA (peft_config) or freeze_emb_seq for optimiser states"]
-        raise torch.OutOfMemoryError(f"{error}\nOut of memory in a training step. What lowers it: {'; '.join(knobs)}.") from error
+        raise torch.OutOfMemoryError(
+            f"{error}\nOut of memory in a training step. What lowers it: {'; '.join(knobs)}."
+        ) from error
 
 
 def last_complete_checkpoint(output_dir):
@@ -100,7 +110,9 @@ def last_complete_checkpoint(output_dir):
     Raises:
         `ValueError`: when there is none.
     """
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    folders = [
+        path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()
+    ]
     for folder in sorted(folders, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
         if _is_complete(folder):
             return str(folder)
@@ -113,6 +125,12 @@ def _is_complete(folder):
         read_json(folder / "trainer_state.json")
     except (OSError, ValueError):
         return False
-    if not any(folder.glob("scheduler.pt")) and not any(folder.glob("global_step*")):  # weights alone; DeepSpeed has a folder of its own
+    if not any(folder.glob("scheduler.pt")) and not any(
+        folder.glob("global_step*")
+    ):  # weights alone; DeepSpeed has a folder of its own
         return False
-    return all(os.path.getsize(path) and zipfile.is_zipfile(path) for pattern in ("*.pt", "*.pth") for path in folder.glob(pattern))
+    return all(
+        os.path.getsize(path) and zipfile.is_zipfile(path)
+        for pattern in ("*.pt", "*.pth")
+        for path in folder.glob(pattern)
+    )

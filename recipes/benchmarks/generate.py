@@ -39,22 +39,36 @@ from random_world import SHAPES, Ends, World
 class BenchmarkArguments:
     """What is measured."""
 
-    gen: str | None = field(default=None, metadata={"help": "Name or path of Gen; defaults to random weights of --shape."})
+    gen: str | None = field(
+        default=None, metadata={"help": "Name or path of Gen; defaults to random weights of --shape."}
+    )
     shape: str = field(default="135m", metadata={"help": f"Of a Llama with random weights: {', '.join(SHAPES)}."})
     dtype: str = field(default="float32", metadata={"help": "Of the weights: float32, bfloat16, float16."})
     device: str = field(default="auto", metadata={"help": "cpu, cuda or auto."})
     parts: list[int] = field(default_factory=lambda: [1, 2, 3, 4], metadata={"help": "Which of the four parts run."})
-    batch_sizes: list[int] = field(default_factory=lambda: [1, 8, 32], metadata={"help": "Rows of a batch, in parts 1, 2 and 3."})
+    batch_sizes: list[int] = field(
+        default_factory=lambda: [1, 8, 32], metadata={"help": "Rows of a batch, in parts 1, 2 and 3."}
+    )
     new_tokens: int = field(default=96, metadata={"help": "Tokens that each row decides itself."})
     retrievals: int = field(default=2, metadata={"help": "Of each row, where retrieval is forced."})
     repeats: int = field(default=3, metadata={"help": "Timed rounds of every arm, after one to warm up."})
-    original_rows: int = field(default=2, metadata={"help": "Rows that the original's algorithm writes in a round of part 1: it knows no batches."})
+    original_rows: int = field(
+        default=2,
+        metadata={"help": "Rows that the original's algorithm writes in a round of part 1: it knows no batches."},
+    )
     num_candidates: int = field(default=50, metadata={"help": "Passages among which each row of part 1 searches."})
     num_passages: int = field(default=500, metadata={"help": "Of the index in parts 1, 2 and 4."})
-    index_size: int | None = field(default=None, metadata={"help": "Passages of the index in part 3; defaults to 1,000,000 on a GPU, 20,000 on a CPU."})
+    index_size: int | None = field(
+        default=None,
+        metadata={"help": "Passages of the index in part 3; defaults to 1,000,000 on a GPU, 20,000 on a CPU."},
+    )
     num_prompts: int = field(default=48, metadata={"help": "Of part 4."})
-    rows_at_once: int = field(default=8, metadata={"help": "Of part 4: batch_size of generate_many, and of the fixed batches."})
-    captured: bool = field(default=True, metadata={"help": "Add the arms with a static cache and a captured step to parts 2 and 3."})
+    rows_at_once: int = field(
+        default=8, metadata={"help": "Of part 4: batch_size of generate_many, and of the fixed batches."}
+    )
+    captured: bool = field(
+        default=True, metadata={"help": "Add the arms with a static cache and a captured step to parts 2 and 3."}
+    )
     threads: int | None = field(default=None, metadata={"help": "On a CPU; defaults to all cores."})
     seed: int = field(default=0, metadata={"help": "Of everything."})
     output_file: str | None = field(default=None, metadata={"help": "Where the numbers go, as JSON."})
@@ -71,9 +85,13 @@ class BenchmarkArguments:
         if wrong := set(self.parts) - {1, 2, 3, 4}:
             raise ValueError(f"--parts holds {min(wrong)}, expected 1, 2, 3 or 4.")
         if self.new_tokens < 4 * self.retrievals:
-            raise ValueError(f"--new_tokens is {self.new_tokens}, expected 4 or more for each of the {self.retrievals} retrievals of a row.")
+            raise ValueError(
+                f"--new_tokens is {self.new_tokens}, expected 4 or more for each of the {self.retrievals} retrievals of a row."
+            )
         if self.num_candidates > self.num_passages:
-            raise ValueError(f"--num_candidates is {self.num_candidates}, expected at most the {self.num_passages} passages of the index.")
+            raise ValueError(
+                f"--num_candidates is {self.num_candidates}, expected at most the {self.num_passages} passages of the index."
+            )
 
 
 # ---------------------------------------------------------------------- what it is compared with, and clocks
@@ -94,7 +112,9 @@ def original_generate(world, prompt, plan, pool, embeds):
     ids, unread, cache = list(prompt), list(prompt), DynamicCache()
 
     def read(tokens, cache):
-        return gen.base_model(torch.tensor([tokens], device=world.device), past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+        return gen.base_model(
+            torch.tensor([tokens], device=world.device), past_key_values=cache, use_cache=True
+        ).last_hidden_state[:, -1]
 
     for token in plan:
         hidden = read(unread, cache)
@@ -132,7 +152,11 @@ def equal(first, second):
 
 def facts(arm, tokens):
     """What is said of every arm; `tokens` is what a round of it decides."""
-    return {"seconds": spread(arm.seconds), "tokens_per_second": tokens / statistics.median(arm.seconds), "peak_memory_gb": arm.peak / GB}
+    return {
+        "seconds": spread(arm.seconds),
+        "tokens_per_second": tokens / statistics.median(arm.seconds),
+        "peak_memory_gb": arm.peak / GB,
+    }
 
 
 def part_1(world, script):
@@ -140,11 +164,15 @@ def part_1(world, script):
     index, results = world.index(script.num_passages), []
     for size in script.batch_sizes:
         prompts, plan, rng = world.prompts(size), world.plan(size).tolist(), random.Random(script.seed)
-        candidates = [[f"p{i}" for i in rng.sample(range(script.num_passages), script.num_candidates)] for _ in prompts]
+        candidates = [
+            [f"p{i}" for i in rng.sample(range(script.num_passages), script.num_candidates)] for _ in prompts
+        ]
         pools = [index.get_passages(index.rows_of(ids)) for ids in candidates[: script.original_rows]]
         embeds = [world.embed(pool) for pool in pools]
 
-        timed = list(zip(prompts, plan, pools, embeds, strict=False))  # ends with the shortest: the first `original_rows`
+        timed = list(
+            zip(prompts, plan, pools, embeds, strict=False)
+        )  # ends with the shortest: the first `original_rows`
 
         def original(rows=timed):
             return [original_generate(world, *row) for row in rows]
@@ -158,12 +186,24 @@ def part_1(world, script):
         results[-1]["speed_to_original"] = spread(arms["CoSup"].ratios(arms["original"], work=size / len(first)))
         results[-1]["original"] = facts(arms["original"], len(first) * script.new_tokens)
         results[-1]["CoSup"] = facts(arms["CoSup"], size * script.new_tokens)
-    print(f"\nAgainst the original's algorithm, one row after another: {script.new_tokens} tokens and {script.retrievals} retrievals a row; {world.said}")
+    print(
+        f"\nAgainst the original's algorithm, one row after another: {script.new_tokens} tokens and {script.retrievals} retrievals a row; {world.said}"
+    )
     print_table(
-        ["batch", "the original, tokens/s", "CoSup, tokens/s", "x the original (min to max)", "peak memory GB: original, CoSup", "rows with the same tokens"],
+        [
+            "batch",
+            "the original, tokens/s",
+            "CoSup, tokens/s",
+            "x the original (min to max)",
+            "peak memory GB: original, CoSup",
+            "rows with the same tokens",
+        ],
         [
             [str(r["batch"]), f"{r['original']['tokens_per_second']:.1f}", f"{r['CoSup']['tokens_per_second']:.1f}"]
-            + [show(r["speed_to_original"]), ", ".join(f"{r[name]['peak_memory_gb']:.2f}" for name in ("original", "CoSup"))]
+            + [
+                show(r["speed_to_original"]),
+                ", ".join(f"{r[name]['peak_memory_gb']:.2f}" for name in ("original", "CoSup")),
+            ]
             + [f"{r['rows_equal']} of {r['rows_compared']}"]
             for r in results
         ],
@@ -186,32 +226,57 @@ def part_2(world, script):
         if script.captured:
             never_view, view = captured_view(model), captured_view(model)
             arms["plain, captured"] = lambda p=prompts: world.generate(model.gen, p, **world.compile)
-            arms["CoSup, captured, never retrieves"] = lambda p=prompts, m=never_view: world.generate(m, p, **never, **world.compile)
-            arms["CoSup, captured, retrieves"] = lambda p=prompts, m=view: timed_retrieve(world, m, p, index, **world.compile)
+            arms["CoSup, captured, never retrieves"] = lambda p=prompts, m=never_view: world.generate(
+                m, p, **never, **world.compile
+            )
+            arms["CoSup, captured, retrieves"] = lambda p=prompts, m=view: timed_retrieve(
+                world, m, p, index, **world.compile
+            )
         done = take_turns(arms, script.repeats, world.meter)
         captures = say_captures() if script.captured else None
         for name, arm in done.items():
             kind, timed = done["plain, captured" if "captured" in name else "plain"], name.endswith(", retrieves")
             rows, expected = arm.results[-1], done["CoSup, retrieves" if timed else "plain"].results[-1]
             result = {"batch": size, "arm": name, **facts(arm, size * script.new_tokens)}
-            result["rows_equal"] = equal(rows[0], expected[0]) if timed else equal(rows, expected)  # to the eager arm that does the same
+            result["rows_equal"] = (
+                equal(rows[0], expected[0]) if timed else equal(rows, expected)
+            )  # to the eager arm that does the same
             result["captures"] = captures if "captured" in name else None
             parts = [part for _, part in arm.results] if timed else [{}]
             result["parts"] = {key: statistics.median(part[key] for part in parts) for key in parts[0]}
-            result |= {"speed_to_plain": spread(arm.ratios(done["plain"])), "speed_to_plain_of_its_kind": spread(arm.ratios(kind))}
+            result |= {
+                "speed_to_plain": spread(arm.ratios(done["plain"])),
+                "speed_to_plain_of_its_kind": spread(arm.ratios(kind)),
+            }
             if "reading" in parts[0]:  # what plain generation does not do
-                rest = Arm(seconds=[whole - sum(part.values()) for whole, part in zip(arm.seconds, parts, strict=True)])
+                rest = Arm(
+                    seconds=[whole - sum(part.values()) for whole, part in zip(arm.seconds, parts, strict=True)]
+                )
                 result["speed_to_plain_without_parts"] = spread(rest.ratios(done["plain"]))
             results.append(result)
-    print(f"\nAgainst plain gen.generate: {script.new_tokens} tokens a row; where it retrieves, {script.retrievals} passages a row; {world.said}")
-    header = ["batch", "arm", "s", "reading passages, s", "search, s", "tokens/s", "x plain", "x plain without reading and search"]
+    print(
+        f"\nAgainst plain gen.generate: {script.new_tokens} tokens a row; where it retrieves, {script.retrievals} passages a row; {world.said}"
+    )
+    header = [
+        "batch",
+        "arm",
+        "s",
+        "reading passages, s",
+        "search, s",
+        "tokens/s",
+        "x plain",
+        "x plain without reading and search",
+    ]
     print_table(
         [*header, "x plain, captured alike", "peak memory GB", "rows as in the eager arm"],
         [
             [str(r["batch"]), r["arm"], f"{r['seconds']['median']:.2f}"]
             + [f"{r['parts'][key]:.2f}" if key in r["parts"] else "" for key in ("reading", "search")]
             + [f"{r['tokens_per_second']:.1f}", show(r["speed_to_plain"])]
-            + [show(r["speed_to_plain_without_parts"]) if "reading" in r["parts"] else "", show(r["speed_to_plain_of_its_kind"])]
+            + [
+                show(r["speed_to_plain_without_parts"]) if "reading" in r["parts"] else "",
+                show(r["speed_to_plain_of_its_kind"]),
+            ]
             + [f"{r['peak_memory_gb']:.2f}", f"{r['rows_equal']} of {r['batch']}"]
             for r in results
         ],
@@ -247,12 +312,31 @@ def part_3(world, script):
         for name, arm in take_turns(arms, script.repeats, world.meter).items():
             search = [seconds["search"] for _, seconds in arm.results]
             shares = spread([part / whole for part, whole in zip(search, arm.seconds, strict=True)])
-            results.append({"batch": rows, "arm": name, "index_size": size, "search_seconds": statistics.median(search), "share_of_search": shares})
+            results.append(
+                {
+                    "batch": rows,
+                    "arm": name,
+                    "index_size": size,
+                    "search_seconds": statistics.median(search),
+                    "share_of_search": shares,
+                }
+            )
             results[-1] |= facts(arm, rows * script.new_tokens)
-    print(f"\nExact search among {size:,} x {world.config.embedding_size}: {script.new_tokens} tokens and {script.retrievals} retrievals a row; {world.said}")
+    print(
+        f"\nExact search among {size:,} x {world.config.embedding_size}: {script.new_tokens} tokens and {script.retrievals} retrievals a row; {world.said}"
+    )
     print_table(
         ["batch", "decoding", "s", "search, s", "share of search (min to max)"],
-        [[str(r["batch"]), r["arm"], f"{r['seconds']['median']:.2f}", f"{r['search_seconds']:.3f}", show(r["share_of_search"], ".1%")] for r in results],
+        [
+            [
+                str(r["batch"]),
+                r["arm"],
+                f"{r['seconds']['median']:.2f}",
+                f"{r['search_seconds']:.3f}",
+                show(r["share_of_search"], ".1%"),
+            ]
+            for r in results
+        ],
     )
     return results
 
@@ -264,7 +348,11 @@ def part_4(world, script):
     short = max(1, script.new_tokens // 16), max(1, script.new_tokens // 4)
     lengths = {prompt[0]: script.new_tokens if rng.random() < 0.25 else rng.randint(*short) for prompt in prompts}
     tokens = sum(lengths.values())
-    options = {"retriever": index, "retrieval_config": RetrievalConfig(max_retrievals=1), "logits_processor": LogitsProcessorList([Ends(lengths, world)])}
+    options = {
+        "retriever": index,
+        "retrieval_config": RetrievalConfig(max_retrievals=1),
+        "logits_processor": LogitsProcessorList([Ends(lengths, world)]),
+    }
 
     def fixed():
         chunks = [prompts[start : start + rows] for start in range(0, len(prompts), rows)]
@@ -274,17 +362,26 @@ def part_4(world, script):
         settings = {"max_new_tokens": script.new_tokens, "batch_size": rows, "show_progress_bar": False}
         answers = world.model.generate_many(prompts, **settings, **options, **world.options)
         if (found := sum(answer.num_generated_tokens for answer in answers)) != tokens:
-            raise RuntimeError(f"The answers have {found} tokens in all, expected {tokens}: the ends that were forced are not where they belong.")
+            raise RuntimeError(
+                f"The answers have {found} tokens in all, expected {tokens}: the ends that were forced are not where they belong."
+            )
         return [world.without_padding(answer.token_ids) for answer in answers]
 
     arms = take_turns({"fixed batches": fixed, "generate_many": queue}, script.repeats, world.meter)
     first = arms["fixed batches"]
     results = [
-        {"arm": name, **facts(arm, tokens), "rows_equal": equal(arm.results[-1], first.results[-1]), "speed_to_fixed": spread(arm.ratios(first))}
+        {
+            "arm": name,
+            **facts(arm, tokens),
+            "rows_equal": equal(arm.results[-1], first.results[-1]),
+            "speed_to_fixed": spread(arm.ratios(first)),
+        }
         for name, arm in arms.items()
     ]
     shortest, longest = min(lengths.values()), max(lengths.values())
-    print(f"\nA queue against fixed batches of {rows}: {len(prompts)} prompts, answers of {shortest} to {longest} tokens; {world.said}")
+    print(
+        f"\nA queue against fixed batches of {rows}: {len(prompts)} prompts, answers of {shortest} to {longest} tokens; {world.said}"
+    )
     print_table(
         ["arm", "s", "tokens/s", "x fixed (min to max)", "peak memory GB", "rows with the same tokens"],
         [
@@ -300,7 +397,9 @@ def main():
     with clear_errors():
         (script,) = parse([BenchmarkArguments], __doc__)
         set_seed(script.seed)
-        device = torch.device(script.device if script.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(
+            script.device if script.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        )
         if device.type == "cpu" and script.threads:
             torch.set_num_threads(script.threads)
         results = {**describe(device), "arguments": vars(script)}

@@ -46,18 +46,26 @@ SHARD_SIZE = 32768
 class BenchmarkArguments:
     """What is measured."""
 
-    model: str | None = field(default=None, metadata={"help": "`encode`: a causal language model, Gen and Emb_seq alike; without it, a tiny random one."})
+    model: str | None = field(
+        default=None,
+        metadata={"help": "`encode`: a causal language model, Gen and Emb_seq alike; without it, a tiny random one."},
+    )
     sections: str = field(default="encode,search,approximate,memory", metadata={"help": "Comma-separated."})
     num_passages: int = field(default=128, metadata={"help": "`encode`: passages, synthetic, of 10 to 200 words."})
     dtype: str = field(default="float32", metadata={"help": "`encode`: of the weights, in both arms."})
-    sizes: str = field(default="10000x768,100000x256,100000x1024,1000000x256", metadata={"help": "`search`: passages x dimensions, comma-separated."})
+    sizes: str = field(
+        default="10000x768,100000x256,100000x1024,1000000x256",
+        metadata={"help": "`search`: passages x dimensions, comma-separated."},
+    )
     batch_sizes: str = field(default="1,8,32,200", metadata={"help": "Queries that are searched at once."})
     approximate_size: str = field(default="100000x256", metadata={"help": "`approximate`: passages x dimensions."})
     memory_counts: str = field(default="100000,1000000", metadata={"help": "`memory`: passages of each build."})
     repeats: int = field(default=5, metadata={"help": "Timed rounds of every arm, after one that is not counted."})
     device: str | None = field(default=None, metadata={"help": "`search`: also search on this device, e.g. cuda."})
     num_threads: int | None = field(default=None, metadata={"help": "Of torch and FAISS; defaults to all cores."})
-    quick: bool = field(default=False, metadata={"help": "Tiny sizes: shows that the benchmark runs, measures nothing."})
+    quick: bool = field(
+        default=False, metadata={"help": "Tiny sizes: shows that the benchmark runs, measures nothing."}
+    )
     output_file: str | None = field(default=None, metadata={"help": "JSON of all numbers."})
 
 
@@ -65,16 +73,29 @@ def main():
     """Run the sections, print tables, write the numbers."""
     (args,) = parse([BenchmarkArguments], __doc__)
     if args.quick:
-        args.num_passages, args.sizes, args.approximate_size, args.memory_counts, args.repeats = 12, "600x16", "3000x16", "300,900", 2
+        args.num_passages, args.sizes, args.approximate_size, args.memory_counts, args.repeats = (
+            12,
+            "600x16",
+            "3000x16",
+            "300,900",
+            2,
+        )
     threads = args.num_threads or os.cpu_count()
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "faiss": faiss.__version__, "python": platform.python_version()}
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "faiss": faiss.__version__,
+        "python": platform.python_version(),
+    }
     print(f"{platform.processor() or platform.machine()}, {threads} threads, {versions}\n")
     results = {"threads": threads, "versions": versions}
     for section in args.sections.split(","):
         with tempfile.TemporaryDirectory() as folder:
-            results[section] = {"encode": encode, "search": search, "approximate": approximate, "memory": memory}[section](args, Path(folder))
+            results[section] = {"encode": encode, "search": search, "approximate": approximate, "memory": memory}[
+                section
+            ](args, Path(folder))
     if args.output_file:
         write_json(args.output_file, results)
 
@@ -136,31 +157,76 @@ def encode(args, folder):
     reference = SentenceTransformer(modules=[transformer, Pooling(model.config.embedding_size, "lasttoken")])
     passages = synthetic_passages(args.num_passages)
     ids = encode_passages_for_emb_seq(model.emb_seq_tokenizer, passages, model.config)
-    texts = model.emb_seq_tokenizer.batch_decode(ids)  # BOS and EOS as text, which sentence-transformers' tokenizer reads as the tokens they are
+    texts = model.emb_seq_tokenizer.batch_decode(
+        ids
+    )  # BOS and EOS as text, which sentence-transformers' tokenizer reads as the tokens they are
     found = {}
     arms = {
-        "sentence-transformers": lambda: found.update(reference=reference.encode(texts, batch_size=32, normalize_embeddings=True)),
-        "PassageIndex.build": lambda: found.update(ours=model.build_index(passages, show_progress_bar=False).embeddings.numpy()),
+        "sentence-transformers": lambda: found.update(
+            reference=reference.encode(texts, batch_size=32, normalize_embeddings=True)
+        ),
+        "PassageIndex.build": lambda: found.update(
+            ours=model.build_index(passages, show_progress_bar=False).embeddings.numpy()
+        ),
     }
     seconds, ratio = measure(arms, args.repeats)
     error = float(np.abs(found["ours"] - found["reference"]).max())
     tokens, base = sum(map(len, ids)), "sentence-transformers"
     print(f"Encoding {len(passages)} passages, {tokens:,} tokens, {args.dtype}\n")
-    header("arm", "passages/s", "tokens/s", "speed to sentence-transformers", "min – max", "largest difference of an embedding")
+    header(
+        "arm",
+        "passages/s",
+        "tokens/s",
+        "speed to sentence-transformers",
+        "min – max",
+        "largest difference of an embedding",
+    )
     for arm in arms:
         difference = "" if arm == base else f"{error:.0e}"
-        row(f"`{arm}`", f"{len(passages) / seconds[arm]:.1f}", f"{tokens / seconds[arm]:.0f}", speed(ratio(arm, base)), difference)
+        row(
+            f"`{arm}`",
+            f"{len(passages) / seconds[arm]:.1f}",
+            f"{tokens / seconds[arm]:.0f}",
+            speed(ratio(arm, base)),
+            difference,
+        )
     print()
     ours = ratio("PassageIndex.build", base)
-    return {"seconds": seconds, "speed": ours, "largest_difference": error, "tokens": tokens, "passages": len(passages)}
+    return {
+        "seconds": seconds,
+        "speed": ours,
+        "largest_difference": error,
+        "tokens": tokens,
+        "passages": len(passages),
+    }
 
 
 def synthetic_passages(count):
     """Passages of 10 to 200 English-looking words, most of them about 80."""
     random = np.random.default_rng(0)
-    words = ["the", "city", "painted", "river", "was", "in", "born", "discovered", "of", "and", "Amsterdam", "physicist", "1898", "long", "who", "a"]
+    words = [
+        "the",
+        "city",
+        "painted",
+        "river",
+        "was",
+        "in",
+        "born",
+        "discovered",
+        "of",
+        "and",
+        "Amsterdam",
+        "physicist",
+        "1898",
+        "long",
+        "who",
+        "a",
+    ]
     lengths = random.lognormal(4.4, 0.5, count).clip(10, 200).astype(int)
-    return [{"id": str(i), "title": f"Title {i}", "text": " ".join(random.choice(words, length))} for i, length in enumerate(lengths)]
+    return [
+        {"id": str(i), "title": f"Title {i}", "text": " ".join(random.choice(words, length))}
+        for i, length in enumerate(lengths)
+    ]
 
 
 def tiny_model(folder):
@@ -168,13 +234,28 @@ def tiny_model(folder):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *map(str, range(1000)), "the", "city", "was", "in", "of", "and", "a"])}
+    vocabulary = {
+        token: i
+        for i, token in enumerate(
+            ["<unk>", "<s>", "</s>", *map(str, range(1000)), "the", "city", "was", "in", "of", "and", "a"]
+        )
+    }
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>").save_pretrained(folder)
-    options = {"vocab_size": len(vocabulary), "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(folder)
+    options = {
+        "vocab_size": len(vocabulary),
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+    }
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", max_position_embeddings=512, **options)).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("llama", max_position_embeddings=512, **options)
+    ).save_pretrained(folder)
     return str(folder)
 
 
@@ -192,7 +273,9 @@ def random_index(count, size, folder):
 
     shards = []
     for start in range(0, count, SHARD_SIZE):
-        passages = [{"id": f"p{row}", "title": "", "text": "x"} for row in range(start, min(count, start + SHARD_SIZE))]
+        passages = [
+            {"id": f"p{row}", "title": "", "text": "x"} for row in range(start, min(count, start + SHARD_SIZE))
+        ]
         shards.append(Shard(record_batch(passages, [np.zeros(1, np.int32)] * len(passages)), draw(len(passages))))
     settings = {"embedding_size": size, "dtype": "float32", "fingerprint": {}}
     PassageIndex(shards, new_config(settings, shards)).save_pretrained(folder)
@@ -201,7 +284,17 @@ def random_index(count, size, folder):
 
 def search(args, folder):
     """Exact search over mapped files against `faiss.IndexFlatIP` of a copy in memory; pools of 100 candidates; one passage in a hundred deleted."""
-    header("passages x dimensions", "queries", "raw FAISS ms", "mapped files ms", "speed", "min – max", "100 candidates each ms", "1 % deleted ms", "same rows")
+    header(
+        "passages x dimensions",
+        "queries",
+        "raw FAISS ms",
+        "mapped files ms",
+        "speed",
+        "min – max",
+        "100 candidates each ms",
+        "1 % deleted ms",
+        "same rows",
+    )
     results = []
     for count, size in (map(int, pair.split("x")) for pair in args.sizes.split(",")):
         results += search_one_size(args, count, size, folder / f"{count}x{size}")
@@ -234,7 +327,16 @@ def search_one_size(args, count, size, folder):
         row(f"{count:,} x {size}", n, times[0], times[1], speed(ours), times[2], times[3], f"{100 * same:.1f} %")
         if device is not None:
             print(f"    on {args.device}: {1000 * seconds['device']:.2f} ms")
-        results.append({"passages": count, "dimensions": size, "queries": n, "seconds": seconds, "speed_to_raw_faiss": ours, "same_rows": same})
+        results.append(
+            {
+                "passages": count,
+                "dimensions": size,
+                "queries": n,
+                "seconds": seconds,
+                "speed_to_raw_faiss": ours,
+                "same_rows": same,
+            }
+        )
     return results
 
 
@@ -244,9 +346,15 @@ def approximate(args, folder):
     index, queries = random_index(count, size, folder / "index")
     exact = PassageIndex.from_pretrained(folder / "index", search="exact", verify=False)
     lists = 16 if args.quick else 1024
-    factories = {"HNSW32": ("efSearch", [16, 64, 256]), f"IVF{lists},Flat": ("nprobe", [1, 8, 32]), f"IVF{lists},PQ{size // 8}": ("nprobe", [8, 32])}
+    factories = {
+        "HNSW32": ("efSearch", [16, 64, 256]),
+        f"IVF{lists},Flat": ("nprobe", [1, 8, 32]),
+        f"IVF{lists},PQ{size // 8}": ("nprobe", [8, 32]),
+    }
     print(f"{count:,} x {size}; exact search is the baseline\n")
-    header("index", "options", "made in s", "file MB", "queries", "ms", "exact ms", "speed", "min – max", "ann_recall@10")
+    header(
+        "index", "options", "made in s", "file MB", "queries", "ms", "exact ms", "speed", "min – max", "ann_recall@10"
+    )
     results = []
     for factory, (name, values) in factories.items():
         start = time.perf_counter()
@@ -258,10 +366,32 @@ def approximate(args, folder):
             recall = index.measure_recall(queries)["ann_recall@10"]
             for n in (1, 32):
                 asked = queries[:n]
-                seconds, ratio = measure({"ours": lambda a=asked: index.search(a, 10), "exact": lambda a=asked: exact.search(a, 10)}, args.repeats)
+                seconds, ratio = measure(
+                    {"ours": lambda a=asked: index.search(a, 10), "exact": lambda a=asked: exact.search(a, 10)},
+                    args.repeats,
+                )
                 ours, times = ratio("ours", "exact"), [f"{1000 * seconds[arm]:.2f}" for arm in ("ours", "exact")]
-                row(f"`{factory}`", f"{name} {value}", f"{made:.1f}", f"{bytes_of_file / 1e6:.1f}", n, *times, speed(ours), f"{100 * recall:.1f} %")
-                results.append({"index_factory": factory, name: value, "made": made, "queries": n, "seconds": seconds, "speed": ours, "ann_recall@10": recall})
+                row(
+                    f"`{factory}`",
+                    f"{name} {value}",
+                    f"{made:.1f}",
+                    f"{bytes_of_file / 1e6:.1f}",
+                    n,
+                    *times,
+                    speed(ours),
+                    f"{100 * recall:.1f} %",
+                )
+                results.append(
+                    {
+                        "index_factory": factory,
+                        name: value,
+                        "made": made,
+                        "queries": n,
+                        "seconds": seconds,
+                        "speed": ours,
+                        "ann_recall@10": recall,
+                    }
+                )
     print()
     return results
 
@@ -271,14 +401,39 @@ def approximate(args, folder):
 
 def memory(args, folder):
     """Peak memory of a process that builds an index of short synthetic passages with a tiny model: anonymous, and with mapped files."""
-    header("passages", "shard_size", "s", "passages/s", "peak anonymous MB", "peak with mapped files MB", "index on disk MB")
+    header(
+        "passages",
+        "shard_size",
+        "s",
+        "passages/s",
+        "peak anonymous MB",
+        "peak with mapped files MB",
+        "index on disk MB",
+    )
     results = []
     for count in map(int, args.memory_counts.split(",")):
-        command = [sys.executable, __file__, "build", tiny_model(folder / "tiny"), str(folder / str(count)), str(count), str(torch.get_num_threads())]
+        command = [
+            sys.executable,
+            __file__,
+            "build",
+            tiny_model(folder / "tiny"),
+            str(folder / str(count)),
+            str(count),
+            str(torch.get_num_threads()),
+        ]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
-        facts = {**json.loads(output), "disk": sum(path.stat().st_size for path in (folder / str(count)).iterdir()) / 1e6}
+        facts = {
+            **json.loads(output),
+            "disk": sum(path.stat().st_size for path in (folder / str(count)).iterdir()) / 1e6,
+        }
         rate = f"{count / facts['seconds']:,.0f}"
-        row(f"{count:,}", f"{SHARD_SIZE:,}", f"{facts['seconds']:.0f}", rate, *(f"{facts[name]:.0f}" for name in ("anonymous", "total", "disk")))
+        row(
+            f"{count:,}",
+            f"{SHARD_SIZE:,}",
+            f"{facts['seconds']:.0f}",
+            rate,
+            *(f"{facts[name]:.0f}" for name in ("anonymous", "total", "disk")),
+        )
         results.append({"passages": count, **facts})
     print()
     return results

@@ -78,7 +78,10 @@ class Clock:
             if kwargs["input_ids"].shape[1] > 1 and len(starts) > 1:
                 self.add("reading", self.now() - starts[-1])
 
-        hooks = [gen.base_model.register_forward_pre_hook(before, with_kwargs=True), gen.base_model.register_forward_hook(behind, with_kwargs=True)]
+        hooks = [
+            gen.base_model.register_forward_pre_hook(before, with_kwargs=True),
+            gen.base_model.register_forward_hook(behind, with_kwargs=True),
+        ]
         try:
             yield
         finally:
@@ -143,7 +146,11 @@ def take_turns(arms, repeats, meter):
                 done[name].seconds.append(seconds)
                 done[name].peak = max(done[name].peak, peak)
         if turn:
-            print(f"  round {turn} of {repeats}: " + ", ".join(f"{name} {done[name].seconds[-1]:.2f} s" for name in names), flush=True)
+            print(
+                f"  round {turn} of {repeats}: "
+                + ", ".join(f"{name} {done[name].seconds[-1]:.2f} s" for name in names),
+                flush=True,
+            )
     return done
 
 
@@ -165,7 +172,9 @@ def print_table(header, rows):
 
 def describe(device):
     """Hardware and versions, printed; the head of a benchmark's JSON."""
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    hardware = (
+        torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    )
     print(f"{hardware}; torch {torch.__version__}, transformers {transformers.__version__}", flush=True)
     return {"hardware": hardware, "torch": torch.__version__, "transformers": transformers.__version__}
 

@@ -22,9 +22,30 @@ from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, pad_r
 from measuring import Meter
 
 SHAPES = {
-    "tiny": {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
-    "135m": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3},
-    "7b": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32},
+    "tiny": {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
+    "7b": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    },
 }
 PROMPT_LENGTHS, PASSAGE_LENGTHS = (30, 80), (100, 150)  # tokens
 FORCED = 1e9  # a score above all others
@@ -53,7 +74,12 @@ class World:
         ends = self.model.generation_config.eos_token_id
         self.end = ends[0]
         never = {*ends, self.pad, self.config.nsp_token_id, self.config.cs_token_id, self.config.ce_token_id}
-        self.options = {"do_sample": False, "pad_token_id": self.pad, "eos_token_id": ends, "suppress_tokens": sorted(never)}
+        self.options = {
+            "do_sample": False,
+            "pad_token_id": self.pad,
+            "eos_token_id": ends,
+            "suppress_tokens": sorted(never),
+        }
         special = never | set(self.model.tokenizer.all_special_ids)
         self.ordinary = [id for id in range(len(self.model.tokenizer)) if id not in special]
         self.compile = {"cache_implementation": "static"}
@@ -65,30 +91,52 @@ class World:
         dtype = getattr(torch, self.script.dtype)
         with torch.device(self.device):
             if self.script.gen:
-                tokenizer, gen = AutoTokenizer.from_pretrained(self.script.gen), AutoModelForCausalLM.from_pretrained(self.script.gen, dtype=dtype)
+                tokenizer, gen = (
+                    AutoTokenizer.from_pretrained(self.script.gen),
+                    AutoModelForCausalLM.from_pretrained(self.script.gen, dtype=dtype),
+                )
             else:
-                shape = {"max_position_embeddings": 4096, "initializer_range": 0.1, **SHAPES[self.script.shape]}  # wide: what was read decides the tokens
-                tokenizer, gen = self._make_tokenizer(), AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape), dtype=dtype)
+                shape = {
+                    "max_position_embeddings": 4096,
+                    "initializer_range": 0.1,
+                    **SHAPES[self.script.shape],
+                }  # wide: what was read decides the tokens
+                tokenizer, gen = (
+                    self._make_tokenizer(),
+                    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape), dtype=dtype),
+                )
             small = SHAPES["tiny"] | {"num_hidden_layers": 1, "vocab_size": len(tokenizer)}
-            emb_seq = AutoModel.from_config(AutoConfig.for_model("llama", **small), dtype=dtype)  # makes the index, takes no part in generation
+            emb_seq = AutoModel.from_config(
+                AutoConfig.for_model("llama", **small), dtype=dtype
+            )  # makes the index, takes no part in generation
             model = CoSupForCausalLM.from_gen_and_emb_seq(
-                gen.to(self.device).eval(), emb_seq, tokenizer, emb_seq_tokenizer=tokenizer, max_passage_length=PASSAGE_LENGTHS[1]
+                gen.to(self.device).eval(),
+                emb_seq,
+                tokenizer,
+                emb_seq_tokenizer=tokenizer,
+                max_passage_length=PASSAGE_LENGTHS[1],
             )
         return model.eval()
 
     def _make_tokenizer(self):
         backend = Tokenizer(models.BPE())
         backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(vocab_size=384, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=384, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        )
         backend.train_from_iterator([" ".join(self.words)], trainer)
         return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
     def prompts(self, count):
         """Random token ids, each prompt beginning with a token of its own; the first prompts are the same for every `count`."""
         if count > len(self.ordinary):
-            raise ValueError(f"{count} prompts that begin differently need as many tokens; the tokenizer has {len(self.ordinary)}.")
+            raise ValueError(
+                f"{count} prompts that begin differently need as many tokens; the tokenizer has {len(self.ordinary)}."
+            )
         rng = random.Random(self.script.seed + 1)
-        return [[self.ordinary[i], *rng.choices(self.ordinary, k=rng.randint(*PROMPT_LENGTHS) - 1)] for i in range(count)]
+        return [
+            [self.ordinary[i], *rng.choices(self.ordinary, k=rng.randint(*PROMPT_LENGTHS) - 1)] for i in range(count)
+        ]
 
     def passages(self, count):
         """Random words, about as many as make `PASSAGE_LENGTHS` tokens."""
@@ -96,7 +144,11 @@ class World:
         per_word = len(self.model.tokenizer(" ".join(self.words))["input_ids"]) / len(self.words)
         lengths = [round(length / per_word) for length in PASSAGE_LENGTHS]
         for number in range(count):
-            yield {"id": f"p{number}", "title": rng.choice(self.words), "text": " ".join(rng.choices(self.words, k=rng.randint(*lengths)))}
+            yield {
+                "id": f"p{number}",
+                "title": rng.choice(self.words),
+                "text": " ".join(rng.choices(self.words, k=rng.randint(*lengths))),
+            }
 
     def index(self, count):
         """An index of random passages, searched exactly where Gen is."""
@@ -106,7 +158,9 @@ class World:
     @torch.no_grad()
     def embed(self, passages):
         """Passage embeddings `(C, h)`, `numpy.ndarray` of float32."""
-        ids, mask = pad_rows(encode_passages_for_emb_seq(self.model.emb_seq_tokenizer, passages, self.config), device=self.device)
+        ids, mask = pad_rows(
+            encode_passages_for_emb_seq(self.model.emb_seq_tokenizer, passages, self.config), device=self.device
+        )
         return self.model.encode_passages(ids, mask).float().cpu().numpy()
 
     def plan(self, rows):
@@ -136,7 +190,9 @@ class World:
         """The same with the retrievals of `plan`."""
         settings = RetrievalConfig(max_retrievals=self.script.retrievals, candidates=candidates)
         forced = LogitsProcessorList([Forced(self.plan(len(prompts)))])
-        return self.generate(model, prompts, retriever=index, retrieval_config=settings, logits_processor=forced, **kwargs)
+        return self.generate(
+            model, prompts, retriever=index, retrieval_config=settings, logits_processor=forced, **kwargs
+        )
 
 
 class Forced(LogitsProcessor):

@@ -46,8 +46,12 @@ class BenchmarkArguments:
     """What is measured."""
 
     gen: str | None = field(default=None, metadata={"help": "Name or path of Gen; Emb_seq is a copy of it."})
-    train_file: str | None = field(default=None, metadata={"help": "Training instances whose lengths and duplicates are the benchmark's."})
-    sections: str = field(default="step,nsp_batch,duplicates,precision,defaults", metadata={"help": "Comma-separated."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "Training instances whose lengths and duplicates are the benchmark's."}
+    )
+    sections: str = field(
+        default="step,nsp_batch,duplicates,precision,defaults", metadata={"help": "Comma-separated."}
+    )
     batch_size: int = field(default=8, metadata={"help": "Instances of a batch."})
     micro_batch_tokens: int = field(default=2048, metadata={"help": "Token budget of a micro-batch with GradCache."})
     repeats: int = field(default=9, metadata={"help": "Timed rounds of every arm; each round is another batch."})
@@ -57,7 +61,9 @@ class BenchmarkArguments:
     torch_compile: bool = field(default=False, metadata={"help": "Add an arm with compiled layers."})
     num_threads: int | None = field(default=None, metadata={"help": "Threads on a CPU; defaults to all cores."})
     precision_steps: int = field(default=300, metadata={"help": "Steps of the precision section."})
-    precision_layers: int = field(default=4, metadata={"help": "Layers of Gen that it takes, so that a CPU gets through."})
+    precision_layers: int = field(
+        default=4, metadata={"help": "Layers of Gen that it takes, so that a CPU gets through."}
+    )
     defaults_steps: int = field(default=300, metadata={"help": "Steps of the defaults section."})
     seed: int = field(default=0, metadata={"help": "Of everything."})
     output_file: str | None = field(default=None, metadata={"help": "Where the numbers go, as JSON."})
@@ -67,12 +73,18 @@ class BenchmarkArguments:
 
 
 def gradients_of(model):
-    return {name: parameter.grad.detach().clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {
+        name: parameter.grad.detach().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 def gradient_error(found, expected):
     """‖found − expected‖ / ‖expected‖ over all parameters."""
-    difference = sum(float((found[name].double() - gradient.double()).square().sum()) for name, gradient in expected.items())
+    difference = sum(
+        float((found[name].double() - gradient.double()).square().sum()) for name, gradient in expected.items()
+    )
     return (difference / sum(float(gradient.double().square().sum()) for gradient in expected.values())) ** 0.5
 
 
@@ -92,7 +104,9 @@ def padded_baseline(model, rows, autocast):
     passages = [tuple(ids) for row in rows for ids in row["passage_input_ids"]]
     passage_ids, passage_mask = (tensor.to(model.device) for tensor in pad_rows([list(ids) for ids in passages]))
     with autocast():
-        hidden = model.gen.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        hidden = model.gen.base_model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
         logits = model.gen.get_output_embeddings()(hidden).float()  # (B, T, V)
         ntp_loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         states = model.emb_seq(input_ids=passage_ids, attention_mask=passage_mask, use_cache=False).last_hidden_state
@@ -101,7 +115,9 @@ def padded_baseline(model, rows, autocast):
     embeds = F.normalize(embeds.float(), dim=-1)
     number = {passage: i for i, passage in enumerate(dict.fromkeys(passages))}
     group = torch.tensor([number[passage] for passage in passages], device=model.device)
-    first = torch.tensor([i for i, passage in enumerate(passages) if passages.index(passage) == i], device=model.device)
+    first = torch.tensor(
+        [i for i, passage in enumerate(passages) if passages.index(passage) == i], device=model.device
+    )
     scores = queries @ embeds[first].T / model.config.temperature
     loss = ntp_loss + model.config.nsp_loss_weight * F.cross_entropy(scores, group)
     loss.backward()
@@ -118,7 +134,14 @@ class PlainTrainer(Trainer):
         for batch in inputs["micro_batches"]:
             with self.accelerator.autocast():
                 hidden = model.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
-                losses.append(chunked_cross_entropy(hidden, batch["labels"], model.get_output_embeddings(), label_positions=batch["label_positions"]))
+                losses.append(
+                    chunked_cross_entropy(
+                        hidden,
+                        batch["labels"],
+                        model.get_output_embeddings(),
+                        label_positions=batch["label_positions"],
+                    )
+                )
         return torch.stack(losses).sum() / num_items_in_batch
 
 
@@ -126,7 +149,13 @@ class Ours:
     """A CoSupTrainer whose steps are called one by one."""
 
     def __init__(self, model, folder, rows, script, **options):
-        defaults = {"per_device_train_batch_size": script.batch_size, "report_to": "none", "bf16": script.bf16, "seed": script.seed, "tf32": False}
+        defaults = {
+            "per_device_train_batch_size": script.batch_size,
+            "report_to": "none",
+            "bf16": script.bf16,
+            "seed": script.seed,
+            "tf32": False,
+        }
         args = CoSupTrainingArguments(folder, **{**defaults, **options})
         self.trainer = CoSupTrainer(model, args, train_dataset=rows)
         self.trainer.create_optimizer_and_scheduler(1)
@@ -155,7 +184,9 @@ def batches_of(trainer, size, count, seed):
     """`count` random batches of tokenized instances."""
     order = torch.randperm(len(trainer.train_dataset), generator=torch.Generator().manual_seed(seed)).tolist()
     if size > len(order):
-        sys.exit(f"error: a batch of {size} instances needs as many; the file has {len(order)}, and repeated ones would be cheaper.")
+        sys.exit(
+            f"error: a batch of {size} instances needs as many; the file has {len(order)}, and repeated ones would be cheaper."
+        )
     order = list(itertools.islice(itertools.cycle(order), size * count))
     return [[trainer.train_dataset[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
 
@@ -189,8 +220,12 @@ def section_step(model, instances, script, folder):
     uncut.trainer.data_collator.call_overhead = None
     arms["ours, one padded micro-batch"] = uncut.step
     if script.torch_compile:
-        compiled = Ours(model, folder, rows, script, torch_compile=True)  # compiles the layers in place: only this arm may see it
-        calls = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl is not None}
+        compiled = Ours(
+            model, folder, rows, script, torch_compile=True
+        )  # compiles the layers in place: only this arm may see it
+        calls = {
+            module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl is not None
+        }
 
         def switch(on):
             for module, call in calls.items():
@@ -212,7 +247,11 @@ def section_step(model, instances, script, folder):
 
     exactness = {}  # each arm in float32 on a small batch
     small = batches_of(first.trainer, 4, 1, script.seed + 1)[0]
-    exact = {"ours": {}, "ours, duplicates encoded": {"mask_duplicates": False}, "ours, GradCache": cached | {"nsp_batch_size": 4}}
+    exact = {
+        "ours": {},
+        "ours, duplicates encoded": {"mask_duplicates": False},
+        "ours, GradCache": cached | {"nsp_batch_size": 4},
+    }
     model.zero_grad()
     expected = padded_baseline(model, small, full_precision), gradients_of(model)
     for name, options in exact.items():
@@ -239,7 +278,11 @@ def section_step(model, instances, script, folder):
                 seconds[name].append(took)
                 memory[name].append(peak)
         if i:
-            print(f"  batch {i} of {len(batches) - 1}: " + ", ".join(f"{name} {seconds[name][-1]:.1f} s" for name in arms), flush=True)
+            print(
+                f"  batch {i} of {len(batches) - 1}: "
+                + ", ".join(f"{name} {seconds[name][-1]:.1f} s" for name in arms),
+                flush=True,
+            )
     model.zero_grad()
 
     tokens = statistics.mean(useful_tokens(batch) for batch in batches[1:])
@@ -252,7 +295,14 @@ def section_step(model, instances, script, folder):
     }
     base = seconds["padded baseline"]
     parameters = sum(part.num_parameters(exclude_embeddings=True) for part in (model.gen, model.emb_seq)) / 2
-    flops = next((peak for prefix, peak in PEAK_FLOPS.items() if device.type == "cuda" and torch.cuda.get_device_name().startswith(prefix)), None)
+    flops = next(
+        (
+            peak
+            for prefix, peak in PEAK_FLOPS.items()
+            if device.type == "cuda" and torch.cuda.get_device_name().startswith(prefix)
+        ),
+        None,
+    )
     for name in arms:
         ratios = [b / s for b, s in zip(base, seconds[name], strict=True)]
         median = statistics.median(seconds[name])
@@ -267,20 +317,43 @@ def section_step(model, instances, script, folder):
             "float32_loss_and_gradient_error": exactness.get(name),
             "mfu": None if flops is None else 6 * parameters * tokens * len(batches[1:]) / sum(seconds[name]) / flops,
         }
-    print(f"\nForward and backward, batches of {script.batch_size} instances, {tokens:.0f} useful tokens, {named} passages of which {distinct} distinct")
+    print(
+        f"\nForward and backward, batches of {script.batch_size} instances, {tokens:.0f} useful tokens, {named} passages of which {distinct} distinct"
+    )
     print(f"padding: {result['padding']}")
     print_table(
-        ["arm", "s / batch", "x baseline", "min, max", "useful tokens/s", "MFU", "peak memory GB", "gradient error of bf16", "in float32: loss, gradient"],
         [
-            [name, f"{a['seconds']:.2f}", f"{a['speed_to_baseline']:.2f}", "{:.2f}, {:.2f}".format(*a["speed_to_baseline_min_max"])]
-            + [f"{a['useful_tokens_per_second']:.0f}", "" if a["mfu"] is None else f"{a['mfu']:.1%}", f"{a['peak_memory_gb']:.2f}"]
+            "arm",
+            "s / batch",
+            "x baseline",
+            "min, max",
+            "useful tokens/s",
+            "MFU",
+            "peak memory GB",
+            "gradient error of bf16",
+            "in float32: loss, gradient",
+        ],
+        [
+            [
+                name,
+                f"{a['seconds']:.2f}",
+                f"{a['speed_to_baseline']:.2f}",
+                "{:.2f}, {:.2f}".format(*a["speed_to_baseline_min_max"]),
+            ]
+            + [
+                f"{a['useful_tokens_per_second']:.0f}",
+                "" if a["mfu"] is None else f"{a['mfu']:.1%}",
+                f"{a['peak_memory_gb']:.2f}",
+            ]
             + [f"{a['gradient_error']:.1e}", "{:.0e}, {:.0e}".format(*exactness[name]) if name in exactness else ""]
             for name, a in result["arms"].items()
         ],
     )
     paired = [cached / plain for cached, plain in zip(seconds["ours, GradCache"], seconds["ours"], strict=True)]
     result["gradcache_to_uncached"] = statistics.median(paired)
-    print(f"\nGradCache takes {statistics.median(paired):.2f} x the uncached step (median of the batches' ratios; {min(paired):.2f} to {max(paired):.2f})")
+    print(
+        f"\nGradCache takes {statistics.median(paired):.2f} x the uncached step (median of the batches' ratios; {min(paired):.2f} to {max(paired):.2f})"
+    )
     result["ntp"] = against_plain_trainer(model, rows, batches, meter, script, folder)
     return result
 
@@ -289,12 +362,16 @@ def against_plain_trainer(model, rows, batches, meter, script, folder):
     """`supervision="ntp"` and transformers' Trainer on Gen alone, on the same micro-batches."""
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     ours = Ours(model, folder, rows, script, supervision="ntp")
-    plain = PlainTrainer(model.gen, TrainingArguments(folder, report_to="none", bf16=script.bf16, use_cpu=model.device.type == "cpu"))
+    plain = PlainTrainer(
+        model.gen, TrainingArguments(folder, report_to="none", bf16=script.bf16, use_cpu=model.device.type == "cpu")
+    )
     gen = model.gen
 
     def plain_step(batch):
         collated = ours.trainer.data_collator([dict(row) for row in batch])
-        return float(plain.training_step(gen, {"micro_batches": collated["micro_batches"]}, collated["facts"].num_labels))
+        return float(
+            plain.training_step(gen, {"micro_batches": collated["micro_batches"]}, collated["facts"].num_labels)
+        )
 
     seconds = {"ours, ntp": [], "plain Trainer, same tricks": []}
     for i, batch in enumerate(batches):
@@ -319,9 +396,21 @@ def section_duplicates(instances, seed):
         if size > len(instances):
             continue
         batch = rng.sample(instances, size)
-        passages = [f"{s['passage']['title']} {s['passage']['text']}" for instance in batch for s in instance["segments"] if s["passage"]]
+        passages = [
+            f"{s['passage']['title']} {s['passage']['text']}"
+            for instance in batch
+            for s in instance["segments"]
+            if s["passage"]
+        ]
         words = [sum(len(text.split()) for text in texts) for texts in (passages, set(passages))]
-        rows.append({"batch": size, "passages": len(passages), "duplicates": 1 - len(set(passages)) / len(passages), "words_spared": 1 - words[1] / words[0]})
+        rows.append(
+            {
+                "batch": size,
+                "passages": len(passages),
+                "duplicates": 1 - len(set(passages)) / len(passages),
+                "words_spared": 1 - words[1] / words[0],
+            }
+        )
     print_table(
         ["instances", "passages", "duplicates", "words spared"],
         [[str(r["batch"]), str(r["passages"]), f"{r['duplicates']:.1%}", f"{r['words_spared']:.1%}"] for r in rows],
@@ -339,12 +428,27 @@ def section_nsp_batch(model, instances, script, folder):
         model.zero_grad()
         ours.step(batch[:2])  # gradients exist before the measurement
         _, took, peak = meter(lambda ours=ours, batch=batch: ours.step(batch))
-        results.append({"nsp_batch_size": size, "seconds": took, "peak_memory_gb": peak / GB, "useful_tokens_per_second": useful_tokens(batch) / took})
+        results.append(
+            {
+                "nsp_batch_size": size,
+                "seconds": took,
+                "peak_memory_gb": peak / GB,
+                "useful_tokens_per_second": useful_tokens(batch) / took,
+            }
+        )
         print(f"  NSP batch {size}: {results[-1]}", flush=True)
     model.zero_grad()
     print_table(
         ["NSP batch", "s / step", "peak memory above weights and gradients, GB", "useful tokens/s"],
-        [[str(r["nsp_batch_size"]), f"{r['seconds']:.1f}", f"{r['peak_memory_gb']:.2f}", f"{r['useful_tokens_per_second']:.0f}"] for r in results],
+        [
+            [
+                str(r["nsp_batch_size"]),
+                f"{r['seconds']:.1f}",
+                f"{r['peak_memory_gb']:.2f}",
+                f"{r['useful_tokens_per_second']:.0f}",
+            ]
+            for r in results
+        ],
     )
     return results
 
@@ -359,11 +463,28 @@ def section_precision(script, folder):
     }
     for name, (dtype, options) in arms.items():
         set_seed(script.seed)
-        model = CoSupForCausalLM.from_gen_and_emb_seq(script.gen, model_kwargs={"dtype": dtype, "num_hidden_layers": script.precision_layers})
-        steps = {"max_steps": script.precision_steps, "per_device_train_batch_size": script.batch_size, "learning_rate": 2e-5, "warmup_steps": 20}
-        quiet = {"logging_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "seed": script.seed}
-        trainer = CoSupTrainer(model, CoSupTrainingArguments(folder, **steps, **quiet, **options), train_dataset=instances)
-        for parameter in trainer.model.parameters():  # CoSupTrainer itself would not train weights of less than float32
+        model = CoSupForCausalLM.from_gen_and_emb_seq(
+            script.gen, model_kwargs={"dtype": dtype, "num_hidden_layers": script.precision_layers}
+        )
+        steps = {
+            "max_steps": script.precision_steps,
+            "per_device_train_batch_size": script.batch_size,
+            "learning_rate": 2e-5,
+            "warmup_steps": 20,
+        }
+        quiet = {
+            "logging_steps": 1,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "seed": script.seed,
+        }
+        trainer = CoSupTrainer(
+            model, CoSupTrainingArguments(folder, **steps, **quiet, **options), train_dataset=instances
+        )
+        for (
+            parameter
+        ) in trainer.model.parameters():  # CoSupTrainer itself would not train weights of less than float32
             parameter.data = parameter.data.to(getattr(torch, dtype))
         with contextlib.redirect_stdout(sys.stderr):  # a line for every step
             trainer.train()
@@ -371,7 +492,9 @@ def section_precision(script, folder):
         print(f"  {name}: {results[name]}", flush=True)
     exact = results["float32"]
     header = ["weights and computation"] + [cell for name in exact for cell in (name, "to float32")]
-    print(f"\nMean of the last 50 of {script.precision_steps} steps of {script.batch_size} instances, {script.precision_layers} layers, seed {script.seed}")
+    print(
+        f"\nMean of the last 50 of {script.precision_steps} steps of {script.batch_size} instances, {script.precision_layers} layers, seed {script.seed}"
+    )
     print_table(
         header,
         [
@@ -405,19 +528,39 @@ def section_defaults(script, folder):
     for name, (options, config) in arms.items():
         set_seed(script.seed)
         model = CoSupForCausalLM.from_gen_and_emb_seq(paths["gen"], paths["emb_seq"], max_passage_length=128, **config)
-        common = {"max_steps": script.defaults_steps, "per_device_train_batch_size": 64, "per_device_eval_batch_size": 256, "learning_rate": 2e-3}
-        common |= {"bf16": True, "adam_beta2": 0.98, "logging_steps": 50, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "seed": script.seed}
+        common = {
+            "max_steps": script.defaults_steps,
+            "per_device_train_batch_size": 64,
+            "per_device_eval_batch_size": 256,
+            "learning_rate": 2e-3,
+        }
+        common |= {
+            "bf16": True,
+            "adam_beta2": 0.98,
+            "logging_steps": 50,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "seed": script.seed,
+        }
         data = {"train_dataset": load_instances(paths["train"]), "eval_dataset": load_instances(paths["validation"])}
         trainer = CoSupTrainer(model, CoSupTrainingArguments(folder, **{**common, **options}), **data)
         with contextlib.redirect_stdout(sys.stderr):
             trainer.train()
-        results[name] = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items() if key.startswith("eval_")}
+        results[name] = {
+            key.removeprefix("eval_"): value for key, value in trainer.evaluate().items() if key.startswith("eval_")
+        }
         print(f"  {name}: {results[name]}", flush=True)
-    print(f"\nHeld out, after 3 epochs of {script.defaults_steps // 3} steps on the quickstart's world, seed {script.seed}, learning rate 2e-3 unless said,")
+    print(
+        f"\nHeld out, after 3 epochs of {script.defaults_steps // 3} steps on the quickstart's world, seed {script.seed}, learning rate 2e-3 unless said,"
+    )
     print("recall in percent")
     print_table(
         ["setting", *(figure(name).label for name in HELD_OUT), figure("num_passages").label],
-        [[setting, *(shown(r[name], name) for name in HELD_OUT), str(r["num_passages"])] for setting, r in results.items()],
+        [
+            [setting, *(shown(r[name], name) for name in HELD_OUT), str(r["num_passages"])]
+            for setting, r in results.items()
+        ],
     )
     return results
 
@@ -435,7 +578,9 @@ def main():
         if set(sections) - {"defaults"} and not (script.gen and script.train_file):
             sys.exit("error: every section but `defaults` needs --gen and --train_file.")
         if {"step", "nsp_batch"} & set(sections):
-            kwargs = {"dtype": "float32"} | ({"attn_implementation": script.attn_implementation} if script.attn_implementation else {})
+            kwargs = {"dtype": "float32"} | (
+                {"attn_implementation": script.attn_implementation} if script.attn_implementation else {}
+            )
             model = CoSupForCausalLM.from_gen_and_emb_seq(script.gen, model_kwargs=kwargs).to(device).train()
             if script.gradient_checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

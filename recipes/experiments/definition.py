@@ -37,7 +37,9 @@ NOT_OPTIONS = {  # data, folders and seeds are the runner's business
     "prepare", "prepare_options", "output_dir", "seed", "eval_file", "corpus_file", "index", "index_uri",
 }  # fmt: skip
 TRAIN_OPTIONS = {option.name for option in (*fields(ScriptArguments), *fields(CoSupTrainingArguments))} - NOT_OPTIONS
-TRAIN_DEFAULTS = {option.name: option.default for option in (*fields(ScriptArguments), *fields(CoSupTrainingArguments))}
+TRAIN_DEFAULTS = {
+    option.name: option.default for option in (*fields(ScriptArguments), *fields(CoSupTrainingArguments))
+}
 NOT_EVALUATION_OPTIONS = {  # for the runner or a task to set
     *("model", "output_dir", "tasks", "eval_file", "index_cache"),
     *("corpus_file", "index", "index_uri", "split", "pool"),
@@ -47,7 +49,12 @@ NO_PART_OF_A_RESULT = {  # changing these trains nothing anew
     "num_threads", "logging_steps", "logging_strategy", "logging_first_step", "report_to", "save_strategy", "save_steps", "save_total_limit", "disable_tqdm",
     "dataloader_num_workers", "dataset_num_proc", "num_examples", "per_device_eval_batch_size", "run_name", "license",
 }  # fmt: skip
-SCORING = ("nli_model", "gr_hypothesis", "metric", "split")  # options of an evaluation or a task that say how answers are judged, not what they are
+SCORING = (
+    "nli_model",
+    "gr_hypothesis",
+    "metric",
+    "split",
+)  # options of an evaluation or a task that say how answers are judged, not what they are
 WORLD_FILES = {"gen": "gen", "emb_seq": "emb_seq", "train_file": "train.jsonl", "validation_file": "validation.jsonl"}
 
 
@@ -82,7 +89,9 @@ class Experiment:
     @property
     def modes(self):
         """What the answers of a model may retrieve, see `trainer.judging.answers.retrieval_settings`."""
-        return ["off" if mode is False else mode for mode in self.evaluation.get("modes") or ["retrieval"]]  # YAML reads `off` so
+        return [
+            "off" if mode is False else mode for mode in self.evaluation.get("modes") or ["retrieval"]
+        ]  # YAML reads `off` so
 
 
 def load_experiment(path, overrides=()):
@@ -157,9 +166,15 @@ def _check(experiment, where):
     if experiment.tasks is None and experiment.world is None:
         raise ValueError(f"{where}: there are no tasks: list them, or give world: quickstart.")
     if experiment.axis:
-        values = [options[experiment.axis] for options in experiment.arms.values() if options.get(experiment.axis) is not None]
+        values = [
+            options[experiment.axis]
+            for options in experiment.arms.values()
+            if options.get(experiment.axis) is not None
+        ]
         if len({float(value) for value in values if _is_number(value)}) < len(values):
-            raise ValueError(f"{where}: axis is {experiment.axis}, whose values in the arms are {values}, expected numbers, each in one arm.")
+            raise ValueError(
+                f"{where}: axis is {experiment.axis}, whose values in the arms are {values}, expected numbers, each in one arm."
+            )
     if experiment.world not in (None, "quickstart"):
         raise ValueError(f"{where}: world is {experiment.world!r}, expected quickstart.")
     if experiment.tasks is not None:
@@ -207,16 +222,27 @@ def key_of(options):
     An option set to train.py's default does not change the hash.
     """
     files = ("gen", "emb_seq", "query_encoder", "model_name_or_path", "train_file", "validation_file")
-    told = {**SIMILARITY_DEFAULTS.get(options.get("similarity", TRAIN_DEFAULTS["similarity"]), {}), **{k: v for k, v in options.items() if v is not None}}
-    told = {name: value for name, value in told.items() if name not in NO_PART_OF_A_RESULT and value != TRAIN_DEFAULTS.get(name)}
-    return digest({name: digest_of_content(value) if name in files else str(value) for name, value in told.items()})[:12]
+    told = {
+        **SIMILARITY_DEFAULTS.get(options.get("similarity", TRAIN_DEFAULTS["similarity"]), {}),
+        **{k: v for k, v in options.items() if v is not None},
+    }
+    told = {
+        name: value
+        for name, value in told.items()
+        if name not in NO_PART_OF_A_RESULT and value != TRAIN_DEFAULTS.get(name)
+    }
+    return digest({name: digest_of_content(value) if name in files else str(value) for name, value in told.items()})[
+        :12
+    ]
 
 
 def scoring(evaluation, entries):
     """What decides the scores of answers that are there: `SCORING` of the options of an evaluation (an NLI model by its content) and of each task."""
     told = {name: evaluation[name] for name in SCORING if evaluation.get(name) is not None}
     own = {entry["name"]: {name: entry[name] for name in SCORING if entry.get(name) is not None} for entry in entries}
-    return {**told, "tasks": own} | ({"nli_model": digest_of_content(told["nli_model"])} if "nli_model" in told else {})
+    return {**told, "tasks": own} | (
+        {"nli_model": digest_of_content(told["nli_model"])} if "nli_model" in told else {}
+    )
 
 
 def evaluation_key(model_key, entries, evaluation):
@@ -230,4 +256,6 @@ def evaluation_key(model_key, entries, evaluation):
         files = {name: digest_of_content(asked[name]) for name in ("eval_file", "corpus_file") if name in asked}
         tasks.append({**asked, **files})
     ignored = ("num_threads", "batch_size", "nli_batch_size", "num_examples", *SCORING)
-    return digest([FORMAT, model_key, tasks, {name: value for name, value in evaluation.items() if name not in ignored}])[:12]
+    return digest(
+        [FORMAT, model_key, tasks, {name: value for name, value in evaluation.items() if name not in ignored}]
+    )[:12]

@@ -33,12 +33,21 @@ def launch(recipe, arguments, run, log, args, lock=None):
     Raises:
         `Failed`: with the last error of the log.
     """
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", args.accelerate_config]
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--config_file",
+        args.accelerate_config,
+    ]
     command, start = [*launcher, str(ROOT / "recipes" / recipe), *arguments], time.monotonic()
     say(run, f"{recipe}, log: {log}")
     with open(log, "ab") as file:
         begin = file.tell()
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, pass_fds=() if lock is None else (lock,)).returncode
+        code = subprocess.run(
+            command, stdout=file, stderr=subprocess.STDOUT, pass_fds=() if lock is None else (lock,)
+        ).returncode
     if code:
         raise Failed(f"{recipe}: {reason(log, begin)} (exit code {code}; log: {log})")
     return shlex.join(["accelerate", *command[3:]]).replace(f"{ROOT}/", ""), round(time.monotonic() - start, 1)
@@ -48,8 +57,16 @@ def reason(log, begin=0):
     """The last error that a log tells of."""
     with open(log, "rb") as file:
         file.seek(begin)
-        lines = [line.strip() for line in file.read().decode(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception|Interrupt|Killed)\b", line) and "CalledProcessError" not in line]
+        lines = [
+            line.strip()
+            for line in file.read().decode(errors="replace").replace("\r", "\n").splitlines()
+            if line.strip()
+        ]
+    errors = [
+        line
+        for line in lines
+        if re.match(r"error: |[\w.]*(Error|Exception|Interrupt|Killed)\b", line) and "CalledProcessError" not in line
+    ]
     return (errors or lines or ["it said nothing"])[-1]
 
 
@@ -62,7 +79,9 @@ def locked_folder(folder):
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder.with_name(f".{folder.name}.lock")
-    return locked(lock, f"{folder}: another process works on it; waiting", on_wait=functools.partial(print, flush=True))
+    return locked(
+        lock, f"{folder}: another process works on it; waiting", on_wait=functools.partial(print, flush=True)
+    )
 
 
 def hardware(options):

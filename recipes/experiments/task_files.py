@@ -25,10 +25,20 @@ def expand_tasks(experiment, entries):
     for entry in entries:
         pools = entry.get("pools") or ([entry["pool"]] if "pool" in entry else experiment.pools)
         sizes = experiment.corpus_sizes or [None]
-        for pool, size in [(pool, size) for pool in (pools if experiment.corpus_sizes is None else ["full"]) for size in sizes]:
-            name = entry.get("name") if size is None and len(pools) == 1 else f"{entry.get('name')}-{pool if size is None else size}"
-            setting = f"corpus of {size:,}" if isinstance(size, int) else f"Top-{pool}" if pool != "full" else "full corpus"
-            expanded.append({**{key: value for key, value in entry.items() if key != "pools"}, "name": name, "pool": pool})
+        for pool, size in [
+            (pool, size) for pool in (pools if experiment.corpus_sizes is None else ["full"]) for size in sizes
+        ]:
+            name = (
+                entry.get("name")
+                if size is None and len(pools) == 1
+                else f"{entry.get('name')}-{pool if size is None else size}"
+            )
+            setting = (
+                f"corpus of {size:,}" if isinstance(size, int) else f"Top-{pool}" if pool != "full" else "full corpus"
+            )
+            expanded.append(
+                {**{key: value for key, value in entry.items() if key != "pools"}, "name": name, "pool": pool}
+            )
             meaning[name] = {"task": entry.get("name"), "setting": setting, "size": size, "split": entry.get("split")}
     read_tasks(expanded)
     return expanded, meaning
@@ -37,7 +47,9 @@ def expand_tasks(experiment, entries):
 def corpora_of(entries):
     """The distinct corpus files of entries; without one there is nothing to cut."""
     if without := [entry["name"] for entry in entries if not entry.get("corpus_file")]:
-        raise ValueError(f"{len(without)} of {len(entries)} tasks have no corpus_file that corpus_sizes or pools_only could cut, e.g. {without[0]}.")
+        raise ValueError(
+            f"{len(without)} of {len(entries)} tasks have no corpus_file that corpus_sizes or pools_only could cut, e.g. {without[0]}."
+        )
     return list(dict.fromkeys(entry["corpus_file"] for entry in entries))
 
 
@@ -60,7 +72,10 @@ def cut_corpora(entries, meaning, folder, max_questions=None, seed=0):
     kept, notes, orders = [], [], {}
     for source in corpora_of(entries):
         corpus, own = load_corpus(source), [entry for entry in entries if entry["corpus_file"] == source]
-        questions = {entry["eval_file"]: load_evaluation_set(entry["eval_file"])[: entry.get("max_eval_samples", max_questions)] for entry in own}
+        questions = {
+            entry["eval_file"]: load_evaluation_set(entry["eval_file"])[: entry.get("max_eval_samples", max_questions)]
+            for entry in own
+        }
         gold = {id for rows in questions.values() for x in rows for id in gold_ids(x)}
         others = [passage for passage in corpus if passage["id"] not in gold]
         random.Random(seed).shuffle(others)
@@ -72,12 +87,19 @@ def cut_corpora(entries, meaning, folder, max_questions=None, seed=0):
                 notes.append(f"{entry['name']}: {source} has only {len(corpus):,} passages")
                 continue
             if size < len(gold):
-                raise ValueError(f"corpus_sizes holds {size:,}, but {len(gold):,} gold passages of the tasks over {source} must be in it.")
+                raise ValueError(
+                    f"corpus_sizes holds {size:,}, but {len(gold):,} gold passages of the tasks over {source} must be in it."
+                )
             meaning[entry["name"]]["size"] = size
             corpus_file = folder / f"{digest_of_content(source)[:8]}-{digest(sorted(gold))[:8]}-{size}.jsonl"
-            eval_file = folder / f"{digest_of_content(entry['eval_file'])[:8]}-{Path(entry['eval_file']).name.split('.')[0]}.jsonl"
+            eval_file = (
+                folder
+                / f"{digest_of_content(entry['eval_file'])[:8]}-{Path(entry['eval_file']).name.split('.')[0]}.jsonl"
+            )
             write_lines(corpus_file, orders[source][:size])
-            write_lines(eval_file, [{**x, "candidates": []} for x in load_evaluation_set(entry["eval_file"])])  # which the small corpora lack
+            write_lines(
+                eval_file, [{**x, "candidates": []} for x in load_evaluation_set(entry["eval_file"])]
+            )  # which the small corpora lack
             kept.append({**entry, "corpus_file": str(corpus_file), "eval_file": str(eval_file)})
     return kept, notes
 

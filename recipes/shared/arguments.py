@@ -69,7 +69,8 @@ class ScriptArguments:
         default=None, metadata={"help": "Training instances: JSON Lines (.gz) or a dataset name."}
     )
     validation_file: str | None = field(
-        default=None, metadata={"help": "Held-out instances in the same format, for eval_loss and eval_query_recall@k."}
+        default=None,
+        metadata={"help": "Held-out instances in the same format, for eval_loss and eval_query_recall@k."},
     )
     corpus_file: str | None = field(
         default=None, metadata={"help": "Passages to index: JSON Lines (.gz) or a dataset name."}

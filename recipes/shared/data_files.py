@@ -42,7 +42,9 @@ def read_tsv(path: str | Path, columns: list[str]) -> Iterator[tuple[str, dict[s
                 if number == 0 and row != columns:
                     raise ValueError(f"{where}: the header is {row!r}, expected {columns!r}.")
                 if row and len(row) != len(columns):
-                    raise ValueError(f"{where}: found {len(row)} columns, expected {len(columns)}: {', '.join(columns)}.")
+                    raise ValueError(
+                        f"{where}: found {len(row)} columns, expected {len(columns)}: {', '.join(columns)}."
+                    )
                 if number and row:
                     yield where, dict(zip(columns, row, strict=True))
         except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError, csv.Error) as error:
@@ -63,11 +65,26 @@ def read_passages(source: str | Path | Iterable[tuple[str, dict[str, Any]]]) -> 
         `ValueError`: names file and line, the field, what was found and what was expected.
     """
     if isinstance(source, str | Path):
-        source = read_tsv(source, ["id", "text", "title"]) if str(source).endswith(TSV_ENDINGS) else read_corpus(str(source))
+        source = (
+            read_tsv(source, ["id", "text", "title"])
+            if str(source).endswith(TSV_ENDINGS)
+            else read_corpus(str(source))
+        )
     for where, value in source:
         id = value.get("id", value.get("_id"))
-        passage = {"id": check_text(str(id) if isinstance(id, int) else id, "id", where), **check_title_and_text(value, where)}
-        yield where, passage | {name: value[name] for name in ("wikipedia_id", "start_paragraph_id", "end_paragraph_id") if name in value}
+        passage = {
+            "id": check_text(str(id) if isinstance(id, int) else id, "id", where),
+            **check_title_and_text(value, where),
+        }
+        yield (
+            where,
+            passage
+            | {
+                name: value[name]
+                for name in ("wikipedia_id", "start_paragraph_id", "end_paragraph_id")
+                if name in value
+            },
+        )
 
 
 def instruction_of(dataset: str, given: str | None) -> str:
@@ -81,7 +98,9 @@ def instruction_of(dataset: str, given: str | None) -> str:
         return given
     known = read_json(INSTRUCTIONS)["instructions"]
     if dataset not in known:
-        raise ValueError(f"{INSTRUCTIONS.name} has no instruction for {dataset!r}, only for {', '.join(known)}: give one as --instruction; it may be empty.")
+        raise ValueError(
+            f"{INSTRUCTIONS.name} has no instruction for {dataset!r}, only for {', '.join(known)}: give one as --instruction; it may be empty."
+        )
     return known[dataset]
 
 

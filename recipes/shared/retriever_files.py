@@ -14,12 +14,21 @@ from modeling_cosup import CoSupForCausalLM
 from modeling_cosup.files_cosup import read_json
 from modeling_cosup.tokenization_cosup import bos_and_eos, encode_passages_for_emb_seq, pad_rows, render_passage
 
-POOLINGS = {"cls": "cls", "cls_token": "cls", "mean": "mean", "mean_tokens": "mean", "lasttoken": "lasttoken"}  # names of old and new releases
+POOLINGS = {
+    "cls": "cls",
+    "cls_token": "cls",
+    "mean": "mean",
+    "mean_tokens": "mean",
+    "lasttoken": "lasttoken",
+}  # names of old and new releases
 SUPPORTED = "Supported are Transformer, Pooling (mean, cls or lasttoken), Dense (no bias, no activation) and Normalize, in this order"
 SAMPLES = [
     {"title": "The Night Watch", "text": "The Night Watch is a 1642 painting by Rembrandt."},
     {"title": "", "text": "Radium is a chemical element; it was discovered by Marie and Pierre Curie in 1898."},
-    {"title": "A long one", "text": "Amsterdam is the capital of the Netherlands, a city of canals, bridges and bicycles. " * 60},
+    {
+        "title": "A long one",
+        "text": "Amsterdam is the capital of the Netherlands, a city of canals, bridges and bicycles. " * 60,
+    },
 ]
 
 
@@ -61,13 +70,17 @@ def read_retriever(name: str, args: Any) -> Retriever:
         if modules is not None and given not in (None, facts[option]):
             raise ValueError(f"--{option} is {given}, the files of {name} say {facts[option]}.")
         facts[option] = given or facts[option]
-    subfolder, head, longest = (facts.pop(key, default) for key, default in (("subfolder", ""), ("head", None), ("max_seq_length", None)))
+    subfolder, head, longest = (
+        facts.pop(key, default) for key, default in (("subfolder", ""), ("head", None), ("max_seq_length", None))
+    )
     config = AutoConfig.from_pretrained(name, subfolder=subfolder)
     if config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder ({config.model_type}); supported are models of one stack.")
     tokenizer = AutoTokenizer.from_pretrained(name, subfolder=subfolder)
     if facts.pop("do_lower_case", False) and tokenizer("A")["input_ids"] != tokenizer("a")["input_ids"]:
-        raise ValueError(f"{name}: sentence_bert_config.json says do_lower_case, and the tokenizer itself does not do it; not supported.")
+        raise ValueError(
+            f"{name}: sentence_bert_config.json says do_lower_case, and the tokenizer itself does not do it; not supported."
+        )
     before, after = set_added_tokens(tokenizer, name)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 512
     longest = longest or min(tokenizer.model_max_length, positions)
@@ -93,7 +106,9 @@ def set_added_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[lis
     start = next((i for i in range(len(whole)) if whole[i : i + len(text)] == text), None)
     before, after = (whole, []) if start is None else (whole[:start], whole[start + len(text) :])
     if max(len(before), len(after)) > 1:
-        raise ValueError(f"The tokenizer of {name} makes {tokenizer.convert_ids_to_tokens(whole)} of 'retrieval'; expected at most one token on either side.")
+        raise ValueError(
+            f"The tokenizer of {name} makes {tokenizer.convert_ids_to_tokens(whole)} of 'retrieval'; expected at most one token on either side."
+        )
     for ids, own, token in zip((before, after), bos_and_eos(tokenizer), ("bos_token", "eos_token"), strict=True):
         if ids and ids != own:
             setattr(tokenizer, token, tokenizer.convert_ids_to_tokens(ids[0]))
@@ -110,18 +125,27 @@ def read_modules(name: str, modules: list[dict[str, Any]], allow_pytorch_bin: bo
     Raises:
         `ValueError`: names a module that does what Emb_seq cannot.
     """
-    kinds = [module["type"].rpartition(".")[2] if module["type"].startswith("sentence_transformers.") else module["type"] for module in modules]
+    kinds = [
+        module["type"].rpartition(".")[2] if module["type"].startswith("sentence_transformers.") else module["type"]
+        for module in modules
+    ]
     expected = ["Transformer", "Pooling", *(kind for kind in ("Dense", "Normalize") if kind in kinds[2:])]
     if kinds != expected:
-        wrong = next((kind for kind in kinds if kind not in ("Transformer", "Pooling", "Dense", "Normalize")), " → ".join(kinds))
+        wrong = next(
+            (kind for kind in kinds if kind not in ("Transformer", "Pooling", "Dense", "Normalize")), " → ".join(kinds)
+        )
         raise ValueError(f"{name}: modules.json lists {wrong}. {SUPPORTED}.")
     paths = {kind: safe_path(name, module["path"]) for kind, module in zip(kinds, modules, strict=True)}
     options = read_settings(name, "config_sentence_transformers.json") or {}
     if options.get("model_type", "SentenceTransformer") != "SentenceTransformer":
-        raise ValueError(f"{name} is a {options['model_type']}; supported are retrievers that make one vector of a text.")
+        raise ValueError(
+            f"{name} is a {options['model_type']}; supported are retrievers that make one vector of a text."
+        )
     similarity = "cosine" if "Normalize" in kinds else options.get("similarity_fn_name") or "cosine"
     if similarity not in ("cosine", "dot"):
-        raise ValueError(f"{name}: config_sentence_transformers.json compares by {similarity!r}, expected 'cosine' or 'dot'.")
+        raise ValueError(
+            f"{name}: config_sentence_transformers.json compares by {similarity!r}, expected 'cosine' or 'dot'."
+        )
     transformer = read_settings(name, f"{paths['Transformer']}sentence_bert_config.json") or {}
     return {
         "subfolder": paths["Transformer"].rstrip("/"),
@@ -144,7 +168,10 @@ def safe_path(name: str, path: str) -> str:
 def read_pooling(name: str, file: str) -> str:
     """The one pooling mode of a Pooling module, by CoSup's name."""
     config = read_settings(name, file) or {}
-    modes = config.get("pooling_mode", [key.removeprefix("pooling_mode_") for key, on in config.items() if key.startswith("pooling_mode_") and on])
+    modes = config.get(
+        "pooling_mode",
+        [key.removeprefix("pooling_mode_") for key, on in config.items() if key.startswith("pooling_mode_") and on],
+    )
     modes = [modes] if isinstance(modes, str) else modes
     if len(modes) != 1 or modes[0] not in POOLINGS:
         raise ValueError(f"{name}: {file} pools by {' and '.join(modes) or 'nothing'}. {SUPPORTED}.")
@@ -158,14 +185,20 @@ def read_dense(name: str, path: str, allow_pytorch_bin: bool) -> torch.Tensor:
     config = read_settings(name, f"{path}config.json") or {}
     activation = config.get("activation_function", "Tanh").rpartition(".")[2]
     if config.get("bias", True) or activation != "Identity" or config.get("use_residual"):
-        raise ValueError(f"{name}: the Dense module in {path} has bias {config.get('bias', True)} and activation {activation}. {SUPPORTED}.")
+        raise ValueError(
+            f"{name}: the Dense module in {path} has bias {config.get('bias', True)} and activation {activation}. {SUPPORTED}."
+        )
     if config.get("module_input_name", "sentence_embedding") != "sentence_embedding":
-        raise ValueError(f"{name}: the Dense module in {path} maps {config['module_input_name']}, expected sentence_embedding.")
+        raise ValueError(
+            f"{name}: the Dense module in {path} maps {config['module_input_name']}, expected sentence_embedding."
+        )
     if file := find_file(name, f"{path}model.safetensors"):
         return load_file(file)["linear.weight"]
     file = find_file(name, f"{path}pytorch_model.bin") if allow_pytorch_bin else None
     if file is None:
-        raise ValueError(f"{name}: {path} holds no model.safetensors; --allow_pytorch_bin also reads pytorch_model.bin, by torch's weights_only reader.")
+        raise ValueError(
+            f"{name}: {path} holds no model.safetensors; --allow_pytorch_bin also reads pytorch_model.bin, by torch's weights_only reader."
+        )
     return torch.load(file, map_location="cpu", weights_only=True)["linear.weight"]
 
 
@@ -173,7 +206,9 @@ def read_prompts(options: dict[str, Any]) -> dict[str, str]:
     """Prompts of passages and queries, and the template of a folder that CoSup wrote."""
     prompts = options.get("prompts") or {}
     default = prompts.get(options.get("default_prompt_name")) or ""
-    passage = next((prompts[key] for key in ("document", "passage", "corpus") if prompts.get(key) is not None), default)
+    passage = next(
+        (prompts[key] for key in ("document", "passage", "corpus") if prompts.get(key) is not None), default
+    )
     found = {"passage_prompt": passage, "query_prompt": default if prompts.get("query") is None else prompts["query"]}
     template = (options.get("cosup") or {}).get("passage_template")
     return found if template is None else {**found, "passage_template": template}
@@ -237,5 +272,10 @@ def compare(model: CoSupForCausalLM, name: str, own_head: bool) -> None:
     expected = F.normalize(expected, dim=-1) if model.config.similarity == "cosine" else expected
     difference = float(((found - expected).norm(dim=1) / expected.norm(dim=1)).max())
     if not difference <= (1e-4 if model.emb_seq.dtype == torch.float32 else 2e-2):
-        raise ValueError(f"Embeddings differ from those of sentence-transformers by {difference:.1e} of their length: {name} does something that was not seen.")
-    print(f"Embeddings equal those of sentence-transformers: they differ by at most {difference:.1e} of their length.", flush=True)
+        raise ValueError(
+            f"Embeddings differ from those of sentence-transformers by {difference:.1e} of their length: {name} does something that was not seen."
+        )
+    print(
+        f"Embeddings equal those of sentence-transformers: they differ by at most {difference:.1e} of their length.",
+        flush=True,
+    )

@@ -53,9 +53,15 @@ class CoSupRetriever:
 
     def __init__(self, args: Any) -> None:
         self.batch_size = args.batch_size
-        own_queries = CoSupConfig.from_pretrained(args.model).query_from == "gen"  # then Emb_seq has nothing to do where the index is there
+        own_queries = (
+            CoSupConfig.from_pretrained(args.model).query_from == "gen"
+        )  # then Emb_seq has nothing to do where the index is there
         load_emb_seq = args.index is None or not own_queries
-        self.model = CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype, load_emb_seq=load_emb_seq).to(args.device).eval()
+        self.model = (
+            CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype, load_emb_seq=load_emb_seq)
+            .to(args.device)
+            .eval()
+        )
         if args.index:
             self.index = open_index(self.model, args.index, args.index_uri, search="exact")
         else:
@@ -125,7 +131,9 @@ class SentenceRetriever:
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError:
-            raise ValueError(f"{args.model} is no CoSup checkpoint; any other retriever needs pip install sentence-transformers.") from None
+            raise ValueError(
+                f"{args.model} is no CoSup checkpoint; any other retriever needs pip install sentence-transformers."
+            ) from None
         options = {} if args.dtype == "auto" else {"model_kwargs": {"dtype": args.dtype}}
         self.model = SentenceTransformer(args.model, device=args.device, **options).eval()
         if self.model.similarity_fn_name not in ("cosine", "dot"):
@@ -153,8 +161,16 @@ class SentenceRetriever:
 
     def fingerprint(self) -> str:
         """What decides an embedding: weights, tokenizer, modules, prompts and template; hex `str`."""
-        total = hashlib.sha256(repr((str(self.model), self.model.prompts, self.model.default_prompt_name, self.model.max_seq_length)).encode())
-        total.update(repr((self.template, self.model.similarity_fn_name, sorted(self.model.tokenizer.get_vocab().items()))).encode())
+        total = hashlib.sha256(
+            repr(
+                (str(self.model), self.model.prompts, self.model.default_prompt_name, self.model.max_seq_length)
+            ).encode()
+        )
+        total.update(
+            repr(
+                (self.template, self.model.similarity_fn_name, sorted(self.model.tokenizer.get_vocab().items()))
+            ).encode()
+        )
         for name, weights in sorted(self.model.state_dict().items()):
             total.update(f"{name} {tuple(weights.shape)} {weights.dtype}".encode())
             total.update(weights.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -167,7 +183,13 @@ class SentenceRetriever:
             texts, parts = [render_passage(passage, self.template) for passage in passages], []
             for start in range(0, len(texts), SORTED):
                 part = texts[start : start + SORTED]
-                parts.append(self.normalized(self.model.encode_document(part, batch_size=self.batch_size, convert_to_tensor=True, show_progress_bar=False)))
+                parts.append(
+                    self.normalized(
+                        self.model.encode_document(
+                            part, batch_size=self.batch_size, convert_to_tensor=True, show_progress_bar=False
+                        )
+                    )
+                )
                 bar.update(len(part))
             embeddings = torch.cat(parts)
             if path is not None:
@@ -198,7 +220,9 @@ class SentenceRetriever:
     def embed_queries(self, instances: list[dict[str, Any]]) -> torch.Tensor:
         """Query embeddings, `torch.FloatTensor` of shape `(N, h)`: of the inputs alone, without instructions."""
         texts = [re.sub(r"\s*\[SEP\]\s*", " ", instance["input"]) for instance in instances]
-        return self.normalized(self.model.encode_query(texts, batch_size=self.batch_size, convert_to_tensor=True, show_progress_bar=True))
+        return self.normalized(
+            self.model.encode_query(texts, batch_size=self.batch_size, convert_to_tensor=True, show_progress_bar=True)
+        )
 
     def search(self, queries: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
         """`(scores, rows)`, `numpy.ndarray` of shape `(N, k)`, best first, of the whole corpus."""

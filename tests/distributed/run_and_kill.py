@@ -29,7 +29,10 @@ class Recorded(CoSupTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.record.write(json.dumps([self.state.global_step, sorted(sum(inputs["facts"].instance_ids, [])), repr(float(loss))]) + "\n")
+        self.record.write(
+            json.dumps([self.state.global_step, sorted(sum(inputs["facts"].instance_ids, [])), repr(float(loss))])
+            + "\n"
+        )
         self.record.flush()
         return loss
 
@@ -51,7 +54,10 @@ class Die(TrainerCallback):
 
 def main(output, name, die_at, die_while_saving, resume, options):
     rank = int(os.environ.get("RANK", 0))
-    segments = [[{"text": f"a {i}", "passage": PASSAGES[i % 6]}] if i % 4 else [{"text": "free", "passage": None}] for i in range(24)]
+    segments = [
+        [{"text": f"a {i}", "passage": PASSAGES[i % 6]}] if i % 4 else [{"text": "free", "passage": None}]
+        for i in range(24)
+    ]
     instances = [{"id": f"i{i}", "input": f"question {i}", "segments": segments[i]} for i in range(24)]
     args = CoSupTrainingArguments(
         str(Path(output, "run")),
@@ -67,12 +73,16 @@ def main(output, name, die_at, die_while_saving, resume, options):
     )
     record = open(Path(output, f"{name}-{rank}.jsonl"), "w")
     model = make_model(gen_kwargs={"attention_dropout": 0.2, "seed": 3 if resume else 0})
-    trainer = Recorded(model, args, train_dataset=instances, callbacks=[Die(die_at)], record=record, die_while_saving=die_while_saving)
+    trainer = Recorded(
+        model, args, train_dataset=instances, callbacks=[Die(die_at)], record=record, die_while_saving=die_while_saving
+    )
     trainer.train(resume_from_checkpoint=True if resume else None)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5] == "resume", json.loads(sys.argv[6]))
+    main(
+        sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5] == "resume", json.loads(sys.argv[6])
+    )
     gc.collect()
     if dist.is_initialized():
         dist.barrier()

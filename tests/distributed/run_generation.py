@@ -33,7 +33,9 @@ def answers(model, index, rank, settings, **kwargs):
     steer = Steer(model, retrieve_every=6, end_every=17 - 6 * rank)
     inputs = left_pad(prompts, model.tokenizer.pad_token_id)
     options = {"max_new_tokens": 16, "logits_processor": LogitsProcessorList([steer]), "return_dict_in_generate": True}
-    output = model.generate(**inputs, retriever=index, retrieval_config=RetrievalConfig(**settings), **options, **kwargs)
+    output = model.generate(
+        **inputs, retriever=index, retrieval_config=RetrievalConfig(**settings), **options, **kwargs
+    )
     return output.sequences.tolist(), [[r.passage_ids for r in trace] for trace in output.retrievals]
 
 
@@ -47,14 +49,25 @@ def main():
     for layer in model.gen.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    found = {name: answers(model, index, dist.get_rank(), settings, synced_gpus=True) for name, settings in SETTINGS.items()}
-    prompts = [encode_prompt(model.tokenizer, question) for question in PROMPTS[0]] if dist.get_rank() == 0 else []  # one rank has none left
-    options = {"max_new_tokens": 9, "show_progress_bar": False, "logits_processor": LogitsProcessorList([Steer(model, 5)])}
+    found = {
+        name: answers(model, index, dist.get_rank(), settings, synced_gpus=True) for name, settings in SETTINGS.items()
+    }
+    prompts = (
+        [encode_prompt(model.tokenizer, question) for question in PROMPTS[0]] if dist.get_rank() == 0 else []
+    )  # one rank has none left
+    options = {
+        "max_new_tokens": 9,
+        "show_progress_bar": False,
+        "logits_processor": LogitsProcessorList([Steer(model, 5)]),
+    }
     many = model.generate_many(prompts, retriever=index, batch_size=2, synced_gpus=True, **options)
     assert len(many) == len(prompts) and (not many or sum(len(done.retrievals) for done in many) > 1)
     if dist.get_rank() == 1:
         index.search = None  # its search fails: every rank ends, none waits
-    for rank, wrong, message in ((1, {"candidates": [["nowhere"]] * len(PROMPTS[dist.get_rank()])}, "nowhere"), (1, {}, "search")):
+    for rank, wrong, message in (
+        (1, {"candidates": [["nowhere"]] * len(PROMPTS[dist.get_rank()])}, "nowhere"),
+        (1, {}, "search"),
+    ):
         settings = wrong if dist.get_rank() == rank else {}
         try:
             answers(model, index, dist.get_rank(), {"force_nsp_first": True, **settings}, synced_gpus=True)

@@ -22,7 +22,20 @@ from trainer import CoSupTrainer, CoSupTrainingArguments
 EMB_SEQ = {"hidden_size": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 # passages of each of 12 instances; duplicates across ranks (p0, p1), hard negatives, and ranks without any passage
 PATTERNS = {
-    "ragged": [["p0"], ["p1", "p2"], [], ["p3"], ["p0"], ["p1"], ["p4", "p5", "p0"], [], ["p2"], ["p5"], ["p1", "p3"], ["p4"]],
+    "ragged": [
+        ["p0"],
+        ["p1", "p2"],
+        [],
+        ["p3"],
+        ["p0"],
+        ["p1"],
+        ["p4", "p5", "p0"],
+        [],
+        ["p2"],
+        ["p5"],
+        ["p1", "p3"],
+        ["p4"],
+    ],
     "zero": [["p0"], ["p1"], ["p2"], ["p3"], [], [], [], [], [], [], [], []],
     "none": [[]] * 12,
 }
@@ -45,10 +58,23 @@ def instances(pattern):
     passages = {passage["id"]: passage for passage in PASSAGES}
     made = []
     for i, ids in enumerate(PATTERNS[pattern]):
-        segments = [{"text": f"answer {i} {id}", "passage": passages[id]} for id in ids] or [{"text": "free", "passage": None}]
+        segments = [{"text": f"answer {i} {id}", "passage": passages[id]} for id in ids] or [
+            {"text": "free", "passage": None}
+        ]
         if i == 5 and ids:
-            segments[0]["negatives"] = [passages["p0"], {"id": "hard", "title": "Radium", "text": "Radium is a metal."}]
-        made.append({"id": str(i), "dataset": "d", "instruction": "", "input": f"question {i} " * (i % 5 + 1), "segments": segments})
+            segments[0]["negatives"] = [
+                passages["p0"],
+                {"id": "hard", "title": "Radium", "text": "Radium is a metal."},
+            ]
+        made.append(
+            {
+                "id": str(i),
+                "dataset": "d",
+                "instruction": "",
+                "input": f"question {i} " * (i % 5 + 1),
+                "segments": segments,
+            }
+        )
     return made
 
 
@@ -72,7 +98,9 @@ def run(output, name, pattern="ragged", accumulation=1, fsdp=False, model=None, 
         **{"max_grad_norm": 0.0, "per_device_train_batch_size": 12 // accumulation // world_size, **options},
     )
     held_out = instances("ragged")[:11]  # no multiple of anything
-    trainer = (ShardedTrainer if fsdp and world_size > 1 else CoSupTrainer)(model, args, train_dataset=instances(pattern), eval_dataset=held_out)
+    trainer = (ShardedTrainer if fsdp and world_size > 1 else CoSupTrainer)(
+        model, args, train_dataset=instances(pattern), eval_dataset=held_out
+    )
     assert trainer.accelerator.num_processes == world_size, trainer.accelerator.num_processes
     if evaluate_first:
         trainer.evaluate()

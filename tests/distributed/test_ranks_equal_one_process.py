@@ -42,20 +42,42 @@ CASES = {
     "evaluated first": {"evaluate_first": True},
     "ntp": {"supervision": "ntp"},
 }
-REFERENCES = {"cached": "ragged", "cached, checkpointed": "ragged", "cached, budget": "ragged", "checkpointed": "ragged", "cached, zero": "zero"}
+REFERENCES = {
+    "cached": "ragged",
+    "cached, checkpointed": "ragged",
+    "cached, budget": "ragged",
+    "checkpointed": "ragged",
+    "cached, zero": "zero",
+}
 REFERENCES |= {"packed": "ragged", "cached, packed": "ragged"}
 REFERENCES |= {"evaluated first": "ragged", "cached, accumulated": "accumulated", "cached, separate": "separate"}
 THREE_RANKS = ["ragged", "zero", "accumulated", "checkpointed", "cached", "cached, budget", "separate"]
-SHARDED = ["ragged", "zero", "accumulated", "checkpointed", "cached", "cached, checkpointed", "cached, budget", "clipped", "separate"]
+SHARDED = [
+    "ragged",
+    "zero",
+    "accumulated",
+    "checkpointed",
+    "cached",
+    "cached, checkpointed",
+    "cached, budget",
+    "clipped",
+    "separate",
+]
 SHARDED += ["packed", "cached, packed"]
 DETACHED = {"detached": {"gather": "detached"}, "local": {"gather": "local"}}
 
 
 def launch(folder, world_size, cases):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)] if world_size > 1 else [sys.executable]
+    command = (
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
+        if world_size > 1
+        else [sys.executable]
+    )
     command += [str(SCRIPT), str(folder), json.dumps(cases)]
     with open(folder / f"log-{world_size}", "w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True
+        )
         try:
             assert process.wait(timeout=900) == 0, Path(log.name).read_text()[-4000:]
         finally:
@@ -75,7 +97,9 @@ def results(tmp_path_factory):
 
 def load(folder, name, world_size):
     with safe_open(folder / f"{name}-{world_size}.safetensors", "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, {key: float(value) for key, value in file.metadata().items() if key != "format"}
+        return {key: file.get_tensor(key) for key in file.keys()}, {
+            key: float(value) for key, value in file.metadata().items() if key != "format"
+        }
 
 
 def gradients(state):
@@ -99,7 +123,9 @@ def test_ranks_equal_one_process(results, world_size, name):
     assert log_many == pytest.approx(log_one, rel=1e-5, abs=1e-6)
     expected, found = gradients(one), gradients(many)
     for key, gradient in expected.items():
-        assert (found[key] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6, key  # subtracting weights of float32 leaves about 1e-6
+        assert (found[key] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6, (
+            key
+        )  # subtracting weights of float32 leaves about 1e-6
     assert relative_error(found, expected) <= 1e-5
     trained = {key.split(".")[0] for key, gradient in expected.items() if gradient.any()}
     assert ("emb_seq" in trained) == (reference not in ("none", "ntp"))
@@ -108,7 +134,10 @@ def test_ranks_equal_one_process(results, world_size, name):
 def test_clipping_gen_alone_uses_the_norm_over_all_shards(results):
     _, plain = load(results, "ragged", 1)
     state, log = load(results, "fsdp, clipped", 2)
-    norms = {part: torch.stack([g.norm() for key, g in gradients(state).items() if key.startswith(part)]).norm() for part in ("gen", "emb_seq")}
+    norms = {
+        part: torch.stack([g.norm() for key, g in gradients(state).items() if key.startswith(part)]).norm()
+        for part in ("gen", "emb_seq")
+    }
     assert norms["gen"] == pytest.approx(0.01, rel=1e-3)
     assert norms["emb_seq"] > 0.02
     assert log["grad_norm"] > 0.02 and log["grad_norm"] <= plain["grad_norm"]
@@ -118,7 +147,10 @@ def test_a_sharded_model_is_saved_as_what_it_is(results):
     """`fully_shard` gives the model a class of torch's own; the checkpoint must still carry our code and find it."""
     folder = results / "fsdp, ragged-saved"
     assert (folder / "modeling_cosup.py").is_file() and not list(folder.glob("_fsdp*"))
-    assert json.loads((folder / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"] == "modeling_cosup.CoSupForCausalLM"
+    assert (
+        json.loads((folder / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"]
+        == "modeling_cosup.CoSupForCausalLM"
+    )
     loaded = dict(CoSupForCausalLM.from_pretrained(folder).named_parameters())
     state, _ = load(results, "fsdp, ragged", 2)
     assert all(torch.equal(loaded[name], parameter) for name, parameter in state.items())
@@ -128,7 +160,9 @@ def test_detached_and_local_gathering_give_other_gradients(results):
     """`gather="detached"` has the loss of the global batch and, as the paper's code, another gradient; `"local"` has another loss too."""
     exact, log = load(results, "ragged", 1)
     for name in DETACHED:
-        assert relative_error(gradients(load(results, name, 1)[0]), gradients(exact)) < 1e-6  # one process: all the same
+        assert (
+            relative_error(gradients(load(results, name, 1)[0]), gradients(exact)) < 1e-6
+        )  # one process: all the same
     detached, detached_log = load(results, "detached", 2)
     assert detached_log["nsp_loss"] == pytest.approx(log["nsp_loss"], rel=1e-5)
     assert relative_error(gradients(detached), gradients(exact)) > 0.01

@@ -11,7 +11,16 @@ SCRIPT = Path(__file__).with_name("run_generation.py")
 
 
 def test_ranks_keep_step(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT), str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(SCRIPT),
+        str(tmp_path),
+    ]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
     try:

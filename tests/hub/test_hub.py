@@ -90,7 +90,14 @@ def models():
     own = make_tokenizer(vocab_size=300, bos="<cls>", eos="<sep>", pad="<nothing>", texts=["another corpus"])
     return {
         "plain": make_model(gen_kwargs=WIDE, emb_seq_kwargs=WIDE),
-        "two_tokenizers": make_model("gpt2", "bert", emb_seq_kwargs={"hidden_size": 16}, emb_seq_pooling="cls", similarity="dot", emb_seq_tokenizer=own),
+        "two_tokenizers": make_model(
+            "gpt2",
+            "bert",
+            emb_seq_kwargs={"hidden_size": 16},
+            emb_seq_pooling="cls",
+            similarity="dot",
+            emb_seq_tokenizer=own,
+        ),
     }
 
 
@@ -109,21 +116,39 @@ def published(models, tmp_path_factory):
 def inputs(models):
     """A prompt that retrieves at once, and one that decides."""
     nsp, pad = models["plain"].config.nsp_token_id, models["plain"].tokenizer.pad_token_id
-    return {"input_ids": torch.tensor([[5, 6, 7, nsp], [pad, pad, 9, 8]]), "attention_mask": torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])}
+    return {
+        "input_ids": torch.tensor([[5, 6, 7, nsp], [pad, pad, 9, 8]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]]),
+    }
 
 
 def job(inputs, **more):
-    return json.dumps({"inputs": {name: value.tolist() for name, value in inputs.items()}, "passages": PASSAGES, "all": False, **more})
+    return json.dumps(
+        {
+            "inputs": {name: value.tolist() for name, value in inputs.items()},
+            "passages": PASSAGES,
+            "all": False,
+            **more,
+        }
+    )
 
 
 def assert_same(found, model, inputs):
     index = model.build_index(PASSAGES, show_progress_bar=False)
-    output = model.generate(**inputs, retriever=index, max_new_tokens=8, max_retrievals=2, return_dict_in_generate=True)
-    assert found["sequences"] == output.sequences.tolist() and found["cited"] == model.decode_with_citations(output, model.tokenizer)
+    output = model.generate(
+        **inputs, retriever=index, max_new_tokens=8, max_retrievals=2, return_dict_in_generate=True
+    )
+    assert found["sequences"] == output.sequences.tolist() and found["cited"] == model.decode_with_citations(
+        output, model.tokenizer
+    )
     for theirs, ours in zip(found["trace"], output.retrievals, strict=True):
         for their, our in zip(theirs, ours, strict=True):
             assert their.pop("scores") == pytest.approx(np.array(our.scores), abs=1e-4)
-            assert their == {name: list(value) if isinstance(value, tuple) else value for name, value in our.to_dict().items() if name != "scores"}
+            assert their == {
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in our.to_dict().items()
+                if name != "scores"
+            }
     assert found["embeddings"] < 1e-4 and found["module"] == "transformers_modules"
     assert sum(map(len, output.retrievals)) > 0
 
@@ -154,14 +179,22 @@ def test_whatever_was_pushed_loads_and_answers_the_same_without_this_package(pub
     model = models["plain"]
     index = model.build_index(PASSAGES, show_progress_bar=False)
     ids = torch.tensor([results["prompt"]])
-    options = {"retriever": index, "retrieval_config": model.retrieval_config_class(force_nsp_first=True), "max_new_tokens": 8}
+    options = {
+        "retriever": index,
+        "retrieval_config": model.retrieval_config_class(force_nsp_first=True),
+        "max_new_tokens": 8,
+    }
     sequence = model.generate(ids, **options)[0, ids.shape[1] :]
-    assert results["pipeline"][0]["generated_text"][-1]["content"] == model.tokenizer.decode(sequence, skip_special_tokens=True)
+    assert results["pipeline"][0]["generated_text"][-1]["content"] == model.tokenizer.decode(
+        sequence, skip_special_tokens=True
+    )
     for each in bits:  # other weights, other answers perhaps: but the same index, and passages retrieved from it
         assert results[f"{each} bits"]["trace"][0][0]["passages"][0]["id"] in {passage["id"] for passage in PASSAGES}
 
     before = len(hub.requests())
-    offline = hub.run("import os\nos.environ['HF_HUB_OFFLINE'] = '1'\n" + LOAD, job(inputs), package=False, home=tmp_path / "home")
+    offline = hub.run(
+        "import os\nos.environ['HF_HUB_OFFLINE'] = '1'\n" + LOAD, job(inputs), package=False, home=tmp_path / "home"
+    )
     assert_same(offline["plain"], models["plain"], inputs)
     assert len(hub.requests()) == before
 
@@ -175,13 +208,27 @@ def test_the_code_needs_torch_and_transformers_and_an_index_names_what_it_needs(
 def test_what_a_repository_holds(published, tmp_path):
     hub, _ = published
     names, card = listing(hub, "tester/two_tokenizers")
-    CoSupForCausalLM.from_pretrained(hub.root.parent / "two_tokenizers").save_pretrained(tmp_path, max_shard_size="200KB")
+    CoSupForCausalLM.from_pretrained(hub.root.parent / "two_tokenizers").save_pretrained(
+        tmp_path, max_shard_size="200KB"
+    )
     saved = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert set(names) - {".gitattributes"} == saved | {"README.md"}
-    assert {"emb_seq_tokenizer/tokenizer.json", "chat_template.jinja", "generation_config.json", "config.json", "training_facts.json"} <= saved
+    assert {
+        "emb_seq_tokenizer/tokenizer.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "config.json",
+        "training_facts.json",
+    } <= saved
     assert "model.safetensors.index.json" in listing(hub, "tester/plain")[0]
     metadata = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)[1]
-    for line in ("license: mit", "library_name: transformers", "pipeline_tag: text-generation", "- retrieval-augmented-generation", "- tiny"):
+    for line in (
+        "license: mit",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "- retrieval-augmented-generation",
+        "- tiny",
+    ):
         assert line in metadata.splitlines()
     assert 'model.load_index("tester/two_tokenizers-index")' in card and "GPT2LMHeadModel | BertModel" in card
     names, card = listing(hub, "tester/two_tokenizers-index", "dataset")
@@ -199,7 +246,9 @@ def test_the_usage_block_of_the_card_runs_as_pasted(published, index, tmp_path):
         card = listing(hub, "tester/bare")[1]
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     assert ("load_index" in code) == (index == "with its index") and "who painted it?" in code
-    code = code.replace("retriever=index,", "retriever=index, retrieval_config=model.retrieval_config_class(force_nsp_first=True),")  # random weights never ask
+    code = code.replace(
+        "retriever=index,", "retriever=index, retrieval_config=model.retrieval_config_class(force_nsp_first=True),"
+    )  # random weights never ask
     process = hub.popen(code, package=False)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
@@ -216,8 +265,12 @@ UPLOADS = {
 def test_a_push_that_the_server_did_not_survive_is_completed_by_the_next_one(models, kind, tmp_path):
     models["plain"].save_pretrained(tmp_path / "plain")
     many = [{"id": f"m{i}", "title": "", "text": f"radium {i}"} for i in range(400)]
-    index = models["plain"].build_index(many, save_directory=tmp_path / "index", shard_size=20, show_progress_bar=False)
-    stall = {"model": 1_000_000, "dataset": 140_000}[kind]  # half of it: more than the five files that are sent at a time
+    index = models["plain"].build_index(
+        many, save_directory=tmp_path / "index", shard_size=20, show_progress_bar=False
+    )
+    stall = {"model": 1_000_000, "dataset": 140_000}[
+        kind
+    ]  # half of it: more than the five files that are sent at a time
     code = f"import sys, json\nfrom modeling_cosup import CoSupForCausalLM, PassageIndex\n{UPLOADS[kind]}\nprint(json.dumps(1))"
     with hub_server(tmp_path / "hub", stall_after_bytes=stall) as hub:
         process = hub.popen(code, tmp_path)
@@ -231,14 +284,18 @@ def test_a_push_that_the_server_did_not_survive_is_completed_by_the_next_one(mod
         arrived = {request["path"] for request in hub.requests("PUT") if request["status"] == 200}
         before = len(hub.requests())
         hub.run(code, tmp_path)
-        assert arrived and not arrived & {request["path"] for request in hub.requests()[before:] if request["method"] == "PUT"}  # not sent again
+        assert arrived and not arrived & {
+            request["path"] for request in hub.requests()[before:] if request["method"] == "PUT"
+        }  # not sent again
         if kind == "model":
             check = "import json, torch\nfrom transformers import AutoModel\n"
             check += "m = AutoModel.from_pretrained('tester/victim', trust_remote_code=True)\nprint(json.dumps(m.fingerprint()))"
             assert hub.run(check, package=False) == models["plain"].fingerprint()
         else:
             check = "import json\nfrom modeling_cosup import PassageIndex\ni = PassageIndex.from_pretrained('tester/victim', verify=True)\n"
-            assert hub.run(check + "print(json.dumps([p['text'] for p in i]))") == [passage["text"] for passage in index]
+            assert hub.run(check + "print(json.dumps([p['text'] for p in i]))") == [
+                passage["text"] for passage in index
+            ]
 
 
 def test_stale_files_go_and_the_owners_card_stays(models, tmp_path):
@@ -345,7 +402,9 @@ print(json.dumps(results))
     model = models["plain"]
     assert logits == pytest.approx(float(model(torch.tensor([[5, 6, 7]])).logits.sum()), rel=1e-4)
     passage = {"id": "1", "title": "The Night Watch", "text": "The Night Watch is a 1642 painting by Rembrandt."}
-    np.testing.assert_allclose(embeddings, model.build_index([passage], show_progress_bar=False).embeddings.numpy(), atol=1e-5)
+    np.testing.assert_allclose(
+        embeddings, model.build_index([passage], show_progress_bar=False).embeddings.numpy(), atol=1e-5
+    )
 
 
 def test_a_checkpoint_is_saved_where_its_source_is_gone(published, tmp_path):

@@ -50,20 +50,34 @@ def contents(folder):
 @pytest.fixture
 def checkpoint(tmp_path):
     """Regular files, LFS files, an empty one, nested ones."""
-    files = {"config_dot_json": b"{}", "README_dot_md": b"---\nlicense: mit\n---\n# A card", "empty_dot_txt": b"", "model_dot_safetensors": os.urandom(300_000)}
-    return write(tmp_path / "checkpoint", **files, tokenizer__a__tokenizer_dot_json=b"[1]" * 1000, tokenizer__curve_dot_png=os.urandom(100))
+    files = {
+        "config_dot_json": b"{}",
+        "README_dot_md": b"---\nlicense: mit\n---\n# A card",
+        "empty_dot_txt": b"",
+        "model_dot_safetensors": os.urandom(300_000),
+    }
+    return write(
+        tmp_path / "checkpoint",
+        **files,
+        tokenizer__a__tokenizer_dot_json=b"[1]" * 1000,
+        tokenizer__curve_dot_png=os.urandom(100),
+    )
 
 
 def request(hub, method, path, body=None, token=True, headers=None):
     """One request as it stands, which the client would not send. Status, headers and body."""
     connection = http.client.HTTPConnection(urlsplit(hub.endpoint).netloc, timeout=30)
-    connection.request(method, path, body, {**({"Authorization": f"Bearer {hub.token}"} if token else {}), **(headers or {})})
+    connection.request(
+        method, path, body, {**({"Authorization": f"Bearer {hub.token}"} if token else {}), **(headers or {})}
+    )
     response = connection.getresponse()
     return response.status, dict(response.headers), response.read()
 
 
 def commit_lines(*operations):
-    return "\n".join(json.dumps({"key": key, "value": value}) for key, value in [("header", {"summary": "test"}), *operations])
+    return "\n".join(
+        json.dumps({"key": key, "value": value}) for key, value in [("header", {"summary": "test"}), *operations]
+    )
 
 
 def as_file(path, data):
@@ -82,8 +96,16 @@ found["deleted"] = [api.repo_exists("tester/one"), attempt(api.delete_repo, "tes
 print(json.dumps(found))
 """
     found = hub.run(CLIENT + code)
-    assert found["name"] == "tester" and found["url"] == f"{hub.endpoint}/tester/one" and found["exist_ok"] == "tester/one"
-    assert found["again"][0] == "HfHubHTTPError" and "409" in found["again"][1] and "already created this model repo" in found["again"][1]
+    assert (
+        found["name"] == "tester"
+        and found["url"] == f"{hub.endpoint}/tester/one"
+        and found["exist_ok"] == "tester/one"
+    )
+    assert (
+        found["again"][0] == "HfHubHTTPError"
+        and "409" in found["again"][1]
+        and "already created this model repo" in found["again"][1]
+    )
     assert (found["dataset"], found["space"], found["exists"]) == ("group/one", "group/one", [True, False, True])
     assert found["deleted"] == [False, "RepositoryNotFoundError", None]
 
@@ -118,11 +140,21 @@ print(json.dumps({**found, "ids": [first, second]}))
         assert downloaded.pop(".gitattributes")
         assert downloaded == {**expected, "config.json": config.hex()}, revision
     assert found["some"] == ["config.json", "tokenizer/curve.png"] and found["single"] == "other"
-    assert found["commits"][:2] == [["second", second], ["Upload folder using huggingface_hub", first]] and len(found["commits"]) == 3
+    assert (
+        found["commits"][:2] == [["second", second], ["Upload folder using huggingface_hub", first]]
+        and len(found["commits"]) == 3
+    )
     assert found["info"] == [second, False, "mit", sorted([*expected, ".gitattributes"])]
-    assert dict(found["refs"])["main"] == second and dict(found["refs"])["v1.0"] == first and dict(found["refs"])["other/branch"] not in (first, second)
+    assert (
+        dict(found["refs"])["main"] == second
+        and dict(found["refs"])["v1.0"] == first
+        and dict(found["refs"])["other/branch"] not in (first, second)
+    )
     uploaded = {request["path"].split("/")[-2] for request in hub.requests("PUT")}  # small text goes with the commit
-    assert uploaded == {hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() for name in ("model.safetensors", "tokenizer/curve.png")}
+    assert uploaded == {
+        hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
+        for name in ("model.safetensors", "tokenizer/curve.png")
+    }
 
 
 def test_what_is_there_is_not_sent_again(hub, checkpoint):
@@ -211,7 +243,11 @@ def test_an_object_that_is_not_the_announced_one_is_refused(hub):
     oid, wrong = hashlib.sha256(data).hexdigest(), "0" * 64
     request(hub, "POST", "/api/repos/create", '{"name": "one", "organization": "me"}')
     objects = [{"oid": oid, "size": len(data)}, {"oid": wrong, "size": len(data)}]
-    batch = json.loads(request(hub, "POST", "/me/one.git/info/lfs/objects/batch", json.dumps({"operation": "upload", "objects": objects}))[2])
+    batch = json.loads(
+        request(
+            hub, "POST", "/me/one.git/info/lfs/objects/batch", json.dumps({"operation": "upload", "objects": objects})
+        )[2]
+    )
     hrefs = [thing["actions"]["upload"]["href"].removeprefix(hub.endpoint) for thing in batch["objects"]]
     assert request(hub, "PUT", hrefs[1], data, token=False)[0] == 400
     assert request(hub, "PUT", hrefs[0], data[:-1], token=False)[0] == 400
@@ -254,7 +290,12 @@ def test_a_server_killed_in_mid_upload(tmp_path, checkpoint, multipart_above):
         hub.start(stall_after_bytes=None)
         assert hub.run(CLIENT + LOOK) == before  # the old bytes under the old commit
         oid = hashlib.sha256(second).hexdigest()
-        assert request(hub, "POST", "/me/one.git/info/lfs/objects/verify", json.dumps({"oid": oid, "size": len(second)}))[0] == 404
+        assert (
+            request(hub, "POST", "/me/one.git/info/lfs/objects/verify", json.dumps({"oid": oid, "size": len(second)}))[
+                0
+            ]
+            == 404
+        )
         hub.run(CLIENT + PUSH, checkpoint)
         after = hub.run(CLIENT + LOOK)
     assert after["files"].pop(".gitattributes") and after["files"] == contents(checkpoint)
@@ -318,7 +359,10 @@ known = [api.file_exists("me/one", "none.txt"), api.file_exists("me/one", ".gita
 print(json.dumps([[error[0] for error in errors], known]))
 """
     entry, revision = "RemoteEntryNotFoundError", "RevisionNotFoundError"
-    assert hub.run(CLIENT + code) == [[entry, revision, "RepositoryNotFoundError", revision, entry, revision], [False, True, False]]
+    assert hub.run(CLIENT + code) == [
+        [entry, revision, "RepositoryNotFoundError", revision, entry, revision],
+        [False, True, False],
+    ]
 
 
 def test_branches_and_tags(hub):
@@ -335,11 +379,22 @@ api.delete_tag("me/one", tag="v1")
 gone = [api.revision_exists("me/one", name) for name in ("b.1/x", "v1", "main")]
 print(json.dumps([again[1:], made, gone, tagged, attempt(api.delete_branch, "me/one", branch="main")[0]]))
 """
-    assert hub.run(CLIENT + code) == [[None, False, None], [True] * 2, [False, False, True], "RevisionNotFoundError", "HfHubHTTPError"]
+    assert hub.run(CLIENT + code) == [
+        [None, False, None],
+        [True] * 2,
+        [False, False, True],
+        "RevisionNotFoundError",
+        "HfHubHTTPError",
+    ]
 
 
 def test_trees_in_pages(tmp_path):
-    folder = write(tmp_path / "checkpoint", **{f"a__b{i}__c_dot_txt": b"x" * i for i in range(5)}, ab_dot_txt=b"", top_dot_safetensors=b"top")
+    folder = write(
+        tmp_path / "checkpoint",
+        **{f"a__b{i}__c_dot_txt": b"x" * i for i in range(5)},
+        ab_dot_txt=b"",
+        top_dot_safetensors=b"top",
+    )
     code = """
 api.create_repo("me/one")
 api.upload_folder(repo_id="me/one", folder_path=sys.argv[1])
@@ -362,7 +417,9 @@ print(json.dumps({**found, "snapshot": len(contents(snapshot_download("me/one"))
 
 def test_ranges_of_a_file(hub):
     request(hub, "POST", "/api/repos/create", '{"name": "one", "organization": "me"}')
-    assert request(hub, "POST", "/api/models/me/one/commit/main", commit_lines(as_file("a.txt", b"0123456789")))[0] == 200
+    assert (
+        request(hub, "POST", "/api/models/me/one/commit/main", commit_lines(as_file("a.txt", b"0123456789")))[0] == 200
+    )
     for asked, status, body, said in (
         (None, 200, b"0123456789", None),
         ("bytes=4-", 206, b"456789", "bytes 4-9/10"),
@@ -370,7 +427,9 @@ def test_ranges_of_a_file(hub):
         ("bytes=4-99", 206, b"456789", "bytes 4-9/10"),
         ("bytes=10-", 416, b"", "bytes */10"),
     ):
-        got, headers, data = request(hub, "GET", "/me/one/resolve/main/a.txt", headers={"Range": asked} if asked else {})
+        got, headers, data = request(
+            hub, "GET", "/me/one/resolve/main/a.txt", headers={"Range": asked} if asked else {}
+        )
         assert (got, data, headers.get("Content-Range")) == (status, body, said), asked
 
 
@@ -379,17 +438,28 @@ def test_paths_that_lead_elsewhere_are_refused(hub, tmp_path):
     (tmp_path / "outside.txt").write_text("outside")
     before = sorted(path.name for path in tmp_path.iterdir())
     for path in ("../x", "a/../../x", "/x", "a//x", "./x", ".git/config", "a\\..\\x", "", "a/"):
-        assert request(hub, "POST", "/api/models/me/one/commit/main", commit_lines(as_file(path, b"x")))[0] == 400, path
+        assert request(hub, "POST", "/api/models/me/one/commit/main", commit_lines(as_file(path, b"x")))[0] == 400, (
+            path
+        )
         body = json.dumps({"files": [{"path": path, "size": 1, "sample": ""}]})
         assert request(hub, "POST", "/api/models/me/one/preupload/main", body)[0] == 400, path
-    for path in ("../../../../outside.txt", "..%2f..%2f..%2f..%2foutside.txt", "%2e%2e/%2e%2e/secret", "..%2f..%2frepo.json"):
+    for path in (
+        "../../../../outside.txt",
+        "..%2f..%2f..%2f..%2foutside.txt",
+        "%2e%2e/%2e%2e/secret",
+        "..%2f..%2frepo.json",
+    ):
         assert request(hub, "GET", f"/me/one/resolve/main/{path}")[0] == 400, path
         assert request(hub, "GET", f"/api/models/me/one/tree/main/{path}")[0] == 400, path
     for revision in ("..%2f..%2frepo", "%2e%2e", "..%2frepo.json"):
         assert request(hub, "GET", f"/me/one/resolve/{revision}/a")[0] == 404, revision
     for name in ("../x", "..", ".", "a/b", "a..b", "", "x" * 200):
-        assert request(hub, "POST", "/api/repos/create", json.dumps({"name": name, "organization": "me"}))[0] == 400, name
-        assert request(hub, "DELETE", "/api/repos/delete", json.dumps({"name": name, "organization": "me"}))[0] == 400, name
+        assert request(hub, "POST", "/api/repos/create", json.dumps({"name": name, "organization": "me"}))[0] == 400, (
+            name
+        )
+        assert (
+            request(hub, "DELETE", "/api/repos/delete", json.dumps({"name": name, "organization": "me"}))[0] == 400
+        ), name
     assert request(hub, "GET", "/api/models/..%2f..%2fx/one")[0] == 400
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
@@ -398,7 +468,9 @@ def test_the_token_is_written_nowhere(hub, checkpoint):
     hub.run(CLIENT + PUSH, checkpoint)
     hub.run(CLIENT + "print(json.dumps(attempt(api.create_repo, 'me/two')))", token="hf_another")
     for path in hub.root.rglob("*"):
-        assert path.is_dir() or not any(token in path.read_bytes() for token in (hub.token.encode(), b"hf_another", b"signature=")), path
+        assert path.is_dir() or not any(
+            token in path.read_bytes() for token in (hub.token.encode(), b"hf_another", b"signature=")
+        ), path
 
 
 GOOD = {
@@ -497,7 +569,12 @@ def where(name):
 print(json.dumps([os.listdir(), where("modeling_cosup"), where("trainer"), where("support")]))
 """
     root = Path(__file__).parents[2]
-    assert hub.run(code) == [[], f"{root}/modeling_cosup/__init__.py", f"{root}/trainer/__init__.py", f"{root}/tests/support/__init__.py"]
+    assert hub.run(code) == [
+        [],
+        f"{root}/modeling_cosup/__init__.py",
+        f"{root}/trainer/__init__.py",
+        f"{root}/tests/support/__init__.py",
+    ]
     assert hub.run(code, package=False) == [[], None, None, None]
 
 

@@ -21,7 +21,10 @@ from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq
 from support.models import PASSAGES, make_model
 
 SCRIPT = Path(__file__).parents[1] / "distributed" / "run_and_kill_build.py"
-MANY = [{"id": f"m{i}", "title": f"Title {i}" if i % 3 else "", "text": f"{i} {'radium ' * (i % 7)}in {i * 7}"} for i in range(23)]
+MANY = [
+    {"id": f"m{i}", "title": f"Title {i}" if i % 3 else "", "text": f"{i} {'radium ' * (i % 7)}in {i * 7}"}
+    for i in range(23)
+]
 
 
 def build(model, passages=MANY, **kwargs):
@@ -40,7 +43,11 @@ def sources(folder):
     (folder / "corpus.jsonl").write_text("\n".join(json.dumps(passage) for passage in MANY) + "\n\n")
     with gzip.open(folder / "corpus.jsonl.gz", "wt") as file:
         file.writelines(json.dumps(passage) + "\n" for passage in MANY)
-    pyarrow.parquet.write_table(pa.Table.from_pylist([{**passage, "more": 1.5} for passage in MANY]), folder / "corpus.parquet", row_group_size=5)
+    pyarrow.parquet.write_table(
+        pa.Table.from_pylist([{**passage, "more": 1.5} for passage in MANY]),
+        folder / "corpus.parquet",
+        row_group_size=5,
+    )
     dataset = datasets.Dataset.from_list(MANY)
     return {
         "jsonl": folder / "corpus.jsonl",
@@ -61,7 +68,12 @@ def test_every_source_makes_the_same_index(model, tmp_path):
         torch.testing.assert_close(index.embeddings, expected.embeddings, rtol=0, atol=1e-5)
         assert list(build(model, [*MANY])) == list(expected)
     assert [len(shard) for shard in index._shards] == [7, 7, 7, 2]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "corpus.jsonl.gz", "corpus.parquet", "index"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "corpus.jsonl",
+        "corpus.jsonl.gz",
+        "corpus.parquet",
+        "index",
+    ]
 
 
 BAD = [
@@ -79,7 +91,9 @@ BAD = [
 @pytest.mark.parametrize("folder", [False, True])
 def test_a_bad_row_is_named_and_leaves_no_index(model, tmp_path, monkeypatch, form, folder, row, message):
     embedded = []
-    monkeypatch.setattr(index_build_cosup.ShardBuilder, "_store", lambda self, passages, rows, *args: embedded.extend(rows))
+    monkeypatch.setattr(
+        index_build_cosup.ShardBuilder, "_store", lambda self, passages, rows, *args: embedded.extend(rows)
+    )
     passages = [*MANY, row]
     save_directory = tmp_path / "index" if folder else None
     with pytest.raises(ValueError) as error:
@@ -145,13 +159,21 @@ def test_batches_respect_both_bounds_and_change_nothing(model, monkeypatch):
     monkeypatch.setattr(model, "encode_passages", note)
     index = build(model, max_tokens_per_batch=60, batch_size=3)
     assert max(rows for rows, _ in shapes) == 3 and len(shapes) > 8
-    assert all(rows * width <= 60 or rows == 1 for rows, width in shapes) and sum(rows for rows, _ in shapes) == len(MANY)
-    lengths = sorted((len(ids) for ids in encode_passages_for_emb_seq(model.tokenizer, MANY, model.config)), reverse=True)
+    assert all(rows * width <= 60 or rows == 1 for rows, width in shapes) and sum(rows for rows, _ in shapes) == len(
+        MANY
+    )
+    lengths = sorted(
+        (len(ids) for ids in encode_passages_for_emb_seq(model.tokenizer, MANY, model.config)), reverse=True
+    )
     ends = np.cumsum([rows for rows, _ in shapes])
-    assert all(lengths[end - 1] >= 0.75 * width for end, (_, width) in zip(ends, shapes, strict=True))  # little padding
+    assert all(
+        lengths[end - 1] >= 0.75 * width for end, (_, width) in zip(ends, shapes, strict=True)
+    )  # little padding
     assert [width for _, width in shapes] == sorted((width for _, width in shapes), reverse=True)
     torch.testing.assert_close(index.embeddings, expected, rtol=0, atol=1e-5)
-    alone = [encode(torch.tensor([ids]))[0] for ids in encode_passages_for_emb_seq(model.tokenizer, MANY, model.config)]
+    alone = [
+        encode(torch.tensor([ids]))[0] for ids in encode_passages_for_emb_seq(model.tokenizer, MANY, model.config)
+    ]
     torch.testing.assert_close(index.embeddings, torch.stack(alone), rtol=0, atol=1e-5)
 
 
@@ -170,7 +192,10 @@ def test_a_passage_without_tokens(tmp_path):
 def test_half_precision_storage(model, tmp_path, dtype):
     exact, half = build(model, shard_size=9), build(model, save_directory=tmp_path / "half", dtype=dtype, shard_size=9)
     stored = half._shards[0].embeddings
-    assert str(stored.dtype) == f"torch.{dtype}" and (tmp_path / "half" / "embeddings-00000.safetensors").stat().st_size < 9 * 32 * 2 + 200
+    assert (
+        str(stored.dtype) == f"torch.{dtype}"
+        and (tmp_path / "half" / "embeddings-00000.safetensors").stat().st_size < 9 * 32 * 2 + 200
+    )
     assert torch.equal(half.embeddings, exact.embeddings.to(stored.dtype).float())
     queries = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     expected = (queries @ half.embeddings.T).topk(5)
@@ -236,14 +261,18 @@ def test_a_build_goes_on_behind_its_complete_shards(model, tmp_path, monkeypatch
     assert sorted(os.listdir(tmp_path)) == ["index", "whole"]
 
 
-@pytest.mark.parametrize("damage", ["truncated file", "missing file", "other passages", "fewer passages", "half a marker"])
+@pytest.mark.parametrize(
+    "damage", ["truncated file", "missing file", "other passages", "fewer passages", "half a marker"]
+)
 def test_what_is_not_whole_is_made_again(model, tmp_path, monkeypatch, damage):
     passages = [*MANY]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_at(patch, 4)
         build(model, save_directory=tmp_path / "index", shard_size=5)
     work = tmp_path / ".index.unfinished"
-    again = {"truncated file": 5, "missing file": 5, "other passages": 5, "fewer passages": 0, "half a marker": 0}[damage] + 3
+    again = {"truncated file": 5, "missing file": 5, "other passages": 5, "fewer passages": 0, "half a marker": 0}[
+        damage
+    ] + 3
     if damage == "truncated file":
         (work / "passages-00001.arrow").write_bytes((work / "passages-00001.arrow").read_bytes()[:-1])
     elif damage == "missing file":
@@ -264,7 +293,11 @@ def test_what_is_not_whole_is_made_again(model, tmp_path, monkeypatch, damage):
 
 @pytest.mark.parametrize(
     ("change", "name"),
-    [({"dtype": "float16"}, "dtype: then 'float32', now 'float16'"), ({"shard_size": 6}, "shard_size: then 5, now 6"), ({}, "emb_seq: then")],
+    [
+        ({"dtype": "float16"}, "dtype: then 'float32', now 'float16'"),
+        ({"shard_size": 6}, "shard_size: then 5, now 6"),
+        ({}, "emb_seq: then"),
+    ],
 )
 def test_a_build_of_another_model_or_setting_is_not_gone_on_with(model, tmp_path, monkeypatch, change, name):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -281,7 +314,9 @@ def test_a_build_of_another_model_or_setting_is_not_gone_on_with(model, tmp_path
     assert content(tmp_path / ".index.unfinished") == before
     for path in (tmp_path / ".index.unfinished").glob("shard-*"):
         path.unlink()
-    assert len(build(other, save_directory=tmp_path / "index", **{"shard_size": 5, **change})) == len(MANY)  # nothing is lost by beginning anew
+    assert len(build(other, save_directory=tmp_path / "index", **{"shard_size": 5, **change})) == len(
+        MANY
+    )  # nothing is lost by beginning anew
 
 
 def test_an_index_stands_until_the_new_one_is_whole(model, tmp_path, monkeypatch):
@@ -303,7 +338,10 @@ def test_the_bar_counts_resumed_passages_as_done_but_not_as_fast(model, tmp_path
         stop_at(patch, 4)
         build(model, save_directory=tmp_path / "index", shard_size=5)
     bars = []
-    monkeypatch.setattr("modeling_cosup.retrieval_cosup.tqdm", lambda **kwargs: bars.append(index_build_cosup.tqdm(**kwargs)) or bars[-1])
+    monkeypatch.setattr(
+        "modeling_cosup.retrieval_cosup.tqdm",
+        lambda **kwargs: bars.append(index_build_cosup.tqdm(**kwargs)) or bars[-1],
+    )
     PassageIndex.build(MANY, model, save_directory=tmp_path / "index", shard_size=5)
     assert (bars[0].total, bars[0].n, bars[0].initial) == (23, 23, 20) and "passages/s" in capsys.readouterr().err
 
@@ -314,12 +352,16 @@ def test_the_bar_counts_resumed_passages_as_done_but_not_as_fast(model, tmp_path
 def test_shards_of_several_processes_make_the_same_index(model, tmp_path):
     build(model, save_directory=tmp_path / "one", shard_size=4)
     for rank in (2, 0):
-        assert build(model, save_directory=tmp_path / "three", shard_size=4, num_processes=3, process_index=rank) is None
+        assert (
+            build(model, save_directory=tmp_path / "three", shard_size=4, num_processes=3, process_index=rank) is None
+        )
     with pytest.raises(FileNotFoundError, match=r"not complete \(shard-00001.json, shard-00004.json\)"):
         PassageIndex.merge(tmp_path / "three")
     build(model, iter(MANY), save_directory=tmp_path / "three", shard_size=4, num_processes=3, process_index=1)
     merged = PassageIndex.merge(tmp_path / "three")
-    assert content(tmp_path / "three") == content(tmp_path / "one") and list(merged) == list(PassageIndex.from_pretrained(tmp_path / "one"))
+    assert content(tmp_path / "three") == content(tmp_path / "one") and list(merged) == list(
+        PassageIndex.from_pretrained(tmp_path / "one")
+    )
     with pytest.raises(FileNotFoundError, match="holds no build"):
         PassageIndex.merge(tmp_path / "three")
     with pytest.raises(ValueError, match="give save_directory"):
@@ -331,7 +373,11 @@ def test_shards_of_several_processes_make_the_same_index(model, tmp_path):
 def test_merge_refuses_processes_that_read_different_corpora(model, tmp_path):
     """The corpus changed between the processes' readings, so that neither saw both."""
     for rank in range(2):
-        passages = [*MANY[:4], {**MANY[4], "id": "m0" if rank else "m4"}] if not rank else [{**MANY[0], "id": "x"}, *MANY[1:4], {**MANY[4], "id": "m0"}]
+        passages = (
+            [*MANY[:4], {**MANY[4], "id": "m0" if rank else "m4"}]
+            if not rank
+            else [{**MANY[0], "id": "x"}, *MANY[1:4], {**MANY[4], "id": "m0"}]
+        )
         build(model, passages, save_directory=tmp_path / "index", shard_size=4, num_processes=2, process_index=rank)
     with pytest.raises(ValueError, match="the processes read different corpora"):
         PassageIndex.merge(tmp_path / "index")
@@ -348,10 +394,26 @@ def inputs(tmp_path_factory):
 
 def launch(inputs, output, world_size=1, die_at=-1, die_on=0, **environment):
     """`recipes/build_index.py` in real processes; one of them is killed when it has made `die_at` shards."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)] if world_size > 1 else [sys.executable]
-    command += [str(SCRIPT), str(die_at), str(die_on), "--model", inputs / "model", "--corpus_file", inputs / "corpus.jsonl", "--output_dir", output]
+    command = (
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
+        if world_size > 1
+        else [sys.executable]
+    )
+    command += [
+        str(SCRIPT),
+        str(die_at),
+        str(die_on),
+        "--model",
+        inputs / "model",
+        "--corpus_file",
+        inputs / "corpus.jsonl",
+        "--output_dir",
+        output,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment}
-    return subprocess.run([*map(str, command), "--shard_size", "4"], capture_output=True, text=True, env=environment, timeout=200)
+    return subprocess.run(
+        [*map(str, command), "--shard_size", "4"], capture_output=True, text=True, env=environment, timeout=200
+    )
 
 
 def test_killed_and_resumed(inputs, tmp_path, monkeypatch):
@@ -371,8 +433,12 @@ def test_two_processes_one_killed_then_resumed(inputs, tmp_path):
     resumed = launch(inputs, tmp_path / "index", world_size=2)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert resumed.stdout.count("23 passages") == 1
-    made = sorted(map(int, re.findall(r"made (\d) shards, world size 2", resumed.stdout)))  # two processes may print into one line
-    assert len(made) == 2 and 2 in made and sum(made) < 6, made  # rank 1 had one of its three; how far rank 0 came before it was ended is chance
+    made = sorted(
+        map(int, re.findall(r"made (\d) shards, world size 2", resumed.stdout))
+    )  # two processes may print into one line
+    assert len(made) == 2 and 2 in made and sum(made) < 6, (
+        made
+    )  # rank 1 had one of its three; how far rank 0 came before it was ended is chance
     build(make_model(emb_seq_kwargs={"seed": 1}), save_directory=tmp_path / "here", shard_size=4)
     assert content(tmp_path / "index") == content(tmp_path / "here")
 
@@ -393,14 +459,30 @@ def test_a_full_disk_says_what_to_free_and_keeps_complete_shards(inputs, tmp_pat
         "model = CoSupForCausalLM.from_pretrained(sys.argv[1])\n"
         "model.build_index(sys.argv[2], save_directory=sys.argv[3], shard_size=4, show_progress_bar=False)"
     )
-    command = [sys.executable, "-c", code, str(inputs / "model"), str(tmp_path / "corpus.jsonl"), str(folder / "index")]
-    mounted = limit == "file system" and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", folder], capture_output=True).returncode == 0
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        str(inputs / "model"),
+        str(tmp_path / "corpus.jsonl"),
+        str(folder / "index"),
+    ]
+    mounted = (
+        limit == "file system"
+        and subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", folder], capture_output=True
+        ).returncode
+        == 0
+    )
     if limit == "file system" and not mounted:
         pytest.skip("no right to mount a file system")
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=200)
         assert result.returncode == 1 and "no room for the next shard" in result.stderr, result.stderr[-3000:]
-        assert "MB for the embeddings of 6 passages that are left" in result.stderr and "the same call then goes on" in result.stderr
+        assert (
+            "MB for the embeddings of 6 passages that are left" in result.stderr
+            and "the same call then goes on" in result.stderr
+        )
         work = folder / ".index.unfinished"
         assert sorted(path.name for path in work.glob("shard-*")) == ["shard-00000.json", "shard-00001.json"]
         assert not (folder / "index").exists() and not (work / "embeddings-00002.safetensors").exists()
@@ -410,7 +492,9 @@ def test_a_full_disk_says_what_to_free_and_keeps_complete_shards(inputs, tmp_pat
             subprocess.run(["umount", folder], check=True)
     if limit == "file size":  # room again
         (done,) = [json.loads((work / "shard-00001.json").read_text())["files"]["passages-00001.arrow"]["sha256"]]
-        resumed = build(make_model(emb_seq_kwargs={"seed": 1}), passages, save_directory=folder / "index", shard_size=4)
+        resumed = build(
+            make_model(emb_seq_kwargs={"seed": 1}), passages, save_directory=folder / "index", shard_size=4
+        )
         assert len(resumed) == 14 and resumed.config["files"]["passages-00001.arrow"]["sha256"] == done
 
 
@@ -419,7 +503,9 @@ def test_a_full_disk_says_what_to_free_and_keeps_complete_shards(inputs, tmp_pat
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     """Anonymous memory after the tenth and after the last of 40 shards, of a generator, so that the corpus itself takes none."""
-    make_model(gen_kwargs={"layers": 1}, emb_seq_kwargs={"layers": 1}, max_passage_length=64).save_pretrained(tmp_path / "model")
+    make_model(gen_kwargs={"layers": 1}, emb_seq_kwargs={"layers": 1}, max_passage_length=64).save_pretrained(
+        tmp_path / "model"
+    )
     code = (
         "import sys; from modeling_cosup import CoSupForCausalLM, index_build_cosup\n"
         "def note(*args, make=index_build_cosup.write_new_shard):\n"
@@ -433,7 +519,11 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "model", tmp_path / "index"], capture_output=True, text=True, timeout=200, env=environment
+        [sys.executable, "-c", code, tmp_path / "model", tmp_path / "index"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=environment,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     held = [int(line) for line in result.stdout.split()]

@@ -73,13 +73,21 @@ def test_one_writer_at_a_time(model, tmp_path):
 
     def meanwhile():
         yield {"id": "new", "text": "word"}
-        for change in (lambda: second.delete(["p1"]), lambda: second.add(MANY, model, show_progress_bar=False), lambda: second.train_approximate("Flat")):
+        for change in (
+            lambda: second.delete(["p1"]),
+            lambda: second.add(MANY, model, show_progress_bar=False),
+            lambda: second.train_approximate("Flat"),
+        ):
             with pytest.raises(ValueError, match="is being changed by another process"):
                 change()
         yield {"id": "newer", "text": "word"}
 
     first.add(meanwhile(), model, shard_size=1, show_progress_bar=False)
-    for change in (lambda: second.delete(["p1"]), lambda: second.add(MANY, model, show_progress_bar=False), lambda: second.train_approximate("Flat")):
+    for change in (
+        lambda: second.delete(["p1"]),
+        lambda: second.add(MANY, model, show_progress_bar=False),
+        lambda: second.train_approximate("Flat"),
+    ):
         with pytest.raises(ValueError, match="was changed by another process"):
             change()
     assert len(PassageIndex.from_pretrained(tmp_path / "index", verify=True)) == len(PASSAGES) + 2
@@ -110,7 +118,9 @@ def test_merge_refuses_shards_of_another_corpus(model, tmp_path):
     with pytest.raises(FileNotFoundError, match="done-00001.json"):
         PassageIndex.merge(tmp_path / "index")
     (work / "done-00001.json").write_text(done)
-    assert [passage["text"] for passage in PassageIndex.merge(tmp_path / "index")] == [passage["text"] for passage in other]
+    assert [passage["text"] for passage in PassageIndex.merge(tmp_path / "index")] == [
+        passage["text"] for passage in other
+    ]
 
 
 def test_a_damaged_shard_is_made_again(model, tmp_path):
@@ -129,7 +139,11 @@ def test_a_damaged_shard_is_made_again(model, tmp_path):
 def test_a_snapshot_in_the_cache_of_the_hub_is_read_only(model, tmp_path):
     folder = tmp_path / "datasets--me--index" / "snapshots" / "abc"
     index = build(model, folder)
-    changes = [lambda: index.delete(["p1"]), lambda: index.add(MANY, model, show_progress_bar=False), lambda: index.train_approximate("Flat")]
+    changes = [
+        lambda: index.delete(["p1"]),
+        lambda: index.add(MANY, model, show_progress_bar=False),
+        lambda: index.train_approximate("Flat"),
+    ]
     for change in changes:
         with pytest.raises(ValueError, match="save_pretrained it to a folder first"):
             change()
@@ -158,7 +172,9 @@ def write_arrow(folder, batch):
 def test_bad_arrow_files_are_refused(model, tmp_path):
     index = build(model, tmp_path / "index")
     batch = pa.ipc.open_file(pa.BufferReader((tmp_path / "index" / "passages-00000.arrow").read_bytes())).get_batch(0)
-    write_arrow(tmp_path / "index", batch.set_column(0, "id", pa.array([passage["id"] for passage in index])))  # string, not large_string
+    write_arrow(
+        tmp_path / "index", batch.set_column(0, "id", pa.array([passage["id"] for passage in index]))
+    )  # string, not large_string
     with pytest.raises(ValueError, match="passages-00000.arrow is damaged: found the columns"):
         PassageIndex.from_pretrained(tmp_path / "index")
     offsets = pa.py_buffer(np.array([0, 10**12, 3, 4, 5, 6, 7], np.int64))
@@ -180,8 +196,12 @@ def test_only_what_the_config_names_is_downloaded(model, tmp_path, monkeypatch, 
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    index = PassageIndex.from_pretrained("me/index", allow_faiss_files=faiss_files, search=None if faiss_files else "exact")
-    names = [name for name in json.loads((folder / NAME).read_text())["files"] if faiss_files or not name.endswith(".faiss")]
+    index = PassageIndex.from_pretrained(
+        "me/index", allow_faiss_files=faiss_files, search=None if faiss_files else "exact"
+    )
+    names = [
+        name for name in json.loads((folder / NAME).read_text())["files"] if faiss_files or not name.endswith(".faiss")
+    ]
     assert calls == [(None, [NAME]), ("abc", [NAME, *names])] and len(index) == len(PASSAGES)
     edit(folder, lambda config: config["files"].update({"*": {"size": 1, "sha256": "x"}}))
     calls.clear()

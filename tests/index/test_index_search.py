@@ -30,7 +30,9 @@ MANY = [{"id": f"m{i}", "title": "", "text": f"{i} radium"} for i in range(300)]
 def test_exact_search_equals_one_product(tmp_path, monkeypatch, where, dtype, n):
     monkeypatch.setattr(index_search_cosup, "HALF_ROWS", 32)
     monkeypatch.setattr(index_search_cosup, "PRODUCT_ROWS", 30)
-    monkeypatch.setattr(index_search_cosup, "DEVICE_SCORES", n * 50)  # several blocks a shard, and shards in several blocks
+    monkeypatch.setattr(
+        index_search_cosup, "DEVICE_SCORES", n * 50
+    )  # several blocks a shard, and shards in several blocks
     index = random_index(dtype=dtype, normalize=False)
     if where == "files":
         index = in_folder(index, tmp_path / "index")
@@ -65,7 +67,9 @@ def test_searching_copies_no_embeddings(tmp_path):
 @pytest.mark.parametrize("where", ["memory", "files", "device"])
 def test_bad_queries(tmp_path, where):
     index = random_index()
-    index = in_folder(index, tmp_path / "index") if where == "files" else index.to("cpu" if where == "device" else None)
+    index = (
+        in_folder(index, tmp_path / "index") if where == "files" else index.to("cpu" if where == "device" else None)
+    )
     with pytest.raises(ValueError, match="Queries have 8 dimensions, the index has 16"):
         index.search(queries(2, 8))
     with pytest.raises(ValueError, match="expected a tensor"):
@@ -103,7 +107,10 @@ def test_candidates(tmp_path, where):
 
 def test_bad_candidates():
     index = random_index()
-    for pool, message in [([3, 300], r"candidates\[1\] holds \[300\], which are no rows of this index \(0 to 299\)"), ([-1], r"candidates\[1\] holds \[-1\]")]:
+    for pool, message in [
+        ([3, 300], r"candidates\[1\] holds \[300\], which are no rows of this index \(0 to 299\)"),
+        ([-1], r"candidates\[1\] holds \[-1\]"),
+    ]:
         with pytest.raises(ValueError, match=message):
             index.search(queries(2), candidates=[None, pool])
     with pytest.raises(ValueError, match="1 lists of candidates for 2 queries"):
@@ -118,7 +125,11 @@ def test_bad_candidates():
 def test_reading_passages(tmp_path):
     index = in_folder(random_index(), tmp_path / "index")
     assert [passage["id"] for passage in index.get_passages([299, 0, 70])] == ["m299", "m0", "m70"]
-    assert index.get_passages(np.array([69]))[0] == {"id": "m69", "title": "", "text": "x", "input_ids": [5, 6]} == index[69]
+    assert (
+        index.get_passages(np.array([69]))[0]
+        == {"id": "m69", "title": "", "text": "x", "input_ids": [5, 6]}
+        == index[69]
+    )
     assert index.get_passages([]) == []
     for row in (300, -1):
         with pytest.raises(IndexError, match=rf"no rows \[{row}\]; it has 0 to 299"):
@@ -177,7 +188,11 @@ def test_everything_deleted(tmp_path, where):
 
 @pytest.mark.parametrize(
     ("factory", "weak", "strong"),
-    [("HNSW16", {"efSearch": 1}, {"efSearch": 400}), ("IVF16,Flat", {"nprobe": 1}, {"nprobe": 16}), ("IVF8,PQ16x4", {"nprobe": 1}, {"nprobe": 8})],
+    [
+        ("HNSW16", {"efSearch": 1}, {"efSearch": 400}),
+        ("IVF16,Flat", {"nprobe": 1}, {"nprobe": 16}),
+        ("IVF8,PQ16x4", {"nprobe": 1}, {"nprobe": 8}),
+    ],
 )
 def test_approximate_search(tmp_path, factory, weak, strong):
     index = in_folder(random_index(3000, shard_size=900), tmp_path / "index")
@@ -189,7 +204,9 @@ def test_approximate_search(tmp_path, factory, weak, strong):
     high = index.measure_recall(queries(50))
     assert high["ann_recall@10"] > low["ann_recall@10"] and high["ann_recall@10"] > (0.4 if "PQ" in factory else 0.99)
     right = all_scores(index, queries(50)).topk(10).indices.tolist()
-    by_hand = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(index.search(queries(50), 10)[1].tolist(), right, strict=True)])
+    by_hand = np.mean(
+        [len(set(a) & set(b)) / 10 for a, b in zip(index.search(queries(50), 10)[1].tolist(), right, strict=True)]
+    )
     assert high["ann_recall@10"] == pytest.approx(by_hand)
     found = index.search(queries(9), 10)
     with pytest.raises(ValueError, match="no search option 'nope'"):
@@ -197,7 +214,10 @@ def test_approximate_search(tmp_path, factory, weak, strong):
 
     with pytest.raises(ValueError, match="pass allow_faiss_files=True if you trust it, or search='exact'"):
         PassageIndex.from_pretrained(tmp_path / "index")
-    check(PassageIndex.from_pretrained(tmp_path / "index", search="exact").search(queries(9), 10), all_scores(index, queries(9)))
+    check(
+        PassageIndex.from_pretrained(tmp_path / "index", search="exact").search(queries(9), 10),
+        all_scores(index, queries(9)),
+    )
     loaded = PassageIndex.from_pretrained(tmp_path / "index", allow_faiss_files=True)
     loaded.set_search_options(**strong)
     assert (loaded.search(queries(9), 10)[1] == found[1]).all()
@@ -210,13 +230,20 @@ def test_approximate_search(tmp_path, factory, weak, strong):
 def test_an_approximate_index_in_memory_is_saved_with_it(tmp_path):
     index = random_index()
     index.train_approximate("HNSW16", efSearch=300)
-    assert (in_folder(index, tmp_path / "index", allow_faiss_files=True).search(queries(9), 5)[1] == index.search(queries(9), 5)[1]).all()
+    assert (
+        in_folder(index, tmp_path / "index", allow_faiss_files=True).search(queries(9), 5)[1]
+        == index.search(queries(9), 5)[1]
+    ).all()
     assert len(list((tmp_path / "index").glob("index-*.faiss"))) == 1
 
 
 def test_the_training_sample_is_of_all_shards_and_of_the_seed(monkeypatch):
     samples, make = [], index_search_cosup.make_approximate
-    monkeypatch.setattr(index_searchable_cosup, "make_approximate", lambda factory, exact, rows: samples.append(rows) or make(factory, exact, rows))
+    monkeypatch.setattr(
+        index_searchable_cosup,
+        "make_approximate",
+        lambda factory, exact, rows: samples.append(rows) or make(factory, exact, rows),
+    )
     index = random_index()
     for seed in (0, 0, 1):
         index.train_approximate("IVF2,Flat", train_size=100, seed=seed)
@@ -228,7 +255,11 @@ def test_the_training_sample_is_of_all_shards_and_of_the_seed(monkeypatch):
     ("factory", "options", "message"),
     [
         ("Graph", {}, "index_factory 'Graph' of 16 dimensions and 300 training embeddings: FAISS says"),
-        ("IVF1024,Flat", {}, "index_factory 'IVF1024,Flat' of 16 dimensions and 300 training embeddings: FAISS says .*1024"),
+        (
+            "IVF1024,Flat",
+            {},
+            "index_factory 'IVF1024,Flat' of 16 dimensions and 300 training embeddings: FAISS says .*1024",
+        ),
         ("IVF4,PQ5", {}, "index_factory 'IVF4,PQ5'"),
         ("IVF4,Flat", {"efSearch": 3}, "IndexIVFFlat has no search option 'efSearch'"),
         ("IVF4,Flat", {"train_size": 0}, "train_size is 0"),
@@ -266,7 +297,10 @@ def test_a_damaged_faiss_file(tmp_path, damage):
 
         config["files"][path.name] = seal(path)
         (tmp_path / "index" / "index_config.json").write_text(json.dumps(config))
-    message = {"missing": f"{path.name} is missing", "another": "holds 0 embeddings of 16 dimensions, expected 300 of 16"}.get(damage, "is damaged")
+    message = {
+        "missing": f"{path.name} is missing",
+        "another": "holds 0 embeddings of 16 dimensions, expected 300 of 16",
+    }.get(damage, "is damaged")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         PassageIndex.from_pretrained(tmp_path / "index", allow_faiss_files=True)
     exact = PassageIndex.from_pretrained(tmp_path / "index", search="exact")
@@ -281,7 +315,13 @@ def test_a_damaged_faiss_file(tmp_path, damage):
 @pytest.mark.parametrize("where", ["memory", "files"])
 @pytest.mark.parametrize("approximate", [None, "HNSW16", "IVF4,Flat"])
 def test_after_adding_and_deleting_it_is_a_fresh_index(model, tmp_path, where, approximate):
-    index = PassageIndex.build(MANY[:200], model, save_directory=tmp_path / "index" if where == "files" else None, show_progress_bar=False, shard_size=90)
+    index = PassageIndex.build(
+        MANY[:200],
+        model,
+        save_directory=tmp_path / "index" if where == "files" else None,
+        show_progress_bar=False,
+        shard_size=90,
+    )
     if approximate:
         index.train_approximate(approximate, **({"efSearch": 400} if "HNSW" in approximate else {"nprobe": 4}))
     index.delete([f"m{i}" for i in range(0, 200, 3)])
@@ -295,13 +335,17 @@ def test_after_adding_and_deleting_it_is_a_fresh_index(model, tmp_path, where, a
     scores, rows = fresh.search(query_embeds, 10)
     for searched in (index, loaded):
         found = searched.search(query_embeds, 10)
-        assert [p["id"] for p in searched.get_passages(found[1].flatten())] == [p["id"] for p in fresh.get_passages(rows.flatten())]
+        assert [p["id"] for p in searched.get_passages(found[1].flatten())] == [
+            p["id"] for p in fresh.get_passages(rows.flatten())
+        ]
         np.testing.assert_allclose(found[0], scores, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("where", ["memory", "files"])
 def test_what_cannot_be_added_changes_nothing(model, tmp_path, where):
-    index = PassageIndex.build(PASSAGES, model, save_directory=tmp_path / "index" if where == "files" else None, show_progress_bar=False)
+    index = PassageIndex.build(
+        PASSAGES, model, save_directory=tmp_path / "index" if where == "files" else None, show_progress_bar=False
+    )
     files = sorted(os.listdir(tmp_path / "index")) if where == "files" else None
     new = {"id": "new", "text": "word"}
     for passages, message in [
@@ -362,7 +406,9 @@ for step in range(1, 20):
 
 def test_a_kill_at_any_step_leaves_the_old_state_or_the_new(model, tmp_path):
     """add, then delete: killed before each file is sealed, before each config is written and renamed, and before old files go."""
-    PassageIndex.build(PASSAGES, model, save_directory=tmp_path / "index", show_progress_bar=False).train_approximate("HNSW8")
+    PassageIndex.build(PASSAGES, model, save_directory=tmp_path / "index", show_progress_bar=False).train_approximate(
+        "HNSW8"
+    )
     for step in range(1, 20):
         shutil.copytree(tmp_path / "index", tmp_path / str(step))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -379,4 +425,8 @@ def test_a_kill_at_any_step_leaves_the_old_state_or_the_new(model, tmp_path):
         if not states[-1][0]:  # what was interrupted can be done again
             index.add([{"id": "new", "text": "word"}], model, show_progress_bar=False)
             assert len(PassageIndex.from_pretrained(tmp_path / str(step), allow_faiss_files=True)) == 7
-    assert [state for i, state in enumerate(states) if state not in states[:i]] == [(False, True), (True, True), (True, False)]
+    assert [state for i, state in enumerate(states) if state not in states[:i]] == [
+        (False, True),
+        (True, True),
+        (True, False),
+    ]

@@ -37,7 +37,9 @@ def test_embeddings_that_are_not_finite_are_an_error(value, n, where):
 def test_what_faiss_does_not_find_is_no_row(monkeypatch):
     index = random_index(count=10, shard_size=5)
     lowest = np.finfo(np.float32).min
-    monkeypatch.setattr(faiss, "knn", lambda q, block, k, metric: (np.full((len(q), k), lowest), np.full((len(q), k), -1, np.int64)))
+    monkeypatch.setattr(
+        faiss, "knn", lambda q, block, k, metric: (np.full((len(q), k), lowest), np.full((len(q), k), -1, np.int64))
+    )
     scores, rows = index._exact.search(queries(1), 4)
     assert (rows == -1).all() and (scores == -np.inf).all() and scores.dtype == np.float32
 
@@ -59,14 +61,34 @@ def test_shared_equal_large_and_repeating_pools(where, dtype, monkeypatch):
         index.delete([f"m{row}" for row in range(0, 300, 3)])
     few, all_rows = np.array([7, 80, 7, 200, 6]), np.arange(300)
     half = np.random.default_rng(0).choice(300, 150)  # some of them several times
-    pools = [few, all_rows, few, few.copy(), None, half, all_rows.copy(), half[::-1], [0, 3], all_rows, np.array([4], np.int32), half]
+    pools = [
+        few,
+        all_rows,
+        few,
+        few.copy(),
+        None,
+        half,
+        all_rows.copy(),
+        half[::-1],
+        [0, 3],
+        all_rows,
+        np.array([4], np.int32),
+        half,
+    ]
     for k in (1, 4, 200):
         scores, rows = index.search(queries(len(pools)), k, candidates=pools)
         for i, pool in enumerate(pools):
-            allowed = alive.clone() if pool is None else torch.zeros(300, dtype=torch.bool).index_fill(0, torch.tensor(list(map(int, pool))), True) & alive
+            allowed = (
+                alive.clone()
+                if pool is None
+                else torch.zeros(300, dtype=torch.bool).index_fill(0, torch.tensor(list(map(int, pool))), True) & alive
+            )
             count = min(k, int(allowed.sum()))
             if count:
-                check((scores[i : i + 1, :count], rows[i : i + 1, :count]), all_scores(index, queries(len(pools))[i : i + 1], allowed))
+                check(
+                    (scores[i : i + 1, :count], rows[i : i + 1, :count]),
+                    all_scores(index, queries(len(pools))[i : i + 1], allowed),
+                )
             assert (rows[i, count:] == -1).all() and (scores[i, count:] == -np.inf).all()
 
 
@@ -82,7 +104,9 @@ def test_equal_pools_are_gathered_once_and_large_ones_never(monkeypatch):
 
 def test_rows_of_one_array_are_pools_of_their_own():
     pools = np.arange(40).reshape(20, 2)
-    assert (index_rows := random_index().search(queries(20), candidates=pools)[1][:, 0] // 2).tolist() == list(range(20)), index_rows
+    assert (index_rows := random_index().search(queries(20), candidates=pools)[1][:, 0] // 2).tolist() == list(
+        range(20)
+    ), index_rows
 
 
 @pytest.mark.parametrize(("pool", "dtype"), [(np.ones(300, bool), "bool"), ([1.0, 2.0], "float64"), (["m1"], "<U2")])
@@ -100,7 +124,9 @@ def test_an_approximate_index_on_a_gpu_is_a_copy(tmp_path, monkeypatch):
     index.train_approximate("IVF4,Flat", nprobe=4)
     own = index._approximate
     monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
-    monkeypatch.setattr(faiss, "index_cpu_to_gpu", lambda resources, number, cpu: faiss.clone_index(cpu), raising=False)
+    monkeypatch.setattr(
+        faiss, "index_cpu_to_gpu", lambda resources, number, cpu: faiss.clone_index(cpu), raising=False
+    )
     assert index.to("cuda") is index
     assert index._gpu is not None and index._approximate is own and index._device is None  # no copy of the embeddings
     check(index.search(queries(5), 4), all_scores(index, queries(5)))
@@ -178,7 +204,11 @@ def test_the_digest_of_an_upload_tells_every_passage(tmp_path, folder):
 def test_damaged_corpus_files_are_named(tmp_path):
     lines = "".join(json.dumps({"id": f"{i}", "text": f"{i * i}"}) + "\n" for i in range(500))
     whole = gzip.compress(lines.encode())
-    for name, data in [("cut", whole[:-40]), ("plain", lines.encode()), ("altered", whole[:200] + b"\xff" * 200 + whole[400:])]:
+    for name, data in [
+        ("cut", whole[:-40]),
+        ("plain", lines.encode()),
+        ("altered", whole[:200] + b"\xff" * 200 + whole[400:]),
+    ]:
         path = tmp_path / f"{name}.jsonl.gz"
         path.write_bytes(data)
         with pytest.raises(ValueError, match=f"{name}.jsonl.gz(, line| is damaged: )"):
@@ -186,7 +216,9 @@ def test_damaged_corpus_files_are_named(tmp_path):
     pa = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "a.parquet"
-    parquet.write_table(pa.table({"id": [f"{i}" for i in range(5000)], "text": [f"{i * i}" for i in range(5000)]}), path)
+    parquet.write_table(
+        pa.table({"id": [f"{i}" for i in range(5000)], "text": [f"{i * i}" for i in range(5000)]}), path
+    )
     data = bytearray(path.read_bytes())
     data[4:4000] = b"\xff" * 3996
     path.write_bytes(bytes(data))
@@ -198,4 +230,7 @@ def test_a_corpus_of_several_files(tmp_path):
     paths = [tmp_path / "a.jsonl", str(tmp_path / "b.jsonl.gz")]
     paths[0].write_text('{"id": "a", "text": "x"}\n')
     Path(paths[1]).write_bytes(gzip.compress(b'{"id": "b", "text": "y"}\n'))
-    assert [(where, passage["id"]) for where, passage in read_corpus(paths)] == [(f"{paths[0]}, line 1", "a"), (f"{paths[1]}, line 1", "b")]
+    assert [(where, passage["id"]) for where, passage in read_corpus(paths)] == [
+        (f"{paths[0]}, line 1", "a"),
+        (f"{paths[1]}, line 1", "b"),
+    ]

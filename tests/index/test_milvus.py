@@ -54,7 +54,9 @@ def queries(n=5):
 def check_equal(retriever, index, k=5):
     assert len(retriever) == len(index)
     scores, found = retriever.search(queries(), k)
-    np.testing.assert_allclose(scores, index.search(queries(), k)[0], rtol=1e-5, atol=1e-5)  # rows of equal scores may change places
+    np.testing.assert_allclose(
+        scores, index.search(queries(), k)[0], rtol=1e-5, atol=1e-5
+    )  # rows of equal scores may change places
     np.testing.assert_allclose(scores, (queries()[:, None] @ index.embeddings[found].mT)[:, 0], rtol=1e-5, atol=1e-5)
     rows = range(0, len(index), max(1, len(index) // 50))
     assert retriever.get_passages(rows) == index.get_passages(rows)
@@ -91,10 +93,18 @@ KILLED = [  # where the upload goes, at which of six batches or behind which req
 def killed(large, milvus_server, tmp_path_factory):
     """`(uri, collection)` of an upload of `large` that was killed, for each case."""
     file = tmp_path_factory.mktemp("killed") / "passages.db"
-    targets = [(milvus_server.uri if where == "server" else str(file), f"killed{i}") for i, (where, *_) in enumerate(KILLED)]
-    words = [word for target, (_, batch, moment, _) in zip(targets, KILLED, strict=True) for word in (*target, str(batch), moment)]
+    targets = [
+        (milvus_server.uri if where == "server" else str(file), f"killed{i}") for i, (where, *_) in enumerate(KILLED)
+    ]
+    words = [
+        word
+        for target, (_, batch, moment, _) in zip(targets, KILLED, strict=True)
+        for word in (*target, str(batch), moment)
+    ]
     command = [sys.executable, str(ROOT / "tests" / "support" / "upload_and_kill.py"), str(large[1]), *words]
-    process = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
+    process = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
+    )
     assert process.returncode == 0, process.stderr[-3000:]
     return targets
 
@@ -102,7 +112,9 @@ def killed(large, milvus_server, tmp_path_factory):
 @pytest.mark.parametrize("case", range(len(KILLED)), ids=["-".join(map(str, case[:3])) for case in KILLED])
 def test_an_upload_that_is_killed_goes_on(large, killed, monkeypatch, case):
     uri, name = killed[case]
-    with pytest.raises(ValueError, match="the upload has not ended; call MilvusPassageIndex.from_index with the same index"):
+    with pytest.raises(
+        ValueError, match="the upload has not ended; call MilvusPassageIndex.from_index with the same index"
+    ):
         MilvusPassageIndex(uri, name)
     calls = count_calls(monkeypatch)
     retriever = MilvusPassageIndex.from_index(large[0], uri, name, show_progress_bar=False)
@@ -118,7 +130,9 @@ def test_an_upload_of_another_index_does_not_go_on(large, index, the_model, milv
     milvus_upload_cosup.set_properties(connection, complete="false")
     changed = the_model.build_index([{**PASSAGES[0], "text": "Changed."}, *PASSAGES[1:]], show_progress_bar=False)
     for another, options in ((changed, {}), (large[0], {}), (index, {"index_type": "HNSW"})):
-        with pytest.raises(FileExistsError, match="'other' exists already and is not an unfinished upload of this index"):
+        with pytest.raises(
+            FileExistsError, match="'other' exists already and is not an unfinished upload of this index"
+        ):
             upload(another, milvus_server, "other", **options)
     check_equal(upload(index, milvus_server, "other"), index)
 
@@ -181,7 +195,11 @@ def test_deleted_passages_are_not_uploaded_and_rows_keep_their_numbers(the_model
     index.delete(["p1", "p5"])
     retriever = upload(index, milvus_server, "with_gaps")
     assert len(retriever) == 4 and retriever.rows_of(["p0", "p2", "p3", "p4"]).tolist() == [0, 2, 3, 4]
-    for part, expected in zip(retriever.search(queries(), 9, [[0, 1, 5]] + [None] * 4), index.search(queries(), 9, [[0, 1, 5]] + [None] * 4), strict=True):
+    for part, expected in zip(
+        retriever.search(queries(), 9, [[0, 1, 5]] + [None] * 4),
+        index.search(queries(), 9, [[0, 1, 5]] + [None] * 4),
+        strict=True,
+    ):
         np.testing.assert_allclose(part, expected, rtol=1e-5, atol=1e-5)
     retriever.add([PASSAGES[5]], the_model)
     assert retriever.rows_of(["p5"]).tolist() == [6]
@@ -264,9 +282,13 @@ def test_load_index_opens_a_collection(index, the_model, server):
 
 def test_a_server_that_hangs_is_not_waited_for(index, server):
     patient = upload(index, server, "passages")
-    retriever = MilvusPassageIndex(server.uri, "passages", max_retries=0, timeout=5.0)  # a busy machine writes slowly, so only the search is hurried
+    retriever = MilvusPassageIndex(
+        server.uri, "passages", max_retries=0, timeout=5.0
+    )  # a busy machine writes slowly, so only the search is hurried
     server.process.send_signal(signal.SIGSTOP)
-    os.waitpid(server.process.pid, os.WUNTRACED)  # a busy machine delivers the signal late: the server would still answer
+    os.waitpid(
+        server.process.pid, os.WUNTRACED
+    )  # a busy machine delivers the signal late: the server would still answer
     with pytest.raises(ConnectionError, match="no answer to 1 attempts while searching"):
         retriever.search(queries())
     server.process.send_signal(signal.SIGCONT)
@@ -302,7 +324,9 @@ def test_a_collection_that_is_not_there(index, milvus_server):
 
 def test_a_collection_that_is_no_index(milvus_server):
     pymilvus.MilvusClient(milvus_server.uri).create_collection("foreign", dimension=4)
-    with pytest.raises(ValueError, match="'foreign': has format_version None, this release reads 1; None: it is no passage index"):
+    with pytest.raises(
+        ValueError, match="'foreign': has format_version None, this release reads 1; None: it is no passage index"
+    ):
         MilvusPassageIndex(milvus_server.uri, "foreign")
 
 
@@ -349,7 +373,9 @@ for uri in map(str.strip, sys.stdin):
         print(error, flush=True)
 """
     command, env = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as other:
+    with subprocess.Popen(
+        command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as other:
 
         def elsewhere():
             print(uri, file=other.stdin, flush=True)
@@ -357,7 +383,9 @@ for uri in map(str.strip, sys.stdin):
 
         first.close()
         check_equal(second, index)  # closing one leaves the other open
-        assert "Milvus cannot open" in (answer := elsewhere()) and "A local file serves one process at a time" in answer
+        assert (
+            "Milvus cannot open" in (answer := elsewhere()) and "A local file serves one process at a time" in answer
+        )
         second.close()
         assert elsewhere() == "6\n"
         other.stdin.close()
@@ -406,7 +434,14 @@ def test_more_results_than_a_server_returns(large, milvus_server, monkeypatch):
 
 def test_a_large_pool_is_one_request_where_that_is_exact(large, milvus_server, monkeypatch):
     retriever = upload(large[0], milvus_server, "pools")
-    approximate = upload(large[0], milvus_server, "approximate_pools", index_type="HNSW", index_params={"M": 4, "efConstruction": 8}, search_params={"ef": 8})
+    approximate = upload(
+        large[0],
+        milvus_server,
+        "approximate_pools",
+        index_type="HNSW",
+        index_params={"M": 4, "efConstruction": 8},
+        search_params={"ef": 8},
+    )
     calls = count_calls(monkeypatch)
     for size, expected in ((512, ["query"]), (513, ["search"])):
         pool = np.arange(0, 5 * size, 5)
@@ -459,5 +494,13 @@ for make in (lambda: MilvusPassageIndex("http://localhost:19530", "x"), lambda: 
     except ImportError as error:
         print(error)
 """
-    out = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
-    assert out.stdout == "False False\n" + 'An index in Milvus needs pymilvus: pip install "cosup[milvus]".\n' * 2, out.stderr[-2000:]
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert out.stdout == "False False\n" + 'An index in Milvus needs pymilvus: pip install "cosup[milvus]".\n' * 2, (
+        out.stderr[-2000:]
+    )

@@ -30,12 +30,16 @@ def saved(model, folder):
 
 def test_index_holds_what_gen_reads_and_what_emb_seq_makes(model, passages):
     index = build(model)
-    assert len(index) == len(passages) and [index[row]["id"] for row in range(len(index))] == [passage["id"] for passage in passages]
+    assert len(index) == len(passages) and [index[row]["id"] for row in range(len(index))] == [
+        passage["id"] for passage in passages
+    ]
     gen_ids = encode_passages_for_gen(model.tokenizer, passages, model.config)
     for row, (passage, ids) in enumerate(zip(passages, gen_ids, strict=True)):
         assert index[row] == {**passage, "input_ids": ids} and index.row_of(passage["id"]) == row
     for row, ids in enumerate(encode_passages_for_emb_seq(model.tokenizer, passages, model.config)):
-        torch.testing.assert_close(index.embeddings[row], model.encode_passages(torch.tensor([ids]))[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            index.embeddings[row], model.encode_passages(torch.tensor([ids]))[0], rtol=0, atol=1e-5
+        )
     with pytest.raises(KeyError):
         index.row_of("p99")
 
@@ -44,14 +48,21 @@ def test_build_takes_any_iterable_and_leaves_the_mode(passages):
     model = make_model(emb_seq="gpt2")
     expected = build(model).embeddings
     model.train()  # dropout on, but not while embedding
-    index = PassageIndex.build(({"id": p["id"], "text": p["text"], **({"title": p["title"]} if p["title"] else {})} for p in passages), model=model)
+    index = PassageIndex.build(
+        ({"id": p["id"], "text": p["text"], **({"title": p["title"]} if p["title"] else {})} for p in passages),
+        model=model,
+    )
     assert model.training and index[2]["title"] == "" and torch.equal(index.embeddings, expected)
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
 def test_search_equals_topk_of_the_product(similarity):
     model = make_model(similarity=similarity)
-    index = build(model, [{"id": str(i), "title": "", "text": f"{i} {'radium ' * (i % 5)}in {i * 7}"} for i in range(40)], batch_size=7)
+    index = build(
+        model,
+        [{"id": str(i), "title": "", "text": f"{i} {'radium ' * (i % 5)}in {i * 7}"} for i in range(40)],
+        batch_size=7,
+    )
     queries = torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
     scores, indices = index.search(queries, k=5)
     expected = (queries @ index.embeddings.T).topk(5)
@@ -63,8 +74,14 @@ def test_search_at_the_edges(model):
     index = build(model)
     queries = torch.randn(2, 32)
     scores, indices = index.search(queries, k=100)  # more than there are: all of them, best first
-    assert scores.shape == (2, len(index)) and sorted(indices[0]) == list(range(len(index))) and (scores[:, :-1] >= scores[:, 1:]).all()
-    assert (index.search(queries.requires_grad_(), k=100)[1] == indices).all() and index.search(queries.detach().double())[1].shape == (2, 1)
+    assert (
+        scores.shape == (2, len(index))
+        and sorted(indices[0]) == list(range(len(index)))
+        and (scores[:, :-1] >= scores[:, 1:]).all()
+    )
+    assert (index.search(queries.requires_grad_(), k=100)[1] == indices).all() and index.search(
+        queries.detach().double()
+    )[1].shape == (2, 1)
     assert [part.shape for part in index.search(torch.zeros(0, 32), k=3)] == [(0, 3), (0, 3)]
     with pytest.raises(ValueError, match="Queries have 16 dimensions, the index has 32"):
         index.search(torch.randn(2, 16))
@@ -72,11 +89,17 @@ def test_search_at_the_edges(model):
 
 def test_emb_seq_with_its_own_tokenizer_and_width():
     own = make_tokenizer(vocab_size=300, bos="<cls>", eos="<sep>", texts=["another corpus"])
-    model = make_model("gpt2", "bert", emb_seq_tokenizer=own, emb_seq_kwargs={"hidden_size": 16}, emb_seq_pooling="cls")
+    model = make_model(
+        "gpt2", "bert", emb_seq_tokenizer=own, emb_seq_kwargs={"hidden_size": 16}, emb_seq_pooling="cls"
+    )
     index = build(model)
     assert index.embeddings.shape == (len(PASSAGES), 32)
     ids = encode_passages_for_emb_seq(own, PASSAGES[:1], model.config)
-    assert index[0]["input_ids"] == encode_passages_for_gen(model.tokenizer, PASSAGES[:1], model.config)[0] != ids[0][1:-1]
+    assert (
+        index[0]["input_ids"]
+        == encode_passages_for_gen(model.tokenizer, PASSAGES[:1], model.config)[0]
+        != ids[0][1:-1]
+    )
     torch.testing.assert_close(index.embeddings[:1], model.encode_passages(torch.tensor(ids)), rtol=0, atol=1e-5)
 
 
@@ -112,12 +135,19 @@ def test_an_empty_corpus_raises(model):
 def test_saved_and_loaded_it_is_identical(model, tmp_path):
     index = build(model)
     index.save_pretrained(tmp_path / "deep" / "index")
-    assert sorted(os.listdir(tmp_path / "deep")) == ["index"] and sorted(os.listdir(tmp_path / "deep" / "index")) == FILES
+    assert (
+        sorted(os.listdir(tmp_path / "deep")) == ["index"] and sorted(os.listdir(tmp_path / "deep" / "index")) == FILES
+    )
     loaded = model.load_index(str(tmp_path / "deep" / "index"))
-    assert torch.equal(loaded.embeddings, index.embeddings) and loaded.fingerprint == index.fingerprint == model.fingerprint()
+    assert (
+        torch.equal(loaded.embeddings, index.embeddings)
+        and loaded.fingerprint == index.fingerprint == model.fingerprint()
+    )
     assert [loaded[row] for row in range(len(loaded))] == [index[row] for row in range(len(index))]
     queries = torch.randn(3, 32)
-    assert [part.tolist() for part in loaded.search(queries, 4)] == [part.tolist() for part in index.search(queries, 4)]
+    assert [part.tolist() for part in loaded.search(queries, 4)] == [
+        part.tolist() for part in index.search(queries, 4)
+    ]
     loaded.save_pretrained(tmp_path / "again")
     for name in FILES:
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "deep" / "index" / name).read_bytes()
@@ -157,11 +187,17 @@ def test_an_interrupted_save_leaves_nothing_half_written(model, tmp_path, monkey
     elif broken == "ids":
         monkeypatch.setattr(index_store_cosup, "make_id_table", fail)
     elif broken == "config":
-        monkeypatch.setattr(index_files_cosup.json, "dumps", lambda value, **kwargs: fail() if "fingerprint" in value else json_dumps(value, **kwargs))
+        monkeypatch.setattr(
+            index_files_cosup.json,
+            "dumps",
+            lambda value, **kwargs: fail() if "fingerprint" in value else json_dumps(value, **kwargs),
+        )
     elif broken == "rename":
         monkeypatch.setattr(os, "replace", fail)
     else:
-        monkeypatch.setattr(os, "replace", lambda old, new: fail() if str(old).endswith(".unfinished") else replace(old, new))
+        monkeypatch.setattr(
+            os, "replace", lambda old, new: fail() if str(old).endswith(".unfinished") else replace(old, new)
+        )
     with pytest.raises(OSError, match="No space left"):
         index.save_pretrained(tmp_path / "index")
     monkeypatch.undo()
@@ -234,8 +270,13 @@ def test_files_that_do_not_belong_together(model, tmp_path):
     with pytest.raises(ValueError, match=f"{name} is damaged: it has .* bytes, expected"):
         PassageIndex.from_pretrained(tmp_path / "index")
     files = json.loads((tmp_path / "index" / "index_config.json").read_text())["files"]
-    edit(tmp_path / "index", files={**files, name: json.loads((tmp_path / "other" / "index_config.json").read_text())["files"][name]})
-    with pytest.raises(ValueError, match=r"6 passages, embeddings of shape \(3, 32\), expected 6 of both and 32 dimensions"):
+    edit(
+        tmp_path / "index",
+        files={**files, name: json.loads((tmp_path / "other" / "index_config.json").read_text())["files"][name]},
+    )
+    with pytest.raises(
+        ValueError, match=r"6 passages, embeddings of shape \(3, 32\), expected 6 of both and 32 dimensions"
+    ):
         PassageIndex.from_pretrained(tmp_path / "index")
 
 
@@ -243,7 +284,10 @@ def test_files_that_do_not_belong_together(model, tmp_path):
 def test_another_format_version(model, tmp_path, version):
     build(model).save_pretrained(tmp_path / "index")
     edit(tmp_path / "index", format_version=version)
-    with pytest.raises(ValueError, match=f"format_version {version!r}, this release reads 2: build the index again, with recipes/build_index.py"):
+    with pytest.raises(
+        ValueError,
+        match=f"format_version {version!r}, this release reads 2: build the index again, with recipes/build_index.py",
+    ):
         PassageIndex.from_pretrained(tmp_path / "index")
 
 
@@ -284,7 +328,9 @@ def test_nothing_on_the_path_of_an_index_is_unpickled(model, tmp_path):
 def test_an_index_of_another_model_is_refused_by_name(tmp_path, change, field):
     build(make_model()).save_pretrained(tmp_path / "index")
     other = make_model(**change)
-    with pytest.raises(ValueError, match=f"built by another model(.|\n)*  {field}: the index has .*, the model ") as error:
+    with pytest.raises(
+        ValueError, match=f"built by another model(.|\n)*  {field}: the index has .*, the model "
+    ) as error:
         other.load_index(tmp_path / "index")
     if field not in ("tokenizer", "emb_seq_tokenizer"):
         assert str(error.value).count("the index has") == 1
@@ -309,16 +355,29 @@ def test_an_index_of_passages_with_a_prompt(passages):
     model = make_model(passage_prompt="passage: ", emb_seq_add_eos_token=False, emb_seq_pooling="lasttoken")
     index, tokenizer = build(model), model.tokenizer
     for row, passage in enumerate(passages):
-        text = f"passage: {passage['title']} :: {passage['text']}" if passage["title"] else f"passage: {passage['text']}"
-        ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]]
-        torch.testing.assert_close(index.embeddings[row], model.encode_passages(torch.tensor([ids]))[0], rtol=0, atol=1e-5)
+        text = (
+            f"passage: {passage['title']} :: {passage['text']}" if passage["title"] else f"passage: {passage['text']}"
+        )
+        ids = [
+            tokenizer.bos_token_id,
+            *tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"],
+        ]
+        torch.testing.assert_close(
+            index.embeddings[row], model.encode_passages(torch.tensor([ids]))[0], rtol=0, atol=1e-5
+        )
         assert tokenizer.decode(index[row]["input_ids"]) in text.removeprefix("passage: ")  # Gen reads no prompt
 
 
 def test_what_leaves_emb_seq_alone_is_accepted(model, tmp_path):
     build(model).save_pretrained(tmp_path / "index")
     folder = saved(model, tmp_path / "model")
-    loads = [{}, {"dtype": torch.bfloat16}, {"dtype": torch.float16}, {"load_emb_seq": False}, {"load_emb_seq": False, "dtype": torch.bfloat16}]
+    loads = [
+        {},
+        {"dtype": torch.bfloat16},
+        {"dtype": torch.float16},
+        {"load_emb_seq": False},
+        {"load_emb_seq": False, "dtype": torch.bfloat16},
+    ]
     for options in loads:
         CoSupForCausalLM.from_pretrained(folder, **options).load_index(tmp_path / "index")
     half = CoSupForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
@@ -334,7 +393,11 @@ def train_step(model, parameters, passages=True):
     model.train()
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
     ids = torch.tensor([[5, 6, model.config.nsp_token_id, 8]])
-    more = {"passage_input_ids": torch.tensor([[5, 6, 7], [7, 8, 9]]), "passage_labels": torch.tensor([0])} if passages else {}
+    more = (
+        {"passage_input_ids": torch.tensor([[5, 6, 7], [7, 8, 9]]), "passage_labels": torch.tensor([0])}
+        if passages
+        else {}
+    )
     model(ids, labels=ids, **more).loss.backward()
     optimizer.step()
     model.eval()

@@ -24,8 +24,20 @@ TOLERANCES = {"float16": 5e-3}  # of scores; others: 1e-5
 APPROXIMATE = ["faiss-hnsw", "milvus-hnsw"]
 ALL = [*EXACT, *TOLERANCES, *APPROXIMATE]
 
-ODD = ['"quoted" and \'quoted\'', "back\\slash \\n \\", "new\nline\r\n\ttab", "emoji 😀 ünï 東京", "{a} % $meta", "bell \x07 end", "NULL", " spaces "]
-CORPUS = [{"id": f"{i}", "title": f"Title {i % 7}" if i % 3 else "", "text": f"{i} {'radium ' * (i % 5)}in {i * i}"} for i in range(40)]
+ODD = [
+    "\"quoted\" and 'quoted'",
+    "back\\slash \\n \\",
+    "new\nline\r\n\ttab",
+    "emoji 😀 ünï 東京",
+    "{a} % $meta",
+    "bell \x07 end",
+    "NULL",
+    " spaces ",
+]
+CORPUS = [
+    {"id": f"{i}", "title": f"Title {i % 7}" if i % 3 else "", "text": f"{i} {'radium ' * (i % 5)}in {i * i}"}
+    for i in range(40)
+]
 CORPUS += [{"id": text, "title": text, "text": f"{text} {i}"} for i, text in enumerate(ODD)]
 names = (f"index{i}" for i in itertools.count())
 
@@ -36,7 +48,9 @@ def make(name, model, passages, folder, request):
         uri, collection = request.getfixturevalue("milvus_server").uri, next(names)
         if name == "milvus-file":
             uri = str(folder / "passages.db")
-        options = {"index_type": "HNSW", "index_params": {"M": 8, "efConstruction": 32}} if name == "milvus-hnsw" else {}
+        options = (
+            {"index_type": "HNSW", "index_params": {"M": 8, "efConstruction": 32}} if name == "milvus-hnsw" else {}
+        )
         index = model.build_index(passages, show_progress_bar=False)
         retriever = MilvusPassageIndex.from_index(index, uri, collection, show_progress_bar=False, **options)
         return retriever, lambda: MilvusPassageIndex(uri, collection)
@@ -83,7 +97,9 @@ def queries(n=9, seed=0):
 
 def check_results(scores, rows, query_embeds, embeddings, k, name, pools=None):
     """Compare with the plain product; rows of equal scores may stand in any order."""
-    assert scores.shape == rows.shape == (len(query_embeds), k) and scores.dtype == np.float32 and rows.dtype == np.int64
+    assert (
+        scores.shape == rows.shape == (len(query_embeds), k) and scores.dtype == np.float32 and rows.dtype == np.int64
+    )
     tolerance = {"rtol": TOLERANCES.get(name, 1e-5), "atol": TOLERANCES.get(name, 1e-5)}
     products = (query_embeds.float() @ embeddings.T).numpy()
     for i, (row_scores, row_rows) in enumerate(zip(scores, rows, strict=True)):
@@ -105,7 +121,16 @@ def check_results(scores, rows, query_embeds, embeddings, k, name, pools=None):
 # ------------------------------------------------------------------ one interface
 
 ASKED = {name for name in vars(Retriever) if name == "__len__" or not name.startswith("_")}
-ALSO_SHARED = {"__getitem__", "__iter__", "add", "delete", "find", "get_embeddings", "num_rows", "row_of"}  # what else every back end of ours has
+ALSO_SHARED = {
+    "__getitem__",
+    "__iter__",
+    "add",
+    "delete",
+    "find",
+    "get_embeddings",
+    "num_rows",
+    "row_of",
+}  # what else every back end of ours has
 
 
 def parameters(kind, name):
@@ -114,7 +139,9 @@ def parameters(kind, name):
     if not callable(member):
         return None
     taken = inspect.signature(member).parameters
-    return [(parameter, taken[parameter].default) for parameter in taken if parameter != "shard_size"]  # a collection has no shards
+    return [
+        (parameter, taken[parameter].default) for parameter in taken if parameter != "shard_size"
+    ]  # a collection has no shards
 
 
 def test_every_back_end_is_a_retriever(retriever):
@@ -182,14 +209,23 @@ def test_generation_and_judging_ask_for_no_more_and_no_less(the_model, monkeypat
     assert isinstance(other, Retriever)
     eval_file = tmp_path / "eval.jsonl"
     ids = [passage["id"] for passage in PASSAGES]
-    questions = [{"id": f"q{i}", "input": f"question {i}?", "answers": ["x"], "provenance": [[id]], "candidates": ids} for i, id in enumerate(ids)]
+    questions = [
+        {"id": f"q{i}", "input": f"question {i}?", "answers": ["x"], "provenance": [[id]], "candidates": ids}
+        for i, id in enumerate(ids)
+    ]
     eval_file.write_text("".join(json.dumps(question) + "\n" for question in questions))
-    tasks = [Task("full", str(eval_file), index="full", max_new_tokens=6), Task("pool", str(eval_file), index="pool", pool=4, max_new_tokens=6)]
+    tasks = [
+        Task("full", str(eval_file), index="full", max_new_tokens=6),
+        Task("pool", str(eval_file), index="pool", pool=4, max_new_tokens=6),
+    ]
     found = {}
     for name, retriever in (("files", index), ("product", other)):
         monkeypatch.setattr(the_model, "load_index", lambda *args, retriever=retriever, **kwargs: retriever)
         results = evaluate_tasks(the_model, tasks, tmp_path / name, ["retrieval", "forced", "gold", "wrong"])
-        found[name] = {task: {mode: run["metrics"] for mode, run in results["tasks"][task]["modes"].items()} for task in ("full", "pool")}
+        found[name] = {
+            task: {mode: run["metrics"] for mode, run in results["tasks"][task]["modes"].items()}
+            for task in ("full", "pool")
+        }
     assert found["files"] == found["product"] and other.asked == ASKED
     with pytest.raises(ValueError, match="  emb_seq: "):
         run(make_model(emb_seq_kwargs={"seed": 9}), other)
@@ -228,7 +264,14 @@ def test_many_queries_at_once(name, retriever, embeddings):
     check_results(*retriever.search(queries(300), k=2), queries(300), embeddings, 2, name)
 
 
-POOLS = [np.array([3, 1, 40], np.int64), None, np.arange(48), np.array([7], np.int64), np.array([], np.int64), np.array([5, 5, 9], np.int64)]
+POOLS = [
+    np.array([3, 1, 40], np.int64),
+    None,
+    np.arange(48),
+    np.array([7], np.int64),
+    np.array([], np.int64),
+    np.array([5, 5, 9], np.int64),
+]
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
@@ -329,14 +372,24 @@ def test_embeddings_of_rows(name, retriever, embeddings):
 
 def test_all_rows_and_all_passages(retriever):
     rows = retriever.live_rows()
-    assert isinstance(rows, np.ndarray) and rows.dtype == np.int64 and rows.tolist() == list(range(len(CORPUS))) and retriever.num_rows == len(CORPUS)
+    assert (
+        isinstance(rows, np.ndarray)
+        and rows.dtype == np.int64
+        and rows.tolist() == list(range(len(CORPUS)))
+        and retriever.num_rows == len(CORPUS)
+    )
     assert list(retriever) == retriever.get_passages(rows)
 
 
 def test_unknown_ids_are_named(retriever):
     with pytest.raises(ValueError) as error:
         retriever.rows_of(["0", "x1", 'x"2', "1", *[f"y{i}" for i in range(10)]])
-    assert "x1" in str(error.value) and 'x"2' in str(error.value) and "y2" in str(error.value) and "y3" not in str(error.value)
+    assert (
+        "x1" in str(error.value)
+        and 'x"2' in str(error.value)
+        and "y2" in str(error.value)
+        and "y3" not in str(error.value)
+    )
 
 
 def test_the_model_is_checked(retriever, the_model):
@@ -349,7 +402,11 @@ def test_the_model_is_checked(retriever, the_model):
 
 # ------------------------------------------------------------------ maintenance
 
-NEW = [{"id": "new1", "title": "", "text": "radium again"}, {"id": 'new "2"', "title": "Two", "text": "the city"}, {"id": "new3", "text": "chemist"}]
+NEW = [
+    {"id": "new1", "title": "", "text": "radium again"},
+    {"id": 'new "2"', "title": "Two", "text": "the city"},
+    {"id": "new3", "text": "chemist"},
+]
 
 
 def found(retriever, embeds=None, k=100):
@@ -357,7 +414,10 @@ def found(retriever, embeds=None, k=100):
     scores, rows = retriever.search(queries() if embeds is None else embeds, k=k)
     there = sorted({*rows.ravel().tolist()} - {-1})
     ids = {row: passage["id"] for row, passage in zip(there, retriever.get_passages(there), strict=True)}
-    return [{ids[row]: score for row, score in zip(r, s, strict=True) if row >= 0} for r, s in zip(rows.tolist(), scores.tolist(), strict=True)]
+    return [
+        {ids[row]: score for row, score in zip(r, s, strict=True) if row >= 0}
+        for r, s in zip(rows.tolist(), scores.tolist(), strict=True)
+    ]
 
 
 def check_equals_a_fresh_index(retriever, model, passages, name):
@@ -464,10 +524,18 @@ def test_deleting_an_unknown_id_deletes_nothing(changeable):
 
 
 def run(model, retriever, **kwargs):
-    prompts = [encode_prompt(model.tokenizer, question) for question in ["who?", "who painted the Night Watch?", "Curie", "not this one!"]]
+    prompts = [
+        encode_prompt(model.tokenizer, question)
+        for question in ["who?", "who painted the Night Watch?", "Curie", "not this one!"]
+    ]
     prompts[1].append(model.config.nsp_token_id)
     steer = Steer(model, retrieve_every=7, quiet_id=model.tokenizer("!")["input_ids"][0])
-    options = {"max_new_tokens": 16, "logits_processor": LogitsProcessorList([steer]), "return_dict_in_generate": True, **kwargs}
+    options = {
+        "max_new_tokens": 16,
+        "logits_processor": LogitsProcessorList([steer]),
+        "return_dict_in_generate": True,
+        **kwargs,
+    }
     return model.generate(**left_pad(prompts, model.tokenizer.pad_token_id), retriever=retriever, **options)
 
 
@@ -479,8 +547,12 @@ def test_generation_is_the_same_with_every_back_end(name, changeable, the_model)
     assert sum(map(len, expected.retrievals)) > 5 and torch.equal(output.sequences, expected.sequences)
     for trace, expected_trace in zip(output.retrievals, expected.retrievals, strict=True):
         tolerance = TOLERANCES.get(name, 1e-5)
-        assert [retrieval.score for retrieval in trace] == pytest.approx([other.score for other in expected_trace], rel=tolerance, abs=tolerance)
-        assert [replace(retrieval, scores=[]) for retrieval in trace] == [replace(other, scores=[]) for other in expected_trace]
+        assert [retrieval.score for retrieval in trace] == pytest.approx(
+            [other.score for other in expected_trace], rel=tolerance, abs=tolerance
+        )
+        assert [replace(retrieval, scores=[]) for retrieval in trace] == [
+            replace(other, scores=[]) for other in expected_trace
+        ]
 
 
 def test_generation_refuses_an_index_of_another_model(changeable):

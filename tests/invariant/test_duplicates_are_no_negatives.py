@@ -24,7 +24,9 @@ def test_loss_and_gradient_equal_the_batch_without_duplicates():
     losses = info_nce(queries, distinct[which], labels, same_passage, temperature=0.05)[rows]
     expected = info_nce(queries, distinct, unique_labels, temperature=0.05)[rows]
     torch.testing.assert_close(losses, expected)
-    torch.testing.assert_close(torch.autograd.grad(losses.sum(), queries), torch.autograd.grad(expected.sum(), queries))
+    torch.testing.assert_close(
+        torch.autograd.grad(losses.sum(), queries), torch.autograd.grad(expected.sum(), queries)
+    )
 
 
 def test_a_copy_of_the_positive_gets_no_gradient_and_does_not_matter():

@@ -27,7 +27,12 @@ def setup(gen="llama", **config):
 def generate(model, index, prompts, **kwargs):
     inputs = left_pad(prompts, model.generation_config.pad_token_id)
     steer = Steer(model, retrieve_every=7, end_every=11, quiet_id=model.tokenizer("!")["input_ids"][0])
-    options = {"max_new_tokens": 24, "logits_processor": LogitsProcessorList([steer]), "return_dict_in_generate": True, **kwargs}
+    options = {
+        "max_new_tokens": 24,
+        "logits_processor": LogitsProcessorList([steer]),
+        "return_dict_in_generate": True,
+        **kwargs,
+    }
     output = model.generate(**inputs, retriever=index, **options)
     return output, real_tokens(output, inputs["attention_mask"], model.generation_config.pad_token_id)
 
@@ -47,7 +52,9 @@ def test_every_token_is_forwarded_once_at_its_position(gen):
     model.gen.base_model.register_forward_pre_hook(record, with_kwargs=True)
     output, rows = generate(model, index, prompts)
     assert sum(map(len, output.retrievals)) >= 2 and len(set(output.num_generated_tokens.tolist())) > 1
-    assert seen == Counter(pair for ids in rows for pair in enumerate(ids[:-1]))  # the last token of a row is not forwarded: the row has left
+    assert seen == Counter(
+        pair for ids in rows for pair in enumerate(ids[:-1])
+    )  # the last token of a row is not forwarded: the row has left
     assert output.num_forwarded_tokens == seen.total()
 
 
@@ -107,7 +114,9 @@ def test_queries_from_emb_seq_need_it_in_memory(tmp_path):
 
 
 def test_a_query_encoder_stays_without_emb_seq(tmp_path):
-    model, index, prompts = setup(query_from="query_encoder", query_encoder=make_model(emb_seq_kwargs={"seed": 5}).emb_seq)
+    model, index, prompts = setup(
+        query_from="query_encoder", query_encoder=make_model(emb_seq_kwargs={"seed": 5}).emb_seq
+    )
     model.save_pretrained(tmp_path)
     light = CoSupForCausalLM.from_pretrained(tmp_path, load_emb_seq=False)
     expected, output = generate(model, index, prompts)[0], generate(light, index, prompts)[0]

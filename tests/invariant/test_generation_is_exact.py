@@ -26,21 +26,34 @@ def setup(name="llama", pad="<pad>", **more):
     model = make_model(gen, emb_seq, tokenizer=tokenizer, **config, **more)
     index = model.build_index(PASSAGES, show_progress_bar=False)
     prompts = [encode_prompt(tokenizer, question) for question in QUESTIONS]
-    prompts[1] += [model.config.nsp_token_id, *prompts[0], model.config.nsp_token_id]  # retrieves at once, for its last [NSP] only
+    prompts[1] += [
+        model.config.nsp_token_id,
+        *prompts[0],
+        model.config.nsp_token_id,
+    ]  # retrieves at once, for its last [NSP] only
     return model, tokenizer, index, prompts, Steer(model, retrieve_every=9, quiet_id=tokenizer("!")["input_ids"][0])
 
 
 def generate(model, index, prompts, steer, **kwargs):
     kwargs = {"max_new_tokens": MAX_NEW_TOKENS, **kwargs}
     inputs = left_pad(prompts, model.generation_config.pad_token_id)
-    output = model.generate(**inputs, retriever=index, logits_processor=LogitsProcessorList([steer]), return_dict_in_generate=True, **kwargs)
+    output = model.generate(
+        **inputs,
+        retriever=index,
+        logits_processor=LogitsProcessorList([steer]),
+        return_dict_in_generate=True,
+        **kwargs,
+    )
     return output, real_tokens(output, inputs["attention_mask"], model.generation_config.pad_token_id)
 
 
 def unpadded_trace(output, prompts):
     """Like the reference's: columns counted without the padding of the prompt."""
     shifts = [output.prompt_length - len(prompt) for prompt in prompts]
-    return [[(r.position - shift, r.passage_id) for r in trace] for trace, shift in zip(output.retrievals, shifts, strict=True)]
+    return [
+        [(r.position - shift, r.passage_id) for r in trace]
+        for trace, shift in zip(output.retrievals, shifts, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -50,9 +63,15 @@ def check(model, index, prompts, steer, encode_query=None, max_new_tokens=MAX_NE
     for row, prompt in enumerate(prompts):
         ids, passages = reference_generate(model, index, prompt, steer, max_new_tokens, max_retrievals, encode_query)
         assert rows[row] == ids and trace[row] == passages, f"row {row} differs from a recompute of the whole prefix"
-        single, (alone,) = generate(model, index, [prompt], steer, max_new_tokens=max_new_tokens, max_retrievals=max_retrievals)
-        assert alone == ids and unpadded_trace(single, [prompt]) == [passages], f"row {row} alone differs from a recompute of the whole prefix"
-        assert [r.score for r in single.retrievals[0]] == pytest.approx([r.score for r in output.retrievals[row]], rel=1e-4, abs=1e-4)
+        single, (alone,) = generate(
+            model, index, [prompt], steer, max_new_tokens=max_new_tokens, max_retrievals=max_retrievals
+        )
+        assert alone == ids and unpadded_trace(single, [prompt]) == [passages], (
+            f"row {row} alone differs from a recompute of the whole prefix"
+        )
+        assert [r.score for r in single.retrievals[0]] == pytest.approx(
+            [r.score for r in output.retrievals[row]], rel=1e-4, abs=1e-4
+        )
     return output, trace
 
 
@@ -106,9 +125,13 @@ def test_right_padded_prompts():
     input_ids = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids in prompts])
     attention_mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in prompts])
     options = {"max_new_tokens": MAX_NEW_TOKENS, "logits_processor": LogitsProcessorList([steer])}
-    right = model.generate(input_ids, attention_mask=attention_mask, retriever=index, return_dict_in_generate=True, **options)
+    right = model.generate(
+        input_ids, attention_mask=attention_mask, retriever=index, return_dict_in_generate=True, **options
+    )
     assert torch.equal(right.sequences, left.sequences) and max(map(len, rows)) > width
-    assert [[r.position for r in trace] for trace in right.retrievals] == [[r.position for r in trace] for trace in left.retrievals]
+    assert [[r.position for r in trace] for trace in right.retrievals] == [
+        [r.position for r in trace] for trace in left.retrievals
+    ]
 
 
 @pytest.mark.parametrize("pooling", ["eos", "mean"])
@@ -125,13 +148,21 @@ def test_queries_from_emb_seq(pooling):
 
 @pytest.mark.parametrize("query_from", ["emb_seq", "query_encoder"])
 def test_queries_from_an_encoder_with_its_own_tokenizer(query_from):
-    own = make_tokenizer(vocab_size=300, bos="<cls>", eos="<sep>", pad="<nothing>", texts=["Curie painted radium in Warsaw"])
+    own = make_tokenizer(
+        vocab_size=300, bos="<cls>", eos="<sep>", pad="<nothing>", texts=["Curie painted radium in Warsaw"]
+    )
     encoder = make_emb_seq("llama", seed=5) if query_from == "query_encoder" else None
-    model, tokenizer, index, prompts, steer = setup(query_from=query_from, emb_seq_tokenizer=own, query_encoder=encoder)
+    model, tokenizer, index, prompts, steer = setup(
+        query_from=query_from, emb_seq_tokenizer=own, query_encoder=encoder
+    )
 
     def encode_query(ids):
         text = tokenizer.decode(ids, skip_special_tokens=True)
-        ids = [own.bos_token_id, *own(text, add_special_tokens=False, split_special_tokens=True)["input_ids"], own.eos_token_id]
+        ids = [
+            own.bos_token_id,
+            *own(text, add_special_tokens=False, split_special_tokens=True)["input_ids"],
+            own.eos_token_id,
+        ]
         return (encoder or model.emb_seq)(torch.tensor([ids])).last_hidden_state[0, -1]
 
     assert model.emb_seq_tokenizer is own
@@ -145,7 +176,10 @@ def test_without_nsp_token_id_it_is_plain_gen(architecture):
     tokenizer = make_tokenizer()
     model = make_model(architecture, tokenizer=tokenizer)
     index = model.build_index(PASSAGES, show_progress_bar=False)
-    inputs = left_pad([encode_prompt(tokenizer, question) + [model.config.nsp_token_id] for question in QUESTIONS], tokenizer.pad_token_id)
+    inputs = left_pad(
+        [encode_prompt(tokenizer, question) + [model.config.nsp_token_id] for question in QUESTIONS],
+        tokenizer.pad_token_id,
+    )
 
     class PreferControlTokens(Steer):
         def __call__(self, input_ids, scores):
@@ -156,7 +190,9 @@ def test_without_nsp_token_id_it_is_plain_gen(architecture):
     options = {"max_new_tokens": 16, "logits_processor": LogitsProcessorList([PreferControlTokens(model, 5)])}
     ends = {"eos_token_id": model.generation_config.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     expected = model.gen.generate(**inputs, **ends, do_sample=False, **options)
-    assert {model.config.nsp_token_id, model.config.cs_token_id} <= set(expected[:, inputs["input_ids"].shape[1] :].flatten().tolist())
+    assert {model.config.nsp_token_id, model.config.cs_token_id} <= set(
+        expected[:, inputs["input_ids"].shape[1] :].flatten().tolist()
+    )
     assert torch.equal(model.generate(**inputs, nsp_token_id=None, **options), expected)
     assert torch.equal(model.generate(**inputs, nsp_token_id=None, retriever=index, **options), expected)
     with torch.no_grad():

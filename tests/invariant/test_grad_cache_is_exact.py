@@ -13,11 +13,15 @@ INSTANCES = [
     {
         "id": f"i{i}",
         "input": f"question {i} " * (1 + i % 3),
-        "segments": [{"text": f"answer {i}", "passage": PASSAGES[number]} for number in numbers] or [{"text": "free text", "passage": None}],
+        "segments": [{"text": f"answer {i}", "passage": PASSAGES[number]} for number in numbers]
+        or [{"text": "free text", "passage": None}],
     }
     for i, numbers in enumerate(NUMBERS)
 ]
-INSTANCES[4]["segments"][0]["negatives"] = [PASSAGES[1], {"id": "hard", "title": "Night Watch", "text": "The Night Watch is large."}]
+INSTANCES[4]["segments"][0]["negatives"] = [
+    PASSAGES[1],
+    {"id": "hard", "title": "Night Watch", "text": "The Night Watch is large."},
+]
 EMB_SEQ = {"hidden_size": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
@@ -31,7 +35,9 @@ def step(tmp_path, model, collator=None, **kwargs):
     trainer.create_optimizer_and_scheduler(1)
     if options.get("gradient_checkpointing"):
         model.gradient_checkpointing_enable()
-    batches, count = trainer.get_batch_samples(iter([trainer.data_collator(list(trainer.train_dataset))]), 1, model.device)
+    batches, count = trainer.get_batch_samples(
+        iter([trainer.data_collator(list(trainer.train_dataset))]), 1, model.device
+    )
     torch.manual_seed(7)
     loss = trainer.training_step(model, batches[0], count)
     drawn = torch.rand(1)
@@ -52,10 +58,19 @@ def models():
     yield "shared width", make_model()
     yield "emb_head", make_model(emb_seq="gpt2", emb_seq_kwargs=EMB_SEQ)
     yield "dot", make_model(similarity="dot", gen_kwargs={"tie_word_embeddings": False})
-    yield "mean pooling", make_model(emb_seq="bert", emb_seq_pooling="mean", emb_seq_kwargs={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
+    yield (
+        "mean pooling",
+        make_model(
+            emb_seq="bert",
+            emb_seq_pooling="mean",
+            emb_seq_kwargs={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+        ),
+    )
 
 
-CHUNKS = [{"per_device_train_batch_size": n} for n in (1, 3, 8)] + [{"max_tokens_per_micro_batch": n} for n in (1, 90, 400)]
+CHUNKS = [{"per_device_train_batch_size": n} for n in (1, 3, 8)] + [
+    {"max_tokens_per_micro_batch": n} for n in (1, 90, 400)
+]
 
 
 @pytest.mark.parametrize("chunk", CHUNKS, ids=str)
@@ -66,13 +81,20 @@ def test_chunks_equal_one_step(tmp_path, name, model, chunk):
     cached = step(tmp_path, model, nsp_batch_size=len(INSTANCES), **chunk)
     assert cached[3] == {1: 8, 3: 3, 8: 1}.get(chunk.get("per_device_train_batch_size"), cached[3])
     assert_same(cached, whole)
-    assert whole[1]["emb_seq.embed_tokens.weight" if name in ("shared width", "dot") else next(n for n in whole[1] if "emb_seq" in n)].any()
+    assert whole[1][
+        "emb_seq.embed_tokens.weight"
+        if name in ("shared width", "dot")
+        else next(n for n in whole[1] if "emb_seq" in n)
+    ].any()
 
 
 def test_the_step_equals_the_models_own_loss(tmp_path):
     """Against one padded batch through the model's forward, written the plain way: without duplicates and hard negatives."""
     model = make_model(similarity="dot")
-    instances = [dict(x, segments=[{k: v for k, v in s.items() if k != "negatives"} for s in x["segments"]]) for x in INSTANCES[:4]]
+    instances = [
+        dict(x, segments=[{k: v for k, v in s.items() if k != "negatives"} for s in x["segments"]])
+        for x in INSTANCES[:4]
+    ]
     args = CoSupTrainingArguments(str(tmp_path), report_to="none", per_device_train_batch_size=1, nsp_batch_size=4)
     reference = copy.deepcopy(model).train()
     trainer = CoSupTrainer(model, args, train_dataset=instances)
@@ -92,7 +114,10 @@ def test_dropout_is_replayed(tmp_path, gradient_checkpointing):
     """The same micro-batches in one graph draw the same random numbers, so the two must agree although every gradient depends on them."""
     dropout = {"hidden_size": 48, "resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}
     model = make_model(gen_kwargs={"attention_dropout": 0.3}, emb_seq="gpt2", emb_seq_kwargs=dropout)
-    options = {"gradient_checkpointing": gradient_checkpointing, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    options = {
+        "gradient_checkpointing": gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    }
     direct = step(tmp_path, model, {"max_instances": 2}, **options)
     cached = step(tmp_path, model, nsp_batch_size=len(INSTANCES), **options | {"per_device_train_batch_size": 2})
     assert direct[3] == cached[3] == 4
@@ -104,7 +129,9 @@ def test_dropout_is_replayed(tmp_path, gradient_checkpointing):
 
 def test_noisy_embeddings_turn_the_short_first_pass_off(tmp_path):
     """NEFTune draws noise by shape, so a shorter first pass would see other noise."""
-    args = CoSupTrainingArguments(str(tmp_path), report_to="none", nsp_batch_size=8, per_device_train_batch_size=2, neftune_noise_alpha=5.0)
+    args = CoSupTrainingArguments(
+        str(tmp_path), report_to="none", nsp_batch_size=8, per_device_train_batch_size=2, neftune_noise_alpha=5.0
+    )
     assert not CoSupTrainer(make_model(), args, train_dataset=INSTANCES).data_collator.shorten_first_pass
     args.neftune_noise_alpha = None
     assert CoSupTrainer(make_model(), args, train_dataset=INSTANCES).data_collator.shorten_first_pass
@@ -114,17 +141,26 @@ def test_the_first_pass_reads_gen_only_where_it_makes_queries(tmp_path):
     """Tokens that Gen forwards in a step: all rows once, and in the first pass rows up to their last [NSP], or, with queries of Emb_seq, nothing."""
     for config, supervision in (({}, "co"), ({"query_from": "emb_seq"}, "separate")):
         model, read = make_model(**config), []
-        model.gen.model.register_forward_pre_hook(lambda module, args, kwargs, read=read: read.append(kwargs["input_ids"].numel()), with_kwargs=True)
-        args = CoSupTrainingArguments(str(tmp_path), report_to="none", nsp_batch_size=8, per_device_train_batch_size=1, supervision=supervision)
+        model.gen.model.register_forward_pre_hook(
+            lambda module, args, kwargs, read=read: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+        )
+        args = CoSupTrainingArguments(
+            str(tmp_path), report_to="none", nsp_batch_size=8, per_device_train_batch_size=1, supervision=supervision
+        )
         trainer = CoSupTrainer(model, args, train_dataset=INSTANCES)
         trainer.create_optimizer_and_scheduler(1)
         rows, nsp = list(trainer.train_dataset), model.config.nsp_token_id
         batches, count = trainer.get_batch_samples(iter([trainer.data_collator(rows)]), 1, model.device)
         trainer.training_step(model, batches[0], count)
         whole = sum(len(row["input_ids"]) for row in rows)
-        prefixes = sum(len(row["input_ids"]) - row["input_ids"][::-1].index(nsp) for row in rows if nsp in row["input_ids"])
+        prefixes = sum(
+            len(row["input_ids"]) - row["input_ids"][::-1].index(nsp) for row in rows if nsp in row["input_ids"]
+        )
         free = sum(nsp not in row["input_ids"] for row in rows)
-        assert sum(read) in ((whole + prefixes, whole + prefixes + 1) if supervision == "co" else (whole,)), (supervision, free)
+        assert sum(read) in ((whole + prefixes, whole + prefixes + 1) if supervision == "co" else (whole,)), (
+            supervision,
+            free,
+        )
 
 
 @pytest.mark.parametrize("supervision", ["ntp", "nsp", "separate"])
@@ -147,15 +183,21 @@ def test_other_supervisions(tmp_path, supervision):
 def test_a_retriever_alone(tmp_path, query_from):
     """Next passages alone with an encoder's queries: the gradients that separate supervision gives the encoders, and Gen is neither trained nor run."""
     torch.manual_seed(3)
-    model = make_model(query_from=query_from, query_encoder=make_emb_seq(seed=4) if query_from == "query_encoder" else None)
+    model = make_model(
+        query_from=query_from, query_encoder=make_emb_seq(seed=4) if query_from == "query_encoder" else None
+    )
     whole = step(tmp_path, model, {"call_overhead": None}, supervision="nsp")
-    assert_same(step(tmp_path, model, nsp_batch_size=8, supervision="nsp", **{"per_device_train_batch_size": 3}), whole)
+    assert_same(
+        step(tmp_path, model, nsp_batch_size=8, supervision="nsp", **{"per_device_train_batch_size": 3}), whole
+    )
     assert {name.split(".")[0] for name in whole[1]} == {"emb_seq", query_from}
     separate = step(tmp_path, model, {"call_overhead": None}, supervision="separate")
     for name, gradient in whole[1].items():
         torch.testing.assert_close(gradient, separate[1][name], rtol=1e-4, atol=1e-6)
     read = []
-    model.gen.model.register_forward_pre_hook(lambda module, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    model.gen.model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
     step(tmp_path, model, {"call_overhead": None}, supervision="nsp")
     assert read == [1]
 
@@ -166,7 +208,11 @@ def test_two_encoders(tmp_path):
     whole = step(tmp_path, model, {"call_overhead": None}, supervision="separate")
     cached = step(tmp_path, model, nsp_batch_size=8, supervision="separate", **{"per_device_train_batch_size": 3})
     assert_same(cached, whole)
-    assert {name.split(".")[0] for name, gradient in whole[1].items() if gradient.any()} == {"gen", "emb_seq", "query_encoder"}
+    assert {name.split(".")[0] for name, gradient in whole[1].items() if gradient.any()} == {
+        "gen",
+        "emb_seq",
+        "query_encoder",
+    }
 
 
 @pytest.mark.parametrize("frozen", ["gen", "emb_seq"])
@@ -185,7 +231,9 @@ def test_frozen_parts(tmp_path, frozen):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("cached", [False, True])
 def test_packed_rows_equal_padded_rows(tmp_path, attention, cached):
-    model = make_model(gen="mistral", gen_kwargs={"attn_implementation": attention}, emb_seq_kwargs={"attn_implementation": attention})
+    model = make_model(
+        gen="mistral", gen_kwargs={"attn_implementation": attention}, emb_seq_kwargs={"attn_implementation": attention}
+    )
     whole = step(tmp_path, model, {"call_overhead": None})
     options = {"nsp_batch_size": 8, "max_tokens_per_micro_batch": 150} if cached else {}
     packed = step(tmp_path, model, padding_free=True, **options)

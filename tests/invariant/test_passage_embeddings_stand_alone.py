@@ -7,13 +7,23 @@ from modeling_cosup.tokenization_cosup import Packing, encode_passages_for_emb_s
 from support.models import PASSAGES, make_model
 
 # the pooling each architecture is known for, and every pooling where padding could leak in
-CASES = [("llama", "eos"), ("llama", "mean"), ("gpt2", "eos"), ("gpt2", "mean"), ("mistral", "eos"), ("mistral", "mean")]
+CASES = [
+    ("llama", "eos"),
+    ("llama", "mean"),
+    ("gpt2", "eos"),
+    ("gpt2", "mean"),
+    ("mistral", "eos"),
+    ("mistral", "mean"),
+]
 CASES += [("bert", "cls"), ("bert", "mean"), ("bert", "eos"), ("llama", "lasttoken")]
 
 
 def pad(rows, side, extra=0):
     width = max(map(len, rows)) + extra
-    ids, mask = torch.full((len(rows), width), 7), torch.zeros(len(rows), width, dtype=torch.long)  # 7 is an ordinary token
+    ids, mask = (
+        torch.full((len(rows), width), 7),
+        torch.zeros(len(rows), width, dtype=torch.long),
+    )  # 7 is an ordinary token
     for row, tokens in enumerate(rows):
         columns = slice(width - len(tokens), width) if side == "left" else slice(0, len(tokens))
         ids[row, columns], mask[row, columns] = torch.tensor(tokens), 1
@@ -24,7 +34,12 @@ def pad(rows, side, extra=0):
 @pytest.mark.parametrize(("architecture", "pooling"), CASES)
 @torch.no_grad()
 def test_embedding_does_not_depend_on_batch_mates(architecture, pooling, similarity):
-    model = make_model(emb_seq=architecture, emb_seq_pooling=pooling, similarity=similarity, emb_seq_add_eos_token=pooling != "lasttoken")
+    model = make_model(
+        emb_seq=architecture,
+        emb_seq_pooling=pooling,
+        similarity=similarity,
+        emb_seq_add_eos_token=pooling != "lasttoken",
+    )
     rows = encode_passages_for_emb_seq(model.emb_seq_tokenizer, PASSAGES, model.config)
     assert len(set(map(len, rows))) > 3
     alone = torch.cat([model.encode_passages(torch.tensor([tokens])) for tokens in rows])  # no padding, no mask
@@ -33,7 +48,9 @@ def test_embedding_does_not_depend_on_batch_mates(architecture, pooling, similar
     for side in ("right", "left"):
         for extra in (0, 5):
             torch.testing.assert_close(model.encode_passages(**pad(rows, side, extra)), alone, rtol=0, atol=1e-5)
-        torch.testing.assert_close(model.encode_passages(**pad([rows[i] for i in order], side)), alone[order], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            model.encode_passages(**pad([rows[i] for i in order], side)), alone[order], rtol=0, atol=1e-5
+        )
         torch.testing.assert_close(model.encode_passages(**pad(rows[:2], side)), alone[:2], rtol=0, atol=1e-5)
     for batch_size in (1, 2, 4):
         index = model.build_index(PASSAGES, batch_size=batch_size, show_progress_bar=False)
@@ -47,7 +64,9 @@ def test_eos_pooling_reads_the_eos(architecture):
     tokens = encode_passages_for_emb_seq(model.emb_seq_tokenizer, PASSAGES[:1], model.config)[0]
     assert tokens[-1] == model.emb_seq_tokenizer.eos_token_id
     hidden = model.emb_seq(torch.tensor([tokens])).last_hidden_state[0]
-    torch.testing.assert_close(model.encode_passages(**pad([tokens, tokens * 2], "right"))[0], hidden[-1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        model.encode_passages(**pad([tokens, tokens * 2], "right"))[0], hidden[-1], rtol=0, atol=1e-5
+    )
 
 
 @torch.no_grad()
@@ -56,7 +75,9 @@ def test_last_token_pooling_reads_the_passage_itself():
     tokens = encode_passages_for_emb_seq(model.emb_seq_tokenizer, PASSAGES[:1], model.config)[0]
     assert tokens[-1] == model.emb_seq_tokenizer(".", add_special_tokens=False)["input_ids"][0]
     hidden = model.emb_seq(torch.tensor([tokens])).last_hidden_state[0]
-    torch.testing.assert_close(model.encode_passages(**pad([tokens, tokens * 2], "right"))[0], hidden[-1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        model.encode_passages(**pad([tokens, tokens * 2], "right"))[0], hidden[-1], rtol=0, atol=1e-5
+    )
     packing = Packing(torch.arange(len(tokens)).repeat(2)[None], torch.tensor([len(tokens), 2 * len(tokens)]) - 1)
     packed = model.encode_passages(torch.tensor([tokens * 2]), packing=packing)
     torch.testing.assert_close(packed, hidden[-1:].expand(2, -1), rtol=0, atol=1e-5)
@@ -70,7 +91,10 @@ def test_eos_survives_truncation():
     assert {(len(tokens), tokens[0], tokens[-1]) for tokens in rows} == {(8, bos, eos)}
 
 
-@pytest.mark.parametrize(("emb_seq", "config"), [("llama", {"emb_seq_kwargs": {"hidden_size": 48}}), ("gpt2", {}), ("bert", {"emb_seq_pooling": "cls"})])
+@pytest.mark.parametrize(
+    ("emb_seq", "config"),
+    [("llama", {"emb_seq_kwargs": {"hidden_size": 48}}), ("gpt2", {}), ("bert", {"emb_seq_pooling": "cls"})],
+)
 @pytest.mark.parametrize("width", [0, 4])
 def test_no_passages_still_gives_every_parameter_a_gradient(emb_seq, config, width):
     """A rank without passages takes part in every collective: its gradients are zero, not None."""
@@ -79,6 +103,10 @@ def test_no_passages_still_gives_every_parameter_a_gradient(emb_seq, config, wid
     embeds = model.encode_passages(nothing, nothing)
     assert embeds.shape == (0, model.config.embedding_size)
     input_ids, labels = torch.tensor([[5, 6, 7, 8]]), torch.zeros(0, dtype=torch.long)
-    model(input_ids, labels=input_ids, passage_input_ids=nothing, passage_attention_mask=nothing, passage_labels=labels).loss.backward()
+    model(
+        input_ids, labels=input_ids, passage_input_ids=nothing, passage_attention_mask=nothing, passage_labels=labels
+    ).loss.backward()
     trained = {name: p.grad for name, p in model.named_parameters() if name.startswith("emb_") and p.requires_grad}
-    assert trained and all(grad is not None and not grad.any() for grad in trained.values()), [name for name, grad in trained.items() if grad is None]
+    assert trained and all(grad is not None and not grad.any() for grad in trained.values()), [
+        name for name, grad in trained.items() if grad is None
+    ]

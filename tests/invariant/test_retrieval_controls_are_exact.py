@@ -42,10 +42,18 @@ def setup(gen="llama", every=7, **kwargs):
 
 def generate(model, index, prompts, processors, settings, **kwargs):
     inputs = left_pad(prompts, model.generation_config.pad_token_id)
-    options = {"max_new_tokens": MAX_NEW_TOKENS, "logits_processor": processors, "return_dict_in_generate": True, **kwargs}
+    options = {
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "logits_processor": processors,
+        "return_dict_in_generate": True,
+        **kwargs,
+    }
     output = model.generate(**inputs, retriever=index, retrieval_config=settings, **options)
     shifts = [output.prompt_length - len(prompt) for prompt in prompts]
-    trace = [[(r.position - shift, r.passage_ids) for r in row] for row, shift in zip(output.retrievals, shifts, strict=True)]
+    trace = [
+        [(r.position - shift, r.passage_ids) for r in row]
+        for row, shift in zip(output.retrievals, shifts, strict=True)
+    ]
     return output, real_tokens(output, inputs["attention_mask"], model.generation_config.pad_token_id), trace
 
 
@@ -55,8 +63,17 @@ class Reference:
     def __init__(self, model, index, processors, settings, prompt, row, memory=None):
         self.memory, self.states = memory, {}
         self.model, self.index, self.processors, self.settings = model, index, processors, settings
-        self.ids, self.prompt, self.trace, self.forgotten = list(prompt), prompt, [], []  # forgotten: (start, end, [CE]) of a passage
-        self.pool = None if settings.candidates is None or settings.candidates[row] is None else [index.row_of(id) for id in settings.candidates[row]]
+        self.ids, self.prompt, self.trace, self.forgotten = (
+            list(prompt),
+            prompt,
+            [],
+            [],
+        )  # forgotten: (start, end, [CE]) of a passage
+        self.pool = (
+            None
+            if settings.candidates is None or settings.candidates[row] is None
+            else [index.row_of(id) for id in settings.candidates[row]]
+        )
         self.given = None if settings.passages is None else list(settings.passages[row])
 
     def view(self):
@@ -89,12 +106,22 @@ class Reference:
         if window := getattr(self.model.gen.config, "sliding_window", None):
             near = positions[0][None, :] > positions[0][:, None] - window
             sliding = mask.masked_fill(~near, torch.finfo(torch.float32).min)
-            mask = {"sliding_attention": sliding, "full_attention": mask} if hasattr(self.model.gen.config, "layer_types") else sliding
-        return self.model.gen.base_model(torch.tensor([self.ids]), attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state[0, -1]
+            mask = (
+                {"sliding_attention": sliding, "full_attention": mask}
+                if hasattr(self.model.gen.config, "layer_types")
+                else sliding
+            )
+        return self.model.gen.base_model(
+            torch.tensor([self.ids]), attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state[0, -1]
 
     def may_retrieve(self):
         limit = self.settings.max_retrievals
-        return not self.settings.forbid_nsp and (limit is None or len(self.trace) < limit) and (self.given is None or len(self.given) > 0)
+        return (
+            not self.settings.forbid_nsp
+            and (limit is None or len(self.trace) < limit)
+            and (self.given is None or len(self.given) > 0)
+        )
 
     def find(self, hidden):
         if self.given is not None:
@@ -140,7 +167,13 @@ class Reference:
                     self.ids.pop()
                     generated -= 1
                     continue
-            first = self.settings.force_nsp_first and generated == 0 and not refused and self.may_retrieve() and not self.trace
+            first = (
+                self.settings.force_nsp_first
+                and generated == 0
+                and not refused
+                and self.may_retrieve()
+                and not self.trace
+            )
             token = config.nsp_token_id if first else self.decide(hidden, ban=refused or not self.may_retrieve())
             refused = False
             self.ids.append(token)
@@ -165,7 +198,9 @@ def check(settings, gen="llama", every=7, make_memory=None, **kwargs):
     options |= {"max_new_tokens": MAX_NEW_TOKENS, "show_progress_bar": False}
     for batch_size, kind in ((2, {}), (3, {"cache_implementation": "static"})):
         many = model.generate_many(prompts, batch_size=batch_size, **options, **kind)
-        assert [[*prompt, *done.token_ids] for prompt, done in zip(prompts, many, strict=True)] == rows, f"generate_many differs, {kind}"
+        assert [[*prompt, *done.token_ids] for prompt, done in zip(prompts, many, strict=True)] == rows, (
+            f"generate_many differs, {kind}"
+        )
         assert [[(r.position, r.passage_ids) for r in done.retrievals] for done in many] == trace
     return model, index, output, rows, trace
 
@@ -178,8 +213,15 @@ ARCHITECTURES = ["llama", "gpt2", "mistral", "gemma2"]
 def test_forgotten_passages(gen, forget):
     model, index, output, rows, trace = check(RetrievalConfig(forget_passages=forget), gen)
     written = output.sequences.tolist()
-    ends = [ids[r.grounded_span[1]] for ids, row in zip(written, output.retrievals, strict=True) for r in row if r.grounded_span[1] < len(ids)]
-    assert ends.count(model.config.ce_token_id) >= 3 and max(map(len, trace)) >= 2  # several passages are forgotten, some rows retrieve again after that
+    ends = [
+        ids[r.grounded_span[1]]
+        for ids, row in zip(written, output.retrievals, strict=True)
+        for r in row
+        if r.grounded_span[1] < len(ids)
+    ]
+    assert (
+        ends.count(model.config.ce_token_id) >= 3 and max(map(len, trace)) >= 2
+    )  # several passages are forgotten, some rows retrieve again after that
     assert generate(*setup(gen), RetrievalConfig())[1] != rows  # and it makes a difference
 
 
@@ -204,7 +246,11 @@ def test_given_passages(top_k):
     given = [["p1", "p2", "p3"], ["p5"], [], ["p0", "p0"], ["p4"]]
     *_, output, _, trace = check(RetrievalConfig(passages=given, top_k=top_k), every=4)
     found = [[id for _, ids in row for id in ids] for row in trace]
-    assert all(ids == expected[: len(ids)] for ids, expected in zip(found, given, strict=True)) and found[1] == given[1] and sum(map(len, found)) >= 5
+    assert (
+        all(ids == expected[: len(ids)] for ids, expected in zip(found, given, strict=True))
+        and found[1] == given[1]
+        and sum(map(len, found)) >= 5
+    )
     assert {score for row in output.retrievals for r in row for score in r.scores} == {None}
 
 
@@ -220,7 +266,9 @@ def test_minimum_score(gen, force):
     nothing = generate(model, index, prompts, processors, RetrievalConfig(min_score=9.0, force_nsp_first=force))
     assert not any(nothing[2])
     nsp = model.config.nsp_token_id
-    assert not any(nsp in row[len(prompt) : -1] for row, prompt in zip(nothing[1], prompts, strict=True))  # every one was taken back; the last is not asked
+    assert not any(
+        nsp in row[len(prompt) : -1] for row, prompt in zip(nothing[1], prompts, strict=True)
+    )  # every one was taken back; the last is not asked
 
 
 def test_no_passage_twice():
@@ -247,7 +295,14 @@ def test_force_and_forbid(gen):
 
 def test_all_at_once():
     pools = [["p0", "p1", "p2"], None, ["p3"], None, ["p5", "p0"]]
-    settings = RetrievalConfig(2, max_retrievals=2, force_nsp_first=True, candidates=pools, no_repeat_passages=True, forget_passages="recompute")
+    settings = RetrievalConfig(
+        2,
+        max_retrievals=2,
+        force_nsp_first=True,
+        candidates=pools,
+        no_repeat_passages=True,
+        forget_passages="recompute",
+    )
     *_, trace = check(settings, every=5)
     assert sum(map(len, trace)) >= 6
 

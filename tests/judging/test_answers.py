@@ -27,7 +27,8 @@ from trainer.judging.matching import retrieved_ids
 from trainer.losses import embedding_losses
 
 QUESTIONS = [
-    {"id": f"q{i}", "dataset": "d", "instruction": "", "input": f"question {i}?", "answers": [p["title"] or "none"]} | {"provenance": [[p["id"]]]}
+    {"id": f"q{i}", "dataset": "d", "instruction": "", "input": f"question {i}?", "answers": [p["title"] or "none"]}
+    | {"provenance": [[p["id"]]]}
     for i, p in enumerate(PASSAGES)
 ]
 
@@ -68,7 +69,9 @@ def test_modes_of_answering(batch_size):
     index = model.build_index(PASSAGES, show_progress_bar=False)
     off = answer(model, QUESTIONS, None, "off", batch_size=batch_size, max_new_tokens=6)
     gold = answer(model, QUESTIONS, index, "gold", batch_size=batch_size, max_new_tokens=6)
-    wrong, again = (answer(model, QUESTIONS, index, "wrong", batch_size=batch_size, max_new_tokens=6) for _ in range(2))
+    wrong, again = (
+        answer(model, QUESTIONS, index, "wrong", batch_size=batch_size, max_new_tokens=6) for _ in range(2)
+    )
     assert all(retrieved_ids(prediction) == [] for prediction in off)
     assert [retrieved_ids(prediction) for prediction in gold] == [x["provenance"][0] for x in QUESTIONS]
     for prediction, question in zip(wrong, QUESTIONS, strict=True):
@@ -101,8 +104,12 @@ def test_retrieval_metrics_by_hand():
     finite, _, _ = retrieval_metrics(np.nan_to_num(queries), passages, facts, losses_of)
     scores = torch.from_numpy(np.nan_to_num(queries)) @ torch.eye(3)
     scores[1, 0] = float("-inf")
-    assert finite["nsp_loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(scores, torch.tensor([0, 1, 1, 2]))))
-    nothing, _, _ = retrieval_metrics(queries[:0], passages, [BatchFacts(passage_keys=[(i,) for i in range(4)])], losses_of)
+    assert finite["nsp_loss"] == pytest.approx(
+        float(torch.nn.functional.cross_entropy(scores, torch.tensor([0, 1, 1, 2])))
+    )
+    nothing, _, _ = retrieval_metrics(
+        queries[:0], passages, [BatchFacts(passage_keys=[(i,) for i in range(4)])], losses_of
+    )
     assert nothing["nsp_loss"] == 0.0
 
 
@@ -121,14 +128,25 @@ def test_citations_stand_before_the_end_of_each_sentence(model):
         passages = [{"id": id, "title": id, "text": f"text of {id}"}]
         position = 3 + len(tokens)
         tokens += [config.nsp_token_id, *ids("a passage"), config.cs_token_id, *ids(text), config.ce_token_id]
-        trace.append(Retrieval(0, position, passages, [0.5], (3 + len(tokens) - 1 - len(ids(text)), 3 + len(tokens) - 1)))
+        trace.append(
+            Retrieval(0, position, passages, [0.5], (3 + len(tokens) - 1 - len(ids(text)), 3 + len(tokens) - 1))
+        )
     tokens += ids("end.")
     found = as_prediction(FREE, Completion(0, tokens, "its text", "cited", 9, trace), 3, tokenizer)
     assert found["output_with_citations"] == 'Well. It was Rembrandt [1]. He painted [1] who said "radium [2]!" end.'
-    assert [r["grounded_text"] for r in found["retrievals"]] == ["It was Rembrandt. He painted", 'who said "radium!"', ""]
+    assert [r["grounded_text"] for r in found["retrievals"]] == [
+        "It was Rembrandt. He painted",
+        'who said "radium!"',
+        "",
+    ]
     assert retrieved_ids(found) == ["p0", "p1", "p0"] and found["retrievals"][1]["scores"] == [0.5]
     assert found["retrievals"][1]["passages"] == [{"id": "p1", "title": "p1", "text": "text of p1"}]
-    assert (found["id"], found["output"], found["cited_text"], found["num_generated_tokens"]) == ("q90", "its text", "cited", 9)
+    assert (found["id"], found["output"], found["cited_text"], found["num_generated_tokens"]) == (
+        "q90",
+        "its text",
+        "cited",
+        9,
+    )
     assert cite("Yes", "[1][2]") == "Yes [1][2]" and cite("(Really?)", "[1]") == "(Really [1]?)"
 
 
@@ -139,6 +157,9 @@ def test_wrong_passages_depend_on_seed_and_question_alone(model):
     assert wrong_passages(WORLD_QUESTIONS[3:], index, 0) == first[3:]
     assert wrong_passages(WORLD_QUESTIONS, index, 1) != first
     without_pools = [{**x, "candidates": []} for x in WORLD_QUESTIONS]
-    assert all(set(ids).isdisjoint(sum(x["provenance"], [])) for ids, x in zip(wrong_passages(without_pools, index), WORLD_QUESTIONS, strict=True))
+    assert all(
+        set(ids).isdisjoint(sum(x["provenance"], []))
+        for ids, x in zip(wrong_passages(without_pools, index), WORLD_QUESTIONS, strict=True)
+    )
     with pytest.raises(ValueError, match="1 of 2 questions have no passage but gold ones"):
         wrong_passages([WORLD_QUESTIONS[0], {**WORLD_QUESTIONS[1], "candidates": ["p0", "p1", "p3"]}], index)

@@ -24,7 +24,10 @@ class Judge:
     def __call__(self, pairs):
         self.asked.append(list(pairs))
         groups = [self.entailed.get(claim.split()[0].lower(), []) for _, claim in pairs]
-        return [any(all(f"text {letter}" in premise for letter in group) for group in each) for (premise, _), each in zip(pairs, groups, strict=True)]
+        return [
+            any(all(f"text {letter}" in premise for letter in group) for group in each)
+            for (premise, _), each in zip(pairs, groups, strict=True)
+        ]
 
 
 def scores(output, judge, passages=(A, B, C, D)):
@@ -39,8 +42,14 @@ def retrieval(text, *passages):
     "text, sentences",
     [
         ("One. Two! Three? four", ["One.", "Two!", "Three?", "four"]),
-        ("Dr. J. R. Smith of the U.S. Senate came at 5 p.m. today. He left.", ["Dr. J. R. Smith of the U.S. Senate came at 5 p.m. today.", "He left."]),
-        ("It costs 3.5 million. No. 5 is it, he said no. Then...  came", ["It costs 3.5 million.", "No. 5 is it, he said no.", "Then...  came"]),
+        (
+            "Dr. J. R. Smith of the U.S. Senate came at 5 p.m. today. He left.",
+            ["Dr. J. R. Smith of the U.S. Senate came at 5 p.m. today.", "He left."],
+        ),
+        (
+            "It costs 3.5 million. No. 5 is it, he said no. Then...  came",
+            ["It costs 3.5 million.", "No. 5 is it, he said no.", "Then...  came"],
+        ),
         ('He said "Go." Then (at last.) he went.', ['He said "Go."', "Then (at last.)", "he went."]),
         ("A fact [1]. another [2][3].  Third [4]", ["A fact [1].", "another [2][3].", "Third [4]"]),
         ("  \n ", []),
@@ -54,7 +63,9 @@ def test_split_sentences(text, sentences):
 def test_grounding_judges_each_sentence_by_its_own_passage():
     judge = Judge(night=["A"], radium=["B"])
     predictions = [
-        {"retrievals": [retrieval("Night fell. Radium glows.", A), retrieval("Radium glows.", B)]},  # the second sentence stands under the wrong passage
+        {
+            "retrievals": [retrieval("Night fell. Radium glows.", A), retrieval("Radium glows.", B)]
+        },  # the second sentence stands under the wrong passage
         {"retrievals": []},
         {"retrievals": [retrieval("", A)]},
         {"retrievals": [retrieval("Night fell.", B, A)]},  # several passages of one retrieval stand together
@@ -74,10 +85,17 @@ def test_grounding_judges_each_sentence_by_its_own_passage():
 
 def test_a_short_answer_is_judged_with_its_question():
     judge = Judge(what=["A"])
-    predictions = [{"input": "what {fell}?", "retrievals": [retrieval("Night", A)]}, {"input": "and {0}?", "retrievals": [retrieval("Day {x}.", A)]}]
+    predictions = [
+        {"input": "what {fell}?", "retrievals": [retrieval("Night", A)]},
+        {"input": "and {0}?", "retrievals": [retrieval("Day {x}.", A)]},
+    ]
     assert grounding(predictions, judge, hypothesis="{question} {sentence}") == [1.0, 0.0]
     assert judge.asked[-1] == [("Title: A\ntext A", "what {fell}? Night"), ("Title: A\ntext A", "and {0}? Day {x}.")]
-    for wrong, reason in (("{question}", "expected a template with {sentence}"), ("{sentence} {}", "expected a template"), ("{sentence", "expected '}'")):
+    for wrong, reason in (
+        ("{question}", "expected a template with {sentence}"),
+        ("{sentence} {}", "expected a template"),
+        ("{sentence", "expected '}'"),
+    ):
         with pytest.raises(ValueError, match=reason):
             grounding(predictions, judge, hypothesis=wrong)
 
@@ -92,8 +110,12 @@ def test_a_judge_that_does_not_answer_is_an_error():
 
 def test_k_precision_counts_words_in_their_own_passages():
     passage = {"title": "Night Watch", "text": "It was painted by Rembrandt."}
-    assert k_precision({"retrievals": [retrieval("The Night Watch, painted by Vermeer", passage)]}) == pytest.approx(4 / 5)
-    assert k_precision({"retrievals": [retrieval("Rembrandt Rembrandt", passage)]}) == 0.5  # as often as the passage holds it
+    assert k_precision({"retrievals": [retrieval("The Night Watch, painted by Vermeer", passage)]}) == pytest.approx(
+        4 / 5
+    )
+    assert (
+        k_precision({"retrievals": [retrieval("Rembrandt Rembrandt", passage)]}) == 0.5
+    )  # as often as the passage holds it
     assert k_precision({"retrievals": [retrieval("painted", passage), retrieval("painted", A)]}) == 0.5
     assert k_precision({"retrievals": []}) is None is k_precision({"retrievals": [retrieval("the", passage)]})
 
@@ -125,13 +147,23 @@ def test_numbers_of_citations_count_distinct_passages():
 def test_an_unneeded_citation_costs_precision():
     """[2] alone does not entail, and [1] does without it; of two that are needed together each counts."""
     over = scores("Night fell [1][2].", Judge(night=["A"]))
-    assert (over["citation_recall"], over["citation_precision"], over["unneeded"], over["supported"]) == (1.0, 0.5, 1, 1)
+    assert (over["citation_recall"], over["citation_precision"], over["unneeded"], over["supported"]) == (
+        1.0,
+        0.5,
+        1,
+        1,
+    )
     both = scores("Night fell [1][2].", Judge(night=["AB"]))
     assert (both["citation_precision"], both["unneeded"]) == (1.0, 0)
     either = scores("Night fell [1][2].", Judge(night=["A", "B"]))
     assert either["citation_precision"] == 1.0
     neither = scores("Night fell [3][4].", Judge(night=["A"]))
-    assert (neither["citation_recall"], neither["citation_precision"], neither["several"], neither["supported"]) == (0.0, 0.0, 1, 0)
+    assert (neither["citation_recall"], neither["citation_precision"], neither["several"], neither["supported"]) == (
+        0.0,
+        0.0,
+        1,
+        0,
+    )
 
 
 def test_three_citations_count_and_the_rest_is_ignored():
@@ -139,7 +171,10 @@ def test_three_citations_count_and_the_rest_is_ignored():
     fourth = scores("Night fell [1][2][3][4].", judge)
     assert (fourth["citation_recall"], fourth["citation_precision"]) == (0.0, 0.0)
     assert judge.asked[0] == [("Title: A\ntext A\nTitle: B\ntext B\nTitle: C\ntext C", "Night fell.")]
-    assert citation_scores(["Night fell [1][2][3][4]."], [[A, B, C, D]], judge, at_most_citations=4)[0]["citation_recall"] == 1.0
+    assert (
+        citation_scores(["Night fell [1][2][3][4]."], [[A, B, C, D]], judge, at_most_citations=4)[0]["citation_recall"]
+        == 1.0
+    )
 
 
 @pytest.mark.parametrize("marker", ["[5]", "[0]", "[1][7]"])
@@ -158,7 +193,10 @@ def test_citations_of_all_outputs_are_judged_together():
 
 def test_claim_recall():
     judge = Judge(night=["A"], radium=["B"])
-    assert claim_recall(["text A [1].\ntext B", "text A and text B"], [["night", "radium"], ["radium"]], judge) == [0.5, 1.0]  # the first line
+    assert claim_recall(["text A [1].\ntext B", "text A and text B"], [["night", "radium"], ["radium"]], judge) == [
+        0.5,
+        1.0,
+    ]  # the first line
     assert judge.asked[0][0] == ("text A.", "night")
     with pytest.raises(ValueError, match="1 of 2 questions have no claims"):
         claim_recall(["a", "b"], [["x"], []], judge)
@@ -168,7 +206,13 @@ def test_fever_by_nli():
     judge = Judge(claim=["A"])
     outputs = ["text A", "text B", "text A", "text B", ""]
     answers = [["SUPPORTS"], ["supports"], ["REFUTES"], ["refutes"], ["refutes"]]
-    assert fever_nli(outputs, ["Claim it is."] * 5, answers, judge) == [1.0, 0.0, 0.0, 1.0, 0.0]  # nothing written is wrong
+    assert fever_nli(outputs, ["Claim it is."] * 5, answers, judge) == [
+        1.0,
+        0.0,
+        0.0,
+        1.0,
+        0.0,
+    ]  # nothing written is wrong
     assert len(judge.asked[0]) == 4
     with pytest.raises(ValueError, match="expected one verdict"):
         fever_nli(["x"], ["c"], [["supports", "refutes"]], judge)

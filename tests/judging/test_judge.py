@@ -34,7 +34,10 @@ def world(tmp_path_factory):
 def judged(model, world, tmp_path_factory):
     """A results folder with all modes, over the corpus and over a pool, and what was returned."""
     output = tmp_path_factory.mktemp("judged")
-    tasks = [Task("full", **world, split="in-domain", **SHORT), Task("pool", **world, split="out-of-domain", pool=4, top_k=2, max_retrievals=2, **SHORT)]
+    tasks = [
+        Task("full", **world, split="in-domain", **SHORT),
+        Task("pool", **world, split="out-of-domain", pool=4, top_k=2, max_retrievals=2, **SHORT),
+    ]
     modes = ("retrieval", "gold", "off", "forced", "wrong")
     return output, evaluate_tasks(model, tasks, output, modes, batch_size=3)
 
@@ -71,22 +74,44 @@ def test_every_mode_retrieves_what_it_should(judged):
 def test_figures_are_those_of_the_predictions(judged):
     output, results = judged
     found = predictions(output, "forced")[: len(QUESTIONS)]
-    hits = [any(id in sum(x["provenance"], []) for id in retrieved_ids(p)) for p, x in zip(found, QUESTIONS, strict=True)]
+    hits = [
+        any(id in sum(x["provenance"], []) for id in retrieved_ids(p)) for p, x in zip(found, QUESTIONS, strict=True)
+    ]
     figures = results["tasks"]["full"]["modes"]["forced"]["metrics"]
     assert (figures["ret"]["value"], figures["ret"]["n"]) == (pytest.approx(np.mean(hits)), len(QUESTIONS))
     assert figures["nsp_needed"]["value"] == figures["nsp_not_needed"]["value"] == 1.0
-    assert figures["cor"]["n"] == len(QUESTIONS) + 1  # a question of unknown provenance counts, one that needs no passage does not
+    assert (
+        figures["cor"]["n"] == len(QUESTIONS) + 1
+    )  # a question of unknown provenance counts, one that needs no passage does not
     assert figures["cor_not_needed"]["n"] == 1
     assert figures["str_em"]["n"] == 1
     assert "gr" not in figures and "citation_recall" not in figures and "fever_label" not in figures
     assert "ret" not in results["tasks"]["full"]["modes"]["gold"]["metrics"]  # given, not found
-    assert [row["id"] for row in read_lines(output / "full" / "forced" / "scores.jsonl")] == [p["id"] for p in predictions(output, "forced")]
+    assert [row["id"] for row in read_lines(output / "full" / "forced" / "scores.jsonl")] == [
+        p["id"] for p in predictions(output, "forced")
+    ]
     assert results["averages"]["all"]["forced"]["ret"]["tasks"] == 2
     notes = " ".join(results["tasks"]["full"]["left_out"])
-    assert "1 of 9 questions need no passage" in notes and "1 of 9 questions do not say" in notes and "no NLI model" in notes
-    free, judge = (next(note for note in results["tasks"]["full"]["left_out"] if start in note) for start in ("need no passage", "no NLI model"))
-    assert all(f"'{label}'" in free for label in ("EM, not needed", "Cor, not needed", "[NSP], not needed", "K-precision", "retrievals")) and "'Gr'" not in free
-    assert all(f"'{figure(name).label}'" in judge for name in ("gr", "fever_nli", "claim_recall", "citation_recall")) and "'Cor'" not in judge
+    assert (
+        "1 of 9 questions need no passage" in notes
+        and "1 of 9 questions do not say" in notes
+        and "no NLI model" in notes
+    )
+    free, judge = (
+        next(note for note in results["tasks"]["full"]["left_out"] if start in note)
+        for start in ("need no passage", "no NLI model")
+    )
+    assert (
+        all(
+            f"'{label}'" in free
+            for label in ("EM, not needed", "Cor, not needed", "[NSP], not needed", "K-precision", "retrievals")
+        )
+        and "'Gr'" not in free
+    )
+    assert (
+        all(f"'{figure(name).label}'" in judge for name in ("gr", "fever_nli", "claim_recall", "citation_recall"))
+        and "'Cor'" not in judge
+    )
 
 
 def test_rankings_against_plain_products(judged, model):
@@ -98,7 +123,9 @@ def test_rankings_against_plain_products(judged, model):
     assert [row["corpus"] for row in rows] == ranked
     for row, x, own in zip(rows, QUESTIONS, ranked, strict=True):
         assert row["pool"] == [id for id in own if id in pool_of(x, 4)]
-    ranks = [1 + min(own.index(id) for id in sum(x["provenance"], [])) for own, x in zip(ranked, QUESTIONS, strict=True)]
+    ranks = [
+        1 + min(own.index(id) for id in sum(x["provenance"], [])) for own, x in zip(ranked, QUESTIONS, strict=True)
+    ]
     figures = results["tasks"]["pool"]["query"]["corpus"]
     assert figures["mrr"]["value"] == pytest.approx(np.mean([1 / rank for rank in ranks]))
     assert figures["query_recall@5"]["value"] == pytest.approx(np.mean([rank <= 5 for rank in ranks]))
@@ -113,7 +140,9 @@ def test_rows_of_rankings_name_their_scope(judged):
     for scope in ("corpus", "pool"):
         own = [row for row in rows if row["scope"] == scope]
         assert [row["id"] for row in own] == [x["id"] for x in QUESTIONS]
-        assert np.mean([row["mrr"] for row in own]) == pytest.approx(results["tasks"]["pool"]["query"][scope]["mrr"]["value"])
+        assert np.mean([row["mrr"] for row in own]) == pytest.approx(
+            results["tasks"]["pool"]["query"][scope]["mrr"]["value"]
+        )
     assert len(rows) == 2 * len(QUESTIONS)
 
 
@@ -122,9 +151,14 @@ def test_results_of_another_format_are_refused(judged, tmp_path):
     assert read_results(output) == read_results(output / "metrics.json") == results and results["format"] == 2
     of_mode = json.loads((output / "full" / "off" / "metrics.json").read_text())
     assert of_mode == {"format": 2, **results["tasks"]["full"]["modes"]["off"]}
-    for content, found in (({**results, "format": 3}, 3), ({name: results[name] for name in ("tasks", "settings")}, 1)):
+    for content, found in (
+        ({**results, "format": 3}, 3),
+        ({name: results[name] for name in ("tasks", "settings")}, 1),
+    ):
         (tmp_path / "results.json").write_text(json.dumps(content))
-        with pytest.raises(ValueError, match=rf"results.json is of format {found}, expected format 2: .* Run its command again"):
+        with pytest.raises(
+            ValueError, match=rf"results.json is of format {found}, expected format 2: .* Run its command again"
+        ):
             read_results(tmp_path / "results.json")
     with pytest.raises(FileNotFoundError, match="no complete results folder"):
         read_results(tmp_path / "none")
@@ -134,18 +168,34 @@ def test_what_is_there_is_kept_and_an_nli_model_may_come_later(model, world, tmp
     tasks = [Task("t", **world, **SHORT)]
     first = evaluate_tasks(model, tasks, tmp_path / "a", ["forced"], index_cache=tmp_path / "cache")
     monkeypatch.setattr(model, "build_index", lambda *args, **kwargs: pytest.fail("the corpus was embedded again"))
-    monkeypatch.setattr("trainer.judging.runs.answer", lambda *args, **kwargs: pytest.fail("questions were answered again"))
-    again = evaluate_tasks(model, tasks, tmp_path / "a", ["forced"], entail=lambda pairs: [True] * len(pairs), index_cache=tmp_path / "cache")
+    monkeypatch.setattr(
+        "trainer.judging.runs.answer", lambda *args, **kwargs: pytest.fail("questions were answered again")
+    )
+    again = evaluate_tasks(
+        model,
+        tasks,
+        tmp_path / "a",
+        ["forced"],
+        entail=lambda pairs: [True] * len(pairs),
+        index_cache=tmp_path / "cache",
+    )
     assert again["tasks"]["t"]["modes"]["forced"]["metrics"]["gr"]["value"] == 1.0
-    assert first["tasks"]["t"]["modes"]["forced"]["metrics"].items() <= again["tasks"]["t"]["modes"]["forced"]["metrics"].items()
+    assert (
+        first["tasks"]["t"]["modes"]["forced"]["metrics"].items()
+        <= again["tasks"]["t"]["modes"]["forced"]["metrics"].items()
+    )
     assert not (tmp_path / "a" / "t" / "forced" / "parts").exists()
     monkeypatch.undo()
     monkeypatch.setattr(model, "build_index", lambda *args, **kwargs: pytest.fail("the corpus was embedded again"))
     evaluate_tasks(model, tasks, tmp_path / "b", ["off"], index_cache=tmp_path / "cache")
     with pytest.raises(ValueError, match="(?s)holds answers of other settings.*max_new_tokens: then 6, now 7"):
-        evaluate_tasks(model, [Task("t", **world, max_new_tokens=7)], tmp_path / "a", ["forced"], index_cache=tmp_path / "cache")
+        evaluate_tasks(
+            model, [Task("t", **world, max_new_tokens=7)], tmp_path / "a", ["forced"], index_cache=tmp_path / "cache"
+        )
     run_file = tmp_path / "a" / "t" / "forced" / "run.json"  # as the version before wrote it
-    run_file.write_text(json.dumps({name: value for name, value in json.loads(run_file.read_text()).items() if name != "format"}))
+    run_file.write_text(
+        json.dumps({name: value for name, value in json.loads(run_file.read_text()).items() if name != "format"})
+    )
     with pytest.raises(ValueError, match="(?s)holds answers of other settings.*format: then None, now 2"):
         evaluate_tasks(model, tasks, tmp_path / "a", ["forced"], index_cache=tmp_path / "cache")
 
@@ -174,15 +224,51 @@ def test_bad_sets_are_refused_with_counts_before_anything_is_written(model, tmp_
     cases = [
         ([FREE, {**FREE, "id": "f2"}], {}, "none of the 2 questions of .* has provenance"),
         ([*QUESTIONS, QUESTIONS[0]], {}, "1 ids of .* stand twice, e.g. 'q0'"),
-        ([*QUESTIONS, {**FREE, "candidates": ["p0", "p1", "p0"]}], {"pool": 3}, "1 of 8 questions have fewer than 3 candidates, e.g. 'q90'"),
-        ([*QUESTIONS, {**QUESTIONS[0], "id": "x", "candidates": ["nowhere"]}], {}, "candidates of 1 of 8 questions are missing.* not hold 1 of 8 ids"),
-        ([*QUESTIONS, {**QUESTIONS[0], "id": "x", "provenance": [["a", "b"]]}], {}, "gold passages or candidates of 1 of 8 .* does not hold 2 of 9 ids"),
-        ([{**QUESTIONS[1], "candidates": ["p0", "p1", "p3"]}], {"pool": 3}, "1 of 1 questions have no passage but gold ones: mode 'wrong'"),
-        ([{**QUESTIONS[0], "answers": []}], {}, "1 of 1 questions have no answers, which short_answer, their Cor, compares with"),
-        ([{**QUESTIONS[0], "dataset": "fever", "answers": ["maybe"]}, QUESTIONS[1]], {}, "1 of 2 questions have no verdicts, which fever_nli"),
-        ([{**UNKNOWN, "meta": {"provenance_unknown": True}}], {}, "1 of 1 questions have no meta.qa_pairs, which str_em"),
-        ([{**QUESTIONS[0], "meta": {"qa_pairs": [{}]}}], {}, r"1 of 1 questions have other meta.qa_pairs than a list of .*short_answers.*, e.g. 'q0'"),
-        ([{**QUESTIONS[0], "meta": {"claims": "one"}}], {}, "1 of 1 questions have other meta.claims than a list of texts"),
+        (
+            [*QUESTIONS, {**FREE, "candidates": ["p0", "p1", "p0"]}],
+            {"pool": 3},
+            "1 of 8 questions have fewer than 3 candidates, e.g. 'q90'",
+        ),
+        (
+            [*QUESTIONS, {**QUESTIONS[0], "id": "x", "candidates": ["nowhere"]}],
+            {},
+            "candidates of 1 of 8 questions are missing.* not hold 1 of 8 ids",
+        ),
+        (
+            [*QUESTIONS, {**QUESTIONS[0], "id": "x", "provenance": [["a", "b"]]}],
+            {},
+            "gold passages or candidates of 1 of 8 .* does not hold 2 of 9 ids",
+        ),
+        (
+            [{**QUESTIONS[1], "candidates": ["p0", "p1", "p3"]}],
+            {"pool": 3},
+            "1 of 1 questions have no passage but gold ones: mode 'wrong'",
+        ),
+        (
+            [{**QUESTIONS[0], "answers": []}],
+            {},
+            "1 of 1 questions have no answers, which short_answer, their Cor, compares with",
+        ),
+        (
+            [{**QUESTIONS[0], "dataset": "fever", "answers": ["maybe"]}, QUESTIONS[1]],
+            {},
+            "1 of 2 questions have no verdicts, which fever_nli",
+        ),
+        (
+            [{**UNKNOWN, "meta": {"provenance_unknown": True}}],
+            {},
+            "1 of 1 questions have no meta.qa_pairs, which str_em",
+        ),
+        (
+            [{**QUESTIONS[0], "meta": {"qa_pairs": [{}]}}],
+            {},
+            r"1 of 1 questions have other meta.qa_pairs than a list of .*short_answers.*, e.g. 'q0'",
+        ),
+        (
+            [{**QUESTIONS[0], "meta": {"claims": "one"}}],
+            {},
+            "1 of 1 questions have other meta.claims than a list of texts",
+        ),
     ]
     for number, (questions, fields, message) in enumerate(cases):
         (tmp_path / str(number)).mkdir()
@@ -204,16 +290,31 @@ def test_no_index_needs_mode_off(model, world, tmp_path):
 def test_the_query_embedding_alone(judged, model, world, tmp_path, monkeypatch):
     """Mode query generates nothing; its figures are those that every run has of the query embedding, and reports and comparisons do without answers."""
     monkeypatch.setattr("trainer.judging.runs.answer", lambda *args, **kwargs: pytest.fail("generates"))
-    tasks = [Task("full", **world, split="in-domain"), Task("pool", **world, split="out-of-domain", pool=4, top_k=2, max_retrievals=2)]
+    tasks = [
+        Task("full", **world, split="in-domain"),
+        Task("pool", **world, split="out-of-domain", pool=4, top_k=2, max_retrievals=2),
+    ]
     results = evaluate_tasks(model, tasks, tmp_path, ["query"], batch_size=3)
     for name in ("full", "pool"):
-        assert results["tasks"][name]["query"] == judged[1]["tasks"][name]["query"] and not results["tasks"][name]["modes"]
-    assert results["averages"]["all"].keys() == {"query"} and results["averages"]["all"]["query"].keys() == {"corpus", "pool"}
-    assert results["averages"]["all"]["query"]["corpus"]["mrr"]["tasks"] == 2 and results["averages"]["all"]["query"]["pool"]["mrr"]["tasks"] == 1
+        assert (
+            results["tasks"][name]["query"] == judged[1]["tasks"][name]["query"]
+            and not results["tasks"][name]["modes"]
+        )
+    assert results["averages"]["all"].keys() == {"query"} and results["averages"]["all"]["query"].keys() == {
+        "corpus",
+        "pool",
+    }
+    assert (
+        results["averages"]["all"]["query"]["corpus"]["mrr"]["tasks"] == 2
+        and results["averages"]["all"]["query"]["pool"]["mrr"]["tasks"] == 1
+    )
     write_report(tmp_path)
     report = (tmp_path / "report.md").read_text()
     assert "## Query embedding" in report and "## Results" not in report
     found = compare_results(judged[0], tmp_path)
-    assert list(found["tasks"]["full"]) == ["query corpus"] and found["tasks"]["full"]["query corpus"]["mrr"]["difference"] == 0
+    assert (
+        list(found["tasks"]["full"]) == ["query corpus"]
+        and found["tasks"]["full"]["query corpus"]["mrr"]["difference"] == 0
+    )
     with pytest.raises(ValueError, match="There is no mode"):
         evaluate_tasks(model, tasks, tmp_path / "b", [])

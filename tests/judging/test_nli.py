@@ -32,7 +32,9 @@ def folder(folders, request):
 def encoded(judge):
     """A list that receives the shape of every batch that the model reads."""
     shapes, module = [], judge.model.encoder if judge.writes else judge.model.bert
-    module.register_forward_pre_hook(lambda module, args, inputs: shapes.append((args or [inputs["input_ids"]])[0].shape), with_kwargs=True)
+    module.register_forward_pre_hook(
+        lambda module, args, inputs: shapes.append((args or [inputs["input_ids"]])[0].shape), with_kwargs=True
+    )
     return shapes
 
 
@@ -61,7 +63,12 @@ def test_truncation_cuts_the_end_of_the_premise_only(folder):
     judge = NLIJudge.from_pretrained(folder, device="cpu", max_length=14)
     long = [f"{first} {'w1 ' * 40}{last}" for first, last in (("red", "blue"), ("blue", "red"))]
     shapes = encoded(judge)
-    assert judge([(long[0], "w2 red"), (long[0], "w2 blue"), (long[1], "w2 red"), (long[1], "w2 blue")]) == [True, False, False, True]
+    assert judge([(long[0], "w2 red"), (long[0], "w2 blue"), (long[1], "w2 red"), (long[1], "w2 blue")]) == [
+        True,
+        False,
+        False,
+        True,
+    ]
     assert [tuple(shape) for shape in shapes] == [(4, 14)]
     with pytest.raises(ValueError, match=r"1 of 2 hypotheses leave no room for a premise: .* up to \d+ tokens of 14"):
         judge([("red", "w2 red"), ("red", "w2 " * 30)])
@@ -105,7 +112,9 @@ def test_answers_are_kept_by_content(folder, tmp_path):
         other(pairs)
         labels = other.model.config.id2label
         other.model.config.id2label = {i: labels[len(labels) - 1 - i] for i in labels}
-        assert asked(NLIJudge(other.model, other.tokenizer, cache_file=tmp_path / "labels" / "nli.jsonl")) == len(set(pairs))
+        assert asked(NLIJudge(other.model, other.tokenizer, cache_file=tmp_path / "labels" / "nli.jsonl")) == len(
+            set(pairs)
+        )
     lines = [line for line in cache.read_text().splitlines() if line]
     assert len(lines) == 3 * len(set(pairs)) and set(json.loads(lines[0])) == {"key", "entailed"}
     cache.write_text("\n".join([*lines[:5], lines[5][:20]]))
@@ -157,7 +166,9 @@ def test_the_label_of_entailment_is_found_by_name(labels, expected):
 
 def test_models_that_are_no_judges_are_refused(folders, tmp_path):
     """Weights without a classification head would be completed at random; weights that must be unpickled are not read."""
-    BertModel(BertConfig(vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)).save_pretrained(tmp_path / "bare")
+    BertModel(
+        BertConfig(vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    ).save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match="lacks 2 weights of a BertForSequenceClassification"):
         NLIJudge.from_pretrained(tmp_path / "bare", device="cpu")
     judge = NLIJudge.from_pretrained(folders["classifier"], device="cpu")

@@ -47,7 +47,10 @@ def same(number):
 
 def judge(pairs):
     """A hypothesis follows if each of its words of four characters and more is one of the premise's words."""
-    return [set(re.findall(r"\w{4,}", claim.lower())) <= set(re.findall(r"\w+", premise.lower())) for premise, claim in pairs]
+    return [
+        set(re.findall(r"\w{4,}", claim.lower())) <= set(re.findall(r"\w+", premise.lower()))
+        for premise, claim in pairs
+    ]
 
 
 # ---------------------------------------------------------------------- KILT
@@ -110,7 +113,9 @@ def test_each_score_of_alce(name, alce_rows):
     theirs, ours = ALCE["scores"]["each"][name], [row[ALCE_NAMES[name]] for row in alce_rows]
     assert len(set(theirs)) > 1
     assert [number is None for number in ours] == [number is None for number in theirs]
-    assert [100 * number for number in ours if number is not None] == same([number for number in theirs if number is not None])
+    assert [100 * number for number in ours if number is not None] == same(
+        [number for number in theirs if number is not None]
+    )
 
 
 @pytest.mark.parametrize("name", ALCE_NAMES)
@@ -128,13 +133,18 @@ def test_other_numbers_of_citations_that_count(most):
 
 def test_counts_of_several_citations():
     """The percentages that ALCE's code prints, with two decimals."""
-    total = {name: sum(each[name] for each in alce_citations() if each) for name in ("sentences", "several", "supported", "unneeded")}
+    total = {
+        name: sum(each[name] for each in alce_citations() if each)
+        for name in ("sentences", "several", "supported", "unneeded")
+    }
     shares = {
         "multiple citations": total["several"] / total["sentences"],
         "supported": total["supported"] / total["several"],
         "overcite": total["unneeded"] / total["supported"],
     }
-    assert {name: float(f"{100 * share:.2f}") for name, share in shares.items()} == {name: ALCE["scores"]["set"][name] for name in shares}
+    assert {name: float(f"{100 * share:.2f}") for name, share in shares.items()} == {
+        name: ALCE["scores"]["set"][name] for name in shares
+    }
 
 
 # ---------------------------------------------------------------------- the evaluate modules
@@ -154,7 +164,9 @@ def test_the_module_of_kilt(load):
         passages = [{"id": id} for id in x["retrieved"]]
         predictions.append({"id": x["id"], "output": x["output"], "retrievals": [{"passages": passages}]})
     ours = load("kilt").compute(predictions=predictions, references=KILT["instances"])
-    assert {name: ours[KILT_NAMES[name]] for name in KILT_NAMES} == same({name: KILT["scores"]["set"][name] for name in KILT_NAMES})
+    assert {name: ours[KILT_NAMES[name]] for name in KILT_NAMES} == same(
+        {name: KILT["scores"]["set"][name] for name in KILT_NAMES}
+    )
 
 
 def test_the_module_of_alce(load):
@@ -162,7 +174,15 @@ def test_the_module_of_alce(load):
     for x, passages in zip(ALCE["instances"], alce_passages(), strict=True):
         retrievals = [{"passages": [{"id": p["title"], "title": p["title"], "text": p["text"]}]} for p in passages]
         predictions.append({"id": x["id"], "output_with_citations": x["output"], "retrievals": retrievals})
-        references.append({"id": x["id"], "qa_pairs": [{"short_answers": answers} for answers in x["short_answers"]], "claims": x["claims"]})
+        references.append(
+            {
+                "id": x["id"],
+                "qa_pairs": [{"short_answers": answers} for answers in x["short_answers"]],
+                "claims": x["claims"],
+            }
+        )
     ours = load("alce").compute(predictions=predictions, references=references, nli=judge)
-    assert {name: 100 * ours[ALCE_NAMES[name]] for name in ALCE_NAMES} == same({name: ALCE["scores"]["set"][name] for name in ALCE_NAMES})
+    assert {name: 100 * ours[ALCE_NAMES[name]] for name in ALCE_NAMES} == same(
+        {name: ALCE["scores"]["set"][name] for name in ALCE_NAMES}
+    )
     assert ours["num_cited_outputs"] == sum(number is not None for number in ALCE["scores"]["each"]["citation_rec"])

@@ -45,7 +45,9 @@ def test_normalize_answer_and_exact_match():
 
 
 def test_unigram_f1_takes_the_best_answer():
-    assert unigram_f1("painted by Rembrandt in 1642", ["Rembrandt", "by Rembrandt van Rijn"]) == pytest.approx(2 * (2 / 5) * (2 / 4) / (2 / 5 + 2 / 4))
+    assert unigram_f1("painted by Rembrandt in 1642", ["Rembrandt", "by Rembrandt van Rijn"]) == pytest.approx(
+        2 * (2 / 5) * (2 / 4) / (2 / 5 + 2 / 4)
+    )
     assert unigram_f1("Rembrandt Rembrandt", ["Rembrandt"]) == pytest.approx(2 / 3)  # a repeated word counts once
     assert unigram_f1("Vermeer", ["Rembrandt"]) == 0.0
 
@@ -69,23 +71,34 @@ def test_squad_against_torchmetrics():
     texts = [" ".join(generator.choices(words, k=generator.randint(1, 5))) for _ in range(300)]
     pairs = [(a, b) for a, b in zip(texts, reversed(texts), strict=True) if normalize_answer(a) or normalize_answer(b)]
     for prediction, answer in pairs:
-        theirs = squad([{"id": "1", "prediction_text": prediction}], [{"id": "1", "answers": {"text": [answer], "answer_start": [0]}}])
+        theirs = squad(
+            [{"id": "1", "prediction_text": prediction}],
+            [{"id": "1", "answers": {"text": [answer], "answer_start": [0]}}],
+        )
         assert 100 * exact_match(prediction, [answer]) == float(theirs["exact_match"])
         assert 100 * unigram_f1(prediction, [answer]) == pytest.approx(float(theirs["f1"]), abs=1e-4)
     assert len({unigram_f1(a, [b]) for a, b in pairs}) > 5  # the texts do differ in how alike they are
 
 
 def test_rankings_against_torchmetrics():
-    functional = pytest.importorskip("torchmetrics.functional.retrieval", reason="torchmetrics has independent ranking figures")
+    functional = pytest.importorskip(
+        "torchmetrics.functional.retrieval", reason="torchmetrics has independent ranking figures"
+    )
     generator = random.Random(0)
     for _ in range(100):
         ranking = generator.sample("abcdefghijklmnop", k=16)
         gold = set(generator.sample(ranking, k=generator.randint(1, 5)))
         scores, target = torch.arange(16.0, 0.0, -1.0), torch.tensor([id in gold for id in ranking])
         for k in (1, 3, 10):
-            assert ndcg(ranking, [gold], k) == pytest.approx(float(functional.retrieval_normalized_dcg(scores, target, top_k=k)), abs=1e-6)
-            assert query_recall_at_k(ranking, [gold], k) == float(functional.retrieval_hit_rate(scores, target, top_k=k))
-        assert reciprocal_rank(ranking, [gold]) == pytest.approx(float(functional.retrieval_reciprocal_rank(scores, target)))
+            assert ndcg(ranking, [gold], k) == pytest.approx(
+                float(functional.retrieval_normalized_dcg(scores, target, top_k=k)), abs=1e-6
+            )
+            assert query_recall_at_k(ranking, [gold], k) == float(
+                functional.retrieval_hit_rate(scores, target, top_k=k)
+            )
+        assert reciprocal_rank(ranking, [gold]) == pytest.approx(
+            float(functional.retrieval_reciprocal_rank(scores, target))
+        )
         assert r_precision(ranking, [gold]) == pytest.approx(float(functional.retrieval_r_precision(scores, target)))
 
 
@@ -103,7 +116,9 @@ def test_accuracy_of_kilt_is_literal():
 def test_rouge_l():
     """The longest common subsequence of a sentence, by hand; a text without a word is 0; a long sentence is no error."""
     pytest.importorskip("rouge", reason="ROUGE-L is PyPI's rouge (extra eval)")
-    assert rouge_l("one police killed the gunman", ["police kill the gunman now"]) == pytest.approx(0.6, abs=1e-6)  # 3 of 5, 3 of 5
+    assert rouge_l("one police killed the gunman", ["police kill the gunman now"]) == pytest.approx(
+        0.6, abs=1e-6
+    )  # 3 of 5, 3 of 5
     assert rouge_l("x", ["police", "x"]) == pytest.approx(1.0, abs=1e-6)
     assert rouge_l("", ["police"]) == 0.0 == rouge_l("...", ["police"])
     long = " ".join(f"w{i}" for i in range(1500))
@@ -116,7 +131,10 @@ def test_kilt_scores_count_only_with_all_of_the_evidence():
     assert {name: right[name] for name in ("accuracy", "em", "f1")} == {"accuracy": 0.0, "em": 1.0, "f1": 1.0}
     assert right["kilt_em"] == 1.0 and right["kilt_rouge_l"] == right["rouge_l"] == pytest.approx(2 / 3, abs=1e-6)
     partly = kilt_scores("Rembrandt", ["Rembrandt"], 0.5)
-    assert partly["em"] == partly["accuracy"] == 1.0 and partly["kilt_em"] == partly["kilt_accuracy"] == partly["kilt_f1"] == 0.0
+    assert (
+        partly["em"] == partly["accuracy"] == 1.0
+        and partly["kilt_em"] == partly["kilt_accuracy"] == partly["kilt_f1"] == 0.0
+    )
 
 
 def test_fever_by_its_label():
@@ -128,10 +146,22 @@ def test_fever_by_its_label():
 
 
 def test_which_metric_is_cor():
-    assert (cor_metric("nq"), cor_metric("wow"), cor_metric("fever"), cor_metric("my own set")) == ("short_answer", "f1", "fever_nli", "short_answer")
-    assert (cor_metric("fever", nli=False), cor_metric("alce_eli5", nli=False), cor_metric("eli5", nli=False)) == ("fever_label", None, "rouge_l")
+    assert (cor_metric("nq"), cor_metric("wow"), cor_metric("fever"), cor_metric("my own set")) == (
+        "short_answer",
+        "f1",
+        "fever_nli",
+        "short_answer",
+    )
+    assert (cor_metric("fever", nli=False), cor_metric("alce_eli5", nli=False), cor_metric("eli5", nli=False)) == (
+        "fever_label",
+        None,
+        "rouge_l",
+    )
     assert (cor_metric("eli5", claims=True), cor_metric("eli5", nli=False, claims=True)) == ("claim_recall", None)
-    assert all(correctness("supports", ["supports"], metric) == 1.0 for metric in set(DATASET_METRICS.values()) & {"short_answer", "f1"})
+    assert all(
+        correctness("supports", ["supports"], metric) == 1.0
+        for metric in set(DATASET_METRICS.values()) & {"short_answer", "f1"}
+    )
 
 
 def test_str_em_is_the_share_of_readings():
@@ -169,9 +199,15 @@ def test_kilt_recall_at_k_places_a_set_where_its_last_passage_is_found():
     assert [kilt_recall_at_k(["x", "a", "y", "b"], [["a", "b"]], k) for k in (1, 2, 3)] == [0.0, 0.0, 1.0]
     assert [kilt_recall_at_k(["a", "b"], [["a", "b"]], k) for k in (1, 2)] == [1.0, 1.0]  # one place
     assert kilt_recall_at_k(["a", "x"], [["a", "b"]], 2) == 0.0  # half a set is nothing
-    assert [kilt_recall_at_k(["a", "a", "c"], [["a"], ["c"], ["a"]], k) for k in (1, 2)] == [0.5, 1.0]  # repeats and equal sets count once
+    assert [kilt_recall_at_k(["a", "a", "c"], [["a"], ["c"], ["a"]], k) for k in (1, 2)] == [
+        0.5,
+        1.0,
+    ]  # repeats and equal sets count once
     assert [kilt_recall_at_k(["a"], [["a"], ["a", "b"]], k) for k in (1, 2)] == [0.5, 0.5]
-    assert [kilt_recall_at_k(["x", "a"], [["a", "b"], ["a"]], k) for k in (2, 3)] == [0.0, 0.5]  # a takes a place for each of its sets
+    assert [kilt_recall_at_k(["x", "a"], [["a", "b"], ["a"]], k) for k in (2, 3)] == [
+        0.0,
+        0.5,
+    ]  # a takes a place for each of its sets
     assert kilt_recall_at_k([], [["a"]], 5) == 0.0
 
 
@@ -182,7 +218,13 @@ def test_ret_and_ret_precision_are_of_sets():
     assert ret_precision(["a", "b", "x"], [["a"], ["b"]]) == pytest.approx(2 / 3)
     assert ret_precision([], [["a"]]) == 0.0
     scores = retrieval_scores(["a", "x", "b"], [["a", "b"]], ks=(1, 2))
-    assert scores == {"ret": 1.0, "ret_precision": pytest.approx(2 / 3), "r_precision": 0.5, "kilt_recall@1": 0.0, "kilt_recall@2": 1.0}
+    assert scores == {
+        "ret": 1.0,
+        "ret_precision": pytest.approx(2 / 3),
+        "r_precision": 0.5,
+        "kilt_recall@1": 0.0,
+        "kilt_recall@2": 1.0,
+    }
 
 
 def test_ranking_by_the_query_embedding():
@@ -195,10 +237,18 @@ def test_ranking_by_the_query_embedding():
     assert ndcg(ranking, [["a"], ["b"]], k=2) == pytest.approx((1 / math.log2(3)) / (1 + 1 / math.log2(3)))
     assert ndcg(["a", "b"], [["b"], ["a"], ["c"]], k=2) == 1.0  # k places hold no more than k
     scores = ranking_scores(ranking, [["a"]], ks=(1, 2))
-    assert scores == {"mrr": 0.5, "ndcg@10": pytest.approx(1 / math.log2(3)), "query_recall@1": 0.0, "query_recall@2": 1.0}
+    assert scores == {
+        "mrr": 0.5,
+        "ndcg@10": pytest.approx(1 / math.log2(3)),
+        "query_recall@1": 0.0,
+        "query_recall@2": 1.0,
+    }
 
 
-@pytest.mark.parametrize("metric", [ret, ret_precision, r_precision, reciprocal_rank, ndcg, lambda found, sets: kilt_recall_at_k(found, sets, 1)])
+@pytest.mark.parametrize(
+    "metric",
+    [ret, ret_precision, r_precision, reciprocal_rank, ndcg, lambda found, sets: kilt_recall_at_k(found, sets, 1)],
+)
 @pytest.mark.parametrize("provenance", [[], [[]], None])
 def test_no_retrieval_metric_without_provenance(metric, provenance):
     with pytest.raises(ValueError, match="provenance is empty"):
@@ -208,7 +258,11 @@ def test_no_retrieval_metric_without_provenance(metric, provenance):
 def test_evidence_sets_and_ids():
     assert evidence_sets([["a", "b"], [], ["b", "a"], ["a"]]) == [{"a", "b"}, {"a"}]
     assert gold_ids({"provenance": [["a", "b"], ["c"]]}) == {"a", "b", "c"}
-    assert retrieved_ids({"retrievals": [{"passages": [{"id": "a"}, {"id": "b"}]}, {"passages": [{"id": "a"}]}]}) == ["a", "b", "a"]
+    assert retrieved_ids({"retrievals": [{"passages": [{"id": "a"}, {"id": "b"}]}, {"passages": [{"id": "a"}]}]}) == [
+        "a",
+        "b",
+        "a",
+    ]
 
 
 # ---------------------------------------------------------------------- many questions
@@ -217,7 +271,10 @@ def test_evidence_sets_and_ids():
 def test_match_by_id():
     instances = [{"id": 1, "input": "one"}, {"id": "2", "input": "two"}]
     pairs = match_by_id([{"id": "2", "output": "b"}, {"id": "1", "output": "a"}], instances)
-    assert [(prediction["output"], instance["input"]) for prediction, instance in pairs] == [("a", "one"), ("b", "two")]
+    assert [(prediction["output"], instance["input"]) for prediction, instance in pairs] == [
+        ("a", "one"),
+        ("b", "two"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,17 @@ def test_scores_by_hand():
         {**FREE, "answers": ["hello"]},
         {**UNKNOWN, "answers": ["x"]},
     ]
-    made = [prediction(questions[0], "the Night Watch", ["p1", "p0", "p1"], "text of all"), prediction(questions[1], "this supports it", ["p3"], "text of p3")]
+    made = [
+        prediction(questions[0], "the Night Watch", ["p1", "p0", "p1"], "text of all"),
+        prediction(questions[1], "this supports it", ["p3"], "text of p3"),
+    ]
     made += [prediction(questions[2], "hello", ["p0"]), prediction(questions[3], "a Night")]
     found = score(made[::-1], questions)
-    assert found["ret"] == [1.0, 0.0, None, None] and found["ret_precision"] == [0.5, 0.0, None, None] and found["r_precision"] == [0.0, 0.0, None, None]
+    assert (
+        found["ret"] == [1.0, 0.0, None, None]
+        and found["ret_precision"] == [0.5, 0.0, None, None]
+        and found["r_precision"] == [0.0, 0.0, None, None]
+    )
     assert found["cor"] == [1.0, 1.0, None, 1.0] and found["cor_not_needed"] == [None, None, 1.0, None]
     assert found["em_not_needed"] == [None, None, 1.0, None]
     assert found["cor_minus"] == [1.0, 0.0, None, None]
@@ -34,11 +41,17 @@ def test_scores_by_hand():
     assert found["fever_label"] == [None, 1.0, None, None] and found["str_em"] == [None, None, None, 1.0]
     assert found["k_precision"][1] == 1.0 and found["k_precision"][3] is None
     judged = score(made, questions, entail=lambda pairs: [hypothesis == "text of p3" for _, hypothesis in pairs])
-    assert judged["gr"] == [0.0, 1.0, None, None] and judged["gr_success"] == [0.0, None, None, None] and judged["gr_failure"] == [None, 1.0, None, None]
+    assert (
+        judged["gr"] == [0.0, 1.0, None, None]
+        and judged["gr_success"] == [0.0, None, None, None]
+        and judged["gr_failure"] == [None, 1.0, None, None]
+    )
     assert judged["fever_nli"] == [None, 0.0, None, None] and judged["cor"][1] == 0.0  # Cor is by NLI now
     with pytest.raises(ValueError, match="answered 0 of 1 pairs"):
         score(made, questions, entail=lambda pairs: [])
-    with pytest.raises(ValueError, match="3 predictions and 4 questions do not match by id: 1 questions have no prediction"):
+    with pytest.raises(
+        ValueError, match="3 predictions and 4 questions do not match by id: 1 questions have no prediction"
+    ):
         score(made[1:], questions)
     assert score([prediction(questions[0], "x")], questions[:1], metric="em")["cor"] == [0.0]
 
@@ -58,7 +71,11 @@ def test_a_share_of_questions_has_the_interval_of_wilson():
     """It has a width even when all questions score the same; other means have bootstrap intervals."""
     found = measure({"cor": [1.0, 1.0, None], "ret_precision": [0.5, 1.0], "gr": [None, None]}, cor=["short_answer"])
     assert list(found) == ["ret_precision", "cor"]  # in the order of the vocabulary; gr applies nowhere
-    assert found["cor"]["value"] == 1.0 and found["cor"]["n"] == 2 and found["cor"]["interval"] == pytest.approx([0.342, 1.0], abs=1e-3)
+    assert (
+        found["cor"]["value"] == 1.0
+        and found["cor"]["n"] == 2
+        and found["cor"]["interval"] == pytest.approx([0.342, 1.0], abs=1e-3)
+    )
     assert found["ret_precision"] == {"value": 0.75, "interval": [0.5, 1.0], "n": 2}
 
 

@@ -31,4 +31,9 @@ def test_bad_tasks_are_refused():
         read_tasks([{"name": "a"}])
     with pytest.raises(ValueError, match="1 names of tasks stand twice: a"):
         read_tasks([{"name": "a", "eval_file": "x"}] * 2)
-    assert read_tasks([{"name": "a", "eval_file": "x"}, {"name": "b", "eval_file": "x", "pool": "full"}], pool=20, top_k=None)[0].pool == 20
+    assert (
+        read_tasks(
+            [{"name": "a", "eval_file": "x"}, {"name": "b", "eval_file": "x", "pool": "full"}], pool=20, top_k=None
+        )[0].pool
+        == 20
+    )

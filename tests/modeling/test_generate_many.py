@@ -16,7 +16,18 @@ from modeling_cosup.tokenization_cosup import encode_prompt
 from support.generation import Steer, left_pad, real_tokens
 from support.models import PASSAGES
 
-WORDS = ["who", "painted", "the Night Watch", "in Amsterdam", "Curie", "radium", "when", "was it", "Warsaw", "a physicist"]
+WORDS = [
+    "who",
+    "painted",
+    "the Night Watch",
+    "in Amsterdam",
+    "Curie",
+    "radium",
+    "when",
+    "was it",
+    "Warsaw",
+    "a physicist",
+]
 PROMPTS = [" ".join(WORDS[(i * k) % 10] for k in range(1, 2 + i % 4)) + "?" for i in range(17)]
 
 
@@ -40,23 +51,36 @@ def options(model):
 
 def one_by_one(model, index, prompts, options, **kwargs):
     options = {name: value for name, value in options.items() if name != "show_progress_bar"}
-    outputs = [model.generate(torch.tensor([ids]), retriever=index, return_dict_in_generate=True, **options, **kwargs) for ids in prompts]
-    rows = [real_tokens(output, torch.ones(1, len(ids)), model.tokenizer.pad_token_id)[0][len(ids) :] for output, ids in zip(outputs, prompts, strict=True)]
+    outputs = [
+        model.generate(torch.tensor([ids]), retriever=index, return_dict_in_generate=True, **options, **kwargs)
+        for ids in prompts
+    ]
+    rows = [
+        real_tokens(output, torch.ones(1, len(ids)), model.tokenizer.pad_token_id)[0][len(ids) :]
+        for output, ids in zip(outputs, prompts, strict=True)
+    ]
     return outputs, rows
 
 
-def test_on_completion_gets_each_new_answer_and_says_what_the_bar_shows(model, index, prompts, options, tmp_path, capsys):
+def test_on_completion_gets_each_new_answer_and_says_what_the_bar_shows(
+    model, index, prompts, options, tmp_path, capsys
+):
     def run(prompts):
         found = []
         options["show_progress_bar"] = True
-        file = {"output_file": tmp_path / "answers.jsonl", "on_completion": lambda done: found.append(done) or {"done": f"{len(found)}!"}}
+        file = {
+            "output_file": tmp_path / "answers.jsonl",
+            "on_completion": lambda done: found.append(done) or {"done": f"{len(found)}!"},
+        }
         return found, model.generate_many(prompts, retriever=index, batch_size=4, **file, **options)
 
     first, answers = run(prompts[:5])
     assert sorted(first, key=lambda done: done.index) == answers
     assert "done=5!" in capsys.readouterr().err
     second, answers = run(prompts)
-    assert sorted(done.index for done in second) == list(range(5, 17)) and len(answers) == 17  # the others stood in the file
+    assert (
+        sorted(done.index for done in second) == list(range(5, 17)) and len(answers) == 17
+    )  # the others stood in the file
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
@@ -69,7 +93,11 @@ def test_the_same_answers_as_one_by_one(model, index, prompts, options, batch_si
         assert done.num_generated_tokens == int(output.num_generated_tokens)
         assert done.cited_text == model.decode_with_citations(output)[0]
         for ours, theirs in zip(done.retrievals, output.retrievals[0], strict=True):
-            assert (ours.position, ours.grounded_span, ours.passage_ids) == (theirs.position, theirs.grounded_span, theirs.passage_ids)
+            assert (ours.position, ours.grounded_span, ours.passage_ids) == (
+                theirs.position,
+                theirs.grounded_span,
+                theirs.passage_ids,
+            )
             assert ours.row == done.index
         assert all(passage["text"] not in done.text for r in done.retrievals for passage in r.passages)
 
@@ -79,14 +107,18 @@ def test_without_retriever_it_is_plain_generation(model, prompts, options):
     plain = {name: value for name, value in options.items() if name != "show_progress_bar"}
     expected = model.generate(**inputs, **plain)[:, inputs["input_ids"].shape[1] :]
     found = model.generate_many(prompts, batch_size=4, **options)
-    assert [done.token_ids for done in found] == [ids[ids != model.tokenizer.pad_token_id].tolist() for ids in expected]
+    assert [done.token_ids for done in found] == [
+        ids[ids != model.tokenizer.pad_token_id].tolist() for ids in expected
+    ]
     assert model.config.nsp_token_id in expected and all(done.retrievals == [] for done in found)
 
 
 @pytest.mark.parametrize("static", [False, True])
 def test_a_finished_row_makes_room_at_once(model, index, prompts, options, static):
     sizes = []
-    model.gen.base_model.register_forward_pre_hook(lambda module, args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    model.gen.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
     kind = {"cache_implementation": "static"} if static else {}
     found = model.generate_many(prompts, retriever=index, batch_size=4, **options, **kind)
     steps = [rows for rows, width in sizes if width == 1]
@@ -100,7 +132,9 @@ def test_fewer_rows_where_the_cache_may_hold_fewer_tokens(model, index, prompts,
     need = max(map(len, prompts)) + 18 + model.config.max_passage_length + 1
     for tokens, expected in ((10, 1), (need, 1), (3 * need, 3)):
         sizes = []
-        hook = model.gen.base_model.register_forward_pre_hook(lambda m, a, kwargs, s=sizes: s.append(len(kwargs["input_ids"])), with_kwargs=True)
+        hook = model.gen.base_model.register_forward_pre_hook(
+            lambda m, a, kwargs, s=sizes: s.append(len(kwargs["input_ids"])), with_kwargs=True
+        )
         found = model.generate_many(prompts[:6], retriever=index, max_batch_tokens=tokens, **options)
         hook.remove()
         assert max(sizes) == expected and len(found) == 6
@@ -120,11 +154,16 @@ def test_prompts_that_cannot_be(model, index, options):
         model.generate_many([[5]], retriever=index, do_sample=True, num_return_sequences=2, **options)
     with pytest.raises(ValueError, match="retrieval_config needs a retriever"):
         model.generate_many([[5]], retrieval_config=RetrievalConfig(force_nsp_first=True), **options)
-    for name, value in (("streamer", TextStreamer(model.tokenizer)), ("prefix_allowed_tokens_fn", lambda row, ids: [5])):
+    for name, value in (
+        ("streamer", TextStreamer(model.tokenizer)),
+        ("prefix_allowed_tokens_fn", lambda row, ids: [5]),
+    ):
         with pytest.raises(ValueError, match=f"{name} needs rows that keep their places"):
             model.generate_many([[5]], retriever=index, **options, **{name: value})
     with pytest.raises(ValueError, match="candidates has 2 entries, expected one for each of the 4 prompts"):
-        model.generate_many([[5]] * 4, retriever=index, retrieval_config=RetrievalConfig(candidates=[["p0"], ["p1"]]), **options)
+        model.generate_many(
+            [[5]] * 4, retriever=index, retrieval_config=RetrievalConfig(candidates=[["p0"], ["p1"]]), **options
+        )
     with pytest.raises(ValueError, match="Prompt 1 is empty"):
         model.generate_many([[5], []], retriever=index, **options)
     with pytest.raises(ValueError, match="Prompt 1 has 600 tokens, but Gen reads 512"):
@@ -154,7 +193,13 @@ def test_an_interrupted_call_goes_on(model, index, prompts, options, tmp_path):
     expected = model.generate_many(prompts, retriever=index, **options)
 
     class Breaks:
-        check_model, rows_of, get_passages, fingerprint, searches = index.check_model, index.rows_of, index.get_passages, index.fingerprint, 0
+        check_model, rows_of, get_passages, fingerprint, searches = (
+            index.check_model,
+            index.rows_of,
+            index.get_passages,
+            index.fingerprint,
+            0,
+        )
 
         def search(self, *args, **kwargs):
             self.searches += 1
@@ -179,7 +224,12 @@ def test_an_output_file_of_other_prompts_is_refused(model, index, prompts, optio
     before = path.read_bytes()
     with pytest.raises(ValueError, match="line [12]: an answer to another prompt"):
         model.generate_many(prompts[2:6], retriever=index, output_file=path, **options)
-    for other in ({"retrieval_config": RetrievalConfig(top_k=2)}, {"max_retrievals": 1}, {"do_sample": True}, {"retriever": None}):
+    for other in (
+        {"retrieval_config": RetrievalConfig(top_k=2)},
+        {"max_retrievals": 1},
+        {"do_sample": True},
+        {"retriever": None},
+    ):
         with pytest.raises(ValueError, match="line 1: an answer of another model or index, or with other settings"):
             model.generate_many(prompts[:2], **{"retriever": index, "output_file": path, **options, **other})
     assert path.read_bytes() == before

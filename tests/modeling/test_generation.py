@@ -15,7 +15,13 @@ from transformers import (
     TextIteratorStreamer,
     TextStreamer,
 )
-from transformers.generation import BaseStreamer, EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, MinNewTokensLengthLogitsProcessor
+from transformers.generation import (
+    BaseStreamer,
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    MinNewTokensLengthLogitsProcessor,
+)
 
 from modeling_cosup import CoSupGenerateOutput, Retrieval, RetrievalConfig, RetrievalError
 from modeling_cosup.tokenization_cosup import encode_prompt, encode_texts
@@ -55,7 +61,12 @@ def steer(model):
 
 
 def generate(model, inputs, index, *processors, **kwargs):
-    options = {"max_new_tokens": 20, "return_dict_in_generate": True, "logits_processor": LogitsProcessorList(processors), **kwargs}
+    options = {
+        "max_new_tokens": 20,
+        "return_dict_in_generate": True,
+        "logits_processor": LogitsProcessorList(processors),
+        **kwargs,
+    }
     return model.generate(**inputs, retriever=index, **options)
 
 
@@ -68,7 +79,9 @@ def test_trace_points_at_what_stands_in_the_sequences(model, inputs, index, stee
     ends = {config.ce_token_id, config.nsp_token_id, *model.generation_config.eos_token_id}
     assert output.prompt_length == width and torch.equal(output.sequences[:, :width], inputs["input_ids"])
     assert sum(map(len, output.retrievals)) > 5 and config.ce_token_id in output.sequences
-    for ids, trace, count in zip(output.sequences.tolist(), output.retrievals, output.num_generated_tokens.tolist(), strict=True):
+    for ids, trace, count in zip(
+        output.sequences.tolist(), output.retrievals, output.num_generated_tokens.tolist(), strict=True
+    ):
         real = width + count + sum(len(index[index.row_of(r.passage_id)]["input_ids"]) + 1 for r in trace)
         assert set(ids[real:]) <= {model.tokenizer.pad_token_id}
         for retrieval in trace:
@@ -78,7 +91,9 @@ def test_trace_points_at_what_stands_in_the_sequences(model, inputs, index, stee
             assert ids[retrieval.position] == config.nsp_token_id
             assert ids[retrieval.position + 1 : start] == [*passage["input_ids"], config.cs_token_id]
             assert start <= end <= real and not ends & set(ids[start:end]) and (end == real or ids[end] in ends)
-        assert [r.position for r in trace] == [column for column, id in enumerate(ids) if id == config.nsp_token_id and column < real - 1]
+        assert [r.position for r in trace] == [
+            column for column, id in enumerate(ids) if id == config.nsp_token_id and column < real - 1
+        ]
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
@@ -88,7 +103,10 @@ def test_score_is_the_similarity_at_nsp(similarity):
     input_ids = torch.tensor([[*encode_prompt(model.tokenizer, "who?"), model.config.nsp_token_id]])
     (retrieval,) = generate(model, {"input_ids": input_ids}, index, max_retrievals=1).retrievals[0]
     scores = index.embeddings @ model(input_ids).query_embeds[0]
-    assert retrieval.score == pytest.approx(scores.max().item(), abs=1e-4) and index.row_of(retrieval.passage_id) == scores.argmax()
+    assert (
+        retrieval.score == pytest.approx(scores.max().item(), abs=1e-4)
+        and index.row_of(retrieval.passage_id) == scores.argmax()
+    )
     assert retrieval.to_dict() == {**vars(retrieval)} and retrieval.to_dict()["position"] == input_ids.shape[1] - 1
 
 
@@ -97,7 +115,10 @@ def test_without_return_dict_it_is_a_tensor(model, inputs, index, steer):
     assert isinstance(expected, CoSupGenerateOutput)
     assert torch.equal(generate(model, inputs, index, steer, return_dict_in_generate=False), expected.sequences)
     options = {"max_new_tokens": 20, "logits_processor": LogitsProcessorList([steer])}
-    assert torch.equal(model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], retriever=index, **options), expected.sequences)
+    assert torch.equal(
+        model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], retriever=index, **options),
+        expected.sequences,
+    )
 
 
 def test_decode_with_citations(model):
@@ -105,8 +126,34 @@ def test_decode_with_citations(model):
     prompt, answer, passage, first, middle, second, tail = encode_texts(
         tokenizer, ["who?", "So: ", "Amsterdam is a city.", " Rembrandt did", " and also", " Curie", " twice."]
     )
-    nsp, cs, ce, eos, pad = [config.nsp_token_id], [config.cs_token_id], [config.ce_token_id], [tokenizer.eos_token_id], [tokenizer.pad_token_id]
-    pieces = [prompt, answer, nsp, passage, cs, first, ce, middle, nsp, passage, cs, second, nsp, passage, cs, tail, eos, pad, pad]
+    nsp, cs, ce, eos, pad = (
+        [config.nsp_token_id],
+        [config.cs_token_id],
+        [config.ce_token_id],
+        [tokenizer.eos_token_id],
+        [tokenizer.pad_token_id],
+    )
+    pieces = [
+        prompt,
+        answer,
+        nsp,
+        passage,
+        cs,
+        first,
+        ce,
+        middle,
+        nsp,
+        passage,
+        cs,
+        second,
+        nsp,
+        passage,
+        cs,
+        tail,
+        eos,
+        pad,
+        pad,
+    ]
     columns = [0]
     for piece in pieces:
         columns.append(columns[-1] + len(piece))
@@ -119,7 +166,9 @@ def test_decode_with_citations(model):
     sequences = torch.tensor([sum(pieces, [])] * 2)
     output = CoSupGenerateOutput(sequences=sequences, retrievals=[trace, []], prompt_length=len(prompt))
     with_citations, without = model.decode_with_citations(output, tokenizer)
-    assert with_citations == "So: Rembrandt did [1] and also Curie [2] twice. [1]\n[1] Title: Text of a.\n[2] Text of b."
+    assert (
+        with_citations == "So: Rembrandt did [1] and also Curie [2] twice. [1]\n[1] Title: Text of a.\n[2] Text of b."
+    )
     assert without == tokenizer.decode(sequences[0, len(prompt) :], skip_special_tokens=True).strip()
 
 
@@ -166,7 +215,13 @@ def test_max_new_tokens_counts_decoded_tokens_of_each_row(model, inputs, index, 
 
 
 def test_nsp_as_the_last_token_of_the_budget_retrieves_nothing(model, inputs, index):
-    output = generate(model, {name: value[:1] for name, value in inputs.items()}, index, Prefer([model.config.nsp_token_id]), max_new_tokens=1)
+    output = generate(
+        model,
+        {name: value[:1] for name, value in inputs.items()},
+        index,
+        Prefer([model.config.nsp_token_id]),
+        max_new_tokens=1,
+    )
     assert output.retrievals == [[]] and output.sequences[0, -1] == model.config.nsp_token_id
 
 
@@ -177,21 +232,41 @@ def test_min_new_tokens_counts_decoded_tokens(model, inputs, index, steer):
     output = generate(model, inputs, index, steer, eager, min_new_tokens=7)
     assert sum(map(len, output.retrievals)) >= 2
     steps = output.num_generated_tokens.tolist()
-    assert min(steps) == 8 and all(ids[-1] in ends for ids in real_tokens(output, inputs["attention_mask"], model.tokenizer.pad_token_id))
+    assert min(steps) == 8 and all(
+        ids[-1] in ends for ids in real_tokens(output, inputs["attention_mask"], model.tokenizer.pad_token_id)
+    )
     width = inputs["input_ids"].shape[1]
     by_length = generate(model, inputs, index, steer, eager, min_length=width + 7)
-    by_processor = generate(model, inputs, index, steer, eager, MinNewTokensLengthLogitsProcessor(width, 7, ends, "cpu"))
+    by_processor = generate(
+        model, inputs, index, steer, eager, MinNewTokensLengthLogitsProcessor(width, 7, ends, "cpu")
+    )
     assert torch.equal(by_length.sequences, output.sequences) and torch.equal(by_processor.sequences, output.sequences)
 
 
 def test_criteria_of_the_user_end_rows(model, inputs, index, steer):
     word, width = encode_texts(model.tokenizer, ["a"])[0][0], inputs["input_ids"].shape[1]
-    output = generate(model, inputs, index, Prefer([word], 3.0), steer, stopping_criteria=StoppingCriteriaList([EosTokenCriteria(eos_token_id=word)]))
+    output = generate(
+        model,
+        inputs,
+        index,
+        Prefer([word], 3.0),
+        steer,
+        stopping_criteria=StoppingCriteriaList([EosTokenCriteria(eos_token_id=word)]),
+    )
     rows = real_tokens(output, inputs["attention_mask"], model.tokenizer.pad_token_id)
     assert any(ids[-1] == word for ids in rows) and min(output.num_generated_tokens.tolist()) < 20
-    output = generate(model, inputs, index, steer, max_new_tokens=None, stopping_criteria=StoppingCriteriaList([MaxLengthCriteria(max_length=width + 4)]))
+    output = generate(
+        model,
+        inputs,
+        index,
+        steer,
+        max_new_tokens=None,
+        stopping_criteria=StoppingCriteriaList([MaxLengthCriteria(max_length=width + 4)]),
+    )
     assert output.num_generated_tokens.tolist() == [4] * 5
-    output = generate(model, inputs, index, steer, stopping_criteria=StoppingCriteriaList([MaxTimeCriteria(max_time=0.0)]))
+    output = generate(
+        model, inputs, index, steer, stopping_criteria=StoppingCriteriaList([MaxTimeCriteria(max_time=0.0)])
+    )
     assert output.num_generated_tokens.tolist() == [1] * 5
 
 
@@ -202,7 +277,9 @@ def test_an_ended_row_is_padded_and_stays_as_it_was(model, inputs, index, steer)
     counts = output.num_generated_tokens.tolist()
     assert min(counts) < max(counts)
     for row, ids in enumerate(real_tokens(output, inputs["attention_mask"], pad)):
-        assert (ids[-1] in ends) == (counts[row] < 20) and not set(ids[int(inputs["attention_mask"][row].sum()) : -1]) & set(ends)
+        assert (ids[-1] in ends) == (counts[row] < 20) and not set(
+            ids[int(inputs["attention_mask"][row].sum()) : -1]
+        ) & set(ends)
 
 
 def test_stopping_criteria_see_each_row_without_gaps(model, inputs, index, steer):
@@ -217,7 +294,10 @@ def test_stopping_criteria_see_each_row_without_gaps(model, inputs, index, steer
     assert min(output.num_generated_tokens.tolist()) < 20
     for row, ids in enumerate(real_tokens(output, inputs["attention_mask"], model.tokenizer.pad_token_id)):
         alone = torch.tensor([ids[: int(inputs["attention_mask"][row].sum())]])
-        assert generate(model, {"input_ids": alone}, index, steer, Prefer([word], 3.0), **options).sequences[0].tolist() == ids
+        assert (
+            generate(model, {"input_ids": alone}, index, steer, Prefer([word], 3.0), **options).sequences[0].tolist()
+            == ids
+        )
 
 
 @pytest.mark.parametrize("gen", ["gpt2", "llama", "mistral"])
@@ -230,8 +310,12 @@ def test_the_end_of_the_context_ends_a_row(gen, limit):
     prompts[1].append(model.config.nsp_token_id)
     inputs = left_pad(prompts, tokenizer.pad_token_id)
     output = generate(model, inputs, index, Steer(model, retrieve_every=5), max_new_tokens=100)
-    for ids in real_tokens(output, inputs["attention_mask"], tokenizer.pad_token_id):  # [Cs] included, where a passage was cut short
-        assert len(ids) == limit or (len(ids) == limit - 1 and ids[-1] == model.config.nsp_token_id)  # no room for a token of a passage
+    for ids in real_tokens(
+        output, inputs["attention_mask"], tokenizer.pad_token_id
+    ):  # [Cs] included, where a passage was cut short
+        assert len(ids) == limit or (
+            len(ids) == limit - 1 and ids[-1] == model.config.nsp_token_id
+        )  # no room for a token of a passage
     for ids, trace in zip(output.sequences.tolist(), output.retrievals, strict=True):
         for retrieval in trace:
             start, end = retrieval.grounded_span
@@ -246,7 +330,9 @@ def test_a_prompt_that_fills_the_context(model, index):
         ids = prompt + last
         model.config.get_text_config().max_position_embeddings = len(ids) + 1
         output = generate(model, {"input_ids": torch.tensor([ids])}, index, max_new_tokens=5)
-        assert output.sequences.shape[1] == len(ids) + (not last) and output.retrievals == [[]]  # one token, or no room for a passage
+        assert output.sequences.shape[1] == len(ids) + (not last) and output.retrievals == [
+            []
+        ]  # one token, or no room for a passage
         model.config.get_text_config().max_position_embeddings = len(ids)
         with pytest.raises(ValueError, match=f"Prompt 1 has {len(ids)} tokens, but Gen reads {len(ids)}"):
             generate(model, left_pad([prompt[:3], ids], model.tokenizer.pad_token_id), index, max_new_tokens=5)
@@ -263,7 +349,13 @@ def test_max_retrievals(model, inputs, index, steer):
         output = generate(model, inputs, index, Prefer([nsp]), max_new_tokens=5, max_retrievals=limit)
         assert [len(trace) for trace in output.retrievals] == [limit] * 5
         generated = output.sequences[:, inputs["input_ids"].shape[1] :]
-        assert (generated == nsp).sum(1).tolist() == [limit, max(limit - 1, 0), limit, limit, limit]  # one stood in the prompt of row 1
+        assert (generated == nsp).sum(1).tolist() == [
+            limit,
+            max(limit - 1, 0),
+            limit,
+            limit,
+            limit,
+        ]  # one stood in the prompt of row 1
 
 
 def test_cs_is_never_generated(model, inputs, index, steer):
@@ -272,7 +364,9 @@ def test_cs_is_never_generated(model, inputs, index, steer):
         torch.manual_seed(0)
         output = generate(model, inputs, index, steer, Prefer([cs]), **options)
         assert (output.sequences == cs).sum(1).tolist() == [len(trace) for trace in output.retrievals]
-        plain = model.generate(**inputs, max_new_tokens=10, logits_processor=LogitsProcessorList([Prefer([cs])]), **options)
+        plain = model.generate(
+            **inputs, max_new_tokens=10, logits_processor=LogitsProcessorList([Prefer([cs])]), **options
+        )
         assert cs not in plain
     config = GenerationConfig(suppress_tokens=[5])  # a user's own
     output = generate(model, inputs, index, steer, Prefer([cs]), generation_config=config)
@@ -300,8 +394,13 @@ def test_num_return_sequences(model, inputs, index, steer):
 
 
 def test_the_defaults_of_the_checkpoint_are_greedy(model, inputs, index, steer):
-    assert torch.equal(generate(model, inputs, index, steer).sequences, generate(model, inputs, index, steer, do_sample=False).sequences)
-    assert not model.generation_config.do_sample and model.config.cs_token_id in model.generation_config.suppress_tokens
+    assert torch.equal(
+        generate(model, inputs, index, steer).sequences,
+        generate(model, inputs, index, steer, do_sample=False).sequences,
+    )
+    assert (
+        not model.generation_config.do_sample and model.config.cs_token_id in model.generation_config.suppress_tokens
+    )
 
 
 def test_without_retriever_it_is_ordinary_generation(model, inputs, steer):
@@ -365,10 +464,18 @@ def test_low_precision_models_generate(model, inputs, index, steer, dtype):
 
 def test_under_autocast_the_index_is_searched_in_float32(model, inputs, index, steer):
     with torch.autocast("cpu", torch.bfloat16):
-        output = generate(model, inputs, index, steer, retrieval_config=RetrievalConfig(force_nsp_first=True, output_query_embeds=True))
+        output = generate(
+            model,
+            inputs,
+            index,
+            steer,
+            retrieval_config=RetrievalConfig(force_nsp_first=True, output_query_embeds=True),
+        )
     assert sum(map(len, output.retrievals)) >= 5
     for retrieval in (r for trace in output.retrievals for r in trace):
-        assert (index.embeddings @ torch.tensor(retrieval.query_embed)).max().item() == pytest.approx(retrieval.score, abs=1e-6)
+        assert (index.embeddings @ torch.tensor(retrieval.query_embed)).max().item() == pytest.approx(
+            retrieval.score, abs=1e-6
+        )
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's
@@ -380,7 +487,10 @@ def test_a_model_with_adapters_generates(model, inputs, index, steer):
     assert torch.equal(output.sequences, expected.sequences) and output.retrievals == expected.retrievals
 
 
-@pytest.mark.parametrize(("gen", "message"), [("mamba", "recurrent state"), ("gpt_neo", "layers of the types global, local"), ("bloom", "from one cache")])
+@pytest.mark.parametrize(
+    ("gen", "message"),
+    [("mamba", "recurrent state"), ("gpt_neo", "layers of the types global, local"), ("bloom", "from one cache")],
+)
 def test_architectures_that_are_refused(gen, message):
     model = make_model(gen)
     index = model.build_index(PASSAGES, show_progress_bar=False)
@@ -394,7 +504,9 @@ def test_architectures_that_are_refused(gen, message):
 def stream_of(model, index, streamer, **kwargs):
     input_ids = torch.tensor([[*encode_prompt(model.tokenizer, "who?"), model.config.nsp_token_id]])
     letter = encode_texts(model.tokenizer, ["a"])[0]
-    return generate(model, {"input_ids": input_ids}, index, Prefer(letter), max_new_tokens=4, streamer=streamer, **kwargs), input_ids
+    return generate(
+        model, {"input_ids": input_ids}, index, Prefer(letter), max_new_tokens=4, streamer=streamer, **kwargs
+    ), input_ids
 
 
 def test_passages_can_be_hidden_from_a_streamer(model, index, capsys):
@@ -441,12 +553,16 @@ def test_a_streamer_takes_one_row(model, inputs, index):
 def test_finished_rows_leave_the_batch(model, inputs, index, steer):
     steer.end_every = 6
     sizes = []
-    model.gen.base_model.register_forward_pre_hook(lambda module, args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    model.gen.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
     output = generate(model, inputs, index, steer)
     steps = [rows for rows, width in sizes if width == 1]
     counts = sorted(output.num_generated_tokens.tolist())
     assert steps == sorted(steps, reverse=True) and len(set(steps)) > 1
-    assert sum(steps) == sum(count - 1 for count in counts)  # a row's first decision follows from its prompt, after its last it is gone
+    assert sum(steps) == sum(
+        count - 1 for count in counts
+    )  # a row's first decision follows from its prompt, after its last it is gone
 
 
 def test_processors_see_the_whole_batch_in_order(model, inputs, index, steer):
@@ -477,53 +593,94 @@ def assert_own_letters(model, output, letters):
 
 @pytest.mark.parametrize(
     "options",
-    [{"forced_eos_token_id": 5}, {"exponential_decay_length_penalty": (4, 3.0)}, {"begin_suppress_tokens": [22, 232]}, {"min_new_tokens": 9}],
+    [
+        {"forced_eos_token_id": 5},
+        {"exponential_decay_length_penalty": (4, 3.0)},
+        {"begin_suppress_tokens": [22, 232]},
+        {"min_new_tokens": 9},
+    ],
     ids=lambda options: next(iter(options)),
 )
 def test_processors_that_count_do_not_count_passages(model, inputs, index, steer, options):
     """In a batch as alone, where rows retrieve different amounts; and differently from without the option."""
     processors = [steer, Prefer(model.generation_config.eos_token_id, 500.0 if "min_new_tokens" in options else 1.0)]
-    rows = real_tokens(output := generate(model, inputs, index, *processors, **options), inputs["attention_mask"], model.tokenizer.pad_token_id)
+    rows = real_tokens(
+        output := generate(model, inputs, index, *processors, **options),
+        inputs["attention_mask"],
+        model.tokenizer.pad_token_id,
+    )
     assert len(set(map(len, output.retrievals))) > 1
     for row, ids in enumerate(rows):
         prompt = inputs["input_ids"][row][inputs["attention_mask"][row].bool()][None]
         assert generate(model, {"input_ids": prompt}, index, *processors, **options).sequences[0].tolist() == ids
     if "forced_eos_token_id" in options:
-        assert [ids[-1] for ids, count in zip(rows, output.num_generated_tokens.tolist(), strict=True) if count == 20] == [5] * 5
+        assert [
+            ids[-1] for ids, count in zip(rows, output.num_generated_tokens.tolist(), strict=True) if count == 20
+        ] == [5] * 5
     if "min_new_tokens" in options:
         assert min(output.num_generated_tokens.tolist()) > 9
-    assert rows != real_tokens(generate(model, inputs, index, *processors), inputs["attention_mask"], model.tokenizer.pad_token_id)
+    assert rows != real_tokens(
+        generate(model, inputs, index, *processors), inputs["attention_mask"], model.tokenizer.pad_token_id
+    )
 
 
 def test_prefix_allowed_tokens_know_their_row(model, inputs, index, steer):
     letters = [encode_texts(model.tokenizer, [letter])[0][0] for letter in "abcde"]
     nsp, ends = model.config.nsp_token_id, model.generation_config.eos_token_id
     steer.end_every = 6
-    output = generate(model, inputs, index, steer, prefix_allowed_tokens_fn=lambda row, ids: [letters[row], nsp, *ends])
+    output = generate(
+        model, inputs, index, steer, prefix_allowed_tokens_fn=lambda row, ids: [letters[row], nsp, *ends]
+    )
     assert len(set(output.num_generated_tokens.tolist())) > 2
     assert_own_letters(model, output, letters)
 
 
-@pytest.mark.parametrize("warper", [{"top_p": 0.5}, {"top_k": 1}, {"min_p": 0.5}], ids=lambda warper: next(iter(warper)))
-@pytest.mark.parametrize("settings", [{"max_retrievals": 1}, {"forbid_nsp": True}, {"min_score": 9.0}], ids=lambda settings: next(iter(settings)))
+@pytest.mark.parametrize(
+    "warper", [{"top_p": 0.5}, {"top_k": 1}, {"min_p": 0.5}], ids=lambda warper: next(iter(warper))
+)
+@pytest.mark.parametrize(
+    "settings",
+    [{"max_retrievals": 1}, {"forbid_nsp": True}, {"min_score": 9.0}],
+    ids=lambda settings: next(iter(settings)),
+)
 def test_sampling_where_nsp_is_likely_but_not_allowed(model, inputs, index, warper, settings):
     """The warpers choose among what is allowed: they must not keep `[NSP]` alone."""
     torch.manual_seed(0)
     eager = Prefer([model.config.nsp_token_id])
-    output = generate(model, inputs, index, eager, do_sample=True, retrieval_config=RetrievalConfig(**settings), **warper)
+    output = generate(
+        model, inputs, index, eager, do_sample=True, retrieval_config=RetrievalConfig(**settings), **warper
+    )
     limit = settings.get("max_retrievals", 0)
-    assert [len(trace) for trace in output.retrievals] == [limit] * 5 and output.num_generated_tokens.tolist() == [20] * 5
+    assert [len(trace) for trace in output.retrievals] == [limit] * 5 and output.num_generated_tokens.tolist() == [
+        20
+    ] * 5
 
 
 def test_passages_for_which_there_is_no_room_are_not_cited(model, index):
     prompt = [*encode_prompt(model.tokenizer, "who?"), model.config.nsp_token_id]
-    first = generate(model, {"input_ids": torch.tensor([prompt])}, index, max_new_tokens=1, retrieval_config=RetrievalConfig(top_k=3)).retrievals[0][0]
+    first = generate(
+        model,
+        {"input_ids": torch.tensor([prompt])},
+        index,
+        max_new_tokens=1,
+        retrieval_config=RetrievalConfig(top_k=3),
+    ).retrievals[0][0]
     lengths = [len(index[index.row_of(id)]["input_ids"]) for id in first.passage_ids]
     separator = len(encode_texts(model.tokenizer, ["\n"])[0])
-    for room, kept in ((1, 1), (lengths[0] + separator, 1), (lengths[0] + separator + 1, 2), (sum(lengths) + 2 * separator, 3)):
+    for room, kept in (
+        (1, 1),
+        (lengths[0] + separator, 1),
+        (lengths[0] + separator + 1, 2),
+        (sum(lengths) + 2 * separator, 3),
+    ):
         model.config.get_text_config().max_position_embeddings = len(prompt) + room + 1  # and [Cs]
-        output = generate(model, {"input_ids": torch.tensor([prompt])}, index, retrieval_config=RetrievalConfig(top_k=3))
-        assert output.retrievals[0][0].passage_ids == first.passage_ids[:kept] and output.sequences.shape[1] == len(prompt) + room + 1
+        output = generate(
+            model, {"input_ids": torch.tensor([prompt])}, index, retrieval_config=RetrievalConfig(top_k=3)
+        )
+        assert (
+            output.retrievals[0][0].passage_ids == first.passage_ids[:kept]
+            and output.sequences.shape[1] == len(prompt) + room + 1
+        )
         assert int(output.num_generated_tokens) == 0
 
 
@@ -531,7 +688,9 @@ def test_an_nsp_without_room_for_a_passage_is_streamed(model, index):
     prompt = encode_prompt(model.tokenizer, "who?")
     model.config.get_text_config().max_position_embeddings = len(prompt) + 2
     streamer = Collect()
-    output = generate(model, {"input_ids": torch.tensor([prompt])}, index, Prefer([model.config.nsp_token_id]), streamer=streamer)
+    output = generate(
+        model, {"input_ids": torch.tensor([prompt])}, index, Prefer([model.config.nsp_token_id]), streamer=streamer
+    )
     assert streamer.tokens == output.sequences[0].tolist() and output.retrievals == [[]]
 
 
@@ -550,7 +709,11 @@ def test_query_embeddings_on_request(model, inputs, index, steer):
 def test_candidates_with_num_return_sequences(model, inputs, index, steer):
     pools = [["p0"], ["p1"], ["p2"], ["p3"], ["p4"]]
     torch.manual_seed(0)
-    options = {"do_sample": True, "num_return_sequences": 2, "retrieval_config": RetrievalConfig(candidates=pools, force_nsp_first=True)}
+    options = {
+        "do_sample": True,
+        "num_return_sequences": 2,
+        "retrieval_config": RetrievalConfig(candidates=pools, force_nsp_first=True),
+    }
     output = generate(model, inputs, index, steer, **options)
     assert [{r.passage_id for r in trace} for trace in output.retrievals] == [{f"p{row // 2}"} for row in range(10)]
     assert [r.row for trace in output.retrievals for r in trace[:1]] == list(range(10))
@@ -558,7 +721,9 @@ def test_candidates_with_num_return_sequences(model, inputs, index, steer):
 
 def test_an_index_smaller_than_top_k(model, inputs):
     index = model.build_index(PASSAGES[:2], show_progress_bar=False)
-    output = generate(model, inputs, index, retrieval_config=RetrievalConfig(top_k=5, force_nsp_first=True), max_new_tokens=3)
+    output = generate(
+        model, inputs, index, retrieval_config=RetrievalConfig(top_k=5, force_nsp_first=True), max_new_tokens=3
+    )
     assert [len(trace[0].passages) for trace in output.retrievals] == [2] * 5
 
 
@@ -580,10 +745,21 @@ def test_settings_that_cannot_be(settings, message):
 def test_candidates_and_passages_must_fit(model, inputs, index):
     for settings in ({"candidates": [["p0"]] * 3}, {"passages": [["p0"]] * 3}, {"candidates": [["p0"]]}):
         name, given = next(iter(settings.items()))
-        with pytest.raises(ValueError, match=f"{name} has {len(given)} entries, expected one for each of the 5 prompts"):
+        with pytest.raises(
+            ValueError, match=f"{name} has {len(given)} entries, expected one for each of the 5 prompts"
+        ):
             generate(model, inputs, index, retrieval_config=RetrievalConfig(**settings))
-        with pytest.raises(ValueError, match=f"{name} has {len(given)} entries, expected one for each of the 5 prompts"):
-            generate(model, inputs, index, do_sample=True, num_return_sequences=3, retrieval_config=RetrievalConfig(**settings))
+        with pytest.raises(
+            ValueError, match=f"{name} has {len(given)} entries, expected one for each of the 5 prompts"
+        ):
+            generate(
+                model,
+                inputs,
+                index,
+                do_sample=True,
+                num_return_sequences=3,
+                retrieval_config=RetrievalConfig(**settings),
+            )
     for settings in ({"candidates": [["p0", "p77"]] * 5}, {"passages": [["p77"]] * 5}):
         with pytest.raises((ValueError, KeyError), match="p77"):
             generate(model, inputs, index, retrieval_config=RetrievalConfig(**settings))
@@ -619,7 +795,13 @@ def test_a_failed_search_keeps_the_finished_rows(model, inputs, index, steer):
         generate(model, inputs, Breaks(index), steer)
     streamer = Collect()
     with pytest.raises(RetrievalError):
-        generate(model, {"input_ids": inputs["input_ids"][1:2]}, Breaks(index), Prefer([model.config.nsp_token_id]), streamer=streamer)
+        generate(
+            model,
+            {"input_ids": inputs["input_ids"][1:2]},
+            Breaks(index),
+            Prefer([model.config.nsp_token_id]),
+            streamer=streamer,
+        )
     assert streamer.ended  # who reads from it does not wait for ever
     rows = real_tokens(expected, inputs["attention_mask"], model.tokenizer.pad_token_id)
     assert error.value.finished and all(row.ids == rows[row.number] for row in error.value.finished)
@@ -635,7 +817,9 @@ def test_a_static_cache_gives_the_same_tokens(model, inputs, index, steer):
     for options in ({"cache_implementation": "static"}, {"generation_config": in_config}):
         output = generate(model, inputs, index, steer, **options)
         assert torch.equal(output.sequences, expected.sequences) and model._static_row_cache.static
-        assert [[r.passage_id for r in trace] for trace in output.retrievals] == [[r.passage_id for r in trace] for trace in expected.retrievals]
+        assert [[r.passage_id for r in trace] for trace in output.retrievals] == [
+            [r.passage_id for r in trace] for trace in expected.retrievals
+        ]
 
 
 def test_a_static_cache_can_be_released(model, inputs, index):

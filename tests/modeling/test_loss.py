@@ -13,7 +13,11 @@ def reference_info_nce(queries, passages, labels, same_passage=None, temperature
         if label == -100:
             losses.append(queries.sum() * 0)
             continue
-        scores = [(q := queries[i]) @ p / temperature for j, p in enumerate(passages) if j == label or same_passage is None or not same_passage[i, j]]
+        scores = [
+            (q := queries[i]) @ p / temperature
+            for j, p in enumerate(passages)
+            if j == label or same_passage is None or not same_passage[i, j]
+        ]
         losses.append(torch.stack(scores).logsumexp(0) - q @ passages[label] / temperature)
     return torch.stack(losses)
 
@@ -60,7 +64,9 @@ def test_info_nce_under_autocast_at_paper_scale_scores(dtype):
     torch.manual_seed(0)
     passages = F.normalize(torch.randn(64, 128), dim=-1) * 34
     queries = F.normalize(passages + 0.05 * torch.randn(64, 128), dim=-1) * 34
-    passages[1::2] = passages[::2] + 0.002 * torch.randn(32, 128)  # differences of about 0.1 between scores of about 1,000
+    passages[1::2] = passages[::2] + 0.002 * torch.randn(
+        32, 128
+    )  # differences of about 0.1 between scores of about 1,000
     labels = torch.arange(64)
     expected = info_nce(queries, passages, labels)
     assert 900 < similarity_scores(queries, passages).max() < 1200 and expected.max() > 0.1
@@ -68,7 +74,9 @@ def test_info_nce_under_autocast_at_paper_scale_scores(dtype):
         losses, scores = info_nce(queries, passages, labels), similarity_scores(queries, passages)
         assert (queries @ passages.T).dtype == dtype  # autocast is on
     assert losses.dtype == scores.dtype == torch.float32 and torch.equal(losses, expected)
-    torch.testing.assert_close(losses.double(), reference_info_nce(queries.double(), passages.double(), labels), rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        losses.double(), reference_info_nce(queries.double(), passages.double(), labels), rtol=0, atol=1e-3
+    )
 
 
 def test_info_nce_takes_low_precision_embeddings():
@@ -96,7 +104,9 @@ def lm_case(valid=0.6, batch=3, length=17, width=8, vocabulary=29):
 
 
 def full_cross_entropy(hidden, labels, head):
-    return F.cross_entropy(head(hidden)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    return F.cross_entropy(
+        head(hidden)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+    )
 
 
 @pytest.mark.parametrize("valid", [0.3, 1.0])

@@ -36,7 +36,10 @@ def batch(model, passages=PASSAGES[:4], rows=3):
         "passage_attention_mask": torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in encoded]),
         "passage_labels": torch.tensor([2, 0, 3]),
     }
-    return {name: value[:rows] if name in ("input_ids", "attention_mask", "labels") else value for name, value in inputs.items()}
+    return {
+        name: value[:rows] if name in ("input_ids", "attention_mask", "labels") else value
+        for name, value in inputs.items()
+    }
 
 
 def reference_losses(model, inputs):
@@ -61,7 +64,10 @@ def reference_losses(model, inputs):
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
-@pytest.mark.parametrize(("gen", "emb_seq", "width"), [("llama", "llama", 32), ("gpt2", "mistral", 48), ("mistral", "gpt2", 16), ("qwen3", "bert", 32)])
+@pytest.mark.parametrize(
+    ("gen", "emb_seq", "width"),
+    [("llama", "llama", 32), ("gpt2", "mistral", 48), ("mistral", "gpt2", 16), ("qwen3", "bert", 32)],
+)
 def test_losses_embeddings_and_gradients_equal_the_reference(gen, emb_seq, width, similarity):
     model = make_model(gen, emb_seq, similarity=similarity, emb_seq_kwargs={"hidden_size": width})
     inputs = batch(model)
@@ -78,7 +84,9 @@ def test_losses_embeddings_and_gradients_equal_the_reference(gen, emb_seq, width
     expected = torch.autograd.grad(ntp + model.config.nsp_loss_weight * nsp, parameters, allow_unused=True)
     for gradient, reference in zip(gradients, expected, strict=True):
         assert gradient is not None
-        torch.testing.assert_close(gradient, torch.zeros_like(gradient) if reference is None else reference, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            gradient, torch.zeros_like(gradient) if reference is None else reference, rtol=1e-3, atol=1e-4
+        )
 
 
 def test_weight_and_temperature_follow_the_similarity_unless_given():
@@ -112,17 +120,36 @@ def test_a_bad_setting_is_named(bad, message):
 
 
 def test_config_survives_saving(tmp_path):
-    model = make_model("mistral", "bert", emb_seq_kwargs={"hidden_size": 16}, similarity="dot", temperature=3.0, passage_template="{text}", nsp_token="[Ret]")
+    model = make_model(
+        "mistral",
+        "bert",
+        emb_seq_kwargs={"hidden_size": 16},
+        similarity="dot",
+        temperature=3.0,
+        passage_template="{text}",
+        nsp_token="[Ret]",
+    )
     model.config.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     assert config.to_dict() == {**model.config.to_dict(), "_name_or_path": str(tmp_path)}
-    assert config.gen_config.sliding_window == 8 and config.emb_seq_config.model_type == "bert" and config.get_text_config() is config.gen_config
-    assert (config.temperature, config.nsp_token_id, config.embedding_size, config.needs_emb_head) == (3.0, model.config.nsp_token_id, 32, True)
+    assert (
+        config.gen_config.sliding_window == 8
+        and config.emb_seq_config.model_type == "bert"
+        and config.get_text_config() is config.gen_config
+    )
+    assert (config.temperature, config.nsp_token_id, config.embedding_size, config.needs_emb_head) == (
+        3.0,
+        model.config.nsp_token_id,
+        32,
+        True,
+    )
 
 
 def test_an_emb_head_that_is_asked_for():
     weight = torch.randn(8, 16)
-    model = make_model(emb_seq_kwargs={"hidden_size": 16}, query_from="emb_seq", emb_head_size=8, emb_head=weight, similarity="dot")
+    model = make_model(
+        emb_seq_kwargs={"hidden_size": 16}, query_from="emb_seq", emb_head_size=8, emb_head=weight, similarity="dot"
+    )
     assert torch.equal(model.emb_head.weight, weight) and model.config.embedding_size == 8
     ids = torch.tensor([[5, 6, model.config.nsp_token_id]])
     expected = model.emb_seq(ids).last_hidden_state[:, -1] @ weight.T  # of a query and of a passage alike
@@ -135,7 +162,9 @@ def test_an_emb_head_that_is_asked_for():
 def test_passages_may_fill_the_positions_of_an_emb_seq_that_reads_no_eos():
     settings = {"emb_seq_pooling": "lasttoken", "max_passage_length": 511}
     make_model(emb_seq_add_eos_token=False, **settings)
-    with pytest.raises(ValueError, match="max_passage_length=511, BOS and EOS do not fit into Emb_seq's 512 positions"):
+    with pytest.raises(
+        ValueError, match="max_passage_length=511, BOS and EOS do not fit into Emb_seq's 512 positions"
+    ):
         make_model(**settings)
 
 
@@ -168,7 +197,9 @@ def test_nsp_loss_can_be_left_to_the_caller():
     inputs = batch(model)
     expected, output = model(**inputs), model(**inputs, compute_nsp_loss=False)
     assert output.nsp_loss is None and output.loss == output.ntp_loss == expected.ntp_loss
-    assert torch.equal(output.query_embeds, expected.query_embeds) and torch.equal(output.passage_embeds, expected.passage_embeds)
+    assert torch.equal(output.query_embeds, expected.query_embeds) and torch.equal(
+        output.passage_embeds, expected.passage_embeds
+    )
     del inputs["labels"]  # the NSP loss alone
     output = model(**inputs)
     assert output.ntp_loss is None and output.loss == model.config.nsp_loss_weight * expected.nsp_loss
@@ -188,8 +219,13 @@ def test_queries_without_a_positive_do_not_count():
 @pytest.mark.parametrize("compute_nsp_loss", [True, False])
 def test_wrong_number_of_passage_labels(count, compute_nsp_loss):
     model = make_model()
-    with pytest.raises(ValueError, match=rf"passage_labels has {count} entries, expected one for each of the 3 \[NSP\]"):
-        model(**{**batch(model), "passage_labels": torch.zeros(count, dtype=torch.long)}, compute_nsp_loss=compute_nsp_loss)
+    with pytest.raises(
+        ValueError, match=rf"passage_labels has {count} entries, expected one for each of the 3 \[NSP\]"
+    ):
+        model(
+            **{**batch(model), "passage_labels": torch.zeros(count, dtype=torch.long)},
+            compute_nsp_loss=compute_nsp_loss,
+        )
 
 
 @pytest.mark.parametrize("query_from", ["gen", "emb_seq"])
@@ -202,7 +238,9 @@ def test_a_batch_without_nsp(query_from):
     assert output.query_embeds.shape == (0, 32) and output.nsp_loss == 0 and output.loss == output.ntp_loss
     output.loss.backward()
     assert all(p.grad is not None for p in model.parameters())
-    assert not any(p.grad.any() for p in model.emb_seq.parameters()) and any(p.grad.any() for p in model.gen.parameters())
+    assert not any(p.grad.any() for p in model.emb_seq.parameters()) and any(
+        p.grad.any() for p in model.gen.parameters()
+    )
     text = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
     assert model(**text).loss == output.ntp_loss  # no passages at all
 
@@ -211,7 +249,12 @@ def test_a_batch_without_nsp(query_from):
 def test_queries_without_any_passage(width):
     model = make_model()
     nothing = torch.zeros(0, width, dtype=torch.long)
-    inputs = {**batch(model), "passage_input_ids": nothing, "passage_attention_mask": nothing, "passage_labels": torch.full((3,), -100)}
+    inputs = {
+        **batch(model),
+        "passage_input_ids": nothing,
+        "passage_attention_mask": nothing,
+        "passage_labels": torch.full((3,), -100),
+    }
     output = model(**inputs)
     assert output.passage_embeds.shape == (0, 32) and output.nsp_loss == 0 and output.loss == output.ntp_loss
     output.loss.backward()
@@ -221,7 +264,9 @@ def test_queries_without_any_passage(width):
 def test_no_labels_at_all_gives_zero_losses_with_gradients():
     model = make_model()
     inputs = batch(model)
-    output = model(**{**inputs, "labels": torch.full_like(inputs["labels"], -100), "passage_labels": torch.full((3,), -100)})
+    output = model(
+        **{**inputs, "labels": torch.full_like(inputs["labels"], -100), "passage_labels": torch.full((3,), -100)}
+    )
     assert output.loss == output.ntp_loss == output.nsp_loss == 0
     output.loss.backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
@@ -230,8 +275,14 @@ def test_no_labels_at_all_gives_zero_losses_with_gradients():
 def test_passages_alone():
     model = make_model()
     inputs = batch(model)
-    output = model(passage_input_ids=inputs["passage_input_ids"], passage_attention_mask=inputs["passage_attention_mask"])
-    assert torch.equal(output.passage_embeds, model(**inputs).passage_embeds) and output.loss is None and output.logits is None
+    output = model(
+        passage_input_ids=inputs["passage_input_ids"], passage_attention_mask=inputs["passage_attention_mask"]
+    )
+    assert (
+        torch.equal(output.passage_embeds, model(**inputs).passage_embeds)
+        and output.loss is None
+        and output.logits is None
+    )
 
 
 @pytest.mark.parametrize("query_from", ["emb_seq", "query_encoder"])
@@ -259,7 +310,9 @@ def test_autocast_keeps_losses_and_embeddings_in_float32():
 
 
 def test_gradient_checkpointing_changes_no_gradient():
-    model = make_model("llama", "gpt2", emb_seq_kwargs={"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}).train()
+    model = make_model(
+        "llama", "gpt2", emb_seq_kwargs={"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    ).train()
     inputs = batch(model)
     model(**inputs).loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -286,11 +339,26 @@ def test_new_rows_start_at_the_mean_and_nothing_else_changes(gen, tied):
     model = CoSupForCausalLM.from_gen_and_emb_seq(gen, emb_seq, tokenizer=tokenizer)
     assert len(tokenizer) == old + 3
     assert [model.config.nsp_token_id, model.config.cs_token_id, model.config.ce_token_id] == [old, old + 1, old + 2]
-    for embeddings in (model.get_input_embeddings(), model.get_output_embeddings(), model.emb_seq.get_input_embeddings()):
+    for embeddings in (
+        model.get_input_embeddings(),
+        model.get_output_embeddings(),
+        model.emb_seq.get_input_embeddings(),
+    ):
         assert embeddings.weight.shape[0] == old + 3
-        torch.testing.assert_close(embeddings.weight[old:], embeddings.weight[:old].mean(0).expand(3, -1), rtol=1e-5, atol=1e-6)
-    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied == model.config.tie_word_embeddings
-    assert model.config.get_text_config().vocab_size == model.gen.config.vocab_size == model.config.emb_seq_config.vocab_size == old + 3
+        torch.testing.assert_close(
+            embeddings.weight[old:], embeddings.weight[:old].mean(0).expand(3, -1), rtol=1e-5, atol=1e-6
+        )
+    assert (
+        (model.get_input_embeddings().weight is model.get_output_embeddings().weight)
+        == tied
+        == model.config.tie_word_embeddings
+    )
+    assert (
+        model.config.get_text_config().vocab_size
+        == model.gen.config.vocab_size
+        == model.config.emb_seq_config.vocab_size
+        == old + 3
+    )
     for part in (model.gen, model.emb_seq):
         for name, parameter in part.state_dict().items():
             assert torch.equal(parameter[:old] if parameter.shape[:1] == (old + 3,) else parameter, before[name]), name
@@ -303,7 +371,11 @@ def test_spare_embedding_rows_are_used_and_kept():
     before = gen.get_input_embeddings().weight.detach().clone()
     model = CoSupForCausalLM.from_gen_and_emb_seq(gen, tokenizer=tokenizer)
     weight = model.get_input_embeddings().weight
-    assert weight.shape == before.shape and torch.equal(weight[old + 3 :], before[old + 3 :]) and torch.equal(weight[:old], before[:old])
+    assert (
+        weight.shape == before.shape
+        and torch.equal(weight[old + 3 :], before[old + 3 :])
+        and torch.equal(weight[:old], before[:old])
+    )
     torch.testing.assert_close(weight[old : old + 3], before[:old].mean(0).expand(3, -1))
 
 
@@ -334,12 +406,26 @@ def test_names_paths_and_models_give_the_same(tmp_path):
     build = CoSupForCausalLM.from_gen_and_emb_seq
     models = [
         build(str(tmp_path / "gen"), str(tmp_path / "emb_seq"), emb_seq_pooling="cls"),
-        build(AutoModelForCausalLM.from_pretrained(tmp_path / "gen"), str(tmp_path / "emb_seq"), tokenizer=str(tmp_path / "gen"), emb_seq_pooling="cls"),
-        build(str(tmp_path / "gen"), AutoModel.from_pretrained(tmp_path / "emb_seq"), AutoTokenizer.from_pretrained(tmp_path / "gen"), emb_seq_pooling="cls"),
+        build(
+            AutoModelForCausalLM.from_pretrained(tmp_path / "gen"),
+            str(tmp_path / "emb_seq"),
+            tokenizer=str(tmp_path / "gen"),
+            emb_seq_pooling="cls",
+        ),
+        build(
+            str(tmp_path / "gen"),
+            AutoModel.from_pretrained(tmp_path / "emb_seq"),
+            AutoTokenizer.from_pretrained(tmp_path / "gen"),
+            emb_seq_pooling="cls",
+        ),
     ]
     state = models[0].state_dict()
     for model in models:
-        assert model.config.emb_seq_pooling == "cls" and model.emb_head.weight.shape == (32, 16) and model.emb_seq_tokenizer is model.tokenizer
+        assert (
+            model.config.emb_seq_pooling == "cls"
+            and model.emb_head.weight.shape == (32, 16)
+            and model.emb_seq_tokenizer is model.tokenizer
+        )
         for name, parameter in model.state_dict().items():
             assert name == "emb_head.weight" or torch.equal(parameter, state[name]), name
     half = build(str(tmp_path / "gen"), str(tmp_path / "emb_seq"), model_kwargs={"dtype": "bfloat16"})
@@ -355,12 +441,19 @@ def test_a_model_without_a_tokenizer_raises():
 
 def test_control_tokens_by_other_names():
     model = make_model(nsp_token="[Ret]", ce_token="[Ce]")
-    assert model.tokenizer.convert_tokens_to_ids(["[Ret]", "[Cs]", "[Ce]"]) == [model.config.nsp_token_id, model.config.cs_token_id, model.config.ce_token_id]
+    assert model.tokenizer.convert_tokens_to_ids(["[Ret]", "[Cs]", "[Ce]"]) == [
+        model.config.nsp_token_id,
+        model.config.cs_token_id,
+        model.config.ce_token_id,
+    ]
     assert "[NSP]" not in model.tokenizer.get_vocab()
 
 
 def test_tokenizers_of_their_own_are_kept_apart():
-    tokenizer, own = make_tokenizer(), make_tokenizer(vocab_size=300, bos="<cls>", eos="<sep>", texts=["another corpus"])
+    tokenizer, own = (
+        make_tokenizer(),
+        make_tokenizer(vocab_size=300, bos="<cls>", eos="<sep>", texts=["another corpus"]),
+    )
     model = make_model(tokenizer=tokenizer, emb_seq_tokenizer=own, emb_seq_kwargs={"vocab_size": 260})
     assert model.tokenizer is tokenizer and model.emb_seq_tokenizer is own
     assert {"[NSP]", "[Cs]", "[CE]"} <= own.get_vocab().keys()
@@ -396,15 +489,33 @@ def test_an_architecture_with_another_head_raises():
 def test_resize_token_embeddings_keeps_the_configs_in_step():
     model = make_model()
     model.resize_token_embeddings(410)
-    assert model.get_input_embeddings().weight.shape[0] == model.config.get_text_config().vocab_size == model.gen.config.vocab_size == 410
-    assert model(torch.tensor([[409]])).logits.shape[-1] == 410 and model.emb_seq.get_input_embeddings().weight.shape[0] == 400
+    assert (
+        model.get_input_embeddings().weight.shape[0]
+        == model.config.get_text_config().vocab_size
+        == model.gen.config.vocab_size
+        == 410
+    )
+    assert (
+        model(torch.tensor([[409]])).logits.shape[-1] == 410
+        and model.emb_seq.get_input_embeddings().weight.shape[0] == 400
+    )
 
 
 def test_saved_and_loaded_it_is_the_same_model(tmp_path):
     model = make_model("gpt2", "llama", emb_seq_kwargs={"hidden_size": 48})
     inputs = batch(model)
     model.save_pretrained(tmp_path)
-    for loaded in (CoSupForCausalLM.from_pretrained(tmp_path), AutoModel.from_pretrained(str(tmp_path)), AutoModelForCausalLM.from_pretrained(tmp_path)):
+    for loaded in (
+        CoSupForCausalLM.from_pretrained(tmp_path),
+        AutoModel.from_pretrained(str(tmp_path)),
+        AutoModelForCausalLM.from_pretrained(tmp_path),
+    ):
         assert not loaded.training and torch.equal(loaded(**inputs).loss, model(**inputs).loss)
-        assert loaded.fingerprint() == model.fingerprint() and loaded.generation_config.to_dict() == model.generation_config.to_dict()
-        assert [loaded.tokenizer.get_vocab(), loaded.tokenizer.chat_template] == [model.tokenizer.get_vocab(), model.tokenizer.chat_template]
+        assert (
+            loaded.fingerprint() == model.fingerprint()
+            and loaded.generation_config.to_dict() == model.generation_config.to_dict()
+        )
+        assert [loaded.tokenizer.get_vocab(), loaded.tokenizer.chat_template] == [
+            model.tokenizer.get_vocab(),
+            model.tokenizer.chat_template,
+        ]

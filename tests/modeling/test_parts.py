@@ -13,36 +13,63 @@ from modeling_cosup import CoSupForCausalLM
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_prompt, pad_rows, render_passage
 from support.models import PASSAGES, TEXTS, make_model, make_tokenizer
 
-LONG = {"id": "long", "title": "A long one", "text": " ".join(["The Night Watch was painted by Rembrandt in 1642."] * 20)}
+LONG = {
+    "id": "long",
+    "title": "A long one",
+    "text": " ".join(["The Night Watch was painted by Rembrandt in 1642."] * 20),
+}
 
 
 def snapshot(model):
     """All that saving a part must not change."""
-    configs = [model.config, model.gen.config, model.emb_seq.config, model.gen.generation_config, model.generation_config]
+    configs = [
+        model.config,
+        model.gen.config,
+        model.emb_seq.config,
+        model.gen.generation_config,
+        model.generation_config,
+    ]
     attention = [part.config._attn_implementation for part in (model, model.gen, model.emb_seq)]
     states = {name: value.clone() for name, value in model.state_dict().items()}
-    return [id(config) for config in configs], [config.to_dict() for config in configs], attention, copy.deepcopy(model.config.fingerprint), states
+    return (
+        [id(config) for config in configs],
+        [config.to_dict() for config in configs],
+        attention,
+        copy.deepcopy(model.config.fingerprint),
+        states,
+    )
 
 
 def assert_unchanged(model, before):
     after = snapshot(model)
     assert after[:4] == before[:4]
-    assert after[4].keys() == before[4].keys() and all(torch.equal(value, before[4][name]) for name, value in after[4].items())
+    assert after[4].keys() == before[4].keys() and all(
+        torch.equal(value, before[4][name]) for name, value in after[4].items()
+    )
 
 
 # ---------------------------------------------------------------------- Gen
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(("architecture", "name"), [("llama", "Llama"), ("gpt2", "GPT2LMHead"), ("mistral", "Mistral"), ("qwen3", "Qwen3")])
+@pytest.mark.parametrize(
+    ("architecture", "name"), [("llama", "Llama"), ("gpt2", "GPT2LMHead"), ("mistral", "Mistral"), ("qwen3", "Qwen3")]
+)
 def test_gen_loads_as_a_plain_model(tmp_path, architecture, name, tied):
     model = make_model(architecture, gen_kwargs={"tie_word_embeddings": tied})
     before = snapshot(model)
     model.save_gen(tmp_path / "gen")
     assert_unchanged(model, before)
     config = json.loads((tmp_path / "gen" / "config.json").read_text())
-    assert "auto_map" not in config and config["architectures"] == [type(model.gen).__name__] and not list((tmp_path / "gen").glob("*.py"))
-    plain, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "gen"), AutoTokenizer.from_pretrained(tmp_path / "gen")
+    assert (
+        "auto_map" not in config
+        and config["architectures"] == [type(model.gen).__name__]
+        and not list((tmp_path / "gen").glob("*.py"))
+    )
+    plain, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "gen"),
+        AutoTokenizer.from_pretrained(tmp_path / "gen"),
+    )
     assert type(plain).__name__ in (f"{name}ForCausalLM", f"{name}Model") and plain.config.tie_word_embeddings == tied
     ids = torch.tensor([encode_prompt(tokenizer, "who painted the Night Watch?", "Answer.")])
     assert ids.tolist() == [encode_prompt(model.tokenizer, "who painted the Night Watch?", "Answer.")]
@@ -61,10 +88,19 @@ from transformers import AutoModelForCausalLM, pipeline
 model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
 print(json.dumps([type(model).__name__, model(torch.tensor([[5, 6, 7]])).logits.tolist()]))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, env={"PATH": "/usr/bin", "HF_HUB_OFFLINE": "1"}, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin", "HF_HUB_OFFLINE": "1"},
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     name, logits = json.loads(done.stdout)
-    assert name == "LlamaForCausalLM" and torch.allclose(torch.tensor(logits), model(torch.tensor([[5, 6, 7]])).logits, atol=1e-5)
+    assert name == "LlamaForCausalLM" and torch.allclose(
+        torch.tensor(logits), model(torch.tensor([[5, 6, 7]])).logits, atol=1e-5
+    )
 
 
 def test_gen_in_shards_and_from_a_full_state_dict(tmp_path, model):
@@ -93,7 +129,9 @@ def test_gen_of_a_checkpoint_that_was_loaded_without_emb_seq(tmp_path, model):
 
 def test_parts_with_an_adapter_are_refused_and_merged_ones_are_not(tmp_path):
     peft = pytest.importorskip("peft", reason="needs peft")
-    adapted = peft.get_peft_model(make_model(), peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False))
+    adapted = peft.get_peft_model(
+        make_model(), peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    )
     for save in (adapted.save_gen, adapted.save_emb_seq):
         with pytest.raises(ValueError, match="merge_and_unload"):
             save(tmp_path / "part")
@@ -108,9 +146,20 @@ def test_parts_with_an_adapter_are_refused_and_merged_ones_are_not(tmp_path):
 
 def bert_tokenizer(tmp_path):
     """A lower-casing WordPiece tokenizer: CLS and SEP, no BOS or EOS."""
-    words = sorted({word for text in [*TEXTS, *(f"{p['title']} {p['text']}" for p in PASSAGES)] for word in text.lower().split()})
+    words = sorted(
+        {word for text in [*TEXTS, *(f"{p['title']} {p['text']}" for p in PASSAGES)] for word in text.lower().split()}
+    )
     letters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters), *words]
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *letters,
+        *(f"##{letter}" for letter in letters),
+        *words,
+    ]
     (tmp_path / "vocab.txt").write_text("\n".join(dict.fromkeys(vocabulary)))
     return BertTokenizer.from_pretrained(tmp_path)
 
@@ -125,9 +174,15 @@ CASES = {
     "llama": ("llama", {}),
     "llama, wider, head": ("llama", {"emb_seq_kwargs": {"hidden_size": 48}}),
     "llama, dot": ("llama", {"similarity": "dot"}),
-    "llama, last token, no EOS": ("llama", {"emb_seq_pooling": "lasttoken", "emb_seq_add_eos_token": False, "similarity": "dot"}),
+    "llama, last token, no EOS": (
+        "llama",
+        {"emb_seq_pooling": "lasttoken", "emb_seq_add_eos_token": False, "similarity": "dot"},
+    ),
     "gpt2": ("gpt2", {}),
-    "gpt2, mean, head, no BOS": ("gpt2", {"emb_seq_kwargs": {"hidden_size": 16}, "emb_seq_pooling": "mean", "emb_seq_add_bos_token": False}),
+    "gpt2, mean, head, no BOS": (
+        "gpt2",
+        {"emb_seq_kwargs": {"hidden_size": 16}, "emb_seq_pooling": "mean", "emb_seq_add_bos_token": False},
+    ),
     "gpt2, prompt": ("gpt2", {"passage_prompt": "passage: ", "passage_template": "Title: {title}\nText: {text}"}),
     "bert, mean, head": ("bert", {"emb_seq_kwargs": {"hidden_size": 16}, "emb_seq_pooling": "mean"}),
     "bert, cls, dot": ("bert", {"emb_seq_pooling": "cls", "similarity": "dot"}),

@@ -27,10 +27,18 @@ def files(folder):
 def test_a_saved_folder_holds_only_what_can_be_read_without_trust(tmp_path):
     make_model(emb_seq_tokenizer=make_tokenizer(texts=["another corpus"])).save_pretrained(tmp_path)
     assert {Path(name).suffix for name in files(tmp_path)} == {".safetensors", ".json", ".py", ".jinja"}
-    assert {path.name for path in SOURCES} == {name for name in files(tmp_path) if name.endswith(".py")}  # flat and unchanged
+    assert {path.name for path in SOURCES} == {
+        name for name in files(tmp_path) if name.endswith(".py")
+    }  # flat and unchanged
     for path in SOURCES:
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
-    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= set(files(tmp_path))
+    assert {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "chat_template.jinja",
+    } <= set(files(tmp_path))
     assert f"{EMB_SEQ_TOKENIZER_FOLDER}/tokenizer.json" in files(tmp_path)
 
 
@@ -61,7 +69,9 @@ def test_what_stays_is_imported_under_a_guard():
     for path in SOURCES:
         tree = ast.parse(path.read_text())
         guarded = list(guarded_imports(tree))
-        assert sorted(absolute_imports(ast.walk(tree))) == sorted(guarded), f"{path.name} imports the package without a guard"
+        assert sorted(absolute_imports(ast.walk(tree))) == sorted(guarded), (
+            f"{path.name} imports the package without a guard"
+        )
         found.update(guarded)
     assert {"card_cosup.py", "corpus_cosup.py"} <= found <= set(STAYS)
 
@@ -75,11 +85,24 @@ def test_source_files_travel(tmp_path):
             if isinstance(node, ast.ImportFrom) and node.level:
                 assert node.level == 1 and node.module in names, f"{path.name}:{node.lineno}"
         bare = {alias.name.split(".")[0] for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
-        bare |= {node.module.split(".")[0] for node in tree.body if isinstance(node, ast.ImportFrom) and not node.level}
-        assert not bare & {"faiss", "pyarrow", "datasets", "accelerate", "peft", "modeling_cosup", "trainer"}, path.name
+        bare |= {
+            node.module.split(".")[0] for node in tree.body if isinstance(node, ast.ImportFrom) and not node.level
+        }
+        assert not bare & {"faiss", "pyarrow", "datasets", "accelerate", "peft", "modeling_cosup", "trainer"}, (
+            path.name
+        )
         # what transformers asks for before it runs the code, imports inside functions included
         asked = set(get_imports(path)) - sys.stdlib_module_names
-        assert asked <= {"torch", "transformers", "numpy", "safetensors", "tqdm", "jinja2", "huggingface_hub", "tokenizers"}, path.name
+        assert asked <= {
+            "torch",
+            "transformers",
+            "numpy",
+            "safetensors",
+            "tqdm",
+            "jinja2",
+            "huggingface_hub",
+            "tokenizers",
+        }, path.name
 
 
 def test_weights_are_saved_once_under_both_parts(tmp_path):
@@ -95,10 +118,20 @@ def test_config_and_generation_config_say_what_is_needed(tmp_path):
     model = CoSupForCausalLM.from_gen_and_emb_seq(make_model("gpt2").gen, tokenizer=make_tokenizer())
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["model_type"] == "cosup" and config["architectures"] == ["CoSupForCausalLM"] and "load_emb_seq" not in config
+    assert (
+        config["model_type"] == "cosup"
+        and config["architectures"] == ["CoSupForCausalLM"]
+        and "load_emb_seq" not in config
+    )
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
-    assert config["fingerprint"] == {name: model.fingerprint()[name] for name in ("emb_seq", "tokenizer", "emb_seq_tokenizer")}
-    assert [config["nsp_token_id"], config["cs_token_id"], config["ce_token_id"]] == model.tokenizer.convert_tokens_to_ids(["[NSP]", "[Cs]", "[CE]"])
+    assert config["fingerprint"] == {
+        name: model.fingerprint()[name] for name in ("emb_seq", "tokenizer", "emb_seq_tokenizer")
+    }
+    assert [
+        config["nsp_token_id"],
+        config["cs_token_id"],
+        config["ce_token_id"],
+    ] == model.tokenizer.convert_tokens_to_ids(["[NSP]", "[Cs]", "[CE]"])
     generation = json.loads((tmp_path / "generation_config.json").read_text())
     assert generation["do_sample"] is False and generation["suppress_tokens"] == [config["cs_token_id"]]
     assert generation["eos_token_id"] == [model.tokenizer.eos_token_id] and "temperature" not in generation
@@ -117,14 +150,21 @@ def test_two_tokenizers_are_saved_and_found_again(tmp_path):
     model = make_model(emb_seq_tokenizer=own)
     model.save_pretrained(tmp_path / "two")
     loaded = CoSupForCausalLM.from_pretrained(tmp_path / "two")
-    assert loaded.tokenizer.get_vocab() == model.tokenizer.get_vocab() != own.get_vocab() == loaded.emb_seq_tokenizer.get_vocab()
+    assert (
+        loaded.tokenizer.get_vocab()
+        == model.tokenizer.get_vocab()
+        != own.get_vocab()
+        == loaded.emb_seq_tokenizer.get_vocab()
+    )
     assert (loaded.emb_seq_tokenizer.bos_token, loaded.emb_seq_tokenizer.eos_token) == ("<cls>", "<sep>")
     index = loaded.build_index(PASSAGES, show_progress_bar=False)
     assert torch.equal(index.embeddings, model.build_index(PASSAGES, show_progress_bar=False).embeddings)
 
     make_model().save_pretrained(tmp_path / "one")
     loaded = CoSupForCausalLM.from_pretrained(tmp_path / "one")
-    assert loaded.emb_seq_tokenizer is loaded.tokenizer and EMB_SEQ_TOKENIZER_FOLDER not in os.listdir(tmp_path / "one")
+    assert loaded.emb_seq_tokenizer is loaded.tokenizer and EMB_SEQ_TOKENIZER_FOLDER not in os.listdir(
+        tmp_path / "one"
+    )
 
 
 def test_a_loaded_model_knows_its_tokenizers_also_after_training(tmp_path):
@@ -158,7 +198,10 @@ def test_sharded_checkpoints_load(tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len([name for name in files(tmp_path) if name.endswith(".safetensors")]) > 1
-    loaded, light = CoSupForCausalLM.from_pretrained(tmp_path), CoSupForCausalLM.from_pretrained(tmp_path, load_emb_seq=False)
+    loaded, light = (
+        CoSupForCausalLM.from_pretrained(tmp_path),
+        CoSupForCausalLM.from_pretrained(tmp_path, load_emb_seq=False),
+    )
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
         assert name.startswith("emb_") or torch.equal(light.state_dict()[name], value)

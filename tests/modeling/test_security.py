@@ -20,11 +20,21 @@ from support.travelling import STAYS, travelling_files
 
 ROOT = Path(__file__).parents[2]
 TRAVELS = travelling_files()
-SHIPPED = [path for folder in ("modeling_cosup", "trainer", "recipes") for path in sorted((ROOT / folder).rglob("*.py"))]
+SHIPPED = [
+    path for folder in ("modeling_cosup", "trainer", "recipes") for path in sorted((ROOT / folder).rglob("*.py"))
+]
 # Modules that unpickle, start programs, load native code or open connections by themselves
 UNPICKLE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 FORBIDDEN = UNPICKLE | {"ctypes", "socket", "urllib", "requests", "http", "httpx", "runpy", "code"}
-FORBIDDEN_WHERE_IT_TRAVELS = FORBIDDEN | {"subprocess", "multiprocessing", "sys", "site", "builtins", "trainer", "recipes"}
+FORBIDDEN_WHERE_IT_TRAVELS = FORBIDDEN | {
+    "subprocess",
+    "multiprocessing",
+    "sys",
+    "site",
+    "builtins",
+    "trainer",
+    "recipes",
+}
 CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.hub.load", "np.fromfile"}
 
 
@@ -49,7 +59,9 @@ def test_no_code_of_ours_unpickles_or_evaluates(path):
     tree = ast.parse(path.read_text())
     benchmark = path.parent.name == "benchmarks"  # asks the C library for its memory
     beside_a_model = path in TRAVELS or path.name in STAYS  # what stays in the package of a model is held to the same
-    assert not set(imported(tree)) & (FORBIDDEN_WHERE_IT_TRAVELS if beside_a_model else UNPICKLE if benchmark else FORBIDDEN)
+    assert not set(imported(tree)) & (
+        FORBIDDEN_WHERE_IT_TRAVELS if beside_a_model else UNPICKLE if benchmark else FORBIDDEN
+    )
     for line, name, call in calls(tree):
         given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
         assert name not in CALLS, f"{path.name}:{line} calls {name}"
@@ -63,7 +75,9 @@ def test_no_code_of_ours_unpickles_or_evaluates(path):
         if name.endswith("import_module") and not isinstance(call.args[0], ast.Constant):
             assert path.name in ("demo.py", "__init__.py"), f"{path.name}:{line}"
         if beside_a_model:
-            assert given.get("trust_remote_code", "False") == "False", f"{path.name}:{line} would run the code of another repository"
+            assert given.get("trust_remote_code", "False") == "False", (
+                f"{path.name}:{line} would run the code of another repository"
+            )
 
 
 def test_what_travels_is_small_enough_to_be_read():
@@ -129,19 +143,25 @@ def test_booby_trapped_files_beside_a_checkpoint_or_an_index_do_nothing(tmp_path
 
 def test_code_runs_only_with_trust_remote_code(tmp_path):
     make_model().save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "configuration_cosup.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'exploded')!r})\n")
+    (tmp_path / "model" / "configuration_cosup.py").write_text(
+        f"import os\nos.mkdir({str(tmp_path / 'exploded')!r})\n"
+    )
     code = f"from transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained({str(tmp_path / 'model')!r})"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     environment.pop("PYTHONPATH", None)
     command = [sys.executable, "-I", "-c", code]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
+    )
     assert result.returncode != 0 and "trust_remote_code" in result.stderr and not (tmp_path / "exploded").exists()
 
 
 @pytest.mark.parametrize("id", ["..", "../x", "a/../b", "..\\x", "x\\..", "/..", "nul\x00"])
 def test_an_id_that_leads_out_of_a_folder_is_refused(id, tmp_path):
     with pytest.raises(ValueError, match="Passage 0|row 0|id is"):
-        PassageIndex.build([{"id": id, "text": "word"}], make_model(), save_directory=tmp_path / "index", show_progress_bar=False)
+        PassageIndex.build(
+            [{"id": id, "text": "word"}], make_model(), save_directory=tmp_path / "index", show_progress_bar=False
+        )
     assert not (tmp_path / "index").exists()
 
 
@@ -149,7 +169,9 @@ def test_ids_that_only_look_like_paths_are_names(tmp_path):
     ids = ["/m/02mjmr", "enwiki/12#3", "a..b", "...", "C:\\x", "آی‌دی", "with space", "%2e%2e/x"]
     model = make_model()
     before = sorted(tmp_path.parent.iterdir())
-    model.build_index([{"id": id, "text": "word"} for id in ids], save_directory=tmp_path / "index", show_progress_bar=False)
+    model.build_index(
+        [{"id": id, "text": "word"} for id in ids], save_directory=tmp_path / "index", show_progress_bar=False
+    )
     index = PassageIndex.from_pretrained(tmp_path / "index")
     assert [passage["id"] for passage in index] == ids and index.rows_of(ids).tolist() == list(range(len(ids)))
     assert sorted(tmp_path.parent.iterdir()) == before

@@ -48,7 +48,12 @@ def stream(model, input_ids, processors=(), **kwargs):
 
     def work():
         try:
-            options = {"max_new_tokens": 40, "return_dict_in_generate": True, "logits_processor": LogitsProcessorList(processors), **kwargs}
+            options = {
+                "max_new_tokens": 40,
+                "return_dict_in_generate": True,
+                "logits_processor": LogitsProcessorList(processors),
+                **kwargs,
+            }
             done.append(model.generate(torch.tensor([input_ids]), streamer=streamer, **options))
         except Exception as error:
             done.append(error)
@@ -95,7 +100,10 @@ def cited(events):
             texts.append(f"{text.strip()} {''.join(cites)}".strip())
         elif text.strip():
             texts.append(text.strip())
-    lines = [f"[{n}] {known[id]['title'] + ': ' if known[id]['title'] else ''}{known[id]['text']}" for id, n in numbers.items()]
+    lines = [
+        f"[{n}] {known[id]['title'] + ': ' if known[id]['title'] else ''}{known[id]['text']}"
+        for id, n in numbers.items()
+    ]
     return "\n".join([" ".join(texts), *lines])
 
 
@@ -104,7 +112,9 @@ def check(model, events, output):
     found = pieces(events)
     assert [event.retrieval for event in events if event.type == "retrieval"] == trace
     grounded = [text for retrieval, text in found if retrieval is not None]
-    spans = [model.tokenizer.decode(ids[slice(*retrieval.grounded_span)], skip_special_tokens=True) for retrieval in trace]
+    spans = [
+        model.tokenizer.decode(ids[slice(*retrieval.grounded_span)], skip_special_tokens=True) for retrieval in trace
+    ]
     assert [text.strip() for text in grounded] == [span.strip() for span in spans]
     assert cited(events) == model.decode_with_citations(output)[0]
     # written_text puts a space before each retrieval, and may join the bytes on both sides of a [CE] to a character
@@ -140,11 +150,15 @@ def test_events_are_the_trace_and_the_texts(model, settings):
         for question in QUESTIONS:
             steer = [Steer(model, retrieve_every=every, end_every=23), EndSpans(model)]
             config = RetrievalConfig(**settings)
-            events, error, output = stream(model, encode_prompt(model.tokenizer, question), steer, retriever=index, retrieval_config=config)
+            events, error, output = stream(
+                model, encode_prompt(model.tokenizer, question), steer, retriever=index, retrieval_config=config
+            )
             assert error is None
             if "passages" in settings:
                 for retrieval in output.retrievals[0]:
-                    retrieval.passages[0]["id"] = retrieval.passages[0]["id"] or "given"  # `cited` of this test numbers by id
+                    retrieval.passages[0]["id"] = (
+                        retrieval.passages[0]["id"] or "given"
+                    )  # `cited` of this test numbers by id
             found = check(model, events, output)
             retrievals += len(output.retrievals[0])
             free += any(text.strip() for retrieval, text in found if retrieval is None)
@@ -170,7 +184,11 @@ def test_without_room_for_a_passage(model):
 
 def test_plain_generation_streams_its_text(model):
     events, error, output = stream(model, encode_prompt(model.tokenizer, "who?"))
-    assert error is None and {event.type for event in events} == {"text"} and {event.retrieval for event in events} == {None}
+    assert (
+        error is None
+        and {event.type for event in events} == {"text"}
+        and {event.retrieval for event in events} == {None}
+    )
     continuation = output.sequences[0, len(encode_prompt(model.tokenizer, "who?")) :]
     assert "".join(event.text for event in events) == model.tokenizer.decode(continuation, skip_special_tokens=True)
 
@@ -182,17 +200,41 @@ def metaspace_tokenizer():
     """As SentencePiece does it: a space belongs to the word behind it, and the first one of a text is stripped."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    words = ["Rembrandt painted the Night Watch in Amsterdam.", "who? ##Input:\n\nOutput", *(passage["text"] for passage in PASSAGES)]
+    words = [
+        "Rembrandt painted the Night Watch in Amsterdam.",
+        "who? ##Input:\n\nOutput",
+        *(passage["text"] for passage in PASSAGES),
+    ]
     backend.train_from_iterator(words, trainers.BpeTrainer(vocab_size=300, show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
 def wordpiece_tokenizer():
     """Spaces are no tokens: they stand between words, not before the rest of one."""
-    vocab = ["<unk>", "Rem", "##brandt", "painted", "the", "Night", "Watch", "in", "Amsterdam", ".", "Curie", "who", "?", "#", "Input", "Output", ":"]
+    vocab = [
+        "<unk>",
+        "Rem",
+        "##brandt",
+        "painted",
+        "the",
+        "Night",
+        "Watch",
+        "in",
+        "Amsterdam",
+        ".",
+        "Curie",
+        "who",
+        "?",
+        "#",
+        "Input",
+        "Output",
+        ":",
+    ]
     backend = Tokenizer(models.WordPiece({word: id for id, word in enumerate(vocab)}, unk_token="<unk>"))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
 
 
 @pytest.mark.parametrize("make", [make_tokenizer, metaspace_tokenizer, wordpiece_tokenizer])
@@ -204,8 +246,20 @@ def test_spaces_between_spans_are_the_tokenizers(make):
         return model.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     nsp, ce = model.config.nsp_token_id, model.config.ce_token_id
-    ids = [*encode("Rembrandt painted"), nsp, *encode(" the Night Watch"), ce, *encode(" in Amsterdam"), nsp, *encode(" Curie"), ce, *encode(" .")]
-    events, _, output = stream(model, encode_prompt(model.tokenizer, "who?"), [Write(ids, model.tokenizer.eos_token_id)], retriever=index)
+    ids = [
+        *encode("Rembrandt painted"),
+        nsp,
+        *encode(" the Night Watch"),
+        ce,
+        *encode(" in Amsterdam"),
+        nsp,
+        *encode(" Curie"),
+        ce,
+        *encode(" ."),
+    ]
+    events, _, output = stream(
+        model, encode_prompt(model.tokenizer, "who?"), [Write(ids, model.tokenizer.eos_token_id)], retriever=index
+    )
     assert len(output.retrievals[0]) == 2
     text = "".join(text for _, text in pieces(events)).replace(" .", ".")
     assert text == "Rembrandt painted the Night Watch in Amsterdam Curie."
@@ -256,7 +310,9 @@ def test_an_error_is_raised_behind_what_was_written(model):
 
 
 def test_errors_before_the_first_token_are_raised_too(model):
-    index = make_model(gen_kwargs={"seed": 5}, emb_seq_kwargs={"seed": 6}).build_index(PASSAGES, show_progress_bar=False)
+    index = make_model(gen_kwargs={"seed": 5}, emb_seq_kwargs={"seed": 6}).build_index(
+        PASSAGES, show_progress_bar=False
+    )
     prompt = encode_prompt(model.tokenizer, "who?")
     for wrong in ({"retriever": index}, {"num_beams": 2}, {"nsp_token_id": 3}):
         events, error, raised = stream(model, prompt, **wrong)
@@ -272,10 +328,20 @@ def test_a_stopping_criterion_ends_the_stream(model):
             return torch.full((input_ids.shape[0],), stop.is_set(), device=input_ids.device)
 
     streamer = model.make_streamer(timeout=60)
-    options = {"retriever": index, "max_new_tokens": 400, "stopping_criteria": [Stop()], "streamer": streamer, "return_dict_in_generate": True}
+    options = {
+        "retriever": index,
+        "max_new_tokens": 400,
+        "stopping_criteria": [Stop()],
+        "streamer": streamer,
+        "return_dict_in_generate": True,
+    }
     options["logits_processor"] = LogitsProcessorList([Steer(model)])
     outputs = []
-    thread = threading.Thread(target=lambda: outputs.append(model.generate(torch.tensor([encode_prompt(model.tokenizer, "who?")]), **options)))
+    thread = threading.Thread(
+        target=lambda: outputs.append(
+            model.generate(torch.tensor([encode_prompt(model.tokenizer, "who?")]), **options)
+        )
+    )
     stop.set()  # at the first token
     thread.start()
     events = list(streamer)

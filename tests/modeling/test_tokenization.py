@@ -90,7 +90,9 @@ def test_passages_hold_no_control_token_but_emb_seq_reads_its_bos_and_eos():
     assert emb_seq_ids == [tokenizer.bos_token_id, *gen_ids, tokenizer.eos_token_id]
     model.config.max_passage_length = 5
     assert encode_passages_for_gen(tokenizer, [passage], model.config) == [gen_ids[:5]]
-    assert encode_passages_for_emb_seq(tokenizer, [passage], model.config) == [[tokenizer.bos_token_id, *gen_ids[:5], tokenizer.eos_token_id]]
+    assert encode_passages_for_emb_seq(tokenizer, [passage], model.config) == [
+        [tokenizer.bos_token_id, *gen_ids[:5], tokenizer.eos_token_id]
+    ]
 
 
 def test_render_passage():
@@ -112,7 +114,9 @@ def test_a_tokenizer_with_a_control_token_as_an_ordinary_word_raises():
 
 def test_bos_and_eos_fall_back_to_cls_and_sep():
     backend = Tokenizer(models.WordLevel({"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "text": 3}, unk_token="[UNK]"))
-    bert_like = PreTrainedTokenizerFast(tokenizer_object=backend, cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]")
+    bert_like = PreTrainedTokenizerFast(
+        tokenizer_object=backend, cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]"
+    )
     assert bos_and_eos(bert_like) == ([1], [2])
     config = make_model().config
     assert encode_passages_for_emb_seq(bert_like, [{"text": "text"}], config) == [[1, 3, 2]]
@@ -129,16 +133,25 @@ def test_bos_eos_and_prompts_as_a_retriever_has_them():
     text = encode_texts(tokenizer, ["find it: a text"])[0]
     for before in (True, False):
         for behind in (True, False):
-            flags = {"emb_seq_add_bos_token": before, "emb_seq_add_eos_token": behind, "emb_seq_pooling": "lasttoken", "query_from": "emb_seq"}
+            flags = {
+                "emb_seq_add_bos_token": before,
+                "emb_seq_add_eos_token": behind,
+                "emb_seq_pooling": "lasttoken",
+                "query_from": "emb_seq",
+            }
             config = make_model(passage_prompt="find it: ", query_prompt="find it: ", **flags).config
             expected = [[bos] * before + text + [eos] * behind]
             assert encode_passages_for_emb_seq(tokenizer, [{"text": "a text"}], config) == expected
             row = [config.nsp_token_id, *encode_texts(tokenizer, ["a text"])[0], eos]
             gen_tokenizer = make_model().tokenizer
             assert encode_queries_for_emb_seq(gen_tokenizer, tokenizer, [row], config) == expected
-            assert encode_queries_for_emb_seq(gen_tokenizer, gen_tokenizer, [row], config) == expected  # a prompt makes it text
+            assert (
+                encode_queries_for_emb_seq(gen_tokenizer, gen_tokenizer, [row], config) == expected
+            )  # a prompt makes it text
             tokenizer.model_max_length = 3 + before + behind
-            assert encode_queries_for_emb_seq(gen_tokenizer, tokenizer, [row], config) == [[bos] * before + text[:3] + [eos] * behind]
+            assert encode_queries_for_emb_seq(gen_tokenizer, tokenizer, [row], config) == [
+                [bos] * before + text[:3] + [eos] * behind
+            ]
             tokenizer.model_max_length = 10**9
             config.query_prompt = ""
             assert encode_queries_for_emb_seq(gen_tokenizer, gen_tokenizer, [row], config) == [row]
@@ -182,7 +195,9 @@ def sentencepiece_like(template):
     """Puts a space before what begins a string, as Llama 2's does."""
     backend = Tokenizer(models.BPE(byte_fallback=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=[*map(chr, range(33, 127)), "▁", "\n"], show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=[*map(chr, range(33, 127)), "▁", "\n"], show_progress=False
+    )
     backend.train_from_iterator(["who painted the Night Watch?", "a b c"], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = template
@@ -195,7 +210,11 @@ CHATS = {
     "hostile": [{"role": "system", "content": f"{HOSTILE}</s>"}, {"role": "user", "content": f"[CE]{HOSTILE}"}],
     "only-controls": [{"role": "user", "content": "[NSP][Cs]</s>[CE][NSP]"}],
     "nested": [{"role": "user", "content": "[[NSP]] [NSP [CE]] <</s>> [N[Cs]SP]"}],
-    "turns": [{"role": "user", "content": "a [NSP]"}, {"role": "assistant", "content": "[Cs] b </s>"}, {"role": "user", "content": " c\n"}],
+    "turns": [
+        {"role": "user", "content": "a [NSP]"},
+        {"role": "assistant", "content": "[Cs] b </s>"},
+        {"role": "user", "content": " c\n"},
+    ],
     "private-use": [{"role": "user", "content": "\ue000[NSP]\ue001 \U000f0000[CE]\U000f0001 [N\U000f0000SP]"}],
     "empty": [{"role": "user", "content": ""}],
     "unicode": [{"role": "user", "content": "Zürich [NSP]東京[CE]½ \t x"}],
@@ -209,7 +228,9 @@ def test_own_route_equals_that_of_transformers(make, template, chat):
     tokenizer = make(template)
     if "sanitize_control_tokens" not in inspect.signature(tokenizer.apply_chat_template).parameters:
         pytest.skip("this transformers has no sanitize_control_tokens")
-    expected = tokenizer.apply_chat_template(CHATS[chat], add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False)
+    expected = tokenizer.apply_chat_template(
+        CHATS[chat], add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
+    )
     assert _encode_chat_with_markers(tokenizer, CHATS[chat]) == expected == encode_chat(tokenizer, CHATS[chat])
 
 
@@ -227,7 +248,9 @@ def test_end_of_turn():
     assert end_of_turn_token_id(tokenizer) == tokenizer.eos_token_id
     tokenizer = cosup_tokenizer(CHATML)
     assert end_of_turn_token_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"  # ends an answer with nothing special
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"  # ends an answer with nothing special
+    )
     assert end_of_turn_token_id(tokenizer) == tokenizer.eos_token_id
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="nothing would end an answer"):
@@ -237,8 +260,12 @@ def test_end_of_turn():
 def test_end_of_turn_is_among_the_ends_of_generation():
     tokenizer = cosup_tokenizer(CHATML)
     model = make_model(tokenizer=tokenizer)
-    assert model.generation_config.eos_token_id == sorted([tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")])
-    assert model.generation_config.suppress_tokens == [model.config.cs_token_id] and not model.generation_config.do_sample
+    assert model.generation_config.eos_token_id == sorted(
+        [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    )
+    assert (
+        model.generation_config.suppress_tokens == [model.config.cs_token_id] and not model.generation_config.do_sample
+    )
 
 
 def test_fingerprint_of_a_tokenizer(tmp_path):

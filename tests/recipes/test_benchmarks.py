@@ -11,7 +11,23 @@ import torch
 from support.models import make_gen, make_tokenizer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-SMALL = ["--shape", "tiny", "--device", "cpu", "--new_tokens", "16", "--batch_sizes", "1", "3", "--repeats", "1", "--num_passages", "60", "--captured", "false"]
+SMALL = [
+    "--shape",
+    "tiny",
+    "--device",
+    "cpu",
+    "--new_tokens",
+    "16",
+    "--batch_sizes",
+    "1",
+    "3",
+    "--repeats",
+    "1",
+    "--num_passages",
+    "60",
+    "--captured",
+    "false",
+]
 SMALL += ["--num_candidates", "20", "--index_size", "90", "--num_prompts", "10", "--rows_at_once", "3"]
 
 
@@ -36,20 +52,44 @@ def test_all_arms_write_the_same_tokens(benchmark, monkeypatch, tmp_path, capsys
     results = json.loads((tmp_path / "out.json").read_text())
     assert [(r["batch"], r["rows_equal"], r["rows_compared"]) for r in results["part_1"]] == [(1, 1, 1), (3, 2, 2)]
     arms = ["plain", "plain again", "CoSup, never retrieves", "CoSup, retrieves"]
-    assert [(r["batch"], r["arm"], r["rows_equal"]) for r in results["part_2"]] == [(size, arm, size) for size in (1, 3) for arm in arms]
-    assert all(0 < sum(r["parts"].values()) < r["seconds"]["max"] for r in results["part_2"] if r["arm"] == "CoSup, retrieves")
+    assert [(r["batch"], r["arm"], r["rows_equal"]) for r in results["part_2"]] == [
+        (size, arm, size) for size in (1, 3) for arm in arms
+    ]
+    assert all(
+        0 < sum(r["parts"].values()) < r["seconds"]["max"] for r in results["part_2"] if r["arm"] == "CoSup, retrieves"
+    )
     assert [(r["batch"], r["index_size"]) for r in results["part_3"]] == [(1, 90), (3, 90)]
     assert all(0 < r["share_of_search"]["min"] < 1 for r in results["part_3"])
     assert [(r["arm"], r["rows_equal"]) for r in results["part_4"]] == [("fixed batches", 10), ("generate_many", 10)]
     shown = capsys.readouterr().out
-    headings = ["Against the original's algorithm", "Against plain gen.generate", "Exact search among 90 x 64", "A queue against fixed batches of 3"]
-    assert shown.count("random weights, shape tiny, float32, seed 0, ") == 4 and all(heading in shown for heading in headings)
+    headings = [
+        "Against the original's algorithm",
+        "Against plain gen.generate",
+        "Exact search among 90 x 64",
+        "A queue against fixed batches of 3",
+    ]
+    assert shown.count("random weights, shape tiny, float32, seed 0, ") == 4 and all(
+        heading in shown for heading in headings
+    )
 
 
 def test_a_model_of_ones_own(benchmark, monkeypatch, tmp_path):
     make_gen("qwen3").save_pretrained(tmp_path / "gen")
     make_tokenizer().save_pretrained(tmp_path / "gen")
-    run(benchmark, monkeypatch, *SMALL, "--gen", tmp_path / "gen", "--parts", 1, 4, "--batch_sizes", 2, "--output_file", tmp_path / "out.json")
+    run(
+        benchmark,
+        monkeypatch,
+        *SMALL,
+        "--gen",
+        tmp_path / "gen",
+        "--parts",
+        1,
+        4,
+        "--batch_sizes",
+        2,
+        "--output_file",
+        tmp_path / "out.json",
+    )
     results = json.loads((tmp_path / "out.json").read_text())
     assert [r["rows_equal"] for r in results["part_1"]] == [2]
     assert [r["rows_equal"] for r in results["part_4"]] == [10, 10]
@@ -65,7 +105,9 @@ def test_other_passages_give_other_tokens(benchmark):
         original = benchmark.original_generate(world, prompt, plan, pool, world.embed(pool))
         assert world.retrieve(world.model, [prompt], index, [[id]]) == [original]
         at = [position for position, token in enumerate(original) if token == world.config.nsp_token_id]
-        assert len(at) == script.retrievals and original[at[0] + 1 :][: len(pool[0]["input_ids"])] == pool[0]["input_ids"]
+        assert (
+            len(at) == script.retrievals and original[at[0] + 1 :][: len(pool[0]["input_ids"])] == pool[0]["input_ids"]
+        )
         ends.append(original[-4:])
     assert ends[0] != ends[1]
 
@@ -74,9 +116,18 @@ def test_other_passages_give_other_tokens(benchmark):
     ("options", "message"),
     [
         (["--shape", "1b"], "--shape is '1b', expected one of tiny, 135m, 7b"),
-        (["--shape", "tiny", "--new_tokens", "7"], "--new_tokens is 7, expected 4 or more for each of the 2 retrievals"),
-        (["--shape", "tiny", "--num_candidates", "9", "--num_passages", "8"], "--num_candidates is 9, expected at most the 8 passages"),
-        (["--shape", "tiny", "--parts", "4", "--num_prompts", "9999", "--num_passages", "60"], "9999 prompts that begin differently need as many tokens"),
+        (
+            ["--shape", "tiny", "--new_tokens", "7"],
+            "--new_tokens is 7, expected 4 or more for each of the 2 retrievals",
+        ),
+        (
+            ["--shape", "tiny", "--num_candidates", "9", "--num_passages", "8"],
+            "--num_candidates is 9, expected at most the 8 passages",
+        ),
+        (
+            ["--shape", "tiny", "--parts", "4", "--num_prompts", "9999", "--num_passages", "60"],
+            "9999 prompts that begin differently need as many tokens",
+        ),
         (["--dtype", "int8"], "--dtype is 'int8', expected float32, bfloat16 or float16"),
         (["--output_file", "nowhere/out.json"], "--output_file nowhere/out.json: its folder does not exist"),
         (["--shape", "tiny", "--parts", "5"], "--parts holds 5, expected 1, 2, 3 or 4"),

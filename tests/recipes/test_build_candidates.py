@@ -22,8 +22,21 @@ from shared import retrievers
 TEXTS = ["Who painted?", "Where is Warsaw?", "An otter swims in 1642.", "Radium."]
 CORPUS = PASSAGES + [{"id": f"c{i}", "title": "", "text": text} for i, text in enumerate(TEXTS)]
 QUESTIONS = [
-    {"id": "q0", "input": "who painted the Night Watch?", "answers": ["Rembrandt"], "provenance": [["p0"], ["p3"]], "meta": {"claims": ["c"]}, "extra": 1},
-    {"id": "q1", "input": "Marie Curie [SEP] born in", "answers": ["Warsaw"], "provenance": [["p1", "p4"], ["p4", "c1"]], "candidates": ["p0"]},
+    {
+        "id": "q0",
+        "input": "who painted the Night Watch?",
+        "answers": ["Rembrandt"],
+        "provenance": [["p0"], ["p3"]],
+        "meta": {"claims": ["c"]},
+        "extra": 1,
+    },
+    {
+        "id": "q1",
+        "input": "Marie Curie [SEP] born in",
+        "answers": ["Warsaw"],
+        "provenance": [["p1", "p4"], ["p4", "c1"]],
+        "candidates": ["p0"],
+    },
     {"id": "q2", "input": "hello?", "answers": [], "provenance": []},
 ]
 
@@ -50,7 +63,13 @@ def folder(tmp_path_factory):
 def options(folder, tmp_path, **changes):
     given = {"model": str(folder / "cosine"), "eval_file": folder / "eval.jsonl", "split": "test"}
     given |= {"corpus_file": folder / "corpus.jsonl", "index": None, "index_uri": None}
-    given |= {"output_file": tmp_path / "out.jsonl", "num_candidates": 4, "gold_first": False, "index_dir": None, "batch_size": 3}
+    given |= {
+        "output_file": tmp_path / "out.jsonl",
+        "num_candidates": 4,
+        "gold_first": False,
+        "index_dir": None,
+        "batch_size": 3,
+    }
     return Namespace(**{**given, "passage_template": "{title}. {text}", "device": "cpu", "dtype": "auto", **changes})
 
 
@@ -69,7 +88,9 @@ def scores_by_hand(folder, name):
     model = SentenceTransformer(str(folder / name), device="cpu")
     texts = [question["input"].replace(" [SEP]", "") for question in QUESTIONS]
     queries = torch.stack([model.encode_query(text, convert_to_tensor=True) for text in texts])
-    passages = torch.stack([model.encode_document(render_passage(p, "{title}. {text}"), convert_to_tensor=True) for p in CORPUS])
+    passages = torch.stack(
+        [model.encode_document(render_passage(p, "{title}. {text}"), convert_to_tensor=True) for p in CORPUS]
+    )
     if name == "cosine":
         queries, passages = (torch.nn.functional.normalize(x, dim=-1) for x in (queries, passages))
     return (queries @ passages.T).numpy()
@@ -98,8 +119,14 @@ def test_pools_are_gold_and_the_nearest_by_score(folder, tmp_path, name, size, g
     lines, pools = built(folder, tmp_path, model=str(folder / name), num_candidates=size, gold_first=gold_first)
     rankings = ranking(scores_by_hand(folder, name))
     assert pools == expected_pools(rankings, size, gold_first)
-    places = [[min(ids.index(id) for id in evidence) for evidence in q["provenance"]] for q, ids in zip(QUESTIONS, rankings, strict=True)]
-    whole = [[max(ids.index(id) for id in evidence) for evidence in q["provenance"]] for q, ids in zip(QUESTIONS, rankings, strict=True)]
+    places = [
+        [min(ids.index(id) for id in evidence) for evidence in q["provenance"]]
+        for q, ids in zip(QUESTIONS, rankings, strict=True)
+    ]
+    whole = [
+        [max(ids.index(id) for id in evidence) for evidence in q["provenance"]]
+        for q, ids in zip(QUESTIONS, rankings, strict=True)
+    ]
     for k in (1, 5):
         for title, found in ((f"R@{k}", places), (f"a whole evidence set in the first {k}", whole)):
             hits = sum(min(ranks) < k for ranks in found[:2])
@@ -190,7 +217,10 @@ def test_gold_that_the_corpus_lacks_is_counted(folder, tmp_path, model):
     ],
 )
 def test_bad_input(folder, tmp_path, changes, message):
-    changes = {name: write(tmp_path / f"{name}.jsonl", value) if isinstance(value, list) else value for name, value in changes.items()}
+    changes = {
+        name: write(tmp_path / f"{name}.jsonl", value) if isinstance(value, list) else value
+        for name, value in changes.items()
+    }
     with pytest.raises(ValueError, match=message):
         build_candidates.build(options(folder, tmp_path, **changes))
     assert not (tmp_path / "out.jsonl").exists()
@@ -205,12 +235,24 @@ def test_another_similarity_is_refused(folder, tmp_path):
 
 
 def test_command_line(folder, tmp_path, monkeypatch, capsys):
-    arguments = ["--model", folder / "cosine", "--eval_file", folder / "eval.jsonl", "--corpus_file", folder / "corpus.jsonl"]
+    arguments = [
+        "--model",
+        folder / "cosine",
+        "--eval_file",
+        folder / "eval.jsonl",
+        "--corpus_file",
+        folder / "corpus.jsonl",
+    ]
     arguments += ["--output_file", tmp_path / "out.jsonl.gz", "--num_candidates", 4, "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["build_candidates.py", *map(str, arguments)])
     build_candidates.main()
     assert "a whole evidence set in the first 5" in capsys.readouterr().out
-    assert [len(instance["candidates"]) for instance in load_evaluation_set(tmp_path / "out.jsonl.gz", answers_required=False)] == [4, 4, 4]
-    monkeypatch.setattr(sys, "argv", ["build_candidates.py", *map(str, arguments), "--model", str(tmp_path / "nothing")])
+    assert [
+        len(instance["candidates"])
+        for instance in load_evaluation_set(tmp_path / "out.jsonl.gz", answers_required=False)
+    ] == [4, 4, 4]
+    monkeypatch.setattr(
+        sys, "argv", ["build_candidates.py", *map(str, arguments), "--model", str(tmp_path / "nothing")]
+    )
     with pytest.raises(SystemExit, match="error: .*nothing"):
         build_candidates.main()

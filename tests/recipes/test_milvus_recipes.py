@@ -18,14 +18,23 @@ def world(inputs, milvus_server, tmp_path_factory):
     """A checkpoint, its index in a folder, and by `build_index.py` in a collection `wiki` of the server: `(checkpoint, index folder, uri)`."""
     folder = tmp_path_factory.mktemp("milvus_recipes")
     make_model().save_pretrained(folder / "model")
-    command = [sys.executable, "recipes/build_index.py", "--model", folder / "model", "--corpus_file", inputs / "corpus.jsonl"]
+    command = [
+        sys.executable,
+        "recipes/build_index.py",
+        "--model",
+        folder / "model",
+        "--corpus_file",
+        inputs / "corpus.jsonl",
+    ]
     result = run(*command, "--output_dir", folder / "index", "--index", "wiki", "--index_uri", milvus_server.uri)
     assert result.returncode == 0, result.stderr[-3000:]
     assert f"6 passages in collection wiki of {milvus_server.uri}" in result.stdout
     return folder / "model", folder / "index", milvus_server.uri
 
 
-def test_build_index_uploads_an_approximate_collection_or_says_what_is_wrong(world, inputs, tmp_path, monkeypatch, capsys):
+def test_build_index_uploads_an_approximate_collection_or_says_what_is_wrong(
+    world, inputs, tmp_path, monkeypatch, capsys
+):
     import build_index
 
     model, _, uri = world
@@ -33,14 +42,23 @@ def test_build_index_uploads_an_approximate_collection_or_says_what_is_wrong(wor
     wrong = [
         (["--index_uri", uri], "error: --index_uri " + uri + " without --index: name the collection"),
         (["--index", "x"], "error: --index x without --index_uri: name the Milvus server to upload to"),
-        (["--index", "x", "--index_uri", uri, "--milvus_index_params", "M=8"], "error: milvus_index_params is 'M=8': malformed JSON"),
+        (
+            ["--index", "x", "--index_uri", uri, "--milvus_index_params", "M=8"],
+            "error: milvus_index_params is 'M=8': malformed JSON",
+        ),
     ]
     for options, message in wrong:
-        assert message in fails_here(monkeypatch, "build_index", *command, *options) and not (tmp_path / "index").exists()
+        assert (
+            message in fails_here(monkeypatch, "build_index", *command, *options) and not (tmp_path / "index").exists()
+        )
     options = ["--milvus_index_type", "HNSW", "--milvus_index_params", '{"M": 8, "efConstruction": 32}']
     taken = fails_here(monkeypatch, "build_index", *command, "--index", "wiki", "--index_uri", uri, *options)
     assert "collection 'wiki' exists already and is not an unfinished upload of this index" in taken
-    monkeypatch.setattr(sys, "argv", [str(word) for word in ["build_index.py", *command, "--index", "graph", "--index_uri", uri, *options]])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [str(word) for word in ["build_index.py", *command, "--index", "graph", "--index_uri", uri, *options]],
+    )
     build_index.main()
     assert "6 passages in collection graph of" in capsys.readouterr().out
     with pytest.raises(ValueError, match="is searched through HNSW, and search='exact' needs FLAT"):
@@ -51,14 +69,30 @@ def test_generate_answers_the_same(world, tmp_path, monkeypatch, capsys):
     import generate
 
     model, folder, uri = world
-    command = [sys.executable, "recipes/generate.py", "--model", model, "--max_new_tokens", 6, "--force_nsp_first", "who is it?", "where?"]
+    command = [
+        sys.executable,
+        "recipes/generate.py",
+        "--model",
+        model,
+        "--max_new_tokens",
+        6,
+        "--force_nsp_first",
+        "who is it?",
+        "where?",
+    ]
     expected = run(*command, "--index", folder)
     assert expected.returncode == 0 and "[1]" in expected.stdout
     found = run(*command, "--index", "wiki", "--index_uri", uri)
     assert found.returncode == 0, found.stderr[-3000:]
     assert found.stdout == expected.stdout
-    MilvusPassageIndex.from_index(PassageIndex.from_pretrained(folder), tmp_path / "wiki.db", "wiki", show_progress_bar=False).close()
-    monkeypatch.setattr(sys, "argv", [str(word) for word in ["generate.py", *command[2:], "--index", "wiki", "--index_uri", tmp_path / "wiki.db"]])
+    MilvusPassageIndex.from_index(
+        PassageIndex.from_pretrained(folder), tmp_path / "wiki.db", "wiki", show_progress_bar=False
+    ).close()
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [str(word) for word in ["generate.py", *command[2:], "--index", "wiki", "--index_uri", tmp_path / "wiki.db"]],
+    )
     generate.main()
     assert capsys.readouterr().out == expected.stdout
 
@@ -67,12 +101,28 @@ def test_clear_errors(world, tmp_path, monkeypatch):
     model, folder, uri = world
     make_model(emb_seq_kwargs={"seed": 9}).save_pretrained(tmp_path / "other")
     cases = [
-        (model, ["--index_uri", uri], f"error: --index_uri {uri} without --index: name the collection that holds the index."),
-        (model, ["--index", "missing", "--index_uri", uri], "collection 'missing': there is no such collection, only ["),
-        (model, ["--index", "wiki", "--index_uri", folder], "expected a server (http://host:19530) or a local file that ends in .db."),
+        (
+            model,
+            ["--index_uri", uri],
+            f"error: --index_uri {uri} without --index: name the collection that holds the index.",
+        ),
+        (
+            model,
+            ["--index", "missing", "--index_uri", uri],
+            "collection 'missing': there is no such collection, only [",
+        ),
+        (
+            model,
+            ["--index", "wiki", "--index_uri", folder],
+            "expected a server (http://host:19530) or a local file that ends in .db.",
+        ),
         (model, ["--index", "wiki", "--index_uri", tmp_path / "missing.db"], "error: There is no Milvus file"),
         (tmp_path / "other", ["--index", "wiki", "--index_uri", uri], "error: This index was built by another model"),
-        (model, ["--index", "wiki", "--index_uri", uri.replace("//", f"//{TOKEN}@")], f"error: uri holds a password; expected {uri}, and user:password in"),
+        (
+            model,
+            ["--index", "wiki", "--index_uri", uri.replace("//", f"//{TOKEN}@")],
+            f"error: uri holds a password; expected {uri}, and user:password in",
+        ),
     ]
     for checkpoint, options, message in cases:
         said = fails_here(monkeypatch, "generate", "--model", checkpoint, *options, "who?")
@@ -81,9 +131,15 @@ def test_clear_errors(world, tmp_path, monkeypatch):
 
 def test_a_server_that_is_away_and_a_token_that_is_not_shown(world, monkeypatch, capsys, caplog):
     monkeypatch.setenv("MILVUS_TOKEN", TOKEN)
-    monkeypatch.setattr(MilvusPassageIndex.__init__, "__defaults__", (None, 5.0, 0, None, None))  # does not try for 15 seconds
-    said = fails_here(monkeypatch, "generate", "--model", world[0], "--index", "wiki", "--index_uri", "http://127.0.0.1:9", "who?")
-    assert said.startswith("error: Milvus at http://127.0.0.1:9, collection 'wiki': no answer to 1 attempts while looking for the collection")
+    monkeypatch.setattr(
+        MilvusPassageIndex.__init__, "__defaults__", (None, 5.0, 0, None, None)
+    )  # does not try for 15 seconds
+    said = fails_here(
+        monkeypatch, "generate", "--model", world[0], "--index", "wiki", "--index_uri", "http://127.0.0.1:9", "who?"
+    )
+    assert said.startswith(
+        "error: Milvus at http://127.0.0.1:9, collection 'wiki': no answer to 1 attempts while looking for the collection"
+    )
     assert "Check that the server runs" in said
     assert "secret" not in said + caplog.text + "".join(capsys.readouterr())
 
@@ -100,7 +156,11 @@ def without_circumstances(value):
     """Results without times, paths and where the index lives."""
     dropped = ("seconds", "time", "index", "index_uri", "command", "scores")
     if isinstance(value, dict):
-        return {name: without_circumstances(inner) for name, inner in value.items() if name not in dropped and "second" not in name}
+        return {
+            name: without_circumstances(inner)
+            for name, inner in value.items()
+            if name not in dropped and "second" not in name
+        }
     if isinstance(value, list):
         return [without_circumstances(inner) for inner in value]
     return value
@@ -110,16 +170,48 @@ def test_run_evaluation_finds_the_same(world, inputs, tmp_path, monkeypatch):
     model, folder, uri = world
     found = {}
     for name, options in (("folder", ["--index", folder]), ("milvus", ["--index", "wiki", "--index_uri", uri])):
-        command = [sys.executable, "recipes/run_evaluation.py", "--model", model, "--eval_file", inputs / "eval.jsonl", *options]
-        result = run(*command, "--output_dir", tmp_path / name, "--max_new_tokens", 6, "--modes", "retrieval", "forced", "gold", "wrong", "off")
+        command = [
+            sys.executable,
+            "recipes/run_evaluation.py",
+            "--model",
+            model,
+            "--eval_file",
+            inputs / "eval.jsonl",
+            *options,
+        ]
+        result = run(
+            *command,
+            "--output_dir",
+            tmp_path / name,
+            "--max_new_tokens",
+            6,
+            "--modes",
+            "retrieval",
+            "forced",
+            "gold",
+            "wrong",
+            "off",
+        )
         assert result.returncode == 0, result.stderr[-3000:]
         metrics = json.loads((tmp_path / name / "metrics.json").read_text())
-        answers = [json.loads(line) for line in (tmp_path / name / "eval" / "forced" / "predictions.jsonl").read_text().splitlines()]
+        answers = [
+            json.loads(line)
+            for line in (tmp_path / name / "eval" / "forced" / "predictions.jsonl").read_text().splitlines()
+        ]
         ranking = (tmp_path / name / "eval" / "query" / "ranking.jsonl").read_text()
         found[name] = without_circumstances(metrics["tasks"]), without_circumstances(answers), ranking
     assert found["milvus"] == found["folder"]
     assert found["milvus"][0]["eval"]["passages"] == 6 and any(answer["retrievals"] for answer in found["milvus"][1])
-    lonely = ["--model", model, "--eval_file", inputs / "eval.jsonl", "--index_uri", uri, "--output_dir", tmp_path / "out"]
+    lonely = [
+        "--model",
+        model,
+        "--eval_file",
+        inputs / "eval.jsonl",
+        "--index_uri",
+        uri,
+        "--output_dir",
+        tmp_path / "out",
+    ]
     assert f"error: --index_uri {uri} without --index" in fails_here(monkeypatch, "run_evaluation", *lonely)
 
 
@@ -135,7 +227,16 @@ def test_a_task_names_a_collection(world, inputs):
 
 
 def training(inputs, model, output, *extra):
-    paths = ["--model_name_or_path", model, "--train_file", inputs / "train.jsonl", "--eval_file", inputs / "eval.jsonl", "--output_dir", output]
+    paths = [
+        "--model_name_or_path",
+        model,
+        "--train_file",
+        inputs / "train.jsonl",
+        "--eval_file",
+        inputs / "eval.jsonl",
+        "--output_dir",
+        output,
+    ]
     return [str(word) for word in [*paths, "--max_steps", 2, "--max_new_tokens", 8, "--report_to", "none", *extra]]
 
 
@@ -143,7 +244,9 @@ def test_train_evaluates_over_an_index_that_is_there(world, inputs, tmp_path):
     model, folder, uri = world
     results = {}
     for name, options in (("folder", ["--index", folder]), ("milvus", ["--index", "wiki", "--index_uri", uri])):
-        arguments = training(inputs, model, tmp_path / name, "--freeze_emb_seq", "true", "--eval_before_training", "true", *options)
+        arguments = training(
+            inputs, model, tmp_path / name, "--freeze_emb_seq", "true", "--eval_before_training", "true", *options
+        )
         result = run(sys.executable, "recipes/train.py", *arguments)
         assert result.returncode == 0, result.stderr[-3000:]
         assert "7 questions over an index of 6 passages" in result.stdout and f"--index {options[1]}" in result.stdout
@@ -152,14 +255,20 @@ def test_train_evaluates_over_an_index_that_is_there(world, inputs, tmp_path):
         for mode in written["evaluation"]["modes"].values():
             del mode["seconds"]
         results[name] = {part: written[part] for part in ("before", "after", "evaluation")}
-    assert results["milvus"] == results["folder"] and results["folder"]["evaluation"]["modes"]["retrieval"]["metrics"]["em"]["n"] > 0
+    assert (
+        results["milvus"] == results["folder"]
+        and results["folder"]["evaluation"]["modes"]["retrieval"]["metrics"]["em"]["n"] > 0
+    )
 
 
 def test_what_train_cannot_do_with_an_index(world, inputs, tmp_path, monkeypatch):
     model, folder, uri = world
     wrong = [
         (["--index", folder], "training changes Emb_seq, and no index of it stays valid; add --freeze_emb_seq true."),
-        (["--index", folder, "--corpus_file", inputs / "corpus.jsonl"], "--corpus_file and --push_index are for one that training builds"),
+        (
+            ["--index", folder, "--corpus_file", inputs / "corpus.jsonl"],
+            "--corpus_file and --push_index are for one that training builds",
+        ),
         (["--index_uri", uri, "--freeze_emb_seq", "true"], "without --index: name the collection"),
     ]
     for options, message in wrong:
@@ -178,7 +287,16 @@ def test_candidates_come_from_a_collection(world, inputs, tmp_path, monkeypatch,
     model, folder, uri = world
     found = []
     for name, options in (("folder", ["--index", folder]), ("milvus", ["--index", "wiki", "--index_uri", uri])):
-        command = ["build_candidates.py", "--model", model, "--eval_file", inputs / "eval.jsonl", *options, "--device", "cpu"]
+        command = [
+            "build_candidates.py",
+            "--model",
+            model,
+            "--eval_file",
+            inputs / "eval.jsonl",
+            *options,
+            "--device",
+            "cpu",
+        ]
         command += ["--output_file", tmp_path / f"{name}.jsonl", "--num_candidates", 3]
         monkeypatch.setattr(sys, "argv", [str(word) for word in command])
         build_candidates.main()
@@ -196,7 +314,13 @@ def test_an_experiment_may_name_a_collection(world, inputs, tmp_path, monkeypatc
     experiment = {
         "title": "t",
         "arms": {"frozen": {}},
-        "base": {"model_name_or_path": str(model), "train_file": str(inputs / "train.jsonl"), "freeze_emb_seq": True, "max_steps": 1, "report_to": "none"},
+        "base": {
+            "model_name_or_path": str(model),
+            "train_file": str(inputs / "train.jsonl"),
+            "freeze_emb_seq": True,
+            "max_steps": 1,
+            "report_to": "none",
+        },
         "tasks": tasks,
         "evaluation": {"modes": ["forced"], "max_new_tokens": 4},
     }

@@ -18,7 +18,17 @@ ITEMS = json.loads(FILE.read_text(encoding="utf-8"))
 
 def options(tmp_path, **changes):
     files = {"input_file": FILE, "output_file": tmp_path / "eval.jsonl", "output_corpus": tmp_path / "corpus.jsonl"}
-    return Namespace(**{**files, "dataset": "asqa", "num_candidates": 100, "provenance": "none", "instruction": None, "split": "validation", **changes})
+    return Namespace(
+        **{
+            **files,
+            "dataset": "asqa",
+            "num_candidates": 100,
+            "provenance": "none",
+            "instruction": None,
+            "split": "validation",
+            **changes,
+        }
+    )
 
 
 def prepared(tmp_path, **changes):
@@ -35,7 +45,10 @@ def write_items(tmp_path, *items):
 
 def test_candidates_answers_and_what_the_metrics_need(tmp_path):
     counts, corpus, (first, second) = prepared(tmp_path)
-    taken, unnamed = content_id("Tower", "Another text under an id that is taken."), content_id("Tower", "The tower measures 80 m.")
+    taken, unnamed = (
+        content_id("Tower", "Another text under an id that is taken."),
+        content_id("Tower", "The tower measures 80 m."),
+    )
     assert [passage["id"] for passage in corpus] == ["7", "8", "9", taken, unnamed]
     assert (first["id"], first["dataset"], first["input"]) == ("a1", "asqa", "When were the two bridges built?")
     assert first["instruction"].startswith("Answer the following question. The question may be ambiguous")
@@ -43,7 +56,10 @@ def test_candidates_answers_and_what_the_metrics_need(tmp_path):
     assert first["candidates"] == ["7", "8", "9"]
     assert second["candidates"] == [taken, unnamed, "7"]  # the blank one is left out
     assert second["answers"] == ["It is 80 m high."]
-    assert first["meta"] == {**{name: ITEMS[0][name] for name in ("qa_pairs", "annotations", "wikipages")}, "provenance_unknown": True}
+    assert first["meta"] == {
+        **{name: ITEMS[0][name] for name in ("qa_pairs", "annotations", "wikipages")},
+        "provenance_unknown": True,
+    }
     assert second["meta"] == {"qa_pairs": None, "claims": ["The tower is 80 m high."], "provenance_unknown": True}
     assert first["provenance"] == second["provenance"] == []
     assert dict(counts) == {
@@ -60,7 +76,10 @@ def test_candidates_answers_and_what_the_metrics_need(tmp_path):
 
 def test_a_smaller_pool_and_provenance_by_short_answers(tmp_path):
     counts, corpus, (first, second) = prepared(tmp_path, num_candidates=2, provenance="short_answers")
-    assert (first["candidates"], first["provenance"]) == (["7", "8"], [["7"], ["8"]])  # "the 1990s" is found as "1990s"
+    assert (first["candidates"], first["provenance"]) == (
+        ["7", "8"],
+        [["7"], ["8"]],
+    )  # "the 1990s" is found as "1990s"
     assert "provenance_unknown" not in first["meta"]
     assert (second["provenance"], second["meta"]["provenance_unknown"]) == ([], True)  # ELI5 has no short answers
     assert counts["items with fewer than 2 candidates"] == 0
@@ -68,11 +87,22 @@ def test_a_smaller_pool_and_provenance_by_short_answers(tmp_path):
 
 
 def test_qampari_and_results_under_data(tmp_path):
-    item = {"id": "l1", "question": "Which rivers?", "answers": [["Rhine", "the Rhine"], ["Elbe", "Rhine"]], "docs": [{"text": "The Elbe flows north."}]}
+    item = {
+        "id": "l1",
+        "question": "Which rivers?",
+        "answers": [["Rhine", "the Rhine"], ["Elbe", "Rhine"]],
+        "docs": [{"text": "The Elbe flows north."}],
+    }
     path = tmp_path / "items.json.gz"
     path.write_bytes(gzip.compress(json.dumps({"data": [item], "args": {}}).encode()))
-    _, corpus, (found,) = prepared(tmp_path, dataset="qampari", input_file=path, instruction="List them.", provenance="short_answers")
-    assert (found["id"], found["answers"], found["instruction"]) == ("l1", ["Rhine", "the Rhine", "Elbe"], "List them.")
+    _, corpus, (found,) = prepared(
+        tmp_path, dataset="qampari", input_file=path, instruction="List them.", provenance="short_answers"
+    )
+    assert (found["id"], found["answers"], found["instruction"]) == (
+        "l1",
+        ["Rhine", "the Rhine", "Elbe"],
+        "List them.",
+    )
     assert found["meta"] == {"answers": item["answers"]}
     assert found["provenance"] == [[corpus[0]["id"]]] == [[content_id("", "The Elbe flows north.")]]
 
@@ -87,8 +117,16 @@ ITEM = {"sample_id": "x", "question": "q?", "answer": "a", "docs": [{"id": "1", 
         ([ITEM, {**ITEM, "docs": [{"id": "1"}]}], {}, r"items.json, item 1, docs\[0\]: text is None"),
         ([{**ITEM, "question": None}], {}, "item 0: question is None"),
         ([{**ITEM, "answer": 3}], {}, "item 0: answer is 3"),
-        ([{**ITEM, "qa_pairs": [{"question": "q?"}]}], {}, "item 0: qa_pairs is .* expected a list of objects with short_answers"),
-        ([{**ITEM, "answers": ["a"]}], {"dataset": "qampari", "instruction": ""}, "item 0: answers is .* expected a list of lists of aliases"),
+        (
+            [{**ITEM, "qa_pairs": [{"question": "q?"}]}],
+            {},
+            "item 0: qa_pairs is .* expected a list of objects with short_answers",
+        ),
+        (
+            [{**ITEM, "answers": ["a"]}],
+            {"dataset": "qampari", "instruction": ""},
+            "item 0: answers is .* expected a list of lists of aliases",
+        ),
         (["q?"], {}, "found list, expected ALCE's list of items"),
         ([{**ITEM, "answer": ""}], {}, "(?s)No item or no passage is left.*no answer +1"),
         ([ITEM], {"num_candidates": 0}, "--num_candidates is 0"),
@@ -106,8 +144,18 @@ def test_a_data_set_by_its_name(tmp_path):
     expected = prepared(tmp_path)
     (tmp_path / "set").mkdir()
     items = [{name: value for name, value in item.items() if name != "annotations"} for item in ITEMS]
-    rows = [{"sample_id": str(item.get("sample_id", item.get("id", i))), "question": item["question"], "docs": item["docs"]} for i, item in enumerate(items)]
-    rows = [{**row, **{name: item[name] for name in ("qa_pairs", "answer") if name in item}} for row, item in zip(rows, items, strict=True)]
+    rows = [
+        {
+            "sample_id": str(item.get("sample_id", item.get("id", i))),
+            "question": item["question"],
+            "docs": item["docs"],
+        }
+        for i, item in enumerate(items)
+    ]
+    rows = [
+        {**row, **{name: item[name] for name in ("qa_pairs", "answer") if name in item}}
+        for row, item in zip(rows, items, strict=True)
+    ]
     (tmp_path / "set" / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     counts, corpus, questions = prepared(tmp_path, input_file=str(tmp_path / "set"))
     assert counts["items read"] == expected[0]["items read"] and corpus == expected[1]
@@ -115,7 +163,16 @@ def test_a_data_set_by_its_name(tmp_path):
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):
-    arguments = ["--dataset", "asqa", "--input_file", str(FILE), "--output_file", str(tmp_path / "e.jsonl"), "--output_corpus", str(tmp_path / "c.jsonl")]
+    arguments = [
+        "--dataset",
+        "asqa",
+        "--input_file",
+        str(FILE),
+        "--output_file",
+        str(tmp_path / "e.jsonl"),
+        "--output_corpus",
+        str(tmp_path / "c.jsonl"),
+    ]
     monkeypatch.setattr(sys, "argv", ["prepare_alce.py", *arguments])
     main()
     assert "items written" in capsys.readouterr().out

@@ -43,7 +43,9 @@ def tasks(world, tmp_path_factory):
 def test_tasks_are_valid_and_what_they_ask_is_in_no_training_instance(world, tasks):
     assert {name: task["split"] for name, task in tasks.items()} == SPLITS
     instances = load_instances(world["train"])
-    asked_in_training = {x["input"].replace(p["title"], "X") for x in instances for p in [x["segments"][0]["passage"]] if p}
+    asked_in_training = {
+        x["input"].replace(p["title"], "X") for x in instances for p in [x["segments"][0]["passage"]] if p
+    }
     read = Path(world["train"]).read_text()
     corpus = {passage["id"]: passage for passage in load_corpus(tasks["people"]["corpus_file"])}
     for name, task in tasks.items():
@@ -94,7 +96,12 @@ def test_encoders_become_emb_seq_and_the_retriever_has_learned(world, tmp_path):
         for query_from in ("gen", "emb_seq", "query_encoder"):
             extra = {"query_encoder": paths[name]} if query_from == "query_encoder" else {}
             model = CoSupForCausalLM.from_gen_and_emb_seq(
-                world["gen"], paths[name], query_from=query_from, emb_seq_pooling=pooling, max_passage_length=128, **extra
+                world["gen"],
+                paths[name],
+                query_from=query_from,
+                emb_seq_pooling=pooling,
+                max_passage_length=128,
+                **extra,
             )
             assert model.build_index([{"id": "p", "title": "t", "text": "x"}]).embeddings.isfinite().all()
     tokenizer = AutoTokenizer.from_pretrained(paths["retriever"])
@@ -104,7 +111,10 @@ def test_encoders_become_emb_seq_and_the_retriever_has_learned(world, tmp_path):
     def found(name):
         model = AutoModel.from_pretrained(paths[name]).eval()
         with torch.no_grad():
-            first, second = (embed(model, tokenizer, part) for part in ([ids[: len(ids) // 2] for ids in rows], [ids[len(ids) // 4 :] for ids in rows]))
+            first, second = (
+                embed(model, tokenizer, part)
+                for part in ([ids[: len(ids) // 2] for ids in rows], [ids[len(ids) // 4 :] for ids in rows])
+            )
         return int(((first @ second.T).argmax(1) == torch.arange(64)).sum())
 
     assert found("retriever") > found("emb_seq_bert")

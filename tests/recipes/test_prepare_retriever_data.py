@@ -14,7 +14,11 @@ def passage(name, title):
 
 
 def instance(name, *passages):
-    return {"id": name, "input": f"who was {name}?", "segments": [{"text": "it", "passage": each} for each in passages]}
+    return {
+        "id": name,
+        "input": f"who was {name}?",
+        "segments": [{"text": "it", "passage": each} for each in passages],
+    }
 
 
 INSTANCES = [
@@ -37,7 +41,11 @@ def test_questions_with_one_passage_and_keyword_queries(tmp_path):
     counts = prepare(options(tmp_path, keyword_share=0.5))
     written = load_instances(tmp_path / "out.jsonl")
     questions = [each for each in written if each["dataset"] != "keywords"]
-    assert {each["id"] for each in questions} == {f"one{i}" for i in range(6)} | {"again", "untitled", "free text first"}
+    assert {each["id"] for each in questions} == {f"one{i}" for i in range(6)} | {
+        "again",
+        "untitled",
+        "free text first",
+    }
     assert list(counts.values()) == [11, 2, 0, 9, 7] and len(written) == 16
     asked = set()
     for each in (each for each in written if each["dataset"] == "keywords"):

@@ -13,13 +13,23 @@ from trainer import load_corpus, load_instances
 from trainer.data import content_id
 
 FILE = Path(__file__).parent / "data_formats" / "selfrag.jsonl"
-OTTER, MILK = ({"id": content_id(title, text), "title": title, "text": text} for title, text in [("Otter", "Otters eat fish."), ("Café", "Coffee with milk.")])
+OTTER, MILK = (
+    {"id": content_id(title, text), "title": title, "text": text}
+    for title, text in [("Otter", "Otters eat fish."), ("Café", "Coffee with milk.")]
+)
 PASSAGE = "[Retrieval]<paragraph>Otter\nOtters eat fish.</paragraph>"
 
 
 def options(tmp_path, **changes):
-    files = {"input_file": FILE, "split": "train", "output_file": tmp_path / "train.jsonl", "output_corpus": tmp_path / "corpus.jsonl"}
-    return Namespace(**{**files, "filters": list(FILTERS), "min_support": "partial", "question_template": "", **changes})
+    files = {
+        "input_file": FILE,
+        "split": "train",
+        "output_file": tmp_path / "train.jsonl",
+        "output_corpus": tmp_path / "corpus.jsonl",
+    }
+    return Namespace(
+        **{**files, "filters": list(FILTERS), "min_support": "partial", "question_template": "", **changes}
+    )
 
 
 def segments(instance):
@@ -48,9 +58,18 @@ def test_marks_become_segments(tmp_path):
         ("They drink no coffee.", MILK),
         ("That is all. Indeed.", None),  # behind free text nothing is left to continue
     ]
-    assert segments(found["s10"]) == [("Fish.", {"id": content_id("", "Otters eat fish."), "title": "", "text": "Otters eat fish."})]
-    assert (found["s1"]["dataset"], found["s1"]["instruction"], found["s1"]["input"]) == ("nq", "", "what do otters eat?")
-    assert (found["s2"]["instruction"], found["s2"]["input"]) == ("Answer at length. ", "what do otters eat and drink?")
+    assert segments(found["s10"]) == [
+        ("Fish.", {"id": content_id("", "Otters eat fish."), "title": "", "text": "Otters eat fish."})
+    ]
+    assert (found["s1"]["dataset"], found["s1"]["instruction"], found["s1"]["input"]) == (
+        "nq",
+        "",
+        "what do otters eat?",
+    )
+    assert (found["s2"]["instruction"], found["s2"]["input"]) == (
+        "Answer at length. ",
+        "what do otters eat and drink?",
+    )
     assert [passage["title"] for passage in load_corpus(tmp_path / "corpus.jsonl")] == ["Otter", "Café", ""]
     assert dict(counts) == {
         "read": 10,
@@ -64,7 +83,12 @@ def test_marks_become_segments(tmp_path):
         "continued texts without a passage, now free text": 1,
         "passages": 3,
     }
-    assert [line.partition(": ")[0].rpartition(", ")[2] for line in damaged] == ["line 6", "line 7", "line 8", "line 9"]
+    assert [line.partition(": ")[0].rpartition(", ")[2] for line in damaged] == [
+        "line 6",
+        "line 7",
+        "line 8",
+        "line 9",
+    ]
     lines = report(counts).splitlines()
     assert lines[0].split() == ["instances", "read", "10"]
     assert lines[5].split() == ["instances", "written", "3", "the", "paper's:", "42,932"]
@@ -130,7 +154,9 @@ def test_a_data_set_folder_and_gzip_are_read_like_a_file(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_bytes(FILE.read_bytes())
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(FILE.read_bytes()))
-    assert ids(tmp_path, input_file=tmp_path / "set") == ids(tmp_path, input_file=tmp_path / "rows.jsonl.gz") == expected
+    assert (
+        ids(tmp_path, input_file=tmp_path / "set") == ids(tmp_path, input_file=tmp_path / "rows.jsonl.gz") == expected
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,12 +167,19 @@ def test_a_data_set_folder_and_gzip_are_read_like_a_file(tmp_path):
         ({"instruction": "Say.## Input:\n\n"}, {}, "line 1: input is ''"),
         ({"input": 5}, {}, "line 1: input is 5, expected a string"),
         ({"output": "[No Retrieval]4"}, {}, "(?s)No instance is left.*without_passage +1"),
-        ({"output": "[Relevant]4"}, {}, "(?s)No instance is left.*damaged marks +1.*rows.jsonl, line 1: .Relevant. at character 0"),
+        (
+            {"output": "[Relevant]4"},
+            {},
+            "(?s)No instance is left.*damaged marks +1.*rows.jsonl, line 1: .Relevant. at character 0",
+        ),
         ({}, {"question_template": "Question:"}, "--question_template is 'Question:', expected a text with {input}"),
     ],
 )
 def test_bad_input(tmp_path, row, changes, message):
-    path = write(tmp_path, {"id": "1", "instruction": "q?", "input": "", "output": PASSAGE + "[Relevant]Fish.[Fully supported]", **row})
+    path = write(
+        tmp_path,
+        {"id": "1", "instruction": "q?", "input": "", "output": PASSAGE + "[Relevant]Fish.[Fully supported]", **row},
+    )
     with pytest.raises(ValueError, match=message):
         prepare(options(tmp_path, input_file=path, **changes))
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]

@@ -17,7 +17,14 @@ from support.recipes import ROOT, options, run, train_here
 def checkpoint(inputs, tmp_path_factory):
     """What `accelerate launch recipes/train.py` leaves behind."""
     output = tmp_path_factory.mktemp("trained") / "out"
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", "recipes/accelerate_configs/single.yaml"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--config_file",
+        "recipes/accelerate_configs/single.yaml",
+    ]
     result = run(*launcher, "recipes/train.py", *options(inputs, output, "--eval_before_training", "true"))
     assert result.returncode == 0, result.stderr[-3000:]
     assert "query embedding: R@1" in result.stdout
@@ -39,7 +46,16 @@ def test_train_writes_checkpoint_index_and_numbers(checkpoint):
 
 
 def test_generate_answers_from_arguments_file_and_stdin(checkpoint, tmp_path):
-    command = [sys.executable, "recipes/generate.py", "--model", checkpoint, "--index", checkpoint / "index", "--max_new_tokens", "6"]
+    command = [
+        sys.executable,
+        "recipes/generate.py",
+        "--model",
+        checkpoint,
+        "--index",
+        checkpoint / "index",
+        "--max_new_tokens",
+        "6",
+    ]
     first = run(*command, "who is it?", "where?")
     assert first.returncode == 0, first.stderr[-2000:]
     assert first.stdout.startswith("Q  who is it?\nA  ")
@@ -48,11 +64,22 @@ def test_generate_answers_from_arguments_file_and_stdin(checkpoint, tmp_path):
     assert run(*command, stdin="who is it?\nwhere?\n").stdout == first.stdout
     nothing = run(*command, stdin="\n")
     assert nothing.returncode == 1
-    assert nothing.stderr.strip().endswith("error: no question given: write them behind the options, into --file, or to stdin.")
+    assert nothing.stderr.strip().endswith(
+        "error: no question given: write them behind the options, into --file, or to stdin."
+    )
 
 
 def test_build_index_equals_the_one_of_train(checkpoint, inputs, tmp_path):
-    result = run(sys.executable, "recipes/build_index.py", "--model", checkpoint, "--corpus_file", inputs / "corpus.jsonl", "--output_dir", tmp_path / "index")
+    result = run(
+        sys.executable,
+        "recipes/build_index.py",
+        "--model",
+        checkpoint,
+        "--corpus_file",
+        inputs / "corpus.jsonl",
+        "--output_dir",
+        tmp_path / "index",
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     built, trained = (PassageIndex.from_pretrained(folder / "index") for folder in (tmp_path, checkpoint))
     assert built.fingerprint == trained.fingerprint
@@ -62,7 +89,9 @@ def test_build_index_equals_the_one_of_train(checkpoint, inputs, tmp_path):
 
 def test_index_of_another_model_is_refused(checkpoint, tmp_path):
     make_model().save_pretrained(tmp_path / "other")
-    result = run(sys.executable, "recipes/generate.py", "--model", tmp_path / "other", "--index", checkpoint / "index", "who?")
+    result = run(
+        sys.executable, "recipes/generate.py", "--model", tmp_path / "other", "--index", checkpoint / "index", "who?"
+    )
     assert result.returncode == 1
     assert "error: This index was built by another model" in result.stderr
     assert "emb_seq" in result.stderr
@@ -72,7 +101,10 @@ BAD = [
     ({"--train_file": '{"input": "q"'}, "train_file.jsonl, line 1: malformed JSON"),
     ({"--train_file": '{"input": "q", "segments": []}'}, "train_file.jsonl, line 1: segments is []"),
     ({"--corpus_file": '{"id": "p0", "title": "t", "text": ""}'}, "corpus_file.jsonl, line 1: text is ''"),
-    ({"--eval_file": '{"input": "q", "answers": ["a"], "provenance": [], "candidates": ["x"]}'}, "eval_file.jsonl, line 1: candidates holds 'x'"),
+    (
+        {"--eval_file": '{"input": "q", "answers": ["a"], "provenance": [], "candidates": ["x"]}'},
+        "eval_file.jsonl, line 1: candidates holds 'x'",
+    ),
 ]
 
 
@@ -93,11 +125,17 @@ def test_unwritable_output_and_unknown_options(inputs, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder")
     assert "cannot be written" in train_here(monkeypatch, *options(inputs, tmp_path / "file" / "out"))
     (tmp_path / "config.yaml").write_text("learning_rat: 1.0e-4\n")
-    assert "unknown option 'learning_rat'" in train_here(monkeypatch, *options(inputs, tmp_path / "out", "--config", tmp_path / "config.yaml"))
+    assert "unknown option 'learning_rat'" in train_here(
+        monkeypatch, *options(inputs, tmp_path / "out", "--config", tmp_path / "config.yaml")
+    )
     (tmp_path / "config.yaml").write_text("max_steps: abc\n")
-    assert "max_steps is 'abc', expected an integer" in train_here(monkeypatch, *options(inputs, tmp_path / "out", "--config", tmp_path / "config.yaml"))
+    assert "max_steps is 'abc', expected an integer" in train_here(
+        monkeypatch, *options(inputs, tmp_path / "out", "--config", tmp_path / "config.yaml")
+    )
     (tmp_path / "config.yaml").write_text("a: [\n")
-    assert "malformed YAML" in train_here(monkeypatch, *options(inputs, tmp_path / "out", "--config", tmp_path / "config.yaml"))
+    assert "malformed YAML" in train_here(
+        monkeypatch, *options(inputs, tmp_path / "out", "--config", tmp_path / "config.yaml")
+    )
     (tmp_path / "taken" / "index").mkdir(parents=True)
     (tmp_path / "taken" / "index" / "file").touch()
     assert "is not a passage index" in train_here(monkeypatch, *options(inputs, tmp_path / "taken"))
@@ -141,7 +179,9 @@ def test_every_way_to_train_ends_in_a_checkpoint_that_answers(inputs, tmp_path, 
     query_from = {"separate, one encoder": "emb_seq", "separate, two encoders": "query_encoder"}.get(way, "gen")
     assert model.config.query_from == query_from
     index = model.load_index(tmp_path / "out" / "index")
-    out = model.generate(torch.tensor([[5, model.config.nsp_token_id]]), retriever=index, max_new_tokens=3, return_dict_in_generate=True)
+    out = model.generate(
+        torch.tensor([[5, model.config.nsp_token_id]]), retriever=index, max_new_tokens=3, return_dict_in_generate=True
+    )
     assert out.retrievals[0][0].passage_id in {passage["id"] for passage in PASSAGES}
 
 
@@ -149,7 +189,9 @@ def test_lora_leaves_adapters_and_a_merged_checkpoint(inputs, tmp_path, monkeypa
     pytest.importorskip("peft")
     from train import main
 
-    monkeypatch.setattr(sys, "argv", ["train.py", *options(inputs, tmp_path / "out", "--use_peft", "true", "--lora_r", "4")])
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", *options(inputs, tmp_path / "out", "--use_peft", "true", "--lora_r", "4")]
+    )
     main()
     assert (tmp_path / "out" / "adapter_config.json").exists()
     model = CoSupForCausalLM.from_pretrained(tmp_path / "out" / "merged")
@@ -157,8 +199,19 @@ def test_lora_leaves_adapters_and_a_merged_checkpoint(inputs, tmp_path, monkeypa
 
 
 def test_two_processes_by_the_config_that_we_ship(inputs, tmp_path):
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", "recipes/accelerate_configs/multi_cpu.yaml"]
-    result = run(*launcher, "recipes/train.py", *options(inputs, tmp_path / "out", "--nsp_batch_size", "4", "--per_device_train_batch_size", "1"))
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--config_file",
+        "recipes/accelerate_configs/multi_cpu.yaml",
+    ]
+    result = run(
+        *launcher,
+        "recipes/train.py",
+        *options(inputs, tmp_path / "out", "--nsp_batch_size", "4", "--per_device_train_batch_size", "1"),
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     metrics = json.loads((tmp_path / "out" / "results.json").read_text())
     assert metrics["evaluation"]["query"]["corpus"]["query_recall@5"]["n"] == 6
@@ -169,41 +222,111 @@ def test_two_processes_by_the_config_that_we_ship(inputs, tmp_path):
 
 def test_the_benchmark_of_a_step_runs(inputs, tmp_path):
     result = run(
-        *[sys.executable, "recipes/benchmarks/train.py", "--gen", inputs / "gen", "--train_file", inputs / "train.jsonl", "--num_threads", 1],
-        *["--sections", "step,nsp_batch,duplicates", "--batch_size", 3, "--repeats", 2, "--nsp_batch_sizes", "3,6", "--output_file", tmp_path / "out.json"],
+        *[
+            sys.executable,
+            "recipes/benchmarks/train.py",
+            "--gen",
+            inputs / "gen",
+            "--train_file",
+            inputs / "train.jsonl",
+            "--num_threads",
+            1,
+        ],
+        *[
+            "--sections",
+            "step,nsp_batch,duplicates",
+            "--batch_size",
+            3,
+            "--repeats",
+            2,
+            "--nsp_batch_sizes",
+            "3,6",
+            "--output_file",
+            tmp_path / "out.json",
+        ],
     )
     assert result.returncode == 0, result.stderr[-3000:]
     numbers = json.loads((tmp_path / "out.json").read_text())
-    for loss_error, error in (arm["float32_loss_and_gradient_error"] or (0, 0) for arm in numbers["step"]["arms"].values()):
+    for loss_error, error in (
+        arm["float32_loss_and_gradient_error"] or (0, 0) for arm in numbers["step"]["arms"].values()
+    ):
         assert loss_error < 1e-5 and error < 1e-4
     assert [row["nsp_batch_size"] for row in numbers["nsp_batch"]] == [3, 6]
-    too_large = run(sys.executable, "recipes/benchmarks/train.py", "--gen", inputs / "gen", "--train_file", inputs / "train.jsonl", "--batch_size", 99)
+    too_large = run(
+        sys.executable,
+        "recipes/benchmarks/train.py",
+        "--gen",
+        inputs / "gen",
+        "--train_file",
+        inputs / "train.jsonl",
+        "--batch_size",
+        99,
+    )
     assert "a batch of 99 instances needs as many" in too_large.stderr
 
 
 def test_build_index_trains_an_approximate_index_and_says_its_recall(checkpoint, inputs, tmp_path):
-    command = [sys.executable, "recipes/build_index.py", "--model", checkpoint, "--corpus_file", inputs / "corpus.jsonl", "--output_dir", tmp_path / "index"]
-    result = run(*command, "--index_factory", "HNSW8", "--ef_search", 32, "--embedding_dtype", "float16", "--shard_size", 4, "--max_tokens_per_batch", 64)
+    command = [
+        sys.executable,
+        "recipes/build_index.py",
+        "--model",
+        checkpoint,
+        "--corpus_file",
+        inputs / "corpus.jsonl",
+        "--output_dir",
+        tmp_path / "index",
+    ]
+    result = run(
+        *command,
+        "--index_factory",
+        "HNSW8",
+        "--ef_search",
+        32,
+        "--embedding_dtype",
+        "float16",
+        "--shard_size",
+        4,
+        "--max_tokens_per_batch",
+        64,
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     assert "6 passages in" in result.stdout and "ANN recall@1  100.0 %" in result.stdout
     index = PassageIndex.from_pretrained(tmp_path / "index", allow_faiss_files=True)
-    assert index.config["shards"] == [4, 2] and index.config["dtype"] == "float16" and index.config["approximate"]["search_options"] == {"efSearch": 32}
+    assert (
+        index.config["shards"] == [4, 2]
+        and index.config["dtype"] == "float16"
+        and index.config["approximate"]["search_options"] == {"efSearch": 32}
+    )
 
 
 def test_the_benchmark_of_the_index_runs(tmp_path):
     pytest.importorskip("sentence_transformers")
-    result = run(sys.executable, "recipes/benchmarks/index.py", "--quick", "true", "--num_threads", 1, "--output_file", tmp_path / "out.json")
+    result = run(
+        sys.executable,
+        "recipes/benchmarks/index.py",
+        "--quick",
+        "true",
+        "--num_threads",
+        1,
+        "--output_file",
+        tmp_path / "out.json",
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     numbers = json.loads((tmp_path / "out.json").read_text())
     assert numbers["encode"]["largest_difference"] < 1e-4
-    assert all(line["same_rows"] == 1 for line in numbers["search"]) and [line["passages"] for line in numbers["memory"]] == [300, 900]
+    assert all(line["same_rows"] == 1 for line in numbers["search"]) and [
+        line["passages"] for line in numbers["memory"]
+    ] == [300, 900]
     assert max(line["ann_recall@10"] for line in numbers["approximate"]) > 0.9
 
 
 def test_every_accelerate_config_is_one():
     from accelerate.commands.config.config_args import load_config_from_file
 
-    kinds = {path.stem: load_config_from_file(str(path)) for path in sorted((ROOT / "recipes" / "accelerate_configs").glob("*.yaml"))}
+    kinds = {
+        path.stem: load_config_from_file(str(path))
+        for path in sorted((ROOT / "recipes" / "accelerate_configs").glob("*.yaml"))
+    }
     assert {name: str(config.distributed_type).rpartition(".")[2] for name, config in kinds.items()} == {
         "single": "NO",
         "multi_cpu": "MULTI_GPU",

@@ -44,7 +44,18 @@ def many(tmp_path_factory):
     paths = write_world(folder, questions)
     checkpoint = write_checkpoint(folder / "model")
     options = ["--model", checkpoint, *(word for name, path in paths.items() for word in (f"--{name}", path))]
-    return [*options, "--modes", "forced", "off", "--max_new_tokens", 40, "--batch_size", 2, "--index_cache", folder / "indexes"]
+    return [
+        *options,
+        "--modes",
+        "forced",
+        "off",
+        "--max_new_tokens",
+        40,
+        "--batch_size",
+        2,
+        "--index_cache",
+        folder / "indexes",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +65,11 @@ def alone(many, tmp_path_factory):
     result = run(command("recipes/run_evaluation.py", *many, "--output_dir", output))
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Ret=" in result.stderr and "EM=" in result.stderr  # the running scores
-    assert "eval, [NSP] forced first: 31 questions" in result.stdout and (output / "report.html").exists() and (output / "report.md").exists()
+    assert (
+        "eval, [NSP] forced first: 31 questions" in result.stdout
+        and (output / "report.html").exists()
+        and (output / "report.md").exists()
+    )
     settings = json.loads((output / "metrics.json").read_text())["settings"]
     assert settings["command"].startswith("run_evaluation.py --model") and settings["processes"] == 1
     return output
@@ -63,13 +78,23 @@ def alone(many, tmp_path_factory):
 def same_answers(first, second):
     for mode in ("forced", "off"):
         assert without_times(predictions(first, mode, "eval")) == without_times(predictions(second, mode, "eval"))
-    assert read_lines(first / "eval" / "query" / "ranking.jsonl") == read_lines(second / "eval" / "query" / "ranking.jsonl")
+    assert read_lines(first / "eval" / "query" / "ranking.jsonl") == read_lines(
+        second / "eval" / "query" / "ranking.jsonl"
+    )
     found = [json.loads((folder / "metrics.json").read_text())["tasks"]["eval"]["modes"] for folder in (first, second)]
-    assert [found[0][mode]["metrics"] for mode in ("forced", "off")] == [found[1][mode]["metrics"] for mode in ("forced", "off")]
+    assert [found[0][mode]["metrics"] for mode in ("forced", "off")] == [
+        found[1][mode]["metrics"] for mode in ("forced", "off")
+    ]
 
 
 def test_two_processes_share_the_questions_and_the_corpus(many, alone, tmp_path):
-    launcher = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", "recipes/accelerate_configs/multi_cpu.yaml"]
+    launcher = [
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--config_file",
+        "recipes/accelerate_configs/multi_cpu.yaml",
+    ]
     words = [*many, "--output_dir", tmp_path / "out", "--index_cache", tmp_path / "indexes"]
     result = run(command(*launcher, "recipes/run_evaluation.py", *words))
     assert result.returncode == 0, result.stderr[-3000:]
@@ -82,10 +107,23 @@ def test_two_processes_share_the_questions_and_the_corpus(many, alone, tmp_path)
     judged = run(command(*launcher, "recipes/run_evaluation.py", *words, "--nli_model", tmp_path / "nli"))
     assert judged.returncode == 0, judged.stderr[-3000:]
     shutil.copytree(alone, tmp_path / "alone")
-    assert run(command("recipes/run_evaluation.py", *many, "--output_dir", tmp_path / "alone", "--nli_model", tmp_path / "nli")).returncode == 0
-    found = [json.loads((tmp_path / name / "metrics.json").read_text())["tasks"]["eval"]["modes"]["forced"]["metrics"] for name in ("out", "alone")]
+    assert (
+        run(
+            command(
+                "recipes/run_evaluation.py", *many, "--output_dir", tmp_path / "alone", "--nli_model", tmp_path / "nli"
+            )
+        ).returncode
+        == 0
+    )
+    found = [
+        json.loads((tmp_path / name / "metrics.json").read_text())["tasks"]["eval"]["modes"]["forced"]["metrics"]
+        for name in ("out", "alone")
+    ]
     assert found[0] == found[1] and found[0]["gr"]["n"] > 10
-    keys = [[json.loads(line)["key"] for line in (tmp_path / name / "nli.jsonl").read_text().splitlines() if line] for name in ("out", "alone")]
+    keys = [
+        [json.loads(line)["key"] for line in (tmp_path / name / "nli.jsonl").read_text().splitlines() if line]
+        for name in ("out", "alone")
+    ]
     assert sorted(keys[0]) == sorted(set(keys[1]))  # no pair was judged twice
 
 
@@ -93,7 +131,9 @@ def test_a_killed_run_goes_on(many, alone, tmp_path):
     words = command("recipes/run_evaluation.py", *many, "--output_dir", tmp_path)
     answers = tmp_path / "eval" / "forced" / "parts" / "answers-0-of-1.jsonl"
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+        process = subprocess.Popen(
+            words, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True
+        )
         try:
             while process.poll() is None and not (answers.exists() and answers.read_bytes().count(b"\n") >= 3):
                 time.sleep(0.01)
@@ -101,13 +141,17 @@ def test_a_killed_run_goes_on(many, alone, tmp_path):
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()[-3000:]
-    assert not (tmp_path / "metrics.json").exists() and not (tmp_path / "eval" / "forced" / "predictions.jsonl").exists()
+    assert (
+        not (tmp_path / "metrics.json").exists() and not (tmp_path / "eval" / "forced" / "predictions.jsonl").exists()
+    )
     kept = [line["index"] for line in map(json.loads, answers.read_text().splitlines(keepends=True)[:3])]
     result = run(words)
     assert result.returncode == 0, result.stderr[-3000:]
     same_answers(tmp_path, alone)
     found = predictions(tmp_path, "forced", "eval")
-    assert all(found[i]["seconds"] is None for i in kept) and found[-1]["seconds"] is not None  # the former were not answered again
+    assert (
+        all(found[i]["seconds"] is None for i in kept) and found[-1]["seconds"] is not None
+    )  # the former were not answered again
 
 
 def test_a_config_lists_tasks_and_errors_are_clear(many, tmp_path, monkeypatch, capsys):
@@ -115,11 +159,19 @@ def test_a_config_lists_tasks_and_errors_are_clear(many, tmp_path, monkeypatch, 
 
     checkpoint, eval_file, corpus_file = many[1], many[3], many[5]
     entries = [{"name": "a", "split": "in-domain"}, {"name": "b", "pool": 4, "max_eval_samples": 3}]
-    config = {"tasks": [{**entry, "eval_file": eval_file, "corpus_file": corpus_file} for entry in entries], "modes": ["off"], "max_new_tokens": 4}
-    (tmp_path / "tasks.yaml").write_text(json.dumps(config).replace('"off"', "off"))  # JSON is YAML, in which off is false
+    config = {
+        "tasks": [{**entry, "eval_file": eval_file, "corpus_file": corpus_file} for entry in entries],
+        "modes": ["off"],
+        "max_new_tokens": 4,
+    }
+    (tmp_path / "tasks.yaml").write_text(
+        json.dumps(config).replace('"off"', "off")
+    )  # JSON is YAML, in which off is false
 
     def call(*words):
-        monkeypatch.setattr(sys, "argv", ["run_evaluation.py", *map(str, words), "--output_dir", str(tmp_path / "out")])
+        monkeypatch.setattr(
+            sys, "argv", ["run_evaluation.py", *map(str, words), "--output_dir", str(tmp_path / "out")]
+        )
         main()
 
     call("--config", tmp_path / "tasks.yaml", "--model", checkpoint, "--max_eval_samples", 5)
@@ -129,7 +181,18 @@ def test_a_config_lists_tasks_and_errors_are_clear(many, tmp_path, monkeypatch, 
     assert "b, retrieval off: 3 questions" in capsys.readouterr().out
     for part in make_classifier():
         part.save_pretrained(tmp_path / "nli")
-    call("--config", tmp_path / "tasks.yaml", "--model", checkpoint, "--max_eval_samples", 5, "--modes", "forced", "--nli_model", tmp_path / "nli")
+    call(
+        "--config",
+        tmp_path / "tasks.yaml",
+        "--model",
+        checkpoint,
+        "--max_eval_samples",
+        5,
+        "--modes",
+        "forced",
+        "--nli_model",
+        tmp_path / "nli",
+    )
     results = json.loads((tmp_path / "out" / "metrics.json").read_text())
     grounded = [r["grounded_text"] for p in predictions(tmp_path / "out", "forced", "a") for r in p["retrievals"]]
     assert any(grounded) and results["tasks"]["a"]["modes"]["forced"]["metrics"]["gr"]["n"] > 0
@@ -156,17 +219,31 @@ def test_figures_reach_the_card(many, tmp_path, monkeypatch, capsys):
     write_card(model, folder, "me/model", {"results": older, "training": {"instances": {"nq": 7}}})
     for part in make_classifier():
         part.save_pretrained(tmp_path / "nli")
-    entries = [{"name": name, "eval_file": many[3], "corpus_file": many[5], **more} for name, more in (("a", {}), ("b", {"pool": 4}))]
-    (tmp_path / "tasks.yaml").write_text(json.dumps({"tasks": entries, "modes": ["forced"], "max_new_tokens": 6, "nli_model": str(tmp_path / "nli")}))
+    entries = [
+        {"name": name, "eval_file": many[3], "corpus_file": many[5], **more}
+        for name, more in (("a", {}), ("b", {"pool": 4}))
+    ]
+    (tmp_path / "tasks.yaml").write_text(
+        json.dumps({"tasks": entries, "modes": ["forced"], "max_new_tokens": 6, "nli_model": str(tmp_path / "nli")})
+    )
 
     def call(output, *words):
-        monkeypatch.setattr(sys, "argv", ["run_evaluation.py", "--config", str(tmp_path / "tasks.yaml"), "--update_card", "true", *words])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            ["run_evaluation.py", "--config", str(tmp_path / "tasks.yaml"), "--update_card", "true", *words],
+        )
         monkeypatch.setattr(sys, "argv", [*sys.argv, "--output_dir", str(tmp_path / output)])
         main()
 
     call("out", "--model", str(folder))
-    results, facts = json.loads((tmp_path / "out" / "metrics.json").read_text()), json.loads((folder / "training_facts.json").read_text())
-    assert [group["dataset"]["name"] for group in facts["results"]] == ["x", "a", "b (pools of 4)"] and facts["training"] == {"instances": {"nq": 7}}
+    results, facts = (
+        json.loads((tmp_path / "out" / "metrics.json").read_text()),
+        json.loads((folder / "training_facts.json").read_text()),
+    )
+    assert [group["dataset"]["name"] for group in facts["results"]] == ["x", "a", "b (pools of 4)"] and facts[
+        "training"
+    ] == {"instances": {"nq": 7}}
     for group, name in zip(facts["results"][1:], "ab", strict=True):
         own = results["tasks"][name]
         shown = {metric["type"]: metric for metric in group["metrics"]}
@@ -174,7 +251,9 @@ def test_figures_reach_the_card(many, tmp_path, monkeypatch, capsys):
         for metric in ("ret", "k_precision", "cor"):
             figure = own["modes"]["forced"]["metrics"][metric]
             assert (shown[metric]["value"], shown[metric]["n"]) == (round(100 * figure["value"], 4), figure["n"])
-        assert shown["query_recall@1"]["value"] == round(100 * own["query"]["pool" if name == "b" else "corpus"]["query_recall@1"]["value"], 4)
+        assert shown["query_recall@1"]["value"] == round(
+            100 * own["query"]["pool" if name == "b" else "corpus"]["query_recall@1"]["value"], 4
+        )
     card = (folder / "README.md").read_text()
     assert f"Gr (by {tmp_path / 'nli'})" in card and "1.25" in card and "7 of nq" in card
     assert facts_of(CoSupForCausalLM.from_pretrained(folder))["results"] == facts["results"]
@@ -183,13 +262,17 @@ def test_figures_reach_the_card(many, tmp_path, monkeypatch, capsys):
     call("again", "--model", str(folder), "--max_eval_samples", "2")
     assert (folder / "README.md").read_text() == "my own card" and "stays as it is" in capsys.readouterr().out
     facts = json.loads((folder / "training_facts.json").read_text())
-    assert [metric["n"] for group in facts["results"][1:] for metric in group["metrics"] if metric["type"] == "cor"] == [2, 2]
+    assert [
+        metric["n"] for group in facts["results"][1:] for metric in group["metrics"] if metric["type"] == "cor"
+    ] == [2, 2]
     with torch.no_grad():
         next(model.gen.parameters()).add_(1.0)
     model.save_pretrained(folder)
     (folder / "training_facts.json").write_text(json.dumps(facts))
     call("other", "--model", str(folder), "--max_eval_samples", "2")
-    assert [group["dataset"]["name"] for group in json.loads((folder / "training_facts.json").read_text())["results"]] == ["a", "b (pools of 4)"]
+    assert [
+        group["dataset"]["name"] for group in json.loads((folder / "training_facts.json").read_text())["results"]
+    ] == ["a", "b (pools of 4)"]
     with pytest.raises(SystemExit) as ending:
         call("hub", "--model", "me/model")
     assert "error: --update_card writes into the folder" in str(ending.value.code)

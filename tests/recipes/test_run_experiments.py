@@ -57,9 +57,18 @@ def inputs(tmp_path_factory):
     for name in ("gen", "emb_seq"):
         make_tokenizer().save_pretrained(folder / name)
     ids = [p["id"] for p in PASSAGES]
-    instances = [{"id": f"i{i}", "input": f"question {i}?", "segments": [{"text": p["title"] or "none", "passage": p}]} for i, p in enumerate(PASSAGES)]
+    instances = [
+        {"id": f"i{i}", "input": f"question {i}?", "segments": [{"text": p["title"] or "none", "passage": p}]}
+        for i, p in enumerate(PASSAGES)
+    ]
     questions = [
-        {"id": f"q{i}", "input": f"question {i}?", "answers": [p["title"] or "none"], "provenance": [[p["id"]]], "candidates": ids}
+        {
+            "id": f"q{i}",
+            "input": f"question {i}?",
+            "answers": [p["title"] or "none"],
+            "provenance": [[p["id"]]],
+            "candidates": ids,
+        }
         for i, p in enumerate(PASSAGES)
     ]
     write(folder / "train.jsonl", instances * 4)
@@ -70,8 +79,22 @@ def inputs(tmp_path_factory):
 
 
 def arguments(inputs, output, *overrides, more=()):
-    given = [f"data={inputs}", f"gen={inputs / 'gen'}", f"emb_seq={inputs / 'emb_seq'}", f"train_file={inputs / 'train.jsonl'}", *overrides]
-    return ["--experiment", str(inputs / "experiment.yaml"), "--output_dir", str(output), "--override", *given, *map(str, more)]
+    given = [
+        f"data={inputs}",
+        f"gen={inputs / 'gen'}",
+        f"emb_seq={inputs / 'emb_seq'}",
+        f"train_file={inputs / 'train.jsonl'}",
+        *overrides,
+    ]
+    return [
+        "--experiment",
+        str(inputs / "experiment.yaml"),
+        "--output_dir",
+        str(output),
+        "--override",
+        *given,
+        *map(str, more),
+    ]
 
 
 @pytest.fixture
@@ -120,7 +143,9 @@ def test_two_arms_two_seeds_from_file_to_report(inputs, tmp_path, here, capsys):
         measured = [json.loads(Path(run["evaluation"], "results", "metrics.json").read_text()) for run in runs]
         for task in ("known", "other"):
             for metric in ("ret", "cor", "cor_minus"):
-                values = [each["tasks"][f"{task}-2"]["modes"]["retrieval"]["metrics"][metric]["value"] for each in measured]
+                values = [
+                    each["tasks"][f"{task}-2"]["modes"]["retrieval"]["metrics"][metric]["value"] for each in measured
+                ]
                 figure = found["figures"]["Top-2"][arm][task][metric]
                 assert figure["value"] == pytest.approx(sum(values) / 2, abs=1e-12)
                 assert list(figure["seeds"].values()) == pytest.approx(values, abs=1e-12)
@@ -145,17 +170,36 @@ def test_two_arms_two_seeds_from_file_to_report(inputs, tmp_path, here, capsys):
     assert (code, launched) == (0, [])  # another experiment with the same arms
     assert json.loads((tmp_path / "again" / "experiment.json").read_text())["figures"] == found["figures"]
     assert before == {path: path.stat().st_mtime_ns for path in before}
-    _, launched = here(arguments(inputs, tmp_path / "out", "arms.co.temperature=0.1", more=("--cache_dir", tmp_path / "cache", "--seeds", "1")))
+    _, launched = here(
+        arguments(
+            inputs,
+            tmp_path / "out",
+            "arms.co.temperature=0.1",
+            more=("--cache_dir", tmp_path / "cache", "--seeds", "1"),
+        )
+    )
     assert launched == [("train.py", "co, seed 1"), ("run_evaluation.py", "co, seed 1")]
     capsys.readouterr()
-    run_experiments.show_plan(load_experiment(inputs / "experiment.yaml", arguments(inputs, "")[5:] + ["seeds=[1, 2]"]), tmp_path / "cache")
+    run_experiments.show_plan(
+        load_experiment(inputs / "experiment.yaml", arguments(inputs, "")[5:] + ["seeds=[1, 2]"]), tmp_path / "cache"
+    )
     plan = capsys.readouterr().out.partition("trainings:\n")[2].splitlines()
-    assert [line.partition(", /")[0].strip() for line in plan] == ["co, seed 1: done", "separate, seed 1: done", "co, seed 2: to do", "separate, seed 2: to do"]
+    assert [line.partition(", /")[0].strip() for line in plan] == [
+        "co, seed 1: done",
+        "separate, seed 1: done",
+        "co, seed 2: to do",
+        "separate, seed 2: to do",
+    ]
 
     for part in make_classifier():  # an NLI model that comes later judges the answers that are there
         part.save_pretrained(tmp_path / "nli")
     answers = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("predictions.jsonl")}
-    judged = arguments(inputs, tmp_path / "judged", f"evaluation.nli_model={tmp_path / 'nli'}", more=("--cache_dir", tmp_path / "cache", "--seeds", "0"))
+    judged = arguments(
+        inputs,
+        tmp_path / "judged",
+        f"evaluation.nli_model={tmp_path / 'nli'}",
+        more=("--cache_dir", tmp_path / "cache", "--seeds", "0"),
+    )
     code, launched = here(judged)
     assert (code, launched) == (0, [("run_evaluation.py", "co, seed 0"), ("run_evaluation.py", "separate, seed 0")])
     assert answers == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("predictions.jsonl")}
@@ -164,16 +208,26 @@ def test_two_arms_two_seeds_from_file_to_report(inputs, tmp_path, here, capsys):
     launched = here([*judged, "--override", "evaluation.gr_hypothesis={question} {sentence}", "--only", "co"])[1]
     assert launched == [("run_evaluation.py", "co, seed 0")]
     found = json.loads((tmp_path / "judged" / "experiment.json").read_text())
-    assert list(found["figures"]["Top-2"]) == ["co"] and any("judged in another way" in note for note in found["notes"])  # two judges in no table
+    assert list(found["figures"]["Top-2"]) == ["co"] and any(
+        "judged in another way" in note for note in found["notes"]
+    )  # two judges in no table
     broken = [*judged, "--override", "evaluation.gr_hypothesis={answer} {sentence}"]
     assert here(broken)[0] == 1
     assert len(here(judged)[1]) == 2  # a judging that failed has left scores of which nobody knows whose they are
-    assert here([*judged, "--override", "evaluation.metric=f1"])[1] == [("run_evaluation.py", f"{arm}, seed 0") for arm in ("co", "separate")]
+    assert here([*judged, "--override", "evaluation.metric=f1"])[1] == [
+        ("run_evaluation.py", f"{arm}, seed 0") for arm in ("co", "separate")
+    ]
     assert answers == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("predictions.jsonl")}
 
 
 def test_a_failed_arm_stands_in_the_report_and_the_others_are_there(inputs, tmp_path, here):
-    broken = ["arms.broken.model_name_or_path=missing-model", "arms.broken.gen=null", "arms.broken.emb_seq=null", "seeds=[0]", "pools=[4]"]
+    broken = [
+        "arms.broken.model_name_or_path=missing-model",
+        "arms.broken.gen=null",
+        "arms.broken.emb_seq=null",
+        "seeds=[0]",
+        "pools=[4]",
+    ]
     code, launched = here(arguments(inputs, tmp_path / "out", *broken))
     assert code == 1
     assert [recipe for recipe, name in launched if name == "broken, seed 0"] == ["train.py"]
@@ -189,7 +243,15 @@ def test_a_failed_arm_stands_in_the_report_and_the_others_are_there(inputs, tmp_
 @pytest.mark.slow
 def test_a_killed_training_goes_on_where_it_was(inputs, tmp_path, here):
     """The runner and its training are killed; the second call resumes, and ends with the weights of a training that was never killed."""
-    given = ["arms={co: {supervision: co}}", "baseline=retrieval", "seeds=[0]", "pools=[4]", "max_steps=60", "save_strategy=steps", "save_steps=5"]
+    given = [
+        "arms={co: {supervision: co}}",
+        "baseline=retrieval",
+        "seeds=[0]",
+        "pools=[4]",
+        "max_steps=60",
+        "save_strategy=steps",
+        "save_steps=5",
+    ]
     given += ["save_total_limit=2", "evaluation.max_eval_samples=2"]
     command = [sys.executable, str(ROOT / "recipes/run_experiments.py"), *arguments(inputs, tmp_path / "out", *given)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -205,7 +267,10 @@ def test_a_killed_training_goes_on_where_it_was(inputs, tmp_path, here):
     assert not (folder / "trained.json").exists()
     log = (folder / "train.log").read_bytes()
 
-    assert here(arguments(inputs, tmp_path / "out", *given)) == (0, [("train.py", "co, seed 0"), ("run_evaluation.py", "co, seed 0")])
+    assert here(arguments(inputs, tmp_path / "out", *given)) == (
+        0,
+        [("train.py", "co, seed 0"), ("run_evaluation.py", "co, seed 0")],
+    )
     trained = json.loads((folder / "trained.json").read_text())
     assert trained["resumed"]
     assert trained["steps"] == 60
@@ -224,7 +289,9 @@ def test_a_killed_training_goes_on_where_it_was(inputs, tmp_path, here):
 
 def test_a_recipe_is_launched_and_its_error_is_found_in_its_log(tmp_path, monkeypatch):
     (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "recipe.py").write_text("import sys\nprint(sys.argv[1])\nsys.exit('error: it is broken.' if sys.argv[1] == 'bad' else 0)\n")
+    (tmp_path / "recipes" / "recipe.py").write_text(
+        "import sys\nprint(sys.argv[1])\nsys.exit('error: it is broken.' if sys.argv[1] == 'bad' else 0)\n"
+    )
     monkeypatch.setattr(launching, "ROOT", tmp_path)
     args = run_experiments.RunnerArguments("", "")
     run, log = run_experiments.Run("co", 0, {}), tmp_path / "log"
@@ -266,12 +333,24 @@ def test_shipped_experiments_are_valid(path, tmp_path):
     if experiment.axis:
         assert sum(experiment.axis in options for options in experiment.arms.values()) >= 2
     places = {"world": "W", "models": "M"}
-    world = {"gen": "W/gen", "emb_seq": "W/emb_seq", "train_file": "W/train.jsonl", "validation_file": "W/validation.jsonl"}
-    options = [run_experiments.complete(run_experiments.fill(experiment.options(arm), places), 0, world) for arm in experiment.arms]
+    world = {
+        "gen": "W/gen",
+        "emb_seq": "W/emb_seq",
+        "train_file": "W/train.jsonl",
+        "validation_file": "W/validation.jsonl",
+    }
+    options = [
+        run_experiments.complete(run_experiments.fill(experiment.options(arm), places), 0, world)
+        for arm in experiment.arms
+    ]
     assert len({definition.key_of(each) for each in options}) == len(options)  # no two arms are the same training
     for each in options:
         (tmp_path / "options.yaml").write_text(yaml.safe_dump(each))
-        script, args = parse([ScriptArguments, CoSupTrainingArguments], "", ["--config", str(tmp_path / "options.yaml"), "--output_dir", str(tmp_path)])
+        script, args = parse(
+            [ScriptArguments, CoSupTrainingArguments],
+            "",
+            ["--config", str(tmp_path / "options.yaml"), "--output_dir", str(tmp_path)],
+        )
         assert script.gen == "W/gen"
         assert args.seed == 0
         assert args.gradient_accumulation_steps * args.train_batch_size in (64, 128)
@@ -279,10 +358,24 @@ def test_shipped_experiments_are_valid(path, tmp_path):
 
 def test_shipped_experiments_share_what_they_have_in_common(tmp_path):
     """What one has trained the next one finds."""
-    arms = {"main_table": "co", "corpus_size": "co", "controls": "co", "general_retriever": "co", "emb_seq": "same", "nsp_loss_weight": "ours"}
+    arms = {
+        "main_table": "co",
+        "corpus_size": "co",
+        "controls": "co",
+        "general_retriever": "co",
+        "emb_seq": "same",
+        "nsp_loss_weight": "ours",
+    }
     arms |= {"passages_trained": "masked", "similarity": "cosine-0.05"}
-    options = [load_experiment(ROOT / "recipes" / "experiments" / f"{name}.yaml").options(arm) for name, arm in arms.items()]
-    assert len({definition.key_of(run_experiments.complete(each, 0, {"gen": "G", "train_file": "T"})) for each in options}) == 1
+    options = [
+        load_experiment(ROOT / "recipes" / "experiments" / f"{name}.yaml").options(arm) for name, arm in arms.items()
+    ]
+    assert (
+        len(
+            {definition.key_of(run_experiments.complete(each, 0, {"gen": "G", "train_file": "T"})) for each in options}
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -293,8 +386,14 @@ def test_shipped_experiments_share_what_they_have_in_common(tmp_path):
         (["tasks=null"], "there are no tasks"),
         (["baseline=other"], "baseline is 'other', expected one of co, separate"),
         (["axis=colour"], "axis is 'colour'"),
-        (["axis=similarity", "arms.co.similarity=dot"], "axis is similarity, whose values in the arms are ['dot'], expected numbers"),
-        (["axis=max_steps", "arms.co.max_steps=2", "arms.separate.max_steps=2.0"], "whose values in the arms are [2, 2.0], expected numbers, each in one arm"),
+        (
+            ["axis=similarity", "arms.co.similarity=dot"],
+            "axis is similarity, whose values in the arms are ['dot'], expected numbers",
+        ),
+        (
+            ["axis=max_steps", "arms.co.max_steps=2", "arms.separate.max_steps=2.0"],
+            "whose values in the arms are [2, 2.0], expected numbers, each in one arm",
+        ),
         (["seeds=3"], "seeds is 3, expected a list"),
         (["tasks=[{name: a, eval_fil: b}]"], "unknown field 'eval_fil'"),
         (["max_steps"], "expected key=value"),
@@ -308,7 +407,16 @@ def test_what_an_experiment_file_cannot_say(inputs, overrides, message):
 
 
 def test_overrides_of_several_kinds(inputs):
-    argv = ["--override", "max_steps=7", "seeds=[4]", "--only", "co", "--override", "arms.co.gen=small", "--override=evaluation.top_k=2"]
+    argv = [
+        "--override",
+        "max_steps=7",
+        "seeds=[4]",
+        "--only",
+        "co",
+        "--override",
+        "arms.co.gen=small",
+        "--override=evaluation.top_k=2",
+    ]
     required = ["--experiment", str(inputs / "experiment.yaml"), "--output_dir", "out"]
     (args,) = parse([run_experiments.RunnerArguments], "", [*required, *argv])
     assert args.only == ["co"]
@@ -324,7 +432,9 @@ def test_what_names_a_training(tmp_path):
     (tmp_path / "copy.jsonl").write_text("a")
     options = {"train_file": str(tmp_path / "train.jsonl"), "learning_rate": 0.1, "seed": 0}
     key = definition.key_of(options)
-    assert key == definition.key_of({**options, "train_file": str(tmp_path / "copy.jsonl"), "num_threads": 3, "logging_steps": 1})
+    assert key == definition.key_of(
+        {**options, "train_file": str(tmp_path / "copy.jsonl"), "num_threads": 3, "logging_steps": 1}
+    )
     assert key != definition.key_of({**options, "seed": 1})
     (tmp_path / "train.jsonl").write_text("b")
     assert key != definition.key_of(options)
@@ -349,7 +459,13 @@ def test_results_that_cannot_be_reported_end_with_their_message(inputs, tmp_path
 
 def test_a_plan_names_the_trainings_of_a_world_that_is_not_made(inputs, tmp_path):
     """What --dry_run looks for is what a run will train, also with models that come with the world."""
-    small = {"num_train_entities": 60, "num_unseen_entities": 10, "num_train_instances": 40, "num_validation": 10, "num_eval_no_passage": 5}
+    small = {
+        "num_train_entities": 60,
+        "num_unseen_entities": 10,
+        "num_train_instances": 40,
+        "num_validation": 10,
+        "num_eval_no_passage": 5,
+    }
     task = {"name": "known", "eval_file": str(inputs / "eval.jsonl"), "corpus_file": str(inputs / "corpus.jsonl")}
     overrides = [f"world_options={json.dumps({**small, 'drill_max_steps': 0})}", "model_options={retriever_steps: 1}"]
     overrides += [f"tasks={json.dumps([task])}", "pools=[4]"]
@@ -376,7 +492,12 @@ def test_corpora_of_growing_size(inputs, tmp_path):
     experiment = load_experiment(inputs / "experiment.yaml", ["corpus_sizes=[8, 12, full, 100]", f"data={inputs}"])
     tasks = [{"name": "t", "eval_file": str(inputs / "eval.jsonl"), "corpus_file": str(tmp_path / "corpus.jsonl")}]
     entries, meaning = expand_tasks(experiment, tasks)
-    assert [own["setting"] for own in meaning.values()] == ["corpus of 8", "corpus of 12", "full corpus", "corpus of 100"]
+    assert [own["setting"] for own in meaning.values()] == [
+        "corpus of 8",
+        "corpus of 12",
+        "full corpus",
+        "corpus of 100",
+    ]
     entries, notes = cut_corpora(entries, meaning, tmp_path / "cut")
     assert notes == [f"t-100: {tmp_path / 'corpus.jsonl'} has only 26 passages"]
     ids = [{passage["id"] for passage in load_corpus(entry["corpus_file"])} for entry in entries]
@@ -394,15 +515,28 @@ def test_corpora_cut_to_what_pools_hold(inputs, tmp_path):
     extra = [{"id": f"extra{i}", "title": "", "text": f"passage {i}"} for i in range(20)]
     write(tmp_path / "corpus.jsonl", [*extra, *PASSAGES])
     experiment = load_experiment(inputs / "experiment.yaml", ["pools=[1, 2]", "pools_only=true"])
-    questions = [{**x, "candidates": ["extra3", x["provenance"][0][0], "extra4"]} for x in load_evaluation_set(inputs / "eval.jsonl")]
-    tasks = [{"name": "t", "eval_file": str(write(tmp_path / "eval.jsonl", questions)), "corpus_file": str(tmp_path / "corpus.jsonl")}]
+    questions = [
+        {**x, "candidates": ["extra3", x["provenance"][0][0], "extra4"]}
+        for x in load_evaluation_set(inputs / "eval.jsonl")
+    ]
+    tasks = [
+        {
+            "name": "t",
+            "eval_file": str(write(tmp_path / "eval.jsonl", questions)),
+            "corpus_file": str(tmp_path / "corpus.jsonl"),
+        }
+    ]
     entries = task_files.cut_to_pools(expand_tasks(experiment, tasks)[0], tmp_path / "cut", {"max_eval_samples": 2})
     (corpus_file,) = {entry["corpus_file"] for entry in entries}  # embedded once for both pools
     gold = [x["provenance"][0][0] for x in questions[:2]]
     assert [passage["id"] for passage in load_corpus(corpus_file)] == ["extra3", *gold]
-    entries = task_files.cut_to_pools(expand_tasks(experiment, tasks)[0], tmp_path / "cut", {"max_eval_samples": 2, "gold_in_pool": False})
+    entries = task_files.cut_to_pools(
+        expand_tasks(experiment, tasks)[0], tmp_path / "cut", {"max_eval_samples": 2, "gold_in_pool": False}
+    )
     for task in read_tasks(entries, max_eval_samples=2, gold_in_pool=False):  # all that will be asked for is there
-        assert {id for x in task.read_questions() for id in (*x["candidates"], *x["provenance"][0])} <= {p["id"] for p in load_corpus(task.corpus_file)}
+        assert {id for x in task.read_questions() for id in (*x["candidates"], *x["provenance"][0])} <= {
+            p["id"] for p in load_corpus(task.corpus_file)
+        }
     for cut in (task_files.cut_to_pools, lambda entries, folder: cut_corpora(entries, {}, folder)):
         with pytest.raises(ValueError, match="1 of 1 tasks have no corpus_file that .* could cut, e.g. t"):
             cut([{"name": "t", "eval_file": tasks[0]["eval_file"], "index": "x"}], tmp_path / "cut")

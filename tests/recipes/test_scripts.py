@@ -45,7 +45,11 @@ def test_no_module_imports_a_script(path):
 @pytest.mark.parametrize("path", [path for path in SCRIPTS if path.name != "demo.py"], ids=name_of)
 def test_the_command_line_is_imported_before_torch(path):
     """It sets what torch reads when it loads; the demo, a file by itself, does without."""
-    imports = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ImportFrom | ast.Import)]
+    imports = [
+        node
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ImportFrom | ast.Import)
+    ]
     names = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports]
     assert next(name for name in names if name.partition(".")[0] not in sys.stdlib_module_names) == "shared.cli"
 

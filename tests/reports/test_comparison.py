@@ -71,7 +71,13 @@ def folders(tmp_path):
 def test_differences_by_hand(folders):
     found = compare_results(*folders)
     cor = found["tasks"]["a"]["retrieval"]["cor"]
-    assert (cor["first"], cor["second"], cor["difference"], cor["n"], cor["left_out"]) == (0.5, 0.75, 0.25, 4, 0)  # of four: one has no value in either
+    assert (cor["first"], cor["second"], cor["difference"], cor["n"], cor["left_out"]) == (
+        0.5,
+        0.75,
+        0.25,
+        4,
+        0,
+    )  # of four: one has no value in either
     gr = found["tasks"]["a"]["retrieval"]["gr"]
     assert (gr["first"], gr["second"], gr["n"], gr["left_out"]) == (0.25, 0.25, 4, 1)
     assert gr["p_value"] == 1.0
@@ -81,7 +87,11 @@ def test_differences_by_hand(folders):
     assert found["tasks"]["b"]["query pool"]["mrr"]["difference"] == 0.25
     average = found["averages"]["all"]["retrieval"]["cor"]
     assert average["first"] == pytest.approx((0.5 + 0.25) / 2) and average["second"] == pytest.approx((0.75 + 1) / 2)
-    assert average["difference"] == pytest.approx(0.5) and average["rate"] == pytest.approx(100 * 0.5 / 0.375) and average["tasks"] == 2
+    assert (
+        average["difference"] == pytest.approx(0.5)
+        and average["rate"] == pytest.approx(100 * 0.5 / 0.375)
+        and average["tasks"] == 2
+    )
     assert average["interval"][0] < 0.5 < average["interval"][1]
     assert set(found["averages"]) == {"in-domain", "out-of-domain", "all"}
     assert found["averages"]["out-of-domain"]["query corpus"]["mrr"]["n"] == 2
@@ -99,7 +109,9 @@ def test_the_other_way_round(folders):
 
 def test_other_questions_are_refused_with_counts(folders, tmp_path):
     other = write_results(tmp_path / "other", {"b": ("out-of-domain", {"retrieval": rows([0] * 43)})})
-    with pytest.raises(ValueError, match=r"Task b, mode retrieval: .* of 43 ids 0 are only in .*first, 3 only in .*other, 40 in both"):
+    with pytest.raises(
+        ValueError, match=r"Task b, mode retrieval: .* of 43 ids 0 are only in .*first, 3 only in .*other, 40 in both"
+    ):
         compare_results(folders[0], other)
     with pytest.raises(ValueError, match="share no task and mode"):
         compare_results(folders[0], write_results(tmp_path / "none", {"z": (None, {"off": rows([1])})}))
@@ -116,11 +128,16 @@ def test_settings_that_differ_are_noted(folders):
     path.write_text(json.dumps(results))
     notes = compare_results(*folders)["notes"]
     assert "a: the settings differ in pool: 'full' and 20" in notes
-    assert any(note.startswith("the answers were judged in different ways") and note.endswith("nli_model: None and 'judge'") for note in notes)
+    assert any(
+        note.startswith("the answers were judged in different ways") and note.endswith("nli_model: None and 'judge'")
+        for note in notes
+    )
 
 
 def test_resamples_and_seed_are_those_of_averages_too(folders):
-    found = [compare_results(*folders, resamples=50, seed=seed)["averages"]["all"]["retrieval"]["cor"] for seed in (7, 8)]
+    found = [
+        compare_results(*folders, resamples=50, seed=seed)["averages"]["all"]["retrieval"]["cor"] for seed in (7, 8)
+    ]
     assert found[0]["interval"] != found[1]["interval"] and min(each["p_value"] for each in found) >= 1 / 51
     assert compare_results(*folders)["averages"]["all"]["retrieval"]["cor"]["p_value"] < 1 / 51
 
@@ -164,7 +181,10 @@ def test_the_report(folders, tmp_path):
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert text == to_markdown(comparison_blocks(found, ("first", "second")))
     plain = text.replace("**", "")
-    assert re.search(r"\| Cor \| 25.0 \| 100.0 \| \+75.0 \\\[\+\d\d.\d, \+8\d.\d\\] \| &lt; 0.001 \| 40 \|", plain) and "| **Cor** | **25.0**" in text
+    assert (
+        re.search(r"\| Cor \| 25.0 \| 100.0 \| \+75.0 \\\[\+\d\d.\d, \+8\d.\d\\] \| &lt; 0.001 \| 40 \|", plain)
+        and "| **Cor** | **25.0**" in text
+    )
     assert f"| {section_label('query corpus')} |" in plain and f"| {figure('mrr').label} | 37.5 | 100.0 |" in plain
     assert "| retrievals | 1.00 | 2.00 | +1.00 \\[+1.00, +1.00\\] |" in plain  # a count, not percent
     assert "only in the second folder: c" in text
@@ -174,9 +194,21 @@ def test_the_report(folders, tmp_path):
 
 def test_the_recipe(folders, tmp_path):
     command = [sys.executable, "recipes/compare.py", *map(str, folders)]
-    result = subprocess.run([*command, "--output_dir", str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    result = subprocess.run(
+        [*command, "--output_dir", str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
     assert result.returncode == 0, result.stderr[-2000:]
-    assert re.search(r"b, own retrieval\n\n  Cor +25.0 +100.0 +\+75.0 \[\+\d\d.\d, \+8\d.\d\] +p < 0.001 +n = 40 +ahead\n", result.stdout)
-    assert "note: 1 tasks are only in the second folder: c" in result.stdout and (tmp_path / "out" / "comparison.html").exists()
+    assert re.search(
+        r"b, own retrieval\n\n  Cor +25.0 +100.0 +\+75.0 \[\+\d\d.\d, \+8\d.\d\] +p < 0.001 +n = 40 +ahead\n",
+        result.stdout,
+    )
+    assert (
+        "note: 1 tasks are only in the second folder: c" in result.stdout
+        and (tmp_path / "out" / "comparison.html").exists()
+    )
     result = subprocess.run([*command[:-1], str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert result.returncode == 1 and result.stderr.strip().splitlines()[-1].startswith("error: ") and "no complete results folder" in result.stderr
+    assert (
+        result.returncode == 1
+        and result.stderr.strip().splitlines()[-1].startswith("error: ")
+        and "no complete results folder" in result.stderr
+    )

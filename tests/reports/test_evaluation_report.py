@@ -55,7 +55,16 @@ def test_report_holds_tables_examples_and_what_was_left_out(output):
     write_report(output, num_examples=2)
     page, text = (output / "report.html").read_text(), (output / "report.md").read_text()
     figures = json.loads((output / "metrics.json").read_text())["tasks"]["d"]["modes"]["retrieval"]["metrics"]
-    for heading in ("Results", "What retrieval is worth", "Query embedding", "Plots", "Examples", "All figures", "What is left out", "How this was made"):
+    for heading in (
+        "Results",
+        "What retrieval is worth",
+        "Query embedding",
+        "Plots",
+        "Examples",
+        "All figures",
+        "What is left out",
+        "How this was made",
+    ):
         assert f"<h2>{heading}</h2>" in page and f"\n## {heading}\n" in text
     value, interval = figure_cell(figures["cor"], "cor")
     row = next(line for line in text.splitlines() if line.startswith("| d | 1 | 7 | short answer | "))
@@ -79,7 +88,9 @@ def test_untrusted_text_stays_text(output):
     assert set(re.findall(r"<(\w+)", page)) <= set(
         "html head meta title style body h1 h2 h3 p div table thead tbody tr th td small figure img figcaption details summary pre ul li span b i".split()
     )
-    assert not re.search(r"\b(src|href|srcset|action)=\"(?!data:image/png;base64,)", page) and not re.search(r"\son\w+=", re.sub("&lt;.*?&gt;", "", page))
+    assert not re.search(r"\b(src|href|srcset|action)=\"(?!data:image/png;base64,)", page) and not re.search(
+        r"\son\w+=", re.sub("&lt;.*?&gt;", "", page)
+    )
     body = re.sub(r"(?s)```.*?```", "", text)
     assert "<script" not in body and not re.search(r"(?<!\\)!\[(?!.*\]\(plots/)|(?<!\\)\]\((?!plots/)", body)
     rows = [line for line in body.splitlines() if line.startswith("|")]
@@ -103,7 +114,9 @@ def test_an_incomplete_folder_has_no_report(output):
 def test_the_page_in_a_browser(output):
     """Nothing is requested but the page itself, no script runs, every picture shows, and the page is not wider than its window."""
     playwright = pytest.importorskip("playwright.sync_api", reason="a real browser is driven by playwright")
-    chromium = next((path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if path), None)
+    chromium = next(
+        (path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if path), None
+    )
     if chromium is None:
         pytest.skip("no Chromium is installed")
     pytest.importorskip("matplotlib", reason="for pictures")
@@ -114,8 +127,13 @@ def test_the_page_in_a_browser(output):
         page.on("request", lambda request: requested.append(request.url))
         page.goto((output / "report.html").as_uri())
         assert page.title().startswith("Evaluation of")
-        assert [url for url in requested if not url.startswith("data:image/png")] == [(output / "report.html").as_uri()]
-        assert page.evaluate("[...document.images].every(image => image.naturalWidth > 300) && document.images.length") >= 4
+        assert [url for url in requested if not url.startswith("data:image/png")] == [
+            (output / "report.html").as_uri()
+        ]
+        assert (
+            page.evaluate("[...document.images].every(image => image.naturalWidth > 300) && document.images.length")
+            >= 4
+        )
         assert page.evaluate("document.documentElement.scrollWidth") <= 700
         assert MARKUP in page.inner_text("body")
         assert EVIL["title"] in page.inner_text("body")
@@ -132,16 +150,32 @@ def test_cells_of_figures():
     assert average_cell(average, "cor", 3) == ("25.6", "[10.0, 40.0], 2 of 3 tasks")
     assert seeds_cell(average, "cor") == ("25.6", "[10.0, 40.0] n = 4, 2 of 3 tasks")
     assert seeds_cell({**average, "tasks": 3, "deviation": 0.02}, "cor") == ("25.6 ± 2.0", "[10.0, 40.0] n = 4")
-    difference = {**average, "tasks": 3, "difference": 0.2, "rate": 25.0, "seeds": {0: 0.3, 1: 0.1, 2: 0.0}, "verdict": "ahead"}
+    difference = {
+        **average,
+        "tasks": 3,
+        "difference": 0.2,
+        "rate": 25.0,
+        "seeds": {0: 0.3, 1: 0.1, 2: 0.0},
+        "verdict": "ahead",
+    }
     assert seeds_difference_cell(difference, "cor") == ("+20.0 (+25.0 %)", "[+10.0, +40.0] n = 4, 2 / 1 / 0, ahead")
     assert seeds_difference_cell({**difference, "rate": None}, "num_retrievals")[0] == "+0.20"
-    assert figure_cell(None, "gr") == average_cell(None, "gr", 2) == seeds_cell(None, "gr") == seeds_difference_cell(None, "gr") == "—"
+    assert (
+        figure_cell(None, "gr")
+        == average_cell(None, "gr", 2)
+        == seeds_cell(None, "gr")
+        == seeds_difference_cell(None, "gr")
+        == "—"
+    )
 
 
 def test_blocks_in_markdown():
     table = Table(["", "n"], [["group"], ["a|b", ("1.0", "[0, 2]")]], strong={1})
     blocks = [Heading("a*b", 3), Text("- 1\n# 2"), Bullets(["x|y", "1. z"]), Code("``` <b>"), table]
-    blocks += [Table(["a_b"], [["c"], ["d"]], folded="more"), Example("q?", "", "y", [(1, "", "t"), (2, "T", "u")], ["Ret 0", "Gr 1"])]
+    blocks += [
+        Table(["a_b"], [["c"], ["d"]], folded="more"),
+        Example("q?", "", "y", [(1, "", "t"), (2, "T", "u")], ["Ret 0", "Gr 1"]),
+    ]
     assert to_markdown(blocks).split("\n\n") == [
         "### a\\*b",
         "\\- 1 \\# 2",
@@ -152,8 +186,14 @@ def test_blocks_in_markdown():
         "| a\\_b |\n|---|\n| **c** |\n| **d** |",
         "> **Q** q?\\\n> **A** \\\n> *Ret 0, Gr 1; expected: y*\\\n> \\[1\\] t\\\n> \\[2\\] T: u\n",
     ]
-    assert escape_markdown("1. [a](b) <i>&amp; `c` ~d~ http://e") == "1. \\[a\\](b) &lt;i\\>&amp;amp; \\`c\\` \\~d\\~ http\\://e"
+    assert (
+        escape_markdown("1. [a](b) <i>&amp; `c` ~d~ http://e")
+        == "1. \\[a\\](b) &lt;i\\>&amp;amp; \\`c\\` \\~d\\~ http\\://e"
+    )
     page = to_html(blocks, Path("."), "<t>")
-    assert "<title>&lt;t&gt;</title>" in page and '<tr class="strong"><td>a|b</td><td>1.0<small>[0, 2]</small></td></tr>' in page
+    assert (
+        "<title>&lt;t&gt;</title>" in page
+        and '<tr class="strong"><td>a|b</td><td>1.0<small>[0, 2]</small></td></tr>' in page
+    )
     assert '<td colspan="2">group</td>' in page and "<i>(empty)</i>" in page
     assert (document.TEMPLATES / "report.css").read_text() in page and "<details><summary>more</summary>" in page

@@ -26,17 +26,35 @@ def make(tmp_path, scores, modes=("retrieval",), same_questions=True, cor=None, 
                 for mode in modes:
                     path = folder / "results" / task / mode / "scores.jsonl"
                     path.parent.mkdir(parents=True)
-                    path.write_text("".join(json.dumps({"id": id, "ret": value, "cor": None}) + "\n" for id, value in values.items()))
+                    path.write_text(
+                        "".join(
+                            json.dumps({"id": id, "ret": value, "cor": None}) + "\n" for id, value in values.items()
+                        )
+                    )
             if tasks is not None:
                 told = {task: {"cor": (cor or {}).get(task, [])} for task in tasks}
                 (folder / "results").mkdir(parents=True, exist_ok=True)
                 (folder / "results" / "metrics.json").write_text(json.dumps({"format": FORMAT, "tasks": told}))
             questions = {task: task if same_questions else f"{task} of {seed}" for task in MEANING}
             done = {"command": "c", "seconds": 1.0} if tasks is not None else None
-            trained = done and {**done, "resumed": False, "hardware": "h", "steps": 1, "parameters": {"gen": 10**6}, "losses": {"loss": 1.0}}
+            trained = done and {
+                **done,
+                "resumed": False,
+                "hardware": "h",
+                "steps": 1,
+                "parameters": {"gen": 10**6},
+                "losses": {"loss": 1.0},
+            }
             run = {"arm": arm, "seed": seed, "options": {}, "failure": None, "trained": trained, "evaluated": done}
             runs.append({**run, "evaluation": str(folder), "questions": questions})
-    told = {"title": "T", "about": "", "arms": {arm: {} for arm in scores}, "baseline": list(scores)[0], "seeds": [0, 1], "evaluation": {"modes": list(modes)}}
+    told = {
+        "title": "T",
+        "about": "",
+        "arms": {arm: {} for arm in scores},
+        "baseline": list(scores)[0],
+        "seeds": [0, 1],
+        "evaluation": {"modes": list(modes)},
+    }
     told |= {"axis": None, "corpus_sizes": None, "world": None, "tasks": None}
     return Results({**told, **experiment}, runs, MEANING)
 
@@ -50,7 +68,11 @@ SCORES = {
 def test_mean_and_deviation_over_seeds_and_plain_mean_over_tasks(tmp_path):
     results = make(tmp_path, SCORES)
     old = results.figure("old", ["a"], "ret")
-    assert (old["value"], old["n"], old["seeds"]) == (0.75, 2, {0: 0.5, 1: 1.0})  # asked the same two questions: n is 2
+    assert (old["value"], old["n"], old["seeds"]) == (
+        0.75,
+        2,
+        {0: 0.5, 1: 1.0},
+    )  # asked the same two questions: n is 2
     assert old["deviation"] == pytest.approx(0.5**0.5 / 2)
     assert results.figure("old", ["a", "b"], "ret")["value"] == pytest.approx((0.75 + 0.25) / 2)
     assert results.figure("old", ["a"], "cor") is None
@@ -66,7 +88,11 @@ def test_an_average_says_in_how_many_tasks_it_exists(tmp_path):
     scores = {"old": {0: {"a": {"1": 1}, "b": {"1": 0}}}, "new": {0: {"a": {"1": 1}, "b": {"1": None}}}}
     results = make(tmp_path, scores)
     old, new = (results.figure(line, ["a", "b"], "ret") for line in ("old", "new"))
-    assert (old["value"], old["tasks"], old["of_tasks"]) == (0.5, 2, 2) and (new["value"], new["tasks"], new["of_tasks"]) == (1.0, 1, 2)
+    assert (old["value"], old["tasks"], old["of_tasks"]) == (0.5, 2, 2) and (
+        new["value"],
+        new["tasks"],
+        new["of_tasks"],
+    ) == (1.0, 1, 2)
     found = results.compare("new", ["a", "b"], "ret")
     assert (found["difference"], found["tasks"], found["of_tasks"]) == (0.0, 1, 2)
     write_experiment_report(results, tmp_path / "out")
@@ -88,7 +114,10 @@ def test_questions_of_other_worlds_are_other_questions(tmp_path):
 
 
 def test_only_what_both_have_is_compared(tmp_path):
-    scores = {"old": {0: {"a": {"1": 0, "2": None}}, 1: {"a": {"1": 0, "2": 0}}}, "new": {0: {"a": {"1": 1, "2": 1}}, 1: None}}
+    scores = {
+        "old": {0: {"a": {"1": 0, "2": None}}, 1: {"a": {"1": 0, "2": 0}}},
+        "new": {0: {"a": {"1": 1, "2": 1}}, 1: None},
+    }
     results = make(tmp_path, scores)
     found = results.compare("new", ["a"], "ret")
     assert (found["difference"], found["n"], found["left_out"], list(found["seeds"])) == (1.0, 1, 1, [0])
@@ -124,7 +153,10 @@ def test_results_that_are_not_complete_or_of_another_format_are_refused(tmp_path
 
 
 def test_report_says_who_is_ahead_and_what_is_missing(tmp_path):
-    many = {arm: {0: {task: {str(i): float(i % 10 < right) for i in range(100)} for task in "ab"}} for arm, right in (("old", 4), ("new", 8), ("same", 4))}
+    many = {
+        arm: {0: {task: {str(i): float(i % 10 < right) for i in range(100)} for task in "ab"}}
+        for arm, right in (("old", 4), ("new", 8), ("same", 4))
+    }
     results = make(tmp_path, {**many, "absent": {0: None}}, seeds=[0], title="<script>alert(1)</script>")
     write_experiment_report(results, tmp_path / "report")
     text, page = ((tmp_path / "report" / f"report.{kind}").read_text() for kind in ("md", "html"))
@@ -135,7 +167,12 @@ def test_report_says_who_is_ahead_and_what_is_missing(tmp_path):
     assert "absent, seed 0: not run" in page
     assert "+40.0 (+100.0 %)" in page
     assert "<script>" not in page and "<script>" not in text
-    assert json.loads((tmp_path / "report" / "experiment.json").read_text())["comparisons"]["full corpus"]["new"]["all"]["ret"]["verdict"] == "ahead"
+    assert (
+        json.loads((tmp_path / "report" / "experiment.json").read_text())["comparisons"]["full corpus"]["new"]["all"][
+            "ret"
+        ]["verdict"]
+        == "ahead"
+    )
 
 
 def test_modes_of_one_arm_are_compared_with_each_other(tmp_path):
@@ -153,7 +190,15 @@ def test_whatever_was_measured_is_in_the_report(tmp_path):
     results = make(tmp_path, SCORES)
     for run in results.runs:
         path = tmp_path / f"{run['arm']}-{run['seed']}" / "results" / "a" / "retrieval" / "scores.jsonl"
-        row = {"id": "1", "ret": 1, "em_not_needed": 1, "f1": 0.5, "kilt_recall@1": 1, "short_answer": 1, "cor_failure": 0}
+        row = {
+            "id": "1",
+            "ret": 1,
+            "em_not_needed": 1,
+            "f1": 0.5,
+            "kilt_recall@1": 1,
+            "short_answer": 1,
+            "cor_failure": 0,
+        }
         path.write_text(json.dumps(row) + "\n")
     write_experiment_report(Results(results.experiment, results.runs, MEANING), tmp_path / "report")
     heads = [line for line in (tmp_path / "report" / "report.md").read_text().splitlines() if line.startswith("|  |")]
@@ -176,7 +221,11 @@ def test_every_mode_has_its_curve(tmp_path):
     arms = {"old": {"temperature": 0.1}, "new": {"temperature": "1e-2"}}
     results = make(tmp_path, SCORES, ("retrieval", "forced"), arms=arms, axis="temperature")
     curves = _over_option(results, "ret")
-    where = [f"full corpus, {split}, {mode}" for split in ("in-domain", "out-of-domain") for mode in ("own retrieval", "[NSP] forced first")]
+    where = [
+        f"full corpus, {split}, {mode}"
+        for split in ("in-domain", "out-of-domain")
+        for mode in ("own retrieval", "[NSP] forced first")
+    ]
     assert {label: sorted(points) for label, points in curves.items()} == {label: [0.01, 0.1] for label in where}
     assert _without_option(results, "ret") == {}
 

@@ -73,5 +73,10 @@ def assert_same_retrievals(found, expected):
     """Two traces of a batch: the same passages at the same places; scores may differ by a rounding (weights lie elsewhere in memory)."""
     for ours, theirs in zip(found, expected, strict=True):
         for first, second in zip(ours, theirs, strict=True):
-            assert (first.row, first.position, first.passages, first.grounded_span) == (second.row, second.position, second.passages, second.grounded_span)
+            assert (first.row, first.position, first.passages, first.grounded_span) == (
+                second.row,
+                second.position,
+                second.passages,
+                second.grounded_span,
+            )
             assert first.scores == pytest.approx(second.scores, abs=1e-5)

@@ -34,7 +34,9 @@ class HubConnection(BaseHTTPRequestHandler):
                 groups["repo"] = self.repository(groups.pop("kind", "model"), groups["repo"], access)
             endpoint(self, **groups)
         except HubError as error:
-            headers = {"X-Error-Message": str(error).encode("ascii", "replace").decode()} | ({"X-Error-Code": error.code} if error.code else {})
+            headers = {"X-Error-Message": str(error).encode("ascii", "replace").decode()} | (
+                {"X-Error-Code": error.code} if error.code else {}
+            )
             self.answer({"error": str(error)}, error.status, headers)
         for _ in self.chunks():
             pass  # the next request of this connection begins behind the body
@@ -83,8 +85,13 @@ class HubConnection(BaseHTTPRequestHandler):
     def object_chunks(self):
         """An object's bytes; after `stall_after_bytes` of all objects' nothing is read any more, until the server is killed."""
         for chunk in self.chunks():
-            if self.server.stall_after_bytes is not None and self.server.taken + len(chunk) > self.server.stall_after_bytes:
-                self.server.log(method=self.command, path=urlsplit(self.path).path, status="stalled", received=self.received)
+            if (
+                self.server.stall_after_bytes is not None
+                and self.server.taken + len(chunk) > self.server.stall_after_bytes
+            ):
+                self.server.log(
+                    method=self.command, path=urlsplit(self.path).path, status="stalled", received=self.received
+                )
                 threading.Event().wait()
             self.server.taken += len(chunk)
             yield chunk
@@ -119,7 +126,11 @@ class HubConnection(BaseHTTPRequestHandler):
             if first > last:
                 self.answer(status=416, headers={**headers, "Content-Range": f"bytes */{size}", "Content-Length": "0"})
                 return
-        self.answer(status=status, headers={**headers, "Content-Length": str(last + 1 - first)}, data=read_range(path, first, last + 1 - first))
+        self.answer(
+            status=status,
+            headers={**headers, "Content-Length": str(last + 1 - first)},
+            data=read_range(path, first, last + 1 - first),
+        )
 
 
 def read_range(path, start, count):

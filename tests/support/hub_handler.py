@@ -25,7 +25,16 @@ class HubHandler(HubConnection):
 
     def whoami(self):
         token = {"displayName": "test", "role": "write"}
-        self.answer({"type": "user", "id": USER, "name": USER, "fullname": USER, "orgs": [], "auth": {"type": "access_token", "accessToken": token}})
+        self.answer(
+            {
+                "type": "user",
+                "id": USER,
+                "name": USER,
+                "fullname": USER,
+                "orgs": [],
+                "auth": {"type": "access_token", "accessToken": token},
+            }
+        )
 
     def create_repo(self):
         asked = self.json()
@@ -35,7 +44,10 @@ class HubHandler(HubConnection):
             raise HubError(400, f"Unknown type of repository {kind!r}: expected model, dataset or space")
         made = self.server.store.create(kind, repo_id, private)
         about = {"url": self.url(self.server.store.get(kind, repo_id)), "name": repo_id, "id": repo_id}
-        self.answer(about if made else {**about, "error": f"You already created this {kind} repo: {repo_id}"}, 200 if made else 409)
+        self.answer(
+            about if made else {**about, "error": f"You already created this {kind} repo: {repo_id}"},
+            200 if made else 409,
+        )
 
     def delete_repo(self):
         asked = self.json()
@@ -45,21 +57,43 @@ class HubHandler(HubConnection):
     def validate_yaml(self):
         asked = self.json()
         errors, warnings = check_card(asked["content"], asked["repoType"])
-        found = {"errors": [{"message": text} for text in errors], "warnings": [{"message": text} for text in warnings]}
+        found = {
+            "errors": [{"message": text} for text in errors],
+            "warnings": [{"message": text} for text in warnings],
+        }
         self.answer(found, 400 if errors else 200)
 
     def info(self, repo, revision="main"):
         commit, settings = repo.resolve(revision), repo.settings
         card = card_of(repo, commit)
-        siblings = [{"rfilename": path} | (blob_info(entry) if "blobs" in self.query else {}) for path, entry in sorted(commit["files"].items())]
-        about = {"id": repo.id, "author": repo.id.split("/")[0], "sha": commit["id"], "lastModified": commit["date"], "createdAt": settings["created"]}
-        about |= {"private": settings["private"], "gated": False, "disabled": False, "downloads": 0, "likes": 0, "siblings": siblings}
+        siblings = [
+            {"rfilename": path} | (blob_info(entry) if "blobs" in self.query else {})
+            for path, entry in sorted(commit["files"].items())
+        ]
+        about = {
+            "id": repo.id,
+            "author": repo.id.split("/")[0],
+            "sha": commit["id"],
+            "lastModified": commit["date"],
+            "createdAt": settings["created"],
+        }
+        about |= {
+            "private": settings["private"],
+            "gated": False,
+            "disabled": False,
+            "downloads": 0,
+            "likes": 0,
+            "siblings": siblings,
+        }
         about |= {name: card[name] for name in ("pipeline_tag", "library_name", "model-index") if name in card}
         self.answer({**about, "tags": card.get("tags") or [], "cardData": card or None})
 
     def refs(self, repo):
         listed = {"branches": ("heads", repo.refs("heads")), "tags": ("tags", repo.refs("tags"))}
-        answer = {name: [{"name": r, "ref": f"refs/{kind}/{r}", "targetCommit": c} for r, c in refs.items()] for name, (kind, refs) in listed.items()}
+        answer = {
+            name: [{"name": r, "ref": f"refs/{kind}/{r}", "targetCommit": c} for r, c in refs.items()]
+            for name, (kind, refs) in listed.items()
+        }
         self.answer({**answer, "converts": [], "pullRequests": []})
 
     def create_branch(self, repo, name):
@@ -81,33 +115,70 @@ class HubHandler(HubConnection):
     # files: listing and reading
 
     def commits(self, repo, revision):
-        about = [{"id": c["id"], "title": c["title"], "message": c["message"], "date": c["date"], "authors": [{"user": USER}]} for c in repo.history(revision)]
+        about = [
+            {
+                "id": c["id"],
+                "title": c["title"],
+                "message": c["message"],
+                "date": c["date"],
+                "authors": [{"user": USER}],
+            }
+            for c in repo.history(revision)
+        ]
         self.answer(about)
 
     def tree(self, repo, revision, path=""):
         """Page by page where there are more than `page_size` entries: `Link` names the next one."""
-        listed = list_tree(repo.resolve(revision)["files"], checked_path(path) if path else "", self.query.get("recursive", "").lower() == "true")
+        listed = list_tree(
+            repo.resolve(revision)["files"],
+            checked_path(path) if path else "",
+            self.query.get("recursive", "").lower() == "true",
+        )
         if path and not listed:
             raise HubError(404, f"{path} does not exist on {revision}", "EntryNotFound")
-        start, size = int(self.query.get("cursor", 0)), min(int(self.query.get("limit", self.server.page_size)), self.server.page_size)
-        following = "&".join(f"{name}={quote(value)}" for name, value in {**self.query, "cursor": str(start + size)}.items())
-        link = {"Link": f'<{self.server.url}{urlsplit(self.path).path}?{following}>; rel="next"'} if start + size < len(listed) else {}
+        start, size = (
+            int(self.query.get("cursor", 0)),
+            min(int(self.query.get("limit", self.server.page_size)), self.server.page_size),
+        )
+        following = "&".join(
+            f"{name}={quote(value)}" for name, value in {**self.query, "cursor": str(start + size)}.items()
+        )
+        link = (
+            {"Link": f'<{self.server.url}{urlsplit(self.path).path}?{following}>; rel="next"'}
+            if start + size < len(listed)
+            else {}
+        )
         self.answer(listed[start : start + size], headers=link)
 
     def paths_info(self, repo, revision):
         wanted = parse_qs(b"".join(self.chunks()).decode()).get("paths", [])
-        self.answer([entry for entry in list_tree(repo.resolve(revision)["files"], "", recursive=True) if entry["path"] in wanted])
+        self.answer(
+            [
+                entry
+                for entry in list_tree(repo.resolve(revision)["files"], "", recursive=True)
+                if entry["path"] in wanted
+            ]
+        )
 
     def resolve(self, repo, revision, path):
         """A file's bytes, or a range of them; `HEAD` says what it is."""
         commit = repo.resolve(revision)
         entry = commit["files"].get(checked_path(path))
         if entry is None:
-            headers = {"X-Repo-Commit": commit["id"], "X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"}
+            headers = {
+                "X-Repo-Commit": commit["id"],
+                "X-Error-Code": "EntryNotFound",
+                "X-Error-Message": "Entry not found",
+            }
             self.answer({"error": "Entry not found"}, 404, headers)
             return
         etag = f'"{entry["sha256"] if entry["lfs"] else entry["oid"]}"'
-        headers = {"X-Repo-Commit": commit["id"], "ETag": etag, "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
+        headers = {
+            "X-Repo-Commit": commit["id"],
+            "ETag": etag,
+            "Accept-Ranges": "bytes",
+            "Content-Type": "application/octet-stream",
+        }
         headers |= {"X-Linked-Etag": etag, "X-Linked-Size": str(entry["size"])} if entry["lfs"] else {}
         self.send_range(repo.blob(entry["sha256"]), entry["size"], headers)
 
@@ -131,11 +202,18 @@ class HubHandler(HubConnection):
         except (ValueError, KeyError, IndexError, binascii.Error) as error:
             raise HubError(400, f"Malformed commit: {error!r}") from None
         commit = repo.commit(revision, lines[0]["value"], operations)
-        self.answer({"success": True, "commitOid": commit, "commitUrl": self.url(repo, f"/commit/{commit}"), "hookOutput": ""})
+        self.answer(
+            {"success": True, "commitOid": commit, "commitUrl": self.url(repo, f"/commit/{commit}"), "hookOutput": ""}
+        )
 
     def lfs_batch(self, repo):
         """Where each object is to be sent; nowhere if it is there."""
-        self.answer({"transfer": "basic", "objects": [self.lfs_action(repo, thing["oid"], thing["size"]) for thing in self.json()["objects"]]})
+        self.answer(
+            {
+                "transfer": "basic",
+                "objects": [self.lfs_action(repo, thing["oid"], thing["size"]) for thing in self.json()["objects"]],
+            }
+        )
 
     def lfs_action(self, repo, oid, size):
         if not re.fullmatch("[0-9a-f]{64}", oid):
@@ -145,25 +223,40 @@ class HubHandler(HubConnection):
         upload = {"href": self.signed(repo, oid, size)}
         if size > self.server.multipart_above:
             parts = range(1, math.ceil(size / self.server.multipart_above) + 1)
-            header = {"chunk_size": str(self.server.multipart_above), **{str(part): self.signed(repo, oid, size, str(part)) for part in parts}}
+            header = {
+                "chunk_size": str(self.server.multipart_above),
+                **{str(part): self.signed(repo, oid, size, str(part)) for part in parts},
+            }
             upload = {"href": self.signed(repo, oid, size, "complete"), "header": header}
-        return {"oid": oid, "size": size, "actions": {"upload": upload, "verify": {"href": self.url(repo, ".git/info/lfs/objects/verify")}}}
+        return {
+            "oid": oid,
+            "size": size,
+            "actions": {"upload": upload, "verify": {"href": self.url(repo, ".git/info/lfs/objects/verify")}},
+        }
 
     def signature(self, repo, oid, size, part):
-        return hmac.new(self.server.secret, f"{repo.kind}/{repo.id}/{oid}/{size}/{part}".encode(), "sha256").hexdigest()
+        return hmac.new(
+            self.server.secret, f"{repo.kind}/{repo.id}/{oid}/{size}/{part}".encode(), "sha256"
+        ).hexdigest()
 
     def signed(self, repo, oid, size, part="whole"):
         """An address that may be used without the token, and outlives the server."""
-        return self.url(repo, f".git/info/lfs/objects/{oid}/{part}?size={size}&signature={self.signature(repo, oid, size, part)}")
+        return self.url(
+            repo, f".git/info/lfs/objects/{oid}/{part}?size={size}&signature={self.signature(repo, oid, size, part)}"
+        )
 
     def put_object(self, repo, oid, part):
         size = int(self.query.get("size", -1))
-        if not hmac.compare_digest(self.query.get("signature", "").encode(), self.signature(repo, oid, size, part).encode()):
+        if not hmac.compare_digest(
+            self.query.get("signature", "").encode(), self.signature(repo, oid, size, part).encode()
+        ):
             raise HubError(403, "The signature of this address is not valid")
         if part == "whole":
             repo.add_blob(self.object_chunks(), oid, size)
         elif part == "complete":
-            repo.join_parts(oid, size, [(int(part["partNumber"]), part["etag"].strip('"')) for part in self.json()["parts"]])
+            repo.join_parts(
+                oid, size, [(int(part["partNumber"]), part["etag"].strip('"')) for part in self.json()["parts"]]
+            )
         else:
             etag = repo.add_part(self.object_chunks(), oid, part)
             self.answer(headers={"ETag": f'"{etag}"'})
@@ -191,7 +284,11 @@ def operation(repo, key, value):
 
 
 def blob_info(entry):
-    lfs = {"lfs": {"sha256": entry["sha256"], "size": entry["size"], "pointerSize": entry["pointer_size"]}} if entry["lfs"] else {}
+    lfs = (
+        {"lfs": {"sha256": entry["sha256"], "size": entry["size"], "pointerSize": entry["pointer_size"]}}
+        if entry["lfs"]
+        else {}
+    )
     return {"size": entry["size"], "blobId": entry["oid"], **lfs}
 
 
@@ -202,9 +299,18 @@ def list_tree(files, folder, recursive):
         below = path.removeprefix(prefix).split("/") if path.startswith(prefix) else []
         for depth in range(1, len(below) if recursive else min(len(below), 2)):
             name = prefix + "/".join(below[:depth])
-            entries[name] = {"type": "directory", "path": name, "size": 0, "oid": hashlib.sha1(name.encode()).hexdigest()}
+            entries[name] = {
+                "type": "directory",
+                "path": name,
+                "size": 0,
+                "oid": hashlib.sha1(name.encode()).hexdigest(),
+            }
         if below and (recursive or len(below) == 1):
-            lfs = {"lfs": {"oid": entry["sha256"], "size": entry["size"], "pointerSize": entry["pointer_size"]}} if entry["lfs"] else {}
+            lfs = (
+                {"lfs": {"oid": entry["sha256"], "size": entry["size"], "pointerSize": entry["pointer_size"]}}
+                if entry["lfs"]
+                else {}
+            )
             entries[path] = {"type": "file", "path": path, "size": entry["size"], "oid": entry["oid"], **lfs}
     return [entries[path] for path in sorted(entries)]
 

@@ -82,8 +82,16 @@ class Hub:
     def start(self, **options):
         """Starts the server; `options` replace those that it was made with."""
         self.options = {**self.options, **options}
-        chosen = {name: value for name, value in {"root": self.root, "port": self.port, **self.options}.items() if value is not None}
-        command = [sys.executable, __file__, *(text for name, value in chosen.items() for text in (f"--{name}", str(value)))]
+        chosen = {
+            name: value
+            for name, value in {"root": self.root, "port": self.port, **self.options}.items()
+            if value is not None
+        }
+        command = [
+            sys.executable,
+            __file__,
+            *(text for name, value in chosen.items() for text in (f"--{name}", str(value))),
+        ]
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}  # tests/, for `support`
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         self.endpoint = self.process.stdout.readline().strip()
@@ -102,22 +110,35 @@ class Hub:
 
     def environment(self, home=None, token=TOKEN):
         """The environment of a client: this endpoint, `token` (`None` for none) and a Hugging Face folder, a new one if `home` is `None`."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "TRANSFORMERS_", "no_proxy", "NO_PROXY"))}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("HF_", "HUGGING", "TRANSFORMERS_", "no_proxy", "NO_PROXY"))
+        }
         home = home or tempfile.mkdtemp(dir=self.root.parent, prefix="hf_home_")
-        ours = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}  # not absent: conftest.py would set it to 1
+        ours = {
+            "HF_ENDPOINT": self.endpoint,
+            "HF_HOME": str(home),
+            "HF_HUB_OFFLINE": "0",
+        }  # not absent: conftest.py would set it to 1
         ours |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
         return {**kept, **ours, **({"HF_TOKEN": token} if token else {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"})}
 
     def popen(self, code, *args, home=None, token=TOKEN, package=True):
         """Starts `python -c code` as a client, in an empty folder; `args` are its `sys.argv[1:]`, as text. See `run`."""
         tests = Path(__file__).parents[1]
-        environment = {**self.environment(home, token), "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}  # this checkout, and the helpers of its tests
+        environment = {
+            **self.environment(home, token),
+            "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}",
+        }  # this checkout, and the helpers of its tests
         if not package:
             code = BLOCK_PACKAGES + code
             del environment["PYTHONPATH"]
         elsewhere = tempfile.mkdtemp(dir=self.root.parent, prefix="cwd_")
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], env=environment, cwd=elsewhere, **streams)
+        return subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, args)], env=environment, cwd=elsewhere, **streams
+        )
 
     def run(self, code, *args, home=None, token=TOKEN, package=True, timeout=300):
         """
@@ -150,7 +171,9 @@ class Hub:
             if any(request["status"] == "stalled" for request in self.requests()):
                 return
             time.sleep(0.02)
-        raise RuntimeError(f"No upload came to the {self.options['stall_after_bytes']} bytes at which the test Hub stalls")
+        raise RuntimeError(
+            f"No upload came to the {self.options['stall_after_bytes']} bytes at which the test Hub stalls"
+        )
 
 
 @contextmanager
@@ -171,12 +194,18 @@ def hub(tmp_path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="A server that speaks the Hugging Face Hub's protocol on loopback, for tests")
+    parser = argparse.ArgumentParser(
+        description="A server that speaks the Hugging Face Hub's protocol on loopback, for tests"
+    )
     parser.add_argument("--root", required=True, help="folder that holds everything, kept between runs")
     parser.add_argument("--port", type=int, default=0, help="0 for a free one")
     parser.add_argument("--token", default=TOKEN, help="the only token it knows")
-    parser.add_argument("--stall_after_bytes", type=int, help="read that many bytes of LFS objects, then nothing more of them")
-    parser.add_argument("--multipart_above", type=int, default=2**24, help="objects of more bytes come in parts of that size")
+    parser.add_argument(
+        "--stall_after_bytes", type=int, help="read that many bytes of LFS objects, then nothing more of them"
+    )
+    parser.add_argument(
+        "--multipart_above", type=int, default=2**24, help="objects of more bytes come in parts of that size"
+    )
     parser.add_argument("--page_size", type=int, default=1000, help="entries of a tree in one answer")
     server = HubHTTPServer(**vars(parser.parse_args()))
     print(server.url, flush=True)

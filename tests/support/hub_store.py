@@ -18,7 +18,9 @@ from urllib.parse import quote, unquote
 
 LFS_SUFFIXES = (".safetensors", ".arrow", ".faiss", ".png", ".bin", ".parquet")
 LFS_ABOVE = 10 * 2**20  # bytes: a larger file goes through LFS whatever its name
-GIT_ATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()  # every repository's first file
+GIT_ATTRIBUTES = "".join(
+    f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES
+).encode()  # every repository's first file
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n"
 NAME = re.compile(r"[A-Za-z0-9_](?!.*\.\.)[A-Za-z0-9_.-]{0,95}")
 
@@ -53,7 +55,13 @@ def git_hash(data):
 def file_entry(sha256, size, oid=None):
     """What a commit says of a file; the git `oid` of an LFS file (`oid=None`) is its pointer's."""
     pointer = POINTER.format(sha256=sha256, size=size).encode()
-    return {"sha256": sha256, "size": size, "lfs": oid is None, "oid": oid or git_hash(pointer), "pointer_size": len(pointer)}
+    return {
+        "sha256": sha256,
+        "size": size,
+        "lfs": oid is None,
+        "oid": oid or git_hash(pointer),
+        "pointer_size": len(pointer),
+    }
 
 
 class HubStore:
@@ -66,7 +74,9 @@ class HubStore:
 
     def folder(self, kind, repo_id):
         if not all(NAME.fullmatch(name) for name in repo_id.split("/")) or repo_id.count("/") != 1:
-            raise HubError(400, f"Invalid repository id {repo_id!r}: expected namespace/name of letters, digits, '-', '_' and '.'")
+            raise HubError(
+                400, f"Invalid repository id {repo_id!r}: expected namespace/name of letters, digits, '-', '_' and '.'"
+            )
         return self.root / f"{kind}s" / repo_id
 
     def create(self, kind, repo_id, private):
@@ -77,7 +87,12 @@ class HubStore:
         for name in ("blobs", "uploads", "commits", "heads", "tags"):
             (made.folder / name).mkdir()
         write_whole(made.folder / "repo.json", json.dumps({"private": private, "created": now()}).encode())
-        made.commit("main", {"summary": "initial commit"}, [("add", ".gitattributes", made.add_regular(GIT_ATTRIBUTES))], first=True)
+        made.commit(
+            "main",
+            {"summary": "initial commit"},
+            [("add", ".gitattributes", made.add_regular(GIT_ATTRIBUTES))],
+            first=True,
+        )
         try:
             os.rename(made.folder, folder)
         except OSError:
@@ -120,7 +135,9 @@ class Repository:
                     digest.update(chunk)
                     written += file.write(chunk)
             if sha256 is not None and (digest.hexdigest(), written) != (sha256, size):
-                raise HubError(400, f"Object {sha256} of {size} bytes: received {written} bytes of SHA-256 {digest.hexdigest()}")
+                raise HubError(
+                    400, f"Object {sha256} of {size} bytes: received {written} bytes of SHA-256 {digest.hexdigest()}"
+                )
             os.replace(name, self.blob(digest.hexdigest()))
         except BaseException:
             os.unlink(name)
@@ -149,7 +166,10 @@ class Repository:
         if [number for number, _ in parts] != list(range(1, len(parts) + 1)):
             raise HubError(400, f"Object {oid}: expected all parts in order, got {[number for number, _ in parts]}")
         for number, etag in parts:
-            if not self.part(oid, number).exists() or hashlib.sha256(self.part(oid, number).read_bytes()).hexdigest() != etag:
+            if (
+                not self.part(oid, number).exists()
+                or hashlib.sha256(self.part(oid, number).read_bytes()).hexdigest() != etag
+            ):
                 raise HubError(400, f"Object {oid}: part {number} is not the uploaded one")
         self.add_blob((self.part(oid, number).read_bytes() for number, _ in parts), oid, size)
         for number, _ in parts:
@@ -157,13 +177,19 @@ class Repository:
 
     def refs(self, kind):
         """`{name: commit id}` of the branches (`heads`) or `tags`."""
-        return {unquote(path.name): path.read_text() for path in sorted((self.folder / kind).iterdir()) if not path.name.startswith(".")}
+        return {
+            unquote(path.name): path.read_text()
+            for path in sorted((self.folder / kind).iterdir())
+            if not path.name.startswith(".")
+        }
 
     def set_ref(self, kind, name, commit, new=False):
         with self.lock:
             if new and name in self.refs(kind):
                 raise HubError(409, f"Reference already exists: {name}")
-            write_whole(self.folder / kind / quote(name, safe="").replace(".", "%2E"), commit.encode())  # no name begins with a dot
+            write_whole(
+                self.folder / kind / quote(name, safe="").replace(".", "%2E"), commit.encode()
+            )  # no name begins with a dot
 
     def delete_ref(self, kind, name):
         if (kind, name) == ("heads", "main"):
@@ -202,7 +228,13 @@ class Repository:
             files = dict(self.resolve(head)["files"]) if head else {}
             for operation in operations:
                 apply(files, *operation)
-            commit = {"parent": head, "title": header["summary"], "message": header.get("description", ""), "date": now(), "files": files}
+            commit = {
+                "parent": head,
+                "title": header["summary"],
+                "message": header.get("description", ""),
+                "date": now(),
+                "files": files,
+            }
             data = json.dumps(commit).encode()
             commit_id = hashlib.sha1(data).hexdigest()
             write_whole(self.folder / "commits" / f"{commit_id}.json", data)

@@ -17,7 +17,12 @@ def random_index(count=300, size=16, shard_size=70, dtype=torch.float32, seed=0,
     shards = []
     for start in range(0, count, shard_size):
         rows = passages[start : start + shard_size]
-        shards.append(Shard(record_batch(rows, [np.array([5, 6], np.int32)] * len(rows)), embeddings[start : start + shard_size].clone()))
+        shards.append(
+            Shard(
+                record_batch(rows, [np.array([5, 6], np.int32)] * len(rows)),
+                embeddings[start : start + shard_size].clone(),
+            )
+        )
     settings = {"embedding_size": size, "dtype": str(dtype).removeprefix("torch."), "fingerprint": {}}
     return PassageIndex(shards, new_config(settings, shards))
 

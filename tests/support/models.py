@@ -21,7 +21,10 @@ PASSAGES = [
             ("Marie Curie", "Marie Curie discovered radium and polonium."),
             ("", "A passage without a title, about nothing at all."),
             ("Amsterdam", "Amsterdam is a city."),
-            ("Warsaw", "Warsaw is the city where Marie Curie was born in 1867, and a long passage about it needs a few more words than this."),
+            (
+                "Warsaw",
+                "Warsaw is the city where Marie Curie was born in 1867, and a long passage about it needs a few more words than this.",
+            ),
             ("Control [NSP] tokens </s>", "A text may hold [NSP] and [CE] and </s> and [Cs] as characters."),
         ]
     )
@@ -47,14 +50,27 @@ def make_tokenizer(vocab_size=384, bos="<s>", eos="</s>", pad="<pad>", texts=TEX
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     backend.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos, pad_token=pad)
 
 
 def make_config(architecture="llama", vocab_size=400, hidden_size=32, layers=2, **kwargs):
-    options = {"vocab_size": vocab_size, "hidden_size": hidden_size, "num_hidden_layers": layers, "num_attention_heads": 4}
-    options |= {"max_position_embeddings": 512, "initializer_range": 0.2, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    options = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+    }
+    options |= {
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
     return AutoConfig.for_model(architecture, **{**options, **ARCHITECTURES[architecture], **kwargs})
 
 
@@ -72,7 +88,9 @@ def make_model(gen="llama", emb_seq="llama", tokenizer=None, gen_kwargs=None, em
     """A CoSup model of random weights whose Gen and Emb_seq have the architectures named."""
     tokenizer = tokenizer or make_tokenizer()
     gen = make_gen(gen, **(gen_kwargs or {}))
-    return CoSupForCausalLM.from_gen_and_emb_seq(gen, make_emb_seq(emb_seq, **(emb_seq_kwargs or {})), tokenizer=tokenizer, **config)
+    return CoSupForCausalLM.from_gen_and_emb_seq(
+        gen, make_emb_seq(emb_seq, **(emb_seq_kwargs or {})), tokenizer=tokenizer, **config
+    )
 
 
 def plain_batch(rows):

@@ -8,7 +8,13 @@ import random
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 COLOURS = ["red", "blue", "green", "black"]
 FILLERS = [f"w{i}" for i in range(10)]
@@ -34,7 +40,9 @@ def held_out_pairs(n, seed=1):
 
 
 def _tokenizer(special, template, **names):
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*special, *WORDS])}, unk_token=special[-1]))
+    backend = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate([*special, *WORDS])}, unk_token=special[-1])
+    )
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = template([(token, i) for i, token in enumerate(special)])
     return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=64, **names)
@@ -54,14 +62,29 @@ def make_classifier(labels=("contradiction", "neutral", "ENTAILMENT"), steps=350
     """A BERT and its tokenizer; entailed pairs get the last label, others the first."""
 
     def template(tokens):
-        return processors.TemplateProcessing(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=tokens)
+        return processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=tokens
+        )
 
     names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
-    tokenizer = _tokenizer(["[PAD]", "[CLS]", "[SEP]", "[UNK]"], template, model_input_names=["input_ids", "token_type_ids", "attention_mask"], **names)
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    tokenizer = _tokenizer(
+        ["[PAD]", "[CLS]", "[SEP]", "[UNK]"],
+        template,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        **names,
+    )
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+    }
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.1}
     torch.manual_seed(0)
-    model = BertForSequenceClassification(BertConfig(**sizes, **no_dropout, max_position_embeddings=64, id2label=dict(enumerate(labels))))
+    model = BertForSequenceClassification(
+        BertConfig(**sizes, **no_dropout, max_position_embeddings=64, id2label=dict(enumerate(labels)))
+    )
 
     def batch(pairs):
         inputs = tokenizer([p for p, _, _ in pairs], [h for _, h, _ in pairs], padding=True, return_tensors="pt")
@@ -76,14 +99,32 @@ def make_t5(steps=200):
     def template(tokens):
         return processors.TemplateProcessing(single="$A </s>", special_tokens=tokens)
 
-    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "model_input_names": ["input_ids", "attention_mask"]}
+    names = {
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
     tokenizer = _tokenizer(["<pad>", "</s>", "<unk>"], template, **names)
-    sizes = {"vocab_size": len(tokenizer), "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_decoder_layers": 1, "num_heads": 4}
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "d_model": 64,
+        "d_kv": 16,
+        "d_ff": 128,
+        "num_layers": 2,
+        "num_decoder_layers": 1,
+        "num_heads": 4,
+    }
     torch.manual_seed(0)
-    model = T5ForConditionalGeneration(T5Config(**sizes, dropout_rate=0.0, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0))
+    model = T5ForConditionalGeneration(
+        T5Config(**sizes, dropout_rate=0.0, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
+    )
 
     def batch(pairs):
         inputs = tokenizer([f"premise: {p} hypothesis: {h}" for p, h, _ in pairs], padding=True, return_tensors="pt")
-        return {**inputs, "labels": tokenizer([str(int(entailed)) for *_, entailed in pairs], return_tensors="pt")["input_ids"]}
+        return {
+            **inputs,
+            "labels": tokenizer([str(int(entailed)) for *_, entailed in pairs], return_tensors="pt")["input_ids"],
+        }
 
     return _train(model, batch, steps), tokenizer

@@ -16,7 +16,15 @@ ROOT = Path(__file__).parents[2]
 
 def run(*command, cwd=ROOT, stdin=None):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True, input=stdin, env=environment, timeout=300)
+    return subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        input=stdin,
+        env=environment,
+        timeout=300,
+    )
 
 
 def write(path, rows):
@@ -30,9 +38,15 @@ def write_inputs(folder):
     make_emb_seq("gpt2", hidden_size=48).save_pretrained(folder / "emb_seq")
     for name in ("gen", "emb_seq"):
         make_tokenizer().save_pretrained(folder / name)
-    instances = [{"id": f"i{i}", "input": f"question {i}?", "segments": [{"text": p["title"] or "none", "passage": p}]} for i, p in enumerate(PASSAGES)]
+    instances = [
+        {"id": f"i{i}", "input": f"question {i}?", "segments": [{"text": p["title"] or "none", "passage": p}]}
+        for i, p in enumerate(PASSAGES)
+    ]
     instances.append({"id": "free", "input": "hello?", "segments": [{"text": "hello", "passage": None}]})
-    questions = [{"id": f"q{i}", "input": f"question {i}?", "answers": [p["title"] or "none"], "provenance": [[p["id"]]]} for i, p in enumerate(PASSAGES)]
+    questions = [
+        {"id": f"q{i}", "input": f"question {i}?", "answers": [p["title"] or "none"], "provenance": [[p["id"]]]}
+        for i, p in enumerate(PASSAGES)
+    ]
     questions.append({"id": "free", "input": "hello?", "answers": ["hello"], "provenance": []})
     write(folder / "train.jsonl", instances)
     write(folder / "corpus.jsonl", PASSAGES)
@@ -41,8 +55,28 @@ def write_inputs(folder):
 
 
 def options(inputs, output, *extra):
-    paths = ["--gen", inputs / "gen", "--emb_seq", inputs / "emb_seq", "--train_file", inputs / "train.jsonl", "--corpus_file", inputs / "corpus.jsonl"]
-    paths += ["--eval_file", inputs / "eval.jsonl", "--output_dir", output, "--max_steps", 2, "--max_new_tokens", 8, "--report_to", "none"]
+    paths = [
+        "--gen",
+        inputs / "gen",
+        "--emb_seq",
+        inputs / "emb_seq",
+        "--train_file",
+        inputs / "train.jsonl",
+        "--corpus_file",
+        inputs / "corpus.jsonl",
+    ]
+    paths += [
+        "--eval_file",
+        inputs / "eval.jsonl",
+        "--output_dir",
+        output,
+        "--max_steps",
+        2,
+        "--max_new_tokens",
+        8,
+        "--report_to",
+        "none",
+    ]
     return [str(word) for word in [*paths, *extra]]
 
 

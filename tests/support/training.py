@@ -16,11 +16,25 @@ def world(names, seed=0):
         town = "".join(rng.choice(["va", "ze", "xi"], 2))
         passage = {"id": name, "title": name, "text": f"{name} lives in {town}."}
         segment = {"text": town, "passage": passage} if i % 5 else {"text": "hello", "passage": None}
-        instances.append({"id": name, "dataset": "d", "instruction": "", "input": f"where is {name}?" if i % 5 else "say hello", "segments": [segment]})
+        instances.append(
+            {
+                "id": name,
+                "dataset": "d",
+                "instruction": "",
+                "input": f"where is {name}?" if i % 5 else "say hello",
+                "segments": [segment],
+            }
+        )
     return instances
 
 
 def arguments(tmp_path, **kwargs):
-    defaults = {"per_device_train_batch_size": 8, "learning_rate": 3e-3, "logging_steps": 1, "report_to": "none", "save_strategy": "no"}
+    defaults = {
+        "per_device_train_batch_size": 8,
+        "learning_rate": 3e-3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+    }
     defaults |= {"disable_tqdm": True, "use_cpu": True, "max_length": 256}
     return CoSupTrainingArguments(str(tmp_path), **{**defaults, **kwargs})

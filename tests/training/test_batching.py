@@ -22,21 +22,28 @@ SEGMENTS = [[0, 1], [], [1, 2, 0], [3], [], [4]]
 def features(model, segment_lists=SEGMENTS, **segment):
     rows = []
     for i, numbers in enumerate(segment_lists):
-        segments = [{"text": f"answer {number}", "passage": PASSAGES[number], **segment} for number in numbers] or [{"text": "free", "passage": None}]
+        segments = [{"text": f"answer {number}", "passage": PASSAGES[number], **segment} for number in numbers] or [
+            {"text": "free", "passage": None}
+        ]
         instance = check_instance({"id": f"i{i}", "input": f"question {i} " * (i + 1), "segments": segments}, "here")
         rows.append(tokenize_instance(instance, model.tokenizer, model.tokenizer, model.config))
     return rows
 
 
 def collator(model, **kwargs):
-    return CoSupDataCollator(model.tokenizer.pad_token_id, model.tokenizer.pad_token_id, model.config.nsp_token_id, **kwargs)
+    return CoSupDataCollator(
+        model.tokenizer.pad_token_id, model.tokenizer.pad_token_id, model.config.nsp_token_id, **kwargs
+    )
 
 
 def queries_and_passages(model, batch):
     """What each query reads up to its `[NSP]` and what its passage is, as token ids, through the positions of the micro-batches."""
     prefixes, passages = [], []
     for micro_batch in batch["micro_batches"]:
-        ids, starts = micro_batch["input_ids"], torch.arange(len(micro_batch["input_ids"])) * micro_batch["input_ids"].shape[1]
+        ids, starts = (
+            micro_batch["input_ids"],
+            torch.arange(len(micro_batch["input_ids"])) * micro_batch["input_ids"].shape[1],
+        )
         if "position_ids" in micro_batch:
             starts = (micro_batch["position_ids"][0] == 0).nonzero()[:, 0]
         for position in micro_batch["nsp_positions"].tolist():
@@ -51,7 +58,14 @@ def queries_and_passages(model, batch):
     return prefixes, [passages[label] for label in batch["passage_labels"].tolist()]
 
 
-CUTS = [{}, {"call_overhead": 1}, {"max_instances": 2}, {"max_tokens": 100}, {"max_tokens": 1}, {"padding_free": True, "padding_free_passages": True}]
+CUTS = [
+    {},
+    {"call_overhead": 1},
+    {"max_instances": 2},
+    {"max_tokens": 100},
+    {"max_tokens": 1},
+    {"padding_free": True, "padding_free_passages": True},
+]
 CUTS += [{"padding_free": True, "padding_free_passages": True, "max_tokens": 120}]
 
 
@@ -65,7 +79,10 @@ def test_every_cut_keeps_instances_queries_labels_and_passages(model, cut, mask_
     expected = []
     for row in rows:
         columns = [i for i, token in enumerate(row["input_ids"]) if token == model.config.nsp_token_id]
-        expected += [(row["input_ids"][: column + 1], passage) for column, passage in zip(columns, row["passage_input_ids"], strict=True)]
+        expected += [
+            (row["input_ids"][: column + 1], passage)
+            for column, passage in zip(columns, row["passage_input_ids"], strict=True)
+        ]
     assert sorted(zip(*queries_and_passages(model, batch), strict=True)) == sorted(expected)
     assert len(facts.passage_keys) == (5 if mask_duplicates else 7)
     trained = [
@@ -73,7 +90,9 @@ def test_every_cut_keeps_instances_queries_labels_and_passages(model, cut, mask_
         for mb in batch["micro_batches"]
         for position in mb["label_positions"].tolist()
     ]
-    pairs = [(row["input_ids"][i], label) for row in rows for i, label in enumerate(row["labels"][1:]) if label != -100]
+    pairs = [
+        (row["input_ids"][i], label) for row in rows for i, label in enumerate(row["labels"][1:]) if label != -100
+    ]
     assert sorted(trained) == sorted(pairs) and facts.num_labels == len(pairs)
     for mb in batch["micro_batches"]:
         assert int((mb["labels"].flatten() != -100).sum()) == len(mb["label_positions"])
@@ -87,9 +106,13 @@ def test_every_cut_keeps_instances_queries_labels_and_passages(model, cut, mask_
 @pytest.mark.parametrize("packed", [False, True])
 def test_micro_batches_keep_to_the_token_budget(model, packed):
     rows = features(model) * 9
-    longest = max(max(len(row["input_ids"]) for row in rows), max(len(ids) for row in rows for ids in row["passage_input_ids"]))
+    longest = max(
+        max(len(row["input_ids"]) for row in rows), max(len(ids) for row in rows for ids in row["passage_input_ids"])
+    )
     budget = 5 * longest  # each part's share holds its longest row
-    batch = collator(model, max_tokens=budget, padding_free=packed, padding_free_passages=packed, mask_duplicates=False)(rows)
+    batch = collator(
+        model, max_tokens=budget, padding_free=packed, padding_free_passages=packed, mask_duplicates=False
+    )(rows)
     assert len(batch["micro_batches"]) > 2
     for mb in batch["micro_batches"]:
         assert sum(mb[name].numel() for name in ("input_ids", "passage_input_ids") if name in mb) <= budget
@@ -113,7 +136,9 @@ def test_what_each_supervision_reads(model):
     assert not any("passage" in name for name in ntp["micro_batches"][0]) and not len(ntp["passage_labels"])
     nsp = collator(model, supervision="nsp")(rows)
     (micro_batch,) = nsp["micro_batches"]
-    assert "labels" not in micro_batch and len(micro_batch["input_ids"]) == 4  # instances without a passage have no part in it
+    assert (
+        "labels" not in micro_batch and len(micro_batch["input_ids"]) == 4
+    )  # instances without a passage have no part in it
     assert nsp["facts"].num_labels == 0
     with pytest.raises(ValueError, match="'i0' has no query_input_ids"):
         collator(model, supervision="separate")(rows)
@@ -121,7 +146,10 @@ def test_what_each_supervision_reads(model):
     (micro_batch,) = collator(separate, supervision="separate")(features(separate))["micro_batches"]
     assert len(micro_batch["query_input_ids"]) == 7 and "nsp_positions" not in micro_batch
     lengths = micro_batch["query_attention_mask"].sum(1)
-    assert all(row[length - 1] == separate.config.nsp_token_id for row, length in zip(micro_batch["query_input_ids"], lengths, strict=True))
+    assert all(
+        row[length - 1] == separate.config.nsp_token_id
+        for row, length in zip(micro_batch["query_input_ids"], lengths, strict=True)
+    )
 
     alone = collator(separate, supervision="nsp", encoder_queries=True)(features(separate))
     (micro_batch,) = alone["micro_batches"]
@@ -153,7 +181,9 @@ def test_cuts_are_optimal_and_within_limits():
 
         order = sorted(range(7), key=lambda i: -lengths[i])
         best = min(
-            cost([order[a:b] for a, b in itertools.pairwise([0, *cuts, 7])]) for n in range(7) for cuts in itertools.combinations(range(1, 7), n)
+            cost([order[a:b] for a, b in itertools.pairwise([0, *cuts, 7])])
+            for n in range(7)
+            for cuts in itertools.combinations(range(1, 7), n)
         )
         groups = cut_by_padding(lengths, overhead)
         assert cost(groups) == best and sorted(sum(groups, [])) == list(range(7))
@@ -174,7 +204,10 @@ def facts_of(model, segment_lists, **segment):
 
 
 def test_identical_passages_are_found_by_content_and_by_id(model):
-    ranks = [BatchFacts(passage_keys=[(1, 10), (2, 20)]), BatchFacts(passage_keys=[(3, 10), (2, 30), (4, 40), (5, 30)])]
+    ranks = [
+        BatchFacts(passage_keys=[(1, 10), (2, 20)]),
+        BatchFacts(passage_keys=[(3, 10), (2, 30), (4, 40), (5, 30)]),
+    ]
     batch = global_batch(ranks, 1)
     assert batch.passage_groups.tolist() == [0, 1, 0, 1, 4, 1]  # row 5 through row 3
     assert batch.repeated.tolist() == [False, False, True, True, False, True]
@@ -206,16 +239,22 @@ def test_further_positives_and_equal_questions_are_no_negatives(model):
     question = {"input": "who?", "segments": [{"text": "a", "passage": PASSAGES[0]}]}
     rows = []
     for i in range(2):
-        instance = check_instance({**question, "id": str(i), "segments": [{"text": "a", "passage": PASSAGES[i]}]}, "here")
+        instance = check_instance(
+            {**question, "id": str(i), "segments": [{"text": "a", "passage": PASSAGES[i]}]}, "here"
+        )
         rows.append(tokenize_instance(instance, model.tokenizer, model.tokenizer, model.config))
     one, two = (collator(model)([row])["facts"] for row in rows)
-    assert global_batch([one, two], 0).no_negatives.T.tolist() == [[0, 1]]  # the same question on another rank: both passages are right
+    assert global_batch([one, two], 0).no_negatives.T.tolist() == [
+        [0, 1]
+    ]  # the same question on another rank: both passages are right
     assert global_batch([one, two], 0, mask_duplicates=False).no_negatives.size == 0
 
 
 def test_hard_negatives_are_passages_without_a_query(model):
     facts = facts_of(model, [[0], [1]], negatives=[PASSAGES[4], PASSAGES[0]])
-    assert len(facts.passage_keys) == 3 and len(facts.passage_labels) == 2  # passage 0 is the answer of one and a negative of the other
+    assert (
+        len(facts.passage_keys) == 3 and len(facts.passage_labels) == 2
+    )  # passage 0 is the answer of one and a negative of the other
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,14 @@ def test_losses_fall_and_retrieval_of_unseen_names_beats_chance(tmp_path):
     small = {"initializer_range": 0.02, "hidden_size": 64}
     tokenizer = make_tokenizer(vocab_size=300, texts=[f"{syllable} lives in" for syllable in SYLLABLES] * 9)
     model = make_model(gen_kwargs=small, emb_seq_kwargs=small, tokenizer=tokenizer)
-    args = arguments(tmp_path, max_steps=160, per_device_train_batch_size=32, learning_rate=3e-3, lr_scheduler_type="cosine", warmup_steps=10)
+    args = arguments(
+        tmp_path,
+        max_steps=160,
+        per_device_train_batch_size=32,
+        learning_rate=3e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=10,
+    )
     trainer = CoSupTrainer(model, args, train_dataset=world(NAMES[:400]), eval_dataset=world(NAMES[400:450]))
     before = trainer.evaluate()
     logs = trained(trainer)
@@ -44,7 +51,9 @@ def test_logs_name_the_components(tmp_path):
         assert {"ntp_loss", "nsp_loss", "nsp_accuracy", "num_negatives", "tokens_per_second"} <= set(entry)
         ours = set(entry) - {"grad_norm", "learning_rate", "epoch", "step"}  # without what any Trainer logs
         assert {figure(name).name for name in ours} == ours  # in the vocabulary
-        assert entry["loss"] == pytest.approx(entry["ntp_loss"] + model.config.nsp_loss_weight * entry["nsp_loss"], rel=1e-4)
+        assert entry["loss"] == pytest.approx(
+            entry["ntp_loss"] + model.config.nsp_loss_weight * entry["nsp_loss"], rel=1e-4
+        )
         assert 0 < entry["num_negatives"] < 8
 
 
@@ -53,7 +62,14 @@ def test_gradient_accumulation_equals_the_reference(tmp_path, similarity):
     """Two micro-batches of 4: NTP over all tokens, NSP over all queries, negatives within a micro-batch."""
     model = make_model(similarity=similarity)
     reference = copy.deepcopy(model).train()
-    args = arguments(tmp_path, max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=2, optim="sgd", learning_rate=0.1)
+    args = arguments(
+        tmp_path,
+        max_steps=1,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        optim="sgd",
+        learning_rate=0.1,
+    )
     args.train_sampling_strategy, args.max_grad_norm, args.lr_scheduler_type = "sequential", 0.0, "constant"
     trainer = CoSupTrainer(model, args, train_dataset=world(NAMES[:8]))
     micro_batches = [[trainer.train_dataset[i] for i in rows] for rows in (range(4), range(4, 8))]
@@ -64,7 +80,10 @@ def test_gradient_accumulation_equals_the_reference(tmp_path, similarity):
     for batch in batches:
         outputs = reference(**batch)
         share = (batch["labels"][:, 1:] != -100).sum() / tokens
-        loss = outputs.ntp_loss * share + reference.config.nsp_loss_weight * outputs.nsp_loss * len(batch["passage_labels"]) / queries
+        loss = (
+            outputs.ntp_loss * share
+            + reference.config.nsp_loss_weight * outputs.nsp_loss * len(batch["passage_labels"]) / queries
+        )
         loss.backward()
         total += loss.item()
     (entry,) = trained(trainer)
@@ -85,13 +104,22 @@ def test_a_batch_without_passages_trains(tmp_path):
 def test_resumed_run_equals_uninterrupted_run(tmp_path):
     model = make_model(gen_kwargs={"attention_dropout": 0.1})
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
-    whole = trained(CoSupTrainer(copy.deepcopy(model), arguments(tmp_path / "a", **options), train_dataset=world(NAMES[:32])))
+    whole = trained(
+        CoSupTrainer(copy.deepcopy(model), arguments(tmp_path / "a", **options), train_dataset=world(NAMES[:32]))
+    )
 
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step == 3
 
-    trained(CoSupTrainer(copy.deepcopy(model), arguments(tmp_path / "b", **options), train_dataset=world(NAMES[:32]), callbacks=[Stop()]))
+    trained(
+        CoSupTrainer(
+            copy.deepcopy(model),
+            arguments(tmp_path / "b", **options),
+            train_dataset=world(NAMES[:32]),
+            callbacks=[Stop()],
+        )
+    )
     other = make_model(gen_kwargs={"attention_dropout": 0.1, "seed": 5})
     resumed = CoSupTrainer(other, arguments(tmp_path / "b", **options), train_dataset=world(NAMES[:32]))
     resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"))
@@ -153,7 +181,13 @@ def test_compute_metrics_gets_embeddings_and_positives(tmp_path):
         return {"own_recall": float((nearest == prediction.label_ids).mean())}
 
     args = arguments(tmp_path, per_device_eval_batch_size=4)
-    trainer = CoSupTrainer(make_model(), args, eval_dataset={"one": world(NAMES[:10])}, train_dataset=world(NAMES[:10]), compute_metrics=compute_metrics)
+    trainer = CoSupTrainer(
+        make_model(),
+        args,
+        eval_dataset={"one": world(NAMES[:10])},
+        train_dataset=world(NAMES[:10]),
+        compute_metrics=compute_metrics,
+    )
     metrics = trainer.evaluate()
     assert metrics["eval_one_own_recall"] == pytest.approx(metrics["eval_one_query_recall@1"])
     assert seen["shapes"] == ((8, 32), (8, 32))
@@ -162,7 +196,12 @@ def test_compute_metrics_gets_embeddings_and_positives(tmp_path):
 def test_tokenizers_of_their_own_are_saved_and_found(tmp_path):
     emb_seq_tokenizer = make_tokenizer(vocab_size=300)
     model = make_model(gen_kwargs={"hidden_size": 48}, emb_seq_tokenizer=emb_seq_tokenizer)
-    trainer = CoSupTrainer(model, arguments(tmp_path, max_steps=1), train_dataset=world(NAMES[:8]), emb_seq_processing_class=emb_seq_tokenizer)
+    trainer = CoSupTrainer(
+        model,
+        arguments(tmp_path, max_steps=1),
+        train_dataset=world(NAMES[:8]),
+        emb_seq_processing_class=emb_seq_tokenizer,
+    )
     trainer.train()
     trainer.save_model(str(tmp_path / "out"))
     loaded = CoSupForCausalLM.from_pretrained(tmp_path / "out")
@@ -174,7 +213,9 @@ def test_lora_trains_adapters_and_control_token_rows_only(tmp_path):
     model = make_model()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    trainer = CoSupTrainer(model, arguments(tmp_path, max_steps=2), train_dataset=world(NAMES[:16]), peft_config=config)
+    trainer = CoSupTrainer(
+        model, arguments(tmp_path, max_steps=2), train_dataset=world(NAMES[:16]), peft_config=config
+    )
     trained(trainer)
     adapters = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert any("gen" in name and "lora_B" in name and p.abs().sum() > 0 for name, p in adapters.items())
@@ -191,16 +232,30 @@ def test_lora_trains_adapters_and_control_token_rows_only(tmp_path):
 def test_the_papers_optimiser(tmp_path):
     """Learning rate x 0.85 after every epoch, clipping on Gen alone."""
     model = make_model(similarity="dot", nsp_loss_weight=10.0)
-    args = arguments(tmp_path, num_train_epochs=3, lr_decay_per_epoch=0.85, clip_gen_only=True, max_grad_norm=1e-3, optim="sgd", learning_rate=0.01)
+    args = arguments(
+        tmp_path,
+        num_train_epochs=3,
+        lr_decay_per_epoch=0.85,
+        clip_gen_only=True,
+        max_grad_norm=1e-3,
+        optim="sgd",
+        learning_rate=0.01,
+    )
     norms = {}
 
     class Norms(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
             for part in ("gen", "emb_seq"):
-                norms[part] = torch.stack([p.grad.norm() for p in getattr(model, part).parameters() if p.grad is not None]).norm().item()
+                norms[part] = (
+                    torch.stack([p.grad.norm() for p in getattr(model, part).parameters() if p.grad is not None])
+                    .norm()
+                    .item()
+                )
 
     logs = trained(CoSupTrainer(model, args, train_dataset=world(NAMES[:16]), callbacks=[Norms()]))
-    assert [entry["learning_rate"] for entry in logs] == pytest.approx([0.01, 0.01, 0.0085, 0.0085, 0.007225, 0.007225], rel=0.2)
+    assert [entry["learning_rate"] for entry in logs] == pytest.approx(
+        [0.01, 0.01, 0.0085, 0.0085, 0.007225, 0.007225], rel=0.2
+    )
     assert {round(entry["learning_rate"], 8) for entry in logs} >= {0.01, 0.0085, 0.007225}
     assert norms["gen"] == pytest.approx(1e-3, rel=1e-2)
     assert norms["emb_seq"] > 1e-2
@@ -216,12 +271,16 @@ def test_lora_on_an_untied_gen_trains_the_rows_of_its_head(tmp_path):
     peft = pytest.importorskip("peft")
     model = make_model(gen_kwargs={"tie_word_embeddings": False}, emb_seq_kwargs={"hidden_size": 48})
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    trainer = CoSupTrainer(model, arguments(tmp_path, max_steps=2), train_dataset=world(NAMES[:16]), peft_config=config)
+    trainer = CoSupTrainer(
+        model, arguments(tmp_path, max_steps=2), train_dataset=world(NAMES[:16]), peft_config=config
+    )
     assert config.trainable_token_indices is None  # the caller's config is the caller's
     trained(trainer)
     assert any("emb_head" in name and parameter.requires_grad for name, parameter in trainer.model.named_parameters())
     head = trainer.model.merge_and_unload().get_output_embeddings().weight
-    assert not torch.equal(head[model.config.nsp_token_id], head[model.config.ce_token_id])  # equal at the start: the mean
+    assert not torch.equal(
+        head[model.config.nsp_token_id], head[model.config.ce_token_id]
+    )  # equal at the start: the mean
 
 
 def test_an_index_is_refused_after_training_in_eval_mode_and_after_a_merge(tmp_path, passages):
@@ -229,7 +288,9 @@ def test_an_index_is_refused_after_training_in_eval_mode_and_after_a_merge(tmp_p
     model = make_model()
     index = model.build_index(passages, show_progress_bar=False)
     index.check_model(model)
-    adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted = peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
     merged = adapted.merge_and_unload()
     with pytest.raises(ValueError, match="emb_seq"):
         index.check_model(merged)
@@ -248,12 +309,19 @@ def test_evaluate_takes_raw_instances_and_a_tie_is_a_miss(tmp_path):
     collapsed = make_model()
     with torch.no_grad():
         collapsed.emb_seq.norm.weight.zero_()
-    assert CoSupTrainer(collapsed, arguments(tmp_path), train_dataset=world(NAMES[:8])).evaluate(world(NAMES[8:18]))["eval_query_recall@5"] == 0
+    assert (
+        CoSupTrainer(collapsed, arguments(tmp_path), train_dataset=world(NAMES[:8])).evaluate(world(NAMES[8:18]))[
+            "eval_query_recall@5"
+        ]
+        == 0
+    )
 
 
 def test_a_tokenizer_without_the_control_tokens_is_refused(tmp_path):
     with pytest.raises(ValueError, match="processing_class has"):
-        CoSupTrainer(make_model(), arguments(tmp_path), train_dataset=world(NAMES[:8]), processing_class=make_tokenizer())
+        CoSupTrainer(
+            make_model(), arguments(tmp_path), train_dataset=world(NAMES[:8]), processing_class=make_tokenizer()
+        )
 
 
 def test_generating_in_training_mode_with_checkpointing_is_refused(model, passages):
@@ -266,8 +334,12 @@ def test_generating_in_training_mode_with_checkpointing_is_refused(model, passag
 @pytest.mark.slow
 def test_compiled_layers_train_alike(tmp_path):
     model = make_model()
-    eager = trained(CoSupTrainer(copy.deepcopy(model), arguments(tmp_path, max_steps=3), train_dataset=world(NAMES[:24])))
-    trainer = CoSupTrainer(copy.deepcopy(model), arguments(tmp_path, max_steps=3, torch_compile=True), train_dataset=world(NAMES[:24]))
+    eager = trained(
+        CoSupTrainer(copy.deepcopy(model), arguments(tmp_path, max_steps=3), train_dataset=world(NAMES[:24]))
+    )
+    trainer = CoSupTrainer(
+        copy.deepcopy(model), arguments(tmp_path, max_steps=3, torch_compile=True), train_dataset=world(NAMES[:24])
+    )
     compiled = trained(trainer)
     assert [entry["loss"] for entry in compiled] == pytest.approx([entry["loss"] for entry in eager], rel=1e-4)
     assert sum(module._compiled_call_impl is not None for module in trainer.model.modules()) == 4
@@ -300,7 +372,9 @@ def test_lora_resumes_and_merges_over_frozen_parts(tmp_path):
         torch.testing.assert_close(merged(**batch).loss, adapted, rtol=1e-4, atol=1e-5)
     merged.save_pretrained(tmp_path / "merged")
     with torch.no_grad():
-        torch.testing.assert_close(CoSupForCausalLM.from_pretrained(tmp_path / "merged")(**batch).loss, adapted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            CoSupForCausalLM.from_pretrained(tmp_path / "merged")(**batch).loss, adapted, rtol=1e-4, atol=1e-5
+        )
 
     frozen, _ = run("frozen", 2, freeze_emb_seq=True)
     trained_names = [name for name, parameter in frozen.model.named_parameters() if parameter.requires_grad]

@@ -82,7 +82,9 @@ def rouge_l(prediction: str, answers: list[str]) -> float:
 
 def _rouge_l(prediction, answer):
     limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(limit + len(prediction.split()) + len(answer.split()))  # `rouge` recurses once for each word of a sentence
+    sys.setrecursionlimit(
+        limit + len(prediction.split()) + len(answer.split())
+    )  # `rouge` recurses once for each word of a sentence
     try:
         return _rouge().get_scores(prediction, answer)[0]["rouge-l"]["f"]
     except ValueError:  # no word in one of them
@@ -96,7 +98,9 @@ def _rouge():
     try:
         from rouge import Rouge
     except ImportError as error:
-        raise ImportError("ROUGE-L needs the package that KILT uses: pip install rouge (or the extra: pip install 'cosup[eval]').") from error
+        raise ImportError(
+            "ROUGE-L needs the package that KILT uses: pip install rouge (or the extra: pip install 'cosup[eval]')."
+        ) from error
     return Rouge(metrics=["rouge-l"])
 
 

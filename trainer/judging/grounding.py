@@ -38,7 +38,11 @@ def split_sentences(text: str) -> list[str]:
     sentences, start = [], 0
     for end in _SENTENCE_END.finditer(text):
         word = re.split(r"[\s(\[\"'“‘]", text[start : end.start()])[-1].lower()
-        inner = word in ABBREVIATIONS or _INITIALS.fullmatch(word) or (word in BEFORE_NUMBERS and text[end.end() : end.end() + 1].isdigit())
+        inner = (
+            word in ABBREVIATIONS
+            or _INITIALS.fullmatch(word)
+            or (word in BEFORE_NUMBERS and text[end.end() : end.end() + 1].isdigit())
+        )
         if end.group().rstrip() != "." or not inner:
             sentences.append(text[start : end.end()].strip())
             start = end.end()
@@ -65,7 +69,9 @@ def check_hypothesis(template: str) -> str:
     except ValueError as error:
         raise ValueError(f"The hypothesis of Gr is {template!r}: {error}.") from None
     if "sentence" not in fields or set(fields) - {"question", "sentence"}:
-        raise ValueError(f"The hypothesis of Gr is {template!r}, expected a template with {{sentence}} and, if need be, {{question}}.")
+        raise ValueError(
+            f"The hypothesis of Gr is {template!r}, expected a template with {{sentence}} and, if need be, {{question}}."
+        )
     return template
 
 
@@ -165,7 +171,9 @@ def citation_scores(
         with `several` citations, of those `supported` by them, and of `unneeded` citations there. `None` for an empty output, which ALCE leaves out.
     """
     sentences = [
-        _Sentence(sentence, row, passages[row], at_most_citations) for row, output in enumerate(outputs) for sentence in split(alce_output(output))
+        _Sentence(sentence, row, passages[row], at_most_citations)
+        for row, output in enumerate(outputs)
+        for sentence in split(alce_output(output))
     ]
     cited = [s for s in sentences if s.premises]
     for sentence, label in zip(cited, _ask(entail, [(s.joint(s.premises), s.claim) for s in cited]), strict=True):
@@ -236,14 +244,16 @@ def claim_recall(outputs: list[str], claims: list[list[str]], entail: Judge) -> 
     """
     if without := sum(not each for each in claims):
         raise ValueError(f"{without} of {len(claims)} questions have no claims: claim recall is for ALCE's ELI5.")
-    pairs = [(remove_citations(alce_output(output)), claim) for output, each in zip(outputs, claims, strict=True) for claim in each]
+    pairs = [
+        (remove_citations(alce_output(output)), claim)
+        for output, each in zip(outputs, claims, strict=True)
+        for claim in each
+    ]
     labels = iter(_ask(entail, pairs))
     return [sum(next(labels) for _ in each) / len(each) for each in claims]
 
 
-def fever_nli(
-    outputs: list[str], inputs: list[str], answers: list[list[str]], entail: Judge
-) -> list[float]:
+def fever_nli(outputs: list[str], inputs: list[str], answers: list[list[str]], entail: Judge) -> list[float]:
     """
     The paper's Cor on FEVER: the output must entail a claim that is supported, and must not entail one that is refuted.
 

@@ -23,13 +23,19 @@ def match_by_id(predictions: list[dict], instances: list[dict]) -> list[tuple[di
             raise ValueError(f"{without} of {len(rows)} rows of the {name} have no id.")
         ids[name] = [str(row["id"]).strip() for row in rows]
     found, asked = ids["predictions"], ids["evaluation set"]
-    problems = [f"{len(twice)} ids stand twice in the {name} ({_some_of(twice)})" for name in ids if (twice := _twice(ids[name]))]
+    problems = [
+        f"{len(twice)} ids stand twice in the {name} ({_some_of(twice)})"
+        for name in ids
+        if (twice := _twice(ids[name]))
+    ]
     if unanswered := sorted(set(asked) - set(found)):
         problems.append(f"{len(unanswered)} questions have no prediction ({_some_of(unanswered)})")
     if unknown := sorted(set(found) - set(asked)):
         problems.append(f"{len(unknown)} predictions have no question ({_some_of(unknown)})")
     if problems:
-        raise ValueError(f"{len(found)} predictions and {len(asked)} questions do not match by id: {'; '.join(problems)}.")
+        raise ValueError(
+            f"{len(found)} predictions and {len(asked)} questions do not match by id: {'; '.join(problems)}."
+        )
     by_id = dict(zip(found, predictions, strict=True))
     return [(by_id[id], instance) for id, instance in zip(asked, instances, strict=True)]
 
@@ -42,7 +48,9 @@ def with_provenance(instances: list[dict]) -> list[dict]:
         `ValueError`: with counts, when an instance has no field `provenance`, or when none needs a passage, so that retrieval cannot be judged.
     """
     if without := [str(instance.get("id")) for instance in instances if instance.get("provenance") is None]:
-        raise ValueError(f"{len(without)} of {len(instances)} instances have no provenance ({_some_of(without)}): retrieval cannot be judged.")
+        raise ValueError(
+            f"{len(without)} of {len(instances)} instances have no provenance ({_some_of(without)}): retrieval cannot be judged."
+        )
     needing = [instance for instance in instances if any(instance["provenance"])]
     if not needing:
         raise ValueError(f"The provenance of all {len(instances)} instances is empty: retrieval cannot be judged.")

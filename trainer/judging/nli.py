@@ -68,11 +68,17 @@ class NLIJudge:
         config = AutoConfig.from_pretrained(name)
         kind = AutoModelForSeq2SeqLM if writes_its_answer(config) else AutoModelForSequenceClassification
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = dtype or (torch.float32 if str(device).startswith("cpu") else torch.bfloat16)  # of a launch it is "cpu:0"
+        dtype = dtype or (
+            torch.float32 if str(device).startswith("cpu") else torch.bfloat16
+        )  # of a launch it is "cpu:0"
         placement = {"device_map": "auto"} if device == "auto" else {}
-        model, info = kind.from_pretrained(name, dtype=dtype, use_safetensors=True, output_loading_info=True, **placement)
+        model, info = kind.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, output_loading_info=True, **placement
+        )
         if missing := sorted(info["missing_keys"]):
-            raise ValueError(f"{name} lacks {len(missing)} weights of a {type(model).__name__}, e.g. {missing[0]}: it is no trained NLI model.")
+            raise ValueError(
+                f"{name} lacks {len(missing)} weights of a {type(model).__name__}, e.g. {missing[0]}: it is no trained NLI model."
+            )
         return cls(model if placement else model.to(device), AutoTokenizer.from_pretrained(name), **options)
 
     def __call__(self, pairs):
@@ -101,7 +107,9 @@ class NLIJudge:
         """`{pair: bool}` of distinct pairs; what was judged before an error is in the cache file."""
         self._check_hypotheses(pairs)
         order, answers, strange = sorted(pairs, key=lambda pair: -len(pair[0]) - len(pair[1])), {}, []
-        with tqdm(total=len(pairs), desc="Entailment", unit="pair", disable=not (pairs and self.show_progress_bar)) as bar:
+        with tqdm(
+            total=len(pairs), desc="Entailment", unit="pair", disable=not (pairs and self.show_progress_bar)
+        ) as bar:
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
                 for pair, (answer, output) in zip(batch, self._answer(batch), strict=True):
@@ -113,7 +121,9 @@ class NLIJudge:
                 bar.update(len(batch))
         if strange:
             expected = '"1" or "0"' if self.writes else "finite scores"
-            raise ValueError(f"The NLI model gave {len(strange)} of {len(pairs)} pairs no answer: expected {expected}, found e.g. {strange[0]!r}.")
+            raise ValueError(
+                f"The NLI model gave {len(strange)} of {len(pairs)} pairs no answer: expected {expected}, found e.g. {strange[0]!r}."
+            )
         return answers
 
     @torch.no_grad()
@@ -126,7 +136,9 @@ class NLIJudge:
             return [(T5_ANSWERS.get(text), text) for text in texts]
         scores = self.model(**inputs).logits.float().cpu()  # (B, labels)
         entailed = scores.argmax(1) == self.entailment
-        return [(bool(e) if row.isfinite().all() else None, row.tolist()) for e, row in zip(entailed, scores, strict=True)]
+        return [
+            (bool(e) if row.isfinite().all() else None, row.tolist()) for e, row in zip(entailed, scores, strict=True)
+        ]
 
     def _encode(self, pairs):
         premises, hypotheses = zip(*pairs, strict=True)
@@ -134,7 +146,9 @@ class NLIJudge:
         return self.tokenizer(list(premises), list(hypotheses), **options)
 
     def _encode_for_t5(self, pairs):
-        rows = self.tokenizer([f"premise: {premise} hypothesis: {hypothesis}" for premise, hypothesis in pairs], verbose=False)["input_ids"]
+        rows = self.tokenizer(
+            [f"premise: {premise} hypothesis: {hypothesis}" for premise, hypothesis in pairs], verbose=False
+        )["input_ids"]
         for row, (premise, hypothesis) in enumerate(pairs):
             if len(rows[row]) > self.max_length:  # only then in two parts, which might not join in the same tokens
                 head, tail = self._ids(f"premise: {premise}"), self._ids(f"hypothesis: {hypothesis}")
@@ -151,7 +165,10 @@ class NLIJudge:
     def _check_hypotheses(self, pairs):
         """A hypothesis must leave room for at least one token of its premise."""
         lead = len(self._ids("premise: hypothesis:")) if self.writes else 0
-        lengths = [len(self._ids(hypothesis)) + lead + self._specials for hypothesis in {hypothesis for _, hypothesis in pairs}]
+        lengths = [
+            len(self._ids(hypothesis)) + lead + self._specials
+            for hypothesis in {hypothesis for _, hypothesis in pairs}
+        ]
         if full := [length for length in lengths if length >= self.max_length]:
             raise ValueError(
                 f"{len(full)} of {len(lengths)} hypotheses leave no room for a premise: with special tokens they have up to {max(full)} tokens "
@@ -165,7 +182,13 @@ class NLIJudge:
 
     def _hash_settings(self):
         """What an answer depends on: a sample of each weight, its type, which label is entailment, how a probe is read, and the length."""
-        told = (self.max_length, self.model.dtype, self.writes, self.entailment, self.tokenizer("A probe, of IDs: naïve?")["input_ids"])
+        told = (
+            self.max_length,
+            self.model.dtype,
+            self.writes,
+            self.entailment,
+            self.tokenizer("A probe, of IDs: naïve?")["input_ids"],
+        )
         digest = hashlib.sha256(repr(told).encode())
         digest.update(repr(sorted(self.tokenizer.get_vocab().items())).encode())
         for name, parameter in self.model.named_parameters():
@@ -252,13 +275,17 @@ def entailment_label(config):
     labels = dict(sorted(config.id2label.items()))
     found = [index for index, label in labels.items() if str(label).lower().startswith("entail")]
     if len(found) != 1 or len(labels) < 2:
-        raise ValueError(f"The classifier's labels are {list(labels.values())}, expected exactly one that begins with 'entail', beside others: no NLI model.")
+        raise ValueError(
+            f"The classifier's labels are {list(labels.values())}, expected exactly one that begins with 'entail', beside others: no NLI model."
+        )
     return int(found[0])
 
 
 def writes_its_answer(config):
     """Whether a model is judged by the text it writes: an encoder-decoder without a classification head."""
-    return bool(config.is_encoder_decoder) and not any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+    return bool(config.is_encoder_decoder) and not any(
+        name.endswith("ForSequenceClassification") for name in config.architectures or []
+    )
 
 
 def _max_length(config, tokenizer, writes):

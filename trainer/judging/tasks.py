@@ -56,10 +56,17 @@ class Task:
     max_retrievals: int | None = None
 
     def __post_init__(self):
-        if not isinstance(self.name, str) or not self.name or self.name in (".", "..", "plots", "indexes") or Path(self.name).name != self.name:
+        if (
+            not isinstance(self.name, str)
+            or not self.name
+            or self.name in (".", "..", "plots", "indexes")
+            or Path(self.name).name != self.name
+        ):
             raise ValueError(f"A task's name is {self.name!r}, expected the name of a folder.")
         if self.index_uri is not None and self.index is None:
-            raise ValueError(f"Task {self.name}: index_uri is {self.index_uri!r}, but no index says which collection there.")
+            raise ValueError(
+                f"Task {self.name}: index_uri is {self.index_uri!r}, but no index says which collection there."
+            )
         if self.split not in (None, *SPLITS):
             raise ValueError(f"Task {self.name}: split is {self.split!r}, expected {' or '.join(map(repr, SPLITS))}.")
         if str(self.pool).isdigit():
@@ -70,7 +77,9 @@ class Task:
             raise ValueError(f"Task {self.name}: metric is {self.metric!r}, expected one of {', '.join(COR_METRICS)}.")
         for name in ("max_eval_samples", "max_new_tokens", "top_k", "max_retrievals"):
             value = getattr(self, name)
-            if not (type(value) is int and value >= (name != "max_retrievals")) and (value is not None or name in ("max_new_tokens", "top_k")):
+            if not (type(value) is int and value >= (name != "max_retrievals")) and (
+                value is not None or name in ("max_new_tokens", "top_k")
+            ):
                 raise ValueError(f"Task {self.name}: {name} is {value!r}, expected a number of 1 or more.")
 
     def read_questions(self, corpus: list[dict] | None = None, answers_required: bool = False) -> list[dict]:
@@ -84,7 +93,9 @@ class Task:
         Raises:
             `ValueError`: with counts, for questions with too few candidates, ids that stand twice, or provenance that is missing everywhere.
         """
-        questions = load_evaluation_set(self.eval_file, corpus=corpus, answers_required=answers_required)[: self.max_eval_samples]
+        questions = load_evaluation_set(self.eval_file, corpus=corpus, answers_required=answers_required)[
+            : self.max_eval_samples
+        ]
         if twice := [id for id, count in Counter(x["id"] for x in questions).items() if count > 1]:
             raise ValueError(f"Task {self.name}: {len(twice)} ids of {self.eval_file} stand twice, e.g. {twice[0]!r}.")
         if not any(x["provenance"] or provenance_unknown(x) for x in questions):
@@ -130,7 +141,9 @@ def read_tasks(entries: list[dict], **defaults) -> list[Task]:
     for number, entry in enumerate(entries, 1):
         values = {**{name: value for name, value in defaults.items() if value is not None}, **entry}
         if unknown := sorted(set(values) - known):
-            raise ValueError(f"Task {number}: unknown field {unknown[0]!r}; a task has {', '.join(field.name for field in fields(Task))}.")
+            raise ValueError(
+                f"Task {number}: unknown field {unknown[0]!r}; a task has {', '.join(field.name for field in fields(Task))}."
+            )
         if missing := [name for name in ("name", "eval_file") if not values.get(name)]:
             raise ValueError(f"Task {number} has no {missing[0]}.")
         tasks.append(Task(**values))
@@ -172,7 +185,9 @@ def open_index(
         barrier()  # nobody looks while another one already builds
         Path(index_cache).mkdir(parents=True, exist_ok=True)
         source = task.corpus_file if is_file(task.corpus_file) else load_corpus(task.corpus_file)
-        model.build_index(source, save_directory=folder, batch_size=batch_size, num_processes=world_size(), process_index=rank())
+        model.build_index(
+            source, save_directory=folder, batch_size=batch_size, num_processes=world_size(), process_index=rank()
+        )
         barrier()
         if world_size() > 1 and rank() == 0:
             PassageIndex.merge(folder)
@@ -204,7 +219,9 @@ def check_ids(task: Task, questions: list[dict], index: Retriever) -> None:
         index.rows_of(sorted(set().union(*wanted)))
     except ValueError as error:
         touched = sum(not _holds(index, ids) for ids in wanted)
-        raise ValueError(f"Task {task.name}: gold passages or candidates of {touched} of {len(questions)} questions are missing. {error}") from None
+        raise ValueError(
+            f"Task {task.name}: gold passages or candidates of {touched} of {len(questions)} questions are missing. {error}"
+        ) from None
 
 
 def _holds(index: Retriever, ids: Iterable[str]) -> bool:

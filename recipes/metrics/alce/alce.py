@@ -48,16 +48,26 @@ class ALCE(evaluate.Metric):
 
     def _download_and_prepare(self, dl_manager):
         try:
-            importlib.import_module("trainer.judging")  # named at the top, evaluate would tell the user to install PyPI's other `trainer`
+            importlib.import_module(
+                "trainer.judging"
+            )  # named at the top, evaluate would tell the user to install PyPI's other `trainer`
         except ImportError as error:
-            raise ImportError("This metric needs the package cosup (`pip install cosup`), whose `trainer` is not PyPI's package of that name.") from error
+            raise ImportError(
+                "This metric needs the package cosup (`pip install cosup`), whose `trainer` is not PyPI's package of that name."
+            ) from error
 
     def compute(self, *, predictions, references, **options):
         """Whole lines of predictions and of an evaluation set will do: other fields are dropped."""
         from trainer.judging.matching import select_fields
 
-        references = [{"qa_pairs": [], **(x.get("meta") or {}), **x} for x in references]  # prepare_alce.py keeps what is ALCE's under `meta`
-        return super().compute(predictions=select_fields(predictions, PREDICTION), references=select_fields(references, REFERENCE), **options)
+        references = [
+            {"qa_pairs": [], **(x.get("meta") or {}), **x} for x in references
+        ]  # prepare_alce.py keeps what is ALCE's under `meta`
+        return super().compute(
+            predictions=select_fields(predictions, PREDICTION),
+            references=select_fields(references, REFERENCE),
+            **options,
+        )
 
     def _compute(self, predictions, references, nli=None):
         from trainer.judging.correctness import str_em
@@ -75,7 +85,14 @@ class ALCE(evaluate.Metric):
             return scores
         entail = as_judge(nli)
         if any(x["claims"] for _, x in pairs):
-            scores |= mean_scores([{"claim_recall": recall} for recall in claim_recall(outputs, [x["claims"] or [] for _, x in pairs], entail)])
+            scores |= mean_scores(
+                [
+                    {"claim_recall": recall}
+                    for recall in claim_recall(outputs, [x["claims"] or [] for _, x in pairs], entail)
+                ]
+            )
         cited_by_output = [cited_passages(prediction) for prediction, _ in pairs]
         cited = [output_scores for output_scores in citation_scores(outputs, cited_by_output, entail) if output_scores]
-        return scores | mean_scores(cited, ("citation_recall", "citation_precision")) | {"num_cited_outputs": len(cited)}
+        return (
+            scores | mean_scores(cited, ("citation_recall", "citation_precision")) | {"num_cited_outputs": len(cited)}
+        )

@@ -47,15 +47,23 @@ class Correctness(evaluate.Metric):
 
     def _download_and_prepare(self, dl_manager):
         try:
-            importlib.import_module("trainer.judging")  # named at the top, evaluate would tell the user to install PyPI's other `trainer`
+            importlib.import_module(
+                "trainer.judging"
+            )  # named at the top, evaluate would tell the user to install PyPI's other `trainer`
         except ImportError as error:
-            raise ImportError("This metric needs the package cosup (`pip install cosup`), whose `trainer` is not PyPI's package of that name.") from error
+            raise ImportError(
+                "This metric needs the package cosup (`pip install cosup`), whose `trainer` is not PyPI's package of that name."
+            ) from error
 
     def compute(self, *, predictions, references, **options):
         """Whole lines of predictions and of an evaluation set will do: other fields are dropped."""
         from trainer.judging.matching import select_fields
 
-        return super().compute(predictions=select_fields(predictions, PREDICTION), references=select_fields(references, REFERENCE), **options)
+        return super().compute(
+            predictions=select_fields(predictions, PREDICTION),
+            references=select_fields(references, REFERENCE),
+            **options,
+        )
 
     def _compute(self, predictions, references, metric=None, nli=None):
         from trainer.judging.correctness import cor_metric, correctness
@@ -67,15 +75,27 @@ class Correctness(evaluate.Metric):
 
         metrics = {metric or cor_metric(x["dataset"], nli is not None) for x in references}
         if len(metrics) > 1:
-            raise ValueError(f"The questions are of datasets with different metrics, {sorted(metrics)}: compute one dataset at a time, or give one metric.")
-        pairs, needing, metric = match_by_id(predictions, references), {x["id"] for x in with_provenance(references)}, metrics.pop()
+            raise ValueError(
+                f"The questions are of datasets with different metrics, {sorted(metrics)}: compute one dataset at a time, or give one metric."
+            )
+        pairs, needing, metric = (
+            match_by_id(predictions, references),
+            {x["id"] for x in with_provenance(references)},
+            metrics.pop(),
+        )
         outputs = [prediction["output"] for prediction, _ in pairs]
         if metric == "fever_nli":
             if nli is None:
                 raise ValueError("metric is 'fever_nli', which needs an NLI model: give nli.")
-            correct = fever_nli(outputs, [x["input"] for _, x in pairs], [x["answers"] for _, x in pairs], as_judge(nli))
+            correct = fever_nli(
+                outputs, [x["input"] for _, x in pairs], [x["answers"] for _, x in pairs], as_judge(nli)
+            )
         else:
-            correct = [correctness(output, x["answers"], metric) for output, (_, x) in zip(outputs, pairs, strict=True)]
-        hits = [ret(retrieved_ids(prediction), x["provenance"]) if x["id"] in needing else None for prediction, x in pairs]
+            correct = [
+                correctness(output, x["answers"], metric) for output, (_, x) in zip(outputs, pairs, strict=True)
+            ]
+        hits = [
+            ret(retrieved_ids(prediction), x["provenance"]) if x["id"] in needing else None for prediction, x in pairs
+        ]
         scores = {"cor": correct, "cor_minus": cor_minus(correct, hits), **by_retrieval("cor", correct, hits)}
         return {**{name: Mean.of(values).value for name, values in scores.items()}, "metric": metric}

@@ -48,9 +48,13 @@ class Grounding(evaluate.Metric):
 
     def _download_and_prepare(self, dl_manager):
         try:
-            importlib.import_module("trainer.judging")  # named at the top, evaluate would tell the user to install PyPI's other `trainer`
+            importlib.import_module(
+                "trainer.judging"
+            )  # named at the top, evaluate would tell the user to install PyPI's other `trainer`
         except ImportError as error:
-            raise ImportError("This metric needs the package cosup (`pip install cosup`), whose `trainer` is not PyPI's package of that name.") from error
+            raise ImportError(
+                "This metric needs the package cosup (`pip install cosup`), whose `trainer` is not PyPI's package of that name."
+            ) from error
 
     def compute(self, *, predictions, references, **options):
         """Whole lines of predictions and of an evaluation set will do: other fields are dropped."""
@@ -58,7 +62,11 @@ class Grounding(evaluate.Metric):
 
         if "{question" not in options.get("hypothesis", ""):
             predictions = [{"input": "", **prediction} for prediction in predictions]
-        return super().compute(predictions=select_fields(predictions, PREDICTION), references=select_fields(references, REFERENCE), **options)
+        return super().compute(
+            predictions=select_fields(predictions, PREDICTION),
+            references=select_fields(references, REFERENCE),
+            **options,
+        )
 
     def _compute(self, predictions, references, nli=None, hypothesis="{sentence}"):
         from trainer.judging.grounding import grounding, k_precision
@@ -73,6 +81,8 @@ class Grounding(evaluate.Metric):
         if nli is None:
             return scores
         values = grounding([prediction for prediction, _ in pairs], as_judge(nli), hypothesis=hypothesis)
-        hits = [ret(retrieved_ids(prediction), x["provenance"]) if x["id"] in needing else None for prediction, x in pairs]
+        hits = [
+            ret(retrieved_ids(prediction), x["provenance"]) if x["id"] in needing else None for prediction, x in pairs
+        ]
         figures = {"gr": values, **by_retrieval("gr", values, hits)}
         return scores | {name: Mean.of(own).value for name, own in figures.items()}

@@ -46,15 +46,23 @@ class KILT(evaluate.Metric):
 
     def _download_and_prepare(self, dl_manager):
         try:
-            importlib.import_module("trainer.judging")  # named at the top, evaluate would tell the user to install PyPI's other `trainer`
+            importlib.import_module(
+                "trainer.judging"
+            )  # named at the top, evaluate would tell the user to install PyPI's other `trainer`
         except ImportError as error:
-            raise ImportError("This metric needs the package cosup (`pip install cosup`), whose `trainer` is not PyPI's package of that name.") from error
+            raise ImportError(
+                "This metric needs the package cosup (`pip install cosup`), whose `trainer` is not PyPI's package of that name."
+            ) from error
 
     def compute(self, *, predictions, references, **options):
         """Whole lines of predictions and of an evaluation set will do: other fields are dropped."""
         from trainer.judging.matching import select_fields
 
-        return super().compute(predictions=select_fields(predictions, PREDICTION), references=select_fields(references, REFERENCE), **options)
+        return super().compute(
+            predictions=select_fields(predictions, PREDICTION),
+            references=select_fields(references, REFERENCE),
+            **options,
+        )
 
     def _compute(self, predictions, references, rouge=True):
         from trainer.judging.correctness import kilt_scores

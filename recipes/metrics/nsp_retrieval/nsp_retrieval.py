@@ -49,18 +49,31 @@ class NSPRetrieval(evaluate.Metric):
 
     def _download_and_prepare(self, dl_manager):
         try:
-            importlib.import_module("trainer.judging")  # named at the top, evaluate would tell the user to install PyPI's other `trainer`
+            importlib.import_module(
+                "trainer.judging"
+            )  # named at the top, evaluate would tell the user to install PyPI's other `trainer`
         except ImportError as error:
-            raise ImportError("This metric needs the package cosup (`pip install cosup`), whose `trainer` is not PyPI's package of that name.") from error
+            raise ImportError(
+                "This metric needs the package cosup (`pip install cosup`), whose `trainer` is not PyPI's package of that name."
+            ) from error
 
     def compute(self, *, predictions, references, rankings=None, ranking="corpus", **options):
         """Whole lines of predictions and of an evaluation set will do: other fields are dropped."""
         from trainer.judging.matching import select_fields
 
         found = {str(row["id"]): row[ranking] for row in rankings or []}
-        predictions = [{**row, "query_ranking": found.get(str(row["id"]), row.get("query_ranking"))} for row in predictions]
-        references = [{**row, "meta": ["provenance_unknown"] * bool((row.get("meta") or {}).get("provenance_unknown"))} for row in references]
-        return super().compute(predictions=select_fields(predictions, PREDICTION), references=select_fields(references, REFERENCE), **options)
+        predictions = [
+            {**row, "query_ranking": found.get(str(row["id"]), row.get("query_ranking"))} for row in predictions
+        ]
+        references = [
+            {**row, "meta": ["provenance_unknown"] * bool((row.get("meta") or {}).get("provenance_unknown"))}
+            for row in references
+        ]
+        return super().compute(
+            predictions=select_fields(predictions, PREDICTION),
+            references=select_fields(references, REFERENCE),
+            **options,
+        )
 
     def _compute(self, predictions, references, ks=(1, 5)):
         from trainer.judging.intervals import Mean
@@ -69,12 +82,16 @@ class NSPRetrieval(evaluate.Metric):
 
         pairs, needing = match_by_id(predictions, references), {x["id"] for x in with_provenance(references)}
         asked = [(prediction, x["provenance"]) for prediction, x in pairs if x["id"] in needing]
-        scores = mean_scores([retrieval_scores(retrieved_ids(prediction), provenance, ks) for prediction, provenance in asked])
+        scores = mean_scores(
+            [retrieval_scores(retrieved_ids(prediction), provenance, ks) for prediction, provenance in asked]
+        )
         needed = [any(x["provenance"]) for _, x in pairs]
         not_needed = [not any(x["provenance"]) and not x["meta"] for _, x in pairs]
         emitted = emission([prediction for prediction, _ in pairs], needed, not_needed)
         scores |= {name: Mean.of(values).value for name, values in emitted.items()}
         scores["num_questions"] = len(asked)
         if all(prediction["query_ranking"] for prediction, _ in asked):
-            scores |= mean_scores([ranking_scores(prediction["query_ranking"], provenance, ks) for prediction, provenance in asked])
+            scores |= mean_scores(
+                [ranking_scores(prediction["query_ranking"], provenance, ks) for prediction, provenance in asked]
+            )
         return scores
