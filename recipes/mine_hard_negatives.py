@@ -1,17 +1,20 @@
 """
-Hard negatives for training instances: passages that a retriever finds near a query and that are not right for it.
+Add hard negatives to training instances: passages that a retriever finds near a query and that are not right for it.
 
-    python recipes/mine_hard_negatives.py --train_file train.jsonl --model sentence-transformers/all-MiniLM-L6-v2 --output_file train_negatives.jsonl
+    python recipes/mine_hard_negatives.py --train_file train.jsonl --model sentence-transformers/all-MiniLM-L6-v2 \\
+        --output_file train_negatives.jsonl
 
-The search is sentence-transformers' `mine_hard_negatives`. A query is the question and what was written before its `[NSP]`; candidates are all passages of
-the training file, and of `--corpus_file`. Left out, since they may be right after all: passages of the same instance and its `positives`; what is nearly as
-near as the right passage, or nearer (`--relative_margin`); and passages that hold the text that is to be written, as for DPR. Any sentence-transformers model
-will do, also the Emb_seq of a CoSup checkpoint (`model.save_emb_seq`). What is found is added to `negatives`, after negatives that were there.
+The search is sentence-transformers' `mine_hard_negatives`. A query is the question and the text written before its
+`[NSP]`. Candidates are all passages of the training file and of `--corpus_file`. Passages that may be right after all
+are left out: passages of the same instance and its `positives`; passages nearly as near as the right one, or nearer
+(`--relative_margin`); and passages that hold the text to be written, as for DPR. Any sentence-transformers model will
+do, even the Emb_seq of a CoSup checkpoint (`model.save_emb_seq`). The new negatives are appended to `negatives`.
 """
 
 import importlib.util
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from shared.cli import clear_errors, parse, table_of_counts
 
@@ -22,48 +25,74 @@ from modeling_cosup.tokenization_cosup import render_passage
 from trainer.data import content_id, load_corpus, load_instances
 from trainer.judging.correctness import normalize_answer
 
-CANDIDATES = 4  # mined for one that is wanted: some hold the answer
+CANDIDATES_PER_NEGATIVE = 4  # some hold the answer and are left out
 
 
 @dataclass
 class MiningArguments:
-    """What is read, what counts as a hard negative, and what is written."""
+    """The files to read and to write, and what counts as a hard negative."""
 
     train_file: str = field(metadata={"help": "training instances: JSON Lines (.gz or plain) or a dataset name"})
     model: str = field(metadata={"help": "name or path of a sentence-transformers model"})
-    output_file: str = field(metadata={"help": "the instances with their negatives, JSON Lines (.gz by the name)"})
+    output_file: str = field(
+        metadata={"help": "the instances with their negatives, JSON Lines (compressed if the name ends in .gz)"}
+    )
     corpus_file: str | None = field(default=None, metadata={"help": "further passages that may be negatives"})
-    num_negatives: int = field(default=1, metadata={"help": "of a query, at most"})
-    range_min: int = field(default=0, metadata={"help": "so many of the nearest are skipped"})
-    range_max: int = field(default=50, metadata={"help": "no passage after this rank is a hard negative"})
+    num_negatives: int = field(default=1, metadata={"help": "the most negatives of a query"})
+    range_min: int = field(default=0, metadata={"help": "number of nearest passages to skip"})
+    range_max: int = field(default=50, metadata={"help": "the last rank of a hard negative"})
     relative_margin: float = field(
         default=0.05,
-        metadata={"help": "a negative's similarity is at most the right passage's less this share"},
+        metadata={"help": "a negative is less similar than the right passage by at least this share"},
     )
     passage_template: str = field(default="{title}. {text}", metadata={"help": "how the model reads a passage"})
-    batch_size: int = field(default=64, metadata={"help": "texts at once"})
+    batch_size: int = field(default=64, metadata={"help": "texts in a batch"})
     device: str = field(
         default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "where the model runs"}
     )
-    dtype: str = field(default="auto", metadata={"help": "of the weights, e.g. bfloat16 on a GPU"})
+    dtype: str = field(default="auto", metadata={"help": "dtype of the weights, e.g. bfloat16 on a GPU"})
 
 
-def main():
+def main() -> None:
     """Read the options and mine."""
     (args,) = parse([MiningArguments], __doc__)
     with clear_errors():
         print(table_of_counts(mine(args)))
 
 
-def mine(args):
+@dataclass
+class Query:
+    """
+    A search for hard negatives.
+
+    Args:
+        text (`str`): the question and everything written before the segment.
+        segment (`dict`): the segment with a passage that gets the negatives.
+        passage_text (`str`): its passage, as the retriever reads it.
+        known_ids, known_contents (`set[str]`): ids, and hashes of the content, of passages that may be right or are
+            negatives already: all passages of the instance, `positives`, and the segment's `negatives`.
+    """
+
+    text: str
+    segment: dict[str, Any]
+    passage_text: str
+    known_ids: set[str]
+    known_contents: set[str]
+
+    def knows(self, passage: dict[str, Any]) -> bool:
+        """Return whether a passage is known, by its id or its content."""
+        return passage["id"] in self.known_ids or content_id(passage["title"], passage["text"]) in self.known_contents
+
+
+def mine(args: MiningArguments) -> dict[str, int]:
     """
     Write the instances with `negatives`.
 
     Returns:
-        `dict`: how many queries were read, and how many have all the negatives that were asked for, fewer, or none.
+        `dict`: how many queries were read, and how many got all the requested negatives, fewer, or none.
 
     Raises:
-        `ValueError`: when an option is out of its range, an instance or passage is malformed, or nothing is retrieved.
+        `ValueError`: when an option is out of its range, an instance or passage is malformed, or there is no query.
         `OSError`: for a model that cannot be loaded.
     """
     if args.num_negatives < 1 or not 0 <= args.range_min < args.range_max:
@@ -75,71 +104,57 @@ def mine(args):
     queries = list_queries(instances, args.passage_template)
     if not queries:
         raise ValueError(f"{args.train_file}: none of {len(instances)} instances has a passage, so there is no query.")
-    passages = {
-        render_passage(segment["passage"], args.passage_template): segment["passage"] for _, segment, _ in queries
-    }
-    for passage in load_corpus(args.corpus_file) if args.corpus_file else []:
-        passages.setdefault(render_passage(passage, args.passage_template), passage)
-    near = search(queries, list(passages), args)
+    passages = {query.passage_text: query.segment["passage"] for query in queries}
+    if args.corpus_file:
+        for passage in load_corpus(args.corpus_file):
+            passages.setdefault(render_passage(passage, args.passage_template), passage)
+    candidate_texts = search(queries, list(passages), args)
+
     counts = {"queries": len(queries), "with all negatives": 0, "with fewer": 0, "with none": 0}
-    for query, segment, right in queries:
-        answer = normalize_answer(segment["text"])
-        found = [passages[text] for text in near.get((query, right.own), ())]
-        found = [p for p in found if not right.holds(p) and not holds(p, answer)][: args.num_negatives]
-        segment["negatives"] = segment["negatives"] + found
-        counts[
-            "with all negatives" if len(found) == args.num_negatives else "with fewer" if found else "with none"
-        ] += 1
+    for query in queries:
+        candidates = [passages[text] for text in candidate_texts.get((query.text, query.passage_text), [])]
+        negatives = choose_negatives(query, candidates)[: args.num_negatives]
+        query.segment["negatives"] = query.segment["negatives"] + negatives
+        if len(negatives) == args.num_negatives:
+            counts["with all negatives"] += 1
+        elif negatives:
+            counts["with fewer"] += 1
+        else:
+            counts["with none"] += 1
     with writing_lines(args.output_file) as write:
         for instance in instances:
             write(instance)
     return counts
 
 
-class Right:
-    """
-    What is no negative of a query.
-
-    Args:
-        own (`str`): its passage, as the retriever reads it.
-        ids, contents (`set`): ids, and ids by content, of the passages of its instance, of `positives`, and of the negatives that it has.
-    """
-
-    def __init__(self, own, instance, segment):
-        known = [other["passage"] for other in instance["segments"] if other["passage"] is not None] + segment[
-            "negatives"
-        ]
-        self.own, self.ids, self.contents = (
-            own,
-            {p["id"] for p in known} | set(segment["positives"]),
-            {content_id(p["title"], p["text"]) for p in known},
-        )
-
-    def holds(self, passage):
-        """Whether a passage is one of these, by id or content."""
-        return passage["id"] in self.ids or content_id(passage["title"], passage["text"]) in self.contents
-
-
-def list_queries(instances, template):
-    """`(query, segment, Right)` of every segment with a passage; the query is the question and all that was written before."""
+def list_queries(instances: list[dict[str, Any]], template: str) -> list[Query]:
+    """Return a query for every segment with a passage."""
     queries = []
     for instance in instances:
         written = [re.sub(r"\s*\[SEP\]\s*", " ", instance["input"])]
         for segment in instance["segments"]:
             if segment["passage"] is not None:
-                queries.append(
-                    (
-                        " ".join(written),
-                        segment,
-                        Right(render_passage(segment["passage"], template), instance, segment),
-                    )
-                )
+                queries.append(make_query(" ".join(written), instance, segment, template))
             written.append(segment["text"])
     return queries
 
 
-def search(queries, texts, args):
-    """`{(query, right passage): [text]}`: candidates of each query, nearest first."""
+def make_query(text: str, instance: dict[str, Any], segment: dict[str, Any], template: str) -> Query:
+    """Return the query of one segment of an instance."""
+    known = [other["passage"] for other in instance["segments"] if other["passage"] is not None]
+    known += segment["negatives"]
+    known_ids = {passage["id"] for passage in known} | set(segment["positives"])
+    known_contents = {content_id(passage["title"], passage["text"]) for passage in known}
+    return Query(text, segment, render_passage(segment["passage"], template), known_ids, known_contents)
+
+
+def search(queries: list[Query], texts: list[str], args: MiningArguments) -> dict[tuple[str, str], list[str]]:
+    """
+    Search all passages for each query.
+
+    Returns:
+        `dict`: for each `(query, right passage)` the texts of the candidates, nearest first.
+    """
     try:
         from datasets import Dataset
         from sentence_transformers import SentenceTransformer
@@ -148,28 +163,38 @@ def search(queries, texts, args):
         raise ValueError("mining needs pip install sentence-transformers.") from None
     options = {} if args.dtype == "auto" else {"model_kwargs": {"dtype": args.dtype}}
     model = SentenceTransformer(args.model, device=args.device, **options)
-    rows = Dataset.from_dict(
-        {"query": [query for query, _, _ in queries], "passage": [right.own for _, _, right in queries]}
-    )
-    window = min(args.range_max, len(texts) - 1)
-    if window <= args.range_min:
-        raise ValueError(f"There are {len(texts)} passages: too few for negatives behind rank {args.range_min}.")
+    columns = {"query": [query.text for query in queries], "passage": [query.passage_text for query in queries]}
+    last_rank = min(args.range_max, len(texts) - 1)
+    if last_rank <= args.range_min:
+        raise ValueError(f"There are {len(texts)} passages: too few for negatives after rank {args.range_min}.")
     mined = mine_hard_negatives(
-        rows, model, corpus=texts, range_min=args.range_min, range_max=window, relative_margin=args.relative_margin,
-        num_negatives=min(CANDIDATES * args.num_negatives, window - args.range_min), batch_size=args.batch_size,
-        use_faiss=importlib.util.find_spec("faiss") is not None, verbose=False,
-    )  # fmt: skip
-    near = {}
-    for row in mined:
-        near.setdefault((row["query"], row["passage"]), []).append(row["negative"])
-    return near
-
-
-def holds(passage, answer):
-    """Whether title or text hold an answer, given and compared as normalised words."""
-    return (
-        bool(answer) and f" {answer} " in f" {normalize_answer(passage['title'])} {normalize_answer(passage['text'])} "
+        Dataset.from_dict(columns),
+        model,
+        corpus=texts,
+        range_min=args.range_min,
+        range_max=last_rank,
+        relative_margin=args.relative_margin,
+        num_negatives=min(CANDIDATES_PER_NEGATIVE * args.num_negatives, last_rank - args.range_min),
+        batch_size=args.batch_size,
+        use_faiss=importlib.util.find_spec("faiss") is not None,
+        verbose=False,
     )
+    candidates: dict[tuple[str, str], list[str]] = {}
+    for row in mined:
+        candidates.setdefault((row["query"], row["passage"]), []).append(row["negative"])
+    return candidates
+
+
+def choose_negatives(query: Query, candidates: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the candidates that are not known and do not hold the query's answer, in their order."""
+    answer = normalize_answer(query.segment["text"])
+    return [passage for passage in candidates if not query.knows(passage) and not holds(passage, answer)]
+
+
+def holds(passage: dict[str, Any], answer: str) -> bool:
+    """Return whether title or text hold a normalised answer, compared word by word."""
+    words = f"{normalize_answer(passage['title'])} {normalize_answer(passage['text'])}"
+    return answer != "" and f" {answer} " in f" {words} "
 
 
 if __name__ == "__main__":

@@ -1,21 +1,23 @@
 """
-Evaluation instances and a corpus from ALCE: ASQA, QAMPARI and ELI5 with the passages that ALCE retrieved.
+Write evaluation instances and a corpus from ALCE: ASQA, QAMPARI and ELI5 with the passages that ALCE retrieved.
 
-    python recipes/prepare_alce.py --dataset asqa --input_file asqa_eval_gtr_top100.json --output_file alce/asqa.jsonl.gz \\
-        --output_corpus alce/asqa_corpus.jsonl.gz
+    python recipes/prepare_alce.py --dataset asqa --input_file asqa_eval_gtr_top100.json \\
+        --output_file alce/asqa.jsonl.gz --output_corpus alce/asqa_corpus.jsonl.gz
 
-An item's docs become its candidates, the first `--num_candidates` of them in their order; the docs of all items become the corpus. Answers are the long answers
-(of all annotators; for QAMPARI every alias of every answer). What ALCE's metrics need besides stands under `meta`, as ALCE has it: `qa_pairs` for str_em,
-`claims` for claim recall, `answers` of QAMPARI, and every other field.
+The first `--num_candidates` docs of an item become its candidates, in the same order. The docs of all items become the
+corpus. Answers are the long answers of all annotators, or every alias of every answer for QAMPARI. Whatever else
+ALCE's metrics need is kept under `meta`, unchanged: `qa_pairs` for str_em, `claims` for claim recall, `answers` of
+QAMPARI, and every other field.
 
-ALCE does not say which passages are right. `--provenance short_answers` takes each candidate that holds a short answer, both normalised as ALCE does it;
-`--provenance none`, the default, takes none. Where provenance is empty `meta` says so, `"provenance_unknown": true`: such a question must not count as one
-that needs no passage.
+ALCE does not say which passages are right. `--provenance short_answers` takes each candidate that holds a short
+answer, both normalised as in ALCE. `--provenance none`, the default, takes none. If provenance is empty, `meta` has
+`"provenance_unknown": true`, so that the question does not count as one that needs no passage.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from shared.cli import clear_errors, parse, table_of_counts
 
@@ -32,68 +34,84 @@ NOT_META = ("sample_id", "id", "question", "docs", "answer")
 
 @dataclass
 class ALCEArguments:
-    """What is read, and what is written."""
+    """The files to read and to write."""
 
-    dataset: Literal["asqa", "qampari", "eli5"] = field(metadata={"help": "which of ALCE's data sets it is"})
+    dataset: Literal["asqa", "qampari", "eli5"] = field(metadata={"help": "which of ALCE's datasets it is"})
     input_file: str = field(
         metadata={
-            "help": "ALCE's JSON, a list of items with question and docs (.gz or plain), JSON Lines, or a dataset name"
+            "help": "ALCE's JSON (.gz or plain), a list of items with question and docs; JSON Lines; or a dataset name"
         }
     )
-    output_file: str = field(metadata={"help": "evaluation instances, JSON Lines (.gz by the name)"})
-    output_corpus: str = field(metadata={"help": "the passages in our format"})
-    split: str = field(default="validation", metadata={"help": "of a dataset name"})
-    num_candidates: int = field(default=100, metadata={"help": "of an item; the paper's are 5 and 100"})
-    provenance: Literal["none", "short_answers"] = field(
-        default="none", metadata={"help": "which candidates are right: not known, or each that holds a short answer"}
+    output_file: str = field(
+        metadata={"help": "evaluation instances, JSON Lines (compressed if the name ends in .gz)"}
     )
-    instruction: str | None = field(default=None, metadata={"help": "by default the paper's; may be empty"})
+    output_corpus: str = field(metadata={"help": "the passages in our format"})
+    split: str = field(default="validation", metadata={"help": "split of a dataset name"})
+    num_candidates: int = field(default=100, metadata={"help": "candidates of an item; the paper uses 5 and 100"})
+    provenance: Literal["none", "short_answers"] = field(
+        default="none", metadata={"help": "the right candidates: unknown, or each that holds a short answer"}
+    )
+    instruction: str | None = field(default=None, metadata={"help": "defaults to the paper's; may be empty"})
 
 
-def main():
-    """Read the options and prepare the data set."""
+def main() -> None:
+    """Read the options and prepare the dataset."""
     (args,) = parse([ALCEArguments], __doc__)
     with clear_errors():
         print(table_of_counts(prepare(args)))
 
 
-def prepare(args):
+def prepare(args: ALCEArguments) -> Counter[str]:
     """
-    Write evaluation instances and corpus.
+    Write evaluation instances and the corpus.
 
     Returns:
         `Counter`: what was read, left out and written.
 
     Raises:
-        `ValueError`: names file and item, what was found and what was expected; or says why nothing is left.
+        `ValueError`: names the file and item, what was found and what was expected; or says why nothing is left.
     """
     if args.num_candidates < 1:
         raise ValueError(f"--num_candidates is {args.num_candidates}, expected at least 1.")
-    instruction, passages = instruction_of(args.dataset, args.instruction), {}
+    instruction = instruction_of(args.dataset, args.instruction)
+    passages: dict[str, dict] = {}
     counts = Counter({"items read": 0, "items written": 0})
     with writing_lines(args.output_file) as write, writing_lines(args.output_corpus) as write_passage:
         for where, item in read_items(args.input_file, args.split):
+            number = counts["items read"]
             counts["items read"] += 1
-            pool = read_docs(item, where, args.num_candidates, passages, counts)
+            candidates = read_docs(item, where, args.num_candidates, passages, counts)
             answers = answers_of(item, args.dataset, where)
             if not answers:
                 counts["items left out: no answer"] += 1
                 continue
-            counts[f"items with fewer than {args.num_candidates} candidates"] += len(pool) < args.num_candidates
-            meta = {name: value for name, value in item.items() if name not in NOT_META}
+            # Adding 0 makes a line of the table, too.
+            counts[f"items with fewer than {args.num_candidates} candidates"] += int(
+                len(candidates) < args.num_candidates
+            )
+
             short = short_answers(item, where)
-            provenance = (
-                [[id] for id in holding_answers(short, pool, passages)] if args.provenance == "short_answers" else []
-            )
-            counts["items without provenance"] += not provenance
-            meta |= {} if provenance else {"provenance_unknown": True}
-            id, question = (
-                str(item.get("sample_id", item.get("id", counts["items read"] - 1))),
-                check_text(item.get("question"), "question", where),
-            )
-            facts = {"dataset": args.dataset, "instruction": instruction, "input": question, "answers": answers}
-            write({"id": id, **facts, "provenance": provenance, "candidates": pool, "meta": meta})
+            provenance = []
+            if args.provenance == "short_answers":
+                provenance = [[id] for id in holding_answers(short, candidates, passages)]
+            counts["items without provenance"] += int(not provenance)
+
+            meta = {name: value for name, value in item.items() if name not in NOT_META}
+            if not provenance:
+                meta["provenance_unknown"] = True
+            instance = {
+                "id": str(item.get("sample_id", item.get("id", number))),
+                "dataset": args.dataset,
+                "instruction": instruction,
+                "input": check_text(item.get("question"), "question", where),
+                "answers": answers,
+                "provenance": provenance,
+                "candidates": candidates,
+                "meta": meta,
+            }
+            write(instance)
             counts["items written"] += 1
+
         for passage in passages.values():
             write_passage(passage)
         counts["passages in the corpus"] = len(passages)
@@ -102,82 +120,97 @@ def prepare(args):
     return counts
 
 
-def read_items(path, split):
-    """`(where, dict)` pairs of the items of a file: a list, or an object with the list under `data`, as ALCE writes its results; or of a dataset name."""
+def read_items(path: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """
+    Yield `(where, item)` for each item of a file or a dataset.
+
+    A JSON file holds a list, or an object with the list under `data`, as ALCE writes its results.
+    """
     if not str(path).endswith((".json", ".json.gz")):
         for where, row in read_rows(path, split):
-            yield (
-                where,
-                {name: value for name, value in row.items() if value is not None},
-            )  # data sets fill what a row lacks
+            # A dataset fills up the fields that a row lacks.
+            yield where, {name: value for name, value in row.items() if value is not None}
         return
     data = read_json(path)
     items = data.get("data") if isinstance(data, dict) else data
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise ValueError(
-            f"{path}: found {type(data).__name__}, expected ALCE's list of items, each an object with question and docs."
+            f"{path}: found {type(data).__name__}, "
+            "expected ALCE's list of items, each an object with question and docs."
         )
     for number, item in enumerate(items):
         yield f"{path}, item {number}", item
 
 
-def read_docs(item, where, num_candidates, passages, counts):
+def read_docs(
+    item: dict[str, Any], where: str, num_candidates: int, passages: dict[str, dict], counts: Counter[str]
+) -> list[str]:
     """
-    Ids of an item's candidates; their passages are added to `passages` (`dict` of id to passage).
+    Return the ids of an item's candidates, and add the passages to `passages`, by id.
 
-    A doc without id gets the id of its content, and so does one whose id belongs to another text. Docs of empty text are left out.
+    A doc without an id gets the hash of its content as its id, and so does a doc whose id belongs to another text.
+    Docs with an empty text are left out.
     """
     docs = item.get("docs")
     if not isinstance(docs, list) or not all(isinstance(doc, dict) for doc in docs):
         raise ValueError(f"{where}: docs is {docs!r}, expected a list of objects with title and text.")
-    pool = []
+    candidates = []
     for number, doc in enumerate(docs[:num_candidates]):
         place = f"{where}, docs[{number}]"
         if doc.get("text") == "":
             counts["docs left out: no text"] += 1
             continue
-        title, text = doc.get("title") or "", check_text(doc.get("text"), "text", place)
-        ((_, passage),) = read_passages(
-            [(place, {"id": doc.get("id") or content_id(title, text), "title": title, "text": text})]
-        )
+        title = doc.get("title") or ""
+        text = check_text(doc.get("text"), "text", place)
+        row = {"id": doc.get("id") or content_id(title, text), "title": title, "text": text}
+        _, passage = next(read_passages([(place, row)]))
         if passages.get(passage["id"], passage) != passage:
-            counts["docs whose id stands for another text: theirs is that of the content"] += 1
+            counts["docs with the id of another text: their content's hash became the id"] += 1
             passage["id"] = content_id(title, text)
         passages[passage["id"]] = passage
-        pool.append(passage["id"])
-    return distinct(pool)
+        candidates.append(passage["id"])
+    return distinct(candidates)
 
 
-def answers_of(item, dataset, where):
-    """Long answers, or QAMPARI's aliases: `list[str]`, each once."""
+def answers_of(item: dict[str, Any], dataset: str, where: str) -> list[str]:
+    """Return the distinct long answers of an item, or QAMPARI's aliases."""
     if dataset == "qampari":
-        found = item.get("answers") or []
-        if not isinstance(found, list) or not all(isinstance(aliases, list) for aliases in found):
-            raise ValueError(f"{where}: answers is {found!r}, expected a list of lists of aliases.")
-        answers = [alias for aliases in found for alias in aliases]
+        alias_lists = item.get("answers") or []
+        if not isinstance(alias_lists, list) or not all(isinstance(aliases, list) for aliases in alias_lists):
+            raise ValueError(f"{where}: answers is {alias_lists!r}, expected a list of lists of aliases.")
+        answers = [alias for aliases in alias_lists for alias in aliases]
+    elif item.get("annotations"):
+        answers = [annotation.get("long_answer") for annotation in item["annotations"]]
     else:
-        answers = [annotation.get("long_answer") for annotation in item.get("annotations") or []] or [
-            item.get("answer")
-        ]
-    answers = [answer for answer in answers if answer]
-    return distinct(check_text(answer, "answer", where) for answer in answers)
+        answers = [item.get("answer")]
+    return distinct(check_text(answer, "answer", where) for answer in answers if answer)
 
 
-def short_answers(item, where):
-    """Short answers of ASQA's `qa_pairs`, else QAMPARI's aliases; ELI5 has none: `list[str]`."""
+def short_answers(item: dict[str, Any], where: str) -> list[str]:
+    """Return the short answers of ASQA's `qa_pairs`, or QAMPARI's aliases; ELI5 has none."""
     pairs = item.get("qa_pairs") or []
-    if not isinstance(pairs, list) or not all(
-        isinstance(pair, dict) and isinstance(pair.get("short_answers"), list) for pair in pairs
-    ):
+    if not isinstance(pairs, list) or not all(map(has_short_answers, pairs)):
         raise ValueError(f"{where}: qa_pairs is {pairs!r}, expected a list of objects with short_answers, a list.")
-    lists = [pair["short_answers"] for pair in pairs] or item.get("answers") or []
-    return [check_text(answer, "short answer", where) for answers in lists for answer in answers]
+    answer_lists = [pair["short_answers"] for pair in pairs]
+    if not answer_lists:
+        answer_lists = item.get("answers") or []
+    return [check_text(answer, "short answer", where) for answers in answer_lists for answer in answers]
 
 
-def holding_answers(answers, pool, passages):
-    """The candidates whose normalised text holds a normalised short answer."""
-    answers = {normalize_answer(answer) for answer in answers} - {""}
-    return [id for id in pool if any(answer in normalize_answer(passages[id]["text"]) for answer in answers)]
+def has_short_answers(pair: Any) -> bool:
+    """Return whether an item of `qa_pairs` is an object with a list of short answers."""
+    return isinstance(pair, dict) and isinstance(pair.get("short_answers"), list)
+
+
+def holding_answers(answers: list[str], candidates: list[str], passages: dict[str, dict]) -> list[str]:
+    """Return the candidates whose normalised text holds a normalised short answer."""
+    normalized_answers = {normalize_answer(answer) for answer in answers} - {""}
+    holding = []
+    for id in candidates:
+        text = normalize_answer(passages[id]["text"])
+        if any(answer in text for answer in normalized_answers):
+            holding.append(id)
+    return holding
 
 
 if __name__ == "__main__":

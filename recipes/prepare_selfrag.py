@@ -1,34 +1,40 @@
 """
-Training instances from the training data of Self-RAG, the data that the paper trains on (appendix B.2).
+Write training instances from the training data of Self-RAG, on which the paper trains (appendix B.2).
 
-    python recipes/prepare_selfrag.py --input_file selfrag/selfrag_train_data --output_file selfrag/train.jsonl.gz --output_corpus selfrag/corpus.jsonl.gz
+    python recipes/prepare_selfrag.py --input_file selfrag/selfrag_train_data \\
+        --output_file selfrag/train.jsonl.gz --output_corpus selfrag/corpus.jsonl.gz
 
 Self-RAG marks its outputs with tokens. They become segments:
 
-    [Retrieval]<paragraph>title, new line, text</paragraph>[Relevant]sentence[Fully supported]    a segment with a passage
-    [Continue to Use Evidence]sentence      goes on with the segment before, where that has a passage; else it is free text
+    [Retrieval]<paragraph>title, new line, text</paragraph>[Relevant]sentence[Fully supported]
+                                            a segment with a passage
+    [Continue to Use Evidence]sentence      continues the previous segment if it has a passage; otherwise free text
     [No Retrieval]sentence, or no token     free text
     [Utility:5] and the other ratings       decide what is left out, and are then dropped
 
-Three filters leave an instance out. Each can be switched off by naming the others in `--filters`:
+Three filters leave an instance out. To switch one off, name the others in `--filters`:
 
-    without_passage     no segment has a passage: the paper's own code trains on none of these, unless told otherwise
+    without_passage     no segment has a passage: the paper's own code trains on none of these by default
     irrelevant          a passage is rated [Irrelevant]
-    unsupported         a text on a relevant passage is not rated, or below `--min_support`: by default [No support / Contradictory]
+    unsupported         the text after a relevant passage has no rating or one below `--min_support`;
+                        by default that is [No support / Contradictory]
 
-The paper says that three filters leave 42,932 instances; their wording was not at hand when this was written, so these are a reading of it, and the table
-printed at the end shows each filter's count and, next to the result, the paper's. Instances whose marks are damaged are counted, and the first ones shown.
+The paper says that three filters leave 42,932 instances. Their wording was not available when this was written, so
+these filters are one reading of it. The printed table shows each filter's count, and the paper's result next to ours.
+Instances with damaged marks are counted, and the first ones are shown.
 
-In the paper's examples "Question: …" is repeated before `[Cs]`. Nothing may stand between a passage and `[Cs]`, because generation puts `[Cs]` right after
-what it retrieved; `--question_template "Question: {input}"` has Gen write the question before each `[NSP]`, so that it also stands in front of `[Cs]`.
+In the paper's examples "Question: …" is repeated before `[Cs]`. Nothing can be between a passage and `[Cs]`, because
+generation puts `[Cs]` right after the retrieved passage. With `--question_template "Question: {input}"`, Gen writes
+the question before each `[NSP]`, so it still comes before `[Cs]`.
 
-What comes before "## Input:" in Self-RAG's instruction is the instruction, what comes after it the input; without it, all of it is the input.
+In Self-RAG's instruction, the part before "## Input:" is the instruction and the part after it the input. Without
+"## Input:", all of it is the input.
 """
 
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from shared.cli import clear_errors, parse, table
 
@@ -43,22 +49,26 @@ FILTERS = ("without_passage", "irrelevant", "unsupported")
 SUPPORT = {"[No support / Contradictory]": 0, "[Partially supported]": 1, "[Fully supported]": 2}
 MIN_SUPPORT = {"none": 0, "partial": 1, "full": 2}
 PASSAGE = r"\[Retrieval\]\s*<paragraph>(?P<passage>.*?)</paragraph>"
-MARKS = r"\[(?:No Retrieval|Continue to Use Evidence|Relevant|Irrelevant|Fully supported|Partially supported|No support / Contradictory|Utility:[1-5])\]"
-MARK = re.compile(rf"{PASSAGE}|(?P<mark>{MARKS})|(?P<stray>\[Retrieval\]|</?paragraph>)", re.DOTALL)
+MARKS = (
+    r"\[(?:No Retrieval|Continue to Use Evidence|Relevant|Irrelevant"
+    r"|Fully supported|Partially supported|No support / Contradictory|Utility:[1-5])\]"
+)
+STRAY = r"\[Retrieval\]|</?paragraph>"  # without its counterpart
+MARK = re.compile(rf"{PASSAGE}|(?P<mark>{MARKS})|(?P<stray>{STRAY})", re.DOTALL)
 INPUT = "## Input:\n\n"
-SHOWN = 5  # damaged instances
+DAMAGED_SHOWN = 5
 
 
 @dataclass
 class Piece:
     """
-    A stretch of an output.
+    A part of an output.
 
     Args:
         kind (`str`): `"passage"`, `"continued"` or `"free"`.
-        text (`str`): without marks.
-        passage (`str`, *optional*): as it stands in the output.
-        relevant (`bool`, *optional*), support (`str`, *optional*): its ratings.
+        text (`str`): the text without marks.
+        passage (`str`, *optional*): the passage as the output has it.
+        relevant (`bool`, *optional*), support (`str`, *optional*): the ratings.
     """
 
     kind: str
@@ -70,40 +80,41 @@ class Piece:
 
 @dataclass
 class SelfRAGArguments:
-    """What is read, what is left out, and what is written."""
+    """The files to read and to write, and the filters."""
 
     input_file: str = field(
         metadata={"help": "JSON Lines with instruction, input and output (.gz or plain), or a dataset name"}
     )
-    output_file: str = field(metadata={"help": "training instances, JSON Lines (.gz by the name)"})
+    output_file: str = field(metadata={"help": "training instances, JSON Lines (compressed if the name ends in .gz)"})
     output_corpus: str | None = field(default=None, metadata={"help": "also write their passages, each once"})
-    split: str = field(default="train", metadata={"help": "of a dataset name"})
+    split: str = field(default="train", metadata={"help": "split of a dataset name"})
     filters: list[str] = field(
         default_factory=lambda: list(FILTERS),
         metadata={
-            "help": "which to apply; none: --filters without a name",
+            "help": "filters to apply; --filters without a name applies none",
             "choices": FILTERS,
             "may_be_empty": True,
         },
     )
     min_support: Literal["none", "partial", "full"] = field(
-        default="partial", metadata={"help": "lowest rating that the filter `unsupported` lets pass"}
+        default="partial", metadata={"help": "lowest rating that passes the filter `unsupported`"}
     )
     question_template: str = field(
         default="", metadata={"help": 'e.g. "Question: {input}": written before each [NSP]'}
     )
 
 
-def main():
+def main() -> None:
     """Read the options and prepare the instances."""
     (args,) = parse([SelfRAGArguments], __doc__)
     with clear_errors():
         counts, damaged = prepare(args)
         print(report(counts))
-        print("".join(f"\n{line}" for line in damaged), end="\n" if damaged else "")
+        if damaged:
+            print("".join(f"\n{line}" for line in damaged))
 
 
-def prepare(args):
+def prepare(args: SelfRAGArguments) -> tuple[Counter[str], list[str]]:
     """
     Write training instances, and their passages.
 
@@ -111,86 +122,87 @@ def prepare(args):
         `(Counter, list[str])`: what was read, left out and written, and the first damaged instances.
 
     Raises:
-        `ValueError`: names file and line, the field, what was found and what was expected; or says why nothing is left.
+        `ValueError`: names the file and line, the field, what was found and what was expected; or says why nothing is
+            left.
     """
     if args.question_template and "{input}" not in args.question_template:
         raise ValueError(f"--question_template is {args.question_template!r}, expected a text with {{input}}.")
-    counts, damaged, passages = (
-        Counter({"read": 0, "damaged": 0, **dict.fromkeys(FILTERS, 0), "written": 0}),
-        [],
-        set(),
-    )
+    counts = Counter({"read": 0, "damaged": 0, **dict.fromkeys(FILTERS, 0), "written": 0})
+    damaged: list[str] = []
+    passage_ids: set[str] = set()
     with writing_lines(args.output_file) as write, writing_lines(args.output_corpus) as write_passage:
         for where, row in tqdm(read_rows(args.input_file, args.split), desc="Reading instances", unit=" instances"):
             counts["read"] += 1
-            question, output = (
-                read_question(row, where),
-                check_text(row.get("output"), "output", where, may_be_empty=True),
-            )
+            question = read_question(row, where)
+            output = check_text(row.get("output"), "output", where, may_be_empty=True)
             try:
                 pieces = read_pieces(output)
             except ValueError as error:
                 counts["damaged"] += 1
-                damaged += [f"{where}: {error}"] if len(damaged) < SHOWN else []
+                if len(damaged) < DAMAGED_SHOWN:
+                    damaged.append(f"{where}: {error}")
                 continue
-            if reason := left_out(pieces, args.filters, MIN_SUPPORT[args.min_support]):
+            reason = left_out(pieces, args.filters, MIN_SUPPORT[args.min_support])
+            if reason is not None:
                 counts[reason] += 1
                 continue
+
             prefix = args.question_template.replace("{input}", question["input"])
             instance = check_instance({**question, "segments": segments_of(pieces, prefix, counts)}, where)
-            write(
-                {
-                    **instance,
-                    "segments": [
-                        {"text": segment["text"], "passage": segment["passage"]} for segment in instance["segments"]
-                    ],
-                }
-            )
-            count_instance(instance, counts)
-            for segment in instance["segments"]:
-                if (passage := segment["passage"]) and passage["id"] not in passages:
-                    passages.add(passage["id"])
+            # Self-RAG has no hard negatives: the two fields for them are always empty.
+            segments = [{"text": segment["text"], "passage": segment["passage"]} for segment in instance["segments"]]
+            write({**instance, "segments": segments})
+            passages = [segment["passage"] for segment in segments if segment["passage"] is not None]
+            count_instance(len(passages), counts)
+            for passage in passages:
+                if passage["id"] not in passage_ids:
+                    passage_ids.add(passage["id"])
                     write_passage(passage)
-        counts["passages"] = len(passages)
+
+        counts["passages"] = len(passage_ids)
         if not counts["written"]:
             raise ValueError("No instance is left.\n" + report(counts) + "".join(f"\n{line}" for line in damaged))
     return counts, damaged
 
 
-def report(counts):
-    """The table of what was left out and written; the paper's count is next to ours."""
-    names = {"read": "instances read", "damaged": "left out: damaged marks"} | {
-        name: f"left out: {name}" for name in FILTERS
-    }
-    names |= {
-        "written": "instances written",
-        **{name: name for name in sorted(counts) if name.startswith(" ")},
-        "passages": "distinct passages",
-    }
-    names |= {name: name for name in counts if name not in names}
-    beside = {"written": f"   the paper's: {PAPER_COUNT:,}"}
-    return table([(text, f"{counts[name]:>10,}{beside.get(name, '')}") for name, text in names.items()])
-
-
-def count_instance(instance, counts):
+def count_instance(num_passages: int, counts: Counter[str]) -> None:
     """Count a written instance by its number of passages."""
     counts["written"] += 1
-    number = sum(segment["passage"] is not None for segment in instance["segments"])
-    counts[f"  with {number} passage{'s' * (number != 1)}" if number < 4 else "  with more passages"] += 1
-
-
-def read_question(row, where):
-    """`id`, `dataset`, `instruction` and `input` of a row."""
-    instruction = check_text(row.get("instruction"), "instruction", where)
-    given = check_text("" if row.get("input") is None else row["input"], "input", where, may_be_empty=True)
-    if given.strip():
-        instruction, text = instruction, given
+    if num_passages == 1:
+        counts["  with 1 passage"] += 1
+    elif num_passages < 4:
+        counts[f"  with {num_passages} passages"] += 1
     else:
-        instruction, mark, behind = instruction.partition(INPUT)
-        instruction, text = (instruction, behind) if mark else ("", instruction)
-    id = where if row.get("id") is None else str(row["id"])
+        counts["  with more passages"] += 1
+
+
+def report(counts: Counter[str]) -> str:
+    """Return the table of what was left out and written, with the paper's count next to ours."""
+    labels = {"read": "instances read", "damaged": "left out: damaged marks"}
+    labels |= {name: f"left out: {name}" for name in FILTERS}
+    labels["written"] = "instances written"
+    labels |= {name: name for name in sorted(counts) if name.startswith("  with ")}
+    labels["passages"] = "distinct passages"
+    labels |= {name: name for name in counts if name not in labels}
+    rows = []
+    for name, label in labels.items():
+        value = f"{counts[name]:>10,}"
+        if name == "written":
+            value += f"   the paper's: {PAPER_COUNT:,}"
+        rows.append((label, value))
+    return table(rows)
+
+
+def read_question(row: dict[str, Any], where: str) -> dict[str, str]:
+    """Return `id`, `dataset`, `instruction` and `input` of a row."""
+    instruction = check_text(row.get("instruction"), "instruction", where)
+    text = "" if row.get("input") is None else row["input"]
+    text = check_text(text, "input", where, may_be_empty=True)
+    if not text.strip():
+        before, mark, after = instruction.partition(INPUT)
+        instruction, text = (before, after) if mark else ("", instruction)
     return {
-        "id": id,
+        "id": where if row.get("id") is None else str(row["id"]),
         "dataset": str(row.get("dataset_name") or "selfrag"),
         "instruction": instruction,
         "input": check_text(text, "input", where),
@@ -200,20 +212,22 @@ def read_question(row, where):
 # ---------------------------------------------------------------------- outputs
 
 
-def read_pieces(output):
+def read_pieces(output: str) -> list[Piece]:
     """
-    An output in pieces.
+    Split an output at its marks.
 
     Returns:
-        `list[Piece]`: none of empty text.
+        `list[Piece]`: pieces with a text.
 
     Raises:
         `ValueError`: says what is wrong with the marks.
     """
-    pieces, position = [Piece("free")], 0
+    pieces = [Piece("free")]
+    position = 0
     for match in MARK.finditer(output):
         pieces[-1].text += output[position : match.start()]
-        position, mark = match.end(), match["mark"]
+        position = match.end()
+        mark = match["mark"]
         if match["stray"]:
             raise ValueError(
                 f"{match['stray']} at character {match.start()} is no [Retrieval]<paragraph>…</paragraph>."
@@ -223,75 +237,93 @@ def read_pieces(output):
         elif mark == "[Continue to Use Evidence]":
             pieces.append(Piece("continued"))
         elif mark in ("[Relevant]", "[Irrelevant]"):
-            if pieces[-1].kind != "passage" or pieces[-1].relevant is not None or pieces[-1].text.strip():
+            rated = pieces[-1]
+            if rated.kind != "passage" or rated.relevant is not None or rated.text.strip():
                 raise ValueError(f"{mark} at character {match.start()} rates no passage.")
-            pieces[-1].relevant = mark == "[Relevant]"
+            rated.relevant = mark == "[Relevant]"
         elif mark in SUPPORT:
             if pieces[-1].kind == "free":
                 raise ValueError(f"{mark} at character {match.start()} rates no text on a passage.")
             pieces[-1].support = mark
             pieces.append(Piece("free"))
-        else:  # [No Retrieval] and [Utility:n]
+        else:  # [No Retrieval] or [Utility:n]
             pieces.append(Piece("free"))
     pieces[-1].text += output[position:]
+
     for piece in pieces:
-        if piece.kind == "passage" and (
-            piece.relevant is None or not piece.text.strip() or not "".join(split_passage(piece.passage)).strip()
-        ):
-            raise ValueError(f"the passage {piece.passage[:40]!r}… has no rating, no text behind it, or is empty.")
+        if piece.kind == "passage" and not is_complete(piece):
+            raise ValueError(f"the passage {piece.passage[:40]!r}… has no rating, no text after it, or is empty.")
     pieces = [piece for piece in pieces if piece.text.strip()]
     if not pieces:
         raise ValueError("the output holds no text.")
     return pieces
 
 
-def split_passage(passage):
-    """Title, the first line, and text of a passage; a passage of one line has no title."""
+def is_complete(piece: Piece) -> bool:
+    """Return whether a passage is rated, not empty, and followed by text."""
+    return piece.relevant is not None and piece.text.strip() != "" and piece.passage.strip() != ""
+
+
+def split_passage(passage: str) -> tuple[str, str]:
+    """Return the title, which is the first line, and the text of a passage; a passage of one line has no title."""
     title, _, text = passage.strip().partition("\n")
-    return (title.strip(), text.strip()) if text.strip() else ("", title.strip())
+    if not text.strip():
+        return "", title.strip()
+    return title.strip(), text.strip()
 
 
-def left_out(pieces, filters, min_support):
-    """Name of the first filter that leaves an output out, or None."""
+def left_out(pieces: list[Piece], filters: list[str], min_support: int) -> str | None:
+    """Return the name of the first filter that leaves an output out, or None."""
     passages = [piece for piece in pieces if piece.kind == "passage"]
-    reasons = {
+    relevant = [piece for piece in passages if piece.relevant]
+    applies = {
         "without_passage": not passages,
-        "irrelevant": any(not piece.relevant for piece in passages),
-        "unsupported": any(piece.relevant and SUPPORT.get(piece.support, 0) < min_support for piece in passages),
+        "irrelevant": len(relevant) < len(passages),
+        "unsupported": any(SUPPORT.get(piece.support, 0) < min_support for piece in relevant),
     }
-    return next((name for name in FILTERS if name in filters and reasons[name]), None)
+    for name in FILTERS:
+        if name in filters and applies[name]:
+            return name
+    return None
 
 
-def segments_of(pieces, prefix, counts):
+def segments_of(pieces: list[Piece], prefix: str, counts: Counter[str]) -> list[dict[str, Any]]:
     """
-    Segments of an output: free text in one piece, and what is continued, are joined by a space.
+    Return the segments of an output.
+
+    Consecutive free texts are joined by a space, and so are a segment's text and what continues it.
 
     Args:
-        pieces (`list[Piece]`), prefix (`str`): free text before each passage, may be empty.
-        counts (`Counter`): of continued pieces that found no passage.
+        pieces (`list[Piece]`): from [`read_pieces`].
+        prefix (`str`): free text before each passage; may be empty.
+        counts (`Counter`): counts the continued pieces that follow no passage.
 
     Returns:
         `list[dict]`: `text` and `passage`.
     """
-    segments = []
+    segments: list[dict[str, Any]] = []
 
-    def add(text, passage=None, grounded=False):
-        if passage is None and segments and grounded == (segments[-1]["passage"] is not None):
+    def add_free_text(text: str) -> None:
+        if segments and segments[-1]["passage"] is None:
             segments[-1]["text"] += " " + text
         else:
-            segments.append({"text": text, "passage": passage})
+            segments.append({"text": text, "passage": None})
 
     for piece in pieces:
         text = piece.text.strip()
         if piece.kind == "passage":
             if prefix:
-                add(prefix)
-            title, passage = split_passage(piece.passage)
-            add(text, {"id": content_id(title, passage), "title": title, "text": passage})
+                add_free_text(prefix)
+            title, passage_text = split_passage(piece.passage)
+            passage = {"id": content_id(title, passage_text), "title": title, "text": passage_text}
+            segments.append({"text": text, "passage": passage})
+        elif piece.kind == "free":
+            add_free_text(text)
+        elif segments and segments[-1]["passage"] is not None:
+            segments[-1]["text"] += " " + text
         else:
-            goes_on = piece.kind == "continued" and bool(segments) and segments[-1]["passage"] is not None
-            counts["continued texts without a passage, now free text"] += piece.kind == "continued" and not goes_on
-            add(text, grounded=goes_on)
+            counts["continued texts without a passage, now free text"] += 1
+            add_free_text(text)
     return segments
 
 

@@ -22,8 +22,9 @@ def segment(text, passage, **more):
 
 
 RIVERS = [
-    passage(f"r{i}", f"{name} flows through {place}.", name)
-    for i, (name, place) in enumerate([("Rhine", "Basel"), ("Aare", "Bern"), ("Po", "Turin")])
+    passage("r0", "Rhine flows through Basel.", "Rhine"),
+    passage("r1", "Aare flows through Bern.", "Aare"),
+    passage("r2", "Po flows through Turin.", "Po"),
 ]
 INSTANCES = [
     {"id": "rhine", "input": "what flows through Basel?", "segments": [segment("Rhine", RIVERS[0])]},
@@ -48,27 +49,31 @@ def folder(tmp_path_factory):
     pytest.importorskip("sentence_transformers", reason="the miner is sentence-transformers'")
     folder = tmp_path_factory.mktemp("mining")
     make_model(similarity="cosine").save_emb_seq(folder / "model")
-    (folder / "corpus.jsonl").write_text("".join(json.dumps(each) + "\n" for each in CORPUS))
+    write_lines(folder / "corpus.jsonl", CORPUS)
     return folder
 
 
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def options(folder, tmp_path, instances=INSTANCES, **changes):
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(each) + "\n" for each in instances))
-    given = {
+    write_lines(tmp_path / "train.jsonl", instances)
+    defaults = {
         "train_file": str(tmp_path / "train.jsonl"),
         "model": str(folder / "model"),
         "output_file": tmp_path / "out.jsonl",
-    }
-    given |= {
         "corpus_file": str(folder / "corpus.jsonl"),
         "num_negatives": 2,
         "range_min": 0,
         "range_max": 50,
         "relative_margin": None,
+        "passage_template": TEMPLATE,
+        "batch_size": 4,
+        "device": "cpu",
+        "dtype": "auto",
     }
-    return Namespace(
-        **{**given, "passage_template": TEMPLATE, "batch_size": 4, "device": "cpu", "dtype": "auto", **changes}
-    )
+    return Namespace(**defaults | changes)
 
 
 def mined(folder, tmp_path, **changes):
@@ -76,54 +81,60 @@ def mined(folder, tmp_path, **changes):
     return counts, load_instances(tmp_path / "out.jsonl")
 
 
+def negatives_of(instance):
+    """The ids of all negatives of an instance."""
+    return [negative["id"] for segment in instance["segments"] for negative in segment["negatives"]]
+
+
 def test_negatives_are_the_nearest_of_those_that_may_be_wrong(folder, tmp_path):
-    """The order is the model's own, and what may be right is not there."""
+    """The order is the model's, and passages that may be right are missing."""
     from sentence_transformers import SentenceTransformer
 
     counts, instances = mined(folder, tmp_path)
     assert counts == {"queries": 4, "with all negatives": 4, "with fewer": 0, "with none": 0}
     model = SentenceTransformer(str(folder / "model"), device="cpu")
-    for query, segment, right in list_queries(load_instances(tmp_path / "train.jsonl"), TEMPLATE):
-        own = next(s for x in instances for s in x["segments"] if s["text"] == segment["text"])
-        allowed = [
-            p for p in RIVERS + CORPUS[:2] if p["id"] not in right.ids and not holds(p, segment["text"].lower())
-        ]
-        scores = model.similarity(
-            model.encode_query([query]), model.encode_document([render_passage(p, TEMPLATE) for p in allowed])
-        )[0].tolist()
-        nearest = [p["id"] for _, p in sorted(zip(scores, allowed, strict=True), key=lambda pair: -pair[0])]
-        assert [n["id"] for n in own["negatives"]] == nearest[:2]
-    first, second, two = ([n["id"] for s in x["segments"] for n in s["negatives"]] for x in instances[:3])
-    assert not {"r0", "c0", "c2"} & set(
-        first
-    )  # its own passage, one that holds the answer, the same content by another id
-    assert not {"r1", "r2"} & set(second)  # its own, and one that would be right as well
-    assert not {"r0", "r2"} & set(two)  # those of the same instance
+    segments = {segment["text"]: segment for instance in instances for segment in instance["segments"]}
+    for query in list_queries(load_instances(tmp_path / "train.jsonl"), TEMPLATE):
+        answer = query.segment["text"]
+        allowed = []
+        for candidate in RIVERS + CORPUS[:2]:
+            if candidate["id"] not in query.known_ids and not holds(candidate, answer.lower()):
+                allowed.append(candidate)
+        texts = [render_passage(candidate, TEMPLATE) for candidate in allowed]
+        scores = model.similarity(model.encode_query([query.text]), model.encode_document(texts))[0]
+        nearest = [allowed[row]["id"] for row in scores.argsort(descending=True)]
+        assert [negative["id"] for negative in segments[answer]["negatives"]] == nearest[:2]
+
+    first, second, two = map(negatives_of, instances[:3])
+    # its own passage, one that holds the answer, and the same content with another id
+    assert not {"r0", "c0", "c2"} & set(first)
+    assert not {"r1", "r2"} & set(second)  # its own passage, and one that would be right too
+    assert not {"r0", "r2"} & set(two)  # passages of the same instance
 
 
 def test_queries_hold_what_was_written_before(tmp_path, folder):
-    queries = [query for query, *_ in list_queries(load_instances(options(folder, tmp_path).train_file), TEMPLATE)]
+    instances = load_instances(options(folder, tmp_path).train_file)
+    queries = [query.text for query in list_queries(instances, TEMPLATE)]
     assert queries == ["what flows through Basel?", "Aare flows through", "which two?", "which two? first it is free"]
 
 
-def test_a_margin_and_negatives_that_are_there(folder, tmp_path):
-    known = {**INSTANCES[0], "segments": [segment("Rhine", RIVERS[0], negatives=[CORPUS[1]])]}
-    counts, (first, *_) = mined(folder, tmp_path, instances=[known, *INSTANCES[1:]], num_negatives=1)
-    assert [n["id"] for n in first["segments"][0]["negatives"]][0] == "c1" and len(
-        first["segments"][0]["negatives"]
-    ) == 2
-    assert {n["id"] for n in first["segments"][0]["negatives"]} == {"c1", "r1"} or {
-        n["id"] for n in first["segments"][0]["negatives"]
-    } == {"c1", "r2"}
-    counts, instances = mined(folder, tmp_path, relative_margin=2.5)  # no similarity is so much smaller
-    assert counts["with none"] == 4 and all(not s["negatives"] for x in instances for s in x["segments"])
+def test_new_negatives_follow_existing_ones(folder, tmp_path):
+    with_negative = {**INSTANCES[0], "segments": [segment("Rhine", RIVERS[0], negatives=[CORPUS[1]])]}
+    _, instances = mined(folder, tmp_path, instances=[with_negative, *INSTANCES[1:]], num_negatives=1)
+    assert negatives_of(instances[0]) in (["c1", "r1"], ["c1", "r2"])
+
+
+def test_a_margin_that_no_similarity_meets(folder, tmp_path):
+    counts, instances = mined(folder, tmp_path, relative_margin=2.5)
+    assert counts["with none"] == 4
+    assert not any(map(negatives_of, instances))
 
 
 def test_bad_input_leaves_no_file(folder, tmp_path):
     for changes, message in (
         ({"num_negatives": 0}, "--num_negatives is 0"),
         ({"range_min": 50}, "--range_min 50 and --range_max 50"),
-        ({"range_min": 10}, "There are 5 passages: too few for negatives behind rank 10"),
+        ({"range_min": 10}, "There are 5 passages: too few for negatives after rank 10"),
         ({"instances": INSTANCES[3:]}, "none of 1 instances has a passage"),
         ({"instances": [{"input": "?", "segments": []}]}, "line 1: segments is"),
     ):

@@ -17,18 +17,17 @@ ITEMS = json.loads(FILE.read_text(encoding="utf-8"))
 
 
 def options(tmp_path, **changes):
-    files = {"input_file": FILE, "output_file": tmp_path / "eval.jsonl", "output_corpus": tmp_path / "corpus.jsonl"}
-    return Namespace(
-        **{
-            **files,
-            "dataset": "asqa",
-            "num_candidates": 100,
-            "provenance": "none",
-            "instruction": None,
-            "split": "validation",
-            **changes,
-        }
-    )
+    defaults = {
+        "input_file": FILE,
+        "output_file": tmp_path / "eval.jsonl",
+        "output_corpus": tmp_path / "corpus.jsonl",
+        "dataset": "asqa",
+        "num_candidates": 100,
+        "provenance": "none",
+        "instruction": None,
+        "split": "validation",
+    }
+    return Namespace(**defaults | changes)
 
 
 def prepared(tmp_path, **changes):
@@ -45,16 +44,14 @@ def write_items(tmp_path, *items):
 
 def test_candidates_answers_and_what_the_metrics_need(tmp_path):
     counts, corpus, (first, second) = prepared(tmp_path)
-    taken, unnamed = (
-        content_id("Tower", "Another text under an id that is taken."),
-        content_id("Tower", "The tower measures 80 m."),
-    )
+    taken = content_id("Tower", "Another text under an id that is taken.")
+    unnamed = content_id("Tower", "The tower measures 80 m.")
     assert [passage["id"] for passage in corpus] == ["7", "8", "9", taken, unnamed]
     assert (first["id"], first["dataset"], first["input"]) == ("a1", "asqa", "When were the two bridges built?")
     assert first["instruction"].startswith("Answer the following question. The question may be ambiguous")
     assert first["answers"] == [annotation["long_answer"] for annotation in ITEMS[0]["annotations"]]
     assert first["candidates"] == ["7", "8", "9"]
-    assert second["candidates"] == [taken, unnamed, "7"]  # the blank one is left out
+    assert second["candidates"] == [taken, unnamed, "7"]  # a doc without text is left out
     assert second["answers"] == ["It is 80 m high."]
     assert first["meta"] == {
         **{name: ITEMS[0][name] for name in ("qa_pairs", "annotations", "wikipages")},
@@ -69,17 +66,15 @@ def test_candidates_answers_and_what_the_metrics_need(tmp_path):
         "items with fewer than 100 candidates": 2,
         "items without provenance": 2,
         "docs left out: no text": 1,
-        "docs whose id stands for another text: theirs is that of the content": 1,
+        "docs with the id of another text: their content's hash became the id": 1,
         "passages in the corpus": 5,
     }
 
 
 def test_a_smaller_pool_and_provenance_by_short_answers(tmp_path):
     counts, corpus, (first, second) = prepared(tmp_path, num_candidates=2, provenance="short_answers")
-    assert (first["candidates"], first["provenance"]) == (
-        ["7", "8"],
-        [["7"], ["8"]],
-    )  # "the 1990s" is found as "1990s"
+    assert first["candidates"] == ["7", "8"]
+    assert first["provenance"] == [["7"], ["8"]]  # "the 1990s" is found as "1990s"
     assert "provenance_unknown" not in first["meta"]
     assert (second["provenance"], second["meta"]["provenance_unknown"]) == ([], True)  # ELI5 has no short answers
     assert counts["items with fewer than 2 candidates"] == 0
@@ -95,16 +90,15 @@ def test_qampari_and_results_under_data(tmp_path):
     }
     path = tmp_path / "items.json.gz"
     path.write_bytes(gzip.compress(json.dumps({"data": [item], "args": {}}).encode()))
-    _, corpus, (found,) = prepared(
+    _, corpus, (question,) = prepared(
         tmp_path, dataset="qampari", input_file=path, instruction="List them.", provenance="short_answers"
     )
-    assert (found["id"], found["answers"], found["instruction"]) == (
-        "l1",
-        ["Rhine", "the Rhine", "Elbe"],
-        "List them.",
-    )
-    assert found["meta"] == {"answers": item["answers"]}
-    assert found["provenance"] == [[corpus[0]["id"]]] == [[content_id("", "The Elbe flows north.")]]
+    assert question["id"] == "l1"
+    assert question["answers"] == ["Rhine", "the Rhine", "Elbe"]
+    assert question["instruction"] == "List them."
+    assert question["meta"] == {"answers": item["answers"]}
+    assert corpus[0]["id"] == content_id("", "The Elbe flows north.")
+    assert question["provenance"] == [[corpus[0]["id"]]]
 
 
 ITEM = {"sample_id": "x", "question": "q?", "answer": "a", "docs": [{"id": "1", "title": "", "text": "t"}]}
@@ -139,40 +133,27 @@ def test_bad_files(tmp_path, items, changes, message):
     assert [path.name for path in tmp_path.iterdir()] == ["items.json"]
 
 
-def test_a_data_set_by_its_name(tmp_path):
-    """A folder stands for a name; what a data set fills with None is not there."""
-    expected = prepared(tmp_path)
+def test_a_dataset_by_its_name(tmp_path):
+    """A folder is read like a name; fields that a dataset fills with None count as missing."""
+    expected_counts, expected_corpus, expected_questions = prepared(tmp_path)
+    rows = []
+    for number, item in enumerate(ITEMS):
+        row = {"sample_id": str(item.get("sample_id", item.get("id", number)))}
+        row |= {name: item[name] for name in ("question", "docs", "qa_pairs", "answer") if name in item}
+        rows.append(json.dumps(row) + "\n")
     (tmp_path / "set").mkdir()
-    items = [{name: value for name, value in item.items() if name != "annotations"} for item in ITEMS]
-    rows = [
-        {
-            "sample_id": str(item.get("sample_id", item.get("id", i))),
-            "question": item["question"],
-            "docs": item["docs"],
-        }
-        for i, item in enumerate(items)
-    ]
-    rows = [
-        {**row, **{name: item[name] for name in ("qa_pairs", "answer") if name in item}}
-        for row, item in zip(rows, items, strict=True)
-    ]
-    (tmp_path / "set" / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "set" / "validation.jsonl").write_text("".join(rows))
     counts, corpus, questions = prepared(tmp_path, input_file=str(tmp_path / "set"))
-    assert counts["items read"] == expected[0]["items read"] and corpus == expected[1]
-    assert [(x["input"], x["candidates"]) for x in questions] == [(x["input"], x["candidates"]) for x in expected[2]]
+    assert counts["items read"] == expected_counts["items read"]
+    assert corpus == expected_corpus
+    for question, expected in zip(questions, expected_questions, strict=True):
+        assert question["input"] == expected["input"]
+        assert question["candidates"] == expected["candidates"]
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):
-    arguments = [
-        "--dataset",
-        "asqa",
-        "--input_file",
-        str(FILE),
-        "--output_file",
-        str(tmp_path / "e.jsonl"),
-        "--output_corpus",
-        str(tmp_path / "c.jsonl"),
-    ]
+    arguments = ["--dataset", "asqa", "--input_file", str(FILE)]
+    arguments += ["--output_file", str(tmp_path / "e.jsonl"), "--output_corpus", str(tmp_path / "c.jsonl")]
     monkeypatch.setattr(sys, "argv", ["prepare_alce.py", *arguments])
     main()
     assert "items written" in capsys.readouterr().out

@@ -249,7 +249,7 @@ def test_bad_kilt_files(tmp_path, question, page, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"output_corpus": None}, "say where they go, --output_corpus"),
+        ({"output_corpus": None}, "say where they go with --output_corpus"),
         ({"words": 0}, "--words is 0"),
         ({"task": "triviaqa", "input_file": "empty"}, "TriviaQA's files hold none, name its own as --triviaqa_file"),
         (
@@ -373,7 +373,7 @@ def test_beir(tmp_path, beir_folder):
         (
             "corpus.jsonl",
             [{"_id": "d1", "text": "x"}, {"_id": "d1", "text": "y"}],
-            "line 2: id 'd1' stands there twice",
+            "line 2: the id 'd1' occurs twice",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Self-RAG's training data: its marks as segments, each filter and its count, the question before a passage, and bad input."""
+"""Self-RAG's training data: marks become segments, the filters and their counts, the question template, bad input."""
 
 import gzip
 import json
@@ -21,15 +21,16 @@ PASSAGE = "[Retrieval]<paragraph>Otter\nOtters eat fish.</paragraph>"
 
 
 def options(tmp_path, **changes):
-    files = {
+    defaults = {
         "input_file": FILE,
         "split": "train",
         "output_file": tmp_path / "train.jsonl",
         "output_corpus": tmp_path / "corpus.jsonl",
+        "filters": list(FILTERS),
+        "min_support": "partial",
+        "question_template": "",
     }
-    return Namespace(
-        **{**files, "filters": list(FILTERS), "min_support": "partial", "question_template": "", **changes}
-    )
+    return Namespace(**defaults | changes)
 
 
 def segments(instance):
@@ -49,27 +50,23 @@ def write(tmp_path, *rows):
 
 def test_marks_become_segments(tmp_path):
     counts, damaged = prepare(options(tmp_path))
-    found = {instance["id"]: instance for instance in load_instances(tmp_path / "train.jsonl")}
-    assert list(found) == ["s1", "s2", "s10"]
-    assert segments(found["s1"]) == [("Fish.", OTTER)]
-    assert segments(found["s2"]) == [
+    instances = {instance["id"]: instance for instance in load_instances(tmp_path / "train.jsonl")}
+    assert list(instances) == ["s1", "s2", "s10"]
+    assert segments(instances["s1"]) == [("Fish.", OTTER)]
+    assert segments(instances["s2"]) == [
         ("Well. Let us see.", None),
         ("They eat fish. They eat it raw.", OTTER),  # what is continued stays on the passage
         ("They drink no coffee.", MILK),
-        ("That is all. Indeed.", None),  # behind free text nothing is left to continue
+        ("That is all. Indeed.", None),  # after free text there is nothing to continue
     ]
-    assert segments(found["s10"]) == [
+    assert segments(instances["s10"]) == [
         ("Fish.", {"id": content_id("", "Otters eat fish."), "title": "", "text": "Otters eat fish."})
     ]
-    assert (found["s1"]["dataset"], found["s1"]["instruction"], found["s1"]["input"]) == (
-        "nq",
-        "",
-        "what do otters eat?",
-    )
-    assert (found["s2"]["instruction"], found["s2"]["input"]) == (
-        "Answer at length. ",
-        "what do otters eat and drink?",
-    )
+    assert instances["s1"]["dataset"] == "nq"
+    assert instances["s1"]["instruction"] == ""
+    assert instances["s1"]["input"] == "what do otters eat?"
+    assert instances["s2"]["instruction"] == "Answer at length. "
+    assert instances["s2"]["input"] == "what do otters eat and drink?"
     assert [passage["title"] for passage in load_corpus(tmp_path / "corpus.jsonl")] == ["Otter", "Café", ""]
     assert dict(counts) == {
         "read": 10,
@@ -83,12 +80,8 @@ def test_marks_become_segments(tmp_path):
         "continued texts without a passage, now free text": 1,
         "passages": 3,
     }
-    assert [line.partition(": ")[0].rpartition(", ")[2] for line in damaged] == [
-        "line 6",
-        "line 7",
-        "line 8",
-        "line 9",
-    ]
+    places = [line.partition(": ")[0] for line in damaged]
+    assert places == [f"{FILE}, line {number}" for number in (6, 7, 8, 9)]
     lines = report(counts).splitlines()
     assert lines[0].split() == ["instances", "read", "10"]
     assert lines[5].split() == ["instances", "written", "3", "the", "paper's:", "42,932"]
@@ -109,20 +102,20 @@ def test_each_filter_can_be_switched_off(tmp_path, changes, expected):
     assert ids(tmp_path, **changes) == expected
 
 
-def test_what_no_filter_touches_reads_as_it_stands(tmp_path):
+def test_without_filters_every_text_is_kept(tmp_path):
     prepare(options(tmp_path, filters=[]))
-    found = {instance["id"]: instance for instance in load_instances(tmp_path / "train.jsonl")}
-    assert segments(found["s3"]) == [("4", None)]
-    assert (found["s3"]["instruction"], found["s3"]["input"]) == ("Add.", "2 + 2")
-    assert segments(found["s4"]) == [("false", MILK)]
-    assert (found["s4"]["instruction"], found["s4"]["input"]) == ("True or false?", "Otters eat coffee.")
+    instances = {instance["id"]: instance for instance in load_instances(tmp_path / "train.jsonl")}
+    assert segments(instances["s3"]) == [("4", None)]
+    assert (instances["s3"]["instruction"], instances["s3"]["input"]) == ("Add.", "2 + 2")
+    assert segments(instances["s4"]) == [("false", MILK)]
+    assert (instances["s4"]["instruction"], instances["s4"]["input"]) == ("True or false?", "Otters eat coffee.")
 
 
 def test_question_before_each_passage(tmp_path):
     prepare(options(tmp_path, question_template="Question: {input}"))
-    found = {instance["id"]: segments(instance) for instance in load_instances(tmp_path / "train.jsonl")}
-    assert found["s1"] == [("Question: what do otters eat?", None), ("Fish.", OTTER)]
-    assert [text for text, _ in found["s2"]] == [
+    instances = {instance["id"]: segments(instance) for instance in load_instances(tmp_path / "train.jsonl")}
+    assert instances["s1"] == [("Question: what do otters eat?", None), ("Fish.", OTTER)]
+    assert [text for text, _ in instances["s2"]] == [
         "Well. Let us see. Question: what do otters eat and drink?",
         "They eat fish. They eat it raw.",
         "Question: what do otters eat and drink?",
@@ -154,9 +147,8 @@ def test_a_data_set_folder_and_gzip_are_read_like_a_file(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_bytes(FILE.read_bytes())
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(FILE.read_bytes()))
-    assert (
-        ids(tmp_path, input_file=tmp_path / "set") == ids(tmp_path, input_file=tmp_path / "rows.jsonl.gz") == expected
-    )
+    assert ids(tmp_path, input_file=tmp_path / "set") == expected
+    assert ids(tmp_path, input_file=tmp_path / "rows.jsonl.gz") == expected
 
 
 @pytest.mark.parametrize(
@@ -190,6 +182,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["prepare_selfrag.py", *arguments])
     main()
     printed = capsys.readouterr().out
-    assert "the paper's: 42,932" in printed and "selfrag.jsonl, line 9: the output holds no text." in printed
+    assert "the paper's: 42,932" in printed
+    assert "selfrag.jsonl, line 9: the output holds no text." in printed
     assert len(load_instances(tmp_path / "train.jsonl.gz")) == 6
     assert [path.name for path in tmp_path.iterdir()] == ["train.jsonl.gz"]
