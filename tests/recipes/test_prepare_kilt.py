@@ -1,13 +1,13 @@
-"""KILT and BEIR: every question, passage and count of small files in their formats, the corners of provenance, and bad input."""
+"""KILT: every question, passage and count of small files in its format, corner cases of provenance, and bad input."""
 
 import gzip
+import itertools
 import json
 import sys
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
-import prepare_beir
 import prepare_kilt
 import pytest
 
@@ -19,43 +19,40 @@ NQ = "Answer the following question with corresponding evidence."
 
 
 def kilt(tmp_path, **changes):
-    """Options of the recipe: the small questions over the small pages, passages of six words."""
-    options = {
+    """Options of the recipe: the small questions over the small pages, with passages of six words."""
+    defaults = {
         "task": "nq",
         "input_file": FORMATS / "kilt_questions.jsonl",
         "knowledge_file": FORMATS / "kilt_pages.jsonl",
         "corpus_file": None,
-    }
-    options |= {
         "output_file": tmp_path / "eval.jsonl",
         "output_corpus": tmp_path / "corpus.jsonl",
         "words": 6,
         "config_name": None,
         "split": "validation",
-    }
-    options |= {"match": "title", "max_other_pages": None, "triviaqa_file": None, "instruction": None, **changes}
-    return Namespace(**options)
-
-
-def beir(tmp_path, **changes):
-    options = {
-        "input_dir": tmp_path / "beir",
-        "qrels_file": FORMATS / "beir_qrels.tsv",
-        "dataset": "nq",
+        "match": "title",
+        "max_other_pages": None,
+        "triviaqa_file": None,
         "instruction": None,
     }
-    return Namespace(
-        **{**options, "output_file": tmp_path / "eval.jsonl", "output_corpus": tmp_path / "corpus.jsonl", **changes}
-    )
+    return Namespace(**defaults | changes)
 
 
 def write(path, *lines):
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    path.write_text("".join(text + "\n" for text in texts))
     return path
 
 
 def read(path):
-    return [json.loads(line) for line in (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8")]
+    open_file = gzip.open if path.suffix == ".gz" else open
+    with open_file(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def read_provenance(path):
+    """The evidence sets of each question."""
+    return {question["id"]: question["provenance"] for question in read(path)}
 
 
 def test_pages_are_cut_and_provenance_finds_the_paragraph(tmp_path):
@@ -70,14 +67,10 @@ def test_pages_are_cut_and_provenance_finds_the_paragraph(tmp_path):
         ("13-0", "Other page", "Nobody asks about this one."),
         ("14-0", "Another page", "Nobody asks about this one either."),
     ]
-    assert [
-        (p["wikipedia_id"], p["start_paragraph_id"], p["end_paragraph_id"])
-        for p in read(tmp_path / "corpus.jsonl")[1:4]
-    ] == [
-        ("10", 1, 2),
-        ("10", 4, 4),
-        ("10", 4, 5),
-    ]
+    places = []
+    for passage in read(tmp_path / "corpus.jsonl")[1:4]:
+        places.append((passage["wikipedia_id"], passage["start_paragraph_id"], passage["end_paragraph_id"]))
+    assert places == [("10", 1, 2), ("10", 4, 4), ("10", 4, 5)]
     questions = load_evaluation_set(tmp_path / "eval.jsonl", corpus=passages)
     assert {question["id"]: (question["answers"], question["provenance"]) for question in questions} == {
         "q1": (["fish", "Fish"], [["10-1"]]),  # the same evidence twice is one set
@@ -120,23 +113,15 @@ def test_a_corpus_that_was_cut_serves_the_next_task(tmp_path):
 
 def test_a_small_corpus_keeps_all_gold_pages(tmp_path):
     prepare_kilt.prepare(kilt(tmp_path, max_other_pages=1))
-    assert [p["id"] for p in load_corpus(tmp_path / "corpus.jsonl")] == [
-        "10-0",
-        "10-1",
-        "10-2",
-        "10-3",
-        "11-0",
-        "13-0",
-    ]
+    ids = [passage["id"] for passage in load_corpus(tmp_path / "corpus.jsonl")]
+    assert ids == ["10-0", "10-1", "10-2", "10-3", "11-0", "13-0"]
 
 
 def test_passages_that_do_not_name_their_page_are_found_by_title_or_id(tmp_path):
     dpr = kilt(tmp_path, knowledge_file=None, corpus_file=FORMATS / "dpr_passages.tsv")
     assert prepare_kilt.prepare(dpr)["provenance: found by title alone"] == 6
-    assert {q["id"]: q["provenance"] for q in read(tmp_path / "eval.jsonl")}["q2"] == [
-        ["1", "10"],
-        ["2", "10"],
-    ]  # "10" is no page here, though page 10 exists
+    # The passage "10" is found by its title. That there is a page 10 does not matter.
+    assert read_provenance(tmp_path / "eval.jsonl")["q2"] == [["1", "10"], ["2", "10"]]
     assert load_corpus(tmp_path / "corpus.jsonl")[0] == {
         "id": "1",
         "title": "Otter",
@@ -144,10 +129,10 @@ def test_passages_that_do_not_name_their_page_are_found_by_title_or_id(tmp_path)
     }
 
     prepare_kilt.prepare(kilt(tmp_path, knowledge_file=None, corpus_file=FORMATS / "dpr_passages.tsv", match="id"))
-    assert {q["id"]: q["provenance"] for q in read(tmp_path / "eval.jsonl")} == {"q1": [["10"]], "q3": [["10"]]}
+    assert read_provenance(tmp_path / "eval.jsonl") == {"q1": [["10"]], "q3": [["10"]]}
 
 
-def test_tasks_of_their_own_kind(tmp_path):
+def test_triviaqa_and_fever(tmp_path):
     reference = {"wikipedia_id": "10", "title": "Otter", "start_paragraph_id": 1, "end_paragraph_id": -1}
     question = {"id": "t1", "input": "", "output": [{"answer": "SUPPORTS", "provenance": [reference]}]}
     file = write(tmp_path / "questions.jsonl", question)
@@ -155,23 +140,23 @@ def test_tasks_of_their_own_kind(tmp_path):
     trivia.write_text(json.dumps({"Data": [{"QuestionId": "t1", "Question": "what swims?"}]}))
 
     prepare_kilt.prepare(kilt(tmp_path, task="triviaqa", input_file=file, triviaqa_file=trivia))
-    (found,) = read(tmp_path / "eval.jsonl")
-    assert (found["input"], found["answers"], found["instruction"]) == ("what swims?", ["SUPPORTS"], NQ)
-    assert found["provenance"] == [["10-0"], ["10-1"]]  # -1 is no paragraph: the range is its first one
+    (instance,) = read(tmp_path / "eval.jsonl")
+    assert (instance["input"], instance["answers"], instance["instruction"]) == ("what swims?", ["SUPPORTS"], NQ)
+    assert instance["provenance"] == [["10-0"], ["10-1"]]  # -1 is no paragraph: the range is the first one
 
     write(file, {**question, "input": "Otters swim."})
     prepare_kilt.prepare(kilt(tmp_path, task="fever", input_file=file, instruction=""))
-    (found,) = read(tmp_path / "eval.jsonl")
-    assert (found["answers"], found["instruction"]) == (["supports"], "")
+    (instance,) = read(tmp_path / "eval.jsonl")
+    assert (instance["answers"], instance["instruction"]) == (["supports"], "")
 
 
-def test_a_data_set_folder_is_read_like_a_file(tmp_path):
+def test_a_dataset_folder_is_read_like_a_file(tmp_path):
+    rows = []
+    for question in read(FORMATS / "kilt_questions.jsonl"):
+        # All rows of a dataset have the same fields.
+        rows.append({"id": question["id"], "input": question["input"], "output": question.get("output", [])})
     (tmp_path / "set").mkdir()
-    lines = [
-        {"id": q["id"], "input": q["input"], "output": q.get("output", [])}
-        for q in read(FORMATS / "kilt_questions.jsonl")
-    ]
-    write(tmp_path / "set" / "validation.jsonl", *lines)  # data sets fill what a row lacks with None
+    write(tmp_path / "set" / "validation.jsonl", *rows)
     prepare_kilt.prepare(kilt(tmp_path))
     expected = read(tmp_path / "eval.jsonl")
     for config_name in (None, "default"):
@@ -183,27 +168,27 @@ def test_too_many_combinations_are_cut_and_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_kilt, "MAX_SETS", 2)
     counts = prepare_kilt.prepare(kilt(tmp_path))
     assert counts["evidence sets of more than 2 combinations, of which each passage is in one"] == 1
-    whole = {q["id"]: q["provenance"] for q in read(tmp_path / "eval.jsonl")}["q3"]
+    cut = read_provenance(tmp_path / "eval.jsonl")["q3"]
     monkeypatch.undo()
     prepare_kilt.prepare(kilt(tmp_path))
-    assert {id for ids in whole for id in ids} == {
-        id for q in read(tmp_path / "eval.jsonl") if q["id"] == "q3" for ids in q["provenance"] for id in ids
-    }
+    whole = read_provenance(tmp_path / "eval.jsonl")["q3"]
+    assert set(itertools.chain(*cut)) == set(itertools.chain(*whole))
 
 
 def test_every_passage_of_a_large_page_stays_right():
-    pages, places = [[f"a{i}" for i in range(60)], [f"b{i}" for i in range(50)], ["c"]], Counter()
-    sets = prepare_kilt.combine(pages, places)
-    assert (
-        len(sets) == 60
-        and {id for ids in sets for id in ids} == {id for page in pages for id in page}
-        and sum(places.values()) == 1
-    )
-    assert all(ids[0][0] + ids[1][0] + ids[2] == "abc" for ids in sets)
-    assert (
-        prepare_kilt.combine([["a", "b"], ["c"]], places) == [("a", "c"), ("b", "c")]
-        and prepare_kilt.combine([["a"], []], places) == []
-    )
+    pages = [[f"a{i}" for i in range(60)], [f"b{i}" for i in range(50)], ["c"]]
+    matches = Counter()
+    sets = prepare_kilt.combine(pages, matches)
+    assert len(sets) == 60
+    assert set(itertools.chain(*sets)) == set(itertools.chain(*pages))
+    assert sum(matches.values()) == 1
+    for first, second, third in sets:
+        assert first.startswith("a") and second.startswith("b") and third == "c"
+
+
+def test_combinations_of_small_pages():
+    assert prepare_kilt.combine([["a", "b"], ["c"]], Counter()) == [("a", "c"), ("b", "c")]
+    assert prepare_kilt.combine([["a"], []], Counter()) == []
 
 
 GOOD = {"id": "q", "input": "q?", "output": [{"answer": "a", "provenance": [{"wikipedia_id": "10"}]}]}
@@ -240,10 +225,8 @@ def test_bad_kilt_files(tmp_path, question, page, message):
     )
     with pytest.raises(ValueError, match=message):
         prepare_kilt.prepare(options)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "pages.jsonl",
-        "questions.jsonl",
-    ]  # nothing unfinished, nothing half
+    # no unfinished file is left
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pages.jsonl", "questions.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -279,10 +262,9 @@ def test_bad_options_and_corpora(tmp_path, changes, message):
     write(files / "columns.tsv", "id\ttext\ttitle", "1\tfish")
     write(files / "elsewhere.tsv", "id\ttext\ttitle", "1\tfish\tAnother title")
     (files / "damaged.tsv.gz").write_bytes(gzip.compress(b"id\ttext\ttitle\n" + b"1\tfish\tOtter\n" * 1000)[:-20])
-    changes = {
-        name: files / value if value in {path.name for path in files.iterdir()} else value
-        for name, value in changes.items()
-    }
+    for name, value in changes.items():
+        if isinstance(value, str) and (files / value).is_file():
+            changes = {**changes, name: files / value}
     with pytest.raises(ValueError, match=message):
         prepare_kilt.prepare(kilt(tmp_path, **changes))
     assert [path.name for path in tmp_path.iterdir()] == ["files"]
@@ -301,92 +283,19 @@ def test_the_same_lines_are_the_same_bytes_and_a_failure_leaves_the_old_file(tmp
 
 
 def test_command_line_prints_the_counts(tmp_path, monkeypatch, capsys):
-    options = [
-        "--task",
-        "zsre",
-        "--input_file",
-        FORMATS / "kilt_questions.jsonl",
-        "--knowledge_file",
-        FORMATS / "kilt_pages.jsonl",
-    ]
-    options += ["--output_file", tmp_path / "eval.jsonl", "--output_corpus", tmp_path / "corpus.jsonl"]
-    monkeypatch.setattr(sys, "argv", ["prepare_kilt.py", *map(str, options)])
+    questions, pages = FORMATS / "kilt_questions.jsonl", FORMATS / "kilt_pages.jsonl"
+    options = ["--task", "zsre", "--knowledge_file", str(pages)]
+    options += ["--output_file", str(tmp_path / "eval.jsonl"), "--output_corpus", str(tmp_path / "corpus.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["prepare_kilt.py", *options, "--input_file", str(questions)])
     prepare_kilt.main()
-    rows = dict(line.strip().rsplit("  ", 1) for line in capsys.readouterr().out.splitlines())
-    assert {name.strip(): int(count) for name, count in rows.items()}["questions written"] == 4
+    counts = {}
+    for line in capsys.readouterr().out.splitlines():
+        name, count = line.strip().rsplit("  ", 1)
+        counts[name.strip()] = int(count)
+    assert counts["questions written"] == 4
     assert load_evaluation_set(tmp_path / "eval.jsonl")[0]["instruction"].startswith("Find the correct entity")
 
-    monkeypatch.setattr(
-        sys, "argv", ["prepare_kilt.py", *map(str, [*options[:3], tmp_path / "missing.jsonl", *options[4:]])]
-    )
+    missing = tmp_path / "missing.jsonl"
+    monkeypatch.setattr(sys, "argv", ["prepare_kilt.py", *options, "--input_file", str(missing)])
     with pytest.raises(SystemExit, match="error: .*missing.jsonl is not a file"):
         prepare_kilt.main()
-
-
-# ---------------------------------------------------------------------- BEIR
-
-
-@pytest.fixture
-def beir_folder(tmp_path):
-    folder = tmp_path / "beir"
-    folder.mkdir()
-    (folder / "corpus.jsonl.gz").write_bytes(gzip.compress((FORMATS / "beir_corpus.jsonl").read_bytes()))
-    (folder / "queries.jsonl").write_bytes((FORMATS / "beir_queries.jsonl").read_bytes())
-    return folder
-
-
-def test_beir(tmp_path, beir_folder):
-    counts = prepare_beir.prepare(beir(tmp_path))
-    assert dict(counts) == {
-        "passages left out: no text": 1,
-        "passages in the corpus": 3,
-        "queries written, with answers": 1,
-        "queries written, without answers": 1,
-        "queries left out: of another split": 1,
-        "queries left out: the corpus lacks their passages": 1,
-        "gold passages": 3,
-        "gold passages that the corpus lacks": 1,
-    }
-    corpus = load_corpus(tmp_path / "corpus.jsonl")
-    assert corpus[1] == {"id": "d2", "title": "", "text": "Coffee with milk."}
-    found = load_evaluation_set(tmp_path / "eval.jsonl", corpus=corpus, answers_required=False)
-    assert [(q["id"], q["input"], q["answers"], q["provenance"]) for q in found] == [
-        ("1", "what do otters eat?", ["fish"], [["d1"]]),  # d2 has relevance 0
-        ("2", "what is with milk?", [], [["d2"], ["d4"]]),
-    ]
-    with pytest.raises(ValueError, match="line 2: answers is .*, expected a list of at least one string"):
-        load_evaluation_set(tmp_path / "eval.jsonl", corpus=corpus)
-
-
-@pytest.mark.parametrize(
-    ("name", "lines", "message"),
-    [
-        (
-            "qrels.tsv",
-            ["query-id\tcorpus-id\tscore", "1\td1\thigh"],
-            "qrels.tsv, line 2: score is 'high', expected an integer",
-        ),
-        ("qrels.tsv", ["query-id\tcorpus-id\tscore", "1\tnowhere\t1"], "(?s)No query is left.*the corpus lacks +1"),
-        ("queries.jsonl", [{"_id": "1", "text": ""}], "queries.jsonl, line 1: text is ''"),
-        ("queries.jsonl", [{"_id": "1", "text": "q?", "metadata": {"answer": 3}}], "line 1: metadata has answers 3"),
-        ("corpus.jsonl", [{"title": "t", "text": "x"}], "corpus.jsonl, line 1: id is None"),
-        (
-            "corpus.jsonl",
-            [{"_id": "d1", "text": "x"}, {"_id": "d1", "text": "y"}],
-            "line 2: the id 'd1' occurs twice",
-        ),
-    ],
-)
-def test_bad_beir_files(tmp_path, beir_folder, name, lines, message):
-    write(beir_folder / name, *lines)
-    changes = {"qrels_file": beir_folder / name} if name == "qrels.tsv" else {}
-    with pytest.raises(ValueError, match=message):
-        prepare_beir.prepare(beir(tmp_path, **changes))
-    assert [path.name for path in tmp_path.iterdir()] == ["beir"]
-
-
-def test_beir_folder_and_instruction_must_be_there(tmp_path, beir_folder):
-    with pytest.raises(FileNotFoundError, match="holds no corpus.jsonl, nor corpus.jsonl.gz"):
-        prepare_beir.prepare(beir(tmp_path, input_dir=tmp_path))
-    with pytest.raises(ValueError, match="instructions.json has no instruction for 'scifact', only for nq, triviaqa"):
-        prepare_beir.prepare(beir(tmp_path, dataset="scifact"))
