@@ -46,7 +46,7 @@ def test_twins_agree_whatever_happens(keeps_places, seed):
             contents[row][3] = not contents[row][3]
             slots.ban(row.slot, contents[row][3])
         elif action == "advance":
-            slots.advance(np.array([row.slot]), np.array([5]))
+            slots.count_chunks(np.array([row.slot]), np.array([5]))
             contents[row][0] += 5
             contents[row][1] += 5
         elif action == "take_back":
@@ -59,8 +59,8 @@ def test_twins_agree_whatever_happens(keeps_places, seed):
             if stays is not None:
                 stepping[stays.slot] = False
             slots.places(len(slots))
-            slots.step(stepping)
-            slots.decide(torch.full((len(slots),), 7))
+            slots.count_step(stepping)
+            slots.note_decisions(torch.full((len(slots),), 7))
             for other, values in contents.items():
                 values[2] += 1
                 if other is not stays:
@@ -74,21 +74,21 @@ def test_nothing_is_copied_while_every_row_steps():
     slots = Slots(4, torch.device("cpu"))
     for number in range(3):
         slots.occupy(Row(number, [1]))
-    slots.advance(np.arange(3), np.array([4, 2, 7]))
+    slots.count_chunks(np.arange(3), np.array([4, 2, 7]))
     places = slots.places(3)
     for _ in range(5):
-        slots.step(slots.occupied[:3].copy())
-        assert not slots.moved
+        slots.count_step(slots.occupied[:3].copy())
+        assert not slots.stale
     assert places[0, :, 0].tolist() == [9, 7, 12]  # the same memory: a captured step reads it
-    slots.step(np.array([True, False, True]))
-    assert slots.moved and slots.places(3)[0, :, 0].tolist() == [10, 7, 13]
+    slots.count_step(np.array([True, False, True]))
+    assert slots.stale and slots.places(3)[0, :, 0].tolist() == [10, 7, 13]
 
 
 def test_the_last_row_moves_into_the_gap():
     slots, rows = Slots(4, torch.device("cpu")), [Row(number, [1]) for number in range(3)]
     for row in rows:
         slots.occupy(row)
-    slots.decide(torch.tensor([11, 12, 13]))
+    slots.note_decisions(torch.tensor([11, 12, 13]))
     assert slots.order is None
     assert slots.vacate(rows[0]) == 2  # slot 2 moved to slot 0
     assert slots.rows == [rows[2], rows[1]] and slots.tokens[:2].tolist() == [13, 12]
