@@ -8,12 +8,12 @@ of the call (`Row`) takes a free slot and keeps it until it ends; then the last 
 
 1. Admit. Waiting rows take the slots that are free: at first all that fit, later a few at a time, since a prompt that
    is read costs every row a forward (`_admit`).
-2. Step. Every row whose last decision was not forwarded yet forwards it: one token per row, one column
+2. Step. Every row with a decision that was not forwarded yet forwards it: one token per row, one column
    (`Forwards.step`). This is most of the work; with a static cache it keeps its shapes and can be compiled.
 3. Read. New rows forward their prompts, rows that forget a passage forward their text again: one ragged chunk, padded
    on the right (`Forwards.read`). These rows do not count in the step.
-4. Retrieve. Rows whose last decision was `[NSP]` have just forwarded it, and their hidden state there is their query.
-   They search together, write their trace, and read passage and `[Cs]` as a second chunk (`_retrieve`). A row for
+4. Retrieve. Rows that decided `[NSP]` have just forwarded it, and their hidden state there is their query. They search
+   together, write their trace, and read passage and `[Cs]` as a second chunk (`_retrieve`). A row for
    which nothing is found takes its `[NSP]` back: it decides again from the logits before it
    (`Row.logits_before_nsp`), and `[NSP]` is banned once.
 5. Decide. Every row now has the logits of its last token, from the step or from a chunk, adjusted once if there is a
@@ -356,7 +356,7 @@ class Decoder:
             self.rereading.append(row)
 
     def _drop_masked_passages(self) -> None:
-        """Take out the columns of passages whose `[CE]` was just read; the text after them keeps its positions."""
+        """Take the passages of rows that just read `[CE]` out of the cache; the text after them keeps its positions."""
         for row in self.forgetting:
             cached_ids = self._cached_ids(row)
             start, end = row.forget(cached_ids)

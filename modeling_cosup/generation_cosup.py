@@ -78,7 +78,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
         appended, and the row writes on. Greedy decoding and sampling; every other argument is as in
         `GenerationMixin.generate`.
 
-        A passage is shortened to the room that the context has left; a row whose context is full ends.
+        A passage is shortened to the room that the context has left; a row ends when its context is full.
 
         Args:
             inputs (`torch.LongTensor` of shape `(B, T)`, *optional*): prompts, padded on the left. A prompt that ends

@@ -37,7 +37,7 @@ class RetrievalConfig:
         forget_passages (`str`, *optional*): what becomes of a passage at its `[CE]`. `None`: it stays in view.
             `"recompute"`: `[Cs]`…`[CE]` is read again without it, and the row goes on as if the passage had never
             been there. `"mask"`: its keys and values are dropped and nothing else changes: what was read with the
-            passage in view stays as it was, positions too.
+            passage in view keeps its keys, values and positions.
         output_query_embeds (`bool`): the trace holds the query embeddings.
         stream_passages (`bool`): a streamer gets passages and `[Cs]` too. One with a method `on_retrieval` gets each
             [`Retrieval`] in their place.
@@ -141,7 +141,7 @@ class DecodingSettings:
         never (`torch.LongTensor`): ids that no row may decide.
         special (`torch.LongTensor`): ids after which a pass must look at the rows one by one.
         processors (`LogitsProcessorList`): of logits, warpers included.
-        criteria (`list[StoppingCriteria]`): those that the loop does not implement itself.
+        criteria (`list[StoppingCriteria]`): all that the loop does not implement itself.
         do_sample (`bool`): sample, or take the best token.
         static (`bool`): the one-token step keeps its shapes, and is captured if `compile_config` and the device say
             so.

@@ -43,7 +43,7 @@ class Slots:
         rows (`list[Row | None]`): by slot, up to the last one that is taken.
         columns, positions, generated (`numpy.ndarray` of int64): columns that are filled, position of the next token,
             decided tokens.
-        occupied, banned (`numpy.ndarray` of bool): slots with a row, and those whose next decision may not be `[NSP]`.
+        occupied, banned (`numpy.ndarray` of bool): slots with a row, and slots that may not decide `[NSP]` next.
         tokens (`torch.LongTensor` of shape `(count,)`): the last decision, which is not forwarded yet.
         occupied_on_device, banned_on_device (`torch.BoolTensor` of shape `(count,)`): the twins of both.
         places_on_device (`torch.LongTensor` of shape `(2, count)`): the twins of `columns` and `positions`.

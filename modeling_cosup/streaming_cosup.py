@@ -65,8 +65,8 @@ class RetrievalStreamer(BaseStreamer):
         self._prompt_is_next = True
         self._ended = False  # for the thread that generates
         self._exhausted = False  # for the thread that reads
-        self._pending: list[int] = []  # ids whose text was not emitted yet
-        self._context: list[int] = []  # the last ids before them, whose text was emitted
+        self._pending: list[int] = []  # ids that are not emitted as text yet
+        self._context: list[int] = []  # the last ids before them, already emitted
 
     # ------------------------------------------------------------------ the thread that generates
 
@@ -116,8 +116,8 @@ class RetrievalStreamer(BaseStreamer):
         """
         Emit what the pending ids add to the text; unless `allow_incomplete`, wait while they end within a character.
 
-        They are decoded after the last ids before them, which decide whether there is a space between, and only after
-        those: the work for a token does not grow with the text.
+        They are decoded after the last ids before them, which decide whether there is a space between, and after no
+        others: the work for a token does not grow with the text.
         """
         if not self._pending:
             return

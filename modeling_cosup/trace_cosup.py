@@ -173,7 +173,7 @@ def cited_text(ids: list[int], trace: Sequence[Retrieval], start: int, tokenizer
 
     Args:
         ids (`list[int]`): of the row.
-        trace (`Sequence[Retrieval]`): its retrievals, whose positions count from the first of `ids`.
+        trace (`Sequence[Retrieval]`): its retrievals; their positions count from the first of `ids`.
         start (`int`): where the text begins, after the prompt.
         tokenizer (`PreTrainedTokenizerBase`): Gen's.
     """
