@@ -356,7 +356,7 @@ class Decoder:
             self.rereading.append(row)
 
     def _drop_masked_passages(self) -> None:
-        """Take the passages of rows that just read `[CE]` out of the cache; the text after them keeps its positions."""
+        """Take the passages of rows that just read `[CE]` out of the cache; their text keeps its positions."""
         for row in self.forgetting:
             cached_ids = self._cached_ids(row)
             start, end = row.forget(cached_ids)

@@ -5,10 +5,9 @@ import torch
 from transformers import LogitsProcessorList
 
 from modeling_cosup.tokenization_cosup import encode_prompt, pad_rows
-from support.generation import Steer, left_pad, real_tokens, reference_generate
+from support.generation import QUESTIONS, Steer, left_pad, real_tokens, reference_generate
 from support.models import PASSAGES, make_emb_seq, make_model, make_tokenizer
 
-QUESTIONS = ["who?", "who painted the Night Watch?", "Curie", "when was it finished; in Amsterdam", "not this one!"]
 PAIRS = {  # Gen, Emb_seq, settings of the model
     "llama": ("llama", "llama", {}),
     "gpt2-llama-wider": ("gpt2", "llama", {"emb_seq_kwargs": {"hidden_size": 48}}),

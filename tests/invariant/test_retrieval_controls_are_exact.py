@@ -10,10 +10,9 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from modeling_cosup import RetrievalConfig
 from modeling_cosup.tokenization_cosup import encode_passages_for_gen, encode_prompt, encode_texts
-from support.generation import Steer, left_pad, real_tokens
+from support.generation import QUESTIONS, Steer, left_pad, real_tokens
 from support.models import PASSAGES, make_model, make_tokenizer
 
-QUESTIONS = ["who?", "who painted the Night Watch?", "Curie", "when was it finished; in Amsterdam", "not this one!"]
 MAX_NEW_TOKENS = 24
 
 

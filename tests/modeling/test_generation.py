@@ -1,47 +1,30 @@
 """What generate() takes and returns; tests/invariant hold that it is exact."""
 
-import threading
-
 import pytest
 import torch
-from transformers import (
-    CompileConfig,
-    DynamicCache,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-    TextStreamer,
-)
+from transformers import CompileConfig, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import (
-    BaseStreamer,
     EosTokenCriteria,
     MaxLengthCriteria,
     MaxTimeCriteria,
     MinNewTokensLengthLogitsProcessor,
 )
 
-from modeling_cosup import CoSupGenerateOutput, Retrieval, RetrievalConfig, RetrievalError
+from modeling_cosup import CoSupGenerateOutput, Retrieval, RetrievalConfig
 from modeling_cosup.tokenization_cosup import encode_prompt, encode_texts
-from support.generation import Steer, left_pad, real_tokens
-from support.models import PASSAGES, make_gen, make_model, make_tokenizer
-
-QUESTIONS = ["who?", "who painted the Night Watch?", "Curie", "when was it finished; in Amsterdam", "not this one!"]
-
-
-class Prefer(LogitsProcessor):
-    """Adds to the scores of some tokens, at every step."""
-
-    def __init__(self, ids, bonus=1000.0):
-        self.ids = ids
-        self.bonus = bonus
-
-    def __call__(self, input_ids, scores):
-        scores = scores.clone()
-        scores[:, self.ids] += self.bonus
-        return scores
+from support.generation import (
+    QUESTIONS,
+    Prefer,
+    Steer,
+    generate,
+    left_pad,
+    num_retrievals,
+    question_inputs,
+    question_steer,
+    question_that_retrieves,
+    rows_of,
+)
+from support.models import PASSAGES, make_model, make_tokenizer
 
 
 @pytest.fixture
@@ -51,38 +34,12 @@ def index(model):
 
 @pytest.fixture
 def inputs(model):
-    prompts = [encode_prompt(model.tokenizer, question) for question in QUESTIONS]
-    prompts[1].append(model.config.nsp_token_id)
-    return left_pad(prompts, model.tokenizer.pad_token_id)
+    return question_inputs(model)
 
 
 @pytest.fixture
 def steer(model):
-    return Steer(model, retrieve_every=7, quiet_id=model.tokenizer("!")["input_ids"][0])
-
-
-def generate(model, inputs, index, *processors, **kwargs):
-    options = {"max_new_tokens": 20, "return_dict_in_generate": True, **kwargs}
-    return model.generate(**inputs, retriever=index, logits_processor=LogitsProcessorList(processors), **options)
-
-
-def prompt_of(inputs, row):
-    """`input_ids` of a row alone, without padding."""
-    return {"input_ids": inputs["input_ids"][row][inputs["attention_mask"][row].bool()][None]}
-
-
-def rows_of(model, inputs, output):
-    """Each row of the output without padding."""
-    return real_tokens(output, inputs["attention_mask"], model.tokenizer.pad_token_id)
-
-
-def question_that_retrieves(model):
-    """Token ids of a prompt that ends in `[NSP]`."""
-    return [*encode_prompt(model.tokenizer, "who?"), model.config.nsp_token_id]
-
-
-def num_retrievals(output):
-    return sum(map(len, output.retrievals))
+    return question_steer(model)
 
 
 # ------------------------------------------------------------------ output
@@ -124,6 +81,16 @@ def test_score_is_the_similarity_at_nsp(similarity):
     assert index.row_of(retrieval.passage_id) == scores.argmax()
     assert retrieval.to_dict() == {**vars(retrieval)}
     assert retrieval.to_dict()["position"] == input_ids.shape[1] - 1
+
+
+def test_query_embeddings_on_request(model, inputs, index, steer):
+    output = generate(model, inputs, index, steer, retrieval_config=RetrievalConfig(output_query_embeds=True))
+    assert num_retrievals(output) >= 2
+    for trace in output.retrievals:
+        for retrieval in trace:
+            scores = index.embeddings @ torch.tensor(retrieval.query_embed)
+            assert scores.max().item() == pytest.approx(retrieval.score, abs=1e-5)
+    assert generate(model, inputs, index, steer).retrievals[1][0].query_embed is None
 
 
 def test_without_return_dict_it_is_a_tensor(model, inputs, index, steer):
@@ -177,26 +144,6 @@ def test_citations_of_a_prompt_that_ends_in_nsp(model, index):
     retrieval = output.retrievals[0][0]
     title = f"{retrieval.title}: " if retrieval.title else ""
     assert text == f"aaa [1]\n[1] {title}{retrieval.text}"
-
-
-def test_streaming_gives_every_token_in_order(model, inputs, index, steer):
-    for row in (0, 1):
-        streamer = Collect()
-        output = generate(model, prompt_of(inputs, row), index, steer, streamer=streamer)
-        assert len(output.retrievals[0]) >= 1
-        assert streamer.ended
-        assert streamer.tokens == output.sequences[0].tolist()
-
-
-def test_text_streamer_prints_answer_and_passages(model, index, capsys):
-    input_ids = torch.tensor([question_that_retrieves(model)])
-    streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    letter = encode_texts(model.tokenizer, ["a"])[0]
-    output = generate(model, {"input_ids": input_ids}, index, Prefer(letter), max_new_tokens=4, streamer=streamer)
-    printed = capsys.readouterr().out.strip()
-    assert printed == model.tokenizer.decode(output.sequences[0, input_ids.shape[1] :], skip_special_tokens=True)
-    assert output.retrievals[0][0].text in printed
-    assert printed.endswith("aaaa")
 
 
 # ------------------------------------------------------------------ budgets and stops
@@ -257,34 +204,6 @@ def test_criteria_of_the_user_end_rows(model, inputs, index, steer):
     assert output.num_generated_tokens.tolist() == [1] * 5
 
 
-def test_an_ended_row_is_padded_and_stays_as_it_was(model, inputs, index, steer):
-    steer.end_every = 6
-    output = generate(model, inputs, index, steer)
-    ends = set(model.generation_config.eos_token_id)
-    prompt_lengths = inputs["attention_mask"].sum(1).tolist()
-    counts = output.num_generated_tokens.tolist()
-    assert min(counts) < max(counts)
-    for ids, count, prompt_length in zip(rows_of(model, inputs, output), counts, prompt_lengths, strict=True):
-        assert (ids[-1] in ends) == (count < 20)
-        assert not set(ids[prompt_length:-1]) & ends
-
-
-def test_stopping_criteria_see_each_row_without_gaps(model, inputs, index, steer):
-    word = encode_texts(model.tokenizer, ["a"])[0][0]
-
-    class EndsInWord(StoppingCriteria):
-        def __call__(self, input_ids, scores, **kwargs):
-            return input_ids[:, -1] == word
-
-    processors = [steer, Prefer([word], 3.0)]
-    criteria = StoppingCriteriaList([EndsInWord()])
-    output = generate(model, inputs, index, *processors, stopping_criteria=criteria)
-    assert min(output.num_generated_tokens.tolist()) < 20
-    for row, ids in enumerate(rows_of(model, inputs, output)):
-        alone = generate(model, prompt_of(inputs, row), index, *processors, stopping_criteria=criteria)
-        assert alone.sequences[0].tolist() == ids
-
-
 @pytest.mark.parametrize("gen", ["gpt2", "llama", "mistral"])
 @pytest.mark.parametrize("limit", [48, 49, 60, 70])
 def test_the_end_of_the_context_ends_a_row(gen, limit):
@@ -321,6 +240,30 @@ def test_a_prompt_that_fills_the_context(model, index):
             generate(model, left_pad([prompt[:3], ids], model.tokenizer.pad_token_id), index, max_new_tokens=5)
 
 
+def test_passages_for_which_there_is_no_room_are_not_cited(model, index):
+    prompt = question_that_retrieves(model)
+    inputs = {"input_ids": torch.tensor([prompt])}
+    config = RetrievalConfig(top_k=3)
+    passage_ids = (
+        generate(model, inputs, index, max_new_tokens=1, retrieval_config=config).retrievals[0][0].passage_ids
+    )
+    lengths = [len(index[index.row_of(id)]["input_ids"]) for id in passage_ids]
+    separator = len(encode_texts(model.tokenizer, ["\n"])[0])
+    cases = [  # room for tokens, passages of which at least one is read
+        (1, 1),
+        (lengths[0] + separator, 1),
+        (lengths[0] + separator + 1, 2),
+        (sum(lengths) + 2 * separator, 3),
+    ]
+    for room, num_cited in cases:
+        context_length = len(prompt) + room + 1  # and [Cs]
+        model.config.get_text_config().max_position_embeddings = context_length
+        output = generate(model, inputs, index, retrieval_config=config)
+        assert output.retrievals[0][0].passage_ids == passage_ids[:num_cited]
+        assert output.sequences.shape[1] == context_length
+        assert int(output.num_generated_tokens) == 0
+
+
 # ------------------------------------------------------------------ retrieval
 
 
@@ -351,6 +294,37 @@ def test_cs_is_never_generated(model, inputs, index, steer):
     assert (output.sequences == cs).sum(1).tolist() == [len(trace) for trace in output.retrievals]
 
 
+def test_candidates_with_num_return_sequences(model, inputs, index, steer):
+    candidates = [["p0"], ["p1"], ["p2"], ["p3"], ["p4"]]
+    config = RetrievalConfig(candidates=candidates, force_nsp_first=True)
+    torch.manual_seed(0)
+    output = generate(model, inputs, index, steer, do_sample=True, num_return_sequences=2, retrieval_config=config)
+    for row, trace in enumerate(output.retrievals):
+        assert {retrieval.passage_id for retrieval in trace} == {f"p{row // 2}"}
+        assert trace[0].row == row
+    assert len(output.retrievals) == 10
+
+
+def test_an_index_smaller_than_top_k(model, inputs):
+    index = model.build_index(PASSAGES[:2], show_progress_bar=False)
+    config = RetrievalConfig(top_k=5, force_nsp_first=True)
+    output = generate(model, inputs, index, retrieval_config=config, max_new_tokens=3)
+    assert [len(trace[0].passages) for trace in output.retrievals] == [2] * 5
+
+
+def test_without_retriever_it_is_ordinary_generation(model, inputs, steer):
+    options = {"max_new_tokens": 20, "logits_processor": LogitsProcessorList([steer])}
+    expected = model.gen.generate(**inputs, generation_config=model.generation_config, **options)
+    assert model.config.nsp_token_id in expected[:, inputs["input_ids"].shape[1] :]  # [NSP] is a token like any other
+    assert torch.equal(model.generate(**inputs, **options), expected)
+    beams = model.generate(**inputs, num_beams=3, output_scores=True, return_dict_in_generate=True, **options)
+    assert beams.sequences.shape[0] == len(QUESTIONS)
+    assert beams.sequences_scores is not None
+
+
+# ------------------------------------------------------------------ sampling
+
+
 def test_sampling_is_reproducible_and_varies(model, inputs, index, steer):
     def sample(seed):
         torch.manual_seed(seed)
@@ -379,58 +353,26 @@ def test_the_defaults_of_the_checkpoint_are_greedy(model, inputs, index, steer):
     assert model.config.cs_token_id in model.generation_config.suppress_tokens
 
 
-def test_without_retriever_it_is_ordinary_generation(model, inputs, steer):
-    options = {"max_new_tokens": 20, "logits_processor": LogitsProcessorList([steer])}
-    expected = model.gen.generate(**inputs, generation_config=model.generation_config, **options)
-    assert model.config.nsp_token_id in expected[:, inputs["input_ids"].shape[1] :]  # [NSP] is a token like any other
-    assert torch.equal(model.generate(**inputs, **options), expected)
-    beams = model.generate(**inputs, num_beams=3, output_scores=True, return_dict_in_generate=True, **options)
-    assert beams.sequences.shape[0] == len(QUESTIONS)
-    assert beams.sequences_scores is not None
-
-
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_beams": 2}, "not in beam_search"),
-        ({"use_cache": False}, "keeps its own KV cache"),
-        ({"cache_implementation": "offloaded"}, "keeps its own KV cache"),
-        ({"past_key_values": DynamicCache()}, "keeps its own KV cache"),
-        ({"output_scores": True}, "output_scores=True is not available"),
-        ({"output_logits": True}, "output_logits=True is not available"),
-        ({"output_attentions": True}, "output_attentions=True is not available"),
-        ({"output_hidden_states": True}, "output_hidden_states=True is not available"),
-        ({"inputs_embeds": torch.zeros(5, 3, 32)}, "inputs_embeds and guidance_scale are not available"),
-        ({"guidance_scale": 2.0}, "inputs_embeds and guidance_scale are not available"),
-        ({"prefill_chunk_size": 4}, "prefill_chunk_size and cache_config are not available"),
-        ({"assistant_model": make_gen()}, "not in assisted_generation"),
-        ({"prompt_lookup_num_tokens": 2}, "not in assisted_generation"),
-        ({"generation_config": GenerationConfig(num_beams=2)}, "not in beam_search"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    "warper", [{"top_p": 0.5}, {"top_k": 1}, {"min_p": 0.5}], ids=lambda warper: next(iter(warper))
 )
-def test_what_cannot_be_combined_with_retrieval_raises(model, inputs, index, options, message):
-    with pytest.raises(ValueError) as error:
-        generate(model, inputs, index, **options)
-    assert message in str(error.value)
+@pytest.mark.parametrize(
+    "settings",
+    [{"max_retrievals": 1}, {"forbid_nsp": True}, {"min_score": 9.0}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_sampling_where_nsp_is_likely_but_not_allowed(model, inputs, index, warper, settings):
+    """The warpers choose among what is allowed: they must not keep `[NSP]` alone."""
+    torch.manual_seed(0)
+    eager = Prefer([model.config.nsp_token_id])
+    config = RetrievalConfig(**settings)
+    output = generate(model, inputs, index, eager, do_sample=True, retrieval_config=config, **warper)
+    limit = settings.get("max_retrievals", 0)
+    assert [len(trace) for trace in output.retrievals] == [limit] * 5
+    assert output.num_generated_tokens.tolist() == [20] * 5
 
 
-def test_arguments_that_retrieval_would_ignore_raise(model, inputs, index):
-    with pytest.raises(ValueError, match="passage_input_ids, position_ids: not available with a retriever"):
-        generate(model, inputs, index, position_ids=inputs["attention_mask"], passage_input_ids=inputs["input_ids"])
-    with pytest.raises(TypeError):  # transformers' third argument is another one
-        model.generate(inputs["input_ids"], None, index)
-    holes = inputs["attention_mask"].clone()
-    holes[2, -2] = 0
-    with pytest.raises(ValueError, match="Row 2 of input_ids has padding between its tokens"):
-        generate(model, {**inputs, "attention_mask": holes}, index)
-    with pytest.raises(ValueError, match="Row 0 of input_ids holds no token"):
-        generate(model, {**inputs, "attention_mask": holes * 0}, index)
-
-
-def test_a_misspelt_argument_raises(model, inputs, index):
-    with pytest.raises(ValueError, match="max_retreivals"):
-        generate(model, inputs, index, max_retreivals=3)
+# ------------------------------------------------------------------ models
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -459,316 +401,6 @@ def test_a_model_with_adapters_generates(model, inputs, index, steer):
     output = generate(peft.get_peft_model(model, config), inputs, index, steer, max_retrievals=9)
     assert torch.equal(output.sequences, expected.sequences)
     assert output.retrievals == expected.retrievals
-
-
-@pytest.mark.parametrize(
-    ("gen", "message"),
-    [("mamba", "recurrent state"), ("gpt_neo", "layers of the types global, local"), ("bloom", "from one cache")],
-)
-def test_architectures_that_are_refused(gen, message):
-    model = make_model(gen)
-    index = model.build_index(PASSAGES, show_progress_bar=False)
-    with pytest.raises(ValueError, match=message):
-        model.generate(torch.tensor([[5, 6]]), retriever=index, max_new_tokens=2)
-
-
-# ------------------------------------------------------------------ streaming
-
-
-def generate_four_letters(model, index, **kwargs):
-    inputs = {"input_ids": torch.tensor([question_that_retrieves(model)])}
-    letter = encode_texts(model.tokenizer, ["a"])[0]
-    return generate(model, inputs, index, Prefer(letter), max_new_tokens=4, **kwargs)
-
-
-def test_passages_can_be_hidden_from_a_streamer(model, index, capsys):
-    streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    config = RetrievalConfig(stream_passages=False)
-    output = generate_four_letters(model, index, streamer=streamer, retrieval_config=config)
-    assert capsys.readouterr().out.strip() == "aaaa"
-    assert len(output.retrievals[0]) == 1
-
-
-def test_text_iterator_streamer(model, index):
-    streamer = TextIteratorStreamer(model.tokenizer, skip_prompt=True, timeout=60, skip_special_tokens=True)
-    thread = threading.Thread(target=generate_four_letters, args=(model, index), kwargs={"streamer": streamer})
-    thread.start()
-    text = "".join(streamer)
-    thread.join()
-    assert text.strip().endswith("aaaa")
-    assert any(passage["text"] in text for passage in PASSAGES)
-
-
-class Collect(BaseStreamer):
-    def __init__(self):
-        self.tokens = []
-        self.ended = False
-
-    def put(self, value):
-        self.tokens += value.flatten().tolist()
-
-    def end(self):
-        self.ended = True
-
-
-def test_a_refused_nsp_is_not_streamed(model, index, steer):
-    ids = torch.tensor([encode_prompt(model.tokenizer, "who?")])
-    streamer = Collect()
-    settings = RetrievalConfig(min_score=9.0, force_nsp_first=True)
-    output = generate(model, {"input_ids": ids}, index, steer, streamer=streamer, retrieval_config=settings)
-    assert streamer.tokens == output.sequences[0].tolist()
-    assert model.config.nsp_token_id not in streamer.tokens[:-1]
-
-
-def test_a_streamer_takes_one_row(model, inputs, index):
-    with pytest.raises(ValueError, match="A streamer takes one row, found 5"):
-        generate(model, inputs, index, streamer=Collect())
-
-
-# ------------------------------------------------------------------ rows that leave, processors that count
-
-
-def test_finished_rows_leave_the_batch(model, inputs, index, steer):
-    steer.end_every = 6
-    shapes = []
-    model.gen.base_model.register_forward_pre_hook(
-        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
-    output = generate(model, inputs, index, steer)
-    steps = [rows for rows, width in shapes if width == 1]
-    assert steps == sorted(steps, reverse=True)
-    assert len(set(steps)) > 1
-    # a row decides its first token after its prompt, and after its last token it is gone
-    assert sum(steps) == sum(count - 1 for count in output.num_generated_tokens.tolist())
-
-
-def test_processors_see_the_whole_batch_in_order(model, inputs, index, steer):
-    steer.end_every = 6
-    letters = [encode_texts(model.tokenizer, [letter])[0][0] for letter in "abcde"]
-    num_rows = set()
-
-    class OneLetterPerRow(LogitsProcessor):
-        def __call__(self, input_ids, scores):
-            num_rows.add(input_ids.shape[0])
-            scores = scores.clone()
-            scores[torch.arange(5), letters] += 100.0
-            return scores
-
-    output = generate(model, inputs, index, steer, OneLetterPerRow())
-    assert num_rows == {5}
-    assert len(set(output.num_generated_tokens.tolist())) > 2
-    assert_one_letter_per_row(model, output, letters)
-
-
-def assert_one_letter_per_row(model, output, letters):
-    """Each row wrote nothing but its letter, `[NSP]` and the end."""
-    others = {model.config.nsp_token_id, *model.generation_config.eos_token_id, model.tokenizer.pad_token_id}
-    for letter, ids, trace in zip(letters, output.sequences.tolist(), output.retrievals, strict=True):
-        written = set()
-        position = output.prompt_length
-        for retrieval in trace:
-            written |= set(ids[position : retrieval.position + 1])
-            position = retrieval.grounded_span[0]
-        written |= set(ids[position:])
-        assert written <= {letter, *others}
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"forced_eos_token_id": 5},
-        {"exponential_decay_length_penalty": (4, 3.0)},
-        {"begin_suppress_tokens": [22, 232]},
-        {"min_new_tokens": 9},
-    ],
-    ids=lambda options: next(iter(options)),
-)
-def test_processors_that_count_do_not_count_passages(model, inputs, index, steer, options):
-    """A batch in which rows retrieve different amounts equals its rows alone, and the option makes a difference."""
-    bonus = 500.0 if "min_new_tokens" in options else 1.0
-    processors = [steer, Prefer(model.generation_config.eos_token_id, bonus)]
-    output = generate(model, inputs, index, *processors, **options)
-    rows = rows_of(model, inputs, output)
-    counts = output.num_generated_tokens.tolist()
-    assert len(set(map(len, output.retrievals))) > 1
-    for row, ids in enumerate(rows):
-        alone = generate(model, prompt_of(inputs, row), index, *processors, **options)
-        assert alone.sequences[0].tolist() == ids
-    if "forced_eos_token_id" in options:
-        assert counts == [20] * 5
-        assert [ids[-1] for ids in rows] == [5] * 5
-    if "min_new_tokens" in options:
-        assert min(counts) > 9
-    without_option = generate(model, inputs, index, *processors)
-    assert rows != rows_of(model, inputs, without_option)
-
-
-def test_prefix_allowed_tokens_know_their_row(model, inputs, index, steer):
-    letters = [encode_texts(model.tokenizer, [letter])[0][0] for letter in "abcde"]
-    nsp, ends = model.config.nsp_token_id, model.generation_config.eos_token_id
-    steer.end_every = 6
-
-    def allowed_tokens(row, ids):
-        return [letters[row], nsp, *ends]
-
-    output = generate(model, inputs, index, steer, prefix_allowed_tokens_fn=allowed_tokens)
-    assert len(set(output.num_generated_tokens.tolist())) > 2
-    assert_one_letter_per_row(model, output, letters)
-
-
-@pytest.mark.parametrize(
-    "warper", [{"top_p": 0.5}, {"top_k": 1}, {"min_p": 0.5}], ids=lambda warper: next(iter(warper))
-)
-@pytest.mark.parametrize(
-    "settings",
-    [{"max_retrievals": 1}, {"forbid_nsp": True}, {"min_score": 9.0}],
-    ids=lambda settings: next(iter(settings)),
-)
-def test_sampling_where_nsp_is_likely_but_not_allowed(model, inputs, index, warper, settings):
-    """The warpers choose among what is allowed: they must not keep `[NSP]` alone."""
-    torch.manual_seed(0)
-    eager = Prefer([model.config.nsp_token_id])
-    config = RetrievalConfig(**settings)
-    output = generate(model, inputs, index, eager, do_sample=True, retrieval_config=config, **warper)
-    limit = settings.get("max_retrievals", 0)
-    assert [len(trace) for trace in output.retrievals] == [limit] * 5
-    assert output.num_generated_tokens.tolist() == [20] * 5
-
-
-def test_passages_for_which_there_is_no_room_are_not_cited(model, index):
-    prompt = question_that_retrieves(model)
-    inputs = {"input_ids": torch.tensor([prompt])}
-    config = RetrievalConfig(top_k=3)
-    passage_ids = (
-        generate(model, inputs, index, max_new_tokens=1, retrieval_config=config).retrievals[0][0].passage_ids
-    )
-    lengths = [len(index[index.row_of(id)]["input_ids"]) for id in passage_ids]
-    separator = len(encode_texts(model.tokenizer, ["\n"])[0])
-    cases = [  # room for tokens, passages of which at least one is read
-        (1, 1),
-        (lengths[0] + separator, 1),
-        (lengths[0] + separator + 1, 2),
-        (sum(lengths) + 2 * separator, 3),
-    ]
-    for room, num_cited in cases:
-        context_length = len(prompt) + room + 1  # and [Cs]
-        model.config.get_text_config().max_position_embeddings = context_length
-        output = generate(model, inputs, index, retrieval_config=config)
-        assert output.retrievals[0][0].passage_ids == passage_ids[:num_cited]
-        assert output.sequences.shape[1] == context_length
-        assert int(output.num_generated_tokens) == 0
-
-
-def test_an_nsp_without_room_for_a_passage_is_streamed(model, index):
-    prompt = encode_prompt(model.tokenizer, "who?")
-    model.config.get_text_config().max_position_embeddings = len(prompt) + 2
-    streamer = Collect()
-    eager = Prefer([model.config.nsp_token_id])
-    output = generate(model, {"input_ids": torch.tensor([prompt])}, index, eager, streamer=streamer)
-    assert streamer.tokens == output.sequences[0].tolist()
-    assert output.retrievals == [[]]
-
-
-# ------------------------------------------------------------------ settings
-
-
-def test_query_embeddings_on_request(model, inputs, index, steer):
-    output = generate(model, inputs, index, steer, retrieval_config=RetrievalConfig(output_query_embeds=True))
-    assert num_retrievals(output) >= 2
-    for trace in output.retrievals:
-        for retrieval in trace:
-            scores = index.embeddings @ torch.tensor(retrieval.query_embed)
-            assert scores.max().item() == pytest.approx(retrieval.score, abs=1e-5)
-    assert generate(model, inputs, index, steer).retrievals[1][0].query_embed is None
-
-
-def test_candidates_with_num_return_sequences(model, inputs, index, steer):
-    candidates = [["p0"], ["p1"], ["p2"], ["p3"], ["p4"]]
-    config = RetrievalConfig(candidates=candidates, force_nsp_first=True)
-    torch.manual_seed(0)
-    output = generate(model, inputs, index, steer, do_sample=True, num_return_sequences=2, retrieval_config=config)
-    for row, trace in enumerate(output.retrievals):
-        assert {retrieval.passage_id for retrieval in trace} == {f"p{row // 2}"}
-        assert trace[0].row == row
-    assert len(output.retrievals) == 10
-
-
-def test_an_index_smaller_than_top_k(model, inputs):
-    index = model.build_index(PASSAGES[:2], show_progress_bar=False)
-    config = RetrievalConfig(top_k=5, force_nsp_first=True)
-    output = generate(model, inputs, index, retrieval_config=config, max_new_tokens=3)
-    assert [len(trace[0].passages) for trace in output.retrievals] == [2] * 5
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"top_k": 0}, "top_k is 0"),
-        ({"max_retrievals": -1}, "max_retrievals is -1"),
-        ({"force_nsp_first": True, "forbid_nsp": True}, "exclude each other"),
-        ({"candidates": [], "passages": []}, "set one of them"),
-        ({"forget_passages": "yes"}, "'recompute' or 'mask'"),
-    ],
-)
-def test_settings_that_cannot_be(settings, message):
-    with pytest.raises(ValueError, match=message):
-        RetrievalConfig(**settings)
-
-
-def test_candidates_and_passages_must_fit(model, inputs, index):
-    for name, entries in (("candidates", 3), ("passages", 3), ("candidates", 1)):
-        config = RetrievalConfig(**{name: [["p0"]] * entries})
-        for options in ({}, {"do_sample": True, "num_return_sequences": 3}):
-            message = f"{name} has {entries} entries, expected one for each of the 5 prompts"
-            with pytest.raises(ValueError, match=message):
-                generate(model, inputs, index, retrieval_config=config, **options)
-    for settings in ({"candidates": [["p0", "p77"]] * 5}, {"passages": [["p77"]] * 5}):
-        with pytest.raises((ValueError, KeyError), match="p77"):
-            generate(model, inputs, index, retrieval_config=RetrievalConfig(**settings))
-    with pytest.raises(ValueError, match="retrieval_config needs a retriever"):
-        generate(model, inputs, None, retrieval_config=RetrievalConfig(top_k=2))
-    with pytest.raises(ValueError, match="candidates need a retriever"):
-        generate(model, inputs, None, retrieval_config=RetrievalConfig(candidates=[["p0"]] * 5, forbid_nsp=True))
-    with pytest.raises(ValueError, match="'p0' is given by its id"):
-        generate(model, inputs, None, retrieval_config=RetrievalConfig(passages=[["p0"]] * 5))
-
-
-# ------------------------------------------------------------------ a search that fails
-
-
-class Breaks:
-    """An index that fails at the third search."""
-
-    def __init__(self, index):
-        self.index = index
-        self.searches = 0
-        self.check_model = index.check_model
-        self.get_passages = index.get_passages
-        self.rows_of = index.rows_of
-
-    def search(self, *args, **kwargs):
-        self.searches += 1
-        if self.searches == 3:
-            raise ConnectionError("the server went away")
-        return self.index.search(*args, **kwargs)
-
-
-def test_a_failed_search_keeps_the_finished_rows(model, inputs, index, steer):
-    steer.end_every = 6
-    expected = rows_of(model, inputs, generate(model, inputs, index, steer))
-    with pytest.raises(RetrievalError, match="the server went away") as error:
-        generate(model, inputs, Breaks(index), steer)
-    assert error.value.finished
-    for row in error.value.finished:
-        assert row.ids == expected[row.number]
-
-
-def test_a_failed_search_ends_the_stream(model, inputs, index):
-    streamer = Collect()
-    eager = Prefer([model.config.nsp_token_id])
-    with pytest.raises(RetrievalError):
-        generate(model, {"input_ids": inputs["input_ids"][1:2]}, Breaks(index), eager, streamer=streamer)
-    assert streamer.ended  # a thread that reads from it does not wait for ever
 
 
 # ------------------------------------------------------------------ a static cache, a captured step

@@ -6,9 +6,26 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.generation import BaseStreamer
 
-from modeling_cosup import Retrieval
+from modeling_cosup import CoSupGenerateOutput, Retrieval
+from modeling_cosup.tokenization_cosup import encode_prompt
+
+QUESTIONS = ["who?", "who painted the Night Watch?", "Curie", "when was it finished; in Amsterdam", "not this one!"]
+
+
+class Prefer(LogitsProcessor):
+    """Adds to the scores of some tokens, at every step."""
+
+    def __init__(self, ids: Sequence[int], bonus: float = 1000.0) -> None:
+        self.ids = ids
+        self.bonus = bonus
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.clone()
+        scores[:, self.ids] += self.bonus
+        return scores
 
 
 class Steer(LogitsProcessor):
@@ -113,3 +130,60 @@ def assert_same_retrievals(traces: Sequence[Sequence[Retrieval]], expected: Sequ
             assert retrieval.passages == other.passages
             assert retrieval.grounded_span == other.grounded_span
             assert retrieval.scores == pytest.approx(other.scores, abs=1e-5)
+
+
+class Collect(BaseStreamer):
+    """A streamer that keeps the tokens."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+# ---------------------------------------------------------------------- questions and their rows
+
+
+def question_inputs(model: Any) -> dict[str, torch.Tensor]:
+    """Return `input_ids` and `attention_mask` of `QUESTIONS`, padded on the left; the second ends in `[NSP]`."""
+    prompts = [encode_prompt(model.tokenizer, question) for question in QUESTIONS]
+    prompts[1].append(model.config.nsp_token_id)
+    return left_pad(prompts, model.tokenizer.pad_token_id)
+
+
+def question_steer(model: Any) -> Steer:
+    """Return a processor with which all of `QUESTIONS` but the last retrieve."""
+    return Steer(model, retrieve_every=7, quiet_id=model.tokenizer("!")["input_ids"][0])
+
+
+def question_that_retrieves(model: Any) -> list[int]:
+    """Return the token ids of a prompt that ends in `[NSP]`."""
+    return [*encode_prompt(model.tokenizer, "who?"), model.config.nsp_token_id]
+
+
+def generate(
+    model: Any, inputs: dict[str, torch.Tensor], index: Any, *processors: LogitsProcessor, **kwargs: Any
+) -> Any:
+    """Generate 20 tokens with a trace, unless `kwargs` say otherwise."""
+    options = {"max_new_tokens": 20, "return_dict_in_generate": True, **kwargs}
+    return model.generate(**inputs, retriever=index, logits_processor=LogitsProcessorList(processors), **options)
+
+
+def prompt_of(inputs: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
+    """Return `input_ids` of a row alone, without padding."""
+    return {"input_ids": inputs["input_ids"][row][inputs["attention_mask"][row].bool()][None]}
+
+
+def rows_of(model: Any, inputs: dict[str, torch.Tensor], output: CoSupGenerateOutput) -> list[list[int]]:
+    """Return each row of the output without padding."""
+    return real_tokens(output, inputs["attention_mask"], model.tokenizer.pad_token_id)
+
+
+def num_retrievals(output: CoSupGenerateOutput) -> int:
+    """Return the retrievals of all rows together."""
+    return sum(map(len, output.retrievals))
