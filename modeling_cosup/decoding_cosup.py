@@ -220,7 +220,7 @@ class Decoder:
             self._follow_up(tokens.tolist(), stopped.tolist(), exhausted.tolist(), logits)
 
     def _follow_up(self, tokens: list[int], stopped: list[bool], exhausted: list[bool], logits: torch.Tensor) -> None:
-        """Do what follows from the decisions: rows end, ask for passages, or leave the text that a passage was for."""
+        """Do what follows from the decisions: rows end, ask for passages, or forget one."""
         done: list[tuple[Row, list[int]]] = []
         for row, token, stops, is_last in zip(list(self.slots.rows), tokens, stopped, exhausted, strict=True):
             if row is None:
@@ -251,7 +251,7 @@ class Decoder:
     # ------------------------------------------------------------------ retrieval
 
     def _retrieve(self, asking: list[Row], outputs: Outputs) -> dict[Row, list[int]]:
-        """Look up passages for all rows that ask, and return what they read next: passage ids and `[Cs]`."""
+        """Look up passages for all rows that ask; return the ids that they read next: of the passages, and `[Cs]`."""
         query_embeds = None
         if self.retrieval.output_query_embeds or any(row.given_passages is None for row in asking):
             query_embeds = self._query_embeds_of(asking, outputs.query_embeds)  # (R, h)

@@ -277,7 +277,9 @@ class RetrievalGenerationMixin(RefusalsMixin):
                     "retrieval_config needs a retriever, its own passages or forbid_nsp=True, and a model with an "
                     "[NSP] token."
                 )
-            return None if memory is None else RetrievalCall(memory=memory)
+            if memory is None:
+                return None
+            return RetrievalCall(memory=memory)
         if retriever is not None:
             retriever.check_model(self)
         return call
@@ -289,6 +291,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
         kwargs: dict[str, Any],
         call: RetrievalCall,
     ) -> Any:
+        """Check the arguments, and run transformers' generate(), which prepares everything and calls `_sample`."""
         prepared = self._check_retrieval_arguments(generation_config, kwargs)
         call.static = prepared.cache_implementation == "static"
         kwargs = {name: value for name, value in kwargs.items() if name != "cache_implementation"}
@@ -306,7 +309,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
         return output
 
     def _settings_hash(self, generation_config: GenerationConfig, call: RetrievalCall) -> str:
-        """Hash what decides an answer and can be written down: weights only by name, processors not at all."""
+        """Return a hash of what decides an answer: of weights only the name; processors are not included."""
         retrieval = vars(call.retrieval).copy()
         del retrieval["candidates"], retrieval["passages"]
         index = None if call.retriever is None else call.retriever.fingerprint
@@ -356,8 +359,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
             )
             decoder = Decoder(self, settings, call.retriever, call.memory, streamer, synced_gpus)
             rows = [Row(number, prompt) for number, prompt in enumerate(prompts)]
-            copies = 1 if queue is not None else generation_config.num_return_sequences or 1
-            decoder.lookup.prepare(rows, copies)
+            decoder.lookup.prepare(rows, copies=generation_config.num_return_sequences or 1)
         except ValueError as failure:
             error = failure
         raise_together(error, synced_gpus, device)
