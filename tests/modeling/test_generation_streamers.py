@@ -35,6 +35,13 @@ def steer(model):
     return question_steer(model)
 
 
+def generate_four_letters(model, index, **kwargs):
+    """Retrieve for a prompt that ends in `[NSP]`, then write "aaaa"."""
+    inputs = {"input_ids": torch.tensor([question_that_retrieves(model)])}
+    letter = encode_texts(model.tokenizer, ["a"])[0]
+    return generate(model, inputs, index, Prefer(letter), max_new_tokens=4, **kwargs)
+
+
 def test_streaming_gives_every_token_in_order(model, inputs, index, steer):
     for row in (0, 1):
         streamer = Collect()
@@ -45,20 +52,12 @@ def test_streaming_gives_every_token_in_order(model, inputs, index, steer):
 
 
 def test_text_streamer_prints_answer_and_passages(model, index, capsys):
-    input_ids = torch.tensor([question_that_retrieves(model)])
     streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    letter = encode_texts(model.tokenizer, ["a"])[0]
-    output = generate(model, {"input_ids": input_ids}, index, Prefer(letter), max_new_tokens=4, streamer=streamer)
+    output = generate_four_letters(model, index, streamer=streamer)
     printed = capsys.readouterr().out.strip()
-    assert printed == model.tokenizer.decode(output.sequences[0, input_ids.shape[1] :], skip_special_tokens=True)
+    assert printed == model.tokenizer.decode(output.sequences[0, output.prompt_length :], skip_special_tokens=True)
     assert output.retrievals[0][0].text in printed
     assert printed.endswith("aaaa")
-
-
-def generate_four_letters(model, index, **kwargs):
-    inputs = {"input_ids": torch.tensor([question_that_retrieves(model)])}
-    letter = encode_texts(model.tokenizer, ["a"])[0]
-    return generate(model, inputs, index, Prefer(letter), max_new_tokens=4, **kwargs)
 
 
 def test_passages_can_be_hidden_from_a_streamer(model, index, capsys):
