@@ -1,89 +1,131 @@
-"""The KV cache of the retrieval loop: every row keeps its own columns, so that rows may grow, shrink, leave and arrive apart from each other."""
+"""The KV cache of the retrieval loop: each row has its own columns, and grows, shrinks, leaves and arrives alone."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-EMPTY = torch.iinfo(
-    torch.int64
-).max  # position of a column that holds no token: later than any query, so nothing attends to it
+# position of a column that holds no token: later than any query, so nothing attends to it
+EMPTY = torch.iinfo(torch.int64).max
 _BLOCK = 64  # columns are allocated in multiples of this
 
 
 class RowCache(Cache):
     """
-    Pre-allocated keys and values in which the tokens of a row lie without gaps from column 0 on, each next to the position it was rotated for.
+    Pre-allocated keys and values. The tokens of a row fill its columns from 0 on without gaps; next to each column
+    is the position for which its keys were rotated.
 
-    A chunk is written where its row ends, whatever the other rows do; attention sees a column iff its position is not after the query's. So nothing
-    is ever re-packed: a row that retrieved is longer, and that is all. Sliding windows are kept by the mask, no column is evicted.
+    A chunk is written where its row ends, whatever the other rows do. Attention sees a column iff its position is not
+    after the query's. So nothing is ever re-packed: a row that retrieved is longer, and that is all. Sliding windows
+    are a matter of the mask: no column is evicted.
 
     Args:
-        rows (`int`): slots, the most rows at once.
-        columns (`int`): to start with; it grows.
-        device (`torch.device`): of `tokens` and `positions`; keys and values are allocated where the layers write them.
+        rows (`int`): slots, the most rows at a time.
+        columns (`int`): to start with; the cache grows.
+        device (`torch.device`): of `tokens` and `positions`; keys and values are allocated on their layer's device.
         limit (`int`): columns that a row can fill, Gen's context length.
-        static (`bool`): keys and values keep their addresses, for a captured decoding step (torch.compile, CUDA graphs).
-        dtype (`torch.dtype`, *optional*): of the model, noted by whoever keeps the cache for another call.
+        static (`bool`): keys and values keep their addresses, for a captured step (torch.compile, CUDA graphs).
+        dtype (`torch.dtype`, *optional*): of the model; [`cache_for`] compares it before it takes a cache again.
 
     Attributes:
         tokens, positions (`torch.LongTensor` of shape `(rows, columns)`): what each column holds.
-        keys, values (`list[torch.Tensor]` of shape `(rows, heads, columns, head_dim)`): a layer each.
+        keys, values (`list[torch.Tensor]` of shape `(rows, heads, columns, head_dim)`): one entry per layer.
     """
 
-    def __init__(self, rows, columns, device, limit=EMPTY, static=False, dtype=None):
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        device: torch.device,
+        limit: int = EMPTY,
+        static: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__(layers=[])
-        self.static, self.limit, self.dtype = static, limit, dtype
+        self.static = static
+        self.limit = limit
+        self.dtype = dtype
         columns = _rounded(columns)
         self.tokens = torch.zeros(rows, columns, dtype=torch.long, device=device)
         self.positions = torch.full((rows, columns), EMPTY, device=device)
-        self.keys, self.values = [], []
-        self._slots = self._columns = None  # of the forward under way
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+        # the forward under way: its slots, its columns (R, W), and how many columns attention reads
+        self._slots: torch.Tensor | int = 0
+        self._columns = torch.zeros(0, 0, dtype=torch.long, device=device)
         self._width = 0
 
     @property
-    def columns(self):
+    def columns(self) -> int:
         """Columns that are allocated."""
         return self.positions.shape[1]
 
     # ------------------------------------------------------------------ one forward
 
-    def begin(self, slots, columns, tokens, positions, width):
+    def begin(
+        self,
+        slots: torch.Tensor | int,
+        columns: torch.Tensor,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        width: int,
+    ) -> None:
         """
         Say where the tokens of the next forward belong.
 
         Args:
             slots (`torch.LongTensor` of shape `(R,)` or `int`): the slots of its rows; an `int` n for the first n.
-            columns, tokens, positions (`torch.LongTensor` of shape `(R, W)`): for each token its column, its id, and its position; `EMPTY` for padding, which
-                is written after the end of its row and never seen.
+            columns, tokens, positions (`torch.LongTensor` of shape `(R, W)`): the column, id and position of each
+                token. Padding has the position `EMPTY`: it is written after the end of its row and never seen.
             width (`int`): columns that attention reads, including this forward's.
         """
-        self._slots, self._columns, self._width = slots, columns, width
+        self._slots = slots
+        self._columns = columns
+        self._width = width
         for states, new in ((self.tokens, tokens), (self.positions, positions)):
             if isinstance(slots, torch.Tensor):
                 states[slots[:, None], columns] = new
             else:
                 states[:slots].scatter_(1, columns, new)
 
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        """Write keys and values `(R, heads, W, head_dim)` of a layer and return all that its rows hold, `(R, heads, width, head_dim)`."""
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Write the keys and values of a layer and return all that its rows hold.
+
+        Args:
+            key_states, value_states (`torch.Tensor` of shape `(R, heads, W, head_dim)`): of the forward's tokens.
+            layer_idx (`int`): of the layer.
+
+        Returns:
+            Keys and values, both of shape `(R, heads, width, head_dim)`.
+        """
         if layer_idx == len(self.keys):
             for stored, states in ((self.keys, key_states), (self.values, value_states)):
                 stored.append(states.new_zeros(len(self.positions), states.shape[1], self.columns, states.shape[3]))
                 if self.static and not torch.compiler.is_compiling():
-                    torch._dynamo.mark_static_address(stored[-1])  # else CUDA graphs refuse to write to it
+                    torch._dynamo.mark_static_address(stored[-1])  # otherwise CUDA graphs refuse to write to it
         return self._write(self.keys[layer_idx], key_states), self._write(self.values[layer_idx], value_states)
 
-    def _write(self, stored, states):
-        columns, slots = self._columns.to(stored.device), self._slots
-        every = isinstance(slots, int)
-        index = torch.arange(slots, device=stored.device) if every else slots.to(stored.device)
-        stored[index[:, None], :, columns] = states.transpose(
-            1, 2
-        )  # not scatter_, for which a compiled step would copy the cache twice
-        return stored[:slots, :, : self._width] if every else stored[index, :, : self._width]
+    def _write(self, stored: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        slots = self._slots
+        columns = self._columns.to(stored.device)  # (R, W)
+        states = states.transpose(1, 2)  # (R, W, heads, head_dim)
+        # indexing, not scatter_, for which a compiled step would copy the cache twice
+        if isinstance(slots, int):
+            stored[torch.arange(slots, device=stored.device)[:, None], :, columns] = states
+            return stored[:slots, :, : self._width]
+        slots = slots.to(stored.device)
+        stored[slots[:, None], :, columns] = states
+        return stored[slots, :, : self._width]
 
-    def visible(self, positions, window=None):
+    def visible(self, positions: torch.Tensor, window: int | None = None) -> torch.Tensor:
         """
-        Which columns each query of this forward attends to.
+        Return which columns each query of this forward attends to.
 
         Args:
             positions (`torch.LongTensor` of shape `(R, W)`): of the queries.
@@ -92,102 +134,170 @@ class RowCache(Cache):
         Returns:
             `torch.BoolTensor` of shape `(R, 1, W, width)`.
         """
-        rows = self.positions[self._slots] if isinstance(self._slots, torch.Tensor) else self.positions[: self._slots]
-        keys, queries = rows[:, None, None, : self._width], positions[:, None, :, None]
+        if isinstance(self._slots, torch.Tensor):
+            stored = self.positions[self._slots]
+        else:
+            stored = self.positions[: self._slots]
+        keys = stored[:, None, None, : self._width]  # (R, 1, 1, width)
+        queries = positions[:, None, :, None]  # (R, 1, W, 1)
         visible = keys <= queries
-        return visible if window is None else visible & (keys > queries - window)
+        if window is None:
+            return visible
+        return visible & (keys > queries - window)
 
-    # what transformers asks when no mask is given: every row is at the same column
+    # What transformers reads to make a mask when it gets none: then every row is at the same column.
 
-    def get_seq_length(self, layer_idx=0):
-        return self._width - (0 if self._columns is None else self._columns.shape[1])
+    def get_seq_length(self, layer_idx: int | None = None) -> int:
+        return self._width - self._columns.shape[1]
 
-    def get_mask_sizes(self, *args, **kwargs):
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         return self._width, 0
 
-    def get_max_length(self, layer_idx=None):
+    def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
 
     get_max_cache_shape = get_max_length  # its name in older releases
 
     @property
-    def is_compileable(self):
+    def is_compileable(self) -> bool:
         return self.static
 
     # ------------------------------------------------------------------ between forwards
 
     @torch.no_grad()
-    def grow(self, columns):
-        """Make room for `columns` columns; twice as many as before, so that a long text is copied a few times only, but no more than a context needs."""
+    def grow(self, columns: int) -> None:
+        """
+        Make room for `columns` columns.
+
+        The cache doubles, so that a long text is copied a few times only, but gets no larger than a context.
+        """
         if columns <= self.columns:
             return
-        added = _rounded(max(columns, min(2 * self.columns, self.limit))) - self.columns
+        doubled = min(2 * self.columns, self.limit)
+        added = _rounded(max(columns, doubled)) - self.columns
         self.tokens = torch.nn.functional.pad(self.tokens, (0, added))
-        self.positions = torch.cat(
-            [self.positions, self.positions.new_full((len(self.positions), added), EMPTY)], 1
-        )  # pad() goes through a double
+        # not pad(), which goes through a double
+        empty = self.positions.new_full((len(self.positions), added), EMPTY)
+        self.positions = torch.cat([self.positions, empty], 1)
         for stored in (self.keys, self.values):
             for layer, states in enumerate(stored):
                 stored[layer] = torch.nn.functional.pad(states, (0, 0, 0, added))
                 if self.static:
                     torch._dynamo.mark_static_address(stored[layer])
 
-    def move(self, source, target, length):
-        """Slot `target` becomes what slot `source` holds in its first `length` columns."""
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` columns of slot `source` to slot `target`."""
         for states in (*self.keys, *self.values):
             states[target, :, :length] = states[source, :, :length]
         self.tokens[target] = self.tokens[source]
         self.positions[target] = self.positions[source]
 
-    def cut(self, slot, start, end, length):
-        """Take the tokens of columns `[start, end)` out of a slot of `length` tokens; what follows them moves up and keeps its positions."""
-        kept = start + length - end
+    def cut(self, slot: int, start: int, end: int, length: int) -> None:
+        """
+        Take the columns `[start, end)` out of a slot that holds `length` tokens.
+
+        The tokens after them move up to `start` and keep their positions.
+        """
+        remaining = length - (end - start)
         for states in (*self.keys, *self.values):
-            states[slot, :, start:kept] = states[slot, :, end:length].clone()
+            states[slot, :, start:remaining] = states[slot, :, end:length].clone()
         for states in (self.tokens, self.positions):
-            states[slot, start:kept] = states[slot, end:length].clone()
-        self.positions[slot, kept:] = EMPTY
+            states[slot, start:remaining] = states[slot, end:length].clone()
+        self.positions[slot, remaining:] = EMPTY
 
 
-def attention_mask(cache, config, positions, implementation, dtype):
+def cache_for(model: Any, rows: int, columns: int, device: torch.device, static: bool = False) -> RowCache:
     """
-    What Gen's layers take as `attention_mask` for the forward that `cache.begin` announced.
+    Return an empty cache for one call of generate().
+
+    A static cache is kept on the model for the next call: a captured step belongs to its cache, and with another
+    one it would have to be captured again.
 
     Args:
-        cache ([`RowCache`]), config (`PreTrainedConfig`): Gen's text config.
+        model ([`CoSupForCausalLM`]): its attribute `_static_row_cache` holds the static cache.
+        rows, columns, device, static: see [`RowCache`].
+    """
+    limit = context_length(model.config.get_text_config())
+    if not static:
+        return RowCache(rows, columns, device, limit)
+    cache: RowCache | None = getattr(model, "_static_row_cache", None)
+    if cache is None or not _fits(cache, rows, columns, device, model.gen.dtype):
+        cache = RowCache(rows, columns, device, limit, static=True, dtype=model.gen.dtype)
+        model._static_row_cache = cache
+    cache.positions.fill_(EMPTY)
+    return cache
+
+
+def _fits(cache: RowCache, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether a static cache can serve another call."""
+    if len(cache.positions) != rows or cache.positions.device != device or cache.dtype != dtype:
+        return False
+    # attention reads all columns of a static cache: one that is far too large would stay slow
+    return columns <= cache.columns <= 4 * columns + 64
+
+
+# ---------------------------------------------------------------------- attention
+
+
+def attention_mask(
+    cache: RowCache, config: PreTrainedConfig, positions: torch.Tensor, implementation: str, dtype: torch.dtype
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """
+    Return what Gen's layers take as `attention_mask` for the forward that `cache.begin` announced.
+
+    Args:
+        cache ([`RowCache`]), config (`PreTrainedConfig`): the cache, and Gen's text config.
         positions (`torch.LongTensor` of shape `(R, W)`): of the queries.
-        implementation (`str`): of the attention; `"sdpa"` takes `bool`, every other one adds the mask to the scores.
-        dtype (`torch.dtype`): of the latter.
+        implementation (`str`): of the attention. `"sdpa"` takes `bool`; every other one adds the mask to the scores.
+        dtype (`torch.dtype`): of a mask that is added.
 
     Returns:
-        A tensor `(R, 1, W, width)`, or a `dict` of these by layer type, where Gen mixes sliding windows and full attention.
+        A tensor `(R, 1, W, width)`; or, if Gen mixes sliding windows and full attention, a `dict` of these by layer
+        type.
     """
-    kinds = layer_kinds(config)
-    window = getattr(config, "sliding_window", None)
-    masks = {kind: cache.visible(positions, window if kind == "sliding_attention" else None) for kind in kinds}
-    if implementation != "sdpa":
-        lowest = torch.finfo(dtype).min
-        masks = {
-            kind: torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, lowest)
-            for kind, mask in masks.items()
-        }
-    return masks if len(masks) > 1 else masks[kinds[0]]
+    masks = {}
+    for kind in layer_kinds(config):
+        window = getattr(config, "sliding_window", None) if kind == "sliding_attention" else None
+        mask = cache.visible(positions, window)
+        if implementation != "sdpa":
+            added = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+            mask = added.masked_fill_(~mask, torch.finfo(dtype).min)
+        masks[kind] = mask
+    if len(masks) > 1:
+        return masks
+    return next(iter(masks.values()))
 
 
-def layer_kinds(config):
-    """The sorted set of Gen's layer types: `"full_attention"`, `"sliding_attention"` and those of other architectures."""
-    if types := getattr(config, "layer_types", None) or getattr(
-        config, "attention_layers", None
-    ):  # the latter: GPT-Neo
+@contextmanager
+def maskable_attention(gen: PreTrainedModel) -> Iterator[None]:
+    """A context in which Gen attends through SDPA, or eagerly: flash kernels take no mask, which ragged rows need."""
+    config = gen.config.get_text_config()
+    implementation = config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        takes_sdpa = gen._supports_sdpa and not getattr(config, "attn_logit_softcapping", None)
+        config._attn_implementation = "sdpa" if takes_sdpa else "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = implementation
+
+
+def layer_kinds(config: PreTrainedConfig) -> list[str]:
+    """Return Gen's layer types, each once, sorted: `"full_attention"`, `"sliding_attention"`, or others."""
+    types = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)  # the latter: GPT-Neo
+    if types:
         return sorted(set(types))
-    sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    return ["sliding_attention" if sliding else "full_attention"]
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        return ["sliding_attention"]
+    return ["full_attention"]
 
 
-def context_length(config):
-    """Positions that Gen can read, from its text config; `EMPTY`, which no row reaches, where it sets no limit."""
+def context_length(config: PreTrainedConfig) -> int:
+    """Return how many positions Gen can read, by its text config; without a limit `EMPTY`, which no row reaches."""
     return getattr(config, "max_position_embeddings", None) or EMPTY
 
 
-def _rounded(columns):
-    return -(-max(columns, 1) // _BLOCK) * _BLOCK
+def _rounded(columns: int) -> int:
+    """Return `columns` rounded up to whole blocks."""
+    blocks = -(-max(columns, 1) // _BLOCK)
+    return blocks * _BLOCK

@@ -4,14 +4,19 @@ out, slot by slot.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import CompileConfig
 
-from .cache_cosup import EMPTY, attention_mask
-from .memory_cosup import adjusted
+from .cache_cosup import EMPTY, RowCache, attention_mask
+from .memory_cosup import Memory, adjusted
+from .settings_cosup import DecodingSettings
+from .slots_cosup import Slots
 from .tokenization_cosup import pad_rows
+from .trace_cosup import Row
 
 
 @dataclass
@@ -20,25 +25,31 @@ class Outputs:
     What one pass has computed so far, by slot; only the slots that were forwarded count.
 
     Args:
-        logits (`torch.Tensor` of shape `(n, V)`, *optional*): at the last token of each row, as a memory adjusted
-            them.
+        logits (`torch.Tensor` of shape `(n, V)`): at the last token of each row, as a memory adjusted them; `None`
+            before the first forward of a pass.
         query_embeds (`torch.FloatTensor` of shape `(n, h)`, *optional*): Gen's query embeddings there.
     """
 
-    logits: torch.Tensor | None = None
+    logits: torch.Tensor = None  # type: ignore[assignment]  # every pass forwards before it decides
     query_embeds: torch.Tensor | None = None
 
-    def place(self, slots, logits, query_embeds, n):
+    def place(self, slots: torch.Tensor, logits: torch.Tensor, query_embeds: torch.Tensor | None, n: int) -> None:
         """
-        Put the outputs of rows `(R, ...)` that read a chunk into their `slots` `(R,)`; makes room for n slots if
-        nothing was computed yet.
+        Put in the outputs of rows that read a chunk.
+
+        Args:
+            slots (`torch.LongTensor` of shape `(R,)`): of these rows.
+            logits (`torch.Tensor` of shape `(R, V)`): of these rows.
+            query_embeds (`torch.FloatTensor` of shape `(R, h)`, *optional*): of these rows.
+            n (`int`): slots to make room for, if nothing was computed yet.
         """
         self.logits = _placed(self.logits, slots, logits, n)
         if query_embeds is not None:
             self.query_embeds = _placed(self.query_embeds, slots, query_embeds, len(self.logits))
 
 
-def _placed(states, slots, new, n):
+def _placed(states: torch.Tensor | None, slots: torch.Tensor, new: torch.Tensor, n: int) -> torch.Tensor:
+    """Return states `(n, ...)` with `new` `(R, ...)` in the rows `slots` `(R,)`."""
     if states is None:
         states = new.new_zeros(n, new.shape[-1])
     return states.index_copy(0, slots.to(states.device), new.to(states.device))
@@ -51,44 +62,52 @@ class Forwards:
     Args:
         model ([`CoSupForCausalLM`]), settings ([`DecodingSettings`]), slots ([`Slots`]), cache ([`RowCache`]): of the
             loop.
-        generation_config (`GenerationConfig`): says whether and how the one-token step is compiled.
         memory ([`Memory`], *optional*): adjusts the logits of every decision.
+
+    Attributes:
+        num_tokens (`int`): tokens that went through Gen so far.
     """
 
-    def __init__(self, model, settings, slots, cache, generation_config, memory=None):
-        self.model, self.settings, self.slots, self.cache, self.memory = model, settings, slots, cache, memory
+    def __init__(
+        self, model: Any, settings: DecodingSettings, slots: Slots, cache: RowCache, memory: Memory | None = None
+    ) -> None:
+        self.model = model
+        self.settings = settings
+        self.slots = slots
+        self.cache = cache
+        self.memory = memory
+        self.num_tokens = 0
         self.text_config = model.config.get_text_config()
         self.gives_queries = settings.retrieves and model.config.query_from == "gen"
-        self.output_states = None
+        self.output_states: tuple[str, ...] | None = None
         if memory is not None and memory.states:
             self.output_states = memory.states
         self.slot_numbers = torch.arange(slots.count, device=slots.device)
         self.call_step = model.__call__
+        generation_config = settings.generation_config
         if settings.static and model._valid_auto_compile_criteria({"past_key_values": cache}, generation_config):
             # shapes are fixed on purpose: a graph for symbolic ones would be slower
-            self.call_step = model.get_compiled_call(generation_config.compile_config or CompileConfig(dynamic=False))
-        self.num_tokens = 0
+            compile_config = generation_config.compile_config or CompileConfig(dynamic=False)
+            self.call_step = model.get_compiled_call(compile_config)
 
-    def step(self, stepping, with_queries):
+    def step(self, stepping: NDArray[np.bool_], with_queries: bool) -> Outputs:
         """
-        Forward the decided token of every slot, one column. Slots that do not step write next to their tokens, where
-        their next one will be written.
+        Forward the decided token of every slot, one column. A slot that does not step writes its token after its last
+        column, where its next one will be written.
 
         Args:
             stepping (`numpy.ndarray` of bool and shape `(n,)`): the slots that count.
             with_queries (`bool`): query embeddings are needed.
-
-        Returns:
-            [`Outputs`].
         """
         slots, static = self.slots, self.settings.static
         n = slots.count if static else len(slots)
         filled = int(slots.columns[: len(slots)].max()) + 1
         self.cache.grow(filled)
         width = self.cache.columns if static else filled
-        columns, positions = slots.places(n)
-        tokens = slots.tokens[:n, None]
+        columns, positions = slots.places(n)  # (n, 1) each
+        tokens = slots.tokens[:n, None]  # (n, 1)
         self.cache.begin(n, columns, tokens, positions, width)
+        # every row at the same column, at its position: no mask needed
         even = not static and (slots.columns[:n] == width - 1).all() and (slots.positions[:n] == width - 1).all()
         outputs = self.call_step(
             input_ids=tokens,
@@ -100,11 +119,11 @@ class Forwards:
             nsp_positions=self.slot_numbers[:n],
             output_states=self.output_states,
         )
-        slots.step(stepping)
+        slots.count_step(stepping)
         self.num_tokens += int(stepping.sum())
         return Outputs(self._adjusted(outputs.logits[:, -1], outputs.states), outputs.query_embeds)
 
-    def read(self, chunks, outputs):
+    def read(self, chunks: dict[Row, list[int]], outputs: Outputs) -> None:
         """
         Forward one ragged chunk, and put what comes out at the last token of each of its rows into `outputs`.
 
@@ -115,49 +134,56 @@ class Forwards:
         if not chunks:
             return
         slots, device = self.slots, self.slots.device
-        places = np.array([row.slot for row in chunks])
-        lengths = np.array([len(ids) for ids in chunks.values()])
-        ids, mask = pad_rows(list(chunks.values()), self.settings.pad, device=device)
-        rows, longest = ids.shape
-        starts = np.stack([slots.columns[places], slots.positions[places], lengths, places])
-        first_columns, first_positions, counts, on_device = torch.from_numpy(starts).to(device)[:, :, None]
+        places = np.array([row.slot for row in chunks])  # (R,)
+        lengths = np.array([len(ids) for ids in chunks.values()])  # (R,)
+        ids, mask = pad_rows(list(chunks.values()), self.settings.pad, device=device)  # (R, W)
+        num_rows, longest = ids.shape
+        host_state = np.stack([slots.columns[places], slots.positions[places], lengths, places])
+        # one copy to the device for all four; (R, 1) each
+        first_columns, first_positions, counts, device_places = torch.from_numpy(host_state).to(device)[:, :, None]
+        device_places = device_places[:, 0]
         offsets = torch.arange(longest, device=device)
+        columns = first_columns + offsets  # (R, W)
         positions = first_positions + torch.minimum(offsets, counts - 1)
         width = int(slots.columns[places].max()) + longest
         self.cache.grow(width)
-        on_device = on_device[:, 0]
-        which = rows if (places == np.arange(rows)).all() else on_device
-        self.cache.begin(which, first_columns + offsets, ids, torch.where(mask.bool(), positions, EMPTY), width)
-        last = torch.arange(rows, device=device) * longest + counts[:, 0] - 1
+        first_slots = (places == np.arange(num_rows)).all()
+        cache_slots = num_rows if first_slots else device_places
+        self.cache.begin(cache_slots, columns, ids, torch.where(mask.bool(), positions, EMPTY), width)
+        last_tokens = torch.arange(num_rows, device=device) * longest + counts[:, 0] - 1  # of (R · W)
+        # every chunk as long, at the same column and its position: no mask needed
         even = (lengths == longest).all() and (slots.columns[places] == width - longest).all()
         even = even and (slots.positions[places] == slots.columns[places]).all()
-        read = self.model(
+        model_outputs = self.model(
             input_ids=ids,
             attention_mask=None if even else self._mask(positions),
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
-            logit_positions=last,
+            logit_positions=last_tokens,
             output_query_embeds=self.gives_queries,
-            nsp_positions=last,
+            nsp_positions=last_tokens,
             output_states=self.output_states,
         )
-        slots.advance(places, lengths)
+        slots.count_chunks(places, lengths)
         self.num_tokens += int(lengths.sum())
-        outputs.place(on_device, self._adjusted(read.logits, read.states), read.query_embeds, len(slots))
+        logits = self._adjusted(model_outputs.logits, model_outputs.states)
+        outputs.place(device_places, logits, model_outputs.query_embeds, len(slots))
 
-    def keep_up(self):
+    def keep_up(self) -> None:
         """Take part in the collectives of a forward in which this rank has nothing to forward."""
         token = torch.zeros(1, 1, dtype=torch.long, device=self.slots.device)
         self.model(input_ids=token, use_cache=False, output_query_embeds=False)
 
-    def _adjusted(self, logits, states):
+    def _adjusted(self, logits: torch.Tensor, states: dict[str, torch.Tensor] | None) -> torch.Tensor:
         """
-        What a decision is made from. Every forward passes here once, so that logits which a row holds on to are
-        adjusted already.
+        Return the logits from which rows decide. Every forward passes here once, so the logits that a row keeps are
+        already adjusted.
         """
-        return logits if self.memory is None else adjusted(self.memory, logits, states)
+        if self.memory is None:
+            return logits
+        return adjusted(self.memory, logits, states)
 
-    def _mask(self, positions):
+    def _mask(self, positions: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         implementation = self.text_config._attn_implementation
         return attention_mask(self.cache, self.text_config, positions, implementation, self.model.gen.dtype)

@@ -1,12 +1,16 @@
 """The queue of generate_many(): which prompts are waiting, and the file that keeps the answers."""
 
-import contextlib
 import json
 import os
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
 
 from .files_cosup import digest
-from .trace_cosup import Retrieval, cited_text, written_text
+from .trace_cosup import Retrieval, Row, cited_text, written_text
 
 
 @dataclass
@@ -18,93 +22,134 @@ class Completion:
         index (`int`): of the prompt.
         token_ids (`list[int]`): what follows the prompt, passages and `[Cs]` included.
         text (`str`): what the model wrote itself.
-        cited_text (`str`): with a numbered citation after each grounded span, and the passages below.
+        cited_text (`str`): the text with a numbered citation after each grounded span, and the passages below.
         num_generated_tokens (`int`): tokens that were decoded.
         retrievals (`list[Retrieval]`): the trace; positions count from the first token of the prompt.
     """
 
     index: int
-    token_ids: list
+    token_ids: list[int]
     text: str
     cited_text: str
     num_generated_tokens: int
-    retrievals: list
+    retrievals: list[Retrieval]
 
 
+@dataclass
 class Queue:
-    """The prompts of generate_many() that are not answered yet, and where their answers go."""
+    """
+    The prompts of generate_many(), and where their answers go.
 
-    def __init__(self, prompts, results, batch_size, output_file, key, bar, on_completion=None):
-        self.prompts, self.results, self.batch_size, self.output_file, self.key, self.bar = (
-            prompts,
-            results,
-            batch_size,
-            output_file,
-            key,
-            bar,
-        )
-        self.on_completion = on_completion
+    Args:
+        prompts (`list[list[int]]`): token ids of each.
+        results (`dict[int, Completion]`): answers by the number of their prompt, to start with those in `output_file`.
+        batch_size (`int`): rows at a time.
+        output_file (`str` or `Path`, *optional*): to which each answer is appended.
+        settings_hash (`str`): what `output_file` says of the settings that decide an answer.
+        bar_options (`dict`): arguments of the tqdm bar over prompts.
+        on_completion (`Callable`, *optional*): gets each answer; what it returns is shown after the bar.
+    """
 
-    def run(self, model, decoder, rows):
-        """Longest prompts first: the last rows of the batch should be short ones."""
+    prompts: list[list[int]]
+    results: dict[int, Completion]
+    batch_size: int
+    output_file: str | Path | None
+    settings_hash: str
+    bar_options: dict[str, Any]
+    on_completion: Callable[[Completion], dict[str, Any] | None] | None = None
+
+    def answer(self, model: Any, rows: list[Row], decode: Callable[[list[Row], Callable[[Row], None]], Any]) -> None:
+        """
+        Answer the prompts that have no answer yet, the longest first: the last rows of the batch should be short ones.
+
+        Args:
+            model ([`CoSupForCausalLM`]): its tokenizer decodes the answers.
+            rows (`list[Row]`): one for each prompt.
+            decode (`Callable`): [`Decoder.run`].
+        """
         from tqdm.auto import tqdm
 
-        waiting = sorted((row for row in rows if row.number not in self.results), key=lambda row: -len(row.prompt))
-        file = (
-            open(self.output_file, "a", encoding="utf-8") if self.output_file is not None else contextlib.nullcontext()
+        waiting = [row for row in rows if row.number not in self.results]
+        waiting.sort(key=lambda row: -len(row.prompt))
+        with ExitStack() as stack:
+            file = None
+            if self.output_file is not None:
+                file = stack.enter_context(open(self.output_file, "a", encoding="utf-8"))
+            bar = stack.enter_context(tqdm(**self.bar_options))
+            decode(waiting, partial(self._complete, model=model, file=file, bar=bar))
+
+    def _complete(self, row: Row, model: Any, file: TextIO | None, bar: Any) -> None:
+        """Keep, write and show the answer of a finished row."""
+        start = len(row.prompt)
+        completion = Completion(
+            index=row.number,
+            token_ids=row.ids[start:],
+            text=written_text(row.ids, row.retrievals, start, model.tokenizer),
+            cited_text=cited_text(row.ids, row.retrievals, start, model.tokenizer),
+            num_generated_tokens=row.num_generated_tokens,
+            retrievals=row.retrievals,
         )
-        with file, tqdm(**self.bar) as bar:
-
-            def keep(row):
-                start = len(row.prompt)
-                text, cited = (
-                    function(row.ids, row.retrievals, start, model.tokenizer)
-                    for function in (written_text, cited_text)
-                )
-                self.results[row.number] = done = Completion(
-                    row.number, row.ids[start:], text, cited, row.num_generated_tokens, row.retrievals
-                )
-                if self.output_file is not None:
-                    trace = [retrieval.to_dict() for retrieval in done.retrievals]
-                    line = {**vars(done), "retrievals": trace, "prompt": digest(row.prompt), "settings": self.key}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                    file.flush()
-                if self.on_completion is not None and (said := self.on_completion(done)):
-                    bar.set_postfix(said, refresh=False)
-                bar.update(1)
-
-            decoder.run(waiting, keep)
+        self.results[row.number] = completion
+        if file is not None:
+            trace = [retrieval.to_dict() for retrieval in completion.retrievals]
+            line = {**vars(completion), "retrievals": trace}
+            line["prompt"] = digest(row.prompt)
+            line["settings"] = self.settings_hash
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+        if self.on_completion is not None:
+            postfix = self.on_completion(completion)
+            if postfix:
+                bar.set_postfix(postfix, refresh=False)
+        bar.update(1)
 
 
-def read_completions(path, prompts, key):
-    """Answers that stand in the output file of an earlier, interrupted call: `{index: Completion}`. A last line that was cut off is removed."""
+def read_completions(path: str | Path, prompts: list[list[int]], settings_hash: str) -> dict[int, Completion]:
+    """
+    Return the answers that an earlier, interrupted call has written; a last line that was cut off is removed.
+
+    Args:
+        path (`str` or `Path`): the output file; it need not exist.
+        prompts (`list[list[int]]`), settings_hash (`str`): of this call, to which the answers must belong.
+
+    Returns:
+        `dict[int, Completion]`: by the number of the prompt.
+
+    Raises:
+        `ValueError`: for a line that is no answer to these prompts with these settings; names it.
+    """
     if not os.path.exists(path):
         return {}
-    results, whole = {}, 0
+    completions: dict[int, Completion] = {}
+    complete_bytes = 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 break
-            whole += len(line)
+            complete_bytes += len(line)
+            where = f"{path}, line {number}"
             try:
-                found = json.loads(line)
-                index, names = found["index"], {field.name for field in fields(Completion)}
-                if found["prompt"] != digest(prompts[index]):
-                    raise ValueError(
-                        f"{path}, line {number}: an answer to another prompt than number {index} of this call; choose another output_file."
-                    )
-                if found["settings"] != key:
-                    raise ValueError(
-                        f"{path}, line {number}: an answer of another model or index, or with other settings; choose another output_file."
-                    )
-                retrievals = [
-                    Retrieval(**{**trace, "grounded_span": tuple(trace["grounded_span"])})
-                    for trace in found["retrievals"]
-                ]
-                results[index] = Completion(**{**{name: found[name] for name in names}, "retrievals": retrievals})
+                completion = _read_completion(line, where, prompts, settings_hash)
             except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
-                raise ValueError(
-                    f"{path}, line {number}: not an answer of generate_many to these prompts ({error!r}); choose another file."
-                ) from error
-    os.truncate(path, whole)
-    return results
+                problem = f"not an answer of generate_many to these prompts ({error!r})"
+                raise ValueError(f"{where}: {problem}; choose another file.") from error
+            completions[completion.index] = completion
+    os.truncate(path, complete_bytes)
+    return completions
+
+
+def _read_completion(line: bytes, where: str, prompts: list[list[int]], settings_hash: str) -> Completion:
+    stored = json.loads(line)
+    index = stored["index"]
+    if stored["prompt"] != digest(prompts[index]):
+        problem = f"an answer to another prompt than number {index} of this call"
+        raise ValueError(f"{where}: {problem}; choose another output_file.")
+    if stored["settings"] != settings_hash:
+        problem = "an answer of another model or index, or with other settings"
+        raise ValueError(f"{where}: {problem}; choose another output_file.")
+    values = {field.name: stored[field.name] for field in fields(Completion)}
+    values["retrievals"] = []
+    for trace in stored["retrievals"]:
+        span = tuple(trace["grounded_span"])
+        values["retrievals"].append(Retrieval(**{**trace, "grounded_span": span}))
+    return Completion(**values)

@@ -1,11 +1,16 @@
 """What generate() refuses with a retriever or a memory, before anything is computed."""
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import BaseStreamer
 from transformers.generation.configuration_utils import GenerationMode
 
-from .cache_cosup import EMPTY, RowCache, layer_kinds
+from .cache_cosup import EMPTY, RowCache, context_length, layer_kinds
+from .configuration_cosup import CoSupConfig
 
 # what forward takes and the loop honours, or refuses with another message
 _HEEDED = {"input_ids", "attention_mask", "past_key_values", "use_cache", "inputs_embeds", "kwargs"}
@@ -14,7 +19,19 @@ _HEEDED = {"input_ids", "attention_mask", "past_key_values", "use_cache", "input
 class RefusalsMixin:
     """The checks of [`RetrievalGenerationMixin`]."""
 
-    def _check_retrieval_arguments(self, generation_config, kwargs):
+    # the model's
+    config: CoSupConfig
+    gen: PreTrainedModel
+    device: torch.device
+    training: bool
+    forward: Callable[..., Any]
+    _prepare_generation_config: Callable[..., tuple[GenerationConfig, dict[str, Any]]]
+    # whether Gen follows masks and positions that it is given, once that is known
+    _follows_masks: bool
+
+    def _check_retrieval_arguments(
+        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> GenerationConfig:
         """Return the call's `GenerationConfig` after checking it, the kwargs and Gen."""
         prepared, _ = self._prepare_generation_config(generation_config, **kwargs)
         self._check_mode(prepared, kwargs)
@@ -22,14 +39,15 @@ class RefusalsMixin:
         self._check_gen()
         return prepared
 
-    def _check_mode(self, prepared, kwargs):
+    def _check_mode(self, prepared: GenerationConfig, kwargs: dict[str, Any]) -> None:
         mode = prepared.get_generation_mode(kwargs.get("assistant_model"))
-        own_loop = kwargs.get("custom_generate") is not None
-        if own_loop or mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        custom_loop = kwargs.get("custom_generate") is not None
+        if custom_loop or mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             known = "Retrieval and memories work in greedy decoding and sampling"
             raise ValueError(f"{known}, not in {mode.value}; set num_beams=1 and no assistant_model.")
-        own_cache = kwargs.get("past_key_values") is not None
-        if own_cache or not prepared.use_cache or prepared.cache_implementation not in (None, "dynamic", "static"):
+        given_cache = kwargs.get("past_key_values") is not None
+        known_cache = prepared.cache_implementation in (None, "dynamic", "static")
+        if given_cache or not prepared.use_cache or not known_cache:
             raise ValueError(
                 "Retrieval keeps its own KV cache, and so does a memory: leave out use_cache=False and "
                 "past_key_values; cache_implementation may be 'static'."
@@ -37,28 +55,29 @@ class RefusalsMixin:
         if prepared.prefill_chunk_size is not None or prepared.cache_config is not None:
             raise ValueError(
                 "prefill_chunk_size and cache_config are not available with a retriever or a memory: prompts are read "
-                "whole, into a cache of its own."
+                "whole, into the loop's own cache."
             )
         for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
             if getattr(prepared, name):
                 reason = "rows that read passages have no step for it"
                 raise ValueError(f"{name}=True is not available with a retriever or a memory: {reason}.")
 
-    def _check_inputs(self, prepared, kwargs):
+    def _check_inputs(self, prepared: GenerationConfig, kwargs: dict[str, Any]) -> None:
         if kwargs.get("inputs_embeds") is not None or prepared.guidance_scale not in (None, 1):
             raise ValueError(
                 "inputs_embeds and guidance_scale are not available with a retriever or a memory: prompt and passages "
                 "are read once, as token ids."
             )
-        given = {name for name, value in kwargs.items() if value is not None}
-        unheeded = given & set(inspect.signature(self.forward).parameters) - _HEEDED
+        set_names = {name for name, value in kwargs.items() if value is not None}
+        unheeded_names = set(inspect.signature(self.forward).parameters) - _HEEDED
+        unheeded = sorted(set_names & unheeded_names)
         if unheeded:
-            names = ", ".join(sorted(unheeded))
             raise ValueError(
-                f"{names}: not available with a retriever or a memory, as what Gen reads is made row by row."
+                f"{', '.join(unheeded)}: not available with a retriever or a memory, as what Gen reads is made row by "
+                "row."
             )
 
-    def _check_gen(self):
+    def _check_gen(self) -> None:
         name = type(self.gen).__name__
         if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.gen.modules()):
             raise ValueError(
@@ -68,8 +87,8 @@ class RefusalsMixin:
         kinds = layer_kinds(self.config.get_text_config())
         if self.gen._is_stateful or not set(kinds) <= {"full_attention", "sliding_attention"}:
             raise ValueError(
-                f"{name} has layers of the types {', '.join(kinds)}; a recurrent state or a chunked window cannot be kept "
-                "through retrievals: use a model of full and sliding-window attention."
+                f"{name} has layers of the types {', '.join(kinds)}; a recurrent state or a chunked window cannot be "
+                "kept through retrievals: use a model of full and sliding-window attention."
             )
         if not self.gen._supports_attention_backend and not getattr(self, "_follows_masks", False):
             try:
@@ -78,34 +97,95 @@ class RefusalsMixin:
                 problem = f"cannot read rows of different lengths from one cache ({error})"
                 raise ValueError(f"{name} {problem}; use another architecture.") from error
             if not self._follows_masks:
-                problem = "makes attention masks of its own, which retrieval would need to change"
+                problem = "makes its own attention masks, which retrieval would need to change"
                 raise ValueError(f"{name} {problem}; use another architecture.")
 
     @torch.no_grad()
-    def _reads_ragged_rows(self):
+    def _reads_ragged_rows(self) -> bool:
         """
-        Whether Gen follows the mask and the positions that it is given, seen in a small pass: older architectures make
-        their attention masks themselves.
+        Return whether Gen follows the mask and the positions that it is given, as a small pass shows: older
+        architectures make their own attention masks.
+
+        Two rows of 2 and 3 tokens are read into one cache, then one more token of each. The states of the latter must
+        be as if each row had been read alone.
         """
-        config, device = self.config.get_text_config(), self.device
-        run = self.gen.base_model
-        ids = torch.arange(1, 9, device=device).reshape(2, 4) * (config.vocab_size // 9)
+        device = self.device
+        base_model = self.gen.base_model
+        vocab_step = self.config.get_text_config().vocab_size // 9
+        ids = torch.arange(1, 9, device=device).reshape(2, 4) * vocab_step  # (2, 4)
         lengths = torch.tensor([[2], [3]], device=device)
-        ends = torch.arange(2, device=device)
         cache = RowCache(2, 5, device)
         for start, count in ((torch.zeros_like(lengths), lengths), (lengths, torch.ones_like(lengths))):
             offsets = torch.arange(int(count.max()), device=device)
             columns = start + offsets
             positions = start + torch.minimum(offsets, count - 1)
             tokens = ids.gather(1, positions)
-            stored = torch.where(offsets < count, positions, EMPTY)
-            cache.begin(2, columns, tokens, stored, int(columns.max()) + 1)
+            stored_positions = torch.where(offsets < count, positions, EMPTY)
+            cache.begin(2, columns, tokens, stored_positions, int(columns.max()) + 1)
             visible = cache.visible(positions)
             mask = torch.zeros(visible.shape, dtype=self.gen.dtype, device=device)
             mask = mask.masked_fill(~visible, torch.finfo(mask.dtype).min)
             options = {"past_key_values": cache, "use_cache": True}
-            hidden = run(tokens, attention_mask=mask, position_ids=positions, **options).last_hidden_state
+            hidden = base_model(tokens, attention_mask=mask, position_ids=positions, **options).last_hidden_state
         alone = []
         for row, length in zip(ids, lengths[:, 0].tolist(), strict=True):
-            alone.append(run(row[None, : length + 1], use_cache=False).last_hidden_state[0, -1])
-        return torch.allclose(hidden[ends, 0].float(), torch.stack(alone).float(), atol=1e-2, rtol=1e-2)
+            alone.append(base_model(row[None, : length + 1], use_cache=False).last_hidden_state[0, -1])
+        return torch.allclose(hidden[:, 0].float(), torch.stack(alone).float(), atol=1e-2, rtol=1e-2)
+
+    # ------------------------------------------------------------------ prompts
+
+    def _check_synced(self, synced_gpus: bool) -> None:
+        if synced_gpus and self.config.query_from != "gen":
+            raise ValueError(
+                f"query_from={self.config.query_from!r} is not available with synced_gpus: only Gen's forwards are "
+                "kept in step."
+            )
+
+    def _check_prompts(self, prompts: list[list[int]], streamer: BaseStreamer | None = None) -> None:
+        if streamer is not None and len(prompts) > 1:
+            raise ValueError(
+                f"A streamer takes one row, found {len(prompts)}: their texts would be mixed. Stream one prompt, or "
+                "use generate_many."
+            )
+        limit = context_length(self.config.get_text_config())
+        for number, prompt in enumerate(prompts):
+            if len(prompt) >= limit:
+                raise ValueError(
+                    f"Prompt {number} has {len(prompt):,} tokens, but Gen reads {limit:,}: there is no room to write."
+                )
+
+
+def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
+    """
+    Return the token ids of each row without padding.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(B, T)`), attention_mask (`torch.LongTensor` of shape `(B, T)`,
+            *optional*): the prompts, padded on either side.
+
+    Raises:
+        `ValueError`: for a row without tokens, or with padding between them.
+    """
+    if attention_mask is None:
+        return input_ids.tolist()
+    mask = attention_mask.bool()
+    empty = ~mask.any(1)
+    if empty.any():
+        raise ValueError(f"Row {int(empty.int().argmax())} of input_ids holds no token.")
+    starts = (mask[:, 1:] & ~mask[:, :-1]).sum(1) + mask[:, 0].int()  # of runs of tokens; (B,)
+    holes = starts > 1
+    if holes.any():
+        row = int(holes.int().argmax())
+        raise ValueError(f"Row {row} of input_ids has padding between its tokens; expected it on one side.")
+    return [ids[kept].tolist() for ids, kept in zip(input_ids, mask, strict=True)]
+
+
+def raise_together(error: ValueError | None, synced_gpus: bool, device: torch.device) -> None:
+    """Raise `error`; with `synced_gpus` on all ranks if one has one, or they would wait for its forwards."""
+    failed = torch.tensor(int(error is not None), device=device)
+    if synced_gpus:
+        torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX)
+    if error is not None:
+        raise error
+    if synced_gpus and failed.item():
+        raise ValueError("generate() refused the arguments of another rank; the error there says why.")

@@ -1,4 +1,4 @@
-"""What logits processors and stopping criteria see of rows that differ in length and have changed places."""
+"""Logits processors and stopping criteria for rows that differ in length and have changed places."""
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from transformers.generation import (
     ForcedEOSTokenLogitsProcessor,
     InfNanRemoveLogitsProcessor,
     LogitNormalization,
+    LogitsProcessor,
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
@@ -21,7 +22,11 @@ from transformers.generation import (
     TypicalLogitsWarper,
 )
 
-# these read nothing but how long a row is, and a passage is not to count
+from .cache_cosup import RowCache
+from .settings_cosup import DecodingSettings
+from .slots_cosup import Slots
+
+# these read nothing but how long a row is, in which a passage must not count
 _COUNTING = (
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
@@ -57,11 +62,22 @@ class RowScores:
         nsp_token_id (`int`, *optional*): of `[NSP]`, which some rows may not decide.
     """
 
-    def __init__(self, settings, slots, cache, nsp_token_id):
-        self.settings, self.slots, self.cache, self.nsp_token_id = settings, slots, cache, nsp_token_id
+    def __init__(self, settings: DecodingSettings, slots: Slots, cache: RowCache, nsp_token_id: int | None) -> None:
+        self.settings = settings
+        self.slots = slots
+        self.cache = cache
+        self.nsp_token_id = nsp_token_id
 
-    def of(self, logits):
-        """Scores `(n, V)` in float32 of the logits `(n, V)` of the first n slots; where no row is, all are equal."""
+    def decision_scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """
+        Return the scores from which the first n slots decide.
+
+        Args:
+            logits (`torch.Tensor` of shape `(n, V)`): at the last token of each row.
+
+        Returns:
+            `torch.FloatTensor` of shape `(n, V)`; all equal in a slot without a row.
+        """
         occupied = self.slots.occupied[: len(logits)]
         # before the warpers, since what top_p keeps must be allowed; after them, since they may put anything there
         scores = self._without_banned(logits.to(torch.float32, copy=True))
@@ -70,23 +86,23 @@ class RowScores:
             scores = scores.masked_fill(~self.slots.occupied_on_device[: len(logits), None], 0.0)  # any token will do
         return scores
 
-    def stopped(self, tokens):
-        """Which of the decided `tokens` `(n,)` end their row by a stopping criterion: `(n,)` of bool."""
+    def stopped(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return which of the decided `tokens` `(n,)` end their row by a stopping criterion: `(n,)` of bool."""
         if not self.settings.criteria:
             return torch.zeros_like(tokens, dtype=torch.bool)
         history = self._history(tokens)
         verdicts = [criterion(history, None) for criterion in self.settings.criteria]
-        return self._in_order(torch.stack(verdicts).any(0), back=True)
+        return self._to_slots(torch.stack(verdicts).any(0))
 
-    def _without_banned(self, scores):
-        """Scores `(n, V)` without `[Cs]`, and without `[NSP]` where a row may not retrieve."""
+    def _without_banned(self, scores: torch.Tensor) -> torch.Tensor:
+        """Take `[Cs]` out of scores `(n, V)`, in place, and `[NSP]` if a row may not retrieve."""
         scores.index_fill_(1, self.settings.never, float("-inf"))
         if self.slots.banned[: len(scores)].any():
             scores[:, self.nsp_token_id].masked_fill_(self.slots.banned_on_device[: len(scores)], float("-inf"))
         return scores
 
-    def _process(self, scores):
-        """Scores `(n, V)` after the logits processors, each of which sees every row as if it had been alone."""
+    def _process(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return scores `(n, V)` after the logits processors, each of which sees every row as if it were alone."""
         history = None
         for processor in self.settings.processors:
             if type(processor) in _COUNTING:
@@ -97,46 +113,51 @@ class RowScores:
                 continue
             if history is None:
                 history = self._history()
-            ignored = getattr(processor, "prompt_ignore_length", None)
-            if isinstance(ignored, torch.Tensor):  # of each row: the padding before it
-                processor.prompt_ignore_length = history.shape[1] - self._in_order(self.slots.lengths())
-            scores = self._in_order(processor(history, self._in_order(scores)), back=True)
+            prompt_ignore_length = getattr(processor, "prompt_ignore_length", None)
+            if isinstance(prompt_ignore_length, torch.Tensor):  # of each row: the padding before it
+                processor.prompt_ignore_length = history.shape[1] - self._to_batch(self.slots.lengths())
+            scores = self._to_slots(processor(history, self._to_batch(scores)))
         return scores
 
-    def _process_by_count(self, processor, scores):
-        """Scores `(n, V)`, in place, after a processor that looks at nothing but how many tokens a row has."""
+    def _process_by_count(self, processor: LogitsProcessor, scores: torch.Tensor) -> None:
+        """Run a processor that reads nothing but how many tokens a row has on scores `(n, V)`, in place."""
         generated = self.slots.generated[: len(scores)]
-        if type(processor) in _MINIMUM and self.settings.prompt_length + generated.min() >= _minimum(processor):
+        if isinstance(processor, _MINIMUM) and self.settings.prompt_length + generated.min() >= _minimum(processor):
             return
         for count in np.unique(generated):
-            same = torch.from_numpy(np.flatnonzero(generated == count)).to(scores.device)
+            slots = torch.from_numpy(np.flatnonzero(generated == count)).to(scores.device)
             length = self.settings.prompt_length + int(count)
-            counted = scores.new_zeros((1, 1), dtype=torch.long).expand(len(same), length)
-            scores[same] = processor(counted, scores[same])
+            any_ids = scores.new_zeros((1, 1), dtype=torch.long).expand(len(slots), length)
+            scores[slots] = processor(any_ids, scores[slots])
 
-    def _history(self, tokens=None):
-        """Tokens of the rows, in the order of the batch, padded on the left: `(B, T)`; `tokens` are a last column."""
+    def _history(self, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the rows' token ids in the order of the batch, padded on the left: `(B, T)`; `tokens` come last."""
         n = len(self.slots)
-        lengths = self.slots.lengths()[:, None]
+        lengths = self.slots.lengths()[:, None]  # (n, 1)
         width = int(self.slots.columns[:n].max())
-        columns = torch.arange(width, device=lengths.device) - (width - lengths)
+        columns = torch.arange(width, device=lengths.device) - (width - lengths)  # (n, width), negative for padding
         history = self.cache.tokens[:n].gather(1, columns.clamp(min=0)).masked_fill_(columns < 0, self.settings.pad)
         if tokens is not None:
             history = torch.cat([history, tokens[:, None]], 1)
-        return self._in_order(history, fill=self.settings.pad)
+        return self._to_batch(history, fill=self.settings.pad)
 
-    def _in_order(self, values, back=False, fill=0):
-        """Values by slot, put in the order of the batch, where rows that have left are `fill`; or back."""
+    def _to_batch(self, values: torch.Tensor, fill: int = 0) -> torch.Tensor:
+        """Put values by slot, `(n, ...)`, in the order of the batch, `(B, ...)`; rows that have left get `fill`."""
         order = self.slots.order
         if order is None:
             return values
-        if back:
-            return values[order]
         return values.new_full((self.slots.count, *values.shape[1:]), fill).index_copy(0, order, values)
 
+    def _to_slots(self, values: torch.Tensor) -> torch.Tensor:
+        """Put values in the order of the batch, `(B, ...)`, by slot, `(n, ...)`."""
+        order = self.slots.order
+        if order is None:
+            return values
+        return values[order]
 
-def _minimum(processor):
-    """The length from which on a minimum-length processor has nothing to say."""
+
+def _minimum(processor: MinLengthLogitsProcessor | MinNewTokensLengthLogitsProcessor) -> int:
+    """Return the length from which on a minimum-length processor changes nothing."""
     if isinstance(processor, MinLengthLogitsProcessor):
         return processor.min_length
     return processor.prompt_length_to_skip + processor.min_new_tokens

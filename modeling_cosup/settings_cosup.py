@@ -1,12 +1,18 @@
 """What is fixed for one call of generate() or generate_many() before its first token is decided."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers.generation import EosTokenCriteria, MaxLengthCriteria
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StoppingCriteria
 
 from .cache_cosup import context_length
+from .configuration_cosup import CoSupConfig
+from .memory_cosup import Memory
+from .queue_cosup import Queue
+from .retriever_cosup import Retriever
 
 
 @dataclass
@@ -15,8 +21,8 @@ class RetrievalConfig:
     How `generate()` retrieves.
 
     Args:
-        top_k (`int`): passages for each `[NSP]`, best first, with a line break between. (`generate(top_k=...)` is that
-            of sampling.)
+        top_k (`int`): passages for each `[NSP]`, best first, with a line break between. (`generate(top_k=...)` is a
+            setting of sampling.)
         max_retrievals (`int`, *optional*): per row; after them `[NSP]` cannot be emitted. Defaults to no limit.
         force_nsp_first (`bool`): every row begins with `[NSP]`.
         forbid_nsp (`bool`): `[NSP]` is never emitted: parametric space only.
@@ -30,8 +36,8 @@ class RetrievalConfig:
         no_repeat_passages (`bool`): a row never gets the same passage twice.
         forget_passages (`str`, *optional*): what becomes of a passage at its `[CE]`. `None`: it stays in view.
             `"recompute"`: `[Cs]`…`[CE]` is read again without it, and the row goes on as if the passage had never
-            stood there. `"mask"`: its keys and values are dropped and nothing else changes: what was read with the
-            passage in view stays as it was, positions too.
+            been there. `"mask"`: its keys and values are dropped and nothing else changes: what was read with the
+            passage in view keeps its keys, values and positions.
         output_query_embeds (`bool`): the trace holds the query embeddings.
         stream_passages (`bool`): a streamer gets passages and `[Cs]` too. One with a method `on_retrieval` gets each
             [`Retrieval`] in their place.
@@ -44,15 +50,15 @@ class RetrievalConfig:
     max_retrievals: int | None = None
     force_nsp_first: bool = False
     forbid_nsp: bool = False
-    candidates: list | None = None
-    passages: list | None = None
+    candidates: Sequence[Sequence[str] | None] | None = None
+    passages: Sequence[Sequence[str | dict[str, Any]] | None] | None = None
     min_score: float | None = None
     no_repeat_passages: bool = False
     forget_passages: str | None = None
     output_query_embeds: bool = False
     stream_passages: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.top_k < 1:
             raise ValueError(f"RetrievalConfig.top_k is {self.top_k}, expected 1 or more.")
         if self.max_retrievals is not None and self.max_retrievals < 0:
@@ -69,15 +75,65 @@ class RetrievalConfig:
             )
 
 
+@dataclass
+class RetrievalCall:
+    """
+    What one call of generate() or generate_many() is about, on its way through transformers' generate() to `_sample`.
+
+    Args:
+        retriever ([`Retriever`], *optional*), retrieval ([`RetrievalConfig`]): what is searched, and how.
+        memory ([`Memory`], *optional*): adjusts the logits of every decision.
+        static (`bool`): the one-token step keeps its shapes.
+        queue ([`Queue`], *optional*): the prompts of generate_many().
+        columns (`int`, *optional*): columns of the cache to start with, if the caller has planned them.
+    """
+
+    retriever: Retriever | None = None
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    memory: Memory | None = None
+    static: bool = False
+    queue: Queue | None = None
+    columns: int | None = None
+
+    @property
+    def has_passages(self) -> bool:
+        """Whether there is something to retrieve, from an index or from an oracle."""
+        return self.retriever is not None or self.retrieval.passages is not None
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether `[NSP]` asks for passages."""
+        return self.has_passages and not self.retrieval.forbid_nsp
+
+    def columns_needed(self, config: CoSupConfig, longest: int, budget: int) -> int:
+        """
+        Return how many columns the longest row may fill: its prompt, decoded tokens, and passages of full length.
+
+        Args:
+            config ([`CoSupConfig`]): of the model.
+            longest (`int`), budget (`int`): tokens of the longest prompt, and tokens that a row may decide.
+        """
+        retrievals = 0
+        if self.retrieves:
+            limit = self.retrieval.max_retrievals
+            retrievals = 1 if limit is None else limit
+        tokens_per_retrieval = self.retrieval.top_k * (config.max_passage_length + 1)
+        columns = longest + budget + retrievals * tokens_per_retrieval
+        return min(columns, context_length(config.get_text_config()))
+
+
 @dataclass(frozen=True, eq=False)
 class DecodingSettings:
     """
     What the decoding loop is given and never changes.
 
     Args:
+        generation_config (`GenerationConfig`): as transformers prepared it; says how a static step is compiled.
         retrieval ([`RetrievalConfig`]): how to retrieve.
         retrieves (`bool`): whether `[NSP]` asks for passages; in a call that does not retrieve it is a token like any
             other, unless forbidden.
+        num_slots (`int`), num_columns (`int`): rows at a time, and columns of the cache to start with.
+        device (`torch.device`): of the prompts.
         prompt_length (`int`): columns of the prompts, padding included; processors and criteria count from there.
         budget (`int`): tokens that a row may decide.
         context_length (`int`): positions that Gen can read.
@@ -85,15 +141,19 @@ class DecodingSettings:
         never (`torch.LongTensor`): ids that no row may decide.
         special (`torch.LongTensor`): ids after which a pass must look at the rows one by one.
         processors (`LogitsProcessorList`): of logits, warpers included.
-        criteria (`list[StoppingCriteria]`): that the loop does not implement itself.
+        criteria (`list[StoppingCriteria]`): all that the loop does not implement itself.
         do_sample (`bool`): sample, or take the best token.
-        static (`bool`): the one-token step keeps its shapes, and is captured where `compile_config` and the device say
+        static (`bool`): the one-token step keeps its shapes, and is captured if `compile_config` and the device say
             so.
-        refill (`bool`): finished rows make room for waiting ones, so that processors see slots, not rows of the batch.
+        refill (`bool`): finished rows make room for waiting ones, so processors see slots, not rows of the batch.
     """
 
+    generation_config: GenerationConfig
     retrieval: RetrievalConfig
     retrieves: bool
+    num_slots: int
+    num_columns: int
+    device: torch.device
     prompt_length: int
     budget: int
     context_length: int
@@ -101,8 +161,8 @@ class DecodingSettings:
     ends: frozenset[int]
     never: torch.Tensor
     special: torch.Tensor
-    processors: Any
-    criteria: list
+    processors: LogitsProcessorList
+    criteria: list[StoppingCriteria]
     do_sample: bool
     static: bool
     refill: bool
@@ -114,48 +174,52 @@ class DecodingSettings:
 
 
 def decoding_settings(
-    config,
-    generation_config,
-    processors,
-    criteria,
-    retrieval,
-    prompt_length,
-    device,
-    has_retriever=False,
-    static=False,
-    refill=False,
+    config: CoSupConfig,
+    call: RetrievalCall,
+    generation_config: GenerationConfig,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    prompts: list[list[int]],
+    prompt_length: int,
+    device: torch.device,
 ) -> DecodingSettings:
     """
     Read the settings of a call from what transformers has prepared for `_sample`.
 
     Args:
-        config ([`CoSupConfig`]), generation_config (`GenerationConfig`): of the model, and of the call.
-        processors (`LogitsProcessorList`), criteria (`StoppingCriteriaList`): as `_sample` gets them.
-        retrieval ([`RetrievalConfig`]), has_retriever (`bool`): how to retrieve, and whether there is something to
-            search.
-        prompt_length, static, refill: see [`DecodingSettings`].
+        config ([`CoSupConfig`]), call ([`RetrievalCall`]): of the model, and of the call.
+        generation_config (`GenerationConfig`), processors (`LogitsProcessorList`), criteria (`StoppingCriteriaList`):
+            as `_sample` gets them.
+        prompts (`list[list[int]]`): token ids of each, without padding.
+        prompt_length (`int`): columns of the prompts, padding included.
         device (`torch.device`): of the model's inputs.
     """
-    max_length, ends, own_criteria = generation_config.max_length, set(), []
+    max_length = generation_config.max_length
+    ends: set[int] = set()
+    other_criteria = []
     for criterion in criteria:
         if isinstance(criterion, MaxLengthCriteria):
             max_length = min(max_length, criterion.max_length)
         elif isinstance(criterion, EosTokenCriteria):
-            ends |= set(criterion.eos_token_id.reshape(-1).tolist())
+            ends.update(criterion.eos_token_id.reshape(-1).tolist())
         else:
-            own_criteria.append(criterion)
-    retrieves = (has_retriever or retrieval.passages is not None) and not retrieval.forbid_nsp
-    never, special = [config.cs_token_id], set(ends)
-    if retrieval.forbid_nsp:
+            other_criteria.append(criterion)
+    never = [config.cs_token_id]
+    special: set[int | None] = set(ends)
+    if call.retrieval.forbid_nsp:
         never.append(config.nsp_token_id)
-    if retrieves:
+    if call.retrieves:
         special.add(config.nsp_token_id)
-    if retrieval.forget_passages:
+    if call.retrieval.forget_passages:
         special.add(config.ce_token_id)
     pad = generation_config._pad_token_tensor
     return DecodingSettings(
-        retrieval=retrieval,
-        retrieves=retrieves,
+        generation_config=generation_config,
+        retrieval=call.retrieval,
+        retrieves=call.retrieves,
+        num_slots=_num_slots(call, len(prompts)),
+        num_columns=_num_columns(config, call, prompts, generation_config.max_length - prompt_length),
+        device=device,
         prompt_length=prompt_length,
         budget=max_length - prompt_length,
         context_length=context_length(config.get_text_config()),
@@ -164,13 +228,40 @@ def decoding_settings(
         never=_ids(never, device),
         special=_ids(special, device),
         processors=processors,
-        criteria=own_criteria,
+        criteria=other_criteria,
         do_sample=generation_config.do_sample,
-        static=static,
-        refill=refill,
+        static=call.static,
+        refill=call.queue is not None,
     )
 
 
-def _ids(ids, device):
-    """A tensor of token ids; the model may lack some control tokens."""
+def _num_slots(call: RetrievalCall, num_prompts: int) -> int:
+    """Return how many rows are written at a time; one at least, for a rank without prompts."""
+    if call.queue is None:
+        return max(num_prompts, 1)
+    if call.static:
+        return max(call.queue.batch_size, 1)
+    return max(min(call.queue.batch_size, num_prompts), 1)
+
+
+def _num_columns(config: CoSupConfig, call: RetrievalCall, prompts: list[list[int]], budget: int) -> int:
+    """Return how many columns the cache starts with: a captured step should not change its shape, others may grow."""
+    if call.columns:
+        return call.columns
+    longest = max(map(len, prompts), default=1)
+    if call.static:
+        return call.columns_needed(config, longest, budget)
+    return longest + min(budget, 256)
+
+
+def token_budget(generation_config: GenerationConfig, prompt_length: int) -> int:
+    """Return how many tokens a row may decide, before transformers has prepared `max_length`."""
+    if generation_config.max_new_tokens:
+        return generation_config.max_new_tokens
+    max_length = generation_config.max_length or prompt_length + 20  # transformers' default
+    return max_length - prompt_length
+
+
+def _ids(ids: Iterable[int | None], device: torch.device) -> torch.Tensor:
+    """Return a tensor of token ids; the model may lack some control tokens."""
     return torch.tensor(sorted(id for id in ids if id is not None), dtype=torch.long, device=device)

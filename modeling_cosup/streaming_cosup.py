@@ -1,12 +1,16 @@
-"""What generate() writes as it is written, with its passages: an iterator for who shows an answer while another thread makes it."""
+"""An answer while it is written, with its passages: an iterator for one thread, fed by generate() in another."""
 
 import contextlib
 import queue
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from .trace_cosup import Retrieval
+from .trace_cosup import Retrieval, text_decoder
 
 INCOMPLETE = "\ufffd"  # how a tokenizer shows the first bytes of a character
 
@@ -17,10 +21,11 @@ class StreamEvent:
     One step of an answer.
 
     Args:
-        type (`str`): `"text"`: more text. `"retrieval"`: passages were retrieved, and what follows is grounded on them. `"grounded_end"`: it is no longer.
+        type (`str`): `"text"`: more text. `"retrieval"`: passages were retrieved, on which the text that follows is
+            grounded. `"grounded_end"`: the grounded text is over.
         text (`str`): of a `"text"` event, with the white space before it; empty otherwise.
-        retrieval ([`Retrieval`], *optional*): the one that began or ended, or on which the text is grounded; `None` for free text. It is the object of the
-            trace: its `position` and `grounded_span` are final when the stream ends.
+        retrieval ([`Retrieval`], *optional*): the one that began or ended, or on which the text is grounded; `None`
+            for free text. It is the object of the trace, final in `position` and `grounded_span` when the stream ends.
     """
 
     type: str
@@ -30,10 +35,12 @@ class StreamEvent:
 
 class RetrievalStreamer(BaseStreamer):
     """
-    A streamer that is iterated: `generate(..., streamer=streamer)` runs in one thread, `for event in streamer` in another.
+    A streamer to iterate over: `generate(..., streamer=streamer)` runs in one thread, `for event in streamer` in
+    another.
 
-    Texts and passages come apart, so nothing needs to be parsed, and `RetrievalConfig(stream_passages=...)` makes no difference. An error of generate() is
-    raised from the loop. [`~RetrievalGenerationMixin.make_streamer`] makes one; each serves one call.
+    Texts and passages are separate events: nothing needs to be parsed, and `RetrievalConfig(stream_passages=...)`
+    makes no difference. An error of generate() is raised from the loop.
+    [`~RetrievalGenerationMixin.make_streamer`] makes a streamer; each one serves one call.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): Gen's.
@@ -45,17 +52,26 @@ class RetrievalStreamer(BaseStreamer):
         `RuntimeError`: from a second call of generate() with the same streamer.
     """
 
-    def __init__(self, tokenizer, stops=(), timeout=None):
-        self.tokenizer, self.stops, self.timeout = tokenizer, frozenset(stops), timeout
-        self._events = queue.Queue()
-        self._retrieval = None  # on which the text is grounded
-        self._prompt_is_next, self._ended, self._exhausted = True, False, False
-        self._context, self._pending = [], []  # ids whose text was given, the last few of them; ids whose text was not
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stops: Iterable[int] = (), timeout: float | None = None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._decode = text_decoder(tokenizer)
+        self.stops = frozenset(stops)
+        self.timeout = timeout
+        # events, then once the error of generate(), or `None` if there was none
+        self._events: queue.Queue[StreamEvent | BaseException | None] = queue.Queue()
+        self._retrieval: Retrieval | None = None  # on which the text is grounded
+        self._prompt_is_next = True
+        self._ended = False  # for the thread that generates
+        self._exhausted = False  # for the thread that reads
+        self._pending: list[int] = []  # ids that are not emitted as text yet
+        self._context: list[int] = []  # the last ids before them, already emitted
 
     # ------------------------------------------------------------------ the thread that generates
 
-    def put(self, value):
-        """Token ids from generate(): `torch.LongTensor` of shape `(n,)` or `(1, n)`; the first are the prompt, which is skipped."""
+    def put(self, value: torch.Tensor) -> None:
+        """Take token ids from generate(), `(n,)` or `(1, n)`; the first call brings the prompt, which is skipped."""
         if self._ended:
             raise RuntimeError("This streamer has served a call of generate(): make another one.")
         if value.ndim > 1 and value.shape[0] > 1:
@@ -65,69 +81,67 @@ class RetrievalStreamer(BaseStreamer):
             return
         for id in value.reshape(-1).tolist():
             if id in self.stops and self._retrieval is not None:
-                self._end_grounded_text()
+                self._emit_grounded_end()
             self._pending.append(id)
-            self._give_text()
+            self._emit_text()
 
-    def on_retrieval(self, retrieval):
-        """A [`Retrieval`], from the decoding loop, in place of the tokens of `[NSP]`, passages and `[Cs]`."""
-        self._end_grounded_text()
+    def on_retrieval(self, retrieval: Retrieval) -> None:
+        """Take a [`Retrieval`] from the decoding loop, in place of the tokens of `[NSP]`, passages and `[Cs]`."""
+        self._emit_grounded_end()
         self._retrieval = retrieval
         self._events.put(StreamEvent("retrieval", retrieval=retrieval))
 
-    def on_error(self, error):
-        """generate() failed: the loop gives what was written before, then raises `error`."""
-        self._finish(error)
+    def on_error(self, error: BaseException) -> None:
+        """End with an error of generate(): the loop gives what was written before, then raises `error`."""
+        self._close(error)
 
-    def end(self):
-        """generate() is done."""
-        self._finish(None)
+    def end(self) -> None:
+        """End: generate() is done."""
+        self._close(None)
 
-    def _finish(self, error):
+    def _close(self, error: BaseException | None) -> None:
         if not self._ended:
-            self._end_grounded_text()
+            self._emit_grounded_end()
             self._ended = True
             self._events.put(error)
 
-    def _end_grounded_text(self):
-        self._give_text(complete=False)
+    def _emit_grounded_end(self) -> None:
+        """Emit all pending text and, if it is grounded, the end of the grounded text."""
+        self._emit_text(allow_incomplete=True)
         if self._retrieval is not None:
             self._events.put(StreamEvent("grounded_end", retrieval=self._retrieval))
             self._retrieval = None
 
-    def _give_text(self, complete=True):
+    def _emit_text(self, allow_incomplete: bool = False) -> None:
         """
-        Give what the pending ids add to the text, unless `complete` and they end within a character.
+        Emit what the pending ids add to the text; unless `allow_incomplete`, wait while they end within a character.
 
-        They are decoded after the ids before them, which decide on a space, and only those: the work for a token does not grow with the text.
+        They are decoded after the last ids before them, which decide whether there is a space between, and after no
+        others: the work for a token does not grow with the text.
         """
         if not self._pending:
             return
-        before, after = (
-            self.tokenizer.decode(ids, skip_special_tokens=True)
-            for ids in (self._context, self._context + self._pending)
-        )
-        cut = after.endswith(INCOMPLETE)
-        if cut and complete:
+        before = self._decode(self._context)
+        after = self._decode(self._context + self._pending)
+        incomplete = after.endswith(INCOMPLETE)
+        if incomplete and not allow_incomplete:
             return
-        text = (
-            after[len(before) :]
-            if after.startswith(before)
-            else self.tokenizer.decode(self._pending, skip_special_tokens=True)
-        )
+        if after.startswith(before):
+            text = after[len(before) :]
+        else:
+            text = self._decode(self._pending)
         if text:
             self._events.put(StreamEvent("text", text, self._retrieval))
-            self._context = (
-                [] if cut else self._pending
-            )  # half a character must not become a whole one with bytes from after the span
+            # half a character must not become a whole one with bytes from after the span
+            self._context = [] if incomplete else self._pending
         self._pending = []
 
     # ------------------------------------------------------------------ the thread that reads
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[StreamEvent]:
         return self
 
-    def __next__(self):
+    def __next__(self) -> StreamEvent:
         if self._exhausted:
             raise StopIteration
         try:
@@ -137,12 +151,18 @@ class RetrievalStreamer(BaseStreamer):
         if isinstance(event, StreamEvent):
             return event
         self._exhausted = True
-        raise StopIteration if event is None else event
+        if event is None:
+            raise StopIteration
+        raise event
 
 
 @contextlib.contextmanager
-def ending(streamer):
-    """A streamer ends with a call that fails, and learns why where it has `on_error`: who reads from it must not wait for ever."""
+def ending(streamer: Any) -> Iterator[None]:
+    """
+    A context that ends the streamer of a call that fails: a thread that reads from it must not wait for ever.
+
+    A streamer with a method `on_error` gets the error.
+    """
     try:
         yield
     except BaseException as error:

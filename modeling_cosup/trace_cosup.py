@@ -1,9 +1,14 @@
 """What is known of a row: its tokens, its retrievals, and how both read as text."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -15,47 +20,47 @@ class Retrieval:
         row (`int`): of the batch, or of the prompts of `generate_many`.
         position (`int`): of `[NSP]` in the row's token ids: its column of `sequences`.
         passages (`list[dict]`): `{"id", "title", "text"}`, best first.
-        scores (`list[float | None]`): inner product of query and passage embedding (the cosine, where that is the similarity); `None` for passages
-            that were given, not found.
-        grounded_span (`tuple[int, int]`): positions `[start, end)` of the text between `[Cs]` and `[CE]`; `end` is where the row stops or
-            retrieves again if there is no `[CE]`.
+        scores (`list[float | None]`): inner product of query and passage embedding (the cosine, if that is the
+            similarity); `None` for passages that were given, not searched for.
+        grounded_span (`tuple[int, int]`): positions `[start, end)` of the text between `[Cs]` and `[CE]`. Without
+            `[CE]` it ends where the row stops or retrieves again.
         query_embed (`list[float]`, *optional*): the query embedding, with `RetrievalConfig(output_query_embeds=True)`.
     """
 
     row: int
     position: int
-    passages: list
-    scores: list
-    grounded_span: tuple = (0, 0)
-    query_embed: list | None = None
+    passages: list[dict[str, Any]]
+    scores: list[float | None]
+    grounded_span: tuple[int, int] = (0, 0)
+    query_embed: list[float] | None = None
 
     @property
-    def passage_ids(self):
+    def passage_ids(self) -> list[str | None]:
         """Ids of all passages, best first."""
         return [passage["id"] for passage in self.passages]
 
     @property
-    def passage_id(self):
+    def passage_id(self) -> str | None:
         """Id of the best passage."""
         return self.passages[0]["id"]
 
     @property
-    def title(self):
+    def title(self) -> str:
         """Title of the best passage."""
         return self.passages[0]["title"]
 
     @property
-    def text(self):
+    def text(self) -> str:
         """Text of the best passage."""
         return self.passages[0]["text"]
 
     @property
-    def score(self):
+    def score(self) -> float | None:
         """Score of the best passage."""
         return self.scores[0]
 
-    def to_dict(self):
-        """As JSON has it."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields, with values that JSON can hold."""
         return asdict(self)
 
 
@@ -68,59 +73,78 @@ class Row:
         number (`int`): of the prompt.
         prompt (`list[int]`): token ids.
         candidates (`numpy.ndarray` of int64, *optional*): rows of the index that may be retrieved.
-        given (`list`, *optional*): passages that `[NSP]` gets, in order, in place of a search.
+        given_passages (`list[dict]`, *optional*): passages that the next `[NSP]` get, in order, in place of a search.
         slot (`int`): of the cache.
-        retrievals (`list[Retrieval]`): so far; positions count from the row's own first token.
-        used (`set[int]`): rows of the index that were retrieved.
-        forgotten (`list[tuple[int, list[int]]]`): passages that are no longer in the cache: where they stood, and their ids.
-        held (`torch.Tensor` of shape `(V,)`): logits of the decision for `[NSP]`, as a memory adjusted them, in case
-            nothing is found.
-        rewrite (`list[int]`): to be read next in place of the decided token.
-        grounded (`tuple[int, int]`, *optional*): columns `[passage, [Cs])` of the last passage while it is in the cache.
-        ids (`list[int]`): all that was written, when the row is finished.
-        num_generated_tokens (`int`): decided tokens.
+        retrievals (`list[Retrieval]`): so far; positions count from the row's first token.
+        retrieved (`set[int]`): rows of the index that were retrieved.
+        forgotten (`list[tuple[int, list[int]]]`): passages that left the cache: their position, and their ids.
+        logits_before_nsp (`torch.Tensor` of shape `(V,)`): from which the last `[NSP]` was decided, as a memory
+            adjusted them; needed again if nothing is found.
+        reread_ids (`list[int]`): to be read next in place of the decided token.
+        passage_columns (`tuple[int, int]`, *optional*): columns `[start, end)` of the last passage, without `[Cs]`,
+            while it is in the cache.
+        ids (`list[int]`): all that was written, once the row is finished.
+        num_generated_tokens (`int`): decided tokens, once the row is finished.
     """
 
     number: int
-    prompt: list
-    candidates: np.ndarray | None = None
-    given: list | None = None
+    prompt: list[int]
+    candidates: NDArray[np.int64] | None = None
+    given_passages: list[dict[str, Any]] | None = None
     slot: int = -1
-    retrievals: list = field(default_factory=list)
-    used: set = field(default_factory=set)
-    forgotten: list = field(default_factory=list)
-    held: torch.Tensor | None = None
-    rewrite: list | None = None
-    grounded: tuple | None = None
-    ids: list | None = None
+    retrievals: list[Retrieval] = field(default_factory=list)
+    retrieved: set[int] = field(default_factory=set)
+    forgotten: list[tuple[int, list[int]]] = field(default_factory=list)
+    logits_before_nsp: torch.Tensor | None = None
+    reread_ids: list[int] = field(default_factory=list)
+    passage_columns: tuple[int, int] | None = None
+    ids: list[int] = field(default_factory=list)
     num_generated_tokens: int = 0
 
     def may_retrieve(self, max_retrievals: int | None) -> bool:
-        """Whether a retrieval is left, of `max_retrievals` (`None` for any number) and of the passages that were given."""
+        """Return whether `max_retrievals` (`None` for any number) and given passages leave the row a retrieval."""
         if max_retrievals is not None and len(self.retrievals) >= max_retrievals:
             return False
-        return self.given is None or len(self.given) > 0
+        return self.given_passages is None or len(self.given_passages) > 0
 
     @property
     def num_forgotten(self) -> int:
         """Tokens that were written and are no longer in the cache."""
-        return sum(len(cut) for _, cut in self.forgotten)
+        return sum(len(ids) for _, ids in self.forgotten)
 
-    def forget(self, written: list[int]) -> None:
-        """Note that the last passage leaves the cache, which holds `written`: it still belongs to the row's ids."""
-        assert self.grounded is not None
-        (start, end), self.grounded = self.grounded, None
-        self.forgotten.append((start + self.num_forgotten, written[start:end]))
+    def forget(self, cached_ids: list[int]) -> tuple[int, int]:
+        """
+        Note that the last passage leaves the cache; it still belongs to the row's ids.
 
-    def finish(self, written: list[int], stops: set[int]) -> None:
-        """Make ids and spans final, of what the cache holds and what was forgotten; a grounded text ends at `stops`."""
-        for start, cut in self.forgotten:
-            written[start:start] = cut
-        self.ids = written
-        self.held = self.grounded = None
+        Args:
+            cached_ids (`list[int]`): what the cache holds of the row, the passage included.
+
+        Returns:
+            `tuple[int, int]`: the columns `[start, end)` of the passage.
+        """
+        assert self.passage_columns is not None
+        start, end = self.passage_columns
+        self.forgotten.append((start + self.num_forgotten, cached_ids[start:end]))
+        self.passage_columns = None
+        return start, end
+
+    def finish(self, cached_ids: list[int], stops: set[int]) -> None:
+        """
+        Make ids and grounded spans final.
+
+        Args:
+            cached_ids (`list[int]`): what the cache holds, and the last decision; forgotten passages are put back.
+            stops (`set[int]`): ids that end a grounded text.
+        """
+        ids = list(cached_ids)
+        for start, passage_ids in self.forgotten:
+            ids[start:start] = passage_ids
+        self.ids = ids
+        self.logits_before_nsp = None
+        self.passage_columns = None
         for retrieval in self.retrievals:
             start = end = retrieval.grounded_span[0]
-            while end < len(written) and written[end] not in stops:
+            while end < len(ids) and ids[end] not in stops:
                 end += 1
             retrieval.grounded_span = (start, end)
 
@@ -130,43 +154,65 @@ class RetrievalError(RuntimeError):
     The search failed while rows were being written.
 
     Attributes:
-        finished (`list[Row]`): the rows that were done; `number`, `ids` and `retrievals` say all about each.
+        finished (`list[Row]`): the rows that were done; `number`, `ids` and `retrievals` of each are final.
     """
 
-    def __init__(self, message, finished):
+    def __init__(self, message: str, finished: list[Row]) -> None:
         super().__init__(message)
         self.finished = finished
 
 
-def cited_text(ids, trace, start, tokenizer):
-    """One row of [`~RetrievalGenerationMixin.decode_with_citations`]: `ids` from `start` on, with its trace."""
-    numbers, pieces, position, known = {}, [], start, {}
+def text_decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
+    """Return the function that decodes token ids without special tokens."""
+    return partial(tokenizer.decode, skip_special_tokens=True)  # type: ignore[return-value]  # one list, one text
+
+
+def cited_text(ids: list[int], trace: Sequence[Retrieval], start: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """
+    Return the text of a row with a numbered citation after each grounded span, and the passages below.
+
+    Args:
+        ids (`list[int]`): of the row.
+        trace (`Sequence[Retrieval]`): its retrievals; their positions count from the first of `ids`.
+        start (`int`): where the text begins, after the prompt.
+        tokenizer (`PreTrainedTokenizerBase`): Gen's.
+    """
+    decode = text_decoder(tokenizer)
+    numbers: dict[Any, int] = {}  # by passage id; by title and text for a passage without one
+    passages: dict[Any, dict[str, Any]] = {}
+    pieces = []
+    position = start
     for retrieval in trace:
-        first, end = retrieval.grounded_span
-        cited = []
+        citations = ""
         for passage in retrieval.passages:
-            key = passage["id"] if passage["id"] is not None else (passage["title"], passage["text"])
-            known[key] = passage
-            cited.append(numbers.setdefault(key, len(numbers) + 1))
-        pieces.append(tokenizer.decode(ids[position : max(position, retrieval.position)], skip_special_tokens=True))
-        pieces.append(
-            f"{tokenizer.decode(ids[first:end], skip_special_tokens=True).strip()} {''.join(f'[{number}]' for number in cited)}"
-        )
-        position = end
-    pieces.append(tokenizer.decode(ids[position:], skip_special_tokens=True))
+            key = passage["id"]
+            if key is None:
+                key = (passage["title"], passage["text"])
+            passages[key] = passage
+            number = numbers.setdefault(key, len(numbers) + 1)
+            citations += f"[{number}]"
+        span_start, span_end = retrieval.grounded_span
+        grounded_text = decode(ids[span_start:span_end]).strip()
+        pieces.append(decode(ids[position : max(position, retrieval.position)]))
+        pieces.append(f"{grounded_text} {citations}")
+        position = span_end
+    pieces.append(decode(ids[position:]))
     lines = [" ".join(piece.strip() for piece in pieces if piece.strip())]
-    lines += [
-        f"[{n}] {known[key]['title'] + ': ' if known[key]['title'] else ''}{known[key]['text']}"
-        for key, n in numbers.items()
-    ]
+    for key, number in numbers.items():
+        passage = passages[key]
+        title = f"{passage['title']}: " if passage["title"] else ""
+        lines.append(f"[{number}] {title}{passage['text']}")
     return "\n".join(lines)
 
 
-def written_text(ids, trace, start, tokenizer):
-    """What the model wrote itself: `ids` from `start` on, without the passages of the trace."""
-    pieces, position = [], start
+def written_text(ids: list[int], trace: Sequence[Retrieval], start: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what the model wrote itself: the text without the passages; arguments as in [`cited_text`]."""
+    spans = []
+    position = start
     for retrieval in trace:
-        pieces.append(ids[position : max(position, retrieval.position)])
+        spans.append(ids[position : max(position, retrieval.position)])
         position = retrieval.grounded_span[0]
-    pieces.append(ids[position:])
-    return " ".join(text for piece in pieces if (text := tokenizer.decode(piece, skip_special_tokens=True).strip()))
+    spans.append(ids[position:])
+    decode = text_decoder(tokenizer)
+    texts = [decode(span).strip() for span in spans]
+    return " ".join(text for text in texts if text)

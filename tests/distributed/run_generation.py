@@ -1,4 +1,4 @@
-"""generate(synced_gpus=True) of a sharded model, every rank with prompts of its own. Launched by test_synced_generation.py."""
+"""A sharded model generates with synced_gpus, every rank its own prompts. Launched by test_synced_generation.py."""
 
 import json
 import os
@@ -28,54 +28,79 @@ SETTINGS = {
 }
 
 
-def answers(model, index, rank, settings, **kwargs):
+def answer(model, index, rank, settings, **kwargs):
+    """Return the sequences and the passage ids of this rank's prompts."""
     prompts = [encode_prompt(model.tokenizer, question) for question in PROMPTS[rank]]
-    steer = Steer(model, retrieve_every=6, end_every=17 - 6 * rank)
     inputs = left_pad(prompts, model.tokenizer.pad_token_id)
-    options = {"max_new_tokens": 16, "logits_processor": LogitsProcessorList([steer]), "return_dict_in_generate": True}
+    steer = Steer(model, retrieve_every=6, end_every=17 - 6 * rank)
     output = model.generate(
-        **inputs, retriever=index, retrieval_config=RetrievalConfig(**settings), **options, **kwargs
+        **inputs,
+        retriever=index,
+        retrieval_config=RetrievalConfig(**settings),
+        max_new_tokens=16,
+        logits_processor=LogitsProcessorList([steer]),
+        return_dict_in_generate=True,
+        **kwargs,
     )
-    return output.sequences.tolist(), [[r.passage_ids for r in trace] for trace in output.retrievals]
+    passage_ids = [[retrieval.passage_ids for retrieval in trace] for trace in output.retrievals]
+    return output.sequences.tolist(), passage_ids
+
+
+def answer_all(model, index, rank, **kwargs):
+    """Return the answers with each of `SETTINGS`."""
+    return {name: answer(model, index, rank, settings, **kwargs) for name, settings in SETTINGS.items()}
+
+
+def check_a_rank_without_prompts(model, index, rank):
+    prompts = []
+    if rank == 0:
+        prompts = [encode_prompt(model.tokenizer, question) for question in PROMPTS[0]]
+    completions = model.generate_many(
+        prompts,
+        retriever=index,
+        batch_size=2,
+        synced_gpus=True,
+        max_new_tokens=9,
+        show_progress_bar=False,
+        logits_processor=LogitsProcessorList([Steer(model, 5)]),
+    )
+    assert len(completions) == len(prompts)
+    if prompts:
+        assert sum(len(completion.retrievals) for completion in completions) > 1
+
+
+def check_an_error_ends_every_rank(model, index, rank, wrong_settings, message):
+    """Rank 1 fails, with `message`; the other one learns that it did."""
+    settings = {"force_nsp_first": True}
+    if rank == 1:
+        settings |= wrong_settings
+    try:
+        answer(model, index, rank, settings, synced_gpus=True)
+    except (ValueError, RetrievalError) as error:
+        expected = message if rank == 1 else "nother rank"
+        assert expected in str(error), error
+    else:
+        raise AssertionError("nothing was raised")
 
 
 def main():
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
+    rank = dist.get_rank()
     model = make_model()
     index = model.build_index(PASSAGES, show_progress_bar=False)
-    expected = {name: answers(model, index, dist.get_rank(), settings) for name, settings in SETTINGS.items()}
+    expected = answer_all(model, index, rank)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model.gen.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    found = {
-        name: answers(model, index, dist.get_rank(), settings, synced_gpus=True) for name, settings in SETTINGS.items()
-    }
-    prompts = (
-        [encode_prompt(model.tokenizer, question) for question in PROMPTS[0]] if dist.get_rank() == 0 else []
-    )  # one rank has none left
-    options = {
-        "max_new_tokens": 9,
-        "show_progress_bar": False,
-        "logits_processor": LogitsProcessorList([Steer(model, 5)]),
-    }
-    many = model.generate_many(prompts, retriever=index, batch_size=2, synced_gpus=True, **options)
-    assert len(many) == len(prompts) and (not many or sum(len(done.retrievals) for done in many) > 1)
-    if dist.get_rank() == 1:
+    answers = answer_all(model, index, rank, synced_gpus=True)
+    check_a_rank_without_prompts(model, index, rank)
+    if rank == 1:
         index.search = None  # its search fails: every rank ends, none waits
-    for rank, wrong, message in (
-        (1, {"candidates": [["nowhere"]] * len(PROMPTS[dist.get_rank()])}, "nowhere"),
-        (1, {}, "search"),
-    ):
-        settings = wrong if dist.get_rank() == rank else {}
-        try:
-            answers(model, index, dist.get_rank(), {"force_nsp_first": True, **settings}, synced_gpus=True)
-        except (ValueError, RetrievalError) as error:
-            assert message in str(error) if dist.get_rank() == rank else "nother rank" in str(error), error
-        else:
-            raise AssertionError("nothing was raised")
-    Path(sys.argv[1], f"rank-{dist.get_rank()}.json").write_text(json.dumps([expected, found]))
+    check_an_error_ends_every_rank(model, index, rank, {"candidates": [["nowhere"]] * len(PROMPTS[rank])}, "nowhere")
+    check_an_error_ends_every_rank(model, index, rank, {}, "search")
+    Path(sys.argv[1], f"rank-{rank}.json").write_text(json.dumps([expected, answers]))
     dist.barrier()
     dist.destroy_process_group()
 

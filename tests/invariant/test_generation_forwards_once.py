@@ -24,38 +24,44 @@ def setup(gen="llama", **config):
     return model, index, prompts
 
 
-def generate(model, index, prompts, **kwargs):
+def generate(model, index, prompts):
+    """Return the output, and its rows without padding."""
     inputs = left_pad(prompts, model.generation_config.pad_token_id)
     steer = Steer(model, retrieve_every=7, end_every=11, quiet_id=model.tokenizer("!")["input_ids"][0])
-    options = {
-        "max_new_tokens": 24,
-        "logits_processor": LogitsProcessorList([steer]),
-        "return_dict_in_generate": True,
-        **kwargs,
-    }
-    output = model.generate(**inputs, retriever=index, **options)
+    output = model.generate(
+        **inputs,
+        retriever=index,
+        max_new_tokens=24,
+        logits_processor=LogitsProcessorList([steer]),
+        return_dict_in_generate=True,
+    )
     return output, real_tokens(output, inputs["attention_mask"], model.generation_config.pad_token_id)
 
 
 @pytest.mark.parametrize("gen", ["llama", "gpt2", "mistral"])
 def test_every_token_is_forwarded_once_at_its_position(gen):
     model, index, prompts = setup(gen)
-    seen = Counter()  # (position, token), as they reach Gen
+    forwarded = Counter()  # (position, token), as they reach Gen
 
     def record(module, args, kwargs):
-        cache, slots = kwargs["past_key_values"], kwargs["past_key_values"]._slots
-        stored = cache.positions[slots if isinstance(slots, torch.Tensor) else slice(slots)].gather(1, cache._columns)
-        real = stored != EMPTY
-        assert torch.equal(stored[real], kwargs["position_ids"][real])
-        seen.update(zip(stored[real].tolist(), kwargs["input_ids"][real].tolist(), strict=True))
+        cache = kwargs["past_key_values"]
+        slots = cache._slots
+        if isinstance(slots, int):
+            slots = slice(slots)
+        positions = cache.positions[slots].gather(1, cache._columns)
+        real = positions != EMPTY
+        assert torch.equal(positions[real], kwargs["position_ids"][real])
+        forwarded.update(zip(positions[real].tolist(), kwargs["input_ids"][real].tolist(), strict=True))
 
     model.gen.base_model.register_forward_pre_hook(record, with_kwargs=True)
     output, rows = generate(model, index, prompts)
-    assert sum(map(len, output.retrievals)) >= 2 and len(set(output.num_generated_tokens.tolist())) > 1
-    assert seen == Counter(
-        pair for ids in rows for pair in enumerate(ids[:-1])
-    )  # the last token of a row is not forwarded: the row has left
-    assert output.num_forwarded_tokens == seen.total()
+    assert sum(map(len, output.retrievals)) >= 2
+    assert len(set(output.num_generated_tokens.tolist())) > 1
+    expected = Counter()
+    for ids in rows:
+        expected.update(enumerate(ids[:-1]))  # the last token of a row is not forwarded: the row has left
+    assert forwarded == expected
+    assert output.num_forwarded_tokens == forwarded.total()
 
 
 def test_a_row_alone_forwards_its_sequence_and_nothing_else():
@@ -114,12 +120,12 @@ def test_queries_from_emb_seq_need_it_in_memory(tmp_path):
 
 
 def test_a_query_encoder_stays_without_emb_seq(tmp_path):
-    model, index, prompts = setup(
-        query_from="query_encoder", query_encoder=make_model(emb_seq_kwargs={"seed": 5}).emb_seq
-    )
+    query_encoder = make_model(emb_seq_kwargs={"seed": 5}).emb_seq
+    model, index, prompts = setup(query_from="query_encoder", query_encoder=query_encoder)
     model.save_pretrained(tmp_path)
     light = CoSupForCausalLM.from_pretrained(tmp_path, load_emb_seq=False)
-    expected, output = generate(model, index, prompts)[0], generate(light, index, prompts)[0]
+    expected, _ = generate(model, index, prompts)
+    output, _ = generate(light, index, prompts)
     assert sum(map(len, output.retrievals)) >= 2
     assert torch.equal(output.sequences, expected.sequences)
     assert_same_retrievals(output.retrievals, expected.retrievals)

@@ -1,4 +1,4 @@
-"""Every control of RetrievalConfig, in a batch, equals a slow reference without cache, token by token: top_k, candidates, oracle, forgetting, refusals."""
+"""Every control of RetrievalConfig, in a batch, equals a slow reference without cache, token by token."""
 
 from functools import partial
 
@@ -10,10 +10,9 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from modeling_cosup import RetrievalConfig
 from modeling_cosup.tokenization_cosup import encode_passages_for_gen, encode_prompt, encode_texts
-from support.generation import Steer, left_pad, real_tokens
+from support.generation import QUESTIONS, Steer, left_pad, real_tokens
 from support.models import PASSAGES, make_model, make_tokenizer
 
-QUESTIONS = ["who?", "who painted the Night Watch?", "Curie", "when was it finished; in Amsterdam", "not this one!"]
 MAX_NEW_TOKENS = 24
 
 
@@ -21,12 +20,16 @@ class EndGroundedText(LogitsProcessor):
     """Makes a random model write `[CE]` now and then; like `Steer` it reads nothing but the row's own tokens."""
 
     def __init__(self, model, every=4):
-        self.ce, self.pad, self.every = model.config.ce_token_id, model.generation_config.pad_token_id, every
+        self.ce = model.config.ce_token_id
+        self.pad = model.generation_config.pad_token_id
+        self.every = every
 
     def __call__(self, input_ids, scores):
         scores = scores.clone()
         for row, ids in enumerate(input_ids):
-            scores[row, self.ce] += 700.0 * ((17 * int(ids[-1]) + int((ids != self.pad).sum())) % self.every == 2)
+            clock = 17 * int(ids[-1]) + int((ids != self.pad).sum())
+            if clock % self.every == 2:
+                scores[row, self.ce] += 700.0
         return scores
 
 
@@ -41,44 +44,56 @@ def setup(gen="llama", every=7, **kwargs):
 
 
 def generate(model, index, prompts, processors, settings, **kwargs):
+    """Return the output, its rows without padding, and `[(column, passage ids)]` of each row."""
     inputs = left_pad(prompts, model.generation_config.pad_token_id)
-    options = {
-        "max_new_tokens": MAX_NEW_TOKENS,
-        "logits_processor": processors,
-        "return_dict_in_generate": True,
+    output = model.generate(
+        **inputs,
+        retriever=index,
+        retrieval_config=settings,
+        max_new_tokens=MAX_NEW_TOKENS,
+        logits_processor=processors,
+        return_dict_in_generate=True,
         **kwargs,
-    }
-    output = model.generate(**inputs, retriever=index, retrieval_config=settings, **options)
-    shifts = [output.prompt_length - len(prompt) for prompt in prompts]
-    trace = [
-        [(r.position - shift, r.passage_ids) for r in row]
-        for row, shift in zip(output.retrievals, shifts, strict=True)
-    ]
-    return output, real_tokens(output, inputs["attention_mask"], model.generation_config.pad_token_id), trace
+    )
+    rows = real_tokens(output, inputs["attention_mask"], model.generation_config.pad_token_id)
+    traces = []
+    for prompt, trace in zip(prompts, output.retrievals, strict=True):
+        padding = output.prompt_length - len(prompt)
+        traces.append([(retrieval.position - padding, retrieval.passage_ids) for retrieval in trace])
+    return output, rows, traces
 
 
 class Reference:
-    """One row the slow way: all that is in view goes through Gen for every token; a memory sees what enters Gen's submodules."""
+    """
+    One row the slow way: all that is in view goes through Gen for every token.
+
+    A memory sees what enters Gen's submodules.
+    """
 
     def __init__(self, model, index, processors, settings, prompt, row, memory=None):
-        self.memory, self.states = memory, {}
-        self.model, self.index, self.processors, self.settings = model, index, processors, settings
-        self.ids, self.prompt, self.trace, self.forgotten = (
-            list(prompt),
-            prompt,
-            [],
-            [],
-        )  # forgotten: (start, end, [CE]) of a passage
-        self.pool = (
-            None
-            if settings.candidates is None or settings.candidates[row] is None
-            else [index.row_of(id) for id in settings.candidates[row]]
-        )
-        self.given = None if settings.passages is None else list(settings.passages[row])
+        self.model = model
+        self.index = index
+        self.processors = processors
+        self.settings = settings
+        self.prompt = prompt
+        self.memory = memory
+        self.states = {}
+        self.ids = list(prompt)
+        self.trace = []
+        self.forgotten = []  # (start, end, column of [CE]) of passages
+        self.pool = None  # rows of the index that may be found
+        if settings.candidates is not None and settings.candidates[row] is not None:
+            self.pool = [index.row_of(id) for id in settings.candidates[row]]
+        self.given = None
+        if settings.passages is not None:
+            self.given = list(settings.passages[row])
 
     def view(self):
-        hidden = {column for start, end, _ in self.forgotten for column in range(start, end)}
-        return [id for column, id in enumerate(self.ids) if column not in hidden]
+        """The ids without forgotten passages."""
+        ids = list(self.ids)
+        for start, end, _ in reversed(self.forgotten):
+            del ids[start:end]
+        return ids
 
     def hidden_state(self):
         """Gen's last hidden state at the last token; `states` become what enters the memory's submodules there."""
@@ -87,95 +102,121 @@ class Reference:
             self.states[name] = args[0][:, -1]
 
         names = [] if self.memory is None else self.memory.states
-        modules = {name: self.model.gen.get_submodule(name) for name in names}
-        hooks = [module.register_forward_pre_hook(partial(keep, name=name)) for name, module in modules.items()]
+        hooks = []
+        for name in names:
+            module = self.model.gen.get_submodule(name)
+            hooks.append(module.register_forward_pre_hook(partial(keep, name=name)))
         hidden = self.last_hidden_state()
         for hook in hooks:
             hook.remove()
         return hidden
 
     def last_hidden_state(self):
+        base_model = self.model.gen.base_model
         if self.settings.forget_passages != "mask":
-            return self.model.gen.base_model(torch.tensor([self.view()]), use_cache=False).last_hidden_state[0, -1]
+            return base_model(torch.tensor([self.view()]), use_cache=False).last_hidden_state[0, -1]
         n = len(self.ids)
         seen = torch.ones(n, n, dtype=torch.bool).tril()
         for start, end, ce in self.forgotten:
             seen[ce + 1 :, start:end] = False
-        mask = torch.zeros(1, 1, n, n).masked_fill(~seen, torch.finfo(torch.float32).min)
-        positions = torch.arange(n)[None]
-        if window := getattr(self.model.gen.config, "sliding_window", None):
-            near = positions[0][None, :] > positions[0][:, None] - window
-            sliding = mask.masked_fill(~near, torch.finfo(torch.float32).min)
-            mask = (
-                {"sliding_attention": sliding, "full_attention": mask}
-                if hasattr(self.model.gen.config, "layer_types")
-                else sliding
-            )
-        return self.model.gen.base_model(
-            torch.tensor([self.ids]), attention_mask=mask, position_ids=positions, use_cache=False
-        ).last_hidden_state[0, -1]
+        lowest = torch.finfo(torch.float32).min
+        mask = torch.zeros(1, 1, n, n).masked_fill(~seen, lowest)
+        positions = torch.arange(n)
+        window = getattr(self.model.gen.config, "sliding_window", None)
+        if window:
+            near = positions[None, :] > positions[:, None] - window
+            sliding = mask.masked_fill(~near, lowest)
+            if hasattr(self.model.gen.config, "layer_types"):
+                mask = {"sliding_attention": sliding, "full_attention": mask}
+            else:
+                mask = sliding
+        output = base_model(
+            torch.tensor([self.ids]), attention_mask=mask, position_ids=positions[None], use_cache=False
+        )
+        return output.last_hidden_state[0, -1]
 
     def may_retrieve(self):
-        limit = self.settings.max_retrievals
-        return (
-            not self.settings.forbid_nsp
-            and (limit is None or len(self.trace) < limit)
-            and (self.given is None or len(self.given) > 0)
-        )
+        if self.settings.forbid_nsp:
+            return False
+        if self.settings.max_retrievals is not None and len(self.trace) >= self.settings.max_retrievals:
+            return False
+        return self.given is None or len(self.given) > 0
 
     def find(self, hidden):
+        """Ids of the passages that the row gets, best first."""
+        top_k, min_score = self.settings.top_k, self.settings.min_score
         if self.given is not None:
-            found, self.given = self.given[: self.settings.top_k], self.given[self.settings.top_k :]
-            return found
+            passage_ids = self.given[:top_k]
+            self.given = self.given[top_k:]
+            return passage_ids
         query = F.normalize(hidden, dim=-1) if self.model.config.similarity == "cosine" else hidden
         scores = (self.index.embeddings @ query).numpy()
-        used = {id for _, ids in self.trace for id in ids} if self.settings.no_repeat_passages else set()
-        rows = [row for row in np.argsort(-scores) if self.pool is None or row in self.pool]
-        rows = [row for row in rows if self.settings.min_score is None or scores[row] >= self.settings.min_score]
-        return [id for row in rows if (id := self.index[int(row)]["id"]) not in used][: self.settings.top_k]
+        retrieved = {id for _, passage_ids in self.trace for id in passage_ids}
+        found = []
+        for row in np.argsort(-scores):
+            id = self.index[int(row)]["id"]
+            if self.pool is not None and row not in self.pool:
+                continue
+            if min_score is not None and scores[row] < min_score:
+                continue
+            if self.settings.no_repeat_passages and id in retrieved:
+                continue
+            found.append(id)
+        return found[:top_k]
+
+    def join(self, passage_ids):
+        """Token ids of passages, with a line break between."""
+        separator = encode_texts(self.model.tokenizer, ["\n"])[0]
+        joined = []
+        for id in passage_ids:
+            if joined:
+                joined += separator
+            joined += self.index[self.index.row_of(id)]["input_ids"]
+        return joined
 
     def decide(self, hidden, ban):
         config = self.model.config
         logits = self.model.gen.get_output_embeddings()(hidden)[None]
-        if cap := getattr(self.model.gen.config, "final_logit_softcapping", None):
+        cap = getattr(self.model.gen.config, "final_logit_softcapping", None)
+        if cap:
             logits = cap * torch.tanh(logits / cap)
         if self.memory is not None:
             logits = self.memory.adjust(logits, self.states)
         scores = self.processors(torch.tensor([self.view()]), logits)[0]
-        scores[[config.cs_token_id] + [config.nsp_token_id] * ban] = float("-inf")
+        scores[config.cs_token_id] = float("-inf")
+        if ban:
+            scores[config.nsp_token_id] = float("-inf")
         return int(scores.argmax())
 
     @torch.no_grad()
     def run(self, max_new_tokens=MAX_NEW_TOKENS):
+        """Return the ids of the row, and `[(column, passage ids)]`."""
         config, ends = self.model.config, self.model.generation_config.eos_token_id
-        separator = encode_texts(self.model.tokenizer, ["\n"])[0]
-        generated, refused, passage = 0, False, None
+        generated = 0
+        nothing_found = False  # for the [NSP] that was just read
+        passage = None  # columns of the last one, until it is forgotten
         while True:
             hidden = self.hidden_state()
-            if self.ids[-1] == config.nsp_token_id and self.may_retrieve() and not refused:
-                if found := self.find(hidden):
-                    self.trace.append((len(self.ids) - 1, found))
-                    parts = [self.index[self.index.row_of(id)]["input_ids"] for id in found]
-                    joined = list(parts[0])
-                    for part in parts[1:]:
-                        joined += separator + part
+            if self.ids[-1] == config.nsp_token_id and self.may_retrieve() and not nothing_found:
+                passage_ids = self.find(hidden)
+                if passage_ids:
+                    self.trace.append((len(self.ids) - 1, passage_ids))
+                    joined = self.join(passage_ids)
                     passage = (len(self.ids), len(self.ids) + len(joined))
                     self.ids += [*joined, config.cs_token_id]
                     continue
-                refused = True
+                nothing_found = True
                 if len(self.ids) > len(self.prompt):
                     self.ids.pop()
                     generated -= 1
                     continue
-            first = (
-                self.settings.force_nsp_first
-                and generated == 0
-                and not refused
-                and self.may_retrieve()
-                and not self.trace
-            )
-            token = config.nsp_token_id if first else self.decide(hidden, ban=refused or not self.may_retrieve())
-            refused = False
+            may_retrieve = self.may_retrieve() and not nothing_found
+            is_first = generated == 0 and not self.trace
+            if self.settings.force_nsp_first and is_first and may_retrieve:
+                token = config.nsp_token_id
+            else:
+                token = self.decide(hidden, ban=not may_retrieve)
+            nothing_found = False
             self.ids.append(token)
             generated += 1
             if generated == max_new_tokens or token in ends:
@@ -186,23 +227,32 @@ class Reference:
 
 
 def check(settings, gen="llama", every=7, make_memory=None, **kwargs):
+    """A batch, with and without a static cache, and generate_many() equal the reference of each row."""
     model, index, prompts, processors = setup(gen, every, **kwargs)
     memory = None if make_memory is None else make_memory(model)
-    output, rows, trace = generate(model, index, prompts, processors, settings, memory=memory)
+    output, rows, traces = generate(model, index, prompts, processors, settings, memory=memory)
     for row, prompt in enumerate(prompts):
-        ids, found = Reference(model, index, processors, settings, prompt, row, memory).run()
-        assert rows[row] == ids and trace[row] == found, f"row {row} differs from the reference"
-    static = generate(model, index, prompts, processors, settings, memory=memory, cache_implementation="static")
-    assert static[1:] == (rows, trace), "the static cache differs"
+        ids, trace = Reference(model, index, processors, settings, prompt, row, memory).run()
+        assert rows[row] == ids, f"row {row} differs from the reference"
+        assert traces[row] == trace, f"the trace of row {row} differs from the reference"
+    static = {"cache_implementation": "static"}
+    _, static_rows, static_traces = generate(model, index, prompts, processors, settings, memory=memory, **static)
+    assert static_rows == rows, "the static cache differs"
+    assert static_traces == traces, "the static cache differs"
     options = {"retriever": index, "retrieval_config": settings, "logits_processor": processors, "memory": memory}
     options |= {"max_new_tokens": MAX_NEW_TOKENS, "show_progress_bar": False}
-    for batch_size, kind in ((2, {}), (3, {"cache_implementation": "static"})):
-        many = model.generate_many(prompts, batch_size=batch_size, **options, **kind)
-        assert [[*prompt, *done.token_ids] for prompt, done in zip(prompts, many, strict=True)] == rows, (
-            f"generate_many differs, {kind}"
-        )
-        assert [[(r.position, r.passage_ids) for r in done.retrievals] for done in many] == trace
-    return model, index, output, rows, trace
+    for batch_size, cache in ((2, {}), (3, static)):
+        completions = model.generate_many(prompts, batch_size=batch_size, **options, **cache)
+        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            assert [*prompt, *completion.token_ids] == rows[row], f"row {row} of generate_many differs, {cache}"
+            trace = [(retrieval.position, retrieval.passage_ids) for retrieval in completion.retrievals]
+            assert trace == traces[row]
+    return model, index, output, rows, traces
+
+
+def all_ids(trace):
+    """Ids of all passages of a row."""
+    return [id for _, passage_ids in trace for id in passage_ids]
 
 
 ARCHITECTURES = ["llama", "gpt2", "mistral", "gemma2"]
@@ -211,47 +261,50 @@ ARCHITECTURES = ["llama", "gpt2", "mistral", "gemma2"]
 @pytest.mark.parametrize("gen", ARCHITECTURES)
 @pytest.mark.parametrize("forget", ["recompute", "mask"])
 def test_forgotten_passages(gen, forget):
-    model, index, output, rows, trace = check(RetrievalConfig(forget_passages=forget), gen)
-    written = output.sequences.tolist()
-    ends = [
-        ids[r.grounded_span[1]]
-        for ids, row in zip(written, output.retrievals, strict=True)
-        for r in row
-        if r.grounded_span[1] < len(ids)
-    ]
-    assert (
-        ends.count(model.config.ce_token_id) >= 3 and max(map(len, trace)) >= 2
-    )  # several passages are forgotten, some rows retrieve again after that
-    assert generate(*setup(gen), RetrievalConfig())[1] != rows  # and it makes a difference
+    model, index, output, rows, traces = check(RetrievalConfig(forget_passages=forget), gen)
+    num_forgotten = 0
+    for ids, trace in zip(output.sequences.tolist(), output.retrievals, strict=True):
+        for retrieval in trace:
+            _, end = retrieval.grounded_span
+            if ids[end : end + 1] == [model.config.ce_token_id]:
+                num_forgotten += 1
+    assert num_forgotten >= 3
+    assert max(map(len, traces)) >= 2  # some rows retrieve again after that
+    _, rows_without_forgetting, _ = generate(*setup(gen), RetrievalConfig())
+    assert rows_without_forgetting != rows
 
 
 @pytest.mark.parametrize("gen", ARCHITECTURES)
 def test_top_k(gen):
-    *_, output, _, trace = check(RetrievalConfig(top_k=3), gen)
-    assert all(len(ids) == 3 == len(set(ids)) for row in trace for _, ids in row) and sum(map(len, trace)) >= 4
-    assert all(r.scores == sorted(r.scores, reverse=True) for row in output.retrievals for r in row)
+    *_, output, _, traces = check(RetrievalConfig(top_k=3), gen)
+    assert sum(map(len, traces)) >= 4
+    for trace in output.retrievals:
+        for retrieval in trace:
+            assert len(retrieval.passage_ids) == len(set(retrieval.passage_ids)) == 3
+            assert retrieval.scores == sorted(retrieval.scores, reverse=True)
 
 
 @pytest.mark.parametrize("gen", ARCHITECTURES)
 def test_candidates_of_each_row(gen):
     pools = [["p1", "p2"], ["p5"], None, ["p0", "p3", "p4"], ["p0"]]
-    *_, trace = check(RetrievalConfig(candidates=pools), gen)
-    for pool, row in zip(pools, trace, strict=True):
-        assert pool is None or all(id in pool for _, ids in row for id in ids)
-    assert sum(map(len, trace)) >= 4
+    *_, traces = check(RetrievalConfig(candidates=pools), gen)
+    for pool, trace in zip(pools, traces, strict=True):
+        assert pool is None or set(all_ids(trace)) <= set(pool)
+    assert sum(map(len, traces)) >= 4
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_given_passages(top_k):
     given = [["p1", "p2", "p3"], ["p5"], [], ["p0", "p0"], ["p4"]]
-    *_, output, _, trace = check(RetrievalConfig(passages=given, top_k=top_k), every=4)
-    found = [[id for _, ids in row for id in ids] for row in trace]
-    assert (
-        all(ids == expected[: len(ids)] for ids, expected in zip(found, given, strict=True))
-        and found[1] == given[1]
-        and sum(map(len, found)) >= 5
-    )
-    assert {score for row in output.retrievals for r in row for score in r.scores} == {None}
+    *_, output, _, traces = check(RetrievalConfig(passages=given, top_k=top_k), every=4)
+    used = [all_ids(trace) for trace in traces]
+    for ids, given_ids in zip(used, given, strict=True):
+        assert ids == given_ids[: len(ids)]
+    assert used[1] == given[1]
+    assert sum(map(len, used)) >= 5
+    for trace in output.retrievals:
+        for retrieval in trace:
+            assert set(retrieval.scores) == {None}
 
 
 @pytest.mark.parametrize("gen", ARCHITECTURES)
@@ -259,58 +312,67 @@ def test_given_passages(top_k):
 def test_minimum_score(gen, force):
     model, index, prompts, processors = setup(gen, every=5)
     output, _, _ = generate(model, index, prompts, processors, RetrievalConfig())
-    middle = float(np.median([r.score for row in output.retrievals for r in row]))
-    *_, output, rows, trace = check(RetrievalConfig(min_score=middle, force_nsp_first=force), gen, every=5)
-    assert all(r.score >= middle for row in output.retrievals for r in row) and any(trace)
+    median = float(np.median([retrieval.score for trace in output.retrievals for retrieval in trace]))
+    *_, output, _, traces = check(RetrievalConfig(min_score=median, force_nsp_first=force), gen, every=5)
+    assert any(traces)
+    assert all(retrieval.score >= median for trace in output.retrievals for retrieval in trace)
     assert output.num_generated_tokens.tolist() == [MAX_NEW_TOKENS] * len(prompts)
-    nothing = generate(model, index, prompts, processors, RetrievalConfig(min_score=9.0, force_nsp_first=force))
-    assert not any(nothing[2])
-    nsp = model.config.nsp_token_id
-    assert not any(
-        nsp in row[len(prompt) : -1] for row, prompt in zip(nothing[1], prompts, strict=True)
-    )  # every one was taken back; the last is not asked
+
+    settings = RetrievalConfig(min_score=9.0, force_nsp_first=force)
+    _, rows, traces = generate(model, index, prompts, processors, settings)
+    assert not any(traces)
+    for ids, prompt in zip(rows, prompts, strict=True):
+        # every [NSP] was taken back; the last token does not search
+        assert model.config.nsp_token_id not in ids[len(prompt) : -1]
 
 
 def test_no_passage_twice():
-    *_, trace = check(RetrievalConfig(no_repeat_passages=True), every=3)
-    found = [[id for _, ids in row for id in ids] for row in trace]
-    assert all(len(row) == len(set(row)) for row in found) and max(map(len, found)) >= 4
-    *_, repeated = check(RetrievalConfig(), every=3)
-    assert any(len({tuple(ids) for _, ids in row}) < len(row) for row in repeated)
+    *_, traces = check(RetrievalConfig(no_repeat_passages=True), every=3)
+    used = [all_ids(trace) for trace in traces]
+    assert all(len(ids) == len(set(ids)) for ids in used)
+    assert max(map(len, used)) >= 4
+    *_, traces = check(RetrievalConfig(), every=3)
+    used = [all_ids(trace) for trace in traces]
+    assert any(len(set(ids)) < len(ids) for ids in used)  # without the control passages do repeat
 
 
 def test_no_passage_twice_until_none_is_left():
-    *_, rows, trace = check(RetrievalConfig(no_repeat_passages=True, candidates=[["p0", "p1"]] * 5, top_k=2), every=3)
-    assert [len(row) for row in trace[:4]] == [1, 1, 1, 1]
+    settings = RetrievalConfig(no_repeat_passages=True, candidates=[["p0", "p1"]] * 5, top_k=2)
+    *_, traces = check(settings, every=3)
+    assert [len(trace) for trace in traces[:4]] == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("gen", ARCHITECTURES)
 def test_force_and_forbid(gen):
-    *_, trace = check(RetrievalConfig(force_nsp_first=True), gen)
-    starts = [12, 29, 13, 19, 23]
-    assert all(row for row in trace) and [row[0][0] for row in trace][:1] == starts[:1]
-    model, index, output, rows, trace = check(RetrievalConfig(forbid_nsp=True), gen)
-    assert not any(trace)
+    *_, traces = check(RetrievalConfig(force_nsp_first=True), gen)
+    assert all(traces)
+    column, _ = traces[0][0]
+    assert column == 12  # right after the prompt
+    *_, traces = check(RetrievalConfig(forbid_nsp=True), gen)
+    assert not any(traces)
 
 
-def test_all_at_once():
+def test_all_controls_together():
     pools = [["p0", "p1", "p2"], None, ["p3"], None, ["p5", "p0"]]
     settings = RetrievalConfig(
-        2,
+        top_k=2,
         max_retrievals=2,
         force_nsp_first=True,
         candidates=pools,
         no_repeat_passages=True,
         forget_passages="recompute",
     )
-    *_, trace = check(settings, every=5)
-    assert sum(map(len, trace)) >= 6
+    *_, traces = check(settings, every=5)
+    assert sum(map(len, traces)) >= 6
 
 
 def test_given_passages_without_an_index():
     model, index, prompts, processors = setup()
-    passages = [[PASSAGES[i % 6]] for i in range(5)]
-    expected = generate(model, index, prompts, processors, RetrievalConfig(passages=[[p[0]["id"]] for p in passages]))
-    output = generate(model, None, prompts, processors, RetrievalConfig(passages=passages))
-    assert output[1:] == expected[1:] and sum(map(len, output[2])) >= 3
+    by_id = RetrievalConfig(passages=[[passage["id"]] for passage in PASSAGES[:5]])
+    by_text = RetrievalConfig(passages=[[passage] for passage in PASSAGES[:5]])
+    _, expected_rows, expected_traces = generate(model, index, prompts, processors, by_id)
+    _, rows, traces = generate(model, None, prompts, processors, by_text)
+    assert rows == expected_rows
+    assert traces == expected_traces
+    assert sum(map(len, traces)) >= 3
     assert encode_passages_for_gen(model.tokenizer, [PASSAGES[0]], model.config)[0] == index[0]["input_ids"]

@@ -1,4 +1,4 @@
-"""generate_many(): the same answers as generate(), a batch that stays full, and an output file that survives anything."""
+"""generate_many(): the answers of generate(), a batch that stays full, and an output file that survives anything."""
 
 import json
 import signal
@@ -16,19 +16,17 @@ from modeling_cosup.tokenization_cosup import encode_prompt
 from support.generation import Steer, left_pad, real_tokens
 from support.models import PASSAGES
 
-WORDS = [
-    "who",
-    "painted",
-    "the Night Watch",
-    "in Amsterdam",
-    "Curie",
-    "radium",
-    "when",
-    "was it",
-    "Warsaw",
-    "a physicist",
-]
-PROMPTS = [" ".join(WORDS[(i * k) % 10] for k in range(1, 2 + i % 4)) + "?" for i in range(17)]
+WORDS = ["who", "painted", "the Night Watch", "in Amsterdam", "Curie"]
+WORDS += ["radium", "when", "was it", "Warsaw", "a physicist"]
+
+
+def question(i):
+    """A question of one to four phrases."""
+    words = [WORDS[(i * k) % 10] for k in range(1, 2 + i % 4)]
+    return " ".join(words) + "?"
+
+
+PROMPTS = [question(i) for i in range(17)]
 
 
 @pytest.fixture
@@ -49,121 +47,130 @@ def options(model):
     return {"max_new_tokens": 18, "logits_processor": LogitsProcessorList([steer]), "show_progress_bar": False}
 
 
-def one_by_one(model, index, prompts, options, **kwargs):
-    options = {name: value for name, value in options.items() if name != "show_progress_bar"}
-    outputs = [
-        model.generate(torch.tensor([ids]), retriever=index, return_dict_in_generate=True, **options, **kwargs)
-        for ids in prompts
-    ]
-    rows = [
-        real_tokens(output, torch.ones(1, len(ids)), model.tokenizer.pad_token_id)[0][len(ids) :]
-        for output, ids in zip(outputs, prompts, strict=True)
-    ]
-    return outputs, rows
+def without_bar(options):
+    """The options that generate() takes too."""
+    return {name: value for name, value in options.items() if name != "show_progress_bar"}
+
+
+def one_by_one(model, index, prompts, options):
+    """Return the output of generate() for each prompt, and the token ids after the prompt."""
+    outputs, continuations = [], []
+    for prompt in prompts:
+        output = model.generate(
+            torch.tensor([prompt]), retriever=index, return_dict_in_generate=True, **without_bar(options)
+        )
+        (ids,) = real_tokens(output, torch.ones(1, len(prompt)), model.tokenizer.pad_token_id)
+        outputs.append(output)
+        continuations.append(ids[len(prompt) :])
+    return outputs, continuations
 
 
 def test_on_completion_gets_each_new_answer_and_says_what_the_bar_shows(
     model, index, prompts, options, tmp_path, capsys
 ):
-    def run(prompts):
-        found = []
-        options["show_progress_bar"] = True
-        file = {
-            "output_file": tmp_path / "answers.jsonl",
-            "on_completion": lambda done: found.append(done) or {"done": f"{len(found)}!"},
-        }
-        return found, model.generate_many(prompts, retriever=index, batch_size=4, **file, **options)
+    options |= {"show_progress_bar": True, "output_file": tmp_path / "answers.jsonl"}
+    completed = []
 
-    first, answers = run(prompts[:5])
-    assert sorted(first, key=lambda done: done.index) == answers
+    def on_completion(completion):
+        completed.append(completion)
+        return {"done": f"{len(completed)}!"}
+
+    options["on_completion"] = on_completion
+    answers = model.generate_many(prompts[:5], retriever=index, batch_size=4, **options)
+    assert sorted(completed, key=lambda completion: completion.index) == answers
     assert "done=5!" in capsys.readouterr().err
-    second, answers = run(prompts)
-    assert (
-        sorted(done.index for done in second) == list(range(5, 17)) and len(answers) == 17
-    )  # the others stood in the file
+    completed.clear()
+    answers = model.generate_many(prompts, retriever=index, batch_size=4, **options)
+    # the file holds the others
+    assert sorted(completion.index for completion in completed) == list(range(5, 17))
+    assert len(answers) == 17
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
 def test_the_same_answers_as_one_by_one(model, index, prompts, options, batch_size):
-    outputs, rows = one_by_one(model, index, prompts, options)
-    found = model.generate_many(prompts, retriever=index, batch_size=batch_size, **options)
-    assert [done.index for done in found] == list(range(17)) and [done.token_ids for done in found] == rows
-    assert len({len(done.token_ids) for done in found}) > 5 and sum(len(done.retrievals) for done in found) > 10
-    for done, output in zip(found, outputs, strict=True):
-        assert done.num_generated_tokens == int(output.num_generated_tokens)
-        assert done.cited_text == model.decode_with_citations(output)[0]
-        for ours, theirs in zip(done.retrievals, output.retrievals[0], strict=True):
-            assert (ours.position, ours.grounded_span, ours.passage_ids) == (
-                theirs.position,
-                theirs.grounded_span,
-                theirs.passage_ids,
-            )
-            assert ours.row == done.index
-        assert all(passage["text"] not in done.text for r in done.retrievals for passage in r.passages)
+    outputs, continuations = one_by_one(model, index, prompts, options)
+    completions = model.generate_many(prompts, retriever=index, batch_size=batch_size, **options)
+    assert [completion.index for completion in completions] == list(range(17))
+    assert [completion.token_ids for completion in completions] == continuations
+    assert len(set(map(len, continuations))) > 5
+    assert sum(len(completion.retrievals) for completion in completions) > 10
+    for completion, output in zip(completions, outputs, strict=True):
+        assert completion.num_generated_tokens == int(output.num_generated_tokens)
+        assert completion.cited_text == model.decode_with_citations(output)[0]
+        for retrieval, expected in zip(completion.retrievals, output.retrievals[0], strict=True):
+            assert retrieval.row == completion.index
+            assert retrieval.position == expected.position
+            assert retrieval.grounded_span == expected.grounded_span
+            assert retrieval.passage_ids == expected.passage_ids
+            assert all(passage["text"] not in completion.text for passage in retrieval.passages)
 
 
 def test_without_retriever_it_is_plain_generation(model, prompts, options):
-    inputs = left_pad(prompts, model.tokenizer.pad_token_id)
-    plain = {name: value for name, value in options.items() if name != "show_progress_bar"}
-    expected = model.generate(**inputs, **plain)[:, inputs["input_ids"].shape[1] :]
-    found = model.generate_many(prompts, batch_size=4, **options)
-    assert [done.token_ids for done in found] == [
-        ids[ids != model.tokenizer.pad_token_id].tolist() for ids in expected
-    ]
-    assert model.config.nsp_token_id in expected and all(done.retrievals == [] for done in found)
+    pad = model.tokenizer.pad_token_id
+    inputs = left_pad(prompts, pad)
+    expected = model.generate(**inputs, **without_bar(options))[:, inputs["input_ids"].shape[1] :]
+    completions = model.generate_many(prompts, batch_size=4, **options)
+    assert [completion.token_ids for completion in completions] == [ids[ids != pad].tolist() for ids in expected]
+    assert model.config.nsp_token_id in expected
+    assert all(completion.retrievals == [] for completion in completions)
 
 
 @pytest.mark.parametrize("static", [False, True])
-def test_a_finished_row_makes_room_at_once(model, index, prompts, options, static):
-    sizes = []
+def test_a_finished_row_makes_room_for_the_next(model, index, prompts, options, static):
+    shapes = []
     model.gen.base_model.register_forward_pre_hook(
-        lambda module, args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    kind = {"cache_implementation": "static"} if static else {}
-    found = model.generate_many(prompts, retriever=index, batch_size=4, **options, **kind)
-    steps = [rows for rows, width in sizes if width == 1]
-    work = sum(done.num_generated_tokens - 1 for done in found)
-    assert max(steps) == 4 and len(steps) < 1.35 * work / 4  # a full batch but for the end
-    assert static or steps[-5:] == sorted(steps[-5:], reverse=True)
-    assert [done.token_ids for done in found] == one_by_one(model, index, prompts, options)[1]
+    if static:
+        options["cache_implementation"] = "static"
+    completions = model.generate_many(prompts, retriever=index, batch_size=4, **options)
+    steps = [rows for rows, width in shapes if width == 1]
+    num_stepped_tokens = sum(completion.num_generated_tokens - 1 for completion in completions)
+    assert max(steps) == 4
+    assert len(steps) < 1.35 * num_stepped_tokens / 4  # the batch is full, except at the end
+    if not static:
+        assert steps[-5:] == sorted(steps[-5:], reverse=True)
+    options.pop("cache_implementation", None)
+    _, expected = one_by_one(model, index, prompts, options)
+    assert [completion.token_ids for completion in completions] == expected
 
 
 def test_fewer_rows_where_the_cache_may_hold_fewer_tokens(model, index, prompts, options):
-    need = max(map(len, prompts)) + 18 + model.config.max_passage_length + 1
-    for tokens, expected in ((10, 1), (need, 1), (3 * need, 3)):
-        sizes = []
-        hook = model.gen.base_model.register_forward_pre_hook(
-            lambda m, a, kwargs, s=sizes: s.append(len(kwargs["input_ids"])), with_kwargs=True
-        )
-        found = model.generate_many(prompts[:6], retriever=index, max_batch_tokens=tokens, **options)
-        hook.remove()
-        assert max(sizes) == expected and len(found) == 6
+    sizes = []
+    model.gen.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    columns_per_row = max(map(len, prompts)) + 18 + model.config.max_passage_length + 1
+    for max_batch_tokens, expected in ((10, 1), (columns_per_row, 1), (3 * columns_per_row, 3)):
+        sizes.clear()
+        completions = model.generate_many(prompts[:6], retriever=index, max_batch_tokens=max_batch_tokens, **options)
+        assert max(sizes) == expected
+        assert len(completions) == 6
 
 
 def test_candidates_and_passages_belong_to_their_prompts(model, index, prompts, options):
     ids = [f"p{i % 6}" for i in range(17)]
     for name in ("candidates", "passages"):
-        settings = RetrievalConfig(force_nsp_first=True, **{name: [[id] for id in ids]})
-        found = model.generate_many(prompts, retriever=index, retrieval_config=settings, batch_size=5, **options)
-        assert [{id for r in done.retrievals for id in r.passage_ids} for done in found] == [{id} for id in ids]
+        config = RetrievalConfig(force_nsp_first=True, **{name: [[id] for id in ids]})
+        completions = model.generate_many(prompts, retriever=index, retrieval_config=config, batch_size=5, **options)
+        for completion, id in zip(completions, ids, strict=True):
+            assert completion.retrievals
+            assert all(set(retrieval.passage_ids) == {id} for retrieval in completion.retrievals)
 
 
-def test_prompts_that_cannot_be(model, index, options):
+def test_prompts_and_options_that_are_refused(model, index, options):
     assert model.generate_many([], retriever=index, **options) == []
     with pytest.raises(ValueError, match="num_return_sequences"):
         model.generate_many([[5]], retriever=index, do_sample=True, num_return_sequences=2, **options)
     with pytest.raises(ValueError, match="retrieval_config needs a retriever"):
         model.generate_many([[5]], retrieval_config=RetrievalConfig(force_nsp_first=True), **options)
-    for name, value in (
-        ("streamer", TextStreamer(model.tokenizer)),
-        ("prefix_allowed_tokens_fn", lambda row, ids: [5]),
-    ):
+    refused = {"streamer": TextStreamer(model.tokenizer), "prefix_allowed_tokens_fn": lambda row, ids: [5]}
+    for name, value in refused.items():
         with pytest.raises(ValueError, match=f"{name} needs rows that keep their places"):
             model.generate_many([[5]], retriever=index, **options, **{name: value})
+    config = RetrievalConfig(candidates=[["p0"], ["p1"]])
     with pytest.raises(ValueError, match="candidates has 2 entries, expected one for each of the 4 prompts"):
-        model.generate_many(
-            [[5]] * 4, retriever=index, retrieval_config=RetrievalConfig(candidates=[["p0"], ["p1"]]), **options
-        )
+        model.generate_many([[5]] * 4, retriever=index, retrieval_config=config, **options)
     with pytest.raises(ValueError, match="Prompt 1 is empty"):
         model.generate_many([[5], []], retriever=index, **options)
     with pytest.raises(ValueError, match="Prompt 1 has 600 tokens, but Gen reads 512"):
@@ -175,17 +182,25 @@ def test_prompts_that_cannot_be(model, index, options):
 
 def test_the_output_file_holds_every_answer(model, index, prompts, options, tmp_path):
     path = tmp_path / "answers.jsonl"
-    found = model.generate_many(prompts, retriever=index, output_file=path, **options)
-    lines = {line["index"]: line for line in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+    completions = model.generate_many(prompts, retriever=index, output_file=path, **options)
+    lines = {}
+    for text in path.read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        lines[line["index"]] = line
     assert sorted(lines) == list(range(17))
-    for done in found:
-        line = lines[done.index]
-        assert (line["token_ids"], line["text"], line["cited_text"]) == (done.token_ids, done.text, done.cited_text)
-        assert [trace["passages"] for trace in line["retrievals"]] == [r.passages for r in done.retrievals]
+    for completion in completions:
+        line = lines[completion.index]
+        assert line["token_ids"] == completion.token_ids
+        assert line["text"] == completion.text
+        assert line["cited_text"] == completion.cited_text
+        assert [trace["passages"] for trace in line["retrievals"]] == [r.passages for r in completion.retrievals]
+
     before = path.read_bytes()
     model.gen.base_model.register_forward_pre_hook(lambda *args: pytest.fail("an answer was written again"))
     again = model.generate_many(prompts, retriever=index, output_file=path, **options)
-    assert again == found and path.read_bytes() == before and isinstance(again[0], Completion)
+    assert again == completions
+    assert path.read_bytes() == before
+    assert isinstance(again[0], Completion)
 
 
 def test_an_interrupted_call_goes_on(model, index, prompts, options, tmp_path):
@@ -193,13 +208,13 @@ def test_an_interrupted_call_goes_on(model, index, prompts, options, tmp_path):
     expected = model.generate_many(prompts, retriever=index, **options)
 
     class Breaks:
-        check_model, rows_of, get_passages, fingerprint, searches = (
-            index.check_model,
-            index.rows_of,
-            index.get_passages,
-            index.fingerprint,
-            0,
-        )
+        """An index that fails at the eighth search."""
+
+        check_model = index.check_model
+        rows_of = index.rows_of
+        get_passages = index.get_passages
+        fingerprint = index.fingerprint
+        searches = 0
 
         def search(self, *args, **kwargs):
             self.searches += 1
@@ -209,13 +224,13 @@ def test_an_interrupted_call_goes_on(model, index, prompts, options, tmp_path):
 
     with pytest.raises(RetrievalError, match="the server went away"):
         model.generate_many(prompts, retriever=Breaks(), batch_size=3, output_file=path, **options)
-    done = path.read_text(encoding="utf-8").splitlines()
-    assert 0 < len(done) < 17
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert 0 < len(lines) < 17
     with path.open("a", encoding="utf-8") as file:
-        file.write(done[0][: len(done[0]) // 2])  # as a kill in the middle of a write leaves it
-    found = model.generate_many(prompts, retriever=index, batch_size=3, output_file=path, **options)
-    assert [d.token_ids for d in found] == [d.token_ids for d in expected]
-    assert path.read_text(encoding="utf-8").splitlines()[: len(done)] == done
+        file.write(lines[0][: len(lines[0]) // 2])  # as a kill in the middle of a write leaves it
+    completions = model.generate_many(prompts, retriever=index, batch_size=3, output_file=path, **options)
+    assert [completion.token_ids for completion in completions] == [answer.token_ids for answer in expected]
+    assert path.read_text(encoding="utf-8").splitlines()[: len(lines)] == lines
 
 
 def test_an_output_file_of_other_prompts_is_refused(model, index, prompts, options, tmp_path):
@@ -224,14 +239,16 @@ def test_an_output_file_of_other_prompts_is_refused(model, index, prompts, optio
     before = path.read_bytes()
     with pytest.raises(ValueError, match="line [12]: an answer to another prompt"):
         model.generate_many(prompts[2:6], retriever=index, output_file=path, **options)
-    for other in (
+    same = {"retriever": index, "output_file": path, **options}
+    other_settings = [
         {"retrieval_config": RetrievalConfig(top_k=2)},
         {"max_retrievals": 1},
         {"do_sample": True},
         {"retriever": None},
-    ):
+    ]
+    for other in other_settings:
         with pytest.raises(ValueError, match="line 1: an answer of another model or index, or with other settings"):
-            model.generate_many(prompts[:2], **{"retriever": index, "output_file": path, **options, **other})
+            model.generate_many(prompts[:2], **{**same, **other})
     assert path.read_bytes() == before
     path.write_bytes(before + b"{}\n")
     with pytest.raises(ValueError, match="line 3: not an answer"):
@@ -248,12 +265,18 @@ from test_generate_many import *
 tokenizer = make_tokenizer()
 model = make_model(tokenizer=tokenizer)
 index = model.build_index(PASSAGES, show_progress_bar=False)
-search = index.search
-index.search = lambda *args, **kwargs: (time.sleep(0.02), search(*args, **kwargs))[1]  # time to be killed in
+fast_search = index.search
+
+def slow_search(*args, **kwargs):
+    time.sleep(0.02)  # time to be killed in
+    return fast_search(*args, **kwargs)
+
+index.search = slow_search
 prompts = [list(encode_prompt(tokenizer, text)) for text in PROMPTS]
 options = {{"max_new_tokens": 18, "logits_processor": LogitsProcessorList([Steer(model, 7, 9)])}}
-found = model.generate_many(prompts, retriever=index, batch_size=2, output_file={path!r}, show_progress_bar=False, **options)
-print(json.dumps([done.token_ids for done in found]))
+options |= {{"batch_size": 2, "output_file": {path!r}, "show_progress_bar": False}}
+completions = model.generate_many(prompts, retriever=index, **options)
+print(json.dumps([completion.token_ids for completion in completions]))
 """
 
 
@@ -262,15 +285,17 @@ def test_killed_and_called_again(tmp_path):
         script = SCRIPT.format(tests=str(Path(__file__).parents[1]), here=str(Path(__file__).parent), path=str(path))
         return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
 
-    path, whole = tmp_path / "answers.jsonl", tmp_path / "whole.jsonl"
+    path = tmp_path / "answers.jsonl"
     process = start(path)
     while not (path.exists() and path.read_bytes().count(b"\n") >= 3):
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    kept = path.read_bytes()
-    assert 3 <= kept.count(b"\n") < 17
-    again, reference = start(path), start(whole)
-    assert json.loads(again.communicate()[0]) == json.loads(reference.communicate()[0])
-    assert path.read_bytes().startswith(kept[: kept.rindex(b"\n") + 1])
+    written = path.read_bytes()
+    assert 3 <= written.count(b"\n") < 17
+    resumed = start(path)
+    reference = start(tmp_path / "whole.jsonl")
+    assert json.loads(resumed.communicate()[0]) == json.loads(reference.communicate()[0])
+    whole_lines = written[: written.rindex(b"\n") + 1]
+    assert path.read_bytes().startswith(whole_lines)

@@ -1,4 +1,4 @@
-"""The state of the decoding loop: its twins on host and device agree whatever happens to rows, and nothing is copied while all of them step."""
+"""The state of the decoding loop: host and device agree, and nothing is copied while every row steps."""
 
 import random
 
@@ -15,11 +15,13 @@ def check_twins(slots, contents):
     n = len(slots)
     columns, positions = slots.places(n)[:, :, 0].numpy()
     for row, (column, position, generated, banned) in contents.items():
-        assert slots.rows[row.slot] is row and slots.occupied[row.slot]
-        assert (slots.columns[row.slot], slots.positions[row.slot]) == (column, position)
-        assert (columns[row.slot], positions[row.slot]) == (column, position)
-        assert (slots.generated[row.slot], slots.banned[row.slot]) == (generated, banned)
-    assert slots.occupied.sum() == len(contents) and slots.free == slots.count - len(contents)
+        slot = row.slot
+        assert slots.rows[slot] is row and slots.occupied[slot]
+        assert (slots.columns[slot], slots.positions[slot]) == (column, position)
+        assert (columns[slot], positions[slot]) == (column, position)
+        assert (slots.generated[slot], slots.banned[slot]) == (generated, banned)
+    assert slots.occupied.sum() == len(contents)
+    assert slots.free == slots.count - len(contents)
     assert np.array_equal(slots.occupied, slots.occupied_on_device.numpy())
     assert np.array_equal(slots.banned, slots.banned_on_device.numpy())
 
@@ -27,13 +29,16 @@ def check_twins(slots, contents):
 @pytest.mark.parametrize("keeps_places", [False, True])
 @pytest.mark.parametrize("seed", range(5))
 def test_twins_agree_whatever_happens(keeps_places, seed):
-    rng, contents, number = random.Random(seed), {}, 0
+    rng = random.Random(seed)
+    contents = {}
+    number = 0
     slots = Slots(6, torch.device("cpu"), pad=3, keeps_places=keeps_places)
     for _ in range(200):
-        action = rng.choice(["occupy", "vacate", "ban", "step", "step", "advance", "take_back"])
+        action = rng.choice(["occupy", "vacate", "ban", "step", "step", "chunk", "take_back"])
         row = rng.choice(list(contents)) if contents else None
         if action == "occupy" and slots.free:
-            row, number = Row(number, [1]), number + 1
+            row = Row(number, [1])
+            number += 1
             slots.occupy(row)
             slots.ban(row.slot, False)
             contents[row] = [0, 0, 0, False]
@@ -45,8 +50,8 @@ def test_twins_agree_whatever_happens(keeps_places, seed):
         elif action == "ban":
             contents[row][3] = not contents[row][3]
             slots.ban(row.slot, contents[row][3])
-        elif action == "advance":
-            slots.advance(np.array([row.slot]), np.array([5]))
+        elif action == "chunk":
+            slots.count_chunks(np.array([row.slot]), np.array([5]))
             contents[row][0] += 5
             contents[row][1] += 5
         elif action == "take_back":
@@ -55,15 +60,15 @@ def test_twins_agree_whatever_happens(keeps_places, seed):
                 contents[row][i] -= 1
         else:
             stepping = slots.occupied[: len(slots)].copy()
-            stays = row if rng.random() < 0.3 else None
-            if stays is not None:
-                stepping[stays.slot] = False
+            resting = row if rng.random() < 0.3 else None
+            if resting is not None:
+                stepping[resting.slot] = False
             slots.places(len(slots))
-            slots.step(stepping)
-            slots.decide(torch.full((len(slots),), 7))
+            slots.count_step(stepping)
+            slots.note_decisions(torch.full((len(slots),), 7))
             for other, values in contents.items():
                 values[2] += 1
-                if other is not stays:
+                if other is not resting:
                     values[0] += 1
                     values[1] += 1
         check_twins(slots, contents)
@@ -74,24 +79,28 @@ def test_nothing_is_copied_while_every_row_steps():
     slots = Slots(4, torch.device("cpu"))
     for number in range(3):
         slots.occupy(Row(number, [1]))
-    slots.advance(np.arange(3), np.array([4, 2, 7]))
+    slots.count_chunks(np.arange(3), np.array([4, 2, 7]))
     places = slots.places(3)
     for _ in range(5):
-        slots.step(slots.occupied[:3].copy())
-        assert not slots.moved
+        slots.count_step(slots.occupied[:3].copy())
+        assert not slots.stale
     assert places[0, :, 0].tolist() == [9, 7, 12]  # the same memory: a captured step reads it
-    slots.step(np.array([True, False, True]))
-    assert slots.moved and slots.places(3)[0, :, 0].tolist() == [10, 7, 13]
+    slots.count_step(np.array([True, False, True]))
+    assert slots.stale
+    assert slots.places(3)[0, :, 0].tolist() == [10, 7, 13]
 
 
 def test_the_last_row_moves_into_the_gap():
-    slots, rows = Slots(4, torch.device("cpu")), [Row(number, [1]) for number in range(3)]
+    slots = Slots(4, torch.device("cpu"))
+    rows = [Row(number, [1]) for number in range(3)]
     for row in rows:
         slots.occupy(row)
-    slots.decide(torch.tensor([11, 12, 13]))
+    slots.note_decisions(torch.tensor([11, 12, 13]))
     assert slots.order is None
     assert slots.vacate(rows[0]) == 2  # slot 2 moved to slot 0
-    assert slots.rows == [rows[2], rows[1]] and slots.tokens[:2].tolist() == [13, 12]
+    assert slots.rows == [rows[2], rows[1]]
+    assert slots.tokens[:2].tolist() == [13, 12]
     assert slots.order.tolist() == [2, 1]
     assert slots.vacate(rows[1]) is None  # it was the last one
-    assert slots.rows == [rows[2]] and len(slots) == 1
+    assert slots.rows == [rows[2]]
+    assert len(slots) == 1

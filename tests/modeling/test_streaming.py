@@ -1,4 +1,4 @@
-"""The streamer of texts and retrievals: its events, put together, are the trace and the texts of the same generate() call."""
+"""The streamer of texts and retrievals: its events, put together, are the trace and the texts of the call."""
 
 import queue
 import re
@@ -19,7 +19,7 @@ QUESTIONS = ["who?", "who painted the Night Watch?", "[NSP] in a question", "Zü
 
 
 class Write(LogitsProcessor):
-    """Gen decides these tokens, in this order, then ends."""
+    """Makes Gen decide these tokens, in this order, then end."""
 
     def __init__(self, ids, end):
         self.ids = [*ids, end]
@@ -31,32 +31,33 @@ class Write(LogitsProcessor):
 
 
 class EndSpans(LogitsProcessor):
-    """`[CE]` at every fifth length, so that free text stands between grounded ones."""
+    """Makes Gen decide `[CE]` at every fifth length, so that there is free text between grounded texts."""
 
     def __init__(self, model):
         self.ce = model.config.ce_token_id
 
     def __call__(self, input_ids, scores):
         scores = scores.clone()
-        scores[:, self.ce] += 500.0 * (input_ids.shape[1] % 5 == 0)
+        if input_ids.shape[1] % 5 == 0:
+            scores[:, self.ce] += 500.0
         return scores
 
 
 def stream(model, input_ids, processors=(), **kwargs):
-    """The events of a generate() call in another thread, and its output or error."""
-    streamer, done = model.make_streamer(timeout=60), []
+    """Generate in another thread; return the events, the error that the loop raised, and the output or error."""
+    streamer = model.make_streamer(timeout=60)
+    options = {"max_new_tokens": 40, "return_dict_in_generate": True, **kwargs}
+    results = []
 
     def work():
         try:
-            options = {
-                "max_new_tokens": 40,
-                "return_dict_in_generate": True,
-                "logits_processor": LogitsProcessorList(processors),
-                **kwargs,
-            }
-            done.append(model.generate(torch.tensor([input_ids]), streamer=streamer, **options))
+            processor = LogitsProcessorList(processors)
+            output = model.generate(
+                torch.tensor([input_ids]), streamer=streamer, logits_processor=processor, **options
+            )
+            results.append(output)
         except Exception as error:
-            done.append(error)
+            results.append(error)
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -68,63 +69,77 @@ def stream(model, input_ids, processors=(), **kwargs):
         error = raised
     thread.join()
     assert next(streamer, "over") == "over"
-    return events, error, done[0]
+    return events, error, results[0]
 
 
-def pieces(events):
-    """`[(retrieval or None, text)]`: texts between the events that begin and end spans; each text event names the retrieval it is grounded on."""
-    found = [(None, "")]
+def spans_of(events):
+    """
+    Return `[(retrieval or None, text)]`: the texts between the events that begin and end grounded texts.
+
+    Each text event must name the retrieval on which it is grounded.
+    """
+    retrieval, text = None, ""
+    spans = []
     for event in events:
         if event.type == "text":
-            assert event.text and event.retrieval is found[-1][0]
-            found[-1] = (found[-1][0], found[-1][1] + event.text)
-        elif event.type == "retrieval":
-            assert found[-1][0] is None and not event.text
-            found.append((event.retrieval, ""))
+            assert event.text
+            assert event.retrieval is retrieval
+            text += event.text
+            continue
+        spans.append((retrieval, text))
+        text = ""
+        if event.type == "retrieval":
+            assert retrieval is None
+            assert not event.text
+            retrieval = event.retrieval
         else:
-            assert event.type == "grounded_end" and event.retrieval is found[-1][0] is not None
-            found.append((None, ""))
-    assert found[-1][0] is None
-    return found
+            assert event.type == "grounded_end"
+            assert event.retrieval is retrieval is not None
+            retrieval = None
+    assert retrieval is None
+    return [*spans, (None, text)]
 
 
 def cited(events):
-    """What decode_with_citations returns, from events alone."""
-    numbers, known, texts = {}, {}, []
-    for retrieval, text in pieces(events):
-        cites = []
-        for passage in retrieval.passages if retrieval is not None else []:
-            known[passage["id"]] = passage
-            cites.append(f"[{numbers.setdefault(passage['id'], len(numbers) + 1)}]")
-        if retrieval is not None:
-            texts.append(f"{text.strip()} {''.join(cites)}".strip())
-        elif text.strip():
+    """Return what decode_with_citations returns, from events alone."""
+    numbers, passages, texts = {}, {}, []
+    for retrieval, text in spans_of(events):
+        if retrieval is None:
             texts.append(text.strip())
-    lines = [
-        f"[{n}] {known[id]['title'] + ': ' if known[id]['title'] else ''}{known[id]['text']}"
-        for id, n in numbers.items()
-    ]
-    return "\n".join([" ".join(texts), *lines])
+            continue
+        citations = ""
+        for passage in retrieval.passages:
+            passages[passage["id"]] = passage
+            number = numbers.setdefault(passage["id"], len(numbers) + 1)
+            citations += f"[{number}]"
+        texts.append(f"{text.strip()} {citations}".strip())
+    lines = [" ".join(text for text in texts if text)]
+    for id, number in numbers.items():
+        title = f"{passages[id]['title']}: " if passages[id]["title"] else ""
+        lines.append(f"[{number}] {title}{passages[id]['text']}")
+    return "\n".join(lines)
 
 
 def check(model, events, output):
+    """The events hold the trace and the texts of the output; return the spans that they make."""
     ids, trace = output.sequences[0].tolist(), output.retrievals[0]
-    found = pieces(events)
+    spans = spans_of(events)
     assert [event.retrieval for event in events if event.type == "retrieval"] == trace
-    grounded = [text for retrieval, text in found if retrieval is not None]
-    spans = [
-        model.tokenizer.decode(ids[slice(*retrieval.grounded_span)], skip_special_tokens=True) for retrieval in trace
-    ]
-    assert [text.strip() for text in grounded] == [span.strip() for span in spans]
+    grounded = [text.strip() for retrieval, text in spans if retrieval is not None]
+    expected = []
+    for retrieval in trace:
+        start, end = retrieval.grounded_span
+        expected.append(model.tokenizer.decode(ids[start:end], skip_special_tokens=True).strip())
+    assert grounded == expected
     assert cited(events) == model.decode_with_citations(output)[0]
     # written_text puts a space before each retrieval, and may join the bytes on both sides of a [CE] to a character
     written = written_text(ids, trace, output.prompt_length, model.tokenizer)
-    assert letters("".join(text for _, text in found)) == letters(written)
-    return found
+    assert letters("".join(text for _, text in spans)) == letters(written)
+    return spans
 
 
 def letters(text):
-    """Without white space, and without what is half a character."""
+    """Return the text without white space and half characters."""
     return re.sub(r"[\s\ufffd]", "", text)
 
 
@@ -145,25 +160,25 @@ SETTINGS = {
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_events_are_the_trace_and_the_texts(model, settings):
     index = model.build_index(PASSAGES, show_progress_bar=False)
-    retrievals = free = 0
+    num_retrievals = 0
+    num_with_free_text = 0
     for every in (3, 7):
         for question in QUESTIONS:
-            steer = [Steer(model, retrieve_every=every, end_every=23), EndSpans(model)]
+            prompt = encode_prompt(model.tokenizer, question)
+            processors = [Steer(model, retrieve_every=every, end_every=23), EndSpans(model)]
             config = RetrievalConfig(**settings)
-            events, error, output = stream(
-                model, encode_prompt(model.tokenizer, question), steer, retriever=index, retrieval_config=config
-            )
+            events, error, output = stream(model, prompt, processors, retriever=index, retrieval_config=config)
             assert error is None
-            if "passages" in settings:
-                for retrieval in output.retrievals[0]:
-                    retrieval.passages[0]["id"] = (
-                        retrieval.passages[0]["id"] or "given"
-                    )  # `cited` of this test numbers by id
-            found = check(model, events, output)
-            retrievals += len(output.retrievals[0])
-            free += any(text.strip() for retrieval, text in found if retrieval is None)
-    assert (retrievals == 0) == (settings.get("forbid_nsp", False) or settings.get("min_score") == 2.0)
-    assert free >= 4
+            for retrieval in output.retrievals[0]:
+                if retrieval.passages[0]["id"] is None:
+                    retrieval.passages[0]["id"] = "given"  # `cited` of this test numbers by id
+            spans = check(model, events, output)
+            num_retrievals += len(output.retrievals[0])
+            if any(text.strip() for retrieval, text in spans if retrieval is None):
+                num_with_free_text += 1
+    never_retrieves = settings.get("forbid_nsp", False) or settings.get("min_score") == 2.0
+    assert (num_retrievals == 0) == never_retrieves
+    assert num_with_free_text >= 4
 
 
 def test_a_prompt_that_ends_in_nsp(model):
@@ -179,17 +194,18 @@ def test_without_room_for_a_passage(model):
     prompt = encode_prompt(model.tokenizer, "who?")
     model.config.get_text_config().max_position_embeddings = len(prompt) + 2
     events, error, output = stream(model, prompt, [Write([model.config.nsp_token_id] * 3, 0)], retriever=index)
-    assert error is None and events == [] and output.retrievals == [[]]
+    assert error is None
+    assert events == []
+    assert output.retrievals == [[]]
 
 
 def test_plain_generation_streams_its_text(model):
-    events, error, output = stream(model, encode_prompt(model.tokenizer, "who?"))
-    assert (
-        error is None
-        and {event.type for event in events} == {"text"}
-        and {event.retrieval for event in events} == {None}
-    )
-    continuation = output.sequences[0, len(encode_prompt(model.tokenizer, "who?")) :]
+    prompt = encode_prompt(model.tokenizer, "who?")
+    events, error, output = stream(model, prompt)
+    assert error is None
+    assert {event.type for event in events} == {"text"}
+    assert {event.retrieval for event in events} == {None}
+    continuation = output.sequences[0, len(prompt) :]
     assert "".join(event.text for event in events) == model.tokenizer.decode(continuation, skip_special_tokens=True)
 
 
@@ -197,48 +213,29 @@ def test_plain_generation_streams_its_text(model):
 
 
 def metaspace_tokenizer():
-    """As SentencePiece does it: a space belongs to the word behind it, and the first one of a text is stripped."""
+    """As in SentencePiece, a space belongs to the word after it, and the first one of a text is stripped."""
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    words = [
-        "Rembrandt painted the Night Watch in Amsterdam.",
-        "who? ##Input:\n\nOutput",
-        *(passage["text"] for passage in PASSAGES),
-    ]
-    backend.train_from_iterator(words, trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    texts = ["Rembrandt painted the Night Watch in Amsterdam.", "who? ##Input:\n\nOutput"]
+    texts += [passage["text"] for passage in PASSAGES]
+    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=300, show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
 def wordpiece_tokenizer():
-    """Spaces are no tokens: they stand between words, not before the rest of one."""
-    vocab = [
-        "<unk>",
-        "Rem",
-        "##brandt",
-        "painted",
-        "the",
-        "Night",
-        "Watch",
-        "in",
-        "Amsterdam",
-        ".",
-        "Curie",
-        "who",
-        "?",
-        "#",
-        "Input",
-        "Output",
-        ":",
-    ]
+    """Spaces are no tokens: they go between words, not before the rest of one."""
+    vocab = "<unk> Rem ##brandt painted the Night Watch in Amsterdam . Curie who ? # Input Output :".split()
     backend = Tokenizer(models.WordPiece({word: id for id, word in enumerate(vocab)}, unk_token="<unk>"))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     )
 
 
 @pytest.mark.parametrize("make", [make_tokenizer, metaspace_tokenizer, wordpiece_tokenizer])
-def test_spaces_between_spans_are_the_tokenizers(make):
+def test_spaces_between_spans_come_from_the_tokenizer(make):
     model = make_model(tokenizer=make())
     index = model.build_index(PASSAGES[:2], show_progress_bar=False)
 
@@ -246,22 +243,12 @@ def test_spaces_between_spans_are_the_tokenizers(make):
         return model.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     nsp, ce = model.config.nsp_token_id, model.config.ce_token_id
-    ids = [
-        *encode("Rembrandt painted"),
-        nsp,
-        *encode(" the Night Watch"),
-        ce,
-        *encode(" in Amsterdam"),
-        nsp,
-        *encode(" Curie"),
-        ce,
-        *encode(" ."),
-    ]
-    events, _, output = stream(
-        model, encode_prompt(model.tokenizer, "who?"), [Write(ids, model.tokenizer.eos_token_id)], retriever=index
-    )
+    ids = [*encode("Rembrandt painted"), nsp, *encode(" the Night Watch"), ce]
+    ids += [*encode(" in Amsterdam"), nsp, *encode(" Curie"), ce, *encode(" .")]
+    prompt = encode_prompt(model.tokenizer, "who?")
+    events, _, output = stream(model, prompt, [Write(ids, model.tokenizer.eos_token_id)], retriever=index)
     assert len(output.retrievals[0]) == 2
-    text = "".join(text for _, text in pieces(events)).replace(" .", ".")
+    text = "".join(text for _, text in spans_of(events)).replace(" .", ".")
     assert text == "Rembrandt painted the Night Watch in Amsterdam Curie."
     check(model, events, output)
 
@@ -270,13 +257,13 @@ def test_characters_of_several_tokens_come_whole(model):
     index = model.build_index(PASSAGES, show_progress_bar=False)
     ids = model.tokenizer("é東京 ½🦜", add_special_tokens=False)["input_ids"]
     assert len(ids) >= 15  # bytes: none of these characters is a token
-    half = model.tokenizer("東", add_special_tokens=False)["input_ids"][:2]
     nsp, ce, eos = model.config.nsp_token_id, model.config.ce_token_id, model.tokenizer.eos_token_id
     prompt = encode_prompt(model.tokenizer, "who?")
     events, _, _ = stream(model, prompt, [Write([nsp, *ids, ce, *ids], eos)], retriever=index)
     assert [event.text for event in events if event.type == "text"] == ["é", "東", "京", " ", "½", "🦜"] * 2
     # a span that ends within a character: what follows does not complete it
-    rest = model.tokenizer("東", add_special_tokens=False)["input_ids"][2:]
+    character = model.tokenizer("東", add_special_tokens=False)["input_ids"]
+    half, rest = character[:2], character[2:]
     events, _, output = stream(model, prompt, [Write([nsp, *half, ce, *rest], eos)], retriever=index)
     assert cited(events) == model.decode_with_citations(output)[0]
     assert [event.type for event in events] == ["retrieval", "text", "grounded_end", "text"]
@@ -287,11 +274,14 @@ def test_characters_of_several_tokens_come_whole(model):
 
 
 class Breaks:
-    """An index whose second search fails."""
+    """An index that fails at the second search."""
 
     def __init__(self, index):
-        self.index, self.searches = index, 0
-        self.check_model, self.get_passages, self.rows_of = index.check_model, index.get_passages, index.rows_of
+        self.index = index
+        self.searches = 0
+        self.check_model = index.check_model
+        self.get_passages = index.get_passages
+        self.rows_of = index.rows_of
 
     def search(self, *args, **kwargs):
         self.searches += 1
@@ -300,23 +290,27 @@ class Breaks:
         return self.index.search(*args, **kwargs)
 
 
-def test_an_error_is_raised_behind_what_was_written(model):
+def test_an_error_is_raised_after_the_events_before_it(model):
     index = model.build_index(PASSAGES, show_progress_bar=False)
-    nsp, (a, *_) = model.config.nsp_token_id, model.tokenizer("a")["input_ids"]
+    nsp = model.config.nsp_token_id
+    letter = model.tokenizer("a")["input_ids"][0]
     prompt = encode_prompt(model.tokenizer, "who?")
-    events, error, raised = stream(model, prompt, [Write([nsp, a, nsp], 0)], retriever=Breaks(index))
+    events, error, raised = stream(model, prompt, [Write([nsp, letter, nsp], 0)], retriever=Breaks(index))
     assert [event.type for event in events] == ["retrieval", "text", "grounded_end"]
-    assert isinstance(error, RetrievalError) and error is raised and "the server went away" in str(error)
+    assert isinstance(error, RetrievalError)
+    assert error is raised
+    assert "the server went away" in str(error)
 
 
 def test_errors_before_the_first_token_are_raised_too(model):
-    index = make_model(gen_kwargs={"seed": 5}, emb_seq_kwargs={"seed": 6}).build_index(
-        PASSAGES, show_progress_bar=False
-    )
+    other_model = make_model(gen_kwargs={"seed": 5}, emb_seq_kwargs={"seed": 6})
+    index = other_model.build_index(PASSAGES, show_progress_bar=False)
     prompt = encode_prompt(model.tokenizer, "who?")
     for wrong in ({"retriever": index}, {"num_beams": 2}, {"nsp_token_id": 3}):
         events, error, raised = stream(model, prompt, **wrong)
-        assert events == [] and isinstance(error, ValueError) and error is raised
+        assert events == []
+        assert isinstance(error, ValueError)
+        assert error is raised
 
 
 def test_a_stopping_criterion_ends_the_stream(model):
@@ -327,34 +321,28 @@ def test_a_stopping_criterion_ends_the_stream(model):
         def __call__(self, input_ids, scores, **kwargs):
             return torch.full((input_ids.shape[0],), stop.is_set(), device=input_ids.device)
 
-    streamer = model.make_streamer(timeout=60)
-    options = {
-        "retriever": index,
-        "max_new_tokens": 400,
-        "stopping_criteria": [Stop()],
-        "streamer": streamer,
-        "return_dict_in_generate": True,
-    }
-    options["logits_processor"] = LogitsProcessorList([Steer(model)])
-    outputs = []
-    thread = threading.Thread(
-        target=lambda: outputs.append(
-            model.generate(torch.tensor([encode_prompt(model.tokenizer, "who?")]), **options)
-        )
-    )
+    prompt = encode_prompt(model.tokenizer, "who?")
     stop.set()  # at the first token
-    thread.start()
-    events = list(streamer)
-    thread.join()
-    assert len(events) <= 1 and int(outputs[0].num_generated_tokens) == 1
+    options = {"retriever": index, "max_new_tokens": 400, "stopping_criteria": [Stop()]}
+    events, error, output = stream(model, prompt, [Steer(model)], **options)
+    assert error is None
+    assert len(events) <= 1
+    assert int(output.num_generated_tokens) == 1
 
 
-def test_a_streamer_waits_no_longer_than_its_timeout_and_serves_one_row_and_one_call(model):
+def test_a_streamer_waits_no_longer_than_its_timeout(model):
     streamer = model.make_streamer(timeout=0.01)
     assert isinstance(streamer, RetrievalStreamer)
     with pytest.raises(TimeoutError, match="within 0.01 seconds") as error:
         next(streamer)
     assert not isinstance(error.value, queue.Empty)
+    prompt = encode_prompt(model.tokenizer, "who?")
+    model.generate(torch.tensor([prompt]), streamer=streamer, max_new_tokens=2)
+    assert all(isinstance(event, StreamEvent) for event in streamer)
+
+
+def test_a_streamer_serves_one_row_and_one_call(model):
+    streamer = model.make_streamer()
     ids = encode_prompt(model.tokenizer, "who?")
     with pytest.raises(ValueError, match="takes one row"):
         model.generate(torch.tensor([ids, ids]), streamer=model.make_streamer(), max_new_tokens=2)

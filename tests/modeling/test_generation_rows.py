@@ -1,0 +1,185 @@
+"""Rows of a batch: they end and leave, processors see each one alone, a failed search keeps those that are done."""
+
+import pytest
+import torch
+from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
+
+from modeling_cosup import RetrievalError
+from modeling_cosup.tokenization_cosup import encode_texts
+from support.generation import Collect, Prefer, generate, prompt_of, question_inputs, question_steer, rows_of
+from support.models import PASSAGES
+
+
+@pytest.fixture
+def index(model):
+    return model.build_index(PASSAGES, show_progress_bar=False)
+
+
+@pytest.fixture
+def inputs(model):
+    return question_inputs(model)
+
+
+@pytest.fixture
+def steer(model):
+    return question_steer(model)
+
+
+# ------------------------------------------------------------------ rows that leave
+
+
+def test_an_ended_row_is_padded_and_stays_as_it_was(model, inputs, index, steer):
+    steer.end_every = 6
+    output = generate(model, inputs, index, steer)
+    ends = set(model.generation_config.eos_token_id)
+    prompt_lengths = inputs["attention_mask"].sum(1).tolist()
+    counts = output.num_generated_tokens.tolist()
+    assert min(counts) < max(counts)
+    for ids, count, prompt_length in zip(rows_of(model, inputs, output), counts, prompt_lengths, strict=True):
+        assert (ids[-1] in ends) == (count < 20)
+        assert not set(ids[prompt_length:-1]) & ends
+
+
+def test_finished_rows_leave_the_batch(model, inputs, index, steer):
+    steer.end_every = 6
+    shapes = []
+    model.gen.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    output = generate(model, inputs, index, steer)
+    steps = [rows for rows, width in shapes if width == 1]
+    assert steps == sorted(steps, reverse=True)
+    assert len(set(steps)) > 1
+    # a row decides its first token after its prompt, and after its last token it is gone
+    assert sum(steps) == sum(count - 1 for count in output.num_generated_tokens.tolist())
+
+
+# ------------------------------------------------------------------ processors and criteria
+
+
+def test_stopping_criteria_see_each_row_without_gaps(model, inputs, index, steer):
+    word = encode_texts(model.tokenizer, ["a"])[0][0]
+
+    class EndsInWord(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return input_ids[:, -1] == word
+
+    processors = [steer, Prefer([word], 3.0)]
+    criteria = StoppingCriteriaList([EndsInWord()])
+    output = generate(model, inputs, index, *processors, stopping_criteria=criteria)
+    assert min(output.num_generated_tokens.tolist()) < 20
+    for row, ids in enumerate(rows_of(model, inputs, output)):
+        alone = generate(model, prompt_of(inputs, row), index, *processors, stopping_criteria=criteria)
+        assert alone.sequences[0].tolist() == ids
+
+
+def test_processors_see_the_whole_batch_in_order(model, inputs, index, steer):
+    steer.end_every = 6
+    letters = [encode_texts(model.tokenizer, [letter])[0][0] for letter in "abcde"]
+    num_rows = set()
+
+    class OneLetterPerRow(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            num_rows.add(input_ids.shape[0])
+            scores = scores.clone()
+            scores[torch.arange(5), letters] += 100.0
+            return scores
+
+    output = generate(model, inputs, index, steer, OneLetterPerRow())
+    assert num_rows == {5}
+    assert len(set(output.num_generated_tokens.tolist())) > 2
+    assert_one_letter_per_row(model, output, letters)
+
+
+def assert_one_letter_per_row(model, output, letters):
+    """Each row wrote nothing but its letter, `[NSP]` and the end."""
+    others = {model.config.nsp_token_id, *model.generation_config.eos_token_id, model.tokenizer.pad_token_id}
+    for letter, ids, trace in zip(letters, output.sequences.tolist(), output.retrievals, strict=True):
+        written = set()
+        position = output.prompt_length
+        for retrieval in trace:
+            written |= set(ids[position : retrieval.position + 1])
+            position = retrieval.grounded_span[0]
+        written |= set(ids[position:])
+        assert written <= {letter, *others}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"forced_eos_token_id": 5},
+        {"exponential_decay_length_penalty": (4, 3.0)},
+        {"begin_suppress_tokens": [22, 232]},
+        {"min_new_tokens": 9},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_processors_that_count_do_not_count_passages(model, inputs, index, steer, options):
+    """A batch in which rows retrieve different amounts equals its rows alone, and the option makes a difference."""
+    bonus = 500.0 if "min_new_tokens" in options else 1.0
+    processors = [steer, Prefer(model.generation_config.eos_token_id, bonus)]
+    output = generate(model, inputs, index, *processors, **options)
+    rows = rows_of(model, inputs, output)
+    counts = output.num_generated_tokens.tolist()
+    assert len(set(map(len, output.retrievals))) > 1
+    for row, ids in enumerate(rows):
+        alone = generate(model, prompt_of(inputs, row), index, *processors, **options)
+        assert alone.sequences[0].tolist() == ids
+    if "forced_eos_token_id" in options:
+        assert counts == [20] * 5
+        assert [ids[-1] for ids in rows] == [5] * 5
+    if "min_new_tokens" in options:
+        assert min(counts) > 9
+    without_option = generate(model, inputs, index, *processors)
+    assert rows != rows_of(model, inputs, without_option)
+
+
+def test_prefix_allowed_tokens_know_their_row(model, inputs, index, steer):
+    letters = [encode_texts(model.tokenizer, [letter])[0][0] for letter in "abcde"]
+    nsp, ends = model.config.nsp_token_id, model.generation_config.eos_token_id
+    steer.end_every = 6
+
+    def allowed_tokens(row, ids):
+        return [letters[row], nsp, *ends]
+
+    output = generate(model, inputs, index, steer, prefix_allowed_tokens_fn=allowed_tokens)
+    assert len(set(output.num_generated_tokens.tolist())) > 2
+    assert_one_letter_per_row(model, output, letters)
+
+
+# ------------------------------------------------------------------ a search that fails
+
+
+class Breaks:
+    """An index that fails at the third search."""
+
+    def __init__(self, index):
+        self.index = index
+        self.searches = 0
+        self.check_model = index.check_model
+        self.get_passages = index.get_passages
+        self.rows_of = index.rows_of
+
+    def search(self, *args, **kwargs):
+        self.searches += 1
+        if self.searches == 3:
+            raise ConnectionError("the server went away")
+        return self.index.search(*args, **kwargs)
+
+
+def test_a_failed_search_keeps_the_finished_rows(model, inputs, index, steer):
+    steer.end_every = 6
+    expected = rows_of(model, inputs, generate(model, inputs, index, steer))
+    with pytest.raises(RetrievalError, match="the server went away") as error:
+        generate(model, inputs, Breaks(index), steer)
+    assert error.value.finished
+    for row in error.value.finished:
+        assert row.ids == expected[row.number]
+
+
+def test_a_failed_search_ends_the_stream(model, inputs, index):
+    streamer = Collect()
+    eager = Prefer([model.config.nsp_token_id])
+    with pytest.raises(RetrievalError):
+        generate(model, {"input_ids": inputs["input_ids"][1:2]}, Breaks(index), eager, streamer=streamer)
+    assert streamer.ended  # a thread that reads from it does not wait for ever
