@@ -51,7 +51,7 @@ class TrainingRecord(TypedDict, total=False):
 class Facts(TypedDict, total=False):
     """The content of `training_facts.json`; every field is optional."""
 
-    weights: str  # hash of the weights that the other facts are about
+    weights: str | None  # hash of the weights that the other facts are about
     name: str
     base_model: str
     license: str
