@@ -6,6 +6,7 @@ files. `trainer/hub.py` decides what is pushed during training.
 """
 
 import hashlib
+import inspect
 import os
 import tempfile
 from pathlib import Path
@@ -38,18 +39,6 @@ else:
 SUMMARY = (
     "A CoSup model: it retrieves passages while it writes. "
     "Load it with `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`."
-)
-_PUSH_ARGUMENTS = (
-    "repo_id",
-    "commit_message",
-    "commit_description",
-    "private",
-    "token",
-    "revision",
-    "create_pr",
-    "tags",
-    "index",
-    "license",
 )
 
 
@@ -230,7 +219,8 @@ class SharingMixin(ModelBase):
             raise ValueError(
                 "This model was loaded with load_emb_seq=False; saved, it would be a checkpoint without Emb_seq."
             )
-        push_arguments = {name: kwargs.pop(name) for name in _PUSH_ARGUMENTS if name in kwargs}
+        push_names = inspect.signature(self.push_to_hub).parameters
+        push_arguments = {name: kwargs.pop(name) for name in push_names if name in kwargs}
         if is_main_process and self._has_tokenizer():
             self.fingerprint(state_dict)
             self.tokenizer.save_pretrained(save_directory)
