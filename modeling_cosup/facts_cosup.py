@@ -1,110 +1,181 @@
 """
-What was recorded of a checkpoint: `training_facts.json` and the picture of its losses, files next to the weights.
+The recorded facts of a checkpoint: `training_facts.json` and the plot of its losses, files next to the weights.
 
-The facts name a hash of the weights that they are about. A model that is loaded and saved again takes them along only
-if its weights are still the same.
-`trainer/card.py` records them, `card_cosup.py` shows them.
+They name a hash of the weights that they are about, so that a model which is loaded and saved again keeps them only if
+its weights are still the same. `trainer/card.py` records facts, `card_cosup` shows them in a card.
 """
 
 from pathlib import Path
+from typing import Any, Protocol, TypedDict, cast
 
+from transformers import PreTrainedConfig
 from transformers.utils import cached_file, logging
 
 from .files_cosup import read_json, write_json
+from .hub_cosup import CARD_FILE, CARD_MARKER, CURVES_FILE, FACTS_FILE
 
 logger = logging.get_logger(__name__)
 
-FACTS_FILE = "training_facts.json"
-CURVES_FILE = "loss_curves.png"
-FACTS_OF_ALL_WEIGHTS = ("license", "language", "datasets", "tags")  # what stays true when the weights change
+FACTS_OF_ALL_WEIGHTS = ("license", "language", "datasets", "tags")  # facts that stay true when the weights change
 
 
-def load_facts(name_or_path, revision=None):
+class Metric(TypedDict, total=False):
+    """One measured figure; percentages have the unit `"%"`."""
+
+    type: str
+    name: str
+    value: float
+    interval: list[float]  # 95 %, `[low, high]`
+    unit: str
+    n: int
+
+
+class ResultGroup(TypedDict, total=False):
+    """The results of one evaluation set."""
+
+    dataset: dict[str, str]  # `name` and `type`
+    index_size: int | None
+    metrics: list[Metric]
+
+
+class TrainingRecord(TypedDict, total=False):
+    """What training did; `curves` says whether the losses were plotted."""
+
+    instances: dict[str, int]  # counts by dataset
+    passages: int | None  # distinct ones, if known
+    arguments: dict[str, str]
+    log: list[dict[str, Any]]
+    curves: bool
+
+
+class Facts(TypedDict, total=False):
+    """The content of `training_facts.json`; every field is optional."""
+
+    weights: str | None  # hash of the weights that the other facts are about
+    name: str
+    base_model: str
+    license: str
+    language: str | list[str]
+    datasets: list[str]
+    tags: list[str]
+    training: TrainingRecord
+    results: list[ResultGroup]
+    index: str
+    question: str
+
+
+class HashedModel(Protocol):
+    """The part of [`CoSupForCausalLM`] that this module uses."""
+
+    @property
+    def config(self) -> PreTrainedConfig: ...
+
+    def hash_all_weights(self) -> str | None: ...
+
+
+def load_facts(name_or_path: str | Path, revision: str | None = None) -> Facts:
     """
-    The facts next to a checkpoint, whatever its weights are now.
+    Return the facts next to a checkpoint, whatever its weights are now; empty if there are none.
 
     Args:
-        name_or_path (`str`): folder or repository of the checkpoint.
+        name_or_path (`str` or `Path`): folder or repository of the checkpoint.
         revision (`str`, *optional*): of the repository.
-
-    Returns:
-        `dict`: `weights` (hash of the weights that the rest is about), `name`, `base_model`, `license`, `language`,
-            `datasets`, `tags`, `training`, `results`, `index` and `question`, each optional. Empty where there are none.
-            `CoSupTrainer.create_model_card` records them.
     """
-    path = beside_checkpoint(name_or_path, FACTS_FILE, revision)
+    path = _checkpoint_file(name_or_path, FACTS_FILE, revision)
+    if path is None:
+        return {}
     try:
-        facts = {} if path is None else read_json(path)
+        facts = read_json(path)
     except ValueError:
         facts = None
-    if not isinstance(facts, dict):  # no reason not to save a model
+    if not isinstance(facts, dict):  # no reason to refuse to save a model
         logger.warning(f"{path} is damaged and is left out of the card.")
         return {}
-    return facts
+    return cast(Facts, facts)
 
 
-def beside_checkpoint(name_or_path, name, revision=None):
-    """Path of a file of a checkpoint, downloaded if need be; `None` where it has none, or the Hub cannot be asked."""
-    if not name_or_path:
-        return None
-    quiet = ("gated_repo", "missing_entries", "connection_errors")
-    try:
-        return cached_file(
-            name_or_path, name, revision=revision, **{f"_raise_exceptions_for_{kind}": False for kind in quiet}
-        )
-    except OSError:  # the repository is private, or is no longer there
-        return None
-
-
-def facts_of(model, weights=None):
+def facts_of(model: HashedModel, weights: str | None = None) -> Facts:
     """
-    Facts of the checkpoint that a model was loaded from: the ones that still hold for its weights, `dict`.
+    Return the facts of the checkpoint that a model was loaded from, as far as they still hold for its weights.
 
     Args:
         model ([`CoSupForCausalLM`]): its weights may have changed since.
-        weights (`str`, *optional*): their hash, where the parameters in memory are shards.
+        weights (`str`, *optional*): hash of its weights, needed if the parameters in memory are shards.
     """
     facts = load_facts(*_source(model))
     if not facts.get("weights"):
         return facts
     weights = weights or model.hash_all_weights()
-    if weights in (None, facts["weights"]):  # what is offloaded or sharded here was not trained here
+    if weights is None or weights == facts["weights"]:  # offloaded or sharded weights (None) were not trained here
         return facts
     logger.warning_once(
         "The weights changed since they were trained and evaluated; the recorded training and results are left out."
     )
-    return {name: facts[name] for name in FACTS_OF_ALL_WEIGHTS if name in facts}
+    return cast(Facts, {name: facts.get(name) for name in FACTS_OF_ALL_WEIGHTS if name in facts})
 
 
-def carry_facts(model, folder, weights=None):
+def carry_facts(model: HashedModel, folder: Path, weights: str | None = None) -> None:
     """
-    Write the facts of a model, and the picture of its losses, to a folder where it is saved.
+    Write the facts of a model, and the plot of its losses, to a folder in which it is saved.
 
-    What the folder holds of these weights stays; what it says of others goes, and so does a card that shows it.
+    Facts that the folder holds about the same weights are left in place. Facts about other weights are removed, and so
+    is a generated card that shows their results.
 
     Args:
-        model ([`CoSupForCausalLM`]), weights (`str`, *optional*): as of [`facts_of`].
-        folder (`Path`): created if need be.
+        model ([`CoSupForCausalLM`]), weights (`str`, *optional*): as in [`facts_of`].
+        folder (`Path`): created if it does not exist.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    facts = load_facts(folder)
-    if weights is not None and facts.get("weights") == weights:
-        return
+    if weights is None or load_facts(folder).get("weights") != weights:
+        _copy_facts(model, folder, weights)
+    if not load_facts(folder).get("results"):
+        _remove_generated_card(folder)
+
+
+def _copy_facts(model: HashedModel, folder: Path, weights: str | None) -> None:
+    """Replace the facts and the plot in a folder by those of a model."""
     facts = facts_of(model, weights)
     source, revision = _source(model)
-    picture = beside_checkpoint(source, CURVES_FILE, revision) if facts.get("training", {}).get("curves") else None
-    if picture is None:
-        (folder / CURVES_FILE).unlink(missing_ok=True)
-    elif Path(picture).resolve() != (folder / CURVES_FILE).resolve():
-        (folder / CURVES_FILE).write_bytes(Path(picture).read_bytes())
+    target = folder / CURVES_FILE
+    plot = None
+    if facts.get("training", {}).get("curves"):
+        plot = _checkpoint_file(source, CURVES_FILE, revision)
+    if plot is None:
+        target.unlink(missing_ok=True)
+    elif Path(plot).resolve() != target.resolve():
+        target.write_bytes(Path(plot).read_bytes())
     if "training" in facts:
-        facts = {**facts, "training": {**facts["training"], "curves": picture is not None}}
+        facts["training"]["curves"] = plot is not None
     if facts:
         write_json(folder / FACTS_FILE, facts)
     else:
         (folder / FACTS_FILE).unlink(missing_ok=True)
 
 
-def _source(model):
-    """Folder or repository that a model was loaded from, and the commit."""
+def _remove_generated_card(folder: Path) -> None:
+    """Remove a card that still has our marker."""
+    card = folder / CARD_FILE
+    if card.exists() and CARD_MARKER in card.read_text(encoding="utf-8"):
+        card.unlink()
+
+
+def _checkpoint_file(name_or_path: str | Path, name: str, revision: str | None) -> str | None:
+    """Return the local path of a checkpoint's file, downloaded if necessary; `None` if it cannot be had."""
+    if not name_or_path:
+        return None
+    try:
+        return cached_file(
+            name_or_path,
+            name,
+            revision=revision,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:  # the repository is private, or no longer exists
+        return None
+
+
+def _source(model: HashedModel) -> tuple[str, str | None]:
+    """Return the folder or repository that a model was loaded from, and the commit."""
     return model.config._name_or_path, getattr(model.config, "_commit_hash", None)

@@ -1,7 +1,8 @@
 """
-Files: JSON that is whole or not there, digests, and locks.
+Files: JSON that is written completely or not at all, digests, and locks.
 
-We call `flock` directly: `filelock` unlocks explicitly on release, which would also drop a lock inherited by a child.
+Locks call `flock` directly: `filelock` unlocks explicitly on release, which would also drop a lock that a child
+process inherited.
 """
 
 import contextlib
@@ -17,8 +18,8 @@ from typing import Any
 
 try:
     import fcntl
-except ImportError:  # Windows has none: a folder is for one writer at a time
-    fcntl = None  # type: ignore[assignment]
+except ImportError:  # Windows has no flock; there, only one process may write to a folder
+    fcntl = None  # type: ignore[assignment]  # checked before use
 
 BLOCK = 2**20  # bytes
 
@@ -28,45 +29,48 @@ BLOCK = 2**20  # bytes
 
 def byte_lines(path: str | Path) -> Iterator[bytes]:
     """
-    The lines of a file, `.gz` or plain.
+    Yield the lines of a file, `.gz` or plain.
 
     Raises:
-        `FileNotFoundError`, `ValueError`: for a damaged `.gz`; names the file.
+        `FileNotFoundError`: when `path` is not a file.
+        `ValueError`: for a damaged `.gz`, naming the file.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file.")
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+    file = gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+    with file:
         try:
             yield from file
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:  # cut off, no gzip at all, or altered
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:  # truncated, not gzip at all, or altered
             raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def read_json(path: str | Path) -> Any:
     """
-    What a JSON file holds, `.gz` or plain.
+    Return the value in a JSON file, `.gz` or plain.
 
     Raises:
-        `FileNotFoundError`, `ValueError`: names the file.
+        `FileNotFoundError`: when `path` is not a file.
+        `ValueError`: for malformed JSON or a damaged `.gz`, naming the file.
     """
     text = b"".join(byte_lines(path))
     try:
         return json.loads(text.decode("utf-8"))
-    except ValueError as error:  # malformed JSON or no UTF-8
+    except ValueError as error:  # malformed JSON or not UTF-8
         raise ValueError(f"{path}: malformed JSON ({error}).") from None
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON: `path` holds either what it held before or all of `value`, also after a crash or a power cut."""
+    """Write JSON. Even after a crash or a power cut, `path` holds either its old content or all of `value`."""
     path = Path(path)
-    handle, unfinished = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    descriptor, unfinished = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with open(handle, "w", encoding="utf-8") as file:
+        with open(descriptor, "w", encoding="utf-8") as file:
             file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(unfinished, 0o644)  # mkstemp's file is private
+        os.chmod(unfinished, 0o644)  # mkstemp makes its file private
         os.replace(unfinished, path)
     except BaseException:
         Path(unfinished).unlink(missing_ok=True)
@@ -77,12 +81,12 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 (hex) of anything that JSON can hold, whatever the order of keys; other objects count as their `str`."""
+    """Return the SHA-256 (hex) of a JSON value, whatever the order of its keys. Other objects count as their `str`."""
     return hashlib.sha256(_canonical(value)).hexdigest()
 
 
 def digest_all(values: Iterable[Any]) -> str:
-    """SHA-256 (hex) of values one after another, for more of them than memory holds."""
+    """Return the SHA-256 (hex) of a sequence of JSON values, which need not fit in memory."""
     total = hashlib.sha256()
     for value in values:
         total.update(_canonical(value) + b"\n")
@@ -90,7 +94,7 @@ def digest_all(values: Iterable[Any]) -> str:
 
 
 def digest_file(path: str | Path) -> str:
-    """SHA-256 (hex) of the bytes of a file."""
+    """Return the SHA-256 (hex) of the bytes of a file."""
     total = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(BLOCK):
@@ -108,21 +112,22 @@ def _canonical(value: Any) -> bytes:
 @contextlib.contextmanager
 def locked(path: Path, busy: str, on_wait: Callable[[str], object] | None = None) -> Iterator[int | None]:
     """
-    Hold a lock file: no other process, and nothing else in this one, holds it while the block runs.
+    Hold a lock file while the block runs. Nobody else can hold it, in this process or another.
 
-    A process that dies lets go of it.
+    The lock is released when its process dies.
 
     Args:
-        path (`Path`): of the lock file, which stays; its holder may remove it.
-        busy (`str`): what to say when it is held by another.
-        on_wait (`Callable`, *optional*): gets `busy` before this waits for the other; without it `busy` is raised.
+        path (`Path`): the lock file. It is left in place, but its holder may remove it.
+        busy (`str`): the message when someone else holds the lock.
+        on_wait (`Callable`, *optional*): called with `busy` before waiting for the other holder. Without it, `busy` is
+            raised.
 
     Yields:
-        `int`: the open file. A program that inherits it holds the lock until it ends, even when this process is gone.
-            `None` where there are no locks.
+        `int`: the descriptor of the open file. A child process that inherits it holds the lock until it ends, even
+            after this process is gone. `None` on systems without locks.
 
     Raises:
-        `ValueError`: `busy`.
+        `ValueError`: `busy`, without `on_wait`.
     """
     if fcntl is None:
         yield None
@@ -139,10 +144,11 @@ def locked(path: Path, busy: str, on_wait: Callable[[str], object] | None = None
             if _is_at(path, file.fileno()):
                 yield file.fileno()
                 return
-        # the previous holder removed the file while we waited, so this lock guards nothing: try again
+        # The previous holder removed the file while we waited, so this lock guards nothing: try again.
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
+    """Return whether the open file is still the one at `path`."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

@@ -1,137 +1,163 @@
-"""Uploads to the Hub: which files, in one commit, so that no revision ever holds half of a checkpoint or index."""
+"""
+Uploads to the Hub: which files a checkpoint consists of, and one commit for all of them.
+
+So no revision ever holds half of a checkpoint or index. `sharing_cosup` and `trainer/hub.py` decide what to push and
+when; `card_cosup` or `plain_card_cosup` writes the card.
+"""
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import cast
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, DatasetInfo, HfApi, ModelInfo
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
 CARD_FILE = "README.md"
-EMB_SEQ_TOKENIZER_FOLDER = "emb_seq_tokenizer"  # only where the two tokenizers differ
-CARD_MARKER = "<!-- CoSup wrote this card from what training recorded. Proofread it, complete it, then remove this comment: a card without it is never replaced. -->"
+FACTS_FILE = "training_facts.json"
+CURVES_FILE = "loss_curves.png"
+EMB_SEQ_TOKENIZER_FOLDER = "emb_seq_tokenizer"  # only if the two tokenizers differ
+CARD_MARKER = (
+    "<!-- CoSup wrote this card from what training recorded. Proofread it, complete it, then remove this comment:"
+    " a card without it is never replaced. -->"
+)
 TOKENIZER_FILES = (
-    *(
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-    ),
-    *("*.model", "*.jinja"),
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
 )
-# What a checkpoint holds. Nothing else is uploaded: no resume states, no arguments, no data, whatever lies next to it. `*` does not reach into folders.
+# Files of a checkpoint. Nothing else in its folder is uploaded: no resume states, no arguments, no data.
+# `*` does not match a slash.
 CHECKPOINT_FILES = (
-    *(
-        "*.safetensors",
-        "model.safetensors.index.json",
-        "config.json",
-        "generation_config.json",
-        "adapter_config.json",
-        "*_cosup.py",
-    ),
-    *("training_facts.json", "results.json", "loss_curves.png", CARD_FILE),
-    *(*TOKENIZER_FILES, *(f"{EMB_SEQ_TOKENIZER_FOLDER}/{name}" for name in TOKENIZER_FILES)),
+    "*.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "*_cosup.py",
+    FACTS_FILE,
+    "results.json",
+    CURVES_FILE,
+    CARD_FILE,
+    *TOKENIZER_FILES,
+    *(f"{EMB_SEQ_TOKENIZER_FOLDER}/{name}" for name in TOKENIZER_FILES),
 )
-# Of these, what a later push replaces: weights in fewer shards, code in other files
+# Files that a push deletes unless it uploads new ones: the new checkpoint may have fewer shards, or other code files.
 REPLACED_FILES = (
     "*.safetensors",
     "model.safetensors.index.json",
     "*_cosup.py",
     f"{EMB_SEQ_TOKENIZER_FOLDER}/*",
-    "loss_curves.png",
-    "training_facts.json",
+    CURVES_FILE,
+    FACTS_FILE,
 )
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_YAML_HEADER = re.compile(r"\A---\n.*?\n---\s*", re.DOTALL)
 
 
-def is_repo_id(name):
-    """Whether a name names a repository on the Hub, `namespace/name`, and no folder here."""
+def is_repo_id(name: object) -> bool:
+    """Return whether a name is that of a repository on the Hub, `namespace/name`, and not of a local folder."""
     return isinstance(name, str) and _REPO_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
-def matches(name, patterns):
-    """Whether a path in a repository matches one of the patterns; `*` stands for what holds no slash."""
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Return whether a path in a repository matches one of the patterns; `*` does not match a slash."""
     return any(name.count("/") == pattern.count("/") and fnmatch(name, pattern) for pattern in patterns)
 
 
-def checkpoint_files(folder, patterns=CHECKPOINT_FILES):
-    """Files of a folder that make up a checkpoint: `dict` of path in the repository to `Path`. What lies next to them stays where it is."""
+def checkpoint_files(folder: str | Path, patterns: Iterable[str] = CHECKPOINT_FILES) -> dict[str, Path]:
+    """Return the files of a folder that make up a checkpoint, by their path in the repository."""
     folder = Path(folder)
-    found = {
-        path.relative_to(folder).as_posix(): path
-        for pattern in patterns
-        for path in sorted(folder.glob(pattern))
-        if path.is_file()
-    }
-    return dict(sorted(found.items()))
+    files: dict[str, Path] = {}
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            if path.is_file():
+                files[path.relative_to(folder).as_posix()] = path
+    return dict(sorted(files.items()))
 
 
-def make_repo(repo_id, private=None, token=None, repo_type="model"):
-    """Create a repository unless it is there; its whole name: without a namespace it is the user's."""
+def make_repo(repo_id: str, private: bool | None = None, token: str | None = None, repo_type: str = "model") -> str:
+    """Create a repository unless it exists. Return its full name, in the user's namespace if none was given."""
     return HfApi().create_repo(repo_id, private=private, token=token, repo_type=repo_type, exist_ok=True).repo_id
 
 
 def push_files(
-    files,
-    repo_id,
-    replaced=(),
-    repo_type="model",
-    commit_message="Upload",
-    commit_description=None,
-    token=None,
-    revision=None,
-    create_pr=False,
-):
+    files: Mapping[str, Path | str | bytes],
+    repo_id: str,
+    replaced: Sequence[str] = (),
+    repo_type: str = "model",
+    commit_message: str | None = "Upload",
+    commit_description: str | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> CommitInfo:
     """
     Upload files as one commit.
 
-    A process or a server that dies leaves the repository as it was; the same call goes on from there, and large files that had arrived are not sent again. A
-    card that its owner has made theirs (without [`CARD_MARKER`]) stays.
+    If the process or the server dies, the repository stays unchanged. A second call completes the push without sending
+    again the large files that had arrived. A card that its owner edited (without [`CARD_MARKER`]) is not replaced.
 
     Args:
         files (`dict[str, Path | str | bytes]`): path in the repository to a local file, or its content.
-        repo_id (`str`): of a repository that exists, `namespace/name`.
-        replaced (sequence of `str`): patterns: files of the repository that match and are not in `files` are deleted by the same commit.
+        repo_id (`str`): an existing repository, `namespace/name`.
+        replaced (sequence of `str`): patterns. Files of the repository that match one and are not in `files` are
+            deleted by the same commit.
         repo_type (`str`): `"model"` or `"dataset"`.
-        commit_message, commit_description, token, revision, create_pr: as in `huggingface_hub`; a branch that does not exist is created.
+        commit_message, commit_description, token, revision, create_pr: as in `huggingface_hub`. A branch that does not
+            exist is created.
 
     Returns:
         `huggingface_hub.CommitInfo`.
 
     Raises:
-        `ValueError`: when the Hub finds the card's metadata invalid; then nothing was uploaded.
+        `ValueError`: when the Hub finds the card's metadata invalid; nothing is uploaded then.
         `HfHubHTTPError`: when the Hub refuses, or another commit came in between.
     """
-    api, options = HfApi(), {"repo_type": repo_type, "token": token}
+    api = HfApi()
     if revision is not None and not create_pr and not revision.startswith("refs/pr"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True, **options)
-    head = api.repo_info(repo_id, revision=revision, **options)
-    there = {file.rfilename for file in head.siblings or []}
-    if CARD_FILE in files and CARD_FILE in there and not _wrote_card(api, repo_id, head.sha, options):
-        logger.warning(f"{repo_id} has a card that its owner wrote; it stays as it is.")
+        api.create_branch(repo_id, branch=revision, exist_ok=True, repo_type=repo_type, token=token)
+    info = api.repo_info(repo_id, revision=revision, repo_type=repo_type, token=token)
+    head = cast(ModelInfo | DatasetInfo, info)  # no other type of repository is pushed
+    old_names = {file.rfilename for file in head.siblings or []}
+
+    replaces_card = CARD_FILE in files and CARD_FILE in old_names
+    if replaces_card and not _is_generated_card(api, repo_id, repo_type, head.sha, token):
+        logger.warning(f"{repo_id} has a card that its owner wrote; it is not replaced.")
         files = {name: content for name, content in files.items() if name != CARD_FILE}
-    stale = [name for name in sorted(there - set(files)) if matches(name, replaced)]
-    operations = [CommitOperationDelete(path_in_repo=name) for name in stale]
-    operations += [
-        CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
-        for name, content in files.items()
-    ]
-    commit = {
-        "commit_message": commit_message or "Upload",
-        "commit_description": commit_description,
-        "revision": revision,
-        "create_pr": create_pr,
-    }
-    return api.create_commit(repo_id, operations, parent_commit=head.sha, **commit, **options)
+
+    operations: list[CommitOperationAdd | CommitOperationDelete] = []
+    for name in sorted(old_names - set(files)):
+        if matches(name, replaced):
+            operations.append(CommitOperationDelete(path_in_repo=name))
+    for name, content in files.items():
+        data = content if isinstance(content, bytes) else str(content)
+        operations.append(CommitOperationAdd(name, data))
+    return api.create_commit(
+        repo_id,
+        operations,
+        commit_message=commit_message or "Upload",
+        commit_description=commit_description,
+        token=token,
+        repo_type=repo_type,
+        revision=revision,
+        create_pr=create_pr,
+        parent_commit=head.sha,
+    )
 
 
-def _wrote_card(api, repo_id, commit, options):
-    """Whether the card at a commit is one of ours, as we left it, or one that the Hub made with the repository."""
-    text = Path(api.hf_hub_download(repo_id, CARD_FILE, revision=commit, **options)).read_text(encoding="utf-8")
-    body = re.sub(r"\A---\n.*?\n---\s*", "", text, flags=re.DOTALL)
+def _is_generated_card(api: HfApi, repo_id: str, repo_type: str, commit: str | None, token: str | None) -> bool:
+    """Return whether the card at a commit still has our marker, or is the empty one of a new repository."""
+    path = api.hf_hub_download(repo_id, CARD_FILE, revision=commit, repo_type=repo_type, token=token)
+    text = Path(path).read_text(encoding="utf-8")
+    body = _YAML_HEADER.sub("", text)
     return CARD_MARKER in text or not body.strip()

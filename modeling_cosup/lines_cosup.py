@@ -1,14 +1,15 @@
 """
-JSON Lines: read with the place of each object, written whole or not at all. Does not travel with a checkpoint.
+JSON Lines: read with the place of each object, written completely or not at all. Does not travel with a checkpoint.
 
-Read here rather than by `datasets`, `jsonlines` or `orjson`: an error names file and line, a large file streams, and
-`.gz` is read too.
+Unlike `datasets`, `jsonlines` and `orjson`, this reader names file and line in its errors, streams large files and
+reads `.gz`.
 """
 
 import contextlib
 import gzip
 import json
 from collections.abc import Callable, Iterable, Iterator
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,14 @@ from .files_cosup import byte_lines
 
 def lines_with_places(path: str | Path) -> Iterator[tuple[str, dict]]:
     """
-    The objects of a JSON Lines file, `.gz` or plain, one at a time.
+    Yield the objects of a JSON Lines file, `.gz` or plain, one at a time.
 
     Yields:
         `(str, dict)`: `"file, line n"` and the object. Blank lines are skipped.
 
     Raises:
-        `FileNotFoundError`, `ValueError`: for a damaged `.gz`, malformed JSON or a line that is no object; names file
-            and line.
+        `FileNotFoundError`: when `path` is not a file.
+        `ValueError`: for a damaged `.gz`, malformed JSON or a line that is not an object, naming file and line.
     """
     for number, line in enumerate(byte_lines(path), 1):
         if not line.strip():
@@ -40,17 +41,18 @@ def lines_with_places(path: str | Path) -> Iterator[tuple[str, dict]]:
 
 
 def read_lines(path: str | Path) -> list[dict]:
-    """All objects of a JSON Lines file; see [`lines_with_places`]."""
+    """Return all objects of a JSON Lines file; see [`lines_with_places`]."""
     return [value for _, value in lines_with_places(path)]
 
 
 @contextlib.contextmanager
 def writing_lines(path: str | Path | None) -> Iterator[Callable[[Any], object]]:
     """
-    A function that writes one object a line, `.gz` by the name. The file appears when the block ends without an error.
+    Yield a function that writes one object a line. The file appears when the block ends without an error.
 
     Args:
-        path (`str`, `Path` or None): without one nothing is written. Folders are made.
+        path (`str`, `Path` or `None`): the file, compressed if it ends in `.gz`. Missing folders are created. With
+            `None` nothing is written.
     """
     if path is None:
         yield lambda value: None
@@ -60,10 +62,16 @@ def writing_lines(path: str | Path | None) -> Iterator[Callable[[Any], object]]:
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         with unfinished.open("wb") as raw, contextlib.ExitStack() as stack:
-            file: Any = raw
-            if path.suffix == ".gz":  # without a name and a time in the header, the same lines are the same bytes
+            file: BufferedIOBase = raw
+            if path.suffix == ".gz":
+                # without a file name and a time in the header, the same lines always give the same bytes
                 file = stack.enter_context(gzip.GzipFile("", "wb", 6, raw, mtime=0))
-            yield lambda value: file.write((json.dumps(value, ensure_ascii=False) + "\n").encode())
+
+            def write(value: Any) -> None:
+                line = json.dumps(value, ensure_ascii=False) + "\n"
+                file.write(line.encode())
+
+            yield write
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -1,12 +1,20 @@
-"""Which card a push writes: the package's own, or a plain one when only the checkpoint is available."""
+"""
+Choose between the two makers of cards: `card_cosup`, which stays in the package, and the plain card in this module.
+
+A process that loaded its code from a checkpoint has only the plain card, which its owner has to complete.
+"""
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 from huggingface_hub import CardData
 
 from .hub_cosup import CARD_MARKER
 
 
-def package_cards():
-    """The module [`card_cosup`]; `None` in a process that has only a checkpoint, which writes [`plain_card`] instead."""
+def package_cards() -> ModuleType | None:
+    """Return the module [`card_cosup`], or `None` in a process that has only a checkpoint's code."""
     try:
         from modeling_cosup import card_cosup
     except ImportError:
@@ -14,17 +22,16 @@ def package_cards():
     return card_cosup
 
 
-def plain_card(name, summary, license=None, tags=(), **metadata):
+def plain_card(name: str, summary: str, license: str | None = None, tags: Sequence[str] = (), **metadata: Any) -> str:
     """
-    A card for its owner to complete.
+    Return the text of a short `README.md` for its owner to complete.
 
     Args:
-        name (`str`): of what it describes, and
-        summary (`str`): in a sentence.
-        license (`str`, *optional*), tags (sequence of `str`), **metadata: as the Hub specifies them.
-
-    Returns:
-        `str`: of the file `README.md`.
+        name (`str`): heading of the card.
+        summary (`str`): one sentence.
+        license (`str`, *optional*), tags (sequence of `str`), **metadata: as the Hub specifies them. The licence
+            defaults to `unknown`.
     """
-    data = CardData(license=license or "unknown", tags=list(dict.fromkeys(["cosup", *tags])), **metadata)
+    all_tags = list(dict.fromkeys(["cosup", *tags]))
+    data = CardData(license=license or "unknown", tags=all_tags, **metadata)
     return f"---\n{data.to_yaml()}\n---\n{CARD_MARKER}\n\n# {name}\n\n{summary}\n"

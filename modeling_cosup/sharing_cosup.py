@@ -1,35 +1,40 @@
 """
-What a model needs to be saved, pushed and recognised again: tokenizers, fingerprint, folder, repository.
+Save, push and recognise a model: its fingerprint, its tokenizers, its folder and its repository.
 
-Its neighbours: `facts_cosup` has what was recorded of a checkpoint, `hub_cosup` uploads files, `card_cosup` writes
-cards; `trainer/card.py` records what was trained, `trainer/hub.py` says what the Trainer pushes, and when.
+`facts_cosup` reads and carries what was recorded of a checkpoint, `card_cosup` writes cards, and `hub_cosup` uploads
+files. `trainer/hub.py` decides what is pushed during training.
 """
 
 import hashlib
+import inspect
+import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoTokenizer
+from huggingface_hub import CommitInfo
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .configuration_cosup import CoSupConfig
 from .facts_cosup import carry_facts, load_facts
-from .hub_cosup import (
-    CARD_FILE,
-    CARD_MARKER,
-    EMB_SEQ_TOKENIZER_FOLDER,
-    REPLACED_FILES,
-    checkpoint_files,
-    make_repo,
-    push_files,
-)
+from .hub_cosup import CARD_FILE, EMB_SEQ_TOKENIZER_FOLDER, REPLACED_FILES, checkpoint_files, make_repo, push_files
 from .plain_card_cosup import package_cards, plain_card
 from .tokenization_cosup import same_tokenizer, tokenizer_fingerprint
 
 try:
     from torch.distributed.tensor import DTensor
 except ImportError:  # a torch without distributed
-    DTensor = ()  # type: ignore[assignment, misc]
+    DTensor = ()  # type: ignore[assignment, misc]  # nothing is an instance of it
 
+if TYPE_CHECKING:
+
+    class ModelBase(torch.nn.Module):
+        """The methods of `PreTrainedModel` that [`SharingMixin`] calls; it overrides others with fewer arguments."""
+
+        def save_pretrained(self, *args: Any, **kwargs: Any) -> None: ...
+else:
+    ModelBase = object
 
 SUMMARY = (
     "A CoSup model: it retrieves passages while it writes. "
@@ -37,95 +42,115 @@ SUMMARY = (
 )
 
 
-class SharingMixin:
-    """The part of [`CoSupForCausalLM`] that is saved, pushed and recognised again."""
+class SharingMixin(ModelBase):
+    """The part of [`CoSupForCausalLM`] that saves, pushes and recognises the model."""
 
-    def fingerprint(self, state_dict=None):
+    config: CoSupConfig
+    emb_seq: PreTrainedModel | None
+    _tokenizer: PreTrainedTokenizerBase | None
+    _emb_seq_tokenizer: PreTrainedTokenizerBase | None
+
+    # ------------------------------------------------------------------ hashes
+
+    def fingerprint(self, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
         """
-        What an index must share with this model: hashes of Emb_seq's weights and of the tokenizers, and the embedding settings.
+        Return what an index must have in common with this model.
 
-        The weights' hash is taken anew where the weights are float32 or bfloat16 (a cast between the two keeps it). Otherwise, quantised, sharded, offloaded,
-        in float16 or not loaded, it is that of the last save, so that none of these refuses an index; neither does further training of Gen.
+        These are hashes of Emb_seq's weights and of the tokenizers, and the embedding settings.
+
+        The weights are hashed only if they are complete and in float32 or bfloat16 (a cast between the two keeps the
+        hash). If they are quantised, sharded, offloaded, in float16 or not loaded, the hash of the last save is
+        returned, so none of these makes an index unusable. Training Gen does not change the fingerprint.
 
         Args:
-            state_dict (`dict`, *optional*): this model's full state dict, where the parameters in memory are shards.
+            state_dict (`dict`, *optional*): this model's full state dict, needed if the parameters in memory are
+                shards.
 
         Returns:
-            `dict[str, str | int]`.
+            `dict[str, str | int | bool]`.
 
         Raises:
             `ValueError`: when Emb_seq is not loaded and the checkpoint stores no hash of it.
         """
         stored = self.config.fingerprint or {}
-        hashes = {
-            name: stored.get(name) or tokenizer_fingerprint(getattr(self, name))
-            for name in ("tokenizer", "emb_seq_tokenizer")
-        }
-        weights = [] if self.emb_seq is None else list(self.emb_seq.parameters())
-        # FSDP2's shards, which to put together costs every rank a gather, and weights that accelerate keeps elsewhere (device_map)
-        elsewhere = state_dict is None and any(isinstance(weight, DTensor) or weight.is_meta for weight in weights)
-        exact = (
-            self.emb_seq is not None
-            and not elsewhere
-            and {weight.dtype for weight in weights} <= {torch.float32, torch.bfloat16}
-        )
-        hashes["emb_seq"] = self._hash_emb_seq(state_dict) if exact or not stored.get("emb_seq") else stored["emb_seq"]
+        hashes = {}
+        for name in ("tokenizer", "emb_seq_tokenizer"):
+            hashes[name] = stored.get(name) or tokenizer_fingerprint(getattr(self, name))
+        if self._can_hash_emb_seq(state_dict) or not stored.get("emb_seq"):
+            hashes["emb_seq"] = self._hash_emb_seq(state_dict)
+        else:
+            hashes["emb_seq"] = stored["emb_seq"]
         self.config.fingerprint = hashes
         return {**hashes, **self.config.embedding_settings}
 
-    def _forget_fingerprint(self, *names):
+    def _can_hash_emb_seq(self, state_dict: dict[str, torch.Tensor] | None) -> bool:
+        """Return whether Emb_seq's weights are complete and in a dtype that keeps their hash."""
+        if self.emb_seq is None:
+            return False
+        weights = list(self.emb_seq.parameters())
+        if state_dict is None and any(_is_elsewhere(weight) for weight in weights):
+            return False
+        return all(weight.dtype in (torch.float32, torch.bfloat16) for weight in weights)
+
+    def _forget_fingerprint(self, *names: str) -> None:
         """Drop the stored hashes that no longer describe this model."""
         if self.config.fingerprint is not None:
             self.config.fingerprint = {**self.config.fingerprint, **dict.fromkeys(names)}
 
-    def _hash_emb_seq(self, state_dict=None):
-        """Hash of Emb_seq and `emb_head`; see [`~SharingMixin.hash_weights`]."""
+    def _hash_emb_seq(self, state_dict: dict[str, torch.Tensor] | None = None) -> str:
+        """Hash Emb_seq and `emb_head`; see [`~SharingMixin.hash_weights`]."""
         if self.emb_seq is None:
             raise ValueError(
-                "The checkpoint stores no fingerprint of Emb_seq and Emb_seq is not loaded, so no index can be checked against it."
+                "The checkpoint stores no fingerprint of Emb_seq and Emb_seq is not loaded,"
+                " so no index can be checked against it."
             )
         return self.hash_weights(state_dict, ("emb_seq.", "emb_head."))
 
-    def hash_all_weights(self, state_dict=None):
+    def hash_all_weights(self, state_dict: dict[str, torch.Tensor] | None = None) -> str | None:
         """
-        Hash of all weights, `str`: what says whether recorded facts are about them.
+        Hash all weights, to tell whether recorded facts are about them.
 
-        `None` where they are elsewhere: offloaded, or shards without `state_dict`, which only all ranks could put together.
+        Returns:
+            `str`, or `None` if no `state_dict` is given and weights are offloaded or sharded.
         """
-        if state_dict is None and any(isinstance(weight, DTensor) or weight.is_meta for weight in self.parameters()):
+        if state_dict is None and any(_is_elsewhere(weight) for weight in self.parameters()):
             return None
         return self.hash_weights(state_dict)
 
     @torch.no_grad()
-    def hash_weights(self, state_dict=None, parts=("",)):
+    def hash_weights(self, state_dict: dict[str, torch.Tensor] | None = None, parts: tuple[str, ...] = ("",)) -> str:
         """
-        SHA-256 (hex `str`) of up to 8,192 weights of each parameter, evenly spread, in bfloat16: cheap enough for every use.
+        Return the SHA-256 (hex) of a sample of the weights: up to 8,192 of each parameter, evenly spread, in bfloat16.
 
         Args:
-            state_dict (`dict`, *optional*): the weights, where the model's own are shards.
-            parts (`tuple[str]`): of the model, by how the names of their parameters begin; all by default.
+            state_dict (`dict`, *optional*): the weights, needed if the model's own are shards.
+            parts (`tuple[str]`): prefixes of the names of the parameters to hash; all by default.
         """
         digest = hashlib.sha256()
         for name, parameter in self.named_parameters():
-            if name.startswith(parts):
-                weights = (parameter if state_dict is None else state_dict[name]).detach()
-                weights = (weights.full_tensor() if isinstance(weights, DTensor) else weights).reshape(-1)
-                sample = weights[:: max(1, len(weights) // 4096)].to(torch.bfloat16).contiguous().cpu()
-                digest.update(f"{name} {tuple(parameter.shape)}".encode())
-                digest.update(sample.view(torch.int16).numpy().tobytes())
+            if not name.startswith(parts):
+                continue
+            weights = (parameter if state_dict is None else state_dict[name]).detach()
+            if isinstance(weights, DTensor):
+                weights = weights.full_tensor()
+            weights = weights.reshape(-1)
+            stride = max(1, len(weights) // 4096)
+            sample = weights[::stride].to(torch.bfloat16).contiguous().cpu()
+            digest.update(f"{name} {tuple(parameter.shape)}".encode())
+            digest.update(sample.view(torch.int16).numpy().tobytes())
         return digest.hexdigest()
 
     # ------------------------------------------------------------------ tokenizers
 
     @property
-    def tokenizer(self):
-        """Gen's tokenizer: the one this model was built with or was given, else the one saved next to it."""
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Gen's tokenizer: the one that this model was built with or given, otherwise the one saved next to it."""
         if self._tokenizer is None:
             self._tokenizer = self._load_saved_tokenizer()
         return self._tokenizer
 
     @tokenizer.setter
-    def tokenizer(self, tokenizer):
+    def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         shared = not self._has_tokenizer() or self.emb_seq_tokenizer is self.tokenizer
         self._tokenizer = tokenizer
         if shared:
@@ -133,11 +158,11 @@ class SharingMixin:
         self._forget_fingerprint("tokenizer", "emb_seq_tokenizer")
 
     @property
-    def emb_seq_tokenizer(self):
-        """Emb_seq's tokenizer; the same object as `tokenizer` unless the checkpoint holds one of its own."""
+    def emb_seq_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Emb_seq's tokenizer; the same object as `tokenizer` unless the checkpoint holds a separate one."""
         if self._emb_seq_tokenizer is None:
-            # a checkpoint that was never fingerprinted has one tokenizer
             stored = self.config.fingerprint or {}
+            # without a fingerprint both are None: such a checkpoint has one tokenizer
             if stored.get("emb_seq_tokenizer") == stored.get("tokenizer"):
                 self._emb_seq_tokenizer = self.tokenizer
             else:
@@ -145,23 +170,26 @@ class SharingMixin:
         return self._emb_seq_tokenizer
 
     @emb_seq_tokenizer.setter
-    def emb_seq_tokenizer(self, tokenizer):
+    def emb_seq_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._emb_seq_tokenizer = self.tokenizer if same_tokenizer(tokenizer, self.tokenizer) else tokenizer
         self._forget_fingerprint("emb_seq_tokenizer")
 
-    def _has_tokenizer(self):
+    def _has_tokenizer(self) -> bool:
+        """Return whether this model has a tokenizer, in memory or next to its checkpoint."""
         try:
             return self.tokenizer is not None
         except (OSError, ValueError):  # built from a bare config, or a checkpoint that was saved without one
             return False
 
-    def _load_saved_tokenizer(self, **kwargs):
+    def _load_saved_tokenizer(self, **kwargs: Any) -> PreTrainedTokenizerBase:
+        """Load a tokenizer from the folder or repository that this model was loaded from."""
         if not self.config._name_or_path:
             raise ValueError(
-                "This model knows no tokenizer: build it with from_gen_and_emb_seq, load it with from_pretrained, or pass tokenizer=."
+                "This model knows no tokenizer: build it with from_gen_and_emb_seq, load it with from_pretrained,"
+                " or pass tokenizer=."
             )
-        # without the config, AutoTokenizer would load it again and ask whether its code may run
         revision = getattr(self.config, "_commit_hash", None)
+        # with the config given, AutoTokenizer does not load it a second time and ask whether its code may run
         return AutoTokenizer.from_pretrained(
             self.config._name_or_path, config=self.config, revision=revision, **kwargs
         )
@@ -169,35 +197,30 @@ class SharingMixin:
     # ------------------------------------------------------------------ saving
 
     def save_pretrained(
-        self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, max_shard_size="5GB", **kwargs
-    ):
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "5GB",
+        **kwargs: Any,
+    ) -> None:
         """
-        Save weights (safetensors), config with fingerprint, generation config, the code of this model, the tokenizer(s), and what training recorded of
-        these weights.
+        Save the weights (safetensors), the config with the fingerprint, the generation config, the code of this model,
+        the tokenizers, and what training recorded of these weights.
 
-        Args: those of `PreTrainedModel.save_pretrained`; with `push_to_hub=True` also those of [`~SharingMixin.push_to_hub`], and `repo_id`, which defaults to
-            the name of the folder.
+        Args: as in `PreTrainedModel.save_pretrained`. With `push_to_hub=True` also the arguments of
+            [`~SharingMixin.push_to_hub`]; `repo_id` defaults to the name of the folder.
 
         Raises:
-            `ValueError`: when Emb_seq was not loaded: the checkpoint would lack half of its weights.
+            `ValueError`: when Emb_seq was not loaded, because the checkpoint would lack its weights.
         """
         if self.emb_seq is None:
             raise ValueError(
                 "This model was loaded with load_emb_seq=False; saved, it would be a checkpoint without Emb_seq."
             )
-        names = (
-            "repo_id",
-            "commit_message",
-            "commit_description",
-            "private",
-            "token",
-            "revision",
-            "create_pr",
-            "tags",
-            "index",
-            "license",
-        )
-        hub = {name: kwargs.pop(name) for name in names if name in kwargs}
+        push_names = inspect.signature(self.push_to_hub).parameters
+        push_arguments = {name: kwargs.pop(name) for name in push_names if name in kwargs}
         if is_main_process and self._has_tokenizer():
             self.fingerprint(state_dict)
             self.tokenizer.save_pretrained(save_directory)
@@ -205,8 +228,7 @@ class SharingMixin:
                 self.emb_seq_tokenizer.save_pretrained(f"{save_directory}/{EMB_SEQ_TOKENIZER_FOLDER}")
         if is_main_process:
             carry_facts(self, Path(save_directory), self.hash_all_weights(state_dict))
-            _remove_stale_card(Path(save_directory))
-        self._be_found_by_its_own_name()
+        self._restore_class_name()
         super().save_pretrained(
             save_directory,
             is_main_process=is_main_process,
@@ -215,17 +237,22 @@ class SharingMixin:
             **kwargs,
         )
         if push_to_hub and is_main_process:
-            hub.setdefault("repo_id", Path(save_directory).absolute().name)
-            self._push_folder(save_directory, **hub)
+            push_arguments.setdefault("repo_id", Path(save_directory).absolute().name)
+            self._push_folder(save_directory, **push_arguments)
 
-    def _be_found_by_its_own_name(self):
-        """`fully_shard` makes a class of its own, whose file transformers would save in place of this one."""
+    def _restore_class_name(self) -> None:
+        """
+        Give the class that `fully_shard` made the name and module of the class that it replaces.
+
+        transformers would otherwise save the file in which torch defines that class, instead of this model's code.
+        """
         if type(self).__module__.startswith("torch."):
-            own = next(base for base in type(self).__mro__ if not base.__module__.startswith("torch."))
-            type(self).__name__, type(self).__module__ = own.__name__, own.__module__
+            original = next(base for base in type(self).__mro__ if not base.__module__.startswith("torch."))
+            type(self).__name__ = original.__name__
+            type(self).__module__ = original.__module__
 
-    def load_state_dict(self, *args, **kwargs):
-        """Other weights than those that were fingerprinted, e.g. the best checkpoint at the end of training."""
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load other weights, such as the best checkpoint after training, and drop the stored hash of Emb_seq."""
         self._forget_fingerprint("emb_seq")
         return super().load_state_dict(*args, **kwargs)
 
@@ -233,30 +260,32 @@ class SharingMixin:
 
     def push_to_hub(
         self,
-        repo_id,
-        commit_message="Upload CoSupForCausalLM",
-        commit_description=None,
-        private=None,
-        token=None,
-        revision=None,
-        create_pr=False,
-        max_shard_size="5GB",
-        tags=None,
-        index=None,
-        license=None,
-    ):
+        repo_id: str,
+        commit_message: str = "Upload CoSupForCausalLM",
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "5GB",
+        tags: str | list[str] | None = None,
+        index: str | None = None,
+        license: str | None = None,
+    ) -> CommitInfo:
         """
-        Share this model: weights, config, generation config, code, tokenizer(s) and a card, in one commit.
+        Share this model in one commit: weights, config, generation config, code, tokenizers and a card.
 
-        A push that is cut off leaves the repository as it was; the same call goes on, and files that had arrived are not sent again. Weights and code of an
-        earlier push that this one does not have are deleted.
+        A push that is cut off leaves the repository unchanged. The same call completes it without sending again the
+        files that had arrived. Weights and code of an earlier push that this one does not have are deleted.
 
         Args:
-            repo_id (`str`): `namespace/name`, or a name in your own; created if it does not exist.
-            commit_message, commit_description, private, token, revision, create_pr, max_shard_size: as in `PreTrainedModel.push_to_hub`.
-            tags (`list[str]`, *optional*): more tags for the card.
-            index (`str`, *optional*): dataset repository of an index of this model, for the usage block of the card; see [`PassageIndex.push_to_hub`].
-            license (`str`, *optional*): identifier of the licence; defaults to what was recorded, else `unknown`.
+            repo_id (`str`): `namespace/name`, or a name in your own namespace; created if it does not exist.
+            commit_message, commit_description, private, token, revision, create_pr, max_shard_size: as in
+                `PreTrainedModel.push_to_hub`.
+            tags (`str` or `list[str]`, *optional*): more tags for the card.
+            index (`str`, *optional*): dataset repository of an index of this model, for the usage block of the card;
+                see [`PassageIndex.push_to_hub`].
+            license (`str`, *optional*): identifier of the licence; defaults to the recorded one, otherwise `unknown`.
 
         Returns:
             `huggingface_hub.CommitInfo`.
@@ -267,34 +296,53 @@ class SharingMixin:
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size)
-            hub = {
-                "commit_message": commit_message,
-                "commit_description": commit_description,
-                "private": private,
-                "token": token,
-            }
             return self._push_folder(
-                folder, repo_id, tags=tags, index=index, license=license, revision=revision, create_pr=create_pr, **hub
+                folder,
+                repo_id,
+                tags=tags,
+                index=index,
+                license=license,
+                private=private,
+                token=token,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
             )
 
-    def _push_folder(self, folder, repo_id, tags=None, index=None, license=None, private=None, token=None, **hub):
-        """Push a folder that holds this checkpoint, with a card of the facts that were saved in it and of those given here."""
+    def _push_folder(
+        self,
+        folder: str | os.PathLike[str],
+        repo_id: str,
+        tags: str | list[str] | None = None,
+        index: str | None = None,
+        license: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        **commit_options: Any,
+    ) -> CommitInfo:
+        """Push a folder in which this model was saved, with a card of its recorded facts and those given here."""
+        folder = Path(folder)
         repo_id = make_repo(repo_id, private, token)
-        given = {"index": index, "license": license, "tags": [tags] if isinstance(tags, str) else tags}
-        facts = {**load_facts(folder), **{name: value for name, value in given.items() if value is not None}}
+        facts = load_facts(folder)
+        if index is not None:
+            facts["index"] = index
+        if license is not None:
+            facts["license"] = license
+        if tags is not None:
+            facts["tags"] = [tags] if isinstance(tags, str) else tags
+
         cards = package_cards()
-        if cards is None:
-            metadata = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-            tags = ["custom_code", *facts.get("tags", [])]
-            card = plain_card(repo_id, SUMMARY, facts.get("license"), tags, **metadata)
-        else:
+        if cards is not None:
             card = cards.model_card(self, repo_id, facts)
+        else:
+            metadata = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+            card_tags = ["custom_code", *facts.get("tags", [])]
+            card = plain_card(repo_id, SUMMARY, facts.get("license"), card_tags, **metadata)
         files = {**checkpoint_files(folder), CARD_FILE: card.encode()}
-        return push_files(files, repo_id, REPLACED_FILES, token=token, **hub)
+        return push_files(files, repo_id, REPLACED_FILES, token=token, **commit_options)
 
 
-def _remove_stale_card(folder):
-    """Remove a card of ours that shows results which [`carry_facts`] did not keep."""
-    card = folder / CARD_FILE
-    if not load_facts(folder).get("results") and card.exists() and CARD_MARKER in card.read_text(encoding="utf-8"):
-        card.unlink()
+def _is_elsewhere(weight: torch.Tensor) -> bool:
+    """Return whether a parameter is an FSDP2 shard, which needs all ranks to gather it, or was offloaded."""
+    return isinstance(weight, DTensor) or weight.is_meta

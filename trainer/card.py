@@ -1,125 +1,201 @@
-"""What is recorded of training and evaluation: facts and a picture of the losses, written next to the weights."""
+"""
+Record what was trained and measured: facts and a plot of the losses, written next to the weights with their card.
 
+`hub.py` decides when a card is written and pushed. `card_cosup` of the model's package writes its text, and
+`facts_cosup` defines the facts and loads them again.
+"""
+
+import math
 import platform
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from transformers import TrainerState
 from transformers.utils import ADAPTER_CONFIG_NAME
 
 from modeling_cosup import CoSupForCausalLM
 from modeling_cosup.card_cosup import model_card
-from modeling_cosup.facts_cosup import FACTS_FILE, facts_of, load_facts
+from modeling_cosup.facts_cosup import Facts, Metric, ResultGroup, TrainingRecord, facts_of, load_facts
 from modeling_cosup.files_cosup import read_json, write_json
-from modeling_cosup.hub_cosup import CARD_FILE, CARD_MARKER, is_repo_id
+from modeling_cosup.hub_cosup import CARD_FILE, CARD_MARKER, FACTS_FILE, is_repo_id
 
 from .judging.figures import FIGURES, MAIN, SEARCHING, Measured, cor_label, figure
 from .judging.intervals import Rate
 from .model_setup import adapter_config, without_peft
+from .training_args import CoSupTrainingArguments
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from peft import PeftModel
 
 try:
     from matplotlib.figure import Figure
 except ImportError:
-    Figure = None  # type: ignore[assignment, misc]
+    Figure = None  # type: ignore[assignment, misc]  # checked before use
 
-KEPT_LINES = 500  # of a log
+MAX_LOG_ENTRIES = 500  # of a record
 LOGGED = ("step", "epoch", "nsp_accuracy", "num_negatives", "learning_rate")  # and every loss
+GATHER_LABELS = {
+    "global": "all processes",
+    "local": "the own process",
+    "detached": "all processes, without gradients",
+}
+
+# ---------------------------------------------------------------------- what training did
 
 
-def training_record(trainer):
+def training_record(
+    args: CoSupTrainingArguments,
+    model: "CoSupForCausalLM | PeftModel",
+    dataset: "Dataset | IterableDataset | None",
+    state: TrainerState,
+) -> TrainingRecord:
     """
-    What training did, `dict` as JSON has it.
+    Return what training did, as far as it is known, without `curves`.
 
-    Returns:
-        `instances` (counts by data set), `passages` (distinct ones, where known), `arguments` (rows of a table) and `log`.
+    Args:
+        args ([`CoSupTrainingArguments`]): arguments of the run.
+        model ([`CoSupForCausalLM`] or `PeftModel`): the trained model.
+        dataset (`Dataset` or `IterableDataset`, *optional*): tokenized training set. A stream is not read again to be
+            counted.
+        state (`TrainerState`): state at the end of the run, with its log.
     """
-    data, log = trainer.train_dataset, trainer.state.log_history
-    columns = getattr(data, "column_names", None) or []
-    sized = hasattr(data, "__len__")
-    counts = Counter(data["dataset"]) if sized and "dataset" in columns else Counter({"": len(data)} if sized else {})
-    passages = len({id for row in data["passage_ids"] for id in row}) if sized and "passage_ids" in columns else None
-    kept = [_shown(entry) for entry in log if "loss" in entry]
-    kept = kept[:: -(-len(kept) // KEPT_LINES) or 1]
+    counts: Counter[str] = Counter()
+    passages = None
+    if dataset is not None and hasattr(dataset, "__len__"):
+        columns = getattr(dataset, "column_names", None) or []
+        if "dataset" in columns:
+            counts.update(dataset["dataset"])
+        else:
+            counts[""] = len(dataset)
+        if "passage_ids" in columns:
+            ids: set[str] = set()
+            for ids_of_instance in dataset["passage_ids"]:
+                ids.update(ids_of_instance)
+            passages = len(ids)
+    entries = [_shown(entry) for entry in state.log_history if "loss" in entry]
+    stride = max(1, math.ceil(len(entries) / MAX_LOG_ENTRIES))
     return {
         "instances": dict(counts.most_common()),
         "passages": passages,
-        "arguments": _arguments(trainer, log),
-        "log": kept,
+        "arguments": _arguments(args, model, state),
+        "log": entries[::stride],
     }
 
 
-def _shown(entry):
-    """What the card shows of an entry of the log: every loss, whatever its name, and `LOGGED`."""
+def _shown(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a log entry that is recorded: every loss, whatever its name, and `LOGGED`."""
     return {name: value for name, value in entry.items() if name in LOGGED or name.endswith("loss")}
 
 
-def _arguments(trainer, log):
-    """Rows of the card's table: names and values as text. No paths, no tokens."""
-    args, adapters = trainer.args, adapter_config(trainer.model)
-    negatives = [entry["num_negatives"] for entry in log if "num_negatives" in entry]
-    runtime = next((entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry), None)
+def _arguments(
+    args: CoSupTrainingArguments, model: "CoSupForCausalLM | PeftModel", state: TrainerState
+) -> dict[str, str]:
+    """Return the rows of the card's table of arguments, names and values as text. They hold no paths and no tokens."""
+    optimizer = getattr(args.optim, "value", args.optim)
+    if args.lr_decay_per_epoch:
+        schedule = f"×{args.lr_decay_per_epoch:g} after every epoch"
+    else:
+        schedule = f"{getattr(args.lr_scheduler_type, 'value', '')} schedule"
+    steps = f"{state.global_step:,}"
+    if state.epoch is not None:
+        steps += f" ({state.epoch:.2f} epochs)"
     batch = args.train_batch_size * args.world_size
-    device = (
-        torch.cuda.get_device_name()
-        if args.device.type == "cuda"
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    )
+    negatives = [entry["num_negatives"] for entry in state.log_history if "num_negatives" in entry]
+    if args.bf16:
+        precision = "bfloat16 autocast"
+    elif args.fp16:
+        precision = "float16 autocast"
+    else:
+        precision = "float32"
+    if args.device.type == "cuda":
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    runtimes = [entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry]
     rows = {
         "supervision": args.supervision,
-        "optimizer": f"{getattr(args.optim, 'value', args.optim)}, weight decay {args.weight_decay:g}, gradients clipped at {args.max_grad_norm:g}",
-        "learning rate": f"{args.learning_rate:g}, "
-        + (
-            f"×{args.lr_decay_per_epoch:g} after every epoch"
-            if args.lr_decay_per_epoch
-            else f"{getattr(args.lr_scheduler_type, 'value', '')} schedule"
-        ),
-        "steps": f"{trainer.state.global_step:,} ({trainer.state.epoch:.2f} epochs)"
-        if trainer.state.epoch is not None
-        else f"{trainer.state.global_step:,}",
+        "optimizer": f"{optimizer}, weight decay {args.weight_decay:g}, gradients clipped at {args.max_grad_norm:g}",
+        "learning rate": f"{args.learning_rate:g}, {schedule}",
+        "steps": steps,
         "instances a step": f"{batch * args.gradient_accumulation_steps:,}",
         "NSP batch": f"{batch:,} instances" + (", GradCache" if args.nsp_batch_size else ""),
         "negatives per query": f"{sum(negatives) / len(negatives):,.1f} (mean)" if negatives else None,
-        "negatives from": {
-            "global": "all processes",
-            "local": "the own process",
-            "detached": "all processes, without gradients",
-        }[args.gather],
+        "negatives from": GATHER_LABELS[args.gather],
         "longest instance": f"{args.max_length:,} tokens",
-        "adapters": None if adapters is None else ", ".join([adapters.peft_type.value, *_rank(adapters.to_dict())]),
-        "precision": "bfloat16 autocast" if args.bf16 else "float16 autocast" if args.fp16 else "float32",
+        "adapters": _adapters(model),
+        "precision": precision,
         "seed": str(args.seed),
         "hardware": f"{args.world_size} × {device}",
-        "training time": None if runtime is None else f"{runtime / 60:.1f} minutes",
+        "training time": f"{runtimes[-1] / 60:.1f} minutes" if runtimes else None,
         "versions": f"transformers {transformers.__version__}, torch {torch.__version__}",
     }
     return {name: value for name, value in rows.items() if value is not None}
 
 
-def _rank(adapters):
-    return [f"{sign} = {adapters[name]}" for name, sign in (("r", "r"), ("lora_alpha", "α")) if name in adapters]
+def _adapters(model: "CoSupForCausalLM | PeftModel") -> str | None:
+    """Return the kind of a model's adapters and, for LoRA, their sizes; `None` for a model without adapters."""
+    config = adapter_config(model)
+    if config is None:
+        return None
+    settings = config.to_dict()
+    words = [config.peft_type.value]
+    for name, symbol in (("r", "r"), ("lora_alpha", "α")):
+        if name in settings:
+            words.append(f"{symbol} = {settings[name]}")
+    return ", ".join(words)
+
+
+def draw_losses(log: list[dict[str, Any]], path: Path) -> bool:
+    """Plot the losses of a log. Return whether there is a plot: it needs matplotlib and two entries."""
+    steps = [entry["step"] for entry in log]
+    if Figure is None or len(steps) < 2:
+        path.unlink(missing_ok=True)
+        return False
+    names: dict[str, None] = {}
+    for entry in log:
+        names.update(dict.fromkeys(name for name in entry if name.endswith("_loss")))
+    plot = Figure(figsize=(9, 3.2), layout="constrained")
+    losses, accuracy = plot.subplots(1, 2)
+    for name in names:
+        label = figure(name).label if name in FIGURES else name
+        losses.plot(steps, [entry.get(name, float("nan")) for entry in log], label=label)
+    shares = [100 * entry.get("nsp_accuracy", float("nan")) for entry in log]
+    accuracy.plot(steps, shares, color="C2", label=f"{figure('nsp_accuracy').label} in the batch (%)")
+    for axis in (losses, accuracy):
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    plot.savefig(path, dpi=110)
+    return True
+
+
+# ---------------------------------------------------------------------- results
 
 
 def result_group(
     figures: dict[str, Measured], dataset: str, index_size: int | None = None, labels: dict[str, str] | None = None
-) -> dict:
+) -> ResultGroup:
     """
-    The results of one evaluation set as the card shows them.
+    Return the results of one evaluation set as the card shows them.
 
     Args:
-        figures (`dict[str, Measured]`): by name, see `trainer.judging.figures`; figures measured on no question are
-            left out.
+        figures (`dict[str, Measured]`): by name, see `trainer.judging.figures`. Figures that were measured on no
+            question are left out.
         dataset (`str`): name of the set.
-        index_size (`int`, *optional*): passages that were searched.
-        labels (`dict[str, str]`, *optional*): in place of the labels of the vocabulary.
+        index_size (`int`, *optional*): number of passages that were searched.
+        labels (`dict[str, str]`, *optional*): replace labels of the vocabulary, by name.
     """
-    rows = []
+    metrics: list[Metric] = []
     for name, measured in figures.items():
         if not measured["n"]:
             continue
         is_share = figure(name).scale == "share"
         scale = 100 if is_share else 1
-        rows.append(
+        metrics.append(
             {
                 "type": name,
                 "name": (labels or {}).get(name, figure(name).label),
@@ -132,12 +208,12 @@ def result_group(
     return {
         "dataset": {"name": dataset, "type": dataset if is_repo_id(dataset) else "custom"},
         "index_size": index_size,
-        "metrics": rows,
+        "metrics": metrics,
     }
 
 
-def held_out_group(metrics_of_set: dict[str, float]) -> list[dict]:
-    """Recall that `CoSupTrainer.evaluate()` returned, as a list of one [`result_group`]; empty without queries."""
+def held_out_group(metrics_of_set: dict[str, float]) -> list[ResultGroup]:
+    """Return the recall in what `CoSupTrainer.evaluate()` returned, as one [`result_group`]; none without queries."""
     n = int(metrics_of_set.get("eval_num_queries", 0))
     if not n:
         return []
@@ -147,24 +223,25 @@ def held_out_group(metrics_of_set: dict[str, float]) -> list[dict]:
     return [result_group(figures, "held-out instances", int(metrics_of_set["eval_num_passages"]))]
 
 
-def evaluation_groups(results: dict) -> list[dict]:
+def evaluation_groups(results: dict[str, Any]) -> list[ResultGroup]:
     """
-    The main figures of [`~trainer.judging.judge.evaluate_tasks`] as the card shows them.
+    Return the main figures of an evaluation as the card shows them.
 
     Args:
-        results (`dict`): what it returned.
+        results (`dict`): what [`~trainer.judging.judge.evaluate_tasks`] returned.
 
     Returns:
-        `list[dict]`: one [`result_group`] for each task: answers by the model's own decision to retrieve (else forced),
-        and R@1 of the query embedding over what was searched.
+        `list[dict]`: one [`result_group`] for each task. The answers are those of the mode in which the model decides
+            when to retrieve, or else of the forced mode. R@1 is the query embedding's over the searched passages.
     """
     groups = []
     for name, task in results["tasks"].items():
         mode = next((mode for mode in SEARCHING if mode in task["modes"]), None)
-        answers = task["modes"][mode]["metrics"] if mode is not None else {}
+        answers = {} if mode is None else task["modes"][mode]["metrics"]
         figures = {main: answers[main] for main in MAIN if main in answers}
         scope = "corpus" if task["pool"] == "full" else "pool"
-        if rankings := task["query"].get(scope):
+        rankings = task["query"].get(scope)
+        if rankings:
             figures["query_recall@1"] = rankings["query_recall@1"]
         labels = {
             "cor": f"Cor ({', '.join(map(cor_label, task['cor']))})",
@@ -175,64 +252,61 @@ def evaluation_groups(results: dict) -> list[dict]:
     return [group for group in groups if group["metrics"]]
 
 
-def draw_losses(log, path):
-    """A picture of the losses, where matplotlib is installed and there is something to draw; whether it was drawn."""
-    steps = [entry["step"] for entry in log]
-    if Figure is None or len(steps) < 2:
-        path.unlink(missing_ok=True)
-        return False
-    picture = Figure(figsize=(9, 3.2), layout="constrained")
-    losses, accuracy = picture.subplots(1, 2)
-    for name in dict.fromkeys(name for entry in log for name in entry if name.endswith("_loss")):
-        label = figure(name).label if name in FIGURES else name
-        losses.plot(steps, [entry.get(name, float("nan")) for entry in log], label=label)
-    shares = [100 * entry.get("nsp_accuracy", float("nan")) for entry in log]
-    accuracy.plot(steps, shares, color="C2", label=f"{figure('nsp_accuracy').label} in the batch (%)")
-    for axis in (losses, accuracy):
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
-    picture.savefig(path, dpi=110)
-    return True
+# ---------------------------------------------------------------------- files
 
 
-# ---------------------------------------------------------------------- what is written
-
-
-def write_card(model, folder, repo_id, facts, index=None, question=None, weights=None):
+def write_card(
+    model: "CoSupForCausalLM | PeftModel",
+    folder: str | Path,
+    repo_id: str,
+    facts: Facts,
+    index: str | None = None,
+    question: str | None = None,
+    weights: str | None = None,
+) -> None:
     """
-    Record facts and write the card of a checkpoint that was saved in a folder; both travel with it when it is pushed.
+    Record facts and write the card of a checkpoint that was saved in a folder. A push of the folder includes both.
+
+    An index and a question are recorded only if the index is a repository: a local folder is of no use to others, and
+    an unpublished question is data.
 
     Args:
-        model ([`CoSupForCausalLM`] or `PeftModel`): whose weights were saved; of adapters, the base model, merged or not.
-        folder (`str` or `Path`): of the checkpoint, or of adapters.
-        repo_id (`str`): where it will be loaded from.
-        facts (`dict`): see [`load_facts`].
-        index (`str`, *optional*): repository or folder of its index, and
-        question (`str`, *optional*): for the usage block. Both are recorded only with an index that is a repository: nobody else has use for a folder here,
-            and an unpublished question is data.
-        weights (`str`, *optional*): hash of the weights, where those in memory are shards.
+        model ([`CoSupForCausalLM`] or `PeftModel`): the model that was saved. For adapters the base model will do,
+            merged or not.
+        folder (`str` or `Path`): folder of the checkpoint, or of adapters.
+        repo_id (`str`): where the checkpoint will be loaded from.
+        facts (`dict`): see [`Facts`].
+        index (`str`, *optional*): repository or folder of an index, for the usage block.
+        question (`str`, *optional*): question of the usage block.
+        weights (`str`, *optional*): hash of the weights, needed if those in memory are shards.
     """
-    folder, base, adapters = Path(folder), without_peft(model), None
-    shown = {name: value for name, value in (("index", index), ("question", question)) if value}
-    facts = {**facts, **(shown if is_repo_id(index) else {})}
+    folder = Path(folder)
+    usage: Facts = {}
+    if index:
+        usage["index"] = index
+    if question:
+        usage["question"] = question
+    if is_repo_id(index):
+        facts = {**facts, **usage}
+    base, base_name = without_peft(model), None
     if (folder / ADAPTER_CONFIG_NAME).exists():
-        adapters = read_json(folder / ADAPTER_CONFIG_NAME)["base_model_name_or_path"] or "the base model"
+        base_name = read_json(folder / ADAPTER_CONFIG_NAME)["base_model_name_or_path"] or "the base model"
     else:
         facts = {"weights": weights or base.hash_all_weights(), **facts}
     write_json(folder / FACTS_FILE, facts)
-    (folder / CARD_FILE).write_text(model_card(base, repo_id, {**facts, **shown}, adapters), encoding="utf-8")
+    card = model_card(base, repo_id, {**facts, **usage}, base_name)
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
 
-def add_results(folder, groups):
+def add_results(folder: str | Path, groups: list[ResultGroup]) -> bool:
     """
-    Add results to the facts of a checkpoint's folder, in place of earlier results of the same evaluation sets, and
-    write its card anew.
+    Add results to the facts of a checkpoint's folder and write its card anew.
 
-    What the folder says of other weights than it holds goes. A card that its owner has made his own (its marker is gone) stays.
+    They replace earlier results of the same evaluation sets. Facts about weights that the folder no longer holds are
+    removed. A card that its owner edited (without the marker) is not replaced.
 
     Args:
-        folder (`str` or `Path`): of a whole checkpoint, no adapters.
+        folder (`str` or `Path`): folder of a whole checkpoint, not of adapters.
         groups (`list[dict]`): see [`result_group`].
 
     Returns:
@@ -240,8 +314,10 @@ def add_results(folder, groups):
     """
     folder = Path(folder)
     model = CoSupForCausalLM.from_pretrained(folder)
-    facts, names = facts_of(model), {group["dataset"]["name"] for group in groups}
-    facts["results"] = [group for group in facts.get("results", []) if group["dataset"]["name"] not in names] + groups
+    facts = facts_of(model)
+    new_names = {group["dataset"]["name"] for group in groups}
+    others = [group for group in facts.get("results", []) if group["dataset"]["name"] not in new_names]
+    facts["results"] = others + groups
     card = folder / CARD_FILE
     if card.exists() and CARD_MARKER not in card.read_text(encoding="utf-8"):
         write_json(folder / FACTS_FILE, {"weights": model.hash_all_weights(), **facts})
@@ -250,6 +326,15 @@ def add_results(folder, groups):
     return True
 
 
-def complete_card(model, folder, repo_id, results, index=None, question=None):
-    """Add results that were measured after training to the facts of a folder, and write its card anew; see [`write_card`]."""
-    write_card(model, folder, repo_id, {**load_facts(folder), "results": results}, index, question)
+def complete_card(
+    model: "CoSupForCausalLM | PeftModel",
+    folder: str | Path,
+    repo_id: str,
+    results: list[ResultGroup],
+    index: str | None = None,
+    question: str | None = None,
+) -> None:
+    """Replace the results in the facts of a folder and write its card anew; see [`write_card`]."""
+    facts = load_facts(folder)
+    facts["results"] = results
+    write_card(model, folder, repo_id, facts, index, question)

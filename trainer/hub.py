@@ -1,70 +1,116 @@
-"""What CoSupTrainer pushes, and when: the files and cards themselves are made by `card.py` and `modeling_cosup`."""
+"""
+Decide what CoSupTrainer pushes, and when: at the end of training, or at every save.
+
+`card.py` records what was trained and writes the card. `hub_cosup` of the model's package names the files of a
+checkpoint and uploads them.
+"""
 
 import functools
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
-from huggingface_hub import HfApi
+import torch
+from huggingface_hub import CommitInfo, HfApi
+from transformers import TrainerControl, TrainerState
+from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from modeling_cosup.card_cosup import model_card
-from modeling_cosup.facts_cosup import CURVES_FILE
-from modeling_cosup.hub_cosup import CARD_FILE, REPLACED_FILES, checkpoint_files, is_repo_id, push_files
+from modeling_cosup.facts_cosup import Facts, ResultGroup
+from modeling_cosup.hub_cosup import CARD_FILE, CURVES_FILE, REPLACED_FILES, checkpoint_files, is_repo_id, push_files
 
 from .card import draw_losses, held_out_group, training_record, write_card
 from .model_setup import adapter_config, without_peft
+from .training_args import CoSupTrainingArguments
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from peft import PeftModel
+
+    from modeling_cosup import CoSupForCausalLM
+
+    class TrainerBase:
+        """The methods of `Trainer` that [`HubMixin`] calls; it overrides others with other types."""
+
+        def is_world_process_zero(self) -> bool: ...
+
+        def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None: ...
+
+        def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None: ...
+
+        def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None: ...
+
+        def _finish_current_push(self) -> None: ...
+else:
+    TrainerBase = object
 
 logger = logging.get_logger(__name__)
 
-KEPT = "_push-"  # begins the names of folders that wait to be uploaded
+WAITING_PREFIX = "_push-"  # of the names of folders that wait to be uploaded
 RESUME_STRATEGIES = (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
 
 
-class HubMixin:
+class HubMixin(TrainerBase):
     """The part of [`CoSupTrainer`] that describes and shares what was trained."""
 
-    _saved_weights = None  # hash of the weights that were last saved in output_dir
+    args: CoSupTrainingArguments
+    model: "CoSupForCausalLM | PeftModel"
+    train_dataset: "Dataset | IterableDataset | None"
+    state: TrainerState
+    control: TrainerControl
+    callback_handler: CallbackHandler
+    hub_model_id: str | None
+    push_in_progress: PushInProgress | None
 
-    def _check_hub_arguments(self, args, model):
-        """What cannot be shared is an error before training, not after it."""
-        if args.push_to_hub and args.hub_strategy in RESUME_STRATEGIES:
-            strategy = args.hub_strategy.value
+    _saved_weights: str | None = None  # hash of the weights that were last saved in output_dir
+
+    def _check_hub_arguments(self, args: CoSupTrainingArguments, model: "CoSupForCausalLM | PeftModel") -> None:
+        """Raise before training, not after it, if the model could not be shared. Remove what a killed run left."""
+        if not args.push_to_hub:
+            return
+        if args.hub_strategy in RESUME_STRATEGIES:
+            strategy = HubStrategy(args.hub_strategy).value
             raise ValueError(
-                f"hub_strategy={strategy!r} would upload resume states, which are pickled files: they stay local. Use 'every_save' or 'end'."
+                f"hub_strategy={strategy!r} would upload resume states, which are pickled files: they stay local."
+                " Use 'every_save' or 'end'."
             )
-        if args.push_to_hub:
-            _check_base(model)
-            for folder in Path(args.output_dir).glob(f"{KEPT}*"):  # of a run that was killed
-                shutil.rmtree(folder, ignore_errors=True)
+        _check_base(model)
+        for folder in Path(_output_dir(args)).glob(f"{WAITING_PREFIX}*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def create_model_card(
         self,
-        language=None,
-        license=None,
-        tags=None,
-        model_name=None,
-        finetuned_from=None,
-        tasks=None,
-        dataset_tags=None,
-        dataset=None,
-        dataset_args=None,
-        results=None,
-        index=None,
-        question=None,
-    ):
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+        results: list[ResultGroup] | None = None,
+        index: str | None = None,
+        question: str | None = None,
+    ) -> None:
         """
         Record what was trained, and write the card of the checkpoint that was saved in `output_dir`.
 
         Args:
-            language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args (*optional*): as in `Trainer`. Tasks become tags.
-                What is no repository on the Hub is not linked, and `dataset_args` are not shown.
-            results (`list[dict]`, *optional*): of evaluations, see [`result_group`]; defaults to the last `evaluate()`.
+            language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args
+                (*optional*): as in `Trainer`. Tasks become tags. Datasets that are not repositories on the Hub are not
+                linked, and `dataset_args` are not shown.
+            results (`list[dict]`, *optional*): results of evaluations, see [`result_group`]; defaults to the last
+                `evaluate()`.
             index (`str`, *optional*): dataset repository, or folder, of the index.
-            question (`str`, *optional*): that the usage block asks.
+            question (`str`, *optional*): the question in the card's usage block.
 
         Raises:
             `ValueError`: when the weights were not saved since they were trained.
@@ -72,39 +118,62 @@ class HubMixin:
         if not self.is_world_process_zero():
             return
         self._check_saved()
-        given = {
+        datasets = [name for name in _as_list(dataset) + _as_list(dataset_tags) if is_repo_id(name)]
+        fields = {
             "language": language,
             "license": license,
-            "tags": _listed(tags) + _listed(tasks),
+            "tags": _as_list(tags) + _as_list(tasks),
             "base_model": finetuned_from,
             "name": model_name,
+            "datasets": datasets,
         }
-        given["datasets"] = [name for name in _listed(dataset) + _listed(dataset_tags) if is_repo_id(name)]
-        facts = {name: value for name, value in given.items() if value}
-        last = next((entry for entry in reversed(self.state.log_history) if "eval_query_recall@1" in entry), {})
-        facts |= {"training": training_record(self), "results": held_out_group(last) if results is None else results}
-        facts["training"]["curves"] = draw_losses(facts["training"]["log"], Path(self.args.output_dir) / CURVES_FILE)
-        repo_id = self.hub_model_id or self.args.hub_model_id or self.args.output_dir
-        write_card(self.model, self.args.output_dir, repo_id, facts, index, question, self._saved_weights)
+        facts = cast(Facts, {name: value for name, value in fields.items() if value})
+        training = training_record(self.args, self.model, self.train_dataset, self.state)
+        output_dir = _output_dir(self.args)
+        training["curves"] = draw_losses(training["log"], Path(output_dir) / CURVES_FILE)
+        facts["training"] = training
+        facts["results"] = held_out_group(self._last_evaluation()) if results is None else results
+        repo_id = self.hub_model_id or self.args.hub_model_id or output_dir
+        write_card(self.model, output_dir, repo_id, facts, index, question, self._saved_weights)
 
-    def _check_saved(self):
+    def _last_evaluation(self) -> dict[str, float]:
+        """Return the last entry of the log that holds the recall of an evaluation; empty if there is none."""
+        for entry in reversed(self.state.log_history):
+            if "eval_query_recall@1" in entry:
+                return entry
+        return {}
+
+    def _check_saved(self) -> None:
         """
-        Raise unless the weights are the ones in output_dir: a card must not describe others. Cannot be checked for
-        adapters or shards.
+        Raise unless the weights are the ones saved in output_dir: a card must not describe others.
+
+        Adapters and shards cannot be checked.
         """
         base = without_peft(self.model)
-        if base is self.model and base.hash_all_weights() not in (None, self._saved_weights):
+        if base is not self.model:
+            return
+        weights = base.hash_all_weights()
+        if weights is not None and weights != self._saved_weights:
             raise ValueError(
-                "The weights are not those that were last saved in output_dir: call save_model() first, then create_model_card()."
+                "The weights are not those that were last saved in output_dir: call save_model() first, then"
+                " create_model_card()."
             )
 
     def push_to_hub(
-        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
-    ):
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | Future[CommitInfo] | None:
         """
-        Save, describe and share the model, in one commit on `hub_model_id`: weights, configs, code, tokenizer(s), card; no resume states.
+        Save, describe and share the model, in one commit on `hub_model_id`.
 
-        Args: those of `Trainer.push_to_hub`; `**kwargs` are for [`~CoSupTrainer.create_model_card`].
+        Weights, configs, code, tokenizers and the card are pushed; resume states are not.
+
+        Args: as in `Trainer.push_to_hub`; `**kwargs` are passed to [`~CoSupTrainer.create_model_card`].
 
         Returns:
             `huggingface_hub.CommitInfo`, or a `Future` of it with `blocking=False`; `None` on other ranks.
@@ -122,83 +191,104 @@ class HubMixin:
             return None
         self.create_model_card(**kwargs)
         self._finish_current_push()
-        options = {"token": token, "revision": revision or self.args.hub_revision}
-        if blocking:
-            return push_checkpoint(self.args.output_dir, self.hub_model_id, commit_message, **options)
-        return self._hub_api.run_as_future(
-            push_checkpoint, self.args.output_dir, self.hub_model_id, commit_message, **options
+        assert self.hub_model_id is not None  # set when the repository was created
+        push = functools.partial(
+            push_checkpoint,
+            _output_dir(self.args),
+            self.hub_model_id,
+            commit_message,
+            token=token,
+            revision=revision or self.args.hub_revision,
         )
+        return push() if blocking else self._hub_api.run_as_future(push)
 
-    def _push_from_checkpoint(self, checkpoint_folder):
-        """`hub_strategy="every_save"`: the files of a checkpoint that others can load, during training."""
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push a checkpoint during training (`hub_strategy="every_save"`), without its resume states."""
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         if self.push_in_progress is not None and not self.push_in_progress.is_done() and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        when = (
-            f"step {self.state.global_step}"
-            if self.args.save_strategy == SaveStrategy.STEPS
-            else f"epoch {int(self.state.epoch)}"
-        )
         try:
-            folder = _keep_files(checkpoint_folder, self.args.output_dir)
+            folder = _copy_checkpoint(checkpoint_folder, _output_dir(self.args))
         except OSError as error:
             logger.warning(f"{checkpoint_folder} was not pushed, and training goes on: {error}")
             return
-        base, adapters = without_peft(self.model), adapter_config(self.model)
-        card = model_card(
-            base, self.hub_model_id, {}, None if adapters is None else adapters.base_model_name_or_path
-        )  # no results: of these there are none
+        adapters = adapter_config(self.model)
+        base_name = None if adapters is None else adapters.base_model_name_or_path
+        assert self.hub_model_id is not None  # set when the repository was created
+        # no facts: nothing has been measured with these weights
+        card = model_card(without_peft(self.model), self.hub_model_id, {}, base_name)
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
-        options = {"token": self.args.hub_token, "revision": self.args.hub_revision}
         job = self._hub_api.run_as_future(
-            _push_and_remove, folder, self.hub_model_id, f"Training in progress, {when}", **options
+            _push_and_remove,
+            folder,
+            self.hub_model_id,
+            f"Training in progress, {self._progress()}",
+            token=self.args.hub_token,
+            revision=self.args.hub_revision,
         )
-        job.add_done_callback(_report)
+        job.add_done_callback(_warn_of_failure)
         if self.push_in_progress is None or self.push_in_progress.is_done():
-            self.push_in_progress = PushInProgress([job])
-        else:
-            self.push_in_progress.jobs.append(job)
+            self.push_in_progress = PushInProgress()
+        self.push_in_progress.jobs.append(job)  # type: ignore[union-attr]  # a list, annotated as one job
+
+    def _progress(self) -> str:
+        """Return the step, or the epoch if checkpoints are saved by epoch."""
+        if self.args.save_strategy == SaveStrategy.STEPS:
+            return f"step {self.state.global_step}"
+        return f"epoch {int(self.state.epoch or 0)}"
 
     @functools.cached_property
-    def _hub_api(self):
-        """The one whose pushes wait for each other."""
+    def _hub_api(self) -> HfApi:
+        """One client for all pushes: those that it starts wait for each other."""
         return HfApi()
 
-    def _save(self, output_dir=None, state_dict=None):
-        """`Trainer`'s, which keeps the arguments in a file: without the token."""
-        token, self.args.hub_token = self.args.hub_token, None
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Save as `Trainer` does, but keep the token out of the file of the arguments."""
+        token = self.args.hub_token
+        self.args.hub_token = None
         try:
             super()._save(output_dir, state_dict)
         finally:
             self.args.hub_token = token
         base = without_peft(self.model)
-        if base is self.model and Path(output_dir or self.args.output_dir) == Path(self.args.output_dir):
+        output_folder = Path(_output_dir(self.args))
+        if base is self.model and Path(output_dir or output_folder) == output_folder:
             self._saved_weights = base.hash_all_weights(state_dict)
 
 
-def _listed(value):
+def _output_dir(args: CoSupTrainingArguments) -> str:
+    """Return `args.output_dir`, which `TrainingArguments` sets if it was not given."""
+    return cast(str, args.output_dir)
+
+
+def _as_list(value: str | Iterable[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value or [])
 
 
-def _check_base(model):
-    """Raise unless the base of adapters, if these are some, is a repository that others can load."""
+def _check_base(model: "CoSupForCausalLM | PeftModel") -> None:
+    """Raise for adapters of a base model that is not a repository, which others could not load."""
     adapters = adapter_config(model)
     if adapters is not None and not is_repo_id(adapters.base_model_name_or_path):
+        base_name = adapters.base_model_name_or_path or "a model in memory"
         raise ValueError(
-            f"A push would upload adapters of {adapters.base_model_name_or_path or 'a model in memory'}, which nobody else has: push the base model"
-            " first (model.push_to_hub, or recipes/import_checkpoints.py) and train adapters of the repository."
+            f"A push would upload adapters of {base_name}, which nobody else has: push the base model first"
+            " (model.push_to_hub, or recipes/import_checkpoints.py) and train adapters of the repository."
         )
 
 
-def _keep_files(checkpoint_folder, output_dir):
-    """A folder of our own with the files of a checkpoint, which may be rotated away before they are uploaded; links, where the file system has them."""
-    folder = Path(tempfile.mkdtemp(prefix=KEPT, dir=output_dir))
+def _copy_checkpoint(checkpoint_folder: str, output_dir: str) -> Path:
+    """
+    Copy the files of a checkpoint, which may be rotated away before they are uploaded, to a new folder.
+
+    They are hard links if the file system has them.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=WAITING_PREFIX, dir=output_dir))
     for name, path in checkpoint_files(checkpoint_folder).items():
         target = folder / name
         target.parent.mkdir(exist_ok=True)
-        if name == CARD_FILE:  # PEFT writes the card of adapters
+        if name == CARD_FILE:  # PEFT's card of adapters
             continue
         try:
             os.link(path, target)
@@ -207,37 +297,44 @@ def _keep_files(checkpoint_folder, output_dir):
     return folder
 
 
-def _push_and_remove(folder, repo_id, commit_message, **options):
-    """Push a folder of [`_keep_files`], which then goes."""
+def _push_and_remove(folder: Path, repo_id: str, commit_message: str, **options: Any) -> CommitInfo:
+    """Push a folder that [`_copy_checkpoint`] made, then remove it."""
     try:
         return push_checkpoint(folder, repo_id, commit_message, **options)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _report(job):
+def _warn_of_failure(job: Future[CommitInfo]) -> None:
     if job.exception() is not None:
         logger.warning(f"A push during training failed, and training goes on: {job.exception()}")
 
 
-def push_checkpoint(folder, repo_id, commit_message, token=None, revision=None):
+def push_checkpoint(
+    folder: str | Path,
+    repo_id: str,
+    commit_message: str | None,
+    token: str | None = None,
+    revision: str | None = None,
+) -> CommitInfo:
     """
-    Push what others can load of an output folder, in one commit.
+    Push the files of a checkpoint in an output folder, in one commit.
 
     Args:
-        folder (`str` or `Path`): of the checkpoint, or of adapters.
-        repo_id (`str`): of a repository that exists.
+        folder (`str` or `Path`): folder of the checkpoint, or of adapters.
+        repo_id (`str`): a repository that exists.
         commit_message (`str`), token (`str`, *optional*), revision (`str`, *optional*): as in `Trainer.push_to_hub`.
 
     Returns:
         `huggingface_hub.CommitInfo`.
 
     Raises:
-        `ValueError`: when the folder holds no weights, as those that FSDP saves with SHARDED_STATE_DICT.
+        `ValueError`: when the folder holds no safetensors, as after FSDP saved with SHARDED_STATE_DICT.
     """
     files = checkpoint_files(folder)
     if not any(name.endswith(".safetensors") for name in files):
         raise ValueError(
-            f"{folder} holds no safetensors, so nothing was pushed: with FSDP, save with the state dict type FULL_STATE_DICT."
+            f"{folder} holds no safetensors, so nothing was pushed:"
+            " with FSDP, save with the state dict type FULL_STATE_DICT."
         )
     return push_files(files, repo_id, REPLACED_FILES, commit_message=commit_message, token=token, revision=revision)

@@ -1,4 +1,4 @@
-"""What is pushed comes back: a real server that speaks the Hub's protocol, the genuine client, and fresh processes without this package."""
+"""What is pushed comes back: a real server, the genuine client, and fresh processes without this package."""
 
 import json
 import re
@@ -21,31 +21,49 @@ WIDE = {"hidden_size": 128, "intermediate_size": 128}  # 4-bit weights come in b
 PUSH = """
 import json, sys
 from modeling_cosup import CoSupForCausalLM
-passages, commits = json.loads(sys.argv[2]), {}
+folder, passages = sys.argv[1], json.loads(sys.argv[2])
+commits = {}
 for name in ("plain", "two_tokenizers"):
-    model = CoSupForCausalLM.from_pretrained(f"{sys.argv[1]}/{name}")
-    index = model.build_index(passages, save_directory=f"{sys.argv[1]}/{name}_index", show_progress_bar=False)
-    commits[f"{name}_index"] = index.push_to_hub(f"{name}-index", model=f"tester/{name}", license="cc-by-sa-4.0").oid
-    commits[name] = model.push_to_hub(name, index=f"tester/{name}-index", license="mit", max_shard_size="200KB", tags=["tiny"]).oid
-commits["of_five"] = model.build_index(passages[:5], show_progress_bar=False).push_to_hub("tester/two_tokenizers-index").oid
+    model = CoSupForCausalLM.from_pretrained(f"{folder}/{name}")
+    index = model.build_index(passages, save_directory=f"{folder}/{name}_index", show_progress_bar=False)
+    commit = index.push_to_hub(f"{name}-index", model=f"tester/{name}", license="cc-by-sa-4.0")
+    commits[f"{name}_index"] = commit.oid
+    commit = model.push_to_hub(
+        name, index=f"tester/{name}-index", license="mit", max_shard_size="200KB", tags=["tiny"]
+    )
+    commits[name] = commit.oid
+index = model.build_index(passages[:5], show_progress_bar=False)
+commits["of_five"] = index.push_to_hub("tester/two_tokenizers-index").oid
 print(json.dumps(commits))
 """
-# Everything that a checkpoint on the Hub must be able to do, in one process, since each of them takes seconds to start
+# All that a checkpoint on the Hub must be able to do, in one process because each takes seconds to start
 LOAD = """
 import json, sys, types
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, pipeline
 job, results = json.loads(sys.argv[1]), {}
+
 def answer(model, index):
     inputs = {name: torch.tensor(value) for name, value in job["inputs"].items()}
     out = model.generate(**inputs, retriever=index, max_new_tokens=8, max_retrievals=2, return_dict_in_generate=True)
-    trace = [[{**retrieval.to_dict(), "grounded_span": list(retrieval.grounded_span)} for retrieval in row] for row in out.retrievals]
-    return {"sequences": out.sequences.tolist(), "trace": trace, "cited": model.decode_with_citations(out, model.tokenizer), "dtype": str(model.dtype),
-            "module": type(model).__module__.split(".")[0], "attention": [part.config._attn_implementation for part in (model.gen, model.emb_seq)],
-            "embeddings": float((model.build_index(job["passages"], show_progress_bar=False).embeddings - index.embeddings).abs().max())}
+    trace = []
+    for row in out.retrievals:
+        trace.append([{**r.to_dict(), "grounded_span": list(r.grounded_span)} for r in row])
+    embeddings = model.build_index(job["passages"], show_progress_bar=False).embeddings
+    return {
+        "sequences": out.sequences.tolist(),
+        "trace": trace,
+        "cited": model.decode_with_citations(out, model.tokenizer),
+        "dtype": str(model.dtype),
+        "module": type(model).__module__.split(".")[0],
+        "attention": [part.config._attn_implementation for part in (model.gen, model.emb_seq)],
+        "embeddings": float((embeddings - index.embeddings).abs().max()),
+    }
+
 def load(auto=AutoModelForCausalLM, **kwargs):
     model = auto.from_pretrained("tester/plain", trust_remote_code=True, **kwargs)
     return answer(model, model.load_index("tester/plain-index"))
+
 results["plain"] = load()
 if job["all"]:
     results["AutoModel"] = load(AutoModel)
@@ -55,7 +73,8 @@ if job["all"]:
     results["disk"] = load(device_map={"gen": "cpu", "emb_seq": "disk"}, offload_folder="offloaded")
     results["bfloat16"] = load(dtype="bfloat16")
     model = AutoModelForCausalLM.from_pretrained("tester/two_tokenizers", trust_remote_code=True)
-    results["two_tokenizers"] = answer(model, model.load_index("tester/two_tokenizers-index", revision=job["index_commit"]))
+    index = model.load_index("tester/two_tokenizers-index", revision=job["index_commit"])
+    results["two_tokenizers"] = answer(model, index)
     results["of_five"] = len(model.load_index("tester/two_tokenizers-index"))
     try:
         model.load_index("tester/plain-index")
@@ -83,11 +102,17 @@ try:
 except ImportError as error:
     print(json.dumps([ids, str(error)]))
 """
+PUSH_BARE = """
+import sys
+from modeling_cosup import CoSupForCausalLM
+CoSupForCausalLM.from_pretrained(sys.argv[1]).push_to_hub("bare")
+print(1)
+"""
 
 
 @pytest.fixture(scope="module")
 def models():
-    own = make_tokenizer(vocab_size=300, bos="<cls>", eos="<sep>", pad="<nothing>", texts=["another corpus"])
+    other = make_tokenizer(vocab_size=300, bos="<cls>", eos="<sep>", pad="<nothing>", texts=["another corpus"])
     return {
         "plain": make_model(gen_kwargs=WIDE, emb_seq_kwargs=WIDE),
         "two_tokenizers": make_model(
@@ -96,14 +121,14 @@ def models():
             emb_seq_kwargs={"hidden_size": 16},
             emb_seq_pooling="cls",
             similarity="dot",
-            emb_seq_tokenizer=own,
+            emb_seq_tokenizer=other,
         ),
     }
 
 
 @pytest.fixture(scope="module")
 def published(models, tmp_path_factory):
-    """A Hub that holds two models and their indexes, and the commits that the client was told."""
+    """A Hub that holds two models and their indexes, and the ids of the commits that pushed them."""
     folder = tmp_path_factory.mktemp("hub")
     for name, model in models.items():
         model.save_pretrained(folder / name)
@@ -114,7 +139,7 @@ def published(models, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def inputs(models):
-    """A prompt that retrieves at once, and one that decides."""
+    """A prompt that ends in `[NSP]`, so that it retrieves first, and one after which the model decides."""
     nsp, pad = models["plain"].config.nsp_token_id, models["plain"].tokenizer.pad_token_id
     return {
         "input_ids": torch.tensor([[5, 6, 7, nsp], [pad, pad, 9, 8]]),
@@ -122,44 +147,41 @@ def inputs(models):
     }
 
 
-def job(inputs, **more):
-    return json.dumps(
-        {
-            "inputs": {name: value.tolist() for name, value in inputs.items()},
-            "passages": PASSAGES,
-            "all": False,
-            **more,
-        }
-    )
+def job(inputs, **settings):
+    """The argument of `LOAD`."""
+    input_lists = {name: value.tolist() for name, value in inputs.items()}
+    return json.dumps({"inputs": input_lists, "passages": PASSAGES, "all": False, **settings})
 
 
-def assert_same(found, model, inputs):
+def assert_same(result, model, inputs):
+    """A model that was loaded elsewhere answers, retrieves and embeds as `model` does here."""
     index = model.build_index(PASSAGES, show_progress_bar=False)
     output = model.generate(
         **inputs, retriever=index, max_new_tokens=8, max_retrievals=2, return_dict_in_generate=True
     )
-    assert found["sequences"] == output.sequences.tolist() and found["cited"] == model.decode_with_citations(
-        output, model.tokenizer
-    )
-    for theirs, ours in zip(found["trace"], output.retrievals, strict=True):
-        for their, our in zip(theirs, ours, strict=True):
-            assert their.pop("scores") == pytest.approx(np.array(our.scores), abs=1e-4)
-            assert their == {
-                name: list(value) if isinstance(value, tuple) else value
-                for name, value in our.to_dict().items()
-                if name != "scores"
-            }
-    assert found["embeddings"] < 1e-4 and found["module"] == "transformers_modules"
+    assert result["sequences"] == output.sequences.tolist()
+    assert result["cited"] == model.decode_with_citations(output, model.tokenizer)
+    for remote_row, local_row in zip(result["trace"], output.retrievals, strict=True):
+        for remote, local in zip(remote_row, local_row, strict=True):
+            assert remote.pop("scores") == pytest.approx(np.array(local.scores), abs=1e-4)
+            expected = local.to_dict()
+            del expected["scores"]
+            expected["grounded_span"] = list(local.grounded_span)  # JSON has no tuples
+            assert remote == expected
+    assert result["embeddings"] < 1e-4
+    assert result["module"] == "transformers_modules"
     assert sum(map(len, output.retrievals)) > 0
 
 
 def listing(hub, repo, repo_type="model"):
-    """Names of the files of a repository, and its README."""
+    """Return the names of the files of a repository, and its README."""
     code = """
 import json, sys
+from pathlib import Path
 from huggingface_hub import HfApi, hf_hub_download
 repo, kind = sys.argv[1:]
-print(json.dumps([HfApi().list_repo_files(repo, repo_type=kind), open(hf_hub_download(repo, "README.md", repo_type=kind)).read()]))
+readme = Path(hf_hub_download(repo, "README.md", repo_type=kind)).read_text()
+print(json.dumps([HfApi().list_repo_files(repo, repo_type=kind), readme]))
 """
     return hub.run(code, repo, repo_type)
 
@@ -171,36 +193,36 @@ def test_whatever_was_pushed_loads_and_answers_the_same_without_this_package(pub
     results = hub.run(LOAD, job(inputs, **settings), package=False, home=tmp_path / "home")
     for name in ("plain", "AutoModel", "code_revision", "eager", "auto", "disk"):
         assert_same(results[name], models["plain"], inputs)
-    assert results["eager"]["attention"] == ["eager"] * 2 and results["plain"]["attention"] == ["sdpa"] * 2
+    assert results["eager"]["attention"] == ["eager"] * 2
+    assert results["plain"]["attention"] == ["sdpa"] * 2
     assert_same(results["two_tokenizers"], models["two_tokenizers"], inputs)
-    assert results["of_five"] == 5  # the last commit; the one before is still there, by its revision
+    assert results["of_five"] == 5  # the last commit; the one before can still be loaded by its revision
     assert "emb_seq: the index has" in results["refused"]
-    assert results["bfloat16"]["dtype"] == "torch.bfloat16" and 0 < results["bfloat16"]["embeddings"] < 0.1
+    assert results["bfloat16"]["dtype"] == "torch.bfloat16"
+    assert 0 < results["bfloat16"]["embeddings"] < 0.1
+
     model = models["plain"]
     index = model.build_index(PASSAGES, show_progress_bar=False)
     ids = torch.tensor([results["prompt"]])
-    options = {
-        "retriever": index,
-        "retrieval_config": model.retrieval_config_class(force_nsp_first=True),
-        "max_new_tokens": 8,
-    }
-    sequence = model.generate(ids, **options)[0, ids.shape[1] :]
-    assert results["pipeline"][0]["generated_text"][-1]["content"] == model.tokenizer.decode(
-        sequence, skip_special_tokens=True
-    )
-    for each in bits:  # other weights, other answers perhaps: but the same index, and passages retrieved from it
-        assert results[f"{each} bits"]["trace"][0][0]["passages"][0]["id"] in {passage["id"] for passage in PASSAGES}
+    config = model.retrieval_config_class(force_nsp_first=True)
+    sequence = model.generate(ids, retriever=index, retrieval_config=config, max_new_tokens=8)[0, ids.shape[1] :]
+    reply = results["pipeline"][0]["generated_text"][-1]["content"]
+    assert reply == model.tokenizer.decode(sequence, skip_special_tokens=True)
 
-    before = len(hub.requests())
-    offline = hub.run(
-        "import os\nos.environ['HF_HUB_OFFLINE'] = '1'\n" + LOAD, job(inputs), package=False, home=tmp_path / "home"
-    )
+    passage_ids = {passage["id"] for passage in PASSAGES}
+    for width in bits:  # other weights may answer differently, but they search the same index
+        assert results[f"{width} bits"]["trace"][0][0]["passages"][0]["id"] in passage_ids
+
+    num_requests = len(hub.requests())
+    load_offline = "import os\nos.environ['HF_HUB_OFFLINE'] = '1'\n" + LOAD
+    offline = hub.run(load_offline, job(inputs), package=False, home=tmp_path / "home")
     assert_same(offline["plain"], models["plain"], inputs)
-    assert len(hub.requests()) == before
+    assert len(hub.requests()) == num_requests
 
 
 def test_the_code_needs_torch_and_transformers_and_an_index_names_what_it_needs(published, models):
-    ids, message = published[0].run(WITHOUT_PACKAGES, package=False)
+    hub, _ = published
+    ids, message = hub.run(WITHOUT_PACKAGES, package=False)
     assert ids == models["plain"].generate(torch.tensor([[5, 6]]), max_new_tokens=4).tolist()
     assert "needs faiss-cpu and pyarrow: pip install faiss-cpu pyarrow" in message
 
@@ -208,121 +230,133 @@ def test_the_code_needs_torch_and_transformers_and_an_index_names_what_it_needs(
 def test_what_a_repository_holds(published, tmp_path):
     hub, _ = published
     names, card = listing(hub, "tester/two_tokenizers")
-    CoSupForCausalLM.from_pretrained(hub.root.parent / "two_tokenizers").save_pretrained(
-        tmp_path, max_shard_size="200KB"
-    )
+    model = CoSupForCausalLM.from_pretrained(hub.root.parent / "two_tokenizers")
+    model.save_pretrained(tmp_path, max_shard_size="200KB")
     saved = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert set(names) - {".gitattributes"} == saved | {"README.md"}
-    assert {
-        "emb_seq_tokenizer/tokenizer.json",
-        "chat_template.jinja",
-        "generation_config.json",
-        "config.json",
-        "training_facts.json",
-    } <= saved
+    assert {"config.json", "generation_config.json", "training_facts.json"} <= saved
+    assert {"chat_template.jinja", "emb_seq_tokenizer/tokenizer.json"} <= saved
     assert "model.safetensors.index.json" in listing(hub, "tester/plain")[0]
-    metadata = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)[1]
-    for line in (
-        "license: mit",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "- retrieval-augmented-generation",
-        "- tiny",
-    ):
-        assert line in metadata.splitlines()
-    assert 'model.load_index("tester/two_tokenizers-index")' in card and "GPT2LMHeadModel | BertModel" in card
+    metadata = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)[1].splitlines()
+    assert {"license: mit", "library_name: transformers", "pipeline_tag: text-generation"} <= set(metadata)
+    assert {"- retrieval-augmented-generation", "- tiny"} <= set(metadata)
+    assert 'model.load_index("tester/two_tokenizers-index")' in card
+    assert "GPT2LMHeadModel | BertModel" in card
+
     names, card = listing(hub, "tester/two_tokenizers-index", "dataset")
-    assert "license: unknown" in card and "n<1K" in card and "viewer: false" in card and "5 passages" in card
+    for text in ("license: unknown", "n<1K", "viewer: false", "5 passages"):
+        assert text in card
     assert {"index_config.json", "embeddings-00000.safetensors", "passages-00000.arrow"} <= set(names)
 
 
 @pytest.mark.parametrize("index", ["with its index", "without an index"])
-def test_the_usage_block_of_the_card_runs_as_pasted(published, index, tmp_path):
+def test_the_usage_block_of_the_card_runs_as_pasted(published, index):
     hub, _ = published
-    card = listing(hub, "tester/plain")[1]
+    repo = "tester/plain"
     if index == "without an index":
-        again = "import sys\nfrom modeling_cosup import CoSupForCausalLM\nCoSupForCausalLM.from_pretrained(sys.argv[1]).push_to_hub('bare')\nprint(1)"
-        hub.run(again, hub.root.parent / "plain")
-        card = listing(hub, "tester/bare")[1]
+        repo = "tester/bare"
+        hub.run(PUSH_BARE, hub.root.parent / "plain")
+    card = listing(hub, repo)[1]
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
-    assert ("load_index" in code) == (index == "with its index") and "who painted it?" in code
-    code = code.replace(
-        "retriever=index,", "retriever=index, retrieval_config=model.retrieval_config_class(force_nsp_first=True),"
-    )  # random weights never ask
-    process = hub.popen(code, package=False)
+    assert ("load_index" in code) == (index == "with its index")
+    assert "who painted it?" in code
+    # random weights never decide to retrieve
+    forced = "retriever=index, retrieval_config=model.retrieval_config_class(force_nsp_first=True),"
+    process = hub.popen(code.replace("retriever=index,", forced), package=False)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert "[1] " in out and "Retrieval(row=0" in out
+    assert "[1] " in out
+    assert "Retrieval(row=0" in out
 
 
 UPLOADS = {
     "model": "CoSupForCausalLM.from_pretrained(sys.argv[1] + '/plain').push_to_hub('victim', max_shard_size='70KB')",
     "dataset": "PassageIndex.from_pretrained(sys.argv[1] + '/index').push_to_hub('victim')",
 }
+# About half of each upload, and more than the five files that are sent at a time
+STALL_AFTER_BYTES = {"model": 1_000_000, "dataset": 140_000}
+LIST_VICTIM = """
+import json, sys
+from huggingface_hub import HfApi
+print(json.dumps(HfApi().list_repo_files("tester/victim", repo_type=sys.argv[1])))
+"""
+LOAD_VICTIM = {
+    "model": """
+import json, torch
+from transformers import AutoModel
+model = AutoModel.from_pretrained("tester/victim", trust_remote_code=True)
+print(json.dumps(model.fingerprint()))
+""",
+    "dataset": """
+import json
+from modeling_cosup import PassageIndex
+index = PassageIndex.from_pretrained("tester/victim", verify=True)
+print(json.dumps([passage["text"] for passage in index]))
+""",
+}
 
 
 @pytest.mark.parametrize("kind", UPLOADS)
 def test_a_push_that_the_server_did_not_survive_is_completed_by_the_next_one(models, kind, tmp_path):
     models["plain"].save_pretrained(tmp_path / "plain")
-    many = [{"id": f"m{i}", "title": "", "text": f"radium {i}"} for i in range(400)]
+    passages = [{"id": f"m{i}", "title": "", "text": f"radium {i}"} for i in range(400)]
     index = models["plain"].build_index(
-        many, save_directory=tmp_path / "index", shard_size=20, show_progress_bar=False
+        passages, save_directory=tmp_path / "index", shard_size=20, show_progress_bar=False
     )
-    stall = {"model": 1_000_000, "dataset": 140_000}[
-        kind
-    ]  # half of it: more than the five files that are sent at a time
-    code = f"import sys, json\nfrom modeling_cosup import CoSupForCausalLM, PassageIndex\n{UPLOADS[kind]}\nprint(json.dumps(1))"
-    with hub_server(tmp_path / "hub", stall_after_bytes=stall) as hub:
+    code = "import sys\nfrom modeling_cosup import CoSupForCausalLM, PassageIndex\n"
+    code += f"{UPLOADS[kind]}\nprint(1)"
+    with hub_server(tmp_path / "hub", stall_after_bytes=STALL_AFTER_BYTES[kind]) as hub:
         process = hub.popen(code, tmp_path)
         hub.wait_for_stall()
         hub.kill()
         process.kill()
         process.communicate()
         hub.start(stall_after_bytes=None)
-        look = "import json, sys\nfrom huggingface_hub import HfApi\nprint(json.dumps(HfApi().list_repo_files('tester/victim', repo_type=sys.argv[1])))"
-        assert set(hub.run(look, kind)) <= {".gitattributes", "README.md"}  # not half of it
+        assert set(hub.run(LIST_VICTIM, kind)) <= {".gitattributes", "README.md"}  # not half of it
         arrived = {request["path"] for request in hub.requests("PUT") if request["status"] == 200}
-        before = len(hub.requests())
+        assert arrived
+
+        num_requests = len(hub.requests())
         hub.run(code, tmp_path)
-        assert arrived and not arrived & {
-            request["path"] for request in hub.requests()[before:] if request["method"] == "PUT"
-        }  # not sent again
+        new_requests = hub.requests()[num_requests:]
+        assert not arrived & {request["path"] for request in new_requests if request["method"] == "PUT"}
         if kind == "model":
-            check = "import json, torch\nfrom transformers import AutoModel\n"
-            check += "m = AutoModel.from_pretrained('tester/victim', trust_remote_code=True)\nprint(json.dumps(m.fingerprint()))"
-            assert hub.run(check, package=False) == models["plain"].fingerprint()
+            assert hub.run(LOAD_VICTIM[kind], package=False) == models["plain"].fingerprint()
         else:
-            check = "import json\nfrom modeling_cosup import PassageIndex\ni = PassageIndex.from_pretrained('tester/victim', verify=True)\n"
-            assert hub.run(check + "print(json.dumps([p['text'] for p in i]))") == [
-                passage["text"] for passage in index
-            ]
+            assert hub.run(LOAD_VICTIM[kind]) == [passage["text"] for passage in index]
 
 
-def test_stale_files_go_and_the_owners_card_stays(models, tmp_path):
+def test_stale_files_are_deleted_and_the_owners_card_is_kept(models, tmp_path):
     models["plain"].save_pretrained(tmp_path / "plain")
     code = """
 import json, sys
+from pathlib import Path
 from huggingface_hub import HfApi, hf_hub_download
 from modeling_cosup import CoSupForCausalLM
 api, model = HfApi(), CoSupForCausalLM.from_pretrained(sys.argv[1])
 model.push_to_hub("m", max_shard_size="200KB")
 sharded = api.list_repo_files("tester/m")
-api.upload_file(path_or_fileobj=b"---\\nlicense: mit\\n---\\nMy own words.\\n", path_in_repo="README.md", repo_id="tester/m")
+words = b"---\\nlicense: mit\\n---\\nMy own words.\\n"
+api.upload_file(path_or_fileobj=words, path_in_repo="README.md", repo_id="tester/m")
 api.upload_file(path_or_fileobj=b"notes", path_in_repo="notes.txt", repo_id="tester/m")
 model.save_pretrained(sys.argv[2], push_to_hub=True, repo_id="m")
 model.push_to_hub("m", revision="other")
 whole = api.list_repo_files("tester/m")
-card = open(hf_hub_download("tester/m", "README.md")).read()
+card = Path(hf_hub_download("tester/m", "README.md")).read_text()
 print(json.dumps([sharded, whole, card, api.list_repo_files("tester/m", revision="other")]))
 """
     with hub_server(tmp_path / "hub") as hub:
         sharded, whole, card, branch = hub.run(code, tmp_path / "plain", tmp_path / "again")
-    assert "model.safetensors.index.json" in sharded and "model.safetensors" not in sharded
-    assert "model.safetensors" in whole and not any("-of-" in name or name.endswith("index.json") for name in whole)
-    assert "notes.txt" in whole and "My own words." in card and sorted(whole) == sorted(branch)
+    assert "model.safetensors.index.json" in sharded
+    assert "model.safetensors" not in sharded
+    assert "model.safetensors" in whole
+    assert not any("-of-" in name or name.endswith("index.json") for name in whole)
+    assert "notes.txt" in whole
+    assert "My own words." in card
+    assert sorted(whole) == sorted(branch)
 
 
-def test_what_the_hub_refuses_is_said_and_nothing_is_uploaded(models, tmp_path):
+def test_a_refusal_of_the_hub_is_reported_and_nothing_is_uploaded(models, tmp_path):
     models["plain"].save_pretrained(tmp_path / "plain")
     code = """
 import json, sys
@@ -335,23 +369,28 @@ except Exception as error:
 """
     with hub_server(tmp_path / "hub") as hub:
         kind, message = hub.run(code, tmp_path / "plain", "{}", token="hf_wrong")
-        assert "401" in message and "hf_wrong" not in message and kind == "HfHubHTTPError"
+        assert kind == "HfHubHTTPError"
+        assert "401" in message
+        assert "hf_wrong" not in message
         kind, message = hub.run(code, tmp_path / "plain", '{"license": "my own licence"}')
-        assert kind == "ValueError" and "Invalid metadata in README.md" in message and "license" in message
+        assert kind == "ValueError"
+        assert "Invalid metadata in README.md" in message
+        assert "license" in message
         assert not hub.requests("PUT")
         assert TOKEN not in (tmp_path / "hub" / "requests.jsonl").read_text()
 
 
-def test_a_second_trip_from_the_code_on_the_hub_keeps_the_facts(published):
+def test_a_second_push_by_the_code_from_the_hub_keeps_the_facts(published):
     hub, _ = published
     code = """
 import json
+from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 from huggingface_hub import hf_hub_download
 model = AutoModelForCausalLM.from_pretrained("tester/plain", trust_remote_code=True)
 model.push_to_hub("tester/copy")
-same = json.load(open(hf_hub_download("tester/copy", "training_facts.json")))
+same = json.loads(Path(hf_hub_download("tester/copy", "training_facts.json")).read_text())
 with torch.no_grad():
     next(model.parameters()).add_(1)
 model.push_to_hub("tester/changed")
@@ -360,17 +399,19 @@ try:
     stale = True
 except Exception:
     stale = False
-print(json.dumps([same, stale, open(hf_hub_download("tester/changed", "README.md")).read()]))
+print(json.dumps([same, stale, Path(hf_hub_download("tester/changed", "README.md")).read_text()]))
 """
     same, stale, card = hub.run(code, package=False)
-    assert same["question"] == "who painted it?" and not stale
-    assert "library_name: transformers" in card and "A CoSup model" in card
+    assert same["question"] == "who painted it?"
+    assert not stale
+    assert "library_name: transformers" in card
+    assert "A CoSup model" in card
 
 
 def test_parts_are_pushed_and_load_without_any_code(models, tmp_path):
     pytest.importorskip("sentence_transformers")
     models["plain"].save_pretrained(tmp_path / "plain")
-    code = """
+    push = """
 import json, sys
 from pathlib import Path
 from huggingface_hub import HfApi
@@ -386,29 +427,30 @@ print(json.dumps([HfApi().list_repo_files(f"tester/{name}-alone") for name in ("
 """
     use = """
 import json, re, sys
+from pathlib import Path
 import torch
 from huggingface_hub import hf_hub_download
-results = []
-for name in ("gen", "emb"):
-    card = open(hf_hub_download(f"tester/{name}-alone", "README.md")).read()
-    exec(re.search(r"```python\\n(.*?)```", card, re.DOTALL)[1])
-    results.append(float(model(torch.tensor([[5, 6, 7]])).logits.sum()) if name == "gen" else embeddings.tolist())
-print(json.dumps(results))
+def usage_block(repo):
+    card = Path(hf_hub_download(repo, "README.md")).read_text()
+    return re.search(r"```python\\n(.*?)```", card, re.DOTALL)[1]
+exec(usage_block("tester/gen-alone"))
+logits = float(model(torch.tensor([[5, 6, 7]])).logits.sum())
+exec(usage_block("tester/emb-alone"))
+print(json.dumps([logits, embeddings.tolist()]))
 """
     with hub_server(tmp_path / "hub") as hub:
-        listed = hub.run(code, tmp_path / "plain", tmp_path / "parts")
-        assert not [name for names in listed for name in names if "git/" in name or name.endswith(".pt")]
+        for names in hub.run(push, tmp_path / "plain", tmp_path / "parts"):
+            assert not [name for name in names if "git/" in name or name.endswith(".pt")]
         logits, embeddings = hub.run(use, package=False)
     model = models["plain"]
     assert logits == pytest.approx(float(model(torch.tensor([[5, 6, 7]])).logits.sum()), rel=1e-4)
     passage = {"id": "1", "title": "The Night Watch", "text": "The Night Watch is a 1642 painting by Rembrandt."}
-    np.testing.assert_allclose(
-        embeddings, model.build_index([passage], show_progress_bar=False).embeddings.numpy(), atol=1e-5
-    )
+    expected = model.build_index([passage], show_progress_bar=False).embeddings.numpy()
+    np.testing.assert_allclose(embeddings, expected, atol=1e-5)
 
 
-def test_a_checkpoint_is_saved_where_its_source_is_gone(published, tmp_path):
-    """Facts are no reason not to save: the repository was deleted, or what lies beside the checkpoint is damaged."""
+def test_a_checkpoint_is_saved_even_if_its_source_is_gone(published, tmp_path):
+    """Facts are no reason not to save, whether their repository was deleted or their file is malformed."""
     hub, _ = published
     code = """
 import json, sys
@@ -430,5 +472,7 @@ print(json.dumps([(Path(folder) / "model.safetensors").exists() for folder in sy
 def test_names_that_are_repositories(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "mine").mkdir(parents=True)
-    assert is_repo_id("HuggingFaceTB/SmolLM2-135M") and is_repo_id("runs/yours")
-    assert not any(map(is_repo_id, ("runs/mine", str(tmp_path), "../x/y", "a/b/c", "gpt2", "", None)))
+    for name in ("HuggingFaceTB/SmolLM2-135M", "runs/yours"):
+        assert is_repo_id(name)
+    for name in ("runs/mine", str(tmp_path), "../x/y", "a/b/c", "gpt2", "", None):
+        assert not is_repo_id(name)

@@ -1,4 +1,4 @@
-"""The test Hub against the genuine huggingface_hub client: what is pushed comes back, and nothing half done is ever seen."""
+"""The test Hub and the genuine huggingface_hub client: what is pushed comes back, and nobody ever sees half of it."""
 
 import base64
 import hashlib
@@ -30,12 +30,13 @@ def attempt(function, *args, **kwargs):
     return None
 
 def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes().hex() for p in Path(folder).rglob("*") if p.is_file() and ".cache" not in p.parts}
+    files = [path for path in Path(folder).rglob("*") if path.is_file() and ".cache" not in path.parts]
+    return {str(path.relative_to(folder)): path.read_bytes().hex() for path in files}
 """
 
 
 def write(folder, **files):
-    """A folder of files; `__` in a name is a slash."""
+    """Write files to a folder and return it; `__` in a name is a slash, `_dot_` a dot."""
     for name, data in files.items():
         path = folder / name.replace("__", "/").replace("_dot_", ".")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,65 +50,80 @@ def contents(folder):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """Regular files, LFS files, an empty one, nested ones."""
-    files = {
-        "config_dot_json": b"{}",
-        "README_dot_md": b"---\nlicense: mit\n---\n# A card",
-        "empty_dot_txt": b"",
-        "model_dot_safetensors": os.urandom(300_000),
-    }
+    """A folder with regular files, LFS files, an empty file and nested files."""
     return write(
         tmp_path / "checkpoint",
-        **files,
+        config_dot_json=b"{}",
+        README_dot_md=b"---\nlicense: mit\n---\n# A card",
+        empty_dot_txt=b"",
+        model_dot_safetensors=os.urandom(300_000),
         tokenizer__a__tokenizer_dot_json=b"[1]" * 1000,
         tokenizer__curve_dot_png=os.urandom(100),
     )
 
 
 def request(hub, method, path, body=None, token=True, headers=None):
-    """One request as it stands, which the client would not send. Status, headers and body."""
+    """Send one raw request, which the client would not send; return status, headers and body of the response."""
+    all_headers = {"Authorization": f"Bearer {hub.token}"} if token else {}
+    all_headers |= headers or {}
     connection = http.client.HTTPConnection(urlsplit(hub.endpoint).netloc, timeout=30)
-    connection.request(
-        method, path, body, {**({"Authorization": f"Bearer {hub.token}"} if token else {}), **(headers or {})}
-    )
+    connection.request(method, path, body, all_headers)
     response = connection.getresponse()
     return response.status, dict(response.headers), response.read()
 
 
-def commit_lines(*operations):
-    return "\n".join(
-        json.dumps({"key": key, "value": value}) for key, value in [("header", {"summary": "test"}), *operations]
-    )
+def create_repo(hub, name="one"):
+    """Create the repository `me/<name>`; return the status of the response."""
+    return request(hub, "POST", "/api/repos/create", json.dumps({"name": name, "organization": "me"}))[0]
+
+
+def commit(hub, *operations, query="", header=()):
+    """Commit raw operations to the main branch of `me/one`; return status and headers of the response."""
+    lines = [("header", {"summary": "test", **dict(header)}), *operations]
+    body = "\n".join(json.dumps({"key": key, "value": value}) for key, value in lines)
+    return request(hub, "POST", f"/api/models/me/one/commit/main{query}", body)[:2]
 
 
 def as_file(path, data):
+    """Return the operation that adds a file to a commit."""
     return "file", {"path": path, "content": base64.b64encode(data).decode(), "encoding": "base64"}
+
+
+def verify_object(hub, oid, size):
+    """Return the status of the request that verifies an LFS object: 200 if the Hub keeps it, otherwise 404."""
+    body = json.dumps({"oid": oid, "size": size})
+    return request(hub, "POST", "/me/one.git/info/lfs/objects/verify", body)[0]
 
 
 def test_repositories_are_made_once_and_deleted(hub):
     code = """
-found = {"name": api.whoami()["name"], "url": api.create_repo("one").url, "again": attempt(api.create_repo, "one")}
-found["exist_ok"] = api.create_repo("one", exist_ok=True).repo_id
-for kind in ("dataset", "space"):
-    found[kind] = api.create_repo("group/one", repo_type=kind, space_sdk="gradio" if kind == "space" else None).repo_id
-found["exists"] = [api.repo_exists("tester/one"), api.repo_exists("group/one"), api.repo_exists("group/one", repo_type="dataset")]
+results = {"name": api.whoami()["name"], "url": api.create_repo("one").url, "again": attempt(api.create_repo, "one")}
+results["exist_ok"] = api.create_repo("one", exist_ok=True).repo_id
+results["dataset"] = api.create_repo("group/one", repo_type="dataset").repo_id
+results["space"] = api.create_repo("group/one", repo_type="space", space_sdk="gradio").repo_id
+results["exists"] = [api.repo_exists("tester/one"), api.repo_exists("group/one")]
+results["dataset_exists"] = api.repo_exists("group/one", repo_type="dataset")
 api.delete_repo("tester/one")
-found["deleted"] = [api.repo_exists("tester/one"), attempt(api.delete_repo, "tester/one")[0], attempt(api.delete_repo, "tester/one", missing_ok=True)]
-print(json.dumps(found))
+results["exists_after"] = api.repo_exists("tester/one")
+results["deleted_again"] = attempt(api.delete_repo, "tester/one")[0]
+results["missing_ok"] = attempt(api.delete_repo, "tester/one", missing_ok=True)
+print(json.dumps(results))
 """
-    found = hub.run(CLIENT + code)
-    assert (
-        found["name"] == "tester"
-        and found["url"] == f"{hub.endpoint}/tester/one"
-        and found["exist_ok"] == "tester/one"
-    )
-    assert (
-        found["again"][0] == "HfHubHTTPError"
-        and "409" in found["again"][1]
-        and "already created this model repo" in found["again"][1]
-    )
-    assert (found["dataset"], found["space"], found["exists"]) == ("group/one", "group/one", [True, False, True])
-    assert found["deleted"] == [False, "RepositoryNotFoundError", None]
+    results = hub.run(CLIENT + code)
+    assert results["name"] == "tester"
+    assert results["url"] == f"{hub.endpoint}/tester/one"
+    assert results["exist_ok"] == "tester/one"
+    error, message = results["again"]
+    assert error == "HfHubHTTPError"
+    assert "409" in message
+    assert "already created this model repo" in message
+    assert results["dataset"] == "group/one"
+    assert results["space"] == "group/one"
+    assert results["exists"] == [True, False]
+    assert results["dataset_exists"] is True
+    assert results["exists_after"] is False
+    assert results["deleted_again"] == "RepositoryNotFoundError"
+    assert results["missing_ok"] is None
 
 
 @pytest.mark.parametrize("kind", ["model", "dataset", "space"])
@@ -120,41 +136,40 @@ first = api.upload_folder(**where, folder_path=folder).oid
 api.create_tag(**where, tag="v1.0")
 api.create_branch(**where, branch="other/branch", revision=first)
 api.upload_file(**where, path_or_fileobj=b"other", path_in_repo="config.json", revision="other/branch")
-second = api.create_commit(**where, commit_message="second", operations=[CommitOperationAdd("config.json", b"second")]).oid
-found = {"main": contents(snapshot_download(**where)), "v1.0": contents(snapshot_download(**where, revision="v1.0"))}
-found["first"] = contents(snapshot_download(**where, revision=first))
-found["some"] = sorted(contents(snapshot_download(**where, allow_patterns=["*.png", "config.json"], local_dir="some")))
-found["single"] = Path(hf_hub_download(**where, filename="config.json", revision="other/branch")).read_text()
-found["commits"] = [[commit.title, commit.commit_id] for commit in api.list_repo_commits(**where)]
+operations = [CommitOperationAdd("config.json", b"second")]
+second = api.create_commit(**where, commit_message="second", operations=operations).oid
+results = {"ids": [first, second], "main": contents(snapshot_download(**where))}
+results["v1.0"] = contents(snapshot_download(**where, revision="v1.0"))
+results["first"] = contents(snapshot_download(**where, revision=first))
+some = snapshot_download(**where, allow_patterns=["*.png", "config.json"], local_dir="some")
+results["some"] = sorted(contents(some))
+results["single"] = Path(hf_hub_download(**where, filename="config.json", revision="other/branch")).read_text()
+results["commits"] = [[commit.title, commit.commit_id] for commit in api.list_repo_commits(**where)]
 info = api.repo_info(**where)
-found["info"] = [info.sha, info.private, info.card_data.license, sorted(file.rfilename for file in info.siblings)]
+results["info"] = [info.sha, info.private, info.card_data.license, sorted(file.rfilename for file in info.siblings)]
 refs = api.list_repo_refs(**where)
-found["refs"] = [[ref.name, ref.target_commit] for ref in refs.branches + refs.tags]
-print(json.dumps({**found, "ids": [first, second]}))
+results["refs"] = {ref.name: ref.target_commit for ref in refs.branches + refs.tags}
+print(json.dumps(results))
 """
-    found = hub.run(CLIENT + code, kind, checkpoint)
-    first, second = found["ids"]
+    results = hub.run(CLIENT + code, kind, checkpoint)
+    first, second = results["ids"]
     expected = contents(checkpoint)
     for revision, config in (("first", b"{}"), ("v1.0", b"{}"), ("main", b"second")):
-        downloaded = found[revision]
+        downloaded = results[revision]
         assert downloaded.pop(".gitattributes")
         assert downloaded == {**expected, "config.json": config.hex()}, revision
-    assert found["some"] == ["config.json", "tokenizer/curve.png"] and found["single"] == "other"
-    assert (
-        found["commits"][:2] == [["second", second], ["Upload folder using huggingface_hub", first]]
-        and len(found["commits"]) == 3
-    )
-    assert found["info"] == [second, False, "mit", sorted([*expected, ".gitattributes"])]
-    assert (
-        dict(found["refs"])["main"] == second
-        and dict(found["refs"])["v1.0"] == first
-        and dict(found["refs"])["other/branch"] not in (first, second)
-    )
-    uploaded = {request["path"].split("/")[-2] for request in hub.requests("PUT")}  # small text goes with the commit
-    assert uploaded == {
-        hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
-        for name in ("model.safetensors", "tokenizer/curve.png")
-    }
+    assert results["some"] == ["config.json", "tokenizer/curve.png"]
+    assert results["single"] == "other"
+    assert results["commits"][:2] == [["second", second], ["Upload folder using huggingface_hub", first]]
+    assert len(results["commits"]) == 3
+    assert results["info"] == [second, False, "mit", sorted([*expected, ".gitattributes"])]
+    assert results["refs"]["main"] == second
+    assert results["refs"]["v1.0"] == first
+    assert results["refs"]["other/branch"] not in (first, second)
+    # small texts are uploaded within the commit, not as objects
+    uploaded = {request["path"].split("/")[-2] for request in hub.requests("PUT")}
+    large_files = [checkpoint / "model.safetensors", checkpoint / "tokenizer" / "curve.png"]
+    assert uploaded == {hashlib.sha256(path.read_bytes()).hexdigest() for path in large_files}
 
 
 def test_what_is_there_is_not_sent_again(hub, checkpoint):
@@ -164,64 +179,74 @@ ids = [api.upload_folder(repo_id="me/one", folder_path=sys.argv[1], path_in_repo
 print(json.dumps(ids))
 """
     (first,) = hub.run(CLIENT + code, checkpoint, ".")
-    sent = len(hub.requests("PUT"))
+    assert len(hub.requests("PUT")) == 2
     (again,) = hub.run(CLIENT + code, checkpoint, ".")
-    assert sent == 2 and len(hub.requests("PUT")) == sent and again == first  # no commit without a change
+    assert again == first  # no commit without a change
+    assert len(hub.requests("PUT")) == 2
     hub.run(CLIENT + code, checkpoint, "elsewhere")  # the same objects under other names
-    assert len(hub.requests("PUT")) == sent
+    assert len(hub.requests("PUT")) == 2
     (checkpoint / "model.safetensors").write_bytes(b"changed")
     hub.run(CLIENT + code, checkpoint, ".")
-    assert [request["received"] for request in hub.requests("PUT")[sent:]] == [7]
+    assert [request["received"] for request in hub.requests("PUT")[2:]] == [len(b"changed")]
 
 
 def test_a_commit_deletes_files_and_folders(hub, checkpoint):
     code = """
 api.create_repo("me/one")
 first = api.upload_folder(repo_id="me/one", folder_path=sys.argv[1]).oid
-delete = [CommitOperationDelete("model.safetensors"), CommitOperationDelete("tokenizer/"), CommitOperationAdd("new.txt", b"new")]
-api.create_commit("me/one", delete, commit_message="delete")
+operations = [CommitOperationDelete("model.safetensors"), CommitOperationDelete("tokenizer/")]
+operations.append(CommitOperationAdd("new.txt", b"new"))
+api.create_commit("me/one", operations, commit_message="delete")
 missing = attempt(api.create_commit, "me/one", [CommitOperationDelete("none.txt")], commit_message="delete")
 print(json.dumps([api.list_repo_files("me/one"), api.list_repo_files("me/one", revision=first), missing]))
 """
     now, before, missing = hub.run(CLIENT + code, checkpoint)
     assert sorted(now) == [".gitattributes", "README.md", "config.json", "empty.txt", "new.txt"]
     assert sorted(before) == sorted([*contents(checkpoint), ".gitattributes"])
-    assert missing[0] == "RemoteEntryNotFoundError" and "none.txt" in missing[1]
+    error, message = missing
+    assert error == "RemoteEntryNotFoundError"
+    assert "none.txt" in message
 
 
-def test_a_commit_is_whole_or_not_at_all(hub):
-    """One line of a commit that cannot be done: none is, and nobody sees a part."""
-    assert request(hub, "POST", "/api/repos/create", '{"name": "one", "organization": "me"}')[0] == 200
+def test_a_commit_is_made_completely_or_not_at_all(hub):
+    """If one operation of a commit is impossible, none is carried out, and nobody sees a part of it."""
+    assert create_repo(hub) == 200
     head = json.loads(request(hub, "GET", "/api/models/me/one")[2])["sha"]
     good = as_file("good.txt", b"good")
-    for bad, status in (
+    for bad, expected in (
         (("lfsFile", {"path": "a.safetensors", "algo": "sha256", "oid": "0" * 64, "size": 1}), 400),  # never uploaded
         (("deletedFile", {"path": "none.txt"}), 404),
         (as_file("../x", b""), 400),
         (("file", {"path": "x", "content": "no base64!", "encoding": "base64"}), 400),
         (("header", {"parentCommit": "0" * 40}), 400),
     ):
-        assert request(hub, "POST", "/api/models/me/one/commit/main", commit_lines(good, bad))[0] == status, bad
-    stale = commit_lines(good).replace('"summary": "test"', f'"summary": "test", "parentCommit": "{"0" * 40}"')
-    status, headers, _ = request(hub, "POST", "/api/models/me/one/commit/main", stale)
-    assert status == 412 and "A commit has happened since" in headers["X-Error-Message"]
-    status, headers, _ = request(hub, "POST", "/api/models/me/one/commit/main?create_pr=1", commit_lines(good))
-    assert status == 403 and "no pull requests" in headers["X-Error-Message"]
+        status, _ = commit(hub, good, bad)
+        assert status == expected, bad
+    status, headers = commit(hub, good, header={"parentCommit": "0" * 40})
+    assert status == 412
+    assert "A commit has happened since" in headers["X-Error-Message"]
+    status, headers = commit(hub, good, query="?create_pr=1")
+    assert status == 403
+    assert "no pull requests" in headers["X-Error-Message"]
     info = json.loads(request(hub, "GET", "/api/models/me/one")[2])
-    assert info["sha"] == head and [file["rfilename"] for file in info["siblings"]] == [".gitattributes"]
+    assert info["sha"] == head
+    assert [file["rfilename"] for file in info["siblings"]] == [".gitattributes"]
 
 
 def test_commits_at_the_same_time_all_count(hub):
     code = """
 from concurrent.futures import ThreadPoolExecutor
 api.create_repo("me/one")
+def upload(i):
+    api.upload_file(repo_id="me/one", path_or_fileobj=str(i).encode(), path_in_repo=f"{i}.txt")
 with ThreadPoolExecutor(8) as threads:
-    list(threads.map(lambda i: api.upload_file(repo_id="me/one", path_or_fileobj=str(i).encode(), path_in_repo=f"{i}.txt"), range(16)))
+    list(threads.map(upload, range(16)))
 print(json.dumps([contents(snapshot_download("me/one")), len(api.list_repo_commits("me/one"))]))
 """
-    found, commits = hub.run(CLIENT + code)
-    del found[".gitattributes"]
-    assert found == {f"{i}.txt": str(i).encode().hex() for i in range(16)} and commits == 17
+    files, num_commits = hub.run(CLIENT + code)
+    del files[".gitattributes"]
+    assert files == {f"{i}.txt": str(i).encode().hex() for i in range(16)}
+    assert num_commits == 17  # the first commit creates the repository
 
 
 def test_large_objects_come_in_parts(tmp_path):
@@ -238,25 +263,23 @@ print(json.dumps(contents(snapshot_download("me/one", allow_patterns="*.safetens
 
 
 def test_an_object_that_is_not_the_announced_one_is_refused(hub):
-    """Wrong bytes, too few, an address signed for another object, no signature."""
+    """Wrong bytes, too few bytes, an address that was signed for another object, and no signature are refused."""
     data = b"the object"
-    oid, wrong = hashlib.sha256(data).hexdigest(), "0" * 64
-    request(hub, "POST", "/api/repos/create", '{"name": "one", "organization": "me"}')
-    objects = [{"oid": oid, "size": len(data)}, {"oid": wrong, "size": len(data)}]
-    batch = json.loads(
-        request(
-            hub, "POST", "/me/one.git/info/lfs/objects/batch", json.dumps({"operation": "upload", "objects": objects})
-        )[2]
-    )
-    hrefs = [thing["actions"]["upload"]["href"].removeprefix(hub.endpoint) for thing in batch["objects"]]
-    assert request(hub, "PUT", hrefs[1], data, token=False)[0] == 400
-    assert request(hub, "PUT", hrefs[0], data[:-1], token=False)[0] == 400
-    assert request(hub, "PUT", hrefs[0].replace(oid, wrong), data, token=False)[0] == 403
-    assert request(hub, "PUT", hrefs[0].split("?")[0], data)[0] == 403
-    verify = json.dumps({"oid": oid, "size": len(data)})
-    assert request(hub, "POST", "/me/one.git/info/lfs/objects/verify", verify)[0] == 404  # none of them is kept
-    assert request(hub, "PUT", hrefs[0], data, token=False)[0] == 200
-    assert request(hub, "POST", "/me/one.git/info/lfs/objects/verify", verify)[0] == 200
+    oid, wrong_oid = hashlib.sha256(data).hexdigest(), "0" * 64
+    create_repo(hub)
+    objects = [{"oid": oid, "size": len(data)}, {"oid": wrong_oid, "size": len(data)}]
+    body = json.dumps({"operation": "upload", "objects": objects})
+    batch = json.loads(request(hub, "POST", "/me/one.git/info/lfs/objects/batch", body)[2])
+    href, href_of_wrong = [
+        answer["actions"]["upload"]["href"].removeprefix(hub.endpoint) for answer in batch["objects"]
+    ]
+    assert request(hub, "PUT", href_of_wrong, data, token=False)[0] == 400
+    assert request(hub, "PUT", href, data[:-1], token=False)[0] == 400
+    assert request(hub, "PUT", href.replace(oid, wrong_oid), data, token=False)[0] == 403
+    assert request(hub, "PUT", href.split("?")[0], data)[0] == 403
+    assert verify_object(hub, oid, len(data)) == 404  # none of them is kept
+    assert request(hub, "PUT", href, data, token=False)[0] == 200
+    assert verify_object(hub, oid, len(data)) == 200
 
 
 PUSH = """
@@ -264,14 +287,14 @@ api.create_repo("me/one", exist_ok=True)
 print(json.dumps(api.upload_folder(repo_id="me/one", folder_path=sys.argv[1]).oid))
 """
 LOOK = """
-found = {"files": contents(snapshot_download("me/one")), "commits": len(api.list_repo_commits("me/one"))}
-print(json.dumps(found))
+files, commits = contents(snapshot_download("me/one")), api.list_repo_commits("me/one")
+print(json.dumps({"files": files, "commits": len(commits)}))
 """
 
 
 @pytest.mark.parametrize("multipart_above", [None, 100_000])
 def test_a_server_killed_in_mid_upload(tmp_path, checkpoint, multipart_above):
-    """Pushed again, everything is there and right; before, nothing is seen of it. The object that had come whole is not sent again."""
+    """Nobody sees a part of a broken push. After it is repeated, everything is there."""
     first, second = os.urandom(50_000), os.urandom(400_000)
     write(checkpoint, model_dot_safetensors=first)
     with hub_server(tmp_path / "hub", multipart_above=multipart_above) as hub:
@@ -285,20 +308,14 @@ def test_a_server_killed_in_mid_upload(tmp_path, checkpoint, multipart_above):
         hub.kill()
         client.kill()
         client.communicate()
-        partial = [path for path in (tmp_path / "hub").rglob("uploads/*") if path.stat().st_size]
-        assert partial  # it was in the middle
+        assert any(path.stat().st_size for path in (tmp_path / "hub").rglob("uploads/*"))  # it was in mid-upload
         hub.start(stall_after_bytes=None)
-        assert hub.run(CLIENT + LOOK) == before  # the old bytes under the old commit
-        oid = hashlib.sha256(second).hexdigest()
-        assert (
-            request(hub, "POST", "/me/one.git/info/lfs/objects/verify", json.dumps({"oid": oid, "size": len(second)}))[
-                0
-            ]
-            == 404
-        )
+        assert hub.run(CLIENT + LOOK) == before  # the old bytes in the old commit
+        assert verify_object(hub, hashlib.sha256(second).hexdigest(), len(second)) == 404
         hub.run(CLIENT + PUSH, checkpoint)
         after = hub.run(CLIENT + LOOK)
-    assert after["files"].pop(".gitattributes") and after["files"] == contents(checkpoint)
+    assert after["files"].pop(".gitattributes")
+    assert after["files"] == contents(checkpoint)
     assert after["commits"] == before["commits"] + 1
 
 
@@ -311,28 +328,40 @@ def test_a_client_that_outlives_the_server(tmp_path, checkpoint):
         hub.start(stall_after_bytes=None)
         _, err = client.communicate(timeout=120)
         assert client.returncode == 0, err
-        found = hub.run(CLIENT + LOOK)
-    assert found["files"].pop(".gitattributes") and found["files"] == contents(checkpoint)
+        files = hub.run(CLIENT + LOOK)["files"]
+    assert files.pop(".gitattributes")
+    assert files == contents(checkpoint)
 
 
 def test_only_the_right_token_writes(hub):
-    """And a token that is wrong reads nothing either, as on the Hub; without one, what is public can be read."""
+    """As on the Hub, a wrong token reads nothing either, but without a token public repositories can be read."""
     hub.run(CLIENT + 'api.create_repo("me/one"); print(0)')
     code = """
-add = [CommitOperationAdd("a.txt", b"a")]
-writes = [attempt(api.create_repo, "me/two"), attempt(api.create_repo, "me/two", exist_ok=True), attempt(api.delete_repo, "me/one")]
-writes += [attempt(api.create_commit, "me/one", add, commit_message="m"), attempt(api.create_tag, "me/one", tag="t")]
-writes += [attempt(api.upload_file, repo_id="me/one", path_or_fileobj=b"a", path_in_repo="a.safetensors")]
-print(json.dumps({"writes": writes, "read": attempt(snapshot_download, "me/one"), "whoami": attempt(api.whoami)}))
+operations = [CommitOperationAdd("a.txt", b"a")]
+writes = [
+    attempt(api.create_repo, "me/two"),
+    attempt(api.create_repo, "me/two", exist_ok=True),
+    attempt(api.delete_repo, "me/one"),
+    attempt(api.create_commit, "me/one", operations, commit_message="m"),
+    attempt(api.create_tag, "me/one", tag="t"),
+    attempt(api.upload_file, repo_id="me/one", path_or_fileobj=b"a", path_in_repo="a.safetensors"),
+]
+print(json.dumps([writes, attempt(snapshot_download, "me/one"), attempt(api.whoami)]))
 """
-    for token in ("hf_wrong", None):
-        found = hub.run(CLIENT + code, token=token)
-        assert all(error is not None and "401" in error[1] for error in found["writes"]), found["writes"]
-        said = "Invalid credentials in Authorization header" if token else "Invalid username or password."
-        assert all(said in error[1] for error in found["writes"])
-        assert (found["read"] is None) is (token is None) and found["whoami"] is not None
-    left = hub.run(CLIENT + 'print(json.dumps([api.list_repo_files("me/one"), api.repo_exists("me/two")]))')
-    assert left == [[".gitattributes"], False]
+    for token, message in (
+        ("hf_wrong", "Invalid credentials in Authorization header"),
+        (None, "Invalid username or password."),
+    ):
+        writes, read, whoami = hub.run(CLIENT + code, token=token)
+        for error in writes:
+            assert error is not None
+            assert "401" in error[1]
+            assert message in error[1]
+        can_read = read is None
+        assert can_read is (token is None)
+        assert whoami is not None
+    after = hub.run(CLIENT + 'print(json.dumps([api.list_repo_files("me/one"), api.repo_exists("me/two")]))')
+    assert after == [[".gitattributes"], False]
 
 
 def test_a_private_repository_is_read_with_the_token(hub):
@@ -341,28 +370,44 @@ api.create_repo("me/hidden", private=True)
 api.upload_file(repo_id="me/hidden", path_or_fileobj=b"hidden", path_in_repo="a.txt")
 print(json.dumps(api.model_info("me/hidden").private))
 """
-    read = 'print(json.dumps([attempt(hf_hub_download, "me/hidden", "a.txt"), attempt(api.model_info, "me/hidden"), attempt(snapshot_download, "me/hidden")]))'
+    read = """
+errors = [attempt(hf_hub_download, "me/hidden", "a.txt"), attempt(api.model_info, "me/hidden")]
+errors.append(attempt(snapshot_download, "me/hidden"))
+print(json.dumps(errors))
+"""
     assert hub.run(CLIENT + make) is True
     assert hub.run(CLIENT + read) == [None] * 3
     assert [error[0] for error in hub.run(CLIENT + read, token=None)] == ["RepositoryNotFoundError"] * 3
     path = "/me/hidden/resolve/main/a.txt"
-    assert request(hub, "GET", path)[::2] == (200, b"hidden") and request(hub, "GET", path, token=False)[0] == 401
+    assert request(hub, "GET", path)[::2] == (200, b"hidden")
+    assert request(hub, "GET", path, token=False)[0] == 401
 
 
 def test_what_is_missing_is_named(hub):
     code = """
 api.create_repo("me/one")
-errors = [attempt(hf_hub_download, "me/one", "none.txt"), attempt(hf_hub_download, "me/one", ".gitattributes", revision="none")]
-errors += [attempt(hf_hub_download, "me/none", "none.txt"), attempt(snapshot_download, "me/one", revision="0" * 40)]
-errors += [attempt(lambda: list(api.list_repo_tree("me/one", "none"))), attempt(api.create_tag, "me/one", tag="t", revision="none")]
-known = [api.file_exists("me/one", "none.txt"), api.file_exists("me/one", ".gitattributes"), api.revision_exists("me/one", "none")]
-print(json.dumps([[error[0] for error in errors], known]))
+errors = {
+    "file": attempt(hf_hub_download, "me/one", "none.txt"),
+    "revision": attempt(hf_hub_download, "me/one", ".gitattributes", revision="none"),
+    "repository": attempt(hf_hub_download, "me/none", "none.txt"),
+    "commit": attempt(snapshot_download, "me/one", revision="0" * 40),
+    "folder": attempt(lambda: list(api.list_repo_tree("me/one", "none"))),
+    "revision of a tag": attempt(api.create_tag, "me/one", tag="t", revision="none"),
+}
+exists = [api.file_exists("me/one", "none.txt"), api.file_exists("me/one", ".gitattributes")]
+exists.append(api.revision_exists("me/one", "none"))
+print(json.dumps([{name: error[0] for name, error in errors.items()}, exists]))
 """
-    entry, revision = "RemoteEntryNotFoundError", "RevisionNotFoundError"
-    assert hub.run(CLIENT + code) == [
-        [entry, revision, "RepositoryNotFoundError", revision, entry, revision],
-        [False, True, False],
-    ]
+    errors, exists = hub.run(CLIENT + code)
+    assert errors == {
+        "file": "RemoteEntryNotFoundError",
+        "revision": "RevisionNotFoundError",
+        "repository": "RepositoryNotFoundError",
+        "commit": "RevisionNotFoundError",
+        "folder": "RemoteEntryNotFoundError",
+        "revision of a tag": "RevisionNotFoundError",
+    }
+    assert exists == [False, True, False]
 
 
 def test_branches_and_tags(hub):
@@ -370,77 +415,80 @@ def test_branches_and_tags(hub):
 api.create_repo("me/one")
 api.create_branch("me/one", branch="b.1/x")
 api.create_tag("me/one", tag="v1")
-again = [attempt(api.create_branch, "me/one", branch="b.1/x")[1][:3], attempt(api.create_branch, "me/one", branch="b.1/x", exist_ok=True)]
-again += [attempt(api.create_tag, "me/one", tag="v1") is None, attempt(api.create_tag, "me/one", tag="v1", exist_ok=True)]
-made = [api.revision_exists("me/one", name) for name in ("b.1/x", "v1")]
-tagged = attempt(api.upload_file, repo_id="me/one", path_or_fileobj=b"a", path_in_repo="a", revision="v1")[0]
+results = {
+    "branch again": attempt(api.create_branch, "me/one", branch="b.1/x"),
+    "branch, exist_ok": attempt(api.create_branch, "me/one", branch="b.1/x", exist_ok=True),
+    "tag again": attempt(api.create_tag, "me/one", tag="v1"),
+    "tag, exist_ok": attempt(api.create_tag, "me/one", tag="v1", exist_ok=True),
+}
+results["before"] = [api.revision_exists("me/one", name) for name in ("b.1/x", "v1", "main")]
+to_a_tag = attempt(api.upload_file, repo_id="me/one", path_or_fileobj=b"a", path_in_repo="a", revision="v1")
+results["commit to a tag"] = to_a_tag[0]
 api.delete_branch("me/one", branch="b.1/x")
 api.delete_tag("me/one", tag="v1")
-gone = [api.revision_exists("me/one", name) for name in ("b.1/x", "v1", "main")]
-print(json.dumps([again[1:], made, gone, tagged, attempt(api.delete_branch, "me/one", branch="main")[0]]))
+results["after"] = [api.revision_exists("me/one", name) for name in ("b.1/x", "v1", "main")]
+results["delete main"] = attempt(api.delete_branch, "me/one", branch="main")[0]
+print(json.dumps(results))
 """
-    assert hub.run(CLIENT + code) == [
-        [None, False, None],
-        [True] * 2,
-        [False, False, True],
-        "RevisionNotFoundError",
-        "HfHubHTTPError",
-    ]
+    results = hub.run(CLIENT + code)
+    assert results["branch again"] is not None
+    assert results["branch, exist_ok"] is None
+    assert results["tag again"] is not None
+    assert results["tag, exist_ok"] is None
+    assert results["before"] == [True, True, True]
+    assert results["commit to a tag"] == "RevisionNotFoundError"
+    assert results["after"] == [False, False, True]
+    assert results["delete main"] == "HfHubHTTPError"
 
 
 def test_trees_in_pages(tmp_path):
-    folder = write(
-        tmp_path / "checkpoint",
-        **{f"a__b{i}__c_dot_txt": b"x" * i for i in range(5)},
-        ab_dot_txt=b"",
-        top_dot_safetensors=b"top",
-    )
+    nested = {f"a__b{i}__c_dot_txt": b"x" * i for i in range(5)}
+    folder = write(tmp_path / "checkpoint", **nested, ab_dot_txt=b"", top_dot_safetensors=b"top")
     code = """
 api.create_repo("me/one")
 api.upload_folder(repo_id="me/one", folder_path=sys.argv[1])
 def tree(**kwargs):
     return [[entry.path, getattr(entry, "size", None)] for entry in api.list_repo_tree("me/one", **kwargs)]
-some = [[entry.path, entry.lfs.sha256 if entry.lfs else None] for entry in api.get_paths_info("me/one", ["top.safetensors", "ab.txt", "none"])]
-found = {"top": tree(), "all": tree(recursive=True), "a": tree(path_in_repo="a"), "below": tree(path_in_repo="a/b1", recursive=True), "some": some}
-print(json.dumps({**found, "snapshot": len(contents(snapshot_download("me/one")))}))
+some = api.get_paths_info("me/one", ["top.safetensors", "ab.txt", "none"])
+results = {"top": tree(), "all": tree(recursive=True), "a": tree(path_in_repo="a")}
+results["below"] = tree(path_in_repo="a/b1", recursive=True)
+results["some"] = [[entry.path, entry.lfs.sha256 if entry.lfs else None] for entry in some]
+results["snapshot"] = len(contents(snapshot_download("me/one")))
+print(json.dumps(results))
 """
     with hub_server(tmp_path / "hub", page_size=2) as hub:
-        found = hub.run(CLIENT + code, folder)
-        pages = sum(request["path"] == "/api/models/me/one/tree/main" for request in hub.requests("GET"))
-    files = [[f"a/b{i}/c.txt", i] for i in range(5)]
-    assert [path for path, _ in found["top"]] == [".gitattributes", "a", "ab.txt", "top.safetensors"]
-    assert [entry for entry in found["all"] if entry[1] is not None and entry[0].startswith("a/")] == files
-    assert found["a"] == [[f"a/b{i}", None] for i in range(5)] and found["below"] == [["a/b1/c.txt", 1]]
-    assert found["some"] == [["ab.txt", None], ["top.safetensors", hashlib.sha256(b"top").hexdigest()]]
-    assert found["snapshot"] == 8 and pages >= 2 + 7
+        results = hub.run(CLIENT + code, folder)
+        pages = [request for request in hub.requests("GET") if request["path"] == "/api/models/me/one/tree/main"]
+    assert [path for path, _ in results["top"]] == [".gitattributes", "a", "ab.txt", "top.safetensors"]
+    files_in_a = [entry for entry in results["all"] if entry[0].startswith("a/") and entry[1] is not None]
+    assert files_in_a == [[f"a/b{i}/c.txt", i] for i in range(5)]
+    assert results["a"] == [[f"a/b{i}", None] for i in range(5)]
+    assert results["below"] == [["a/b1/c.txt", 1]]
+    assert results["some"] == [["ab.txt", None], ["top.safetensors", hashlib.sha256(b"top").hexdigest()]]
+    assert results["snapshot"] == 8
+    assert len(pages) >= 2 + 7  # of the top folder, and of the whole tree
 
 
 def test_ranges_of_a_file(hub):
-    request(hub, "POST", "/api/repos/create", '{"name": "one", "organization": "me"}')
-    assert (
-        request(hub, "POST", "/api/models/me/one/commit/main", commit_lines(as_file("a.txt", b"0123456789")))[0] == 200
-    )
-    for asked, status, body, said in (
-        (None, 200, b"0123456789", None),
-        ("bytes=4-", 206, b"456789", "bytes 4-9/10"),
-        ("bytes=4-5", 206, b"45", "bytes 4-5/10"),
-        ("bytes=4-99", 206, b"456789", "bytes 4-9/10"),
-        ("bytes=10-", 416, b"", "bytes */10"),
+    create_repo(hub)
+    assert commit(hub, as_file("a.txt", b"0123456789"))[0] == 200
+    for request_headers, expected in (
+        ({}, (200, b"0123456789", None)),
+        ({"Range": "bytes=4-"}, (206, b"456789", "bytes 4-9/10")),
+        ({"Range": "bytes=4-5"}, (206, b"45", "bytes 4-5/10")),
+        ({"Range": "bytes=4-99"}, (206, b"456789", "bytes 4-9/10")),
+        ({"Range": "bytes=10-"}, (416, b"", "bytes */10")),
     ):
-        got, headers, data = request(
-            hub, "GET", "/me/one/resolve/main/a.txt", headers={"Range": asked} if asked else {}
-        )
-        assert (got, data, headers.get("Content-Range")) == (status, body, said), asked
+        status, headers, data = request(hub, "GET", "/me/one/resolve/main/a.txt", headers=request_headers)
+        assert (status, data, headers.get("Content-Range")) == expected, request_headers
 
 
 def test_paths_that_lead_elsewhere_are_refused(hub, tmp_path):
-    request(hub, "POST", "/api/repos/create", '{"name": "one", "organization": "me"}')
+    create_repo(hub)
     (tmp_path / "outside.txt").write_text("outside")
     before = sorted(path.name for path in tmp_path.iterdir())
     for path in ("../x", "a/../../x", "/x", "a//x", "./x", ".git/config", "a\\..\\x", "", "a/"):
-        assert request(hub, "POST", "/api/models/me/one/commit/main", commit_lines(as_file(path, b"x")))[0] == 400, (
-            path
-        )
+        assert commit(hub, as_file(path, b"x"))[0] == 400, path
         body = json.dumps({"files": [{"path": path, "size": 1, "sample": ""}]})
         assert request(hub, "POST", "/api/models/me/one/preupload/main", body)[0] == 400, path
     for path in (
@@ -454,12 +502,9 @@ def test_paths_that_lead_elsewhere_are_refused(hub, tmp_path):
     for revision in ("..%2f..%2frepo", "%2e%2e", "..%2frepo.json"):
         assert request(hub, "GET", f"/me/one/resolve/{revision}/a")[0] == 404, revision
     for name in ("../x", "..", ".", "a/b", "a..b", "", "x" * 200):
-        assert request(hub, "POST", "/api/repos/create", json.dumps({"name": name, "organization": "me"}))[0] == 400, (
-            name
-        )
-        assert (
-            request(hub, "DELETE", "/api/repos/delete", json.dumps({"name": name, "organization": "me"}))[0] == 400
-        ), name
+        assert create_repo(hub, name) == 400, name
+        body = json.dumps({"name": name, "organization": "me"})
+        assert request(hub, "DELETE", "/api/repos/delete", body)[0] == 400, name
     assert request(hub, "GET", "/api/models/..%2f..%2fx/one")[0] == 400
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
@@ -467,10 +512,11 @@ def test_paths_that_lead_elsewhere_are_refused(hub, tmp_path):
 def test_the_token_is_written_nowhere(hub, checkpoint):
     hub.run(CLIENT + PUSH, checkpoint)
     hub.run(CLIENT + "print(json.dumps(attempt(api.create_repo, 'me/two')))", token="hf_another")
-    for path in hub.root.rglob("*"):
-        assert path.is_dir() or not any(
-            token in path.read_bytes() for token in (hub.token.encode(), b"hf_another", b"signature=")
-        ), path
+    files = [path for path in hub.root.rglob("*") if path.is_file()]
+    for path in files:
+        data = path.read_bytes()
+        for secret in (hub.token.encode(), b"hf_another", b"signature="):
+            assert secret not in data, path
 
 
 GOOD = {
@@ -503,7 +549,8 @@ configs:
   - {split: train, path: [a.arrow, b.arrow]}
 """,
 }
-BAD = [  # the kind of card, what is changed to what, where the error is
+# The kind of card, a text in the good card, what replaces it, and where the error is
+BAD = [
     ("model", "pipeline_tag: text-generation", "pipeline_tag: writing-text", "pipeline_tag"),
     ("model", "license: apache-2.0", "license: 2.0", "license"),
     ("model", "license: apache-2.0", "license: Apache 2", "license"),
@@ -527,7 +574,7 @@ BAD = [  # the kind of card, what is changed to what, where the error is
 
 
 def test_cards_are_validated(hub):
-    """As `push_to_hub` of a card and `create_commit` of a README.md do: both read what the endpoint says."""
+    """Both `push_to_hub` of a card and `create_commit` of a README.md ask the endpoint that validates cards."""
     cards = [(kind, f"---{text}---\n# A card") for kind, text in GOOD.items()]
     for kind, old, new, _ in BAD:
         assert GOOD[kind].count(old) == 1
@@ -535,46 +582,48 @@ def test_cards_are_validated(hub):
     code = """
 import inspect, warnings
 from huggingface_hub import RepoCard
-asks_this_hub = "ENDPOINT" in inspect.getsource(RepoCard.validate)  # old clients ask huggingface.co, whatever their endpoint
-found = []
+validates_here = "ENDPOINT" in inspect.getsource(RepoCard.validate)  # old clients always ask huggingface.co
+results = []
 for kind, content in json.loads(Path(sys.argv[1]).read_text()):
     api.create_repo("me/one", repo_type=kind, exist_ok=True)
-    pushed = attempt(api.upload_file, repo_id="me/one", repo_type=kind, path_or_fileobj=content.encode(), path_in_repo="README.md")
+    card = {"path_or_fileobj": content.encode(), "path_in_repo": "README.md"}
+    pushed = validated = attempt(api.upload_file, repo_id="me/one", repo_type=kind, **card)
     class Card(RepoCard):
         repo_type = kind
-        __str__ = lambda self: content  # as it stands: the client would not read some of them
-    found.append([attempt(Card.validate, object.__new__(Card)) if asks_this_hub else pushed, pushed])
-with warnings.catch_warnings(record=True) as said:
+        __str__ = lambda self: content  # unparsed, because the client could not parse some of the cards
+    if validates_here:
+        validated = attempt(Card.validate, object.__new__(Card))
+    results.append([validated, pushed])
+with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     api.upload_file(repo_id="me/one", path_or_fileobj=b"# No metadata", path_in_repo="README.md")
-print(json.dumps([found, [str(warning.message) for warning in said]]))
+print(json.dumps([results, [str(warning.message) for warning in caught]]))
 """
     (hub.root.parent / "cards.json").write_text(json.dumps(cards))
-    found, warned = hub.run(CLIENT + code, hub.root.parent / "cards.json")
-    assert found[: len(GOOD)] == [[None, None]] * len(GOOD)
-    for (_, _, new, where), results in zip(BAD, found[len(GOOD) :], strict=True):
-        for error in results:
-            assert error is not None and error[0] == "ValueError" and where in error[1], (new, error)
-    assert len(warned) == 1 and "empty or missing yaml metadata" in warned[0]
+    results, messages = hub.run(CLIENT + code, hub.root.parent / "cards.json")
+    assert results[: len(GOOD)] == [[None, None]] * len(GOOD)
+    for (_, _, new, where), errors in zip(BAD, results[len(GOOD) :], strict=True):
+        for error in errors:
+            assert error is not None, new
+            assert error[0] == "ValueError", (new, error)
+            assert where in error[1], (new, error)
+    assert len(messages) == 1
+    assert "empty or missing yaml metadata" in messages[0]
 
 
 def test_code_runs_with_this_checkout_or_without_it(hub):
     code = """
 import importlib, json, os, sys
-def where(name):
+def file_of(name):
     try:
         return importlib.import_module(name).__file__
     except ModuleNotFoundError:
         return None
-print(json.dumps([os.listdir(), where("modeling_cosup"), where("trainer"), where("support")]))
+print(json.dumps([os.listdir(), file_of("modeling_cosup"), file_of("trainer"), file_of("support")]))
 """
     root = Path(__file__).parents[2]
-    assert hub.run(code) == [
-        [],
-        f"{root}/modeling_cosup/__init__.py",
-        f"{root}/trainer/__init__.py",
-        f"{root}/tests/support/__init__.py",
-    ]
+    folders = (root / "modeling_cosup", root / "trainer", root / "tests" / "support")
+    assert hub.run(code) == [[], *(f"{folder}/__init__.py" for folder in folders)]
     assert hub.run(code, package=False) == [[], None, None, None]
 
 

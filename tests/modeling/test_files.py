@@ -1,4 +1,4 @@
-"""JSON and JSON Lines that are whole or not there, digests, and locks."""
+"""JSON and JSON Lines that are written completely or not at all, digests, and locks."""
 
 import gzip
 import signal
@@ -11,19 +11,29 @@ import pytest
 from modeling_cosup.files_cosup import digest, digest_all, digest_file, locked, read_json, write_json
 from modeling_cosup.lines_cosup import lines_with_places, read_lines, write_lines, writing_lines
 
+HOLD_LOCK = """
+import sys, time
+from pathlib import Path
+from modeling_cosup.files_cosup import locked
+with locked(Path(sys.argv[1]), "held"):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
 ROWS = [{"id": "ä", "text": "[NSP] \u2028 line"}, {"id": "b"}]
 
 
 def test_reading_and_writing_files_needs_neither_torch_nor_numpy():
     code = "import sys, modeling_cosup.files_cosup; print({'torch', 'numpy', 'transformers'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.stdout == "set()\n"
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "folder/rows.jsonl.gz"])
 def test_lines_are_read_as_they_were_written(name, tmp_path):
     path = tmp_path / name
     write_lines(path, ROWS)
-    assert read_lines(path) == ROWS and list(lines_with_places(path))[1] == (f"{path}, line 2", {"id": "b"})
+    assert read_lines(path) == ROWS
+    assert list(lines_with_places(path))[1] == (f"{path}, line 2", {"id": "b"})
     before = path.read_bytes()
     write_lines(path, iter(ROWS))
     assert path.read_bytes() == before  # no time of day in a .gz
@@ -32,13 +42,13 @@ def test_lines_are_read_as_they_were_written(name, tmp_path):
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_a_file_that_was_not_written_whole_is_not_there(tmp_path):
-    def broken():
+def test_a_file_that_was_not_completely_written_is_not_there(tmp_path):
+    def failing_rows():
         yield ROWS[0]
         raise RuntimeError("no more rows")
 
     with pytest.raises(RuntimeError):
-        write_lines(tmp_path / "rows.jsonl", broken())
+        write_lines(tmp_path / "rows.jsonl", failing_rows())
     write_json(tmp_path / "value.json", {"a": 1})
     with pytest.raises(TypeError):
         write_json(tmp_path / "value.json", {"a": object()})
@@ -59,17 +69,21 @@ def test_a_file_that_was_not_written_whole_is_not_there(tmp_path):
     ],
 )
 def test_damage_is_reported_with_its_place(name, content, message, tmp_path):
+    read = read_lines if ".jsonl" in name else read_json
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        read_lines(tmp_path / name) if ".jsonl" in name else read_json(tmp_path / name)
+        read(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="none is not a file"):
-        read_lines(tmp_path / "none") if ".jsonl" in name else read_json(tmp_path / "none")
+        read(tmp_path / "none")
 
 
 def test_digests(tmp_path):
-    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1}) != digest({"a": 1, "b": [3]})
-    assert digest_all(iter(ROWS)) == digest_all(ROWS) != digest_all(ROWS[::-1])
-    assert digest_all(["a", "b"]) != digest_all(["ab"]) and len(digest(ROWS)) == 64
+    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
+    assert digest({"a": 1, "b": [2]}) != digest({"a": 1, "b": [3]})
+    assert len(digest(ROWS)) == 64
+    assert digest_all(iter(ROWS)) == digest_all(ROWS)
+    assert digest_all(ROWS) != digest_all(ROWS[::-1])
+    assert digest_all(["a", "b"]) != digest_all(["ab"])
     (tmp_path / "file").write_bytes(b"abc")
     assert digest_file(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
@@ -80,15 +94,14 @@ def test_a_lock_is_held_by_one(tmp_path):
         with locked(path, "held"):
             pass
     with locked(path, "held"):
-        path.unlink()  # its holder may
+        path.unlink()  # its holder may remove it
     with locked(path, "held"):
         pass
 
 
-def test_a_lock_goes_with_the_process_that_held_it(tmp_path):
-    code = "import sys, time; from pathlib import Path; from modeling_cosup.files_cosup import locked\n"
-    code += "with locked(Path(sys.argv[1]), 'held'):\n    print('locked', flush=True)\n    time.sleep(600)"
-    holder = subprocess.Popen([sys.executable, "-c", code, tmp_path / "lock"], stdout=subprocess.PIPE, text=True)
+def test_a_lock_is_released_when_its_process_dies(tmp_path):
+    command = [sys.executable, "-c", HOLD_LOCK, tmp_path / "lock"]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "locked\n"
     with pytest.raises(ValueError, match="held"), locked(tmp_path / "lock", "held"):
         pass
@@ -98,21 +111,23 @@ def test_a_lock_goes_with_the_process_that_held_it(tmp_path):
         pass
 
 
-def test_who_waits_for_a_lock_that_its_holder_removes_still_locks_out_others(tmp_path, capsys):
-    path, entered, leave = tmp_path / "lock", Event(), Event()
+def test_a_waiter_holds_the_lock_even_if_the_previous_holder_removed_the_file(tmp_path, capsys):
+    path = tmp_path / "lock"
+    entered, may_leave = Event(), Event()
 
-    def second():
+    def wait_and_hold():
         with locked(path, "held", on_wait=print):
             entered.set()
-            leave.wait(60)
+            may_leave.wait(60)
 
-    thread = Thread(target=second)
+    thread = Thread(target=wait_and_hold)
     with locked(path, "held"):
         thread.start()
         assert not entered.wait(0.3)
         path.unlink()
-    assert entered.wait(60) and capsys.readouterr().out == "held\n"
+    assert entered.wait(60)
+    assert capsys.readouterr().out == "held\n"
     with pytest.raises(ValueError, match="held"), locked(path, "held"):
         pass
-    leave.set()
+    may_leave.set()
     thread.join()

@@ -1,4 +1,4 @@
-"""Nothing on a load path is unpickled or executed, no name leads out of a folder, and what travels with a checkpoint can be audited."""
+"""Loading never unpickles or executes, no name leads out of a folder, and the code that travels can be audited."""
 
 import ast
 import json
@@ -35,18 +35,18 @@ FORBIDDEN_WHERE_IT_TRAVELS = FORBIDDEN | {
     "trainer",
     "recipes",
 }
-CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.hub.load", "np.fromfile"}
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.hub.load", "np.fromfile"}
 
 
 def calls(tree):
-    """`(line, dotted name, call)` of every call in a module."""
+    """Yield `(line, dotted name, call)` of every call in a module."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             yield node.lineno, ast.unparse(node.func), node
 
 
 def imported(tree):
-    """Names of the top-level packages that a module imports, wherever it does."""
+    """Yield the names of the top-level packages that a module imports, anywhere in its file."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
@@ -57,41 +57,46 @@ def imported(tree):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_no_code_of_ours_unpickles_or_evaluates(path):
     tree = ast.parse(path.read_text())
-    benchmark = path.parent.name == "benchmarks"  # asks the C library for its memory
-    beside_a_model = path in TRAVELS or path.name in STAYS  # what stays in the package of a model is held to the same
-    assert not set(imported(tree)) & (
-        FORBIDDEN_WHERE_IT_TRAVELS if beside_a_model else UNPICKLE if benchmark else FORBIDDEN
-    )
+    next_to_model = path in TRAVELS or path.name in STAYS  # the rest of the model's package must pass the same checks
+    if next_to_model:
+        forbidden = FORBIDDEN_WHERE_IT_TRAVELS
+    elif path.parent.name == "benchmarks":  # they ask the C library about memory
+        forbidden = UNPICKLE
+    else:
+        forbidden = FORBIDDEN
+    assert not set(imported(tree)) & forbidden
     for line, name, call in calls(tree):
-        given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
-        assert name not in CALLS, f"{path.name}:{line} calls {name}"
+        place = f"{path.name}:{line}"
+        arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert name not in FORBIDDEN_CALLS, f"{place} calls {name}"
         if name == "torch.load":
-            assert given.get("weights_only") == "True", f"{path.name}:{line}"
+            assert arguments.get("weights_only") == "True", place
         if name in ("np.load", "numpy.load"):
-            assert given.get("allow_pickle", "False") == "False", f"{path.name}:{line}"
-        assert "allow_pickle" not in given or given["allow_pickle"] == "False", f"{path.name}:{line}"
-        # by a name that is not written there: the module that the checkpoint's class came from;
-        # in a package's __init__, which does not travel, a module of its own table
+            assert arguments.get("allow_pickle", "False") == "False", place
+        assert "allow_pickle" not in arguments or arguments["allow_pickle"] == "False", place
+        # A module whose name is computed: the one that the checkpoint's class came from, or, in a package's __init__,
+        # which does not travel, one from its own table.
         if name.endswith("import_module") and not isinstance(call.args[0], ast.Constant):
-            assert path.name in ("demo.py", "__init__.py"), f"{path.name}:{line}"
-        if beside_a_model:
-            assert given.get("trust_remote_code", "False") == "False", (
-                f"{path.name}:{line} would run the code of another repository"
-            )
+            assert path.name in ("demo.py", "__init__.py"), place
+        if next_to_model:
+            runs_foreign_code = arguments.get("trust_remote_code", "False") != "False"
+            assert not runs_foreign_code, f"{place} would run the code of another repository"
 
 
 def test_what_travels_is_small_enough_to_be_read():
     """
-    A careful user reads it before trusting it: a file in one sitting, all of it in a day. What only authors need stays.
+    A careful user reads the code before trusting it: a file in one sitting, all of it in a day.
 
-    The caps leave a twentieth for what is to come: raise them only with a reason, after asking what could stay.
+    What only authors need stays in the package. The caps leave a twentieth for what is to come: raise them only with a
+    reason, after asking what could stay. They grew from 7,000 lines when lines became shorter and types came.
     """
     lengths = {path.name: len(path.read_text().splitlines()) for path in TRAVELS}
-    assert max(lengths.values()) <= 450 and sum(lengths.values()) <= 7000, lengths
+    assert max(lengths.values()) <= 450, lengths
+    assert sum(lengths.values()) <= 8000, lengths
 
 
 def is_pickle(path):
-    """Whether a file begins as a pickle does, or as a zip archive, in which torch hides one."""
+    """Return whether a file starts like a pickle, or like a zip archive, in which torch stores one."""
     head = path.read_bytes()[:4]
     return head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or head == b"PK\x03\x04"
 
@@ -104,14 +109,17 @@ def test_nothing_that_is_saved_is_a_pickle(tmp_path):
     index = model.build_index(PASSAGES, save_directory=tmp_path / "index", show_progress_bar=False)
     index.delete(["p1"])
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(files) > 30 and not [path for path in files if is_pickle(path)]
+    assert len(files) > 30
+    assert not [path for path in files if is_pickle(path)]
+
     (tmp_path / "pickle").write_bytes(pickle.dumps([1]))
     torch.save({}, tmp_path / "archive")
-    assert is_pickle(tmp_path / "pickle") and is_pickle(tmp_path / "archive")
+    assert is_pickle(tmp_path / "pickle")
+    assert is_pickle(tmp_path / "archive")
 
 
 class Bomb:
-    """What it unpickles to makes a folder."""
+    """Unpickling it makes a folder."""
 
     def __init__(self, path):
         self.path = path
@@ -120,60 +128,70 @@ class Bomb:
         return os.mkdir, (self.path,)
 
 
-def test_booby_trapped_files_beside_a_checkpoint_or_an_index_do_nothing(tmp_path):
+def test_booby_trapped_files_next_to_a_checkpoint_or_an_index_do_nothing(tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path / "model")
     index = model.build_index(PASSAGES, save_directory=tmp_path / "index", show_progress_bar=False)
-    bomb = pickle.dumps(Bomb(str(tmp_path / "exploded")))
+    exploded = tmp_path / "exploded"
+    bomb = pickle.dumps(Bomb(str(exploded)))
     for folder in ("model", "index"):
         for name in ("pytorch_model.bin", "training_args.bin", "index.pkl", "optimizer.pt"):
             (tmp_path / folder / name).write_bytes(bomb)
-    code = f"import os\nos.mkdir({str(tmp_path / 'exploded')!r})\n"
-    (tmp_path / "index" / "index.py").write_text(code)  # a dataset's loading script
+    code = f"import os\nos.mkdir({str(exploded)!r})\n"
+    (tmp_path / "index" / "index.py").write_text(code)  # the loading script of a dataset
     (tmp_path / "model" / "sitecustomize.py").write_text(code)
+
     loaded = CoSupForCausalLM.from_pretrained(tmp_path / "model")
     assert len(loaded.load_index(tmp_path / "index", verify=True)) == len(index)
-    (tmp_path / "model" / "model.safetensors").unlink()  # weights as a pickle alone: refused, not read
+    (tmp_path / "model" / "model.safetensors").unlink()  # only pickled weights are left: refused, not read
     with pytest.raises(Exception, match="(?i)weights.only|unpickl|safetensors"):
         CoSupForCausalLM.from_pretrained(tmp_path / "model")
-    assert not (tmp_path / "exploded").exists()
-    with pytest.raises(FileExistsError):
-        pickle.loads(bomb) if (tmp_path / "exploded").mkdir() is None else None  # the bomb is one
+    assert not exploded.exists()
+
+    exploded.mkdir()
+    with pytest.raises(FileExistsError):  # the bomb does explode when it is unpickled
+        pickle.loads(bomb)
 
 
 def test_code_runs_only_with_trust_remote_code(tmp_path):
     make_model().save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "configuration_cosup.py").write_text(
-        f"import os\nos.mkdir({str(tmp_path / 'exploded')!r})\n"
-    )
-    code = f"from transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained({str(tmp_path / 'model')!r})"
+    exploded = tmp_path / "exploded"
+    (tmp_path / "model" / "configuration_cosup.py").write_text(f"import os\nos.mkdir({str(exploded)!r})\n")
+    code = "import sys\nfrom transformers import AutoModelForCausalLM\n"
+    code += "AutoModelForCausalLM.from_pretrained(sys.argv[1])"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     environment.pop("PYTHONPATH", None)
-    command = [sys.executable, "-I", "-c", code]
     result = subprocess.run(
-        command, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
+        [sys.executable, "-I", "-c", code, str(tmp_path / "model")],
+        cwd=tmp_path,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
-    assert result.returncode != 0 and "trust_remote_code" in result.stderr and not (tmp_path / "exploded").exists()
+    assert result.returncode != 0
+    assert "trust_remote_code" in result.stderr
+    assert not exploded.exists()
 
 
 @pytest.mark.parametrize("id", ["..", "../x", "a/../b", "..\\x", "x\\..", "/..", "nul\x00"])
 def test_an_id_that_leads_out_of_a_folder_is_refused(id, tmp_path):
+    passages = [{"id": id, "text": "word"}]
     with pytest.raises(ValueError, match="Passage 0|row 0|id is"):
-        PassageIndex.build(
-            [{"id": id, "text": "word"}], make_model(), save_directory=tmp_path / "index", show_progress_bar=False
-        )
+        PassageIndex.build(passages, make_model(), save_directory=tmp_path / "index", show_progress_bar=False)
     assert not (tmp_path / "index").exists()
 
 
 def test_ids_that_only_look_like_paths_are_names(tmp_path):
     ids = ["/m/02mjmr", "enwiki/12#3", "a..b", "...", "C:\\x", "آی‌دی", "with space", "%2e%2e/x"]
+    passages = [{"id": id, "text": "word"} for id in ids]
     model = make_model()
     before = sorted(tmp_path.parent.iterdir())
-    model.build_index(
-        [{"id": id, "text": "word"} for id in ids], save_directory=tmp_path / "index", show_progress_bar=False
-    )
+    model.build_index(passages, save_directory=tmp_path / "index", show_progress_bar=False)
     index = PassageIndex.from_pretrained(tmp_path / "index")
-    assert [passage["id"] for passage in index] == ids and index.rows_of(ids).tolist() == list(range(len(ids)))
+    assert [passage["id"] for passage in index] == ids
+    assert index.rows_of(ids).tolist() == list(range(len(ids)))
     assert sorted(tmp_path.parent.iterdir()) == before
 
 
@@ -186,12 +204,14 @@ def test_a_module_path_of_an_emb_seq_folder_cannot_lead_out(tmp_path):
     shutil.rmtree(tmp_path)
 
 
-def test_facts_beside_a_checkpoint_are_data(tmp_path):
-    """A card is made of facts by a template that is ours: what a stranger wrote into the facts is shown, not run."""
+def test_facts_next_to_a_checkpoint_are_data(tmp_path):
+    """Only our template makes a card of facts: whatever a stranger wrote into the facts is shown, not run."""
     model = make_model()
     model.save_pretrained(tmp_path / "model")
     facts = {"question": "{{ 7 * 7 }}", "name": "{% for x in ().__class__.__bases__ %}{% endfor %}", "license": "mit"}
     (tmp_path / "model" / "training_facts.json").write_text(json.dumps(facts))
     loaded = CoSupForCausalLM.from_pretrained(tmp_path / "model")
     card = model_card(loaded, "me/model", facts_of(loaded))
-    assert "{{ 7 * 7 }}" in card and "49" not in card.split("## Settings")[0] and "__bases__" in card
+    assert "{{ 7 * 7 }}" in card
+    assert "49" not in card.split("## Settings")[0]
+    assert "__bases__" in card

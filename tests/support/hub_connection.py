@@ -1,105 +1,127 @@
-"""Requests and answers of the test Hub: who may ask, what comes in, what goes out. hub_handler.py has the endpoints."""
+"""Requests and responses of the test Hub: routing, tokens, bodies and ranges. hub_handler.py has the endpoints."""
 
 import hmac
 import json
 import re
 import threading
+from collections.abc import Callable, Iterable, Iterator
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from support.hub_store import HubError
+from support.hub_store import HubError, Repository
 
 CHUNK = 2**16  # bytes read and written at a time
 
 
 class HubConnection(BaseHTTPRequestHandler):
-    """One connection. `server` is `hub_server.HubHTTPServer`: store, token, secret, options and log."""
+    """One connection. Its `server` is a `hub_server.HubHTTPServer` with store, token, secret, options and log."""
 
     protocol_version = "HTTP/1.1"
-    routes: list = []  # (methods, pattern of the path, endpoint, access: "read", "write" or "signed")
+    # (methods, pattern of the path, endpoint, access: "read", "write" or "signed")
+    routes: list[tuple[tuple[str, ...], str, Callable, str]] = []
 
-    def handle_any(self):
-        """Finds the endpoint, its repository and whether this caller may use it; reads what is left of the body."""
-        self.left = int(self.headers.get("Content-Length") or 0)
-        self.received, url = 0, urlsplit(self.path)
+    def handle_any(self) -> None:
+        """Find the endpoint and its repository, check that the caller may use it, and call it."""
+        url = urlsplit(self.path)
+        self.unread = int(self.headers.get("Content-Length") or 0)  # bytes of the body
+        self.received = 0
         self.query = {name: values[0] for name, values in parse_qs(url.query).items()}
         try:
             if "Transfer-Encoding" in self.headers:
-                self.close_connection = True  # where its body ends is not known
+                self.close_connection = True  # nobody knows where its body ends
                 raise HubError(411, "A body needs a Content-Length")
-            endpoint, access, found = self.route(url.path)
-            groups = {name: unquote(value) for name, value in found.groupdict().items() if value is not None}
+            endpoint, access, match = self.route(url.path)
+            arguments = {name: unquote(value) for name, value in match.groupdict().items() if value is not None}
             self.authorise(access)
-            if "repo" in groups:
-                groups["repo"] = self.repository(groups.pop("kind", "model"), groups["repo"], access)
-            endpoint(self, **groups)
+            if "repo" in arguments:
+                kind, repo_id = arguments.pop("kind", "model"), arguments.pop("repo")
+                endpoint(self, repo=self.repository(kind, repo_id, access), **arguments)
+            else:
+                endpoint(self, **arguments)
         except HubError as error:
-            headers = {"X-Error-Message": str(error).encode("ascii", "replace").decode()} | (
-                {"X-Error-Code": error.code} if error.code else {}
-            )
+            headers = {"X-Error-Message": str(error).encode("ascii", "replace").decode()}
+            if error.code:
+                headers["X-Error-Code"] = error.code
             self.answer({"error": str(error)}, error.status, headers)
         for _ in self.chunks():
-            pass  # the next request of this connection begins behind the body
+            pass  # the next request of this connection begins after the body
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any
 
-    def route(self, path):
-        """The endpoint for this request, what it needs, and the match that holds its arguments."""
+    def route(self, path: str) -> tuple[Callable, str, re.Match]:
+        """Return the endpoint of this request, the access that it needs, and the match with its arguments."""
         for methods, pattern, endpoint, access in self.routes:
-            if self.command in methods and (found := re.fullmatch(pattern, path)):
-                return endpoint, access, found
+            match = re.fullmatch(pattern, path)
+            if self.command in methods and match is not None:
+                return endpoint, access, match
         raise HubError(404, f"The test Hub has no endpoint {self.command} {path}")
 
-    def authorise(self, access):
-        """A token that is not the right one is refused everywhere, a missing one where `access` is "write" (as on the Hub)."""
-        given = self.headers.get("Authorization")
-        self.known = given is not None and hmac.compare_digest(given.encode(), f"Bearer {self.server.token}".encode())
-        if given is not None and not self.known:
+    def authorise(self, access: str) -> None:
+        """As on the Hub, refuse a wrong token everywhere, and a missing one if `access` is "write"."""
+        authorization = self.headers.get("Authorization")
+        expected = f"Bearer {self.server.token}"
+        self.is_known = authorization is not None and hmac.compare_digest(authorization.encode(), expected.encode())
+        if authorization is not None and not self.is_known:
             raise HubError(401, "Invalid credentials in Authorization header")
-        if access == "write" and not self.known:
+        if access == "write" and not self.is_known:
             raise HubError(401, "Invalid username or password.")
 
-    def repository(self, kind, repo_id, access):
-        """A private repository exists only for who knows the token, or brings a signed address (checked by the endpoint)."""
+    def repository(self, kind: str, repo_id: str, access: str) -> Repository:
+        """
+        Return a repository that the caller may see.
+
+        A private one needs the token, or a signed address, which the endpoint checks.
+        """
         repo = self.server.store.get(kind, repo_id)
-        if repo.settings["private"] and not self.known and access != "signed":
+        if repo.settings["private"] and not self.is_known and access != "signed":
             raise HubError(401, "Repository not found", "RepoNotFound")
         return repo
 
-    # what comes in
+    # the request
 
-    def chunks(self):
-        while self.left and (chunk := self.rfile.read(min(CHUNK, self.left))):
-            self.left -= len(chunk)
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the rest of the body."""
+        while self.unread and (chunk := self.rfile.read(min(CHUNK, self.unread))):
+            self.unread -= len(chunk)
             self.received += len(chunk)
             yield chunk
-        if self.left:
+        if self.unread:
             raise ConnectionError("the client went away")
 
-    def json(self):
+    def json(self) -> Any:
+        """Return the body as JSON."""
         try:
             return json.loads(b"".join(self.chunks()))
         except ValueError as error:
-            raise HubError(400, f"The body is no JSON: {error}") from None
+            raise HubError(400, f"The body is not JSON: {error}") from None
 
-    def object_chunks(self):
-        """An object's bytes; after `stall_after_bytes` of all objects' nothing is read any more, until the server is killed."""
+    def object_chunks(self) -> Iterator[bytes]:
+        """
+        Yield the bytes of an LFS object.
+
+        After `stall_after_bytes` of all objects together, nothing more is read until the server is killed.
+        """
+        limit = self.server.stall_after_bytes
         for chunk in self.chunks():
-            if (
-                self.server.stall_after_bytes is not None
-                and self.server.taken + len(chunk) > self.server.stall_after_bytes
-            ):
-                self.server.log(
-                    method=self.command, path=urlsplit(self.path).path, status="stalled", received=self.received
-                )
+            if limit is not None and self.server.object_bytes + len(chunk) > limit:
+                path = urlsplit(self.path).path
+                self.server.log(method=self.command, path=path, status="stalled", received=self.received)
                 threading.Event().wait()
-            self.server.taken += len(chunk)
+            self.server.object_bytes += len(chunk)
             yield chunk
 
-    # what goes out
+    # the response
 
-    def answer(self, value=None, status=200, headers=None, data=None):
-        """Sends `value` as JSON, or the bytes that `data` yields (their `Content-Length` is in `headers`); never both."""
+    def answer(
+        self,
+        value: Any = None,
+        status: int = 200,
+        headers: dict[str, str] | None = None,
+        data: Iterable[bytes] | None = None,
+    ) -> None:
+        """Send `value` as JSON, or the bytes that `data` yields, whose `Content-Length` is in `headers`."""
         body = b"" if value is None else json.dumps(value, default=str).encode()
         headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})}
         self.server.log(method=self.command, path=urlsplit(self.path).path, status=status, received=self.received)
@@ -108,32 +130,35 @@ class HubConnection(BaseHTTPRequestHandler):
             self.send_header(name, text)
         self.end_headers()
         if self.command != "HEAD":
-            for chunk in data if data is not None else [body]:
+            for chunk in [body] if data is None else data:
                 self.wfile.write(chunk)
 
-    def log_message(self, *args):
-        pass  # the server's own log holds what tests read, and no header
+    def log_message(self, *args: Any) -> None:
+        pass  # tests read the server's own log, which holds no headers
 
-    def url(self, repo, rest=""):
+    def url(self, repo: Repository, rest: str = "") -> str:
+        """Return an address in a repository."""
         prefix = "" if repo.kind == "model" else f"{repo.kind}s/"
         return f"{self.server.url}/{prefix}{repo.id}{rest}"
 
-    def send_range(self, path, size, headers):
+    def send_range(self, path: Path, size: int, headers: dict[str, str]) -> None:
+        """Send a file, or the range of it that the request names."""
         first, last, status = 0, size - 1, 200
-        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            first, last, status = int(asked[1]), min(int(asked[2] or last), last), 206
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if match:
+            first, last, status = int(match[1]), min(int(match[2] or last), last), 206
             headers["Content-Range"] = f"bytes {first}-{last}/{size}"
             if first > last:
                 self.answer(status=416, headers={**headers, "Content-Range": f"bytes */{size}", "Content-Length": "0"})
                 return
+        count = last + 1 - first
         self.answer(
-            status=status,
-            headers={**headers, "Content-Length": str(last + 1 - first)},
-            data=read_range(path, first, last + 1 - first),
+            status=status, headers={**headers, "Content-Length": str(count)}, data=read_range(path, first, count)
         )
 
 
-def read_range(path, start, count):
+def read_range(path: Path, start: int, count: int) -> Iterator[bytes]:
+    """Yield `count` bytes of a file from `start` on."""
     with open(path, "rb") as file:
         file.seek(start)
         while count and (chunk := file.read(min(CHUNK, count))):

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -10,8 +11,14 @@ SCHEMA = json.loads((Path(__file__).parent / "hub_metadata_schema.json").read_by
 FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 
 
-def card_metadata(content):
-    """The mapping that a card's YAML holds, `None` without one; `yaml.YAMLError` or `ValueError` for what is none."""
+def card_metadata(content: str) -> dict[str, Any] | None:
+    """
+    Return the metadata of a card, `None` if it has none.
+
+    Raises:
+        `yaml.YAMLError`: for invalid YAML.
+        `ValueError`: for YAML that is not a mapping.
+    """
     block = FRONT_MATTER.match(content)
     metadata = yaml.safe_load(block[1]) if block else None
     if metadata is not None and not isinstance(metadata, dict):
@@ -19,17 +26,17 @@ def card_metadata(content):
     return metadata
 
 
-def check_card(content, repo_type):
+def check_card(content: str, repo_type: str) -> tuple[list[str], list[str]]:
     """
-    What the validation endpoint says of a model's or dataset's card.
+    Check a card as the validation endpoint does.
 
-    Stricter than the Hub in one respect: a task that it does not know is an error here, a warning there. Other types of repositories have no
-    schema: only their YAML is read.
+    This is stricter than the Hub in one respect: an unknown task is an error here, a warning there. Only models and
+    datasets have a schema; for other types of repositories the YAML is merely parsed.
 
     Returns:
         `(errors, warnings)`: two lists of sentences.
     """
-    import jsonschema  # an optional package: only this endpoint needs it
+    import jsonschema  # an optional package that only this endpoint needs
 
     try:
         metadata = card_metadata(content)
@@ -40,5 +47,5 @@ def check_card(content, repo_type):
     if repo_type not in SCHEMA["$defs"]:
         return [], []
     validator = jsonschema.Draft202012Validator({**SCHEMA, "$ref": f"#/$defs/{repo_type}"})
-    found = sorted(validator.iter_errors(metadata), key=lambda error: error.json_path)
-    return [f'"{error.json_path.removeprefix("$.")}": {error.message}' for error in found], []
+    errors = sorted(validator.iter_errors(metadata), key=lambda error: error.json_path)
+    return [f'"{error.json_path.removeprefix("$.")}": {error.message}' for error in errors], []

@@ -1,14 +1,15 @@
-"""Which code travels with a checkpoint: what transformers finds when it follows relative imports."""
+"""The code that travels with a checkpoint: the files that transformers finds by following relative imports."""
 
 from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
 FOLDER = Path(__file__).parents[2] / "modeling_cosup"
-STAYS = {  # the only list of what only authors need; the travelling code imports it under a guard, in a function
+# Files that only authors need, and why. The travelling code imports them under a guard, in a function.
+STAYS = {
     "card_cosup.py": "cards of models, parts and indexes; without it a plain card is written",
     "corpus_cosup.py": "corpora in files; without it an index is built from a list of passages",
-    "lines_cosup.py": "JSON Lines, which corpora and results are kept in",
+    "lines_cosup.py": "JSON Lines, the format of corpora and results",
     "milvus_client_cosup.py": "the client of a Milvus server",
     "milvus_cosup.py": "an index in Milvus; without it an index is a folder or a repository on the Hub",
     "milvus_upload_cosup.py": "uploading an index to Milvus",
@@ -16,6 +17,7 @@ STAYS = {  # the only list of what only authors need; the travelling code import
 
 
 def travelling_files() -> list[Path]:
-    """Paths of the modules that are saved with a checkpoint, by name."""
-    model = FOLDER / "modeling_cosup.py"
-    return sorted({model, *map(Path, get_relative_import_files(str(model)))})
+    """Return the sorted paths of the modules that are saved with a checkpoint."""
+    model_file = FOLDER / "modeling_cosup.py"
+    imported_files = get_relative_import_files(str(model_file))
+    return sorted({model_file, *map(Path, imported_files)})
