@@ -105,7 +105,7 @@ class Experiment:
     base: dict[str, Any] = field(default_factory=dict)
     baseline: str | None = None
     seeds: list[int] = field(default_factory=lambda: [0])
-    tasks: list[dict[str, Any]] | str | None = None
+    tasks: list[dict[str, Any]] | None = None  # `load_experiment` replaces the name of a file by its tasks
     pools: list[int | str] = field(default_factory=lambda: ["full"])
     corpus_sizes: list[int | str] | None = None
     pools_only: bool = False
@@ -225,21 +225,19 @@ def _check_tasks_and_axis(experiment: Experiment, where: str) -> None:
     if experiment.tasks is None and experiment.world is None:
         raise ValueError(f"{where}: there are no tasks: list them, or set world: quickstart.")
     if experiment.axis:
-        _check_axis_values(experiment, where)
+        _check_axis_values(experiment.axis, experiment.arms, where)
     if experiment.world not in (None, "quickstart"):
         raise ValueError(f"{where}: world is {experiment.world!r}, expected quickstart.")
     if experiment.tasks is not None:
         expand_tasks(experiment, experiment.tasks)
 
 
-def _check_axis_values(experiment: Experiment, where: str) -> None:
-    values = [options.get(experiment.axis) for options in experiment.arms.values()]
-    values = [value for value in values if value is not None]
+def _check_axis_values(axis: str, arms: dict[str, dict[str, Any]], where: str) -> None:
+    values = [options[axis] for options in arms.values() if options.get(axis) is not None]
     numbers = {float(value) for value in values if _is_number(value)}
     if len(numbers) < len(values):
         raise ValueError(
-            f"{where}: axis is {experiment.axis}, whose values in the arms are {values}, "
-            "expected numbers, each in one arm."
+            f"{where}: axis is {axis}, whose values in the arms are {values}, expected numbers, each in one arm."
         )
 
 
@@ -296,7 +294,7 @@ def key_of(options: dict[str, Any]) -> str:
     """
     file_options = ("gen", "emb_seq", "query_encoder", "model_name_or_path", "train_file", "validation_file")
     similarity = options.get("similarity", TRAIN_DEFAULTS["similarity"])
-    settings = dict(SIMILARITY_DEFAULTS.get(similarity, {}))
+    settings: dict[str, Any] = dict(SIMILARITY_DEFAULTS.get(similarity, {}))
     settings |= {name: value for name, value in options.items() if value is not None}
     hashed = {}
     for name, value in settings.items():

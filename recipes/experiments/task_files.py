@@ -38,9 +38,8 @@ def expand_tasks(experiment: "Experiment", entries: Sequence[Entry]) -> tuple[li
     for entry in entries:
         task = entry.get("name")
         pools = entry.get("pools") or ([entry["pool"]] if "pool" in entry else experiment.pools)
-        if experiment.corpus_sizes is None:
-            settings = [(pool, None) for pool in pools]
-        else:
+        settings: list[tuple[int | str, int | str | None]] = [(pool, None) for pool in pools]
+        if experiment.corpus_sizes is not None:
             settings = [("full", size) for size in experiment.corpus_sizes or [None]]
         for pool, size in settings:
             name = task
