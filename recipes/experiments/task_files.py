@@ -37,7 +37,11 @@ def expand_tasks(experiment: "Experiment", entries: Sequence[Entry]) -> tuple[li
     meaning: Meaning = {}
     for entry in entries:
         task = entry.get("name")
-        pools = entry.get("pools") or ([entry["pool"]] if "pool" in entry else experiment.pools)
+        pools = experiment.pools
+        if "pool" in entry:
+            pools = [entry["pool"]]
+        if entry.get("pools"):
+            pools = entry["pools"]
         settings: list[tuple[int | str, int | str | None]] = [(pool, None) for pool in pools]
         if experiment.corpus_sizes is not None:
             settings = [("full", size) for size in experiment.corpus_sizes or [None]]
