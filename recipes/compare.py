@@ -1,6 +1,6 @@
 """
-Compare two results folders of run_evaluation.py, question by question: differences with 95 % intervals and p-values of
-the paired bootstrap.
+Compare two results folders of run_evaluation.py, question by question, by the paired bootstrap: differences with 95 %
+intervals and p-values.
 
     python recipes/compare.py results-separate results-co --output_dir comparison
 """
@@ -18,15 +18,15 @@ PRINTED = (*MAIN, "mrr", "query_recall@1")  # the report holds all figures
 
 @dataclass
 class ComparisonArguments:
-    """Which results are compared, and how often they are resampled."""
+    """Which results to compare, and how often to resample them."""
 
-    a: str = field(metadata={"help": "results folder that is compared with", "metavar": "A", "positional": True})
-    b: str = field(metadata={"help": "results folder that may be better", "metavar": "B", "positional": True})
+    a: str = field(metadata={"help": "results folder of the baseline", "metavar": "A", "positional": True})
+    b: str = field(metadata={"help": "results folder to compare with it", "metavar": "B", "positional": True})
     output_dir: str | None = field(
         default=None, metadata={"help": "also write comparison.md, comparison.html and comparison.json there"}
     )
-    resamples: int = field(default=10_000, metadata={"help": "of the bootstrap"})
-    seed: int = field(default=0, metadata={"help": "of the bootstrap"})
+    resamples: int = field(default=10_000, metadata={"help": "number of resamples of the bootstrap"})
+    seed: int = field(default=0, metadata={"help": "seed of the bootstrap"})
 
 
 def main() -> None:
@@ -47,11 +47,12 @@ def main() -> None:
 
 
 def print_sections(title: str, sections: dict) -> None:
-    """The main figures of a task, or of an average, section by section."""
+    """Print the main figures of a task, or of an average, section by section."""
     for section, comparisons in sections.items():
         names = [name for name in PRINTED if name in comparisons]
-        if names:
-            print(f"\n{title}, {section_label(section)}\n")
+        if not names:
+            continue
+        print(f"\n{title}, {section_label(section)}\n")
         for name in names:
             compared = comparisons[name]
             label, first, second, (difference, interval), p, n = comparison_row(name, compared)

@@ -1,1 +1,1 @@
-"""Experiments: their YAML files, and what `run_experiments.py` needs to read them and to launch their runs."""
+"""Experiments: their YAML files, and the code that `run_experiments.py` needs to read them and launch their runs."""

@@ -1,4 +1,4 @@
-"""The processes of an experiment: recipes launched with a log, folders locked by one process, facts of a training."""
+"""The processes of an experiment: launch recipes with a log, lock folders, and read the facts of a training."""
 
 import contextlib
 import functools
@@ -10,6 +10,11 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -17,99 +22,137 @@ from safetensors import safe_open
 from modeling_cosup.files_cosup import locked, read_json
 
 from experiments.definition import ROOT
+from experiments.task_files import Entry, Meaning
 
 
 class Failed(Exception):
-    """An arm did not come to its end; the message says why."""
+    """A recipe failed. The message says why."""
 
 
-def launch(recipe, arguments, run, log, args, lock=None):
+@dataclass
+class Run:
     """
-    Run a recipe through accelerate, its output in a log.
+    One arm with one seed.
+
+    Args:
+        arm (`str`): name of the arm.
+        seed (`int`): seed of the data order, the weights and the world.
+        options (`dict`): options of recipes/train.py.
+        folder (`Path`): folder of the training.
+        evaluation (`Path`): folder of the evaluation.
+        entries (`list[dict]`): the tasks, in each setting.
+        meaning (`dict`): name of an entry -> its task, setting, size and split.
+        failure (`str`, *optional*): why the training or the evaluation failed.
+    """
+
+    arm: str
+    seed: int
+    options: dict[str, Any]
+    folder: Path
+    evaluation: Path
+    entries: list[Entry] = field(default_factory=list)
+    meaning: Meaning = field(default_factory=dict)
+    failure: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}, seed {self.seed}"
+
+
+def launch(
+    recipe: str, arguments: Sequence[str], run: Run, log: Path, accelerate_config: str, lock: int | None = None
+) -> tuple[str, float]:
+    """
+    Run a recipe through accelerate and append its output to a log.
+
+    Args:
+        recipe (`str`): file name of the recipe.
+        arguments (`Sequence[str]`): command-line arguments of the recipe.
+        run (`Run`): the run, for messages.
+        log (`Path`): the log file.
+        accelerate_config (`str`): config file of `accelerate launch`.
+        lock (`int`, *optional*): an open lock file that the recipe inherits, see [`locked_folder`].
 
     Returns:
-        `(str, float)`: the command, and the seconds that it took.
+        `tuple[str, float]`: the command, and its duration in seconds.
 
     Raises:
-        `Failed`: with the last error of the log.
+        `Failed`: if the recipe fails, with the last error in its log.
     """
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.accelerate_cli",
-        "launch",
-        "--config_file",
-        args.accelerate_config,
-    ]
-    command, start = [*launcher, str(ROOT / "recipes" / recipe), *arguments], time.monotonic()
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    launcher += ["--config_file", accelerate_config]
+    command = [*launcher, str(ROOT / "recipes" / recipe), *arguments]
+    inherited = () if lock is None else (lock,)
+    start = time.monotonic()
     say(run, f"{recipe}, log: {log}")
     with open(log, "ab") as file:
         begin = file.tell()
-        code = subprocess.run(
-            command, stdout=file, stderr=subprocess.STDOUT, pass_fds=() if lock is None else (lock,)
-        ).returncode
-    if code:
-        raise Failed(f"{recipe}: {reason(log, begin)} (exit code {code}; log: {log})")
-    return shlex.join(["accelerate", *command[3:]]).replace(f"{ROOT}/", ""), round(time.monotonic() - start, 1)
+        process = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, pass_fds=inherited)
+    if process.returncode:
+        raise Failed(f"{recipe}: {reason(log, begin)} (exit code {process.returncode}; log: {log})")
+    seconds = round(time.monotonic() - start, 1)
+    shown = shlex.join(["accelerate", *command[3:]]).replace(f"{ROOT}/", "")
+    return shown, seconds
 
 
-def reason(log, begin=0):
-    """The last error that a log tells of."""
+def reason(log: Path, begin: int = 0) -> str:
+    """Return the last error in a log, or its last line if it holds no error. Reads from byte `begin` on."""
     with open(log, "rb") as file:
         file.seek(begin)
-        lines = [
-            line.strip()
-            for line in file.read().decode(errors="replace").replace("\r", "\n").splitlines()
-            if line.strip()
-        ]
-    errors = [
-        line
-        for line in lines
-        if re.match(r"error: |[\w.]*(Error|Exception|Interrupt|Killed)\b", line) and "CalledProcessError" not in line
-    ]
-    return (errors or lines or ["it said nothing"])[-1]
+        text = file.read().decode(errors="replace").replace("\r", "\n")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if _is_error(line)]
+    return (errors or lines or ["it wrote nothing"])[-1]
 
 
-def locked_folder(folder):
+def _is_error(line: str) -> bool:
+    if "CalledProcessError" in line:  # accelerate only says that the recipe failed
+        return False
+    return re.match(r"error: |[\w.]*(Error|Exception|Interrupt|Killed)\b", line) is not None
+
+
+def locked_folder(folder: Path) -> AbstractContextManager[int | None]:
     """
-    A folder for this process alone; another runner of the same cache waits.
+    Create a folder and lock it for this process. Another runner of the same cache waits.
 
-    A program that inherits the open file that this yields holds the lock too: a training whose runner was killed is not
-    begun a second time next to it.
+    The context is an open lock file. A program that inherits it holds the lock too, so the training of a runner that
+    was killed is not started a second time while it still runs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder.with_name(f".{folder.name}.lock")
-    return locked(
-        lock, f"{folder}: another process works on it; waiting", on_wait=functools.partial(print, flush=True)
-    )
+    busy = f"{folder}: another process works on it; waiting"
+    return locked(lock, busy, on_wait=functools.partial(print, flush=True))
 
 
-def hardware(options):
-    """What a training ran on, in words."""
+def hardware(options: dict[str, Any]) -> str:
+    """Return what a training ran on, in words."""
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}"
     return f"{cpu_name()}, {options.get('num_threads') or os.cpu_count()} threads"
 
 
-def cpu_name():
-    """Name of the processor."""
-    with contextlib.suppress(OSError, StopIteration):
+def cpu_name() -> str:
+    """Return the name of the processor."""
+    with contextlib.suppress(OSError):
         with open("/proc/cpuinfo") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
 
-def training_facts(model):
-    """Numbers of a finished training: `steps`, `parameters`, and the losses that it logged last."""
+def training_facts(model: Path) -> dict[str, Any]:
+    """Return the numbers of a finished training: `steps`, `parameters`, and its last logged `losses`."""
     state = read_json(model / "trainer_state.json")
-    last = next((entry for entry in reversed(state["log_history"]) if "loss" in entry), {})
+    logs = [entry for entry in state["log_history"] if "loss" in entry]
+    last = logs[-1] if logs else {}
     sizes = {part: count for part, count in parameters(model).items() if count}
     losses = {name: value for name, value in last.items() if name.endswith("loss")}
     return {"steps": state["global_step"], "parameters": sizes, "losses": losses}
 
 
-def parameters(model):
-    """Number of parameters of Gen and Emb_seq, by the headers of their weights."""
+def parameters(model: Path) -> dict[str, int]:
+    """Return the number of parameters of Gen and Emb_seq, from the headers of the weight files."""
     counts = {"gen": 0, "emb_seq": 0}
     folder = model / "merged" if (model / "merged").exists() else model
     for path in folder.glob("*.safetensors"):
@@ -121,5 +164,6 @@ def parameters(model):
     return counts
 
 
-def say(run, text):
+def say(run: Run, text: str) -> None:
+    """Print a line about a run."""
     print(f"[{run.name}] {text}", flush=True)

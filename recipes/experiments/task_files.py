@@ -1,7 +1,9 @@
-"""The tasks of an experiment in each of their settings, and the corpora that settings ask for."""
+"""The tasks of an experiment in each setting, and the corpora that these settings need."""
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from modeling_cosup.files_cosup import digest, digest_file
 from modeling_cosup.lines_cosup import write_lines
@@ -9,125 +11,182 @@ from trainer import load_corpus, load_evaluation_set
 from trainer.judging.matching import gold_ids
 from trainer.judging.tasks import read_tasks
 
+if TYPE_CHECKING:
+    from experiments.definition import Experiment
 
-def expand_tasks(experiment, entries):
+Entry: TypeAlias = dict[str, Any]  # a task as in a config of run_evaluation.py
+Meaning: TypeAlias = dict[str, dict[str, Any]]  # name of an entry -> its task, setting, size and split
+
+
+def expand_tasks(experiment: "Experiment", entries: Sequence[Entry]) -> tuple[list[Entry], Meaning]:
     """
-    Each task in each of its settings.
+    Return each task in each of its settings.
+
+    Args:
+        experiment (`Experiment`): sets `pools` and `corpus_sizes`.
+        entries (`Sequence[dict]`): the tasks, which may set their own `pool` or `pools`.
 
     Returns:
-        `(list[dict], dict)`: entries for run_evaluation.py, and name of the entry -> `{"task", "setting", "size", "split"}`; `size` is the number of passages
-        of `corpus_sizes`.
+        `tuple[list[dict], dict]`: entries for run_evaluation.py, and name of the entry -> `{"task", "setting", "size",
+        "split"}`. `size` is the number of passages from `corpus_sizes`, or `None`.
 
     Raises:
-        `ValueError`: as from `read_tasks`.
+        `ValueError`: see `read_tasks`.
     """
-    expanded, meaning = [], {}
+    expanded: list[Entry] = []
+    meaning: Meaning = {}
     for entry in entries:
-        pools = entry.get("pools") or ([entry["pool"]] if "pool" in entry else experiment.pools)
-        sizes = experiment.corpus_sizes or [None]
-        for pool, size in [
-            (pool, size) for pool in (pools if experiment.corpus_sizes is None else ["full"]) for size in sizes
-        ]:
-            name = (
-                entry.get("name")
-                if size is None and len(pools) == 1
-                else f"{entry.get('name')}-{pool if size is None else size}"
-            )
-            setting = (
-                f"corpus of {size:,}" if isinstance(size, int) else f"Top-{pool}" if pool != "full" else "full corpus"
-            )
-            expanded.append(
-                {**{key: value for key, value in entry.items() if key != "pools"}, "name": name, "pool": pool}
-            )
-            meaning[name] = {"task": entry.get("name"), "setting": setting, "size": size, "split": entry.get("split")}
+        task = entry.get("name")
+        pools = experiment.pools
+        if "pool" in entry:
+            pools = [entry["pool"]]
+        if entry.get("pools"):
+            pools = entry["pools"]
+        settings: list[tuple[int | str, int | str | None]] = [(pool, None) for pool in pools]
+        if experiment.corpus_sizes is not None:
+            settings = [("full", size) for size in experiment.corpus_sizes or [None]]
+        for pool, size in settings:
+            name = task
+            if size is not None:
+                name = f"{task}-{size}"
+            elif len(pools) > 1:
+                name = f"{task}-{pool}"
+            fields = {key: value for key, value in entry.items() if key != "pools"}
+            expanded.append({**fields, "name": name, "pool": pool})
+            meaning[name] = {
+                "task": task,
+                "setting": _setting_label(pool, size),
+                "size": size,
+                "split": entry.get("split"),
+            }
     read_tasks(expanded)
     return expanded, meaning
 
 
-def corpora_of(entries):
-    """The distinct corpus files of entries; without one there is nothing to cut."""
-    if without := [entry["name"] for entry in entries if not entry.get("corpus_file")]:
+def _setting_label(pool: int | str, size: int | str | None) -> str:
+    if isinstance(size, int):
+        return f"corpus of {size:,}"
+    if pool == "full":
+        return "full corpus"
+    return f"Top-{pool}"
+
+
+def corpora_of(entries: Sequence[Entry]) -> list[str]:
+    """
+    Return the distinct corpus files of entries.
+
+    Raises:
+        `ValueError`: if an entry has none, because there is nothing to cut.
+    """
+    without = [entry["name"] for entry in entries if not entry.get("corpus_file")]
+    if without:
         raise ValueError(
-            f"{len(without)} of {len(entries)} tasks have no corpus_file that corpus_sizes or pools_only could cut, e.g. {without[0]}."
+            f"{len(without)} of {len(entries)} tasks have no corpus_file that corpus_sizes or pools_only could cut, "
+            f"e.g. {without[0]}."
         )
     return list(dict.fromkeys(entry["corpus_file"] for entry in entries))
 
 
-def cut_corpora(entries, meaning, folder, max_questions=None, seed=0):
+def cut_corpora(
+    entries: Sequence[Entry], meaning: Meaning, folder: Path, max_questions: int | None = None, seed: int = 0
+) -> tuple[list[Entry], list[str]]:
     """
-    Corpora of the sizes that entries ask for: all gold passages of the tasks that share a corpus, and random others; a larger one holds the smaller one.
+    Write corpora of the sizes that entries ask for, and evaluation sets without candidates.
+
+    A corpus holds all gold passages of the tasks that share it, and random others. A larger corpus holds the smaller
+    ones.
 
     Args:
-        entries, meaning: of [`expand_tasks`].
-        folder (`Path`): for the files that are written, unless they are there.
-        max_questions (`int`, *optional*): only the first questions of each task are asked.
-        seed (`int`): of the random others.
+        entries (`Sequence[dict]`): entries from [`expand_tasks`].
+        meaning (`dict`): from [`expand_tasks`]. Its sizes `"full"` become numbers.
+        folder (`Path`): folder for the files.
+        max_questions (`int`, *optional*): number of first questions that are used from each task.
+        seed (`int`): seed of the random passages.
 
     Returns:
-        `(list[dict], list[str])`: the entries with their new files, without those whose corpus has not so many passages, and what was left out, in words.
+        `tuple[list[dict], list[str]]`: the entries with their new files, without those whose corpus is too small, and
+        notes on what was left out.
 
     Raises:
-        `ValueError`: when a size is below the number of gold passages.
+        `ValueError`: if a size is below the number of gold passages.
     """
-    kept, notes, orders = [], [], {}
+    cut_entries: list[Entry] = []
+    notes: list[str] = []
     for source in corpora_of(entries):
-        corpus, own = load_corpus(source), [entry for entry in entries if entry["corpus_file"] == source]
-        questions = {
-            entry["eval_file"]: load_evaluation_set(entry["eval_file"])[: entry.get("max_eval_samples", max_questions)]
-            for entry in own
-        }
-        gold = {id for rows in questions.values() for x in rows for id in gold_ids(x)}
-        others = [passage for passage in corpus if passage["id"] not in gold]
-        random.Random(seed).shuffle(others)
-        orders[source] = [passage for passage in corpus if passage["id"] in gold] + others
-        for entry in own:
-            size = meaning[entry["name"]]["size"]
-            size = len(corpus) if size == "full" else size
+        corpus = load_corpus(source)
+        sharing = [entry for entry in entries if entry["corpus_file"] == source]
+        gold = _gold_passages(sharing, max_questions)
+        ordered = _gold_first(corpus, gold, seed)
+        for entry in sharing:
+            about = meaning[entry["name"]]
+            size = len(corpus) if about["size"] == "full" else about["size"]
             if size > len(corpus):
                 notes.append(f"{entry['name']}: {source} has only {len(corpus):,} passages")
                 continue
             if size < len(gold):
                 raise ValueError(
-                    f"corpus_sizes holds {size:,}, but {len(gold):,} gold passages of the tasks over {source} must be in it."
+                    f"corpus_sizes holds {size:,}, but {len(gold):,} gold passages of the tasks over {source} must be "
+                    "in the corpus."
                 )
-            meaning[entry["name"]]["size"] = size
-            corpus_file = folder / f"{digest_of_content(source)[:8]}-{digest(sorted(gold))[:8]}-{size}.jsonl"
-            eval_file = (
-                folder
-                / f"{digest_of_content(entry['eval_file'])[:8]}-{Path(entry['eval_file']).name.split('.')[0]}.jsonl"
-            )
-            write_lines(corpus_file, orders[source][:size])
-            write_lines(
-                eval_file, [{**x, "candidates": []} for x in load_evaluation_set(entry["eval_file"])]
-            )  # which the small corpora lack
-            kept.append({**entry, "corpus_file": str(corpus_file), "eval_file": str(eval_file)})
-    return kept, notes
+            about["size"] = size
+            corpus_file = folder / f"{_short_digest(source)}-{digest(sorted(gold))[:8]}-{size}.jsonl"
+            stem = Path(entry["eval_file"]).name.split(".")[0]
+            eval_file = folder / f"{_short_digest(entry['eval_file'])}-{stem}.jsonl"
+            # A small corpus lacks candidates of the questions.
+            questions = [{**question, "candidates": []} for question in load_evaluation_set(entry["eval_file"])]
+            write_lines(corpus_file, ordered[:size])
+            write_lines(eval_file, questions)
+            cut_entries.append({**entry, "corpus_file": str(corpus_file), "eval_file": str(eval_file)})
+    return cut_entries, notes
 
 
-def cut_to_pools(entries, folder, options=None):
+def _gold_passages(entries: Sequence[Entry], max_questions: int | None) -> set[str]:
+    """Return the ids of the gold passages of all questions that entries use."""
+    questions = {}
+    for entry in entries:
+        limit = entry.get("max_eval_samples", max_questions)
+        questions[entry["eval_file"]] = load_evaluation_set(entry["eval_file"])[:limit]
+    gold: set[str] = set()
+    for rows in questions.values():
+        for question in rows:
+            gold |= gold_ids(question)
+    return gold
+
+
+def _gold_first(corpus: Sequence[dict], gold: set[str], seed: int) -> list[dict]:
+    """Return the passages of a corpus, the gold ones first, then the others in random order."""
+    others = [passage for passage in corpus if passage["id"] not in gold]
+    random.Random(seed).shuffle(others)
+    return [passage for passage in corpus if passage["id"] in gold] + others
+
+
+def cut_to_pools(entries: Sequence[Entry], folder: Path, options: dict[str, Any] | None = None) -> list[Entry]:
     """
-    Corpora of nothing but the candidates and gold passages of the questions that are asked.
+    Write corpora that hold only the candidates and gold passages of the questions that are used.
 
     Args:
-        entries: of [`expand_tasks`]; folder (`Path`): as for [`cut_corpora`].
-        options (`dict`, *optional*): of tasks that do not say otherwise, e.g. `max_eval_samples` and `gold_in_pool`.
+        entries (`Sequence[dict]`): entries from [`expand_tasks`].
+        folder (`Path`): folder for the files.
+        options (`dict`, *optional*): defaults of the tasks, e.g. `max_eval_samples` and `gold_in_pool`.
 
     Returns:
         `list[dict]`: the entries with their new files.
     """
-    files = {}
+    corpus_files: dict[str, Path] = {}
     for source in corpora_of(entries):
-        wanted = {}
-        for entry in [entry for entry in entries if entry["corpus_file"] == source]:
+        ids: set[str] = set()
+        sharing = [entry for entry in entries if entry["corpus_file"] == source]
+        for entry in sharing:
             (task,) = read_tasks([entry], **(options or {}))
-            wanted |= {id: None for x in task.read_questions() for id in (*x["candidates"], *gold_ids(x))}
-        files[source] = folder / f"{digest_of_content(source)[:8]}-{digest(sorted(wanted))[:8]}.jsonl"
-        write_lines(files[source], [passage for passage in load_corpus(source) if passage["id"] in wanted])
-    return [{**entry, "corpus_file": str(files[entry["corpus_file"]])} for entry in entries]
+            for question in task.read_questions():
+                ids |= {*question["candidates"], *gold_ids(question)}
+        corpus_files[source] = folder / f"{_short_digest(source)}-{digest(sorted(ids))[:8]}.jsonl"
+        write_lines(corpus_files[source], [passage for passage in load_corpus(source) if passage["id"] in ids])
+    return [{**entry, "corpus_file": str(corpus_files[entry["corpus_file"]])} for entry in entries]
 
 
-def digest_of_content(source):
-    """SHA-256 of the content of a file or folder; a name that is neither, e.g. of the Hub, stands for itself."""
+def digest_of_content(source: str | Path) -> str:
+    """Return the SHA-256 of the content of a file or folder, or of a name that is neither, e.g. a name on the Hub."""
     path = Path(source)
     if path.is_file():
         return digest_file(path)
@@ -135,3 +194,7 @@ def digest_of_content(source):
         files = [file for file in sorted(path.rglob("*")) if file.is_file()]
         return digest([[str(file.relative_to(path)), digest_file(file)] for file in files])
     return digest(str(source))
+
+
+def _short_digest(source: str | Path) -> str:
+    return digest_of_content(source)[:8]

@@ -1,4 +1,4 @@
-"""Comparing two results folders: by hand, with the same and other questions, and as a user does it."""
+"""Comparisons of two results folders: against numbers computed by hand, with other questions, and by the recipe."""
 
 import json
 import re
@@ -18,23 +18,29 @@ ROOT = Path(__file__).parents[2]
 
 
 def write_results(folder, tasks, model="m"):
-    """A results folder of hand-made scores: `tasks` is `{name: (split, {section: [scores of a question]})}`."""
-    found = {}
-    for name, (split, modes) in tasks.items():
-        found[name] = {"split": split, "pool": "full", "modes": {}, "query": {}}
-        for section, rows in modes.items():
+    """Write a results folder of hand-made scores: `tasks` is `{name: (split, {section: [scores of a question]})}`."""
+    task_results = {}
+    for name, (split, sections) in tasks.items():
+        task = {"split": split, "pool": "full", "modes": {}, "query": {}}
+        for section, scores in sections.items():
             mode, _, scope = section.partition(" ")
-            extra = {"scope": scope} if scope else {}
-            found[name]["query" if scope else "modes"][scope or mode] = {}
+            if scope:
+                task["query"][scope] = {}
+                scores = [{"scope": scope, **row} for row in scores]
+            else:
+                task["modes"][mode] = {}
             (folder / name / mode).mkdir(parents=True, exist_ok=True)
             with open(folder / name / mode / "scores.jsonl", "a") as file:
-                file.writelines(json.dumps({"id": f"q{i}", **extra, **row}) + "\n" for i, row in enumerate(rows))
+                file.writelines(json.dumps({"id": f"q{i}", **row}) + "\n" for i, row in enumerate(scores))
+        task_results[name] = task
     folder.mkdir(exist_ok=True)
-    (folder / "metrics.json").write_text(json.dumps({"format": FORMAT, "settings": {"model": model}, "tasks": found}))
+    metrics = {"format": FORMAT, "settings": {"model": model}, "tasks": task_results}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
     return folder
 
 
 def rows(cor, **others):
+    """Scores of questions: the values of Cor, and those of other figures."""
     return [{"cor": value, **{name: values[i] for name, values in others.items()}} for i, value in enumerate(cor)]
 
 
@@ -69,52 +75,59 @@ def folders(tmp_path):
 
 
 def test_differences_by_hand(folders):
-    found = compare_results(*folders)
-    cor = found["tasks"]["a"]["retrieval"]["cor"]
-    assert (cor["first"], cor["second"], cor["difference"], cor["n"], cor["left_out"]) == (
-        0.5,
-        0.75,
-        0.25,
-        4,
-        0,
-    )  # of four: one has no value in either
-    gr = found["tasks"]["a"]["retrieval"]["gr"]
-    assert (gr["first"], gr["second"], gr["n"], gr["left_out"]) == (0.25, 0.25, 4, 1)
+    comparison = compare_results(*folders)
+    assert set(comparison["tasks"]["a"]) == {"retrieval"}  # the only mode in both folders
+    assert comparison["notes"] == ["1 tasks are only in the second folder: c"]
+
+    cor = comparison["tasks"]["a"]["retrieval"]["cor"]
+    assert (cor["first"], cor["second"], cor["difference"]) == (0.5, 0.75, 0.25)
+    assert (cor["n"], cor["left_out"]) == (4, 0)  # the fifth question has no value in either run
+    gr = comparison["tasks"]["a"]["retrieval"]["gr"]
+    assert (gr["first"], gr["second"]) == (0.25, 0.25)
+    assert (gr["n"], gr["left_out"]) == (4, 1)
     assert gr["p_value"] == 1.0
-    sure = found["tasks"]["b"]["retrieval"]["cor"]
-    assert sure["difference"] == 0.75 and sure["interval"][0] > 0.5 and sure["p_value"] < 0.001
-    assert found["tasks"]["b"]["query corpus"]["mrr"]["difference"] == 0.625
-    assert found["tasks"]["b"]["query pool"]["mrr"]["difference"] == 0.25
-    average = found["averages"]["all"]["retrieval"]["cor"]
-    assert average["first"] == pytest.approx((0.5 + 0.25) / 2) and average["second"] == pytest.approx((0.75 + 1) / 2)
-    assert (
-        average["difference"] == pytest.approx(0.5)
-        and average["rate"] == pytest.approx(100 * 0.5 / 0.375)
-        and average["tasks"] == 2
-    )
+
+    clear = comparison["tasks"]["b"]["retrieval"]["cor"]
+    assert clear["difference"] == 0.75
+    assert clear["interval"][0] > 0.5
+    assert clear["p_value"] < 0.001
+    assert comparison["tasks"]["b"]["query corpus"]["mrr"]["difference"] == 0.625
+    assert comparison["tasks"]["b"]["query pool"]["mrr"]["difference"] == 0.25
+
+
+def test_averages_by_hand(folders):
+    averages = compare_results(*folders)["averages"]
+    assert set(averages) == {"in-domain", "out-of-domain", "all"}
+    average = averages["all"]["retrieval"]["cor"]
+    assert average["first"] == pytest.approx((0.5 + 0.25) / 2)
+    assert average["second"] == pytest.approx((0.75 + 1) / 2)
+    assert average["difference"] == pytest.approx(0.5)
+    assert average["rate"] == pytest.approx(100 * 0.5 / 0.375)
+    assert average["tasks"] == 2
     assert average["interval"][0] < 0.5 < average["interval"][1]
-    assert set(found["averages"]) == {"in-domain", "out-of-domain", "all"}
-    assert found["averages"]["out-of-domain"]["query corpus"]["mrr"]["n"] == 2
-    assert set(found["tasks"]["a"]) == {"retrieval"}  # the mode that both have
-    assert found["notes"] == ["1 tasks are only in the second folder: c"]
-    assert compare_results(*folders) == found
+    assert averages["out-of-domain"]["query corpus"]["mrr"]["n"] == 2
 
 
-def test_the_other_way_round(folders):
-    there, back = compare_results(*folders), compare_results(*folders[::-1])
-    ours, theirs = (run["tasks"]["b"]["retrieval"]["cor"] for run in (there, back))
-    assert ours["difference"] == -theirs["difference"] and ours["p_value"] == theirs["p_value"]
-    assert ours["interval"] == [-bound for bound in theirs["interval"][::-1]]
+def test_a_comparison_is_deterministic(folders):
+    assert compare_results(*folders) == compare_results(*folders)
+
+
+def test_the_reverse_comparison_is_the_mirror_image(folders):
+    forward = compare_results(*folders)["tasks"]["b"]["retrieval"]["cor"]
+    backward = compare_results(*folders[::-1])["tasks"]["b"]["retrieval"]["cor"]
+    assert forward["difference"] == -backward["difference"]
+    assert forward["p_value"] == backward["p_value"]
+    assert forward["interval"] == [-bound for bound in backward["interval"][::-1]]
 
 
 def test_other_questions_are_refused_with_counts(folders, tmp_path):
     other = write_results(tmp_path / "other", {"b": ("out-of-domain", {"retrieval": rows([0] * 43)})})
-    with pytest.raises(
-        ValueError, match=r"Task b, mode retrieval: .* of 43 ids 0 are only in .*first, 3 only in .*other, 40 in both"
-    ):
+    counts = r"Task b, mode retrieval: .* of 43 ids 0 are only in .*first, 3 only in .*other, 40 in both"
+    with pytest.raises(ValueError, match=counts):
         compare_results(folders[0], other)
+    nothing_shared = write_results(tmp_path / "none", {"z": (None, {"off": rows([1])})})
     with pytest.raises(ValueError, match="share no task and mode"):
-        compare_results(folders[0], write_results(tmp_path / "none", {"z": (None, {"off": rows([1])})}))
+        compare_results(folders[0], nothing_shared)
     with pytest.raises(FileNotFoundError, match="is no complete results folder"):
         compare_results(folders[0], tmp_path)
 
@@ -123,23 +136,23 @@ def test_settings_that_differ_are_noted(folders):
     path = folders[1] / "metrics.json"
     results = json.loads(path.read_text())
     results["tasks"]["a"]["pool"] = 20
-    path.write_text(json.dumps(results))
     results["settings"] |= {"nli": True, "nli_model": "judge"}
     path.write_text(json.dumps(results))
     notes = compare_results(*folders)["notes"]
     assert "a: the settings differ in pool: 'full' and 20" in notes
-    assert any(
-        note.startswith("the answers were judged in different ways") and note.endswith("nli_model: None and 'judge'")
-        for note in notes
-    )
+    (judges,) = [note for note in notes if note.startswith("the answers were judged in different ways")]
+    assert judges.endswith("nli_model: None and 'judge'")
 
 
-def test_resamples_and_seed_are_those_of_averages_too(folders):
-    found = [
-        compare_results(*folders, resamples=50, seed=seed)["averages"]["all"]["retrieval"]["cor"] for seed in (7, 8)
-    ]
-    assert found[0]["interval"] != found[1]["interval"] and min(each["p_value"] for each in found) >= 1 / 51
-    assert compare_results(*folders)["averages"]["all"]["retrieval"]["cor"]["p_value"] < 1 / 51
+def test_averages_use_resamples_and_seed(folders):
+    def average(**options):
+        return compare_results(*folders, **options)["averages"]["all"]["retrieval"]["cor"]
+
+    first = average(resamples=50, seed=7)
+    second = average(resamples=50, seed=8)
+    assert first["interval"] != second["interval"]
+    assert min(first["p_value"], second["p_value"]) >= 1 / 51  # the smallest with 50 resamples
+    assert average()["p_value"] < 1 / 51
 
 
 @pytest.mark.parametrize(
@@ -175,40 +188,41 @@ def test_results_of_another_format_are_refused(folders):
 
 
 def test_the_report(folders, tmp_path):
-    found = compare_results(*folders)
-    write_comparison(found, tmp_path / "out", ("first", "second"))
-    assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == found
-    text = (tmp_path / "out" / "comparison.md").read_text()
-    assert text == to_markdown(comparison_blocks(found, ("first", "second")))
-    plain = text.replace("**", "")
-    assert (
-        re.search(r"\| Cor \| 25.0 \| 100.0 \| \+75.0 \\\[\+\d\d.\d, \+8\d.\d\\] \| &lt; 0.001 \| 40 \|", plain)
-        and "| **Cor** | **25.0**" in text
-    )
-    assert f"| {section_label('query corpus')} |" in plain and f"| {figure('mrr').label} | 37.5 | 100.0 |" in plain
-    assert "| retrievals | 1.00 | 2.00 | +1.00 \\[+1.00, +1.00\\] |" in plain  # a count, not percent
+    comparison = compare_results(*folders)
+    output = tmp_path / "out"
+    write_comparison(comparison, output, ("first", "second"))
+    assert json.loads((output / "comparison.json").read_text()) == comparison
+    text = (output / "comparison.md").read_text()
+    assert text == to_markdown(comparison_blocks(comparison, ("first", "second")))
+    assert "| **Cor** | **25.0**" in text
     assert "only in the second folder: c" in text
-    page = (tmp_path / "out" / "comparison.html").read_text()
-    assert "improvement" in page and "+133.3 %" in page
+    plain = text.replace("**", "")
+    assert re.search(r"\| Cor \| 25.0 \| 100.0 \| \+75.0 \\\[\+\d\d.\d, \+8\d.\d\\] \| &lt; 0.001 \| 40 \|", plain)
+    assert f"| {section_label('query corpus')} |" in plain
+    assert f"| {figure('mrr').label} | 37.5 | 100.0 |" in plain
+    assert "| retrievals | 1.00 | 2.00 | +1.00 \\[+1.00, +1.00\\] |" in plain  # a count is not in percent
+    page = (output / "comparison.html").read_text()
+    assert "improvement" in page
+    assert "+133.3 %" in page
+
+
+def run_recipe(*arguments):
+    command = [sys.executable, "recipes/compare.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
 
 
 def test_the_recipe(folders, tmp_path):
-    command = [sys.executable, "recipes/compare.py", *map(str, folders)]
-    result = subprocess.run(
-        [*command, "--output_dir", str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True, timeout=200
-    )
+    output = tmp_path / "out"
+    result = run_recipe(*folders, "--output_dir", output)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert re.search(
-        r"b, own retrieval\n\n  Cor +25.0 +100.0 +\+75.0 \[\+\d\d.\d, \+8\d.\d\] +p < 0.001 +n = 40 +ahead\n",
-        result.stdout,
-    )
-    assert (
-        "note: 1 tasks are only in the second folder: c" in result.stdout
-        and (tmp_path / "out" / "comparison.html").exists()
-    )
-    result = subprocess.run([*command[:-1], str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert (
-        result.returncode == 1
-        and result.stderr.strip().splitlines()[-1].startswith("error: ")
-        and "no complete results folder" in result.stderr
-    )
+    cor = r"  Cor +25.0 +100.0 +\+75.0 \[\+\d\d.\d, \+8\d.\d\] +p < 0.001 +n = 40 +ahead\n"
+    assert re.search(rf"b, own retrieval\n\n{cor}", result.stdout)
+    assert "note: 1 tasks are only in the second folder: c" in result.stdout
+    assert (output / "comparison.html").exists()
+
+
+def test_the_recipe_ends_with_one_line_for_an_error(folders, tmp_path):
+    result = run_recipe(folders[0], tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "no complete results folder" in result.stderr

@@ -1,1 +1,1 @@
-"""What reports: documents, plots and tables, made of result files alone. Nothing here imports torch."""
+"""Reports: documents, plots and tables made from result files alone. Nothing here imports torch."""

@@ -1,4 +1,4 @@
-"""Figures, averages and differences as cells of a table, and what a difference amounts to."""
+"""Figures, averages and differences as table cells, and the verdict on a difference."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
@@ -13,16 +13,16 @@ MISSING = "—"
 
 def verdict(name: str, interval: Sequence[float], differences: Iterable[float] = ()) -> Verdict:
     """
-    What a difference of a figure amounts to.
+    Return the verdict on a difference between two runs, or between the runs of several seeds.
 
     Args:
-        name (`str`): of the figure.
-        interval: `(low, high)` of the difference.
-        differences: of each seed, where there are several runs.
+        name (`str`): name of the figure.
+        interval (`Sequence[float]`): `(low, high)`, the interval of the difference.
+        differences (`Iterable[float]`, *optional*): the difference on each seed, if there are several seeds.
 
     Returns:
-        `"ahead"` or `"behind"` (of a count: `"more"` or `"fewer"`) where the interval leaves out 0 and every seed is
-        on the same side, else `"within noise"`.
+        `str`: `"ahead"` or `"behind"` (for a count: `"more"` or `"fewer"`) if the interval excludes 0 and all seeds
+        agree on the sign. Otherwise `"within noise"`.
     """
     is_count = figure(name).scale == "count"
     low, high = interval
@@ -35,13 +35,13 @@ def verdict(name: str, interval: Sequence[float], differences: Iterable[float] =
 
 
 def interval_text(interval: Sequence[float], name: str, signed: bool = False) -> str:
-    """`[low, high]` as tables show it."""
+    """Return `[low, high]` as tables show it."""
     low, high = (shown(bound, name, signed) for bound in interval)
     return f"[{low}, {high}]"
 
 
 def figure_cell(measured: Measured | None, name: str, with_n: bool = False) -> Cell:
-    """A value with its interval, and the number of questions where that differs from cell to cell."""
+    """Return a value with its interval and, if `with_n`, the number of questions."""
     if measured is None:
         return MISSING
     small = interval_text(measured["interval"], name)
@@ -51,46 +51,51 @@ def figure_cell(measured: Measured | None, name: str, with_n: bool = False) -> C
 
 
 def average_cell(average: Mapping[str, Any] | None, name: str, of_tasks: int) -> Cell:
-    """An average over tasks with its interval, and in how many tasks it exists where that is not in all of them."""
+    """Return an average over tasks with its interval, and its number of tasks if it is not all `of_tasks`."""
     if average is None:
         return MISSING
-    small = interval_text(average["interval"], name) + _in_tasks(average["tasks"], of_tasks)
+    small = interval_text(average["interval"], name) + _task_count(average["tasks"], of_tasks)
     return shown(average["value"], name), small
 
 
 def seeds_cell(average: Mapping[str, Any] | None, name: str) -> Cell:
-    """What `Results.figure` of an experiment found: mean ± deviation over seeds, interval and n over questions."""
+    """
+    Return a figure over seeds as [`~trainer.reports.experiment_figures.Results.figure`] computes it: the mean and its
+    deviation over seeds, the interval and n over questions.
+    """
     if average is None:
         return MISSING
     value = shown(average["value"], name)
     if average["deviation"] is not None:
         value += f" ± {shown(average['deviation'], name)}"
     interval = interval_text(average["interval"], name)
-    return value, f"{interval} n = {average['n']:,}{_in_tasks(average['tasks'], average['of_tasks'])}"
+    return value, f"{interval} n = {average['n']:,}{_task_count(average['tasks'], average['of_tasks'])}"
 
 
 def seeds_difference_cell(difference: Mapping[str, Any] | None, name: str) -> Cell:
     """
-    What `Results.compare` of an experiment found: the difference, in brackets in percent of the baseline; interval, n,
-    how many seeds are above, equal to and below the baseline, and the verdict.
+    Return a difference as [`~trainer.reports.experiment_figures.Results.compare`] computes it: the difference, in
+    brackets as a percentage of the baseline, then the interval, n, the number of seeds above, equal to and below the
+    baseline, and the verdict.
     """
     if difference is None:
         return MISSING
     value = shown(difference["difference"], name, signed=True)
     if difference["rate"] is not None:
         value += f" ({percent(difference['rate'])})"
-    seeds = difference["seeds"].values()
-    above = sum(change > 0 for change in seeds)
-    below = sum(change < 0 for change in seeds)
+    changes = difference["seeds"].values()
+    above = sum(change > 0 for change in changes)
+    below = sum(change < 0 for change in changes)
+    equal = len(changes) - above - below
     small = f"{interval_text(difference['interval'], name, signed=True)} n = {difference['n']:,}"
-    small += _in_tasks(difference["tasks"], difference["of_tasks"])
-    return value, f"{small}, {above} / {len(seeds) - above - below} / {below}, {difference['verdict']}"
+    small += _task_count(difference["tasks"], difference["of_tasks"])
+    return value, f"{small}, {above} / {equal} / {below}, {difference['verdict']}"
 
 
 def percent(rate: float | None) -> str:
-    """A rate of improvement, in percent of what is improved."""
+    """Return a rate of improvement, in percent of the baseline."""
     return MISSING if rate is None else f"{rate:+.1f} %"
 
 
-def _in_tasks(tasks: int, of_tasks: int) -> str:
+def _task_count(tasks: int, of_tasks: int) -> str:
     return "" if tasks == of_tasks else f", {tasks} of {of_tasks} tasks"

@@ -1,8 +1,8 @@
 """
-Two results folders next to each other: is the second better, and how sure is that?
+A question-by-question comparison of two results folders: is the second run better, and how sure is that?
 
-A comparison has sections: the modes in which both models answered, and what the query embedding ranks, e.g. `"query
-corpus"`.
+A comparison has sections. A section is a mode in which both models answered, or a ranking by the query embedding, e.g.
+`"query corpus"`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,52 +21,62 @@ from .cells import interval_text, percent, verdict
 from .document import Block, Bullets, Cell, Heading, Table, Text, write_document
 
 RESAMPLES = 10_000
-JUDGED = ("nli", "nli_model", "gr_hypothesis")  # settings that say how answers were judged
-COMPARED = (  # fields of a task that should be the same
-    *("pool", "gold_in_pool", "top_k", "max_retrievals", "max_new_tokens", "cor", "passages"),
-    *("eval_file", "corpus_file"),
+JUDGE_SETTINGS = ("nli", "nli_model", "gr_hypothesis")
+TASK_SETTINGS = (  # fields of a task that should be the same in both folders
+    "pool",
+    "gold_in_pool",
+    "top_k",
+    "max_retrievals",
+    "max_new_tokens",
+    "cor",
+    "passages",
+    "eval_file",
+    "corpus_file",
 )
 
-Rows: TypeAlias = dict[str, dict[str, float | None]]  # question -> figure -> value
-Columns: TypeAlias = dict[str, np.ndarray]  # figure -> values of both runs, (2, n)
+Scores: TypeAlias = dict[str, dict[str, float | None]]  # question -> figure -> value, of one run
+PairedValues: TypeAlias = dict[str, np.ndarray]  # figure -> values of both runs, (2, n)
 
 
 def compare_results(
     first: str | Path, second: str | Path, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, Any]:
     """
-    The paired bootstrap of two results folders, `second - first`, question by question.
+    Compare two results folders by the paired bootstrap of `second - first`, question by question.
 
     Args:
-        first, second (`str` or `Path`): what `evaluate_tasks` wrote.
-        resamples (`int`), seed (`int`): the same seed gives the same answer.
+        first (`str` or `Path`): a folder that `evaluate_tasks` wrote.
+        second (`str` or `Path`): likewise.
+        resamples (`int`): number of resamples.
+        seed (`int`): seed of the resampling. The same seed gives the same result.
 
     Returns:
         `dict`: `"tasks"`: task -> section -> figure -> `{"first", "second", "difference", "interval", "p_value", "n",
         "left_out"}`; `"averages"`: split -> section -> figure -> the same over tasks, with `"tasks"`, their number,
-        and `"rate"`, by how many percent of the first the second is better; `"notes"`: what is not compared, and
-        settings that differ.
+        and `"rate"`, the improvement in percent of the first; `"notes"`: what is not compared, and settings that
+        differ.
 
     Raises:
-        `FileNotFoundError`: for a folder that is not complete.
-        `ValueError`: for a folder of another format; when the folders share no task and mode, or, with counts, when a
-            task's questions are not the same.
+        `FileNotFoundError`: if a folder is not complete.
+        `ValueError`: if a folder has another format, if the folders share no task and mode, or, with counts, if the
+            questions of a task differ.
     """
     folders = (Path(first), Path(second))
     runs = (read_results(first), read_results(second))
     notes = [*_only_in_one(runs), *_judged_differently(runs)]
     tasks: dict[str, dict] = {}
-    columns: dict[str, dict[str, Columns]] = {}
+    values: dict[str, dict[str, PairedValues]] = {}
     for name in runs[0]["tasks"]:
         if name not in runs[1]["tasks"]:
             continue
         notes += _set_differently(name, runs)
-        tasks[name], columns[name] = {}, {}
+        tasks[name] = {}
+        values[name] = {}
         for section in _shared_sections(name, runs):
-            rows = [_read_rows(folder, name, section) for folder in folders]
-            _check_same_questions(rows, f"{name}, mode {section}", folders)
-            columns[name][section] = _columns(rows[0], rows[1])
-            tasks[name][section] = _compare(rows[0], rows[1], columns[name][section], resamples, seed)
+            scores = [_read_scores(folder, name, section) for folder in folders]
+            _check_same_questions(scores, f"{name}, mode {section}", folders)
+            values[name][section] = _paired_values(scores[0], scores[1])
+            tasks[name][section] = _compare(scores[0], scores[1], values[name][section], resamples, seed)
     if not any(tasks.values()):
         raise ValueError(f"{first} and {second} share no task and mode: there is nothing to compare.")
     splits = {name: runs[0]["tasks"][name]["split"] for name in tasks}
@@ -75,15 +85,21 @@ def compare_results(
         "first": runs[0]["settings"]["model"],
         "second": runs[1]["settings"]["model"],
         "tasks": tasks,
-        "averages": _averages(splits, columns, resamples, seed),
+        "averages": _averages(splits, values, resamples, seed),
         "notes": notes,
     }
 
 
 def section_label(section: str) -> str:
-    """A section in words: `"query embedding over the pool"`."""
-    mode, _, scope = section.partition(" ")
+    """Return a section in words, e.g. `"query embedding over the pool"`."""
+    mode, scope = _mode_and_scope(section)
     return f"{MODES[mode]} {SCOPES[scope]}" if scope else MODES[mode]
+
+
+def _mode_and_scope(section: str) -> tuple[str, str]:
+    """Return the parts of a section's name: `("query", "pool")`, or `("gold", "")` for a mode that generates."""
+    mode, _, scope = section.partition(" ")
+    return mode, scope
 
 
 # ---------------------------------------------------------------------- what can be compared
@@ -97,7 +113,7 @@ def _only_in_one(runs: Sequence[dict]) -> Iterator[str]:
 
 
 def _judged_differently(runs: Sequence[dict]) -> Iterator[str]:
-    different = _differences(runs[0]["settings"], runs[1]["settings"], JUDGED)
+    different = _differences(runs[0]["settings"], runs[1]["settings"], JUDGE_SETTINGS)
     if different:
         yield (
             "the answers were judged in different ways, so Gr and other figures of an NLI model do not compare: "
@@ -106,7 +122,7 @@ def _judged_differently(runs: Sequence[dict]) -> Iterator[str]:
 
 
 def _set_differently(task: str, runs: Sequence[dict]) -> Iterator[str]:
-    different = _differences(runs[0]["tasks"][task], runs[1]["tasks"][task], COMPARED)
+    different = _differences(runs[0]["tasks"][task], runs[1]["tasks"][task], TASK_SETTINGS)
     if different:
         yield f"{task}: the settings differ in {different}"
 
@@ -119,20 +135,21 @@ def _differences(first: dict, second: dict, keys: Sequence[str]) -> str:
 def _shared_sections(task: str, runs: Sequence[dict]) -> list[str]:
     first, second = (run["tasks"][task] for run in runs)
     modes = [mode for mode in first["modes"] if mode in second["modes"]]
-    return modes + [f"{QUERY} {scope}" for scope in first["query"] if scope in second["query"]]
+    rankings = [f"{QUERY} {scope}" for scope in first["query"] if scope in second["query"]]
+    return modes + rankings
 
 
-def _read_rows(folder: Path, task: str, section: str) -> Rows:
-    mode, _, scope = section.partition(" ")
-    rows = {}
+def _read_scores(folder: Path, task: str, section: str) -> Scores:
+    mode, scope = _mode_and_scope(section)
+    scores = {}
     for row in read_lines(folder / task / mode / "scores.jsonl"):
         if row.pop("scope", "") == scope:
-            rows[row.pop("id")] = row
-    return rows
+            scores[row.pop("id")] = row
+    return scores
 
 
-def _check_same_questions(rows: Sequence[Rows], where: str, folders: Sequence[Path]) -> None:
-    first, second = (set(run) for run in rows)
+def _check_same_questions(scores: Sequence[Scores], where: str, folders: Sequence[Path]) -> None:
+    first, second = (set(run_scores) for run_scores in scores)
     if first != second:
         raise ValueError(
             f"Task {where}: the folders do not hold the same questions: of {len(first | second)} ids "
@@ -144,65 +161,74 @@ def _check_same_questions(rows: Sequence[Rows], where: str, folders: Sequence[Pa
 # ---------------------------------------------------------------------- comparing it
 
 
-def _columns(first: Rows, second: Rows) -> Columns:
-    """The values of the questions that have one in both runs, by figure; without any a figure is left out."""
-    columns = {}
+def _paired_values(first: Scores, second: Scores) -> PairedValues:
+    """Return the values of the questions that have one in both runs, by figure. Figures without any are left out."""
+    values = {}
     for name in _shared_figures(first, second):
         pairs = [(first[id][name], second[id][name]) for id in first]
-        both = [pair for pair in pairs if None not in pair]
-        if both:
-            columns[name] = np.array(both, float).T
-    return columns
+        complete = [pair for pair in pairs if None not in pair]
+        if complete:
+            values[name] = np.array(complete, float).T  # (2, n)
+    return values
 
 
-def _shared_figures(first: Rows, second: Rows) -> list[str]:
-    names: list[dict] = [next(iter(run.values()), {}) for run in (first, second)]
-    return [name for name in names[0] if name in names[1]]
+def _shared_figures(first: Scores, second: Scores) -> list[str]:
+    first_row: dict = next(iter(first.values()), {})
+    second_row: dict = next(iter(second.values()), {})
+    return [name for name in first_row if name in second_row]
 
 
-def _compare(first: Rows, second: Rows, columns: Columns, resamples: int, seed: int) -> dict[str, dict]:
+def _compare(first: Scores, second: Scores, values: PairedValues, resamples: int, seed: int) -> dict[str, dict]:
     comparisons = {}
-    for name, both in columns.items():
-        values = [{id: row[name] for id, row in run.items()} for run in (first, second)]
-        compared = paired_bootstrap(values[0], values[1], resamples, seed).to_dict()
-        compared["left_out"] -= sum(
-            values[0][id] is None and values[1][id] is None for id in first
-        )  # applies in neither
-        comparisons[name] = {"first": float(both[0].mean()), "second": float(both[1].mean()), **compared}
+    for name, (first_values, second_values) in values.items():
+        old = {id: row[name] for id, row in first.items()}
+        new = {id: row[name] for id, row in second.items()}
+        compared = paired_bootstrap(old, new, resamples, seed).to_dict()
+        # A question without a value in either run is not left out: the figure does not apply to it.
+        compared["left_out"] -= sum(old[id] is None and new[id] is None for id in old)
+        means = {"first": float(first_values.mean()), "second": float(second_values.mean())}
+        comparisons[name] = {**means, **compared}
     return comparisons
 
 
 def _averages(
-    splits: dict[str, str | None], columns: dict[str, dict[str, Columns]], resamples: int, seed: int
+    splits: dict[str, str | None], values: dict[str, dict[str, PairedValues]], resamples: int, seed: int
 ) -> dict[str, dict[str, dict]]:
-    """The plain means over tasks; questions are resampled within each task, in pairs."""
+    """Return the plain means over tasks. Questions are resampled within each task, in pairs."""
     averages: dict[str, dict[str, dict]] = {}
     for group in (*SPLITS, "all"):
-        tasks = [columns[task] for task, split in splits.items() if group in (split, "all")]
-        gathered: dict[str, dict[str, list[np.ndarray]]] = {}  # section -> figure -> of each task, (2, n)
-        for sections in tasks:
-            for section, figures in sections.items():
-                for name, both in figures.items():
-                    gathered.setdefault(section, {}).setdefault(name, []).append(both)
-        for section, by_name in gathered.items():
-            comparisons = {name: _average(of_tasks, resamples, seed) for name, of_tasks in by_name.items()}
+        tasks = [values[task] for task, split in splits.items() if group in (split, "all")]
+        for section, arrays_by_name in _arrays_by_section(tasks).items():
+            comparisons = {name: _average(arrays, resamples, seed) for name, arrays in arrays_by_name.items()}
             averages.setdefault(group, {})[section] = comparisons
     return averages
 
 
-def _average(of_tasks: list[np.ndarray], resamples: int, seed: int) -> dict[str, Any]:
-    first, second = (float(np.mean([both[run].mean() for both in of_tasks])) for run in (0, 1))
-    compared = compare_differences([both[1] - both[0] for both in of_tasks], resamples, seed).to_dict()
+def _arrays_by_section(tasks: list[dict[str, PairedValues]]) -> dict[str, dict[str, list[np.ndarray]]]:
+    """Return section -> figure -> one array `(2, n)` for each task that has the figure."""
+    arrays: dict[str, dict[str, list[np.ndarray]]] = {}
+    for sections in tasks:
+        for section, figures in sections.items():
+            for name, pairs in figures.items():
+                arrays.setdefault(section, {}).setdefault(name, []).append(pairs)
+    return arrays
+
+
+def _average(arrays: list[np.ndarray], resamples: int, seed: int) -> dict[str, Any]:
+    """Compare two runs by the plain means over tasks, given one array `(2, n)` per task."""
+    first = float(np.mean([pairs[0].mean() for pairs in arrays]))
+    second = float(np.mean([pairs[1].mean() for pairs in arrays]))
+    compared = compare_differences([pairs[1] - pairs[0] for pairs in arrays], resamples, seed).to_dict()
     del compared["left_out"]
     rate = 100 * compared["difference"] / first if first else None
-    return {"first": first, "second": second, **compared, "tasks": len(of_tasks), "rate": rate}
+    return {"first": first, "second": second, **compared, "tasks": len(arrays), "rate": rate}
 
 
 # ---------------------------------------------------------------------- showing it
 
 
 def comparison_row(name: str, comparison: dict[str, Any]) -> list[Cell]:
-    """Cells of a comparison: figure, both values, the difference with its interval, p and n."""
+    """Return a comparison as cells: figure, both values, the difference with its interval, p and n."""
     difference = shown(comparison["difference"], name, signed=True)
     p_value = comparison["p_value"]
     return [
@@ -216,7 +242,7 @@ def comparison_row(name: str, comparison: dict[str, Any]) -> list[Cell]:
 
 
 def write_comparison(comparison: dict[str, Any], output_dir: str | Path, names: Sequence[str] = ("A", "B")) -> None:
-    """Write `comparison.json`, `comparison.md` and `comparison.html`; `names` are the names of the folders."""
+    """Write `comparison.json`, `comparison.md` and `comparison.html`. `names` are the names of the two folders."""
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(output_dir / "comparison.json", comparison)
@@ -224,7 +250,7 @@ def write_comparison(comparison: dict[str, Any], output_dir: str | Path, names: 
 
 
 def comparison_blocks(comparison: dict[str, Any], names: Sequence[str]) -> list[Block]:
-    """The comparison as blocks of a document."""
+    """Return the comparison as blocks of a document."""
     about = (
         f"A is {names[0]} ({comparison['first']}), B is {names[1]} ({comparison['second']}). Differences are B − A, "
         "question by question, in percentage points, with 95 % intervals and two-sided p-values of the paired "
@@ -241,14 +267,14 @@ def comparison_blocks(comparison: dict[str, Any], names: Sequence[str]) -> list[
             for name, compared in comparisons.items():
                 _add_row(table, name, compared)
         blocks += [Heading(task), table]
-    blocks.append(Text("Bold: the interval of the difference does not hold 0.", note=True))
+    blocks.append(Text("Bold: the interval of the difference excludes 0.", note=True))
     if comparison["notes"]:
         blocks += [Heading("What to know"), Bullets(comparison["notes"])]
     return blocks
 
 
 def _averages_table(averages: dict[str, dict[str, dict]]) -> Table:
-    """The main figures over tasks, with the rate of improvement."""
+    """Return the main figures over tasks, with the rate of improvement."""
     table = Table(["", "A", "B", "B − A", "p", "n", "improvement", "tasks"], [])
     for split, sections in averages.items():
         for section, comparisons in sections.items():

@@ -1,8 +1,8 @@
 """
-A report as a list of blocks, and how it reads in Markdown and as one HTML page: `templates/` holds both forms.
+A report as a list of blocks, and its two renderings: Markdown and one HTML page. `templates/` holds both forms.
 
-Any text may hold anything. Jinja2 escapes every value that a template prints, for the form it prints; a template marks
-what it has made itself as safe.
+No text in a block is trusted. Jinja2 escapes every value that a template prints. A template marks the markup that it
+makes itself as safe.
 """
 
 import base64
@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 TEMPLATES = Path(__file__).with_name("templates")
 
-Cell: TypeAlias = "str | tuple[str, str]"  # a text, or a text and a small one below it
+Cell: TypeAlias = "str | tuple[str, str]"  # a text, or a text with a small one below it
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Bullets:
 
 @dataclass
 class Code:
-    """Text as it is."""
+    """Text that is shown verbatim."""
 
     text: str
 
@@ -56,10 +56,11 @@ class Table:
     A table.
 
     Args:
-        header (`list[str]`), rows (`list[list[Cell]]`): a row of one cell is the head of a group.
-        strong (set of `int`): numbers of the rows that are set in bold.
-        folded (`str`, *optional*): the page shows the table only when asked, under this name.
-        text_columns (set of `int`): numbers of the columns that hold sentences.
+        header (`list[str]`): names of the columns.
+        rows (`list[list[Cell]]`): the rows. A row of one cell is the heading of a group.
+        strong (`set[int]`): indices of the rows in bold.
+        folded (`str`, *optional*): fold the table in the HTML page, under this title.
+        text_columns (`frozenset[int]`): indices of the columns that hold sentences.
     """
 
     header: list[str]
@@ -71,7 +72,7 @@ class Table:
 
 @dataclass
 class Plot:
-    """A PNG file, `path` relative to the report's folder, and what it shows."""
+    """A PNG file with its caption. `path` is relative to the report's folder."""
 
     path: str
     caption: str
@@ -79,7 +80,7 @@ class Plot:
 
 @dataclass
 class Example:
-    """A question with its answer: `(number, title, text)` of its passages, and marks such as "Ret 1"."""
+    """A question with its answer, its passages as `(number, title, text)`, and marks such as "Ret 100.0 %"."""
 
     question: str
     answer: str
@@ -92,36 +93,37 @@ Block: TypeAlias = Heading | Text | Bullets | Code | Table | Plot | Example
 
 
 def write_document(blocks: Sequence[Block], folder: str | Path, name: str, title: str) -> None:
-    """Write `name.md` and `name.html`, each whole or not at all; the plots in `folder` are embedded in the page."""
+    """Write `name.md` and `name.html`, each atomically. The page embeds the plots in `folder`."""
     folder = Path(folder)
-    for suffix, text in ((".md", to_markdown(blocks)), (".html", to_html(blocks, folder, title))):
+    texts = {".md": to_markdown(blocks), ".html": to_html(blocks, folder, title)}
+    for suffix, text in texts.items():
         unfinished = folder / f".{name}{suffix}.unfinished"
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(folder / f"{name}{suffix}")
 
 
 def to_markdown(blocks: Sequence[Block]) -> str:
-    """The blocks as GitHub shows them."""
+    """Return the blocks as GitHub-flavoured Markdown."""
     return _MARKDOWN.get_template("report.md.jinja").render(blocks=_with_kinds(blocks))
 
 
 def to_html(blocks: Sequence[Block], folder: Path, title: str) -> str:
-    """The blocks as one page that loads nothing from elsewhere."""
+    """Return the blocks as one HTML page that loads nothing else."""
     pictures = {block.path: _data_uri(folder / block.path) for block in blocks if isinstance(block, Plot)}
     template = _HTML.get_template("report.html.jinja")
     return template.render(blocks=_with_kinds(blocks), title=title, pictures=pictures)
 
 
 def escape_markdown(text: object) -> Markup:
-    """A text on one line that Markdown shows as it is: no markup, links, pictures or HTML."""
-    if isinstance(text, Markup):  # what a template has made
+    """Return a text on one line, escaped so that Markdown shows it verbatim: no markup, links, pictures or HTML."""
+    if isinstance(text, Markup):  # made by a template
         return text
     one_line = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;")
     return Markup(re.sub(r"([\\`*_\[\]#!|~$>]|:(?=//))", r"\\\1", one_line))
 
 
 def _escape_line_start(text: str) -> Markup:
-    """As [`escape_markdown`], where the text would also begin a list."""
+    """Escape a text at the start of a line, where it could also begin a list."""
     escaped = re.sub(r"^([-+])(?=\s|$)", r"\\\1", escape_markdown(text))
     return Markup(re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", escaped))
 

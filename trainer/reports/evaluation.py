@@ -1,4 +1,4 @@
-"""The report of a results folder, made of its files alone: `report.md`, `report.html` and `plots/`."""
+"""The report of a results folder, made from its files alone: `report.md`, `report.html` and `plots/`."""
 
 import json
 from collections.abc import Iterator
@@ -36,12 +36,12 @@ def write_report(output_dir: str | Path, num_examples: int = 3) -> None:
     Write the report of a results folder.
 
     Args:
-        output_dir (`str` or `Path`): what `evaluate_tasks` wrote.
-        num_examples (`int`): answers shown of each task.
+        output_dir (`str` or `Path`): a folder that `evaluate_tasks` wrote.
+        num_examples (`int`): number of answers to show from each task.
 
     Raises:
-        `FileNotFoundError`: when the folder has no `metrics.json`: it is no complete results folder.
-        `ValueError`: when it is of another format.
+        `FileNotFoundError`: if the folder has no `metrics.json`, because it is not complete.
+        `ValueError`: if the results have another format.
     """
     output_dir = Path(output_dir)
     results = read_results(output_dir)
@@ -62,7 +62,8 @@ def write_report(output_dir: str | Path, num_examples: int = 3) -> None:
 def _summary(results: dict) -> str:
     settings = results["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in settings["versions"].items())
-    hardware, together = settings["hardware"], ""
+    hardware = settings["hardware"]
+    together = ""
     if settings["processes"] > 1:
         hardware = f"{settings['processes']} processes on {hardware}"
         together = " in all processes together"
@@ -77,38 +78,45 @@ def _summary(results: dict) -> str:
 
 
 def _main_table(results: dict) -> list[Block]:
-    """The paper's main table: a row for each task, by split, with averages."""
+    """Return the paper's main table: one row per task, by split, with averages."""
     mode = _main_mode(results)
     if mode is None:
         return []
     table = Table(["", "pool", "n", "Cor is", *(figure(name).label for name in MAIN)], [])
     for split in (*SPLITS, None):
-        tasks = {
-            name: task for name, task in results["tasks"].items() if task["split"] == split and mode in task["modes"]
-        }
-        if tasks:
-            table.rows.append([split.capitalize() if split else "Other tasks"])
-        table.rows += [_task_row(name, task, mode) for name, task in tasks.items()]
-        if split in results["averages"] and len(tasks) > 1:
-            _add_average(table, f"average of {len(tasks)}", results["averages"][split][mode], len(tasks))
+        _add_split(table, results, split, mode)
     num_tasks = len(results["tasks"])
     if num_tasks > 1 and mode in results["averages"].get("all", {}):
         _add_average(table, f"average of all {num_tasks}", results["averages"]["all"][mode], num_tasks)
     meanings = "; ".join(f"{figure(name).label}: {figure(name).meaning}" for name in MAIN)
     note = (
         f"Percent, {MODES[mode]}, with 95 % intervals: Wilson intervals for yes/no figures, bootstrap intervals "
-        f"otherwise; the latter have zero width where all questions score the same. {meanings}."
+        f"otherwise; the latter have zero width if all questions score the same. {meanings}."
     )
     return [Heading("Results"), table, Text(note, note=True)]
 
 
 def _main_mode(results: dict) -> str | None:
-    """The mode that the main table, the main plot and the examples show: one in which the model searches, if any."""
+    """Return the mode that the main table and the examples show: one in which the model searches, if there is one."""
     modes = results["settings"]["modes"]
     for mode in (*SEARCHING, *modes):
         if mode in modes:
             return mode
     return None
+
+
+def _add_split(table: Table, results: dict, split: str | None, mode: str) -> None:
+    """Add the tasks of a split, with their average if there are several. `None` stands for tasks without a split."""
+    tasks = {}
+    for name, task in results["tasks"].items():
+        if task["split"] == split and mode in task["modes"]:
+            tasks[name] = task
+    if tasks:
+        table.rows.append([split.capitalize() if split else "Other tasks"])
+    for name, task in tasks.items():
+        table.rows.append(_task_row(name, task, mode))
+    if split in results["averages"] and len(tasks) > 1:
+        _add_average(table, f"average of {len(tasks)}", results["averages"][split][mode], len(tasks))
 
 
 def _task_row(name: str, task: dict, mode: str) -> list[Cell]:
@@ -119,17 +127,19 @@ def _task_row(name: str, task: dict, mode: str) -> list[Cell]:
     if task["pool"] == "full" and task["passages"] is not None:
         pool = f"{task['passages']:,}"
     cor = " / ".join(cor_label(metric) for metric in task["cor"])
-    return [name, pool, str(n), cor, *(figure_cell(figures.get(main), main) for main in MAIN)]
+    cells = [figure_cell(figures.get(column), column) for column in MAIN]
+    return [name, pool, str(n), cor, *cells]
 
 
 def _add_average(table: Table, title: str, averages: dict, of_tasks: int) -> None:
     n = str(averages["cor"]["n"]) if "cor" in averages else ""
+    cells = [average_cell(averages.get(name), name, of_tasks) for name in MAIN]
     table.strong.add(len(table.rows))
-    table.rows.append([title, "", n, "", *(average_cell(averages.get(name), name, of_tasks) for name in MAIN)])
+    table.rows.append([title, "", n, "", *cells])
 
 
 def _modes(results: dict) -> list[Block]:
-    """Cor of each task in each mode."""
+    """Return Cor of each task in each mode."""
     tasks = results["tasks"]
     modes = [mode for mode in results["settings"]["modes"] if any(mode in task["modes"] for task in tasks.values())]
     if len(modes) < 2:
@@ -143,28 +153,29 @@ def _modes(results: dict) -> list[Block]:
         table.strong.add(len(tasks))
         cells = [average_cell(averages.get(mode, {}).get("cor"), "cor", len(tasks)) for mode in modes]
         table.rows.append(["average", *cells])
-    note = (
-        "Cor in percent. Where passages are given, only questions that need one are asked, and [NSP] is forced first."
-    )
+    note = "Cor in percent. If passages are given, only questions that need one are asked, and [NSP] is forced first."
     return [Heading("What retrieval is worth"), table, Text(note, note=True)]
 
 
 def _figures(task: dict, mode: str) -> dict:
-    """The figures of a task in a mode, none where it was not asked in it."""
+    """Return the figures of a task in a mode, or none if the task was not answered in it."""
     return task["modes"][mode]["metrics"] if mode in task["modes"] else {}
 
 
 def _rankings(results: dict) -> list[Block]:
-    """What the query embedding finds."""
+    """Return the retrieval scores of the query embedding."""
     table = Table(["", "ranked", "n", *(figure(name).label for name in RANKING)], [])
     for name, task in results["tasks"].items():
         for scope, figures in task["query"].items():
             ranked = f"corpus of {task['passages']:,}" if scope == "corpus" else f"pool of {task['pool']}"
             n = figures["mrr"]["n"] if "mrr" in figures else 0
-            table.rows.append([name, ranked, str(n), *(figure_cell(figures.get(k), k) for k in RANKING)])
+            cells = [figure_cell(figures.get(column), column) for column in RANKING]
+            table.rows.append([name, ranked, str(n), *cells])
     if not table.rows:
         return []
-    note = "The query embedding at an [NSP] right after the question, in percent; the corpus is ranked to place 100."
+    note = (
+        "The query embedding at an [NSP] right after the question, in percent; the corpus is ranked down to place 100."
+    )
     return [Heading("Query embedding"), table, Text(note, note=True)]
 
 
@@ -173,28 +184,30 @@ def _emission(results: dict) -> list[Block]:
     for task_name, task in results["tasks"].items():
         figures = _figures(task, "retrieval")
         if figures:
-            table.rows.append([task_name, *(figure_cell(figures.get(name), name) for name in EMISSION)])
+            cells = [figure_cell(figures.get(name), name) for name in EMISSION]
+            table.rows.append([task_name, *cells])
     if not table.rows:
         return []
-    note = "How often the model decides to retrieve: share of the questions in percent, and retrievals of a question."
+    note = "How often the model decides to retrieve: share of the questions in percent, and retrievals per question."
     return [Heading("When [NSP] is emitted"), table, Text(note, note=True)]
 
 
 def _all_figures(results: dict) -> list[Block]:
-    """Everything that was measured, folded."""
+    """Return everything that was measured, in folded tables."""
     blocks: list[Block] = [Heading("All figures")]
     for task_name, task in results["tasks"].items():
         sections = {MODES[mode]: answers["metrics"] for mode, answers in task["modes"].items()}
         for scope, figures in task["query"].items():
             sections[f"{MODES[QUERY]} {SCOPES[scope]}"] = figures
         table = Table(["", *sections], [], folded=task_name)
-        for name in in_order(name for figures in sections.values() for name in figures):
+        names = set().union(*sections.values())
+        for name in in_order(names):
             cells = [figure_cell(figures.get(name), name, with_n=True) for figures in sections.values()]
             table.rows.append([figure(name).label, *cells])
         blocks.append(table)
     meanings: list[list[Cell]] = [[entry.label, entry.meaning] for entry in FIGURES.values()]
-    folded = "what the figures are"
-    return [*blocks, Table(["figure", "what it is"], meanings, folded=folded, text_columns=frozenset([1]))]
+    glossary = Table(["figure", "what it is"], meanings, folded="what the figures are", text_columns=frozenset([1]))
+    return [*blocks, glossary]
 
 
 # ---------------------------------------------------------------------- examples, notes and settings
@@ -207,12 +220,13 @@ def _examples(results: dict, output_dir: Path, num_examples: int) -> list[Block]
     blocks: list[Block] = [Heading("Examples")]
     blocks.append(Text(f"The first answers of each task, {MODES[mode]}.", note=True))
     for name, task in results["tasks"].items():
-        if mode in task["modes"]:
-            folder = output_dir / name / mode
-            scores = {row["id"]: row for row in read_lines(folder / "scores.jsonl")}
-            blocks.append(Heading(name, 3))
-            for prediction in read_lines(folder / "predictions.jsonl")[:num_examples]:
-                blocks.append(_example(prediction, scores[prediction["id"]]))
+        if mode not in task["modes"]:
+            continue
+        folder = output_dir / name / mode
+        scores = {row["id"]: row for row in read_lines(folder / "scores.jsonl")}
+        blocks.append(Heading(name, 3))
+        for prediction in read_lines(folder / "predictions.jsonl")[:num_examples]:
+            blocks.append(_example(prediction, scores[prediction["id"]]))
     return blocks
 
 
@@ -231,11 +245,16 @@ def _example(prediction: dict, scores: dict) -> Example:
 
 
 def _marks(scores: dict) -> Iterator[str]:
-    """The scores that an example shows, in percent; Cor of a question that needs no passage has a name of its own."""
-    for name in ("ret", "cor", "cor_not_needed", "gr"):
+    """Yield the scores that an example shows, in percent."""
+    labels = {
+        "ret": figure("ret").label,
+        "cor": figure("cor").label,
+        "cor_not_needed": figure("cor").label,  # Cor of a question that needs no passage
+        "gr": figure("gr").label,
+    }
+    for name, label in labels.items():
         value = scores.get(name)
         if value is not None:
-            label = figure("cor" if name == "cor_not_needed" else name).label
             yield f"{label} {shown(value, name)} %"
 
 
@@ -257,6 +276,8 @@ def _settings(results: dict) -> list[Block]:
     for name, value in results["settings"].items():
         if name == "command":
             blocks.append(Code(value))
+        elif isinstance(value, str):
+            rows.append([name, value])
         else:
-            rows.append([name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)])
+            rows.append([name, json.dumps(value, ensure_ascii=False)])
     return [*blocks, Table(["setting", "value"], rows, folded="settings", text_columns=frozenset([1]))]

@@ -14,7 +14,7 @@ NO_MATPLOTLIB = "There are no plots: pip install matplotlib, and run the same co
 
 
 def evaluation_plots(results: dict, output_dir: Path) -> list[Block]:
-    """Draw what there is to draw into `output_dir/plots`, and the blocks that show it."""
+    """Draw the plots into `output_dir/plots` and return the blocks that show them."""
     if not can_draw():
         return [Text(NO_MATPLOTLIB, note=True)]
     folder = output_dir / "plots"
@@ -29,11 +29,11 @@ def evaluation_plots(results: dict, output_dir: Path) -> list[Block]:
     return [Heading("Plots"), *plots] if plots else []
 
 
-# Each function draws one picture and returns its caption, or None where there is nothing to draw.
+# Each of these functions draws one plot and returns its caption, or None if there is nothing to draw.
 
 
 def _draw_main(results: dict, path: Path) -> str | None:
-    """Retrieval, correctness and grounding of each task. Without a judge, K-precision in place of Gr."""
+    """Draw retrieval, correctness and grounding of each task. K-precision replaces Gr if there is no judge."""
     mode = next((mode for mode in SEARCHING if mode in results["settings"]["modes"]), None)
     if mode is None:
         return None
@@ -48,8 +48,8 @@ def _draw_main(results: dict, path: Path) -> str | None:
 
 
 def _draw_modes(results: dict, path: Path) -> str | None:
-    """Cor of each task in each mode."""
-    groups: dict[str, dict] = {}
+    """Draw Cor of each task in each mode."""
+    groups: dict[str, dict[str, Measured]] = {}
     for name, task in results["tasks"].items():
         groups[name] = {}
         for mode, answers in task["modes"].items():
@@ -63,22 +63,31 @@ def _draw_modes(results: dict, path: Path) -> str | None:
 
 
 def _draw_recall(results: dict, path: Path) -> str | None:
-    """R@k of the query embedding over k: a curve for each ranking."""
+    """Draw R@k of the query embedding over k, one curve per ranking."""
     curves: dict[str, dict[float, Measured]] = {}
     for task_name, task in results["tasks"].items():
         for scope, figures in task["query"].items():
-            for name, measured in figures.items():
-                stem, _, k = name.partition("@")
-                if stem == "query_recall":
-                    curves.setdefault(f"{task_name}, {SCOPES[scope]}", {})[int(k)] = measured
+            curve = _recall_by_k(figures)
+            if curve:
+                curves[f"{task_name}, {SCOPES[scope]}"] = curve
     if not curves:
         return None
     draw_curves({figure("query_recall@k").label: curves}, path, xlabel="k")
     return "R@k of the query embedding, with 95 % intervals"
 
 
+def _recall_by_k(figures: Mapping[str, Measured]) -> dict[float, Measured]:
+    """Return the figures `query_recall@k` by k."""
+    curve: dict[float, Measured] = {}
+    for name, measured in figures.items():
+        stem, _, k = name.partition("@")
+        if stem == "query_recall":
+            curve[int(k)] = measured
+    return curve
+
+
 def _draw_emission(results: dict, path: Path) -> str | None:
-    """How often [NSP] is emitted, by whether a question needs a passage."""
+    """Draw how often [NSP] is emitted for questions that need a passage, and for questions that need none."""
     groups = _figures_by_task(results, "retrieval")
     names = _present(("nsp_needed", "nsp_not_needed"), groups)
     if not names:
@@ -88,8 +97,8 @@ def _draw_emission(results: dict, path: Path) -> str | None:
 
 
 def _draw_scores(results: dict, output_dir: Path, path: Path) -> str | None:
-    """Scores of the best passage of each retrieval, by whether it is gold."""
-    scores = {}
+    """Draw the scores of the best passage of each retrieval, gold or not."""
+    scores: dict[str, tuple[list[float], list[float]]] = {}
     for name, task in results["tasks"].items():
         if "retrieval" not in task["modes"]:
             continue
@@ -103,27 +112,32 @@ def _draw_scores(results: dict, output_dir: Path, path: Path) -> str | None:
 
 
 def _best_scores(predictions: list[dict]) -> tuple[list[float], list[float]]:
-    """Scores of the best passages that are gold, and of those that are not, where questions need a passage."""
-    gold, others = [], []
+    """Return the scores of the best passages that are gold, and of the others, for questions that need a passage."""
+    gold: list[float] = []
+    others: list[float] = []
     for prediction in predictions:
         if not prediction["provenance"]:
             continue
         ids = gold_ids(prediction)
         for retrieval in prediction["retrievals"]:
-            best, score = retrieval["passages"][0]["id"], retrieval["scores"][0]
-            if best in ids:
+            score = retrieval["scores"][0]
+            if retrieval["passages"][0]["id"] in ids:
                 gold.append(score)
             else:
                 others.append(score)
     return gold, others
 
 
-def _figures_by_task(results: dict, mode: str) -> dict[str, dict]:
-    return {name: task["modes"][mode]["metrics"] for name, task in results["tasks"].items() if mode in task["modes"]}
+def _figures_by_task(results: dict, mode: str) -> dict[str, dict[str, Measured]]:
+    figures = {}
+    for name, task in results["tasks"].items():
+        if mode in task["modes"]:
+            figures[name] = task["modes"][mode]["metrics"]
+    return figures
 
 
 def _present(keys: Iterable[str], groups: Mapping[str, Mapping]) -> list[str]:
-    """The keys that some group holds."""
+    """Return the keys that at least one group holds."""
     return [key for key in keys if any(key in group for group in groups.values())]
 
 

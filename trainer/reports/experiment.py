@@ -1,4 +1,4 @@
-"""The report of an experiment: what is ahead of what, tables and plots, what it took, and how to make it again."""
+"""The report of an experiment: verdicts, plots and tables, what it took, and how to repeat it."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,8 @@ GROUP_TITLES = {
     "out-of-domain": "out-of-domain average",
     ALL: "average of all tasks",
 }
-SMALL = 1_000_000_000  # parameters of Gen below which a result says nothing about models of the paper's size
+# With fewer parameters of Gen, a result says nothing about models of the paper's size.
+SMALL = 1_000_000_000
 
 
 def write_experiment_report(results: Results, output_dir: str | Path) -> None:
@@ -28,17 +29,17 @@ def write_experiment_report(results: Results, output_dir: str | Path) -> None:
     Write `experiment.json`, `report.md`, `report.html` and `plots/`.
 
     Args:
-        results ([`~trainer.reports.experiment_figures.Results`]): what there is; arms that failed or were not run are
-            listed as such.
-        output_dir (`str` or `Path`): made if it is not there.
+        results ([`~trainer.reports.experiment_figures.Results`]): the results. The report lists arms that failed or
+            were not run.
+        output_dir (`str` or `Path`): the folder, which is created if it does not exist.
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(output_dir / "experiment.json", results.to_dict())
-    title, about = results.experiment["title"], results.experiment["about"]
+    title = results.experiment["title"]
     blocks: list[Block] = [Heading(title, 1)]
-    if about:
-        blocks.append(Text(about))
+    if results.experiment["about"]:
+        blocks.append(Text(results.experiment["about"]))
     blocks += _failures(results)
     blocks += _caution(results)
     if results.lines:
@@ -47,7 +48,7 @@ def write_experiment_report(results: Results, output_dir: str | Path) -> None:
         blocks += _tables(results)
         blocks += _comparisons(results)
     blocks += _trainings(results)
-    blocks += _how(results)
+    blocks += _commands(results)
     write_document(blocks, output_dir, "report", title)
 
 
@@ -55,15 +56,20 @@ def write_experiment_report(results: Results, output_dir: str | Path) -> None:
 
 
 def _failures(results: Results) -> list[Block]:
-    missing = [f"{_run_name(run)}: FAILED. {run['failure']}" for run in results.runs if run["failure"]]
-    missing += [
-        f"{_run_name(run)}: not run" for run in results.runs if not run["failure"] and run["evaluated"] is None
-    ]
+    failed: list[str] = []
+    not_run: list[str] = []
+    for run in results.runs:
+        if run["failure"]:
+            failed.append(f"{_run_name(run)}: FAILED. {run['failure']}")
+        elif run["evaluated"] is None:
+            not_run.append(f"{_run_name(run)}: not run")
+    missing = failed + not_run
     return [Heading("What is missing"), Bullets(missing)] if missing else []
 
 
 def _caution(results: Results) -> list[Block]:
-    experiment, blocks = results.experiment, list[Block]()
+    experiment = results.experiment
+    blocks: list[Block] = []
     sizes = [run["trained"]["parameters"].get("gen", 0) for run in results.runs if run["trained"]]
     if sizes and max(sizes) < SMALL:
         world = ""
@@ -76,52 +82,61 @@ def _caution(results: Results) -> list[Block]:
         )
         blocks.append(Text(text))
     if len(experiment["seeds"]) == 1:
-        text = "There is one seed: how much another one would change is not known, and no interval below holds it."
+        text = "There is one seed. What another seed would change is not known, and no interval below covers it."
         blocks.append(Text(text))
     return blocks
 
 
 def _verdicts(results: Results) -> list[Block]:
-    """What is ahead of the baseline, behind it, or within noise of it."""
+    """Return the figures in which each line is ahead of the baseline, behind it, or within noise of it."""
     if results.baseline is None or len(results.lines) < 2:
         return []
     rows: list[list[Cell]] = []
-    count = 0
+    num_comparisons = 0
     for setting in results.settings:
         groups = results.group_places(setting)
         for place in groups:
             where = GROUP_TITLES[place.name] if len(groups) > 1 else "all tasks"
             for line in _others(results):
-                by_verdict: dict[str, list[str]] = {"ahead": [], "behind": [], "within noise": []}
-                for name in COLUMNS:
-                    difference = results.compare(line, place.tasks, name)
-                    if difference is not None:
-                        change = shown(difference["difference"], name, signed=True)
-                        by_verdict[difference["verdict"]].append(f"{figure(name).label} ({change})")
-                        count += 1
-                cells = [", ".join(names) or MISSING for names in by_verdict.values()]
+                by_verdict = _figures_by_verdict(results, line, place)
+                num_comparisons += sum(len(changes) for changes in by_verdict.values())
+                cells = [", ".join(changes) or MISSING for changes in by_verdict.values()]
                 rows.append([f"{results.label(line)}: {setting}, {where}", *cells])
+    by_chance = max(1, round(num_comparisons / 20))  # at a level of 5 %
     note = (
         "Differences in percentage points. Ahead or behind: the 95 % interval of the paired difference leaves out 0, "
-        f"and every seed is on that side. Of {count} comparisons about {max(1, round(count / 20))} would look like "
+        f"and every seed is on that side. Of {num_comparisons} comparisons about {by_chance} would look like "
         "this by chance."
     )
     table = Table(["", "ahead in", "behind in", "within noise"], rows, text_columns=frozenset([1, 2, 3]))
     return [Heading(f"Against {results.label(results.baseline)}"), table, Text(note, note=True)]
 
 
+def _figures_by_verdict(results: Results, line: str, place: Place) -> dict[str, list[str]]:
+    """Return verdict -> figures with that verdict, each with its difference from the baseline."""
+    by_verdict: dict[str, list[str]] = {"ahead": [], "behind": [], "within noise": []}
+    for name in COLUMNS:
+        difference = results.compare(line, place.tasks, name)
+        if difference is not None:
+            change = shown(difference["difference"], name, signed=True)
+            by_verdict[difference["verdict"]].append(f"{figure(name).label} ({change})")
+    return by_verdict
+
+
 def _tables(results: Results) -> list[Block]:
-    """For each setting: tasks and averages x lines, the main figures; then, folded, emission and further figures."""
+    """Return the main figures of all lines in each setting, then folded tables of [NSP] and of all other figures."""
     blocks: list[Block] = [Heading("Results")]
     names = [name for name in COLUMNS if name in results.names or name == "gr"]
     for setting in results.settings:
         blocks += [Heading(setting, 3), _table(results, setting, names)]
     blocks.append(Text(_what_columns_mean(results), note=True))
-    further = [name for name in results.names if name not in (*COLUMNS, *EMISSION)]
     emission = [name for name in EMISSION if name in results.names]
+    further = [name for name in results.names if name not in (*COLUMNS, *EMISSION)]
     for title, names in (("When [NSP] is emitted", emission), ("Further figures", further)):
-        if names:
-            blocks += [_table(results, setting, names, folded=f"{title}: {setting}") for setting in results.settings]
+        if not names:
+            continue
+        for setting in results.settings:
+            blocks.append(_table(results, setting, names, folded=f"{title}: {setting}"))
     return blocks
 
 
@@ -129,44 +144,49 @@ def _what_columns_mean(results: Results) -> str:
     nearest = figure("query_recall@1")
     sentences = [
         "Percent; mean ± standard deviation over seeds, 95 % bootstrap interval over questions, n = questions.",
-        "The bootstrap's also where a single answer is right or wrong: its average over seeds is neither.",
+        "Yes/no figures have bootstrap intervals too, as an average over seeds is not yes or no.",
         f"{nearest.label}: {nearest.meaning}, which is read at an [NSP] right after the question.",
         "Averages are plain means over tasks.",
         "An interval of zero width only means that all questions here scored the same.",
     ]
     if results.cor:
-        sentences.append(f"Cor is {'; '.join(f'{task}: {label}' for task, label in results.cor.items())}.")
+        metrics = "; ".join(f"{task}: {label}" for task, label in results.cor.items())
+        sentences.append(f"Cor is {metrics}.")
     evaluation = results.experiment["evaluation"]
     judge = evaluation.get("nli_model")
     if not judge:
-        sentences.append("Gr needs an NLI model (evaluation.nli_model) and is not shown without.")
+        sentences.append("Gr needs an NLI model (evaluation.nli_model) and is not shown without one.")
     elif "gr" in results.names:
         hypothesis = evaluation.get("gr_hypothesis", HYPOTHESIS)
-        sentences.append(f"Gr is by {judge}, which read each sentence as {hypothesis}.")
+        sentences.append(f"Gr is judged by {judge}, which read each sentence as {hypothesis}.")
     else:
-        sentences.append("Gr is not shown: no arm wrote between [Cs] and [CE] on a passage.")
+        sentences.append("Gr is not shown: no arm wrote text between [Cs] and [CE] after a passage.")
     return " ".join(sentences)
 
 
 def _table(results: Results, setting: str, names: list[str], folded: str | None = None) -> Table:
-    """A head for each task and average, a row for each line."""
+    """Return a table with a group for each task and average, and a row for each line."""
     table = Table(["", *(figure(name).label for name in names)], [], folded=folded)
     places = results.task_places(setting)
     if len(places) > 1:
         places += results.group_places(setting)
     for place in places:
         rows = _rows(results, place, results.lines, names, results.figure, seeds_cell)
-        if all(cell == MISSING for row in rows for cell in row[1:]):
+        if _is_empty(rows):
             continue
         table.rows.append([_title(results, place)])
         if place.is_group:
-            table.strong |= set(range(len(table.rows), len(table.rows) + len(rows)))
+            table.strong.update(range(len(table.rows), len(table.rows) + len(rows)))
         table.rows += rows
     return table
 
 
+def _is_empty(rows: list[list[Cell]]) -> bool:
+    return all(cell == MISSING for _, *cells in rows for cell in cells)
+
+
 def _comparisons(results: Results) -> list[Block]:
-    """Differences with the baseline, with intervals and the paper's improvement rates."""
+    """Return the differences from the baseline, with intervals and the paper's improvement rates."""
     if results.baseline is None or len(results.lines) < 2:
         return []
     names = [name for name in COLUMNS if name in results.names]
@@ -193,8 +213,12 @@ def _rows(
     measure: Callable[..., Mapping[str, Any] | None],
     cell: Callable[[Mapping[str, Any] | None, str], Cell],
 ) -> list[list[Cell]]:
-    """A row for each line: what `measure` finds in a place, as cells."""
-    return [[results.label(line), *(cell(measure(line, place.tasks, name), name) for name in names)] for line in lines]
+    """Return a row for each line, with what `measure` returns for it in a place, as cells."""
+    rows: list[list[Cell]] = []
+    for line in lines:
+        cells = [cell(measure(line, place.tasks, name), name) for name in names]
+        rows.append([results.label(line), *cells])
+    return rows
 
 
 def _title(results: Results, place: Place) -> str:
@@ -213,23 +237,30 @@ def _others(results: Results) -> list[str]:
 def _trainings(results: Results) -> list[Block]:
     rows: list[list[Cell]] = []
     for run in results.runs:
-        trained = run["trained"]
-        if not trained:
-            rows.append([_run_name(run), "failed" if run["failure"] else "not run", *[MISSING] * 5])
-            continue
-        seconds = f"{trained['seconds']:,.0f} s" + (", its last part" if trained["resumed"] else "")
-        evaluation = f"{run['evaluated']['seconds']:,.0f} s" if run["evaluated"] else MISSING
-        sizes = " + ".join(f"{count / 1e6:,.1f}M" for count in trained["parameters"].values())
-        losses = {name: loss for name, loss in trained["losses"].items() if name != "loss"}
-        last_losses = ", ".join(f"{name.removesuffix('_loss')} {loss:.3f}" for name, loss in losses.items())
-        steps = f"{trained['steps']:,}"
-        rows.append([_run_name(run), steps, seconds, evaluation, sizes, last_losses, trained["hardware"]])
+        if run["trained"]:
+            rows.append(_training_row(run))
+        else:
+            state = "failed" if run["failure"] else "not run"
+            rows.append([_run_name(run), state, *[MISSING] * 5])
     header = ["", "steps", "training", "evaluation", "parameters", "last losses", "hardware"]
     note = "Times are for the whole command, imports included."
     return [Heading("What it took"), Table(header, rows), Text(note, note=True)]
 
 
-def _how(results: Results) -> list[Block]:
+def _training_row(run: dict) -> list[Cell]:
+    trained = run["trained"]
+    steps = f"{trained['steps']:,}"
+    seconds = f"{trained['seconds']:,.0f} s"
+    if trained["resumed"]:
+        seconds += ", its last part"
+    evaluation = f"{run['evaluated']['seconds']:,.0f} s" if run["evaluated"] else MISSING
+    sizes = " + ".join(f"{count / 1e6:,.1f}M" for count in trained["parameters"].values())
+    parts = {name.removesuffix("_loss"): loss for name, loss in trained["losses"].items() if name != "loss"}
+    losses = ", ".join(f"{part} {loss:.3f}" for part, loss in parts.items())
+    return [_run_name(run), steps, seconds, evaluation, sizes, losses, trained["hardware"]]
+
+
+def _commands(results: Results) -> list[Block]:
     arms: list[list[Cell]] = [[arm, _json(options)] for arm, options in results.experiment["arms"].items()]
     blocks: list[Block] = [Heading("How this was made"), Code(results.command)]
     blocks.append(Table(["arm", "differs in"], arms, text_columns=frozenset([1])))
@@ -237,7 +268,9 @@ def _how(results: Results) -> list[Block]:
         blocks += [Heading("Left out", 3), Bullets(results.notes)]
     commands: list[list[Cell]] = []
     for run in results.runs:
-        commands += [[_run_name(run), run[step]["command"]] for step in ("trained", "evaluated") if run[step]]
+        for step in ("trained", "evaluated"):
+            if run[step]:
+                commands.append([_run_name(run), run[step]["command"]])
     blocks.append(Table(["", "command"], commands, folded="every command", text_columns=frozenset([1])))
     options: list[list[Cell]] = [[name, _json(value)] for name, value in sorted(_shared_options(results).items())]
     folded = "options of train.py that all arms share"

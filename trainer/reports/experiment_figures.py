@@ -1,22 +1,23 @@
 """
 The figures of an experiment: arms x seeds x tasks, averaged and compared.
 
-A line of a table is an arm, or, where the answers of a model were made in several modes, an arm and a mode. A question
-counts once: its scores are averaged over the seeds that were asked the same one, and intervals come from resampling
-questions, within each task. What seeds alone change is shown next to it, as the standard deviation over seeds.
+A line of a table is an arm or, if the experiment has several modes, an arm in a mode. A question counts once: its
+scores are averaged over the seeds that asked it. Intervals come from resampling the questions within each task. They
+do not cover the variation over seeds, so the standard deviation over seeds is shown next to them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from ..judging.figures import MAIN, MODES, SPLITS, Measured, cor_label, in_order
 from ..judging.intervals import average, mean_and_deviation
 from ..judging.results import FORMAT, read_results
-from .cells import verdict
+from .cells import Verdict, verdict
 from .experiment_scores import (
     ScoresById,
     TaskScores,
+    mean_over_tasks,
     over_seeds,
     plain_mean,
     read_task_scores,
@@ -30,7 +31,7 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Place:
-    """Where figures are shown: one task, or a group of tasks with their average."""
+    """Where figures are shown: at one task, or at the average of a group of tasks."""
 
     name: str
     tasks: tuple[str, ...]
@@ -39,17 +40,31 @@ class Place:
 
 
 class MeasuredOverSeeds(Measured):
-    """A figure over one or more tasks: `value` is the mean over seeds, `interval` and `n` are of questions."""
+    """A figure over one or more tasks: `value` is the mean over seeds, `interval` and `n` are over questions."""
 
-    tasks: int  # in which it applies
-    of_tasks: int
-    deviation: float | None  # over seeds; None for one
+    tasks: int  # tasks to which the figure applies
+    of_tasks: int  # all tasks
+    deviation: float | None  # over seeds; None for a single seed
     seeds: dict[int, float]
 
 
+class DifferenceOverSeeds(TypedDict):
+    """A line minus the baseline: the mean over seeds, with `interval` and `n` over questions."""
+
+    difference: float
+    interval: list[float]
+    n: int
+    left_out: int  # questions without a value for one of the two
+    seeds: dict[int, float]
+    tasks: int  # tasks in which both have a value
+    of_tasks: int  # all tasks
+    rate: float | None  # the difference in percent of the baseline; None if the baseline is 0
+    verdict: Verdict
+
+
 @dataclass
-class _Pairs:
-    """The questions of a task for which a line and the baseline have a value."""
+class _PairedScores:
+    """The scores of a line and the baseline on the questions of a task for which both have a value."""
 
     differences: dict[int, ScoresById] = field(default_factory=dict)  # by seed, line minus baseline
     baseline_values: list[float] = field(default_factory=list)
@@ -63,21 +78,22 @@ class Results:
     Args:
         experiment (`dict`): the fields of its file: `title`, `about`, `arms`, `baseline`, `seeds`, `evaluation`,
             `axis`, `corpus_sizes`, ...
-        runs (`list[dict]`): of each arm and seed: `arm`, `seed`, `options`, `failure`, `trained` and `evaluated`
-            (`None` until done), `evaluation` (the folder whose `results/` recipes/run_evaluation.py wrote),
-            `questions` (for each task what tells its questions from others).
+        runs (`list[dict]`): one per arm and seed: `arm`, `seed`, `options`, `failure`, `trained` and `evaluated`
+            (`None` until done), `evaluation` (the folder with the `results/` of recipes/run_evaluation.py),
+            `questions` (task -> a string that identifies its set of questions).
         meaning (`dict`): name of a task in the results -> `{"task", "setting", "size", "split"}`.
         notes (`list[str]`): what was left out.
-        command (`str`): that made all this.
+        command (`str`): the command that ran the experiment.
 
     Attributes:
-        lines (`list[str]`): those with answers, in order.
+        lines (`list[str]`): the lines with answers, in order.
         settings (`list[str]`): e.g. `"Top-20"`.
         names (`list[str]`): the figures that were measured, in the order of the vocabulary.
-        cor (`dict[str, str]`): what Cor is, by task.
+        cor (`dict[str, str]`): task -> what Cor is.
 
     Raises:
-        `FileNotFoundError`, `ValueError`: for results that are not complete, or of another format.
+        `FileNotFoundError`: if a results folder is not complete.
+        `ValueError`: if results have another format.
     """
 
     def __init__(
@@ -87,7 +103,7 @@ class Results:
         meaning: dict[str, dict],
         notes: Sequence[str] = (),
         command: str = "",
-    ):
+    ) -> None:
         self.experiment = experiment
         self.runs = runs
         self.meaning = meaning
@@ -96,18 +112,19 @@ class Results:
         self.modes: list[str] = experiment["evaluation"]["modes"]
         self.evaluated = [run for run in runs if run["evaluated"] is not None]
         self.arm_and_mode = {self._line(arm, mode): (arm, mode) for arm in experiment["arms"] for mode in self.modes}
-        # First of all, as the format is checked here.
+        # Checks the format, so it comes before anything else is read.
         all_results = [read_results(results_folder(run)) for run in self.evaluated]
         self.scores = self._read_scores()
         self.lines = [line for line in self.arm_and_mode if line in self.scores]
         self.settings = list(dict.fromkeys(task["setting"] for task in meaning.values()))
         self.names = self._measured_names()
         self.cor = self._read_cor(all_results)
-        self._figures: dict[tuple, MeasuredOverSeeds | None] = {}  # asked for several times
-        self._comparisons: dict[tuple, dict | None] = {}
+        # Tables, plots and JSON need the same figures.
+        self._figures: dict[tuple, MeasuredOverSeeds | None] = {}
+        self._comparisons: dict[tuple, DifferenceOverSeeds | None] = {}
 
     def _line(self, arm: str, mode: str) -> str:
-        """How tables name the answers of an arm in a mode: by what differs."""
+        """Return the name of a line: the parts in which the lines of this experiment differ."""
         if len(self.modes) == 1:
             return arm
         if len(self.experiment["arms"]) == 1:
@@ -115,20 +132,20 @@ class Results:
         return f"{arm}, {mode}"
 
     def _read_scores(self) -> dict[str, dict[int, TaskScores]]:
-        """Line -> seed -> task -> figure -> question -> value."""
+        """Return line -> seed -> task -> figure -> question -> value."""
         scores: dict[str, dict[int, TaskScores]] = {}
         for run in self.evaluated:
             for mode in self.modes:
                 by_task = {task: read_task_scores(run, task, mode) for task in self.meaning}
-                line = scores.setdefault(self._line(run["arm"], mode), {})
-                line[run["seed"]] = {task: figures for task, figures in by_task.items() if figures}
+                by_seed = scores.setdefault(self._line(run["arm"], mode), {})
+                by_seed[run["seed"]] = {task: figures for task, figures in by_task.items() if figures}
         return scores
 
     def _measured_names(self) -> list[str]:
         names: set[str] = set()
-        for seeds in self.scores.values():
-            for tasks in seeds.values():
-                for figures in tasks.values():
+        for by_seed in self.scores.values():
+            for by_task in by_seed.values():
+                for figures in by_task.values():
                     names |= figures.keys()
         return in_order(names)
 
@@ -145,27 +162,27 @@ class Results:
 
     @property
     def baseline(self) -> str | None:
-        """The line that others are compared with, `None` where it failed."""
-        wanted = self.experiment["baseline"]
+        """The line that the others are compared with, or `None` if it failed."""
+        name = self.experiment["baseline"]
         for line in self.lines:
-            if wanted in (line, self.arm(line)):
+            if name in (line, self.arm(line)):
                 return line
         return None
 
     def arm(self, line: str) -> str:
-        """The arm of a line."""
+        """Return the arm of a line."""
         return self.arm_and_mode[line][0]
 
     def label(self, line: str) -> str:
-        """A line as readers know it: modes by what they mean."""
+        """Return the name of a line for readers, with its mode in words."""
         return self._line(self.arm(line), self.mode_label(line))
 
     def mode_label(self, line: str) -> str:
-        """The mode of a line, in words."""
+        """Return the mode of a line, in words."""
         return MODES[self.arm_and_mode[line][1]]
 
     def tasks(self, setting: str, group: str = ALL) -> tuple[str, ...]:
-        """Names of the tasks of a setting and a group, in order."""
+        """Return the names of the tasks in a setting and a group, in order."""
         names = []
         for name, about in self.meaning.items():
             if about["setting"] == setting and group in (ALL, about["split"]):
@@ -173,13 +190,15 @@ class Results:
         return tuple(names)
 
     def task_places(self, setting: str) -> list[Place]:
-        """The tasks of a setting."""
-        return [
-            Place(self.meaning[name]["task"], (name,), self.meaning[name]["split"]) for name in self.tasks(setting)
-        ]
+        """Return the tasks of a setting."""
+        places = []
+        for name in self.tasks(setting):
+            about = self.meaning[name]
+            places.append(Place(about["task"], (name,), about["split"]))
+        return places
 
     def group_places(self, setting: str) -> list[Place]:
-        """The groups that say something of their own: each split where there are both, and all tasks."""
+        """Return the groups of a setting: all tasks and, if the setting has tasks of both splits, each split."""
         splits = [split for split in SPLITS if self.tasks(setting, split)]
         groups = [*splits, ALL] if len(splits) == 2 else [ALL]
         return [Place(group, self.tasks(setting, group), is_group=True) for group in groups]
@@ -188,14 +207,15 @@ class Results:
 
     def figure(self, line: str, tasks: Sequence[str], name: str) -> MeasuredOverSeeds | None:
         """
-        A figure of a line over one or more tasks.
+        Return a figure of a line over one or more tasks.
 
         Args:
-            line (`str`), name (`str`): of the figure.
-            tasks (sequence of `str`): over several it is the plain mean of the tasks' means.
+            line (`str`): the line.
+            tasks (`Sequence[str]`): names of tasks. The value of several tasks is the plain mean of their means.
+            name (`str`): name of the figure.
 
         Returns:
-            [`MeasuredOverSeeds`], `None` where the figure does not apply.
+            [`MeasuredOverSeeds`], or `None` if the figure does not apply.
         """
         key = (line, tuple(tasks), name)
         if key not in self._figures:
@@ -213,9 +233,9 @@ class Results:
             return None
         seeds = {}
         for seed, by_task in by_seed.items():
-            task_means = [plain_mean(scores.values()) for task in tasks if (scores := scores_of(by_task, task, name))]
-            if task_means:
-                seeds[seed] = plain_mean(task_means)
+            mean = mean_over_tasks([scores_of(by_task, task, name) for task in tasks])
+            if mean is not None:
+                seeds[seed] = mean
         value, deviation = mean_and_deviation(list(seeds.values()))
         return {
             "value": value,
@@ -229,23 +249,20 @@ class Results:
 
     # ------------------------------------------------------------------ one comparison
 
-    def compare(self, line: str, tasks: Sequence[str], name: str) -> dict[str, Any] | None:
+    def compare(self, line: str, tasks: Sequence[str], name: str) -> DifferenceOverSeeds | None:
         """
-        A line against the baseline, question by question, over the seeds and questions that both have.
+        Compare a line with the baseline, question by question, over the seeds and questions that both have.
 
         Returns:
-            `dict`: `difference` of the means, its `interval`, `n`, `left_out` (questions for which one of them has no
-            value), `tasks` in which both have one, `of_tasks` (all), `rate` (the difference in percent of the
-            baseline; `None` where that is 0), `seeds` (`{seed: difference}`) and `verdict`, see
-            [`~trainer.reports.cells.verdict`]. `None` where there is nothing to compare.
+            [`DifferenceOverSeeds`], or `None` if there is nothing to compare.
         """
         key = (line, tuple(tasks), name)
         if key not in self._comparisons:
             self._comparisons[key] = self._compare(*key)
         return self._comparisons[key]
 
-    def _compare(self, line: str, tasks: tuple[str, ...], name: str) -> dict[str, Any] | None:
-        all_pairs = [self._pairs(line, task, name) for task in tasks]
+    def _compare(self, line: str, tasks: tuple[str, ...], name: str) -> DifferenceOverSeeds | None:
+        all_pairs = [self._paired_scores(line, task, name) for task in tasks]
         pairs_by_task = [pairs for pairs in all_pairs if pairs.baseline_values]
         measured = average([list(over_seeds(pairs.differences.values()).values()) for pairs in pairs_by_task])
         if measured is None:
@@ -254,11 +271,9 @@ class Results:
         baseline = plain_mean(plain_mean(pairs.baseline_values) for pairs in pairs_by_task)
         seeds = {}
         for seed in self._shared_seeds(line):
-            task_means = [
-                plain_mean(pairs.differences[seed].values()) for pairs in pairs_by_task if pairs.differences[seed]
-            ]
-            if task_means:
-                seeds[seed] = plain_mean(task_means)
+            mean = mean_over_tasks([pairs.differences[seed] for pairs in pairs_by_task])
+            if mean is not None:
+                seeds[seed] = mean
         return {
             "difference": difference,
             "interval": measured["interval"],
@@ -271,11 +286,12 @@ class Results:
             "verdict": verdict(name, measured["interval"], seeds.values()),
         }
 
-    def _pairs(self, line: str, task: str, name: str) -> _Pairs:
-        pairs = _Pairs()
+    def _paired_scores(self, line: str, task: str, name: str) -> _PairedScores:
+        pairs = _PairedScores()
+        baseline_by_seed = self._baseline_scores()
         for seed in self._shared_seeds(line):
             new = scores_of(self.scores[line][seed], task, name)
-            old = scores_of(self.scores[self.baseline or ""][seed], task, name)
+            old = scores_of(baseline_by_seed[seed], task, name)
             shared = [question for question in old if question in new]
             pairs.differences[seed] = {question: new[question] - old[question] for question in shared}
             pairs.baseline_values += [old[question] for question in shared]
@@ -283,14 +299,17 @@ class Results:
         return pairs
 
     def _shared_seeds(self, line: str) -> list[int]:
-        theirs = self.scores.get(self.baseline or "", {})
-        return [seed for seed in self.scores.get(line, {}) if seed in theirs]
+        baseline_by_seed = self._baseline_scores()
+        return [seed for seed in self.scores.get(line, {}) if seed in baseline_by_seed]
+
+    def _baseline_scores(self) -> dict[int, TaskScores]:
+        return {} if self.baseline is None else self.scores[self.baseline]
 
     # ------------------------------------------------------------------ all of them
 
     def to_dict(self) -> dict[str, Any]:
         """
-        Everything as JSON holds it: what was run, `figures` (setting -> line -> task or group -> figure) and
+        Return everything as JSON holds it: what was run, `figures` (setting -> line -> task or group -> figure), and
         `comparisons` with the baseline.
         """
         figures: dict[str, dict] = {}
@@ -298,9 +317,9 @@ class Results:
         for setting in self.settings:
             places = [*self.task_places(setting), *self.group_places(setting)]
             for line in self.lines:
-                figures.setdefault(setting, {})[line] = self._of_places(self.figure, line, places)
+                figures.setdefault(setting, {})[line] = self._by_place(self.figure, line, places)
                 if self.baseline is not None and line != self.baseline:
-                    comparisons.setdefault(setting, {})[line] = self._of_places(self.compare, line, places)
+                    comparisons.setdefault(setting, {})[line] = self._by_place(self.compare, line, places)
         return {
             "format": FORMAT,
             "experiment": self.experiment,
@@ -312,7 +331,8 @@ class Results:
             "comparisons": comparisons,
         }
 
-    def _of_places(self, measure: Callable[..., Mapping | None], line: str, places: list[Place]) -> dict[str, dict]:
+    def _by_place(self, measure: Callable[..., Mapping | None], line: str, places: list[Place]) -> dict[str, dict]:
+        """Return place -> figure -> what `measure`, [`figure`] or [`compare`], returns for it."""
         by_place: dict[str, dict] = {}
         for place in places:
             measured = {name: measure(line, place.tasks, name) for name in self.names}

@@ -1,4 +1,4 @@
-"""The pictures of an experiment: bars of the averages in each setting, or curves over what arms or corpora vary."""
+"""The plots of an experiment: bars of the averages in each setting, or curves over an option or the corpus size."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,14 +6,14 @@ from typing import Any, TypeAlias
 
 from ..judging.figures import Measured, figure
 from .document import Block, Heading, Plot, Text
-from .experiment_figures import Place, Results
+from .experiment_figures import ALL, Place, Results
 from .plots import Curve, can_draw, draw_bars, draw_curves
 
 Curves: TypeAlias = Mapping[str, Curve]
 
 
 def experiment_plots(results: Results, output_dir: Path) -> list[Block]:
-    """Draw what there is to draw into `output_dir/plots`, and the blocks that show it."""
+    """Draw the plots into `output_dir/plots` and return the blocks that show them."""
     if not can_draw():
         return [Text("Without matplotlib there are no plots: pip install matplotlib", note=True)]
     grounding = "gr" if "gr" in results.names else "k_precision"
@@ -47,7 +47,7 @@ def _bars(results: Results, names: list[str], output_dir: Path) -> list[Block]:
 
 
 def _over_corpus_sizes(results: Results, name: str) -> Curves:
-    """A curve for each line and group, over the sizes of the corpora."""
+    """Return a curve for each line and group, over the sizes of the corpora."""
     curves: dict[str, dict[float, Measured]] = {}
     for setting in results.settings:
         size = next(about["size"] for about in results.meaning.values() if about["setting"] == setting)
@@ -58,22 +58,23 @@ def _over_corpus_sizes(results: Results, name: str) -> Curves:
 
 
 def _over_option(results: Results, name: str) -> Curves:
-    """A curve for each setting, group and mode, over the option that the arms set."""
+    """Return a curve for each setting, group and mode, over the option that the arms set."""
     curves: dict[str, dict[float, Measured]] = {}
     for setting in results.settings:
         for place in _shown_groups(results, setting):
             for line, measured in _by_line(results, place, name).items():
                 option = _option(results, line)
-                if option is not None:
-                    label = f"{setting}, {place.name}"
-                    if len(results.modes) > 1:
-                        label += f", {results.mode_label(line)}"
-                    curves.setdefault(label, {})[float(option)] = measured
+                if option is None:
+                    continue
+                label = f"{setting}, {place.name}"
+                if len(results.modes) > 1:
+                    label += f", {results.mode_label(line)}"
+                curves.setdefault(label, {})[float(option)] = measured
     return curves
 
 
 def _without_option(results: Results, name: str) -> dict[str, Measured]:
-    """Figures of the lines whose arms do not set the option."""
+    """Return the figures of the lines that do not set the option."""
     levels: dict[str, Measured] = {}
     for setting in results.settings:
         for place in _shown_groups(results, setting):
@@ -84,16 +85,22 @@ def _without_option(results: Results, name: str) -> dict[str, Measured]:
 
 
 def _shown_groups(results: Results, setting: str) -> list[Place]:
-    """In-domain and out-of-domain where there are both, which together cover all tasks with a split; else all."""
+    """Return the splits of a setting if it has both, and otherwise the group of all tasks."""
     groups = results.group_places(setting)
-    return groups[:-1] if len(groups) > 1 else groups
+    if len(groups) == 1:
+        return groups
+    return [place for place in groups if place.name != ALL]
 
 
 def _by_line(results: Results, place: Place, name: str) -> dict[str, Measured]:
-    measured = {line: results.figure(line, place.tasks, name) for line in results.lines}
-    return {line: average for line, average in measured.items() if average is not None}
+    by_line: dict[str, Measured] = {}
+    for line in results.lines:
+        measured = results.figure(line, place.tasks, name)
+        if measured is not None:
+            by_line[line] = measured
+    return by_line
 
 
 def _option(results: Results, line: str) -> Any:
-    """What the line's arm sets the option of the axis to, `None` where it leaves it."""
+    """Return the line's value of the option on the axis, or `None` if its arm does not set it."""
     return results.experiment["arms"][results.arm(line)].get(results.experiment["axis"])

@@ -1,4 +1,4 @@
-"""The scores of an experiment, question by question, as the results folders of its runs hold them."""
+"""The scores of an experiment, question by question, read from the results folders of its runs."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,58 +15,69 @@ TaskScores: TypeAlias = dict[str, dict[str, ScoresById]]  # task -> figure -> sc
 
 
 def results_folder(run: dict) -> Path:
-    """What recipes/run_evaluation.py wrote for an arm and seed."""
+    """Return the folder that recipes/run_evaluation.py wrote for an arm and seed."""
     return Path(run["evaluation"], "results")
 
 
 def read_task_scores(run: dict, task: str, mode: str) -> dict[str, ScoresById]:
     """
-    The scores of a task in a mode; where the model searches by its own decision, with the ranking by the query
-    embedding over what is searched.
+    Return the scores of a task in a mode.
+
+    Mode `"retrieval"` also holds the scores of the query embedding, over the pool if there is one and otherwise over
+    the corpus, because that is what the model searches.
 
     Args:
-        run (`dict`): `evaluation` and `questions`, see [`~trainer.reports.experiment_figures.Results`].
+        run (`dict`): holds `evaluation` and `questions`, see [`~trainer.reports.experiment_figures.Results`].
+        task (`str`): name of the task in the results.
+        mode (`str`): see `trainer.judging.figures.MODES`.
 
     Returns:
-        `{figure: {question: value}}`: a question is known by its set and id, so seeds that were asked the same one
-        share it.
+        `dict[str, dict[str, float]]`: figure -> question -> value. A question is identified by its set and its id, so
+        that seeds with the same questions share them.
     """
     folder = results_folder(run) / task
     rows = []
     if mode != QUERY:
-        rows += _rows(folder / mode / "scores.jsonl")
+        rows += _read_rows(folder / mode / "scores.jsonl")
     if mode in ("retrieval", QUERY):
-        ranked = _rows(folder / QUERY / "scores.jsonl")
-        searched = "pool" if any(row["scope"] == "pool" for row in ranked) else "corpus"
-        rows += [row for row in ranked if row["scope"] == searched]
+        rankings = _read_rows(folder / QUERY / "scores.jsonl")
+        scope = "pool" if any(row["scope"] == "pool" for row in rankings) else "corpus"
+        rows += [row for row in rankings if row["scope"] == scope]
     question_set = run["questions"][task][:16]
     scores: dict[str, ScoresById] = {}
     for row in rows:
-        question = f"{question_set} {row['id']}"
+        question = f"{question_set} {row.pop('id')}"
+        row.pop("scope", None)
         for name, value in row.items():
-            if name not in ("id", "scope") and value is not None:
+            if value is not None:
                 scores.setdefault(name, {})[question] = float(value)
     return scores
 
 
 def scores_of(by_task: TaskScores, task: str, name: str) -> ScoresById:
-    """The scores of one figure, empty where there are none."""
+    """Return the scores of one figure in one task, or an empty dictionary."""
     return by_task.get(task, {}).get(name, {})
 
 
 def over_seeds(scores_of_seeds: Iterable[ScoresById]) -> ScoresById:
-    """The mean of each question over the seeds that asked it."""
-    gathered: dict[str, list[float]] = {}
+    """Return the mean of each question over the seeds that asked it."""
+    values_by_question: dict[str, list[float]] = {}
     for scores in scores_of_seeds:
         for question, value in scores.items():
-            gathered.setdefault(question, []).append(value)
-    return {question: sum(values) / len(values) for question, values in gathered.items()}
+            values_by_question.setdefault(question, []).append(value)
+    return {question: sum(values) / len(values) for question, values in values_by_question.items()}
 
 
 def plain_mean(values: Iterable[float]) -> float:
-    """The mean of at least one value."""
+    """Return the mean of one or more values."""
     return float(np.mean(list(values)))
 
 
-def _rows(path: Path) -> list[dict]:
+def mean_over_tasks(scores_of_tasks: Iterable[ScoresById]) -> float | None:
+    """Return the plain mean of the tasks' means. Tasks without scores do not count. `None` if there are no scores."""
+    task_means = [plain_mean(scores.values()) for scores in scores_of_tasks if scores]
+    return plain_mean(task_means) if task_means else None
+
+
+def _read_rows(path: Path) -> list[dict]:
     return read_lines(path) if path.exists() else []

@@ -1,8 +1,9 @@
-"""The pictures of a report, drawn with matplotlib where it is installed. All figures are shares, drawn in percent."""
+"""Plots of a report, drawn if matplotlib is installed. All figures are shares, drawn in percent."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -13,34 +14,38 @@ try:
 except ImportError:
     Figure = None  # type: ignore[assignment, misc]
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 Curve: TypeAlias = Mapping[float, Measured]
 
 COLORS = ("#2f6db3", "#e08a2e", "#4d9a5b", "#b5475b", "#7b62a8", "#6b7680")
 LINE_STYLES = ("-", "--", ":")
 MAX_WIDTH = 14.0  # inches
-MANY_GROUPS = 7  # from this number on their names are set at an angle
+MANY_GROUPS = 7  # from this number on, the names are rotated
 
 
 def can_draw() -> bool:
-    """Whether matplotlib is installed."""
+    """Return whether matplotlib is installed."""
     return Figure is not None
 
 
 def draw_bars(groups: Mapping[str, Mapping[str, Measured]], labels: Mapping[str, str], path: Path) -> None:
     """
-    Bars with 95 % intervals.
+    Draw bars with 95 % intervals.
 
     Args:
-        groups: place on the axis -> key of a bar -> figure; a place that lacks a key has no bar there.
-        labels: key of a bar -> what the legend calls it; one colour each, in this order.
-        path (`Path`): of the PNG.
+        groups (`Mapping`): group of bars on the axis -> key of a bar -> figure. A missing key leaves a gap.
+        labels (`Mapping`): key of a bar -> its name in the legend. Colours follow this order.
+        path (`Path`): the PNG file to write.
     """
     width = max(6.0, 1.1 * len(groups) * max(1.0, len(labels) / 3))
     picture = Figure(figsize=(min(width, MAX_WIDTH), 3.4), layout="constrained")
     axes = picture.subplots()
     bar_width = 0.8 / len(labels)
     for number, (key, label) in enumerate(labels.items()):
-        places, figures = [], []
+        places: list[int] = []
+        figures: list[Measured] = []
         for place, bars in enumerate(groups.values()):
             if key in bars:
                 places.append(place)
@@ -77,26 +82,28 @@ def draw_curves(
     levels: Mapping[str, Mapping[str, Measured]] | None = None,
 ) -> None:
     """
-    Curves over a number, on a logarithmic axis, with 95 % intervals.
+    Draw curves over a number, on a logarithmic axis, with 95 % intervals.
 
     Args:
-        panels: title of a panel -> label of a curve -> number -> figure.
-        path (`Path`): of the PNG.
+        panels (`Mapping`): title of a panel -> label of a curve -> number -> figure.
+        path (`Path`): the PNG file to write.
         xlabel (`str`): what the number is.
-        levels: title of a panel -> label -> figure that no number belongs to: a level line.
+        levels (`Mapping`, *optional*): title of a panel -> label -> a figure without a number, drawn as a level line.
     """
+    levels = levels or {}
+    rotation = 0 if len(panels) == 1 else 30
     width = 6.5 if len(panels) == 1 else 3.6 * len(panels) + 2.2
     picture = Figure(figsize=(width, 3.4), layout="constrained")
     panel_axes = picture.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, curves) in zip(panel_axes, panels.items(), strict=True):
         for number, (label, curve) in enumerate(curves.items()):
             _draw_curve(axes, label, curve, number)
-        for number, (label, level) in enumerate((levels or {}).get(title, {}).items()):
+        for number, (label, level) in enumerate(levels.get(title, {}).items()):
             color = COLORS[number % len(COLORS)]
             axes.axhline(100 * level["value"], linestyle="--", linewidth=1.2, color=color, label=_safe(label))
-        ticks = sorted({number for curve in curves.values() for number in curve})
+        ticks = sorted(set().union(*curves.values()))
         axes.set_xscale("log")
-        axes.set_xticks(ticks, [f"{tick:,g}" for tick in ticks], rotation=0 if len(panels) == 1 else 30)
+        axes.set_xticks(ticks, [f"{tick:,g}" for tick in ticks], rotation=rotation)
         axes.minorticks_off()
         axes.set_ylim(0, 103)
         axes.set_title(_safe(f"{title}, %"), fontsize=10)
@@ -106,19 +113,25 @@ def draw_curves(
     _save(picture, path)
 
 
-def _draw_curve(axes, label: str, curve: Curve, number: int) -> None:
-    numbers = sorted(curve)
-    values, low, high = _percents([curve[at] for at in numbers])
+def _draw_curve(axes: "Axes", label: str, curve: Curve, number: int) -> None:
+    xs = sorted(curve)
+    values, low, high = _percents([curve[x] for x in xs])
     color = COLORS[number % len(COLORS)]
     style = LINE_STYLES[number // len(COLORS) % len(LINE_STYLES)]
-    axes.plot(numbers, values, marker="o", markersize=4, label=_safe(label), color=color, linestyle=style)
-    axes.fill_between(numbers, low, high, alpha=0.13, color=color, linewidth=0)
+    axes.plot(xs, values, marker="o", markersize=4, label=_safe(label), color=color, linestyle=style)
+    axes.fill_between(xs, low, high, alpha=0.13, color=color, linewidth=0)
 
 
 def draw_histograms(scores: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path) -> None:
-    """Histograms of retrieval scores: task -> (of gold passages, of others); one panel for each task."""
+    """
+    Draw histograms of retrieval scores, one panel per task.
+
+    Args:
+        scores (`Mapping`): task -> scores of the gold passages, scores of the others.
+        path (`Path`): the PNG file to write.
+    """
     columns = min(3, len(scores))
-    rows = -(-len(scores) // columns)
+    rows = math.ceil(len(scores) / columns)
     picture = Figure(figsize=(3.6 * columns + 0.6, 2.7 * rows), layout="constrained")
     panels = list(picture.subplots(rows, columns, squeeze=False).flat)
     for axes, (task, (gold, others)) in zip(panels, scores.items(), strict=False):
@@ -135,26 +148,26 @@ def draw_histograms(scores: Mapping[str, tuple[Sequence[float], Sequence[float]]
 
 
 def _percents(figures: Sequence[Measured]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Values, lower and upper bounds in percent, each of shape `(number of figures,)`."""
+    """Return values, lower and upper bounds in percent, each of shape `(number of figures,)`."""
     values = np.array([figure["value"] for figure in figures], float)
     bounds = np.array([figure["interval"] for figure in figures], float).reshape(-1, 2)
-    low = np.minimum(bounds[:, 0], values)  # where rounding leaves a bound on the wrong side
+    low = np.minimum(bounds[:, 0], values)  # rounding can leave a bound on the wrong side of the value
     high = np.maximum(bounds[:, 1], values)
     return 100 * values, 100 * low, 100 * high
 
 
-def _trim(axes) -> None:
+def _trim(axes: "Axes") -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
     axes.set_axisbelow(True)
 
 
-def _add_legend(picture, axes) -> None:
+def _add_legend(picture: Figure, axes: "Axes") -> None:
     handles, labels = axes.get_legend_handles_labels()
     picture.legend(handles, labels, frameon=False, loc="outside right upper", fontsize=9)
 
 
-def _save(picture, path: Path) -> None:
+def _save(picture: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}")
     picture.savefig(unfinished, format="png", dpi=130)
@@ -162,5 +175,5 @@ def _save(picture, path: Path) -> None:
 
 
 def _safe(text: str) -> str:
-    """Dollar signs would start a formula."""
+    """Escape dollar signs, which would start a formula."""
     return text.replace("$", r"\$")

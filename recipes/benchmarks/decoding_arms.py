@@ -1,0 +1,105 @@
+"""The arms of generate.py: the original's algorithm, retrieval with timed searches, and captured decoding."""
+
+import contextlib
+import copy
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from torch._dynamo.utils import counters
+from transformers import DynamicCache
+
+from modeling_cosup import CoSupForCausalLM, PassageIndex
+
+from measuring import Clock, TimedIndex
+from random_world import World
+
+
+@torch.no_grad()
+def original_generate(
+    world: World, prompt: list[int], plan: list[int], pool: list[dict[str, Any]], embeds: np.ndarray
+) -> list[int]:
+    """
+    Write one row as the original does: with an ordinary KV cache that it drops at every passage and every `[CE]`, and
+    with its own FAISS index.
+
+    Args:
+        world (`World`): the model and its settings.
+        prompt (`list[int]`): token ids.
+        plan (`list[int]`): the token id to force at each step, -1 for none.
+        pool (`list[dict]`): the candidates of the row.
+        embeds (`np.ndarray` of shape `(C, h)`): their embeddings, made beforehand.
+
+    Returns:
+        `list[int]`: the written token ids.
+    """
+    gen = world.model.gen
+    config = world.config
+    index = faiss.IndexFlatIP(embeds.shape[1])
+    index.add(embeds)
+
+    def read(tokens: list[int], cache: DynamicCache) -> torch.Tensor:
+        input_ids = torch.tensor([tokens], device=world.device)
+        output = gen.base_model(input_ids, past_key_values=cache, use_cache=True)
+        return output.last_hidden_state[:, -1]  # (1, h)
+
+    ids = list(prompt)
+    unread = list(prompt)
+    cache = DynamicCache()
+    for token in plan:
+        hidden = read(unread, cache)
+        if ids[-1] == config.nsp_token_id:
+            # The query embedding is not normalized: its length does not change the order of inner products.
+            _, rows = index.search(hidden.float().cpu().numpy(), 1)
+            ids += [*pool[rows[0, 0]]["input_ids"], config.cs_token_id]
+            cache = DynamicCache()
+            hidden = read(ids, cache)
+        if token < 0:
+            logits = gen.get_output_embeddings()(hidden)
+            logits[:, world.options["suppress_tokens"]] = float("-inf")
+            token = int(logits.argmax())
+        ids.append(token)
+        unread = [token]
+        if token == config.ce_token_id:
+            unread = list(ids)
+            cache = DynamicCache()
+    return ids[len(prompt) :]
+
+
+def timed_retrieve(
+    world: World,
+    model: CoSupForCausalLM,
+    prompts: list[list[int]],
+    index: PassageIndex,
+    time_reading: bool = False,
+    **kwargs: Any,
+) -> tuple[list[list[int]], dict[str, float]]:
+    """
+    Return the tokens of each row, and the seconds that search and, with `time_reading`, reading the passages took.
+
+    Reading cannot be timed in a captured arm, because its hook would be captured too.
+    """
+    clock = Clock(world.device)
+    reading = clock.time_reading(world.model.gen) if time_reading else contextlib.nullcontext()
+    with reading:
+        rows = world.retrieve(model, prompts, TimedIndex(index, clock), **kwargs)
+    return rows, clock.seconds
+
+
+def captured_view(model: CoSupForCausalLM) -> CoSupForCausalLM:
+    """Return the same weights with their own captured cache, which no other arm has made larger."""
+    torch._dynamo.reset()  # otherwise the shapes of the last batch size would make those of this one dynamic
+    counters.clear()
+    return copy.copy(model)
+
+
+def print_captures() -> dict[str, int]:
+    """Print and return what torch.compile captured in all arms of a batch size. It shows steps that stay eager."""
+    captures = {
+        "graphs": counters["stats"]["unique_graphs"],
+        "graph_breaks": sum(counters["graph_break"].values()),
+        "cuda_graphs_skipped": counters["inductor"]["cudagraph_skips"],
+    }
+    print(f"  captured: {captures}", flush=True)
+    return captures

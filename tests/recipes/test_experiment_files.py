@@ -1,0 +1,227 @@
+"""Experiment files: what they may hold, which trainings and evaluations follow, and the corpora that they cut."""
+
+import json
+import re
+from pathlib import Path
+
+from shared.cli import parse
+
+import pytest
+import run_experiments
+import yaml
+
+from support.experiments import write_experiment
+from support.models import PASSAGES
+from support.recipes import write
+from trainer import CoSupTrainingArguments, load_corpus, load_evaluation_set
+from trainer.judging.tasks import read_tasks
+
+from experiments import definition, task_files
+from experiments.definition import load_experiment
+from experiments.task_files import cut_corpora, expand_tasks
+from shared.arguments import ScriptArguments
+
+ROOT = Path(__file__).parents[2]
+EXTRA_PASSAGES = [{"id": f"extra{i}", "title": "", "text": f"passage {i}"} for i in range(20)]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder with an experiment, its evaluation set and its corpus."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_experiment(folder)
+    return folder
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_experiments_are_valid(path, tmp_path):
+    experiment = load_experiment(path)  # checks every option of train.py and run_evaluation.py
+    assert experiment.baseline in (experiment.arms if len(experiment.arms) > 1 else experiment.modes)
+    if experiment.axis:
+        assert sum(experiment.axis in options for options in experiment.arms.values()) >= 2
+    world = {name: f"W/{file}" for name, file in definition.WORLD_FILES.items()}
+    arms = []
+    for arm in experiment.arms:
+        options = run_experiments.fill(experiment.options(arm), {"world": "W", "models": "M"})
+        arms.append(run_experiments.complete(options, 0, world))
+    assert len({definition.key_of(options) for options in arms}) == len(arms)  # no two arms are the same training
+    config = tmp_path / "options.yaml"
+    for options in arms:
+        config.write_text(yaml.safe_dump(options))
+        argv = ["--config", str(config), "--output_dir", str(tmp_path)]
+        script, args = parse([ScriptArguments, CoSupTrainingArguments], "", argv)
+        assert script.gen == "W/gen"
+        assert args.seed == 0
+        assert args.gradient_accumulation_steps * args.train_batch_size in (64, 128)
+
+
+def test_shipped_experiments_share_trainings(tmp_path):
+    arms = {
+        "main_table": "co",
+        "corpus_size": "co",
+        "controls": "co",
+        "general_retriever": "co",
+        "emb_seq": "same",
+        "nsp_loss_weight": "ours",
+        "passages_trained": "masked",
+        "similarity": "cosine-0.05",
+    }
+    keys = set()
+    for name, arm in arms.items():
+        options = load_experiment(ROOT / "recipes" / "experiments" / f"{name}.yaml").options(arm)
+        keys.add(definition.key_of(run_experiments.complete(options, 0, {"gen": "G", "train_file": "T"})))
+    assert len(keys) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["learning_rat=1"], "train.py has no option 'learning_rat'"),
+        (["evaluation.pools=1"], "run_evaluation.py has no option 'pools'"),
+        (["tasks=null"], "there are no tasks"),
+        (["baseline=other"], "baseline is 'other', expected one of co, separate"),
+        (["axis=colour"], "axis is 'colour'"),
+        (
+            ["axis=similarity", "arms.co.similarity=dot"],
+            "axis is similarity, whose values in the arms are ['dot'], expected numbers",
+        ),
+        (
+            ["axis=max_steps", "arms.co.max_steps=2", "arms.separate.max_steps=2.0"],
+            "whose values in the arms are [2, 2.0], expected numbers, each in one arm",
+        ),
+        (["seeds=3"], "seeds is 3, expected a list"),
+        (["tasks=[{name: a, eval_fil: b}]"], "unknown field 'eval_fil'"),
+        (["max_steps"], "expected key=value"),
+        (["title.a.b=1"], "title holds no options"),
+        (["seeds=[1"], "--override seeds=[1: malformed YAML"),
+    ],
+)
+def test_errors_of_an_experiment_file_name_the_key(inputs, overrides, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_experiment(inputs / "experiment.yaml", overrides)
+
+
+def test_overrides_of_several_kinds(inputs):
+    required = ["--experiment", str(inputs / "experiment.yaml"), "--output_dir", "out"]
+    first = ["--override", "max_steps=7", "seeds=[4]", "--only", "co"]
+    second = ["--override", "arms.co.gen=small", "--override=evaluation.top_k=2"]
+    (args,) = parse([run_experiments.RunnerArguments], "", [*required, *first, *second])
+    assert args.only == ["co"]
+    assert args.override == ["max_steps=7", "seeds=[4]", "arms.co.gen=small", "evaluation.top_k=2"]
+    experiment = load_experiment(args.experiment, args.override)
+    assert (experiment.seeds, experiment.evaluation["top_k"]) == ([4], 2)
+    assert [experiment.options(arm).get("gen") for arm in experiment.arms] == ["small", None]
+    assert {experiment.options(arm)["max_steps"] for arm in experiment.arms} == {7}
+
+
+def test_a_training_is_identified_by_its_options_and_data(tmp_path):
+    (tmp_path / "train.jsonl").write_text("a")
+    (tmp_path / "copy.jsonl").write_text("a")
+    options = {"train_file": str(tmp_path / "train.jsonl"), "learning_rate": 0.1, "seed": 0}
+    key = definition.key_of(options)
+    same_result = {"train_file": str(tmp_path / "copy.jsonl"), "num_threads": 3, "logging_steps": 1}
+    assert key == definition.key_of({**options, **same_result})
+    assert key != definition.key_of({**options, "seed": 1})
+    (tmp_path / "train.jsonl").write_text("b")
+    assert key != definition.key_of(options)
+
+
+def test_results_of_another_format_have_another_key(monkeypatch):
+    """The results of another version are in another folder, so they do not block the report."""
+    before = definition.evaluation_key("model", [], {"modes": ["off"]})
+    assert before == definition.evaluation_key("model", [], {"modes": ["off"], "num_threads": 3})
+    monkeypatch.setattr(definition, "FORMAT", definition.FORMAT + 1)
+    assert before != definition.evaluation_key("model", [], {"modes": ["off"]})
+
+
+def test_a_plan_names_the_trainings_of_a_world_that_is_not_made(inputs, tmp_path):
+    """--dry_run looks for the same trainings as a run, also with models that come with the world."""
+    small_world = {
+        "num_train_entities": 60,
+        "num_unseen_entities": 10,
+        "num_train_instances": 40,
+        "num_validation": 10,
+        "num_eval_no_passage": 5,
+        "drill_max_steps": 0,
+    }
+    task = {"name": "known", "eval_file": str(inputs / "eval.jsonl"), "corpus_file": str(inputs / "corpus.jsonl")}
+    overrides = [
+        f"world_options={json.dumps(small_world)}",
+        "model_options={retriever_steps: 1}",
+        f"tasks={json.dumps([task])}",
+        "pools=[4]",
+    ]
+    experiment = load_experiment(ROOT / "recipes/experiments/emb_seq.yaml", overrides)
+    before = {arm: run_experiments.planned_options(experiment, arm, 3, tmp_path) for arm in experiment.arms}
+    assert not list(tmp_path.iterdir())
+    runs = run_experiments.plan_seed(experiment, 3, tmp_path, [])
+    assert {run.arm: run.options for run in runs} == before
+    assert [run.folder.name for run in runs] == [definition.key_of(options) for options in before.values()]
+
+
+def test_a_missing_folder_is_an_error(inputs):
+    needs_models = "arms.co.emb_seq={models}/retriever"
+    experiment = load_experiment(inputs / "experiment.yaml", [needs_models])
+    with pytest.raises(ValueError, match="data=FOLDER"):
+        run_experiments.plan_seed(experiment, 0, Path("unused"), [])
+    experiment = load_experiment(inputs / "experiment.yaml", [needs_models, f"data={inputs}"])
+    with pytest.raises(ValueError, match="needs world: quickstart"):
+        run_experiments.plan_seed(experiment, 0, Path("unused"), [])
+
+
+def test_corpora_of_growing_size(inputs, tmp_path):
+    corpus_file = write(tmp_path / "corpus.jsonl", [*EXTRA_PASSAGES, *PASSAGES])
+    experiment = load_experiment(inputs / "experiment.yaml", ["corpus_sizes=[8, 12, full, 100]", f"data={inputs}"])
+    tasks = [{"name": "t", "eval_file": str(inputs / "eval.jsonl"), "corpus_file": str(corpus_file)}]
+    entries, meaning = expand_tasks(experiment, tasks)
+    settings = [about["setting"] for about in meaning.values()]
+    assert settings == ["corpus of 8", "corpus of 12", "full corpus", "corpus of 100"]
+
+    entries, notes = cut_corpora(entries, meaning, tmp_path / "cut")
+    assert notes == [f"t-100: {corpus_file} has only 26 passages"]
+    ids = [{passage["id"] for passage in load_corpus(entry["corpus_file"])} for entry in entries]
+    assert [len(corpus_ids) for corpus_ids in ids] == [8, 12, 26]
+    assert ids[0] < ids[1] < ids[2]
+    assert {passage["id"] for passage in PASSAGES} <= ids[0]
+    for entry in entries:
+        corpus = load_corpus(entry["corpus_file"])
+        load_evaluation_set(entry["eval_file"], corpus=corpus)  # no question has candidates that the corpus lacks
+
+    entries, meaning = expand_tasks(load_experiment(inputs / "experiment.yaml", ["corpus_sizes=[3]"]), tasks)
+    with pytest.raises(ValueError, match="corpus_sizes holds 3, but 6 gold passages"):
+        cut_corpora(entries, meaning, tmp_path / "cut")
+
+
+def test_corpora_cut_to_what_pools_hold(inputs, tmp_path):
+    corpus_file = write(tmp_path / "corpus.jsonl", [*EXTRA_PASSAGES, *PASSAGES])
+    questions = load_evaluation_set(inputs / "eval.jsonl")
+    for question in questions:
+        question["candidates"] = ["extra3", question["provenance"][0][0], "extra4"]
+    eval_file = write(tmp_path / "eval.jsonl", questions)
+    tasks = [{"name": "t", "eval_file": str(eval_file), "corpus_file": str(corpus_file)}]
+    experiment = load_experiment(inputs / "experiment.yaml", ["pools=[1, 2]", "pools_only=true"])
+    entries, _ = expand_tasks(experiment, tasks)
+
+    cut_entries = task_files.cut_to_pools(entries, tmp_path / "cut", {"max_eval_samples": 2})
+    (cut_file,) = {entry["corpus_file"] for entry in cut_entries}  # embedded once for both pools
+    gold = [question["provenance"][0][0] for question in questions[:2]]
+    assert [passage["id"] for passage in load_corpus(cut_file)] == ["extra3", *gold]
+
+    # The corpus holds all passages of the questions, also if gold passages are not added to the pools.
+    options = {"max_eval_samples": 2, "gold_in_pool": False}
+    cut_entries = task_files.cut_to_pools(entries, tmp_path / "cut", options)
+    for task in read_tasks(cut_entries, **options):
+        corpus_ids = {passage["id"] for passage in load_corpus(task.corpus_file)}
+        for question in task.read_questions():
+            assert {*question["candidates"], *question["provenance"][0]} <= corpus_ids
+
+
+def test_corpora_that_cannot_be_cut(inputs, tmp_path):
+    entries = [{"name": "t", "eval_file": str(inputs / "eval.jsonl"), "index": "x"}]
+    message = "1 of 1 tasks have no corpus_file that .* could cut, e.g. t"
+    with pytest.raises(ValueError, match=message):
+        task_files.cut_to_pools(entries, tmp_path / "cut")
+    with pytest.raises(ValueError, match=message):
+        cut_corpora(entries, {}, tmp_path / "cut")
+    with pytest.raises(ValueError, match="pools_only leaves out"):
+        load_experiment(inputs / "experiment.yaml", ["pools=[full]", "pools_only=true"])
