@@ -15,7 +15,7 @@ from transformers.dynamic_module_utils import get_imports
 from modeling_cosup import CoSupForCausalLM
 from modeling_cosup.hub_cosup import EMB_SEQ_TOKENIZER_FOLDER
 from support.models import PASSAGES, make_emb_seq, make_model, make_tokenizer
-from support.travelling import FOLDER, STAYS, travelling_files
+from support.travelling import FOLDER, STAYS, names_of_travelling_files, travelling_files
 
 SOURCES = travelling_files()
 
@@ -26,28 +26,24 @@ def files(folder):
 
 def test_a_saved_folder_holds_only_what_can_be_read_without_trust(tmp_path):
     make_model(emb_seq_tokenizer=make_tokenizer(texts=["another corpus"])).save_pretrained(tmp_path)
-    assert {Path(name).suffix for name in files(tmp_path)} == {".safetensors", ".json", ".py", ".jinja"}
-    assert {path.name for path in SOURCES} == {
-        name for name in files(tmp_path) if name.endswith(".py")
-    }  # flat and unchanged
+    names = files(tmp_path)
+    assert {Path(name).suffix for name in names} == {".safetensors", ".json", ".py", ".jinja"}
+    assert {name for name in names if name.endswith(".py")} == names_of_travelling_files()  # flat
     for path in SOURCES:
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
-    assert {
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "chat_template.jinja",
-    } <= set(files(tmp_path))
-    assert f"{EMB_SEQ_TOKENIZER_FOLDER}/tokenizer.json" in files(tmp_path)
+    needed = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}
+    assert needed <= set(names)
+    assert f"{EMB_SEQ_TOKENIZER_FOLDER}/tokenizer.json" in names
 
 
 def test_what_stays_in_the_package_is_listed():
-    assert {path.name for path in FOLDER.glob("*_cosup.py")} - {path.name for path in SOURCES} == set(STAYS)
+    """transformers finds a module by how its import is written: every file either is found or is listed as staying."""
+    assert {path.name for path in SOURCES} == names_of_travelling_files()
+    assert set(STAYS) <= {path.name for path in FOLDER.glob("*.py")}
 
 
 def guarded_imports(tree):
-    """Files of this package that are imported by their full name, in a function and a `try` that expects an ImportError."""
+    """Files of this package that a function imports by their full name, in a `try` that expects an ImportError."""
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     blocks = [node for function in functions for node in ast.walk(function) if isinstance(node, ast.Try)]
     for block in blocks:
@@ -69,40 +65,34 @@ def test_what_stays_is_imported_under_a_guard():
     for path in SOURCES:
         tree = ast.parse(path.read_text())
         guarded = list(guarded_imports(tree))
-        assert sorted(absolute_imports(ast.walk(tree))) == sorted(guarded), (
-            f"{path.name} imports the package without a guard"
-        )
+        every = sorted(absolute_imports(ast.walk(tree)))
+        assert every == sorted(guarded), f"{path.name} imports the package without a guard"
         found.update(guarded)
     assert {"card_cosup.py", "corpus_cosup.py"} <= found <= set(STAYS)
 
 
-def test_source_files_travel(tmp_path):
+# what a careful reader of the code has installed, or can do without
+FORBIDDEN = {"faiss", "pyarrow", "datasets", "accelerate", "peft", "modeling_cosup", "trainer"}
+REQUIRED = {"torch", "transformers", "numpy", "safetensors", "tqdm", "jinja2", "huggingface_hub", "tokenizers"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_source_files_travel(path):
     """Relative imports name a module that travels, and optional packages are imported under a guard."""
-    names = {path.stem for path in SOURCES}
-    for path in SOURCES:
-        tree = ast.parse(path.read_text())
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                assert node.level == 1 and node.module in names, f"{path.name}:{node.lineno}"
-        bare = {alias.name.split(".")[0] for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
-        bare |= {
-            node.module.split(".")[0] for node in tree.body if isinstance(node, ast.ImportFrom) and not node.level
-        }
-        assert not bare & {"faiss", "pyarrow", "datasets", "accelerate", "peft", "modeling_cosup", "trainer"}, (
-            path.name
-        )
-        # what transformers asks for before it runs the code, imports inside functions included
-        asked = set(get_imports(path)) - sys.stdlib_module_names
-        assert asked <= {
-            "torch",
-            "transformers",
-            "numpy",
-            "safetensors",
-            "tqdm",
-            "jinja2",
-            "huggingface_hub",
-            "tokenizers",
-        }, path.name
+    names = {source.stem for source in SOURCES}
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1 and node.module in names, f"{path.name}:{node.lineno}"
+    unguarded = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            unguarded |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            unguarded.add(node.module.split(".")[0])
+    assert not unguarded & FORBIDDEN
+    # what transformers wants installed before it runs the code, imports inside functions included
+    assert set(get_imports(path)) - sys.stdlib_module_names <= REQUIRED
 
 
 def test_weights_are_saved_once_under_both_parts(tmp_path):
@@ -118,23 +108,19 @@ def test_config_and_generation_config_say_what_is_needed(tmp_path):
     model = CoSupForCausalLM.from_gen_and_emb_seq(make_model("gpt2").gen, tokenizer=make_tokenizer())
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert (
-        config["model_type"] == "cosup"
-        and config["architectures"] == ["CoSupForCausalLM"]
-        and "load_emb_seq" not in config
-    )
+    assert config["model_type"] == "cosup"
+    assert config["architectures"] == ["CoSupForCausalLM"]
+    assert "load_emb_seq" not in config
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
-    assert config["fingerprint"] == {
-        name: model.fingerprint()[name] for name in ("emb_seq", "tokenizer", "emb_seq_tokenizer")
-    }
-    assert [
-        config["nsp_token_id"],
-        config["cs_token_id"],
-        config["ce_token_id"],
-    ] == model.tokenizer.convert_tokens_to_ids(["[NSP]", "[Cs]", "[CE]"])
+    fingerprint = model.fingerprint()
+    assert config["fingerprint"] == {name: fingerprint[name] for name in ("emb_seq", "tokenizer", "emb_seq_tokenizer")}
+    control_ids = [config["nsp_token_id"], config["cs_token_id"], config["ce_token_id"]]
+    assert control_ids == model.tokenizer.convert_tokens_to_ids(["[NSP]", "[Cs]", "[CE]"])
     generation = json.loads((tmp_path / "generation_config.json").read_text())
-    assert generation["do_sample"] is False and generation["suppress_tokens"] == [config["cs_token_id"]]
-    assert generation["eos_token_id"] == [model.tokenizer.eos_token_id] and "temperature" not in generation
+    assert generation["do_sample"] is False
+    assert generation["suppress_tokens"] == [config["cs_token_id"]]
+    assert generation["eos_token_id"] == [model.tokenizer.eos_token_id]
+    assert "temperature" not in generation
 
 
 def test_the_chat_template_travels(tmp_path):
@@ -146,33 +132,28 @@ def test_the_chat_template_travels(tmp_path):
 
 
 def test_two_tokenizers_are_saved_and_found_again(tmp_path):
-    own = make_tokenizer(vocab_size=300, bos="<cls>", eos="<sep>", texts=["another corpus"])
-    model = make_model(emb_seq_tokenizer=own)
+    emb_seq_tokenizer = make_tokenizer(vocab_size=300, bos="<cls>", eos="<sep>", texts=["another corpus"])
+    model = make_model(emb_seq_tokenizer=emb_seq_tokenizer)
     model.save_pretrained(tmp_path / "two")
     loaded = CoSupForCausalLM.from_pretrained(tmp_path / "two")
-    assert (
-        loaded.tokenizer.get_vocab()
-        == model.tokenizer.get_vocab()
-        != own.get_vocab()
-        == loaded.emb_seq_tokenizer.get_vocab()
-    )
+    assert loaded.tokenizer.get_vocab() == model.tokenizer.get_vocab() != emb_seq_tokenizer.get_vocab()
+    assert loaded.emb_seq_tokenizer.get_vocab() == emb_seq_tokenizer.get_vocab()
     assert (loaded.emb_seq_tokenizer.bos_token, loaded.emb_seq_tokenizer.eos_token) == ("<cls>", "<sep>")
     index = loaded.build_index(PASSAGES, show_progress_bar=False)
     assert torch.equal(index.embeddings, model.build_index(PASSAGES, show_progress_bar=False).embeddings)
 
     make_model().save_pretrained(tmp_path / "one")
     loaded = CoSupForCausalLM.from_pretrained(tmp_path / "one")
-    assert loaded.emb_seq_tokenizer is loaded.tokenizer and EMB_SEQ_TOKENIZER_FOLDER not in os.listdir(
-        tmp_path / "one"
-    )
+    assert loaded.emb_seq_tokenizer is loaded.tokenizer
+    assert EMB_SEQ_TOKENIZER_FOLDER not in os.listdir(tmp_path / "one")
 
 
 def test_a_loaded_model_knows_its_tokenizers_also_after_training(tmp_path):
-    own = make_tokenizer(vocab_size=300, texts=["another corpus"])
-    make_model(emb_seq_tokenizer=own).save_pretrained(tmp_path)
+    emb_seq_tokenizer = make_tokenizer(vocab_size=300, texts=["another corpus"])
+    make_model(emb_seq_tokenizer=emb_seq_tokenizer).save_pretrained(tmp_path)
     model = CoSupForCausalLM.from_pretrained(tmp_path).train()
     model(torch.tensor([[5, 6]]), passage_input_ids=torch.tensor([[5, 6]]))
-    assert model.emb_seq_tokenizer.get_vocab() == own.get_vocab() != model.tokenizer.get_vocab()
+    assert model.emb_seq_tokenizer.get_vocab() == emb_seq_tokenizer.get_vocab() != model.tokenizer.get_vocab()
 
 
 def test_a_query_encoder_is_saved_and_found_again(tmp_path):
@@ -198,10 +179,8 @@ def test_sharded_checkpoints_load(tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len([name for name in files(tmp_path) if name.endswith(".safetensors")]) > 1
-    loaded, light = (
-        CoSupForCausalLM.from_pretrained(tmp_path),
-        CoSupForCausalLM.from_pretrained(tmp_path, load_emb_seq=False),
-    )
+    loaded = CoSupForCausalLM.from_pretrained(tmp_path)
+    light = CoSupForCausalLM.from_pretrained(tmp_path, load_emb_seq=False)
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
         assert name.startswith("emb_") or torch.equal(light.state_dict()[name], value)

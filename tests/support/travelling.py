@@ -1,4 +1,4 @@
-"""Which code travels with a checkpoint: what transformers finds when it follows relative imports."""
+"""Which code travels with a checkpoint: every module of the package but those that are listed here."""
 
 from pathlib import Path
 
@@ -15,7 +15,12 @@ STAYS = {  # the only list of what only authors need; the travelling code import
 }
 
 
+def names_of_travelling_files() -> set[str]:
+    """Names of the files of the package that must travel, whatever imports them, and in whatever syntax."""
+    return {path.name for path in FOLDER.glob("*.py")} - {"__init__.py", *STAYS}
+
+
 def travelling_files() -> list[Path]:
-    """Paths of the modules that are saved with a checkpoint, by name."""
+    """Paths of the modules that are saved with a checkpoint, by name: transformers follows relative imports."""
     model = FOLDER / "modeling_cosup.py"
     return sorted({model, *map(Path, get_relative_import_files(str(model)))})
