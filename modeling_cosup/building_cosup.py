@@ -85,7 +85,7 @@ class BuildingMixin(Base):
 
         Raises:
             `TypeError`: for a keyword that is no field of the config.
-            `ValueError`: without a tokenizer, for an architecture whose logits are more than its LM head's output, or
+            `ValueError`: without a tokenizer, for an architecture that does more after its LM head than is known, or
                 when `max_passage_length` exceeds Emb_seq's positions.
         """
         control_tokens = {name: config.pop(name) for name in CONTROL_TOKENS if name in config}

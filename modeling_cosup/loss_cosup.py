@@ -80,8 +80,8 @@ def chunked_cross_entropy(
             the caller.
         lm_head (`Callable`): maps `(K, h)` to logits `(K, V)`.
         chunk_size (`int`): positions per chunk.
-        label_positions (`torch.LongTensor` of shape `(K,)`, *optional*): the positions of `(B · T)` whose next token
-            is trained. A caller that knows them saves the host from waiting for the GPU.
+        label_positions (`torch.LongTensor` of shape `(K,)`, *optional*): the positions of `(B · T)` before a trained
+            token. A caller that knows them saves the host from waiting for the GPU.
 
     Returns:
         `torch.FloatTensor` scalar: the sum over all labels, not the mean: the caller knows the global count. 0, with a

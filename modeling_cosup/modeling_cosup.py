@@ -35,7 +35,7 @@ from .tokenization_cosup import Packing
 @dataclass
 class CoSupOutput(ModelOutput):
     """
-    Output of [`CoSupForCausalLM`]. A field that was not asked for is `None`.
+    Output of [`CoSupForCausalLM`]. A field that was not requested is `None`.
 
     Args:
         loss (`torch.FloatTensor` of shape `()`): `ntp_loss + nsp_loss_weight * nsp_loss`.
@@ -75,7 +75,7 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more
     """
 
     config_class = CoSupConfig
-    retrieval_config_class = RetrievalConfig  # for users whose code comes with a checkpoint
+    retrieval_config_class = RetrievalConfig  # for users who load this code with a checkpoint
     base_model_prefix = "gen"
     accepts_loss_kwargs = True  # num_items_in_batch
     supports_gradient_checkpointing = True
@@ -181,7 +181,7 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more
             nsp_positions (`torch.LongTensor` of shape `(N,)`, *optional*): the positions of `(B · T)` that hold
                 `[NSP]`. A caller that knows them saves the host from waiting for the GPU.
             label_positions (`torch.LongTensor` of shape `(K,)`, *optional*): likewise, the positions of `(B · T)`
-                whose next token is trained.
+                before a trained token.
             logit_positions (`torch.LongTensor` of shape `(R,)`, *optional*): the positions of `(B · T)` that get
                 logits, then `(R, V)`; replaces `logits_to_keep`.
             output_states (`tuple[str, ...]`, *optional*): names of submodules of Gen, such as `"model.layers.1.mlp"`.

@@ -126,7 +126,7 @@ class PartsMixin(Base):
         `passage_prompt` is the default prompt. The template is in `config_sentence_transformers.json`; the folder's
         `README.md` has code that renders passages with it.
 
-        Args: those of [`~CoSupForCausalLM.save_gen`].
+        Args: the same as for [`~CoSupForCausalLM.save_gen`].
 
         Raises:
             `ValueError`: when Emb_seq is not loaded, when its tokenizer does not come from the tokenizers library, or

@@ -33,7 +33,7 @@ PAPER_CHAT_TEMPLATE = (
 )
 # private-use characters around a control token in user text; they are removed before encoding
 _MARKERS = ("\U000f0000", "\U000f0001")
-# a text whose ids tell one tokenizer's normaliser and pre-tokenizer from another's
+# the ids of this text tell one tokenizer's normaliser and pre-tokenizer from another's
 _PROBE = 'The 3 Zürich "élan" :: don\'t\n\tstop, 42.5% [x] </y> 東京 ½'
 
 

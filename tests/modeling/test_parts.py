@@ -1,4 +1,4 @@
-"""Each half as a checkpoint of its own: Gen for whatever serves causal LMs, Emb_seq for sentence-transformers."""
+"""Each half as a separate checkpoint: Gen for whatever serves causal LMs, Emb_seq for sentence-transformers."""
 
 import copy
 import json

@@ -107,7 +107,7 @@ def make_model(
     emb_seq_kwargs: dict[str, Any] | None = None,
     **config: Any,
 ) -> CoSupForCausalLM:
-    """A CoSup model of random weights whose Gen and Emb_seq have the named architectures."""
+    """A CoSup model of random weights; Gen and Emb_seq have the named architectures."""
     tokenizer = tokenizer or make_tokenizer()
     gen_model = make_gen(gen, **(gen_kwargs or {}))
     emb_seq_model = make_emb_seq(emb_seq, **(emb_seq_kwargs or {}))
