@@ -1,4 +1,4 @@
-"""The model that travels with a checkpoint: Gen, Emb_seq, their losses, the passage index and the retrieval-aware generate()."""
+"""The model that travels with a checkpoint: Gen, Emb_seq, their losses, the passage index and generate()."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -73,7 +73,7 @@ def __getattr__(name: str) -> object:
 
 
 def _register() -> None:
-    """`AutoModel.from_pretrained` of a CoSup checkpoint takes these classes, without `trust_remote_code`."""
+    """Let `AutoModel.from_pretrained` load a CoSup checkpoint with these classes, without `trust_remote_code`."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     from .configuration_cosup import CoSupConfig

@@ -1,90 +1,118 @@
-"""Building a CoSup model from two pretrained models: tokenizers, new embedding rows, the checkpoint's generation config."""
+"""Building a CoSup model from two pretrained models: tokenizers, new embedding rows, generation config."""
 
 import copy
 import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .configuration_cosup import CoSupConfig
 from .hub_cosup import is_repo_id
-from .tokenization_cosup import add_control_tokens, added_tokens, end_of_turn_token_id, same_tokenizer
+from .tokenization_cosup import (
+    CONTROL_TOKENS,
+    add_control_tokens,
+    added_tokens,
+    end_of_turn_token_id,
+    same_tokenizer,
+)
+
+if TYPE_CHECKING:
+    Base = PreTrainedModel
+else:
+    Base = object  # the model brings PreTrainedModel
+
+Model = TypeVar("Model", bound="BuildingMixin")
+NameOrModel: TypeAlias = str | os.PathLike[str] | PreTrainedModel
+NameOrTokenizer: TypeAlias = str | os.PathLike[str] | PreTrainedTokenizerBase
 
 
-class BuildingMixin:
+class BuildingMixin(Base):
     """`from_gen_and_emb_seq()` of [`CoSupForCausalLM`]."""
+
+    config: CoSupConfig
+    gen: PreTrainedModel
+    emb_head: nn.Linear | None
+    _lm_head: Callable[[torch.Tensor], torch.Tensor]
+    _tokenizer: PreTrainedTokenizerBase | None
+    _emb_seq_tokenizer: PreTrainedTokenizerBase | None
 
     @classmethod
     def from_gen_and_emb_seq(
-        cls,
-        gen,
-        emb_seq=None,
-        tokenizer=None,
-        emb_seq_tokenizer=None,
-        query_encoder=None,
-        emb_head=None,
-        model_kwargs=None,
-        **config,
-    ):
+        cls: type[Model],
+        gen: NameOrModel,
+        emb_seq: NameOrModel | None = None,
+        tokenizer: NameOrTokenizer | None = None,
+        emb_seq_tokenizer: NameOrTokenizer | None = None,
+        query_encoder: NameOrModel | None = None,
+        emb_head: torch.Tensor | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        **config: Any,
+    ) -> Model:
         """
-        A CoSup model from two pretrained models.
+        Build a CoSup model from two pretrained models.
 
-        Control tokens are added to the tokenizers (in place) and both embeddings grow; new rows start at the mean of the old ones. The
-        checkpoint's generation config becomes greedy, ends at every end-of-turn id and can never sample `[Cs]`.
+        Control tokens are added to the tokenizers (in place) and both embeddings grow; new rows start at the mean of
+        the old ones. The checkpoint's generation config becomes greedy, ends at every end-of-turn id and can never
+        sample `[Cs]`.
 
         Args:
             gen (`str` or `PreTrainedModel`): name, path or model, any `AutoModelForCausalLM` architecture.
-            emb_seq (`str` or `PreTrainedModel`, *optional*): any `AutoModel` architecture; defaults to a copy of Gen's weights, the paper's
-                best setting.
-            tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): Gen's; needed when `gen` is a model, else defaults to `gen`'s.
-            emb_seq_tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): defaults to the tokenizer of `emb_seq` when it is a name or path, else to
-                `tokenizer`. When it reads text differently from `tokenizer`, both are kept and saved.
+            emb_seq (`str` or `PreTrainedModel`, *optional*): any `AutoModel` architecture; defaults to a copy of
+                Gen's weights, the paper's best setting.
+            tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): Gen's. Defaults to the tokenizer of `gen` if
+                that is a name or path; needed if it is a model.
+            emb_seq_tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): defaults to the tokenizer of `emb_seq`
+                if that is a name or path, otherwise to `tokenizer`. If the two read text differently, both are kept
+                and saved.
             query_encoder (`str` or `PreTrainedModel`, *optional*): with `query_from="query_encoder"`.
-            emb_head (`torch.Tensor` of shape `(h, h_emb)`, *optional*): weight of `emb_head`, where the config asks for one.
+            emb_head (`torch.Tensor` of shape `(h, h_emb)`, *optional*): weight of `emb_head`, if the config needs one.
             model_kwargs (`dict`, *optional*): for `from_pretrained` of names and paths, e.g. `{"dtype": "bfloat16"}`.
-            **config: fields of [`CoSupConfig`], and `nsp_token`, `cs_token`, `ce_token`: strings of the control tokens.
+            **config: fields of [`CoSupConfig`], and the strings of the control tokens: `nsp_token`, `cs_token`,
+                `ce_token`.
 
         Returns:
             `CoSupForCausalLM`, in the mode (train or eval) of Gen.
 
         Raises:
             `TypeError`: for a keyword that is no field of the config.
-            `ValueError`: without a tokenizer, for an architecture whose logits are more than its LM head's output, or when `max_passage_length`
-                exceeds Emb_seq's positions.
+            `ValueError`: without a tokenizer, for an architecture that does more after its LM head than is known, or
+                when `max_passage_length` exceeds Emb_seq's positions.
         """
-        names = {key: config.pop(key) for key in ("nsp_token", "cs_token", "ce_token") if key in config}
-        if unknown := set(config) - set(CoSupConfig.__dataclass_fields__):
-            raise TypeError(
-                f"from_gen_and_emb_seq got {', '.join(sorted(unknown))}, which are no fields of CoSupConfig."
-            )
+        control_tokens = {name: config.pop(name) for name in CONTROL_TOKENS if name in config}
+        unknown = sorted(set(config) - set(CoSupConfig.__dataclass_fields__))
+        if unknown:
+            raise TypeError(f"from_gen_and_emb_seq got {', '.join(unknown)}, which are no fields of CoSupConfig.")
+        gen, emb_seq, query_encoder = _path_as_string(gen), _path_as_string(emb_seq), _path_as_string(query_encoder)
+        tokenizer, emb_seq_tokenizer = _load_tokenizers(gen, emb_seq, tokenizer, emb_seq_tokenizer)
         model_kwargs = model_kwargs or {}
-        gen, emb_seq, query_encoder = (
-            os.fspath(part) if isinstance(part, os.PathLike) else part for part in (gen, emb_seq, query_encoder)
-        )
-        tokenizer = tokenizer if tokenizer is not None else gen
-        if isinstance(tokenizer, PreTrainedModel):
-            raise ValueError("Gen was given as a model; pass its tokenizer as `tokenizer=`.")
-        if emb_seq_tokenizer is None and isinstance(emb_seq, str) and emb_seq != gen:
-            emb_seq_tokenizer = emb_seq
-        tokenizer = _load_tokenizer(tokenizer)
-        emb_seq_tokenizer = tokenizer if emb_seq_tokenizer is None else _load_tokenizer(emb_seq_tokenizer)
-        if same_tokenizer(tokenizer, emb_seq_tokenizer):
-            emb_seq_tokenizer = tokenizer
-        gen = AutoModelForCausalLM.from_pretrained(gen, **model_kwargs) if isinstance(gen, str) else gen
-        emb_seq = gen.base_model if emb_seq is None else _load_encoder(emb_seq, model_kwargs)
-        emb_seq = copy.deepcopy(emb_seq) if emb_seq is gen.base_model else emb_seq
-        query_encoder = None if query_encoder is None else _load_encoder(query_encoder, model_kwargs)
+        gen = _load_gen(gen, model_kwargs)
+        emb_seq = _load_encoder(gen if emb_seq is None else emb_seq, model_kwargs)
+        if emb_seq is gen.base_model:
+            emb_seq = copy.deepcopy(emb_seq)
+        if query_encoder is not None:
+            query_encoder = _load_encoder(query_encoder, model_kwargs)
 
-        old_sizes = len(tokenizer), len(emb_seq_tokenizer)
-        nsp_token_id, cs_token_id, ce_token_id = add_control_tokens(tokenizer, names)
+        old_size, old_emb_seq_size = len(tokenizer), len(emb_seq_tokenizer)
+        nsp_token_id, cs_token_id, ce_token_id = add_control_tokens(tokenizer, control_tokens)
         if emb_seq_tokenizer is not tokenizer:
-            add_control_tokens(emb_seq_tokenizer, names)
-        _grow_embeddings(gen, old_sizes[0], len(tokenizer))
-        for encoder in (emb_seq, query_encoder):
-            if encoder is not None:
-                _grow_embeddings(encoder, old_sizes[1], len(emb_seq_tokenizer))
+            add_control_tokens(emb_seq_tokenizer, control_tokens)
+        _grow_embeddings(gen, old_size, len(tokenizer))
+        _grow_embeddings(emb_seq, old_emb_seq_size, len(emb_seq_tokenizer))
+        if query_encoder is not None:
+            _grow_embeddings(query_encoder, old_emb_seq_size, len(emb_seq_tokenizer))
 
-        config = CoSupConfig(  # copies: a composite config resets the attention implementation of its parts
+        # copies: a composite config resets the attention implementation of its parts
+        cosup_config = CoSupConfig(
             gen_config=copy.deepcopy(gen.config),
             emb_seq_config=copy.deepcopy(emb_seq.config),
             query_encoder_config=None if query_encoder is None else copy.deepcopy(query_encoder.config),
@@ -96,15 +124,8 @@ class BuildingMixin:
             dtype=gen.dtype,
             **config,
         )
-        limit = getattr(emb_seq.config.get_text_config(), "max_position_embeddings", None)
-        if (
-            limit is not None
-            and config.max_passage_length + sum(map(len, added_tokens(emb_seq_tokenizer, config))) > limit
-        ):
-            raise ValueError(
-                f"max_passage_length={config.max_passage_length}, BOS and EOS do not fit into Emb_seq's {limit} positions."
-            )
-        model = cls(config, gen, emb_seq, query_encoder).train(gen.training)
+        _check_passage_length(cosup_config, emb_seq_tokenizer)
+        model = cls(cosup_config, gen, emb_seq, query_encoder).train(gen.training)
         if model.emb_head is not None:
             model.emb_head.to(device=emb_seq.device, dtype=emb_seq.dtype)
             if emb_head is not None:
@@ -114,14 +135,16 @@ class BuildingMixin:
         model._check_lm_head()
         return model
 
-    def _set_generation_defaults(self, tokenizer):
-        """Greedy, ending at every end-of-turn id, `[Cs]` never sampled: saved as the checkpoint's generation config."""
-        ends = self.gen.generation_config.eos_token_id if self.gen.generation_config is not None else None
-        ends = [*(ends if isinstance(ends, list) else [ends]), end_of_turn_token_id(tokenizer), tokenizer.eos_token_id]
+    def _set_generation_defaults(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Make the generation config greedy, let it end at every end-of-turn id, and never sample `[Cs]`."""
+        ends = {end_of_turn_token_id(tokenizer), tokenizer.eos_token_id}
+        if self.gen.generation_config is not None:
+            gen_ends = self.gen.generation_config.eos_token_id
+            ends.update(gen_ends if isinstance(gen_ends, list) else [gen_ends])
         self.generation_config = GenerationConfig(
             do_sample=False,
             bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=sorted({id for id in ends if id is not None}),
+            eos_token_id=sorted(id for id in ends if id is not None),
             pad_token_id=tokenizer.pad_token_id,
             suppress_tokens=[self.config.cs_token_id],
         )
@@ -130,46 +153,109 @@ class BuildingMixin:
                 setattr(config, name, getattr(tokenizer, name))
 
     @torch.no_grad()
-    def _check_lm_head(self):
-        """Gen's logits must be `_lm_head` of its last hidden state: losses and generation rely on it."""
+    def _check_lm_head(self) -> None:
+        """Check that Gen's logits are `_lm_head` of its last hidden state: losses and generation rely on it."""
         if self.gen.config._attn_implementation not in ("eager", "sdpa"):
             return  # flash kernels do not run on the device where models are put together
         input_ids = torch.tensor([[0, self.config.nsp_token_id]], device=self.device)
-        training, _ = self.training, self.eval()
+        was_training = self.training
+        self.eval()
         expected = self.gen(input_ids=input_ids, use_cache=False).logits
-        found = self._lm_head(self.gen.base_model(input_ids=input_ids, use_cache=False).last_hidden_state)
-        self.train(training)
-        if not torch.allclose(expected, found, atol=1e-4, rtol=1e-3):
+        hidden = self.gen.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        logits = self._lm_head(hidden)
+        self.train(was_training)
+        if not torch.allclose(expected, logits, atol=1e-4, rtol=1e-3):
             raise ValueError(
-                f"{type(self.gen).__name__} does more after its LM head than CoSup knows of, so its losses would be wrong."
+                f"{type(self.gen).__name__} does more after its LM head than CoSup knows of, so its losses would be"
+                " wrong."
             )
 
 
-def _load_tokenizer(tokenizer):
-    return AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str | os.PathLike) else tokenizer
+# ---------------------------------------------------------------------- loading
 
 
-def _load_encoder(encoder, model_kwargs):
-    """A model without LM head from a name, a path, or a model with or without one."""
-    if isinstance(encoder, str):
-        return AutoModel.from_pretrained(encoder, **model_kwargs)
-    return encoder.base_model
+def _path_as_string(part: Any) -> Any:
+    """Return a path as a string, and a name, a model or `None` unchanged."""
+    if isinstance(part, os.PathLike):
+        return os.fspath(part)
+    return part
 
 
-def _repository_of(model):
-    """The repository that a model was loaded from; `None` for a local folder."""
+def _load_tokenizers(
+    gen: NameOrModel,
+    emb_seq: NameOrModel | None,
+    tokenizer: NameOrTokenizer | None,
+    emb_seq_tokenizer: NameOrTokenizer | None,
+) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """Return the tokenizers of Gen and of Emb_seq, the same object twice if they read every text alike."""
+    source = gen if tokenizer is None else tokenizer
+    if isinstance(source, PreTrainedModel):
+        raise ValueError("Gen was given as a model; pass its tokenizer as `tokenizer=`.")
+    tokenizer = _load_tokenizer(source)
+    if emb_seq_tokenizer is None and isinstance(emb_seq, str) and emb_seq != gen:
+        emb_seq_tokenizer = emb_seq
+    if emb_seq_tokenizer is None:
+        return tokenizer, tokenizer
+    emb_seq_tokenizer = _load_tokenizer(emb_seq_tokenizer)
+    if same_tokenizer(tokenizer, emb_seq_tokenizer):
+        return tokenizer, tokenizer
+    return tokenizer, emb_seq_tokenizer
+
+
+def _load_tokenizer(tokenizer: NameOrTokenizer) -> PreTrainedTokenizerBase:
+    if isinstance(tokenizer, str | os.PathLike):
+        return AutoTokenizer.from_pretrained(tokenizer)
+    return tokenizer
+
+
+def _load_gen(gen: NameOrModel, model_kwargs: dict[str, Any]) -> PreTrainedModel:
+    if isinstance(gen, PreTrainedModel):
+        return gen
+    return AutoModelForCausalLM.from_pretrained(gen, **model_kwargs)
+
+
+def _load_encoder(encoder: NameOrModel, model_kwargs: dict[str, Any]) -> PreTrainedModel:
+    """Return a model without LM head, from a name, a path, or a model with or without one."""
+    if isinstance(encoder, PreTrainedModel):
+        return cast(PreTrainedModel, encoder.base_model)
+    return AutoModel.from_pretrained(encoder, **model_kwargs)
+
+
+def _repository_of(model: PreTrainedModel) -> str | None:
+    """Return the repository that a model was loaded from, `None` for a local folder."""
     name = model.config._name_or_path
     return name if is_repo_id(name) else None
 
 
+# ---------------------------------------------------------------------- embeddings and lengths
+
+
 @torch.no_grad()
-def _grow_embeddings(model, old_size, new_size):
-    """Room for `new_size` tokens; rows from `old_size` on, and those the model lacked, become the mean of the rows before; in the head too."""
-    old_size = min(old_size, model.get_input_embeddings().weight.shape[0])
-    if model.get_input_embeddings().weight.shape[0] < new_size:
+def _grow_embeddings(model: PreTrainedModel, old_size: int, new_size: int) -> None:
+    """
+    Make room for `new_size` tokens, in the LM head too.
+
+    Rows from `old_size` on, and rows that the model lacked, become the mean of the rows before.
+    """
+    size = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
+    old_size = min(old_size, size)
+    if size < new_size:
         model.resize_token_embeddings(new_size, mean_resizing=False)
-    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
-    for weight in {
-        id(layer.weight): layer.weight for layer in embeddings if layer is not None
-    }.values():  # tied weights once
+    weights = {}  # by id: tied weights once
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if layer is not None:
+            weights[id(layer.weight)] = cast(torch.Tensor, layer.weight)
+    for weight in weights.values():
         weight[old_size:new_size] = weight[:old_size].float().mean(0).to(weight.dtype)
+
+
+def _check_passage_length(config: CoSupConfig, emb_seq_tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the longest passage, with BOS and EOS, fits into Emb_seq's positions."""
+    limit = getattr(config.emb_seq_config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return
+    bos, eos = added_tokens(emb_seq_tokenizer, config)
+    if len(bos) + config.max_passage_length + len(eos) > limit:
+        raise ValueError(
+            f"max_passage_length={config.max_passage_length}, BOS and EOS do not fit into Emb_seq's {limit} positions."
+        )

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-# Similarity, temperature and λ are chosen together (the dot product of two final-norm states starts near |h|² ≈ 1,200).
+# Similarity, temperature and λ belong together (the dot product of two final-norm states starts near |h|² ≈ 1,200).
 SIMILARITY_DEFAULTS = {
     "cosine": {"temperature": 0.05, "nsp_loss_weight": 1.0},
     "dot": {"temperature": 1.0, "nsp_loss_weight": 0.01},  # the paper's
@@ -23,29 +23,38 @@ class CoSupConfig(PreTrainedConfig):
         gen_config (`PreTrainedConfig` or `dict`): configuration of Gen, any `AutoModelForCausalLM` architecture.
         emb_seq_config (`PreTrainedConfig` or `dict`): configuration of Emb_seq, any `AutoModel` architecture.
         query_encoder_config (`PreTrainedConfig` or `dict`, *optional*): only with `query_from="query_encoder"`.
-        nsp_token_id, cs_token_id, ce_token_id (`int`, *optional*): ids of `[NSP]`, `[Cs]` and `[CE]` in Gen's tokenizer. Without
-            `nsp_token_id` the model is plain Gen.
+        nsp_token_id, cs_token_id, ce_token_id (`int`, *optional*): ids of `[NSP]`, `[Cs]` and `[CE]` in Gen's
+            tokenizer. Without `nsp_token_id` the model is plain Gen.
         similarity (`str`): `"cosine"` or `"dot"` (the paper).
-        temperature (`float`, *optional*): divides the scores of the NSP loss. Defaults to 0.05 for cosine, 1.0 for dot.
-        nsp_loss_weight (`float`, *optional*): λ of L = L_NTP + λ·L_NSP (Eq. 5). Defaults to 1.0 for cosine, 0.01 for dot.
-        query_from (`str`): where a query embedding comes from. `"gen"`: Gen's last hidden state at `[NSP]` (the method).
-            `"emb_seq"`: Emb_seq reads everything up to and including `[NSP]` (the paper's baseline, section 5).
-            `"query_encoder"`: a third encoder reads it (appendix C.1).
-        emb_seq_pooling (`str`): `"eos"` (the paper), `"lasttoken"` (the last token, whatever it is), `"mean"` or `"cls"`.
-        emb_seq_add_bos_token, emb_seq_add_eos_token (`bool`): whether Emb_seq reads BOS (or CLS) before and EOS (or SEP) after a passage.
-        emb_head_size (`int`, *optional*): width of the embeddings that `emb_head` makes, where Gen makes no queries; then there is an `emb_head` even if
-            that is Emb_seq's own width. By default there is one only where Emb_seq's width is not Gen's.
-        passage_template (`str`): how a passage reads, for Gen and for Emb_seq. A passage without a title is its text alone.
-        passage_prompt (`str`): what Emb_seq, and it alone, reads before every passage: some retrievers want one.
-        query_prompt (`str`): the same before a query, where Emb_seq or a query encoder reads queries.
-        max_passage_length (`int`): tokens of a passage, without the BOS and EOS that Emb_seq also reads; longer ones are truncated.
-        load_emb_seq (`bool`): `False` loads Gen alone, which is all that generation from an index needs. Never saved.
-        gen_name_or_path, emb_seq_name_or_path (`str`, *optional*): repositories on the Hub that the two parts were made from, for the model card.
+        temperature (`float`, *optional*): divides the scores of the NSP loss. Defaults to 0.05 for cosine, 1.0 for
+            dot.
+        nsp_loss_weight (`float`, *optional*): λ of L = L_NTP + λ·L_NSP (Eq. 5). Defaults to 1.0 for cosine, 0.01 for
+            dot.
+        query_from (`str`): where a query embedding comes from. `"gen"`: Gen's last hidden state at `[NSP]` (the
+            method). `"emb_seq"`: Emb_seq reads everything up to and including `[NSP]` (the paper's baseline,
+            section 5). `"query_encoder"`: a third encoder reads it (appendix C.1).
+        emb_seq_pooling (`str`): `"eos"` (the paper), `"lasttoken"` (the last token, whatever it is), `"mean"` or
+            `"cls"`.
+        emb_seq_add_bos_token, emb_seq_add_eos_token (`bool`): whether Emb_seq reads BOS (or CLS) before a passage,
+            and EOS (or SEP) after it.
+        emb_head_size (`int`, *optional*): width of the embeddings that `emb_head` makes, if Gen does not make the
+            queries. Then there is an `emb_head` even if this is Emb_seq's width. By default there is one only if the
+            widths of Emb_seq and Gen differ.
+        passage_template (`str`): how a passage reads, for Gen and for Emb_seq. A passage without a title is its text
+            alone.
+        passage_prompt (`str`): what only Emb_seq reads before every passage; some retrievers need one.
+        query_prompt (`str`): the same before a query, if Emb_seq or a query encoder reads queries.
+        max_passage_length (`int`): tokens of a passage, without the BOS and EOS that Emb_seq also reads; longer
+            passages are truncated.
+        load_emb_seq (`bool`): `False` loads Gen alone, which is enough to generate from an index. Never saved.
+        gen_name_or_path, emb_seq_name_or_path (`str`, *optional*): repositories on the Hub that the two parts were
+            made from, for the model card.
         fingerprint (`dict`, *optional*): written by `save_pretrained`; see `CoSupForCausalLM.fingerprint`.
 
     Raises:
-        `ValueError`: on an unknown similarity, query source or pooling, a temperature that is not positive, a template without `{text}`, a query encoder
-            that is missing or not of Emb_seq's width, or settings that exclude each other.
+        `ValueError`: on an unknown similarity, query source or pooling, a temperature that is not positive, a template
+            without `{text}`, a query encoder that is missing or has another width than Emb_seq, or settings that
+            exclude each other.
     """
 
     model_type = "cosup"
@@ -75,55 +84,21 @@ class CoSupConfig(PreTrainedConfig):
     fingerprint: dict | None = None
     tie_word_embeddings: bool = False
 
-    def __post_init__(self, **kwargs):
-        for name, value, known in (
-            ("similarity", self.similarity, tuple(SIMILARITY_DEFAULTS)),
-            ("query_from", self.query_from, QUERY_SOURCES),
-            ("emb_seq_pooling", self.emb_seq_pooling, POOLINGS),
-        ):
-            if value not in known:
-                raise ValueError(f"CoSupConfig.{name} is {value!r}, expected one of {', '.join(map(repr, known))}.")
+    def __post_init__(self, **kwargs: Any) -> None:
+        self._check_choices()
+        defaults = SIMILARITY_DEFAULTS[self.similarity]
         if self.temperature is None:
-            self.temperature = SIMILARITY_DEFAULTS[self.similarity]["temperature"]
+            self.temperature = defaults["temperature"]
         if self.nsp_loss_weight is None:
-            self.nsp_loss_weight = SIMILARITY_DEFAULTS[self.similarity]["nsp_loss_weight"]
+            self.nsp_loss_weight = defaults["nsp_loss_weight"]
         if not self.temperature > 0:
             raise ValueError(f"CoSupConfig.temperature is {self.temperature}, expected a positive number.")
-        if "{text}" not in self.passage_template:
-            raise ValueError(
-                f"CoSupConfig.passage_template is {self.passage_template!r}, expected a template that holds {{text}}."
-            )
-        if self.emb_seq_pooling == "eos" and not self.emb_seq_add_eos_token:
-            raise ValueError(
-                "emb_seq_pooling='eos' reads the EOS that emb_seq_add_eos_token=False leaves out; use 'lasttoken' for a passage's last token."
-            )
-        if self.query_prompt and self.query_from == "gen":
-            raise ValueError(
-                f"query_prompt is {self.query_prompt!r}, but Gen makes the queries (query_from='gen'): no encoder would read it."
-            )
-        for key in self.sub_configs:
-            sub_config = getattr(self, key)
-            if sub_config is None and key != "query_encoder_config":
-                sub_config = {"model_type": "llama"}
-            if isinstance(sub_config, dict):
-                sub_config = dict(sub_config)
-                setattr(self, key, AutoConfig.for_model(sub_config.pop("model_type"), **sub_config))
-        if self.query_from == "query_encoder":
-            width = (
-                None if self.query_encoder_config is None else self.query_encoder_config.get_text_config().hidden_size
-            )
-            expected = self.emb_seq_config.get_text_config().hidden_size
-            if width != expected:
-                raise ValueError(
-                    f"query_from='query_encoder' needs a query encoder of Emb_seq's width, {expected}, found {width}."
-                )
-        if self.query_from == "gen" and self.emb_head_size not in (None, self.embedding_size):
-            raise ValueError(
-                f"emb_head_size is {self.emb_head_size}, but Gen makes the queries: expected its width, {self.embedding_size}."
-            )
+        self._check_settings()
+        self._make_sub_configs()
+        self._check_widths()
         # peft and transformers look for weight tying on the outermost config
         self.tie_word_embeddings = bool(self.gen_config.get_text_config().tie_word_embeddings)
-        # AutoModel loads the same class as AutoModelForCausalLM: embeddings come from its forward too
+        # AutoModel loads the same class as AutoModelForCausalLM: its forward returns embeddings too
         self.auto_map = {
             "AutoConfig": "configuration_cosup.CoSupConfig",
             "AutoModel": "modeling_cosup.CoSupForCausalLM",
@@ -132,13 +107,64 @@ class CoSupConfig(PreTrainedConfig):
         kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
 
-    def get_text_config(self, *args, **kwargs):
-        """Gen's text config: generation reads vocabulary, width and depth from it."""
+    def _check_choices(self) -> None:
+        choices = {"similarity": tuple(SIMILARITY_DEFAULTS), "query_from": QUERY_SOURCES, "emb_seq_pooling": POOLINGS}
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"CoSupConfig.{name} is {value!r}, expected one of {', '.join(map(repr, known))}.")
+
+    def _check_settings(self) -> None:
+        """Check the template, the prompt of queries, and the EOS that pooling reads."""
+        if "{text}" not in self.passage_template:
+            raise ValueError(
+                f"CoSupConfig.passage_template is {self.passage_template!r}, expected a template that holds {{text}}."
+            )
+        if self.emb_seq_pooling == "eos" and not self.emb_seq_add_eos_token:
+            raise ValueError(
+                "emb_seq_pooling='eos' reads the EOS that emb_seq_add_eos_token=False leaves out; use 'lasttoken'"
+                " for a passage's last token."
+            )
+        if self.query_prompt and self.query_from == "gen":
+            raise ValueError(
+                f"query_prompt is {self.query_prompt!r}, but Gen makes the queries (query_from='gen'): no encoder"
+                " would read it."
+            )
+
+    def _make_sub_configs(self) -> None:
+        """Turn the dictionaries of sub-models into configurations; Gen and Emb_seq default to Llama."""
+        for name in self.sub_configs:
+            sub_config = getattr(self, name)
+            if sub_config is None and name != "query_encoder_config":
+                sub_config = {"model_type": "llama"}
+            if isinstance(sub_config, dict):
+                options = dict(sub_config)
+                setattr(self, name, AutoConfig.for_model(options.pop("model_type"), **options))
+
+    def _check_widths(self) -> None:
+        """Check the widths of the query encoder and of `emb_head`."""
+        if self.query_from == "query_encoder":
+            width = None
+            if self.query_encoder_config is not None:
+                width = self.query_encoder_config.get_text_config().hidden_size
+            expected = self.emb_seq_config.get_text_config().hidden_size
+            if width != expected:
+                raise ValueError(
+                    f"query_from='query_encoder' needs a query encoder of Emb_seq's width, {expected}, found {width}."
+                )
+        if self.query_from == "gen" and self.emb_head_size not in (None, self.embedding_size):
+            raise ValueError(
+                f"emb_head_size is {self.emb_head_size}, but Gen makes the queries: expected its width,"
+                f" {self.embedding_size}."
+            )
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """Return Gen's text config: generation reads vocabulary, width and depth from it."""
         return self.gen_config.get_text_config(*args, **kwargs)
 
     @property
     def embedding_size(self) -> int:
-        """Width of query and passage embeddings: Gen's, where Gen makes the queries, else that of `emb_head`, where there is one, else Emb_seq's."""
+        """Width of query and passage embeddings: Gen's if it makes the queries, else `emb_head`'s or Emb_seq's."""
         if self.query_from == "gen":
             return self.gen_config.get_text_config().hidden_size
         return self.emb_head_size or self.emb_seq_config.get_text_config().hidden_size
@@ -146,27 +172,23 @@ class CoSupConfig(PreTrainedConfig):
     @property
     def needs_emb_head(self) -> bool:
         """Whether a linear map, `emb_head`, follows Emb_seq: onto Gen's width, or because `emb_head_size` says so."""
-        return (
-            self.emb_head_size is not None or self.emb_seq_config.get_text_config().hidden_size != self.embedding_size
-        )
+        if self.emb_head_size is not None:
+            return True
+        return self.emb_seq_config.get_text_config().hidden_size != self.embedding_size
 
     @property
-    def embedding_settings(self) -> dict:
-        """What decides a passage embedding besides weights and tokenizers; an index compares it (see `PassageIndex.check_model`)."""
-        names = (
-            "similarity",
-            "emb_seq_pooling",
-            "passage_template",
-            "max_passage_length",
-            *EARLIER_EMBEDDING_SETTINGS,
-        )
+    def embedding_settings(self) -> dict[str, str | int]:
+        """Settings that decide a passage embedding; an index compares them (see `PassageIndex.check_model`)."""
+        names = ["similarity", "emb_seq_pooling", "passage_template", "max_passage_length"]
+        names += EARLIER_EMBEDDING_SETTINGS
         return {name: getattr(self, name) for name in names}
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
         output.pop("load_emb_seq", None)  # a choice of the process that loads, not of the checkpoint
-        for name in self.sub_configs:  # the folder that a part was loaded from, which is nobody else's business; repositories stand in `gen_name_or_path`
+        for name in self.sub_configs:
             if isinstance(output.get(name), dict):
+                # the local folder of a part is private; `gen_name_or_path` has what may be published
                 output[name].pop("_name_or_path", None)
         return output
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .lines_cosup import lines_with_places
 
@@ -10,10 +11,13 @@ try:
 except ImportError:
     parquet = None
 
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch
+
 
 def read_files(paths: Iterable[str | Path]) -> Iterator[tuple[str, dict]]:
     """
-    The rows of files, one after another, unchecked: Parquet where the name ends in `.parquet`, else JSON Lines.
+    Read the rows of files, one after another, unchecked: Parquet if a name ends in `.parquet`, otherwise JSON Lines.
 
     Yields:
         `(str, dict)`: the place, for errors, and the row.
@@ -22,11 +26,14 @@ def read_files(paths: Iterable[str | Path]) -> Iterator[tuple[str, dict]]:
         `FileNotFoundError`, `ValueError`: for a damaged file; names the file, and the line of JSON Lines.
     """
     for path in paths:
-        yield from read_parquet(path) if Path(path).suffix == ".parquet" else lines_with_places(path)
+        if Path(path).suffix == ".parquet":
+            yield from read_parquet(path)
+        else:
+            yield from lines_with_places(path)
 
 
-def read_parquet(path):
-    """`(where, dict)` pairs of a Parquet file with columns `id`, `text` and perhaps `title`."""
+def read_parquet(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """Read `(where, row)` pairs of a Parquet file with columns `id`, `text` and perhaps `title`."""
     if parquet is None:
         raise ImportError("A Parquet file needs pyarrow: pip install pyarrow.")
     try:
@@ -46,7 +53,7 @@ def read_parquet(path):
                 row += 1
 
 
-def _read_batches(file, columns, path):
+def _read_batches(file: "parquet.ParquetFile", columns: list[str], path: str | Path) -> "Iterator[RecordBatch]":
     try:
         yield from file.iter_batches(batch_size=1024, columns=columns)
     except (OSError, ValueError) as error:

@@ -1,80 +1,103 @@
-"""The two losses as pure functions of tensors: next token prediction in chunks, next sequence prediction over a global batch."""
+"""The two losses as pure functions: next token prediction in chunks, next sequence prediction over a global batch."""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 
-def similarity_scores(query_embeds, passage_embeds, temperature=1.0):
+def similarity_scores(
+    query_embeds: torch.Tensor, passage_embeds: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
     """
-    Scores of every query with every passage, in float32 whatever the autocast state.
+    Return the scores of every query with every passage, in float32 whatever the autocast state.
 
     Args:
-        query_embeds (`torch.Tensor` of shape `(N, h)`): already of unit length where the similarity is the cosine.
+        query_embeds (`torch.Tensor` of shape `(N, h)`): already of unit length if the similarity is the cosine.
         passage_embeds (`torch.Tensor` of shape `(M, h)`): likewise.
         temperature (`float`): divides the scores.
 
     Returns:
         `torch.FloatTensor` of shape `(N, M)`.
     """
-    with torch.autocast(
-        query_embeds.device.type, enabled=False
-    ):  # under autocast .float() @ .float() is still bf16: steps of 8 at a score of 1,150
+    # under autocast .float() @ .float() is still bf16: steps of 8 at a score of 1,150
+    with torch.autocast(query_embeds.device.type, enabled=False):
         return query_embeds.float() @ passage_embeds.float().T / temperature
 
 
-def info_nce(query_embeds, passage_embeds, passage_labels, same_passage=None, temperature=1.0, return_scores=False):
+def info_nce(
+    query_embeds: torch.Tensor,
+    passage_embeds: torch.Tensor,
+    passage_labels: torch.Tensor,
+    same_passage: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    return_scores: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """
-    Next sequence prediction loss (Eq. 4): cross-entropy of each query over all passages of the global batch.
+    Return the next sequence prediction loss (Eq. 4): each query's cross-entropy over all passages of the global batch.
 
     Args:
         query_embeds (`torch.Tensor` of shape `(N, h)`): Gen's last hidden states at `[NSP]`.
-        passage_embeds (`torch.Tensor` of shape `(M, h)`): Emb_seq's embeddings, this rank's and all others'.
-        passage_labels (`torch.LongTensor` of shape `(N,)`): row of `passage_embeds` that is the positive of each query; -100 for none.
-        same_passage (`torch.BoolTensor` of shape `(N, M)`, *optional*): passages that are no negatives of a query: further
-            positives, and repetitions. The positive itself may be marked too.
+        passage_embeds (`torch.Tensor` of shape `(M, h)`): Emb_seq's embeddings, of this rank and of all others.
+        passage_labels (`torch.LongTensor` of shape `(N,)`): row of `passage_embeds` that is the positive of each
+            query; -100 for none.
+        same_passage (`torch.BoolTensor` of shape `(N, M)`, *optional*): passages that are no negatives of a query:
+            further positives, and repetitions. The positive itself may be marked too.
         temperature (`float`): divides the scores; 1.0 is the paper's.
         return_scores (`bool`): also return what the softmax saw.
 
     Returns:
-        `torch.FloatTensor` of shape `(N,)`: one loss per query, not reduced: the caller knows the global count. 0 where the label is -100.
-        With `return_scores` a pair of it and the scores `(N, M)`, `-inf` for what is no negative.
+        `torch.FloatTensor` of shape `(N,)`: one loss per query, not reduced: the caller knows the global count. 0 if
+            the label is -100. With `return_scores` also the scores `(N, M)`, `-inf` for what is no negative.
     """
     scores = similarity_scores(query_embeds, passage_embeds, temperature)  # (N, M)
     if same_passage is not None:
         other = same_passage & (torch.arange(scores.shape[1], device=scores.device) != passage_labels[:, None])
         scores = scores.masked_fill(other, float("-inf"))  # a duplicate of the positive must not be pushed away
     losses = F.cross_entropy(scores, passage_labels, reduction="none", ignore_index=-100)
-    return (losses, scores) if return_scores else losses
+    if return_scores:
+        return losses, scores
+    return losses
 
 
-def chunked_cross_entropy(hidden_states, labels, lm_head, chunk_size=2048, label_positions=None):
+def chunked_cross_entropy(
+    hidden_states: torch.Tensor,
+    labels: torch.Tensor,
+    lm_head: Callable[[torch.Tensor], torch.Tensor],
+    chunk_size: int = 2048,
+    label_positions: torch.Tensor | None = None,
+) -> torch.Tensor:
     """
-    Next token prediction loss (Eq. 2) with logits only where there is a label, `chunk_size` positions at a time.
+    Return the next token prediction loss (Eq. 2), with logits only at labels, `chunk_size` positions at a time.
 
-    The full logits `(B, T, V)` are the largest tensor of a training step; here at most `(chunk_size, V)` is alive, and a chunk's logits
-    are computed again in the backward pass when there is more than one chunk.
+    The full logits `(B, T, V)` are the largest tensor of a training step; here at most `(chunk_size, V)` is alive.
+    With more than one chunk, the logits are computed again in the backward pass.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(B, T, h)`): Gen's last hidden states.
-        labels (`torch.LongTensor` of shape `(B, T)`): token ids, -100 where nothing is trained; shifted here, not by the caller.
+        labels (`torch.LongTensor` of shape `(B, T)`): token ids, -100 where nothing is trained; shifted here, not by
+            the caller.
         lm_head (`Callable`): maps `(K, h)` to logits `(K, V)`.
         chunk_size (`int`): positions per chunk.
-        label_positions (`torch.LongTensor` of shape `(K,)`, *optional*): the positions of `(B · T)` whose next token is trained, where the caller
-            knows them; to find them here, a GPU must be waited for.
+        label_positions (`torch.LongTensor` of shape `(K,)`, *optional*): the positions of `(B · T)` before a trained
+            token. A caller that knows them saves the host from waiting for the GPU.
 
     Returns:
-        `torch.FloatTensor` scalar: the sum over all labels, not the mean: the caller knows the global count. 0, with a graph, without labels.
+        `torch.FloatTensor` scalar: the sum over all labels, not the mean: the caller knows the global count. 0, with a
+            graph, if there is no label.
     """
     if label_positions is None:
         label_positions = F.pad(labels[:, 1:] != -100, (0, 1)).flatten().nonzero()[:, 0]
     hidden = hidden_states.flatten(0, 1)[label_positions.to(hidden_states.device)]  # (K, h)
     targets = labels.flatten()[label_positions + 1]  # (K,)
 
-    def chunk_loss(chunk, target):
+    def chunk_loss(chunk: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(lm_head(chunk).float(), target, reduction="sum")
 
     if hidden.shape[0] <= chunk_size:
         return chunk_loss(hidden, targets)
-    pieces = zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
-    return torch.stack([checkpoint(chunk_loss, chunk, target, use_reentrant=False) for chunk, target in pieces]).sum()
+    losses = []
+    for chunk, target in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
+        losses.append(checkpoint(chunk_loss, chunk, target, use_reentrant=False))
+    return torch.stack(losses).sum()

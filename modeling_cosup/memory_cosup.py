@@ -1,4 +1,4 @@
-"""Where a token memory enters the decoding loop: what it reads of Gen, and how it changes Gen's logits."""
+"""A token memory in the decoding loop: what it reads of Gen, and how it changes Gen's logits."""
 
 from typing import Protocol, runtime_checkable
 
@@ -8,15 +8,15 @@ import torch
 @runtime_checkable
 class Memory(Protocol):
     """
-    What `generate(memory=...)` and `generate_many(memory=...)` take: anything with these three.
+    What `generate(memory=...)` and `generate_many(memory=...)` take: any object with these three members.
 
-    The loop asks it once for every decision, before logits processors and warpers: for the one token that a row
-    forwarded, and at the last token of a prompt, a passage or a text that was read. A row that takes its `[NSP]` back
-    decides from the logits that it had, adjusted once.
+    The loop calls `adjust` once for every decision, before logits processors and warpers: for the one token that a row
+    forwarded, or for the last token of a prompt, a passage or a text that it read. A row that takes its `[NSP]` back
+    decides again from the same logits; they are not adjusted twice.
 
     Attributes:
-        states (`tuple[str, ...]`): names of submodules of Gen, such as `"model.layers.1.mlp"`; what enters them is
-            handed to `adjust`.
+        states (`tuple[str, ...]`): names of submodules of Gen, such as `"model.layers.1.mlp"`; `adjust` gets what
+            enters them.
         fingerprint (`str`): tells this memory from any other; `output_file` of generate_many() holds it.
     """
 
@@ -25,11 +25,12 @@ class Memory(Protocol):
 
     def adjust(self, logits: torch.Tensor, states: dict[str, torch.Tensor]) -> torch.Tensor:
         """
-        Adjust the logits of R decisions. What a row gets must not depend on the other rows: some belong to no
-        sequence, and are not used.
+        Adjust the logits of R decisions.
+
+        What a row gets must not depend on the other rows: some belong to no sequence, and are not used.
 
         Args:
-            logits (`torch.FloatTensor` of shape `(R, V)`): Gen's, in float32; not to be changed in place.
+            logits (`torch.FloatTensor` of shape `(R, V)`): Gen's, in float32; must not be changed in place.
             states (`dict[str, torch.Tensor]`): by name, what entered each submodule of `states` at these positions,
                 `(R, h)`, in Gen's dtype.
 
@@ -41,10 +42,10 @@ class Memory(Protocol):
 
 def check_memory(memory: object) -> None:
     """
-    Check that `memory` can be asked.
+    Check that `memory` has the members of [`Memory`].
 
     Raises:
-        `TypeError`: when it lacks a part of [`Memory`], or has one of another type.
+        `TypeError`: when one is missing or has another type.
     """
     if not isinstance(memory, Memory):
         missing = [name for name in ("states", "fingerprint", "adjust") if not hasattr(memory, name)]
@@ -58,13 +59,15 @@ def check_memory(memory: object) -> None:
 
 def adjusted(memory: Memory, logits: torch.Tensor, states: dict[str, torch.Tensor] | None) -> torch.Tensor:
     """
-    Logits `(R, V)` as `memory` adjusts them: the one place where the loop asks it.
+    Return the logits `(R, V)` as `memory` adjusts them; the loop calls it only here.
 
     Raises:
         `ValueError`: when it returns something of another shape or dtype.
     """
     result = memory.adjust(logits.float(), states or {})
     if result.shape != logits.shape or result.dtype != torch.float32:
-        returned, expected = (f"{tuple(value.shape)} in {value.dtype}" for value in (result, logits.float()))
-        raise ValueError(f"{type(memory).__name__}.adjust returned {returned}, expected {expected}.")
+        raise ValueError(
+            f"{type(memory).__name__}.adjust returned {tuple(result.shape)} in {result.dtype},"
+            f" expected {tuple(logits.shape)} in torch.float32."
+        )
     return result

@@ -1,142 +1,160 @@
 """
-Each half of a CoSup model as a checkpoint of its own: Gen as a plain causal LM, Emb_seq as a sentence-transformers folder.
+Each half of a CoSup model as a separate checkpoint.
 
-Both load without this code. The folder is written as sentence-transformers reads it, by JSON and safetensors files: the library is not needed to make it.
+Gen becomes a plain causal language model, Emb_seq a sentence-transformers folder. Both load without this code. The
+folder holds the JSON and safetensors files that sentence-transformers reads; writing it does not need the library.
 """
 
 import copy
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, processors
-from transformers import PreTrainedTokenizerFast
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from .configuration_cosup import CoSupConfig
 from .files_cosup import read_json, write_json
 from .hub_cosup import CARD_FILE, CARD_MARKER, TOKENIZER_FILES, checkpoint_files, make_repo, push_files
 from .plain_card_cosup import package_cards, plain_card
 from .tokenization_cosup import added_tokens
 
-POOLING_MODES = {
-    "eos": "lasttoken",
-    "lasttoken": "lasttoken",
-    "mean": "mean_tokens",
-    "cls": "cls_token",
-}  # names of sentence-transformers
+if TYPE_CHECKING:
+    Base = PreTrainedModel
+else:
+    Base = object  # the model brings PreTrainedModel
+
+# names of sentence-transformers
+POOLING_MODES = {"eos": "lasttoken", "lasttoken": "lasttoken", "mean": "mean_tokens", "cls": "cls_token"}
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
-PART_FILES = (
-    *(
-        "*.safetensors",
-        "model.safetensors.index.json",
-        "config.json",
-        "generation_config.json",
-        CARD_FILE,
-        *TOKENIZER_FILES,
-    ),
-    *(
-        "modules.json",
-        "sentence_bert_config.json",
-        "config_sentence_transformers.json",
-        "[0-9]_*/config.json",
-        "[0-9]_*/model.safetensors",
-    ),
+_WEIGHTS = ("*.safetensors", "model.safetensors.index.json")
+_MODULES = (
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "[0-9]_*/config.json",
+    "[0-9]_*/model.safetensors",
 )
+PART_FILES = (*_WEIGHTS, "config.json", "generation_config.json", CARD_FILE, *TOKENIZER_FILES, *_MODULES)
 
 
-class PartsMixin:
+class PartsMixin(Base):
     """`save_gen()` and `save_emb_seq()` of [`CoSupForCausalLM`]."""
+
+    config: CoSupConfig
+    gen: PreTrainedModel
+    emb_seq: PreTrainedModel | None
+    emb_head: nn.Linear | None
+    tokenizer: PreTrainedTokenizerBase
+    emb_seq_tokenizer: PreTrainedTokenizerBase
+    _has_tokenizer: Callable[[], bool]
 
     def save_gen(
         self,
-        save_directory,
-        is_main_process=True,
-        state_dict=None,
-        push_to_hub=False,
-        repo_id=None,
-        token=None,
-        private=None,
-        **kwargs,
-    ):
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        token: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
         """
-        Save Gen as a plain checkpoint of its architecture, e.g. `LlamaForCausalLM`, with tokenizer, chat template and generation config. Whatever serves
-        such models serves it, without retrieval and without `trust_remote_code`. This model stays as it is.
+        Save Gen as a plain checkpoint of its architecture, e.g. `LlamaForCausalLM`.
+
+        Tokenizer, chat template and generation config are saved with it. Whatever serves such models serves it,
+        without retrieval and without `trust_remote_code`. This model does not change.
 
         Args:
-            save_directory (`str` or `Path`): made if it is not there.
+            save_directory (`str` or `Path`): created if it does not exist.
             is_main_process (`bool`), **kwargs: as in `PreTrainedModel.save_pretrained`, e.g. `max_shard_size`.
-            state_dict (`dict`, *optional*): this (whole) model's, where the parameters in memory are shards.
-            push_to_hub (`bool`): upload the folder, in one commit, to
-            repo_id (`str`, *optional*): the repository, made if it is not there; defaults to the folder's name.
+            state_dict (`dict`, *optional*): of the whole model, if the parameters in memory are shards.
+            push_to_hub (`bool`): upload the folder, in one commit.
+            repo_id (`str`, *optional*): the repository, created if it does not exist; defaults to the folder's name.
             token (`str`, *optional*), private (`bool`, *optional*): as in `huggingface_hub`.
 
         Raises:
             `ValueError`: for weights that are quantised or hold adapters that are not merged.
         """
-        part = _part(self, self.gen)
-        part.generation_config = copy.deepcopy(self.generation_config)
-        part.save_pretrained(
-            save_directory, is_main_process=is_main_process, state_dict=_of_part(state_dict, "gen."), **kwargs
-        )
+        gen = _copy_of_part(self, self.gen)
+        gen.generation_config = copy.deepcopy(self.generation_config)
+        weights = _weights_of_part(state_dict, "gen.")
+        gen.save_pretrained(save_directory, is_main_process=is_main_process, state_dict=weights, **kwargs)
         if not is_main_process:
             return
         nsp_token = "[NSP]"
         if self._has_tokenizer():
             self.tokenizer.save_pretrained(save_directory)
-            nsp_token = self.tokenizer.convert_ids_to_tokens(self.config.nsp_token_id)
-        repo_id = _repository(save_directory, repo_id, token, private) if push_to_hub else None
-        name, cards = repo_id or Path(save_directory).absolute().name, package_cards()
+            nsp_token_id = cast(int, self.config.nsp_token_id)
+            nsp_token = cast(str, self.tokenizer.convert_ids_to_tokens(nsp_token_id))
+        name = _folder_name(save_directory)
+        if push_to_hub:
+            name = make_repo(repo_id or name, private, token)
+        cards = package_cards()
         if cards is None:
             metadata = {"library_name": "transformers", "pipeline_tag": "text-generation"}
             card = plain_card(name, "Gen of a CoSup model, a plain causal language model.", **metadata)
         else:
-            card = cards.gen_card(type(part).__name__, nsp_token, name)
+            card = cards.gen_card(type(gen).__name__, nsp_token, name)
         _write_card(save_directory, card)
         if push_to_hub:
-            _push(save_directory, repo_id, token)
+            _push(save_directory, name, token)
 
     def save_emb_seq(
         self,
-        save_directory,
-        is_main_process=True,
-        state_dict=None,
-        push_to_hub=False,
-        repo_id=None,
-        token=None,
-        private=None,
-        **kwargs,
-    ):
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        token: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
         """
-        Save Emb_seq as a sentence-transformers folder: `SentenceTransformer(save_directory).encode(rendered passages)` equals `encode_passages`.
+        Save Emb_seq as a sentence-transformers folder.
 
-        Its modules are the transformer, pooling, a dense layer for `emb_head`, and normalisation for the cosine. The tokenizer adds BOS and EOS as
-        Emb_seq reads them, after truncation, and reads special tokens that stand in a text as text. `passage_prompt` is the default prompt; the
-        template stands in `config_sentence_transformers.json` and, as code that renders passages, in the folder's `README.md`.
+        `SentenceTransformer(save_directory).encode(rendered passages)` then equals `encode_passages`. Its modules are
+        the transformer, pooling, a dense layer for `emb_head`, and normalisation for the cosine. The tokenizer adds
+        BOS and EOS as Emb_seq reads them, after truncation, and reads special tokens in a text as text.
+        `passage_prompt` is the default prompt. The template is in `config_sentence_transformers.json`; the folder's
+        `README.md` has code that renders passages with it.
 
-        Args: those of [`~CoSupForCausalLM.save_gen`].
+        Args: the same as for [`~CoSupForCausalLM.save_gen`].
 
         Raises:
-            `ValueError`: when Emb_seq is not loaded, its tokenizer is not one of the tokenizers library, or weights are quantised or hold adapters that
-                are not merged.
+            `ValueError`: when Emb_seq is not loaded, when its tokenizer does not come from the tokenizers library, or
+                when weights are quantised or hold adapters that are not merged.
         """
         if self.emb_seq is None:
             raise ValueError(
                 "Emb_seq is not in memory (load_emb_seq=False), so there is nothing to save: load the model with it."
             )
-        part, tokenizer = _part(self, self.emb_seq), passage_tokenizer(self.emb_seq_tokenizer, self.config)
-        part.save_pretrained(
-            save_directory, is_main_process=is_main_process, state_dict=_of_part(state_dict, "emb_seq."), **kwargs
-        )
+        emb_seq = _copy_of_part(self, self.emb_seq)
+        tokenizer = passage_tokenizer(self.emb_seq_tokenizer, self.config)
+        weights = _weights_of_part(state_dict, "emb_seq.")
+        emb_seq.save_pretrained(save_directory, is_main_process=is_main_process, state_dict=weights, **kwargs)
         if not is_main_process:
             return
-        tokenizer.save_pretrained(save_directory)
-        path = Path(save_directory) / "tokenizer_config.json"
-        write_json(
-            path, {**read_json(path), "tokenizer_class": "PreTrainedTokenizerFast"}
-        )  # its name in every release
-        head = None if self.emb_head is None else (state_dict or self.state_dict())["emb_head.weight"]
-        write_modules(Path(save_directory), self.config, tokenizer.model_max_length, head)
-        repo_id = _repository(save_directory, repo_id, token, private) if push_to_hub else None
-        name, cards = repo_id or Path(save_directory).absolute().name, package_cards()
+        folder = Path(save_directory)
+        tokenizer.save_pretrained(folder)
+        settings = read_json(folder / "tokenizer_config.json")
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in every release
+        write_json(folder / "tokenizer_config.json", settings)
+        head = None
+        if self.emb_head is not None:
+            head = (state_dict or self.state_dict())["emb_head.weight"]
+        write_modules(folder, self.config, tokenizer.model_max_length, head)
+        name = _folder_name(save_directory)
+        if push_to_hub:
+            name = make_repo(repo_id or name, private, token)
+        cards = package_cards()
         if cards is None:
             metadata = {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity"}
             card = plain_card(name, "Emb_seq of a CoSup model, its passage encoder.", **metadata)
@@ -144,46 +162,48 @@ class PartsMixin:
             card = cards.emb_seq_card(self.config, name)
         _write_card(save_directory, card)
         if push_to_hub:
-            _push(save_directory, repo_id, token)
+            _push(save_directory, name, token)
 
 
-def passage_tokenizer(tokenizer, config):
+def passage_tokenizer(tokenizer: PreTrainedTokenizerBase, config: CoSupConfig) -> PreTrainedTokenizerFast:
     """
-    A tokenizer that turns a rendered passage into what Emb_seq reads: BOS, the passage, truncated and with special tokens as text, EOS.
+    Return a tokenizer that turns a rendered passage into what Emb_seq reads: BOS, the truncated passage as text, EOS.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): Emb_seq's; stays as it is.
+        tokenizer (`PreTrainedTokenizerBase`): Emb_seq's; it does not change.
         config (`CoSupConfig`): length, and whether BOS and EOS are added.
 
     Raises:
-        `ValueError`: when it is not backed by the tokenizers library, whose files hold what is added.
+        `ValueError`: when it is not backed by the tokenizers library: what is added is saved in that library's files.
     """
     if not tokenizer.is_fast:
         raise ValueError(
-            f"Emb_seq's tokenizer, {type(tokenizer).__name__}, is not backed by the tokenizers library; sentence-transformers needs one that is."
+            f"Emb_seq's tokenizer, {type(tokenizer).__name__}, is not backed by the tokenizers library;"
+            " sentence-transformers needs one that is."
         )
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
-    before, behind = (
-        [(tokenizer.convert_ids_to_tokens(id), id) for id in ids] for ids in added_tokens(tokenizer, config)
-    )
-    pieces = [*(token for token, _ in before), "$A", *(token for token, _ in behind)]
-    backend.post_processor = processors.TemplateProcessing(single=pieces, special_tokens=[*before, *behind])
+    bos, eos = added_tokens(tokenizer, config)
+    tokens = {id: tokenizer.convert_ids_to_tokens(id) for id in bos + eos}
+    template = [*(tokens[id] for id in bos), "$A", *(tokens[id] for id in eos)]
+    special_tokens = [(token, id) for id, token in tokens.items()]
+    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=special_tokens)
+    names = [name for name in SPECIAL_TOKENS if getattr(tokenizer, name) is not None]
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        model_max_length=config.max_passage_length + len(before) + len(behind),
-        model_input_names=["input_ids", "attention_mask"],  # no token types: Emb_seq is given none
+        model_max_length=len(bos) + config.max_passage_length + len(eos),
+        model_input_names=["input_ids", "attention_mask"],  # no token types: Emb_seq reads none
         padding_side="right",
         truncation_side="right",
         split_special_tokens=True,
-        **{name: getattr(tokenizer, name) for name in SPECIAL_TOKENS if getattr(tokenizer, name) is not None},
+        **{name: getattr(tokenizer, name) for name in names},
     )
 
 
-def write_modules(folder, config, max_seq_length, head=None):
+def write_modules(folder: Path, config: CoSupConfig, max_seq_length: int, head: torch.Tensor | None = None) -> None:
     """
-    What makes a folder with a transformer one of sentence-transformers: the list of modules, and their settings.
+    Turn the folder of a transformer into a sentence-transformers folder: write the list of modules and their settings.
 
     Args:
         folder (`Path`): with model and tokenizer.
@@ -192,37 +212,26 @@ def write_modules(folder, config, max_seq_length, head=None):
         head (`torch.Tensor` of shape `(h, h_emb)`, *optional*): weight of `emb_head`.
     """
     width = config.emb_seq_config.get_text_config().hidden_size
-    modes = {
-        f"pooling_mode_{mode}": mode == POOLING_MODES[config.emb_seq_pooling]
-        for mode in ("cls_token", "mean_tokens", "lasttoken")
-    }
-    modules = [
-        ("", "Transformer", None),
-        ("1_Pooling", "Pooling", {"word_embedding_dimension": width, **modes, "include_prompt": True}),
-    ]
+    pooling: dict[str, Any] = {"word_embedding_dimension": width}
+    for mode in ("cls_token", "mean_tokens", "lasttoken"):
+        pooling[f"pooling_mode_{mode}"] = mode == POOLING_MODES[config.emb_seq_pooling]
+    pooling["include_prompt"] = True
+    modules: list[tuple[str, str, dict[str, Any]]] = [("", "Transformer", {}), ("1_Pooling", "Pooling", pooling)]
     if head is not None:
-        options = {
-            "in_features": width,
-            "out_features": config.embedding_size,
-            "bias": False,
-            "activation_function": "torch.nn.modules.linear.Identity",
-        }
-        modules.append(("2_Dense", "Dense", options))
+        dense: dict[str, Any] = {"in_features": width, "out_features": config.embedding_size, "bias": False}
+        dense["activation_function"] = "torch.nn.modules.linear.Identity"
+        modules.append(("2_Dense", "Dense", dense))
     if config.similarity == "cosine":
         modules.append((f"{len(modules)}_Normalize", "Normalize", {}))
     for path, _, options in modules[1:]:
         (folder / path).mkdir(exist_ok=True)
         write_json(folder / path / "config.json", options)
     if head is not None:
-        save_file(
-            {"linear.weight": head.detach().cpu().contiguous()},
-            folder / "2_Dense" / "model.safetensors",
-            metadata={"format": "pt"},
-        )
-    listed = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (path, kind, _) in enumerate(modules)
-    ]
+        weights = {"linear.weight": head.detach().cpu().contiguous()}
+        save_file(weights, folder / "2_Dense" / "model.safetensors", metadata={"format": "pt"})
+    listed = []
+    for i, (path, kind, _) in enumerate(modules):
+        listed.append({"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"})
     write_json(folder / "modules.json", listed)
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_seq_length, "do_lower_case": False})
     settings = {
@@ -235,50 +244,43 @@ def write_modules(folder, config, max_seq_length, head=None):
     write_json(folder / "config_sentence_transformers.json", settings)
 
 
-def _part(model, part):
-    """A shallow copy of a sub-model, with a config of its own: saving notes class and dtype in the config, and the whole model's must not change."""
+def _copy_of_part(model: PreTrainedModel, part: PreTrainedModel) -> PreTrainedModel:
+    """Return a shallow copy of a sub-model with its own config: saving notes class and dtype in the config."""
     if getattr(model, "hf_quantizer", None) is not None or getattr(part, "hf_quantizer", None) is not None:
         raise ValueError(
-            "The weights are quantised; a part of them is saved from the model before, or after dequantize()."
+            "The weights are quantised; save a part before they are quantised, or after calling dequantize()."
         )
-    if adapters := [name for name, _ in part.named_parameters() if ".base_layer." in name or "lora_" in name]:
-        raise ValueError(
-            f"{adapters[0]} belongs to an adapter that is not merged: call merge_and_unload() first, then save the parts of what it returns."
-        )
+    for name, _ in part.named_parameters():
+        if ".base_layer." in name or "lora_" in name:
+            raise ValueError(
+                f"{name} belongs to an adapter that is not merged: call merge_and_unload(), then save the parts of the"
+                " model that it returns."
+            )
     part = copy.copy(part)
     part.config = copy.deepcopy(part.config)
     if type(part).__module__.startswith("transformers."):
-        vars(part.config).pop(
-            "auto_map", None
-        )  # of a repository that also ships the code; the class is known without it
+        # of a repository that also ships the code; transformers knows the class without it
+        vars(part.config).pop("auto_map", None)
     return part
 
 
-def _of_part(state_dict, prefix):
-    return (
-        None
-        if state_dict is None
-        else {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
-    )
+def _weights_of_part(state_dict: dict[str, torch.Tensor] | None, prefix: str) -> dict[str, torch.Tensor] | None:
+    if state_dict is None:
+        return None
+    return {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
 
 
-def _write_card(folder, card):
-    """Write a card, unless there is one that somebody has made theirs."""
+def _write_card(folder: str | os.PathLike[str], card: str) -> None:
+    """Write a card, unless its owner has edited the one that is there."""
     path = Path(folder) / CARD_FILE
     if not path.exists() or CARD_MARKER in path.read_text(encoding="utf-8"):
         path.write_text(card, encoding="utf-8")
 
 
-def _repository(folder, repo_id, token, private):
-    return make_repo(repo_id or Path(folder).absolute().name, private, token)
+def _folder_name(folder: str | os.PathLike[str]) -> str:
+    return Path(folder).absolute().name
 
 
-def _push(folder, repo_id, token):
-    replaced = ("*.safetensors", "model.safetensors.index.json")
-    push_files(
-        checkpoint_files(folder, PART_FILES),
-        repo_id,
-        replaced,
-        commit_message="Upload a part of a CoSup model",
-        token=token,
-    )
+def _push(folder: str | os.PathLike[str], repo_id: str, token: str | None) -> None:
+    message = "Upload a part of a CoSup model"
+    push_files(checkpoint_files(folder, PART_FILES), repo_id, _WEIGHTS, commit_message=message, token=token)

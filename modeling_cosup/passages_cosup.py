@@ -1,18 +1,20 @@
-"""Passages: checked as they come, one by one, and their ids, which no corpus may hold twice."""
+"""Passages: checked as they come, one by one, and their ids, which must be unique in a corpus."""
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 _NO_ID = re.compile(r"\x00|(^|[/\\])\.\.($|[/\\])")
 
 
-def read_corpus(source):
+def read_corpus(source: str | Path | Iterable[Any]) -> Iterator[tuple[str, object]]:
     """
-    The passages of a corpus as they stand in it, unchecked, one at a time.
+    Read the passages of a corpus one at a time, unchecked.
 
     Args:
         source (`str`, `Path`, list of these, or iterable of `dict`): files, see [`corpus_cosup`]; or anything that
@@ -33,23 +35,29 @@ def read_corpus(source):
         yield f"Corpus row {row}", value
 
 
-def _read_files(paths):
+def _read_files(paths: Iterable[str | Path]) -> Iterator[tuple[str, object]]:
     try:
         from modeling_cosup.corpus_cosup import read_files
     except ImportError:
         raise ImportError(
-            "To read a corpus from files, install the package: pip install cosup. A list of passages needs only the checkpoint."
+            "To read a corpus from files, install the package: pip install cosup. A list of passages needs only the"
+            " checkpoint."
         ) from None
     return read_files(paths)
 
 
-def can_be_read_twice(source):
-    """Whether `read_corpus(source)` starts anew each time: not for a generator or another iterator, which is its own `iter()`."""
+def can_be_read_twice(source: str | Path | Iterable[Any]) -> bool:
+    """Return whether `read_corpus(source)` starts again each time; for a generator or another iterator it does not."""
     return isinstance(source, str | Path) or iter(source) is not source
 
 
-def check_text(value, field, where, may_be_empty=False):
-    """`value` if it is a string that can be encoded and, unless `may_be_empty`, holds more than white space; `ValueError` otherwise."""
+def check_text(value: object, field: str, where: str, may_be_empty: bool = False) -> str:
+    """
+    Return `value` if it is a string that can be encoded and is not just white space.
+
+    Raises:
+        `ValueError`: otherwise; with `may_be_empty` not for white space.
+    """
     expected = "a string" if may_be_empty else "a string that is not empty"
     if not isinstance(value, str) or not (may_be_empty or value.strip()):
         raise ValueError(f"{where}: {field} is {value!r}, expected {expected}.")
@@ -60,30 +68,30 @@ def check_text(value, field, where, may_be_empty=False):
     return value
 
 
-def check_id(value, where):
+def check_id(value: object, where: str) -> str:
     """
-    `value` if it can be the id of a passage. Ids are names, never paths; one that would lead out of a folder is refused all the same, for the sake of what
-    reads them elsewhere.
+    Return `value` if it can be the id of a passage.
+
+    Ids are names, never paths here. One that would lead out of a folder is refused for other programs that read it.
     """
-    check_text(value, "id", where)
-    if _NO_ID.search(value):
-        raise ValueError(f"{where}: id is {value!r}, expected no NUL and no '..' between slashes.")
-    return value
+    id = check_text(value, "id", where)
+    if _NO_ID.search(id):
+        raise ValueError(f"{where}: id is {id!r}, expected no NUL and no '..' between slashes.")
+    return id
 
 
-def check_title_and_text(passage, where, field=""):
-    """`{"title", "text"}` of a passage, checked; a missing title becomes empty."""
+def check_title_and_text(passage: Mapping[str, Any], where: str, field: str = "") -> dict[str, str]:
+    """Return `{"title", "text"}` of a passage, checked; a missing title becomes empty."""
     text = check_text(passage.get("text"), f"{field}text", where)
     title = passage.get("title")
-    return {
-        "title": check_text("" if title is None else title, f"{field}title", where, may_be_empty=True),
-        "text": text,
-    }
+    if title is None:
+        title = ""
+    return {"title": check_text(title, f"{field}title", where, may_be_empty=True), "text": text}
 
 
-def checked_passages(pairs):
+def checked_passages(pairs: Iterable[tuple[str, object]]) -> Iterator[tuple[str, dict[str, str]]]:
     """
-    Passages of a corpus, each checked; [`find_duplicate`] checks for duplicate ids.
+    Check the passages of a corpus one at a time; [`find_duplicate`] checks for duplicate ids.
 
     Args:
         pairs (iterable of `(str, object)`): of [`read_corpus`].
@@ -100,19 +108,19 @@ def checked_passages(pairs):
         yield where, {"id": check_id(value.get("id"), where), **check_title_and_text(value, where)}
 
 
-def hash_id(id):
-    """64 bits of a passage id, `int`: 8 bytes stand for an id of any length. Where two ids have the same hash, the ids themselves are compared."""
+def hash_id(id: str) -> int:
+    """Hash a passage id to 64 bits, which take less memory than ids do. If two hashes are equal, compare the ids."""
     return int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def hash_ids(ids):
-    """[`hash_id`] of many: `numpy.ndarray` of int64."""
+def hash_ids(ids: Iterable[str]) -> NDArray[np.int64]:
+    """Hash many passage ids; see [`hash_id`]."""
     return np.fromiter(map(hash_id, ids), np.int64)
 
 
-def find_duplicate(hashes, read):
+def find_duplicate(hashes: NDArray[np.int64], read: Callable[[], Iterable[tuple[str, Mapping[str, Any]]]]) -> None:
     """
-    Raise when an id occurs twice in a corpus, at 8 bytes a passage: ids are looked at only where hashes are equal.
+    Raise when an id occurs twice in a corpus; takes 8 bytes a passage, since only ids with equal hashes are compared.
 
     Args:
         hashes (`numpy.ndarray` of int64): of all ids; sorted in place.
@@ -125,11 +133,11 @@ def find_duplicate(hashes, read):
     twice = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
     if not twice:
         return
-    places = {}
+    places: dict[str, str] = {}
     for where, passage in read():
-        if hash_id(passage["id"]) in twice:
-            if passage["id"] in places:
-                raise ValueError(
-                    f"{where}: id {passage['id']!r} already stands at {places[passage['id']]}; ids must be unique."
-                )
-            places[passage["id"]] = where
+        id = passage["id"]
+        if hash_id(id) not in twice:
+            continue
+        if id in places:
+            raise ValueError(f"{where}: id {id!r} is already used at {places[id]}; ids must be unique.")
+        places[id] = where

@@ -1,4 +1,4 @@
-"""What enters submodules of Gen, on request: the states that a token memory computes with."""
+"""Inputs of submodules of Gen, on request: the states that a token memory computes with."""
 
 import contextlib
 import difflib
@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-# Where the hooks write during a forward that asks for states: a context variable, in which threads do not meet.
+# Where the hooks write during a forward that returns states: a context variable, so that threads do not interfere.
 # torch.compile cannot trace one, so a traced forward writes to the last entry of a list.
 _states: ContextVar[dict | None] = ContextVar("cosup_states", default=None)
 _traced_states: list[dict] = []
@@ -17,16 +17,17 @@ _traced_states: list[dict] = []
 
 def watch(gen: nn.Module, names: tuple[str, ...]) -> None:
     """
-    Register, once, the hooks that record what enters submodules of Gen.
+    Register the hooks that record what enters submodules of Gen, unless they are registered already.
 
-    `forward(output_states=...)` does this itself. Call it before a forward that asks for states is compiled: hooks
-    cannot be registered in what torch.compile traces.
+    `forward(output_states=...)` does this itself. Call it before you compile a forward that returns states: hooks
+    cannot be registered while torch.compile traces.
 
     Args:
-        gen (`nn.Module`), names (`tuple[str, ...]`): Gen, and names of its submodules, such as `"model.layers.1.mlp"`.
+        gen (`nn.Module`): Gen.
+        names (`tuple[str, ...]`): of its submodules, such as `"model.layers.1.mlp"`.
 
     Raises:
-        `ValueError`: for a name that Gen has no submodule for.
+        `ValueError`: for a name without a submodule.
     """
     if isinstance(names, str):
         raise ValueError(f"Names of submodules are expected as a tuple, found the string {names!r}.")
@@ -37,20 +38,22 @@ def watch(gen: nn.Module, names: tuple[str, ...]) -> None:
             module.register_forward_pre_hook(partial(_record, name=name), with_kwargs=True)
 
 
-def _submodule(gen, name):
+def _submodule(gen: nn.Module, name: str) -> nn.Module:
+    """Return a submodule of Gen, not Gen itself; an error suggests names that are close."""
     try:
         if name:
             return gen.get_submodule(name)
     except AttributeError:
         pass
-    close = difflib.get_close_matches(name, [known for known, _ in gen.named_modules()], n=3)
+    known = [module_name for module_name, _ in gen.named_modules()]
+    close = difflib.get_close_matches(name, known, n=3)
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     raise ValueError(f"{type(gen).__name__} has no submodule {name!r}.{hint}")
 
 
 @contextlib.contextmanager
 def recording(gen: nn.Module, names: tuple[str, ...] | None) -> Iterator[dict[str, torch.Tensor]]:
-    """A context in which a forward of Gen fills the `dict` that it gives: by name, what enters each submodule."""
+    """Within this context a forward of Gen fills the `dict` that it gives: by name, what enters each submodule."""
     states: dict[str, torch.Tensor] = {}
     if not names:
         yield states
@@ -69,8 +72,8 @@ def recording(gen: nn.Module, names: tuple[str, ...] | None) -> Iterator[dict[st
             _states.reset(token)
 
 
-def _record(module, args, kwargs, name):
-    """A forward-pre-hook: notes the first argument of the submodule."""
+def _record(module: nn.Module, args: tuple, kwargs: dict, name: str) -> None:
+    """Note the first argument of a submodule, as a forward-pre-hook."""
     if torch.compiler.is_compiling():
         states = _traced_states[-1] if _traced_states else None
     else:
@@ -83,11 +86,11 @@ def decided_states(
     states: dict[str, torch.Tensor], names: tuple[str, ...], hidden: torch.Tensor, positions: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
     """
-    Choose the states at the decided positions.
+    Return the states at the decided positions.
 
     Args:
         states (`dict[str, torch.Tensor]`): as [`recording`] filled it.
-        names (`tuple[str, ...]`): of the submodules that were asked for.
+        names (`tuple[str, ...]`): of the submodules in question.
         hidden (`torch.Tensor` of shape `(B, T, h)`): what Gen returned.
         positions (`torch.LongTensor` of shape `(R,)`, *optional*): of `(B · T)`; without them the last column of each
             row.

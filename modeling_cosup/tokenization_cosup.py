@@ -1,21 +1,26 @@
 """
 How prompts, passages and control tokens become token ids, the same in training, in the index and while generating.
 
-Text can hold anything, "[NSP]" and "</s>" included: it is always encoded as text. Control tokens, BOS and EOS are appended as ids.
+Text can hold anything, "[NSP]" and "</s>" included: it is always encoded as text. Control tokens, BOS and EOS are
+appended as ids.
 """
 
 import hashlib
 import inspect
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from jinja2 import TemplateError
-from transformers import AddedToken
+from transformers import AddedToken, PreTrainedTokenizerBase
+
+from .configuration_cosup import CoSupConfig
 
 CONTROL_TOKENS = {"nsp_token": "[NSP]", "cs_token": "[Cs]", "ce_token": "[CE]"}
 
-# The paper's prompt, `<instruction>## Input:\n\n<input>## Output:\n\n`, for a tokenizer that has no chat template of its own:
+# The paper's prompt, `<instruction>## Input:\n\n<input>## Output:\n\n`, for a tokenizer without a chat template:
 # the system message is the instruction, the user message the input.
 PAPER_CHAT_TEMPLATE = (
     "{% if bos_token %}{{ bos_token }}{% endif %}"
@@ -26,20 +31,20 @@ PAPER_CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}## Output:\n\n{% endif %}"
 )
-_MARKERS = (
-    "\U000f0000",
-    "\U000f0001",
-)  # private-use characters around a control token in user text, removed before encoding
-_PROBE = 'The 3 Zürich "élan" :: don\'t\n\tstop, 42.5% [x] </y> 東京 ½'  # its ids stand for a tokenizer's normaliser and pre-tokenizer
+# private-use characters around a control token in user text; they are removed before encoding
+_MARKERS = ("\U000f0000", "\U000f0001")
+# the ids of this text tell one tokenizer's normaliser and pre-tokenizer from another's
+_PROBE = 'The 3 Zürich "élan" :: don\'t\n\tstop, 42.5% [x] </y> 東京 ½'
 
 
-def add_control_tokens(tokenizer, names=None):
+def add_control_tokens(tokenizer: PreTrainedTokenizerBase, names: Mapping[str, str] | None = None) -> list[int]:
     """
-    Add `[NSP]`, `[Cs]` and `[CE]` to a tokenizer, in place, and give it a chat template and a pad token where it has none.
+    Add `[NSP]`, `[Cs]` and `[CE]` to a tokenizer, in place; also a chat template and a pad token if it has none.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): changed in place.
-        names (`dict`, *optional*): other strings for `nsp_token`, `cs_token`, `ce_token`, e.g. `{"nsp_token": "[Ret]"}`.
+        names (`dict`, *optional*): other strings for `nsp_token`, `cs_token`, `ce_token`, e.g.
+            `{"nsp_token": "[Ret]"}`.
 
     Returns:
         `list[int]`: the ids of the three tokens.
@@ -47,10 +52,12 @@ def add_control_tokens(tokenizer, names=None):
     Raises:
         `ValueError`: when two of the three are the same token.
     """
-    tokens = [*({**CONTROL_TOKENS, **(names or {})}).values()]
-    # special: never split, skipped when decoding; not normalized: "[nsp]" in a text is not [NSP] under a lower-casing normaliser
+    names = {**CONTROL_TOKENS, **(names or {})}
+    tokens = list(names.values())
+    # special: never split, and skipped when decoding
+    # not normalized: under a lower-casing normaliser "[nsp]" in a text would become [NSP]
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
-    ids = tokenizer.convert_tokens_to_ids(tokens)
+    ids = cast(list[int], tokenizer.convert_tokens_to_ids(tokens))
     if len(set(ids)) != 3 or None in ids:
         raise ValueError(f"The control tokens {tokens} have the ids {ids}, expected three different ones.")
     if tokenizer.chat_template is None:
@@ -60,87 +67,104 @@ def add_control_tokens(tokenizer, names=None):
     return ids
 
 
-def encode_texts(tokenizer, texts, forbidden_ids=()):
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], forbidden_ids: Iterable[int | None] = ()
+) -> list[list[int]]:
     """
     Encode texts as text: no special tokens are added and none in the text is recognised.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): any tokenizer.
         texts (`list[str]`): may hold anything.
-        forbidden_ids (iterable of `int`): ids that no text may produce (control tokens, EOS).
+        forbidden_ids (iterable of `int`): ids that no text may produce, such as control tokens and EOS.
 
     Returns:
         `list[list[int]]`: token ids of each text.
 
     Raises:
-        `ValueError`: when a text still gives a forbidden id, which means that the token is part of the tokenizer's ordinary vocabulary.
+        `ValueError`: when a text still gives a forbidden id: then the token is part of the tokenizer's ordinary
+            vocabulary.
     """
     if not texts:
         return []
     encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    forbidden = set(forbidden_ids)
+    forbidden = {id for id in forbidden_ids if id is not None}
     for text, ids in zip(texts, encoded, strict=True):
-        if found := forbidden.intersection(ids):
+        found = forbidden.intersection(ids)
+        if found:
             tokens = tokenizer.convert_ids_to_tokens(sorted(found))
             raise ValueError(
-                f"The text {text[:80]!r} encodes to the control tokens {tokens}; the tokenizer must not hold them as ordinary words."
+                f"The text {text[:80]!r} encodes to the control tokens {tokens}; the tokenizer must not hold them as"
+                " ordinary words."
             )
     return encoded
 
 
-def render_passage(passage, template):
-    """`{"title", "text"}` through a template such as `"{title} :: {text}"`; without a title the text alone."""
+def render_passage(passage: Mapping[str, Any], template: str) -> str:
+    """Return `{"title", "text"}` through a template such as `"{title} :: {text}"`; without a title the text alone."""
     if not passage.get("title"):
         return passage["text"]
-    return re.sub(
-        r"\{(title|text)\}", lambda match: passage[match[1]], template
-    )  # one pass: braces in a title stay as they are
+    # one pass: braces in a title stay
+    return re.sub(r"\{(title|text)\}", lambda match: passage[match[1]], template)
 
 
-def encode_passages_for_gen(tokenizer, passages, config):
-    """Token ids of passages as Gen reads them between `[NSP]` and `[Cs]`: `list[list[int]]`, each at most `config.max_passage_length` long."""
-    template, length = (
-        config.passage_template,
-        config.max_passage_length,
-    )  # read once: a config's attributes take longer than a short passage
+def encode_passages_for_gen(
+    tokenizer: PreTrainedTokenizerBase, passages: Iterable[Mapping[str, Any]], config: CoSupConfig
+) -> list[list[int]]:
+    """Return token ids of passages as Gen reads them between `[NSP]` and `[Cs]`, each cut to `max_passage_length`."""
+    # read once: looking up a config's attribute takes longer than encoding a short passage
+    template, length = config.passage_template, config.max_passage_length
     texts = [render_passage(passage, template) for passage in passages]
     control_ids = (config.nsp_token_id, config.cs_token_id, config.ce_token_id, tokenizer.eos_token_id)
     return [ids[:length] for ids in encode_texts(tokenizer, texts, control_ids)]
 
 
-def encode_passages_for_emb_seq(tokenizer, passages, config):
+def encode_passages_for_emb_seq(
+    tokenizer: PreTrainedTokenizerBase, passages: Iterable[Mapping[str, Any]], config: CoSupConfig
+) -> list[list[int]]:
     """
-    Token ids of passages as Emb_seq reads them, `list[list[int]]`: BOS, `config.passage_prompt` and the passage, EOS. BOS and EOS fall back to CLS and SEP;
-    `config.emb_seq_add_bos_token` and `config.emb_seq_add_eos_token` leave them out.
+    Return token ids of passages as Emb_seq reads them: BOS, `config.passage_prompt` and the passage, EOS.
 
-    The passage is truncated to `config.max_passage_length` first, so that EOS, whose hidden state is the embedding, survives.
+    BOS and EOS fall back to CLS and SEP; `config.emb_seq_add_bos_token` and `config.emb_seq_add_eos_token` leave them
+    out. The passage is truncated to `config.max_passage_length` first, so that EOS, which gives the embedding, stays.
 
     Raises:
         `ValueError`: when pooling is `"eos"` and the tokenizer has neither an EOS nor a SEP token.
     """
     template, prompt = config.passage_template, config.passage_prompt
     texts = [prompt + render_passage(passage, template) for passage in passages]
-    return add_bos_and_eos(tokenizer, encode_texts(tokenizer, texts, bos_and_eos(tokenizer)[1]), config)
+    _, eos = bos_and_eos(tokenizer)
+    return add_bos_and_eos(tokenizer, encode_texts(tokenizer, texts, forbidden_ids=eos), config)
 
 
-def add_bos_and_eos(tokenizer, rows, config):
-    """Token ids of passages (`list[list[int]]`), truncated, between BOS and EOS: see [`encode_passages_for_emb_seq`]."""
-    (bos, eos), length = added_tokens(tokenizer, config), config.max_passage_length
+def add_bos_and_eos(
+    tokenizer: PreTrainedTokenizerBase, rows: Iterable[list[int]], config: CoSupConfig
+) -> list[list[int]]:
+    """Return token ids of passages, truncated, between BOS and EOS; see [`encode_passages_for_emb_seq`]."""
+    bos, eos = added_tokens(tokenizer, config)
+    length = config.max_passage_length
     if not eos and config.emb_seq_pooling == "eos":
         raise ValueError(
-            f"{type(tokenizer).__name__} has no EOS or SEP token, which emb_seq_pooling='eos' reads; use 'lasttoken', 'mean' or 'cls'."
+            f"{type(tokenizer).__name__} has no EOS or SEP token, which emb_seq_pooling='eos' reads; use 'lasttoken',"
+            " 'mean' or 'cls'."
         )
     return [bos + ids[:length] + eos for ids in rows]
 
 
-def encode_queries_for_emb_seq(tokenizer, emb_seq_tokenizer, rows, config):
+def encode_queries_for_emb_seq(
+    tokenizer: PreTrainedTokenizerBase,
+    emb_seq_tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[list[int]],
+    config: CoSupConfig,
+) -> list[list[int]]:
     """
-    Everything up to and including `[NSP]` as Emb_seq reads it (section 5, "Baseline"), `list[list[int]]`.
+    Return everything up to and including `[NSP]` as Emb_seq reads it (section 5, "Baseline").
+
+    If both tokenizers are the same object and there is no query prompt, a row does not change. Otherwise it becomes
+    text without special tokens, after the prompt, and is cut to the `model_max_length` of Emb_seq's tokenizer.
 
     Args:
-        tokenizer, emb_seq_tokenizer (`PreTrainedTokenizerBase`): Gen's and Emb_seq's. Where they are the same object and there is no query prompt, a row
-            stays as it is. Else it becomes text without special tokens, the prompt before it, and loses its end where it is longer than the
-            `model_max_length` of Emb_seq's tokenizer.
+        tokenizer, emb_seq_tokenizer (`PreTrainedTokenizerBase`): Gen's and Emb_seq's.
         rows (`list[list[int]]`): in Gen's token ids.
         config (`CoSupConfig`): `query_prompt`, and whether BOS and EOS are added.
     """
@@ -148,34 +172,41 @@ def encode_queries_for_emb_seq(tokenizer, emb_seq_tokenizer, rows, config):
         return [list(row) for row in rows]
     bos, eos = added_tokens(emb_seq_tokenizer, config)
     length = emb_seq_tokenizer.model_max_length - len(bos) - len(eos)
-    texts = [config.query_prompt + tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+    texts = [f"{config.query_prompt}{tokenizer.decode(row, skip_special_tokens=True)}" for row in rows]
     return [bos + ids[:length] + eos for ids in encode_texts(emb_seq_tokenizer, texts)]
 
 
-def added_tokens(tokenizer, config):
-    """`(ids before, ids after)` what Emb_seq reads: what the config adds of [`bos_and_eos`]."""
+def added_tokens(tokenizer: PreTrainedTokenizerBase, config: CoSupConfig) -> tuple[list[int], list[int]]:
+    """Return `(ids before, ids after)` what Emb_seq reads: BOS and EOS, each only if the config adds it."""
     bos, eos = bos_and_eos(tokenizer)
-    return bos if config.emb_seq_add_bos_token else [], eos if config.emb_seq_add_eos_token else []
+    if not config.emb_seq_add_bos_token:
+        bos = []
+    if not config.emb_seq_add_eos_token:
+        eos = []
+    return bos, eos
 
 
-def bos_and_eos(tokenizer):
-    """`([BOS or CLS], [EOS or SEP])`, each a list of one id, or empty where the tokenizer has none."""
+def bos_and_eos(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return `([BOS or CLS], [EOS or SEP])`, each a list of one id, or empty if the tokenizer has none."""
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
     eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     return [bos] if bos is not None else [], [eos] if eos is not None else []
 
 
-def pad_rows(rows, value=0, side="right", device=None):
+def pad_rows(
+    rows: Sequence[Sequence[int]], value: int = 0, side: str = "right", device: torch.device | str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Lists of token ids as one tensor.
+    Return lists of token ids as one tensor.
 
     Args:
         rows (`list[list[int]]`): may be empty, and so may each of them.
         value (`int`): of the padding.
-        side (`str`): `"right"` or `"left"`, where the padding goes.
+        side (`str`): `"right"` or `"left"`: where the padding goes.
 
     Returns:
-        `(ids, mask)`: `torch.LongTensor` of shape `(len(rows), longest)`, at least one column wide; the mask is 0 on padding.
+        `(ids, mask)`: `torch.LongTensor` of shape `(len(rows), longest)`, at least one column wide; the mask is 0 on
+            padding.
     """
     width = max(map(len, rows), default=0) or 1
     ids = torch.full((len(rows), width), value, dtype=torch.long)
@@ -197,20 +228,22 @@ class Packing:
         ends (`torch.LongTensor` of shape `(M,)`): the column of the last token of each row.
     """
 
-    position_ids: torch.LongTensor
-    ends: torch.LongTensor
+    position_ids: torch.Tensor
+    ends: torch.Tensor
 
 
-def encode_prompt(tokenizer, input, instruction=""):
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, input: str, instruction: str = "") -> list[int]:
     """
-    Token ids of a prompt through the tokenizer's chat template: `instruction` as system message, `input` as user message.
+    Return token ids of a prompt, through the tokenizer's chat template.
+
+    `instruction` is the system message, `input` the user message.
 
     A template that refuses a system message gets both in the user message.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): with a chat template.
         input (`str`): the question. Control tokens in it stay text.
-        instruction (`str`): the task, may be empty.
+        instruction (`str`): the task; may be empty.
 
     Returns:
         `list[int]`: the prompt, ready for the first generated token.
@@ -224,75 +257,88 @@ def encode_prompt(tokenizer, input, instruction=""):
         return encode_chat(tokenizer, [{"role": "user", "content": f"{instruction}\n\n{input}"}])
 
 
-def encode_chat(tokenizer, messages):
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
     """
-    Token ids of messages through the chat template with a generation prompt; control tokens in their content stay text.
+    Return token ids of messages through the chat template, with a generation prompt; control tokens in them stay text.
 
-    Equals `apply_chat_template(messages, add_generation_prompt=True, sanitize_control_tokens=True)`, which older releases of transformers
-    lack: there, control tokens in the content are wrapped in private-use characters before rendering and encoded apart after it.
+    Equals `apply_chat_template(messages, add_generation_prompt=True, sanitize_control_tokens=True)`. Older releases of
+    transformers lack the last option. With them, markers are put around control tokens before rendering.
     """
-    if "sanitize_control_tokens" in inspect.signature(tokenizer.apply_chat_template).parameters:
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
-        )
-    return _encode_chat_with_markers(tokenizer, messages)
+    if "sanitize_control_tokens" not in inspect.signature(tokenizer.apply_chat_template).parameters:
+        return _encode_chat_with_markers(tokenizer, messages)
+    ids = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
+    )
+    return cast(list[int], ids)
 
 
-def _encode_chat_with_markers(tokenizer, messages):
-    start, end = _MARKERS
+def _encode_chat_with_markers(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    """Return what [`encode_chat`] returns: control tokens in messages are marked, cut out and encoded as text."""
     specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    pattern = "|".join(re.escape(token) for token in sorted(specials, key=len, reverse=True))
-    marked = [
-        {
-            **message,
-            "content": re.sub(pattern, rf"{start}\g<0>{end}", re.sub(f"[{start}{end}]", "", message["content"])),
-        }
-        for message in messages
-    ]
+    specials.sort(key=len, reverse=True)  # a token may begin with another
+    pattern = "|".join(map(re.escape, specials))
+    start, end = _MARKERS
+    marked = []
+    for message in messages:
+        content = re.sub(f"[{start}{end}]", "", message["content"])
+        marked.append({**message, "content": re.sub(pattern, rf"{start}\g<0>{end}", content)})
     rendered = tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False)
-    newline, ids = tokenizer("\n", add_special_tokens=False)["input_ids"], []
-    # odd pieces stood between markers; a lone marker, where the template split a text, is dropped but keeps its two sides apart
-    for i, piece in enumerate(re.split(f"{start}({pattern}){end}|[{start}{end}]", rendered)):
+    # Every second piece is a control token from between two markers, to be read as text. It is `None` for a single
+    # marker, left where the template split a text: the two sides are still encoded apart.
+    pieces = re.split(f"{start}({pattern}){end}|[{start}{end}]", cast(str, rendered))
+    ids = []
+    for i, piece in enumerate(pieces):
         if not piece:
             continue
-        prefix = "\n" if i else ""  # SentencePiece puts a space before what begins a string
-        piece_ids = tokenizer(prefix + piece, add_special_tokens=False, split_special_tokens=i % 2 == 1)["input_ids"]
-        if i and piece_ids[: len(newline)] == newline:
-            piece_ids = piece_ids[len(newline) :]
-        elif i:
-            piece_ids = tokenizer(piece, add_special_tokens=False, split_special_tokens=i % 2 == 1)["input_ids"]
-        ids += piece_ids
+        if i == 0:
+            ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+        else:
+            ids += _encode_continuation(tokenizer, piece, split_special_tokens=i % 2 == 1)
     return ids
 
 
-def end_of_turn_token_id(tokenizer):
+def _encode_continuation(tokenizer: PreTrainedTokenizerBase, piece: str, split_special_tokens: bool) -> list[int]:
+    """Return token ids of a piece that continues a string: SentencePiece puts a space before what begins one."""
+    newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    options = {"add_special_tokens": False, "split_special_tokens": split_special_tokens}
+    ids = tokenizer("\n" + piece, **options)["input_ids"]
+    if ids[: len(newline)] == newline:
+        return ids[len(newline) :]
+    return tokenizer(piece, **options)["input_ids"]
+
+
+def end_of_turn_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """
-    The id that ends an assistant's turn: the first special token that the chat template writes after the answer, else EOS.
+    Return the id that ends an assistant's turn.
+
+    It is the first special token that the chat template writes after an answer, or EOS if there is none.
 
     Raises:
         `ValueError`: when there is neither.
     """
     answer = "end-of-turn-probe"
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
-    tail = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(answer)[2]
+    rendered = cast(str, tokenizer.apply_chat_template(messages, tokenize=False))
+    tail = rendered.rpartition(answer)[2]
     specials = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     for id in tokenizer(tail, add_special_tokens=False)["input_ids"]:
         if id in specials:
             return id
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            "The chat template ends an answer with no special token and the tokenizer has no EOS: nothing would end an answer."
+            "The chat template ends an answer with no special token and the tokenizer has no EOS: nothing would end an"
+            " answer."
         )
     return tokenizer.eos_token_id
 
 
-def same_tokenizer(first, second):
-    """Whether two tokenizers read every text alike."""
+def same_tokenizer(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
+    """Return whether two tokenizers read every text alike."""
     return first is second or tokenizer_fingerprint(first) == tokenizer_fingerprint(second)
 
 
-def tokenizer_fingerprint(tokenizer):
-    """Hash (hex `str`) of a tokenizer's vocabulary and of its ids for a probe text; the same before and after saving."""
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash a tokenizer's vocabulary and its ids for a probe text: hex, the same before and after saving."""
     digest = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode())
     digest.update(repr(encode_texts(tokenizer, [_PROBE])).encode())
     digest.update(repr(bos_and_eos(tokenizer)).encode())

@@ -352,7 +352,7 @@ def test_what_cannot_be_added_changes_nothing(model, tmp_path, where):
         ([new, PASSAGES[2]], "Corpus row 1: id 'p2' is already in the index"),
         (iter([new, {"id": "newer", "text": "word"}, PASSAGES[2]]), "Corpus row 2: id 'p2' is already in the index"),
         ([new, {"id": "x", "text": ""}], "Corpus row 1: text is ''"),
-        ([new, new], "Corpus row 1: id 'new' already stands"),
+        ([new, new], "Corpus row 1: id 'new' is already used"),
         ([], "holds no passage"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -1,6 +1,7 @@
 """
-With a memory that reads Gen's states, a batch == each row alone == a slow reference without cache, token by token,
-with every control.
+With a memory that reads Gen's states: a batch == each row alone == a slow reference without cache.
+
+Compared token by token, with every control.
 """
 
 import pytest
@@ -21,9 +22,9 @@ def maker(kind, gen="llama"):
 
 def check_rows_alone(settings, gen, make_memory, rows, trace, **kwargs):
     model, index, prompts, processors = setup(gen, **kwargs)
-    for row, prompt in enumerate(prompts):
-        _, alone, found = generate(model, index, [prompt], processors, settings, memory=make_memory(model))
-        assert (alone, found) == ([rows[row]], [trace[row]]), f"row {row} alone differs"
+    for i, prompt in enumerate(prompts):
+        _, row, retrievals = generate(model, index, [prompt], processors, settings, memory=make_memory(model))
+        assert (row, retrievals) == ([rows[i]], [trace[i]]), f"row {i} alone differs"
 
 
 @pytest.mark.parametrize("gen", LAST_MLP)
@@ -31,30 +32,32 @@ def check_rows_alone(settings, gen, make_memory, rows, trace, **kwargs):
 def test_batch_row_and_reference_agree(gen, kind):
     *_, rows, trace = check(RetrievalConfig(), gen, make_memory=maker(kind, gen))
     check_rows_alone(RetrievalConfig(), gen, maker(kind, gen), rows, trace)
-    _, without, other = generate(*setup(gen), RetrievalConfig())
-    assert sum(map(len, trace)) >= 4 and rows != without and trace != other  # the memory decides tokens and retrievals
+    _, rows_without, trace_without = generate(*setup(gen), RetrievalConfig())
+    assert sum(map(len, trace)) >= 4
+    assert rows != rows_without  # the memory decides tokens
+    assert trace != trace_without  # and retrievals
 
 
 def dividing_score(output):
-    """
-    A minimum score that some retrievals miss, in the widest gap between the scores: no rounding may decide which.
-    """
-    scores = sorted(r.score for row in output.retrievals for r in row)
+    """A minimum score that some retrievals miss, in the widest gap between scores: rounding must not decide which."""
+    scores = sorted(retrieval.score for trace in output.retrievals for retrieval in trace)
     middle = range(max(1, len(scores) // 5), max(2, 4 * len(scores) // 5))
-    gap = max(middle, key=lambda i: scores[i] - scores[i - 1])
-    return (scores[gap] + scores[gap - 1]) / 2
+    widest = max(middle, key=lambda i: scores[i] - scores[i - 1])
+    return (scores[widest] + scores[widest - 1]) / 2
 
 
 @pytest.mark.parametrize("gen", LAST_MLP)
 @pytest.mark.parametrize("kind", MEMORIES)
 def test_a_row_that_takes_its_nsp_back(gen, kind):
-    output, _, _ = generate(*setup(gen, every=5), RetrievalConfig(), memory=maker(kind, gen)(setup(gen, every=5)[0]))
+    make_memory = maker(kind, gen)
+    model, index, prompts, processors = setup(gen, every=5)
+    output, _, _ = generate(model, index, prompts, processors, RetrievalConfig(), memory=make_memory(model))
     settings = RetrievalConfig(min_score=dividing_score(output))
-    *_, rows, trace = check(settings, gen, every=5, make_memory=maker(kind, gen))
-    check_rows_alone(settings, gen, maker(kind, gen), rows, trace, every=5)
+    *_, rows, trace = check(settings, gen, every=5, make_memory=make_memory)
+    check_rows_alone(settings, gen, make_memory, rows, trace, every=5)
     assert any(trace)
-    *_, nothing = check(RetrievalConfig(min_score=9.0), gen, every=5, make_memory=maker(kind, gen))
-    assert not any(nothing)
+    *_, trace = check(RetrievalConfig(min_score=9.0), gen, every=5, make_memory=make_memory)
+    assert not any(trace)
 
 
 @pytest.mark.parametrize("gen", LAST_MLP)
@@ -64,11 +67,11 @@ def test_forgotten_passages(gen, forget):
     model, index, output, rows, trace = check(settings, gen, make_memory=maker("added", gen))
     check_rows_alone(settings, gen, maker("added", gen), rows, trace)
     assert any(model.config.ce_token_id in row for row in rows)
-    kept = generate(*setup(gen), RetrievalConfig(), memory=maker("added", gen)(model))
-    assert kept[1] != rows  # forgetting makes a difference
+    _, remembering_rows, _ = generate(*setup(gen), RetrievalConfig(), memory=maker("added", gen)(model))
+    assert remembering_rows != rows  # forgetting makes a difference
 
 
-def test_every_control_at_once():
+def test_every_control_together():
     pools = [["p0", "p1", "p2"], None, ["p3"], None, ["p5", "p0"]]
     settings = RetrievalConfig(2, max_retrievals=2, force_nsp_first=True, candidates=pools, no_repeat_passages=True)
     settings.forget_passages = "recompute"
@@ -78,7 +81,8 @@ def test_every_control_at_once():
 
 def test_every_forward_is_adjusted_once():
     model, index, prompts, processors = setup(every=5)
-    memory, forwards = maker("retrieves")(model), []
+    memory = maker("retrieves")(model)
+    forwards = []
     model.gen.base_model.register_forward_pre_hook(lambda *args: forwards.append(1))
     output, _, _ = generate(model, index, prompts[:1], processors, RetrievalConfig(min_score=9.0), memory=memory)
     assert memory.calls == [1] * len(forwards)
@@ -90,13 +94,14 @@ def slow_rows(model, prompts, processors, memory):
     """Every prompt continued without retriever and without cache."""
     rows = []
     for prompt in prompts:
-        ids, generated = list(prompt), 0
-        while generated < MAX_NEW_TOKENS and (not generated or ids[-1] not in model.generation_config.eos_token_id):
+        ids = list(prompt)
+        for _ in range(MAX_NEW_TOKENS):
             output = model(torch.tensor([ids]), output_states=memory.states, use_cache=False)
             scores = processors(torch.tensor([ids]), memory.adjust(output.logits[:, -1], output.states))[0]
             scores[model.config.cs_token_id] = float("-inf")
             ids.append(int(scores.argmax()))
-            generated += 1
+            if ids[-1] in model.generation_config.eos_token_id:
+                break
         rows.append(ids)
     return rows
 
@@ -141,16 +146,22 @@ def test_a_captured_step_keeps_the_states(gen):
     model, index, prompts, processors = setup(gen)
     memory = maker("added", gen)(model)
     _, rows, trace = generate(model, index, prompts, processors, RetrievalConfig(), memory=memory)
-    _, without, _ = generate(model, index, prompts, processors, RetrievalConfig())
+    _, rows_without, _ = generate(model, index, prompts, processors, RetrievalConfig())
     compiled = CompileConfig(mode="default")
     compiled._compile_all_devices = True  # transformers compiles on accelerators only
     options = {"cache_implementation": "static", "compile_config": compiled}
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    # first without: what is compiled then must not be taken where states are asked for, nor the other way round
+    # first without: what is compiled then must not be used when states are needed, nor the other way round
     for turn in (None, memory, memory, None):
-        _, found, retrieved = generate(model, index, prompts, processors, RetrievalConfig(), memory=turn, **options)
-        assert found == (without if turn is None else rows) and (turn is None or retrieved == trace)
+        _, turn_rows, turn_trace = generate(
+            model, index, prompts, processors, RetrievalConfig(), memory=turn, **options
+        )
+        if turn is None:
+            assert turn_rows == rows_without
+        else:
+            assert turn_rows == rows
+            assert turn_trace == trace
     # with states and without; one more each where the cache had to grow
     assert 2 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
     assert not torch._dynamo.utils.counters["graph_break"]

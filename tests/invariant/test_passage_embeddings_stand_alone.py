@@ -6,28 +6,34 @@ import torch
 from modeling_cosup.tokenization_cosup import Packing, encode_passages_for_emb_seq
 from support.models import PASSAGES, make_model
 
-# the pooling each architecture is known for, and every pooling where padding could leak in
+# the usual pooling of each architecture, and every pooling into which padding could leak
 CASES = [
     ("llama", "eos"),
     ("llama", "mean"),
+    ("llama", "lasttoken"),
     ("gpt2", "eos"),
     ("gpt2", "mean"),
     ("mistral", "eos"),
     ("mistral", "mean"),
+    ("bert", "cls"),
+    ("bert", "mean"),
+    ("bert", "eos"),
 ]
-CASES += [("bert", "cls"), ("bert", "mean"), ("bert", "eos"), ("llama", "lasttoken")]
 
 
 def pad(rows, side, extra=0):
     width = max(map(len, rows)) + extra
-    ids, mask = (
-        torch.full((len(rows), width), 7),
-        torch.zeros(len(rows), width, dtype=torch.long),
-    )  # 7 is an ordinary token
-    for row, tokens in enumerate(rows):
+    ids = torch.full((len(rows), width), 7)  # an ordinary token
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, tokens in enumerate(rows):
         columns = slice(width - len(tokens), width) if side == "left" else slice(0, len(tokens))
-        ids[row, columns], mask[row, columns] = torch.tensor(tokens), 1
+        ids[i, columns] = torch.tensor(tokens)
+        mask[i, columns] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def assert_close(embeds, expected):
+    torch.testing.assert_close(embeds, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
@@ -47,14 +53,12 @@ def test_embedding_does_not_depend_on_batch_mates(architecture, pooling, similar
     order = [3, 0, 5, 1, 4, 2]
     for side in ("right", "left"):
         for extra in (0, 5):
-            torch.testing.assert_close(model.encode_passages(**pad(rows, side, extra)), alone, rtol=0, atol=1e-5)
-        torch.testing.assert_close(
-            model.encode_passages(**pad([rows[i] for i in order], side)), alone[order], rtol=0, atol=1e-5
-        )
-        torch.testing.assert_close(model.encode_passages(**pad(rows[:2], side)), alone[:2], rtol=0, atol=1e-5)
+            assert_close(model.encode_passages(**pad(rows, side, extra)), alone)
+        assert_close(model.encode_passages(**pad([rows[i] for i in order], side)), alone[order])
+        assert_close(model.encode_passages(**pad(rows[:2], side)), alone[:2])
     for batch_size in (1, 2, 4):
         index = model.build_index(PASSAGES, batch_size=batch_size, show_progress_bar=False)
-        torch.testing.assert_close(index.embeddings, alone, rtol=0, atol=1e-5)
+        assert_close(index.embeddings, alone)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert"])
@@ -64,9 +68,7 @@ def test_eos_pooling_reads_the_eos(architecture):
     tokens = encode_passages_for_emb_seq(model.emb_seq_tokenizer, PASSAGES[:1], model.config)[0]
     assert tokens[-1] == model.emb_seq_tokenizer.eos_token_id
     hidden = model.emb_seq(torch.tensor([tokens])).last_hidden_state[0]
-    torch.testing.assert_close(
-        model.encode_passages(**pad([tokens, tokens * 2], "right"))[0], hidden[-1], rtol=0, atol=1e-5
-    )
+    assert_close(model.encode_passages(**pad([tokens, tokens * 2], "right"))[0], hidden[-1])
 
 
 @torch.no_grad()
@@ -75,12 +77,11 @@ def test_last_token_pooling_reads_the_passage_itself():
     tokens = encode_passages_for_emb_seq(model.emb_seq_tokenizer, PASSAGES[:1], model.config)[0]
     assert tokens[-1] == model.emb_seq_tokenizer(".", add_special_tokens=False)["input_ids"][0]
     hidden = model.emb_seq(torch.tensor([tokens])).last_hidden_state[0]
-    torch.testing.assert_close(
-        model.encode_passages(**pad([tokens, tokens * 2], "right"))[0], hidden[-1], rtol=0, atol=1e-5
-    )
-    packing = Packing(torch.arange(len(tokens)).repeat(2)[None], torch.tensor([len(tokens), 2 * len(tokens)]) - 1)
+    assert_close(model.encode_passages(**pad([tokens, tokens * 2], "right"))[0], hidden[-1])
+    length = len(tokens)
+    packing = Packing(torch.arange(length).repeat(2)[None], torch.tensor([length - 1, 2 * length - 1]))
     packed = model.encode_passages(torch.tensor([tokens * 2]), packing=packing)
-    torch.testing.assert_close(packed, hidden[-1:].expand(2, -1), rtol=0, atol=1e-5)
+    assert_close(packed, hidden[-1:].expand(2, -1))
 
 
 @torch.no_grad()
@@ -102,11 +103,18 @@ def test_no_passages_still_gives_every_parameter_a_gradient(emb_seq, config, wid
     nothing = torch.zeros(0, width, dtype=torch.long)
     embeds = model.encode_passages(nothing, nothing)
     assert embeds.shape == (0, model.config.embedding_size)
-    input_ids, labels = torch.tensor([[5, 6, 7, 8]]), torch.zeros(0, dtype=torch.long)
-    model(
-        input_ids, labels=input_ids, passage_input_ids=nothing, passage_attention_mask=nothing, passage_labels=labels
-    ).loss.backward()
-    trained = {name: p.grad for name, p in model.named_parameters() if name.startswith("emb_") and p.requires_grad}
-    assert trained and all(grad is not None and not grad.any() for grad in trained.values()), [
-        name for name, grad in trained.items() if grad is None
-    ]
+    input_ids = torch.tensor([[5, 6, 7, 8]])
+    output = model(
+        input_ids,
+        labels=input_ids,
+        passage_input_ids=nothing,
+        passage_attention_mask=nothing,
+        passage_labels=torch.zeros(0, dtype=torch.long),
+    )
+    output.loss.backward()
+    trained = [name for name, p in model.named_parameters() if name.startswith("emb_") and p.requires_grad]
+    assert trained
+    for name in trained:
+        gradient = model.get_parameter(name).grad
+        assert gradient is not None, name
+        assert not gradient.any(), name

@@ -1,4 +1,7 @@
-"""save_pretrained -> a fresh process without this package -> from_pretrained(trust_remote_code=True): same logits, same generation, same trace."""
+"""
+save_pretrained -> a fresh process without this package -> from_pretrained(trust_remote_code=True): same logits, same
+generation, same trace.
+"""
 
 import json
 import os
@@ -14,12 +17,17 @@ from modeling_cosup import CoSupForCausalLM, PassageIndex
 from modeling_cosup.tokenization_cosup import encode_prompt
 from support.generation import left_pad
 from support.models import PASSAGES, make_model, make_tokenizer
+from support.travelling import names_of_travelling_files
 
 QUESTIONS = ["who?", "who painted the Night Watch?", "[NSP] in a question", "Curie"]
+NO_MILVUS = (
+    'An index in Milvus needs the package cosup, which does not come with a checkpoint: pip install "cosup[milvus]".'
+)
 
 # runs where `import modeling_cosup` fails; prints one JSON line
 SCRIPT = """
 import json, sys
+from pathlib import Path
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
@@ -36,54 +44,72 @@ except ModuleNotFoundError:
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+LOADS = ((AutoModelForCausalLM, {}), (AutoModel, {}), (AutoModelForCausalLM, {"load_emb_seq": False}))
+
 job = json.loads(sys.argv[1])
-results = []
-for folder, index_folder in job["pairs"]:
+inputs = {name: torch.tensor(value) for name, value in job["inputs"].items()}
+
+
+def error_of(function, *args, **kwargs):
+    try:
+        function(*args, **kwargs)
+    except ImportError as error:
+        return str(error)
+
+
+def generate(model, index, tokenizer):
+    options = {"retriever": index, "max_new_tokens": 12}
+    output = model.generate(**inputs, max_retrievals=3, return_dict_in_generate=True, **options)
+    settings = model.retrieval_config_class(max_retrievals=3)
+    prompts = [ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"])]
+    many = model.generate_many(prompts, retrieval_config=settings, batch_size=3, show_progress_bar=False, **options)
+    return {
+        "sequences": output.sequences.tolist(),
+        "trace": [[retrieval.to_dict() for retrieval in trace] for trace in output.retrievals],
+        "cited": model.decode_with_citations(output, tokenizer),
+        "many": [completion.token_ids for completion in many],
+    }
+
+
+def describe(folder, index_folder, auto, options):
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    inputs = {name: torch.tensor(value) for name, value in job["inputs"].items()}
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "who?"}], add_generation_prompt=True, return_dict=False)
-    for auto, options in ((AutoModelForCausalLM, {}), (AutoModel, {}), (AutoModelForCausalLM, {"load_emb_seq": False})):
-        model = auto.from_pretrained(folder, trust_remote_code=True, **options)
-        index = model.load_index(index_folder)
-        output = model.generate(**inputs, retriever=index, max_new_tokens=12, max_retrievals=3, return_dict_in_generate=True)
-        settings = model.retrieval_config_class(max_retrievals=3)
-        prompts = [ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"])]
-        many = model.generate_many(prompts, retriever=index, retrieval_config=settings, max_new_tokens=12, batch_size=3, show_progress_bar=False)
-        result = {
-            "many": [done.token_ids for done in many],
-            "model_type": config.model_type,
-            "module": type(model).__module__.split(".")[0],
-            "vocabulary": len(tokenizer),
-            "chat": chat,
-            "logits": model(**inputs).logits.double().sum().item(),
-            "sequences": output.sequences.tolist(),
-            "trace": [[retrieval.to_dict() for retrieval in trace] for trace in output.retrievals],
-            "cited": model.decode_with_citations(output, tokenizer),
-        }
-        try:
-            model.load_index("wiki", uri="http://127.0.0.1:9")
-        except ImportError as error:
-            result["milvus"] = str(error)
-        if not options:
-            own = model.build_index(job["passages"], show_progress_bar=False)
-            result["embeddings"] = float((own.embeddings - index.embeddings).abs().max())
-            result["ids"] = [own[row]["input_ids"] for row in range(len(own))]
-            if auto is AutoModelForCausalLM:
-                model.save_pretrained(job["again"] + folder.rsplit("/", 1)[1])
-                model.save_gen("gen")
-                with open("gen/README.md") as file:
-                    result["card of gen"] = file.read()
-                try:
-                    model.build_index("corpus.jsonl", show_progress_bar=False)
-                except ImportError as error:
-                    result["corpus in a file"] = str(error)
-        results.append(result)
+    model = auto.from_pretrained(folder, trust_remote_code=True, **options)
+    index = model.load_index(index_folder)
+    module = sys.modules[type(model).__module__]
+    messages = [{"role": "user", "content": "who?"}]
+    result = {
+        "model_type": config.model_type,
+        "module": module.__name__.split(".")[0],
+        "code": sorted(path.name for path in Path(module.__file__).parent.glob("*.py")),
+        "vocabulary": len(tokenizer),
+        "chat": tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False),
+        "logits": model(**inputs).logits.double().sum().item(),
+        "milvus": error_of(model.load_index, "wiki", uri="http://127.0.0.1:9"),
+        **generate(model, index, tokenizer),
+    }
+    if not options:
+        built = model.build_index(job["passages"], show_progress_bar=False)
+        result["embeddings"] = float((built.embeddings - index.embeddings).abs().max())
+        result["ids"] = [built[row]["input_ids"] for row in range(len(built))]
+        if auto is AutoModelForCausalLM:
+            model.save_pretrained(job["again"] + folder.rsplit("/", 1)[1])
+            model.save_gen("gen")
+            result["card of gen"] = Path("gen/README.md").read_text()
+            result["corpus in a file"] = error_of(model.build_index, "corpus.jsonl", show_progress_bar=False)
+    return result
+
+
+results = []
+for folder, index_folder in job["pairs"]:
+    for auto, options in LOADS:
+        results.append(describe(folder, index_folder, auto, options))
 print(json.dumps(results))
 """
 
 
 def run_elsewhere(tmp_path, pairs, inputs):
+    """What SCRIPT prints about pairs of a model's and an index's folder: three results for each, in order."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_MODULES_CACHE")}
     environment |= {
         "HF_HOME": str(tmp_path / "hf_home"),
@@ -92,93 +118,95 @@ def run_elsewhere(tmp_path, pairs, inputs):
         "TOKENIZERS_PARALLELISM": "false",
     }
     (tmp_path / "cwd").mkdir(exist_ok=True)
+    inputs = {name: value.tolist() for name, value in inputs.items()}
     job = {"pairs": pairs, "inputs": inputs, "again": f"{tmp_path}/again_", "passages": PASSAGES}
     command = [sys.executable, "-I", "-c", SCRIPT, json.dumps(job)]
     streams = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
-    result = subprocess.run(command, cwd=tmp_path / "cwd", env=environment, timeout=300, **streams)
-    assert result.returncode == 0, result.stderr
-    assert "[transformers]" not in result.stderr, result.stderr  # no warnings
-    return json.loads(result.stdout)  # nothing else is printed: nobody is asked again whether this code may run
+    done = subprocess.run(command, cwd=tmp_path / "cwd", env=environment, timeout=300, **streams)
+    assert done.returncode == 0, done.stderr
+    assert "[transformers]" not in done.stderr, done.stderr  # no warnings
+    return json.loads(done.stdout)  # nothing else is printed: nobody has to confirm again that this code may run
 
 
 @pytest.fixture(scope="module")
 def models():
-    own = make_tokenizer(vocab_size=300, bos="<cls>", eos="<sep>", pad="<nothing>", texts=["another corpus"])
-    return {
-        "plain": make_model(),
-        "two_tokenizers": make_model(
-            "gpt2",
-            "bert",
-            emb_seq_kwargs={"hidden_size": 16},
-            emb_seq_pooling="cls",
-            similarity="dot",
-            emb_seq_tokenizer=own,
-        ),
-    }
+    emb_seq_tokenizer = make_tokenizer(
+        vocab_size=300, bos="<cls>", eos="<sep>", pad="<nothing>", texts=["another corpus"]
+    )
+    two_tokenizers = make_model(
+        "gpt2",
+        "bert",
+        emb_seq_kwargs={"hidden_size": 16},
+        emb_seq_pooling="cls",
+        similarity="dot",
+        emb_seq_tokenizer=emb_seq_tokenizer,
+    )
+    return {"plain": make_model(), "two_tokenizers": two_tokenizers}
 
 
-def as_json(retrieval):
-    """A retrieval as JSON gives it back, without its score."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in retrieval.to_dict().items()
-        if name != "scores"
-    }
+def prompts_of(model):
+    """The questions as prompts that end in [NSP], padded on the left."""
+    nsp = model.config.nsp_token_id
+    prompts = [[*encode_prompt(model.tokenizer, question), nsp] for question in QUESTIONS]
+    return left_pad(prompts, model.tokenizer.pad_token_id)
+
+
+def without_scores(retrieval):
+    """A retrieval as JSON gives it back, without its scores."""
+    values = json.loads(json.dumps(retrieval.to_dict()))
+    del values["scores"]
+    return values
+
+
+def check_result(result, model, index, output, logits):
+    """That another process found what this one did."""
+    assert result["model_type"] == "cosup"
+    assert result["module"] == "transformers_modules"
+    assert set(result["code"]) == {"__init__.py", *names_of_travelling_files()}
+    assert result["vocabulary"] == len(model.tokenizer)
+    assert result["chat"] == encode_prompt(model.tokenizer, "who?")
+    assert result["milvus"] == NO_MILVUS
+    assert result["logits"] == pytest.approx(logits, rel=1e-4, abs=1e-2)
+
+    assert result["sequences"] == output.sequences.tolist()
+    for found_trace, trace in zip(result["trace"], output.retrievals, strict=True):
+        # another number of threads may round the last digit of a score differently
+        scores = [retrieval.pop("scores") for retrieval in found_trace]
+        assert scores == pytest.approx(np.array([retrieval.scores for retrieval in trace]), abs=1e-5)
+        assert found_trace == [without_scores(retrieval) for retrieval in trace]
+    assert result["cited"] == model.decode_with_citations(output, model.tokenizer)
+    assert "[1]" in result["cited"][0]
+    pad, width = model.tokenizer.pad_token_id, output.prompt_length
+    for ids, sequence in zip(result["many"], result["sequences"], strict=True):
+        padding = [pad] * (len(sequence) - width - len(ids))
+        assert ids + padding == sequence[width:]
+
+    if "card of gen" in result:  # what only authors need is not there: an error says so, or a plain card is written
+        assert "pip install cosup" in result["corpus in a file"]
+        assert "library_name: transformers" in result["card of gen"]
+        assert "# gen\n\nGen of a CoSup model" in result["card of gen"]
+    if "ids" in result:
+        assert result["embeddings"] < 1e-5
+        assert result["ids"] == [index[row]["input_ids"] for row in range(len(index))]
 
 
 def test_a_process_without_this_package_gives_the_same(models, tmp_path):
-    pairs, expected = [], {}
-    prompts = [
-        [*encode_prompt(models["plain"].tokenizer, question), models["plain"].config.nsp_token_id]
-        for question in QUESTIONS
-    ]
-    inputs = left_pad(prompts, models["plain"].tokenizer.pad_token_id)
+    inputs = prompts_of(models["plain"])
+    pairs, expected = [], []
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
         index = model.build_index(PASSAGES, show_progress_bar=False)
         index.save_pretrained(tmp_path / f"{name}_index")
         pairs.append([f"{tmp_path}/{name}", f"{tmp_path}/{name}_index"])
-        output = model.generate(
-            **inputs, retriever=index, max_new_tokens=12, max_retrievals=3, return_dict_in_generate=True
-        )
-        expected[name] = model(**inputs).logits.double().sum().item(), output, index
-    found = run_elsewhere(tmp_path, pairs, {key: value.tolist() for key, value in inputs.items()})
-    assert len(found) == 6
-    for i, result in enumerate(found):
-        name = list(models)[i // 3]
-        model, (logits, output, index) = models[name], expected[name]
-        assert result["model_type"] == "cosup" and result["module"] == "transformers_modules"
-        assert (
-            result["logits"] == pytest.approx(logits, rel=1e-4, abs=1e-2)
-            and result["sequences"] == output.sequences.tolist()
-        )
-        for found_trace, trace in zip(result["trace"], output.retrievals, strict=True):
-            scores = [
-                retrieval.pop("scores") for retrieval in found_trace
-            ]  # another number of threads may round the last digit otherwise
-            assert scores == pytest.approx(np.array([retrieval.scores for retrieval in trace]), abs=1e-5)
-            assert found_trace == [as_json(retrieval) for retrieval in trace]
-        assert result["cited"] == model.decode_with_citations(output, model.tokenizer) and "[1]" in result["cited"][0]
-        assert (
-            result["milvus"]
-            == 'An index in Milvus needs the package cosup, which does not come with a checkpoint: pip install "cosup[milvus]".'
-        )
-        assert result["vocabulary"] == len(model.tokenizer) and result["chat"] == encode_prompt(
-            model.tokenizer, "who?"
-        )
-        pad, width = model.tokenizer.pad_token_id, output.prompt_length
-        for ids, sequence in zip(result["many"], result["sequences"], strict=True):
-            assert ids + [pad] * (len(sequence) - width - len(ids)) == sequence[width:]
-        if "card of gen" in result:  # what only authors need is not here, which is said or does not matter
-            assert "pip install cosup" in result["corpus in a file"]
-            assert (
-                "library_name: transformers" in result["card of gen"]
-                and "# gen\n\nGen of a CoSup model" in result["card of gen"]
-            )
-        if "ids" in result:
-            assert result["embeddings"] < 1e-5 and result["ids"] == [
-                index[row]["input_ids"] for row in range(len(index))
-            ]
+        options = {"max_new_tokens": 12, "max_retrievals": 3, "return_dict_in_generate": True}
+        output = model.generate(**inputs, retriever=index, **options)
+        logits = model(**inputs).logits.double().sum().item()
+        expected += [(model, index, output, logits)] * 3
+
+    results = run_elsewhere(tmp_path, pairs, inputs)
+    assert len(results) == 6
+    for result, values in zip(results, expected, strict=True):
+        check_result(result, *values)
 
     for name, model in models.items():  # what the other process saved is as good as what it loaded
         again = tmp_path / f"again_{name}"
@@ -188,18 +216,12 @@ def test_a_process_without_this_package_gives_the_same(models, tmp_path):
         for key, value in model.state_dict().items():
             assert torch.equal(loaded.state_dict()[key], value)
         loaded.load_index(f"{tmp_path}/{name}_index")
-    again = run_elsewhere(
-        tmp_path, [[f"{tmp_path}/again_plain", pairs[0][1]]], {key: value.tolist() for key, value in inputs.items()}
-    )
-    for result, first in zip(again, found[:3], strict=True):
-        assert (result["sequences"], result["cited"], result["chat"]) == (
-            first["sequences"],
-            first["cited"],
-            first["chat"],
-        )
-    assert (
-        PassageIndex.from_pretrained(pairs[0][1]).fingerprint != PassageIndex.from_pretrained(pairs[1][1]).fingerprint
-    )
+    again = run_elsewhere(tmp_path, [[f"{tmp_path}/again_plain", pairs[0][1]]], inputs)
+    for result, first in zip(again, results[:3], strict=True):
+        for key in ("code", "sequences", "cited", "chat"):
+            assert result[key] == first[key]
+    fingerprints = [PassageIndex.from_pretrained(index_folder).fingerprint for _, index_folder in pairs]
+    assert fingerprints[0] != fingerprints[1]
 
 
 # runs where the package is installed; the classes of the model still come with the checkpoint
@@ -212,10 +234,12 @@ folder, index_folder, uri, inputs = json.loads(sys.argv[1])
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 inputs = {name: torch.tensor(value) for name, value in inputs.items()}
 indexes = model.load_index(index_folder), model.load_index("elsewhere", uri=uri)
-result = {"modules": [type(each).__module__ for each in (model, *indexes)]}
-outputs = [model.generate(**inputs, retriever=index, max_new_tokens=12, max_retrievals=3, return_dict_in_generate=True) for index in indexes]
-result["sequences"] = [output.sequences.tolist() for output in outputs]
-result["ids"] = [[[retrieval.passage_ids for retrieval in trace] for trace in output.retrievals] for output in outputs]
+result = {"modules": [type(value).__module__ for value in (model, *indexes)], "sequences": [], "ids": []}
+options = {"max_new_tokens": 12, "max_retrievals": 3, "return_dict_in_generate": True}
+for index in indexes:
+    output = model.generate(**inputs, retriever=index, **options)
+    result["sequences"].append(output.sequences.tolist())
+    result["ids"].append([[retrieval.passage_ids for retrieval in trace] for trace in output.retrievals])
 indexes[1].add([{"id": "new", "title": "", "text": "radium"}], model, show_progress_bar=False)
 result["added"] = indexes[1][indexes[1].row_of("new")]["text"]
 print(json.dumps(result))
@@ -232,8 +256,7 @@ def test_a_model_that_came_with_a_checkpoint_searches_milvus_through_the_install
     index = model.build_index(PASSAGES, show_progress_bar=False)
     index.save_pretrained(tmp_path / "index")
     MilvusPassageIndex.from_index(index, milvus_server.uri, "elsewhere", show_progress_bar=False)
-    prompts = [[*encode_prompt(model.tokenizer, question), model.config.nsp_token_id] for question in QUESTIONS]
-    inputs = {name: value.tolist() for name, value in left_pad(prompts, model.tokenizer.pad_token_id).items()}
+    inputs = {name: value.tolist() for name, value in prompts_of(model).items()}
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parents[2]),
@@ -242,17 +265,15 @@ def test_a_model_that_came_with_a_checkpoint_searches_milvus_through_the_install
     }
     job = json.dumps([str(tmp_path / "model"), str(tmp_path / "index"), milvus_server.uri, inputs])
     command = [sys.executable, "-c", MILVUS_SCRIPT, job]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
-    )
+    streams = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, timeout=300, **streams)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout)
     model_module, files_module, milvus_module = result["modules"]
-    assert model_module.startswith("transformers_modules") and files_module.startswith("transformers_modules")
+    assert model_module.startswith("transformers_modules")
+    assert files_module.startswith("transformers_modules")
     assert milvus_module == "modeling_cosup.milvus_cosup"
-    assert (
-        result["sequences"][0] == result["sequences"][1]
-        and result["ids"][0] == result["ids"][1]
-        and any(result["ids"][0])
-    )
+    assert result["sequences"][0] == result["sequences"][1]
+    assert result["ids"][0] == result["ids"][1]
+    assert any(result["ids"][0])
     assert result["added"] == "radium"

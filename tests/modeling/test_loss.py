@@ -13,12 +13,12 @@ def reference_info_nce(queries, passages, labels, same_passage=None, temperature
         if label == -100:
             losses.append(queries.sum() * 0)
             continue
-        scores = [
-            (q := queries[i]) @ p / temperature
-            for j, p in enumerate(passages)
-            if j == label or same_passage is None or not same_passage[i, j]
-        ]
-        losses.append(torch.stack(scores).logsumexp(0) - q @ passages[label] / temperature)
+        scores = []
+        for j, passage in enumerate(passages):
+            if j == label or same_passage is None or not same_passage[i, j]:
+                scores.append(queries[i] @ passage / temperature)
+        positive = queries[i] @ passages[label] / temperature
+        losses.append(torch.stack(scores).logsumexp(0) - positive)
     return torch.stack(losses)
 
 
@@ -53,9 +53,12 @@ def test_info_nce_and_its_gradients_equal_the_reference(same_passage, temperatur
 def test_info_nce_is_zero_where_the_label_is_minus_100():
     queries, passages = embeddings()
     losses = info_nce(queries, passages, LABELS)
-    assert losses.shape == (6,) and losses[[2, 5]].tolist() == [0.0, 0.0] and (losses[[0, 1, 3, 4]] > 0).all()
+    assert losses.shape == (6,)
+    assert losses[[2, 5]].tolist() == [0.0, 0.0]
+    assert (losses[[0, 1, 3, 4]] > 0).all()
     losses.sum().backward()
-    assert not queries.grad[[2, 5]].any() and queries.grad[[0, 1, 3, 4]].any(1).all()
+    assert not queries.grad[[2, 5]].any()
+    assert queries.grad[[0, 1, 3, 4]].any(1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -64,34 +67,37 @@ def test_info_nce_under_autocast_at_paper_scale_scores(dtype):
     torch.manual_seed(0)
     passages = F.normalize(torch.randn(64, 128), dim=-1) * 34
     queries = F.normalize(passages + 0.05 * torch.randn(64, 128), dim=-1) * 34
-    passages[1::2] = passages[::2] + 0.002 * torch.randn(
-        32, 128
-    )  # differences of about 0.1 between scores of about 1,000
+    # differences of about 0.1 between scores of about 1,000
+    passages[1::2] = passages[::2] + 0.002 * torch.randn(32, 128)
     labels = torch.arange(64)
     expected = info_nce(queries, passages, labels)
-    assert 900 < similarity_scores(queries, passages).max() < 1200 and expected.max() > 0.1
+    assert 900 < similarity_scores(queries, passages).max() < 1200
+    assert expected.max() > 0.1
     with torch.autocast("cpu", dtype):
         losses, scores = info_nce(queries, passages, labels), similarity_scores(queries, passages)
         assert (queries @ passages.T).dtype == dtype  # autocast is on
-    assert losses.dtype == scores.dtype == torch.float32 and torch.equal(losses, expected)
-    torch.testing.assert_close(
-        losses.double(), reference_info_nce(queries.double(), passages.double(), labels), rtol=0, atol=1e-3
-    )
+    assert losses.dtype == scores.dtype == torch.float32
+    assert torch.equal(losses, expected)
+    reference = reference_info_nce(queries.double(), passages.double(), labels)
+    torch.testing.assert_close(losses.double(), reference, rtol=0, atol=1e-3)
 
 
 def test_info_nce_takes_low_precision_embeddings():
     queries, passages = (embeds.detach().bfloat16() for embeds in embeddings())
     losses = info_nce(queries, passages, LABELS)
-    assert losses.dtype == torch.float32 and torch.equal(losses, info_nce(queries.float(), passages.float(), LABELS))
+    assert losses.dtype == torch.float32
+    assert torch.equal(losses, info_nce(queries.float(), passages.float(), LABELS))
 
 
 @pytest.mark.parametrize(("n", "m"), [(0, 5), (0, 0), (3, 0)])
 def test_info_nce_without_queries_or_passages(n, m):
     queries, passages = embeddings(n, m)
     losses = info_nce(queries, passages, torch.full((n,), -100), torch.zeros(n, m, dtype=torch.bool))
-    assert losses.shape == (n,) and losses.sum() == 0
+    assert losses.shape == (n,)
+    assert losses.sum() == 0
     losses.sum().backward()
-    assert not queries.grad.any() and not passages.grad.any()
+    assert not queries.grad.any()
+    assert not passages.grad.any()
 
 
 def lm_case(valid=0.6, batch=3, length=17, width=8, vocabulary=29):
@@ -104,9 +110,8 @@ def lm_case(valid=0.6, batch=3, length=17, width=8, vocabulary=29):
 
 
 def full_cross_entropy(hidden, labels, head):
-    return F.cross_entropy(
-        head(hidden)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
-    )
+    logits = head(hidden)[:, :-1].flatten(0, 1)
+    return F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
 
 
 @pytest.mark.parametrize("valid", [0.3, 1.0])
@@ -120,12 +125,13 @@ def test_chunked_cross_entropy_and_its_gradients_equal_the_full_logits(chunk_siz
     torch.testing.assert_close(torch.autograd.grad(loss, variables), torch.autograd.grad(expected, variables))
 
 
-def test_chunked_cross_entropy_computes_logits_only_where_a_label_stands():
+def test_chunked_cross_entropy_computes_logits_only_at_labels():
     hidden, head, labels = lm_case()
     seen = []
     head.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     chunked_cross_entropy(hidden, labels, head, chunk_size=4)
-    assert sum(seen) == (labels[:, 1:] != -100).sum() and max(seen) == 4
+    assert sum(seen) == (labels[:, 1:] != -100).sum()
+    assert max(seen) == 4
 
 
 @pytest.mark.parametrize("length", [17, 1])
@@ -134,7 +140,9 @@ def test_chunked_cross_entropy_without_labels_is_zero_with_a_graph(length):
     loss = chunked_cross_entropy(hidden, torch.full_like(labels, -100), head)
     assert loss == 0
     loss.backward()
-    assert all(variable.grad is not None and not variable.grad.any() for variable in (hidden, head.weight, head.bias))
+    for variable in (hidden, head.weight, head.bias):
+        assert variable.grad is not None
+        assert not variable.grad.any()
 
 
 def test_chunked_cross_entropy_under_autocast_sums_in_float32():

@@ -1,7 +1,4 @@
-"""
-The seam for token memories: states of Gen that forward returns on request, and what generate() takes and refuses as a
-memory.
-"""
+"""States of Gen that forward returns on request, and what generate() takes and refuses as a token memory."""
 
 import threading
 
@@ -17,13 +14,13 @@ NAMES = {**LAST_MLP, "qwen3": "model.layers.0.self_attn"}  # called with keyword
 
 
 def inputs_of(module, run):
-    """What enters a module while `run()` runs, as a hook of our own sees it."""
+    """What enters a module while `run()` runs, as a hook of this test sees it."""
     seen = []
 
-    def keep(module, args, kwargs):
+    def record(module, args, kwargs):
         seen.append([*args, *kwargs.values()][0])
 
-    hook = module.register_forward_pre_hook(keep, with_kwargs=True)
+    hook = module.register_forward_pre_hook(record, with_kwargs=True)
     run()
     hook.remove()
     return seen[-1]
@@ -40,10 +37,12 @@ def test_states_at_the_decided_positions(gen, ids):
     model, name = make_model(gen), NAMES[gen]
     expected = inputs_of(model.gen.get_submodule(name), lambda: model.gen(ids))  # (B, T, h)
     last = model(ids, output_states=(name,))
-    assert list(last.states) == [name] and torch.equal(last.states[name], expected[:, -1])
+    assert list(last.states) == [name]
+    assert torch.equal(last.states[name], expected[:, -1])
     positions = torch.tensor([7, 0, 4])
-    some = model(ids, output_states=(name,), logit_positions=positions)
-    assert torch.equal(some.states[name], expected.flatten(0, 1)[positions]) and some.logits.shape[0] == 3
+    chosen = model(ids, output_states=(name,), logit_positions=positions)
+    assert torch.equal(chosen.states[name], expected.flatten(0, 1)[positions])
+    assert chosen.logits.shape[0] == 3
     step = model(ids, output_states=(name,), past_key_values=DynamicCache(), use_cache=True)
     assert torch.equal(step.states[name], expected[:, -1])
 
@@ -52,15 +51,17 @@ def test_several_states_and_their_gradients(ids):
     model = make_model()
     names = ("model.layers.0.mlp", "model.layers.1.mlp")
     states = model(ids, output_states=names).states
-    assert tuple(states) == names and not torch.equal(*states.values())
+    assert tuple(states) == names
+    assert not torch.equal(*states.values())
     states[names[1]].sum().backward()
     assert model.gen.get_input_embeddings().weight.grad.abs().sum() > 0
 
 
-def test_what_is_not_asked_for_costs_nothing(ids):
+def test_without_output_states_nothing_is_recorded(ids):
     model = make_model()
     module = model.gen.get_submodule("model.layers.1.mlp")
-    assert model(ids).states is None and not module._forward_pre_hooks
+    assert model(ids).states is None
+    assert not module._forward_pre_hooks
     for _ in range(3):
         model(ids, output_states=("model.layers.1.mlp",))
     assert len(module._forward_pre_hooks) == 1
@@ -88,7 +89,7 @@ def test_a_forward_of_another_thread_writes_nothing(ids):
         ("model.norm", "expected as a tuple"),
     ],
 )
-def test_a_state_that_is_none_raises(ids, names, message):
+def test_a_name_without_a_state_raises(ids, names, message):
     model = make_model()
     with pytest.raises(ValueError, match=message):
         model(ids, output_states=names)
@@ -110,7 +111,7 @@ def test_compiled_states_are_the_same(ids, backend):
 
 
 @torch.no_grad()
-def test_compiling_what_is_not_watched_raises(ids):
+def test_compiling_before_watch_raises(ids):
     model, names = make_model(), ("model.layers.1.mlp",)
     torch._dynamo.reset()
     options = {"output_states": names, "output_query_embeds": False, "use_cache": False}
@@ -131,21 +132,21 @@ def changed(memory, **values):
     return memory
 
 
+def first_five(logits, states):
+    return logits[:, :5]
+
+
 @pytest.mark.parametrize(
     ("values", "error", "message"),
     [
         ({"states": ["model.norm"]}, TypeError, "memory.states is"),
         ({"fingerprint": 3}, TypeError, "memory.fingerprint is 3"),
         ({"states": ("model.layers.7.mlp",)}, ValueError, "has no submodule 'model.layers.7.mlp'"),
-        (
-            {"adjust": lambda logits, states: logits[:, :5]},
-            ValueError,
-            r"adjust returned \(2, 5\) in torch.float32, expected \(2, \d+\)",
-        ),
+        ({"adjust": first_five}, ValueError, r"adjust returned \(2, 5\) in torch.float32, expected \(2, \d+\)"),
         ({"adjust": lambda logits, states: logits.double()}, ValueError, "in torch.float64"),
     ],
 )
-def test_a_memory_that_cannot_be_asked_raises(ids, values, error, message):
+def test_a_memory_with_a_wrong_member_raises(ids, values, error, message):
     model = make_model()
     memory = changed(AddedStates(model, "model.layers.1.mlp"), **values)
     with pytest.raises(error, match=message):
@@ -154,7 +155,7 @@ def test_a_memory_that_cannot_be_asked_raises(ids, values, error, message):
         model.generate_many(ids.tolist(), memory=memory, max_new_tokens=2, show_progress_bar=False)
 
 
-def test_what_is_no_memory_raises(ids):
+def test_an_object_that_is_no_memory_raises(ids):
     model = make_model()
     with pytest.raises(TypeError, match="memory is a dict, which has no states, no fingerprint, no adjust"):
         model.generate(ids, memory={}, max_new_tokens=2)
@@ -191,4 +192,5 @@ def test_half_precision(ids):
     model = make_model().bfloat16()
     memory = AddedStates(model, "model.layers.1.mlp")
     output = model.generate(ids, memory=memory, max_new_tokens=4)
-    assert memory.calls and output.shape == (2, 10)
+    assert memory.calls
+    assert output.shape == (2, 10)

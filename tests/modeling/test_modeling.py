@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from modeling_cosup import CoSupConfig, CoSupForCausalLM
-from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_texts
+from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_texts, pad_rows
 from support.models import PASSAGES, TEXTS, make_emb_seq, make_gen, make_model, make_tokenizer
 
 ARCHITECTURES_OF_GEN = ["llama", "gpt2", "mistral", "qwen3"]
@@ -21,24 +21,18 @@ def batch(model, passages=PASSAGES[:4], rows=3):
     texts[0][5:5] = [nsp]
     texts[0].append(nsp)
     texts[1][3:3] = [nsp]
-    width = max(map(len, texts))
-    input_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in texts])
-    attention_mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in texts])
+    input_ids, attention_mask = pad_rows(texts)
     labels = input_ids.masked_fill(attention_mask == 0, -100)
     labels[:, ::3] = -100
     encoded = encode_passages_for_emb_seq(model.emb_seq_tokenizer, passages, model.config)
-    longest = max(map(len, encoded))
-    inputs = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "labels": labels,
-        "passage_input_ids": torch.tensor([ids + [0] * (longest - len(ids)) for ids in encoded]),
-        "passage_attention_mask": torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in encoded]),
-        "passage_labels": torch.tensor([2, 0, 3]),
-    }
+    passage_input_ids, passage_attention_mask = pad_rows(encoded)
     return {
-        name: value[:rows] if name in ("input_ids", "attention_mask", "labels") else value
-        for name, value in inputs.items()
+        "input_ids": input_ids[:rows],
+        "attention_mask": attention_mask[:rows],
+        "labels": labels[:rows],
+        "passage_input_ids": passage_input_ids,
+        "passage_attention_mask": passage_attention_mask,
+        "passage_labels": torch.tensor([2, 0, 3]),
     }
 
 
@@ -46,17 +40,21 @@ def reference_losses(model, inputs):
     """Both losses from the sub-models alone, unpadded, one row at a time."""
     ntp, count, queries, passages = 0.0, 0, [], []
     for ids, mask, labels in zip(inputs["input_ids"], inputs["attention_mask"].bool(), inputs["labels"], strict=True):
-        output = model.gen(ids[mask][None], output_hidden_states=True)
-        ntp = ntp + F.cross_entropy(output.logits[0, :-1], labels[mask][1:], ignore_index=-100, reduction="sum")
-        count += int((labels[mask][1:] != -100).sum())
-        queries += list(output.hidden_states[-1][0][ids[mask] == model.config.nsp_token_id])
+        ids, labels = ids[mask], labels[mask]
+        output = model.gen(ids[None], output_hidden_states=True)
+        ntp = ntp + F.cross_entropy(output.logits[0, :-1], labels[1:], ignore_index=-100, reduction="sum")
+        count += int((labels[1:] != -100).sum())
+        queries += list(output.hidden_states[-1][0][ids == model.config.nsp_token_id])
     for ids, mask in zip(inputs["passage_input_ids"], inputs["passage_attention_mask"].bool(), strict=True):
         embedding = model.emb_seq(ids[mask][None]).last_hidden_state[0, -1]
-        passages.append(embedding if model.emb_head is None else model.emb_head.weight @ embedding)
+        if model.emb_head is not None:
+            embedding = model.emb_head.weight @ embedding
+        passages.append(embedding)
     queries, passages = torch.stack(queries), torch.stack(passages)
     if model.config.similarity == "cosine":
         queries, passages = F.normalize(queries, dim=-1), F.normalize(passages, dim=-1)
-    nsp = F.cross_entropy(queries @ passages.T / model.config.temperature, inputs["passage_labels"], ignore_index=-100)
+    scores = queries @ passages.T / model.config.temperature
+    nsp = F.cross_entropy(scores, inputs["passage_labels"], ignore_index=-100)
     return ntp / count, nsp, queries, passages
 
 
@@ -84,9 +82,9 @@ def test_losses_embeddings_and_gradients_equal_the_reference(gen, emb_seq, width
     expected = torch.autograd.grad(ntp + model.config.nsp_loss_weight * nsp, parameters, allow_unused=True)
     for gradient, reference in zip(gradients, expected, strict=True):
         assert gradient is not None
-        torch.testing.assert_close(
-            gradient, torch.zeros_like(gradient) if reference is None else reference, rtol=1e-3, atol=1e-4
-        )
+        if reference is None:
+            reference = torch.zeros_like(gradient)
+        torch.testing.assert_close(gradient, reference, rtol=1e-3, atol=1e-4)
 
 
 def test_weight_and_temperature_follow_the_similarity_unless_given():
@@ -132,43 +130,40 @@ def test_config_survives_saving(tmp_path):
     model.config.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     assert config.to_dict() == {**model.config.to_dict(), "_name_or_path": str(tmp_path)}
-    assert (
-        config.gen_config.sliding_window == 8
-        and config.emb_seq_config.model_type == "bert"
-        and config.get_text_config() is config.gen_config
-    )
-    assert (config.temperature, config.nsp_token_id, config.embedding_size, config.needs_emb_head) == (
-        3.0,
-        model.config.nsp_token_id,
-        32,
-        True,
-    )
+    assert config.gen_config.sliding_window == 8
+    assert config.emb_seq_config.model_type == "bert"
+    assert config.get_text_config() is config.gen_config
+    assert config.temperature == 3.0
+    assert config.nsp_token_id == model.config.nsp_token_id
+    assert config.embedding_size == 32
+    assert config.needs_emb_head is True
 
 
-def test_an_emb_head_that_is_asked_for():
+def test_an_emb_head_that_the_config_sets():
     weight = torch.randn(8, 16)
     model = make_model(
         emb_seq_kwargs={"hidden_size": 16}, query_from="emb_seq", emb_head_size=8, emb_head=weight, similarity="dot"
     )
-    assert torch.equal(model.emb_head.weight, weight) and model.config.embedding_size == 8
+    assert torch.equal(model.emb_head.weight, weight)
+    assert model.config.embedding_size == 8
     ids = torch.tensor([[5, 6, model.config.nsp_token_id]])
     expected = model.emb_seq(ids).last_hidden_state[:, -1] @ weight.T  # of a query and of a passage alike
     torch.testing.assert_close(model.encode_queries(ids, torch.ones_like(ids)), expected)
     torch.testing.assert_close(model.encode_passages(ids), expected)
     square = make_model(emb_head_size=32)
-    assert square.emb_head.weight.shape == (32, 32) and make_model().emb_head is None
+    assert square.emb_head.weight.shape == (32, 32)
+    assert make_model().emb_head is None
 
 
 def test_passages_may_fill_the_positions_of_an_emb_seq_that_reads_no_eos():
     settings = {"emb_seq_pooling": "lasttoken", "max_passage_length": 511}
     make_model(emb_seq_add_eos_token=False, **settings)
-    with pytest.raises(
-        ValueError, match="max_passage_length=511, BOS and EOS do not fit into Emb_seq's 512 positions"
-    ):
+    message = "max_passage_length=511, BOS and EOS do not fit into Emb_seq's 512 positions"
+    with pytest.raises(ValueError, match=message):
         make_model(**settings)
 
 
-def test_logits_are_computed_only_when_asked_for():
+def test_logits_are_computed_only_on_request():
     model = make_model()
     inputs = batch(model)
     text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
@@ -196,36 +191,36 @@ def test_nsp_loss_can_be_left_to_the_caller():
     model = make_model()
     inputs = batch(model)
     expected, output = model(**inputs), model(**inputs, compute_nsp_loss=False)
-    assert output.nsp_loss is None and output.loss == output.ntp_loss == expected.ntp_loss
-    assert torch.equal(output.query_embeds, expected.query_embeds) and torch.equal(
-        output.passage_embeds, expected.passage_embeds
-    )
+    assert output.nsp_loss is None
+    assert output.loss == output.ntp_loss == expected.ntp_loss
+    assert torch.equal(output.query_embeds, expected.query_embeds)
+    assert torch.equal(output.passage_embeds, expected.passage_embeds)
     del inputs["labels"]  # the NSP loss alone
     output = model(**inputs)
-    assert output.ntp_loss is None and output.loss == model.config.nsp_loss_weight * expected.nsp_loss
+    assert output.ntp_loss is None
+    assert output.loss == model.config.nsp_loss_weight * expected.nsp_loss
 
 
 def test_queries_without_a_positive_do_not_count():
     model = make_model()
     inputs = batch(model)
-    first = model(**{**inputs, "passage_labels": torch.tensor([2, -100, -100])}).nsp_loss
-    second = model(**{**inputs, "passage_labels": torch.tensor([-100, 0, -100])}).nsp_loss
-    both = model(**{**inputs, "passage_labels": torch.tensor([2, 0, -100])}).nsp_loss
-    torch.testing.assert_close(both, (first + second) / 2)
-    assert model(**{**inputs, "passage_labels": torch.tensor([-100] * 3)}).nsp_loss == 0
+
+    def nsp_loss(*passage_labels):
+        return model(**{**inputs, "passage_labels": torch.tensor(passage_labels)}).nsp_loss
+
+    first, second = nsp_loss(2, -100, -100), nsp_loss(-100, 0, -100)
+    torch.testing.assert_close(nsp_loss(2, 0, -100), (first + second) / 2)
+    assert nsp_loss(-100, -100, -100) == 0
 
 
 @pytest.mark.parametrize("count", [0, 2, 4])
 @pytest.mark.parametrize("compute_nsp_loss", [True, False])
 def test_wrong_number_of_passage_labels(count, compute_nsp_loss):
     model = make_model()
-    with pytest.raises(
-        ValueError, match=rf"passage_labels has {count} entries, expected one for each of the 3 \[NSP\]"
-    ):
-        model(
-            **{**batch(model), "passage_labels": torch.zeros(count, dtype=torch.long)},
-            compute_nsp_loss=compute_nsp_loss,
-        )
+    inputs = {**batch(model), "passage_labels": torch.zeros(count, dtype=torch.long)}
+    message = rf"passage_labels has {count} entries, expected one for each of the 3 \[NSP\]"
+    with pytest.raises(ValueError, match=message):
+        model(**inputs, compute_nsp_loss=compute_nsp_loss)
 
 
 @pytest.mark.parametrize("query_from", ["gen", "emb_seq"])
@@ -235,12 +230,13 @@ def test_a_batch_without_nsp(query_from):
     inputs["input_ids"][inputs["input_ids"] == model.config.nsp_token_id] = 9
     nothing = torch.zeros(0, dtype=torch.long)
     output = model(**{**inputs, "passage_labels": nothing})
-    assert output.query_embeds.shape == (0, 32) and output.nsp_loss == 0 and output.loss == output.ntp_loss
+    assert output.query_embeds.shape == (0, 32)
+    assert output.nsp_loss == 0
+    assert output.loss == output.ntp_loss
     output.loss.backward()
     assert all(p.grad is not None for p in model.parameters())
-    assert not any(p.grad.any() for p in model.emb_seq.parameters()) and any(
-        p.grad.any() for p in model.gen.parameters()
-    )
+    assert not any(p.grad.any() for p in model.emb_seq.parameters())
+    assert any(p.grad.any() for p in model.gen.parameters())
     text = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
     assert model(**text).loss == output.ntp_loss  # no passages at all
 
@@ -256,7 +252,9 @@ def test_queries_without_any_passage(width):
         "passage_labels": torch.full((3,), -100),
     }
     output = model(**inputs)
-    assert output.passage_embeds.shape == (0, 32) and output.nsp_loss == 0 and output.loss == output.ntp_loss
+    assert output.passage_embeds.shape == (0, 32)
+    assert output.nsp_loss == 0
+    assert output.loss == output.ntp_loss
     output.loss.backward()
     assert all(p.grad is not None for p in model.parameters())
 
@@ -264,9 +262,9 @@ def test_queries_without_any_passage(width):
 def test_no_labels_at_all_gives_zero_losses_with_gradients():
     model = make_model()
     inputs = batch(model)
-    output = model(
-        **{**inputs, "labels": torch.full_like(inputs["labels"], -100), "passage_labels": torch.full((3,), -100)}
-    )
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    inputs["passage_labels"] = torch.full((3,), -100)
+    output = model(**inputs)
     assert output.loss == output.ntp_loss == output.nsp_loss == 0
     output.loss.backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
@@ -275,14 +273,11 @@ def test_no_labels_at_all_gives_zero_losses_with_gradients():
 def test_passages_alone():
     model = make_model()
     inputs = batch(model)
-    output = model(
-        passage_input_ids=inputs["passage_input_ids"], passage_attention_mask=inputs["passage_attention_mask"]
-    )
-    assert (
-        torch.equal(output.passage_embeds, model(**inputs).passage_embeds)
-        and output.loss is None
-        and output.logits is None
-    )
+    passages = {name: inputs[name] for name in ("passage_input_ids", "passage_attention_mask")}
+    output = model(**passages)
+    assert torch.equal(output.passage_embeds, model(**inputs).passage_embeds)
+    assert output.loss is None
+    assert output.logits is None
 
 
 @pytest.mark.parametrize("query_from", ["emb_seq", "query_encoder"])
@@ -290,12 +285,12 @@ def test_queries_of_another_encoder_read_everything_up_to_nsp(query_from):
     encoder = make_emb_seq("gpt2", seed=7) if query_from == "query_encoder" else None
     model = make_model(query_from=query_from, query_encoder=encoder, similarity="dot")
     inputs = batch(model)
-    found, expected = model(**inputs).query_embeds, []
+    expected = []
     for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True):
         ids = ids[mask]
         for position in (ids == model.config.nsp_token_id).nonzero()[:, 0].tolist():
             expected.append((encoder or model.emb_seq)(ids[None, : position + 1]).last_hidden_state[0, -1])
-    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(**inputs).query_embeds, torch.stack(expected), rtol=1e-4, atol=1e-4)
 
 
 def test_autocast_keeps_losses_and_embeddings_in_float32():
@@ -339,29 +334,19 @@ def test_new_rows_start_at_the_mean_and_nothing_else_changes(gen, tied):
     model = CoSupForCausalLM.from_gen_and_emb_seq(gen, emb_seq, tokenizer=tokenizer)
     assert len(tokenizer) == old + 3
     assert [model.config.nsp_token_id, model.config.cs_token_id, model.config.ce_token_id] == [old, old + 1, old + 2]
-    for embeddings in (
-        model.get_input_embeddings(),
-        model.get_output_embeddings(),
-        model.emb_seq.get_input_embeddings(),
-    ):
-        assert embeddings.weight.shape[0] == old + 3
-        torch.testing.assert_close(
-            embeddings.weight[old:], embeddings.weight[:old].mean(0).expand(3, -1), rtol=1e-5, atol=1e-6
-        )
-    assert (
-        (model.get_input_embeddings().weight is model.get_output_embeddings().weight)
-        == tied
-        == model.config.tie_word_embeddings
-    )
-    assert (
-        model.config.get_text_config().vocab_size
-        == model.gen.config.vocab_size
-        == model.config.emb_seq_config.vocab_size
-        == old + 3
-    )
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    for embeddings in (inputs, outputs, model.emb_seq.get_input_embeddings()):
+        weight = embeddings.weight
+        assert weight.shape[0] == old + 3
+        torch.testing.assert_close(weight[old:], weight[:old].mean(0).expand(3, -1), rtol=1e-5, atol=1e-6)
+    assert (inputs.weight is outputs.weight) == tied == model.config.tie_word_embeddings
+    for config in (model.config.get_text_config(), model.gen.config, model.config.emb_seq_config):
+        assert config.vocab_size == old + 3
     for part in (model.gen, model.emb_seq):
         for name, parameter in part.state_dict().items():
-            assert torch.equal(parameter[:old] if parameter.shape[:1] == (old + 3,) else parameter, before[name]), name
+            if parameter.shape[:1] == (old + 3,):
+                parameter = parameter[:old]
+            assert torch.equal(parameter, before[name]), name
 
 
 def test_spare_embedding_rows_are_used_and_kept():
@@ -371,11 +356,9 @@ def test_spare_embedding_rows_are_used_and_kept():
     before = gen.get_input_embeddings().weight.detach().clone()
     model = CoSupForCausalLM.from_gen_and_emb_seq(gen, tokenizer=tokenizer)
     weight = model.get_input_embeddings().weight
-    assert (
-        weight.shape == before.shape
-        and torch.equal(weight[old + 3 :], before[old + 3 :])
-        and torch.equal(weight[:old], before[:old])
-    )
+    assert weight.shape == before.shape
+    assert torch.equal(weight[old + 3 :], before[old + 3 :])
+    assert torch.equal(weight[:old], before[:old])
     torch.testing.assert_close(weight[old : old + 3], before[:old].mean(0).expand(3, -1))
 
 
@@ -392,45 +375,38 @@ def test_emb_seq_defaults_to_a_copy_of_gen(gen, given):
     gen = make_gen(gen)
     model = CoSupForCausalLM.from_gen_and_emb_seq(gen, gen if given else None, tokenizer=make_tokenizer())
     weights = dict(model.gen.base_model.named_parameters())
-    assert weights.keys() == dict(model.emb_seq.named_parameters()).keys() and model.emb_head is None
+    assert weights.keys() == dict(model.emb_seq.named_parameters()).keys()
+    assert model.emb_head is None
     for name, copied in model.emb_seq.named_parameters():
-        assert torch.equal(copied, weights[name]) and copied.data_ptr() != weights[name].data_ptr()
+        assert torch.equal(copied, weights[name])
+        assert copied.data_ptr() != weights[name].data_ptr()
     assert model.emb_seq_tokenizer is model.tokenizer
 
 
 def test_names_paths_and_models_give_the_same(tmp_path):
-    tokenizer, gen, emb_seq = make_tokenizer(), make_gen("gpt2"), make_emb_seq("bert", hidden_size=16)
-    for name, part in (("gen", gen), ("emb_seq", emb_seq)):
-        part.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
+    gen, emb_seq = str(tmp_path / "gen"), str(tmp_path / "emb_seq")
+    tokenizer = make_tokenizer()
+    for folder, part in ((gen, make_gen("gpt2")), (emb_seq, make_emb_seq("bert", hidden_size=16))):
+        part.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     build = CoSupForCausalLM.from_gen_and_emb_seq
+    gen_model, emb_seq_model = AutoModelForCausalLM.from_pretrained(gen), AutoModel.from_pretrained(emb_seq)
     models = [
-        build(str(tmp_path / "gen"), str(tmp_path / "emb_seq"), emb_seq_pooling="cls"),
-        build(
-            AutoModelForCausalLM.from_pretrained(tmp_path / "gen"),
-            str(tmp_path / "emb_seq"),
-            tokenizer=str(tmp_path / "gen"),
-            emb_seq_pooling="cls",
-        ),
-        build(
-            str(tmp_path / "gen"),
-            AutoModel.from_pretrained(tmp_path / "emb_seq"),
-            AutoTokenizer.from_pretrained(tmp_path / "gen"),
-            emb_seq_pooling="cls",
-        ),
+        build(gen, emb_seq, emb_seq_pooling="cls"),
+        build(gen_model, emb_seq, tokenizer=gen, emb_seq_pooling="cls"),
+        build(gen, emb_seq_model, AutoTokenizer.from_pretrained(gen), emb_seq_pooling="cls"),
     ]
     state = models[0].state_dict()
     for model in models:
-        assert (
-            model.config.emb_seq_pooling == "cls"
-            and model.emb_head.weight.shape == (32, 16)
-            and model.emb_seq_tokenizer is model.tokenizer
-        )
+        assert model.config.emb_seq_pooling == "cls"
+        assert model.emb_head.weight.shape == (32, 16)
+        assert model.emb_seq_tokenizer is model.tokenizer
         for name, parameter in model.state_dict().items():
             assert name == "emb_head.weight" or torch.equal(parameter, state[name]), name
-    half = build(str(tmp_path / "gen"), str(tmp_path / "emb_seq"), model_kwargs={"dtype": "bfloat16"})
-    assert {p.dtype for p in half.parameters()} == {torch.bfloat16} and half.config.dtype == torch.bfloat16
-    alone = build(str(tmp_path / "gen"))
+    half = build(gen, emb_seq, model_kwargs={"dtype": "bfloat16"})
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert half.config.dtype == torch.bfloat16
+    alone = build(gen)
     assert torch.equal(alone.emb_seq.get_input_embeddings().weight, alone.get_input_embeddings().weight)
 
 
@@ -441,23 +417,19 @@ def test_a_model_without_a_tokenizer_raises():
 
 def test_control_tokens_by_other_names():
     model = make_model(nsp_token="[Ret]", ce_token="[Ce]")
-    assert model.tokenizer.convert_tokens_to_ids(["[Ret]", "[Cs]", "[Ce]"]) == [
-        model.config.nsp_token_id,
-        model.config.cs_token_id,
-        model.config.ce_token_id,
-    ]
+    control_ids = [model.config.nsp_token_id, model.config.cs_token_id, model.config.ce_token_id]
+    assert model.tokenizer.convert_tokens_to_ids(["[Ret]", "[Cs]", "[Ce]"]) == control_ids
     assert "[NSP]" not in model.tokenizer.get_vocab()
 
 
-def test_tokenizers_of_their_own_are_kept_apart():
-    tokenizer, own = (
-        make_tokenizer(),
-        make_tokenizer(vocab_size=300, bos="<cls>", eos="<sep>", texts=["another corpus"]),
-    )
-    model = make_model(tokenizer=tokenizer, emb_seq_tokenizer=own, emb_seq_kwargs={"vocab_size": 260})
-    assert model.tokenizer is tokenizer and model.emb_seq_tokenizer is own
-    assert {"[NSP]", "[Cs]", "[CE]"} <= own.get_vocab().keys()
-    assert model.emb_seq.get_input_embeddings().weight.shape[0] == max(260, len(own))
+def test_two_tokenizers_are_kept_apart():
+    tokenizer = make_tokenizer()
+    emb_seq_tokenizer = make_tokenizer(vocab_size=300, bos="<cls>", eos="<sep>", texts=["another corpus"])
+    model = make_model(tokenizer=tokenizer, emb_seq_tokenizer=emb_seq_tokenizer, emb_seq_kwargs={"vocab_size": 260})
+    assert model.tokenizer is tokenizer
+    assert model.emb_seq_tokenizer is emb_seq_tokenizer
+    assert {"[NSP]", "[Cs]", "[CE]"} <= emb_seq_tokenizer.get_vocab().keys()
+    assert model.emb_seq.get_input_embeddings().weight.shape[0] == max(260, len(emb_seq_tokenizer))
     same = make_model(tokenizer=make_tokenizer(), emb_seq_tokenizer=make_tokenizer())
     assert same.emb_seq_tokenizer is same.tokenizer
 
@@ -465,7 +437,8 @@ def test_tokenizers_of_their_own_are_kept_apart():
 def test_modes_and_handed_in_configs_stay():
     gen, emb_seq = make_gen().train(), make_emb_seq("gpt2").train()
     model = CoSupForCausalLM.from_gen_and_emb_seq(gen, emb_seq, tokenizer=make_tokenizer())
-    assert model.training and model.emb_seq.training and model.gen is gen and model.emb_seq is emb_seq
+    assert model.training and model.emb_seq.training
+    assert model.gen is gen and model.emb_seq is emb_seq
     assert not make_model().training
 
 
@@ -482,23 +455,19 @@ def test_an_architecture_with_another_head_raises():
             output.logits = 2 * output.logits
             return output
 
+    unknown = DoublesItsLogits(make_gen().config).eval()
     with pytest.raises(ValueError, match="DoublesItsLogits does more after its LM head"):
-        CoSupForCausalLM.from_gen_and_emb_seq(DoublesItsLogits(make_gen().config).eval(), tokenizer=make_tokenizer())
+        CoSupForCausalLM.from_gen_and_emb_seq(unknown, tokenizer=make_tokenizer())
 
 
 def test_resize_token_embeddings_keeps_the_configs_in_step():
     model = make_model()
     model.resize_token_embeddings(410)
-    assert (
-        model.get_input_embeddings().weight.shape[0]
-        == model.config.get_text_config().vocab_size
-        == model.gen.config.vocab_size
-        == 410
-    )
-    assert (
-        model(torch.tensor([[409]])).logits.shape[-1] == 410
-        and model.emb_seq.get_input_embeddings().weight.shape[0] == 400
-    )
+    assert model.get_input_embeddings().weight.shape[0] == 410
+    assert model.config.get_text_config().vocab_size == 410
+    assert model.gen.config.vocab_size == 410
+    assert model(torch.tensor([[409]])).logits.shape[-1] == 410
+    assert model.emb_seq.get_input_embeddings().weight.shape[0] == 400
 
 
 def test_saved_and_loaded_it_is_the_same_model(tmp_path):
@@ -510,12 +479,9 @@ def test_saved_and_loaded_it_is_the_same_model(tmp_path):
         AutoModel.from_pretrained(str(tmp_path)),
         AutoModelForCausalLM.from_pretrained(tmp_path),
     ):
-        assert not loaded.training and torch.equal(loaded(**inputs).loss, model(**inputs).loss)
-        assert (
-            loaded.fingerprint() == model.fingerprint()
-            and loaded.generation_config.to_dict() == model.generation_config.to_dict()
-        )
-        assert [loaded.tokenizer.get_vocab(), loaded.tokenizer.chat_template] == [
-            model.tokenizer.get_vocab(),
-            model.tokenizer.chat_template,
-        ]
+        assert not loaded.training
+        assert torch.equal(loaded(**inputs).loss, model(**inputs).loss)
+        assert loaded.fingerprint() == model.fingerprint()
+        assert loaded.generation_config.to_dict() == model.generation_config.to_dict()
+        assert loaded.tokenizer.get_vocab() == model.tokenizer.get_vocab()
+        assert loaded.tokenizer.chat_template == model.tokenizer.chat_template

@@ -1,4 +1,4 @@
-"""Each half as a checkpoint of its own: Gen for whatever serves causal LMs, Emb_seq for sentence-transformers."""
+"""Each half as a separate checkpoint: Gen for whatever serves causal LMs, Emb_seq for sentence-transformers."""
 
 import copy
 import json
@@ -29,23 +29,22 @@ def snapshot(model):
         model.gen.generation_config,
         model.generation_config,
     ]
-    attention = [part.config._attn_implementation for part in (model, model.gen, model.emb_seq)]
-    states = {name: value.clone() for name, value in model.state_dict().items()}
-    return (
-        [id(config) for config in configs],
-        [config.to_dict() for config in configs],
-        attention,
-        copy.deepcopy(model.config.fingerprint),
-        states,
-    )
+    return {
+        "identities": [id(config) for config in configs],
+        "configs": [config.to_dict() for config in configs],
+        "attention": [part.config._attn_implementation for part in (model, model.gen, model.emb_seq)],
+        "fingerprint": copy.deepcopy(model.config.fingerprint),
+        "weights": {name: value.clone() for name, value in model.state_dict().items()},
+    }
 
 
 def assert_unchanged(model, before):
     after = snapshot(model)
-    assert after[:4] == before[:4]
-    assert after[4].keys() == before[4].keys() and all(
-        torch.equal(value, before[4][name]) for name, value in after[4].items()
-    )
+    for name in ("identities", "configs", "attention", "fingerprint"):
+        assert after[name] == before[name], name
+    assert after["weights"].keys() == before["weights"].keys()
+    for name, value in after["weights"].items():
+        assert torch.equal(value, before["weights"][name]), name
 
 
 # ---------------------------------------------------------------------- Gen
@@ -61,22 +60,19 @@ def test_gen_loads_as_a_plain_model(tmp_path, architecture, name, tied):
     model.save_gen(tmp_path / "gen")
     assert_unchanged(model, before)
     config = json.loads((tmp_path / "gen" / "config.json").read_text())
-    assert (
-        "auto_map" not in config
-        and config["architectures"] == [type(model.gen).__name__]
-        and not list((tmp_path / "gen").glob("*.py"))
-    )
-    plain, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(tmp_path / "gen"),
-        AutoTokenizer.from_pretrained(tmp_path / "gen"),
-    )
-    assert type(plain).__name__ in (f"{name}ForCausalLM", f"{name}Model") and plain.config.tie_word_embeddings == tied
+    assert "auto_map" not in config
+    assert config["architectures"] == [type(model.gen).__name__]
+    assert not list((tmp_path / "gen").glob("*.py"))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "gen")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "gen")
+    assert type(plain).__name__ in (f"{name}ForCausalLM", f"{name}Model")
+    assert plain.config.tie_word_embeddings == tied
     ids = torch.tensor([encode_prompt(tokenizer, "who painted the Night Watch?", "Answer.")])
     assert ids.tolist() == [encode_prompt(model.tokenizer, "who painted the Night Watch?", "Answer.")]
     with torch.no_grad():
         assert torch.equal(plain(ids).logits, model(ids).logits)
-    found = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8)
-    assert found.tolist() == model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8).tolist()
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8}
+    assert plain.generate(ids, **options).tolist() == model.generate(ids, **options).tolist()
     assert GenerationConfig.from_pretrained(tmp_path / "gen").suppress_tokens == [model.config.cs_token_id]
 
 
@@ -88,19 +84,13 @@ from transformers import AutoModelForCausalLM, pipeline
 model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
 print(json.dumps([type(model).__name__, model(torch.tensor([[5, 6, 7]])).logits.tolist()]))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd="/",
-        capture_output=True,
-        text=True,
-        env={"PATH": "/usr/bin", "HF_HUB_OFFLINE": "1"},
-        timeout=300,
-    )
+    environment = {"PATH": "/usr/bin", "HF_HUB_OFFLINE": "1"}
+    streams = {"capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", env=environment, timeout=300, **streams)
     assert done.returncode == 0, done.stderr
     name, logits = json.loads(done.stdout)
-    assert name == "LlamaForCausalLM" and torch.allclose(
-        torch.tensor(logits), model(torch.tensor([[5, 6, 7]])).logits, atol=1e-5
-    )
+    assert name == "LlamaForCausalLM"
+    assert torch.allclose(torch.tensor(logits), model(torch.tensor([[5, 6, 7]])).logits, atol=1e-5)
 
 
 def test_gen_in_shards_and_from_a_full_state_dict(tmp_path, model):
@@ -111,7 +101,8 @@ def test_gen_in_shards_and_from_a_full_state_dict(tmp_path, model):
     state_dict = {name: value * 2 for name, value in model.state_dict().items()}
     model.save_gen(tmp_path / "doubled", state_dict=state_dict)
     doubled = AutoModelForCausalLM.from_pretrained(tmp_path / "doubled")
-    assert all(torch.equal(value, 2 * model.gen.state_dict()[name]) for name, value in doubled.state_dict().items())
+    for name, value in doubled.state_dict().items():
+        assert torch.equal(value, 2 * model.gen.state_dict()[name]), name
     model.save_gen(tmp_path / "other_rank", is_main_process=False)
     assert not list((tmp_path / "other_rank").iterdir())
 
@@ -129,9 +120,8 @@ def test_gen_of_a_checkpoint_that_was_loaded_without_emb_seq(tmp_path, model):
 
 def test_parts_with_an_adapter_are_refused_and_merged_ones_are_not(tmp_path):
     peft = pytest.importorskip("peft", reason="needs peft")
-    adapted = peft.get_peft_model(
-        make_model(), peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-    )
+    lora = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    adapted = peft.get_peft_model(make_model(), lora)
     for save in (adapted.save_gen, adapted.save_emb_seq):
         with pytest.raises(ValueError, match="merge_and_unload"):
             save(tmp_path / "part")
@@ -146,20 +136,11 @@ def test_parts_with_an_adapter_are_refused_and_merged_ones_are_not(tmp_path):
 
 def bert_tokenizer(tmp_path):
     """A lower-casing WordPiece tokenizer: CLS and SEP, no BOS or EOS."""
-    words = sorted(
-        {word for text in [*TEXTS, *(f"{p['title']} {p['text']}" for p in PASSAGES)] for word in text.lower().split()}
-    )
+    texts = [*TEXTS, *(f"{passage['title']} {passage['text']}" for passage in PASSAGES)]
+    words = sorted(set(" ".join(texts).lower().split()))
     letters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
-    vocabulary = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        *letters,
-        *(f"##{letter}" for letter in letters),
-        *words,
-    ]
+    continued = [f"##{letter}" for letter in letters]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *continued, *words]
     (tmp_path / "vocab.txt").write_text("\n".join(dict.fromkeys(vocabulary)))
     return BertTokenizer.from_pretrained(tmp_path)
 
@@ -170,21 +151,17 @@ def embeddings(model, passages):
     return model.encode_passages(ids, mask)
 
 
+NO_EOS = {"emb_seq_pooling": "lasttoken", "emb_seq_add_eos_token": False}
+NARROW = {"emb_seq_kwargs": {"hidden_size": 16}}
 CASES = {
     "llama": ("llama", {}),
     "llama, wider, head": ("llama", {"emb_seq_kwargs": {"hidden_size": 48}}),
     "llama, dot": ("llama", {"similarity": "dot"}),
-    "llama, last token, no EOS": (
-        "llama",
-        {"emb_seq_pooling": "lasttoken", "emb_seq_add_eos_token": False, "similarity": "dot"},
-    ),
+    "llama, last token, no EOS": ("llama", {**NO_EOS, "similarity": "dot"}),
     "gpt2": ("gpt2", {}),
-    "gpt2, mean, head, no BOS": (
-        "gpt2",
-        {"emb_seq_kwargs": {"hidden_size": 16}, "emb_seq_pooling": "mean", "emb_seq_add_bos_token": False},
-    ),
+    "gpt2, mean, head, no BOS": ("gpt2", {**NARROW, "emb_seq_pooling": "mean", "emb_seq_add_bos_token": False}),
     "gpt2, prompt": ("gpt2", {"passage_prompt": "passage: ", "passage_template": "Title: {title}\nText: {text}"}),
-    "bert, mean, head": ("bert", {"emb_seq_kwargs": {"hidden_size": 16}, "emb_seq_pooling": "mean"}),
+    "bert, mean, head": ("bert", {**NARROW, "emb_seq_pooling": "mean"}),
     "bert, cls, dot": ("bert", {"emb_seq_pooling": "cls", "similarity": "dot"}),
     "bert, its own tokenizer": ("bert", {"emb_seq_pooling": "cls", "own_tokenizer": True}),
 }
@@ -205,15 +182,20 @@ def test_sentence_transformers_embeds_as_the_whole_model_does(tmp_path, case, mo
     library = pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
     passages = [*PASSAGES, LONG, {"title": "[SEP] <pad>", "text": "[CLS] </s>"}]
     loaded = library.SentenceTransformer(str(tmp_path / "emb_seq"))
-    assert (len(loaded) - 2) == (model.emb_head is not None) + (model.config.similarity == "cosine")
+    modules = ["Transformer", "Pooling"]
+    if model.emb_head is not None:
+        modules.append("Dense")
+    if model.config.similarity == "cosine":
+        modules.append("Normalize")
+    assert [type(module).__name__ for module in loaded] == modules
     assert loaded.similarity_fn_name == model.config.similarity
     texts = [render_passage(passage, model.config.passage_template) for passage in passages]
     expected = embeddings(model, passages)
     scale = expected.abs().max()
     for batch_size in (1, 3, 32):
         for encode in (loaded.encode, loaded.encode_document):
-            found = torch.tensor(encode(texts, batch_size=batch_size))
-            assert (found - expected).abs().max() <= 1e-5 * max(1, scale)
+            embeds = torch.tensor(encode(texts, batch_size=batch_size))
+            assert (embeds - expected).abs().max() <= 1e-5 * max(1, scale)
     assert not torch.allclose(expected[0], expected[1], atol=1e-2)
     lengths = [len(ids) for ids in encode_passages_for_emb_seq(model.emb_seq_tokenizer, passages, model.config)]
     assert max(lengths) == loaded.max_seq_length  # one of them was truncated, and keeps its EOS
@@ -244,10 +226,11 @@ def test_emb_seq_in_shards_and_a_card_that_was_written_by_hand(tmp_path, model):
     library = pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
     (tmp_path / "README.md").write_text("my own")
     model.save_emb_seq(tmp_path, max_shard_size="50KB")
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1 and (tmp_path / "README.md").read_text() == "my own"
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    assert (tmp_path / "README.md").read_text() == "my own"
     texts = [render_passage(passage, model.config.passage_template) for passage in PASSAGES]
-    found = torch.tensor(library.SentenceTransformer(str(tmp_path)).encode(texts))
-    assert (found - embeddings(model, PASSAGES)).abs().max() <= 1e-5
+    embeds = torch.tensor(library.SentenceTransformer(str(tmp_path)).encode(texts))
+    assert (embeds - embeddings(model, PASSAGES)).abs().max() <= 1e-5
 
 
 def test_a_tokenizer_that_is_not_of_the_tokenizers_library_is_refused(tmp_path, model, monkeypatch):

@@ -1,4 +1,8 @@
-"""Text stays text: control tokens, BOS and EOS come from ids only, in passages, prompts and the paper's and other chat templates."""
+"""
+Text stays text: control tokens, BOS and EOS come from ids only, in passages, prompts and chat templates.
+
+The chat templates are the paper's and others.
+"""
 
 import inspect
 
@@ -29,8 +33,10 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 NO_SYSTEM = (
-    "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "<s>{{ message['role'] }}: {{ message['content'] | trim }}</s>\n{% endfor %}{% if add_generation_prompt %}<s>model: {% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "<s>{{ message['role'] }}: {{ message['content'] | trim }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>model: {% endif %}"
 )
 THINKING = (  # splits its messages, as templates that drop old thoughts do
     "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'].split('</s>')[-1] }}</s>{% endfor %}"
@@ -55,11 +61,13 @@ def special_ids(tokenizer):
 def test_control_tokens_are_special_and_survive_as_one_token():
     tokenizer = make_tokenizer()
     ids = add_control_tokens(tokenizer)
-    assert tokenizer.convert_ids_to_tokens(ids) == ["[NSP]", "[Cs]", "[CE]"] and set(ids) <= special_ids(tokenizer)
+    assert tokenizer.convert_ids_to_tokens(ids) == ["[NSP]", "[Cs]", "[CE]"]
+    assert set(ids) <= special_ids(tokenizer)
     assert tokenizer("[NSP]", add_special_tokens=False)["input_ids"] == ids[:1]
     assert tokenizer.decode([*ids, *encode_texts(tokenizer, ["Curie"])[0]], skip_special_tokens=True) == "Curie"
     size = len(tokenizer)
-    assert add_control_tokens(tokenizer) == ids and len(tokenizer) == size  # again: nothing new
+    assert add_control_tokens(tokenizer) == ids  # again: nothing new
+    assert len(tokenizer) == size
 
 
 def test_control_tokens_must_differ():
@@ -68,31 +76,34 @@ def test_control_tokens_must_differ():
 
 
 def test_a_tokenizer_keeps_its_own_template_and_pad_token():
-    assert cosup_tokenizer(CHATML).chat_template == CHATML and cosup_tokenizer().chat_template == PAPER_CHAT_TEMPLATE
+    assert cosup_tokenizer(CHATML).chat_template == CHATML
+    assert cosup_tokenizer().chat_template == PAPER_CHAT_TEMPLATE
     bare = make_tokenizer(pad=None)
     add_control_tokens(bare)
-    assert bare.pad_token == bare.eos_token and cosup_tokenizer().pad_token == "<pad>"
+    assert bare.pad_token == bare.eos_token
+    assert cosup_tokenizer().pad_token == "<pad>"
 
 
 def test_text_is_never_a_control_token():
     tokenizer = cosup_tokenizer(CHATML)
     (ids,) = encode_texts(tokenizer, [HOSTILE], special_ids(tokenizer))
-    assert not special_ids(tokenizer) & set(ids) and tokenizer.decode(ids) == HOSTILE
+    assert not special_ids(tokenizer) & set(ids)
+    assert tokenizer.decode(ids) == HOSTILE
     assert encode_texts(tokenizer, []) == []
 
 
 def test_passages_hold_no_control_token_but_emb_seq_reads_its_bos_and_eos():
     model = make_model()
-    tokenizer, passage = model.tokenizer, {"id": "x", "title": HOSTILE, "text": HOSTILE}
-    (gen_ids,) = encode_passages_for_gen(tokenizer, [passage], model.config)
-    assert not special_ids(tokenizer) & set(gen_ids) and tokenizer.decode(gen_ids) == f"{HOSTILE} :: {HOSTILE}"
-    (emb_seq_ids,) = encode_passages_for_emb_seq(tokenizer, [passage], model.config)
-    assert emb_seq_ids == [tokenizer.bos_token_id, *gen_ids, tokenizer.eos_token_id]
-    model.config.max_passage_length = 5
-    assert encode_passages_for_gen(tokenizer, [passage], model.config) == [gen_ids[:5]]
-    assert encode_passages_for_emb_seq(tokenizer, [passage], model.config) == [
-        [tokenizer.bos_token_id, *gen_ids[:5], tokenizer.eos_token_id]
-    ]
+    tokenizer, config = model.tokenizer, model.config
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    passages = [{"id": "x", "title": HOSTILE, "text": HOSTILE}]
+    (gen_ids,) = encode_passages_for_gen(tokenizer, passages, config)
+    assert not special_ids(tokenizer) & set(gen_ids)
+    assert tokenizer.decode(gen_ids) == f"{HOSTILE} :: {HOSTILE}"
+    assert encode_passages_for_emb_seq(tokenizer, passages, config) == [[bos, *gen_ids, eos]]
+    config.max_passage_length = 5
+    assert encode_passages_for_gen(tokenizer, passages, config) == [gen_ids[:5]]
+    assert encode_passages_for_emb_seq(tokenizer, passages, config) == [[bos, *gen_ids[:5], eos]]
 
 
 def test_render_passage():
@@ -127,34 +138,31 @@ def test_bos_and_eos_fall_back_to_cls_and_sep():
     assert encode_passages_for_emb_seq(no_end, [{"text": "text"}], config) == [[3]]
 
 
-def test_bos_eos_and_prompts_as_a_retriever_has_them():
-    tokenizer = make_tokenizer()
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+@pytest.mark.parametrize("add_bos", [True, False])
+@pytest.mark.parametrize("add_eos", [True, False])
+def test_bos_eos_and_prompts_as_a_retriever_has_them(add_bos, add_eos):
+    tokenizer, gen_tokenizer = make_tokenizer(), make_model().tokenizer
+    bos = [tokenizer.bos_token_id] if add_bos else []
+    eos = [tokenizer.eos_token_id] if add_eos else []
     text = encode_texts(tokenizer, ["find it: a text"])[0]
-    for before in (True, False):
-        for behind in (True, False):
-            flags = {
-                "emb_seq_add_bos_token": before,
-                "emb_seq_add_eos_token": behind,
-                "emb_seq_pooling": "lasttoken",
-                "query_from": "emb_seq",
-            }
-            config = make_model(passage_prompt="find it: ", query_prompt="find it: ", **flags).config
-            expected = [[bos] * before + text + [eos] * behind]
-            assert encode_passages_for_emb_seq(tokenizer, [{"text": "a text"}], config) == expected
-            row = [config.nsp_token_id, *encode_texts(tokenizer, ["a text"])[0], eos]
-            gen_tokenizer = make_model().tokenizer
-            assert encode_queries_for_emb_seq(gen_tokenizer, tokenizer, [row], config) == expected
-            assert (
-                encode_queries_for_emb_seq(gen_tokenizer, gen_tokenizer, [row], config) == expected
-            )  # a prompt makes it text
-            tokenizer.model_max_length = 3 + before + behind
-            assert encode_queries_for_emb_seq(gen_tokenizer, tokenizer, [row], config) == [
-                [bos] * before + text[:3] + [eos] * behind
-            ]
-            tokenizer.model_max_length = 10**9
-            config.query_prompt = ""
-            assert encode_queries_for_emb_seq(gen_tokenizer, gen_tokenizer, [row], config) == [row]
+    config = make_model(
+        passage_prompt="find it: ",
+        query_prompt="find it: ",
+        emb_seq_add_bos_token=add_bos,
+        emb_seq_add_eos_token=add_eos,
+        emb_seq_pooling="lasttoken",
+        query_from="emb_seq",
+    ).config
+    assert encode_passages_for_emb_seq(tokenizer, [{"text": "a text"}], config) == [bos + text + eos]
+    query = [config.nsp_token_id, *encode_texts(tokenizer, ["a text"])[0], tokenizer.eos_token_id]
+    assert encode_queries_for_emb_seq(gen_tokenizer, tokenizer, [query], config) == [bos + text + eos]
+    # a prompt makes it text
+    assert encode_queries_for_emb_seq(gen_tokenizer, gen_tokenizer, [query], config) == [bos + text + eos]
+    tokenizer.model_max_length = 3 + len(bos) + len(eos)
+    assert encode_queries_for_emb_seq(gen_tokenizer, tokenizer, [query], config) == [bos + text[:3] + eos]
+    tokenizer.model_max_length = 10**9
+    config.query_prompt = ""
+    assert encode_queries_for_emb_seq(gen_tokenizer, gen_tokenizer, [query], config) == [query]
 
 
 def test_the_papers_prompt():
@@ -167,9 +175,10 @@ def test_the_papers_prompt():
 @pytest.mark.parametrize("template", [PAPER_CHAT_TEMPLATE, CHATML, NO_SYSTEM])
 def test_control_tokens_in_a_question_stay_text(template):
     tokenizer = cosup_tokenizer(template)
+    specials = special_ids(tokenizer)
     ids = encode_prompt(tokenizer, HOSTILE, f"Answer {HOSTILE}")
     plain = encode_prompt(tokenizer, "who?", "Answer.")
-    assert [id for id in ids if id in special_ids(tokenizer)] == [id for id in plain if id in special_ids(tokenizer)]
+    assert [id for id in ids if id in specials] == [id for id in plain if id in specials]
     assert tokenizer.decode(ids).count(HOSTILE) == 2
 
 
@@ -195,9 +204,8 @@ def sentencepiece_like(template):
     """Puts a space before what begins a string, as Llama 2's does."""
     backend = Tokenizer(models.BPE(byte_fallback=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=[*map(chr, range(33, 127)), "▁", "\n"], show_progress=False
-    )
+    alphabet = [*map(chr, range(33, 127)), "▁", "\n"]
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(["who painted the Night Watch?", "a b c"], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = template
@@ -224,7 +232,7 @@ CHATS = {
 @pytest.mark.parametrize("chat", CHATS)
 @pytest.mark.parametrize("template", [PAPER_CHAT_TEMPLATE, CHATML, THINKING], ids=["paper", "chatml", "thinking"])
 @pytest.mark.parametrize("make", [cosup_tokenizer, sentencepiece_like])
-def test_own_route_equals_that_of_transformers(make, template, chat):
+def test_own_route_equals_transformers(make, template, chat):
     tokenizer = make(template)
     if "sanitize_control_tokens" not in inspect.signature(tokenizer.apply_chat_template).parameters:
         pytest.skip("this transformers has no sanitize_control_tokens")
@@ -239,8 +247,9 @@ def test_own_route_leaves_no_control_token(chat):
     """Also where transformers has no route to compare with."""
     tokenizer = cosup_tokenizer(CHATML)
     ids = _encode_chat_with_markers(tokenizer, CHATS[chat])
+    specials = [id for id in ids if id in special_ids(tokenizer)]
     turns = ["<|im_start|>", "<|im_end|>"] * len(CHATS[chat]) + ["<|im_start|>"]
-    assert tokenizer.convert_ids_to_tokens([id for id in ids if id in special_ids(tokenizer)]) == turns
+    assert tokenizer.convert_ids_to_tokens(specials) == turns
 
 
 def test_end_of_turn():
@@ -248,9 +257,8 @@ def test_end_of_turn():
     assert end_of_turn_token_id(tokenizer) == tokenizer.eos_token_id
     tokenizer = cosup_tokenizer(CHATML)
     assert end_of_turn_token_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
-    tokenizer.chat_template = (
-        "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"  # ends an answer with nothing special
-    )
+    # ends an answer with nothing special
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
     assert end_of_turn_token_id(tokenizer) == tokenizer.eos_token_id
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="nothing would end an answer"):
@@ -260,19 +268,18 @@ def test_end_of_turn():
 def test_end_of_turn_is_among_the_ends_of_generation():
     tokenizer = cosup_tokenizer(CHATML)
     model = make_model(tokenizer=tokenizer)
-    assert model.generation_config.eos_token_id == sorted(
-        [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
-    )
-    assert (
-        model.generation_config.suppress_tokens == [model.config.cs_token_id] and not model.generation_config.do_sample
-    )
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert model.generation_config.eos_token_id == sorted(ends)
+    assert model.generation_config.suppress_tokens == [model.config.cs_token_id]
+    assert not model.generation_config.do_sample
 
 
 def test_fingerprint_of_a_tokenizer(tmp_path):
     tokenizer = cosup_tokenizer()
     tokenizer.save_pretrained(tmp_path)
     again = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    assert same_tokenizer(tokenizer, again) and tokenizer_fingerprint(again) == tokenizer_fingerprint(tokenizer)
+    assert same_tokenizer(tokenizer, again)
+    assert tokenizer_fingerprint(again) == tokenizer_fingerprint(tokenizer)
     other = make_tokenizer()
     assert not same_tokenizer(tokenizer, other)  # no control tokens
     add_control_tokens(other)

@@ -1,8 +1,18 @@
 """Tiny random models of real architectures, a tiny real tokenizer, and passages, shared by all tests."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from modeling_cosup import CoSupForCausalLM
 from modeling_cosup.tokenization_cosup import pad_rows
@@ -13,22 +23,19 @@ TEXTS = [
     "The Night Watch is a painting; who painted it? When was it finished?",
     "## Input:\n\nwho discovered radium?## Output:\n\nMarie Curie discovered radium in 1898.",
 ]
-PASSAGES = [
-    {"id": f"p{i}", "title": title, "text": text}
-    for i, (title, text) in enumerate(
-        [
-            ("Night Watch", "The Night Watch was painted by Rembrandt in 1642."),
-            ("Marie Curie", "Marie Curie discovered radium and polonium."),
-            ("", "A passage without a title, about nothing at all."),
-            ("Amsterdam", "Amsterdam is a city."),
-            (
-                "Warsaw",
-                "Warsaw is the city where Marie Curie was born in 1867, and a long passage about it needs a few more words than this.",
-            ),
-            ("Control [NSP] tokens </s>", "A text may hold [NSP] and [CE] and </s> and [Cs] as characters."),
-        ]
-    )
+TITLES_AND_TEXTS = [
+    ("Night Watch", "The Night Watch was painted by Rembrandt in 1642."),
+    ("Marie Curie", "Marie Curie discovered radium and polonium."),
+    ("", "A passage without a title, about nothing at all."),
+    ("Amsterdam", "Amsterdam is a city."),
+    (
+        "Warsaw",
+        "Warsaw is the city where Marie Curie was born in 1867, and a long passage about it needs a few more words"
+        " than this.",
+    ),
+    ("Control [NSP] tokens </s>", "A text may hold [NSP] and [CE] and </s> and [Cs] as characters."),
 ]
+PASSAGES = [{"id": f"p{i}", "title": title, "text": text} for i, (title, text) in enumerate(TITLES_AND_TEXTS)]
 ARCHITECTURES = {
     "llama": {"num_key_value_heads": 2, "intermediate_size": 64, "tie_word_embeddings": True},
     "gpt2": {"n_inner": 64},
@@ -45,26 +52,32 @@ ARCHITECTURES = {
 }
 
 
-def make_tokenizer(vocab_size=384, bos="<s>", eos="</s>", pad="<pad>", texts=TEXTS):
-    """A byte-level BPE tokenizer, trained on the spot; BOS, EOS and pad are special tokens outside its ordinary vocabulary."""
+def make_tokenizer(
+    vocab_size: int = 384,
+    bos: str | None = "<s>",
+    eos: str | None = "</s>",
+    pad: str | None = "<pad>",
+    texts: Sequence[str] = TEXTS,
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer, trained on the spot, with BOS, EOS and pad outside its ordinary vocabulary."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos, pad_token=pad)
 
 
-def make_config(architecture="llama", vocab_size=400, hidden_size=32, layers=2, **kwargs):
+def make_config(
+    architecture: str = "llama", vocab_size: int = 400, hidden_size: int = 32, layers: int = 2, **kwargs: Any
+) -> PreTrainedConfig:
+    """The config of a tiny model; `kwargs` are options of the architecture."""
     options = {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
-    }
-    options |= {
         "max_position_embeddings": 512,
         "initializer_range": 0.2,
         "pad_token_id": None,
@@ -74,26 +87,34 @@ def make_config(architecture="llama", vocab_size=400, hidden_size=32, layers=2, 
     return AutoConfig.for_model(architecture, **{**options, **ARCHITECTURES[architecture], **kwargs})
 
 
-def make_gen(architecture="llama", seed=0, **kwargs):
+def make_gen(architecture: str = "llama", seed: int = 0, **kwargs: Any) -> PreTrainedModel:
+    """A causal language model of random weights."""
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(make_config(architecture, **kwargs)).eval()
 
 
-def make_emb_seq(architecture="llama", seed=1, **kwargs):
+def make_emb_seq(architecture: str = "llama", seed: int = 1, **kwargs: Any) -> PreTrainedModel:
+    """A model of random weights without LM head."""
     torch.manual_seed(seed)
     return AutoModel.from_config(make_config(architecture, **kwargs)).eval()
 
 
-def make_model(gen="llama", emb_seq="llama", tokenizer=None, gen_kwargs=None, emb_seq_kwargs=None, **config):
-    """A CoSup model of random weights whose Gen and Emb_seq have the architectures named."""
+def make_model(
+    gen: str = "llama",
+    emb_seq: str = "llama",
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    gen_kwargs: dict[str, Any] | None = None,
+    emb_seq_kwargs: dict[str, Any] | None = None,
+    **config: Any,
+) -> CoSupForCausalLM:
+    """A CoSup model of random weights; Gen and Emb_seq have the named architectures."""
     tokenizer = tokenizer or make_tokenizer()
-    gen = make_gen(gen, **(gen_kwargs or {}))
-    return CoSupForCausalLM.from_gen_and_emb_seq(
-        gen, make_emb_seq(emb_seq, **(emb_seq_kwargs or {})), tokenizer=tokenizer, **config
-    )
+    gen_model = make_gen(gen, **(gen_kwargs or {}))
+    emb_seq_model = make_emb_seq(emb_seq, **(emb_seq_kwargs or {}))
+    return CoSupForCausalLM.from_gen_and_emb_seq(gen_model, emb_seq_model, tokenizer=tokenizer, **config)
 
 
-def plain_batch(rows):
+def plain_batch(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """A padded batch made the plain way, one passage row for each `[NSP]`."""
     input_ids, attention_mask = pad_rows([row["input_ids"] for row in rows])
     passage_input_ids, passage_attention_mask = pad_rows([ids for row in rows for ids in row["passage_input_ids"]])

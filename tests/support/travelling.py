@@ -1,4 +1,4 @@
-"""The code that travels with a checkpoint: the files that transformers finds by following relative imports."""
+"""Which code travels with a checkpoint: every module of the package but those that are listed here."""
 
 from pathlib import Path
 
@@ -14,6 +14,11 @@ STAYS = {
     "milvus_cosup.py": "an index in Milvus; without it an index is a folder or a repository on the Hub",
     "milvus_upload_cosup.py": "uploading an index to Milvus",
 }
+
+
+def names_of_travelling_files() -> set[str]:
+    """Names of the files of the package that must travel, whatever imports them, and in whatever syntax."""
+    return {path.name for path in FOLDER.glob("*.py")} - {"__init__.py", *STAYS}
 
 
 def travelling_files() -> list[Path]:

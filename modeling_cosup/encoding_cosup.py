@@ -1,0 +1,207 @@
+"""Passage and query embeddings: what Emb_seq, the query encoder and Gen's hidden states become."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .configuration_cosup import CoSupConfig
+from .tokenization_cosup import Packing, encode_queries_for_emb_seq, pad_rows
+
+if TYPE_CHECKING:
+    Base = PreTrainedModel
+else:
+    Base = object  # the model brings PreTrainedModel
+
+
+class EncodingMixin(Base):
+    """`encode_passages()` and `encode_queries()` of [`CoSupForCausalLM`]."""
+
+    config: CoSupConfig
+    emb_seq: PreTrainedModel | None
+    emb_head: nn.Linear | None
+    query_encoder: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase
+    emb_seq_tokenizer: PreTrainedTokenizerBase
+    _forget_fingerprint: Callable[..., None]
+    _causal_encoders: list[str]  # attribute names, see find_causal_encoders
+
+    def encode_passages(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, packing: Packing | None = None
+    ) -> torch.Tensor:
+        """
+        Return passage embeddings: Emb_seq's hidden state at EOS (section 3.2), or its mean or first one.
+
+        A passage's embedding depends on nothing but the passage: not on the padding, its side, or the other rows.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(M, L)`): BOS + passage + EOS; M may be 0.
+            attention_mask (`torch.LongTensor` of shape `(M, L)`, *optional*): defaults to no padding.
+            packing ([`~tokenization_cosup.Packing`], *optional*): the passages are packed in one row `(1, L)`. Needs a
+                causal Emb_seq, and an attention implementation that keeps them apart.
+
+        Returns:
+            `torch.FloatTensor` of shape `(M, h)`, of unit length when the similarity is the cosine.
+
+        Raises:
+            `ValueError`: when Emb_seq is not loaded.
+        """
+        if self.emb_seq is None:
+            raise ValueError(
+                "Emb_seq is not in memory (load_emb_seq=False): this model generates from an index that is already"
+                " built, but it cannot encode passages."
+            )
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.emb_seq.parameters()):
+            # Emb_seq may be in training: the hash that its checkpoint stored no longer describes it
+            self._forget_fingerprint("emb_seq")
+        return self._encode(self.emb_seq, input_ids, attention_mask, packing)
+
+    def encode_queries(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """
+        Return query embeddings from Emb_seq or the query encoder (section 5, "Baseline"; appendix C.1).
+
+        If Emb_seq has its own tokenizer, or the config a query prompt, the rows are decoded and encoded again.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(N, T)`): in Gen's token ids; each row is everything up to `[NSP]`.
+            attention_mask (`torch.LongTensor` of shape `(N, T)`): 0 for padding and for all that follows `[NSP]`.
+
+        Returns:
+            `torch.FloatTensor` of shape `(N, h)`.
+
+        Raises:
+            `ValueError`: when the encoder is not loaded.
+        """
+        encoder = self._query_encoder()
+        if len(input_ids) and (self.emb_seq_tokenizer is not self.tokenizer or self.config.query_prompt):
+            rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
+            rows = encode_queries_for_emb_seq(self.tokenizer, self.emb_seq_tokenizer, rows, self.config)
+            input_ids, attention_mask = pad_rows(rows, device=input_ids.device)
+        return self._encode(encoder, input_ids, attention_mask)
+
+    @torch.no_grad()
+    def find_causal_encoders(self) -> bool:
+        """
+        Find out which of Emb_seq and the query encoder are causal; these then read padded batches without a mask.
+
+        Returns:
+            `bool`: whether all of them are.
+        """
+        names = [name for name in ("emb_seq", "query_encoder") if getattr(self, name) is not None]
+        was_training = self.training
+        self.eval()
+        self._causal_encoders = [name for name in names if _is_causal(getattr(self, name))]
+        self.train(was_training)
+        return self._causal_encoders == names
+
+    def _query_encoder(self) -> PreTrainedModel:
+        """Return the encoder that `query_from` names: the query encoder, or Emb_seq."""
+        encoder = self.query_encoder if self.config.query_from == "query_encoder" else self.emb_seq
+        if encoder is None:
+            raise ValueError(
+                "Queries come from Emb_seq (query_from='emb_seq'), which is not in memory: load the model without"
+                " load_emb_seq=False."
+            )
+        return encoder
+
+    def _query_embeds_at_nsp(
+        self,
+        hidden: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        nsp_positions: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return the query embeddings `(N, h)` at the `[NSP]` of `input_ids` `(B, T)`, from Gen or another encoder."""
+        if nsp_positions is None:
+            assert self.config.nsp_token_id is not None
+            nsp_positions = (input_ids == self.config.nsp_token_id).flatten().nonzero()[:, 0]  # (N,)
+        if self.config.query_from == "gen":
+            return self._normalize(hidden.flatten(0, 1)[nsp_positions.to(hidden.device)])
+        length = input_ids.shape[1]
+        rows, columns = nsp_positions // length, nsp_positions % length
+        ids = input_ids[rows]  # (N, T)
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask[rows, -length:]
+        up_to_nsp = torch.arange(length, device=ids.device) <= columns[:, None]  # [NSP] included
+        return self.encode_queries(ids, mask * up_to_nsp)
+
+    def _encode(
+        self,
+        encoder: PreTrainedModel,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        packing: Packing | None = None,
+    ) -> torch.Tensor:
+        """Return the embeddings `(M, h)` of ids `(M, L)`, or of M packed rows `(1, L)`, in the space of the index."""
+        if input_ids.shape[0] == 0:
+            # one dummy row, dropped: a rank without passages takes part in every collective and every gradient
+            dummy = input_ids.new_zeros(1, 1)
+            return self._encode(encoder, dummy, torch.ones_like(dummy))[:0]
+        if packing is None:
+            embeds = self._pooled_states(encoder, input_ids, attention_mask)
+        elif self.config.emb_seq_pooling in ("eos", "lasttoken"):
+            options = _without_cache(encoder)
+            hidden = encoder(input_ids=input_ids, position_ids=packing.position_ids, **options).last_hidden_state
+            embeds = hidden[0, packing.ends.to(hidden.device)]  # (1, L, h_emb) -> (M, h_emb)
+        else:
+            raise ValueError(
+                f"Packed passages are read at their end, but emb_seq_pooling is {self.config.emb_seq_pooling!r}."
+            )
+        if self.emb_head is not None:
+            embeds = self.emb_head(embeds)
+        return self._normalize(embeds)
+
+    def _pooled_states(
+        self, encoder: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return one state of `encoder` for each row, `(M, h_emb)`, as `emb_seq_pooling` says."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        # padding to the right: then default positions are the real ones in every architecture
+        order = attention_mask.argsort(dim=1, descending=True, stable=True)
+        input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
+        options = _without_cache(encoder)
+        # a causal encoder never sees the padding on its right: without a mask the attention kernels are faster
+        if not any(getattr(self, name) is encoder for name in self._causal_encoders):
+            options["attention_mask"] = attention_mask
+        hidden = encoder(input_ids=input_ids, **options).last_hidden_state  # (M, L, h_emb)
+        attention_mask = attention_mask.to(hidden.device)
+        if self.config.emb_seq_pooling == "mean":
+            weights = attention_mask[:, :, None].float()
+            return ((hidden.float() * weights).sum(1) / weights.sum(1).clamp(min=1)).to(hidden.dtype)
+        columns = attention_mask.sum(1) - 1  # (M,), of the last token
+        if self.config.emb_seq_pooling == "cls":
+            columns = torch.zeros_like(columns)
+        return hidden[torch.arange(len(hidden), device=hidden.device), columns]
+
+    def _normalize(self, embeds: torch.Tensor) -> torch.Tensor:
+        """Return embeddings in float32, of unit length when the similarity is the cosine."""
+        if self.config.similarity == "cosine":
+            return F.normalize(embeds.float(), dim=-1)
+        return embeds.float()
+
+
+def _without_cache(encoder: PreTrainedModel) -> dict[str, Any]:
+    """Return the options of a forward that builds no KV cache; not every encoder takes `use_cache`."""
+    if "use_cache" in encoder.config.to_dict():
+        return {"use_cache": False}
+    return {}
+
+
+def _is_causal(encoder: PreTrainedModel) -> bool:
+    """Return whether tokens on the right leave the states before them as they were; takes two small passes."""
+    vocab_size = cast(nn.Embedding, encoder.get_input_embeddings()).weight.shape[0]
+    # different tokens on the right: equal ones would hardly change the states
+    long = torch.arange(1, 9, device=encoder.device)[None] * (vocab_size // 9)  # (1, 8)
+    short = long[:, :3]
+    options = _without_cache(encoder)
+    attention = encoder.config._attn_implementation
+    encoder.config._attn_implementation = "eager"  # flash kernels take no float32, and no CPU
+    try:
+        expected = encoder(input_ids=short, **options).last_hidden_state
+        states = encoder(input_ids=long, **options).last_hidden_state[:, :3]
+    finally:
+        encoder.config._attn_implementation = attention
+    return torch.allclose(expected.float(), states.float(), atol=1e-3, rtol=1e-2)
