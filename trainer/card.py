@@ -31,11 +31,6 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from peft import PeftModel
 
-try:
-    from matplotlib.figure import Figure
-except ImportError:
-    Figure = None  # type: ignore[assignment, misc]  # checked before use
-
 MAX_LOG_ENTRIES = 500  # of a record
 LOGGED = ("step", "epoch", "nsp_accuracy", "num_negatives", "learning_rate")  # and every loss
 GATHER_LABELS = {
@@ -152,6 +147,10 @@ def _adapters(model: "CoSupForCausalLM | PeftModel") -> str | None:
 def draw_losses(log: list[dict[str, Any]], path: Path) -> bool:
     """Plot the losses of a log. Return whether there is a plot: it needs matplotlib and two entries."""
     steps = [entry["step"] for entry in log]
+    try:
+        from matplotlib.figure import Figure  # here: importing it takes half a second
+    except ImportError:
+        Figure = None  # type: ignore[assignment, misc]
     if Figure is None or len(steps) < 2:
         path.unlink(missing_ok=True)
         return False
