@@ -360,7 +360,7 @@ def test_what_cannot_be_asked(module, demo):
     refused = [
         ("  ", "", "Write a question"),
         ("a" * 2001, "", "2,001 characters, expected 2,000 at most"),
-        ("who?", "high", "The least score is .*high"),
+        ("who?", "high", "The minimum score is .*high"),
     ]
     for question, min_score, reason in refused:
         with pytest.raises(module.gr.Error, match=reason):
@@ -432,15 +432,15 @@ BAD = {
     "deep JSON": ("a.jsonl", b"[" * 200_000, "Line 1: this JSON cannot be read"),
     "a long number": ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "Line 1: this JSON cannot be read"),
     "half a pair": ("a.jsonl", b'{"text": "\\ud800"}', "Line 1: text holds half a surrogate pair"),
-    "an id twice": ("a.csv", b"id,text\na,b\nc,d\na,e\n", "Line 4: id 'a' already stands in line 2"),
+    "an id twice": ("a.csv", b"id,text\na,b\nc,d\na,e\n", "Line 4: id 'a' is already in line 2"),
     "no column": ("a.csv", b"title,body\na,b\n", "Line 1: found the columns 'title, body', expected one named text"),
     "too many cells": ("a.csv", b"text\na\nb,c\n", "Line 3: found more cells than the 1 columns"),
     "too few cells": ("a.csv", b"text,title\na\n", "Line 2: found fewer cells than the 2 columns"),
     "a quote left open": ("a.csv", b'text\n"a\n', "malformed CSV"),
-    "another encoding": ("a.txt", "one\n\ntw\xf6".encode("latin-1"), "Line 3: the byte 0xf6 is no UTF-8"),
+    "another encoding": ("a.txt", "one\n\ntw\xf6".encode("latin-1"), "Line 3: the byte 0xf6 is not UTF-8"),
     "nothing": ("a.txt", b"\n \n", "holds no passage"),
-    "no gzip": ("a.txt.gz", b"one", "no whole .gz file"),
-    "a gzip cut off": ("a.jsonl.gz", gzip.compress(b'{"text": "a"}')[:-9], "no whole .gz file"),
+    "no gzip": ("a.txt.gz", b"one", "not a complete .gz file"),
+    "a gzip cut off": ("a.jsonl.gz", gzip.compress(b'{"text": "a"}')[:-9], "not a complete .gz file"),
     "a bomb": ("a.jsonl.gz", gzip.compress(bytes(6 * 2**20)), "more than 5 MB when it is unpacked"),
     "too many": ("a.txt", b"a\n\n" * 2001, "Line 4001: the corpus holds more than 2,000 passages"),
     "a long text": ("a.txt", b"a\n\n" + b"b" * 10_001, "Line 3: text has 10,001 characters, expected 10,000 at most"),

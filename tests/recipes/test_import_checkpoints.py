@@ -209,7 +209,7 @@ def test_a_pair_that_does_not_fit_is_refused(tmp_path, monkeypatch):
     tokenizer, out = their_pair(tmp_path), tmp_path / "out"
     pair = ["--gen", tmp_path / "gen", "--emb_seq", tmp_path / "emb_seq"]
     paper = [*pair, "--paper", "cosupervision"]
-    assert "say --paper cosupervision" in refused(monkeypatch, out, *pair)
+    assert "give --paper cosupervision" in refused(monkeypatch, out, *pair)
     make_tokenizer(vocab_size=300).save_pretrained(tmp_path / "small")
     message = refused(monkeypatch, out, *paper, "--tokenizer", tmp_path / "small")
     assert f"embeddings of {len(tokenizer)} tokens, the tokenizer has" in message and "--tokenizer" in message
@@ -324,7 +324,7 @@ def test_a_retriever_embeds_and_is_asked_as_before(tmp_path, monkeypatch, librar
     architecture, pooling, modules, kwargs = CASES[case]
     pair = retriever(tmp_path, architecture, pooling, modules(), **kwargs)
     import_here(monkeypatch, *pair, "--query_from", "emb_seq", "--output_dir", tmp_path / "out")
-    assert "Embeddings equal those of sentence-transformers" in capsys.readouterr().out
+    assert "The embeddings equal sentence-transformers' own" in capsys.readouterr().out
     model, theirs = (
         CoSupForCausalLM.from_pretrained(tmp_path / "out"),
         library.SentenceTransformer(str(tmp_path / "retriever")),
@@ -470,7 +470,7 @@ REFUSALS = {
         "is a SparseEncoder",
     ),
     "case": ([("sentence_bert_config.json", lambda c: c.update(do_lower_case=True))], "do_lower_case"),
-    "json": ([("modules.json", None)], "modules.json is no JSON"),
+    "json": ([("modules.json", None)], "modules.json is not valid JSON"),
 }
 
 
@@ -491,7 +491,7 @@ def test_what_emb_seq_cannot_do_is_named(tmp_path, monkeypatch, library):
     assert "--similarity is dot, the files of" in refused(monkeypatch, out, *pair, "--similarity", "dot")
     # something that no file says: the comparison finds it
     rewrite(folder / "tokenizer_config.json", lambda c: c.update(truncation_side="left"))
-    assert "Embeddings differ from those of sentence-transformers" in refused(
+    assert "The embeddings differ from sentence-transformers' own" in refused(
         monkeypatch, out, *pair, "--query_from", "emb_seq"
     )
 
@@ -513,9 +513,9 @@ def test_a_plain_retriever(tmp_path, monkeypatch):
     tokenizer.model_max_length = 100
     tokenizer.save_pretrained(tmp_path / "emb_seq")
     pair, out = ["--gen", tmp_path / "gen", "--emb_seq", tmp_path / "emb_seq"], tmp_path / "out"
-    assert "say --emb_seq_pooling" in refused(monkeypatch, out, *pair)
+    assert "give --emb_seq_pooling" in refused(monkeypatch, out, *pair)
     pair += ["--emb_seq_pooling", "lasttoken"]
-    assert "say --similarity" in refused(monkeypatch, out, *pair)
+    assert "give --similarity" in refused(monkeypatch, out, *pair)
     pair += ["--similarity", "dot", "--query_from", "emb_seq", "--passage_prompt", "passage: "]
     import_here(monkeypatch, *pair, "--output_dir", out)
     model = CoSupForCausalLM.from_pretrained(out)

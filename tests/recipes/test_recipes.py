@@ -65,7 +65,7 @@ def test_generate_answers_from_arguments_file_and_stdin(checkpoint, tmp_path):
     nothing = run(*command, stdin="\n")
     assert nothing.returncode == 1
     assert nothing.stderr.strip().endswith(
-        "error: no question given: write them behind the options, into --file, or to stdin."
+        "error: no question given: write them after the options, into --file, or to stdin."
     )
 
 
