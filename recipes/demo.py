@@ -1,13 +1,16 @@
 """
-Ask a CoSup checkpoint in a browser: the answer streams, and each retrieved passage is shown next to the text that it grounds.
+Ask a CoSup checkpoint in a browser: the answer streams, with each retrieved passage next to the text that it grounds.
 
-    python recipes/demo.py --model cosup-quickstart --index cosup-quickstart/index --examples "What is the job of Bokre Thosaba?" "Count from 2 to 8."
+    python recipes/demo.py --model cosup-quickstart --index cosup-quickstart/index \\
+        --examples "What is the job of Bokre Thosaba?" "Count from 2 to 8."
 
-This file needs nothing else of the project, since a checkpoint carries its own code: as the `app.py` of a Space it runs as it is. `recipes/space` holds the
-two other files of one, and says how to make it. There, options come from variables: COSUP_MODEL, COSUP_INDEX, COSUP_INDEX_URI, COSUP_REVISION,
-COSUP_INDEX_REVISION, COSUP_INSTRUCTION, COSUP_EXAMPLES (questions, `|` between them) and COSUP_UPLOAD (0: no corpora of users, and Emb_seq is not
-loaded). An index in Milvus (COSUP_INDEX_URI) also needs the package cosup[milvus]. Gradio reads GRADIO_SERVER_NAME and GRADIO_SERVER_PORT.
-The page loads nothing from elsewhere. The checkpoint's code is run: name one that you trust.
+This file needs nothing else of the project, since a checkpoint carries its own code. It is also the `app.py` of a
+Space, unchanged; `recipes/space` holds the two other files of a Space, and says how to make one. There, options come
+from variables: COSUP_MODEL, COSUP_INDEX, COSUP_INDEX_URI, COSUP_REVISION, COSUP_INDEX_REVISION, COSUP_INSTRUCTION,
+COSUP_EXAMPLES (questions, with `|` between them) and COSUP_UPLOAD (0: users cannot upload corpora, and Emb_seq is not
+loaded). An index in Milvus (COSUP_INDEX_URI) also needs the package cosup[milvus]. Gradio reads GRADIO_SERVER_NAME and
+GRADIO_SERVER_PORT. The page loads nothing from other servers. The demo runs the code of the checkpoint: name one that
+you trust.
 """
 
 import argparse
@@ -22,10 +25,13 @@ import os
 import re
 import threading
 import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported, as the next
-os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # what users ask and upload is kept nowhere
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # gradio reads both variables when it is imported
+os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # questions and corpora of users are not stored
 
 import gradio as gr
 import torch
@@ -35,86 +41,86 @@ MAX_BYTES = 5 * 2**20  # of an uploaded corpus, unpacked
 MAX_PASSAGES = 2000
 MAX_TEXT = 10_000  # characters of a passage
 MAX_QUESTION = 2000  # characters
-MAX_RETRIEVALS = 16  # for an answer: a model that retrieves for ever must not keep the others waiting
-INDEXED_AT_ONCE = 64  # passages, between two steps of the progress
+MAX_RETRIEVALS = 16  # per answer: a model that never stops retrieving must not keep other users waiting
+INDEX_STEP = 64  # passages that are indexed between two steps of the progress
 AUTOMATIC, FORCED, OFF = "Automatic", "Forced", "Off"
 FORMATS = [".jsonl", ".gz", ".txt", ".csv"]
+PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
+ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}
 
 
 # ---------------------------------------------------------------------- corpora of users
 
 
-def read_upload(path):
+def read_upload(path: str) -> list[dict[str, str]]:
     """
-    The passages of an uploaded corpus.
+    Read the passages of an uploaded corpus.
 
     Args:
-        path (`str`): `.jsonl` (an object with `text`, and perhaps `id` and `title`, a line), `.csv` (the same as columns), `.txt` (a passage a paragraph); each
-            may be packed: `.gz`.
+        path (`str`): a `.jsonl` file (an object with `text`, and perhaps `id` and `title`, per line), a `.csv` file
+            (the same as columns) or a `.txt` file (a passage per paragraph), each of them perhaps packed as `.gz`.
 
     Returns:
-        `list[dict]`: `{"id", "title", "text"}`; a passage without an id gets the line it stands at.
+        `list[dict]`: `{"id", "title", "text"}`; a passage without an id gets its line number.
 
     Raises:
         `ValueError`: names the line, what was found and what was expected; never the path.
     """
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
-    packed = suffixes[-1:] == [".gz"]
-    reader = {".jsonl": _read_jsonl, ".csv": _read_csv, ".txt": _read_paragraphs}.get(
-        "".join(suffixes[:-1][-1:] if packed else suffixes[-1:])
-    )
-    if reader is None:
-        raise ValueError(
-            f"The file's name ends in {''.join(suffixes[-2:]) or 'nothing'!r}, expected .jsonl, .jsonl.gz, .txt or .csv."
-        )
-    text, passages, lines = _decode(path, packed), [], {}
-    for line, found in reader(text):
+    ending = "".join(suffixes[-2:])
+    is_packed = suffixes[-1:] == [".gz"]
+    if is_packed:
+        suffixes.pop()
+    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".txt": _read_paragraphs}
+    if not suffixes or suffixes[-1] not in readers:
+        raise ValueError(f"The file's name ends in {ending or 'nothing'!r}, expected .jsonl, .jsonl.gz, .txt or .csv.")
+    read = readers[suffixes[-1]]
+    passages = []
+    lines = {}  # passage id -> line
+    for line, value in read(_decode(path, is_packed)):
         if len(passages) == MAX_PASSAGES:
             raise ValueError(
-                f"Line {line}: the corpus holds more than {MAX_PASSAGES:,} passages, which is the most for this demo."
+                f"Line {line}: the corpus holds more than {MAX_PASSAGES:,} passages, the most for this demo."
             )
-        passage = {
-            "id": found.get("id") or f"line {line}",
-            "title": found.get("title") or "",
-            "text": found.get("text"),
-        }
-        for name, value in passage.items():
-            if not isinstance(value, str) or (name == "text" and not value.strip()):
-                raise ValueError(
-                    f"Line {line}: {name} is {_shorten(value)}, expected a string{' that is not empty' if name == 'text' else ''}."
-                )
-            if len(value) > MAX_TEXT:
-                raise ValueError(f"Line {line}: {name} has {len(value):,} characters, expected {MAX_TEXT:,} at most.")
-            if any("\ud800" <= character <= "\udfff" for character in value):
-                raise ValueError(f"Line {line}: {name} holds half a surrogate pair, which is no character.")
-        if passage["id"] in lines:
-            raise ValueError(
-                f"Line {line}: id {_shorten(passage['id'])} already stands in line {lines[passage['id']]}; ids must be unique."
-            )
-        lines[passage["id"]] = line
+        id = value.get("id") or f"line {line}"
+        passage = {"id": id, "title": value.get("title") or "", "text": value.get("text")}
+        _check_passage(passage, line)
+        if id in lines:
+            raise ValueError(f"Line {line}: id {_shorten(id)} is already in line {lines[id]}; ids must be unique.")
+        lines[id] = line
         passages.append(passage)
     if not passages:
         raise ValueError("The file holds no passage.")
     return passages
 
 
-def _decode(path, packed):
+def _check_passage(passage, line):
+    for name, value in passage.items():
+        if not isinstance(value, str) or (name == "text" and not value.strip()):
+            expected = "a string that is not empty" if name == "text" else "a string"
+            raise ValueError(f"Line {line}: {name} is {_shorten(value)}, expected {expected}.")
+        if len(value) > MAX_TEXT:
+            raise ValueError(f"Line {line}: {name} has {len(value):,} characters, expected {MAX_TEXT:,} at most.")
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError(f"Line {line}: {name} holds half a surrogate pair, which is no character.")
+
+
+def _decode(path, is_packed):
+    open_file = gzip.open if is_packed else open
     try:
-        with (gzip.open if packed else open)(path, "rb") as file:
+        with open_file(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error):
-        raise ValueError("The file is no whole .gz file.") from None
+        raise ValueError("The file is not a complete .gz file.") from None
     if len(data) > MAX_BYTES:
-        raise ValueError(
-            f"The file holds more than {MAX_BYTES // 2**20} MB{' when it is unpacked' if packed else ''}, which is the most for this demo."
-        )
+        unpacked = " when it is unpacked" if is_packed else ""
+        raise ValueError(f"The file holds more than {MAX_BYTES // 2**20} MB{unpacked}, the most for this demo.")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise ValueError(
-            f"Line {line}: the byte 0x{data[error.start]:02x} is no UTF-8; save the file in this encoding."
-        ) from None
+        byte = data[error.start]
+        raise ValueError(f"Line {line}: the byte 0x{byte:02x} is not UTF-8; save the file in this encoding.") from None
 
 
 def _read_jsonl(text):
@@ -125,7 +131,7 @@ def _read_jsonl(text):
             value = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"Line {number}: malformed JSON ({error.msg}, column {error.colno}).") from None
-        except (ValueError, RecursionError):  # a number of too many digits, too many brackets
+        except (ValueError, RecursionError):  # a number with too many digits, too many brackets
             raise ValueError(f"Line {number}: this JSON cannot be read.") from None
         if not isinstance(value, dict):
             raise ValueError(f"Line {number}: found {_shorten(value)}, expected a JSON object with a text.")
@@ -135,29 +141,28 @@ def _read_jsonl(text):
 def _read_csv(text):
     rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
-        if "text" not in (rows.fieldnames or []):
-            raise ValueError(
-                f"Line 1: found the columns {_shorten(', '.join(rows.fieldnames or []))}, expected one named text."
-            )
+        columns = rows.fieldnames or []
+        if "text" not in columns:
+            raise ValueError(f"Line 1: found the columns {_shorten(', '.join(columns))}, expected one named text.")
         for row in rows:
             if None in row or None in row.values():
-                raise ValueError(
-                    f"Line {rows.line_num}: found {'more' if None in row else 'fewer'} cells than the {len(rows.fieldnames)} columns."
-                )
+                amount = "more" if None in row else "fewer"
+                raise ValueError(f"Line {rows.line_num}: found {amount} cells than the {len(columns)} columns.")
             yield rows.line_num, row
     except csv.Error as error:
         raise ValueError(f"Line {rows.line_num}: malformed CSV ({error}).") from None
 
 
 def _read_paragraphs(text):
-    start, lines = 1, []
-    for number, line in enumerate([*text.split("\n"), ""], 1):
+    paragraph, start = [], 1
+    for number, line in enumerate([*text.split("\n"), ""], 1):  # the empty line ends the last paragraph
         if line.strip():
-            start = start if lines else number
-            lines.append(line.strip())
-        elif lines:
-            yield start, {"text": "\n".join(lines)}
-            lines = []
+            if not paragraph:
+                start = number
+            paragraph.append(line.strip())
+        elif paragraph:
+            yield start, {"text": "\n".join(paragraph)}
+            paragraph = []
 
 
 def _shorten(value):
@@ -165,77 +170,109 @@ def _shorten(value):
     return shown if len(shown) <= 60 else f"{shown[:60]}…"
 
 
-# ---------------------------------------------------------------------- what the page shows
+# ---------------------------------------------------------------------- the answer as HTML
+
+
+@dataclass
+class Span:
+    """Consecutive text of an answer, and the numbers of the passages that ground it, none for free text."""
+
+    text: str
+    numbers: list[int]
+
+    def to_html(self) -> str:
+        """Return the escaped text; if it is grounded, marked and with links to its passages."""
+        if not self.numbers:
+            return html.escape(self.text)
+        words = self.text.strip()
+        start = len(self.text) - len(self.text.lstrip())
+        before, after = self.text[:start], self.text[start + len(words) :]
+        links = "".join(f'<a href="#cosup-passage-{number}">[{number}]</a>' for number in self.numbers)
+        return (
+            f'{html.escape(before)}<mark class="cosup-grounded" style="--hue: {_hue(self.numbers[0])}">'
+            f"{html.escape(words)}<sup>{links}</sup></mark>{html.escape(after)}"
+        )
+
+
+@dataclass
+class Card:
+    """A retrieved passage with its number and the score of each retrieval."""
+
+    number: int
+    passage: dict[str, str]
+    scores: list[float | None]
+
+    def to_html(self, similarity: str) -> str:
+        """Return the passage as an article with number, title and scores, all of it escaped."""
+        scores = ", ".join(f"{score:.3f}" for score in self.scores if score is not None)
+        title = self.passage["title"]
+        shown_title = f"<strong>{html.escape(title)}</strong>" if title else ""
+        return (
+            f'<article class="cosup-passage" id="cosup-passage-{self.number}" style="--hue: {_hue(self.number)}">'
+            f'<header><span class="cosup-number">[{self.number}]</span>{shown_title}'
+            f'<span class="cosup-score">{html.escape(similarity)} {scores}</span></header>'
+            f"<p>{html.escape(self.passage['text'])}</p></article>"
+        )
 
 
 class Answer:
-    """An answer as it grows: what [`StreamEvent`]s bring, as HTML in which every text is escaped."""
+    """An answer that grows with each [`StreamEvent`], as HTML in which every text is escaped."""
 
-    def __init__(self, question, similarity, note):
-        self.question, self.similarity, self.note = question, similarity, note
-        self.spans = []  # [text, numbers of the passages that it is grounded on]
-        self.passages = {}  # what is the same passage -> [number, passage, scores]
+    def __init__(self, question: str, similarity: str, note: str) -> None:
+        self.question = question
+        self.similarity = similarity
+        self.note = note
+        self.spans: list[Span] = []
+        self.cards: dict[tuple, Card] = {}  # id, title and text of a passage -> its card
 
-    def add(self, event):
+    def add(self, event: Any) -> None:
+        """Add the text or the passages of an event."""
         if event.type == "retrieval":
-            numbers = []
-            for passage, score in zip(event.retrieval.passages, event.retrieval.scores, strict=True):
-                known = self.passages.setdefault(
-                    (passage["id"], passage["title"], passage["text"]), [len(self.passages) + 1, passage, []]
-                )
-                known[2].append(score)
-                numbers.append(known[0])
-            self.spans.append(["", numbers])
+            self.spans.append(Span("", self._numbers(event.retrieval)))
         elif event.type == "grounded_end":
-            self.spans.append(["", []])
+            self.spans.append(Span("", []))
         else:
-            self.spans = self.spans or [["", []]]
-            self.spans[-1][0] += event.text
+            if not self.spans:
+                self.spans.append(Span("", []))
+            self.spans[-1].text += event.text
 
-    def html(self, writing=True):
-        """The question, the answer with its citations, and next to it the passages."""
-        cards = "".join(self._card(*known) for known in self.passages.values())
-        empty = "Nothing was retrieved." if not writing else ""
+    def _numbers(self, retrieval):
+        """Return the numbers of the retrieved passages; a passage that comes again keeps its number."""
+        numbers = []
+        for passage, score in zip(retrieval.passages, retrieval.scores, strict=True):
+            key = (passage["id"], passage["title"], passage["text"])
+            card = self.cards.setdefault(key, Card(len(self.cards) + 1, passage, []))
+            card.scores.append(score)
+            numbers.append(card.number)
+        return numbers
+
+    def to_html(self, writing: bool = True) -> str:
+        """Return the question, the answer with its citations, and the passages next to it."""
+        cards = "".join(card.to_html(self.similarity) for card in self.cards.values())
+        if not cards:
+            cards = "<p></p>" if writing else "<p>Nothing was retrieved.</p>"
         caret = '<span class="cosup-caret"></span>' if writing else ""
         return (
-            f'<div class="cosup"><div class="cosup-question">{html.escape(self.question)}</div><div class="cosup-columns">'
+            f'<div class="cosup"><div class="cosup-question">{html.escape(self.question)}</div>'
+            '<div class="cosup-columns">'
             f'<div><h4>Answer</h4><div class="cosup-answer">{self._text()}{caret}</div></div>'
-            f'<div><h4>Passages</h4><div class="cosup-passages">{cards or f"<p>{empty}</p>"}</div></div></div>'
+            f'<div><h4>Passages</h4><div class="cosup-passages">{cards}</div></div></div>'
             f'<p class="cosup-note">{html.escape(self.note)}</p></div>'
         )
 
     def _text(self):
-        shown, last = [], ""
-        for text, numbers in self.spans:
-            if (
-                last[-1:].strip() and text[:1].isalnum()
-            ):  # spans are tokenized apart, and a space between two may be in neither
+        shown, previous_text = [], ""
+        for span in self.spans:
+            # Spans are tokenized apart: a space between two of them may be in neither.
+            if previous_text[-1:].strip() and span.text[:1].isalnum():
                 shown.append(" ")
-            last = text or last
-            bare = text.lstrip()
-            shown.append(html.escape(text[: len(text) - len(bare)]))
-            if not numbers:
-                shown.append(html.escape(bare))
-                continue
-            cites = "".join(f'<a href="#cosup-passage-{number}">[{number}]</a>' for number in numbers)
-            shown.append(
-                f'<mark class="cosup-grounded" style="--hue: {_hue(numbers[0])}">{html.escape(bare.rstrip())}<sup>{cites}</sup></mark>'
-            )
-            shown.append(html.escape(bare[len(bare.rstrip()) :]))
+            previous_text = span.text or previous_text
+            shown.append(span.to_html())
         return "".join(shown)
-
-    def _card(self, number, passage, scores):
-        scores = ", ".join(f"{score:.3f}" for score in scores if score is not None)
-        title = f"<strong>{html.escape(passage['title'])}</strong>" if passage["title"] else ""
-        return (
-            f'<article class="cosup-passage" id="cosup-passage-{number}" style="--hue: {_hue(number)}">'
-            f'<header><span class="cosup-number">[{number}]</span>{title}<span class="cosup-score">{html.escape(self.similarity)} {scores}</span></header>'
-            f"<p>{html.escape(passage['text'])}</p></article>"
-        )
 
 
 def _hue(number):
-    return (205 + 137 * (number - 1)) % 360  # colours of neighbours lie far apart
+    return (205 + 137 * (number - 1)) % 360  # passages with consecutive numbers get colours that lie far apart
 
 
 CSS = """
@@ -244,10 +281,12 @@ CSS = """
 .cosup-columns { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 1.5em; }
 .cosup h4 { margin: 0 0 .4em; font-size: .8em; letter-spacing: .06em; text-transform: uppercase; opacity: .7; }
 .cosup-answer { font-size: 1.1em; white-space: pre-wrap; }
-.cosup-grounded { background: hsl(var(--hue) 85% 55% / .22); color: inherit; border-radius: 4px; padding: .1em .2em; box-decoration-break: clone; }
+.cosup-grounded { background: hsl(var(--hue) 85% 55% / .22); color: inherit; border-radius: 4px; }
+.cosup-grounded { padding: .1em .2em; box-decoration-break: clone; }
 .cosup-grounded sup a { color: inherit; font-weight: 600; text-decoration: none; padding-left: .15em; }
-.cosup-passage { border: 1px solid var(--border-color-primary); border-left: 4px solid hsl(var(--hue) 70% 50%); border-radius: 6px; }
-.cosup-passage { margin-bottom: .7em; padding: .6em .8em; background: var(--background-fill-secondary); }
+.cosup-passage { border: 1px solid var(--border-color-primary); border-left: 4px solid hsl(var(--hue) 70% 50%); }
+.cosup-passage { border-radius: 6px; margin-bottom: .7em; padding: .6em .8em; }
+.cosup-passage { background: var(--background-fill-secondary); }
 .cosup-passage:target { background: hsl(var(--hue) 85% 55% / .12); }
 .cosup-passage header { display: flex; gap: .5em; align-items: baseline; flex-wrap: wrap; }
 .cosup-passage p { margin: .3em 0 0; max-height: 14em; overflow-y: auto; white-space: pre-wrap; }
@@ -255,18 +294,19 @@ CSS = """
 .cosup-score { margin-left: auto; font-size: .8em; opacity: .7; white-space: nowrap; }
 .cosup-status { margin: 0; }
 .cosup-note, .cosup-status, .cosup-passages > p { font-size: .85em; opacity: .7; }
-.cosup-caret { display: inline-block; width: .5em; height: 1em; vertical-align: text-bottom; background: currentColor; opacity: .5; }
+.cosup-caret { display: inline-block; width: .5em; height: 1em; vertical-align: text-bottom; }
+.cosup-caret { background: currentColor; opacity: .5; }
 @media (max-width: 640px) { .cosup-columns { grid-template-columns: minmax(0, 1fr); } }
 """
 
 
-# ---------------------------------------------------------------------- the model behind it
+# ---------------------------------------------------------------------- the model
 
 
 class Stop(StoppingCriteria):
-    """Ends generation at the next token once `event` is set."""
+    """Ends generation at the next token after `event` is set."""
 
-    def __init__(self, event):
+    def __init__(self, event: threading.Event) -> None:
         self.event = event
 
     def __call__(self, input_ids, scores, **kwargs):
@@ -275,74 +315,86 @@ class Stop(StoppingCriteria):
 
 class Demo:
     """
-    A checkpoint, its index, and what the page does with them. One call at a time uses the model.
+    A checkpoint, its index, and the actions of the page. One call at a time uses the model.
 
     Args:
-        args (`argparse.Namespace`): of [`parse`].
+        args (`argparse.Namespace`): options of [`parse`].
 
     Raises:
         `ValueError`, `OSError`, `ImportError`: for a checkpoint or an index that cannot be loaded.
     """
 
-    def __init__(self, args):
-        self.instruction, self.examples = args.instruction, [[question] for question in args.examples]
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.instruction = args.instruction
+        self.examples = [[question] for question in args.examples]
+        self.takes_corpora = args.upload
         config = AutoConfig.from_pretrained(args.model, revision=args.revision, trust_remote_code=True)
-        load_emb_seq = args.upload or config.query_from != "gen"  # else generation needs Gen alone
-        self.model = AutoModelForCausalLM.from_pretrained(
+        load_emb_seq = args.upload or config.query_from != "gen"  # otherwise Gen alone generates
+        model = AutoModelForCausalLM.from_pretrained(
             args.model, revision=args.revision, trust_remote_code=True, load_emb_seq=load_emb_seq
         )
-        self.model = self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        self.name = Path(os.path.abspath(args.model)).name if Path(args.model).exists() else args.model
-        options = {} if args.index_revision is None else {"revision": args.index_revision}
-        self.index = self.model.load_index(args.index, args.index_uri, **options) if args.index else None
-        self.no_upload = (
-            None if args.upload else "This demo takes no corpora: it was started without Emb_seq, which embeds them."
-        )
-        # a checkpoint's own way to render a question, in which a typed [NSP] stays text
-        self.encode_prompt = importlib.import_module(
-            ".tokenization_cosup", type(self.model).__module__.rpartition(".")[0]
-        ).encode_prompt
-        self.lock, self.running = threading.Lock(), {}  # session -> what stops its answer
+        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        is_folder = Path(args.model).exists()
+        self.name = Path(os.path.abspath(args.model)).name if is_folder else args.model
+        self.index = None
+        if args.index:
+            options = {} if args.index_revision is None else {"revision": args.index_revision}
+            self.index = self.model.load_index(args.index, args.index_uri, **options)
+        # The checkpoint's own way to render a question, in which a typed [NSP] stays text.
+        package = type(self.model).__module__.rpartition(".")[0]
+        self.encode_prompt = importlib.import_module(".tokenization_cosup", package).encode_prompt
+        self.lock = threading.Lock()
+        self.running: dict[str, threading.Event] = {}  # session -> the event that stops its answer
 
-    def ask(self, question, retrieval, top_k, max_new_tokens, min_score, corpus, request: gr.Request):
-        """Answer a question, event by event: yields the HTML of the answer, and whether it can be stopped."""
-        question, index = question or "", self.index if corpus is None else corpus  # an untouched box holds None
+    def ask(
+        self,
+        question: str | None,
+        retrieval: str,
+        top_k: float,
+        max_new_tokens: float,
+        min_score: str | None,
+        corpus: Any,
+        request: gr.Request,
+    ) -> Iterator[tuple]:
+        """Answer a question: after each event, yield the HTML of the answer and the state of the stop button."""
+        question = question or ""  # a box that was never touched holds None
+        if corpus is not None:
+            index, note = corpus, "searched: your corpus"
+        elif self.index is not None:
+            index, note = self.index, "searched: the index of this demo"
+        else:
+            index, note = None, "there is no index"
+        if retrieval == OFF:
+            note = "retrieval is switched off"
         try:
-            settings = self._settings(question, retrieval, top_k, min_score, index)
-            prompt = torch.tensor(
-                [self.encode_prompt(self.model.tokenizer, question, self.instruction)], device=self.model.device
-            )
+            retrieval_config = self._retrieval_config(question, retrieval, top_k, min_score, index)
+            prompt_ids = self.encode_prompt(self.model.tokenizer, question, self.instruction)
+            prompt = torch.tensor([prompt_ids], device=self.model.device)  # (1, T)
         except ValueError as error:
             raise _shown(error) from None
-        searched = (
-            "there is no index"
-            if index is None
-            else f"searched: {'your corpus' if corpus is not None else 'the index of this demo'}"
-        )
-        answer = Answer(
-            question, self.model.config.similarity, searched if retrieval != OFF else "retrieval is switched off"
-        )
+        answer = Answer(question, self.model.config.similarity, note)
         options = {
             "max_new_tokens": int(max_new_tokens),
             "retriever": index,
-            "retrieval_config": settings,
+            "retrieval_config": retrieval_config,
             "max_retrievals": MAX_RETRIEVALS,
         }
-        stop = self.running[request.session_hash] = threading.Event()
+        stop = threading.Event()
+        self.running[request.session_hash] = stop
         try:
-            yield answer.html(), gr.Button(interactive=True)
+            yield answer.to_html(), gr.Button(interactive=True)
             for event in self.stream(prompt, stop, **options):
                 answer.add(event)
-                yield answer.html(), gr.skip()
-            yield answer.html(writing=False), gr.Button(interactive=False)
+                yield answer.to_html(), gr.skip()
+            yield answer.to_html(writing=False), gr.Button(interactive=False)
         except Exception as error:
-            yield answer.html(writing=False), gr.Button(interactive=False)
+            yield answer.to_html(writing=False), gr.Button(interactive=False)
             raise _shown(error) from None
         finally:
             stop.set()
             self.running.pop(request.session_hash, None)
 
-    def _settings(self, question, retrieval, top_k, min_score, index):
+    def _retrieval_config(self, question, retrieval, top_k, min_score, index):
         if not question.strip():
             raise ValueError("Write a question first.")
         if len(question) > MAX_QUESTION:
@@ -350,14 +402,18 @@ class Demo:
         if retrieval == FORCED and index is None:
             raise ValueError("There is no index to retrieve from: upload a corpus, or start the demo with one.")
         try:
-            min_score = float(min_score) if min_score and min_score.strip() else None  # None: never touched
+            min_score = float(min_score) if min_score and min_score.strip() else None  # never touched: None
         except ValueError:
-            raise ValueError(f"The least score is {_shorten(min_score)}, expected a number, or nothing.") from None
-        chosen = {"force_nsp_first": retrieval == FORCED, "forbid_nsp": retrieval == OFF or index is None}
-        return self.model.retrieval_config_class(top_k=int(top_k), min_score=min_score, **chosen)
+            raise ValueError(f"The minimum score is {_shorten(min_score)}, expected a number, or nothing.") from None
+        return self.model.retrieval_config_class(
+            top_k=int(top_k),
+            min_score=min_score,
+            force_nsp_first=retrieval == FORCED,
+            forbid_nsp=retrieval == OFF or index is None,
+        )
 
-    def stream(self, prompt, stop, **options):
-        """The events of one generate() call; it ends with the loop over them, or at `stop` (`threading.Event`)."""
+    def stream(self, prompt: torch.Tensor, stop: threading.Event, **options: Any) -> Iterator[Any]:
+        """Yield the events of one generate() call, which ends with the loop over them or when `stop` is set."""
         streamer = self.model.make_streamer(timeout=600)
 
         def work():
@@ -365,7 +421,7 @@ class Demo:
                 with self.lock:
                     self.model.generate(prompt, streamer=streamer, stopping_criteria=[Stop(stop)], **options)
             except Exception as error:
-                streamer.on_error(error)  # generate() has said so itself, what stands around it has not
+                streamer.on_error(error)  # for errors outside generate(), which reports its own
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
@@ -375,67 +431,58 @@ class Demo:
             stop.set()
             thread.join()
 
-    def stop(self, request: gr.Request):
+    def stop(self, request: gr.Request) -> None:
         """End the answer of this session, if one is being written."""
         event = self.running.get(request.session_hash)
         if event is not None:
             event.set()
 
-    def take_corpus(self, path):
-        """Index an uploaded file: yields its status and, in the end, the index of this session."""
+    def take_corpus(self, path: str | None) -> Iterator[tuple]:
+        """Index an uploaded file: yield its status, the index of this session, and the button that drops it."""
         if path is None:
             raise gr.Error("Choose a file first.", print_exception=False)
         try:
-            passages, index = read_upload(path), None
-            for start in range(0, len(passages), INDEXED_AT_ONCE):
+            passages = read_upload(path)
+            index = None
+            for start in range(0, len(passages), INDEX_STEP):
                 yield _status(f"Indexing passage {start + 1:,} of {len(passages):,} …"), gr.skip(), gr.skip()
-                part = passages[start : start + INDEXED_AT_ONCE]
+                batch = passages[start : start + INDEX_STEP]
                 with self.lock:
                     if index is None:
-                        index = self.model.build_index(part, show_progress_bar=False)
+                        index = self.model.build_index(batch, show_progress_bar=False)
                     else:
-                        index.add(part, self.model, show_progress_bar=False)
+                        index.add(batch, self.model, show_progress_bar=False)
         except Exception as error:
-            error = _shown(error)
-            yield _status(f"Not indexed. {error.reason}"), gr.skip(), gr.skip()
-            raise error from None
-        yield (
-            _status(f"Your corpus of {len(passages):,} passages is searched now, by you alone."),
-            index,
-            gr.Button(interactive=True),
-        )
+            shown = _shown(error)
+            yield _status(f"Not indexed. {shown.reason}"), gr.skip(), gr.skip()
+            raise shown from None
+        status = _status(f"Your corpus of {len(passages):,} passages is searched now, by you alone.")
+        yield status, index, gr.Button(interactive=True)
 
-    def default_status(self):
-        """What is searched without a corpus of one's own."""
-        return _status(
-            "There is no index: answers come from Gen alone."
-            if self.index is None
-            else f"An index of {len(self.index):,} passages is searched."
-        )
-
-    def drop_corpus(self):
-        """Back to the index of the demo."""
+    def drop_corpus(self) -> tuple:
+        """Go back to the index of the demo."""
         return self.default_status(), None, gr.Button(interactive=False)
+
+    def default_status(self) -> str:
+        """Return the status for users without a corpus of their own, as HTML."""
+        if self.index is None:
+            return _status("There is no index: answers come from Gen alone.")
+        return _status(f"An index of {len(self.index):,} passages is searched.")
 
     # ------------------------------------------------------------------ the page
 
-    def page(self):
-        """`gr.Blocks`."""
+    def page(self) -> gr.Blocks:
+        """Build the page."""
         with gr.Blocks(title=f"CoSup: {self.name}", analytics_enabled=False, delete_cache=(600, 600)) as page:
             corpus = gr.State()
             gr.HTML(
-                f"<h2>{html.escape(self.name)}</h2><p>A language model that retrieves while it writes. Text in colour is grounded on the passage [n].</p>"
+                f"<h2>{html.escape(self.name)}</h2><p>A language model that retrieves while it writes. "
+                "Text in colour is grounded on the passage [n].</p>"
             )
             with gr.Row():
                 with gr.Column(scale=7):
-                    question = gr.Textbox(
-                        label="Question",
-                        lines=1,
-                        max_lines=6,
-                        max_length=MAX_QUESTION,
-                        elem_id="question",
-                        autofocus=True,
-                    )
+                    box = {"label": "Question", "lines": 1, "max_lines": 6, "max_length": MAX_QUESTION}
+                    question = gr.Textbox(elem_id="question", autofocus=True, **box)
                     with gr.Row():
                         ask = gr.Button("Ask", variant="primary", elem_id="ask", min_width=120)
                         stop = gr.Button("Stop", interactive=False, elem_id="stop", min_width=120)
@@ -443,32 +490,23 @@ class Demo:
                         gr.Examples(self.examples, question, label="Examples", api_visibility="private")
                     answer = gr.HTML(elem_id="answer")
                 with gr.Column(scale=3, min_width=300):
-                    choices = self._choices()
+                    settings = self._settings()
                     self._corpus(corpus)
-            private = {"api_visibility": "private", "show_progress": "hidden"}
-            inputs = [question, *choices, corpus]
-            asked = gr.on(
-                [ask.click, question.submit],
-                self.ask,
-                inputs,
-                [answer, stop],
-                concurrency_id="model",
-                concurrency_limit=1,
-                **private,
-            )
-            asked.then(lambda: gr.Button(interactive=False), None, stop, queue=False, **private)  # after an error too
-            stop.click(self.stop, None, None, queue=False, **private)
+            events, inputs = [ask.click, question.submit], [question, *settings, corpus]
+            asked = gr.on(events, self.ask, inputs, [answer, stop], **ONE_AT_A_TIME, **PRIVATE)
+            asked.then(lambda: gr.Button(interactive=False), None, stop, queue=False, **PRIVATE)  # also after an error
+            stop.click(self.stop, None, None, queue=False, **PRIVATE)
             page.unload(self.stop)
         return page.queue(max_size=20, api_open=False)
 
-    def _choices(self):
+    def _settings(self):
         retrieval = gr.Radio([AUTOMATIC, FORCED, OFF], value=AUTOMATIC, label="Retrieval", elem_id="retrieval")
         with gr.Accordion("More settings", open=False):
             top_k = gr.Slider(1, 5, 1, step=1, label="Passages for each [NSP]")
             max_new_tokens = gr.Slider(8, 512, 128, step=8, label="Most tokens to write")
             min_score = gr.Textbox(
-                label="Least score of a passage",
-                info="Below it, nothing is retrieved. Empty: any score will do.",
+                label="Minimum score of a passage",
+                info="A passage below it is not retrieved. Empty: no minimum.",
                 elem_id="min-score",
             )
         return retrieval, top_k, max_new_tokens, min_score
@@ -476,24 +514,21 @@ class Demo:
     def _corpus(self, corpus):
         status = gr.HTML(self.default_status(), elem_id="status", padding=False)
         with gr.Accordion("Your own corpus", open=False):
-            if self.no_upload:
-                gr.HTML(f"<p>{html.escape(self.no_upload)}</p>")
+            if not self.takes_corpora:
+                gr.HTML("<p>This demo takes no corpora: it was started without Emb_seq, which embeds them.</p>")
                 return
-            limits = f"Up to {MAX_PASSAGES:,} passages in {MAX_BYTES // 2**20} MB, searched by you alone, and gone an hour after you left."
             gr.HTML(
-                f"<p>JSON Lines (text, perhaps title and id), CSV (the same as columns) or text (a passage a paragraph). {limits}</p>"
+                "<p>JSON Lines (text, perhaps title and id), CSV (the same as columns) or text (a passage per "
+                f"paragraph). Up to {MAX_PASSAGES:,} passages in {MAX_BYTES // 2**20} MB, searched by you alone, "
+                "and deleted an hour after you leave.</p>"
             )
             file = gr.File(file_types=FORMATS, label="Corpus", elem_id="corpus", height=140)
             with gr.Row():
-                index, back = (
-                    gr.Button("Index it", elem_id="index"),
-                    gr.Button("Back to the demo's index", interactive=False, elem_id="back"),
-                )
-        private = {"api_visibility": "private", "show_progress": "hidden"}
-        index.click(
-            self.take_corpus, file, [status, corpus, back], concurrency_id="model", concurrency_limit=1, **private
-        )
-        back.click(self.drop_corpus, None, [status, corpus, back], queue=False, **private)
+                index = gr.Button("Index it", elem_id="index")
+                back = gr.Button("Back to the demo's index", interactive=False, elem_id="back")
+        outputs = [status, corpus, back]
+        index.click(self.take_corpus, file, outputs, **ONE_AT_A_TIME, **PRIVATE)
+        back.click(self.drop_corpus, None, outputs, queue=False, **PRIVATE)
 
 
 def _status(text):
@@ -501,7 +536,11 @@ def _status(text):
 
 
 def _shown(error):
-    """What a user gets to see of an error, `gr.Error`: its reason, no path and no traceback; the log has both where nobody expected it."""
+    """
+    Return the `gr.Error` that a user sees: the reason, without paths and traceback.
+
+    An error that is no `ValueError` was not expected; the log gets it with its traceback.
+    """
     if isinstance(error, gr.Error):
         return error
     if isinstance(error, (ValueError, RuntimeError)):
@@ -515,31 +554,34 @@ def _shown(error):
     return shown
 
 
-def parse(argv=None):
-    """Options from the command line, else from the environment."""
-    variables = os.environ.get
+# ---------------------------------------------------------------------- the program
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return options from the command line, with defaults from the environment."""
+    variable = os.environ.get
+    examples = [question.strip() for question in variable("COSUP_EXAMPLES", "").split("|") if question.strip()]
+    upload = variable("COSUP_UPLOAD", "1") != "0"
+    index_help = (
+        "name or path of its index, or with --index_uri name of a Milvus collection; "
+        "without it nothing is retrieved before an upload"
+    )
+    uri_help = (
+        "Milvus server or local file (.db) that holds the index; "
+        "needs the package cosup[milvus]; MILVUS_TOKEN may hold a token"
+    )
+    instruction_help = "the task's instruction, as in training"
+    upload_help = "let users upload corpora; --no-upload does not load Emb_seq"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=variables("COSUP_MODEL"), help="name or path of a CoSup checkpoint")
-    index_help = "name or path of its index, or with --index_uri of a Milvus collection; without it nothing is retrieved before an upload"
-    parser.add_argument("--index", default=variables("COSUP_INDEX"), help=index_help)
-    uri_help = "of the Milvus server or local file (.db) that holds the index; needs the package cosup[milvus]; MILVUS_TOKEN may hold a token"
-    parser.add_argument("--index_uri", default=variables("COSUP_INDEX_URI"), help=uri_help)
-    parser.add_argument(
-        "--revision", default=variables("COSUP_REVISION"), help="of the checkpoint: branch, tag or commit"
-    )
-    parser.add_argument("--index_revision", default=variables("COSUP_INDEX_REVISION"), help="of the index")
-    parser.add_argument(
-        "--instruction", default=variables("COSUP_INSTRUCTION", ""), help="the task's instruction, as in training"
-    )
-    examples = [question.strip() for question in variables("COSUP_EXAMPLES", "").split("|") if question.strip()]
-    parser.add_argument("--examples", nargs="*", default=examples, help="questions to choose from")
-    upload = variables("COSUP_UPLOAD", "1") != "0"
-    parser.add_argument(
-        "--upload",
-        action=argparse.BooleanOptionalAction,
-        default=upload,
-        help="corpora of users; --no-upload does without Emb_seq",
-    )
+    add = parser.add_argument
+    add("--model", default=variable("COSUP_MODEL"), help="name or path of a CoSup checkpoint")
+    add("--index", default=variable("COSUP_INDEX"), help=index_help)
+    add("--index_uri", default=variable("COSUP_INDEX_URI"), help=uri_help)
+    add("--revision", default=variable("COSUP_REVISION"), help="branch, tag or commit of the checkpoint")
+    add("--index_revision", default=variable("COSUP_INDEX_REVISION"), help="branch, tag or commit of the index")
+    add("--instruction", default=variable("COSUP_INSTRUCTION", ""), help=instruction_help)
+    add("--examples", nargs="*", default=examples, help="questions to choose from")
+    add("--upload", action=argparse.BooleanOptionalAction, default=upload, help=upload_help)
     args = parser.parse_args(argv)
     if not args.model:
         parser.error("no model: give --model, or set COSUP_MODEL.")
@@ -550,17 +592,18 @@ def parse(argv=None):
     return args
 
 
-def main():
+def main() -> None:
+    """Start the demo."""
     page = Demo(parse()).page()
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none to fetch
-    options = {
-        "css": CSS,
-        "theme": gr.themes.Default(**fonts),
-        "footer_links": [],
-        "ssr_mode": False,
-        "state_session_capacity": 64,
-    }
-    page.launch(max_file_size=MAX_BYTES, **options)
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # nothing to download
+    page.launch(
+        max_file_size=MAX_BYTES,
+        css=CSS,
+        theme=gr.themes.Default(**fonts),
+        footer_links=[],
+        ssr_mode=False,
+        state_session_capacity=64,
+    )
 
 
 if __name__ == "__main__":

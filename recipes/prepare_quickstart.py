@@ -1,5 +1,5 @@
 """
-Make the fictional world of the offline quickstart: people and places that no language model has ever read about.
+Make the fictional world of the offline quickstart: people and places that no language model has read about.
 
     python recipes/prepare_quickstart.py --output_dir data/quickstart --seed 0
 
@@ -9,14 +9,14 @@ learns when not to retrieve.
 
 Written under `output_dir`:
     train.jsonl, validation.jsonl   training instances
-    eval.jsonl                      questions about entities that are neither in train.jsonl nor in validation.jsonl,
-                                    nor are the names in their answers
-    corpus.jsonl                    the passages of all entities, of training and unseen alike
+    eval.jsonl                      questions about unseen entities: neither they nor the names in their answers occur
+                                    in train.jsonl or validation.jsonl
+    corpus.jsonl                    the passages of all entities, trained and unseen
     gen/, emb_seq/                  two tiny Llama checkpoints with their tokenizer, ready to be co-supervised
     world.json                      the settings
 
-Gen has run a copy drill on random tokens, in place of the pretraining that a real Gen brings: without it, Gen learns to
-retrieve all the same, but not how to copy an answer out of a passage.
+Gen runs a copy drill on random tokens, in place of the pretraining that a real Gen has. Without the drill, Gen still
+learns to retrieve, but not to copy an answer out of a passage.
 """
 
 import json
@@ -26,8 +26,8 @@ from shared.cli import clear_errors, parse
 from shared.quickstart import WorldArguments, prepare_world
 
 
-def main():
-    """Read the options, make it, print its paths."""
+def main() -> None:
+    """Read the options, make the world and print its paths."""
     (args,) = parse([WorldArguments], __doc__)
     with clear_errors():
         print(json.dumps(prepare_world(args), indent=2))

@@ -1,22 +1,22 @@
 """
-Evaluation tasks over a world of prepare_quickstart.py: two of a kind that it trains on, four of a kind that it does not.
+Make evaluation tasks over a world of prepare_quickstart.py: two in-domain, four out-of-domain.
 
     python recipes/prepare_quickstart_tasks.py --world data/quickstart --output_dir data/quickstart-tasks
 
 In-domain: `people` and `places`, the questions of the world's own eval.jsonl.
-Out-of-domain, about entities that are new once more:
-    wordings     the facts and passages of training, asked in words that no training question has
-    styles       the questions of training, on passages whose sentences no training passage has
+Out-of-domain, about further new entities:
+    wordings     facts and passages as in training, questions in words that no training question has
+    styles       questions as in training, passages in sentences that no training passage has
     attributes   kinds of facts that training does not know; the rest of the passage is as in training
-    surnames     the question has only the second half of a person's name; no training question has
+    surnames     the question names a person only by the second half of the name, which no training question does
 
 Written under `output_dir`:
     corpus.jsonl   the world's corpus and the new passages, one for all tasks
-    <task>.jsonl   questions, whose `candidates` are the gold passage and the nearest others by the letters of names:
-                   no model has a part in it
+    <task>.jsonl   questions with `candidates`: the gold passage and the nearest others, by the letters of names and
+                   without any model
     tasks.json     the settings
 
-The world itself stays as it is.
+The world itself is not changed.
 """
 
 import json
@@ -26,8 +26,8 @@ from shared.cli import clear_errors, parse
 from shared.quickstart import TaskArguments, prepare_tasks
 
 
-def main():
-    """Read the options, make it, print its paths."""
+def main() -> None:
+    """Read the options, make the tasks and print their paths."""
     (args,) = parse([TaskArguments], __doc__)
     with clear_errors():
         print(json.dumps(prepare_tasks(args), indent=2))

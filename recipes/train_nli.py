@@ -1,18 +1,25 @@
 """
-Train an NLI model on training instances: a judge for Gr where none fits the data (answers of a few words, another language, a field of its own).
+Train an NLI model on training instances: a judge for Gr if no other fits the data, such as answers of a few words.
 
-    python recipes/mine_hard_negatives.py --train_file train.jsonl --model sentence-transformers/all-MiniLM-L6-v2 --output_file mined.jsonl
-    python recipes/train_nli.py --train_file mined.jsonl --validation_file heldout.jsonl --model_name_or_path microsoft/deberta-v3-small --output_dir nli
+    python recipes/mine_hard_negatives.py --train_file train.jsonl --model sentence-transformers/all-MiniLM-L6-v2 \\
+        --output_file mined.jsonl
+    python recipes/train_nli.py --train_file mined.jsonl --validation_file heldout.jsonl \\
+        --model_name_or_path microsoft/deberta-v3-small --output_dir nli
     python recipes/run_evaluation.py --nli_model nli --gr_hypothesis '{question} {sentence}' ...
 
-A premise is a passage as Gr gives it to the model, a hypothesis a text as `--hypothesis` says. Two pairs come from a segment. Its passage entails its text. And
-either another passage (the first of its `negatives`, else one of the same data set) does not entail it, or the passage does not entail a wrong text: that of
-another instance (of a verdict, the other verdict), or the right one with its rarest word of the passage replaced by another rare word of it; in place of an
-answer of a few words a name or number of the passage.
-What is learnt is whether a passage supports an answer of this data. Say so next to figures: such a judge is neither the paper's, nor independent of the data
-that the judged model has seen.
+A premise is a passage as Gr renders it, a hypothesis is a text as `--hypothesis` renders it. Each segment gives two
+pairs. In the first, its passage entails its text. The second is not entailed, and is drawn from:
 
-Any option of `transformers.TrainingArguments` may be given. The accuracy on pairs of `--validation_file` is printed by kind, and kept in `eval_results.json`.
+- another passage (the first of the segment's `negatives`, or else one of the same dataset) with the text
+- the passage with the text of another instance (if the text is a verdict, with another verdict)
+- the passage with a changed text: its rarest word of the passage is replaced by another rare word of the passage; an
+  answer of a few words is replaced by a name or number of the passage
+
+The model learns whether a passage supports an answer of this data. Say so next to its figures: such a judge is neither
+the paper's, nor independent of the data that the judged model was trained on.
+
+Any option of `transformers.TrainingArguments` may be given. The accuracy on pairs of `--validation_file` is printed
+for each kind of pair, and saved in `eval_results.json`.
 """
 
 import random
@@ -31,6 +38,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -43,216 +52,279 @@ from trainer.judging.grounding import check_hypothesis, premise
 from trainer.judging.intervals import Rate
 from trainer.judging.nli import entailment_label
 
+Pair = tuple[str, str, str]  # premise, hypothesis, kind
+Segment = tuple[str, dict]  # question, and the segment of an instance
+
 LABELS = {0: "not_entailment", 1: "entailment"}
 KINDS = ("entailed", "other passage", "wrong text", "wrong word")
-SENTENCE = 4  # words from which a text is more than an answer
-RARE = 5  # words of a passage that may stand in the place of another
+SENTENCE = 4  # words of the shortest text that counts as a sentence, not as an answer of a few words
+RARE = 5  # the rarest words of a passage, one of which replaces another
 NAMES = re.compile(r"\b(?:[A-Z][\w'-]*(?: (?:of |the |de )?[A-Z][\w'-]*)*|\d[\d,.]*\d|\d)")
 TRIES = 20  # segments that are drawn to find another passage and another text
 
 
 @dataclass
 class NLIArguments:
-    """What is trained, on what."""
+    """Model and data."""
 
     train_file: str = field(metadata={"help": "Training instances: JSON Lines (.gz) or a dataset name."})
-    model_name_or_path: str = field(metadata={"help": "An encoder, or an NLI model to go on with."})
+    model_name_or_path: str = field(metadata={"help": "An encoder, or an NLI model to train further."})
     validation_file: str | None = field(
         default=None, metadata={"help": "Held-out instances in the same format, for the accuracy."}
     )
     hypothesis: str = field(
         default="{question} {sentence}",
-        metadata={"help": "How a text is read: the --gr_hypothesis of the evaluation."},
+        metadata={"help": "Template of hypotheses: the --gr_hypothesis of the evaluation."},
     )
     max_length: int = field(
-        default=320, metadata={"help": "Tokens of a pair; a longer one loses the end of its premise."}
+        default=320, metadata={"help": "Most tokens of a pair; a longer pair loses the end of its premise."}
     )
     max_train_samples: int | None = field(
-        default=None, metadata={"help": "Use only so many segments, drawn at random."}
+        default=None, metadata={"help": "Use only this many segments, drawn at random."}
     )
-    max_eval_samples: int | None = field(default=None, metadata={"help": "The same of the held-out ones."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only this many held-out segments."})
     num_threads: int | None = field(default=None, metadata={"help": "Threads of a single process on a CPU."})
 
 
-def main():
-    """Train, judge, save."""
+def main() -> None:
+    """Make pairs, train on them, measure the accuracy on held-out ones, and save the model."""
     nli, args = parse([NLIArguments, TrainingArguments], __doc__)
     if nli.num_threads:
         torch.set_num_threads(nli.num_threads)
     with clear_errors():
         check_hypothesis(nli.hypothesis)
         set_seed(args.seed)
-        train = make_pairs(load_instances(nli.train_file), nli.hypothesis, args.seed, nli.max_train_samples)
-        held_out = nli.validation_file and make_pairs(
-            load_instances(nli.validation_file, "validation"), nli.hypothesis, args.seed, nli.max_eval_samples
-        )
-        tokenizer, labels = (
-            AutoTokenizer.from_pretrained(nli.model_name_or_path),
-            labels_of(AutoConfig.from_pretrained(nli.model_name_or_path)),
-        )
-        label2id = {name: i for i, name in labels.items()}
+        train_pairs = make_pairs(load_instances(nli.train_file), nli.hypothesis, args.seed, nli.max_train_samples)
+        eval_pairs = []
+        if nli.validation_file:
+            instances = load_instances(nli.validation_file, "validation")
+            eval_pairs = make_pairs(instances, nli.hypothesis, args.seed, nli.max_eval_samples)
+        tokenizer = AutoTokenizer.from_pretrained(nli.model_name_or_path)
+        labels = labels_of(AutoConfig.from_pretrained(nli.model_name_or_path))
         model = AutoModelForSequenceClassification.from_pretrained(
-            nli.model_name_or_path, num_labels=2, id2label=labels, label2id=label2id, ignore_mismatched_sizes=True
+            nli.model_name_or_path,
+            num_labels=2,
+            id2label=labels,
+            label2id={name: i for i, name in labels.items()},
+            ignore_mismatched_sizes=True,
         )
     entailed = entailment_label(model.config)
     tokenizer.model_max_length = min(nli.max_length, tokenizer.model_max_length)
-
-    def tokenized(pairs):
-        room = nli.max_length - tokenizer.num_special_tokens_to_add(pair=True)
-        lengths = [len(ids) for ids in tokenizer([h for _, h, _ in pairs], add_special_tokens=False)["input_ids"]]
-        if full := sum(length >= room for length in lengths):
-            raise ValueError(
-                f"{full} of {len(pairs)} hypotheses leave no room for a premise: up to {max(lengths)} of --max_length {nli.max_length} tokens."
-            )
-        rows = tokenizer(
-            [p for p, *_ in pairs], [h for _, h, _ in pairs], truncation="only_first", max_length=nli.max_length
-        )
-        return Dataset.from_dict(
-            {**rows, "labels": [entailed if kind == "entailed" else 1 - entailed for *_, kind in pairs]}
-        )
-
     with clear_errors():
-        datasets = {"train_dataset": tokenized(train), "eval_dataset": tokenized(held_out) if held_out else None}
+        train_dataset = tokenize_pairs(train_pairs, tokenizer, nli.max_length, entailed)
+        eval_dataset = tokenize_pairs(eval_pairs, tokenizer, nli.max_length, entailed) if eval_pairs else None
     trainer = Trainer(
-        model, args, processing_class=tokenizer, data_collator=DataCollatorWithPadding(tokenizer), **datasets
+        model,
+        args,
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
-    if held_out:
-        right = trainer.predict(datasets["eval_dataset"]).predictions.argmax(1) == np.array(
-            datasets["eval_dataset"]["labels"]
-        )
-        kinds = {"all": right} | {kind: right[[each == kind for *_, each in held_out]] for kind in KINDS}
-        rates = {kind: Rate(int(own.sum()), len(own)) for kind, own in kinds.items() if len(own)}
+    if eval_dataset is not None:
+        predicted = trainer.predict(eval_dataset).predictions.argmax(1)  # (n,)
+        rates = accuracies(predicted == np.array(eval_dataset["labels"]), eval_pairs)
         if trainer.is_world_process_zero():
             print(table([(f"accuracy, {kind}", line(rate.to_dict(), "accuracy")) for kind, rate in rates.items()]))
-        trainer.save_metrics(
-            "eval", {f"eval_accuracy_{kind.replace(' ', '_')}": rate.value for kind, rate in rates.items()}
+        metrics = {f"eval_accuracy_{kind.replace(' ', '_')}": rate.value for kind, rate in rates.items()}
+        trainer.save_metrics("eval", metrics)
+
+
+def tokenize_pairs(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, max_length: int, entailed: int) -> Dataset:
+    """
+    Return a dataset of token ids and labels.
+
+    Args:
+        pairs (`list[Pair]`): of [`make_pairs`].
+        tokenizer (`PreTrainedTokenizerBase`): of the model.
+        max_length (`int`): most tokens of a pair; the premise is cut.
+        entailed (`int`): label of an entailed pair; the other label is 1 minus it.
+
+    Raises:
+        `ValueError`: if a hypothesis leaves no room for a premise.
+    """
+    premises = [pair[0] for pair in pairs]
+    hypotheses = [pair[1] for pair in pairs]
+    room = max_length - tokenizer.num_special_tokens_to_add(pair=True)
+    lengths = [len(ids) for ids in tokenizer(hypotheses, add_special_tokens=False)["input_ids"]]
+    num_too_long = sum(length >= room for length in lengths)
+    if num_too_long:
+        raise ValueError(
+            f"{num_too_long} of {len(pairs)} hypotheses leave no room for a premise: "
+            f"up to {max(lengths)} of --max_length {max_length} tokens."
         )
+    rows = tokenizer(premises, hypotheses, truncation="only_first", max_length=max_length)
+    labels = [entailed if kind == "entailed" else 1 - entailed for _, _, kind in pairs]
+    return Dataset.from_dict({**rows, "labels": labels})
 
 
-def labels_of(config):
-    """Labels of the model that is trained, `{0: name, 1: name}`: those of an NLI model of two labels, whose head goes on, else new ones."""
+def accuracies(is_right: np.ndarray, pairs: list[Pair]) -> dict[str, Rate]:
+    """Return the accuracy over all pairs, under "all", and over the pairs of each kind that occurs."""
+    rates = {"all": Rate(int(is_right.sum()), len(is_right))}
+    for kind in KINDS:
+        of_kind = is_right[[pair[2] == kind for pair in pairs]]
+        if len(of_kind):
+            rates[kind] = Rate(int(of_kind.sum()), len(of_kind))
+    return rates
+
+
+def labels_of(config: PretrainedConfig) -> dict[int, str]:
+    """Return the labels `{0: name, 1: name}` of the trained model: an NLI model with two labels keeps its own."""
     try:
         entailment_label(config)
     except ValueError:
         return LABELS
-    return dict(config.id2label) if len(config.id2label) == 2 else LABELS
+    if len(config.id2label) != 2:
+        return LABELS
+    return dict(config.id2label)
 
 
-def make_pairs(instances, hypothesis, seed=0, max_segments=None):
+def make_pairs(instances: list[dict], hypothesis: str, seed: int = 0, max_segments: int | None = None) -> list[Pair]:
     """
-    NLI pairs of training instances.
+    Make NLI pairs of training instances.
 
     Args:
-        instances (`list[dict]`): as [`~trainer.data.load_instances`] gives them.
-        hypothesis (`str`): template with `{sentence}` and, if need be, `{question}`.
-        seed (`int`): of what is drawn.
-        max_segments (`int`, *optional*): use only so many segments.
+        instances (`list[dict]`): as [`~trainer.data.load_instances`] returns them.
+        hypothesis (`str`): template with `{sentence}` and perhaps `{question}`.
+        seed (`int`): of everything that is drawn.
+        max_segments (`int`, *optional*): use only this many segments.
 
     Returns:
-        `list[tuple[str, str, str]]`: premise, hypothesis and one of `KINDS`, the first of which alone is entailed.
+        `list[tuple[str, str, str]]`: premise, hypothesis and one of `KINDS`; only the first kind is entailed.
 
     Raises:
-        `ValueError`: when no instance has a passage, or all passages and all texts of a data set are the same.
+        `ValueError`: if no instance has a passage, or all segments of each dataset have the same passage and text.
     """
-    generator, by_dataset = random.Random(seed), defaultdict(list)
+    by_dataset: dict[str, list[Segment]] = defaultdict(list)
     for instance in instances:
-        by_dataset[instance["dataset"]] += [
-            (instance["input"], segment) for segment in instance["segments"] if segment["passage"] is not None
-        ]
-    segments = [(question, segment, own) for own in by_dataset.values() for question, segment in own]
-    if not segments:
+        for segment in instance["segments"]:
+            if segment["passage"] is not None:
+                by_dataset[instance["dataset"]].append((instance["input"], segment))
+    drawn = []
+    for dataset, segments in by_dataset.items():
+        drawn += [(dataset, question, segment) for question, segment in segments]
+    if not drawn:
         raise ValueError(f"None of {len(instances)} instances has a passage: there is no pair.")
-    generator.shuffle(segments)
-    pairs, frequencies = [], {id(own): count_words(own) for own in by_dataset.values()}
-    for question, segment, own in segments[:max_segments]:
-        if false := false_claims(question, segment, own, frequencies[id(own)], generator):
-            made = [(segment["passage"], segment["text"], "entailed"), generator.choice(false)]
-            pairs += [
-                (premise(p["title"], p["text"]), hypothesis.format(question=question, sentence=sentence), kind)
-                for p, sentence, kind in made
-            ]
+    generator = random.Random(seed)
+    generator.shuffle(drawn)
+    frequencies = {dataset: count_words(segments) for dataset, segments in by_dataset.items()}
+    pairs = []
+    for dataset, question, segment in drawn[:max_segments]:
+        claims = false_claims(question, segment, by_dataset[dataset], frequencies[dataset], generator)
+        if not claims:
+            continue
+        true_claim = (segment["passage"], segment["text"], "entailed")
+        for passage, text, kind in (true_claim, generator.choice(claims)):
+            rendered = hypothesis.format(question=question, sentence=text)
+            pairs.append((premise(passage["title"], passage["text"]), rendered, kind))
     if not pairs:
         raise ValueError(
-            f"{len(segments)} segments give no pair that is not entailed: all of a data set have the same passage and the same text."
+            f"{len(drawn)} segments give no pair that is not entailed: "
+            "all segments of a dataset have the same passage and the same text."
         )
     return pairs
 
 
-def count_words(segments):
-    """`Counter` of the words of texts and passages of a data set."""
-    return Counter(
-        word
-        for _, each in segments
-        for text in (each["text"], each["passage"]["text"])
-        for word in normalize_answer(text).split()
-    )
+def count_words(segments: list[Segment]) -> Counter:
+    """Return how often each word occurs in texts and passages of a dataset."""
+    counts: Counter = Counter()
+    for _, segment in segments:
+        for text in (segment["text"], segment["passage"]["text"]):
+            counts.update(normalize_answer(text).split())
+    return counts
 
 
-def false_claims(question, segment, segments, frequency, generator):
+def false_claims(
+    question: str, segment: dict, segments: list[Segment], frequency: Counter, generator: random.Random
+) -> list[tuple[dict, str, str]]:
     """
-    What no passage says.
+    Make pairs of a passage and a text that the passage does not support.
 
     Args:
-        question (`str`).
+        question (`str`): of the segment.
         segment (`dict`): `{"text", "passage", "negatives"}`.
-        segments (`list[tuple[str, dict]]`): questions and segments of its data set.
-        frequency (`Counter`): of their words.
-        generator (`random.Random`).
+        segments (`list[tuple[str, dict]]`): questions and segments of the dataset.
+        frequency (`Counter`): of the words of the dataset.
+        generator (`random.Random`): draws.
 
     Returns:
-        `list[tuple[dict, str, str]]`: passage, text and the kind of the pair, one of each kind as far as there is one.
+        `list[tuple[dict, str, str]]`: passage, text and kind; at most one of each kind.
     """
     passage, text = segment["passage"], segment["text"]
-    right, label = normalize_answer(text), is_label(text, segments)
-    drawn = [generator.choice(segments)[1] for _ in range(TRIES)]
-    others = segment["negatives"] or [
-        other["passage"] for other in drawn if other["passage"]["text"] != passage["text"]
-    ]
-    wrong = [
-        other["text"]
-        for other in drawn
-        if normalize_answer(other["text"]) != right and is_label(other["text"], segments) == label
-    ]
-    made = [(other, text, "other passage") for other in others[:1]] + [
-        (passage, other, "wrong text") for other in wrong[:1]
-    ]
-    if label:
-        return made
+    answer = normalize_answer(text)
+    text_is_label = is_label(text, segments)
+    others = [generator.choice(segments)[1] for _ in range(TRIES)]
+    claims = []
+
+    other_passages = segment["negatives"]
+    if not other_passages:
+        other_passages = [other["passage"] for other in others if other["passage"]["text"] != passage["text"]]
+    if other_passages:
+        claims.append((other_passages[0], text, "other passage"))
+
+    for other in others:
+        # a label is wrong as another label, a free text as another free text
+        if normalize_answer(other["text"]) != answer and is_label(other["text"], segments) == text_is_label:
+            claims.append((passage, other["text"], "wrong text"))
+            break
+
+    if text_is_label:
+        return claims
     if len(text.split()) >= SENTENCE:
         changed = change_word(question, text, passage, frequency, generator)
     else:
-        names = [
-            name
-            for name in NAMES.findall(passage["text"])
-            if normalize_answer(name) not in right and right not in normalize_answer(name)
-        ]
-        changed = generator.choice(names) if names else None
-    return made + [(passage, changed, "wrong word")] * (changed is not None)
+        changed = draw_name(answer, passage, generator)
+    if changed is not None:
+        claims.append((passage, changed, "wrong word"))
+    return claims
 
 
-def change_word(question, text, passage, frequency, generator):
-    """The text with its rarest word that the passage holds and the question does not replaced by another rare word of the passage; `None` without both."""
-    words, told = text.split(), passage["text"].split()
-    asked, right = set(normalize_answer(question).split()), set(normalize_answer(text).split())
-    held = set(normalize_answer(passage["text"]).split()) - asked
-    spots = [(frequency[normalize_answer(word)], i) for i, word in enumerate(words) if normalize_answer(word) in held]
-    others = sorted(
-        (frequency[bare], bare, word)
-        for word in set(told)
-        if (bare := normalize_answer(word)) and bare in held - right
-    )
-    if not spots or not others:
+def draw_name(answer: str, passage: dict, generator: random.Random) -> str | None:
+    """Return a name or number of the passage that neither holds the answer nor is part of it; `None` without one."""
+    names = []
+    for name in NAMES.findall(passage["text"]):
+        normalized = normalize_answer(name)
+        if normalized not in answer and answer not in normalized:
+            names.append(name)
+    return generator.choice(names) if names else None
+
+
+def change_word(question: str, text: str, passage: dict, frequency: Counter, generator: random.Random) -> str | None:
+    """
+    Return the text with one word replaced by another rare word of the passage; `None` if there are no such words.
+
+    The replaced word is the rarest one that the passage holds and the question does not.
+    """
+    words = text.split()
+    text_words = set(normalize_answer(text).split())
+    question_words = set(normalize_answer(question).split())
+    passage_words = set(normalize_answer(passage["text"]).split()) - question_words
+    spots = []
+    for i, word in enumerate(words):
+        normalized = normalize_answer(word)
+        if normalized in passage_words:
+            spots.append((frequency[normalized], i))
+    replacements = []
+    for word in set(passage["text"].split()):
+        normalized = normalize_answer(word)
+        if normalized and normalized in passage_words - text_words:
+            replacements.append((frequency[normalized], normalized, word))
+    if not spots or not replacements:
         return None
     _, spot = min(spots)
-    _, _, other = generator.choice(others[:RARE])
-    words[spot] = words[spot].replace(words[spot].strip(PUNCTUATION), other.strip(PUNCTUATION))
+    _, _, replacement = generator.choice(sorted(replacements)[:RARE])
+    words[spot] = words[spot].replace(words[spot].strip(PUNCTUATION), replacement.strip(PUNCTUATION))
     return " ".join(words)
 
 
-def is_label(text, segments):
-    """Whether a text is one of the few that a data set repeats (`supports`): a name of the passage would then be no likely answer."""
+def is_label(text: str, segments: list[Segment]) -> bool:
+    """
+    Return whether a text is one of the few that a dataset repeats, such as `supports`.
+
+    A name of the passage would then be no likely answer.
+    """
     texts = [segment["text"] for _, segment in segments[:200]]
     return texts.count(text) > max(1, len(texts) / 5)
 

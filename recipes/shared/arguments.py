@@ -1,4 +1,4 @@
-"""Options of recipes/train.py and recipes/run_evaluation.py; recipes/run_experiments.py fills them too."""
+"""Options of recipes/train.py and recipes/run_evaluation.py, which recipes/run_experiments.py fills in too."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -24,40 +24,46 @@ TASK_OPTIONS = (
 
 @dataclass
 class ScriptArguments:
-    """What is trained, on what, and what is measured. Training itself: `CoSupTrainingArguments`."""
+    """Models, data and measurements of a training. How it is trained: `CoSupTrainingArguments`."""
 
     gen: str | None = field(default=None, metadata={"help": "Name or path of Gen (AutoModelForCausalLM)."})
     emb_seq: str | None = field(
         default=None, metadata={"help": "Name or path of Emb_seq (AutoModel); defaults to a copy of Gen."}
     )
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A CoSup checkpoint to go on training, instead of --gen."}
+        default=None, metadata={"help": "A CoSup checkpoint to train further, instead of --gen."}
     )
     dtype: str = field(default="float32", metadata={"help": "Dtype of the weights."})
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
     similarity: str = field(default="cosine", metadata={"help": "cosine or dot (the paper)."})
     temperature: float | None = field(
-        default=None, metadata={"help": "Of the NSP loss; 0.05 for cosine, 1.0 for dot."}
+        default=None, metadata={"help": "Temperature of the NSP loss; 0.05 for cosine, 1.0 for dot."}
     )
-    nsp_loss_weight: float | None = field(default=None, metadata={"help": "λ; 1.0 for cosine, 0.01 for dot."})
+    nsp_loss_weight: float | None = field(
+        default=None, metadata={"help": "λ, the weight of the NSP loss; 1.0 for cosine, 0.01 for dot."}
+    )
     query_from: str | None = field(
         default=None,
         metadata={
-            "help": "gen (the method), emb_seq or query_encoder (the paper's baseline); "
+            "help": "What embeds queries: gen (the method), emb_seq or query_encoder (the paper's baseline); "
             "defaults to emb_seq with --supervision separate."
         },
     )
     query_encoder: str | None = field(
-        default=None, metadata={"help": "With --query_from query_encoder: its name or path; defaults to Emb_seq's."}
+        default=None,
+        metadata={"help": "With --query_from query_encoder: its name or path; defaults to the path of Emb_seq."},
     )
     emb_seq_pooling: str = field(default="eos", metadata={"help": "eos (the paper), lasttoken, mean or cls."})
-    passage_template: str = field(default="{title} :: {text}", metadata={"help": "How a passage reads."})
-    max_passage_length: int = field(default=256, metadata={"help": "Tokens of a passage."})
+    passage_template: str = field(
+        default="{title} :: {text}", metadata={"help": "Text of a passage that Emb_seq reads."}
+    )
+    max_passage_length: int = field(default=256, metadata={"help": "Most tokens of a passage."})
     nsp_token: str = field(default="[NSP]", metadata={"help": "String of the token that retrieves."})
     cs_token: str = field(default="[Cs]", metadata={"help": "String of the token that opens grounded text."})
     ce_token: str = field(default="[CE]", metadata={"help": "String of the token that closes grounded text."})
     use_peft: bool = field(
-        default=False, metadata={"help": "Train LoRA adapters of both models (and the control tokens' rows) alone."}
+        default=False,
+        metadata={"help": "Train only LoRA adapters of both models, and the embeddings of the control tokens."},
     )
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters."})
@@ -91,30 +97,30 @@ class ScriptArguments:
     num_examples: int = field(default=4, metadata={"help": "Answers to print with their passages."})
     license: str | None = field(
         default=None,
-        metadata={"help": "Identifier of the checkpoint's licence, for its card; the card says unknown otherwise."},
+        metadata={"help": "Identifier of the checkpoint's licence, for its card; otherwise the card says unknown."},
     )
     corpus_license: str | None = field(
-        default=None, metadata={"help": "Identifier of the corpus' licence, for the card of the index."}
+        default=None, metadata={"help": "Identifier of the corpus licence, for the card of the index."}
     )
     push_index: bool = field(
         default=False,
         metadata={
-            "help": "With --push_to_hub, also publish the index, passages included: "
-            "the dataset repository hub_model_id + '-index'."
+            "help": "With --push_to_hub, also publish the index with its passages, "
+            "as the dataset repository hub_model_id + '-index'."
         },
     )
     num_threads: int | None = field(
         default=None, metadata={"help": "Threads of a single process on a CPU; defaults to all cores."}
     )
     prepare: Literal["quickstart"] | None = field(
-        default=None, metadata={"help": "Make data and models first, with recipes/prepare_quickstart.py."}
+        default=None, metadata={"help": "Make data and models first, as recipes/prepare_quickstart.py does."}
     )
-    prepare_options: str = field(default="{}", metadata={"help": "JSON object of its options."})
+    prepare_options: str = field(default="{}", metadata={"help": "JSON object with the options of --prepare."})
 
 
 @dataclass
 class EvaluationArguments:
-    """Which model is judged, on what, and how."""
+    """Model, tasks and measurements of an evaluation."""
 
     model: str = field(metadata={"help": "Name or path of a CoSup checkpoint."})
     output_dir: str = field(metadata={"help": "Results folder."})
@@ -127,31 +133,41 @@ class EvaluationArguments:
     corpus_file: str | None = field(
         default=None, metadata={"help": "Passages to embed: JSON Lines (.gz), Parquet or a dataset name."}
     )
-    index: str | None = field(default=None, metadata={"help": f"Of the model, in place of a corpus: {INDEX_HELP}."})
+    index: str | None = field(
+        default=None, metadata={"help": f"Index of the model, in place of a corpus: {INDEX_HELP}."}
+    )
     index_uri: str | None = field(default=None, metadata={"help": INDEX_URI_HELP})
     split: str | None = field(default=None, metadata={"help": "in-domain or out-of-domain, for the averages."})
     pool: str | None = field(
         default=None,
-        metadata={"help": "full (default): search the whole index; a number: so many candidates of each question."},
+        metadata={
+            "help": "full (default): search the whole index; a number: search that many candidates of each question."
+        },
     )
     gold_in_pool: bool | None = field(
         default=None,
-        metadata={"help": "Gold candidates are always in the pool (default); false: the first ones as they are."},
+        metadata={
+            "help": "Gold candidates are always in the pool (default); false: take the first candidates, gold or not."
+        },
     )
     metric: str | None = field(
-        default=None, metadata={"help": "What Cor is; defaults to the metric of the questions' dataset."}
+        default=None, metadata={"help": "Metric of Cor; defaults to the metric of the questions' dataset."}
     )
     max_eval_samples: int | None = field(default=None, metadata={"help": "Ask only the first questions of each task."})
     max_new_tokens: int | None = field(default=None, metadata={"help": "Decoded tokens per answer; defaults to 64."})
-    top_k: int | None = field(default=None, metadata={"help": "Passages for each retrieval; defaults to 1."})
-    max_retrievals: int | None = field(default=None, metadata={"help": "Per answer; defaults to no limit."})
+    top_k: int | None = field(default=None, metadata={"help": "Passages per retrieval; defaults to 1."})
+    max_retrievals: int | None = field(
+        default=None, metadata={"help": "Most retrievals per answer; defaults to no limit."}
+    )
     modes: list[str] = field(
         default_factory=lambda: ["retrieval", "gold", "off"],
-        metadata={"help": "Any of retrieval, gold, off, forced and wrong; query: generate nothing."},
+        metadata={"help": "Any of retrieval, gold, off, forced and wrong; query generates nothing."},
     )
     index_cache: str | None = field(
         default=None,
-        metadata={"help": "Folder of embedded corpora, for all runs that name it; defaults to OUTPUT_DIR/indexes."},
+        metadata={
+            "help": "Folder of embedded corpora, shared by all runs that name it; defaults to OUTPUT_DIR/indexes."
+        },
     )
     nli_model: str | None = field(
         default=None, metadata={"help": "NLI model for Gr, citations and FEVER, e.g. google/t5_xxl_true_nli_mixture."}
@@ -166,9 +182,9 @@ class EvaluationArguments:
         default=False,
         metadata={"help": "Also write the main figures to the card of the checkpoint, which must be a folder."},
     )
-    nli_batch_size: int = field(default=32, metadata={"help": "Pairs at once."})
-    batch_size: int = field(default=32, metadata={"help": "Questions at once."})
+    nli_batch_size: int = field(default=32, metadata={"help": "Pairs per batch of the NLI model."})
+    batch_size: int = field(default=32, metadata={"help": "Questions per batch."})
     dtype: str = field(default="auto", metadata={"help": "Dtype of the model's weights, e.g. bfloat16 on a GPU."})
-    num_examples: int = field(default=3, metadata={"help": "Answers of each task that the report shows."})
+    num_examples: int = field(default=3, metadata={"help": "Answers per task that the report shows."})
     num_threads: int | None = field(default=None, metadata={"help": "Threads of a process on a CPU."})
-    seed: int = field(default=0, metadata={"help": "Of the passages of mode wrong."})
+    seed: int = field(default=0, metadata={"help": "Seed of the passages in mode wrong."})

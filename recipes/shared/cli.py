@@ -1,8 +1,8 @@
 """
-Command lines of the recipes: dataclasses become options, a YAML config sets them, tables, and clear endings.
+Command lines of the recipes: options from dataclasses and a YAML config, tables, and errors without a traceback.
 
-Import this module before torch and before `trainer`: it sets what torch reads when it loads, and checks that `trainer`
-is the package of this project.
+Import this module before torch and `trainer`: it sets a variable that torch reads when it loads, and checks that
+`trainer` is the package of this project.
 """
 
 import argparse
@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Read once, when torch loads: threads that wait for work sleep. Spinning, they take the cores from other programs.
+# Torch reads this once, when it loads. Threads that wait for work then sleep, where spinning would take the cores from
+# other programs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import yaml
@@ -27,21 +28,21 @@ if not Path(trainer.__file__).with_name("cosup_trainer.py").exists():
         "run `pip uninstall trainer` and install this project again."
     )
 
-EXPECTED = {int: "an integer", float: "a number"}
+EXPECTED = {int: "an integer", float: "a number"}  # type of an option -> name in errors
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it is written, and the default of each option."""
+    """Keep the line breaks of the description, and show the default of each option."""
 
 
 class Parser(HfArgumentParser):
     """
-    `HfArgumentParser` that knows three more keys in the metadata of a field.
+    `HfArgumentParser` with three more keys in the metadata of a field.
 
     Args of `add_argument`:
-        positional (`bool`): the option has no name on the command line.
-        flag (`bool`): the option takes no value, so that what comes next may be a positional one.
-        may_be_empty (`bool`): the option takes a list, which may hold nothing.
+        positional (`bool`): the argument has no name on the command line.
+        flag (`bool`): the option takes no value, so that a positional argument may follow it.
+        may_be_empty (`bool`): the option takes a list, which may be empty.
     """
 
     def add_argument(
@@ -59,38 +60,38 @@ class Parser(HfArgumentParser):
 
 def parse(dataclasses: Sequence[Any], description: str | None, argv: Sequence[str] | None = None) -> list[Any]:
     """
-    Dataclass instances from `--config file.yaml` and the command line; the command line wins.
+    Return dataclass instances from `--config file.yaml` and the command line; the command line wins.
 
     `HfArgumentParser` alone reads either a YAML file or the command line. As in TRL's parser, the values of the file
     become the defaults of the command line.
 
     Args:
-        dataclasses (sequence of dataclass types): fields become options; see [`Parser`] for their metadata.
-        description (`str`, *optional*): of the program, e.g. the docstring of its module.
+        dataclasses (sequence of dataclass types): their fields become options; see [`Parser`] for the metadata.
+        description (`str`, *optional*): description of the program, e.g. the docstring of its module.
         argv (`list[str]`, *optional*): defaults to `sys.argv[1:]`.
 
     Returns:
-        `list`: an instance of each dataclass.
+        `list`: one instance of each dataclass, in order.
 
     Raises:
-        `SystemExit`: with the config file and key, when a key is no option or its value is of another kind; with the
+        `SystemExit`: names the config file and key if the key is no option or its value does not fit; shows the
             message of a `ValueError` that a dataclass raises.
     """
-    words = sys.argv[1:] if argv is None else list(argv)
+    arguments = sys.argv[1:] if argv is None else list(argv)
     parser = Parser(dataclasses, description=description, formatter_class=HelpFormatter)
     parser.add_argument("--config", help="YAML file with any of the options here; the command line wins")
-    finder = argparse.ArgumentParser(add_help=False)
-    finder.add_argument("--config", type=Path)
-    config = finder.parse_known_args(words)[0].config
-    if config is not None:
-        set_defaults(parser, config)
+    config_finder = argparse.ArgumentParser(add_help=False)
+    config_finder.add_argument("--config", type=Path)
+    known, _ = config_finder.parse_known_args(arguments)
+    if known.config is not None:
+        set_defaults(parser, known.config)
     with clear_errors():
-        *parsed, unknown = parser.parse_args_into_dataclasses(
-            words, look_for_args_file=False, return_remaining_strings=True
+        *instances, unknown = parser.parse_args_into_dataclasses(
+            arguments, look_for_args_file=False, return_remaining_strings=True
         )
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    return parsed[: len(dataclasses)]  # the next one is a namespace with `config`
+    return instances[: len(dataclasses)]  # the last one is a namespace with `config`
 
 
 def set_defaults(parser: argparse.ArgumentParser, path: Path) -> None:
@@ -98,7 +99,7 @@ def set_defaults(parser: argparse.ArgumentParser, path: Path) -> None:
     Make the values of a YAML file the defaults of a parser.
 
     Raises:
-        `SystemExit`: names the file, and the key that is no option or whose value is none of the option.
+        `SystemExit`: names the file, and the key that is no option or has a value that does not fit.
     """
     if not path.is_file():
         sys.exit(f"--config {path}: no such file.")
@@ -119,44 +120,52 @@ def set_defaults(parser: argparse.ArgumentParser, path: Path) -> None:
 
 def convert(value: Any, action: argparse.Action, where: str) -> Any:
     """
-    A value of a YAML file as the command line would give it.
+    Convert a value of a YAML file to what the command line would give.
 
-    argparse checks no defaults, and YAML reads `1e-4` as a string.
+    argparse does not check defaults, and YAML reads `1e-4` as a string.
+
+    Args:
+        value: the value in the file.
+        action (`argparse.Action`): the option.
+        where (`str`): file and key, with which an error begins.
 
     Raises:
-        `SystemExit`: begins with `where`.
+        `SystemExit`: if the value does not fit the option.
     """
     if value is None:
         return None
-    kind: Any = action.type
-    if callable(kind) and (isinstance(value, str) or kind in EXPECTED):
-        expected = EXPECTED.get(kind, "true or false")
+    to_type: Any = action.type
+    if callable(to_type) and (isinstance(value, str) or to_type in EXPECTED):
+        expected = EXPECTED.get(to_type, "true or false")
         try:
-            value = kind(str(value))
+            value = to_type(str(value))
         except (ValueError, argparse.ArgumentTypeError):
             sys.exit(f"{where} is {value!r}, expected {expected}.")
     if action.choices is not None:
-        for choice in value if isinstance(value, list) else [value]:
+        choices = value if isinstance(value, list) else [value]
+        for choice in choices:
             if choice not in action.choices:
                 sys.exit(f"{where} is {choice!r}, expected one of {', '.join(map(str, action.choices))}.")
     return value
 
 
 def table(rows: Sequence[tuple[str, Any]]) -> str:
-    """Two columns of text, aligned."""
+    """Return the rows as two aligned columns of text."""
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name.ljust(width)}  {value}" for name, value in rows)
 
 
 def table_of_counts(counts: Mapping[str, int]) -> str:
-    """Names and their counts, one a line."""
+    """Return names with their counts, one per line."""
     return table([(name, f"{count:>10,}") for name, count in counts.items()])
 
 
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
     """
-    Bad input, or an optional package that is not installed, ends the program with its message alone, on the last line, and exit code 1.
+    End the program with the message of an error alone, on the last line, and exit code 1.
+
+    This covers errors of bad input, and of optional packages that are not installed.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""The index that a recipe is given by `--index` and `--index_uri`: a folder, a dataset repository on the Hub, or a collection in Milvus."""
+"""The index of `--index` and `--index_uri`: a folder, a dataset repository on the Hub, or a collection in Milvus."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ if TYPE_CHECKING:  # a recipe that only prints its options does not wait for tor
     from modeling_cosup import CoSupForCausalLM, Retriever
 
 INDEX_HELP = "name or path of an index; with --index_uri the name of a Milvus collection"
-INDEX_URI_HELP = "of the Milvus server (http://host:19530) or local file (.db) that holds it; a token is read from the variable MILVUS_TOKEN"
+INDEX_URI_HELP = (
+    "Milvus server (http://host:19530) or local file (.db) that holds the index; "
+    "a token is read from the variable MILVUS_TOKEN"
+)
 
 
 def check_index_options(index: str | None, index_uri: str | None) -> None:
     """
-    Whether the two options can go together, before anything is loaded.
+    Check that the two options fit together, before anything is loaded.
 
     Raises:
         `ValueError`: for a server without a collection.
@@ -26,25 +29,29 @@ def open_index(
     model: CoSupForCausalLM, index: str | None, index_uri: str | None = None, **options: Any
 ) -> Retriever | None:
     """
-    The index of a recipe, checked against the model.
+    Load the index of a recipe, checked against the model.
 
     Args:
-        model ([`CoSupForCausalLM`]): that made it.
-        index (`str`, *optional*), index_uri (`str`, *optional*): as above.
-        **options: for `load_index`, e.g. `search="exact"`.
+        model ([`CoSupForCausalLM`]): the model that built the index.
+        index (`str`, *optional*): name or path; with `index_uri`, name of the collection.
+        index_uri (`str`, *optional*): Milvus server or local file.
+        **options: passed to `load_index`, e.g. `search="exact"`.
 
     Returns:
         [`Retriever`], or `None` without `index`.
 
     Raises:
-        `ValueError`: for an index of another model, a collection that is not there, or an option that this kind of index does not have.
-        `OSError`: for a folder that is not there, or a server that does not answer.
+        `ValueError`: for an index of another model, a missing collection, or an option that this kind of index does
+            not have.
+        `OSError`: for a missing folder, or a server that does not answer.
     """
     check_index_options(index, index_uri)
-    return model.load_index(index, index_uri, **options) if index else None
+    if not index:
+        return None
+    return model.load_index(index, index_uri, **options)
 
 
 def close_index(index: Retriever) -> None:
-    """Let go of a server or a local file before a training that may take days; an index in a folder holds neither."""
+    """Release a Milvus server or file before a training that may take days; an index in a folder holds neither."""
     if hasattr(index, "close"):
         index.close()

@@ -1,7 +1,7 @@
 """
-The quickstart's world, its encoders and its tasks as folders: each is made once for its settings, whole or not at all.
+Folders of the quickstart: its world, encoders and tasks, each made once for its settings, and whole or not at all.
 
-A folder keeps its settings, and a hash of the code that made it: other settings or other code make it anew.
+A folder keeps its settings and a hash of the code that made it. Other settings or other code make it anew.
 """
 
 import os
@@ -22,16 +22,16 @@ WORLD_NAMES = ("train.jsonl", "validation.jsonl", "eval.jsonl", "corpus.jsonl", 
 
 @dataclass
 class WorldArguments:
-    """Where the world goes, and how large it is."""
+    """Folder and size of a world."""
 
     output_dir: str = field(
-        metadata={"help": "another world there is replaced; a folder that holds anything else is refused"}
+        metadata={"help": "folder; another world there is replaced, a folder that holds anything else is refused"}
     )
     seed: int = field(default=0, metadata={"help": "of names, facts, questions and weights"})
     num_train_entities: int = field(
         default=20000,
         metadata={
-            "help": "entities of train.jsonl; with only a few hundred, names are memorised rather than looked up"
+            "help": "entities of train.jsonl; with only a few hundred, Gen memorises names rather than looks them up"
         },
     )
     num_unseen_entities: int = field(default=500, metadata={"help": "entities of eval.jsonl, one question each"})
@@ -41,38 +41,40 @@ class WorldArguments:
         default=100, metadata={"help": "further questions of eval.jsonl that need no passage"}
     )
     no_passage_share: float = field(
-        default=0.11, metadata={"help": "share of such questions in train.jsonl and validation.jsonl"}
+        default=0.11, metadata={"help": "share of questions in train.jsonl and validation.jsonl that need no passage"}
     )
     drill_max_steps: int = field(
         default=1200,
-        metadata={"help": "upper limit of the copy drill, which warns when it gets there; 0 leaves Gen untrained"},
+        metadata={"help": "most steps of the copy drill, which warns if it takes all of them; 0 leaves Gen untrained"},
     )
 
 
 @dataclass
 class EncoderArguments:
-    """For which world the encoders are made."""
+    """World and folder of further encoders."""
 
     world: str = field(metadata={"help": "a folder of prepare_quickstart.py"})
     output_dir: str = field(
         metadata={
-            "help": "other encoders of this script there are replaced; a folder that holds anything else is refused"
+            "help": "folder; other encoders of this script there are replaced, "
+            "a folder that holds anything else is refused"
         }
     )
-    seed: int = field(default=0, metadata={"help": "of all weights and of the retriever's own world"})
+    seed: int = field(default=0, metadata={"help": "of all weights, and of the world that the retriever trains on"})
     retriever_steps: int = field(
-        default=400, metadata={"help": "training steps of the retriever, each of 64 passages"}
+        default=400, metadata={"help": "training steps of the retriever, with 64 passages each"}
     )
 
 
 @dataclass
 class TaskArguments:
-    """For which world the tasks are made, and how large they are."""
+    """World, folder and size of evaluation tasks."""
 
     world: str = field(metadata={"help": "a folder of prepare_quickstart.py"})
     output_dir: str = field(
         metadata={
-            "help": "other tasks of this script there are replaced; a folder that holds anything else is refused"
+            "help": "folder; other tasks of this script there are replaced, "
+            "a folder that holds anything else is refused"
         }
     )
     seed: int = field(default=0, metadata={"help": "of the new entities"})
@@ -80,7 +82,7 @@ class TaskArguments:
     num_no_passage: int = field(
         default=25, metadata={"help": "further questions of `people` and of `places` that need none"}
     )
-    pool_size: int = field(default=100, metadata={"help": "candidates of a question"})
+    pool_size: int = field(default=100, metadata={"help": "candidates per question"})
 
 
 def prepare_world(args: WorldArguments) -> dict[str, str]:
@@ -92,7 +94,7 @@ def prepare_world(args: WorldArguments) -> dict[str, str]:
             "world".
 
     Raises:
-        `FileExistsError`: when the folder holds anything but a world.
+        `FileExistsError`: if the folder holds anything but a world.
     """
     settings = settings_of(args, quickstart_world, quickstart_models)
 
@@ -107,16 +109,17 @@ def prepare_world(args: WorldArguments) -> dict[str, str]:
 
 def prepare_encoders(args: EncoderArguments) -> dict[str, str]:
     """
-    Write the encoders, or reuse those that are there.
+    Write the encoders, or reuse the ones that are there.
 
     Returns:
-        `dict[str, str]`: the path of each, by the names of `quickstart_models.ENCODERS`.
+        `dict[str, str]`: the path of each encoder, under its name in `quickstart_models.ENCODERS`.
 
     Raises:
-        `FileExistsError`: when the folder holds anything but such encoders.
-        `FileNotFoundError`: where there is no world.
+        `FileExistsError`: if the folder holds anything but such encoders.
+        `FileNotFoundError`: if there is no world.
     """
-    output, names = Path(args.output_dir), quickstart_models.ENCODERS
+    output = Path(args.output_dir)
+    names = quickstart_models.ENCODERS
 
     def write(folder: Path) -> None:
         quickstart_models.write_encoders(Path(args.world), folder, args.seed, args.retriever_steps)
@@ -128,27 +131,31 @@ def prepare_encoders(args: EncoderArguments) -> dict[str, str]:
 
 def prepare_tasks(args: TaskArguments) -> dict[str, dict[str, str]]:
     """
-    Write the tasks, or reuse those that are there.
+    Write the tasks, or reuse the ones that are there.
 
     Returns:
         `dict[str, dict]`: task -> `eval_file`, `corpus_file`, `split`.
 
     Raises:
-        `FileExistsError`: when the folder holds anything but such tasks.
-        `FileNotFoundError`: where there is no world.
+        `FileExistsError`: if the folder holds anything but such tasks.
+        `FileNotFoundError`: if there is no world.
     """
-    output, splits = Path(args.output_dir), quickstart_tasks.SPLITS
+    output = Path(args.output_dir)
+    splits = quickstart_tasks.SPLITS
 
     def write(folder: Path) -> None:
-        sizes = {
-            "num_questions": args.num_questions,
-            "num_no_passage": args.num_no_passage,
-            "pool_size": args.pool_size,
-        }
-        quickstart_tasks.write_tasks(Path(args.world), folder, args.seed, **sizes)
+        quickstart_tasks.write_tasks(
+            Path(args.world),
+            folder,
+            args.seed,
+            num_questions=args.num_questions,
+            num_no_passage=args.num_no_passage,
+            pool_size=args.pool_size,
+        )
 
-    names = (*(f"{task}.jsonl" for task in splits), "corpus.jsonl", "tasks.json")
-    make_once(output, names, settings_of(args, quickstart_world, quickstart_tasks), write)
+    names = [*(f"{task}.jsonl" for task in splits), "corpus.jsonl", "tasks.json"]
+    settings = settings_of(args, quickstart_world, quickstart_tasks)
+    make_once(output, names, settings, write)
     corpus = str(output / "corpus.jsonl")
     return {
         task: {"eval_file": str(output / f"{task}.jsonl"), "corpus_file": corpus, "split": split}
@@ -158,11 +165,11 @@ def prepare_tasks(args: TaskArguments) -> dict[str, dict[str, str]]:
 
 def settings_of(args: WorldArguments | EncoderArguments | TaskArguments, *modules: ModuleType) -> dict[str, Any]:
     """
-    What decides the content of a folder, `dict`.
+    Return all that decides the content of a folder.
 
     Args:
-        args (dataclass): the options. A world counts by its settings, not by its path.
-        modules: the modules whose code makes the content.
+        args (dataclass): the options. Of a world, the settings count and not the path.
+        modules: the modules that make the content.
     """
     settings = asdict(args)
     del settings["output_dir"]
@@ -178,25 +185,25 @@ def make_once(output: Path, names: Sequence[str], settings: dict[str, Any], writ
 
     Args:
         output (`Path`): the folder.
-        names (sequence of `str`): all that it holds. The last one is the file of the settings.
-        settings (`dict`): what JSON can hold.
-        write (callable): writes everything but the settings into the folder that it is given.
+        names (sequence of `str`): everything in the folder. The last name is the file of the settings.
+        settings (`dict`): values that JSON can hold.
+        write (callable): takes a folder, and writes everything but the settings into it.
 
     Raises:
-        `FileExistsError`: when the folder holds anything else.
+        `FileExistsError`: if the folder holds anything else.
     """
-    found = set(os.listdir(output)) if output.exists() else set()
-    if found not in (set(), set(names)):
+    present = set(os.listdir(output)) if output.exists() else set()
+    if present not in (set(), set(names)):
         raise FileExistsError(
             f"{output} holds other things than {', '.join(names)}: choose another folder, or remove it."
         )
-    if found and read_json(output / names[-1]) == settings:
+    if present and read_json(output / names[-1]) == settings:
         return
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{output.name}.", dir=output.parent) as temporary:
-        made = Path(temporary, output.name)
-        made.mkdir()
-        write(made)
-        write_json(made / names[-1], settings)
+        folder = Path(temporary, output.name)
+        folder.mkdir()
+        write(folder)
+        write_json(folder / names[-1], settings)
         shutil.rmtree(output, ignore_errors=True)
-        made.rename(output)  # complete, or not there at all
+        folder.rename(output)  # whole, or not there at all

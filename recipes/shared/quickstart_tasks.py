@@ -1,4 +1,4 @@
-"""Evaluation tasks over the quickstart's world: new entities, questions about them, look-alikes for their pools."""
+"""Evaluation tasks over the quickstart world: new entities, questions about them, and look-alikes as candidates."""
 
 import random
 import re
@@ -21,8 +21,7 @@ SPLITS = {
     "surnames": "out-of-domain",
 }
 
-# What is never trained: for each fact of PERSON and PLACE, in their order, wordings of questions and sentences of
-# passages.
+# Wordings that are never trained: for each fact of PERSON and PLACE, in their order, questions and passage sentences.
 UNTRAINED = {
     "person": [
         (
@@ -65,7 +64,8 @@ UNTRAINED = {
         ),
     ],
 }
-NEW_FACTS: dict[str, list[tuple[Any, list[str], list[str]]]] = {  # as PERSON and PLACE; the answer is the value alone
+# Facts that training does not know, in the form of PERSON and PLACE; the answer is only the value.
+NEW_FACTS: dict[str, list[tuple[Any, list[str], list[str]]]] = {
     "person": [
         (2, ["lies in the river {v}"], ["Which river does {n} lie in?"]),
         (GOODS, ["sells {v}"], ["What does {n} sell?"]),
@@ -85,12 +85,12 @@ NEW_FACTS: dict[str, list[tuple[Any, list[str], list[str]]]] = {  # as PERSON an
 
 class NewEntities:
     """
-    Draws entities for the tasks out of names that neither titles nor training use.
+    Draws entities for the tasks, with names that neither titles nor training use.
 
     Their answers may share names with the world's unseen entities.
 
     Args:
-        seed (`int`): of what is drawn.
+        seed (`int`): of everything that is drawn.
         corpus (`list[dict]`): the passages of the world.
         unseen (`list[dict]`): the passages of its unseen entities.
     """
@@ -107,67 +107,93 @@ class NewEntities:
         self.world.owner.update({passage["title"]: "title" for passage in corpus})
 
     def draw(self, task: str) -> tuple[Passage, str, list[str]]:
-        """`(passage, question, answers)` of one question about a new entity."""
+        """Draw a new entity and one question about it: `(passage, question, answers)`."""
         kind = "person" if task == "surnames" or self.rng.random() < 0.7 else "place"
-        second = 3 if task == "surnames" else self.rng.choice([2, 3])  # enough of them for no two people to share one
-        title = self.world.name((2, second) if kind == "person" else (3,), "title")
-        drawn = self.rng.sample(list(zip(PERSON if kind == "person" else PLACE, UNTRAINED[kind], strict=True)), 3)
-        (values, sentences, questions, answer), (untrained_questions, _) = drawn[0]
+        # long surnames: there are enough of them for no two people to share one
+        second_length = 3 if task == "surnames" else self.rng.choice([2, 3])
+        lengths = (2, second_length) if kind == "person" else (3,)
+        title = self.world.name(lengths, "title")
+        trained_facts = PERSON if kind == "person" else PLACE
+        facts = self.rng.sample(list(zip(trained_facts, UNTRAINED[kind], strict=True)), 3)
+        (choices, sentences, questions, answer), (untrained_questions, _) = facts[0]
         if task == "attributes":
-            values, sentences, questions = self.rng.choice(NEW_FACTS[kind])
-        kinds, wordings = [values], [sentences]
-        for fact, _ in drawn[1:]:
-            kinds.append(fact[0])
-            wordings.append(fact[1])
+            choices, sentences, questions = self.rng.choice(NEW_FACTS[kind])
+        value_choices, wordings = [choices], [sentences]
+        for (other_choices, other_sentences, _, _), _ in facts[1:]:
+            value_choices.append(other_choices)
+            wordings.append(other_sentences)
         if task == "styles":
-            wordings = [untrained_sentences for _, (_, untrained_sentences) in drawn]
-        facts, names = [], title
-        for choices in kinds:
-            if isinstance(choices, int):
-                facts.append(self.world.name((choices,), "tasks", avoid=names))
-            else:
-                facts.append(self.rng.choice(choices))
-            names += f" {facts[-1]}"  # as in training: a syllable comes once in a passage
-        text = self._text(title, kind, wordings, facts, whole=task == "styles")
-        passage = {"id": content_id(title, text), "title": title, "text": text}
-        name = title.split()[-1] if task == "surnames" else title
-        question = self.rng.choice(untrained_questions if task == "wordings" else questions).format(n=name)
-        if task in ("attributes", "surnames"):
-            return passage, question, [str(facts[0])]
-        return passage, question, [answer.format(n=title, v=facts[0])]
+            wordings = [untrained_sentences for _, (_, untrained_sentences) in facts]
 
-    def _text(self, title: str, kind: str, sentences: list[list[str]], values: list[Any], whole: bool) -> str:
-        """Sentences in random order. `whole` ones name the entity; others get it, then a pronoun, as their subject."""
+        values = []
+        names = title
+        for choices in value_choices:
+            values.append(self.world.value(choices, "tasks", avoid=names))
+            names += f" {values[-1]}"  # as in training, a syllable occurs once in a passage
+        text = self._text(title, kind, wordings, values, whole_sentences=task == "styles")
+        passage = {"id": content_id(title, text), "title": title, "text": text}
+
+        name = title.split()[-1] if task == "surnames" else title
+        if task == "wordings":
+            questions = untrained_questions
+        question = self.rng.choice(questions).format(n=name)
+        if task in ("attributes", "surnames"):
+            return passage, question, [str(values[0])]
+        return passage, question, [answer.format(n=title, v=values[0])]
+
+    def _text(self, title: str, kind: str, wordings: list[list[str]], values: list[Any], whole_sentences: bool) -> str:
+        """
+        Return the sentences of a passage in random order.
+
+        Args:
+            title (`str`): of the entity.
+            kind (`str`): "person" or "place".
+            wordings (`list[list[str]]`): of each fact.
+            values (`list`): of each fact.
+            whole_sentences (`bool`): whether wordings name the entity. If not, they get its name as their subject, and
+                a pronoun after the first sentence.
+        """
         order = self.rng.sample(range(len(values)), len(values))
-        subjects = [title] + [self.rng.choice(["He", "She"]) if kind == "person" else "It"] * (len(order) - 1)
-        parts = []
-        for subject, i in zip(subjects, order, strict=True):
-            wording = self.rng.choice(sentences[i]).format(n=title, v=values[i])
-            parts.append(wording if whole else f"{subject} {wording}.")
-        return " ".join(parts)
+        pronoun = self.rng.choice(["He", "She"]) if kind == "person" else "It"
+        subject = title
+        sentences = []
+        for i in order:
+            wording = self.rng.choice(wordings[i]).format(n=title, v=values[i])
+            sentences.append(wording if whole_sentences else f"{subject} {wording}.")
+            subject = pronoun
+        return " ".join(sentences)
 
 
 # ---------------------------------------------------------------------- candidates
 
 
 class NearestByLetters:
-    """Passages that share rare runs of three letters with the names of a question: look-alikes for a pool."""
+    """
+    Finds passages that share rare runs of three letters with the names of a question: look-alikes for its candidates.
+
+    Args:
+        corpus (`list[dict]`): passages.
+        rng (`random.Random`): draws the candidates that fill a pool up.
+    """
 
     def __init__(self, corpus: list[Passage], rng: random.Random) -> None:
         self.ids = [passage["id"] for passage in corpus]
         self.rng = rng
-        self.rows: dict[str, list[int]] = defaultdict(list)
+        self.rows: dict[str, list[int]] = defaultdict(list)  # run -> rows of the corpus
         for row, passage in enumerate(corpus):
             for run in self.runs(passage["text"]):
                 self.rows[run].append(row)
 
     @staticmethod
     def runs(text: str) -> set[str]:
-        """All runs of three letters in the names of a text."""
-        return {name[i : i + 3] for name in re.findall("[A-Z][a-z]+", text) for i in range(len(name) - 2)}
+        """Return all runs of three letters in the names of a text."""
+        runs = set()
+        for name in re.findall("[A-Z][a-z]+", text):
+            runs.update(name[i : i + 3] for i in range(len(name) - 2))
+        return runs
 
     def pool(self, question: str, gold: Iterable[str], size: int) -> list[str]:
-        """Ids of `size` candidates: gold, the nearest others, then random ones where no other shares three letters."""
+        """Return the ids of `size` candidates: gold, the nearest others, then random ones if too few share letters."""
         scores: Counter = Counter()
         for run in sorted(self.runs(question)):
             rows = self.rows.get(run, ())
@@ -186,37 +212,71 @@ def write_tasks(world: Path, folder: Path, seed: int, num_questions: int, num_no
     Write corpus.jsonl and the file of each task.
 
     Args:
-        world (`Path`): a folder of the world; it is only read.
-        folder (`Path`): it exists.
-        seed, num_questions, num_no_passage, pool_size (`int`): as in `TaskArguments`.
+        world (`Path`): folder of the world, which is only read.
+        folder (`Path`): an existing folder.
+        seed (`int`): of the new entities.
+        num_questions (`int`): most questions of a task that need a passage.
+        num_no_passage (`int`): further questions of `people` and of `places` that need none.
+        pool_size (`int`): candidates of a question.
     """
     corpus = read_lines(world / "corpus.jsonl")
-    passages = {passage["id"]: passage for passage in corpus}
-    asked = read_lines(world / "eval.jsonl")
-    needing, free = [x for x in asked if x["provenance"]], [x for x in asked if not x["provenance"]]
-    people = [x for x in needing if " " in passages[x["provenance"][0][0]]["title"]]  # a place has one word
-    places = [x for x in needing if x not in people]
+    world_passages = {passage["id"]: passage for passage in corpus}
+    unseen_passages: list[Passage] = []
+    people, places, free = [], [], []
+    for question in read_lines(world / "eval.jsonl"):
+        if not question["provenance"]:
+            free.append(question)
+            continue
+        passage = world_passages[gold_id(question)]
+        unseen_passages.append(passage)
+        if " " in passage["title"]:  # a place has one word
+            people.append(question)
+        else:
+            places.append(question)
     tasks: dict[str, list[dict[str, Any]]] = {
         "people": people[:num_questions] + free[:num_no_passage],
         "places": places[:num_questions] + free[num_no_passage : 2 * num_no_passage],
     }
-    entities = NewEntities(seed, corpus, [passages[x["provenance"][0][0]] for x in needing])
-    drawn = {task: [entities.draw(task) for _ in range(num_questions)] for task in SPLITS if task not in tasks}
-    corpus += [passage for rows in drawn.values() for passage, *_ in rows]
-    for task, rows in drawn.items():
+
+    entities = NewEntities(seed, corpus, unseen_passages)
+    for task in SPLITS:
+        if task in tasks:
+            continue
         tasks[task] = []
-        for passage, question, answers in rows:
-            tasks[task].append({"input": question, "answers": answers, "provenance": [[passage["id"]]]})
-    names = Counter(word for passage in corpus for word in set(re.findall(r"\w+", passage["text"])))
-    titles = {passage["id"]: passage["title"] for passage in corpus}
-    surnames = tasks["surnames"]  # a name that comes twice would make another passage right too
-    tasks["surnames"] = [row for row in surnames if names[titles[row["provenance"][0][0]].split()[1]] == 1]
+        for _ in range(num_questions):
+            passage, text, answers = entities.draw(task)
+            corpus.append(passage)
+            tasks[task].append({"input": text, "answers": answers, "provenance": [[passage["id"]]]})
+    tasks["surnames"] = with_unique_surnames(tasks["surnames"], corpus)
+
     nearest = NearestByLetters(corpus, random.Random(f"pools {seed}"))
     write_lines(folder / "corpus.jsonl", corpus)
     for task, questions in tasks.items():
-        for i, row in enumerate(questions):
-            gold = [id for evidence in row["provenance"] for id in evidence]
-            pool = nearest.pool(row["input"], gold, pool_size)
-            facts = {name: row[name] for name in ("input", "answers", "provenance")}
-            questions[i] = {"id": f"{task}-{i}", "dataset": task, "instruction": "", **facts, "candidates": pool}
-        write_lines(folder / f"{task}.jsonl", questions)
+        rows = []
+        for i, question in enumerate(questions):
+            gold = [id for evidence in question["provenance"] for id in evidence]
+            row = {
+                "id": f"{task}-{i}",
+                "dataset": task,
+                "instruction": "",
+                "input": question["input"],
+                "answers": question["answers"],
+                "provenance": question["provenance"],
+                "candidates": nearest.pool(question["input"], gold, pool_size),
+            }
+            rows.append(row)
+        write_lines(folder / f"{task}.jsonl", rows)
+
+
+def with_unique_surnames(questions: list[dict[str, Any]], corpus: list[Passage]) -> list[dict[str, Any]]:
+    """Return the questions with a surname that only one passage has: in another one, another answer would be right."""
+    num_passages: Counter = Counter()  # with a word
+    for passage in corpus:
+        num_passages.update(set(re.findall(r"\w+", passage["text"])))
+    titles = {passage["id"]: passage["title"] for passage in corpus}
+    return [question for question in questions if num_passages[titles[gold_id(question)].split()[1]] == 1]
+
+
+def gold_id(question: dict[str, Any]) -> str:
+    """Return the id of the only passage that a question needs."""
+    return question["provenance"][0][0]

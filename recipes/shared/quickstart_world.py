@@ -1,4 +1,4 @@
-"""The fictional world of the quickstart: its words, its entities, and the questions about them, as JSON Lines."""
+"""The fictional world of the quickstart: its words, its entities, and questions about them, as JSON Lines."""
 
 import random
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from trainer.data import content_id
 
 Passage = dict[str, str]  # {"id", "title", "text"}
 Fact = tuple[list[str], str]  # the questions that ask for it, and their answer
+Question = tuple[str, str, Passage | None]  # question, answer, and the passage that it needs
 
 SYLLABLES = [consonant + vowel for consonant in "b d k l m n r s t v kr th".split() for vowel in "aeiou"]
 JOBS = (
@@ -23,8 +24,8 @@ CYCLES = {
     "month": "January February March April May June July August September October November December".split(),
 }
 
-# A fact: its values (an int asks for a fictional name of so many syllables), its wordings in passages and in
-# questions, and its answer.
+# A fact: its possible values (an int is the number of syllables of a new fictional name), its wordings in passages and
+# in questions, and its answer.
 PERSON: list[tuple[Any, list[str], list[str], str]] = [
     (3, ["was born in {v}", "comes from the town of {v}", "grew up in {v}"],
      ["Where was {n} born?", "What is the birthplace of {n}?"], "{n} was born in {v}."),
@@ -55,22 +56,29 @@ NO_PASSAGE = {  # question, answer
 
 
 class World:
-    """Draws entities and questions. A name belongs to one title, or to the answers of one split."""
+    """
+    Draws entities and questions.
+
+    A name belongs to one title, or to the answers of one split.
+
+    Args:
+        seed (`int` or `str`): of everything that is drawn.
+    """
 
     def __init__(self, seed: int | str) -> None:
         self.rng = random.Random(seed)
-        self.owner: dict[str, str] = {}  # name -> "title", or the split whose answers may use it again
+        self.owner: dict[str, str] = {}  # name -> "title", or the split with answers that may use it again
         self.counts = [(a, b) for b in range(1, 10) for a in range(1, b)]
         self.rng.shuffle(self.counts)  # the first 8 are held out
 
     def name(self, lengths: Sequence[int], owner: str, avoid: str = "") -> str:
         """
-        A name such as "Tathebro", for lengths (3,), or "Krado Zuli", for (2, 2).
+        Draw a name, such as "Tathebro" for lengths (3,), or "Krado Zuli" for (2, 2).
 
-        No syllable comes twice, and none that is in `avoid`.
+        No syllable occurs twice, and none of the syllables of `avoid` occurs.
 
         Raises:
-            `ValueError`: when no name is left.
+            `ValueError`: if no name is left.
         """
         syllables = [syllable for syllable in SYLLABLES if syllable not in avoid.lower()]
         for _ in range(10000):
@@ -81,15 +89,28 @@ class World:
                 return name
         raise ValueError("The world has run out of names: ask for fewer unseen entities.")
 
+    def value(self, choices: Any, owner: str, avoid: str) -> Any:
+        """Draw the value of a fact: one of `choices`, or for an int a name of so many syllables."""
+        if isinstance(choices, int):
+            return self.name((choices,), owner, avoid=avoid)
+        return self.rng.choice(choices)
+
     def entity(self, split: str) -> tuple[Passage, list[Fact]]:
-        """A person or a place: its passage, and for each of three facts the questions and their answer."""
-        person = self.rng.random() < 0.7
-        title = self.name((2, self.rng.choice([2, 3])) if person else (3,), "title")
-        subject, pronoun = title, self.rng.choice(["He", "She"]) if person else "It"
-        sentences, facts, names = [], [], title
-        for values, wordings, questions, answer in self.rng.sample(PERSON if person else PLACE, 3):
-            value = self.name((values,), split, avoid=names) if isinstance(values, int) else self.rng.choice(values)
-            names += f" {value}"  # a syllable that comes once can be copied by looking for the one before it
+        """Draw a person or a place: its passage, and for each of three facts the questions and their answer."""
+        if self.rng.random() < 0.7:
+            kinds = PERSON
+            title = self.name((2, self.rng.choice([2, 3])), "title")
+            pronoun = self.rng.choice(["He", "She"])
+        else:
+            kinds = PLACE
+            title = self.name((3,), "title")
+            pronoun = "It"
+        sentences, facts = [], []
+        names = title
+        subject = title
+        for choices, wordings, questions, answer in self.rng.sample(kinds, 3):
+            value = self.value(choices, split, avoid=names)
+            names += f" {value}"  # a syllable that occurs once can be copied by looking for the one before it
             sentences.append(f"{subject} {self.rng.choice(wordings).format(v=value)}.")
             facts.append(([question.format(n=title) for question in questions], answer.format(n=title, v=value)))
             subject = pronoun
@@ -97,20 +118,21 @@ class World:
         return {"id": content_id(title, text), "title": title, "text": text}, facts
 
     def ask(self, passage: Passage, facts: list[Fact]) -> tuple[str, str, Passage]:
-        """A question about an entity: `(question, answer, passage)`."""
+        """Draw a question about an entity: `(question, answer, passage)`."""
         questions, answer = self.rng.choice(facts)
         return self.rng.choice(questions), answer, passage
 
     def ask_no_passage(self, split: str) -> tuple[str, str, None]:
         """
-        A question that needs no passage: `(question, answer, None)`.
+        Draw a question that needs no passage: `(question, answer, None)`.
 
-        Counts and names are other ones in training; days and months are the same.
+        Training has other counts and names than evaluation; days and months are the same.
         """
         kind = self.rng.choice(list(NO_PASSAGE))
         question, answer = NO_PASSAGE[kind]
         if kind == "count":
-            a, b = self.rng.choice(self.counts[8:] if split == "train" else self.counts[:8])
+            counts = self.counts[8:] if split == "train" else self.counts[:8]
+            a, b = self.rng.choice(counts)
             values = {"a": a, "b": b, "c": " ".join(map(str, range(a, b + 1)))}
         elif kind == "cycle":
             cycle = self.rng.choice(list(CYCLES))
@@ -123,37 +145,46 @@ class World:
 
 def write_world(folder: Path, settings: dict[str, Any]) -> None:
     """
-    Write the four JSON Lines files. Unseen entities come first: the names they use are then closed to training.
+    Write the four JSON Lines files.
+
+    Unseen entities are drawn first, so that training cannot use their names.
 
     Args:
-        folder (`Path`): it exists.
+        folder (`Path`): an existing folder.
         settings (`dict`): the fields of `WorldArguments`.
     """
-    world, corpus = World(settings["seed"]), []
-    for split, num_entities, num_instances, no_passage_share in (
-        ("eval", settings["num_unseen_entities"], settings["num_unseen_entities"], 0.0),
-        ("validation", settings["num_validation"], settings["num_validation"], settings["no_passage_share"]),
-        ("train", settings["num_train_entities"], settings["num_train_instances"], settings["no_passage_share"]),
-    ):
+    world = World(settings["seed"])
+    corpus: list[Passage] = []
+    num_unseen, num_validation = settings["num_unseen_entities"], settings["num_validation"]
+    share = settings["no_passage_share"]
+    splits = [
+        ("eval", num_unseen, num_unseen, 0.0),
+        ("validation", num_validation, num_validation, share),
+        ("train", settings["num_train_entities"], settings["num_train_instances"], share),
+    ]
+    for split, num_entities, num_instances, no_passage_share in splits:
         entities = [world.entity(split) for _ in range(num_entities)]
         corpus += [passage for passage, _ in entities]
-        free = [world.rng.random() < no_passage_share for _ in range(num_instances)]
-        asked = [
-            world.ask_no_passage(split) if free[i] else world.ask(*entities[i % num_entities])
-            for i in range(num_instances)
-        ]
+        needs_no_passage = [world.rng.random() < no_passage_share for _ in range(num_instances)]
+        questions: list[Question] = []
+        for i in range(num_instances):
+            if needs_no_passage[i]:
+                questions.append(world.ask_no_passage(split))
+            else:
+                questions.append(world.ask(*entities[i % num_entities]))
         if split == "eval":
-            distinct: dict[tuple, None] = {}
+            distinct: dict[Question, None] = {}
             while len(distinct) < settings["num_eval_no_passage"]:
                 distinct[world.ask_no_passage(split)] = None
-            asked += distinct
-        write_lines(folder / f"{split}.jsonl", [record(split, i, *x) for i, x in enumerate(asked)])
+            questions += distinct
+        write_lines(folder / f"{split}.jsonl", [record(split, i, *question) for i, question in enumerate(questions)])
     write_lines(folder / "corpus.jsonl", corpus)
 
 
 def record(split: str, i: int, question: str, answer: str, passage: Passage | None) -> dict[str, Any]:
-    """A training instance, or for split "eval" an evaluation instance."""
+    """Return a training instance, or for split "eval" an evaluation instance."""
     row = {"id": f"quickstart-{split}-{i}", "dataset": "quickstart", "instruction": "", "input": question}
     if split == "eval":
-        return {**row, "answers": [answer], "provenance": [[passage["id"]]] if passage else [], "candidates": []}
+        provenance = [[passage["id"]]] if passage else []
+        return {**row, "answers": [answer], "provenance": provenance, "candidates": []}
     return {**row, "segments": [{"text": answer, "passage": passage}]}

@@ -1,7 +1,7 @@
-"""What the files of a retriever say: how it reads, pools and compares texts, for a sentence-transformers retriever and for a plain encoder."""
+"""Settings of a retriever, from its files: how sentence-transformers or a plain encoder reads, pools and compares."""
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,14 +14,19 @@ from modeling_cosup import CoSupForCausalLM
 from modeling_cosup.files_cosup import read_json
 from modeling_cosup.tokenization_cosup import bos_and_eos, encode_passages_for_emb_seq, pad_rows, render_passage
 
+# Pooling modes by the names of old and new releases of sentence-transformers -> CoSup's names.
 POOLINGS = {
     "cls": "cls",
     "cls_token": "cls",
     "mean": "mean",
     "mean_tokens": "mean",
     "lasttoken": "lasttoken",
-}  # names of old and new releases
-SUPPORTED = "Supported are Transformer, Pooling (mean, cls or lasttoken), Dense (no bias, no activation) and Normalize, in this order"
+}
+MODULE_KINDS = ("Transformer", "Pooling", "Dense", "Normalize")
+SUPPORTED = (
+    "Supported are Transformer, Pooling (mean, cls or lasttoken), Dense (no bias, no activation) and Normalize, "
+    "in this order"
+)
 SAMPLES = [
     {"title": "The Night Watch", "text": "The Night Watch is a 1642 painting by Rembrandt."},
     {"title": "", "text": "Radium is a chemical element; it was discovered by Marie and Pierre Curie in 1898."},
@@ -33,14 +38,16 @@ SAMPLES = [
 
 
 @dataclass
-class Retriever:
+class ImportedRetriever:
     """
+    A retriever, ready to become Emb_seq.
+
     Args:
         settings (`dict`): fields of `CoSupConfig`.
-        tokenizer (`PreTrainedTokenizerBase`): its BOS and EOS are what it puts around a text.
-        subfolder (`str`): where the transformer lies.
-        head (`torch.Tensor` of shape `(h, h_emb)`, *optional*): weight of its dense layer.
-        is_sentence_transformers (`bool`): whether files of sentence-transformers said so.
+        tokenizer (`PreTrainedTokenizerBase`): its BOS and EOS are the tokens that it puts around a text.
+        subfolder (`str`): folder of the transformer.
+        head (`torch.Tensor` of shape `(h, h_emb)`, *optional*): weight of the dense layer.
+        is_sentence_transformers (`bool`): whether the settings come from files of sentence-transformers.
     """
 
     settings: dict[str, Any]
@@ -50,129 +57,173 @@ class Retriever:
     is_sentence_transformers: bool = False
 
 
-def read_retriever(name: str, args: Any) -> Retriever:
+@dataclass
+class ModuleFacts:
     """
-    Settings of a retriever, from its files and, where they say nothing, from the options.
+    What the files of sentence-transformers say; the defaults are for a plain encoder, which has no such files.
+
+    Args:
+        settings (`dict`): fields of `CoSupConfig`.
+        subfolder (`str`): folder of the transformer.
+        head (`torch.Tensor` of shape `(h, h_emb)`, *optional*): weight of the dense layer.
+        max_seq_length (`int`, *optional*): most tokens of a text, special tokens included.
+        do_lower_case (`bool`): whether texts are lower-cased before they are tokenized.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    subfolder: str = ""
+    head: torch.Tensor | None = None
+    max_seq_length: int | None = None
+    do_lower_case: bool = False
+
+
+def read_retriever(name: str, args: Any) -> ImportedRetriever:
+    """
+    Read the settings of a retriever from its files and, if they say nothing, from the options.
 
     Args:
         name (`str`): repository or folder.
         args: options of `import_checkpoints.py`.
 
     Raises:
-        `ValueError`: names the module or file that does what Emb_seq cannot, or the option that is missing or contradicts the files.
+        `ValueError`: names the module or file that does what Emb_seq cannot, or the option that is missing or
+            contradicts the files.
     """
     modules = read_settings(name, "modules.json")
-    facts = {} if modules is None else read_modules(name, modules, args.allow_pytorch_bin)
+    facts = ModuleFacts() if modules is None else read_modules(name, modules, args.allow_pytorch_bin)
+    settings = facts.settings
     for option in ("emb_seq_pooling", "similarity"):
-        given = getattr(args, option)
-        if modules is None and given is None:
-            raise ValueError(f"{name} is not of sentence-transformers: say --{option}.")
-        if modules is not None and given not in (None, facts[option]):
-            raise ValueError(f"--{option} is {given}, the files of {name} say {facts[option]}.")
-        facts[option] = given or facts[option]
-    subfolder, head, longest = (
-        facts.pop(key, default) for key, default in (("subfolder", ""), ("head", None), ("max_seq_length", None))
-    )
-    config = AutoConfig.from_pretrained(name, subfolder=subfolder)
+        chosen, stated = getattr(args, option), settings.get(option)
+        if chosen is None and stated is None:
+            raise ValueError(f"{name} is not a sentence-transformers model: give --{option}.")
+        if chosen is not None and stated is not None and chosen != stated:
+            raise ValueError(f"--{option} is {chosen}, the files of {name} say {stated}.")
+        settings[option] = chosen or stated
+
+    config = AutoConfig.from_pretrained(name, subfolder=facts.subfolder)
     if config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder ({config.model_type}); supported are models of one stack.")
-    tokenizer = AutoTokenizer.from_pretrained(name, subfolder=subfolder)
-    if facts.pop("do_lower_case", False) and tokenizer("A")["input_ids"] != tokenizer("a")["input_ids"]:
+    tokenizer = AutoTokenizer.from_pretrained(name, subfolder=facts.subfolder)
+    if facts.do_lower_case and tokenizer("A")["input_ids"] != tokenizer("a")["input_ids"]:
         raise ValueError(
-            f"{name}: sentence_bert_config.json says do_lower_case, and the tokenizer itself does not do it; not supported."
+            f"{name}: sentence_bert_config.json says do_lower_case, but the tokenizer keeps upper case; not supported."
         )
     before, after = set_added_tokens(tokenizer, name)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 512
-    longest = longest or min(tokenizer.model_max_length, positions)
-    tokenizer.model_max_length = longest
-    facts |= {"emb_seq_add_bos_token": bool(before), "emb_seq_add_eos_token": bool(after)}
-    facts["max_passage_length"] = args.max_passage_length or longest - len(before) - len(after)
+    max_positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 512
+    max_length = facts.max_seq_length or min(tokenizer.model_max_length, max_positions)
+    tokenizer.model_max_length = max_length
+
+    settings["emb_seq_add_bos_token"] = bool(before)
+    settings["emb_seq_add_eos_token"] = bool(after)
+    settings["max_passage_length"] = args.max_passage_length or max_length - len(before) - len(after)
     for option in ("passage_template", "passage_prompt", "query_prompt"):
         if getattr(args, option) is not None:
-            facts[option] = getattr(args, option)
+            settings[option] = getattr(args, option)
     if args.query_from in (None, "gen") and args.query_prompt is None:
-        facts.pop("query_prompt", None)  # nobody reads it
-    return Retriever(facts, tokenizer, subfolder, head, modules is not None)
+        settings.pop("query_prompt", None)  # Gen makes the queries, so nothing reads this prompt
+    return ImportedRetriever(
+        settings, tokenizer, facts.subfolder, facts.head, is_sentence_transformers=modules is not None
+    )
 
 
 def set_added_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[list[int], list[int]]:
     """
-    What the tokenizer puts before and after a text, as two lists of at most one id; they become its BOS and EOS, if they are not.
+    Make the tokens that the tokenizer puts around a text its BOS and EOS, if they are not.
+
+    Returns:
+        `(list[int], list[int])`: the ids before and after a text, at most one each.
 
     Raises:
-        `ValueError`: when it puts more there.
+        `ValueError`: if the tokenizer puts more than one token on a side.
     """
-    text, whole = tokenizer("retrieval", add_special_tokens=False)["input_ids"], tokenizer("retrieval")["input_ids"]
-    start = next((i for i in range(len(whole)) if whole[i : i + len(text)] == text), None)
-    before, after = (whole, []) if start is None else (whole[:start], whole[start + len(text) :])
+    text = tokenizer("retrieval", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("retrieval")["input_ids"]
+    starts = [i for i in range(len(whole)) if whole[i : i + len(text)] == text]
+    if starts:
+        before, after = whole[: starts[0]], whole[starts[0] + len(text) :]
+    else:
+        before, after = whole, []
     if max(len(before), len(after)) > 1:
         raise ValueError(
-            f"The tokenizer of {name} makes {tokenizer.convert_ids_to_tokens(whole)} of 'retrieval'; expected at most one token on either side."
+            f"The tokenizer of {name} makes {tokenizer.convert_ids_to_tokens(whole)} of 'retrieval'; "
+            "expected at most one token on either side."
         )
-    for ids, own, token in zip((before, after), bos_and_eos(tokenizer), ("bos_token", "eos_token"), strict=True):
-        if ids and ids != own:
-            setattr(tokenizer, token, tokenizer.convert_ids_to_tokens(ids[0]))
+    bos, eos = bos_and_eos(tokenizer)
+    if before and before != bos:
+        tokenizer.bos_token = tokenizer.convert_ids_to_tokens(before[0])
+    if after and after != eos:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(after[0])
     return before, after
 
 
 # ---------------------------------------------------------------------- sentence-transformers
 
 
-def read_modules(name: str, modules: list[dict[str, Any]], allow_pytorch_bin: bool) -> dict[str, Any]:
+def read_modules(name: str, modules: list[dict[str, Any]], allow_pytorch_bin: bool) -> ModuleFacts:
     """
-    What the modules of a sentence-transformers retriever do, as fields of `CoSupConfig` and of [`Retriever`].
+    Read what the modules of a sentence-transformers retriever do.
 
     Raises:
         `ValueError`: names a module that does what Emb_seq cannot.
     """
-    kinds = [
-        module["type"].rpartition(".")[2] if module["type"].startswith("sentence_transformers.") else module["type"]
-        for module in modules
-    ]
+    kinds = [module_kind(module["type"]) for module in modules]
     expected = ["Transformer", "Pooling", *(kind for kind in ("Dense", "Normalize") if kind in kinds[2:])]
     if kinds != expected:
-        wrong = next(
-            (kind for kind in kinds if kind not in ("Transformer", "Pooling", "Dense", "Normalize")), " → ".join(kinds)
-        )
+        unknown = [kind for kind in kinds if kind not in MODULE_KINDS]
+        wrong = unknown[0] if unknown else " → ".join(kinds)
         raise ValueError(f"{name}: modules.json lists {wrong}. {SUPPORTED}.")
     paths = {kind: safe_path(name, module["path"]) for kind, module in zip(kinds, modules, strict=True)}
+
     options = read_settings(name, "config_sentence_transformers.json") or {}
     if options.get("model_type", "SentenceTransformer") != "SentenceTransformer":
         raise ValueError(
             f"{name} is a {options['model_type']}; supported are retrievers that make one vector of a text."
         )
-    similarity = "cosine" if "Normalize" in kinds else options.get("similarity_fn_name") or "cosine"
+    similarity = options.get("similarity_fn_name") or "cosine"
+    if "Normalize" in kinds:
+        similarity = "cosine"  # of vectors of unit length
     if similarity not in ("cosine", "dot"):
         raise ValueError(
             f"{name}: config_sentence_transformers.json compares by {similarity!r}, expected 'cosine' or 'dot'."
         )
     transformer = read_settings(name, f"{paths['Transformer']}sentence_bert_config.json") or {}
-    return {
-        "subfolder": paths["Transformer"].rstrip("/"),
-        "max_seq_length": transformer.get("max_seq_length"),
-        "do_lower_case": transformer.get("do_lower_case", False),
-        "emb_seq_pooling": read_pooling(name, f"{paths['Pooling']}config.json"),
-        "head": read_dense(name, paths["Dense"], allow_pytorch_bin) if "Dense" in paths else None,
-        "similarity": similarity,
-        **read_prompts(options),
-    }
+    pooling = read_pooling(name, f"{paths['Pooling']}config.json")
+    head = read_dense(name, paths["Dense"], allow_pytorch_bin) if "Dense" in paths else None
+    return ModuleFacts(
+        settings={"emb_seq_pooling": pooling, "similarity": similarity, **read_prompts(options)},
+        subfolder=paths["Transformer"].rstrip("/"),
+        head=head,
+        max_seq_length=transformer.get("max_seq_length"),
+        do_lower_case=transformer.get("do_lower_case", False),
+    )
+
+
+def module_kind(type_name: str) -> str:
+    """Return the class name of a module of sentence-transformers itself, and the full name of any other."""
+    if type_name.startswith("sentence_transformers."):
+        return type_name.rpartition(".")[2]
+    return type_name
 
 
 def safe_path(name: str, path: str) -> str:
-    """`path` of a module as a prefix of file names: empty, or with a slash at its end."""
+    """Return the `path` of a module as a prefix of file names: empty, or with a slash at its end."""
     if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
         raise ValueError(f"{name}: modules.json leads out of the folder, to {path!r}.")
     return f"{path}/" if path else ""
 
 
 def read_pooling(name: str, file: str) -> str:
-    """The one pooling mode of a Pooling module, by CoSup's name."""
+    """Return the only pooling mode of a Pooling module, by CoSup's name."""
     config = read_settings(name, file) or {}
-    modes = config.get(
-        "pooling_mode",
-        [key.removeprefix("pooling_mode_") for key, on in config.items() if key.startswith("pooling_mode_") and on],
-    )
-    modes = [modes] if isinstance(modes, str) else modes
+    modes = []
+    if "pooling_mode" in config:
+        modes = config["pooling_mode"]
+    else:  # older releases have a flag for each mode
+        for key, is_on in config.items():
+            if key.startswith("pooling_mode_") and is_on:
+                modes.append(key.removeprefix("pooling_mode_"))
+    if isinstance(modes, str):
+        modes = [modes]
     if len(modes) != 1 or modes[0] not in POOLINGS:
         raise ValueError(f"{name}: {file} pools by {' and '.join(modes) or 'nothing'}. {SUPPORTED}.")
     if config.get("include_prompt", True) is False:
@@ -181,41 +232,48 @@ def read_pooling(name: str, file: str) -> str:
 
 
 def read_dense(name: str, path: str, allow_pytorch_bin: bool) -> torch.Tensor:
-    """The weight `(h, h_emb)` of a Dense module that is a linear map and nothing else."""
+    """Return the weight `(h, h_emb)` of a Dense module that is a linear map and nothing else."""
     config = read_settings(name, f"{path}config.json") or {}
+    bias = config.get("bias", True)
     activation = config.get("activation_function", "Tanh").rpartition(".")[2]
-    if config.get("bias", True) or activation != "Identity" or config.get("use_residual"):
+    if bias or activation != "Identity" or config.get("use_residual"):
         raise ValueError(
-            f"{name}: the Dense module in {path} has bias {config.get('bias', True)} and activation {activation}. {SUPPORTED}."
+            f"{name}: the Dense module in {path} has bias {bias} and activation {activation}. {SUPPORTED}."
         )
     if config.get("module_input_name", "sentence_embedding") != "sentence_embedding":
         raise ValueError(
             f"{name}: the Dense module in {path} maps {config['module_input_name']}, expected sentence_embedding."
         )
-    if file := find_file(name, f"{path}model.safetensors"):
-        return load_file(file)["linear.weight"]
-    file = find_file(name, f"{path}pytorch_model.bin") if allow_pytorch_bin else None
-    if file is None:
+    safetensors_file = find_file(name, f"{path}model.safetensors")
+    if safetensors_file is not None:
+        return load_file(safetensors_file)["linear.weight"]
+    bin_file = find_file(name, f"{path}pytorch_model.bin") if allow_pytorch_bin else None
+    if bin_file is None:
         raise ValueError(
-            f"{name}: {path} holds no model.safetensors; --allow_pytorch_bin also reads pytorch_model.bin, by torch's weights_only reader."
+            f"{name}: {path} holds no model.safetensors; "
+            "--allow_pytorch_bin also reads pytorch_model.bin, with torch's weights_only reader."
         )
-    return torch.load(file, map_location="cpu", weights_only=True)["linear.weight"]
+    return torch.load(bin_file, map_location="cpu", weights_only=True)["linear.weight"]
 
 
 def read_prompts(options: dict[str, Any]) -> dict[str, str]:
-    """Prompts of passages and queries, and the template of a folder that CoSup wrote."""
+    """Return the prompts of passages and queries, and the passage template of a folder that CoSup wrote."""
     prompts = options.get("prompts") or {}
     default = prompts.get(options.get("default_prompt_name")) or ""
-    passage = next(
-        (prompts[key] for key in ("document", "passage", "corpus") if prompts.get(key) is not None), default
-    )
-    found = {"passage_prompt": passage, "query_prompt": default if prompts.get("query") is None else prompts["query"]}
+    query_prompt = prompts.get("query")
+    settings = {"passage_prompt": default, "query_prompt": default if query_prompt is None else query_prompt}
+    for key in ("document", "passage", "corpus"):
+        if prompts.get(key) is not None:
+            settings["passage_prompt"] = prompts[key]
+            break
     template = (options.get("cosup") or {}).get("passage_template")
-    return found if template is None else {**found, "passage_template": template}
+    if template is not None:
+        settings["passage_template"] = template
+    return settings
 
 
 def find_file(name: str, file: str) -> Path | None:
-    """Path of a file of a folder or repository, or `None`."""
+    """Return the path of a file of a folder or repository, or `None`."""
     if Path(name).is_dir():
         path = Path(name) / file
         return path if path.is_file() else None
@@ -229,31 +287,31 @@ def find_file(name: str, file: str) -> Path | None:
 
 
 def read_settings(name: str, file: str) -> Any:
-    """A JSON file of a folder or repository, or `None` where there is none."""
+    """Return the content of a JSON file of a folder or repository, or `None` if there is no such file."""
     path = find_file(name, file)
     if path is None:
         return None
     try:
         return read_json(path)
     except ValueError as error:
-        raise ValueError(f"{name}: {file} is no JSON: {error}") from error
+        raise ValueError(f"{name}: {file} is not valid JSON: {error}") from error
 
 
-# ---------------------------------------------------------------------- comparing
+# ---------------------------------------------------------------------- comparison
 
 
 @torch.no_grad()
 def compare(model: CoSupForCausalLM, name: str, own_head: bool) -> None:
     """
-    Compare embeddings of a few passages with those of sentence-transformers, where it is installed.
+    Compare embeddings of a few passages with sentence-transformers' own, if it is installed.
 
     Args:
         model ([`CoSupForCausalLM`]): the pair.
         name (`str`): repository or folder of the retriever.
-        own_head (`bool`): whether `emb_head` is the retriever's; a new one is left out here.
+        own_head (`bool`): whether `emb_head` is the retriever's; a new one is left out of the comparison.
 
     Raises:
-        `ValueError`: when they differ by more than 1e-4 of their length, or 2e-2 where weights are not float32.
+        `ValueError`: if they differ by more than 1e-4 of their length (2e-2 if weights are not float32).
     """
     if importlib.util.find_spec("sentence_transformers") is None:
         print("sentence-transformers is not installed: embeddings were not compared with its own.", flush=True)
@@ -262,20 +320,28 @@ def compare(model: CoSupForCausalLM, name: str, own_head: bool) -> None:
 
     ids, mask = pad_rows(encode_passages_for_emb_seq(model.emb_seq_tokenizer, SAMPLES, model.config))
     head = model.emb_head
-    model.emb_head = head if own_head else None
-    found = model.encode_passages(ids, mask)
+    if not own_head:
+        model.emb_head = None
+    embeddings = model.encode_passages(ids, mask)  # (n, h)
     model.emb_head = head
-    theirs = SentenceTransformer(str(name), device="cpu", model_kwargs={"dtype": model.emb_seq.dtype})
-    theirs.max_seq_length = max(map(len, ids))  # where --max_passage_length shortens passages
+
+    reference = SentenceTransformer(str(name), device="cpu", model_kwargs={"dtype": model.emb_seq.dtype})
+    reference.max_seq_length = max(map(len, ids))  # --max_passage_length may shorten passages
     texts = [render_passage(passage, model.config.passage_template) for passage in SAMPLES]
-    expected = torch.tensor(theirs.encode(texts, prompt=model.config.passage_prompt, show_progress_bar=False)).float()
-    expected = F.normalize(expected, dim=-1) if model.config.similarity == "cosine" else expected
-    difference = float(((found - expected).norm(dim=1) / expected.norm(dim=1)).max())
-    if not difference <= (1e-4 if model.emb_seq.dtype == torch.float32 else 2e-2):
+    expected = reference.encode(texts, prompt=model.config.passage_prompt, show_progress_bar=False)
+    expected = torch.tensor(expected).float()  # (n, h)
+    if model.config.similarity == "cosine":
+        expected = F.normalize(expected, dim=-1)
+
+    differences = (embeddings - expected).norm(dim=1) / expected.norm(dim=1)  # (n,)
+    difference = float(differences.max())
+    tolerance = 1e-4 if model.emb_seq.dtype == torch.float32 else 2e-2
+    if not difference <= tolerance:  # NaN included
         raise ValueError(
-            f"Embeddings differ from those of sentence-transformers by {difference:.1e} of their length: {name} does something that was not seen."
+            f"The embeddings differ from sentence-transformers' own by {difference:.1e} of their length: "
+            f"{name} does something that its files do not say."
         )
     print(
-        f"Embeddings equal those of sentence-transformers: they differ by at most {difference:.1e} of their length.",
+        f"The embeddings equal sentence-transformers' own: they differ by at most {difference:.1e} of their length.",
         flush=True,
     )

@@ -1,6 +1,7 @@
 """
-Retrievers over a corpus, by one contract: `len`, `find(ids)`, `ids_of(rows)`, `embed_queries(instances)`, `search(queries, k)` and `scores(query, rows)`.
+Retrievers over a corpus: a CoSup checkpoint, or a sentence-transformers model.
 
+Both have `len`, `find(ids)`, `ids_of(rows)`, `embed_queries(instances)`, `search(queries, k)`, `scores(query, rows)`.
 Encoded corpora are kept under `index_dir`, by the content of model and passages.
 """
 
@@ -28,21 +29,22 @@ from trainer.judging.answers import embed_queries
 
 from shared.indexes import open_index
 
-SHARD_SIZE = 32768  # passages that are encoded, and lost when the process dies
-SORTED = 2048  # that are sorted by length, and encoded between two steps of the progress bar
+SHARD_SIZE = 32768  # passages that are encoded between two writes; a process that dies loses no more
+SORT_SIZE = 2048  # passages that are sorted by length and encoded between two steps of the progress bar
 
 
 def is_cosup(name: str) -> bool:
-    """Whether a name or path is a CoSup checkpoint, by its config; sentence-transformers models may have none."""
+    """Return whether a name or path is a CoSup checkpoint, by its config (sentence-transformers may have none)."""
     try:
-        return PretrainedConfig.get_config_dict(name)[0].get("model_type") == "cosup"
+        config, _ = PretrainedConfig.get_config_dict(name)
     except OSError:
         return False
+    return config.get("model_type") == "cosup"
 
 
 class CoSupRetriever:
     """
-    A CoSup checkpoint over its index, which is loaded, or built of the corpus.
+    A CoSup checkpoint over its index, which is loaded or built from the corpus.
 
     Args:
         args: `model`, `index` (and `index_uri`) or `corpus_file`, `index_dir`, `batch_size`, `device`, `dtype`.
@@ -53,30 +55,25 @@ class CoSupRetriever:
 
     def __init__(self, args: Any) -> None:
         self.batch_size = args.batch_size
-        own_queries = (
-            CoSupConfig.from_pretrained(args.model).query_from == "gen"
-        )  # then Emb_seq has nothing to do where the index is there
-        load_emb_seq = args.index is None or not own_queries
-        self.model = (
-            CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype, load_emb_seq=load_emb_seq)
-            .to(args.device)
-            .eval()
-        )
+        gen_makes_queries = CoSupConfig.from_pretrained(args.model).query_from == "gen"
+        load_emb_seq = args.index is None or not gen_makes_queries
+        model = CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype, load_emb_seq=load_emb_seq)
+        self.model = model.to(args.device).eval()
         if args.index:
             self.index = open_index(self.model, args.index, args.index_uri, search="exact")
         else:
             self.index = self.build(args.corpus_file, args.index_dir)
-        if args.device != "cpu" and args.index_uri is None:  # what Milvus holds, Milvus searches
+        if args.device != "cpu" and args.index_uri is None:  # an index in Milvus is searched there
             self.index.to(args.device)
 
     def build(self, corpus_file: str, index_dir: str | None) -> PassageIndex:
-        """The index of a corpus; under `index_dir` it is found again by the content of corpus and model."""
+        """Build the index of a corpus, or load it from `index_dir` if the same model built it for the same corpus."""
         if index_dir is None:
             return self.model.build_index(corpus_file, batch_size=self.batch_size)
-        corpus = digest_all(passage for _, passage in checked_passages(read_corpus(corpus_file)))
-        folder = Path(index_dir) / digest([corpus, self.model.fingerprint()])[:16]
+        corpus_digest = digest_all(passage for _, passage in checked_passages(read_corpus(corpus_file)))
+        folder = Path(index_dir) / digest([corpus_digest, self.model.fingerprint()])[:16]
         if folder.is_dir():
-            print(f"The index of this corpus by this model is there: {folder}", flush=True)
+            print(f"Loading the index of this corpus by this model from {folder}", flush=True)
             return self.model.load_index(str(folder), search="exact")
         folder.parent.mkdir(parents=True, exist_ok=True)
         return self.model.build_index(corpus_file, save_directory=folder, batch_size=self.batch_size)
@@ -85,23 +82,23 @@ class CoSupRetriever:
         return len(self.index)
 
     def find(self, ids: Iterable[str]) -> list[int]:
-        """Rows of ids, -1 where there is none."""
+        """Return the rows of passage ids, -1 for an unknown id."""
         return self.index.find(ids).tolist()
 
     def ids_of(self, rows: Iterable[int]) -> list[str]:
-        """Ids of rows, `list[str]`."""
+        """Return the passage ids of rows."""
         return [passage["id"] for passage in self.index.get_passages(rows)]
 
     def embed_queries(self, instances: list[dict[str, Any]]) -> torch.Tensor:
-        """Query embeddings, `torch.FloatTensor` of shape `(N, h)`."""
+        """Return query embeddings, `torch.FloatTensor` of shape `(N, h)`."""
         return embed_queries(self.model, instances, self.batch_size)
 
     def search(self, queries: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """`(scores, rows)`, `numpy.ndarray` of shape `(N, k)`, best first, of the whole corpus."""
+        """Search the whole corpus: `(scores, rows)`, `numpy.ndarray` of shape `(N, k)`, best first."""
         return self.index.search(queries, k)
 
     def scores(self, query: torch.Tensor, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Scores of rows for one query, `numpy.ndarray`."""
+        """Return the scores of rows for one query."""
         return self.index.get_embeddings(rows) @ query.numpy()
 
 
@@ -117,13 +114,15 @@ class Block:
 
 class SentenceRetriever:
     """
-    A sentence-transformers model over a corpus, by exact search. Ids of passages and embeddings are held; with `index_dir` the embeddings are mapped.
+    A sentence-transformers model over a corpus, with exact search.
+
+    Passage ids and embeddings are held in memory; with `index_dir` the embeddings are mapped from files.
 
     Args:
         args: `model`, `corpus_file`, `index_dir`, `batch_size`, `passage_template`, `device`, `dtype`.
 
     Raises:
-        `ValueError`: for a corpus with a missing field or an id that stands there twice; for a similarity that is not an inner product.
+        `ValueError`: for a corpus with a missing field or a repeated id; for a similarity that is no inner product.
         `OSError`: for a model that cannot be loaded.
     """
 
@@ -138,10 +137,13 @@ class SentenceRetriever:
         self.model = SentenceTransformer(args.model, device=args.device, **options).eval()
         if self.model.similarity_fn_name not in ("cosine", "dot"):
             raise ValueError(f"{args.model} compares by {self.model.similarity_fn_name}, expected cosine or dot.")
-        self.template, self.batch_size = args.passage_template, args.batch_size
-        self.rows, self.ids, blocks = {}, [], []
+        self.template = args.passage_template
+        self.batch_size = args.batch_size
+        self.ids: list[str] = []
+        self.rows: dict[str, int] = {}  # passage id -> row
         folder = None if args.index_dir is None else Path(args.index_dir) / self.fingerprint()
-        passages = self.read(args.corpus_file)
+        passages = self.read_passages(args.corpus_file)
+        blocks = []
         with tqdm(desc="Encoding passages", unit=" passages", smoothing=0) as bar:
             while shard := list(islice(passages, SHARD_SIZE)):
                 blocks.append(Block(self.encode_shard(shard, folder, bar)))
@@ -150,84 +152,81 @@ class SentenceRetriever:
         self.exact = ExactSearch(blocks)
         self.searcher = self.exact if args.device == "cpu" else DeviceSearch(blocks, args.device)
 
-    def read(self, corpus_file: str) -> Iterator[dict[str, str]]:
-        """Passages of the corpus, one at a time; their ids are kept."""
+    def read_passages(self, corpus_file: str) -> Iterator[dict[str, str]]:
+        """Read the passages of the corpus, one at a time, and keep their ids."""
         for where, passage in checked_passages(read_corpus(corpus_file)):
             if passage["id"] in self.rows:
-                raise ValueError(f"{where}: id {passage['id']!r} stands in the corpus twice; ids must be unique.")
+                raise ValueError(f"{where}: id {passage['id']!r} is in the corpus twice; ids must be unique.")
             self.rows[passage["id"]] = len(self.ids)
             self.ids.append(passage["id"])
             yield passage
 
     def fingerprint(self) -> str:
-        """What decides an embedding: weights, tokenizer, modules, prompts and template; hex `str`."""
-        total = hashlib.sha256(
-            repr(
-                (str(self.model), self.model.prompts, self.model.default_prompt_name, self.model.max_seq_length)
-            ).encode()
-        )
-        total.update(
-            repr(
-                (self.template, self.model.similarity_fn_name, sorted(self.model.tokenizer.get_vocab().items()))
-            ).encode()
-        )
-        for name, weights in sorted(self.model.state_dict().items()):
+        """Return a hash (hex) of all that decides an embedding: weights, tokenizer, modules, prompts and template."""
+        model = self.model
+        modules = (str(model), model.prompts, model.default_prompt_name, model.max_seq_length)
+        texts = (self.template, model.similarity_fn_name, sorted(model.tokenizer.get_vocab().items()))
+        total = hashlib.sha256(repr(modules).encode())
+        total.update(repr(texts).encode())
+        for name, weights in sorted(model.state_dict().items()):
             total.update(f"{name} {tuple(weights.shape)} {weights.dtype}".encode())
             total.update(weights.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return total.hexdigest()[:16]
 
     def encode_shard(self, passages: list[dict[str, str]], folder: Path | None, bar: tqdm) -> torch.Tensor:
-        """Embeddings of passages, `torch.FloatTensor` of shape `(n, h)`; those that are kept in `folder` are not made again."""
-        path = None if folder is None else folder / f"{digest_all(passages)[:16]}.safetensors"
-        if path is None or not path.exists():
-            texts, parts = [render_passage(passage, self.template) for passage in passages], []
-            for start in range(0, len(texts), SORTED):
-                part = texts[start : start + SORTED]
-                parts.append(
-                    self.normalized(
-                        self.model.encode_document(
-                            part, batch_size=self.batch_size, convert_to_tensor=True, show_progress_bar=False
-                        )
-                    )
-                )
-                bar.update(len(part))
-            embeddings = torch.cat(parts)
-            if path is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-                unfinished = path.with_suffix(".unfinished")
-                write_tensors(unfinished, {"embeddings": embeddings})
-                unfinished.replace(path)
-        else:
+        """Return embeddings, `torch.FloatTensor` of shape `(n, h)`, from the file in `folder` if they are there."""
+        if folder is None:
+            return self.encode(passages, bar)
+        path = folder / f"{digest_all(passages)[:16]}.safetensors"
+        if path.exists():
             bar.update(len(passages))
-        return embeddings if path is None else read(path, map_tensors)["embeddings"]
+        else:
+            embeddings = self.encode(passages, bar)
+            folder.mkdir(parents=True, exist_ok=True)
+            unfinished = path.with_suffix(".unfinished")
+            write_tensors(unfinished, {"embeddings": embeddings})
+            unfinished.replace(path)
+        return read(path, map_tensors)["embeddings"]
+
+    def encode(self, passages: list[dict[str, str]], bar: tqdm) -> torch.Tensor:
+        """Embed passages: `torch.FloatTensor` of shape `(n, h)`."""
+        texts = [render_passage(passage, self.template) for passage in passages]
+        options = {"batch_size": self.batch_size, "convert_to_tensor": True, "show_progress_bar": False}
+        embeddings = []
+        for start in range(0, len(texts), SORT_SIZE):
+            batch = texts[start : start + SORT_SIZE]
+            embeddings.append(self.normalized(self.model.encode_document(batch, **options)))
+            bar.update(len(batch))
+        return torch.cat(embeddings)
 
     def normalized(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Float32 on the CPU; of unit length where the model compares by the cosine."""
+        """Return embeddings in float32 on the CPU, of unit length if the model compares by the cosine."""
         embeddings = embeddings.float().cpu()
-        return F.normalize(embeddings, dim=-1) if self.model.similarity_fn_name == "cosine" else embeddings
+        if self.model.similarity_fn_name == "cosine":
+            embeddings = F.normalize(embeddings, dim=-1)
+        return embeddings
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def find(self, ids: Iterable[str]) -> list[int]:
-        """Rows of ids, -1 where there is none."""
+        """Return the rows of passage ids, -1 for an unknown id."""
         return [self.rows.get(id, -1) for id in ids]
 
     def ids_of(self, rows: Iterable[int]) -> list[str]:
-        """Ids of rows, `list[str]`."""
+        """Return the passage ids of rows."""
         return [self.ids[row] for row in rows]
 
     def embed_queries(self, instances: list[dict[str, Any]]) -> torch.Tensor:
-        """Query embeddings, `torch.FloatTensor` of shape `(N, h)`: of the inputs alone, without instructions."""
+        """Return query embeddings, `torch.FloatTensor` of shape `(N, h)`, of the inputs without instructions."""
         texts = [re.sub(r"\s*\[SEP\]\s*", " ", instance["input"]) for instance in instances]
-        return self.normalized(
-            self.model.encode_query(texts, batch_size=self.batch_size, convert_to_tensor=True, show_progress_bar=True)
-        )
+        options = {"batch_size": self.batch_size, "convert_to_tensor": True, "show_progress_bar": True}
+        return self.normalized(self.model.encode_query(texts, **options))
 
     def search(self, queries: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """`(scores, rows)`, `numpy.ndarray` of shape `(N, k)`, best first, of the whole corpus."""
+        """Search the whole corpus: `(scores, rows)`, `numpy.ndarray` of shape `(N, k)`, best first."""
         return self.searcher.search(queries, k)
 
     def scores(self, query: torch.Tensor, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Scores of rows for one query, `numpy.ndarray`."""
+        """Return the scores of rows for one query."""
         return (self.exact.gather(np.asarray(rows, np.int64)) @ query).numpy()

@@ -210,7 +210,7 @@ def test_gold_that_the_corpus_lacks_is_counted(folder, tmp_path, model):
     [
         ({"num_candidates": 0}, "--num_candidates is 0"),
         ({"index": "index", "corpus_file": None}, "cosine is no CoSup checkpoint; give a --corpus_file"),
-        ({"corpus_file": [*CORPUS, CORPUS[0]]}, "line 11: id 'p0' stands in the corpus twice"),
+        ({"corpus_file": [*CORPUS, CORPUS[0]]}, "line 11: id 'p0' is in the corpus twice"),
         ({"corpus_file": []}, "the corpus holds no passage"),
         ({"corpus_file": [{"id": "p0", "text": ""}]}, "line 1: text is ''"),
         ({"eval_file": [{"id": "1", "input": "q?"}]}, "line 1: answers is None, expected a list of strings"),

@@ -1,4 +1,4 @@
-"""Options from dataclasses, YAML files and the command line, and how wrong ones end."""
+"""Options from dataclasses, YAML files and the command line, and the errors of wrong ones."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -34,7 +34,7 @@ def read(*argv):
 
 @pytest.fixture
 def config(tmp_path):
-    """Writes a config and returns its path."""
+    """A function that writes a config and returns its path."""
 
     def write(text):
         (tmp_path / "config.yaml").write_text(text)
@@ -49,11 +49,8 @@ def test_command_line():
     assert read("a", "--model", "m", "--filters") == Arguments(model="m", words=["a"], filters=[])
     assert read("--model", "m", "--card", "--rate", "1e-4") == Arguments(model="m", card=True, rate=1e-4)
     assert read("--model", "m", "--card", "false").card is False
-    assert read("--model", "m", "--override", "a=1", "b=2", "--kind", "half", "--override=c=3").override == [
-        "a=1",
-        "b=2",
-        "c=3",
-    ]
+    overridden = read("--model", "m", "--override", "a=1", "b=2", "--kind", "half", "--override=c=3")
+    assert overridden.override == ["a=1", "b=2", "c=3"]
 
 
 def test_a_config_sets_what_the_command_line_does_not(config):
@@ -61,10 +58,12 @@ def test_a_config_sets_what_the_command_line_does_not(config):
     expected = Arguments(model="m", steps=7, rate=1e-4, kind="half", quick=True, filters=[], words=["a"])
     assert read("--config", path) == expected
     assert read(f"--config={path}", "--steps", "8", "--filters", "short").steps == 8
-    assert read("--conf", path).rate == 1e-4  # argparse takes a shortened name, so the file must not be passed over
-    assert read("--config", config("model: m\nsteps: '5'\ncard: 'yes'\nrate: null\n")) == Arguments(
-        model="m", steps=5, card=True
-    )
+    assert read("--conf", path).rate == 1e-4  # argparse accepts a shortened name, so the file must be read too
+
+
+def test_values_of_a_config_are_converted_as_on_the_command_line(config):
+    path = config("model: m\nsteps: '5'\ncard: 'yes'\nrate: null\n")
+    assert read("--config", path) == Arguments(model="m", steps=5, card=True)
     assert read("--config", config(""), "--model", "m") == Arguments(model="m")
 
 
@@ -83,13 +82,13 @@ def test_a_config_sets_what_the_command_line_does_not(config):
         ("steps: -1", "error: --steps is -1, expected at least 0."),
     ],
 )
-def test_what_is_wrong_in_a_config_is_said_with_file_and_key(config, text, message):
+def test_an_error_in_a_config_names_file_and_key(config, text, message):
     with pytest.raises(SystemExit) as ending:
         read("--model", "m", "--config", config(text + "\n"))
     assert message in ending.value.code
 
 
-def test_a_config_that_is_not_there(tmp_path):
+def test_a_missing_config_is_named(tmp_path):
     with pytest.raises(SystemExit, match="nothing.yaml: no such file"):
         read("--model", "m", "--config", str(tmp_path / "nothing.yaml"))
 
@@ -104,14 +103,14 @@ def test_a_config_that_is_not_there(tmp_path):
         (["--model", "m", "--config"], "expected one argument"),
     ],
 )
-def test_what_is_wrong_on_the_command_line_is_said_with_the_usage(argv, message, capsys):
+def test_an_error_on_the_command_line_shows_the_usage(argv, message, capsys):
     with pytest.raises(SystemExit) as ending:
         read(*argv)
     assert ending.value.code == 2
     assert message in capsys.readouterr().err
 
 
-def test_help_says_what_it_does_and_the_defaults(capsys):
+def test_help_shows_the_description_and_the_options(capsys):
     with pytest.raises(SystemExit):
         read("--help")
     printed = capsys.readouterr().out

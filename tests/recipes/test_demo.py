@@ -1,4 +1,4 @@
-"""The demo in a real browser: what is asked, retrieved, uploaded and refused, and its parts without one."""
+"""The demo in a real browser: questions, retrieval, uploads and refusals; and its parts without a browser."""
 
 import ast
 import gzip
@@ -40,7 +40,7 @@ MINE = [{"title": f"Mine {ATTACK}", "text": f"Uploaded passage {number}. {ATTACK
 
 @torch.no_grad()
 def eager_model():
-    """A random Gen that retrieves whenever it may: the bias of its last layer norm points at `[NSP]`."""
+    """A random Gen that retrieves whenever it can: the bias of its last layer norm points at `[NSP]`."""
     model = make_model("gpt2", gen_kwargs={"tie_word_embeddings": False, "max_position_embeddings": 2048})
     weight = model.gen.lm_head.weight
     weight[:, 0] = 0
@@ -62,13 +62,14 @@ def checkpoint(tmp_path_factory):
 
 
 class Server:
-    """The demo as the `app.py` of a Space: alone in a folder, where an import of the project would fail."""
+    """The demo as the `app.py` of a Space: alone in a folder in which an import of the project fails."""
 
     def __init__(self, folder, checkpoint):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.url, self.log = f"http://127.0.0.1:{port}", folder / "log"
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = folder / "log"
         shutil.copy(RECIPES / "demo.py", folder / "app.py")
         for name in ("modeling_cosup", "trainer", "cli"):
             (folder / f"{name}.py").write_text("raise SystemExit('the project was imported')")
@@ -76,17 +77,16 @@ class Server:
             "COSUP_MODEL": checkpoint / "tiny-model",
             "COSUP_INDEX": checkpoint / "index",
             "COSUP_EXAMPLES": "who painted it?|where?",
-        }
-        variables |= {
             "HF_HOME": folder / "hf_home",
             "GRADIO_TEMP_DIR": folder / "gradio",
             "GRADIO_SERVER_NAME": "127.0.0.1",
             "GRADIO_SERVER_PORT": port,
         }
-        dropped = ("PYTHONPATH", "HF_MODULES_CACHE", "GRADIO_ANALYTICS_ENABLED")
-        environment = {name: value for name, value in os.environ.items() if name not in dropped} | {
-            name: str(value) for name, value in variables.items()
-        }
+        environment = os.environ.copy()
+        for name in ("PYTHONPATH", "HF_MODULES_CACHE", "GRADIO_ANALYTICS_ENABLED"):
+            environment.pop(name, None)
+        for name, value in variables.items():
+            environment[name] = str(value)
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "app.py"],
@@ -98,7 +98,7 @@ class Server:
             )
 
     def wait(self):
-        """Until the page is there."""
+        """Wait until the page is served."""
         waiting = threading.Event()
         for _ in range(1200):
             if self.process.poll() is not None:
@@ -135,15 +135,20 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def visit(server, browser):
-    """Opens the page for a new visitor; in the end, no request has left this machine and no script has failed."""
+    """
+    A function that opens the page for a new visitor.
+
+    In the end, no request may have left this machine, and no script may have failed.
+    """
     contexts, urls, failures = [], [], []
 
     def visit():
-        contexts.append(browser.new_context(viewport={"width": 1280, "height": 800}))
-        contexts[-1].set_default_timeout(30_000)
-        contexts[-1].on("request", lambda request: urls.append(urlparse(request.url)))
-        contexts[-1].on("weberror", lambda error: failures.append(str(error.error)))
-        page = contexts[-1].new_page()
+        context = browser.new_context(viewport={"width": 1280, "height": 800})
+        contexts.append(context)
+        context.set_default_timeout(30_000)
+        context.on("request", lambda request: urls.append(urlparse(request.url)))
+        context.on("weberror", lambda error: failures.append(str(error.error)))
+        page = context.new_page()
         page.goto(server.url)
         page.wait_for_selector("#question textarea")
         return page
@@ -156,7 +161,7 @@ def visit(server, browser):
 
 
 def ask(page, question, retrieval="Automatic"):
-    """Ask and wait for the end of the answer: its text, and its cards' texts."""
+    """Ask, wait for the end of the answer, and return its text and the texts of its passages."""
     page.locator("#retrieval").get_by_text(retrieval, exact=True).click()
     page.fill("#question textarea", question)
     page.click("#ask")
@@ -175,36 +180,38 @@ def upload(page, path):
     page.click("#index")
 
 
-def test_an_answer_streams_beside_its_passages(visit):
+WATCH_THE_ANSWER = """
+    window.seen = [];
+    const look = () => window.seen.push(
+        [document.querySelector('.cosup-caret') != null, document.querySelectorAll('mark').length]
+    );
+    new MutationObserver(look).observe(document.querySelector('#answer'), {childList: true, subtree: true});
+"""
+
+
+def test_an_answer_streams_with_its_passages(visit):
     page = visit()
     assert "An index of 6 passages is searched." in page.inner_text("#status")
-    page.evaluate(
-        "window.seen = []; new MutationObserver(() => window.seen.push([document.querySelector('.cosup-caret') != null, "
-        "document.querySelectorAll('mark').length])).observe(document.querySelector('#answer'), {childList: true, subtree: true})"
-    )
+    page.evaluate(WATCH_THE_ANSWER)
     text, cards = ask(page, "who painted the Night Watch?")
     seen = page.evaluate("window.seen")
-    assert any(caret and 0 < marks < 16 for caret, marks in seen) and seen[-1] == [
-        False,
-        16,
-    ]  # it was there before it was whole
+    assert any(caret and 0 < marks < 16 for caret, marks in seen)  # a part of it was shown before the whole
+    assert seen[-1] == [False, 16]
     cited = [int(number) for number in re.findall(r"\[(\d+)\]", text)]
-    assert (
-        len(cited) == page.locator("mark.cosup-grounded").count() == 16 > len(cards)
-    )  # a passage that is cited again keeps its number
-    assert (
-        list(dict.fromkeys(cited)) == list(range(1, len(cards) + 1)) and len(text) > 16 * 4
-    )  # and then there is text
+    assert len(cited) == 16
+    assert page.locator("mark.cosup-grounded").count() == 16
+    assert len(cards) < 16  # a passage that is cited again keeps its number
+    assert list(dict.fromkeys(cited)) == list(range(1, len(cards) + 1))
+    assert len(text) > 16 * 4  # there is text, not only citations
     for number, card in enumerate(cards, 1):
-        assert (
-            card.startswith(f"[{number}]")
-            and "cosine" in card
-            and any(passage["text"] in card for passage in PASSAGES)
-        )
+        assert card.startswith(f"[{number}]")
+        assert "cosine" in card
+        assert any(passage["text"] in card for passage in PASSAGES)
     page.get_by_text("More settings").click()
     page.get_by_label("number input for Passages for each [NSP]").fill("3")
     text, cards = ask(page, "and with three passages?", "Forced")
-    assert text.lstrip().startswith("[1][2][3]") and len(cards) >= 3
+    assert text.lstrip().startswith("[1][2][3]")
+    assert len(cards) >= 3
     page.locator("#min-score textarea").fill("2")
     assert ask(page, "and with none that is good enough?")[1] == []
     page.get_by_text("where?", exact=True).click()  # an example
@@ -214,35 +221,42 @@ def test_an_answer_streams_beside_its_passages(visit):
 def test_retrieval_can_be_switched_off_and_forced(visit):
     page = visit()
     text, cards = ask(page, "without?", "Off")
-    assert (
-        text.strip() and "[1]" not in text and cards == [] and "Nothing was retrieved." in page.inner_text("#answer")
-    )
+    assert text.strip()
+    assert "[1]" not in text
+    assert cards == []
+    assert "Nothing was retrieved." in page.inner_text("#answer")
     text, cards = ask(page, "with?", "Forced")
-    assert cards and text.lstrip().startswith("[1]")
+    assert cards
+    assert text.lstrip().startswith("[1]")
 
 
-def test_a_corpus_is_searched_by_the_one_who_uploaded_it(visit, tmp_path):
-    page, other = visit(), visit()
+def test_a_corpus_is_searched_only_by_the_visitor_who_uploaded_it(visit, tmp_path):
+    page, other_page = visit(), visit()
     path = tmp_path / "corpus.jsonl.gz"
     path.write_bytes(gzip.compress("\n".join(map(json.dumps, MINE * 50)).encode()))
     upload(page, path)
     page.locator("#status").get_by_text("Your corpus of 150 passages is searched now, by you alone.").wait_for()
     _, cards = ask(page, f"mine? {ATTACK}")
     assert ATTACK in page.inner_text(".cosup-question")  # shown as it is, not run
-    assert cards and all(f"Mine {ATTACK}" in card and card.count(ATTACK) == 2 for card in cards)
-    assert page.evaluate("window.hacked") is None and page.locator("#answer img, #answer script").count() == 0
+    assert cards
+    for card in cards:
+        assert f"Mine {ATTACK}" in card
+        assert card.count(ATTACK) == 2
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("#answer img, #answer script").count() == 0
     assert "searched: your corpus" in page.inner_text("#answer")
-    _, cards = ask(other, "theirs?")
-    assert (
-        cards and "Uploaded" not in str(cards) and "An index of 6 passages is searched." in other.inner_text("#status")
-    )
+    _, cards = ask(other_page, "theirs?")
+    assert cards
+    assert "Uploaded" not in str(cards)
+    assert "An index of 6 passages is searched." in other_page.inner_text("#status")
     page.click("#back")
     page.locator("#status").get_by_text("An index of 6 passages is searched.").wait_for()
     _, cards = ask(page, "the first again?")
-    assert cards and "Uploaded" not in str(cards)
+    assert cards
+    assert "Uploaded" not in str(cards)
 
 
-def test_errors_are_shown_and_the_demo_lives_on(visit, server, tmp_path):
+def test_errors_are_shown_and_the_demo_goes_on(visit, server, tmp_path):
     page = visit()
     page.click("#ask")
     page.get_by_text("Write a question first.").wait_for()
@@ -252,19 +266,18 @@ def test_errors_are_shown_and_the_demo_lives_on(visit, server, tmp_path):
     page.locator("#status").get_by_text("Not indexed. Line 2: id '<img src=x onerror").wait_for()
     toast = page.locator("[data-testid=toast-body]")
     toast.get_by_text("Line 2: id '<img").wait_for()
-    assert (
-        page.evaluate("window.hacked") is None
-        and page.locator("[data-testid=toast-body] img, #status img").count() == 0
-    )
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("[data-testid=toast-body] img, #status img").count() == 0
     page.fill("#question textarea", "é" * 1900)
     page.click("#ask")
     toast.get_by_text("tokens, but Gen reads 2,048").wait_for()
-    assert str(tmp_path) not in page.content() and "Traceback" not in page.content()
+    assert str(tmp_path) not in page.content()
+    assert "Traceback" not in page.content()
     assert ask(page, "still there?")[1]
     assert "Traceback" not in server.log.read_text()
 
 
-# ------------------------------------------------------------------ its parts
+# ------------------------------------------------------------------ without a browser
 
 
 @pytest.fixture(scope="module")
@@ -286,27 +299,30 @@ def visitor(name="a session"):
 
 
 def test_the_file_needs_nothing_of_the_project():
-    nodes = list(ast.walk(ast.parse((RECIPES / "demo.py").read_text())))
-    names = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
+    names = set()
+    for node in ast.walk(ast.parse((RECIPES / "demo.py").read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
     assert names - sys.stdlib_module_names == {"gradio", "torch", "transformers"}
 
 
 def test_the_files_of_a_space():
     _, front, _ = (RECIPES / "space" / "README.md").read_text().split("---\n", 2)
     matter = yaml.safe_load(front)
-    assert (matter["sdk"], matter["app_file"]) == ("gradio", "app.py") and isinstance(matter["sdk_version"], str)
-    needed = {
-        line.split(">")[0]
-        for line in (RECIPES / "space" / "requirements.txt").read_text().splitlines()
-        if line and line[0] != "#"
-    }
-    assert needed == {"torch", "transformers", "faiss-cpu", "pyarrow"}  # gradio comes with the SDK
+    assert (matter["sdk"], matter["app_file"]) == ("gradio", "app.py")
+    assert isinstance(matter["sdk_version"], str)
+    requirements = set()
+    for line in (RECIPES / "space" / "requirements.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            requirements.add(line.split(">")[0])
+    assert requirements == {"torch", "transformers", "faiss-cpu", "pyarrow"}  # gradio comes with the SDK
 
 
 @pytest.fixture
 def slow(module, monkeypatch):
-    """A Gen that after a few tokens waits for the one who stops it; or goes on after a minute."""
+    """A Gen that waits after a few tokens until it is stopped, or for a minute."""
 
     class Slow(module.Stop):
         calls = 0
@@ -322,20 +338,25 @@ def slow(module, monkeypatch):
 
 def test_stop_ends_the_answer(demo, slow):
     pages = demo.ask("who?", "Off", 1, 512, "", None, visitor())
-    next(pages), next(pages)
+    next(pages)
+    next(pages)
     demo.stop(visitor("another session"))
     assert not demo.running["a session"].is_set()
     demo.stop(visitor())
-    rest = list(pages)
-    assert 1 <= len(rest) <= 6 and "cosup-caret" not in rest[-1][0] and demo.running == {}
+    last_pages = [page for page, _ in pages]
+    assert 1 <= len(last_pages) <= 6
+    assert "cosup-caret" not in last_pages[-1]
+    assert demo.running == {}
 
 
 def test_a_visitor_who_leaves_stops_generation(demo, slow):
     pages = demo.ask("who?", "Off", 1, 512, "", None, visitor())
-    next(pages), next(pages)
-    threads = threading.active_count()
+    next(pages)
+    next(pages)
+    num_threads = threading.active_count()
     pages.close()
-    assert threading.active_count() == threads - 1 and demo.running == {}
+    assert threading.active_count() == num_threads - 1
+    assert demo.running == {}
     demo.stop(visitor())  # nothing is running
 
 
@@ -344,35 +365,39 @@ def test_an_error_of_the_search_is_shown_without_its_path(module, demo, monkeypa
         raise OSError("cannot read /srv/secret/index.bin: gone")
 
     monkeypatch.setattr(demo.index, "search", fail)
-    pages, shown = demo.ask("who?", "Forced", 1, 8, "", None, visitor()), []
     with pytest.raises(module.gr.Error) as error:
-        shown.extend(page for page, _ in pages)
-    assert (
-        "The search failed" in error.value.message
-        and "gone" in error.value.message
-        and "secret" not in error.value.message
-    )
+        list(demo.ask("who?", "Forced", 1, 8, "", None, visitor()))
+    message = error.value.message
+    assert "The search failed" in message
+    assert "gone" in message
+    assert "secret" not in message
     monkeypatch.undo()
-    assert "cosup-passage-1" in list(demo.ask("who?", "Forced", 1, 8, "", None, visitor()))[-1][0]
+    *_, (page, _) = demo.ask("who?", "Forced", 1, 8, "", None, visitor())
+    assert "cosup-passage-1" in page
 
 
-def test_what_cannot_be_asked(module, demo):
-    refused = [
+@pytest.mark.parametrize(
+    ("question", "min_score", "message"),
+    [
         ("  ", "", "Write a question"),
         ("a" * 2001, "", "2,001 characters, expected 2,000 at most"),
-        ("who?", "high", "The least score is .*high"),
-    ]
-    for question, min_score, reason in refused:
-        with pytest.raises(module.gr.Error, match=reason):
-            next(demo.ask(question, "Off", 1, 8, min_score, None, visitor()))
+        ("who?", "high", "The minimum score is .*high"),
+    ],
+    ids=["no question", "a long question", "no number"],
+)
+def test_a_bad_question_is_refused(module, demo, question, min_score, message):
+    with pytest.raises(module.gr.Error, match=message):
+        next(demo.ask(question, "Off", 1, 8, min_score, None, visitor()))
 
 
 def test_without_an_index_and_without_emb_seq(module, checkpoint):
     demo = module.Demo(module.parse(["--model", str(checkpoint / "tiny-model"), "--no-upload"]))
-    assert demo.model.emb_seq is None and "There is no index" in demo.default_status()
+    assert demo.model.emb_seq is None
+    assert "There is no index" in demo.default_status()
     assert "without Emb_seq" in str(demo.page().get_config_file()["components"])
-    answer = list(demo.ask("who?", "Automatic", 1, 8, "", None, visitor()))[-1][0]
-    assert "there is no index" in answer and "cosup-passage-1" not in answer
+    *_, (page, _) = demo.ask("who?", "Automatic", 1, 8, "", None, visitor())
+    assert "there is no index" in page
+    assert "cosup-passage-1" not in page
     with pytest.raises(module.gr.Error, match="There is no index to retrieve from"):
         next(demo.ask("who?", "Forced", 1, 8, "", None, visitor()))
 
@@ -385,41 +410,41 @@ def test_a_model_must_be_named(module, capsys, monkeypatch):
     monkeypatch.setenv("COSUP_EXAMPLES", "one?| two? |")
     monkeypatch.setenv("COSUP_UPLOAD", "0")
     args = module.parse(["--model", "here"])
-    assert args.examples == ["one?", "two?"] and args.upload is False
+    assert args.examples == ["one?", "two?"]
+    assert args.upload is False
 
 
 # ------------------------------------------------------------------ corpora
 
-GOOD = {
-    "corpus.jsonl": '\ufeff{"id": "a", "title": "T", "text": "one"}\n\n{"text": "two\u2028still", "title": null}\n',
-    "corpus.csv": 'id,title,text\na,T,one\n,,"two\n\nstill"\n',
-    "corpus.TXT": "\n\none\nmore\n \ntwo\n",
+GOOD = {  # file name -> content, passages
+    "corpus.jsonl": (
+        '\ufeff{"id": "a", "title": "T", "text": "one"}\n\n{"text": "two\u2028still", "title": null}\n',
+        [{"id": "a", "title": "T", "text": "one"}, {"id": "line 3", "title": "", "text": "two\u2028still"}],
+    ),
+    "corpus.csv": (
+        'id,title,text\na,T,one\n,,"two\n\nstill"\n',
+        [{"id": "a", "title": "T", "text": "one"}, {"id": "line 5", "title": "", "text": "two\n\nstill"}],
+    ),
+    "corpus.TXT": (
+        "\n\none\nmore\n \ntwo\n",
+        [{"id": "line 3", "title": "", "text": "one\nmore"}, {"id": "line 6", "title": "", "text": "two"}],
+    ),
 }
 
 
 @pytest.mark.parametrize("name", GOOD)
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_corpus_is_read(module, tmp_path, name, packed):
-    path = tmp_path / (name + ".gz" * packed)
-    path.write_bytes(gzip.compress(GOOD[name].encode()) if packed else GOOD[name].encode())
-    expected = {
-        "corpus.jsonl": [
-            {"id": "a", "title": "T", "text": "one"},
-            {"id": "line 3", "title": "", "text": "two\u2028still"},
-        ],
-        "corpus.csv": [
-            {"id": "a", "title": "T", "text": "one"},
-            {"id": "line 5", "title": "", "text": "two\n\nstill"},
-        ],
-        "corpus.TXT": [
-            {"id": "line 3", "title": "", "text": "one\nmore"},
-            {"id": "line 6", "title": "", "text": "two"},
-        ],
-    }
-    assert module.read_upload(str(path)) == expected[name]
+@pytest.mark.parametrize("is_packed", [False, True], ids=["plain", "packed"])
+def test_a_corpus_is_read(module, tmp_path, name, is_packed):
+    text, passages = GOOD[name]
+    path = tmp_path / name
+    path.write_bytes(text.encode())
+    if is_packed:
+        path = tmp_path / f"{name}.gz"
+        path.write_bytes(gzip.compress(text.encode()))
+    assert module.read_upload(str(path)) == passages
 
 
-BAD = {
+BAD = {  # file name, content, message
     "an object without text": (
         "a.jsonl",
         b'{"text": "a"}\n{"title": "b"}',
@@ -432,15 +457,15 @@ BAD = {
     "deep JSON": ("a.jsonl", b"[" * 200_000, "Line 1: this JSON cannot be read"),
     "a long number": ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "Line 1: this JSON cannot be read"),
     "half a pair": ("a.jsonl", b'{"text": "\\ud800"}', "Line 1: text holds half a surrogate pair"),
-    "an id twice": ("a.csv", b"id,text\na,b\nc,d\na,e\n", "Line 4: id 'a' already stands in line 2"),
+    "an id twice": ("a.csv", b"id,text\na,b\nc,d\na,e\n", "Line 4: id 'a' is already in line 2"),
     "no column": ("a.csv", b"title,body\na,b\n", "Line 1: found the columns 'title, body', expected one named text"),
     "too many cells": ("a.csv", b"text\na\nb,c\n", "Line 3: found more cells than the 1 columns"),
     "too few cells": ("a.csv", b"text,title\na\n", "Line 2: found fewer cells than the 2 columns"),
     "a quote left open": ("a.csv", b'text\n"a\n', "malformed CSV"),
-    "another encoding": ("a.txt", "one\n\ntw\xf6".encode("latin-1"), "Line 3: the byte 0xf6 is no UTF-8"),
+    "another encoding": ("a.txt", "one\n\ntw\xf6".encode("latin-1"), "Line 3: the byte 0xf6 is not UTF-8"),
     "nothing": ("a.txt", b"\n \n", "holds no passage"),
-    "no gzip": ("a.txt.gz", b"one", "no whole .gz file"),
-    "a gzip cut off": ("a.jsonl.gz", gzip.compress(b'{"text": "a"}')[:-9], "no whole .gz file"),
+    "no gzip": ("a.txt.gz", b"one", "not a complete .gz file"),
+    "a gzip cut off": ("a.jsonl.gz", gzip.compress(b'{"text": "a"}')[:-9], "not a complete .gz file"),
     "a bomb": ("a.jsonl.gz", gzip.compress(bytes(6 * 2**20)), "more than 5 MB when it is unpacked"),
     "too many": ("a.txt", b"a\n\n" * 2001, "Line 4001: the corpus holds more than 2,000 passages"),
     "a long text": ("a.txt", b"a\n\n" + b"b" * 10_001, "Line 3: text has 10,001 characters, expected 10,000 at most"),
@@ -450,9 +475,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("name", "content", "reason"), BAD.values(), ids=BAD)
-def test_a_corpus_is_refused_with_the_line(module, tmp_path, name, content, reason):
+@pytest.mark.parametrize(("name", "content", "message"), BAD.values(), ids=BAD)
+def test_a_bad_corpus_is_refused_with_its_line(module, tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=reason) as error:
+    with pytest.raises(ValueError, match=message) as error:
         module.read_upload(str(tmp_path / name))
     assert str(tmp_path) not in str(error.value)

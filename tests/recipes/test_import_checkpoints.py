@@ -1,22 +1,19 @@
-"""Models that exist as CoSup checkpoints: pairs in the layout of the paper's, whose own algorithm is written out here, and retrievers of other makers."""
+"""CoSup checkpoints of existing models: pairs of the paper, with its algorithm written out, and other retrievers."""
 
 import importlib.util
 import json
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import processors
-from transformers import AutoConfig, AutoModel, LogitsProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LogitsProcessor
 
 from modeling_cosup import CoSupForCausalLM
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_prompt, pad_rows, render_passage
 from support.models import PASSAGES, make_emb_seq, make_gen, make_model, make_tokenizer
-
-ROOT = Path(__file__).parents[2]
+from support.recipes import ROOT, flags, run
 
 INSTRUCTION, QUESTION = "Answer the following question.", "who painted the Night Watch?"
 THEIR_TOKENS = ["<PAD>", "[Cs]", "[Ce]", "[Ret]"]
@@ -24,7 +21,7 @@ TITLED = [passage for passage in PASSAGES if "[NSP]" not in passage["text"]]
 
 
 def import_here(monkeypatch, *argv):
-    """`recipes/import_checkpoints.py` in this process, which spares the imports."""
+    """Run `recipes/import_checkpoints.py` in this process, which spares the imports."""
     from import_checkpoints import main
 
     monkeypatch.setattr(sys, "argv", ["import_checkpoints.py", *map(str, argv)])
@@ -32,7 +29,7 @@ def import_here(monkeypatch, *argv):
 
 
 def refused(monkeypatch, output, *argv):
-    """What the recipe says as it refuses; it must leave nothing behind."""
+    """Return the error with which the recipe refuses; it must write nothing."""
     before = sorted(output.parent.iterdir())
     with pytest.raises(SystemExit) as ending:
         import_here(monkeypatch, *argv, "--output_dir", output)
@@ -46,11 +43,20 @@ def embeddings(model, passages):
     return model.encode_passages(ids, mask)
 
 
+def prompt_and_nsp(model, question, instruction=""):
+    """Token ids of a prompt and `[NSP]`, `(1, T)`."""
+    return torch.tensor([[*encode_prompt(model.tokenizer, question, instruction), model.config.nsp_token_id]])
+
+
+def query_embeddings(model, ids):
+    return model.encode_queries(ids, torch.ones_like(ids))
+
+
 # ---------------------------------------------------------------------- the paper's pairs
 
 
 def their_pair(folder, tokenizer_in=("gen", "emb_seq"), **kwargs):
-    """A tiny pair in the layout of the released ones, and the tokenizer that it was trained with."""
+    """Write a tiny pair in the layout of the released ones, and return the tokenizer that it was trained with."""
     base, tokenizer = make_tokenizer(pad=None), make_tokenizer(pad=None)
     tokenizer.add_special_tokens({"pad_token": "<PAD>"})
     tokenizer.add_tokens(THEIR_TOKENS[1:], special_tokens=True)
@@ -64,132 +70,130 @@ def their_pair(folder, tokenizer_in=("gen", "emb_seq"), **kwargs):
 
 
 class Steer(LogitsProcessor):
-    """Random models write neither `[Ret]` nor `[Ce]`: this writes them by a rule that reads the row's own tokens alone."""
+    """Makes random models write `[Ret]` and `[Ce]`, by a rule that reads only the tokens of the row."""
 
     def __init__(self, tokenizer, closes):
         self.pad, self.cs, self.ce, self.ret = tokenizer.convert_tokens_to_ids(THEIR_TOKENS)
-        self.eos, self.closes = tokenizer.eos_token_id, closes
+        self.eos = tokenizer.eos_token_id
+        self.closes = closes  # whether grounded text ends with [Ce] before the next [Ret]
 
     def __call__(self, input_ids, scores):
         scores = scores.clone()
         scores[:, [self.pad, self.ce, self.ret, self.eos]] = -1e4
         for row, ids in enumerate(input_ids.tolist()):
-            ids = [id for id in ids if id != self.pad]
-            since = next((i for i, id in enumerate(reversed(ids)) if id in (self.cs, self.ce)), None)
-            wait = 3 + ids[-1] % 3
-            if since is None or ids[-1 - since] == self.ce:
-                event = self.ret if (since is None and len(ids) % 2) or (since is not None and since >= wait) else None
-            else:
-                event = (self.ce if self.closes else self.ret) if since >= wait else None
-            if event is not None:
-                scores[row, event] = 1e4
+            token = self.next_control_token([id for id in ids if id != self.pad])
+            if token is not None:
+                scores[row, token] = 1e4
         return scores
+
+    def next_control_token(self, ids):
+        """Return `[Ret]`, `[Ce]` or `None`, by the number of tokens since the last `[Cs]` or `[Ce]`."""
+        positions = [i for i, id in enumerate(ids) if id in (self.cs, self.ce)]
+        if not positions:
+            return self.ret if len(ids) % 2 else None
+        num_tokens_since = len(ids) - 1 - positions[-1]
+        if num_tokens_since < 3 + ids[-1] % 3:
+            return None
+        is_open = ids[positions[-1]] == self.cs
+        return self.ce if is_open and self.closes else self.ret
 
 
 @torch.no_grad()
-def their_answer(folder, tokenizer, prompt, steer, num_tokens, separate=False, puts_ce_in=True):
+def their_answer(folder, tokenizer, prompt, steer, num_tokens, separate=False, inserts_ce=True):
     """
-    What the paper's own code does, token by token, without cache and greedily: one prompt, one passage at a time.
+    Do what the paper's own code does, greedily, token by token and without a cache: one prompt, one passage at a time.
 
-    `puts_ce_in=False` leaves out one thing: the `[Ce]` before a `[Ret]` that was written while `[Cs]` was open.
+    `inserts_ce=False` leaves out one thing: the `[Ce]` before a `[Ret]` that was written while `[Cs]` was open.
     """
-    gen, emb_seq = make_gen("llama"), AutoModel.from_pretrained(folder / "emb_seq")
-    gen = type(gen).from_pretrained(folder / "gen")
+    gen = AutoModelForCausalLM.from_pretrained(folder / "gen").eval()
+    emb_seq = AutoModel.from_pretrained(folder / "emb_seq")
     _, cs, ce, ret = tokenizer.convert_tokens_to_ids(THEIR_TOKENS)
     texts = [f"{p['title']} :: {p['text']}" if p["title"] else p["text"] for p in TITLED]
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     vectors = [emb_seq(torch.tensor([[tokenizer.bos_token_id, *row]])).last_hidden_state[0, -1] for row in rows]
-    ids, found, decoded, may_close = list(prompt), [], 0, not separate
-    while decoded < num_tokens:
+    ids, retrieved = list(prompt), []
+    may_close = not separate
+    num_decoded = 0
+    while num_decoded < num_tokens:
         if ids[-1] == ret:
             reader = emb_seq if separate else gen.model
             query = reader(torch.tensor([ids])).last_hidden_state[0, -1]
             best = int(torch.stack([query @ vector for vector in vectors]).argmax())
-            found.append(TITLED[best]["id"])
-            before = ids[:-1]
-            is_open = cs in before and ce not in before[len(before) - 1 - before[::-1].index(cs) :]
-            ids = [*before, *([ce] if is_open and puts_ce_in else []), ret, *rows[best], cs]
+            retrieved.append(TITLED[best]["id"])
+            ids.pop()
+            is_open = cs in ids and ce not in ids[len(ids) - 1 - ids[::-1].index(cs) :]
+            if is_open and inserts_ce:
+                ids.append(ce)
+            ids += [ret, *rows[best], cs]
             may_close = True
             continue
         scores = gen(torch.tensor([ids])).logits[:, -1]
         scores = steer(torch.tensor([ids]), scores)[0]
         scores[[cs] if may_close else [cs, ce]] = float("-inf")
         ids.append(int(scores.argmax()))
-        decoded += 1
+        num_decoded += 1
         may_close = may_close and ids[-1] != ce
         if ids[-1] == tokenizer.eos_token_id:
             break
-    return ids, found
+    return ids, retrieved
 
 
 @pytest.mark.parametrize("tokenizer_in", [("gen", "emb_seq"), ()])
 @pytest.mark.parametrize("paper", ["cosupervision", "separate"])
 def test_a_pair_of_the_paper_generates_as_theirs_does(tmp_path, monkeypatch, paper, tokenizer_in):
     tokenizer = their_pair(tmp_path, tokenizer_in)
-    options = [] if tokenizer_in else ["--tokenizer", tmp_path / "base"]
-    import_here(
-        monkeypatch,
-        "--gen",
-        tmp_path / "gen",
-        "--emb_seq",
-        tmp_path / "emb_seq",
-        "--paper",
-        paper,
-        "--output_dir",
-        tmp_path / "out",
-        *options,
-    )
+    options = flags(gen=tmp_path / "gen", emb_seq=tmp_path / "emb_seq", paper=paper, output_dir=tmp_path / "out")
+    if not tokenizer_in:
+        options += flags(tokenizer=tmp_path / "base")
+    import_here(monkeypatch, *options)
     model = CoSupForCausalLM.from_pretrained(tmp_path / "out")
     config = model.config
-    assert [
-        model.tokenizer.pad_token_id,
-        config.cs_token_id,
-        config.ce_token_id,
-        config.nsp_token_id,
-    ] == tokenizer.convert_tokens_to_ids(THEIR_TOKENS)
-    assert (config.similarity, config.temperature, config.nsp_loss_weight, config.emb_seq_pooling) == (
-        "dot",
-        1.0,
-        0.01,
-        "lasttoken",
-    )
-    assert model.emb_seq_tokenizer is model.tokenizer and config.query_from == (
-        "gen" if paper == "cosupervision" else "emb_seq"
-    )
-    for part in ("gen", "emb_seq"):  # no row was touched, those of their tokens neither
-        theirs = type(getattr(model, part)).from_pretrained(tmp_path / part).state_dict()
-        assert all(torch.equal(value, theirs[name]) for name, value in getattr(model, part).state_dict().items())
+    token_ids = [model.tokenizer.pad_token_id, config.cs_token_id, config.ce_token_id, config.nsp_token_id]
+    assert token_ids == tokenizer.convert_tokens_to_ids(THEIR_TOKENS)
+    assert (config.similarity, config.temperature, config.nsp_loss_weight) == ("dot", 1.0, 0.01)
+    assert config.emb_seq_pooling == "lasttoken"
+    assert config.query_from == {"cosupervision": "gen", "separate": "emb_seq"}[paper]
+    assert model.emb_seq_tokenizer is model.tokenizer
+    for name, part in (("gen", model.gen), ("emb_seq", model.emb_seq)):  # no weight was changed
+        their_weights = type(part).from_pretrained(tmp_path / name).state_dict()
+        assert all(torch.equal(value, their_weights[key]) for key, value in part.state_dict().items())
     text = f"{INSTRUCTION}## Input:\n\n{QUESTION}## Output:\n\n"
     prompt = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
     assert encode_prompt(model.tokenizer, QUESTION, INSTRUCTION) == prompt
-    index, separate = model.build_index(TITLED, show_progress_bar=False), paper == "separate"
+    index = model.build_index(TITLED, show_progress_bar=False)
 
-    def ours(closes, **options):
+    def our_answer(closes):
         inputs = torch.tensor([prompt])
-        call = {
-            "attention_mask": torch.ones_like(inputs),
-            "retriever": index,
-            "max_new_tokens": 60,
-            "return_dict_in_generate": True,
-        }
-        out = model.generate(inputs, logits_processor=[Steer(tokenizer, closes)], **call, **options)
+        out = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            retriever=index,
+            logits_processor=[Steer(tokenizer, closes)],
+            max_new_tokens=60,
+            return_dict_in_generate=True,
+        )
         return out.sequences[0].tolist(), [retrieval.passages[0]["id"] for retrieval in out.retrievals[0]]
 
-    theirs = their_answer(tmp_path, tokenizer, prompt, Steer(tokenizer, True), 60, separate)
-    assert ours(closes=True) == theirs and len(theirs[1]) >= 3
-    # [Ret] inside [Cs]…: they put a [Ce] in, this project does not; in all else, and up to there, both write the same
-    theirs = their_answer(tmp_path, tokenizer, prompt, Steer(tokenizer, False), 60, separate)
-    without = their_answer(tmp_path, tokenizer, prompt, Steer(tokenizer, False), 60, separate, puts_ce_in=False)
-    assert ours(closes=False) == without != theirs and len(without[1]) >= 3
-    same = next(i for i, (first, second) in enumerate(zip(without[0], theirs[0], strict=False)) if first != second)
-    assert (
-        theirs[0][same : same + 2] == tokenizer.convert_tokens_to_ids(["[Ce]", "[Ret]"])
-        and without[0][same] == config.nsp_token_id
-    )
-    assert theirs[1][:2] == without[1][:2]
+    def paper_answer(closes, inserts_ce=True):
+        steer = Steer(tokenizer, closes)
+        return their_answer(tmp_path, tokenizer, prompt, steer, 60, paper == "separate", inserts_ce)
+
+    theirs = paper_answer(closes=True)
+    assert our_answer(closes=True) == theirs
+    assert len(theirs[1]) >= 3
+    # A [Ret] inside [Cs]…: they insert a [Ce], this project does not. Apart from that, both write the same.
+    their_ids, their_passages = paper_answer(closes=False)
+    ids, passages = paper_answer(closes=False, inserts_ce=False)
+    assert our_answer(closes=False) == (ids, passages)
+    assert len(passages) >= 3
+    first_difference = next(i for i in range(len(ids)) if ids[i] != their_ids[i])
+    inserted = tokenizer.convert_tokens_to_ids(["[Ce]", "[Ret]"])
+    assert their_ids[first_difference : first_difference + 2] == inserted
+    assert ids[first_difference] == config.nsp_token_id
+    assert their_passages[:2] == passages[:2]
 
 
-def test_their_pairs_are_known_by_name(tmp_path, monkeypatch):
+def test_the_pairs_of_the_paper_are_recognised_by_name(tmp_path, monkeypatch):
     names = {
         "kaist-ai/separate_supervision-gen-Llama2_7b": "gen",
         "kaist-ai/separate_supervision-emb_seq-Llama2_7b": "emb_seq",
@@ -206,34 +210,32 @@ def test_their_pairs_are_known_by_name(tmp_path, monkeypatch):
 
 
 def test_a_pair_that_does_not_fit_is_refused(tmp_path, monkeypatch):
-    tokenizer, out = their_pair(tmp_path), tmp_path / "out"
+    tokenizer = their_pair(tmp_path)
+    out = tmp_path / "out"
     pair = ["--gen", tmp_path / "gen", "--emb_seq", tmp_path / "emb_seq"]
     paper = [*pair, "--paper", "cosupervision"]
-    assert "say --paper cosupervision" in refused(monkeypatch, out, *pair)
+    assert "give --paper cosupervision" in refused(monkeypatch, out, *pair)
     make_tokenizer(vocab_size=300).save_pretrained(tmp_path / "small")
     message = refused(monkeypatch, out, *paper, "--tokenizer", tmp_path / "small")
-    assert f"embeddings of {len(tokenizer)} tokens, the tokenizer has" in message and "--tokenizer" in message
+    assert f"embeddings of {len(tokenizer)} tokens, the tokenizer has" in message
+    assert "--tokenizer" in message
     some = make_tokenizer(pad=None)
     some.add_tokens(["[Cs]", "[Ret]"], special_tokens=True)
     some.save_pretrained(tmp_path / "some")
-    assert "lacks <PAD> [Ce] of the paper's tokens" in refused(
-        monkeypatch, out, *paper, "--tokenizer", tmp_path / "some"
-    )
-    assert "lm_head.weight" in refused(
-        monkeypatch, out, "--gen", tmp_path / "emb_seq", "--emb_seq", tmp_path / "gen", "--paper", "cosupervision"
-    )
+    message = refused(monkeypatch, out, *paper, "--tokenizer", tmp_path / "some")
+    assert "lacks <PAD> [Ce] of the paper's tokens" in message
+    swapped = flags(gen=tmp_path / "emb_seq", emb_seq=tmp_path / "gen", paper="cosupervision")
+    assert "lm_head.weight" in refused(monkeypatch, out, *swapped)
     assert "--similarity is decided by the paper's" in refused(monkeypatch, out, *paper, "--similarity", "cosine")
     wider = make_emb_seq("llama", vocab_size=len(tokenizer), hidden_size=48)
     wider.save_pretrained(tmp_path / "wider")
-    assert "Gen is 32 wide, Emb_seq 48" in refused(
-        monkeypatch, out, *pair[:2], "--emb_seq", tmp_path / "wider", "--paper", "cosupervision"
-    )
-    assert "nowhere" in refused(monkeypatch, out, "--gen", tmp_path / "nowhere", *pair[2:])
+    with_wider = flags(gen=tmp_path / "gen", emb_seq=tmp_path / "wider")
+    assert "Gen is 32 wide, Emb_seq 48" in refused(monkeypatch, out, *with_wider, "--paper", "cosupervision")
+    missing = flags(gen=tmp_path / "nowhere", emb_seq=tmp_path / "emb_seq")
+    assert "nowhere" in refused(monkeypatch, out, *missing)
     weights = tmp_path / "wider" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert "its weights cannot be read" in refused(
-        monkeypatch, out, *pair[:2], "--emb_seq", tmp_path / "wider", "--paper", "separate"
-    )
+    assert "its weights cannot be read" in refused(monkeypatch, out, *with_wider, "--paper", "separate")
     out.mkdir()
     (out / "mine.txt").write_text("mine")
     assert "expected an empty folder" in refused(monkeypatch, out, *paper)
@@ -250,16 +252,15 @@ def test_a_folder_without_a_tokenizer_asks_for_one(tmp_path, monkeypatch):
 
 def test_pytorch_bin_is_read_only_when_it_is_allowed(tmp_path, monkeypatch):
     tokenizer = their_pair(tmp_path)
-    state_dict = make_gen(
-        "llama", vocab_size=len(tokenizer), max_position_embeddings=2048, tie_word_embeddings=False
-    ).state_dict()
+    gen = make_gen("llama", vocab_size=len(tokenizer), max_position_embeddings=2048, tie_word_embeddings=False)
+    state_dict = gen.state_dict()
     (tmp_path / "gen" / "model.safetensors").unlink()
     torch.save(state_dict, tmp_path / "gen" / "pytorch_model.bin")
     options = ["--gen", tmp_path / "gen", "--emb_seq", tmp_path / "emb_seq", "--paper", "cosupervision"]
     assert "--allow_pytorch_bin" in refused(monkeypatch, tmp_path / "out", *options)
     import_here(monkeypatch, *options, "--allow_pytorch_bin", "--output_dir", tmp_path / "out")
-    gen = CoSupForCausalLM.from_pretrained(tmp_path / "out").gen
-    assert all(torch.equal(value, state_dict[name]) for name, value in gen.state_dict().items())
+    imported = CoSupForCausalLM.from_pretrained(tmp_path / "out").gen
+    assert all(torch.equal(value, state_dict[name]) for name, value in imported.state_dict().items())
     assert not list((tmp_path / "out").glob("*.bin"))
 
 
@@ -272,7 +273,11 @@ def library():
 
 
 def retriever(folder, architecture="bert", pooling="mean", modules=(), max_seq_length=48, **kwargs):
-    """A tiny retriever, saved by sentence-transformers itself; its tokenizer puts `<s>` and `</s>` around a text."""
+    """
+    Write a tiny Gen, and a retriever as sentence-transformers saves it; return the options that name both.
+
+    The tokenizer of the retriever puts `<s>` and `</s>` around a text.
+    """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Pooling, Transformer
 
@@ -284,9 +289,8 @@ def retriever(folder, architecture="bert", pooling="mean", modules=(), max_seq_l
     make_emb_seq(architecture, hidden_size=16).save_pretrained(folder / "parts")
     tokenizer.save_pretrained(folder / "parts")
     transformer = Transformer(str(folder / "parts"), max_seq_length=max_seq_length)
-    SentenceTransformer(modules=[transformer, Pooling(16, pooling), *modules], **kwargs).save(
-        str(folder / "retriever")
-    )
+    model = SentenceTransformer(modules=[transformer, Pooling(16, pooling), *modules], **kwargs)
+    model.save(str(folder / "retriever"))
     make_gen("llama").save_pretrained(folder / "gen")
     make_tokenizer().save_pretrained(folder / "gen")
     return ["--gen", folder / "gen", "--emb_seq", folder / "retriever"]
@@ -320,82 +324,66 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_retriever_embeds_and_is_asked_as_before(tmp_path, monkeypatch, library, capsys, case):
+def test_a_retriever_embeds_passages_and_queries_as_before(tmp_path, monkeypatch, library, capsys, case):
     architecture, pooling, modules, kwargs = CASES[case]
     pair = retriever(tmp_path, architecture, pooling, modules(), **kwargs)
     import_here(monkeypatch, *pair, "--query_from", "emb_seq", "--output_dir", tmp_path / "out")
-    assert "Embeddings equal those of sentence-transformers" in capsys.readouterr().out
-    model, theirs = (
-        CoSupForCausalLM.from_pretrained(tmp_path / "out"),
-        library.SentenceTransformer(str(tmp_path / "retriever")),
-    )
+    assert "The embeddings equal sentence-transformers' own" in capsys.readouterr().out
+    model = CoSupForCausalLM.from_pretrained(tmp_path / "out")
+    reference = library.SentenceTransformer(str(tmp_path / "retriever"))
     passages = [*PASSAGES, {"id": "long", "title": "Long", "text": "painters " * 100}]
-    passages = [passage for passage in passages if "</s>" not in passage["text"]]  # theirs reads it as a control token
+    # the reference reads </s> as a control token
+    passages = [passage for passage in passages if "</s>" not in passage["text"]]
     texts = [render_passage(passage, model.config.passage_template) for passage in passages]
-    expected = torch.tensor(theirs.encode_document(texts))
-    assert (
-        torch.allclose(embeddings(model, passages), expected, atol=1e-5)
-        and model.config.embedding_size == expected.shape[1]
-    )
-    assert model.config.max_passage_length == 46 and model.config.emb_seq_pooling == pooling
-    prompt = encode_prompt(model.tokenizer, QUESTION)
-    ids = torch.tensor([[*prompt, model.config.nsp_token_id]])
-    read = model.tokenizer.decode(prompt, skip_special_tokens=True)
-    assert torch.allclose(
-        model.encode_queries(ids, torch.ones_like(ids)), torch.tensor(theirs.encode_query([read])), atol=1e-5
-    )
+    expected = torch.tensor(reference.encode_document(texts))
+    assert torch.allclose(embeddings(model, passages), expected, atol=1e-5)
+    assert model.config.embedding_size == expected.shape[1]
+    assert model.config.max_passage_length == 46
+    assert model.config.emb_seq_pooling == pooling
+    ids = prompt_and_nsp(model, QUESTION)
+    query = model.tokenizer.decode(encode_prompt(model.tokenizer, QUESTION), skip_special_tokens=True)
+    expected_query = torch.tensor(reference.encode_query([query]))
+    assert torch.allclose(query_embeddings(model, ids), expected_query, atol=1e-5)
     index = model.build_index(passages, show_progress_bar=False)
     out = model.generate(
         ids, attention_mask=torch.ones_like(ids), retriever=index, max_new_tokens=4, return_dict_in_generate=True
     )
-    best = int(theirs.similarity(theirs.encode_query([read]), expected).argmax())
+    best = int(reference.similarity(expected_query, expected).argmax())
     assert out.retrievals[0][0].passages[0]["id"] == index[best]["id"]
 
 
-def test_a_retriever_is_asked_the_question_alone(tmp_path, monkeypatch, library):
-    pair = [*retriever(tmp_path, modules=[normalize()]), "--query_from", "emb_seq", "--chat_template_path"]
-    import_here(
-        monkeypatch, *pair, ROOT / "recipes" / "configs" / "question_only.jinja", "--output_dir", tmp_path / "out"
-    )
-    model, theirs = (
-        CoSupForCausalLM.from_pretrained(tmp_path / "out"),
-        library.SentenceTransformer(str(tmp_path / "retriever")),
-    )
-    ids = torch.tensor(
-        [
-            [
-                *encode_prompt(model.tokenizer, "radium [SEP] discoverer", instruction="Find the entity."),
-                model.config.nsp_token_id,
-            ]
-        ]
-    )
-    assert torch.allclose(
-        model.encode_queries(ids, torch.ones_like(ids)),
-        torch.tensor(theirs.encode_query(["radium   discoverer"])),
-        atol=1e-5,
-    )
-    shutil.rmtree(tmp_path / "out")
+def test_a_retriever_reads_the_question_alone(tmp_path, monkeypatch, library):
+    pair = [*retriever(tmp_path, modules=[normalize()]), "--query_from", "emb_seq"]
+    template = ROOT / "recipes" / "configs" / "question_only.jinja"
+    import_here(monkeypatch, *pair, *flags(chat_template_path=template, output_dir=tmp_path / "out"))
+    model = CoSupForCausalLM.from_pretrained(tmp_path / "out")
+    reference = library.SentenceTransformer(str(tmp_path / "retriever"))
+    ids = prompt_and_nsp(model, "radium [SEP] discoverer", instruction="Find the entity.")
+    expected = torch.tensor(reference.encode_query(["radium   discoverer"]))
+    assert torch.allclose(query_embeddings(model, ids), expected, atol=1e-5)
+
+
+def test_a_bad_chat_template_is_refused(tmp_path, monkeypatch, library):
     template = tmp_path / "template.jinja"
-    for text, message in (
-        ("{% if", "cannot be read as a Jinja"),
-        ("{{ messages[0]['role'] }}", "writes 'user' for a question"),
-        (None, "cannot be read"),
-    ):
-        template.write_text(text) if text is not None else template.unlink()
-        assert message in refused(monkeypatch, tmp_path / "out", *pair, template)
+    pair = retriever(tmp_path, modules=[normalize()])
+    options = [*pair, *flags(query_from="emb_seq", chat_template_path=template)]
+    assert "cannot be read" in refused(monkeypatch, tmp_path / "out", *options)
+    template.write_text("{% if")
+    assert "cannot be read as a Jinja" in refused(monkeypatch, tmp_path / "out", *options)
+    template.write_text("{{ messages[0]['role'] }}")
+    assert "writes 'user' for a question" in refused(monkeypatch, tmp_path / "out", *options)
 
 
-def test_a_retriever_that_gen_will_be_trained_to_ask(tmp_path, monkeypatch, library, capsys):
+def test_gen_will_be_trained_to_query_a_retriever(tmp_path, monkeypatch, library, capsys):
     pair = retriever(tmp_path, modules=[dense()])
     import_here(monkeypatch, *pair, "--output_dir", tmp_path / "out")
     assert "The dense layer" in capsys.readouterr().out
     model = CoSupForCausalLM.from_pretrained(tmp_path / "out")
-    assert (
-        model.config.query_from == "gen"
-        and model.emb_head.weight.shape == (32, 16)
-        and model.config.query_prompt == ""
-    )
-    for width in (16, 32):  # onto Gen's width: it is kept; onto another, without which none is needed
+    assert model.config.query_from == "gen"
+    assert model.emb_head.weight.shape == (32, 16)
+    assert model.config.query_prompt == ""
+    # A dense layer of 32 is kept for a Gen of 32; for a Gen of 16, as wide as Emb_seq, there is none.
+    for width in (16, 32):
         folder = tmp_path / str(width)
         pair = retriever(folder, modules=[dense(32)])
         if width == 16:
@@ -403,40 +391,37 @@ def test_a_retriever_that_gen_will_be_trained_to_ask(tmp_path, monkeypatch, libr
         import_here(monkeypatch, *pair, "--output_dir", folder / "out")
         model = CoSupForCausalLM.from_pretrained(folder / "out")
         assert (model.emb_head is None) == (width == 16)
-    expected = torch.tensor(
-        library.SentenceTransformer(str(folder / "retriever")).encode(
-            [p["text"] for p in PASSAGES[2:3]], normalize_embeddings=True
-        )
-    )
+    reference = library.SentenceTransformer(str(folder / "retriever"))
+    expected = torch.tensor(reference.encode([PASSAGES[2]["text"]], normalize_embeddings=True))
     assert torch.allclose(embeddings(model, PASSAGES[2:3]), expected, atol=1e-5)
 
 
-def test_a_query_encoder_beside_the_retriever(tmp_path, monkeypatch, library):
+def test_a_query_encoder_next_to_the_retriever(tmp_path, monkeypatch, library):
     pair = retriever(tmp_path, modules=[dense()], prompts=PROMPTS)
     import_here(monkeypatch, *pair, "--query_from", "query_encoder", "--output_dir", tmp_path / "out")
-    whole, half = (CoSupForCausalLM.from_pretrained(tmp_path / "out", load_emb_seq=load) for load in (True, False))
-    ids = torch.tensor([[*encode_prompt(whole.tokenizer, QUESTION), whole.config.nsp_token_id]])
-    read = whole.tokenizer.decode(ids[0], skip_special_tokens=True)
-    expected = torch.tensor(
-        library.SentenceTransformer(str(tmp_path / "retriever")).encode_query([read], normalize_embeddings=True)
-    )
-    for model in (whole, half):
-        assert torch.allclose(model.encode_queries(ids, torch.ones_like(ids)), expected, atol=1e-5)
-    wordy = ["--query_prompt", "Instruct: find the passage.\nQuery: "]
-    import_here(monkeypatch, *pair, "--query_from", "query_encoder", *wordy, "--output_dir", tmp_path / "wordy")
-    changed = CoSupForCausalLM.from_pretrained(tmp_path / "wordy")
-    assert not torch.allclose(changed.encode_queries(ids, torch.ones_like(ids)), expected, atol=1e-3)
-    assert "needs --query_from query_encoder" in refused(
-        monkeypatch, tmp_path / "other", *pair, "--query_encoder", tmp_path / "retriever"
-    )
+    model = CoSupForCausalLM.from_pretrained(tmp_path / "out")
+    without_emb_seq = CoSupForCausalLM.from_pretrained(tmp_path / "out", load_emb_seq=False)
+    ids = prompt_and_nsp(model, QUESTION)
+    query = model.tokenizer.decode(ids[0], skip_special_tokens=True)
+    reference = library.SentenceTransformer(str(tmp_path / "retriever"))
+    expected = torch.tensor(reference.encode_query([query], normalize_embeddings=True))
+    assert torch.allclose(query_embeddings(model, ids), expected, atol=1e-5)
+    assert torch.allclose(query_embeddings(without_emb_seq, ids), expected, atol=1e-5)
+    prompt = ["--query_prompt", "Instruct: find the passage.\nQuery: "]
+    import_here(monkeypatch, *pair, "--query_from", "query_encoder", *prompt, "--output_dir", tmp_path / "prompted")
+    prompted = CoSupForCausalLM.from_pretrained(tmp_path / "prompted")
+    assert not torch.allclose(query_embeddings(prompted, ids), expected, atol=1e-3)
+    message = refused(monkeypatch, tmp_path / "other", *pair, "--query_encoder", tmp_path / "retriever")
+    assert "needs --query_from query_encoder" in message
 
 
 def rewrite(path, change):
+    """Change a JSON file: `change` returns the new value, or changes the old one in place and returns `None`."""
     value = json.loads(path.read_text())
     path.write_text(json.dumps(change(value) or value))
 
 
-REFUSALS = {
+REFUSALS = {  # changes of files, and the message
     "bias": ([("2_Dense/config.json", lambda c: c.update(bias=True))], "the Dense module in 2_Dense/ has bias True"),
     "activation": (
         [("2_Dense/config.json", lambda c: c.update(activation_function="torch.nn.modules.activation.Tanh"))],
@@ -470,30 +455,35 @@ REFUSALS = {
         "is a SparseEncoder",
     ),
     "case": ([("sentence_bert_config.json", lambda c: c.update(do_lower_case=True))], "do_lower_case"),
-    "json": ([("modules.json", None)], "modules.json is no JSON"),
+    "json": ([("modules.json", None)], "modules.json is not valid JSON"),
 }
 
 
 def test_what_emb_seq_cannot_do_is_named(tmp_path, monkeypatch, library):
     pair = retriever(tmp_path, modules=[dense(), normalize()])
     folder, out = tmp_path / "retriever", tmp_path / "out"
-    whole = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    contents = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    def restore():
+        for path, content in contents.items():
+            path.write_bytes(content)
+
     for changes, message in REFUSALS.values():
         for name, change in changes:
-            (folder / name).write_text("{") if change is None else rewrite(folder / name, change)
+            if change is None:
+                (folder / name).write_text("{")
+            else:
+                rewrite(folder / name, change)
         assert message in refused(monkeypatch, out, *pair, "--query_from", "emb_seq")
-        for path, content in whole.items():
-            path.write_bytes(content)
+        restore()
     (folder / "2_Dense" / "model.safetensors").unlink()
     assert "2_Dense/ holds no model.safetensors" in refused(monkeypatch, out, *pair, "--query_from", "emb_seq")
-    for path, content in whole.items():
-        path.write_bytes(content)
+    restore()
     assert "--similarity is dot, the files of" in refused(monkeypatch, out, *pair, "--similarity", "dot")
-    # something that no file says: the comparison finds it
+    # no file of sentence-transformers says this: only the comparison of embeddings finds it
     rewrite(folder / "tokenizer_config.json", lambda c: c.update(truncation_side="left"))
-    assert "Embeddings differ from those of sentence-transformers" in refused(
-        monkeypatch, out, *pair, "--query_from", "emb_seq"
-    )
+    message = refused(monkeypatch, out, *pair, "--query_from", "emb_seq")
+    assert "The embeddings differ from sentence-transformers' own" in message
 
 
 # ---------------------------------------------------------------------- other retrievers
@@ -505,39 +495,34 @@ def test_a_plain_retriever(tmp_path, monkeypatch):
     emb_seq.save_pretrained(tmp_path / "emb_seq")
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(tmp_path / "gen")
-    # puts `<pad>` behind a text, as some retrievers do, and nothing before it
+    # puts `<pad>` after a text, as some retrievers do, and nothing before it
     tokens = [("<pad>", tokenizer.pad_token_id)]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A <pad>", special_tokens=tokens
     )
     tokenizer.model_max_length = 100
     tokenizer.save_pretrained(tmp_path / "emb_seq")
-    pair, out = ["--gen", tmp_path / "gen", "--emb_seq", tmp_path / "emb_seq"], tmp_path / "out"
-    assert "say --emb_seq_pooling" in refused(monkeypatch, out, *pair)
-    pair += ["--emb_seq_pooling", "lasttoken"]
-    assert "say --similarity" in refused(monkeypatch, out, *pair)
-    pair += ["--similarity", "dot", "--query_from", "emb_seq", "--passage_prompt", "passage: "]
-    import_here(monkeypatch, *pair, "--output_dir", out)
+    pair, out = flags(gen=tmp_path / "gen", emb_seq=tmp_path / "emb_seq"), tmp_path / "out"
+    assert "give --emb_seq_pooling" in refused(monkeypatch, out, *pair)
+    assert "give --similarity" in refused(monkeypatch, out, *pair, "--emb_seq_pooling", "lasttoken")
+    settings = flags(emb_seq_pooling="lasttoken", similarity="dot", query_from="emb_seq", passage_prompt="passage: ")
+    import_here(monkeypatch, *pair, *settings, "--output_dir", out)
     model = CoSupForCausalLM.from_pretrained(out)
     text = "passage: Night Watch :: The Night Watch was painted by Rembrandt in 1642."
     ids = tokenizer(text)["input_ids"]
-    assert ids[-1] == tokenizer.pad_token_id and encode_passages_for_emb_seq(
-        model.emb_seq_tokenizer, PASSAGES[:1], model.config
-    ) == [ids]
+    assert ids[-1] == tokenizer.pad_token_id
+    assert encode_passages_for_emb_seq(model.emb_seq_tokenizer, PASSAGES[:1], model.config) == [ids]
     with torch.no_grad():
-        assert torch.allclose(
-            embeddings(model, PASSAGES[:1])[0], emb_seq(torch.tensor([ids])).last_hidden_state[0, -1], atol=1e-5
-        )
+        expected = emb_seq(torch.tensor([ids])).last_hidden_state[0, -1]
+    assert torch.allclose(embeddings(model, PASSAGES[:1])[0], expected, atol=1e-5)
     assert model.config.max_passage_length == 99
     config = AutoConfig.for_model("t5", vocab_size=400, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     AutoModel.from_config(config).save_pretrained(tmp_path / "t5")
-    message = refused(
-        monkeypatch, tmp_path / "other", "--gen", tmp_path / "gen", "--emb_seq", tmp_path / "t5", *pair[4:]
-    )
-    assert "is an encoder-decoder (t5)" in message
+    t5_pair = flags(gen=tmp_path / "gen", emb_seq=tmp_path / "t5")
+    assert "is an encoder-decoder (t5)" in refused(monkeypatch, tmp_path / "other", *t5_pair, *settings)
 
 
-def test_the_parts_of_a_model_come_together_again(tmp_path, monkeypatch, library):
+def test_the_saved_parts_of_a_model_make_the_same_model(tmp_path, monkeypatch, library):
     template = "{title}\n{text}"
     model = make_model(
         emb_seq="bert",
@@ -548,37 +533,30 @@ def test_the_parts_of_a_model_come_together_again(tmp_path, monkeypatch, library
     )
     model.save_gen(tmp_path / "gen")
     model.save_emb_seq(tmp_path / "emb_seq")
-    import_here(
-        monkeypatch, "--gen", tmp_path / "gen", "--emb_seq", tmp_path / "emb_seq", "--output_dir", tmp_path / "out"
-    )
-    again = CoSupForCausalLM.from_pretrained(tmp_path / "out")
-    assert again.config.passage_template == template and again.config.nsp_token_id == model.config.nsp_token_id
-    assert torch.allclose(embeddings(again, PASSAGES), embeddings(model, PASSAGES), atol=1e-6)
-    ids = torch.tensor([[*encode_prompt(model.tokenizer, QUESTION), model.config.nsp_token_id]])
+    parts = flags(gen=tmp_path / "gen", emb_seq=tmp_path / "emb_seq")
+    import_here(monkeypatch, *parts, "--output_dir", tmp_path / "out")
+    imported = CoSupForCausalLM.from_pretrained(tmp_path / "out")
+    assert imported.config.passage_template == template
+    assert imported.config.nsp_token_id == model.config.nsp_token_id
+    assert torch.allclose(embeddings(imported, PASSAGES), embeddings(model, PASSAGES), atol=1e-6)
+    ids = prompt_and_nsp(model, QUESTION)
     with torch.no_grad():
-        assert torch.allclose(again(ids).query_embeds, model(ids).query_embeds, atol=1e-6)
+        assert torch.allclose(imported(ids).query_embeds, model(ids).query_embeds, atol=1e-6)
 
 
 def test_the_recipe_as_a_program(tmp_path):
     their_pair(tmp_path)
-    command = [
-        sys.executable,
-        ROOT / "recipes" / "import_checkpoints.py",
-        "--gen",
-        tmp_path / "gen",
-        "--emb_seq",
-        tmp_path / "emb_seq",
-    ]
-    command += ["--paper", "cosupervision", "--dtype", "bfloat16", "--output_dir", tmp_path / "deep" / "out"]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "Gen LlamaForCausalLM, Emb_seq LlamaModel, queries from gen" in done.stdout, (
-        done.stderr
-    )
-    assert CoSupForCausalLM.from_pretrained(tmp_path / "deep" / "out").gen.dtype == torch.bfloat16
-    again = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
-    assert again.returncode == 1 and again.stderr.strip().splitlines()[-1].endswith(
-        "expected an empty folder other than the current one, or none."
-    )
+    output = tmp_path / "deep" / "out"
+    pair = flags(gen=tmp_path / "gen", emb_seq=tmp_path / "emb_seq", paper="cosupervision")
+    command = [sys.executable, "recipes/import_checkpoints.py", *pair, *flags(dtype="bfloat16", output_dir=output)]
+    result = run(*command)
+    assert result.returncode == 0, result.stderr
+    assert "Gen LlamaForCausalLM, Emb_seq LlamaModel, queries from gen" in result.stdout
+    assert CoSupForCausalLM.from_pretrained(output).gen.dtype == torch.bfloat16
+    result = run(*command)
+    assert result.returncode == 1
+    error = result.stderr.strip().splitlines()[-1]
+    assert error.endswith("expected an empty folder other than the current one, or none.")
 
 
 @pytest.mark.skipif(
@@ -597,8 +575,5 @@ def test_a_real_minilm_is_reproduced(tmp_path, monkeypatch, library):
     expected = torch.tensor(library.SentenceTransformer(str(folder), device="cpu").encode(texts))
     assert torch.allclose(embeddings(model, passages), expected, atol=1e-5)
     model.save_emb_seq(tmp_path / "emb_seq")
-    assert torch.allclose(
-        torch.tensor(library.SentenceTransformer(str(tmp_path / "emb_seq"), device="cpu").encode(texts)),
-        expected,
-        atol=1e-5,
-    )
+    saved = library.SentenceTransformer(str(tmp_path / "emb_seq"), device="cpu")
+    assert torch.allclose(torch.tensor(saved.encode(texts)), expected, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The fictional world: valid files, no unseen name in training, a tokenizer that keeps control tokens out of text, reuse and refusal."""
+"""The quickstart world: valid files, no unseen name in training, a lossless tokenizer, folders reused or refused."""
 
 import json
 from pathlib import Path
@@ -27,24 +27,26 @@ def test_files_are_valid_and_unseen_entities_are_unseen(world):
     questions = load_evaluation_set(world["eval"], corpus=corpus)
     assert (len(train), len(validation), len(corpus)) == (400, 20, 350)
     assert sum(not question["provenance"] for question in questions) == 10
-    assert 0.03 < sum(instance["segments"][0]["passage"] is None for instance in train) / 400 < 0.25
+    num_no_passage = sum(instance["segments"][0]["passage"] is None for instance in train)
+    assert 0.03 < num_no_passage / 400 < 0.25
     titles = {passage["id"]: passage["title"] for passage in corpus}
-    assert len(set(titles.values())) == 350  # a name is one entity
-    read = Path(world["train"]).read_text()
+    assert len(set(titles.values())) == 350  # no two entities share a name
+    training_text = Path(world["train"]).read_text()
     for question in questions:
         for (gold,) in question["provenance"]:
-            assert titles[gold] not in read
+            assert titles[gold] not in training_text
             assert titles[gold] in question["input"]
             assert question["answers"][0].startswith(titles[gold])
 
 
-def test_tokenizer_is_lossless_and_knows_no_special_token_in_text(world):
+def test_tokenizer_is_lossless_and_reads_no_special_token_in_text(world):
     tokenizer = AutoTokenizer.from_pretrained(world["gen"])
     for instance in load_instances(world["train"]):
         text = instance["segments"][0]["text"]
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
     ids = tokenizer("a </s> b <s> <pad>", add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    assert not {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} & set(ids)
+    special_ids = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    assert not special_ids & set(ids)
     CoSupForCausalLM.from_gen_and_emb_seq(world["gen"], world["emb_seq"], max_passage_length=128)
 
 

@@ -1,4 +1,4 @@
-"""Tasks and encoders over a quickstart world: valid files, nothing of them in training, reuse and refusal, the world untouched."""
+"""Tasks and encoders over a quickstart world: valid files, unseen in training, folders reused or refused."""
 
 import re
 from pathlib import Path
@@ -33,55 +33,62 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tasks(world, tmp_path_factory):
-    before = {path: path.stat().st_mtime_ns for path in Path(world["world"]).parent.rglob("*")}
-    folder, output = str(Path(world["world"]).parent), str(tmp_path_factory.mktemp("tasks") / "tasks")
-    made = prepare_tasks(TaskArguments(folder, output, **FEW))
-    assert before == {path: path.stat().st_mtime_ns for path in Path(world["world"]).parent.rglob("*")}
-    return made
+    folder = Path(world["world"]).parent
+    before = modification_times(folder)
+    tasks = prepare_tasks(TaskArguments(str(folder), str(tmp_path_factory.mktemp("tasks") / "tasks"), **FEW))
+    assert modification_times(folder) == before
+    return tasks
 
 
-def test_tasks_are_valid_and_what_they_ask_is_in_no_training_instance(world, tasks):
+def modification_times(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_tasks_are_valid_and_their_questions_are_in_no_training_instance(world, tasks):
     assert {name: task["split"] for name, task in tasks.items()} == SPLITS
-    instances = load_instances(world["train"])
-    asked_in_training = {
-        x["input"].replace(p["title"], "X") for x in instances for p in [x["segments"][0]["passage"]] if p
-    }
-    read = Path(world["train"]).read_text()
+    trained_questions = set()
+    for instance in load_instances(world["train"]):
+        passage = instance["segments"][0]["passage"]
+        if passage:
+            trained_questions.add(instance["input"].replace(passage["title"], "X"))
+    training_text = Path(world["train"]).read_text()
     corpus = {passage["id"]: passage for passage in load_corpus(tasks["people"]["corpus_file"])}
     for name, task in tasks.items():
         questions = load_evaluation_set(task["eval_file"], corpus=list(corpus.values()))
-        assert 12 <= sum(bool(x["provenance"]) for x in questions) <= 20
-        for x in questions:
-            assert len(set(x["candidates"])) == len(x["candidates"]) == 30
-            for (gold,) in x["provenance"]:
-                passage = corpus[gold]
-                assert gold in x["candidates"]
-                assert passage["title"] not in read
-                assert (passage["title"] in x["input"]) == (name != "surnames")
-                value = x["answers"][0].removeprefix(passage["title"]).rstrip(".").split()[-1]
-                assert value in passage["text"]
+        assert 12 <= sum(bool(question["provenance"]) for question in questions) <= 20
+        for question in questions:
+            assert len(set(question["candidates"])) == len(question["candidates"]) == 30
+            for (gold,) in question["provenance"]:
+                title, text = corpus[gold]["title"], corpus[gold]["text"]
+                assert gold in question["candidates"]
+                assert title not in training_text
+                assert (title in question["input"]) == (name != "surnames")
+                value = question["answers"][0].removeprefix(title).rstrip(".").split()[-1]
+                assert value in text
+                if name == "people":
+                    assert question["input"].replace(title, "X") in trained_questions
             if name == "wordings":
-                assert x["input"].replace(passage["title"], "X") not in asked_in_training
-            if name == "people" and x["provenance"]:
-                assert x["input"].replace(passage["title"], "X") in asked_in_training
+                assert question["input"].replace(title, "X") not in trained_questions
             if name == "surnames":
-                name_asked = re.findall("[A-Z][a-z]+", x["input"])[-1]
-                assert sum(name_asked in passage["text"] for passage in corpus.values()) == 1
+                surname = re.findall("[A-Z][a-z]+", question["input"])[-1]
+                assert sum(surname in passage["text"] for passage in corpus.values()) == 1
 
 
-def test_the_look_alikes_of_a_pool_share_letters_with_the_question(tasks):
+def test_the_look_alikes_of_a_question_share_letters_with_it(tasks):
     corpus = {passage["id"]: passage for passage in load_corpus(tasks["people"]["corpus_file"])}
-    for x in load_evaluation_set(tasks["wordings"]["eval_file"]):
-        names = [name for name in re.findall("[A-Z][a-z]+", corpus[x["candidates"][0]]["title"])]
-        runs = {name[i : i + 3] for name in names for i in range(len(name) - 2)}
-        assert any(run in corpus[x["candidates"][1]]["text"] for run in runs)
+    for question in load_evaluation_set(tasks["wordings"]["eval_file"]):
+        gold, nearest = question["candidates"][:2]
+        runs = set()
+        for name in re.findall("[A-Z][a-z]+", corpus[gold]["title"]):
+            runs.update(name[i : i + 3] for i in range(len(name) - 2))
+        assert any(run in corpus[nearest]["text"] for run in runs)
 
 
 def test_the_same_tasks_are_reused_and_foreign_folders_refused(world, tasks, tmp_path):
-    folder, made = str(Path(world["world"]).parent), Path(tasks["people"]["eval_file"])
-    before = made.stat().st_mtime_ns
-    assert prepare_tasks(TaskArguments(folder, str(made.parent), **FEW)) == tasks
-    assert made.stat().st_mtime_ns == before
+    folder, eval_file = str(Path(world["world"]).parent), Path(tasks["people"]["eval_file"])
+    before = eval_file.stat().st_mtime_ns
+    assert prepare_tasks(TaskArguments(folder, str(eval_file.parent), **FEW)) == tasks
+    assert eval_file.stat().st_mtime_ns == before
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="choose another folder"):
         prepare_tasks(TaskArguments(folder, str(tmp_path)))
@@ -94,28 +101,24 @@ def test_encoders_become_emb_seq_and_the_retriever_has_learned(world, tmp_path):
     paths = prepare_encoders(EncoderArguments(folder, str(tmp_path / "models"), retriever_steps=60))
     for name, pooling in (("emb_seq_small", "eos"), ("emb_seq_bert", "eos"), ("retriever", "mean")):
         for query_from in ("gen", "emb_seq", "query_encoder"):
-            extra = {"query_encoder": paths[name]} if query_from == "query_encoder" else {}
-            model = CoSupForCausalLM.from_gen_and_emb_seq(
-                world["gen"],
-                paths[name],
-                query_from=query_from,
-                emb_seq_pooling=pooling,
-                max_passage_length=128,
-                **extra,
-            )
-            assert model.build_index([{"id": "p", "title": "t", "text": "x"}]).embeddings.isfinite().all()
+            options = {"query_from": query_from, "emb_seq_pooling": pooling, "max_passage_length": 128}
+            if query_from == "query_encoder":
+                options["query_encoder"] = paths[name]
+            model = CoSupForCausalLM.from_gen_and_emb_seq(world["gen"], paths[name], **options)
+            index = model.build_index([{"id": "p", "title": "t", "text": "x"}])
+            assert index.embeddings.isfinite().all()
     tokenizer = AutoTokenizer.from_pretrained(paths["retriever"])
-    texts = [f"{p['title']} :: {p['text']}" for p in load_corpus(world["corpus"])[:64]]
+    texts = [f"{passage['title']} :: {passage['text']}" for passage in load_corpus(world["corpus"])[:64]]
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    first_halves = [ids[: len(ids) // 2] for ids in rows]
+    ends = [ids[len(ids) // 4 :] for ids in rows]
 
-    def found(name):
+    def num_hits(name):
+        """Return for how many of 64 passages the first half is nearest to the end of the same passage."""
         model = AutoModel.from_pretrained(paths[name]).eval()
         with torch.no_grad():
-            first, second = (
-                embed(model, tokenizer, part)
-                for part in ([ids[: len(ids) // 2] for ids in rows], [ids[len(ids) // 4 :] for ids in rows])
-            )
-        return int(((first @ second.T).argmax(1) == torch.arange(64)).sum())
+            scores = embed(model, tokenizer, first_halves) @ embed(model, tokenizer, ends).T
+        return int((scores.argmax(1) == torch.arange(64)).sum())
 
-    assert found("retriever") > found("emb_seq_bert")
-    assert found("retriever") > 32
+    assert num_hits("retriever") > num_hits("emb_seq_bert")
+    assert num_hits("retriever") > 32

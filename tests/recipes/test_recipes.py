@@ -10,22 +10,23 @@ import yaml
 
 from modeling_cosup import CoSupForCausalLM, PassageIndex
 from support.models import PASSAGES, make_model
-from support.recipes import ROOT, options, run, train_here
+from support.recipes import ROOT, flags, options, run, train_here
+
+PYTHON = sys.executable
+
+
+def launch_training(config, *argv):
+    """Run `accelerate launch --config_file recipes/accelerate_configs/<config>.yaml recipes/train.py`."""
+    launcher = [PYTHON, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    config_file = flags(config_file=f"recipes/accelerate_configs/{config}.yaml")
+    return run(*launcher, *config_file, "recipes/train.py", *argv)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(inputs, tmp_path_factory):
-    """What `accelerate launch recipes/train.py` leaves behind."""
+    """The output folder of a training in one process."""
     output = tmp_path_factory.mktemp("trained") / "out"
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.accelerate_cli",
-        "launch",
-        "--config_file",
-        "recipes/accelerate_configs/single.yaml",
-    ]
-    result = run(*launcher, "recipes/train.py", *options(inputs, output, "--eval_before_training", "true"))
+    result = launch_training("single", *options(inputs, output, "--eval_before_training", "true"))
     assert result.returncode == 0, result.stderr[-3000:]
     assert "query embedding: R@1" in result.stdout
     assert "warning" not in (result.stdout + result.stderr).lower()
@@ -36,9 +37,11 @@ def test_train_writes_checkpoint_index_and_numbers(checkpoint):
     results = json.loads((checkpoint / "results.json").read_text())
     assert results["format"] == 2
     assert results["evaluation"]["query"]["corpus"]["query_recall@5"]["n"] == 6
-    modes = {mode: answers["metrics"] for mode, answers in results["evaluation"]["modes"].items()}
-    assert modes["retrieval"]["nsp_not_needed"]["n"] == modes["retrieval"]["em_not_needed"]["n"] == 1
-    assert modes["retrieval"]["em"]["n"] == modes["gold"]["em"]["n"] == modes["off"]["em"]["n"] == 6
+    metrics = {mode: answers["metrics"] for mode, answers in results["evaluation"]["modes"].items()}
+    assert metrics["retrieval"]["nsp_not_needed"]["n"] == 1
+    assert metrics["retrieval"]["em_not_needed"]["n"] == 1
+    for mode in ("retrieval", "gold", "off"):
+        assert metrics[mode]["em"]["n"] == 6
     assert {"ntp_loss", "query_recall@1", "query_recall@5"} == set(results["before"]) == set(results["after"])
     assert results["after"]["query_recall@1"] == results["evaluation"]["query"]["corpus"]["query_recall@1"]
     assert (checkpoint / "modeling_cosup.py").exists()
@@ -46,16 +49,8 @@ def test_train_writes_checkpoint_index_and_numbers(checkpoint):
 
 
 def test_generate_answers_from_arguments_file_and_stdin(checkpoint, tmp_path):
-    command = [
-        sys.executable,
-        "recipes/generate.py",
-        "--model",
-        checkpoint,
-        "--index",
-        checkpoint / "index",
-        "--max_new_tokens",
-        "6",
-    ]
+    settings = flags(model=checkpoint, index=checkpoint / "index", max_new_tokens=6)
+    command = [PYTHON, "recipes/generate.py", *settings]
     first = run(*command, "who is it?", "where?")
     assert first.returncode == 0, first.stderr[-2000:]
     assert first.stdout.startswith("Q  who is it?\nA  ")
@@ -64,82 +59,77 @@ def test_generate_answers_from_arguments_file_and_stdin(checkpoint, tmp_path):
     assert run(*command, stdin="who is it?\nwhere?\n").stdout == first.stdout
     nothing = run(*command, stdin="\n")
     assert nothing.returncode == 1
-    assert nothing.stderr.strip().endswith(
-        "error: no question given: write them behind the options, into --file, or to stdin."
-    )
+    message = "error: no question given: write them after the options, into --file, or to stdin."
+    assert nothing.stderr.strip().endswith(message)
 
 
 def test_build_index_equals_the_one_of_train(checkpoint, inputs, tmp_path):
-    result = run(
-        sys.executable,
-        "recipes/build_index.py",
-        "--model",
-        checkpoint,
-        "--corpus_file",
-        inputs / "corpus.jsonl",
-        "--output_dir",
-        tmp_path / "index",
-    )
+    settings = flags(model=checkpoint, corpus_file=inputs / "corpus.jsonl", output_dir=tmp_path / "index")
+    result = run(PYTHON, "recipes/build_index.py", *settings)
     assert result.returncode == 0, result.stderr[-2000:]
-    built, trained = (PassageIndex.from_pretrained(folder / "index") for folder in (tmp_path, checkpoint))
-    assert built.fingerprint == trained.fingerprint
-    assert list(built) == list(trained)
-    torch.testing.assert_close(built.embeddings, trained.embeddings, rtol=0, atol=1e-5)  # other batches
+    built = PassageIndex.from_pretrained(tmp_path / "index")
+    of_training = PassageIndex.from_pretrained(checkpoint / "index")
+    assert built.fingerprint == of_training.fingerprint
+    assert list(built) == list(of_training)
+    # not bit by bit: the batches differ
+    torch.testing.assert_close(built.embeddings, of_training.embeddings, rtol=0, atol=1e-5)
 
 
 def test_index_of_another_model_is_refused(checkpoint, tmp_path):
     make_model().save_pretrained(tmp_path / "other")
-    result = run(
-        sys.executable, "recipes/generate.py", "--model", tmp_path / "other", "--index", checkpoint / "index", "who?"
-    )
+    settings = flags(model=tmp_path / "other", index=checkpoint / "index")
+    result = run(PYTHON, "recipes/generate.py", *settings, "who?")
     assert result.returncode == 1
     assert "error: This index was built by another model" in result.stderr
     assert "emb_seq" in result.stderr
 
 
-BAD = [
-    ({"--train_file": '{"input": "q"'}, "train_file.jsonl, line 1: malformed JSON"),
-    ({"--train_file": '{"input": "q", "segments": []}'}, "train_file.jsonl, line 1: segments is []"),
-    ({"--corpus_file": '{"id": "p0", "title": "t", "text": ""}'}, "corpus_file.jsonl, line 1: text is ''"),
+BAD_LINES = [
+    ("train_file", '{"input": "q"', "train_file.jsonl, line 1: malformed JSON"),
+    ("train_file", '{"input": "q", "segments": []}', "train_file.jsonl, line 1: segments is []"),
+    ("corpus_file", '{"id": "p0", "title": "t", "text": ""}', "corpus_file.jsonl, line 1: text is ''"),
     (
-        {"--eval_file": '{"input": "q", "answers": ["a"], "provenance": [], "candidates": ["x"]}'},
+        "eval_file",
+        '{"input": "q", "answers": ["a"], "provenance": [], "candidates": ["x"]}',
         "eval_file.jsonl, line 1: candidates holds 'x'",
     ),
 ]
 
 
-@pytest.mark.parametrize(("files", "message"), BAD)
-def test_bad_input_ends_before_training_with_its_place(inputs, tmp_path, monkeypatch, files, message):
-    extra = []
-    for option, line in files.items():
-        path = tmp_path / f"{option.removeprefix('--')}.jsonl"
-        path.write_text(line + "\n")
-        extra += [option, path]
-    said = train_here(monkeypatch, *options(inputs, tmp_path / "out", *extra))
-    assert said.startswith("error: ")
-    assert message in said
+@pytest.mark.parametrize(("option", "line", "message"), BAD_LINES)
+def test_bad_input_is_named_with_its_place_before_training(inputs, tmp_path, monkeypatch, option, line, message):
+    path = tmp_path / f"{option}.jsonl"
+    path.write_text(line + "\n")
+    error = train_here(monkeypatch, *options(inputs, tmp_path / "out", *flags(**{option: path})))
+    assert error.startswith("error: ")
+    assert message in error
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-def test_unwritable_output_and_unknown_options(inputs, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1.0e-4\n", "unknown option 'learning_rat'"),
+        ("max_steps: abc\n", "max_steps is 'abc', expected an integer"),
+        ("a: [\n", "malformed YAML"),
+    ],
+)
+def test_a_bad_config_is_refused(inputs, tmp_path, monkeypatch, text, message):
+    config = tmp_path / "config.yaml"
+    config.write_text(text)
+    assert message in train_here(monkeypatch, *options(inputs, tmp_path / "out", "--config", config))
+
+
+def test_an_output_folder_that_cannot_be_used_is_refused(inputs, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder")
     assert "cannot be written" in train_here(monkeypatch, *options(inputs, tmp_path / "file" / "out"))
-    (tmp_path / "config.yaml").write_text("learning_rat: 1.0e-4\n")
-    assert "unknown option 'learning_rat'" in train_here(
-        monkeypatch, *options(inputs, tmp_path / "out", "--config", tmp_path / "config.yaml")
-    )
-    (tmp_path / "config.yaml").write_text("max_steps: abc\n")
-    assert "max_steps is 'abc', expected an integer" in train_here(
-        monkeypatch, *options(inputs, tmp_path / "out", "--config", tmp_path / "config.yaml")
-    )
-    (tmp_path / "config.yaml").write_text("a: [\n")
-    assert "malformed YAML" in train_here(
-        monkeypatch, *options(inputs, tmp_path / "out", "--config", tmp_path / "config.yaml")
-    )
     (tmp_path / "taken" / "index").mkdir(parents=True)
     (tmp_path / "taken" / "index" / "file").touch()
     assert "is not a passage index" in train_here(monkeypatch, *options(inputs, tmp_path / "taken"))
-    assert train_here(monkeypatch, "--output_dir", str(tmp_path / "out")).startswith("error: Nothing to train")
+
+
+def test_a_training_without_data_is_refused(tmp_path, monkeypatch):
+    assert train_here(monkeypatch, *flags(output_dir=tmp_path / "out")).startswith("error: Nothing to train")
 
 
 def test_every_config_parses_and_the_command_line_wins():
@@ -168,7 +158,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_to_train_ends_in_a_checkpoint_that_answers(inputs, tmp_path, monkeypatch, way):
+def test_every_way_to_train_makes_a_checkpoint_that_answers(inputs, tmp_path, monkeypatch, way):
     from train import main
 
     monkeypatch.setattr(sys, "argv", ["train.py", *options(inputs, tmp_path / "out", *WAYS[way])])
@@ -176,158 +166,93 @@ def test_every_way_to_train_ends_in_a_checkpoint_that_answers(inputs, tmp_path, 
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["evaluation"]["query"]["corpus"]["query_recall@5"]["n"] == 6
     model = CoSupForCausalLM.from_pretrained(tmp_path / "out")
-    query_from = {"separate, one encoder": "emb_seq", "separate, two encoders": "query_encoder"}.get(way, "gen")
-    assert model.config.query_from == query_from
+    encoders = {"separate, one encoder": "emb_seq", "separate, two encoders": "query_encoder"}
+    assert model.config.query_from == encoders.get(way, "gen")
     index = model.load_index(tmp_path / "out" / "index")
-    out = model.generate(
-        torch.tensor([[5, model.config.nsp_token_id]]), retriever=index, max_new_tokens=3, return_dict_in_generate=True
-    )
+    prompt = torch.tensor([[5, model.config.nsp_token_id]])
+    out = model.generate(prompt, retriever=index, max_new_tokens=3, return_dict_in_generate=True)
     assert out.retrievals[0][0].passage_id in {passage["id"] for passage in PASSAGES}
 
 
-def test_lora_leaves_adapters_and_a_merged_checkpoint(inputs, tmp_path, monkeypatch):
+def test_lora_writes_adapters_and_a_merged_checkpoint(inputs, tmp_path, monkeypatch):
     pytest.importorskip("peft")
     from train import main
 
-    monkeypatch.setattr(
-        sys, "argv", ["train.py", *options(inputs, tmp_path / "out", "--use_peft", "true", "--lora_r", "4")]
-    )
+    argv = options(inputs, tmp_path / "out", *flags(use_peft="true", lora_r=4))
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
     main()
     assert (tmp_path / "out" / "adapter_config.json").exists()
     model = CoSupForCausalLM.from_pretrained(tmp_path / "out" / "merged")
     model.load_index(tmp_path / "out" / "index")  # built by the merged model
 
 
-def test_two_processes_by_the_config_that_we_ship(inputs, tmp_path):
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.accelerate_cli",
-        "launch",
-        "--config_file",
-        "recipes/accelerate_configs/multi_cpu.yaml",
-    ]
-    result = run(
-        *launcher,
-        "recipes/train.py",
-        *options(inputs, tmp_path / "out", "--nsp_batch_size", "4", "--per_device_train_batch_size", "1"),
-    )
+def test_two_processes_train_with_the_config_for_cpus(inputs, tmp_path):
+    batch_sizes = flags(nsp_batch_size=4, per_device_train_batch_size=1)
+    result = launch_training("multi_cpu", *options(inputs, tmp_path / "out", *batch_sizes))
     assert result.returncode == 0, result.stderr[-3000:]
-    metrics = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert metrics["evaluation"]["query"]["corpus"]["query_recall@5"]["n"] == 6
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["evaluation"]["query"]["corpus"]["query_recall@5"]["n"] == 6
     assert result.stdout.count("query embedding: R@1") == 1  # one process evaluates
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
-    assert state["train_batch_size"] == 2  # of an NSP batch of 4 over 2 ranks
+    assert state["train_batch_size"] == 2  # an NSP batch of 4 over 2 ranks
 
 
 def test_the_benchmark_of_a_step_runs(inputs, tmp_path):
-    result = run(
-        *[
-            sys.executable,
-            "recipes/benchmarks/train.py",
-            "--gen",
-            inputs / "gen",
-            "--train_file",
-            inputs / "train.jsonl",
-            "--num_threads",
-            1,
-        ],
-        *[
-            "--sections",
-            "step,nsp_batch,duplicates",
-            "--batch_size",
-            3,
-            "--repeats",
-            2,
-            "--nsp_batch_sizes",
-            "3,6",
-            "--output_file",
-            tmp_path / "out.json",
-        ],
+    command = [PYTHON, "recipes/benchmarks/train.py"]
+    command += flags(gen=inputs / "gen", train_file=inputs / "train.jsonl")
+    settings = flags(
+        num_threads=1,
+        sections="step,nsp_batch,duplicates",
+        batch_size=3,
+        repeats=2,
+        nsp_batch_sizes="3,6",
+        output_file=tmp_path / "out.json",
     )
+    result = run(*command, *settings)
     assert result.returncode == 0, result.stderr[-3000:]
     numbers = json.loads((tmp_path / "out.json").read_text())
-    for loss_error, error in (
-        arm["float32_loss_and_gradient_error"] or (0, 0) for arm in numbers["step"]["arms"].values()
-    ):
-        assert loss_error < 1e-5 and error < 1e-4
+    for arm in numbers["step"]["arms"].values():
+        loss_error, gradient_error = arm["float32_loss_and_gradient_error"] or (0, 0)
+        assert loss_error < 1e-5
+        assert gradient_error < 1e-4
     assert [row["nsp_batch_size"] for row in numbers["nsp_batch"]] == [3, 6]
-    too_large = run(
-        sys.executable,
-        "recipes/benchmarks/train.py",
-        "--gen",
-        inputs / "gen",
-        "--train_file",
-        inputs / "train.jsonl",
-        "--batch_size",
-        99,
-    )
+    too_large = run(*command, *flags(batch_size=99))
     assert "a batch of 99 instances needs as many" in too_large.stderr
 
 
-def test_build_index_trains_an_approximate_index_and_says_its_recall(checkpoint, inputs, tmp_path):
-    command = [
-        sys.executable,
-        "recipes/build_index.py",
-        "--model",
-        checkpoint,
-        "--corpus_file",
-        inputs / "corpus.jsonl",
-        "--output_dir",
-        tmp_path / "index",
-    ]
-    result = run(
-        *command,
-        "--index_factory",
-        "HNSW8",
-        "--ef_search",
-        32,
-        "--embedding_dtype",
-        "float16",
-        "--shard_size",
-        4,
-        "--max_tokens_per_batch",
-        64,
+def test_build_index_trains_an_approximate_index_and_prints_its_recall(checkpoint, inputs, tmp_path):
+    paths = flags(model=checkpoint, corpus_file=inputs / "corpus.jsonl", output_dir=tmp_path / "index")
+    settings = flags(
+        index_factory="HNSW8", ef_search=32, embedding_dtype="float16", shard_size=4, max_tokens_per_batch=64
     )
+    result = run(PYTHON, "recipes/build_index.py", *paths, *settings)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert "6 passages in" in result.stdout and "ANN recall@1  100.0 %" in result.stdout
-    index = PassageIndex.from_pretrained(tmp_path / "index", allow_faiss_files=True)
-    assert (
-        index.config["shards"] == [4, 2]
-        and index.config["dtype"] == "float16"
-        and index.config["approximate"]["search_options"] == {"efSearch": 32}
-    )
+    assert "6 passages in" in result.stdout
+    assert "ANN recall@1  100.0 %" in result.stdout
+    config = PassageIndex.from_pretrained(tmp_path / "index", allow_faiss_files=True).config
+    assert config["shards"] == [4, 2]
+    assert config["dtype"] == "float16"
+    assert config["approximate"]["search_options"] == {"efSearch": 32}
 
 
 def test_the_benchmark_of_the_index_runs(tmp_path):
     pytest.importorskip("sentence_transformers")
-    result = run(
-        sys.executable,
-        "recipes/benchmarks/index.py",
-        "--quick",
-        "true",
-        "--num_threads",
-        1,
-        "--output_file",
-        tmp_path / "out.json",
-    )
+    settings = flags(quick="true", num_threads=1, output_file=tmp_path / "out.json")
+    result = run(PYTHON, "recipes/benchmarks/index.py", *settings)
     assert result.returncode == 0, result.stderr[-3000:]
     numbers = json.loads((tmp_path / "out.json").read_text())
     assert numbers["encode"]["largest_difference"] < 1e-4
-    assert all(line["same_rows"] == 1 for line in numbers["search"]) and [
-        line["passages"] for line in numbers["memory"]
-    ] == [300, 900]
-    assert max(line["ann_recall@10"] for line in numbers["approximate"]) > 0.9
+    assert all(row["same_rows"] == 1 for row in numbers["search"])
+    assert [row["passages"] for row in numbers["memory"]] == [300, 900]
+    assert max(row["ann_recall@10"] for row in numbers["approximate"]) > 0.9
 
 
-def test_every_accelerate_config_is_one():
+def test_accelerate_reads_every_config():
     from accelerate.commands.config.config_args import load_config_from_file
 
-    kinds = {
-        path.stem: load_config_from_file(str(path))
-        for path in sorted((ROOT / "recipes" / "accelerate_configs").glob("*.yaml"))
-    }
-    assert {name: str(config.distributed_type).rpartition(".")[2] for name, config in kinds.items()} == {
+    paths = sorted((ROOT / "recipes" / "accelerate_configs").glob("*.yaml"))
+    configs = {path.stem: load_config_from_file(str(path)) for path in paths}
+    assert {name: str(config.distributed_type).rpartition(".")[2] for name, config in configs.items()} == {
         "single": "NO",
         "multi_cpu": "MULTI_GPU",
         "multi_gpu": "MULTI_GPU",
@@ -335,16 +260,17 @@ def test_every_accelerate_config_is_one():
         "deepspeed_zero2": "DEEPSPEED",
         "deepspeed_zero3": "DEEPSPEED",
     }
-    assert kinds["fsdp2"].fsdp_config["fsdp_version"] == 2
-    assert [kinds[f"deepspeed_zero{stage}"].deepspeed_config["zero_stage"] for stage in (2, 3)] == [2, 3]
+    assert configs["fsdp2"].fsdp_config["fsdp_version"] == 2
+    assert configs["deepspeed_zero2"].deepspeed_config["zero_stage"] == 2
+    assert configs["deepspeed_zero3"].deepspeed_config["zero_stage"] == 3
 
 
 @pytest.mark.parametrize("folder", [".", "recipes", "tests", "trainer", "modeling_cosup"])
 def test_import_evaluate_and_trainer_find_the_right_module(folder):
-    """No file of ours shadows either name, wherever Python is started."""
-    code = "import importlib.util as u; print(u.find_spec('evaluate').origin); print(u.find_spec('trainer').origin)"
+    """No file of this project shadows either name, in whatever folder Python starts."""
     pytest.importorskip("evaluate")
-    result = run(sys.executable, "-c", code, cwd=ROOT / folder)
+    code = "import importlib.util as u; print(u.find_spec('evaluate').origin); print(u.find_spec('trainer').origin)"
+    result = run(PYTHON, "-c", code, cwd=ROOT / folder)
     assert result.returncode == 0, result.stderr[-2000:]
     evaluate, trainer = map(Path, result.stdout.splitlines())
     assert evaluate.parts[-3:] == ("site-packages", "evaluate", "__init__.py")
@@ -355,6 +281,6 @@ def test_a_foreign_trainer_package_is_named(tmp_path):
     (tmp_path / "trainer").mkdir()
     (tmp_path / "trainer" / "__init__.py").write_text("")
     code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT / 'recipes')!r}]; import shared.cli"
-    result = run(sys.executable, "-c", code)
+    result = run(PYTHON, "-c", code)
     assert result.returncode == 1
     assert "another package" in result.stderr

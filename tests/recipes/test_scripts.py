@@ -1,4 +1,4 @@
-"""Every script of recipes/: none is imported by another module, and each says what it does and takes."""
+"""Every script of recipes/: no other module imports it, and its help says what it does and takes."""
 
 import ast
 import runpy
@@ -17,7 +17,7 @@ def name_of(path):
 
 
 def imported(path):
-    """Roots of the names of all modules that a file imports, wherever in it."""
+    """Return the top-level names of all modules that a file imports, anywhere in it."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -26,7 +26,7 @@ def imported(path):
             names.add(node.module or "")
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
             name = node.args[0]
-            assert isinstance(name, ast.Constant), f"{path}, line {node.lineno}: imports what only a run can tell"
+            assert isinstance(name, ast.Constant), f"{path}, line {node.lineno}: the name of this import is computed"
             names.add(name.value)
     return {name.partition(".")[0] for name in names}
 
@@ -38,25 +38,26 @@ def test_scripts_are_found():
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_no_module_imports_a_script(path):
-    """What several recipes share is in recipes/shared or recipes/experiments."""
+    """Code that several recipes share is in recipes/shared or recipes/experiments."""
     assert not imported(path) & {script.stem for script in SCRIPTS}
 
 
 @pytest.mark.parametrize("path", [path for path in SCRIPTS if path.name != "demo.py"], ids=name_of)
 def test_the_command_line_is_imported_before_torch(path):
-    """It sets what torch reads when it loads; the demo, a file by itself, does without."""
-    imports = [
-        node
-        for node in ast.parse(path.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.ImportFrom | ast.Import)
-    ]
-    names = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports]
-    assert next(name for name in names if name.partition(".")[0] not in sys.stdlib_module_names) == "shared.cli"
+    """It sets a variable that torch reads when it loads. The demo imports nothing of the project."""
+    names = []
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom):
+            names.append(node.module)
+        elif isinstance(node, ast.Import):
+            names.append(node.names[0].name)
+    others = [name for name in names if name.partition(".")[0] not in sys.stdlib_module_names]
+    assert others[0] == "shared.cli"
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
 def test_help(path, monkeypatch, capsys):
-    """As `python recipes/X.py --help`, in this process: importing torch anew for each would take minutes."""
+    """Like `python recipes/X.py --help`, in this process: to import torch for each script would take minutes."""
     if path.name == "demo.py":
         pytest.importorskip("gradio")
     monkeypatch.syspath_prepend(str(path.parent))
