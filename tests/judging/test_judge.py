@@ -213,7 +213,7 @@ def test_altered_predictions_are_no_results(model, world, tmp_path):
     path = tmp_path / "t" / "off" / "predictions.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines[:-2], lines[0]]))
-    with pytest.raises(ValueError, match=r"1 ids stand twice in the predictions .*2 questions have no prediction"):
+    with pytest.raises(ValueError, match=r"1 ids occur twice in the predictions .*2 questions have no prediction"):
         evaluate_tasks(model, tasks, tmp_path, ["off"])
     path.write_text("".join(lines)[:-20])
     with pytest.raises(ValueError, match="predictions.jsonl, line 9: malformed JSON"):
@@ -223,7 +223,7 @@ def test_altered_predictions_are_no_results(model, world, tmp_path):
 def test_bad_sets_are_refused_with_counts_before_anything_is_written(model, tmp_path):
     cases = [
         ([FREE, {**FREE, "id": "f2"}], {}, "none of the 2 questions of .* has provenance"),
-        ([*QUESTIONS, QUESTIONS[0]], {}, "1 ids of .* stand twice, e.g. 'q0'"),
+        ([*QUESTIONS, QUESTIONS[0]], {}, "1 ids of .* occur twice, e.g. 'q0'"),
         (
             [*QUESTIONS, {**FREE, "candidates": ["p0", "p1", "p0"]}],
             {"pool": 3},

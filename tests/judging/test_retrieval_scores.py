@@ -282,8 +282,8 @@ def test_match_by_id():
     [
         ("abc", "abcde", r"3 predictions and 5 questions .* 2 questions have no prediction \(d, e\)"),
         ("abcx", "abc", r"1 predictions have no question \(x\)"),
-        ("aab", "ab", r"1 ids stand twice in the predictions \(a\)"),
-        ("ab", "abb", r"1 ids stand twice in the evaluation set \(b\)"),
+        ("aab", "ab", r"1 ids occur twice in the predictions \(a\)"),
+        ("ab", "abb", r"1 ids occur twice in the evaluation set \(b\)"),
         ("abcdef", "", r"6 predictions have no question \(a, b, c, …\)"),
     ],
 )

@@ -29,7 +29,7 @@ def test_bad_tasks_are_refused():
         read_tasks([{"name": "a", "eval_file": "x"}, {"name": "b", "evalfile": "x"}])
     with pytest.raises(ValueError, match="Task 1 has no eval_file"):
         read_tasks([{"name": "a"}])
-    with pytest.raises(ValueError, match="1 names of tasks stand twice: a"):
+    with pytest.raises(ValueError, match="1 names of tasks occur twice: a"):
         read_tasks([{"name": "a", "eval_file": "x"}] * 2)
     assert (
         read_tasks(
