@@ -4,6 +4,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -166,8 +167,8 @@ def as_prediction(
     for retrieval in completion.retrievals:
         start, end = (position - prompt_length for position in retrieval.grounded_span)
         nsp = max(written, retrieval.position - prompt_length)
-        free_text = tokenizer.decode(tokens[written:nsp], skip_special_tokens=True)
-        grounded_text = tokenizer.decode(tokens[start:end], skip_special_tokens=True).strip()
+        free_text = _decode(tokenizer, tokens[written:nsp])
+        grounded_text = _decode(tokenizer, tokens[start:end]).strip()
         numbers = [citation_numbers.setdefault(id, len(citation_numbers) + 1) for id in retrieval.passage_ids]
         marks = "".join(f"[{number}]" for number in numbers)
         pieces.append(free_text)
@@ -175,7 +176,7 @@ def as_prediction(
         written = end
         passages = [{name: passage[name] for name in ("id", "title", "text")} for passage in retrieval.passages]
         retrievals.append({"passages": passages, "scores": retrieval.scores, "grounded_text": grounded_text})
-    pieces.append(tokenizer.decode(tokens[written:], skip_special_tokens=True))
+    pieces.append(_decode(tokenizer, tokens[written:]))
     return {
         **{name: question[name] for name in ("id", "dataset", "input", "answers", "provenance")},
         "output": completion.text,
@@ -323,6 +324,10 @@ def reference_instances(questions: list[dict], corpus: list[dict]) -> list[dict]
 
 def _prompt(model: CoSupForCausalLM, question: dict) -> list[int]:
     return list(encode_prompt(model.tokenizer, question["input"], question["instruction"]))
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return cast(str, tokenizer.decode(ids, skip_special_tokens=True))  # a list of texts for a batch only
 
 
 def _batches(

@@ -233,7 +233,8 @@ def figure(name: str) -> Figure:
 
 def is_binary(name: str, cor: Collection[str] = ()) -> bool:
     """
-    Return whether a figure is 0 or 1 for a single question. If so, its interval is Wilson's, otherwise the bootstrap's.
+    Return whether a figure is 0 or 1 for a single question. Such a figure has Wilson's interval, others the
+    bootstrap's.
 
     Args:
         name (`str`): name of the figure.

@@ -2,8 +2,8 @@
 Judge whether what was written follows from what was retrieved: Gr and K-precision of grounded text, ALCE's citations
 and claims, and FEVER by NLI.
 
-A figure that needs an NLI model takes `entail`, a function from pairs (premise, hypothesis) to one bool each, such as a
-judge of `trainer.judging.nli`. It gets the pairs of all instances in one call, so that the model can work in batches.
+A figure that needs an NLI model takes `entail`, a function from pairs (premise, hypothesis) to one bool each, such as
+a judge of `trainer.judging.nli`. It gets the pairs of all instances in one call, so that the model can work in batches.
 """
 
 import re
@@ -18,8 +18,8 @@ Judge = Callable[[list[tuple[str, str]]], list[bool]]  # pairs (premise, hypothe
 HYPOTHESIS = "{sentence}"  # of Gr
 # Words in lower case that end in a full stop within a sentence.
 ABBREVIATIONS = frozenset(
-    "mr mrs ms dr prof st sr jr gen col lt maj capt sgt cmdr adm rev hon gov sen rep pres vs etc ed eds al approx ca cf "
-    "inc ltd co corp bros dept univ est jan feb mar apr jun jul aug sep sept oct nov dec mt ft".split()
+    "mr mrs ms dr prof st sr jr gen col lt maj capt sgt cmdr adm rev hon gov sen rep pres vs etc ed eds al approx ca "
+    "cf inc ltd co corp bros dept univ est jan feb mar apr jun jul aug sep sept oct nov dec mt ft".split()
 )
 # Words that do so only before a number: "He said no." ends a sentence, "No. 5" does not.
 BEFORE_NUMBERS = frozenset("no nos vol vols pp fig figs".split())
@@ -176,8 +176,8 @@ def citation_scores(
     Recall is the share of the sentences that follow from the passages they cite, taken together. A sentence without a
     citation, or with one out of range, does not.
 
-    Precision is the share of the citations that are needed. In a sentence that follows from its passages, a citation is
-    not needed if its passage alone does not entail the sentence and the other passages do without it. In any other
+    Precision is the share of the citations that are needed. In a sentence that follows from its passages, a citation
+    is not needed if its passage alone does not entail the sentence and the other passages do without it. In any other
     sentence no citation is needed.
 
     Args:
@@ -204,7 +204,7 @@ def citation_scores(
         sentence.entailed = label
 
     # A citation can be unneeded only if the passages together entail the sentence, and there are others.
-    citations = []
+    citations: list[tuple[_Sentence, int]] = []
     for sentence in citing:
         if sentence.entailed and len(sentence.citations) > 1:
             citations.extend((sentence, citation) for citation in sentence.citations)
@@ -233,7 +233,7 @@ class _Sentence:
         num_unneeded (`int`): number of citations that are not needed.
     """
 
-    def __init__(self, text: str, row: int, passages: list[dict], at_most_citations: int):
+    def __init__(self, text: str, row: int, passages: list[dict], at_most_citations: int) -> None:
         self.row = row
         self.claim = remove_citations(text).strip()
         self.entailed = False
@@ -291,7 +291,7 @@ def claim_recall(outputs: list[str], claims: list[list[str]], entail: Judge) -> 
     num_missing = sum(not question_claims for question_claims in claims)
     if num_missing:
         raise ValueError(f"{num_missing} of {len(claims)} questions have no claims: claim recall is for ALCE's ELI5.")
-    pairs = []
+    pairs: list[tuple[str, str]] = []
     for output, question_claims in zip(outputs, claims, strict=True):
         text = remove_citations(alce_output(output))
         pairs.extend((text, claim) for claim in question_claims)

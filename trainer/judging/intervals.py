@@ -68,7 +68,7 @@ class Mean:
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> "Mean":
-        """Return the mean over the instances that have a value; `None`, for a figure that does not apply, is left out."""
+        """Return the mean over the instances that have a value: `None`, if the figure does not apply, is left out."""
         return cls([float(value) for value in values if value is not None])
 
     @property

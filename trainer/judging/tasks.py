@@ -28,13 +28,13 @@ class Task:
     Args:
         name (`str`): name of its folder, and of its row in tables.
         eval_file (`str`): the questions, see [`load_evaluation_set`].
-        corpus_file (`str`, *optional*): passages to embed. One of `corpus_file` and `index` is needed unless nothing is
-            retrieved.
+        corpus_file (`str`, *optional*): passages to embed. One of `corpus_file` and `index` is needed unless nothing
+            is retrieved.
         index (`str`, *optional*): name or path of an existing index.
         index_uri (`str`, *optional*): the Milvus server or local file that holds `index` as a collection.
         split (`str`, *optional*): `"in-domain"` or `"out-of-domain"`, for the averages.
-        pool (`str` or `int`): `"full"` searches the whole index. A number searches so many candidates of each question,
-            in the order of the file, with gold candidates first if `gold_in_pool`.
+        pool (`str` or `int`): `"full"` searches the whole index. A number searches so many candidates of each
+            question, in the order of the file, with gold candidates first if `gold_in_pool`.
         gold_in_pool (`bool`): whether gold candidates are always in the pool (the paper). With `False` the first
             candidates are, whatever they are (ALCE).
         metric (`str`, *optional*): what Cor is; defaults to the metric of each question's dataset, see
@@ -75,10 +75,10 @@ class Task:
             raise ValueError(f"Task {self.name}: pool is {self.pool!r}, expected 'full' or a number of candidates.")
         if self.metric not in (None, *COR_METRICS):
             raise ValueError(f"Task {self.name}: metric is {self.metric!r}, expected one of {', '.join(COR_METRICS)}.")
-        self._check_count("max_new_tokens", minimum=1)
-        self._check_count("top_k", minimum=1)
         if self.max_eval_samples is not None:
             self._check_count("max_eval_samples", minimum=1)
+        self._check_count("max_new_tokens", minimum=1)
+        self._check_count("top_k", minimum=1)
         if self.max_retrievals is not None:
             self._check_count("max_retrievals", minimum=0)
 
@@ -116,8 +116,8 @@ class Task:
         short = [question["id"] for question in questions if len(set(question["candidates"])) < self.pool]
         if short:
             raise ValueError(
-                f"Task {self.name}: {len(short)} of {len(questions)} questions have fewer than {self.pool} candidates, "
-                f"e.g. {short[0]!r}; recipes/build_candidates.py makes them, or set pool to 'full'."
+                f"Task {self.name}: {len(short)} of {len(questions)} questions have fewer than {self.pool} "
+                f"candidates, e.g. {short[0]!r}; recipes/build_candidates.py makes them, or set pool to 'full'."
             )
         return [{**question, "candidates": self._pool(question)} for question in questions]
 
