@@ -3,7 +3,7 @@ Judge whether what was written follows from what was retrieved: Gr and K-precisi
 and claims, and FEVER by NLI.
 
 A figure that needs an NLI model takes `entail`, a function from pairs (premise, hypothesis) to one bool each, such as
-a judge of `trainer.judging.nli`. It gets the pairs of all instances in one call, so that the model can work in batches.
+a judge of `trainer.judging.nli`. It gets the pairs of all instances in one call, so that the model works in batches.
 """
 
 import re

@@ -6,7 +6,7 @@ that of the TRUE mixture.
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,9 +42,9 @@ class NLIJudge:
     """
     Answers whether premises entail hypotheses: an `entail` of `trainer.judging`.
 
-    A pair is judged once, however often it occurs. Pairs of similar length share a batch. A pair that is too long loses
-    the end of its premise, never of its hypothesis. A T5 reads `premise: … hypothesis: …` and must write "1" or "0". A
-    classifier says yes if its highest score is that of entailment.
+    A pair is judged once, however often it occurs. Pairs of similar length share a batch. A pair that is too long
+    loses the end of its premise, never of its hypothesis. A T5 reads `premise: … hypothesis: …` and must write "1" or
+    "0". A classifier says yes if its highest score is that of entailment.
 
     Args:
         model (`PreTrainedModel`): a sequence classifier with a label "entailment" (in any case), or a T5.
@@ -262,7 +262,7 @@ class NLIJudge:
 
 class SharedJudge:
     """
-    One judge of a whole process group: the first process has the pairs, and each process judges a share of them, e.g.
+    One judge for a whole process group: the first process has the pairs, and each process judges a share of them, e.g.
     on its own GPU.
 
     All processes create one together. The first then calls it like any judge and ends with `stop`, while the others
@@ -333,12 +333,13 @@ def entailment_label(config: PretrainedConfig) -> int:
     Raises:
         `ValueError`: unless there is exactly one such label among others; names the labels.
     """
-    labels = dict(sorted((config.id2label or {}).items()))
-    indices = [index for index, label in labels.items() if str(label).lower().startswith("entail")]
+    label_of: Mapping[Any, str] = config.id2label or {}
+    labels = [label_of[index] for index in sorted(label_of)]
+    indices = [index for index, label in label_of.items() if str(label).lower().startswith("entail")]
     if len(indices) != 1 or len(labels) < 2:
         raise ValueError(
-            f"The classifier's labels are {list(labels.values())}, expected exactly one that begins with 'entail' and "
-            "at least one other: it is no NLI model."
+            f"The classifier's labels are {labels}, expected exactly one that begins with 'entail' and at least one "
+            "other: it is no NLI model."
         )
     return int(indices[0])
 

@@ -129,7 +129,7 @@ class TaskRun:
         return read_lines(self.folder / mode / PREDICTIONS_FILE)
 
     def rankings(self) -> dict[str, list[list[str]]]:
-        """Read the rankings: scope (`"corpus"` or `"pool"`) -> passage ids, best first, of each question of `needing`."""
+        """Read the rankings: scope (`"corpus"`, `"pool"`) -> passage ids of each question of `needing`, best first."""
         path = self.folder / QUERY / RANKING_FILE
         if not path.exists():
             return {}
