@@ -107,8 +107,8 @@ def update_card(model: str, results: dict) -> None:
     """Add the figures to the checkpoint's card, or say why they are not added."""
     if not add_results(model, evaluation_groups(results)):
         print(
-            f"{model}/README.md is not a card that this package wrote and stays as it is; push_to_hub makes one with "
-            "the figures."
+            f"{model}/README.md is not a card that this package wrote and remains unchanged; push_to_hub makes one "
+            "with the figures."
         )
 
 

@@ -262,7 +262,7 @@ def test_figures_reach_the_card(many, call, tmp_path, capsys):
     (folder / "README.md").write_text("my own card")
     update("again", "--max_eval_samples", 2)
     assert (folder / "README.md").read_text() == "my own card"
-    assert "stays as it is" in capsys.readouterr().out
+    assert "remains unchanged" in capsys.readouterr().out
     facts = recorded_facts()
     new_metrics = [metric for group in facts["results"][1:] for metric in group["metrics"]]
     assert [metric["n"] for metric in new_metrics if metric["type"] == "cor"] == [2, 2]

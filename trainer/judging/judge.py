@@ -150,7 +150,7 @@ def _share_judge(entail: Judge | None) -> Judge | SharedJudge | None:
     each_has_one = all(gather_objects(entail is not None))
     if entail is None or not each_has_one:
         return entail
-    return SharedJudge(entail, host_group(timedelta(days=7)))
+    return SharedJudge(entail, host_group(timedelta(days=7)))  # others may wait long while one still answers
 
 
 def environment(model: CoSupForCausalLM) -> dict:

@@ -181,8 +181,7 @@ def cor_minus(correct: Scores, hits: Scores) -> Scores:
 
 def by_retrieval(name: str, values: Scores, hits: Scores) -> dict[str, Scores]:
     """
-    Split a figure into questions whose retrieval succeeded and questions whose retrieval failed (appendix C.2 of the
-    paper).
+    Split a figure into questions with successful and with failed retrieval (appendix C.2 of the paper).
 
     Args:
         name (`str`): name of the figure.

@@ -108,7 +108,7 @@ class Task:
         if not any(question["provenance"] or provenance_unknown(question) for question in questions):
             raise ValueError(
                 f"Task {self.name}: none of the {len(questions)} questions of {self.eval_file} has provenance, so "
-                "retrieval cannot be judged. Questions whose provenance is unknown must say so: "
+                "retrieval cannot be judged. Questions of unknown provenance must say so: "
                 '"meta": {"provenance_unknown": true}.'
             )
         if isinstance(self.pool, str):
