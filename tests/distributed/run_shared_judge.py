@@ -1,4 +1,4 @@
-"""A judge that three processes answer together. Launched by test_shared_judge.py."""
+"""Judge pairs in three processes together. Launched by test_shared_judge.py."""
 
 import json
 import sys
@@ -8,7 +8,8 @@ import torch.distributed as dist
 from trainer.judging.nli import SharedJudge
 
 dist.init_process_group("gloo")
-asked, fails = [], sys.argv[1] == "fails"
+fails = sys.argv[1] == "fails"
+asked = []
 
 
 def entail(pairs):
@@ -18,20 +19,22 @@ def entail(pairs):
     return [premise == hypothesis for premise, hypothesis in pairs]
 
 
-judge, told = SharedJudge(entail), {}
+judge = SharedJudge(entail)
+report = {}
 try:
     if dist.get_rank() == 0:
         pairs = [("a", "a"), ("a", "b"), ("b", "b"), ("c", "a"), ["a", "a"], ("d", "d")]
         try:
-            told["answers"] = [judge(pairs), judge(pairs[:2]), judge([])]
+            report["answers"] = [judge(pairs), judge(pairs[:2]), judge([])]
         finally:
             judge.stop()
     else:
         judge.serve()
 except ValueError as error:
-    told["error"] = str(error)
-every = [None] * dist.get_world_size()
-dist.all_gather_object(every, {**told, "asked": asked})
+    report["error"] = str(error)
+report["asked"] = asked
+reports = [None] * dist.get_world_size()
+dist.all_gather_object(reports, report)
 if dist.get_rank() == 0:
-    print(json.dumps(every))
+    print(json.dumps(reports))
 dist.destroy_process_group()

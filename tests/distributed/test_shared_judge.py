@@ -1,4 +1,4 @@
-"""An NLI judge shared by a real process group: each pair is judged once, by one process, and the error of any process ends all."""
+"""An NLI judge shared by a real process group: one process judges each pair, and the error of any process ends all."""
 
 import json
 import os
@@ -10,15 +10,8 @@ SCRIPT = Path(__file__).with_name("run_shared_judge.py")
 
 
 def launch(argument):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=3",
-        str(SCRIPT),
-        argument,
-    ]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    command = [sys.executable, *launcher, str(SCRIPT), argument]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[2])}
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -34,5 +27,5 @@ def test_each_process_judges_its_share():
 
 
 def test_the_error_of_one_process_ends_all():
-    found = launch("fails")
-    assert [each["error"] for each in found] == ["process 1: 1 of 2 pairs got no answer"] * 3
+    reports = launch("fails")
+    assert [report["error"] for report in reports] == ["process 1: 1 of 2 pairs got no answer"] * 3

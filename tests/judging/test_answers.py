@@ -1,4 +1,4 @@
-"""The figures of an evaluation, by hand and on a model whose answers are known."""
+"""Rankings and answers of a model, and the NTP loss of reference answers, against the model itself and by hand."""
 
 import numpy as np
 import pytest
@@ -23,29 +23,39 @@ from trainer.judging.answers import (
     wrong_passages,
 )
 from trainer.judging.figures import figure
-from trainer.judging.matching import retrieved_ids
+from trainer.judging.matching import gold_ids, retrieved_ids
 from trainer.losses import embedding_losses
 
-QUESTIONS = [
-    {"id": f"q{i}", "dataset": "d", "instruction": "", "input": f"question {i}?", "answers": [p["title"] or "none"]}
-    | {"provenance": [[p["id"]]]}
-    for i, p in enumerate(PASSAGES)
-]
+
+def without_candidates(i, passage):
+    return {
+        "id": f"q{i}",
+        "dataset": "d",
+        "instruction": "",
+        "input": f"question {i}?",
+        "answers": [passage["title"] or "none"],
+        "provenance": [[passage["id"]]],
+    }
+
+
+QUESTIONS = [without_candidates(i, passage) for i, passage in enumerate(PASSAGES)]
 
 
 def test_ntp_loss_of_references_equals_the_model(model):
     instances = reference_instances(QUESTIONS[:2], PASSAGES)
-    batch = plain_batch([tokenize_instance(x, model.tokenizer, model.tokenizer, model.config) for x in instances])
+    rows = [tokenize_instance(instance, model.tokenizer, model.tokenizer, model.config) for instance in instances]
     with torch.no_grad():
-        assert ntp_loss(model, instances).value == pytest.approx(float(model(**batch).ntp_loss), rel=1e-5)
+        expected = float(model(**plain_batch(rows)).ntp_loss)
+    assert ntp_loss(model, instances).value == pytest.approx(expected, rel=1e-5)
 
 
 def test_rankings_against_the_model_itself(model):
     index = model.build_index(PASSAGES, show_progress_bar=False)
     rankings = rank_passages(model, index, QUESTIONS, batch_size=4)
     assert [ranking["id"] for ranking in rankings] == [question["id"] for question in QUESTIONS]
-    assert all(sorted(ranking["corpus"]) == sorted(passage["id"] for passage in PASSAGES) for ranking in rankings)
+    all_ids = sorted(passage["id"] for passage in PASSAGES)
     for question, ranking in zip(QUESTIONS, rankings, strict=True):
+        assert sorted(ranking["corpus"]) == all_ids
         assert rank_passages(model, index, [question]) == [ranking]
     pools = [{**question, "candidates": ["p4", "p1"]} for question in QUESTIONS]
     for ranking in rank_passages(model, index, pools, pools=True):
@@ -55,30 +65,37 @@ def test_rankings_against_the_model_itself(model):
 
 def test_queries_of_an_encoder_are_embedded_without_gen():
     model = make_model(query_from="emb_seq").eval()
-    prompts = [[*encode_prompt(model.tokenizer, x["input"]), model.config.nsp_token_id] for x in QUESTIONS]
-    with torch.no_grad():
-        expected = torch.cat([model(torch.tensor([prompt])).query_embeds for prompt in prompts])
+    expected = []
+    for question in QUESTIONS:
+        prompt = [*encode_prompt(model.tokenizer, question["input"]), model.config.nsp_token_id]
+        with torch.no_grad():
+            expected.append(model(torch.tensor([prompt])).query_embeds)
     model.gen.base_model.register_forward_pre_hook(lambda module, args: pytest.fail("Gen is run"))
-    torch.testing.assert_close(embed_queries(model, QUESTIONS, batch_size=4), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        embed_queries(model, QUESTIONS, batch_size=4), torch.cat(expected), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_modes_of_answering(batch_size):
-    """An untrained model never retrieves with mode 'off', reads gold passages with 'gold', others with 'wrong', and what it wrote excludes passages."""
+    """An untrained model retrieves nothing in mode 'off', gold passages in 'gold', and others in 'wrong'."""
     model = make_model()
     index = model.build_index(PASSAGES, show_progress_bar=False)
-    off = answer(model, QUESTIONS, None, "off", batch_size=batch_size, max_new_tokens=6)
-    gold = answer(model, QUESTIONS, index, "gold", batch_size=batch_size, max_new_tokens=6)
-    wrong, again = (
-        answer(model, QUESTIONS, index, "wrong", batch_size=batch_size, max_new_tokens=6) for _ in range(2)
-    )
+    options = {"batch_size": batch_size, "max_new_tokens": 6}
+    off = answer(model, QUESTIONS, None, "off", **options)
+    gold = answer(model, QUESTIONS, index, "gold", **options)
+    wrong = answer(model, QUESTIONS, index, "wrong", **options)
     assert all(retrieved_ids(prediction) == [] for prediction in off)
-    assert [retrieved_ids(prediction) for prediction in gold] == [x["provenance"][0] for x in QUESTIONS]
+    for prediction, question in zip(gold, QUESTIONS, strict=True):
+        assert retrieved_ids(prediction) == question["provenance"][0]
+        assert (prediction["id"], prediction["answers"]) == (question["id"], question["answers"])
+        assert prediction["mode"] == "gold"
     for prediction, question in zip(wrong, QUESTIONS, strict=True):
-        assert len(retrieved_ids(prediction)) == 1 and retrieved_ids(prediction) != question["provenance"][0]
-    assert wrong == again
-    assert len({tuple(prediction["output"] for prediction in answers) for answers in (off, gold, wrong)}) == 3
-    assert [(p["id"], p["answers"], p["mode"]) for p in gold] == [(x["id"], x["answers"], "gold") for x in QUESTIONS]
+        assert len(retrieved_ids(prediction)) == 1
+        assert retrieved_ids(prediction) != question["provenance"][0]
+    assert answer(model, QUESTIONS, index, "wrong", **options) == wrong
+    outputs = {tuple(prediction["output"] for prediction in predictions) for predictions in (off, gold, wrong)}
+    assert len(outputs) == 3
     assert model.training is False
 
 
@@ -88,7 +105,7 @@ def losses_of(batch):
 
 
 def test_retrieval_metrics_by_hand():
-    """Two batches: a passage that stands in both, one that is right for a query too, and a query without a number."""
+    """Two batches with a passage in both, a passage that is right for another query too, and a query that is NaN."""
     facts = [
         BatchFacts(passage_keys=[(1,), (2,)], positive_keys=[(), (1,)], query_keys=[10, 11], passage_labels=[0, 1]),
         BatchFacts(passage_keys=[(2,), (3,)], positive_keys=[(), ()], query_keys=[12, 13], passage_labels=[0, 1]),
@@ -96,70 +113,84 @@ def test_retrieval_metrics_by_hand():
     passages = np.eye(3, dtype=np.float32)[[0, 1, 1, 2]]
     queries = np.array([[1, 0, 0], [5, 1, 0], [2, 1, 0], [np.nan, 0, 1]], dtype=np.float32)
     metrics, rows, labels = retrieval_metrics(queries, passages, facts, losses_of, ks=(1, 2))
-    assert rows.tolist() == [0, 1, 3] and labels.tolist() == [0, 1, 1, 2]
+    assert rows.tolist() == [0, 1, 3]
+    assert labels.tolist() == [0, 1, 1, 2]
     assert (metrics["num_passages"], metrics["num_queries"]) == (3, 4)
     assert {figure(name).name for name in metrics} == set(metrics)  # in the vocabulary
-    assert metrics["query_recall@1"] == 0.5  # the first, and the second, for which passage 1 is right too
+    assert metrics["query_recall@1"] == 0.5  # the first query, and the second, for which passage 1 is right too
     assert metrics["query_recall@2"] == 0.75
-    finite, _, _ = retrieval_metrics(np.nan_to_num(queries), passages, facts, losses_of)
-    scores = torch.from_numpy(np.nan_to_num(queries)) @ torch.eye(3)
+
+    finite_queries = np.nan_to_num(queries)
+    finite_metrics, _, _ = retrieval_metrics(finite_queries, passages, facts, losses_of)
+    scores = torch.from_numpy(finite_queries) @ torch.eye(3)
     scores[1, 0] = float("-inf")
-    assert finite["nsp_loss"] == pytest.approx(
-        float(torch.nn.functional.cross_entropy(scores, torch.tensor([0, 1, 1, 2])))
-    )
-    nothing, _, _ = retrieval_metrics(
-        queries[:0], passages, [BatchFacts(passage_keys=[(i,) for i in range(4)])], losses_of
-    )
-    assert nothing["nsp_loss"] == 0.0
+    expected = torch.nn.functional.cross_entropy(scores, torch.tensor([0, 1, 1, 2]))
+    assert finite_metrics["nsp_loss"] == pytest.approx(float(expected))
+
+    without_queries = [BatchFacts(passage_keys=[(i,) for i in range(4)])]
+    no_metrics, _, _ = retrieval_metrics(queries[:0], passages, without_queries, losses_of)
+    assert no_metrics["nsp_loss"] == 0.0
 
 
 # ---------------------------------------------------------------------- citations, wrong passages
 
 
-def test_citations_stand_before_the_end_of_each_sentence(model):
-    """Two retrievals of one passage, then another, with free text around: numbers count distinct passages."""
+def test_citations_are_before_the_end_of_each_sentence(model):
+    """One passage, another one, and the first again, with free text around: numbers count distinct passages."""
     tokenizer, config = model.tokenizer, model.config
+    prompt_length = 3
 
-    def ids(text):
+    def ids_of(text):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    tokens, trace = [*ids("Well.")], []
+    tokens, trace = ids_of("Well."), []
     for id, text in (("p0", "It was Rembrandt. He painted"), ("p1", 'who said "radium!"'), ("p0", "")):
         passages = [{"id": id, "title": id, "text": f"text of {id}"}]
-        position = 3 + len(tokens)
-        tokens += [config.nsp_token_id, *ids("a passage"), config.cs_token_id, *ids(text), config.ce_token_id]
-        trace.append(
-            Retrieval(0, position, passages, [0.5], (3 + len(tokens) - 1 - len(ids(text)), 3 + len(tokens) - 1))
-        )
-    tokens += ids("end.")
-    found = as_prediction(FREE, Completion(0, tokens, "its text", "cited", 9, trace), 3, tokenizer)
-    assert found["output_with_citations"] == 'Well. It was Rembrandt [1]. He painted [1] who said "radium [2]!" end.'
-    assert [r["grounded_text"] for r in found["retrievals"]] == [
-        "It was Rembrandt. He painted",
-        'who said "radium!"',
-        "",
-    ]
-    assert retrieved_ids(found) == ["p0", "p1", "p0"] and found["retrievals"][1]["scores"] == [0.5]
-    assert found["retrievals"][1]["passages"] == [{"id": "p1", "title": "p1", "text": "text of p1"}]
-    assert (found["id"], found["output"], found["cited_text"], found["num_generated_tokens"]) == (
-        "q90",
-        "its text",
-        "cited",
-        9,
-    )
-    assert cite("Yes", "[1][2]") == "Yes [1][2]" and cite("(Really?)", "[1]") == "(Really [1]?)"
+        position = prompt_length + len(tokens)
+        tokens += [config.nsp_token_id, *ids_of("a passage"), config.cs_token_id]
+        start = prompt_length + len(tokens)
+        tokens += ids_of(text)
+        end = prompt_length + len(tokens)
+        tokens.append(config.ce_token_id)
+        trace.append(Retrieval(0, position, passages, [0.5], (start, end)))
+    tokens += ids_of("end.")
+    completion = Completion(0, tokens, "its text", "cited", 9, trace)
+
+    prediction = as_prediction(FREE, completion, prompt_length, tokenizer)
+
+    expected = 'Well. It was Rembrandt [1]. He painted [1] who said "radium [2]!" end.'
+    assert prediction["output_with_citations"] == expected
+    first, second, third = prediction["retrievals"]
+    assert first["grounded_text"] == "It was Rembrandt. He painted"
+    assert second["grounded_text"] == 'who said "radium!"'
+    assert third["grounded_text"] == ""
+    assert second["scores"] == [0.5]
+    assert second["passages"] == [{"id": "p1", "title": "p1", "text": "text of p1"}]
+    assert retrieved_ids(prediction) == ["p0", "p1", "p0"]
+    assert prediction["id"] == "q90"
+    assert prediction["output"] == "its text"
+    assert prediction["cited_text"] == "cited"
+    assert prediction["num_generated_tokens"] == 9
+
+
+def test_marks_are_before_closing_punctuation():
+    assert cite("Yes", "[1][2]") == "Yes [1][2]"
+    assert cite("(Really?)", "[1]") == "(Really [1]?)"
 
 
 def test_wrong_passages_depend_on_seed_and_question_alone(model):
     index = model.build_index(CORPUS, show_progress_bar=False)
-    first = wrong_passages(WORLD_QUESTIONS, index, 0)
-    assert [len(ids) for ids in first] == [len(x["provenance"][0]) for x in WORLD_QUESTIONS]
-    assert wrong_passages(WORLD_QUESTIONS[3:], index, 0) == first[3:]
-    assert wrong_passages(WORLD_QUESTIONS, index, 1) != first
-    without_pools = [{**x, "candidates": []} for x in WORLD_QUESTIONS]
-    assert all(
-        set(ids).isdisjoint(sum(x["provenance"], []))
-        for ids, x in zip(wrong_passages(without_pools, index), WORLD_QUESTIONS, strict=True)
-    )
+    wrong = wrong_passages(WORLD_QUESTIONS, index, 0)
+    assert [len(ids) for ids in wrong] == [len(question["provenance"][0]) for question in WORLD_QUESTIONS]
+    assert wrong_passages(WORLD_QUESTIONS[3:], index, 0) == wrong[3:]
+    assert wrong_passages(WORLD_QUESTIONS, index, 1) != wrong
+
+
+def test_wrong_passages_are_never_gold(model):
+    index = model.build_index(CORPUS, show_progress_bar=False)
+    without_pools = [{**question, "candidates": []} for question in WORLD_QUESTIONS]
+    for ids, question in zip(wrong_passages(without_pools, index), WORLD_QUESTIONS, strict=True):
+        assert gold_ids(question).isdisjoint(ids)
+    gold_alone = {**WORLD_QUESTIONS[1], "candidates": ["p0", "p1", "p3"]}
     with pytest.raises(ValueError, match="1 of 2 questions have no passage but gold ones"):
-        wrong_passages([WORLD_QUESTIONS[0], {**WORLD_QUESTIONS[1], "candidates": ["p0", "p1", "p3"]}], index)
+        wrong_passages([WORLD_QUESTIONS[0], gold_alone], index)

@@ -16,22 +16,31 @@ A, B, C, D = ({"title": title, "text": f"text {title}"} for title in "ABCD")
 
 
 class Judge:
-    """Entails a hypothesis that stands in `entailed`, on any premise that holds one of its passages (`A`) or a group of them (`AB`)."""
+    """
+    Judges a hypothesis by its first word. `Judge(night=["A", "BC"])` says that a hypothesis about the night follows
+    from any premise with passage A, or with passages B and C. `asked` holds the pairs of each call.
+    """
 
-    def __init__(self, **entailed):
-        self.entailed, self.asked = entailed, []
+    def __init__(self, **entailing):
+        self.entailing = entailing
+        self.asked = []
 
     def __call__(self, pairs):
         self.asked.append(list(pairs))
-        groups = [self.entailed.get(claim.split()[0].lower(), []) for _, claim in pairs]
-        return [
-            any(all(f"text {letter}" in premise for letter in group) for group in each)
-            for (premise, _), each in zip(pairs, groups, strict=True)
-        ]
+        return [self._entails(premise, hypothesis) for premise, hypothesis in pairs]
+
+    def _entails(self, premise, hypothesis):
+        first_word = hypothesis.split()[0].lower()
+        groups = self.entailing.get(first_word, [])
+        return any(all(f"text {letter}" in premise for letter in group) for group in groups)
 
 
 def scores(output, judge, passages=(A, B, C, D)):
     return citation_scores([output], [list(passages)], judge)[0]
+
+
+def recall_and_precision(output_scores):
+    return output_scores["citation_recall"], output_scores["citation_precision"]
 
 
 def retrieval(text, *passages):
@@ -39,7 +48,7 @@ def retrieval(text, *passages):
 
 
 @pytest.mark.parametrize(
-    "text, sentences",
+    ("text", "sentences"),
     [
         ("One. Two! Three? four", ["One.", "Two!", "Three?", "four"]),
         (
@@ -62,14 +71,10 @@ def test_split_sentences(text, sentences):
 
 def test_grounding_judges_each_sentence_by_its_own_passage():
     judge = Judge(night=["A"], radium=["B"])
-    predictions = [
-        {
-            "retrievals": [retrieval("Night fell. Radium glows.", A), retrieval("Radium glows.", B)]
-        },  # the second sentence stands under the wrong passage
-        {"retrievals": []},
-        {"retrievals": [retrieval("", A)]},
-        {"retrievals": [retrieval("Night fell.", B, A)]},  # several passages of one retrieval stand together
-    ]
+    wrong_passage = [retrieval("Night fell. Radium glows.", A), retrieval("Radium glows.", B)]
+    several_passages = [retrieval("Night fell.", B, A)]
+    retrievals = [wrong_passage, [], [retrieval("", A)], several_passages]
+    predictions = [{"retrievals": prediction_retrievals} for prediction_retrievals in retrievals]
     assert grounding(predictions, judge) == [pytest.approx(2 / 3), None, None, 1.0]
     assert judge.asked == [
         [
@@ -79,8 +84,12 @@ def test_grounding_judges_each_sentence_by_its_own_passage():
             ("Title: B\ntext B\nTitle: A\ntext A", "Night fell."),
         ]
     ]
+
+
+def test_a_passage_without_a_title_keeps_the_form_of_a_premise():
+    judge = Judge()
     grounding([{"retrievals": [retrieval("Night", {"title": "", "text": "bare"})]}], judge)
-    assert judge.asked[-1] == [("Title: \nbare", "Night")]
+    assert judge.asked == [[("Title: \nbare", "Night")]]
 
 
 def test_a_short_answer_is_judged_with_its_question():
@@ -91,13 +100,19 @@ def test_a_short_answer_is_judged_with_its_question():
     ]
     assert grounding(predictions, judge, hypothesis="{question} {sentence}") == [1.0, 0.0]
     assert judge.asked[-1] == [("Title: A\ntext A", "what {fell}? Night"), ("Title: A\ntext A", "and {0}? Day {x}.")]
-    for wrong, reason in (
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
         ("{question}", "expected a template with {sentence}"),
         ("{sentence} {}", "expected a template"),
         ("{sentence", "expected '}'"),
-    ):
-        with pytest.raises(ValueError, match=reason):
-            grounding(predictions, judge, hypothesis=wrong)
+    ],
+)
+def test_a_bad_template_is_an_error(template, reason):
+    with pytest.raises(ValueError, match=reason):
+        grounding([{"input": "what?", "retrievals": [retrieval("Night", A)]}], Judge(), hypothesis=template)
 
 
 def test_a_judge_that_does_not_answer_is_an_error():
@@ -110,93 +125,85 @@ def test_a_judge_that_does_not_answer_is_an_error():
 
 def test_k_precision_counts_words_in_their_own_passages():
     passage = {"title": "Night Watch", "text": "It was painted by Rembrandt."}
-    assert k_precision({"retrievals": [retrieval("The Night Watch, painted by Vermeer", passage)]}) == pytest.approx(
-        4 / 5
-    )
-    assert (
-        k_precision({"retrievals": [retrieval("Rembrandt Rembrandt", passage)]}) == 0.5
-    )  # as often as the passage holds it
-    assert k_precision({"retrievals": [retrieval("painted", passage), retrieval("painted", A)]}) == 0.5
-    assert k_precision({"retrievals": []}) is None is k_precision({"retrievals": [retrieval("the", passage)]})
+    four_of_five = {"retrievals": [retrieval("The Night Watch, painted by Vermeer", passage)]}
+    assert k_precision(four_of_five) == pytest.approx(4 / 5)
+    repeated = {"retrievals": [retrieval("Rembrandt Rembrandt", passage)]}
+    assert k_precision(repeated) == 0.5  # a word counts as often as the passage holds it
+    once_in_its_passage = {"retrievals": [retrieval("painted", passage), retrieval("painted", A)]}
+    assert k_precision(once_in_its_passage) == 0.5
+    assert k_precision({"retrievals": []}) is None
+    assert k_precision({"retrievals": [retrieval("the", passage)]}) is None
 
 
 def test_citations_by_hand():
-    assert scores("Night fell [1].", Judge(night=["A"])) | {"sentences": 0} == {
+    right = scores("Night fell [1].", Judge(night=["A"]))
+    assert right == {
         "citation_recall": 1.0,
         "citation_precision": 1.0,
-        "sentences": 0,
+        "sentences": 1,
         "several": 0,
         "supported": 0,
         "unneeded": 0,
     }
     wrong = scores("Night fell [2].", Judge(night=["A"]))
-    assert (wrong["citation_recall"], wrong["citation_precision"]) == (0.0, 0.0)
-    bare = scores("Night fell [1]. Radium glows.", Judge(night=["A"], radium=["A"]))  # no citation, no credit
-    assert (bare["citation_recall"], bare["citation_precision"], bare["sentences"]) == (0.5, 1.0, 2)
+    assert recall_and_precision(wrong) == (0.0, 0.0)
+    without_citation = scores("Night fell [1]. Radium glows.", Judge(night=["A"], radium=["A"]))
+    assert recall_and_precision(without_citation) == (0.5, 1.0)
+    assert without_citation["sentences"] == 2
     assert scores("Radium glows.", Judge(radium=["A"]))["citation_precision"] == 0.0
     assert scores(" \n Night fell [1].", Judge(night=["A"]))["citation_recall"] == 1.0
     assert scores("", Judge()) is None
 
 
 def test_numbers_of_citations_count_distinct_passages():
-    prediction = {"retrievals": [retrieval("", A, B), retrieval("", C, A)]}
-    assert [passage["id"] for passage in cited_passages(prediction)] == ["A", "B", "C"]
-    assert cited_passages(prediction)[2] == {"id": "C", **C} and cited_passages({"retrievals": []}) == []
+    passages = cited_passages({"retrievals": [retrieval("", A, B), retrieval("", C, A)]})
+    assert [passage["id"] for passage in passages] == ["A", "B", "C"]
+    assert passages[2] == {"id": "C", **C}
+    assert cited_passages({"retrievals": []}) == []
 
 
 def test_an_unneeded_citation_costs_precision():
-    """[2] alone does not entail, and [1] does without it; of two that are needed together each counts."""
-    over = scores("Night fell [1][2].", Judge(night=["A"]))
-    assert (over["citation_recall"], over["citation_precision"], over["unneeded"], over["supported"]) == (
-        1.0,
-        0.5,
-        1,
-        1,
-    )
-    both = scores("Night fell [1][2].", Judge(night=["AB"]))
-    assert (both["citation_precision"], both["unneeded"]) == (1.0, 0)
-    either = scores("Night fell [1][2].", Judge(night=["A", "B"]))
-    assert either["citation_precision"] == 1.0
-    neither = scores("Night fell [3][4].", Judge(night=["A"]))
-    assert (neither["citation_recall"], neither["citation_precision"], neither["several"], neither["supported"]) == (
-        0.0,
-        0.0,
-        1,
-        0,
-    )
+    """[2] alone does not entail, and [1] does without it. Of two that are needed together, each counts."""
+    unneeded = scores("Night fell [1][2].", Judge(night=["A"]))
+    assert recall_and_precision(unneeded) == (1.0, 0.5)
+    assert (unneeded["unneeded"], unneeded["supported"]) == (1, 1)
+    both_needed = scores("Night fell [1][2].", Judge(night=["AB"]))
+    assert (both_needed["citation_precision"], both_needed["unneeded"]) == (1.0, 0)
+    each_enough = scores("Night fell [1][2].", Judge(night=["A", "B"]))
+    assert each_enough["citation_precision"] == 1.0
+    none_right = scores("Night fell [3][4].", Judge(night=["A"]))
+    assert recall_and_precision(none_right) == (0.0, 0.0)
+    assert (none_right["several"], none_right["supported"]) == (1, 0)
 
 
 def test_three_citations_count_and_the_rest_is_ignored():
     judge = Judge(night=["D"])
-    fourth = scores("Night fell [1][2][3][4].", judge)
-    assert (fourth["citation_recall"], fourth["citation_precision"]) == (0.0, 0.0)
+    assert recall_and_precision(scores("Night fell [1][2][3][4].", judge)) == (0.0, 0.0)
     assert judge.asked[0] == [("Title: A\ntext A\nTitle: B\ntext B\nTitle: C\ntext C", "Night fell.")]
-    assert (
-        citation_scores(["Night fell [1][2][3][4]."], [[A, B, C, D]], judge, at_most_citations=4)[0]["citation_recall"]
-        == 1.0
-    )
+    all_four = citation_scores(["Night fell [1][2][3][4]."], [[A, B, C, D]], judge, at_most_citations=4)
+    assert all_four[0]["citation_recall"] == 1.0
 
 
 @pytest.mark.parametrize("marker", ["[5]", "[0]", "[1][7]"])
 def test_a_citation_out_of_range_voids_the_sentence(marker):
     """The other sentence's citation is the only one that counts."""
-    found = scores(f"Night fell {marker}. Night fell [1].", Judge(night=["A"]))
-    assert (found["citation_recall"], found["citation_precision"]) == (0.5, 1.0)
+    output_scores = scores(f"Night fell {marker}. Night fell [1].", Judge(night=["A"]))
+    assert recall_and_precision(output_scores) == (0.5, 1.0)
 
 
 def test_citations_of_all_outputs_are_judged_together():
     judge = Judge(night=["A"], radium=["B"])
-    found = citation_scores(["Night fell [1][2].", "", "Radium glows [2]."], [[A, B]] * 3, judge)
-    assert len(judge.asked) == 3 and [len(pairs) for pairs in judge.asked] == [2, 2, 1]
-    assert [each and each["citation_precision"] for each in found] == [0.5, None, 1.0]
+    first, empty, third = citation_scores(["Night fell [1][2].", "", "Radium glows [2]."], [[A, B]] * 3, judge)
+    assert [len(pairs) for pairs in judge.asked] == [2, 2, 1]
+    assert first["citation_precision"] == 0.5
+    assert empty is None
+    assert third["citation_precision"] == 1.0
 
 
 def test_claim_recall():
     judge = Judge(night=["A"], radium=["B"])
-    assert claim_recall(["text A [1].\ntext B", "text A and text B"], [["night", "radium"], ["radium"]], judge) == [
-        0.5,
-        1.0,
-    ]  # the first line
+    outputs = ["text A [1].\ntext B", "text A and text B"]  # of the first output only the first line counts
+    assert claim_recall(outputs, [["night", "radium"], ["radium"]], judge) == [0.5, 1.0]
     assert judge.asked[0][0] == ("text A.", "night")
     with pytest.raises(ValueError, match="1 of 2 questions have no claims"):
         claim_recall(["a", "b"], [["x"], []], judge)
@@ -206,13 +213,7 @@ def test_fever_by_nli():
     judge = Judge(claim=["A"])
     outputs = ["text A", "text B", "text A", "text B", ""]
     answers = [["SUPPORTS"], ["supports"], ["REFUTES"], ["refutes"], ["refutes"]]
-    assert fever_nli(outputs, ["Claim it is."] * 5, answers, judge) == [
-        1.0,
-        0.0,
-        0.0,
-        1.0,
-        0.0,
-    ]  # nothing written is wrong
-    assert len(judge.asked[0]) == 4
+    assert fever_nli(outputs, ["Claim it is."] * 5, answers, judge) == [1.0, 0.0, 0.0, 1.0, 0.0]
+    assert len(judge.asked[0]) == 4  # an empty output is wrong, without asking
     with pytest.raises(ValueError, match="expected one verdict"):
         fever_nli(["x"], ["c"], [["supports", "refutes"]], judge)

@@ -1,4 +1,4 @@
-"""Intervals and comparisons: by hand where a formula gives the answer, by coverage where it does not."""
+"""Intervals and comparisons: by hand if a formula gives the answer, otherwise by coverage."""
 
 import math
 
@@ -22,7 +22,11 @@ def test_wilson_interval():
     assert Rate(0, 10).interval == pytest.approx((0.0, 0.2775), abs=1e-4)  # Wilson's score interval, computed by hand
     assert Rate(5, 10).interval == pytest.approx((0.2366, 0.7634), abs=1e-4)
     assert Rate(10, 10).interval[1] == pytest.approx(1.0)
-    assert math.isnan(Rate(0, 0).value) and all(map(math.isnan, Rate(0, 0).interval))
+    assert math.isnan(Rate(0, 0).value)
+    assert all(map(math.isnan, Rate(0, 0).interval))
+
+
+def test_wilson_interval_against_its_formula():
     z = 1.959964
     for hits, n in ((1, 3), (77, 1500), (99_999, 100_000)):
         p = hits / n
@@ -39,35 +43,46 @@ def test_mean_is_weighted_and_its_interval_holds_it():
     assert Mean([4.0, 8.0], [2, 4]).interval == (2.0, 2.0)
 
 
-def test_mean_leaves_out_what_has_no_value():
+def test_mean_leaves_out_instances_without_a_value():
     mean = Mean.of([1.0, None, 0.0, True])
     assert (mean.n, mean.value) == (3, pytest.approx(2 / 3))
     assert mean.to_dict()["n"] == 3
+
+
+def test_a_mean_of_nothing_is_nan():
     empty = Mean.of([None])
-    assert empty.n == 0 and math.isnan(empty.value) and all(map(math.isnan, empty.interval))
+    assert empty.n == 0
     assert empty.to_dict()["n"] == 0
+    assert math.isnan(empty.value)
+    assert all(map(math.isnan, empty.interval))
     assert all(map(math.isnan, Mean([math.nan, 1.0]).interval))
 
 
 def test_bootstrap_is_the_percentile_bootstrap(monkeypatch):
-    """Against resampling one mean at a time, also where the resamples do not fit into one array."""
+    """It agrees with resampling one mean at a time, also if the resamples do not fit into one array."""
     values = np.random.default_rng(1).exponential(size=50)
     generator = np.random.default_rng(3)
     means = [values[generator.integers(50, size=50)].mean() for _ in range(4000)]
     low, high = bootstrap_interval(values, resamples=4000, seed=5)
     assert (low, high) == pytest.approx(np.percentile(means, [2.5, 97.5]), rel=0.03)
-    assert (
-        bootstrap_interval(values, seed=5) == bootstrap_interval(values, seed=5) != bootstrap_interval(values, seed=6)
-    )
-    whole = bootstrap_interval(values, resamples=1000)
+    in_one_array = bootstrap_interval(values, resamples=1000)
     monkeypatch.setattr(intervals, "CHUNK", 50 * 7)
-    assert bootstrap_interval(values, resamples=1000) == pytest.approx(whole, rel=0.05)
+    assert bootstrap_interval(values, resamples=1000) == pytest.approx(in_one_array, rel=0.05)
+
+
+def test_the_seed_decides_the_bootstrap():
+    values = np.random.default_rng(1).exponential(size=50)
+    assert bootstrap_interval(values, seed=5) == bootstrap_interval(values, seed=5)
+    assert bootstrap_interval(values, seed=5) != bootstrap_interval(values, seed=6)
+
+
+def test_the_bootstrap_refuses_what_is_not_finite():
     with pytest.raises(ValueError, match="1 of 3 values are NaN"):
         bootstrap_interval([1.0, math.nan, 2.0])
 
 
 def test_the_resamples_are_those_of_numpys_generator():
-    """One row of places after another: figures that earlier versions wrote come out again."""
+    """Indices are drawn row by row, so that figures of earlier versions can be reproduced."""
     values, weights = np.random.default_rng(1).exponential(size=(2, 50))
     picks = np.random.default_rng(5).integers(50, size=(300, 50))
     assert resampled_means(values, resamples=300, seed=5) == pytest.approx(values[picks].mean(1), abs=1e-12)
@@ -83,16 +98,19 @@ def test_a_sample_that_does_not_vary_has_an_interval_of_no_width():
 
 
 def test_averages_over_tasks_resample_each_task_by_itself():
-    """A task of one question and a large one weigh the same, and what does not apply counts for nothing."""
+    """A task with one question weighs as much as a large one. Tasks that the figure does not apply to are left out."""
     figure = average([[1.0], [0.0, 1.0, None, 0.0, 1.0], [None]])
     assert (figure["value"], figure["n"], figure["tasks"]) == (0.75, 5, 2)
     assert figure["interval"] == pytest.approx([0.5, 1.0])  # the first task is always 1
     assert average([[None], []]) is None
+
+
+def test_comparisons_over_tasks_resample_each_task_by_itself():
     differences = [[0.5], [0.0, 1.0, 0.0, 1.0]]
-    compared = compare_differences(differences, resamples=500, seed=3)
-    assert (compared.difference, compared.n) == (0.5, 5)
+    comparison = compare_differences(differences, resamples=500, seed=3)
+    assert (comparison.difference, comparison.n) == (0.5, 5)
     means = (0.5 + resampled_means(differences[1], resamples=500, seed=4)) / 2
-    assert compared.interval == pytest.approx(np.percentile(means, [2.5, 97.5]))
+    assert comparison.interval == pytest.approx(np.percentile(means, [2.5, 97.5]))
 
 
 def test_bootstrap_interval_covers_the_mean_19_times_of_20():
@@ -103,14 +121,14 @@ def test_bootstrap_interval_covers_the_mean_19_times_of_20():
 
 
 def test_paired_bootstrap_sees_what_pairing_shows():
-    """A small gain on every instance is certain although the instances differ widely; the same gain between unrelated runs is not."""
+    """A small gain on every instance is certain, although the instances differ widely. Without pairs it is not."""
     generator = np.random.default_rng(0)
     first = {f"q{i}": float(value) for i, value in enumerate(generator.normal(0, 10, size=100))}
-    second = {
-        id: value + 0.5 + generator.normal(0, 0.1) for id, value in reversed(first.items())
-    }  # order does not matter
+    # The order of the instances does not matter.
+    second = {id: value + 0.5 + generator.normal(0, 0.1) for id, value in reversed(first.items())}
     better = paired_bootstrap(first, second)
-    assert better.difference == pytest.approx(0.5, abs=0.05) and better.interval[0] > 0.4
+    assert better.difference == pytest.approx(0.5, abs=0.05)
+    assert better.interval[0] > 0.4
     assert better.p_value == pytest.approx(1 / 10_001)
     assert paired_bootstrap(second, first).difference == pytest.approx(-better.difference)
     shuffled = dict(zip(second, generator.permutation(list(second.values())).tolist(), strict=True))
@@ -118,24 +136,35 @@ def test_paired_bootstrap_sees_what_pairing_shows():
 
 
 def test_paired_bootstrap_p_value_is_right_about_chance():
-    """Where two runs do not differ, p < 0.1 comes up in about a tenth of the comparisons."""
+    """If two runs do not differ, about a tenth of the comparisons have p < 0.1."""
     generator = np.random.default_rng(2)
-    ids = [str(i) for i in range(60)]
-    runs = [[dict(zip(ids, generator.normal(size=60).tolist(), strict=True)) for _ in range(2)] for _ in range(300)]
-    below = sum(paired_bootstrap(a, b, resamples=300).p_value < 0.1 for a, b in runs)
+
+    def random_run():
+        return {str(i): value for i, value in enumerate(generator.normal(size=60).tolist())}
+
+    p_values = [paired_bootstrap(random_run(), random_run(), resamples=300).p_value for _ in range(300)]
+    below = sum(p_value < 0.1 for p_value in p_values)
     assert 0.05 <= below / 300 <= 0.16
-    equal = paired_bootstrap(runs[0][0], dict(runs[0][0]), resamples=100)
+
+
+def test_paired_bootstrap_of_equal_runs():
+    run = {str(i): value for i, value in enumerate(np.random.default_rng(2).normal(size=60).tolist())}
+    equal = paired_bootstrap(run, dict(run), resamples=100)
     assert (equal.difference, equal.interval, equal.p_value) == (0.0, (0.0, 0.0), 1.0)
 
 
 def test_paired_bootstrap_by_two_instances():
-    """Two instances, differences 1 and 0: a resample's mean is 0, 1/2 or 1, with 1/4, 1/2, 1/4; 0 and 1 are 1/2 away from the measured 1/2."""
-    found = paired_bootstrap({"a": 0.0, "b": 0.0}, {"a": 1.0, "b": 0.0}, resamples=20_000)
-    assert found.difference == 0.5 and found.interval == (0.0, 1.0)
-    assert found.p_value == pytest.approx(0.5, abs=0.02)
+    """
+    The differences are 1 and 0, so a resample's mean is 0, 1/2 or 1, with probabilities 1/4, 1/2 and 1/4. Both 0 and 1
+    are as far from the measured 1/2 as that is from 0.
+    """
+    comparison = paired_bootstrap({"a": 0.0, "b": 0.0}, {"a": 1.0, "b": 0.0}, resamples=20_000)
+    assert comparison.difference == 0.5
+    assert comparison.interval == (0.0, 1.0)
+    assert comparison.p_value == pytest.approx(0.5, abs=0.02)
 
 
-def test_paired_bootstrap_refuses_other_instances_and_counts_what_has_no_value():
+def test_paired_bootstrap_refuses_other_instances_and_counts_those_without_a_value():
     with pytest.raises(ValueError, match="1 ids are only in the first, 2 only in the second, 1 in both"):
         paired_bootstrap({"a": 1.0, "b": 1.0}, {"b": 1.0, "c": 0.0, "d": 0.0})
     partly = paired_bootstrap({"a": 1.0, "b": None, "c": 0.0}, {"a": 0.0, "b": 1.0, "c": 0.0})
@@ -147,6 +176,7 @@ def test_paired_bootstrap_refuses_other_instances_and_counts_what_has_no_value()
 def test_mean_and_deviation_over_seeds():
     assert mean_and_deviation([1.0, 2.0, 3.0]) == (2.0, 1.0)
     mean, deviation = mean_and_deviation([4.0])
-    assert mean == 4.0 and math.isnan(deviation)
+    assert mean == 4.0
+    assert math.isnan(deviation)
     with pytest.raises(ValueError, match="no seed"):
         mean_and_deviation([])

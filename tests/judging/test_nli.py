@@ -1,4 +1,4 @@
-"""The NLI judge with models trained on known entailments, asked about pairs they never saw."""
+"""The NLI judge with models that were trained on known entailments, on pairs they never saw."""
 
 import json
 
@@ -10,17 +10,19 @@ from support.nli_models import held_out_pairs, make_classifier, make_t5
 from trainer.judging.grounding import grounding
 from trainer.judging.nli import NLIJudge, entailment_label
 
-PAIRS = held_out_pairs(120)
+LABELLED_PAIRS = held_out_pairs(120)
+PAIRS = [(premise, hypothesis) for premise, hypothesis, _ in LABELLED_PAIRS]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """The two trained models as a user has them: folders."""
+    """The folders of the two trained models."""
     folders = {}
     for name, make in (("classifier", make_classifier), ("t5", make_t5)):
         folders[name] = tmp_path_factory.mktemp(name)
-        for part in make():
-            part.save_pretrained(folders[name])
+        model, tokenizer = make()
+        model.save_pretrained(folders[name])
+        tokenizer.save_pretrained(folders[name])
     return folders
 
 
@@ -29,96 +31,118 @@ def folder(folders, request):
     return folders[request.param]
 
 
-def encoded(judge):
-    """A list that receives the shape of every batch that the model reads."""
-    shapes, module = [], judge.model.encoder if judge.writes else judge.model.bert
-    module.register_forward_pre_hook(
-        lambda module, args, inputs: shapes.append((args or [inputs["input_ids"]])[0].shape), with_kwargs=True
-    )
+def record_shapes(judge):
+    """Return a list that receives the shape `(B, T)` of every batch that the model reads."""
+    shapes = []
+
+    def record(module, args, kwargs):
+        input_ids = args[0] if args else kwargs["input_ids"]
+        shapes.append(tuple(input_ids.shape))
+
+    encoder = judge.model.encoder if judge.writes else judge.model.bert
+    encoder.register_forward_pre_hook(record, with_kwargs=True)
     return shapes
+
+
+def count_judged(judge, pairs):
+    """Return how many pairs the model reads when the judge is called."""
+    shapes = record_shapes(judge)
+    assert len(judge(pairs)) == len(pairs)
+    return sum(rows for rows, _ in shapes)
 
 
 def test_learned_answers_on_held_out_pairs(folder):
     judge = NLIJudge.from_pretrained(folder, device="cpu")
-    answers = judge([(premise, hypothesis) for premise, hypothesis, _ in PAIRS])
-    right = sum(answer == entailed for answer, (*_, entailed) in zip(answers, PAIRS, strict=True))
-    assert right >= 0.9 * len(PAIRS)
-    assert 0.3 < sum(answers) / len(answers) < 0.7  # it says both
+    answers = judge(PAIRS)
+    num_right = sum(answer == entailed for answer, (_, _, entailed) in zip(answers, LABELLED_PAIRS, strict=True))
+    assert num_right >= 0.9 * len(PAIRS)
+    assert 0.3 < sum(answers) / len(answers) < 0.7  # both answers occur
     assert all(isinstance(answer, bool) for answer in answers)
 
 
 def test_batches_do_not_change_answers_and_a_pair_is_judged_once(folder):
-    pairs = [(premise, hypothesis) for premise, hypothesis, _ in PAIRS[:25]]
+    pairs = PAIRS[:25]
     one_by_one = NLIJudge.from_pretrained(folder, device="cpu", batch_size=1)(pairs)
     judge = NLIJudge.from_pretrained(folder, device="cpu", batch_size=10)
-    shapes = encoded(judge)
+    shapes = record_shapes(judge)
     assert judge(pairs + pairs[::-1]) == one_by_one + one_by_one[::-1]
-    assert sum(rows for rows, _ in shapes) == len(set(pairs)) and len(shapes) == 3
-    assert shapes[0][1] > shapes[-1][1]  # long ones first, together
+    assert len(shapes) == 3
+    assert sum(rows for rows, _ in shapes) == len(set(pairs))
+    assert shapes[0][1] > shapes[-1][1]  # pairs of similar length share a batch, the longest first
     assert judge([]) == []
 
 
 def test_truncation_cuts_the_end_of_the_premise_only(folder):
-    """The first colour of a long premise is read, the last is cut off, and the hypothesis stays."""
+    """The first colour of a long premise is read, the last is cut off, and the hypothesis is kept."""
     judge = NLIJudge.from_pretrained(folder, device="cpu", max_length=14)
-    long = [f"{first} {'w1 ' * 40}{last}" for first, last in (("red", "blue"), ("blue", "red"))]
-    shapes = encoded(judge)
-    assert judge([(long[0], "w2 red"), (long[0], "w2 blue"), (long[1], "w2 red"), (long[1], "w2 blue")]) == [
-        True,
-        False,
-        False,
-        True,
-    ]
-    assert [tuple(shape) for shape in shapes] == [(4, 14)]
+    red_first = f"red {'w1 ' * 40}blue"
+    blue_first = f"blue {'w1 ' * 40}red"
+    shapes = record_shapes(judge)
+    assert judge([(red_first, "w2 red"), (red_first, "w2 blue")]) == [True, False]
+    assert judge([(blue_first, "w2 red"), (blue_first, "w2 blue")]) == [False, True]
+    assert shapes == [(2, 14), (2, 14)]
     with pytest.raises(ValueError, match=r"1 of 2 hypotheses leave no room for a premise: .* up to \d+ tokens of 14"):
         judge([("red", "w2 red"), ("red", "w2 " * 30)])
 
 
 def test_grounding_with_a_trained_judge(folder):
-    """The path of Gr from predictions to figures."""
-    passages = [("", "w3 red w4"), ("", "blue w5")]
+    """Gr from predictions to figures."""
 
-    def retrieval(passage, text):
-        title, content = passages[passage]
-        return {"passages": [{"title": title, "text": content}], "grounded_text": text}
+    def retrieval(passage_text, grounded_text):
+        return {"passages": [{"title": "", "text": passage_text}], "grounded_text": grounded_text}
 
     predictions = [
-        {"retrievals": [retrieval(0, "w1 red . w2 blue"), retrieval(1, "w1 blue")]},
-        {"retrievals": [retrieval(1, "w1 red")]},
+        {"retrievals": [retrieval("w3 red w4", "w1 red . w2 blue"), retrieval("blue w5", "w1 blue")]},
+        {"retrievals": [retrieval("blue w5", "w1 red")]},
         {"retrievals": []},
     ]
     assert grounding(predictions, NLIJudge.from_pretrained(folder, device="cpu")) == [pytest.approx(2 / 3), 0.0, None]
 
 
 def test_answers_are_kept_by_content(folder, tmp_path):
-    """A second judge of the same model asks nothing again; other weights or another length do; a torn line is judged again."""
-    pairs, cache = [(premise, hypothesis) for premise, hypothesis, _ in PAIRS[:20]], tmp_path / "cache" / "nli.jsonl"
+    """Another judge of the same model reads them from the file; other weights or another length are judged again."""
+    pairs = PAIRS[:20]
+    num_distinct = len(set(pairs))
+    cache = tmp_path / "cache" / "nli.jsonl"
     answers = NLIJudge.from_pretrained(folder, device="cpu", cache_file=cache)(pairs)
 
-    def asked(judge):
-        shapes = encoded(judge)
-        assert len(judge(pairs)) == len(pairs)
-        return sum(rows for rows, _ in shapes)
+    same = NLIJudge.from_pretrained(folder, device="cpu", cache_file=cache)
+    assert count_judged(same, pairs) == 0
+    assert same(pairs) == answers
 
-    again = NLIJudge.from_pretrained(folder, device="cpu", cache_file=cache)
-    assert asked(again) == 0 and again(pairs) == answers
-    assert asked(NLIJudge.from_pretrained(folder, device="cpu", cache_file=cache, max_length=20)) == len(set(pairs))
-    other = NLIJudge.from_pretrained(folder, device="cpu", cache_file=cache)
+    shorter = NLIJudge.from_pretrained(folder, device="cpu", cache_file=cache, max_length=20)
+    assert count_judged(shorter, pairs) == num_distinct
+
     with torch.no_grad():
-        next(other.model.parameters()).mul_(1.01)
-    assert asked(NLIJudge(other.model, other.tokenizer, cache_file=cache)) == len(set(pairs))
-    if not other.writes:  # the same weights, and another label says entailment
-        other = NLIJudge.from_pretrained(folder, device="cpu", cache_file=tmp_path / "labels" / "nli.jsonl")
-        other(pairs)
-        labels = other.model.config.id2label
-        other.model.config.id2label = {i: labels[len(labels) - 1 - i] for i in labels}
-        assert asked(NLIJudge(other.model, other.tokenizer, cache_file=tmp_path / "labels" / "nli.jsonl")) == len(
-            set(pairs)
-        )
+        next(same.model.parameters()).mul_(1.01)
+    other_weights = NLIJudge(same.model, same.tokenizer, cache_file=cache)
+    assert count_judged(other_weights, pairs) == num_distinct
+
     lines = [line for line in cache.read_text().splitlines() if line]
-    assert len(lines) == 3 * len(set(pairs)) and set(json.loads(lines[0])) == {"key", "entailed"}
+    assert len(lines) == 3 * num_distinct
+    assert set(json.loads(lines[0])) == {"key", "entailed"}
+
+
+def test_a_torn_line_of_the_cache_is_judged_again(folder, tmp_path):
+    pairs = PAIRS[:20]
+    cache = tmp_path / "nli.jsonl"
+    NLIJudge.from_pretrained(folder, device="cpu", cache_file=cache)(pairs)
+    lines = [line for line in cache.read_text().splitlines() if line]
     cache.write_text("\n".join([*lines[:5], lines[5][:20]]))
-    assert asked(NLIJudge.from_pretrained(folder, device="cpu", cache_file=cache)) == len(set(pairs)) - 5
+    judge = NLIJudge.from_pretrained(folder, device="cpu", cache_file=cache)
+    assert count_judged(judge, pairs) == len(set(pairs)) - 5
+
+
+def test_the_label_of_entailment_is_part_of_the_key(folders, tmp_path):
+    """The same weights with another label that says entailment are judged again."""
+    pairs = PAIRS[:20]
+    judge = NLIJudge.from_pretrained(folders["classifier"], device="cpu", cache_file=tmp_path / "nli.jsonl")
+    judge(pairs)
+    config = judge.model.config
+    reversed_labels = reversed(config.id2label.values())
+    config.id2label = dict(zip(config.id2label, reversed_labels, strict=True))
+    relabelled = NLIJudge(judge.model, judge.tokenizer, cache_file=tmp_path / "nli.jsonl")
+    assert count_judged(relabelled, pairs) == len(set(pairs))
 
 
 def test_weights_are_float32_on_a_cpu(folders):
@@ -133,7 +157,7 @@ def test_without_a_cache_file_nothing_is_written(folders, tmp_path, monkeypatch)
 
 
 def test_a_model_that_does_not_answer_is_an_error(folders):
-    """An untrained T5 writes neither digit, and NaN scores are no answer."""
+    """An untrained T5 writes neither digit, and NaN is not a score."""
     untrained = NLIJudge(*make_t5(steps=0))
     with pytest.raises(ValueError, match='gave 3 of 3 pairs no answer: expected "1" or "0", found'):
         untrained([("red", "w1 red"), ("red", "w1 blue"), ("blue", "w1 red")])
@@ -145,7 +169,7 @@ def test_a_model_that_does_not_answer_is_an_error(folders):
 
 
 @pytest.mark.parametrize(
-    "labels, expected",
+    ("labels", "expected"),
     [
         (["entailment", "neutral", "contradiction"], 0),
         (["CONTRADICTION", "ENTAILMENT"], 1),
@@ -165,10 +189,10 @@ def test_the_label_of_entailment_is_found_by_name(labels, expected):
 
 
 def test_models_that_are_no_judges_are_refused(folders, tmp_path):
-    """Weights without a classification head would be completed at random; weights that must be unpickled are not read."""
-    BertModel(
-        BertConfig(vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
-    ).save_pretrained(tmp_path / "bare")
+    """A classification head would be made up at random, and weights that must be unpickled are not read."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    without_head = BertModel(BertConfig(vocab_size=30, **sizes))
+    without_head.save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match="lacks 2 weights of a BertForSequenceClassification"):
         NLIJudge.from_pretrained(tmp_path / "bare", device="cpu")
     judge = NLIJudge.from_pretrained(folders["classifier"], device="cpu")

@@ -1,9 +1,10 @@
 """
-KILT's and ALCE's figures against numbers that their own code gave on the same predictions.
+KILT's and ALCE's figures against those of their own code on the same predictions.
 
-`official_scores.json` holds the inputs, the numbers, the commits of the two repositories and how their code was run. Only the scoring is compared: in ALCE's
-code the NLI model was replaced by the lexical judge that is defined here, and NLTK's sentence splitter by ours. Left out are the cases in which we differ by
-intent: an empty evidence set (none for us), and the citation `[0]` (out of range for us, the last passage for ALCE).
+`official_scores.json` holds the inputs, the figures, the commits of the two repositories and how their code was run.
+Only the scoring is compared: in ALCE's code, the NLI model was replaced by the lexical judge below and NLTK's sentence
+splitter by ours. Deliberate differences are left out: empty evidence sets, which we ignore, and the citation `[0]`,
+which is out of range for us and the last passage for ALCE.
 """
 
 import json
@@ -19,7 +20,8 @@ from trainer.judging.retrieval import kilt_recall_at_k, mean_scores, retrieval_s
 METRICS = Path(__file__).parents[2] / "recipes" / "metrics"
 OFFICIAL = json.loads((Path(__file__).parent / "official_scores.json").read_text(encoding="utf-8"))
 KILT, ALCE = OFFICIAL["kilt"], OFFICIAL["alce"]
-KILT_NAMES = {  # theirs -> ours
+# Their names -> ours.
+KILT_NAMES = {
     "accuracy": "accuracy",
     "em": "em",
     "f1": "f1",
@@ -38,7 +40,7 @@ ALCE_NAMES = {
     "citation_rec": "citation_recall",
     "citation_prec": "citation_precision",
 }
-RECALLS = (2, 3, 10)  # further k, whose recall was asked for the whole set only
+RECALLS = (2, 3, 10)  # further k of recall@k, for which only the mean was computed
 
 
 def same(number):
@@ -46,35 +48,38 @@ def same(number):
 
 
 def judge(pairs):
-    """A hypothesis follows if each of its words of four characters and more is one of the premise's words."""
-    return [
-        set(re.findall(r"\w{4,}", claim.lower())) <= set(re.findall(r"\w+", premise.lower()))
-        for premise, claim in pairs
-    ]
+    """Say that a hypothesis follows if the premise contains each of its words of four or more characters."""
+    labels = []
+    for premise, hypothesis in pairs:
+        long_words = set(re.findall(r"\w{4,}", hypothesis.lower()))
+        labels.append(long_words <= set(re.findall(r"\w+", premise.lower())))
+    return labels
 
 
 # ---------------------------------------------------------------------- KILT
 
 
-def kilt_row(x):
-    """Our scores of one question; where no evidence is known, retrieval is wrong."""
-    found = {"r_precision": 0.0, "kilt_recall@5": 0.0} | {f"kilt_recall@{k}": 0.0 for k in RECALLS}
-    if x["provenance"]:
-        found |= retrieval_scores(x["retrieved"], x["provenance"], ks=(5,))
-        found |= {f"kilt_recall@{k}": kilt_recall_at_k(x["retrieved"], x["provenance"], k) for k in RECALLS}
-    return found | kilt_scores(x["output"], x["answers"], found["r_precision"])
+def kilt_row(instance):
+    """Our scores of one question; without evidence its retrieval is wrong."""
+    retrieved, provenance = instance["retrieved"], instance["provenance"]
+    if provenance:
+        scores = retrieval_scores(retrieved, provenance, ks=(5,))
+        scores |= {f"kilt_recall@{k}": kilt_recall_at_k(retrieved, provenance, k) for k in RECALLS}
+    else:
+        scores = {"r_precision": 0.0, "kilt_recall@5": 0.0, **{f"kilt_recall@{k}": 0.0 for k in RECALLS}}
+    return scores | kilt_scores(instance["output"], instance["answers"], scores["r_precision"])
 
 
 @pytest.fixture
 def kilt_rows():
     pytest.importorskip("rouge", reason="ROUGE-L is PyPI's rouge (extra eval)")
-    return [kilt_row(x) for x in KILT["instances"]]
+    return [kilt_row(instance) for instance in KILT["instances"]]
 
 
 @pytest.mark.parametrize("name", KILT_NAMES)
 def test_each_score_of_kilt(name, kilt_rows):
     theirs = KILT["scores"]["each"][name]
-    assert len(set(theirs)) > 1  # questions on which they differ
+    assert len(set(theirs)) > 1  # the questions tell right from wrong
     assert [row[KILT_NAMES[name]] for row in kilt_rows] == same(theirs)
 
 
@@ -88,34 +93,43 @@ def test_mean_scores_of_kilt(name, kilt_rows):
 
 
 def alce_passages():
-    return [[ALCE["documents"][place] for place in x["passages"]] for x in ALCE["instances"]]
+    return [[ALCE["documents"][place] for place in instance["passages"]] for instance in ALCE["instances"]]
+
+
+def alce_readings(instance):
+    return [{"short_answers": answers} for answers in instance["short_answers"]]
 
 
 def alce_citations(**options):
-    return citation_scores([x["output"] for x in ALCE["instances"]], alce_passages(), judge, **options)
+    """Our scores of the citations of each output, `None` if it is empty."""
+    outputs = [instance["output"] for instance in ALCE["instances"]]
+    return citation_scores(outputs, alce_passages(), judge, **options)
 
 
 @pytest.fixture
 def alce_rows():
-    """Our scores of each output; those of citations are `None` where it is empty."""
-    instances, empty = ALCE["instances"], {"citation_recall": None, "citation_precision": None}
-    claims = claim_recall([x["output"] for x in instances], [x["claims"] for x in instances], judge)
+    """Our scores of each output; those of its citations are `None` if it is empty."""
+    instances = ALCE["instances"]
+    outputs = [instance["output"] for instance in instances]
+    recalls = claim_recall(outputs, [instance["claims"] for instance in instances], judge)
     rows = []
-    for x, recall, cited in zip(instances, claims, alce_citations(), strict=True):
-        share, hit = str_em(x["output"], [{"short_answers": answers} for answers in x["short_answers"]])
-        rows.append({"str_em": share, "str_hit": hit, "claim_recall": recall} | (cited or empty))
+    for instance, recall, citations in zip(instances, recalls, alce_citations(), strict=True):
+        share, hit = str_em(instance["output"], alce_readings(instance))
+        row = {"str_em": share, "str_hit": hit, "claim_recall": recall}
+        row |= citations or {"citation_recall": None, "citation_precision": None}
+        rows.append(row)
     return rows
 
 
 @pytest.mark.parametrize("name", ALCE_NAMES)
 def test_each_score_of_alce(name, alce_rows):
     """Theirs are in percent."""
-    theirs, ours = ALCE["scores"]["each"][name], [row[ALCE_NAMES[name]] for row in alce_rows]
+    theirs = ALCE["scores"]["each"][name]
+    ours = [row[ALCE_NAMES[name]] for row in alce_rows]
     assert len(set(theirs)) > 1
     assert [number is None for number in ours] == [number is None for number in theirs]
-    assert [100 * number for number in ours if number is not None] == same(
-        [number for number in theirs if number is not None]
-    )
+    our_numbers = [100 * number for number in ours if number is not None]
+    assert our_numbers == same([number for number in theirs if number is not None])
 
 
 @pytest.mark.parametrize("name", ALCE_NAMES)
@@ -125,26 +139,23 @@ def test_mean_scores_of_alce(name, alce_rows):
 
 @pytest.mark.parametrize("most", ALCE["scores"]["at_most_citations"])
 def test_other_numbers_of_citations_that_count(most):
-    ours = mean_scores([each for each in alce_citations(at_most_citations=int(most)) if each])
+    ours = mean_scores([row for row in alce_citations(at_most_citations=int(most)) if row])
     theirs = ALCE["scores"]["at_most_citations"][most]
     assert sorted(theirs) == ["citation_prec", "citation_rec"]
     assert {name: 100 * ours[ALCE_NAMES[name]] for name in theirs} == same(theirs)
 
 
 def test_counts_of_several_citations():
-    """The percentages that ALCE's code prints, with two decimals."""
-    total = {
-        name: sum(each[name] for each in alce_citations() if each)
-        for name in ("sentences", "several", "supported", "unneeded")
-    }
+    """ALCE's code prints these percentages, with two decimals."""
+    rows = [row for row in alce_citations() if row]
+    totals = {name: sum(row[name] for row in rows) for name in ("sentences", "several", "supported", "unneeded")}
     shares = {
-        "multiple citations": total["several"] / total["sentences"],
-        "supported": total["supported"] / total["several"],
-        "overcite": total["unneeded"] / total["supported"],
+        "multiple citations": totals["several"] / totals["sentences"],
+        "supported": totals["supported"] / totals["several"],
+        "overcite": totals["unneeded"] / totals["supported"],
     }
-    assert {name: float(f"{100 * share:.2f}") for name, share in shares.items()} == {
-        name: ALCE["scores"]["set"][name] for name in shares
-    }
+    for name, share in shares.items():
+        assert float(f"{100 * share:.2f}") == ALCE["scores"]["set"][name]
 
 
 # ---------------------------------------------------------------------- the evaluate modules
@@ -160,29 +171,25 @@ def load(tmp_path, monkeypatch):
 def test_the_module_of_kilt(load):
     pytest.importorskip("rouge", reason="ROUGE-L is PyPI's rouge (extra eval)")
     predictions = []
-    for x in KILT["instances"]:
-        passages = [{"id": id} for id in x["retrieved"]]
-        predictions.append({"id": x["id"], "output": x["output"], "retrievals": [{"passages": passages}]})
+    for instance in KILT["instances"]:
+        passages = [{"id": id} for id in instance["retrieved"]]
+        retrievals = [{"passages": passages}]
+        predictions.append({"id": instance["id"], "output": instance["output"], "retrievals": retrievals})
     ours = load("kilt").compute(predictions=predictions, references=KILT["instances"])
-    assert {name: ours[KILT_NAMES[name]] for name in KILT_NAMES} == same(
-        {name: KILT["scores"]["set"][name] for name in KILT_NAMES}
-    )
+    for their_name, our_name in KILT_NAMES.items():
+        assert ours[our_name] == same(KILT["scores"]["set"][their_name])
 
 
 def test_the_module_of_alce(load):
     predictions, references = [], []
-    for x, passages in zip(ALCE["instances"], alce_passages(), strict=True):
-        retrievals = [{"passages": [{"id": p["title"], "title": p["title"], "text": p["text"]}]} for p in passages]
-        predictions.append({"id": x["id"], "output_with_citations": x["output"], "retrievals": retrievals})
-        references.append(
-            {
-                "id": x["id"],
-                "qa_pairs": [{"short_answers": answers} for answers in x["short_answers"]],
-                "claims": x["claims"],
-            }
-        )
+    for instance, passages in zip(ALCE["instances"], alce_passages(), strict=True):
+        id, output = instance["id"], instance["output"]
+        retrievals = []
+        for passage in passages:
+            retrievals.append({"passages": [{"id": passage["title"], **passage}]})
+        predictions.append({"id": id, "output_with_citations": output, "retrievals": retrievals})
+        references.append({"id": id, "qa_pairs": alce_readings(instance), "claims": instance["claims"]})
     ours = load("alce").compute(predictions=predictions, references=references, nli=judge)
-    assert {name: 100 * ours[ALCE_NAMES[name]] for name in ALCE_NAMES} == same(
-        {name: ALCE["scores"]["set"][name] for name in ALCE_NAMES}
-    )
+    for their_name, our_name in ALCE_NAMES.items():
+        assert 100 * ours[our_name] == same(ALCE["scores"]["set"][their_name])
     assert ours["num_cited_outputs"] == sum(number is not None for number in ALCE["scores"]["each"]["citation_rec"])

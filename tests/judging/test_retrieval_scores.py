@@ -45,17 +45,19 @@ def test_normalize_answer_and_exact_match():
 
 
 def test_unigram_f1_takes_the_best_answer():
-    assert unigram_f1("painted by Rembrandt in 1642", ["Rembrandt", "by Rembrandt van Rijn"]) == pytest.approx(
-        2 * (2 / 5) * (2 / 4) / (2 / 5 + 2 / 4)
-    )
+    precision, recall = 2 / 5, 2 / 4
+    f1 = unigram_f1("painted by Rembrandt in 1642", ["Rembrandt", "by Rembrandt van Rijn"])
+    assert f1 == pytest.approx(2 * precision * recall / (precision + recall))
     assert unigram_f1("Rembrandt Rembrandt", ["Rembrandt"]) == pytest.approx(2 / 3)  # a repeated word counts once
     assert unigram_f1("Vermeer", ["Rembrandt"]) == 0.0
 
 
 def test_empty_answers():
-    """KILT: no overlap is 0. Nothing is contained in everything: an answer of articles is always found."""
-    assert unigram_f1("", [""]) == 0.0 and unigram_f1("the", ["a"]) == 0.0
-    assert short_answer("", ["The"]) and not short_answer("", ["Rembrandt"])
+    """As in KILT, no overlap is 0. The empty text is part of every text, so an answer of articles is always found."""
+    assert unigram_f1("", [""]) == 0.0
+    assert unigram_f1("the", ["a"]) == 0.0
+    assert short_answer("", ["The"])
+    assert not short_answer("", ["Rembrandt"])
     assert set(kilt_scores("  ", ["Rembrandt"], 1.0).values()) == {0.0}
     with pytest.raises(ValueError, match="no answers"):
         correctness("x", [], "f1")
@@ -64,42 +66,44 @@ def test_empty_answers():
 
 
 def test_squad_against_torchmetrics():
-    """The same texts through an independent SQuAD; where both sides are empty it follows another rule than ours, so these are left to the cases by hand."""
+    """Against an independent SQuAD, except for pairs of empty texts, which it treats by another rule."""
     squad = pytest.importorskip("torchmetrics.functional.text", reason="torchmetrics has an independent SQuAD").squad
     generator = random.Random(0)
     words = "the a an Night watch, Rembrandt 1642! in-law it's AN.".split()
     texts = [" ".join(generator.choices(words, k=generator.randint(1, 5))) for _ in range(300)]
-    pairs = [(a, b) for a, b in zip(texts, reversed(texts), strict=True) if normalize_answer(a) or normalize_answer(b)]
-    for prediction, answer in pairs:
+    values = set()
+    for prediction, answer in zip(texts, reversed(texts), strict=True):
+        if not normalize_answer(prediction) and not normalize_answer(answer):
+            continue
         theirs = squad(
             [{"id": "1", "prediction_text": prediction}],
             [{"id": "1", "answers": {"text": [answer], "answer_start": [0]}}],
         )
+        f1 = unigram_f1(prediction, [answer])
         assert 100 * exact_match(prediction, [answer]) == float(theirs["exact_match"])
-        assert 100 * unigram_f1(prediction, [answer]) == pytest.approx(float(theirs["f1"]), abs=1e-4)
-    assert len({unigram_f1(a, [b]) for a, b in pairs}) > 5  # the texts do differ in how alike they are
+        assert 100 * f1 == pytest.approx(float(theirs["f1"]), abs=1e-4)
+        values.add(f1)
+    assert len(values) > 5  # some pairs are more alike than others
 
 
 def test_rankings_against_torchmetrics():
-    functional = pytest.importorskip(
-        "torchmetrics.functional.retrieval", reason="torchmetrics has independent ranking figures"
-    )
+    reason = "torchmetrics has independent ranking figures"
+    torchmetrics = pytest.importorskip("torchmetrics.functional.retrieval", reason=reason)
     generator = random.Random(0)
     for _ in range(100):
         ranking = generator.sample("abcdefghijklmnop", k=16)
         gold = set(generator.sample(ranking, k=generator.randint(1, 5)))
-        scores, target = torch.arange(16.0, 0.0, -1.0), torch.tensor([id in gold for id in ranking])
+        scores = torch.arange(16.0, 0.0, -1.0)
+        target = torch.tensor([id in gold for id in ranking])
         for k in (1, 3, 10):
-            assert ndcg(ranking, [gold], k) == pytest.approx(
-                float(functional.retrieval_normalized_dcg(scores, target, top_k=k)), abs=1e-6
-            )
-            assert query_recall_at_k(ranking, [gold], k) == float(
-                functional.retrieval_hit_rate(scores, target, top_k=k)
-            )
-        assert reciprocal_rank(ranking, [gold]) == pytest.approx(
-            float(functional.retrieval_reciprocal_rank(scores, target))
-        )
-        assert r_precision(ranking, [gold]) == pytest.approx(float(functional.retrieval_r_precision(scores, target)))
+            their_ndcg = float(torchmetrics.retrieval_normalized_dcg(scores, target, top_k=k))
+            assert ndcg(ranking, [gold], k) == pytest.approx(their_ndcg, abs=1e-6)
+            their_hit_rate = float(torchmetrics.retrieval_hit_rate(scores, target, top_k=k))
+            assert query_recall_at_k(ranking, [gold], k) == their_hit_rate
+        their_reciprocal_rank = float(torchmetrics.retrieval_reciprocal_rank(scores, target))
+        assert reciprocal_rank(ranking, [gold]) == pytest.approx(their_reciprocal_rank)
+        their_r_precision = float(torchmetrics.retrieval_r_precision(scores, target))
+        assert r_precision(ranking, [gold]) == pytest.approx(their_r_precision)
 
 
 def test_short_answer_is_contained():
@@ -114,13 +118,13 @@ def test_accuracy_of_kilt_is_literal():
 
 
 def test_rouge_l():
-    """The longest common subsequence of a sentence, by hand; a text without a word is 0; a long sentence is no error."""
+    """The longest common subsequence by hand. A text without a word scores 0, and a long sentence is not an error."""
     pytest.importorskip("rouge", reason="ROUGE-L is PyPI's rouge (extra eval)")
-    assert rouge_l("one police killed the gunman", ["police kill the gunman now"]) == pytest.approx(
-        0.6, abs=1e-6
-    )  # 3 of 5, 3 of 5
+    three_of_five_words = rouge_l("one police killed the gunman", ["police kill the gunman now"])
+    assert three_of_five_words == pytest.approx(0.6, abs=1e-6)
     assert rouge_l("x", ["police", "x"]) == pytest.approx(1.0, abs=1e-6)
-    assert rouge_l("", ["police"]) == 0.0 == rouge_l("...", ["police"])
+    assert rouge_l("", ["police"]) == 0.0
+    assert rouge_l("...", ["police"]) == 0.0
     long = " ".join(f"w{i}" for i in range(1500))
     assert rouge_l(long, [long]) == pytest.approx(1.0, abs=1e-6)
 
@@ -129,12 +133,13 @@ def test_kilt_scores_count_only_with_all_of_the_evidence():
     pytest.importorskip("rouge", reason="ROUGE-L is PyPI's rouge (extra eval)")
     right = kilt_scores("the Rembrandt", ["Rembrandt", " "], 1.0)
     assert {name: right[name] for name in ("accuracy", "em", "f1")} == {"accuracy": 0.0, "em": 1.0, "f1": 1.0}
-    assert right["kilt_em"] == 1.0 and right["kilt_rouge_l"] == right["rouge_l"] == pytest.approx(2 / 3, abs=1e-6)
-    partly = kilt_scores("Rembrandt", ["Rembrandt"], 0.5)
-    assert (
-        partly["em"] == partly["accuracy"] == 1.0
-        and partly["kilt_em"] == partly["kilt_accuracy"] == partly["kilt_f1"] == 0.0
-    )
+    assert right["kilt_em"] == 1.0
+    assert right["rouge_l"] == pytest.approx(2 / 3, abs=1e-6)
+    assert right["kilt_rouge_l"] == right["rouge_l"]
+    half_of_the_evidence = kilt_scores("Rembrandt", ["Rembrandt"], 0.5)
+    for name in ("em", "accuracy", "f1"):
+        assert half_of_the_evidence[name] == 1.0
+        assert half_of_the_evidence[f"kilt_{name}"] == 0.0
 
 
 def test_fever_by_its_label():
@@ -146,22 +151,17 @@ def test_fever_by_its_label():
 
 
 def test_which_metric_is_cor():
-    assert (cor_metric("nq"), cor_metric("wow"), cor_metric("fever"), cor_metric("my own set")) == (
-        "short_answer",
-        "f1",
-        "fever_nli",
-        "short_answer",
-    )
-    assert (cor_metric("fever", nli=False), cor_metric("alce_eli5", nli=False), cor_metric("eli5", nli=False)) == (
-        "fever_label",
-        None,
-        "rouge_l",
-    )
-    assert (cor_metric("eli5", claims=True), cor_metric("eli5", nli=False, claims=True)) == ("claim_recall", None)
-    assert all(
-        correctness("supports", ["supports"], metric) == 1.0
-        for metric in set(DATASET_METRICS.values()) & {"short_answer", "f1"}
-    )
+    assert cor_metric("nq") == "short_answer"
+    assert cor_metric("wow") == "f1"
+    assert cor_metric("fever") == "fever_nli"
+    assert cor_metric("my own set") == "short_answer"
+    assert cor_metric("fever", nli=False) == "fever_label"
+    assert cor_metric("alce_eli5", nli=False) is None
+    assert cor_metric("eli5", nli=False) == "rouge_l"
+    assert cor_metric("eli5", claims=True) == "claim_recall"
+    assert cor_metric("eli5", nli=False, claims=True) is None
+    for metric in set(DATASET_METRICS.values()) & {"short_answer", "f1"}:
+        assert correctness("supports", ["supports"], metric) == 1.0
 
 
 def test_str_em_is_the_share_of_readings():
@@ -178,7 +178,7 @@ def test_str_em_is_the_share_of_readings():
 
 
 @pytest.mark.parametrize(
-    "retrieved, provenance, expected",
+    ("retrieved", "provenance", "expected"),
     [
         (["a"], [["a"]], 1.0),
         (["b", "a"], [["a"]], 0.0),  # R is 1: only the first counts
@@ -195,25 +195,24 @@ def test_r_precision(retrieved, provenance, expected):
 
 
 def test_kilt_recall_at_k_places_a_set_where_its_last_passage_is_found():
-    """Retrieved x a y b against the set {a, b}: places are x, y, {a, b}; the partly found set gives its place away."""
-    assert [kilt_recall_at_k(["x", "a", "y", "b"], [["a", "b"]], k) for k in (1, 2, 3)] == [0.0, 0.0, 1.0]
-    assert [kilt_recall_at_k(["a", "b"], [["a", "b"]], k) for k in (1, 2)] == [1.0, 1.0]  # one place
-    assert kilt_recall_at_k(["a", "x"], [["a", "b"]], 2) == 0.0  # half a set is nothing
-    assert [kilt_recall_at_k(["a", "a", "c"], [["a"], ["c"], ["a"]], k) for k in (1, 2)] == [
-        0.5,
-        1.0,
-    ]  # repeats and equal sets count once
-    assert [kilt_recall_at_k(["a"], [["a"], ["a", "b"]], k) for k in (1, 2)] == [0.5, 0.5]
-    assert [kilt_recall_at_k(["x", "a"], [["a", "b"], ["a"]], k) for k in (2, 3)] == [
-        0.0,
-        0.5,
-    ]  # a takes a place for each of its sets
-    assert kilt_recall_at_k([], [["a"]], 5) == 0.0
+    """The places of x, a, y, b with the set {a, b} are x, y, {a, b}: the set leaves its place when b is found."""
+
+    def recalls(retrieved, provenance, ks):
+        return [kilt_recall_at_k(retrieved, provenance, k) for k in ks]
+
+    assert recalls(["x", "a", "y", "b"], [["a", "b"]], ks=(1, 2, 3)) == [0.0, 0.0, 1.0]
+    assert recalls(["a", "b"], [["a", "b"]], ks=(1, 2)) == [1.0, 1.0]  # one place
+    assert recalls(["a", "x"], [["a", "b"]], ks=(2,)) == [0.0]  # half a set does not count
+    assert recalls(["a", "a", "c"], [["a"], ["c"], ["a"]], ks=(1, 2)) == [0.5, 1.0]  # repeats and equal sets are one
+    assert recalls(["a"], [["a"], ["a", "b"]], ks=(1, 2)) == [0.5, 0.5]
+    assert recalls(["x", "a"], [["a", "b"], ["a"]], ks=(2, 3)) == [0.0, 0.5]  # a takes a place for each of its sets
+    assert recalls([], [["a"]], ks=(5,)) == [0.0]
 
 
 def test_ret_and_ret_precision_are_of_sets():
-    assert ret(["x", "b"], [["a", "b"]]) == 1.0  # one of the set is enough
-    assert ret(["x"], [["a"], ["b"]]) == 0.0 == ret([], [["a"]])
+    assert ret(["x", "b"], [["a", "b"]]) == 1.0  # one passage of the set is enough
+    assert ret(["x"], [["a"], ["b"]]) == 0.0
+    assert ret([], [["a"]]) == 0.0
     assert ret_precision(["a", "a", "a", "x"], [["a"]]) == 0.5  # two distinct
     assert ret_precision(["a", "b", "x"], [["a"], ["b"]]) == pytest.approx(2 / 3)
     assert ret_precision([], [["a"]]) == 0.0
@@ -245,10 +244,11 @@ def test_ranking_by_the_query_embedding():
     }
 
 
-@pytest.mark.parametrize(
-    "metric",
-    [ret, ret_precision, r_precision, reciprocal_rank, ndcg, lambda found, sets: kilt_recall_at_k(found, sets, 1)],
-)
+def kilt_recall_at_1(retrieved, provenance):
+    return kilt_recall_at_k(retrieved, provenance, 1)
+
+
+@pytest.mark.parametrize("metric", [ret, ret_precision, r_precision, reciprocal_rank, ndcg, kilt_recall_at_1])
 @pytest.mark.parametrize("provenance", [[], [[]], None])
 def test_no_retrieval_metric_without_provenance(metric, provenance):
     with pytest.raises(ValueError, match="provenance is empty"):
@@ -258,11 +258,8 @@ def test_no_retrieval_metric_without_provenance(metric, provenance):
 def test_evidence_sets_and_ids():
     assert evidence_sets([["a", "b"], [], ["b", "a"], ["a"]]) == [{"a", "b"}, {"a"}]
     assert gold_ids({"provenance": [["a", "b"], ["c"]]}) == {"a", "b", "c"}
-    assert retrieved_ids({"retrievals": [{"passages": [{"id": "a"}, {"id": "b"}]}, {"passages": [{"id": "a"}]}]}) == [
-        "a",
-        "b",
-        "a",
-    ]
+    first, second = {"passages": [{"id": "a"}, {"id": "b"}]}, {"passages": [{"id": "a"}]}
+    assert retrieved_ids({"retrievals": [first, second]}) == ["a", "b", "a"]
 
 
 # ---------------------------------------------------------------------- many questions
@@ -270,26 +267,29 @@ def test_evidence_sets_and_ids():
 
 def test_match_by_id():
     instances = [{"id": 1, "input": "one"}, {"id": "2", "input": "two"}]
-    pairs = match_by_id([{"id": "2", "output": "b"}, {"id": "1", "output": "a"}], instances)
-    assert [(prediction["output"], instance["input"]) for prediction, instance in pairs] == [
-        ("a", "one"),
-        ("b", "two"),
-    ]
+    predictions = [{"id": "2", "output": "b"}, {"id": "1", "output": "a"}]
+    outputs_and_inputs = []
+    for prediction, instance in match_by_id(predictions, instances):
+        outputs_and_inputs.append((prediction["output"], instance["input"]))
+    assert outputs_and_inputs == [("a", "one"), ("b", "two")]
 
 
 @pytest.mark.parametrize(
-    "found, asked, message",
+    ("prediction_ids", "instance_ids", "message"),
     [
         ("abc", "abcde", r"3 predictions and 5 questions .* 2 questions have no prediction \(d, e\)"),
         ("abcx", "abc", r"1 predictions have no question \(x\)"),
-        ("aab", "ab", r"1 ids stand twice in the predictions \(a\)"),
-        ("ab", "abb", r"1 ids stand twice in the evaluation set \(b\)"),
+        ("aab", "ab", r"1 ids occur twice in the predictions \(a\)"),
+        ("ab", "abb", r"1 ids occur twice in the evaluation set \(b\)"),
         ("abcdef", "", r"6 predictions have no question \(a, b, c, …\)"),
     ],
 )
-def test_ids_that_do_not_match(found, asked, message):
+def test_ids_that_do_not_match(prediction_ids, instance_ids, message):
     with pytest.raises(ValueError, match=message):
-        match_by_id([{"id": id} for id in found], [{"id": id} for id in asked])
+        match_by_id([{"id": id} for id in prediction_ids], [{"id": id} for id in instance_ids])
+
+
+def test_a_missing_id_is_an_error():
     with pytest.raises(ValueError, match="1 of 2 rows of the predictions have no id"):
         match_by_id([{"id": "a"}, {}], [{"id": "a"}])
 
@@ -305,12 +305,14 @@ def test_missing_provenance_is_an_error():
 
 def test_emission_by_need():
     once, never = {"retrievals": [{}]}, {"retrievals": []}
-    emitted = emission([once, never, once, never], [True, True, False, False], [False, False, True, False])
+    needed, not_needed = [True, True, False, False], [False, False, True, False]
+    emitted = emission([once, never, once, never], needed, not_needed)
     assert emitted == {"nsp_needed": [1.0, 0.0, None, None], "nsp_not_needed": [None, None, 1.0, None]}
 
 
 def test_cor_minus_and_the_split_by_retrieval():
-    correct, hits = [1.0, 1.0, 0.5, 0.0, 1.0, None], [1.0, 0.0, 1.0, 1.0, None, 1.0]
+    correct = [1.0, 1.0, 0.5, 0.0, 1.0, None]
+    hits = [1.0, 0.0, 1.0, 1.0, None, 1.0]
     assert cor_minus(correct, hits) == [1.0, 0.0, 0.5, 0.0, None, None]
     assert by_retrieval("cor", correct, hits) == {
         "cor_success": [1.0, None, 0.5, 0.0, None, None],

@@ -7,14 +7,14 @@ from trainer.judging.tasks import Task, read_tasks
 
 
 def test_pools():
-    task = Task("t", "eval.jsonl", pool="2")
-    x = question(0, CORPUS[4])
-    assert task._pool(x) == ["p4", "p0"]
-    assert Task("t", "eval.jsonl", pool=2, gold_in_pool=False)._pool(x) == ["p0", "p1"]
+    about_p4 = question(0, CORPUS[4])
+    assert Task("t", "eval.jsonl", pool="2")._pool(about_p4) == ["p4", "p0"]
+    assert Task("t", "eval.jsonl", pool=2, gold_in_pool=False)._pool(about_p4) == ["p0", "p1"]
 
 
-def test_bad_tasks_are_refused():
-    for fields, message in [
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
         ({"pool": "some"}, "pool is 'some'"),
         ({"pool": 0}, "pool is 0"),
         ({"split": "train"}, "split is 'train'"),
@@ -22,18 +22,28 @@ def test_bad_tasks_are_refused():
         ({"name": "a/b"}, "name is 'a/b'"),
         ({"max_new_tokens": None}, "max_new_tokens is None"),
         ({"top_k": 0}, "top_k is 0"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            Task(**{"name": "t", "eval_file": "x", **fields})
-    with pytest.raises(ValueError, match="Task 2: unknown field 'evalfile'"):
-        read_tasks([{"name": "a", "eval_file": "x"}, {"name": "b", "evalfile": "x"}])
-    with pytest.raises(ValueError, match="Task 1 has no eval_file"):
-        read_tasks([{"name": "a"}])
-    with pytest.raises(ValueError, match="1 names of tasks stand twice: a"):
-        read_tasks([{"name": "a", "eval_file": "x"}] * 2)
-    assert (
-        read_tasks(
-            [{"name": "a", "eval_file": "x"}, {"name": "b", "eval_file": "x", "pool": "full"}], pool=20, top_k=None
-        )[0].pool
-        == 20
-    )
+    ],
+)
+def test_bad_tasks_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Task(**{"name": "t", "eval_file": "x", **fields})
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([{"name": "a", "eval_file": "x"}, {"name": "b", "evalfile": "x"}], "Task 2: unknown field 'evalfile'"),
+        ([{"name": "a"}], "Task 1 has no eval_file"),
+        ([{"name": "a", "eval_file": "x"}] * 2, "1 names of tasks occur twice: a"),
+    ],
+)
+def test_bad_lists_of_tasks_are_refused(entries, message):
+    with pytest.raises(ValueError, match=message):
+        read_tasks(entries)
+
+
+def test_defaults_apply_to_entries_that_leave_a_field_out():
+    entries = [{"name": "a", "eval_file": "x"}, {"name": "b", "eval_file": "x", "pool": "full"}]
+    with_default, with_its_own = read_tasks(entries, pool=20, top_k=None)
+    assert (with_default.pool, with_default.top_k) == (20, 1)
+    assert with_its_own.pool == "full"

@@ -1,4 +1,4 @@
-"""The recipe that judges: processes share the work, a killed run goes on, and figures reach the card."""
+"""The recipe that judges: processes share the work, a killed run resumes, and figures reach the card."""
 
 import json
 import os
@@ -21,10 +21,15 @@ from trainer.card import write_card
 from trainer.judging.figures import MAIN
 
 ROOT = Path(__file__).parents[2]
+RECIPE = "recipes/run_evaluation.py"
 
 
 def predictions(output, mode, task="full"):
     return read_lines(output / task / mode / "predictions.jsonl")
+
+
+def results_of(output):
+    return json.loads((output / "metrics.json").read_text())
 
 
 def command(*words):
@@ -36,243 +41,242 @@ def run(words):
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
 
 
+def run_well(words):
+    """Run a command, and return its result if it succeeded."""
+    result = run(words)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def save_classifier(folder):
+    model, tokenizer = make_classifier()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """A checkpoint and a set that takes some seconds, with the options to judge it."""
+    """The options that judge a checkpoint on a set that takes some seconds."""
     folder = tmp_path_factory.mktemp("many")
     questions = [question(i, CORPUS[i % 7], input=f"question {'again ' * (i % 5)}{i}?") for i in range(31)]
     paths = write_world(folder, questions)
-    checkpoint = write_checkpoint(folder / "model")
-    options = ["--model", checkpoint, *(word for name, path in paths.items() for word in (f"--{name}", path))]
-    return [
-        *options,
-        "--modes",
-        "forced",
-        "off",
-        "--max_new_tokens",
-        40,
-        "--batch_size",
-        2,
-        "--index_cache",
-        folder / "indexes",
-    ]
+    options = ["--model", write_checkpoint(folder / "model")]
+    options += ["--eval_file", paths["eval_file"], "--corpus_file", paths["corpus_file"]]
+    options += ["--modes", "forced", "off", "--max_new_tokens", 40, "--batch_size", 2]
+    return [*options, "--index_cache", folder / "indexes"]
 
 
 @pytest.fixture(scope="module")
 def alone(many, tmp_path_factory):
-    """What one process finds."""
+    """The results folder of a single process."""
     output = tmp_path_factory.mktemp("alone") / "out"
-    result = run(command("recipes/run_evaluation.py", *many, "--output_dir", output))
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "Ret=" in result.stderr and "EM=" in result.stderr  # the running scores
-    assert (
-        "eval, [NSP] forced first: 31 questions" in result.stdout
-        and (output / "report.html").exists()
-        and (output / "report.md").exists()
-    )
-    settings = json.loads((output / "metrics.json").read_text())["settings"]
-    assert settings["command"].startswith("run_evaluation.py --model") and settings["processes"] == 1
+    result = run_well(command(RECIPE, *many, "--output_dir", output))
+    assert "Ret=" in result.stderr  # the scores so far
+    assert "EM=" in result.stderr
+    assert "eval, [NSP] forced first: 31 questions" in result.stdout
+    assert (output / "report.html").exists()
+    assert (output / "report.md").exists()
+    settings = results_of(output)["settings"]
+    assert settings["command"].startswith("run_evaluation.py --model")
+    assert settings["processes"] == 1
     return output
 
 
-def same_answers(first, second):
+def check_same_answers(first, second):
+    first_modes = results_of(first)["tasks"]["eval"]["modes"]
+    second_modes = results_of(second)["tasks"]["eval"]["modes"]
     for mode in ("forced", "off"):
         assert without_times(predictions(first, mode, "eval")) == without_times(predictions(second, mode, "eval"))
-    assert read_lines(first / "eval" / "query" / "ranking.jsonl") == read_lines(
-        second / "eval" / "query" / "ranking.jsonl"
-    )
-    found = [json.loads((folder / "metrics.json").read_text())["tasks"]["eval"]["modes"] for folder in (first, second)]
-    assert [found[0][mode]["metrics"] for mode in ("forced", "off")] == [
-        found[1][mode]["metrics"] for mode in ("forced", "off")
-    ]
+        assert first_modes[mode]["metrics"] == second_modes[mode]["metrics"]
+    ranking_file = Path("eval", "query", "ranking.jsonl")
+    assert read_lines(first / ranking_file) == read_lines(second / ranking_file)
 
 
 def test_two_processes_share_the_questions_and_the_corpus(many, alone, tmp_path):
-    launcher = [
-        "-m",
-        "accelerate.commands.accelerate_cli",
-        "launch",
-        "--config_file",
-        "recipes/accelerate_configs/multi_cpu.yaml",
-    ]
-    words = [*many, "--output_dir", tmp_path / "out", "--index_cache", tmp_path / "indexes"]
-    result = run(command(*launcher, "recipes/run_evaluation.py", *words))
-    assert result.returncode == 0, result.stderr[-3000:]
-    same_answers(tmp_path / "out", alone)
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["settings"]["processes"] == 2
+    launcher = ["-m", "accelerate.commands.accelerate_cli", "launch"]
+    launcher += ["--config_file", "recipes/accelerate_configs/multi_cpu.yaml"]
+    options = [*many, "--output_dir", tmp_path / "out", "--index_cache", tmp_path / "indexes"]
+    result = run_well(command(*launcher, RECIPE, *options))
+    check_same_answers(tmp_path / "out", alone)
+    assert results_of(tmp_path / "out")["settings"]["processes"] == 2
     assert result.stdout.count("eval, [NSP] forced first: 31 questions") == 1
 
-    for part in make_classifier():  # and they share what the NLI model is asked
-        part.save_pretrained(tmp_path / "nli")
-    judged = run(command(*launcher, "recipes/run_evaluation.py", *words, "--nli_model", tmp_path / "nli"))
-    assert judged.returncode == 0, judged.stderr[-3000:]
+    # They share the pairs of the NLI model too.
+    nli = ["--nli_model", save_classifier(tmp_path / "nli")]
+    run_well(command(*launcher, RECIPE, *options, *nli))
     shutil.copytree(alone, tmp_path / "alone")
-    assert (
-        run(
-            command(
-                "recipes/run_evaluation.py", *many, "--output_dir", tmp_path / "alone", "--nli_model", tmp_path / "nli"
-            )
-        ).returncode
-        == 0
-    )
-    found = [
-        json.loads((tmp_path / name / "metrics.json").read_text())["tasks"]["eval"]["modes"]["forced"]["metrics"]
-        for name in ("out", "alone")
-    ]
-    assert found[0] == found[1] and found[0]["gr"]["n"] > 10
-    keys = [
-        [json.loads(line)["key"] for line in (tmp_path / name / "nli.jsonl").read_text().splitlines() if line]
-        for name in ("out", "alone")
-    ]
-    assert sorted(keys[0]) == sorted(set(keys[1]))  # no pair was judged twice
+    run_well(command(RECIPE, *many, "--output_dir", tmp_path / "alone", *nli))
+    figures, judged_keys = {}, {}
+    for name in ("out", "alone"):
+        figures[name] = results_of(tmp_path / name)["tasks"]["eval"]["modes"]["forced"]["metrics"]
+        lines = (tmp_path / name / "nli.jsonl").read_text().splitlines()
+        judged_keys[name] = [json.loads(line)["key"] for line in lines if line]
+    assert figures["out"] == figures["alone"]
+    assert figures["out"]["gr"]["n"] > 10
+    assert sorted(judged_keys["out"]) == sorted(set(judged_keys["alone"]))  # no pair was judged twice
 
 
-def test_a_killed_run_goes_on(many, alone, tmp_path):
-    words = command("recipes/run_evaluation.py", *many, "--output_dir", tmp_path)
+def test_a_killed_run_resumes(many, alone, tmp_path):
+    words = command(RECIPE, *many, "--output_dir", tmp_path)
     answers = tmp_path / "eval" / "forced" / "parts" / "answers-0-of-1.jsonl"
+
+    def num_answers():
+        return answers.read_bytes().count(b"\n") if answers.exists() else 0
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(
-            words, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True
-        )
+        process = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log, env=environment, start_new_session=True)
         try:
-            while process.poll() is None and not (answers.exists() and answers.read_bytes().count(b"\n") >= 3):
+            while process.poll() is None and num_answers() < 3:
                 time.sleep(0.01)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()[-3000:]
-    assert (
-        not (tmp_path / "metrics.json").exists() and not (tmp_path / "eval" / "forced" / "predictions.jsonl").exists()
-    )
-    kept = [line["index"] for line in map(json.loads, answers.read_text().splitlines(keepends=True)[:3])]
-    result = run(words)
-    assert result.returncode == 0, result.stderr[-3000:]
-    same_answers(tmp_path, alone)
-    found = predictions(tmp_path, "forced", "eval")
-    assert (
-        all(found[i]["seconds"] is None for i in kept) and found[-1]["seconds"] is not None
-    )  # the former were not answered again
+    assert not (tmp_path / "metrics.json").exists()
+    assert not (tmp_path / "eval" / "forced" / "predictions.jsonl").exists()
+    first_lines = answers.read_text().splitlines(keepends=True)[:3]
+    answered = [json.loads(line)["index"] for line in first_lines]
+
+    run_well(words)
+    check_same_answers(tmp_path, alone)
+    resumed = predictions(tmp_path, "forced", "eval")
+    assert all(resumed[i]["seconds"] is None for i in answered)  # not answered again
+    assert resumed[-1]["seconds"] is not None
 
 
-def test_a_config_lists_tasks_and_errors_are_clear(many, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def call(monkeypatch):
+    """Call the recipe with options, in this process."""
     from run_evaluation import main
 
+    def call(*options):
+        monkeypatch.setattr(sys, "argv", ["run_evaluation.py", *map(str, options)])
+        main()
+
+    return call
+
+
+def test_a_config_lists_tasks(many, call, tmp_path, capsys):
     checkpoint, eval_file, corpus_file = many[1], many[3], many[5]
-    entries = [{"name": "a", "split": "in-domain"}, {"name": "b", "pool": 4, "max_eval_samples": 3}]
+    files = {"eval_file": eval_file, "corpus_file": corpus_file}
     config = {
-        "tasks": [{**entry, "eval_file": eval_file, "corpus_file": corpus_file} for entry in entries],
+        "tasks": [
+            {"name": "a", "split": "in-domain", **files},
+            {"name": "b", "pool": 4, "max_eval_samples": 3, **files},
+        ],
         "modes": ["off"],
         "max_new_tokens": 4,
     }
-    (tmp_path / "tasks.yaml").write_text(
-        json.dumps(config).replace('"off"', "off")
-    )  # JSON is YAML, in which off is false
+    # JSON is YAML, in which a bare off is false.
+    (tmp_path / "tasks.yaml").write_text(json.dumps(config).replace('"off"', "off"))
+    output = tmp_path / "out"
+    options = ["--config", tmp_path / "tasks.yaml", "--model", checkpoint, "--output_dir", output]
 
-    def call(*words):
-        monkeypatch.setattr(
-            sys, "argv", ["run_evaluation.py", *map(str, words), "--output_dir", str(tmp_path / "out")]
-        )
-        main()
-
-    call("--config", tmp_path / "tasks.yaml", "--model", checkpoint, "--max_eval_samples", 5)
-    results = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert [results["tasks"][name]["n"] for name in "ab"] == [5, 3] and results["tasks"]["b"]["pool"] == 4
-    assert len(list((tmp_path / "out" / "indexes").iterdir())) == 1  # one corpus, embedded once
+    call(*options, "--max_eval_samples", 5)
+    tasks = results_of(output)["tasks"]
+    assert (tasks["a"]["n"], tasks["b"]["n"]) == (5, 3)
+    assert tasks["b"]["pool"] == 4
+    assert len(list((output / "indexes").iterdir())) == 1  # one corpus, embedded once
     assert "b, retrieval off: 3 questions" in capsys.readouterr().out
-    for part in make_classifier():
-        part.save_pretrained(tmp_path / "nli")
-    call(
-        "--config",
-        tmp_path / "tasks.yaml",
-        "--model",
-        checkpoint,
-        "--max_eval_samples",
-        5,
-        "--modes",
-        "forced",
-        "--nli_model",
-        tmp_path / "nli",
-    )
-    results = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    grounded = [r["grounded_text"] for p in predictions(tmp_path / "out", "forced", "a") for r in p["retrievals"]]
-    assert any(grounded) and results["tasks"]["a"]["modes"]["forced"]["metrics"]["gr"]["n"] > 0
-    assert (tmp_path / "out" / "nli.jsonl").exists() and results["settings"]["nli_model"] == str(tmp_path / "nli")
-    for words, message in [
-        (["--model", checkpoint], "error: give either --eval_file"),
-        (["--model", checkpoint, "--eval_file", eval_file, "--pool", "x"], "error: Task eval: pool is 'x'"),
-        (["--model", checkpoint, "--eval_file", eval_file, "--corpus_file", "none.jsonl"], "none.jsonl"),
+
+    nli = save_classifier(tmp_path / "nli")
+    call(*options, "--max_eval_samples", 5, "--modes", "forced", "--nli_model", nli)
+    results = results_of(output)
+    retrievals = [retrieval for row in predictions(output, "forced", "a") for retrieval in row["retrievals"]]
+    assert any(retrieval["grounded_text"] for retrieval in retrievals)
+    assert results["tasks"]["a"]["modes"]["forced"]["metrics"]["gr"]["n"] > 0
+    assert results["settings"]["nli_model"] == str(nli)
+    assert (output / "nli.jsonl").exists()
+
+
+def test_errors_are_clear(many, call, tmp_path):
+    model = ["--model", many[1], "--output_dir", tmp_path / "out"]
+    eval_file = ["--eval_file", many[3]]
+    for options, message in [
+        (model, "error: give either --eval_file"),
+        ([*model, *eval_file, "--pool", "x"], "error: Task eval: pool is 'x'"),
+        ([*model, *eval_file, "--corpus_file", "none.jsonl"], "none.jsonl"),
     ]:
         with pytest.raises(SystemExit) as ending:
-            call(*words)
+            call(*options)
         assert message in str(ending.value.code)
 
 
-def test_figures_reach_the_card(many, tmp_path, monkeypatch, capsys):
-    """Beside what training recorded, in place of older figures of the same set; not into a card of the owner's making; not of other weights."""
-    from run_evaluation import main
-
+def test_figures_reach_the_card(many, call, tmp_path, capsys):
+    """
+    They join what training recorded, and replace older figures of the same set. The owner's own card is not touched,
+    and figures of other weights are dropped.
+    """
     folder = tmp_path / "checkpoint"
     shutil.copytree(many[1], folder)
     model = CoSupForCausalLM.from_pretrained(folder)
-    metrics = [{"type": "ret", "name": "Ret", "value": 1.25, "n": 9}]
-    older = [{"dataset": {"name": name, "type": "custom"}, "index_size": 2, "metrics": metrics} for name in "ax"]
-    write_card(model, folder, "me/model", {"results": older, "training": {"instances": {"nq": 7}}})
-    for part in make_classifier():
-        part.save_pretrained(tmp_path / "nli")
-    entries = [
-        {"name": name, "eval_file": many[3], "corpus_file": many[5], **more}
-        for name, more in (("a", {}), ("b", {"pool": 4}))
-    ]
-    (tmp_path / "tasks.yaml").write_text(
-        json.dumps({"tasks": entries, "modes": ["forced"], "max_new_tokens": 6, "nli_model": str(tmp_path / "nli")})
-    )
+    old_metrics = [{"type": "ret", "name": "Ret", "value": 1.25, "n": 9}]
+    old_groups = []
+    for name in "ax":
+        dataset = {"name": name, "type": "custom"}
+        old_groups.append({"dataset": dataset, "index_size": 2, "metrics": old_metrics})
+    write_card(model, folder, "me/model", {"results": old_groups, "training": {"instances": {"nq": 7}}})
 
-    def call(output, *words):
-        monkeypatch.setattr(
-            sys,
-            "argv",
-            ["run_evaluation.py", "--config", str(tmp_path / "tasks.yaml"), "--update_card", "true", *words],
-        )
-        monkeypatch.setattr(sys, "argv", [*sys.argv, "--output_dir", str(tmp_path / output)])
-        main()
+    nli = save_classifier(tmp_path / "nli")
+    files = {"eval_file": many[3], "corpus_file": many[5]}
+    config = {
+        "tasks": [{"name": "a", **files}, {"name": "b", "pool": 4, **files}],
+        "modes": ["forced"],
+        "max_new_tokens": 6,
+        "nli_model": str(nli),
+    }
+    (tmp_path / "tasks.yaml").write_text(json.dumps(config))
 
-    call("out", "--model", str(folder))
-    results, facts = (
-        json.loads((tmp_path / "out" / "metrics.json").read_text()),
-        json.loads((folder / "training_facts.json").read_text()),
-    )
-    assert [group["dataset"]["name"] for group in facts["results"]] == ["x", "a", "b (pools of 4)"] and facts[
-        "training"
-    ] == {"instances": {"nq": 7}}
-    for group, name in zip(facts["results"][1:], "ab", strict=True):
-        own = results["tasks"][name]
-        shown = {metric["type"]: metric for metric in group["metrics"]}
-        assert {"ret", "cor", "k_precision", "query_recall@1"} <= set(shown) <= {*MAIN, "query_recall@1"}
+    def update(output, *options):
+        config_options = ["--config", tmp_path / "tasks.yaml", "--update_card", "true"]
+        call(*config_options, "--model", folder, *options, "--output_dir", tmp_path / output)
+
+    def recorded_facts():
+        return json.loads((folder / "training_facts.json").read_text())
+
+    def names(facts):
+        return [group["dataset"]["name"] for group in facts["results"]]
+
+    update("out")
+    tasks = results_of(tmp_path / "out")["tasks"]
+    facts = recorded_facts()
+    assert names(facts) == ["x", "a", "b (pools of 4)"]
+    assert facts["training"] == {"instances": {"nq": 7}}
+    for group, name, scope in zip(facts["results"][1:], "ab", ("corpus", "pool"), strict=True):
+        on_card = {metric["type"]: metric for metric in group["metrics"]}
+        assert {"ret", "cor", "k_precision", "query_recall@1"} <= set(on_card) <= {*MAIN, "query_recall@1"}
+        figures = tasks[name]["modes"]["forced"]["metrics"]
         for metric in ("ret", "k_precision", "cor"):
-            figure = own["modes"]["forced"]["metrics"][metric]
-            assert (shown[metric]["value"], shown[metric]["n"]) == (round(100 * figure["value"], 4), figure["n"])
-        assert shown["query_recall@1"]["value"] == round(
-            100 * own["query"]["pool" if name == "b" else "corpus"]["query_recall@1"]["value"], 4
-        )
+            assert on_card[metric]["value"] == round(100 * figures[metric]["value"], 4)
+            assert on_card[metric]["n"] == figures[metric]["n"]
+        recall = tasks[name]["query"][scope]["query_recall@1"]["value"]
+        assert on_card["query_recall@1"]["value"] == round(100 * recall, 4)
     card = (folder / "README.md").read_text()
-    assert f"Gr (by {tmp_path / 'nli'})" in card and "1.25" in card and "7 of nq" in card
+    assert f"Gr (by {nli})" in card
+    assert "1.25" in card
+    assert "7 of nq" in card
     assert facts_of(CoSupForCausalLM.from_pretrained(folder))["results"] == facts["results"]
 
     (folder / "README.md").write_text("my own card")
-    call("again", "--model", str(folder), "--max_eval_samples", "2")
-    assert (folder / "README.md").read_text() == "my own card" and "stays as it is" in capsys.readouterr().out
-    facts = json.loads((folder / "training_facts.json").read_text())
-    assert [
-        metric["n"] for group in facts["results"][1:] for metric in group["metrics"] if metric["type"] == "cor"
-    ] == [2, 2]
+    update("again", "--max_eval_samples", 2)
+    assert (folder / "README.md").read_text() == "my own card"
+    assert "remains unchanged" in capsys.readouterr().out
+    facts = recorded_facts()
+    new_metrics = [metric for group in facts["results"][1:] for metric in group["metrics"]]
+    assert [metric["n"] for metric in new_metrics if metric["type"] == "cor"] == [2, 2]
+
     with torch.no_grad():
         next(model.gen.parameters()).add_(1.0)
     model.save_pretrained(folder)
     (folder / "training_facts.json").write_text(json.dumps(facts))
-    call("other", "--model", str(folder), "--max_eval_samples", "2")
-    assert [
-        group["dataset"]["name"] for group in json.loads((folder / "training_facts.json").read_text())["results"]
-    ] == ["a", "b (pools of 4)"]
+    update("other", "--max_eval_samples", 2)
+    assert names(recorded_facts()) == ["a", "b (pools of 4)"]
+
+
+def test_only_a_local_checkpoint_has_a_card_to_update(many, call, tmp_path):
+    options = ["--eval_file", many[3], "--update_card", "true", "--output_dir", tmp_path / "hub"]
     with pytest.raises(SystemExit) as ending:
-        call("hub", "--model", "me/model")
+        call("--model", "me/model", *options)
     assert "error: --update_card writes into the folder" in str(ending.value.code)

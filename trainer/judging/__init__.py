@@ -1,1 +1,1 @@
-"""What judges a model: the figures, what they are computed from, and the runs that produce them."""
+"""Evaluation: the figures, the functions that compute them, and the runs that produce what is scored."""

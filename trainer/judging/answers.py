@@ -1,34 +1,36 @@
-"""Ask a model the questions of an evaluation set: what its query embeddings find, and what it retrieves and writes."""
+"""Ask a model the questions of an evaluation set: rank passages by its query embeddings, and let it answer."""
 
 import random
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from modeling_cosup import Completion, CoSupForCausalLM, RetrievalConfig, Retriever
 from modeling_cosup.index_build_cosup import evaluating
 from modeling_cosup.tokenization_cosup import encode_prompt, pad_rows
 
 from ..data import tokenize_instance
-from .figures import MODES, QUERY
+from .figures import MODES, QUERY, SEARCHING
 from .grounding import split_sentences
 from .intervals import Mean
 from .matching import gold_ids
 
-RANKED = 100  # passages of a ranking over the whole corpus
+RANKED = 100  # number of passages in a ranking over the whole corpus
 
 
-# ---------------------------------------------------------------------- what the query embedding finds
+# ---------------------------------------------------------------------- rankings by the query embedding
 
 
 def embed_queries(model: CoSupForCausalLM, questions: list[dict], batch_size: int = 32) -> torch.Tensor:
     """
-    Query embeddings of questions: the hidden state at an `[NSP]` right after the prompt.
+    Return the query embedding of each question: the hidden state at an `[NSP]` right after the prompt.
 
     Returns:
         `torch.FloatTensor` of shape `(len(questions), h)` on the CPU.
@@ -38,9 +40,10 @@ def embed_queries(model: CoSupForCausalLM, questions: list[dict], batch_size: in
     with evaluating(model), torch.no_grad():
         for rows, batch in _batches(model, prompts, batch_size, "Embedding questions"):
             if model.config.query_from == "gen":
-                embeds[rows] = model(**batch, return_logits=False, use_cache=False).query_embeds.float().cpu()
-            else:  # what an encoder reads, Gen need not
-                embeds[rows] = model.encode_queries(**batch).float().cpu()
+                batch_embeds = model(**batch, return_logits=False, use_cache=False).query_embeds
+            else:
+                batch_embeds = model.encode_queries(**batch)  # an encoder reads the query; Gen need not run
+            embeds[rows] = batch_embeds.float().cpu()
     return embeds
 
 
@@ -48,30 +51,31 @@ def rank_passages(
     model: CoSupForCausalLM, index: Retriever, questions: list[dict], batch_size: int = 32, pools: bool = False
 ) -> list[dict]:
     """
-    Rankings of passages by the query embedding of each question.
+    Rank passages by the query embedding of each question.
 
     Args:
-        model ([`CoSupForCausalLM`]), index ([`Retriever`]).
+        model ([`CoSupForCausalLM`]): embeds the questions.
+        index ([`Retriever`]): holds the passages.
         questions (`list[dict]`): evaluation instances.
-        batch_size (`int`): questions at once.
-        pools (`bool`): also rank the `candidates` of each question.
+        batch_size (`int`): questions per forward.
+        pools (`bool`): whether to rank the `candidates` of each question as well.
 
     Returns:
-        `list[dict]`: `{"id", "corpus"}`: passage ids, best first, the nearest 100 of the index; with `pools` also
-        `"pool"`: all candidates.
+        `list[dict]`: `{"id", "corpus"}` for each question: the ids of the nearest 100 passages of the index, best
+        first. With `pools` also `"pool"`, the ids of all candidates.
     """
     queries = embed_queries(model, questions, batch_size)
-    rows = {"corpus": index.search(queries, k=RANKED)[1]}
+    rows_of_scope = {"corpus": index.search(queries, k=RANKED)[1]}
     if pools:
         candidates = [index.rows_of(question["candidates"]) for question in questions]
-        longest = max(map(len, candidates), default=1)
-        rows["pool"] = index.search(queries, k=longest, candidates=candidates)[1]
+        largest = max(map(len, candidates), default=1)
+        rows_of_scope["pool"] = index.search(queries, k=largest, candidates=candidates)[1]
     rankings = []
     for i, question in enumerate(questions):
         ranking = {"id": question["id"]}
-        for scope, nearest in rows.items():
-            there = nearest[i][nearest[i] >= 0]  # an approximate search may find fewer
-            ranking[scope] = [passage["id"] for passage in index.get_passages(there)]
+        for scope, rows in rows_of_scope.items():
+            valid = rows[i][rows[i] >= 0]  # an approximate search may find fewer than k
+            ranking[scope] = [passage["id"] for passage in index.get_passages(valid)]
         rankings.append(ranking)
     return rankings
 
@@ -95,20 +99,22 @@ def answer(
     show_progress_bar: bool = True,
 ) -> list[dict]:
     """
-    Answers to questions, with their traces.
+    Answer questions, and return the answers with their retrieval traces.
 
     Args:
-        model (`CoSupForCausalLM`), questions (`list[dict]`): evaluation instances.
-        index ([`Retriever`]): searched or read, unless the mode is `"off"`.
-        mode (`str`): see [`retrieval_settings`].
-        batch_size, max_new_tokens (`int`): as in generate().
-        candidates (`list`, *optional*): for each question the ids of the passages among which it searches.
-        top_k (`int`), max_retrievals (`int`, *optional*): of [`RetrievalConfig`], where the model searches.
-        seed (`int`): of mode `"wrong"`.
-        output_file, on_completion, show_progress_bar: as in generate_many().
+        model ([`CoSupForCausalLM`]): answers greedily.
+        questions (`list[dict]`): evaluation instances.
+        index ([`Retriever`], *optional*): the passages; not needed in mode `"off"`.
+        mode (`str`): how the questions retrieve, see [`retrieval_settings`].
+        batch_size (`int`), max_new_tokens (`int`): as in `generate`.
+        candidates (`list[list[str]]`, *optional*): for each question, the ids of the passages that its search is
+            limited to.
+        top_k (`int`), max_retrievals (`int`, *optional*): of [`RetrievalConfig`], if the model searches.
+        seed (`int`): of the passages in mode `"wrong"`.
+        output_file, on_completion, show_progress_bar: as in `generate_many`.
 
     Returns:
-        `list[dict]`: see [`as_prediction`].
+        `list[dict]`: one prediction per question, see [`as_prediction`], with its `mode`.
     """
     prompts = [_prompt(model, question) for question in questions]
     settings = retrieval_settings(mode, questions, index, candidates, top_k, max_retrievals, seed)
@@ -127,41 +133,50 @@ def answer(
         )
     predictions = []
     for question, completion, prompt in zip(questions, completions, prompts, strict=True):
-        predictions.append({**as_prediction(question, completion, len(prompt), model.tokenizer), "mode": mode})
+        prediction = as_prediction(question, completion, len(prompt), model.tokenizer)
+        predictions.append({**prediction, "mode": mode})
     return predictions
 
 
-def as_prediction(question: dict, completion: Completion, prompt_length: int, tokenizer) -> dict:
+def as_prediction(
+    question: dict, completion: Completion, prompt_length: int, tokenizer: PreTrainedTokenizerBase
+) -> dict:
     """
-    A question and its answer with the trace: a line of predictions.jsonl, which everything that judges reads.
+    Return a question and its answer as a line of `predictions.jsonl`, the input of all scoring.
 
     Args:
         question (`dict`): evaluation instance.
-        completion ([`Completion`]): what generate_many() gave.
-        prompt_length (`int`): tokens of the prompt, from whose first token the positions of the trace count.
-        tokenizer: the model's.
+        completion ([`Completion`]): the answer, from `generate_many`.
+        prompt_length (`int`): number of prompt tokens, which the positions of the retrieval trace include.
+        tokenizer (`PreTrainedTokenizerBase`): the model's.
 
     Returns:
-        `dict`: `id`, `dataset`, `input`, `answers`, `provenance` of the question; `output`: what the model wrote,
-        without passages; `output_with_citations`: the same as ALCE wants it, with `[n]` before the end of each
-        grounded sentence, where n counts the distinct passages; `cited_text`: for people, with the passages below;
-        `retrievals`: each `{"passages": [{"id", "title", "text"}], "scores", "grounded_text"}`;
-        `num_generated_tokens`.
+        `dict`: `id`, `dataset`, `input`, `answers` and `provenance` of the question, and
+
+        - `output`: what the model wrote, without passages.
+        - `output_with_citations`: the same for ALCE, with `[n]` before the end of each grounded sentence, where n
+          counts the distinct passages.
+        - `cited_text`: the same for readers, with the passages below.
+        - `retrievals`: `{"passages": [{"id", "title", "text"}], "scores", "grounded_text"}` for each retrieval.
+        - `num_generated_tokens`.
     """
     tokens = completion.token_ids
-    numbers: dict[str, int] = {}
-    pieces, retrievals, written = [], [], 0
+    citation_numbers: dict[str, int] = {}  # passage id -> n
+    pieces, retrievals = [], []
+    written = 0  # tokens that `pieces` covers
     for retrieval in completion.retrievals:
         start, end = (position - prompt_length for position in retrieval.grounded_span)
         nsp = max(written, retrieval.position - prompt_length)
-        marks = "".join(f"[{numbers.setdefault(id, len(numbers) + 1)}]" for id in retrieval.passage_ids)
-        grounded = tokenizer.decode(tokens[start:end], skip_special_tokens=True).strip()
-        pieces.append(tokenizer.decode(tokens[written:nsp], skip_special_tokens=True))
-        pieces.extend(cite(sentence, marks) for sentence in split_sentences(grounded))
+        free_text = _decode(tokenizer, tokens[written:nsp])
+        grounded_text = _decode(tokenizer, tokens[start:end]).strip()
+        numbers = [citation_numbers.setdefault(id, len(citation_numbers) + 1) for id in retrieval.passage_ids]
+        marks = "".join(f"[{number}]" for number in numbers)
+        pieces.append(free_text)
+        pieces.extend(cite(sentence, marks) for sentence in split_sentences(grounded_text))
         written = end
         passages = [{name: passage[name] for name in ("id", "title", "text")} for passage in retrieval.passages]
-        retrievals.append({"passages": passages, "scores": retrieval.scores, "grounded_text": grounded})
-    pieces.append(tokenizer.decode(tokens[written:], skip_special_tokens=True))
+        retrievals.append({"passages": passages, "scores": retrieval.scores, "grounded_text": grounded_text})
+    pieces.append(_decode(tokenizer, tokens[written:]))
     return {
         **{name: question[name] for name in ("id", "dataset", "input", "answers", "provenance")},
         "output": completion.text,
@@ -173,7 +188,7 @@ def as_prediction(question: dict, completion: Completion, prompt_length: int, to
 
 
 def cite(sentence: str, marks: str) -> str:
-    """A sentence with `marks` before its closing punctuation."""
+    """Insert `marks` before the closing punctuation of a sentence."""
     text = re.sub(r"[.!?]*[\"'”’)\]]*$", "", sentence, count=1)
     return f"{text} {marks}{sentence[len(text) :]}"
 
@@ -191,29 +206,35 @@ def retrieval_settings(
     seed: int = 0,
 ) -> RetrievalConfig:
     """
-    How the questions of an evaluation retrieve.
+    Return how the questions of an evaluation retrieve.
 
     Args:
-        mode (`str`): `"retrieval"`: Gen decides when, and its query finds what. `"forced"`: the same, but every answer
-            begins with `[NSP]`. `"off"`: `[NSP]` is never emitted. `"gold"`: every answer begins with `[NSP]` and gets
-            the passages of the first set of `provenance`, in order. `"wrong"`: the same with as many passages that are
-            not gold, drawn at random from the question's `candidates`, or from the index where it has none.
-        others: see [`answer`].
+        mode (`str`): one of
+
+            - `"retrieval"`: Gen decides when to retrieve, and its query embedding decides what.
+            - `"forced"`: the same, but every answer begins with `[NSP]`.
+            - `"off"`: `[NSP]` is never emitted.
+            - `"gold"`: every answer begins with `[NSP]` and gets the passages of the first evidence set of
+              `provenance`, in order.
+            - `"wrong"`: the same with as many passages that are not gold, drawn at random from the question's
+              `candidates`, or from the index if it has none.
+        questions, index, candidates, top_k, max_retrievals, seed: see [`answer`].
 
     Raises:
-        `ValueError`: for an unknown mode; with counts, for questions without provenance in `"gold"` and `"wrong"`, or
-            without a wrong passage to draw.
+        `ValueError`: for an unknown mode. With counts, for questions without provenance in modes `"gold"` and
+            `"wrong"`, and for questions without a wrong passage to draw.
     """
-    answering = [name for name in MODES if name != QUERY]
-    if mode not in answering:
-        raise ValueError(f"mode is {mode!r}, expected one of {', '.join(answering)}.")
+    answering_modes = [name for name in MODES if name != QUERY]
+    if mode not in answering_modes:
+        raise ValueError(f"mode is {mode!r}, expected one of {', '.join(answering_modes)}.")
     if mode == "off":
         return RetrievalConfig(forbid_nsp=True)
-    if mode in ("retrieval", "forced"):
+    if mode in SEARCHING:
         return RetrievalConfig(top_k, max_retrievals, force_nsp_first=mode == "forced", candidates=candidates)
-    if without := sum(not question["provenance"] for question in questions):
+    num_without = sum(not question["provenance"] for question in questions)
+    if num_without:
         raise ValueError(
-            f"{without} of {len(questions)} questions have no provenance: mode {mode!r} needs gold passages."
+            f"{num_without} of {len(questions)} questions have no provenance: mode {mode!r} needs gold passages."
         )
     if mode == "gold":
         passages = [question["provenance"][0] for question in questions]
@@ -225,27 +246,38 @@ def retrieval_settings(
 
 def wrong_passages(questions: list[dict], index: Retriever, seed: int = 0) -> list[list[str]]:
     """
-    For each question as many ids of random passages that are not gold as its first set of `provenance` holds. Which
-    ones, depends on seed and question alone.
+    Draw for each question as many random passages as its first evidence set holds, none of them gold.
+
+    Returns:
+        `list[list[str]]`: their ids, which depend on the seed and the question alone.
+
+    Raises:
+        `ValueError`: if all passages of a question are gold, with counts.
     """
     rows = index.live_rows()
-    passages = [_wrong_passages(x, index, rows, random.Random(f"{seed} {x['id']}")) for x in questions]
-    if without := sum(not ids for ids in passages):
+    passages = []
+    for question in questions:
+        generator = random.Random(f"{seed} {question['id']}")
+        passages.append(_draw_wrong_passages(question, index, rows, generator))
+    num_without = sum(not ids for ids in passages)
+    if num_without:
         raise ValueError(
-            f"{without} of {len(questions)} questions have no passage but gold ones: "
+            f"{num_without} of {len(questions)} questions have no passage but gold ones: "
             "mode 'wrong' has nothing to give them."
         )
     return passages
 
 
-def _wrong_passages(question: dict, index: Retriever, rows: NDArray[np.int64], generator: random.Random) -> list[str]:
-    gold, count = gold_ids(question), len(question["provenance"][0])
+def _draw_wrong_passages(
+    question: dict, index: Retriever, rows: NDArray[np.int64], generator: random.Random
+) -> list[str]:
+    gold = gold_ids(question)
+    count = len(question["provenance"][0])
     if question.get("candidates"):
         wrong = [id for id in question["candidates"] if id not in gold]
     else:
-        drawn = generator.sample(
-            range(len(rows)), min(len(rows), count + len(gold))
-        )  # enough, even with all gold ones
+        num_drawn = min(len(rows), count + len(gold))  # enough even if all gold passages are among them
+        drawn = generator.sample(range(len(rows)), num_drawn)
         wrong = [passage["id"] for passage in index.get_passages(rows[drawn]) if passage["id"] not in gold]
     return generator.sample(wrong, min(count, len(wrong)))
 
@@ -255,7 +287,7 @@ def _wrong_passages(question: dict, index: Retriever, rows: NDArray[np.int64], g
 
 def ntp_loss(model: CoSupForCausalLM, instances: list[dict]) -> Mean:
     """
-    NTP loss of training instances, e.g. of [`reference_instances`].
+    Return the NTP loss of training instances, such as those of [`reference_instances`].
 
     Returns:
         [`Mean`] over trained tokens, in nats.
@@ -263,25 +295,27 @@ def ntp_loss(model: CoSupForCausalLM, instances: list[dict]) -> Mean:
     sums, weights = [], []
     for instance in tqdm(instances, desc="NTP loss", unit="instance"):
         tokenized = tokenize_instance(instance, model.tokenizer, model.emb_seq_tokenizer, model.config)
-        ids, labels = (torch.tensor([tokenized[name]], device=model.device) for name in ("input_ids", "labels"))
-        count = int((labels[:, 1:] != -100).sum())
+        input_ids = torch.tensor([tokenized["input_ids"]], device=model.device)  # (1, T)
+        labels = torch.tensor([tokenized["labels"]], device=model.device)  # (1, T)
+        num_trained = int((labels[:, 1:] != -100).sum())
         with evaluating(model), torch.no_grad():
-            loss = model(input_ids=ids, labels=labels, output_query_embeds=False).ntp_loss
-        sums.append(float(loss) * count)
-        weights.append(count)
+            loss = model(input_ids=input_ids, labels=labels, output_query_embeds=False).ntp_loss
+        sums.append(float(loss) * num_trained)
+        weights.append(num_trained)
     return Mean(sums, weights)
 
 
 def reference_instances(questions: list[dict], corpus: list[dict]) -> list[dict]:
     """
-    Evaluation instances as training instances: the first answer on the first passage of the first set of `provenance`,
-    or as free text where there is none.
+    Return evaluation instances as training instances: the first answer, grounded on the first passage of the first
+    evidence set, or as free text if there is no provenance.
     """
-    passages = {passage["id"]: passage for passage in corpus}
+    passage_of = {passage["id"]: passage for passage in corpus}
     instances = []
     for question in questions:
-        passage = passages[question["provenance"][0][0]] if question["provenance"] else None
-        instances.append({**question, "segments": [{"text": question["answers"][0], "passage": passage}]})
+        passage = passage_of[question["provenance"][0][0]] if question["provenance"] else None
+        segment = {"text": question["answers"][0], "passage": passage}
+        instances.append({**question, "segments": [segment]})
     return instances
 
 
@@ -292,14 +326,18 @@ def _prompt(model: CoSupForCausalLM, question: dict) -> list[int]:
     return list(encode_prompt(model.tokenizer, question["input"], question["instruction"]))
 
 
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return cast(str, tokenizer.decode(ids, skip_special_tokens=True))  # a list of texts for a batch only
+
+
 def _batches(
     model: CoSupForCausalLM, prompts: list[list[int]], batch_size: int, description: str
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
-    """`(rows, {"input_ids", "attention_mask"})`, padded on the left, prompts of similar length together."""
+    """Yield `(rows, {"input_ids", "attention_mask"})`, padded on the left; prompts of similar length come together."""
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     with tqdm(total=len(prompts), desc=description, unit="question") as bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            ids, mask = pad_rows([prompts[row] for row in rows], side="left", device=model.device)
+            ids, mask = pad_rows([prompts[row] for row in rows], side="left", device=model.device)  # (B, T)
             yield rows, {"input_ids": ids, "attention_mask": mask}
             bar.update(len(rows))

@@ -1,9 +1,9 @@
 """
-The one vocabulary of figures: what logs, results, reports, model cards and `evaluate` modules call what they measure.
+Name the figures: one vocabulary for logs, results files, reports, model cards and `evaluate` modules.
 
-A figure has one name everywhere. The name of a figure that looks at the first k places of a ranking ends in `@k`: the
-table holds it once, with a literal k, and [`figure`] fills the number in. `recall@k` alone is no name: three different
-figures would answer to it.
+A figure has one name everywhere. If it depends on the first k places of a ranking, its name ends in `@k`. The table
+holds such a name once, with a literal k, and [`figure`] fills in the number. No figure is called `recall@k` alone,
+because three different ones could be meant.
 """
 
 from collections.abc import Collection, Iterable
@@ -17,16 +17,18 @@ Need = Literal["gold", "judge", "no_passage"]
 @dataclass(frozen=True)
 class Figure:
     """
-    One thing that is measured.
+    A quantity that is measured.
 
     Args:
-        name (`str`): in results files, logs and code.
-        label (`str`): in tables and plots.
+        name (`str`): name in results files, logs and code.
+        label (`str`): name in tables and plots.
         meaning (`str`): one sentence for readers, without a full stop.
-        scale (`str`): `"share"`, from 0 to 1, shown in percent; `"count"`, shown as it is; `"nats"`, a loss.
-        needs (tuple of `str`): what must be there, or the figure is absent: `"gold"` passages, an NLI `"judge"`, or
+        scale (`str`): `"share"` is between 0 and 1 and shown in percent; `"count"` is shown as a number; `"nats"` is a
+            loss.
+        needs (tuple of `str`): what the figure cannot be measured without: `"gold"` passages, an NLI `"judge"`, or
             questions that need `"no_passage"`.
-        binary (`bool`): of a single question it is yes or no. Cor is what its metric is, see [`is_binary`].
+        binary (`bool`): whether its value for a single question is 0 or 1. For Cor this depends on the metric, see
+            [`is_binary`].
     """
 
     name: str
@@ -55,10 +57,7 @@ _TRAINING = (
     Figure("ntp_loss", "NTP loss", "next token prediction, mean over the trained tokens", "nats"),
     Figure("nsp_loss", "NSP loss", "next sequence prediction, mean over the queries", "nats"),
     Figure(
-        "nsp_accuracy",
-        "NSP accuracy",
-        "the passage of a query scores above all negatives of its batch",
-        binary=True,
+        "nsp_accuracy", "NSP accuracy", "the passage of a query scores above all negatives of its batch", binary=True
     ),
     Figure("num_negatives", "negatives", "number of negatives of a query, mean", "count"),
     Figure("tokens_per_second", "tokens/s", "tokens per second, padding not counted", "count"),
@@ -117,17 +116,10 @@ _ANSWERS = (
     Figure("short_answer", "short answer", "a normalised answer is part of the normalised output", binary=True),
     Figure("accuracy", "accuracy", "KILT's: the output is one of the answers, neither normalised", binary=True),
     Figure(
-        "em",
-        "EM",
-        "exact match: the normalised output is one of the normalised answers, as in SQuAD",
-        binary=True,
+        "em", "EM", "exact match: the normalised output is one of the normalised answers, as in SQuAD", binary=True
     ),
     Figure(
-        "em_not_needed",
-        "EM, not needed",
-        "EM of the questions that need no passage",
-        needs=_NO_PASSAGE,
-        binary=True,
+        "em_not_needed", "EM, not needed", "EM of the questions that need no passage", needs=_NO_PASSAGE, binary=True
     ),
     Figure("f1", "F1", "F1 of the normalised words, for the best answer"),
     Figure("rouge_l", "ROUGE-L", "F by PyPI's rouge, as in KILT, for the best answer"),
@@ -192,16 +184,14 @@ _COUNTS = (
     ),
 )
 
-FIGURES: dict[str, Figure] = {
-    entry.name: entry
-    for group in (_TRAINING, _RETRIEVAL_WHILE_GENERATING, _QUERY_EMBEDDING, _ANSWERS, _GROUNDING, _COUNTS)
-    for entry in group
-}
+_TABLE = (*_TRAINING, *_RETRIEVAL_WHILE_GENERATING, *_QUERY_EMBEDDING, *_ANSWERS, *_GROUNDING, *_COUNTS)
+FIGURES: dict[str, Figure] = {entry.name: entry for entry in _TABLE}
 
-OF_COR = ("cor", "cor_minus", "cor_success", "cor_failure", "cor_not_needed")  # measured by the metric of the dataset
+OF_COR = ("cor", "cor_minus", "cor_success", "cor_failure", "cor_not_needed")  # measured by the dataset's metric
 MAIN = ("ret", "ret_precision", "cor", "cor_minus", "gr", "k_precision")  # the columns of main tables
 
-MODES: dict[str, str] = {  # how an evaluation answers its questions, and what tables call it
+# How an evaluation answers its questions -> its label in tables.
+MODES: dict[str, str] = {
     "retrieval": "own retrieval",
     "forced": "[NSP] forced first",
     "gold": "gold passages given",
@@ -210,76 +200,86 @@ MODES: dict[str, str] = {  # how an evaluation answers its questions, and what t
     "query": "query embedding",
 }
 SEARCHING = ("retrieval", "forced")  # modes in which the model searches for passages itself
-GIVEN = ("gold", "wrong")  # modes in which passages are given, and only questions that need one are asked
+GIVEN = ("gold", "wrong")  # modes that give the model passages; only questions that need one are asked
 QUERY = "query"  # the mode that ranks passages by the query embedding and generates nothing
 SCOPES: dict[str, str] = {"corpus": "over the corpus", "pool": "over the pool"}  # what mode "query" ranks
 
-SPLITS = ("in-domain", "out-of-domain")  # of tasks, for averages
+SPLITS = ("in-domain", "out-of-domain")  # groups of tasks that are averaged apart
 
-NO_JUDGE = ""  # in place of a figure's name, where Cor needs an NLI model that is not there
+NO_JUDGE = ""  # in place of a metric's name if Cor needs an NLI model and there is none
+
+_FACTOR_AND_DIGITS: dict[Scale, tuple[int, int]] = {"share": (100, 1), "count": (1, 2), "nats": (1, 3)}
 
 
 def figure(name: str) -> Figure:
     """
-    The figure of a name, `"query_recall@5"` as well as `"ret"`. The prefixes `eval_` and `train_` of the Trainer's
-    logs are ignored.
+    Return the figure of a name, such as `"ret"` or `"query_recall@5"`. The prefixes `eval_` and `train_` of the
+    Trainer's logs are ignored.
 
     Raises:
-        `KeyError`: when the vocabulary has no such figure, with the name.
+        `KeyError`: if the vocabulary has no such figure.
     """
     base = name.removeprefix("eval_").removeprefix("train_")
     if base in FIGURES:
         return FIGURES[base]
     stem, _, k = base.partition("@")
     if not k.isdigit() or f"{stem}@k" not in FIGURES:
-        raise KeyError(f"{name!r} is no figure of trainer.judging.figures.")
-    general = FIGURES[f"{stem}@k"]
-    meaning = general.meaning.replace(" k ", f" {k} ")
-    return replace(general, name=base, label=general.label.replace("@k", f"@{k}"), meaning=meaning)
+        raise KeyError(f"{name!r} is not a figure of trainer.judging.figures.")
+    entry = FIGURES[f"{stem}@k"]
+    label = entry.label.replace("@k", f"@{k}")
+    meaning = entry.meaning.replace(" k ", f" {k} ")
+    return replace(entry, name=base, label=label, meaning=meaning)
 
 
 def is_binary(name: str, cor: Collection[str] = ()) -> bool:
     """
-    Whether a figure is yes or no of a single question, which decides its interval: Wilson's, else the bootstrap's.
+    Return whether a figure is 0 or 1 for a single question. Such a figure has Wilson's interval, others the
+    bootstrap's.
 
     Args:
-        name (`str`): of the figure.
-        cor (collection of `str`): what Cor is; it is binary where all of these are, and is not where nobody says.
+        name (`str`): name of the figure.
+        cor (collection of `str`): names of the metrics that Cor is measured by. Cor is binary if all of them are, and
+            not binary if none is given.
     """
-    if name in OF_COR:
-        return bool(cor) and all(metric != NO_JUDGE and figure(metric).binary for metric in cor)
-    return figure(name).binary
+    if name not in OF_COR:
+        return figure(name).binary
+    if not cor or NO_JUDGE in cor:
+        return False
+    return all(figure(metric).binary for metric in cor)
 
 
 def needing(need: Need) -> list[str]:
-    """Names of the figures that are absent without a `"judge"`, `"gold"` passages or questions of `"no_passage"`."""
+    """Return the names of the figures that cannot be measured without what `need` says, see [`Figure`]."""
     return [entry.name for entry in FIGURES.values() if need in entry.needs]
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Names of figures in the order of the vocabulary, each once; `@1` before `@5`."""
+    """Return names of figures in the order of the vocabulary, each once, with `@1` before `@5`."""
     places = {name: place for place, name in enumerate(FIGURES)}
 
-    def place(name: str) -> tuple[int, int]:
+    def place_and_k(name: str) -> tuple[int, int]:
         stem, _, k = name.partition("@")
-        return places[f"{stem}@k" if k else stem], int(k or 0)
+        if not k:
+            return places[stem], 0
+        return places[f"{stem}@k"], int(k)
 
-    return sorted(set(names), key=place)
+    return sorted(set(names), key=place_and_k)
 
 
 def cor_label(name: str) -> str:
-    """What Cor is, for tables: the label of a figure, or that an NLI model is missing."""
+    """Return the label of the metric that is Cor, or a note that it needs an NLI model."""
     return "needs an NLI model" if name == NO_JUDGE else figure(name).label
 
 
 def shown(value: float, name: str, signed: bool = False) -> str:
-    """A value as tables show it: percent with one digit for a share, two digits for a count, three for a loss."""
-    scale, digits = {"share": (100, 1), "count": (1, 2), "nats": (1, 3)}[figure(name).scale]
-    return f"{scale * value:{'+' if signed else ''}.{digits}f}"
+    """Format a value for tables: a share in percent with one decimal, a count with two decimals, a loss with three."""
+    factor, digits = _FACTOR_AND_DIGITS[figure(name).scale]
+    sign = "+" if signed else ""
+    return f"{factor * value:{sign}.{digits}f}"
 
 
 def line(measured: Measured, name: str) -> str:
-    """A figure on one line of a terminal: value, interval and number of questions."""
+    """Format a figure for one line of a terminal: value, interval and number of questions."""
     low, high = (shown(bound, name) for bound in measured["interval"])
     unit = " %" if figure(name).scale == "share" else ""
     return f"{shown(measured['value'], name):>6}{unit}  [{low}, {high}]  n = {measured['n']}"

@@ -1,8 +1,9 @@
 """
-Does what was written follow from what was retrieved: Gr and K-precision of grounded text, ALCE's citations and claims, FEVER by NLI.
+Judge whether what was written follows from what was retrieved: Gr and K-precision of grounded text, ALCE's citations
+and claims, and FEVER by NLI.
 
-What needs an NLI model takes `entail`, a function from pairs (premise, hypothesis) to one bool each, e.g. a judge of
-`trainer.judging.nli`. It is called with the pairs of all instances at once, so that the model can work in batches.
+A figure that needs an NLI model takes `entail`, a function from pairs (premise, hypothesis) to one bool each, such as
+a judge of `trainer.judging.nli`. It gets the pairs of all instances in one call, so that the model works in batches.
 """
 
 import re
@@ -12,45 +13,47 @@ from string import Formatter
 
 from .correctness import alce_output, fever_verdict, normalize_answer, remove_citations
 
-Judge = Callable[[list[tuple[str, str]]], list[bool]]  # pairs (premise, hypothesis) -> does each premise entail it
+Judge = Callable[[list[tuple[str, str]]], list[bool]]  # pairs (premise, hypothesis) -> whether each premise entails it
 
 HYPOTHESIS = "{sentence}"  # of Gr
-# Words that end in a full stop within a sentence, lower case.
+# Words in lower case that end in a full stop within a sentence.
 ABBREVIATIONS = frozenset(
-    "mr mrs ms dr prof st sr jr gen col lt maj capt sgt cmdr adm rev hon gov sen rep pres vs etc ed eds al approx ca cf "
-    "inc ltd co corp bros dept univ est jan feb mar apr jun jul aug sep sept oct nov dec mt ft".split()
+    "mr mrs ms dr prof st sr jr gen col lt maj capt sgt cmdr adm rev hon gov sen rep pres vs etc ed eds al approx ca "
+    "cf inc ltd co corp bros dept univ est jan feb mar apr jun jul aug sep sept oct nov dec mt ft".split()
 )
-BEFORE_NUMBERS = frozenset("no nos vol vols pp fig figs".split())  # "He said no." ends a sentence, "No. 5" does not
+# Words that do so only before a number: "He said no." ends a sentence, "No. 5" does not.
+BEFORE_NUMBERS = frozenset("no nos vol vols pp fig figs".split())
 _SENTENCE_END = re.compile(r"(?:[!?]+|(?<!\.)\.)[\"'”’)\]]*\s+")
 _INITIALS = re.compile(r"[^\W\d](\.[^\W\d])*")  # J., U.S., p.m.
+_BEFORE_A_WORD = re.compile(r"[\s(\[\"'“‘]")
 
 
 def split_sentences(text: str) -> list[str]:
     """
-    Sentences of an English text: `list[str]`, none of them empty.
+    Split an English text into its sentences, none of them empty.
 
     A sentence ends at `.`, `!` or `?` (with closing quotes and brackets) before white space, unless the full stop
-    belongs to an ellipsis, an abbreviation or initials. ALCE splits with NLTK's Punkt model, which is a download. Of the
-    splitters that need none (blingfire, syntok, pysbd) none was closer to Punkt than this rule, so it stays. Most ends
-    that differ are initials (`U.S.|Senator`) that Punkt takes for an end. To count exactly as ALCE does, pass
-    `nltk.sent_tokenize` where a function here takes `split`.
+    belongs to an ellipsis, an abbreviation or initials. ALCE splits with NLTK's Punkt model, which must be downloaded.
+    Of the splitters that need no download (blingfire, syntok, pysbd), none was closer to Punkt than this rule. Most
+    differences are initials (`U.S.|Senator`) that Punkt takes for an end. To count exactly as ALCE does, pass
+    `nltk.sent_tokenize` as `split` to the functions below.
     """
-    sentences, start = [], 0
+    sentences = []
+    start = 0
     for end in _SENTENCE_END.finditer(text):
-        word = re.split(r"[\s(\[\"'“‘]", text[start : end.start()])[-1].lower()
-        inner = (
-            word in ABBREVIATIONS
-            or _INITIALS.fullmatch(word)
-            or (word in BEFORE_NUMBERS and text[end.end() : end.end() + 1].isdigit())
-        )
-        if end.group().rstrip() != "." or not inner:
-            sentences.append(text[start : end.end()].strip())
-            start = end.end()
-    return [sentence for sentence in [*sentences, text[start:].strip()] if sentence]
+        word = _BEFORE_A_WORD.split(text[start : end.start()])[-1].lower()
+        before_number = word in BEFORE_NUMBERS and text[end.end() : end.end() + 1].isdigit()
+        is_abbreviation = word in ABBREVIATIONS or before_number or _INITIALS.fullmatch(word) is not None
+        if is_abbreviation and end.group().rstrip() == ".":
+            continue
+        sentences.append(text[start : end.end()].strip())
+        start = end.end()
+    sentences.append(text[start:].strip())
+    return [sentence for sentence in sentences if sentence]
 
 
 def premise(title: str, text: str) -> str:
-    """A passage as ALCE gives it to the NLI model, also where the title is empty."""
+    """Format a passage as ALCE does for the NLI model, even if the title is empty."""
     return f"Title: {title}\n{text}"
 
 
@@ -59,18 +62,19 @@ def premise(title: str, text: str) -> str:
 
 def check_hypothesis(template: str) -> str:
     """
-    The hypothesis template of [`grounding`] as it is.
+    Return the hypothesis template of [`grounding`], or raise if it is not valid.
 
     Raises:
-        `ValueError`: when it lacks `{sentence}`, or holds another field than that and `{question}`.
+        `ValueError`: if the template lacks `{sentence}`, or has a field other than `{sentence}` and `{question}`.
     """
     try:
-        fields = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+        fields = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
     except ValueError as error:
         raise ValueError(f"The hypothesis of Gr is {template!r}: {error}.") from None
-    if "sentence" not in fields or set(fields) - {"question", "sentence"}:
+    if "sentence" not in fields or fields - {"question", "sentence"}:
         raise ValueError(
-            f"The hypothesis of Gr is {template!r}, expected a template with {{sentence}} and, if need be, {{question}}."
+            f"The hypothesis of Gr is {template!r}, expected a template with {{sentence}} and, optionally, "
+            "{question}."
         )
     return template
 
@@ -82,62 +86,76 @@ def grounding(
     hypothesis: str = HYPOTHESIS,
 ) -> list[float | None]:
     """
-    Gr: share of the sentences between `[Cs]` and `[CE]` that follow from the passages retrieved for that very span.
+    Return Gr: the share of the sentences between `[Cs]` and `[CE]` that follow from the passages retrieved for that
+    very span.
 
     Args:
-        predictions (`list[dict]`): with `retrievals`, each `{"passages", "grounded_text"}`, and `input` where `hypothesis`
-            asks for it.
+        predictions (`list[dict]`): with `retrievals`, each `{"passages", "grounded_text"}`, and with `input` if
+            `hypothesis` contains `{question}`.
         entail (`Callable`): `list[(premise, hypothesis)]` -> `list[bool]`.
-        split (`Callable`): a text -> its sentences.
-        hypothesis (`str`): how the NLI model reads a sentence. `"{sentence}"`, as the paper has it, or `"{question} {sentence}"`: a short answer states
-            nothing by itself (ALCE reads its lists of short answers so).
+        split (`Callable`): splits a text into its sentences.
+        hypothesis (`str`): how the NLI model reads a sentence: `"{sentence}"`, as in the paper, or
+            `"{question} {sentence}"`, because a short answer alone states nothing. (ALCE reads its lists of short
+            answers like that.)
 
     Returns:
-        `list[float | None]`: one per prediction; `None` where no sentence is grounded on a passage (nothing was retrieved): Gr says nothing about it.
+        `list[float | None]`: one value per prediction, `None` if it has no grounded sentence, e.g. because nothing was
+        retrieved.
 
     Raises:
-        `ValueError`: for a template that is none, with counts for pairs that the judge leaves without an answer.
+        `ValueError`: if the template is not valid, or if the judge leaves pairs without an answer, with counts.
     """
     check_hypothesis(hypothesis)
-    pairs, owners = [], []
-    for owner, prediction in enumerate(predictions):
+    pairs = []
+    rows = []  # of each pair, the number of its prediction
+    for row, prediction in enumerate(predictions):
+        question = prediction.get("input", "")
         for retrieval in prediction["retrievals"]:
             passages = "\n".join(premise(passage["title"], passage["text"]) for passage in retrieval["passages"])
             for sentence in split(retrieval["grounded_text"]):
-                pairs.append((passages, hypothesis.format(question=prediction.get("input", ""), sentence=sentence)))
-                owners.append(owner)
+                pairs.append((passages, hypothesis.format(question=question, sentence=sentence)))
+                rows.append(row)
     labels = _ask(entail, pairs)
-    total, entailed = Counter(owners), Counter(owner for owner, label in zip(owners, labels, strict=True) if label)
-    return [entailed[owner] / total[owner] if total[owner] else None for owner in range(len(predictions))]
+    num_sentences = Counter(rows)
+    num_entailed = Counter(row for row, label in zip(rows, labels, strict=True) if label)
+    shares: list[float | None] = [None] * len(predictions)
+    for row, total in num_sentences.items():
+        shares[row] = num_entailed[row] / total
+    return shares
 
 
 def k_precision(prediction: dict) -> float | None:
     """
-    K-precision: share of the words between `[Cs]` and `[CE]` that are in the passages retrieved for that span. Lexical,
-    needs no model.
+    Return K-precision: the share of the words between `[Cs]` and `[CE]` that are in the passages retrieved for that
+    span. It is lexical and needs no model.
 
-    Words are those of [`normalize_answer`]; one counts at most as often as the passages hold it.
+    Words are normalised, see [`~trainer.judging.correctness.normalize_answer`]. A word counts at most as often as it
+    occurs in the passages.
 
     Args:
         prediction (`dict`): as for [`grounding`].
 
     Returns:
-        `float`, or `None` where no word is grounded on a passage.
+        `float`, or `None` if no word is grounded on a passage.
     """
-    supported = total = 0
+    num_supported = num_words = 0
     for retrieval in prediction["retrievals"]:
         words = Counter(normalize_answer(retrieval["grounded_text"]).split())
         passages = " ".join(f"{passage['title']} {passage['text']}" for passage in retrieval["passages"])
-        supported += (words & Counter(normalize_answer(passages).split())).total()
-        total += words.total()
-    return supported / total if total else None
+        passage_words = Counter(normalize_answer(passages).split())
+        num_supported += (words & passage_words).total()
+        num_words += words.total()
+    return num_supported / num_words if num_words else None
 
 
 # ---------------------------------------------------------------------- ALCE
 
 
 def cited_passages(prediction: dict) -> list[dict]:
-    """The distinct passages `{"id", "title", "text"}` of all `retrievals` in order of first appearance, as `[n]` counts them."""
+    """
+    Return the distinct passages `{"id", "title", "text"}` of all `retrievals`, in order of first appearance: the
+    citation `[n]` is of the n-th.
+    """
     passages: dict[str, dict] = {}
     for retrieval in prediction["retrievals"]:
         for passage in retrieval["passages"]:
@@ -151,135 +169,181 @@ def citation_scores(
     entail: Judge,
     at_most_citations: int = 3,
     split: Callable[[str], list[str]] = split_sentences,
-) -> list[dict | None]:
+) -> list[dict[str, float] | None]:
     """
-    ALCE's citation recall and precision.
+    Return ALCE's citation recall and precision of each output.
 
-    Recall: share of the sentences that follow from the passages they cite, taken together; a sentence without citation, or with one out of range, does not.
-    Precision: share of the citations that are of use. In a sentence that follows from its passages, a citation is of no use if its passage alone does not
-    entail the sentence and the others do without it; in any other sentence none is of use.
+    Recall is the share of the sentences that follow from the passages they cite, taken together. A sentence without a
+    citation, or with one out of range, does not.
+
+    Precision is the share of the citations that are needed. In a sentence that follows from its passages, a citation
+    is not needed if its passage alone does not entail the sentence and the other passages do without it. In any other
+    sentence no citation is needed.
 
     Args:
-        outputs (`list[str]`): with `[n]` before the sentence's end; only the first line counts. `[1]` is the first passage; `[0]` is out of range.
-        passages (`list[list[dict]]`): for each output, the passages that `n` counts, `{"title", "text"}`.
+        outputs (`list[str]`): with `[n]` before the end of a sentence; only the first line counts. `[1]` is the first
+            passage; `[0]` is out of range.
+        passages (`list[list[dict]]`): for each output the passages `{"title", "text"}` that `[n]` counts.
         entail (`Callable`): `list[(premise, hypothesis)]` -> `list[bool]`; called three times.
-        at_most_citations (`int`): further ones of a sentence are ignored.
-        split (`Callable`): a text -> its sentences.
+        at_most_citations (`int`): further citations of a sentence are ignored.
+        split (`Callable`): splits a text into its sentences.
 
     Returns:
-        `list[dict | None]`: for each output `citation_recall`, `citation_precision` and, to sum up over outputs, the numbers of `sentences`, of those
-        with `several` citations, of those `supported` by them, and of `unneeded` citations there. `None` for an empty output, which ALCE leaves out.
+        `list[dict | None]`: for each output its `citation_recall` and `citation_precision`, and numbers to add up over
+        outputs: of `sentences`, of those with `several` citations, of those among them that their passages
+        `supported`, and of `unneeded` citations there. `None` for an empty output, which ALCE leaves out.
     """
-    sentences = [
-        _Sentence(sentence, row, passages[row], at_most_citations)
-        for row, output in enumerate(outputs)
-        for sentence in split(alce_output(output))
-    ]
-    cited = [s for s in sentences if s.premises]
-    for sentence, label in zip(cited, _ask(entail, [(s.joint(s.premises), s.claim) for s in cited]), strict=True):
+    sentences = []
+    for row, output in enumerate(outputs):
+        for text in split(alce_output(output)):
+            sentences.append(_Sentence(text, row, passages[row], at_most_citations))
+
+    citing = [sentence for sentence in sentences if sentence.citations]
+    together = _ask(entail, [(sentence.premise(sentence.citations), sentence.claim) for sentence in citing])
+    for sentence, label in zip(citing, together, strict=True):
         sentence.entailed = label
-    several = [(s, ref) for s in cited if s.entailed and len(s.premises) > 1 for ref in s.refs]
-    alone = _ask(entail, [(s.passage(ref), s.claim) for s, ref in several])
-    doubtful = [pair for pair, label in zip(several, alone, strict=True) if not label]
-    without = _ask(entail, [(s.joint(s.others(ref)), s.claim) for s, ref in doubtful])
-    for (sentence, _), label in zip(doubtful, without, strict=True):
-        sentence.unneeded += label
-    return [_citation_scores([s for s in sentences if s.row == row]) for row in range(len(outputs))]
+
+    # A citation can be unneeded only if the passages together entail the sentence, and there are others.
+    citations: list[tuple[_Sentence, int]] = []
+    for sentence in citing:
+        if sentence.entailed and len(sentence.citations) > 1:
+            citations.extend((sentence, citation) for citation in sentence.citations)
+    alone = _ask(entail, [(sentence.premise([citation]), sentence.claim) for sentence, citation in citations])
+    doubtful = [pair for pair, label in zip(citations, alone, strict=True) if not label]
+    others = _ask(
+        entail, [(sentence.premise(sentence.others(citation)), sentence.claim) for sentence, citation in doubtful]
+    )
+    for (sentence, _), label in zip(doubtful, others, strict=True):
+        if label:
+            sentence.num_unneeded += 1
+
+    return [_summarize([s for s in sentences if s.row == row]) for row in range(len(outputs))]
 
 
 class _Sentence:
-    """A sentence of an output: what it claims, and the passages it cites (none where a citation is out of range)."""
+    """
+    A sentence of an output, with the passages that it cites.
 
-    def __init__(self, text, row, passages, at_most):
-        self.row, self.claim, self.entailed, self.unneeded = row, remove_citations(text).strip(), False, 0
-        refs = [int(number) - 1 for number in re.findall(r"\[(\d+)", text)]
-        self.refs = refs[:at_most] if all(0 <= ref < len(passages) for ref in refs) else []
-        self.several = len(self.refs or refs) > 1
+    Attributes:
+        row (`int`): number of the output.
+        claim (`str`): the sentence without its citations.
+        citations (`list[int]`): index of each cited passage; empty if any citation is out of range.
+        has_several (`bool`): whether it has several citations, in range or not.
+        entailed (`bool`): whether it follows from the cited passages together.
+        num_unneeded (`int`): number of citations that are not needed.
+    """
+
+    def __init__(self, text: str, row: int, passages: list[dict], at_most_citations: int) -> None:
+        self.row = row
+        self.claim = remove_citations(text).strip()
+        self.entailed = False
+        self.num_unneeded = 0
         self._passages = passages
-        self.premises = [self.passage(ref) for ref in self.refs]
+        indices = [int(number) - 1 for number in re.findall(r"\[(\d+)", text)]
+        in_range = all(0 <= index < len(passages) for index in indices)
+        self.citations = indices[:at_most_citations] if in_range else []
+        self.has_several = len(self.citations or indices) > 1
 
-    def passage(self, ref):
-        return premise(self._passages[ref]["title"], self._passages[ref]["text"])
+    def premise(self, citations: list[int]) -> str:
+        """Return the passages of some citations as one premise."""
+        passages = [self._passages[index] for index in citations]
+        return "\n".join(premise(passage["title"], passage["text"]) for passage in passages)
 
-    def others(self, ref):
-        """The cited passages without one citation of `ref`."""
-        refs = list(self.refs)
-        refs.remove(ref)
-        return [self.passage(other) for other in refs]
-
-    @staticmethod
-    def joint(premises):
-        return "\n".join(premises)
+    def others(self, citation: int) -> list[int]:
+        """Return the citations without one occurrence of `citation`."""
+        citations = list(self.citations)
+        citations.remove(citation)
+        return citations
 
 
-def _citation_scores(sentences):
+def _summarize(sentences: list[_Sentence]) -> dict[str, float] | None:
+    """Return the scores of one output, given its sentences."""
     if not sentences:
         return None
-    citations = sum(len(s.refs) for s in sentences)
-    useful = sum(len(s.refs) - s.unneeded if s.entailed else 0 for s in sentences)
+    entailed = [sentence for sentence in sentences if sentence.entailed]
+    num_citations = sum(len(sentence.citations) for sentence in sentences)
+    num_needed = sum(len(sentence.citations) - sentence.num_unneeded for sentence in entailed)
     return {
-        "citation_recall": sum(s.entailed for s in sentences) / len(sentences),
-        "citation_precision": useful / citations if citations else 0.0,
+        "citation_recall": len(entailed) / len(sentences),
+        "citation_precision": num_needed / num_citations if num_citations else 0.0,
         "sentences": len(sentences),
-        "several": sum(s.several for s in sentences),
-        "supported": sum(s.several and s.entailed for s in sentences),
-        "unneeded": sum(s.unneeded for s in sentences),
+        "several": sum(sentence.has_several for sentence in sentences),
+        "supported": sum(sentence.has_several for sentence in entailed),
+        "unneeded": sum(sentence.num_unneeded for sentence in sentences),
     }
 
 
 def claim_recall(outputs: list[str], claims: list[list[str]], entail: Judge) -> list[float]:
     """
-    ALCE's correctness on ELI5: share of the claims of a reference answer that follow from the output.
+    Return ALCE's correctness on ELI5: the share of the claims of a reference answer that follow from the output.
 
     Args:
-        outputs (`list[str]`): may hold citations; only the first line counts.
-        claims (`list[list[str]]`): of each question.
+        outputs (`list[str]`): with or without citations; only the first line counts.
+        claims (`list[list[str]]`): the reference claims of each question.
         entail (`Callable`): `list[(premise, hypothesis)]` -> `list[bool]`.
 
     Returns:
-        `list[float]`.
+        `list[float]`: one share per question.
 
     Raises:
-        `ValueError`: with counts, when a question has no claims.
+        `ValueError`: if a question has no claims, with counts.
     """
-    if without := sum(not each for each in claims):
-        raise ValueError(f"{without} of {len(claims)} questions have no claims: claim recall is for ALCE's ELI5.")
-    pairs = [
-        (remove_citations(alce_output(output)), claim)
-        for output, each in zip(outputs, claims, strict=True)
-        for claim in each
-    ]
+    num_missing = sum(not question_claims for question_claims in claims)
+    if num_missing:
+        raise ValueError(f"{num_missing} of {len(claims)} questions have no claims: claim recall is for ALCE's ELI5.")
+    pairs: list[tuple[str, str]] = []
+    for output, question_claims in zip(outputs, claims, strict=True):
+        text = remove_citations(alce_output(output))
+        pairs.extend((text, claim) for claim in question_claims)
     labels = iter(_ask(entail, pairs))
-    return [sum(next(labels) for _ in each) / len(each) for each in claims]
+    recalls = []
+    for question_claims in claims:
+        num_entailed = sum(next(labels) for _ in question_claims)
+        recalls.append(num_entailed / len(question_claims))
+    return recalls
 
 
 def fever_nli(outputs: list[str], inputs: list[str], answers: list[list[str]], entail: Judge) -> list[float]:
     """
-    The paper's Cor on FEVER: the output must entail a claim that is supported, and must not entail one that is refuted.
+    Return the paper's Cor on FEVER: 1.0 if the output entails a supported claim, or does not entail a refuted one.
 
-    An empty output is wrong (the paper's script, which asks the model all the same, would mostly count it right on refuted claims).
+    An empty output is wrong. (The paper's script gives it to the model, which would count it as right on most refuted
+    claims.)
 
     Args:
-        outputs (`list[str]`), inputs (`list[str]`): what was written about which claim.
-        answers (`list[list[str]]`): "SUPPORTS" or "REFUTES", in any case.
+        outputs (`list[str]`): what was written about each claim.
+        inputs (`list[str]`): the claims.
+        answers (`list[list[str]]`): "SUPPORTS" or "REFUTES" for each claim, in any case.
         entail (`Callable`): `list[(premise, hypothesis)]` -> `list[bool]`.
 
     Returns:
-        `list[float]`.
+        `list[float]`: one score per claim.
+
+    Raises:
+        `ValueError`: if the answers to a claim are not exactly one verdict.
     """
-    verdicts = []
-    for each in answers:
-        if len(found := {fever_verdict(answer) for answer in each}) != 1:
-            raise ValueError(f"The answers to a FEVER claim are {each!r}, expected one verdict.")
-        verdicts.append(found.pop() == "supports")
-    outputs = [remove_citations(output).strip() for output in outputs]
-    labels = iter(_ask(entail, [(output, claim) for output, claim in zip(outputs, inputs, strict=True) if output]))
-    return [float(bool(output) and next(labels) == verdict) for output, verdict in zip(outputs, verdicts, strict=True)]
+    supported = []
+    for claim_answers in answers:
+        verdicts = {fever_verdict(answer) for answer in claim_answers}
+        if len(verdicts) != 1:
+            raise ValueError(f"The answers to a FEVER claim are {claim_answers!r}, expected one verdict.")
+        supported.append(verdicts == {"supports"})
+    texts = [remove_citations(output).strip() for output in outputs]
+    pairs = [(text, claim) for text, claim in zip(texts, inputs, strict=True) if text]
+    labels = iter(_ask(entail, pairs))
+    scores = []
+    for text, is_supported in zip(texts, supported, strict=True):
+        if not text:
+            scores.append(0.0)
+        else:
+            scores.append(float(next(labels) == is_supported))
+    return scores
 
 
 def _ask(entail: Judge, pairs: list[tuple[str, str]]) -> list[bool]:
-    """One bool for each pair; a judge that leaves pairs without an answer is an error."""
+    """Return the judge's answer to each pair, or raise if it leaves pairs without an answer."""
     labels = list(entail(pairs)) if pairs else []
     if len(labels) != len(pairs) or any(label is None for label in labels):
-        raise ValueError(f"The NLI model answered {sum(label is not None for label in labels)} of {len(pairs)} pairs.")
+        num_answered = sum(label is not None for label in labels)
+        raise ValueError(f"The NLI model answered {num_answered} of {len(pairs)} pairs.")
     return [bool(label) for label in labels]

@@ -1,9 +1,9 @@
 """
-Figures with their uncertainty: shares and means with 95 % intervals, averages over tasks, the comparison of two runs.
+Compute figures with their uncertainty: shares and means with 95 % intervals, averages over tasks, comparisons of runs.
 
-Wilson's interval and the bootstrap: scipy computes both; this module decides what is resampled. Questions without a
-value are left out and counted, every task weighs the same in an average and is resampled by itself, and two runs are
-compared question by question.
+scipy computes Wilson's interval and the bootstrap; this module decides what is resampled. Questions without a value
+are left out and counted. Every task weighs the same in an average and is resampled by itself. Two runs are compared
+question by question.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -11,24 +11,25 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
-import scipy  # scipy.stats loads on first use
+import scipy  # loads scipy.stats only when it is used
 
 from .figures import Measured
 
 Values: TypeAlias = Sequence[float] | np.ndarray
 
 RESAMPLES = 1000
-CHUNK = 1 << 22  # resampled values that are held at a time: 32 MB, and as much again for their places
+CHUNK = 1 << 22  # resampled values in memory at a time: 32 MB, and as much again for their indices
 NAN = float("nan")
 
 
 @dataclass
 class Rate:
     """
-    A share of `n` questions with its 95 % Wilson interval. NaN where there is no question.
+    A share of `n` questions with its 95 % Wilson interval. Both are NaN if there is no question.
 
     Args:
-        hits (`int`), n (`int`): successes and trials.
+        hits (`int`): number of successes.
+        n (`int`): number of trials.
     """
 
     hits: int
@@ -36,6 +37,7 @@ class Rate:
 
     @property
     def value(self) -> float:
+        """The share, between 0 and 1."""
         return self.hits / self.n if self.n else NAN
 
     @property
@@ -47,17 +49,18 @@ class Rate:
         return float(low), float(high)
 
     def to_dict(self) -> Measured:
+        """Return the figure as results files hold it."""
         return {"value": self.value, "interval": list(self.interval), "n": self.n}
 
 
 @dataclass
 class Mean:
     """
-    A mean over instances with its 95 % bootstrap interval. NaN where there is no instance.
+    A mean over instances with its 95 % bootstrap interval. Both are NaN if there is no instance.
 
     Args:
-        sums (`list[float]`): of each instance its value, or e.g. its summed loss.
-        weights (`list[float]`, *optional*): of each instance e.g. its number of tokens; 1 by default.
+        sums (sequence of `float`): one per instance: its value, or a sum such as the loss over its tokens.
+        weights (sequence of `float`, *optional*): one per instance, such as its number of tokens; 1 by default.
     """
 
     sums: Values
@@ -65,7 +68,7 @@ class Mean:
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> "Mean":
-        """The mean over the instances that have a value: `None`, where the figure does not apply, is left out."""
+        """Return the mean over the instances that have a value: `None`, if the figure does not apply, is left out."""
         return cls([float(value) for value in values if value is not None])
 
     @property
@@ -75,6 +78,7 @@ class Mean:
 
     @property
     def value(self) -> float:
+        """The (weighted) mean."""
         total = self.n if self.weights is None else np.sum(self.weights)
         return float(np.sum(self.sums) / total) if total else NAN
 
@@ -86,6 +90,7 @@ class Mean:
         return bootstrap_interval(self.sums, self.weights)
 
     def to_dict(self) -> Measured:
+        """Return the figure as results files hold it."""
         return {"value": self.value, "interval": list(self.interval), "n": self.n}
 
 
@@ -96,8 +101,8 @@ def bootstrap_interval(
     values: Values, weights: Values | None = None, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
     """
-    95 % percentile bootstrap interval of a mean, `(low, high)`; see [`resampled_means`] for the arguments. NaN where
-    there is no value.
+    Return the 95 % percentile bootstrap interval `(low, high)` of a mean, NaN if there is no value. For the arguments
+    see [`resampled_means`].
     """
     if not len(values):
         return NAN, NAN
@@ -108,22 +113,23 @@ def resampled_means(
     values: Values, weights: Values | None = None, resamples: int = RESAMPLES, seed: int = 0
 ) -> np.ndarray:
     """
-    (Weighted) means of draws of as many values as there are, with replacement.
+    Return the (weighted) mean of each resample: `n` draws from the `n` values, with replacement.
 
     Args:
-        values (of shape `(n,)`): with `weights` they are sums, already multiplied by their weight.
-        weights (of shape `(n,)`, *optional*): what the drawn sums are divided by.
-        resamples (`int`), seed (`int`): the same seed gives the same means.
+        values (of shape `(n,)`): the values, or with `weights` sums that are already multiplied by their weights.
+        weights (of shape `(n,)`, *optional*): the sum of the drawn values is divided by the sum of their weights.
+        resamples (`int`): number of resamples.
+        seed (`int`): the same seed gives the same means.
 
     Returns:
         `numpy.ndarray` of shape `(resamples,)`, float64.
 
     Raises:
-        `ValueError`: when a value is not a finite number.
+        `ValueError`: if a value is not a finite number.
     """
     values = _finite(values, "values")
     if weights is None:
-        if (values == values[0]).all():  # also a single value, which scipy refuses
+        if (values == values[0]).all():  # includes a single value, which scipy refuses
             return np.full(resamples, values[0])
         columns: tuple[np.ndarray, ...] = (values,)
         statistic: Callable = np.mean
@@ -148,22 +154,26 @@ def resampled_means(
 
 def average(columns: Iterable[Iterable[float | None]]) -> dict | None:
     """
-    The plain mean over tasks of the mean over each task's questions.
+    Return the plain mean over tasks of the mean over each task's questions.
 
     Args:
-        columns: the scores of each task's questions; `None` where the figure does not apply.
+        columns: the scores of each task's questions; `None` for a question to which the figure does not apply.
 
     Returns:
-        `{"value", "interval", "n", "tasks"}`: the 95 % interval is by resampling the questions within each task; `n`
-        counts questions; `tasks` counts the tasks in which the figure applies. `None` when there is none.
+        `{"value", "interval", "n", "tasks"}`: the 95 % interval comes from resampling the questions within each task,
+        `n` counts questions, and `tasks` counts the tasks to which the figure applies. `None` if there is no such
+        task.
     """
-    applied = [np.array([value for value in column if value is not None], float) for column in columns]
-    applied = [column for column in applied if len(column)]
-    if not applied:
+    task_values = []
+    for column in columns:
+        values = [value for value in column if value is not None]
+        if values:
+            task_values.append(np.array(values, float))
+    if not task_values:
         return None
-    interval = _percentiles(_resampled_average(applied, RESAMPLES, seed=0))
-    n = sum(len(column) for column in applied)
-    return {"value": _average_value(applied), "interval": list(interval), "n": n, "tasks": len(applied)}
+    interval = _percentiles(_resampled_average(task_values, RESAMPLES, seed=0))
+    n = sum(len(values) for values in task_values)
+    return {"value": _average_value(task_values), "interval": list(interval), "n": n, "tasks": len(task_values)}
 
 
 # ---------------------------------------------------------------------- two runs
@@ -172,13 +182,14 @@ def average(columns: Iterable[Iterable[float | None]]) -> dict | None:
 @dataclass
 class Comparison:
     """
-    Two runs, second minus first.
+    The difference between two runs, second minus first.
 
     Args:
-        difference (`float`), interval (`tuple[float, float]`): of the means, with its 95 % interval.
-        p_value (`float`): two-sided: how often a difference as large shows up between runs that do not differ.
-        n (`int`): instances that both runs have a value for.
-        left_out (`int`): instances for which one of them has none.
+        difference (`float`): difference of the means.
+        interval (`tuple[float, float]`): its 95 % interval.
+        p_value (`float`): two-sided: how often runs that do not differ show a difference at least as large.
+        n (`int`): number of instances that have a value in both runs.
+        left_out (`int`): number of instances that do not.
     """
 
     difference: float
@@ -188,6 +199,7 @@ class Comparison:
     left_out: int = 0
 
     def to_dict(self) -> dict:
+        """Return the comparison as results files hold it."""
         return {
             "difference": self.difference,
             "interval": list(self.interval),
@@ -201,20 +213,22 @@ def paired_bootstrap(
     first: dict[str, float | None], second: dict[str, float | None], resamples: int = 10_000, seed: int = 0
 ) -> Comparison:
     """
-    Whether the second run is better than the first: the bootstrap of their differences, instance by instance.
+    Compare two runs instance by instance, with the bootstrap of their differences.
 
     Args:
-        first, second (`dict[str, float | None]`): id of an instance -> its value; `None` where the figure does not
+        first, second (`dict[str, float | None]`): id of each instance -> its value, `None` if the figure does not
             apply.
-        resamples (`int`), seed (`int`): the same seed gives the same answer.
+        resamples (`int`): number of resamples.
+        seed (`int`): the same seed gives the same comparison.
 
     Returns:
         [`Comparison`] of `second - first`.
 
     Raises:
-        `ValueError`: with counts, when the two do not hold the same ids, or no instance has a value in both.
+        `ValueError`: if the runs do not hold the same ids, with counts, or if no instance has a value in both.
     """
-    only_first, only_second = first.keys() - second.keys(), second.keys() - first.keys()
+    only_first = first.keys() - second.keys()
+    only_second = second.keys() - first.keys()
     if only_first or only_second:
         examples = sorted(map(str, only_first | only_second))[:3]
         raise ValueError(
@@ -225,37 +239,40 @@ def paired_bootstrap(
     differences = [new - old for old, new in pairs if old is not None and new is not None]
     if not differences:
         raise ValueError(f"None of the {len(first)} instances has a value in both runs: there is nothing to compare.")
-    compared = compare_differences([differences], resamples, seed)
-    compared.left_out = len(pairs) - len(differences)
-    return compared
+    comparison = compare_differences([differences], resamples, seed)
+    comparison.left_out = len(pairs) - len(differences)
+    return comparison
 
 
 def compare_differences(columns: Sequence[Values], resamples: int = 10_000, seed: int = 0) -> Comparison:
     """
-    The plain mean over tasks of paired differences, against 0.
+    Compare the plain mean over tasks of paired differences with 0.
 
-    The p-value counts the resampled means that are as far from the measured one as that is from 0, plus one in both
-    counts, so it is never 0.
+    The p-value is the share of resampled means that are at least as far from the measured mean as that is from 0. One
+    is added to both counts, so it is never 0.
 
     Args:
-        columns: the differences of each task's instances; no column is empty.
-        resamples (`int`), seed (`int`): the same seed gives the same answer.
+        columns: the differences of each task's instances; no task is without instances.
+        resamples (`int`): number of resamples.
+        seed (`int`): the same seed gives the same comparison.
     """
     arrays = [_finite(column, "differences") for column in columns]
     measured = _average_value(arrays)
     means = _resampled_average(arrays, resamples, seed)
     rounding = 1e-12
-    as_far = int((np.abs(means - measured) >= abs(measured) - rounding).sum())
+    num_as_far = int((np.abs(means - measured) >= abs(measured) - rounding).sum())
+    p_value = (1 + num_as_far) / (1 + resamples)
     n = sum(len(column) for column in arrays)
-    return Comparison(measured, _percentiles(means), (1 + as_far) / (1 + resamples), n)
+    return Comparison(measured, _percentiles(means), p_value, n)
 
 
 def mean_and_deviation(values: Values) -> tuple[float, float]:
-    """`(mean, sample standard deviation)` over seeds; the deviation, with n - 1, of a single seed is NaN."""
+    """Return `(mean, sample standard deviation)` over seeds; the deviation of a single seed is NaN."""
     array = _finite(values, "values")
     if not len(array):
         raise ValueError("There is no seed to average over.")
-    return float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else NAN
+    deviation = float(array.std(ddof=1)) if len(array) > 1 else NAN
+    return float(array.mean()), deviation
 
 
 # ---------------------------------------------------------------------- helpers
@@ -270,7 +287,7 @@ def _average_value(columns: list[np.ndarray]) -> float:
 
 
 def _resampled_average(columns: list[np.ndarray], resamples: int, seed: int) -> np.ndarray:
-    """Averages over tasks, each task resampled by itself: shape `(resamples,)`."""
+    """Return averages over tasks, of shape `(resamples,)`; each task is resampled by itself."""
     means = [resampled_means(column, None, resamples, seed + number) for number, column in enumerate(columns)]
     return np.mean(means, 0)
 
@@ -280,8 +297,9 @@ def _percentiles(means: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _finite(values: Values, what: str) -> np.ndarray:
+def _finite(values: Values, name: str) -> np.ndarray:
     array = np.asarray(values, dtype=np.float64)
-    if bad := int((~np.isfinite(array)).sum()):
-        raise ValueError(f"{bad} of {len(array)} {what} are NaN or infinite.")
+    num_bad = int((~np.isfinite(array)).sum())
+    if num_bad:
+        raise ValueError(f"{num_bad} of {len(array)} {name} are NaN or infinite.")
     return array

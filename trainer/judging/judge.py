@@ -1,12 +1,12 @@
 """
-Judge a model on tasks: it answers every question in every mode, the answers are scored, a folder holds what was found.
+Judge a model on tasks: let it answer every question in every mode, score the answers, and write a results folder.
 
-    OUT/metrics.json                    all figures, with n and intervals, and what they were measured with
+    OUT/metrics.json                    all figures, with n and intervals, and the settings they were measured with
     OUT/<task>/query/ranking.jsonl      the passages nearest to each query embedding, over the corpus and over the pool
-    OUT/<task>/<mode>/predictions.jsonl one question a line, with its trace
-    OUT/<task>/<mode>/scores.jsonl      the scores of each question, what `recipes/compare.py` reads
+    OUT/<task>/<mode>/predictions.jsonl one answer per line, with its retrieval trace
+    OUT/<task>/<mode>/scores.jsonl      the scores of each question, read by `recipes/compare.py`
     OUT/<task>/<mode>/metrics.json      their means
-    OUT/<task>/<mode>/run.json          what decides the predictions: a run with other settings does not go on
+    OUT/<task>/<mode>/run.json          the settings that decide the answers; a run with other settings is refused
 """
 
 import platform
@@ -35,8 +35,9 @@ from .runs import TaskRun
 from .scoring import averages, cor_names, has_rouge, measure, score, score_rankings
 from .tasks import Task
 
-KS = (1, 5, 20, 100)  # of query_recall@k
-FREE_OF_GOLD = ("num_retrievals", "gr", "k_precision", "citation_recall", "citation_precision")  # of any question
+KS = (1, 5, 20, 100)  # the k of query_recall@k
+# Figures of any question, whether it needs a passage or not.
+FREE_OF_GOLD = ("num_retrievals", "gr", "k_precision", "citation_recall", "citation_precision")
 
 
 def evaluate_tasks(
@@ -52,37 +53,47 @@ def evaluate_tasks(
     gr_hypothesis: str = HYPOTHESIS,
 ) -> dict:
     """
-    Judge a model. All processes of a group call this together and share the questions. What `output_dir` holds
-    already, of the same settings, is kept.
+    Judge a model on tasks and write the results folder.
+
+    All processes of a group call this together and share the questions. Answers in `output_dir` that were made with
+    the same settings are kept.
 
     Args:
-        model ([`CoSupForCausalLM`]): with Emb_seq in memory where a corpus must be embedded.
-        tasks (`list[Task]`): what it is judged on.
+        model ([`CoSupForCausalLM`]): the model, with Emb_seq in memory if a corpus must be embedded.
+        tasks (`list[Task]`): the tasks.
         output_dir (`str` or `Path`): the results folder, seen by all processes.
-        modes (sequence of `str`): of [`~trainer.judging.answers.retrieval_settings`]. The query embeddings are ranked
-            in any case; `"query"` generates nothing: alone, it judges retrieval fast.
-        entail (`Callable`, *optional*): an NLI judge, `list[(premise, hypothesis)]` -> `list[bool]`. Where every
-            process gives one they share the pairs, else the first process' is asked. It may be given later: the same
-            call then scores the answers that are there.
+        modes (sequence of `str`): how the questions are answered, see
+            [`~trainer.judging.answers.retrieval_settings`]. Passages are ranked by the query embeddings in any case;
+            `"query"` adds nothing to that, and alone it judges retrieval quickly.
+        entail (`Callable`, *optional*): an NLI judge, `list[(premise, hypothesis)]` -> `list[bool]`. If every process
+            has one, they share the pairs; otherwise the first process judges all of them. A later call with a judge
+            scores the answers that exist already.
         index_cache (`str` or `Path`, *optional*): where embedded corpora are kept, for all runs that name it; defaults
             to `output_dir/indexes`.
-        batch_size (`int`): rows at once.
-        seed (`int`): of the passages of mode `"wrong"`.
-        facts (`dict`, *optional*): more to record in `settings`: command, names, ...
+        batch_size (`int`): number of questions per batch.
+        seed (`int`): of the passages in mode `"wrong"`.
+        facts (`dict`, *optional*): more to record in `settings`, such as the command.
         gr_hypothesis (`str`): how the judge reads a sentence for Gr; see [`~trainer.judging.grounding.grounding`].
 
     Returns:
-        `dict`: what `metrics.json` holds, on every process: `format`; `settings`; `tasks`: name -> its fields, `modes`
-        (mode -> `metrics`, ...), `query` (scope -> figures) and `left_out`; `averages`: split -> mode -> figures,
-        with the rankings' averages under `"query"` by scope; `seconds`.
+        `dict`: the content of `metrics.json`, on every process:
+
+        - `format`: the number of the format.
+        - `settings`: what the figures were measured with.
+        - `tasks`: name of each task -> its fields, `modes` (mode -> `metrics` and more), `query` (scope -> figures)
+          and `left_out` (notes).
+        - `averages`: split -> mode -> figures; those of the rankings are under `"query"`, by scope.
+        - `seconds`: duration of the call.
 
     Raises:
-        `ValueError`: with counts, for whatever is wrong with questions, passages or ids, before anything is generated;
-            for a folder that holds answers of other settings.
+        `ValueError`: for questions, passages or ids that are not valid, with counts, before anything is generated; for
+            a folder with answers that other settings produced.
     """
-    output_dir, start = Path(output_dir), time.perf_counter()
-    if unknown := [mode for mode in modes if mode not in MODES]:
-        raise ValueError(f"mode is {unknown[0]!r}, expected one of {', '.join(MODES)}.")
+    start = time.perf_counter()
+    output_dir = Path(output_dir)
+    for mode in modes:
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}.")
     if not modes:
         raise ValueError("There is no mode: nothing would be judged.")
     check_hypothesis(gr_hypothesis)
@@ -90,33 +101,40 @@ def evaluate_tasks(
     runs = [TaskRun(model, task, output_dir / task.name, modes, batch_size, seed) for task in tasks]
     for run in runs:
         run.open_index(index_cache or output_dir / "indexes")
-    shared = _shared(entail)
-    task_figures, scores, rankings = {}, {}, {}
+    judge = _share_judge(entail)
+    task_results, scores, ranking_scores = {}, {}, {}
     for run in runs:
-        name = run.task.name
         run.rank_passages()
         for mode in run.modes:
             run.answer(mode)
         if rank() == 0:
+            name = run.task.name
             try:
-                task_figures[name], scores[name], rankings[name] = score_run(run, shared, gr_hypothesis)
+                task_results[name], scores[name], ranking_scores[name] = score_run(run, judge, gr_hypothesis)
             finally:
-                if isinstance(shared, SharedJudge):
-                    shared.stop()
-        elif isinstance(shared, SharedJudge):
-            shared.serve()
+                if isinstance(judge, SharedJudge):
+                    judge.stop()
+        elif isinstance(judge, SharedJudge):
+            judge.serve()
     if rank() == 0:
-        settings = {**(facts or {}), "modes": modes, "nli": entail is not None, "gr_hypothesis": gr_hypothesis}
-        settings |= {"seed": seed, **environment(model), "batch_size": batch_size}
+        settings = {
+            **(facts or {}),
+            "modes": modes,
+            "nli": entail is not None,
+            "gr_hypothesis": gr_hypothesis,
+            "seed": seed,
+            **environment(model),
+            "batch_size": batch_size,
+        }
         splits = {task.name: task.split for task in tasks}
         averaged = averages(splits, scores)
-        for group, scopes in averages(splits, rankings).items():
+        for group, scopes in averages(splits, ranking_scores).items():
             averaged.setdefault(group, {})[QUERY] = scopes
         seconds = round(time.perf_counter() - start, 1)
         results = {
             "format": FORMAT,
             "settings": settings,
-            "tasks": task_figures,
+            "tasks": task_results,
             "averages": averaged,
             "seconds": seconds,
         }
@@ -125,15 +143,18 @@ def evaluate_tasks(
     return read_json(output_dir / "metrics.json")
 
 
-def _shared(entail: Judge | None) -> Judge | SharedJudge | None:
-    """A judge that all processes answer, where each has one; else the judge of the first process."""
-    if world_size() == 1 or not all(gather_objects(entail is not None)):
+def _share_judge(entail: Judge | None) -> Judge | SharedJudge | None:
+    """Return a judge that all processes share if each has one, otherwise this process' judge."""
+    if world_size() == 1:
         return entail
-    return SharedJudge(entail, host_group(timedelta(days=7)))
+    each_has_one = all(gather_objects(entail is not None))
+    if entail is None or not each_has_one:
+        return entail
+    return SharedJudge(entail, host_group(timedelta(days=7)))  # others may wait long while one still answers
 
 
 def environment(model: CoSupForCausalLM) -> dict:
-    """Where figures come from: model, fingerprint, versions and hardware."""
+    """Return where figures come from: model, fingerprint, versions, hardware and time."""
     if model.device.type == "cuda":
         hardware = torch.cuda.get_device_name()
     else:
@@ -155,7 +176,7 @@ def environment(model: CoSupForCausalLM) -> dict:
 
 
 def command_line() -> str:
-    """The command that runs, to be recorded."""
+    """Return the command line of this process."""
     return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
@@ -169,14 +190,16 @@ def score_run(
     Score the answers and rankings of a task, and write `scores.jsonl` and `metrics.json` of each mode.
 
     Returns:
-        `(dict, dict, dict)`: the task as `metrics.json` holds it; mode -> scores; scope -> scores of its rankings.
+        `tuple[dict, dict, dict]`: the task as `metrics.json` holds it; mode -> scores of its answers; scope -> scores
+        of its rankings.
     """
-    rankings = _score_rankings(run)
+    ranking_scores = _score_rankings(run)
     cor = cor_names(run.questions, run.task.metric, entail is not None)
     scores, modes = {}, {}
     left_out = [*_notes(run, entail), *run.left_out]
     for mode in run.modes:
-        predictions, questions = run.predictions(mode), run.asked(mode)
+        predictions = run.predictions(mode)
+        questions = run.asked(mode)
         scores[mode] = score(predictions, questions, mode, run.task.metric, entail, gr_hypothesis)
         write_lines(run.folder / mode / "scores.jsonl", _rows(questions, scores[mode]))
         seconds = [prediction["seconds"] for prediction in predictions if prediction["seconds"] is not None]
@@ -188,63 +211,60 @@ def score_run(
         }
         write_json(run.folder / mode / "metrics.json", {"format": FORMAT, **modes[mode]})
         left_out += _notes_on_answers(mode, predictions, run.task.max_new_tokens)
-    fields = {name: value for name, value in asdict(run.task).items() if name != "name"}
-    facts = {
-        **fields,
+    results = asdict(run.task)
+    del results["name"]
+    results |= {
         "n": len(run.questions),
         "index": run.index_name,
         "passages": run.num_passages,
         "cor": cor,
         "modes": modes,
-        "query": {scope: measure(own) for scope, own in rankings.items()},
+        "query": {scope: measure(scope_scores) for scope, scope_scores in ranking_scores.items()},
         "left_out": left_out,
     }
-    return facts, scores, rankings
+    return results, scores, ranking_scores
 
 
 def _score_rankings(run: TaskRun) -> dict[str, dict[str, Scores]]:
-    """Scores of the rankings by scope; `query/scores.jsonl` has a row for each scope and question."""
+    """Score the rankings of each scope, and write `query/scores.jsonl` with a row for each scope and question."""
     scores, rows = {}, []
     for scope, rankings in run.rankings().items():
         size = run.num_passages if scope == "corpus" else run.task.pool
-        scores[scope] = score_rankings(rankings, run.needing, [k for k in KS if k <= int(size or 0)])
-        rows += [{"id": row.pop("id"), "scope": scope, **row} for row in _rows(run.needing, scores[scope])]
+        ks = [k for k in KS if k <= int(size or 0)]
+        scores[scope] = score_rankings(rankings, run.needing, ks)
+        for row in _rows(run.needing, scores[scope]):
+            rows.append({"id": row.pop("id"), "scope": scope, **row})
     if rows:
         write_lines(run.folder / QUERY / "scores.jsonl", rows)
     return scores
 
 
 def _rows(questions: list[dict], scores: dict[str, Scores]) -> list[dict]:
-    """Scores by question."""
-    names = in_order(scores)
-    return [
-        {"id": question["id"], **{name: scores[name][i] for name in names}} for i, question in enumerate(questions)
-    ]
+    """Return the scores question by question, each with its id."""
+    rows = []
+    for i, question in enumerate(questions):
+        rows.append({"id": question["id"], **{name: scores[name][i] for name in in_order(scores)}})
+    return rows
 
 
 def _notes(run: TaskRun, entail: Judge | None) -> list[str]:
-    """Notes on what was left out, with counts."""
-    total, notes = len(run.questions), []
-    unknown = sum(provenance_unknown(question) and not question["provenance"] for question in run.questions)
-    free = total - len(run.needing) - unknown
-    if free:
-        counting = [*needing("no_passage"), *FREE_OF_GOLD]
+    """Return notes on what was left out, with counts."""
+    notes = []
+    total = len(run.questions)
+    num_unknown = sum(provenance_unknown(question) and not question["provenance"] for question in run.questions)
+    num_free = total - len(run.needing) - num_unknown
+    if num_free:
+        applicable = [*needing("no_passage"), *FREE_OF_GOLD]
         if entail is None:
-            counting = [name for name in counting if "judge" not in figure(name).needs]
-        notes.append(f"{free} of {total} questions need no passage: they count in {_labels(counting)} alone")
-    if unknown:
+            applicable = [name for name in applicable if "judge" not in figure(name).needs]
+        notes.append(f"{num_free} of {total} questions need no passage: they count in {_labels(applicable)} alone")
+    if num_unknown:
         notes.append(
-            f"{unknown} of {total} questions do not say which passages they need: "
+            f"{num_unknown} of {total} questions do not say which passages they need: "
             "they do not count in Ret and what follows from it"
         )
     if run.task.pool != "full":
-        pools = [(set(question["candidates"]), gold_ids(question)) for question in run.needing]
-        if without := sum(gold.isdisjoint(pool) for pool, gold in pools):
-            notes.append(f"{without} of {len(pools)} pools hold no gold passage")
-        if easy := sum(pool <= gold for pool, gold in pools):
-            notes.append(
-                f"{easy} of {len(pools)} pools hold gold passages alone: whatever is retrieved there is right"
-            )
+        notes += _notes_on_pools(run.needing)
     if entail is None:
         note = f"no NLI model was given: there is no {_labels(needing('judge'))}"
         if "fever_label" in cor_names(run.questions, run.task.metric, nli=False):
@@ -255,15 +275,37 @@ def _notes(run: TaskRun, entail: Judge | None) -> list[str]:
     return notes
 
 
+def _notes_on_pools(questions: list[dict]) -> list[str]:
+    """Return notes on pools that no search can fail or succeed in, with counts."""
+    notes = []
+    without_gold = gold_alone = 0
+    for question in questions:
+        pool, gold = set(question["candidates"]), gold_ids(question)
+        if gold.isdisjoint(pool):
+            without_gold += 1
+        if pool <= gold:
+            gold_alone += 1
+    if without_gold:
+        notes.append(f"{without_gold} of {len(questions)} pools hold no gold passage")
+    if gold_alone:
+        notes.append(
+            f"{gold_alone} of {len(questions)} pools hold gold passages alone: whatever is retrieved there is right"
+        )
+    return notes
+
+
 def _labels(names: Sequence[str]) -> str:
     return ", ".join(f"'{figure(name).label}'" for name in names)
 
 
 def _notes_on_answers(mode: str, predictions: list[dict], max_new_tokens: int) -> list[str]:
-    """Notes on answers that are cut off or empty, with counts."""
-    notes, total = [], len(predictions)
-    if cut_off := sum(prediction["num_generated_tokens"] >= max_new_tokens for prediction in predictions):
-        notes.append(f"mode {mode}: {cut_off} of {total} answers end at max_new_tokens ({max_new_tokens})")
-    if empty := sum(not prediction["output"].strip() for prediction in predictions):
-        notes.append(f"mode {mode}: {empty} of {total} answers are empty")
+    """Return notes on answers that are cut off or empty, with counts."""
+    notes = []
+    total = len(predictions)
+    num_cut_off = sum(prediction["num_generated_tokens"] >= max_new_tokens for prediction in predictions)
+    if num_cut_off:
+        notes.append(f"mode {mode}: {num_cut_off} of {total} answers end at max_new_tokens ({max_new_tokens})")
+    num_empty = sum(not prediction["output"].strip() for prediction in predictions)
+    if num_empty:
+        notes.append(f"mode {mode}: {num_empty} of {total} answers are empty")
     return notes

@@ -1,4 +1,4 @@
-"""Predictions and evaluation instances: which belongs to which, which need a passage, and the passage ids they hold."""
+"""Match predictions with evaluation instances, select the fields of both, and collect their passage ids."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 def match_by_id(predictions: list[dict], instances: list[dict]) -> list[tuple[dict, dict]]:
     """
-    Pairs of a prediction and its evaluation instance.
+    Pair each evaluation instance with its prediction.
 
     Args:
         predictions (`list[dict]`), instances (`list[dict]`): each with an `"id"`, in any order.
@@ -15,41 +15,43 @@ def match_by_id(predictions: list[dict], instances: list[dict]) -> list[tuple[di
         `list[tuple[dict, dict]]`: `(prediction, instance)`, in the order of the instances.
 
     Raises:
-        `ValueError`: with counts and examples, when an id is missing, occurs twice, or has no partner.
+        `ValueError`: if an id is missing, occurs twice or has no partner, with counts and examples.
     """
-    ids = {}
-    for name, rows in (("predictions", predictions), ("evaluation set", instances)):
-        if without := sum("id" not in row for row in rows):
-            raise ValueError(f"{without} of {len(rows)} rows of the {name} have no id.")
-        ids[name] = [str(row["id"]).strip() for row in rows]
-    found, asked = ids["predictions"], ids["evaluation set"]
-    problems = [
-        f"{len(twice)} ids stand twice in the {name} ({_some_of(twice)})"
-        for name in ids
-        if (twice := _twice(ids[name]))
-    ]
-    if unanswered := sorted(set(asked) - set(found)):
-        problems.append(f"{len(unanswered)} questions have no prediction ({_some_of(unanswered)})")
-    if unknown := sorted(set(found) - set(asked)):
-        problems.append(f"{len(unknown)} predictions have no question ({_some_of(unknown)})")
+    prediction_ids = _read_ids(predictions, "predictions")
+    instance_ids = _read_ids(instances, "evaluation set")
+    problems = []
+    for name, ids in (("predictions", prediction_ids), ("evaluation set", instance_ids)):
+        repeated = [id for id, count in Counter(ids).items() if count > 1]
+        if repeated:
+            problems.append(f"{len(repeated)} ids occur twice in the {name} ({_examples(repeated)})")
+    unanswered = sorted(set(instance_ids) - set(prediction_ids))
+    if unanswered:
+        problems.append(f"{len(unanswered)} questions have no prediction ({_examples(unanswered)})")
+    unknown = sorted(set(prediction_ids) - set(instance_ids))
+    if unknown:
+        problems.append(f"{len(unknown)} predictions have no question ({_examples(unknown)})")
     if problems:
         raise ValueError(
-            f"{len(found)} predictions and {len(asked)} questions do not match by id: {'; '.join(problems)}."
+            f"{len(prediction_ids)} predictions and {len(instance_ids)} questions do not match by id: "
+            f"{'; '.join(problems)}."
         )
-    by_id = dict(zip(found, predictions, strict=True))
-    return [(by_id[id], instance) for id, instance in zip(asked, instances, strict=True)]
+    prediction_of = dict(zip(prediction_ids, predictions, strict=True))
+    return [(prediction_of[id], instance) for id, instance in zip(instance_ids, instances, strict=True)]
 
 
 def with_provenance(instances: list[dict]) -> list[dict]:
     """
-    The instances that need a passage: those whose `provenance` holds an id.
+    Return the instances that need a passage: those with at least one id in their `provenance`.
 
     Raises:
-        `ValueError`: with counts, when an instance has no field `provenance`, or when none needs a passage, so that retrieval cannot be judged.
+        `ValueError`: if an instance has no field `provenance`, with counts, or if none of them needs a passage.
+            Retrieval cannot be judged then.
     """
-    if without := [str(instance.get("id")) for instance in instances if instance.get("provenance") is None]:
+    missing = [str(instance.get("id")) for instance in instances if instance.get("provenance") is None]
+    if missing:
         raise ValueError(
-            f"{len(without)} of {len(instances)} instances have no provenance ({_some_of(without)}): retrieval cannot be judged."
+            f"{len(missing)} of {len(instances)} instances have no provenance ({_examples(missing)}): "
+            "retrieval cannot be judged."
         )
     needing = [instance for instance in instances if any(instance["provenance"])]
     if not needing:
@@ -59,39 +61,44 @@ def with_provenance(instances: list[dict]) -> list[dict]:
 
 def select_fields(rows: list[dict], schema: dict) -> list[dict]:
     """
-    Rows with the fields of a schema and no others, so that whole lines of predictions and evaluation sets can be given to an `evaluate` module.
+    Reduce rows to the fields of a schema, so that an `evaluate` module accepts whole lines of predictions and
+    evaluation sets.
 
     Args:
-        rows (`list[dict]`).
-        schema (`dict`): names of fields, nested in dicts and lists of one item as the rows are; anything else means a text.
+        rows (`list[dict]`): predictions or evaluation instances.
+        schema (`dict`): the fields, nested in dictionaries and one-item lists as in the rows; any other value stands
+            for a text.
 
     Returns:
-        `list[dict]`: numbers become texts; a list of texts that a row lacks is `None`.
+        `list[dict]`: integers become texts, and a list of texts that a row lacks becomes `None`.
 
     Raises:
-        `ValueError`: with counts, when rows lack a text or a list of dicts.
+        `ValueError`: if rows lack a text or a list of dictionaries, with counts.
     """
-    for name, part in schema.items():
-        required = not isinstance(part, list) or isinstance(part[0], dict)
-        if required and (without := sum(row.get(name) is None for row in rows)):
-            raise ValueError(f"{without} of {len(rows)} rows have no {name!r}; expected the fields {sorted(schema)}.")
+    for name, field in schema.items():
+        is_optional = isinstance(field, list) and not isinstance(field[0], dict)
+        if is_optional:
+            continue
+        missing = sum(row.get(name) is None for row in rows)
+        if missing:
+            raise ValueError(f"{missing} of {len(rows)} rows have no {name!r}; expected the fields {sorted(schema)}.")
     return [_select(row, schema) for row in rows]
 
 
 def _select(value, schema):
     if isinstance(schema, dict):
-        return {name: _select(value.get(name), part) for name, part in schema.items()}
+        return {name: _select(value.get(name), field) for name, field in schema.items()}
     if isinstance(schema, list):
-        return None if value is None else [_select(each, schema[0]) for each in value]
+        return None if value is None else [_select(item, schema[0]) for item in value]
     return str(value) if isinstance(value, int) else value
 
 
 def evidence_sets(provenance: Sequence[Sequence[str]] | None) -> list[set[str]]:
     """
-    The distinct, non-empty evidence sets of a `provenance`: `list[set]`.
+    Return the distinct, non-empty evidence sets of a `provenance`.
 
     Raises:
-        `ValueError`: when there is none.
+        `ValueError`: if there is none.
     """
     sets: list[set[str]] = []
     for evidence in map(set, provenance or []):
@@ -103,23 +110,27 @@ def evidence_sets(provenance: Sequence[Sequence[str]] | None) -> list[set[str]]:
 
 
 def gold_ids(instance: dict) -> set[str]:
-    """Ids of all passages that count as gold, of any set of `provenance`."""
+    """Return the ids of all gold passages: the union of the evidence sets in `provenance`."""
     return {id for evidence in instance["provenance"] for id in evidence}
 
 
 def provenance_unknown(instance: dict) -> bool:
-    """Whether nobody knows which passages a question needs: `"meta": {"provenance_unknown": true}`. It may need one."""
+    """Return whether it is unknown which passages a question needs, if any: `"meta": {"provenance_unknown": true}`."""
     return bool((instance.get("meta") or {}).get("provenance_unknown"))
 
 
 def retrieved_ids(prediction: dict) -> list[str]:
-    """Ids of the passages of all `retrievals` of a prediction, in order, the best of each retrieval first; repeats stay."""
+    """Return the passage ids of all `retrievals` in order, each retrieval's best first. Repeats are kept."""
     return [passage["id"] for retrieval in prediction["retrievals"] for passage in retrieval["passages"]]
 
 
-def _twice(ids):
-    return [id for id, count in Counter(ids).items() if count > 1]
+def _read_ids(rows: list[dict], name: str) -> list[str]:
+    missing = sum("id" not in row for row in rows)
+    if missing:
+        raise ValueError(f"{missing} of {len(rows)} rows of the {name} have no id.")
+    return [str(row["id"]).strip() for row in rows]
 
 
-def _some_of(ids):
-    return ", ".join(ids[:3]) + ("" if len(ids) <= 3 else ", …")
+def _examples(ids: list[str]) -> str:
+    shown = ", ".join(ids[:3])
+    return shown if len(ids) <= 3 else f"{shown}, …"

@@ -1,32 +1,33 @@
-"""The file of results: its format, and how it is read. Needs no torch."""
+"""Results files: their format, and how to read them. Does not need torch."""
 
 from pathlib import Path
 
 from modeling_cosup.files_cosup import read_json
 
-FORMAT = 2  # of metrics.json and results.json; 1 had other names of figures, and no number
+FORMAT = 2  # of metrics.json and results.json; format 1 named figures differently and did not hold its number
 
 
 def read_results(path: str | Path) -> dict:
     """
-    `results.json` of a training, or `metrics.json` of an evaluation.
+    Read the `results.json` of a training or the `metrics.json` of an evaluation.
 
     Args:
         path (`str` or `Path`): the file, or the results folder of an evaluation.
 
     Raises:
-        `FileNotFoundError`: when it is not there: the run is not complete.
-        `ValueError`: when it is of another format.
+        `FileNotFoundError`: if the file does not exist, which means that the run is not complete.
+        `ValueError`: if the file has another format.
     """
     path = Path(path)
     if path.suffix != ".json":
         path = path / "metrics.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: {path.parent} is no complete results folder.")
+        raise FileNotFoundError(f"{path} does not exist: there is no complete results folder at {path.parent}.")
     results = read_json(path)
-    if (found := results.get("format", 1)) != FORMAT:
+    file_format = results.get("format", 1)
+    if file_format != FORMAT:
         raise ValueError(
-            f"{path} is of format {found}, expected format {FORMAT}: another version of this package wrote it, with "
-            "other names of figures. Run its command again into a new folder, or read it with that version."
+            f"{path} is of format {file_format}, expected format {FORMAT}: another version of this package wrote it "
+            "and named figures differently. Run its command again into a new folder, or read it with that version."
         )
     return results

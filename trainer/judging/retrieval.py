@@ -1,8 +1,8 @@
 """
-What was retrieved, as pure functions of passage ids: the scores of one question, and what depends on them.
+Score retrieval with pure functions of passage ids, question by question, and split other figures by its success.
 
-`provenance` is a list of evidence sets, any one of which is enough. MRR and nDCG are a few lines, so ir-measures is not
-needed: the tests compare them with torchmetrics.
+`provenance` is a list of evidence sets, and any one of them is enough. MRR and nDCG take a few lines each, so
+ir-measures is not a dependency; the tests compare them with torchmetrics.
 """
 
 import math
@@ -12,71 +12,75 @@ from .intervals import Mean
 from .matching import evidence_sets
 
 Provenance = Sequence[Sequence[str]]
-Scores = list[float | None]  # of each question; None where the figure does not apply
+Scores = list[float | None]  # one per question; None if the figure does not apply
 
 # ---------------------------------------------------------------------- retrieval of one question
 
 
 def ret(retrieved: Sequence[str], provenance: Provenance) -> float:
-    """Ret: 1.0 if a gold passage is among the retrieved, else 0.0."""
+    """Return Ret: 1.0 if a gold passage was retrieved, 0.0 otherwise."""
     return float(not _gold(provenance).isdisjoint(retrieved))
 
 
 def ret_precision(retrieved: Sequence[str], provenance: Provenance) -> float:
     """
-    Ret-P: share of the distinct retrieved passages that are gold; 0.0 where nothing was retrieved, as in the paper's
-    script.
+    Return Ret-P: the share of the distinct retrieved passages that are gold. As in the paper's script, it is 0.0 if
+    nothing was retrieved.
     """
     distinct = set(retrieved)
-    return len(distinct & _gold(provenance)) / len(distinct) if distinct else 0.0
+    if not distinct:
+        return 0.0
+    return len(distinct & _gold(provenance)) / len(distinct)
 
 
 def r_precision(retrieved: Sequence[str], provenance: Provenance) -> float:
     """
-    KILT's R-precision: share of an evidence set of R passages that is among the first R distinct retrieved; the best
-    set counts.
+    Return KILT's R-precision: the share of an evidence set of R passages that is among the first R distinct retrieved
+    passages. The best set counts.
     """
     distinct = _distinct(retrieved)
     shares = []
     for evidence in evidence_sets(provenance):
-        shares.append(len(evidence.intersection(distinct[: len(evidence)])) / len(evidence))
+        hits = evidence.intersection(distinct[: len(evidence)])
+        shares.append(len(hits) / len(evidence))
     return max(shares)
 
 
 def kilt_recall_at_k(retrieved: Sequence[str], provenance: Provenance, k: int) -> float:
     """
-    KILT's recall@k: share of the evidence sets that are complete among the first `k` places.
+    Return KILT's recall@k: the share of the evidence sets that are complete within the first `k` places.
 
-    A set takes one place, where its last-found passage is; each passage of no set takes one. A passage of several sets
-    takes a place for each.
+    A set takes one place: that of its passage found last. A passage that belongs to no set takes a place, and a
+    passage that belongs to several sets takes one for each of them.
 
     Args:
         retrieved (`list[str]`): ids, best first; repeats are dropped.
         provenance (`list[list[str]]`): evidence sets.
         k (`int`): number of places.
     """
-    missing = evidence_sets(provenance)
-    places: list[int | None] = []
+    missing = evidence_sets(provenance)  # of each set, the ids that are still to be found
+    places: list[int | None] = []  # number of the set at each place, None for a passage of no set
     for id in _distinct(retrieved):
-        holding = [i for i, evidence in enumerate(missing) if id in evidence]
+        holding = [number for number, evidence in enumerate(missing) if id in evidence]
         if not holding:
             places.append(None)
-        for i in holding:
-            if i in places:
-                places.remove(i)  # the set moves to where its last passage was found
-            missing[i].discard(id)
-            places.append(i)
-    return sum(i is not None and not missing[i] for i in places[:k]) / len(missing)
+        for number in holding:
+            if number in places:
+                places.remove(number)  # the set moves to where its last passage was found
+            missing[number].discard(id)
+            places.append(number)
+    complete = [number for number in places[:k] if number is not None and not missing[number]]
+    return len(complete) / len(missing)
 
 
 def retrieval_scores(retrieved: Sequence[str], provenance: Provenance, ks: Iterable[int] = (1, 5)) -> dict[str, float]:
     """
-    Everything that the passages retrieved while generating say about one question.
+    Return all scores of the passages that were retrieved for one question during generation.
 
     Args:
-        retrieved (`list[str]`): as from [`retrieved_ids`].
+        retrieved (`list[str]`): ids, see [`~trainer.judging.matching.retrieved_ids`].
         provenance (`list[list[str]]`): evidence sets, not empty.
-        ks (`tuple[int]`): for KILT's recall@k.
+        ks (`tuple[int]`): the k of KILT's recall@k.
 
     Returns:
         `dict[str, float]`: `ret`, `ret_precision`, `r_precision`, `kilt_recall@k`.
@@ -94,32 +98,43 @@ def retrieval_scores(retrieved: Sequence[str], provenance: Provenance, ks: Itera
 
 def query_recall_at_k(ranking: Sequence[str], provenance: Provenance, k: int) -> float:
     """
-    1.0 if a gold passage is among the first `k` distinct passages, else 0.0: what retriever tables call recall@k.
+    Return 1.0 if a gold passage is among the first `k` distinct passages, 0.0 otherwise. Retriever tables call this
+    recall@k.
     """
     return ret(_distinct(ranking)[:k], provenance)
 
 
 def reciprocal_rank(ranking: Sequence[str], provenance: Provenance) -> float:
-    """1 / rank of the first gold passage in a ranking, 0.0 where there is none; its mean is the MRR."""
+    """Return 1 / rank of the first gold passage, 0.0 if the ranking has none. The mean of this is the MRR."""
     gold = _gold(provenance)
-    return next((1 / rank for rank, id in enumerate(_distinct(ranking), 1) if id in gold), 0.0)
+    for rank, id in enumerate(_distinct(ranking), 1):
+        if id in gold:
+            return 1 / rank
+    return 0.0
 
 
 def ndcg(ranking: Sequence[str], provenance: Provenance, k: int = 10) -> float:
-    """nDCG@k with gain 1 for each gold passage, of any set, and discount log2(1 + rank)."""
+    """Return nDCG@k, with gain 1 for each gold passage of any evidence set and discount log2(1 + rank)."""
     gold = _gold(provenance)
     gain = sum(1 / math.log2(1 + rank) for rank, id in enumerate(_distinct(ranking)[:k], 1) if id in gold)
-    return gain / sum(1 / math.log2(1 + rank) for rank in range(1, min(k, len(gold)) + 1))
+    best_gain = sum(1 / math.log2(1 + rank) for rank in range(1, min(k, len(gold)) + 1))
+    return gain / best_gain
 
 
 def ranking_scores(
     ranking: Sequence[str], provenance: Provenance, ks: Iterable[int] = (1, 5, 20), ndcg_at: int = 10
 ) -> dict[str, float]:
     """
-    Everything that a ranking of passages by the query embedding says about one question.
+    Return all scores of one question's ranking of passages by the query embedding.
+
+    Args:
+        ranking (`list[str]`): ids, best first; repeats are dropped.
+        provenance (`list[list[str]]`): evidence sets, not empty.
+        ks (`tuple[int]`): the k of `query_recall@k`.
+        ndcg_at (`int`): the k of nDCG.
 
     Returns:
-        `dict[str, float]`: `mrr`, `ndcg@…`, `query_recall@k`.
+        `dict[str, float]`: `mrr`, `ndcg@{ndcg_at}`, `query_recall@k`.
     """
     scores = {"mrr": reciprocal_rank(ranking, provenance), f"ndcg@{ndcg_at}": ndcg(ranking, provenance, ndcg_at)}
     return scores | {f"query_recall@{k}": query_recall_at_k(ranking, provenance, k) for k in ks}
@@ -130,14 +145,14 @@ def ranking_scores(
 
 def mean_scores(rows: Sequence[dict[str, float]], names: Iterable[str] | None = None) -> dict[str, float]:
     """
-    Means over questions.
+    Average scores over questions.
 
     Args:
-        rows (`list[dict[str, float]]`): of each question, all with the same names.
-        names (`tuple[str]`, *optional*): which to average; all by default.
+        rows (`list[dict[str, float]]`): the scores of each question, all with the same names.
+        names (`tuple[str]`, *optional*): the scores to average; all by default.
 
     Returns:
-        `dict[str, float]`; NaN where there is no question and `names` says what is missing.
+        `dict[str, float]`: the mean of each score, NaN for each of `names` if there is no question.
     """
     if names is None:
         names = rows[0] if rows else ()
@@ -146,41 +161,49 @@ def mean_scores(rows: Sequence[dict[str, float]], names: Iterable[str] | None = 
 
 def cor_minus(correct: Scores, hits: Scores) -> Scores:
     """
-    Cor⁻: correctness with wrong retrieval counted as wrong.
+    Return Cor⁻ of each question: its correctness, or 0.0 if no gold passage was retrieved.
 
     Args:
         correct (`list[float | None]`): correctness of each question.
-        hits (`list[float | None]`): Ret of each; `None`, as for questions that need no passage, leaves the question
-            out.
+        hits (`list[float | None]`): Ret of each question. A question whose Ret is `None`, e.g. because it needs no
+            passage, is left out.
     """
     gated: Scores = []
-    for right, hit in zip(correct, hits, strict=True):
-        gated.append(None if right is None or hit is None else right * (hit > 0))
+    for correctness, hit in zip(correct, hits, strict=True):
+        if correctness is None or hit is None:
+            gated.append(None)
+        elif hit > 0:
+            gated.append(correctness)
+        else:
+            gated.append(0.0)
     return gated
 
 
 def by_retrieval(name: str, values: Scores, hits: Scores) -> dict[str, Scores]:
     """
-    A figure where retrieval succeeded and where it failed (appendix C.2 of the paper).
+    Split a figure into questions with successful and with failed retrieval (appendix C.2 of the paper).
 
     Args:
-        name (`str`): of the figure.
-        values (`list[float | None]`), hits (`list[float | None]`): of each question, as for [`cor_minus`].
+        name (`str`): name of the figure.
+        values (`list[float | None]`): the figure of each question.
+        hits (`list[float | None]`): Ret of each question, as for [`cor_minus`].
 
     Returns:
-        `dict[str, list[float | None]]`: `…_success` and `…_failure`.
+        `dict[str, list[float | None]]`: `{name}_success` and `{name}_failure`.
     """
-    success, failure = [hit is not None and hit > 0 for hit in hits], [hit is not None and not hit > 0 for hit in hits]
+    success = [hit is not None and hit > 0 for hit in hits]
+    failure = [hit is not None and hit <= 0 for hit in hits]
     return {f"{name}_success": only_where(values, success), f"{name}_failure": only_where(values, failure)}
 
 
 def emission(predictions: Sequence[dict], needed: Sequence[bool], not_needed: Sequence[bool]) -> dict[str, Scores]:
     """
-    Whether `[NSP]` was emitted, in questions that need a passage and in questions that need none.
+    Return whether `[NSP]` was emitted, apart for questions that need a passage and for questions that need none.
 
     Args:
         predictions (`list[dict]`): with `retrievals`.
-        needed, not_needed (`list[bool]`): of each question; both are false where nobody knows.
+        needed, not_needed (`list[bool]`): whether each question needs a passage and whether it needs none. Both are
+            false if this is unknown.
 
     Returns:
         `dict[str, list[float | None]]`: `nsp_needed`, `nsp_not_needed`.
@@ -190,7 +213,7 @@ def emission(predictions: Sequence[dict], needed: Sequence[bool], not_needed: Se
 
 
 def only_where(values: Scores, conditions: Sequence[bool]) -> Scores:
-    """The values whose condition holds; `None` in place of the others."""
+    """Return the values with `None` in place of those whose condition is false."""
     return [value if condition else None for value, condition in zip(values, conditions, strict=True)]
 
 

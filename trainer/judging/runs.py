@@ -1,7 +1,8 @@
 """
-One task while it is evaluated: ranks passages and answers questions into its folder. Processes share the questions.
+Run one task: rank its passages and answer its questions into a folder. Processes share the questions.
 
-A file that has its name is whole. What an interrupted run leaves lives in `parts/` until the mode is complete.
+A file appears under its final name only when it is complete. Until then, what an interrupted run has done is in
+`parts/`.
 """
 
 import json
@@ -27,22 +28,22 @@ PREDICTIONS_FILE, RANKING_FILE, RUN_FILE = "predictions.jsonl", "ranking.jsonl",
 
 class TaskRun:
     """
-    The questions of a task, asked in every mode.
+    The questions of a task, to be asked in every mode.
 
     Args:
-        model ([`CoSupForCausalLM`]).
-        task ([`Task`]).
-        folder (`Path`): for the task alone, seen by all processes.
-        modes (`list[str]`): in which the model answers; those that give passages are left out where no question needs
-            one.
-        batch_size (`int`): questions at once.
-        seed (`int`): of the passages of mode `"wrong"`.
+        model ([`CoSupForCausalLM`]): answers the questions.
+        task ([`Task`]): says which questions, and how they are answered.
+        folder (`Path`): the task's folder, seen by all processes.
+        modes (`list[str]`): how the model answers. Modes that give it passages are left out if no question needs one.
+        batch_size (`int`): number of questions per batch.
+        seed (`int`): of the passages in mode `"wrong"`.
 
     Attributes:
-        questions (`list[dict]`): all of them.
-        needing (`list[dict]`): those that need a passage.
-        left_out (`list[str]`): notes on what was left out, with counts.
-        index, index_name: see [`open_index`].
+        questions (`list[dict]`): all questions.
+        needing (`list[dict]`): the questions that need a passage.
+        modes (`list[str]`): the modes that are not left out.
+        left_out (`list[str]`): notes on the others.
+        index, index_name: see [`~trainer.judging.tasks.open_index`]; `None` until `open_index` is called.
 
     Raises:
         `ValueError`: for questions that cannot be judged.
@@ -50,41 +51,44 @@ class TaskRun:
 
     def __init__(
         self, model: CoSupForCausalLM, task: Task, folder: Path, modes: list[str], batch_size: int = 32, seed: int = 0
-    ):
-        self.model, self.task, self.folder, self.batch_size, self.seed = model, task, folder, batch_size, seed
+    ) -> None:
+        self.model = model
+        self.task = task
+        self.folder = folder
+        self.batch_size = batch_size
+        self.seed = seed
         self.questions = task.read_questions()
         check_questions(self.questions, task.name, task.metric)
         self.needing = [question for question in self.questions if question["provenance"]]
         self.modes = [mode for mode in modes if self.asked(mode)]
-        self.left_out = [
-            f"mode {mode}: left out, no question has provenance" for mode in modes if not self.asked(mode)
-        ]
+        without_questions = [mode for mode in modes if not self.asked(mode)]
+        self.left_out = [f"mode {mode}: left out, no question has provenance" for mode in without_questions]
         self.index: Retriever | None = None
         self.index_name: str | None = None
 
     def open_index(self, index_cache: str | Path) -> None:
-        """Open the index, or embed the corpus; check that it holds every passage that the questions name."""
+        """Open the index, or embed the corpus, and check that it holds every passage that the questions name."""
         self.index, self.index_name = open_index(self.task, self.model, index_cache)
         if self.index is not None:
             check_ids(self.task, self.questions, self.index)
             if "wrong" in self.modes:
-                wrong_passages(self.needing, self.index, self.seed)  # raises where there are none
+                wrong_passages(self.needing, self.index, self.seed)  # raises if there are none
         elif set(self.modes) != {"off"}:
             raise ValueError(
-                f"Task {self.task.name} has neither an index nor a corpus_file; only mode 'off' needs none of them."
+                f"Task {self.task.name} has neither an index nor a corpus_file; only mode 'off' needs neither."
             )
 
     def asked(self, mode: str) -> list[dict]:
-        """The questions of a mode."""
+        """Return the questions that are asked in a mode."""
         return self.needing if mode in (*GIVEN, QUERY) else self.questions
 
     @property
     def num_passages(self) -> int | None:
-        """Passages of the index, `None` without one."""
+        """Number of passages in the index, `None` without an index."""
         return None if self.index is None else len(self.index)
 
     def rank_passages(self) -> None:
-        """Write `query/ranking.jsonl`, see [`~trainer.judging.answers.rank_passages`]; nothing without an index."""
+        """Write `query/ranking.jsonl` unless there is no index, see [`~trainer.judging.answers.rank_passages`]."""
         if self.index is None or not self.needing:
             return
         folder, done = self._begin(QUERY, RANKING_FILE)
@@ -95,11 +99,12 @@ class TaskRun:
             self._merge(folder, RANKING_FILE, rankings, self.needing)
 
     def answer(self, mode: str) -> None:
-        """Write `predictions.jsonl` of a mode; what an interrupted run has answered is not answered again."""
+        """Write `predictions.jsonl` of a mode, without answering again what an interrupted run has answered."""
         folder, done = self._begin(mode, PREDICTIONS_FILE)
         if done:
             return
         questions = self.asked(mode)[rank() :: world_size()]
+        candidates = None if self.task.pool == "full" else [question["candidates"] for question in questions]
         clock = Clock(questions)
         predictions = answer(
             self.model,
@@ -108,7 +113,7 @@ class TaskRun:
             mode,
             self.batch_size,
             self.task.max_new_tokens,
-            candidates=None if self.task.pool == "full" else [question["candidates"] for question in questions],
+            candidates=candidates,
             top_k=self.task.top_k,
             max_retrievals=self.task.max_retrievals,
             seed=self.seed,
@@ -120,11 +125,11 @@ class TaskRun:
         self._merge(folder, PREDICTIONS_FILE, timed, self.asked(mode))
 
     def predictions(self, mode: str) -> list[dict]:
-        """The answers of a mode, see [`~trainer.judging.answers.as_prediction`]."""
+        """Read the answers of a mode, see [`~trainer.judging.answers.as_prediction`]."""
         return read_lines(self.folder / mode / PREDICTIONS_FILE)
 
     def rankings(self) -> dict[str, list[list[str]]]:
-        """By scope (the corpus, the pool) the passage ids of each question of `needing`, best first."""
+        """Read the rankings: scope (`"corpus"`, `"pool"`) -> passage ids of each question of `needing`, best first."""
         path = self.folder / QUERY / RANKING_FILE
         if not path.exists():
             return {}
@@ -134,7 +139,7 @@ class TaskRun:
     # ------------------------------------------------------------------ files
 
     def _settings(self, mode: str) -> dict:
-        """All that decides what the model writes."""
+        """Return everything that decides what the model writes."""
         settings = {
             "format": FORMAT,
             "mode": mode,
@@ -150,19 +155,21 @@ class TaskRun:
             settings["seed"] = self.seed
         return json.loads(json.dumps(settings))
 
-    def _begin(self, mode: str, file: str) -> tuple[Path, bool]:
-        """The folder of a mode, and whether `file` is there already. Raises when other settings made what it holds."""
-        folder, settings = self.folder / mode, self._settings(mode)
+    def _begin(self, mode: str, name: str) -> tuple[Path, bool]:
+        """Return the folder of a mode, and whether it holds the file `name`. Raise if other settings produced it."""
+        folder = self.folder / mode
+        settings = self._settings(mode)
         if (folder / RUN_FILE).exists():
             before = read_json(folder / RUN_FILE)
-            if different := [name for name in settings if before.get(name) != settings[name]]:
-                lines = [f"  {name}: then {before.get(name)!r}, now {settings[name]!r}" for name in different]
+            different = [key for key in settings if before.get(key) != settings[key]]
+            if different:
+                lines = [f"  {key}: then {before.get(key)!r}, now {settings[key]!r}" for key in different]
                 raise ValueError(
                     f"{folder} holds answers of other settings; choose another output_dir, or delete it.\n"
                     + "\n".join(lines)
                 )
-        done = (folder / file).exists()
-        barrier()  # all have looked before anything changes
+        done = (folder / name).exists()
+        barrier()  # all processes have looked before anything changes
         if rank() == 0 and not done:
             (folder / "parts").mkdir(parents=True, exist_ok=True)
             write_json(folder / RUN_FILE, settings)
@@ -170,7 +177,7 @@ class TaskRun:
         return folder, done
 
     def _merge(self, folder: Path, name: str, rows: list[dict], questions: list[dict]) -> None:
-        """Every process writes its rows; the first puts them together in the order of the questions."""
+        """Write the rows of each process; the first process then merges them in the order of the questions."""
         write_lines(folder / "parts" / f"{rank()}-of-{world_size()}-{name}", rows)
         barrier()
         if rank() == 0:
@@ -184,31 +191,39 @@ class TaskRun:
 
 class Clock:
     """
-    Times answers as they come, and says how good they are so far: `on_completion` of generate_many().
+    Times answers as they arrive and shows how good they are so far: the `on_completion` of `generate_many`.
 
     Args:
-        questions (`list[dict]`): that are answered; a completion's `index` counts them.
+        questions (`list[dict]`): the questions that are answered; a completion's `index` is that of its question.
 
     Attributes:
-        seconds (`dict[int, float]`): since the answer before: they add up to the time of this process.
+        seconds (`dict[int, float]`): index of each question -> seconds since the previous answer, so that they add up
+            to the time of this process.
     """
 
-    def __init__(self, questions: list[dict]):
+    def __init__(self, questions: list[dict]) -> None:
         self.questions = questions
         self.seconds: dict[int, float] = {}
-        self.last = time.perf_counter()
-        self.asked = self.found = self.right = 0
+        self._last_answer = time.perf_counter()
+        # Of the answers so far:
+        self._num_needing = 0  # to questions that need a passage
+        self._num_hits = 0  # of these, with a gold passage among the retrieved
+        self._num_right = 0  # of these, with an exact match
 
     def __call__(self, completion: Completion) -> dict[str, str] | None:
-        now, question = time.perf_counter(), self.questions[completion.index]
-        self.seconds[completion.index] = round(now - self.last, 4)
-        self.last = now
+        """Note the time, and return Ret and EM over the questions so far that need a passage, `None` without any."""
+        now = time.perf_counter()
+        self.seconds[completion.index] = round(now - self._last_answer, 4)
+        self._last_answer = now
+        question = self.questions[completion.index]
         if question["provenance"]:
-            retrieved = [id for retrieval in completion.retrievals for id in retrieval.passage_ids]
-            self.asked += 1
-            self.found += not gold_ids(question).isdisjoint(retrieved)
-            self.right += exact_match(completion.text, question["answers"])
-        if not self.asked:
+            gold = gold_ids(question)
+            self._num_needing += 1
+            if any(id in gold for retrieval in completion.retrievals for id in retrieval.passage_ids):
+                self._num_hits += 1
+            if exact_match(completion.text, question["answers"]):
+                self._num_right += 1
+        if not self._num_needing:
             return None
-        shares = {"ret": self.found / self.asked, "em": self.right / self.asked}
+        shares = {"ret": self._num_hits / self._num_needing, "em": self._num_right / self._num_needing}
         return {figure(name).label: shown(share, name) for name, share in shares.items()}

@@ -29,14 +29,15 @@ from .intervals import Mean, Rate, average
 from .matching import match_by_id, provenance_unknown, retrieved_ids
 from .retrieval import Scores, by_retrieval, cor_minus, emission, only_where, ranking_scores, retrieval_scores
 
-META = {  # what of ALCE's fields is judged, by which figure, and what it must be
+# ALCE's fields of `meta` -> the metric that reads them, and what they must be.
+META = {
     "qa_pairs": ("str_em", 'a list of {"short_answers": [texts]}'),
     "claims": ("claim_recall", "a list of texts"),
 }
 
 
 def has_rouge() -> bool:
-    """Whether ROUGE-L can be computed."""
+    """Return whether ROUGE-L can be computed."""
     return importlib.util.find_spec("rouge") is not None
 
 
@@ -49,43 +50,42 @@ def score(
     gr_hypothesis: str = HYPOTHESIS,
 ) -> dict[str, Scores]:
     """
-    The scores of each question.
+    Score the answer to each question.
 
     Args:
-        predictions (`list[dict]`), questions (`list[dict]`): matched by id, which must be the same ones.
-        mode (`str`): what is retrieved counts only where the model searches: in `"retrieval"` and `"forced"`.
+        predictions (`list[dict]`): answers, see [`~trainer.judging.answers.as_prediction`], matched with the questions
+            by id.
+        questions (`list[dict]`): evaluation instances.
+        mode (`str`): how the questions were answered. Retrieval is scored in `"retrieval"` and `"forced"` alone, in
+            which the model searches itself.
         metric (`str`, *optional*): what Cor is; defaults to the metric of each question's dataset.
-        entail (`Callable`, *optional*): an NLI judge, `list[(premise, hypothesis)]` -> `list[bool]`. Without it there
+        entail (`Callable`, *optional*): an NLI judge, `list[(premise, hypothesis)]` -> `list[bool]`. Without one there
             is no `gr`, `fever_nli`, `claim_recall` and `citation_…`, and Cor of FEVER goes by the label.
         gr_hypothesis (`str`): how the judge reads a sentence for Gr; see [`~trainer.judging.grounding.grounding`].
 
     Returns:
-        `dict[str, list[float | None]]`: by name of a figure, in the order of the questions; `None` where it does not
-        apply.
+        `dict[str, list[float | None]]`: name of each figure -> its value for each question, in the order of the
+        questions; `None` if it does not apply.
 
     Raises:
-        `ValueError`: with counts, when ids do not match or the judge leaves pairs without an answer.
+        `ValueError`: if the ids do not match or the judge leaves pairs without an answer, with counts.
     """
     predictions = [prediction for prediction, _ in match_by_id(predictions, questions)]
     needed = [bool(question["provenance"]) for question in questions]
     not_needed = [not (question["provenance"] or provenance_unknown(question)) for question in questions]
     cor = _cor(predictions, questions, metric, entail)
     scores: dict[str, Scores] = {"k_precision": [k_precision(prediction) for prediction in predictions]}
+
     hits: Scores = [None] * len(questions)
     if mode in SEARCHING:
-        scores |= _columns([_retrieval_scores(*pair) for pair in zip(predictions, questions, strict=True)])
+        scores |= _retrieval_scores(predictions, questions)
         hits = scores.get("ret", hits)
         scores["cor_minus"] = cor_minus(cor, hits)
         scores |= emission(predictions, needed, not_needed)
         scores["num_retrievals"] = [float(len(prediction["retrievals"])) for prediction in predictions]
+
     r_precisions = scores.get("r_precision", hits)
-    text_scores: list[dict[str, float]] = []
-    for prediction, question, r_precision, free in zip(predictions, questions, r_precisions, not_needed, strict=True):
-        if free:
-            text_scores.append(_text_scores_without_passage(prediction, question))
-        else:
-            text_scores.append(_text_scores(prediction, question, r_precision))
-    scores |= _columns(text_scores)
+    scores |= _text_scores(predictions, questions, r_precisions, not_needed)
     if entail is not None:
         scores |= _nli_scores(predictions, questions, hits, entail, gr_hypothesis)
     scores["cor"] = only_where(cor, [not free for free in not_needed])
@@ -93,23 +93,27 @@ def score(
     return scores
 
 
-def _retrieval_scores(prediction: dict, question: dict) -> dict[str, float]:
-    if not question["provenance"]:
-        return {}
-    return retrieval_scores(retrieved_ids(prediction), question["provenance"])
+def _retrieval_scores(predictions: list[dict], questions: list[dict]) -> dict[str, Scores]:
+    rows: list[dict[str, float]] = []
+    for prediction, question in zip(predictions, questions, strict=True):
+        if question["provenance"]:
+            rows.append(retrieval_scores(retrieved_ids(prediction), question["provenance"]))
+        else:
+            rows.append({})
+    return _columns(rows)
 
 
 def score_rankings(rankings: list[list[str]], questions: list[dict], ks: Sequence[int]) -> dict[str, Scores]:
     """
-    The scores of the rankings by the query embedding.
+    Score the rankings by the query embedding.
 
     Args:
-        rankings (`list[list[str]]`): of each question the passage ids, best first.
+        rankings (`list[list[str]]`): for each question the passage ids, best first.
         questions (`list[dict]`): in the same order; each needs a passage.
-        ks (`tuple[int]`): of `query_recall@k`.
+        ks (`tuple[int]`): the k of `query_recall@k`.
 
     Returns:
-        `dict[str, list[float | None]]`, as [`score`].
+        `dict[str, list[float | None]]`: as [`score`].
     """
     pairs = zip(rankings, questions, strict=True)
     return _columns([ranking_scores(ranking, question["provenance"], ks) for ranking, question in pairs])
@@ -120,38 +124,37 @@ def score_rankings(rankings: list[list[str]], questions: list[dict], ks: Sequenc
 
 def check_questions(questions: list[dict], where: str, metric: str | None = None) -> None:
     """
-    Raise unless Cor can be computed: before hours of answering, not after them.
+    Raise unless Cor can be computed, before hours are spent on answers.
 
     Args:
-        questions (`list[dict]`).
+        questions (`list[dict]`): evaluation instances.
         where (`str`): name of their task, for the error.
         metric (`str`, *optional*): what Cor is.
 
     Raises:
-        `ValueError`: with counts, for questions without what their metric compares with, or a package that it needs.
+        `ValueError`: if questions lack what their metric compares with, with counts, or if it needs a package that is
+            not installed.
     """
-    for key, (name, expected) in META.items():
+    for field, (name, expected) in META.items():
         malformed = []
         for question in questions:
-            if question.get("meta", {}).get(key) and not _has_what_it_needs(question, name):
+            if question.get("meta", {}).get(field) and not _has_what_it_needs(question, name):
                 malformed.append(question["id"])
         if malformed:
             raise ValueError(
-                f"Task {where}: {len(malformed)} of {len(questions)} questions have other meta.{key} than {expected}, "
-                f"e.g. {malformed[0]!r}."
+                f"Task {where}: {len(malformed)} of {len(questions)} questions have other meta.{field} than "
+                f"{expected}, e.g. {malformed[0]!r}."
             )
-    lacking: dict[str, int] = {}
     names = set()
+    num_lacking: dict[str, int] = {}  # metric -> questions that lack what it needs
     for question in questions:
         name = _metric_of(question, metric) or NO_JUDGE
         names.add(name)
         if not _has_what_it_needs(question, name):
-            lacking[name] = lacking.get(name, 0) + 1
-    for name, count in lacking.items():
-        verdicts = "verdicts" if name.startswith("fever") else "answers"
-        what = {"str_em": "meta.qa_pairs", "claim_recall": "meta.claims"}.get(name, verdicts)
+            num_lacking[name] = num_lacking.get(name, 0) + 1
+    for name, count in num_lacking.items():
         raise ValueError(
-            f"Task {where}: {count} of {len(questions)} questions have no {what}, "
+            f"Task {where}: {count} of {len(questions)} questions have no {_reference_of(name)}, "
             f"which {name}, their Cor, compares with."
         )
     if "rouge_l" in names and not has_rouge():
@@ -159,26 +162,42 @@ def check_questions(questions: list[dict], where: str, metric: str | None = None
 
 
 def cor_names(questions: list[dict], metric: str | None = None, nli: bool = True) -> list[str]:
-    """Names of what Cor is on these questions; [`~trainer.judging.figures.NO_JUDGE`] where an NLI model is missing."""
+    """
+    Return the names of the metrics that Cor is measured by on these questions, with
+    [`~trainer.judging.figures.NO_JUDGE`] in place of one that needs a missing NLI model.
+    """
     return sorted({_metric_of(question, metric, nli) or NO_JUDGE for question in questions})
 
 
 def _metric_of(question: dict, metric: str | None = None, nli: bool = True) -> str | None:
-    """What Cor is on a question, by its dataset and by what there is to compare with."""
-    return metric or cor_metric(question["dataset"], nli, claims=bool(question.get("meta", {}).get("claims")))
+    """Return what Cor is on a question: `metric`, or what its dataset and its references imply."""
+    return metric or cor_metric(question["dataset"], nli, claims=has_claims(question))
 
 
-def _has_what_it_needs(question: dict, name: str) -> bool:
+def _reference_of(metric: str) -> str:
+    """Return what a metric compares answers with."""
+    if metric == "str_em":
+        return "meta.qa_pairs"
+    if metric == "claim_recall":
+        return "meta.claims"
+    if metric.startswith("fever"):
+        return "verdicts"
+    return "answers"
+
+
+def _has_what_it_needs(question: dict, metric: str) -> bool:
+    """Return whether a question holds what a metric compares answers with."""
     meta = question.get("meta", {})
-    if name == "str_em":
+    if metric == "str_em":
         pairs = meta.get("qa_pairs")
         if not pairs or not isinstance(pairs, list):
             return False
         return all(isinstance(pair, dict) and _are_texts(pair.get("short_answers")) for pair in pairs)
-    if name == "claim_recall":
+    if metric == "claim_recall":
         return _are_texts(meta.get("claims"))
-    if name.startswith("fever"):
-        return len({answer.strip().lower() for answer in question["answers"]} & set(FEVER_LABELS)) == 1
+    if metric.startswith("fever"):
+        verdicts = {answer.strip().lower() for answer in question["answers"]} & set(FEVER_LABELS)
+        return len(verdicts) == 1
     return bool(question["answers"])
 
 
@@ -187,52 +206,76 @@ def _are_texts(value: object) -> bool:
 
 
 def is_fever(question: dict) -> bool:
-    """Whether a question is a claim with a verdict."""
+    """Return whether a question is a claim with a verdict."""
     if question["dataset"] != "fever" or not question["answers"]:
         return False
     return all(answer.strip().lower() in FEVER_LABELS for answer in question["answers"])
 
 
 def has_claims(question: dict) -> bool:
-    """Whether a question has ALCE's reference claims."""
+    """Return whether a question has ALCE's reference claims."""
     return bool(question.get("meta", {}).get("claims"))
 
 
 def _cor(predictions: list[dict], questions: list[dict], metric: str | None, entail: Judge | None) -> Scores:
-    values: Scores = [None] * len(questions)
-    names = [_metric_of(question, metric, entail is not None) for question in questions]
-    for name in sorted({name for name in names if name is not None}):
-        rows = [row for row, its_name in enumerate(names) if its_name == name]
-        for row, value in zip(rows, _by_metric(name, predictions, questions, rows, entail), strict=True):
-            values[row] = value
-    return values
+    """Return Cor of each question, `None` if its metric needs a missing NLI model."""
+    metrics = [_metric_of(question, metric, nli=entail is not None) for question in questions]
+    cor: Scores = [None] * len(questions)
+    for name in sorted({name for name in metrics if name is not None}):
+        rows = [row for row, row_metric in enumerate(metrics) if row_metric == name]
+        values = _by_metric(name, [predictions[row] for row in rows], [questions[row] for row in rows], entail)
+        for row, value in zip(rows, values, strict=True):
+            cor[row] = value
+    return cor
 
 
 def _by_metric(
-    name: str, predictions: list[dict], questions: list[dict], rows: list[int], entail: Judge | None
+    metric: str, predictions: list[dict], questions: list[dict], entail: Judge | None
 ) -> Sequence[float | None]:
-    """The value of each of `rows`; `None` where the metric needs an NLI model that is not there."""
-    pairs = [(predictions[row], questions[row]) for row in rows]
-    if name in TEXT_METRICS:
-        return [correctness(prediction["output"], question["answers"], name) for prediction, question in pairs]
-    if name == "str_em":
-        return [
-            str_em(p["output_with_citations"], question.get("meta", {}).get("qa_pairs"))[0] for p, question in pairs
-        ]
+    """Return the value of a metric for each question, `None` if the metric needs a missing NLI model."""
+    if metric in TEXT_METRICS:
+        pairs = zip(predictions, questions, strict=True)
+        return [correctness(prediction["output"], question["answers"], metric) for prediction, question in pairs]
+    if metric == "str_em":
+        shares = []
+        for prediction, question in zip(predictions, questions, strict=True):
+            share, _ = str_em(prediction["output_with_citations"], question.get("meta", {}).get("qa_pairs"))
+            shares.append(share)
+        return shares
     if entail is None:
-        return [None] * len(pairs)
-    outputs = [prediction["output"] for prediction, _ in pairs]
-    if name == "fever_nli":
-        claims = [question["input"] for _, question in pairs]
-        return fever_nli(outputs, claims, [question["answers"] for _, question in pairs], entail)
-    return claim_recall(outputs, [question.get("meta", {}).get("claims") or [] for _, question in pairs], entail)
+        return [None] * len(questions)
+    outputs = [prediction["output"] for prediction in predictions]
+    if metric == "fever_nli":
+        claims = [question["input"] for question in questions]
+        answers = [question["answers"] for question in questions]
+        return fever_nli(outputs, claims, answers, entail)
+    reference_claims = [question.get("meta", {}).get("claims") or [] for question in questions]
+    return claim_recall(outputs, reference_claims, entail)
 
 
 # ---------------------------------------------------------------------- other figures of answers
 
 
-def _text_scores(prediction: dict, question: dict, r_precision: float | None) -> dict[str, float]:
-    """What needs no model: KILT's scores, FEVER's label, ALCE's str_em."""
+def _text_scores(
+    predictions: list[dict], questions: list[dict], r_precisions: Scores, not_needed: list[bool]
+) -> dict[str, Scores]:
+    """
+    Return the scores that need no model. A question that needs no passage only has exact match, under another name, so
+    that it does not count among those that need one.
+    """
+    rows: list[dict[str, float]] = []
+    for prediction, question, r_precision, free in zip(predictions, questions, r_precisions, not_needed, strict=True):
+        if not free:
+            rows.append(_text_scores_of(prediction, question, r_precision))
+        elif question["answers"]:
+            rows.append({"em_not_needed": float(exact_match(prediction["output"], question["answers"]))})
+        else:
+            rows.append({})
+    return _columns(rows)
+
+
+def _text_scores_of(prediction: dict, question: dict, r_precision: float | None) -> dict[str, float]:
+    """Return KILT's scores, FEVER's label and ALCE's str_em, as far as they apply to a question."""
     scores: dict[str, float] = {}
     meta = question.get("meta", {})
     if any(answer.strip() for answer in question["answers"]):
@@ -247,37 +290,31 @@ def _text_scores(prediction: dict, question: dict, r_precision: float | None) ->
     return scores
 
 
-def _text_scores_without_passage(prediction: dict, question: dict) -> dict[str, float]:
-    """Exact match of a question that needs no passage; it does not count among those that need one."""
-    if not question["answers"]:
-        return {}
-    return {"em_not_needed": float(exact_match(prediction["output"], question["answers"]))}
-
-
 def _nli_scores(
     predictions: list[dict], questions: list[dict], hits: Scores, entail: Judge, gr_hypothesis: str
 ) -> dict[str, Scores]:
-    """What the judge says: Gr, also by retrieval success, citations, FEVER, claims."""
+    """Return the scores that need the judge: Gr, also split by retrieval, citations, FEVER and claims."""
     gr = grounding(predictions, entail, hypothesis=gr_hypothesis)
     scores: dict[str, Scores] = {"gr": gr, **by_retrieval("gr", gr, hits)}
     outputs = [prediction["output_with_citations"] for prediction in predictions]
     citations = citation_scores(outputs, [cited_passages(prediction) for prediction in predictions], entail)
     if not any(prediction["retrievals"] for prediction in predictions):
-        citations = [None] * len(predictions)  # where nothing can be cited, that nothing is cited says nothing
+        citations = [None] * len(predictions)  # with nothing to cite, missing citations say nothing
     for name in ("citation_recall", "citation_precision"):
-        scores[name] = [None if output is None else output[name] for output in citations]
+        scores[name] = [None if output_scores is None else output_scores[name] for output_scores in citations]
     for name, applies in (("fever_nli", is_fever), ("claim_recall", has_claims)):
         rows = [row for row, question in enumerate(questions) if applies(question)]
         scores[name] = [None] * len(questions)
-        if rows:
-            for row, value in zip(rows, _by_metric(name, predictions, questions, rows, entail), strict=True):
-                scores[name][row] = value
+        values = _by_metric(name, [predictions[row] for row in rows], [questions[row] for row in rows], entail)
+        for row, value in zip(rows, values, strict=True):
+            scores[name][row] = value
     return scores
 
 
 def _columns(rows: list[dict[str, float]]) -> dict[str, Scores]:
-    """`list[dict]` as `dict` of lists; `None` where a row lacks a name."""
-    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+    """Turn a list of dictionaries into a dictionary of lists, with `None` if a row lacks a name."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
 
 
 # ---------------------------------------------------------------------- figures
@@ -285,44 +322,53 @@ def _columns(rows: list[dict[str, float]]) -> dict[str, Scores]:
 
 def measure(scores: dict[str, Scores], cor: Collection[str] = ()) -> dict[str, Measured]:
     """
-    The figures that apply to any question, in the order of the vocabulary: means with 95 % intervals.
+    Return the figures that apply to any question: means with 95 % intervals, in the order of the vocabulary.
 
-    The interval of a figure that is yes or no of each question is Wilson's: it has a width where all questions are
-    alike. Other means have the bootstrap's, whatever their values are.
+    A figure that is 0 or 1 for each question has Wilson's interval, which has a width even if all questions are alike.
+    Other means have the bootstrap's, whatever their values are.
 
     Args:
         scores (`dict[str, list[float | None]]`): as from [`score`].
-        cor (collection of `str`): what Cor is, see [`cor_names`].
+        cor (collection of `str`): names of the metrics that Cor is measured by, see [`cor_names`].
     """
-    figures = {}
+    figures: dict[str, Measured] = {}
     for name in in_order(scores):
         values = [value for value in scores[name] if value is not None]
-        if values:
-            mean = Rate(int(sum(values)), len(values)) if is_binary(name, cor) else Mean.of(values)
-            figures[name] = mean.to_dict()
+        if not values:
+            continue
+        if is_binary(name, cor):
+            figures[name] = Rate(int(sum(values)), len(values)).to_dict()
+        else:
+            figures[name] = Mean.of(values).to_dict()
     return figures
 
 
 def averages(splits: dict[str, str | None], scores: dict[str, dict[str, dict[str, Scores]]]) -> dict[str, dict]:
     """
-    Averages in-domain, out-of-domain and over all tasks.
+    Average figures over the in-domain tasks, over the out-of-domain tasks, and over all tasks.
 
     Args:
         splits (`dict[str, str | None]`): the split of each task.
         scores (`dict[str, dict[str, dict]]`): task -> mode (or scope of a ranking) -> scores, as from [`score`].
 
     Returns:
-        `dict`: `"in-domain"`, `"out-of-domain"`, `"all"`, as far as there are tasks -> mode -> figures, see
-        [`average`].
+        `dict`: `"in-domain"`, `"out-of-domain"` and `"all"`, if they have tasks -> mode -> figures, see [`average`].
     """
     groups = {name: [task for task, split in splits.items() if split == name] for name in SPLITS}
+    groups["all"] = list(splits)
     averaged: dict[str, dict] = {}
-    for group, tasks in {**groups, "all": list(splits)}.items():
-        for mode in dict.fromkeys(mode for task in tasks for mode in scores[task]):
-            columns = [scores[task].get(mode, {}) for task in tasks]
-            figures = averaged.setdefault(group, {}).setdefault(mode, {})
-            for name in in_order(name for column in columns for name in column):
-                figure = average([column.get(name, []) for column in columns])
-                if figure is not None:
-                    figures[name] = figure
+    for group, tasks in groups.items():
+        modes = dict.fromkeys(mode for task in tasks for mode in scores[task])
+        if modes:
+            averaged[group] = {mode: _average_scores([scores[task].get(mode, {}) for task in tasks]) for mode in modes}
     return averaged
+
+
+def _average_scores(task_scores: list[dict[str, Scores]]) -> dict[str, dict]:
+    """Average each figure over tasks, given the scores of each task."""
+    figures = {}
+    for name in in_order(name for scores in task_scores for name in scores):
+        figure = average([scores.get(name, []) for scores in task_scores])
+        if figure is not None:
+            figures[name] = figure
+    return figures

@@ -1,10 +1,11 @@
-"""What a model is judged on: tasks as a user lists them, their questions, their pools of candidates, and the index of each corpus, embedded once."""
+"""Tasks as a user lists them: their questions, their pools of candidates, and the index of each corpus."""
 
 import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from modeling_cosup import CoSupForCausalLM, PassageIndex, Retriever
 from modeling_cosup.files_cosup import digest, digest_all, digest_file
@@ -16,29 +17,33 @@ from .figures import SPLITS
 from .matching import gold_ids, provenance_unknown
 
 COR_METRICS = (*TEXT_METRICS, "fever_nli", "str_em", "claim_recall")
+_RESERVED_NAMES = (".", "..", "plots", "indexes")  # folders that a results folder has for other things
 
 
 @dataclass
 class Task:
     """
-    One evaluation set, and how it is answered.
+    An evaluation set and how it is answered.
 
     Args:
-        name (`str`): of its folder and its row in tables.
-        eval_file (`str`): questions, see [`load_evaluation_set`].
-        corpus_file (`str`, *optional*): passages to embed; one of `corpus_file` and `index` is needed unless nothing is retrieved.
-        index (`str`, *optional*): name or path of an index that is there already.
-        index_uri (`str`, *optional*): of the Milvus server, or local file, that holds it as a collection of that name.
+        name (`str`): name of its folder, and of its row in tables.
+        eval_file (`str`): the questions, see [`load_evaluation_set`].
+        corpus_file (`str`, *optional*): passages to embed. One of `corpus_file` and `index` is needed unless nothing
+            is retrieved.
+        index (`str`, *optional*): name or path of an existing index.
+        index_uri (`str`, *optional*): the Milvus server or local file that holds `index` as a collection.
         split (`str`, *optional*): `"in-domain"` or `"out-of-domain"`, for the averages.
-        pool (`str` or `int`): `"full"`: the whole index is searched. A number: among so many candidates of each question, in the order of the file, but gold
-            candidates first of all with `gold_in_pool`.
-        gold_in_pool (`bool`): gold candidates are always in the pool (the paper). `False`: the first ones, whatever they are (ALCE).
-        metric (`str`, *optional*): what Cor is; defaults to the metric of the questions' dataset, see `trainer.judging.correctness.DATASET_METRICS`.
-        max_eval_samples (`int`, *optional*): only so many questions, the first ones.
-        max_new_tokens (`int`), top_k (`int`), max_retrievals (`int`, *optional*): of each answer.
+        pool (`str` or `int`): `"full"` searches the whole index. A number searches so many candidates of each
+            question, in the order of the file, with gold candidates first if `gold_in_pool`.
+        gold_in_pool (`bool`): whether gold candidates are always in the pool (the paper). With `False` the first
+            candidates are, whatever they are (ALCE).
+        metric (`str`, *optional*): what Cor is; defaults to the metric of each question's dataset, see
+            `trainer.judging.correctness.DATASET_METRICS`.
+        max_eval_samples (`int`, *optional*): ask only so many questions, the first ones.
+        max_new_tokens (`int`), top_k (`int`), max_retrievals (`int`, *optional*): limits of each answer.
 
     Raises:
-        `ValueError`: for values that cannot be.
+        `ValueError`: if a value is not valid.
     """
 
     name: str
@@ -55,13 +60,8 @@ class Task:
     top_k: int = 1
     max_retrievals: int | None = None
 
-    def __post_init__(self):
-        if (
-            not isinstance(self.name, str)
-            or not self.name
-            or self.name in (".", "..", "plots", "indexes")
-            or Path(self.name).name != self.name
-        ):
+    def __post_init__(self) -> None:
+        if not _is_folder_name(self.name):
             raise ValueError(f"A task's name is {self.name!r}, expected the name of a folder.")
         if self.index_uri is not None and self.index is None:
             raise ValueError(
@@ -71,84 +71,111 @@ class Task:
             raise ValueError(f"Task {self.name}: split is {self.split!r}, expected {' or '.join(map(repr, SPLITS))}.")
         if str(self.pool).isdigit():
             self.pool = int(self.pool)
-        if self.pool != "full" and not (type(self.pool) is int and self.pool > 0):
+        if self.pool != "full" and not _is_count(self.pool, minimum=1):
             raise ValueError(f"Task {self.name}: pool is {self.pool!r}, expected 'full' or a number of candidates.")
         if self.metric not in (None, *COR_METRICS):
             raise ValueError(f"Task {self.name}: metric is {self.metric!r}, expected one of {', '.join(COR_METRICS)}.")
-        for name in ("max_eval_samples", "max_new_tokens", "top_k", "max_retrievals"):
-            value = getattr(self, name)
-            if not (type(value) is int and value >= (name != "max_retrievals")) and (
-                value is not None or name in ("max_new_tokens", "top_k")
-            ):
-                raise ValueError(f"Task {self.name}: {name} is {value!r}, expected a number of 1 or more.")
+        if self.max_eval_samples is not None:
+            self._check_count("max_eval_samples", minimum=1)
+        self._check_count("max_new_tokens", minimum=1)
+        self._check_count("top_k", minimum=1)
+        if self.max_retrievals is not None:
+            self._check_count("max_retrievals", minimum=0)
+
+    def _check_count(self, name: str, minimum: int) -> None:
+        value = getattr(self, name)
+        if not _is_count(value, minimum):
+            raise ValueError(f"Task {self.name}: {name} is {value!r}, expected a number of {minimum} or more.")
 
     def read_questions(self, corpus: list[dict] | None = None, answers_required: bool = False) -> list[dict]:
         """
-        The questions, each with its pool as `candidates`: `list[dict]`.
+        Return the questions, each with its pool as `candidates`.
 
         Args:
-            corpus (`list[dict]`, *optional*), answers_required (`bool`): what is checked besides, see
-                [`load_evaluation_set`].
+            corpus (`list[dict]`, *optional*), answers_required (`bool`): further checks, see [`load_evaluation_set`].
 
         Raises:
-            `ValueError`: with counts, for questions with too few candidates, ids that stand twice, or provenance that is missing everywhere.
+            `ValueError`: with counts, for questions with too few candidates or repeated ids, or if no question has
+                provenance.
         """
-        questions = load_evaluation_set(self.eval_file, corpus=corpus, answers_required=answers_required)[
-            : self.max_eval_samples
-        ]
-        if twice := [id for id, count in Counter(x["id"] for x in questions).items() if count > 1]:
-            raise ValueError(f"Task {self.name}: {len(twice)} ids of {self.eval_file} stand twice, e.g. {twice[0]!r}.")
-        if not any(x["provenance"] or provenance_unknown(x) for x in questions):
+        questions = load_evaluation_set(self.eval_file, corpus=corpus, answers_required=answers_required)
+        questions = questions[: self.max_eval_samples]
+        repeated = _repeated(question["id"] for question in questions)
+        if repeated:
             raise ValueError(
-                f"Task {self.name}: none of the {len(questions)} questions of {self.eval_file} has provenance, so retrieval cannot be judged. "
-                'Where it is unknown, the questions say so: "meta": {"provenance_unknown": true}.'
+                f"Task {self.name}: {len(repeated)} ids of {self.eval_file} occur twice, e.g. {repeated[0]!r}."
+            )
+        if not any(question["provenance"] or provenance_unknown(question) for question in questions):
+            raise ValueError(
+                f"Task {self.name}: none of the {len(questions)} questions of {self.eval_file} has provenance, so "
+                "retrieval cannot be judged. Questions of unknown provenance must say so: "
+                '"meta": {"provenance_unknown": true}.'
             )
         if isinstance(self.pool, str):
             return questions
-        if short := [x["id"] for x in questions if len(set(x["candidates"])) < self.pool]:
+        short = [question["id"] for question in questions if len(set(question["candidates"])) < self.pool]
+        if short:
             raise ValueError(
-                f"Task {self.name}: {len(short)} of {len(questions)} questions have fewer than {self.pool} candidates, e.g. {short[0]!r}; "
-                "recipes/build_candidates.py makes them, or set pool to 'full'."
+                f"Task {self.name}: {len(short)} of {len(questions)} questions have fewer than {self.pool} "
+                f"candidates, e.g. {short[0]!r}; recipes/build_candidates.py makes them, or set pool to 'full'."
             )
-        return [{**x, "candidates": self._pool(x)} for x in questions]
+        return [{**question, "candidates": self._pool(question)} for question in questions]
 
     def _pool(self, question: dict) -> list[str]:
         ids = list(dict.fromkeys(question["candidates"]))
         if self.gold_in_pool:
-            ids.sort(key=lambda id: id not in gold_ids(question))  # stable: the others keep their order
+            gold = gold_ids(question)
+            ids.sort(key=lambda id: id not in gold)  # gold first; the sort is stable, so the order is kept otherwise
         return ids[: int(self.pool)]
 
 
+def _is_folder_name(name: object) -> bool:
+    if not isinstance(name, str) or not name or name in _RESERVED_NAMES:
+        return False
+    return Path(name).name == name
+
+
+def _is_count(value: object, minimum: int) -> bool:
+    return type(value) is int and value >= minimum  # a bool is not a count
+
+
+def _repeated(names: Iterable[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
 def task_name(eval_file: str) -> str:
-    """Name of the task of a single evaluation set: the file's, without its endings."""
+    """Return the name of the task of a single evaluation set: the file's name without its suffixes."""
     return Path(eval_file).name.split(".")[0]
 
 
-def read_tasks(entries: list[dict], **defaults) -> list[Task]:
+def read_tasks(entries: list[dict], **defaults: Any) -> list[Task]:
     """
-    Tasks as a config lists them.
+    Read the tasks that a config lists.
 
     Args:
         entries (`list[dict]`): fields of [`Task`].
-        **defaults: of the fields that an entry leaves out; `None` leaves them to [`Task`].
+        **defaults: values for the fields that an entry leaves out; `None` leaves a field to [`Task`].
 
     Raises:
-        `ValueError`: for an unknown or missing field, or a name that occurs twice.
+        `ValueError`: for an unknown or missing field, or for a name that occurs twice.
     """
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"tasks is {entries!r}, expected a list of tasks, each with a name and an eval_file.")
-    known, tasks = {field.name for field in fields(Task)}, []
+    defaults = {name: value for name, value in defaults.items() if value is not None}
+    known = [field.name for field in fields(Task)]
+    tasks = []
     for number, entry in enumerate(entries, 1):
-        values = {**{name: value for name, value in defaults.items() if value is not None}, **entry}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(
-                f"Task {number}: unknown field {unknown[0]!r}; a task has {', '.join(field.name for field in fields(Task))}."
-            )
-        if missing := [name for name in ("name", "eval_file") if not values.get(name)]:
-            raise ValueError(f"Task {number} has no {missing[0]}.")
+        values = {**defaults, **entry}
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"Task {number}: unknown field {unknown[0]!r}; a task has {', '.join(known)}.")
+        for name in ("name", "eval_file"):
+            if not values.get(name):
+                raise ValueError(f"Task {number} has no {name}.")
         tasks.append(Task(**values))
-    if twice := [name for name, count in Counter(task.name for task in tasks).items() if count > 1]:
-        raise ValueError(f"{len(twice)} names of tasks stand twice: {', '.join(twice)}.")
+    repeated = _repeated(task.name for task in tasks)
+    if repeated:
+        raise ValueError(f"{len(repeated)} names of tasks occur twice: {', '.join(repeated)}.")
     return tasks
 
 
@@ -159,20 +186,24 @@ def open_index(
     task: Task, model: CoSupForCausalLM, index_cache: str | Path, batch_size: int = 256
 ) -> tuple[Retriever | None, str | None]:
     """
-    The index of a task: the one it names, or the index of its corpus, which is embedded unless `index_cache` holds it.
+    Open the index of a task: the index it names, or that of its corpus. The corpus is embedded unless `index_cache`
+    holds its index already.
 
-    All processes call this together; they share the work. The name in the cache is made of the corpus' content and of all that decides an embedding.
+    All processes call this together and share the work. The name in the cache is a hash of the corpus and of
+    everything that decides an embedding.
 
     Args:
-        task ([`Task`]), model ([`CoSupForCausalLM`]).
+        task ([`Task`]): names an index or a corpus, or neither.
+        model ([`CoSupForCausalLM`]): embeds the corpus.
         index_cache (`str` or `Path`): a folder that all processes see.
-        batch_size (`int`): most passages of a forward.
+        batch_size (`int`): the most passages of a forward.
 
     Returns:
-        `(Retriever, str)`: and what tells it from others; `(None, None)` where the task has neither index nor corpus.
+        `tuple[Retriever, str]`: the index and a name that tells it from others; `(None, None)` if the task has neither
+        index nor corpus.
 
     Raises:
-        `ValueError`: for an index of another model, or what is wrong with the corpus.
+        `ValueError`: if the index belongs to another model, or the corpus is not valid.
     """
     if task.index is not None:
         index = model.load_index(task.index, task.index_uri)
@@ -182,7 +213,7 @@ def open_index(
     name = f"{corpus_digest(task.corpus_file)[:16]}-{digest(model.fingerprint())[:16]}"
     folder = Path(index_cache) / name
     if not (folder / "index_config.json").exists():
-        barrier()  # nobody looks while another one already builds
+        barrier()  # no process may still check for the index while another one builds it
         Path(index_cache).mkdir(parents=True, exist_ok=True)
         source = task.corpus_file if is_file(task.corpus_file) else load_corpus(task.corpus_file)
         model.build_index(
@@ -196,12 +227,12 @@ def open_index(
 
 
 def is_file(name: str) -> bool:
-    """Whether a corpus is a file, not the name of a dataset."""
+    """Return whether a corpus is a file rather than the name of a dataset."""
     return os.path.isfile(name) or str(name).endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet"))
 
 
 def corpus_digest(source: str) -> str:
-    """SHA-256 of a corpus: of the file as it is, or of the passages of a dataset."""
+    """Return the SHA-256 of a corpus: of the bytes of a file, or of the passages of a dataset."""
     if is_file(source):
         return digest_file(source)
     return digest_all(load_corpus(source))
@@ -214,13 +245,14 @@ def check_ids(task: Task, questions: list[dict], index: Retriever) -> None:
     Raises:
         `ValueError`: with counts of ids and questions.
     """
-    wanted = [{*gold_ids(x), *x["candidates"]} for x in questions]
+    ids_of_questions = [{*gold_ids(question), *question["candidates"]} for question in questions]
     try:
-        index.rows_of(sorted(set().union(*wanted)))
+        index.rows_of(sorted(set().union(*ids_of_questions)))
     except ValueError as error:
-        touched = sum(not _holds(index, ids) for ids in wanted)
+        num_affected = sum(not _holds(index, ids) for ids in ids_of_questions)
         raise ValueError(
-            f"Task {task.name}: gold passages or candidates of {touched} of {len(questions)} questions are missing. {error}"
+            f"Task {task.name}: gold passages or candidates of {num_affected} of {len(questions)} questions are "
+            f"missing. {error}"
         ) from None
 
 

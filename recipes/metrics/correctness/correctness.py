@@ -1,30 +1,36 @@
-"""Cor and Cor⁻: is the answer right, by the metric of its dataset, and right with right retrieval."""
+"""Cor and Cor⁻: whether an answer is right by the metric of its dataset, and right with right retrieval."""
 
 import importlib
+from collections.abc import Callable
 
 import datasets
 import evaluate
 
 DESCRIPTION = """
-Cor: correctness by the metric of the dataset: the short answer is contained (NQ, TriviaQA, HotpotQA, zsRE, T-REx), F1 (WoW), ROUGE-L (ELI5), NLI (FEVER; by
-its label without an NLI model). Cor⁻ counts an answer as wrong where no gold passage was retrieved.
+Cor: correctness by the metric of the dataset: the short answer is contained (NQ, TriviaQA, HotpotQA, zsRE, T-REx), F1
+(WoW), ROUGE-L (ELI5), or NLI (FEVER; by its label without an NLI model). Cor⁻ counts an answer as wrong if no gold
+passage was retrieved.
 """
 INPUTS = """
 Args:
-    predictions (list of dict): {"id", "output": text, "retrievals": [{"passages": [{"id"}, best first]}, ...]}: lines of predictions.jsonl.
-    references (list of dict): {"id", "dataset", "input", "answers": [...], "provenance": [[ids of one evidence set], ...]}: lines of one evaluation set,
-        matched by id. ASQA and ALCE's ELI5 are for the metric `alce`.
-    metric (str, optional): accuracy, em, f1, rouge_l, short_answer, fever_label or fever_nli; that of the dataset by default.
-    nli (callable or str, optional): a judge, `list[(premise, hypothesis)]` -> `list[bool]`, or the name of an NLI model.
+    predictions (list of dict): lines of predictions.jsonl: {"id", "output": text, "retrievals": [{"passages": [{"id"},
+        best first]}, ...]}.
+    references (list of dict): lines of one evaluation set, matched by id: {"id", "dataset", "input", "answers": [...],
+        "provenance": [[ids of one evidence set], ...]}. For ASQA and ALCE's ELI5 use the metric `alce`.
+    metric (str, optional): accuracy, em, f1, rouge_l, short_answer, fever_label or fever_nli; defaults to the metric
+        of the dataset.
+    nli (callable or str, optional): a judge, `list[(premise, hypothesis)]` -> `list[bool]`, or the name of an NLI
+        model.
 
 Returns:
-    dict: cor, over all questions; cor_minus and, where retrieval succeeded and where it failed, cor_success and cor_failure, over those with provenance, NaN
-    where there is none; metric, the name of what was counted. Between 0 and 1.
+    dict: cor, over all questions; over those with provenance cor_minus, cor_success (a gold passage was retrieved) and
+    cor_failure (none was), NaN if there is no such question; metric, the name of the metric. Between 0 and 1.
 """
 CITATION = """
 @inproceedings{lee2024semiparametric,
   title={Semiparametric Token-Sequence Co-Supervision},
-  author={Lee, Hyunji and Kim, Doyoung and Jun, Jihoon and Joo, Sejune and Jang, Joel and On, Kyoung-Woon and Seo, Minjoon},
+  author={Lee, Hyunji and Kim, Doyoung and Jun, Jihoon and Joo, Sejune and Jang, Joel and On, Kyoung-Woon and
+          Seo, Minjoon},
   booktitle={Proceedings of ACL},
   year={2024}
 }
@@ -35,9 +41,9 @@ REFERENCE = {"id": STRING, "dataset": STRING, "input": STRING, "answers": [STRIN
 
 
 class Correctness(evaluate.Metric):
-    """Thin: the figures are computed by `trainer.judging`."""
+    """A thin wrapper: `trainer.judging` computes the figures."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=DESCRIPTION,
             citation=CITATION,
@@ -45,18 +51,18 @@ class Correctness(evaluate.Metric):
             features=datasets.Features({"predictions": PREDICTION, "references": REFERENCE}),
         )
 
-    def _download_and_prepare(self, dl_manager):
+    def _download_and_prepare(self, dl_manager) -> None:
+        # Not imported at the top of the file, or evaluate would tell the user to install PyPI's other `trainer`.
         try:
-            importlib.import_module(
-                "trainer.judging"
-            )  # named at the top, evaluate would tell the user to install PyPI's other `trainer`
+            importlib.import_module("trainer.judging")
         except ImportError as error:
             raise ImportError(
-                "This metric needs the package cosup (`pip install cosup`), whose `trainer` is not PyPI's package of that name."
+                "This metric needs the package cosup (`pip install cosup`), whose `trainer` is not PyPI's package of "
+                "that name."
             ) from error
 
-    def compute(self, *, predictions, references, **options):
-        """Whole lines of predictions and of an evaluation set will do: other fields are dropped."""
+    def compute(self, *, predictions: list[dict], references: list[dict], **options) -> dict:
+        """Accept whole lines of predictions and of an evaluation set; fields that are not needed are dropped."""
         from trainer.judging.matching import select_fields
 
         return super().compute(
@@ -65,7 +71,13 @@ class Correctness(evaluate.Metric):
             **options,
         )
 
-    def _compute(self, predictions, references, metric=None, nli=None):
+    def _compute(
+        self,
+        predictions: list[dict],
+        references: list[dict],
+        metric: str | None = None,
+        nli: Callable | str | None = None,
+    ) -> dict:
         from trainer.judging.correctness import cor_metric, correctness
         from trainer.judging.grounding import fever_nli
         from trainer.judging.intervals import Mean
@@ -73,29 +85,30 @@ class Correctness(evaluate.Metric):
         from trainer.judging.nli import as_judge
         from trainer.judging.retrieval import by_retrieval, cor_minus, ret
 
-        metrics = {metric or cor_metric(x["dataset"], nli is not None) for x in references}
+        metrics = {metric or cor_metric(reference["dataset"], nli is not None) for reference in references}
         if len(metrics) > 1:
             raise ValueError(
-                f"The questions are of datasets with different metrics, {sorted(metrics)}: compute one dataset at a time, or give one metric."
+                f"The questions are of datasets with different metrics, {sorted(metrics)}: compute one dataset at a "
+                "time, or give one metric."
             )
-        pairs, needing, metric = (
-            match_by_id(predictions, references),
-            {x["id"] for x in with_provenance(references)},
-            metrics.pop(),
-        )
-        outputs = [prediction["output"] for prediction, _ in pairs]
+        pairs = match_by_id(predictions, references)
+        needing = {reference["id"] for reference in with_provenance(references)}
+        metric = metrics.pop()
         if metric == "fever_nli":
             if nli is None:
                 raise ValueError("metric is 'fever_nli', which needs an NLI model: give nli.")
-            correct = fever_nli(
-                outputs, [x["input"] for _, x in pairs], [x["answers"] for _, x in pairs], as_judge(nli)
-            )
+            outputs = [prediction["output"] for prediction, _ in pairs]
+            claims = [reference["input"] for _, reference in pairs]
+            answers = [reference["answers"] for _, reference in pairs]
+            cor = fever_nli(outputs, claims, answers, as_judge(nli))
         else:
-            correct = [
-                correctness(output, x["answers"], metric) for output, (_, x) in zip(outputs, pairs, strict=True)
-            ]
-        hits = [
-            ret(retrieved_ids(prediction), x["provenance"]) if x["id"] in needing else None for prediction, x in pairs
-        ]
-        scores = {"cor": correct, "cor_minus": cor_minus(correct, hits), **by_retrieval("cor", correct, hits)}
-        return {**{name: Mean.of(values).value for name, values in scores.items()}, "metric": metric}
+            cor = [correctness(prediction["output"], reference["answers"], metric) for prediction, reference in pairs]
+        hits = []
+        for prediction, reference in pairs:
+            if reference["id"] in needing:
+                hits.append(ret(retrieved_ids(prediction), reference["provenance"]))
+            else:
+                hits.append(None)
+        scores = {"cor": cor, "cor_minus": cor_minus(cor, hits), **by_retrieval("cor", cor, hits)}
+        figures = {name: Mean.of(values).value for name, values in scores.items()}
+        return {**figures, "metric": metric}

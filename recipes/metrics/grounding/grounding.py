@@ -1,30 +1,37 @@
 """Whether grounded text follows from the passage it was written on: Gr by an NLI model, K-precision by words."""
 
 import importlib
+from collections.abc import Callable
 
 import datasets
 import evaluate
 
 DESCRIPTION = """
-Gr: share of the sentences between [Cs] and [CE] that an NLI model finds entailed by the passages retrieved for that very span. K-precision: share of the
-words between [Cs] and [CE] that are in those passages; lexical, needs no model, and is no stand-in for Gr.
+Gr: share of the sentences between [Cs] and [CE] that follow from the passages retrieved for that very span, by an NLI
+model. K-precision: share of the words between [Cs] and [CE] that are in those passages. It is lexical, needs no model,
+and does not replace Gr.
 """
 INPUTS = """
 Args:
-    predictions (list of dict): {"id", "retrievals": [{"passages": [{"id", "title", "text"}, ...], "grounded_text"}, ...]}: lines of predictions.jsonl.
-    references (list of dict): {"id", "provenance": [[ids of one evidence set], ...]}: lines of an evaluation set, matched by id; for the split by retrieval.
-    nli (callable or str, optional): a judge, `list[(premise, hypothesis)]` -> `list[bool]`, or the name of an NLI model. Without it there is no Gr.
-    hypothesis (str): how the NLI model reads a sentence, "{sentence}" by default. "{question} {sentence}", for answers of a few words, needs the field
-        "input" of the predictions.
+    predictions (list of dict): lines of predictions.jsonl: {"id", "retrievals": [{"passages": [{"id", "title",
+        "text"}, ...], "grounded_text"}, ...]}.
+    references (list of dict): lines of an evaluation set, matched by id, to split Gr by retrieval: {"id",
+        "provenance": [[ids of one evidence set], ...]}.
+    nli (callable or str, optional): a judge, `list[(premise, hypothesis)]` -> `list[bool]`, or the name of an NLI
+        model. Without it there is no Gr.
+    hypothesis (str): how the NLI model reads a sentence, "{sentence}" by default. "{question} {sentence}" is for
+        answers of a few words, and needs the field "input" of the predictions.
 
 Returns:
-    dict: k_precision and, with nli, gr, gr_success and gr_failure (where a gold passage was retrieved, and where not), between 0 and 1, NaN where there is
-    no such answer; num_grounded: answers that hold grounded text. Others do not count.
+    dict: k_precision; num_grounded, the number of answers with grounded text, the only ones that count; with nli also
+    gr, gr_success (a gold passage was retrieved) and gr_failure (none was). Between 0 and 1, NaN if there is no such
+    answer.
 """
 CITATION = """
 @inproceedings{lee2024semiparametric,
   title={Semiparametric Token-Sequence Co-Supervision},
-  author={Lee, Hyunji and Kim, Doyoung and Jun, Jihoon and Joo, Sejune and Jang, Joel and On, Kyoung-Woon and Seo, Minjoon},
+  author={Lee, Hyunji and Kim, Doyoung and Jun, Jihoon and Joo, Sejune and Jang, Joel and On, Kyoung-Woon and
+          Seo, Minjoon},
   booktitle={Proceedings of ACL},
   year={2024}
 }
@@ -36,9 +43,9 @@ REFERENCE = {"id": STRING, "provenance": [[STRING]]}
 
 
 class Grounding(evaluate.Metric):
-    """Thin: the figures are computed by `trainer.judging`."""
+    """A thin wrapper: `trainer.judging` computes the figures."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=DESCRIPTION,
             citation=CITATION,
@@ -46,18 +53,18 @@ class Grounding(evaluate.Metric):
             features=datasets.Features({"predictions": PREDICTION, "references": REFERENCE}),
         )
 
-    def _download_and_prepare(self, dl_manager):
+    def _download_and_prepare(self, dl_manager) -> None:
+        # Not imported at the top of the file, or evaluate would tell the user to install PyPI's other `trainer`.
         try:
-            importlib.import_module(
-                "trainer.judging"
-            )  # named at the top, evaluate would tell the user to install PyPI's other `trainer`
+            importlib.import_module("trainer.judging")
         except ImportError as error:
             raise ImportError(
-                "This metric needs the package cosup (`pip install cosup`), whose `trainer` is not PyPI's package of that name."
+                "This metric needs the package cosup (`pip install cosup`), whose `trainer` is not PyPI's package of "
+                "that name."
             ) from error
 
-    def compute(self, *, predictions, references, **options):
-        """Whole lines of predictions and of an evaluation set will do: other fields are dropped."""
+    def compute(self, *, predictions: list[dict], references: list[dict], **options) -> dict:
+        """Accept whole lines of predictions and of an evaluation set; fields that are not needed are dropped."""
         from trainer.judging.matching import select_fields
 
         if "{question" not in options.get("hypothesis", ""):
@@ -68,21 +75,31 @@ class Grounding(evaluate.Metric):
             **options,
         )
 
-    def _compute(self, predictions, references, nli=None, hypothesis="{sentence}"):
+    def _compute(
+        self,
+        predictions: list[dict],
+        references: list[dict],
+        nli: Callable | str | None = None,
+        hypothesis: str = "{sentence}",
+    ) -> dict:
         from trainer.judging.grounding import grounding, k_precision
         from trainer.judging.intervals import Mean
         from trainer.judging.matching import match_by_id, retrieved_ids, with_provenance
         from trainer.judging.nli import as_judge
         from trainer.judging.retrieval import by_retrieval, ret
 
-        pairs, needing = match_by_id(predictions, references), {x["id"] for x in with_provenance(references)}
-        words = Mean.of(k_precision(prediction) for prediction, _ in pairs)
-        scores = {"k_precision": words.value, "num_grounded": words.n}
+        pairs = match_by_id(predictions, references)
+        needing = {reference["id"] for reference in with_provenance(references)}
+        precision = Mean.of(k_precision(prediction) for prediction, _ in pairs)
+        scores = {"k_precision": precision.value, "num_grounded": precision.n}
         if nli is None:
             return scores
-        values = grounding([prediction for prediction, _ in pairs], as_judge(nli), hypothesis=hypothesis)
-        hits = [
-            ret(retrieved_ids(prediction), x["provenance"]) if x["id"] in needing else None for prediction, x in pairs
-        ]
-        figures = {"gr": values, **by_retrieval("gr", values, hits)}
-        return scores | {name: Mean.of(own).value for name, own in figures.items()}
+        gr = grounding([prediction for prediction, _ in pairs], as_judge(nli), hypothesis=hypothesis)
+        hits = []
+        for prediction, reference in pairs:
+            if reference["id"] in needing:
+                hits.append(ret(retrieved_ids(prediction), reference["provenance"]))
+            else:
+                hits.append(None)
+        figures = {"gr": gr, **by_retrieval("gr", gr, hits)}
+        return scores | {name: Mean.of(values).value for name, values in figures.items()}

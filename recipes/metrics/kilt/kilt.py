@@ -1,4 +1,4 @@
-"""KILT's scores of answers, and the same where retrieval is complete."""
+"""KILT's scores of answers, plain and gated by retrieval."""
 
 import importlib
 
@@ -6,24 +6,29 @@ import datasets
 import evaluate
 
 DESCRIPTION = """
-KILT's figures: accuracy, exact match, F1 and ROUGE-L of the answers; R-precision and KILT's recall@5 of the retrieved passages; and KILT-accuracy, -EM, -F1 and
--ROUGE-L, which count an answer only where R-precision is 1. They equal KILT's own code on the same predictions.
+KILT's figures: accuracy, exact match, F1 and ROUGE-L of the answers; R-precision and KILT's recall@5 of the retrieved
+passages; and KILT-accuracy, -EM, -F1 and -ROUGE-L, which count an answer only if R-precision is 1. On the same
+predictions they equal the figures of KILT's own code.
 """
 INPUTS = """
 Args:
-    predictions (list of dict): {"id", "output": text, "retrievals": [{"passages": [{"id"}, best first]}, ...]}: lines of predictions.jsonl.
-    references (list of dict): {"id", "answers": [...], "provenance": [[ids of one evidence set], ...]}: lines of an evaluation set, matched by id.
+    predictions (list of dict): lines of predictions.jsonl: {"id", "output": text, "retrievals": [{"passages": [{"id"},
+        best first]}, ...]}.
+    references (list of dict): lines of an evaluation set, matched by id: {"id", "answers": [...], "provenance": [[ids
+        of one evidence set], ...]}.
     rouge (bool): whether to compute ROUGE-L, which needs `pip install rouge`; True by default.
 
 Returns:
-    dict: accuracy, em, f1, rouge_l, kilt_accuracy, kilt_em, kilt_f1, kilt_rouge_l, r_precision, kilt_recall@5, between 0 and 1, and num_without_provenance:
-    questions whose provenance is empty; their retrieval is wrong, as in KILT.
+    dict: accuracy, em, f1, rouge_l, kilt_accuracy, kilt_em, kilt_f1, kilt_rouge_l, r_precision and kilt_recall@5,
+    between 0 and 1; num_without_provenance, the number of questions without provenance, whose retrieval counts as
+    wrong, as in KILT.
 """
 CITATION = """
 @inproceedings{petroni2021kilt,
   title={{KILT}: a Benchmark for Knowledge Intensive Language Tasks},
-  author={Petroni, Fabio and Piktus, Aleksandra and Fan, Angela and Lewis, Patrick and Yazdani, Majid and De Cao, Nicola and Thorne, James and
-          Jernite, Yacine and Karpukhin, Vladimir and Maillard, Jean and Plachouras, Vassilis and Rocktäschel, Tim and Riedel, Sebastian},
+  author={Petroni, Fabio and Piktus, Aleksandra and Fan, Angela and Lewis, Patrick and Yazdani, Majid and
+          De Cao, Nicola and Thorne, James and Jernite, Yacine and Karpukhin, Vladimir and Maillard, Jean and
+          Plachouras, Vassilis and Rocktäschel, Tim and Riedel, Sebastian},
   booktitle={Proceedings of NAACL},
   year={2021}
 }
@@ -34,9 +39,9 @@ REFERENCE = {"id": STRING, "answers": [STRING], "provenance": [[STRING]]}
 
 
 class KILT(evaluate.Metric):
-    """Thin: the figures are computed by `trainer.judging`."""
+    """A thin wrapper: `trainer.judging` computes the figures."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=DESCRIPTION,
             citation=CITATION,
@@ -44,18 +49,18 @@ class KILT(evaluate.Metric):
             features=datasets.Features({"predictions": PREDICTION, "references": REFERENCE}),
         )
 
-    def _download_and_prepare(self, dl_manager):
+    def _download_and_prepare(self, dl_manager) -> None:
+        # Not imported at the top of the file, or evaluate would tell the user to install PyPI's other `trainer`.
         try:
-            importlib.import_module(
-                "trainer.judging"
-            )  # named at the top, evaluate would tell the user to install PyPI's other `trainer`
+            importlib.import_module("trainer.judging")
         except ImportError as error:
             raise ImportError(
-                "This metric needs the package cosup (`pip install cosup`), whose `trainer` is not PyPI's package of that name."
+                "This metric needs the package cosup (`pip install cosup`), whose `trainer` is not PyPI's package of "
+                "that name."
             ) from error
 
-    def compute(self, *, predictions, references, **options):
-        """Whole lines of predictions and of an evaluation set will do: other fields are dropped."""
+    def compute(self, *, predictions: list[dict], references: list[dict], **options) -> dict:
+        """Accept whole lines of predictions and of an evaluation set; fields that are not needed are dropped."""
         from trainer.judging.matching import select_fields
 
         return super().compute(
@@ -64,16 +69,19 @@ class KILT(evaluate.Metric):
             **options,
         )
 
-    def _compute(self, predictions, references, rouge=True):
+    def _compute(self, predictions: list[dict], references: list[dict], rouge: bool = True) -> dict:
         from trainer.judging.correctness import kilt_scores
         from trainer.judging.matching import match_by_id, retrieved_ids, with_provenance
         from trainer.judging.retrieval import kilt_recall_at_k, mean_scores, r_precision
 
-        needing, rows = {x["id"] for x in with_provenance(references)}, []
-        for prediction, x in match_by_id(predictions, references):
-            retrieved, row = retrieved_ids(prediction), {"r_precision": 0.0, "kilt_recall@5": 0.0}
-            if x["id"] in needing:
-                row["r_precision"] = r_precision(retrieved, x["provenance"])
-                row["kilt_recall@5"] = kilt_recall_at_k(retrieved, x["provenance"], 5)
-            rows.append(kilt_scores(prediction["output"], x["answers"], row["r_precision"], rouge) | row)
+        needing = {reference["id"] for reference in with_provenance(references)}
+        rows = []
+        for prediction, reference in match_by_id(predictions, references):
+            retrieval = {"r_precision": 0.0, "kilt_recall@5": 0.0}
+            if reference["id"] in needing:
+                retrieved = retrieved_ids(prediction)
+                retrieval["r_precision"] = r_precision(retrieved, reference["provenance"])
+                retrieval["kilt_recall@5"] = kilt_recall_at_k(retrieved, reference["provenance"], 5)
+            answer = kilt_scores(prediction["output"], reference["answers"], retrieval["r_precision"], rouge)
+            rows.append(answer | retrieval)
         return mean_scores(rows) | {"num_without_provenance": len(rows) - len(needing)}
