@@ -205,6 +205,6 @@ def test_only_what_the_config_names_is_downloaded(model, tmp_path, monkeypatch, 
     assert calls == [(None, [NAME]), ("abc", [NAME, *names])] and len(index) == len(PASSAGES)
     edit(folder, lambda config: config["files"].update({"*": {"size": 1, "sha256": "x"}}))
     calls.clear()
-    with pytest.raises(ValueError, match="is no file of an index"):
+    with pytest.raises(ValueError, match="is not a file of an index"):
         PassageIndex.from_pretrained("me/index")
     assert len(calls) == 1
