@@ -40,13 +40,8 @@ except ImportError:
 
 FORMAT_VERSION = 2
 CONFIG_FILE = "index_config.json"
-FILE_PATTERNS = [
-    CONFIG_FILE,
-    "embeddings-*.safetensors",
-    "passages-*.arrow",
-    "ids-*.safetensors",
-    "deleted-*.safetensors",
-]
+FILE_PATTERNS = [CONFIG_FILE, "embeddings-*.safetensors", "passages-*.arrow"]
+FILE_PATTERNS += ["ids-*.safetensors", "deleted-*.safetensors"]
 FAISS_PATTERN = "index-*.faiss"
 LOCK_FILE = ".lock"  # held by the process that changes the folder
 FILE_NAME = re.compile(
@@ -179,9 +174,9 @@ def signed(config: IndexConfig) -> IndexConfig:
     return {**config, "sha256": digest_of_config(config)}
 
 
-def write_config(folder: Path, config: IndexConfig, write: Callable[[Path, Any], None] = write_json) -> None:
+def write_config(folder: Path, config: IndexConfig) -> None:
     """Write `index_config.json`."""
-    write(folder / CONFIG_FILE, signed(config))
+    write_json(folder / CONFIG_FILE, signed(config))
 
 
 def write_shard(folder: Path, number: int, shard: Shard) -> dict[str, FileFacts]:
@@ -288,9 +283,7 @@ def map_shard(folder: Path, number: int, full: bool = False) -> Shard:
 
 def read_config(folder: Path, verify: bool | None = None) -> IndexConfig:
     """
-    Read the config of an index folder, and check the files that it lists.
-
-    The file of an approximate index is not checked here, but when it is loaded.
+    Read the config of an index folder, and check all files that it lists but an approximate index, see [`check_file`].
 
     Args:
         folder (`Path`): of the index.
@@ -355,9 +348,8 @@ def check_config(path: Path, config: IndexConfig) -> None:
     if config["dtype"] not in DTYPES or not config["shards"] or not right_counts:
         raise ValueError(f"{path} is damaged: dtype is {config['dtype']!r}, shards are {config['shards'][:5]}.")
     for name, facts in config["files"].items():
-        has_facts = isinstance(facts, dict)
-        has_facts = has_facts and isinstance(facts.get("size"), int) and isinstance(facts.get("sha256"), str)
-        if not FILE_NAME.fullmatch(name) or not has_facts:
+        valid = isinstance(facts, dict) and isinstance(facts.get("size"), int) and isinstance(facts.get("sha256"), str)
+        if not FILE_NAME.fullmatch(name) or not valid:
             raise ValueError(
                 f"{path} is damaged: {name!r} is not a file of an index, or its size and SHA-256 are missing."
             )
@@ -402,10 +394,7 @@ def check_file(path: Path, facts: FileFacts, verify: bool | None = None) -> None
 
 def check_save_directory(save_directory: str | os.PathLike[str]) -> Path:
     """
-    Check now whether an index can be saved in a folder, not after an hour of embedding; create the folder's parents.
-
-    Returns:
-        `Path`: absolute.
+    Return the absolute path of an index to save, with its parents created; fail now, not after an hour of embedding.
 
     Raises:
         `OSError`: if the folder cannot be written, is neither empty nor an index, or also holds other files, which

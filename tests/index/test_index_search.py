@@ -395,7 +395,7 @@ def kill_at(step, module, name, calls):
 for step in range(1, 20):
     if (child := os.fork()) == 0:
         index, calls = PassageIndex.from_pretrained(sys.argv[1] + f"/{step}", allow_faiss_files=True), []
-        for module, name in ((index_store_cosup, "seal"), (index_store_cosup, "write_json"), (index_store_cosup, "sweep"), (os, "replace")):
+        for module, name in ((index_store_cosup, "seal"), (index_store_cosup, "write_config"), (index_store_cosup, "sweep"), (os, "replace")):
             kill_at(step, module, name, calls)
         index.add([{"id": "new", "text": "word"}], make_model(), show_progress_bar=False)
         index.delete(["p0"])
