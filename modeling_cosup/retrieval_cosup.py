@@ -93,7 +93,7 @@ class PassageIndex(SearchableStore):
         num_processes: int = 1,
         process_index: int = 0,
         show_progress_bar: bool = True,
-    ) -> "PassageIndex | None":
+    ) -> "PassageIndex | Any":  # None with several processes; Any spares all others a check
         """
         Embed a corpus.
 
