@@ -274,16 +274,9 @@ class PassageStore:
 
     def _write_file(self, folder: Path, config: IndexConfig, name: str, write: Callable[[Path], object]) -> str:
         """
-        Write a file of a new generation, and list it in the config in place of the earlier file of its kind.
+        Write a new generation of a file, e.g. `"ids.safetensors"`; return its name, e.g. `"ids-00003.safetensors"`.
 
-        Args:
-            folder (`Path`): of the index.
-            config (`dict`): changed in place.
-            name (`str`): kind and suffix, e.g. `"ids.safetensors"`.
-            write (`Callable`): given the path, writes the file.
-
-        Returns:
-            `str`: name of the file, e.g. `"ids-00003.safetensors"`.
+        The config lists it in place of the earlier file of its kind.
         """
         kind, suffix = name.split(".")
         new_name = f"{kind}-{config['generation']:05d}.{suffix}"
