@@ -1,24 +1,30 @@
 """
-Embedding a corpus, shard by shard: peak memory is one shard, and 8 bytes a passage for the check that no id occurs
-twice.
+Embeds a corpus, shard by shard. Peak memory is one shard, and 8 bytes a passage to check that no id occurs twice.
 
-A build lives in a folder of its own next to the index, `.<name>.unfinished`: `build.json` says what is being built, and a shard counts once its marker
-`shard-00000.json` was renamed into place. A build that was killed goes on after the shards that count.
+A build lives in its own folder next to the index, `.<name>.unfinished`. `build.json` says what is being built, and a
+shard counts once its marker `shard-00000.json` was renamed into place. A build that was killed goes on after the
+shards that count.
 """
 
 import contextlib
 import errno
 import itertools
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .configuration_cosup import EARLIER_EMBEDDING_SETTINGS
 from .files_cosup import digest, digest_all, digest_file, read_json, write_json
-from .index_files_cosup import DTYPES, Shard, create_tensors, map_shard, seal, shard_files, write_passages
+from .index_files_cosup import DTYPES, FileFacts, Shard, create_tensors, map_shard, seal, shard_files, write_passages
+from .index_search_cosup import contains
 from .passages_cosup import can_be_read_twice, checked_passages, find_duplicate, hash_ids, read_corpus
+from .retriever_cosup import CoSupModel
 from .tokenization_cosup import add_bos_and_eos, encode_passages_for_emb_seq, encode_passages_for_gen, pad_rows
 
 try:
@@ -29,11 +35,16 @@ except ImportError:
 logger = logging.get_logger(__name__)
 
 BUILD_FILE = "build.json"
-TOKENIZED_AT_ONCE = 2048  # passages: enough for the threads of a tokenizer
-SHORTEST = (
-    0.75  # of the longest passage of a batch: few passages, of very different lengths, would else be mostly padding
-)
+TOKENIZER_BATCH = 2048  # passages: enough for the threads of a tokenizer
+# Shortest passage of a batch, relative to the longest: otherwise small batches would be mostly padding
+MIN_LENGTH_RATIO = 0.75
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+Passages: TypeAlias = list[dict[str, Any]]
+Settings: TypeAlias = dict[str, Any]  # what build.json holds: fingerprint, embedding_size, dtype, shard_size
+Placed: TypeAlias = list[tuple[str, dict[str, Any]]]  # passages, each with its place in the corpus for errors
+Known: TypeAlias = Callable[[list[str]], list[str]]  # given ids, returns those that the index already holds
+T = TypeVar("T")
 
 
 class ShardBuilder:
@@ -41,31 +52,35 @@ class ShardBuilder:
     Makes shards out of passages.
 
     Args:
-        model ([`CoSupForCausalLM`]): with Emb_seq in memory; it runs where it is, in its dtype.
+        model ([`CoSupForCausalLM`]): with Emb_seq in memory; used on its device and in its dtype.
         dtype (`str`): of the stored embeddings: `"float32"`, `"float16"` or `"bfloat16"`.
-        batch_size (`int`): most passages of a forward.
-        max_tokens_per_batch (`int`, *optional*): most tokens of a forward, padding included; a passage that is longer goes alone. Defaults to 4,096 on a CPU,
-            where larger batches leave its caches, and 32,768 elsewhere.
+        batch_size (`int`): maximum number of passages in a forward.
+        max_tokens_per_batch (`int`, *optional*): maximum number of tokens in a forward, with padding; a longer passage
+            is embedded alone. Defaults to 4,096 on a CPU, where larger batches do not fit in its caches, and to 32,768
+            on other devices.
     """
 
-    def __init__(self, model, dtype="float32", batch_size=256, max_tokens_per_batch=None):
+    def __init__(
+        self, model: CoSupModel, dtype: str = "float32", batch_size: int = 256, max_tokens_per_batch: int | None = None
+    ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
         self.model, self.dtype = model, DTYPES[dtype]
         self.batch_size = batch_size
         self.max_tokens_per_batch = max_tokens_per_batch or (4096 if model.device.type == "cpu" else 32768)
 
-    def make(self, passages, bar, paths=None):
+    def make(self, passages: Passages, bar: tqdm, paths: tuple[Path, Path] | None = None) -> Shard:
         """
-        A shard of passages.
+        Embed passages into a shard.
 
         Args:
             passages (`list[dict]`): checked.
-            bar (`tqdm`): moves with each batch.
-            paths (`tuple[Path, Path]`, *optional*): of the files to write embeddings and passages to, as they come; else the shard is in memory.
+            bar (`tqdm`): advances with each batch.
+            paths (`tuple[Path, Path]`, *optional*): files that embeddings and passages are written to as they are
+                made; without it the shard is in memory.
 
         Raises:
-            `ValueError`: names the passages whose embedding is not finite.
+            `ValueError`: names the passages with embeddings that are not finite.
         """
         gen_ids, emb_seq_ids = self._tokenize(passages)
         shape = (len(passages), self.model.config.embedding_size)
@@ -79,73 +94,80 @@ class ShardBuilder:
             write_passages(paths[1], batch)
         return Shard(batch, embeddings)
 
-    def _tokenize(self, passages):
-        """Token ids as Gen and as Emb_seq read them: two lists of int32 arrays, a seventh of the memory of lists of `int`."""
-        model, rows = self.model, ([], [])
-        for start in range(0, len(passages), TOKENIZED_AT_ONCE):
-            chunk = passages[start : start + TOKENIZED_AT_ONCE]
+    def _tokenize(self, passages: Passages) -> tuple[list[NDArray[np.int32]], list[NDArray[np.int32]]]:
+        """Return the token ids that Gen and Emb_seq read; int32 arrays take a seventh of the memory of `list[int]`."""
+        model = self.model
+        same_ids = model.emb_seq_tokenizer is model.tokenizer and not model.config.passage_prompt
+        all_gen_ids, all_emb_seq_ids = [], []
+        for start in range(0, len(passages), TOKENIZER_BATCH):
+            chunk = passages[start : start + TOKENIZER_BATCH]
             gen_ids = encode_passages_for_gen(model.tokenizer, chunk, model.config)
-            if model.emb_seq_tokenizer is model.tokenizer and not model.config.passage_prompt:  # read once
+            if same_ids:  # tokenize once
                 emb_seq_ids = add_bos_and_eos(model.tokenizer, gen_ids, model.config)
             else:
                 emb_seq_ids = encode_passages_for_emb_seq(model.emb_seq_tokenizer, chunk, model.config)
-            for kept, ids in zip(rows, (gen_ids, emb_seq_ids), strict=True):
-                kept.extend(np.array(row, np.int32) for row in ids)
-        return rows
+            all_gen_ids += [np.array(ids, np.int32) for ids in gen_ids]
+            all_emb_seq_ids += [np.array(ids, np.int32) for ids in emb_seq_ids]
+        return all_gen_ids, all_emb_seq_ids
 
     @torch.no_grad()
-    def _embed(self, passages, token_ids, embeddings, bar):
-        """Fill `embeddings` `(n, h)`. A batch is fetched only when the next one was sent off, so that a GPU need not wait for this thread."""
-        waiting = None
+    def _embed(
+        self, passages: Passages, token_ids: list[NDArray[np.int32]], embeddings: torch.Tensor, bar: tqdm
+    ) -> None:
+        """Fill `embeddings` `(n, h)`. A batch is copied once the next one is queued, so a GPU never waits for us."""
+        queued = None
         for rows in self._batches(token_ids):
             ids, mask = pad_rows([token_ids[row] for row in rows], device=self.model.device)
             embeds = self.model.encode_passages(ids, mask)
-            if waiting is not None:
-                self._store(passages, *waiting, embeddings, bar)
-            waiting = rows, embeds
-        self._store(passages, *waiting, embeddings, bar)
+            if queued is not None:
+                self._store(passages, *queued, embeddings, bar)
+            queued = rows, embeds
+        if queued is not None:
+            self._store(passages, *queued, embeddings, bar)
 
-    def _batches(self, token_ids):
-        """Rows of similar length, longest first: what does not fit into memory fails at once."""
+    def _batches(self, token_ids: list[NDArray[np.int32]]) -> Iterator[NDArray[np.int64]]:
+        """Yield rows of similar length, longest first, so that a batch that does not fit in memory fails early."""
         lengths = np.array([len(ids) for ids in token_ids])
         order = np.argsort(-lengths, kind="stable")
-        lengths, start = lengths[order], 0
+        lengths = lengths[order]
+        start = 0
         while start < len(order):
             longest = max(1, lengths[start])
             size = max(1, min(self.batch_size, self.max_tokens_per_batch // longest))
-            similar = np.searchsorted(-lengths, -SHORTEST * longest, side="right")
-            end = max(start + 1, min(start + size, similar))
+            end_of_similar = np.searchsorted(-lengths, -MIN_LENGTH_RATIO * longest, side="right")
+            end = max(start + 1, min(start + size, end_of_similar))
             yield order[start:end]
             start = end
 
-    def _store(self, passages, rows, embeds, embeddings, bar):
+    def _store(
+        self, passages: Passages, rows: NDArray[np.int64], embeds: torch.Tensor, embeddings: torch.Tensor, bar: tqdm
+    ) -> None:
         stored = embeds.to(self.dtype).cpu()
         finite = stored.isfinite().all(1)
         if not finite.all():
-            bad = [passages[row]["id"] for row in rows[~finite.numpy()]]
+            bad_ids = [passages[row]["id"] for row in rows[~finite.numpy()]]
             raise ValueError(
-                f"The embeddings of {len(bad)} passages are not finite in {self.dtype}: {bad[:5]}. Emb_seq's weights or its dtype are at fault."
+                f"The embeddings of {len(bad_ids)} passages are not finite in {self.dtype}: {bad_ids[:5]}. Check"
+                " Emb_seq's weights and dtype."
             )
         embeddings[torch.from_numpy(rows)] = stored
         bar.update(len(rows))
 
 
-def record_batch(passages, gen_ids):
-    """The `pyarrow.RecordBatch` of a shard: texts, ids, hashes of ids, and what Gen reads."""
-    ids = [passage["id"] for passage in passages]
-    offsets = np.cumsum([0, *map(len, gen_ids)])
-    columns = {
-        name: pa.array([passage[name] for passage in passages], pa.large_string()) for name in ("id", "title", "text")
-    }
-    columns["input_ids"] = pa.LargeListArray.from_arrays(
-        pa.array(offsets, pa.int64()), pa.array(np.concatenate(gen_ids), pa.int32())
-    )
-    return pa.record_batch({**columns, "id_hash": pa.array(hash_ids(ids))})
+def record_batch(passages: Passages, gen_ids: list[NDArray[np.int32]]) -> "pa.RecordBatch":
+    """Return the `pyarrow.RecordBatch` of a shard: ids, titles, texts, token ids for Gen, and hashes of the ids."""
+    columns = {}
+    for name in ("id", "title", "text"):
+        columns[name] = pa.array([passage[name] for passage in passages], pa.large_string())
+    offsets = pa.array(np.cumsum([0, *map(len, gen_ids)]), pa.int64())
+    columns["input_ids"] = pa.LargeListArray.from_arrays(offsets, pa.array(np.concatenate(gen_ids), pa.int32()))
+    columns["id_hash"] = pa.array(hash_ids(passage["id"] for passage in passages))
+    return pa.record_batch(columns)
 
 
 @contextlib.contextmanager
-def evaluating(model):
-    """Evaluation mode; the mode before comes back."""
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode for the block, then restore its mode."""
     training = model.training
     model.eval()
     try:
@@ -157,20 +179,23 @@ def evaluating(model):
 # ---------------------------------------------------------------------- reading the corpus
 
 
-def read_shards(source, shard_size, show_progress_bar, known=lambda ids: []):
+def read_shards(
+    source: Any, shard_size: int, show_progress_bar: bool, known: Known = lambda ids: []
+) -> tuple[int | None, Iterator[Passages]]:
     """
-    A corpus in shards, checked: before the first one where it can be read twice, else as it streams.
+    Cut a corpus into shards, and check it: before the first shard if it can be read twice, otherwise as it streams.
 
     Args:
         source: see [`read_corpus`].
-        shard_size (`int`): passages of each but the last.
-        known (callable): of a list of ids those that the index already holds.
+        shard_size (`int`): passages of each shard but the last.
+        show_progress_bar (`bool`): of the check.
+        known (`Callable`): given ids, returns those that the index already holds.
 
     Returns:
-        `(int or None, iterator of list[dict])`: the number of passages, where it is known, and the shards.
+        `(int or None, iterator of list[dict])`: the number of passages, if it is known, and the shards.
 
     Raises:
-        `ValueError`: names the place of a passage with a missing or empty field, or of an id that was there before.
+        `ValueError`: names the place of a passage with a missing or empty field, or with an id that occurred before.
     """
     if shard_size < 1:
         raise ValueError(f"shard_size is {shard_size}, expected at least 1.")
@@ -181,40 +206,47 @@ def read_shards(source, shard_size, show_progress_bar, known=lambda ids: []):
         return checked_passages(read_corpus(source))
 
     bar = tqdm(read(), desc="Checking passages", unit=" passages", disable=not show_progress_bar)
-    hashes = [_hash_of_new(chunk, known) for chunk in _cut(bar, TOKENIZED_AT_ONCE)]
-    if not hashes:
+    chunks = [_hash_new_ids(pairs, known) for pairs in _cut(bar, TOKENIZER_BATCH)]
+    if not chunks:
         raise ValueError("The corpus holds no passage.")
-    hashes = np.concatenate(hashes)
+    hashes = np.concatenate(chunks)
     find_duplicate(hashes, read)
-    return len(hashes), ([passage for _, passage in chunk] for chunk in _cut(read(), shard_size))
+    return len(hashes), ([passage for _, passage in pairs] for pairs in _cut(read(), shard_size))
 
 
-def _cut(iterable, size):
+def _cut(iterable: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(iterable)
     while chunk := list(itertools.islice(iterator, size)):
         yield chunk
 
 
-def _hash_of_new(pairs, known):
-    """Hashes of the ids of `(where, passage)` pairs, none of which the index may hold already."""
-    if held := set(known([passage["id"] for _, passage in pairs])):
-        where, id = next((where, passage["id"]) for where, passage in pairs if passage["id"] in held)
-        raise ValueError(f"{where}: id {id!r} is already in the index ({len(held)} such ids).")
-    return hash_ids(passage["id"] for _, passage in pairs)
+def _hash_new_ids(pairs: Placed, known: Known) -> NDArray[np.int64]:
+    """Return hashes of the ids of `(where, passage)` pairs; `ValueError` for an id that the index already holds."""
+    ids = [passage["id"] for _, passage in pairs]
+    held = set(known(ids))
+    if held:
+        where, held_id = next((where, passage["id"]) for where, passage in pairs if passage["id"] in held)
+        raise ValueError(f"{where}: id {held_id!r} is already in the index ({len(held)} such ids).")
+    return hash_ids(ids)
 
 
-def _check_as_it_streams(shards, known):
-    """Shards of a corpus that can be read only once; ids of the same hash in two shards are taken for the same (one in 10^19 pairs is not)."""
+def _check_as_it_streams(shards: Iterable[Placed], known: Known) -> Iterator[Passages]:
+    """
+    Check the shards of a corpus that can be read only once.
+
+    Ids with the same hash in two shards count as the same id, which is wrong for one in 10^19 pairs.
+    """
     seen = np.empty(0, np.int64)
     for pairs in shards:
-        hashes = _hash_of_new(pairs, known)
+        hashes = _hash_new_ids(pairs, known)
         find_duplicate(hashes.copy(), lambda pairs=pairs: pairs)
-        if (
-            len(seen)
-            and (again := np.flatnonzero(seen[np.minimum(seen.searchsorted(hashes), len(seen) - 1)] == hashes)).size
-        ):
-            where, passage = pairs[again[0]]
-            raise ValueError(f"{where}: id {passage['id']!r} already stands in an earlier row; ids must be unique.")
+        if len(seen):
+            repeated = np.flatnonzero(contains(seen, hashes))
+            if len(repeated):
+                where, passage = pairs[repeated[0]]
+                raise ValueError(
+                    f"{where}: id {passage['id']!r} already stands in an earlier row; ids must be unique."
+                )
         seen = np.concatenate([seen, hashes])
         seen.sort(kind="stable")  # merges the two runs
         yield [passage for _, passage in pairs]
@@ -225,100 +257,118 @@ def _check_as_it_streams(shards, known):
 # ---------------------------------------------------------------------- building in a folder
 
 
-def unfinished_folder(save_directory):
-    """Where the build of an index lives until it is complete: next to it, under a name that a second call finds."""
+def unfinished_folder(save_directory: Path) -> Path:
+    """Return the folder of an index that is being built: next to the index, so that a second call finds it."""
     return save_directory.with_name(f".{save_directory.name}.unfinished")
 
 
-def begin(folder, settings):
+def begin(folder: Path, settings: Settings) -> None:
     """
     Begin a build, or go on with one.
 
     Raises:
-        `ValueError`: when shards are there that another model or other settings made; names what differs.
+        `ValueError`: if the folder holds shards of another model or with other settings; names every difference.
     """
     folder.mkdir(exist_ok=True)
     path = folder / BUILD_FILE
     if path.exists() and any(folder.glob("shard-*.json")):
         build = read_json(path)
-        before, now = ({**EARLIER_EMBEDDING_SETTINGS, **facts, **facts["fingerprint"]} for facts in (build, settings))
-        different = [name for name in now if name != "fingerprint" and before.get(name) != now[name]]
-        if different:
-            lines = [f"  {name}: then {before.get(name)!r}, now {now[name]!r}" for name in different]
-            raise ValueError(
-                f"{folder} holds an unfinished build with other settings; finish it with those, or delete the folder.\n"
-                + "\n".join(lines)
-            )
+        before = {**EARLIER_EMBEDDING_SETTINGS, **build, **build["fingerprint"]}
+        now = {**EARLIER_EMBEDDING_SETTINGS, **settings, **settings["fingerprint"]}
+        lines = []
+        for name, value in now.items():
+            if name != "fingerprint" and before.get(name) != value:
+                lines.append(f"  {name}: then {before.get(name)!r}, now {value!r}")
+        if lines:
+            message = "holds an unfinished build with other settings; finish it with those, or delete the folder."
+            raise ValueError(f"{folder} {message}\n" + "\n".join(lines))
     write_json(path, settings)
 
 
-def is_complete(folder, number, content):
-    """Whether a shard was written to its end, of the same passages, and its files are still what they were: reading them is cheap compared with embedding."""
-    marker = folder / f"shard-{number:05d}.json"
-    if not marker.exists():
+def marker_path(folder: Path, number: int) -> Path:
+    """Return the path of the file that marks a shard as complete."""
+    return folder / f"shard-{number:05d}.json"
+
+
+def is_complete(folder: Path, number: int, content: str) -> bool:
+    """
+    Whether a shard was written completely, from the same passages, and its files are unchanged.
+
+    The files are read whole, which is cheap compared with embedding.
+    """
+    path = marker_path(folder, number)
+    if not path.exists():
         return False
-    facts = read_json(marker)
-    whole = all(
-        _is_whole(folder / name, file) and digest_file(folder / name) == file["sha256"]
-        for name, file in facts["files"].items()
-    )
-    if facts["digest"] != content:
+    marker = read_json(path)
+    if marker["digest"] != content:
         logger.warning(f"The passages of shard {number} are not those that it was built of: it is built again.")
-    return whole and facts["digest"] == content
+        return False
+    for name, facts in marker["files"].items():
+        if not _has_size(folder / name, facts) or digest_file(folder / name) != facts["sha256"]:
+            return False
+    return True
 
 
-def _is_whole(path, facts):
-    """Whether a file is as long as it was."""
+def _has_size(path: Path, facts: FileFacts) -> bool:
+    """Whether a file exists and has the size that was recorded."""
     return path.exists() and path.stat().st_size == facts["size"]
 
 
-def write_shards(folder, shards, builder, bar, shard_size, num_processes=1, process_index=0):
+def write_shards(
+    folder: Path,
+    shards: Iterable[Passages],
+    builder: ShardBuilder,
+    bar: tqdm,
+    shard_size: int,
+    num_processes: int = 1,
+    process_index: int = 0,
+) -> int:
     """
-    Write the shards of this process that are not yet complete, each with its marker. Returns how many shards the corpus has.
+    Write those shards of this process that are not complete, each with its marker; return the corpus's shard count.
 
-    At its end the process notes in `done-00000.json` which corpus it read, and which of its shards it saw whole.
+    Afterwards `done-00000.json` says which corpus the process read, and the digests of its shards.
 
     Raises:
-        `OSError`: when the disk is full; says what to free.
+        `OSError`: if the disk is full; says how much to free.
     """
-    number, done, contents, digests = -1, 0, [], {}
     done_file = folder / f"done-{process_index:05d}.json"
     done_file.unlink(missing_ok=True)
+    contents, digests = [], {}
+    num_done = 0  # passages of this process
     for number, passages in enumerate(shards):
         content = digest_all(passages)
         contents.append(content)
         if number % num_processes != process_index:
             continue
-        digests[f"shard-{number:05d}.json"] = content
-        if not is_complete(folder, number, content):
-            try:
-                files = write_new_shard(folder, number, passages, builder, bar)
-            except OSError as error:
-                if error.errno in NO_ROOM:
-                    raise OSError(
-                        error.errno, _no_room(folder, builder, max(len(passages), (bar.total or 0) - done))
-                    ) from error
-                raise
-            marker = {
-                "first_row": number * shard_size,
-                "num_passages": len(passages),
-                "digest": content,
-                "files": files,
-            }
-            write_json(folder / f"shard-{number:05d}.json", marker)
-        else:
+        marker_file = marker_path(folder, number)
+        digests[marker_file.name] = content
+        if is_complete(folder, number, content):
             if not bar.disable:
                 bar.initial += len(passages)  # counts as done, not as fast
             bar.update(len(passages))
-        done += len(passages)
+        else:
+            try:
+                files = write_new_shard(folder, number, passages, builder, bar)
+            except OSError as error:
+                if error.errno not in NO_ROOM:
+                    raise
+                num_left = max(len(passages), (bar.total or 0) - num_done)
+                raise OSError(error.errno, _no_room(folder, builder, num_left)) from error
+            first_row = number * shard_size
+            marker = {"first_row": first_row, "num_passages": len(passages), "digest": content, "files": files}
+            write_json(marker_file, marker)
+        num_done += len(passages)
     write_json(done_file, {"num_processes": num_processes, "corpus": digest(contents), "digests": digests})
-    return number + 1
+    return len(contents)
 
 
-def write_new_shard(folder, number, passages, builder, bar):
-    """Embed passages into the files of a shard; `dict` of their sizes and checksums. Where that fails, neither file stays."""
-    paths = [folder / name for name in shard_files(number)]
-    (folder / f"shard-{number:05d}.json").unlink(missing_ok=True)
+def write_new_shard(
+    folder: Path, number: int, passages: Passages, builder: ShardBuilder, bar: tqdm
+) -> dict[str, FileFacts]:
+    """Embed passages into the files of a shard; return their sizes and checksums. A failure leaves neither file."""
+    embeddings_name, passages_name = shard_files(number)
+    paths = folder / embeddings_name, folder / passages_name
+    marker_path(folder, number).unlink(missing_ok=True)
     try:
         builder.make(passages, bar, paths)
         return {path.name: seal(path) for path in paths}
@@ -328,62 +378,71 @@ def write_new_shard(folder, number, passages, builder, bar):
         raise
 
 
-def _no_room(folder, builder, left):
-    size = left * builder.model.config.embedding_size * builder.dtype.itemsize
+def _no_room(folder: Path, builder: ShardBuilder, num_left: int) -> str:
+    size = num_left * builder.model.config.embedding_size * builder.dtype.itemsize
     return (
-        f"no room for the next shard in {folder.parent}: free at least {size / 1e6:,.1f} MB for the embeddings of {left:,} passages that are left, "
-        "and room for their texts. Complete shards stay: the same call then goes on behind them"
+        f"no room for the next shard in {folder.parent}: free at least {size / 1e6:,.1f} MB for the embeddings of"
+        f" {num_left:,} passages that are left, and room for their texts. Complete shards stay: the same call then"
+        " goes on after them"
     )
 
 
-def finish(folder, num_shards, settings, num_processes=1):
-    """Note how many shards the corpus has, and how many processes make them: those of a longer corpus before it do not count."""
+def finish(folder: Path, num_shards: int, settings: Settings, num_processes: int = 1) -> None:
+    """Record the numbers of shards and processes; further shards, of an earlier and longer corpus, do not count."""
     write_json(folder / BUILD_FILE, {**settings, "num_shards": num_shards, "num_processes": num_processes})
 
 
-def collect(folder):
+def collect(folder: Path) -> tuple[Settings, list[Shard], dict[str, FileFacts]]:
     """
-    The shards of a build that all processes have finished.
+    Map the shards of a build that all processes have finished.
 
     Returns:
-        `(settings, list[Shard], files)`: what `build.json` holds, the shards, mapped, and the sizes and checksums of their files.
+        `(settings, shards, files)`: the content of `build.json`, a `list[Shard]`, and the files' sizes and checksums.
 
     Raises:
-        `FileNotFoundError`: when there is no build, or a shard is missing.
-        `ValueError`: when the processes read different corpora, or a shard is not what its process left.
+        `FileNotFoundError`: if there is no build, or a shard is missing.
+        `ValueError`: if the processes read different corpora, or a shard is not as its process wrote it.
     """
     if not (folder / BUILD_FILE).exists():
         raise FileNotFoundError(f"{folder} holds no build: call build first.")
     settings = read_json(folder / BUILD_FILE)
-    markers = [folder / f"shard-{number:05d}.json" for number in range(settings.get("num_shards", 0))]
-    missing = [path.name for path in markers if not path.exists()]
-    if missing or not markers:
-        raise FileNotFoundError(
-            f"{folder} is not complete ({', '.join(missing[:5]) or 'no process is done'}): let every process end its build first."
-        )
-    facts = {path.name: read_json(path) for path in markers}
-    _check_done(folder, facts, settings["num_processes"])
-    files = {name: file for marker in facts.values() for name, file in marker["files"].items()}
-    if damaged := [name for name, file in files.items() if not _is_whole(folder / name, file)]:
+    num_shards = settings.get("num_shards", 0)
+    paths = [marker_path(folder, number) for number in range(num_shards)]
+    missing = [path.name for path in paths if not path.exists()]
+    if missing or not num_shards:
+        reason = ", ".join(missing[:5]) or "no process is done"
+        raise FileNotFoundError(f"{folder} is not complete ({reason}): let every process end its build first.")
+    markers = {path.name: read_json(path) for path in paths}
+    _check_done(folder, markers, settings["num_processes"])
+    files: dict[str, FileFacts] = {}
+    for marker in markers.values():
+        files.update(marker["files"])
+    damaged = [name for name, facts in files.items() if not _has_size(folder / name, facts)]
+    if damaged:
         raise ValueError(
-            f"{folder}: {', '.join(damaged[:5])} missing or damaged: let every process build again, which makes only these anew."
+            f"{folder}: {', '.join(damaged[:5])} missing or damaged: let every process build again, which makes only"
+            " these anew."
         )
-    return settings, [map_shard(folder, number) for number in range(len(markers))], files
+    return settings, [map_shard(folder, number) for number in range(num_shards)], files
 
 
-def _check_done(folder, markers, num_processes):
-    """Raise unless all processes came to their end, with the same corpus, and the shards are those that they left."""
+def _check_done(folder: Path, markers: dict[str, dict[str, Any]], num_processes: int) -> None:
+    """Raise unless all processes are done, have read the same corpus, and their shards are as they wrote them."""
     paths = [folder / f"done-{rank:05d}.json" for rank in range(num_processes)]
-    if missing := [path.name for path in paths if not path.exists()]:
+    missing = [path.name for path in paths if not path.exists()]
+    if missing:
         raise FileNotFoundError(
             f"{folder} is not complete ({', '.join(missing[:5])}): let every process end its build first."
         )
-    done = [read_json(path) for path in paths]
-    digests = {name: digest for process in done for name, digest in process["digests"].items()}
-    same = len({process["corpus"] for process in done}) == 1 and all(
-        process["num_processes"] == num_processes for process in done
-    )
-    if not same or digests != {name: marker["digest"] for name, marker in markers.items()}:
+    processes = [read_json(path) for path in paths]
+    digests: dict[str, str] = {}
+    for process in processes:
+        digests.update(process["digests"])
+    same_corpus = len({process["corpus"] for process in processes}) == 1
+    same_number = all(process["num_processes"] == num_processes for process in processes)
+    same_shards = digests == {name: marker["digest"] for name, marker in markers.items()}
+    if not (same_corpus and same_number and same_shards):
         raise ValueError(
-            f"{folder}: the processes read different corpora, or were of different number: let every one of the {num_processes} build again."
+            f"{folder}: the processes read different corpora, or their number changed: let every one of the"
+            f" {num_processes} build again."
         )

@@ -1,57 +1,62 @@
 """
-Searching an index by inner product: exactly over mapped files (FAISS) or on a device (torch), or approximately through any FAISS index.
+Searches an index by inner product: exactly over mapped files (FAISS) or on a device (torch), or approximately through
+any FAISS index.
 
-Each searcher has `search(queries, k) -> (scores, rows)`, both `numpy.ndarray` `(N, k)`, best first; rows that were deleted are still in there, and -1
-stands where fewer than k were found.
+Every searcher has `search(queries, k) -> (scores, rows)`, both `numpy.ndarray` `(N, k)`, best first. Deleted rows are
+among the results; if fewer than k rows are found, the rest is -inf and -1.
 """
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from .index_files_cosup import DTYPES
+from .index_files_cosup import DTYPES, Shard
+from .retriever_cosup import SearchResults
 
 try:
     import faiss
 except ImportError:
     faiss = None  # type: ignore[assignment]
 
-HALF_ROWS = 16384  # rows of float16 or bfloat16 embeddings that are widened to float32 at once
-PRODUCT_QUERIES = range(
-    2, 65
-)  # of so many queries torch's product and top-k is up to three times as fast as FAISS; of one, or of very many, FAISS is
-PRODUCT_ROWS = 4096  # whose scores stay in a core's cache
-DEVICE_SCORES = 2**26  # scores that are held at once on a device: 256 MB
-GATHER = 0.1  # of the rows: gathering so many costs as much as reading all of them in order
-GATHER_QUERY = 0.03  # of the rows: gathering so many costs as much as scoring one more query against all of them
-MASK_BYTES = 2**28  # of the masks of pools that are held at once
+HALF_ROWS = 16384  # rows of float16 or bfloat16 embeddings that are converted to float32 in one go
+PRODUCT_QUERIES = range(2, 65)  # numbers of queries for which torch's product and top-k are faster than FAISS
+PRODUCT_ROWS = 4096  # per product, so that the scores stay in a core's cache
+DEVICE_SCORES = 2**26  # scores that a device holds at a time: 256 MB
+GATHER = 0.1  # share of all rows: gathering so many costs as much as reading all of them in order
+GATHER_QUERY = 0.03  # share of all rows: gathering so many costs as much as scoring all rows for one more query
+MASK_BYTES = 2**28  # of the masks of pools that are held at a time
+
+RowArray: TypeAlias = NDArray[np.int64]  # rows of the index
+Score: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # queries, embeddings -> scores (N, M)
 
 
 class ExactSearch:
     """
-    Exact search over shards where they lie, in memory or mapped: nothing is copied.
+    Exact search over shards in memory or mapped from files, without a copy.
 
     Args:
         shards (`list[Shard]`): of the whole index.
     """
 
-    def __init__(self, shards):
+    def __init__(self, shards: list[Shard]) -> None:
         self.shards = shards
         self.starts = np.cumsum([0, *map(len, shards)])
-        self._is_finite = False  # until all embeddings were looked at, in the first search
+        self._is_finite = False  # set by the first search, which looks at all embeddings
 
-    def search(self, queries, k, allowed=None):
+    def search(self, queries: torch.Tensor, k: int, allowed: torch.Tensor | None = None) -> SearchResults:
         """
-        The k nearest of all rows.
+        Find the k nearest of all rows.
 
         Args:
             queries (`torch.FloatTensor` of shape `(N, h)`), k (`int`).
-            allowed (`torch.BoolTensor` of shape `(N, num_rows)`, *optional*): rows that a query may find.
-
-        Returns:
-            `(scores, rows)`.
+            allowed (`torch.BoolTensor` of shape `(N, num_rows)`, *optional*): rows that each query may find.
 
         Raises:
-            `ValueError`: for embeddings that are not finite. FAISS passes over a NaN, a top-k in torch puts it first.
+            `ValueError`: for embeddings that are not finite. FAISS would skip a NaN, and torch's top-k puts it first.
         """
         queries = queries.cpu()
         best = nothing(len(queries), 0)
@@ -59,46 +64,39 @@ class ExactSearch:
             embeddings = torch.from_numpy(block)
             if not self._is_finite:
                 check_finite(torch.stack(embeddings.aminmax()).numpy())
-            if allowed is not None or len(queries) in PRODUCT_QUERIES:
-                allows = None if allowed is None else allowed[:, start : start + len(block)]
-                found = top_of_product(
-                    lambda rows, embeddings=embeddings: queries @ embeddings[rows].T,
-                    len(block),
-                    PRODUCT_ROWS,
-                    k,
-                    allows,
-                )
-                scores, rows = (part.numpy() for part in found)
-            else:
+            if allowed is None and len(queries) not in PRODUCT_QUERIES:
                 scores, rows = faiss.knn(queries.numpy(), block, min(k, len(block)), faiss.METRIC_INNER_PRODUCT)
                 scores = np.where(rows < 0, -np.inf, scores).astype(np.float32)
+            else:
+                block_allowed = None if allowed is None else allowed[:, start : start + len(block)]
+                top_scores, top_rows = top_of_product(self.scores, queries, embeddings, PRODUCT_ROWS, k, block_allowed)
+                scores, rows = top_scores.numpy(), top_rows.numpy()
             best = merge(best, (scores, np.where(rows < 0, -1, rows + start)), k)
         self._is_finite = True
         return best
 
     @staticmethod
-    def scores(queries, embeddings):
-        """Float32 scores `(N, M)` of queries and embeddings that were gathered."""
+    def scores(queries: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return float32 scores `(N, M)` of queries and embeddings in memory."""
         return queries.cpu() @ embeddings.T
 
-    def blocks(self):
-        """`(first row, float32 array)` of all embeddings: whole shards, or blocks of them that are widened."""
+    def blocks(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Yield `(first row, float32 array)` of all embeddings: whole shards, or blocks of half-precision ones."""
         for start, shard in zip(self.starts, self.shards, strict=False):
             step = len(shard) if shard.embeddings.dtype == torch.float32 else HALF_ROWS
             for offset in range(0, len(shard), step):
                 yield start + offset, shard.embeddings[offset : offset + step].float().numpy()
 
-    def gather(self, rows):
-        """Embeddings of some rows, float32 `(len(rows), h)`."""
-        owners = np.searchsorted(self.starts, rows, side="right") - 1
+    def gather(self, rows: RowArray) -> torch.Tensor:
+        """Return the embeddings of some rows, float32 `(len(rows), h)`."""
         if len(self.shards) == 1:
             return self.shards[0].embeddings[torch.from_numpy(rows)].float()
+        owners = np.searchsorted(self.starts, rows, side="right") - 1
         embeddings = torch.empty(len(rows), self.shards[0].embeddings.shape[1])
         for owner in np.unique(owners):
-            own = np.flatnonzero(owners == owner)
-            embeddings[torch.from_numpy(own)] = (
-                self.shards[owner].embeddings[torch.from_numpy(rows[own] - self.starts[owner])].float()
-            )
+            places = np.flatnonzero(owners == owner)
+            shard_rows = torch.from_numpy(rows[places] - self.starts[owner])
+            embeddings[torch.from_numpy(places)] = self.shards[owner].embeddings[shard_rows].float()
         return embeddings
 
 
@@ -109,225 +107,246 @@ class DeviceSearch:
     Args:
         shards (`list[Shard]`): of the whole index.
         device (`str` or `torch.device`): e.g. `"cuda"`.
-        dtype (`str`, *optional*): in which the device holds them: `"float32"`, `"float16"` or `"bfloat16"`; defaults to that of the files. Scores are float32.
+        dtype (`str`, *optional*): of the device's copy: `"float32"`, `"float16"` or `"bfloat16"`; defaults to the
+            files' dtype. Scores are float32.
     """
 
-    def __init__(self, shards, device, dtype=None):
-        dtype = shards[0].embeddings.dtype if dtype is None else DTYPES[dtype]
-        self.embeddings = torch.empty(sum(map(len, shards)), shards[0].embeddings.shape[1], device=device, dtype=dtype)
+    def __init__(self, shards: list[Shard], device: str | torch.device, dtype: str | None = None) -> None:
+        stored = shards[0].embeddings
+        num_rows = sum(map(len, shards))
+        copy_dtype = stored.dtype if dtype is None else DTYPES[dtype]
+        self.embeddings = torch.empty(num_rows, stored.shape[1], device=device, dtype=copy_dtype)
         start = 0
         for shard in shards:
             self.embeddings[start : start + len(shard)] = shard.embeddings.to(self.embeddings.device)
             start += len(shard)
 
-    def search(self, queries, k, allowed=None):
-        """`(scores, rows)` of the k nearest of all rows, or of those `allowed`; see [`ExactSearch.search`]."""
+    def search(self, queries: torch.Tensor, k: int, allowed: torch.Tensor | None = None) -> SearchResults:
+        """Find the k nearest of all rows, or of those `allowed`; see [`ExactSearch.search`]."""
         queries = queries.to(self.embeddings.device)
         step = max(1, DEVICE_SCORES // len(queries))
-        found = top_of_product(
-            lambda rows: self.scores(queries, self.embeddings[rows]), len(self.embeddings), step, k, allowed
-        )
-        scores, rows = (part.cpu().numpy() for part in found)
+        top_scores, top_rows = top_of_product(self.scores, queries, self.embeddings, step, k, allowed)
+        scores, rows = top_scores.cpu().numpy(), top_rows.cpu().numpy()
         check_finite(scores[rows >= 0])
         return scores, rows
 
-    def scores(self, queries, block):
+    def scores(self, queries: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
         """
-        Float32 scores `(N, rows of block)`, of all rows as of a pool: a passage has one score. Half-precision embeddings stay as they are on a GPU, whose
-        product takes them and sums in float32.
+        Return float32 scores `(N, rows of block)`; a passage has the same score in a pool as in the whole index.
+
+        Half-precision embeddings are not converted on a GPU: its product takes them, and sums in float32.
         """
         queries = queries.to(block.device)
         if block.dtype == torch.float32:
             return queries @ block.T
         if block.is_cuda:
             return torch.mm(queries.to(block.dtype), block.T, out_dtype=torch.float32)
-        return torch.cat(
-            [queries @ block[start : start + HALF_ROWS].float().T for start in range(0, len(block), HALF_ROWS)], 1
-        )
+        return torch.cat([queries @ part.float().T for part in block.split(HALF_ROWS)], 1)
 
-    def gather(self, rows):
-        """Embeddings of some rows, `(len(rows), h)`, on the device and in its dtype."""
+    def gather(self, rows: RowArray) -> torch.Tensor:
+        """Return the embeddings of some rows, `(len(rows), h)`, on the device and in its dtype."""
         return self.embeddings[torch.from_numpy(rows).to(self.embeddings.device)]
 
 
 class ApproximateSearch:
     """
-    Search through a FAISS index whose ids are our rows.
+    Search through a FAISS index with our rows as its ids.
 
     Args:
         index (`faiss.Index`): by inner product, of all rows.
+        resources (`faiss.StandardGpuResources`, *optional*): of an index on a GPU, kept for as long as the index.
     """
 
-    def __init__(self, index):
+    def __init__(self, index: Any, resources: Any = None) -> None:
         self.index = index
+        self.resources = resources
 
-    def search(self, queries, k):
-        """`(scores, rows)` of about the k nearest; scores are those of the FAISS index, which compression may have changed."""
+    def search(self, queries: torch.Tensor, k: int) -> SearchResults:
+        """Find about the k nearest rows; the scores are the FAISS index's, which compression may have changed."""
         scores, rows = self.index.search(queries.cpu().numpy(), k)
         return np.where(rows < 0, -np.inf, scores).astype(np.float32), rows
 
-    def on_gpu(self, number):
+    def on_gpu(self, number: int) -> "ApproximateSearch":
         """
-        An [`ApproximateSearch`] of a copy on a GPU; this one stays as it is.
+        Return an [`ApproximateSearch`] of a copy on a GPU; this one does not change.
 
         Raises:
-            `ValueError`: when FAISS was built without GPUs, or has no GPU form of this kind of index.
+            `ValueError`: if FAISS was built without GPUs, or has no GPU form of this kind of index.
         """
         try:
             resources = faiss.StandardGpuResources()
-            found = ApproximateSearch(faiss.index_cpu_to_gpu(resources, number, self.index))
+            return ApproximateSearch(faiss.index_cpu_to_gpu(resources, number, self.index), resources)
         except (AttributeError, RuntimeError) as error:
             kind = type(self.index).__name__
             raise ValueError(
                 f"FAISS cannot search this {kind} on a GPU; load with search='exact' to search exactly there: {error}"
             ) from None
-        found.resources = resources  # for as long as the index
-        return found
 
 
-def check_finite(scores):
-    """`ValueError` unless all scores (or embeddings) are finite."""
+ExactSearcher: TypeAlias = ExactSearch | DeviceSearch
+Searcher: TypeAlias = ExactSearcher | ApproximateSearch
+
+
+def check_finite(scores: NDArray[np.float32]) -> None:
+    """Raise `ValueError` unless all scores (or embeddings) are finite."""
     if not np.isfinite(scores).all():
         raise ValueError(
-            "The index holds NaN or infinite embeddings (or their scores overflow): no search of it can be right; build it again."
+            "The index holds NaN or infinite embeddings (or scores overflow): no search can be right; build it again."
         )
 
 
-def top_of_product(scores_of, count, step, k, allowed=None):
+def top_of_product(
+    score: Score, queries: torch.Tensor, embeddings: torch.Tensor, step: int, k: int, allowed: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The k best of `count` scores of each query, computed `step` at a time.
+    Find the k best rows of each query, computing the scores of `step` rows at a time.
 
     Args:
-        scores_of (callable): of a `slice` of rows, their scores `(N, rows)`.
-        allowed (`torch.BoolTensor` of shape `(N, count)`, *optional*): all others are -1 with a score of -inf.
+        score (`Callable`): of queries and a block of embeddings, e.g. [`DeviceSearch.scores`].
+        queries (`torch.FloatTensor` of shape `(N, h)`), embeddings (`torch.Tensor` of shape `(M, h)`).
+        allowed (`torch.BoolTensor` of shape `(N, M)`, *optional*): other rows become -1 with a score of -inf.
 
     Returns:
-        `(scores, rows)`: tensors `(N, min(k, count))`, best first.
+        `(scores, rows)`: tensors `(N, min(k, M))`, best first.
     """
-    scores, rows = [], []
-    for start in range(0, count, step):
-        part = slice(start, start + step)
-        values = scores_of(part)
+    block_scores, block_rows = [], []
+    for start in range(0, len(embeddings), step):
+        scores = score(queries, embeddings[start : start + step])  # (N, step)
         if allowed is not None:
-            values = values.masked_fill(~allowed[:, part].to(values.device), -torch.inf)
-        found = values.topk(min(k, count - start, step))
-        scores.append(found.values)
-        rows.append(
-            found.indices + start
-            if allowed is None
-            else (found.indices + start).masked_fill(found.values == -torch.inf, -1)
-        )
-    scores, order = torch.cat(scores, 1).sort(dim=1, descending=True, stable=True)
-    return scores[:, :k], torch.cat(rows, 1).gather(1, order[:, :k])
+            scores = scores.masked_fill(~allowed[:, start : start + step].to(scores.device), -torch.inf)
+        top = scores.topk(min(k, scores.shape[1]))
+        rows = top.indices + start
+        if allowed is not None:
+            rows = rows.masked_fill(top.values == -torch.inf, -1)
+        block_scores.append(top.values)
+        block_rows.append(rows)
+    best_scores, order = torch.cat(block_scores, 1).sort(dim=1, descending=True, stable=True)
+    return best_scores[:, :k], torch.cat(block_rows, 1).gather(1, order[:, :k])
 
 
-def nothing(n, k):
-    """`(scores, rows)` `(n, k)` where nothing was found."""
+def nothing(n: int, k: int) -> SearchResults:
+    """Return the `(scores, rows)` `(n, k)` of a search that found nothing."""
     return np.full((n, k), -np.inf, np.float32), np.full((n, k), -1, np.int64)
 
 
-def merge(first, second, k):
-    """The k best of two `(scores, rows)`; among equal scores those of `first` come first."""
-    scores, rows = (np.concatenate(parts, axis=1) for parts in zip(first, second, strict=True))
+def merge(first: SearchResults, second: SearchResults, k: int) -> SearchResults:
+    """Return the k best of two `(scores, rows)`; for equal scores those of `first` come first."""
+    scores = np.concatenate([first[0], second[0]], axis=1)
+    rows = np.concatenate([first[1], second[1]], axis=1)
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
 
 
-def search_without(deleted, searcher, queries, k, num_rows):
+def search_without(
+    deleted: RowArray, searcher: Searcher, queries: torch.Tensor, k: int, num_rows: int
+) -> SearchResults:
     """
-    The k nearest that were not deleted: more are fetched than asked for, and more again for the queries whose k are not full.
+    Find the k nearest rows that were not deleted: fetch more than k, and again for queries that are left with fewer.
 
     Args:
         deleted (`numpy.ndarray` of int64): rows, sorted.
-        searcher: one of the above.
-        queries (`torch.FloatTensor` of shape `(N, h)`), k (`int`): as there.
-        num_rows (`int`): of the searcher, deleted ones included.
+        queries (`torch.FloatTensor` of shape `(N, h)`), k (`int`): see [`ExactSearch.search`].
+        num_rows (`int`): of the searcher, including deleted ones.
     """
     if not len(deleted):
         return searcher.search(queries, k)
-    best = nothing(len(queries), k)
-    fetch, open_rows = min(num_rows, k + 8 + 2 * k * len(deleted) // num_rows), np.arange(len(queries))
-    while len(open_rows):
-        scores, rows = searcher.search(queries[torch.from_numpy(open_rows)], fetch)
+    best_scores, best_rows = nothing(len(queries), k)
+    fetch = min(num_rows, k + 8 + 2 * k * len(deleted) // num_rows)
+    unfilled = np.arange(len(queries))  # queries that have fewer than k rows
+    while len(unfilled):
+        scores, rows = searcher.search(queries[torch.from_numpy(unfilled)], fetch)
         exhausted = (rows[:, -1] < 0) | (fetch == num_rows)
-        alive = (rows >= 0) & ~contains(deleted, rows)
-        order = np.argsort(~alive, axis=1, kind="stable")[:, :k]  # the living first, in their order
-        found = np.take_along_axis(alive, order, 1)
-        best[0][open_rows] = np.where(found, np.take_along_axis(scores, order, 1), -np.inf)
-        best[1][open_rows] = np.where(found, np.take_along_axis(rows, order, 1), -1)
-        open_rows = open_rows[~(found.all(1) | exhausted)]
+        live = (rows >= 0) & ~contains(deleted, rows)
+        order = np.argsort(~live, axis=1, kind="stable")[:, :k]  # live rows first, in their order
+        live = np.take_along_axis(live, order, 1)
+        best_scores[unfilled] = np.where(live, np.take_along_axis(scores, order, 1), -np.inf)
+        best_rows[unfilled] = np.where(live, np.take_along_axis(rows, order, 1), -1)
+        unfilled = unfilled[~(live.all(1) | exhausted)]
         fetch = min(num_rows, 4 * fetch)
-    return best
+    return best_scores, best_rows
 
 
-def search_pools(searcher, queries, pools, k, deleted, num_rows):
+def search_pools(
+    searcher: ExactSearcher, queries: torch.Tensor, pools: list[RowArray], k: int, deleted: RowArray, num_rows: int
+) -> SearchResults:
     """
-    The k best of each query's own rows. Queries with the same pool share its embeddings; large pools are found while all rows are scored.
+    Find the k best rows in each query's own pool.
+
+    Queries with the same pool share its gathered embeddings. Large pools are searched by scoring all rows.
 
     Args:
-        searcher ([`ExactSearch`] or [`DeviceSearch`]): of the embeddings.
         queries (`torch.FloatTensor` of shape `(N, h)`): one for each pool.
-        pools (`list` of `numpy.ndarray` of int64): rows of the index, in any order; deleted ones are left out, repeated ones count once.
-        k (`int`), deleted (`numpy.ndarray` of int64), num_rows (`int`): as in [`search_without`].
-
-    Returns:
-        `(scores, rows)`, `(N, k)`, with -inf and -1 at the end where a pool holds fewer than k.
+        pools (`list` of `numpy.ndarray` of int64): rows, in any order; repeated and deleted ones do no harm.
+        k (`int`), deleted (`numpy.ndarray` of int64), num_rows (`int`): see [`search_without`].
     """
-    best, groups = nothing(len(queries), k), group_pools(pools)
-    large = [group for group in groups if len(group[0]) > min(GATHER, GATHER_QUERY * len(group[1])) * num_rows]
-    if sum(len(pool) for pool, _ in large) <= GATHER * num_rows:
-        large = []
-    owners = [(pool, query) for pool, members in large for query in members]
+    best_scores, best_rows = nothing(len(queries), k)
+    small, large = [], []
+    for pool, members in group_pools(pools):
+        share = min(GATHER, GATHER_QUERY * len(members))
+        if len(pool) > share * num_rows:
+            large.append((pool, members))
+        else:
+            small.append((pool, members))
+    if sum(len(pool) for pool, _ in large) <= GATHER * num_rows:  # gathering them all is still cheaper
+        small, large = small + large, []
+
+    masked = []  # queries that score all rows, and their pools
+    for pool, members in large:
+        masked += [(query, pool) for query in members]
     step = max(1, MASK_BYTES // num_rows)
-    for part in (owners[start : start + step] for start in range(0, len(owners), step)):
-        allowed, members = torch.zeros(len(part), num_rows, dtype=torch.bool), [query for _, query in part]
-        for mask, (pool, _) in zip(allowed, part, strict=True):
+    for start in range(0, len(masked), step):
+        part = masked[start : start + step]
+        allowed = torch.zeros(len(part), num_rows, dtype=torch.bool)
+        for mask, (_, pool) in zip(allowed, part, strict=True):
             mask[torch.from_numpy(pool)] = True
         allowed[:, torch.from_numpy(deleted)] = False
-        best[0][members], best[1][members] = searcher.search(queries[members], k, allowed)
-    scanned = {query for _, query in owners}
-    for pool, members in groups:
-        if members[0] not in scanned:
-            found = search_pool(searcher, queries[members], pool, k, deleted)
-            best[0][members, : found[0].shape[1]], best[1][members, : found[0].shape[1]] = found
-    return best
+        selected = [query for query, _ in part]
+        best_scores[selected], best_rows[selected] = searcher.search(queries[selected], k, allowed)
+
+    for pool, members in small:
+        scores, rows = search_pool(searcher, queries[members], pool, k, deleted)
+        best_scores[members, : scores.shape[1]] = scores
+        best_rows[members, : rows.shape[1]] = rows
+    return best_scores, best_rows
 
 
-def group_pools(pools):
-    """Equal pools together: a list of `(pool, list of those that have it)`."""
-    same = {}
-    for i, pool in enumerate(pools):
-        same.setdefault(id(pool), (pool, []))[1].append(i)
-    equal = {}
-    for pool, members in same.values():
-        equal.setdefault(pool.tobytes(), (pool, []))[1].extend(members)
-    return list(equal.values())
+def group_pools(pools: list[RowArray]) -> list[tuple[RowArray, list[int]]]:
+    """Return the different pools, each with the numbers of the queries that have it."""
+    by_object: dict[int, tuple[RowArray, list[int]]] = {}  # so that a shared array is converted to bytes only once
+    for query, pool in enumerate(pools):
+        by_object.setdefault(id(pool), (pool, []))[1].append(query)
+    by_content: dict[bytes, tuple[RowArray, list[int]]] = {}
+    for pool, members in by_object.values():
+        by_content.setdefault(pool.tobytes(), (pool, []))[1].extend(members)
+    return list(by_content.values())
 
 
-def search_pool(searcher, queries, pool, k, deleted):
-    """`(scores, rows)`, at most `(N, k)`, of one pool that all `queries` have, by one gathering and one product."""
+def search_pool(
+    searcher: ExactSearcher, queries: torch.Tensor, pool: RowArray, k: int, deleted: RowArray
+) -> SearchResults:
+    """Find at most k rows of a pool for all `queries`, with one gathering and one product."""
     pool = np.unique(pool)
     if len(deleted):
         pool = pool[~contains(deleted, pool)]
     if not len(pool):
         return nothing(len(queries), 0)
-    scores, order = searcher.scores(queries, searcher.gather(pool)).topk(min(k, len(pool)))
-    scores = scores.cpu().numpy()
+    top = searcher.scores(queries, searcher.gather(pool)).topk(min(k, len(pool)))
+    scores = top.values.cpu().numpy()
     check_finite(scores)
-    return scores, pool[order.cpu().numpy()]
+    return scores, pool[top.indices.cpu().numpy()]
 
 
-def contains(values, rows):
-    """Whether each of `rows` (any shape) is among the sorted `values`, of which there is at least one."""
+def contains(values: RowArray, rows: Any) -> Any:
+    """Whether each of `rows` (an `int` or an array) is among the sorted `values`, of which there is at least one."""
     return values[np.minimum(values.searchsorted(rows), len(values) - 1)] == rows
 
 
 # ---------------------------------------------------------------------- approximate indexes
 
 
-def make_approximate(factory, exact, train_rows):
+def make_approximate(factory: str, exact: ExactSearch, train_rows: RowArray) -> "faiss.Index":
     """
-    A FAISS index of all embeddings, trained on a sample of them and filled shard by shard.
+    Make a FAISS index of all embeddings, trained on a sample of them and filled shard by shard.
 
     Args:
         factory (`str`): of `faiss.index_factory`, e.g. `"HNSW32"`, `"IVF1024,Flat"`, `"OPQ16_64,IVF256,PQ16"`.
@@ -335,7 +354,7 @@ def make_approximate(factory, exact, train_rows):
         train_rows (`numpy.ndarray` of int64): the sample.
 
     Raises:
-        `ValueError`: when FAISS does not know the factory string, or the sample is too small for it.
+        `ValueError`: if FAISS does not know the factory string, or the sample is too small for it.
     """
     index = empty_approximate(factory, exact.shards[0].embeddings.shape[1], len(train_rows))
     try:
@@ -347,9 +366,9 @@ def make_approximate(factory, exact, train_rows):
     return index
 
 
-def empty_approximate(factory, size, train_size, **search_options):
+def empty_approximate(factory: str, size: int, train_size: int, **search_options: Any) -> "faiss.Index":
     """
-    A FAISS index of nothing: tells of a wrong setting before hours of embedding.
+    Make an empty FAISS index, so that a wrong setting is found before hours of embedding.
 
     Args:
         factory (`str`): of `faiss.index_factory`.
@@ -358,7 +377,8 @@ def empty_approximate(factory, size, train_size, **search_options):
         **search_options: see [`set_search_options`].
 
     Raises:
-        `ValueError`: when FAISS does not know the factory string or an option, or the sample is too small for the lists of an IVF index.
+        `ValueError`: if FAISS does not know the factory string or an option, or the sample is too small for the lists
+            of an IVF index.
     """
     if train_size < 1:
         raise ValueError(f"train_size is {train_size}, expected at least 1.")
@@ -373,22 +393,22 @@ def empty_approximate(factory, size, train_size, **search_options):
     return index
 
 
-def _refused(factory, size, train_size, error):
+def _refused(factory: str, size: int, train_size: int, error: Exception | str) -> ValueError:
     message = str(error).partition("Error: ")[2] or str(error)
     return ValueError(
         f"index_factory {factory!r} of {size} dimensions and {train_size:,} training embeddings: FAISS says {message}"
     )
 
 
-def add_to_approximate(index, exact, first_row):
-    """Add the rows from `first_row` on, deleted ones too: the FAISS index counts them as we do."""
+def add_to_approximate(index: "faiss.Index", exact: ExactSearch, first_row: int) -> None:
+    """Add the rows from `first_row` on to a FAISS index, including deleted ones, so that its ids remain our rows."""
     for start, block in exact.blocks():
         if start + len(block) > first_row:
             index.add(block[max(0, first_row - start) :])
 
 
-def write_approximate(index, path):
-    """Write a FAISS index; `OSError` when that fails, as on a full disk."""
+def write_approximate(index: "faiss.Index", path: Path) -> None:
+    """Write a FAISS index; `OSError` if that fails, e.g. because the disk is full."""
     try:
         faiss.write_index(index, str(path))
     except RuntimeError as error:
@@ -396,8 +416,8 @@ def write_approximate(index, path):
         raise OSError(f"{path} could not be written; is the disk full? FAISS says {error}") from None
 
 
-def read_approximate(path, num_rows, size):
-    """A FAISS index, mapped; `ValueError` when it cannot be read or is not of `num_rows` embeddings of `size` dimensions."""
+def read_approximate(path: Path, num_rows: int, size: int) -> "faiss.Index":
+    """Map a FAISS index; `ValueError` if it is not readable or not of `num_rows` embeddings of `size` dimensions."""
     try:
         index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as error:
@@ -409,23 +429,21 @@ def read_approximate(path, num_rows, size):
     return index
 
 
-def set_search_options(index, options):
-    """
-    Set options of `faiss.ParameterSpace` on an index, e.g. `nprobe`, `efSearch`.
-
-    Raises:
-        `ValueError`: names an option that this kind of index does not have.
-    """
+def set_search_options(index: "faiss.Index", options: dict[str, Any]) -> None:
+    """Set options such as `nprobe` or `efSearch`; `ValueError` names an option that this kind of index lacks."""
     for name, value in options.items():
         try:
             faiss.ParameterSpace().set_index_parameter(index, name, value)
         except RuntimeError:
+            kind = type(index).__name__
             raise ValueError(
-                f"{type(index).__name__} has no search option {name!r} (or not {value!r}); IVF has nprobe, HNSW efSearch."
+                f"{kind} has no search option {name!r} (or not {value!r}); IVF has nprobe, HNSW efSearch."
             ) from None
 
 
-def recall(found, expected):
-    """Mean share of `expected` rows `(N, k)` that stand in the same row of `found`; -1 counts as nothing."""
-    hits = [len(np.intersect1d(a[a >= 0], b)) for a, b in zip(found, expected, strict=True)]
-    return float(sum(hits) / max(1, expected.size))
+def recall(found: RowArray, expected: RowArray) -> float:
+    """Return the share of each query's `expected` rows `(N, k)` that were `found` `(N, k)`; -1 never counts."""
+    num_hits = 0
+    for found_rows, expected_rows in zip(found, expected, strict=True):
+        num_hits += len(np.intersect1d(found_rows[found_rows >= 0], expected_rows))
+    return num_hits / max(1, expected.size)

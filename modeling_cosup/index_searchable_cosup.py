@@ -1,11 +1,15 @@
-"""Searching what an index holds: everything or candidates, exactly or approximately, from files or on a device."""
+"""Searches what an index holds: everything or candidates, exactly or approximately, from files or on a device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers.utils import logging
 
+from .index_files_cosup import IndexConfig, Shard
 from .index_search_cosup import (
     ApproximateSearch,
     DeviceSearch,
@@ -30,18 +34,22 @@ except ImportError:
 
 logger = logging.get_logger(__name__)
 
+Store = TypeVar("Store", bound="SearchableStore")
+
 
 class SearchableStore(PassageStore):
     """Passages that can be searched: what [`PassageIndex`] is, apart from how it is built and loaded."""
 
-    def __init__(self, shards, config, folder=None):
-        self._approximate = self._device = self._gpu = (
-            None  # the approximate index stays on the CPU; `_gpu` is a copy of it
-        )
-        self._device_options = None, None
+    _search_options: dict[str, Any]  # of the approximate index; set with it
+
+    def __init__(self, shards: list[Shard], config: IndexConfig, folder: Path | None = None) -> None:
+        self._approximate: ApproximateSearch | None = None  # on the CPU
+        self._gpu: ApproximateSearch | None = None  # its copy on a GPU
+        self._device: DeviceSearch | None = None
+        self._device_options: tuple[str | torch.device | None, str | None] = None, None  # last arguments of `to`
         super().__init__(shards, config, folder)
 
-    def _set_shards(self, shards):
+    def _set_shards(self, shards: list[Shard]) -> None:
         super()._set_shards(shards)
         if self._device_options[0] is not None:
             self.to(*self._device_options)
@@ -52,137 +60,159 @@ class SearchableStore(PassageStore):
         self, query_embeds: torch.Tensor, k: int = 1, candidates: Sequence[Rows | None] | None = None
     ) -> SearchResults:
         """
-        The nearest passages by inner product: exactly, or approximately after [`~PassageIndex.train_approximate`].
+        Find the nearest passages by inner product: exactly, or approximately after
+        [`~PassageIndex.train_approximate`].
 
         Args:
-            query_embeds (`torch.Tensor` of shape `(N, h)`): of the model that built the index; any float dtype and device. N may be 0.
-            k (`int`): passages per query, at most as many as the index holds.
-            candidates (`list`, *optional*): for each query `None`, to search everything, or an int64 array of rows, to search these, always exactly.
+            query_embeds (`torch.Tensor` of shape `(N, h)`): of the model that built the index; any float dtype and
+                device. N may be 0.
+            k (`int`, *optional*, defaults to 1): passages per query, at most as many as the index holds.
+            candidates (`list`, *optional*): one entry per query. `None` searches the whole index, an int64 array of
+                rows searches only these rows, always exactly.
 
         Returns:
-            `(scores, rows)`: `numpy.ndarray` of float32 and int64, both `(N, min(k, len(self)))`, best first; `index[row]` is a passage. Where fewer
-            candidates were found, -inf and -1 at the end.
+            `(scores, rows)`: `numpy.ndarray` of float32 and int64, both `(N, min(k, len(self)))`, best first;
+            `index[row]` is a passage. With fewer candidates, -inf and -1 at the end.
 
         Raises:
-            `ValueError`: for queries of another width, or that are NaN or infinite; for candidates that are no rows; for a k below 1.
+            `ValueError`: if queries have another width or are NaN or infinite, candidates are not rows, or k < 1.
         """
-        # in float32 wherever it is called from: under autocast a product of float32 would be half precision
+        queries = check_queries(query_embeds, self.config["embedding_size"], k)
+        # autocast would compute even float32 products in half precision
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return self._search(
-                check_queries(query_embeds, self.config["embedding_size"], k), min(k, len(self)), candidates
-            )
+            return self._search(queries, min(k, len(self)), candidates)
 
-    def _search(self, queries, k, candidates):
+    def _search(self, queries: torch.Tensor, k: int, candidates: Sequence[Rows | None] | None) -> SearchResults:
         if len(queries) == 0 or k == 0:
             return nothing(len(queries), k)
         if candidates is None:
             return self._search_all(queries, k)
         pools = check_candidates(candidates, len(queries), lambda _: self.num_rows)
-        best = nothing(len(queries), k)
-        for rows, search in (
-            ([i for i, pool in enumerate(pools) if pool is None], lambda part, rows: self._search_all(part, k)),
-            (
-                [i for i, pool in enumerate(pools) if pool is not None],
-                lambda part, rows: self._search_pools(part, [pools[i] for i in rows], k),
-            ),
-        ):
-            if rows:
-                best[0][rows], best[1][rows] = search(queries[rows], rows)
-        return best
+        scores, rows = nothing(len(queries), k)
+        without_pool = [i for i, pool in enumerate(pools) if pool is None]
+        if without_pool:
+            scores[without_pool], rows[without_pool] = self._search_all(queries[without_pool], k)
+        own_pools = {i: pool for i, pool in enumerate(pools) if pool is not None}
+        if own_pools:
+            with_pool = list(own_pools)
+            scores[with_pool], rows[with_pool] = search_pools(
+                self._device or self._exact,
+                queries[with_pool],
+                list(own_pools.values()),
+                k,
+                self._deleted,
+                self.num_rows,
+            )
+        return scores, rows
 
-    def _search_all(self, queries, k):
-        return search_without(
-            self._deleted, self._gpu or self._approximate or self._device or self._exact, queries, k, self.num_rows
-        )
+    def _search_all(self, queries: torch.Tensor, k: int) -> SearchResults:
+        searcher = self._gpu or self._approximate or self._device or self._exact
+        return search_without(self._deleted, searcher, queries, k, self.num_rows)
 
-    def _search_pools(self, queries, pools, k):
-        return search_pools(self._device or self._exact, queries, pools, k, self._deleted, self.num_rows)
-
-    def to(self, device, dtype=None):
+    def to(self: Store, device: str | torch.device | None, dtype: str | None = None) -> Store:
         """
-        Search on a device: exactly, in a copy of all embeddings, or where an approximate index was trained, in a copy of that, on a GPU. Candidates are then
-        searched from the files, as always exactly. `None` searches everything from the files again; what is saved never depends on the device.
+        Search on a device from now on. What is saved never depends on the device.
+
+        An exact index is copied to the device. An approximate one is copied to a GPU; its candidates, which are always
+        searched exactly, are then read from the files.
 
         Args:
-            device (`str`, `torch.device` or `None`): e.g. `"cuda"`.
-            dtype (`str`, *optional*): of a copy of the embeddings; defaults to that of the files. Scores are float32.
+            device (`str`, `torch.device` or `None`): e.g. `"cuda"`; `None` searches from the files again.
+            dtype (`str`, *optional*): of the copy of the embeddings; defaults to the files' dtype. Scores are float32.
 
         Returns:
             [`PassageIndex`]: this one.
 
         Raises:
-            `ValueError`: when the approximate index has no GPU form (HNSW has none), or FAISS has no GPUs. Then nothing changes.
+            `ValueError`: if the approximate index has no GPU form (HNSW has none), or FAISS has no GPUs. Then nothing
+                changes.
         """
         copy = gpu = None
-        if device is not None and self._approximate is None:
-            copy = DeviceSearch(self._shards, device, dtype)
-        elif device is not None and torch.device(device).type == "cuda":
-            gpu = self._approximate.on_gpu(torch.device(device).index or 0)
+        if device is not None:
+            if self._approximate is None:
+                copy = DeviceSearch(self._shards, device, dtype)
+            elif torch.device(device).type == "cuda":
+                gpu = self._approximate.on_gpu(torch.device(device).index or 0)
         self._device, self._gpu, self._device_options = copy, gpu, (device, dtype)
         return self
 
     # ------------------------------------------------------------------ approximate search
 
-    def train_approximate(self, index_factory, train_size=65536, seed=0, queries=None, **search_options):
+    def train_approximate(
+        self,
+        index_factory: str,
+        train_size: int = 65536,
+        seed: int = 0,
+        queries: torch.Tensor | None = None,
+        **search_options: Any,
+    ) -> dict[str, float]:
         """
-        Search approximately from now on, through a FAISS index: trained on a sample of all shards, filled shard by shard, kept in the folder.
+        Search through a FAISS index from now on: trained on a sample of all shards, filled shard by shard, and saved
+        in the folder.
 
         Args:
-            index_factory (`str`): of `faiss.index_factory`. `"HNSW32"` keeps a copy of all embeddings in memory, as `"IVF1024,Flat"` does until it is loaded
-                again, mapped; `"OPQ16_64,IVF1024,PQ16"` is small.
-            train_size (`int`): embeddings of the sample, in float32 in memory. IVF wants at least 39 for each list.
-            seed (`int`): of the sample.
-            queries (`torch.Tensor` of shape `(N, h)`, *optional*): for the recall, see [`~PassageIndex.measure_recall`].
+            index_factory (`str`): of `faiss.index_factory`. `"HNSW32"` holds a copy of all embeddings in memory;
+                `"IVF1024,Flat"` does too until it is loaded again, mapped; `"OPQ16_64,IVF1024,PQ16"` is small.
+            train_size (`int`, *optional*, defaults to 65536): embeddings of the sample, in memory in float32. IVF
+                needs at least 39 for each list.
+            seed (`int`, *optional*, defaults to 0): of the sample.
+            queries (`torch.Tensor` of shape `(N, h)`, *optional*): for the recall, see
+                [`~PassageIndex.measure_recall`].
             **search_options: see [`~PassageIndex.set_search_options`].
 
         Returns:
-            `dict[str, float]`: what `measure_recall` returns; also logged, and kept in the config. A device that was searched on is left: call `to` again.
+            `dict[str, float]`: the result of `measure_recall`, which is also logged, and saved in the config. Searches
+            leave the device: call `to` again.
 
         Raises:
-            `ValueError`: when FAISS refuses the factory string, the size of the sample, or an option, and when all passages were deleted.
+            `ValueError`: if FAISS refuses the factory string, the size of the sample or an option, or all passages
+                were deleted.
         """
-        self._require_passages()
-        train_size = min(train_size, self.num_rows)
-        empty_approximate(index_factory, self.config["embedding_size"], train_size, **search_options)
-        rows = np.random.default_rng(seed).choice(self.num_rows, train_size, replace=False, shuffle=False)
-        index = make_approximate(index_factory, self._exact, np.sort(rows))
-        set_search_options(index, search_options)
-        before, self._approximate, self._search_options = (
-            self._approximate,
-            ApproximateSearch(index),
-            dict(search_options),
-        )
-        device, gpu, self._device, self._gpu = self._device, self._gpu, None, None
+        with self._changing():
+            self._check_not_empty()
+            train_size = min(train_size, self.num_rows)
+            empty_approximate(index_factory, self.config["embedding_size"], train_size, **search_options)
+            rows = np.random.default_rng(seed).choice(self.num_rows, train_size, replace=False, shuffle=False)
+            index = make_approximate(index_factory, self._exact, np.sort(rows))
+            set_search_options(index, search_options)
+            facts = {"index_factory": index_factory, "train_size": len(rows), "seed": seed}
+            return self._use_approximate(index, {**facts, "search_options": search_options}, queries)
+
+    def _use_approximate(
+        self, index: "faiss.Index", facts: dict[str, Any], queries: torch.Tensor | None
+    ) -> dict[str, float]:
+        """Search through a FAISS index, measure its recall and save it; if that fails, search as before."""
+        before = self._approximate, self._device, self._gpu
+        self._approximate, self._device, self._gpu = ApproximateSearch(index), None, None
+        self._search_options = dict(facts["search_options"])
         try:
             config = self._next_config()
-            measured = self.measure_recall(queries)
-            config["approximate"] = {
-                "index_factory": index_factory,
-                "train_size": len(rows),
-                "seed": seed,
-                "search_options": search_options,
-                **measured,
-            }
+            recalls = self.measure_recall(queries)
+            config["approximate"] = {**facts, **recalls}
             if self.folder is not None:
-                config["approximate"]["file"] = self._write_file(
-                    self.folder, config, "index.faiss", lambda path: write_approximate(index, path)
-                )
-                self._keep(config)
+                config["approximate"]["file"] = self._write_approximate(self.folder, config, index)
+                self._commit(self.folder, config)
         except BaseException:
-            self._approximate, self._device, self._gpu = before, device, gpu
+            self._approximate, self._device, self._gpu = before
             raise
         self.config, self._device_options = config, (None, None)
-        logger.warning(  # transformers shows no less
-            f"{index_factory} against exact search: {measured}"
-        )
-        return measured
+        # a warning, because transformers does not show lower levels by default
+        logger.warning(f"{facts['index_factory']} against exact search: {recalls}")
+        return recalls
 
-    def set_search_options(self, **options):
+    def _write_approximate(self, folder: Path, config: IndexConfig, index: "faiss.Index") -> str:
+        """Write a FAISS index, list its file in the config, and return the file's name."""
+        return self._write_file(folder, config, "index.faiss", lambda path: write_approximate(index, path))
+
+    def set_search_options(self, **options: Any) -> None:
         """
-        Trade speed for recall, until the index is loaded again: `nprobe` (lists that IVF looks into), `efSearch` (HNSW), `quantizer_efSearch`, …
+        Trade speed for recall, until the index is loaded again.
+
+        Args:
+            **options: `nprobe` (lists that IVF searches), `efSearch` (of HNSW), `quantizer_efSearch`, …
 
         Raises:
-            `ValueError`: when nothing was trained, or for an option that this kind of index does not have.
+            `ValueError`: if nothing was trained, or for an option that this kind of index does not have.
         """
         if self._approximate is None:
             raise ValueError("This index is searched exactly: call train_approximate first.")
@@ -191,67 +221,66 @@ class SearchableStore(PassageStore):
         if self._gpu is not None:
             self.to(*self._device_options)
 
-    def measure_recall(self, queries=None, k=10, num_queries=200, seed=0):
+    def measure_recall(
+        self, queries: torch.Tensor | None = None, k: int = 10, num_queries: int = 200, seed: int = 0
+    ) -> dict[str, float]:
         """
-        How much of what exact search finds, approximate search finds.
+        Compare approximate with exact search.
 
         Args:
-            queries (`torch.Tensor` of shape `(N, h)`, *optional*): real ones tell most; by default the embeddings of `num_queries` random passages, which are
-                easier than real queries.
+            queries (`torch.Tensor` of shape `(N, h)`, *optional*): preferably real ones. By default the embeddings of
+                `num_queries` random passages, which are easier than real queries.
+            k (`int`, *optional*, defaults to 10): passages per query.
+            num_queries (`int`, *optional*, defaults to 200): without `queries`.
+            seed (`int`, *optional*, defaults to 0): of the random passages.
 
         Returns:
-            `dict[str, float]`: `ann_recall@1` and `ann_recall@k`: mean share of the k exact nearest among the k found.
+            `dict[str, float]`: `ann_recall@1` and `ann_recall@k`: mean share of the k exact nearest that were found.
 
         Raises:
-            `ValueError`: when all passages were deleted.
+            `ValueError`: if all passages were deleted.
         """
-        self._require_passages()
+        self._check_not_empty()
         if queries is None:
-            rows = np.sort(
-                np.random.default_rng(seed).choice(
-                    self.num_rows, min(num_queries, self.num_rows), replace=False, shuffle=False
-                )
-            )
-            queries = self._exact.gather(rows)
-        queries, k = check_queries(queries, self.config["embedding_size"], k), min(k, len(self))
-        expected = search_without(self._deleted, self._exact, queries, k, self.num_rows)[1]
-        found = self._search_all(queries, k)[1]
+            num_queries = min(num_queries, self.num_rows)
+            rows = np.random.default_rng(seed).choice(self.num_rows, num_queries, replace=False, shuffle=False)
+            queries = self._exact.gather(np.sort(rows))
+        queries = check_queries(queries, self.config["embedding_size"], k)
+        k = min(k, len(self))
+        _, expected = search_without(self._deleted, self._exact, queries, k, self.num_rows)
+        _, found = self._search_all(queries, k)
         return {f"ann_recall@{n}": recall(found[:, :n], expected[:, :n]) for n in sorted({1, k})}
 
-    def _require_passages(self):
+    def _check_not_empty(self) -> None:
         if not len(self):
             raise ValueError("All passages of this index were deleted: there is nothing to search approximately.")
 
-    def _extend_approximate(self, shards, config):
-        """The approximate index with the rows of new shards; read anew, because FAISS cannot add to what is mapped."""
+    def _extend_approximate(self, shards: list[Shard], config: IndexConfig) -> ApproximateSearch | None:
+        """Return a copy of the approximate index with the rows of new shards: FAISS cannot add to a mapped index."""
         if self._approximate is None:
             return None
         stored = config["approximate"]
-        index = (
-            faiss.clone_index(self._approximate.index)
-            if self.folder is None
-            else faiss.read_index(str(self.folder / stored["file"]))
-        )
+        if self.folder is None:
+            index = faiss.clone_index(self._approximate.index)
+        else:
+            index = faiss.read_index(str(self.folder / stored["file"]))
         add_to_approximate(index, ExactSearch(shards), self.num_rows)
         set_search_options(index, self._search_options)
         if self.folder is not None:
-            file = self._write_file(self.folder, config, "index.faiss", lambda path: write_approximate(index, path))
-            config["approximate"] = {**stored, "file": file}
+            config["approximate"] = {**stored, "file": self._write_approximate(self.folder, config, index)}
         return ApproximateSearch(index)
 
-    def _write_files(self, folder):
+    def _write_files(self, folder: Path) -> IndexConfig:
         config = super()._write_files(folder)
         if self.folder is None and self._approximate is not None:
-            file = self._write_file(
-                folder, config, "index.faiss", lambda path: write_approximate(self._approximate.index, path)
-            )
+            file = self._write_approximate(folder, config, self._approximate.index)
             config["approximate"] = {**config["approximate"], "file": file}
         return config
 
 
-def check_queries(query_embeds, size, k):
+def check_queries(query_embeds: torch.Tensor, size: int, k: int) -> torch.Tensor:
     """
-    Queries as a contiguous float32 tensor `(N, h)`.
+    Return queries as a contiguous float32 tensor `(N, h)`.
 
     Args:
         query_embeds (`torch.Tensor` of shape `(N, h)`): any float dtype and device.
@@ -264,7 +293,8 @@ def check_queries(query_embeds, size, k):
     queries = torch.as_tensor(query_embeds).detach().float()
     if queries.ndim != 2 or queries.shape[1] != size:
         raise ValueError(
-            f"Queries have {queries.shape[-1]} dimensions, the index has {size}; expected a tensor (N, {size}), found {tuple(queries.shape)}."
+            f"Queries have {queries.shape[-1]} dimensions, the index has {size}; expected a tensor (N, {size}), found"
+            f" {tuple(queries.shape)}."
         )
     if k < 1:
         raise ValueError(f"k is {k}, expected at least 1.")
@@ -274,31 +304,40 @@ def check_queries(query_embeds, size, k):
     return queries.contiguous()
 
 
-def check_candidates(candidates, count, count_rows):
+def check_candidates(
+    candidates: Sequence[Rows | None], count: int, count_rows: Callable[[int], int]
+) -> list[NDArray[np.int64] | None]:
     """
-    Candidates as int64 arrays: one array for all queries that name the same object.
+    Return candidates as int64 arrays; queries with the same object get the same array.
 
     Args:
         candidates (`list`): for each query rows of the index or `None`.
         count (`int`): of queries.
-        count_rows (callable): given the largest row of a pool, how many rows the index has.
+        count_rows (`Callable`): given the largest row of a pool, returns how many rows the index has.
 
     Returns:
         `list` of `numpy.ndarray` of int64 or `None`.
 
     Raises:
-        `ValueError`: for another number of pools, a pool that is not of integers, as a mask is not, or rows that the index does not have.
+        `ValueError`: for another number of pools, a pool that is not of integers (such as a mask), or rows that the
+            index does not have.
     """
     if len(candidates) != count:
         raise ValueError(f"There are {len(candidates)} lists of candidates for {count} queries.")
-    pools, candidates = {}, list(candidates)  # which holds the rows of a 2-D array, so that no two have the same id()
+    candidates = list(candidates)  # keeps the rows of a 2-D array alive, so that no two have the same id()
+    arrays: dict[int, NDArray[np.int64]] = {}
+    pools: list[NDArray[np.int64] | None] = []
     for i, pool in enumerate(candidates):
-        if pool is not None and id(pool) not in pools:
-            pools[id(pool)] = _check_pool(np.asarray(pool), f"candidates[{i}]", count_rows)
-    return [None if pool is None else pools[id(pool)] for pool in candidates]
+        if pool is None:
+            pools.append(None)
+            continue
+        if id(pool) not in arrays:
+            arrays[id(pool)] = _check_pool(np.asarray(pool), f"candidates[{i}]", count_rows)
+        pools.append(arrays[id(pool)])
+    return pools
 
 
-def _check_pool(pool, name, count_rows):
+def _check_pool(pool: NDArray[Any], name: str, count_rows: Callable[[int], int]) -> NDArray[np.int64]:
     if not pool.size:
         return np.empty(0, np.int64)
     if pool.dtype.kind not in "iu":

@@ -1,45 +1,64 @@
-"""Requests to a Milvus server or file that are sent again while it does not answer."""
+"""Requests to a Milvus server or file, which are sent again while it does not answer."""
 
 import json
 import os
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers.utils import logging
+
+from .index_search_cosup import nothing
+from .retriever_cosup import SearchResults
 
 logger = logging.get_logger(__name__)
 
 MAX_REQUEST_ROWS = 4_096
 MAX_REQUEST_BYTES = 16 * 2**20  # a server takes 64 MiB a message
-NOT_LOADED = 101  # Milvus' code for a collection that is not in memory, e.g. after a restart
-CANNOT_CONNECT = 2  # pymilvus' own code
-TOKEN_VARIABLE = (
-    "MILVUS_TOKEN"  # of the environment: a token on a command line would be seen in lists of processes, and in results
-)
+NOT_LOADED = 101  # Milvus's code for a collection that is not in memory, e.g. after a restart
+CANNOT_CONNECT = 2  # pymilvus's own code
+# Of the environment: a token on a command line would be visible in lists of processes, and in results
+TOKEN_VARIABLE = "MILVUS_TOKEN"
 
-_open_files: Counter = (
-    Counter()
-)  # file mode: Milvus Lite runs in this process, once for each file, until its last connection is closed
+# Connections to each local file: Milvus Lite runs in this process, once per file, until the last of them is closed
+_open_files: Counter[str] = Counter()
+T = TypeVar("T")
 
 
 class MilvusConnection:
     """
-    A Milvus server, or a local file that Milvus Lite serves within this process, and one collection there.
+    A Milvus server, or a local file that Milvus Lite serves within this process, and one collection in it.
 
     Args:
         uri, collection, token, timeout, max_retries: see [`MilvusPassageIndex`].
 
     Raises:
-        `ImportError`: when pymilvus is missing.
-        `ValueError`: when `uri` is neither a server nor a file that ends in `.db`, or holds a password, which messages and results would show.
+        `ImportError`: if pymilvus is missing.
+        `ValueError`: if `uri` is neither a server nor a file that ends in `.db`, or holds a password, which messages
+            and results would show.
     """
 
-    def __init__(self, uri, collection, token=None, timeout=60.0, max_retries=5):
+    def __init__(
+        self,
+        uri: str | os.PathLike[str],
+        collection: str,
+        token: str | None = None,
+        timeout: float = 60.0,
+        max_retries: int = 5,
+    ) -> None:
         milvus_packages()
-        self.uri, self.collection, self.timeout, self.max_retries = str(uri), collection, timeout, max_retries
+        self.uri = str(uri)
+        self.collection = collection
         self.token = token or os.environ.get(TOKEN_VARIABLE, "")
-        self.is_file, self._client = "://" not in self.uri, None
+        self.timeout = timeout
+        self.max_retries = max_retries
+        self.is_file = "://" not in self.uri
+        self._client: Any = None  # a pymilvus.MilvusClient, made by the first request
         if self.is_file and not self.uri.endswith(".db"):
             raise ValueError(
                 f"uri is {self.uri!r}, expected a server (http://host:19530) or a local file that ends in .db."
@@ -47,25 +66,28 @@ class MilvusConnection:
         host = self.uri.partition("://")[2].partition("/")[0]
         if "@" in host:
             raise ValueError(
-                f"uri holds a password; expected http://{host.rpartition('@')[2]}, and user:password in the variable {TOKEN_VARIABLE}."
+                f"uri holds a password; expected http://{host.rpartition('@')[2]}, and user:password in the variable"
+                f" {TOKEN_VARIABLE}."
             )
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"Milvus at {self.uri}, collection {self.collection!r}"
 
-    def call(self, method, doing, name_collection=True, **kwargs):
+    def call(self, method: str, doing: str, name_collection: bool = True, **kwargs: Any) -> Any:
         """
-        One method of the Milvus client, sent again while the server does not answer. All that is called here may arrive twice.
+        Call a method of the Milvus client, again while the server does not answer.
+
+        A request may arrive twice, so call only what may be done twice.
 
         Args:
             method (`str`): of `pymilvus.MilvusClient`.
-            doing (`str`): for the error message.
+            doing (`str`): for the error message, e.g. `"searching"`.
             name_collection (`bool`): whether the method's first argument is the collection.
             **kwargs: for the method.
 
         Raises:
-            `ConnectionError`: when it did not answer `max_retries + 1` times.
-            `OSError`: when Milvus refuses the request.
+            `ConnectionError`: if it did not answer `max_retries + 1` times.
+            `OSError`: if Milvus refuses the request.
         """
         pymilvus, grpc = milvus_packages()
         arguments = (self.collection,) if name_collection else ()
@@ -80,45 +102,50 @@ class MilvusConnection:
                 failure = error
                 logger.warning(f"{self}: no answer while {doing}, attempt {attempt + 1} of {self.max_retries + 1}.")
         raise ConnectionError(
-            f"{self}: no answer to {self.max_retries + 1} attempts while {doing}: {failure}. Check that the server runs, and uri and token; "
-            "then call again. A larger max_retries or timeout waits longer."
+            f"{self}: no answer to {self.max_retries + 1} attempts while {doing}: {failure}. Check that the server"
+            " runs, and uri and token; then call again. A larger max_retries or timeout waits longer."
         ) from failure
 
-    def _send(self, method, *arguments, **kwargs):
+    def _send(self, method: str, *arguments: str, **kwargs: Any) -> Any:
+        """Call a method once; a collection that the server has unloaded, as by a restart, is loaded before."""
         pymilvus, _ = milvus_packages()
         client = self._connected()
         send = getattr(client, method)
         try:
-            return send(*arguments, retry_times=0, **kwargs)  # pymilvus alone would try 75 times
+            return send(*arguments, retry_times=0, **kwargs)  # pymilvus's default is 75 times
         except pymilvus.MilvusException as error:
             if error.code != NOT_LOADED:
                 raise
             client.load_collection(self.collection, retry_times=0)
             return send(*arguments, retry_times=0, **kwargs)
 
-    def _connected(self):
-        if self._client is None:
-            pymilvus, _ = milvus_packages()
-            # A deadline given to each call would make pymilvus go on trying until it is reached; and gRPC by itself waits up to two minutes
-            # before it tries a server again that was away.
-            deadline = json.dumps({"methodConfig": [{"name": [{}], "timeout": f"{self.timeout}s"}]})
-            grpc_options = {
-                "grpc.service_config": deadline,
-                "grpc.initial_reconnect_backoff_ms": 100,
-                "grpc.max_reconnect_backoff_ms": 500,
-            }
-            options = {"dedicated": True, "timeout": min(self.timeout, 10), "grpc_options": grpc_options}
-            try:
-                self._client = pymilvus.MilvusClient(self.uri, token=self.token, **options)
-            except pymilvus.exceptions.ConnectionConfigException as error:
-                raise OSError(
-                    f"Milvus cannot open {self.uri}: {error.message}. A local file serves one process at a time; several need a server."
-                ) from error
-            _open_files[_file_key(self.uri)] += self.is_file
+    def _connected(self) -> Any:
+        """Return the client; connect first if there is none."""
+        if self._client is not None:
+            return self._client
+        pymilvus, _ = milvus_packages()
+        # A deadline for each call would make pymilvus go on trying until it is reached. By default gRPC waits up to
+        # two minutes before it tries a server again that was away.
+        deadline = json.dumps({"methodConfig": [{"name": [{}], "timeout": f"{self.timeout}s"}]})
+        grpc_options = {
+            "grpc.service_config": deadline,
+            "grpc.initial_reconnect_backoff_ms": 100,
+            "grpc.max_reconnect_backoff_ms": 500,
+        }
+        options = {"dedicated": True, "timeout": min(self.timeout, 10), "grpc_options": grpc_options}
+        try:
+            self._client = pymilvus.MilvusClient(self.uri, token=self.token, **options)
+        except pymilvus.exceptions.ConnectionConfigException as error:
+            raise OSError(
+                f"Milvus cannot open {self.uri}: {error.message}. A local file serves one process at a time; several"
+                " need a server."
+            ) from error
+        if self.is_file:
+            _open_files[_file_key(self.uri)] += 1
         return self._client
 
-    def close(self):
-        """Close the connection. A local file can be opened by another process when this was the last one to it in this process."""
+    def close(self) -> None:
+        """Close the connection. After the last one to a local file, another process can open the file."""
         if self._client is None:
             return
         self._client.close()
@@ -129,10 +156,49 @@ class MilvusConnection:
             if not _open_files[key]:
                 _stop_milvus_lite(self.uri)
 
+    # ------------------------------------------------------------------ reading
 
-def milvus_packages():
+    def query(self, expression: str, fields: list[str]) -> list[dict[str, Any]]:
+        """Read fields of the passages that match a filter expression."""
+        options: dict[str, Any] = {"filter": expression, "output_fields": fields, "consistency_level": "Session"}
+        return self.call("query", "reading passages", **options)
+
+    def query_rows(self, rows: list[int], fields: list[str], step: int) -> Iterator[dict[str, Any]]:
+        """Read fields of those rows that hold a passage, `step` rows per request."""
+        for start in range(0, len(rows), step):
+            yield from self.query(f"row in {rows[start : start + step]}", fields)
+
+    def fetch_embeddings(self, rows: NDArray[np.int64], size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Return those of the sorted `rows` that hold a passage, and their embeddings `(M, size)`."""
+        step = max(1, min(MAX_REQUEST_ROWS, MAX_REQUEST_BYTES // (4 * size)))
+        hits = list(self.query_rows(rows.tolist(), ["row", "embedding"], step))
+        live_rows = np.array([hit["row"] for hit in hits], np.int64)
+        embeddings = np.array([hit["embedding"] for hit in hits], np.float32).reshape(len(hits), size)
+        order = np.argsort(live_rows)
+        return live_rows[order], embeddings[order]
+
+    def search(
+        self, queries: NDArray[np.float32], k: int, search_params: dict[str, Any], expression: str = ""
+    ) -> SearchResults:
+        """Search in one request, among the rows that match a filter expression; see [`Retriever.search`]."""
+        options: dict[str, Any] = {
+            "limit": k,
+            "filter": expression,
+            "anns_field": "embedding",
+            "output_fields": ["row"],
+            "consistency_level": "Session",
+            "search_params": {"metric_type": "IP", "params": search_params},
+        }
+        scores, rows = nothing(len(queries), k)
+        for i, hits in enumerate(self.call("search", "searching", data=list(queries), **options)):
+            scores[i, : len(hits)] = [hit["distance"] for hit in hits]
+            rows[i, : len(hits)] = [hit["row"] for hit in hits]
+        return scores, rows
+
+
+def milvus_packages() -> tuple[ModuleType, ModuleType]:
     """
-    The modules pymilvus and grpc, imported when they are first needed: they take a second.
+    Return the modules pymilvus and grpc, imported when they are first needed: they take a second.
 
     Raises:
         `ImportError`: says what to install.
@@ -145,24 +211,33 @@ def milvus_packages():
     return pymilvus, grpc
 
 
-def split(items, size, limit):
-    """Lists of items in order, each of at most `MAX_REQUEST_ROWS` items and `limit` in size (or one larger item)."""
-    part, total = [], 0
+def split(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Yield lists of items in order, each of at most `MAX_REQUEST_ROWS` and `limit` in size (or one larger item)."""
+    part: list[T] = []
+    total = 0
     for item in items:
-        if part and (len(part) == MAX_REQUEST_ROWS or total + size(item) > limit):
+        item_size = size(item)
+        if part and (len(part) == MAX_REQUEST_ROWS or total + item_size > limit):
             yield part
             part, total = [], 0
         part.append(item)
-        total += size(item)
+        total += item_size
     if part:
         yield part
 
 
-def _file_key(path):
+def quote(text: str) -> str:
+    """Return a string literal of Milvus's filter language, which knows fewer escapes than JSON."""
+    for character, escape in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("\r", "\\r"), ("\t", "\\t")):
+        text = text.replace(character, escape)
+    return f'"{text}"'
+
+
+def _file_key(path: str) -> str:
     return str(Path(path).absolute())
 
 
-def _stop_milvus_lite(path):
+def _stop_milvus_lite(path: str) -> None:
     try:
         from milvus_lite.server_manager import server_manager_instance
     except ImportError:
@@ -170,7 +245,7 @@ def _stop_milvus_lite(path):
     server_manager_instance.release_server(path)
 
 
-def _may_pass(error, grpc):
-    """Whether an error says that the server cannot be reached or is not ready, so that the same request may succeed later."""
+def _may_pass(error: Any, grpc: ModuleType) -> bool:
+    """Whether the server could not be reached or was not ready, so that the same request may succeed later."""
     code = error.code() if callable(error.code) else error.code  # a method of gRPC's errors
     return code in (CANNOT_CONNECT, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)

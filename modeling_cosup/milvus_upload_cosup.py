@@ -1,10 +1,12 @@
-"""The collection that holds a passage index in Milvus: its fields and properties, and the upload, which goes on where it was cut off."""
+"""The collection of a passage index in Milvus: its fields and properties, and an upload that can be continued."""
 
 import hashlib
 import json
+from typing import Any
 
 from .index_files_cosup import shard_files
-from .milvus_client_cosup import MAX_REQUEST_BYTES, MAX_REQUEST_ROWS, milvus_packages, split
+from .milvus_client_cosup import MAX_REQUEST_BYTES, MAX_REQUEST_ROWS, MilvusConnection, milvus_packages, split
+from .retrieval_cosup import PassageIndex
 
 FORMAT_VERSION = "1"
 MAX_FIELD_BYTES = 65_535  # of a VARCHAR
@@ -12,15 +14,24 @@ MAX_TOKENS = 4_096  # of an ARRAY
 TEXT_FIELDS = ("id", "title", "text")
 
 
-def prepare_upload(connection, index, index_type, index_params, overwrite):
+# ---------------------------------------------------------------------- upload
+
+
+def prepare_upload(
+    connection: MilvusConnection,
+    index: PassageIndex,
+    index_type: str,
+    index_params: dict[str, Any],
+    overwrite: bool,
+) -> int:
     """
     Create the collection for `index`, or find an upload of it that was cut off.
 
     Returns:
-        `int`: the number of passages that are there for certain and need not be sent.
+        `int`: the number of passages that are certainly there and need not be sent.
 
     Raises:
-        `FileExistsError`: when the collection is anything else and `overwrite` is false.
+        `FileExistsError`: if the collection is anything else and `overwrite` is false.
     """
     source = _digest(index, index_type, index_params)
     unfinished = _is_unfinished(connection, source, overwrite)
@@ -33,10 +44,9 @@ def prepare_upload(connection, index, index_type, index_params, overwrite):
         connection.call("load_collection", "loading the collection")
     except ConnectionError:
         raise
-    except OSError:  # Milvus Lite, killed while it wrote the file of an index, refuses the half of it
-        while names := connection.call(
-            "list_indexes", "listing the indexes"
-        ):  # it drops all of them at once, a server one
+    except OSError:  # Milvus Lite refuses the half of an index file that was left when it was killed
+        # Milvus Lite drops all indexes in one call, a server one
+        while names := connection.call("list_indexes", "listing the indexes"):
             connection.call("drop_index", "dropping an index", index_name=names[0])
         _create_indexes(connection, index_type, index_params)
         connection.call("load_collection", "loading the collection")
@@ -45,8 +55,8 @@ def prepare_upload(connection, index, index_type, index_params, overwrite):
     return max(0, arrived - MAX_REQUEST_ROWS)  # a batch was sent only after the one before had arrived
 
 
-def _is_unfinished(connection, source, overwrite):
-    """Whether the collection is an unfinished upload of `source`; anything else of its name is dropped or an error."""
+def _is_unfinished(connection: MilvusConnection, source: str, overwrite: bool) -> bool:
+    """Whether the collection is an unfinished upload of `source`; any other of its name is dropped or an error."""
     if not connection.call("has_collection", "looking for the collection"):
         return False
     properties = connection.call("describe_collection", "reading the collection's properties")["properties"]
@@ -54,14 +64,15 @@ def _is_unfinished(connection, source, overwrite):
         return True
     if not overwrite:
         raise FileExistsError(
-            f"{connection} exists already and is not an unfinished upload of this index. Open it with MilvusPassageIndex(uri, collection), "
-            "choose another name, or drop it with overwrite=True."
+            f"{connection} exists already and is not an unfinished upload of this index. Open it with"
+            " MilvusPassageIndex(uri, collection), choose another name, or drop it with overwrite=True."
         )
     connection.call("drop_collection", "dropping the collection")
     return False
 
 
-def _create(connection, index, source, index_type):
+def _create(connection: MilvusConnection, index: PassageIndex, source: str, index_type: str) -> None:
+    """Create the collection, with its fields and properties."""
     pymilvus, _ = milvus_packages()
     data_type = pymilvus.DataType
     schema = pymilvus.MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
@@ -76,51 +87,54 @@ def _create(connection, index, source, index_type):
         "cosup.index_type": index_type,
         "cosup.source": source,
         "cosup.complete": "false",
-        "cosup.next_row": str(
-            index.num_rows
-        ),  # every row below was given to a passage once, whether it is still there or not
+        "cosup.next_row": str(index.num_rows),  # all rows below were given to a passage, which may have been deleted
         "cosup.adding": "",  # rows `first:stop` of an add() under way
     }
-    connection.call(
-        "create_collection",
-        "creating the collection",
-        schema=schema,
-        properties=properties,
-        consistency_level="Session",
-    )
+    options = {"schema": schema, "properties": properties, "consistency_level": "Session"}
+    connection.call("create_collection", "creating the collection", **options)
 
 
-def _create_indexes(connection, index_type, index_params):
-    there = connection.call("list_indexes", "listing the indexes")
-    for name, options in (
-        ("embedding", {"index_type": index_type, "metric_type": "IP", "params": index_params}),
-        ("id", {"index_type": "INVERTED"}),
-    ):
-        if name not in there:
-            index = milvus_packages()[0].MilvusClient.prepare_index_params()
-            index.add_index(name, index_name=name, **options)
-            connection.call(
-                "create_index", "creating the index", index_params=index, sync=False
-            )  # nothing is there to index yet
+def _create_indexes(connection: MilvusConnection, index_type: str, index_params: dict[str, Any]) -> None:
+    """Create those indexes of the fields `embedding` and `id` that do not exist."""
+    existing = connection.call("list_indexes", "listing the indexes")
+    field_options: dict[str, dict[str, Any]] = {
+        "embedding": {"index_type": index_type, "metric_type": "IP", "params": index_params},
+        "id": {"index_type": "INVERTED"},
+    }
+    pymilvus, _ = milvus_packages()
+    for name, options in field_options.items():
+        if name not in existing:
+            field_index = pymilvus.MilvusClient.prepare_index_params()
+            field_index.add_index(name, index_name=name, **options)
+            # sync=False: the collection has no passages to wait for
+            connection.call("create_index", "creating the index", index_params=field_index, sync=False)
 
 
-def upload(connection, index, skip=0, first_row=0, batch_size=MAX_REQUEST_ROWS, show_progress_bar=False):
+def upload(
+    connection: MilvusConnection,
+    index: PassageIndex,
+    skip: int = 0,
+    first_row: int = 0,
+    batch_size: int = MAX_REQUEST_ROWS,
+    show_progress_bar: bool = False,
+) -> None:
     """
-    Write the passages of an index, in order. Writing one again changes nothing.
+    Write the passages of an index, in order. To write one again changes nothing.
 
     Args:
         connection ([`MilvusConnection`]): to a collection that has been prepared.
         index ([`PassageIndex`]): its row `i` becomes row `first_row + i`.
-        skip (`int`): passages at the beginning that are there already.
-        batch_size (`int`): passages a request, at most; fewer where they would exceed 16 MiB.
+        skip (`int`): number of passages at the beginning that are already there.
+        first_row (`int`): see `index`.
+        batch_size (`int`): maximum number of passages per request; fewer if they would exceed 16 MiB.
+        show_progress_bar (`bool`): a tqdm bar.
     """
     from tqdm.auto import tqdm
 
     rows = index.live_rows()
     batch_size = max(1, min(batch_size, MAX_REQUEST_ROWS, MAX_REQUEST_BYTES // (4 * index.config["embedding_size"])))
-    with tqdm(
-        total=len(rows), initial=skip, desc="Uploading passages", unit="passage", disable=not show_progress_bar
-    ) as bar:
+    options = {"desc": "Uploading passages", "unit": "passage", "disable": not show_progress_bar}
+    with tqdm(total=len(rows), initial=skip, **options) as bar:
         for start in range(skip, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             columns = zip(batch.tolist(), index.get_passages(batch), index.get_embeddings(batch), strict=True)
@@ -130,36 +144,28 @@ def upload(connection, index, skip=0, first_row=0, batch_size=MAX_REQUEST_ROWS, 
             bar.update(len(batch))
 
 
-def finish_upload(connection, index):
+def _request_bytes(passage: dict[str, Any]) -> int:
+    """Return about how many bytes a passage takes in a request."""
+    characters = sum(len(passage[name]) for name in TEXT_FIELDS)
+    return 4 * (len(passage["embedding"]) + len(passage["input_ids"]) + characters)
+
+
+def finish_upload(connection: MilvusConnection, index: PassageIndex) -> None:
     """
-    Mark an upload as complete, when all of it is there.
+    Mark an upload as complete, once all passages are there.
 
     Raises:
-        `RuntimeError`: when passages are missing.
+        `RuntimeError`: if passages are missing.
     """
     connection.call("flush", "storing the passages")
     connection.call("load_collection", "loading the collection")  # an approximate index is built now
-    there, expected = count_passages(connection), len(index.live_rows())
-    if there != expected:
-        raise RuntimeError(f"{connection}: there are {there} passages after the upload, expected {expected}.")
+    num_uploaded, expected = count_passages(connection), len(index.live_rows())
+    if num_uploaded != expected:
+        raise RuntimeError(f"{connection}: there are {num_uploaded} passages after the upload, expected {expected}.")
     set_properties(connection, complete="true")
 
 
-def count_passages(connection):
-    """Number of passages in a loaded collection, all writes of all processes included."""
-    (result,) = connection.call(
-        "query", "counting the passages", filter="", output_fields=["count(*)"], consistency_level="Strong"
-    )
-    return result["count(*)"]
-
-
-def set_properties(connection, **properties):
-    """Change properties that stand with the collection; the others stay."""
-    properties = {f"cosup.{name}": value for name, value in properties.items()}
-    connection.call("alter_collection_properties", "writing the collection's properties", properties=properties)
-
-
-def check_sizes(index):
+def check_sizes(index: PassageIndex) -> None:
     """
     Check that all passages fit into the fields of a collection, before any is sent.
 
@@ -169,36 +175,82 @@ def check_sizes(index):
     rows = index.live_rows()
     for start in range(0, len(rows), MAX_REQUEST_ROWS):
         for passage in index.get_passages(rows[start : start + MAX_REQUEST_ROWS]):
-            sizes = {name: len(passage[name].encode()) for name in TEXT_FIELDS}
-            for name, size in sizes.items():
+            name = f"Passage {passage['id'][:80]!r}"
+            for field in TEXT_FIELDS:
+                size = len(passage[field].encode())
                 if size > MAX_FIELD_BYTES:
                     raise ValueError(
-                        f"Passage {passage['id'][:80]!r}: {name!r} has {size} bytes, Milvus holds at most {MAX_FIELD_BYTES}; cut it in two."
+                        f"{name}: {field!r} has {size} bytes, Milvus holds at most {MAX_FIELD_BYTES}; cut it in two."
                     )
-            if len(passage["input_ids"]) > MAX_TOKENS:
-                raise ValueError(
-                    f"Passage {passage['id'][:80]!r} has {len(passage['input_ids'])} token ids, Milvus holds at most {MAX_TOKENS}."
-                )
+            num_tokens = len(passage["input_ids"])
+            if num_tokens > MAX_TOKENS:
+                raise ValueError(f"{name} has {num_tokens} token ids, Milvus holds at most {MAX_TOKENS}.")
 
 
-def _digest(index, index_type, index_params):
-    """SHA-256 of what an upload is of: the fingerprint, the index type, and every passage: by the checksums of its folder, or all that is in memory."""
+def _digest(index: PassageIndex, index_type: str, index_params: dict[str, Any]) -> str:
+    """
+    Return the SHA-256 of an upload: of the fingerprint, the index type and all passages.
+
+    For an index in a folder its files' checksums stand for the passages.
+    """
     rows = index.live_rows()
-    settings = [index.fingerprint, index_type, index_params]
+    settings: list[Any] = [index.fingerprint, index_type, index_params]
     if index.folder is not None:
-        names = [name for number in range(len(index.config["shards"])) for name in shard_files(number)]
-        settings.append([index.config["files"][name]["sha256"] for name in names])
+        checksums = []
+        for number in range(len(index.config["shards"])):
+            checksums += [index.config["files"][name]["sha256"] for name in shard_files(number)]
+        settings.append(checksums)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + rows.tobytes())
-    for start in range(0, 0 if index.folder is not None else len(rows), MAX_REQUEST_ROWS):
-        part = rows[start : start + MAX_REQUEST_ROWS]
-        digest.update(
-            json.dumps(index.get_passages(part), sort_keys=True).encode() + index.get_embeddings(part).tobytes()
-        )
+    if index.folder is None:
+        for start in range(0, len(rows), MAX_REQUEST_ROWS):
+            part = rows[start : start + MAX_REQUEST_ROWS]
+            digest.update(json.dumps(index.get_passages(part), sort_keys=True).encode())
+            digest.update(index.get_embeddings(part).tobytes())
     return digest.hexdigest()
 
 
-def _request_bytes(passage):
-    """About what a passage takes in a request."""
-    return 4 * (
-        len(passage["embedding"]) + len(passage["input_ids"]) + sum(len(passage[name]) for name in TEXT_FIELDS)
-    )
+# ---------------------------------------------------------------------- the collection
+
+
+def count_passages(connection: MilvusConnection) -> int:
+    """Return the number of passages in a loaded collection, including all writes of all processes."""
+    options: dict[str, Any] = {"filter": "", "output_fields": ["count(*)"], "consistency_level": "Strong"}
+    (result,) = connection.call("query", "counting the passages", **options)
+    return result["count(*)"]
+
+
+def read_properties(connection: MilvusConnection) -> tuple[dict[str, str], int]:
+    """
+    Return the properties of a collection, and the size of its embeddings.
+
+    Raises:
+        `ValueError`: if it is no passage index, or of a format version that this release cannot read.
+    """
+    description = connection.call("describe_collection", "reading the collection's properties")
+    properties = description["properties"]
+    version = properties.get("cosup.format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{connection}: has format_version {version}, this release reads {FORMAT_VERSION}; None: it is no passage"
+            " index."
+        )
+    fields = {field["name"]: field for field in description["fields"]}
+    return properties, fields["embedding"]["params"]["dim"]
+
+
+def set_properties(connection: MilvusConnection, **properties: str) -> None:
+    """Change some properties of a collection."""
+    properties = {f"cosup.{name}": value for name, value in properties.items()}
+    connection.call("alter_collection_properties", "writing the collection's properties", properties=properties)
+
+
+def check_can_be_searched(connection: MilvusConnection, properties: dict[str, str], exact: bool) -> None:
+    """Raise `ValueError` if the upload has not ended, or the index type is approximate but must be `exact`."""
+    if properties["cosup.complete"] != "true":
+        raise ValueError(
+            f"{connection}: the upload has not ended; call MilvusPassageIndex.from_index with the same index to go on"
+            " where it stopped."
+        )
+    index_type = properties["cosup.index_type"]
+    if exact and index_type != "FLAT":
+        raise ValueError(f"{connection}: is searched through {index_type}, and search='exact' needs FLAT.")

@@ -1,8 +1,9 @@
 """
-What generate() and judging ask of an index, and no more: the seam where another back end enters.
+The interface of an index: the members that generate() and judging use, and no more.
 
-A back end is a class with the members of [`Retriever`], in a file of its own, and a branch of [`~opening_cosup.open_by_uri`].
-It inherits nothing: a model whose code came with a checkpoint and an index of the installed package work together.
+To add a back end, write a class with the members of [`Retriever`] in a new file, and open it in
+[`~opening_cosup.open_by_uri`]. The class inherits nothing, so that a model loaded with its checkpoint's code also
+works with an index of the installed package.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,7 +16,8 @@ from numpy.typing import NDArray
 from .configuration_cosup import EARLIER_EMBEDDING_SETTINGS
 
 Rows: TypeAlias = Sequence[int] | NDArray[np.int64]
-SearchResults: TypeAlias = tuple[NDArray[np.float32], NDArray[np.int64]]
+SearchResults: TypeAlias = tuple[NDArray[np.float32], NDArray[np.int64]]  # scores and rows, both (N, k)
+CoSupModel: TypeAlias = Any  # CoSupForCausalLM: the installed class, or its copy that was loaded with a checkpoint
 
 
 @runtime_checkable
@@ -23,44 +25,49 @@ class Retriever(Protocol):
     """
     Passages that are found by their embedding, by row and by id.
 
-    A row is the place of a passage in the index, an `int` from 0 on. It never changes, and the row of a deleted passage is given to no other.
-    In search results a row of -1, with a score of -inf, says that fewer passages were found than asked for; it never goes into `get_passages`.
+    A row is the place of a passage in the index, an `int` from 0 on. It never changes, and the row of a deleted
+    passage is not reused. Search results are filled up with rows of -1 and scores of -inf if fewer than k passages
+    were found. -1 is no row for `get_passages`.
     """
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What made the embeddings, as `CoSupForCausalLM.fingerprint` gives it: names and values that JSON can hold."""
+        """Settings of the model that made the embeddings, see `CoSupForCausalLM.fingerprint`; JSON can hold them."""
         ...
 
     def __len__(self) -> int:
-        """Number of passages that can be found; deleted ones do not count."""
+        """Return the number of passages, without deleted ones."""
         ...
 
     def search(
         self, query_embeds: torch.Tensor, k: int = 1, candidates: Sequence[Rows | None] | None = None
     ) -> SearchResults:
         """
-        The nearest passages by inner product.
+        Find the nearest passages by inner product.
 
         Args:
             query_embeds (`torch.Tensor` of shape `(N, h)`): any float dtype and device. N may be 0.
-            k (`int`): passages per query.
-            candidates (`list`, *optional*): for each query `None`, to search everything, or rows, to search these alone, always exactly.
+            k (`int`, *optional*, defaults to 1): passages per query.
+            candidates (`list`, *optional*): one entry per query. `None` searches the whole index, rows search only
+                these rows, always exactly.
 
         Returns:
-            `(scores, rows)`: `numpy.ndarray` of float32 and int64, both `(N, min(k, len(self)))`, best first; -inf and -1 where fewer were found.
+            `(scores, rows)`: `numpy.ndarray` of float32 and int64, both `(N, min(k, len(self)))`, best first, then
+            -inf and -1.
 
         Raises:
-            `ValueError`: for queries of another width, or that are NaN or infinite; for candidates that are no rows; for a k below 1.
+            `ValueError`: if queries have another width or are NaN or infinite, candidates are not rows, or k is below
+                1.
         """
         ...
 
     def get_passages(self, rows: Rows) -> list[dict[str, Any]]:
         """
-        The passages of rows, in their order; a row may come twice.
+        Return the passages of rows, in the given order; a row may occur twice.
 
         Returns:
-            `list[dict]`: `{"id", "title", "text", "input_ids"}`; `input_ids` is a `list[int]` as Gen reads the passage, without BOS and EOS.
+            `list[dict]`: `{"id", "title", "text", "input_ids"}`; `input_ids` is a `list[int]` as Gen reads the
+            passage, without BOS and EOS.
 
         Raises:
             `IndexError`: names rows that hold no passage.
@@ -69,20 +76,20 @@ class Retriever(Protocol):
 
     def rows_of(self, ids: Iterable[str]) -> NDArray[np.int64]:
         """
-        Rows of passage ids, `(len(ids),)`, in their order.
+        Return the rows of passage ids, `(len(ids),)`, in the given order.
 
         Raises:
-            `ValueError`: names (up to five of) the ids that the index does not hold.
+            `ValueError`: names (up to five) ids that the index does not hold.
         """
         ...
 
     def live_rows(self) -> NDArray[np.int64]:
-        """Rows that hold a passage, `(len(self),)`, in order."""
+        """Return all rows that hold a passage, `(len(self),)`, in ascending order."""
         ...
 
-    def check_model(self, model: Any) -> None:
+    def check_model(self, model: CoSupModel) -> None:
         """
-        Raise unless `model` makes its queries in the space of this index; [`check_fingerprint`] does it.
+        Raise unless `model` makes queries in the embedding space of this index; call [`check_fingerprint`].
 
         Raises:
             `ValueError`: names every setting that differs, with both values.
@@ -90,30 +97,31 @@ class Retriever(Protocol):
         ...
 
 
-def check_fingerprint(fingerprint: dict[str, Any], model: Any) -> None:
+def check_fingerprint(fingerprint: dict[str, Any], model: CoSupModel) -> None:
     """
     Raise unless a model has the fingerprint of an index.
 
     Args:
-        fingerprint (`dict`): of the index; settings that it lacks had one value only when it was made.
-        model ([`CoSupForCausalLM`]): of this class or, with `trust_remote_code`, of the one that came with a checkpoint.
+        fingerprint (`dict`): of the index. A missing setting has the value that all models had when the index was
+            made.
+        model ([`CoSupForCausalLM`]): the model that makes the queries.
 
     Raises:
         `ValueError`: names every setting that differs, with both values.
     """
-    of_model = model.fingerprint()
-    of_index = {**EARLIER_EMBEDDING_SETTINGS, **fingerprint}
-    different = [name for name in of_model if of_index.get(name) != of_model[name]]
-    if different:
-        lines = [
-            f"  {name}: the index has {_short(of_index.get(name))}, the model {_short(of_model[name])}"
-            for name in different
-        ]
+    model_settings = model.fingerprint()
+    index_settings = {**EARLIER_EMBEDDING_SETTINGS, **fingerprint}
+    lines = []
+    for name, model_value in model_settings.items():
+        index_value = index_settings.get(name)
+        if index_value != model_value:
+            lines.append(f"  {name}: the index has {_short(index_value)}, the model {_short(model_value)}")
+    if lines:
         raise ValueError("This index was built by another model; build it again with this one.\n" + "\n".join(lines))
 
 
 def _short(value: Any) -> str:
-    """A value as an error shows it: the beginning of a SHA-256, anything else whole."""
+    """Return a value for an error message; a SHA-256 is cut to its first characters."""
     if isinstance(value, str) and len(value) == 64:
         return f"{value[:12]}…"
     return repr(value)

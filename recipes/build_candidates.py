@@ -1,20 +1,24 @@
 """
 Candidate pools for an evaluation set: for each question its gold passages and the nearest others, by any retriever.
 
-    python recipes/build_candidates.py --model sentence-transformers/all-MiniLM-L6-v2 --eval_file nq.jsonl.gz --corpus_file corpus.jsonl.gz \\
-        --output_file nq_100.jsonl.gz --num_candidates 100 --index_dir cache
-    python recipes/build_candidates.py --model out --index out/index --eval_file nq.jsonl.gz --output_file nq_20.jsonl.gz --num_candidates 20
+    python recipes/build_candidates.py --model sentence-transformers/all-MiniLM-L6-v2 --eval_file nq.jsonl.gz \\
+        --corpus_file corpus.jsonl.gz --output_file nq_100.jsonl.gz --num_candidates 100 --index_dir cache
+    python recipes/build_candidates.py --model out --index out/index --eval_file nq.jsonl.gz \\
+        --output_file nq_20.jsonl.gz --num_candidates 20
 
-The retriever is a sentence-transformers model, with its own prompts and similarity, or a CoSup checkpoint, whose query is its state at an `[NSP]` after the
-prompt. Candidates stand best first, gold at its own place; gold that is not among the nearest takes the last places. `--gold_first` puts all gold first.
-Everything else in the evaluation file stays as it is. Also printed: recall of the retriever over the whole corpus.
+The retriever is a sentence-transformers model, with its own prompts and similarity, or a CoSup checkpoint: its query
+is the state at an `[NSP]` after the prompt. Candidates are ordered best first, gold passages among them by their
+score. Gold that is not among the nearest takes the last places. `--gold_first` puts all gold first. Everything else in
+the evaluation file stays as it is. The recipe also prints the retriever's recall over the whole corpus.
 
-With `--index_dir` a corpus is encoded once: what is there is found by the content of passages and model, whatever the files are called, and a run that was
-cut off goes on. A sentence-transformers model reads `--passage_template`, a passage without title its text alone; `[SEP]` in a slot filling question becomes a
-space, since it would be a control token to many.
+With `--index_dir` a corpus is encoded once: it is recognised by the content of passages and model, whatever the files
+are called, and a run that was cut off goes on. A sentence-transformers model reads a passage as `--passage_template`,
+or its text alone if it has no title. `[SEP]` in a slot filling question becomes a space, since it would be a control
+token for many models.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from shared.cli import clear_errors, parse, table
 
@@ -32,7 +36,7 @@ from shared.indexes import INDEX_HELP, INDEX_URI_HELP, check_index_options
 from shared.retrievers import CoSupRetriever, SentenceRetriever, is_cosup
 
 KS = (1, 5, 20, 100)
-QUERIES = 1024  # that are searched at once
+QUERIES = 1024  # per search
 
 
 @dataclass
@@ -58,7 +62,7 @@ class CandidateArguments:
     num_candidates: int = field(default=100, metadata={"help": "of a question; the paper's are 20 and 100"})
     gold_first: bool = field(default=False, metadata={"help": "all gold before the others"})
     index_dir: str | None = field(default=None, metadata={"help": "folder in which encoded corpora are kept"})
-    batch_size: int = field(default=64, metadata={"help": "texts at once"})
+    batch_size: int = field(default=64, metadata={"help": "texts per forward"})
     passage_template: str = field(
         default="{title}. {text}",
         metadata={"help": "of a sentence-transformers model; a CoSup checkpoint has its own"},
@@ -69,14 +73,14 @@ class CandidateArguments:
     dtype: str = field(default="auto", metadata={"help": "of the weights, e.g. bfloat16 on a GPU"})
 
 
-def main():
+def main() -> None:
     """Read the options and build the pools."""
     (args,) = parse([CandidateArguments], __doc__)
     with clear_errors():
         print(table(build(args)))
 
 
-def build(args):
+def build(args: CandidateArguments) -> list[tuple[str, str]]:
     """
     Write the evaluation set with candidates.
 
@@ -94,46 +98,35 @@ def build(args):
         )
     check_index_options(args.index, args.index_uri)
     instances = load_evaluation_set(args.eval_file, args.split, answers_required=False)
-    kind = CoSupRetriever if is_cosup(args.model) else SentenceRetriever
-    if args.index and kind is SentenceRetriever:
+    retriever_class = CoSupRetriever if is_cosup(args.model) else SentenceRetriever
+    if args.index and retriever_class is SentenceRetriever:
         raise ValueError(f"--index {args.index}: {args.model} is no CoSup checkpoint; give a --corpus_file.")
-    retriever = kind(args)
+    retriever = retriever_class(args)
     gold = gold_rows(instances, retriever, args.index or args.corpus_file)
-    queries = retriever.embed_queries(instances)
-    k = min(max(args.num_candidates, *KS), len(retriever))
-    pools = []
-    for start in tqdm(range(0, len(instances), QUERIES), desc="Searching", unit=" batches"):
-        part = slice(start, start + QUERIES)
-        _, nearest = retriever.search(queries[part], k)
-        for rows, query, own in zip(nearest, queries[part], gold[part], strict=True):
-            pools.append(
-                make_pool(
-                    rows[rows >= 0],
-                    own,
-                    lambda own, query=query: retriever.scores(query, own),
-                    args.num_candidates,
-                    args.gold_first,
-                )
-            )
+    pools = make_pools(instances, gold, retriever, args.num_candidates, args.gold_first)
     with writing_lines(args.output_file) as write:
-        for (_, row), pool in zip(read_rows(args.eval_file, args.split), pools, strict=True):
-            write({**row, "candidates": retriever.ids_of(pool.rows)})
+        for (_, instance), pool in zip(read_rows(args.eval_file, args.split), pools, strict=True):
+            write({**instance, "candidates": retriever.ids_of(pool.rows)})
     return summary(instances, pools, gold, len(retriever), args.num_candidates, retriever)
 
 
-def gold_rows(instances, retriever, name):
+def gold_rows(
+    instances: list[dict[str, Any]], retriever: CoSupRetriever | SentenceRetriever, corpus_name: str
+) -> list[np.ndarray]:
     """
-    For each question the rows of its gold passages, `list[numpy.ndarray]`.
+    Return for each question the rows of its gold passages, `list[numpy.ndarray]`.
 
     Raises:
-        `ValueError`: with the number of gold passages that are not there.
+        `ValueError`: if the corpus lacks gold passages; says how many.
     """
-    ids = sorted({id for instance in instances for id in gold_ids(instance)})
+    ids = sorted(set().union(*map(gold_ids, instances)))
     rows = dict(zip(ids, retriever.find(ids), strict=True))
-    if missing := [id for id in ids if rows[id] < 0]:
-        count = sum(bool(gold_ids(instance) & set(missing)) for instance in instances)
+    missing = [id for id in ids if rows[id] < 0]
+    if missing:
+        num_questions = sum(not gold_ids(instance).isdisjoint(missing) for instance in instances)
         raise ValueError(
-            f"{name} lacks {len(missing)} of {len(ids)} gold passages, of {count} of {len(instances)} questions, e.g. {missing[0]!r}."
+            f"{corpus_name} lacks {len(missing)} of {len(ids)} gold passages, of {num_questions} of {len(instances)}"
+            f" questions, e.g. {missing[0]!r}."
         )
     return [np.array([rows[id] for id in sorted(gold_ids(instance))], np.int64) for instance in instances]
 
@@ -152,56 +145,99 @@ class Pool:
     nearest: np.ndarray
 
 
-def make_pool(nearest, gold, scores, size, gold_first):
+def make_pools(
+    instances: list[dict[str, Any]],
+    gold: list[np.ndarray],
+    retriever: CoSupRetriever | SentenceRetriever,
+    size: int,
+    gold_first: bool,
+) -> list[Pool]:
+    """Search the corpus for all questions, and return a pool of `size` candidates for each."""
+    queries = retriever.embed_queries(instances)
+    k = min(max(size, *KS), len(retriever))
+    pools = []
+    for start in tqdm(range(0, len(instances), QUERIES), desc="Searching", unit=" batches"):
+        part = slice(start, start + QUERIES)
+        _, nearest = retriever.search(queries[part], k)
+        for nearest_rows, query, gold_of_query in zip(nearest, queries[part], gold[part], strict=True):
+            if len(gold_of_query):
+                best_first = np.argsort(-retriever.scores(query, gold_of_query), kind="stable")
+                gold_of_query = gold_of_query[best_first]
+            pools.append(make_pool(nearest_rows[nearest_rows >= 0], gold_of_query, size, gold_first))
+    return pools
+
+
+def make_pool(nearest: np.ndarray, gold: np.ndarray, size: int, gold_first: bool) -> Pool:
     """
-    Gold and the nearest others.
+    Return a pool of gold and the nearest other passages.
 
     Args:
-        nearest (`numpy.ndarray` of int64): rows of the corpus, best first, at least `size` of them where the corpus has so many.
-        gold (`numpy.ndarray` of int64): rows of gold passages.
-        scores (callable): gives the scores of gold rows.
-        size (`int`): of the pool; where there is more gold, the best of it alone.
-        gold_first (`bool`): else gold stands where its score puts it; what is not among the nearest comes last.
-
-    Returns:
-        [`Pool`].
+        nearest (`numpy.ndarray` of int64): rows of the corpus, best first, at least `size` unless the corpus is
+            smaller.
+        gold (`numpy.ndarray` of int64): rows of gold passages, best first.
+        size (`int`): of the pool; if there is more gold, only the best of it is kept.
+        gold_first (`bool`): put all gold first; otherwise gold is ordered by its score, and comes last if it is not
+            among the nearest.
     """
-    gold = gold[np.argsort(-scores(gold), kind="stable")] if len(gold) else gold
     gold = gold[:size]
-    others = nearest[~np.isin(nearest, gold)][: size - len(gold)]
+    is_gold = np.isin(nearest, gold)
+    others = nearest[~is_gold][: size - len(gold)]
     if gold_first:
         return Pool(np.concatenate([gold, others]), nearest)
-    inside = nearest[np.isin(nearest, gold) | np.isin(nearest, others)]
-    return Pool(np.concatenate([inside, gold[~np.isin(gold, inside)]]), nearest)
+    found = nearest[is_gold | np.isin(nearest, others)]
+    not_found = gold[~np.isin(gold, found)]
+    return Pool(np.concatenate([found, not_found]), nearest)
 
 
-def summary(instances, pools, gold, num_passages, size, retriever):
-    """How often a gold passage, and a whole evidence set, is among the first k of the corpus, and counts of what is not as it should be."""
-    asked = [i for i, rows in enumerate(gold) if len(rows)]
+def summary(
+    instances: list[dict[str, Any]],
+    pools: list[Pool],
+    gold: list[np.ndarray],
+    num_passages: int,
+    size: int,
+    retriever: CoSupRetriever | SentenceRetriever,
+) -> list[tuple[str, str]]:
+    """Return lines that say how well the corpus was searched, and count questions and pools that are unusual."""
+    answerable = [i for i, rows in enumerate(gold) if len(rows)]
     lines = [("questions", f"{len(instances):,}"), ("passages in the corpus", f"{num_passages:,}")]
-    places = [{id: place for place, id in enumerate(retriever.ids_of(pool.nearest))} for pool in pools]
-
-    def place(i, whole):
-        sets = [[places[i].get(id, num_passages) for id in ids] for ids in instances[i]["provenance"]]
-        return min(max(found) if whole else min(found) for found in sets)
-
-    several = any(len(ids) > 1 for instance in instances for ids in instance["provenance"])
-    ks = [k for k in KS if k <= num_passages] if asked else []
-    for whole in (False, True) if several else (False,):
-        found = [place(i, whole) for i in asked]
-        for k in ks:
-            name = f"query_recall@{k}"
-            label = f"a whole evidence set in the first {k}" if whole else figure(name).label
-            lines.append((label, line(Rate(sum(p < k for p in found), len(found)).to_dict(), name)))
+    lines += recall_lines(instances, pools, answerable, num_passages, retriever)
+    missed = [i for i in answerable if not np.isin(gold[i], pools[i].nearest[:size]).any()]
     counts = {
-        "questions without gold": len(instances) - len(asked),
+        "questions without gold": len(instances) - len(answerable),
         f"pools smaller than {size}": sum(len(pool.rows) < size for pool in pools),
         f"questions with more gold than {size}: the best of it was kept": sum(len(rows) > size for rows in gold),
-        f"questions whose gold is not among the nearest {size}": sum(
-            not np.isin(gold[i], pools[i].nearest[:size]).any() for i in asked
-        ),
+        f"questions whose gold is not among the nearest {size}": len(missed),
     }
     return lines + [(name, f"{count:,}") for name, count in counts.items() if count]
+
+
+def recall_lines(
+    instances: list[dict[str, Any]],
+    pools: list[Pool],
+    answerable: list[int],
+    num_passages: int,
+    retriever: CoSupRetriever | SentenceRetriever,
+) -> list[tuple[str, str]]:
+    """Return how often a gold passage, and a whole evidence set, is among the first k passages of the corpus."""
+    gold_places, set_places = [], []  # of each answerable question: its best gold passage, its best whole set
+    for i in answerable:
+        places = {id: place for place, id in enumerate(retriever.ids_of(pools[i].nearest))}
+        evidence_sets = [[places.get(id, num_passages) for id in ids] for ids in instances[i]["provenance"]]
+        gold_places.append(min(min(places_of_set) for places_of_set in evidence_sets))
+        set_places.append(min(max(places_of_set) for places_of_set in evidence_sets))
+    arms = [(gold_places, False)]
+    if any(len(ids) > 1 for instance in instances for ids in instance["provenance"]):
+        arms.append((set_places, True))
+    lines = []
+    for places_of_questions, whole_set in arms:
+        for k in KS:
+            if k > num_passages or not answerable:
+                continue
+            name = f"query_recall@{k}"
+            label = f"a whole evidence set in the first {k}" if whole_set else figure(name).label
+            rate = Rate(sum(place < k for place in places_of_questions), len(answerable))
+            lines.append((label, line(rate.to_dict(), name)))
+    return lines
 
 
 if __name__ == "__main__":

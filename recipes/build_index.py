@@ -2,17 +2,21 @@
 Embed a corpus with a CoSup checkpoint and save the index.
 
     python recipes/build_index.py --model out --corpus_file corpus.jsonl --output_dir out/index
-    accelerate launch recipes/build_index.py --model out --corpus_file corpus.jsonl --output_dir out/index --index_factory HNSW32
-    python recipes/build_index.py --model out --corpus_file corpus.jsonl --output_dir out/index --index wiki --index_uri http://host:19530
+    accelerate launch recipes/build_index.py --model out --corpus_file corpus.jsonl --output_dir out/index \\
+        --index_factory HNSW32
+    python recipes/build_index.py --model out --corpus_file corpus.jsonl --output_dir out/index \\
+        --index wiki --index_uri http://host:19530
 
-Every process embeds its share. After a crash the same command goes on at the first shard that is not complete. An index that is already in `output_dir` stays
-until the new one is whole. With `--index_uri` it is also uploaded to Milvus; an upload that was cut off goes on. Pass the same two options
-to the other recipes to search that collection. The variable MILVUS_TOKEN may hold `user:password` or an API key.
+Every process embeds its share. After a crash the same command goes on at the first shard that is not complete. An
+index that is already in `output_dir` stays until the new one is complete. With `--index_uri` the index is also
+uploaded to Milvus; an upload that was cut off goes on. Pass the same two options to the other recipes to search that
+collection. The variable MILVUS_TOKEN may hold `user:password` or an API key.
 """
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from shared.cli import clear_errors, parse, table
 
@@ -23,6 +27,8 @@ from trainer.judging.figures import figure, shown
 
 from shared.indexes import INDEX_URI_HELP, check_index_options
 from shared.processes import end_processes, processes
+
+CORPUS_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 
 
 @dataclass
@@ -36,13 +42,13 @@ class IndexArguments:
         }
     )
     output_dir: str = field(metadata={"help": "Folder of the index."})
-    batch_size: int = field(default=256, metadata={"help": "Most passages of a forward."})
+    batch_size: int = field(default=256, metadata={"help": "Maximum number of passages in a forward."})
     max_tokens_per_batch: int | None = field(
-        default=None, metadata={"help": "Most tokens of a forward; 4,096 on a CPU, 32,768 elsewhere."}
+        default=None, metadata={"help": "Maximum number of tokens in a forward; 4,096 on a CPU, 32,768 elsewhere."}
     )
     shard_size: int = field(
         default=32768,
-        metadata={"help": "Passages of a shard: what is lost when a process dies, and what is held in memory."},
+        metadata={"help": "Passages of a shard: what a process holds in memory, and loses if it dies."},
     )
     dtype: str = field(default="auto", metadata={"help": "Dtype of the model's weights, e.g. bfloat16 on a GPU."})
     embedding_dtype: str = field(
@@ -57,23 +63,24 @@ class IndexArguments:
         default=None,
         metadata={"help": "Also train an approximate index: HNSW32, IVF1024,Flat, OPQ16_64,IVF1024,PQ16, ..."},
     )
-    train_size: int = field(default=65536, metadata={"help": "Embeddings that it is trained on."})
-    nprobe: int | None = field(default=None, metadata={"help": "Lists that an IVF index looks into."})
+    train_size: int = field(default=65536, metadata={"help": "Embeddings that the approximate index is trained on."})
+    nprobe: int | None = field(default=None, metadata={"help": "Lists that an IVF index searches."})
     ef_search: int | None = field(default=None, metadata={"help": "Candidates that an HNSW index keeps."})
-    seed: int = field(default=0, metadata={"help": "Of the training sample."})
+    seed: int = field(default=0, metadata={"help": "Seed of the training sample."})
     index: str | None = field(
         default=None, metadata={"help": "With --index_uri: name of the Milvus collection to upload to."}
     )
     index_uri: str | None = field(default=None, metadata={"help": f"{INDEX_URI_HELP}; the index is uploaded there"})
     milvus_index_type: str = field(
-        default="FLAT", metadata={"help": "Of the collection: FLAT (exact), or an approximate one, e.g. HNSW."}
+        default="FLAT",
+        metadata={"help": "Index type of the collection: FLAT (exact), or an approximate one, e.g. HNSW."},
     )
     milvus_index_params: str = field(
-        default="{}", metadata={"help": 'JSON object, of the index type: {"M": 32, "efConstruction": 200}.'}
+        default="{}", metadata={"help": 'JSON object of the index type, e.g. {"M": 32, "efConstruction": 200}.'}
     )
 
 
-def main():
+def main() -> None:
     """Check the corpus, embed it, save the index."""
     (args,) = parse([IndexArguments], __doc__)
     with clear_errors():
@@ -92,31 +99,28 @@ def main():
         )
         state.wait_for_everyone()
         if state.is_main_process:
-            finish(args, state)
+            finish(args, state.num_processes)
     end_processes()
 
 
-def corpus(args):
-    """What `build_index` reads: a path, or a data set."""
-    if Path(args.corpus_file).is_file() or args.corpus_file.endswith(
-        (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
-    ):
+def corpus(args: IndexArguments) -> Any:
+    """Return the corpus for `build_index`: a path, or a data set."""
+    if Path(args.corpus_file).is_file() or args.corpus_file.endswith(CORPUS_SUFFIXES):
         return args.corpus_file
     from datasets import load_dataset
 
     return load_dataset(args.corpus_file, split="train", streaming=args.streaming)
 
 
-def search_options(args):
-    """Options of the approximate index that were given, by FAISS's names."""
-    return {
-        name: value for name, value in {"nprobe": args.nprobe, "efSearch": args.ef_search}.items() if value is not None
-    }
+def search_options(args: IndexArguments) -> dict[str, int]:
+    """Return the given options of the approximate index, by FAISS's names."""
+    options = {"nprobe": args.nprobe, "efSearch": args.ef_search}
+    return {name: value for name, value in options.items() if value is not None}
 
 
-def check(args, embedding_size):
+def check(args: IndexArguments, embedding_size: int) -> None:
     """
-    Whether the settings can be right, before anything is embedded.
+    Check the settings before anything is embedded.
 
     Raises:
         `ValueError`: names the setting.
@@ -139,8 +143,8 @@ def check(args, embedding_size):
     milvus_index_params(args)
 
 
-def milvus_index_params(args):
-    """`dict` of the option; `ValueError` when it is none."""
+def milvus_index_params(args: IndexArguments) -> dict[str, Any]:
+    """Return the parameters of the Milvus index type; `ValueError` unless they are a JSON object."""
     try:
         params = json.loads(args.milvus_index_params)
     except json.JSONDecodeError as error:
@@ -150,16 +154,16 @@ def milvus_index_params(args):
     return params
 
 
-def finish(args, state):
-    """On one process: put the shards together, train an approximate index, upload, say what there is."""
-    if state.num_processes > 1:
+def finish(args: IndexArguments, num_processes: int) -> None:
+    """On one process, merge the shards, train an approximate index, upload, and print what was made."""
+    if num_processes > 1:
         PassageIndex.merge(args.output_dir)
     index = PassageIndex.from_pretrained(args.output_dir, verify=False)
     print(f"{len(index):,} passages in {args.output_dir}", flush=True)
     if args.index_factory:
-        recall = index.train_approximate(args.index_factory, args.train_size, args.seed, **search_options(args))
+        recalls = index.train_approximate(args.index_factory, args.train_size, args.seed, **search_options(args))
         print(f"{args.index_factory} against exact search, queries sampled from the passages:")
-        print(table([(figure(name).label, f"{shown(value, name)} %") for name, value in recall.items()]))
+        print(table([(figure(name).label, f"{shown(value, name)} %") for name, value in recalls.items()]))
     if args.index_uri is not None:
         options = {"index_type": args.milvus_index_type, "index_params": milvus_index_params(args)}
         uploaded = MilvusPassageIndex.from_index(index, args.index_uri, args.index, **options)

@@ -1,13 +1,18 @@
 """
-Speed, memory and recall of the passage index, each arm beside what it is measured against, in one process.
+Speed, memory and recall of the passage index, each arm next to its baseline, in one process.
 
     python recipes/benchmarks/index.py --model HuggingFaceTB/SmolLM2-135M-Instruct
-    python recipes/benchmarks/index.py --sections search,memory       # no model needed: random embeddings, a tiny random model
-    python recipes/benchmarks/index.py --quick true                    # a few seconds, to see that it runs
+    python recipes/benchmarks/index.py --sections search,memory  # needs no model: random embeddings, a tiny model
+    python recipes/benchmarks/index.py --quick true              # a few seconds, to see that it runs
 
-Sections: `encode` (passages/s of building an index against sentence-transformers' `encode` on the same weights), `search` (exact search over mapped files
-against raw FAISS, candidates, deletions), `approximate` (HNSW and IVF against exact search, with recall), `memory` (peak while building, by corpus size).
-Arms alternate, round by round, and rotate; ratios are medians of the rounds' own ratios. Prints tables and writes `--output_file`.
+Sections:
+    `encode`: passages/s of building an index against sentence-transformers' `encode` with the same weights
+    `search`: exact search over mapped files against raw FAISS, candidates, deletions
+    `approximate`: HNSW and IVF against exact search, with recall
+    `memory`: peak while building, by corpus size
+
+Arms take turns in each round, in rotating order; ratios are medians of the rounds' own ratios. Prints tables and
+writes `--output_file`.
 """
 
 import json
@@ -19,8 +24,11 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, for `shared`
 
@@ -57,7 +65,7 @@ class BenchmarkArguments:
         default="10000x768,100000x256,100000x1024,1000000x256",
         metadata={"help": "`search`: passages x dimensions, comma-separated."},
     )
-    batch_sizes: str = field(default="1,8,32,200", metadata={"help": "Queries that are searched at once."})
+    batch_sizes: str = field(default="1,8,32,200", metadata={"help": "Queries per search, comma-separated."})
     approximate_size: str = field(default="100000x256", metadata={"help": "`approximate`: passages x dimensions."})
     memory_counts: str = field(default="100000,1000000", metadata={"help": "`memory`: passages of each build."})
     repeats: int = field(default=5, metadata={"help": "Timed rounds of every arm, after one that is not counted."})
@@ -69,17 +77,15 @@ class BenchmarkArguments:
     output_file: str | None = field(default=None, metadata={"help": "JSON of all numbers."})
 
 
-def main():
+def main() -> None:
     """Run the sections, print tables, write the numbers."""
     (args,) = parse([BenchmarkArguments], __doc__)
     if args.quick:
-        args.num_passages, args.sizes, args.approximate_size, args.memory_counts, args.repeats = (
-            12,
-            "600x16",
-            "3000x16",
-            "300,900",
-            2,
-        )
+        args.num_passages = 12
+        args.sizes = "600x16"
+        args.approximate_size = "3000x16"
+        args.memory_counts = "300,900"
+        args.repeats = 2
     threads = args.num_threads or os.cpu_count()
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
@@ -90,56 +96,77 @@ def main():
         "python": platform.python_version(),
     }
     print(f"{platform.processor() or platform.machine()}, {threads} threads, {versions}\n")
-    results = {"threads": threads, "versions": versions}
-    for section in args.sections.split(","):
+    results: dict[str, Any] = {"threads": threads, "versions": versions}
+    sections = {"encode": encode, "search": search, "approximate": approximate, "memory": memory}
+    for name in args.sections.split(","):
         with tempfile.TemporaryDirectory() as folder:
-            results[section] = {"encode": encode, "search": search, "approximate": approximate, "memory": memory}[
-                section
-            ](args, Path(folder))
+            results[name] = sections[name](args, Path(folder))
     if args.output_file:
         write_json(args.output_file, results)
 
 
-def measure(arms, repeats):
-    """
-    Seconds of each arm in `repeats` rounds after one that is not counted; the order rotates.
+@dataclass
+class Timings:
+    """Seconds of each arm in each round."""
 
-    Returns:
-        `(dict of medians, function(arm, base) -> (median, smallest, largest) of the rounds' own speed ratios)`.
-    """
-    seconds, names = {name: [] for name in arms}, list(arms)
-    for turn in range(repeats + 1):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = time.perf_counter()
-            arms[name]()
-            seconds[name].append(time.perf_counter() - start)
-    seconds = {name: values[1:] for name, values in seconds.items()}
+    rounds: dict[str, list[float]]
 
-    def ratio(arm, base):
-        ratios = sorted(b / a for a, b in zip(seconds[arm], seconds[base], strict=True))
+    def medians(self) -> dict[str, float]:
+        """Return the median seconds of each arm."""
+        return {name: statistics.median(seconds) for name, seconds in self.rounds.items()}
+
+    def speedup(self, arm: str, baseline: str) -> tuple[float, float, float]:
+        """Return median, smallest and largest of the rounds' own ratios of speed."""
+        pairs = zip(self.rounds[arm], self.rounds[baseline], strict=True)
+        ratios = sorted(baseline_seconds / seconds for seconds, baseline_seconds in pairs)
         return statistics.median(ratios), ratios[0], ratios[-1]
 
-    return {name: statistics.median(values) for name, values in seconds.items()}, ratio
+
+def measure(arms: dict[str, Callable[[], object]], repeats: int) -> Timings:
+    """Time each arm in `repeats` rounds, after one that is not counted; the order rotates."""
+    rounds: dict[str, list[float]] = {name: [] for name in arms}
+    names = list(arms)
+    for turn in range(repeats + 1):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            start = time.perf_counter()
+            arms[name]()
+            seconds = time.perf_counter() - start
+            if turn > 0:
+                rounds[name].append(seconds)
+    return Timings(rounds)
 
 
-def row(*cells):
+def print_row(*cells: object) -> None:
     print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
 
 
-def header(*cells):
-    row(*cells)
-    row(*["---"] * len(cells))
+def print_header(titles: str) -> None:
+    """Print the titles of columns, separated by commas, and the line below them."""
+    cells = titles.split(", ")
+    print_row(*cells)
+    print_row(*["---"] * len(cells))
 
 
-def speed(ratio):
-    return f"**{ratio[0]:.2f}** | {ratio[1]:.2f} – {ratio[2]:.2f}"
+def speed(ratios: tuple[float, float, float]) -> str:
+    """Return two cells of a table: the median, and the range."""
+    median, smallest, largest = ratios
+    return f"**{median:.2f}** | {smallest:.2f} – {largest:.2f}"
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.2f}"
 
 
 # ---------------------------------------------------------------------- encoding
 
 
-def encode(args, folder):
-    """Passages/s of `PassageIndex.build` (tokens for Gen, texts and checks included) and of sentence-transformers' `encode`, and how far they differ."""
+def encode(args: BenchmarkArguments, folder: Path) -> dict[str, Any] | None:
+    """
+    Measure passages/s of `PassageIndex.build` and of sentence-transformers' `encode`, and how far they differ.
+
+    `build` includes tokens for Gen, texts and checks.
+    """
     try:
         from sentence_transformers import SentenceTransformer
         from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
@@ -157,71 +184,46 @@ def encode(args, folder):
     reference = SentenceTransformer(modules=[transformer, Pooling(model.config.embedding_size, "lasttoken")])
     passages = synthetic_passages(args.num_passages)
     ids = encode_passages_for_emb_seq(model.emb_seq_tokenizer, passages, model.config)
-    texts = model.emb_seq_tokenizer.batch_decode(
-        ids
-    )  # BOS and EOS as text, which sentence-transformers' tokenizer reads as the tokens they are
-    found = {}
-    arms = {
-        "sentence-transformers": lambda: found.update(
-            reference=reference.encode(texts, batch_size=32, normalize_embeddings=True)
-        ),
-        "PassageIndex.build": lambda: found.update(
-            ours=model.build_index(passages, show_progress_bar=False).embeddings.numpy()
-        ),
-    }
-    seconds, ratio = measure(arms, args.repeats)
-    error = float(np.abs(found["ours"] - found["reference"]).max())
-    tokens, base = sum(map(len, ids)), "sentence-transformers"
-    print(f"Encoding {len(passages)} passages, {tokens:,} tokens, {args.dtype}\n")
-    header(
-        "arm",
-        "passages/s",
-        "tokens/s",
-        "speed to sentence-transformers",
-        "min – max",
-        "largest difference of an embedding",
-    )
+    # BOS and EOS as text, which sentence-transformers' tokenizer reads as the tokens that they are
+    texts = model.emb_seq_tokenizer.batch_decode(ids)
+    embeddings = {}
+
+    def run_reference():
+        embeddings["reference"] = reference.encode(texts, batch_size=32, normalize_embeddings=True)
+
+    def run_build():
+        embeddings["build"] = model.build_index(passages, show_progress_bar=False).embeddings.numpy()
+
+    arms = {"sentence-transformers": run_reference, "PassageIndex.build": run_build}
+    timings = measure(arms, args.repeats)
+    seconds = timings.medians()
+    difference = float(np.abs(embeddings["build"] - embeddings["reference"]).max())
+    num_tokens = sum(map(len, ids))
+    print(f"Encoding {len(passages)} passages, {num_tokens:,} tokens, {args.dtype}\n")
+    titles = "arm, passages/s, tokens/s, speed to sentence-transformers, min – max, largest difference of an embedding"
+    print_header(titles)
     for arm in arms:
-        difference = "" if arm == base else f"{error:.0e}"
-        row(
+        print_row(
             f"`{arm}`",
             f"{len(passages) / seconds[arm]:.1f}",
-            f"{tokens / seconds[arm]:.0f}",
-            speed(ratio(arm, base)),
-            difference,
+            f"{num_tokens / seconds[arm]:.0f}",
+            speed(timings.speedup(arm, "sentence-transformers")),
+            "" if arm == "sentence-transformers" else f"{difference:.0e}",
         )
     print()
-    ours = ratio("PassageIndex.build", base)
     return {
         "seconds": seconds,
-        "speed": ours,
-        "largest_difference": error,
-        "tokens": tokens,
+        "speed": timings.speedup("PassageIndex.build", "sentence-transformers"),
+        "largest_difference": difference,
+        "tokens": num_tokens,
         "passages": len(passages),
     }
 
 
-def synthetic_passages(count):
-    """Passages of 10 to 200 English-looking words, most of them about 80."""
+def synthetic_passages(count: int) -> list[dict[str, str]]:
+    """Return passages of 10 to 200 English-looking words, most of them about 80."""
     random = np.random.default_rng(0)
-    words = [
-        "the",
-        "city",
-        "painted",
-        "river",
-        "was",
-        "in",
-        "born",
-        "discovered",
-        "of",
-        "and",
-        "Amsterdam",
-        "physicist",
-        "1898",
-        "long",
-        "who",
-        "a",
-    ]
+    words = "the city painted river was in born discovered of and Amsterdam physicist 1898 long who a".split()
     lengths = random.lognormal(4.4, 0.5, count).clip(10, 200).astype(int)
     return [
         {"id": str(i), "title": f"Title {i}", "text": " ".join(random.choice(words, length))}
@@ -229,41 +231,34 @@ def synthetic_passages(count):
     ]
 
 
-def tiny_model(folder):
-    """A random causal language model of two layers with a word-level tokenizer, on disk."""
+def tiny_model(folder: Path) -> str:
+    """Save a random causal language model of two layers with a word-level tokenizer; return its path."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    vocabulary = {
-        token: i
-        for i, token in enumerate(
-            ["<unk>", "<s>", "</s>", *map(str, range(1000)), "the", "city", "was", "in", "of", "and", "a"]
-        )
-    }
+    tokens = ["<unk>", "<s>", "</s>", *map(str, range(1000)), "the", "city", "was", "in", "of", "and", "a"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    ).save_pretrained(folder)
-    options = {
-        "vocab_size": len(vocabulary),
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 128,
-    }
+    special_tokens = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special_tokens).save_pretrained(folder)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    config = AutoConfig.for_model("llama", max_position_embeddings=512, vocab_size=len(vocabulary), **sizes)
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("llama", max_position_embeddings=512, **options)
-    ).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return str(folder)
 
 
 # ---------------------------------------------------------------------- searching
 
 
-def random_index(count, size, folder):
-    """An index in files, of clustered random embeddings of unit length (1,000 centres) and passages of a word; and queries of the same kind."""
+def random_index(count: int, size: int, folder: Path) -> tuple[PassageIndex, torch.Tensor]:
+    """
+    Save and load an index of random embeddings, clustered around 1,000 centres and of unit length.
+
+    Returns:
+        The index, and 200 queries of the same kind, `(200, size)`.
+    """
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(1000, size, generator=generator)
 
@@ -273,77 +268,80 @@ def random_index(count, size, folder):
 
     shards = []
     for start in range(0, count, SHARD_SIZE):
-        passages = [
-            {"id": f"p{row}", "title": "", "text": "x"} for row in range(start, min(count, start + SHARD_SIZE))
-        ]
+        rows = range(start, min(count, start + SHARD_SIZE))
+        passages = [{"id": f"p{row}", "title": "", "text": "x"} for row in rows]
         shards.append(Shard(record_batch(passages, [np.zeros(1, np.int32)] * len(passages)), draw(len(passages))))
     settings = {"embedding_size": size, "dtype": "float32", "fingerprint": {}}
     PassageIndex(shards, new_config(settings, shards)).save_pretrained(folder)
     return PassageIndex.from_pretrained(folder, verify=False), draw(200)
 
 
-def search(args, folder):
-    """Exact search over mapped files against `faiss.IndexFlatIP` of a copy in memory; pools of 100 candidates; one passage in a hundred deleted."""
-    header(
-        "passages x dimensions",
-        "queries",
-        "raw FAISS ms",
-        "mapped files ms",
-        "speed",
-        "min – max",
-        "100 candidates each ms",
-        "1 % deleted ms",
-        "same rows",
+def search(args: BenchmarkArguments, folder: Path) -> list[dict[str, Any]]:
+    """
+    Measure exact search over mapped files against `faiss.IndexFlatIP` of a copy in memory.
+
+    Two more arms have pools of 100 candidates, and one passage in a hundred deleted.
+    """
+    print_header(
+        "passages x dimensions, queries, raw FAISS ms, mapped files ms, speed, min – max, 100 candidates each ms,"
+        " 1 % deleted ms, same rows"
     )
     results = []
-    for count, size in (map(int, pair.split("x")) for pair in args.sizes.split(",")):
+    for pair in args.sizes.split(","):
+        count, size = map(int, pair.split("x"))
         results += search_one_size(args, count, size, folder / f"{count}x{size}")
     print()
     return results
 
 
-def search_one_size(args, count, size, folder):
-    index, queries = random_index(count, size, folder)
+def search_one_size(args: BenchmarkArguments, count: int, size: int, folder: Path) -> list[dict[str, Any]]:
+    index, all_queries = random_index(count, size, folder)
     raw = faiss.IndexFlatIP(size)
     raw.add(index.embeddings.numpy())
-    random, results = np.random.default_rng(0), []
-    pools = [random.choice(count, 100, replace=False) for _ in queries]
+    random = np.random.default_rng(0)
+    all_pools = [random.choice(count, 100, replace=False) for _ in all_queries]
     thinned = PassageIndex.from_pretrained(folder, verify=False)
     thinned.delete([f"p{row}" for row in random.choice(count, count // 100, replace=False)])
-    device = None if args.device is None else PassageIndex.from_pretrained(folder, verify=False).to(args.device)
+    on_device = None
+    if args.device is not None:
+        on_device = PassageIndex.from_pretrained(folder, verify=False).to(args.device)
+    results = []
     for n in map(int, args.batch_sizes.split(",")):
-        asked, own = queries[:n], pools[:n]
-        arms = {
-            "raw": lambda asked=asked: raw.search(asked.numpy(), 10),
-            "ours": lambda asked=asked: index.search(asked, 10),
-            "pools": lambda asked=asked, own=own: index.search(asked, 10, candidates=own),
-            "deleted": lambda asked=asked: thinned.search(asked, 10),
+        queries, pools = all_queries[:n], all_pools[:n]
+        arms: dict[str, Callable[[], Any]] = {
+            "raw": partial(raw.search, queries.numpy(), 10),
+            "ours": partial(index.search, queries, 10),
+            "pools": partial(index.search, queries, 10, candidates=pools),
+            "deleted": partial(thinned.search, queries, 10),
         }
-        if device is not None:
-            arms["device"] = lambda asked=asked: device.search(asked, 10)
-        seconds, ratio = measure(arms, args.repeats)
-        same, ours = float((arms["raw"]()[1] == arms["ours"]()[1]).mean()), ratio("ours", "raw")
-        times = [f"{1000 * seconds[name]:.2f}" for name in ("raw", "ours", "pools", "deleted")]
-        row(f"{count:,} x {size}", n, times[0], times[1], speed(ours), times[2], times[3], f"{100 * same:.1f} %")
-        if device is not None:
-            print(f"    on {args.device}: {1000 * seconds['device']:.2f} ms")
-        results.append(
-            {
-                "passages": count,
-                "dimensions": size,
-                "queries": n,
-                "seconds": seconds,
-                "speed_to_raw_faiss": ours,
-                "same_rows": same,
-            }
+        if on_device is not None:
+            arms["device"] = partial(on_device.search, queries, 10)
+        timings = measure(arms, args.repeats)
+        seconds, speedup = timings.medians(), timings.speedup("ours", "raw")
+        _, raw_rows = arms["raw"]()
+        _, our_rows = arms["ours"]()
+        same_rows = float((raw_rows == our_rows).mean())
+        print_row(
+            f"{count:,} x {size}",
+            n,
+            milliseconds(seconds["raw"]),
+            milliseconds(seconds["ours"]),
+            speed(speedup),
+            milliseconds(seconds["pools"]),
+            milliseconds(seconds["deleted"]),
+            f"{100 * same_rows:.1f} %",
         )
+        if on_device is not None:
+            print(f"    on {args.device}: {milliseconds(seconds['device'])} ms")
+        result = {"passages": count, "dimensions": size, "queries": n, "seconds": seconds}
+        results.append({**result, "speed_to_raw_faiss": speedup, "same_rows": same_rows})
     return results
 
 
-def approximate(args, folder):
-    """HNSW and IVF against exact search: seconds to make, speed, and ann_recall@10 of queries that are no passages."""
+def approximate(args: BenchmarkArguments, folder: Path) -> list[dict[str, Any]]:
+    """Measure HNSW and IVF against exact search: seconds to train, speed, and ann_recall@10 of random queries."""
     count, size = map(int, args.approximate_size.split("x"))
-    index, queries = random_index(count, size, folder / "index")
+    index, all_queries = random_index(count, size, folder / "index")
     exact = PassageIndex.from_pretrained(folder / "index", search="exact", verify=False)
     lists = 16 if args.quick else 1024
     factories = {
@@ -352,46 +350,34 @@ def approximate(args, folder):
         f"IVF{lists},PQ{size // 8}": ("nprobe", [8, 32]),
     }
     print(f"{count:,} x {size}; exact search is the baseline\n")
-    header(
-        "index", "options", "made in s", "file MB", "queries", "ms", "exact ms", "speed", "min – max", "ann_recall@10"
-    )
+    print_header("index, options, made in s, file MB, queries, ms, exact ms, speed, min – max, ann_recall@10")
     results = []
-    for factory, (name, values) in factories.items():
+    for factory, (option, values) in factories.items():
         start = time.perf_counter()
         index.train_approximate(factory)
         made = time.perf_counter() - start
-        bytes_of_file = (folder / "index" / index.config["approximate"]["file"]).stat().st_size
+        file_size = (folder / "index" / index.config["approximate"]["file"]).stat().st_size
         for value in values:
-            index.set_search_options(**{name: value})
-            recall = index.measure_recall(queries)["ann_recall@10"]
+            index.set_search_options(**{option: value})
+            recall = index.measure_recall(all_queries)["ann_recall@10"]
             for n in (1, 32):
-                asked = queries[:n]
-                seconds, ratio = measure(
-                    {"ours": lambda a=asked: index.search(a, 10), "exact": lambda a=asked: exact.search(a, 10)},
-                    args.repeats,
-                )
-                ours, times = ratio("ours", "exact"), [f"{1000 * seconds[arm]:.2f}" for arm in ("ours", "exact")]
-                row(
+                queries = all_queries[:n]
+                arms = {"ours": partial(index.search, queries, 10), "exact": partial(exact.search, queries, 10)}
+                timings = measure(arms, args.repeats)
+                seconds, speedup = timings.medians(), timings.speedup("ours", "exact")
+                print_row(
                     f"`{factory}`",
-                    f"{name} {value}",
+                    f"{option} {value}",
                     f"{made:.1f}",
-                    f"{bytes_of_file / 1e6:.1f}",
+                    f"{file_size / 1e6:.1f}",
                     n,
-                    *times,
-                    speed(ours),
+                    milliseconds(seconds["ours"]),
+                    milliseconds(seconds["exact"]),
+                    speed(speedup),
                     f"{100 * recall:.1f} %",
                 )
-                results.append(
-                    {
-                        "index_factory": factory,
-                        name: value,
-                        "made": made,
-                        "queries": n,
-                        "seconds": seconds,
-                        "speed": ours,
-                        "ann_recall@10": recall,
-                    }
-                )
+                result = {"index_factory": factory, option: value, "made": made, "queries": n}
+                results.append({**result, "seconds": seconds, "speed": speedup, "ann_recall@10": recall})
     print()
     return results
 
@@ -399,50 +385,40 @@ def approximate(args, folder):
 # ---------------------------------------------------------------------- memory
 
 
-def memory(args, folder):
-    """Peak memory of a process that builds an index of short synthetic passages with a tiny model: anonymous, and with mapped files."""
-    header(
-        "passages",
-        "shard_size",
-        "s",
-        "passages/s",
-        "peak anonymous MB",
-        "peak with mapped files MB",
-        "index on disk MB",
-    )
+def memory(args: BenchmarkArguments, folder: Path) -> list[dict[str, Any]]:
+    """
+    Measure the peak memory of a process that builds an index: anonymous, and with mapped files.
+
+    The passages are short and synthetic, the model is tiny.
+    """
+    print_header("passages, shard_size, s, passages/s, peak anonymous MB, peak with mapped files MB, index on disk MB")
     results = []
     for count in map(int, args.memory_counts.split(",")):
-        command = [
-            sys.executable,
-            __file__,
-            "build",
-            tiny_model(folder / "tiny"),
-            str(folder / str(count)),
-            str(count),
-            str(torch.get_num_threads()),
-        ]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
-        facts = {
-            **json.loads(output),
-            "disk": sum(path.stat().st_size for path in (folder / str(count)).iterdir()) / 1e6,
-        }
-        rate = f"{count / facts['seconds']:,.0f}"
-        row(
+        model, index_folder = tiny_model(folder / "tiny"), folder / str(count)
+        build_arguments = [model, str(index_folder), str(count), str(torch.get_num_threads())]
+        command = [sys.executable, __file__, "build", *build_arguments]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        facts = json.loads(output.splitlines()[-1])
+        facts["disk"] = sum(path.stat().st_size for path in index_folder.iterdir()) / 1e6
+        print_row(
             f"{count:,}",
             f"{SHARD_SIZE:,}",
             f"{facts['seconds']:.0f}",
-            rate,
-            *(f"{facts[name]:.0f}" for name in ("anonymous", "total", "disk")),
+            f"{count / facts['seconds']:,.0f}",
+            f"{facts['anonymous']:.0f}",
+            f"{facts['total']:.0f}",
+            f"{facts['disk']:.0f}",
         )
         results.append({"passages": count, **facts})
     print()
     return results
 
 
-def build(model, folder, count, threads):
-    """What `memory` starts: one build, watched twenty times a second."""
+def build(model_name: str, folder: str, count: str, threads: str) -> None:
+    """Build an index in the process that `memory` starts, and watch its memory twenty times a second."""
     torch.set_num_threads(int(threads))
-    peak, done = {"anonymous": 0.0, "total": 0.0}, threading.Event()
+    peak = {"anonymous": 0.0, "total": 0.0}
+    done = threading.Event()
 
     def watch():
         finished = False
@@ -453,7 +429,7 @@ def build(model, folder, count, threads):
                 peak[name] = max(peak[name], int(status[key].split()[0]) * 1024 / 1e6)
 
     watcher = threading.Thread(target=watch)
-    model = CoSupForCausalLM.from_gen_and_emb_seq(model)
+    model = CoSupForCausalLM.from_gen_and_emb_seq(model_name)
     watcher.start()
     start = time.perf_counter()
     passages = ({"id": f"passage {i}", "text": f"the city {i % 1000} was {i // 1000}"} for i in range(int(count)))
@@ -465,4 +441,7 @@ def build(model, folder, count, threads):
 
 
 if __name__ == "__main__":
-    build(*sys.argv[2:]) if sys.argv[1:2] == ["build"] else main()
+    if sys.argv[1:2] == ["build"]:
+        build(*sys.argv[2:])
+    else:
+        main()

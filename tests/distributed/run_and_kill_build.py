@@ -1,4 +1,8 @@
-"""recipes/build_index.py, whose process of a given rank is killed when it has made a given number of shards. Launched by test_index_build.py."""
+"""
+recipes/build_index.py, with the process of one rank killed after a number of shards.
+
+Launched by test_index_build.py. Arguments: the number of shards, the rank, then the recipe's own.
+"""
 
 import os
 import signal
@@ -12,16 +16,18 @@ import build_index
 from modeling_cosup import index_build_cosup
 
 die_at, die_on = int(sys.argv.pop(1)), int(sys.argv.pop(1))
-make, made = index_build_cosup.ShardBuilder.make, []
+make = index_build_cosup.ShardBuilder.make
+shards = []
 
 
 def die_or_make(self, *args):
-    if len(made) == die_at and int(os.environ.get("RANK", 0)) == die_on:
+    if len(shards) == die_at and int(os.environ.get("RANK", 0)) == die_on:
         os.kill(os.getpid(), signal.SIGKILL)
-    made.append(make(self, *args))
-    return made[-1]
+    shard = make(self, *args)
+    shards.append(shard)
+    return shard
 
 
 index_build_cosup.ShardBuilder.make = die_or_make
 build_index.main()
-print(f"made {len(made)} shards, world size {os.environ.get('WORLD_SIZE', 1)}", flush=True)
+print(f"made {len(shards)} shards, world size {os.environ.get('WORLD_SIZE', 1)}", flush=True)

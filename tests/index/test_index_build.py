@@ -1,4 +1,4 @@
-"""Building an index: any source, flat memory, killed and resumed, in several processes, on a disk that fills up."""
+"""Building an index: from any source, in flat memory, killed and resumed, in several processes, on a full disk."""
 
 import gzip
 import json
@@ -43,11 +43,8 @@ def sources(folder):
     (folder / "corpus.jsonl").write_text("\n".join(json.dumps(passage) for passage in MANY) + "\n\n")
     with gzip.open(folder / "corpus.jsonl.gz", "wt") as file:
         file.writelines(json.dumps(passage) + "\n" for passage in MANY)
-    pyarrow.parquet.write_table(
-        pa.Table.from_pylist([{**passage, "more": 1.5} for passage in MANY]),
-        folder / "corpus.parquet",
-        row_group_size=5,
-    )
+    table = pa.Table.from_pylist([{**passage, "more": 1.5} for passage in MANY])
+    pyarrow.parquet.write_table(table, folder / "corpus.parquet", row_group_size=5)
     dataset = datasets.Dataset.from_list(MANY)
     return {
         "jsonl": folder / "corpus.jsonl",
@@ -64,16 +61,13 @@ def test_every_source_makes_the_same_index(model, tmp_path):
     expected = build(model)
     for name, source in sources(tmp_path).items():
         index = build(model, source, save_directory=tmp_path / "index", shard_size=7)
-        assert list(index) == list(expected) and len(index) == len(MANY), name
+        assert len(index) == len(MANY), name
+        assert list(index) == list(expected), name
         torch.testing.assert_close(index.embeddings, expected.embeddings, rtol=0, atol=1e-5)
         assert list(build(model, [*MANY])) == list(expected)
     assert [len(shard) for shard in index._shards] == [7, 7, 7, 2]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "corpus.jsonl",
-        "corpus.jsonl.gz",
-        "corpus.parquet",
-        "index",
-    ]
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["corpus.jsonl", "corpus.jsonl.gz", "corpus.parquet", "index"]
 
 
 BAD = [
@@ -91,16 +85,22 @@ BAD = [
 @pytest.mark.parametrize("folder", [False, True])
 def test_a_bad_row_is_named_and_leaves_no_index(model, tmp_path, monkeypatch, form, folder, row, message):
     embedded = []
-    monkeypatch.setattr(
-        index_build_cosup.ShardBuilder, "_store", lambda self, passages, rows, *args: embedded.extend(rows)
-    )
+
+    def store(self, passages, rows, *args):
+        embedded.extend(rows)
+
+    monkeypatch.setattr(index_build_cosup.ShardBuilder, "_store", store)
     passages = [*MANY, row]
+    if form == "generator":
+        passages = iter(passages)
     save_directory = tmp_path / "index" if folder else None
     with pytest.raises(ValueError) as error:
-        build(model, passages if form == "list" else iter(passages), save_directory=save_directory, shard_size=7)
-    assert str(error.value).startswith("Corpus row 23") and message in str(error.value)
+        build(model, passages, save_directory=save_directory, shard_size=7)
+    assert str(error.value).startswith("Corpus row 23")
+    assert message in str(error.value)
     assert not (tmp_path / "index").exists()
-    assert len(embedded) == (0 if form == "list" else 21)  # what can be read twice is checked before the first shard
+    # a corpus that can be read twice is checked before the first shard
+    assert len(embedded) == {"list": 0, "generator": 21}[form]
 
 
 @pytest.mark.parametrize("form", [list, iter])
@@ -125,7 +125,7 @@ def test_bad_files(model, tmp_path):
 
 
 def test_ids_with_the_same_hash_are_told_apart(model, tmp_path, monkeypatch):
-    """All hashes collide: the ids themselves decide."""
+    """If all hashes collide, the ids themselves decide."""
     monkeypatch.setattr(passages_cosup, "hash_id", lambda id: 7)
     index = build(model, save_directory=tmp_path / "index", shard_size=7)
     assert index.rows_of(["m22", "m0", "m9"]).tolist() == [22, 0, 9]
@@ -142,7 +142,9 @@ def test_the_id_table_is_sorted_whatever_its_partitions(model, monkeypatch):
     expected = index_files_cosup.make_id_table(index._shards)
     monkeypatch.setattr(index_files_cosup, "PARTITION", 2)
     hashes, rows = index_files_cosup.make_id_table(index._shards)
-    assert (np.diff(hashes) >= 0).all() and (hashes == expected[0]).all() and (rows == expected[1]).all()
+    assert (np.diff(hashes) >= 0).all()
+    np.testing.assert_array_equal(hashes, expected[0])
+    np.testing.assert_array_equal(rows, expected[1])
     assert sorted(rows) == list(range(len(MANY)))
 
 
@@ -150,7 +152,9 @@ def test_the_id_table_is_sorted_whatever_its_partitions(model, monkeypatch):
 
 
 def test_batches_respect_both_bounds_and_change_nothing(model, monkeypatch):
-    expected, encode, shapes = build(model).embeddings, model.encode_passages, []
+    expected = build(model).embeddings
+    encode = model.encode_passages
+    shapes = []
 
     def note(ids, mask):
         shapes.append(tuple(ids.shape))
@@ -158,44 +162,45 @@ def test_batches_respect_both_bounds_and_change_nothing(model, monkeypatch):
 
     monkeypatch.setattr(model, "encode_passages", note)
     index = build(model, max_tokens_per_batch=60, batch_size=3)
-    assert max(rows for rows, _ in shapes) == 3 and len(shapes) > 8
-    assert all(rows * width <= 60 or rows == 1 for rows, width in shapes) and sum(rows for rows, _ in shapes) == len(
-        MANY
-    )
-    lengths = sorted(
-        (len(ids) for ids in encode_passages_for_emb_seq(model.tokenizer, MANY, model.config)), reverse=True
-    )
-    ends = np.cumsum([rows for rows, _ in shapes])
-    assert all(
-        lengths[end - 1] >= 0.75 * width for end, (_, width) in zip(ends, shapes, strict=True)
-    )  # little padding
-    assert [width for _, width in shapes] == sorted((width for _, width in shapes), reverse=True)
+    sizes = [size for size, _ in shapes]
+    widths = [width for _, width in shapes]
+    assert max(sizes) == 3
+    assert len(shapes) > 8
+    assert sum(sizes) == len(MANY)
+    assert all(size * width <= 60 or size == 1 for size, width in shapes)
+    assert widths == sorted(widths, reverse=True)
+
+    token_ids = encode_passages_for_emb_seq(model.tokenizer, MANY, model.config)
+    lengths = sorted(map(len, token_ids), reverse=True)
+    for end, width in zip(np.cumsum(sizes), widths, strict=True):
+        assert lengths[end - 1] >= 0.75 * width  # little padding
+
     torch.testing.assert_close(index.embeddings, expected, rtol=0, atol=1e-5)
-    alone = [
-        encode(torch.tensor([ids]))[0] for ids in encode_passages_for_emb_seq(model.tokenizer, MANY, model.config)
-    ]
-    torch.testing.assert_close(index.embeddings, torch.stack(alone), rtol=0, atol=1e-5)
+    alone = torch.stack([encode(torch.tensor([ids]))[0] for ids in token_ids])
+    torch.testing.assert_close(index.embeddings, alone, rtol=0, atol=1e-5)
 
 
 def test_a_passage_without_tokens(tmp_path):
-    model = make_model(emb_seq="bert", emb_seq_pooling="mean")
-    model.tokenizer.bos_token = model.tokenizer.eos_token = None
-    real = model.tokenizer.backend_tokenizer.normalizer
     from tokenizers import normalizers
 
-    model.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("zzz", "")
+    model = make_model(emb_seq="bert", emb_seq_pooling="mean")
+    model.tokenizer.bos_token = model.tokenizer.eos_token = None
+    backend = model.tokenizer.backend_tokenizer
+    assert backend.normalizer is None
+    backend.normalizer = normalizers.Replace("zzz", "")
     index = build(model, [{"id": "a", "text": "zzz"}, {"id": "b", "text": "word"}], save_directory=tmp_path / "index")
-    assert real is None and index[0]["input_ids"] == [] and index[1]["input_ids"] and index.embeddings.isfinite().all()
+    assert index[0]["input_ids"] == []
+    assert index[1]["input_ids"]
+    assert index.embeddings.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_storage(model, tmp_path, dtype):
-    exact, half = build(model, shard_size=9), build(model, save_directory=tmp_path / "half", dtype=dtype, shard_size=9)
+    exact = build(model, shard_size=9)
+    half = build(model, save_directory=tmp_path / "half", dtype=dtype, shard_size=9)
     stored = half._shards[0].embeddings
-    assert (
-        str(stored.dtype) == f"torch.{dtype}"
-        and (tmp_path / "half" / "embeddings-00000.safetensors").stat().st_size < 9 * 32 * 2 + 200
-    )
+    assert str(stored.dtype) == f"torch.{dtype}"
+    assert (tmp_path / "half" / "embeddings-00000.safetensors").stat().st_size < 9 * 32 * 2 + 200
     assert torch.equal(half.embeddings, exact.embeddings.to(stored.dtype).float())
     queries = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     expected = (queries @ half.embeddings.T).topk(5)
@@ -208,12 +213,13 @@ def test_half_precision_storage(model, tmp_path, dtype):
 
 def test_an_embedding_that_is_not_finite_names_its_passage(model, tmp_path, monkeypatch):
     encode = model.encode_passages
-
-    bad = encode_passages_for_emb_seq(model.tokenizer, MANY[11:12], model.config)[0]
+    (bad_ids,) = encode_passages_for_emb_seq(model.tokenizer, MANY[11:12], model.config)
 
     def poisoned(ids, mask):
         embeds = encode(ids, mask)
-        embeds[[ids[mask.bool()].tolist() == bad for ids, mask in zip(ids, mask, strict=True)]] = float("nan")
+        for row in range(len(ids)):
+            if ids[row][mask[row].bool()].tolist() == bad_ids:
+                embeds[row] = float("nan")
         return embeds
 
     monkeypatch.setattr(model, "encode_passages", poisoned)
@@ -228,33 +234,40 @@ def test_an_embedding_that_is_not_finite_names_its_passage(model, tmp_path, monk
 # ------------------------------------------------------------------ resuming
 
 
-def encoded(monkeypatch, model):
-    """A list that grows by the number of passages of each forward."""
-    counts, encode = [], model.encode_passages
-    monkeypatch.setattr(model, "encode_passages", lambda ids, mask: counts.append(len(ids)) or encode(ids, mask))
+def count_encoded(monkeypatch, model):
+    """Return a list that grows by the number of passages of each forward."""
+    counts = []
+    encode = model.encode_passages
+
+    def counted(ids, mask):
+        counts.append(len(ids))
+        return encode(ids, mask)
+
+    monkeypatch.setattr(model, "encode_passages", counted)
     return counts
 
 
-def stop_at(monkeypatch, shard):
+def stop_after(monkeypatch, num_shards):
+    """Interrupt a build after a number of shards."""
     make = index_build_cosup.ShardBuilder.make
     calls = []
 
-    def counted(self, *args):
+    def make_or_stop(self, *args):
         calls.append(1)
-        if len(calls) > shard:
+        if len(calls) > num_shards:
             raise KeyboardInterrupt
         return make(self, *args)
 
-    monkeypatch.setattr(index_build_cosup.ShardBuilder, "make", counted)
+    monkeypatch.setattr(index_build_cosup.ShardBuilder, "make", make_or_stop)
 
 
-def test_a_build_goes_on_behind_its_complete_shards(model, tmp_path, monkeypatch):
+def test_a_build_goes_on_after_its_complete_shards(model, tmp_path, monkeypatch):
     build(model, save_directory=tmp_path / "whole", shard_size=5)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_at(patch, 3)
+        stop_after(patch, 3)
         build(model, save_directory=tmp_path / "index", shard_size=5)
     assert not (tmp_path / "index").exists()
-    counts = encoded(monkeypatch, model)
+    counts = count_encoded(monkeypatch, model)
     build(model, save_directory=tmp_path / "index", shard_size=5)
     assert sum(counts) == 8  # of 23
     assert content(tmp_path / "index") == content(tmp_path / "whole")
@@ -264,15 +277,13 @@ def test_a_build_goes_on_behind_its_complete_shards(model, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     "damage", ["truncated file", "missing file", "other passages", "fewer passages", "half a marker"]
 )
-def test_what_is_not_whole_is_made_again(model, tmp_path, monkeypatch, damage):
+def test_a_shard_that_is_not_complete_is_made_again(model, tmp_path, monkeypatch, damage):
     passages = [*MANY]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_at(patch, 4)
+        stop_after(patch, 4)
         build(model, save_directory=tmp_path / "index", shard_size=5)
     work = tmp_path / ".index.unfinished"
-    again = {"truncated file": 5, "missing file": 5, "other passages": 5, "fewer passages": 0, "half a marker": 0}[
-        damage
-    ] + 3
+    expected = 5 + 3  # passages: the damaged shard's, and the last shard's, which was never made
     if damage == "truncated file":
         (work / "passages-00001.arrow").write_bytes((work / "passages-00001.arrow").read_bytes()[:-1])
     elif damage == "missing file":
@@ -280,15 +291,18 @@ def test_what_is_not_whole_is_made_again(model, tmp_path, monkeypatch, damage):
     elif damage == "other passages":
         passages[7] = {"id": "m7", "title": "", "text": "new"}
     elif damage == "fewer passages":
-        passages, again = passages[:10], 0
+        passages = passages[:10]
+        expected = 0
     else:
-        (work / ".shard-00004.json.abc").write_text('{"dig')  # what a kill between writing and renaming leaves
-    counts = encoded(monkeypatch, model)
+        (work / ".shard-00004.json.abc").write_text('{"dig')  # as after a kill between writing and renaming
+        expected = 3
+    counts = count_encoded(monkeypatch, model)
     index = build(model, passages, save_directory=tmp_path / "index", shard_size=5)
-    assert sum(counts) == again
+    assert sum(counts) == expected
     monkeypatch.undo()
     build(model, passages, save_directory=tmp_path / "whole", shard_size=5)
-    assert content(tmp_path / "index") == content(tmp_path / "whole") and len(index) == len(passages)
+    assert content(tmp_path / "index") == content(tmp_path / "whole")
+    assert len(index) == len(passages)
 
 
 @pytest.mark.parametrize(
@@ -299,13 +313,13 @@ def test_what_is_not_whole_is_made_again(model, tmp_path, monkeypatch, damage):
         ({}, "emb_seq: then"),
     ],
 )
-def test_a_build_of_another_model_or_setting_is_not_gone_on_with(model, tmp_path, monkeypatch, change, name):
+def test_a_build_with_another_model_or_setting_is_not_continued(model, tmp_path, monkeypatch, change, name):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_at(patch, 3)
+        stop_after(patch, 3)
         build(model, save_directory=tmp_path / "index", shard_size=5)
     build_file = tmp_path / ".index.unfinished" / "build.json"
     settings = json.loads(build_file.read_text())
-    del settings["fingerprint"]["passage_prompt"]  # begun by an earlier release: nothing that differs
+    del settings["fingerprint"]["passage_prompt"]  # as begun by an earlier release: no difference
     build_file.write_text(json.dumps(settings))
     other = model if change else make_model(emb_seq_kwargs={"seed": 9})
     before = content(tmp_path / ".index.unfinished")
@@ -314,15 +328,15 @@ def test_a_build_of_another_model_or_setting_is_not_gone_on_with(model, tmp_path
     assert content(tmp_path / ".index.unfinished") == before
     for path in (tmp_path / ".index.unfinished").glob("shard-*"):
         path.unlink()
-    assert len(build(other, save_directory=tmp_path / "index", **{"shard_size": 5, **change})) == len(
-        MANY
-    )  # nothing is lost by beginning anew
+    # without shards nothing is lost by beginning anew
+    index = build(other, save_directory=tmp_path / "index", **{"shard_size": 5, **change})
+    assert len(index) == len(MANY)
 
 
-def test_an_index_stands_until_the_new_one_is_whole(model, tmp_path, monkeypatch):
+def test_an_index_stays_until_the_new_one_is_complete(model, tmp_path, monkeypatch):
     build(model, PASSAGES, save_directory=tmp_path / "index")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_at(patch, 1)
+        stop_after(patch, 1)
         build(model, save_directory=tmp_path / "index", shard_size=5)
     assert len(PassageIndex.from_pretrained(tmp_path / "index")) == len(PASSAGES)
     assert len(build(model, save_directory=tmp_path / "index", shard_size=5)) == len(MANY)
@@ -335,15 +349,18 @@ def test_an_index_stands_until_the_new_one_is_whole(model, tmp_path, monkeypatch
 
 def test_the_bar_counts_resumed_passages_as_done_but_not_as_fast(model, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_at(patch, 4)
+        stop_after(patch, 4)
         build(model, save_directory=tmp_path / "index", shard_size=5)
     bars = []
-    monkeypatch.setattr(
-        "modeling_cosup.retrieval_cosup.tqdm",
-        lambda **kwargs: bars.append(index_build_cosup.tqdm(**kwargs)) or bars[-1],
-    )
+
+    def make_bar(**kwargs):
+        bars.append(index_build_cosup.tqdm(**kwargs))
+        return bars[-1]
+
+    monkeypatch.setattr("modeling_cosup.retrieval_cosup.tqdm", make_bar)
     PassageIndex.build(MANY, model, save_directory=tmp_path / "index", shard_size=5)
-    assert (bars[0].total, bars[0].n, bars[0].initial) == (23, 23, 20) and "passages/s" in capsys.readouterr().err
+    assert (bars[0].total, bars[0].n, bars[0].initial) == (23, 23, 20)
+    assert "passages/s" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------ several processes
@@ -351,17 +368,15 @@ def test_the_bar_counts_resumed_passages_as_done_but_not_as_fast(model, tmp_path
 
 def test_shards_of_several_processes_make_the_same_index(model, tmp_path):
     build(model, save_directory=tmp_path / "one", shard_size=4)
+    options = {"save_directory": tmp_path / "three", "shard_size": 4, "num_processes": 3}
     for rank in (2, 0):
-        assert (
-            build(model, save_directory=tmp_path / "three", shard_size=4, num_processes=3, process_index=rank) is None
-        )
+        assert build(model, process_index=rank, **options) is None
     with pytest.raises(FileNotFoundError, match=r"not complete \(shard-00001.json, shard-00004.json\)"):
         PassageIndex.merge(tmp_path / "three")
-    build(model, iter(MANY), save_directory=tmp_path / "three", shard_size=4, num_processes=3, process_index=1)
+    build(model, iter(MANY), process_index=1, **options)
     merged = PassageIndex.merge(tmp_path / "three")
-    assert content(tmp_path / "three") == content(tmp_path / "one") and list(merged) == list(
-        PassageIndex.from_pretrained(tmp_path / "one")
-    )
+    assert content(tmp_path / "three") == content(tmp_path / "one")
+    assert list(merged) == list(PassageIndex.from_pretrained(tmp_path / "one"))
     with pytest.raises(FileNotFoundError, match="holds no build"):
         PassageIndex.merge(tmp_path / "three")
     with pytest.raises(ValueError, match="give save_directory"):
@@ -371,13 +386,10 @@ def test_shards_of_several_processes_make_the_same_index(model, tmp_path):
 
 
 def test_merge_refuses_processes_that_read_different_corpora(model, tmp_path):
-    """The corpus changed between the processes' readings, so that neither saw both."""
-    for rank in range(2):
-        passages = (
-            [*MANY[:4], {**MANY[4], "id": "m0" if rank else "m4"}]
-            if not rank
-            else [{**MANY[0], "id": "x"}, *MANY[1:4], {**MANY[4], "id": "m0"}]
-        )
+    """An id moves from one process's shard to the other's between their readings, so neither process sees it twice."""
+    before = MANY[:5]
+    after = [{**MANY[0], "id": "x"}, *MANY[1:4], {**MANY[4], "id": "m0"}]
+    for rank, passages in enumerate((before, after)):
         build(model, passages, save_directory=tmp_path / "index", shard_size=4, num_processes=2, process_index=rank)
     with pytest.raises(ValueError, match="the processes read different corpora"):
         PassageIndex.merge(tmp_path / "index")
@@ -393,34 +405,22 @@ def inputs(tmp_path_factory):
 
 
 def launch(inputs, output, world_size=1, die_at=-1, die_on=0, **environment):
-    """`recipes/build_index.py` in real processes; one of them is killed when it has made `die_at` shards."""
-    command = (
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
-        if world_size > 1
-        else [sys.executable]
-    )
-    command += [
-        str(SCRIPT),
-        str(die_at),
-        str(die_on),
-        "--model",
-        inputs / "model",
-        "--corpus_file",
-        inputs / "corpus.jsonl",
-        "--output_dir",
-        output,
-    ]
+    """Run `recipes/build_index.py` in real processes; rank `die_on` is killed when it has made `die_at` shards."""
+    command = [sys.executable]
+    if world_size > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", world_size]
+    command += [SCRIPT, die_at, die_on, "--model", inputs / "model", "--corpus_file", inputs / "corpus.jsonl"]
+    command += ["--output_dir", output, "--shard_size", 4]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment}
-    return subprocess.run(
-        [*map(str, command), "--shard_size", "4"], capture_output=True, text=True, env=environment, timeout=200
-    )
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=200)
 
 
 def test_killed_and_resumed(inputs, tmp_path, monkeypatch):
     killed = launch(inputs, tmp_path / "index", die_at=2)
-    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "index").exists()
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "index").exists()
     model = make_model(emb_seq_kwargs={"seed": 1})
-    counts = encoded(monkeypatch, model)
+    counts = count_encoded(monkeypatch, model)
     build(model, inputs / "corpus.jsonl", save_directory=tmp_path / "index", shard_size=4)
     assert sum(counts) == 15  # of 23: two shards of 4 were there
     build(model, save_directory=tmp_path / "whole", shard_size=4)
@@ -429,16 +429,15 @@ def test_killed_and_resumed(inputs, tmp_path, monkeypatch):
 
 def test_two_processes_one_killed_then_resumed(inputs, tmp_path):
     killed = launch(inputs, tmp_path / "index", world_size=2, die_at=1, die_on=1)
-    assert killed.returncode != 0 and not (tmp_path / "index").exists()
+    assert killed.returncode != 0
+    assert not (tmp_path / "index").exists()
     resumed = launch(inputs, tmp_path / "index", world_size=2)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert resumed.stdout.count("23 passages") == 1
-    made = sorted(
-        map(int, re.findall(r"made (\d) shards, world size 2", resumed.stdout))
-    )  # two processes may print into one line
-    assert len(made) == 2 and 2 in made and sum(made) < 6, (
-        made
-    )  # rank 1 had one of its three; how far rank 0 came before it was ended is chance
+    # two processes may print into one line
+    num_made = [int(number) for number in re.findall(r"made (\d) shards, world size 2", resumed.stdout)]
+    # rank 1 had made one of its three; how far rank 0 came before it was ended is chance
+    assert len(num_made) == 2 and 2 in num_made and sum(num_made) < 6, num_made
     build(make_model(emb_seq_kwargs={"seed": 1}), save_directory=tmp_path / "here", shard_size=4)
     assert content(tmp_path / "index") == content(tmp_path / "here")
 
@@ -446,87 +445,84 @@ def test_two_processes_one_killed_then_resumed(inputs, tmp_path):
 # ------------------------------------------------------------------ a full disk
 
 
+def mount_small_disk(folder):
+    """Mount a file system of 700 kB; skip the test without the right to."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", folder]
+    if subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("no right to mount a file system")
+
+
 @pytest.mark.parametrize("limit", ["file size", "file system"])
 def test_a_full_disk_says_what_to_free_and_keeps_complete_shards(inputs, tmp_path, limit):
-    """File size: a limit of the process, reached by the third shard, which holds long texts. File system: a real one of 700 kB, if it can be mounted."""
+    """
+    File size: a limit of the process, which the third shard reaches, because it holds long texts.
+    File system: a real one of 700 kB, if it can be mounted.
+    """
     folder = tmp_path / "disk"
     folder.mkdir()
     passages = [*MANY[:10], *({"id": f"long{i}", "text": "radium " * 60_000} for i in range(4))]
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(passage) + "\n" for passage in passages))
+    set_limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))" if limit == "file size" else ""
     code = (
         "import resource, sys; from modeling_cosup import CoSupForCausalLM\n"
-        f"{'resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))' if limit == 'file size' else ''}\n"
+        f"{set_limit}\n"
         "model = CoSupForCausalLM.from_pretrained(sys.argv[1])\n"
         "model.build_index(sys.argv[2], save_directory=sys.argv[3], shard_size=4, show_progress_bar=False)"
     )
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        str(inputs / "model"),
-        str(tmp_path / "corpus.jsonl"),
-        str(folder / "index"),
-    ]
-    mounted = (
-        limit == "file system"
-        and subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", folder], capture_output=True
-        ).returncode
-        == 0
-    )
-    if limit == "file system" and not mounted:
-        pytest.skip("no right to mount a file system")
+    command = [sys.executable, "-c", code, inputs / "model", tmp_path / "corpus.jsonl", folder / "index"]
+    if limit == "file system":
+        mount_small_disk(folder)
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=200)
-        assert result.returncode == 1 and "no room for the next shard" in result.stderr, result.stderr[-3000:]
-        assert (
-            "MB for the embeddings of 6 passages that are left" in result.stderr
-            and "the same call then goes on" in result.stderr
-        )
+        result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=200)
+        assert result.returncode == 1, result.stderr[-3000:]
+        assert "no room for the next shard" in result.stderr, result.stderr[-3000:]
+        assert "MB for the embeddings of 6 passages that are left" in result.stderr
+        assert "the same call then goes on" in result.stderr
         work = folder / ".index.unfinished"
         assert sorted(path.name for path in work.glob("shard-*")) == ["shard-00000.json", "shard-00001.json"]
-        assert not (folder / "index").exists() and not (work / "embeddings-00002.safetensors").exists()
+        assert not (folder / "index").exists()
+        assert not (work / "embeddings-00002.safetensors").exists()
         assert not list(work.glob("passages-00002*"))
     finally:
-        if mounted:
+        if limit == "file system":
             subprocess.run(["umount", folder], check=True)
     if limit == "file size":  # room again
-        (done,) = [json.loads((work / "shard-00001.json").read_text())["files"]["passages-00001.arrow"]["sha256"]]
-        resumed = build(
-            make_model(emb_seq_kwargs={"seed": 1}), passages, save_directory=folder / "index", shard_size=4
-        )
-        assert len(resumed) == 14 and resumed.config["files"]["passages-00001.arrow"]["sha256"] == done
+        files = json.loads((work / "shard-00001.json").read_text())["files"]
+        model = make_model(emb_seq_kwargs={"seed": 1})
+        resumed = build(model, passages, save_directory=folder / "index", shard_size=4)
+        assert len(resumed) == 14
+        name = "passages-00001.arrow"
+        assert resumed.config["files"][name]["sha256"] == files[name]["sha256"]
 
 
 # ------------------------------------------------------------------ memory
 
+BUILD_AND_NOTE_MEMORY = """
+import sys
+from modeling_cosup import CoSupForCausalLM, index_build_cosup
+
+def note(*args, make=index_build_cosup.write_new_shard):
+    files = make(*args)
+    print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")))
+    return files
+
+index_build_cosup.write_new_shard = note
+model = CoSupForCausalLM.from_pretrained(sys.argv[1])
+passages = ({"id": f"{i:0200}", "text": "radium " * 1000} for i in range(2000))
+model.build_index(passages, save_directory=sys.argv[2], shard_size=50, show_progress_bar=False)
+"""
+
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    """Anonymous memory after the tenth and after the last of 40 shards, of a generator, so that the corpus itself takes none."""
-    make_model(gen_kwargs={"layers": 1}, emb_seq_kwargs={"layers": 1}, max_passage_length=64).save_pretrained(
-        tmp_path / "model"
-    )
-    code = (
-        "import sys; from modeling_cosup import CoSupForCausalLM, index_build_cosup\n"
-        "def note(*args, make=index_build_cosup.write_new_shard):\n"
-        "    files = make(*args)\n"
-        "    print(next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('RssAnon')))\n"
-        "    return files\n"
-        "index_build_cosup.write_new_shard = note\n"
-        "model = CoSupForCausalLM.from_pretrained(sys.argv[1])\n"
-        "passages = ({'id': f'{i:0200}', 'text': 'radium ' * 1000} for i in range(2000))\n"
-        "model.build_index(passages, save_directory=sys.argv[2], shard_size=50, show_progress_bar=False)"
-    )
+    """Compare anonymous memory after the tenth and the last of 40 shards; a generator's corpus itself takes none."""
+    model = make_model(gen_kwargs={"layers": 1}, emb_seq_kwargs={"layers": 1}, max_passage_length=64)
+    model.save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-c", BUILD_AND_NOTE_MEMORY, tmp_path / "model", tmp_path / "index"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "model", tmp_path / "index"],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=environment,
-    )
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     held = [int(line) for line in result.stdout.split()]
     stored = sum(path.stat().st_size for path in (tmp_path / "index").iterdir()) / 1024
-    assert len(held) == 40 and stored > 14_000  # kB of texts, tokens and embeddings
+    assert len(held) == 40
+    assert stored > 14_000  # kB of texts, tokens and embeddings
     assert held[-1] - held[9] < stored / 4, held

@@ -1,4 +1,4 @@
-"""What an index refuses: names that lead out of its folder, altered configs, second writers, stale shards, foreign files."""
+"""An index refuses names that lead out of its folder, altered configs, second writers, stale shards, foreign files."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ def build(model, folder, passages=PASSAGES, **kwargs):
 
 
 def edit(folder, change, sign=True):
-    """Change the config as an attacker does, who can also compute its SHA-256, or as an accident does."""
+    """Change the config as an attacker does, who also signs it, or, without `sign`, as an accident does."""
     config = json.loads((folder / NAME).read_text())
     change(config)
     if sign:
@@ -42,7 +42,7 @@ def edit(folder, change, sign=True):
         lambda config: config["files"].pop("passages-00000.arrow"),
         lambda config: config["files"].update({"passages-00000.arrow": 5}),
         lambda config: config.update(shards=["6"]),
-        lambda config: [config.pop(name) for name in [*config] if name != "format_version"],
+        lambda config: [config.pop(name) for name in list(config) if name != "format_version"],
     ],
 )
 def test_a_config_that_no_index_wrote_is_refused(model, tmp_path, change):
@@ -67,29 +67,27 @@ def test_an_altered_config_and_bad_deletions_are_found(model, tmp_path):
             PassageIndex.from_pretrained(tmp_path / "bad")
 
 
+def check_no_change_is_possible(index, model, message):
+    """Check that every method that changes an index raises a `ValueError`."""
+    with pytest.raises(ValueError, match=message):
+        index.delete(["p1"])
+    with pytest.raises(ValueError, match=message):
+        index.add(MANY, model, show_progress_bar=False)
+    with pytest.raises(ValueError, match=message):
+        index.train_approximate("Flat")
+
+
 def test_one_writer_at_a_time(model, tmp_path):
     first = build(model, tmp_path / "index")
     second = PassageIndex.from_pretrained(tmp_path / "index")
 
-    def meanwhile():
+    def passages():
         yield {"id": "new", "text": "word"}
-        for change in (
-            lambda: second.delete(["p1"]),
-            lambda: second.add(MANY, model, show_progress_bar=False),
-            lambda: second.train_approximate("Flat"),
-        ):
-            with pytest.raises(ValueError, match="is being changed by another process"):
-                change()
+        check_no_change_is_possible(second, model, "is being changed by another process")
         yield {"id": "newer", "text": "word"}
 
-    first.add(meanwhile(), model, shard_size=1, show_progress_bar=False)
-    for change in (
-        lambda: second.delete(["p1"]),
-        lambda: second.add(MANY, model, show_progress_bar=False),
-        lambda: second.train_approximate("Flat"),
-    ):
-        with pytest.raises(ValueError, match="was changed by another process"):
-            change()
+    first.add(passages(), model, shard_size=1, show_progress_bar=False)
+    check_no_change_is_possible(second, model, "was changed by another process")
     assert len(PassageIndex.from_pretrained(tmp_path / "index", verify=True)) == len(PASSAGES) + 2
     with locked(tmp_path / "index" / ".lock", "held"), pytest.raises(ValueError, match="is being changed"):
         first.delete(["p1"])
@@ -97,7 +95,7 @@ def test_one_writer_at_a_time(model, tmp_path):
     assert not (tmp_path / "index" / ".lock").exists()
 
 
-def test_a_replaced_index_is_not_changed_by_who_loaded_the_old_one(model, tmp_path):
+def test_an_index_that_was_replaced_is_not_changed_through_the_old_one(model, tmp_path):
     first = build(model, tmp_path / "index")
     build(model, tmp_path / "index", MANY)  # generation 0 again
     with pytest.raises(ValueError, match="was changed by another process"):
@@ -118,9 +116,8 @@ def test_merge_refuses_shards_of_another_corpus(model, tmp_path):
     with pytest.raises(FileNotFoundError, match="done-00001.json"):
         PassageIndex.merge(tmp_path / "index")
     (work / "done-00001.json").write_text(done)
-    assert [passage["text"] for passage in PassageIndex.merge(tmp_path / "index")] == [
-        passage["text"] for passage in other
-    ]
+    texts = [passage["text"] for passage in PassageIndex.merge(tmp_path / "index")]
+    assert texts == [passage["text"] for passage in other]
 
 
 def test_a_damaged_shard_is_made_again(model, tmp_path):
@@ -133,20 +130,14 @@ def test_a_damaged_shard_is_made_again(model, tmp_path):
         PassageIndex.merge(tmp_path / "index")
     path.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
     build(model, tmp_path / "index", MANY, shard_size=4, num_processes=2, process_index=1)
-    assert path.read_bytes() == right and len(PassageIndex.merge(tmp_path / "index")) == 12
+    assert path.read_bytes() == right
+    assert len(PassageIndex.merge(tmp_path / "index")) == 12
 
 
 def test_a_snapshot_in_the_cache_of_the_hub_is_read_only(model, tmp_path):
     folder = tmp_path / "datasets--me--index" / "snapshots" / "abc"
     index = build(model, folder)
-    changes = [
-        lambda: index.delete(["p1"]),
-        lambda: index.add(MANY, model, show_progress_bar=False),
-        lambda: index.train_approximate("Flat"),
-    ]
-    for change in changes:
-        with pytest.raises(ValueError, match="save_pretrained it to a folder first"):
-            change()
+    check_no_change_is_possible(index, model, "save_pretrained it to a folder first")
     index.save_pretrained(tmp_path / "own")
     PassageIndex.from_pretrained(tmp_path / "own").delete(["p1"])
 
@@ -171,10 +162,10 @@ def write_arrow(folder, batch):
 
 def test_bad_arrow_files_are_refused(model, tmp_path):
     index = build(model, tmp_path / "index")
-    batch = pa.ipc.open_file(pa.BufferReader((tmp_path / "index" / "passages-00000.arrow").read_bytes())).get_batch(0)
-    write_arrow(
-        tmp_path / "index", batch.set_column(0, "id", pa.array([passage["id"] for passage in index]))
-    )  # string, not large_string
+    content = (tmp_path / "index" / "passages-00000.arrow").read_bytes()
+    batch = pa.ipc.open_file(pa.BufferReader(content)).get_batch(0)
+    ids = pa.array([passage["id"] for passage in index])  # string, not large_string
+    write_arrow(tmp_path / "index", batch.set_column(0, "id", ids))
     with pytest.raises(ValueError, match="passages-00000.arrow is damaged: found the columns"):
         PassageIndex.from_pretrained(tmp_path / "index")
     offsets = pa.py_buffer(np.array([0, 10**12, 3, 4, 5, 6, 7], np.int64))
@@ -196,15 +187,15 @@ def test_only_what_the_config_names_is_downloaded(model, tmp_path, monkeypatch, 
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    index = PassageIndex.from_pretrained(
-        "me/index", allow_faiss_files=faiss_files, search=None if faiss_files else "exact"
-    )
-    names = [
-        name for name in json.loads((folder / NAME).read_text())["files"] if faiss_files or not name.endswith(".faiss")
-    ]
-    assert calls == [(None, [NAME]), ("abc", [NAME, *names])] and len(index) == len(PASSAGES)
+    search = None if faiss_files else "exact"
+    index = PassageIndex.from_pretrained("me/index", allow_faiss_files=faiss_files, search=search)
+    names = list(json.loads((folder / NAME).read_text())["files"])
+    if not faiss_files:
+        names = [name for name in names if not name.endswith(".faiss")]
+    assert calls == [(None, [NAME]), ("abc", [NAME, *names])]
+    assert len(index) == len(PASSAGES)
     edit(folder, lambda config: config["files"].update({"*": {"size": 1, "sha256": "x"}}))
     calls.clear()
-    with pytest.raises(ValueError, match="is no file of an index"):
+    with pytest.raises(ValueError, match="is not a file of an index"):
         PassageIndex.from_pretrained("me/index")
     assert len(calls) == 1

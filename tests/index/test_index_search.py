@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from modeling_cosup import PassageIndex, index_search_cosup, index_searchable_cosup
+from modeling_cosup.index_files_cosup import seal
 from support.indexes import all_scores, check, in_folder, queries, random_index
 from support.models import PASSAGES, make_model
 from trainer.judging.figures import figure
@@ -30,18 +31,16 @@ MANY = [{"id": f"m{i}", "title": "", "text": f"{i} radium"} for i in range(300)]
 def test_exact_search_equals_one_product(tmp_path, monkeypatch, where, dtype, n):
     monkeypatch.setattr(index_search_cosup, "HALF_ROWS", 32)
     monkeypatch.setattr(index_search_cosup, "PRODUCT_ROWS", 30)
-    monkeypatch.setattr(
-        index_search_cosup, "DEVICE_SCORES", n * 50
-    )  # several blocks a shard, and shards in several blocks
+    monkeypatch.setattr(index_search_cosup, "DEVICE_SCORES", n * 50)  # blocks smaller than a shard, and across shards
     index = random_index(dtype=dtype, normalize=False)
     if where == "files":
         index = in_folder(index, tmp_path / "index")
     if where == "device":
         assert index.to("cpu") is index
     for k in (1, 7, 300):
-        found = index.search(queries(n), k)
-        assert found[1].shape == (n, k)
-        check(found, all_scores(index, queries(n)))
+        scores, rows = index.search(queries(n), k)
+        assert rows.shape == (n, k)
+        check((scores, rows), all_scores(index, queries(n)))
     assert index.search(queries(n), 1000)[1].shape == (n, 300)
     assert [part.shape for part in index.search(queries(0), 3)] == [(0, 3), (0, 3)]
 
@@ -67,9 +66,10 @@ def test_searching_copies_no_embeddings(tmp_path):
 @pytest.mark.parametrize("where", ["memory", "files", "device"])
 def test_bad_queries(tmp_path, where):
     index = random_index()
-    index = (
-        in_folder(index, tmp_path / "index") if where == "files" else index.to("cpu" if where == "device" else None)
-    )
+    if where == "files":
+        index = in_folder(index, tmp_path / "index")
+    if where == "device":
+        index.to("cpu")
     with pytest.raises(ValueError, match="Queries have 8 dimensions, the index has 16"):
         index.search(queries(2, 8))
     with pytest.raises(ValueError, match="expected a tensor"):
@@ -125,11 +125,9 @@ def test_bad_candidates():
 def test_reading_passages(tmp_path):
     index = in_folder(random_index(), tmp_path / "index")
     assert [passage["id"] for passage in index.get_passages([299, 0, 70])] == ["m299", "m0", "m70"]
-    assert (
-        index.get_passages(np.array([69]))[0]
-        == {"id": "m69", "title": "", "text": "x", "input_ids": [5, 6]}
-        == index[69]
-    )
+    expected = {"id": "m69", "title": "", "text": "x", "input_ids": [5, 6]}
+    assert index.get_passages(np.array([69])) == [expected]
+    assert index[69] == expected
     assert index.get_passages([]) == []
     for row in (300, -1):
         with pytest.raises(IndexError, match=rf"no rows \[{row}\]; it has 0 to 299"):
@@ -142,45 +140,54 @@ def test_reading_passages(tmp_path):
 @pytest.mark.parametrize("where", ["memory", "files", "device", "HNSW16", "IVF8,Flat", "OPQ4_8,IVF4,PQ4x4"])
 def test_deleted_passages_are_never_found(tmp_path, where):
     index = random_index()
-    index = in_folder(index, tmp_path / "index") if where == "files" else index
-    if where == "device":
+    if where == "files":
+        index = in_folder(index, tmp_path / "index")
+    elif where == "device":
         index.to("cpu")
-    elif where not in ("memory", "files"):
-        index.train_approximate(where, **({"efSearch": 300} if where == "HNSW16" else {"nprobe": 8}))
-    nearest = all_scores(index, queries(5)).topk(40).indices
-    gone = sorted({int(row) for row in nearest.flatten()} | set(range(70, 140)))  # all that is near, and a whole shard
+    elif where == "HNSW16":
+        index.train_approximate(where, efSearch=300)
+    elif where != "memory":
+        index.train_approximate(where, nprobe=8)
+    nearest = all_scores(index, queries(5)).topk(40).indices.flatten().tolist()
+    gone = sorted({*nearest, *range(70, 140)})  # all near rows, and a whole shard
     index.delete([f"m{row}" for row in gone])
     alive = torch.ones(300, dtype=torch.bool)
     alive[gone] = False
-    assert len(index) == int(alive.sum()) and index.num_rows == 300
+    assert len(index) == int(alive.sum())
+    assert index.num_rows == 300
     for k in (1, 5, 300):
         scores, rows = index.search(queries(5), k)
-        assert rows.shape == (5, min(k, len(index))) and not set(rows.flatten()) & set(gone)
+        assert rows.shape == (5, min(k, len(index)))
+        assert not set(rows.flatten()) & set(gone)
         if "PQ" not in where:
             check((scores, rows), all_scores(index, queries(5), alive))
-    pool = [*gone[:3], int(alive.nonzero()[0, 0])]
-    assert index.search(queries(1), 3, candidates=[pool])[1].tolist() == [[pool[3], -1, -1]]
-    kept = index[int(alive.nonzero()[0, 0])]["id"]
-    for call in (lambda: index.rows_of([f"m{gone[0]}"]), lambda: index.delete([kept, f"m{gone[0]}"])):
-        with pytest.raises(ValueError, match=f"does not hold 1 of . ids: ..m{gone[0]}"):
-            call()
-    assert len(index) == int(alive.sum())  # the second one deleted nothing
+    live_rows = alive.nonzero()[:, 0].tolist()
+    _, rows = index.search(queries(1), 3, candidates=[[*gone[:3], live_rows[0]]])
+    assert rows.tolist() == [[live_rows[0], -1, -1]]
+    with pytest.raises(ValueError, match=f"does not hold 1 of 1 ids: ..m{gone[0]}"):
+        index.rows_of([f"m{gone[0]}"])
+    with pytest.raises(ValueError, match=f"does not hold 1 of 2 ids: ..m{gone[0]}"):
+        index.delete([f"m{live_rows[0]}", f"m{gone[0]}"])
+    assert len(index) == int(alive.sum())  # nothing more was deleted
     with pytest.raises(KeyError):
         index.row_of(f"m{gone[0]}")
     with pytest.raises(IndexError, match="were deleted"):
         index.get_passages([gone[0]])
-    assert [passage["id"] for passage in index] == [f"m{row}" for row in alive.nonzero()[:, 0].tolist()]
+    assert [passage["id"] for passage in index] == [f"m{row}" for row in live_rows]
 
 
 @pytest.mark.parametrize("where", ["memory", "files"])
 def test_everything_deleted(tmp_path, where):
     index = random_index(20, shard_size=7)
-    index = in_folder(index, tmp_path / "index") if where == "files" else index
+    if where == "files":
+        index = in_folder(index, tmp_path / "index")
     index.delete([f"m{i}" for i in range(20)])
     if where == "files":
         index = PassageIndex.from_pretrained(tmp_path / "index")
-    assert len(index) == 0 and [part.shape for part in index.search(queries(3), 5)] == [(3, 0), (3, 0)]
-    assert index.search(queries(1), 5, candidates=[[1, 2]])[1].shape == (1, 0) and list(index) == []
+    assert len(index) == 0
+    assert list(index) == []
+    assert [part.shape for part in index.search(queries(3), 5)] == [(3, 0), (3, 0)]
+    assert index.search(queries(1), 5, candidates=[[1, 2]])[1].shape == (1, 0)
 
 
 # ------------------------------------------------------------------ approximate
@@ -199,51 +206,52 @@ def test_approximate_search(tmp_path, factory, weak, strong):
     low = index.train_approximate(factory, queries=queries(50), **weak)
     stored = json.loads((tmp_path / "index" / "index_config.json").read_text())["approximate"]
     assert set(low) == {"ann_recall@1", "ann_recall@10"} == {figure(name).name for name in low}
-    assert stored["ann_recall@10"] == low["ann_recall@10"] and stored["index_factory"] == factory
+    assert stored["ann_recall@10"] == low["ann_recall@10"]
+    assert stored["index_factory"] == factory
     index.set_search_options(**strong)
     high = index.measure_recall(queries(50))
-    assert high["ann_recall@10"] > low["ann_recall@10"] and high["ann_recall@10"] > (0.4 if "PQ" in factory else 0.99)
-    right = all_scores(index, queries(50)).topk(10).indices.tolist()
-    by_hand = np.mean(
-        [len(set(a) & set(b)) / 10 for a, b in zip(index.search(queries(50), 10)[1].tolist(), right, strict=True)]
-    )
-    assert high["ann_recall@10"] == pytest.approx(by_hand)
-    found = index.search(queries(9), 10)
+    assert high["ann_recall@10"] > low["ann_recall@10"]
+    assert high["ann_recall@10"] > (0.4 if "PQ" in factory else 0.99)
+
+    exact_rows = all_scores(index, queries(50)).topk(10).indices.tolist()
+    _, found_rows = index.search(queries(50), 10)
+    shares = [len(set(a) & set(b)) / 10 for a, b in zip(found_rows.tolist(), exact_rows, strict=True)]
+    assert high["ann_recall@10"] == pytest.approx(np.mean(shares))
+
+    _, rows = index.search(queries(9), 10)
     with pytest.raises(ValueError, match="no search option 'nope'"):
         index.set_search_options(nope=3)
 
     with pytest.raises(ValueError, match="pass allow_faiss_files=True if you trust it, or search='exact'"):
         PassageIndex.from_pretrained(tmp_path / "index")
-    check(
-        PassageIndex.from_pretrained(tmp_path / "index", search="exact").search(queries(9), 10),
-        all_scores(index, queries(9)),
-    )
+    exact = PassageIndex.from_pretrained(tmp_path / "index", search="exact")
+    check(exact.search(queries(9), 10), all_scores(index, queries(9)))
     loaded = PassageIndex.from_pretrained(tmp_path / "index", allow_faiss_files=True)
     loaded.set_search_options(**strong)
-    assert (loaded.search(queries(9), 10)[1] == found[1]).all()
+    assert (loaded.search(queries(9), 10)[1] == rows).all()
     loaded.save_pretrained(tmp_path / "copy")
-    again = PassageIndex.from_pretrained(tmp_path / "copy", allow_faiss_files=True, verify=True)
-    again.set_search_options(**strong)
-    assert (again.search(queries(9), 10)[1] == found[1]).all()
+    copy = PassageIndex.from_pretrained(tmp_path / "copy", allow_faiss_files=True, verify=True)
+    copy.set_search_options(**strong)
+    assert (copy.search(queries(9), 10)[1] == rows).all()
 
 
 def test_an_approximate_index_in_memory_is_saved_with_it(tmp_path):
     index = random_index()
     index.train_approximate("HNSW16", efSearch=300)
-    assert (
-        in_folder(index, tmp_path / "index", allow_faiss_files=True).search(queries(9), 5)[1]
-        == index.search(queries(9), 5)[1]
-    ).all()
+    loaded = in_folder(index, tmp_path / "index", allow_faiss_files=True)
+    assert (loaded.search(queries(9), 5)[1] == index.search(queries(9), 5)[1]).all()
     assert len(list((tmp_path / "index").glob("index-*.faiss"))) == 1
 
 
 def test_the_training_sample_is_of_all_shards_and_of_the_seed(monkeypatch):
-    samples, make = [], index_search_cosup.make_approximate
-    monkeypatch.setattr(
-        index_searchable_cosup,
-        "make_approximate",
-        lambda factory, exact, rows: samples.append(rows) or make(factory, exact, rows),
-    )
+    samples = []
+    make = index_search_cosup.make_approximate
+
+    def note_and_make(factory, exact, rows):
+        samples.append(rows)
+        return make(factory, exact, rows)
+
+    monkeypatch.setattr(index_searchable_cosup, "make_approximate", note_and_make)
     index = random_index()
     for seed in (0, 0, 1):
         index.train_approximate("IVF2,Flat", train_size=100, seed=seed)
@@ -255,11 +263,7 @@ def test_the_training_sample_is_of_all_shards_and_of_the_seed(monkeypatch):
     ("factory", "options", "message"),
     [
         ("Graph", {}, "index_factory 'Graph' of 16 dimensions and 300 training embeddings: FAISS says"),
-        (
-            "IVF1024,Flat",
-            {},
-            "index_factory 'IVF1024,Flat' of 16 dimensions and 300 training embeddings: FAISS says .*1024",
-        ),
+        ("IVF1024,Flat", {}, "index_factory 'IVF1024,Flat' of 16 dimensions .*: FAISS says .*1024"),
         ("IVF4,PQ5", {}, "index_factory 'IVF4,PQ5'"),
         ("IVF4,Flat", {"efSearch": 3}, "IndexIVFFlat has no search option 'efSearch'"),
         ("IVF4,Flat", {"train_size": 0}, "train_size is 0"),
@@ -290,18 +294,17 @@ def test_a_damaged_faiss_file(tmp_path, damage):
     elif damage == "missing":
         path.unlink()
     else:
-        other = faiss.IndexFlatIP(16)
-        faiss.write_index(other, str(path))
+        faiss.write_index(faiss.IndexFlatIP(16), str(path))
         config = json.loads((tmp_path / "index" / "index_config.json").read_text())
-        from modeling_cosup.index_files_cosup import seal
-
         config["files"][path.name] = seal(path)
         (tmp_path / "index" / "index_config.json").write_text(json.dumps(config))
-    message = {
+    messages = {
+        "truncated": "is damaged",
+        "altered": "is damaged",
         "missing": f"{path.name} is missing",
         "another": "holds 0 embeddings of 16 dimensions, expected 300 of 16",
-    }.get(damage, "is damaged")
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    }
+    with pytest.raises((ValueError, FileNotFoundError), match=messages[damage]):
         PassageIndex.from_pretrained(tmp_path / "index", allow_faiss_files=True)
     exact = PassageIndex.from_pretrained(tmp_path / "index", search="exact")
     exact.save_pretrained(tmp_path / "copy")
@@ -315,38 +318,36 @@ def test_a_damaged_faiss_file(tmp_path, damage):
 @pytest.mark.parametrize("where", ["memory", "files"])
 @pytest.mark.parametrize("approximate", [None, "HNSW16", "IVF4,Flat"])
 def test_after_adding_and_deleting_it_is_a_fresh_index(model, tmp_path, where, approximate):
-    index = PassageIndex.build(
-        MANY[:200],
-        model,
-        save_directory=tmp_path / "index" if where == "files" else None,
-        show_progress_bar=False,
-        shard_size=90,
-    )
-    if approximate:
-        index.train_approximate(approximate, **({"efSearch": 400} if "HNSW" in approximate else {"nprobe": 4}))
+    folder = tmp_path / "index" if where == "files" else None
+    index = PassageIndex.build(MANY[:200], model, save_directory=folder, show_progress_bar=False, shard_size=90)
+    if approximate == "HNSW16":
+        index.train_approximate(approximate, efSearch=400)
+    elif approximate is not None:
+        index.train_approximate(approximate, nprobe=4)
     index.delete([f"m{i}" for i in range(0, 200, 3)])
     index.add((passage for passage in MANY[200:]), model, show_progress_bar=False, shard_size=60)
     index.add([MANY[3], MANY[0]], model, show_progress_bar=False)  # deleted before: new rows
-    assert index.rows_of(["m3", "m0", "m1"]).tolist() == [300, 301, 1] and len(index) == 300 - 67 + 2
-    loaded = PassageIndex.from_pretrained(tmp_path / "index", allow_faiss_files=True) if where == "files" else index
+    assert index.rows_of(["m3", "m0", "m1"]).tolist() == [300, 301, 1]
+    assert len(index) == 300 - 67 + 2
+
+    indexes = [index]
+    if folder is not None:
+        indexes.append(PassageIndex.from_pretrained(folder, allow_faiss_files=True))
     fresh = PassageIndex.build(list(index), model, show_progress_bar=False)
-    assert list(loaded) == list(index) == list(fresh)
-    query_embeds = queries(20, 32)
-    scores, rows = fresh.search(query_embeds, 10)
-    for searched in (index, loaded):
-        found = searched.search(query_embeds, 10)
-        assert [p["id"] for p in searched.get_passages(found[1].flatten())] == [
-            p["id"] for p in fresh.get_passages(rows.flatten())
-        ]
-        np.testing.assert_allclose(found[0], scores, rtol=1e-4, atol=1e-5)
+    expected_scores, fresh_rows = fresh.search(queries(20, 32), 10)
+    expected_ids = [passage["id"] for passage in fresh.get_passages(fresh_rows.flatten())]
+    for changed in indexes:
+        assert list(changed) == list(fresh)
+        scores, rows = changed.search(queries(20, 32), 10)
+        assert [passage["id"] for passage in changed.get_passages(rows.flatten())] == expected_ids
+        np.testing.assert_allclose(scores, expected_scores, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("where", ["memory", "files"])
 def test_what_cannot_be_added_changes_nothing(model, tmp_path, where):
-    index = PassageIndex.build(
-        PASSAGES, model, save_directory=tmp_path / "index" if where == "files" else None, show_progress_bar=False
-    )
-    files = sorted(os.listdir(tmp_path / "index")) if where == "files" else None
+    folder = tmp_path / "index" if where == "files" else None
+    index = PassageIndex.build(PASSAGES, model, save_directory=folder, show_progress_bar=False)
+    files = None if folder is None else sorted(os.listdir(folder))
     new = {"id": "new", "text": "word"}
     for passages, message in [
         ([new, PASSAGES[2]], "Corpus row 1: id 'p2' is already in the index"),
@@ -361,11 +362,12 @@ def test_what_cannot_be_added_changes_nothing(model, tmp_path, where):
         index.add([new], make_model(emb_seq_kwargs={"seed": 9}))
     with pytest.raises(ValueError, match=r"does not hold 1 of 2 ids: \['nope'\]"):
         index.delete(["p0", "nope"])
-    assert len(index) == 6 and (files is None or sorted(os.listdir(tmp_path / "index")) == files)
-    if where == "files":
+    assert len(index) == 6
+    if folder is not None:
+        assert sorted(os.listdir(folder)) == files
         index.train_approximate("HNSW8")
         with pytest.raises(ValueError, match="was not loaded and could not be extended"):
-            PassageIndex.from_pretrained(tmp_path / "index", search="exact").add([new], model)
+            PassageIndex.from_pretrained(folder, search="exact").add([new], model)
 
 
 def test_two_writers_do_not_undo_each_other(tmp_path):
@@ -374,10 +376,11 @@ def test_two_writers_do_not_undo_each_other(tmp_path):
     first.delete(["m1"])
     with pytest.raises(ValueError, match="was changed by another process: load the index again"):
         second.delete(["m2"])
-    assert len(second) == 300 and len(PassageIndex.from_pretrained(tmp_path / "index")) == 299
+    assert len(second) == 300
+    assert len(PassageIndex.from_pretrained(tmp_path / "index")) == 299
 
 
-KILL = """
+ADD_AND_DELETE_UNTIL_KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[2])
 from support.models import make_model
@@ -393,40 +396,42 @@ def kill_at(step, module, name, calls):
     setattr(module, name, wrapped)
 
 for step in range(1, 20):
-    if (child := os.fork()) == 0:
-        index, calls = PassageIndex.from_pretrained(sys.argv[1] + f"/{step}", allow_faiss_files=True), []
-        for module, name in ((index_store_cosup, "seal"), (index_store_cosup, "write_json"), (index_store_cosup, "sweep"), (os, "replace")):
-            kill_at(step, module, name, calls)
+    child = os.fork()
+    if child == 0:
+        index = PassageIndex.from_pretrained(sys.argv[1] + f"/{step}", allow_faiss_files=True)
+        calls = []
+        for name in ("seal", "write_config", "sweep"):
+            kill_at(step, index_store_cosup, name, calls)
+        kill_at(step, os, "replace", calls)
         index.add([{"id": "new", "text": "word"}], make_model(), show_progress_bar=False)
         index.delete(["p0"])
         os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
 """
 
 
 def test_a_kill_at_any_step_leaves_the_old_state_or_the_new(model, tmp_path):
-    """add, then delete: killed before each file is sealed, before each config is written and renamed, and before old files go."""
-    PassageIndex.build(PASSAGES, model, save_directory=tmp_path / "index", show_progress_bar=False).train_approximate(
-        "HNSW8"
-    )
+    """Kill an add and a delete before a file is sealed, a config is written or renamed, or old files are removed."""
+    index = PassageIndex.build(PASSAGES, model, save_directory=tmp_path / "index", show_progress_bar=False)
+    index.train_approximate("HNSW8")
     for step in range(1, 20):
         shutil.copytree(tmp_path / "index", tmp_path / str(step))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-c", KILL, tmp_path, Path(__file__).parents[1]]
+    command = [sys.executable, "-c", ADD_AND_DELETE_UNTIL_KILLED, tmp_path, Path(__file__).parents[1]]
     result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
     codes = [int(line) for line in result.stdout.split()]
-    assert set(codes) == {-signal.SIGKILL, 0} and codes == sorted(codes) and len(codes) == 19, result.stderr[-2000:]
+    assert len(codes) == 19, result.stderr[-2000:]
+    assert set(codes) == {-signal.SIGKILL, 0}, result.stderr[-2000:]
+    assert codes == sorted(codes)  # killed at every step, until there are no more steps
     states = []
     for step in range(1, 20):
         index = PassageIndex.from_pretrained(tmp_path / str(step), allow_faiss_files=True, verify=True)
         ids = {passage["id"] for passage in index}
-        assert {passage["id"] for passage in index.get_passages(index.search(queries(1, 32), 10)[1][0])} == ids
+        _, rows = index.search(queries(1, 32), 10)
+        assert {passage["id"] for passage in index.get_passages(rows[0])} == ids
         states.append(("new" in ids, "p0" in ids))
-        if not states[-1][0]:  # what was interrupted can be done again
+        if "new" not in ids:  # the add that was interrupted can be done again
             index.add([{"id": "new", "text": "word"}], model, show_progress_bar=False)
             assert len(PassageIndex.from_pretrained(tmp_path / str(step), allow_faiss_files=True)) == 7
-    assert [state for i, state in enumerate(states) if state not in states[:i]] == [
-        (False, True),
-        (True, True),
-        (True, False),
-    ]
+    assert list(dict.fromkeys(states)) == [(False, True), (True, True), (True, False)]

@@ -1,4 +1,4 @@
-"""Searching an index at its edges: embeddings that are not finite, shared and large pools, copies on a GPU, settings and files that are wrong."""
+"""Edge cases of search: embeddings that are not finite, shared and large pools, a GPU, wrong settings and files."""
 
 import gzip
 import json
@@ -34,14 +34,18 @@ def test_embeddings_that_are_not_finite_are_an_error(value, n, where):
         index.search(queries(1).abs(), 3, candidates=[[1, 7]])
 
 
-def test_what_faiss_does_not_find_is_no_row(monkeypatch):
+def test_results_that_faiss_leaves_empty_are_no_rows(monkeypatch):
     index = random_index(count=10, shard_size=5)
-    lowest = np.finfo(np.float32).min
-    monkeypatch.setattr(
-        faiss, "knn", lambda q, block, k, metric: (np.full((len(q), k), lowest), np.full((len(q), k), -1, np.int64))
-    )
+
+    def find_nothing(query_embeds, block, k, metric):
+        shape = (len(query_embeds), k)
+        return np.full(shape, np.finfo(np.float32).min), np.full(shape, -1, np.int64)
+
+    monkeypatch.setattr(faiss, "knn", find_nothing)
     scores, rows = index._exact.search(queries(1), 4)
-    assert (rows == -1).all() and (scores == -np.inf).all() and scores.dtype == np.float32
+    assert scores.dtype == np.float32
+    assert (rows == -1).all()
+    assert (scores == -np.inf).all()
 
 
 # ------------------------------------------------------------------ pools
@@ -61,52 +65,46 @@ def test_shared_equal_large_and_repeating_pools(where, dtype, monkeypatch):
         index.delete([f"m{row}" for row in range(0, 300, 3)])
     few, all_rows = np.array([7, 80, 7, 200, 6]), np.arange(300)
     half = np.random.default_rng(0).choice(300, 150)  # some of them several times
-    pools = [
-        few,
-        all_rows,
-        few,
-        few.copy(),
-        None,
-        half,
-        all_rows.copy(),
-        half[::-1],
-        [0, 3],
-        all_rows,
-        np.array([4], np.int32),
-        half,
-    ]
+    pools = [few, all_rows, few, few.copy(), None, half]
+    pools += [all_rows.copy(), half[::-1], [0, 3], all_rows, np.array([4], np.int32), half]
+    query_embeds = queries(len(pools))
     for k in (1, 4, 200):
-        scores, rows = index.search(queries(len(pools)), k, candidates=pools)
+        scores, rows = index.search(query_embeds, k, candidates=pools)
         for i, pool in enumerate(pools):
-            allowed = (
-                alive.clone()
-                if pool is None
-                else torch.zeros(300, dtype=torch.bool).index_fill(0, torch.tensor(list(map(int, pool))), True) & alive
-            )
+            allowed = alive
+            if pool is not None:
+                in_pool = torch.zeros(300, dtype=torch.bool)
+                in_pool[[int(row) for row in pool]] = True
+                allowed = alive & in_pool
             count = min(k, int(allowed.sum()))
             if count:
-                check(
-                    (scores[i : i + 1, :count], rows[i : i + 1, :count]),
-                    all_scores(index, queries(len(pools))[i : i + 1], allowed),
-                )
-            assert (rows[i, count:] == -1).all() and (scores[i, count:] == -np.inf).all()
+                found = scores[i : i + 1, :count], rows[i : i + 1, :count]
+                check(found, all_scores(index, query_embeds[i : i + 1], allowed))
+            assert (rows[i, count:] == -1).all()
+            assert (scores[i, count:] == -np.inf).all()
 
 
 def test_equal_pools_are_gathered_once_and_large_ones_never(monkeypatch):
-    gathered, gather = [], ExactSearch.gather
-    monkeypatch.setattr(ExactSearch, "gather", lambda self, rows: gathered.append(len(rows)) or gather(self, rows))
-    index, pool = random_index(), np.arange(20)
+    gathered = []
+    gather = ExactSearch.gather
+
+    def note_and_gather(self, rows):
+        gathered.append(len(rows))
+        return gather(self, rows)
+
+    monkeypatch.setattr(ExactSearch, "gather", note_and_gather)
+    index = random_index()
+    pool = np.arange(20)
     index.search(queries(4), candidates=[pool, pool, pool.copy(), [1, 2]])
     assert sorted(gathered) == [2, 20]
     index.search(queries(4), candidates=[np.arange(31 + i) for i in range(4)])
     assert len(gathered) == 2
 
 
-def test_rows_of_one_array_are_pools_of_their_own():
+def test_rows_of_one_array_are_separate_pools():
     pools = np.arange(40).reshape(20, 2)
-    assert (index_rows := random_index().search(queries(20), candidates=pools)[1][:, 0] // 2).tolist() == list(
-        range(20)
-    ), index_rows
+    _, rows = random_index().search(queries(20), candidates=pools)
+    assert (rows[:, 0] // 2).tolist() == list(range(20))
 
 
 @pytest.mark.parametrize(("pool", "dtype"), [(np.ones(300, bool), "bool"), ([1.0, 2.0], "float64"), (["m1"], "<U2")])
@@ -119,21 +117,24 @@ def test_candidates_are_integers(pool, dtype):
 
 
 def test_an_approximate_index_on_a_gpu_is_a_copy(tmp_path, monkeypatch):
-    """The GPU is played by a clone on the CPU."""
+    """A clone on the CPU takes the GPU's place."""
     index = random_index()
     index.train_approximate("IVF4,Flat", nprobe=4)
-    own = index._approximate
+    on_cpu = index._approximate
     monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
     monkeypatch.setattr(
         faiss, "index_cpu_to_gpu", lambda resources, number, cpu: faiss.clone_index(cpu), raising=False
     )
     assert index.to("cuda") is index
-    assert index._gpu is not None and index._approximate is own and index._device is None  # no copy of the embeddings
+    assert index._gpu is not None
+    assert index._approximate is on_cpu
+    assert index._device is None  # no copy of the embeddings
     check(index.search(queries(5), 4), all_scores(index, queries(5)))
     index.set_search_options(nprobe=1)
-    assert index._gpu.index.nprobe == own.index.nprobe == 1
+    assert index._gpu.index.nprobe == on_cpu.index.nprobe == 1
     index.save_pretrained(tmp_path / "index")
-    assert index.to(None)._gpu is None and index._approximate is own
+    assert index.to(None)._gpu is None
+    assert index._approximate is on_cpu
 
     def refuse(*args):
         raise RuntimeError("This index type is not implemented on GPU.")
@@ -141,7 +142,8 @@ def test_an_approximate_index_on_a_gpu_is_a_copy(tmp_path, monkeypatch):
     monkeypatch.setattr(faiss, "index_cpu_to_gpu", refuse)
     with pytest.raises(ValueError, match="on a GPU; load with search='exact'.*not implemented on GPU"):
         index.to("cuda")
-    assert index._gpu is None and isinstance(index._approximate, ApproximateSearch)
+    assert index._gpu is None
+    assert isinstance(index._approximate, ApproximateSearch)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +155,7 @@ def test_an_approximate_index_on_a_gpu_is_a_copy(tmp_path, monkeypatch):
         (("HNSW8", 100, {"nprobe": 3}), "has no search option 'nprobe'"),
     ],
 )
-def test_a_wrong_setting_is_told_on_an_empty_index(arguments, message):
+def test_an_empty_index_reveals_a_wrong_setting(arguments, message):
     factory, train_size, options = arguments
     with pytest.raises(ValueError, match=message):
         empty_approximate(factory, 16, train_size, **options)
@@ -163,7 +165,7 @@ def test_a_wrong_setting_is_told_on_an_empty_index(arguments, message):
 def test_the_recipe_checks_before_it_embeds(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "recipes"))
     recipe = pytest.importorskip("build_index")
-    given = {"model": "m", "corpus_file": "c", "output_dir": "o"}
+    required = {"model": "m", "corpus_file": "c", "output_dir": "o"}
     for options, message in [
         ({"index_factory": "HNSW8", "nprobe": 3}, "no search option 'nprobe'"),
         ({"index_factory": "Graph"}, "index_factory 'Graph'"),
@@ -171,44 +173,49 @@ def test_the_recipe_checks_before_it_embeds(monkeypatch):
         ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
     ]:
         with pytest.raises(ValueError, match=message):
-            recipe.check(recipe.IndexArguments(**given, **options), 16)
-    recipe.check(recipe.IndexArguments(**given, index_factory="HNSW8", ef_search=3), 16)
+            recipe.check(recipe.IndexArguments(**required, **options), 16)
+    recipe.check(recipe.IndexArguments(**required, index_factory="HNSW8", ef_search=3), 16)
     sys.modules.pop("build_index")
 
 
 def test_the_recall_is_shown_and_needs_passages(monkeypatch):
-    index, shown = random_index(), []
-    monkeypatch.setattr(logging.getLogger("modeling_cosup.index_searchable_cosup"), "warning", shown.append)
+    index = random_index()
+    warnings = []
+    monkeypatch.setattr(logging.getLogger("modeling_cosup.index_searchable_cosup"), "warning", warnings.append)
     index.train_approximate("HNSW8")
-    assert len(shown) == 1 and "ann_recall@10" in shown[0]
+    (warning,) = warnings
+    assert "ann_recall@10" in warning
     index.delete([f"m{row}" for row in range(300)])
-    for call in (index.measure_recall, lambda: index.train_approximate("HNSW8")):
-        with pytest.raises(ValueError, match="All passages of this index were deleted"):
-            call()
+    with pytest.raises(ValueError, match="All passages of this index were deleted"):
+        index.measure_recall()
+    with pytest.raises(ValueError, match="All passages of this index were deleted"):
+        index.train_approximate("HNSW8")
 
 
 # ------------------------------------------------------------------ an upload, and files of a corpus
 
 
 @pytest.mark.parametrize("folder", [False, True])
-def test_the_digest_of_an_upload_tells_every_passage(tmp_path, folder):
-    indexes = [random_index(), random_index(), random_index(), random_index()]
+def test_the_digest_of_an_upload_depends_on_every_passage(tmp_path, folder):
+    indexes = [random_index() for _ in range(4)]
     indexes[1]._shards[0].embeddings[1, 0] += 1
     indexes[2].delete(["m1"])
     if folder:
         indexes = [in_folder(index, tmp_path / str(i)) for i, index in enumerate(indexes)]
     digests = [_digest(index, "FLAT", {}) for index in indexes]
-    assert digests[0] == digests[3] and len(set(digests)) == 3
+    assert digests[0] == digests[3]
+    assert len(set(digests)) == 3
 
 
 def test_damaged_corpus_files_are_named(tmp_path):
     lines = "".join(json.dumps({"id": f"{i}", "text": f"{i * i}"}) + "\n" for i in range(500))
     whole = gzip.compress(lines.encode())
-    for name, data in [
-        ("cut", whole[:-40]),
-        ("plain", lines.encode()),
-        ("altered", whole[:200] + b"\xff" * 200 + whole[400:]),
-    ]:
+    contents = {
+        "cut": whole[:-40],
+        "plain": lines.encode(),
+        "altered": whole[:200] + b"\xff" * 200 + whole[400:],
+    }
+    for name, data in contents.items():
         path = tmp_path / f"{name}.jsonl.gz"
         path.write_bytes(data)
         with pytest.raises(ValueError, match=f"{name}.jsonl.gz(, line| is damaged: )"):
@@ -216,9 +223,8 @@ def test_damaged_corpus_files_are_named(tmp_path):
     pa = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "a.parquet"
-    parquet.write_table(
-        pa.table({"id": [f"{i}" for i in range(5000)], "text": [f"{i * i}" for i in range(5000)]}), path
-    )
+    columns = {"id": [f"{i}" for i in range(5000)], "text": [f"{i * i}" for i in range(5000)]}
+    parquet.write_table(pa.table(columns), path)
     data = bytearray(path.read_bytes())
     data[4:4000] = b"\xff" * 3996
     path.write_bytes(bytes(data))
@@ -227,10 +233,8 @@ def test_damaged_corpus_files_are_named(tmp_path):
 
 
 def test_a_corpus_of_several_files(tmp_path):
-    paths = [tmp_path / "a.jsonl", str(tmp_path / "b.jsonl.gz")]
-    paths[0].write_text('{"id": "a", "text": "x"}\n')
-    Path(paths[1]).write_bytes(gzip.compress(b'{"id": "b", "text": "y"}\n'))
-    assert [(where, passage["id"]) for where, passage in read_corpus(paths)] == [
-        (f"{paths[0]}, line 1", "a"),
-        (f"{paths[1]}, line 1", "b"),
-    ]
+    plain, zipped = tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz"
+    plain.write_text('{"id": "a", "text": "x"}\n')
+    zipped.write_bytes(gzip.compress(b'{"id": "b", "text": "y"}\n'))
+    passages = [(where, passage["id"]) for where, passage in read_corpus([plain, str(zipped)])]
+    assert passages == [(f"{plain}, line 1", "a"), (f"{zipped}, line 1", "b")]

@@ -1,4 +1,4 @@
-"""What is Milvus' own: uploads that are cut off, a server that goes away, values and limits of its fields, one process a file."""
+"""Milvus's own: uploads that are cut off, a server that goes away, limits of its fields, one process per file."""
 
 import os
 import signal
@@ -32,13 +32,13 @@ def the_model():
 
 @pytest.fixture(scope="module")
 def index(the_model):
-    """Of the six `PASSAGES`; only to be read."""
+    """An index of the six `PASSAGES`, for reading only."""
     return the_model.build_index(PASSAGES, show_progress_bar=False)
 
 
 @pytest.fixture(scope="module")
 def large(the_model, tmp_path_factory):
-    """Of more passages than one request holds, and the folder it is saved in."""
+    """An index of more passages than one request holds, and its folder."""
     folder = tmp_path_factory.mktemp("large") / "index"
     return the_model.build_index(MANY, save_directory=folder, shard_size=2500, show_progress_bar=False), folder
 
@@ -53,18 +53,19 @@ def queries(n=5):
 
 def check_equal(retriever, index, k=5):
     assert len(retriever) == len(index)
-    scores, found = retriever.search(queries(), k)
-    np.testing.assert_allclose(
-        scores, index.search(queries(), k)[0], rtol=1e-5, atol=1e-5
-    )  # rows of equal scores may change places
-    np.testing.assert_allclose(scores, (queries()[:, None] @ index.embeddings[found].mT)[:, 0], rtol=1e-5, atol=1e-5)
+    scores, found_rows = retriever.search(queries(), k)
+    expected_scores, _ = index.search(queries(), k)  # rows of equal scores may change places
+    np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-5)
+    products = (queries()[:, None] @ index.embeddings[found_rows].mT)[:, 0]
+    np.testing.assert_allclose(scores, products, rtol=1e-5, atol=1e-5)
     rows = range(0, len(index), max(1, len(index) // 50))
     assert retriever.get_passages(rows) == index.get_passages(rows)
 
 
 def count_calls(monkeypatch, then=None):
-    """Notes the methods that are called; `then(method, how often it was called)` runs before each of them."""
-    calls, call = [], MilvusConnection.call
+    """Note the methods that are called; `then(method, how often it was called)` runs before each call."""
+    calls = []
+    call = MilvusConnection.call
 
     def counted(self, method, *args, **kwargs):
         calls.append(method)
@@ -79,7 +80,8 @@ def count_calls(monkeypatch, then=None):
 # ------------------------------------------------------------------ uploads that are cut off
 
 
-KILLED = [  # where the upload goes, at which of six batches or behind which request it is killed, and how many batches the next one sends
+# Where the upload goes, at which of six batches or after which request it is killed, and how many the next one sends
+KILLED = [
     ("server", 1, "before", 6),
     ("server", 6, "before", 5),  # 5,000 passages have arrived, of which a request may have brought 4,096
     ("server", 6, "after", 5),
@@ -91,37 +93,35 @@ KILLED = [  # where the upload goes, at which of six batches or behind which req
 
 @pytest.fixture(scope="module")
 def killed(large, milvus_server, tmp_path_factory):
-    """`(uri, collection)` of an upload of `large` that was killed, for each case."""
-    file = tmp_path_factory.mktemp("killed") / "passages.db"
-    targets = [
-        (milvus_server.uri if where == "server" else str(file), f"killed{i}") for i, (where, *_) in enumerate(KILLED)
-    ]
-    words = [
-        word
-        for target, (_, batch, moment, _) in zip(targets, KILLED, strict=True)
-        for word in (*target, str(batch), moment)
-    ]
-    command = [sys.executable, str(ROOT / "tests" / "support" / "upload_and_kill.py"), str(large[1]), *words]
-    process = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
-    )
+    """Return `(uri, collection)` of an upload of `large` that was killed, for each case."""
+    uris = {"server": milvus_server.uri, "file": str(tmp_path_factory.mktemp("killed") / "passages.db")}
+    targets, words = [], []
+    for i, (where, batch, moment, _) in enumerate(KILLED):
+        targets.append((uris[where], f"killed{i}"))
+        words += [*targets[-1], str(batch), moment]
+    _, folder = large
+    command = [sys.executable, str(ROOT / "tests" / "support" / "upload_and_kill.py"), str(folder), *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr[-3000:]
     return targets
 
 
 @pytest.mark.parametrize("case", range(len(KILLED)), ids=["-".join(map(str, case[:3])) for case in KILLED])
 def test_an_upload_that_is_killed_goes_on(large, killed, monkeypatch, case):
+    index, _ = large
     uri, name = killed[case]
-    with pytest.raises(
-        ValueError, match="the upload has not ended; call MilvusPassageIndex.from_index with the same index"
-    ):
+    *_, num_batches = KILLED[case]
+    message = "the upload has not ended; call MilvusPassageIndex.from_index with the same index"
+    with pytest.raises(ValueError, match=message):
         MilvusPassageIndex(uri, name)
     calls = count_calls(monkeypatch)
-    retriever = MilvusPassageIndex.from_index(large[0], uri, name, show_progress_bar=False)
-    assert "drop_collection" not in calls and calls.count("upsert") == KILLED[case][3]
-    check_equal(retriever, large[0])
+    retriever = MilvusPassageIndex.from_index(index, uri, name, show_progress_bar=False)
+    assert "drop_collection" not in calls
+    assert calls.count("upsert") == num_batches
+    check_equal(retriever, index)
     retriever.close()
-    check_equal(MilvusPassageIndex(uri, name), large[0])
+    check_equal(MilvusPassageIndex(uri, name), index)
 
 
 def test_an_upload_of_another_index_does_not_go_on(large, index, the_model, milvus_server):
@@ -129,15 +129,14 @@ def test_an_upload_of_another_index_does_not_go_on(large, index, the_model, milv
     connection = MilvusConnection(milvus_server.uri, "other")
     milvus_upload_cosup.set_properties(connection, complete="false")
     changed = the_model.build_index([{**PASSAGES[0], "text": "Changed."}, *PASSAGES[1:]], show_progress_bar=False)
+    message = "'other' exists already and is not an unfinished upload of this index"
     for another, options in ((changed, {}), (large[0], {}), (index, {"index_type": "HNSW"})):
-        with pytest.raises(
-            FileExistsError, match="'other' exists already and is not an unfinished upload of this index"
-        ):
+        with pytest.raises(FileExistsError, match=message):
             upload(another, milvus_server, "other", **options)
     check_equal(upload(index, milvus_server, "other"), index)
 
 
-def test_an_upload_goes_on_behind_a_half_written_index_file(index, tmp_path):
+def test_an_upload_goes_on_after_a_half_written_index_file(index, tmp_path):
     uri = tmp_path / "passages.db"
     retriever = MilvusPassageIndex.from_index(index, uri, "passages", show_progress_bar=False)
     milvus_upload_cosup.set_properties(retriever._milvus, complete="false")
@@ -165,13 +164,15 @@ def test_an_upload_survives_a_restart_of_the_server(large, tmp_path, monkeypatch
         server.kill()
 
 
-def test_an_upload_that_lost_passages_is_not_taken_for_whole(index, milvus_server, monkeypatch):
-    upsert = MilvusConnection.call
+def test_an_upload_that_lost_passages_does_not_count_as_complete(index, milvus_server, monkeypatch):
+    call = MilvusConnection.call
 
-    def lose(self, method, *args, data=(), **kwargs):
-        return upsert(self, method, *args, **({"data": data[1:]} if method == "upsert" else {}), **kwargs)
+    def call_and_lose_a_passage(self, method, *args, **kwargs):
+        if method == "upsert":
+            kwargs["data"] = kwargs["data"][1:]
+        return call(self, method, *args, **kwargs)
 
-    monkeypatch.setattr(MilvusConnection, "call", lose)
+    monkeypatch.setattr(MilvusConnection, "call", call_and_lose_a_passage)
     with pytest.raises(RuntimeError, match="there are 5 passages after the upload, expected 6"):
         upload(index, milvus_server, "lost")
     monkeypatch.undo()
@@ -194,13 +195,13 @@ def test_deleted_passages_are_not_uploaded_and_rows_keep_their_numbers(the_model
     index = the_model.build_index(PASSAGES, shard_size=2, show_progress_bar=False)
     index.delete(["p1", "p5"])
     retriever = upload(index, milvus_server, "with_gaps")
-    assert len(retriever) == 4 and retriever.rows_of(["p0", "p2", "p3", "p4"]).tolist() == [0, 2, 3, 4]
-    for part, expected in zip(
-        retriever.search(queries(), 9, [[0, 1, 5]] + [None] * 4),
-        index.search(queries(), 9, [[0, 1, 5]] + [None] * 4),
-        strict=True,
-    ):
-        np.testing.assert_allclose(part, expected, rtol=1e-5, atol=1e-5)
+    assert len(retriever) == 4
+    assert retriever.rows_of(["p0", "p2", "p3", "p4"]).tolist() == [0, 2, 3, 4]
+    candidates = [[0, 1, 5], None, None, None, None]
+    scores, rows = retriever.search(queries(), 9, candidates)
+    expected_scores, expected_rows = index.search(queries(), 9, candidates)
+    np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(rows, expected_rows)
     retriever.add([PASSAGES[5]], the_model)
     assert retriever.rows_of(["p5"]).tolist() == [6]
 
@@ -231,17 +232,19 @@ def test_a_server_that_stays_away_is_a_clear_error(index, the_model, server):
     inputs = left_pad([[5, 6, the_model.config.nsp_token_id]], the_model.tokenizer.pad_token_id)
     assert the_model.generate(**inputs, retriever=retriever, max_new_tokens=2).shape[1] > 5
     server.kill()
-    expected = f"Milvus at {server.uri}, collection 'passages': no answer to 2 attempts while (.|\n)*Check that the server runs"
-    for call in (
+    no_answer = f"Milvus at {server.uri}, collection 'passages': no answer to 2 attempts while "
+    expected = f"{no_answer}(.|\n)*Check that the server runs"
+    requests = [
         lambda: retriever.search(queries()),
         lambda: retriever.search(queries(1), candidates=[[0]]),
         lambda: retriever.get_passages([0]),
         lambda: retriever.rows_of(["p0"]),
         lambda: retriever.delete(["p0"]),
         lambda: MilvusPassageIndex(server.uri, "passages", max_retries=1),
-    ):
+    ]
+    for request in requests:
         with pytest.raises(ConnectionError, match=expected):
-            call()
+            request()
     with pytest.raises(RetrievalError, match=expected):
         the_model.generate(**inputs, retriever=retriever, max_new_tokens=2)
     server.start()
@@ -254,7 +257,8 @@ def test_a_server_that_goes_away_in_mid_generation(index, the_model, server, tmp
     prompts = [[5 + i, 6, 7 + i % 3, the_model.config.nsp_token_id] for i in range(9)]
     options = {"retriever": retriever, "max_new_tokens": 4, "batch_size": 2, "show_progress_bar": False}
     expected = the_model.generate_many(prompts, **options)
-    search, searches = retriever.search, []
+    search = retriever.search
+    searches = []
 
     def search_until_the_fourth(*args, **kwargs):
         searches.append(1)
@@ -265,12 +269,13 @@ def test_a_server_that_goes_away_in_mid_generation(index, the_model, server, tmp
     retriever.search = search_until_the_fourth
     with pytest.raises(RetrievalError, match="after [1-8] finished rows: Milvus at") as error:
         the_model.generate_many(prompts, output_file=tmp_path / "answers.jsonl", **options)
-    kept = (tmp_path / "answers.jsonl").read_text().splitlines()
-    assert len(kept) == len(error.value.finished) > 0 and isinstance(error.value.__cause__, ConnectionError)
+    finished = (tmp_path / "answers.jsonl").read_text().splitlines()
+    assert len(finished) == len(error.value.finished) > 0
+    assert isinstance(error.value.__cause__, ConnectionError)
     server.start()
-    found = the_model.generate_many(prompts, output_file=tmp_path / "answers.jsonl", **options)
-    assert [done.token_ids for done in found] == [done.token_ids for done in expected]
-    assert (tmp_path / "answers.jsonl").read_text().splitlines()[: len(kept)] == kept
+    answers = the_model.generate_many(prompts, output_file=tmp_path / "answers.jsonl", **options)
+    assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in expected]
+    assert (tmp_path / "answers.jsonl").read_text().splitlines()[: len(finished)] == finished
 
 
 def test_load_index_opens_a_collection(index, the_model, server):
@@ -282,13 +287,11 @@ def test_load_index_opens_a_collection(index, the_model, server):
 
 def test_a_server_that_hangs_is_not_waited_for(index, server):
     patient = upload(index, server, "passages")
-    retriever = MilvusPassageIndex(
-        server.uri, "passages", max_retries=0, timeout=5.0
-    )  # a busy machine writes slowly, so only the search is hurried
+    # a busy machine writes slowly, so only the search is hurried
+    retriever = MilvusPassageIndex(server.uri, "passages", max_retries=0, timeout=5.0)
     server.process.send_signal(signal.SIGSTOP)
-    os.waitpid(
-        server.process.pid, os.WUNTRACED
-    )  # a busy machine delivers the signal late: the server would still answer
+    # a busy machine delivers the signal late: the server would still answer
+    os.waitpid(server.process.pid, os.WUNTRACED)
     with pytest.raises(ConnectionError, match="no answer to 1 attempts while searching"):
         retriever.search(queries())
     server.process.send_signal(signal.SIGCONT)
@@ -299,21 +302,28 @@ def test_an_add_that_is_cut_off_leaves_nothing(index, the_model, server, monkeyp
     new = [{"id": f"new{i}", "title": "", "text": f"radium {i}"} for i in range(3)]
     retriever = upload(index, server, "passages", max_retries=0)
     monkeypatch.setattr(milvus_upload_cosup, "MAX_REQUEST_ROWS", 1)
-    count_calls(monkeypatch, lambda method, count: server.kill() if (method, count) == ("upsert", 2) else None)
+
+    def kill_at_the_second_batch(method, count):
+        if (method, count) == ("upsert", 2):
+            server.kill()
+
+    count_calls(monkeypatch, kill_at_the_second_batch)
     with pytest.raises(ConnectionError, match="while writing passages"):
         retriever.add(new, the_model)
     monkeypatch.undo()
     server.start()
 
     retriever = MilvusPassageIndex(server.uri, "passages")
-    assert len(retriever) == len(PASSAGES) + 1 and retriever.rows_of(["new0"]).tolist() == [6]
-    retriever.add(new, the_model)  # new0 is no id twice: what was left is removed first
-    assert len(retriever) == len(PASSAGES) + 3 and retriever.rows_of(["new0", "new2"]).tolist() == [9, 11]
+    assert len(retriever) == len(PASSAGES) + 1
+    assert retriever.rows_of(["new0"]).tolist() == [6]
+    retriever.add(new, the_model)  # removes new0 of the first attempt, so that no id occurs twice
+    assert len(retriever) == len(PASSAGES) + 3
+    assert retriever.rows_of(["new0", "new2"]).tolist() == [9, 11]
     with pytest.raises(IndexError, match="6"):
         retriever.get_passages([6])
 
 
-# ------------------------------------------------------------------ what is opened
+# ------------------------------------------------------------------ opening
 
 
 def test_a_collection_that_is_not_there(index, milvus_server):
@@ -324,9 +334,8 @@ def test_a_collection_that_is_not_there(index, milvus_server):
 
 def test_a_collection_that_is_no_index(milvus_server):
     pymilvus.MilvusClient(milvus_server.uri).create_collection("foreign", dimension=4)
-    with pytest.raises(
-        ValueError, match="'foreign': has format_version None, this release reads 1; None: it is no passage index"
-    ):
+    message = "'foreign': has format_version None, this release reads 1; None: it is no passage index"
+    with pytest.raises(ValueError, match=message):
         MilvusPassageIndex(milvus_server.uri, "foreign")
 
 
@@ -357,13 +366,10 @@ def test_a_file_that_is_not_there_is_not_made_by_opening_it(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_serves_one_process_at_a_time(index, tmp_path):
-    uri = tmp_path / "deep" / "passages.db"
-    first = MilvusPassageIndex.from_index(index, uri, "passages", show_progress_bar=False)
-    second = MilvusPassageIndex(uri, "passages")
-    code = """
+OPEN_EACH_LINE = """
 import sys
 from modeling_cosup.milvus_cosup import MilvusPassageIndex
+
 for uri in map(str.strip, sys.stdin):
     try:
         index = MilvusPassageIndex(uri, "passages")
@@ -372,29 +378,36 @@ for uri in map(str.strip, sys.stdin):
     except OSError as error:
         print(error, flush=True)
 """
-    command, env = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as other:
 
-        def elsewhere():
+
+def test_a_file_serves_one_process_at_a_time(index, tmp_path):
+    uri = tmp_path / "deep" / "passages.db"
+    first = MilvusPassageIndex.from_index(index, uri, "passages", show_progress_bar=False)
+    second = MilvusPassageIndex(uri, "passages")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen([sys.executable, "-c", OPEN_EACH_LINE], env=environment, **pipes) as other:
+
+        def open_elsewhere():
             print(uri, file=other.stdin, flush=True)
             return other.stdout.readline()
 
         first.close()
         check_equal(second, index)  # closing one leaves the other open
-        assert (
-            "Milvus cannot open" in (answer := elsewhere()) and "A local file serves one process at a time" in answer
-        )
+        answer = open_elsewhere()
+        assert "Milvus cannot open" in answer
+        assert "A local file serves one process at a time" in answer
         second.close()
-        assert elsewhere() == "6\n"
+        assert open_elsewhere() == "6\n"
         other.stdin.close()
 
 
 def test_what_another_process_adds_is_found(index, the_model, milvus_server):
-    writer, reader = upload(index, milvus_server, "shared"), MilvusPassageIndex(milvus_server.uri, "shared")
+    writer = upload(index, milvus_server, "shared")
+    reader = MilvusPassageIndex(milvus_server.uri, "shared")
     writer.add([{"id": "new", "title": "", "text": "radium"}], the_model)
-    assert reader.rows_of(["new"]).tolist() == [6] and reader[6]["text"] == "radium"
+    assert reader.rows_of(["new"]).tolist() == [6]
+    assert reader[6]["text"] == "radium"
     assert reader.search(queries(1), candidates=[[6]])[1].tolist() == [[6]]
     with pytest.raises(ValueError, match=r"candidates\[0\] holds \[7\], which are no rows of this index \(0 to 6\)"):
         reader.search(queries(1), candidates=[[6, 7]])
@@ -429,29 +442,24 @@ def test_more_results_than_a_server_returns(large, milvus_server, monkeypatch):
     check_equal(retriever, large[0], k=1000)
     with pytest.raises(ValueError, match="k is 1001, but a Milvus server returns at most 1000 passages a query"):
         retriever.search(queries(), k=1001)
-    assert retriever.search(queries(1), k=2000, candidates=[np.arange(1500)])[1][0, 1498:1501].tolist().count(-1) == 1
+    _, rows = retriever.search(queries(1), k=2000, candidates=[np.arange(1500)])
+    assert (rows[0, 1498:1501] == -1).tolist() == [False, False, True]
 
 
-def test_a_large_pool_is_one_request_where_that_is_exact(large, milvus_server, monkeypatch):
-    retriever = upload(large[0], milvus_server, "pools")
-    approximate = upload(
-        large[0],
-        milvus_server,
-        "approximate_pools",
-        index_type="HNSW",
-        index_params={"M": 4, "efConstruction": 8},
-        search_params={"ef": 8},
-    )
+def test_a_large_pool_is_one_request_if_that_is_exact(large, milvus_server, monkeypatch):
+    index, _ = large
+    retriever = upload(index, milvus_server, "pools")
+    hnsw = {"index_type": "HNSW", "index_params": {"M": 4, "efConstruction": 8}, "search_params": {"ef": 8}}
+    approximate = upload(index, milvus_server, "approximate_pools", **hnsw)
     calls = count_calls(monkeypatch)
-    for size, expected in ((512, ["query"]), (513, ["search"])):
+    for size, exact_request in ((512, "query"), (513, "search")):
         pool = np.arange(0, 5 * size, 5)
-        products = (queries(1) @ large[0].embeddings[pool].T)[0].sort(descending=True).values[:7]
-        np.testing.assert_allclose(retriever.search(queries(1), 7, [pool])[0][0], products, rtol=1e-5, atol=1e-5)
-        assert calls == expected
-        calls.clear()
-        np.testing.assert_allclose(approximate.search(queries(1), 7, [pool])[0][0], products, rtol=1e-5, atol=1e-5)
-        assert calls == ["query"]
-        calls.clear()
+        products = (queries(1) @ index.embeddings[pool].T)[0].sort(descending=True).values[:7]
+        for searched, request in ((retriever, exact_request), (approximate, "query")):
+            scores, _ = searched.search(queries(1), 7, [pool])
+            np.testing.assert_allclose(scores[0], products, rtol=1e-5, atol=1e-5)
+            assert calls == [request]
+            calls.clear()
 
 
 def test_large_requests_are_sent_in_parts(large, milvus_server, monkeypatch):
@@ -463,11 +471,13 @@ def test_large_requests_are_sent_in_parts(large, milvus_server, monkeypatch):
     for module in (milvus_client_cosup, milvus_cosup):
         monkeypatch.setattr(module, "MAX_REQUEST_BYTES", 4 * 32 * 2)
     calls = count_calls(monkeypatch)
-    for part, other in zip(retriever.search(query_embeds, 3, candidates=pools), expected, strict=True):
-        np.testing.assert_allclose(part, other, rtol=1e-5, atol=1e-5)
-    assert calls.count("search") == 3 and calls.count("query") > 100  # five open queries, two a request
+    for part, expected_part in zip(retriever.search(query_embeds, 3, candidates=pools), expected, strict=True):
+        np.testing.assert_allclose(part, expected_part, rtol=1e-5, atol=1e-5)
+    assert calls.count("search") == 3  # five queries without a pool, two per request
+    assert calls.count("query") > 100
     ids = [f"id {i}" for i in range(100)]
-    assert retriever.rows_of(ids).tolist() == list(range(100)) and calls.count("query") > 105
+    assert retriever.rows_of(ids).tolist() == list(range(100))
+    assert calls.count("query") > 105
 
 
 def test_all_passages_of_a_batch_come_in_one_request(index, milvus_server, monkeypatch):
@@ -482,25 +492,26 @@ def test_all_passages_of_a_batch_come_in_one_request(index, milvus_server, monke
 # ------------------------------------------------------------------ packages
 
 
-def test_pymilvus_is_imported_when_it_is_needed_and_its_absence_says_what_to_install():
-    code = """
+OPEN_WITHOUT_PYMILVUS = """
 import sys
 from modeling_cosup.milvus_cosup import MilvusPassageIndex
+
 print("pymilvus" in sys.modules, "grpc" in sys.modules)
 sys.modules["pymilvus"] = None
-for make in (lambda: MilvusPassageIndex("http://localhost:19530", "x"), lambda: MilvusPassageIndex.from_index(None, "x.db", "x")):
-    try:
-        make()
-    except ImportError as error:
-        print(error)
+try:
+    MilvusPassageIndex("http://localhost:19530", "x")
+except ImportError as error:
+    print(error)
+try:
+    MilvusPassageIndex.from_index(None, "x.db", "x")
+except ImportError as error:
+    print(error)
 """
-    out = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert out.stdout == "False False\n" + 'An index in Milvus needs pymilvus: pip install "cosup[milvus]".\n' * 2, (
-        out.stderr[-2000:]
-    )
+
+
+def test_pymilvus_is_imported_when_it_is_needed_and_its_absence_says_what_to_install():
+    command = [sys.executable, "-c", OPEN_WITHOUT_PYMILVUS]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    message = 'An index in Milvus needs pymilvus: pip install "cosup[milvus]".'
+    assert result.stdout.splitlines() == ["False False", message, message], result.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""The passage index: exact search, files that are whole or absent, and refusal of what does not belong together."""
+"""The passage index: exact search, files that are complete or absent, and the model that an index belongs to."""
 
 import json
 import os
@@ -28,18 +28,16 @@ def saved(model, folder):
 # ------------------------------------------------------------------ build and search
 
 
-def test_index_holds_what_gen_reads_and_what_emb_seq_makes(model, passages):
+def test_an_index_holds_gens_token_ids_and_emb_seqs_embeddings(model, passages):
     index = build(model)
-    assert len(index) == len(passages) and [index[row]["id"] for row in range(len(index))] == [
-        passage["id"] for passage in passages
-    ]
+    assert len(index) == len(passages)
     gen_ids = encode_passages_for_gen(model.tokenizer, passages, model.config)
     for row, (passage, ids) in enumerate(zip(passages, gen_ids, strict=True)):
-        assert index[row] == {**passage, "input_ids": ids} and index.row_of(passage["id"]) == row
+        assert index[row] == {**passage, "input_ids": ids}
+        assert index.row_of(passage["id"]) == row
     for row, ids in enumerate(encode_passages_for_emb_seq(model.tokenizer, passages, model.config)):
-        torch.testing.assert_close(
-            index.embeddings[row], model.encode_passages(torch.tensor([ids]))[0], rtol=0, atol=1e-5
-        )
+        (alone,) = model.encode_passages(torch.tensor([ids]))
+        torch.testing.assert_close(index.embeddings[row], alone, rtol=0, atol=1e-5)
     with pytest.raises(KeyError):
         index.row_of("p99")
 
@@ -48,58 +46,50 @@ def test_build_takes_any_iterable_and_leaves_the_mode(passages):
     model = make_model(emb_seq="gpt2")
     expected = build(model).embeddings
     model.train()  # dropout on, but not while embedding
-    index = PassageIndex.build(
-        ({"id": p["id"], "text": p["text"], **({"title": p["title"]} if p["title"] else {})} for p in passages),
-        model=model,
-    )
-    assert model.training and index[2]["title"] == "" and torch.equal(index.embeddings, expected)
+    without_empty_titles = [{key: value for key, value in passage.items() if value} for passage in passages]
+    index = PassageIndex.build(iter(without_empty_titles), model=model)
+    assert model.training
+    assert index[2]["title"] == ""
+    assert torch.equal(index.embeddings, expected)
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
 def test_search_equals_topk_of_the_product(similarity):
     model = make_model(similarity=similarity)
-    index = build(
-        model,
-        [{"id": str(i), "title": "", "text": f"{i} {'radium ' * (i % 5)}in {i * 7}"} for i in range(40)],
-        batch_size=7,
-    )
+    corpus = [{"id": str(i), "title": "", "text": f"{i} {'radium ' * (i % 5)}in {i * 7}"} for i in range(40)]
+    index = build(model, corpus, batch_size=7)
     queries = torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
-    scores, indices = index.search(queries, k=5)
+    scores, rows = index.search(queries, k=5)
     expected = (queries @ index.embeddings.T).topk(5)
-    assert scores.shape == indices.shape == (9, 5) and indices.tolist() == expected.indices.tolist()
+    assert scores.shape == rows.shape == (9, 5)
+    assert rows.tolist() == expected.indices.tolist()
     torch.testing.assert_close(torch.from_numpy(scores), expected.values, rtol=1e-5, atol=1e-5)
 
 
 def test_search_at_the_edges(model):
     index = build(model)
     queries = torch.randn(2, 32)
-    scores, indices = index.search(queries, k=100)  # more than there are: all of them, best first
-    assert (
-        scores.shape == (2, len(index))
-        and sorted(indices[0]) == list(range(len(index)))
-        and (scores[:, :-1] >= scores[:, 1:]).all()
-    )
-    assert (index.search(queries.requires_grad_(), k=100)[1] == indices).all() and index.search(
-        queries.detach().double()
-    )[1].shape == (2, 1)
+    scores, rows = index.search(queries, k=100)  # more than there are: all of them, best first
+    assert scores.shape == (2, len(index))
+    assert sorted(rows[0]) == list(range(len(index)))
+    assert (scores[:, :-1] >= scores[:, 1:]).all()
+    assert (index.search(queries.requires_grad_(), k=100)[1] == rows).all()
+    assert index.search(queries.detach().double())[1].shape == (2, 1)
     assert [part.shape for part in index.search(torch.zeros(0, 32), k=3)] == [(0, 3), (0, 3)]
     with pytest.raises(ValueError, match="Queries have 16 dimensions, the index has 32"):
         index.search(torch.randn(2, 16))
 
 
 def test_emb_seq_with_its_own_tokenizer_and_width():
-    own = make_tokenizer(vocab_size=300, bos="<cls>", eos="<sep>", texts=["another corpus"])
-    model = make_model(
-        "gpt2", "bert", emb_seq_tokenizer=own, emb_seq_kwargs={"hidden_size": 16}, emb_seq_pooling="cls"
-    )
+    tokenizer = make_tokenizer(vocab_size=300, bos="<cls>", eos="<sep>", texts=["another corpus"])
+    options = {"emb_seq_tokenizer": tokenizer, "emb_seq_kwargs": {"hidden_size": 16}, "emb_seq_pooling": "cls"}
+    model = make_model("gpt2", "bert", **options)
     index = build(model)
     assert index.embeddings.shape == (len(PASSAGES), 32)
-    ids = encode_passages_for_emb_seq(own, PASSAGES[:1], model.config)
-    assert (
-        index[0]["input_ids"]
-        == encode_passages_for_gen(model.tokenizer, PASSAGES[:1], model.config)[0]
-        != ids[0][1:-1]
-    )
+    ids = encode_passages_for_emb_seq(tokenizer, PASSAGES[:1], model.config)
+    (gen_ids,) = encode_passages_for_gen(model.tokenizer, PASSAGES[:1], model.config)
+    assert index[0]["input_ids"] == gen_ids
+    assert gen_ids != ids[0][1:-1]
     torch.testing.assert_close(index.embeddings[:1], model.encode_passages(torch.tensor(ids)), rtol=0, atol=1e-5)
 
 
@@ -132,28 +122,24 @@ def test_an_empty_corpus_raises(model):
 # ------------------------------------------------------------------ files
 
 
-def test_saved_and_loaded_it_is_identical(model, tmp_path):
+def test_a_saved_and_loaded_index_is_identical(model, tmp_path):
     index = build(model)
     index.save_pretrained(tmp_path / "deep" / "index")
-    assert (
-        sorted(os.listdir(tmp_path / "deep")) == ["index"] and sorted(os.listdir(tmp_path / "deep" / "index")) == FILES
-    )
+    assert os.listdir(tmp_path / "deep") == ["index"]
+    assert sorted(os.listdir(tmp_path / "deep" / "index")) == FILES
     loaded = model.load_index(str(tmp_path / "deep" / "index"))
-    assert (
-        torch.equal(loaded.embeddings, index.embeddings)
-        and loaded.fingerprint == index.fingerprint == model.fingerprint()
-    )
+    assert torch.equal(loaded.embeddings, index.embeddings)
+    assert loaded.fingerprint == index.fingerprint == model.fingerprint()
     assert [loaded[row] for row in range(len(loaded))] == [index[row] for row in range(len(index))]
     queries = torch.randn(3, 32)
-    assert [part.tolist() for part in loaded.search(queries, 4)] == [
-        part.tolist() for part in index.search(queries, 4)
-    ]
+    for part, expected in zip(loaded.search(queries, 4), index.search(queries, 4), strict=True):
+        assert part.tolist() == expected.tolist()
     loaded.save_pretrained(tmp_path / "again")
     for name in FILES:
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "deep" / "index" / name).read_bytes()
 
 
-def test_saving_replaces_an_index_also_the_one_it_was_loaded_from(model, tmp_path):
+def test_saving_replaces_an_index_even_the_one_it_was_loaded_from(model, tmp_path):
     build(model, PASSAGES[:2]).save_pretrained(tmp_path / "index")
     build(model).save_pretrained(tmp_path / "index")
     loaded = PassageIndex.from_pretrained(tmp_path / "index")
@@ -180,6 +166,12 @@ def test_an_interrupted_save_leaves_nothing_half_written(model, tmp_path, monkey
         path.write_bytes(path.read_bytes()[:100])
         fail()
 
+    def fail_for_the_config(value, **kwargs):
+        return fail() if "fingerprint" in value else json_dumps(value, **kwargs)
+
+    def fail_for_the_unfinished_folder(old, new):
+        return fail() if str(old).endswith(".unfinished") else replace(old, new)
+
     if broken == "embeddings":
         monkeypatch.setattr(index_files_cosup, "write_tensors", half_then_fail)
     elif broken == "passages":
@@ -187,22 +179,16 @@ def test_an_interrupted_save_leaves_nothing_half_written(model, tmp_path, monkey
     elif broken == "ids":
         monkeypatch.setattr(index_store_cosup, "make_id_table", fail)
     elif broken == "config":
-        monkeypatch.setattr(
-            index_files_cosup.json,
-            "dumps",
-            lambda value, **kwargs: fail() if "fingerprint" in value else json_dumps(value, **kwargs),
-        )
+        monkeypatch.setattr(index_files_cosup.json, "dumps", fail_for_the_config)
     elif broken == "rename":
         monkeypatch.setattr(os, "replace", fail)
     else:
-        monkeypatch.setattr(
-            os, "replace", lambda old, new: fail() if str(old).endswith(".unfinished") else replace(old, new)
-        )
+        monkeypatch.setattr(os, "replace", fail_for_the_unfinished_folder)
     with pytest.raises(OSError, match="No space left"):
         index.save_pretrained(tmp_path / "index")
     monkeypatch.undo()
     assert os.listdir(tmp_path) == (["index"] if existing else [])
-    if existing:  # the old one still stands
+    if existing:  # the old one is still there
         assert len(PassageIndex.from_pretrained(tmp_path / "index")) == 2
     index.save_pretrained(tmp_path / "index")
     assert len(PassageIndex.from_pretrained(tmp_path / "index")) == len(PASSAGES)
@@ -214,7 +200,8 @@ def test_a_folder_that_is_no_index_is_not_overwritten(model, tmp_path):
     (tmp_path / "thesis" / "chapter1.tex").write_text("precious")
     with pytest.raises(FileExistsError, match="is not a passage index"):
         index.save_pretrained(tmp_path / "thesis")
-    assert os.listdir(tmp_path) == ["thesis"] and (tmp_path / "thesis" / "chapter1.tex").read_text() == "precious"
+    assert os.listdir(tmp_path) == ["thesis"]
+    assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "precious"
     (tmp_path / "file").write_text("precious")
     for target in ("file", "file/below"):
         with pytest.raises(OSError):
@@ -247,7 +234,8 @@ def test_a_truncated_file_is_named(model, tmp_path, name):
 def test_an_altered_file_is_named(model, tmp_path, monkeypatch, name):
     build(model).save_pretrained(tmp_path / "index")
     content = bytearray((tmp_path / "index" / name).read_bytes())
-    content[content.index(b"Rembrandt") if name.endswith(".arrow") else -20] ^= 1
+    place = content.index(b"Rembrandt") if name.endswith(".arrow") else -20
+    content[place] ^= 1
     (tmp_path / "index" / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name} is damaged: its SHA-256"):
         PassageIndex.from_pretrained(tmp_path / "index")
@@ -270,13 +258,10 @@ def test_files_that_do_not_belong_together(model, tmp_path):
     with pytest.raises(ValueError, match=f"{name} is damaged: it has .* bytes, expected"):
         PassageIndex.from_pretrained(tmp_path / "index")
     files = json.loads((tmp_path / "index" / "index_config.json").read_text())["files"]
-    edit(
-        tmp_path / "index",
-        files={**files, name: json.loads((tmp_path / "other" / "index_config.json").read_text())["files"][name]},
-    )
-    with pytest.raises(
-        ValueError, match=r"6 passages, embeddings of shape \(3, 32\), expected 6 of both and 32 dimensions"
-    ):
+    other_files = json.loads((tmp_path / "other" / "index_config.json").read_text())["files"]
+    edit(tmp_path / "index", files={**files, name: other_files[name]})
+    message = r"6 passages, embeddings of shape \(3, 32\), expected 6 of both and 32 dimensions"
+    with pytest.raises(ValueError, match=message):
         PassageIndex.from_pretrained(tmp_path / "index")
 
 
@@ -284,10 +269,8 @@ def test_files_that_do_not_belong_together(model, tmp_path):
 def test_another_format_version(model, tmp_path, version):
     build(model).save_pretrained(tmp_path / "index")
     edit(tmp_path / "index", format_version=version)
-    with pytest.raises(
-        ValueError,
-        match=f"format_version {version!r}, this release reads 2: build the index again, with recipes/build_index.py",
-    ):
+    message = f"format_version {version!r}, this release reads 2: build the index again, with recipes/build_index.py"
+    with pytest.raises(ValueError, match=message):
         PassageIndex.from_pretrained(tmp_path / "index")
 
 
@@ -297,7 +280,7 @@ def test_a_folder_that_does_not_exist(tmp_path):
 
 
 def test_nothing_on_the_path_of_an_index_is_unpickled(model, tmp_path):
-    """A pickle under the name of the embeddings is refused as the bytes it is, also where it has their checksum."""
+    """A pickle in place of the embeddings is refused, even if the config has its checksum."""
     build(model).save_pretrained(tmp_path / "index")
     path = tmp_path / "index" / "embeddings-00000.safetensors"
     torch.save({"embeddings": torch.zeros(6, 32)}, path)
@@ -307,7 +290,7 @@ def test_nothing_on_the_path_of_an_index_is_unpickled(model, tmp_path):
         PassageIndex.from_pretrained(tmp_path / "index")
 
 
-# ------------------------------------------------------------------ which model an index is of
+# ------------------------------------------------------------------ the model that an index belongs to
 
 
 @pytest.mark.parametrize(
@@ -328,9 +311,8 @@ def test_nothing_on_the_path_of_an_index_is_unpickled(model, tmp_path):
 def test_an_index_of_another_model_is_refused_by_name(tmp_path, change, field):
     build(make_model()).save_pretrained(tmp_path / "index")
     other = make_model(**change)
-    with pytest.raises(
-        ValueError, match=f"built by another model(.|\n)*  {field}: the index has .*, the model "
-    ) as error:
+    message = f"built by another model(.|\n)*  {field}: the index has .*, the model "
+    with pytest.raises(ValueError, match=message) as error:
         other.load_index(tmp_path / "index")
     if field not in ("tokenizer", "emb_seq_tokenizer"):
         assert str(error.value).count("the index has") == 1
@@ -339,12 +321,12 @@ def test_an_index_of_another_model_is_refused_by_name(tmp_path, change, field):
         other.generate(**inputs, retriever=PassageIndex.from_pretrained(tmp_path / "index"))
 
 
-def test_an_index_of_an_earlier_release_is_one_with_the_settings_of_then(model, tmp_path):
+def test_an_index_of_an_earlier_release_has_the_settings_of_that_time(model, tmp_path):
     build(model).save_pretrained(tmp_path / "index")
-    new = ("emb_seq_add_bos_token", "emb_seq_add_eos_token", "passage_prompt")
     path = tmp_path / "index" / "index_config.json"
     config = json.loads(path.read_text())
-    config["fingerprint"] = {name: value for name, value in config["fingerprint"].items() if name not in new}
+    for new_setting in ("emb_seq_add_bos_token", "emb_seq_add_eos_token", "passage_prompt"):
+        del config["fingerprint"][new_setting]
     path.write_text(json.dumps({**config, "sha256": index_files_cosup.digest_of_config(config)}))
     model.load_index(tmp_path / "index")
     with pytest.raises(ValueError, match="  emb_seq_add_bos_token: the index has True, the model False"):
@@ -355,20 +337,15 @@ def test_an_index_of_passages_with_a_prompt(passages):
     model = make_model(passage_prompt="passage: ", emb_seq_add_eos_token=False, emb_seq_pooling="lasttoken")
     index, tokenizer = build(model), model.tokenizer
     for row, passage in enumerate(passages):
-        text = (
-            f"passage: {passage['title']} :: {passage['text']}" if passage["title"] else f"passage: {passage['text']}"
-        )
-        ids = [
-            tokenizer.bos_token_id,
-            *tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"],
-        ]
-        torch.testing.assert_close(
-            index.embeddings[row], model.encode_passages(torch.tensor([ids]))[0], rtol=0, atol=1e-5
-        )
-        assert tokenizer.decode(index[row]["input_ids"]) in text.removeprefix("passage: ")  # Gen reads no prompt
+        text = f"{passage['title']} :: {passage['text']}" if passage["title"] else passage["text"]
+        encoded = tokenizer(f"passage: {text}", add_special_tokens=False, split_special_tokens=True)
+        ids = [tokenizer.bos_token_id, *encoded["input_ids"]]
+        (alone,) = model.encode_passages(torch.tensor([ids]))
+        torch.testing.assert_close(index.embeddings[row], alone, rtol=0, atol=1e-5)
+        assert tokenizer.decode(index[row]["input_ids"]) in text  # Gen reads no prompt
 
 
-def test_what_leaves_emb_seq_alone_is_accepted(model, tmp_path):
+def test_models_with_the_same_emb_seq_are_accepted(model, tmp_path):
     build(model).save_pretrained(tmp_path / "index")
     folder = saved(model, tmp_path / "model")
     loads = [
@@ -384,21 +361,20 @@ def test_what_leaves_emb_seq_alone_is_accepted(model, tmp_path):
     CoSupForCausalLM.from_pretrained(saved(half, tmp_path / "half")).load_index(tmp_path / "index")
     model.to(torch.bfloat16).load_index(tmp_path / "index")
     make_model().to(torch.bfloat16).load_index(tmp_path / "index")  # hashed after the cast
-    CoSupForCausalLM.from_gen_and_emb_seq(  # the same Emb_seq beside another Gen
-        make_model("gpt2").gen, CoSupForCausalLM.from_pretrained(folder).emb_seq, tokenizer=model.tokenizer
-    ).load_index(tmp_path / "index")
+    other_gen, same_emb_seq = make_model("gpt2").gen, CoSupForCausalLM.from_pretrained(folder).emb_seq
+    other = CoSupForCausalLM.from_gen_and_emb_seq(other_gen, same_emb_seq, tokenizer=model.tokenizer)
+    other.load_index(tmp_path / "index")
 
 
 def train_step(model, parameters, passages=True):
     model.train()
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
     ids = torch.tensor([[5, 6, model.config.nsp_token_id, 8]])
-    more = (
-        {"passage_input_ids": torch.tensor([[5, 6, 7], [7, 8, 9]]), "passage_labels": torch.tensor([0])}
-        if passages
-        else {}
-    )
-    model(ids, labels=ids, **more).loss.backward()
+    inputs = {"input_ids": ids, "labels": ids}
+    if passages:
+        inputs["passage_input_ids"] = torch.tensor([[5, 6, 7], [7, 8, 9]])
+        inputs["passage_labels"] = torch.tensor([0])
+    model(**inputs).loss.backward()
     optimizer.step()
     model.eval()
 
@@ -444,8 +420,7 @@ def test_adapters_on_emb_seq_change_the_fingerprint(model):
     adapted = peft.get_peft_model(model, config)
     with pytest.raises(ValueError, match="  emb_seq: the index has"):
         index.check_model(adapted.base_model.model)
-    own = build(adapted.base_model.model)
-    own.check_model(adapted.base_model.model)
+    build(adapted.base_model.model).check_model(adapted.base_model.model)
     merged, fresh = adapted.merge_and_unload(), make_model()
     with pytest.raises(ValueError, match="  emb_seq: the index has"):
         index.check_model(merged)
@@ -469,7 +444,7 @@ def test_building_with_an_equal_tokenizer_changes_nothing(model, tmp_path):
     assert sorted(os.listdir(saved(model, tmp_path / "again"))) == files
 
 
-def test_a_model_that_was_never_fingerprinted_is_not_taken_on_trust(model, tmp_path):
+def test_a_model_without_a_stored_fingerprint_is_not_trusted(model, tmp_path):
     index = build(model)
     folder = saved(model, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""Candidate pools by real retrievers: gold inside and in its place, scores as computed by hand, corpora encoded once, and bad input."""
+"""Candidate pools by real retrievers: gold in place, scores as computed by hand, corpora encoded once, bad input."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ def write(path, rows):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A CoSup checkpoint, its Emb_seq for sentence-transformers, one that compares by the dot product, corpus and questions."""
+    """A CoSup checkpoint, its Emb_seq for sentence-transformers, another with dot products, corpus and questions."""
     pytest.importorskip("sentence_transformers", reason="the pools are built by a sentence-transformers model")
     folder = tmp_path_factory.mktemp("candidates")
     model = make_model(similarity="cosine")
@@ -61,54 +61,64 @@ def folder(tmp_path_factory):
 
 
 def options(folder, tmp_path, **changes):
-    given = {"model": str(folder / "cosine"), "eval_file": folder / "eval.jsonl", "split": "test"}
-    given |= {"corpus_file": folder / "corpus.jsonl", "index": None, "index_uri": None}
-    given |= {
+    defaults = {
+        "model": str(folder / "cosine"),
+        "eval_file": folder / "eval.jsonl",
+        "split": "test",
+        "corpus_file": folder / "corpus.jsonl",
+        "index": None,
+        "index_uri": None,
         "output_file": tmp_path / "out.jsonl",
         "num_candidates": 4,
         "gold_first": False,
         "index_dir": None,
         "batch_size": 3,
+        "passage_template": "{title}. {text}",
+        "device": "cpu",
+        "dtype": "auto",
     }
-    return Namespace(**{**given, "passage_template": "{title}. {text}", "device": "cpu", "dtype": "auto", **changes})
+    return Namespace(**{**defaults, **changes})
 
 
-def built(folder, tmp_path, **changes):
-    """The table and the candidates of each question; that the file is a valid evaluation set is checked on the way."""
+def build(folder, tmp_path, **changes):
+    """Return the printed table and the candidates of each question; check that the file is a valid evaluation set."""
     arguments = options(folder, tmp_path, **changes)
     lines = dict(build_candidates.build(arguments))
-    found = load_evaluation_set(arguments.output_file, corpus=CORPUS, answers_required=False)
-    return lines, [instance["candidates"] for instance in found]
+    instances = load_evaluation_set(arguments.output_file, corpus=CORPUS, answers_required=False)
+    return lines, [instance["candidates"] for instance in instances]
 
 
 def scores_by_hand(folder, name):
-    """`(questions, passages)` scores of a sentence-transformers model, each text encoded alone."""
+    """Return scores `(questions, passages)` of a sentence-transformers model, with each text encoded alone."""
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(folder / name), device="cpu")
     texts = [question["input"].replace(" [SEP]", "") for question in QUESTIONS]
     queries = torch.stack([model.encode_query(text, convert_to_tensor=True) for text in texts])
-    passages = torch.stack(
-        [model.encode_document(render_passage(p, "{title}. {text}"), convert_to_tensor=True) for p in CORPUS]
-    )
+    texts = [render_passage(passage, "{title}. {text}") for passage in CORPUS]
+    passages = torch.stack([model.encode_document(text, convert_to_tensor=True) for text in texts])
     if name == "cosine":
-        queries, passages = (torch.nn.functional.normalize(x, dim=-1) for x in (queries, passages))
+        queries = torch.nn.functional.normalize(queries, dim=-1)
+        passages = torch.nn.functional.normalize(passages, dim=-1)
     return (queries @ passages.T).numpy()
 
 
 def ranking(scores):
+    """Return the passage ids of each question, best first."""
     return [[CORPUS[i]["id"] for i in np.argsort(-row)] for row in scores]
 
 
 def expected_pools(rankings, size, gold_first=False):
-    """Written another way than the recipe: leave out the worst that is not gold until the size is right."""
+    """Return the pools in another way than the recipe: drop the worst that is not gold until the size is right."""
     pools = []
     for question, ids in zip(QUESTIONS, rankings, strict=True):
         gold = {id for evidence in question["provenance"] for id in evidence}
         pool = list(ids)
         while len(pool) > size:
             pool.remove([id for id in pool if id not in gold][-1])
-        pools.append(sorted(pool, key=lambda id: id not in gold) if gold_first else pool)
+        if gold_first:
+            pool.sort(key=lambda id: id not in gold)
+        pools.append(pool)
     return pools
 
 
@@ -116,42 +126,39 @@ def expected_pools(rankings, size, gold_first=False):
 @pytest.mark.parametrize("size", [3, 6, 10])
 @pytest.mark.parametrize("gold_first", [False, True])
 def test_pools_are_gold_and_the_nearest_by_score(folder, tmp_path, name, size, gold_first):
-    lines, pools = built(folder, tmp_path, model=str(folder / name), num_candidates=size, gold_first=gold_first)
+    lines, pools = build(folder, tmp_path, model=str(folder / name), num_candidates=size, gold_first=gold_first)
     rankings = ranking(scores_by_hand(folder, name))
     assert pools == expected_pools(rankings, size, gold_first)
-    places = [
-        [min(ids.index(id) for id in evidence) for evidence in q["provenance"]]
-        for q, ids in zip(QUESTIONS, rankings, strict=True)
-    ]
-    whole = [
-        [max(ids.index(id) for id in evidence) for evidence in q["provenance"]]
-        for q, ids in zip(QUESTIONS, rankings, strict=True)
-    ]
+    gold_places, set_places = [], []
+    for question, ids in zip(QUESTIONS[:2], rankings[:2], strict=True):  # the third has no gold
+        evidence_sets = [[ids.index(id) for id in evidence] for evidence in question["provenance"]]
+        gold_places.append(min(map(min, evidence_sets)))
+        set_places.append(min(map(max, evidence_sets)))
     for k in (1, 5):
-        for title, found in ((f"R@{k}", places), (f"a whole evidence set in the first {k}", whole)):
-            hits = sum(min(ranks) < k for ranks in found[:2])
-            assert lines[title].split()[0] == f"{50 * hits:.1f}"
+        for title, places in ((f"R@{k}", gold_places), (f"a whole evidence set in the first {k}", set_places)):
+            num_hits = sum(place < k for place in places)
+            assert lines[title].split()[0] == f"{50 * num_hits:.1f}"
     assert "R@20" not in lines  # there are ten passages
     assert lines["questions without gold"] == "1"
 
 
-def test_all_else_in_the_file_stays(folder, tmp_path):
-    built(folder, tmp_path, output_file=tmp_path / "out.jsonl")
-    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [{key: value for key, value in row.items() if key != "candidates"} for row in rows] == [
-        {key: value for key, value in row.items() if key != "candidates"} for row in QUESTIONS
-    ]
+def test_everything_else_in_the_file_stays(folder, tmp_path):
+    build(folder, tmp_path, output_file=tmp_path / "out.jsonl")
+    lines = (tmp_path / "out.jsonl").read_text().splitlines()
+    for line, question in zip(lines, QUESTIONS, strict=True):
+        written = json.loads(line)
+        assert {**written, "candidates": None} == {**question, "candidates": None}
 
 
 def test_more_gold_than_the_pool_holds_keeps_the_best_of_it(folder, tmp_path):
-    lines, pools = built(folder, tmp_path, num_candidates=2)
+    lines, pools = build(folder, tmp_path, num_candidates=2)
     rankings = ranking(scores_by_hand(folder, "cosine"))
     assert pools[1] == [id for id in rankings[1] if id in ("p1", "p4", "c1")][:2]
     assert lines["questions with more gold than 2: the best of it was kept"] == "1"
 
 
 def test_a_pool_larger_than_the_corpus_is_all_of_it(folder, tmp_path):
-    lines, pools = built(folder, tmp_path, num_candidates=50)
+    lines, pools = build(folder, tmp_path, num_candidates=50)
     assert pools == ranking(scores_by_hand(folder, "cosine"))
     assert lines["pools smaller than 50"] == "3"
 
@@ -159,42 +166,43 @@ def test_a_pool_larger_than_the_corpus_is_all_of_it(folder, tmp_path):
 def test_a_corpus_is_encoded_once_and_goes_on_where_it_was_cut_off(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(retrievers, "SHARD_SIZE", 4)
     cache = {"index_dir": str(tmp_path / "cache")}
-    expected = built(folder, tmp_path)
-    assert built(folder, tmp_path, **cache) == expected
+    expected = build(folder, tmp_path)
+    assert build(folder, tmp_path, **cache) == expected
     shards = sorted((tmp_path / "cache").glob("*/*.safetensors"))
     times = {path: path.stat().st_mtime_ns for path in shards}
     assert len(shards) == 3
     shards[0].unlink()
     shutil.copy(folder / "corpus.jsonl", tmp_path / "copy.jsonl")  # the content counts, not the name
-    assert built(folder, tmp_path, corpus_file=tmp_path / "copy.jsonl", **cache) == expected
+    assert build(folder, tmp_path, corpus_file=tmp_path / "copy.jsonl", **cache) == expected
     assert [path.stat().st_mtime_ns == times[path] for path in shards] == [False, True, True]
 
-    built(folder, tmp_path, model=str(folder / "dot"), **cache)
-    built(folder, tmp_path, passage_template="{text}", **cache)
+    build(folder, tmp_path, model=str(folder / "dot"), **cache)
+    build(folder, tmp_path, passage_template="{text}", **cache)
     assert len(list((tmp_path / "cache").iterdir())) == 3  # another model or template: other embeddings
 
     save_file({"embeddings": -load_file(shards[1])["embeddings"]}, shards[1])
-    assert built(folder, tmp_path, **cache) != expected  # so what is kept is really read
+    assert build(folder, tmp_path, **cache) != expected  # so the cache is really read
     shards[1].write_bytes(shards[1].read_bytes()[:-8])
     with pytest.raises(ValueError, match="safetensors is damaged"):
-        built(folder, tmp_path, **cache)
+        build(folder, tmp_path, **cache)
 
 
 def test_a_cosup_model_searches_with_its_own_query(folder, tmp_path):
     cosup = {"model": str(folder / "cosup"), "index_dir": str(tmp_path / "cache")}
-    lines, pools = built(folder, tmp_path, **cosup)
+    lines, pools = build(folder, tmp_path, **cosup)
     model = CoSupForCausalLM.from_pretrained(folder / "cosup")
     index = model.build_index(CORPUS, show_progress_bar=False)
     queries = embed_queries(model, load_evaluation_set(folder / "eval.jsonl", answers_required=False))
     rankings = ranking(queries.numpy() @ index.embeddings.numpy().T)
     assert pools == expected_pools(rankings, 4)
 
-    (kept,) = (tmp_path / "cache").iterdir()
-    time = (kept / "embeddings-00000.safetensors").stat().st_mtime_ns
-    assert built(folder, tmp_path, **cosup) == (lines, pools)
-    assert (kept / "embeddings-00000.safetensors").stat().st_mtime_ns == time
-    assert built(folder, tmp_path, model=cosup["model"], corpus_file=None, index=str(kept)) == (lines, pools)
-    assert built(folder, tmp_path, model=cosup["model"]) == (lines, pools)
+    (index_folder,) = (tmp_path / "cache").iterdir()
+    time = (index_folder / "embeddings-00000.safetensors").stat().st_mtime_ns
+    assert build(folder, tmp_path, **cosup) == (lines, pools)
+    assert (index_folder / "embeddings-00000.safetensors").stat().st_mtime_ns == time
+    over_index = {"model": cosup["model"], "corpus_file": None, "index": str(index_folder)}
+    assert build(folder, tmp_path, **over_index) == (lines, pools)
+    assert build(folder, tmp_path, model=cosup["model"]) == (lines, pools)
 
 
 @pytest.mark.parametrize("model", ["cosine", "cosup"])
@@ -217,10 +225,10 @@ def test_gold_that_the_corpus_lacks_is_counted(folder, tmp_path, model):
     ],
 )
 def test_bad_input(folder, tmp_path, changes, message):
-    changes = {
-        name: write(tmp_path / f"{name}.jsonl", value) if isinstance(value, list) else value
-        for name, value in changes.items()
-    }
+    changes = dict(changes)
+    for name in ("corpus_file", "eval_file"):
+        if isinstance(changes.get(name), list):
+            changes[name] = write(tmp_path / f"{name}.jsonl", changes[name])
     with pytest.raises(ValueError, match=message):
         build_candidates.build(options(folder, tmp_path, **changes))
     assert not (tmp_path / "out.jsonl").exists()
@@ -235,24 +243,15 @@ def test_another_similarity_is_refused(folder, tmp_path):
 
 
 def test_command_line(folder, tmp_path, monkeypatch, capsys):
-    arguments = [
-        "--model",
-        folder / "cosine",
-        "--eval_file",
-        folder / "eval.jsonl",
-        "--corpus_file",
-        folder / "corpus.jsonl",
-    ]
-    arguments += ["--output_file", tmp_path / "out.jsonl.gz", "--num_candidates", 4, "--device", "cpu"]
+    arguments = ["--model", folder / "cosine", "--eval_file", folder / "eval.jsonl"]
+    arguments += ["--corpus_file", folder / "corpus.jsonl", "--output_file", tmp_path / "out.jsonl.gz"]
+    arguments += ["--num_candidates", 4, "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["build_candidates.py", *map(str, arguments)])
     build_candidates.main()
     assert "a whole evidence set in the first 5" in capsys.readouterr().out
-    assert [
-        len(instance["candidates"])
-        for instance in load_evaluation_set(tmp_path / "out.jsonl.gz", answers_required=False)
-    ] == [4, 4, 4]
-    monkeypatch.setattr(
-        sys, "argv", ["build_candidates.py", *map(str, arguments), "--model", str(tmp_path / "nothing")]
-    )
+    instances = load_evaluation_set(tmp_path / "out.jsonl.gz", answers_required=False)
+    assert [len(instance["candidates"]) for instance in instances] == [4, 4, 4]
+    arguments += ["--model", tmp_path / "nothing"]
+    monkeypatch.setattr(sys, "argv", ["build_candidates.py", *map(str, arguments)])
     with pytest.raises(SystemExit, match="error: .*nothing"):
         build_candidates.main()

@@ -1,7 +1,8 @@
 """
-Uploads a saved index to Milvus, several times, and each time dies by SIGKILL at a batch or behind a request. Launched by test_milvus.py.
+Uploads a saved index to Milvus, several times, and dies each time by SIGKILL at a batch or after a request.
 
-Arguments: the index's folder, then for each upload `uri collection batch moment`. Each upload is a forked process: importing takes longest.
+Launched by test_milvus.py. Arguments: the index's folder, then for each upload `uri collection batch moment`. Each
+upload is a forked process, because importing takes longest.
 """
 
 import os
@@ -13,28 +14,33 @@ from modeling_cosup.milvus_client_cosup import MilvusConnection, milvus_packages
 from modeling_cosup.milvus_cosup import MilvusPassageIndex
 
 
-def upload_and_die(folder, uri, collection, batch, moment):
-    """Before or after batch number `batch` is sent, or after the request `moment`."""
-    batches, call = 0, MilvusConnection.call
+def upload_and_die(folder: str, uri: str, collection: str, batch: int, moment: str) -> None:
+    """Die before or after batch number `batch` is sent, or after the request `moment`."""
+    num_batches = 0
+    call = MilvusConnection.call
 
     def call_and_die(self, method, *args, **kwargs):
-        nonlocal batches
-        batches += method == "upsert"
-        last = method == "upsert" and batches == batch
-        if last and moment == "before":
+        nonlocal num_batches
+        if method == "upsert":
+            num_batches += 1
+        is_last_batch = method == "upsert" and num_batches == batch
+        if is_last_batch and moment == "before":
             os.kill(os.getpid(), signal.SIGKILL)
         result = call(self, method, *args, **kwargs)
-        if last or method == moment:
+        if is_last_batch or method == moment:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
-    MilvusConnection.call = call_and_die  # type: ignore[method-assign]
+    MilvusConnection.call = call_and_die  # type: ignore[method-assign]  # a test's replacement
     MilvusPassageIndex.from_index(PassageIndex.from_pretrained(folder), uri, collection, show_progress_bar=False)
 
 
 folder, *uploads = sys.argv[1:]
 milvus_packages()
-for uri, collection, batch, moment in zip(*[iter(uploads)] * 4, strict=True):
-    if (child := os.fork()) == 0:
+for start in range(0, len(uploads), 4):
+    uri, collection, batch, moment = uploads[start : start + 4]
+    child = os.fork()
+    if child == 0:
         upload_and_die(folder, uri, collection, int(batch), moment)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
