@@ -140,7 +140,7 @@ def test_a_query_longer_than_its_encoder_reads_is_named(tmp_path):
     instances = world(NAMES[:4])
     instances[1]["input"] = "where " * 200
     with pytest.raises(
-        ValueError, match=f"Instance '{NAMES[1]}': what stands before an .NSP. has .* tokens, its encoder reads 300"
+        ValueError, match=f"Instance '{NAMES[1]}': the text up to an .NSP. has .* tokens, its encoder reads 300"
     ):
         CoSupTrainer(model, arguments(tmp_path, supervision="separate", max_length=2048), train_dataset=instances)
 
