@@ -205,7 +205,8 @@ class CoSupDataCollator:
     def _cut(self, rows: BatchRows) -> list[Cut]:
         """Return the rows of each micro-batch; there is at least one micro-batch."""
         groups = self._groups(self._lengths(rows))
-        aligned = itertools.zip_longest(groups["gen"], groups["passages"], groups["queries"], fillvalue=[])
+        no_rows: list[int] = []
+        aligned = itertools.zip_longest(groups["gen"], groups["passages"], groups["queries"], fillvalue=no_rows)
         return [Cut(*row_numbers) for row_numbers in aligned] or [Cut([], [], [])]
 
     def _groups(self, lengths: dict[str, list[int]]) -> dict[str, list[list[int]]]:
@@ -270,7 +271,7 @@ class CoSupDataCollator:
 
     def _micro_batch(self, rows: BatchRows, cut: Cut) -> dict[str, Any]:
         """Return the tensors of a micro-batch, by name; see [`forward_arguments`]."""
-        micro_batch = {}
+        micro_batch: dict[str, Any] = {}
         if cut.instances:
             micro_batch |= self._gen_tensors([rows.instances[i] for i in cut.instances])
         if cut.passages:
@@ -283,8 +284,8 @@ class CoSupDataCollator:
         """Return what Gen reads, with the positions of `[NSP]` and of labels in the flattened tensor."""
         rows = [instance.input_ids for instance in instances]
         columns = [instance.columns for instance in instances]
-        micro_batch: dict[str, Any]
-        micro_batch, offsets = _lay_out(rows, self.pad_token_id, self.padding_free)
+        tensors, offsets = _lay_out(rows, self.pad_token_id, self.padding_free)
+        micro_batch: dict[str, Any] = {**tensors}
         if self._gen_queries:
             micro_batch["nsp_positions"] = _flat_positions(offsets, columns)
         if self.supervision != "nsp":

@@ -3,11 +3,10 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from modeling_cosup import CoSupConfig
 from modeling_cosup.lines_cosup import lines_with_places
 from modeling_cosup.passages_cosup import check_text, check_title_and_text, checked_passages, read_corpus
 from modeling_cosup.tokenization_cosup import (
@@ -18,6 +17,9 @@ from modeling_cosup.tokenization_cosup import (
     encode_texts,
     end_of_turn_token_id,
 )
+
+if TYPE_CHECKING:  # importing it loads the whole model, which recipes that prepare data do not need
+    from modeling_cosup import CoSupConfig
 
 # ---------------------------------------------------------------------- training instances
 
@@ -229,7 +231,7 @@ def tokenize_instance(
     instance: dict,
     tokenizer: PreTrainedTokenizerBase,
     emb_seq_tokenizer: PreTrainedTokenizerBase,
-    config: CoSupConfig,
+    config: "CoSupConfig",
     train_on_passages: bool = False,
     end_of_turn_id: int | None = None,
 ) -> dict[str, Any]:
@@ -266,6 +268,7 @@ def tokenize_instance(
     negatives = [negative for segment in retrieving for negative in segment.get("negatives") or []]
 
     nsp, cs, ce = config.nsp_token_id, config.cs_token_id, config.ce_token_id
+    assert nsp is not None and cs is not None and ce is not None  # set when Gen and Emb_seq were put together
     gen_passages = iter(encode_passages_for_gen(tokenizer, passages, config))
     written_ids = (nsp, cs, ce, tokenizer.eos_token_id)  # only this function may write them, no text
     texts = encode_texts(tokenizer, [segment["text"] for segment in segments], written_ids)
@@ -301,7 +304,7 @@ def tokenize_instance(
     return tokenized
 
 
-def _check_query_lengths(query_input_ids: Sequence[Sequence[int]], instance_id: str, config: CoSupConfig) -> None:
+def _check_query_lengths(query_input_ids: Sequence[Sequence[int]], instance_id: str, config: "CoSupConfig") -> None:
     """Raise if the encoder that makes the queries cannot read one of them."""
     encoder_config = config.emb_seq_config if config.query_from == "emb_seq" else config.query_encoder_config
     limit = getattr(encoder_config.get_text_config(), "max_position_embeddings", None) or float("inf")
