@@ -18,7 +18,7 @@ Its label goes into `judging/figures.py`.
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,6 +28,8 @@ from .batching import BatchFacts
 from .distributed import gather_rows
 from .duplicates import GlobalBatch
 from .training_args import CoSupTrainingArguments
+
+Loss = TypeVar("Loss", torch.Tensor, float)
 
 
 @dataclass
@@ -107,9 +109,9 @@ def embedding_losses(
     return {"nsp_loss": nsp_loss}, scores
 
 
-def total_loss(losses: Mapping[str, torch.Tensor | float], weights: Mapping[str, float]) -> torch.Tensor | float:
+def total_loss(losses: Mapping[str, Loss], weights: Mapping[str, float]) -> Loss:
     """Return the weighted sum of losses; a loss without a weight is a `KeyError`."""
-    return sum(weights[name] * loss for name, loss in losses.items())
+    return sum(weights[name] * loss for name, loss in losses.items())  # type: ignore[return-value]  # int if empty
 
 
 # ---------------------------------------------------------------------- the embeddings of a batch

@@ -4,7 +4,7 @@ import copy
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_peft_available, logging
 
@@ -180,8 +180,8 @@ def check_control_tokens(tokenizer: PreTrainedTokenizerBase, config: CoSupConfig
         )
 
 
-def _control_token_ids(config: CoSupConfig) -> list[int]:
-    return [cast(int, id) for id in (config.nsp_token_id, config.cs_token_id, config.ce_token_id)]
+def _control_token_ids(config: PreTrainedConfig) -> list[int]:
+    return [config.nsp_token_id, config.cs_token_id, config.ce_token_id]
 
 
 def wrap_in_peft(model: CoSupForCausalLM, peft_config: "PeftConfig") -> "PeftModel":
