@@ -55,6 +55,11 @@ class InstanceRow:
     queries: list[Query] = field(default_factory=list)
     negatives: list[PassageMention] = field(default_factory=list)
 
+    @property
+    def trained_columns(self) -> list[int]:
+        """Columns whose next token is trained."""
+        return [column for column, label in enumerate(self.labels[1:]) if label != -100]
+
 
 @dataclass
 class BatchRows:
@@ -76,7 +81,10 @@ class BatchRows:
     @property
     def queries(self) -> list[Query]:
         """The queries of all instances, in order."""
-        return [query for instance in self.instances for query in instance.queries]
+        queries = []
+        for instance in self.instances:
+            queries += instance.queries
+        return queries
 
 
 def read_batch(
@@ -98,8 +106,11 @@ def read_batch(
         `ValueError`: for a malformed instance, naming its id.
     """
     instances = [_read_instance(feature, nsp_token_id, supervision, encoder_queries) for feature in features]
-    mentions = [query.passage for instance in instances for query in instance.queries]
-    mentions += [negative for instance in instances for negative in instance.negatives]
+    mentions = []
+    for instance in instances:
+        mentions += [query.passage for query in instance.queries]
+    for instance in instances:
+        mentions += instance.negatives
     passages, passage_keys, row_of_passage = _distinct_passages(mentions, mask_duplicates)
     if supervision == "nsp":
         instances = [instance for instance in instances if instance.queries]

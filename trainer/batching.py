@@ -238,15 +238,17 @@ class CoSupDataCollator:
         facts = BatchFacts(num_gen_tokens=sum(lengths["gen"]))
         facts.num_tokens = sum(sum(kind_lengths) for kind_lengths in lengths.values())
         for instance in rows.instances:
-            facts.num_labels += sum(label != -100 for label in instance.labels[1:])
+            facts.num_labels += len(instance.trained_columns)
         for micro_batch in micro_batches:
             for name, tensor in micro_batch.items():
                 if name.endswith("input_ids"):
                     facts.num_padded_tokens += tensor.numel()
 
-        passage_order = [row for cut in cuts for row in cut.passages]
-        new_row = {row: i for i, row in enumerate(passage_order)}
-        facts.passage_keys = [tuple(sorted(rows.passage_keys[row])) for row in passage_order]
+        new_row: dict[int, int] = {}  # in the order of the micro-batches
+        for cut in cuts:
+            for row in cut.passages:
+                new_row[row] = len(new_row)
+                facts.passage_keys.append(tuple(sorted(rows.passage_keys[row])))
         for cut in cuts:
             queries = self._queries(rows, cut)
             if self._without_gen:
@@ -265,7 +267,10 @@ class CoSupDataCollator:
         if self.encoder_queries:
             all_queries = rows.queries
             return [all_queries[i] for i in cut.queries]
-        return [query for i in cut.instances for query in rows.instances[i].queries]
+        queries = []
+        for i in cut.instances:
+            queries += rows.instances[i].queries
+        return queries
 
     # ------------------------------------------------------------------ tensors
 
@@ -291,7 +296,7 @@ class CoSupDataCollator:
         if self.supervision != "nsp":
             # a packed row's first label would be the next token of the row before it
             labels = [[-100, *instance.labels[1:]] for instance in instances]
-            trained_columns = [[i for i, label in enumerate(row[1:]) if label != -100] for row in labels]
+            trained_columns = [instance.trained_columns for instance in instances]
             micro_batch["labels"] = _lay_out(labels, -100, self.padding_free)[0]["input_ids"]
             micro_batch["label_positions"] = _flat_positions(offsets, trained_columns)
         if self.shorten_first_pass:

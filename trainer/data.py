@@ -116,8 +116,9 @@ def _check_segment(segment: Any, name: str, where: str) -> dict:
 def check_passage(passage: dict, where: str, field: str = "") -> dict[str, str]:
     """Return a passage as `{"id", "title", "text"}`; a missing title is empty, a missing id is its [`content_id`]."""
     checked = check_title_and_text(passage, where, field)
-    id = passage.get("id")
-    return {"id": content_id(**checked) if id is None else str(id), **checked}
+    if passage.get("id") is None:
+        return {"id": content_id(**checked), **checked}
+    return {"id": str(passage["id"]), **checked}
 
 
 def content_id(title: str, text: str) -> str:
@@ -127,11 +128,14 @@ def content_id(title: str, text: str) -> str:
 
 def _check_question(value: dict, where: str) -> dict[str, str]:
     """Return the fields that training and evaluation instances share."""
+    id = value.get("id")
     instruction = value.get("instruction")
+    if instruction is None:
+        instruction = ""
     return {
-        "id": where if value.get("id") is None else str(value["id"]),
+        "id": where if id is None else str(id),
         "dataset": str(value.get("dataset") or ""),
-        "instruction": check_text("" if instruction is None else instruction, "instruction", where, may_be_empty=True),
+        "instruction": check_text(instruction, "instruction", where, may_be_empty=True),
         "input": check_text(value.get("input"), "input", where),
     }
 
@@ -203,8 +207,12 @@ def _check_evaluation_instance(value: dict, where: str, answers_required: bool) 
     question = _check_question(value, where)
     answers = value.get("answers")
     provenance = value.get("provenance")
-    candidates = [] if value.get("candidates") is None else value["candidates"]
-    meta = {} if value.get("meta") is None else value["meta"]
+    candidates = value.get("candidates")
+    if candidates is None:
+        candidates = []
+    meta = value.get("meta")
+    if meta is None:
+        meta = {}
     if not _are_strings(answers) or (answers_required and not answers):
         expected = "at least one string" if answers_required else "strings"
         raise ValueError(f"{where}: answers is {answers!r}, expected a list of {expected}.")
@@ -265,7 +273,9 @@ def tokenize_instance(
     segments = instance["segments"]
     retrieving = [segment for segment in segments if segment["passage"] is not None]
     passages = [segment["passage"] for segment in retrieving]
-    negatives = [negative for segment in retrieving for negative in segment.get("negatives") or []]
+    negatives = []
+    for segment in retrieving:
+        negatives += segment.get("negatives") or []
 
     nsp, cs, ce = config.nsp_token_id, config.cs_token_id, config.ce_token_id
     assert nsp is not None and cs is not None and ce is not None  # set when Gen and Emb_seq were put together
@@ -285,12 +295,13 @@ def tokenize_instance(
         queries.append([*input_ids, nsp])
         input_ids += [nsp, *passage, cs, *text, ce]
         labels += [nsp, *passage_labels, -100, *text, ce]
-    end = end_of_turn_token_id(tokenizer) if end_of_turn_id is None else end_of_turn_id
+    if end_of_turn_id is None:
+        end_of_turn_id = end_of_turn_token_id(tokenizer)
 
     tokenized = {
         "id": instance["id"],
-        "input_ids": [*input_ids, end],
-        "labels": [*labels, end],
+        "input_ids": [*input_ids, end_of_turn_id],
+        "labels": [*labels, end_of_turn_id],
         "passage_input_ids": encode_passages_for_emb_seq(emb_seq_tokenizer, passages, config),
         "passage_ids": [passage["id"] for passage in passages],
         "positive_ids": [list(segment.get("positives") or []) for segment in retrieving],
