@@ -273,7 +273,7 @@ def tokenize_instance(
     segments = instance["segments"]
     retrieving = [segment for segment in segments if segment["passage"] is not None]
     passages = [segment["passage"] for segment in retrieving]
-    negatives = []
+    negatives: list[dict] = []
     for segment in retrieving:
         negatives += segment.get("negatives") or []
 
