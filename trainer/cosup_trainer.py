@@ -201,9 +201,8 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
     def get_train_dataloader(self) -> DataLoader:
         """Return `Trainer`'s loader."""
         loader = super().get_train_dataloader()
-        if (
-            self.args.batch_sampler == "no_duplicates"
-        ):  # so that it is told the epoch, even if a resumed run skips batches
+        if self.args.batch_sampler == "no_duplicates":
+            # so that the sampler gets the epoch, even if a resumed run skips batches
             cast(DataLoaderShard, loader).set_sampler(self._sampler)
         return loader
 
