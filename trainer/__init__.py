@@ -1,4 +1,4 @@
-"""What trains a CoSup model, judges it (`trainer.judging`) and reports it (`trainer.reports`)."""
+"""Train a CoSup model, judge it (`trainer.judging`) and report on it (`trainer.reports`)."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

@@ -1,37 +1,101 @@
-"""Tokenized instances to the rows that Gen and the encoders read: queries, and each distinct passage once."""
+"""Read tokenized instances into rows for Gen and the encoders: queries, and each distinct passage once."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+class PassageMention(NamedTuple):
+    """A passage as one instance names it."""
+
+    instance_id: str
+    place: int | str  # in the instance: the number of its [NSP], or of the hard negative
+    content: tuple[int, ...]  # token ids
+    passage_id: str | None
+
+
+@dataclass
+class Query:
+    """
+    What is known of one `[NSP]`.
+
+    Args:
+        instance_id (`str`): of the instance that holds it.
+        key (`int`): hash of everything up to this `[NSP]`.
+        passage ([`PassageMention`]): its positive.
+        positive_keys (`tuple[int, ...]`): hashes of the ids of further passages that would have been right.
+        input_ids (`Sequence[int]`): what an encoder reads; empty if Gen makes the queries.
+    """
+
+    instance_id: str
+    key: int
+    passage: PassageMention
+    positive_keys: tuple[int, ...]
+    input_ids: Sequence[int] = ()
+
+
+@dataclass
+class InstanceRow:
+    """
+    What Gen reads of one instance, with its queries and hard negatives.
+
+    Args:
+        id (`str`): of the instance.
+        input_ids, labels (`list[int]`): equally long; no labels with `supervision="nsp"`.
+        columns (`list[int]`): of each `[NSP]`.
+        queries (`list[Query]`): one for each `[NSP]`; none with `supervision="ntp"`.
+        negatives (`list[PassageMention]`): hard negatives.
+    """
+
+    id: str
+    input_ids: list[int]
+    labels: list[int]
+    columns: list[int] = field(default_factory=list)
+    queries: list[Query] = field(default_factory=list)
+    negatives: list[PassageMention] = field(default_factory=list)
+
+    @property
+    def trained_columns(self) -> list[int]:
+        """Columns whose next token is trained."""
+        return [column for column, label in enumerate(self.labels[1:]) if label != -100]
 
 
 @dataclass
 class BatchRows:
     """
-    What the instances of a batch hold, before it is cut.
+    All rows of a batch, before it is cut into micro-batches.
 
     Args:
-        instances (`list[dict]`): `id`, `input_ids`, `labels`, `columns` (of each `[NSP]`), `queries` and `negatives`.
+        instances (`list[InstanceRow]`): what Gen reads.
         passages (`list[tuple[int, ...]]`): token ids of each passage row.
-        passage_keys (`list[set[int]]`): of each passage row, hashes of its content and of its ids.
-        row_of_passage (`dict[tuple, int]`): of each passage that an instance names.
+        passage_keys (`list[set[int]]`): for each passage row, hashes of its content and of its ids.
+        row_of_passage (`dict[PassageMention, int]`): the passage row of each passage that an instance names.
     """
 
-    instances: list[dict]
+    instances: list[InstanceRow]
     passages: list[tuple[int, ...]]
     passage_keys: list[set[int]]
-    row_of_passage: dict[tuple, int]
+    row_of_passage: dict[PassageMention, int]
 
     @property
-    def queries(self) -> list[dict]:
-        """The queries of all instances, in order: `instance_id`, `key`, `passage`, `positive_keys`, `input_ids`."""
-        return [query for instance in self.instances for query in instance["queries"]]
+    def queries(self) -> list[Query]:
+        """The queries of all instances, in order."""
+        queries = []
+        for instance in self.instances:
+            queries += instance.queries
+        return queries
 
 
 def read_batch(
-    features: list[dict], nsp_token_id: int, supervision: str, encoder_queries: bool, mask_duplicates: bool
+    features: Sequence[Mapping[str, Any]],
+    nsp_token_id: int,
+    supervision: str,
+    encoder_queries: bool,
+    mask_duplicates: bool,
 ) -> BatchRows:
     """
-    The rows of tokenized instances.
+    Return the rows of tokenized instances.
 
     Args:
         features (`list[dict]`): as [`~trainer.data.tokenize_instance`] returns them.
@@ -39,75 +103,81 @@ def read_batch(
         supervision (`str`), encoder_queries (`bool`), mask_duplicates (`bool`): see [`CoSupDataCollator`].
 
     Raises:
-        `ValueError`: a malformed instance, naming its id.
+        `ValueError`: for a malformed instance, naming its id.
     """
     instances = [_read_instance(feature, nsp_token_id, supervision, encoder_queries) for feature in features]
-    named = [query["passage"] for instance in instances for query in instance["queries"]]
-    named += [negative for instance in instances for negative in instance["negatives"]]
-    passages, passage_keys, row_of_passage = _distinct_passages(named, mask_duplicates)
+    mentions = []
+    for instance in instances:
+        mentions += [query.passage for query in instance.queries]
+    for instance in instances:
+        mentions += instance.negatives
+    passages, passage_keys, row_of_passage = _distinct_passages(mentions, mask_duplicates)
     if supervision == "nsp":
-        instances = [instance for instance in instances if instance["queries"]]
+        instances = [instance for instance in instances if instance.queries]
     return BatchRows(instances, passages, passage_keys, row_of_passage)
 
 
-def _read_instance(feature, nsp_token_id, supervision, encoder_queries):
-    """An instance with a query for each `[NSP]`. A passage is named by its instance, place, content and id."""
+def _read_instance(
+    feature: Mapping[str, Any], nsp_token_id: int, supervision: str, encoder_queries: bool
+) -> InstanceRow:
+    """Return an instance with a query for each `[NSP]`."""
     id = str(feature.get("id", "without id"))
     input_ids, labels, passages = feature["input_ids"], feature["labels"], feature["passage_input_ids"]
-    columns = [i for i, token in enumerate(input_ids) if token == nsp_token_id]
+    columns = [column for column, token in enumerate(input_ids) if token == nsp_token_id]
     if not input_ids or len(columns) != len(passages) or len(labels) != len(input_ids):
         counts = f"{len(input_ids)} tokens, {len(labels)} labels, {len(columns)} [NSP] and {len(passages)} passages"
         raise ValueError(
             f"Instance {id!r} has {counts}; expected as many labels as tokens and as many passages as [NSP]."
         )
-    instance = {"id": id, "input_ids": input_ids, "labels": labels, "columns": [], "queries": [], "negatives": []}
     if supervision == "ntp":
-        return instance
+        return InstanceRow(id, input_ids, labels)
     if encoder_queries and feature.get("query_input_ids") is None:
         raise ValueError(
             f"Instance {id!r} has no query_input_ids, which supervision={supervision!r} needs:"
             " tokenize it with this model's config."
         )
-    instance["columns"] = columns
+    instance = InstanceRow(id, input_ids, labels, columns)
     passage_ids = feature.get("passage_ids") or [None] * len(columns)
     positive_ids = feature.get("positive_ids") or [None] * len(columns)
     for i, column in enumerate(columns):
-        query = {
-            "instance_id": id,
-            "key": _hash("query", *input_ids[: column + 1]),
-            "passage": (id, i, tuple(passages[i]), passage_ids[i]),
-            "positive_keys": tuple(_hash("id", positive) for positive in positive_ids[i] or ()),
-        }
+        key = _hash("query", *input_ids[: column + 1])
+        passage = PassageMention(id, i, tuple(passages[i]), passage_ids[i])
+        positive_keys = tuple(_hash("id", positive) for positive in positive_ids[i] or ())
+        query = Query(id, key, passage, positive_keys)
         if encoder_queries:
-            query["input_ids"] = feature["query_input_ids"][i]
-        instance["queries"].append(query)
+            query.input_ids = feature["query_input_ids"][i]
+        instance.queries.append(query)
     negatives = feature.get("negative_input_ids") or []
     negative_ids = feature.get("negative_ids") or [None] * len(negatives)
     for i, (ids, negative_id) in enumerate(zip(negatives, negative_ids, strict=True)):
-        instance["negatives"].append((id, f"negative {i}", tuple(ids), negative_id))
-    if supervision == "nsp":  # nothing after the last [NSP] has a part in the loss
-        instance["input_ids"] = input_ids[: columns[-1] + 1] if columns else []
-        instance["labels"] = []
+        instance.negatives.append(PassageMention(id, f"negative {i}", tuple(ids), negative_id))
+    if supervision == "nsp":  # nothing after the last [NSP] contributes to the loss
+        instance.input_ids = input_ids[: columns[-1] + 1] if columns else []
+        instance.labels = []
     return instance
 
 
-def _distinct_passages(named, mask_duplicates):
-    """Passage rows, the keys of each, and the row of each passage that is named."""
-    passages, keys, row_of_passage, row_of_content = [], [], {}, {}
-    for passage in named:
-        *_, content, passage_id = passage
+def _distinct_passages(
+    mentions: Sequence[PassageMention], mask_duplicates: bool
+) -> tuple[list[tuple[int, ...]], list[set[int]], dict[PassageMention, int]]:
+    """Return passage rows, the keys of each, and the row of each passage that is named."""
+    passages: list[tuple[int, ...]] = []
+    keys: list[set[int]] = []
+    row_of_passage: dict[PassageMention, int] = {}
+    row_of_content: dict[tuple[int, ...], int] = {}
+    for mention in mentions:
         row = len(passages)
         if mask_duplicates:
-            row = row_of_content.setdefault(content, row)
+            row = row_of_content.setdefault(mention.content, row)
         if row == len(passages):
-            passages.append(content)
-            keys.append({_hash("content", *content)})
-        if passage_id is not None:
-            keys[row].add(_hash("id", passage_id))
-        row_of_passage[passage] = row
+            passages.append(mention.content)
+            keys.append({_hash("content", *mention.content)})
+        if mention.passage_id is not None:
+            keys[row].add(_hash("id", mention.passage_id))
+        row_of_passage[mention] = row
     return passages, keys, row_of_passage
 
 
-def _hash(*values):
-    """A 63-bit hash that is the same in every process."""
+def _hash(*values: object) -> int:
+    """Return a 63-bit hash that is the same in every process."""
     return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=8).digest(), "big") >> 1

@@ -1,16 +1,18 @@
 """
-Instances to a batch: micro-batches that waste little padding, one row for each distinct passage, and the facts of a
-batch that all ranks need.
+Collate instances into a batch: micro-batches that waste little padding, one row for each distinct passage, and the
+facts of a batch that all ranks need.
 """
 
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
 import torch
 
 from modeling_cosup.tokenization_cosup import Packing, pad_rows
 
-from .batch_rows import read_batch
+from .batch_rows import BatchRows, InstanceRow, Query, read_batch
 from .cutting import cut_by_number, cut_by_padding, cut_by_tokens
 
 # ---------------------------------------------------------------------- what a batch is
@@ -19,18 +21,20 @@ from .cutting import cut_by_number, cut_by_padding, cut_by_tokens
 @dataclass
 class BatchFacts:
     """
-    What is known of a batch on the host, so that nobody waits for a GPU to learn it.
+    What the host knows of a batch, so that no step waits for a GPU to learn it.
 
     Args:
-        instance_ids (`list[list[str]]`): of each micro-batch.
-        query_instance_ids (`list[str]`): of the instance of each query.
-        passage_keys (`list[tuple[int, ...]]`): for each passage row hashes of its content and of its ids; two that
-            share one are the same passage.
-        positive_keys (`list[tuple[int, ...]]`): for each query the hashes of ids that would have been right too.
-        query_keys (`list[int]`): for each query a hash of everything up to its `[NSP]`.
-        passage_labels (`list[int]`): for each query its passage's row.
+        instance_ids (`list[list[str]]`): ids of the instances of each micro-batch.
+        query_instance_ids (`list[str]`): for each query, the id of its instance.
+        passage_keys (`list[tuple[int, ...]]`): for each passage row, hashes of its content and of its ids. Rows that
+            share a hash hold the same passage.
+        positive_keys (`list[tuple[int, ...]]`): for each query, hashes of the ids of further passages that would have
+            been right.
+        query_keys (`list[int]`): for each query, a hash of everything up to its `[NSP]`.
+        passage_labels (`list[int]`): for each query, the row of its passage.
         num_labels (`int`): trained tokens.
-        num_gen_tokens, num_tokens (`int`): tokens that Gen, and Gen and Emb_seq, read, without padding.
+        num_gen_tokens (`int`): tokens that Gen reads, without padding.
+        num_tokens (`int`): tokens that Gen and the encoders read, without padding.
         num_padded_tokens (`int`): the same with padding.
     """
 
@@ -46,26 +50,42 @@ class BatchFacts:
     num_padded_tokens: int = 0
 
 
-def forward_arguments(micro_batch: dict) -> dict:
+def forward_arguments(micro_batch: Mapping[str, Any]) -> dict[str, Any]:
     """
-    What `CoSupForCausalLM.forward` takes of a micro-batch.
+    Return the arguments of `CoSupForCausalLM.forward` for a micro-batch.
 
-    A micro-batch is a flat `dict` of tensors, which every library pins, moves and copies; what belongs together
-    becomes one argument here.
+    A micro-batch is a flat `dict` of tensors, which every library can pin, move and copy. Tensors that belong together
+    become one argument here.
 
     Args:
-        micro_batch (`dict[str, torch.Tensor]`): as [`CoSupDataCollator`] cuts it.
+        micro_batch (`dict[str, torch.Tensor]`): as [`CoSupDataCollator`] returns it.
 
     Returns:
-        `dict`: the same tensors, without `first_pass`; where passages or queries are packed, with `passage_packing` or
-            `query_packing`.
+        `dict`: the same tensors without `first_pass`; for packed passages or queries, `passage_packing` or
+            `query_packing` in place of their position ids and ends.
     """
     arguments = {name: tensor for name, tensor in micro_batch.items() if name != "first_pass"}
-    for part in ("passage", "query"):
-        if f"{part}_ends" in arguments:
-            position_ids, ends = arguments.pop(f"{part}_position_ids"), arguments.pop(f"{part}_ends")
-            arguments[f"{part}_packing"] = Packing(position_ids, ends)
+    for encoder_input in ("passage", "query"):
+        if f"{encoder_input}_ends" in arguments:
+            position_ids = arguments.pop(f"{encoder_input}_position_ids")
+            ends = arguments.pop(f"{encoder_input}_ends")
+            arguments[f"{encoder_input}_packing"] = Packing(position_ids, ends)
     return arguments
+
+
+@dataclass
+class Cut:
+    """
+    What goes into one micro-batch.
+
+    Args:
+        instances, passages, queries (`list[int]`): row numbers in [`BatchRows`]; `queries` only if an encoder makes
+            the queries.
+    """
+
+    instances: list[int]
+    passages: list[int]
+    queries: list[int]
 
 
 @dataclass
@@ -76,23 +96,23 @@ class CoSupDataCollator:
     How a batch is cut changes neither loss nor gradients: all micro-batches of a batch share their passages.
 
     Args:
-        pad_token_id, emb_seq_pad_token_id (`int`): may equal EOS; padding is on the right, where causal attention
+        pad_token_id, emb_seq_pad_token_id (`int`): may equal EOS. Padding is on the right, where causal attention
             never looks.
         nsp_token_id (`int`): id of `[NSP]`.
         mask_duplicates (`bool`): identical passages become one row.
         supervision (`str`): `"co"`, `"ntp"` (no passages), `"nsp"` (nothing after the last `[NSP]`, no labels) or
             `"separate"` (queries are rows).
-        encoder_queries (`bool`): queries are rows of their own, read by an encoder; always so with `"separate"`. With
+        encoder_queries (`bool`): queries are separate rows, which an encoder reads; always so with `"separate"`. With
             `"nsp"` nothing is left for Gen.
-        max_instances (`int`, *optional*): of a micro-batch.
-        max_tokens (`int`, *optional*): of a micro-batch, padding, passages and queries included; takes the place of
-            `max_instances`.
-        call_overhead (`int`, *optional*): without a limit, a batch is cut where that saves padding; each further
+        max_instances (`int`, *optional*): instances of a micro-batch.
+        max_tokens (`int`, *optional*): tokens of a micro-batch, padding, passages and queries included; takes the
+            place of `max_instances`.
+        call_overhead (`int`, *optional*): without a limit, a batch is cut if that saves padding; each further
             micro-batch counts as this many tokens. `None`: not cut.
-        padding_free (`bool`): rows of Gen are concatenated into one row, with positions of their own.
-        padding_free_passages (`bool`): rows of Emb_seq too.
-        shorten_first_pass (`bool`): add to each micro-batch, as `first_pass`, its rows up to their last `[NSP]`: all
-            that the first pass of GradCache must read; nothing where Gen makes no queries.
+        padding_free (`bool`): rows of Gen are concatenated into one row, with position ids that begin anew.
+        padding_free_passages (`bool`): rows of the encoders too.
+        shorten_first_pass (`bool`): add `first_pass` to each micro-batch: its rows up to their last `[NSP]`, which is
+            all that the first pass of GradCache must read. It is empty if Gen makes no queries.
 
     Returns:
         `dict`: `micro_batches`, a list of `dict` of tensors, see [`forward_arguments`]; `passage_labels` `(N,)`, for
@@ -100,7 +120,7 @@ class CoSupDataCollator:
         `facts`, a [`BatchFacts`].
 
     Raises:
-        `ValueError`: a malformed instance, naming its id.
+        `ValueError`: for a malformed instance, naming its id.
     """
 
     pad_token_id: int
@@ -116,185 +136,213 @@ class CoSupDataCollator:
     padding_free_passages: bool = False
     shorten_first_pass: bool = False
 
-    def __post_init__(self):
-        self.encoder_queries |= self.supervision == "separate"
+    def __post_init__(self) -> None:
+        if self.supervision == "separate":
+            self.encoder_queries = True
 
-    def __call__(self, features):
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         rows = read_batch(features, self.nsp_token_id, self.supervision, self.encoder_queries, self.mask_duplicates)
         cuts = self._cut(rows)
         micro_batches = [self._micro_batch(rows, cut) for cut in cuts]
         facts = self._facts(rows, cuts, micro_batches)
-        # every part takes part in every step: a step without passages is one with zero gradients
+        # every part of the model takes part in every step: without passages its gradients are zero, not missing
         self.complete(micro_batches[-1])
-        passage_labels = torch.tensor(facts.passage_labels, dtype=torch.long)
+        passage_labels = torch.tensor(facts.passage_labels, dtype=torch.long)  # (N,)
         return {"micro_batches": micro_batches, "passage_labels": passage_labels, "facts": facts}
 
-    def complete(self, micro_batch, device=None):
+    def complete(self, micro_batch: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
         """
-        Give `micro_batch`, in place, an empty share of each part of the model that it does not touch: ranks must make
-        the same calls.
+        Add to `micro_batch`, in place, an empty input for each part of the model that it does not reach.
+
+        All ranks must make the same calls.
         """
-        zero = torch.zeros(1, 1, dtype=torch.long, device=device)
+        dummy = torch.zeros(1, 1, dtype=torch.long, device=device)  # one token
+        no_rows = dummy[:0]  # (0, 1)
+        no_positions = dummy[0, :0]  # (0,)
         if "input_ids" not in micro_batch:
-            micro_batch["input_ids"] = zero
+            micro_batch["input_ids"] = dummy
             if self.padding_free:
-                micro_batch["position_ids"] = zero
+                micro_batch["position_ids"] = dummy
             if self.supervision != "nsp":
-                micro_batch |= {"labels": zero - 100, "label_positions": zero[0, :0]}
-            if not self.encoder_queries and self.supervision != "ntp":
-                micro_batch["nsp_positions"] = zero[0, :0]
+                micro_batch["labels"] = dummy - 100
+                micro_batch["label_positions"] = no_positions
+            if self._gen_queries:
+                micro_batch["nsp_positions"] = no_positions
         if self.supervision != "ntp" and "passage_input_ids" not in micro_batch:
-            micro_batch["passage_input_ids"] = zero[:0]
+            micro_batch["passage_input_ids"] = no_rows
         if self.encoder_queries and "query_input_ids" not in micro_batch:
-            micro_batch["query_input_ids"] = zero[:0]
+            micro_batch["query_input_ids"] = no_rows
         if self.shorten_first_pass and not micro_batch.get("first_pass"):
             micro_batch["first_pass"] = {}
             if not self.encoder_queries:
-                micro_batch["first_pass"] |= {"input_ids": zero, "nsp_positions": zero[0, :0]}
-            if not self.encoder_queries and self.padding_free:
-                micro_batch["first_pass"]["position_ids"] = zero
+                micro_batch["first_pass"] = {"input_ids": dummy, "nsp_positions": no_positions}
+                if self.padding_free:
+                    micro_batch["first_pass"]["position_ids"] = dummy
         return micro_batch
 
     @property
-    def _no_gen(self):
-        """Whether Gen has no part in the loss: next passages alone, of an encoder's queries."""
+    def _gen_queries(self) -> bool:
+        """Whether Gen makes the queries."""
+        return not self.encoder_queries and self.supervision != "ntp"
+
+    @property
+    def _without_gen(self) -> bool:
+        """Whether Gen has no part in the loss: NSP alone, with queries that an encoder makes."""
         return self.supervision == "nsp" and self.encoder_queries
 
     # ------------------------------------------------------------------ cutting
 
-    def _lengths(self, rows):
-        """The length of each row, by part."""
-        gen = [] if self._no_gen else [len(instance["input_ids"]) for instance in rows.instances]
-        queries = [len(query["input_ids"]) for query in rows.queries] if self.encoder_queries else []
-        return {"gen": gen, "passages": [len(passage) for passage in rows.passages], "queries": queries}
+    def _lengths(self, rows: BatchRows) -> dict[str, list[int]]:
+        """Return the length of each row, by what it is: `"gen"`, `"passages"` or `"queries"`."""
+        lengths: dict[str, list[int]] = {"gen": [], "passages": [], "queries": []}
+        if not self._without_gen:
+            lengths["gen"] = [len(instance.input_ids) for instance in rows.instances]
+        lengths["passages"] = [len(passage) for passage in rows.passages]
+        if self.encoder_queries:
+            lengths["queries"] = [len(query.input_ids) for query in rows.queries]
+        return lengths
 
-    def _cut(self, rows):
-        """The row numbers of each micro-batch, by part: `list[dict[str, list[int]]]`, at least one micro-batch."""
+    def _cut(self, rows: BatchRows) -> list[Cut]:
+        """Return the rows of each micro-batch; there is at least one micro-batch."""
         groups = self._groups(self._lengths(rows))
-        count = max(1, *map(len, groups.values()))
-        padded = {name: part + [[]] * (count - len(part)) for name, part in groups.items()}
-        return [{name: part[i] for name, part in padded.items()} for i in range(count)]
+        no_rows: list[int] = []
+        aligned = itertools.zip_longest(groups["gen"], groups["passages"], groups["queries"], fillvalue=no_rows)
+        return [Cut(*row_numbers) for row_numbers in aligned] or [Cut([], [], [])]
 
-    def _groups(self, lengths):
-        """Row numbers in groups, by part. With a limit, long instances share a micro-batch with short passages."""
-        packed = {part: self.padding_free if part == "gen" else self.padding_free_passages for part in lengths}
+    def _groups(self, lengths: dict[str, list[int]]) -> dict[str, list[list[int]]]:
+        """Return row numbers in groups, by what the rows are."""
         groups = {}
-        if self.max_tokens is None and self.max_instances is None:
-            for part, part_lengths in lengths.items():
-                groups[part] = cut_by_padding(part_lengths, None if packed[part] else self.call_overhead)
-            return groups
-        total = max(1, sum(map(sum, lengths.values())))
-        num_instances = len(lengths["queries" if self._no_gen else "gen"])
-        for part, part_lengths in lengths.items():
+        total = max(1, sum(sum(kind_lengths) for kind_lengths in lengths.values()))
+        num_instances = len(lengths["queries"]) if self._without_gen else len(lengths["gen"])
+        for kind, kind_lengths in lengths.items():
+            packed = self.padding_free if kind == "gen" else self.padding_free_passages
             if self.max_tokens is not None:
-                share = self.max_tokens * sum(part_lengths) / total
-                groups[part] = cut_by_tokens(part_lengths, share, packed[part])
+                share = self.max_tokens * sum(kind_lengths) / total
+                groups[kind] = cut_by_tokens(kind_lengths, share, packed)
+            elif self.max_instances is not None:
+                count = -(-num_instances // self.max_instances)
+                groups[kind] = cut_by_number(kind_lengths, max(1, count))
+            elif packed:
+                groups[kind] = cut_by_padding(kind_lengths, None)
             else:
-                groups[part] = cut_by_number(part_lengths, max(1, -(-num_instances // self.max_instances)))
-            if part != "gen":
-                groups[part].reverse()
+                groups[kind] = cut_by_padding(kind_lengths, self.call_overhead)
+        if self.max_tokens is not None or self.max_instances is not None:
+            # groups begin with the longest rows: long instances share a micro-batch with short passages
+            groups["passages"].reverse()
+            groups["queries"].reverse()
         return groups
 
-    def _facts(self, rows, cuts, micro_batches):
-        """What the host knows of a batch; queries and passages in the order of its micro-batches."""
+    def _facts(self, rows: BatchRows, cuts: list[Cut], micro_batches: list[dict[str, Any]]) -> BatchFacts:
+        """Return what the host knows of a batch; queries and passages in the order of its micro-batches."""
         lengths = self._lengths(rows)
-        passage_order = [row for cut in cuts for row in cut["passages"]]
-        position = {row: i for i, row in enumerate(passage_order)}
-        queries, instance_ids = [], []
-        for cut in cuts:
-            queries_of_cut = self._queries(rows, cut)
-            queries += queries_of_cut
-            if self._no_gen:
-                instance_ids.append([query["instance_id"] for query in queries_of_cut])
-            else:
-                instance_ids.append([rows.instances[i]["id"] for i in cut["gen"]])
-        num_padded_tokens = 0
+        facts = BatchFacts(num_gen_tokens=sum(lengths["gen"]))
+        facts.num_tokens = sum(sum(kind_lengths) for kind_lengths in lengths.values())
+        for instance in rows.instances:
+            facts.num_labels += len(instance.trained_columns)
         for micro_batch in micro_batches:
-            num_padded_tokens += sum(ids.numel() for name, ids in micro_batch.items() if name.endswith("input_ids"))
-        return BatchFacts(
-            instance_ids=instance_ids,
-            query_instance_ids=[query["instance_id"] for query in queries],
-            passage_keys=[tuple(sorted(rows.passage_keys[row])) for row in passage_order],
-            positive_keys=[query["positive_keys"] for query in queries],
-            query_keys=[query["key"] for query in queries],
-            passage_labels=[position[rows.row_of_passage[query["passage"]]] for query in queries],
-            num_labels=sum(label != -100 for instance in rows.instances for label in instance["labels"][1:]),
-            num_gen_tokens=sum(lengths["gen"]),
-            num_tokens=sum(map(sum, lengths.values())),
-            num_padded_tokens=num_padded_tokens,
-        )
+            for name, tensor in micro_batch.items():
+                if name.endswith("input_ids"):
+                    facts.num_padded_tokens += tensor.numel()
 
-    def _queries(self, rows, cut):
-        """The queries of a micro-batch, in the order in which it makes them."""
+        new_row: dict[int, int] = {}  # in the order of the micro-batches
+        for cut in cuts:
+            for row in cut.passages:
+                new_row[row] = len(new_row)
+                facts.passage_keys.append(tuple(sorted(rows.passage_keys[row])))
+        for cut in cuts:
+            queries = self._queries(rows, cut)
+            if self._without_gen:
+                facts.instance_ids.append([query.instance_id for query in queries])
+            else:
+                facts.instance_ids.append([rows.instances[i].id for i in cut.instances])
+            for query in queries:
+                facts.query_instance_ids.append(query.instance_id)
+                facts.query_keys.append(query.key)
+                facts.positive_keys.append(query.positive_keys)
+                facts.passage_labels.append(new_row[rows.row_of_passage[query.passage]])
+        return facts
+
+    def _queries(self, rows: BatchRows, cut: Cut) -> list[Query]:
+        """Return the queries of a micro-batch, in the order in which the model computes them."""
         if self.encoder_queries:
             all_queries = rows.queries
-            return [all_queries[i] for i in cut["queries"]]
-        return [query for i in cut["gen"] for query in rows.instances[i]["queries"]]
+            return [all_queries[i] for i in cut.queries]
+        queries = []
+        for i in cut.instances:
+            queries += rows.instances[i].queries
+        return queries
 
     # ------------------------------------------------------------------ tensors
 
-    def _micro_batch(self, rows, cut):
-        """The tensors of a micro-batch, by argument of forward; see [`forward_arguments`]."""
-        micro_batch = {}
-        if cut["gen"]:
-            micro_batch |= self._gen([rows.instances[i] for i in cut["gen"]])
-        if cut["passages"]:
-            micro_batch |= self._emb_seq("passage", [rows.passages[row] for row in cut["passages"]])
-        if cut["queries"]:
-            micro_batch |= self._emb_seq("query", [query["input_ids"] for query in self._queries(rows, cut)])
+    def _micro_batch(self, rows: BatchRows, cut: Cut) -> dict[str, Any]:
+        """Return the tensors of a micro-batch, by name; see [`forward_arguments`]."""
+        micro_batch: dict[str, Any] = {}
+        if cut.instances:
+            micro_batch |= self._gen_tensors([rows.instances[i] for i in cut.instances])
+        if cut.passages:
+            micro_batch |= self._encoder_tensors("passage", [rows.passages[row] for row in cut.passages])
+        if cut.queries:
+            micro_batch |= self._encoder_tensors("query", [query.input_ids for query in self._queries(rows, cut)])
         return micro_batch
 
-    def _gen(self, instances):
-        """What Gen reads, with the positions of `[NSP]` and of labels in the flattened tensor."""
-        rows = [instance["input_ids"] for instance in instances]
-        columns = [instance["columns"] for instance in instances]
-        gen_queries = not self.encoder_queries and self.supervision != "ntp"
-        micro_batch, offsets = _lay_out(rows, self.pad_token_id, self.padding_free)
-        if gen_queries:
-            micro_batch["nsp_positions"] = _positions(offsets, columns)
+    def _gen_tensors(self, instances: list[InstanceRow]) -> dict[str, Any]:
+        """Return what Gen reads, with the positions of `[NSP]` and of labels in the flattened tensor."""
+        rows = [instance.input_ids for instance in instances]
+        columns = [instance.columns for instance in instances]
+        tensors, offsets = _lay_out(rows, self.pad_token_id, self.padding_free)
+        micro_batch: dict[str, Any] = {**tensors}
+        if self._gen_queries:
+            micro_batch["nsp_positions"] = _flat_positions(offsets, columns)
         if self.supervision != "nsp":
-            # packed, the first label would be the next token of the row before
-            labels = [[-100, *instance["labels"][1:]] for instance in instances]
-            trained = [[i for i, label in enumerate(row[1:]) if label != -100] for row in labels]
+            # a packed row's first label would be the next token of the row before it
+            labels = [[-100, *instance.labels[1:]] for instance in instances]
+            trained_columns = [instance.trained_columns for instance in instances]
             micro_batch["labels"] = _lay_out(labels, -100, self.padding_free)[0]["input_ids"]
-            micro_batch["label_positions"] = _positions(offsets, trained)
+            micro_batch["label_positions"] = _flat_positions(offsets, trained_columns)
         if self.shorten_first_pass:
-            micro_batch["first_pass"] = self._first_pass(instances) if gen_queries else {}
+            micro_batch["first_pass"] = self._first_pass_tensors(instances) if self._gen_queries else {}
         return micro_batch
 
-    def _first_pass(self, instances):
-        """What Gen reads in the first pass of GradCache: rows up to their last `[NSP]`."""
-        retrieving = [instance for instance in instances if instance["columns"]]
+    def _first_pass_tensors(self, instances: list[InstanceRow]) -> dict[str, torch.Tensor]:
+        """Return what Gen reads in the first pass of GradCache: rows up to their last `[NSP]`."""
+        retrieving = [instance for instance in instances if instance.columns]
         if not retrieving:
             return {}
-        rows = [instance["input_ids"][: instance["columns"][-1] + 1] for instance in retrieving]
-        first_pass, offsets = _lay_out(rows, self.pad_token_id, self.padding_free)
-        first_pass["nsp_positions"] = _positions(offsets, [instance["columns"] for instance in retrieving])
-        return first_pass
+        rows = [instance.input_ids[: instance.columns[-1] + 1] for instance in retrieving]
+        tensors, offsets = _lay_out(rows, self.pad_token_id, self.padding_free)
+        tensors["nsp_positions"] = _flat_positions(offsets, [instance.columns for instance in retrieving])
+        return tensors
 
-    def _emb_seq(self, name, rows):
-        laid_out, offsets = _lay_out(rows, self.emb_seq_pad_token_id, self.padding_free_passages)
+    def _encoder_tensors(self, prefix: str, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+        """Return what an encoder reads, under names that begin with `prefix`, `"passage"` or `"query"`."""
+        tensors, offsets = _lay_out(rows, self.emb_seq_pad_token_id, self.padding_free_passages)
         if self.padding_free_passages:
-            laid_out["ends"] = _positions(offsets, [[len(row) - 1] for row in rows])
+            tensors["ends"] = _flat_positions(offsets, [[len(row) - 1] for row in rows])
         else:
             lengths = torch.tensor([len(row) for row in rows])
-            laid_out["attention_mask"] = (torch.arange(laid_out["input_ids"].shape[1]) < lengths[:, None]).long()
-        return {f"{name}_{key}": value for key, value in laid_out.items()}
+            width = tensors["input_ids"].shape[1]
+            tensors["attention_mask"] = (torch.arange(width) < lengths[:, None]).long()
+        return {f"{prefix}_{name}": tensor for name, tensor in tensors.items()}
 
 
-def _lay_out(rows, pad_token_id, packed):
-    """Rows as one padded tensor, or concatenated into one row; and where each begins in the flattened tensor."""
+def _lay_out(
+    rows: Sequence[Sequence[int]], pad_token_id: int, packed: bool
+) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """Return rows as one padded tensor, or packed into a single row, and where each begins when it is flattened."""
     if not packed:
-        input_ids, _ = pad_rows([list(row) for row in rows], pad_token_id)
+        input_ids, _ = pad_rows([list(row) for row in rows], pad_token_id)  # (B, T)
         return {"input_ids": input_ids}, [i * input_ids.shape[1] for i in range(len(rows))]
-    input_ids = torch.tensor([[token for row in rows for token in row]], dtype=torch.long)
-    position_ids = torch.cat([torch.arange(len(row)) for row in rows])[None]
-    return {"input_ids": input_ids, "position_ids": position_ids}, np.cumsum(
-        [0] + [len(row) for row in rows[:-1]]
-    ).tolist()
+    lengths = [len(row) for row in rows]
+    tokens = list(itertools.chain.from_iterable(rows))
+    input_ids = torch.tensor([tokens], dtype=torch.long)  # (1, T)
+    position_ids = torch.cat([torch.arange(length) for length in lengths])[None]  # (1, T)
+    offsets = [0, *itertools.accumulate(lengths[:-1])]
+    return {"input_ids": input_ids, "position_ids": position_ids}, offsets
 
 
-def _positions(offsets, columns):
-    return torch.tensor(
-        [offset + column for offset, row in zip(offsets, columns, strict=True) for column in row], dtype=torch.long
-    )
+def _flat_positions(offsets: Sequence[int], columns: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Return `(K,)`: the positions, in the flattened tensor, of the given columns of each row."""
+    positions = []
+    for offset, row_columns in zip(offsets, columns, strict=True):
+        positions += [offset + column for column in row_columns]
+    return torch.tensor(positions, dtype=torch.long)

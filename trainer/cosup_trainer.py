@@ -1,19 +1,26 @@
-"""CoSupTrainer: the Trainer whose loss is L = L_NTP + λ·L_NSP over the global batch; `training_step` has its step."""
+"""CoSupTrainer: the Trainer of the loss L = L_NTP + λ·L_NSP over the global batch; `training_step` has its step."""
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import DistributedType, DynamoBackend
+from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import Trainer
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader, Sampler
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, TrainOutput
 
-from modeling_cosup import CoSupForCausalLM
+from modeling_cosup import CoSupConfig, CoSupForCausalLM
 
-from .dataset_setup import COLUMNS, OPTIONAL_COLUMNS, no_duplicates_sampler, tokenize_dataset
+from .dataset_setup import COLUMNS, OPTIONAL_COLUMNS, AnyDataset, no_duplicates_sampler, tokenize_dataset
 from .distributed import host_group, world_size
 from .held_out import HeldOutMixin
 from .hub import HubMixin
@@ -32,22 +39,26 @@ from .training_args import CoSupTrainingArguments
 from .training_step import TrainingStepMixin
 from .watch import FiniteLosses, explained_memory_errors, last_complete_checkpoint
 
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
 
 class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type: ignore[misc]  # its card takes other arguments
     """
     Trains a [`CoSupForCausalLM`] by next token and next sequence prediction in the same step.
 
-    NTP is summed over tokens and divided by the global count of trained tokens, NSP is summed over queries and divided
-    by the global count of queries, over all ranks and accumulated batches; the negatives of a query are all passages
-    of its batch, on all ranks. How a batch is cut into micro-batches (by length, against padding; with
-    `nsp_batch_size`, against memory) changes neither. Weights that are trained are held in float32 (adapters as PEFT
-    holds them); `bf16=True` computes in bfloat16.
+    NTP is summed over tokens and divided by the global count of trained tokens. NSP is summed over queries and divided
+    by the global count of queries. Both counts are over all ranks and accumulated batches. The negatives of a query
+    are all other passages of its batch, on all ranks. A batch is cut into micro-batches, by length to save padding or,
+    with `nsp_batch_size`, to save memory; how it is cut does not change the losses. Trained weights are held in
+    float32 (adapters as PEFT holds them); `bf16=True` computes in bfloat16.
 
-    Logs next to `loss` each loss by name (`ntp_loss`, `nsp_loss`: see `losses.py`), `nsp_accuracy` (in-batch retrieval
-    accuracy), `num_negatives` (mean per query), `tokens_per_second` (tokens of Gen and Emb_seq, without padding) and
-    `padding` (its share of all tokens). `evaluate()` returns `eval_loss`, each loss by name (`eval_ntp_loss`,
-    `eval_nsp_loss`), `eval_query_recall@1` and `eval_query_recall@5`, over all distinct passages of the evaluation
-    set, whatever the batches.
+    The log has, next to `loss`: each loss by name (`ntp_loss`, `nsp_loss`: see `losses.py`), `nsp_accuracy` (in-batch
+    retrieval accuracy), `num_negatives` (mean per query), `tokens_per_second` (tokens of Gen and Emb_seq, without
+    padding) and `padding` (its share of all tokens).
+
+    `evaluate()` returns `eval_loss`, each loss by name (`eval_ntp_loss`, `eval_nsp_loss`), `eval_query_recall@1` and
+    `eval_query_recall@5`, over all distinct passages of the evaluation set, whatever its batches.
 
     Args:
         model (`CoSupForCausalLM` or `str`): a model or the name or path of one.
@@ -56,37 +67,41 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
         train_dataset, eval_dataset (`Dataset`, `IterableDataset`, `list[dict]`, *optional*): instances, or already
             tokenized ones (columns `input_ids`, `labels`, `passage_input_ids`). `eval_dataset` may be a dict of them.
         processing_class, emb_seq_processing_class (`PreTrainedTokenizerBase`, *optional*): default to the model's own.
-        compute_metrics (`Callable`, *optional*): gets an `EvalPrediction` with `predictions=(query_embeds,
-            passage_embeds)`, the distinct passages of the set, and `label_ids`, for each query the row of its passage.
+        compute_metrics (`Callable`, *optional*): takes an `EvalPrediction`. Its `predictions` are `(query_embeds,
+            passage_embeds)`, of the distinct passages of the set; its `label_ids`, for each query the row of its
+            passage.
         callbacks, optimizers: as in `Trainer`.
         peft_config (`PeftConfig`, *optional*): wraps the model; rows of control tokens are trained too.
 
     Raises:
-        `ValueError`: an invalid instance, naming its row, before training starts; arguments that do not fit the model.
-        `FloatingPointError`: while training, a loss that is NaN or infinite, naming the step, the loss and the
+        `ValueError`: for an invalid instance, naming its row, before training starts, and for arguments that do not
+            fit the model.
+        `FloatingPointError`: while training, for a loss that is NaN or infinite, naming the step, the loss and the
             instances.
-        `torch.OutOfMemoryError`: while training, naming the arguments that would lower it.
+        `torch.OutOfMemoryError`: while training, naming the arguments that would lower the memory of a step.
     """
 
     loss_is_scaled_for_ga = True  # over tokens and queries of the whole accumulated batch, not per micro-batch
 
     def __init__(
         self,
-        model,
-        args=None,
-        data_collator=None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
-        emb_seq_processing_class=None,
-        compute_metrics=None,
-        callbacks=None,
-        optimizers=(None, None),
-        peft_config=None,
-        **kwargs,
-    ):
-        args = args if args is not None else CoSupTrainingArguments("cosup")
-        model = CoSupForCausalLM.from_pretrained(model) if isinstance(model, str) else model
+        model: CoSupForCausalLM | str,
+        args: CoSupTrainingArguments | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        emb_seq_processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Optimizer | None, LambdaLR | None] = (None, None),
+        peft_config: "PeftConfig | None" = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            args = CoSupTrainingArguments("cosup")
+        if isinstance(model, str):
+            model = CoSupForCausalLM.from_pretrained(model)
         base = without_peft(model)
         if base.config.model_type != "cosup" or base.emb_seq is None:
             raise ValueError(
@@ -95,112 +110,130 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
             )
         if world_size() > 1 and not args.average_tokens_across_devices:
             raise ValueError("Losses are divided by global counts: leave average_tokens_across_devices=True.")
+        self.cosup_config = cast(CoSupConfig, base.config)
         if processing_class is not None:
-            check_control_tokens(processing_class, base.config)
+            check_control_tokens(processing_class, self.cosup_config)
             base.tokenizer = processing_class
         if emb_seq_processing_class is not None:
             base.emb_seq_tokenizer = emb_seq_processing_class
-        check_supervision(args, base.config)
+        check_supervision(args, self.cosup_config)
+        trained_model: Any = model
         if peft_config is not None:
-            model = wrap_in_peft(model, peft_config)
+            trained_model = wrap_in_peft(model, peft_config)
         freeze(base, args)
-        if model is base:
+        if trained_model is base:
             keep_master_weights(base, args)
         speed_up(base, args)
-        self._check_hub_arguments(args, model)
-        self.cosup_config = base.config
+        self._check_hub_arguments(args, trained_model)
         self.tokenizers = base.tokenizer, base.emb_seq_tokenizer
         if data_collator is None:
             data_collator = default_collator(base, args, self.tokenizers)
-        prepare = functools.partial(tokenize_dataset, tokenizers=self.tokenizers, config=base.config, args=args)
+
+        prepare = functools.partial(tokenize_dataset, tokenizers=self.tokenizers, config=self.cosup_config, args=args)
+        prepared_eval_dataset: Any
         if isinstance(eval_dataset, dict):
-            sets = eval_dataset.items()
-            eval_dataset = {name: prepare(dataset, name=f"evaluation set {name!r}") for name, dataset in sets}
+            prepared_eval_dataset = {}
+            for name, dataset in eval_dataset.items():
+                prepared_eval_dataset[name] = prepare(dataset, name=f"evaluation set {name!r}")
         else:
-            eval_dataset = prepare(eval_dataset, name="evaluation set")
+            prepared_eval_dataset = prepare(eval_dataset, name="evaluation set")
         super().__init__(
-            model=model,
+            model=trained_model,
             args=args,
             data_collator=data_collator,
             train_dataset=prepare(train_dataset, name="training set"),
-            eval_dataset=eval_dataset,
+            eval_dataset=prepared_eval_dataset,
             processing_class=self.tokenizers[0],
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
             **kwargs,
         )
-        for name in ("nsp_batch_size", "clip_gen_only"):
-            if getattr(args, name) and self._shards_in_its_own_way():
-                kind = self.accelerator.distributed_type.value
-                raise ValueError(f"{name} works under DDP and FSDP2, not under {kind} as it is configured.")
-        if args.torch_compile:  # the layers are compiled already; the rest depends on the data
-            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
-        plugin = self._fsdp2_plugin()
-        policy = None if plugin is None else plugin.mixed_precision_policy
-        if policy is not None:  # losses, embeddings and gradients of ranks in float32
-            plugin.mixed_precision_policy = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+        self._check_sharding()
+        self._set_up_accelerator()
         self._host_group = host_group(args.ddp_timeout_delta)
         self._finite = FiniteLosses()
         self._running = RunningFigures(self.loss_weights)
-        self._eval_batches, self._step_instance_ids = [], []
-        self._num_parameters = None
+        self._evaluated_batches = []
+        self._step_instance_ids = []
+        self._num_parameters: tuple[int, int] | None = None  # of Gen and Emb_seq
 
-    def _shards_in_its_own_way(self):
-        """DeepSpeed takes one backward a step and clips by itself; FSDP1 has norms of shards."""
-        kind = self.accelerator.distributed_type
-        return kind == DistributedType.DEEPSPEED or (kind == DistributedType.FSDP and self._fsdp2_plugin() is None)
+    def _check_sharding(self) -> None:
+        """Raise if DeepSpeed, which steps and clips by itself, or FSDP1, with its norms of shards, cannot do it."""
+        distributed_type = self.accelerator.distributed_type
+        is_fsdp1 = distributed_type == DistributedType.FSDP and self._fsdp2_plugin() is None
+        if distributed_type != DistributedType.DEEPSPEED and not is_fsdp1:
+            return
+        for name in ("nsp_batch_size", "clip_gen_only"):
+            if getattr(self.args, name):
+                kind = distributed_type.value
+                raise ValueError(f"{name} works under DDP and FSDP2, not under {kind} as it is configured.")
 
-    def _fsdp2_plugin(self):
+    def _set_up_accelerator(self) -> None:
+        """Keep accelerate from compiling the whole model, and FSDP2 from rounding what ranks exchange."""
+        if self.args.torch_compile:  # the layers are compiled already; the rest depends on the data
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+        plugin = self._fsdp2_plugin()
+        if plugin is not None and plugin.mixed_precision_policy is not None:
+            # losses, embeddings and gradients of ranks in float32
+            plugin.mixed_precision_policy = dataclasses.replace(
+                plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+            )
+
+    def _fsdp2_plugin(self) -> Any:
+        """Return accelerate's FSDP plugin; `None` without one, or if it is set to FSDP1."""
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         return plugin if getattr(plugin, "fsdp_version", 1) == 2 else None
 
     # ------------------------------------------------------------------ data
 
-    def _set_signature_columns_if_needed(self):
-        self._signature_columns = COLUMNS + OPTIONAL_COLUMNS
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = COLUMNS + OPTIONAL_COLUMNS  # type: ignore[assignment]  # Trainer begins with None
 
-    def _get_train_sampler(self, train_dataset=None):
-        """With `batch_sampler="no_duplicates"`, batches over all ranks that name no passage twice."""
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        """Return a sampler; with `batch_sampler="no_duplicates"`, batches over all ranks name no passage twice."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.batch_sampler != "no_duplicates":
             return super()._get_train_sampler(train_dataset)
         self._sampler = no_duplicates_sampler(dataset, self.args, self.args.train_batch_size * world_size())
         return self._sampler
 
-    def get_train_dataloader(self):
-        """`Trainer`'s; the sampler hears of the epoch also where a resumed run skips batches."""
+    def get_train_dataloader(self) -> DataLoader:
+        """Return `Trainer`'s loader."""
         loader = super().get_train_dataloader()
         if self.args.batch_sampler == "no_duplicates":
-            loader.set_sampler(self._sampler)
+            # so that the sampler gets the epoch, even if a resumed run skips batches
+            cast(DataLoaderShard, loader).set_sampler(self._sampler)
         return loader
 
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        """`Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that was written to its end."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Do what `Trainer.train` does; `resume_from_checkpoint=True` takes the last checkpoint that is complete."""
         self._running.restart()
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        # an evaluation before has prepared the model, but not for data parallelism
+            resume_from_checkpoint = last_complete_checkpoint(cast(str, self.args.output_dir))
+        # an evaluation before this has prepared the model, but not for data parallelism
         vars(self.model).pop("_is_accelerate_prepared", None)
         with explained_memory_errors(self.args):
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._finite.check()
         return output
 
-    def floating_point_ops(self, inputs):
-        """6 operations per token and parameter that reads it, embeddings not counted."""
-        facts, base = inputs["facts"], without_peft(self.model)
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Return 6 operations for each token and parameter that reads it, embeddings not counted."""
         if self._num_parameters is None:
-            parts = [base.gen, base.emb_seq if self.args.supervision != "ntp" else None]
-            self._num_parameters = [
-                0 if part is None else part.num_parameters(exclude_embeddings=True) for part in parts
-            ]
-        gen, emb_seq = self._num_parameters
-        return 6 * (facts.num_gen_tokens * gen + (facts.num_tokens - facts.num_gen_tokens) * emb_seq)
+            base = without_peft(self.model)
+            emb_seq_parameters = 0
+            if self.args.supervision != "ntp" and base.emb_seq is not None:
+                emb_seq_parameters = base.emb_seq.num_parameters(exclude_embeddings=True)
+            self._num_parameters = base.gen.num_parameters(exclude_embeddings=True), emb_seq_parameters
+        gen_parameters, emb_seq_parameters = self._num_parameters
+        facts = inputs["facts"]
+        emb_seq_tokens = facts.num_tokens - facts.num_gen_tokens
+        return 6 * (facts.num_gen_tokens * gen_parameters + emb_seq_tokens * emb_seq_parameters)
 
     # ------------------------------------------------------------------ the log
 
-    def log(self, logs, start_time=None):
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each loss by name, and the other running figures, to what `Trainer` logs."""
         if "loss" in logs and self._running.steps:
             self._finite.check()
@@ -208,38 +241,38 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
             self._running.restart()
         super().log(logs, start_time)
 
-    def _sum_over_ranks(self, tensor):
+    def _sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(tensor, "sum") if world_size() > 1 else tensor
 
     # ------------------------------------------------------------------ the paper's optimiser
 
-    def create_scheduler(self, num_training_steps, optimizer=None):
-        """With `lr_decay_per_epoch`: a constant rate, multiplied by it after every epoch (section 4: 0.85)."""
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        """Return a schedule; `lr_decay_per_epoch` multiplies a constant rate after every epoch (section 4)."""
         decay = self.args.lr_decay_per_epoch
         if decay is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
-        steps_per_epoch = max(1, round(num_training_steps / self.args.num_train_epochs))
         if self.args.max_steps > 0:
             if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
                 raise ValueError(
                     "lr_decay_per_epoch needs to know how long an epoch is; a streamed dataset does not say."
                 )
-            batches = len(self.get_train_dataloader())
-            steps_per_epoch = max(1, -(-batches // self.args.gradient_accumulation_steps))
-        optimizer = self.optimizer if optimizer is None else optimizer
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: decay ** (step // steps_per_epoch)
-        )
+            num_batches = len(self.get_train_dataloader())
+            steps_per_epoch = max(1, -(-num_batches // self.args.gradient_accumulation_steps))
+        else:
+            steps_per_epoch = max(1, round(num_training_steps / self.args.num_train_epochs))
+        if optimizer is None:
+            optimizer = cast(Optimizer, self.optimizer)
+        self.lr_scheduler = LambdaLR(optimizer, lambda step: decay ** (step // steps_per_epoch))
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def _clip_grad_norm(self, model):
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
         if not self.args.clip_gen_only:
             return super()._clip_grad_norm(model)
         gen = without_peft(self.accelerator.unwrap_model(model)).gen
         return self.accelerator.clip_grad_norm_(gen.parameters(), self.args.max_grad_norm)
 
-    def _get_grad_norm(self, model, grad_norm=None):
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm)
         if isinstance(grad_norm, torch.Tensor) and not self.args.fp16:  # float16 skips such steps by itself
             norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm  # over all ranks
@@ -249,19 +282,19 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
 
     # ------------------------------------------------------------------ checkpoints
 
-    def _save_checkpoint(self, model, trial):
-        self._finite.check()  # a ruined model is not saved
-        if self.args.should_save:  # an older run's checkpoint of the same step is complete no longer
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._finite.check()  # a model that a bad loss has ruined is not saved
+        if self.args.should_save:  # what an earlier run left of the same step is no longer complete
             folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
 
-    def _save_rng_state(self, output_dir):
+    def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # the state file, written next and last, says that all ranks are done
 
-    def _issue_warnings_after_load(self, load_result):
-        """Tied weights are stored once: a head that a checkpoint lacks as it is the embedding is not missing."""
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Ignore a missing head that is tied to the embedding: tied weights are stored once."""
         tied = set(getattr(self.model, "all_tied_weights_keys", {}))
         if load_result.missing_keys and set(load_result.missing_keys) <= tied:
             self.model.tie_weights()

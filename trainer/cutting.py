@@ -1,52 +1,65 @@
-"""Cutting rows of tokens into groups of like length, against padding and within limits."""
+"""Cut rows of tokens into groups of similar length, to save padding and to stay within limits."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
 
-def _longest_first(lengths):
-    return sorted(range(len(lengths)), key=lambda i: -lengths[i])
-
-
-def cut_by_tokens(lengths, max_tokens, packed=False):
+def cut_by_tokens(lengths: Sequence[int], max_tokens: float, packed: bool = False) -> list[list[int]]:
     """
-    Rows, longest first, in groups of at most `max_tokens` tokens, padding to the longest included unless `packed`; a
-    longer row is a group of its own.
+    Group rows, longest first, so that no group has more than `max_tokens` tokens.
+
+    Padding to the longest row of a group counts, unless the rows are `packed`. A row that is longer than the limit
+    gets a group to itself.
     """
-    groups, tokens = [], 0.0
-    for i in _longest_first(lengths):
-        tokens += lengths[i] if packed or not groups else lengths[groups[-1][0]]
+    groups: list[list[int]] = []
+    tokens = 0.0
+    for row in _longest_first(lengths):
+        if packed or not groups:
+            tokens += lengths[row]
+        else:
+            tokens += lengths[groups[-1][0]]  # padded to the longest row of its group
         if not groups or tokens > max_tokens:
             groups.append([])
-            tokens = lengths[i]
-        groups[-1].append(i)
+            tokens = lengths[row]
+        groups[-1].append(row)
     return groups
 
 
-def cut_by_number(lengths, count):
-    """Rows, longest first, in at most `count` groups of equal size."""
-    order, size = _longest_first(lengths), max(1, -(-len(lengths) // count))
+def cut_by_number(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Group rows, longest first, in at most `count` groups of equal size."""
+    order = _longest_first(lengths)
+    size = max(1, -(-len(order) // count))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def cut_by_padding(lengths, call_overhead):
+def cut_by_padding(lengths: Sequence[int], call_overhead: int | None) -> list[list[int]]:
     """
-    Rows, longest first, in the groups for which padded tokens plus `call_overhead` a group are fewest; one group if it
-    is `None`.
+    Group rows, longest first, so that padded tokens plus `call_overhead` tokens per group are fewest.
 
-    Exact, by dynamic programming: the cheapest cut of the first i rows ends in some group j..i, and row j is the
-    longest of it.
+    With `None` there is one group. The result is exact, by dynamic programming: the cheapest cut of the first i rows
+    ends in some group j..i, and row j is the longest row of that group.
     """
     order = _longest_first(lengths)
-    if call_overhead is None or len(order) < 2:
-        return [order] if order else []
-    longest = np.array([lengths[i] for i in order], dtype=np.float64)
-    best, previous = np.zeros(len(order) + 1), np.zeros(len(order) + 1, dtype=np.int64)
+    if not order:
+        return []
+    if call_overhead is None or len(order) == 1:
+        return [order]
+    longest = np.array([lengths[row] for row in order], dtype=np.float64)
+    best = np.zeros(len(order) + 1)  # cost of the cheapest cut of the first i rows
+    starts = np.zeros(len(order) + 1, dtype=np.int64)  # where the last group of that cut begins
     for i in range(1, len(order) + 1):
         costs = best[:i] + (i - np.arange(i)) * longest[:i] + call_overhead
-        previous[i] = costs.argmin()
-        best[i] = costs[previous[i]]
-    groups, end = [], len(order)
+        starts[i] = costs.argmin()
+        best[i] = costs[starts[i]]
+    groups: list[list[int]] = []
+    end = len(order)
     while end > 0:
-        groups.insert(0, order[previous[end] : end])
-        end = int(previous[end])
+        start = int(starts[end])
+        groups.insert(0, order[start:end])
+        end = start
     return groups
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda row: -lengths[row])

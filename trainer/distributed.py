@@ -1,58 +1,69 @@
-"""Rows of all ranks with gradients, ragged counts and ranks without rows included. One process: nothing happens."""
+"""Exchange objects and rows between ranks, with gradients, even if counts differ. Nothing happens in one process."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+T = TypeVar("T")
 
-def world_size():
-    """Number of ranks, 1 without a process group."""
+
+def world_size() -> int:
+    """Return the number of ranks, 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def rank():
-    """This process' number, 0 without a process group."""
+def rank() -> int:
+    """Return the number of this process, 0 without a process group."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def barrier():
+def barrier() -> None:
     """Wait for all ranks."""
     if world_size() > 1:
         dist.barrier()
 
 
-def host_group(timeout=None):
-    """A process group for what ranks tell each other from the host, so that no GPU is waited for; all ranks must ask for it together."""
-    return (
-        None if world_size() == 1 or dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
-    )
+def host_group(timeout: timedelta | None = None) -> dist.ProcessGroup | None:
+    """
+    Return a process group for messages from host to host, which wait for no GPU; `None` for the default group.
+
+    All ranks must call this together.
+    """
+    if world_size() == 1 or dist.get_backend() == "gloo":
+        return None
+    return dist.new_group(backend="gloo", timeout=timeout)
 
 
-def gather_objects(value, group=None):
-    """`value` of every rank, in rank order: `list`."""
-    values = [None] * world_size()
+def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Return the `value` of every rank, in rank order."""
     if world_size() == 1:
         return [value]
+    values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value, group=group)
     return values
 
 
-def broadcast_object(value, group=None):
-    """Rank 0's `value`, on every rank."""
+def broadcast_object(value: T, group: dist.ProcessGroup | None = None) -> T:
+    """Return rank 0's `value` on every rank."""
     values = [value]
     if world_size() > 1:
         dist.broadcast_object_list(values, src=0, group=group)
     return values[0]
 
 
-def gather_rows(rows, counts, gather="global"):
+def gather_rows(rows: torch.Tensor, counts: Sequence[int], gather: str = "global") -> torch.Tensor:
     """
-    The rows of all ranks, in rank order.
+    Return the rows of all ranks, in rank order.
 
     Args:
         rows (`torch.Tensor` of shape `(M_r, ...)`): M_r may differ between ranks and be 0.
         counts (`list[int]`): M_r of each rank.
-        gather (`str`): `"global"`: with gradients to every rank's own rows, as if one process held them all. `"detached"`: the other ranks' rows are
-            constants (what the paper's code did; its gradient is another one). `"local"`: this rank's rows alone.
+        gather (`str`, *optional*, defaults to `"global"`): `"global"`: gradients reach the rows of every rank, as if
+            one process held them all. `"detached"`: the rows of other ranks are constants, as in the paper's code,
+            which gives another gradient. `"local"`: this rank's rows alone.
 
     Returns:
         `torch.Tensor` of shape `(M, ...)`.
@@ -66,8 +77,8 @@ def gather_rows(rows, counts, gather="global"):
     return torch.cat(pieces)
 
 
-def _all_gather(rows, counts):
-    """The rows of each rank, `tuple[torch.Tensor]`; ragged counts are padded on the way."""
+def _all_gather(rows: torch.Tensor, counts: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    """Return the rows of each rank; they travel padded to the largest count."""
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
     buffers = [torch.empty_like(padded) for _ in counts]
@@ -76,16 +87,21 @@ def _all_gather(rows, counts):
 
 
 class _GatherRows(torch.autograd.Function):
-    """all_gather forward; backward sums every rank's gradient and keeps this rank's slice: the gradient of the sum of all ranks' losses."""
+    """
+    Forward: all_gather. Backward: sum the gradients of all ranks and keep this rank's slice.
+
+    That is the gradient of the sum of all ranks' losses.
+    """
 
     @staticmethod
-    def forward(ctx, rows, counts):
+    def forward(ctx: Any, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         rank = dist.get_rank()
-        ctx.start, ctx.count = sum(counts[:rank]), counts[rank]
+        ctx.start = sum(counts[:rank])
+        ctx.count = counts[rank]
         return torch.cat(_all_gather(rows, counts))
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]  # one output
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         return gradient[ctx.start : ctx.start + ctx.count], None

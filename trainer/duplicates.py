@@ -1,5 +1,7 @@
-"""Which passages of a batch over all ranks are the same or right for a query, and an order without duplicates."""
+"""Find passages of a global batch that are the same or right for a query; sample batches without duplicates."""
 
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +17,11 @@ class GlobalBatch:
 
     Args:
         facts (`list[BatchFacts]`): of each rank, in rank order.
-        rank (`int`): this one.
+        rank (`int`): this rank.
         passage_groups (`numpy.ndarray` of shape `(M,)`): equal for identical passages.
         repeated (`numpy.ndarray` of shape `(M,)`): whether an earlier row holds an identical passage.
-        no_negatives (`numpy.ndarray` of shape `(2, P)`): pairs of one of this rank's queries and the row of another
-            passage that is right for it.
+        no_negatives (`numpy.ndarray` of shape `(2, P)`): pairs of a query of this rank and the row of another passage
+            that is right for it.
     """
 
     facts: list[BatchFacts]
@@ -30,56 +32,63 @@ class GlobalBatch:
 
     @property
     def passage_counts(self) -> list[int]:
-        """Passages of each rank."""
+        """Number of passages of each rank."""
         return [len(rank_facts.passage_keys) for rank_facts in self.facts]
 
     @property
     def first_row(self) -> int:
-        """Where the passages of this rank begin."""
+        """The row at which the passages of this rank begin."""
         return sum(self.passage_counts[: self.rank])
 
 
-def global_batch(facts, rank, mask_duplicates=True):
+def global_batch(facts: list[BatchFacts], rank: int, mask_duplicates: bool = True) -> GlobalBatch:
     """
-    The batch that all ranks make up.
+    Return the batch that all ranks make up, as one of them sees it.
 
     Args:
         facts (`list[BatchFacts]`): of each rank.
-        rank (`int`): whose view it is.
-        mask_duplicates (`bool`): passages that share a key are the same, and what is right for a query is right for
-            an equal one.
-
-    Returns:
-        [`GlobalBatch`].
+        rank (`int`): the rank that sees it.
+        mask_duplicates (`bool`, *optional*, defaults to `True`): passages that share a key are the same, and what is
+            right for a query is right for an equal query.
     """
-    starts = np.cumsum([0] + [len(rank_facts.passage_keys) for rank_facts in facts]).tolist()
-    keys = [row_keys for rank_facts in facts for row_keys in rank_facts.passage_keys]
+    first_rows = np.cumsum([0] + [len(rank_facts.passage_keys) for rank_facts in facts]).tolist()
+    keys = [row_keys for rank_facts in facts for row_keys in rank_facts.passage_keys]  # of all M rows
     groups = _groups(keys) if mask_duplicates else np.arange(len(keys))
     repeated = np.ones(len(keys), dtype=bool)
     repeated[np.unique(groups, return_index=True)[1]] = False
-    rows_of_key, rows_of_group, right = {}, {}, {}
+
+    groups_of_key = defaultdict(set)
+    rows_of_group = defaultdict(list)
     for row, row_keys in enumerate(keys):
-        rows_of_group.setdefault(int(groups[row]), []).append(row)
+        group = int(groups[row])
+        rows_of_group[group].append(row)
         for key in row_keys:
-            rows_of_key.setdefault(key, []).append(row)
+            groups_of_key[key].add(group)
+    positives_of_query = defaultdict(set)  # groups, by query key
     if mask_duplicates:
-        for rank_facts, start in zip(facts, starts[:-1], strict=True):
-            for key, label in zip(rank_facts.query_keys, rank_facts.passage_labels, strict=True):
-                right.setdefault(key, set()).add(int(groups[start + label]))
-    pairs, mine = [], facts[rank]
-    for query, label in enumerate(mine.passage_labels):
-        others = set(right.get(mine.query_keys[query], ()))
-        others |= {int(groups[row]) for key in mine.positive_keys[query] for row in rows_of_key.get(key, ())}
-        others.discard(int(groups[starts[rank] + label]))
-        pairs += [(query, row) for group in sorted(others) for row in rows_of_group[group]]
-    return GlobalBatch(facts, rank, groups, repeated, np.array(pairs, dtype=np.int64).reshape(-1, 2).T)
+        for rank_facts, first_row in zip(facts, first_rows[:-1], strict=True):
+            for query_key, label in zip(rank_facts.query_keys, rank_facts.passage_labels, strict=True):
+                positives_of_query[query_key].add(int(groups[first_row + label]))
+
+    pairs = []
+    own_facts = facts[rank]
+    for query, label in enumerate(own_facts.passage_labels):
+        right_groups = set(positives_of_query[own_facts.query_keys[query]])
+        for key in own_facts.positive_keys[query]:
+            right_groups |= groups_of_key[key]
+        right_groups.discard(int(groups[first_rows[rank] + label]))
+        for group in sorted(right_groups):
+            pairs += [(query, row) for row in rows_of_group[group]]
+    no_negatives = np.array(pairs, dtype=np.int64).reshape(-1, 2).T  # (2, P)
+    return GlobalBatch(facts, rank, groups, repeated, no_negatives)
 
 
-def _groups(keys):
-    """`(M,)`: a number for each row, equal for rows that share a key, directly or through others (union-find)."""
-    parent, owner = list(range(len(keys))), {}
+def _groups(keys: Sequence[Sequence[int]]) -> np.ndarray:
+    """Return `(M,)`: a number for each row, equal for rows that share a key, even through others (union-find)."""
+    parent = list(range(len(keys)))
+    row_of_key: dict[int, int] = {}
 
-    def find(row):
+    def find(row: int) -> int:
         while parent[row] != row:
             parent[row] = parent[parent[row]]
             row = parent[row]
@@ -87,7 +96,8 @@ def _groups(keys):
 
     for row, row_keys in enumerate(keys):
         for key in row_keys:
-            first, second = sorted((find(owner.setdefault(key, row)), find(row)))
+            earlier_row = row_of_key.setdefault(key, row)
+            first, second = sorted((find(earlier_row), find(row)))
             parent[second] = first
     return np.array([find(row) for row in range(len(keys))], dtype=np.int64)
 
@@ -95,40 +105,52 @@ def _groups(keys):
 # ---------------------------------------------------------------------- batches without duplicates
 
 
-class NoDuplicatesSampler(torch.utils.data.Sampler):
+class NoDuplicatesSampler(torch.utils.data.Sampler[int]):
     """
     A random order of the instances in which no batch names a passage twice.
 
-    An instance that names a passage of the batch waits for the next one. When only such instances are left, they come
-    as they are.
+    An instance that names a passage of the batch waits for the next batch. When only such instances are left, they
+    follow in their random order.
 
     Args:
-        passages (`list[list]`): for each instance, what tells its passages apart.
-        batch_size (`int`): instances of the batch that all ranks make up.
-        seed (`int`): of the order; every epoch has another.
+        passages (`Sequence[Collection]`): for each instance, keys of the passages that it names.
+        batch_size (`int`): instances of a batch, over all ranks.
+        seed (`int`, *optional*, defaults to 0): of the order; every epoch has another.
     """
 
-    def __init__(self, passages, batch_size, seed=0):
-        self.passages, self.batch_size, self.seed, self.epoch = passages, batch_size, seed, 0
+    def __init__(self, passages: Sequence[Collection[int]], batch_size: int, seed: int = 0) -> None:
+        self.passages = passages
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.passages)
 
-    def __iter__(self):
-        waiting = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.passages)).tolist()
+    def __iter__(self) -> Iterator[int]:
+        generator = np.random.default_rng([self.seed, self.epoch])
+        waiting = generator.permutation(len(self.passages)).tolist()
         while waiting:
-            batch, taken, rest = [], set(), []
-            for position, i in enumerate(waiting):
-                if taken.isdisjoint(self.passages[i]):
-                    batch.append(i)
-                    taken.update(self.passages[i])
-                else:
-                    rest.append(i)
-                if len(batch) == self.batch_size:
-                    rest += waiting[position + 1 :]
-                    break
-            yield from batch if len(batch) == self.batch_size else batch + rest
-            waiting = rest if len(batch) == self.batch_size else []
+            batch, waiting = self._next_batch(waiting)
+            yield from batch
+            if len(batch) < self.batch_size:  # no full batch without duplicates is left
+                yield from waiting
+                return
+
+    def _next_batch(self, waiting: list[int]) -> tuple[list[int], list[int]]:
+        """Return the first instances of `waiting` that share no passage, at most a batch, and the instances left."""
+        batch: list[int] = []
+        left_over: list[int] = []
+        named: set[int] = set()
+        for position, instance in enumerate(waiting):
+            if named.isdisjoint(self.passages[instance]):
+                batch.append(instance)
+                named.update(self.passages[instance])
+            else:
+                left_over.append(instance)
+            if len(batch) == self.batch_size:
+                return batch, left_over + waiting[position + 1 :]
+        return batch, left_over

@@ -1,15 +1,19 @@
-"""Evaluation while training: token losses of each instance, and each query against all distinct passages."""
+"""Evaluation while training: token losses, and each query against all distinct passages of the set."""
 
 import functools
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from torch import nn
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalPrediction
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from .batching import BatchFacts, CoSupDataCollator
 from .dataset_setup import tokenize_dataset
@@ -17,31 +21,63 @@ from .distributed import world_size
 from .duplicates import global_batch
 from .grad_cache import concatenated
 from .losses import EmbeddingBatch, embedding_losses, total_loss
+from .training_step import TrainingStepMixin
 from .watch import explained_memory_errors
 
 
-class HeldOutMixin:
+@dataclass
+class EvaluatedBatch:
+    """
+    What is kept of a batch until the end of its set.
+
+    Args:
+        facts ([`BatchFacts`]): of the batch.
+        token_losses (`dict[str, float]`): sums over tokens, by name.
+        query_embeds (`numpy.ndarray` of shape `(N, h)`), passage_embeds (`numpy.ndarray` of shape `(M, h)`): in
+            float32.
+    """
+
+    facts: BatchFacts
+    token_losses: dict[str, float]
+    query_embeds: np.ndarray
+    passage_embeds: np.ndarray
+
+
+class HeldOutMixin(TrainingStepMixin):
     """The part of [`CoSupTrainer`] that evaluates."""
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """`Trainer.evaluate`; `eval_dataset` may hold instances or tokenized ones, as in the constructor."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str | dict):
-            eval_dataset = tokenize_dataset(
-                eval_dataset, self.tokenizers, self.cosup_config, self.args, "evaluation set"
-            )
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]
+    eval_dataset: Any
+    _evaluated_batches: list[EvaluatedBatch]
 
-    def get_eval_dataloader(self, eval_dataset=None):
-        """As `Trainer`'s, but each instance goes to exactly one rank, and a rank that runs out gets an empty batch."""
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Do what `Trainer.evaluate` does; `eval_dataset` may also hold instances that are not tokenized."""
+        dataset: Any = eval_dataset
+        if dataset is not None and not isinstance(dataset, str | dict):
+            dataset = tokenize_dataset(dataset, self.tokenizers, self.cosup_config, self.args, "evaluation set")
+        return super().evaluate(dataset, ignore_keys, metric_key_prefix)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """
+        Return the loader of an evaluation set.
+
+        Unlike `Trainer`'s, it gives each instance to exactly one rank. A rank that runs out gets an empty batch.
+        """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
-        own_collator = isinstance(self.data_collator, CoSupDataCollator)
-        if world_size() == 1 or not isinstance(dataset, datasets.Dataset) or not own_collator:
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        has_default_collator = isinstance(self.data_collator, CoSupDataCollator)
+        if world_size() == 1 or not isinstance(dataset, datasets.Dataset) or not has_default_collator:
             return super().get_eval_dataloader(eval_dataset)
         rank, size = self.args.process_index, self.args.eval_batch_size
-        longest = -(-len(dataset) // world_size())
         rows = list(range(rank, len(dataset), world_size()))
-        batches = [rows[start : start + size] for start in range(0, longest, size)]
+        most_rows = -(-len(dataset) // world_size())  # of any rank
+        batches = [rows[start : start + size] for start in range(0, most_rows, size)]
         return DataLoader(
             dataset,
             batch_sampler=batches,
@@ -50,46 +86,77 @@ class HeldOutMixin:
             pin_memory=not self.args.use_cpu,
         )
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Keep a batch's embeddings and token losses until the end of the set; return nothing to the loop."""
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, None, None]:
+        """Keep the embeddings and token losses of a batch until the end of the set; return nothing to the loop."""
         inputs = self._prepare_inputs(inputs)
-        facts, nothing = inputs["facts"], torch.zeros(0, self.cosup_config.embedding_size)
         if world_size() > 1:
-            self._share_facts([inputs])  # shards need the same calls on all ranks
+            self._share_facts([inputs])  # sharded models need the same calls on all ranks
         with explained_memory_errors(self.args), torch.no_grad(), self.compute_loss_context_manager():
             outputs = [self._forward(model, micro_batch) for micro_batch in inputs["micro_batches"]]
-            sums = self.compute_losses(inputs, outputs)  # the set's number of tokens is known at its end
-        embeds = [
-            concatenated([getattr(output, name) for output in outputs]) for name in ("query_embeds", "passage_embeds")
-        ]
-        arrays = [(nothing if part is None else part).float().cpu().numpy() for part in embeds]
-        self._eval_batches.append((facts, {name: float(total) for name, total in sums.items()}, *arrays))
+            # sums: the number of tokens of the set is known only at its end
+            token_losses = self.compute_losses(inputs, outputs)
+        width = self.cosup_config.embedding_size
+        batch = EvaluatedBatch(
+            facts=inputs["facts"],
+            token_losses={name: float(loss) for name, loss in token_losses.items()},
+            query_embeds=_as_array([output.query_embeds for output in outputs], width),
+            passage_embeds=_as_array([output.passage_embeds for output in outputs], width),
+        )
+        self._evaluated_batches.append(batch)
         return None, None, None
 
     def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ):
-        """`Trainer`'s loop, then the losses and recall over the whole set, whatever its batches."""
-        self._eval_batches, start = [], time.time()
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Run `Trainer`'s loop, then compute losses and recall over the whole set, whatever its batches."""
+        self._evaluated_batches = []
+        start = time.time()
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
-        facts, token_losses, queries, passages = zip(*gather_object(self._eval_batches), strict=True)
-        self._eval_batches = []
+        batches = gather_object(self._evaluated_batches)
+        self._evaluated_batches = []
         self._running.leave_out(time.time() - start)
-        query_embeds, passage_embeds = np.concatenate(queries), np.concatenate(passages)
-        losses_of = functools.partial(embedding_losses, config=self.cosup_config, args=self.args)
-        metrics, rows, labels = retrieval_metrics(query_embeds, passage_embeds, facts, losses_of)
-        metrics = dict.fromkeys(self.loss_weights, 0.0) | metrics
-        num_labels = max(1, sum(batch_facts.num_labels for batch_facts in facts))
-        for batch_losses in token_losses:
-            for name, loss in batch_losses.items():
-                metrics[name] += loss / num_labels
-        losses = {name: metrics[name] for name in self.loss_weights}
-        metrics["loss"] = total_loss(losses, self.loss_weights)
-        if self.compute_metrics is not None:
-            prediction = EvalPrediction(predictions=(query_embeds, passage_embeds[rows]), label_ids=labels)
-            metrics.update(self.compute_metrics(prediction))
+        metrics = self._metrics(batches)
+        assert output.metrics is not None
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
+
+    def _metrics(self, batches: Sequence[EvaluatedBatch]) -> dict[str, Any]:
+        """Return losses, recall and the caller's own metrics over all batches of a set."""
+        facts = [batch.facts for batch in batches]
+        query_embeds = np.concatenate([batch.query_embeds for batch in batches])
+        passage_embeds = np.concatenate([batch.passage_embeds for batch in batches])
+        losses_of = functools.partial(embedding_losses, config=self.cosup_config, args=self.args)
+        retrieval, rows, labels = retrieval_metrics(query_embeds, passage_embeds, facts, losses_of)
+        metrics: dict[str, Any] = dict.fromkeys(self.loss_weights, 0.0) | retrieval
+        num_labels = max(1, sum(batch_facts.num_labels for batch_facts in facts))
+        for batch in batches:
+            for name, loss in batch.token_losses.items():
+                metrics[name] += loss / num_labels
+        losses: dict[str, float] = {name: metrics[name] for name in self.loss_weights}
+        metrics["loss"] = total_loss(losses, self.loss_weights)
+        if self.compute_metrics is not None:
+            embeds: Any = (query_embeds, passage_embeds[rows])
+            metrics.update(self.compute_metrics(EvalPrediction(predictions=embeds, label_ids=labels)))
+        return metrics
+
+
+def _as_array(pieces: Sequence[torch.Tensor | None], width: int) -> np.ndarray:
+    """Return the embeddings of all micro-batches, `(N, width)` in float32; N is 0 if no micro-batch has any."""
+    embeds = concatenated(pieces)
+    if embeds is None:
+        embeds = torch.zeros(0, width)
+    return embeds.float().cpu().numpy()
 
 
 def retrieval_metrics(
@@ -101,50 +168,68 @@ def retrieval_metrics(
     chunk_size: int = 1024,
 ) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
     """
-    Embedding losses and recall of queries over all distinct passages of a set.
+    Return embedding losses and recall of queries over all distinct passages of a set.
+
+    Another passage that is right for a query is neither a negative nor a miss. A tie is a miss.
 
     Args:
         query_embeds (`numpy.ndarray` of shape `(N, h)`), passage_embeds (`numpy.ndarray` of shape `(M, h)`): of all
             batches.
         facts (`Sequence[BatchFacts]`): of the same batches, in the same order.
         embedding_losses (`Callable`): see [`~trainer.losses.embedding_losses`].
-        ks (`Sequence[int]`): of `query_recall@k`.
-        chunk_size (`int`): queries that are scored at once.
+        ks (`Sequence[int]`, *optional*, defaults to `(1, 5)`): of `query_recall@k`.
+        chunk_size (`int`, *optional*, defaults to 1024): queries that are scored in one call.
 
     Returns:
-        `(dict, numpy.ndarray, numpy.ndarray)`: the mean of each loss, `num_passages`, `num_queries` and, with queries,
-        `query_recall@k`; the rows of distinct passages; for each query which of these is its own. Another passage that
-        is right for a query is neither a negative nor a miss, a tie is a miss.
+        `(dict, numpy.ndarray, numpy.ndarray)`: the mean of each loss, `num_passages`, `num_queries` and, if there are
+        queries, `query_recall@k`; the rows of the D distinct passages, `(D,)`; for each query, which of these is its
+        passage, `(N,)`.
     """
-    starts = np.cumsum([0] + [len(batch_facts.passage_keys) for batch_facts in facts])
-    merged = BatchFacts()
-    for batch_facts, start in zip(facts, starts, strict=False):
-        merged.passage_keys += batch_facts.passage_keys
-        merged.positive_keys += batch_facts.positive_keys
-        merged.query_keys += batch_facts.query_keys
-        merged.passage_labels += [int(start) + label for label in batch_facts.passage_labels]
+    merged = _merge(facts)
     batch = global_batch([merged], 0)
-    rows, pairs = np.flatnonzero(~batch.repeated), batch.no_negatives
-    row_of_group = {int(batch.passage_groups[row]): i for i, row in enumerate(rows)}
-    groups = [int(batch.passage_groups[label]) for label in merged.passage_labels]
-    labels = np.array([row_of_group[group] for group in groups], dtype=np.int64)
-    passages = torch.from_numpy(passage_embeds[rows])
+    rows = np.flatnonzero(~batch.repeated)  # (D,)
+    number_of_group = {int(batch.passage_groups[row]): number for number, row in enumerate(rows)}
+    number_of_row = [number_of_group[int(group)] for group in batch.passage_groups]  # among distinct passages
+    labels = np.array([number_of_row[label] for label in merged.passage_labels], dtype=np.int64)  # (N,)
+    right_queries, right_rows = batch.no_negatives  # (P,), (P,)
+    right_passages = np.array([number_of_row[row] for row in right_rows], dtype=np.int64)  # (P,)
+
+    passages = torch.from_numpy(passage_embeds[rows])  # (D, h)
     losses: dict[str, list[torch.Tensor]] = {}
     ranks = []
     for start in range(0, max(1, len(labels)), chunk_size):
-        chunk = slice(start, start + chunk_size)
-        queries, positives = torch.from_numpy(query_embeds[chunk]), torch.from_numpy(labels[chunk])
-        right = torch.zeros(len(queries), len(rows), dtype=torch.bool)
-        for query, row in pairs[:, (pairs[0] >= start) & (pairs[0] < start + chunk_size)].T.tolist():
-            right[query - start, row_of_group[int(batch.passage_groups[row])]] = True
-        chunk_losses, scores = embedding_losses(EmbeddingBatch(queries, passages, positives, right))
+        queries = torch.from_numpy(query_embeds[start : start + chunk_size])  # (C, h)
+        positives = torch.from_numpy(labels[start : start + chunk_size])  # (C,)
+        also_right = torch.zeros(len(queries), len(rows), dtype=torch.bool)  # (C, D)
+        in_chunk = (right_queries >= start) & (right_queries < start + chunk_size)
+        also_right[right_queries[in_chunk] - start, right_passages[in_chunk]] = True
+        chunk_losses, scores = embedding_losses(EmbeddingBatch(queries, passages, positives, also_right))
         for name, loss in chunk_losses.items():
             losses.setdefault(name, []).append(loss)
-        positive_scores = scores.gather(1, positives[:, None])
-        rank = (scores >= positive_scores).sum(1) - 1  # -inf where another passage is right too
-        ranks.append(torch.where(positive_scores[:, 0].isfinite(), rank, len(rows)))  # NaN finds nothing
+        ranks.append(_ranks(scores, positives))
+
     metrics = {name: float(torch.cat(chunks).mean()) if len(labels) else 0.0 for name, chunks in losses.items()}
     metrics |= {"num_passages": len(rows), "num_queries": len(labels)}
     if len(labels):
-        metrics |= {f"query_recall@{k}": float((torch.cat(ranks) < k).double().mean()) for k in ks}
+        for k in ks:
+            metrics[f"query_recall@{k}"] = float((torch.cat(ranks) < k).double().mean())
     return metrics, rows, labels
+
+
+def _merge(facts: Sequence[BatchFacts]) -> BatchFacts:
+    """Return the passages and queries of all batches as one batch."""
+    merged = BatchFacts()
+    for batch_facts in facts:
+        first_row = len(merged.passage_keys)
+        merged.passage_keys += batch_facts.passage_keys
+        merged.positive_keys += batch_facts.positive_keys
+        merged.query_keys += batch_facts.query_keys
+        merged.passage_labels += [first_row + label for label in batch_facts.passage_labels]
+    return merged
+
+
+def _ranks(scores: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+    """Return `(C,)`: how many other passages score at least as high as each query's own, by `scores` `(C, D)`."""
+    positive_scores = scores.gather(1, positives[:, None])  # (C, 1)
+    ranks = (scores >= positive_scores).sum(1) - 1  # a score of -inf, of another right passage, counts for nothing
+    return torch.where(positive_scores[:, 0].isfinite(), ranks, scores.shape[1])  # NaN finds nothing

@@ -1,27 +1,36 @@
 """
 One training step, from top to bottom.
 
-`Trainer` asks for the batches of an optimiser step. The ranks tell each other what their batches hold
-(`get_batch_samples`), so that each knows the global counts by which losses are divided, and which passages are the
-same. Then, for each batch, forward and backward (`training_step`): either at once (`compute_loss`), or, with
-`nsp_batch_size`, in the two passes of GradCache. Both get their losses, by name, from `compute_losses`.
+`Trainer` asks for the batches of an optimiser step (`get_batch_samples`). The ranks then tell each other what their
+batches hold, so that each knows the global counts by which losses are divided, and which passages are the same.
+Forward and backward follow for each batch (`training_step`): in one pass (`compute_loss`), or, with `nsp_batch_size`,
+in the two passes of GradCache. Both get their losses, by name, from `compute_losses`.
 """
 
 import contextlib
 import functools
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import datasets
 import torch
+import torch.distributed as dist
 from accelerate.utils import DistributedType
 from accelerate.utils.memory import clear_device_cache
+from torch import nn
+from transformers import Trainer
 from transformers.modeling_outputs import ModelOutput
 
-from .batching import forward_arguments
+from modeling_cosup import CoSupConfig, CoSupForCausalLM, CoSupOutput
+
+from .batching import BatchFacts, forward_arguments
 from .distributed import gather_objects
 from .duplicates import global_batch
-from .grad_cache import concatenated, first_pass, like_pieces, second_pass
+from .grad_cache import OptionalTensors, RandomState, concatenated, first_pass, like_pieces, second_pass
 from .losses import (
+    RunningFigures,
     embedding_batch,
     embedding_losses,
     finite_queries,
@@ -30,85 +39,112 @@ from .losses import (
     token_losses,
     total_loss,
 )
+from .training_args import CoSupTrainingArguments
+from .watch import FiniteLosses
 
 
-class TrainingStepMixin:
-    """The part of [`CoSupTrainer`] that takes a step."""
+class TrainingStepMixin(Trainer):
+    """The part of [`CoSupTrainer`] that takes a step. Batches are what [`CoSupDataCollator`] returns."""
+
+    args: CoSupTrainingArguments
+    model: CoSupForCausalLM  # or the PeftModel that wraps it
+    data_collator: Any
+    cosup_config: CoSupConfig
+    _host_group: dist.ProcessGroup | None
+    _finite: FiniteLosses
+    _running: RunningFigures
+    _step_instance_ids: list[str]
 
     # ------------------------------------------------------------------ what all ranks know of a step
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The batches of an optimiser step, with what all ranks know of them, and how many tokens they train."""
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        """Return the batches of an optimiser step, with what all ranks know of them, and their trained tokens."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not isinstance(self.train_dataset, datasets.Dataset):
-            # a stream's end is not known before, and not the same on all ranks
+            # the end of a stream is not known in advance, and not the same on all ranks
             count = min(gather_objects(len(batches), self._host_group))
-            batches = batches if count == num_batches else []  # Trainer takes no step with fewer
+            if count < num_batches:
+                batches = []  # Trainer takes no step with fewer batches
         if not batches:
             return batches, None
         num_items_in_batch = self._share_facts(batches)
-        self._step_instance_ids = [id for batch in batches for ids in batch["facts"].instance_ids for id in ids]
+        self._step_instance_ids = []
+        for batch in batches:
+            for instance_ids in batch["facts"].instance_ids:
+                self._step_instance_ids += instance_ids
         self._running.add_step()
         return batches, num_items_in_batch
 
-    def _share_facts(self, batches):
+    def _share_facts(self, batches: list[dict[str, Any]]) -> int:
         """
-        Tell each other, from the host, what the batches hold; then all ranks have equally many micro-batches, each
-        with every part of the model.
+        Tell all ranks, from the host, what the batches hold.
 
-        Adds to each batch `global`, the [`GlobalBatch`], and `num_queries`, of all batches and ranks.
+        Adds to each batch `global`, the [`GlobalBatch`], and `num_queries`, of all batches and ranks. Afterwards all
+        ranks have equally many micro-batches, each with an input for every part of the model.
 
         Returns:
             `int`: trained tokens of all batches and ranks, at least 1.
         """
-        facts = gather_objects([batch["facts"] for batch in batches], self._host_group)  # of each rank, of each batch
-        everything = [batch_facts for rank_facts in facts for batch_facts in rank_facts]
-        num_queries = sum(len(batch_facts.passage_labels) for batch_facts in everything)
+        facts = gather_objects([batch["facts"] for batch in batches], self._host_group)  # by rank, then by batch
+        all_facts = [batch_facts for rank_facts in facts for batch_facts in rank_facts]
+        num_queries = sum(len(batch_facts.passage_labels) for batch_facts in all_facts)
+        rank = self.args.process_index
         for i, batch in enumerate(batches):
-            ranks, rank = [rank_facts[i] for rank_facts in facts], self.args.process_index
+            facts_of_ranks = [rank_facts[i] for rank_facts in facts]
             if self.args.gather == "local":
-                batch["global"] = global_batch([ranks[rank]], 0, self.args.mask_duplicates)
+                batch["global"] = global_batch([facts_of_ranks[rank]], 0, self.args.mask_duplicates)
             else:
-                batch["global"] = global_batch(ranks, rank, self.args.mask_duplicates)
+                batch["global"] = global_batch(facts_of_ranks, rank, self.args.mask_duplicates)
             batch["num_queries"] = num_queries
-            if len(ranks) > 1:
-                self._complete(batch, max(len(batch_facts.instance_ids) for batch_facts in ranks))
-        return max(1, sum(batch_facts.num_labels for batch_facts in everything))
+            if len(facts_of_ranks) > 1:
+                count = max(len(batch_facts.instance_ids) for batch_facts in facts_of_ranks)
+                self._fill_up(batch, count)
+        return max(1, sum(batch_facts.num_labels for batch_facts in all_facts))
 
-    def _complete(self, batch, count):
-        """
-        Pad the batch to `count` micro-batches that touch every part of the model, so that all ranks make the same
-        calls.
-        """
-        micro_batches, device = batch["micro_batches"], batch["passage_labels"].device
+    def _fill_up(self, batch: dict[str, Any], count: int) -> None:
+        """Make it `count` micro-batches that all reach every part of the model: ranks must make the same calls."""
+        micro_batches = batch["micro_batches"]
+        device = batch["passage_labels"].device
         micro_batches += [{} for _ in range(count - len(micro_batches))]
         for micro_batch in micro_batches:
             self.data_collator.complete(micro_batch, device)
 
     # ------------------------------------------------------------------ loss
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        """`Trainer.training_step`; with `nsp_batch_size`, in two passes (see `grad_cache`)."""
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Do what `Trainer.training_step` does; with `nsp_batch_size`, in two passes (see `grad_cache`)."""
         if self.args.nsp_batch_size is None:
             return super().training_step(model, inputs, num_items_in_batch)
+        assert num_items_in_batch is not None  # get_batch_samples counts them
         loss = self._cached_training_step(model, inputs, num_items_in_batch)
         empty_cache_steps = self.args.torch_empty_cache_steps
         if empty_cache_steps is not None and self.state.global_step % empty_cache_steps == 0:
             clear_device_cache()
         return loss
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, ModelOutput]:
         """
-        The weighted sum of the losses (Eq. 5) of this rank's batch, scaled so that the mean over ranks and sum over
-        batches is the global loss.
+        Return the weighted sum of the losses (Eq. 5) of this rank's batch.
+
+        It is scaled so that the global loss is its mean over ranks and its sum over batches.
 
         Args:
-            model: the (wrapped) model.
-            inputs (`dict`): a batch of [`CoSupDataCollator`].
-            return_outputs (`bool`): also return the loss before scaling, its components by name, `query_embeds` and
-                `passage_embeds`.
-            num_items_in_batch (`int`, *optional*): trained tokens of the accumulated batch, over all ranks; without
-                it, of this batch.
+            model (`nn.Module`): the (wrapped) model.
+            inputs (`dict`): a batch.
+            return_outputs (`bool`, *optional*, defaults to `False`): also return the loss before scaling, its
+                components by name, `query_embeds` and `passage_embeds`.
+            num_items_in_batch (`int`, *optional*): trained tokens of the accumulated batch, over all ranks; by
+                default, of this batch.
 
         Returns:
             `torch.FloatTensor` scalar, or `(loss, ModelOutput)`.
@@ -116,111 +152,131 @@ class TrainingStepMixin:
         if num_items_in_batch is None or "global" not in inputs:
             num_items_in_batch = self._share_facts([inputs])
         outputs = [self._forward(model, micro_batch) for micro_batch in inputs["micro_batches"]]
-        query_embeds = concatenated([output.query_embeds for output in outputs])
-        passage_embeds = concatenated([output.passage_embeds for output in outputs])
+        query_embeds = concatenated([output.query_embeds for output in outputs])  # (N, h)
+        passage_embeds = concatenated([output.passage_embeds for output in outputs])  # (M_r, h)
         losses = self.compute_losses(inputs, outputs, num_items_in_batch, query_embeds, passage_embeds)
         loss = total_loss(losses, self.loss_weights)
         if self.model.training:
             self._running.add_batch(inputs["facts"])
             self._running.add_losses(losses)
+        scaled_loss = loss * self._loss_scale
         if not return_outputs:
-            return loss * self._loss_scale
-        output = ModelOutput(loss=loss, **losses, query_embeds=query_embeds, passage_embeds=passage_embeds)
-        return loss * self._loss_scale, output
+            return scaled_loss
+        return scaled_loss, ModelOutput(loss=loss, **losses, query_embeds=query_embeds, passage_embeds=passage_embeds)
 
     def compute_losses(
-        self, inputs, outputs=(), num_items_in_batch=1, query_embeds=None, passage_embeds=None, first=0
-    ):
+        self,
+        inputs: dict[str, Any],
+        outputs: Sequence[CoSupOutput] = (),
+        num_items_in_batch: torch.Tensor | int = 1,
+        query_embeds: torch.Tensor | None = None,
+        passage_embeds: torch.Tensor | None = None,
+        first: int = 0,
+    ) -> dict[str, torch.Tensor]:
         """
-        This rank's share of each loss of a batch, by name: of the whole batch, or, as GradCache goes, of its
-        embeddings or of one micro-batch.
+        Return this rank's share of each loss of a batch, by name.
+
+        GradCache asks for the losses of the embeddings and of each micro-batch separately; otherwise one call has all.
 
         Args:
             inputs (`dict`): the batch.
-            outputs (`list[CoSupOutput]`): of micro-batches, for the token losses.
-            num_items_in_batch (`int`): trained tokens of all ranks, by which token losses are divided.
+            outputs (`list[CoSupOutput]`, *optional*): of micro-batches, for the token losses.
+            num_items_in_batch (`int`, *optional*, defaults to 1): trained tokens of all ranks, by which token losses
+                are divided.
             query_embeds (`torch.FloatTensor` of shape `(N, h)`, *optional*), passage_embeds (`torch.FloatTensor` of
-                shape `(M, h)`, *optional*): of all micro-batches, for the embedding losses.
-            first (`int`): the number of the micro-batch that `outputs` begin with.
+                shape `(M_r, h)`, *optional*): of all micro-batches, for the embedding losses.
+            first (`int`, *optional*, defaults to 0): number of the first micro-batch of `outputs`.
 
         Returns:
             `dict[str, torch.FloatTensor]`: scalars. Their sum over batches and ranks is the loss that is logged.
 
         Raises:
-            `FloatingPointError`: while training, where one is NaN or infinite.
+            `FloatingPointError`: while training, if a loss is NaN or infinite.
         """
         losses = self._token_losses(inputs["facts"], outputs, num_items_in_batch, first)
-        if query_embeds is not None:
+        if query_embeds is not None and passage_embeds is not None:
             losses |= self._embedding_losses(inputs, query_embeds, passage_embeds)
         return losses
 
-    def _token_losses(self, facts, outputs, num_items_in_batch, first):
-        """The sum of each token loss over micro-batches, divided by the number of trained tokens of all ranks."""
-        values, ids = defaultdict(list), defaultdict(list)
-        # an empty micro-batch, added to match other ranks, has none
-        instance_ids = dict(enumerate(facts.instance_ids))
+    def _token_losses(
+        self, facts: BatchFacts, outputs: Sequence[CoSupOutput], num_items_in_batch: torch.Tensor | int, first: int
+    ) -> dict[str, torch.Tensor]:
+        """Return each token loss, summed over micro-batches and divided by the trained tokens of all ranks."""
+        micro_batch_losses = defaultdict(list)
+        micro_batch_ids = defaultdict(list)
         for i, output in enumerate(outputs, first):
+            # a micro-batch that was added to match other ranks has no instances
+            instance_ids = facts.instance_ids[i] if i < len(facts.instance_ids) else []
             for name, loss in token_losses(output, self.cosup_config, self.args).items():
-                values[name].append(loss)
-                ids[name].append(instance_ids.get(i, []))
+                micro_batch_losses[name].append(loss)
+                micro_batch_ids[name].append(instance_ids)
         losses = {}
-        for name, of_micro_batches in values.items():
-            stacked = torch.stack(of_micro_batches)
+        for name, values in micro_batch_losses.items():
+            stacked = torch.stack(values)
             losses[name] = stacked.sum() / num_items_in_batch
             if self.model.training:
-                self._finite.add(self.state.global_step, name, stacked.detach().isfinite(), ids[name])
+                finite = stacked.detach().isfinite()
+                self._finite.add(self.state.global_step, name, finite, micro_batch_ids[name])
         return losses
 
-    def _embedding_losses(self, inputs, query_embeds, passage_embeds):
-        """The sum of each embedding loss over this rank's queries, divided by the number of queries of all ranks."""
-        labels, gather = inputs["passage_labels"], self.args.gather
-        batch = embedding_batch(query_embeds, passage_embeds, labels, inputs["global"], gather)
-        values, scores = embedding_losses(batch, self.cosup_config, self.args)
+    def _embedding_losses(
+        self, inputs: dict[str, Any], query_embeds: torch.Tensor, passage_embeds: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Return each embedding loss, summed over this rank's queries and divided by the queries of all ranks."""
+        labels = inputs["passage_labels"]
+        batch = embedding_batch(query_embeds, passage_embeds, labels, inputs["global"], self.args.gather)
+        query_losses, scores = embedding_losses(batch, self.cosup_config, self.args)
         losses = {}
-        for name, of_queries in values.items():
-            losses[name] = of_queries.sum() / max(1, inputs["num_queries"])  # 0 without queries, but with a graph
+        for name, values in query_losses.items():
+            losses[name] = values.sum() / max(1, inputs["num_queries"])  # 0 without queries, but with a graph
             if self.model.training:
-                ids = [[id] for id in inputs["facts"].query_instance_ids]
-                self._finite.add(self.state.global_step, name, finite_queries(of_queries, batch), ids)
+                instance_ids = [[id] for id in inputs["facts"].query_instance_ids]
+                self._finite.add(self.state.global_step, name, finite_queries(values, batch), instance_ids)
         if self.model.training:
             self._running.add_scores(scores, batch.passage_labels)
         return losses
 
-    def _forward(self, model, micro_batch):
-        """The `CoSupOutput` of a micro-batch: NTP loss, a sum, and embeddings."""
+    def _forward(self, model: nn.Module, micro_batch: dict[str, Any]) -> CoSupOutput:
+        """Run the model on a micro-batch, for its NTP loss, a sum, and its embeddings."""
         arguments = forward_arguments(micro_batch) | forward_options(micro_batch, self.args)
         return model(**arguments, num_items_in_batch=1, use_cache=False)
 
     @property
-    def loss_weights(self):
+    def loss_weights(self) -> dict[str, float]:
         """The weight of each loss that is trained, by name."""
         return loss_weights(self.cosup_config, self.args)
 
     @property
-    def _loss_scale(self):
-        """Losses are divided by global counts, and data parallelism averages gradients over ranks."""
+    def _loss_scale(self) -> int:
+        """The number of ranks: losses are divided by global counts, but gradients are averaged over ranks."""
         return self.accelerator.num_processes
 
     # ------------------------------------------------------------------ GradCache
 
-    def _cached_training_step(self, model, inputs, num_items_in_batch):
-        """The gradients of [`~CoSupTrainer.compute_loss`] in the memory of one micro-batch; see `grad_cache`."""
+    def _cached_training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int
+    ) -> torch.Tensor:
+        """Compute the gradients of [`~CoSupTrainer.compute_loss`] in two passes; see `grad_cache`."""
         model.train()
-        if callable(getattr(self.optimizer, "train", None)):  # schedule-free ones
-            self.optimizer.train()
+        enter_training_mode = getattr(self.optimizer, "train", None)  # of schedule-free optimisers
+        if callable(enter_training_mode):
+            enter_training_mode()
         inputs = self._prepare_inputs(inputs)
+        losses: dict[str, torch.Tensor] = {}
         micro_batches = inputs["micro_batches"]
-        losses, states = {}, None
-        query_gradients = passage_gradients = [None] * len(micro_batches)
+        query_gradients: OptionalTensors = [None] * len(micro_batches)
+        passage_gradients: OptionalTensors = [None] * len(micro_batches)
+        states = None
         if self.args.supervision != "ntp":
             losses, query_gradients, passage_gradients, states = self._embedding_gradients(model, inputs)
+
         forward = functools.partial(self._forward, model)
         passes = second_pass(forward, micro_batches, query_gradients, passage_gradients, states, self.args.device)
         for i in range(len(micro_batches)):
-            last = i == len(micro_batches) - 1
-            with contextlib.nullcontext() if last else self._without_gradient_exchange(model):
+            is_last = i == len(micro_batches) - 1
+            with contextlib.nullcontext() if is_last else self._without_gradient_exchange(model):
                 with self.compute_loss_context_manager():
-                    output, inner_product = next(passes)
+                    output, inner_product = next(passes)  # runs the forward, under autocast
                     shares = self.compute_losses(inputs, [output], num_items_in_batch, first=i)
                 loss = total_loss(shares, self.loss_weights) + inner_product
                 if loss.requires_grad:
@@ -228,24 +284,41 @@ class TrainingStepMixin:
             for name, share in shares.items():
                 losses[name] = losses.get(name, 0.0) + share.detach()
         next(passes, None)  # restores the random state
+
         self._running.add_batch(inputs["facts"])
         self._running.add_losses(losses)
         return total_loss(losses, self.loss_weights) * self._loss_scale
 
-    def _embedding_gradients(self, model, inputs):
-        """The embedding losses, their gradients for queries and passages of each micro-batch, and random states."""
-        with self.compute_loss_context_manager():
-            *pieces, states = first_pass(model, inputs["micro_batches"])
-            embeds = [concatenated(part).requires_grad_() for part in pieces]
-            losses = self.compute_losses(inputs, query_embeds=embeds[0], passage_embeds=embeds[1])
-            gradients = torch.autograd.grad(total_loss(losses, self.loss_weights), embeds)
-        query_gradients, passage_gradients = map(like_pieces, gradients, pieces)
-        return {name: loss.detach() for name, loss in losses.items()}, query_gradients, passage_gradients, states
+    def _embedding_gradients(
+        self, model: nn.Module, inputs: dict[str, Any]
+    ) -> tuple[dict[str, torch.Tensor], OptionalTensors, OptionalTensors, list[RandomState]]:
+        """
+        Run the first pass.
 
-    def _without_gradient_exchange(self, model):
+        Returns:
+            The embedding losses, their gradients for the queries and for the passages of each micro-batch, and the
+            random state before each micro-batch.
         """
-        DDP exchanges gradients once, after the last micro-batch; FSDP after each, or every rank would hold the
-        gradients of the whole model.
+        with self.compute_loss_context_manager():
+            query_pieces, passage_pieces, states = first_pass(model, inputs["micro_batches"])
+            query_embeds = concatenated(query_pieces)
+            passage_embeds = concatenated(passage_pieces)
+            assert query_embeds is not None and passage_embeds is not None  # the last micro-batch has both, if empty
+            embeds = [query_embeds.requires_grad_(), passage_embeds.requires_grad_()]
+            losses = self.compute_losses(inputs, query_embeds=query_embeds, passage_embeds=passage_embeds)
+            query_gradient, passage_gradient = torch.autograd.grad(total_loss(losses, self.loss_weights), embeds)
+        query_gradients = like_pieces(query_gradient, query_pieces)
+        passage_gradients = like_pieces(passage_gradient, passage_pieces)
+        detached_losses = {name: loss.detach() for name, loss in losses.items()}
+        return detached_losses, query_gradients, passage_gradients, states
+
+    def _without_gradient_exchange(self, model: nn.Module) -> AbstractContextManager:
         """
-        sharded = self.accelerator.distributed_type == DistributedType.FSDP
-        return contextlib.nullcontext() if sharded else self.accelerator.no_sync(model)
+        Return the context of a micro-batch after which ranks exchange no gradients.
+
+        DDP exchanges them once, after the last micro-batch. FSDP exchanges them after each, or every rank would hold
+        the gradients of the whole model.
+        """
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            return contextlib.nullcontext()
+        return self.accelerator.no_sync(model)

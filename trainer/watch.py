@@ -1,136 +1,170 @@
-"""What goes wrong in a run, said clearly: losses that are no numbers, memory that is too small, checkpoints that were not written to their end."""
+"""Clear errors for what goes wrong in a run: losses that are not finite, too little memory, unfinished checkpoints."""
 
 import contextlib
 import os
 import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from modeling_cosup.files_cosup import read_json
+
+if TYPE_CHECKING:
+    from .training_args import CoSupTrainingArguments
+
+
+@dataclass
+class _Pending:
+    """Answers on their way to the host; `arrived` is an event of the device, `None` on a CPU."""
+
+    arrived: torch.Event | None
+    step: int
+    name: str
+    finite: torch.Tensor
+    instance_ids: Sequence[Sequence[str]]
 
 
 class FiniteLosses:
     """
     Stops a run at the first loss that is NaN or infinite, naming step, loss and instances.
 
-    On a CPU at once, before the backward pass. On a GPU the answer travels to the host during the
-    computation and is read at the next step, log or checkpoint: no step waits for it, and no checkpoint holds what came of it.
+    On a CPU this happens immediately, before the backward pass. On a GPU the answer travels to the host during the
+    computation and is read at the next step, log or checkpoint: no step waits for it, and no checkpoint contains what
+    such a loss led to.
     """
 
-    def __init__(self):
-        self._pending = []
+    def __init__(self) -> None:
+        self._pending: list[_Pending] = []
 
-    def add(self, step, name, finite, instance_ids):
+    def add(self, step: int, name: str, finite: torch.Tensor, instance_ids: Sequence[Sequence[str]]) -> None:
         """
-        Look at whether losses are finite.
+        Check whether losses are finite.
 
         Args:
             step (`int`): optimiser steps taken.
-            name (`str`): what is looked at, e.g. `"ntp_loss"`.
-            finite (`torch.BoolTensor` of shape `(n,)`): whether they are.
-            instance_ids (`list[list[str]]`): of the instances that each of them comes from.
+            name (`str`): what is checked, e.g. `"ntp_loss"`.
+            finite (`torch.BoolTensor` of shape `(n,)`): whether each of them is finite.
+            instance_ids (`list[list[str]]`): for each of them, the ids of its instances.
 
         Raises:
-            `FloatingPointError`.
+            `FloatingPointError`: for these losses on a CPU, for earlier ones on a GPU.
         """
-        arrived, device = None, finite.device
+        arrived = None
+        device = finite.device
         if device.type != "cpu":
             finite = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
             arrived = torch.get_device_module(device).Event()
             arrived.record()
-        if self._pending and self._pending[0][1] < step:
+        if self._pending and self._pending[0].step < step:
             self.check()
-        self._pending.append((arrived, step, name, finite, instance_ids))
+        self._pending.append(_Pending(arrived, step, name, finite, instance_ids))
         if arrived is None:
             self.check()
 
-    def check(self):
-        """Read what has not been read yet; see [`~FiniteLosses.add`]."""
-        pending, self._pending = self._pending, []
-        for arrived, step, name, finite, instance_ids in pending:
-            if arrived is not None:
-                arrived.synchronize()
-            if bool(finite.all()):
+    def check(self) -> None:
+        """Read all answers that have not been read yet; raises what [`~FiniteLosses.add`] raises."""
+        pending = self._pending
+        self._pending = []
+        for answer in pending:
+            if answer.arrived is not None:
+                answer.arrived.synchronize()
+            if bool(answer.finite.all()):
                 continue
-            ids = dict.fromkeys(
-                id for ok, each in zip(finite.tolist(), instance_ids, strict=False) if not ok for id in each
-            )
-            shown = ", ".join(map(repr, list(ids)[:16])) + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")
             raise FloatingPointError(
-                f"Step {step + 1}: the {name} is NaN or infinite, in or among the instances {shown or 'of another rank'}. No later checkpoint was"
-                " written. Lower learning_rate or max_grad_norm, or use bf16 in place of fp16; then resume from the last checkpoint."
+                f"Step {answer.step + 1}: the {answer.name} is NaN or infinite, in or among the instances"
+                f" {_shown_ids(answer)}. No later checkpoint was written. Lower learning_rate or max_grad_norm, or use"
+                " bf16 in place of fp16; then resume from the last checkpoint."
             )
+
+
+def _shown_ids(answer: _Pending, limit: int = 16) -> str:
+    """Return the ids of the instances of losses that are not finite, as text."""
+    ids: dict[str, None] = {}  # in order, each once
+    for finite, instance_ids in zip(answer.finite.tolist(), answer.instance_ids, strict=False):
+        if not finite:
+            ids |= dict.fromkeys(instance_ids)
+    if not ids:
+        return "of another rank"
+    shown = ", ".join(repr(id) for id in list(ids)[:limit])
+    return f"{shown} and {len(ids) - limit} more" if len(ids) > limit else shown
 
 
 @contextlib.contextmanager
-def explained_memory_errors(args):
+def explained_memory_errors(args: "CoSupTrainingArguments") -> Iterator[None]:
     """
-    Say which arguments lower the memory of a step when it runs out.
+    When a step runs out of memory, say which arguments lower its memory.
 
     Raises:
-        `torch.OutOfMemoryError`: also for what a CPU's allocator raises.
+        `torch.OutOfMemoryError`: also if a CPU's allocator raised another error.
     """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
             raise
-        if args.nsp_batch_size is None:
-            knobs = [
-                f"nsp_batch_size={args.train_batch_size * args.world_size} with a per_device_train_batch_size below {args.per_device_train_batch_size}"
-            ]
-            knobs[0] += " (GradCache: the same gradients in less memory)"
-        elif args.max_tokens_per_micro_batch is None:
-            knobs = [
-                f"a per_device_train_batch_size below {args.per_device_train_batch_size}, or max_tokens_per_micro_batch"
-            ]
-        else:
-            knobs = [f"a max_tokens_per_micro_batch below {args.max_tokens_per_micro_batch}"]
-        knobs += ["gradient_checkpointing"] * (not args.gradient_checkpointing) + ["bf16"] * (
-            not (args.bf16 or args.fp16)
-        )
-        knobs += [f"a max_length below {args.max_length}", "LoRA (peft_config) or freeze_emb_seq for optimiser states"]
         raise torch.OutOfMemoryError(
-            f"{error}\nOut of memory in a training step. What lowers it: {'; '.join(knobs)}."
+            f"{error}\nOut of memory in a training step. What lowers it: {'; '.join(_memory_savers(args))}."
         ) from error
 
 
-def last_complete_checkpoint(output_dir):
+def _memory_savers(args: "CoSupTrainingArguments") -> list[str]:
+    """Return the changes of arguments that lower the memory of a step, the most useful first."""
+    smaller_batch = f"a per_device_train_batch_size below {args.per_device_train_batch_size}"
+    if args.nsp_batch_size is None:
+        nsp_batch_size = args.train_batch_size * args.world_size
+        savers = [
+            f"nsp_batch_size={nsp_batch_size} with {smaller_batch} (GradCache: the same gradients in less memory)"
+        ]
+    elif args.max_tokens_per_micro_batch is None:
+        savers = [f"{smaller_batch}, or max_tokens_per_micro_batch"]
+    else:
+        savers = [f"a max_tokens_per_micro_batch below {args.max_tokens_per_micro_batch}"]
+    if not args.gradient_checkpointing:
+        savers.append("gradient_checkpointing")
+    if not args.bf16 and not args.fp16:
+        savers.append("bf16")
+    savers.append(f"a max_length below {args.max_length}")
+    savers.append("LoRA (peft_config) or freeze_emb_seq for optimiser states")
+    return savers
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str:
     """
-    The last `checkpoint-<step>` of a run that was written to its end: a process that is killed while it saves leaves half
-    of one.
+    Return the last `checkpoint-<step>` of a run that is complete.
+
+    A process that is killed while it saves leaves an incomplete checkpoint.
 
     Args:
-        output_dir (`str`): of the run.
-
-    Returns:
-        `str`.
+        output_dir (`str` or `Path`): of the run.
 
     Raises:
-        `ValueError`: when there is none.
+        `ValueError`: if there is none.
     """
-    folders = [
-        path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()
-    ]
-    for folder in sorted(folders, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
-        if _is_complete(folder):
-            return str(folder)
+    folder_of_step = {}
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        number = folder.name.removeprefix("checkpoint-")
+        if number.isdigit():
+            folder_of_step[int(number)] = folder
+    for step in sorted(folder_of_step, reverse=True):
+        if _is_complete(folder_of_step[step]):
+            return str(folder_of_step[step])
     raise ValueError(f"{output_dir} holds no complete checkpoint to resume from.")
 
 
-def _is_complete(folder):
-    """The state file is written last; what torch wrote before it is a readable archive, optimiser and schedule among it."""
+def _is_complete(folder: Path) -> bool:
+    """Return whether the state file, written last, is there, and what torch wrote before it can be read."""
     try:
         read_json(folder / "trainer_state.json")
     except (OSError, ValueError):
         return False
-    if not any(folder.glob("scheduler.pt")) and not any(
-        folder.glob("global_step*")
-    ):  # weights alone; DeepSpeed has a folder of its own
+    has_schedule = any(folder.glob("scheduler.pt"))
+    has_deepspeed_state = any(folder.glob("global_step*"))
+    if not has_schedule and not has_deepspeed_state:  # weights alone
         return False
-    return all(
-        os.path.getsize(path) and zipfile.is_zipfile(path)
-        for pattern in ("*.pt", "*.pth")
-        for path in folder.glob(pattern)
-    )
+    for path in (*folder.glob("*.pt"), *folder.glob("*.pth")):
+        if not os.path.getsize(path) or not zipfile.is_zipfile(path):
+            return False
+    return True

@@ -1,4 +1,4 @@
-"""What the benchmarks share: time and memory of a call, arms that take turns, tables, and the line that says on what they ran."""
+"""Helpers that the benchmarks share: time and memory of a call, arms that take turns, tables, and hardware."""
 
 import contextlib
 import ctypes
@@ -6,29 +6,38 @@ import gc
 import platform
 import statistics
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+
+from modeling_cosup import Retriever
 
 GB = 1e9
 
 
 class Meter:
-    """Seconds and peak memory of a call, on the CPU (resident memory of the process) or a GPU (allocated memory), above what was held before it."""
+    """
+    Measures seconds and peak memory of a call, above what was held before it.
 
-    def __init__(self, device):
+    Memory is the resident memory of the process on a CPU, and allocated memory on a GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
 
-    def __call__(self, call):
+    def __call__(self, call: Callable[[], Any]) -> tuple[Any, float, float]:
+        """Return the call's result, its seconds and its bytes."""
         gc.collect()
         if self.cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             held = torch.cuda.memory_allocated()
         else:
-            ctypes.CDLL(None).malloc_trim(0)  # what earlier arms freed goes back to the system
+            ctypes.CDLL(None).malloc_trim(0)  # gives what earlier arms freed back to the system
             Path("/proc/self/clear_refs").write_text("5")  # resets the peak
             held = self._resident("VmRSS")
         start = time.perf_counter()
@@ -40,47 +49,51 @@ class Meter:
         return result, seconds, peak - held
 
     @staticmethod
-    def _resident(name):
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-        return int(line.split()[1]) * 1024
+    def _resident(name: str) -> int:
+        """Return a line of /proc/self/status in bytes."""
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(name):
+                return int(line.split()[1]) * 1024
+        raise ValueError(f"/proc/self/status has no {name}.")
 
 
 class Clock:
-    """Seconds by name; on a GPU it waits for what is under way before and behind what it times."""
+    """Adds up seconds by name. On a GPU it waits for running work before and after what it times."""
 
-    def __init__(self, device):
-        self.cuda, self.seconds = device.type == "cuda", {}
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.seconds: dict[str, float] = {}
 
-    def now(self):
+    def now(self) -> float:
         if self.cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def add(self, name, seconds):
+    def add(self, name: str, seconds: float) -> None:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     @contextlib.contextmanager
-    def time(self, name):
+    def time(self, name: str) -> Iterator[None]:
         start = self.now()
         yield
         self.add(name, self.now() - start)
 
     @contextlib.contextmanager
-    def time_reading(self, gen):
-        """Forwards of several columns, but for the first one, which reads the prompts: those of passages."""
+    def time_reading(self, gen: torch.nn.Module) -> Iterator[None]:
+        """Time the forwards of several columns that read passages; the first one reads the prompts and is left out."""
         starts = []
 
         def before(module, args, kwargs):
             if kwargs["input_ids"].shape[1] > 1:
                 starts.append(self.now())
 
-        def behind(module, args, kwargs, output):
+        def after(module, args, kwargs, output):
             if kwargs["input_ids"].shape[1] > 1 and len(starts) > 1:
                 self.add("reading", self.now() - starts[-1])
 
         hooks = [
             gen.base_model.register_forward_pre_hook(before, with_kwargs=True),
-            gen.base_model.register_forward_hook(behind, with_kwargs=True),
+            gen.base_model.register_forward_hook(after, with_kwargs=True),
         ]
         try:
             yield
@@ -90,17 +103,19 @@ class Clock:
 
 
 class TimedIndex:
-    """A retriever whose searches are timed."""
+    """A retriever that times its searches."""
 
-    def __init__(self, index, clock):
-        self.index, self.clock = index, clock
-        self.check_model, self.rows_of = index.check_model, index.rows_of
+    def __init__(self, index: Retriever, clock: Clock) -> None:
+        self.index = index
+        self.clock = clock
+        self.check_model = index.check_model
+        self.rows_of = index.rows_of
 
-    def search(self, *args, **kwargs):
+    def search(self, *args: Any, **kwargs: Any) -> Any:
         with self.clock.time("search"):
             return self.index.search(*args, **kwargs)
 
-    def get_passages(self, rows):
+    def get_passages(self, rows: Sequence[int]) -> Any:
         with self.clock.time("search"):
             return self.index.get_passages(rows)
 
@@ -117,68 +132,83 @@ class Arm:
     """
 
     results: list = field(default_factory=list)
-    seconds: list = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
     peak: float = 0.0
 
-    def ratios(self, other, work=1.0):
-        """This arm's speed in units of another's, round by round; `work` is what this one did in units of what the other did."""
-        return [work * theirs / own for own, theirs in zip(self.seconds, other.seconds, strict=True)]
+    def ratios(self, other: "Arm", work: float = 1.0) -> list[float]:
+        """
+        Return this arm's speed as multiples of another's, round by round.
+
+        `work` is what this arm did as a multiple of what the other did.
+        """
+        pairs = zip(self.seconds, other.seconds, strict=True)
+        return [work * other_seconds / seconds for seconds, other_seconds in pairs]
 
 
-def take_turns(arms, repeats, meter):
+def take_turns(arms: dict[str, Callable[[], Any]], repeats: int, meter: Meter) -> dict[str, Arm]:
     """
-    Call each arm once to warm up, then once in each of `repeats` rounds; a slow minute of the machine is every arm's, and none always goes first.
+    Call each arm once to warm up, then once in each of `repeats` rounds.
+
+    So a slow minute of the machine is shared by all arms. No arm always goes first.
 
     Args:
-        arms (`dict[str, callable]`): called without arguments.
+        arms (`dict[str, Callable]`): called without arguments.
         repeats (`int`): timed rounds.
         meter ([`Meter`]): of the device.
-
-    Returns:
-        `dict[str, Arm]`.
     """
-    done, names = {name: Arm() for name in arms}, list(arms)
+    measured = {name: Arm() for name in arms}
     for turn in range(repeats + 1):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        for name in rotated(list(arms), turn):
             result, seconds, peak = meter(arms[name])
-            if turn:
-                done[name].results.append(result)
-                done[name].seconds.append(seconds)
-                done[name].peak = max(done[name].peak, peak)
-        if turn:
-            print(
-                f"  round {turn} of {repeats}: "
-                + ", ".join(f"{name} {done[name].seconds[-1]:.2f} s" for name in names),
-                flush=True,
-            )
-    return done
+            if turn == 0:
+                continue
+            measured[name].results.append(result)
+            measured[name].seconds.append(seconds)
+            measured[name].peak = max(measured[name].peak, peak)
+        if turn > 0:
+            times = ", ".join(f"{name} {arm.seconds[-1]:.2f} s" for name, arm in measured.items())
+            print(f"  round {turn} of {repeats}: {times}", flush=True)
+    return measured
 
 
-def spread(values):
-    """Median, smallest and largest of a list, as JSON has them."""
+def rotated(names: list[str], turn: int) -> list[str]:
+    """Return the names in an order that begins with another one at each turn."""
+    first = turn % len(names)
+    return names[first:] + names[:first]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return median, smallest and largest value, as they go into JSON."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def show(numbers, style=".2f"):
-    """What `spread` found, as a cell of a table."""
+def show(numbers: dict[str, float], style: str = ".2f") -> str:
+    """Return the result of [`spread`] as a cell of a table."""
     return f"{numbers['median']:{style}} ({numbers['min']:{style}} to {numbers['max']:{style}})"
 
 
-def print_table(header, rows):
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a Markdown table."""
     print("\n| " + " | ".join(header) + " |\n|" + "---|" * len(header))
     for row in rows:
         print("| " + " | ".join(row) + " |")
 
 
-def describe(device):
-    """Hardware and versions, printed; the head of a benchmark's JSON."""
-    hardware = (
-        torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
-    )
+def describe(device: torch.device) -> dict[str, str]:
+    """Print hardware and versions, and return them for the head of a benchmark's JSON."""
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name()
+    else:
+        hardware = f"{cpu_name()}, {torch.get_num_threads()} threads"
     print(f"{hardware}; torch {torch.__version__}, transformers {transformers.__version__}", flush=True)
     return {"hardware": hardware, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def cpu_name():
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+def cpu_name() -> str:
+    """Return the processor's model name."""
+    cpu_info = Path("/proc/cpuinfo")
+    if cpu_info.exists():
+        for line in cpu_info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor()

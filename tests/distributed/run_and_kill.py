@@ -1,4 +1,8 @@
-"""A training run that can be killed at a step or while it saves, and resumed; rank 0 writes what every step saw. Launched by test_kill_and_resume.py."""
+"""
+A training run that can be killed at a step or while it saves, and resumed. Launched by test_kill_and_resume.py.
+
+Every rank writes what each of its steps saw.
+"""
 
 import gc
 import json
@@ -21,18 +25,18 @@ def die():
 
 
 class Recorded(CoSupTrainer):
-    """Notes the instances of each step, and dies where it is told to."""
+    """Writes step, instances and loss of each training step to `record`, and dies while saving a given step."""
 
     def __init__(self, *args, record, die_while_saving, **kwargs):
-        self.record, self.die_while_saving = record, die_while_saving
+        self.record = record
+        self.die_while_saving = die_while_saving
         super().__init__(*args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.record.write(
-            json.dumps([self.state.global_step, sorted(sum(inputs["facts"].instance_ids, [])), repr(float(loss))])
-            + "\n"
-        )
+        instance_ids = sorted(sum(inputs["facts"].instance_ids, []))
+        entry = [self.state.global_step, instance_ids, repr(float(loss))]
+        self.record.write(json.dumps(entry) + "\n")
         self.record.flush()
         return loss
 
@@ -54,11 +58,12 @@ class Die(TrainerCallback):
 
 def main(output, name, die_at, die_while_saving, resume, options):
     rank = int(os.environ.get("RANK", 0))
-    segments = [
-        [{"text": f"a {i}", "passage": PASSAGES[i % 6]}] if i % 4 else [{"text": "free", "passage": None}]
-        for i in range(24)
-    ]
-    instances = [{"id": f"i{i}", "input": f"question {i}", "segments": segments[i]} for i in range(24)]
+    instances = []
+    for i in range(24):
+        segment = {"text": "free", "passage": None}
+        if i % 4:
+            segment = {"text": f"a {i}", "passage": PASSAGES[i % 6]}
+        instances.append({"id": f"i{i}", "input": f"question {i}", "segments": [segment]})
     args = CoSupTrainingArguments(
         str(Path(output, "run")),
         use_cpu=True,
@@ -80,9 +85,8 @@ def main(output, name, die_at, die_while_saving, resume, options):
 
 
 if __name__ == "__main__":
-    main(
-        sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5] == "resume", json.loads(sys.argv[6])
-    )
+    output, name, die_at, die_while_saving, resume, options = sys.argv[1:]
+    main(output, name, int(die_at), int(die_while_saving), resume == "resume", json.loads(options))
     gc.collect()
     if dist.is_initialized():
         dist.barrier()

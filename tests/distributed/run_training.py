@@ -1,4 +1,8 @@
-"""One SGD step of CoSupTrainer for each case, on this process group; rank 0 writes parameters and log. Launched by test_ranks_equal_one_process.py."""
+"""
+One SGD step of CoSupTrainer for each case, on this process group. Launched by test_ranks_equal_one_process.py.
+
+Rank 0 writes parameters and log.
+"""
 
 import gc
 import json
@@ -20,29 +24,20 @@ from support.models import PASSAGES, make_model
 from trainer import CoSupTrainer, CoSupTrainingArguments
 
 EMB_SEQ = {"hidden_size": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-# passages of each of 12 instances; duplicates across ranks (p0, p1), hard negatives, and ranks without any passage
+# passages of 12 instances: duplicates across ranks (p0, p1), hard negatives, and ranks without any passage
 PATTERNS = {
-    "ragged": [
-        ["p0"],
-        ["p1", "p2"],
-        [],
-        ["p3"],
-        ["p0"],
-        ["p1"],
-        ["p4", "p5", "p0"],
-        [],
-        ["p2"],
-        ["p5"],
-        ["p1", "p3"],
-        ["p4"],
-    ],
-    "zero": [["p0"], ["p1"], ["p2"], ["p3"], [], [], [], [], [], [], [], []],
-    "none": [[]] * 12,
+    "ragged": ["p0", "p1 p2", "", "p3", "p0", "p1", "p4 p5 p0", "", "p2", "p5", "p1 p3", "p4"],
+    "zero": ["p0", "p1", "p2", "p3", *[""] * 8],
+    "none": [""] * 12,
 }
 
 
 class ShardedTrainer(CoSupTrainer):
-    """FSDP2 on a CPU mesh, where accelerate would take DDP: layers and root sharded, gradients averaged by a reduce-scatter."""
+    """
+    FSDP2 on a CPU mesh, for which accelerate would take DDP.
+
+    Layers and root are sharded, and a reduce-scatter averages gradients.
+    """
 
     def create_optimizer(self, model=None):
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -54,33 +49,28 @@ class ShardedTrainer(CoSupTrainer):
         return super().create_optimizer(model)
 
 
-def instances(pattern):
+def make_instances(pattern):
+    """The instances of a pattern."""
     passages = {passage["id"]: passage for passage in PASSAGES}
-    made = []
+    hard_negative = {"id": "hard", "title": "Radium", "text": "Radium is a metal."}
+    instances = []
     for i, ids in enumerate(PATTERNS[pattern]):
-        segments = [{"text": f"answer {i} {id}", "passage": passages[id]} for id in ids] or [
-            {"text": "free", "passage": None}
-        ]
-        if i == 5 and ids:
-            segments[0]["negatives"] = [
-                passages["p0"],
-                {"id": "hard", "title": "Radium", "text": "Radium is a metal."},
-            ]
-        made.append(
-            {
-                "id": str(i),
-                "dataset": "d",
-                "instruction": "",
-                "input": f"question {i} " * (i % 5 + 1),
-                "segments": segments,
-            }
-        )
-    return made
+        segments = [{"text": f"answer {i} {id}", "passage": passages[id]} for id in ids.split()]
+        if i == 5 and segments:
+            segments[0]["negatives"] = [passages["p0"], hard_negative]
+        if not segments:
+            segments = [{"text": "free", "passage": None}]
+        question = f"question {i} " * (i % 5 + 1)
+        instances.append({"id": str(i), "dataset": "d", "instruction": "", "input": question, "segments": segments})
+    return instances
 
 
 def run(output, name, pattern="ragged", accumulation=1, fsdp=False, model=None, evaluate_first=False, **options):
+    """Train one step, evaluate, and write parameters and log; on one process `fsdp` changes nothing."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
+    sharded = fsdp and world_size > 1
     model = make_model(emb_seq="gpt2", emb_seq_kwargs=EMB_SEQ, **(model or {}))
+    options = {"max_grad_norm": 0.0, "per_device_train_batch_size": 12 // accumulation // world_size, **options}
     args = CoSupTrainingArguments(
         str(Path(output, f"{name}-{world_size}")),
         use_cpu=True,
@@ -95,12 +85,11 @@ def run(output, name, pattern="ragged", accumulation=1, fsdp=False, model=None, 
         logging_steps=1,
         gradient_accumulation_steps=accumulation,
         per_device_eval_batch_size=3,
-        **{"max_grad_norm": 0.0, "per_device_train_batch_size": 12 // accumulation // world_size, **options},
+        **options,
     )
-    held_out = instances("ragged")[:11]  # no multiple of anything
-    trainer = (ShardedTrainer if fsdp and world_size > 1 else CoSupTrainer)(
-        model, args, train_dataset=instances(pattern), eval_dataset=held_out
-    )
+    held_out = make_instances("ragged")[:11]  # no multiple of anything
+    trainer_class = ShardedTrainer if sharded else CoSupTrainer
+    trainer = trainer_class(model, args, train_dataset=make_instances(pattern), eval_dataset=held_out)
     assert trainer.accelerator.num_processes == world_size, trainer.accelerator.num_processes
     if evaluate_first:
         trainer.evaluate()
@@ -108,8 +97,10 @@ def run(output, name, pattern="ragged", accumulation=1, fsdp=False, model=None, 
     state = {}
     for key, parameter in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
         value = parameter.detach()
-        state[key] = (value.full_tensor() if isinstance(value, DTensor) else value).clone()
-    if fsdp and world_size > 1 and trainer.is_world_process_zero():
+        if isinstance(value, DTensor):
+            value = value.full_tensor()
+        state[key] = value.clone()
+    if sharded and trainer.is_world_process_zero():
         trainer.model.save_pretrained(Path(output, f"{name}-saved"), state_dict=dict(state))
     (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
     entry |= trainer.evaluate()

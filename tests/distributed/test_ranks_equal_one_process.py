@@ -1,4 +1,4 @@
-"""W ranks x b equal one process x W·b: loss and every parameter after a step, in real gloo process groups (DDP and FSDP2)."""
+"""W ranks x b equal one process x W·b: loss and parameters after a step, in gloo process groups (DDP and FSDP2)."""
 
 import json
 import os
@@ -20,7 +20,6 @@ CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs"
 CACHED = {"nsp_batch_size": 12, "per_device_train_batch_size": 2}
 BUDGET = {"nsp_batch_size": 12, "max_tokens_per_micro_batch": 150}
 CLIPPED = {"clip_gen_only": True, "max_grad_norm": 0.01}
-# for every case its reference: the case that one process runs
 CASES = {
     "ragged": {},
     "zero": {"pattern": "zero"},
@@ -42,15 +41,19 @@ CASES = {
     "evaluated first": {"evaluate_first": True},
     "ntp": {"supervision": "ntp"},
 }
+# the case that one process runs in place of another, whose results must be the same
 REFERENCES = {
     "cached": "ragged",
     "cached, checkpointed": "ragged",
     "cached, budget": "ragged",
     "checkpointed": "ragged",
+    "packed": "ragged",
+    "cached, packed": "ragged",
+    "evaluated first": "ragged",
     "cached, zero": "zero",
+    "cached, accumulated": "accumulated",
+    "cached, separate": "separate",
 }
-REFERENCES |= {"packed": "ragged", "cached, packed": "ragged"}
-REFERENCES |= {"evaluated first": "ragged", "cached, accumulated": "accumulated", "cached, separate": "separate"}
 THREE_RANKS = ["ragged", "zero", "accumulated", "checkpointed", "cached", "cached, budget", "separate"]
 SHARDED = [
     "ragged",
@@ -62,22 +65,20 @@ SHARDED = [
     "cached, budget",
     "clipped",
     "separate",
+    "packed",
+    "cached, packed",
 ]
-SHARDED += ["packed", "cached, packed"]
 DETACHED = {"detached": {"gather": "detached"}, "local": {"gather": "local"}}
 
 
 def launch(folder, world_size, cases):
-    command = (
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
-        if world_size > 1
-        else [sys.executable]
-    )
+    command = [sys.executable]
+    if world_size > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
     command += [str(SCRIPT), str(folder), json.dumps(cases)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(folder / f"log-{world_size}", "w+") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True
-        )
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
         try:
             assert process.wait(timeout=900) == 0, Path(log.name).read_text()[-4000:]
         finally:
@@ -87,46 +88,52 @@ def launch(folder, world_size, cases):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Every case on one process, and on 2 and 3 ranks under DDP and on 2 under FSDP2; one launch for each number of ranks."""
+    """Cases on one process, on 2 and 3 ranks under DDP, and on 2 under FSDP2; one launch for each number of ranks."""
     folder = tmp_path_factory.mktemp("ranks")
-    launch(folder, 1, {name: CASES[name] for name in CASES if name not in REFERENCES} | DETACHED)
-    launch(folder, 2, CASES | DETACHED | {f"fsdp, {name}": CASES[name] | {"fsdp": True} for name in SHARDED})
+    reference_cases = {name: case for name, case in CASES.items() if name not in REFERENCES}
+    sharded_cases = {f"fsdp, {name}": CASES[name] | {"fsdp": True} for name in SHARDED}
+    launch(folder, 1, reference_cases | DETACHED)
+    launch(folder, 2, CASES | DETACHED | sharded_cases)
     launch(folder, 3, {name: CASES[name] for name in THREE_RANKS})
     return folder
 
 
 def load(folder, name, world_size):
+    """Parameters and log of a case."""
     with safe_open(folder / f"{name}-{world_size}.safetensors", "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, {
-            key: float(value) for key, value in file.metadata().items() if key != "format"
-        }
+        state = {key: file.get_tensor(key) for key in file.keys()}
+        log = {key: float(value) for key, value in file.metadata().items() if key != "format"}
+    return state, log
 
 
 def gradients(state):
+    """What an SGD step at a learning rate of 1 has subtracted from each parameter."""
     start = dict(make_model(emb_seq="gpt2", emb_seq_kwargs=EMB_SEQ).named_parameters())
     return {name: start[name].detach() - parameter for name, parameter in state.items()}
 
 
-def relative_error(found, expected):
-    difference = torch.stack([(found[name] - gradient).norm() for name, gradient in expected.items()]).norm()
+def relative_error(actual, expected):
+    difference = torch.stack([(actual[name] - gradient).norm() for name, gradient in expected.items()]).norm()
     return float(difference / torch.stack([gradient.norm() for gradient in expected.values()]).norm())
 
 
-@pytest.mark.parametrize(
-    ("world_size", "name"),
-    [(2, name) for name in CASES] + [(3, name) for name in THREE_RANKS] + [(2, f"fsdp, {name}") for name in SHARDED],
-)
+COMPARED = [(2, name) for name in CASES]
+COMPARED += [(3, name) for name in THREE_RANKS]
+COMPARED += [(2, f"fsdp, {name}") for name in SHARDED]
+
+
+@pytest.mark.parametrize(("world_size", "name"), COMPARED)
 def test_ranks_equal_one_process(results, world_size, name):
     reference = name.removeprefix("fsdp, ")
     one, log_one = load(results, REFERENCES.get(reference, reference), 1)
     many, log_many = load(results, name, world_size)
     assert log_many == pytest.approx(log_one, rel=1e-5, abs=1e-6)
-    expected, found = gradients(one), gradients(many)
+    expected = gradients(one)
+    actual = gradients(many)
     for key, gradient in expected.items():
-        assert (found[key] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6, (
-            key
-        )  # subtracting weights of float32 leaves about 1e-6
-    assert relative_error(found, expected) <= 1e-5
+        error = (actual[key] - gradient).norm()
+        assert error <= 1e-5 * gradient.norm() + 1e-6, key  # subtracting weights of float32 leaves about 1e-6
+    assert relative_error(actual, expected) <= 1e-5
     trained = {key.split(".")[0] for key, gradient in expected.items() if gradient.any()}
     assert ("emb_seq" in trained) == (reference not in ("none", "ntp"))
 
@@ -134,35 +141,33 @@ def test_ranks_equal_one_process(results, world_size, name):
 def test_clipping_gen_alone_uses_the_norm_over_all_shards(results):
     _, plain = load(results, "ragged", 1)
     state, log = load(results, "fsdp, clipped", 2)
-    norms = {
-        part: torch.stack([g.norm() for key, g in gradients(state).items() if key.startswith(part)]).norm()
-        for part in ("gen", "emb_seq")
-    }
+    norms = {}
+    for part in ("gen", "emb_seq"):
+        parameter_norms = [gradient.norm() for key, gradient in gradients(state).items() if key.startswith(part)]
+        norms[part] = torch.stack(parameter_norms).norm()
     assert norms["gen"] == pytest.approx(0.01, rel=1e-3)
     assert norms["emb_seq"] > 0.02
-    assert log["grad_norm"] > 0.02 and log["grad_norm"] <= plain["grad_norm"]
+    assert 0.02 < log["grad_norm"] <= plain["grad_norm"]
 
 
 def test_a_sharded_model_is_saved_as_what_it_is(results):
-    """`fully_shard` gives the model a class of torch's own; the checkpoint must still carry our code and find it."""
+    """`fully_shard` gives the model a class of torch's; the checkpoint must still have our code and name our class."""
     folder = results / "fsdp, ragged-saved"
-    assert (folder / "modeling_cosup.py").is_file() and not list(folder.glob("_fsdp*"))
-    assert (
-        json.loads((folder / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"]
-        == "modeling_cosup.CoSupForCausalLM"
-    )
+    assert (folder / "modeling_cosup.py").is_file()
+    assert not list(folder.glob("_fsdp*"))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_cosup.CoSupForCausalLM"
     loaded = dict(CoSupForCausalLM.from_pretrained(folder).named_parameters())
     state, _ = load(results, "fsdp, ragged", 2)
     assert all(torch.equal(loaded[name], parameter) for name, parameter in state.items())
 
 
 def test_detached_and_local_gathering_give_other_gradients(results):
-    """`gather="detached"` has the loss of the global batch and, as the paper's code, another gradient; `"local"` has another loss too."""
+    """`"detached"` has the global loss but, like the paper's code, another gradient; `"local"` has another loss."""
     exact, log = load(results, "ragged", 1)
     for name in DETACHED:
-        assert (
-            relative_error(gradients(load(results, name, 1)[0]), gradients(exact)) < 1e-6
-        )  # one process: all the same
+        state, _ = load(results, name, 1)
+        assert relative_error(gradients(state), gradients(exact)) < 1e-6  # one process: all the same
     detached, detached_log = load(results, "detached", 2)
     assert detached_log["nsp_loss"] == pytest.approx(log["nsp_loss"], rel=1e-5)
     assert relative_error(gradients(detached), gradients(exact)) > 0.01

@@ -1,4 +1,4 @@
-"""The benchmark of generate(), small: it runs, what it compares is the same work, and the tokens that it calls the same could have been others."""
+"""The benchmark of generate(), small: it runs, and its arms write the same tokens, which depend on the passages."""
 
 import importlib.util
 import json
@@ -11,29 +11,15 @@ import torch
 from support.models import make_gen, make_tokenizer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-SMALL = [
-    "--shape",
-    "tiny",
-    "--device",
-    "cpu",
-    "--new_tokens",
-    "16",
-    "--batch_sizes",
-    "1",
-    "3",
-    "--repeats",
-    "1",
-    "--num_passages",
-    "60",
-    "--captured",
-    "false",
-]
-SMALL += ["--num_candidates", "20", "--index_size", "90", "--num_prompts", "10", "--rows_at_once", "3"]
+SMALL = (
+    "--shape tiny --device cpu --new_tokens 16 --batch_sizes 1 3 --repeats 1 --num_passages 60 --captured false"
+    " --num_candidates 20 --index_size 90 --num_prompts 10 --rows_at_once 3"
+).split()
 
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    """`recipes/benchmarks/generate.py`, under a name of its own: `recipes/` has a generate.py too."""
+    """`recipes/benchmarks/generate.py`, under another name: `recipes/` has a generate.py too."""
     monkeypatch.setattr(sys, "path", [str(RECIPES / "benchmarks"), *sys.path])
     spec = importlib.util.spec_from_file_location("benchmark_of_generate", RECIPES / "benchmarks" / "generate.py")
     module = importlib.util.module_from_spec(spec)
@@ -55,9 +41,9 @@ def test_all_arms_write_the_same_tokens(benchmark, monkeypatch, tmp_path, capsys
     assert [(r["batch"], r["arm"], r["rows_equal"]) for r in results["part_2"]] == [
         (size, arm, size) for size in (1, 3) for arm in arms
     ]
-    assert all(
-        0 < sum(r["parts"].values()) < r["seconds"]["max"] for r in results["part_2"] if r["arm"] == "CoSup, retrieves"
-    )
+    for result in results["part_2"]:
+        if result["arm"] == "CoSup, retrieves":
+            assert 0 < sum(result["parts"].values()) < result["seconds"]["max"]
     assert [(r["batch"], r["index_size"]) for r in results["part_3"]] == [(1, 90), (3, 90)]
     assert all(0 < r["share_of_search"]["min"] < 1 for r in results["part_3"])
     assert [(r["arm"], r["rows_equal"]) for r in results["part_4"]] == [("fixed batches", 10), ("generate_many", 10)]
@@ -68,28 +54,15 @@ def test_all_arms_write_the_same_tokens(benchmark, monkeypatch, tmp_path, capsys
         "Exact search among 90 x 64",
         "A queue against fixed batches of 3",
     ]
-    assert shown.count("random weights, shape tiny, float32, seed 0, ") == 4 and all(
-        heading in shown for heading in headings
-    )
+    assert shown.count("random weights, shape tiny, float32, seed 0, ") == 4
+    assert all(heading in shown for heading in headings)
 
 
 def test_a_model_of_ones_own(benchmark, monkeypatch, tmp_path):
     make_gen("qwen3").save_pretrained(tmp_path / "gen")
     make_tokenizer().save_pretrained(tmp_path / "gen")
-    run(
-        benchmark,
-        monkeypatch,
-        *SMALL,
-        "--gen",
-        tmp_path / "gen",
-        "--parts",
-        1,
-        4,
-        "--batch_sizes",
-        2,
-        "--output_file",
-        tmp_path / "out.json",
-    )
+    options = ["--gen", tmp_path / "gen", "--parts", 1, 4, "--batch_sizes", 2, "--output_file", tmp_path / "out.json"]
+    run(benchmark, monkeypatch, *SMALL, *options)
     results = json.loads((tmp_path / "out.json").read_text())
     assert [r["rows_equal"] for r in results["part_1"]] == [2]
     assert [r["rows_equal"] for r in results["part_4"]] == [10, 10]
@@ -104,10 +77,11 @@ def test_other_passages_give_other_tokens(benchmark):
         pool = index.get_passages(index.rows_of([id]))
         original = benchmark.original_generate(world, prompt, plan, pool, world.embed(pool))
         assert world.retrieve(world.model, [prompt], index, [[id]]) == [original]
-        at = [position for position, token in enumerate(original) if token == world.config.nsp_token_id]
-        assert (
-            len(at) == script.retrievals and original[at[0] + 1 :][: len(pool[0]["input_ids"])] == pool[0]["input_ids"]
-        )
+        positions = [position for position, token in enumerate(original) if token == world.config.nsp_token_id]
+        assert len(positions) == script.retrievals
+        passage_ids = pool[0]["input_ids"]
+        start = positions[0] + 1
+        assert original[start : start + len(passage_ids)] == passage_ids
         ends.append(original[-4:])
     assert ends[0] != ends[1]
 

@@ -1,5 +1,8 @@
 """A small world of names and towns to train on, and the arguments of a short training."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 
 from trainer import CoSupTrainingArguments
@@ -8,33 +11,33 @@ SYLLABLES = "ba dan ki fel lo gor mu hin ne jas po ker ru lim si tos".split()
 NAMES = list(dict.fromkeys("".join(np.random.default_rng(i).choice(SYLLABLES, 3, replace=False)) for i in range(600)))
 
 
-def world(names, seed=0):
-    """One instance a name: its town stands in its passage only; every fifth needs no passage."""
+def world(names: list[str], seed: int = 0) -> list[dict]:
+    """Return an instance for each name. Only its passage says its town; every fifth needs no passage."""
     rng = np.random.default_rng(seed)
     instances = []
     for i, name in enumerate(names):
         town = "".join(rng.choice(["va", "ze", "xi"], 2))
-        passage = {"id": name, "title": name, "text": f"{name} lives in {town}."}
-        segment = {"text": town, "passage": passage} if i % 5 else {"text": "hello", "passage": None}
-        instances.append(
-            {
-                "id": name,
-                "dataset": "d",
-                "instruction": "",
-                "input": f"where is {name}?" if i % 5 else "say hello",
-                "segments": [segment],
-            }
-        )
+        if i % 5:
+            question = f"where is {name}?"
+            passage = {"id": name, "title": name, "text": f"{name} lives in {town}."}
+            segment = {"text": town, "passage": passage}
+        else:
+            question = "say hello"
+            segment = {"text": "hello", "passage": None}
+        instances.append({"id": name, "dataset": "d", "instruction": "", "input": question, "segments": [segment]})
     return instances
 
 
-def arguments(tmp_path, **kwargs):
+def arguments(output_dir: str | Path, **kwargs: Any) -> CoSupTrainingArguments:
+    """Return the arguments of a short training on a CPU that logs every step."""
     defaults = {
         "per_device_train_batch_size": 8,
         "learning_rate": 3e-3,
+        "max_length": 256,
         "logging_steps": 1,
         "report_to": "none",
         "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
     }
-    defaults |= {"disable_tqdm": True, "use_cpu": True, "max_length": 256}
-    return CoSupTrainingArguments(str(tmp_path), **{**defaults, **kwargs})
+    return CoSupTrainingArguments(str(output_dir), **{**defaults, **kwargs})

@@ -20,41 +20,50 @@ SEGMENTS = [[0, 1], [], [1, 2, 0], [3], [], [4]]
 
 
 def features(model, segment_lists=SEGMENTS, **segment):
+    """Tokenized instances with a segment for each number of a passage; `segment` adds fields to each."""
     rows = []
     for i, numbers in enumerate(segment_lists):
-        segments = [{"text": f"answer {number}", "passage": PASSAGES[number], **segment} for number in numbers] or [
-            {"text": "free", "passage": None}
-        ]
-        instance = check_instance({"id": f"i{i}", "input": f"question {i} " * (i + 1), "segments": segments}, "here")
-        rows.append(tokenize_instance(instance, model.tokenizer, model.tokenizer, model.config))
+        segments = [{"text": f"answer {number}", "passage": PASSAGES[number], **segment} for number in numbers]
+        if not segments:
+            segments = [{"text": "free", "passage": None}]
+        rows.append(tokenized(model, {"id": f"i{i}", "input": f"question {i} " * (i + 1), "segments": segments}))
     return rows
 
 
+def tokenized(model, instance):
+    checked = check_instance(instance, "here")
+    return tokenize_instance(checked, model.tokenizer, model.tokenizer, model.config)
+
+
 def collator(model, **kwargs):
-    return CoSupDataCollator(
-        model.tokenizer.pad_token_id, model.tokenizer.pad_token_id, model.config.nsp_token_id, **kwargs
-    )
+    pad = model.tokenizer.pad_token_id
+    return CoSupDataCollator(pad, pad, model.config.nsp_token_id, **kwargs)
 
 
 def queries_and_passages(model, batch):
-    """What each query reads up to its `[NSP]` and what its passage is, as token ids, through the positions of the micro-batches."""
-    prefixes, passages = [], []
+    """
+    Token ids that each query reads up to its `[NSP]`, and token ids of its passage.
+
+    Both are found through the positions and labels of the micro-batches.
+    """
+    prefixes = []
+    passages = []
     for micro_batch in batch["micro_batches"]:
-        ids, starts = (
-            micro_batch["input_ids"],
-            torch.arange(len(micro_batch["input_ids"])) * micro_batch["input_ids"].shape[1],
-        )
+        ids = micro_batch["input_ids"]
         if "position_ids" in micro_batch:
             starts = (micro_batch["position_ids"][0] == 0).nonzero()[:, 0]
+        else:
+            starts = torch.arange(len(ids)) * ids.shape[1]
         for position in micro_batch["nsp_positions"].tolist():
             start = int(starts[starts <= position].max())
             prefixes.append(ids.flatten()[start : position + 1].tolist())
+        passage_ids = micro_batch.get("passage_input_ids", [])
         if "passage_ends" in micro_batch:
             starts = [0, *(micro_batch["passage_ends"] + 1).tolist()]
-            passages += [micro_batch["passage_input_ids"][0, a:b].tolist() for a, b in itertools.pairwise(starts)]
-        elif len(micro_batch.get("passage_input_ids", [])):
+            passages += [passage_ids[0, start:end].tolist() for start, end in itertools.pairwise(starts)]
+        elif len(passage_ids):
             masks = micro_batch["passage_attention_mask"].bool()
-            passages += [ids[mask].tolist() for ids, mask in zip(micro_batch["passage_input_ids"], masks, strict=True)]
+            passages += [row[mask].tolist() for row, mask in zip(passage_ids, masks, strict=True)]
     return prefixes, [passages[label] for label in batch["passage_labels"].tolist()]
 
 
@@ -65,8 +74,8 @@ CUTS = [
     {"max_tokens": 100},
     {"max_tokens": 1},
     {"padding_free": True, "padding_free_passages": True},
+    {"padding_free": True, "padding_free_passages": True, "max_tokens": 120},
 ]
-CUTS += [{"padding_free": True, "padding_free_passages": True, "max_tokens": 120}]
 
 
 @pytest.mark.parametrize("mask_duplicates", [True, False])
@@ -76,26 +85,28 @@ def test_every_cut_keeps_instances_queries_labels_and_passages(model, cut, mask_
     batch = collator(model, mask_duplicates=mask_duplicates, **cut)(copy.deepcopy(rows))
     facts = batch["facts"]
     assert sorted(id for ids in facts.instance_ids for id in ids) == [f"i{i}" for i in range(6)]
+
     expected = []
     for row in rows:
         columns = [i for i, token in enumerate(row["input_ids"]) if token == model.config.nsp_token_id]
-        expected += [
-            (row["input_ids"][: column + 1], passage)
-            for column, passage in zip(columns, row["passage_input_ids"], strict=True)
-        ]
+        for column, passage in zip(columns, row["passage_input_ids"], strict=True):
+            expected.append((row["input_ids"][: column + 1], passage))
     assert sorted(zip(*queries_and_passages(model, batch), strict=True)) == sorted(expected)
     assert len(facts.passage_keys) == (5 if mask_duplicates else 7)
-    trained = [
-        (int(mb["input_ids"].flatten()[position]), int(mb["labels"].flatten()[position + 1]))
-        for mb in batch["micro_batches"]
-        for position in mb["label_positions"].tolist()
-    ]
-    pairs = [
-        (row["input_ids"][i], label) for row in rows for i, label in enumerate(row["labels"][1:]) if label != -100
-    ]
-    assert sorted(trained) == sorted(pairs) and facts.num_labels == len(pairs)
-    for mb in batch["micro_batches"]:
-        assert int((mb["labels"].flatten() != -100).sum()) == len(mb["label_positions"])
+
+    trained = []  # pairs of a token and the label of the next one
+    for micro_batch in batch["micro_batches"]:
+        tokens = micro_batch["input_ids"].flatten()
+        labels = micro_batch["labels"].flatten()
+        positions = micro_batch["label_positions"]
+        trained += zip(tokens[positions].tolist(), labels[positions + 1].tolist(), strict=True)
+        assert int((labels != -100).sum()) == len(positions)
+    pairs = []
+    for row in rows:
+        pairs += [(row["input_ids"][i], label) for i, label in enumerate(row["labels"][1:]) if label != -100]
+    assert sorted(trained) == sorted(pairs)
+    assert facts.num_labels == len(pairs)
+
     real = sum(len(row["input_ids"]) for row in rows)
     assert facts.num_gen_tokens == real
     assert facts.num_padded_tokens >= facts.num_tokens > real
@@ -106,16 +117,15 @@ def test_every_cut_keeps_instances_queries_labels_and_passages(model, cut, mask_
 @pytest.mark.parametrize("packed", [False, True])
 def test_micro_batches_keep_to_the_token_budget(model, packed):
     rows = features(model) * 9
-    longest = max(
-        max(len(row["input_ids"]) for row in rows), max(len(ids) for row in rows for ids in row["passage_input_ids"])
-    )
-    budget = 5 * longest  # each part's share holds its longest row
-    batch = collator(
-        model, max_tokens=budget, padding_free=packed, padding_free_passages=packed, mask_duplicates=False
-    )(rows)
+    longest_row = max(len(row["input_ids"]) for row in rows)
+    longest_passage = max(len(ids) for row in rows for ids in row["passage_input_ids"])
+    budget = 5 * max(longest_row, longest_passage)  # the shares of rows and of passages hold their longest
+    options = {"padding_free": packed, "padding_free_passages": packed, "mask_duplicates": False}
+    batch = collator(model, max_tokens=budget, **options)(rows)
     assert len(batch["micro_batches"]) > 2
-    for mb in batch["micro_batches"]:
-        assert sum(mb[name].numel() for name in ("input_ids", "passage_input_ids") if name in mb) <= budget
+    for micro_batch in batch["micro_batches"]:
+        tokens = [micro_batch[name].numel() for name in ("input_ids", "passage_input_ids") if name in micro_batch]
+        assert sum(tokens) <= budget
 
 
 def test_shortened_rows_end_at_their_last_query(model):
@@ -133,28 +143,28 @@ def test_shortened_rows_end_at_their_last_query(model):
 def test_what_each_supervision_reads(model):
     rows = features(model)
     ntp = collator(model, supervision="ntp")(rows)
-    assert not any("passage" in name for name in ntp["micro_batches"][0]) and not len(ntp["passage_labels"])
+    assert not any("passage" in name for name in ntp["micro_batches"][0])
+    assert len(ntp["passage_labels"]) == 0
     nsp = collator(model, supervision="nsp")(rows)
     (micro_batch,) = nsp["micro_batches"]
-    assert (
-        "labels" not in micro_batch and len(micro_batch["input_ids"]) == 4
-    )  # instances without a passage have no part in it
+    assert "labels" not in micro_batch
+    assert len(micro_batch["input_ids"]) == 4  # instances without a passage have no part in it
     assert nsp["facts"].num_labels == 0
     with pytest.raises(ValueError, match="'i0' has no query_input_ids"):
         collator(model, supervision="separate")(rows)
     separate = make_model(query_from="emb_seq")
     (micro_batch,) = collator(separate, supervision="separate")(features(separate))["micro_batches"]
-    assert len(micro_batch["query_input_ids"]) == 7 and "nsp_positions" not in micro_batch
-    lengths = micro_batch["query_attention_mask"].sum(1)
-    assert all(
-        row[length - 1] == separate.config.nsp_token_id
-        for row, length in zip(micro_batch["query_input_ids"], lengths, strict=True)
-    )
+    assert len(micro_batch["query_input_ids"]) == 7
+    assert "nsp_positions" not in micro_batch
+    last_columns = micro_batch["query_attention_mask"].sum(1, keepdim=True) - 1
+    assert (micro_batch["query_input_ids"].gather(1, last_columns) == separate.config.nsp_token_id).all()
 
     alone = collator(separate, supervision="nsp", encoder_queries=True)(features(separate))
     (micro_batch,) = alone["micro_batches"]
-    assert micro_batch["input_ids"].shape == (1, 1) and "labels" not in micro_batch  # Gen is not asked
-    assert len(micro_batch["query_input_ids"]) == 7 and len(alone["facts"].instance_ids[0]) == 7
+    assert micro_batch["input_ids"].shape == (1, 1)  # nothing for Gen
+    assert "labels" not in micro_batch
+    assert len(micro_batch["query_input_ids"]) == 7
+    assert len(alone["facts"].instance_ids[0]) == 7
 
 
 def test_a_batch_without_any_passage_still_touches_every_part(model):
@@ -180,13 +190,13 @@ def test_cuts_are_optimal_and_within_limits():
             return sum(len(group) * max(lengths[i] for i in group) + overhead for group in groups)
 
         order = sorted(range(7), key=lambda i: -lengths[i])
-        best = min(
-            cost([order[a:b] for a, b in itertools.pairwise([0, *cuts, 7])])
-            for n in range(7)
-            for cuts in itertools.combinations(range(1, 7), n)
-        )
+        costs = []  # of every way to cut the rows
+        for num_cuts in range(7):
+            for cuts in itertools.combinations(range(1, 7), num_cuts):
+                costs.append(cost([order[start:end] for start, end in itertools.pairwise([0, *cuts, 7])]))
         groups = cut_by_padding(lengths, overhead)
-        assert cost(groups) == best and sorted(sum(groups, [])) == list(range(7))
+        assert cost(groups) == min(costs)
+        assert sorted(sum(groups, [])) == list(range(7))
         by_tokens = cut_by_tokens(lengths, 50)
         assert sorted(sum(by_tokens, [])) == list(range(7))
         assert all(len(group) == 1 or len(group) * lengths[group[0]] <= 50 for group in by_tokens)
@@ -220,8 +230,7 @@ def test_ids_and_contents_of_real_instances(model):
     same_id = dict(PASSAGES[1], text="other text")
     rows = features(model, [[0], [1]])
     for passage in (same_text, same_id):
-        instance = check_instance({"id": "x", "input": "q", "segments": [{"text": "a", "passage": passage}]}, "here")
-        rows.append(tokenize_instance(instance, model.tokenizer, model.tokenizer, model.config))
+        rows.append(tokenized(model, {"id": "x", "input": "q", "segments": [{"text": "a", "passage": passage}]}))
     batch = collator(model)(rows)
     assert len(batch["facts"].passage_keys) == 3  # one row for equal content
     groups = global_batch([batch["facts"]], 0).passage_groups
@@ -231,30 +240,23 @@ def test_ids_and_contents_of_real_instances(model):
 def test_further_positives_and_equal_questions_are_no_negatives(model):
     facts = facts_of(model, [[0], [1], [2]], positives=[PASSAGES[1]["id"]])
     pairs = global_batch([facts], 0).no_negatives.T.tolist()
-    row_of_p1 = {label: query for query, label in enumerate(facts.passage_labels)}
-    names = {facts.query_instance_ids[query]: (query, label) for label, query in row_of_p1.items()}
-    p1 = names["i1"][1]
-    assert sorted(pairs) == sorted([[names["i0"][0], p1], [names["i2"][0], p1]])
+    query_of = {instance_id: query for query, instance_id in enumerate(facts.query_instance_ids)}
+    row_of_p1 = facts.passage_labels[query_of["i1"]]
+    assert sorted(pairs) == sorted([[query_of["i0"], row_of_p1], [query_of["i2"], row_of_p1]])
 
-    question = {"input": "who?", "segments": [{"text": "a", "passage": PASSAGES[0]}]}
-    rows = []
+    ranks = []
     for i in range(2):
-        instance = check_instance(
-            {**question, "id": str(i), "segments": [{"text": "a", "passage": PASSAGES[i]}]}, "here"
-        )
-        rows.append(tokenize_instance(instance, model.tokenizer, model.tokenizer, model.config))
-    one, two = (collator(model)([row])["facts"] for row in rows)
-    assert global_batch([one, two], 0).no_negatives.T.tolist() == [
-        [0, 1]
-    ]  # the same question on another rank: both passages are right
-    assert global_batch([one, two], 0, mask_duplicates=False).no_negatives.size == 0
+        instance = {"id": str(i), "input": "who?", "segments": [{"text": "a", "passage": PASSAGES[i]}]}
+        ranks.append(collator(model)([tokenized(model, instance)])["facts"])
+    # the same question on another rank: both passages are right
+    assert global_batch(ranks, 0).no_negatives.T.tolist() == [[0, 1]]
+    assert global_batch(ranks, 0, mask_duplicates=False).no_negatives.size == 0
 
 
 def test_hard_negatives_are_passages_without_a_query(model):
     facts = facts_of(model, [[0], [1]], negatives=[PASSAGES[4], PASSAGES[0]])
-    assert (
-        len(facts.passage_keys) == 3 and len(facts.passage_labels) == 2
-    )  # passage 0 is the answer of one and a negative of the other
+    assert len(facts.passage_keys) == 3  # passage 0 is the answer of one and a negative of the other
+    assert len(facts.passage_labels) == 2
 
 
 @pytest.mark.parametrize(
@@ -274,10 +276,13 @@ def test_bad_negatives_and_positives(change, message):
 
 def test_no_batch_of_the_sampler_names_a_passage_twice():
     rng = np.random.default_rng(0)
-    passages = [[int(p)] if p < 80 else [int(p), int(p) - 80] for p in rng.integers(0, 100, size=200)]
+    passages = []
+    for passage in rng.integers(0, 100, size=200).tolist():
+        passages.append([passage] if passage < 80 else [passage, passage - 80])
     sampler = NoDuplicatesSampler(passages, 8, seed=3)
     order = list(sampler)
-    assert sorted(order) == list(range(200)) and len(sampler) == 200
+    assert sorted(order) == list(range(200))
+    assert len(sampler) == 200
     clean = 0
     for start in range(0, 200, 8):
         named = sum((passages[i] for i in order[start : start + 8]), [])

@@ -29,17 +29,20 @@ def test_labels_token_by_token(model, retrievals, train_on_passages):
     for i in range(retrievals):
         instance["segments"].append({"text": f"grounded {i}", "passage": PASSAGES[i]})
 
-    prompt = plain(tokenizer, "Answer.## Input:\n\nwho painted it?## Output:\n\n")
-    expected = [
-        (tokenizer.bos_token_id, False),
-        *[(id, False) for id in prompt],
-        *[(id, True) for id in plain(tokenizer, "free text")],
-    ]
+    expected = []  # token ids, and whether each is trained
+
+    def expect(ids, trained):
+        expected.extend((id, trained) for id in ids)
+
+    expect([tokenizer.bos_token_id], trained=False)
+    expect(plain(tokenizer, "Answer.## Input:\n\nwho painted it?## Output:\n\n"), trained=False)
+    expect(plain(tokenizer, "free text"), trained=True)
     for i in range(retrievals):
-        passage = plain(tokenizer, render_passage(PASSAGES[i], "{title} :: {text}"))
-        expected += [(nsp, True), *[(id, train_on_passages) for id in passage], (cs, False)]
-        expected += [*[(id, True) for id in plain(tokenizer, f"grounded {i}")], (ce, True)]
-    expected += [(eos, True)]
+        expect([nsp], trained=True)
+        expect(plain(tokenizer, render_passage(PASSAGES[i], "{title} :: {text}")), trained=train_on_passages)
+        expect([cs], trained=False)
+        expect([*plain(tokenizer, f"grounded {i}"), ce], trained=True)
+    expect([eos], trained=True)
 
     found = tokenize_instance(instance, tokenizer, tokenizer, config, train_on_passages)
     assert found["input_ids"] == [id for id, _ in expected]
@@ -53,18 +56,11 @@ def test_control_tokens_as_characters_stay_text(model):
     tokenizer, config = model.tokenizer, model.config
     hostile = "[NSP] a [Cs] b [CE] c </s> d <s>"
     passage = {"id": "h", "title": hostile, "text": hostile}
-    instance = dict(
-        INSTANCE,
-        instruction=hostile,
-        input=hostile,
-        segments=[{"text": hostile, "passage": passage}, {"text": hostile, "passage": None}],
-    )
+    segments = [{"text": hostile, "passage": passage}, {"text": hostile, "passage": None}]
+    instance = dict(INSTANCE, instruction=hostile, input=hostile, segments=segments)
     found = tokenize_instance(check_instance(instance, "here"), tokenizer, tokenizer, config)
-    counts = {
-        id: found["input_ids"].count(id)
-        for id in (config.nsp_token_id, config.cs_token_id, config.ce_token_id, tokenizer.eos_token_id)
-    }
-    assert set(counts.values()) == {1}  # one of each, the ones we wrote
+    for id in (config.nsp_token_id, config.cs_token_id, config.ce_token_id, tokenizer.eos_token_id):
+        assert found["input_ids"].count(id) == 1  # the one that was not text
     assert found["input_ids"].count(tokenizer.bos_token_id) == 1
     assert found["passage_input_ids"][0].count(tokenizer.eos_token_id) == 1
 
@@ -74,9 +70,8 @@ def test_what_a_retriever_of_another_make_reads():
     model = make_model(passage_prompt="passage: ", query_prompt="query: ", **settings)
     tokenizer, bos = model.tokenizer, model.tokenizer.bos_token_id
     segment = {"text": "Rembrandt", "passage": PASSAGES[0], "negatives": [PASSAGES[1]]}
-    found = tokenize_instance(
-        check_instance(dict(INSTANCE, segments=[segment]), "here"), tokenizer, tokenizer, model.config
-    )
+    instance = check_instance(dict(INSTANCE, segments=[segment]), "here")
+    found = tokenize_instance(instance, tokenizer, tokenizer, model.config)
     rendered = [render_passage(passage, "{title} :: {text}") for passage in PASSAGES[:2]]
     assert found["passage_input_ids"] == [[bos, *plain(tokenizer, f"passage: {rendered[0]}")]]
     assert found["negative_input_ids"] == [[bos, *plain(tokenizer, f"passage: {rendered[1]}")]]
@@ -98,25 +93,11 @@ def test_end_of_turn_of_a_chat_template_is_trained(model):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     turns = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|im_end|>\n{% endfor %}"
     tokenizer.chat_template = turns + "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    found = tokenize_instance(
-        dict(INSTANCE, segments=[{"text": "yes", "passage": None}]), tokenizer, tokenizer, model.config
-    )
+    instance = dict(INSTANCE, segments=[{"text": "yes", "passage": None}])
+    found = tokenize_instance(instance, tokenizer, tokenizer, model.config)
     assert found["labels"][-1] == found["input_ids"][-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert found["input_ids"][: -len(plain(tokenizer, "yes")) - 1] == encode_prompt(
-        tokenizer, INSTANCE["input"], INSTANCE["instruction"]
-    )
-
-
-def features(model, *segment_lists):
-    return [
-        tokenize_instance(
-            dict(INSTANCE, segments=[{"text": "t", "passage": p} for p in passages]),
-            model.tokenizer,
-            model.tokenizer,
-            model.config,
-        )
-        for passages in segment_lists
-    ]
+    prompt = encode_prompt(tokenizer, INSTANCE["input"], INSTANCE["instruction"])
+    assert found["input_ids"][: -len(plain(tokenizer, "yes")) - 1] == prompt
 
 
 # ---------------------------------------------------------------------- bad input
@@ -128,14 +109,8 @@ def write(path, *lines):
 
 
 def good(**changes):
-    return {
-        "id": "1",
-        "dataset": "d",
-        "instruction": "",
-        "input": "q?",
-        "segments": [{"text": "a", "passage": None}],
-        **changes,
-    }
+    segments = [{"text": "a", "passage": None}]
+    return {"id": "1", "dataset": "d", "instruction": "", "input": "q?", "segments": segments, **changes}
 
 
 def segment(**changes):
@@ -152,10 +127,7 @@ BAD_INSTANCES = [
     (good(segments=None), "segments is None"),
     (good(segments=["text"]), "segments[0] is 'text'"),
     (good(segments=[segment(text="")]), "segments[0].text is ''"),
-    (
-        good(segments=[segment(), segment(passage={"id": "p", "title": "t", "text": " "})]),
-        "segments[1].passage.text is ' '",
-    ),
+    (good(segments=[segment(), segment(passage={"id": "p", "text": " "})]), "segments[1].passage.text is ' '"),
     (good(segments=[segment(passage={"id": "p", "title": "t"})]), "segments[0].passage.text is None"),
     ('{"input": "\\ud83d", "segments": [{"text": "a"}]}', "input holds '\\ud83d', which is no character"),
     (good(segments=[segment(passage={"id": "p", "title": 5, "text": "t"})]), "segments[0].passage.title is 5"),
@@ -203,7 +175,7 @@ def test_dataset_folder_names_the_row(tmp_path):
     [
         ([PASSAGES[0], {"id": "x", "title": "t", "text": ""}], "line 2: text is ''"),
         ([PASSAGES[0], {"title": "t", "text": "t"}], "line 2: id is None"),
-        ([PASSAGES[0], PASSAGES[1], PASSAGES[0]], "line 3: id 'p0' already stands at"),
+        ([PASSAGES[0], PASSAGES[1], PASSAGES[0]], "line 3: id 'p0' is already used at"),
         ([], "the corpus holds no passage"),
     ],
 )
@@ -246,9 +218,12 @@ def test_an_instance_is_checked_once(tmp_path, monkeypatch):
     """Loaded instances are not checked again by the trainer, and what was changed since is."""
     checks = []
     check_question = data._check_question
-    monkeypatch.setattr(
-        data, "_check_question", lambda value, where: checks.append(where) or check_question(value, where)
-    )
+
+    def recorded_check(value, where):
+        checks.append(where)
+        return check_question(value, where)
+
+    monkeypatch.setattr(data, "_check_question", recorded_check)
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(instance) + "\n" for instance in world(NAMES[:6])))
     instances = load_instances(path)[:5]
@@ -273,10 +248,16 @@ def test_every_kind_of_dataset_is_checked(tmp_path, kind):
 
     rows = world(NAMES[1:3])
     rows[1]["segments"][0]["text"] = ""
-    made = {"list": lambda: rows, "torch": Rows, "dataset": lambda: datasets.Dataset.from_list(rows)}
-    made["stream"] = lambda: datasets.Dataset.from_list(rows).to_iterable_dataset()
+    makers = {
+        "list": lambda: rows,
+        "dataset": lambda: datasets.Dataset.from_list(rows),
+        "stream": lambda: datasets.Dataset.from_list(rows).to_iterable_dataset(),
+        "torch": Rows,
+    }
+    make_dataset = makers[kind]
     with pytest.raises(ValueError, match=r"training set, row 1: segments\[0\].text is ''"):
-        list(CoSupTrainer(make_model(), arguments(tmp_path, max_steps=1), train_dataset=made[kind]()).train_dataset)
+        trainer = CoSupTrainer(make_model(), arguments(tmp_path, max_steps=1), train_dataset=make_dataset())
+        list(trainer.train_dataset)  # a stream is checked as it is read
     trainer = CoSupTrainer(make_model(), arguments(tmp_path), train_dataset=world(NAMES[:2]))
     with pytest.raises(ValueError, match=r"evaluation set, row 1: segments\[0\].text is ''"):
-        trainer.evaluate(made[kind]())
+        trainer.evaluate(make_dataset())

@@ -1,4 +1,4 @@
-"""The losses by name: a further one, of either kind, is trained, logged, evaluated and shown without a list of names."""
+"""A further loss, of either kind, is trained, logged, evaluated and shown without a list of names."""
 
 import copy
 
@@ -15,7 +15,7 @@ WEIGHTS = {"double_loss": 0.5, "square_loss": 0.25}
 
 @pytest.fixture
 def further_losses(monkeypatch):
-    """Of a micro-batch twice its NTP loss, and of the embeddings the square of each query's NSP loss."""
+    """Adds twice the NTP loss of a micro-batch, and the square of each query's NSP loss."""
 
     def more_weights(config, args):
         return loss_weights(config, args) | WEIGHTS

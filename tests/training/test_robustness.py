@@ -1,4 +1,4 @@
-"""What goes wrong is said clearly, before anything is lost: NaN, too little memory, broken instances, checkpoints that were not finished."""
+"""Clear errors, before anything is lost: NaN, too little memory, broken instances, unfinished checkpoints."""
 
 import json
 import os
@@ -21,11 +21,11 @@ def poisoned(model, instances, part, value):
     tokenizer = model.tokenizer
     token = tokenizer("~", add_special_tokens=False)["input_ids"][0]
     passage = {"id": "poisoned", "title": "", "text": "~ here"}
-    instances[5] = dict(
-        instances[5], input="what is ~?" if part == "gen" else "what?", segments=[{"text": "a", "passage": passage}]
-    )
+    question = "what is ~?" if part == "gen" else "what?"
+    instances[5] = dict(instances[5], input=question, segments=[{"text": "a", "passage": passage}])
+    poisoned_model = model.gen.model if part == "gen" else model.emb_seq
     with torch.no_grad():
-        (model.gen.model if part == "gen" else model.emb_seq).embed_tokens.weight[token] = value
+        poisoned_model.embed_tokens.weight[token] = value
     return instances
 
 
@@ -41,7 +41,8 @@ def test_nan_stops_with_step_loss_and_instances(tmp_path, part, cached):
         "max_steps": 4,
         "per_device_train_batch_size": 4,
     }
-    options |= {"nsp_batch_size": 4, "per_device_train_batch_size": 1} if cached else {}
+    if cached:
+        options |= {"nsp_batch_size": 4, "per_device_train_batch_size": 1}
     poison = float("inf") if cached else float("nan")
     instances = poisoned(model, instances, part, poison)
     trainer = CoSupTrainer(model, arguments(tmp_path, **options), train_dataset=instances)
@@ -52,10 +53,8 @@ def test_nan_stops_with_step_loss_and_instances(tmp_path, part, cached):
         assert f"instances '{instances[5]['id']}'." in str(error.value)  # it alone
     assert instances[5]["id"] in str(error.value)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1"]
-    rows = torch.cat(
-        [parameter.isfinite().flatten() for name, parameter in model.named_parameters() if "embed_tokens" not in name]
-    )
-    assert rows.all()  # no step was taken with it
+    for name, parameter in model.named_parameters():
+        assert "embed_tokens" in name or parameter.isfinite().all()  # no step was taken with it
 
 
 def test_a_nan_gradient_of_a_finite_loss_stops_before_the_step(tmp_path):
@@ -69,17 +68,20 @@ def test_a_nan_gradient_of_a_finite_loss_stops_before_the_step(tmp_path):
     }
     trainer = CoSupTrainer(model, arguments(tmp_path, **options), train_dataset=world(NAMES[:16]))
     weight = model.gen.model.layers[0].mlp.up_proj.weight
-    weight.register_hook(lambda gradient: gradient * float("nan") if trainer.state.global_step == 1 else gradient)
-    with pytest.raises(
-        FloatingPointError, match=f"Step 2: the gradient is NaN or infinite, in or among the instances .*'{NAMES[4]}'"
-    ):
+
+    def poison(gradient):
+        return gradient * float("nan") if trainer.state.global_step == 1 else gradient
+
+    weight.register_hook(poison)
+    message = f"Step 2: the gradient is NaN or infinite, in or among the instances .*'{NAMES[4]}'"
+    with pytest.raises(FloatingPointError, match=message):
         trainer.train()
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1"]
 
 
 def test_sharding_that_cannot_do_it_is_refused(tmp_path, monkeypatch):
-    """What only DDP and FSDP2 can do, asked of DeepSpeed: neither runs on this machine, so the type is pretended."""
+    """What only DDP and FSDP2 can do is refused with DeepSpeed, whose type is faked here."""
     for option in ({"nsp_batch_size": 8}, {"clip_gen_only": True}):
         monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.DEEPSPEED))
         with pytest.raises(ValueError, match=f"{next(iter(option))} works under DDP and FSDP2, not under DEEPSPEED"):
@@ -90,19 +92,14 @@ def test_liger_kernels_go_into_both_models(tmp_path, monkeypatch):
     """They need a GPU; here only that both parts get them, and that the loss stays ours."""
     from trainer import model_setup
 
-    seen = []
+    calls = []
     monkeypatch.setattr(
-        model_setup, "apply_liger_kernel", lambda part, config: seen.append((type(part).__name__, config))
+        model_setup, "apply_liger_kernel", lambda part, config: calls.append((type(part).__name__, config))
     )
-    CoSupTrainer(
-        make_model(),
-        arguments(tmp_path, use_liger_kernel=True, liger_kernel_config={"rope": False}),
-        train_dataset=world(NAMES[:8]),
-    )
-    assert [name for name, _ in seen] == ["LlamaForCausalLM", "LlamaModel"]
-    assert all(
-        config == {"fused_linear_cross_entropy": False, "cross_entropy": False, "rope": False} for _, config in seen
-    )
+    args = arguments(tmp_path, use_liger_kernel=True, liger_kernel_config={"rope": False})
+    CoSupTrainer(make_model(), args, train_dataset=world(NAMES[:8]))
+    config = {"fused_linear_cross_entropy": False, "cross_entropy": False, "rope": False}
+    assert calls == [("LlamaForCausalLM", config), ("LlamaModel", config)]
 
 
 def test_an_attention_that_this_machine_lacks_does_not_stop_the_check_for_causality(model):
@@ -122,27 +119,27 @@ def test_weights_alone_are_no_checkpoint_to_resume_from(tmp_path):
 def test_half_precision_weights_are_trained_in_float32(tmp_path, dtype, monkeypatch):
     from trainer import model_setup
 
-    said = []
-    monkeypatch.setattr(model_setup.logger, "warning", said.append)
+    warnings = []
+    monkeypatch.setattr(model_setup.logger, "warning", warnings.append)
     model = make_model().to(dtype)
     before = model.gen.model.layers[0].mlp.up_proj.weight.detach().float().clone()
-    args = arguments(
-        tmp_path, max_steps=2, learning_rate=2e-5, bf16=True, freeze_emb_seq=True, lr_scheduler_type="constant"
-    )
+    options = {"max_steps": 2, "learning_rate": 2e-5, "lr_scheduler_type": "constant"}
+    args = arguments(tmp_path, bf16=True, freeze_emb_seq=True, **options)
     CoSupTrainer(model, args, train_dataset=world(NAMES[:16])).train()
-    assert model.gen.dtype == torch.float32 and model.emb_seq.dtype == dtype  # what is frozen stays as it is
+    assert model.gen.dtype == torch.float32
+    assert model.emb_seq.dtype == dtype  # frozen, so not converted
     assert (model.gen.model.layers[0].mlp.up_proj.weight != before).float().mean() > 0.9
-    assert len(said) == (dtype == torch.bfloat16)
+    assert len(warnings) == (1 if dtype == torch.bfloat16 else 0)
 
 
 def test_a_query_longer_than_its_encoder_reads_is_named(tmp_path):
     model = make_model(query_from="emb_seq", emb_seq_kwargs={"max_position_embeddings": 300})
     instances = world(NAMES[:4])
     instances[1]["input"] = "where " * 200
-    with pytest.raises(
-        ValueError, match=f"Instance '{NAMES[1]}': what stands before an .NSP. has .* tokens, its encoder reads 300"
-    ):
-        CoSupTrainer(model, arguments(tmp_path, supervision="separate", max_length=2048), train_dataset=instances)
+    args = arguments(tmp_path, supervision="separate", max_length=2048)
+    message = f"Instance '{NAMES[1]}': the text up to an .NSP. has .* tokens, its encoder reads 300"
+    with pytest.raises(ValueError, match=message):
+        CoSupTrainer(model, args, train_dataset=instances)
 
 
 def test_ntp_nan_names_the_micro_batch(tmp_path):
@@ -153,10 +150,8 @@ def test_ntp_nan_names_the_micro_batch(tmp_path):
     with torch.no_grad():
         model.gen.model.embed_tokens.weight[token] = float("nan")
     args = arguments(tmp_path, nsp_batch_size=8, per_device_train_batch_size=1, max_steps=1)
-    with pytest.raises(
-        FloatingPointError,
-        match=f"Step 1: the ntp_loss is NaN or infinite, in or among the instances '{instances[3]['id']}'",
-    ):
+    message = f"Step 1: the ntp_loss is NaN or infinite, in or among the instances '{instances[3]['id']}'"
+    with pytest.raises(FloatingPointError, match=message):
         CoSupTrainer(model, args, train_dataset=instances).train()
 
 
@@ -166,8 +161,10 @@ sys.path.insert(0, {tests!r})
 import torch
 from support.models import PASSAGES, make_model
 from trainer import CoSupTrainer, CoSupTrainingArguments
-instances = [{{"id": str(i), "input": "long " * 150, "segments": [{{"text": "answer " * 100, "passage": PASSAGES[0]}}]}} for i in range(64)]
-args = CoSupTrainingArguments({folder!r}, per_device_train_batch_size=64, max_steps=1, report_to="none", max_length=2048, save_strategy="no")
+segments = [{{"text": "answer " * 100, "passage": PASSAGES[0]}}]
+instances = [{{"id": str(i), "input": "long " * 150, "segments": segments}} for i in range(64)]
+options = {{"max_steps": 1, "report_to": "none", "max_length": 2048, "save_strategy": "no"}}
+args = CoSupTrainingArguments({folder!r}, per_device_train_batch_size=64, **options)
 gen = {{"max_position_embeddings": 2048, "hidden_size": 256, "layers": 8, "intermediate_size": 1024}}
 model = make_model(gen_kwargs=gen, emb_seq_kwargs={{"hidden_size": 256}})
 trainer = CoSupTrainer(model, args, train_dataset=instances)
@@ -183,20 +180,18 @@ def test_out_of_memory_names_the_knobs(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=200)
     assert done.returncode != 0
-    assert "OutOfMemoryError" in done.stderr and "Out of memory in a training step" in done.stderr, done.stderr[-2000:]
-    assert (
-        "nsp_batch_size=64 with a per_device_train_batch_size below 64" in done.stderr
-        and "gradient_checkpointing" in done.stderr
-    )
+    assert "OutOfMemoryError" in done.stderr, done.stderr[-2000:]
+    assert "Out of memory in a training step" in done.stderr, done.stderr[-2000:]
+    assert "nsp_batch_size=64 with a per_device_train_batch_size below 64" in done.stderr
+    assert "gradient_checkpointing" in done.stderr
 
 
 def test_memory_advice_follows_the_arguments_and_other_errors_pass(tmp_path):
+    cached = {"nsp_batch_size": 8}
+    cached_and_cut = {"nsp_batch_size": 8, "max_tokens_per_micro_batch": 99, "gradient_checkpointing": True}
     for options, expected in (
-        ({"nsp_batch_size": 8}, "max_tokens_per_micro_batch"),
-        (
-            {"nsp_batch_size": 8, "max_tokens_per_micro_batch": 99, "gradient_checkpointing": True},
-            "a max_tokens_per_micro_batch below 99",
-        ),
+        (cached, "max_tokens_per_micro_batch"),
+        (cached_and_cut, "a max_tokens_per_micro_batch below 99"),
     ):
         args = CoSupTrainingArguments(str(tmp_path), report_to="none", **options)
         with pytest.raises(torch.OutOfMemoryError, match=expected) as error:
@@ -211,14 +206,10 @@ def test_memory_advice_follows_the_arguments_and_other_errors_pass(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_data_workers_error_names_the_instance(tmp_path, workers):
-    trainer = CoSupTrainer(
-        make_model(), arguments(tmp_path, dataloader_num_workers=workers, max_steps=1), train_dataset=world(NAMES[:8])
-    )
-    rows = list(trainer.train_dataset)
+    args = arguments(tmp_path, dataloader_num_workers=workers, max_steps=1)
+    rows = list(CoSupTrainer(make_model(), args, train_dataset=world(NAMES[:8])).train_dataset)
     rows[3]["passage_input_ids"] = []
-    broken = CoSupTrainer(
-        make_model(), arguments(tmp_path, dataloader_num_workers=workers, max_steps=1), train_dataset=rows
-    )
+    broken = CoSupTrainer(make_model(), args, train_dataset=rows)
     with pytest.raises(ValueError, match=f"Instance '{NAMES[3]}' has .* 1 \\[NSP\\] and 0 passages"):
         broken.train()
 
@@ -239,9 +230,8 @@ def test_the_last_complete_checkpoint(tmp_path, cut):
         (tmp_path / "checkpoint-10").mkdir()
     expected = tmp_path / ("checkpoint-3" if cut == "nothing written" else "checkpoint-2")
     assert last_complete_checkpoint(tmp_path) == str(expected)
-    trainer = CoSupTrainer(
-        make_model(), arguments(tmp_path, **options | {"max_steps": 4}), train_dataset=world(NAMES[:16])
-    )
+    args = arguments(tmp_path, **options | {"max_steps": 4})
+    trainer = CoSupTrainer(make_model(), args, train_dataset=world(NAMES[:16]))
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 4
     with pytest.raises(ValueError, match="holds no complete checkpoint"):
@@ -273,29 +263,26 @@ def test_arguments_that_do_not_fit_the_model(tmp_path):
             CoSupTrainer(make_model(), arguments(tmp_path, freeze_gen=True, **options))
     with pytest.raises(ValueError, match="Emb_seq makes the queries too"):
         CoSupTrainer(make_model(query_from="emb_seq"), arguments(tmp_path, supervision="nsp", freeze_emb_seq=True))
-    stream = CoSupTrainer(
-        make_model(), arguments(tmp_path), train_dataset=world(NAMES[:8])
-    ).train_dataset.to_iterable_dataset()
-    trainer = CoSupTrainer(
-        make_model(), arguments(tmp_path, batch_sampler="no_duplicates", max_steps=1), train_dataset=stream
-    )
+    trainer = CoSupTrainer(make_model(), arguments(tmp_path), train_dataset=world(NAMES[:8]))
+    stream = trainer.train_dataset.to_iterable_dataset()
+    args = arguments(tmp_path, batch_sampler="no_duplicates", max_steps=1)
+    trainer = CoSupTrainer(make_model(), args, train_dataset=stream)
     with pytest.raises(ValueError, match="a streamed one cannot be chosen from"):
         trainer._get_train_sampler(stream)
 
 
 def test_what_a_step_logs_can_be_checked_by_hand(tmp_path):
     """num_negatives and padding of one batch whose passages are known."""
-    instances = [
-        {"id": str(i), "input": f"q {i % 4}", "segments": [{"text": "a", "passage": PASSAGES[i % 3]}]}
-        for i in range(6)
-    ]
-    trainer = CoSupTrainer(
-        make_model(), arguments(tmp_path, per_device_train_batch_size=6, max_steps=1), train_dataset=instances
-    )
+    instances = []
+    for i in range(6):
+        segments = [{"text": "a", "passage": PASSAGES[i % 3]}]
+        instances.append({"id": str(i), "input": f"q {i % 4}", "segments": segments})
+    args = arguments(tmp_path, per_device_train_batch_size=6, max_steps=1)
+    trainer = CoSupTrainer(make_model(), args, train_dataset=instances)
     trainer.data_collator.call_overhead = None
     trainer.train()
     (entry,) = [entry for entry in trainer.state.log_history if "nsp_loss" in entry]
-    # three distinct passages; q 0 is asked with passages 0 and 1, q 1 with 1 and 2: what is right for a question is no negative of it
+    # Of three distinct passages, 0 and 1 are right for q 0, and 1 and 2 for q 1: these are no negatives.
     assert entry["num_negatives"] == pytest.approx((4 * 1 + 2 * 2) / 6)
     facts = trainer.data_collator(list(trainer.train_dataset))["facts"]
     assert entry["padding"] == pytest.approx(1 - facts.num_tokens / facts.num_padded_tokens)

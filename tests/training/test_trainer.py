@@ -24,14 +24,8 @@ def test_losses_fall_and_retrieval_of_unseen_names_beats_chance(tmp_path):
     small = {"initializer_range": 0.02, "hidden_size": 64}
     tokenizer = make_tokenizer(vocab_size=300, texts=[f"{syllable} lives in" for syllable in SYLLABLES] * 9)
     model = make_model(gen_kwargs=small, emb_seq_kwargs=small, tokenizer=tokenizer)
-    args = arguments(
-        tmp_path,
-        max_steps=160,
-        per_device_train_batch_size=32,
-        learning_rate=3e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=10,
-    )
+    schedule = {"max_steps": 160, "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 10}
+    args = arguments(tmp_path, per_device_train_batch_size=32, **schedule)
     trainer = CoSupTrainer(model, args, train_dataset=world(NAMES[:400]), eval_dataset=world(NAMES[400:450]))
     before = trainer.evaluate()
     logs = trained(trainer)
@@ -51,9 +45,8 @@ def test_logs_name_the_components(tmp_path):
         assert {"ntp_loss", "nsp_loss", "nsp_accuracy", "num_negatives", "tokens_per_second"} <= set(entry)
         ours = set(entry) - {"grad_norm", "learning_rate", "epoch", "step"}  # without what any Trainer logs
         assert {figure(name).name for name in ours} == ours  # in the vocabulary
-        assert entry["loss"] == pytest.approx(
-            entry["ntp_loss"] + model.config.nsp_loss_weight * entry["nsp_loss"], rel=1e-4
-        )
+        weighted_sum = entry["ntp_loss"] + model.config.nsp_loss_weight * entry["nsp_loss"]
+        assert entry["loss"] == pytest.approx(weighted_sum, rel=1e-4)
         assert 0 < entry["num_negatives"] < 8
 
 
@@ -62,15 +55,9 @@ def test_gradient_accumulation_equals_the_reference(tmp_path, similarity):
     """Two micro-batches of 4: NTP over all tokens, NSP over all queries, negatives within a micro-batch."""
     model = make_model(similarity=similarity)
     reference = copy.deepcopy(model).train()
-    args = arguments(
-        tmp_path,
-        max_steps=1,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-        optim="sgd",
-        learning_rate=0.1,
-    )
-    args.train_sampling_strategy, args.max_grad_norm, args.lr_scheduler_type = "sequential", 0.0, "constant"
+    sgd = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    batch_size = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    args = arguments(tmp_path, max_steps=1, train_sampling_strategy="sequential", **batch_size, **sgd)
     trainer = CoSupTrainer(model, args, train_dataset=world(NAMES[:8]))
     micro_batches = [[trainer.train_dataset[i] for i in rows] for rows in (range(4), range(4, 8))]
     batches = [plain_batch(rows) for rows in micro_batches]
@@ -79,18 +66,18 @@ def test_gradient_accumulation_equals_the_reference(tmp_path, similarity):
     total = 0.0
     for batch in batches:
         outputs = reference(**batch)
-        share = (batch["labels"][:, 1:] != -100).sum() / tokens
-        loss = (
-            outputs.ntp_loss * share
-            + reference.config.nsp_loss_weight * outputs.nsp_loss * len(batch["passage_labels"]) / queries
-        )
+        share_of_tokens = (batch["labels"][:, 1:] != -100).sum() / tokens
+        share_of_queries = len(batch["passage_labels"]) / queries
+        weight = reference.config.nsp_loss_weight
+        loss = outputs.ntp_loss * share_of_tokens + weight * outputs.nsp_loss * share_of_queries
         loss.backward()
         total += loss.item()
     (entry,) = trained(trainer)
     assert entry["loss"] == pytest.approx(total, rel=1e-5)
     for (name, parameter), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
-        step = -0.1 * (expected.grad if expected.grad is not None else 0)
-        torch.testing.assert_close(parameter, expected + step, rtol=1e-5, atol=1e-6, msg=name)
+        if expected.grad is not None:
+            expected = expected - 0.1 * expected.grad
+        torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_a_batch_without_passages_trains(tmp_path):
@@ -104,22 +91,15 @@ def test_a_batch_without_passages_trains(tmp_path):
 def test_resumed_run_equals_uninterrupted_run(tmp_path):
     model = make_model(gen_kwargs={"attention_dropout": 0.1})
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
-    whole = trained(
-        CoSupTrainer(copy.deepcopy(model), arguments(tmp_path / "a", **options), train_dataset=world(NAMES[:32]))
-    )
+    args = arguments(tmp_path / "a", **options)
+    whole = trained(CoSupTrainer(copy.deepcopy(model), args, train_dataset=world(NAMES[:32])))
 
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step == 3
 
-    trained(
-        CoSupTrainer(
-            copy.deepcopy(model),
-            arguments(tmp_path / "b", **options),
-            train_dataset=world(NAMES[:32]),
-            callbacks=[Stop()],
-        )
-    )
+    args = arguments(tmp_path / "b", **options)
+    trained(CoSupTrainer(copy.deepcopy(model), args, train_dataset=world(NAMES[:32]), callbacks=[Stop()]))
     other = make_model(gen_kwargs={"attention_dropout": 0.1, "seed": 5})
     resumed = CoSupTrainer(other, arguments(tmp_path / "b", **options), train_dataset=world(NAMES[:32]))
     resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"))
@@ -154,12 +134,12 @@ def test_streamed_datasets_train_and_drop_long_instances(tmp_path, kind):
 def test_long_instances_are_counted_in_a_warning(tmp_path, monkeypatch):
     from trainer import dataset_setup
 
-    said = []
-    monkeypatch.setattr(dataset_setup.logger, "warning", said.append)
+    warnings = []
+    monkeypatch.setattr(dataset_setup.logger, "warning", warnings.append)
     instances = world(NAMES[:8])
     instances[3]["input"] = instances[5]["input"] = "long " * 300
     CoSupTrainer(make_model(), arguments(tmp_path), train_dataset=instances)
-    assert said == ["Dropped 2 of 8 instances of the training set: longer than max_length=256."]
+    assert warnings == ["Dropped 2 of 8 instances of the training set: longer than max_length=256."]
     with pytest.raises(ValueError, match="All 1 instances of the training set are longer than max_length=256 tokens"):
         CoSupTrainer(make_model(), arguments(tmp_path), train_dataset=[instances[3]])
 
@@ -232,31 +212,21 @@ def test_lora_trains_adapters_and_control_token_rows_only(tmp_path):
 def test_the_papers_optimiser(tmp_path):
     """Learning rate x 0.85 after every epoch, clipping on Gen alone."""
     model = make_model(similarity="dot", nsp_loss_weight=10.0)
-    args = arguments(
-        tmp_path,
-        num_train_epochs=3,
-        lr_decay_per_epoch=0.85,
-        clip_gen_only=True,
-        max_grad_norm=1e-3,
-        optim="sgd",
-        learning_rate=0.01,
-    )
+    optimiser = {"optim": "sgd", "learning_rate": 0.01, "max_grad_norm": 1e-3}
+    args = arguments(tmp_path, num_train_epochs=3, lr_decay_per_epoch=0.85, clip_gen_only=True, **optimiser)
     norms = {}
 
     class Norms(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
             for part in ("gen", "emb_seq"):
-                norms[part] = (
-                    torch.stack([p.grad.norm() for p in getattr(model, part).parameters() if p.grad is not None])
-                    .norm()
-                    .item()
-                )
+                gradients = [parameter.grad for parameter in getattr(model, part).parameters()]
+                part_norms = [gradient.norm() for gradient in gradients if gradient is not None]
+                norms[part] = torch.stack(part_norms).norm().item()
 
     logs = trained(CoSupTrainer(model, args, train_dataset=world(NAMES[:16]), callbacks=[Norms()]))
-    assert [entry["learning_rate"] for entry in logs] == pytest.approx(
-        [0.01, 0.01, 0.0085, 0.0085, 0.007225, 0.007225], rel=0.2
-    )
-    assert {round(entry["learning_rate"], 8) for entry in logs} >= {0.01, 0.0085, 0.007225}
+    rates = [entry["learning_rate"] for entry in logs]
+    assert rates == pytest.approx([0.01, 0.01, 0.0085, 0.0085, 0.007225, 0.007225], rel=0.2)
+    assert {round(rate, 8) for rate in rates} >= {0.01, 0.0085, 0.007225}
     assert norms["gen"] == pytest.approx(1e-3, rel=1e-2)
     assert norms["emb_seq"] > 1e-2
 
@@ -278,9 +248,8 @@ def test_lora_on_an_untied_gen_trains_the_rows_of_its_head(tmp_path):
     trained(trainer)
     assert any("emb_head" in name and parameter.requires_grad for name, parameter in trainer.model.named_parameters())
     head = trainer.model.merge_and_unload().get_output_embeddings().weight
-    assert not torch.equal(
-        head[model.config.nsp_token_id], head[model.config.ce_token_id]
-    )  # equal at the start: the mean
+    # both began as the mean of all rows
+    assert not torch.equal(head[model.config.nsp_token_id], head[model.config.ce_token_id])
 
 
 def test_an_index_is_refused_after_training_in_eval_mode_and_after_a_merge(tmp_path, passages):
@@ -288,10 +257,8 @@ def test_an_index_is_refused_after_training_in_eval_mode_and_after_a_merge(tmp_p
     model = make_model()
     index = model.build_index(passages, show_progress_bar=False)
     index.check_model(model)
-    adapted = peft.get_peft_model(
-        copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    )
-    merged = adapted.merge_and_unload()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    merged = peft.get_peft_model(copy.deepcopy(model), config).merge_and_unload()
     with pytest.raises(ValueError, match="emb_seq"):
         index.check_model(merged)
     model.eval()
@@ -309,19 +276,14 @@ def test_evaluate_takes_raw_instances_and_a_tie_is_a_miss(tmp_path):
     collapsed = make_model()
     with torch.no_grad():
         collapsed.emb_seq.norm.weight.zero_()
-    assert (
-        CoSupTrainer(collapsed, arguments(tmp_path), train_dataset=world(NAMES[:8])).evaluate(world(NAMES[8:18]))[
-            "eval_query_recall@5"
-        ]
-        == 0
-    )
+    trainer = CoSupTrainer(collapsed, arguments(tmp_path), train_dataset=world(NAMES[:8]))
+    assert trainer.evaluate(world(NAMES[8:18]))["eval_query_recall@5"] == 0
 
 
 def test_a_tokenizer_without_the_control_tokens_is_refused(tmp_path):
+    options = {"train_dataset": world(NAMES[:8]), "processing_class": make_tokenizer()}
     with pytest.raises(ValueError, match="processing_class has"):
-        CoSupTrainer(
-            make_model(), arguments(tmp_path), train_dataset=world(NAMES[:8]), processing_class=make_tokenizer()
-        )
+        CoSupTrainer(make_model(), arguments(tmp_path), **options)
 
 
 def test_generating_in_training_mode_with_checkpointing_is_refused(model, passages):
@@ -334,12 +296,10 @@ def test_generating_in_training_mode_with_checkpointing_is_refused(model, passag
 @pytest.mark.slow
 def test_compiled_layers_train_alike(tmp_path):
     model = make_model()
-    eager = trained(
-        CoSupTrainer(copy.deepcopy(model), arguments(tmp_path, max_steps=3), train_dataset=world(NAMES[:24]))
-    )
-    trainer = CoSupTrainer(
-        copy.deepcopy(model), arguments(tmp_path, max_steps=3, torch_compile=True), train_dataset=world(NAMES[:24])
-    )
+    args = arguments(tmp_path, max_steps=3)
+    eager = trained(CoSupTrainer(copy.deepcopy(model), args, train_dataset=world(NAMES[:24])))
+    args = arguments(tmp_path, max_steps=3, torch_compile=True)
+    trainer = CoSupTrainer(copy.deepcopy(model), args, train_dataset=world(NAMES[:24]))
     compiled = trained(trainer)
     assert [entry["loss"] for entry in compiled] == pytest.approx([entry["loss"] for entry in eager], rel=1e-4)
     assert sum(module._compiled_call_impl is not None for module in trainer.model.modules()) == 4
@@ -349,7 +309,11 @@ def test_compiled_layers_train_alike(tmp_path):
 
 
 def test_lora_resumes_and_merges_over_frozen_parts(tmp_path):
-    """Adapters of every linear layer of both models; a resumed run equals an uninterrupted one; the merged model answers as the adapted one."""
+    """
+    Adapters of every linear layer of both models.
+
+    A resumed run equals an uninterrupted one, and the merged model answers as the adapted one.
+    """
     peft = pytest.importorskip("peft")
 
     def run(folder, steps, resume=None, **options):
@@ -371,10 +335,9 @@ def test_lora_resumes_and_merges_over_frozen_parts(tmp_path):
         merged = model.merge_and_unload()
         torch.testing.assert_close(merged(**batch).loss, adapted, rtol=1e-4, atol=1e-5)
     merged.save_pretrained(tmp_path / "merged")
+    loaded = CoSupForCausalLM.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
-        torch.testing.assert_close(
-            CoSupForCausalLM.from_pretrained(tmp_path / "merged")(**batch).loss, adapted, rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(loaded(**batch).loss, adapted, rtol=1e-4, atol=1e-5)
 
     frozen, _ = run("frozen", 2, freeze_emb_seq=True)
     trained_names = [name for name, parameter in frozen.model.named_parameters() if parameter.requires_grad]
@@ -383,7 +346,7 @@ def test_lora_resumes_and_merges_over_frozen_parts(tmp_path):
 
 @pytest.mark.parametrize("accumulation", [1, 2, 3])
 def test_the_end_of_a_stream_leaves_no_gradient_behind(tmp_path, accumulation):
-    """24 instances in batches of 8, so 3 a pass: a window that the stream cannot fill takes no step and leaves nothing behind."""
+    """24 instances give 3 batches of 8. A step that the stream cannot fill is not taken and leaves no gradient."""
     stream = datasets.Dataset.from_list(world(NAMES[:24])).to_iterable_dataset()
     args = arguments(tmp_path, max_steps=4, gradient_accumulation_steps=accumulation, learning_rate=1e-6)
     seen = []
@@ -393,7 +356,8 @@ def test_the_end_of_a_stream_leaves_no_gradient_behind(tmp_path, accumulation):
             seen.append(all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters()))
 
     logs = trained(CoSupTrainer(make_model(), args, train_dataset=stream, callbacks=[Norms()]))
-    assert len(logs) == 4 and all(seen)
+    assert len(logs) == 4
+    assert all(seen)
 
 
 @pytest.mark.parametrize("emb_seq", ["llama", "gpt2", "bert", "modernbert"])

@@ -1,0 +1,58 @@
+"""The model and the adapters that the options of recipes/train.py describe."""
+
+from typing import TYPE_CHECKING
+
+from modeling_cosup import CoSupForCausalLM
+from trainer import CoSupTrainingArguments
+
+from shared.arguments import ScriptArguments
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+MODEL_OPTIONS = (  # what a checkpoint was built with
+    "similarity",
+    "temperature",
+    "nsp_loss_weight",
+    "emb_seq_pooling",
+    "passage_template",
+    "max_passage_length",
+    "query_from",
+    "nsp_token",
+    "cs_token",
+    "ce_token",
+)
+
+
+def load_model(script: ScriptArguments, args: CoSupTrainingArguments) -> CoSupForCausalLM:
+    """Load a checkpoint of this project, or put Gen and Emb_seq together."""
+    model_kwargs = {"dtype": script.dtype}
+    if script.attn_implementation:
+        model_kwargs["attn_implementation"] = script.attn_implementation
+    options = {name: getattr(script, name) for name in MODEL_OPTIONS}
+    if script.model_name_or_path:
+        defaults = ScriptArguments()
+        for name, value in options.items():
+            if value != getattr(defaults, name):
+                raise ValueError(f"--{name} cannot be changed: {script.model_name_or_path} was built with its own.")
+        return CoSupForCausalLM.from_pretrained(script.model_name_or_path, **model_kwargs)
+    if options["query_from"] is None:
+        options["query_from"] = "emb_seq" if args.supervision == "separate" else "gen"
+    if options["query_from"] == "query_encoder":
+        options["query_encoder"] = script.query_encoder or script.emb_seq or script.gen
+    return CoSupForCausalLM.from_gen_and_emb_seq(script.gen, script.emb_seq, model_kwargs=model_kwargs, **options)
+
+
+def lora(script: ScriptArguments) -> "LoraConfig | None":
+    """Return the `LoraConfig` of both models; `None` without `--use_peft`."""
+    if not script.use_peft:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=script.lora_r,
+        lora_alpha=script.lora_alpha,
+        lora_dropout=script.lora_dropout,
+        target_modules=script.lora_target_modules or "all-linear",
+        task_type="CAUSAL_LM",
+    )
