@@ -5,6 +5,7 @@ So no revision ever holds half of a checkpoint or index. `sharing_cosup` and `tr
 when; `card_cosup` or `plain_card_cosup` writes the card.
 """
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
@@ -74,7 +75,7 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(name.count("/") == pattern.count("/") and fnmatch(name, pattern) for pattern in patterns)
 
 
-def checkpoint_files(folder: str | Path, patterns: Iterable[str] = CHECKPOINT_FILES) -> dict[str, Path]:
+def checkpoint_files(folder: str | os.PathLike[str], patterns: Iterable[str] = CHECKPOINT_FILES) -> dict[str, Path]:
     """Return the files of a folder that make up a checkpoint, by their path in the repository."""
     folder = Path(folder)
     files: dict[str, Path] = {}
@@ -85,7 +86,9 @@ def checkpoint_files(folder: str | Path, patterns: Iterable[str] = CHECKPOINT_FI
     return dict(sorted(files.items()))
 
 
-def make_repo(repo_id: str, private: bool | None = None, token: str | None = None, repo_type: str = "model") -> str:
+def make_repo(
+    repo_id: str, private: bool | None = None, token: str | bool | None = None, repo_type: str = "model"
+) -> str:
     """Create a repository unless it exists. Return its full name, in the user's namespace if none was given."""
     return HfApi().create_repo(repo_id, private=private, token=token, repo_type=repo_type, exist_ok=True).repo_id
 
@@ -97,9 +100,9 @@ def push_files(
     repo_type: str = "model",
     commit_message: str | None = "Upload",
     commit_description: str | None = None,
-    token: str | None = None,
+    token: str | bool | None = None,
     revision: str | None = None,
-    create_pr: bool = False,
+    create_pr: bool | None = False,
 ) -> CommitInfo:
     """
     Upload files as one commit.
@@ -155,7 +158,7 @@ def push_files(
     )
 
 
-def _is_generated_card(api: HfApi, repo_id: str, repo_type: str, commit: str | None, token: str | None) -> bool:
+def _is_generated_card(api: HfApi, repo_id: str, repo_type: str, commit: str | None, token: str | bool | None) -> bool:
     """Return whether the card at a commit still has our marker, or is the empty one of a new repository."""
     path = api.hf_hub_download(repo_id, CARD_FILE, revision=commit, repo_type=repo_type, token=token)
     text = Path(path).read_text(encoding="utf-8")

@@ -8,6 +8,7 @@ shards that count.
 
 import contextlib
 import errno
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -239,14 +240,12 @@ def _check_as_it_streams(shards: Iterable[Placed], known: Known) -> Iterator[Pas
     seen = np.empty(0, np.int64)
     for pairs in shards:
         hashes = _hash_new_ids(pairs, known)
-        find_duplicate(hashes.copy(), lambda pairs=pairs: pairs)
+        find_duplicate(hashes.copy(), functools.partial(iter, pairs))
         if len(seen):
             repeated = np.flatnonzero(contains(seen, hashes))
             if len(repeated):
                 where, passage = pairs[repeated[0]]
-                raise ValueError(
-                    f"{where}: id {passage['id']!r} already stands in an earlier row; ids must be unique."
-                )
+                raise ValueError(f"{where}: id {passage['id']!r} is already in an earlier row; ids must be unique.")
         seen = np.concatenate([seen, hashes])
         seen.sort(kind="stable")  # merges the two runs
         yield [passage for _, passage in pairs]

@@ -231,7 +231,7 @@ class PassageStore:
             )
             if first_id == second_id:
                 raise ValueError(
-                    f"Row {rows[i + 1]}: id {second_id!r} already stands in row {rows[i]}; ids must be unique."
+                    f"Row {rows[i + 1]}: id {second_id!r} is already in row {rows[i]}; ids must be unique."
                 )
 
     @contextlib.contextmanager

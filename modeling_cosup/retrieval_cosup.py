@@ -321,9 +321,8 @@ class PassageIndex(SearchableStore):
         Share this index as a dataset repository, with a card, in one commit. Load it with `from_pretrained` or
         `model.load_index`.
 
-        An index that lives in a folder is uploaded from there. A push that is cut off leaves the repository as it was;
-        the same call then goes on, and does not send files again that had arrived. Files of an earlier index are
-        deleted.
+        An index in a folder is uploaded from there. An interrupted push leaves the repository unchanged; the same call
+        then completes it, without sending again the files that had arrived. Files of an earlier index are deleted.
 
         Args:
             repo_id (`str`): `namespace/name`, or a name in your own namespace; created if it does not exist.
@@ -339,8 +338,6 @@ class PassageIndex(SearchableStore):
                 card's metadata invalid.
             `HfHubHTTPError`: if the Hub refuses.
         """
-        hub = {"commit_message": commit_message, "commit_description": commit_description, "token": token}
-        hub |= {"revision": revision, "create_pr": create_pr, "repo_type": "dataset"}
         repo_id = make_repo(repo_id, private, token, "dataset")
         with tempfile.TemporaryDirectory() as temporary:
             config, folder = self.config, self.folder
@@ -353,7 +350,17 @@ class PassageIndex(SearchableStore):
             files: dict[str, Path | str | bytes] = {name: folder / name for name in config["files"]}
             files[CONFIG_FILE] = (json.dumps(signed(config), indent=2) + "\n").encode()
             files[CARD_FILE] = _card(config, len(self), repo_id, model, license).encode()
-            return push_files(files, repo_id, [*FILE_PATTERNS, FAISS_PATTERN], **hub)
+            return push_files(
+                files,
+                repo_id,
+                [*FILE_PATTERNS, FAISS_PATTERN],
+                repo_type="dataset",
+                commit_message=commit_message,
+                commit_description=commit_description,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )
 
 
 def _embedding_bar(total: int | None, show_progress_bar: bool) -> tqdm:

@@ -89,7 +89,7 @@ class BatchRows:
 
 def read_batch(
     features: Sequence[Mapping[str, Any]],
-    nsp_token_id: int,
+    nsp_token_id: int | None,
     supervision: str,
     encoder_queries: bool,
     mask_duplicates: bool,
@@ -99,7 +99,7 @@ def read_batch(
 
     Args:
         features (`list[dict]`): as [`~trainer.data.tokenize_instance`] returns them.
-        nsp_token_id (`int`): id of `[NSP]`.
+        nsp_token_id (`int`, *optional*): id of `[NSP]`.
         supervision (`str`), encoder_queries (`bool`), mask_duplicates (`bool`): see [`CoSupDataCollator`].
 
     Raises:
@@ -118,7 +118,7 @@ def read_batch(
 
 
 def _read_instance(
-    feature: Mapping[str, Any], nsp_token_id: int, supervision: str, encoder_queries: bool
+    feature: Mapping[str, Any], nsp_token_id: int | None, supervision: str, encoder_queries: bool
 ) -> InstanceRow:
     """Return an instance with a query for each `[NSP]`."""
     id = str(feature.get("id", "without id"))

@@ -98,7 +98,7 @@ class CoSupDataCollator:
     Args:
         pad_token_id, emb_seq_pad_token_id (`int`): may equal EOS. Padding is on the right, where causal attention
             never looks.
-        nsp_token_id (`int`): id of `[NSP]`.
+        nsp_token_id (`int`, *optional*): id of `[NSP]`.
         mask_duplicates (`bool`): identical passages become one row.
         supervision (`str`): `"co"`, `"ntp"` (no passages), `"nsp"` (nothing after the last `[NSP]`, no labels) or
             `"separate"` (queries are rows).
@@ -125,7 +125,7 @@ class CoSupDataCollator:
 
     pad_token_id: int
     emb_seq_pad_token_id: int
-    nsp_token_id: int
+    nsp_token_id: int | None
     mask_duplicates: bool = True
     supervision: str = "co"
     encoder_queries: bool = False

