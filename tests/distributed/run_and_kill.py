@@ -1,5 +1,5 @@
 """
-A training run that can be killed at a step or while it saves, and resumed. Launched by test_kill_and_resume.py.
+Trainings that can be killed at a step or while saving, and resumed. Launched by test_kill_and_resume.py.
 
 Every rank writes what each of its steps saw.
 """
@@ -56,7 +56,17 @@ class Die(TrainerCallback):
             die()
 
 
-def main(output, name, die_at, die_while_saving, resume, options):
+def train(output, options, name, folder, die_at=-1, die_while_saving=-1, resume=False):
+    """
+    Train ten steps.
+
+    Args:
+        output (`str`): folder of everything that is written.
+        options (`dict`): training arguments.
+        name (`str`), folder (`str`): of the records, and of the checkpoints.
+        die_at, die_while_saving (`int`): the step at which the process kills itself; -1 for none.
+        resume (`bool`): start from the last complete checkpoint in `folder`.
+    """
     rank = int(os.environ.get("RANK", 0))
     instances = []
     for i in range(24):
@@ -65,7 +75,7 @@ def main(output, name, die_at, die_while_saving, resume, options):
             segment = {"text": f"a {i}", "passage": PASSAGES[i % 6]}
         instances.append({"id": f"i{i}", "input": f"question {i}", "segments": [segment]})
     args = CoSupTrainingArguments(
-        str(Path(output, "run")),
+        str(Path(output, folder)),
         use_cpu=True,
         max_steps=10,
         save_strategy="steps",
@@ -82,11 +92,13 @@ def main(output, name, die_at, die_while_saving, resume, options):
         model, args, train_dataset=instances, callbacks=[Die(die_at)], record=record, die_while_saving=die_while_saving
     )
     trainer.train(resume_from_checkpoint=True if resume else None)
+    record.close()
 
 
 if __name__ == "__main__":
-    output, name, die_at, die_while_saving, resume, options = sys.argv[1:]
-    main(output, name, int(die_at), int(die_while_saving), resume == "resume", json.loads(options))
+    output, runs, options = sys.argv[1:]
+    for run in json.loads(runs):
+        train(output, json.loads(options), **run)
     gc.collect()
     if dist.is_initialized():
         dist.barrier()

@@ -3,7 +3,6 @@
 import inspect
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,33 +14,43 @@ from transformers import Trainer
 SCRIPT = Path(__file__).with_name("run_and_kill.py")
 
 
-def launch(folder, world_size, name, die_at=-1, die_while_saving=-1, resume="no", **options):
+def launch(folder, world_size, runs, options, dies):
+    """
+    Run trainings one after another in the same processes.
+
+    Args:
+        runs (`list[dict]`): arguments of `train` in run_and_kill.py: name, folder, how it dies, whether it resumes.
+        options (`dict`): training arguments.
+        dies (`bool`): whether the last training is killed.
+
+    Returns:
+        `list[list[list]]`: for each run and rank, the records of its steps.
+    """
     command = [sys.executable]
     if world_size > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
-    command += [str(SCRIPT), str(folder), name, str(die_at), str(die_while_saving), resume, json.dumps(options)]
+    command += [str(SCRIPT), str(folder), json.dumps(runs), json.dumps(options)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with open(folder / f"log-{name}", "w+") as log:
+    with open(folder / f"log-{runs[-1]['name']}", "w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
         try:
             code = process.wait(timeout=200)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-    killed = die_at >= 0 or die_while_saving >= 0
-    assert (code != 0) == killed, Path(log.name).read_text()[-3000:]
-    records = []
-    for rank in range(world_size):
-        lines = (folder / f"{name}-{rank}.jsonl").read_text().splitlines()
-        records.append([json.loads(line) for line in lines])
-    return records
+    assert (code != 0) == dies, Path(log.name).read_text()[-3000:]
+    return [[read_records(folder / f"{run['name']}-{rank}.jsonl") for rank in range(world_size)] for run in runs]
+
+
+def read_records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 CACHED = {"per_device_train_batch_size": 2, "nsp_batch_size": 4, "batch_sampler": "no_duplicates"}
 ACCUMULATED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "dataloader_num_workers": 1}
 
 
-# `first` is the step from which the resumed run goes on; with die_at=9 both runs die in the second epoch
+# `first` is the first step of the resumed run; with die_at=9 both runs die in the second epoch
 @pytest.mark.parametrize(
     ("world_size", "death", "first", "options"),
     [
@@ -56,10 +65,10 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, world_size, death,
     loading = inspect.getsource(Trainer._load_optimizer_and_scheduler)
     if world_size > 1 and "self.args.device if self.args.world_size > 1 else" in loading:
         pytest.skip("this release of transformers cannot load an optimiser on several CPU ranks ('cpu:0')")
-    whole = launch(tmp_path, world_size, "whole", **options)
-    shutil.rmtree(tmp_path / "run")
-    killed = launch(tmp_path, world_size, "killed", **death, **options)
-    resumed = launch(tmp_path, world_size, "resumed", resume="resume", **options)
+    runs = [{"name": "whole", "folder": "uninterrupted"}, {"name": "killed", "folder": "run", **death}]
+    whole, killed = launch(tmp_path, world_size, runs, options, dies=True)
+    runs = [{"name": "resumed", "folder": "run", "resume": True}]
+    (resumed,) = launch(tmp_path, world_size, runs, options, dies=False)
     for rank in range(world_size):
         assert killed[rank] == whole[rank][: len(killed[rank])]
         # steps, instances and losses, to the last digit
