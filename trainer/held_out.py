@@ -191,7 +191,7 @@ def retrieval_metrics(
     number_of_group = {int(batch.passage_groups[row]): number for number, row in enumerate(rows)}
     number_of_row = [number_of_group[int(group)] for group in batch.passage_groups]  # among distinct passages
     labels = np.array([number_of_row[label] for label in merged.passage_labels], dtype=np.int64)  # (N,)
-    right_queries, right_rows = batch.no_negatives  # (P,), (P,)
+    right_queries, right_rows = batch.further_positives  # (P,), (P,)
     right_passages = np.array([number_of_row[row] for row in right_rows], dtype=np.int64)  # (P,)
 
     passages = torch.from_numpy(passage_embeds[rows])  # (D, h)

@@ -137,14 +137,14 @@ def embedding_batch(
     passage_embeds = gather_rows(passage_embeds, batch.passage_counts, gather)  # (M, h)
     labels = passage_labels + batch.first_row  # (N,)
     same_passage = None
-    if batch.repeated.any() or batch.no_negatives.size:
+    if batch.repeated.any() or batch.further_positives.size:
         same_passage = _same_passage(labels, batch, query_embeds.device)
     return EmbeddingBatch(query_embeds, passage_embeds, labels, same_passage)
 
 
 def _same_passage(labels: torch.Tensor, batch: GlobalBatch, device: torch.device) -> torch.Tensor:
     """Return `(N, M)`: which passages are no negatives of the query whose positive is in row `labels`."""
-    arrays = [torch.from_numpy(array) for array in (batch.passage_groups, batch.repeated, batch.no_negatives)]
+    arrays = [torch.from_numpy(array) for array in (batch.passage_groups, batch.repeated, batch.further_positives)]
     if device.type != "cpu":
         arrays = [array.pin_memory() for array in arrays]
     groups, repeated, pairs = (array.to(device, non_blocking=True) for array in arrays)  # (M,), (M,), (2, P)

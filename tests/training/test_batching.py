@@ -237,9 +237,9 @@ def test_ids_and_contents_of_real_instances(model):
     assert len(set(groups.tolist())) == 2  # and other content of the same id is no negative
 
 
-def test_further_positives_and_equal_questions_are_no_negatives(model):
+def test_further_positives_and_equal_questions_are_not_negatives(model):
     facts = facts_of(model, [[0], [1], [2]], positives=[PASSAGES[1]["id"]])
-    pairs = global_batch([facts], 0).no_negatives.T.tolist()
+    pairs = global_batch([facts], 0).further_positives.T.tolist()
     query_of = {instance_id: query for query, instance_id in enumerate(facts.query_instance_ids)}
     row_of_p1 = facts.passage_labels[query_of["i1"]]
     assert sorted(pairs) == sorted([[query_of["i0"], row_of_p1], [query_of["i2"], row_of_p1]])
@@ -249,8 +249,8 @@ def test_further_positives_and_equal_questions_are_no_negatives(model):
         instance = {"id": str(i), "input": "who?", "segments": [{"text": "a", "passage": PASSAGES[i]}]}
         ranks.append(collator(model)([tokenized(model, instance)])["facts"])
     # the same question on another rank: both passages are right
-    assert global_batch(ranks, 0).no_negatives.T.tolist() == [[0, 1]]
-    assert global_batch(ranks, 0, mask_duplicates=False).no_negatives.size == 0
+    assert global_batch(ranks, 0).further_positives.T.tolist() == [[0, 1]]
+    assert global_batch(ranks, 0, mask_duplicates=False).further_positives.size == 0
 
 
 def test_hard_negatives_are_passages_without_a_query(model):

@@ -137,7 +137,7 @@ def test_a_query_longer_than_its_encoder_reads_is_named(tmp_path):
     instances = world(NAMES[:4])
     instances[1]["input"] = "where " * 200
     args = arguments(tmp_path, supervision="separate", max_length=2048)
-    message = f"Instance '{NAMES[1]}': the text up to an .NSP. has .* tokens, its encoder reads 300"
+    message = f"Instance '{NAMES[1]}': the text up to an .NSP. has .* tokens, but its encoder reads 300"
     with pytest.raises(ValueError, match=message):
         CoSupTrainer(model, args, train_dataset=instances)
 
@@ -267,7 +267,7 @@ def test_arguments_that_do_not_fit_the_model(tmp_path):
     stream = trainer.train_dataset.to_iterable_dataset()
     args = arguments(tmp_path, batch_sampler="no_duplicates", max_steps=1)
     trainer = CoSupTrainer(make_model(), args, train_dataset=stream)
-    with pytest.raises(ValueError, match="a streamed one cannot be chosen from"):
+    with pytest.raises(ValueError, match="the dataset cannot be streamed"):
         trainer._get_train_sampler(stream)
 
 
