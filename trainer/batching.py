@@ -295,7 +295,7 @@ class CoSupDataCollator:
         if self._gen_queries:
             micro_batch["nsp_positions"] = _flat_positions(offsets, columns)
         if self.supervision != "nsp":
-            # the first token has no label: packed, it would be the next token of the row before
+            # no label for a first token: packed, the last token of the row before would be trained to predict it
             labels = [[-100, *instance.labels[1:]] for instance in instances]
             trained_columns = [instance.trained_columns for instance in instances]
             micro_batch["labels"] = _lay_out(labels, -100, self.padding_free)[0]["input_ids"]
