@@ -84,7 +84,11 @@ def global_batch(facts: list[BatchFacts], rank: int, mask_duplicates: bool = Tru
 
 
 def _groups(keys: Sequence[Sequence[int]]) -> np.ndarray:
-    """Return `(M,)`: a number for each row, equal for rows that share a key, directly or through other rows (union-find)."""
+    """
+    Return `(M,)`: a number for each row, equal for rows that share a key, directly or through other rows.
+
+    The algorithm is union-find.
+    """
     parent = list(range(len(keys)))
     row_of_key: dict[int, int] = {}
 

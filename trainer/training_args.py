@@ -58,8 +58,8 @@ class CoSupTrainingArguments(TrainingArguments):
         padding_free (`bool`, *optional*): a micro-batch is one row without padding. Defaults to `True` if the
             attention implementation keeps the parts of a row apart without a dense mask (flash and flex attention).
             With others, rows of similar length share a micro-batch.
-        freeze_gen, freeze_emb_seq (`bool`): train only the other model. With a frozen Emb_seq (and `emb_head`) an index
-            stays valid.
+        freeze_gen, freeze_emb_seq (`bool`): train only the other model. With a frozen Emb_seq (and `emb_head`) an
+            index stays valid.
         lr_decay_per_epoch (`float`, *optional*): multiply the learning rate by this after every epoch, in place of
             `lr_scheduler_type` and warm-up; the paper's is 0.85.
         clip_gen_only (`bool`): clip the gradients of Gen alone to `max_grad_norm`, as the paper did.
