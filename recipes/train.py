@@ -93,7 +93,8 @@ def main() -> None:
     run = Run(script, args)
     model = train(run)
     main_process = args.process_index == 0
-    gc.collect()  # frees the trainer before its process groups: freeing the last owner of a gloo group can deadlock
+    # free the trainer before the process groups: freeing it as the last owner of a gloo group can deadlock
+    gc.collect()
     end_processes()
     if main_process:
         if model is None:  # its weights were sharded
@@ -117,8 +118,10 @@ def train(run: Run) -> CoSupForCausalLM | None:
     run.results = {"format": FORMAT, "seed": args.seed}
     if run.questions is not None and script.eval_before_training and trainer.is_world_process_zero():
         run.results["before"] = measure_before(trainer, run)
-    resume = args.resume_from_checkpoint
-    output = trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)
+    resume: str | bool | None = args.resume_from_checkpoint
+    if resume in ("True", "true"):
+        resume = True
+    output = trainer.train(resume_from_checkpoint=resume)
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(_internal_call=True)  # pushed at the end, with its numbers, when no rank waits for the upload
@@ -420,23 +423,23 @@ def print_before_and_after(before: dict[str, Measured], after: dict[str, Measure
 def print_examples(predictions: list[dict], run: Run) -> None:
     """Print a few answers, one of them to a question that needs no passage, and the paths of all results."""
     script, output_dir, questions = run.script, run.output_dir, run.questions
-    needing = []
-    free = []
+    needing_passage = []
+    needing_none = []
     for i, question in enumerate(questions):
         if question["provenance"]:
-            needing.append(i)
+            needing_passage.append(i)
         elif not provenance_unknown(question):
-            free.append(i)
-    free = free[:1]
-    num_needing = max(0, script.num_examples - len(free))
-    for i in needing[:num_needing] + free[: script.num_examples]:
+            needing_none.append(i)
+    needing_none = needing_none[:1]
+    num_needing_passage = max(0, script.num_examples - len(needing_none))
+    for i in needing_passage[:num_needing_passage] + needing_none[: script.num_examples]:
         print(f"\nQ  {questions[i]['input']}\nA  {predictions[i]['cited_text']}")
     checkpoint = output_dir / "merged" if script.use_peft else output_dir
     index = script.index or output_dir / "index"
     if script.index_uri is not None:
         index = f"{index} --index_uri {script.index_uri}"
     print(f"\nCheckpoint: {checkpoint}   Index: {index}   Numbers: {output_dir / 'results.json'}")
-    question = questions[needing[0]]["input"]
+    question = questions[needing_passage[0]]["input"]
     print(f'Ask it:     python recipes/generate.py --model {checkpoint} --index {index} "{question}"')
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_peft_available, logging
 
@@ -181,8 +181,9 @@ def check_control_tokens(tokenizer: PreTrainedTokenizerBase, config: CoSupConfig
         )
 
 
-def _control_token_ids(config: PreTrainedConfig) -> list[int]:
-    return [config.nsp_token_id, config.cs_token_id, config.ce_token_id]
+def _control_token_ids(config: CoSupConfig) -> list[int]:
+    ids = [config.nsp_token_id, config.cs_token_id, config.ce_token_id]
+    return cast(list[int], ids)  # set when Gen and Emb_seq were put together
 
 
 def wrap_in_peft(model: CoSupForCausalLM, peft_config: "PeftConfig") -> "PeftModel":

@@ -101,7 +101,11 @@ def section_step(model: CoSupForCausalLM, instances: list[dict], script: Any, fo
 def errors_in_float32(
     model: CoSupForCausalLM, rows: Any, batch: list[dict], script: Any, folder: str
 ) -> dict[str, tuple[float, float]]:
-    """Return each arm's relative errors of loss and gradients in float32, where it should equal the padded baseline."""
+    """
+    Return each arm's relative errors of loss and gradients in float32.
+
+    In float32 every arm should equal the padded baseline.
+    """
     options_of_arm: dict[str, dict[str, Any]] = {
         "ours": {},
         "ours, duplicates encoded": {"mask_duplicates": False},
