@@ -298,7 +298,8 @@ class CoSupDataCollator:
             # no label for a first token: packed, the last token of the row before would be trained to predict it
             labels = [[-100, *instance.labels[1:]] for instance in instances]
             trained_columns = [instance.trained_columns for instance in instances]
-            micro_batch["labels"] = _lay_out(labels, -100, self.padding_free)[0]["input_ids"]
+            label_tensors, _ = _lay_out(labels, -100, self.padding_free)
+            micro_batch["labels"] = label_tensors["input_ids"]
             micro_batch["label_positions"] = _flat_positions(offsets, trained_columns)
         if self.shorten_first_pass:
             micro_batch["first_pass"] = self._first_pass_tensors(instances) if self._gen_queries else {}

@@ -148,8 +148,8 @@ class HeldOutMixin(TrainingStepMixin):
         losses: dict[str, float] = {name: metrics[name] for name in self.loss_weights}
         metrics["loss"] = total_loss(losses, self.loss_weights)
         if self.compute_metrics is not None:
-            embeds: Any = (query_embeds, passage_embeds[rows])
-            metrics.update(self.compute_metrics(EvalPrediction(predictions=embeds, label_ids=labels)))
+            predictions: Any = (query_embeds, passage_embeds[rows])
+            metrics.update(self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels)))
         return metrics
 
 

@@ -171,7 +171,7 @@ def check_control_tokens(tokenizer: PreTrainedTokenizerBase, config: CoSupConfig
     """
     Raise if a tokenizer lacks the model's control tokens, or has other tokens at their ids.
 
-    Training with it would train and save those other tokens.
+    With it, the wrong tokens would be trained and saved.
     """
     tokens = [token for token in tokenizer.convert_ids_to_tokens(_control_token_ids(config)) if token]
     if len(tokens) < 3 or not set(tokens) <= set(tokenizer.get_added_vocab()):
@@ -210,7 +210,8 @@ def wrap_in_peft(model: CoSupForCausalLM, peft_config: "PeftConfig") -> "PeftMod
 def _control_token_matrices(model: CoSupForCausalLM) -> list[torch.nn.Module]:
     """Return the embedding matrices and heads that have a row for each control token."""
     matrices = [model.get_input_embeddings()]
-    if not model.config.tie_word_embeddings:  # frozen rows are equal at the start, so their logits would stay equal
+    if not model.config.tie_word_embeddings:
+        # the rows of the control tokens are equal at the start; frozen, their logits would stay equal
         matrices.append(model.get_output_embeddings())
     encoder = {"emb_seq": model.emb_seq, "query_encoder": model.query_encoder}.get(model.config.query_from)
     if encoder is not None and model.emb_seq_tokenizer is model.tokenizer:

@@ -283,10 +283,10 @@ class TrainingStepMixin(Trainer):
         forward = functools.partial(self._forward, model)
         passes = second_pass(forward, micro_batches, query_gradients, passage_gradients, states, self.args.device)
         for i in range(len(micro_batches)):
-            gradient_exchange: AbstractContextManager = contextlib.nullcontext()
+            exchange_context: AbstractContextManager = contextlib.nullcontext()
             if i < len(micro_batches) - 1:
-                gradient_exchange = self._without_gradient_exchange(model)
-            with gradient_exchange:
+                exchange_context = self._without_gradient_exchange(model)
+            with exchange_context:
                 with self.compute_loss_context_manager():
                     output, inner_product = next(passes)  # runs the forward, under autocast
                     shares = self.compute_losses(inputs, [output], num_items_in_batch, first=i)
@@ -319,8 +319,8 @@ class TrainingStepMixin(Trainer):
             assert query_embeds is not None and passage_embeds is not None
             embeds = [query_embeds.requires_grad_(), passage_embeds.requires_grad_()]
             losses = self.compute_losses(inputs, query_embeds=query_embeds, passage_embeds=passage_embeds)
-            loss = total_loss(losses, self.loss_weights)
-            query_gradient, passage_gradient = torch.autograd.grad(loss, embeds)
+            total = total_loss(losses, self.loss_weights)
+            query_gradient, passage_gradient = torch.autograd.grad(total, embeds)
         query_gradients = like_pieces(query_gradient, query_pieces)
         passage_gradients = like_pieces(passage_gradient, passage_pieces)
         detached_losses = {name: loss.detach() for name, loss in losses.items()}
