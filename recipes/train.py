@@ -9,9 +9,9 @@ Train Gen and Emb_seq together, then build the index and evaluate.
 With a frozen Emb_seq an existing index stays valid: `--index out/index`, or for a Milvus collection
 `--index wiki --index_uri http://host:19530`, evaluates it instead of building one.
 
-Writes the checkpoint with its model card to `output_dir`, the index to `output_dir/index`, all measured numbers to
-`output_dir/results.json`. With `--push_to_hub true` the checkpoint goes to `--hub_model_id`. With `--push_index true`
-the index, passages included, goes to the dataset repository of that name with `-index` after it.
+Writes the checkpoint with its model card to `output_dir`, the index to `output_dir/index`, and all measured numbers to
+`output_dir/results.json`. `--push_to_hub true` also pushes the checkpoint to `--hub_model_id`. `--push_index true`
+also pushes the index, passages included, to the dataset repository whose name is that one plus `-index`.
 """
 
 import gc
@@ -93,10 +93,11 @@ def main() -> None:
     run = Run(script, args)
     model = train(run)
     main_process = args.process_index == 0
-    gc.collect()  # the trainer must go first: the last owner of a gloo group can deadlock as it goes
+    # free the trainer before the process groups: freeing it as the last owner of a gloo group can deadlock
+    gc.collect()
     end_processes()
     if main_process:
-        if model is None:  # its weights were shards
+        if model is None:  # its weights were sharded
             model = CoSupForCausalLM.from_pretrained(args.output_dir).to(args.device)
         index_and_evaluate(model, run)
 
@@ -105,7 +106,7 @@ def main() -> None:
 
 
 def train(run: Run) -> CoSupForCausalLM | None:
-    """Read and check everything, train, save. Return the model, `None` if it was sharded."""
+    """Read and check everything, train, and save. Return the model, or `None` if it was sharded."""
     script, args = run.script, run.args
     if args.use_cpu and args.world_size == 1:
         torch.set_num_threads(script.num_threads or os.cpu_count() or 1)  # accelerate launch leaves one
@@ -117,11 +118,13 @@ def train(run: Run) -> CoSupForCausalLM | None:
     run.results = {"format": FORMAT, "seed": args.seed}
     if run.questions is not None and script.eval_before_training and trainer.is_world_process_zero():
         run.results["before"] = measure_before(trainer, run)
-    resume = args.resume_from_checkpoint
-    output = trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)
+    resume: str | bool | None = args.resume_from_checkpoint
+    if resume in ("True", "true"):
+        resume = True
+    output = trainer.train(resume_from_checkpoint=resume)
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(_internal_call=True)  # pushed at the end, with its numbers: no rank waits for the upload
+    trainer.save_model(_internal_call=True)  # pushed at the end, with its numbers, when no rank waits for the upload
     trainer.create_model_card(license=script.license, dataset=script.train_file)
     trainer.save_state()
     if args.push_to_hub and trainer.is_world_process_zero():
@@ -133,7 +136,7 @@ def train(run: Run) -> CoSupForCausalLM | None:
     if trainer.accelerator.distributed_type in SHARDED:
         return None
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if script.use_peft:  # output_dir has the adapters; the evaluation, and users without peft, need the whole model
+    if script.use_peft:  # output_dir has the adapters, but the evaluation, and users without peft, need a whole model
         model = model.merge_and_unload()
         if trainer.is_world_process_zero():
             model.save_pretrained(run.output_dir / "merged")
@@ -197,14 +200,14 @@ def check_index(trainer: CoSupTrainer, run: Run) -> list[dict[str, str]]:
     """
     Check that the given index can be evaluated after training.
 
-    Only the main process looks at it: a local Milvus file can be opened only once.
+    Only the main process opens it, because a local Milvus file can be opened only once.
 
     Returns:
-        `list[dict]`: the gold passages of the questions, which is all that is needed of its corpus; `[]` on the other
-        processes.
+        `list[dict]`: the gold passages of the questions, the only part of its corpus that the evaluation needs; `[]`
+        on the other processes.
 
     Raises:
-        `ValueError`: if training changes Emb_seq, for an index of another model, or one without these passages.
+        `ValueError`: if training changes Emb_seq, or if the index is of another model or lacks a passage.
     """
     script = run.script
     model = without_peft(trainer.model)
@@ -222,7 +225,7 @@ def check_index(trainer: CoSupTrainer, run: Run) -> list[dict[str, str]]:
     for question in run.questions or []:
         gold |= gold_ids(question)
         candidates.update(question.get("candidates") or [])
-    index.rows_of(sorted(candidates))
+    index.rows_of(sorted(candidates))  # raises for a passage that the index lacks
     passages = index.get_passages(index.rows_of(sorted(gold)))
     close_index(index)
     return [{name: passage[name] for name in ("id", "title", "text")} for passage in passages]
@@ -247,7 +250,7 @@ def index_and_evaluate(model: CoSupForCausalLM, run: Run) -> None:
     """Build and save the index, unless one was given; measure, write `results.json`, complete the card, and push."""
     index = None
     groups = held_out_group(run.results["validation"]) if "validation" in run.results else []
-    write_json(run.output_dir / "results.json", run.results)  # what there is: the evaluation may fail
+    write_json(run.output_dir / "results.json", run.results)  # written again below, but the evaluation may fail
     if run.corpus is not None:
         with precision(run.args):
             if run.script.index is None:
@@ -263,7 +266,7 @@ def share(model: CoSupForCausalLM, index: PassageIndex | None, groups: list, run
     """Write the cards with all that was measured; with `push_to_hub`, push the index and the checkpoint."""
     script, args, output_dir = run.script, run.args, run.output_dir
     repo_id = str(output_dir)
-    index_place = None  # which a card shows how to load: a folder or a repository
+    index_place = None  # a folder or a repository; the card shows how to load it
     if script.index and script.index_uri is None:
         index_place = script.index
     elif not script.index and index is not None:
@@ -278,10 +281,9 @@ def share(model: CoSupForCausalLM, index: PassageIndex | None, groups: list, run
             PassageIndex.from_pretrained(output_dir / "index").push_to_hub(
                 index_place, model=repo_id, license=script.corpus_license, **hub
             )
-    example = None
+    example = None  # the first question that needs a passage
     if index_place:
-        retrieving = (question["input"] for question in run.questions or [] if question["provenance"])
-        example = next(retrieving, None)
+        example = next((question["input"] for question in run.questions or [] if question["provenance"]), None)
     complete_card(model, output_dir, repo_id, groups, index_place, example)
     if script.use_peft:
         merged = output_dir / "merged"
@@ -294,7 +296,7 @@ def share(model: CoSupForCausalLM, index: PassageIndex | None, groups: list, run
 
 
 def precision(args: CoSupTrainingArguments) -> torch.autocast:
-    """Return the autocast of training, for what is measured before and after it."""
+    """Return the autocast context of training, for measurements before and after it."""
     dtype = torch.bfloat16 if args.bf16 else torch.float16
     return torch.autocast(args.device.type, dtype, enabled=args.bf16 or args.fp16)
 
@@ -309,7 +311,7 @@ def check_output_dir(output_dir: str) -> None:
 
 
 def prepare(script: ScriptArguments, args: CoSupTrainingArguments) -> None:
-    """Make the quickstart's world on one process, and fill the options that were not given with its paths."""
+    """Make the quickstart's world on one process, and set the options that were not given to its paths."""
     settings = {"seed": args.seed, **json.loads(script.prepare_options)}
     try:
         world = WorldArguments(str(Path(args.output_dir) / "world"), **settings)
@@ -328,7 +330,7 @@ def prepare(script: ScriptArguments, args: CoSupTrainingArguments) -> None:
 
 
 def evaluation_task(run: Run) -> Task:
-    """Return the evaluation set as recipes/run_evaluation.py judges it, over the index of the output folder."""
+    """Return the evaluation set as a task, as recipes/run_evaluation.py judges it, over the index of this run."""
     script = run.script
     return Task(
         task_name(script.eval_file),
@@ -342,10 +344,11 @@ def evaluation_task(run: Run) -> Task:
 
 def read_questions(run: Run) -> list[dict]:
     """
-    Read the questions of the evaluation set, and check all that is needed of them before and after training.
+    Read the questions of the evaluation set, and check that they can be judged before and after training.
 
     Raises:
-        `ValueError`: if there is nothing to retrieve from or for, or for what cannot be judged.
+        `ValueError`: without a corpus or index, without a question that needs a passage, or for questions that cannot
+            be judged.
     """
     eval_file = run.script.eval_file
     if run.corpus is None and run.script.index is None:
@@ -375,7 +378,7 @@ def evaluate(model: CoSupForCausalLM, run: Run) -> list:
     """
     Judge the model on the evaluation set, and print figures and a few answers.
 
-    All figures are added to the run's results. Returns the groups of figures for the card.
+    Adds all figures to the run's results. Returns the groups of figures for the card.
     """
     results = run.results
     task = evaluation_task(run)
@@ -418,25 +421,25 @@ def print_before_and_after(before: dict[str, Measured], after: dict[str, Measure
 
 
 def print_examples(predictions: list[dict], run: Run) -> None:
-    """Print a few answers, one of them to a question that needs no passage, and where everything is."""
+    """Print a few answers, one of them to a question that needs no passage, and the paths of all results."""
     script, output_dir, questions = run.script, run.output_dir, run.questions
-    needing = []
-    free = []
+    needing_passage = []
+    needing_none = []
     for i, question in enumerate(questions):
         if question["provenance"]:
-            needing.append(i)
+            needing_passage.append(i)
         elif not provenance_unknown(question):
-            free.append(i)
-    free = free[:1]
-    num_needing = max(0, script.num_examples - len(free))
-    for i in needing[:num_needing] + free[: script.num_examples]:
+            needing_none.append(i)
+    needing_none = needing_none[:1]
+    num_needing_passage = max(0, script.num_examples - len(needing_none))
+    for i in needing_passage[:num_needing_passage] + needing_none[: script.num_examples]:
         print(f"\nQ  {questions[i]['input']}\nA  {predictions[i]['cited_text']}")
     checkpoint = output_dir / "merged" if script.use_peft else output_dir
     index = script.index or output_dir / "index"
     if script.index_uri is not None:
         index = f"{index} --index_uri {script.index_uri}"
     print(f"\nCheckpoint: {checkpoint}   Index: {index}   Numbers: {output_dir / 'results.json'}")
-    question = questions[needing[0]]["input"]
+    question = questions[needing_passage[0]]["input"]
     print(f'Ask it:     python recipes/generate.py --model {checkpoint} --index {index} "{question}"')
 
 

@@ -1,4 +1,4 @@
-"""Read tokenized instances into rows for Gen and the encoders: queries, and each distinct passage once."""
+"""Turn tokenized instances into rows for Gen and the encoders: queries, and each distinct passage once."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 
 class PassageMention(NamedTuple):
-    """A passage as one instance names it."""
+    """A passage at one place in one instance."""
 
     instance_id: str
-    place: int | str  # in the instance: the number of its [NSP], or of the hard negative
+    place: int | str  # the number of its [NSP], or "negative" and a number for a hard negative
     content: tuple[int, ...]  # token ids
     passage_id: str | None
 
@@ -18,10 +18,10 @@ class PassageMention(NamedTuple):
 @dataclass
 class Query:
     """
-    What is known of one `[NSP]`.
+    The query of one `[NSP]`.
 
     Args:
-        instance_id (`str`): of the instance that holds it.
+        instance_id (`str`): of the instance that has this `[NSP]`.
         key (`int`): hash of everything up to this `[NSP]`.
         passage ([`PassageMention`]): its positive.
         positive_keys (`tuple[int, ...]`): hashes of the ids of further passages that would have been right.
@@ -38,7 +38,7 @@ class Query:
 @dataclass
 class InstanceRow:
     """
-    What Gen reads of one instance, with its queries and hard negatives.
+    The row of one instance for Gen, with its queries and hard negatives.
 
     Args:
         id (`str`): of the instance.
@@ -70,7 +70,7 @@ class BatchRows:
         instances (`list[InstanceRow]`): what Gen reads.
         passages (`list[tuple[int, ...]]`): token ids of each passage row.
         passage_keys (`list[set[int]]`): for each passage row, hashes of its content and of its ids.
-        row_of_passage (`dict[PassageMention, int]`): the passage row of each passage that an instance names.
+        row_of_passage (`dict[PassageMention, int]`): for each mention of a passage, its passage row.
     """
 
     instances: list[InstanceRow]
@@ -120,7 +120,7 @@ def read_batch(
 def _read_instance(
     feature: Mapping[str, Any], nsp_token_id: int | None, supervision: str, encoder_queries: bool
 ) -> InstanceRow:
-    """Return an instance with a query for each `[NSP]`."""
+    """Return the row of a tokenized instance, with a query for each `[NSP]`."""
     id = str(feature.get("id", "without id"))
     input_ids, labels, passages = feature["input_ids"], feature["labels"], feature["passage_input_ids"]
     columns = [column for column, token in enumerate(input_ids) if token == nsp_token_id]
@@ -160,7 +160,7 @@ def _read_instance(
 def _distinct_passages(
     mentions: Sequence[PassageMention], mask_duplicates: bool
 ) -> tuple[list[tuple[int, ...]], list[set[int]], dict[PassageMention, int]]:
-    """Return passage rows, the keys of each, and the row of each passage that is named."""
+    """Return passage rows, the keys of each row, and the row of each mention."""
     passages: list[tuple[int, ...]] = []
     keys: list[set[int]] = []
     row_of_passage: dict[PassageMention, int] = {}

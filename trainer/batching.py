@@ -21,7 +21,7 @@ from .cutting import cut_by_number, cut_by_padding, cut_by_tokens
 @dataclass
 class BatchFacts:
     """
-    What the host knows of a batch, so that no step waits for a GPU to learn it.
+    What the host knows about a batch, so that no step waits for a GPU to learn it.
 
     Args:
         instance_ids (`list[list[str]]`): ids of the instances of each micro-batch.
@@ -76,11 +76,11 @@ def forward_arguments(micro_batch: Mapping[str, Any]) -> dict[str, Any]:
 @dataclass
 class Cut:
     """
-    What goes into one micro-batch.
+    The rows of one micro-batch.
 
     Args:
-        instances, passages, queries (`list[int]`): row numbers in [`BatchRows`]; `queries` only if an encoder makes
-            the queries.
+        instances, passages, queries (`list[int]`): row numbers in [`BatchRows`]. `queries` is empty if Gen makes the
+            queries.
     """
 
     instances: list[int]
@@ -91,7 +91,7 @@ class Cut:
 @dataclass
 class CoSupDataCollator:
     """
-    Sorts instances by length, cuts them into micro-batches, and points each `[NSP]` at its passage.
+    A collator that sorts instances by length, cuts them into micro-batches, and points each `[NSP]` at its passage.
 
     How a batch is cut changes neither loss nor gradients: all micro-batches of a batch share their passages.
 
@@ -102,15 +102,15 @@ class CoSupDataCollator:
         mask_duplicates (`bool`): identical passages become one row.
         supervision (`str`): `"co"`, `"ntp"` (no passages), `"nsp"` (nothing after the last `[NSP]`, no labels) or
             `"separate"` (queries are rows).
-        encoder_queries (`bool`): queries are separate rows, which an encoder reads; always so with `"separate"`. With
-            `"nsp"` nothing is left for Gen.
-        max_instances (`int`, *optional*): instances of a micro-batch.
-        max_tokens (`int`, *optional*): tokens of a micro-batch, padding, passages and queries included; takes the
+        encoder_queries (`bool`): queries are separate rows, which an encoder reads; always true with `"separate"`.
+            With `"nsp"` Gen then has nothing to read.
+        max_instances (`int`, *optional*): most instances of a micro-batch.
+        max_tokens (`int`, *optional*): most tokens of a micro-batch, padding, passages and queries included; takes the
             place of `max_instances`.
-        call_overhead (`int`, *optional*): without a limit, a batch is cut if that saves padding; each further
-            micro-batch counts as this many tokens. `None`: not cut.
-        padding_free (`bool`): rows of Gen are concatenated into one row, with position ids that begin anew.
-        padding_free_passages (`bool`): rows of the encoders too.
+        call_overhead (`int`, *optional*): without either limit, a batch is cut if that saves padding; each further
+            micro-batch counts as this many tokens. `None`: the batch is not cut.
+        padding_free (`bool`): rows of Gen are concatenated into one row; position ids restart at 0 in each.
+        padding_free_passages (`bool`): the same for rows of the encoders.
         shorten_first_pass (`bool`): add `first_pass` to each micro-batch: its rows up to their last `[NSP]`, which is
             all that the first pass of GradCache must read. It is empty if Gen makes no queries.
 
@@ -154,9 +154,9 @@ class CoSupDataCollator:
         """
         Add to `micro_batch`, in place, an empty input for each part of the model that it does not reach.
 
-        All ranks must make the same calls.
+        With that, all ranks make the same calls.
         """
-        dummy = torch.zeros(1, 1, dtype=torch.long, device=device)  # one token
+        dummy = torch.zeros(1, 1, dtype=torch.long, device=device)  # one token, which has no label
         no_rows = dummy[:0]  # (0, 1)
         no_positions = dummy[0, :0]  # (0,)
         if "input_ids" not in micro_batch:
@@ -164,7 +164,7 @@ class CoSupDataCollator:
             if self.padding_free:
                 micro_batch["position_ids"] = dummy
             if self.supervision != "nsp":
-                micro_batch["labels"] = dummy - 100
+                micro_batch["labels"] = torch.full_like(dummy, -100)
                 micro_batch["label_positions"] = no_positions
             if self._gen_queries:
                 micro_batch["nsp_positions"] = no_positions
@@ -193,7 +193,7 @@ class CoSupDataCollator:
     # ------------------------------------------------------------------ cutting
 
     def _lengths(self, rows: BatchRows) -> dict[str, list[int]]:
-        """Return the length of each row, by what it is: `"gen"`, `"passages"` or `"queries"`."""
+        """Return the length of each row, by kind of row: `"gen"`, `"passages"` or `"queries"`."""
         lengths: dict[str, list[int]] = {"gen": [], "passages": [], "queries": []}
         if not self._without_gen:
             lengths["gen"] = [len(instance.input_ids) for instance in rows.instances]
@@ -207,10 +207,11 @@ class CoSupDataCollator:
         groups = self._groups(self._lengths(rows))
         no_rows: list[int] = []
         aligned = itertools.zip_longest(groups["gen"], groups["passages"], groups["queries"], fillvalue=no_rows)
-        return [Cut(*row_numbers) for row_numbers in aligned] or [Cut([], [], [])]
+        cuts = [Cut(instances, passages, queries) for instances, passages, queries in aligned]
+        return cuts or [Cut([], [], [])]
 
     def _groups(self, lengths: dict[str, list[int]]) -> dict[str, list[list[int]]]:
-        """Return row numbers in groups, by what the rows are."""
+        """Return row numbers in groups, one group for each micro-batch, by kind of row."""
         groups = {}
         total = max(1, sum(sum(kind_lengths) for kind_lengths in lengths.values()))
         num_instances = len(lengths["queries"]) if self._without_gen else len(lengths["gen"])
@@ -227,13 +228,13 @@ class CoSupDataCollator:
             else:
                 groups[kind] = cut_by_padding(kind_lengths, self.call_overhead)
         if self.max_tokens is not None or self.max_instances is not None:
-            # groups begin with the longest rows: long instances share a micro-batch with short passages
+            # groups begin with the longest rows; reversed, long instances share a micro-batch with short passages
             groups["passages"].reverse()
             groups["queries"].reverse()
         return groups
 
     def _facts(self, rows: BatchRows, cuts: list[Cut], micro_batches: list[dict[str, Any]]) -> BatchFacts:
-        """Return what the host knows of a batch; queries and passages in the order of its micro-batches."""
+        """Return what the host knows about a batch; queries and passages are in the order of its micro-batches."""
         lengths = self._lengths(rows)
         facts = BatchFacts(num_gen_tokens=sum(lengths["gen"]))
         facts.num_tokens = sum(sum(kind_lengths) for kind_lengths in lengths.values())
@@ -244,7 +245,7 @@ class CoSupDataCollator:
                 if name.endswith("input_ids"):
                     facts.num_padded_tokens += tensor.numel()
 
-        new_row: dict[int, int] = {}  # in the order of the micro-batches
+        new_row: dict[int, int] = {}  # of each passage row, in the order of the micro-batches
         for cut in cuts:
             for row in cut.passages:
                 new_row[row] = len(new_row)
@@ -294,10 +295,11 @@ class CoSupDataCollator:
         if self._gen_queries:
             micro_batch["nsp_positions"] = _flat_positions(offsets, columns)
         if self.supervision != "nsp":
-            # a packed row's first label would be the next token of the row before it
+            # no label for a first token: packed, the last token of the row before would be trained to predict it
             labels = [[-100, *instance.labels[1:]] for instance in instances]
             trained_columns = [instance.trained_columns for instance in instances]
-            micro_batch["labels"] = _lay_out(labels, -100, self.padding_free)[0]["input_ids"]
+            label_tensors, _ = _lay_out(labels, -100, self.padding_free)
+            micro_batch["labels"] = label_tensors["input_ids"]
             micro_batch["label_positions"] = _flat_positions(offsets, trained_columns)
         if self.shorten_first_pass:
             micro_batch["first_pass"] = self._first_pass_tensors(instances) if self._gen_queries else {}
@@ -328,7 +330,7 @@ class CoSupDataCollator:
 def _lay_out(
     rows: Sequence[Sequence[int]], pad_token_id: int, packed: bool
 ) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """Return rows as one padded tensor, or packed into a single row, and where each begins when it is flattened."""
+    """Return rows as one padded tensor, or packed into a single row, and where each begins in the flattened tensor."""
     if not packed:
         input_ids, _ = pad_rows([list(row) for row in rows], pad_token_id)  # (B, T)
         return {"input_ids": input_ids}, [i * input_ids.shape[1] for i in range(len(rows))]

@@ -1,4 +1,4 @@
-"""CoSupTrainer: the Trainer of the loss L = L_NTP + λ·L_NSP over the global batch; `training_step` has its step."""
+"""CoSupTrainer, which minimises L = L_NTP + λ·L_NSP over the global batch; its step is in `training_step`."""
 
 import dataclasses
 import functools
@@ -45,31 +45,32 @@ if TYPE_CHECKING:
 
 class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type: ignore[misc]  # its card takes other arguments
     """
-    Trains a [`CoSupForCausalLM`] by next token and next sequence prediction in the same step.
+    A Trainer for [`CoSupForCausalLM`]: next token and next sequence prediction in the same step.
 
     NTP is summed over tokens and divided by the global count of trained tokens. NSP is summed over queries and divided
     by the global count of queries. Both counts are over all ranks and accumulated batches. The negatives of a query
-    are all other passages of its batch, on all ranks. A batch is cut into micro-batches, by length to save padding or,
-    with `nsp_batch_size`, to save memory; how it is cut does not change the losses. Trained weights are held in
-    float32 (adapters as PEFT holds them); `bf16=True` computes in bfloat16.
+    are all other passages of its batch, on all ranks. A batch is cut into micro-batches: by length, to save padding,
+    or, with `nsp_batch_size`, to save memory. The cut does not change the losses. Trained weights are kept in float32
+    (adapters as PEFT keeps them); `bf16=True` computes in bfloat16.
 
-    The log has, next to `loss`: each loss by name (`ntp_loss`, `nsp_loss`: see `losses.py`), `nsp_accuracy` (in-batch
+    Next to `loss`, the log has each loss by name (`ntp_loss`, `nsp_loss`: see `losses.py`), `nsp_accuracy` (in-batch
     retrieval accuracy), `num_negatives` (mean per query), `tokens_per_second` (tokens of Gen and Emb_seq, without
     padding) and `padding` (its share of all tokens).
 
     `evaluate()` returns `eval_loss`, each loss by name (`eval_ntp_loss`, `eval_nsp_loss`), `eval_query_recall@1` and
-    `eval_query_recall@5`, over all distinct passages of the evaluation set, whatever its batches.
+    `eval_query_recall@5`. The NSP loss and recall are over all distinct passages of the evaluation set, not those of a
+    batch.
 
     Args:
         model (`CoSupForCausalLM` or `str`): a model or the name or path of one.
-        args ([`CoSupTrainingArguments`], *optional*): defaults to an output folder `cosup`.
+        args ([`CoSupTrainingArguments`], *optional*): defaults to one whose output folder is `cosup`.
         data_collator (`Callable`, *optional*): defaults to [`CoSupDataCollator`].
         train_dataset, eval_dataset (`Dataset`, `IterableDataset`, `list[dict]`, *optional*): instances, or already
             tokenized ones (columns `input_ids`, `labels`, `passage_input_ids`). `eval_dataset` may be a dict of them.
         processing_class, emb_seq_processing_class (`PreTrainedTokenizerBase`, *optional*): default to the model's own.
-        compute_metrics (`Callable`, *optional*): takes an `EvalPrediction`. Its `predictions` are `(query_embeds,
-            passage_embeds)`, of the distinct passages of the set; its `label_ids`, for each query the row of its
-            passage.
+        compute_metrics (`Callable`, *optional*): takes an `EvalPrediction` whose `predictions` are `(query_embeds,
+            passage_embeds)`, with one row for each query and for each distinct passage of the set. Its `label_ids`
+            hold, for each query, the row of its passage.
         callbacks, optimizers: as in `Trainer`.
         peft_config (`PeftConfig`, *optional*): wraps the model; rows of control tokens are trained too.
 
@@ -111,11 +112,14 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
         if world_size() > 1 and not args.average_tokens_across_devices:
             raise ValueError("Losses are divided by global counts: leave average_tokens_across_devices=True.")
         self.cosup_config = cast(CoSupConfig, base.config)
+
         if processing_class is not None:
             check_control_tokens(processing_class, self.cosup_config)
             base.tokenizer = processing_class
         if emb_seq_processing_class is not None:
             base.emb_seq_tokenizer = emb_seq_processing_class
+        self.tokenizers = base.tokenizer, base.emb_seq_tokenizer
+
         check_supervision(args, self.cosup_config)
         trained_model: Any = model
         if peft_config is not None:
@@ -125,10 +129,9 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
             keep_master_weights(base, args)
         speed_up(base, args)
         self._check_hub_arguments(args, trained_model)
-        self.tokenizers = base.tokenizer, base.emb_seq_tokenizer
+
         if data_collator is None:
             data_collator = default_collator(base, args, self.tokenizers)
-
         prepare = functools.partial(tokenize_dataset, tokenizers=self.tokenizers, config=self.cosup_config, args=args)
         prepared_eval_dataset: Any
         if isinstance(eval_dataset, dict):
@@ -137,6 +140,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
                 prepared_eval_dataset[name] = prepare(dataset, name=f"evaluation set {name!r}")
         else:
             prepared_eval_dataset = prepare(eval_dataset, name="evaluation set")
+
         super().__init__(
             model=trained_model,
             args=args,
@@ -159,7 +163,11 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
         self._num_parameters: tuple[int, int] | None = None  # of Gen and Emb_seq
 
     def _check_sharding(self) -> None:
-        """Raise if DeepSpeed, which steps and clips by itself, or FSDP1, with its norms of shards, cannot do it."""
+        """
+        Refuse `nsp_batch_size` and `clip_gen_only` under DeepSpeed and FSDP1.
+
+        DeepSpeed takes one backward pass per step and clips by itself. FSDP1 computes the norms of shards.
+        """
         distributed_type = self.accelerator.distributed_type
         is_fsdp1 = distributed_type == DistributedType.FSDP and self._fsdp2_plugin() is None
         if distributed_type != DistributedType.DEEPSPEED and not is_fsdp1:
@@ -170,18 +178,18 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
                 raise ValueError(f"{name} works under DDP and FSDP2, not under {kind} as it is configured.")
 
     def _set_up_accelerator(self) -> None:
-        """Keep accelerate from compiling the whole model, and FSDP2 from rounding what ranks exchange."""
+        """Keep accelerate from compiling the whole model, and FSDP2 from rounding what the ranks exchange."""
         if self.args.torch_compile:  # the layers are compiled already; the rest depends on the data
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
         plugin = self._fsdp2_plugin()
         if plugin is not None and plugin.mixed_precision_policy is not None:
-            # losses, embeddings and gradients of ranks in float32
+            # ranks exchange losses, embeddings and gradients in float32
             plugin.mixed_precision_policy = dataclasses.replace(
                 plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
             )
 
     def _fsdp2_plugin(self) -> Any:
-        """Return accelerate's FSDP plugin; `None` without one, or if it is set to FSDP1."""
+        """Return accelerate's FSDP plugin if it is set to FSDP2, else `None`."""
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         return plugin if getattr(plugin, "fsdp_version", 1) == 2 else None
 
@@ -191,7 +199,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
         self._signature_columns = COLUMNS + OPTIONAL_COLUMNS  # type: ignore[assignment]  # Trainer begins with None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        """Return a sampler; with `batch_sampler="no_duplicates"`, batches over all ranks name no passage twice."""
+        """Return the sampler; with `batch_sampler="no_duplicates"`, no batch over all ranks names a passage twice."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.batch_sampler != "no_duplicates":
             return super()._get_train_sampler(train_dataset)
@@ -199,19 +207,19 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
         return self._sampler
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return `Trainer`'s loader."""
+        """Return `Trainer`'s loader, which also passes each epoch to a `no_duplicates` sampler."""
         loader = super().get_train_dataloader()
         if self.args.batch_sampler == "no_duplicates":
-            # so that the sampler gets the epoch, even if a resumed run skips batches
+            # otherwise the sampler would not get the epoch when a resumed run skips batches
             cast(DataLoaderShard, loader).set_sampler(self._sampler)
         return loader
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Do what `Trainer.train` does; `resume_from_checkpoint=True` takes the last checkpoint that is complete."""
+        """Run `Trainer.train`; `resume_from_checkpoint=True` resumes from the last checkpoint that is complete."""
         self._running.restart()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(cast(str, self.args.output_dir))
-        # an evaluation before this has prepared the model, but not for data parallelism
+        # an earlier evaluation has prepared the model, but not for data parallelism
         vars(self.model).pop("_is_accelerate_prepared", None)
         with explained_memory_errors(self.args):
             output = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -219,7 +227,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
         return output
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Return 6 operations for each token and parameter that reads it, embeddings not counted."""
+        """Return the operations of a batch: 6 per token and parameter that reads it, embeddings not counted."""
         if self._num_parameters is None:
             base = without_peft(self.model)
             emb_seq_parameters = 0
@@ -247,7 +255,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
     # ------------------------------------------------------------------ the paper's optimiser
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
-        """Return a schedule; `lr_decay_per_epoch` multiplies a constant rate after every epoch (section 4)."""
+        """Return the schedule; `lr_decay_per_epoch` multiplies a constant rate after every epoch (section 4: 0.85)."""
         decay = self.args.lr_decay_per_epoch
         if decay is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
@@ -284,7 +292,8 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._finite.check()  # a model that a bad loss has ruined is not saved
-        if self.args.should_save:  # what an earlier run left of the same step is no longer complete
+        if self.args.should_save:
+            # an earlier run's checkpoint of this step is about to be overwritten, so it is no longer complete
             folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
@@ -294,7 +303,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
         self.accelerator.wait_for_everyone()  # the state file, written next and last, says that all ranks are done
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Ignore a missing head that is tied to the embedding: tied weights are stored once."""
+        """Do not report a head that is tied to the embedding as missing: tied weights are stored once."""
         tied = set(getattr(self.model, "all_tied_weights_keys", {}))
         if load_result.missing_keys and set(load_result.missing_keys) <= tied:
             self.model.tie_weights()

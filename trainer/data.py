@@ -18,7 +18,7 @@ from modeling_cosup.tokenization_cosup import (
     end_of_turn_token_id,
 )
 
-if TYPE_CHECKING:  # importing it loads the whole model, which recipes that prepare data do not need
+if TYPE_CHECKING:  # importing it loads the whole model code, which recipes that prepare data do not need
     from modeling_cosup import CoSupConfig
 
 # ---------------------------------------------------------------------- training instances
@@ -55,9 +55,9 @@ def load_instances(source: str | Path, split: str = "train") -> list[dict]:
 
 class CheckedInstance(dict):
     """
-    A training instance that was checked: [`check_instance`] returns it without a second check.
+    A training instance that has been checked: [`check_instance`] returns it without a second check.
 
-    A changed copy is a plain `dict` and is checked again. Changes made in place after loading are not checked.
+    A changed copy is a plain `dict` and is checked again. Changes made in place are not checked.
     """
 
 
@@ -68,8 +68,8 @@ def check_instance(instance: dict, where: str) -> CheckedInstance:
     Args:
         instance (`dict`): `{"id", "dataset", "instruction", "input", "segments": [{"text", "passage": {"id", "title",
             "text"} | None}]}`. `id`, `dataset`, `instruction` and a passage's `title` may be missing. A segment with a
-            passage may also have `"negatives"`, passages that look like an answer and are none, and `"positives"`, ids
-            of further passages that would have been right.
+            passage may also have `"negatives"`, passages that look right but are not, and `"positives"`, ids of
+            further passages that would have been right.
         where (`str`): file and line, or row, for the error.
 
     Returns:
@@ -88,7 +88,7 @@ def check_instance(instance: dict, where: str) -> CheckedInstance:
 
 
 def _check_segment(segment: Any, name: str, where: str) -> dict:
-    """Return the segment with all its fields; `name` is its place in the instance."""
+    """Return a checked segment with all its fields; `name` is its place in the instance."""
     if not isinstance(segment, dict):
         raise ValueError(f"{where}: {name} is {segment!r}, expected an object with text and passage.")
     passage = segment.get("passage")
@@ -102,7 +102,7 @@ def _check_segment(segment: Any, name: str, where: str) -> dict:
         raise ValueError(f"{where}: {name}.positives is {positives!r}, expected a list of passage ids.")
     if passage is None and (negatives or positives):
         raise ValueError(
-            f"{where}: {name} has negatives or positives but no passage, so no [NSP] that they could belong to."
+            f"{where}: {name} has negatives or positives but no passage, so there is no [NSP] that they belong to."
         )
     text = check_text(segment.get("text"), f"{name}.text", where)
     if passage is not None:
@@ -127,7 +127,7 @@ def content_id(title: str, text: str) -> str:
 
 
 def _check_question(value: dict, where: str) -> dict[str, str]:
-    """Return the fields that training and evaluation instances share."""
+    """Return, checked, the fields that training and evaluation instances share."""
     id = value.get("id")
     instruction = value.get("instruction")
     if instruction is None:
@@ -175,15 +175,15 @@ def load_evaluation_set(
     Load evaluation instances, checked.
 
     An instance is `{"id", "dataset", "instruction", "input", "answers", "provenance", "candidates", "meta"}`.
-    `candidates` may be missing, and so may `meta`, an object with whatever else a metric needs (`qa_pairs` and
-    `claims` of ALCE).
+    `candidates` may be missing, and so may `meta`, an object with anything else that a metric needs, such as the
+    `qa_pairs` and `claims` of ALCE.
 
     Args:
         source (`str` or `Path`): JSON Lines file or name of a dataset.
         split (`str`, *optional*, defaults to `"test"`): of a named dataset.
-        corpus (`list[dict]`, *optional*): every id in `provenance` and `candidates` must be a passage of it.
-        answers_required (`bool`, *optional*, defaults to `True`): an empty list of answers is an error; retrieval
-            alone can be judged without them.
+        corpus (`list[dict]`, *optional*): if given, every id in `provenance` and `candidates` must be in it.
+        answers_required (`bool`, *optional*, defaults to `True`): whether an empty list of answers is an error.
+            Retrieval alone can be judged without answers.
 
     Raises:
         `ValueError`: for a missing field or an id that the corpus lacks, naming file and line.
@@ -203,7 +203,7 @@ def load_evaluation_set(
 
 
 def _check_evaluation_instance(value: dict, where: str, answers_required: bool) -> dict:
-    """Return the evaluation instance with all its fields."""
+    """Return a checked evaluation instance with all its fields."""
     question = _check_question(value, where)
     answers = value.get("answers")
     provenance = value.get("provenance")
@@ -226,7 +226,7 @@ def _check_evaluation_instance(value: dict, where: str, answers_required: bool) 
 
 
 def _check_known(ids: Sequence[str], field: str, known_ids: set[str], where: str) -> None:
-    """Raise if the corpus lacks an id."""
+    """Raise if the corpus, whose passage ids are `known_ids`, lacks one of `ids`."""
     missing = [id for id in ids if id not in known_ids]
     if missing:
         raise ValueError(f"{where}: {field} holds {missing[0]!r}, which the corpus lacks ({len(missing)} such ids).")
@@ -255,7 +255,7 @@ def tokenize_instance(
         tokenizer, emb_seq_tokenizer (`PreTrainedTokenizerBase`): Gen's and Emb_seq's.
         config (`CoSupConfig`): control token ids, passage template and passage length.
         train_on_passages (`bool`, *optional*, defaults to `False`): also train passage tokens.
-        end_of_turn_id (`int`, *optional*): what ends the response; by default what the chat template says.
+        end_of_turn_id (`int`, *optional*): the token that ends the response; by default that of the chat template.
 
     Returns:
         `dict`:
@@ -265,7 +265,7 @@ def tokenize_instance(
         - for each `[NSP]` an entry of `passage_input_ids` (what Emb_seq reads), `passage_ids` and `positive_ids` (ids
           of further passages that would have been right)
         - `negative_input_ids` and `negative_ids`, of hard negatives
-        - if Emb_seq or a query encoder makes the queries, `query_input_ids`: what it reads for each `[NSP]`
+        - if an encoder makes the queries, `query_input_ids`: what it reads for each `[NSP]`
 
     Raises:
         `ValueError`: if a query is longer than its encoder can read, naming the instance.
@@ -280,8 +280,8 @@ def tokenize_instance(
     nsp, cs, ce = config.nsp_token_id, config.cs_token_id, config.ce_token_id
     assert nsp is not None and cs is not None and ce is not None  # set when Gen and Emb_seq were put together
     gen_passages = iter(encode_passages_for_gen(tokenizer, passages, config))
-    written_ids = (nsp, cs, ce, tokenizer.eos_token_id)  # only this function may write them, no text
-    texts = encode_texts(tokenizer, [segment["text"] for segment in segments], written_ids)
+    forbidden_ids = (nsp, cs, ce, tokenizer.eos_token_id)  # only this function writes them; no text may become one
+    texts = encode_texts(tokenizer, [segment["text"] for segment in segments], forbidden_ids)
     input_ids = list(encode_prompt(tokenizer, instance["input"], instance["instruction"]))
     labels = [-100] * len(input_ids)
     queries = []  # everything up to and including each [NSP]
@@ -316,11 +316,11 @@ def tokenize_instance(
 
 
 def _check_query_lengths(query_input_ids: Sequence[Sequence[int]], instance_id: str, config: "CoSupConfig") -> None:
-    """Raise if the encoder that makes the queries cannot read one of them."""
+    """Raise if a query is longer than its encoder can read."""
     encoder_config = config.emb_seq_config if config.query_from == "emb_seq" else config.query_encoder_config
     limit = getattr(encoder_config.get_text_config(), "max_position_embeddings", None) or float("inf")
     longest = max((len(ids) for ids in query_input_ids), default=0)
     if longest > limit:
         raise ValueError(
-            f"Instance {instance_id!r}: the text up to an [NSP] has {longest} tokens, its encoder reads {limit}."
+            f"Instance {instance_id!r}: the text up to an [NSP] has {longest} tokens, but its encoder reads {limit}."
         )

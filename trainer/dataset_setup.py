@@ -92,7 +92,7 @@ def no_duplicates_sampler(
     """
     if not isinstance(dataset, datasets.Dataset):
         raise ValueError(
-            "batch_sampler='no_duplicates' chooses from the whole dataset; a streamed one cannot be chosen from."
+            "batch_sampler='no_duplicates' chooses from the whole dataset, so the dataset cannot be streamed."
         )
     names = ("passage_ids", "negative_ids", "passage_input_ids", "negative_input_ids")
     columns = [name for name in names if name in dataset.column_names]
@@ -108,7 +108,7 @@ def _passage_key(id_or_tokens: str | list[int]) -> int:
 
 
 def _as_dataset(dataset: AnyDataset, name: str) -> tuple[datasets.Dataset | datasets.IterableDataset, bool]:
-    """Return a dataset of the `datasets` library, and whether its instances are checked."""
+    """Return a dataset of the `datasets` library, and whether its instances have been checked."""
     if isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         return dataset, False
     if isinstance(dataset, torch.utils.data.IterableDataset):
@@ -117,7 +117,7 @@ def _as_dataset(dataset: AnyDataset, name: str) -> tuple[datasets.Dataset | data
     if not instances:
         raise ValueError(f"The {name} is empty.")
     tokenized = set(COLUMNS) <= set(instances[0])
-    if not tokenized:  # checked before Arrow sees them: its errors name no row
+    if not tokenized:  # checked before Arrow converts them, because Arrow's errors do not name the row
         instances = [check_instance(instance, f"{name}, row {row}") for row, instance in enumerate(instances)]
     return datasets.Dataset.from_list(instances), not tokenized
 
@@ -139,7 +139,7 @@ def _drop_long_instances(tokenized: datasets.Dataset, max_length: int, name: str
 
 
 class _LengthFilter:
-    """Filter of a stream that logs how many instances it has dropped, at the first and at every power of two."""
+    """A filter for streams that warns how many instances it has dropped, each time the number is a power of two."""
 
     def __init__(self, max_length: int, name: str) -> None:
         self.max_length = max_length
@@ -151,6 +151,8 @@ class _LengthFilter:
             return True
         self.dropped += 1
         if self.dropped & (self.dropped - 1) == 0:  # a power of two
-            reason = f"longer than max_length={self.max_length}"
-            logger.warning(f"Dropped {self.dropped} instance(s) of the {self.name} so far: {reason}.")
+            logger.warning(
+                f"Dropped {self.dropped} instance(s) of the {self.name} so far: longer than"
+                f" max_length={self.max_length}."
+            )
         return False

@@ -28,9 +28,9 @@ def barrier() -> None:
 
 def host_group(timeout: timedelta | None = None) -> dist.ProcessGroup | None:
     """
-    Return a process group for messages from host to host, which wait for no GPU; `None` for the default group.
+    Return a process group for messages from host to host, which do not wait for a GPU.
 
-    All ranks must call this together.
+    Returns `None`, for the default group, if that is already one. All ranks must call this together.
     """
     if world_size() == 1 or dist.get_backend() == "gloo":
         return None
@@ -78,7 +78,7 @@ def gather_rows(rows: torch.Tensor, counts: Sequence[int], gather: str = "global
 
 
 def _all_gather(rows: torch.Tensor, counts: Sequence[int]) -> tuple[torch.Tensor, ...]:
-    """Return the rows of each rank; they travel padded to the largest count."""
+    """Return the rows of each rank. They are padded to the largest count for the exchange."""
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
     buffers = [torch.empty_like(padded) for _ in counts]
@@ -88,9 +88,9 @@ def _all_gather(rows: torch.Tensor, counts: Sequence[int]) -> tuple[torch.Tensor
 
 class _GatherRows(torch.autograd.Function):
     """
-    Forward: all_gather. Backward: sum the gradients of all ranks and keep this rank's slice.
+    all_gather; its backward sums the gradients of all ranks and keeps this rank's slice.
 
-    That is the gradient of the sum of all ranks' losses.
+    That slice is the gradient of the sum of all ranks' losses.
     """
 
     @staticmethod

@@ -13,31 +13,31 @@ from .batching import BatchFacts
 @dataclass
 class GlobalBatch:
     """
-    What one rank must know of the batch that all ranks make up.
+    The batch that all ranks make up, as one rank sees it.
 
     Args:
         facts (`list[BatchFacts]`): of each rank, in rank order.
         rank (`int`): this rank.
         passage_groups (`numpy.ndarray` of shape `(M,)`): equal for identical passages.
         repeated (`numpy.ndarray` of shape `(M,)`): whether an earlier row holds an identical passage.
-        no_negatives (`numpy.ndarray` of shape `(2, P)`): pairs of a query of this rank and the row of another passage
-            that is right for it.
+        further_positives (`numpy.ndarray` of shape `(2, P)`): pairs of a query of this rank and the row of another
+            passage that is right for it.
     """
 
     facts: list[BatchFacts]
     rank: int
     passage_groups: np.ndarray
     repeated: np.ndarray
-    no_negatives: np.ndarray
+    further_positives: np.ndarray
 
     @property
     def passage_counts(self) -> list[int]:
-        """Number of passages of each rank."""
+        """The number of passages of each rank."""
         return [len(rank_facts.passage_keys) for rank_facts in self.facts]
 
     @property
     def first_row(self) -> int:
-        """The row at which the passages of this rank begin."""
+        """The row of this rank's first passage."""
         return sum(self.passage_counts[: self.rank])
 
 
@@ -48,8 +48,8 @@ def global_batch(facts: list[BatchFacts], rank: int, mask_duplicates: bool = Tru
     Args:
         facts (`list[BatchFacts]`): of each rank.
         rank (`int`): the rank that sees it.
-        mask_duplicates (`bool`, *optional*, defaults to `True`): passages that share a key are the same, and what is
-            right for a query is right for an equal query.
+        mask_duplicates (`bool`, *optional*, defaults to `True`): treat passages that share a key as the same, and what
+            is right for a query as right for an equal query.
     """
     first_rows = np.cumsum([0] + [len(rank_facts.passage_keys) for rank_facts in facts]).tolist()
     keys = [row_keys for rank_facts in facts for row_keys in rank_facts.passage_keys]  # of all M rows
@@ -71,20 +71,24 @@ def global_batch(facts: list[BatchFacts], rank: int, mask_duplicates: bool = Tru
                 positives_of_query[query_key].add(int(groups[first_row + label]))
 
     pairs = []
-    own_facts = facts[rank]
-    for query, label in enumerate(own_facts.passage_labels):
-        right_groups = set(positives_of_query[own_facts.query_keys[query]])
-        for key in own_facts.positive_keys[query]:
+    local_facts = facts[rank]
+    for query, label in enumerate(local_facts.passage_labels):
+        right_groups = set(positives_of_query[local_facts.query_keys[query]])
+        for key in local_facts.positive_keys[query]:
             right_groups |= groups_of_key[key]
         right_groups.discard(int(groups[first_rows[rank] + label]))
         for group in sorted(right_groups):
             pairs += [(query, row) for row in rows_of_group[group]]
-    no_negatives = np.array(pairs, dtype=np.int64).reshape(-1, 2).T  # (2, P)
-    return GlobalBatch(facts, rank, groups, repeated, no_negatives)
+    further_positives = np.array(pairs, dtype=np.int64).reshape(-1, 2).T  # (2, P)
+    return GlobalBatch(facts, rank, groups, repeated, further_positives)
 
 
 def _groups(keys: Sequence[Sequence[int]]) -> np.ndarray:
-    """Return `(M,)`: a number for each row, equal for rows that share a key, even through others (union-find)."""
+    """
+    Return `(M,)`: a number for each row, equal for rows that share a key, directly or through other rows.
+
+    The algorithm is union-find.
+    """
     parent = list(range(len(keys)))
     row_of_key: dict[int, int] = {}
 
@@ -107,10 +111,10 @@ def _groups(keys: Sequence[Sequence[int]]) -> np.ndarray:
 
 class NoDuplicatesSampler(torch.utils.data.Sampler[int]):
     """
-    A random order of the instances in which no batch names a passage twice.
+    A sampler that draws instances in a random order, such that no batch names a passage twice.
 
-    An instance that names a passage of the batch waits for the next batch. When only such instances are left, they
-    follow in their random order.
+    An instance that names a passage of the current batch waits for the next batch. When no full batch without
+    duplicates is left, the waiting instances follow in their random order.
 
     Args:
         passages (`Sequence[Collection]`): for each instance, keys of the passages that it names.
@@ -141,7 +145,7 @@ class NoDuplicatesSampler(torch.utils.data.Sampler[int]):
                 return
 
     def _next_batch(self, waiting: list[int]) -> tuple[list[int], list[int]]:
-        """Return the first instances of `waiting` that share no passage, at most a batch, and the instances left."""
+        """Return a batch of the first instances in `waiting` that share no passage, and the instances left over."""
         batch: list[int] = []
         left_over: list[int] = []
         named: set[int] = set()

@@ -50,7 +50,7 @@ def has_dropout(model: nn.Module) -> bool:
 
 
 def _sets_dropout(config: Mapping[str, Any]) -> bool:
-    """Return whether a setting turns dropout or router jitter on."""
+    """Return whether a model's config turns dropout or router jitter on."""
     for name, value in config.items():
         if ("drop" in name or "jitter" in name) and isinstance(value, float) and value > 0:
             return True
@@ -65,8 +65,8 @@ def first_pass(
 
     Args:
         model (`Callable`): the (wrapped) model.
-        micro_batches (`list[dict]`): as [`CoSupDataCollator`] cuts them. If one has `first_pass`, Gen reads that in
-            place of its rows; if it is empty, Gen reads nothing.
+        micro_batches (`list[dict]`): as [`CoSupDataCollator`] cuts them. If one has `first_pass`, Gen reads that
+            instead of its rows; if `first_pass` is empty, Gen reads nothing.
 
     Returns:
         `(list, list, list)`: query embeddings `(N_i, h)` and passage embeddings `(M_i, h)` of each micro-batch, `None`
@@ -105,15 +105,15 @@ def second_pass(
     Args:
         forward (`Callable`): takes a micro-batch, returns a `CoSupOutput`.
         micro_batches (`list[dict]`): as in the first pass.
-        query_gradients, passage_gradients (`list[torch.Tensor | None]`): gradients of the embedding losses for what
-            [`first_pass`] returned.
+        query_gradients, passage_gradients (`list[torch.Tensor | None]`): gradients of the embedding losses with
+            respect to the embeddings that [`first_pass`] returned.
         states (`list[RandomState]`, *optional*): what [`first_pass`] returned; `None` without a first pass.
         device (`torch.device`): of the inner products.
 
     Yields:
         `(CoSupOutput, torch.FloatTensor)`: the output of a micro-batch, and the inner product of its embeddings with
-        their gradients, a scalar that has the gradient of the embedding losses. Call backward on both before asking
-        for the next pair.
+        their gradients: a scalar that has the gradient of the embedding losses. Call backward on both before taking
+        the next pair.
     """
     for i, micro_batch in enumerate(micro_batches):
         if states is not None:
@@ -132,7 +132,7 @@ def second_pass(
 
 
 def concatenated(pieces: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """Return the tensors among `pieces` as one; `None` if there is none."""
+    """Return the tensors among `pieces`, concatenated; `None` if there are none."""
     tensors = [piece for piece in pieces if piece is not None]
     return torch.cat(tensors) if tensors else None
 

@@ -1,4 +1,4 @@
-"""Evaluation while training: token losses, and each query against all distinct passages of the set."""
+"""Evaluate while training: token losses, and each query against all distinct passages of the set."""
 
 import functools
 import time
@@ -28,7 +28,7 @@ from .watch import explained_memory_errors
 @dataclass
 class EvaluatedBatch:
     """
-    What is kept of a batch until the end of its set.
+    The results of a batch, kept until its set has been evaluated.
 
     Args:
         facts ([`BatchFacts`]): of the batch.
@@ -56,7 +56,7 @@ class HeldOutMixin(TrainingStepMixin):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Do what `Trainer.evaluate` does; `eval_dataset` may also hold instances that are not tokenized."""
+        """Run `Trainer.evaluate`; `eval_dataset` may also hold instances that are not tokenized."""
         dataset: Any = eval_dataset
         if dataset is not None and not isinstance(dataset, str | dict):
             dataset = tokenize_dataset(dataset, self.tokenizers, self.cosup_config, self.args, "evaluation set")
@@ -66,7 +66,8 @@ class HeldOutMixin(TrainingStepMixin):
         """
         Return the loader of an evaluation set.
 
-        Unlike `Trainer`'s, it gives each instance to exactly one rank. A rank that runs out gets an empty batch.
+        Unlike `Trainer`'s, it gives each instance to exactly one rank. A rank that runs out of instances gets empty
+        batches.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
@@ -76,7 +77,7 @@ class HeldOutMixin(TrainingStepMixin):
             return super().get_eval_dataloader(eval_dataset)
         rank, size = self.args.process_index, self.args.eval_batch_size
         rows = list(range(rank, len(dataset), world_size()))
-        most_rows = -(-len(dataset) // world_size())  # of any rank
+        most_rows = -(-len(dataset) // world_size())  # that any rank has
         batches = [rows[start : start + size] for start in range(0, most_rows, size)]
         return DataLoader(
             dataset,
@@ -96,10 +97,10 @@ class HeldOutMixin(TrainingStepMixin):
         """Keep the embeddings and token losses of a batch until the end of the set; return nothing to the loop."""
         inputs = self._prepare_inputs(inputs)
         if world_size() > 1:
-            self._share_facts([inputs])  # sharded models need the same calls on all ranks
+            self._share_facts([inputs])  # a sharded model needs the same calls on all ranks
         with explained_memory_errors(self.args), torch.no_grad(), self.compute_loss_context_manager():
             outputs = [self._forward(model, micro_batch) for micro_batch in inputs["micro_batches"]]
-            # sums: the number of tokens of the set is known only at its end
+            # sums, not means: the number of tokens of the set is known only at its end
             token_losses = self.compute_losses(inputs, outputs)
         width = self.cosup_config.embedding_size
         batch = EvaluatedBatch(
@@ -119,7 +120,7 @@ class HeldOutMixin(TrainingStepMixin):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Run `Trainer`'s loop, then compute losses and recall over the whole set, whatever its batches."""
+        """Run `Trainer`'s loop, then compute losses and recall over the whole set, not batch by batch."""
         self._evaluated_batches = []
         start = time.time()
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
@@ -132,13 +133,14 @@ class HeldOutMixin(TrainingStepMixin):
         return output
 
     def _metrics(self, batches: Sequence[EvaluatedBatch]) -> dict[str, Any]:
-        """Return losses, recall and the caller's own metrics over all batches of a set."""
+        """Return losses, recall and the caller's `compute_metrics` over all batches of a set."""
         facts = [batch.facts for batch in batches]
         query_embeds = np.concatenate([batch.query_embeds for batch in batches])
         passage_embeds = np.concatenate([batch.passage_embeds for batch in batches])
         losses_of = functools.partial(embedding_losses, config=self.cosup_config, args=self.args)
         retrieval, rows, labels = retrieval_metrics(query_embeds, passage_embeds, facts, losses_of)
-        metrics: dict[str, Any] = dict.fromkeys(self.loss_weights, 0.0) | retrieval
+        metrics: dict[str, Any] = dict.fromkeys(self.loss_weights, 0.0)  # a loss that is not trained stays 0
+        metrics |= retrieval
         num_labels = max(1, sum(batch_facts.num_labels for batch_facts in facts))
         for batch in batches:
             for name, loss in batch.token_losses.items():
@@ -146,8 +148,8 @@ class HeldOutMixin(TrainingStepMixin):
         losses: dict[str, float] = {name: metrics[name] for name in self.loss_weights}
         metrics["loss"] = total_loss(losses, self.loss_weights)
         if self.compute_metrics is not None:
-            embeds: Any = (query_embeds, passage_embeds[rows])
-            metrics.update(self.compute_metrics(EvalPrediction(predictions=embeds, label_ids=labels)))
+            predictions: Any = (query_embeds, passage_embeds[rows])
+            metrics.update(self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels)))
         return metrics
 
 
@@ -182,8 +184,8 @@ def retrieval_metrics(
 
     Returns:
         `(dict, numpy.ndarray, numpy.ndarray)`: the mean of each loss, `num_passages`, `num_queries` and, if there are
-        queries, `query_recall@k`; the rows of the D distinct passages, `(D,)`; for each query, which of these is its
-        passage, `(N,)`.
+        queries, `query_recall@k`; the rows of the D distinct passages, `(D,)`; for each query, the number of its
+        passage among these, `(N,)`.
     """
     merged = _merge(facts)
     batch = global_batch([merged], 0)
@@ -191,7 +193,7 @@ def retrieval_metrics(
     number_of_group = {int(batch.passage_groups[row]): number for number, row in enumerate(rows)}
     number_of_row = [number_of_group[int(group)] for group in batch.passage_groups]  # among distinct passages
     labels = np.array([number_of_row[label] for label in merged.passage_labels], dtype=np.int64)  # (N,)
-    right_queries, right_rows = batch.no_negatives  # (P,), (P,)
+    right_queries, right_rows = batch.further_positives  # (P,), (P,)
     right_passages = np.array([number_of_row[row] for row in right_rows], dtype=np.int64)  # (P,)
 
     passages = torch.from_numpy(passage_embeds[rows])  # (D, h)
@@ -229,7 +231,14 @@ def _merge(facts: Sequence[BatchFacts]) -> BatchFacts:
 
 
 def _ranks(scores: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
-    """Return `(C,)`: how many other passages score at least as high as each query's own, by `scores` `(C, D)`."""
+    """
+    Return `(C,)`: how many other passages score at least as high as each query's positive.
+
+    Args:
+        scores (`torch.FloatTensor` of shape `(C, D)`): `-inf` for other passages that are right too, so that they do
+            not count.
+        positives (`torch.LongTensor` of shape `(C,)`): the column of each query's positive.
+    """
     positive_scores = scores.gather(1, positives[:, None])  # (C, 1)
-    ranks = (scores >= positive_scores).sum(1) - 1  # a score of -inf, of another right passage, counts for nothing
-    return torch.where(positive_scores[:, 0].isfinite(), ranks, scores.shape[1])  # NaN finds nothing
+    ranks = (scores >= positive_scores).sum(1) - 1
+    return torch.where(positive_scores[:, 0].isfinite(), ranks, scores.shape[1])  # NaN is a miss at every k

@@ -42,7 +42,7 @@ class EmbeddingBatch:
         passage_embeds (`torch.FloatTensor` of shape `(M, h)`): of all ranks.
         passage_labels (`torch.LongTensor` of shape `(N,)`): for each query, the row of `passage_embeds` that is its
             positive.
-        same_passage (`torch.BoolTensor` of shape `(N, M)`, *optional*): which passages are no negatives of a query.
+        same_passage (`torch.BoolTensor` of shape `(N, M)`, *optional*): which passages are not negatives of a query.
     """
 
     query_embeds: torch.Tensor
@@ -55,16 +55,16 @@ class EmbeddingBatch:
 
 
 def loss_weights(config: CoSupConfig, args: CoSupTrainingArguments) -> dict[str, float]:
-    """Return the weight of each loss in the loss that is minimised, L = L_NTP + λ·L_NSP (Eq. 5)."""
-    assert config.nsp_loss_weight is not None  # the config fills in the default of its similarity
+    """Return the weight of each loss in the total that is minimised, L = L_NTP + λ·L_NSP (Eq. 5)."""
+    assert config.nsp_loss_weight is not None  # the config has replaced None by the default of its similarity
     return {"ntp_loss": 1.0, "nsp_loss": config.nsp_loss_weight}
 
 
 def forward_options(micro_batch: dict[str, Any], args: CoSupTrainingArguments) -> dict[str, bool]:
     """
-    Return the options of the forward of a micro-batch, so that it computes what the losses need and nothing else.
+    Return the options of a micro-batch's forward, so that it computes only what the losses need.
 
-    Logits would be its largest tensor.
+    It returns no logits, which would be its largest tensor.
     """
     return {
         "output_query_embeds": args.supervision in ("co", "nsp"),
@@ -78,7 +78,7 @@ def token_losses(output: CoSupOutput, config: CoSupConfig, args: CoSupTrainingAr
     Return the losses over the trained tokens of a micro-batch.
 
     Args:
-        output (`CoSupOutput`): with `ntp_loss`, a sum over tokens, if the supervision has labels.
+        output (`CoSupOutput`): its `ntp_loss` is a sum over tokens, or `None` if the supervision has no labels.
 
     Returns:
         `dict[str, torch.FloatTensor]`: scalars with a graph, each a sum over tokens.
@@ -96,14 +96,14 @@ def embedding_losses(
 
     Returns:
         `(dict[str, torch.FloatTensor], torch.FloatTensor)`: each loss `(N,)`, one value per query, not averaged; and
-        the scores `(N, M)` of every query with every passage, `-inf` for passages that are no negatives.
+        the scores `(N, M)` of every query with every passage, `-inf` for other passages that are not its negatives.
     """
     nsp_loss, scores = info_nce(
         batch.query_embeds,
         batch.passage_embeds,
         batch.passage_labels,
         same_passage=batch.same_passage,
-        temperature=cast(float, config.temperature),  # the config has replaced None by a default
+        temperature=cast(float, config.temperature),  # the config has replaced None by the default of its similarity
         return_scores=True,
     )
     return {"nsp_loss": nsp_loss}, scores
@@ -137,14 +137,14 @@ def embedding_batch(
     passage_embeds = gather_rows(passage_embeds, batch.passage_counts, gather)  # (M, h)
     labels = passage_labels + batch.first_row  # (N,)
     same_passage = None
-    if batch.repeated.any() or batch.no_negatives.size:
+    if batch.repeated.any() or batch.further_positives.size:
         same_passage = _same_passage(labels, batch, query_embeds.device)
     return EmbeddingBatch(query_embeds, passage_embeds, labels, same_passage)
 
 
 def _same_passage(labels: torch.Tensor, batch: GlobalBatch, device: torch.device) -> torch.Tensor:
-    """Return `(N, M)`: which passages are no negatives of the query whose positive is in row `labels`."""
-    arrays = [torch.from_numpy(array) for array in (batch.passage_groups, batch.repeated, batch.no_negatives)]
+    """Return `(N, M)`: which passages are not negatives of each query, whose positive is in row `labels` `(N,)`."""
+    arrays = [torch.from_numpy(array) for array in (batch.passage_groups, batch.repeated, batch.further_positives)]
     if device.type != "cpu":
         arrays = [array.pin_memory() for array in arrays]
     groups, repeated, pairs = (array.to(device, non_blocking=True) for array in arrays)  # (M,), (M,), (2, P)
@@ -157,11 +157,11 @@ def finite_queries(losses: torch.Tensor, batch: EmbeddingBatch) -> torch.Tensor:
     """
     Return which queries do not cause a loss that is NaN or infinite.
 
-    One NaN embedding is in the loss of every query, so look for the queries and positives that it comes from.
+    One NaN embedding makes the loss of every query NaN, so find the queries and positives that it comes from.
 
     Args:
         losses (`torch.FloatTensor` of shape `(N,)`): of each query.
-        batch ([`EmbeddingBatch`]): the embeddings that the losses come from.
+        batch ([`EmbeddingBatch`]): the embeddings that the losses were computed from.
 
     Returns:
         `torch.BoolTensor` of shape `(N,)`.
@@ -177,12 +177,12 @@ def finite_queries(losses: torch.Tensor, batch: EmbeddingBatch) -> torch.Tensor:
 
 class RunningFigures:
     """
-    The figures of the next log: sums over the steps since the last one.
+    The figures of the next log, as sums over the steps since the last log.
 
     The sums stay on the device until [`~RunningFigures.averages`] is called.
 
     Args:
-        loss_names (`Iterable[str]`): of the losses that are trained.
+        loss_names (`Iterable[str]`): names of the losses that are trained.
     """
 
     def __init__(self, loss_names: Iterable[str]) -> None:
@@ -205,7 +205,7 @@ class RunningFigures:
         self.steps += 1
 
     def add_batch(self, facts: BatchFacts) -> None:
-        """Add the tokens of a batch."""
+        """Add the token counts of a batch."""
         self._tokens += facts.num_tokens
         self._padded_tokens += facts.num_padded_tokens
 
@@ -216,11 +216,11 @@ class RunningFigures:
 
     def add_scores(self, scores: torch.Tensor, labels: torch.Tensor) -> None:
         """
-        Add the in-batch retrieval of queries.
+        Add how queries retrieve within their batch.
 
         Args:
-            scores (`torch.FloatTensor` of shape `(N, M)`): of queries with passages, `-inf` for passages that are no
-                negatives.
+            scores (`torch.FloatTensor` of shape `(N, M)`): of queries with passages, `-inf` for other passages that
+                are not negatives.
             labels (`torch.LongTensor` of shape `(N,)`): the row of each query's positive.
         """
         self._queries += len(labels)
@@ -233,7 +233,7 @@ class RunningFigures:
         self._negatives += (negatives > float("-inf")).sum()
 
     def leave_out(self, seconds: float) -> None:
-        """Leave out time that was not spent on training."""
+        """Do not count these seconds as training time."""
         self._began += seconds
 
     def averages(

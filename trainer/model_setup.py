@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_peft_available, logging
 
@@ -36,7 +36,7 @@ def adapter_config(model: Any) -> "PeftConfig | None":
 
 
 def check_supervision(args: CoSupTrainingArguments, config: CoSupConfig) -> None:
-    """Raise if the model does not make the queries that `supervision` trains, or if nothing would be trained."""
+    """Raise if the model does not make its queries where `supervision` trains them, or if nothing is left to train."""
     if args.supervision == "separate" and config.query_from == "gen":
         raise ValueError(
             "supervision='separate' trains queries of an encoder:"
@@ -78,8 +78,8 @@ def keep_master_weights(model: CoSupForCausalLM, args: CoSupTrainingArguments) -
     """
     Convert trained weights to float32: an update of 2e-5 to a bfloat16 weight of 0.02 would be lost.
 
-    Autocast (`bf16=True`) still computes in bfloat16. A whole part is converted if any of it is trained. Adapters are
-    left to PEFT.
+    Autocast (`bf16=True`) still computes in bfloat16. A part is converted as a whole if any of it is trained. Adapters
+    are left to PEFT.
     """
     for name in ("gen", "emb_seq", "emb_head", "query_encoder"):
         part = getattr(model, name)
@@ -100,7 +100,7 @@ def speed_up(model: CoSupForCausalLM, args: CoSupTrainingArguments) -> None:
     """
     Apply `use_liger_kernel` and `torch_compile` to the layers, in place.
 
-    Liger's losses stay off: ours needs no logits either. Compiled layers take any length.
+    Liger's losses stay off, because our loss does without logits too. Compiled layers take any length.
     """
     if args.use_liger_kernel:
         kernels = {"fused_linear_cross_entropy": False, "cross_entropy": False, **(args.liger_kernel_config or {})}
@@ -157,10 +157,10 @@ def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _call_overhead(model: CoSupForCausalLM, device: torch.device) -> int:
     """
-    Return how many tokens could be read in the time that one more forward and backward costs.
+    Return how many tokens the model could read in the time that one more forward and backward call costs.
 
-    With 135M parameters on a CPU, 128 did as well as any value between 0 and 512 in a trial. A smaller model reads
-    more in that time. The value for a GPU is a guess.
+    In a trial with 135M parameters on a CPU, 128 did as well as any other value between 0 and 512. A smaller model
+    reads more tokens in that time. The value for a GPU is a guess.
     """
     if device.type != "cpu":
         return 8192
@@ -169,9 +169,9 @@ def _call_overhead(model: CoSupForCausalLM, device: torch.device) -> int:
 
 def check_control_tokens(tokenizer: PreTrainedTokenizerBase, config: CoSupConfig) -> None:
     """
-    Raise if a tokenizer lacks the model's control tokens, or has others at their ids.
+    Raise if a tokenizer lacks the model's control tokens, or has other tokens at their ids.
 
-    It would train and save something else.
+    With it, the wrong tokens would be trained and saved.
     """
     tokens = [token for token in tokenizer.convert_ids_to_tokens(_control_token_ids(config)) if token]
     if len(tokens) < 3 or not set(tokens) <= set(tokenizer.get_added_vocab()):
@@ -181,20 +181,22 @@ def check_control_tokens(tokenizer: PreTrainedTokenizerBase, config: CoSupConfig
         )
 
 
-def _control_token_ids(config: PreTrainedConfig) -> list[int]:
-    return [config.nsp_token_id, config.cs_token_id, config.ce_token_id]
+def _control_token_ids(config: CoSupConfig) -> list[int]:
+    ids = [config.nsp_token_id, config.cs_token_id, config.ce_token_id]
+    return cast(list[int], ids)  # set when Gen and Emb_seq were put together
 
 
 def wrap_in_peft(model: CoSupForCausalLM, peft_config: "PeftConfig") -> "PeftModel":
     """
     Return `get_peft_model` of the model.
 
-    The rows of the control tokens (and `emb_head`) are trained too, unless the config says what to do with embeddings.
+    The rows of the control tokens (and `emb_head`) are trained too, unless the config itself says which tokens or
+    modules to train.
     """
     config: Any = copy.deepcopy(peft_config)  # not every kind of adapter has the fields below
     all_linear = getattr(config, "target_modules", None) == "all-linear"
     if model.emb_head is not None and all_linear and config.exclude_modules is None:
-        config.exclude_modules = ["emb_head"]  # new and small: trained itself
+        config.exclude_modules = ["emb_head"]  # new and small, so trained itself, without an adapter
     if isinstance(config, LoraConfig) and config.trainable_token_indices is None and not config.modules_to_save:
         control_ids = _control_token_ids(model.config)
         names = {id(module): name for name, module in model.named_modules()}
@@ -206,13 +208,13 @@ def wrap_in_peft(model: CoSupForCausalLM, peft_config: "PeftConfig") -> "PeftMod
 
 
 def _control_token_matrices(model: CoSupForCausalLM) -> list[torch.nn.Module]:
-    """Return the embeddings and heads with a row for each control token."""
+    """Return the embedding matrices and heads that have a row for each control token."""
     matrices = [model.get_input_embeddings()]
-    if not model.config.tie_word_embeddings:  # frozen, their logits would stay equal, as they are at the start
+    if not model.config.tie_word_embeddings:
+        # the rows of the control tokens are equal at the start; frozen, their logits would stay equal
         matrices.append(model.get_output_embeddings())
     encoder = {"emb_seq": model.emb_seq, "query_encoder": model.query_encoder}.get(model.config.query_from)
-    if (
-        encoder is not None and model.emb_seq_tokenizer is model.tokenizer
-    ):  # then every query that it reads ends in [NSP]
+    if encoder is not None and model.emb_seq_tokenizer is model.tokenizer:
+        # with the same tokenizer, every query that the encoder reads ends in [NSP]
         matrices.append(encoder.get_input_embeddings())
     return matrices

@@ -26,8 +26,8 @@ class CoSupTrainingArguments(TrainingArguments):
     [`~transformers.TrainingArguments`] and:
 
     Args:
-        lr_scheduler_type (`str`), warmup_steps (`int` or `float`): as there, but by default a cosine schedule follows
-            a warm-up of a tenth of all steps; `recipes/benchmarks` says why.
+        lr_scheduler_type (`str`), warmup_steps (`int` or `float`): as in `TrainingArguments`, but the default is a
+            warm-up of a tenth of all steps, then a cosine schedule; `recipes/benchmarks` says why.
         max_length (`int`): tokens of an instance, passages included. A longer instance is dropped, counted and
             reported, never cut.
         train_on_passages (`bool`): also train the tokens of retrieved passages (an ablation of the paper; its main
@@ -35,7 +35,7 @@ class CoSupTrainingArguments(TrainingArguments):
         supervision (`str`):
             `"co"`: both losses in one step (the method).
             `"ntp"`: next tokens alone; Emb_seq is frozen.
-            `"nsp"`: next passages alone. If an encoder makes the queries, Gen is not run and a retriever is trained.
+            `"nsp"`: next passages alone. If an encoder makes the queries, Gen is not run: this trains a retriever.
             `"separate"`: Gen learns next tokens, and Emb_seq learns next passages from queries that it encodes itself
             (the paper's baseline, section 5). The model's `query_from` says whether one encoder reads queries and
             passages, or two (appendix C.1).
@@ -50,16 +50,16 @@ class CoSupTrainingArguments(TrainingArguments):
             process.
             `"detached"`: passages of other ranks are constants, as in the paper's code.
             `"local"`: negatives are this rank's passages alone.
-        mask_duplicates (`bool`): encode identical passages of a batch once and never count one as a negative of the
-            other. The paper counted them.
+        mask_duplicates (`bool`): encode identical passages of a batch once and never count one as a negative of
+            another. The paper counted them.
         batch_sampler (`str`): `"no_duplicates"` draws batches, over all ranks, in which no passage (hard negatives
-            included, by id and by content) is named twice, as long as there are such batches. `"batch_sampler"` does
+            included, by id and by content) is named twice, as long as such batches are left. `"batch_sampler"` does
             not look at passages.
         padding_free (`bool`, *optional*): a micro-batch is one row without padding. Defaults to `True` if the
             attention implementation keeps the parts of a row apart without a dense mask (flash and flex attention).
             With others, rows of similar length share a micro-batch.
-        freeze_gen, freeze_emb_seq (`bool`): train the other one alone. With a frozen Emb_seq (and `emb_head`) an index
-            stays valid.
+        freeze_gen, freeze_emb_seq (`bool`): train only the other model. With a frozen Emb_seq (and `emb_head`) an
+            index stays valid.
         lr_decay_per_epoch (`float`, *optional*): multiply the learning rate by this after every epoch, in place of
             `lr_scheduler_type` and warm-up; the paper's is 0.85.
         clip_gen_only (`bool`): clip the gradients of Gen alone to `max_grad_norm`, as the paper did.
@@ -93,7 +93,7 @@ class CoSupTrainingArguments(TrainingArguments):
     )
     gather: str = field(default="global", metadata={"help": "global, detached (the paper's code) or local."})
     mask_duplicates: bool = field(
-        default=True, metadata={"help": "Identical passages are encoded once and are no negatives of each other."}
+        default=True, metadata={"help": "Identical passages are encoded once and are not each other's negatives."}
     )
     batch_sampler: str = field(
         default="batch_sampler", metadata={"help": "no_duplicates draws batches in which no passage is named twice."}
@@ -120,15 +120,15 @@ class CoSupTrainingArguments(TrainingArguments):
             self.ddp_broadcast_buffers = False  # rotary frequencies: constants
         super().__post_init__()
         self._check_choices()
-        if self.n_gpu > 1:  # DataParallel cannot slice a batch: its rows share passages
+        if self.n_gpu > 1:  # DataParallel cannot slice a batch, because its rows share passages
             logger.warning(
                 f"{self.n_gpu} GPUs are visible to one process, which uses the first."
                 " For all of them: accelerate launch --multi_gpu."
             )
             self._n_gpu = 1
-        assert isinstance(self.accelerator_config, AcceleratorConfig)  # super() has read it
+        assert isinstance(self.accelerator_config, AcceleratorConfig)  # super().__post_init__ has parsed it
         if self.accelerator_config.dispatch_batches is None:
-            # each rank loads its own batches: one batch cannot be sliced for all ranks, its rows share passages
+            # each rank loads its batches: one batch cannot be sliced for all ranks, because its rows share passages
             self.accelerator_config.dispatch_batches = False
         if self.dataloader_pin_memory and not self.use_cpu:
             self.accelerator_config.non_blocking = True  # the next batch travels to the GPU while this one is computed

@@ -1,10 +1,10 @@
 """
 One training step, from top to bottom.
 
-`Trainer` asks for the batches of an optimiser step (`get_batch_samples`). The ranks then tell each other what their
-batches hold, so that each knows the global counts by which losses are divided, and which passages are the same.
-Forward and backward follow for each batch (`training_step`): in one pass (`compute_loss`), or, with `nsp_batch_size`,
-in the two passes of GradCache. Both get their losses, by name, from `compute_losses`.
+`Trainer` fetches the batches of an optimiser step (`get_batch_samples`). There the ranks exchange what their batches
+hold, so that each knows the global counts by which losses are divided, and which passages are the same. Then each
+batch runs forward and backward (`training_step`): in one pass (`compute_loss`), or, with `nsp_batch_size`, in the two
+passes of GradCache. Both get their losses, by name, from `compute_losses`.
 """
 
 import contextlib
@@ -60,13 +60,17 @@ class TrainingStepMixin(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
-        """Return the batches of an optimiser step, with what all ranks know of them, and their trained tokens."""
+        """
+        Return the batches of an optimiser step, and their number of trained tokens over all ranks.
+
+        Each batch has what [`~CoSupTrainer._share_facts`] adds.
+        """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not isinstance(self.train_dataset, datasets.Dataset):
             # the end of a stream is not known in advance, and not the same on all ranks
             count = min(gather_objects(len(batches), self._host_group))
             if count < num_batches:
-                batches = []  # Trainer takes no step with fewer batches
+                batches = []  # Trainer must not step with fewer batches
         if not batches:
             return batches, None
         num_items_in_batch = self._share_facts(batches)
@@ -79,10 +83,10 @@ class TrainingStepMixin(Trainer):
 
     def _share_facts(self, batches: list[dict[str, Any]]) -> int:
         """
-        Tell all ranks, from the host, what the batches hold.
+        Exchange between ranks, from host to host, what the batches hold.
 
-        Adds to each batch `global`, the [`GlobalBatch`], and `num_queries`, of all batches and ranks. Afterwards all
-        ranks have equally many micro-batches, each with an input for every part of the model.
+        Adds to each batch `global`, the [`GlobalBatch`], and `num_queries`, the number of queries of all batches and
+        ranks. Afterwards all ranks have equally many micro-batches, each with an input for every part of the model.
 
         Returns:
             `int`: trained tokens of all batches and ranks, at least 1.
@@ -104,7 +108,11 @@ class TrainingStepMixin(Trainer):
         return max(1, sum(batch_facts.num_labels for batch_facts in all_facts))
 
     def _fill_up(self, batch: dict[str, Any], count: int) -> None:
-        """Make it `count` micro-batches that all reach every part of the model: ranks must make the same calls."""
+        """
+        Add micro-batches up to `count`, and let each of them reach every part of the model.
+
+        All ranks must make the same calls.
+        """
         micro_batches = batch["micro_batches"]
         device = batch["passage_labels"].device
         micro_batches += [{} for _ in range(count - len(micro_batches))]
@@ -116,7 +124,7 @@ class TrainingStepMixin(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Do what `Trainer.training_step` does; with `nsp_batch_size`, in two passes (see `grad_cache`)."""
+        """Run `Trainer.training_step` or, with `nsp_batch_size`, the two passes of GradCache (see `grad_cache`)."""
         if self.args.nsp_batch_size is None:
             return super().training_step(model, inputs, num_items_in_batch)
         assert num_items_in_batch is not None  # get_batch_samples counts them
@@ -136,7 +144,7 @@ class TrainingStepMixin(Trainer):
         """
         Return the weighted sum of the losses (Eq. 5) of this rank's batch.
 
-        It is scaled so that the global loss is its mean over ranks and its sum over batches.
+        It is scaled so that its mean over ranks, summed over batches, is the global loss.
 
         Args:
             model (`nn.Module`): the (wrapped) model.
@@ -176,7 +184,8 @@ class TrainingStepMixin(Trainer):
         """
         Return this rank's share of each loss of a batch, by name.
 
-        GradCache asks for the losses of the embeddings and of each micro-batch separately; otherwise one call has all.
+        GradCache computes the losses of the embeddings and of each micro-batch in separate calls. Without it, one call
+        computes all losses.
 
         Args:
             inputs (`dict`): the batch.
@@ -194,7 +203,8 @@ class TrainingStepMixin(Trainer):
             `FloatingPointError`: while training, if a loss is NaN or infinite.
         """
         losses = self._token_losses(inputs["facts"], outputs, num_items_in_batch, first)
-        if query_embeds is not None and passage_embeds is not None:
+        if query_embeds is not None:
+            assert passage_embeds is not None  # the last micro-batch has them, if only with 0 rows
             losses |= self._embedding_losses(inputs, query_embeds, passage_embeds)
         return losses
 
@@ -237,7 +247,7 @@ class TrainingStepMixin(Trainer):
         return losses
 
     def _forward(self, model: nn.Module, micro_batch: dict[str, Any]) -> CoSupOutput:
-        """Run the model on a micro-batch, for its NTP loss, a sum, and its embeddings."""
+        """Run the model on a micro-batch; return its NTP loss, summed over tokens, and its embeddings."""
         arguments = forward_arguments(micro_batch) | forward_options(micro_batch, self.args)
         return model(**arguments, num_items_in_batch=1, use_cache=False)
 
@@ -256,14 +266,14 @@ class TrainingStepMixin(Trainer):
     def _cached_training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int
     ) -> torch.Tensor:
-        """Compute the gradients of [`~CoSupTrainer.compute_loss`] in two passes; see `grad_cache`."""
+        """Compute the loss and gradients of [`~CoSupTrainer.compute_loss`] in two passes; see `grad_cache`."""
         model.train()
-        enter_training_mode = getattr(self.optimizer, "train", None)  # of schedule-free optimisers
+        enter_training_mode = getattr(self.optimizer, "train", None)  # schedule-free optimisers have it
         if callable(enter_training_mode):
             enter_training_mode()
         inputs = self._prepare_inputs(inputs)
-        losses: dict[str, torch.Tensor] = {}
         micro_batches = inputs["micro_batches"]
+        losses: dict[str, torch.Tensor] = {}
         query_gradients: OptionalTensors = [None] * len(micro_batches)
         passage_gradients: OptionalTensors = [None] * len(micro_batches)
         states = None
@@ -273,8 +283,10 @@ class TrainingStepMixin(Trainer):
         forward = functools.partial(self._forward, model)
         passes = second_pass(forward, micro_batches, query_gradients, passage_gradients, states, self.args.device)
         for i in range(len(micro_batches)):
-            is_last = i == len(micro_batches) - 1
-            with contextlib.nullcontext() if is_last else self._without_gradient_exchange(model):
+            exchange_context: AbstractContextManager = contextlib.nullcontext()
+            if i < len(micro_batches) - 1:
+                exchange_context = self._without_gradient_exchange(model)
+            with exchange_context:
                 with self.compute_loss_context_manager():
                     output, inner_product = next(passes)  # runs the forward, under autocast
                     shares = self.compute_losses(inputs, [output], num_items_in_batch, first=i)
@@ -293,7 +305,7 @@ class TrainingStepMixin(Trainer):
         self, model: nn.Module, inputs: dict[str, Any]
     ) -> tuple[dict[str, torch.Tensor], OptionalTensors, OptionalTensors, list[RandomState]]:
         """
-        Run the first pass.
+        Run the first pass, and compute the gradient of every embedding.
 
         Returns:
             The embedding losses, their gradients for the queries and for the passages of each micro-batch, and the
@@ -303,10 +315,12 @@ class TrainingStepMixin(Trainer):
             query_pieces, passage_pieces, states = first_pass(model, inputs["micro_batches"])
             query_embeds = concatenated(query_pieces)
             passage_embeds = concatenated(passage_pieces)
-            assert query_embeds is not None and passage_embeds is not None  # the last micro-batch has both, if empty
+            # the last micro-batch has both, if only with 0 rows
+            assert query_embeds is not None and passage_embeds is not None
             embeds = [query_embeds.requires_grad_(), passage_embeds.requires_grad_()]
             losses = self.compute_losses(inputs, query_embeds=query_embeds, passage_embeds=passage_embeds)
-            query_gradient, passage_gradient = torch.autograd.grad(total_loss(losses, self.loss_weights), embeds)
+            total = total_loss(losses, self.loss_weights)
+            query_gradient, passage_gradient = torch.autograd.grad(total, embeds)
         query_gradients = like_pieces(query_gradient, query_pieces)
         passage_gradients = like_pieces(passage_gradient, passage_pieces)
         detached_losses = {name: loss.detach() for name, loss in losses.items()}
@@ -314,10 +328,10 @@ class TrainingStepMixin(Trainer):
 
     def _without_gradient_exchange(self, model: nn.Module) -> AbstractContextManager:
         """
-        Return the context of a micro-batch after which ranks exchange no gradients.
+        Return the context of every micro-batch but the last.
 
-        DDP exchanges them once, after the last micro-batch. FSDP exchanges them after each, or every rank would hold
-        the gradients of the whole model.
+        Under DDP, ranks exchange gradients once, after the last micro-batch. Under FSDP, they exchange them after each
+        one, or every rank would hold the gradients of the whole model.
         """
         if self.accelerator.distributed_type == DistributedType.FSDP:
             return contextlib.nullcontext()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Pending:
-    """Answers on their way to the host; `arrived` is an event of the device, `None` on a CPU."""
+    """A check whose answers are on their way to the host; `arrived` is an event of the device, `None` on a CPU."""
 
     arrived: torch.Event | None
     step: int
@@ -29,11 +29,11 @@ class _Pending:
 
 class FiniteLosses:
     """
-    Stops a run at the first loss that is NaN or infinite, naming step, loss and instances.
+    A check that stops a run at the first loss that is NaN or infinite, naming step, loss and instances.
 
-    On a CPU this happens immediately, before the backward pass. On a GPU the answer travels to the host during the
-    computation and is read at the next step, log or checkpoint: no step waits for it, and no checkpoint contains what
-    such a loss led to.
+    On a CPU this happens immediately, before the backward pass. On a GPU the answer travels to the host while the GPU
+    computes, and is read at the next step, log or checkpoint: no step waits for it, and no checkpoint is written after
+    such a loss.
     """
 
     def __init__(self) -> None:
@@ -46,11 +46,11 @@ class FiniteLosses:
         Args:
             step (`int`): optimiser steps taken.
             name (`str`): what is checked, e.g. `"ntp_loss"`.
-            finite (`torch.BoolTensor` of shape `(n,)`): whether each of them is finite.
-            instance_ids (`list[list[str]]`): for each of them, the ids of its instances.
+            finite (`torch.BoolTensor` of shape `(n,)`): whether each loss is finite.
+            instance_ids (`list[list[str]]`): for each loss, the ids of its instances.
 
         Raises:
-            `FloatingPointError`: for these losses on a CPU, for earlier ones on a GPU.
+            `FloatingPointError`: on a CPU for these losses, on a GPU for those of earlier steps.
         """
         arrived = None
         device = finite.device
@@ -65,7 +65,7 @@ class FiniteLosses:
             self.check()
 
     def check(self) -> None:
-        """Read all answers that have not been read yet; raises what [`~FiniteLosses.add`] raises."""
+        """Read all answers that have not been read yet; raise `FloatingPointError` if a loss was not finite."""
         pending = self._pending
         self._pending = []
         for answer in pending:
@@ -81,7 +81,7 @@ class FiniteLosses:
 
 
 def _shown_ids(answer: _Pending, limit: int = 16) -> str:
-    """Return the ids of the instances of losses that are not finite, as text."""
+    """Return, as text, the ids of the instances whose losses are not finite."""
     ids: dict[str, None] = {}  # in order, each once
     for finite, instance_ids in zip(answer.finite.tolist(), answer.instance_ids, strict=False):
         if not finite:
@@ -95,10 +95,10 @@ def _shown_ids(answer: _Pending, limit: int = 16) -> str:
 @contextlib.contextmanager
 def explained_memory_errors(args: "CoSupTrainingArguments") -> Iterator[None]:
     """
-    When a step runs out of memory, say which arguments lower its memory.
+    Add to an out-of-memory error which arguments lower the memory of a step.
 
     Raises:
-        `torch.OutOfMemoryError`: also if a CPU's allocator raised another error.
+        `torch.OutOfMemoryError`: also if the allocator of a CPU raised another type of error.
     """
     try:
         yield
@@ -111,7 +111,7 @@ def explained_memory_errors(args: "CoSupTrainingArguments") -> Iterator[None]:
 
 
 def _memory_savers(args: "CoSupTrainingArguments") -> list[str]:
-    """Return the changes of arguments that lower the memory of a step, the most useful first."""
+    """Return the changes to arguments that lower the memory of a step, the most useful first."""
     smaller_batch = f"a per_device_train_batch_size below {args.per_device_train_batch_size}"
     if args.nsp_batch_size is None:
         nsp_batch_size = args.train_batch_size * args.world_size
@@ -133,9 +133,9 @@ def _memory_savers(args: "CoSupTrainingArguments") -> list[str]:
 
 def last_complete_checkpoint(output_dir: str | Path) -> str:
     """
-    Return the last `checkpoint-<step>` of a run that is complete.
+    Return the last complete `checkpoint-<step>` of a run.
 
-    A process that is killed while it saves leaves an incomplete checkpoint.
+    A process that is killed while it saves leaves an incomplete one.
 
     Args:
         output_dir (`str` or `Path`): of the run.
@@ -155,7 +155,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> str:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Return whether the state file, written last, is there, and what torch wrote before it can be read."""
+    """Return whether the state file, which is written last, exists, and the files of torch are readable archives."""
     try:
         read_json(folder / "trainer_state.json")
     except (OSError, ValueError):

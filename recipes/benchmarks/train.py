@@ -8,7 +8,7 @@ Sections:
 
 - `step`: forward and backward of a whole batch in each arm, interleaved, median of `--repeats` after one warm-up
 - `nsp_batch`: memory of GradCache as its batch grows
-- `duplicates`: how many passages of a batch it has already
+- `duplicates`: the share of a batch's passages that repeat another one
 - `precision`: loss after 300 steps in float32 and bf16
 - `defaults`: the paper's optimiser and similarity next to ours
 
@@ -48,11 +48,11 @@ QUIET = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
 
 @dataclass
 class BenchmarkArguments:
-    """What is measured."""
+    """Options of the benchmark."""
 
     gen: str | None = field(default=None, metadata={"help": "Name or path of Gen; Emb_seq is a copy of it."})
     train_file: str | None = field(
-        default=None, metadata={"help": "Training instances whose lengths and duplicates are the benchmark's."}
+        default=None, metadata={"help": "Training instances; their lengths and duplicates are the benchmark's."}
     )
     sections: str = field(
         default="step,nsp_batch,duplicates,precision,defaults", metadata={"help": "Comma-separated."}
@@ -67,7 +67,7 @@ class BenchmarkArguments:
     num_threads: int | None = field(default=None, metadata={"help": "Threads on a CPU; defaults to all cores."})
     precision_steps: int = field(default=300, metadata={"help": "Steps of the precision section."})
     precision_layers: int = field(
-        default=4, metadata={"help": "Layers of Gen that it takes, so that a CPU gets through."}
+        default=4, metadata={"help": "Layers of Gen in the precision section, few enough for a CPU."}
     )
     defaults_steps: int = field(default=300, metadata={"help": "Steps of the defaults section."})
     seed: int = field(default=0, metadata={"help": "Of everything."})
@@ -78,7 +78,7 @@ class BenchmarkArguments:
 
 
 def section_duplicates(instances: list[dict], seed: int) -> list[dict[str, Any]]:
-    """Return how many passages random batches have more than once, and what share of their words is thereby spared."""
+    """Return the share of passages that repeat in random batches, and of words that need not be encoded again."""
     rng = random.Random(seed)
     results = []
     for size in (8, 64, 512, 4096):
@@ -111,7 +111,7 @@ def section_duplicates(instances: list[dict], seed: int) -> list[dict[str, Any]]
 def section_nsp_batch(
     model: CoSupForCausalLM, instances: list[dict], script: Any, folder: str
 ) -> list[dict[str, Any]]:
-    """Measure peak memory and time of one GradCache step, with the same token budget of micro-batches."""
+    """Measure peak memory and time of one GradCache step for each NSP batch, with one token budget per micro-batch."""
     meter = Meter(model.device)
     results = []
     for size in map(int, script.nsp_batch_sizes.split(",")):
@@ -146,9 +146,10 @@ def section_nsp_batch(
 
 def section_precision(script: Any, folder: str) -> dict[str, dict[str, float]]:
     """
-    Train the first layers of Gen, twice (as Gen and as Emb_seq), on real text, with the same batches in each arm.
+    Train on real text in three precisions, with the same batches, and return the mean losses of each.
 
-    The arms: float32, bf16 autocast over float32 weights, and bf16 weights.
+    Gen and Emb_seq are both the first layers of `--gen`. The arms are float32, bf16 autocast over float32 weights, and
+    bf16 weights.
     """
     instances = load_instances(script.train_file)
     arms: dict[str, tuple[str, dict]] = {
@@ -173,7 +174,7 @@ def section_precision(script: Any, folder: str) -> dict[str, dict[str, float]]:
             **options,
         )
         trainer = CoSupTrainer(model, args, train_dataset=instances)
-        # after the constructor, which does not train weights of less than float32
+        # after the constructor, which converts trained weights to float32
         for parameter in trainer.model.parameters():
             parameter.data = parameter.data.to(getattr(torch, dtype))
         with contextlib.redirect_stdout(sys.stderr):  # a line for every step
@@ -199,7 +200,7 @@ def section_precision(script: Any, folder: str) -> dict[str, dict[str, float]]:
 
 
 def mean_losses(trainer: CoSupTrainer, steps: int = 50) -> dict[str, float]:
-    """Return the mean of each logged loss over the last steps."""
+    """Return the mean of each logged loss over the last `steps` steps."""
     last = [entry for entry in trainer.state.log_history if "loss" in entry][-steps:]
     return {name: statistics.mean(entry[name] for entry in last) for name in last[0] if name.endswith("loss")}
 
@@ -253,7 +254,7 @@ def section_defaults(script: Any, folder: str) -> dict[str, dict[str, float]]:
         print(f"  {setting}: {results[setting]}", flush=True)
     print(
         f"\nHeld out, after 3 epochs of {script.defaults_steps // 3} steps on the quickstart's world,"
-        f" seed {script.seed}, learning rate 2e-3 unless said,"
+        f" seed {script.seed}, learning rate 2e-3 unless stated,"
     )
     print("recall in percent")
     header = ["setting", *(figure(name).label for name in HELD_OUT), figure("num_passages").label]
@@ -265,6 +266,7 @@ def section_defaults(script: Any, folder: str) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
+    """Run the chosen sections, print their tables and write `--output_file`."""
     (script,) = parse([BenchmarkArguments], __doc__)
     set_seed(script.seed)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")

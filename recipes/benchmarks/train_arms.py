@@ -19,7 +19,7 @@ Gradients = dict[str, torch.Tensor]
 
 
 def gradients_of(model: torch.nn.Module) -> Gradients:
-    """Return a copy of each parameter's gradient, by name."""
+    """Return a copy of each parameter's gradient, by parameter name."""
     gradients = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
@@ -44,11 +44,11 @@ def padded_baseline(
     Run a batch the plain way, forward and backward, and return its loss.
 
     Every row is padded to the longest, with attention masks. The LM head runs at every position. Every passage is
-    encoded as often as the batch has it. The loss is ours (identical passages are no negatives), or the two could not
-    be compared. Hard negatives are not supported.
+    encoded as often as the batch names it. The loss is ours (identical passages are not negatives), or the two could
+    not be compared. Hard negatives are not supported.
     """
     if any(row["negative_input_ids"] for row in rows):
-        sys.exit("error: the padded baseline knows no hard negatives; take a file without.")
+        sys.exit("error: the padded baseline does not support hard negatives; use a file without them.")
     device = model.device
     passages = [tuple(ids) for row in rows for ids in row["passage_input_ids"]]
     input_ids, attention_mask = pad_rows([row["input_ids"] for row in rows], device=device)
@@ -63,9 +63,9 @@ def padded_baseline(
         embeds = states[torch.arange(len(states), device=device), passage_mask.sum(1) - 1]  # (M, h)
     queries = F.normalize(hidden[input_ids == model.config.nsp_token_id].float(), dim=-1)  # (N, h)
     embeds = F.normalize(embeds.float(), dim=-1)
-    number = {passage: i for i, passage in enumerate(dict.fromkeys(passages))}  # of each distinct passage
-    first_rows = torch.tensor([passages.index(passage) for passage in number], device=device)  # (D,)
-    targets = torch.tensor([number[passage] for passage in passages], device=device)  # (N,)
+    number_of_passage = {passage: number for number, passage in enumerate(dict.fromkeys(passages))}  # D distinct ones
+    first_rows = torch.tensor([passages.index(passage) for passage in number_of_passage], device=device)  # (D,)
+    targets = torch.tensor([number_of_passage[passage] for passage in passages], device=device)  # (N,)
     scores = queries @ embeds[first_rows].T / model.config.temperature  # (N, D)
     loss = ntp_loss + model.config.nsp_loss_weight * F.cross_entropy(scores, targets)
     loss.backward()
@@ -74,9 +74,9 @@ def padded_baseline(
 
 class PlainTrainer(Trainer):
     """
-    Transformers' Trainer on Gen alone, with what CoSupTrainer does for speed.
+    Transformers' Trainer on Gen alone, with the tricks that make CoSupTrainer fast.
 
-    Rows of similar length go together, and logits are computed only where there is a label.
+    Rows of similar length share a micro-batch, and logits are computed only where there is a label.
     """
 
     loss_is_scaled_for_ga = True
@@ -133,6 +133,7 @@ class Ours:
             vars(self.model).pop("forward", None)
 
     def collate(self, rows: list[dict]) -> dict[str, Any]:
+        """Return the batch of these instances, which are copied."""
         return self.trainer.data_collator([dict(row) for row in rows])
 
     def padding(self, rows: list[dict]) -> float:
@@ -143,9 +144,9 @@ class Ours:
 
 class CompiledOurs:
     """
-    The same with compiled layers.
+    [`Ours`] with compiled layers.
 
-    Compiling changes the layers in place, so compiled calls are on only during this arm's steps.
+    Compiling changes the layers in place, so the compiled calls are switched on only during this arm's steps.
     """
 
     def __init__(self, model: CoSupForCausalLM, folder: str, rows: Any, script: Any) -> None:
@@ -157,10 +158,12 @@ class CompiledOurs:
         self.switch_off()
 
     def switch_off(self) -> None:
+        """Let the layers run without their compiled calls."""
         for module in self.compiled_calls:
             module._compiled_call_impl = None
 
     def step(self, rows: list[dict]) -> float:
+        """Run forward and backward of a batch with compiled layers, and return its loss."""
         for module, compiled_call in self.compiled_calls.items():
             module._compiled_call_impl = compiled_call
         try:
@@ -176,7 +179,7 @@ def batches_of(trainer: CoSupTrainer, size: int, count: int, seed: int) -> list[
     if size > len(order):
         sys.exit(
             f"error: a batch of {size} instances needs as many; the file has {len(order)},"
-            " and repeated ones would be cheaper."
+            " and repeated instances would be cheaper."
         )
     order = list(itertools.islice(itertools.cycle(order), size * count))
     batches = []
@@ -186,5 +189,5 @@ def batches_of(trainer: CoSupTrainer, size: int, count: int, seed: int) -> list[
 
 
 def useful_tokens(rows: list[dict]) -> int:
-    """Return the tokens of Gen's rows and of the passages of a batch, each passage as often as it is named."""
+    """Count the tokens of Gen's rows and of the passages of a batch; a passage counts each time that it is named."""
     return sum(len(row["input_ids"]) + sum(map(len, row["passage_input_ids"])) for row in rows)

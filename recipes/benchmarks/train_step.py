@@ -29,7 +29,7 @@ Step = Callable[[list[dict]], float]
 
 
 def section_step(model: CoSupForCausalLM, instances: list[dict], script: Any, folder: str) -> dict[str, Any]:
-    """Run every arm on the same batches, one after the other, batch by batch."""
+    """Measure every arm on the same batches: errors on the first one, then time and memory, arm by arm."""
     meter = Meter(model.device)
     autocast = partial(torch.autocast, model.device.type, torch.bfloat16, enabled=script.bf16)
     ours = Ours(model, folder, instances, script)
@@ -46,32 +46,17 @@ def section_step(model: CoSupForCausalLM, instances: list[dict], script: Any, fo
     }
     if script.torch_compile:
         arms["ours, compiled layers"] = CompiledOurs(model, folder, rows, script).step
-    options_in_float32: dict[str, dict] = {
-        "ours": {},
-        "ours, duplicates encoded": {"mask_duplicates": False},
-        "ours, GradCache": cached | {"nsp_batch_size": 4},
-    }
     (small_batch,) = batches_of(ours.trainer, 4, 1, script.seed + 1)
-    expected = float32_baseline(model, small_batch)
-    exactness = {}
-    for name, options in options_in_float32.items():
-        arm = Ours(model, folder, rows, script, bf16=False, **options).step
-        exactness[name] = errors_of(arm, model, small_batch, expected)
-
+    float32_errors = errors_in_float32(model, rows, small_batch, script, folder)
     warm_up, *batches = batches_of(ours.trainer, script.batch_size, script.repeats + 1, script.seed)
     expected = float32_baseline(model, warm_up)
-    gradient_errors = {}  # what bf16 costs in precision
+    bf16_errors = {}  # of gradients: what bf16 costs in precision
     for name, arm in arms.items():
-        _, gradient_errors[name] = errors_of(arm, model, warm_up, expected)
+        _, bf16_errors[name] = errors_of(arm, model, warm_up, expected)
     seconds, memory = time_arms(model, arms, batches, meter)
 
     tokens = statistics.mean(useful_tokens(batch) for batch in batches)
-    num_named = 0
-    num_distinct = 0
-    for batch in batches:
-        passages = [tuple(ids) for row in batch for ids in row["passage_input_ids"]]
-        num_named += len(passages)
-        num_distinct += len(set(passages))
+    num_named, num_distinct = count_passages(batches)
     result: dict[str, Any] = {
         "useful_tokens": tokens,
         "duplicate_rate": 1 - num_distinct / num_named,
@@ -81,8 +66,6 @@ def section_step(model: CoSupForCausalLM, instances: list[dict], script: Any, fo
         },
         "arms": {},
     }
-    flops = peak_flops(model.device)
-    parameters = sum(part.num_parameters(exclude_embeddings=True) for part in (model.gen, model.emb_seq)) / 2
     for name in arms:
         speeds = ratios(seconds["padded baseline"], seconds[name])
         tokens_per_second = tokens * len(batches) / sum(seconds[name])
@@ -93,9 +76,9 @@ def section_step(model: CoSupForCausalLM, instances: list[dict], script: Any, fo
             "speed_to_baseline_min_max": [min(speeds), max(speeds)],
             "useful_tokens_per_second": tokens_per_second,
             "peak_memory_gb": max(memory[name]) / GB,
-            "gradient_error": gradient_errors[name],
-            "float32_loss_and_gradient_error": exactness.get(name),
-            "mfu": None if flops is None else 6 * parameters * tokens_per_second / flops,
+            "gradient_error": bf16_errors[name],
+            "float32_loss_and_gradient_error": float32_errors.get(name),
+            "mfu": model_flops_utilization(model, tokens_per_second),
         }
     print(
         f"\nForward and backward, batches of {script.batch_size} instances, {tokens:.0f} useful tokens,"
@@ -112,8 +95,35 @@ def section_step(model: CoSupForCausalLM, instances: list[dict], script: Any, fo
     return result
 
 
+# ---------------------------------------------------------------------- errors
+
+
+def errors_in_float32(
+    model: CoSupForCausalLM, rows: Any, batch: list[dict], script: Any, folder: str
+) -> dict[str, tuple[float, float]]:
+    """
+    Return each arm's relative errors of loss and gradients in float32.
+
+    In float32 every arm should equal the padded baseline.
+    """
+    options_of_arm: dict[str, dict[str, Any]] = {
+        "ours": {},
+        "ours, duplicates encoded": {"mask_duplicates": False},
+        "ours, GradCache": {
+            "nsp_batch_size": len(batch),
+            "max_tokens_per_micro_batch": script.micro_batch_tokens,
+        },
+    }
+    expected = float32_baseline(model, batch)
+    errors = {}
+    for name, options in options_of_arm.items():
+        arm = Ours(model, folder, rows, script, bf16=False, **options).step
+        errors[name] = errors_of(arm, model, batch, expected)
+    return errors
+
+
 def float32_baseline(model: CoSupForCausalLM, batch: list[dict]) -> tuple[float, Gradients]:
-    """Return loss and gradients of the padded baseline without autocast."""
+    """Return the loss and gradients of the padded baseline without autocast."""
     model.zero_grad()
     loss = padded_baseline(model, batch, partial(torch.autocast, model.device.type, enabled=False))
     return loss, gradients_of(model)
@@ -129,10 +139,13 @@ def errors_of(
     return abs(loss - expected_loss) / expected_loss, gradient_error(gradients_of(model), expected_gradients)
 
 
+# ---------------------------------------------------------------------- time and memory
+
+
 def time_arms(
     model: CoSupForCausalLM, arms: dict[str, Step], batches: list[list[dict]], meter: Meter
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Return seconds and peak bytes of every arm, batch by batch."""
+    """Return the seconds and the peak memory in bytes of every arm, batch by batch."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     memory: dict[str, list[float]] = {name: [] for name in arms}
     for i, batch in enumerate(batches, 1):
@@ -147,13 +160,34 @@ def time_arms(
     return seconds, memory
 
 
+def model_flops_utilization(model: CoSupForCausalLM, tokens_per_second: float) -> float | None:
+    """Return the share of the GPU's peak that the step uses; `None` for a device whose peak is not known."""
+    peak = peak_flops(model.device)
+    if peak is None:
+        return None
+    # the mean of both models: each useful token is read by one of them
+    parameters = sum(part.num_parameters(exclude_embeddings=True) for part in (model.gen, model.emb_seq)) / 2
+    return 6 * parameters * tokens_per_second / peak
+
+
+def count_passages(batches: list[list[dict]]) -> tuple[int, int]:
+    """Return how many passages the batches name, and how many of these are distinct within their batch."""
+    num_named = 0
+    num_distinct = 0
+    for batch in batches:
+        passages = [tuple(ids) for row in batch for ids in row["passage_input_ids"]]
+        num_named += len(passages)
+        num_distinct += len(set(passages))
+    return num_named, num_distinct
+
+
 def ratios(numerators: list[float], denominators: list[float]) -> list[float]:
-    """Return quotients, batch by batch."""
+    """Return the quotients of two lists, batch by batch."""
     return [numerator / denominator for numerator, denominator in zip(numerators, denominators, strict=True)]
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the peak of a known GPU; `None` for other devices."""
+    """Return the peak of a known GPU, in operations per second; `None` for other devices."""
     if device.type == "cuda":
         for prefix, peak in PEAK_FLOPS.items():
             if torch.cuda.get_device_name().startswith(prefix):
@@ -162,7 +196,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def print_step(result: dict[str, Any]) -> None:
-    """Print padding, and a table of all arms."""
+    """Print the padding and a table of all arms."""
     print(f"padding: {result['padding']}")
     header = ["arm", "s / batch", "x baseline", "min, max", "useful tokens/s", "MFU", "peak memory GB"]
     header += ["gradient error of bf16", "in float32: loss, gradient"]

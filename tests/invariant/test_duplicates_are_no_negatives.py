@@ -6,21 +6,22 @@ import torch.nn.functional as F
 from modeling_cosup import info_nce
 
 
-def case():
+def make_batch():
+    """Return queries, distinct passages, the passage in each row of the batch, labels, and the mask of duplicates."""
     torch.manual_seed(0)
     distinct = F.normalize(torch.randn(4, 16), dim=-1)
-    which = torch.tensor([0, 1, 0, 2, 3, 0])  # the batch has passage 0 three times
+    passage_of_row = torch.tensor([0, 1, 0, 2, 3, 0])  # the batch has passage 0 three times
     queries = F.normalize(torch.randn(5, 16), dim=-1).requires_grad_()
     labels = torch.tensor([0, 1, 2, -100, 5])
-    same_passage = which[labels.clamp(min=0)][:, None] == which
-    return queries, distinct, which, labels, same_passage
+    same_passage = passage_of_row[labels.clamp(min=0)][:, None] == passage_of_row
+    return queries, distinct, passage_of_row, labels, same_passage
 
 
 def test_loss_and_gradient_equal_the_batch_without_duplicates():
-    queries, distinct, which, labels, same_passage = case()
-    unique_labels = torch.where(labels == -100, labels, which[labels.clamp(min=0)])
-    rows = [0, 2, 4]  # whose positive is passage 0; other queries still have every copy of it as negatives
-    losses = info_nce(queries, distinct[which], labels, same_passage, temperature=0.05)[rows]
+    queries, distinct, passage_of_row, labels, same_passage = make_batch()
+    unique_labels = torch.where(labels == -100, labels, passage_of_row[labels.clamp(min=0)])
+    rows = [0, 2, 4]  # their positive is passage 0; for the other queries, every copy of it is a negative
+    losses = info_nce(queries, distinct[passage_of_row], labels, same_passage, temperature=0.05)[rows]
     expected = info_nce(queries, distinct, unique_labels, temperature=0.05)[rows]
     torch.testing.assert_close(losses, expected)
     gradient = torch.autograd.grad(losses.sum(), queries)
@@ -29,8 +30,8 @@ def test_loss_and_gradient_equal_the_batch_without_duplicates():
 
 
 def test_a_copy_of_the_positive_gets_no_gradient_and_does_not_matter():
-    queries, distinct, which, labels, same_passage = case()
-    passages = distinct[which].clone().requires_grad_()
+    queries, distinct, passage_of_row, labels, same_passage = make_batch()
+    passages = distinct[passage_of_row].clone().requires_grad_()
     losses = info_nce(queries, passages, labels, same_passage, temperature=0.05)
     (gradient,) = torch.autograd.grad(losses[0], passages)
     assert not gradient[[2, 5]].any()

@@ -30,7 +30,7 @@ INSTANCES = make_instances()
 
 @dataclass
 class Step:
-    """What a training step gave; `drawn` is the next random number."""
+    """The results of a training step; `drawn` is the next random number."""
 
     loss: float
     gradients: dict
@@ -38,7 +38,7 @@ class Step:
     num_micro_batches: int
 
     def trained_parts(self):
-        """Parts of the model with a gradient that is not zero."""
+        """Return the parts of the model with a gradient that is not zero."""
         return {name.split(".")[0] for name, gradient in self.gradients.items() if gradient.any()}
 
 
@@ -50,14 +50,14 @@ def make_trainer(folder, model, instances=INSTANCES, **options):
 
 
 def prepared_batch(trainer):
-    """One batch of all instances, as `CoSupTrainer.training_step` gets it, and its number of trained tokens."""
+    """Return one batch of all instances, as `CoSupTrainer.training_step` gets it, and its number of trained tokens."""
     batch = trainer.data_collator(list(trainer.train_dataset))
     (batch,), count = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
     return batch, count
 
 
 def step(folder, model, collator=None, **options):
-    """A training step on one batch of all instances; `collator` sets attributes of the collator."""
+    """Take a training step on one batch of all instances; `collator` sets attributes of the collator."""
     model = copy.deepcopy(model)
     trainer = make_trainer(folder, model, **options)
     for name, value in (collator or {}).items():
@@ -78,7 +78,7 @@ def assert_same(actual, expected, tolerance=1e-5):
     total = torch.stack([gradient.norm() for gradient in expected.gradients.values()]).norm()
     for name, gradient in expected.gradients.items():
         error = (actual.gradients[name] - gradient).norm()
-        # some gradients, such as that of a key's bias, are 0 but for rounding
+        # some gradients, such as that of a key's bias, are 0 except for rounding
         assert error <= tolerance * gradient.norm() + 1e-7 * total, (name, float(error / gradient.norm()))
 
 
@@ -115,7 +115,7 @@ def test_chunks_equal_one_step(tmp_path, name, model, chunk):
 
 
 def test_the_step_equals_the_models_own_loss(tmp_path):
-    """Compared with one padded batch through the model's forward, without duplicates and hard negatives."""
+    """The reference is one padded batch through the model's forward, without duplicates and hard negatives."""
     model = make_model(similarity="dot")
     instances = []
     for instance in INSTANCES[:4]:
@@ -135,7 +135,7 @@ def test_the_step_equals_the_models_own_loss(tmp_path):
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_dropout_is_replayed(tmp_path, gradient_checkpointing):
     """
-    The same micro-batches in one graph draw the same random numbers.
+    A step without GradCache, on the same micro-batches, draws the same random numbers.
 
     So the two steps must agree, although every gradient depends on these numbers.
     """
@@ -164,7 +164,7 @@ def test_noisy_embeddings_turn_the_short_first_pass_off(tmp_path):
 
 
 def count_gen_tokens(model):
-    """A list to which every forward of Gen adds the number of tokens that it reads."""
+    """Return a list to which every forward of Gen adds the number of tokens that it reads."""
     counts = []
 
     def count(module, args, kwargs):
@@ -217,9 +217,9 @@ def test_other_supervisions(tmp_path, supervision, trained_parts):
 @pytest.mark.parametrize("query_from", ["emb_seq", "query_encoder"])
 def test_a_retriever_alone(tmp_path, query_from):
     """
-    Next passages alone, with an encoder's queries.
+    With NSP alone and queries of an encoder, the encoders get the gradients of separate supervision.
 
-    The encoders get the gradients of separate supervision, and Gen is neither trained nor run.
+    Gen is neither trained nor run.
     """
     torch.manual_seed(3)
     query_encoder = make_emb_seq(seed=4) if query_from == "query_encoder" else None
@@ -269,7 +269,4 @@ def test_packed_rows_equal_padded_rows(tmp_path, attention, cached):
     options = {"nsp_batch_size": 8, "max_tokens_per_micro_batch": 150} if cached else {}
     packed = step(tmp_path, model, padding_free=True, **options)
     assert_same(packed, whole)
-    if cached:
-        assert packed.num_micro_batches > 1
-    else:
-        assert packed.num_micro_batches == 1
+    assert (packed.num_micro_batches > 1) == cached

@@ -19,7 +19,7 @@ SMALL = (
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    """`recipes/benchmarks/generate.py`, under another name: `recipes/` has a generate.py too."""
+    """Import `recipes/benchmarks/generate.py` under another name, because `recipes/` has a generate.py too."""
     monkeypatch.setattr(sys, "path", [str(RECIPES / "benchmarks"), *sys.path])
     spec = importlib.util.spec_from_file_location("benchmark_of_generate", RECIPES / "benchmarks" / "generate.py")
     module = importlib.util.module_from_spec(spec)
@@ -29,50 +29,55 @@ def benchmark(monkeypatch):
 
 
 def run(benchmark, monkeypatch, *argv):
+    """Run the benchmark with these command-line arguments."""
     monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, argv)])
     benchmark.main()
+
+
+def columns(results, *names):
+    """Return the values of these names in each result."""
+    return [tuple(result[name] for name in names) for result in results]
 
 
 def test_all_arms_write_the_same_tokens(benchmark, monkeypatch, tmp_path, capsys):
     run(benchmark, monkeypatch, *SMALL, "--output_file", tmp_path / "out.json")
     results = json.loads((tmp_path / "out.json").read_text())
-    assert [(r["batch"], r["rows_equal"], r["rows_compared"]) for r in results["part_1"]] == [(1, 1, 1), (3, 2, 2)]
+    assert columns(results["part_1"], "batch", "rows_equal", "rows_compared") == [(1, 1, 1), (3, 2, 2)]
     arms = ["plain", "plain again", "CoSup, never retrieves", "CoSup, retrieves"]
-    assert [(r["batch"], r["arm"], r["rows_equal"]) for r in results["part_2"]] == [
-        (size, arm, size) for size in (1, 3) for arm in arms
-    ]
+    expected = [(size, arm, size) for size in (1, 3) for arm in arms]
+    assert columns(results["part_2"], "batch", "arm", "rows_equal") == expected
     for result in results["part_2"]:
         if result["arm"] == "CoSup, retrieves":
             assert 0 < sum(result["parts"].values()) < result["seconds"]["max"]
-    assert [(r["batch"], r["index_size"]) for r in results["part_3"]] == [(1, 90), (3, 90)]
-    assert all(0 < r["share_of_search"]["min"] < 1 for r in results["part_3"])
-    assert [(r["arm"], r["rows_equal"]) for r in results["part_4"]] == [("fixed batches", 10), ("generate_many", 10)]
-    shown = capsys.readouterr().out
+    assert columns(results["part_3"], "batch", "index_size") == [(1, 90), (3, 90)]
+    assert all(0 < result["share_of_search"]["min"] < 1 for result in results["part_3"])
+    assert columns(results["part_4"], "arm", "rows_equal") == [("fixed batches", 10), ("generate_many", 10)]
+    printed = capsys.readouterr().out
     headings = [
         "Against the original's algorithm",
         "Against plain gen.generate",
         "Exact search among 90 x 64",
         "A queue against fixed batches of 3",
     ]
-    assert shown.count("random weights, shape tiny, float32, seed 0, ") == 4
-    assert all(heading in shown for heading in headings)
+    assert printed.count("random weights, shape tiny, float32, seed 0, ") == 4
+    assert all(heading in printed for heading in headings)
 
 
-def test_a_model_of_ones_own(benchmark, monkeypatch, tmp_path):
+def test_a_given_gen(benchmark, monkeypatch, tmp_path):
     make_gen("qwen3").save_pretrained(tmp_path / "gen")
     make_tokenizer().save_pretrained(tmp_path / "gen")
     options = ["--gen", tmp_path / "gen", "--parts", 1, 4, "--batch_sizes", 2, "--output_file", tmp_path / "out.json"]
     run(benchmark, monkeypatch, *SMALL, *options)
     results = json.loads((tmp_path / "out.json").read_text())
-    assert [r["rows_equal"] for r in results["part_1"]] == [2]
-    assert [r["rows_equal"] for r in results["part_4"]] == [10, 10]
+    assert columns(results["part_1"], "rows_equal") == [(2,)]
+    assert columns(results["part_4"], "rows_equal") == [(10,), (10,)]
 
 
 def test_other_passages_give_other_tokens(benchmark):
     script = benchmark.BenchmarkArguments(shape="tiny", new_tokens=16, num_passages=60)
     world = benchmark.World(script, torch.device("cpu"))
     index, (prompt,), plan = world.index(60), world.prompts(1), world.plan(1).tolist()[0]
-    ends = []
+    last_tokens = []
     for id in ("p1", "p2"):
         pool = index.get_passages(index.rows_of([id]))
         original = benchmark.original_generate(world, prompt, plan, pool, world.embed(pool))
@@ -82,8 +87,8 @@ def test_other_passages_give_other_tokens(benchmark):
         passage_ids = pool[0]["input_ids"]
         start = positions[0] + 1
         assert original[start : start + len(passage_ids)] == passage_ids
-        ends.append(original[-4:])
-    assert ends[0] != ends[1]
+        last_tokens.append(original[-4:])
+    assert last_tokens[0] != last_tokens[1]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +112,6 @@ def test_other_passages_give_other_tokens(benchmark):
         (["--shape", "tiny", "--parts", "5"], "--parts holds 5, expected 1, 2, 3 or 4"),
     ],
 )
-def test_bad_options_are_said(benchmark, monkeypatch, options, message):
+def test_bad_options_are_reported(benchmark, monkeypatch, options, message):
     with pytest.raises(SystemExit, match=message):
         run(benchmark, monkeypatch, "--device", "cpu", *options)

@@ -12,7 +12,7 @@ NAMES = list(dict.fromkeys("".join(np.random.default_rng(i).choice(SYLLABLES, 3,
 
 
 def world(names: list[str], seed: int = 0) -> list[dict]:
-    """Return an instance for each name. Only its passage says its town; every fifth needs no passage."""
+    """Return an instance for each name. Only its passage says where it lives; every fifth needs no passage."""
     rng = np.random.default_rng(seed)
     instances = []
     for i, name in enumerate(names):
@@ -29,7 +29,7 @@ def world(names: list[str], seed: int = 0) -> list[dict]:
 
 
 def arguments(output_dir: str | Path, **kwargs: Any) -> CoSupTrainingArguments:
-    """Return the arguments of a short training on a CPU that logs every step."""
+    """Return the arguments of a short training on the CPU, which logs every step."""
     defaults = {
         "per_device_train_batch_size": 8,
         "learning_rate": 3e-3,

@@ -1,4 +1,4 @@
-"""Micro-batches, duplicates, the facts of a batch, and the sampler that avoids duplicates."""
+"""How instances become micro-batches, how duplicates are found over ranks, and the sampler that avoids them."""
 
 import copy
 import itertools
@@ -20,7 +20,7 @@ SEGMENTS = [[0, 1], [], [1, 2, 0], [3], [], [4]]
 
 
 def features(model, segment_lists=SEGMENTS, **segment):
-    """Tokenized instances with a segment for each number of a passage; `segment` adds fields to each."""
+    """Return a tokenized instance for each list of passage numbers; `segment` adds fields to every segment."""
     rows = []
     for i, numbers in enumerate(segment_lists):
         segments = [{"text": f"answer {number}", "passage": PASSAGES[number], **segment} for number in numbers]
@@ -42,9 +42,9 @@ def collator(model, **kwargs):
 
 def queries_and_passages(model, batch):
     """
-    Token ids that each query reads up to its `[NSP]`, and token ids of its passage.
+    Return, for each query, the token ids up to its `[NSP]`, and the token ids of its passage.
 
-    Both are found through the positions and labels of the micro-batches.
+    Both are looked up by the positions and labels of the micro-batches.
     """
     prefixes = []
     passages = []
@@ -119,7 +119,7 @@ def test_micro_batches_keep_to_the_token_budget(model, packed):
     rows = features(model) * 9
     longest_row = max(len(row["input_ids"]) for row in rows)
     longest_passage = max(len(ids) for row in rows for ids in row["passage_input_ids"])
-    budget = 5 * max(longest_row, longest_passage)  # the shares of rows and of passages hold their longest
+    budget = 5 * max(longest_row, longest_passage)  # so that the longest row and passage fit into their shares
     options = {"padding_free": packed, "padding_free_passages": packed, "mask_duplicates": False}
     batch = collator(model, max_tokens=budget, **options)(rows)
     assert len(batch["micro_batches"]) > 2
@@ -130,14 +130,14 @@ def test_micro_batches_keep_to_the_token_budget(model, packed):
 
 def test_shortened_rows_end_at_their_last_query(model):
     batch = collator(model, max_instances=2, shorten_first_pass=True)(features(model))
-    for mb in batch["micro_batches"]:
-        if not len(mb["nsp_positions"]):
-            assert not mb["first_pass"] or mb["first_pass"]["input_ids"].numel() == 1
+    for micro_batch in batch["micro_batches"]:
+        first_pass = micro_batch["first_pass"]
+        if not len(micro_batch["nsp_positions"]):
+            assert not first_pass or first_pass["input_ids"].numel() == 1
             continue
-        first = mb["first_pass"]
-        assert (first["input_ids"].flatten()[first["nsp_positions"]] == model.config.nsp_token_id).all()
-        assert len(first["nsp_positions"]) == len(mb["nsp_positions"])
-        assert first["input_ids"].numel() < mb["input_ids"].numel()
+        assert (first_pass["input_ids"].flatten()[first_pass["nsp_positions"]] == model.config.nsp_token_id).all()
+        assert len(first_pass["nsp_positions"]) == len(micro_batch["nsp_positions"])
+        assert first_pass["input_ids"].numel() < micro_batch["input_ids"].numel()
 
 
 def test_what_each_supervision_reads(model):
@@ -148,7 +148,7 @@ def test_what_each_supervision_reads(model):
     nsp = collator(model, supervision="nsp")(rows)
     (micro_batch,) = nsp["micro_batches"]
     assert "labels" not in micro_batch
-    assert len(micro_batch["input_ids"]) == 4  # instances without a passage have no part in it
+    assert len(micro_batch["input_ids"]) == 4  # instances without a passage are left out
     assert nsp["facts"].num_labels == 0
     with pytest.raises(ValueError, match="'i0' has no query_input_ids"):
         collator(model, supervision="separate")(rows)
@@ -190,7 +190,7 @@ def test_cuts_are_optimal_and_within_limits():
             return sum(len(group) * max(lengths[i] for i in group) + overhead for group in groups)
 
         order = sorted(range(7), key=lambda i: -lengths[i])
-        costs = []  # of every way to cut the rows
+        costs = []  # one for every way to cut the rows
         for num_cuts in range(7):
             for cuts in itertools.combinations(range(1, 7), num_cuts):
                 costs.append(cost([order[start:end] for start, end in itertools.pairwise([0, *cuts, 7])]))
@@ -213,13 +213,13 @@ def facts_of(model, segment_lists, **segment):
     return collator(model)(features(model, segment_lists, **segment))["facts"]
 
 
-def test_identical_passages_are_found_by_content_and_by_id(model):
+def test_identical_passages_are_found_by_content_and_by_id():
     ranks = [
         BatchFacts(passage_keys=[(1, 10), (2, 20)]),
         BatchFacts(passage_keys=[(3, 10), (2, 30), (4, 40), (5, 30)]),
     ]
     batch = global_batch(ranks, 1)
-    assert batch.passage_groups.tolist() == [0, 1, 0, 1, 4, 1]  # row 5 through row 3
+    assert batch.passage_groups.tolist() == [0, 1, 0, 1, 4, 1]  # row 5 joins row 1 through row 3
     assert batch.repeated.tolist() == [False, False, True, True, False, True]
     assert (batch.passage_counts, batch.first_row) == ([2, 4], 2)
     assert not global_batch(ranks, 1, mask_duplicates=False).repeated.any()
@@ -234,12 +234,12 @@ def test_ids_and_contents_of_real_instances(model):
     batch = collator(model)(rows)
     assert len(batch["facts"].passage_keys) == 3  # one row for equal content
     groups = global_batch([batch["facts"]], 0).passage_groups
-    assert len(set(groups.tolist())) == 2  # and other content of the same id is no negative
+    assert len(set(groups.tolist())) == 2  # and other content with the same id is not a negative
 
 
-def test_further_positives_and_equal_questions_are_no_negatives(model):
+def test_further_positives_and_equal_questions_are_not_negatives(model):
     facts = facts_of(model, [[0], [1], [2]], positives=[PASSAGES[1]["id"]])
-    pairs = global_batch([facts], 0).no_negatives.T.tolist()
+    pairs = global_batch([facts], 0).further_positives.T.tolist()
     query_of = {instance_id: query for query, instance_id in enumerate(facts.query_instance_ids)}
     row_of_p1 = facts.passage_labels[query_of["i1"]]
     assert sorted(pairs) == sorted([[query_of["i0"], row_of_p1], [query_of["i2"], row_of_p1]])
@@ -249,8 +249,8 @@ def test_further_positives_and_equal_questions_are_no_negatives(model):
         instance = {"id": str(i), "input": "who?", "segments": [{"text": "a", "passage": PASSAGES[i]}]}
         ranks.append(collator(model)([tokenized(model, instance)])["facts"])
     # the same question on another rank: both passages are right
-    assert global_batch(ranks, 0).no_negatives.T.tolist() == [[0, 1]]
-    assert global_batch(ranks, 0, mask_duplicates=False).no_negatives.size == 0
+    assert global_batch(ranks, 0).further_positives.T.tolist() == [[0, 1]]
+    assert global_batch(ranks, 0, mask_duplicates=False).further_positives.size == 0
 
 
 def test_hard_negatives_are_passages_without_a_query(model):
@@ -296,7 +296,7 @@ def test_no_batch_of_the_sampler_names_a_passage_twice():
 
 
 def test_no_batch_over_ranks_names_a_passage_twice():
-    """As accelerate deals batches to ranks: rank r takes every W-th."""
+    """Accelerate deals batches to ranks: rank r takes every W-th."""
     passages = [[i % 50] for i in range(200)]
     batches = BatchSampler(NoDuplicatesSampler(passages, 8), batch_size=4, drop_last=False)
     ranks = [list(BatchSamplerShard(batches, num_processes=2, process_index=rank)) for rank in range(2)]

@@ -1,4 +1,4 @@
-"""Labels token by token, batches, and every bad input with its place."""
+"""Labels token by token, and for every bad input an error that names its place."""
 
 import gzip
 import json
@@ -65,7 +65,7 @@ def test_control_tokens_as_characters_stay_text(model):
     assert found["passage_input_ids"][0].count(tokenizer.eos_token_id) == 1
 
 
-def test_what_a_retriever_of_another_make_reads():
+def test_what_a_retriever_with_prompts_reads():
     settings = {"emb_seq_pooling": "lasttoken", "emb_seq_add_eos_token": False, "query_from": "emb_seq"}
     model = make_model(passage_prompt="passage: ", query_prompt="query: ", **settings)
     tokenizer, bos = model.tokenizer, model.tokenizer.bos_token_id
@@ -151,7 +151,7 @@ def test_gzip_and_missing_files(tmp_path):
         load_instances(tmp_path / "nowhere.jsonl")
 
 
-def test_bytes_that_are_no_text_and_empty_files(tmp_path):
+def test_bytes_that_are_not_text_and_empty_files(tmp_path):
     (tmp_path / "train.jsonl").write_bytes(b'{"input": "q"}\n{"input": "\xff"}\n')
     with pytest.raises(ValueError, match="train.jsonl, line 1: segments"):
         load_instances(tmp_path / "train.jsonl")
@@ -215,7 +215,7 @@ def test_evaluation_sets_carry_what_metrics_need_and_may_lack_answers(tmp_path):
 
 
 def test_an_instance_is_checked_once(tmp_path, monkeypatch):
-    """Loaded instances are not checked again by the trainer, and what was changed since is."""
+    """The trainer does not check loaded instances again, but it checks what was changed after loading."""
     checks = []
     check_question = data._check_question
 
@@ -234,7 +234,7 @@ def test_an_instance_is_checked_once(tmp_path, monkeypatch):
     changed = [dict(instances[0]), {**instances[1], "segments": []}]
     with pytest.raises(ValueError, match="training set, row 1: segments"):
         CoSupTrainer(make_model(), arguments(tmp_path), train_dataset=changed)
-    assert len(checks) == 7  # the first of them, and the second fails before
+    assert len(checks) == 7  # the first instance is checked again; the second fails before its question is checked
 
 
 @pytest.mark.parametrize("kind", ["list", "dataset", "stream", "torch"])

@@ -1,4 +1,4 @@
-"""A further loss, of either kind, is trained, logged, evaluated and shown without a list of names."""
+"""A new loss of either kind is trained, logged, evaluated and shown: there is no list of names to extend."""
 
 import copy
 
@@ -15,7 +15,7 @@ WEIGHTS = {"double_loss": 0.5, "square_loss": 0.25}
 
 @pytest.fixture
 def further_losses(monkeypatch):
-    """Adds twice the NTP loss of a micro-batch, and the square of each query's NSP loss."""
+    """Add two losses: twice the NTP loss of a micro-batch, and the square of each query's NSP loss."""
 
     def more_weights(config, args):
         return loss_weights(config, args) | WEIGHTS
@@ -71,10 +71,10 @@ def test_grad_cache_takes_further_losses_of_both_kinds(tmp_path, further_losses)
     for name in ("loss", "ntp_loss", "nsp_loss", "double_loss", "square_loss"):
         assert cached_entry[name] == pytest.approx(entry[name], rel=1e-5)
     before = dict(model.named_parameters())
-    other = dict(cached.model.named_parameters())
+    after_cached_step = dict(cached.model.named_parameters())
     for name, parameter in whole.model.named_parameters():
-        moved = (parameter - before[name]).norm()
-        assert (other[name] - parameter).norm() <= 1e-5 * moved + 1e-6, name
+        update = (parameter - before[name]).norm()
+        assert (after_cached_step[name] - parameter).norm() <= 1e-5 * update + 1e-6, name
 
 
 def test_further_losses_change_the_gradient(tmp_path, monkeypatch, request):

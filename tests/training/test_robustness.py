@@ -17,7 +17,7 @@ from trainer.watch import explained_memory_errors, last_complete_checkpoint
 
 
 def poisoned(model, instances, part, value):
-    """Instance 5 alone holds a token whose embedding, in Gen or in Emb_seq, is NaN or infinite."""
+    """Give instance 5 alone a token whose embedding, in Gen or in Emb_seq, is NaN or infinite."""
     tokenizer = model.tokenizer
     token = tokenizer("~", add_special_tokens=False)["input_ids"][0]
     passage = {"id": "poisoned", "title": "", "text": "~ here"}
@@ -50,7 +50,7 @@ def test_nan_stops_with_step_loss_and_instances(tmp_path, part, cached):
     with pytest.raises(FloatingPointError, match=f"Step 2: the {name} is NaN or infinite") as error:
         trainer.train()
     if name == "nsp_loss" or cached:
-        assert f"instances '{instances[5]['id']}'." in str(error.value)  # it alone
+        assert f"instances '{instances[5]['id']}'." in str(error.value)  # only this one
     assert instances[5]["id"] in str(error.value)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1"]
     for name, parameter in model.named_parameters():
@@ -81,7 +81,7 @@ def test_a_nan_gradient_of_a_finite_loss_stops_before_the_step(tmp_path):
 
 
 def test_sharding_that_cannot_do_it_is_refused(tmp_path, monkeypatch):
-    """What only DDP and FSDP2 can do is refused with DeepSpeed, whose type is faked here."""
+    """DeepSpeed, faked here, is refused the options that only DDP and FSDP2 support."""
     for option in ({"nsp_batch_size": 8}, {"clip_gen_only": True}):
         monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.DEEPSPEED))
         with pytest.raises(ValueError, match=f"{next(iter(option))} works under DDP and FSDP2, not under DEEPSPEED"):
@@ -89,7 +89,7 @@ def test_sharding_that_cannot_do_it_is_refused(tmp_path, monkeypatch):
 
 
 def test_liger_kernels_go_into_both_models(tmp_path, monkeypatch):
-    """They need a GPU; here only that both parts get them, and that the loss stays ours."""
+    """They need a GPU, so this only tests that both models get them and that the loss stays ours."""
     from trainer import model_setup
 
     calls = []
@@ -137,7 +137,7 @@ def test_a_query_longer_than_its_encoder_reads_is_named(tmp_path):
     instances = world(NAMES[:4])
     instances[1]["input"] = "where " * 200
     args = arguments(tmp_path, supervision="separate", max_length=2048)
-    message = f"Instance '{NAMES[1]}': the text up to an .NSP. has .* tokens, its encoder reads 300"
+    message = f"Instance '{NAMES[1]}': the text up to an .NSP. has .* tokens, but its encoder reads 300"
     with pytest.raises(ValueError, match=message):
         CoSupTrainer(model, args, train_dataset=instances)
 
@@ -175,7 +175,7 @@ trainer.train()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the memory of a process")
-def test_out_of_memory_names_the_knobs(tmp_path):
+def test_out_of_memory_names_the_arguments_that_help(tmp_path):
     script = MEMORY.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=200)
@@ -267,12 +267,12 @@ def test_arguments_that_do_not_fit_the_model(tmp_path):
     stream = trainer.train_dataset.to_iterable_dataset()
     args = arguments(tmp_path, batch_sampler="no_duplicates", max_steps=1)
     trainer = CoSupTrainer(make_model(), args, train_dataset=stream)
-    with pytest.raises(ValueError, match="a streamed one cannot be chosen from"):
+    with pytest.raises(ValueError, match="the dataset cannot be streamed"):
         trainer._get_train_sampler(stream)
 
 
 def test_what_a_step_logs_can_be_checked_by_hand(tmp_path):
-    """num_negatives and padding of one batch whose passages are known."""
+    """The figures `num_negatives` and `padding` of one batch whose passages are known."""
     instances = []
     for i in range(6):
         segments = [{"text": "a", "passage": PASSAGES[i % 3]}]
@@ -282,7 +282,7 @@ def test_what_a_step_logs_can_be_checked_by_hand(tmp_path):
     trainer.data_collator.call_overhead = None
     trainer.train()
     (entry,) = [entry for entry in trainer.state.log_history if "nsp_loss" in entry]
-    # Of three distinct passages, 0 and 1 are right for q 0, and 1 and 2 for q 1: these are no negatives.
+    # Of three distinct passages, 0 and 1 are right for q 0, and 1 and 2 for q 1: these are not negatives.
     assert entry["num_negatives"] == pytest.approx((4 * 1 + 2 * 2) / 6)
     facts = trainer.data_collator(list(trainer.train_dataset))["facts"]
     assert entry["padding"] == pytest.approx(1 - facts.num_tokens / facts.num_padded_tokens)
