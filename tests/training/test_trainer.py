@@ -173,7 +173,7 @@ def test_compute_metrics_gets_embeddings_and_positives(tmp_path):
     assert seen["shapes"] == ((8, 32), (8, 32))
 
 
-def test_tokenizers_of_their_own_are_saved_and_found(tmp_path):
+def test_separate_tokenizers_are_saved_and_loaded(tmp_path):
     emb_seq_tokenizer = make_tokenizer(vocab_size=300)
     model = make_model(gen_kwargs={"hidden_size": 48}, emb_seq_tokenizer=emb_seq_tokenizer)
     trainer = CoSupTrainer(
@@ -361,7 +361,7 @@ def test_the_end_of_a_stream_leaves_no_gradient_behind(tmp_path, accumulation):
 
 
 @pytest.mark.parametrize("emb_seq", ["llama", "gpt2", "bert", "modernbert"])
-def test_causal_encoders_are_told_from_others(emb_seq):
+def test_causal_encoders_are_distinguished_from_others(emb_seq):
     kwargs = {"modernbert": {"intermediate_size": 64, "global_attn_every_n_layers": 1}}.get(emb_seq, {})
     model = make_model(emb_seq=emb_seq, emb_seq_kwargs=kwargs)
     assert model.find_causal_encoders() == (emb_seq in ("llama", "gpt2"))
