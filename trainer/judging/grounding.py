@@ -3,7 +3,7 @@ Judge whether an answer follows from what was retrieved: Gr and K-precision of g
 claims, and FEVER by NLI.
 
 A function that needs an NLI model takes `entail`, which maps each pair (premise, hypothesis) to a bool; a judge of
-`trainer.judging.nli` does so. It gets the pairs of all instances in one call, so that the model works in batches.
+`trainer.judging.nli` does so. It gets the pairs of all instances together, so that the model works in batches.
 """
 
 import re
