@@ -299,7 +299,7 @@ def test_a_training_that_outlives_its_runner_keeps_its_folder(tmp_path, capsys):
     thread = Thread(target=wait_for_folder)
     thread.start()
     assert not entered.wait(0.5)
-    assert capsys.readouterr().out == f"{tmp_path / 'folder'}: another process works on it; waiting\n"
+    assert capsys.readouterr().out == f"{tmp_path / 'folder'}: another process is working on it; waiting\n"
     training.communicate(b"\n")
     assert entered.wait(60)
     thread.join()

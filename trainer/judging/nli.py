@@ -204,7 +204,7 @@ class NLIJudge:
         texts = [f"premise: {premise} hypothesis: {hypothesis}" for premise, hypothesis in pairs]
         rows = self.tokenizer(texts, verbose=False)["input_ids"]
         for i, (premise, hypothesis) in enumerate(pairs):
-            # Only a pair that is too long is encoded in two parts, whose tokens can differ from those of the whole text.
+            # Only a pair that is too long is encoded in two parts: their tokens can differ from those of the whole.
             if len(rows[i]) > self.max_length:
                 head, tail = self._ids(f"premise: {premise}"), self._ids(f"hypothesis: {hypothesis}")
                 rows[i] = head[: self.max_length - len(tail) - 1] + tail + [self.tokenizer.eos_token_id]

@@ -75,8 +75,8 @@ def seeds_cell(average: Mapping[str, Any] | None, name: str) -> Cell:
 def seeds_difference_cell(difference: Mapping[str, Any] | None, name: str) -> Cell:
     """
     Return a difference, computed by [`~trainer.reports.experiment_figures.Results.compare`]: the difference (in
-    brackets, in percent of the baseline), the interval, n, the numbers of seeds above, equal to and below the baseline,
-    and the verdict.
+    brackets, in percent of the baseline), then the interval, n, the numbers of seeds above, equal to and below the
+    baseline, and the verdict.
     """
     if difference is None:
         return MISSING

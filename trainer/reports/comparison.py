@@ -186,7 +186,7 @@ def _compare(
         old = {id: row[name] for id, row in first.items()}
         new = {id: row[name] for id, row in second.items()}
         compared = paired_bootstrap(old, new, resamples, seed).to_dict()
-        # A question that has no value in both runs does not count as left out: the figure does not apply to it.
+        # If neither run has a value for a question, it does not count as left out: the figure does not apply to it.
         compared["left_out"] -= sum(old[id] is None and new[id] is None for id in old)
         means = {"first": float(first_values.mean()), "second": float(second_values.mean())}
         comparisons[name] = {**means, **compared}

@@ -140,7 +140,7 @@ def _data_uri(path: Path) -> str:
 
 
 def _with_kinds(blocks: Sequence[Block]) -> list[tuple[str, Block]]:
-    """Return each block with the name of its class, because a template cannot ask for the class."""
+    """Return each block with the name of its class, by which a template chooses how to show it."""
     return [(type(block).__name__, block) for block in blocks]
 
 
