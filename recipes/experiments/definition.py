@@ -262,7 +262,7 @@ def _check_baseline(experiment: Experiment, where: str) -> None:
 
 
 def find(name: str | Path) -> Path:
-    """Return a path. If only the repository has it, the path is completed with the repository's root."""
+    """Return a path, made relative to the root of the repository if it exists only there."""
     if not Path(name).exists() and (ROOT / name).exists():
         return ROOT / name
     return Path(name)

@@ -56,7 +56,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The arm and seed, for messages and reports."""
+        """The arm and the seed, for messages."""
         return f"{self.arm}, seed {self.seed}"
 
 

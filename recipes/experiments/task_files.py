@@ -27,8 +27,8 @@ def expand_tasks(experiment: "Experiment", entries: Sequence[Entry]) -> tuple[li
         entries (`Sequence[dict]`): the tasks, which may set another `pool` or other `pools`.
 
     Returns:
-        `tuple[list[dict], dict]`: entries for run_evaluation.py, and name of each entry -> `{"task", "setting", "size",
-        "split"}`. `size` is an item of `corpus_sizes`, or `None`.
+        `tuple[list[dict], dict]`: the entries for run_evaluation.py, and name of each entry -> `{"task", "setting",
+        "size", "split"}`. `size` is an item of `corpus_sizes`, or `None`.
 
     Raises:
         `ValueError`: see `read_tasks`.
