@@ -85,7 +85,7 @@ def _without_option(results: Results, name: str) -> dict[str, Measured]:
 
 
 def _shown_groups(results: Results, setting: str) -> list[Place]:
-    """Return the splits of a setting if it has both, and otherwise the group of all tasks."""
+    """Return both splits of a setting, which cover all tasks with a split, or all tasks if it lacks one of them."""
     groups = results.group_places(setting)
     if len(groups) == 1:
         return groups
