@@ -1,4 +1,4 @@
-"""The `evaluate` modules, loaded by path and offline as users do. The example of each README gives the shown output."""
+"""The `evaluate` modules, loaded by path and offline as users do. The examples of the READMEs give what they show."""
 
 import doctest
 import json
