@@ -117,7 +117,7 @@ def locked_folder(folder: Path) -> AbstractContextManager[int | None]:
     Create a folder and lock it for this process. Another runner with the same cache waits for it.
 
     The context is an open lock file. A program that inherits the file holds the lock too: if a runner is killed while
-    its training goes on, the training is not started a second time.
+    its training still runs, the training is not started a second time.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder.with_name(f".{folder.name}.lock")

@@ -108,7 +108,7 @@ def alce_citations(**options):
 
 @pytest.fixture
 def alce_rows():
-    """Our scores of each output; those of its citations are `None` if it is empty."""
+    """Our scores of each output; the scores of its citations are `None` if it is empty."""
     instances = ALCE["instances"]
     outputs = [instance["output"] for instance in instances]
     recalls = claim_recall(outputs, [instance["claims"] for instance in instances], judge)

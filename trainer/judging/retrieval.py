@@ -51,8 +51,8 @@ def kilt_recall_at_k(retrieved: Sequence[str], provenance: Provenance, k: int) -
     """
     Return KILT's recall@k: the share of the evidence sets that are complete within the first `k` places.
 
-    A set takes one place, that of its last passage in the ranking. A passage that belongs to no set takes a place, and
-    a passage that belongs to several sets takes one for each of them.
+    A set takes one place: where its last passage is found. A passage that belongs to no set takes a place, and a
+    passage that belongs to several sets takes one for each of them.
 
     Args:
         retrieved (`list[str]`): ids, best first; repeats are dropped.

@@ -215,9 +215,9 @@ class Clock:
         self.questions = questions
         self.seconds: dict[int, float] = {}
         self._last_answer = time.perf_counter()
-        self._num_needing = 0  # answers so far to questions that need a passage
-        self._num_hits = 0  # those of them for which a gold passage was retrieved
-        self._num_right = 0  # those of them that match an answer exactly
+        self._num_needing = 0  # number of answers so far to questions that need a passage
+        self._num_hits = 0  # how many of these answers retrieved a gold passage
+        self._num_right = 0  # how many of these answers are an exact match
 
     def __call__(self, completion: Completion) -> dict[str, str] | None:
         """Note the time, and return Ret and EM of the questions so far that need a passage, or `None` without any."""

@@ -287,7 +287,7 @@ def _text_scores(
 
 
 def _text_scores_of(prediction: dict, question: dict, r_precision: float | None) -> dict[str, float]:
-    """Return those of KILT's scores, FEVER's label and ALCE's str_em that apply to a question."""
+    """Return KILT's scores, FEVER's label and ALCE's str_em, each only if it applies to the question."""
     scores: dict[str, float] = {}
     meta = question.get("meta", {})
     if any(answer.strip() for answer in question["answers"]):
