@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from modeling_cosup.lines_cosup import writing_lines
 from trainer.data import load_evaluation_set, read_rows
-from trainer.judging.figures import figure, line
+from trainer.judging.figures import figure, figure_line
 from trainer.judging.intervals import Rate
 from trainer.judging.matching import gold_ids
 
@@ -236,7 +236,7 @@ def recall_lines(
             name = f"query_recall@{k}"
             label = f"a whole evidence set in the first {k}" if whole_set else figure(name).label
             rate = Rate(sum(place < k for place in places_of_questions), len(answerable))
-            lines.append((label, line(rate.to_dict(), name)))
+            lines.append((label, figure_line(rate.to_dict(), name)))
     return lines
 
 

@@ -13,7 +13,7 @@ from trainer.judging.figures import MAIN
 from trainer.reports.cells import verdict
 from trainer.reports.comparison import compare_results, comparison_row, section_label, write_comparison
 
-PRINTED = (*MAIN, "mrr", "query_recall@1")  # the report holds all figures
+PRINTED = (*MAIN, "mrr", "query_recall@1")  # the report shows all figures
 
 
 @dataclass
@@ -30,7 +30,7 @@ class ComparisonArguments:
 
 
 def main() -> None:
-    """Compare, print the main figures, write the rest."""
+    """Compare the results, print the main figures, and write the report if `--output_dir` is set."""
     (args,) = parse([ComparisonArguments], __doc__)
     with clear_errors():
         comparison = compare_results(args.a, args.b, args.resamples, args.seed)

@@ -1,5 +1,5 @@
 """
-Judge a checkpoint on one evaluation set, or on all that a config lists, and write a results folder with a report.
+Evaluate a checkpoint on one evaluation set, or on all that a config lists, and write a results folder with a report.
 
     accelerate launch recipes/run_evaluation.py --model out --output_dir results \\
         --corpus_file corpus.jsonl --eval_file eval.jsonl
@@ -8,14 +8,14 @@ Judge a checkpoint on one evaluation set, or on all that a config lists, and wri
     accelerate launch recipes/run_evaluation.py --model out --output_dir results \\
         --index wiki --index_uri http://host:19530 --eval_file eval.jsonl
 
-A config may hold any option, and `tasks`, a list of entries as below. An option with the name of a field serves all
-entries that leave the field out.
+A config may hold any option, and `tasks`, a list of entries as below. An option that is also a field of an entry
+applies to all entries that leave the field out.
 
     tasks:
       - {name: nq-20, eval_file: nq.jsonl, corpus_file: nq_corpus.jsonl, split: in-domain, pool: 20}
 
-Several processes share the questions. After a crash, the same command with as many processes resumes the run. A corpus
-is embedded once and kept in `--index_cache`.
+Several processes share the questions. After a crash, the same command with the same number of processes resumes the
+run. A corpus is embedded once and kept in `--index_cache`.
 """
 
 from pathlib import Path
@@ -27,7 +27,7 @@ from accelerate import PartialState
 
 from modeling_cosup import CoSupConfig, CoSupForCausalLM
 from trainer.card import add_results, evaluation_groups
-from trainer.judging.figures import MODES, QUERY, SCOPES, figure, line
+from trainer.judging.figures import MODES, QUERY, SCOPES, figure, figure_line
 from trainer.judging.grounding import Judge
 from trainer.judging.judge import command_line, evaluate_tasks
 from trainer.judging.tasks import Task, read_tasks, task_name
@@ -39,7 +39,7 @@ from shared.processes import end_processes, processes
 
 
 def main() -> None:
-    """Judge the model, write the report and print the figures."""
+    """Evaluate the model, write the report and print the figures."""
     (args,) = parse([EvaluationArguments], __doc__)
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
@@ -92,7 +92,7 @@ def load_model(args: EvaluationArguments, tasks: list[Task]) -> CoSupForCausalLM
 
 
 def load_judge(args: EvaluationArguments, state: PartialState) -> Judge:
-    """Load the NLI judge of this process; its answers are kept in the results folder."""
+    """Load the NLI judge of this process. It keeps its answers in the results folder."""
     from trainer.judging.nli import NLIJudge
 
     options = {
@@ -121,7 +121,8 @@ def print_figures(results: dict, output_dir: str) -> None:
         for title, figures in sections.items():
             num_questions = max((measured["n"] for measured in figures.values()), default=0)
             print(f"\n{name}, {title}: {num_questions} questions (95 % intervals in brackets)\n")
-            print(table([(figure(metric).label, line(measured, metric)) for metric, measured in figures.items()]))
+            rows = [(figure(metric).label, figure_line(measured, metric)) for metric, measured in figures.items()]
+            print(table(rows))
     report = Path(output_dir) / "report.html"
     metrics = Path(output_dir) / "metrics.json"
     print(f"\nReport: {report}   Figures: {metrics}   {results['seconds']:,.0f} s")

@@ -6,13 +6,13 @@ Run one of the paper's experiments: train and evaluate what is missing, then wri
         --override config=recipes/configs/smollm2_135m.yaml gen=HuggingFaceTB/SmolLM2-135M \\
         train_file=DATA/train.jsonl.gz data=DATA tasks=recipes/experiments/tasks/folder.yaml
 
-recipes/train.py trains every arm and seed, and recipes/run_evaluation.py evaluates it, each in its own process with a
-log. A training is identified by a hash of its options and of the content of its data. No training runs twice, even if
-several experiments need it. After a crash it resumes from its last checkpoint. If an arm fails, the others still run,
-the report says why it failed, and the next call tries it again.
+recipes/train.py trains every arm with every seed, and recipes/run_evaluation.py evaluates the model, each in a process
+with a log. A training is identified by a hash of its options and of the content of its data. No training runs twice,
+even if several experiments need it. After a crash, it resumes from its last checkpoint. If an arm fails, the others
+still run, the report says why it failed, and the next call tries it again.
 
     OUTPUT_DIR/report.html, report.md, plots/, experiment.json     the report and its numbers
-    CACHE_DIR/worlds, models/<hash>, evaluations/<hash>, indexes   what experiments share (default: OUTPUT_DIR)
+    CACHE_DIR/worlds, models/<hash>, evaluations/<hash>, indexes   shared by experiments (default: OUTPUT_DIR)
 """
 
 import json
@@ -58,7 +58,7 @@ from shared.quickstart import (
 
 @dataclass
 class RunnerArguments:
-    """Which experiment runs, and where."""
+    """Which experiment to run, and where."""
 
     experiment: str = field(metadata={"help": "YAML file; recipes/experiments holds the paper's experiments."})
     output_dir: str = field(metadata={"help": "Folder of the report."})
@@ -126,7 +126,7 @@ def plan_seed(experiment: Experiment, seed: int, cache: Path, notes: list[str]) 
         experiment (`Experiment`): the experiment.
         seed (`int`): the seed.
         cache (`Path`): the folder that experiments share.
-        notes (`list[str]`): notes on what is left out are appended here.
+        notes (`list[str]`): receives notes on what is left out.
     """
     options = {arm: experiment.options(arm) for arm in experiment.arms}
     folders = {"data": experiment.data} if experiment.data else {}
@@ -163,11 +163,11 @@ def make_world(
         experiment (`Experiment`): the experiment.
         seed (`int`): the seed.
         cache (`Path`): the folder that experiments share.
-        needs_models (`bool`): also make the models that options name by `{models}`.
+        needs_models (`bool`): whether to make the models of the folder `{models}` as well.
 
     Returns:
-        `tuple[dict, dict, list]`: folders by the name in braces that stands for them, option of train.py -> file, and
-        the experiment's tasks, or those of the world if the experiment lists none.
+        `tuple[dict, dict, list]`: placeholder (`world`, `models`) -> folder, option of train.py -> file or folder, and
+        the tasks of the experiment, or those of the world if the experiment lists none.
     """
     parent = cache / "worlds" / f"seed-{seed}"
     folders = {"world": str(parent / "world")}
@@ -190,7 +190,7 @@ def complete(options: dict[str, Any], seed: int, world: dict[str, str]) -> dict[
     Return the options of an arm with its seed, and with the files of the world that the arm does not replace.
 
     Raises:
-        `ValueError`: if there is no data or no Gen to train.
+        `ValueError`: if there are no training data or no Gen.
     """
     options = {name: value for name, value in options.items() if name not in NOT_OPTIONS}
     from_world: set[str] = set()
@@ -218,10 +218,10 @@ def _has_gen(options: dict[str, Any]) -> bool:
 
 def fill(value: Any, folders: dict[str, str]) -> Any:
     """
-    Replace `{data}`, `{world}` and `{models}` in all strings of a value.
+    Replace `{data}`, `{world}` and `{models}` in all strings of a value with the paths of these folders.
 
     Raises:
-        `ValueError`: if there is no such folder.
+        `ValueError`: if `folders` lacks one of them.
     """
     if isinstance(value, dict):
         return {key: fill(item, folders) for key, item in value.items()}
@@ -237,7 +237,7 @@ def fill(value: Any, folders: dict[str, str]) -> Any:
 
 
 def show_plan(experiment: Experiment, cache: Path) -> None:
-    """Print arms, options and tasks, and which trainings are done."""
+    """Print arms, options and tasks, and the state of each training."""
     print(f"{experiment.title}: {len(experiment.arms)} arms x {len(experiment.seeds)} seeds, in {cache}")
     arms = {"all arms": shared_options(experiment), "arms": experiment.arms, "seeds": experiment.seeds}
     print(yaml.safe_dump(arms, sort_keys=False, allow_unicode=True), end="")
@@ -266,7 +266,7 @@ def shared_options(experiment: Experiment) -> dict[str, Any]:
 
 
 def training_state(folder: Path) -> str:
-    """Return whether the training of a folder is done, begun or to do, with the folder if it exists."""
+    """Return `"done"` or `"begun"` with the folder of the training, or `"to do"`."""
     if (folder / "trained.json").exists():
         return f"done, {folder}"
     if folder.exists():
@@ -291,7 +291,7 @@ def planned_options(experiment: Experiment, arm: str, seed: int, cache: Path) ->
 
 def train(run: Run, accelerate_config: str) -> None:
     """
-    Train a run, unless it is done.
+    Train the model of a run, unless it is trained already.
 
     Writes `options.yaml`, `train.log`, `model/` and, last of all, `trained.json` into `run.folder`.
     """
@@ -316,7 +316,7 @@ def train(run: Run, accelerate_config: str) -> None:
 
 
 def has_complete_checkpoint(model: Path) -> bool:
-    """Return whether a training can be resumed."""
+    """Return whether there is a checkpoint from which a training can resume."""
     try:
         last_complete_checkpoint(model)
     except ValueError:
@@ -326,7 +326,7 @@ def has_complete_checkpoint(model: Path) -> bool:
 
 def evaluate(run: Run, experiment: Experiment, cache: Path, accelerate_config: str) -> None:
     """
-    Evaluate the model of a run, unless it is done.
+    Evaluate the model of a run, unless it is evaluated already.
 
     Writes `tasks.yaml`, `evaluation.log`, `results/` and, last of all, `evaluated.json` into `run.evaluation`.
     """
@@ -347,7 +347,7 @@ def evaluate(run: Run, experiment: Experiment, cache: Path, accelerate_config: s
         arguments += ["--output_dir", str(run.evaluation / "results"), "--index_cache", str(cache / "indexes")]
         # The answers of an earlier evaluation are reused, so its time counts too.
         seconds_before = read_json(done)["seconds"] if done.exists() else 0
-        done.unlink(missing_ok=True)  # from now on the scores may come from two judges
+        done.unlink(missing_ok=True)  # until the evaluation ends, the scores may come from two judges
         log = run.evaluation / "evaluation.log"
         command, seconds = launch("run_evaluation.py", arguments, run, log, accelerate_config, lock)
         write_json(done, {"command": command, "seconds": seconds + seconds_before, "scoring": judged_by})
@@ -357,7 +357,7 @@ def evaluate(run: Run, experiment: Experiment, cache: Path, accelerate_config: s
 
 
 def report(experiment: Experiment, runs: list[Run], notes: list[str], output_dir: str) -> None:
-    """Write experiment.json and the report of all runs that are done."""
+    """Write experiment.json and the report. The report covers all runs that are done."""
     rows = []
     for run in runs:
         row = run_facts(run)
@@ -374,7 +374,7 @@ def report(experiment: Experiment, runs: list[Run], notes: list[str], output_dir
 
 
 def run_facts(run: Run) -> dict[str, Any]:
-    """Return a run as [`~trainer.reports.experiment_figures.Results`] takes it."""
+    """Return the facts of a run, in the form in which [`~trainer.reports.experiment_figures.Results`] reads them."""
     trained = run.folder / "trained.json"
     evaluated = run.evaluation / "evaluated.json"
     return {

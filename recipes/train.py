@@ -37,7 +37,7 @@ from trainer import CoSupTrainer, CoSupTrainingArguments, load_corpus, load_inst
 from trainer.card import complete_card, evaluation_groups, held_out_group, write_card
 from trainer.hub import push_checkpoint
 from trainer.judging.answers import ntp_loss, rank_passages, reference_instances
-from trainer.judging.figures import MODES, QUERY, Measured, figure, line
+from trainer.judging.figures import MODES, QUERY, Measured, figure, figure_line
 from trainer.judging.judge import evaluate_tasks
 from trainer.judging.matching import gold_ids, provenance_unknown
 from trainer.judging.results import FORMAT
@@ -398,7 +398,7 @@ def evaluate(model: CoSupForCausalLM, run: Run) -> list:
     rows = []
     for mode, name in PRINTED:
         if name in figures_of_mode[mode]:
-            rows.append((f"{MODES[mode]}: {figure(name).label}", line(figures_of_mode[mode][name], name)))
+            rows.append((f"{MODES[mode]}: {figure(name).label}", figure_line(figures_of_mode[mode][name], name)))
     print(table(rows))
     if "before" in results:
         after = {"ntp_loss": reference_loss(model, run)}
@@ -416,7 +416,7 @@ def print_before_and_after(before: dict[str, Measured], after: dict[str, Measure
     rows = []
     for name in after:
         for when, figures in (("before", before), ("after", after)):
-            rows.append((f"{figure(name).label} {when}", line(figures[name], name)))
+            rows.append((f"{figure(name).label} {when}", figure_line(figures[name], name)))
     print("\nHeld-out reference answers and questions, before and after training\n\n" + table(rows))
 
 

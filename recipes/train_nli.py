@@ -47,7 +47,7 @@ from transformers import (
 
 from trainer.data import load_instances
 from trainer.judging.correctness import normalize_answer
-from trainer.judging.figures import line
+from trainer.judging.figures import figure_line
 from trainer.judging.grounding import check_hypothesis, premise
 from trainer.judging.intervals import Rate
 from trainer.judging.nli import entailment_label
@@ -127,7 +127,8 @@ def main() -> None:
         predicted = trainer.predict(eval_dataset).predictions.argmax(1)  # (n,)
         rates = accuracies(predicted == np.array(eval_dataset["labels"]), eval_pairs)
         if trainer.is_world_process_zero():
-            print(table([(f"accuracy, {kind}", line(rate.to_dict(), "accuracy")) for kind, rate in rates.items()]))
+            rows = [(f"accuracy, {kind}", figure_line(rate.to_dict(), "accuracy")) for kind, rate in rates.items()]
+            print(table(rows))
         metrics = {f"eval_accuracy_{kind.replace(' ', '_')}": rate.value for kind, rate in rates.items()}
         trainer.save_metrics("eval", metrics)
 

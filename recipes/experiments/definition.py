@@ -3,7 +3,7 @@ The definition of an experiment: what its file holds, and which trainings and ev
 
     title, about        title of the report, and what the experiment is about
     world               quickstart: use the data and models of recipes/prepare_quickstart*.py, with another world for
-                        each seed. Not needed if base names gen and train_file, and tasks are given. world_options,
+                        each seed. Not needed if base sets gen and train_file, and there are tasks. world_options,
                         task_options and model_options hold options of those recipes
     base                options of recipes/train.py that all arms share. `config` names a file of recipes/configs to
                         start from
@@ -17,12 +17,12 @@ The definition of an experiment: what its file holds, and which trainings and ev
                         `pools`
     corpus_sizes        in place of pools: search the full corpus, cut to this many passages. The gold passages are
                         always among them. `full` is the whole corpus
-    pools_only          embed only the passages in the pools of the questions, not whole corpora. For a large corpus on
+    pools_only          embed only the passages in the pools of the questions, not whole corpora: for large corpora on
                         a slow machine
     evaluation          other options of recipes/run_evaluation.py
-    axis                the option of train.py on the x axis of a plot; an arm without it is drawn as a level line
-    data                a folder. Paths may hold `{data}` for it, and `{world}` and `{models}` for the folders of the
-                        seed's world
+    axis                the option of train.py on the x axis of the plots; an arm without it is drawn as a level line
+    data                a folder, for which `{data}` stands in paths. `{world}` and `{models}` stand for the folders of
+                        the seed's world
 """
 
 import re
@@ -105,7 +105,7 @@ class Experiment:
     base: dict[str, Any] = field(default_factory=dict)
     baseline: str | None = None
     seeds: list[int] = field(default_factory=lambda: [0])
-    tasks: list[dict[str, Any]] | None = None  # `load_experiment` replaces the name of a file by its tasks
+    tasks: list[dict[str, Any]] | None = None  # `load_experiment` replaces the name of a file with its tasks
     pools: list[int | str] = field(default_factory=lambda: ["full"])
     corpus_sizes: list[int | str] | None = None
     pools_only: bool = False
@@ -250,7 +250,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _check_baseline(experiment: Experiment, where: str) -> None:
-    """Check the baseline, or set it to the first arm (with one arm, to the first mode)."""
+    """Check the baseline. By default it is the first arm or, if there is only one arm, the first mode."""
     lines = list(experiment.arms) if len(experiment.arms) > 1 else experiment.modes
     if experiment.baseline is None:
         experiment.baseline = lines[0]
@@ -262,7 +262,7 @@ def _check_baseline(experiment: Experiment, where: str) -> None:
 
 
 def find(name: str | Path) -> Path:
-    """Return a path as given if it exists, and otherwise the path below the repository if that exists."""
+    """Return a path, made relative to the root of the repository if it exists only there."""
     if not Path(name).exists() and (ROOT / name).exists():
         return ROOT / name
     return Path(name)
@@ -273,7 +273,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Return the mapping in a YAML file.
 
     Raises:
-        `ValueError`: if there is no such file, or it holds no mapping.
+        `ValueError`: if there is no such file, or it does not hold a mapping.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file.")
@@ -288,7 +288,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def key_of(options: dict[str, Any]) -> str:
     """
-    Return the key of a training: a hash of the options that decide its result, with files and models by their content.
+    Return the key of a training: a hash of the options that decide its result. For files and models, their content
+    counts.
 
     An option that is set to train.py's default does not change the key.
     """
@@ -305,7 +306,7 @@ def key_of(options: dict[str, Any]) -> str:
 
 
 def scoring(evaluation: dict[str, Any], entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return what decides the scores of given answers: the `SCORING` options of an evaluation and of each task."""
+    """Return what decides how answers are scored: the `SCORING` options of an evaluation and of each task."""
     settings = _present(evaluation, SCORING)
     if "nli_model" in settings:
         settings["nli_model"] = digest_of_content(settings["nli_model"])
@@ -318,7 +319,7 @@ def _present(options: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
 
 def evaluation_key(model_key: str, entries: Sequence[dict[str, Any]], evaluation: dict[str, Any]) -> str:
     """
-    Return the key of a model's answers, with the files of tasks by their content.
+    Return the key of a model's answers. For the files of tasks, their content counts.
 
     How the answers are judged (`SCORING`) does not change the key. Another format of results does.
     """

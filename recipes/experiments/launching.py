@@ -1,4 +1,4 @@
-"""The processes of an experiment: launch recipes with a log, lock folders, and read the facts of a training."""
+"""The processes of an experiment: functions that launch recipes, lock folders, and read the facts of a training."""
 
 import contextlib
 import functools
@@ -26,13 +26,13 @@ from experiments.task_files import Entry, Meaning
 
 
 class Failed(Exception):
-    """A recipe failed. The message says why."""
+    """The failure of a recipe. The message says why it failed."""
 
 
 @dataclass
 class Run:
     """
-    One arm with one seed.
+    A run of an experiment: one arm with one seed.
 
     Args:
         arm (`str`): name of the arm.
@@ -40,7 +40,7 @@ class Run:
         options (`dict`): options of recipes/train.py.
         folder (`Path`): folder of the training.
         evaluation (`Path`): folder of the evaluation.
-        entries (`list[dict]`): the tasks, in each setting.
+        entries (`list[dict]`): the tasks in each of their settings.
         meaning (`dict`): name of an entry -> its task, setting, size and split.
         failure (`str`, *optional*): why the training or the evaluation failed.
     """
@@ -56,6 +56,7 @@ class Run:
 
     @property
     def name(self) -> str:
+        """The arm and the seed, for messages."""
         return f"{self.arm}, seed {self.seed}"
 
 
@@ -69,7 +70,7 @@ def launch(
         recipe (`str`): file name of the recipe.
         arguments (`Sequence[str]`): command-line arguments of the recipe.
         run (`Run`): the run, for messages.
-        log (`Path`): the log file.
+        log (`Path`): the log file, to which the output is appended.
         accelerate_config (`str`): config file of `accelerate launch`.
         lock (`int`, *optional*): an open lock file that the recipe inherits, see [`locked_folder`].
 
@@ -96,7 +97,7 @@ def launch(
 
 
 def reason(log: Path, begin: int = 0) -> str:
-    """Return the last error in a log, or its last line if it holds no error. Reads from byte `begin` on."""
+    """Return the last error in a log from byte `begin` on, or the last line if there is no error."""
     with open(log, "rb") as file:
         file.seek(begin)
         text = file.read().decode(errors="replace").replace("\r", "\n")
@@ -113,19 +114,19 @@ def _is_error(line: str) -> bool:
 
 def locked_folder(folder: Path) -> AbstractContextManager[int | None]:
     """
-    Create a folder and lock it for this process. Another runner of the same cache waits.
+    Create a folder and lock it for this process. Another runner with the same cache waits for it.
 
-    The context is an open lock file. A program that inherits it holds the lock too, so the training of a runner that
-    was killed is not started a second time while it still runs.
+    The context is an open lock file. A program that inherits the file holds the lock too: if a runner is killed while
+    its training still runs, the training is not started a second time.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder.with_name(f".{folder.name}.lock")
-    busy = f"{folder}: another process works on it; waiting"
+    busy = f"{folder}: another process is working on it; waiting"
     return locked(lock, busy, on_wait=functools.partial(print, flush=True))
 
 
 def hardware(options: dict[str, Any]) -> str:
-    """Return what a training ran on, in words."""
+    """Return a description of the hardware of a training."""
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}"
     return f"{cpu_name()}, {options.get('num_threads') or os.cpu_count()} threads"

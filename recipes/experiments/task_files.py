@@ -1,4 +1,4 @@
-"""The tasks of an experiment in each setting, and the corpora that these settings need."""
+"""The tasks of an experiment in each of their settings, and the corpora that these settings need."""
 
 import random
 from collections.abc import Sequence
@@ -23,12 +23,12 @@ def expand_tasks(experiment: "Experiment", entries: Sequence[Entry]) -> tuple[li
     Return each task in each of its settings.
 
     Args:
-        experiment (`Experiment`): sets `pools` and `corpus_sizes`.
-        entries (`Sequence[dict]`): the tasks, which may set their own `pool` or `pools`.
+        experiment (`Experiment`): sets `pools` or `corpus_sizes`.
+        entries (`Sequence[dict]`): the tasks, which may set another `pool` or other `pools`.
 
     Returns:
-        `tuple[list[dict], dict]`: entries for run_evaluation.py, and name of the entry -> `{"task", "setting", "size",
-        "split"}`. `size` is the number of passages from `corpus_sizes`, or `None`.
+        `tuple[list[dict], dict]`: the entries for run_evaluation.py, and name of each entry -> `{"task", "setting",
+        "size", "split"}`. `size` is an item of `corpus_sizes`, or `None`.
 
     Raises:
         `ValueError`: see `read_tasks`.
@@ -76,7 +76,7 @@ def corpora_of(entries: Sequence[Entry]) -> list[str]:
     Return the distinct corpus files of entries.
 
     Raises:
-        `ValueError`: if an entry has none, because there is nothing to cut.
+        `ValueError`: if an entry has no corpus file, because there is nothing to cut then.
     """
     without = [entry["name"] for entry in entries if not entry.get("corpus_file")]
     if without:
@@ -91,16 +91,16 @@ def cut_corpora(
     entries: Sequence[Entry], meaning: Meaning, folder: Path, max_questions: int | None = None, seed: int = 0
 ) -> tuple[list[Entry], list[str]]:
     """
-    Write corpora of the sizes that entries ask for, and evaluation sets without candidates.
+    Write corpora of the sizes that `meaning` gives for the entries, and evaluation sets without candidates.
 
     A corpus holds all gold passages of the tasks that share it, and random others. A larger corpus holds the smaller
     ones.
 
     Args:
         entries (`Sequence[dict]`): entries from [`expand_tasks`].
-        meaning (`dict`): from [`expand_tasks`]. Its sizes `"full"` become numbers.
+        meaning (`dict`): from [`expand_tasks`]. A size `"full"` in it is replaced with the number of passages.
         folder (`Path`): folder for the files.
-        max_questions (`int`, *optional*): number of first questions that are used from each task.
+        max_questions (`int`, *optional*): the most questions that each task asks, from the start of its file.
         seed (`int`): seed of the random passages.
 
     Returns:
@@ -141,7 +141,7 @@ def cut_corpora(
 
 
 def _gold_passages(entries: Sequence[Entry], max_questions: int | None) -> set[str]:
-    """Return the ids of the gold passages of all questions that entries use."""
+    """Return the ids of the gold passages of all questions that the entries ask."""
     questions = {}
     for entry in entries:
         limit = entry.get("max_eval_samples", max_questions)
@@ -162,7 +162,7 @@ def _gold_first(corpus: Sequence[dict], gold: set[str], seed: int) -> list[dict]
 
 def cut_to_pools(entries: Sequence[Entry], folder: Path, options: dict[str, Any] | None = None) -> list[Entry]:
     """
-    Write corpora that hold only the candidates and gold passages of the questions that are used.
+    Write corpora that hold only the candidates and gold passages of the questions that the entries ask.
 
     Args:
         entries (`Sequence[dict]`): entries from [`expand_tasks`].

@@ -27,7 +27,8 @@ from trainer.judging.matching import gold_ids, retrieved_ids
 from trainer.losses import embedding_losses
 
 
-def without_candidates(i, passage):
+def question_about(passage, i):
+    """Return a question without candidates."""
     return {
         "id": f"q{i}",
         "dataset": "d",
@@ -38,7 +39,7 @@ def without_candidates(i, passage):
     }
 
 
-QUESTIONS = [without_candidates(i, passage) for i, passage in enumerate(PASSAGES)]
+QUESTIONS = [question_about(passage, i) for i, passage in enumerate(PASSAGES)]
 
 
 def test_ntp_loss_of_references_equals_the_model(model):
@@ -105,7 +106,7 @@ def losses_of(batch):
 
 
 def test_retrieval_metrics_by_hand():
-    """Two batches with a passage in both, a passage that is right for another query too, and a query that is NaN."""
+    """The two batches share a passage, one passage is right for another query too, and one query is NaN."""
     facts = [
         BatchFacts(passage_keys=[(1,), (2,)], positive_keys=[(), (1,)], query_keys=[10, 11], passage_labels=[0, 1]),
         BatchFacts(passage_keys=[(2,), (3,)], positive_keys=[(), ()], query_keys=[12, 13], passage_labels=[0, 1]),
@@ -136,7 +137,7 @@ def test_retrieval_metrics_by_hand():
 
 
 def test_citations_are_before_the_end_of_each_sentence(model):
-    """One passage, another one, and the first again, with free text around: numbers count distinct passages."""
+    """A passage, another one and the first again, with free text around them. Numbers count distinct passages."""
     tokenizer, config = model.tokenizer, model.config
     prompt_length = 3
 

@@ -1,4 +1,4 @@
-"""Judging on tasks: what a results folder holds, what a later run keeps, and what is refused."""
+"""Evaluation on tasks: what a results folder holds, what a later run keeps, and what is refused."""
 
 import json
 
@@ -51,7 +51,7 @@ def predictions(output, mode, task="full"):
 
 
 def pool_of(question, size):
-    """The gold candidates, then the others, in the order of the file."""
+    """Return the gold candidates, then the others, in the order of the file."""
     gold = [id for id in question["candidates"] if id in gold_ids(question)]
     others = [id for id in question["candidates"] if id not in gold]
     return [*gold, *others][:size]
@@ -80,7 +80,7 @@ def test_every_mode_retrieves_what_it_should(judged):
 
 
 def test_a_pool_limits_what_is_retrieved(judged):
-    """So do top_k = 2 and max_retrievals = 2."""
+    """So do top_k=2 and max_retrievals=2."""
     output, _ = judged
     for prediction, question in zip(predictions(output, "forced", "pool"), (*QUESTIONS, FREE, UNKNOWN), strict=True):
         assert 1 <= len(prediction["retrievals"]) <= 2

@@ -60,7 +60,7 @@ def judge(pairs):
 
 
 def kilt_row(instance):
-    """Our scores of one question; without evidence its retrieval is wrong."""
+    """Return our scores of one question. Without provenance, its retrieval is wrong."""
     retrieved, provenance = instance["retrieved"], instance["provenance"]
     if provenance:
         scores = retrieval_scores(retrieved, provenance, ks=(5,))
@@ -79,7 +79,7 @@ def kilt_rows():
 @pytest.mark.parametrize("name", KILT_NAMES)
 def test_each_score_of_kilt(name, kilt_rows):
     theirs = KILT["scores"]["each"][name]
-    assert len(set(theirs)) > 1  # the questions tell right from wrong
+    assert len(set(theirs)) > 1  # the questions do not all score the same
     assert [row[KILT_NAMES[name]] for row in kilt_rows] == same(theirs)
 
 
@@ -101,14 +101,14 @@ def alce_readings(instance):
 
 
 def alce_citations(**options):
-    """Our scores of the citations of each output, `None` if it is empty."""
+    """Return our scores of the citations of each output, `None` if it is empty."""
     outputs = [instance["output"] for instance in ALCE["instances"]]
     return citation_scores(outputs, alce_passages(), judge, **options)
 
 
 @pytest.fixture
 def alce_rows():
-    """Our scores of each output; those of its citations are `None` if it is empty."""
+    """Our scores of each output; the scores of its citations are `None` if it is empty."""
     instances = ALCE["instances"]
     outputs = [instance["output"] for instance in instances]
     recalls = claim_recall(outputs, [instance["claims"] for instance in instances], judge)
@@ -137,10 +137,10 @@ def test_mean_scores_of_alce(name, alce_rows):
     assert 100 * mean_scores(alce_rows, [ALCE_NAMES[name]])[ALCE_NAMES[name]] == same(ALCE["scores"]["set"][name])
 
 
-@pytest.mark.parametrize("most", ALCE["scores"]["at_most_citations"])
-def test_other_numbers_of_citations_that_count(most):
-    ours = mean_scores([row for row in alce_citations(at_most_citations=int(most)) if row])
-    theirs = ALCE["scores"]["at_most_citations"][most]
+@pytest.mark.parametrize("at_most", ALCE["scores"]["at_most_citations"])
+def test_other_numbers_of_citations_that_count(at_most):
+    ours = mean_scores([row for row in alce_citations(at_most_citations=int(at_most)) if row])
+    theirs = ALCE["scores"]["at_most_citations"][at_most]
     assert sorted(theirs) == ["citation_prec", "citation_rec"]
     assert {name: 100 * ours[ALCE_NAMES[name]] for name in theirs} == same(theirs)
 

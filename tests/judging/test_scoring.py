@@ -3,7 +3,7 @@
 import pytest
 
 from support.evaluation_world import FREE, QUESTIONS, UNKNOWN
-from trainer.judging.figures import FIGURES, figure, needing
+from trainer.judging.figures import FIGURES, figure, figures_needing
 from trainer.judging.scoring import cor_names, measure, score, score_rankings
 
 
@@ -147,7 +147,7 @@ def measured_names(questions, entail):
 )
 def test_a_figure_whose_need_is_missing_is_absent(missing, questions, entail):
     """It is neither 0 nor 1. With everything there, every figure of answers is measured."""
-    dependent = set(needing(missing))
+    dependent = set(figures_needing(missing))
     assert not measured_names(questions, entail) & dependent
     complete = measured_names([*ASKED, WITHOUT_PASSAGE], says_yes)
     elsewhere = {"cor_success", "cor_failure", "mrr", "query_recall@k", "ndcg@k", "kilt_recall@k"}  # modules, rankings

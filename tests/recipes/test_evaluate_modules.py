@@ -1,4 +1,4 @@
-"""The `evaluate` modules, loaded by path and offline, as users do; the example of each README gives what it says."""
+"""The `evaluate` modules, loaded by path and offline as users do. The examples of the READMEs give what they show."""
 
 import doctest
 import json
@@ -101,8 +101,8 @@ EXPECTED = {
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Let evaluate write its temporary files into the folder of the test."""
+def temporary_cache(tmp_path, monkeypatch):
+    """Make evaluate write its temporary files into the folder of the test."""
     monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path))
 
 
@@ -147,7 +147,7 @@ def test_a_module_describes_itself(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_whole_lines_of_both_files_are_accepted(name):
-    """They have fields that a module does not know, ids that are numbers, and another order."""
+    """The lines have fields that a module does not know, ids that are numbers, and another order."""
     references = []
     for reference in REFERENCES:
         readings = [{"short_answers": reference["answers"], "question": "?"}]
@@ -253,7 +253,7 @@ def test_grounding_without_an_nli_model_has_no_gr():
 
 @pytest.fixture
 def grounded_predictions():
-    """One answer grounded on the right passage and entailed by it, and one of which neither is true."""
+    """One answer that is grounded on the right passage and entailed by it, and one that is neither."""
     predictions = []
     for id, passage_id, text in (("1", "p1", "w3 red"), ("2", "p9", "w3 blue")):
         passage = {"id": passage_id, "title": "", "text": "w1 red w2"}
@@ -262,7 +262,7 @@ def grounded_predictions():
 
 
 def test_a_judge_by_its_name(grounded_predictions, tmp_path):
-    """`nli` as a user gives it: the folder of a (trained) model."""
+    """As a user does, `nli` names the folder of a (trained) model."""
     from support.nli_models import make_classifier
 
     model, tokenizer = make_classifier(labels=["not_entailment", "entailment"])

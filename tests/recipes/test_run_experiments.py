@@ -45,13 +45,13 @@ def inputs(tmp_path_factory):
 
 
 def overrides_of(inputs, *overrides):
-    """Overrides that name the files of `inputs`, and further ones."""
+    """Return overrides that name the files of `inputs`, followed by `overrides`."""
     files = [f"data={inputs}", f"gen={inputs / 'gen'}", f"emb_seq={inputs / 'emb_seq'}"]
     return [*files, f"train_file={inputs / 'train.jsonl'}", *overrides]
 
 
 def arguments(inputs, output, *overrides, more=()):
-    """The command line of an experiment on `inputs`."""
+    """Return the command line of an experiment on `inputs`."""
     required = ["--experiment", str(inputs / "experiment.yaml"), "--output_dir", str(output)]
     return [*required, "--override", *overrides_of(inputs, *overrides), *map(str, more)]
 
@@ -59,9 +59,8 @@ def arguments(inputs, output, *overrides, more=()):
 @pytest.fixture
 def run_here(monkeypatch):
     """
-    Run the runner and its recipes in this process, which saves their imports.
-
-    Returns its exit code, and recipe and run of each launch.
+    A function that runs the runner and its recipes in this process, which saves their imports. It returns the runner's
+    exit code, and the recipe and run of each launch.
     """
     launched = []
 
@@ -155,7 +154,7 @@ def test_two_arms_two_seeds_from_file_to_report(inputs, tmp_path, run_here, caps
     assert list(judged_results["figures"]["Top-2"]) == ["co"]
     assert any("judged in another way" in note for note in judged_results["notes"])
 
-    # A judging that fails leaves scores of an unknown judge, so both arms are judged again.
+    # An evaluation that fails leaves scores of an unknown judge, so both arms are judged again.
     broken = [*with_judge, "--override", "evaluation.gr_hypothesis={answer} {sentence}"]
     assert run_here(broken)[0] == 1
     assert len(run_here(with_judge)[1]) == 2
@@ -164,7 +163,7 @@ def test_two_arms_two_seeds_from_file_to_report(inputs, tmp_path, run_here, caps
 
 
 def check_figures_against_evaluations(results):
-    """The numbers of the report are those that run_evaluation.py measured."""
+    """Check that the numbers of the report are those that run_evaluation.py measured."""
     for arm in ("co", "separate"):
         figures = {setting: results["figures"][setting][arm] for setting in ("Top-2", "Top-4")}
         evaluations = []
@@ -299,7 +298,7 @@ def test_a_training_that_outlives_its_runner_keeps_its_folder(tmp_path, capsys):
     thread = Thread(target=wait_for_folder)
     thread.start()
     assert not entered.wait(0.5)
-    assert capsys.readouterr().out == f"{tmp_path / 'folder'}: another process works on it; waiting\n"
+    assert capsys.readouterr().out == f"{tmp_path / 'folder'}: another process is working on it; waiting\n"
     training.communicate(b"\n")
     assert entered.wait(60)
     thread.join()

@@ -40,7 +40,7 @@ def write_results(folder, tasks, model="m"):
 
 
 def rows(cor, **others):
-    """Scores of questions: the values of Cor, and those of other figures."""
+    """Return the scores of questions, given the values of Cor and of other figures."""
     return [{"cor": value, **{name: values[i] for name, values in others.items()}} for i, value in enumerate(cor)]
 
 

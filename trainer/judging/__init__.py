@@ -1,1 +1,1 @@
-"""Evaluation: the figures, the functions that compute them, and the runs that produce what is scored."""
+"""Evaluation: the figures, the functions that compute them, and the runs that produce the answers."""

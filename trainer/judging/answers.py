@@ -22,7 +22,7 @@ from .grounding import split_sentences
 from .intervals import Mean
 from .matching import gold_ids
 
-RANKED = 100  # number of passages in a ranking over the whole corpus
+RANKING_LENGTH = 100  # number of passages in a ranking over the whole corpus
 
 
 # ---------------------------------------------------------------------- rankings by the query embedding
@@ -65,11 +65,11 @@ def rank_passages(
         first. With `pools` also `"pool"`, the ids of all candidates.
     """
     queries = embed_queries(model, questions, batch_size)
-    rows_of_scope = {"corpus": index.search(queries, k=RANKED)[1]}
+    rows_of_scope = {"corpus": index.search(queries, k=RANKING_LENGTH)[1]}
     if pools:
         candidates = [index.rows_of(question["candidates"]) for question in questions]
-        largest = max(map(len, candidates), default=1)
-        rows_of_scope["pool"] = index.search(queries, k=largest, candidates=candidates)[1]
+        largest_pool = max(map(len, candidates), default=1)
+        rows_of_scope["pool"] = index.search(queries, k=largest_pool, candidates=candidates)[1]
     rankings = []
     for i, question in enumerate(questions):
         ranking = {"id": question["id"]}
@@ -99,7 +99,7 @@ def answer(
     show_progress_bar: bool = True,
 ) -> list[dict]:
     """
-    Answer questions, and return the answers with their retrieval traces.
+    Answer questions, and return the answers with what was retrieved for them.
 
     Args:
         model ([`CoSupForCausalLM`]): answers greedily.
@@ -109,8 +109,9 @@ def answer(
         batch_size (`int`), max_new_tokens (`int`): as in `generate`.
         candidates (`list[list[str]]`, *optional*): for each question, the ids of the passages that its search is
             limited to.
-        top_k (`int`), max_retrievals (`int`, *optional*): of [`RetrievalConfig`], if the model searches.
-        seed (`int`): of the passages in mode `"wrong"`.
+        top_k (`int`), max_retrievals (`int`, *optional*): as in [`RetrievalConfig`]; unused if the model does not
+            search.
+        seed (`int`): seed for drawing the passages of mode `"wrong"`.
         output_file, on_completion, show_progress_bar: as in `generate_many`.
 
     Returns:
@@ -148,22 +149,22 @@ def as_prediction(
         question (`dict`): evaluation instance.
         completion ([`Completion`]): the answer, from `generate_many`.
         prompt_length (`int`): number of prompt tokens, which the positions of the retrieval trace include.
-        tokenizer (`PreTrainedTokenizerBase`): the model's.
+        tokenizer (`PreTrainedTokenizerBase`): the tokenizer of the model.
 
     Returns:
         `dict`: `id`, `dataset`, `input`, `answers` and `provenance` of the question, and
 
         - `output`: what the model wrote, without passages.
-        - `output_with_citations`: the same for ALCE, with `[n]` before the end of each grounded sentence, where n
-          counts the distinct passages.
-        - `cited_text`: the same for readers, with the passages below.
+        - `output_with_citations`: the same in ALCE's form, with `[n]` before the end of each grounded sentence, where
+          n counts the distinct passages.
+        - `cited_text`: the same for human readers, with the passages listed below it.
         - `retrievals`: `{"passages": [{"id", "title", "text"}], "scores", "grounded_text"}` for each retrieval.
         - `num_generated_tokens`.
     """
     tokens = completion.token_ids
     citation_numbers: dict[str | None, int] = {}  # passage id -> n
     pieces, retrievals = [], []
-    written = 0  # tokens that `pieces` covers
+    written = 0  # number of tokens that `pieces` covers
     for retrieval in completion.retrievals:
         start, end = (position - prompt_length for position in retrieval.grounded_span)
         nsp = max(written, retrieval.position - prompt_length)
@@ -216,13 +217,13 @@ def retrieval_settings(
             - `"off"`: `[NSP]` is never emitted.
             - `"gold"`: every answer begins with `[NSP]` and gets the passages of the first evidence set of
               `provenance`, in order.
-            - `"wrong"`: the same with as many passages that are not gold, drawn at random from the question's
-              `candidates`, or from the index if it has none.
+            - `"wrong"`: the same, but with as many passages that are not gold. They are drawn at random from the
+              question's `candidates`, or from the index if it has no candidates.
         questions, index, candidates, top_k, max_retrievals, seed: see [`answer`].
 
     Raises:
-        `ValueError`: for an unknown mode. With counts, for questions without provenance in modes `"gold"` and
-            `"wrong"`, and for questions without a wrong passage to draw.
+        `ValueError`: for an unknown mode; with counts, for questions without provenance in modes `"gold"` and
+            `"wrong"`, and for questions that have no wrong passage to draw.
     """
     answering_modes = [name for name in MODES if name != QUERY]
     if mode not in answering_modes:
@@ -249,10 +250,10 @@ def wrong_passages(questions: list[dict], index: Retriever, seed: int = 0) -> li
     Draw for each question as many random passages as its first evidence set holds, none of them gold.
 
     Returns:
-        `list[list[str]]`: their ids, which depend on the seed and the question alone.
+        `list[list[str]]`: the ids of each question's passages. They depend on the seed and the question alone.
 
     Raises:
-        `ValueError`: if all passages of a question are gold, with counts.
+        `ValueError`: if all passages that a question could get are gold, with counts.
     """
     rows = index.live_rows()
     passages = []
@@ -276,7 +277,7 @@ def _draw_wrong_passages(
     if question.get("candidates"):
         wrong = [id for id in question["candidates"] if id not in gold]
     else:
-        num_drawn = min(len(rows), count + len(gold))  # enough even if all gold passages are among them
+        num_drawn = min(len(rows), count + len(gold))  # enough even if all gold passages are drawn
         drawn = generator.sample(range(len(rows)), num_drawn)
         wrong = [passage["id"] for passage in index.get_passages(rows[drawn]) if passage["id"] not in gold]
     return generator.sample(wrong, min(count, len(wrong)))
@@ -307,8 +308,8 @@ def ntp_loss(model: CoSupForCausalLM, instances: list[dict]) -> Mean:
 
 def reference_instances(questions: list[dict], corpus: list[dict]) -> list[dict]:
     """
-    Return evaluation instances as training instances: the first answer, grounded on the first passage of the first
-    evidence set, or as free text if there is no provenance.
+    Turn evaluation instances into training instances. The text is the first answer, grounded on the first passage of
+    the first evidence set, or free text if there is no provenance.
     """
     passage_of = {passage["id"]: passage for passage in corpus}
     instances = []
@@ -327,13 +328,17 @@ def _prompt(model: CoSupForCausalLM, question: dict) -> list[int]:
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return cast(str, tokenizer.decode(ids, skip_special_tokens=True))  # a list of texts for a batch only
+    return cast(str, tokenizer.decode(ids, skip_special_tokens=True))  # only a batch would give a list of texts
 
 
 def _batches(
     model: CoSupForCausalLM, prompts: list[list[Any]], batch_size: int, description: str
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
-    """Yield `(rows, {"input_ids", "attention_mask"})`, padded on the left; prompts of similar length come together."""
+    """
+    Yield the prompts in batches, as `(rows, {"input_ids", "attention_mask"})`.
+
+    Prompts are padded on the left. Those of similar length share a batch, the longest first.
+    """
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     with tqdm(total=len(prompts), desc=description, unit="question") as bar:
         for start in range(0, len(order), batch_size):

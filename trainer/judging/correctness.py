@@ -1,6 +1,6 @@
 """
 Score answers with pure functions of strings: exact match, F1, ROUGE-L and containment, as SQuAD, KILT, ALCE and the
-paper count them. No model is needed.
+paper define them. No model is needed.
 """
 
 import re
@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 
-# What Cor is on each dataset, as in the paper's published scoring: a long answer that contains a short one is right.
-# For KILT's own figures see `kilt_scores`.
+# The metric that is Cor on each dataset, as in the paper's published scoring: an answer that contains the short one is
+# right. For KILT's own figures see `kilt_scores`.
 DATASET_METRICS = {
     "nq": "short_answer",
     "triviaqa": "short_answer",
@@ -51,8 +51,8 @@ def accuracy(prediction: str, answers: list[str]) -> bool:
 
 def unigram_f1(prediction: str, answers: list[str]) -> float:
     """
-    Return the F1 of the normalised words, the best over all answers (KILT; Wizard of Wikipedia in the paper). As in
-    KILT, it is 0 if prediction or answer has no word left.
+    Return the F1 of the normalised words for the best answer. (KILT uses it, and the paper for Wizard of Wikipedia.)
+    As in KILT, it is 0 if normalisation leaves no word of the prediction or the answer.
     """
     words = normalize_answer(prediction).split()
     return max(_f1(words, normalize_answer(answer).split()) for answer in _not_empty(answers))
@@ -69,8 +69,8 @@ def _f1(prediction: list[str], answer: list[str]) -> float:
 
 def short_answer(prediction: str, answers: list[str]) -> bool:
     """
-    Return whether one of the normalised answers is a substring of the normalised prediction (the paper's accuracy,
-    ALCE's presence). Word boundaries do not matter.
+    Return whether one of the normalised answers is a substring of the normalised prediction. (The paper calls this
+    accuracy, ALCE presence.) Word boundaries do not matter.
     """
     prediction = normalize_answer(prediction)
     return any(normalize_answer(answer) in prediction for answer in answers)
@@ -78,7 +78,7 @@ def short_answer(prediction: str, answers: list[str]) -> bool:
 
 def rouge_l(prediction: str, answers: list[str]) -> float:
     """
-    Return KILT's ROUGE-L, the best over all answers: the F of PyPI's `rouge` (not `rouge_score`) on the texts without
+    Return KILT's ROUGE-L for the best answer: the F-score of PyPI's `rouge` (not `rouge_score`) on the texts without
     normalisation. It is 0 for a text without a word.
 
     Raises:
@@ -93,7 +93,7 @@ def _rouge_l(prediction: str, answer: str) -> float:
     sys.setrecursionlimit(limit + len(prediction.split()) + len(answer.split()))
     try:
         return _rouge().get_scores(prediction, answer)[0]["rouge-l"]["f"]
-    except ValueError:  # no word in one of them
+    except ValueError:  # one of the texts has no word
         return 0.0
     finally:
         sys.setrecursionlimit(limit)
@@ -126,7 +126,7 @@ def fever_verdict(answer: str) -> str:
     Return the verdict of a FEVER answer, `"supports"` or `"refutes"`.
 
     Raises:
-        `ValueError`: for any other label. (KILT leaves out claims without enough information.)
+        `ValueError`: for any other label. (KILT leaves out the claims labelled "NOT ENOUGH INFO".)
     """
     verdict = answer.strip().lower()
     if verdict not in FEVER_LABELS:
@@ -136,20 +136,20 @@ def fever_verdict(answer: str) -> str:
 
 TextMetric = Callable[[str, list[str]], float]  # (prediction, answers) -> score
 
-# The scores of every question with answers.
+# These are computed for every question with answers.
 ANSWER_METRICS: dict[str, TextMetric] = {
     "accuracy": accuracy,
     "em": exact_match,
     "f1": unigram_f1,
     "rouge_l": rouge_l,
 }
-# What Cor can be without an NLI model, under the names of DATASET_METRICS.
+# The metrics that need no NLI model, under the names of DATASET_METRICS.
 TEXT_METRICS: dict[str, TextMetric] = {
     **ANSWER_METRICS,
     "short_answer": short_answer,
     "fever_label": fever_label,
 }
-KILT_METRICS = ("accuracy", "em", "f1", "rouge_l")  # KILT also has these gated by retrieval
+KILT_METRICS = ("accuracy", "em", "f1", "rouge_l")  # KILT also reports these gated by retrieval
 
 
 def cor_metric(dataset: str, nli: bool = True, claims: bool = False) -> str | None:
@@ -157,11 +157,12 @@ def cor_metric(dataset: str, nli: bool = True, claims: bool = False) -> str | No
     Return the name of the metric that is Cor on a dataset.
 
     Args:
-        dataset (`str`): name of the dataset; `"short_answer"` is the metric of those not in `DATASET_METRICS`.
+        dataset (`str`): name of the dataset. The metric of datasets that are not in `DATASET_METRICS` is
+            `"short_answer"`.
         nli (`bool`): whether there is an NLI model. Without one, FEVER is judged by its label, and a report must say
             so.
-        claims (`bool`): whether the question has ALCE's reference claims. It is judged by them then, because ALCE's
-            ELI5 has the same name as KILT's.
+        claims (`bool`): whether the question has ALCE's reference claims. If so, it is judged by them. (The name of
+            the dataset does not tell, because ALCE's ELI5 and KILT's have the same one.)
 
     Returns:
         `str`, or `None` if the metric needs an NLI model and there is none.
@@ -179,7 +180,7 @@ def correctness(prediction: str, answers: list[str], metric: str) -> float:
 
     Args:
         prediction (`str`): what the model wrote, without passages and citations.
-        answers (`list[str]`): reference answers; any of them is right.
+        answers (`list[str]`): reference answers, each of which is right.
         metric (`str`): a key of `TEXT_METRICS`.
 
     Returns:
@@ -235,18 +236,18 @@ def gated_by_retrieval(scores: dict[str, float], r_precision: float | None) -> d
 
 
 def alce_output(text: str) -> str:
-    """Return what ALCE scores of an output: its first line."""
+    """Return the part of an output that ALCE scores: its first line."""
     return text.strip().split("\n")[0].replace("<|im_end|>", "")
 
 
 def remove_citations(text: str) -> str:
-    """Remove citations `[n]` from a text. As in ALCE, every closing bracket goes, not only a citation's."""
+    """Remove citations `[n]` from a text. As in ALCE, all closing brackets go, not only those of citations."""
     return re.sub(r" ?\[\d+", "", text).replace(" |", "").replace("]", "")
 
 
 def str_em(output: str, qa_pairs: list[dict]) -> tuple[float, float]:
     """
-    Return ALCE's correctness on ASQA: the share of a question's readings with a short answer in the output.
+    Return ALCE's correctness on ASQA: the share of a question's readings that have a short answer in the output.
 
     Args:
         output (`str`): what the model wrote, with or without citations; only the first line counts.

@@ -1,9 +1,9 @@
 """
-Name the figures: one vocabulary for logs, results files, reports, model cards and `evaluate` modules.
+The vocabulary of figures, shared by logs, results files, reports, model cards and `evaluate` modules.
 
-A figure has one name everywhere. If it depends on the first k places of a ranking, its name ends in `@k`. The table
-holds such a name once, with a literal k, and [`figure`] fills in the number. No figure is called `recall@k` alone,
-because three different ones could be meant.
+A figure has one name everywhere. If it depends on the first k places of a ranking, its name ends in `@k`. The tables
+below hold such a name once, with a literal k, and [`figure`] fills in the number. No figure is called just `recall@k`,
+because that could mean three different ones.
 """
 
 from collections.abc import Collection, Iterable
@@ -17,7 +17,7 @@ Need = Literal["gold", "judge", "no_passage"]
 @dataclass(frozen=True)
 class Figure:
     """
-    A quantity that is measured.
+    A measured quantity.
 
     Args:
         name (`str`): name in results files, logs and code.
@@ -27,8 +27,8 @@ class Figure:
             loss.
         needs (tuple of `str`): what the figure cannot be measured without: `"gold"` passages, an NLI `"judge"`, or
             questions that need `"no_passage"`.
-        binary (`bool`): whether its value for a single question is 0 or 1. For Cor this depends on the metric, see
-            [`is_binary`].
+        binary (`bool`): whether its value for a single question is always 0 or 1. For Cor this depends on the metric,
+            see [`is_binary`].
     """
 
     name: str
@@ -76,7 +76,7 @@ _RETRIEVAL_WHILE_GENERATING = (
         "kilt_recall@k",
         "KILT recall@k",
         "KILT's: share of the evidence sets that are complete in the first k places of what was retrieved; "
-        "where several passages stand for one page, each is a set of its own",
+        "if a page has several passages, each of them is one set",
         needs=_GOLD,
     ),
     Figure(
@@ -104,14 +104,19 @@ _QUERY_EMBEDDING = (
         binary=True,
     ),
     Figure("mrr", "MRR", "1 / rank of the first gold passage in the ranking by the query embedding", needs=_GOLD),
-    Figure("ndcg@k", "nDCG@k", "of the first k by the query embedding, gain 1 for each gold passage", needs=_GOLD),
+    Figure(
+        "ndcg@k",
+        "nDCG@k",
+        "nDCG of the first k by the query embedding, with gain 1 for each gold passage",
+        needs=_GOLD,
+    ),
     Figure("ann_recall@k", "ANN recall@k", "share of the exact k nearest passages that an approximate search finds"),
 )
 _ANSWERS = (
     Figure("cor", "Cor", "the answer is right, by the metric of its dataset"),
     Figure("cor_minus", "Cor⁻", "Cor, with wrong retrieval counted as wrong", needs=_GOLD),
     Figure("cor_success", "Cor, Ret = 1", "Cor where a gold passage was retrieved", needs=_GOLD),
-    Figure("cor_failure", "Cor, Ret = 0", "Cor where none was", needs=_GOLD),
+    Figure("cor_failure", "Cor, Ret = 0", "Cor where no gold passage was retrieved", needs=_GOLD),
     Figure("cor_not_needed", "Cor, not needed", "Cor of the questions that need no passage", needs=_NO_PASSAGE),
     Figure("short_answer", "short answer", "a normalised answer is part of the normalised output", binary=True),
     Figure("accuracy", "accuracy", "KILT's: the output is one of the answers, neither normalised", binary=True),
@@ -122,7 +127,7 @@ _ANSWERS = (
         "em_not_needed", "EM, not needed", "EM of the questions that need no passage", needs=_NO_PASSAGE, binary=True
     ),
     Figure("f1", "F1", "F1 of the normalised words, for the best answer"),
-    Figure("rouge_l", "ROUGE-L", "F by PyPI's rouge, as in KILT, for the best answer"),
+    Figure("rouge_l", "ROUGE-L", "F-score of PyPI's rouge, as in KILT, for the best answer"),
     Figure("kilt_accuracy", "KILT-accuracy", "accuracy where R-precision is 1, else 0", needs=_GOLD, binary=True),
     Figure("kilt_em", "KILT-EM", "EM where R-precision is 1, else 0", needs=_GOLD, binary=True),
     Figure("kilt_f1", "KILT-F1", "F1 where R-precision is 1, else 0", needs=_GOLD),
@@ -138,11 +143,9 @@ _ANSWERS = (
     Figure(
         "str_em",
         "str_em",
-        "ALCE's: share of the readings of a question of which a short answer is part of the normalised output",
+        "ALCE's: share of the readings of a question that have a short answer in the normalised output",
     ),
-    Figure(
-        "str_hit", "str_hit", "ALCE's: a short answer of every reading is part of the normalised output", binary=True
-    ),
+    Figure("str_hit", "str_hit", "ALCE's: every reading has a short answer in the normalised output", binary=True),
     Figure(
         "claim_recall",
         "claim recall",
@@ -158,7 +161,7 @@ _GROUNDING = (
         needs=_JUDGE,
     ),
     Figure("gr_success", "Gr, Ret = 1", "Gr where a gold passage was retrieved", needs=_GOLD_AND_JUDGE),
-    Figure("gr_failure", "Gr, Ret = 0", "Gr where none was", needs=_GOLD_AND_JUDGE),
+    Figure("gr_failure", "Gr, Ret = 0", "Gr where no gold passage was retrieved", needs=_GOLD_AND_JUDGE),
     Figure("k_precision", "K-precision", "share of the words between [Cs] and [CE] that are in their passages"),
     Figure(
         "citation_recall",
@@ -169,7 +172,7 @@ _GROUNDING = (
     Figure(
         "citation_precision",
         "citation precision",
-        "ALCE's: share of citations that support their sentence alone, or without which the others do not",
+        "ALCE's: share of the citations that support their sentence alone, or without which the others do not",
         needs=_JUDGE,
     ),
 )
@@ -187,7 +190,7 @@ _COUNTS = (
 _TABLE = (*_TRAINING, *_RETRIEVAL_WHILE_GENERATING, *_QUERY_EMBEDDING, *_ANSWERS, *_GROUNDING, *_COUNTS)
 FIGURES: dict[str, Figure] = {entry.name: entry for entry in _TABLE}
 
-OF_COR = ("cor", "cor_minus", "cor_success", "cor_failure", "cor_not_needed")  # measured by the dataset's metric
+COR_FIGURES = ("cor", "cor_minus", "cor_success", "cor_failure", "cor_not_needed")  # by the metric of the dataset
 MAIN = ("ret", "ret_precision", "cor", "cor_minus", "gr", "k_precision")  # the columns of main tables
 
 # How an evaluation answers its questions -> its label in tables.
@@ -200,20 +203,20 @@ MODES: dict[str, str] = {
     "query": "query embedding",
 }
 SEARCHING = ("retrieval", "forced")  # modes in which the model searches for passages itself
-GIVEN = ("gold", "wrong")  # modes that give the model passages; only questions that need one are asked
+GIVEN = ("gold", "wrong")  # modes that give the model its passages; they ask only questions that need one
 QUERY = "query"  # the mode that ranks passages by the query embedding and generates nothing
 SCOPES: dict[str, str] = {"corpus": "over the corpus", "pool": "over the pool"}  # what mode "query" ranks
 
-SPLITS = ("in-domain", "out-of-domain")  # groups of tasks that are averaged apart
+SPLITS = ("in-domain", "out-of-domain")  # groups of tasks that are averaged separately
 
-NO_JUDGE = ""  # in place of a metric's name if Cor needs an NLI model and there is none
+NO_JUDGE = ""  # replaces the name of Cor's metric if that needs an NLI model and there is none
 
 _FACTOR_AND_DIGITS: dict[Scale, tuple[int, int]] = {"share": (100, 1), "count": (1, 2), "nats": (1, 3)}
 
 
 def figure(name: str) -> Figure:
     """
-    Return the figure of a name, such as `"ret"` or `"query_recall@5"`. The prefixes `eval_` and `train_` of the
+    Return the figure with a name, such as `"ret"` or `"query_recall@5"`. The prefixes `eval_` and `train_` of the
     Trainer's logs are ignored.
 
     Raises:
@@ -233,28 +236,28 @@ def figure(name: str) -> Figure:
 
 def is_binary(name: str, cor: Collection[str] = ()) -> bool:
     """
-    Return whether a figure is 0 or 1 for a single question. Such a figure has Wilson's interval, others the
+    Return whether a figure is always 0 or 1 for a single question. Such a figure has Wilson's interval, any other the
     bootstrap's.
 
     Args:
         name (`str`): name of the figure.
-        cor (collection of `str`): names of the metrics that Cor is measured by. Cor is binary if all of them are, and
-            not binary if none is given.
+        cor (collection of `str`): names of the metrics by which Cor is measured. Cor is binary if all of them are, and
+            not if there are none.
     """
-    if name not in OF_COR:
+    if name not in COR_FIGURES:
         return figure(name).binary
     if not cor or NO_JUDGE in cor:
         return False
     return all(figure(metric).binary for metric in cor)
 
 
-def needing(need: Need) -> list[str]:
-    """Return the names of the figures that cannot be measured without what `need` says, see [`Figure`]."""
+def figures_needing(need: Need) -> list[str]:
+    """Return the names of the figures that cannot be measured without `need`, see [`Figure`]."""
     return [entry.name for entry in FIGURES.values() if need in entry.needs]
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Return names of figures in the order of the vocabulary, each once, with `@1` before `@5`."""
+    """Sort names of figures in the order of the vocabulary, with `@1` before `@5`, and drop duplicates."""
     places = {name: place for place, name in enumerate(FIGURES)}
 
     def place_and_k(name: str) -> tuple[int, int]:
@@ -267,7 +270,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def cor_label(name: str) -> str:
-    """Return the label of the metric that is Cor, or a note that it needs an NLI model."""
+    """Return the label of a metric by which Cor is measured, or a note that it needs an NLI model."""
     return "needs an NLI model" if name == NO_JUDGE else figure(name).label
 
 
@@ -278,8 +281,8 @@ def shown(value: float, name: str, signed: bool = False) -> str:
     return f"{factor * value:{sign}.{digits}f}"
 
 
-def line(measured: Measured, name: str) -> str:
-    """Format a figure for one line of a terminal: value, interval and number of questions."""
+def figure_line(measured: Measured, name: str) -> str:
+    """Format a figure as a line for the terminal: value, interval and number of questions."""
     low, high = (shown(bound, name) for bound in measured["interval"])
     unit = " %" if figure(name).scale == "share" else ""
     return f"{shown(measured['value'], name):>6}{unit}  [{low}, {high}]  n = {measured['n']}"

@@ -1,9 +1,9 @@
 """
-Judge whether what was written follows from what was retrieved: Gr and K-precision of grounded text, ALCE's citations
-and claims, and FEVER by NLI.
+Judge whether an answer follows from what was retrieved: Gr and K-precision of grounded text, ALCE's citations and
+claims, and FEVER by NLI.
 
-A figure that needs an NLI model takes `entail`, a function from pairs (premise, hypothesis) to one bool each, such as
-a judge of `trainer.judging.nli`. It gets the pairs of all instances in one call, so that the model works in batches.
+A function that needs an NLI model takes `entail`, which maps each pair (premise, hypothesis) to a bool; a judge of
+`trainer.judging.nli` does so. It gets the pairs of all instances together, so that the model works in batches.
 """
 
 import re
@@ -15,13 +15,13 @@ from .correctness import alce_output, fever_verdict, normalize_answer, remove_ci
 
 Judge = Callable[[list[tuple[str, str]]], list[bool]]  # pairs (premise, hypothesis) -> whether each premise entails it
 
-HYPOTHESIS = "{sentence}"  # of Gr
-# Words in lower case that end in a full stop within a sentence.
+HYPOTHESIS = "{sentence}"  # default template of the hypotheses of Gr
+# Words, in lower case, after which a full stop does not end the sentence.
 ABBREVIATIONS = frozenset(
     "mr mrs ms dr prof st sr jr gen col lt maj capt sgt cmdr adm rev hon gov sen rep pres vs etc ed eds al approx ca "
     "cf inc ltd co corp bros dept univ est jan feb mar apr jun jul aug sep sept oct nov dec mt ft".split()
 )
-# Words that do so only before a number: "He said no." ends a sentence, "No. 5" does not.
+# Words of which this is true only before a number: "He said no." ends a sentence, "No. 5" does not.
 BEFORE_NUMBERS = frozenset("no nos vol vols pp fig figs".split())
 _SENTENCE_END = re.compile(r"(?:[!?]+|(?<!\.)\.)[\"'”’)\]]*\s+")
 _INITIALS = re.compile(r"[^\W\d](\.[^\W\d])*")  # J., U.S., p.m.
@@ -30,13 +30,15 @@ _BEFORE_A_WORD = re.compile(r"[\s(\[\"'“‘]")
 
 def split_sentences(text: str) -> list[str]:
     """
-    Split an English text into its sentences, none of them empty.
+    Split an English text into sentences, none of them empty.
 
     A sentence ends at `.`, `!` or `?` (with closing quotes and brackets) before white space, unless the full stop
-    belongs to an ellipsis, an abbreviation or initials. ALCE splits with NLTK's Punkt model, which must be downloaded.
-    Of the splitters that need no download (blingfire, syntok, pysbd), none was closer to Punkt than this rule. Most
-    differences are initials (`U.S.|Senator`) that Punkt takes for an end. To count exactly as ALCE does, pass
-    `nltk.sent_tokenize` as `split` to the functions below.
+    belongs to an ellipsis, an abbreviation or initials.
+
+    ALCE splits with NLTK's Punkt model, which must be downloaded. Of the splitters that need no download (blingfire,
+    syntok, pysbd), none was closer to Punkt than this rule. Most differences are initials (`U.S.|Senator`) at which
+    Punkt ends the sentence. To count exactly as ALCE does, pass `nltk.sent_tokenize` as `split` to the functions
+    below.
     """
     sentences = []
     start = 0
@@ -53,7 +55,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def premise(title: str, text: str) -> str:
-    """Format a passage as ALCE does for the NLI model, even if the title is empty."""
+    """Format a passage for the NLI model as ALCE does. The form stays the same if the title is empty."""
     return f"Title: {title}\n{text}"
 
 
@@ -94,9 +96,9 @@ def grounding(
             `hypothesis` contains `{question}`.
         entail (`Callable`): `list[(premise, hypothesis)]` -> `list[bool]`.
         split (`Callable`): splits a text into its sentences.
-        hypothesis (`str`): how the NLI model reads a sentence: `"{sentence}"`, as in the paper, or
-            `"{question} {sentence}"`, because a short answer alone states nothing. (ALCE reads its lists of short
-            answers like that.)
+        hypothesis (`str`): template of the text that the NLI model gets for a sentence: `"{sentence}"`, as in the
+            paper, or `"{question} {sentence}"`, because a short answer alone states nothing. (ALCE does this for its
+            lists of short answers.)
 
     Returns:
         `list[float | None]`: one value per prediction, `None` if it has no grounded sentence, e.g. because nothing was
@@ -107,7 +109,7 @@ def grounding(
     """
     check_hypothesis(hypothesis)
     pairs = []
-    rows = []  # of each pair, the number of its prediction
+    rows = []  # for each pair, the index of its prediction
     for row, prediction in enumerate(predictions):
         question = prediction.get("input", "")
         for retrieval in prediction["retrievals"]:
@@ -127,7 +129,7 @@ def grounding(
 def k_precision(prediction: dict) -> float | None:
     """
     Return K-precision: the share of the words between `[Cs]` and `[CE]` that are in the passages retrieved for that
-    span. It is lexical and needs no model.
+    span. It compares words only and needs no model.
 
     Words are normalised, see [`~trainer.judging.correctness.normalize_answer`]. A word counts at most as often as it
     occurs in the passages.
@@ -136,7 +138,7 @@ def k_precision(prediction: dict) -> float | None:
         prediction (`dict`): as for [`grounding`].
 
     Returns:
-        `float`, or `None` if no word is grounded on a passage.
+        `float`, or `None` if there is no grounded word.
     """
     num_supported = num_words = 0
     for retrieval in prediction["retrievals"]:
@@ -153,8 +155,8 @@ def k_precision(prediction: dict) -> float | None:
 
 def cited_passages(prediction: dict) -> list[dict]:
     """
-    Return the distinct passages `{"id", "title", "text"}` of all `retrievals`, in order of first appearance: the
-    citation `[n]` is of the n-th.
+    Return the distinct passages `{"id", "title", "text"}` of all `retrievals`, in order of first appearance. A
+    citation `[n]` refers to the n-th of them.
     """
     passages: dict[str, dict] = {}
     for retrieval in prediction["retrievals"]:
@@ -177,21 +179,24 @@ def citation_scores(
     citation, or with one out of range, does not.
 
     Precision is the share of the citations that are needed. In a sentence that follows from its passages, a citation
-    is not needed if its passage alone does not entail the sentence and the other passages do without it. In any other
-    sentence no citation is needed.
+    is unneeded if its passage alone does not entail the sentence, but the other cited passages do. In any other
+    sentence, no citation is needed.
 
     Args:
         outputs (`list[str]`): with `[n]` before the end of a sentence; only the first line counts. `[1]` is the first
             passage; `[0]` is out of range.
-        passages (`list[list[dict]]`): for each output the passages `{"title", "text"}` that `[n]` counts.
+        passages (`list[list[dict]]`): for each output, the passages `{"title", "text"}` to which `[n]` refers.
         entail (`Callable`): `list[(premise, hypothesis)]` -> `list[bool]`; called three times.
         at_most_citations (`int`): further citations of a sentence are ignored.
         split (`Callable`): splits a text into its sentences.
 
     Returns:
-        `list[dict | None]`: for each output its `citation_recall` and `citation_precision`, and numbers to add up over
-        outputs: of `sentences`, of those with `several` citations, of those among them that their passages
-        `supported`, and of `unneeded` citations there. `None` for an empty output, which ALCE leaves out.
+        `list[dict | None]`: for each output its scores, or `None` if it is empty, because ALCE leaves it out then:
+
+        - `citation_recall` and `citation_precision`.
+        - `sentences`, `several`, `supported`: the number of sentences, of those with several citations, and of those
+          among the latter that follow from their passages.
+        - `unneeded`: the number of citations that are not needed.
     """
     sentences = []
     for row, output in enumerate(outputs):
@@ -199,25 +204,26 @@ def citation_scores(
             sentences.append(_Sentence(text, row, passages[row], at_most_citations))
 
     citing = [sentence for sentence in sentences if sentence.citations]
-    together = _ask(entail, [(sentence.premise(sentence.citations), sentence.claim) for sentence in citing])
+    together = _ask(entail, [(sentence.premise_of(sentence.citations), sentence.claim) for sentence in citing])
     for sentence, label in zip(citing, together, strict=True):
         sentence.entailed = label
 
-    # A citation can be unneeded only if the passages together entail the sentence, and there are others.
+    # A citation can be unneeded only if the sentence has others, and follows from all of them together.
     citations: list[tuple[_Sentence, int]] = []
     for sentence in citing:
         if sentence.entailed and len(sentence.citations) > 1:
             citations.extend((sentence, citation) for citation in sentence.citations)
-    alone = _ask(entail, [(sentence.premise([citation]), sentence.claim) for sentence, citation in citations])
+    alone = _ask(entail, [(sentence.premise_of([citation]), sentence.claim) for sentence, citation in citations])
     doubtful = [pair for pair, label in zip(citations, alone, strict=True) if not label]
-    others = _ask(
-        entail, [(sentence.premise(sentence.others(citation)), sentence.claim) for sentence, citation in doubtful]
-    )
-    for (sentence, _), label in zip(doubtful, others, strict=True):
+    without = _ask(entail, [(sentence.premise_without(citation), sentence.claim) for sentence, citation in doubtful])
+    for (sentence, _), label in zip(doubtful, without, strict=True):
         if label:
             sentence.num_unneeded += 1
 
-    return [_summarize([s for s in sentences if s.row == row]) for row in range(len(outputs))]
+    by_output: list[list[_Sentence]] = [[] for _ in outputs]
+    for sentence in sentences:
+        by_output[sentence.row].append(sentence)
+    return [_summarize(output_sentences) for output_sentences in by_output]
 
 
 class _Sentence:
@@ -225,9 +231,10 @@ class _Sentence:
     A sentence of an output, with the passages that it cites.
 
     Attributes:
-        row (`int`): number of the output.
+        row (`int`): index of the output.
         claim (`str`): the sentence without its citations.
-        citations (`list[int]`): index of each cited passage; empty if any citation is out of range.
+        citations (`list[int]`): index of each cited passage, the first `at_most_citations` of them; empty if any
+            citation is out of range.
         has_several (`bool`): whether it has several citations, in range or not.
         entailed (`bool`): whether it follows from the cited passages together.
         num_unneeded (`int`): number of citations that are not needed.
@@ -244,16 +251,16 @@ class _Sentence:
         self.citations = indices[:at_most_citations] if in_range else []
         self.has_several = len(self.citations or indices) > 1
 
-    def premise(self, citations: list[int]) -> str:
+    def premise_of(self, citations: list[int]) -> str:
         """Return the passages of some citations as one premise."""
         passages = [self._passages[index] for index in citations]
         return "\n".join(premise(passage["title"], passage["text"]) for passage in passages)
 
-    def others(self, citation: int) -> list[int]:
-        """Return the citations without one occurrence of `citation`."""
-        citations = list(self.citations)
-        citations.remove(citation)
-        return citations
+    def premise_without(self, citation: int) -> str:
+        """Return the passages of all citations but one occurrence of `citation` as one premise."""
+        others = list(self.citations)
+        others.remove(citation)
+        return self.premise_of(others)
 
 
 def _summarize(sentences: list[_Sentence]) -> dict[str, float] | None:
@@ -278,7 +285,7 @@ def claim_recall(outputs: list[str], claims: list[list[str]], entail: Judge) -> 
     Return ALCE's correctness on ELI5: the share of the claims of a reference answer that follow from the output.
 
     Args:
-        outputs (`list[str]`): with or without citations; only the first line counts.
+        outputs (`list[str]`): the answers, with or without citations; only the first line counts.
         claims (`list[list[str]]`): the reference claims of each question.
         entail (`Callable`): `list[(premise, hypothesis)]` -> `list[bool]`.
 
@@ -307,7 +314,7 @@ def fever_nli(outputs: list[str], inputs: list[str], answers: list[list[str]], e
     """
     Return the paper's Cor on FEVER: 1.0 if the output entails a supported claim, or does not entail a refuted one.
 
-    An empty output is wrong. (The paper's script gives it to the model, which would count it as right on most refuted
+    An empty output is wrong. (The paper's script gives it to the NLI model, so it would be right on most refuted
     claims.)
 
     Args:
@@ -320,7 +327,7 @@ def fever_nli(outputs: list[str], inputs: list[str], answers: list[list[str]], e
         `list[float]`: one score per claim.
 
     Raises:
-        `ValueError`: if the answers to a claim are not exactly one verdict.
+        `ValueError`: if the answers to a claim do not agree on one verdict.
     """
     supported = []
     for claim_answers in answers:

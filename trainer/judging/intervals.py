@@ -18,7 +18,7 @@ from .figures import Measured
 Values: TypeAlias = Sequence[float] | np.ndarray
 
 RESAMPLES = 1000
-CHUNK = 1 << 22  # resampled values in memory at a time: 32 MB, and as much again for their indices
+CHUNK = 1 << 22  # number of resampled values in memory at a time: 32 MB, and as much again for their indices
 NAN = float("nan")
 
 
@@ -68,7 +68,7 @@ class Mean:
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> "Mean":
-        """Return the mean over the instances that have a value: `None`, if the figure does not apply, is left out."""
+        """Return the mean over the instances that have a value. `None`, a figure that does not apply, is left out."""
         return cls([float(value) for value in values if value is not None])
 
     @property
@@ -252,7 +252,7 @@ def compare_differences(columns: Sequence[Values], resamples: int = 10_000, seed
     is added to both counts, so it is never 0.
 
     Args:
-        columns: the differences of each task's instances; no task is without instances.
+        columns: the differences of each task's instances, at least one per task.
         resamples (`int`): number of resamples.
         seed (`int`): the same seed gives the same comparison.
     """

@@ -5,7 +5,7 @@ Judge a model on tasks: let it answer every question in every mode, score the an
     OUT/<task>/query/ranking.jsonl      the passages nearest to each query embedding, over the corpus and over the pool
     OUT/<task>/<mode>/predictions.jsonl one answer per line, with its retrieval trace
     OUT/<task>/<mode>/scores.jsonl      the scores of each question, read by `recipes/compare.py`
-    OUT/<task>/<mode>/metrics.json      their means
+    OUT/<task>/<mode>/metrics.json      the means of these scores
     OUT/<task>/<mode>/run.json          the settings that decide the answers; a run with other settings is refused
 """
 
@@ -25,7 +25,7 @@ from modeling_cosup.files_cosup import read_json, write_json
 from modeling_cosup.lines_cosup import write_lines
 
 from ..distributed import barrier, gather_objects, host_group, rank, world_size
-from .figures import MODES, QUERY, figure, in_order, needing
+from .figures import MODES, QUERY, figure, figures_needing, in_order
 from .grounding import HYPOTHESIS, Judge, check_hypothesis
 from .matching import gold_ids, provenance_unknown
 from .nli import SharedJudge
@@ -36,8 +36,8 @@ from .scoring import averages, cor_names, has_rouge, measure, score, score_ranki
 from .tasks import Task
 
 KS = (1, 5, 20, 100)  # the k of query_recall@k
-# Figures of any question, whether it needs a passage or not.
-FREE_OF_GOLD = ("num_retrievals", "gr", "k_precision", "citation_recall", "citation_precision")
+# Figures that apply whether or not a question needs a passage.
+FOR_ANY_QUESTION = ("num_retrievals", "gr", "k_precision", "citation_recall", "citation_precision")
 
 
 def evaluate_tasks(
@@ -55,25 +55,25 @@ def evaluate_tasks(
     """
     Judge a model on tasks and write the results folder.
 
-    All processes of a group call this together and share the questions. Answers in `output_dir` that were made with
-    the same settings are kept.
+    All processes of a group call this together and share the questions. Answers that are already in `output_dir` are
+    kept if they were made with the same settings.
 
     Args:
         model ([`CoSupForCausalLM`]): the model, with Emb_seq in memory if a corpus must be embedded.
         tasks (`list[Task]`): the tasks.
-        output_dir (`str` or `Path`): the results folder, seen by all processes.
+        output_dir (`str` or `Path`): the results folder, which all processes must see.
         modes (sequence of `str`): how the questions are answered, see
             [`~trainer.judging.answers.retrieval_settings`]. Passages are ranked by the query embeddings in any case;
             `"query"` adds nothing to that, and alone it judges retrieval quickly.
         entail (`Callable`, *optional*): an NLI judge, `list[(premise, hypothesis)]` -> `list[bool]`. If every process
-            has one, they share the pairs; otherwise the first process judges all of them. A later call with a judge
-            scores the answers that exist already.
-        index_cache (`str` or `Path`, *optional*): where embedded corpora are kept, for all runs that name it; defaults
-            to `output_dir/indexes`.
+            has one, they share the pairs; otherwise the first process judges all of them. A later call can add the
+            judge: it scores the answers that exist already.
+        index_cache (`str` or `Path`, *optional*): folder of the embedded corpora, which runs can share; defaults to
+            `output_dir/indexes`.
         batch_size (`int`): number of questions per batch.
-        seed (`int`): of the passages in mode `"wrong"`.
-        facts (`dict`, *optional*): more to record in `settings`, such as the command.
-        gr_hypothesis (`str`): how the judge reads a sentence for Gr; see [`~trainer.judging.grounding.grounding`].
+        seed (`int`): seed for drawing the passages of mode `"wrong"`.
+        facts (`dict`, *optional*): further entries of `settings`, such as the command.
+        gr_hypothesis (`str`): the template of the hypotheses of Gr; see [`~trainer.judging.grounding.grounding`].
 
     Returns:
         `dict`: the content of `metrics.json`, on every process:
@@ -82,12 +82,12 @@ def evaluate_tasks(
         - `settings`: what the figures were measured with.
         - `tasks`: name of each task -> its fields, `modes` (mode -> `metrics` and more), `query` (scope -> figures)
           and `left_out` (notes).
-        - `averages`: split -> mode -> figures; those of the rankings are under `"query"`, by scope.
+        - `averages`: split -> mode -> figures; under `"query"`, scope -> figures of the rankings.
         - `seconds`: duration of the call.
 
     Raises:
-        `ValueError`: for questions, passages or ids that are not valid, with counts, before anything is generated; for
-            a folder with answers that other settings produced.
+        `ValueError`: if questions, passages or ids are not valid, with counts, before anything is generated; or if
+            the folder holds answers that other settings produced.
     """
     start = time.perf_counter()
     output_dir = Path(output_dir)
@@ -144,17 +144,17 @@ def evaluate_tasks(
 
 
 def _share_judge(entail: Judge | None) -> Judge | SharedJudge | None:
-    """Return a judge that all processes share if each has one, otherwise this process' judge."""
+    """Return a judge that all processes share if each has one, otherwise the judge of this process."""
     if world_size() == 1:
         return entail
-    each_has_one = all(gather_objects(entail is not None))
-    if entail is None or not each_has_one:
+    all_have_one = all(gather_objects(entail is not None))
+    if entail is None or not all_have_one:
         return entail
-    return SharedJudge(entail, host_group(timedelta(days=7)))  # others may wait long while one still answers
+    return SharedJudge(entail, host_group(timedelta(days=7)))  # the others may wait for hours while one still answers
 
 
 def environment(model: CoSupForCausalLM) -> dict:
-    """Return where figures come from: model, fingerprint, versions, hardware and time."""
+    """Return the origin of the figures: model, fingerprint, versions, hardware and time."""
     if model.device.type == "cuda":
         hardware = torch.cuda.get_device_name()
     else:
@@ -180,7 +180,7 @@ def command_line() -> str:
     return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
-# ---------------------------------------------------------------------- scoring what a run holds
+# ---------------------------------------------------------------------- scores and notes of one task
 
 
 def score_run(
@@ -190,8 +190,8 @@ def score_run(
     Score the answers and rankings of a task, and write `scores.jsonl` and `metrics.json` of each mode.
 
     Returns:
-        `tuple[dict, dict, dict]`: the task as `metrics.json` holds it; mode -> scores of its answers; scope -> scores
-        of its rankings.
+        `tuple[dict, dict, dict]`: the entry of the task in `metrics.json`; mode -> scores of its answers; scope ->
+        scores of its rankings.
     """
     ranking_scores = _score_rankings(run)
     cor = cor_names(run.questions, run.task.metric, entail is not None)
@@ -226,7 +226,7 @@ def score_run(
 
 
 def _score_rankings(run: TaskRun) -> dict[str, dict[str, Scores]]:
-    """Score the rankings of each scope, and write `query/scores.jsonl` with a row for each scope and question."""
+    """Score the rankings of each scope, and write `query/scores.jsonl` with one row per scope and question."""
     scores, rows = {}, []
     for scope, rankings in run.rankings().items():
         size = run.num_passages if scope == "corpus" else run.task.pool
@@ -240,7 +240,7 @@ def _score_rankings(run: TaskRun) -> dict[str, dict[str, Scores]]:
 
 
 def _rows(questions: list[dict], scores: dict[str, Scores]) -> list[dict]:
-    """Return the scores question by question, each with its id."""
+    """Return the scores as one row per question, with its id."""
     rows = []
     for i, question in enumerate(questions):
         rows.append({"id": question["id"], **{name: scores[name][i] for name in in_order(scores)}})
@@ -248,13 +248,13 @@ def _rows(questions: list[dict], scores: dict[str, Scores]) -> list[dict]:
 
 
 def _notes(run: TaskRun, entail: Judge | None) -> list[str]:
-    """Return notes on what was left out, with counts."""
+    """Return notes on the questions and figures that are left out, with counts."""
     notes = []
     total = len(run.questions)
     num_unknown = sum(provenance_unknown(question) and not question["provenance"] for question in run.questions)
     num_free = total - len(run.needing) - num_unknown
     if num_free:
-        applicable = [*needing("no_passage"), *FREE_OF_GOLD]
+        applicable = [*figures_needing("no_passage"), *FOR_ANY_QUESTION]
         if entail is None:
             applicable = [name for name in applicable if "judge" not in figure(name).needs]
         notes.append(f"{num_free} of {total} questions need no passage: they count in {_labels(applicable)} alone")
@@ -266,7 +266,7 @@ def _notes(run: TaskRun, entail: Judge | None) -> list[str]:
     if run.task.pool != "full":
         notes += _notes_on_pools(run.needing)
     if entail is None:
-        note = f"no NLI model was given: there is no {_labels(needing('judge'))}"
+        note = f"no NLI model was given: there is no {_labels(figures_needing('judge'))}"
         if "fever_label" in cor_names(run.questions, run.task.metric, nli=False):
             note += "; FEVER is judged by its label"
         notes.append(note)
@@ -276,7 +276,7 @@ def _notes(run: TaskRun, entail: Judge | None) -> list[str]:
 
 
 def _notes_on_pools(questions: list[dict]) -> list[str]:
-    """Return notes on pools that no search can fail or succeed in, with counts."""
+    """Return notes on pools in which no search can succeed or none can fail, with counts."""
     notes = []
     without_gold = gold_alone = 0
     for question in questions:

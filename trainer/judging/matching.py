@@ -1,7 +1,8 @@
-"""Match predictions with evaluation instances, select the fields of both, and collect their passage ids."""
+"""Match predictions with evaluation instances, select fields of both, and collect their passage ids."""
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 
 def match_by_id(predictions: list[dict], instances: list[dict]) -> list[tuple[dict, dict]]:
@@ -66,11 +67,12 @@ def select_fields(rows: list[dict], schema: dict) -> list[dict]:
 
     Args:
         rows (`list[dict]`): predictions or evaluation instances.
-        schema (`dict`): the fields, nested in dictionaries and one-item lists as in the rows; any other value stands
-            for a text.
+        schema (`dict`): the fields, nested in dictionaries and one-item lists as in the rows. Any other value in it
+            means a text.
 
     Returns:
-        `list[dict]`: integers become texts, and a list of texts that a row lacks becomes `None`.
+        `list[dict]`: the rows with these fields only. Integers become texts. A list of texts that a row lacks becomes
+        `None`.
 
     Raises:
         `ValueError`: if rows lack a text or a list of dictionaries, with counts.
@@ -85,7 +87,7 @@ def select_fields(rows: list[dict], schema: dict) -> list[dict]:
     return [_select(row, schema) for row in rows]
 
 
-def _select(value, schema):
+def _select(value: Any, schema: Any) -> Any:
     if isinstance(schema, dict):
         return {name: _select(value.get(name), field) for name, field in schema.items()}
     if isinstance(schema, list):
@@ -98,7 +100,7 @@ def evidence_sets(provenance: Sequence[Sequence[str]] | None) -> list[set[str]]:
     Return the distinct, non-empty evidence sets of a `provenance`.
 
     Raises:
-        `ValueError`: if there is none.
+        `ValueError`: if there is no such set.
     """
     sets: list[set[str]] = []
     for evidence in map(set, provenance or []):
@@ -120,7 +122,7 @@ def provenance_unknown(instance: dict) -> bool:
 
 
 def retrieved_ids(prediction: dict) -> list[str]:
-    """Return the passage ids of all `retrievals` in order, each retrieval's best first. Repeats are kept."""
+    """Return the passage ids of all `retrievals` in order, the best of each retrieval first. Repeats are kept."""
     return [passage["id"] for retrieval in prediction["retrievals"] for passage in retrieval["passages"]]
 
 

@@ -1,6 +1,6 @@
 """
-Judge with an NLI model whether a premise entails a hypothesis: a sequence classifier, or a T5 that writes "1", such as
-that of the TRUE mixture.
+Judge whether a premise entails a hypothesis with an NLI model: a sequence classifier, or a T5 that writes "1" or "0",
+such as the model trained on the TRUE mixture.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from .grounding import Judge
 logger = logging.getLogger(__name__)
 
 DEFAULT_NLI_MODEL = "google/t5_xxl_true_nli_mixture"
-MAX_LENGTH = 1024  # the paper's, for models that have no limit themselves
+MAX_LENGTH = 1024  # the most tokens of a pair, as in the paper; a model may have a lower limit
 T5_ANSWERS = {"1": True, "0": False}
 
 Pair = tuple[str, str]  # premise and hypothesis
@@ -40,20 +40,20 @@ Pair = tuple[str, str]  # premise and hypothesis
 
 class NLIJudge:
     """
-    Answers whether premises entail hypotheses: an `entail` of `trainer.judging`.
+    A judge of entailment by an NLI model. The functions of `trainer.judging` take it as `entail`.
 
-    A pair is judged once, however often it occurs. Pairs of similar length share a batch. A pair that is too long
-    loses the end of its premise, never of its hypothesis. A T5 reads `premise: … hypothesis: …` and must write "1" or
-    "0". A classifier says yes if its highest score is that of entailment.
+    A pair is judged once, however often it occurs. Pairs of similar length share a batch. If a pair is too long, its
+    premise is cut off at the end; its hypothesis is never cut. A T5 reads `premise: … hypothesis: …` and must write
+    "1" or "0". A classifier says yes if entailment has the highest score.
 
     Args:
         model (`PreTrainedModel`): a sequence classifier with a label "entailment" (in any case), or a T5.
-        tokenizer (`PreTrainedTokenizerBase`): the model's.
+        tokenizer (`PreTrainedTokenizerBase`): the tokenizer of the model.
         batch_size (`int`): pairs per batch.
         max_length (`int`, *optional*): the most tokens of a pair; defaults to what model and tokenizer allow, at most
             1,024.
-        cache_file (`str` or `Path`, *optional*): JSON Lines file that keeps the answers between calls and runs, by
-            content hash of model, settings and pair. Several processes may share it. By default nothing is kept.
+        cache_file (`str` or `Path`, *optional*): JSON Lines file that keeps the answers between calls and runs, under
+            a hash of model, settings and pair. Several processes may share it. By default nothing is kept.
         show_progress_bar (`bool`): whether to show a progress bar.
 
     Raises:
@@ -112,7 +112,7 @@ class NLIJudge:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype is None:
-            on_cpu = str(device).startswith("cpu")  # a launcher says "cpu:0"
+            on_cpu = str(device).startswith("cpu")  # launchers name it "cpu:0"
             dtype = torch.float32 if on_cpu else torch.bfloat16
         placement = {"device_map": "auto"} if device == "auto" else {}
         model, info = auto_class.from_pretrained(
@@ -136,8 +136,8 @@ class NLIJudge:
             pairs (`list[tuple[str, str]]`): premise and hypothesis.
 
         Raises:
-            `ValueError`: if the model gives some pairs no answer (a T5 writes something else, or a score is NaN), or
-                if a hypothesis leaves no room for a premise. With counts.
+            `ValueError`: with counts, if the model does not answer some pairs (a T5 writes something else, or a score
+                is not finite), or if a hypothesis leaves no room for a premise.
         """
         pairs = [(premise, hypothesis) for premise, hypothesis in pairs]
         key_of = {pair: self._key(pair) for pair in pairs}
@@ -148,11 +148,11 @@ class NLIJudge:
     # ------------------------------------------------------------------ judging
 
     def _judge(self, pairs: list[Pair], key_of: dict[Pair, str]) -> dict[Pair, bool]:
-        """Judge distinct pairs. What was judged before an error is in the cache file."""
+        """Judge distinct pairs. If an error ends it, the answers so far are in the cache file."""
         self._check_hypotheses(pairs)
         order = sorted(pairs, key=lambda pair: -len(pair[0]) - len(pair[1]))
         answers: dict[Pair, bool] = {}
-        unclear = []  # outputs that are no answer
+        unclear = []  # outputs that are not an answer
         no_bar = not (pairs and self.show_progress_bar)
         with tqdm(total=len(pairs), desc="Entailment", unit="pair", disable=no_bar) as bar:
             for start in range(0, len(order), self.batch_size):
@@ -204,7 +204,7 @@ class NLIJudge:
         texts = [f"premise: {premise} hypothesis: {hypothesis}" for premise, hypothesis in pairs]
         rows = self.tokenizer(texts, verbose=False)["input_ids"]
         for i, (premise, hypothesis) in enumerate(pairs):
-            # Only a long pair is encoded in two parts, because these may join in other tokens than the whole has.
+            # Only a pair that is too long is encoded in two parts: their tokens can differ from those of the whole.
             if len(rows[i]) > self.max_length:
                 head, tail = self._ids(f"premise: {premise}"), self._ids(f"hypothesis: {hypothesis}")
                 rows[i] = head[: self.max_length - len(tail) - 1] + tail + [self.tokenizer.eos_token_id]
@@ -234,8 +234,8 @@ class NLIJudge:
 
     def _hash_settings(self) -> str:
         """
-        Hash what an answer depends on: a sample of each weight, its type, the label of entailment, the tokenizer and
-        the length.
+        Hash what an answer depends on: a sample of each weight, the type of the weights, the label of entailment, the
+        tokenizer and the maximum length.
         """
         probe = self.tokenizer("A probe, of IDs: naïve?")["input_ids"]
         settings = (self.max_length, self.model.dtype, self.writes, self.entailment, probe)
@@ -280,7 +280,7 @@ class SharedJudge:
 
     def __call__(self, pairs: list[Pair]) -> list[bool]:
         """
-        Return whether each premise entails its hypothesis; for the first process.
+        Return whether each premise entails its hypothesis. Only the first process calls this.
 
         Raises:
             `ValueError`: if the judge of any process fails, with its message.
@@ -291,12 +291,12 @@ class SharedJudge:
         return [answers[pair] for pair in pairs]
 
     def serve(self) -> None:
-        """Judge a share of the pairs until the first process stops. An error of any process ends all of them."""
+        """Judge a share of the pairs until the first process stops. An error in any process ends all of them."""
         while (pairs := broadcast_object(None, self.group)) is not None:
             self._judge_together(pairs)
 
     def stop(self) -> None:
-        """Release the other processes; for the first process. After an error there is nothing to release."""
+        """Release the other processes. Only the first process calls this; after an error it does nothing."""
         if not self.ended:
             broadcast_object(None, self.group)
 
@@ -331,7 +331,7 @@ def entailment_label(config: PretrainedConfig) -> int:
     ("not_entailment" does not.)
 
     Raises:
-        `ValueError`: unless there is exactly one such label among others; names the labels.
+        `ValueError`: unless there is exactly one such label and at least one other. The message names the labels.
     """
     label_of: Mapping[Any, str] = config.id2label or {}
     labels = [label_of[index] for index in sorted(label_of)]
@@ -356,12 +356,12 @@ def _max_length(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, wr
         return MAX_LENGTH  # T5's positions are relative; its tokenizers name the 512 of its pretraining
     positions = getattr(config, "max_position_embeddings", None) or MAX_LENGTH
     if "roberta" in config.model_type:
-        positions -= config.pad_token_id + 1  # its positions start after that of the padding
+        positions -= config.pad_token_id + 1  # RoBERTa's positions start after pad_token_id
     return min(tokenizer.model_max_length, positions, MAX_LENGTH)
 
 
 def _read_cache(path: Path) -> dict[str, bool]:
-    """Read the answers of a cache file; a line that another process did not finish is left out."""
+    """Read the answers of a cache file. A line that another process did not finish is left out."""
     if not path.is_file():
         return {}
     known = {}

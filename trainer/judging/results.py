@@ -1,10 +1,11 @@
-"""Results files: their format, and how to read them. Does not need torch."""
+"""The format of results files, and a function that reads them. This module does not need torch."""
 
 from pathlib import Path
 
 from modeling_cosup.files_cosup import read_json
 
-FORMAT = 2  # of metrics.json and results.json; format 1 named figures differently and did not hold its number
+# The format of metrics.json and results.json. Format 1 named figures differently and did not record its number.
+FORMAT = 2
 
 
 def read_results(path: str | Path) -> dict:
@@ -15,7 +16,7 @@ def read_results(path: str | Path) -> dict:
         path (`str` or `Path`): the file, or the results folder of an evaluation.
 
     Raises:
-        `FileNotFoundError`: if the file does not exist, which means that the run is not complete.
+        `FileNotFoundError`: if the file does not exist, because the run is not complete.
         `ValueError`: if the file has another format.
     """
     path = Path(path)

@@ -1,5 +1,6 @@
 """
-Score retrieval with pure functions of passage ids, question by question, and split other figures by its success.
+Score retrieval, question by question, with pure functions of passage ids, and split other figures by whether it
+succeeded.
 
 `provenance` is a list of evidence sets, and any one of them is enough. MRR and nDCG take a few lines each, so
 ir-measures is not a dependency; the tests compare them with torchmetrics.
@@ -50,7 +51,7 @@ def kilt_recall_at_k(retrieved: Sequence[str], provenance: Provenance, k: int) -
     """
     Return KILT's recall@k: the share of the evidence sets that are complete within the first `k` places.
 
-    A set takes one place: that of its passage found last. A passage that belongs to no set takes a place, and a
+    A set takes one place: where its last passage is found. A passage that belongs to no set takes a place, and a
     passage that belongs to several sets takes one for each of them.
 
     Args:
@@ -58,8 +59,8 @@ def kilt_recall_at_k(retrieved: Sequence[str], provenance: Provenance, k: int) -
         provenance (`list[list[str]]`): evidence sets.
         k (`int`): number of places.
     """
-    missing = evidence_sets(provenance)  # of each set, the ids that are still to be found
-    places: list[int | None] = []  # number of the set at each place, None for a passage of no set
+    missing = evidence_sets(provenance)  # for each set, the ids that are still to be found
+    places: list[int | None] = []  # index of the set at each place, None for a passage that belongs to no set
     for id in _distinct(retrieved):
         holding = [number for number, evidence in enumerate(missing) if id in evidence]
         if not holding:
@@ -98,14 +99,14 @@ def retrieval_scores(retrieved: Sequence[str], provenance: Provenance, ks: Itera
 
 def query_recall_at_k(ranking: Sequence[str], provenance: Provenance, k: int) -> float:
     """
-    Return 1.0 if a gold passage is among the first `k` distinct passages, 0.0 otherwise. Retriever tables call this
-    recall@k.
+    Return 1.0 if a gold passage is among the first `k` distinct passages, 0.0 otherwise. Papers on retrievers call
+    this recall@k.
     """
     return ret(_distinct(ranking)[:k], provenance)
 
 
 def reciprocal_rank(ranking: Sequence[str], provenance: Provenance) -> float:
-    """Return 1 / rank of the first gold passage, 0.0 if the ranking has none. The mean of this is the MRR."""
+    """Return 1 / rank of the first gold passage, or 0.0 if there is none. The mean over questions is the MRR."""
     gold = _gold(provenance)
     for rank, id in enumerate(_distinct(ranking), 1):
         if id in gold:
@@ -152,7 +153,7 @@ def mean_scores(rows: Sequence[dict[str, float]], names: Iterable[str] | None = 
         names (`tuple[str]`, *optional*): the scores to average; all by default.
 
     Returns:
-        `dict[str, float]`: the mean of each score, NaN for each of `names` if there is no question.
+        `dict[str, float]`: the mean of each score. If there is no question, the mean of each of `names` is NaN.
     """
     if names is None:
         names = rows[0] if rows else ()
@@ -198,7 +199,7 @@ def by_retrieval(name: str, values: Scores, hits: Scores) -> dict[str, Scores]:
 
 def emission(predictions: Sequence[dict], needed: Sequence[bool], not_needed: Sequence[bool]) -> dict[str, Scores]:
     """
-    Return whether `[NSP]` was emitted, apart for questions that need a passage and for questions that need none.
+    Return whether `[NSP]` was emitted, separately for questions that need a passage and questions that need none.
 
     Args:
         predictions (`list[dict]`): with `retrievals`.
@@ -213,7 +214,7 @@ def emission(predictions: Sequence[dict], needed: Sequence[bool], not_needed: Se
 
 
 def only_where(values: Scores, conditions: Sequence[bool]) -> Scores:
-    """Return the values with `None` in place of those whose condition is false."""
+    """Replace the values whose condition is false with `None`."""
     return [value if condition else None for value, condition in zip(values, conditions, strict=True)]
 
 

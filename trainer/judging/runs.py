@@ -28,21 +28,21 @@ PREDICTIONS_FILE, RANKING_FILE, RUN_FILE = "predictions.jsonl", "ranking.jsonl",
 
 class TaskRun:
     """
-    The questions of a task, to be asked in every mode.
+    The run of one task: its questions, its index, and the folder that receives rankings and answers.
 
     Args:
         model ([`CoSupForCausalLM`]): answers the questions.
-        task ([`Task`]): says which questions, and how they are answered.
-        folder (`Path`): the task's folder, seen by all processes.
+        task ([`Task`]): names the questions and says how they are answered.
+        folder (`Path`): the folder of the task, which all processes must see.
         modes (`list[str]`): how the model answers. Modes that give it passages are left out if no question needs one.
         batch_size (`int`): number of questions per batch.
-        seed (`int`): of the passages in mode `"wrong"`.
+        seed (`int`): seed for drawing the passages of mode `"wrong"`.
 
     Attributes:
         questions (`list[dict]`): all questions.
         needing (`list[dict]`): the questions that need a passage.
         modes (`list[str]`): the modes that are not left out.
-        left_out (`list[str]`): notes on the others.
+        left_out (`list[str]`): notes on the modes that are left out.
         index, index_name: see [`~trainer.judging.tasks.open_index`]; `None` until `open_index` is called.
 
     Raises:
@@ -99,7 +99,7 @@ class TaskRun:
             self._merge(folder, RANKING_FILE, rankings, self.needing)
 
     def answer(self, mode: str) -> None:
-        """Write `predictions.jsonl` of a mode, without answering again what an interrupted run has answered."""
+        """Write `predictions.jsonl` of a mode. Questions that an interrupted run has answered are not asked again."""
         folder, done = self._begin(mode, PREDICTIONS_FILE)
         if done:
             return
@@ -121,6 +121,7 @@ class TaskRun:
             on_completion=clock,
             show_progress_bar=rank() == 0,
         )
+        # The answers of an interrupted run have no time.
         timed = [{**prediction, "seconds": clock.seconds.get(i)} for i, prediction in enumerate(predictions)]
         self._merge(folder, PREDICTIONS_FILE, timed, self.asked(mode))
 
@@ -139,7 +140,7 @@ class TaskRun:
     # ------------------------------------------------------------------ files
 
     def _settings(self, mode: str) -> dict:
-        """Return everything that decides what the model writes."""
+        """Return everything that decides the answers or the ranking, in the form in which `run.json` is read."""
         settings = {
             "format": FORMAT,
             "mode": mode,
@@ -155,20 +156,28 @@ class TaskRun:
             settings["seed"] = self.seed
         return json.loads(json.dumps(settings))
 
-    def _begin(self, mode: str, name: str) -> tuple[Path, bool]:
-        """Return the folder of a mode, and whether it holds the file `name`. Raise if other settings produced it."""
+    def _begin(self, mode: str, file_name: str) -> tuple[Path, bool]:
+        """
+        Write `run.json` into the folder of a mode unless the folder is complete.
+
+        Returns:
+            `tuple[Path, bool]`: the folder, and whether it already holds the file.
+
+        Raises:
+            `ValueError`: if other settings produced what the folder holds.
+        """
         folder = self.folder / mode
         settings = self._settings(mode)
         if (folder / RUN_FILE).exists():
-            before = read_json(folder / RUN_FILE)
-            different = [key for key in settings if before.get(key) != settings[key]]
+            previous = read_json(folder / RUN_FILE)
+            different = [key for key in settings if previous.get(key) != settings[key]]
             if different:
-                lines = [f"  {key}: then {before.get(key)!r}, now {settings[key]!r}" for key in different]
+                lines = [f"  {key}: then {previous.get(key)!r}, now {settings[key]!r}" for key in different]
                 raise ValueError(
                     f"{folder} holds answers of other settings; choose another output_dir, or delete it.\n"
                     + "\n".join(lines)
                 )
-        done = (folder / name).exists()
+        done = (folder / file_name).exists()
         barrier()  # all processes have looked before anything changes
         if rank() == 0 and not done:
             (folder / "parts").mkdir(parents=True, exist_ok=True)
@@ -176,25 +185,26 @@ class TaskRun:
         barrier()
         return folder, done
 
-    def _merge(self, folder: Path, name: str, rows: list[dict], questions: list[dict]) -> None:
-        """Write the rows of each process; the first process then merges them in the order of the questions."""
-        write_lines(folder / "parts" / f"{rank()}-of-{world_size()}-{name}", rows)
+    def _merge(self, folder: Path, file_name: str, rows: list[dict], questions: list[dict]) -> None:
+        """Write the rows of this process. The first process then merges all rows in the order of the questions."""
+        write_lines(folder / "parts" / f"{rank()}-of-{world_size()}-{file_name}", rows)
         barrier()
         if rank() == 0:
             merged = []
             for number in range(world_size()):
-                merged += read_lines(folder / "parts" / f"{number}-of-{world_size()}-{name}")
-            write_lines(folder / name, [row for row, _ in match_by_id(merged, questions)])
+                merged += read_lines(folder / "parts" / f"{number}-of-{world_size()}-{file_name}")
+            write_lines(folder / file_name, [row for row, _ in match_by_id(merged, questions)])
             shutil.rmtree(folder / "parts")
         barrier()
 
 
 class Clock:
     """
-    Times answers as they arrive and shows how good they are so far: the `on_completion` of `generate_many`.
+    A clock that times answers as they arrive, and reports how good they are so far. It is an `on_completion` of
+    `generate_many`.
 
     Args:
-        questions (`list[dict]`): the questions that are answered; a completion's `index` is that of its question.
+        questions (`list[dict]`): the questions, in the order in which a completion's `index` counts them.
 
     Attributes:
         seconds (`dict[int, float]`): index of each question -> seconds since the previous answer, so that they add up
@@ -205,13 +215,12 @@ class Clock:
         self.questions = questions
         self.seconds: dict[int, float] = {}
         self._last_answer = time.perf_counter()
-        # Of the answers so far:
-        self._num_needing = 0  # to questions that need a passage
-        self._num_hits = 0  # of these, with a gold passage among the retrieved
-        self._num_right = 0  # of these, with an exact match
+        self._num_needing = 0  # number of answers so far to questions that need a passage
+        self._num_hits = 0  # how many of these answers retrieved a gold passage
+        self._num_right = 0  # how many of these answers are an exact match
 
     def __call__(self, completion: Completion) -> dict[str, str] | None:
-        """Note the time, and return Ret and EM over the questions so far that need a passage, `None` without any."""
+        """Note the time, and return Ret and EM of the questions so far that need a passage, or `None` without any."""
         now = time.perf_counter()
         self.seconds[completion.index] = round(now - self._last_answer, 4)
         self._last_answer = now

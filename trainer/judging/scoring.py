@@ -1,4 +1,4 @@
-"""From predictions to figures: the scores of each question, their means with intervals, and averages over tasks."""
+"""Turn predictions into figures: the scores of each question, their means with intervals, and averages over tasks."""
 
 import importlib.util
 from collections.abc import Collection, Sequence
@@ -29,7 +29,7 @@ from .intervals import Mean, Rate, average
 from .matching import match_by_id, provenance_unknown, retrieved_ids
 from .retrieval import Scores, by_retrieval, cor_minus, emission, only_where, ranking_scores, retrieval_scores
 
-# ALCE's fields of `meta` -> the metric that reads them, and what they must be.
+# Each field of ALCE in `meta` -> the metric that reads it, and what it must be.
 META = {
     "qa_pairs": ("str_em", 'a list of {"short_answers": [texts]}'),
     "claims": ("claim_recall", "a list of texts"),
@@ -56,12 +56,12 @@ def score(
         predictions (`list[dict]`): answers, see [`~trainer.judging.answers.as_prediction`], matched with the questions
             by id.
         questions (`list[dict]`): evaluation instances.
-        mode (`str`): how the questions were answered. Retrieval is scored in `"retrieval"` and `"forced"` alone, in
-            which the model searches itself.
-        metric (`str`, *optional*): what Cor is; defaults to the metric of each question's dataset.
+        mode (`str`): how the questions were answered. Retrieval is scored only in `"retrieval"` and `"forced"`: the
+            model does not search in the other modes.
+        metric (`str`, *optional*): the metric that is Cor; defaults to the metric of each question's dataset.
         entail (`Callable`, *optional*): an NLI judge, `list[(premise, hypothesis)]` -> `list[bool]`. Without one there
-            is no `gr`, `fever_nli`, `claim_recall` and `citation_…`, and Cor of FEVER goes by the label.
-        gr_hypothesis (`str`): how the judge reads a sentence for Gr; see [`~trainer.judging.grounding.grounding`].
+            is no `gr`, `fever_nli`, `claim_recall` or `citation_…`, and Cor of FEVER compares labels.
+        gr_hypothesis (`str`): the template of the hypotheses of Gr; see [`~trainer.judging.grounding.grounding`].
 
     Returns:
         `dict[str, list[float | None]]`: name of each figure -> its value for each question, in the order of the
@@ -109,7 +109,7 @@ def score_rankings(rankings: list[list[str]], questions: list[dict], ks: Sequenc
 
     Args:
         rankings (`list[list[str]]`): for each question the passage ids, best first.
-        questions (`list[dict]`): in the same order; each needs a passage.
+        questions (`list[dict]`): evaluation instances in the same order, each of which needs a passage.
         ks (`tuple[int]`): the k of `query_recall@k`.
 
     Returns:
@@ -119,7 +119,7 @@ def score_rankings(rankings: list[list[str]], questions: list[dict], ks: Sequenc
     return _columns([ranking_scores(ranking, question["provenance"], ks) for ranking, question in pairs])
 
 
-# ---------------------------------------------------------------------- what Cor is
+# ---------------------------------------------------------------------- Cor and its metric
 
 
 def check_questions(questions: list[dict], where: str, metric: str | None = None) -> None:
@@ -129,7 +129,7 @@ def check_questions(questions: list[dict], where: str, metric: str | None = None
     Args:
         questions (`list[dict]`): evaluation instances.
         where (`str`): name of their task, for the error.
-        metric (`str`, *optional*): what Cor is.
+        metric (`str`, *optional*): the metric that is Cor; defaults to the metric of each question's dataset.
 
     Raises:
         `ValueError`: if questions lack what their metric compares with, with counts, or if it needs a package that is
@@ -152,7 +152,8 @@ def check_questions(questions: list[dict], where: str, metric: str | None = None
         names.add(name)
         if not _has_what_it_needs(question, name):
             num_lacking[name] = num_lacking.get(name, 0) + 1
-    for name, count in num_lacking.items():
+    if num_lacking:
+        name, count = next(iter(num_lacking.items()))
         raise ValueError(
             f"Task {where}: {count} of {len(questions)} questions have no {_reference_of(name)}, "
             f"which {name}, their Cor, compares with."
@@ -163,14 +164,14 @@ def check_questions(questions: list[dict], where: str, metric: str | None = None
 
 def cor_names(questions: list[dict], metric: str | None = None, nli: bool = True) -> list[str]:
     """
-    Return the names of the metrics that Cor is measured by on these questions, with
-    [`~trainer.judging.figures.NO_JUDGE`] in place of one that needs a missing NLI model.
+    Return the names of the metrics by which Cor is measured on these questions.
+    [`~trainer.judging.figures.NO_JUDGE`] replaces a metric that needs a missing NLI model.
     """
     return sorted({_metric_of(question, metric, nli) or NO_JUDGE for question in questions})
 
 
 def _metric_of(question: dict, metric: str | None = None, nli: bool = True) -> str | None:
-    """Return what Cor is on a question: `metric`, or what its dataset and its references imply."""
+    """Return the metric that is Cor on a question: `metric`, or the one that its dataset and references imply."""
     return metric or cor_metric(question["dataset"], nli, claims=has_claims(question))
 
 
@@ -223,13 +224,24 @@ def _cor(predictions: list[dict], questions: list[dict], metric: str | None, ent
     cor: Scores = [None] * len(questions)
     for name in sorted({name for name in metrics if name is not None}):
         rows = [row for row, row_metric in enumerate(metrics) if row_metric == name]
-        values = _by_metric(name, [predictions[row] for row in rows], [questions[row] for row in rows], entail)
-        for row, value in zip(rows, values, strict=True):
-            cor[row] = value
+        values = _score_rows(name, rows, predictions, questions, entail)
+        for row in rows:
+            cor[row] = values[row]
     return cor
 
 
-def _by_metric(
+def _score_rows(
+    metric: str, rows: list[int], predictions: list[dict], questions: list[dict], entail: Judge | None
+) -> Scores:
+    """Return the value of a metric for the questions at `rows`, and `None` for all others."""
+    values = _score_by_metric(metric, [predictions[row] for row in rows], [questions[row] for row in rows], entail)
+    scores: Scores = [None] * len(questions)
+    for row, value in zip(rows, values, strict=True):
+        scores[row] = value
+    return scores
+
+
+def _score_by_metric(
     metric: str, predictions: list[dict], questions: list[dict], entail: Judge | None
 ) -> Sequence[float | None]:
     """Return the value of a metric for each question, `None` if the metric needs a missing NLI model."""
@@ -261,7 +273,7 @@ def _text_scores(
 ) -> dict[str, Scores]:
     """
     Return the scores that need no model. A question that needs no passage only has exact match, under another name, so
-    that it does not count among those that need one.
+    that it does not count with the questions that need one.
     """
     rows: list[dict[str, float]] = []
     for prediction, question, r_precision, free in zip(predictions, questions, r_precisions, not_needed, strict=True):
@@ -275,7 +287,7 @@ def _text_scores(
 
 
 def _text_scores_of(prediction: dict, question: dict, r_precision: float | None) -> dict[str, float]:
-    """Return KILT's scores, FEVER's label and ALCE's str_em, as far as they apply to a question."""
+    """Return KILT's scores, FEVER's label and ALCE's str_em, each only if it applies to the question."""
     scores: dict[str, float] = {}
     meta = question.get("meta", {})
     if any(answer.strip() for answer in question["answers"]):
@@ -293,26 +305,23 @@ def _text_scores_of(prediction: dict, question: dict, r_precision: float | None)
 def _nli_scores(
     predictions: list[dict], questions: list[dict], hits: Scores, entail: Judge, gr_hypothesis: str
 ) -> dict[str, Scores]:
-    """Return the scores that need the judge: Gr, also split by retrieval, citations, FEVER and claims."""
+    """Return the scores that need the judge: Gr (also split by retrieval), citations, FEVER and claims."""
     gr = grounding(predictions, entail, hypothesis=gr_hypothesis)
     scores: dict[str, Scores] = {"gr": gr, **by_retrieval("gr", gr, hits)}
     outputs = [prediction["output_with_citations"] for prediction in predictions]
     citations = citation_scores(outputs, [cited_passages(prediction) for prediction in predictions], entail)
     if not any(prediction["retrievals"] for prediction in predictions):
-        citations = [None] * len(predictions)  # with nothing to cite, missing citations say nothing
+        citations = [None] * len(predictions)  # without anything to cite, missing citations mean nothing
     for name in ("citation_recall", "citation_precision"):
         scores[name] = [None if output_scores is None else output_scores[name] for output_scores in citations]
     for name, applies in (("fever_nli", is_fever), ("claim_recall", has_claims)):
         rows = [row for row, question in enumerate(questions) if applies(question)]
-        scores[name] = [None] * len(questions)
-        values = _by_metric(name, [predictions[row] for row in rows], [questions[row] for row in rows], entail)
-        for row, value in zip(rows, values, strict=True):
-            scores[name][row] = value
+        scores[name] = _score_rows(name, rows, predictions, questions, entail)
     return scores
 
 
 def _columns(rows: list[dict[str, float]]) -> dict[str, Scores]:
-    """Turn a list of dictionaries into a dictionary of lists, with `None` if a row lacks a name."""
+    """Turn a list of dictionaries into a dictionary of lists, with `None` where a dictionary lacks the name."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 
@@ -322,14 +331,14 @@ def _columns(rows: list[dict[str, float]]) -> dict[str, Scores]:
 
 def measure(scores: dict[str, Scores], cor: Collection[str] = ()) -> dict[str, Measured]:
     """
-    Return the figures that apply to any question: means with 95 % intervals, in the order of the vocabulary.
+    Return the figures that apply to at least one question: means with 95 % intervals, in the order of the vocabulary.
 
-    A figure that is 0 or 1 for each question has Wilson's interval, which has a width even if all questions are alike.
-    Other means have the bootstrap's, whatever their values are.
+    A figure that is always 0 or 1 for a question has Wilson's interval, which has a width even if all questions score
+    the same. Any other figure has the bootstrap's interval, even if all its values happen to be 0 or 1.
 
     Args:
         scores (`dict[str, list[float | None]]`): as from [`score`].
-        cor (collection of `str`): names of the metrics that Cor is measured by, see [`cor_names`].
+        cor (collection of `str`): names of the metrics by which Cor is measured, see [`cor_names`].
     """
     figures: dict[str, Measured] = {}
     for name in in_order(scores):
@@ -352,7 +361,8 @@ def averages(splits: dict[str, str | None], scores: dict[str, dict[str, dict[str
         scores (`dict[str, dict[str, dict]]`): task -> mode (or scope of a ranking) -> scores, as from [`score`].
 
     Returns:
-        `dict`: `"in-domain"`, `"out-of-domain"` and `"all"`, if they have tasks -> mode -> figures, see [`average`].
+        `dict`: split (`"in-domain"`, `"out-of-domain"` or `"all"`, if it has tasks) -> mode -> figures, see
+        [`~trainer.judging.intervals.average`].
     """
     groups = {name: [task for task, split in splits.items() if split == name] for name in SPLITS}
     groups["all"] = list(splits)

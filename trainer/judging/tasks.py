@@ -1,4 +1,4 @@
-"""Tasks as a user lists them: their questions, their pools of candidates, and the index of each corpus."""
+"""The tasks of an evaluation: their options, their questions with pools of candidates, and their indexes."""
 
 import os
 from collections import Counter
@@ -17,7 +17,7 @@ from .figures import SPLITS
 from .matching import gold_ids, provenance_unknown
 
 COR_METRICS = (*TEXT_METRICS, "fever_nli", "str_em", "claim_recall")
-_RESERVED_NAMES = (".", "..", "plots", "indexes")  # folders that a results folder has for other things
+_RESERVED_NAMES = (".", "..", "plots", "indexes")  # "plots" and "indexes" are other folders of a results folder
 
 
 @dataclass
@@ -26,20 +26,20 @@ class Task:
     An evaluation set and how it is answered.
 
     Args:
-        name (`str`): name of its folder, and of its row in tables.
+        name (`str`): name of the task's folder, and of its row in tables.
         eval_file (`str`): the questions, see [`load_evaluation_set`].
         corpus_file (`str`, *optional*): passages to embed. One of `corpus_file` and `index` is needed unless nothing
             is retrieved.
         index (`str`, *optional*): name or path of an existing index.
         index_uri (`str`, *optional*): the Milvus server or local file that holds `index` as a collection.
         split (`str`, *optional*): `"in-domain"` or `"out-of-domain"`, for the averages.
-        pool (`str` or `int`): `"full"` searches the whole index. A number searches so many candidates of each
+        pool (`str` or `int`): `"full"` searches the whole index. A number searches that many candidates of each
             question, in the order of the file, with gold candidates first if `gold_in_pool`.
-        gold_in_pool (`bool`): whether gold candidates are always in the pool (the paper). With `False` the first
-            candidates are, whatever they are (ALCE).
-        metric (`str`, *optional*): what Cor is; defaults to the metric of each question's dataset, see
+        gold_in_pool (`bool`): whether gold candidates come first, so that they are in the pool (as in the paper).
+            `False` takes the first candidates, gold or not (as in ALCE).
+        metric (`str`, *optional*): the metric that is Cor; defaults to the metric of each question's dataset, see
             `trainer.judging.correctness.DATASET_METRICS`.
-        max_eval_samples (`int`, *optional*): ask only so many questions, the first ones.
+        max_eval_samples (`int`, *optional*): ask only this many questions, from the start of the file.
         max_new_tokens (`int`), top_k (`int`), max_retrievals (`int`, *optional*): limits of each answer.
 
     Raises:
@@ -89,7 +89,7 @@ class Task:
 
     def read_questions(self, corpus: list[dict] | None = None, answers_required: bool = False) -> list[dict]:
         """
-        Return the questions, each with its pool as `candidates`.
+        Read the questions, and return each with its pool as `candidates`.
 
         Args:
             corpus (`list[dict]`, *optional*), answers_required (`bool`): further checks, see [`load_evaluation_set`].
@@ -186,21 +186,21 @@ def open_index(
     task: Task, model: CoSupForCausalLM, index_cache: str | Path, batch_size: int = 256
 ) -> tuple[Retriever | None, str | None]:
     """
-    Open the index of a task: the index it names, or that of its corpus. The corpus is embedded unless `index_cache`
-    holds its index already.
+    Open the index of a task: the index it names, or the index of its corpus. The corpus is embedded unless
+    `index_cache` already holds its index.
 
-    All processes call this together and share the work. The name in the cache is a hash of the corpus and of
-    everything that decides an embedding.
+    All processes call this together and share the work. The name in the cache is made of a hash of the corpus and a
+    hash of everything that decides an embedding.
 
     Args:
         task ([`Task`]): names an index or a corpus, or neither.
         model ([`CoSupForCausalLM`]): embeds the corpus.
-        index_cache (`str` or `Path`): a folder that all processes see.
-        batch_size (`int`): the most passages of a forward.
+        index_cache (`str` or `Path`): a folder that all processes must see.
+        batch_size (`int`): the most passages per forward.
 
     Returns:
-        `tuple[Retriever, str]`: the index and a name that tells it from others; `(None, None)` if the task has neither
-        index nor corpus.
+        `tuple[Retriever, str]`: the index and a name that identifies it; `(None, None)` if the task has neither index
+        nor corpus.
 
     Raises:
         `ValueError`: if the index belongs to another model, or the corpus is not valid.

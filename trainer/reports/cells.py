@@ -1,4 +1,4 @@
-"""Figures, averages and differences as table cells, and the verdict on a difference."""
+"""Table cells for figures, averages and differences, and the verdict on a difference."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
@@ -51,7 +51,7 @@ def figure_cell(measured: Measured | None, name: str, with_n: bool = False) -> C
 
 
 def average_cell(average: Mapping[str, Any] | None, name: str, of_tasks: int) -> Cell:
-    """Return an average over tasks with its interval, and its number of tasks if it is not all `of_tasks`."""
+    """Return an average over tasks with its interval, and its number of tasks if that is not `of_tasks`."""
     if average is None:
         return MISSING
     small = interval_text(average["interval"], name) + _task_count(average["tasks"], of_tasks)
@@ -60,8 +60,8 @@ def average_cell(average: Mapping[str, Any] | None, name: str, of_tasks: int) ->
 
 def seeds_cell(average: Mapping[str, Any] | None, name: str) -> Cell:
     """
-    Return a figure over seeds as [`~trainer.reports.experiment_figures.Results.figure`] computes it: the mean and its
-    deviation over seeds, the interval and n over questions.
+    Return a figure over seeds, computed by [`~trainer.reports.experiment_figures.Results.figure`]: mean and standard
+    deviation over seeds, and the interval and n over questions.
     """
     if average is None:
         return MISSING
@@ -74,8 +74,8 @@ def seeds_cell(average: Mapping[str, Any] | None, name: str) -> Cell:
 
 def seeds_difference_cell(difference: Mapping[str, Any] | None, name: str) -> Cell:
     """
-    Return a difference as [`~trainer.reports.experiment_figures.Results.compare`] computes it: the difference, in
-    brackets as a percentage of the baseline, then the interval, n, the number of seeds above, equal to and below the
+    Return a difference, computed by [`~trainer.reports.experiment_figures.Results.compare`]: the difference (in
+    brackets, in percent of the baseline), then the interval, n, the numbers of seeds above, equal to and below the
     baseline, and the verdict.
     """
     if difference is None:

@@ -1,5 +1,5 @@
 """
-A question-by-question comparison of two results folders: is the second run better, and how sure is that?
+The comparison of two results folders, question by question: is the second run better, and how certain is that?
 
 A comparison has sections. A section is a mode in which both models answered, or a ranking by the query embedding, e.g.
 `"query corpus"`.
@@ -34,7 +34,7 @@ TASK_SETTINGS = (  # fields of a task that should be the same in both folders
     "corpus_file",
 )
 
-Scores: TypeAlias = dict[str, dict[str, float | None]]  # question -> figure -> value, of one run
+QuestionScores: TypeAlias = dict[str, dict[str, float | None]]  # question -> figure -> value, of one run
 PairedValues: TypeAlias = dict[str, np.ndarray]  # figure -> values of both runs, (2, n)
 
 
@@ -45,8 +45,8 @@ def compare_results(
     Compare two results folders by the paired bootstrap of `second - first`, question by question.
 
     Args:
-        first (`str` or `Path`): a folder that `evaluate_tasks` wrote.
-        second (`str` or `Path`): likewise.
+        first (`str` or `Path`): a folder that `evaluate_tasks` wrote, the baseline.
+        second (`str` or `Path`): the folder to compare with it.
         resamples (`int`): number of resamples.
         seed (`int`): seed of the resampling. The same seed gives the same result.
 
@@ -63,13 +63,13 @@ def compare_results(
     """
     folders = (Path(first), Path(second))
     runs = (read_results(first), read_results(second))
-    notes = [*_only_in_one(runs), *_judged_differently(runs)]
+    notes = [*_notes_on_tasks(runs), *_notes_on_judges(runs)]
     tasks: dict[str, dict] = {}
     values: dict[str, dict[str, PairedValues]] = {}
     for name in runs[0]["tasks"]:
         if name not in runs[1]["tasks"]:
             continue
-        notes += _set_differently(name, runs)
+        notes += _notes_on_settings(name, runs)
         tasks[name] = {}
         values[name] = {}
         for section in _shared_sections(name, runs):
@@ -105,14 +105,14 @@ def _mode_and_scope(section: str) -> tuple[str, str]:
 # ---------------------------------------------------------------------- what can be compared
 
 
-def _only_in_one(runs: Sequence[dict]) -> Iterator[str]:
-    for run, other, which in ((runs[0], runs[1], "first"), (runs[1], runs[0], "second")):
-        alone = [name for name in run["tasks"] if name not in other["tasks"]]
-        if alone:
-            yield f"{len(alone)} tasks are only in the {which} folder: {', '.join(alone)}"
+def _notes_on_tasks(runs: Sequence[dict]) -> Iterator[str]:
+    for run, other, folder in ((runs[0], runs[1], "first"), (runs[1], runs[0], "second")):
+        only_here = [name for name in run["tasks"] if name not in other["tasks"]]
+        if only_here:
+            yield f"{len(only_here)} tasks are only in the {folder} folder: {', '.join(only_here)}"
 
 
-def _judged_differently(runs: Sequence[dict]) -> Iterator[str]:
+def _notes_on_judges(runs: Sequence[dict]) -> Iterator[str]:
     different = _differences(runs[0]["settings"], runs[1]["settings"], JUDGE_SETTINGS)
     if different:
         yield (
@@ -121,7 +121,7 @@ def _judged_differently(runs: Sequence[dict]) -> Iterator[str]:
         )
 
 
-def _set_differently(task: str, runs: Sequence[dict]) -> Iterator[str]:
+def _notes_on_settings(task: str, runs: Sequence[dict]) -> Iterator[str]:
     different = _differences(runs[0]["tasks"][task], runs[1]["tasks"][task], TASK_SETTINGS)
     if different:
         yield f"{task}: the settings differ in {different}"
@@ -139,7 +139,7 @@ def _shared_sections(task: str, runs: Sequence[dict]) -> list[str]:
     return modes + rankings
 
 
-def _read_scores(folder: Path, task: str, section: str) -> Scores:
+def _read_scores(folder: Path, task: str, section: str) -> QuestionScores:
     mode, scope = _mode_and_scope(section)
     scores = {}
     for row in read_lines(folder / task / mode / "scores.jsonl"):
@@ -148,7 +148,7 @@ def _read_scores(folder: Path, task: str, section: str) -> Scores:
     return scores
 
 
-def _check_same_questions(scores: Sequence[Scores], where: str, folders: Sequence[Path]) -> None:
+def _check_same_questions(scores: Sequence[QuestionScores], where: str, folders: Sequence[Path]) -> None:
     first, second = (set(run_scores) for run_scores in scores)
     if first != second:
         raise ValueError(
@@ -158,11 +158,11 @@ def _check_same_questions(scores: Sequence[Scores], where: str, folders: Sequenc
         )
 
 
-# ---------------------------------------------------------------------- comparing it
+# ---------------------------------------------------------------------- the differences
 
 
-def _paired_values(first: Scores, second: Scores) -> PairedValues:
-    """Return the values of the questions that have one in both runs, by figure. Figures without any are left out."""
+def _paired_values(first: QuestionScores, second: QuestionScores) -> PairedValues:
+    """Return, by figure, the values of the questions that have one in both runs. Figures without any are left out."""
     values = {}
     for name in _shared_figures(first, second):
         pairs = [(first[id][name], second[id][name]) for id in first]
@@ -172,19 +172,21 @@ def _paired_values(first: Scores, second: Scores) -> PairedValues:
     return values
 
 
-def _shared_figures(first: Scores, second: Scores) -> list[str]:
+def _shared_figures(first: QuestionScores, second: QuestionScores) -> list[str]:
     first_row: dict = next(iter(first.values()), {})
     second_row: dict = next(iter(second.values()), {})
     return [name for name in first_row if name in second_row]
 
 
-def _compare(first: Scores, second: Scores, values: PairedValues, resamples: int, seed: int) -> dict[str, dict]:
+def _compare(
+    first: QuestionScores, second: QuestionScores, values: PairedValues, resamples: int, seed: int
+) -> dict[str, dict]:
     comparisons = {}
     for name, (first_values, second_values) in values.items():
         old = {id: row[name] for id, row in first.items()}
         new = {id: row[name] for id, row in second.items()}
         compared = paired_bootstrap(old, new, resamples, seed).to_dict()
-        # A question without a value in either run is not left out: the figure does not apply to it.
+        # If neither run has a value for a question, it does not count as left out: the figure does not apply to it.
         compared["left_out"] -= sum(old[id] is None and new[id] is None for id in old)
         means = {"first": float(first_values.mean()), "second": float(second_values.mean())}
         comparisons[name] = {**means, **compared}
@@ -224,7 +226,7 @@ def _average(arrays: list[np.ndarray], resamples: int, seed: int) -> dict[str, A
     return {"first": first, "second": second, **compared, "tasks": len(arrays), "rate": rate}
 
 
-# ---------------------------------------------------------------------- showing it
+# ---------------------------------------------------------------------- the report
 
 
 def comparison_row(name: str, comparison: dict[str, Any]) -> list[Cell]:
@@ -250,7 +252,7 @@ def write_comparison(comparison: dict[str, Any], output_dir: str | Path, names: 
 
 
 def comparison_blocks(comparison: dict[str, Any], names: Sequence[str]) -> list[Block]:
-    """Return the comparison as blocks of a document."""
+    """Return the report of a comparison as blocks of a document."""
     about = (
         f"A is {names[0]} ({comparison['first']}), B is {names[1]} ({comparison['second']}). Differences are B − A, "
         "question by question, in percentage points, with 95 % intervals and two-sided p-values of the paired "
@@ -274,7 +276,7 @@ def comparison_blocks(comparison: dict[str, Any], names: Sequence[str]) -> list[
 
 
 def _averages_table(averages: dict[str, dict[str, dict]]) -> Table:
-    """Return the main figures over tasks, with the rate of improvement."""
+    """Return the averages over tasks of the main figures, with the rate of improvement."""
     table = Table(["", "A", "B", "B − A", "p", "n", "improvement", "tasks"], [])
     for split, sections in averages.items():
         for section, comparisons in sections.items():

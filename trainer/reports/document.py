@@ -1,8 +1,9 @@
 """
-A report as a list of blocks, and its two renderings: Markdown and one HTML page. `templates/` holds both forms.
+A report as a list of blocks, and its two renderings: Markdown and a single HTML page. `templates/` holds a template
+for each.
 
-No text in a block is trusted. Jinja2 escapes every value that a template prints. A template marks the markup that it
-makes itself as safe.
+No text in a block is trusted: Jinja2 escapes every value that a template prints. Only markup that a template makes
+itself is marked as safe.
 """
 
 import base64
@@ -10,14 +11,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jinja2
 from markupsafe import Markup
 
 TEMPLATES = Path(__file__).with_name("templates")
 
-Cell: TypeAlias = "str | tuple[str, str]"  # a text, or a text with a small one below it
+Cell: TypeAlias = "str | tuple[str, str]"  # a text, or a text and a small text below it
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Heading:
 
 @dataclass
 class Text:
-    """A paragraph; a `note` is set smaller."""
+    """A paragraph. A `note` is set in smaller type."""
 
     text: str
     note: bool = False
@@ -57,9 +58,9 @@ class Table:
 
     Args:
         header (`list[str]`): names of the columns.
-        rows (`list[list[Cell]]`): the rows. A row of one cell is the heading of a group.
+        rows (`list[list[Cell]]`): the rows. A row of one cell is the heading of a group of rows.
         strong (`set[int]`): indices of the rows in bold.
-        folded (`str`, *optional*): fold the table in the HTML page, under this title.
+        folded (`str`, *optional*): title under which the HTML page folds the table; by default it is not folded.
         text_columns (`frozenset[int]`): indices of the columns that hold sentences.
     """
 
@@ -80,7 +81,7 @@ class Plot:
 
 @dataclass
 class Example:
-    """A question with its answer, its passages as `(number, title, text)`, and marks such as "Ret 100.0 %"."""
+    """A question with its answer, its passages as `(number, title, text)`, and marks such as `"Ret 100.0 %"`."""
 
     question: str
     answer: str
@@ -93,7 +94,7 @@ Block: TypeAlias = Heading | Text | Bullets | Code | Table | Plot | Example
 
 
 def write_document(blocks: Sequence[Block], folder: str | Path, name: str, title: str) -> None:
-    """Write `name.md` and `name.html`, each atomically. The page embeds the plots in `folder`."""
+    """Write `name.md` and `name.html` into a folder, each atomically. The page embeds the plots of the folder."""
     folder = Path(folder)
     texts = {".md": to_markdown(blocks), ".html": to_html(blocks, folder, title)}
     for suffix, text in texts.items():
@@ -108,7 +109,7 @@ def to_markdown(blocks: Sequence[Block]) -> str:
 
 
 def to_html(blocks: Sequence[Block], folder: Path, title: str) -> str:
-    """Return the blocks as one HTML page that loads nothing else."""
+    """Return the blocks as one HTML page that loads no other files."""
     pictures = {block.path: _data_uri(folder / block.path) for block in blocks if isinstance(block, Plot)}
     template = _HTML.get_template("report.html.jinja")
     return template.render(blocks=_with_kinds(blocks), title=title, pictures=pictures)
@@ -123,7 +124,7 @@ def escape_markdown(text: object) -> Markup:
 
 
 def _escape_line_start(text: str) -> Markup:
-    """Escape a text at the start of a line, where it could also begin a list."""
+    """Escape a text for the start of a line, where Markdown could also read it as an item of a list."""
     escaped = re.sub(r"^([-+])(?=\s|$)", r"\\\1", escape_markdown(text))
     return Markup(re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", escaped))
 
@@ -139,10 +140,11 @@ def _data_uri(path: Path) -> str:
 
 
 def _with_kinds(blocks: Sequence[Block]) -> list[tuple[str, Block]]:
+    """Return each block with the name of its class, by which a template chooses how to show it."""
     return [(type(block).__name__, block) for block in blocks]
 
 
-def _environment(**options) -> jinja2.Environment:
+def _environment(**options: Any) -> jinja2.Environment:
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,

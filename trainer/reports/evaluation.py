@@ -1,4 +1,4 @@
-"""The report of a results folder, made from its files alone: `report.md`, `report.html` and `plots/`."""
+"""The report of a results folder, made only from the files in it: `report.md`, `report.html` and `plots/`."""
 
 import json
 from collections.abc import Iterator
@@ -27,8 +27,8 @@ from .evaluation_plots import evaluation_plots
 
 RANKING = ("mrr", "ndcg@10", "query_recall@1", "query_recall@5", "query_recall@20", "query_recall@100")
 EMISSION = ("nsp_needed", "nsp_not_needed", "num_retrievals", "cor_not_needed", "em_not_needed")
-PASSAGE_SHOWN = 600  # characters of a passage in an example
-ANSWERS_SHOWN = 4
+PASSAGE_SHOWN = 600  # the most characters of a passage in an example
+ANSWERS_SHOWN = 4  # the most reference answers in an example
 
 
 def write_report(output_dir: str | Path, num_examples: int = 3) -> None:
@@ -40,7 +40,7 @@ def write_report(output_dir: str | Path, num_examples: int = 3) -> None:
         num_examples (`int`): number of answers to show from each task.
 
     Raises:
-        `FileNotFoundError`: if the folder has no `metrics.json`, because it is not complete.
+        `FileNotFoundError`: if the folder is not complete, so that it has no `metrics.json`.
         `ValueError`: if the results have another format.
     """
     output_dir = Path(output_dir)
@@ -78,7 +78,7 @@ def _summary(results: dict) -> str:
 
 
 def _main_table(results: dict) -> list[Block]:
-    """Return the paper's main table: one row per task, by split, with averages."""
+    """Return the paper's main table: one row per task, grouped by split, with averages."""
     mode = _main_mode(results)
     if mode is None:
         return []
@@ -97,7 +97,7 @@ def _main_table(results: dict) -> list[Block]:
 
 
 def _main_mode(results: dict) -> str | None:
-    """Return the mode that the main table and the examples show: one in which the model searches, if there is one."""
+    """Return the mode of the main table and the examples: if possible, one in which the model searches."""
     modes = results["settings"]["modes"]
     for mode in (*SEARCHING, *modes):
         if mode in modes:
@@ -106,7 +106,7 @@ def _main_mode(results: dict) -> str | None:
 
 
 def _add_split(table: Table, results: dict, split: str | None, mode: str) -> None:
-    """Add the tasks of a split, with their average if there are several. `None` stands for tasks without a split."""
+    """Add the tasks of a split, with their average if there are several. `None` is for tasks without a split."""
     tasks = {}
     for name, task in results["tasks"].items():
         if task["split"] == split and mode in task["modes"]:
@@ -158,7 +158,7 @@ def _modes(results: dict) -> list[Block]:
 
 
 def _figures(task: dict, mode: str) -> dict:
-    """Return the figures of a task in a mode, or none if the task was not answered in it."""
+    """Return the figures of a task in a mode; empty if the task was not answered in it."""
     return task["modes"][mode]["metrics"] if mode in task["modes"] else {}
 
 

@@ -33,7 +33,7 @@ def evaluation_plots(results: dict, output_dir: Path) -> list[Block]:
 
 
 def _draw_main(results: dict, path: Path) -> str | None:
-    """Draw retrieval, correctness and grounding of each task. K-precision replaces Gr if there is no judge."""
+    """Draw retrieval, correctness and grounding of each task. K-precision replaces Gr if no task has it."""
     mode = next((mode for mode in SEARCHING if mode in results["settings"]["modes"]), None)
     if mode is None:
         return None
@@ -112,7 +112,10 @@ def _draw_scores(results: dict, output_dir: Path, path: Path) -> str | None:
 
 
 def _best_scores(predictions: list[dict]) -> tuple[list[float], list[float]]:
-    """Return the scores of the best passages that are gold, and of the others, for questions that need a passage."""
+    """
+    Return the score of each retrieval's best passage, for questions that need a passage: the scores of gold passages,
+    and those of others.
+    """
     gold: list[float] = []
     others: list[float] = []
     for prediction in predictions:

@@ -1,4 +1,4 @@
-"""The report of an experiment: verdicts, plots and tables, what it took, and how to repeat it."""
+"""The report of an experiment: verdicts, plots and tables, its cost, and how to repeat it."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ GROUP_TITLES = {
     "out-of-domain": "out-of-domain average",
     ALL: "average of all tasks",
 }
-# With fewer parameters of Gen, a result says nothing about models of the paper's size.
+# If Gen has fewer parameters, the results say nothing about models of the paper's size.
 SMALL = 1_000_000_000
 
 
@@ -29,8 +29,8 @@ def write_experiment_report(results: Results, output_dir: str | Path) -> None:
     Write `experiment.json`, `report.md`, `report.html` and `plots/`.
 
     Args:
-        results ([`~trainer.reports.experiment_figures.Results`]): the results. The report lists arms that failed or
-            were not run.
+        results ([`~trainer.reports.experiment_figures.Results`]): the results. The report also lists the runs that
+            failed or are still missing.
         output_dir (`str` or `Path`): the folder, which is created if it does not exist.
     """
     output_dir = Path(output_dir)
@@ -52,7 +52,7 @@ def write_experiment_report(results: Results, output_dir: str | Path) -> None:
     write_document(blocks, output_dir, "report", title)
 
 
-# ---------------------------------------------------------------------- what it says
+# ---------------------------------------------------------------------- findings
 
 
 def _failures(results: Results) -> list[Block]:
@@ -88,7 +88,7 @@ def _caution(results: Results) -> list[Block]:
 
 
 def _verdicts(results: Results) -> list[Block]:
-    """Return the figures in which each line is ahead of the baseline, behind it, or within noise of it."""
+    """Return a table of the figures in which each line is ahead of the baseline, behind it, or within noise of it."""
     if results.baseline is None or len(results.lines) < 2:
         return []
     rows: list[list[Cell]] = []
@@ -97,7 +97,7 @@ def _verdicts(results: Results) -> list[Block]:
         groups = results.group_places(setting)
         for place in groups:
             where = GROUP_TITLES[place.name] if len(groups) > 1 else "all tasks"
-            for line in _others(results):
+            for line in _lines_without_baseline(results):
                 by_verdict = _figures_by_verdict(results, line, place)
                 num_comparisons += sum(len(changes) for changes in by_verdict.values())
                 cells = [", ".join(changes) or MISSING for changes in by_verdict.values()]
@@ -124,7 +124,7 @@ def _figures_by_verdict(results: Results, line: str, place: Place) -> dict[str, 
 
 
 def _tables(results: Results) -> list[Block]:
-    """Return the main figures of all lines in each setting, then folded tables of [NSP] and of all other figures."""
+    """Return tables of the main figures in each setting, then folded tables of [NSP] and of all other figures."""
     blocks: list[Block] = [Heading("Results")]
     names = [name for name in COLUMNS if name in results.names or name == "gr"]
     for setting in results.settings:
@@ -132,11 +132,11 @@ def _tables(results: Results) -> list[Block]:
     blocks.append(Text(_what_columns_mean(results), note=True))
     emission = [name for name in EMISSION if name in results.names]
     further = [name for name in results.names if name not in (*COLUMNS, *EMISSION)]
-    for title, names in (("When [NSP] is emitted", emission), ("Further figures", further)):
-        if not names:
+    for title, folded_names in (("When [NSP] is emitted", emission), ("Further figures", further)):
+        if not folded_names:
             continue
         for setting in results.settings:
-            blocks.append(_table(results, setting, names, folded=f"{title}: {setting}"))
+            blocks.append(_table(results, setting, folded_names, folded=f"{title}: {setting}"))
     return blocks
 
 
@@ -186,16 +186,17 @@ def _is_empty(rows: list[list[Cell]]) -> bool:
 
 
 def _comparisons(results: Results) -> list[Block]:
-    """Return the differences from the baseline, with intervals and the paper's improvement rates."""
+    """Return tables of the differences from the baseline, with intervals and the paper's improvement rates."""
     if results.baseline is None or len(results.lines) < 2:
         return []
     names = [name for name in COLUMNS if name in results.names]
+    lines = _lines_without_baseline(results)
     blocks: list[Block] = [Heading(f"Differences with {results.label(results.baseline)}")]
     for setting in results.settings:
         table = Table(["", *(figure(name).label for name in names)], [])
         for place in [*results.group_places(setting), *results.task_places(setting)]:
             table.rows.append([GROUP_TITLES[place.name] if place.is_group else place.name])
-            table.rows += _rows(results, place, _others(results), names, results.compare, seeds_difference_cell)
+            table.rows += _rows(results, place, lines, names, results.compare, seeds_difference_cell)
         blocks += [Heading(setting, 3), table]
     note = (
         "Percentage points, in brackets percent of the baseline (the paper's improvement rate); then the 95 % "
@@ -213,7 +214,7 @@ def _rows(
     measure: Callable[..., Mapping[str, Any] | None],
     cell: Callable[[Mapping[str, Any] | None, str], Cell],
 ) -> list[list[Cell]]:
-    """Return a row for each line, with what `measure` returns for it in a place, as cells."""
+    """Return a row for each line: its label, and what `measure` returns for each figure of a place, as cells."""
     rows: list[list[Cell]] = []
     for line in lines:
         cells = [cell(measure(line, place.tasks, name), name) for name in names]
@@ -227,11 +228,11 @@ def _title(results: Results, place: Place) -> str:
     return f"{place.name} ({place.split})" if place.split else place.name
 
 
-def _others(results: Results) -> list[str]:
+def _lines_without_baseline(results: Results) -> list[str]:
     return [line for line in results.lines if line != results.baseline]
 
 
-# ---------------------------------------------------------------------- what it took
+# ---------------------------------------------------------------------- cost, and how to repeat it
 
 
 def _trainings(results: Results) -> list[Block]:

@@ -1,9 +1,9 @@
 """
-The figures of an experiment: arms x seeds x tasks, averaged and compared.
+The figures of an experiment: its arms on each task and seed, averaged and compared with the baseline.
 
-A line of a table is an arm or, if the experiment has several modes, an arm in a mode. A question counts once: its
-scores are averaged over the seeds that asked it. Intervals come from resampling the questions within each task. They
-do not cover the variation over seeds, so the standard deviation over seeds is shown next to them.
+A line is what a table shows in one row: an arm or, if the experiment has several modes, an arm in a mode. A question
+counts once: its scores are averaged over the seeds that asked it. Intervals come from resampling the questions within
+each task. They do not cover the variation over seeds, so the standard deviation over seeds is shown next to them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,19 +31,19 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Place:
-    """Where figures are shown: at one task, or at the average of a group of tasks."""
+    """The tasks that a figure is measured on: a single task, or a group that is averaged."""
 
     name: str
     tasks: tuple[str, ...]
-    split: str | None = None  # of a task
+    split: str | None = None  # the split of a single task
     is_group: bool = False
 
 
 class MeasuredOverSeeds(Measured):
     """A figure over one or more tasks: `value` is the mean over seeds, `interval` and `n` are over questions."""
 
-    tasks: int  # tasks to which the figure applies
-    of_tasks: int  # all tasks
+    tasks: int  # number of tasks to which the figure applies
+    of_tasks: int  # number of all tasks
     deviation: float | None  # over seeds; None for a single seed
     seeds: dict[int, float]
 
@@ -54,17 +54,17 @@ class DifferenceOverSeeds(TypedDict):
     difference: float
     interval: list[float]
     n: int
-    left_out: int  # questions without a value for one of the two
+    left_out: int  # number of questions for which only one of the two has a value
     seeds: dict[int, float]
-    tasks: int  # tasks in which both have a value
-    of_tasks: int  # all tasks
+    tasks: int  # number of tasks in which both have a value
+    of_tasks: int  # number of all tasks
     rate: float | None  # the difference in percent of the baseline; None if the baseline is 0
     verdict: Verdict
 
 
 @dataclass
 class _PairedScores:
-    """The scores of a line and the baseline on the questions of a task for which both have a value."""
+    """The scores of a line and of the baseline on those questions of a task for which both have a value."""
 
     differences: dict[int, ScoresById] = field(default_factory=dict)  # by seed, line minus baseline
     baseline_values: list[float] = field(default_factory=list)
@@ -73,23 +73,23 @@ class _PairedScores:
 
 class Results:
     """
-    What an experiment found.
+    The results of an experiment.
 
     Args:
         experiment (`dict`): the fields of its file: `title`, `about`, `arms`, `baseline`, `seeds`, `evaluation`,
             `axis`, `corpus_sizes`, ...
         runs (`list[dict]`): one per arm and seed: `arm`, `seed`, `options`, `failure`, `trained` and `evaluated`
-            (`None` until done), `evaluation` (the folder with the `results/` of recipes/run_evaluation.py),
+            (`None` until done), `evaluation` (the folder in which recipes/run_evaluation.py wrote `results/`), and
             `questions` (task -> a string that identifies its set of questions).
         meaning (`dict`): name of a task in the results -> `{"task", "setting", "size", "split"}`.
-        notes (`list[str]`): what was left out.
+        notes (`list[str]`): notes on what was left out.
         command (`str`): the command that ran the experiment.
 
     Attributes:
-        lines (`list[str]`): the lines with answers, in order.
-        settings (`list[str]`): e.g. `"Top-20"`.
-        names (`list[str]`): the figures that were measured, in the order of the vocabulary.
-        cor (`dict[str, str]`): task -> what Cor is.
+        lines (`list[str]`): the lines that were evaluated, in order.
+        settings (`list[str]`): what the tasks search, e.g. `"Top-20"`.
+        names (`list[str]`): names of the figures that were measured, in the order of the vocabulary.
+        cor (`dict[str, str]`): task -> labels of the metrics by which Cor is measured.
 
     Raises:
         `FileNotFoundError`: if a results folder is not complete.
@@ -112,19 +112,19 @@ class Results:
         self.modes: list[str] = experiment["evaluation"]["modes"]
         self.evaluated = [run for run in runs if run["evaluated"] is not None]
         self.arm_and_mode = {self._line(arm, mode): (arm, mode) for arm in experiment["arms"] for mode in self.modes}
-        # Checks the format, so it comes before anything else is read.
+        # This checks the format, so it comes before anything else is read.
         all_results = [read_results(results_folder(run)) for run in self.evaluated]
         self.scores = self._read_scores()
         self.lines = [line for line in self.arm_and_mode if line in self.scores]
         self.settings = list(dict.fromkeys(task["setting"] for task in meaning.values()))
         self.names = self._measured_names()
         self.cor = self._read_cor(all_results)
-        # Tables, plots and JSON need the same figures.
+        # Cached, because tables, plots and JSON need the same figures.
         self._figures: dict[tuple, MeasuredOverSeeds | None] = {}
         self._comparisons: dict[tuple, DifferenceOverSeeds | None] = {}
 
     def _line(self, arm: str, mode: str) -> str:
-        """Return the name of a line: the parts in which the lines of this experiment differ."""
+        """Return the name of a line: its arm, its mode or both, whichever tells the lines of this experiment apart."""
         if len(self.modes) == 1:
             return arm
         if len(self.experiment["arms"]) == 1:
@@ -162,7 +162,7 @@ class Results:
 
     @property
     def baseline(self) -> str | None:
-        """The line that the others are compared with, or `None` if it failed."""
+        """The line with which the others are compared, or `None` if it was not evaluated."""
         name = self.experiment["baseline"]
         for line in self.lines:
             if name in (line, self.arm(line)):
@@ -182,7 +182,7 @@ class Results:
         return MODES[self.arm_and_mode[line][1]]
 
     def tasks(self, setting: str, group: str = ALL) -> tuple[str, ...]:
-        """Return the names of the tasks in a setting and a group, in order."""
+        """Return the names of the tasks of a group in a setting, in order."""
         names = []
         for name, about in self.meaning.items():
             if about["setting"] == setting and group in (ALL, about["split"]):
@@ -198,7 +198,7 @@ class Results:
         return places
 
     def group_places(self, setting: str) -> list[Place]:
-        """Return the groups of a setting: all tasks and, if the setting has tasks of both splits, each split."""
+        """Return the groups of tasks of a setting: each split if it has tasks of both, and all tasks."""
         splits = [split for split in SPLITS if self.tasks(setting, split)]
         groups = [*splits, ALL] if len(splits) == 2 else [ALL]
         return [Place(group, self.tasks(setting, group), is_group=True) for group in groups]
@@ -264,7 +264,11 @@ class Results:
     def _compare(self, line: str, tasks: tuple[str, ...], name: str) -> DifferenceOverSeeds | None:
         all_pairs = [self._paired_scores(line, task, name) for task in tasks]
         pairs_by_task = [pairs for pairs in all_pairs if pairs.baseline_values]
-        measured = average([list(over_seeds(pairs.differences.values()).values()) for pairs in pairs_by_task])
+        columns = []
+        for pairs in pairs_by_task:
+            question_means = over_seeds(pairs.differences.values())
+            columns.append(list(question_means.values()))
+        measured = average(columns)
         if measured is None:
             return None
         difference = measured["value"]
@@ -305,12 +309,12 @@ class Results:
     def _baseline_scores(self) -> dict[int, TaskScores]:
         return {} if self.baseline is None else self.scores[self.baseline]
 
-    # ------------------------------------------------------------------ all of them
+    # ------------------------------------------------------------------ everything as JSON
 
     def to_dict(self) -> dict[str, Any]:
         """
-        Return everything as JSON holds it: what was run, `figures` (setting -> line -> task or group -> figure), and
-        `comparisons` with the baseline.
+        Return the content of `experiment.json`: what was run, `figures` (setting -> line -> task or group -> figure),
+        and `comparisons` with the baseline.
         """
         figures: dict[str, dict] = {}
         comparisons: dict[str, dict] = {}
@@ -332,7 +336,7 @@ class Results:
         }
 
     def _by_place(self, measure: Callable[..., Mapping | None], line: str, places: list[Place]) -> dict[str, dict]:
-        """Return place -> figure -> what `measure`, [`figure`] or [`compare`], returns for it."""
+        """Return place -> name of a figure -> what `measure` ([`figure`] or [`compare`]) returns for it."""
         by_place: dict[str, dict] = {}
         for place in places:
             measured = {name: measure(line, place.tasks, name) for name in self.names}

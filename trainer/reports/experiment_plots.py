@@ -1,4 +1,4 @@
-"""The plots of an experiment: bars of the averages in each setting, or curves over an option or the corpus size."""
+"""The plots of an experiment: bars for the averages in each setting, or curves over an option or the corpus size."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,7 +47,7 @@ def _bars(results: Results, names: list[str], output_dir: Path) -> list[Block]:
 
 
 def _over_corpus_sizes(results: Results, name: str) -> Curves:
-    """Return a curve for each line and group, over the sizes of the corpora."""
+    """Return a curve over the sizes of the corpora for each line and group."""
     curves: dict[str, dict[float, Measured]] = {}
     for setting in results.settings:
         size = next(about["size"] for about in results.meaning.values() if about["setting"] == setting)
@@ -58,7 +58,7 @@ def _over_corpus_sizes(results: Results, name: str) -> Curves:
 
 
 def _over_option(results: Results, name: str) -> Curves:
-    """Return a curve for each setting, group and mode, over the option that the arms set."""
+    """Return a curve over the option that the arms set for each setting, group and mode."""
     curves: dict[str, dict[float, Measured]] = {}
     for setting in results.settings:
         for place in _shown_groups(results, setting):
@@ -74,7 +74,7 @@ def _over_option(results: Results, name: str) -> Curves:
 
 
 def _without_option(results: Results, name: str) -> dict[str, Measured]:
-    """Return the figures of the lines that do not set the option."""
+    """Return the figures of the lines whose arm does not set the option."""
     levels: dict[str, Measured] = {}
     for setting in results.settings:
         for place in _shown_groups(results, setting):
@@ -85,7 +85,7 @@ def _without_option(results: Results, name: str) -> dict[str, Measured]:
 
 
 def _shown_groups(results: Results, setting: str) -> list[Place]:
-    """Return the splits of a setting if it has both, and otherwise the group of all tasks."""
+    """Return both splits of a setting, which cover all tasks with a split, or all tasks if it lacks one of them."""
     groups = results.group_places(setting)
     if len(groups) == 1:
         return groups
@@ -102,5 +102,5 @@ def _by_line(results: Results, place: Place, name: str) -> dict[str, Measured]:
 
 
 def _option(results: Results, line: str) -> Any:
-    """Return the line's value of the option on the axis, or `None` if its arm does not set it."""
+    """Return the value of the option on the axis, or `None` if the line's arm does not set it."""
     return results.experiment["arms"][results.arm(line)].get(results.experiment["axis"])

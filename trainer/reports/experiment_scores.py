@@ -1,4 +1,4 @@
-"""The scores of an experiment, question by question, read from the results folders of its runs."""
+"""The scores of an experiment's questions, read from the results folders of its runs."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +15,7 @@ TaskScores: TypeAlias = dict[str, dict[str, ScoresById]]  # task -> figure -> sc
 
 
 def results_folder(run: dict) -> Path:
-    """Return the folder that recipes/run_evaluation.py wrote for an arm and seed."""
+    """Return the results folder that recipes/run_evaluation.py wrote for a run."""
     return Path(run["evaluation"], "results")
 
 
@@ -23,8 +23,8 @@ def read_task_scores(run: dict, task: str, mode: str) -> dict[str, ScoresById]:
     """
     Return the scores of a task in a mode.
 
-    Mode `"retrieval"` also holds the scores of the query embedding, over the pool if there is one and otherwise over
-    the corpus, because that is what the model searches.
+    In mode `"retrieval"`, these include the scores of the query embedding. Its ranking is over the pool if there is
+    one and otherwise over the corpus, because that is what the model searches.
 
     Args:
         run (`dict`): holds `evaluation` and `questions`, see [`~trainer.reports.experiment_figures.Results`].
@@ -33,7 +33,7 @@ def read_task_scores(run: dict, task: str, mode: str) -> dict[str, ScoresById]:
 
     Returns:
         `dict[str, dict[str, float]]`: figure -> question -> value. A question is identified by its set and its id, so
-        that seeds with the same questions share them.
+        seeds that ask the same questions share them.
     """
     folder = results_folder(run) / task
     rows = []
@@ -60,7 +60,7 @@ def scores_of(by_task: TaskScores, task: str, name: str) -> ScoresById:
 
 
 def over_seeds(scores_of_seeds: Iterable[ScoresById]) -> ScoresById:
-    """Return the mean of each question over the seeds that asked it."""
+    """Return the mean score of each question over the seeds that have one."""
     values_by_question: dict[str, list[float]] = {}
     for scores in scores_of_seeds:
         for question, value in scores.items():
@@ -74,7 +74,7 @@ def plain_mean(values: Iterable[float]) -> float:
 
 
 def mean_over_tasks(scores_of_tasks: Iterable[ScoresById]) -> float | None:
-    """Return the plain mean of the tasks' means. Tasks without scores do not count. `None` if there are no scores."""
+    """Return the plain mean of the means of the tasks with scores, or `None` if no task has any."""
     task_means = [plain_mean(scores.values()) for scores in scores_of_tasks if scores]
     return plain_mean(task_means) if task_means else None
 

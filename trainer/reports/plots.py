@@ -22,7 +22,7 @@ Curve: TypeAlias = Mapping[float, Measured]
 COLORS = ("#2f6db3", "#e08a2e", "#4d9a5b", "#b5475b", "#7b62a8", "#6b7680")
 LINE_STYLES = ("-", "--", ":")
 MAX_WIDTH = 14.0  # inches
-MANY_GROUPS = 7  # from this number on, the names are rotated
+MANY_GROUPS = 7  # from this number of groups on, their names are rotated
 
 
 def can_draw() -> bool:
@@ -35,8 +35,8 @@ def draw_bars(groups: Mapping[str, Mapping[str, Measured]], labels: Mapping[str,
     Draw bars with 95 % intervals.
 
     Args:
-        groups (`Mapping`): group of bars on the axis -> key of a bar -> figure. A missing key leaves a gap.
-        labels (`Mapping`): key of a bar -> its name in the legend. Colours follow this order.
+        groups (`Mapping`): name of a group of bars -> key of a bar -> figure. A missing key leaves a gap.
+        labels (`Mapping`): key of a bar -> its name in the legend. Bars and colours follow this order.
         path (`Path`): the PNG file to write.
     """
     width = max(6.0, 1.1 * len(groups) * max(1.0, len(labels) / 3))
@@ -82,13 +82,13 @@ def draw_curves(
     levels: Mapping[str, Mapping[str, Measured]] | None = None,
 ) -> None:
     """
-    Draw curves over a number, on a logarithmic axis, with 95 % intervals.
+    Draw figures as curves over a number, on a logarithmic axis, with 95 % intervals.
 
     Args:
         panels (`Mapping`): title of a panel -> label of a curve -> number -> figure.
         path (`Path`): the PNG file to write.
         xlabel (`str`): what the number is.
-        levels (`Mapping`, *optional*): title of a panel -> label -> a figure without a number, drawn as a level line.
+        levels (`Mapping`, *optional*): title of a panel -> label -> figure without a number, drawn as a level line.
     """
     levels = levels or {}
     rotation = 0 if len(panels) == 1 else 30
@@ -151,7 +151,7 @@ def _percents(figures: Sequence[Measured]) -> tuple[np.ndarray, np.ndarray, np.n
     """Return values, lower and upper bounds in percent, each of shape `(number of figures,)`."""
     values = np.array([figure["value"] for figure in figures], float)
     bounds = np.array([figure["interval"] for figure in figures], float).reshape(-1, 2)
-    low = np.minimum(bounds[:, 0], values)  # rounding can leave a bound on the wrong side of the value
+    low = np.minimum(bounds[:, 0], values)  # rounding can put a bound on the wrong side of the value
     high = np.maximum(bounds[:, 1], values)
     return 100 * values, 100 * low, 100 * high
 

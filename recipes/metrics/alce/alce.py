@@ -23,7 +23,8 @@ Args:
 
 Returns:
     dict: str_em and str_hit if the references have qa_pairs; claim_recall if they have claims; citation_recall and
-    citation_precision over the outputs that are not empty (num_cited_outputs). Between 0 and 1.
+    citation_precision over the outputs that are not empty; num_cited_outputs, the number of these outputs. All but the
+    last are between 0 and 1.
 """
 CITATION = """
 @inproceedings{gao2023enabling,

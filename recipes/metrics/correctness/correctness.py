@@ -1,4 +1,4 @@
-"""Cor and Cor⁻: whether an answer is right by the metric of its dataset, and right with right retrieval."""
+"""Cor and Cor⁻: whether an answer is right by the metric of its dataset, and whether its retrieval is right too."""
 
 import importlib
 from collections.abc import Callable
@@ -7,8 +7,8 @@ import datasets
 import evaluate
 
 DESCRIPTION = """
-Cor: correctness by the metric of the dataset: the short answer is contained (NQ, TriviaQA, HotpotQA, zsRE, T-REx), F1
-(WoW), ROUGE-L (ELI5), or NLI (FEVER; by its label without an NLI model). Cor⁻ counts an answer as wrong if no gold
+Cor is correctness by the metric of the dataset: containment of the short answer (NQ, TriviaQA, HotpotQA, zsRE, T-REx),
+F1 (WoW), ROUGE-L (ELI5), or NLI (FEVER; without an NLI model, its label). Cor⁻ counts an answer as wrong if no gold
 passage was retrieved.
 """
 INPUTS = """
@@ -23,8 +23,9 @@ Args:
         model.
 
 Returns:
-    dict: cor, over all questions; over those with provenance cor_minus, cor_success (a gold passage was retrieved) and
-    cor_failure (none was), NaN if there is no such question; metric, the name of the metric. Between 0 and 1.
+    dict: cor, over all questions; cor_minus, over the questions with provenance; cor_success and cor_failure, Cor over
+    those of them for which a gold passage was retrieved and over the others; metric, the name of the metric. Figures
+    are between 0 and 1, or NaN if there is no such question.
 """
 CITATION = """
 @inproceedings{lee2024semiparametric,

@@ -8,8 +8,8 @@ import evaluate
 
 DESCRIPTION = """
 Gr: share of the sentences between [Cs] and [CE] that follow from the passages retrieved for that very span, by an NLI
-model. K-precision: share of the words between [Cs] and [CE] that are in those passages. It is lexical, needs no model,
-and does not replace Gr.
+model. K-precision: share of the words between [Cs] and [CE] that are in those passages. It compares words only, needs
+no model, and does not replace Gr.
 """
 INPUTS = """
 Args:
@@ -19,13 +19,13 @@ Args:
         "provenance": [[ids of one evidence set], ...]}.
     nli (callable or str, optional): a judge, `list[(premise, hypothesis)]` -> `list[bool]`, or the name of an NLI
         model. Without it there is no Gr.
-    hypothesis (str): how the NLI model reads a sentence, "{sentence}" by default. "{question} {sentence}" is for
-        answers of a few words, and needs the field "input" of the predictions.
+    hypothesis (str): template of the text that the NLI model gets for a sentence, "{sentence}" by default. "{question}
+        {sentence}" is for answers of a few words, and needs the field "input" of the predictions.
 
 Returns:
-    dict: k_precision; num_grounded, the number of answers with grounded text, the only ones that count; with nli also
-    gr, gr_success (a gold passage was retrieved) and gr_failure (none was). Between 0 and 1, NaN if there is no such
-    answer.
+    dict: means over the answers with grounded text: k_precision and, with nli, gr; gr_success and gr_failure, Gr over
+    those for which a gold passage was retrieved and over the others. They are between 0 and 1, NaN if there is no such
+    answer. num_grounded is the number of answers with grounded text.
 """
 CITATION = """
 @inproceedings{lee2024semiparametric,

@@ -1,6 +1,6 @@
 """
-What a CoSup model retrieves: Ret, Ret-P, KILT's R-precision and recall@k, how often `[NSP]` is emitted, and the
-ranking by the query embedding.
+Scores of what a CoSup model retrieves: Ret, Ret-P, KILT's R-precision and recall@k, how often `[NSP]` is emitted, and
+figures of the ranking by the query embedding.
 """
 
 import importlib
@@ -10,9 +10,9 @@ import datasets
 import evaluate
 
 DESCRIPTION = """
-What a model that retrieves while it writes has retrieved, judged by passage id: Ret (a gold passage was retrieved),
-Ret-P (share of the distinct retrieved passages that are gold), KILT's R-precision and recall@k, how often [NSP] was
-emitted, and, if there is a ranking by the query embedding, its MRR, nDCG@10 and R@k.
+Scores what a model retrieved while it wrote, by passage id: Ret (a gold passage was retrieved), Ret-P (share of the
+distinct retrieved passages that are gold), KILT's R-precision and recall@k, how often [NSP] was emitted, and, if there
+is a ranking by the query embedding, its MRR, nDCG@10 and R@k.
 """
 INPUTS = """
 Args:
@@ -28,8 +28,8 @@ Args:
 
 Returns:
     dict: ret, ret_precision, r_precision, kilt_recall@k, nsp_needed and nsp_not_needed; num_questions, the number of
-    questions with provenance; if all of these have a ranking, also mrr, ndcg@10 and query_recall@k. Between 0 and 1,
-    NaN if there is no question of that kind.
+    questions with provenance; if all of these have a ranking, also mrr, ndcg@10 and query_recall@k. Figures are
+    between 0 and 1, or NaN if there is no question to which they apply.
 """
 CITATION = """
 @inproceedings{lee2024semiparametric,
