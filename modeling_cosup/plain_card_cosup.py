@@ -1,7 +1,7 @@
 """
-Choose between the two makers of cards: `card_cosup`, which stays in the package, and the plain card in this module.
+The card of a process that has only a checkpoint's code: a plain one, which its owner has to complete.
 
-A process that loaded its code from a checkpoint has only the plain card, which its owner has to complete.
+The cards of `card_cosup` say more, but that module stays in the package.
 """
 
 from collections.abc import Sequence

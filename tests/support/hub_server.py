@@ -130,7 +130,7 @@ class Hub:
         environment |= {
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": str(home or tempfile.mkdtemp(dir=self.root.parent, prefix="hf_home_")),
-            "HF_HUB_OFFLINE": "0",  # if it were not set, conftest.py would set it to 1
+            "HF_HUB_OFFLINE": "0",  # if it is not set, conftest.py sets it to 1
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "NO_PROXY": "127.0.0.1",

@@ -31,7 +31,7 @@ Operation = tuple[str, str, Entry | None]  # see Repository.commit
 
 class HubError(Exception):
     """
-    A refusal.
+    The refusal of a request.
 
     Args:
         status (`int`): HTTP status.
@@ -46,7 +46,7 @@ class HubError(Exception):
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file of which readers see all of `data` or the old content."""
+    """Write a file so that readers see either all of `data` or the old content."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
     with os.fdopen(handle, "wb") as file:
         file.write(data)
@@ -120,7 +120,7 @@ class HubStore:
         return Repository(folder, kind, repo_id, self.lock)
 
     def delete(self, kind: str, repo_id: str) -> None:
-        """Delete a repository, from a reader's view in one step."""
+        """Delete a repository; readers see it happen in one step."""
         trash = Path(tempfile.mkdtemp(dir=self.root, prefix=".tmp-"))
         os.rename(self.get(kind, repo_id).folder, trash / "repo")
         shutil.rmtree(trash)
