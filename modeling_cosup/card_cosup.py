@@ -159,7 +159,7 @@ def _part(part: PreTrainedModel | None, config: PreTrainedConfig, name: str | No
 
 
 def _settings(config: CoSupConfig) -> list[tuple[str, str]]:
-    """Return the rows of the table of settings: those of the model, then those that any index of it must share."""
+    """Return the rows of the table of settings: the model's, then the ones that an index of it must share."""
     names = ("similarity", "temperature", "nsp_loss_weight", "query_from", *config.embedding_settings)
     return [(f"`{name}`", f"`{_cell(repr(getattr(config, name)))}`") for name in dict.fromkeys(names)]
 

@@ -42,7 +42,7 @@ def info_nce(
         passage_embeds (`torch.Tensor` of shape `(M, h)`): Emb_seq's embeddings, of this rank and of all others.
         passage_labels (`torch.LongTensor` of shape `(N,)`): row of `passage_embeds` that is the positive of each
             query; -100 for none.
-        same_passage (`torch.BoolTensor` of shape `(N, M)`, *optional*): passages that are no negatives of a query:
+        same_passage (`torch.BoolTensor` of shape `(N, M)`, *optional*): passages that are not negatives of a query:
             further positives, and repetitions. The positive itself may be marked too.
         temperature (`float`): divides the scores; 1.0 is the paper's.
         return_scores (`bool`): also return the scores that enter the softmax.

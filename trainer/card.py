@@ -230,9 +230,9 @@ def evaluation_groups(results: dict[str, Any]) -> list[ResultGroup]:
         results (`dict`): what [`~trainer.judging.judge.evaluate_tasks`] returned.
 
     Returns:
-        `list[dict]`: one [`result_group`] for each task. The answers are those of the mode in which the model decides
-            when to retrieve, or else of the forced mode. R@1 is measured with the query embedding, over the
-            searched passages.
+        `list[dict]`: one [`result_group`] for each task. The answers come from the mode in which the model decides
+            when to retrieve, or else from the forced mode. R@1 is measured with the query embedding, over the searched
+            passages.
     """
     groups = []
     for name, task in results["tasks"].items():
@@ -301,7 +301,7 @@ def write_card(
 
 def add_results(folder: str | Path, groups: list[ResultGroup]) -> bool:
     """
-    Add results to the facts of a checkpoint's folder and write its card anew.
+    Add results to the facts of a checkpoint's folder and rewrite its card.
 
     They replace earlier results of the same evaluation sets. Facts about weights that the folder no longer holds are
     removed. A card that its owner edited (without the marker) is not replaced.
@@ -335,7 +335,7 @@ def complete_card(
     index: str | None = None,
     question: str | None = None,
 ) -> None:
-    """Replace the results in the facts of a folder and write its card anew; see [`write_card`]."""
+    """Replace the results in the facts of a folder and rewrite its card; see [`write_card`]."""
     facts = load_facts(folder)
     facts["results"] = results
     write_card(model, folder, repo_id, facts, index, question)

@@ -212,7 +212,7 @@ class HubMixin(TrainerBase):
         try:
             folder = _copy_checkpoint(checkpoint_folder, _output_dir(self.args))
         except OSError as error:
-            logger.warning(f"{checkpoint_folder} was not pushed, and training goes on: {error}")
+            logger.warning(f"{checkpoint_folder} was not pushed, and training continues: {error}")
             return
         adapters = adapter_config(self.model)
         base_name = None if adapters is None else adapters.base_model_name_or_path
@@ -307,7 +307,7 @@ def _push_and_remove(folder: Path, repo_id: str, commit_message: str, **options:
 
 def _warn_of_failure(job: Future[CommitInfo]) -> None:
     if job.exception() is not None:
-        logger.warning(f"A push during training failed, and training goes on: {job.exception()}")
+        logger.warning(f"A push during training failed, and training continues: {job.exception()}")
 
 
 def push_checkpoint(
