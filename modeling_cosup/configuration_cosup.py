@@ -26,28 +26,23 @@ class CoSupConfig(PreTrainedConfig):
         nsp_token_id, cs_token_id, ce_token_id (`int`, *optional*): ids of `[NSP]`, `[Cs]` and `[CE]` in Gen's
             tokenizer. Without `nsp_token_id` the model is plain Gen.
         similarity (`str`): `"cosine"` or `"dot"` (the paper).
-        temperature (`float`, *optional*): divides the scores of the NSP loss. Defaults to 0.05 for cosine, 1.0 for
-            dot.
-        nsp_loss_weight (`float`, *optional*): λ of L = L_NTP + λ·L_NSP (Eq. 5). Defaults to 1.0 for cosine, 0.01 for
-            dot.
+        temperature (`float`, *optional*): divides the scores of the NSP loss; by default 0.05 (cosine) or 1.0 (dot).
+        nsp_loss_weight (`float`, *optional*): λ of L = L_NTP + λ·L_NSP (Eq. 5); by default 1.0 (cosine) or 0.01 (dot).
         query_from (`str`): where a query embedding comes from. `"gen"`: Gen's last hidden state at `[NSP]` (the
             method). `"emb_seq"`: Emb_seq reads everything up to and including `[NSP]` (the paper's baseline,
             section 5). `"query_encoder"`: a third encoder reads it (appendix C.1).
-        emb_seq_pooling (`str`): `"eos"` (the paper), `"lasttoken"` (the last token, whatever it is), `"mean"` or
-            `"cls"`.
+        emb_seq_pooling (`str`): `"eos"` (the paper), `"lasttoken"` (whichever token is last), `"mean"` or `"cls"`.
         emb_seq_add_bos_token, emb_seq_add_eos_token (`bool`): whether Emb_seq reads BOS (or CLS) before a passage,
             and EOS (or SEP) after it.
         emb_head_size (`int`, *optional*): output width of `emb_head`; must be Gen's width if Gen makes the queries. If
             set, there is an `emb_head` even if Emb_seq already has this width. By default there is one only if Gen
             makes the queries and Emb_seq has another width.
-        passage_template (`str`): how a passage reads, for Gen and for Emb_seq. A passage without a title is its text
-            alone.
+        passage_template (`str`): how a passage is rendered for Gen and Emb_seq; without a title, as its text alone.
         passage_prompt (`str`): what only Emb_seq reads before every passage; some retrievers need one.
         query_prompt (`str`): the same before a query, if Emb_seq or a query encoder reads queries.
         max_passage_length (`int`): tokens of a passage, without the BOS and EOS that Emb_seq also reads; longer
             passages are truncated.
-        load_emb_seq (`bool`): `False` loads Gen without Emb_seq, which is enough to generate from an index. Never
-            saved.
+        load_emb_seq (`bool`): `False` leaves out Emb_seq, which generation from an index does not need. Never saved.
         gen_name_or_path, emb_seq_name_or_path (`str`, *optional*): repositories on the Hub that the two parts were
             made from, for the model card.
         fingerprint (`dict`, *optional*): written by `save_pretrained`; see `CoSupForCausalLM.fingerprint`.

@@ -282,5 +282,5 @@ def _folder_name(folder: str | os.PathLike[str]) -> str:
 
 
 def _push(folder: str | os.PathLike[str], repo_id: str, token: str | None) -> None:
-    message = "Upload a part of a CoSup model"
-    push_files(checkpoint_files(folder, PART_FILES), repo_id, _WEIGHT_FILES, commit_message=message, token=token)
+    files = checkpoint_files(folder, PART_FILES)
+    push_files(files, repo_id, _WEIGHT_FILES, commit_message="Upload a part of a CoSup model", token=token)

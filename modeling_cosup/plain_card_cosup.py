@@ -1,7 +1,7 @@
 """
-The card of a process that has only a checkpoint's code: a plain one, which its owner has to complete.
+The plain card that is written if only a checkpoint's code is available; its owner has to complete it.
 
-The cards of `card_cosup` say more, but that module stays in the package.
+The full cards of `card_cosup` need the installed package.
 """
 
 from collections.abc import Sequence

@@ -54,7 +54,9 @@ class SharingMixin(ModelBase):
 
     def fingerprint(self, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
         """
-        Return what an index must have in common with this model: hashes of Emb_seq and tokenizers, and settings.
+        Return what an index must have in common with this model.
+
+        That is a hash of Emb_seq's weights, hashes of the tokenizers, and the embedding settings.
 
         The weights are hashed only if they are complete and in float32 or bfloat16 (a cast between the two keeps the
         hash). If they are quantised, sharded, offloaded, in float16 or not loaded, the hash of the last save is
@@ -204,8 +206,10 @@ class SharingMixin(ModelBase):
         **kwargs: Any,
     ) -> None:
         """
-        Save the weights (safetensors), the config with the fingerprint, the generation config, the code of this model,
-        the tokenizers, and what training recorded about these weights.
+        Save a checkpoint that loads without this package.
+
+        It holds the weights (safetensors), the config with the fingerprint, the generation config, the code of this
+        model, the tokenizers, and what training recorded about these weights.
 
         Args: as in `PreTrainedModel.save_pretrained`. With `push_to_hub=True` also the arguments of
             [`~SharingMixin.push_to_hub`]; `repo_id` defaults to the name of the folder.

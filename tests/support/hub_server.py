@@ -66,7 +66,7 @@ class HubHTTPServer(ThreadingHTTPServer):
         self.stall_after_bytes = stall_after_bytes
         self.multipart_above = multipart_above
         self.page_size = page_size
-        self.object_bytes = 0  # of LFS objects, received since the start
+        self.object_bytes = 0  # bytes of LFS objects received since the start
         self.log_lock = threading.Lock()
         secret = self.store.root / "secret"
         if not secret.exists():
