@@ -60,9 +60,9 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     """
-    Import on first use, so that a program which only reads files, such as a report, does not wait for torch.
+    Import a public name on first use, so that a program that only reads files, such as a report, does not load torch.
 
-    The first name that is used also registers the model with transformers' Auto classes.
+    The first import also registers the model with transformers' Auto classes.
     """
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -29,7 +29,7 @@ from .tokenization_cosup import (
 if TYPE_CHECKING:
     Base = PreTrainedModel
 else:
-    Base = object  # the model brings PreTrainedModel
+    Base = object  # CoSupForCausalLM itself inherits from PreTrainedModel
 
 Model = TypeVar("Model", bound="BuildingMixin")
 NameOrModel: TypeAlias = str | os.PathLike[str] | PreTrainedModel
@@ -84,14 +84,14 @@ class BuildingMixin(Base):
             `CoSupForCausalLM`, in the mode (train or eval) of Gen.
 
         Raises:
-            `TypeError`: for a keyword that is no field of the config.
-            `ValueError`: without a tokenizer, for an architecture that does more after its LM head than is known, or
+            `TypeError`: for a keyword that is not a field of the config.
+            `ValueError`: without a tokenizer, for an architecture that does something unknown after its LM head, or
                 when `max_passage_length` exceeds Emb_seq's positions.
         """
         control_tokens = {name: config.pop(name) for name in CONTROL_TOKENS if name in config}
         unknown = sorted(set(config) - set(CoSupConfig.__dataclass_fields__))
         if unknown:
-            raise TypeError(f"from_gen_and_emb_seq got {', '.join(unknown)}, which are no fields of CoSupConfig.")
+            raise TypeError(f"from_gen_and_emb_seq got {', '.join(unknown)}, which are not fields of CoSupConfig.")
         gen, emb_seq, query_encoder = _path_as_string(gen), _path_as_string(emb_seq), _path_as_string(query_encoder)
         tokenizer, emb_seq_tokenizer = _load_tokenizers(gen, emb_seq, tokenizer, emb_seq_tokenizer)
         model_kwargs = model_kwargs or {}
@@ -111,7 +111,7 @@ class BuildingMixin(Base):
         if query_encoder is not None:
             _grow_embeddings(query_encoder, old_emb_seq_size, len(emb_seq_tokenizer))
 
-        # copies: a composite config resets the attention implementation of its parts
+        # deep copies, because a composite config resets the attention implementation of its parts
         cosup_config = CoSupConfig(
             gen_config=copy.deepcopy(gen.config),
             emb_seq_config=copy.deepcopy(emb_seq.config),
@@ -156,7 +156,7 @@ class BuildingMixin(Base):
     def _check_lm_head(self) -> None:
         """Check that Gen's logits are `_lm_head` of its last hidden state: losses and generation rely on it."""
         if self.gen.config._attn_implementation not in ("eager", "sdpa"):
-            return  # flash kernels do not run on the device where models are put together
+            return  # flash kernels may not run on the device on which the model is built
         input_ids = torch.tensor([[0, self.config.nsp_token_id]], device=self.device)
         was_training = self.training
         self.eval()
@@ -175,7 +175,7 @@ class BuildingMixin(Base):
 
 
 def _path_as_string(part: Any) -> Any:
-    """Return a path as a string, and a name, a model or `None` unchanged."""
+    """Return a path as a string; return a name, a model or `None` unchanged."""
     if isinstance(part, os.PathLike):
         return os.fspath(part)
     return part
@@ -209,16 +209,16 @@ def _load_tokenizer(tokenizer: NameOrTokenizer) -> PreTrainedTokenizerBase:
 
 
 def _load_gen(gen: NameOrModel, model_kwargs: dict[str, Any]) -> PreTrainedModel:
-    if isinstance(gen, PreTrainedModel):
-        return gen
-    return AutoModelForCausalLM.from_pretrained(gen, **model_kwargs)
+    if isinstance(gen, str | os.PathLike):
+        return AutoModelForCausalLM.from_pretrained(gen, **model_kwargs)
+    return gen
 
 
 def _load_encoder(encoder: NameOrModel, model_kwargs: dict[str, Any]) -> PreTrainedModel:
     """Return a model without LM head, from a name, a path, or a model with or without one."""
-    if isinstance(encoder, PreTrainedModel):
-        return cast(PreTrainedModel, encoder.base_model)
-    return AutoModel.from_pretrained(encoder, **model_kwargs)
+    if isinstance(encoder, str | os.PathLike):
+        return AutoModel.from_pretrained(encoder, **model_kwargs)
+    return cast(PreTrainedModel, encoder.base_model)
 
 
 def _repository_of(model: PreTrainedModel) -> str | None:
@@ -241,7 +241,7 @@ def _grow_embeddings(model: PreTrainedModel, old_size: int, new_size: int) -> No
     old_size = min(old_size, size)
     if size < new_size:
         model.resize_token_embeddings(new_size, mean_resizing=False)
-    weights = {}  # by id: tied weights once
+    weights = {}  # by id, so that tied weights count once
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         if layer is not None:
             weights[id(layer.weight)] = cast(torch.Tensor, layer.weight)

@@ -122,7 +122,7 @@ def _eval_results(group: ResultGroup) -> Iterator[EvalResult]:
 def _context(model: "CoSupForCausalLM", repo_id: str, facts: Facts, base: str | None) -> dict[str, Any]:
     """Return the variables of the template."""
     config = model.config
-    # only a plain Gen has no control tokens
+    # never None here: only a plain Gen lacks control tokens
     control_ids = cast(list[int], [config.nsp_token_id, config.cs_token_id, config.ce_token_id])
     control_tokens = model.tokenizer.convert_ids_to_tokens(control_ids)
     return {
@@ -159,7 +159,7 @@ def _part(part: PreTrainedModel | None, config: PreTrainedConfig, name: str | No
 
 
 def _settings(config: CoSupConfig) -> list[tuple[str, str]]:
-    """Return the rows of the table of settings: those of the model, then those that any index of it must share."""
+    """Return the rows of the table of settings: the model's, then the ones that an index of it must share."""
     names = ("similarity", "temperature", "nsp_loss_weight", "query_from", *config.embedding_settings)
     return [(f"`{name}`", f"`{_cell(repr(getattr(config, name)))}`") for name in dict.fromkeys(names)]
 
@@ -267,7 +267,7 @@ def index_card(
     settings = [f"| `{setting}` | `{_cell(repr(value))}` |" for setting, value in config["fingerprint"].items()]
     approximate = ""
     if config["approximate"]:
-        approximate = "\nFAISS parses the file of its approximate index, only with `allow_faiss_files=True`."
+        approximate = "\nThe file of its approximate index is parsed by FAISS, and only if `allow_faiss_files=True`."
     num_bytes = sum(file["size"] for file in config["files"].values())
     return INDEX_CARD.format(
         metadata=card_data.to_yaml(),
@@ -298,9 +298,9 @@ tags:
 
 # Gen of a CoSup model
 
-The language model of a semiparametric one ([arXiv 2403.09024](https://arxiv.org/abs/2403.09024)), as a plain
-{architecture}. It loads without `trust_remote_code` and retrieves nothing; the whole model retrieves where this one
-writes `{nsp_token}`.
+The language model Gen of a semiparametric language model ([arXiv 2403.09024](https://arxiv.org/abs/2403.09024)), as a
+plain {architecture}. It loads without `trust_remote_code` and retrieves nothing; the whole model retrieves where this
+one writes `{nsp_token}`.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

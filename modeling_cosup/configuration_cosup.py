@@ -1,4 +1,4 @@
-"""Configuration of a CoSup model: two sub-models and how they meet."""
+"""Configuration of a CoSup model: its sub-models, and how passages and queries are embedded and compared."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ SIMILARITY_DEFAULTS = {
 }
 QUERY_SOURCES = ("gen", "emb_seq", "query_encoder")
 POOLINGS = ("eos", "lasttoken", "mean", "cls")
-# Embedding settings that an index of an earlier release does not name, as they were then.
+# Embedding settings that indexes of earlier releases do not record, with the values that applied then.
 EARLIER_EMBEDDING_SETTINGS = {"emb_seq_add_bos_token": True, "emb_seq_add_eos_token": True, "passage_prompt": ""}
 
 
@@ -26,27 +26,23 @@ class CoSupConfig(PreTrainedConfig):
         nsp_token_id, cs_token_id, ce_token_id (`int`, *optional*): ids of `[NSP]`, `[Cs]` and `[CE]` in Gen's
             tokenizer. Without `nsp_token_id` the model is plain Gen.
         similarity (`str`): `"cosine"` or `"dot"` (the paper).
-        temperature (`float`, *optional*): divides the scores of the NSP loss. Defaults to 0.05 for cosine, 1.0 for
-            dot.
-        nsp_loss_weight (`float`, *optional*): λ of L = L_NTP + λ·L_NSP (Eq. 5). Defaults to 1.0 for cosine, 0.01 for
-            dot.
+        temperature (`float`, *optional*): divides the scores of the NSP loss; by default 0.05 (cosine) or 1.0 (dot).
+        nsp_loss_weight (`float`, *optional*): λ of L = L_NTP + λ·L_NSP (Eq. 5); by default 1.0 (cosine) or 0.01 (dot).
         query_from (`str`): where a query embedding comes from. `"gen"`: Gen's last hidden state at `[NSP]` (the
             method). `"emb_seq"`: Emb_seq reads everything up to and including `[NSP]` (the paper's baseline,
             section 5). `"query_encoder"`: a third encoder reads it (appendix C.1).
-        emb_seq_pooling (`str`): `"eos"` (the paper), `"lasttoken"` (the last token, whatever it is), `"mean"` or
-            `"cls"`.
+        emb_seq_pooling (`str`): `"eos"` (the paper), `"lasttoken"` (whichever token is last), `"mean"` or `"cls"`.
         emb_seq_add_bos_token, emb_seq_add_eos_token (`bool`): whether Emb_seq reads BOS (or CLS) before a passage,
             and EOS (or SEP) after it.
-        emb_head_size (`int`, *optional*): width of the embeddings that `emb_head` makes, if Gen does not make the
-            queries. Then there is an `emb_head` even if this is Emb_seq's width. By default there is one only if the
-            widths of Emb_seq and Gen differ.
-        passage_template (`str`): how a passage reads, for Gen and for Emb_seq. A passage without a title is its text
-            alone.
+        emb_head_size (`int`, *optional*): output width of `emb_head`; must be Gen's width if Gen makes the queries. If
+            set, there is an `emb_head` even if Emb_seq already has this width. By default there is one only if Gen
+            makes the queries and Emb_seq has another width.
+        passage_template (`str`): how a passage is rendered for Gen and Emb_seq; without a title, as its text alone.
         passage_prompt (`str`): what only Emb_seq reads before every passage; some retrievers need one.
         query_prompt (`str`): the same before a query, if Emb_seq or a query encoder reads queries.
         max_passage_length (`int`): tokens of a passage, without the BOS and EOS that Emb_seq also reads; longer
             passages are truncated.
-        load_emb_seq (`bool`): `False` loads Gen alone, which is enough to generate from an index. Never saved.
+        load_emb_seq (`bool`): `False` leaves out Emb_seq, which generation from an index does not need. Never saved.
         gen_name_or_path, emb_seq_name_or_path (`str`, *optional*): repositories on the Hub that the two parts were
             made from, for the model card.
         fingerprint (`dict`, *optional*): written by `save_pretrained`; see `CoSupForCausalLM.fingerprint`.
@@ -54,7 +50,7 @@ class CoSupConfig(PreTrainedConfig):
     Raises:
         `ValueError`: on an unknown similarity, query source or pooling, a temperature that is not positive, a template
             without `{text}`, a query encoder that is missing or has another width than Emb_seq, or settings that
-            exclude each other.
+            contradict each other.
     """
 
     model_type = "cosup"
@@ -115,7 +111,7 @@ class CoSupConfig(PreTrainedConfig):
                 raise ValueError(f"CoSupConfig.{name} is {value!r}, expected one of {', '.join(map(repr, known))}.")
 
     def _check_settings(self) -> None:
-        """Check the template, the prompt of queries, and the EOS that pooling reads."""
+        """Check the passage template, the query prompt, and that pooling can read an EOS if it needs one."""
         if "{text}" not in self.passage_template:
             raise ValueError(
                 f"CoSupConfig.passage_template is {self.passage_template!r}, expected a template that holds {{text}}."
@@ -171,7 +167,7 @@ class CoSupConfig(PreTrainedConfig):
 
     @property
     def needs_emb_head(self) -> bool:
-        """Whether a linear map, `emb_head`, follows Emb_seq: onto Gen's width, or because `emb_head_size` says so."""
+        """Whether a linear map, `emb_head`, follows Emb_seq: to reach Gen's width, or if `emb_head_size` is set."""
         if self.emb_head_size is not None:
             return True
         return self.emb_seq_config.get_text_config().hidden_size != self.embedding_size
@@ -180,7 +176,7 @@ class CoSupConfig(PreTrainedConfig):
     def embedding_settings(self) -> dict[str, str | int]:
         """Settings that decide a passage embedding; an index compares them (see `PassageIndex.check_model`)."""
         names = ["similarity", "emb_seq_pooling", "passage_template", "max_passage_length"]
-        names += EARLIER_EMBEDDING_SETTINGS
+        names += EARLIER_EMBEDDING_SETTINGS.keys()
         return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:

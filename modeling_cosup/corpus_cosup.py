@@ -20,7 +20,7 @@ def read_files(paths: Iterable[str | Path]) -> Iterator[tuple[str, dict]]:
     Read the rows of files, one after another, unchecked: Parquet if a name ends in `.parquet`, otherwise JSON Lines.
 
     Yields:
-        `(str, dict)`: the place, for errors, and the row.
+        `(str, dict)`: the place, for error messages, and the row.
 
     Raises:
         `FileNotFoundError`, `ValueError`: for a damaged file; names the file, and the line of JSON Lines.
@@ -39,7 +39,7 @@ def read_parquet(path: str | Path) -> Iterator[tuple[str, dict]]:
     try:
         file = parquet.ParquetFile(path)
     except ValueError as error:  # ArrowInvalid is one
-        raise ValueError(f"{path} is no Parquet file: {error}") from None
+        raise ValueError(f"{path} is not a Parquet file: {error}") from None
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is not a file.") from None
     except OSError as error:

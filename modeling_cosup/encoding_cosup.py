@@ -1,4 +1,4 @@
-"""Passage and query embeddings: what Emb_seq, the query encoder and Gen's hidden states become."""
+"""Passage and query embeddings, from Emb_seq, the query encoder or Gen's hidden states."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
@@ -14,7 +14,7 @@ from .tokenization_cosup import Packing, encode_queries_for_emb_seq, pad_rows
 if TYPE_CHECKING:
     Base = PreTrainedModel
 else:
-    Base = object  # the model brings PreTrainedModel
+    Base = object  # CoSupForCausalLM itself inherits from PreTrainedModel
 
 
 class EncodingMixin(Base):
@@ -33,7 +33,7 @@ class EncodingMixin(Base):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, packing: Packing | None = None
     ) -> torch.Tensor:
         """
-        Return passage embeddings: Emb_seq's hidden state at EOS (section 3.2), or its mean or first one.
+        Return passage embeddings: Emb_seq's hidden state at EOS (section 3.2), or its mean or first state.
 
         A passage's embedding depends on nothing but the passage: not on the padding, its side, or the other rows.
 
@@ -63,11 +63,11 @@ class EncodingMixin(Base):
         """
         Return query embeddings from Emb_seq or the query encoder (section 5, "Baseline"; appendix C.1).
 
-        If Emb_seq has its own tokenizer, or the config a query prompt, the rows are decoded and encoded again.
+        If Emb_seq has a separate tokenizer, or the config has a query prompt, the rows are decoded and encoded again.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(N, T)`): in Gen's token ids; each row is everything up to `[NSP]`.
-            attention_mask (`torch.LongTensor` of shape `(N, T)`): 0 for padding and for all that follows `[NSP]`.
+            attention_mask (`torch.LongTensor` of shape `(N, T)`): 0 for padding and after `[NSP]`.
 
         Returns:
             `torch.FloatTensor` of shape `(N, h)`.
@@ -88,7 +88,7 @@ class EncodingMixin(Base):
         Find out which of Emb_seq and the query encoder are causal; these then read padded batches without a mask.
 
         Returns:
-            `bool`: whether all of them are.
+            `bool`: whether all that are loaded are causal.
         """
         names = [name for name in ("emb_seq", "query_encoder") if getattr(self, name) is not None]
         was_training = self.training
@@ -136,7 +136,7 @@ class EncodingMixin(Base):
     ) -> torch.Tensor:
         """Return the embeddings `(M, h)` of ids `(M, L)`, or of M packed rows `(1, L)`, in the space of the index."""
         if input_ids.shape[0] == 0:
-            # one dummy row, dropped: a rank without passages takes part in every collective and every gradient
+            # encode and drop one dummy row: a rank without passages takes part in every collective and gradient
             dummy = input_ids.new_zeros(1, 1)
             return self._encode(encoder, dummy, torch.ones_like(dummy))[:0]
         if packing is None:
@@ -156,15 +156,15 @@ class EncodingMixin(Base):
     def _pooled_states(
         self, encoder: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return one state of `encoder` for each row, `(M, h_emb)`, as `emb_seq_pooling` says."""
+        """Return one state of `encoder` for each row, `(M, h_emb)`, pooled as `emb_seq_pooling` says."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        # padding to the right: then default positions are the real ones in every architecture
+        # move the padding to the right: the default positions are then correct in every architecture
         order = attention_mask.argsort(dim=1, descending=True, stable=True)
         input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
         options = _without_cache(encoder)
-        # a causal encoder never sees the padding on its right: without a mask the attention kernels are faster
-        if not any(getattr(self, name) is encoder for name in self._causal_encoders):
+        is_causal = any(getattr(self, name) is encoder for name in self._causal_encoders)
+        if not is_causal:  # a causal encoder never sees the padding: without a mask the attention kernels are faster
             options["attention_mask"] = attention_mask
         hidden = encoder(input_ids=input_ids, **options).last_hidden_state  # (M, L, h_emb)
         attention_mask = attention_mask.to(hidden.device)
@@ -191,14 +191,14 @@ def _without_cache(encoder: PreTrainedModel) -> dict[str, Any]:
 
 
 def _is_causal(encoder: PreTrainedModel) -> bool:
-    """Return whether tokens on the right leave the states before them as they were; takes two small passes."""
+    """Return whether states do not depend on later tokens; runs two small forward passes."""
     vocab_size = cast(nn.Embedding, encoder.get_input_embeddings()).weight.shape[0]
-    # different tokens on the right: equal ones would hardly change the states
+    # the tokens differ from each other: equal ones would hardly change the states
     long = torch.arange(1, 9, device=encoder.device)[None] * (vocab_size // 9)  # (1, 8)
     short = long[:, :3]
     options = _without_cache(encoder)
     attention = encoder.config._attn_implementation
-    encoder.config._attn_implementation = "eager"  # flash kernels take no float32, and no CPU
+    encoder.config._attn_implementation = "eager"  # flash kernels need half precision and a GPU
     try:
         expected = encoder(input_ids=short, **options).last_hidden_state
         states = encoder(input_ids=long, **options).last_hidden_state[:, :3]

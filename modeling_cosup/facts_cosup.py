@@ -1,7 +1,7 @@
 """
-The recorded facts of a checkpoint: `training_facts.json` and the plot of its losses, files next to the weights.
+The recorded facts about a checkpoint: `training_facts.json` and the plot of its losses, next to the weights.
 
-They name a hash of the weights that they are about, so that a model which is loaded and saved again keeps them only if
+They hold a hash of the weights that they are about, so that a model that is loaded and saved again keeps them only if
 its weights are still the same. `trainer/card.py` records facts, `card_cosup` shows them in a card.
 """
 
@@ -88,7 +88,7 @@ def load_facts(name_or_path: str | Path, revision: str | None = None) -> Facts:
         facts = read_json(path)
     except ValueError:
         facts = None
-    if not isinstance(facts, dict):  # no reason to refuse to save a model
+    if not isinstance(facts, dict):  # a warning, because damaged facts are no reason to refuse to save a model
         logger.warning(f"{path} is damaged and is left out of the card.")
         return {}
     return cast(Facts, facts)
@@ -133,7 +133,7 @@ def carry_facts(model: HashedModel, folder: Path, weights: str | None = None) ->
 
 
 def _copy_facts(model: HashedModel, folder: Path, weights: str | None) -> None:
-    """Replace the facts and the plot in a folder by those of a model."""
+    """Replace the facts and the plot in a folder with the ones that a model came with."""
     facts = facts_of(model, weights)
     source, revision = _source(model)
     target = folder / CURVES_FILE
@@ -160,7 +160,7 @@ def _remove_generated_card(folder: Path) -> None:
 
 
 def _checkpoint_file(name_or_path: str | Path, name: str, revision: str | None) -> str | None:
-    """Return the local path of a checkpoint's file, downloaded if necessary; `None` if it cannot be had."""
+    """Return the local path of a checkpoint's file, downloaded if necessary; `None` if there is none."""
     if not name_or_path:
         return None
     try:

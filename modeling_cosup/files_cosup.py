@@ -112,7 +112,7 @@ def _canonical(value: Any) -> bytes:
 @contextlib.contextmanager
 def locked(path: Path, busy: str, on_wait: Callable[[str], object] | None = None) -> Iterator[int | None]:
     """
-    Hold a lock file while the block runs. Nobody else can hold it, in this process or another.
+    Hold a lock file while the block runs. Nothing else can hold it, in this process or another.
 
     The lock is released when its process dies.
 

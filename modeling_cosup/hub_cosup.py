@@ -1,8 +1,8 @@
 """
 Uploads to the Hub: which files a checkpoint consists of, and one commit for all of them.
 
-So no revision ever holds half of a checkpoint or index. `sharing_cosup` and `trainer/hub.py` decide what to push and
-when; `card_cosup` or `plain_card_cosup` writes the card.
+Because of the single commit, no revision ever holds half of a checkpoint or index. `sharing_cosup` and
+`trainer/hub.py` decide what to push and when; `card_cosup` or `plain_card_cosup` writes the card.
 """
 
 import os
@@ -66,7 +66,7 @@ _YAML_HEADER = re.compile(r"\A---\n.*?\n---\s*", re.DOTALL)
 
 
 def is_repo_id(name: object) -> bool:
-    """Return whether a name is that of a repository on the Hub, `namespace/name`, and not of a local folder."""
+    """Return whether a name is a repository on the Hub, `namespace/name`, and not a local folder."""
     return isinstance(name, str) and _REPO_ID.fullmatch(name) is not None and not Path(name).exists()
 
 

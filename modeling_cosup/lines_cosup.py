@@ -48,7 +48,7 @@ def read_lines(path: str | Path) -> list[dict]:
 @contextlib.contextmanager
 def writing_lines(path: str | Path | None) -> Iterator[Callable[[Any], object]]:
     """
-    Yield a function that writes one object a line. The file appears when the block ends without an error.
+    Yield a function that writes one object per line. The file appears when the block ends without an error.
 
     Args:
         path (`str`, `Path` or `None`): the file, compressed if it ends in `.gz`. Missing folders are created. With

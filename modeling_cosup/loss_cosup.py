@@ -11,7 +11,7 @@ def similarity_scores(
     query_embeds: torch.Tensor, passage_embeds: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
     """
-    Return the scores of every query with every passage, in float32 whatever the autocast state.
+    Return the scores of every query with every passage, in float32 even under autocast.
 
     Args:
         query_embeds (`torch.Tensor` of shape `(N, h)`): already of unit length if the similarity is the cosine.
@@ -42,19 +42,19 @@ def info_nce(
         passage_embeds (`torch.Tensor` of shape `(M, h)`): Emb_seq's embeddings, of this rank and of all others.
         passage_labels (`torch.LongTensor` of shape `(N,)`): row of `passage_embeds` that is the positive of each
             query; -100 for none.
-        same_passage (`torch.BoolTensor` of shape `(N, M)`, *optional*): passages that are no negatives of a query:
+        same_passage (`torch.BoolTensor` of shape `(N, M)`, *optional*): passages that are not negatives of a query:
             further positives, and repetitions. The positive itself may be marked too.
         temperature (`float`): divides the scores; 1.0 is the paper's.
-        return_scores (`bool`): also return what the softmax saw.
+        return_scores (`bool`): also return the scores that enter the softmax.
 
     Returns:
-        `torch.FloatTensor` of shape `(N,)`: one loss per query, not reduced: the caller knows the global count. 0 if
-            the label is -100. With `return_scores` also the scores `(N, M)`, `-inf` for what is no negative.
+        `torch.FloatTensor` of shape `(N,)`: one loss per query, not reduced, since the caller knows the global count;
+            0 if the label is -100. With `return_scores` also the scores `(N, M)`, `-inf` for passages left out.
     """
     scores = similarity_scores(query_embeds, passage_embeds, temperature)  # (N, M)
     if same_passage is not None:
-        other = same_passage & (torch.arange(scores.shape[1], device=scores.device) != passage_labels[:, None])
-        scores = scores.masked_fill(other, float("-inf"))  # a duplicate of the positive must not be pushed away
+        left_out = same_passage & (torch.arange(scores.shape[1], device=scores.device) != passage_labels[:, None])
+        scores = scores.masked_fill(left_out, float("-inf"))  # a duplicate of the positive must not be pushed away
     losses = F.cross_entropy(scores, passage_labels, reduction="none", ignore_index=-100)
     if return_scores:
         return losses, scores
@@ -80,12 +80,12 @@ def chunked_cross_entropy(
             the caller.
         lm_head (`Callable`): maps `(K, h)` to logits `(K, V)`.
         chunk_size (`int`): positions per chunk.
-        label_positions (`torch.LongTensor` of shape `(K,)`, *optional*): the positions of `(B · T)` before a trained
-            token. A caller that knows them saves the host from waiting for the GPU.
+        label_positions (`torch.LongTensor` of shape `(K,)`, *optional*): positions in the flattened `(B · T)` whose
+            next token is trained. A caller that knows them saves the host from waiting for the GPU.
 
     Returns:
-        `torch.FloatTensor` scalar: the sum over all labels, not the mean: the caller knows the global count. 0, with a
-            graph, if there is no label.
+        `torch.FloatTensor` scalar: the sum over all labels, not the mean, since the caller knows the global count;
+            without labels a 0 that still has a gradient.
     """
     if label_positions is None:
         label_positions = F.pad(labels[:, 1:] != -100, (0, 1)).flatten().nonzero()[:, 0]

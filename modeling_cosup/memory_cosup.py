@@ -1,4 +1,4 @@
-"""A token memory in the decoding loop: what it reads of Gen, and how it changes Gen's logits."""
+"""A token memory in the decoding loop: which states of Gen it reads, and how it changes Gen's logits."""
 
 from typing import Protocol, runtime_checkable
 
@@ -8,7 +8,7 @@ import torch
 @runtime_checkable
 class Memory(Protocol):
     """
-    What `generate(memory=...)` and `generate_many(memory=...)` take: any object with these three members.
+    Interface of the memory that `generate()` and `generate_many()` take: any object with these three members.
 
     The loop calls `adjust` once for every decision, before logits processors and warpers: for the one token that a row
     forwarded, or for the last token of a prompt, a passage or a text that it read. A row that takes its `[NSP]` back
@@ -17,7 +17,7 @@ class Memory(Protocol):
     Attributes:
         states (`tuple[str, ...]`): names of submodules of Gen, such as `"model.layers.1.mlp"`; `adjust` gets what
             enters them.
-        fingerprint (`str`): tells this memory from any other; `output_file` of generate_many() holds it.
+        fingerprint (`str`): tells this memory from any other; generate_many() stores it in `output_file`.
     """
 
     states: tuple[str, ...]
@@ -27,7 +27,7 @@ class Memory(Protocol):
         """
         Adjust the logits of R decisions.
 
-        What a row gets must not depend on the other rows: some belong to no sequence, and are not used.
+        The result of a row must not depend on the other rows: some of them belong to no sequence and are not used.
 
         Args:
             logits (`torch.FloatTensor` of shape `(R, V)`): Gen's, in float32; must not be changed in place.
@@ -59,7 +59,7 @@ def check_memory(memory: object) -> None:
 
 def adjusted(memory: Memory, logits: torch.Tensor, states: dict[str, torch.Tensor] | None) -> torch.Tensor:
     """
-    Return the logits `(R, V)` as `memory` adjusts them; the loop calls it only here.
+    Return the logits `(R, V)` as `memory` adjusts them; the loop calls `adjust` only here.
 
     Raises:
         `ValueError`: when it returns something of another shape or dtype.

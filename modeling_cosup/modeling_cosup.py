@@ -28,7 +28,7 @@ from .retrieval_cosup import PassageIndex
 from .retriever_cosup import Retriever
 from .settings_cosup import RetrievalConfig
 from .sharing_cosup import SharingMixin
-from .states_cosup import decided_states, recording
+from .states_cosup import recording, states_at
 from .tokenization_cosup import Packing
 
 
@@ -60,7 +60,7 @@ class CoSupOutput(ModelOutput):
     states: dict[str, torch.Tensor] | None = None
 
 
-class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more
+class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more arguments
     BuildingMixin, EncodingMixin, RetrievalGenerationMixin, SharingMixin, PartsMixin, PreTrainedModel, GenerationMixin
 ):
     """
@@ -70,8 +70,8 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more
     `from_pretrained`.
 
     Args:
-        config (`CoSupConfig`): the two sub-configurations and how they meet.
-        gen, emb_seq, query_encoder (`PreTrainedModel`, *optional*): ready models to take instead of new ones.
+        config (`CoSupConfig`): configuration of the model and of its parts.
+        gen, emb_seq, query_encoder (`PreTrainedModel`, *optional*): models to use instead of new ones.
     """
 
     config_class = CoSupConfig
@@ -97,7 +97,7 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more
         emb_seq: PreTrainedModel | None = None,
         query_encoder: PreTrainedModel | None = None,
     ) -> None:
-        # the NSP loss's temperature: transformers would read it as a sampling temperature
+        # hidden for the moment: transformers would read the temperature of the NSP loss as a sampling temperature
         temperature = config.temperature
         config.temperature = None
         super().__init__(config)
@@ -122,7 +122,7 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more
             self.query_encoder = query_encoder
         for encoder in (self.emb_seq, self.query_encoder):
             if encoder is not None and getattr(encoder, "pooler", None) is not None:
-                encoder.pooler = None  # BERT's is no part of an embedding: without a gradient it would stop DDP
+                encoder.pooler = None  # BERT's pooler is not used: without a gradient it would stop DDP
         # peft ties and trains token rows only if the outermost model says what is tied
         tied = self.gen._tied_weights_keys or {}
         self._tied_weights_keys = {f"gen.{target}": f"gen.{source}" for target, source in tied.items()}
@@ -160,46 +160,46 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more
         **kwargs: Any,
     ) -> CoSupOutput | tuple:
         """
-        Run Gen and, with passages, Emb_seq: L = L_NTP + λ·L_NSP (Eq. 5).
+        Run Gen and, if there are passages, Emb_seq; compute the loss L = L_NTP + λ·L_NSP (Eq. 5).
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): without it only passages and queries are
                 encoded.
             attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: as in Gen.
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*): -100 where nothing is trained; shifted inside.
-            logits_to_keep (`int` or `torch.LongTensor`): the last n columns, or these columns; 0 for all.
+            logits_to_keep (`int` or `torch.LongTensor`): which columns get logits: the last n (0 for all), or these.
             passage_input_ids (`torch.LongTensor` of shape `(M, L)`, *optional*): BOS + passage + EOS; M may be 0.
             passage_attention_mask (`torch.LongTensor` of shape `(M, L)`, *optional*): padding on either side.
             passage_labels (`torch.LongTensor` of shape `(N,)`, *optional*): for the i-th `[NSP]` of the batch (row by
                 row, from the left) the row of `passage_input_ids` that is its positive; -100 for none.
             num_items_in_batch (`int` or `torch.Tensor`, *optional*): global number of trained tokens. The NTP loss is
-                the sum divided by it; if left out, the mean over the tokens of this call.
+                the sum divided by it; by default the mean over the trained tokens of this call.
             compute_nsp_loss (`bool`): `False` returns the embeddings and leaves the NSP loss, and the sum of both, to
                 the caller.
             return_logits (`bool`, *optional*): defaults to `True` without labels, `False` with.
             output_query_embeds (`bool`): `False` skips the search for `[NSP]`, which decoding does not need.
-            nsp_positions (`torch.LongTensor` of shape `(N,)`, *optional*): the positions of `(B · T)` that hold
-                `[NSP]`. A caller that knows them saves the host from waiting for the GPU.
-            label_positions (`torch.LongTensor` of shape `(K,)`, *optional*): likewise, the positions of `(B · T)`
-                before a trained token.
-            logit_positions (`torch.LongTensor` of shape `(R,)`, *optional*): the positions of `(B · T)` that get
-                logits, then `(R, V)`; replaces `logits_to_keep`.
+            nsp_positions (`torch.LongTensor` of shape `(N,)`, *optional*): positions of `[NSP]` in the flattened
+                `(B · T)`. A caller that knows them saves the host from waiting for the GPU.
+            label_positions (`torch.LongTensor` of shape `(K,)`, *optional*): likewise, positions whose next token is
+                trained.
+            logit_positions (`torch.LongTensor` of shape `(R,)`, *optional*): positions in the flattened `(B · T)` that
+                get logits, which are then `(R, V)`; replaces `logits_to_keep`.
             output_states (`tuple[str, ...]`, *optional*): names of submodules of Gen, such as `"model.layers.1.mlp"`.
-                Their inputs are returned at `logit_positions`, by default at the last column of each row. Before this
-                forward is compiled, [`states_cosup.watch`] must be called.
-            passage_packing ([`~tokenization_cosup.Packing`], *optional*): the passages are packed, see
+                Their inputs are returned at `logit_positions`, by default at the last column of each row. Call
+                [`states_cosup.watch`] before you compile this forward.
+            passage_packing ([`~tokenization_cosup.Packing`], *optional*): how the passages are packed in one row, see
                 [`~CoSupForCausalLM.encode_passages`].
             query_input_ids (`torch.LongTensor` of shape `(N, T)`, *optional*), query_attention_mask, query_packing:
                 what Emb_seq or the query encoder reads for each `[NSP]`, if `query_from` names one of them; by default
-                made of `input_ids`.
+                taken from `input_ids`.
             nsp_token_id (`int` or `None`, *optional*): overrides the config's; `None` makes this call plain Gen.
 
         Returns:
             [`CoSupOutput`].
 
         Raises:
-            `ValueError`: when `passage_labels` has not one entry for each `[NSP]` of the batch, when Emb_seq is needed
-                and not loaded, or when Gen has no submodule of a name in `output_states`.
+            `ValueError`: when `passage_labels` does not have one entry for each `[NSP]` of the batch, when Emb_seq is
+                needed and not loaded, or when Gen has no submodule of a name in `output_states`.
         """
         nsp_token_id = kwargs.pop("nsp_token_id", self.config.nsp_token_id)
         return_dict = kwargs.pop("return_dict", None)
@@ -214,18 +214,22 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more
 
         if use_cache is None and labels is not None:
             use_cache = False
-        optional: dict[str, Any] = {"position_ids": position_ids, "past_key_values": past_key_values}
-        optional.update(inputs_embeds=inputs_embeds, use_cache=use_cache)
-        optional = {name: value for name, value in optional.items() if value is not None}
+        optional = {
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+        }
+        given = {name: value for name, value in optional.items() if value is not None}
         recorder: AbstractContextManager[dict[str, torch.Tensor]] = nullcontext({})
         if output_states:
             recorder = recording(self.gen, output_states)
-        with recorder as entered:
-            outputs = self.gen.base_model(input_ids=input_ids, attention_mask=attention_mask, **optional, **kwargs)
-        hidden = outputs.last_hidden_state  # (B, T, h), after the final norm
+        with recorder as recorded:
+            gen_output = self.gen.base_model(input_ids=input_ids, attention_mask=attention_mask, **given, **kwargs)
+        hidden = gen_output.last_hidden_state  # (B, T, h), after the final norm
         states = None
         if output_states:
-            states = decided_states(entered, output_states, hidden, logit_positions)
+            states = states_at(recorded, output_states, hidden, logit_positions)
 
         wants_queries = nsp_token_id is not None and output_query_embeds
         if wants_queries and query_embeds is None and input_ids is not None:
@@ -239,10 +243,10 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more
 
         loss = ntp_loss = nsp_loss = None
         if labels is not None:
-            count = num_items_in_batch
-            if count is None:
-                count = (labels[:, 1:] != -100).sum().clamp(min=1)
-            ntp_loss = chunked_cross_entropy(hidden, labels, self._lm_head, label_positions=label_positions) / count
+            if num_items_in_batch is None:
+                num_items_in_batch = (labels[:, 1:] != -100).sum().clamp(min=1)
+            loss_sum = chunked_cross_entropy(hidden, labels, self._lm_head, label_positions=label_positions)
+            ntp_loss = loss_sum / num_items_in_batch
             loss = ntp_loss
         if passage_labels is not None and query_embeds is not None:
             if len(passage_labels) != len(query_embeds):
@@ -261,9 +265,9 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more
             logits=logits,
             query_embeds=query_embeds,
             passage_embeds=passage_embeds,
-            past_key_values=outputs.get("past_key_values"),
-            hidden_states=outputs.get("hidden_states"),
-            attentions=outputs.get("attentions"),
+            past_key_values=gen_output.get("past_key_values"),
+            hidden_states=gen_output.get("hidden_states"),
+            attentions=gen_output.get("attentions"),
             states=states,
         )
         if return_dict is False:
@@ -279,7 +283,7 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more
         return cast(torch.Tensor, losses).sum() / (passage_labels != -100).sum().clamp(min=1)
 
     def _lm_head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the logits `(..., V)` of hidden states `(..., h)`, scaled as some architectures do after the head."""
+        """Return the logits `(..., V)` of hidden states `(..., h)`, scaled after the head if Gen scales its own."""
         logits = self.gen.get_output_embeddings()(hidden)
         config = self.config.get_text_config()
         if scale := getattr(config, "logit_scale", None):  # Cohere
@@ -311,8 +315,8 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more
         Raises:
             `ValueError`: when another model built the index, with what differs; for an option that an index in Milvus
                 does not have.
-            `ImportError`: for an index in Milvus when the package `cosup` is not installed: this code does not come
-                with a checkpoint.
+            `ImportError`: for an index in Milvus when the package `cosup` is not installed: the code for it does not
+                come with a checkpoint.
         """
         index: Retriever
         if uri is None:

@@ -26,21 +26,21 @@ from .tokenization_cosup import added_tokens
 if TYPE_CHECKING:
     Base = PreTrainedModel
 else:
-    Base = object  # the model brings PreTrainedModel
+    Base = object  # CoSupForCausalLM itself inherits from PreTrainedModel
 
-# names of sentence-transformers
+# our poolings, by their names in sentence-transformers
 POOLING_MODES = {"eos": "lasttoken", "lasttoken": "lasttoken", "mean": "mean_tokens", "cls": "cls_token"}
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
-_WEIGHTS = ("*.safetensors", "model.safetensors.index.json")
-_MODULES = (
+_WEIGHT_FILES = ("*.safetensors", "model.safetensors.index.json")
+_MODULE_FILES = (
     "modules.json",
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
     "[0-9]_*/config.json",
     "[0-9]_*/model.safetensors",
 )
-PART_FILES = (*_WEIGHTS, "config.json", "generation_config.json", CARD_FILE, *TOKENIZER_FILES, *_MODULES)
+PART_FILES = (*_WEIGHT_FILES, "config.json", "generation_config.json", CARD_FILE, *TOKENIZER_FILES, *_MODULE_FILES)
 
 
 class PartsMixin(Base):
@@ -68,7 +68,7 @@ class PartsMixin(Base):
         """
         Save Gen as a plain checkpoint of its architecture, e.g. `LlamaForCausalLM`.
 
-        Tokenizer, chat template and generation config are saved with it. Whatever serves such models serves it,
+        Tokenizer, chat template and generation config are saved with it. Any server of such models can serve it,
         without retrieval and without `trust_remote_code`. This model does not change.
 
         Args:
@@ -145,7 +145,7 @@ class PartsMixin(Base):
         folder = Path(save_directory)
         tokenizer.save_pretrained(folder)
         settings = read_json(folder / "tokenizer_config.json")
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in every release
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # a name that every release of transformers knows
         write_json(folder / "tokenizer_config.json", settings)
         head = None
         if self.emb_head is not None:
@@ -174,7 +174,7 @@ def passage_tokenizer(tokenizer: PreTrainedTokenizerBase, config: CoSupConfig) -
         config (`CoSupConfig`): length, and whether BOS and EOS are added.
 
     Raises:
-        `ValueError`: when it is not backed by the tokenizers library: what is added is saved in that library's files.
+        `ValueError`: when it is not backed by the tokenizers library, whose files hold the added BOS and EOS.
     """
     if not tokenizer.is_fast:
         raise ValueError(
@@ -229,10 +229,10 @@ def write_modules(folder: Path, config: CoSupConfig, max_seq_length: int, head: 
     if head is not None:
         weights = {"linear.weight": head.detach().cpu().contiguous()}
         save_file(weights, folder / "2_Dense" / "model.safetensors", metadata={"format": "pt"})
-    listed = []
+    module_list = []
     for i, (path, kind, _) in enumerate(modules):
-        listed.append({"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"})
-    write_json(folder / "modules.json", listed)
+        module_list.append({"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"})
+    write_json(folder / "modules.json", module_list)
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_seq_length, "do_lower_case": False})
     settings = {
         "model_type": "SentenceTransformer",
@@ -245,7 +245,7 @@ def write_modules(folder: Path, config: CoSupConfig, max_seq_length: int, head: 
 
 
 def _copy_of_part(model: PreTrainedModel, part: PreTrainedModel) -> PreTrainedModel:
-    """Return a shallow copy of a sub-model with its own config: saving notes class and dtype in the config."""
+    """Return a shallow copy of a sub-model and a deep one of its config, into which saving writes class and dtype."""
     if getattr(model, "hf_quantizer", None) is not None or getattr(part, "hf_quantizer", None) is not None:
         raise ValueError(
             "The weights are quantised; save a part before they are quantised, or after calling dequantize()."
@@ -259,7 +259,7 @@ def _copy_of_part(model: PreTrainedModel, part: PreTrainedModel) -> PreTrainedMo
     part = copy.copy(part)
     part.config = copy.deepcopy(part.config)
     if type(part).__module__.startswith("transformers."):
-        # of a repository that also ships the code; transformers knows the class without it
+        # the model came from a repository with code, but transformers has the class
         vars(part.config).pop("auto_map", None)
     return part
 
@@ -282,5 +282,5 @@ def _folder_name(folder: str | os.PathLike[str]) -> str:
 
 
 def _push(folder: str | os.PathLike[str], repo_id: str, token: str | None) -> None:
-    message = "Upload a part of a CoSup model"
-    push_files(checkpoint_files(folder, PART_FILES), repo_id, _WEIGHTS, commit_message=message, token=token)
+    files = checkpoint_files(folder, PART_FILES)
+    push_files(files, repo_id, _WEIGHT_FILES, commit_message="Upload a part of a CoSup model", token=token)

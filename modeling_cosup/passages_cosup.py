@@ -1,4 +1,4 @@
-"""Passages: checked as they come, one by one, and their ids, which must be unique in a corpus."""
+"""Passages of a corpus: read and checked one at a time. Their ids must be unique."""
 
 import hashlib
 import re
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_NO_ID = re.compile(r"\x00|(^|[/\\])\.\.($|[/\\])")
+_FORBIDDEN_IN_ID = re.compile(r"\x00|(^|[/\\])\.\.($|[/\\])")
 
 
 def read_corpus(source: str | Path | Iterable[Any]) -> Iterator[tuple[str, object]]:
@@ -21,7 +21,7 @@ def read_corpus(source: str | Path | Iterable[Any]) -> Iterator[tuple[str, objec
             yields passages, such as a list or a (streamed) `datasets` data set.
 
     Yields:
-        `(str, object)`: the place, for errors, and the value there.
+        `(str, object)`: the place, for error messages, and the value there.
 
     Raises:
         `ImportError`: for a file in a process that has only a checkpoint.
@@ -53,10 +53,10 @@ def can_be_read_twice(source: str | Path | Iterable[Any]) -> bool:
 
 def check_text(value: object, field: str, where: str, may_be_empty: bool = False) -> str:
     """
-    Return `value` if it is a string that can be encoded and is not just white space.
+    Return `value` if it is a string that can be encoded and, unless `may_be_empty`, holds more than white space.
 
     Raises:
-        `ValueError`: otherwise; with `may_be_empty` not for white space.
+        `ValueError`: otherwise.
     """
     expected = "a string" if may_be_empty else "a string that is not empty"
     if not isinstance(value, str) or not (may_be_empty or value.strip()):
@@ -64,7 +64,7 @@ def check_text(value: object, field: str, where: str, may_be_empty: bool = False
     try:
         value.encode()
     except UnicodeEncodeError as error:  # half a surrogate pair: valid JSON, no text
-        raise ValueError(f"{where}: {field} holds {value[error.start]!r}, which is no character.") from None
+        raise ValueError(f"{where}: {field} holds {value[error.start]!r}, which is not a character.") from None
     return value
 
 
@@ -72,10 +72,10 @@ def check_id(value: object, where: str) -> str:
     """
     Return `value` if it can be the id of a passage.
 
-    Ids are names, never paths here. One that would lead out of a folder is refused for other programs that read it.
+    CoSup never uses ids as paths, but other programs might: an id that would lead out of a folder is refused.
     """
     id = check_text(value, "id", where)
-    if _NO_ID.search(id):
+    if _FORBIDDEN_IN_ID.search(id):
         raise ValueError(f"{where}: id is {id!r}, expected no NUL and no '..' between slashes.")
     return id
 
@@ -94,7 +94,7 @@ def checked_passages(pairs: Iterable[tuple[str, object]]) -> Iterator[tuple[str,
     Check the passages of a corpus one at a time; [`find_duplicate`] checks for duplicate ids.
 
     Args:
-        pairs (iterable of `(str, object)`): of [`read_corpus`].
+        pairs (iterable of `(str, object)`): from [`read_corpus`].
 
     Yields:
         `(str, dict)`: the place and `{"id", "title", "text"}`.
@@ -109,7 +109,7 @@ def checked_passages(pairs: Iterable[tuple[str, object]]) -> Iterator[tuple[str,
 
 
 def hash_id(id: str) -> int:
-    """Hash a passage id to 64 bits, which take less memory than ids do. If two hashes are equal, compare the ids."""
+    """Hash a passage id to 64 bits, to save memory. If two hashes are equal, the ids must be compared."""
     return int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "little", signed=True)
 
 
@@ -120,23 +120,23 @@ def hash_ids(ids: Iterable[str]) -> NDArray[np.int64]:
 
 def find_duplicate(hashes: NDArray[np.int64], read: Callable[[], Iterable[tuple[str, Mapping[str, Any]]]]) -> None:
     """
-    Raise when an id occurs twice in a corpus; takes 8 bytes a passage, since only ids with equal hashes are compared.
+    Raise if an id occurs twice in a corpus; takes 8 bytes per passage, since only ids with equal hashes are compared.
 
     Args:
         hashes (`numpy.ndarray` of int64): of all ids; sorted in place.
-        read (callable): gives `(where, passage)` pairs of the same corpus.
+        read (callable): returns the `(where, passage)` pairs of the same corpus.
 
     Raises:
         `ValueError`: names both places.
     """
     hashes.sort()
-    twice = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
-    if not twice:
+    repeated = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+    if not repeated:
         return
     places: dict[str, str] = {}
     for where, passage in read():
         id = passage["id"]
-        if hash_id(id) not in twice:
+        if hash_id(id) not in repeated:
             continue
         if id in places:
             raise ValueError(f"{where}: id {id!r} is already used at {places[id]}; ids must be unique.")

@@ -1,7 +1,7 @@
 """
-Choose between the two makers of cards: `card_cosup`, which stays in the package, and the plain card in this module.
+The plain card that is written if only a checkpoint's code is available; its owner has to complete it.
 
-A process that loaded its code from a checkpoint has only the plain card, which its owner has to complete.
+The full cards of `card_cosup` need the installed package.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """
 Save, push and recognise a model: its fingerprint, its tokenizers, its folder and its repository.
 
-`facts_cosup` reads and carries what was recorded of a checkpoint, `card_cosup` writes cards, and `hub_cosup` uploads
-files. `trainer/hub.py` decides what is pushed during training.
+`facts_cosup` reads and carries the facts recorded about a checkpoint, `card_cosup` writes cards, and `hub_cosup`
+uploads files. `trainer/hub.py` decides what is pushed during training.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ except ImportError:  # a torch without distributed
 if TYPE_CHECKING:
 
     class ModelBase(torch.nn.Module):
-        """The methods of `PreTrainedModel` that [`SharingMixin`] calls; it overrides others with fewer arguments."""
+        """Stub of `PreTrainedModel` for the type checker; the mixin overrides methods of it with fewer arguments."""
 
         def save_pretrained(self, *args: Any, **kwargs: Any) -> None: ...
 else:
@@ -56,11 +56,11 @@ class SharingMixin(ModelBase):
         """
         Return what an index must have in common with this model.
 
-        These are hashes of Emb_seq's weights and of the tokenizers, and the embedding settings.
+        That is a hash of Emb_seq's weights, hashes of the tokenizers, and the embedding settings.
 
         The weights are hashed only if they are complete and in float32 or bfloat16 (a cast between the two keeps the
         hash). If they are quantised, sharded, offloaded, in float16 or not loaded, the hash of the last save is
-        returned, so none of these makes an index unusable. Training Gen does not change the fingerprint.
+        returned, so that none of these makes an index unusable. Training Gen does not change the fingerprint.
 
         Args:
             state_dict (`dict`, *optional*): this model's full state dict, needed if the parameters in memory are
@@ -144,7 +144,7 @@ class SharingMixin(ModelBase):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Gen's tokenizer: the one that this model was built with or given, otherwise the one saved next to it."""
+        """Gen's tokenizer: the one that this model was built with or was given, otherwise the one saved next to it."""
         if self._tokenizer is None:
             self._tokenizer = self._load_saved_tokenizer()
         return self._tokenizer
@@ -189,7 +189,7 @@ class SharingMixin(ModelBase):
                 " or pass tokenizer=."
             )
         revision = getattr(self.config, "_commit_hash", None)
-        # with the config given, AutoTokenizer does not load it a second time and ask whether its code may run
+        # without `config`, AutoTokenizer would load it a second time and ask whether its code may run
         return AutoTokenizer.from_pretrained(
             self.config._name_or_path, config=self.config, revision=revision, **kwargs
         )
@@ -206,8 +206,10 @@ class SharingMixin(ModelBase):
         **kwargs: Any,
     ) -> None:
         """
-        Save the weights (safetensors), the config with the fingerprint, the generation config, the code of this model,
-        the tokenizers, and what training recorded of these weights.
+        Save a checkpoint that loads without this package.
+
+        It holds the weights (safetensors), the config with the fingerprint, the generation config, the code of this
+        model, the tokenizers, and what training recorded about these weights.
 
         Args: as in `PreTrainedModel.save_pretrained`. With `push_to_hub=True` also the arguments of
             [`~SharingMixin.push_to_hub`]; `repo_id` defaults to the name of the folder.
@@ -242,9 +244,9 @@ class SharingMixin(ModelBase):
 
     def _restore_class_name(self) -> None:
         """
-        Give the class that `fully_shard` made the name and module of the class that it replaces.
+        Undo the change that `fully_shard` makes to the name and module of this model's class.
 
-        transformers would otherwise save the file in which torch defines that class, instead of this model's code.
+        transformers would otherwise save the file in which torch defines its class, instead of this model's code.
         """
         if type(self).__module__.startswith("torch."):
             original = next(base for base in type(self).__mro__ if not base.__module__.startswith("torch."))
@@ -344,5 +346,5 @@ class SharingMixin(ModelBase):
 
 
 def _is_elsewhere(weight: torch.Tensor) -> bool:
-    """Return whether a parameter is an FSDP2 shard, which needs all ranks to gather it, or was offloaded."""
+    """Return whether a parameter is an FSDP2 shard, which only all ranks together can gather, or is offloaded."""
     return isinstance(weight, DTensor) or weight.is_meta

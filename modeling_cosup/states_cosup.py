@@ -52,12 +52,10 @@ def _submodule(gen: nn.Module, name: str) -> nn.Module:
 
 
 @contextlib.contextmanager
-def recording(gen: nn.Module, names: tuple[str, ...] | None) -> Iterator[dict[str, torch.Tensor]]:
-    """Within this context a forward of Gen fills the `dict` that it gives: by name, what enters each submodule."""
+def recording(gen: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield a `dict` that a forward of Gen fills within this context: by name, what enters each submodule."""
     states: dict[str, torch.Tensor] = {}
-    if not names:
-        yield states
-    elif torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         _traced_states.append(states)
         try:
             yield states
@@ -73,7 +71,7 @@ def recording(gen: nn.Module, names: tuple[str, ...] | None) -> Iterator[dict[st
 
 
 def _record(module: nn.Module, args: tuple, kwargs: dict, name: str) -> None:
-    """Note the first argument of a submodule, as a forward-pre-hook."""
+    """Record the first argument of a submodule; a forward-pre-hook."""
     if torch.compiler.is_compiling():
         states = _traced_states[-1] if _traced_states else None
     else:
@@ -82,27 +80,27 @@ def _record(module: nn.Module, args: tuple, kwargs: dict, name: str) -> None:
         states[name] = next(iter([*args, *kwargs.values()]), None)
 
 
-def decided_states(
+def states_at(
     states: dict[str, torch.Tensor], names: tuple[str, ...], hidden: torch.Tensor, positions: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
     """
-    Return the states at the decided positions.
+    Return the recorded states at some positions.
 
     Args:
         states (`dict[str, torch.Tensor]`): as [`recording`] filled it.
-        names (`tuple[str, ...]`): of the submodules in question.
-        hidden (`torch.Tensor` of shape `(B, T, h)`): what Gen returned.
-        positions (`torch.LongTensor` of shape `(R,)`, *optional*): of `(B · T)`; without them the last column of each
-            row.
+        names (`tuple[str, ...]`): of the submodules.
+        hidden (`torch.Tensor` of shape `(B, T, h)`): Gen's last hidden states; only their shape is used.
+        positions (`torch.LongTensor` of shape `(R,)`, *optional*): in the flattened `(B · T)`; by default the last
+            column of each row.
 
     Returns:
-        `dict[str, torch.Tensor]`: by name, `(R, h)`; without positions R is B.
+        `dict[str, torch.Tensor]`: by name, `(R, h)`; R is B by default.
 
     Raises:
         `ValueError`: for a submodule that did not run, or reads something other than one state for each position.
     """
     rows, columns = hidden.shape[:2]
-    decided = {}
+    chosen = {}
     for name in names:
         if name not in states:
             reason = "it is not part of Gen's base model, or the model was compiled before watch() was called"
@@ -114,7 +112,7 @@ def decided_states(
             raise ValueError(f"What enters {name!r} is {shape}, not {expected}.")
         width = state.shape[-1]  # (B, T, h), or (B · T, h) in OPT
         if positions is None:
-            decided[name] = state.reshape(rows, columns, width)[:, -1]
+            chosen[name] = state.reshape(rows, columns, width)[:, -1]
         else:
-            decided[name] = state.reshape(rows * columns, width)[positions.to(state.device)]
-    return decided
+            chosen[name] = state.reshape(rows * columns, width)[positions.to(state.device)]
+    return chosen

@@ -33,7 +33,7 @@ PAPER_CHAT_TEMPLATE = (
 )
 # private-use characters around a control token in user text; they are removed before encoding
 _MARKERS = ("\U000f0000", "\U000f0001")
-# the ids of this text tell one tokenizer's normaliser and pre-tokenizer from another's
+# tokenizers that differ in their normaliser or pre-tokenizer give different ids for this text
 _PROBE = 'The 3 Zürich "élan" :: don\'t\n\tstop, 42.5% [x] </y> 東京 ½'
 
 
@@ -82,7 +82,7 @@ def encode_texts(
         `list[list[int]]`: token ids of each text.
 
     Raises:
-        `ValueError`: when a text still gives a forbidden id: then the token is part of the tokenizer's ordinary
+        `ValueError`: when a text still gives a forbidden id, because the token is part of the tokenizer's ordinary
             vocabulary.
     """
     if not texts:
@@ -90,9 +90,9 @@ def encode_texts(
     encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     forbidden = {id for id in forbidden_ids if id is not None}
     for text, ids in zip(texts, encoded, strict=True):
-        found = forbidden.intersection(ids)
-        if found:
-            tokens = tokenizer.convert_ids_to_tokens(sorted(found))
+        produced = forbidden.intersection(ids)
+        if produced:
+            tokens = tokenizer.convert_ids_to_tokens(sorted(produced))
             raise ValueError(
                 f"The text {text[:80]!r} encodes to the control tokens {tokens}; the tokenizer must not hold them as"
                 " ordinary words."
@@ -101,10 +101,10 @@ def encode_texts(
 
 
 def render_passage(passage: Mapping[str, Any], template: str) -> str:
-    """Return `{"title", "text"}` through a template such as `"{title} :: {text}"`; without a title the text alone."""
+    """Render a passage with a template such as `"{title} :: {text}"`; without a title, return its text alone."""
     if not passage.get("title"):
         return passage["text"]
-    # one pass: braces in a title stay
+    # in one pass, so that a title that holds "{text}" stays as it is
     return re.sub(r"\{(title|text)\}", lambda match: passage[match[1]], template)
 
 
@@ -126,7 +126,7 @@ def encode_passages_for_emb_seq(
     Return token ids of passages as Emb_seq reads them: BOS, `config.passage_prompt` and the passage, EOS.
 
     BOS and EOS fall back to CLS and SEP; `config.emb_seq_add_bos_token` and `config.emb_seq_add_eos_token` leave them
-    out. The passage is truncated to `config.max_passage_length` first, so that EOS, which gives the embedding, stays.
+    out. The passage is first truncated to `config.max_passage_length`, to keep the EOS, which gives the embedding.
 
     Raises:
         `ValueError`: when pooling is `"eos"` and the tokenizer has neither an EOS nor a SEP token.
@@ -160,8 +160,8 @@ def encode_queries_for_emb_seq(
     """
     Return everything up to and including `[NSP]` as Emb_seq reads it (section 5, "Baseline").
 
-    If both tokenizers are the same object and there is no query prompt, a row does not change. Otherwise it becomes
-    text without special tokens, after the prompt, and is cut to the `model_max_length` of Emb_seq's tokenizer.
+    If both tokenizers are the same object and there is no query prompt, rows do not change. Otherwise a row is decoded
+    without special tokens, encoded again after the prompt, and cut to the `model_max_length` of Emb_seq's tokenizer.
 
     Args:
         tokenizer, emb_seq_tokenizer (`PreTrainedTokenizerBase`): Gen's and Emb_seq's.
@@ -177,7 +177,7 @@ def encode_queries_for_emb_seq(
 
 
 def added_tokens(tokenizer: PreTrainedTokenizerBase, config: CoSupConfig) -> tuple[list[int], list[int]]:
-    """Return `(ids before, ids after)` what Emb_seq reads: BOS and EOS, each only if the config adds it."""
+    """Return the ids that Emb_seq reads before and after a text: BOS and EOS, each only if the config adds it."""
     bos, eos = bos_and_eos(tokenizer)
     if not config.emb_seq_add_bos_token:
         bos = []
@@ -200,9 +200,9 @@ def pad_rows(
     Return lists of token ids as one tensor.
 
     Args:
-        rows (`list[list[int]]`): may be empty, and so may each of them.
-        value (`int`): of the padding.
-        side (`str`): `"right"` or `"left"`: where the padding goes.
+        rows (`list[list[int]]`): may be empty, and so may each row.
+        value (`int`): id of the padding.
+        side (`str`): `"right"` or `"left"`, where the padding goes.
 
     Returns:
         `(ids, mask)`: `torch.LongTensor` of shape `(len(rows), longest)`, at least one column wide; the mask is 0 on
@@ -221,10 +221,10 @@ def pad_rows(
 @dataclass
 class Packing:
     """
-    Rows of different lengths, one after the other in a single row `(1, L)`: no padding is read.
+    Rows of different lengths, one after another in a single row `(1, L)` without padding.
 
     Args:
-        position_ids (`torch.LongTensor` of shape `(1, L)`): begin anew with each row.
+        position_ids (`torch.LongTensor` of shape `(1, L)`): start at 0 in each row.
         ends (`torch.LongTensor` of shape `(M,)`): the column of the last token of each row.
     """
 
@@ -236,9 +236,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, input: str, instruction: s
     """
     Return token ids of a prompt, through the tokenizer's chat template.
 
-    `instruction` is the system message, `input` the user message.
-
-    A template that refuses a system message gets both in the user message.
+    `instruction` is the system message, `input` the user message. A template that refuses a system message gets both
+    in the user message.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): with a chat template.
@@ -262,7 +261,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
     Return token ids of messages through the chat template, with a generation prompt; control tokens in them stay text.
 
     Equals `apply_chat_template(messages, add_generation_prompt=True, sanitize_control_tokens=True)`. Older releases of
-    transformers lack the last option. With them, markers are put around control tokens before rendering.
+    transformers lack the last option; there, markers are put around control tokens before rendering.
     """
     if "sanitize_control_tokens" not in inspect.signature(tokenizer.apply_chat_template).parameters:
         return _encode_chat_with_markers(tokenizer, messages)
@@ -283,8 +282,8 @@ def _encode_chat_with_markers(tokenizer: PreTrainedTokenizerBase, messages: list
         content = re.sub(f"[{start}{end}]", "", message["content"])
         marked.append({**message, "content": re.sub(pattern, rf"{start}\g<0>{end}", content)})
     rendered = tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False)
-    # Every second piece is a control token from between two markers, to be read as text. It is `None` for a single
-    # marker, left where the template split a text: the two sides are still encoded apart.
+    # Odd pieces are control tokens from between two markers, to be encoded as text. An odd piece is `None` for a lone
+    # marker, left where the template split a text: the pieces on its two sides are still encoded separately.
     pieces = re.split(f"{start}({pattern}){end}|[{start}{end}]", cast(str, rendered))
     ids = []
     for i, piece in enumerate(pieces):
@@ -298,7 +297,7 @@ def _encode_chat_with_markers(tokenizer: PreTrainedTokenizerBase, messages: list
 
 
 def _encode_continuation(tokenizer: PreTrainedTokenizerBase, piece: str, split_special_tokens: bool) -> list[int]:
-    """Return token ids of a piece that continues a string: SentencePiece puts a space before what begins one."""
+    """Return token ids of a piece in mid-string, without the space that SentencePiece puts before a whole string."""
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
     options = {"add_special_tokens": False, "split_special_tokens": split_special_tokens}
     ids = tokenizer("\n" + piece, **options)["input_ids"]
@@ -338,7 +337,7 @@ def same_tokenizer(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBa
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash a tokenizer's vocabulary and its ids for a probe text: hex, the same before and after saving."""
+    """Return a hash (hex) of the vocabulary, the ids of a probe text, BOS and EOS, which saving does not change."""
     digest = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode())
     digest.update(repr(encode_texts(tokenizer, [_PROBE])).encode())
     digest.update(repr(bos_and_eos(tokenizer)).encode())

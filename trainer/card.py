@@ -35,7 +35,7 @@ MAX_LOG_ENTRIES = 500  # of a record
 LOGGED = ("step", "epoch", "nsp_accuracy", "num_negatives", "learning_rate")  # and every loss
 GATHER_LABELS = {
     "global": "all processes",
-    "local": "the own process",
+    "local": "the query's own process",
     "detached": "all processes, without gradients",
 }
 
@@ -49,7 +49,7 @@ def training_record(
     state: TrainerState,
 ) -> TrainingRecord:
     """
-    Return what training did, as far as it is known, without `curves`.
+    Return the record of what training did, as far as it is known; the caller adds `curves`.
 
     Args:
         args ([`CoSupTrainingArguments`]): arguments of the run.
@@ -71,7 +71,7 @@ def training_record(
             for ids_of_instance in dataset["passage_ids"]:
                 ids.update(ids_of_instance)
             passages = len(ids)
-    entries = [_shown(entry) for entry in state.log_history if "loss" in entry]
+    entries = [_recorded(entry) for entry in state.log_history if "loss" in entry]
     stride = max(1, math.ceil(len(entries) / MAX_LOG_ENTRIES))
     return {
         "instances": dict(counts.most_common()),
@@ -81,7 +81,7 @@ def training_record(
     }
 
 
-def _shown(entry: dict[str, Any]) -> dict[str, Any]:
+def _recorded(entry: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a log entry that is recorded: every loss, whatever its name, and `LOGGED`."""
     return {name: value for name, value in entry.items() if name in LOGGED or name.endswith("loss")}
 
@@ -212,7 +212,7 @@ def result_group(
 
 
 def held_out_group(metrics_of_set: dict[str, float]) -> list[ResultGroup]:
-    """Return the recall in what `CoSupTrainer.evaluate()` returned, as one [`result_group`]; none without queries."""
+    """Return the recall that `CoSupTrainer.evaluate()` measured, as one [`result_group`]; none without queries."""
     n = int(metrics_of_set.get("eval_num_queries", 0))
     if not n:
         return []
@@ -230,8 +230,9 @@ def evaluation_groups(results: dict[str, Any]) -> list[ResultGroup]:
         results (`dict`): what [`~trainer.judging.judge.evaluate_tasks`] returned.
 
     Returns:
-        `list[dict]`: one [`result_group`] for each task. The answers are those of the mode in which the model decides
-            when to retrieve, or else of the forced mode. R@1 is the query embedding's over the searched passages.
+        `list[dict]`: one [`result_group`] for each task. The answers come from the mode in which the model decides
+            when to retrieve, or else from the forced mode. R@1 is measured with the query embedding, over the searched
+            passages.
     """
     groups = []
     for name, task in results["tasks"].items():
@@ -267,7 +268,7 @@ def write_card(
     Record facts and write the card of a checkpoint that was saved in a folder. A push of the folder includes both.
 
     An index and a question are recorded only if the index is a repository: a local folder is of no use to others, and
-    an unpublished question is data.
+    a question may come from data that is not public.
 
     Args:
         model ([`CoSupForCausalLM`] or `PeftModel`): the model that was saved. For adapters the base model will do,
@@ -287,7 +288,8 @@ def write_card(
         usage["question"] = question
     if is_repo_id(index):
         facts = {**facts, **usage}
-    base, base_name = without_peft(model), None
+    base = without_peft(model)
+    base_name = None
     if (folder / ADAPTER_CONFIG_NAME).exists():
         base_name = read_json(folder / ADAPTER_CONFIG_NAME)["base_model_name_or_path"] or "the base model"
     else:
@@ -299,7 +301,7 @@ def write_card(
 
 def add_results(folder: str | Path, groups: list[ResultGroup]) -> bool:
     """
-    Add results to the facts of a checkpoint's folder and write its card anew.
+    Add results to the facts of a checkpoint's folder and rewrite its card.
 
     They replace earlier results of the same evaluation sets. Facts about weights that the folder no longer holds are
     removed. A card that its owner edited (without the marker) is not replaced.
@@ -333,7 +335,7 @@ def complete_card(
     index: str | None = None,
     question: str | None = None,
 ) -> None:
-    """Replace the results in the facts of a folder and write its card anew; see [`write_card`]."""
+    """Replace the results in the facts of a folder and rewrite its card; see [`write_card`]."""
     facts = load_facts(folder)
     facts["results"] = results
     write_card(model, folder, repo_id, facts, index, question)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from modeling_cosup import CoSupForCausalLM
 
     class TrainerBase:
-        """The methods of `Trainer` that [`HubMixin`] calls; it overrides others with other types."""
+        """Stub of `Trainer` for the type checker; the mixin overrides methods of it with other types."""
 
         def is_world_process_zero(self) -> bool: ...
 
@@ -72,7 +72,7 @@ class HubMixin(TrainerBase):
     _saved_weights: str | None = None  # hash of the weights that were last saved in output_dir
 
     def _check_hub_arguments(self, args: CoSupTrainingArguments, model: "CoSupForCausalLM | PeftModel") -> None:
-        """Raise before training, not after it, if the model could not be shared. Remove what a killed run left."""
+        """Raise before training if the model cannot be shared after it. Remove what a killed run left."""
         if not args.push_to_hub:
             return
         if args.hub_strategy in RESUME_STRATEGIES:
@@ -145,7 +145,7 @@ class HubMixin(TrainerBase):
 
     def _check_saved(self) -> None:
         """
-        Raise unless the weights are the ones saved in output_dir: a card must not describe others.
+        Raise unless output_dir holds the current weights, because a card must not describe others.
 
         Adapters and shards cannot be checked.
         """
@@ -212,7 +212,7 @@ class HubMixin(TrainerBase):
         try:
             folder = _copy_checkpoint(checkpoint_folder, _output_dir(self.args))
         except OSError as error:
-            logger.warning(f"{checkpoint_folder} was not pushed, and training goes on: {error}")
+            logger.warning(f"{checkpoint_folder} was not pushed, and training continues: {error}")
             return
         adapters = adapter_config(self.model)
         base_name = None if adapters is None else adapters.base_model_name_or_path
@@ -241,7 +241,7 @@ class HubMixin(TrainerBase):
 
     @functools.cached_property
     def _hub_api(self) -> HfApi:
-        """One client for all pushes: those that it starts wait for each other."""
+        """One client for all pushes, so that they wait for each other."""
         return HfApi()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
@@ -282,7 +282,7 @@ def _copy_checkpoint(checkpoint_folder: str, output_dir: str) -> Path:
     """
     Copy the files of a checkpoint, which may be rotated away before they are uploaded, to a new folder.
 
-    They are hard links if the file system has them.
+    Hard links are used if the file system has them.
     """
     folder = Path(tempfile.mkdtemp(prefix=WAITING_PREFIX, dir=output_dir))
     for name, path in checkpoint_files(checkpoint_folder).items():
@@ -307,7 +307,7 @@ def _push_and_remove(folder: Path, repo_id: str, commit_message: str, **options:
 
 def _warn_of_failure(job: Future[CommitInfo]) -> None:
     if job.exception() is not None:
-        logger.warning(f"A push during training failed, and training goes on: {job.exception()}")
+        logger.warning(f"A push during training failed, and training continues: {job.exception()}")
 
 
 def push_checkpoint(

@@ -148,13 +148,13 @@ def inputs(models):
 
 
 def job(inputs, **settings):
-    """The argument of `LOAD`."""
+    """Return the argument of `LOAD`."""
     input_lists = {name: value.tolist() for name, value in inputs.items()}
     return json.dumps({"inputs": input_lists, "passages": PASSAGES, "all": False, **settings})
 
 
 def assert_same(result, model, inputs):
-    """A model that was loaded elsewhere answers, retrieves and embeds as `model` does here."""
+    """Assert that a model that was loaded elsewhere answers, retrieves and embeds as `model` does here."""
     index = model.build_index(PASSAGES, show_progress_bar=False)
     output = model.generate(
         **inputs, retriever=index, max_new_tokens=8, max_retrievals=2, return_dict_in_generate=True
@@ -186,7 +186,7 @@ print(json.dumps([HfApi().list_repo_files(repo, repo_type=kind), readme]))
     return hub.run(code, repo, repo_type)
 
 
-def test_whatever_was_pushed_loads_and_answers_the_same_without_this_package(published, models, inputs, tmp_path):
+def test_what_was_pushed_loads_and_answers_the_same_without_this_package(published, models, inputs, tmp_path):
     hub, commits = published
     bits = [8, 4] if find_spec("bitsandbytes") else []
     settings = {"all": True, "commit": commits["plain"], "index_commit": commits["two_tokenizers_index"], "bits": bits}
@@ -450,7 +450,7 @@ print(json.dumps([logits, embeddings.tolist()]))
 
 
 def test_a_checkpoint_is_saved_even_if_its_source_is_gone(published, tmp_path):
-    """Facts are no reason not to save, whether their repository was deleted or their file is malformed."""
+    """Neither a deleted repository nor a malformed file of facts prevents saving."""
     hub, _ = published
     code = """
 import json, sys

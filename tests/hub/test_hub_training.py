@@ -162,7 +162,7 @@ def test_resume_states_data_and_secrets_stay_here(hub, trained):
         assert (output / name).exists()
     assert TOKEN not in printed
     assert not files_with(output, [TOKEN.encode()])
-    # paths of this machine, including those of the folders that the two parts came from
+    # paths of this machine, including the folders that the two parts came from
     local_paths = [str(output).encode(), str(output.parent.parent).encode()]
     assert not files_with(downloaded, [TOKEN.encode(), *local_paths])
 
@@ -284,7 +284,7 @@ def test_a_card_describes_the_weights_that_were_saved(tmp_path):
     trained = CoSupForCausalLM.from_pretrained(tmp_path / "a")
     assert facts_of(trained) == facts
 
-    # the facts and the plot of the first run are not those of a second one
+    # a second run does not keep the facts and the plot of the first one
     again = make_trainer(tmp_path / "b", trained)
     again.train()
     again.save_model()

@@ -71,10 +71,10 @@ def test_every_source_makes_the_same_index(model, tmp_path):
 
 
 BAD = [
-    ({"id": "m0", "title": "", "text": "again"}, "id 'm0' is already in"),
-    ({"id": "m22", "title": "", "text": "again"}, "id 'm22' is already in"),
+    ({"id": "m0", "title": "", "text": "again"}, "id 'm0' is already"),
+    ({"id": "m22", "title": "", "text": "again"}, "id 'm22' is already"),
     ({"id": "x", "text": ""}, "text is ''"),
-    ({"id": "x", "text": "\ud800"}, "text holds '\\ud800', which is no character"),
+    ({"id": "x", "text": "\ud800"}, "text holds '\\ud800', which is not a character"),
     ({"id": 5, "text": "x"}, "id is 5, expected a string"),
     ("x", "expected a passage"),
 ]
@@ -115,7 +115,7 @@ def test_bad_files(model, tmp_path):
     with pytest.raises(ValueError, match=r"a.jsonl, line 2: malformed JSON"):
         build(model, tmp_path / "a.jsonl")
     (tmp_path / "a.parquet").write_bytes(b"PAR0" * 9)
-    with pytest.raises(ValueError, match="a.parquet is no Parquet file"):
+    with pytest.raises(ValueError, match="a.parquet is not a Parquet file"):
         build(model, tmp_path / "a.parquet")
     with pytest.raises(FileNotFoundError, match="nothing.jsonl"):
         build(model, tmp_path / "nothing.jsonl")
@@ -131,7 +131,7 @@ def test_ids_with_the_same_hash_are_told_apart(model, tmp_path, monkeypatch):
     assert index.rows_of(["m22", "m0", "m9"]).tolist() == [22, 0, 9]
     with pytest.raises(ValueError, match=r"does not hold 1 of 2 ids: \['x'\]"):
         index.rows_of(["m3", "x"])
-    with pytest.raises(ValueError, match="id 'm3' is already in"):
+    with pytest.raises(ValueError, match="id 'm3' is already used at"):
         build(model, [*MANY, MANY[3]])
 
 

@@ -6,7 +6,7 @@ import torch
 from modeling_cosup.tokenization_cosup import Packing, encode_passages_for_emb_seq
 from support.models import PASSAGES, make_model
 
-# the usual pooling of each architecture, and every pooling into which padding could leak
+# the usual pooling of each architecture, and every pooling in which padding could matter
 CASES = [
     ("llama", "eos"),
     ("llama", "mean"),

@@ -12,7 +12,7 @@ FOR_TRAINING_CARDS = {"trainer.judging.figures", "trainer.judging.intervals"}  #
 
 
 def module_name(path: Path) -> str:
-    """The dotted name of a file of the project."""
+    """Return the dotted name of a file of the project."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
@@ -25,12 +25,12 @@ MODULES = {
 
 
 def floor(module: str) -> int:
-    """The place of a module's package in FLOORS, 0 for the lowest."""
+    """Return the place of a module's package in FLOORS, 0 for the lowest."""
     return FLOORS.index(module.rpartition(".")[0])
 
 
 def origin_of(node: ast.ImportFrom, module: str) -> str:
-    """The full name of what `from ... import` in a module names; `from . import x` names the package."""
+    """Return the full name of the module or package that a `from ... import` statement in a module names."""
     parts = module.split(".")[: -node.level] if node.level else []
     if node.module:
         parts.append(node.module)
@@ -38,7 +38,7 @@ def origin_of(node: ast.ImportFrom, module: str) -> str:
 
 
 def imported(module: str) -> set[str]:
-    """Modules of this project, recipes included, that a module imports anywhere in its file."""
+    """Return the modules of this project, recipes included, that a module imports anywhere in its file."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.Import):

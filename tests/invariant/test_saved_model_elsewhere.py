@@ -1,6 +1,7 @@
 """
-save_pretrained -> a fresh process without this package -> from_pretrained(trust_remote_code=True): same logits, same
-generation, same trace.
+A saved model gives the same logits, generation and trace in a fresh process without this package.
+
+The process loads it with from_pretrained(trust_remote_code=True).
 """
 
 import json
@@ -109,7 +110,7 @@ print(json.dumps(results))
 
 
 def run_elsewhere(tmp_path, pairs, inputs):
-    """What SCRIPT prints about pairs of a model's and an index's folder: three results for each, in order."""
+    """Run SCRIPT on pairs of a model's and an index's folder; return its results, three for each pair, in order."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_MODULES_CACHE")}
     environment |= {
         "HF_HOME": str(tmp_path / "hf_home"),
@@ -145,21 +146,21 @@ def models():
 
 
 def prompts_of(model):
-    """The questions as prompts that end in [NSP], padded on the left."""
+    """Return the questions as prompts that end in [NSP], padded on the left."""
     nsp = model.config.nsp_token_id
     prompts = [[*encode_prompt(model.tokenizer, question), nsp] for question in QUESTIONS]
     return left_pad(prompts, model.tokenizer.pad_token_id)
 
 
 def without_scores(retrieval):
-    """A retrieval as JSON gives it back, without its scores."""
+    """Return a retrieval as it comes back from JSON, without its scores."""
     values = json.loads(json.dumps(retrieval.to_dict()))
     del values["scores"]
     return values
 
 
 def check_result(result, model, index, output, logits):
-    """That another process found what this one did."""
+    """Assert that another process got the same results as this one."""
     assert result["model_type"] == "cosup"
     assert result["module"] == "transformers_modules"
     assert set(result["code"]) == {"__init__.py", *names_of_travelling_files()}
@@ -169,11 +170,11 @@ def check_result(result, model, index, output, logits):
     assert result["logits"] == pytest.approx(logits, rel=1e-4, abs=1e-2)
 
     assert result["sequences"] == output.sequences.tolist()
-    for found_trace, trace in zip(result["trace"], output.retrievals, strict=True):
+    for remote_trace, trace in zip(result["trace"], output.retrievals, strict=True):
         # another number of threads may round the last digit of a score differently
-        scores = [retrieval.pop("scores") for retrieval in found_trace]
+        scores = [retrieval.pop("scores") for retrieval in remote_trace]
         assert scores == pytest.approx(np.array([retrieval.scores for retrieval in trace]), abs=1e-5)
-        assert found_trace == [without_scores(retrieval) for retrieval in trace]
+        assert remote_trace == [without_scores(retrieval) for retrieval in trace]
     assert result["cited"] == model.decode_with_citations(output, model.tokenizer)
     assert "[1]" in result["cited"][0]
     pad, width = model.tokenizer.pad_token_id, output.prompt_length
@@ -181,7 +182,7 @@ def check_result(result, model, index, output, logits):
         padding = [pad] * (len(sequence) - width - len(ids))
         assert ids + padding == sequence[width:]
 
-    if "card of gen" in result:  # what only authors need is not there: an error says so, or a plain card is written
+    if "card of gen" in result:  # without the package an error names it, and a plain card is written
         assert "pip install cosup" in result["corpus in a file"]
         assert "library_name: transformers" in result["card of gen"]
         assert "# gen\n\nGen of a CoSup model" in result["card of gen"]

@@ -14,7 +14,7 @@ NAMES = {**LAST_MLP, "qwen3": "model.layers.0.self_attn"}  # called with keyword
 
 
 def inputs_of(module, run):
-    """What enters a module while `run()` runs, as a hook of this test sees it."""
+    """Return what enters a module during `run()`, as a hook of this test sees it."""
     seen = []
 
     def record(module, args, kwargs):

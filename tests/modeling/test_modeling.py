@@ -15,7 +15,7 @@ ARCHITECTURES_OF_GEN = ["llama", "gpt2", "mistral", "qwen3"]
 
 
 def batch(model, passages=PASSAGES[:4], rows=3):
-    """Rows with 2, 1 and 0 times [NSP], padded on the right; four passages; the positives of the three queries."""
+    """Return rows with 2, 1 and 0 [NSP], padded on the right, four passages, and the positives of the queries."""
     nsp = model.config.nsp_token_id
     texts = encode_texts(model.tokenizer, TEXTS[:3])
     texts[0][5:5] = [nsp]
@@ -37,7 +37,7 @@ def batch(model, passages=PASSAGES[:4], rows=3):
 
 
 def reference_losses(model, inputs):
-    """Both losses from the sub-models alone, unpadded, one row at a time."""
+    """Compute both losses and embeddings with the sub-models alone, unpadded, one row at a time."""
     ntp, count, queries, passages = 0.0, 0, [], []
     for ids, mask, labels in zip(inputs["input_ids"], inputs["attention_mask"].bool(), inputs["labels"], strict=True):
         ids, labels = ids[mask], labels[mask]

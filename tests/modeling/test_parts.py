@@ -1,4 +1,4 @@
-"""Each half as a separate checkpoint: Gen for whatever serves causal LMs, Emb_seq for sentence-transformers."""
+"""Each half as a separate checkpoint: Gen as a plain causal LM, Emb_seq for sentence-transformers."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ LONG = {
 
 
 def snapshot(model):
-    """All that saving a part must not change."""
+    """Return all that saving a part must not change."""
     configs = [
         model.config,
         model.gen.config,
@@ -135,7 +135,7 @@ def test_parts_with_an_adapter_are_refused_and_merged_ones_are_not(tmp_path):
 
 
 def bert_tokenizer(tmp_path):
-    """A lower-casing WordPiece tokenizer: CLS and SEP, no BOS or EOS."""
+    """Return a lower-casing WordPiece tokenizer with CLS and SEP, without BOS and EOS."""
     texts = [*TEXTS, *(f"{passage['title']} {passage['text']}" for passage in PASSAGES)]
     words = sorted(set(" ".join(texts).lower().split()))
     letters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]

@@ -1,4 +1,4 @@
-"""A saved folder holds what a checkpoint needs, and everything that it needs travels with it."""
+"""A saved folder holds everything that a checkpoint needs, code included, and nothing else."""
 
 import ast
 import json

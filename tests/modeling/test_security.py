@@ -4,7 +4,6 @@ import ast
 import json
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,8 +86,8 @@ def test_what_travels_is_small_enough_to_be_read():
     """
     A careful user reads the code before trusting it: a file in one sitting, all of it in a day.
 
-    What only authors need stays in the package. The caps leave a twentieth for what is to come: raise them only with a
-    reason, after asking what could stay. The total was 7,000 until lines became shorter and got type annotations.
+    What only authors need stays in the package. The caps leave about 5 % of room: raise them only with a reason, after
+    asking what could stay there. The total was 7,000 until lines became shorter and got type annotations.
     """
     lengths = {path.name: len(path.read_text().splitlines()) for path in TRAVELS}
     assert max(lengths.values()) <= 450, lengths
@@ -195,17 +194,16 @@ def test_ids_that_only_look_like_paths_are_names(tmp_path):
     assert sorted(tmp_path.parent.iterdir()) == before
 
 
-def test_a_module_path_of_an_emb_seq_folder_cannot_lead_out(tmp_path):
+def test_a_module_path_of_an_emb_seq_folder_cannot_lead_out():
     from shared.retriever_files import safe_path
 
     for path in ("../x", "/etc", "a/../../b"):
         with pytest.raises(ValueError, match="leads out of the folder"):
             safe_path("me/retriever", path)
-    shutil.rmtree(tmp_path)
 
 
 def test_facts_next_to_a_checkpoint_are_data(tmp_path):
-    """Only our template makes a card of facts: whatever a stranger wrote into the facts is shown, not run."""
+    """A card is made by our template only: what a stranger wrote into the facts is shown, not run."""
     model = make_model()
     model.save_pretrained(tmp_path / "model")
     facts = {"question": "{{ 7 * 7 }}", "name": "{% for x in ().__class__.__bases__ %}{% endfor %}", "license": "mit"}

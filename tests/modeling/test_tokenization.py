@@ -201,7 +201,7 @@ def test_a_template_that_rejects_system_messages_gets_one_user_message():
 
 
 def sentencepiece_like(template):
-    """Puts a space before what begins a string, as Llama 2's does."""
+    """Return a tokenizer that puts a space before every string, as Llama 2's does."""
     backend = Tokenizer(models.BPE(byte_fallback=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     alphabet = [*map(chr, range(33, 127)), "▁", "\n"]
@@ -244,7 +244,7 @@ def test_own_route_equals_transformers(make, template, chat):
 
 @pytest.mark.parametrize("chat", CHATS)
 def test_own_route_leaves_no_control_token(chat):
-    """Also where transformers has no route to compare with."""
+    """Checked also for releases of transformers that have no route to compare with."""
     tokenizer = cosup_tokenizer(CHATML)
     ids = _encode_chat_with_markers(tokenizer, CHATS[chat])
     specials = [id for id in ids if id in special_ids(tokenizer)]

@@ -30,7 +30,7 @@ class HubConnection(BaseHTTPRequestHandler):
         self.query = {name: values[0] for name, values in parse_qs(url.query).items()}
         try:
             if "Transfer-Encoding" in self.headers:
-                self.close_connection = True  # nobody knows where its body ends
+                self.close_connection = True  # where the body ends is unknown
                 raise HubError(411, "A body needs a Content-Length")
             endpoint, access, match = self.route(url.path)
             arguments = {name: unquote(value) for name, value in match.groupdict().items() if value is not None}
@@ -59,7 +59,7 @@ class HubConnection(BaseHTTPRequestHandler):
         raise HubError(404, f"The test Hub has no endpoint {self.command} {path}")
 
     def authorise(self, access: str) -> None:
-        """As on the Hub, refuse a wrong token everywhere, and a missing one if `access` is "write"."""
+        """Refuse, as the Hub does, a wrong token everywhere, and a missing one if `access` is "write"."""
         authorization = self.headers.get("Authorization")
         expected = f"Bearer {self.server.token}"
         self.is_known = authorization is not None and hmac.compare_digest(authorization.encode(), expected.encode())
@@ -143,18 +143,21 @@ class HubConnection(BaseHTTPRequestHandler):
 
     def send_range(self, path: Path, size: int, headers: dict[str, str]) -> None:
         """Send a file, or the range of it that the request names."""
-        first, last, status = 0, size - 1, 200
+        first, last = 0, size - 1
+        status = 200
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if match:
-            first, last, status = int(match[1]), min(int(match[2] or last), last), 206
+            first = int(match[1])
+            if match[2]:
+                last = min(int(match[2]), last)
+            status = 206
             headers["Content-Range"] = f"bytes {first}-{last}/{size}"
             if first > last:
                 self.answer(status=416, headers={**headers, "Content-Range": f"bytes */{size}", "Content-Length": "0"})
                 return
         count = last + 1 - first
-        self.answer(
-            status=status, headers={**headers, "Content-Length": str(count)}, data=read_range(path, first, count)
-        )
+        headers["Content-Length"] = str(count)
+        self.answer(status=status, headers=headers, data=read_range(path, first, count))
 
 
 def read_range(path: Path, start: int, count: int) -> Iterator[bytes]:

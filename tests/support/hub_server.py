@@ -66,7 +66,7 @@ class HubHTTPServer(ThreadingHTTPServer):
         self.stall_after_bytes = stall_after_bytes
         self.multipart_above = multipart_above
         self.page_size = page_size
-        self.object_bytes = 0  # of LFS objects, received since the start
+        self.object_bytes = 0  # bytes of LFS objects received since the start
         self.log_lock = threading.Lock()
         secret = self.store.root / "secret"
         if not secret.exists():
@@ -130,7 +130,7 @@ class Hub:
         environment |= {
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": str(home or tempfile.mkdtemp(dir=self.root.parent, prefix="hf_home_")),
-            "HF_HUB_OFFLINE": "0",  # if it were not set, conftest.py would set it to 1
+            "HF_HUB_OFFLINE": "0",  # if it is not set, conftest.py sets it to 1
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "NO_PROXY": "127.0.0.1",

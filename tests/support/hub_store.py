@@ -31,7 +31,7 @@ Operation = tuple[str, str, Entry | None]  # see Repository.commit
 
 class HubError(Exception):
     """
-    A refusal.
+    The refusal of a request.
 
     Args:
         status (`int`): HTTP status.
@@ -46,9 +46,9 @@ class HubError(Exception):
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file of which readers see all of `data` or the old content."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
-    with os.fdopen(handle, "wb") as file:
+    """Write a file so that readers see either all of `data` or the old content."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
+    with os.fdopen(descriptor, "wb") as file:
         file.write(data)
     os.replace(name, path)
 
@@ -120,7 +120,7 @@ class HubStore:
         return Repository(folder, kind, repo_id, self.lock)
 
     def delete(self, kind: str, repo_id: str) -> None:
-        """Delete a repository, from a reader's view in one step."""
+        """Delete a repository; readers see it happen in one step."""
         trash = Path(tempfile.mkdtemp(dir=self.root, prefix=".tmp-"))
         os.rename(self.get(kind, repo_id).folder, trash / "repo")
         shutil.rmtree(trash)
@@ -163,10 +163,11 @@ class Repository:
         Raises:
             `HubError`: 400 when the content is not the announced one.
         """
-        handle, name = tempfile.mkstemp(dir=self.folder / "uploads")
-        digest, written = hashlib.sha256(), 0
+        descriptor, name = tempfile.mkstemp(dir=self.folder / "uploads")
+        digest = hashlib.sha256()
+        written = 0
         try:
-            with os.fdopen(handle, "wb", buffering=0) as file:
+            with os.fdopen(descriptor, "wb", buffering=0) as file:
                 for chunk in chunks:
                     digest.update(chunk)
                     written += file.write(chunk)
@@ -281,7 +282,7 @@ class Repository:
         with self.lock:
             head = self.refs("heads").get(branch)
             if head is None and not first:
-                raise HubError(404, f"Invalid rev id: {branch} is no branch", "RevisionNotFound")
+                raise HubError(404, f"Invalid rev id: {branch} is not a branch", "RevisionNotFound")
             if header.get("parentCommit", head) != head:
                 raise HubError(412, "A commit has happened since. Please refresh and try again.")
             files = dict(self.resolve(head)["files"]) if head else {}

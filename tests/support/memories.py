@@ -22,7 +22,7 @@ class AddedStates:
     def __init__(self, model: CoSupForCausalLM, name: str, scale: float = 4.0, seed: int = 0) -> None:
         self.states = (name,)
         self.fingerprint = f"W of seed {seed} times {scale}"
-        self.calls: list[int] = []  # rows of each
+        self.calls: list[int] = []  # the number of rows of each call
         size, width = model.get_output_embeddings().weight.shape
         generator = torch.Generator().manual_seed(seed)
         self.weight = scale * torch.randn(size, width, generator=generator) / width**0.5

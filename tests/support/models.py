@@ -59,7 +59,7 @@ def make_tokenizer(
     pad: str | None = "<pad>",
     texts: Sequence[str] = TEXTS,
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer, trained on the spot, with BOS, EOS and pad outside its ordinary vocabulary."""
+    """Train a byte-level BPE tokenizer on the spot, with BOS, EOS and pad outside its ordinary vocabulary."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -72,7 +72,7 @@ def make_tokenizer(
 def make_config(
     architecture: str = "llama", vocab_size: int = 400, hidden_size: int = 32, layers: int = 2, **kwargs: Any
 ) -> PreTrainedConfig:
-    """The config of a tiny model; `kwargs` are options of the architecture."""
+    """Return the config of a tiny model; `kwargs` are options of the architecture."""
     options = {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
@@ -88,13 +88,13 @@ def make_config(
 
 
 def make_gen(architecture: str = "llama", seed: int = 0, **kwargs: Any) -> PreTrainedModel:
-    """A causal language model of random weights."""
+    """Return a causal language model with random weights."""
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(make_config(architecture, **kwargs)).eval()
 
 
 def make_emb_seq(architecture: str = "llama", seed: int = 1, **kwargs: Any) -> PreTrainedModel:
-    """A model of random weights without LM head."""
+    """Return a model with random weights and without an LM head."""
     torch.manual_seed(seed)
     return AutoModel.from_config(make_config(architecture, **kwargs)).eval()
 
@@ -107,7 +107,7 @@ def make_model(
     emb_seq_kwargs: dict[str, Any] | None = None,
     **config: Any,
 ) -> CoSupForCausalLM:
-    """A CoSup model of random weights; Gen and Emb_seq have the named architectures."""
+    """Return a CoSup model with random weights; Gen and Emb_seq have the named architectures."""
     tokenizer = tokenizer or make_tokenizer()
     gen_model = make_gen(gen, **(gen_kwargs or {}))
     emb_seq_model = make_emb_seq(emb_seq, **(emb_seq_kwargs or {}))
@@ -115,7 +115,7 @@ def make_model(
 
 
 def plain_batch(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A padded batch made the plain way, one passage row for each `[NSP]`."""
+    """Return a padded batch with one passage row for each `[NSP]`."""
     input_ids, attention_mask = pad_rows([row["input_ids"] for row in rows])
     passage_input_ids, passage_attention_mask = pad_rows([ids for row in rows for ids in row["passage_input_ids"]])
     return {

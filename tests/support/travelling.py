@@ -1,4 +1,4 @@
-"""Which code travels with a checkpoint: every module of the package but those that are listed here."""
+"""The code that travels with a checkpoint: every module of the package except those listed here."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ STAYS = {
 
 
 def names_of_travelling_files() -> set[str]:
-    """Names of the files of the package that must travel, whatever imports them, and in whatever syntax."""
+    """Return the names of the files that must travel, however they are imported."""
     return {path.name for path in FOLDER.glob("*.py")} - {"__init__.py", *STAYS}
 
 

@@ -129,7 +129,7 @@ BAD_INSTANCES = [
     (good(segments=[segment(text="")]), "segments[0].text is ''"),
     (good(segments=[segment(), segment(passage={"id": "p", "text": " "})]), "segments[1].passage.text is ' '"),
     (good(segments=[segment(passage={"id": "p", "title": "t"})]), "segments[0].passage.text is None"),
-    ('{"input": "\\ud83d", "segments": [{"text": "a"}]}', "input holds '\\ud83d', which is no character"),
+    ('{"input": "\\ud83d", "segments": [{"text": "a"}]}', "input holds '\\ud83d', which is not a character"),
     (good(segments=[segment(passage={"id": "p", "title": 5, "text": "t"})]), "segments[0].passage.title is 5"),
     (good(segments=[segment(passage="passage")]), "segments[0].passage is 'passage', expected an object or null"),
 ]
