@@ -235,7 +235,7 @@ def test_a_corpus_is_searched_only_by_the_visitor_who_uploaded_it(visit, tmp_pat
     path = tmp_path / "corpus.jsonl.gz"
     path.write_bytes(gzip.compress("\n".join(map(json.dumps, MINE * 50)).encode()))
     upload(page, path)
-    page.locator("#status").get_by_text("Your corpus of 150 passages is searched now, by you alone.").wait_for()
+    page.locator("#status").get_by_text("Your corpus of 150 passages is now searched, for you alone.").wait_for()
     _, cards = ask(page, f"mine? {ATTACK}")
     assert ATTACK in page.inner_text(".cosup-question")  # shown as it is, not run
     assert cards
