@@ -283,7 +283,11 @@ def false_claims(
 
 
 def draw_name(answer: str, passage: dict, generator: random.Random) -> str | None:
-    """Draw a name or number of the passage that neither holds the answer nor is part of it; `None` if there is none."""
+    """
+    Draw a name or number from the passage.
+
+    It neither holds the answer nor is part of it. If there is none, return `None`.
+    """
     names = []
     for name in NAMES.findall(passage["text"]):
         normalized = normalize_answer(name)
