@@ -1,11 +1,13 @@
 """
-Train an NLI model on training instances: a judge for Gr if no other one fits the data, e.g. answers of a few words.
+Train an NLI model on training instances, as a judge for Gr.
 
     python recipes/mine_hard_negatives.py --train_file train.jsonl --model sentence-transformers/all-MiniLM-L6-v2 \\
         --output_file mined.jsonl
     python recipes/train_nli.py --train_file mined.jsonl --validation_file heldout.jsonl \\
         --model_name_or_path microsoft/deberta-v3-small --output_dir nli
     python recipes/run_evaluation.py --nli_model nli --gr_hypothesis '{question} {sentence}' ...
+
+It is for data that no other NLI model fits: answers of a few words, another language, or a special field.
 
 A premise is a passage as Gr renders it; a hypothesis is a text as `--hypothesis` renders it. Each segment gives two
 pairs. In the first, its passage entails its text. The second is not entailed, and is drawn from:
