@@ -102,7 +102,7 @@ def _check_passage(passage, line):
         if len(value) > MAX_TEXT:
             raise ValueError(f"Line {line}: {name} has {len(value):,} characters, expected {MAX_TEXT:,} at most.")
         if any("\ud800" <= character <= "\udfff" for character in value):
-            raise ValueError(f"Line {line}: {name} holds half a surrogate pair, which is no character.")
+            raise ValueError(f"Line {line}: {name} holds half a surrogate pair, which is not a character.")
 
 
 def _decode(path, is_packed):

@@ -40,7 +40,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from shared.cli import clear_errors, parse
 
@@ -169,7 +169,7 @@ def writing(output: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def load(auto_class: type, name: str, args: ImportArguments, subfolder: str = "") -> PreTrainedModel:
+def load(auto_class: Any, name: str, args: ImportArguments, subfolder: str = "") -> PreTrainedModel:
     """
     Load a model; only from safetensors, unless `--allow_pytorch_bin` is given.
 

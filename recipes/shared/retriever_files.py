@@ -329,8 +329,8 @@ def compare(model: CoSupForCausalLM, name: str, own_head: bool) -> None:
     reference = SentenceTransformer(str(name), device="cpu", model_kwargs={"dtype": model.emb_seq.dtype})
     reference.max_seq_length = max(map(len, ids))  # --max_passage_length may have shortened passages
     texts = [render_passage(passage, model.config.passage_template) for passage in SAMPLES]
-    expected = reference.encode(texts, prompt=model.config.passage_prompt, show_progress_bar=False)
-    expected = torch.tensor(expected).float()  # (n, h)
+    vectors = reference.encode(texts, prompt=model.config.passage_prompt, show_progress_bar=False)
+    expected = torch.tensor(vectors).float()  # (n, h)
     if model.config.similarity == "cosine":
         expected = F.normalize(expected, dim=-1)
 

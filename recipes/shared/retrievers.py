@@ -85,7 +85,7 @@ class CoSupRetriever:
         """Return the rows of passage ids, -1 for an unknown id."""
         return self.index.find(ids).tolist()
 
-    def ids_of(self, rows: Iterable[int]) -> list[str]:
+    def ids_of(self, rows: Sequence[int] | np.ndarray) -> list[str]:
         """Return the passage ids of rows."""
         return [passage["id"] for passage in self.index.get_passages(rows)]
 
@@ -131,7 +131,7 @@ class SentenceRetriever:
             from sentence_transformers import SentenceTransformer
         except ImportError:
             raise ValueError(
-                f"{args.model} is no CoSup checkpoint; any other retriever needs pip install sentence-transformers."
+                f"{args.model} is not a CoSup checkpoint; any other retriever needs pip install sentence-transformers."
             ) from None
         options = {} if args.dtype == "auto" else {"model_kwargs": {"dtype": args.dtype}}
         self.model = SentenceTransformer(args.model, device=args.device, **options).eval()
@@ -213,7 +213,7 @@ class SentenceRetriever:
         """Return the rows of passage ids, -1 for an unknown id."""
         return [self.rows.get(id, -1) for id in ids]
 
-    def ids_of(self, rows: Iterable[int]) -> list[str]:
+    def ids_of(self, rows: Sequence[int] | np.ndarray) -> list[str]:
         """Return the passage ids of rows."""
         return [self.ids[row] for row in rows]
 
