@@ -4,13 +4,13 @@ Ask a CoSup checkpoint in a browser: the answer streams, with each retrieved pas
     python recipes/demo.py --model cosup-quickstart --index cosup-quickstart/index \\
         --examples "What is the job of Bokre Thosaba?" "Count from 2 to 8."
 
-This file needs nothing else of the project, since a checkpoint carries its own code. It is also the `app.py` of a
-Space, unchanged; `recipes/space` holds the two other files of a Space, and says how to make one. There, options come
-from variables: COSUP_MODEL, COSUP_INDEX, COSUP_INDEX_URI, COSUP_REVISION, COSUP_INDEX_REVISION, COSUP_INSTRUCTION,
-COSUP_EXAMPLES (questions, with `|` between them) and COSUP_UPLOAD (0: users cannot upload corpora, and Emb_seq is not
-loaded). An index in Milvus (COSUP_INDEX_URI) also needs the package cosup[milvus]. Gradio reads GRADIO_SERVER_NAME and
-GRADIO_SERVER_PORT. The page loads nothing from other servers. The demo runs the code of the checkpoint: name one that
-you trust.
+This file needs no other file of the project, because a checkpoint carries its own code. Unchanged, it is also the
+`app.py` of a Space; `recipes/space` has the two other files of a Space and says how to make one. In a Space, options
+come from environment variables: COSUP_MODEL, COSUP_INDEX, COSUP_INDEX_URI, COSUP_REVISION, COSUP_INDEX_REVISION,
+COSUP_INSTRUCTION, COSUP_EXAMPLES (questions, separated by `|`) and COSUP_UPLOAD (0: users cannot upload corpora, and
+Emb_seq is not loaded). An index in Milvus (COSUP_INDEX_URI) also needs the package cosup[milvus]. Gradio itself reads
+GRADIO_SERVER_NAME and GRADIO_SERVER_PORT. The page loads nothing from other servers. The demo runs the code of the
+checkpoint, so name one that you trust.
 """
 
 import argparse
@@ -42,7 +42,7 @@ MAX_PASSAGES = 2000
 MAX_TEXT = 10_000  # characters of a passage
 MAX_QUESTION = 2000  # characters
 MAX_RETRIEVALS = 16  # per answer: a model that never stops retrieving must not keep other users waiting
-INDEX_STEP = 64  # passages that are indexed between two steps of the progress
+INDEX_STEP = 64  # passages that are indexed between two updates of the status
 AUTOMATIC, FORCED, OFF = "Automatic", "Forced", "Off"
 FORMATS = [".jsonl", ".gz", ".txt", ".csv"]
 PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
@@ -57,8 +57,8 @@ def read_upload(path: str) -> list[dict[str, str]]:
     Read the passages of an uploaded corpus.
 
     Args:
-        path (`str`): a `.jsonl` file (an object with `text`, and perhaps `id` and `title`, per line), a `.csv` file
-            (the same as columns) or a `.txt` file (a passage per paragraph), each of them perhaps packed as `.gz`.
+        path (`str`): a `.jsonl` file (one object per line, with `text` and optionally `id` and `title`), a `.csv` file
+            (with the same names as columns) or a `.txt` file (one passage per paragraph); or one of them as `.gz`.
 
     Returns:
         `list[dict]`: `{"id", "title", "text"}`; a passage without an id gets its line number.
@@ -102,7 +102,7 @@ def _check_passage(passage, line):
         if len(value) > MAX_TEXT:
             raise ValueError(f"Line {line}: {name} has {len(value):,} characters, expected {MAX_TEXT:,} at most.")
         if any("\ud800" <= character <= "\udfff" for character in value):
-            raise ValueError(f"Line {line}: {name} holds half a surrogate pair, which is no character.")
+            raise ValueError(f"Line {line}: {name} holds half a surrogate pair, which is not a character.")
 
 
 def _decode(path, is_packed):
@@ -175,13 +175,13 @@ def _shorten(value):
 
 @dataclass
 class Span:
-    """Consecutive text of an answer, and the numbers of the passages that ground it, none for free text."""
+    """A piece of an answer, and the numbers of the passages that ground it; free text has no numbers."""
 
     text: str
     numbers: list[int]
 
     def to_html(self) -> str:
-        """Return the escaped text; if it is grounded, marked and with links to its passages."""
+        """Return the escaped text; grounded text is marked and has links to its passages."""
         if not self.numbers:
             return html.escape(self.text)
         words = self.text.strip()
@@ -196,7 +196,7 @@ class Span:
 
 @dataclass
 class Card:
-    """A retrieved passage with its number and the score of each retrieval."""
+    """A retrieved passage, with its number and the scores of all its retrievals."""
 
     number: int
     passage: dict[str, str]
@@ -206,10 +206,10 @@ class Card:
         """Return the passage as an article with number, title and scores, all of it escaped."""
         scores = ", ".join(f"{score:.3f}" for score in self.scores if score is not None)
         title = self.passage["title"]
-        shown_title = f"<strong>{html.escape(title)}</strong>" if title else ""
+        title_html = f"<strong>{html.escape(title)}</strong>" if title else ""
         return (
             f'<article class="cosup-passage" id="cosup-passage-{self.number}" style="--hue: {_hue(self.number)}">'
-            f'<header><span class="cosup-number">[{self.number}]</span>{shown_title}'
+            f'<header><span class="cosup-number">[{self.number}]</span>{title_html}'
             f'<span class="cosup-score">{html.escape(similarity)} {scores}</span></header>'
             f"<p>{html.escape(self.passage['text'])}</p></article>"
         )
@@ -237,7 +237,7 @@ class Answer:
             self.spans[-1].text += event.text
 
     def _numbers(self, retrieval):
-        """Return the numbers of the retrieved passages; a passage that comes again keeps its number."""
+        """Return the numbers of the retrieved passages; a passage that was retrieved before keeps its number."""
         numbers = []
         for passage, score in zip(retrieval.passages, retrieval.scores, strict=True):
             key = (passage["id"], passage["title"], passage["text"])
@@ -261,18 +261,18 @@ class Answer:
         )
 
     def _text(self):
-        shown, previous_text = [], ""
+        parts, previous_text = [], ""
         for span in self.spans:
-            # Spans are tokenized apart: a space between two of them may be in neither.
+            # Spans are tokenized separately, so neither of two neighbours may contain the space between them.
             if previous_text[-1:].strip() and span.text[:1].isalnum():
-                shown.append(" ")
+                parts.append(" ")
             previous_text = span.text or previous_text
-            shown.append(span.to_html())
-        return "".join(shown)
+            parts.append(span.to_html())
+        return "".join(parts)
 
 
 def _hue(number):
-    return (205 + 137 * (number - 1)) % 360  # passages with consecutive numbers get colours that lie far apart
+    return (205 + 137 * (number - 1)) % 360  # consecutive numbers get very different colours
 
 
 CSS = """
@@ -304,7 +304,7 @@ CSS = """
 
 
 class Stop(StoppingCriteria):
-    """Ends generation at the next token after `event` is set."""
+    """A stopping criterion that ends generation at the next token after `event` is set."""
 
     def __init__(self, event: threading.Event) -> None:
         self.event = event
@@ -315,7 +315,7 @@ class Stop(StoppingCriteria):
 
 class Demo:
     """
-    A checkpoint, its index, and the actions of the page. One call at a time uses the model.
+    A checkpoint, its index, and the actions of the page. Only one call at a time uses the model.
 
     Args:
         args (`argparse.Namespace`): options of [`parse`].
@@ -329,7 +329,7 @@ class Demo:
         self.examples = [[question] for question in args.examples]
         self.takes_corpora = args.upload
         config = AutoConfig.from_pretrained(args.model, revision=args.revision, trust_remote_code=True)
-        load_emb_seq = args.upload or config.query_from != "gen"  # otherwise Gen alone generates
+        load_emb_seq = args.upload or config.query_from != "gen"  # otherwise generation needs only Gen
         model = AutoModelForCausalLM.from_pretrained(
             args.model, revision=args.revision, trust_remote_code=True, load_emb_seq=load_emb_seq
         )
@@ -340,7 +340,7 @@ class Demo:
         if args.index:
             options = {} if args.index_revision is None else {"revision": args.index_revision}
             self.index = self.model.load_index(args.index, args.index_uri, **options)
-        # The checkpoint's own way to render a question, in which a typed [NSP] stays text.
+        # from the code of the checkpoint: it renders a question so that a typed [NSP] stays text
         package = type(self.model).__module__.rpartition(".")[0]
         self.encode_prompt = importlib.import_module(".tokenization_cosup", package).encode_prompt
         self.lock = threading.Lock()
@@ -357,7 +357,7 @@ class Demo:
         request: gr.Request,
     ) -> Iterator[tuple]:
         """Answer a question: after each event, yield the HTML of the answer and the state of the stop button."""
-        question = question or ""  # a box that was never touched holds None
+        question = question or ""  # a text box that was never used holds None
         if corpus is not None:
             index, note = corpus, "searched: your corpus"
         elif self.index is not None:
@@ -371,7 +371,7 @@ class Demo:
             prompt_ids = self.encode_prompt(self.model.tokenizer, question, self.instruction)
             prompt = torch.tensor([prompt_ids], device=self.model.device)  # (1, T)
         except ValueError as error:
-            raise _shown(error) from None
+            raise _user_error(error) from None
         answer = Answer(question, self.model.config.similarity, note)
         options = {
             "max_new_tokens": int(max_new_tokens),
@@ -389,7 +389,7 @@ class Demo:
             yield answer.to_html(writing=False), gr.Button(interactive=False)
         except Exception as error:
             yield answer.to_html(writing=False), gr.Button(interactive=False)
-            raise _shown(error) from None
+            raise _user_error(error) from None
         finally:
             stop.set()
             self.running.pop(request.session_hash, None)
@@ -402,7 +402,7 @@ class Demo:
         if retrieval == FORCED and index is None:
             raise ValueError("There is no index to retrieve from: upload a corpus, or start the demo with one.")
         try:
-            min_score = float(min_score) if min_score and min_score.strip() else None  # never touched: None
+            min_score = float(min_score) if min_score and min_score.strip() else None  # None also if never used
         except ValueError:
             raise ValueError(f"The minimum score is {_shorten(min_score)}, expected a number, or nothing.") from None
         return self.model.retrieval_config_class(
@@ -413,7 +413,7 @@ class Demo:
         )
 
     def stream(self, prompt: torch.Tensor, stop: threading.Event, **options: Any) -> Iterator[Any]:
-        """Yield the events of one generate() call, which ends with the loop over them or when `stop` is set."""
+        """Yield the events of one generate() call, which ends when `stop` is set or the caller stops iterating."""
         streamer = self.model.make_streamer(timeout=600)
 
         def work():
@@ -421,7 +421,7 @@ class Demo:
                 with self.lock:
                     self.model.generate(prompt, streamer=streamer, stopping_criteria=[Stop(stop)], **options)
             except Exception as error:
-                streamer.on_error(error)  # for errors outside generate(), which reports its own
+                streamer.on_error(error)  # for errors outside generate(), which reports its own errors
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
@@ -438,7 +438,7 @@ class Demo:
             event.set()
 
     def take_corpus(self, path: str | None) -> Iterator[tuple]:
-        """Index an uploaded file: yield its status, the index of this session, and the button that drops it."""
+        """Index an uploaded file: yield the status, the index of this session, and the button that drops it."""
         if path is None:
             raise gr.Error("Choose a file first.", print_exception=False)
         try:
@@ -453,10 +453,10 @@ class Demo:
                     else:
                         index.add(batch, self.model, show_progress_bar=False)
         except Exception as error:
-            shown = _shown(error)
-            yield _status(f"Not indexed. {shown.reason}"), gr.skip(), gr.skip()
-            raise shown from None
-        status = _status(f"Your corpus of {len(passages):,} passages is searched now, by you alone.")
+            user_error = _user_error(error)
+            yield _status(f"Not indexed. {user_error.reason}"), gr.skip(), gr.skip()
+            raise user_error from None
+        status = _status(f"Your corpus of {len(passages):,} passages is now searched, for you alone.")
         yield status, index, gr.Button(interactive=True)
 
     def drop_corpus(self) -> tuple:
@@ -492,8 +492,8 @@ class Demo:
                 with gr.Column(scale=3, min_width=300):
                     settings = self._settings()
                     self._corpus(corpus)
-            events, inputs = [ask.click, question.submit], [question, *settings, corpus]
-            asked = gr.on(events, self.ask, inputs, [answer, stop], **ONE_AT_A_TIME, **PRIVATE)
+            inputs = [question, *settings, corpus]
+            asked = gr.on([ask.click, question.submit], self.ask, inputs, [answer, stop], **ONE_AT_A_TIME, **PRIVATE)
             asked.then(lambda: gr.Button(interactive=False), None, stop, queue=False, **PRIVATE)  # also after an error
             stop.click(self.stop, None, None, queue=False, **PRIVATE)
             page.unload(self.stop)
@@ -503,10 +503,10 @@ class Demo:
         retrieval = gr.Radio([AUTOMATIC, FORCED, OFF], value=AUTOMATIC, label="Retrieval", elem_id="retrieval")
         with gr.Accordion("More settings", open=False):
             top_k = gr.Slider(1, 5, 1, step=1, label="Passages for each [NSP]")
-            max_new_tokens = gr.Slider(8, 512, 128, step=8, label="Most tokens to write")
+            max_new_tokens = gr.Slider(8, 512, 128, step=8, label="Maximum number of tokens")
             min_score = gr.Textbox(
                 label="Minimum score of a passage",
-                info="A passage below it is not retrieved. Empty: no minimum.",
+                info="Passages with a lower score are not retrieved. Empty: no minimum.",
                 elem_id="min-score",
             )
         return retrieval, top_k, max_new_tokens, min_score
@@ -518,8 +518,8 @@ class Demo:
                 gr.HTML("<p>This demo takes no corpora: it was started without Emb_seq, which embeds them.</p>")
                 return
             gr.HTML(
-                "<p>JSON Lines (text, perhaps title and id), CSV (the same as columns) or text (a passage per "
-                f"paragraph). Up to {MAX_PASSAGES:,} passages in {MAX_BYTES // 2**20} MB, searched by you alone, "
+                "<p>JSON Lines (text, optionally title and id), CSV (the same as columns) or text (one passage per "
+                f"paragraph). Up to {MAX_PASSAGES:,} passages in {MAX_BYTES // 2**20} MB, searched for you alone, "
                 "and deleted an hour after you leave.</p>"
             )
             file = gr.File(file_types=FORMATS, label="Corpus", elem_id="corpus", height=140)
@@ -535,11 +535,11 @@ def _status(text):
     return f'<p class="cosup-status">{html.escape(text)}</p>'
 
 
-def _shown(error):
+def _user_error(error):
     """
     Return the `gr.Error` that a user sees: the reason, without paths and traceback.
 
-    An error that is no `ValueError` was not expected; the log gets it with its traceback.
+    Errors other than `ValueError` are unexpected, so they are also logged, with their traceback.
     """
     if isinstance(error, gr.Error):
         return error
@@ -549,16 +549,16 @@ def _shown(error):
         reason = f"The demo failed ({type(error).__name__})."
     if not isinstance(error, ValueError):
         logging.getLogger(__name__).error("%s", reason, exc_info=error)
-    shown = gr.Error(html.escape(reason), print_exception=False)
-    shown.reason = reason
-    return shown
+    user_error = gr.Error(html.escape(reason), print_exception=False)
+    user_error.reason = reason
+    return user_error
 
 
 # ---------------------------------------------------------------------- the program
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return options from the command line, with defaults from the environment."""
+    """Return the options of the command line; their defaults come from environment variables."""
     variable = os.environ.get
     examples = [question.strip() for question in variable("COSUP_EXAMPLES", "").split("|") if question.strip()]
     upload = variable("COSUP_UPLOAD", "1") != "0"

@@ -24,7 +24,7 @@ class GenerateArguments:
     questions: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "questions; without them and --file, questions are read from stdin",
+            "help": "questions; without them and without --file, questions are read from stdin",
             "positional": True,
             "may_be_empty": True,
         },
@@ -38,14 +38,14 @@ class GenerateArguments:
     max_new_tokens: int = field(default=128, metadata={"help": "decoded tokens per answer"})
     do_sample: bool = field(default=False, metadata={"help": "sample instead of greedy decoding", "flag": True})
     stream: bool = field(
-        default=False, metadata={"help": "print each answer while it is written, with its passages", "flag": True}
+        default=False, metadata={"help": "print each answer with its passages while it is written", "flag": True}
     )
     output_file: str | None = field(
         default=None,
-        metadata={"help": "JSON Lines file for answers and their traces; a second call continues an interrupted one"},
+        metadata={"help": "JSON Lines file for answers and their traces; calling again continues an interrupted call"},
     )
-    dtype: str = field(default="auto", metadata={"help": "of the weights, e.g. bfloat16 on a GPU"})
-    max_retrievals: int | None = field(default=None, metadata={"help": "most retrievals per question"})
+    dtype: str = field(default="auto", metadata={"help": "dtype of the weights, e.g. bfloat16 on a GPU"})
+    max_retrievals: int | None = field(default=None, metadata={"help": "maximum number of retrievals per question"})
     passages_per_nsp: int = field(default=1, metadata={"help": "passages per retrieval"})
     min_score: float | None = field(default=None, metadata={"help": "a passage with a lower score is not retrieved"})
     force_nsp_first: bool = field(
@@ -56,7 +56,7 @@ class GenerateArguments:
         default=False, metadata={"help": "retrieve no passage twice in an answer", "flag": True}
     )
     forget_passages: Literal["recompute", "mask"] | None = field(
-        default=None, metadata={"help": "how Gen forgets a passage at its [CE]; by default it does not"}
+        default=None, metadata={"help": "how Gen forgets a passage at its [CE]; by default it keeps it"}
     )
 
 
@@ -81,7 +81,7 @@ def answer(args: GenerateArguments) -> None:
     from modeling_cosup.tokenization_cosup import encode_prompt
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    load_emb_seq = CoSupConfig.from_pretrained(args.model).query_from != "gen"  # otherwise Gen alone generates
+    load_emb_seq = CoSupConfig.from_pretrained(args.model).query_from != "gen"  # otherwise generation needs only Gen
     model = CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype, load_emb_seq=load_emb_seq).to(device)
     index = open_index(model, args.index, args.index_uri)
     options = {"max_new_tokens": args.max_new_tokens, "do_sample": args.do_sample}
@@ -110,12 +110,12 @@ def answer(args: GenerateArguments) -> None:
         show_progress_bar=len(questions) > args.batch_size,
         **options,
     )
-    for question, answered in zip(questions, answers, strict=True):
-        print(f"Q  {question}\nA  {answered.cited_text}\n")
+    for question, result in zip(questions, answers, strict=True):
+        print(f"Q  {question}\nA  {result.cited_text}\n")
 
 
 def read_questions(args: GenerateArguments) -> list[str]:
-    """Return the questions of the command line, or else of the file or stdin, one per line."""
+    """Return the questions of the command line, otherwise the lines of the file or of stdin."""
     lines = args.questions
     if not lines:
         text = Path(args.file).read_text(encoding="utf-8") if args.file else sys.stdin.read()

@@ -1,5 +1,5 @@
 """
-Make a CoSup checkpoint of existing models: a causal LM and a retriever, or a pair of the paper's authors.
+Make a CoSup checkpoint from existing models: a causal LM and a retriever, or a pair released by the paper's authors.
 
     python recipes/import_checkpoints.py --gen HuggingFaceTB/SmolLM2-135M \\
         --emb_seq sentence-transformers/all-MiniLM-L6-v2 --query_from emb_seq --output_dir out
@@ -8,10 +8,10 @@ Make a CoSup checkpoint of existing models: a causal LM and a retriever, or a pa
 
 With `--query_from emb_seq` or `query_encoder` a retriever works without training (appendix C.1). With `gen`, the
 default, Gen must first be trained to make queries: `recipes/train.py --model_name_or_path out`. The files of a
-sentence-transformers retriever say how it pools, compares and is prompted; for any other retriever, options say it. If
+sentence-transformers retriever say how it pools, compares and is prompted; for any other retriever, options say so. If
 sentence-transformers is installed, its embeddings are compared with the checkpoint's. A retriever reads everything up
-to `[NSP]` as the query, the instruction included. With `--chat_template_path recipes/configs/question_only.jinja` a
-prompt is the question alone, which most retrievers were trained on.
+to `[NSP]` as the query, including the instruction. With `--chat_template_path recipes/configs/question_only.jinja` a
+prompt is the question alone, as in the training of most retrievers.
 
 The paper's pairs are recognised by the name of Gen; for a copy, give `--paper cosupervision` or `--paper separate`.
 Their tokens are `<PAD>` `[Cs]` `[Ce]` `[Ret]`, added in this order if the tokenizer (from `--tokenizer`, or else
@@ -19,18 +19,18 @@ Their tokens are `<PAD>` `[Cs]` `[Ce]` `[Ret]`, added in this order if the token
 is the hidden state of the last token. In the separate pair, Emb_seq also reads everything up to `[Ret]`, as the query.
 The paper's code differs from this checkpoint:
 
-- It samples (temperature 0.7, top_p 0.9), while the paper decodes greedily, and so does this checkpoint by default. It
-  limits prompt, passages and answer together to 1,024 tokens (the separate pair: 512); here `max_new_tokens` limits
+- It samples (temperature 0.7, top_p 0.9). The paper, and by default this checkpoint, decode greedily.
+- It limits prompt, passages and answer together to 1,024 tokens (the separate pair: 512). Here `max_new_tokens` limits
   the decoded tokens.
 - It embeds passages in batches of ten, padded on the right, and reads the last column. The embedding of a shorter
   passage is therefore read at a `<PAD>`, and depends on the other passages of the batch. Here each passage is read at
-  its own last token, as in a batch of one there. For the passages of a single question it embeds the text without the
-  title.
+  its own last token, as it would be there in a batch of one.
+- For the passages of a single question it embeds the text without the title.
 - If `[Ret]` is written inside `[Cs]`…, it inserts a `[Ce]` before that `[Ret]`, after the search; here nothing is
   inserted. The separate pair overlooks the token before `[Ret]`, and so writes a `[Ce]` twice. An answer that ends
   inside `[Cs]`… gets a `[Ce]` after its end.
-- After a `[Ce]`, it forbids the next `[Ce]` until a passage was retrieved (the separate pair: before the first passage
-  too).
+- After a `[Ce]`, it forbids the next `[Ce]` until a passage has been retrieved. The separate pair also forbids `[Ce]`
+  before the first passage.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from shared.cli import clear_errors, parse
 
@@ -75,7 +75,7 @@ DECIDED_BY_PAPER = (
 
 @dataclass
 class ImportArguments:
-    """Models that become Gen and Emb_seq, and how Emb_seq reads."""
+    """The models that become Gen and Emb_seq, and how Emb_seq reads."""
 
     gen: str = field(metadata={"help": "name or path of Gen (AutoModelForCausalLM)"})
     emb_seq: str = field(metadata={"help": "name or path of Emb_seq (sentence-transformers or any AutoModel)"})
@@ -85,19 +85,20 @@ class ImportArguments:
     )
     paper: Literal["cosupervision", "separate", "none"] | None = field(
         default=None,
-        metadata={"help": "which pair of the paper's authors it is a copy of; defaults to the name of Gen"},
+        metadata={"help": "which pair of the paper's authors is imported; by default, the name of Gen decides"},
     )
     query_from: Literal["gen", "emb_seq", "query_encoder"] | None = field(
-        default=None, metadata={"help": "which model makes the queries; defaults to gen, unless the pair decides it"}
+        default=None,
+        metadata={"help": "which model makes the queries; defaults to gen, unless the paper's pair decides it"},
     )
     query_encoder: str | None = field(
         default=None, metadata={"help": "with --query_from query_encoder: its name or path; defaults to --emb_seq"}
     )
     emb_seq_pooling: Literal["eos", "lasttoken", "mean", "cls"] | None = field(
-        default=None, metadata={"help": "of an Emb_seq that is not a sentence-transformers model"}
+        default=None, metadata={"help": "only for an Emb_seq that is not a sentence-transformers model"}
     )
     similarity: Literal["cosine", "dot"] | None = field(
-        default=None, metadata={"help": "of an Emb_seq that is not a sentence-transformers model"}
+        default=None, metadata={"help": "only for an Emb_seq that is not a sentence-transformers model"}
     )
     passage_template: str | None = field(default=None, metadata={"help": "defaults to '{title} :: {text}'"})
     passage_prompt: str | None = field(
@@ -105,7 +106,7 @@ class ImportArguments:
         metadata={"help": "text before every passage; defaults to the prompt of sentence-transformers"},
     )
     query_prompt: str | None = field(
-        default=None, metadata={"help": "text before every query, if Gen does not make it; defaults likewise"}
+        default=None, metadata={"help": "text before every query that Gen does not make; same default"}
     )
     chat_template_path: str | None = field(
         default=None,
@@ -115,9 +116,10 @@ class ImportArguments:
         },
     )
     max_passage_length: int | None = field(
-        default=None, metadata={"help": "most tokens of a passage; defaults to the limit of the retriever"}
+        default=None,
+        metadata={"help": "maximum number of tokens of a passage; defaults to the limit of the retriever"},
     )
-    dtype: str = field(default="auto", metadata={"help": "of the weights, e.g. bfloat16"})
+    dtype: str = field(default="auto", metadata={"help": "dtype of the weights, e.g. bfloat16"})
     allow_pytorch_bin: bool = field(
         default=False, metadata={"help": "also read pytorch_model.bin, with torch's weights_only reader"}
     )
@@ -134,7 +136,7 @@ def main() -> None:
 
 
 def import_pair(args: ImportArguments) -> None:
-    """Load, check and join the models, and save the checkpoint; after an error, `output_dir` is as it was before."""
+    """Load, check and combine the models, and save the checkpoint. An error leaves `output_dir` unchanged."""
     with writing(Path(args.output_dir)) as folder:
         paper = args.paper or PAPER_PAIRS.get(args.gen, "none")
         model = retriever_pair(args) if paper == "none" else paper_pair(args, paper)
@@ -167,9 +169,9 @@ def writing(output: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def load(auto_class: type, name: str, args: ImportArguments, subfolder: str = "") -> PreTrainedModel:
+def load(auto_class: Any, name: str, args: ImportArguments, subfolder: str = "") -> PreTrainedModel:
     """
-    Load a model, from safetensors unless `--allow_pytorch_bin`.
+    Load a model; only from safetensors, unless `--allow_pytorch_bin` is given.
 
     Args:
         auto_class: `AutoModel` or `AutoModelForCausalLM`.
@@ -178,7 +180,7 @@ def load(auto_class: type, name: str, args: ImportArguments, subfolder: str = ""
         subfolder (`str`): folder of the transformer.
 
     Raises:
-        `OSError`: for a model that is missing or damaged, or is only in a file that must be unpickled.
+        `OSError`: for a model that is missing or damaged, or would have to be unpickled.
         `ValueError`: for missing weights, which transformers would initialise at random.
     """
     from safetensors import SafetensorError
@@ -203,7 +205,7 @@ def load(auto_class: type, name: str, args: ImportArguments, subfolder: str = ""
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a repository or folder; if there is none, the error names the option."""
+    """Load the tokenizer of a repository or folder; if there is none, the error names the option to give."""
     from transformers import AutoTokenizer
 
     try:
@@ -220,7 +222,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def paper_pair(args: ImportArguments, paper: str) -> CoSupForCausalLM:
     """
-    Make a CoSup model of a pair of the paper's authors, which generates as theirs does.
+    Make a CoSup model from a pair released by the paper's authors; it generates as theirs does.
 
     Args:
         args ([`ImportArguments`]): the options.
@@ -251,9 +253,11 @@ def paper_pair(args: ImportArguments, paper: str) -> CoSupForCausalLM:
         raise ValueError(f"Gen is {gen_size} wide, Emb_seq {emb_seq_size}: a co-supervised pair has one width.")
     _, cs_token, ce_token, nsp_token = PAPER_TOKENS
     if paper == "cosupervision":
-        query_from, max_passage_length = "gen", 1023  # the pair's limit, and BOS
+        query_from = "gen"
+        max_passage_length = 1023  # their limit of 1,024 tokens, without BOS
     else:
-        query_from, max_passage_length = "emb_seq", 511
+        query_from = "emb_seq"
+        max_passage_length = 511
     return CoSupForCausalLM.from_gen_and_emb_seq(
         gen,
         emb_seq,
@@ -270,7 +274,7 @@ def paper_pair(args: ImportArguments, paper: str) -> CoSupForCausalLM:
 
 
 def paper_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a paper's pair, with its four tokens, its prompt as chat template, and `<PAD>` padding."""
+    """Load the tokenizer of a pair, with the paper's four tokens, its prompt as chat template, and `<PAD>` padding."""
     from transformers import AddedToken
 
     from modeling_cosup.tokenization_cosup import PAPER_CHAT_TEMPLATE
@@ -296,7 +300,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     Give a tokenizer the chat template of a Jinja file.
 
     Raises:
-        `ValueError`: if it cannot be read or rendered, or does not write the user's message.
+        `ValueError`: if the template cannot be read or rendered, or leaves out the user's message.
     """
     try:
         tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
@@ -310,11 +314,11 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
 
 def retriever_pair(args: ImportArguments) -> CoSupForCausalLM:
     """
-    Make a CoSup model of any causal LM with any retriever.
+    Make a CoSup model from any causal LM and any retriever.
 
     Raises:
-        `ValueError`: if the retriever does what Emb_seq cannot, options are missing or contradict its files, or the
-            embeddings are not the retriever's.
+        `ValueError`: if the retriever does something Emb_seq cannot do, options are missing or contradict its files,
+            or the embeddings differ from the retriever's.
     """
     from transformers import AutoModel, AutoModelForCausalLM
 
@@ -343,7 +347,7 @@ def retriever_pair(args: ImportArguments) -> CoSupForCausalLM:
     gen_size = gen.config.get_text_config().hidden_size
     if head is not None and args.query_from in (None, "gen") and len(head) != gen_size:
         print(
-            f"The dense layer of {args.emb_seq} makes {len(head)} numbers, Gen makes {gen_size}: it is left out.",
+            f"The dense layer of {args.emb_seq} is left out: its output is {len(head)} wide, Gen is {gen_size} wide.",
             flush=True,
         )
         head = None
@@ -366,7 +370,7 @@ def retriever_pair(args: ImportArguments) -> CoSupForCausalLM:
 
 def load_query_encoder(args: ImportArguments, retriever: ImportedRetriever) -> PreTrainedModel:
     """
-    Load `--query_encoder`, or Emb_seq once more.
+    Load `--query_encoder`, or by default Emb_seq a second time.
 
     Raises:
         `ValueError`: if it does not read and compare texts as Emb_seq does.

@@ -1,14 +1,15 @@
 """
-Add hard negatives to training instances: passages that a retriever finds near a query and that are not right for it.
+Add hard negatives to training instances: passages that a retriever finds near a query, but that are wrong for it.
 
     python recipes/mine_hard_negatives.py --train_file train.jsonl --model sentence-transformers/all-MiniLM-L6-v2 \\
         --output_file train_negatives.jsonl
 
 The search is sentence-transformers' `mine_hard_negatives`. A query is the question and the text written before its
 `[NSP]`. Candidates are all passages of the training file and of `--corpus_file`. Passages that may be right after all
-are left out: passages of the same instance and its `positives`; passages nearly as near as the right one, or nearer
-(`--relative_margin`); and passages that hold the text to be written, as for DPR. Any sentence-transformers model will
-do, even the Emb_seq of a CoSup checkpoint (`model.save_emb_seq`). The new negatives are appended to `negatives`.
+are left out: passages of the same instance and its `positives`; passages that are nearer than the right one, or almost
+as near (`--relative_margin`); and passages that hold the text to be written, as for DPR. Any sentence-transformers
+model will do, even the Emb_seq of a CoSup checkpoint (`model.save_emb_seq`). The new negatives are appended to
+`negatives`.
 """
 
 import importlib.util
@@ -25,7 +26,7 @@ from modeling_cosup.tokenization_cosup import render_passage
 from trainer.data import content_id, load_corpus, load_instances
 from trainer.judging.correctness import normalize_answer
 
-CANDIDATES_PER_NEGATIVE = 4  # some hold the answer and are left out
+CANDIDATES_PER_NEGATIVE = 4  # more than one, because some may be right and are left out
 
 
 @dataclass
@@ -38,15 +39,15 @@ class MiningArguments:
         metadata={"help": "the instances with their negatives, JSON Lines (compressed if the name ends in .gz)"}
     )
     corpus_file: str | None = field(default=None, metadata={"help": "further passages that may be negatives"})
-    num_negatives: int = field(default=1, metadata={"help": "the most negatives of a query"})
+    num_negatives: int = field(default=1, metadata={"help": "maximum number of new negatives per query"})
     range_min: int = field(default=0, metadata={"help": "number of nearest passages to skip"})
-    range_max: int = field(default=50, metadata={"help": "the last rank of a hard negative"})
+    range_max: int = field(default=50, metadata={"help": "last rank of a hard negative"})
     relative_margin: float = field(
         default=0.05,
-        metadata={"help": "a negative is less similar than the right passage by at least this share"},
+        metadata={"help": "a negative must be less similar than the right passage by at least this share"},
     )
     passage_template: str = field(default="{title}. {text}", metadata={"help": "how the model reads a passage"})
-    batch_size: int = field(default=64, metadata={"help": "texts in a batch"})
+    batch_size: int = field(default=64, metadata={"help": "texts per batch"})
     device: str = field(
         default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "where the model runs"}
     )
@@ -63,14 +64,14 @@ def main() -> None:
 @dataclass
 class Query:
     """
-    A search for hard negatives.
+    A query for hard negatives.
 
     Args:
         text (`str`): the question and everything written before the segment.
-        segment (`dict`): the segment with a passage that gets the negatives.
-        passage_text (`str`): its passage, as the retriever reads it.
-        known_ids, known_contents (`set[str]`): ids, and hashes of the content, of passages that may be right or are
-            negatives already: all passages of the instance, `positives`, and the segment's `negatives`.
+        segment (`dict`): the segment that gets the negatives.
+        passage_text (`str`): the passage of the segment, as the retriever reads it.
+        known_ids, known_contents (`set[str]`): ids and content hashes of passages that may be right or are negatives
+            already: all passages of the instance, and the `positives` and `negatives` of the segment.
     """
 
     text: str
@@ -92,7 +93,7 @@ def mine(args: MiningArguments) -> dict[str, int]:
         `dict`: how many queries were read, and how many got all the requested negatives, fewer, or none.
 
     Raises:
-        `ValueError`: when an option is out of its range, an instance or passage is malformed, or there is no query.
+        `ValueError`: if an option is out of range, an instance or passage is malformed, or there is no query.
         `OSError`: for a model that cannot be loaded.
     """
     if args.num_negatives < 1 or not 0 <= args.range_min < args.range_max:
@@ -153,7 +154,7 @@ def search(queries: list[Query], texts: list[str], args: MiningArguments) -> dic
     Search all passages for each query.
 
     Returns:
-        `dict`: for each `(query, right passage)` the texts of the candidates, nearest first.
+        `dict`: `(query, right passage)` -> texts of the candidates, nearest first.
     """
     try:
         from datasets import Dataset
@@ -186,13 +187,18 @@ def search(queries: list[Query], texts: list[str], args: MiningArguments) -> dic
 
 
 def choose_negatives(query: Query, candidates: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the candidates that are not known and do not hold the query's answer, in their order."""
+    """Return the candidates that are not known and do not hold the answer of the query, in the same order."""
     answer = normalize_answer(query.segment["text"])
-    return [passage for passage in candidates if not query.knows(passage) and not holds(passage, answer)]
+    negatives = []
+    for passage in candidates:
+        may_be_right = query.knows(passage) or holds(passage, answer)
+        if not may_be_right:
+            negatives.append(passage)
+    return negatives
 
 
 def holds(passage: dict[str, Any], answer: str) -> bool:
-    """Return whether title or text hold a normalised answer, compared word by word."""
+    """Return whether title or text of a passage hold a normalised answer as whole words."""
     words = f"{normalize_answer(passage['title'])} {normalize_answer(passage['text'])}"
     return answer != "" and f" {answer} " in f" {words} "
 

@@ -4,10 +4,10 @@ Write evaluation instances and a corpus from ALCE: ASQA, QAMPARI and ELI5 with t
     python recipes/prepare_alce.py --dataset asqa --input_file asqa_eval_gtr_top100.json \\
         --output_file alce/asqa.jsonl.gz --output_corpus alce/asqa_corpus.jsonl.gz
 
-The first `--num_candidates` docs of an item become its candidates, in the same order. The docs of all items become the
-corpus. Answers are the long answers of all annotators, or every alias of every answer for QAMPARI. Whatever else
-ALCE's metrics need is kept under `meta`, unchanged: `qa_pairs` for str_em, `claims` for claim recall, `answers` of
-QAMPARI, and every other field.
+The first `--num_candidates` docs of an item become its candidates, in the same order. These candidates of all items
+become the corpus. Answers are the long answers of all annotators or, for QAMPARI, every alias of every answer. All
+other fields are kept unchanged under `meta`, for ALCE's metrics: among them `qa_pairs` for str_em, `claims` for claim
+recall, and `answers` of QAMPARI.
 
 ALCE does not say which passages are right. `--provenance short_answers` takes each candidate that holds a short
 answer, both normalised as in ALCE. `--provenance none`, the default, takes none. If provenance is empty, `meta` has
@@ -36,7 +36,7 @@ NOT_META = ("sample_id", "id", "question", "docs", "answer")
 class ALCEArguments:
     """The files to read and to write."""
 
-    dataset: Literal["asqa", "qampari", "eli5"] = field(metadata={"help": "which of ALCE's datasets it is"})
+    dataset: Literal["asqa", "qampari", "eli5"] = field(metadata={"help": "which of ALCE's datasets to prepare"})
     input_file: str = field(
         metadata={
             "help": "ALCE's JSON (.gz or plain), a list of items with question and docs; JSON Lines; or a dataset name"
@@ -47,9 +47,9 @@ class ALCEArguments:
     )
     output_corpus: str = field(metadata={"help": "the passages in our format"})
     split: str = field(default="validation", metadata={"help": "split of a dataset name"})
-    num_candidates: int = field(default=100, metadata={"help": "candidates of an item; the paper uses 5 and 100"})
+    num_candidates: int = field(default=100, metadata={"help": "candidates per item; the paper uses 5 and 100"})
     provenance: Literal["none", "short_answers"] = field(
-        default="none", metadata={"help": "the right candidates: unknown, or each that holds a short answer"}
+        default="none", metadata={"help": "which candidates are right: unknown, or those that hold a short answer"}
     )
     instruction: str | None = field(default=None, metadata={"help": "defaults to the paper's; may be empty"})
 
@@ -85,10 +85,9 @@ def prepare(args: ALCEArguments) -> Counter[str]:
             if not answers:
                 counts["items left out: no answer"] += 1
                 continue
-            # Adding 0 makes a line of the table, too.
-            counts[f"items with fewer than {args.num_candidates} candidates"] += int(
-                len(candidates) < args.num_candidates
-            )
+            has_fewer = len(candidates) < args.num_candidates
+            # adding 0 gives these counts a row in the table
+            counts[f"items with fewer than {args.num_candidates} candidates"] += int(has_fewer)
 
             short = short_answers(item, where)
             provenance = []
@@ -128,7 +127,7 @@ def read_items(path: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     if not str(path).endswith((".json", ".json.gz")):
         for where, row in read_rows(path, split):
-            # A dataset fills up the fields that a row lacks.
+            # a dataset fills the fields that a row lacks with None
             yield where, {name: value for name, value in row.items() if value is not None}
         return
     data = read_json(path)
@@ -148,8 +147,8 @@ def read_docs(
     """
     Return the ids of an item's candidates, and add the passages to `passages`, by id.
 
-    A doc without an id gets the hash of its content as its id, and so does a doc whose id belongs to another text.
-    Docs with an empty text are left out.
+    The id of a doc is the hash of its content if it has none, or if another text already has the same id. Docs with an
+    empty text are left out.
     """
     docs = item.get("docs")
     if not isinstance(docs, list) or not all(isinstance(doc, dict) for doc in docs):

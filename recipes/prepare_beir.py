@@ -4,9 +4,9 @@ Write evaluation instances and a corpus from a BEIR dataset: corpus.jsonl, queri
     python recipes/prepare_beir.py --dataset nq --input_dir beir/nq --qrels_file beir/nq/qrels/test.tsv \\
         --output_file beir/nq.jsonl.gz --output_corpus beir/nq_corpus.jsonl.gz
 
-Each passage with a relevance above 0 is an evidence set by itself. Queries that the qrels do not name belong to
-another split and are left out. BEIR judges retrieval, so most of its queries have no answer: only those with `answer`
-or `answers` in their `metadata` get any. `build_candidates.py` works with an empty list of answers; recipes that judge
+Each passage with a relevance above 0 is an evidence set by itself. Queries that are not in the qrels belong to another
+split and are left out. BEIR judges retrieval, so most of its queries have no answers: only queries with `answer` or
+`answers` in their `metadata` get any. `build_candidates.py` works with an empty list of answers; recipes that judge
 answers refuse the file.
 """
 
@@ -34,7 +34,7 @@ class BEIRArguments:
 
     input_dir: str = field(metadata={"help": "folder with corpus.jsonl and queries.jsonl (or .gz)"})
     qrels_file: str = field(metadata={"help": "tab-separated query-id, corpus-id, score, of one split"})
-    dataset: str = field(metadata={"help": "its name, e.g. nq; also chooses the paper's instruction"})
+    dataset: str = field(metadata={"help": "name of the dataset, e.g. nq; also selects the paper's instruction"})
     output_file: str = field(
         metadata={"help": "evaluation instances, JSON Lines (compressed if the name ends in .gz)"}
     )

@@ -14,10 +14,10 @@ not part of the text. A passage keeps the numbers of its first and last paragrap
 The corpus is streamed: only passages of pages that the questions name are held in memory.
 
 Provenance. A KILT provenance names a page and usually a range of paragraphs. Each output has a list of them, an
-evidence set: all of it is needed. Any one passage that overlaps the range counts as that provenance, so a set of two
-ranges with two passages each becomes four sets of passage ids. If the range or the passages' paragraphs are unknown,
-or no passage overlaps the range, any passage of the page counts. Passages that do not name their page (DPR's and
-BEIR's) belong to the page with the same title; with `--match id`, a passage's id is the page's id.
+evidence set, which is needed as a whole. Any one passage that overlaps the range counts as that provenance, so a set
+of two ranges with two passages each becomes four sets of passage ids. If the range or the paragraphs of the passages
+are unknown, or no passage overlaps the range, any passage of the page counts. Passages that do not name their page
+(DPR's and BEIR's) belong to the page with the same title or, with `--match id`, with the same id.
 
 Questions without an answer, or without provenance in the corpus, are left out and counted: with empty provenance, a
 question would count as one that needs no passage. FEVER's labels are lower-cased, as its instruction has them.
@@ -47,7 +47,7 @@ from shared.data_files import distinct, instruction_of, read_passages
 
 HEADING = "Section::::"
 BULLET = re.compile(r"^BULLET::::(- )?")
-MAX_SETS = 1000  # the most sets of passage ids that one evidence set may become
+MAX_SETS = 1000  # maximum number of sets of passage ids that one evidence set may become
 
 Reference = tuple[str, str, int | None, int | None]  # page id, title, first paragraph, last paragraph
 Evidence = tuple[Reference, ...]  # all of them are needed
@@ -70,7 +70,7 @@ class KILTArguments:
     )
     corpus_file: str | None = field(
         default=None,
-        metadata={"help": "or passages: our format, BEIR's corpus.jsonl or DPR's psgs_w100.tsv (.gz or plain)"},
+        metadata={"help": "instead, passages: our format, BEIR's corpus.jsonl or DPR's psgs_w100.tsv (.gz or plain)"},
     )
     output_corpus: str | None = field(
         default=None, metadata={"help": "the passages in our format; needed with --knowledge_file"}
@@ -82,9 +82,9 @@ class KILTArguments:
     match: Literal["title", "id"] = field(
         default="title", metadata={"help": "how to find the page of a passage that does not name it"}
     )
-    words: int = field(default=100, metadata={"help": "words in a passage that is cut from a page"})
+    words: int = field(default=100, metadata={"help": "words per passage that is cut from a page"})
     max_other_pages: int | None = field(
-        default=None, metadata={"help": "keep all gold pages and at most this many others: a small corpus"}
+        default=None, metadata={"help": "for a small corpus: keep all gold pages and at most this many others"}
     )
     triviaqa_file: str | None = field(default=None, metadata={"help": "TriviaQA's own JSON, for its questions"})
     instruction: str | None = field(default=None, metadata={"help": "defaults to the paper's; may be empty"})
@@ -207,7 +207,7 @@ def read_tasks(args: KILTArguments) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def read_outputs(outputs: Any, where: str) -> tuple[list[str], list[Evidence]]:
-    """Read a question's outputs: all its answers, repeated ones too, and its distinct evidence sets."""
+    """Return all answers of a question's outputs, repeated ones too, and their distinct evidence sets."""
     if outputs is not None and not isinstance(outputs, list):
         raise ValueError(
             f"{where}: output is {outputs!r}, expected a list of objects with answer, provenance or both."
@@ -237,7 +237,7 @@ def names_a_page(reference: Any) -> bool:
 
 
 def read_reference(reference: dict[str, Any]) -> Reference:
-    """Return `(page id, title, first paragraph, last paragraph)` of a provenance; an unknown paragraph is None."""
+    """Return the page id, title, first and last paragraph of a provenance; an unknown paragraph is None."""
     page = str(reference["wikipedia_id"]).strip()
     title = plain_title(reference.get("title") or "")
     first = paragraph_number(reference.get("start_paragraph_id"))
@@ -255,7 +255,7 @@ def paragraph_number(value: Any) -> int | None:
 
 
 def triviaqa_questions(path: str) -> dict[str, str]:
-    """Read TriviaQA's own JSON; return its questions by id."""
+    """Return the questions of TriviaQA's own JSON, by id."""
     data = read_json(path)
     rows = data.get("Data") if isinstance(data, dict) else None
     if not isinstance(rows, list) or not all(map(is_triviaqa_row, rows)):
@@ -306,7 +306,7 @@ class Pages:
             self.by_id[str(page)].append(entry)
 
     def find(self, reference: Reference, matches: Counter[str]) -> list[str]:
-        """Return the ids of the passages any of which counts as a provenance; `matches` counts how they were found."""
+        """Return the ids of the passages that each count as a provenance; `matches` counts how they were found."""
         page, title, first, last = reference
         if page in self.by_id:
             passages, key = self.by_id[page], "page"
@@ -327,7 +327,7 @@ class Pages:
         return [id for id, _, _ in passages]
 
     def provenance(self, evidence: list[Evidence], matches: Counter[str]) -> list[list[str]]:
-        """Return the sets of passage ids for a question's evidence sets; none for a set that names a missing page."""
+        """Return the sets of passage ids of a question's evidence sets; a set that names a missing page has none."""
         sets = []
         for references in evidence:
             choices = [self.find(reference, matches) for reference in references]
@@ -340,11 +340,11 @@ def combine(choices: list[list[str]], matches: Counter[str]) -> list[tuple[str, 
     """
     Choose one passage of each page, in all combinations.
 
-    If there are more than `MAX_SETS`, return only as many as it takes to use every passage of every page once.
+    If there are more than `MAX_SETS` combinations, return only as many as it takes to use every passage.
 
     Args:
         choices (`list[list[str]]`): the passages of each page of an evidence set.
-        matches (`Counter`): counts the evidence sets that were cut.
+        matches (`Counter`): counts the evidence sets whose combinations were cut.
     """
     if math.prod(map(len, choices)) <= MAX_SETS:
         return list(itertools.product(*choices))
@@ -355,7 +355,7 @@ def combine(choices: list[list[str]], matches: Counter[str]) -> list[tuple[str, 
 
 
 def read_corpus_of(args: KILTArguments, pages: Pages, counts: Counter[str]) -> Iterator[dict[str, Any]]:
-    """Yield the passages of `--corpus_file` unchanged, or those cut from the pages of `--knowledge_file`."""
+    """Yield the passages of `--corpus_file` unchanged, or cut the pages of `--knowledge_file` into passages."""
     if args.corpus_file:
         for _, passage in read_passages(args.corpus_file):
             yield passage

@@ -4,8 +4,8 @@ Make the fictional world of the offline quickstart: people and places that no la
     python recipes/prepare_quickstart.py --output_dir data/quickstart --seed 0
 
 Every entity has one passage of three facts, and a question about it can only be answered by retrieving that passage.
-One question in nine (counting, "which day comes after Monday?", greetings) needs no passage, so that the model also
-learns when not to retrieve.
+About one question in nine (counting, "Which day comes after Monday?", greetings) needs no passage, so that the model
+also learns when not to retrieve.
 
 Written under `output_dir`:
     train.jsonl, validation.jsonl   training instances

@@ -7,8 +7,8 @@ Written under `output_dir`:
     emb_seq_small/   like the world's Emb_seq, but with one layer of half the width; untrained
     emb_seq_bert/    another architecture, which reads in both directions; untrained
     retriever/       the same architecture, trained as a general retriever: of two pieces cut out of one passage, each
-                     must find the other. Its passages come from another world: it knows what names and sentences look
-                     like, but nobody in this world. Pooling: mean.
+                     must find the other. Its passages come from another world, so it knows what names and sentences
+                     look like, but nobody in this world. Its pooling is `mean`.
     models.json      the settings
 """
 

@@ -7,12 +7,12 @@ In-domain: `people` and `places`, the questions of the world's own eval.jsonl.
 Out-of-domain, about further new entities:
     wordings     facts and passages as in training, questions in words that no training question has
     styles       questions as in training, passages in sentences that no training passage has
-    attributes   kinds of facts that training does not know; the rest of the passage is as in training
+    attributes   kinds of facts that training does not have; the rest of the passage is as in training
     surnames     the question names a person only by the second half of the name, which no training question does
 
 Written under `output_dir`:
     corpus.jsonl   the world's corpus and the new passages, one for all tasks
-    <task>.jsonl   questions with `candidates`: the gold passage and the nearest others, by the letters of names and
+    <task>.jsonl   questions with `candidates`: the gold passage and the nearest others, found by the letters of names,
                    without any model
     tasks.json     the settings
 

@@ -1,12 +1,13 @@
 """
-Write training instances for a retriever alone (`supervision: nsp` with `query_from: emb_seq`): questions with one
-passage, and keyword queries.
+Write training instances for a retriever alone: questions with one passage, and keyword queries.
 
     python recipes/prepare_retriever_data.py --train_file train.jsonl --output_file retriever.jsonl \\
         --num_questions 5120
 
-Instances with several passages are left out. Their later queries contain everything written so far, the first passage
-too, and an encoder that reads such queries learns to find passages like the one it already has.
+Train with `supervision: nsp` and `query_from: emb_seq`.
+
+Instances with several passages are left out. Their later queries contain everything written so far, including the
+first passage, and an encoder that reads such queries learns to find passages like the one it already has.
 
 A keyword query is a passage's title and one to four consecutive words of its text; the passage is to be found. Keyword
 queries keep a retriever that is trained on questions from forgetting that a query may be a name and a few words. Only
@@ -55,7 +56,7 @@ def prepare(args: RetrieverDataArguments) -> dict[str, int]:
         `dict`: how many instances were read, left out and written.
 
     Raises:
-        `ValueError`: when an option is out of its range, an instance is malformed, or no instance has one passage.
+        `ValueError`: if an option is out of range, an instance is malformed, or no instance has exactly one passage.
     """
     if not 0 <= args.keyword_share < 1:
         raise ValueError(f"--keyword_share is {args.keyword_share}, expected 0 or more and less than 1.")

@@ -17,18 +17,18 @@ Three filters leave an instance out. To switch one off, name the others in `--fi
     without_passage     no segment has a passage: the paper's own code trains on none of these by default
     irrelevant          a passage is rated [Irrelevant]
     unsupported         the text after a relevant passage has no rating or one below `--min_support`;
-                        by default that is [No support / Contradictory]
+                        by default, only [No support / Contradictory] is below it
 
 The paper says that three filters leave 42,932 instances. Their wording was not available when this was written, so
 these filters are one reading of it. The printed table shows each filter's count, and the paper's result next to ours.
 Instances with damaged marks are counted, and the first ones are shown.
 
-In the paper's examples "Question: …" is repeated before `[Cs]`. Nothing can be between a passage and `[Cs]`, because
-generation puts `[Cs]` right after the retrieved passage. With `--question_template "Question: {input}"`, Gen writes
-the question before each `[NSP]`, so it still comes before `[Cs]`.
+In the paper's examples "Question: …" is repeated before `[Cs]`. Here nothing can be between a passage and `[Cs]`,
+because generation puts `[Cs]` right after the retrieved passage. With `--question_template "Question: {input}"`, Gen
+writes the question before each `[NSP]`, so it still comes before `[Cs]`.
 
-In Self-RAG's instruction, the part before "## Input:" is the instruction and the part after it the input. Without
-"## Input:", all of it is the input.
+If a row has no input, the part of its instruction after "## Input:" becomes the input, and the part before it the
+instruction. Without "## Input:", all of the instruction becomes the input.
 """
 
 import re
@@ -68,7 +68,8 @@ class Piece:
         kind (`str`): `"passage"`, `"continued"` or `"free"`.
         text (`str`): the text without marks.
         passage (`str`, *optional*): the passage as the output has it.
-        relevant (`bool`, *optional*), support (`str`, *optional*): the ratings.
+        relevant (`bool`, *optional*): whether the passage is rated as relevant.
+        support (`str`, *optional*): the mark that rates how well the passage supports the text.
     """
 
     kind: str
@@ -149,7 +150,7 @@ def prepare(args: SelfRAGArguments) -> tuple[Counter[str], list[str]]:
 
             prefix = args.question_template.replace("{input}", question["input"])
             instance = check_instance({**question, "segments": segments_of(pieces, prefix, counts)}, where)
-            # Self-RAG has no hard negatives: the two fields for them are always empty.
+            # leaves out `negatives` and `positives`, which Self-RAG does not have
             segments = [{"text": segment["text"], "passage": segment["passage"]} for segment in instance["segments"]]
             write({**instance, "segments": segments})
             passages = [segment["passage"] for segment in segments if segment["passage"] is not None]
@@ -217,7 +218,7 @@ def read_pieces(output: str) -> list[Piece]:
     Split an output at its marks.
 
     Returns:
-        `list[Piece]`: pieces with a text.
+        `list[Piece]`: the pieces that have a text.
 
     Raises:
         `ValueError`: says what is wrong with the marks.
@@ -230,7 +231,7 @@ def read_pieces(output: str) -> list[Piece]:
         mark = match["mark"]
         if match["stray"]:
             raise ValueError(
-                f"{match['stray']} at character {match.start()} is no [Retrieval]<paragraph>…</paragraph>."
+                f"{match['stray']} at character {match.start()} is not part of a [Retrieval]<paragraph>…</paragraph>."
             )
         if match["passage"] is not None:
             pieces.append(Piece("passage", passage=match["passage"]))
@@ -291,7 +292,7 @@ def segments_of(pieces: list[Piece], prefix: str, counts: Counter[str]) -> list[
     """
     Return the segments of an output.
 
-    Consecutive free texts are joined by a space, and so are a segment's text and what continues it.
+    Consecutive free texts are joined by a space, and so are the text of a segment and a text that continues it.
 
     Args:
         pieces (`list[Piece]`): from [`read_pieces`].

@@ -1,5 +1,5 @@
 """
-Train an NLI model on training instances: a judge for Gr if no other fits the data, such as answers of a few words.
+Train an NLI model on training instances, as a judge for Gr.
 
     python recipes/mine_hard_negatives.py --train_file train.jsonl --model sentence-transformers/all-MiniLM-L6-v2 \\
         --output_file mined.jsonl
@@ -7,7 +7,9 @@ Train an NLI model on training instances: a judge for Gr if no other fits the da
         --model_name_or_path microsoft/deberta-v3-small --output_dir nli
     python recipes/run_evaluation.py --nli_model nli --gr_hypothesis '{question} {sentence}' ...
 
-A premise is a passage as Gr renders it, a hypothesis is a text as `--hypothesis` renders it. Each segment gives two
+It is for data that no other NLI model fits: answers of a few words, another language, or a special field.
+
+A premise is a passage as Gr renders it; a hypothesis is a text as `--hypothesis` renders it. Each segment gives two
 pairs. In the first, its passage entails its text. The second is not entailed, and is drawn from:
 
 - another passage (the first of the segment's `negatives`, or else one of the same dataset) with the text
@@ -15,8 +17,8 @@ pairs. In the first, its passage entails its text. The second is not entailed, a
 - the passage with a changed text: its rarest word of the passage is replaced by another rare word of the passage; an
   answer of a few words is replaced by a name or number of the passage
 
-The model learns whether a passage supports an answer of this data. Say so next to its figures: such a judge is neither
-the paper's, nor independent of the data that the judged model was trained on.
+The model learns whether a passage supports an answer of this data. Say so next to its figures: such a judge is not the
+paper's, and it is not independent of the data on which the judged model was trained.
 
 Any option of `transformers.TrainingArguments` may be given. The accuracy on pairs of `--validation_file` is printed
 for each kind of pair, and saved in `eval_results.json`.
@@ -57,15 +59,15 @@ Segment = tuple[str, dict]  # question, and the segment of an instance
 
 LABELS = {0: "not_entailment", 1: "entailment"}
 KINDS = ("entailed", "other passage", "wrong text", "wrong word")
-SENTENCE = 4  # words of the shortest text that counts as a sentence, not as an answer of a few words
-RARE = 5  # the rarest words of a passage, one of which replaces another
+SENTENCE = 4  # words of the shortest text that counts as a sentence rather than an answer of a few words
+RARE = 5  # the replacement of a word is drawn from this many of the rarest words of a passage
 NAMES = re.compile(r"\b(?:[A-Z][\w'-]*(?: (?:of |the |de )?[A-Z][\w'-]*)*|\d[\d,.]*\d|\d)")
-TRIES = 20  # segments that are drawn to find another passage and another text
+TRIES = 20  # segments that are drawn in search of another passage and another text
 
 
 @dataclass
 class NLIArguments:
-    """Model and data."""
+    """The model, and the data to train and to measure it on."""
 
     train_file: str = field(metadata={"help": "Training instances: JSON Lines (.gz) or a dataset name."})
     model_name_or_path: str = field(metadata={"help": "An encoder, or an NLI model to train further."})
@@ -77,7 +79,8 @@ class NLIArguments:
         metadata={"help": "Template of hypotheses: the --gr_hypothesis of the evaluation."},
     )
     max_length: int = field(
-        default=320, metadata={"help": "Most tokens of a pair; a longer pair loses the end of its premise."}
+        default=320,
+        metadata={"help": "Maximum number of tokens of a pair; a longer pair loses the end of its premise."},
     )
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Use only this many segments, drawn at random."}
@@ -87,7 +90,7 @@ class NLIArguments:
 
 
 def main() -> None:
-    """Make pairs, train on them, measure the accuracy on held-out ones, and save the model."""
+    """Make pairs, train on them, save the model, and measure its accuracy on held-out pairs."""
     nli, args = parse([NLIArguments, TrainingArguments], __doc__)
     if nli.num_threads:
         torch.set_num_threads(nli.num_threads)
@@ -138,10 +141,10 @@ def tokenize_pairs(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, max_le
     Return a dataset of token ids and labels.
 
     Args:
-        pairs (`list[Pair]`): of [`make_pairs`].
-        tokenizer (`PreTrainedTokenizerBase`): of the model.
-        max_length (`int`): most tokens of a pair; the premise is cut.
-        entailed (`int`): label of an entailed pair; the other label is 1 minus it.
+        pairs (`list[Pair]`): pairs from [`make_pairs`].
+        tokenizer (`PreTrainedTokenizerBase`): the tokenizer of the model.
+        max_length (`int`): maximum number of tokens of a pair; premises are cut to fit.
+        entailed (`int`): label of an entailed pair, 0 or 1; all others get the other label.
 
     Raises:
         `ValueError`: if a hypothesis leaves no room for a premise.
@@ -172,7 +175,7 @@ def accuracies(is_right: np.ndarray, pairs: list[Pair]) -> dict[str, Rate]:
 
 
 def labels_of(config: PretrainedConfig) -> dict[int, str]:
-    """Return the labels `{0: name, 1: name}` of the trained model: an NLI model with two labels keeps its own."""
+    """Return the labels `{0: name, 1: name}` to train with: an NLI model with two labels keeps its own."""
     try:
         entailment_label(config)
     except ValueError:
@@ -184,16 +187,16 @@ def labels_of(config: PretrainedConfig) -> dict[int, str]:
 
 def make_pairs(instances: list[dict], hypothesis: str, seed: int = 0, max_segments: int | None = None) -> list[Pair]:
     """
-    Make NLI pairs of training instances.
+    Make NLI pairs from training instances.
 
     Args:
-        instances (`list[dict]`): as [`~trainer.data.load_instances`] returns them.
-        hypothesis (`str`): template with `{sentence}` and perhaps `{question}`.
-        seed (`int`): of everything that is drawn.
+        instances (`list[dict]`): training instances, as [`~trainer.data.load_instances`] returns them.
+        hypothesis (`str`): template with `{sentence}` and optionally `{question}`.
+        seed (`int`): seed of everything that is drawn.
         max_segments (`int`, *optional*): use only this many segments.
 
     Returns:
-        `list[tuple[str, str, str]]`: premise, hypothesis and one of `KINDS`; only the first kind is entailed.
+        `list[tuple[str, str, str]]`: premise, hypothesis and one of `KINDS`, of which only the first is entailed.
 
     Raises:
         `ValueError`: if no instance has a passage, or all segments of each dataset have the same passage and text.
@@ -244,11 +247,11 @@ def false_claims(
     Make pairs of a passage and a text that the passage does not support.
 
     Args:
-        question (`str`): of the segment.
+        question (`str`): the question of the segment.
         segment (`dict`): `{"text", "passage", "negatives"}`.
-        segments (`list[tuple[str, dict]]`): questions and segments of the dataset.
-        frequency (`Counter`): of the words of the dataset.
-        generator (`random.Random`): draws.
+        segments (`list[tuple[str, dict]]`): all questions and segments of the dataset.
+        frequency (`Counter`): how often each word occurs in the dataset.
+        generator (`random.Random`): the source of random choices.
 
     Returns:
         `list[tuple[dict, str, str]]`: passage, text and kind; at most one of each kind.
@@ -266,7 +269,7 @@ def false_claims(
         claims.append((other_passages[0], text, "other passage"))
 
     for other in others:
-        # a label is wrong as another label, a free text as another free text
+        # a label becomes wrong by another label, a free text by another free text
         if normalize_answer(other["text"]) != answer and is_label(other["text"], segments) == text_is_label:
             claims.append((passage, other["text"], "wrong text"))
             break
@@ -283,7 +286,11 @@ def false_claims(
 
 
 def draw_name(answer: str, passage: dict, generator: random.Random) -> str | None:
-    """Return a name or number of the passage that neither holds the answer nor is part of it; `None` without one."""
+    """
+    Draw a name or number from the passage.
+
+    It neither holds the answer nor is part of it. If there is none, return `None`.
+    """
     names = []
     for name in NAMES.findall(passage["text"]):
         normalized = normalize_answer(name)
@@ -296,7 +303,7 @@ def change_word(question: str, text: str, passage: dict, frequency: Counter, gen
     """
     Return the text with one word replaced by another rare word of the passage; `None` if there are no such words.
 
-    The replaced word is the rarest one that the passage holds and the question does not.
+    The word that is replaced is the rarest one that is in the passage but not in the question.
     """
     words = text.split()
     text_words = set(normalize_answer(text).split())
@@ -324,7 +331,7 @@ def is_label(text: str, segments: list[Segment]) -> bool:
     """
     Return whether a text is one of the few that a dataset repeats, such as `supports`.
 
-    A name of the passage would then be no likely answer.
+    In such a dataset, a name from the passage would be an unlikely answer.
     """
     texts = [segment["text"] for _, segment in segments[:200]]
     return texts.count(text) > max(1, len(texts) / 5)

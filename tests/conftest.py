@@ -1,4 +1,4 @@
-"""Fixtures of all tests."""
+"""Fixtures for all tests."""
 
 import pytest
 import torch
@@ -28,5 +28,5 @@ def passages():
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """Two tiny models of different architecture and width on disk, and a small data set."""
+    """Two tiny models of different architecture and width, and a small dataset, on disk."""
     return write_inputs(tmp_path_factory.mktemp("inputs"))

@@ -1,4 +1,4 @@
-"""The arms of generate.py: the original's algorithm, retrieval with timed searches, and captured decoding."""
+"""Arms of generate.py: the original's algorithm, retrieval with timed searches, and captured decoding."""
 
 import contextlib
 import copy
@@ -21,15 +21,16 @@ def original_generate(
     world: World, prompt: list[int], plan: list[int], pool: list[dict[str, Any]], embeds: np.ndarray
 ) -> list[int]:
     """
-    Write one row as the original does: with an ordinary KV cache that it drops at every passage and every `[CE]`, and
-    with its own FAISS index.
+    Write one row by the original's algorithm.
+
+    It has an ordinary KV cache, which it discards at every passage and every `[CE]`, and a FAISS index for this row.
 
     Args:
         world (`World`): the model and its settings.
-        prompt (`list[int]`): token ids.
-        plan (`list[int]`): the token id to force at each step, -1 for none.
+        prompt (`list[int]`): token ids of the prompt.
+        plan (`list[int]`): the token id to force at each step; -1 forces nothing.
         pool (`list[dict]`): the candidates of the row.
-        embeds (`np.ndarray` of shape `(C, h)`): their embeddings, made beforehand.
+        embeds (`np.ndarray` of shape `(C, h)`): the embeddings of the candidates, computed in advance.
 
     Returns:
         `list[int]`: the written token ids.
@@ -76,9 +77,9 @@ def timed_retrieve(
     **kwargs: Any,
 ) -> tuple[list[list[int]], dict[str, float]]:
     """
-    Return the tokens of each row, and the seconds that search and, with `time_reading`, reading the passages took.
+    Return the tokens of each row, and the seconds of searching and, with `time_reading`, of reading the passages.
 
-    Reading cannot be timed in a captured arm, because its hook would be captured too.
+    Reading cannot be timed in a captured arm, because the hooks of the clock would be captured too.
     """
     clock = Clock(world.device)
     reading = clock.time_reading(world.model.gen) if time_reading else contextlib.nullcontext()
@@ -88,14 +89,14 @@ def timed_retrieve(
 
 
 def captured_view(model: CoSupForCausalLM) -> CoSupForCausalLM:
-    """Return the same weights with their own captured cache, which no other arm has made larger."""
-    torch._dynamo.reset()  # otherwise the shapes of the last batch size would make those of this one dynamic
+    """Return a view of the model: the same weights, and a captured cache that no other arm has made larger."""
+    torch._dynamo.reset()  # otherwise shapes that differ from the last batch size would become dynamic
     counters.clear()
     return copy.copy(model)
 
 
 def print_captures() -> dict[str, int]:
-    """Print and return what torch.compile captured in all arms of a batch size. It shows steps that stay eager."""
+    """Print and return what torch.compile captured in all arms of one batch size, to reveal steps that stay eager."""
     captures = {
         "graphs": counters["stats"]["unique_graphs"],
         "graph_breaks": sum(counters["graph_break"].values()),

@@ -1,6 +1,5 @@
 """
-Benchmark the speed and memory of retrieval inside generate() against other ways to write the same tokens. The arms
-take turns in one process.
+Compare the speed and memory of retrieval inside generate() with other ways to write the same tokens.
 
     python recipes/benchmarks/generate.py --shape 135m --new_tokens 48 --repeats 2
     python recipes/benchmarks/generate.py --shape 7b --dtype bfloat16 --original_rows 8
@@ -12,9 +11,9 @@ Parts:
     3   the share of the time that search takes in a large exact index
     4   generate_many against fixed batches, with answers of very different lengths
 
-Weights, prompts and passages are random and made here (`--gen` takes your own model). So retrieval is forced, at other
-steps in every row, and no answer ends early. Every table counts the rows with the same tokens. Expect all rows to be
-the same in float32 only. Prints tables and writes `--output_file`.
+The arms take turns in one process. Weights, prompts and passages are random and made here (`--gen` takes your own
+model). Retrieval is therefore forced, at different steps in each row, and no answer ends early. Every table counts the
+rows with the same tokens; only in float32 should this be all of them. Prints tables and writes `--output_file`.
 """
 
 import random
@@ -36,13 +35,13 @@ from modeling_cosup import PassageIndex, RetrievalConfig
 from modeling_cosup.files_cosup import write_json
 
 from decoding_arms import captured_view, original_generate, print_captures, timed_retrieve
-from measuring import GB, Arm, describe, print_table, show, spread, take_turns
+from measuring import GB, Arm, print_hardware, print_table, spread, spread_text, take_turns
 from random_world import SHAPES, Ends, World
 
 
 @dataclass
 class BenchmarkArguments:
-    """What is measured."""
+    """What to measure, and how."""
 
     gen: str | None = field(
         default=None, metadata={"help": "Name or path of Gen; defaults to random weights of --shape."}
@@ -50,18 +49,20 @@ class BenchmarkArguments:
     shape: str = field(default="135m", metadata={"help": f"Shape of a random Llama: {', '.join(SHAPES)}."})
     dtype: str = field(default="float32", metadata={"help": "Dtype of the weights: float32, bfloat16, float16."})
     device: str = field(default="auto", metadata={"help": "cpu, cuda or auto."})
-    parts: list[int] = field(default_factory=lambda: [1, 2, 3, 4], metadata={"help": "Which of the four parts run."})
+    parts: list[int] = field(
+        default_factory=lambda: [1, 2, 3, 4], metadata={"help": "Which of the four parts to run."}
+    )
     batch_sizes: list[int] = field(
         default_factory=lambda: [1, 8, 32], metadata={"help": "Rows of a batch, in parts 1, 2 and 3."}
     )
-    new_tokens: int = field(default=96, metadata={"help": "Number of tokens that each row decides itself."})
+    new_tokens: int = field(default=96, metadata={"help": "Number of tokens that each row decides."})
     retrievals: int = field(default=2, metadata={"help": "Number of retrievals that are forced in each row."})
-    repeats: int = field(default=3, metadata={"help": "Timed rounds of every arm, after one to warm up."})
+    repeats: int = field(default=3, metadata={"help": "Timed rounds of every arm, after a warm-up round."})
     original_rows: int = field(
         default=2,
-        metadata={"help": "Rows that the original's algorithm writes in a round of part 1: it knows no batches."},
+        metadata={"help": "Rows that the original's algorithm, which has no batches, writes in a round of part 1."},
     )
-    num_candidates: int = field(default=50, metadata={"help": "Passages among which each row of part 1 searches."})
+    num_candidates: int = field(default=50, metadata={"help": "Passages that each row of part 1 searches."})
     num_passages: int = field(default=500, metadata={"help": "Passages of the index in parts 1, 2 and 4."})
     index_size: int | None = field(
         default=None,
@@ -105,12 +106,13 @@ class BenchmarkArguments:
 
 
 def equal_rows(first: Sequence[list[int]], second: Sequence[list[int]]) -> int:
-    """Return the number of rows that are the same in both lists, up to the end of the shorter one."""
-    return sum(a == b for a, b in zip(first, second, strict=False))
+    """Return how many rows are the same in both lists, up to the end of the shorter list."""
+    pairs = zip(first, second, strict=False)
+    return sum(first_row == second_row for first_row, second_row in pairs)
 
 
-def facts(arm: Arm, num_tokens: int) -> dict[str, Any]:
-    """Return the measurements of an arm. `num_tokens` is the number of tokens that one round decides."""
+def measurements(arm: Arm, num_tokens: int) -> dict[str, Any]:
+    """Return the measurements of an arm that decides `num_tokens` tokens in each round."""
     return {
         "seconds": spread(arm.seconds),
         "tokens_per_second": num_tokens / statistics.median(arm.seconds),
@@ -122,7 +124,7 @@ def facts(arm: Arm, num_tokens: int) -> dict[str, Any]:
 
 
 def part_1(world: World, script: BenchmarkArguments) -> list[dict[str, Any]]:
-    """Compare with the original's algorithm: the same tokens, row by row."""
+    """Compare with the original's algorithm, which writes the same tokens row by row."""
     index = world.index(script.num_passages)
     results = []
     for size in script.batch_sizes:
@@ -153,8 +155,8 @@ def part_1(world: World, script: BenchmarkArguments) -> list[dict[str, Any]]:
                 "rows_equal": equal_rows(original_arm.results[-1], cosup_arm.results[-1]),
                 "rows_compared": num_compared,
                 "speed_to_original": spread(cosup_arm.ratios(original_arm, work=size / num_compared)),
-                "original": facts(original_arm, num_compared * script.new_tokens),
-                "CoSup": facts(cosup_arm, size * script.new_tokens),
+                "original": measurements(original_arm, num_compared * script.new_tokens),
+                "CoSup": measurements(cosup_arm, size * script.new_tokens),
             }
         )
     print_part_1(results, world, script)
@@ -165,7 +167,7 @@ def print_part_1(results: list[dict[str, Any]], world: World, script: BenchmarkA
     """Print the table of part 1."""
     print(
         f"\nAgainst the original's algorithm, one row after another: {script.new_tokens} tokens and "
-        f"{script.retrievals} retrievals a row; {world.said}"
+        f"{script.retrievals} retrievals a row; {world.description}"
     )
     header = ["batch", "the original, tokens/s", "CoSup, tokens/s", "x the original (min to max)"]
     header += ["peak memory GB: original, CoSup", "rows with the same tokens"]
@@ -176,12 +178,12 @@ def print_part_1(results: list[dict[str, Any]], world: World, script: BenchmarkA
         speeds = [f"{arm['tokens_per_second']:.1f}" for arm in (original, cosup)]
         peaks = f"{original['peak_memory_gb']:.2f}, {cosup['peak_memory_gb']:.2f}"
         equal = f"{result['rows_equal']} of {result['rows_compared']}"
-        rows.append([str(result["batch"]), *speeds, show(result["speed_to_original"]), peaks, equal])
+        rows.append([str(result["batch"]), *speeds, spread_text(result["speed_to_original"]), peaks, equal])
     print_table(header, rows)
 
 
 def part_2(world: World, script: BenchmarkArguments) -> list[dict[str, Any]]:
-    """Compare with plain gen.generate of as many tokens."""
+    """Compare with plain gen.generate of the same number of tokens."""
     index = world.index(script.num_passages)
     results = []
     for size in script.batch_sizes:
@@ -194,11 +196,11 @@ def part_2(world: World, script: BenchmarkArguments) -> list[dict[str, Any]]:
             rows = arm.results[-1]
             eager_rows = plain.results[-1]
             timings: list[dict[str, float]] = []
-            if name.endswith(", retrieves"):  # returns rows and timings
+            if name.endswith(", retrieves"):  # its results are rows and timings
                 rows = arm.results[-1][0]
                 eager_rows = arms["CoSup, retrieves"].results[-1][0]
                 timings = [seconds for _, seconds in arm.results]
-            result = {"batch": size, "arm": name, **facts(arm, size * script.new_tokens)}
+            result = {"batch": size, "arm": name, **measurements(arm, size * script.new_tokens)}
             result["rows_equal"] = equal_rows(rows, eager_rows)
             result["captures"] = captures if is_captured else None
             result["parts"] = medians(timings)
@@ -216,7 +218,7 @@ def part_2(world: World, script: BenchmarkArguments) -> list[dict[str, Any]]:
 def calls_of_part_2(
     world: World, script: BenchmarkArguments, index: PassageIndex, size: int
 ) -> dict[str, Callable[[], Any]]:
-    """Return name of an arm -> call, for a batch of `size` rows."""
+    """Return the function of each arm by its name, for a batch of `size` rows."""
     model = world.model
     prompts = world.prompts(size)
     never = {"retrieval_config": RetrievalConfig(forbid_nsp=True, max_retrievals=0)}
@@ -227,7 +229,7 @@ def calls_of_part_2(
         "CoSup, retrieves": lambda: timed_retrieve(world, model, prompts, index, time_reading=True),
     }
     if script.captured:
-        static = world.compile
+        static = world.capture_options
         never_view = captured_view(model)
         view = captured_view(model)
         calls |= {
@@ -248,8 +250,8 @@ def medians(timings: list[dict[str, float]]) -> dict[str, float]:
 def print_part_2(results: list[dict[str, Any]], world: World, script: BenchmarkArguments) -> None:
     """Print the table of part 2."""
     print(
-        f"\nAgainst plain gen.generate: {script.new_tokens} tokens a row; where it retrieves, {script.retrievals} "
-        f"passages a row; {world.said}"
+        f"\nAgainst plain gen.generate: {script.new_tokens} tokens a row; {script.retrievals} passages a row in the "
+        f"arms that retrieve; {world.description}"
     )
     header = ["batch", "arm", "s", "reading passages, s", "search, s", "tokens/s", "x plain"]
     header += ["x plain without reading and search", "x plain, captured alike", "peak memory GB"]
@@ -266,9 +268,9 @@ def print_part_2(results: list[dict[str, Any]], world: World, script: BenchmarkA
                 parts.get("reading", ""),
                 parts.get("search", ""),
                 f"{result['tokens_per_second']:.1f}",
-                show(result["speed_to_plain"]),
-                "" if without_parts is None else show(without_parts),
-                show(result["speed_to_plain_of_its_kind"]),
+                spread_text(result["speed_to_plain"]),
+                "" if without_parts is None else spread_text(without_parts),
+                spread_text(result["speed_to_plain_of_its_kind"]),
                 f"{result['peak_memory_gb']:.2f}",
                 f"{result['rows_equal']} of {result['batch']}",
             ]
@@ -277,11 +279,11 @@ def print_part_2(results: list[dict[str, Any]], world: World, script: BenchmarkA
 
 
 def part_3(world: World, script: BenchmarkArguments) -> list[dict[str, Any]]:
-    """Measure the share of the time that search, with fetching the passages, takes."""
-    size = script.index_size
-    if not size:
-        size = 1_000_000 if world.device.type == "cuda" else 20_000
-    index = world.index(size)
+    """Measure the share of the time that searching and fetching the passages takes."""
+    index_size = script.index_size
+    if not index_size:
+        index_size = 1_000_000 if world.device.type == "cuda" else 20_000
+    index = world.index(index_size)
     results = []
     for num_rows in script.batch_sizes:
         arms = take_turns(calls_of_part_3(world, script, index, num_rows), script.repeats, world.meter)
@@ -292,21 +294,23 @@ def part_3(world: World, script: BenchmarkArguments) -> list[dict[str, Any]]:
                 {
                     "batch": num_rows,
                     "arm": name,
-                    "index_size": size,
+                    "index_size": index_size,
                     "search_seconds": statistics.median(search_seconds),
                     "share_of_search": spread(shares),
-                    **facts(arm, num_rows * script.new_tokens),
+                    **measurements(arm, num_rows * script.new_tokens),
                 }
             )
     print(
-        f"\nExact search among {size:,} x {world.config.embedding_size}: {script.new_tokens} tokens and "
-        f"{script.retrievals} retrievals a row; {world.said}"
+        f"\nExact search among {index_size:,} x {world.config.embedding_size}: {script.new_tokens} tokens and "
+        f"{script.retrievals} retrievals a row; {world.description}"
     )
     rows = []
     for result in results:
         seconds = f"{result['seconds']['median']:.2f}"
         search = f"{result['search_seconds']:.3f}"
-        rows.append([str(result["batch"]), result["arm"], seconds, search, show(result["share_of_search"], ".1%")])
+        rows.append(
+            [str(result["batch"]), result["arm"], seconds, search, spread_text(result["share_of_search"], ".1%")]
+        )
     print_table(["batch", "decoding", "s", "search, s", "share of search (min to max)"], rows)
     return results
 
@@ -314,20 +318,20 @@ def part_3(world: World, script: BenchmarkArguments) -> list[dict[str, Any]]:
 def calls_of_part_3(
     world: World, script: BenchmarkArguments, index: PassageIndex, num_rows: int
 ) -> dict[str, Callable[[], Any]]:
-    """Return name of an arm -> call, for a batch of `num_rows` rows."""
+    """Return the function of each arm by its name, for a batch of `num_rows` rows."""
     prompts = world.prompts(num_rows)
     calls = {"eager": lambda: timed_retrieve(world, world.model, prompts, index)}
     if script.captured:
         view = captured_view(world.model)
-        calls["captured"] = lambda: timed_retrieve(world, view, prompts, index, **world.compile)
+        calls["captured"] = lambda: timed_retrieve(world, view, prompts, index, **world.capture_options)
     return calls
 
 
 def part_4(world: World, script: BenchmarkArguments) -> list[dict[str, Any]]:
     """
-    Compare generate_many with batches of generate() on the same prompts.
+    Compare generate_many with fixed batches of generate(), on the same prompts.
 
-    Each prompt retrieves once, and a quarter of the answers is long.
+    Each prompt retrieves once. A quarter of the answers is long.
     """
     index = world.index(script.num_passages)
     rng = random.Random(script.seed)
@@ -357,8 +361,8 @@ def part_4(world: World, script: BenchmarkArguments) -> list[dict[str, Any]]:
         num_written = sum(answer.num_generated_tokens for answer in answers)
         if num_written != num_tokens:
             raise RuntimeError(
-                f"The answers have {num_written} tokens in all, expected {num_tokens}: the forced ends are not where "
-                "they belong."
+                f"The answers have {num_written} tokens in all, expected {num_tokens}: the forced ends are in the "
+                "wrong places."
             )
         return [world.without_padding(answer.token_ids) for answer in answers]
 
@@ -369,14 +373,14 @@ def part_4(world: World, script: BenchmarkArguments) -> list[dict[str, Any]]:
         results.append(
             {
                 "arm": name,
-                **facts(arm, num_tokens),
+                **measurements(arm, num_tokens),
                 "rows_equal": equal_rows(arm.results[-1], fixed_arm.results[-1]),
                 "speed_to_fixed": spread(arm.ratios(fixed_arm)),
             }
         )
     print(
         f"\nA queue against fixed batches of {rows_at_once}: {len(prompts)} prompts, answers of "
-        f"{min(lengths.values())} to {max(lengths.values())} tokens; {world.said}"
+        f"{min(lengths.values())} to {max(lengths.values())} tokens; {world.description}"
     )
     header = ["arm", "s", "tokens/s", "x fixed (min to max)", "peak memory GB", "rows with the same tokens"]
     rows = []
@@ -386,7 +390,7 @@ def part_4(world: World, script: BenchmarkArguments) -> list[dict[str, Any]]:
                 result["arm"],
                 f"{result['seconds']['median']:.2f}",
                 f"{result['tokens_per_second']:.1f}",
-                show(result["speed_to_fixed"]),
+                spread_text(result["speed_to_fixed"]),
                 f"{result['peak_memory_gb']:.2f}",
                 f"{result['rows_equal']} of {len(prompts)}",
             ]
@@ -406,10 +410,10 @@ def main() -> None:
         device = select_device(script.device)
         if device.type == "cpu" and script.threads:
             torch.set_num_threads(script.threads)
-        results = {**describe(device), "arguments": vars(script)}
+        results = {**print_hardware(device), "arguments": vars(script)}
         world = World(script, device)
         weights = script.gen or f"random weights, shape {script.shape}"
-        world.said = f"{weights}, {script.dtype}, seed {script.seed}, {results['hardware']}"
+        world.description = f"{weights}, {script.dtype}, seed {script.seed}, {results['hardware']}"
         for part in script.parts:
             results[f"part_{part}"] = PARTS[part](world, script)
             if script.output_file:  # after each part, so that the failure of a later one loses nothing

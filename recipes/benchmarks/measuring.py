@@ -1,4 +1,4 @@
-"""Helpers that the benchmarks share: time and memory of a call, arms that take turns, tables, and hardware."""
+"""Helpers that the benchmarks share: time and memory of a call, arms that take turns, tables and hardware."""
 
 import contextlib
 import ctypes
@@ -21,36 +21,37 @@ GB = 1e9
 
 class Meter:
     """
-    Measures seconds and peak memory of a call, above what was held before it.
+    A meter of the seconds and the peak memory of a call.
 
-    Memory is the resident memory of the process on a CPU, and allocated memory on a GPU.
+    The peak is what the call needs in addition to the memory that was in use before it: resident memory of the process
+    on a CPU, allocated memory on a GPU.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
 
     def __call__(self, call: Callable[[], Any]) -> tuple[Any, float, float]:
-        """Return the call's result, its seconds and its bytes."""
+        """Return the result of a call, its seconds, and its peak memory in bytes."""
         gc.collect()
         if self.cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-            held = torch.cuda.memory_allocated()
+            bytes_before = torch.cuda.memory_allocated()
         else:
-            ctypes.CDLL(None).malloc_trim(0)  # gives what earlier arms freed back to the system
+            ctypes.CDLL(None).malloc_trim(0)  # returns the memory that earlier arms freed to the system
             Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-            held = self._resident("VmRSS")
+            bytes_before = self._resident("VmRSS")
         start = time.perf_counter()
         result = call()
         if self.cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         peak = torch.cuda.max_memory_allocated() if self.cuda else self._resident("VmHWM")
-        return result, seconds, peak - held
+        return result, seconds, peak - bytes_before
 
     @staticmethod
     def _resident(name: str) -> int:
-        """Return a line of /proc/self/status in bytes."""
+        """Return the value of one line of /proc/self/status, in bytes."""
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(name):
                 return int(line.split()[1]) * 1024
@@ -58,29 +59,36 @@ class Meter:
 
 
 class Clock:
-    """Adds up seconds by name. On a GPU it waits for running work before and after what it times."""
+    """A clock that adds up seconds by name. On a GPU it waits for running work before and after each measurement."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
         self.seconds: dict[str, float] = {}
 
     def now(self) -> float:
+        """Return the current time in seconds."""
         if self.cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def add(self, name: str, seconds: float) -> None:
+        """Add seconds to a name."""
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     @contextlib.contextmanager
     def time(self, name: str) -> Iterator[None]:
+        """Add the time of the `with` block to a name."""
         start = self.now()
         yield
         self.add(name, self.now() - start)
 
     @contextlib.contextmanager
     def time_reading(self, gen: torch.nn.Module) -> Iterator[None]:
-        """Time the forwards of several columns that read passages; the first one reads the prompts and is left out."""
+        """
+        Add the time of the forwards that read passages to "reading".
+
+        These are the forwards of several columns. The first of them reads the prompts and is left out.
+        """
         starts = []
 
         def before(module, args, kwargs):
@@ -103,7 +111,7 @@ class Clock:
 
 
 class TimedIndex:
-    """A retriever that times its searches."""
+    """A retriever that times its searches, and how long it takes to fetch the passages."""
 
     def __init__(self, index: Retriever, clock: Clock) -> None:
         self.index = index
@@ -123,12 +131,12 @@ class TimedIndex:
 @dataclass
 class Arm:
     """
-    What an arm did in the timed rounds.
+    Results, times and memory of an arm in the timed rounds.
 
     Args:
         results (`list`): what each round returned.
-        seconds (`list[float]`): of each round.
-        peak (`float`): most memory of a round above what was held before it, in bytes.
+        seconds (`list[float]`): time of each round.
+        peak (`float`): the highest peak memory of a round, in bytes, as [`Meter`] measures it.
     """
 
     results: list = field(default_factory=list)
@@ -137,9 +145,9 @@ class Arm:
 
     def ratios(self, other: "Arm", work: float = 1.0) -> list[float]:
         """
-        Return this arm's speed as multiples of another's, round by round.
+        Return the speed of this arm relative to another arm, round by round.
 
-        `work` is what this arm did as a multiple of what the other did.
+        `work` is the work of this arm in a round, relative to the work of the other arm.
         """
         pairs = zip(self.seconds, other.seconds, strict=True)
         return [work * other_seconds / seconds for seconds, other_seconds in pairs]
@@ -149,12 +157,12 @@ def take_turns(arms: dict[str, Callable[[], Any]], repeats: int, meter: Meter) -
     """
     Call each arm once to warm up, then once in each of `repeats` rounds.
 
-    So a slow minute of the machine is shared by all arms. No arm always goes first.
+    A slow minute of the machine therefore affects all arms, and no arm always goes first.
 
     Args:
-        arms (`dict[str, Callable]`): called without arguments.
-        repeats (`int`): timed rounds.
-        meter ([`Meter`]): of the device.
+        arms (`dict[str, Callable]`): name -> function without arguments.
+        repeats (`int`): number of timed rounds.
+        meter ([`Meter`]): the meter of the device.
     """
     measured = {name: Arm() for name in arms}
     for turn in range(repeats + 1):
@@ -172,18 +180,18 @@ def take_turns(arms: dict[str, Callable[[], Any]], repeats: int, meter: Meter) -
 
 
 def rotated(names: list[str], turn: int) -> list[str]:
-    """Return the names in an order that begins with another one at each turn."""
+    """Return the names, rotated so that each turn begins with a different one."""
     first = turn % len(names)
     return names[first:] + names[:first]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return median, smallest and largest value, as they go into JSON."""
+    """Return the median, the smallest and the largest value."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def show(numbers: dict[str, float], style: str = ".2f") -> str:
-    """Return the result of [`spread`] as a cell of a table."""
+def spread_text(numbers: dict[str, float], style: str = ".2f") -> str:
+    """Return the result of [`spread`] as text, for a cell of a table."""
     return f"{numbers['median']:{style}} ({numbers['min']:{style}} to {numbers['max']:{style}})"
 
 
@@ -194,8 +202,8 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("| " + " | ".join(row) + " |")
 
 
-def describe(device: torch.device) -> dict[str, str]:
-    """Print hardware and versions, and return them for the head of a benchmark's JSON."""
+def print_hardware(device: torch.device) -> dict[str, str]:
+    """Print hardware and versions, and return them for the results file."""
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name()
     else:

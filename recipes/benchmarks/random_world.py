@@ -52,49 +52,51 @@ SHAPES = {
 }
 PROMPT_LENGTHS = (30, 80)  # tokens
 PASSAGE_LENGTHS = (100, 150)
-FORCED = 1e9  # a score above all others
+FORCED = 1e9  # higher than any score of a model
 
 
 class World:
     """
-    A model with prompts, passages and an index of them.
+    A model, with random prompts and passages for it.
 
     Args:
         script (`BenchmarkArguments`): what to build.
-        device (`torch.device`): where.
+        device (`torch.device`): where to build it.
 
     Attributes:
-        model (`CoSupForCausalLM`): its Emb_seq is a small one, which takes no part in generation.
-        options (`dict`): of every generate(): greedy, with no end of turn and no control token unless it is forced.
-        compile (`dict`): options for a static cache and a captured step.
-        said (`str`): hardware and model, for the headings of tables.
+        model (`CoSupForCausalLM`): the model; its Emb_seq is small and takes no part in generation.
+        options (`dict`): options of every generate(): greedy; no end of turn and no control token unless it is forced.
+        capture_options (`dict`): further options, for a static cache and a captured step.
+        description (`str`): model and hardware, for the headings of tables.
     """
 
     def __init__(self, script: Any, device: torch.device) -> None:
         self.script = script
         self.device = device
         self.meter = Meter(device)
-        self.said = ""
+        self.description = ""
         rng = random.Random(script.seed)
         self.words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 8))) for _ in range(200)]
         self.model = self._make_model()
         self.config = self.model.config
-        self.pad = self.model.generation_config.pad_token_id
-        ends = self.model.generation_config.eos_token_id
-        self.end = ends[0]
-        never = {*ends, self.pad, self.config.nsp_token_id, self.config.cs_token_id, self.config.ce_token_id}
+        self.pad_id = self.model.generation_config.pad_token_id
+        end_ids = self.model.generation_config.eos_token_id
+        self.end_id = end_ids[0]
+        control_ids = (self.config.nsp_token_id, self.config.cs_token_id, self.config.ce_token_id)
+        suppressed_ids = {*end_ids, self.pad_id, *control_ids}
         self.options = {
             "do_sample": False,
-            "pad_token_id": self.pad,
-            "eos_token_id": ends,
-            "suppress_tokens": sorted(never),
+            "pad_token_id": self.pad_id,
+            "eos_token_id": end_ids,
+            "suppress_tokens": sorted(suppressed_ids),
         }
-        special = never | set(self.model.tokenizer.all_special_ids)
-        self.ordinary = [id for id in range(len(self.model.tokenizer)) if id not in special]
-        self.compile: dict[str, Any] = {"cache_implementation": "static"}
-        if device.type == "cpu":  # on its own, transformers captures only on a GPU
-            self.compile["compile_config"] = CompileConfig(mode="default")
-            self.compile["compile_config"]._compile_all_devices = True
+        special_ids = suppressed_ids | set(self.model.tokenizer.all_special_ids)
+        self.ordinary_ids = [id for id in range(len(self.model.tokenizer)) if id not in special_ids]
+        self.capture_options: dict[str, Any] = {"cache_implementation": "static"}
+        if device.type == "cpu":  # by default, transformers captures only on a GPU
+            compile_config = CompileConfig(mode="default")
+            compile_config._compile_all_devices = True
+            self.capture_options["compile_config"] = compile_config
 
     def _make_model(self) -> CoSupForCausalLM:
         dtype = getattr(torch, self.script.dtype)
@@ -104,10 +106,10 @@ class World:
                 gen = AutoModelForCausalLM.from_pretrained(self.script.gen, dtype=dtype)
             else:
                 tokenizer = self._make_tokenizer()
-                # a wide initializer_range: the tokens then depend on what was read
+                # with a wide initializer_range, the generated tokens depend on the passages
                 shape = {"max_position_embeddings": 4096, "initializer_range": 0.1, **SHAPES[self.script.shape]}
                 gen = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape), dtype=dtype)
-            # makes the index, and takes no part in generation
+            # Emb_seq only makes the index; it takes no part in generation
             small_shape = SHAPES["tiny"] | {"num_hidden_layers": 1, "vocab_size": len(tokenizer)}
             emb_seq = AutoModel.from_config(AutoConfig.for_model("llama", **small_shape), dtype=dtype)
             model = CoSupForCausalLM.from_gen_and_emb_seq(
@@ -131,23 +133,24 @@ class World:
 
     def prompts(self, count: int) -> list[list[int]]:
         """
-        Return prompts of random token ids, each of which begins with another token.
+        Return prompts of random token ids, no two of which begin with the same token.
 
         The first prompts are the same for every `count`.
         """
-        if count > len(self.ordinary):
+        num_ordinary = len(self.ordinary_ids)
+        if count > num_ordinary:
             raise ValueError(
-                f"{count} prompts that begin differently need as many tokens; the tokenizer has {len(self.ordinary)}."
+                f"{count} prompts that begin differently need as many tokens; the tokenizer has {num_ordinary}."
             )
         rng = random.Random(self.script.seed + 1)
         prompts = []
-        for first_token in self.ordinary[:count]:
+        for first_token in self.ordinary_ids[:count]:
             length = rng.randint(*PROMPT_LENGTHS)
-            prompts.append([first_token, *rng.choices(self.ordinary, k=length - 1)])
+            prompts.append([first_token, *rng.choices(self.ordinary_ids, k=length - 1)])
         return prompts
 
     def passages(self, count: int) -> Iterator[dict[str, str]]:
-        """Yield passages of random words, about as many as make `PASSAGE_LENGTHS` tokens."""
+        """Yield passages of random words, with about `PASSAGE_LENGTHS` tokens each."""
         rng = random.Random(self.script.seed + 2)
         tokens_per_word = len(self.model.tokenizer(" ".join(self.words))["input_ids"]) / len(self.words)
         lengths = [round(length / tokens_per_word) for length in PASSAGE_LENGTHS]
@@ -172,9 +175,9 @@ class World:
 
     def plan(self, rows: int) -> torch.Tensor:
         """
-        Return the token ids to force, `(rows, new_tokens)`, -1 for none.
+        Return the token ids to force, `(rows, new_tokens)`; -1 forces nothing.
 
-        Each row retrieves at other steps, and writes `[CE]` half a period later.
+        The rows retrieve at different steps. Each writes `[CE]` half a period after its `[NSP]`.
         """
         plan = torch.full((rows, self.script.new_tokens), -1)
         period = self.script.new_tokens // self.script.retrievals
@@ -186,11 +189,12 @@ class World:
         return plan
 
     def batch(self, prompts: list[list[int]]) -> dict[str, torch.Tensor]:
-        input_ids, attention_mask = pad_rows(prompts, self.pad, side="left", device=self.device)
+        """Return prompts as inputs of generate(), padded on the left."""
+        input_ids, attention_mask = pad_rows(prompts, self.pad_id, side="left", device=self.device)
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def generate(self, model: torch.nn.Module, prompts: list[list[int]], **kwargs: Any) -> list[list[int]]:
-        """Return what `model` writes after each prompt, without padding and the last end of turn."""
+        """Return the token ids that `model` writes after each prompt, without padding and end of turn."""
         batch = self.batch(prompts)
         options = {"max_new_tokens": self.script.new_tokens, **self.options, **kwargs}
         output = model.generate(**batch, **options)
@@ -198,7 +202,8 @@ class World:
         return [self.without_padding(row) for row in new_ids.tolist()]
 
     def without_padding(self, ids: list[int]) -> list[int]:
-        return [id for id in ids if id not in (self.pad, self.end)]
+        """Return token ids without padding and end of turn."""
+        return [id for id in ids if id not in (self.pad_id, self.end_id)]
 
     def retrieve(
         self,
@@ -208,53 +213,54 @@ class World:
         candidates: list[list[str]] | None = None,
         **kwargs: Any,
     ) -> list[list[int]]:
-        """Do what [`~World.generate`] does, with the retrievals of `plan`."""
+        """Generate like [`~World.generate`], with the retrievals of [`~World.plan`]."""
         settings = RetrievalConfig(max_retrievals=self.script.retrievals, candidates=candidates)
-        forced = LogitsProcessorList([Forced(self.plan(len(prompts)))])
+        processors = LogitsProcessorList([Forced(self.plan(len(prompts)))])
         return self.generate(
-            model, prompts, retriever=index, retrieval_config=settings, logits_processor=forced, **kwargs
+            model, prompts, retriever=index, retrieval_config=settings, logits_processor=processors, **kwargs
         )
 
 
 class Forced(LogitsProcessor):
-    """Forces the n-th token of every row at the n-th call, by `plan` `(B, N)`; -1 leaves it to the model."""
+    """A processor whose n-th call forces the tokens of the n-th column of `plan` `(B, N)`; -1 forces nothing."""
 
     def __init__(self, plan: torch.Tensor) -> None:
-        self.steps = iter(plan.unbind(1))
+        self.columns = iter(plan.unbind(1))
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        step = next(self.steps)
-        rows = (step >= 0).nonzero()[:, 0]
+        column = next(self.columns)  # (B,)
+        rows = (column >= 0).nonzero()[:, 0]
         if len(rows):
             scores = scores.clone()
-            scores[rows, step[rows]] = FORCED
+            scores[rows, column[rows]] = FORCED
         return scores
 
 
 class Ends(LogitsProcessor):
     """
-    Ends a row as many tokens after its passage as its first token says.
+    A processor that ends each row a given number of tokens after its passage.
 
-    It depends on nothing but the row, wherever the row is in a batch.
+    The first token of a row determines the number, so it does not matter where the row is in a batch.
 
     Args:
-        lengths (`dict[int, int]`): tokens after the passage, by first token.
+        lengths (`dict[int, int]`): first token of a row -> number of tokens after its passage.
+        world (`World`): the model whose tokens are used.
     """
 
     def __init__(self, lengths: dict[int, int], world: World) -> None:
         vocabulary = world.config.get_text_config().vocab_size
         self.length_of = torch.full((vocabulary,), 10**9, device=world.device)
         self.length_of[list(lengths)] = torch.tensor(list(lengths.values()), device=world.device)
-        self.pad = world.pad
-        self.cs = world.config.cs_token_id
-        self.end = world.end
+        self.pad_id = world.pad_id
+        self.cs_id = world.config.cs_token_id
+        self.end_id = world.end_id
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         width = input_ids.shape[1]
-        padding = (input_ids == self.pad).sum(1, keepdim=True)  # (B, 1), on the left
-        first = input_ids.gather(1, padding.clamp(max=width - 1))[:, 0]  # (B,)
-        written = (input_ids == self.cs).flip(1).int().argmax(1)  # (B,), since the last [Cs]
-        is_end = written + 1 >= self.length_of[first]
-        ends = torch.zeros_like(scores)
-        ends[:, self.end] = torch.where(is_end, 2 * FORCED, 0.0)
-        return torch.where(ends > 0, ends, scores)
+        num_padding = (input_ids == self.pad_id).sum(1, keepdim=True)  # (B, 1), on the left
+        first_ids = input_ids.gather(1, num_padding.clamp(max=width - 1))[:, 0]  # (B,)
+        num_written = (input_ids == self.cs_id).flip(1).int().argmax(1)  # (B,), since the last [Cs]
+        is_end = num_written + 1 >= self.length_of[first_ids]  # (B,)
+        forced = torch.zeros_like(scores)
+        forced[:, self.end_id] = torch.where(is_end, 2 * FORCED, 0.0)
+        return torch.where(forced > 0, forced, scores)

@@ -37,7 +37,7 @@ from modeling_cosup.files_cosup import write_json
 from trainer import CoSupTrainer, CoSupTrainingArguments, load_instances
 from trainer.judging.figures import figure, shown
 
-from measuring import GB, Meter, describe, print_table
+from measuring import GB, Meter, print_hardware, print_table
 from shared.quickstart import WorldArguments, prepare_world
 from train_arms import Ours, batches_of, useful_tokens
 from train_step import section_step
@@ -273,7 +273,7 @@ def main() -> None:
     if device.type == "cpu":
         torch.set_num_threads(script.num_threads or torch.get_num_threads())
     script.bf16 = True
-    results: dict[str, Any] = {**describe(device), "arguments": vars(script)}
+    results: dict[str, Any] = {**print_hardware(device), "arguments": vars(script)}
     sections = set(script.sections.split(","))
     if sections - {"defaults"} and not (script.gen and script.train_file):
         sys.exit("error: every section but `defaults` needs --gen and --train_file.")

@@ -1,4 +1,4 @@
-"""Options of recipes/train.py and recipes/run_evaluation.py, which recipes/run_experiments.py fills in too."""
+"""Options of recipes/train.py and recipes/run_evaluation.py; recipes/run_experiments.py fills them in as well."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -24,7 +24,7 @@ TASK_OPTIONS = (
 
 @dataclass
 class ScriptArguments:
-    """Models, data and measurements of a training. How it is trained: `CoSupTrainingArguments`."""
+    """Models, data and measurements of a training; `CoSupTrainingArguments` holds everything else."""
 
     gen: str | None = field(default=None, metadata={"help": "Name or path of Gen (AutoModelForCausalLM)."})
     emb_seq: str | None = field(
@@ -54,10 +54,8 @@ class ScriptArguments:
         metadata={"help": "With --query_from query_encoder: its name or path; defaults to the path of Emb_seq."},
     )
     emb_seq_pooling: str = field(default="eos", metadata={"help": "eos (the paper), lasttoken, mean or cls."})
-    passage_template: str = field(
-        default="{title} :: {text}", metadata={"help": "Text of a passage that Emb_seq reads."}
-    )
-    max_passage_length: int = field(default=256, metadata={"help": "Most tokens of a passage."})
+    passage_template: str = field(default="{title} :: {text}", metadata={"help": "How Emb_seq reads a passage."})
+    max_passage_length: int = field(default=256, metadata={"help": "Maximum number of tokens of a passage."})
     nsp_token: str = field(default="[NSP]", metadata={"help": "String of the token that retrieves."})
     cs_token: str = field(default="[Cs]", metadata={"help": "String of the token that opens grounded text."})
     ce_token: str = field(default="[CE]", metadata={"help": "String of the token that closes grounded text."})
@@ -157,11 +155,11 @@ class EvaluationArguments:
     max_new_tokens: int | None = field(default=None, metadata={"help": "Decoded tokens per answer; defaults to 64."})
     top_k: int | None = field(default=None, metadata={"help": "Passages per retrieval; defaults to 1."})
     max_retrievals: int | None = field(
-        default=None, metadata={"help": "Most retrievals per answer; defaults to no limit."}
+        default=None, metadata={"help": "Maximum number of retrievals per answer; defaults to no limit."}
     )
     modes: list[str] = field(
         default_factory=lambda: ["retrieval", "gold", "off"],
-        metadata={"help": "Any of retrieval, gold, off, forced and wrong; query generates nothing."},
+        metadata={"help": "Any of retrieval, gold, off, forced and wrong; or query, which generates nothing."},
     )
     index_cache: str | None = field(
         default=None,

@@ -32,7 +32,7 @@ EXPECTED = {int: "an integer", float: "a number"}  # type of an option -> name i
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keep the line breaks of the description, and show the default of each option."""
+    """A formatter that keeps the line breaks of the description and shows the default of each option."""
 
 
 class Parser(HfArgumentParser):
@@ -74,7 +74,7 @@ def parse(dataclasses: Sequence[Any], description: str | None, argv: Sequence[st
         `list`: one instance of each dataclass, in order.
 
     Raises:
-        `SystemExit`: names the config file and key if the key is no option or its value does not fit; shows the
+        `SystemExit`: names the config file and key if the key is not an option or its value does not fit; shows the
             message of a `ValueError` that a dataclass raises.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
@@ -99,7 +99,7 @@ def set_defaults(parser: argparse.ArgumentParser, path: Path) -> None:
     Make the values of a YAML file the defaults of a parser.
 
     Raises:
-        `SystemExit`: names the file, and the key that is no option or has a value that does not fit.
+        `SystemExit`: names the file, and the key that is not an option or has a value that does not fit.
     """
     if not path.is_file():
         sys.exit(f"--config {path}: no such file.")
@@ -127,7 +127,7 @@ def convert(value: Any, action: argparse.Action, where: str) -> Any:
     Args:
         value: the value in the file.
         action (`argparse.Action`): the option.
-        where (`str`): file and key, with which an error begins.
+        where (`str`): file and key, for the beginning of an error.
 
     Raises:
         `SystemExit`: if the value does not fit the option.

@@ -1,4 +1,4 @@
-"""Input of the prepare recipes: tab-separated values, passages in other formats, and the paper's instructions."""
+"""Input of the recipes that prepare data: tab-separated values, passages in other formats, and instructions."""
 
 import csv
 import gzip
@@ -64,8 +64,8 @@ def read_passages(source: str | Path | Iterable[tuple[str, dict[str, Any]]]) -> 
         source (`str`, `Path` or iterable of `(str, dict)`): a file, or its lines with their places.
 
     Yields:
-        `(str, dict)`: the place and `{"id", "title", "text"}`, with those of `wikipedia_id`, `start_paragraph_id` and
-            `end_paragraph_id` that the line has.
+        `(str, dict)`: the place and `{"id", "title", "text"}`, plus `wikipedia_id`, `start_paragraph_id` and
+            `end_paragraph_id` if the line has them.
 
     Raises:
         `ValueError`: names file and line, the field, what was found and what was expected.
@@ -105,5 +105,5 @@ def instruction_of(dataset: str, override: str | None) -> str:
 
 
 def distinct(values: Iterable[T]) -> list[T]:
-    """Return the values in order, each once."""
+    """Return the values without repetitions, in the order of their first occurrence."""
     return list(dict.fromkeys(values))

@@ -52,6 +52,6 @@ def open_index(
 
 
 def close_index(index: Retriever) -> None:
-    """Release a Milvus server or file before a training that may take days; an index in a folder holds neither."""
+    """Release a Milvus server or file before a training that may take days; an index in a folder needs no release."""
     if hasattr(index, "close"):
         index.close()

@@ -25,7 +25,12 @@ MODEL_OPTIONS = (  # what a checkpoint was built with
 
 
 def load_model(script: ScriptArguments, args: CoSupTrainingArguments) -> CoSupForCausalLM:
-    """Load a checkpoint of this project, or put Gen and Emb_seq together."""
+    """
+    Load a CoSup checkpoint, or combine Gen and Emb_seq.
+
+    Raises:
+        `ValueError`: if an option would change what the checkpoint was built with.
+    """
     model_kwargs = {"dtype": script.dtype}
     if script.attn_implementation:
         model_kwargs["attn_implementation"] = script.attn_implementation

@@ -11,10 +11,10 @@ def processes() -> PartialState:
     """
     Return the state of the processes of this launch.
 
-    A process may wait for days for a slower one; it notices immediately when another one dies.
+    A process may wait for days for a slower one. If another process dies, it notices immediately.
 
     Raises:
-        `ValueError`: if accelerate sees another number of processes than was launched.
+        `ValueError`: if accelerate does not see as many processes as were launched.
     """
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
     launched = int(os.environ.get("WORLD_SIZE", 1))

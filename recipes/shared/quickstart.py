@@ -1,7 +1,7 @@
 """
-Folders of the quickstart: its world, encoders and tasks, each made once for its settings, and whole or not at all.
+Folders of the quickstart: its world, encoders and tasks. Each folder is either complete or not there at all.
 
-A folder keeps its settings and a hash of the code that made it. Other settings or other code make it anew.
+A folder holds its settings and a hash of the code that made it, and is made again only if one of them has changed.
 """
 
 import os
@@ -25,7 +25,7 @@ class WorldArguments:
     """Folder and size of a world."""
 
     output_dir: str = field(
-        metadata={"help": "folder; another world there is replaced, a folder that holds anything else is refused"}
+        metadata={"help": "folder; another world in it is replaced, a folder that holds anything else is refused"}
     )
     seed: int = field(default=0, metadata={"help": "of names, facts, questions and weights"})
     num_train_entities: int = field(
@@ -36,7 +36,9 @@ class WorldArguments:
     )
     num_unseen_entities: int = field(default=500, metadata={"help": "entities of eval.jsonl, one question each"})
     num_train_instances: int = field(default=25600, metadata={"help": "instances of train.jsonl: 400 steps of 64"})
-    num_validation: int = field(default=256, metadata={"help": "instances of validation.jsonl, and its entities"})
+    num_validation: int = field(
+        default=256, metadata={"help": "number of instances, and of entities, in validation.jsonl"}
+    )
     num_eval_no_passage: int = field(
         default=100, metadata={"help": "further questions of eval.jsonl that need no passage"}
     )
@@ -45,7 +47,9 @@ class WorldArguments:
     )
     drill_max_steps: int = field(
         default=1200,
-        metadata={"help": "most steps of the copy drill, which warns if it takes all of them; 0 leaves Gen untrained"},
+        metadata={
+            "help": "maximum steps of the copy drill, which warns if it takes all of them; 0 leaves Gen untrained"
+        },
     )
 
 
@@ -56,7 +60,7 @@ class EncoderArguments:
     world: str = field(metadata={"help": "a folder of prepare_quickstart.py"})
     output_dir: str = field(
         metadata={
-            "help": "folder; other encoders of this script there are replaced, "
+            "help": "folder; other encoders of this script in it are replaced, "
             "a folder that holds anything else is refused"
         }
     )
@@ -68,17 +72,19 @@ class EncoderArguments:
 
 @dataclass
 class TaskArguments:
-    """World, folder and size of evaluation tasks."""
+    """World, folder and sizes of evaluation tasks."""
 
     world: str = field(metadata={"help": "a folder of prepare_quickstart.py"})
     output_dir: str = field(
         metadata={
-            "help": "folder; other tasks of this script there are replaced, "
+            "help": "folder; other tasks of this script in it are replaced, "
             "a folder that holds anything else is refused"
         }
     )
     seed: int = field(default=0, metadata={"help": "of the new entities"})
-    num_questions: int = field(default=150, metadata={"help": "most questions of a task that need a passage"})
+    num_questions: int = field(
+        default=150, metadata={"help": "maximum number of questions per task that need a passage"}
+    )
     num_no_passage: int = field(
         default=25, metadata={"help": "further questions of `people` and of `places` that need none"}
     )
@@ -165,10 +171,10 @@ def prepare_tasks(args: TaskArguments) -> dict[str, dict[str, str]]:
 
 def settings_of(args: WorldArguments | EncoderArguments | TaskArguments, *modules: ModuleType) -> dict[str, Any]:
     """
-    Return all that decides the content of a folder.
+    Return everything that determines the content of a folder.
 
     Args:
-        args (dataclass): the options. Of a world, the settings count and not the path.
+        args (dataclass): the options. A world counts by its settings, not by its path.
         modules: the modules that make the content.
     """
     settings = asdict(args)
@@ -195,7 +201,7 @@ def make_once(output: Path, names: Sequence[str], settings: dict[str, Any], writ
     present = set(os.listdir(output)) if output.exists() else set()
     if present not in (set(), set(names)):
         raise FileExistsError(
-            f"{output} holds other things than {', '.join(names)}: choose another folder, or remove it."
+            f"{output} does not hold exactly {', '.join(names)}: choose another folder, or remove it."
         )
     if present and read_json(output / names[-1]) == settings:
         return
@@ -206,4 +212,4 @@ def make_once(output: Path, names: Sequence[str], settings: dict[str, Any], writ
         write(folder)
         write_json(folder / names[-1], settings)
         shutil.rmtree(output, ignore_errors=True)
-        folder.rename(output)  # whole, or not there at all
+        folder.rename(output)  # so it is complete, or not there at all

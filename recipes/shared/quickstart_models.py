@@ -61,15 +61,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Return the special token ids of a model config."""
+    """Return the special token ids, as a model config names them."""
     return {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
 
 def write_models(folder: Path, seed: int, drill_max_steps: int) -> None:
     """
-    Write gen/ and emb_seq/, which start from the same weights; only Gen runs the copy drill.
+    Write gen/ and emb_seq/, which start from the same weights.
 
-    Drilled weights make a poor Emb_seq.
+    Only Gen runs the copy drill, because drilled weights make a poor Emb_seq.
     """
     tokenizer = build_tokenizer()
     shape: dict[str, Any] = {
@@ -102,10 +102,10 @@ def copy_drill(
     target: float = 0.1,
 ) -> None:
     """
-    Train Gen, in place, to copy: `<s> x </s> gap </s> x` on random tokens, with the loss on the second x.
+    Train Gen, in place, to copy: `<s> words </s> gap </s> words` on random tokens, with the loss on the second words.
 
-    The lengths of x and gap change at every step. Gen must therefore look for what followed the same token before;
-    looking at a fixed distance does not help. The drill ends when the mean loss of 20 steps is below `target` nats,
+    The lengths of words and gap change at every step. Gen must therefore look for what followed the same token before;
+    looking back a fixed distance does not help. The drill ends when the mean loss of 20 steps is below `target` nats,
     typically after about 500 steps.
     """
     optimizer = torch.optim.AdamW(gen.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
@@ -115,22 +115,24 @@ def copy_drill(
     losses = []
     progress = tqdm(range(max_steps), desc="Copy drill, ends early")
     for _ in progress:
-        n = rng.randint(8, 24)
+        length = rng.randint(8, 24)
         gap_length = rng.randint(0, 20)
-        tokens = torch.randint(1, tokenizer.vocab_size, (batch_size, n + gap_length))  # without 0, which is <unk>
-        x, gap = tokens.split([n, gap_length], dim=1)
-        input_ids = torch.cat([bos, x, eos, gap, eos, x], dim=1)  # (B, 2n + gap_length + 3)
-        hidden = gen.model(input_ids, use_cache=False).last_hidden_state  # (B, 2n + gap_length + 3, h)
-        loss = F.cross_entropy(gen.lm_head(hidden[:, -n - 1 : -1]).flatten(0, 1), x.flatten())
+        tokens = torch.randint(1, tokenizer.vocab_size, (batch_size, length + gap_length))  # without 0, which is <unk>
+        words, gap = tokens.split([length, gap_length], dim=1)
+        input_ids = torch.cat([bos, words, eos, gap, eos, words], dim=1)  # (B, T)
+        hidden = gen.model(input_ids, use_cache=False).last_hidden_state  # (B, T, h)
+        logits = gen.lm_head(hidden[:, -length - 1 : -1])  # (B, length, V)
+        loss = F.cross_entropy(logits.flatten(0, 1), words.flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(gen.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-        mean = sum(losses[-20:]) / len(losses[-20:])
-        progress.set_postfix(loss=f"{mean:.2f}", refresh=False)
-        if len(losses) >= 20 and mean < target:
+        last_losses = losses[-20:]
+        mean_loss = sum(last_losses) / len(last_losses)
+        progress.set_postfix(loss=f"{mean_loss:.2f}", refresh=False)
+        if len(losses) >= 20 and mean_loss < target:
             return
     warnings.warn(
         f"The copy drill ended after {max_steps} steps above its target loss of {target}: "
@@ -147,9 +149,9 @@ def write_encoders(world: Path, folder: Path, seed: int, retriever_steps: int) -
     Write the three encoders, each with the tokenizer of the world.
 
     Args:
-        world (`Path`): a folder of [`write_models`].
+        world (`Path`): the folder of a world, in which [`write_models`] has written the tokenizer.
         folder (`Path`): an existing folder.
-        seed (`int`): of all weights, and of the world that the retriever trains on.
+        seed (`int`): seed of all weights, and of the world that the retriever trains on.
         retriever_steps (`int`): training steps of the retriever.
     """
     tokenizer = AutoTokenizer.from_pretrained(world / "gen")
@@ -181,7 +183,7 @@ def train_retriever(
     temperature: float = 0.05,
 ) -> None:
     """
-    Train an encoder, in place, to tell which two pieces were cut out of the same passage.
+    Train an encoder, in place, to recognise which two pieces were cut out of the same passage.
 
     The negatives of a piece are the pieces of the other passages of the batch.
     """
@@ -207,7 +209,7 @@ def train_retriever(
 
 
 def cut(ids: list[int], rng: random.Random) -> list[int]:
-    """Return a run of between a quarter of the token ids and all of them."""
+    """Draw a run of consecutive token ids: a quarter of them, all of them, or any number in between."""
     length = rng.randint(max(1, len(ids) // 4), len(ids))
     start = rng.randint(0, len(ids) - length)
     return ids[start : start + length]

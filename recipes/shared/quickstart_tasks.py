@@ -64,7 +64,7 @@ UNTRAINED = {
         ),
     ],
 }
-# Facts that training does not know, in the form of PERSON and PLACE; the answer is only the value.
+# Kinds of facts that training does not have: as in PERSON and PLACE, but the answer is only the value.
 NEW_FACTS: dict[str, list[tuple[Any, list[str], list[str]]]] = {
     "person": [
         (2, ["lies in the river {v}"], ["Which river does {n} lie in?"]),
@@ -85,14 +85,14 @@ NEW_FACTS: dict[str, list[tuple[Any, list[str], list[str]]]] = {
 
 class NewEntities:
     """
-    Draws entities for the tasks, with names that neither titles nor training use.
+    A source of entities for the tasks, with names that neither the titles of the world nor its training passages use.
 
-    Their answers may share names with the world's unseen entities.
+    Their answers may share names with the answers about the world's unseen entities.
 
     Args:
-        seed (`int`): of everything that is drawn.
+        seed (`int`): seed of everything that is drawn.
         corpus (`list[dict]`): the passages of the world.
-        unseen (`list[dict]`): the passages of its unseen entities.
+        unseen (`list[dict]`): the passages of the unseen entities of the world.
     """
 
     def __init__(self, seed: int, corpus: list[Passage], unseen: list[Passage]) -> None:
@@ -109,7 +109,7 @@ class NewEntities:
     def draw(self, task: str) -> tuple[Passage, str, list[str]]:
         """Draw a new entity and one question about it: `(passage, question, answers)`."""
         kind = "person" if task == "surnames" or self.rng.random() < 0.7 else "place"
-        # long surnames: there are enough of them for no two people to share one
+        # with three syllables there are enough surnames for all people of the task "surnames" to have different ones
         second_length = 3 if task == "surnames" else self.rng.choice([2, 3])
         lengths = (2, second_length) if kind == "person" else (3,)
         title = self.world.name(lengths, "title")
@@ -129,7 +129,7 @@ class NewEntities:
         names = title
         for choices in value_choices:
             values.append(self.world.value(choices, "tasks", avoid=names))
-            names += f" {values[-1]}"  # as in training, a syllable occurs once in a passage
+            names += f" {values[-1]}"  # as in training, no syllable occurs twice in a passage
         text = self._text(title, kind, wordings, values, whole_sentences=task == "styles")
         passage = {"id": content_id(title, text), "title": title, "text": text}
 
@@ -146,10 +146,10 @@ class NewEntities:
         Return the sentences of a passage in random order.
 
         Args:
-            title (`str`): of the entity.
+            title (`str`): the title of the entity.
             kind (`str`): "person" or "place".
-            wordings (`list[list[str]]`): of each fact.
-            values (`list`): of each fact.
+            wordings (`list[list[str]]`): the wordings of each fact.
+            values (`list`): the value of each fact.
             whole_sentences (`bool`): whether wordings name the entity. If not, they get its name as their subject, and
                 a pronoun after the first sentence.
         """
@@ -169,11 +169,11 @@ class NewEntities:
 
 class NearestByLetters:
     """
-    Finds passages that share rare runs of three letters with the names of a question: look-alikes for its candidates.
+    A search for look-alikes: passages that share rare runs of three letters with the names of a question.
 
     Args:
-        corpus (`list[dict]`): passages.
-        rng (`random.Random`): draws the candidates that fill a pool up.
+        corpus (`list[dict]`): the passages that are searched.
+        rng (`random.Random`): draws further candidates if too few passages share letters.
     """
 
     def __init__(self, corpus: list[Passage], rng: random.Random) -> None:
@@ -214,18 +214,18 @@ def write_tasks(world: Path, folder: Path, seed: int, num_questions: int, num_no
     Args:
         world (`Path`): folder of the world, which is only read.
         folder (`Path`): an existing folder.
-        seed (`int`): of the new entities.
-        num_questions (`int`): most questions of a task that need a passage.
+        seed (`int`): seed of the new entities.
+        num_questions (`int`): maximum number of questions per task that need a passage.
         num_no_passage (`int`): further questions of `people` and of `places` that need none.
-        pool_size (`int`): candidates of a question.
+        pool_size (`int`): candidates per question.
     """
     corpus = read_lines(world / "corpus.jsonl")
     world_passages = {passage["id"]: passage for passage in corpus}
     unseen_passages: list[Passage] = []
-    people, places, free = [], [], []
+    people, places, without_passage = [], [], []
     for question in read_lines(world / "eval.jsonl"):
         if not question["provenance"]:
-            free.append(question)
+            without_passage.append(question)
             continue
         passage = world_passages[gold_id(question)]
         unseen_passages.append(passage)
@@ -234,8 +234,8 @@ def write_tasks(world: Path, folder: Path, seed: int, num_questions: int, num_no
         else:
             places.append(question)
     tasks: dict[str, list[dict[str, Any]]] = {
-        "people": people[:num_questions] + free[:num_no_passage],
-        "places": places[:num_questions] + free[num_no_passage : 2 * num_no_passage],
+        "people": people[:num_questions] + without_passage[:num_no_passage],
+        "places": places[:num_questions] + without_passage[num_no_passage : 2 * num_no_passage],
     }
 
     entities = NewEntities(seed, corpus, unseen_passages)
@@ -269,12 +269,21 @@ def write_tasks(world: Path, folder: Path, seed: int, num_questions: int, num_no
 
 
 def with_unique_surnames(questions: list[dict[str, Any]], corpus: list[Passage]) -> list[dict[str, Any]]:
-    """Return the questions with a surname that only one passage has: in another one, another answer would be right."""
-    num_passages: Counter = Counter()  # with a word
+    """
+    Return the questions whose surname only one passage holds.
+
+    If several passages held it, several answers could be right.
+    """
+    num_passages: Counter = Counter()  # word -> number of passages that hold it
     for passage in corpus:
         num_passages.update(set(re.findall(r"\w+", passage["text"])))
     titles = {passage["id"]: passage["title"] for passage in corpus}
-    return [question for question in questions if num_passages[titles[gold_id(question)].split()[1]] == 1]
+    unique = []
+    for question in questions:
+        surname = titles[gold_id(question)].split()[1]
+        if num_passages[surname] == 1:
+            unique.append(question)
+    return unique
 
 
 def gold_id(question: dict[str, Any]) -> str:

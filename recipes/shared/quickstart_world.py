@@ -1,4 +1,4 @@
-"""The fictional world of the quickstart: its words, its entities, and questions about them, as JSON Lines."""
+"""The fictional world of the quickstart: its words, its entities and questions about them, as JSON Lines."""
 
 import random
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from modeling_cosup.lines_cosup import write_lines
 from trainer.data import content_id
 
 Passage = dict[str, str]  # {"id", "title", "text"}
-Fact = tuple[list[str], str]  # the questions that ask for it, and their answer
+Fact = tuple[list[str], str]  # the questions about it, and their answer
 Question = tuple[str, str, Passage | None]  # question, answer, and the passage that it needs
 
 SYLLABLES = [consonant + vowel for consonant in "b d k l m n r s t v kr th".split() for vowel in "aeiou"]
@@ -57,17 +57,17 @@ NO_PASSAGE = {  # question, answer
 
 class World:
     """
-    Draws entities and questions.
+    A source of random entities and of questions about them.
 
     A name belongs to one title, or to the answers of one split.
 
     Args:
-        seed (`int` or `str`): of everything that is drawn.
+        seed (`int` or `str`): seed of everything that is drawn.
     """
 
     def __init__(self, seed: int | str) -> None:
         self.rng = random.Random(seed)
-        self.owner: dict[str, str] = {}  # name -> "title", or the split with answers that may use it again
+        self.owner: dict[str, str] = {}  # name -> "title", or the split whose answers may use it again
         self.counts = [(a, b) for b in range(1, 10) for a in range(1, b)]
         self.rng.shuffle(self.counts)  # the first 8 are held out
 
@@ -82,21 +82,27 @@ class World:
         """
         syllables = [syllable for syllable in SYLLABLES if syllable not in avoid.lower()]
         for _ in range(10000):
-            drawn = iter(self.rng.sample(syllables, sum(lengths)))
-            name = " ".join("".join(next(drawn) for _ in range(length)).capitalize() for length in lengths)
-            if name not in self.owner or self.owner[name] == owner != "title":
+            drawn = self.rng.sample(syllables, sum(lengths))
+            words = []
+            for length in lengths:
+                words.append("".join(drawn[:length]).capitalize())
+                drawn = drawn[length:]
+            name = " ".join(words)
+            is_free = name not in self.owner
+            is_shared = owner != "title" and self.owner.get(name) == owner
+            if is_free or is_shared:
                 self.owner[name] = owner
                 return name
         raise ValueError("The world has run out of names: ask for fewer unseen entities.")
 
     def value(self, choices: Any, owner: str, avoid: str) -> Any:
-        """Draw the value of a fact: one of `choices`, or for an int a name of so many syllables."""
+        """Draw the value of a fact: one of `choices`, or, if that is an int, a name of that many syllables."""
         if isinstance(choices, int):
             return self.name((choices,), owner, avoid=avoid)
         return self.rng.choice(choices)
 
     def entity(self, split: str) -> tuple[Passage, list[Fact]]:
-        """Draw a person or a place: its passage, and for each of three facts the questions and their answer."""
+        """Draw a person or a place: its passage, and the questions and the answer for each of its three facts."""
         if self.rng.random() < 0.7:
             kinds = PERSON
             title = self.name((2, self.rng.choice([2, 3])), "title")
@@ -126,7 +132,7 @@ class World:
         """
         Draw a question that needs no passage: `(question, answer, None)`.
 
-        Training has other counts and names than evaluation; days and months are the same.
+        Training and evaluation have different counts and names, but the same days and months.
         """
         kind = self.rng.choice(list(NO_PASSAGE))
         question, answer = NO_PASSAGE[kind]

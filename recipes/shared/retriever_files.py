@@ -44,7 +44,7 @@ class ImportedRetriever:
 
     Args:
         settings (`dict`): fields of `CoSupConfig`.
-        tokenizer (`PreTrainedTokenizerBase`): its BOS and EOS are the tokens that it puts around a text.
+        tokenizer (`PreTrainedTokenizerBase`): a tokenizer whose BOS and EOS are the tokens that it puts around a text.
         subfolder (`str`): folder of the transformer.
         head (`torch.Tensor` of shape `(h, h_emb)`, *optional*): weight of the dense layer.
         is_sentence_transformers (`bool`): whether the settings come from files of sentence-transformers.
@@ -60,13 +60,13 @@ class ImportedRetriever:
 @dataclass
 class ModuleFacts:
     """
-    What the files of sentence-transformers say; the defaults are for a plain encoder, which has no such files.
+    Facts from the files of sentence-transformers; the defaults are for a plain encoder, which has no such files.
 
     Args:
         settings (`dict`): fields of `CoSupConfig`.
         subfolder (`str`): folder of the transformer.
         head (`torch.Tensor` of shape `(h, h_emb)`, *optional*): weight of the dense layer.
-        max_seq_length (`int`, *optional*): most tokens of a text, special tokens included.
+        max_seq_length (`int`, *optional*): maximum number of tokens of a text, special tokens included.
         do_lower_case (`bool`): whether texts are lower-cased before they are tokenized.
     """
 
@@ -79,21 +79,22 @@ class ModuleFacts:
 
 def read_retriever(name: str, args: Any) -> ImportedRetriever:
     """
-    Read the settings of a retriever from its files and, if they say nothing, from the options.
+    Read the settings of a retriever from its files, or from the options if the files do not say.
 
     Args:
         name (`str`): repository or folder.
         args: options of `import_checkpoints.py`.
 
     Raises:
-        `ValueError`: names the module or file that does what Emb_seq cannot, or the option that is missing or
+        `ValueError`: names the module or file that does something Emb_seq cannot do, or the option that is missing or
             contradicts the files.
     """
     modules = read_settings(name, "modules.json")
     facts = ModuleFacts() if modules is None else read_modules(name, modules, args.allow_pytorch_bin)
     settings = facts.settings
     for option in ("emb_seq_pooling", "similarity"):
-        chosen, stated = getattr(args, option), settings.get(option)
+        chosen = getattr(args, option)
+        stated = settings.get(option)
         if chosen is None and stated is None:
             raise ValueError(f"{name} is not a sentence-transformers model: give --{option}.")
         if chosen is not None and stated is not None and chosen != stated:
@@ -128,7 +129,7 @@ def read_retriever(name: str, args: Any) -> ImportedRetriever:
 
 def set_added_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[list[int], list[int]]:
     """
-    Make the tokens that the tokenizer puts around a text its BOS and EOS, if they are not.
+    Make the tokens that a tokenizer puts around a text its BOS and EOS, unless they already are.
 
     Returns:
         `(list[int], list[int])`: the ids before and after a text, at most one each.
@@ -164,7 +165,7 @@ def read_modules(name: str, modules: list[dict[str, Any]], allow_pytorch_bin: bo
     Read what the modules of a sentence-transformers retriever do.
 
     Raises:
-        `ValueError`: names a module that does what Emb_seq cannot.
+        `ValueError`: names a module that does something Emb_seq cannot do.
     """
     kinds = [module_kind(module["type"]) for module in modules]
     expected = ["Transformer", "Pooling", *(kind for kind in ("Dense", "Normalize") if kind in kinds[2:])]
@@ -181,7 +182,7 @@ def read_modules(name: str, modules: list[dict[str, Any]], allow_pytorch_bin: bo
         )
     similarity = options.get("similarity_fn_name") or "cosine"
     if "Normalize" in kinds:
-        similarity = "cosine"  # of vectors of unit length
+        similarity = "cosine"  # every similarity ranks vectors of unit length as the cosine does
     if similarity not in ("cosine", "dot"):
         raise ValueError(
             f"{name}: config_sentence_transformers.json compares by {similarity!r}, expected 'cosine' or 'dot'."
@@ -199,7 +200,7 @@ def read_modules(name: str, modules: list[dict[str, Any]], allow_pytorch_bin: bo
 
 
 def module_kind(type_name: str) -> str:
-    """Return the class name of a module of sentence-transformers itself, and the full name of any other."""
+    """Return the class name of a module of sentence-transformers itself, or the full name of any other module."""
     if type_name.startswith("sentence_transformers."):
         return type_name.rpartition(".")[2]
     return type_name
@@ -213,7 +214,7 @@ def safe_path(name: str, path: str) -> str:
 
 
 def read_pooling(name: str, file: str) -> str:
-    """Return the only pooling mode of a Pooling module, by CoSup's name."""
+    """Return the only pooling mode of a Pooling module, by its name in CoSup."""
     config = read_settings(name, file) or {}
     modes = []
     if "pooling_mode" in config:
@@ -232,7 +233,7 @@ def read_pooling(name: str, file: str) -> str:
 
 
 def read_dense(name: str, path: str, allow_pytorch_bin: bool) -> torch.Tensor:
-    """Return the weight `(h, h_emb)` of a Dense module that is a linear map and nothing else."""
+    """Return the weight `(h, h_emb)` of a Dense module, which must be a linear map and nothing else."""
     config = read_settings(name, f"{path}config.json") or {}
     bias = config.get("bias", True)
     activation = config.get("activation_function", "Tanh").rpartition(".")[2]
@@ -273,7 +274,7 @@ def read_prompts(options: dict[str, Any]) -> dict[str, str]:
 
 
 def find_file(name: str, file: str) -> Path | None:
-    """Return the path of a file of a folder or repository, or `None`."""
+    """Return the local path of a file of a folder or repository, or `None` if there is no such file."""
     if Path(name).is_dir():
         path = Path(name) / file
         return path if path.is_file() else None
@@ -303,12 +304,12 @@ def read_settings(name: str, file: str) -> Any:
 @torch.no_grad()
 def compare(model: CoSupForCausalLM, name: str, own_head: bool) -> None:
     """
-    Compare embeddings of a few passages with sentence-transformers' own, if it is installed.
+    Compare the embeddings of a few passages with those that sentence-transformers computes, if it is installed.
 
     Args:
-        model ([`CoSupForCausalLM`]): the pair.
+        model ([`CoSupForCausalLM`]): the imported model.
         name (`str`): repository or folder of the retriever.
-        own_head (`bool`): whether `emb_head` is the retriever's; a new one is left out of the comparison.
+        own_head (`bool`): whether `emb_head` comes from the retriever; a new head is left out of the comparison.
 
     Raises:
         `ValueError`: if they differ by more than 1e-4 of their length (2e-2 if weights are not float32).
@@ -326,10 +327,10 @@ def compare(model: CoSupForCausalLM, name: str, own_head: bool) -> None:
     model.emb_head = head
 
     reference = SentenceTransformer(str(name), device="cpu", model_kwargs={"dtype": model.emb_seq.dtype})
-    reference.max_seq_length = max(map(len, ids))  # --max_passage_length may shorten passages
+    reference.max_seq_length = max(map(len, ids))  # --max_passage_length may have shortened passages
     texts = [render_passage(passage, model.config.passage_template) for passage in SAMPLES]
-    expected = reference.encode(texts, prompt=model.config.passage_prompt, show_progress_bar=False)
-    expected = torch.tensor(expected).float()  # (n, h)
+    vectors = reference.encode(texts, prompt=model.config.passage_prompt, show_progress_bar=False)
+    expected = torch.tensor(vectors).float()  # (n, h)
     if model.config.similarity == "cosine":
         expected = F.normalize(expected, dim=-1)
 

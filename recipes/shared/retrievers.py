@@ -2,7 +2,7 @@
 Retrievers over a corpus: a CoSup checkpoint, or a sentence-transformers model.
 
 Both have `len`, `find(ids)`, `ids_of(rows)`, `embed_queries(instances)`, `search(queries, k)`, `scores(query, rows)`.
-Encoded corpora are kept under `index_dir`, by the content of model and passages.
+Encoded corpora are kept under `index_dir`; the names of their folders and files are hashes of model and passages.
 """
 
 import hashlib
@@ -29,12 +29,12 @@ from trainer.judging.answers import embed_queries
 
 from shared.indexes import open_index
 
-SHARD_SIZE = 32768  # passages that are encoded between two writes; a process that dies loses no more
+SHARD_SIZE = 32768  # passages that are encoded between two writes: a process that dies loses no more than these
 SORT_SIZE = 2048  # passages that are sorted by length and encoded between two steps of the progress bar
 
 
 def is_cosup(name: str) -> bool:
-    """Return whether a name or path is a CoSup checkpoint, by its config (sentence-transformers may have none)."""
+    """Return whether a name or path is a CoSup checkpoint. A sentence-transformers model may have no config."""
     try:
         config, _ = PretrainedConfig.get_config_dict(name)
     except OSError:
@@ -85,7 +85,7 @@ class CoSupRetriever:
         """Return the rows of passage ids, -1 for an unknown id."""
         return self.index.find(ids).tolist()
 
-    def ids_of(self, rows: Iterable[int]) -> list[str]:
+    def ids_of(self, rows: Sequence[int] | np.ndarray) -> list[str]:
         """Return the passage ids of rows."""
         return [passage["id"] for passage in self.index.get_passages(rows)]
 
@@ -122,7 +122,7 @@ class SentenceRetriever:
         args: `model`, `corpus_file`, `index_dir`, `batch_size`, `passage_template`, `device`, `dtype`.
 
     Raises:
-        `ValueError`: for a corpus with a missing field or a repeated id; for a similarity that is no inner product.
+        `ValueError`: for a corpus with a missing field or a repeated id, or a similarity other than cosine and dot.
         `OSError`: for a model that cannot be loaded.
     """
 
@@ -131,7 +131,7 @@ class SentenceRetriever:
             from sentence_transformers import SentenceTransformer
         except ImportError:
             raise ValueError(
-                f"{args.model} is no CoSup checkpoint; any other retriever needs pip install sentence-transformers."
+                f"{args.model} is not a CoSup checkpoint; any other retriever needs pip install sentence-transformers."
             ) from None
         options = {} if args.dtype == "auto" else {"model_kwargs": {"dtype": args.dtype}}
         self.model = SentenceTransformer(args.model, device=args.device, **options).eval()
@@ -162,7 +162,7 @@ class SentenceRetriever:
             yield passage
 
     def fingerprint(self) -> str:
-        """Return a hash (hex) of all that decides an embedding: weights, tokenizer, modules, prompts and template."""
+        """Return a hash (hex) of everything that determines an embedding: weights, tokenizer, modules, prompts, ..."""
         model = self.model
         modules = (str(model), model.prompts, model.default_prompt_name, model.max_seq_length)
         texts = (self.template, model.similarity_fn_name, sorted(model.tokenizer.get_vocab().items()))
@@ -213,7 +213,7 @@ class SentenceRetriever:
         """Return the rows of passage ids, -1 for an unknown id."""
         return [self.rows.get(id, -1) for id in ids]
 
-    def ids_of(self, rows: Iterable[int]) -> list[str]:
+    def ids_of(self, rows: Sequence[int] | np.ndarray) -> list[str]:
         """Return the passage ids of rows."""
         return [self.ids[row] for row in rows]
 

@@ -40,7 +40,7 @@ MINE = [{"title": f"Mine {ATTACK}", "text": f"Uploaded passage {number}. {ATTACK
 
 @torch.no_grad()
 def eager_model():
-    """A random Gen that retrieves whenever it can: the bias of its last layer norm points at `[NSP]`."""
+    """Return a random Gen that retrieves whenever it can: the bias of its last layer norm points at `[NSP]`."""
     model = make_model("gpt2", gen_kwargs={"tie_word_embeddings": False, "max_position_embeddings": 2048})
     weight = model.gen.lm_head.weight
     weight[:, 0] = 0
@@ -195,7 +195,7 @@ def test_an_answer_streams_with_its_passages(visit):
     page.evaluate(WATCH_THE_ANSWER)
     text, cards = ask(page, "who painted the Night Watch?")
     seen = page.evaluate("window.seen")
-    assert any(caret and 0 < marks < 16 for caret, marks in seen)  # a part of it was shown before the whole
+    assert any(caret and 0 < marks < 16 for caret, marks in seen)  # a part of the answer was shown before all of it
     assert seen[-1] == [False, 16]
     cited = [int(number) for number in re.findall(r"\[(\d+)\]", text)]
     assert len(cited) == 16
@@ -235,9 +235,9 @@ def test_a_corpus_is_searched_only_by_the_visitor_who_uploaded_it(visit, tmp_pat
     path = tmp_path / "corpus.jsonl.gz"
     path.write_bytes(gzip.compress("\n".join(map(json.dumps, MINE * 50)).encode()))
     upload(page, path)
-    page.locator("#status").get_by_text("Your corpus of 150 passages is searched now, by you alone.").wait_for()
+    page.locator("#status").get_by_text("Your corpus of 150 passages is now searched, for you alone.").wait_for()
     _, cards = ask(page, f"mine? {ATTACK}")
-    assert ATTACK in page.inner_text(".cosup-question")  # shown as it is, not run
+    assert ATTACK in page.inner_text(".cosup-question")  # shown unchanged, not run
     assert cards
     for card in cards:
         assert f"Mine {ATTACK}" in card
@@ -256,7 +256,7 @@ def test_a_corpus_is_searched_only_by_the_visitor_who_uploaded_it(visit, tmp_pat
     assert "Uploaded" not in str(cards)
 
 
-def test_errors_are_shown_and_the_demo_goes_on(visit, server, tmp_path):
+def test_errors_are_shown_and_the_demo_keeps_running(visit, server, tmp_path):
     page = visit()
     page.click("#ask")
     page.get_by_text("Write a question first.").wait_for()
@@ -416,7 +416,7 @@ def test_a_model_must_be_named(module, capsys, monkeypatch):
 
 # ------------------------------------------------------------------ corpora
 
-GOOD = {  # file name -> content, passages
+GOOD = {  # file name -> content and passages
     "corpus.jsonl": (
         '\ufeff{"id": "a", "title": "T", "text": "one"}\n\n{"text": "two\u2028still", "title": null}\n',
         [{"id": "a", "title": "T", "text": "one"}, {"id": "line 3", "title": "", "text": "two\u2028still"}],
@@ -444,7 +444,7 @@ def test_a_corpus_is_read(module, tmp_path, name, is_packed):
     assert module.read_upload(str(path)) == passages
 
 
-BAD = {  # file name, content, message
+BAD = {  # name -> file name, content and message
     "an object without text": (
         "a.jsonl",
         b'{"text": "a"}\n{"title": "b"}',

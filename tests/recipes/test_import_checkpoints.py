@@ -1,4 +1,4 @@
-"""CoSup checkpoints of existing models: pairs of the paper, with its algorithm written out, and other retrievers."""
+"""CoSup checkpoints from existing models: the paper's pairs, with its algorithm written out, and other retrievers."""
 
 import importlib.util
 import json
@@ -21,7 +21,7 @@ TITLED = [passage for passage in PASSAGES if "[NSP]" not in passage["text"]]
 
 
 def import_here(monkeypatch, *argv):
-    """Run `recipes/import_checkpoints.py` in this process, which spares the imports."""
+    """Run `recipes/import_checkpoints.py` in this process, without the time of new imports."""
     from import_checkpoints import main
 
     monkeypatch.setattr(sys, "argv", ["import_checkpoints.py", *map(str, argv)])
@@ -29,7 +29,7 @@ def import_here(monkeypatch, *argv):
 
 
 def refused(monkeypatch, output, *argv):
-    """Return the error with which the recipe refuses; it must write nothing."""
+    """Return the error with which the recipe refuses its options, and check that it writes nothing."""
     before = sorted(output.parent.iterdir())
     with pytest.raises(SystemExit) as ending:
         import_here(monkeypatch, *argv, "--output_dir", output)
@@ -44,7 +44,7 @@ def embeddings(model, passages):
 
 
 def prompt_and_nsp(model, question, instruction=""):
-    """Token ids of a prompt and `[NSP]`, `(1, T)`."""
+    """Return the token ids of a prompt and `[NSP]`, `(1, T)`."""
     return torch.tensor([[*encode_prompt(model.tokenizer, question, instruction), model.config.nsp_token_id]])
 
 
@@ -56,7 +56,7 @@ def query_embeddings(model, ids):
 
 
 def their_pair(folder, tokenizer_in=("gen", "emb_seq"), **kwargs):
-    """Write a tiny pair in the layout of the released ones, and return the tokenizer that it was trained with."""
+    """Write a tiny pair in the layout of the released pairs, and return the tokenizer that it is for."""
     base, tokenizer = make_tokenizer(pad=None), make_tokenizer(pad=None)
     tokenizer.add_special_tokens({"pad_token": "<PAD>"})
     tokenizer.add_tokens(THEIR_TOKENS[1:], special_tokens=True)
@@ -70,7 +70,7 @@ def their_pair(folder, tokenizer_in=("gen", "emb_seq"), **kwargs):
 
 
 class Steer(LogitsProcessor):
-    """Makes random models write `[Ret]` and `[Ce]`, by a rule that reads only the tokens of the row."""
+    """A processor that makes random models write `[Ret]` and `[Ce]`, by a rule that reads only the tokens of a row."""
 
     def __init__(self, tokenizer, closes):
         self.pad, self.cs, self.ce, self.ret = tokenizer.convert_tokens_to_ids(THEIR_TOKENS)
@@ -101,9 +101,9 @@ class Steer(LogitsProcessor):
 @torch.no_grad()
 def their_answer(folder, tokenizer, prompt, steer, num_tokens, separate=False, inserts_ce=True):
     """
-    Do what the paper's own code does, greedily, token by token and without a cache: one prompt, one passage at a time.
+    Answer one prompt as the paper's own code does, but greedily, token by token, without a cache, passage by passage.
 
-    `inserts_ce=False` leaves out one thing: the `[Ce]` before a `[Ret]` that was written while `[Cs]` was open.
+    `inserts_ce=False` leaves out one thing: the `[Ce]` before a `[Ret]` that is written while `[Cs]` is open.
     """
     gen = AutoModelForCausalLM.from_pretrained(folder / "gen").eval()
     emb_seq = AutoModel.from_pretrained(folder / "emb_seq")
@@ -274,7 +274,7 @@ def library():
 
 def retriever(folder, architecture="bert", pooling="mean", modules=(), max_seq_length=48, **kwargs):
     """
-    Write a tiny Gen, and a retriever as sentence-transformers saves it; return the options that name both.
+    Write a tiny Gen, and a retriever as sentence-transformers saves it. Return the options that name both.
 
     The tokenizer of the retriever puts `<s>` and `</s>` around a text.
     """
@@ -421,7 +421,7 @@ def rewrite(path, change):
     path.write_text(json.dumps(change(value) or value))
 
 
-REFUSALS = {  # changes of files, and the message
+REFUSALS = {  # name -> changes of files, and the message
     "bias": ([("2_Dense/config.json", lambda c: c.update(bias=True))], "the Dense module in 2_Dense/ has bias True"),
     "activation": (
         [("2_Dense/config.json", lambda c: c.update(activation_function="torch.nn.modules.activation.Tanh"))],

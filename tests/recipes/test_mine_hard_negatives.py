@@ -1,4 +1,4 @@
-"""Hard negatives by a real (tiny) sentence-transformers model: what is near, what is left out, and bad input."""
+"""Hard negatives found by a real (tiny) sentence-transformers model: nearest passages, exclusions, and bad input."""
 
 import json
 from argparse import Namespace
@@ -82,12 +82,12 @@ def mined(folder, tmp_path, **changes):
 
 
 def negatives_of(instance):
-    """The ids of all negatives of an instance."""
+    """Return the ids of all negatives of an instance."""
     return [negative["id"] for segment in instance["segments"] for negative in segment["negatives"]]
 
 
-def test_negatives_are_the_nearest_of_those_that_may_be_wrong(folder, tmp_path):
-    """The order is the model's, and passages that may be right are missing."""
+def test_negatives_are_the_nearest_passages_that_are_surely_wrong(folder, tmp_path):
+    """They have the order of the model, and passages that may be right are missing."""
     from sentence_transformers import SentenceTransformer
 
     counts, instances = mined(folder, tmp_path)

@@ -19,7 +19,7 @@ NQ = "Answer the following question with corresponding evidence."
 
 
 def kilt(tmp_path, **changes):
-    """Options of the recipe: the small questions over the small pages, with passages of six words."""
+    """Return options of the recipe, for the small questions over the small pages, with passages of six words."""
     defaults = {
         "task": "nq",
         "input_file": FORMATS / "kilt_questions.jsonl",
@@ -51,7 +51,7 @@ def read(path):
 
 
 def read_provenance(path):
-    """The evidence sets of each question."""
+    """Return the evidence sets of each question, by its id."""
     return {question["id"]: question["provenance"] for question in read(path)}
 
 

@@ -1,4 +1,4 @@
-"""Training data of a retriever alone: which questions it keeps, what a keyword query is, and bad input."""
+"""Training data of a retriever alone: the questions that are kept, keyword queries, and bad input."""
 
 import json
 import re

@@ -55,7 +55,7 @@ def test_marks_become_segments(tmp_path):
     assert segments(instances["s1"]) == [("Fish.", OTTER)]
     assert segments(instances["s2"]) == [
         ("Well. Let us see.", None),
-        ("They eat fish. They eat it raw.", OTTER),  # what is continued stays on the passage
+        ("They eat fish. They eat it raw.", OTTER),  # a continued text keeps the passage
         ("They drink no coffee.", MILK),
         ("That is all. Indeed.", None),  # after free text there is nothing to continue
     ]
@@ -131,8 +131,8 @@ def test_question_before_each_passage(tmp_path):
         ("[Relevant]Fish.", "at character 0 rates no passage"),
         (PASSAGE + "Fish.[Relevant]", "rates no passage"),
         (PASSAGE + "Fish.", "has no rating"),
-        ("[Retrieval]Fish.", "at character 0 is no"),
-        ("Fish.</paragraph>", "at character 5 is no"),
+        ("[Retrieval]Fish.", "at character 0 is not part of"),
+        ("Fish.</paragraph>", "at character 5 is not part of"),
         ("[Retrieval]<paragraph>\n</paragraph>[Relevant]Fish.", "is empty"),
         ("", "the output holds no text"),
     ],
@@ -142,7 +142,7 @@ def test_damaged_marks(output, message):
         read_pieces(output)
 
 
-def test_a_data_set_folder_and_gzip_are_read_like_a_file(tmp_path):
+def test_a_dataset_folder_and_gzip_are_read_like_a_file(tmp_path):
     expected = ids(tmp_path)
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_bytes(FILE.read_bytes())

@@ -1,4 +1,4 @@
-"""Every script of recipes/: no other module imports it, and its help says what it does and takes."""
+"""Every script of recipes/: no other module imports it, and its help shows its description and its options."""
 
 import ast
 import runpy
@@ -44,7 +44,7 @@ def test_no_module_imports_a_script(path):
 
 @pytest.mark.parametrize("path", [path for path in SCRIPTS if path.name != "demo.py"], ids=name_of)
 def test_the_command_line_is_imported_before_torch(path):
-    """It sets a variable that torch reads when it loads. The demo imports nothing of the project."""
+    """The command line sets a variable that torch reads when it loads. The demo imports nothing of the project."""
     names = []
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ImportFrom):
@@ -57,7 +57,7 @@ def test_the_command_line_is_imported_before_torch(path):
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
 def test_help(path, monkeypatch, capsys):
-    """Like `python recipes/X.py --help`, in this process: to import torch for each script would take minutes."""
+    """Like `python recipes/X.py --help`, but in this process: importing torch for each script would take minutes."""
     if path.name == "demo.py":
         pytest.importorskip("gradio")
     monkeypatch.syspath_prepend(str(path.parent))

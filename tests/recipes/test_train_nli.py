@@ -1,4 +1,4 @@
-"""An NLI model trained by the recipe: its pairs, its accuracy on unseen instances, and Gr with it."""
+"""An NLI model trained by the recipe: its pairs, its accuracy on unseen instances, and Gr judged by it."""
 
 import json
 import random
@@ -19,7 +19,7 @@ RECIPE = Path(__file__).parents[2] / "recipes/train_nli.py"
 
 
 def qa(question, *segments):
-    """An instance of the dataset `qa`."""
+    """Return an instance of the dataset `qa`."""
     return {"dataset": "qa", "input": question, "segments": list(segments)}
 
 
@@ -28,7 +28,7 @@ def make_passage(id, text, title=""):
 
 
 def colour_instance(i, generator, fillers=FILLERS):
-    """A question about the colour that a passage holds."""
+    """Return an instance whose answer is the colour that its passage names."""
     colour = generator.choice(COLOURS)
     words = generator.choices(fillers, k=4)
     words.insert(generator.randint(0, 4), colour)
@@ -40,7 +40,7 @@ def colour_instance(i, generator, fillers=FILLERS):
 
 
 def pairs_of_seeds(instances, hypothesis, num_seeds):
-    """All different pairs that any of the seeds draws."""
+    """Return all distinct pairs that any of the seeds draws."""
     pairs = set()
     for seed in range(num_seeds):
         pairs.update(make_pairs(instances, hypothesis, seed))
@@ -104,7 +104,7 @@ def test_a_wrong_verdict_is_the_other_verdict(two_datasets):
             assert "Fact Number" in other_fact
 
 
-def test_a_longer_name_is_no_wrong_answer(tmp_path):
+def test_a_longer_name_is_not_a_wrong_answer(tmp_path):
     rows = [
         qa("who?", {"text": "Obama", "passage": make_passage("a", "Barack Obama met Angela Merkel.")}),
         qa("where?", {"text": "there", "passage": make_passage("a", "nowhere")}),
@@ -137,7 +137,7 @@ def test_an_nli_model_with_two_labels_keeps_them():
     assert labels_of(BertConfig()) == LABELS
 
 
-def test_instances_that_give_no_pairs(tmp_path):
+def test_instances_without_pairs_are_refused(tmp_path):
     free = load_instances(write(tmp_path / "a.jsonl", [qa("?", {"text": "x", "passage": None})]))
     with pytest.raises(ValueError, match="None of 1 instances has a passage"):
         make_pairs(free, "{sentence}")
@@ -148,7 +148,7 @@ def test_instances_that_give_no_pairs(tmp_path):
 
 @pytest.mark.slow
 def test_from_instances_to_gr(tmp_path):
-    """Train as a user does, on a known relation, and judge words that were not trained."""
+    """Train as a user does, on a known relation, and judge words that were not in the training data."""
     generator = random.Random(0)
     train = [colour_instance(i, generator) for i in range(1500)]
     held_out = [colour_instance(i, random.Random(i + 1), UNSEEN) for i in range(60)]

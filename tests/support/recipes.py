@@ -1,4 +1,4 @@
-"""Recipes as a user runs them: real processes, and a small dataset with two tiny models on disk."""
+"""Recipes, run as a user runs them, on a small dataset and two tiny models."""
 
 import importlib
 import json
@@ -30,7 +30,7 @@ def run(*command: Any, cwd: Path = ROOT, stdin: str | None = None) -> subprocess
 
 
 def flags(**options: Any) -> list[str]:
-    """Return `--name value` words of a command line."""
+    """Return options as the words of a command line: `--name value`."""
     words = []
     for name, value in options.items():
         words += [f"--{name}", str(value)]
@@ -63,7 +63,7 @@ def write_inputs(folder: Path) -> Path:
 
 
 def options(inputs: Path, output: Path, *extra: Any) -> list[str]:
-    """Return options of `recipes/train.py`: two steps on the dataset of [`write_inputs`], and `extra` ones."""
+    """Return options of `recipes/train.py` for two steps on the dataset of [`write_inputs`], followed by `extra`."""
     paths = flags(
         gen=inputs / "gen",
         emb_seq=inputs / "emb_seq",
@@ -77,7 +77,7 @@ def options(inputs: Path, output: Path, *extra: Any) -> list[str]:
 
 
 def fails_here(monkeypatch: pytest.MonkeyPatch, recipe: str, *argv: Any) -> str:
-    """Run a recipe in this process, which spares the imports, and return the error with which it ends."""
+    """Run a recipe in this process, without the time of new imports, and return the error that ends it."""
     monkeypatch.setattr(sys, "argv", [f"{recipe}.py", *map(str, argv)])
     with pytest.raises(SystemExit) as ending:
         importlib.import_module(recipe).main()
@@ -85,5 +85,5 @@ def fails_here(monkeypatch: pytest.MonkeyPatch, recipe: str, *argv: Any) -> str:
 
 
 def train_here(monkeypatch: pytest.MonkeyPatch, *argv: Any) -> str:
-    """Run `recipes/train.py` in this process, and return the error with which it ends."""
+    """Run `recipes/train.py` in this process, and return the error that ends it."""
     return fails_here(monkeypatch, "train", *argv)
