@@ -26,7 +26,6 @@ from .retriever_cosup import Retriever
 from .settings_cosup import RetrievalCall, RetrievalConfig, decoding_settings, token_budget
 from .states_cosup import watch
 from .streaming_cosup import RetrievalStreamer, ending
-from .tokenization_cosup import pad_rows
 from .trace_cosup import Retrieval, Row, cited_text
 
 
@@ -376,7 +375,8 @@ class RetrievalGenerationMixin(RefusalsMixin):
         prompts = input_ids
         if attention_mask is not None and (attention_mask[:, -1] == 0).any():
             # padded on the right, where the answers go: pad on the left
-            prompts, _ = pad_rows([row.prompt for row in rows], pad, side="left", device=device)
+            padded_prompts = [[pad] * (width - len(row.prompt)) + row.prompt for row in rows]
+            prompts = torch.tensor(padded_prompts, device=device)
         continuations = [torch.tensor(row.ids[len(row.prompt) :], dtype=torch.long, device=device) for row in rows]
         padded = torch.nn.utils.rnn.pad_sequence(continuations, batch_first=True, padding_value=pad)
         sequences = torch.cat([prompts, padded], dim=1)
