@@ -267,7 +267,7 @@ class Decoder:
             query_embeds = self._query_embeds_of(rows, outputs.query_embeds)  # (R, h)
         try:
             results = self.lookup.passages_for(rows, query_embeds)
-        except Exception as error:  # whatever a retriever raises: the finished rows must not be lost with it
+        except Exception as error:  # a retriever may raise anything: the finished rows must not be lost
             message = f"The search failed after {len(self.finished)} finished rows: {error}"
             raise RetrievalError(message, self.finished) from error
         trace_embeds: list[list[float] | None] = [None] * len(rows)

@@ -32,7 +32,7 @@ class Outputs:
 
     def place(self, slots: torch.Tensor, logits: torch.Tensor, query_embeds: torch.Tensor | None, n: int) -> None:
         """
-        Put in the results of the rows of a chunk.
+        Store the results of the rows of a chunk.
 
         Args:
             slots (`torch.LongTensor` of shape `(R,)`): the slots of these rows.
@@ -169,12 +169,12 @@ class Forwards:
         outputs.place(row_slots_on_device, logits, results.query_embeds, len(slots))
 
     def dummy_forward(self) -> None:
-        """Forward a token for nothing, so that this rank takes part in the collectives of the others' forward."""
+        """Forward one token and discard the result, to take part in the collectives of the other ranks' forward."""
         token = torch.zeros(1, 1, dtype=torch.long, device=self.slots.device)
         self.model(input_ids=token, use_cache=False, output_query_embeds=False)
 
     def _adjusted(self, logits: torch.Tensor, states: dict[str, torch.Tensor] | None) -> torch.Tensor:
-        """Return logits adjusted by the memory. Every forward comes here once, so what a row keeps is adjusted."""
+        """Return the logits adjusted by the memory; called once per forward, so no logits are adjusted twice."""
         if self.memory is None:
             return logits
         return adjusted(self.memory, logits, states)

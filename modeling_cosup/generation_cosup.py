@@ -73,11 +73,11 @@ class RetrievalGenerationMixin(RefusalsMixin):
         **kwargs: Any,
     ) -> Any:
         """
-        Generate; whenever a row emits `[NSP]`, search `retriever` with its hidden state there, append the passage and
-        `[Cs]` to the row, and continue.
+        Generate, with retrieval whenever a row emits `[NSP]`.
 
-        Decoding is greedy or samples. All other arguments are as in `GenerationMixin.generate`. A passage is shortened
-        to the room that is left in the context; a row ends when its context is full.
+        The hidden state at `[NSP]` is the query that searches `retriever`. The passage and `[Cs]` are appended to the
+        row, which then continues. A passage is shortened to the room that is left in the context; a row ends when its
+        context is full. Decoding is greedy or samples; all other arguments are as in `GenerationMixin.generate`.
 
         Args:
             inputs (`torch.LongTensor` of shape `(B, T)`, *optional*): prompts, padded on the left. For a prompt that

@@ -64,7 +64,7 @@ class Retrieval:
         return asdict(self)
 
 
-@dataclass(eq=False)  # a row is itself, whatever it holds
+@dataclass(eq=False)  # rows are compared by identity
 class Row:
     """
     One sequence that is being generated.

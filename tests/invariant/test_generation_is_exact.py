@@ -40,7 +40,7 @@ def generate(model, index, prompts, steer, **kwargs):
 
 
 def unpadded_traces(output, prompts):
-    """`[(column, passage id)]` of each row as in the reference: columns count without the padding of the prompt."""
+    """Return `[(column, passage id)]` of each row; columns do not count the prompt's padding, as in the reference."""
     traces = []
     for prompt, trace in zip(prompts, output.retrievals, strict=True):
         padding = output.prompt_length - len(prompt)
@@ -193,7 +193,7 @@ def test_queries_from_an_encoder_with_its_own_tokenizer(query_from):
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral"])
 def test_without_nsp_token_id_it_is_plain_gen(architecture):
-    """The same tokens as Gen's own generate(), [NSP] and [Cs] treated as any token; the same logits in forward."""
+    """Check for Gen's own tokens and logits: [NSP] and [Cs] are tokens like any other."""
     tokenizer = make_tokenizer()
     model = make_model(architecture, tokenizer=tokenizer)
     index = model.build_index(PASSAGES, show_progress_bar=False)

@@ -1,4 +1,4 @@
-"""The state of the decoding loop: host and device agree, and nothing is copied while every row steps."""
+"""The state of the decoding loop: host and device agree, and nothing is copied while all rows step."""
 
 import random
 
@@ -75,7 +75,7 @@ def test_host_and_device_agree_after_every_event(keeps_slots, seed):
     assert number > 10
 
 
-def test_nothing_is_copied_while_every_row_steps():
+def test_nothing_is_copied_while_all_rows_step():
     slots = Slots(4, torch.device("cpu"))
     for number in range(3):
         slots.occupy(Row(number, [1]))
