@@ -104,11 +104,7 @@ class Row:
     num_generated_tokens: int = 0
 
     def may_retrieve(self, max_retrievals: int | None) -> bool:
-        """
-        Return whether the row may retrieve again.
-
-        It may unless it has made `max_retrievals` (`None`: no limit), or its given passages are used up.
-        """
+        """Return whether the row is below `max_retrievals` (`None`: no limit) and has given passages left, if any."""
         if max_retrievals is not None and len(self.retrievals) >= max_retrievals:
             return False
         return self.given_passages is None or len(self.given_passages) > 0
