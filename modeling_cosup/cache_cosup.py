@@ -1,4 +1,4 @@
-"""The KV cache of the retrieval loop: each row has its own columns, and grows, shrinks, leaves and arrives alone."""
+"""The KV cache of the decoding loop, in which rows grow, shrink, enter and leave independently."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,23 +15,23 @@ _BLOCK = 64  # columns are allocated in multiples of this
 
 class RowCache(Cache):
     """
-    Pre-allocated keys and values. The tokens of a row fill its columns from 0 on without gaps; next to each column
-    is the position for which its keys were rotated.
+    Pre-allocated keys and values. The tokens of a row fill its columns from 0 on without gaps. Each column also stores
+    the position with which its keys were rotated.
 
-    A chunk is written where its row ends, whatever the other rows do. Attention sees a column iff its position is not
-    after the query's. So nothing is ever re-packed: a row that retrieved is longer, and that is all. Sliding windows
-    are a matter of the mask: no column is evicted.
+    A chunk is written where its row ends, independently of other rows. A query attends to a column iff the column's
+    position is not after its own. So nothing is ever repacked: a row that retrieves just gets longer. Sliding windows
+    exist only in the mask: no column is evicted.
 
     Args:
-        rows (`int`): slots, the most rows at a time.
-        columns (`int`): to start with; the cache grows.
+        rows (`int`): number of slots, the most rows at a time.
+        columns (`int`): number of columns to start with; the cache grows.
         device (`torch.device`): of `tokens` and `positions`; keys and values are allocated on their layer's device.
-        limit (`int`): columns that a row can fill, Gen's context length.
-        static (`bool`): keys and values keep their addresses, for a captured step (torch.compile, CUDA graphs).
-        dtype (`torch.dtype`, *optional*): of the model; [`cache_for`] compares it before it takes a cache again.
+        limit (`int`): the most columns that a row can fill, Gen's context length.
+        static (`bool`): keep the addresses of keys and values, for a captured step (torch.compile, CUDA graphs).
+        dtype (`torch.dtype`, *optional*): of the model; [`cache_for`] checks it before it reuses a cache.
 
     Attributes:
-        tokens, positions (`torch.LongTensor` of shape `(rows, columns)`): what each column holds.
+        tokens, positions (`torch.LongTensor` of shape `(rows, columns)`): token id and position in each column.
         keys, values (`list[torch.Tensor]` of shape `(rows, heads, columns, head_dim)`): one entry per layer.
     """
 
@@ -60,7 +60,7 @@ class RowCache(Cache):
 
     @property
     def columns(self) -> int:
-        """Columns that are allocated."""
+        """Number of allocated columns."""
         return self.positions.shape[1]
 
     # ------------------------------------------------------------------ one forward
@@ -74,13 +74,13 @@ class RowCache(Cache):
         width: int,
     ) -> None:
         """
-        Say where the tokens of the next forward belong.
+        Store the tokens of the next forward, and where its keys and values belong.
 
         Args:
             slots (`torch.LongTensor` of shape `(R,)` or `int`): the slots of its rows; an `int` n for the first n.
-            columns, tokens, positions (`torch.LongTensor` of shape `(R, W)`): the column, id and position of each
-                token. Padding has the position `EMPTY`: it is written after the end of its row and never seen.
-            width (`int`): columns that attention reads, including this forward's.
+            columns, tokens, positions (`torch.LongTensor` of shape `(R, W)`): column, id and position of each token.
+                Padding has the position `EMPTY`: it is written after the end of its row and never attended to.
+            width (`int`): number of columns that attention reads, including this forward's.
         """
         self._slots = slots
         self._columns = columns
@@ -95,11 +95,11 @@ class RowCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Write the keys and values of a layer and return all that its rows hold.
+        Write the keys and values of a layer, and return all keys and values of the forward's rows in this layer.
 
         Args:
             key_states, value_states (`torch.Tensor` of shape `(R, heads, W, head_dim)`): of the forward's tokens.
-            layer_idx (`int`): of the layer.
+            layer_idx (`int`): number of the layer.
 
         Returns:
             Keys and values, both of shape `(R, heads, width, head_dim)`.
@@ -145,7 +145,7 @@ class RowCache(Cache):
             return visible
         return visible & (keys > queries - window)
 
-    # What transformers reads to make a mask when it gets none: then every row is at the same column.
+    # transformers builds the mask from these if it gets none; all rows are at the same column then
 
     def get_seq_length(self, layer_idx: int | None = None) -> int:
         return self._width - self._columns.shape[1]
@@ -169,7 +169,7 @@ class RowCache(Cache):
         """
         Make room for `columns` columns.
 
-        The cache doubles, so that a long text is copied a few times only, but gets no larger than a context.
+        The size doubles, so that a long text is copied only a few times, up to the length of a context.
         """
         if columns <= self.columns:
             return
@@ -194,9 +194,9 @@ class RowCache(Cache):
 
     def cut(self, slot: int, start: int, end: int, length: int) -> None:
         """
-        Take the columns `[start, end)` out of a slot that holds `length` tokens.
+        Remove the columns `[start, end)` of a slot that holds `length` tokens.
 
-        The tokens after them move up to `start` and keep their positions.
+        Later tokens move to the columns from `start` on, and keep their positions.
         """
         remaining = length - (end - start)
         for states in (*self.keys, *self.values):
@@ -210,11 +210,11 @@ def cache_for(model: Any, rows: int, columns: int, device: torch.device, static:
     """
     Return an empty cache for one call of generate().
 
-    A static cache is kept on the model for the next call: a captured step belongs to its cache, and with another
-    one it would have to be captured again.
+    A static cache is kept on the model for the next call: the captured step uses this cache, and would have to be
+    captured again with another one.
 
     Args:
-        model ([`CoSupForCausalLM`]): its attribute `_static_row_cache` holds the static cache.
+        model ([`CoSupForCausalLM`]): keeps the static cache in `_static_row_cache`.
         rows, columns, device, static: see [`RowCache`].
     """
     limit = context_length(model.config.get_text_config())
@@ -232,7 +232,7 @@ def _fits(cache: RowCache, rows: int, columns: int, device: torch.device, dtype:
     """Return whether a static cache can serve another call."""
     if len(cache.positions) != rows or cache.positions.device != device or cache.dtype != dtype:
         return False
-    # attention reads all columns of a static cache: one that is far too large would stay slow
+    # attention reads all columns of a static cache: one that is far too large would be slow in every call
     return columns <= cache.columns <= 4 * columns + 64
 
 
@@ -243,25 +243,24 @@ def attention_mask(
     cache: RowCache, config: PreTrainedConfig, positions: torch.Tensor, implementation: str, dtype: torch.dtype
 ) -> torch.Tensor | dict[str, torch.Tensor]:
     """
-    Return what Gen's layers take as `attention_mask` for the forward that `cache.begin` announced.
+    Return the `attention_mask` of Gen's layers for the forward that `cache.begin` has set up.
 
     Args:
         cache ([`RowCache`]), config (`PreTrainedConfig`): the cache, and Gen's text config.
         positions (`torch.LongTensor` of shape `(R, W)`): of the queries.
-        implementation (`str`): of the attention. `"sdpa"` takes `bool`; every other one adds the mask to the scores.
-        dtype (`torch.dtype`): of a mask that is added.
+        implementation (`str`): of attention. `"sdpa"` gets a mask of `bool`, any other a mask to add to the scores.
+        dtype (`torch.dtype`): of a mask to add.
 
     Returns:
-        A tensor `(R, 1, W, width)`; or, if Gen mixes sliding windows and full attention, a `dict` of these by layer
-        type.
+        A tensor `(R, 1, W, width)`; a `dict` of these by layer type if Gen mixes sliding windows and full attention.
     """
     masks = {}
     for kind in layer_kinds(config):
         window = getattr(config, "sliding_window", None) if kind == "sliding_attention" else None
         mask = cache.visible(positions, window)
         if implementation != "sdpa":
-            added = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-            mask = added.masked_fill_(~mask, torch.finfo(dtype).min)
+            zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+            mask = zeros.masked_fill_(~mask, torch.finfo(dtype).min)
         masks[kind] = mask
     if len(masks) > 1:
         return masks
@@ -270,12 +269,12 @@ def attention_mask(
 
 @contextmanager
 def maskable_attention(gen: PreTrainedModel) -> Iterator[None]:
-    """A context in which Gen attends through SDPA, or eagerly: flash kernels take no mask, which ragged rows need."""
+    """Let Gen use SDPA or eager attention within this context: flash kernels take no mask, which ragged rows need."""
     config = gen.config.get_text_config()
     implementation = config._attn_implementation
     if implementation not in ("sdpa", "eager"):
-        takes_sdpa = gen._supports_sdpa and not getattr(config, "attn_logit_softcapping", None)
-        config._attn_implementation = "sdpa" if takes_sdpa else "eager"
+        can_use_sdpa = gen._supports_sdpa and not getattr(config, "attn_logit_softcapping", None)
+        config._attn_implementation = "sdpa" if can_use_sdpa else "eager"
     try:
         yield
     finally:
@@ -283,7 +282,7 @@ def maskable_attention(gen: PreTrainedModel) -> Iterator[None]:
 
 
 def layer_kinds(config: PreTrainedConfig) -> list[str]:
-    """Return Gen's layer types, each once, sorted: `"full_attention"`, `"sliding_attention"`, or others."""
+    """Return the sorted set of Gen's layer types: `"full_attention"`, `"sliding_attention"`, or others."""
     types = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)  # the latter: GPT-Neo
     if types:
         return sorted(set(types))
@@ -293,11 +292,11 @@ def layer_kinds(config: PreTrainedConfig) -> list[str]:
 
 
 def context_length(config: PreTrainedConfig) -> int:
-    """Return how many positions Gen can read, by its text config; without a limit `EMPTY`, which no row reaches."""
+    """Return the length of Gen's context by its text config; `EMPTY`, which no row reaches, if there is no limit."""
     return getattr(config, "max_position_embeddings", None) or EMPTY
 
 
 def _rounded(columns: int) -> int:
-    """Return `columns` rounded up to whole blocks."""
+    """Return `columns` rounded up to whole blocks, at least one."""
     blocks = -(-max(columns, 1) // _BLOCK)
     return blocks * _BLOCK

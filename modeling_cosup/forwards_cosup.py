@@ -1,7 +1,4 @@
-"""
-What the decoding loop forwards through Gen: the last token of every row, or whole chunks of some rows; and what comes
-out, slot by slot.
-"""
+"""Gen's forwards in the decoding loop: decode steps of one token per row, and chunks of many tokens for some rows."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +19,12 @@ from .trace_cosup import Row
 @dataclass
 class Outputs:
     """
-    What one pass has computed so far, by slot; only the slots that were forwarded count.
+    The results of one pass so far, by slot; only those of slots that were forwarded count.
 
     Args:
-        logits (`torch.Tensor` of shape `(n, V)`): at the last token of each row, as a memory adjusted them; `None`
-            before the first forward of a pass.
-        query_embeds (`torch.FloatTensor` of shape `(n, h)`, *optional*): Gen's query embeddings there.
+        logits (`torch.Tensor` of shape `(n, V)`): at the last token of each row, adjusted by the memory; `None` before
+            the first forward of a pass.
+        query_embeds (`torch.FloatTensor` of shape `(n, h)`, *optional*): Gen's query embeddings at the same tokens.
     """
 
     logits: torch.Tensor = None  # type: ignore[assignment]  # every pass forwards before it decides
@@ -35,13 +32,13 @@ class Outputs:
 
     def place(self, slots: torch.Tensor, logits: torch.Tensor, query_embeds: torch.Tensor | None, n: int) -> None:
         """
-        Put in the outputs of rows that read a chunk.
+        Store the results of the rows of a chunk.
 
         Args:
-            slots (`torch.LongTensor` of shape `(R,)`): of these rows.
-            logits (`torch.Tensor` of shape `(R, V)`): of these rows.
-            query_embeds (`torch.FloatTensor` of shape `(R, h)`, *optional*): of these rows.
-            n (`int`): slots to make room for, if nothing was computed yet.
+            slots (`torch.LongTensor` of shape `(R,)`): the slots of these rows.
+            logits (`torch.Tensor` of shape `(R, V)`), query_embeds (`torch.FloatTensor` of shape `(R, h)`,
+                *optional*): their results.
+            n (`int`): number of slots, to allocate the results if there are none yet.
         """
         self.logits = _placed(self.logits, slots, logits, n)
         if query_embeds is not None:
@@ -49,7 +46,7 @@ class Outputs:
 
 
 def _placed(states: torch.Tensor | None, slots: torch.Tensor, new: torch.Tensor, n: int) -> torch.Tensor:
-    """Return states `(n, ...)` with `new` `(R, ...)` in the rows `slots` `(R,)`."""
+    """Return `states` `(n, ...)` with `new` `(R, ...)` at `slots` `(R,)`; missing `states` are zeros."""
     if states is None:
         states = new.new_zeros(n, new.shape[-1])
     return states.index_copy(0, slots.to(states.device), new.to(states.device))
@@ -65,7 +62,7 @@ class Forwards:
         memory ([`Memory`], *optional*): adjusts the logits of every decision.
 
     Attributes:
-        num_tokens (`int`): tokens that went through Gen so far.
+        num_tokens (`int`): tokens that were forwarded so far.
     """
 
     def __init__(
@@ -90,24 +87,25 @@ class Forwards:
             compile_config = generation_config.compile_config or CompileConfig(dynamic=False)
             self.call_step = model.get_compiled_call(compile_config)
 
-    def step(self, stepping: NDArray[np.bool_], with_queries: bool) -> Outputs:
+    def decode_step(self, stepping: NDArray[np.bool_], with_queries: bool) -> Outputs:
         """
-        Forward the decided token of every slot, one column. A slot that does not step writes its token after its last
-        column, where its next one will be written.
+        Forward the last token of every slot: one column.
+
+        A slot that does not step is forwarded too. It writes to its next column, where its next chunk overwrites it.
 
         Args:
-            stepping (`numpy.ndarray` of bool and shape `(n,)`): the slots that count.
-            with_queries (`bool`): query embeddings are needed.
+            stepping (`numpy.ndarray` of bool and shape `(n,)`): the slots whose results count.
+            with_queries (`bool`): return query embeddings.
         """
         slots, static = self.slots, self.settings.static
         n = slots.count if static else len(slots)
         filled = int(slots.columns[: len(slots)].max()) + 1
         self.cache.grow(filled)
         width = self.cache.columns if static else filled
-        columns, positions = slots.places(n)  # (n, 1) each
+        columns, positions = slots.columns_and_positions(n)  # (n, 1) each
         tokens = slots.tokens[:n, None]  # (n, 1)
         self.cache.begin(n, columns, tokens, positions, width)
-        # every row at the same column, at its position: no mask needed
+        # all rows at the same column, which is their position: no mask is needed
         even = not static and (slots.columns[:n] == width - 1).all() and (slots.positions[:n] == width - 1).all()
         outputs = self.call_step(
             input_ids=tokens,
@@ -123,38 +121,38 @@ class Forwards:
         self.num_tokens += int(stepping.sum())
         return Outputs(self._adjusted(outputs.logits[:, -1], outputs.states), outputs.query_embeds)
 
-    def read(self, chunks: dict[Row, list[int]], outputs: Outputs) -> None:
+    def prefill(self, chunks: dict[Row, list[int]], outputs: Outputs) -> None:
         """
-        Forward one ragged chunk, and put what comes out at the last token of each of its rows into `outputs`.
+        Forward one ragged chunk, and put the results at the last token of each of its rows into `outputs`.
 
         Args:
-            chunks (`dict[Row, list[int]]`): token ids that each row reads.
+            chunks (`dict[Row, list[int]]`): token ids to append to each row.
             outputs ([`Outputs`]): of this pass.
         """
         if not chunks:
             return
         slots, device = self.slots, self.slots.device
-        places = np.array([row.slot for row in chunks])  # (R,)
+        row_slots = np.array([row.slot for row in chunks])  # (R,)
         lengths = np.array([len(ids) for ids in chunks.values()])  # (R,)
+        first_columns, first_positions = slots.columns[row_slots], slots.positions[row_slots]  # (R,) each
         ids, mask = pad_rows(list(chunks.values()), self.settings.pad, device=device)  # (R, W)
         num_rows, longest = ids.shape
-        host_state = np.stack([slots.columns[places], slots.positions[places], lengths, places])
-        # one copy to the device for all four; (R, 1) each
-        first_columns, first_positions, counts, device_places = torch.from_numpy(host_state).to(device)[:, :, None]
-        device_places = device_places[:, 0]
-        offsets = torch.arange(longest, device=device)
-        columns = first_columns + offsets  # (R, W)
-        positions = first_positions + torch.minimum(offsets, counts - 1)
-        width = int(slots.columns[places].max()) + longest
+        width = int(first_columns.max()) + longest
         self.cache.grow(width)
-        first_slots = (places == np.arange(num_rows)).all()
-        cache_slots = num_rows if first_slots else device_places
+        # one copy to the device for all four
+        state = torch.from_numpy(np.stack([row_slots, lengths, first_columns, first_positions])).to(device)
+        row_slots_on_device, counts = state[0], state[1, :, None]  # (R,), (R, 1)
+        offsets = torch.arange(longest, device=device)
+        columns = state[2, :, None] + offsets  # (R, W)
+        positions = state[3, :, None] + torch.minimum(offsets, counts - 1)  # (R, W); padding repeats the last one
+        are_first_slots = (row_slots == np.arange(num_rows)).all()
+        cache_slots = num_rows if are_first_slots else row_slots_on_device
         self.cache.begin(cache_slots, columns, ids, torch.where(mask.bool(), positions, EMPTY), width)
         last_tokens = torch.arange(num_rows, device=device) * longest + counts[:, 0] - 1  # of (R · W)
-        # every chunk as long, at the same column and its position: no mask needed
-        even = (lengths == longest).all() and (slots.columns[places] == width - longest).all()
-        even = even and (slots.positions[places] == slots.columns[places]).all()
-        model_outputs = self.model(
+        # all chunks of one length and at the same column, which is their position: no mask is needed
+        even = (lengths == longest).all() and (first_columns == width - longest).all()
+        even = even and (first_positions == first_columns).all()
+        results = self.model(
             input_ids=ids,
             attention_mask=None if even else self._mask(positions),
             position_ids=positions,
@@ -165,21 +163,18 @@ class Forwards:
             nsp_positions=last_tokens,
             output_states=self.output_states,
         )
-        slots.count_chunks(places, lengths)
+        slots.count_chunks(row_slots, lengths)
         self.num_tokens += int(lengths.sum())
-        logits = self._adjusted(model_outputs.logits, model_outputs.states)
-        outputs.place(device_places, logits, model_outputs.query_embeds, len(slots))
+        logits = self._adjusted(results.logits, results.states)
+        outputs.place(row_slots_on_device, logits, results.query_embeds, len(slots))
 
-    def keep_up(self) -> None:
-        """Take part in the collectives of a forward in which this rank has nothing to forward."""
+    def dummy_forward(self) -> None:
+        """Forward one token and discard the result, to take part in the collectives of the other ranks' forward."""
         token = torch.zeros(1, 1, dtype=torch.long, device=self.slots.device)
         self.model(input_ids=token, use_cache=False, output_query_embeds=False)
 
     def _adjusted(self, logits: torch.Tensor, states: dict[str, torch.Tensor] | None) -> torch.Tensor:
-        """
-        Return the logits from which rows decide. Every forward passes here once, so the logits that a row keeps are
-        already adjusted.
-        """
+        """Return the logits adjusted by the memory; called once per forward, so no logits are adjusted twice."""
         if self.memory is None:
             return logits
         return adjusted(self.memory, logits, states)

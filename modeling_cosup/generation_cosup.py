@@ -1,4 +1,4 @@
-"""Retrieval-aware generate() and generate_many(): what they take and what they return."""
+"""generate() with retrieval, and generate_many(): their arguments and outputs, and the way to the decoding loop."""
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
@@ -26,7 +26,6 @@ from .retriever_cosup import Retriever
 from .settings_cosup import RetrievalCall, RetrievalConfig, decoding_settings, token_budget
 from .states_cosup import watch
 from .streaming_cosup import RetrievalStreamer, ending
-from .tokenization_cosup import pad_rows
 from .trace_cosup import Retrieval, Row, cited_text
 
 
@@ -36,13 +35,13 @@ class CoSupGenerateOutput(ModelOutput):
     Output of `generate(..., return_dict_in_generate=True)` with a retriever, a memory, or both.
 
     Args:
-        sequences (`torch.LongTensor` of shape `(B, T)`): the prompt, padded on the left, then what each row generated,
-            passages and `[Cs]` included, padded on the right.
+        sequences (`torch.LongTensor` of shape `(B, T)`): the prompt, padded on the left, then the continuation of each
+            row, passages and `[Cs]` included, padded on the right.
         retrievals (`list[list[Retrieval]]`): the retrieval trace of each row, in order.
-        prompt_length (`int`): columns of the prompt.
-        num_generated_tokens (`torch.LongTensor` of shape `(B,)`): tokens that were decoded; passages and `[Cs]` do not
-            count.
-        num_forwarded_tokens (`int`): tokens that went through Gen in the whole call, prompts and passages included.
+        prompt_length (`int`): number of columns of the prompt.
+        num_generated_tokens (`torch.LongTensor` of shape `(B,)`): number of decoded tokens, without passages and
+            `[Cs]`.
+        num_forwarded_tokens (`int`): number of tokens that Gen forwarded in the call, prompts and passages included.
     """
 
     # generate() sets all of them; ModelOutput demands these defaults
@@ -54,9 +53,9 @@ class CoSupGenerateOutput(ModelOutput):
 
 
 class RetrievalGenerationMixin(RefusalsMixin):
-    """`generate()` with a `retriever`, and `generate_many()`; goes before `GenerationMixin` in the bases."""
+    """`generate()` with a `retriever`, and `generate_many()`; must come before `GenerationMixin` in the bases."""
 
-    # the model's
+    # attributes of the model
     generation_config: GenerationConfig
     tokenizer: PreTrainedTokenizerBase
     # kept between calls
@@ -74,18 +73,18 @@ class RetrievalGenerationMixin(RefusalsMixin):
         **kwargs: Any,
     ) -> Any:
         """
-        Generate; whenever a row emits `[NSP]`, its hidden state there searches `retriever`, the passage and `[Cs]` are
-        appended, and the row writes on. Greedy decoding and sampling; every other argument is as in
-        `GenerationMixin.generate`.
+        Generate, with retrieval whenever a row emits `[NSP]`.
 
-        A passage is shortened to the room that the context has left; a row ends when its context is full.
+        The hidden state at `[NSP]` is the query that searches `retriever`. The passage and `[Cs]` are appended to the
+        row, which then continues. A passage is shortened to the room that is left in the context; a row ends when its
+        context is full. Decoding is greedy or samples; all other arguments are as in `GenerationMixin.generate`.
 
         Args:
-            inputs (`torch.LongTensor` of shape `(B, T)`, *optional*): prompts, padded on the left. A prompt that ends
-                in `[NSP]` retrieves before it writes.
-            generation_config (`GenerationConfig`, *optional*): as always. Budgets such as `max_new_tokens` count
-                decoded tokens, row by row. With `cache_implementation="static"` the one-token step keeps its shapes;
-                if transformers compiles a static cache (on a GPU, or with `compile_config`), the step is captured.
+            inputs (`torch.LongTensor` of shape `(B, T)`, *optional*): prompts, padded on the left. For a prompt that
+                ends in `[NSP]`, a passage is retrieved first.
+            generation_config (`GenerationConfig`, *optional*): as always. Budgets such as `max_new_tokens` count the
+                decoded tokens of each row. With `cache_implementation="static"` the decode step keeps its shapes; if
+                transformers compiles for a static cache (on a GPU, or with `compile_config`), the step is captured.
             retriever ([`Retriever`], *optional*): e.g. a [`PassageIndex`]; without it this is ordinary generation.
             retrieval_config ([`RetrievalConfig`], *optional*): how to retrieve.
             max_retrievals (`int`, *optional*): per row; replaces `retrieval_config.max_retrievals`.
@@ -97,23 +96,23 @@ class RetrievalGenerationMixin(RefusalsMixin):
             [`CoSupGenerateOutput`].
 
         Raises:
-            `TypeError`: for a memory that is none.
+            `TypeError`: for a memory without the members of [`Memory`].
             `ValueError`: for an index of another model, a memory that names no submodule of Gen, a prompt that fills
-                the context, and what cannot be combined with a retriever or a memory: beam search, assisted decoding,
-                a given cache, `use_cache=False`, per-step scores, states or attentions, state-space layers, a streamer
-                for several rows, training mode with gradient checkpointing.
-            [`RetrievalError`]: when a search fails; it keeps the rows that were finished.
+                the context, and for everything that cannot be combined with a retriever or a memory: beam search,
+                assisted decoding, a given cache, `use_cache=False`, per-step scores, states or attentions, state-space
+                layers, a streamer for several rows, training mode with gradient checkpointing.
+            [`RetrievalError`]: when a search fails; it keeps the finished rows.
         """
         with ending(kwargs.get("streamer")):
             if "nsp_token_id" in kwargs:
                 if kwargs.pop("nsp_token_id") is not None:
                     raise ValueError(
-                        "generate() takes nsp_token_id=None (plain Gen) or none at all: the config says which token "
-                        "retrieves."
+                        "generate() takes no nsp_token_id but None, which means plain Gen: the config says which "
+                        "token retrieves."
                     )
                 if memory is not None:
                     raise ValueError(
-                        "nsp_token_id=None makes the call plain Gen, which has no memory: drop one of them."
+                        "nsp_token_id=None makes the call plain Gen, which has no memory: leave out one of them."
                     )
                 kwargs = {"suppress_tokens": None, **kwargs}
                 return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]  # GenerationMixin's
@@ -140,31 +139,30 @@ class RetrievalGenerationMixin(RefusalsMixin):
         **kwargs: Any,
     ) -> list[Completion]:
         """
-        Continue any number of prompts. As soon as a row is finished, the next prompt takes its place: the batch stays
-        full.
+        Continue any number of prompts. When rows finish, waiting prompts take their places, so the batch stays full.
 
         Args:
-            prompts (`list[list[int]]`): token ids of each.
+            prompts (`list[list[int]]`): token ids.
             generation_config, retriever, retrieval_config, max_retrievals, memory, **kwargs: as in [`generate`].
                 Without a retriever this is plain generation, in which `[NSP]` is a token like any other. `candidates`
-                and `passages` are lists over all prompts. Logits processors and stopping criteria see the rows that
-                are being written, and these change places: they must not remember which row is which.
-            batch_size (`int`): rows at a time.
-            max_batch_tokens (`int`, *optional*): take fewer rows if this many columns of KV cache would not hold them.
-                A row may need its prompt, `max_new_tokens`, and `max_retrievals` (one, if there is no limit) passages
-                of full length.
+                and `passages` have one entry per prompt. Logits processors and stopping criteria see the current rows
+                of the batch, which change places: they must not remember which row is which.
+            batch_size (`int`): the most rows at a time.
+            max_batch_tokens (`int`, *optional*): limit the rows so that their KV caches have no more columns than this
+                together. A row may need its prompt, `max_new_tokens`, and `max_retrievals` (one, if there is no limit)
+                passages of full length.
             output_file (`str` or `Path`, *optional*): JSON Lines. Each answer is appended as soon as it is finished;
-                answers that the file already holds are not written again.
-            on_completion (`Callable`, *optional*): gets each [`Completion`] as soon as it is finished, except the
-                answers that `output_file` already held. It returns a `dict` to show after the progress bar, or `None`.
-            show_progress_bar (`bool`), description (`str`): a tqdm bar over prompts, and the text before it.
+                prompts whose answers the file already holds are skipped.
+            on_completion (`Callable`, *optional*): gets each [`Completion`] as soon as it is finished, except answers
+                that `output_file` already held. It returns a `dict` to show after the progress bar, or `None`.
+            show_progress_bar (`bool`), description (`str`): show a tqdm bar over prompts; the text before it.
 
         Returns:
             `list[Completion]`: in the order of the prompts.
 
         Raises:
             `ValueError`: for prompts that are empty or fill the context (before anything is generated), an
-                `output_file` that holds answers to other prompts, and all that generate() refuses.
+                `output_file` that holds answers to other prompts, and everything that generate() refuses.
             [`RetrievalError`]: when a search fails; finished answers are in `output_file`.
         """
         for name in ("streamer", "prefix_allowed_tokens_fn"):
@@ -174,35 +172,35 @@ class RetrievalGenerationMixin(RefusalsMixin):
         prepared = self._check_retrieval_arguments(generation_config, kwargs)
         if prepared.num_return_sequences not in (None, 1):
             raise ValueError("generate_many answers each prompt once: for num_return_sequences, repeat the prompts.")
-        ids_of_prompts = [list(map(int, prompt)) for prompt in prompts]
-        for number, ids in enumerate(ids_of_prompts):
+        prompt_ids = [list(map(int, prompt)) for prompt in prompts]
+        for number, ids in enumerate(prompt_ids):
             if not ids:
                 raise ValueError(f"Prompt {number} is empty.")
-        if not ids_of_prompts and not kwargs.get("synced_gpus"):
+        if not prompt_ids and not kwargs.get("synced_gpus"):
             return []
         settings_hash = self._settings_hash(prepared, call)
         results: dict[int, Completion] = {}
         if output_file is not None:
-            results = read_completions(output_file, ids_of_prompts, settings_hash)
-        longest = max(map(len, ids_of_prompts), default=1)
+            results = read_completions(output_file, prompt_ids, settings_hash)
+        longest = max(map(len, prompt_ids), default=1)
         if max_batch_tokens is not None:
-            self._check_prompts(ids_of_prompts)
+            self._check_prompts(prompt_ids)
             call.columns = call.columns_needed(self.config, longest, token_budget(prepared, longest))
             batch_size = max(1, min(batch_size, max_batch_tokens // call.columns))
         bar_options = {
-            "total": len(ids_of_prompts),
+            "total": len(prompt_ids),
             "initial": len(results),
             "desc": description,
             "unit": "prompt",
             "disable": not show_progress_bar,
         }
-        queue = Queue(ids_of_prompts, results, batch_size, output_file, settings_hash, bar_options, on_completion)
+        queue = Queue(prompt_ids, results, batch_size, output_file, settings_hash, bar_options, on_completion)
         call.queue = queue
         # transformers prepares processors and budgets from the shape of this row
         placeholder = torch.zeros((1, longest), dtype=torch.long, device=self.device)
         kwargs = {"attention_mask": torch.ones_like(placeholder), **kwargs}
         self._generate_with_retrieval(placeholder, generation_config, kwargs, call)
-        return [queue.results[number] for number in range(len(ids_of_prompts))]
+        return [queue.results[number] for number in range(len(prompt_ids))]
 
     def make_streamer(
         self, tokenizer: PreTrainedTokenizerBase | None = None, timeout: float | None = None
@@ -213,10 +211,10 @@ class RetrievalGenerationMixin(RefusalsMixin):
 
         Args:
             tokenizer (`PreTrainedTokenizerBase`, *optional*): Gen's; defaults to the model's.
-            timeout (`float`, *optional*): seconds to wait for an event; by default, without end.
+            timeout (`float`, *optional*): seconds to wait for an event; by default no limit.
 
         Returns:
-            [`RetrievalStreamer`]: gives [`StreamEvent`]s.
+            [`RetrievalStreamer`]: an iterator of [`StreamEvent`]s.
         """
         stops = {self.config.nsp_token_id, self.config.ce_token_id}
         ends = self.generation_config.eos_token_id
@@ -253,7 +251,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
             texts.append(cited_text(ids, trace, outputs.prompt_length, tokenizer))
         return texts
 
-    # ------------------------------------------------------------------ on the way through transformers' generate()
+    # ------------------------------------------------------------------ through transformers' generate() to the loop
 
     def _retrieval_call(
         self,
@@ -262,7 +260,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
         max_retrievals: int | None,
         memory: Memory | None,
     ) -> RetrievalCall | None:
-        """Return what this call retrieves and which memory it has, checked; `None` for ordinary generation."""
+        """Check the arguments and return them together; `None` for ordinary generation."""
         if memory is not None:
             check_memory(memory)
             # the hooks must be there before the step is compiled; a wrong name raises before anything is computed
@@ -291,14 +289,14 @@ class RetrievalGenerationMixin(RefusalsMixin):
         kwargs: dict[str, Any],
         call: RetrievalCall,
     ) -> Any:
-        """Check the arguments, and run transformers' generate(), which prepares everything and calls `_sample`."""
+        """Check the arguments and run transformers' generate(), which prepares inputs and calls `_sample`."""
         prepared = self._check_retrieval_arguments(generation_config, kwargs)
         call.static = prepared.cache_implementation == "static"
         kwargs = {name: value for name, value in kwargs.items() if name != "cache_implementation"}
         kwargs["past_key_values"] = DynamicCache()  # a placeholder: the loop has its own cache
         base_config = generation_config or self.generation_config
         if call.static and base_config.cache_implementation is not None:
-            # the loop's static cache, not the one of transformers
+            # the loop has its own static cache: transformers must not allocate one
             generation_config = copy.deepcopy(base_config)
             generation_config.cache_implementation = None
         with maskable_attention(self.gen):
@@ -309,7 +307,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
         return output
 
     def _settings_hash(self, generation_config: GenerationConfig, call: RetrievalCall) -> str:
-        """Return a hash of what decides an answer: of weights only the name; processors are not included."""
+        """Return a hash of the configs, index, memory and model name; weights and processors are not included."""
         retrieval = vars(call.retrieval).copy()
         del retrieval["candidates"], retrieval["passages"]
         index = None if call.retriever is None else call.retriever.fingerprint
@@ -319,7 +317,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, retrieval_call: RetrievalCall | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Leave out query embeddings; and name `retrieval_call`, so that generate() lets it through to `_sample`."""
+        """Turn off query embeddings. The parameter `retrieval_call` makes generate() accept it for `_sample`."""
         return super().prepare_inputs_for_generation(  # type: ignore[misc]  # GenerationMixin's
             input_ids, output_query_embeds=False, **kwargs
         )
@@ -335,7 +333,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
         retrieval_call: RetrievalCall | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Decode, in place of transformers' own loop, which has prepared everything."""
+        """Run the decoding loop in place of transformers' loop."""
         if retrieval_call is None:
             return super()._sample(  # type: ignore[misc]  # GenerationMixin's
                 input_ids,
@@ -371,12 +369,13 @@ class RetrievalGenerationMixin(RefusalsMixin):
     def _output(
         self, decoder: Decoder, rows: list[Row], input_ids: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> torch.Tensor | CoSupGenerateOutput:
-        """Return the prompts as they were given, then each row's continuation, padded on the right."""
+        """Return the prompts, padded on the left, and the continuations, padded on the right."""
         width, device, pad = input_ids.shape[1], input_ids.device, decoder.settings.pad
         prompts = input_ids
         if attention_mask is not None and (attention_mask[:, -1] == 0).any():
-            # padded on the right, where the answers go: pad on the left
-            prompts, _ = pad_rows([row.prompt for row in rows], pad, side="left", device=device)
+            # the prompts are padded on the right, where the continuations belong
+            padded_prompts = [[pad] * (width - len(row.prompt)) + row.prompt for row in rows]
+            prompts = torch.tensor(padded_prompts, device=device)
         continuations = [torch.tensor(row.ids[len(row.prompt) :], dtype=torch.long, device=device) for row in rows]
         padded = torch.nn.utils.rnn.pad_sequence(continuations, batch_first=True, padding_value=pad)
         sequences = torch.cat([prompts, padded], dim=1)

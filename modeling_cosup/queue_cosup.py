@@ -1,4 +1,4 @@
-"""The queue of generate_many(): which prompts are waiting, and the file that keeps the answers."""
+"""The queue of generate_many(): the prompts, and the file that keeps their answers."""
 
 import json
 import os
@@ -16,14 +16,14 @@ from .trace_cosup import Retrieval, Row, cited_text, written_text
 @dataclass
 class Completion:
     """
-    What `generate_many` returns for one prompt.
+    The answer of `generate_many` to one prompt.
 
     Args:
-        index (`int`): of the prompt.
-        token_ids (`list[int]`): what follows the prompt, passages and `[Cs]` included.
-        text (`str`): what the model wrote itself.
+        index (`int`): number of the prompt.
+        token_ids (`list[int]`): all token ids after the prompt, passages and `[Cs]` included.
+        text (`str`): the generated text, without passages.
         cited_text (`str`): the text with a numbered citation after each grounded span, and the passages below.
-        num_generated_tokens (`int`): tokens that were decoded.
+        num_generated_tokens (`int`): number of decoded tokens.
         retrievals (`list[Retrieval]`): the trace; positions count from the first token of the prompt.
     """
 
@@ -38,16 +38,16 @@ class Completion:
 @dataclass
 class Queue:
     """
-    The prompts of generate_many(), and where their answers go.
+    The prompts of generate_many(), and their answers.
 
     Args:
-        prompts (`list[list[int]]`): token ids of each.
-        results (`dict[int, Completion]`): answers by the number of their prompt, to start with those in `output_file`.
-        batch_size (`int`): rows at a time.
-        output_file (`str` or `Path`, *optional*): to which each answer is appended.
-        settings_hash (`str`): what `output_file` says of the settings that decide an answer.
+        prompts (`list[list[int]]`): token ids.
+        results (`dict[int, Completion]`): answers by the number of their prompt; at first those in `output_file`.
+        batch_size (`int`): the most rows at a time.
+        output_file (`str` or `Path`, *optional*): each answer is appended to it.
+        settings_hash (`str`): hash of the settings that decide an answer, stored with each answer.
         bar_options (`dict`): arguments of the tqdm bar over prompts.
-        on_completion (`Callable`, *optional*): gets each answer; what it returns is shown after the bar.
+        on_completion (`Callable`, *optional*): gets each answer; the `dict` that it may return is shown after the bar.
     """
 
     prompts: list[list[int]]
@@ -79,7 +79,7 @@ class Queue:
             decode(waiting, partial(self._complete, model=model, file=file, bar=bar))
 
     def _complete(self, row: Row, model: Any, file: TextIO | None, bar: Any) -> None:
-        """Keep, write and show the answer of a finished row."""
+        """Store the answer of a finished row, write it to the file, and advance the bar."""
         start = len(row.prompt)
         completion = Completion(
             index=row.number,
@@ -106,17 +106,17 @@ class Queue:
 
 def read_completions(path: str | Path, prompts: list[list[int]], settings_hash: str) -> dict[int, Completion]:
     """
-    Return the answers that an earlier, interrupted call has written; a last line that was cut off is removed.
+    Return the answers in the output file of an interrupted call, after removing a last line that was cut off.
 
     Args:
         path (`str` or `Path`): the output file; it need not exist.
-        prompts (`list[list[int]]`), settings_hash (`str`): of this call, to which the answers must belong.
+        prompts (`list[list[int]]`), settings_hash (`str`): of this call; all answers must belong to them.
 
     Returns:
-        `dict[int, Completion]`: by the number of the prompt.
+        `dict[int, Completion]`: answers by the number of their prompt.
 
     Raises:
-        `ValueError`: for a line that is no answer to these prompts with these settings; names it.
+        `ValueError`: names a line that is not an answer to these prompts with these settings.
     """
     if not os.path.exists(path):
         return {}

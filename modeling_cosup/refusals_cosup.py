@@ -1,4 +1,4 @@
-"""What generate() refuses with a retriever or a memory, before anything is computed."""
+"""The checks of generate() with a retriever or a memory, before anything is computed."""
 
 import inspect
 from collections.abc import Callable
@@ -12,21 +12,21 @@ from transformers.generation.configuration_utils import GenerationMode
 from .cache_cosup import EMPTY, RowCache, context_length, layer_kinds
 from .configuration_cosup import CoSupConfig
 
-# what forward takes and the loop honours, or refuses with another message
-_HEEDED = {"input_ids", "attention_mask", "past_key_values", "use_cache", "inputs_embeds", "kwargs"}
+# arguments of forward() that the loop uses, or that another check refuses
+_HANDLED = {"input_ids", "attention_mask", "past_key_values", "use_cache", "inputs_embeds", "kwargs"}
 
 
 class RefusalsMixin:
-    """The checks of [`RetrievalGenerationMixin`]."""
+    """The checks of [`RetrievalGenerationMixin`]; each raises a `ValueError`."""
 
-    # the model's
+    # attributes of the model
     config: CoSupConfig
     gen: PreTrainedModel
     device: torch.device
     training: bool
     forward: Callable[..., Any]
     _prepare_generation_config: Callable[..., tuple[GenerationConfig, dict[str, Any]]]
-    # whether Gen follows masks and positions that it is given, once that is known
+    # Gen uses the masks and positions that it is given; set once this was checked
     _follows_masks: bool
 
     def _check_retrieval_arguments(
@@ -59,7 +59,7 @@ class RefusalsMixin:
             )
         for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
             if getattr(prepared, name):
-                reason = "rows that read passages have no step for it"
+                reason = "passages are not forwarded step by step"
                 raise ValueError(f"{name}=True is not available with a retriever or a memory: {reason}.")
 
     def _check_inputs(self, prepared: GenerationConfig, kwargs: dict[str, Any]) -> None:
@@ -68,13 +68,13 @@ class RefusalsMixin:
                 "inputs_embeds and guidance_scale are not available with a retriever or a memory: prompt and passages "
                 "are read once, as token ids."
             )
-        set_names = {name for name, value in kwargs.items() if value is not None}
-        unheeded_names = set(inspect.signature(self.forward).parameters) - _HEEDED
-        unheeded = sorted(set_names & unheeded_names)
-        if unheeded:
+        given = {name for name, value in kwargs.items() if value is not None}
+        forward_parameters = set(inspect.signature(self.forward).parameters)
+        ignored = sorted((given & forward_parameters) - _HANDLED)
+        if ignored:
             raise ValueError(
-                f"{', '.join(unheeded)}: not available with a retriever or a memory, as what Gen reads is made row by "
-                "row."
+                f"{', '.join(ignored)}: not available with a retriever or a memory, since the decoding loop makes "
+                "Gen's inputs."
             )
 
     def _check_gen(self) -> None:
@@ -92,7 +92,7 @@ class RefusalsMixin:
             )
         if not self.gen._supports_attention_backend and not getattr(self, "_follows_masks", False):
             try:
-                self._follows_masks = self._reads_ragged_rows()
+                self._follows_masks = self._forwards_ragged_rows()
             except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
                 problem = f"cannot read rows of different lengths from one cache ({error})"
                 raise ValueError(f"{name} {problem}; use another architecture.") from error
@@ -101,13 +101,12 @@ class RefusalsMixin:
                 raise ValueError(f"{name} {problem}; use another architecture.")
 
     @torch.no_grad()
-    def _reads_ragged_rows(self) -> bool:
+    def _forwards_ragged_rows(self) -> bool:
         """
-        Return whether Gen follows the mask and the positions that it is given, as a small pass shows: older
-        architectures make their own attention masks.
+        Return whether Gen uses the mask and the positions that it is given: older architectures make their own masks.
 
-        Two rows of 2 and 3 tokens are read into one cache, then one more token of each. The states of the latter must
-        be as if each row had been read alone.
+        The test forwards two rows of 2 and 3 tokens with one cache, then one more token of each row. The hidden states
+        of these tokens must be as if each row had been forwarded alone.
         """
         device = self.device
         base_model = self.gen.base_model
@@ -181,7 +180,7 @@ def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> li
 
 
 def raise_together(error: ValueError | None, synced_gpus: bool, device: torch.device) -> None:
-    """Raise `error`; with `synced_gpus` on all ranks if one has one, or they would wait for its forwards."""
+    """Raise `error`, if any; with `synced_gpus` raise on all ranks, or the others would wait for this one forever."""
     failed = torch.tensor(int(error is not None), device=device)
     if synced_gpus:
         torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX)

@@ -26,7 +26,7 @@ from .cache_cosup import RowCache
 from .settings_cosup import DecodingSettings
 from .slots_cosup import Slots
 
-# these read nothing but how long a row is, in which a passage must not count
+# these depend only on the length of a row, in which passages must not count
 _COUNTING = (
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
@@ -36,7 +36,7 @@ _COUNTING = (
     SuppressTokensAtBeginLogitsProcessor,
 )
 _MINIMUM = (MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor)
-# these read nothing but the scores, so no history need be put together for them
+# these depend only on the scores: they need no history
 _SCORES_ONLY = (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
@@ -53,13 +53,13 @@ _SCORES_ONLY = (
 
 class RowScores:
     """
-    What a decision is made from: the scores of each row's next token, and whether a stopping criterion ends it.
+    Logits processors and stopping criteria, run on slots.
 
-    Scores are by slot, `(n, V)`; processors and criteria know the rows in the order of the batch.
+    Scores are by slot, `(n, V)`; processors and criteria get rows in the order of the batch.
 
     Args:
-        settings ([`DecodingSettings`]), slots ([`Slots`]), cache ([`RowCache`]): of the loop.
-        nsp_token_id (`int`, *optional*): of `[NSP]`, which some rows may not decide.
+        settings ([`DecodingSettings`]), slots ([`Slots`]), cache ([`RowCache`]): of the decoding loop.
+        nsp_token_id (`int`, *optional*): the id of `[NSP]`, which is banned for some rows.
     """
 
     def __init__(self, settings: DecodingSettings, slots: Slots, cache: RowCache, nsp_token_id: int | None) -> None:
@@ -70,7 +70,7 @@ class RowScores:
 
     def decision_scores(self, logits: torch.Tensor) -> torch.Tensor:
         """
-        Return the scores from which the first n slots decide.
+        Return the scores from which the next tokens of the first n slots are decided.
 
         Args:
             logits (`torch.Tensor` of shape `(n, V)`): at the last token of each row.
@@ -79,7 +79,7 @@ class RowScores:
             `torch.FloatTensor` of shape `(n, V)`; all equal in a slot without a row.
         """
         occupied = self.slots.occupied[: len(logits)]
-        # before the warpers, since what top_p keeps must be allowed; after them, since they may put anything there
+        # before the processors, since what top_p keeps must be allowed; after them, since they may change any score
         scores = self._without_banned(logits.to(torch.float32, copy=True))
         scores = self._without_banned(self._process(scores))
         if not occupied.all():
@@ -87,7 +87,7 @@ class RowScores:
         return scores
 
     def stopped(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return which of the decided `tokens` `(n,)` end their row by a stopping criterion: `(n,)` of bool."""
+        """Return for which of the decided `tokens` `(n,)` a stopping criterion ends the row: `(n,)` of bool."""
         if not self.settings.criteria:
             return torch.zeros_like(tokens, dtype=torch.bool)
         history = self._history(tokens)
@@ -95,14 +95,14 @@ class RowScores:
         return self._to_slots(torch.stack(verdicts).any(0))
 
     def _without_banned(self, scores: torch.Tensor) -> torch.Tensor:
-        """Take `[Cs]` out of scores `(n, V)`, in place, and `[NSP]` if a row may not retrieve."""
+        """Ban `[Cs]` for all rows, and `[NSP]` for rows that may not retrieve; in place, `scores` `(n, V)`."""
         scores.index_fill_(1, self.settings.never, float("-inf"))
         if self.slots.banned[: len(scores)].any():
             scores[:, self.nsp_token_id].masked_fill_(self.slots.banned_on_device[: len(scores)], float("-inf"))
         return scores
 
     def _process(self, scores: torch.Tensor) -> torch.Tensor:
-        """Return scores `(n, V)` after the logits processors, each of which sees every row as if it were alone."""
+        """Return `scores` `(n, V)` after all logits processors, which see every row as if it were alone."""
         history = None
         for processor in self.settings.processors:
             if type(processor) in _COUNTING:
@@ -114,13 +114,13 @@ class RowScores:
             if history is None:
                 history = self._history()
             prompt_ignore_length = getattr(processor, "prompt_ignore_length", None)
-            if isinstance(prompt_ignore_length, torch.Tensor):  # of each row: the padding before it
+            if isinstance(prompt_ignore_length, torch.Tensor):  # the padding before each row
                 processor.prompt_ignore_length = history.shape[1] - self._to_batch(self.slots.lengths())
             scores = self._to_slots(processor(history, self._to_batch(scores)))
         return scores
 
     def _process_by_count(self, processor: LogitsProcessor, scores: torch.Tensor) -> None:
-        """Run a processor that reads nothing but how many tokens a row has on scores `(n, V)`, in place."""
+        """Run a processor that depends only on the length of a row on `scores` `(n, V)`, in place."""
         generated = self.slots.generated[: len(scores)]
         if isinstance(processor, _MINIMUM) and self.settings.prompt_length + generated.min() >= _minimum(processor):
             return
@@ -131,7 +131,7 @@ class RowScores:
             scores[slots] = processor(any_ids, scores[slots])
 
     def _history(self, tokens: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the rows' token ids in the order of the batch, padded on the left: `(B, T)`; `tokens` come last."""
+        """Return the rows' token ids and `tokens` in the order of the batch, padded on the left: `(B, T)`."""
         n = len(self.slots)
         lengths = self.slots.lengths()[:, None]  # (n, 1)
         width = int(self.slots.columns[:n].max())
@@ -142,14 +142,14 @@ class RowScores:
         return self._to_batch(history, fill=self.settings.pad)
 
     def _to_batch(self, values: torch.Tensor, fill: int = 0) -> torch.Tensor:
-        """Put values by slot, `(n, ...)`, in the order of the batch, `(B, ...)`; rows that have left get `fill`."""
+        """Return values by slot, `(n, ...)`, in the order of the batch, `(B, ...)`; rows that have left get `fill`."""
         order = self.slots.order
         if order is None:
             return values
         return values.new_full((self.slots.count, *values.shape[1:]), fill).index_copy(0, order, values)
 
     def _to_slots(self, values: torch.Tensor) -> torch.Tensor:
-        """Put values in the order of the batch, `(B, ...)`, by slot, `(n, ...)`."""
+        """Return values in the order of the batch, `(B, ...)`, by slot, `(n, ...)`."""
         order = self.slots.order
         if order is None:
             return values
@@ -157,7 +157,7 @@ class RowScores:
 
 
 def _minimum(processor: MinLengthLogitsProcessor | MinNewTokensLengthLogitsProcessor) -> int:
-    """Return the length from which on a minimum-length processor changes nothing."""
+    """Return the length from which a minimum-length processor changes nothing."""
     if isinstance(processor, MinLengthLogitsProcessor):
         return processor.min_length
     return processor.prompt_length_to_skip + processor.min_new_tokens

@@ -1,4 +1,4 @@
-"""What is fixed for one call of generate() or generate_many() before its first token is decided."""
+"""The settings of one call of generate() or generate_many(): what the user passes, and what the decoding loop gets."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -26,24 +26,24 @@ class RetrievalConfig:
         max_retrievals (`int`, *optional*): per row; after them `[NSP]` cannot be emitted. Defaults to no limit.
         force_nsp_first (`bool`): every row begins with `[NSP]`.
         forbid_nsp (`bool`): `[NSP]` is never emitted: parametric space only.
-        candidates (`list[list[str] | None]`, *optional*): for each prompt the ids of the passages among which it
-            searches; `None` for all.
-        passages (`list[list[str | dict]]`, *optional*): an oracle: for each prompt the passages that its `[NSP]` get,
-            in order, in place of a search; ids of the index or `{"id", "title", "text"}`. When they are used up,
-            `[NSP]` cannot be emitted.
-        min_score (`float`, *optional*): a passage below it is not retrieved. A row for which nothing is found takes
-            its `[NSP]` back and decides again without it; a prompt that ends in `[NSP]` keeps it and goes on.
+        candidates (`list[list[str] | None]`, *optional*): for each prompt, the ids of the passages that it may
+            retrieve; `None` for all passages.
+        passages (`list[list[str | dict]]`, *optional*): an oracle: for each prompt, the passages of its `[NSP]`s, in
+            order, in place of a search; ids of the index or `{"id", "title", "text"}`. When they are used up, `[NSP]`
+            cannot be emitted.
+        min_score (`float`, *optional*): the lowest score of a passage that is retrieved. A row for which nothing is
+            found takes its `[NSP]` back and decides again without it; the `[NSP]` at the end of a prompt stays.
         no_repeat_passages (`bool`): a row never gets the same passage twice.
-        forget_passages (`str`, *optional*): what becomes of a passage at its `[CE]`. `None`: it stays in view.
-            `"recompute"`: `[Cs]`…`[CE]` is read again without it, and the row goes on as if the passage had never
-            been there. `"mask"`: its keys and values are dropped and nothing else changes: what was read with the
-            passage in view keeps its keys, values and positions.
-        output_query_embeds (`bool`): the trace holds the query embeddings.
-        stream_passages (`bool`): a streamer gets passages and `[Cs]` too. One with a method `on_retrieval` gets each
-            [`Retrieval`] in their place.
+        forget_passages (`str`, *optional*): what happens to a passage after its `[CE]`. `None`: it stays in view.
+            `"recompute"`: `[Cs]`…`[CE]` is forwarded again without it, and the row continues as if the passage had
+            never been there. `"mask"`: its keys and values are dropped and nothing else changes: tokens that were
+            forwarded with the passage in view keep their keys, values and positions.
+        output_query_embeds (`bool`): add the query embeddings to the trace.
+        stream_passages (`bool`): give passages and `[Cs]` to a streamer too. A streamer with a method `on_retrieval`
+            gets each [`Retrieval`] in their place.
 
     Raises:
-        `ValueError`: for values that cannot be, alone or together.
+        `ValueError`: for values that are invalid, alone or together.
     """
 
     top_k: int = 1
@@ -78,14 +78,14 @@ class RetrievalConfig:
 @dataclass
 class RetrievalCall:
     """
-    What one call of generate() or generate_many() is about, on its way through transformers' generate() to `_sample`.
+    The arguments of one call for the decoding loop, which transformers' generate() passes on to `_sample`.
 
     Args:
-        retriever ([`Retriever`], *optional*), retrieval ([`RetrievalConfig`]): what is searched, and how.
+        retriever ([`Retriever`], *optional*), retrieval ([`RetrievalConfig`]): searches the index; how to retrieve.
         memory ([`Memory`], *optional*): adjusts the logits of every decision.
-        static (`bool`): the one-token step keeps its shapes.
+        static (`bool`): the decode step keeps its shapes.
         queue ([`Queue`], *optional*): the prompts of generate_many().
-        columns (`int`, *optional*): columns of the cache to start with, if the caller has planned them.
+        columns (`int`, *optional*): number of columns of the cache to start with, if the caller has computed it.
     """
 
     retriever: Retriever | None = None
@@ -97,21 +97,21 @@ class RetrievalCall:
 
     @property
     def has_passages(self) -> bool:
-        """Whether there is something to retrieve, from an index or from an oracle."""
+        """Whether there are passages to retrieve, from an index or from an oracle."""
         return self.retriever is not None or self.retrieval.passages is not None
 
     @property
     def retrieves(self) -> bool:
-        """Whether `[NSP]` asks for passages."""
+        """Whether `[NSP]` retrieves passages."""
         return self.has_passages and not self.retrieval.forbid_nsp
 
     def columns_needed(self, config: CoSupConfig, longest: int, budget: int) -> int:
         """
-        Return how many columns the longest row may fill: its prompt, decoded tokens, and passages of full length.
+        Return the number of columns that the longest row may fill: prompt, decoded tokens, and the longest passages.
 
         Args:
             config ([`CoSupConfig`]): of the model.
-            longest (`int`), budget (`int`): tokens of the longest prompt, and tokens that a row may decide.
+            longest (`int`), budget (`int`): length of the longest prompt, and the most tokens that a row may decide.
         """
         retrievals = 0
         if self.retrieves:
@@ -125,26 +125,24 @@ class RetrievalCall:
 @dataclass(frozen=True, eq=False)
 class DecodingSettings:
     """
-    What the decoding loop is given and never changes.
+    The settings of the decoding loop, fixed for one call.
 
     Args:
         generation_config (`GenerationConfig`): as transformers prepared it; says how a static step is compiled.
         retrieval ([`RetrievalConfig`]): how to retrieve.
-        retrieves (`bool`): whether `[NSP]` asks for passages; in a call that does not retrieve it is a token like any
-            other, unless forbidden.
-        num_slots (`int`), num_columns (`int`): rows at a time, and columns of the cache to start with.
+        retrieves (`bool`): `[NSP]` retrieves passages. Otherwise it is a token like any other, unless forbidden.
+        num_slots (`int`), num_columns (`int`): the most rows at a time, and columns of the cache to start with.
         device (`torch.device`): of the prompts.
         prompt_length (`int`): columns of the prompts, padding included; processors and criteria count from there.
-        budget (`int`): tokens that a row may decide.
-        context_length (`int`): positions that Gen can read.
+        budget (`int`): the most tokens that a row may decide.
+        context_length (`int`): the most positions that Gen can read.
         pad (`int`), ends (`frozenset[int]`): the id of padding, and the ids that end a row.
         never (`torch.LongTensor`): ids that no row may decide.
-        special (`torch.LongTensor`): ids after which a pass must look at the rows one by one.
-        processors (`LogitsProcessorList`): of logits, warpers included.
-        criteria (`list[StoppingCriteria]`): all that the loop does not implement itself.
+        special (`torch.LongTensor`): ids after which the loop visits the rows one by one.
+        processors (`LogitsProcessorList`): logits processors, warpers included.
+        criteria (`list[StoppingCriteria]`): the stopping criteria that the loop does not implement itself.
         do_sample (`bool`): sample, or take the best token.
-        static (`bool`): the one-token step keeps its shapes, and is captured if `compile_config` and the device say
-            so.
+        static (`bool`): the decode step keeps its shapes, and is captured if `compile_config` and the device say so.
         refill (`bool`): finished rows make room for waiting ones, so processors see slots, not rows of the batch.
     """
 
@@ -184,13 +182,13 @@ def decoding_settings(
     device: torch.device,
 ) -> DecodingSettings:
     """
-    Read the settings of a call from what transformers has prepared for `_sample`.
+    Return the settings of a call, from what transformers has prepared for `_sample`.
 
     Args:
         config ([`CoSupConfig`]), call ([`RetrievalCall`]): of the model, and of the call.
         generation_config (`GenerationConfig`), processors (`LogitsProcessorList`), criteria (`StoppingCriteriaList`):
             as `_sample` gets them.
-        prompts (`list[list[int]]`): token ids of each, without padding.
+        prompts (`list[list[int]]`): token ids without padding.
         prompt_length (`int`): columns of the prompts, padding included.
         device (`torch.device`): of the model's inputs.
     """
@@ -236,7 +234,7 @@ def decoding_settings(
 
 
 def _num_slots(call: RetrievalCall, num_prompts: int) -> int:
-    """Return how many rows are written at a time; one at least, for a rank without prompts."""
+    """Return the most rows at a time; at least one, for a rank without prompts."""
     if call.queue is None:
         return max(num_prompts, 1)
     if call.static:
@@ -245,7 +243,7 @@ def _num_slots(call: RetrievalCall, num_prompts: int) -> int:
 
 
 def _num_columns(config: CoSupConfig, call: RetrievalCall, prompts: list[list[int]], budget: int) -> int:
-    """Return how many columns the cache starts with: a captured step should not change its shape, others may grow."""
+    """Return the columns to start with; a static cache starts large, since growth changes a captured step's shapes."""
     if call.columns:
         return call.columns
     longest = max(map(len, prompts), default=1)
@@ -255,7 +253,7 @@ def _num_columns(config: CoSupConfig, call: RetrievalCall, prompts: list[list[in
 
 
 def token_budget(generation_config: GenerationConfig, prompt_length: int) -> int:
-    """Return how many tokens a row may decide, before transformers has prepared `max_length`."""
+    """Return the most tokens that a row may decide, before transformers has prepared `max_length`."""
     if generation_config.max_new_tokens:
         return generation_config.max_new_tokens
     max_length = generation_config.max_length or prompt_length + 20  # transformers' default
@@ -263,5 +261,5 @@ def token_budget(generation_config: GenerationConfig, prompt_length: int) -> int
 
 
 def _ids(ids: Iterable[int | None], device: torch.device) -> torch.Tensor:
-    """Return a tensor of token ids; the model may lack some control tokens."""
+    """Return `ids` as a tensor, without `None` for control tokens that the model does not have."""
     return torch.tensor(sorted(id for id in ids if id is not None), dtype=torch.long, device=device)

@@ -1,7 +1,4 @@
-"""
-The state of the decoding loop, row by row: what the host knows of each slot, what the device knows, and how the two
-stay in sync.
-"""
+"""The state of the decoding loop for each row, on the host and on the device, and how the two stay in sync."""
 
 from dataclasses import dataclass, field
 
@@ -15,47 +12,47 @@ from .trace_cosup import Row
 @dataclass(eq=False)
 class Slots:
     """
-    The places of a batch, and all that is known of the rows in them.
+    The slots of a batch, and the state of the rows in them.
 
-    Slots fill up from the first one on. The first `len(slots)` of them, up to the last one that is taken, take part in
-    what is computed.
+    A row takes the first free slot. Decisions are made for the first `len(slots)` slots, up to the last one in use.
 
-    Host and device. The loop branches on what a row holds: this state is in NumPy on the host, where reading it waits
-    for nothing. Forwards and decisions compute with state on the device, since a copy from the host in every pass
-    would make the device wait. Tokens are on the device only, rows and `generated` on the host only. Four things have
-    a twin on each side:
+    Host and device. The loop branches on the state of rows, so that state is in NumPy on the host, where reading it
+    waits for nothing. Forwards and decisions compute with state on the device, since a copy from the host in every
+    pass would make the device wait. Tokens are on the device only, rows and `generated` on the host only. Four arrays
+    are on both:
 
-    - `occupied` and `banned` seldom change, and only a slot at a time: both twins are written together.
-    - `columns` and `positions` change in every pass. While every row steps, both twins count on and nothing is copied.
-      Any other event (a chunk was read, a passage left, a row came or went, one does not step) changes the host only
-      and sets `stale`: the next step copies the host's twin to the device. So the host is always right, and the
-      device unless `stale`.
+    - `occupied` and `banned` seldom change, and only for one slot at a time: host and device are written together.
+    - `columns` and `positions` change in every pass. If every row takes a decode step, both sides count on and nothing
+      is copied. Any other event (a chunk was forwarded, a passage dropped, a row came or went, a row sat out the step)
+      changes the host only and sets `stale`; the next step copies the arrays to the device. So the host is always
+      right, and the device unless `stale`.
 
     Args:
-        count (`int`): slots, the most rows at a time.
+        count (`int`): number of slots, the most rows at a time.
         device (`torch.device`): of the model's inputs.
-        pad (`int`): what an empty slot holds as its token.
-        keeps_places (`bool`): a row keeps its slot to the end, for a captured step. Otherwise the last row moves into
-            a slot that becomes free.
+        pad (`int`): the token of an empty slot.
+        keeps_slots (`bool`): a row stays in its slot until it ends, for a captured step. Otherwise the last row moves
+            into a slot that becomes free.
         keeps_order (`bool`): keep `order`, for processors that know the rows by their place in the batch.
 
     Attributes:
-        rows (`list[Row | None]`): by slot, up to the last one that is taken.
-        columns, positions, generated (`numpy.ndarray` of int64): columns that are filled, position of the next token,
-            decided tokens.
-        occupied, banned (`numpy.ndarray` of bool): slots with a row, and slots that may not decide `[NSP]` next.
+        rows (`list[Row | None]`): the row in each slot, up to the last one in use.
+        columns, positions, generated (`numpy.ndarray` of int64 and shape `(count,)`): column and position of the next
+            token to forward, and number of decided tokens.
+        occupied, banned (`numpy.ndarray` of bool and shape `(count,)`): slots with a row, and slots that may not
+            decide `[NSP]` next.
         tokens (`torch.LongTensor` of shape `(count,)`): the last decision, which is not forwarded yet.
-        occupied_on_device, banned_on_device (`torch.BoolTensor` of shape `(count,)`): the twins of both.
-        places_on_device (`torch.LongTensor` of shape `(2, count)`): the twins of `columns` and `positions`.
+        occupied_on_device, banned_on_device (`torch.BoolTensor` of shape `(count,)`): `occupied` and `banned`.
+        columns_and_positions_on_device (`torch.LongTensor` of shape `(2, count)`): `columns` and `positions`.
         order (`torch.LongTensor` of shape `(n,)`, *optional*): the row of the batch in each slot, once a row has left;
             until then `None`.
-        stale (`bool`): `places_on_device` no longer equals `columns` and `positions`.
+        stale (`bool`): `columns_and_positions_on_device` no longer equals `columns` and `positions`.
     """
 
     count: int
     device: torch.device
     pad: int = 0
-    keeps_places: bool = False
+    keeps_slots: bool = False
     keeps_order: bool = True
     rows: list[Row | None] = field(init=False, default_factory=list)
     columns: NDArray[np.int64] = field(init=False)
@@ -66,7 +63,7 @@ class Slots:
     tokens: torch.Tensor = field(init=False)
     occupied_on_device: torch.Tensor = field(init=False)
     banned_on_device: torch.Tensor = field(init=False)
-    places_on_device: torch.Tensor = field(init=False)
+    columns_and_positions_on_device: torch.Tensor = field(init=False)
     order: torch.Tensor | None = field(init=False, default=None)
     stale: bool = field(init=False, default=True)
 
@@ -79,7 +76,7 @@ class Slots:
         self.tokens = torch.full((self.count,), self.pad, dtype=torch.long, device=self.device)
         self.occupied_on_device = torch.zeros(self.count, dtype=torch.bool, device=self.device)
         self.banned_on_device = torch.zeros_like(self.occupied_on_device)
-        self.places_on_device = torch.zeros(2, self.count, dtype=torch.long, device=self.device)
+        self.columns_and_positions_on_device = torch.zeros(2, self.count, dtype=torch.long, device=self.device)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -92,7 +89,7 @@ class Slots:
     # ------------------------------------------------------------------ rows come and go
 
     def occupy(self, row: Row) -> None:
-        """Put a row into the first free slot, with no column filled yet."""
+        """Put a row that has nothing in the cache into the first free slot."""
         if None in self.rows:
             slot = self.rows.index(None)
             self.rows[slot] = row
@@ -107,16 +104,16 @@ class Slots:
 
     def vacate(self, row: Row) -> int | None:
         """
-        Take a row out, and move the last one into its slot, so that the rows are the first slots again.
+        Take a row out and, unless `keeps_slots`, move the last row into the gap.
 
         Returns:
-            `int`, *optional*: the slot from which a row was moved to `row.slot`; the KV cache must make the same move.
+            `int`, *optional*: the slot from which a row moved to `row.slot`; the KV cache must make the same move.
         """
         slot = row.slot
         self.rows[slot] = None
         self._set_occupied(slot, False)
         self.ban(slot, False)
-        if self.keeps_places:
+        if self.keeps_slots:
             self.columns[slot] = 0
             self.positions[slot] = 0
             return None
@@ -131,7 +128,7 @@ class Slots:
         return source
 
     def _move(self, row: Row, slot: int) -> None:
-        """Move all that is known of a row to another slot."""
+        """Move a row and its state to another slot."""
         for state in (self.columns, self.positions, self.generated, self.tokens):
             state[slot] = state[row.slot]
         self.ban(slot, self.banned[row.slot])
@@ -146,52 +143,52 @@ class Slots:
         self.stale = True
 
     def ban(self, slot: int, banned: bool | np.bool_) -> None:
-        """Note whether the next decision of a slot may not be `[NSP]`."""
+        """Set whether the next decision of a slot may not be `[NSP]`."""
         if self.banned[slot] != banned:
             self.banned[slot] = banned
             self.banned_on_device[slot] = bool(banned)
 
     # ------------------------------------------------------------------ rows grow and shrink
 
-    def places(self, n: int) -> torch.Tensor:
-        """Return columns and positions of the first n slots, on the device: `(2, n, 1)`, valid until the next step."""
+    def columns_and_positions(self, n: int) -> torch.Tensor:
+        """Return `columns` and `positions` of the first n slots, on the device: `(2, n, 1)`, until the next step."""
         if self.stale:
-            self.places_on_device.copy_(torch.from_numpy(np.stack([self.columns, self.positions])))
+            self.columns_and_positions_on_device.copy_(torch.from_numpy(np.stack([self.columns, self.positions])))
             self.stale = False
-        return self.places_on_device[:, :n, None]
+        return self.columns_and_positions_on_device[:, :n, None]
 
     def count_step(self, stepping: NDArray[np.bool_]) -> None:
-        """Note that the slots of `stepping`, `(n,)`, have forwarded one token."""
+        """Count one forwarded token in each slot of `stepping`, `(n,)`."""
         self.columns[: len(stepping)] += stepping
         self.positions[: len(stepping)] += stepping
         if not self.stale and np.array_equal(stepping, self.occupied[: len(stepping)]):
-            self.places_on_device += self.occupied_on_device
+            self.columns_and_positions_on_device += self.occupied_on_device
         else:
             self.stale = True
 
     def count_chunks(self, slots: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
-        """Note that the slots have read chunks of these lengths."""
+        """Count forwarded chunks of these lengths in `slots`; both of shape `(R,)`."""
         self.columns[slots] += lengths
         self.positions[slots] += lengths
         self.stale = True
 
     def shorten(self, slot: int, columns: int, positions: int) -> None:
-        """Remove columns from a slot and move its next position back."""
+        """Take columns away from a slot, and move its next position back."""
         self.columns[slot] -= columns
         self.positions[slot] -= positions
         self.stale = True
 
-    def take_back(self, slot: int) -> None:
-        """Take back the last decision of a slot, which was forwarded already."""
+    def take_token_back(self, slot: int) -> None:
+        """Take back the last token of a slot, which was decided and forwarded."""
         self.shorten(slot, columns=1, positions=1)
         self.generated[slot] -= 1
 
-    def note_decisions(self, tokens: torch.Tensor) -> None:
-        """Note the next token of every row: `tokens` `(n,)` of the first n slots."""
+    def set_tokens(self, tokens: torch.Tensor) -> None:
+        """Set the decided `tokens` `(n,)` of the first n slots, and count them."""
         n = len(tokens)
         self.tokens[:n] = tokens
         self.generated[:n] += self.occupied[:n]
 
     def lengths(self) -> torch.Tensor:
-        """Return how many columns are filled in the slots up to the last row, on the device: `(n,)`."""
+        """Return the number of filled columns of the first `len(self)` slots, on the device: `(n,)`."""
         return torch.from_numpy(self.columns[: len(self)].copy()).to(self.device)

@@ -1,4 +1,4 @@
-"""An answer while it is written, with its passages: an iterator for one thread, fed by generate() in another."""
+"""The streamer of texts and retrievals: an iterator in one thread, fed by generate() in another."""
 
 import contextlib
 import queue
@@ -18,14 +18,15 @@ INCOMPLETE = "\ufffd"  # how a tokenizer shows the first bytes of a character
 @dataclass
 class StreamEvent:
     """
-    One step of an answer.
+    One event of a stream.
 
     Args:
-        type (`str`): `"text"`: more text. `"retrieval"`: passages were retrieved, on which the text that follows is
-            grounded. `"grounded_end"`: the grounded text is over.
+        type (`str`): `"text"`: more text. `"retrieval"`: passages were retrieved, and the text after this event is
+            grounded on them. `"grounded_end"`: the grounded text has ended.
         text (`str`): of a `"text"` event, with the white space before it; empty otherwise.
-        retrieval ([`Retrieval`], *optional*): the one that began or ended, or on which the text is grounded; `None`
-            for free text. It is the object of the trace, final in `position` and `grounded_span` when the stream ends.
+        retrieval ([`Retrieval`], *optional*): the retrieval that began or ended, or on which the text is grounded;
+            `None` for free text. It is the object in the trace; its `position` and `grounded_span` are final when the
+            stream ends.
     """
 
     type: str
@@ -35,21 +36,20 @@ class StreamEvent:
 
 class RetrievalStreamer(BaseStreamer):
     """
-    A streamer to iterate over: `generate(..., streamer=streamer)` runs in one thread, `for event in streamer` in
-    another.
+    An iterable streamer: `generate(..., streamer=streamer)` runs in one thread, `for event in streamer` in another.
 
     Texts and passages are separate events: nothing needs to be parsed, and `RetrievalConfig(stream_passages=...)`
-    makes no difference. An error of generate() is raised from the loop.
+    makes no difference. The iteration raises errors of generate().
     [`~RetrievalGenerationMixin.make_streamer`] makes a streamer; each one serves one call.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): Gen's.
         stops (iterable of `int`): ids that end a grounded text: `[CE]`, `[NSP]`, EOS.
-        timeout (`float`, *optional*): seconds to wait for an event; by default, without end.
+        timeout (`float`, *optional*): seconds to wait for an event; by default no limit.
 
     Raises:
-        `TimeoutError`: from the loop, when nothing came within `timeout`.
-        `RuntimeError`: from a second call of generate() with the same streamer.
+        `TimeoutError`: by the iteration, if there is no event within `timeout`.
+        `RuntimeError`: by a second call of generate() with the same streamer.
     """
 
     def __init__(
@@ -59,14 +59,14 @@ class RetrievalStreamer(BaseStreamer):
         self._decode = text_decoder(tokenizer)
         self.stops = frozenset(stops)
         self.timeout = timeout
-        # events, then once the error of generate(), or `None` if there was none
+        # events, and at the end the error of generate(), or `None`
         self._events: queue.Queue[StreamEvent | BaseException | None] = queue.Queue()
-        self._retrieval: Retrieval | None = None  # on which the text is grounded
+        self._retrieval: Retrieval | None = None  # the current text is grounded on it
         self._prompt_is_next = True
         self._ended = False  # for the thread that generates
         self._exhausted = False  # for the thread that reads
-        self._pending: list[int] = []  # ids that are not emitted as text yet
-        self._context: list[int] = []  # the last ids before them, already emitted
+        self._pending: list[int] = []  # ids whose text is not emitted yet
+        self._context: list[int] = []  # the last ids whose text was emitted
 
     # ------------------------------------------------------------------ the thread that generates
 
@@ -92,11 +92,11 @@ class RetrievalStreamer(BaseStreamer):
         self._events.put(StreamEvent("retrieval", retrieval=retrieval))
 
     def on_error(self, error: BaseException) -> None:
-        """End with an error of generate(): the loop gives what was written before, then raises `error`."""
+        """End the stream with an error of generate(): the iteration gives the text before it, then raises it."""
         self._close(error)
 
     def end(self) -> None:
-        """End: generate() is done."""
+        """End the stream: generate() is done."""
         self._close(None)
 
     def _close(self, error: BaseException | None) -> None:
@@ -106,7 +106,7 @@ class RetrievalStreamer(BaseStreamer):
             self._events.put(error)
 
     def _emit_grounded_end(self) -> None:
-        """Emit all pending text and, if it is grounded, the end of the grounded text."""
+        """Emit all pending text and, after grounded text, its end."""
         self._emit_text(allow_incomplete=True)
         if self._retrieval is not None:
             self._events.put(StreamEvent("grounded_end", retrieval=self._retrieval))
@@ -114,10 +114,10 @@ class RetrievalStreamer(BaseStreamer):
 
     def _emit_text(self, allow_incomplete: bool = False) -> None:
         """
-        Emit what the pending ids add to the text; unless `allow_incomplete`, wait while they end within a character.
+        Emit the text of the pending ids; while it ends within a character, only if `allow_incomplete`.
 
-        They are decoded after the last ids before them, which decide whether there is a space between, and after no
-        others: the work for a token does not grow with the text.
+        They are decoded together with the ids that were emitted last, which decide whether there is a space between.
+        Earlier ids are left out, so that the work for a token does not grow with the text.
         """
         if not self._pending:
             return
@@ -159,7 +159,7 @@ class RetrievalStreamer(BaseStreamer):
 @contextlib.contextmanager
 def ending(streamer: Any) -> Iterator[None]:
     """
-    A context that ends the streamer of a call that fails: a thread that reads from it must not wait for ever.
+    End the streamer if the call within this context fails: a thread that reads from it must not wait forever.
 
     A streamer with a method `on_error` gets the error.
     """

@@ -1,4 +1,4 @@
-"""What is known of a row: its tokens, its retrievals, and how both read as text."""
+"""The rows of a call and their retrieval traces: token ids, passages, and how both become text."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,8 +17,8 @@ class Retrieval:
     One retrieval of one row.
 
     Args:
-        row (`int`): of the batch, or of the prompts of `generate_many`.
-        position (`int`): of `[NSP]` in the row's token ids: its column of `sequences`.
+        row (`int`): number of the row in the batch, or of the prompt of `generate_many`.
+        position (`int`): index of `[NSP]` in the row's token ids; in `sequences` its column.
         passages (`list[dict]`): `{"id", "title", "text"}`, best first.
         scores (`list[float | None]`): inner product of query and passage embedding (the cosine, if that is the
             similarity); `None` for passages that were given, not searched for.
@@ -60,31 +60,33 @@ class Retrieval:
         return self.scores[0]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields, with values that JSON can hold."""
+        """Return all fields as JSON values."""
         return asdict(self)
 
 
-@dataclass(eq=False)  # a row is itself, whatever it holds
+@dataclass(eq=False)  # rows are compared by identity
 class Row:
     """
-    One sequence that is being written.
+    One sequence that is being generated.
 
     Args:
-        number (`int`): of the prompt.
+        number (`int`): of the row in the batch, or of the prompt of `generate_many`.
         prompt (`list[int]`): token ids.
         candidates (`numpy.ndarray` of int64, *optional*): rows of the index that may be retrieved.
-        given_passages (`list[dict]`, *optional*): passages that the next `[NSP]` get, in order, in place of a search.
-        slot (`int`): of the cache.
-        retrievals (`list[Retrieval]`): so far; positions count from the row's first token.
+        given_passages (`list[dict]`, *optional*): passages for the next `[NSP]`s, in order, in place of a search.
+        slot (`int`): of the batch and the cache.
+        retrievals (`list[Retrieval]`): the trace so far; positions count from the row's first token.
         retrieved (`set[int]`): rows of the index that were retrieved.
-        forgotten (`list[tuple[int, list[int]]]`): passages that left the cache: their position, and their ids.
-        logits_before_nsp (`torch.Tensor` of shape `(V,)`): from which the last `[NSP]` was decided, as a memory
-            adjusted them; needed again if nothing is found.
-        reread_ids (`list[int]`): to be read next in place of the decided token.
+        forgotten (`list[tuple[int, list[int]]]`): passages that left the cache: the index of their first token in the
+            row's ids, and their ids.
+        logits_before_nsp (`torch.Tensor` of shape `(V,)`): adjusted logits from which the last `[NSP]` was decided;
+            needed again if nothing is found.
+        recompute_ids (`list[int]`): with `forget_passages="recompute"`, token ids to forward again in the next pass,
+            the last decision included.
         passage_columns (`tuple[int, int]`, *optional*): columns `[start, end)` of the last passage, without `[Cs]`,
             while it is in the cache.
-        ids (`list[int]`): all that was written, once the row is finished.
-        num_generated_tokens (`int`): decided tokens, once the row is finished.
+        ids (`list[int]`): all token ids, prompt and passages included, once the row is finished.
+        num_generated_tokens (`int`): number of decided tokens, once the row is finished.
     """
 
     number: int
@@ -96,28 +98,28 @@ class Row:
     retrieved: set[int] = field(default_factory=set)
     forgotten: list[tuple[int, list[int]]] = field(default_factory=list)
     logits_before_nsp: torch.Tensor | None = None
-    reread_ids: list[int] = field(default_factory=list)
+    recompute_ids: list[int] = field(default_factory=list)
     passage_columns: tuple[int, int] | None = None
     ids: list[int] = field(default_factory=list)
     num_generated_tokens: int = 0
 
     def may_retrieve(self, max_retrievals: int | None) -> bool:
-        """Return whether `max_retrievals` (`None` for any number) and given passages leave the row a retrieval."""
+        """Return whether the row is below `max_retrievals` (`None`: no limit) and has given passages left, if any."""
         if max_retrievals is not None and len(self.retrievals) >= max_retrievals:
             return False
         return self.given_passages is None or len(self.given_passages) > 0
 
     @property
     def num_forgotten(self) -> int:
-        """Tokens that were written and are no longer in the cache."""
+        """Number of tokens that are no longer in the cache."""
         return sum(len(ids) for _, ids in self.forgotten)
 
     def forget(self, cached_ids: list[int]) -> tuple[int, int]:
         """
-        Note that the last passage leaves the cache; it still belongs to the row's ids.
+        Keep the ids of the last passage, which leaves the cache but still belongs to the row.
 
         Args:
-            cached_ids (`list[int]`): what the cache holds of the row, the passage included.
+            cached_ids (`list[int]`): token ids of the row in the cache, the passage included.
 
         Returns:
             `tuple[int, int]`: the columns `[start, end)` of the passage.
@@ -130,10 +132,10 @@ class Row:
 
     def finish(self, cached_ids: list[int], stops: set[int]) -> None:
         """
-        Make ids and grounded spans final.
+        Set the final ids, with forgotten passages in their places, and the final grounded spans.
 
         Args:
-            cached_ids (`list[int]`): what the cache holds, and the last decision; forgotten passages are put back.
+            cached_ids (`list[int]`): token ids of the row in the cache, and the last decision.
             stops (`set[int]`): ids that end a grounded text.
         """
         ids = list(cached_ids)
@@ -151,10 +153,10 @@ class Row:
 
 class RetrievalError(RuntimeError):
     """
-    The search failed while rows were being written.
+    The search failed during generation.
 
     Attributes:
-        finished (`list[Row]`): the rows that were done; `number`, `ids` and `retrievals` of each are final.
+        finished (`list[Row]`): the rows that had ended; `number`, `ids` and `retrievals` of each are final.
     """
 
     def __init__(self, message: str, finished: list[Row]) -> None:
@@ -163,7 +165,7 @@ class RetrievalError(RuntimeError):
 
 
 def text_decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
-    """Return the function that decodes token ids without special tokens."""
+    """Return a function that decodes token ids and skips special tokens."""
     return partial(tokenizer.decode, skip_special_tokens=True)  # type: ignore[return-value]  # one list, one text
 
 
@@ -174,7 +176,7 @@ def cited_text(ids: list[int], trace: Sequence[Retrieval], start: int, tokenizer
     Args:
         ids (`list[int]`): of the row.
         trace (`Sequence[Retrieval]`): its retrievals; their positions count from the first of `ids`.
-        start (`int`): where the text begins, after the prompt.
+        start (`int`): index of the first token after the prompt.
         tokenizer (`PreTrainedTokenizerBase`): Gen's.
     """
     decode = text_decoder(tokenizer)
@@ -193,7 +195,7 @@ def cited_text(ids: list[int], trace: Sequence[Retrieval], start: int, tokenizer
             citations += f"[{number}]"
         span_start, span_end = retrieval.grounded_span
         grounded_text = decode(ids[span_start:span_end]).strip()
-        pieces.append(decode(ids[position : max(position, retrieval.position)]))
+        pieces.append(decode(ids[position : retrieval.position]))  # empty for the [NSP] of a prompt
         pieces.append(f"{grounded_text} {citations}")
         position = span_end
     pieces.append(decode(ids[position:]))
@@ -210,7 +212,7 @@ def written_text(ids: list[int], trace: Sequence[Retrieval], start: int, tokeniz
     spans = []
     position = start
     for retrieval in trace:
-        spans.append(ids[position : max(position, retrieval.position)])
+        spans.append(ids[position : retrieval.position])  # empty for the [NSP] of a prompt
         position = retrieval.grounded_span[0]
     spans.append(ids[position:])
     decode = text_decoder(tokenizer)

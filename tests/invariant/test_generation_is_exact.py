@@ -40,7 +40,7 @@ def generate(model, index, prompts, steer, **kwargs):
 
 
 def unpadded_traces(output, prompts):
-    """`[(column, passage id)]` of each row as in the reference: columns count without the padding of the prompt."""
+    """Return `[(column, passage id)]` of each row; columns do not count the prompt's padding, as in the reference."""
     traces = []
     for prompt, trace in zip(prompts, output.retrievals, strict=True):
         padding = output.prompt_length - len(prompt)
@@ -139,6 +139,25 @@ def test_right_padded_prompts():
         assert [retrieval.position for retrieval in right_trace] == [retrieval.position for retrieval in left_trace]
 
 
+def test_columns_that_are_padding_in_every_row_are_kept():
+    model, tokenizer, index, prompts, steer = setup()
+    prompt = prompts[1]
+    padding = [tokenizer.pad_token_id] * 3
+    left_mask = [0] * 3 + [1] * len(prompt)
+
+    def generate_padded(ids, mask):
+        inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.tensor([mask])}
+        options = {"max_new_tokens": MAX_NEW_TOKENS, "return_dict_in_generate": True}
+        return model.generate(**inputs, retriever=index, **options)
+
+    left = generate_padded([*padding, *prompt], left_mask)
+    right = generate_padded([*prompt, *padding], left_mask[::-1])
+    assert right.prompt_length == len(prompt) + 3
+    assert right.retrievals[0]
+    assert torch.equal(right.sequences, left.sequences)
+    assert right.retrievals == left.retrievals
+
+
 @pytest.mark.parametrize("pooling", ["eos", "mean"])
 def test_queries_from_emb_seq(pooling):
     model, tokenizer, index, prompts, steer = setup(query_from="emb_seq", emb_seq_pooling=pooling)
@@ -174,7 +193,7 @@ def test_queries_from_an_encoder_with_its_own_tokenizer(query_from):
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral"])
 def test_without_nsp_token_id_it_is_plain_gen(architecture):
-    """The same tokens as Gen's own generate(), [NSP] and [Cs] treated as any token; the same logits in forward."""
+    """Check for Gen's own tokens and logits: [NSP] and [Cs] are tokens like any other."""
     tokenizer = make_tokenizer()
     model = make_model(architecture, tokenizer=tokenizer)
     index = model.build_index(PASSAGES, show_progress_bar=False)

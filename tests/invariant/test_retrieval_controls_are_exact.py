@@ -17,7 +17,7 @@ MAX_NEW_TOKENS = 24
 
 
 class EndGroundedText(LogitsProcessor):
-    """Makes a random model write `[CE]` now and then; like `Steer` it reads nothing but the row's own tokens."""
+    """Makes a random model write `[CE]` now and then; like `Steer` it depends only on the row's tokens."""
 
     def __init__(self, model, every=4):
         self.ce = model.config.ce_token_id
@@ -65,9 +65,9 @@ def generate(model, index, prompts, processors, settings, **kwargs):
 
 class Reference:
     """
-    One row the slow way: all that is in view goes through Gen for every token.
+    Generates one row the slow way: Gen forwards all tokens in view for every decision.
 
-    A memory sees what enters Gen's submodules.
+    A memory gets what enters Gen's submodules.
     """
 
     def __init__(self, model, index, processors, settings, prompt, row, memory=None):
@@ -81,7 +81,7 @@ class Reference:
         self.ids = list(prompt)
         self.trace = []
         self.forgotten = []  # (start, end, column of [CE]) of passages
-        self.pool = None  # rows of the index that may be found
+        self.pool = None  # rows of the index that may be retrieved
         if settings.candidates is not None and settings.candidates[row] is not None:
             self.pool = [index.row_of(id) for id in settings.candidates[row]]
         self.given = None
@@ -89,14 +89,14 @@ class Reference:
             self.given = list(settings.passages[row])
 
     def view(self):
-        """The ids without forgotten passages."""
+        """Return the ids without forgotten passages."""
         ids = list(self.ids)
         for start, end, _ in reversed(self.forgotten):
             del ids[start:end]
         return ids
 
     def hidden_state(self):
-        """Gen's last hidden state at the last token; `states` become what enters the memory's submodules there."""
+        """Return Gen's last hidden state at the last token; keep what enters the memory's submodules in `states`."""
 
         def keep(module, args, name):
             self.states[name] = args[0][:, -1]
@@ -143,7 +143,7 @@ class Reference:
         return self.given is None or len(self.given) > 0
 
     def find(self, hidden):
-        """Ids of the passages that the row gets, best first."""
+        """Return the ids of the passages that the row gets, best first."""
         top_k, min_score = self.settings.top_k, self.settings.min_score
         if self.given is not None:
             passage_ids = self.given[:top_k]
@@ -165,7 +165,7 @@ class Reference:
         return found[:top_k]
 
     def join(self, passage_ids):
-        """Token ids of passages, with a line break between."""
+        """Return the token ids of passages, with a line break between."""
         separator = encode_texts(self.model.tokenizer, ["\n"])[0]
         joined = []
         for id in passage_ids:
@@ -227,7 +227,7 @@ class Reference:
 
 
 def check(settings, gen="llama", every=7, make_memory=None, **kwargs):
-    """A batch, with and without a static cache, and generate_many() equal the reference of each row."""
+    """Check a batch, with and without a static cache, and generate_many() against the reference of each row."""
     model, index, prompts, processors = setup(gen, every, **kwargs)
     memory = None if make_memory is None else make_memory(model)
     output, rows, traces = generate(model, index, prompts, processors, settings, memory=memory)
@@ -251,7 +251,7 @@ def check(settings, gen="llama", every=7, make_memory=None, **kwargs):
 
 
 def all_ids(trace):
-    """Ids of all passages of a row."""
+    """Return the ids of all passages of a row."""
     return [id for _, passage_ids in trace for id in passage_ids]
 
 

@@ -21,7 +21,7 @@ WORDS += ["radium", "when", "was it", "Warsaw", "a physicist"]
 
 
 def question(i):
-    """A question of one to four phrases."""
+    """Return a question of one to four phrases."""
     words = [WORDS[(i * k) % 10] for k in range(1, 2 + i % 4)]
     return " ".join(words) + "?"
 
@@ -65,7 +65,7 @@ def one_by_one(model, index, prompts, options):
     return outputs, continuations
 
 
-def test_on_completion_gets_each_new_answer_and_says_what_the_bar_shows(
+def test_on_completion_gets_each_new_answer_and_returns_what_the_bar_shows(
     model, index, prompts, options, tmp_path, capsys
 ):
     options |= {"show_progress_bar": True, "output_file": tmp_path / "answers.jsonl"}
@@ -135,7 +135,7 @@ def test_a_finished_row_makes_room_for_the_next(model, index, prompts, options, 
     assert [completion.token_ids for completion in completions] == expected
 
 
-def test_fewer_rows_where_the_cache_may_hold_fewer_tokens(model, index, prompts, options):
+def test_max_batch_tokens_limits_the_rows(model, index, prompts, options):
     sizes = []
     model.gen.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
@@ -203,7 +203,7 @@ def test_the_output_file_holds_every_answer(model, index, prompts, options, tmp_
     assert isinstance(again[0], Completion)
 
 
-def test_an_interrupted_call_goes_on(model, index, prompts, options, tmp_path):
+def test_an_interrupted_call_can_be_resumed(model, index, prompts, options, tmp_path):
     path = tmp_path / "answers.jsonl"
     expected = model.generate_many(prompts, retriever=index, **options)
 
@@ -227,7 +227,7 @@ def test_an_interrupted_call_goes_on(model, index, prompts, options, tmp_path):
     lines = path.read_text(encoding="utf-8").splitlines()
     assert 0 < len(lines) < 17
     with path.open("a", encoding="utf-8") as file:
-        file.write(lines[0][: len(lines[0]) // 2])  # as a kill in the middle of a write leaves it
+        file.write(lines[0][: len(lines[0]) // 2])  # as if it was killed in the middle of a write
     completions = model.generate_many(prompts, retriever=index, batch_size=3, output_file=path, **options)
     assert [completion.token_ids for completion in completions] == [answer.token_ids for answer in expected]
     assert path.read_text(encoding="utf-8").splitlines()[: len(lines)] == lines
@@ -268,7 +268,7 @@ index = model.build_index(PASSAGES, show_progress_bar=False)
 fast_search = index.search
 
 def slow_search(*args, **kwargs):
-    time.sleep(0.02)  # time to be killed in
+    time.sleep(0.02)  # leaves time for the kill
     return fast_search(*args, **kwargs)
 
 index.search = slow_search

@@ -1,4 +1,4 @@
-"""What generate() takes and returns; tests/invariant hold that it is exact."""
+"""Arguments and outputs of generate(); tests/invariant checks that it is exact."""
 
 import pytest
 import torch
@@ -173,7 +173,7 @@ def test_nsp_as_the_last_token_of_the_budget_retrieves_nothing(model, inputs, in
 
 def test_min_new_tokens_counts_decoded_tokens(model, inputs, index, steer):
     ends = model.generation_config.eos_token_id
-    eager = Prefer(ends, 500.0)  # wants to end at every step, unless it retrieves
+    eager = Prefer(ends, 500.0)  # ends as soon as it may, unless it retrieves
     assert set(generate(model, inputs, index, steer, eager).num_generated_tokens.tolist()) <= {1, 2, 3, 4}
     output = generate(model, inputs, index, steer, eager, min_new_tokens=7)
     assert num_retrievals(output) >= 2
@@ -249,7 +249,7 @@ def test_passages_for_which_there_is_no_room_are_not_cited(model, index):
     )
     lengths = [len(index[index.row_of(id)]["input_ids"]) for id in passage_ids]
     separator = len(encode_texts(model.tokenizer, ["\n"])[0])
-    cases = [  # room for tokens, passages of which at least one is read
+    cases = [  # tokens that there is room for, passages of which at least one token is read
         (1, 1),
         (lengths[0] + separator, 1),
         (lengths[0] + separator + 1, 2),
@@ -289,7 +289,7 @@ def test_cs_is_never_generated(model, inputs, index, steer):
         assert (output.sequences == cs).sum(1).tolist() == [len(trace) for trace in output.retrievals]
         plain = model.generate(**inputs, max_new_tokens=10, logits_processor=processors, **options)
         assert cs not in plain
-    config = GenerationConfig(suppress_tokens=[5])  # a user's own
+    config = GenerationConfig(suppress_tokens=[5])  # set by a user
     output = generate(model, inputs, index, steer, Prefer([cs]), generation_config=config)
     assert (output.sequences == cs).sum(1).tolist() == [len(trace) for trace in output.retrievals]
 
@@ -361,8 +361,8 @@ def test_the_defaults_of_the_checkpoint_are_greedy(model, inputs, index, steer):
     [{"max_retrievals": 1}, {"forbid_nsp": True}, {"min_score": 9.0}],
     ids=lambda settings: next(iter(settings)),
 )
-def test_sampling_where_nsp_is_likely_but_not_allowed(model, inputs, index, warper, settings):
-    """The warpers choose among what is allowed: they must not keep `[NSP]` alone."""
+def test_sampling_when_nsp_is_likely_but_not_allowed(model, inputs, index, warper, settings):
+    """Check that warpers choose among allowed tokens only: they must not keep `[NSP]` alone."""
     torch.manual_seed(0)
     eager = Prefer([model.config.nsp_token_id])
     config = RetrievalConfig(**settings)
@@ -415,7 +415,8 @@ def test_a_static_cache_gives_the_same_tokens(model, inputs, index, steer):
         assert torch.equal(output.sequences, expected.sequences)
         assert model._static_row_cache.static
         for trace, expected_trace in zip(output.retrievals, expected.retrievals, strict=True):
-            assert [r.passage_id for r in trace] == [r.passage_id for r in expected_trace]
+            passage_ids = [retrieval.passage_id for retrieval in trace]
+            assert passage_ids == [retrieval.passage_id for retrieval in expected_trace]
 
 
 def test_a_static_cache_can_be_released(model, inputs, index):

@@ -1,4 +1,4 @@
-"""What generate() refuses: arguments, architectures and settings that cannot be."""
+"""Arguments, architectures and settings that generate() refuses."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_what_cannot_be_combined_with_retrieval_raises(model, inputs, index, opt
 def test_arguments_that_retrieval_would_ignore_raise(model, inputs, index):
     with pytest.raises(ValueError, match="passage_input_ids, position_ids: not available with a retriever"):
         generate(model, inputs, index, position_ids=inputs["attention_mask"], passage_input_ids=inputs["input_ids"])
-    with pytest.raises(TypeError):  # transformers' third argument is another one
+    with pytest.raises(TypeError):  # the third argument of transformers' generate() is not the retriever
         model.generate(inputs["input_ids"], None, index)
     holes = inputs["attention_mask"].clone()
     holes[2, -2] = 0
@@ -90,7 +90,7 @@ def test_architectures_that_are_refused(gen, message):
         ({"forget_passages": "yes"}, "'recompute' or 'mask'"),
     ],
 )
-def test_settings_that_cannot_be(settings, message):
+def test_invalid_settings_raise(settings, message):
     with pytest.raises(ValueError, match=message):
         RetrievalConfig(**settings)
 

@@ -1,4 +1,4 @@
-"""Rows of a batch: they end and leave, processors see each one alone, a failed search keeps those that are done."""
+"""Rows of a batch: they end and leave, processors see each one alone, and a failed search keeps the finished ones."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_finished_rows_leave_the_batch(model, inputs, index, steer):
     steps = [rows for rows, width in shapes if width == 1]
     assert steps == sorted(steps, reverse=True)
     assert len(set(steps)) > 1
-    # a row decides its first token after its prompt, and after its last token it is gone
+    # the first token of a row is decided after the prefill, and its last one is not forwarded
     assert sum(steps) == sum(count - 1 for count in output.num_generated_tokens.tolist())
 
 
@@ -92,7 +92,7 @@ def test_processors_see_the_whole_batch_in_order(model, inputs, index, steer):
 
 
 def assert_one_letter_per_row(model, output, letters):
-    """Each row wrote nothing but its letter, `[NSP]` and the end."""
+    """Check that each row generated only its letter, `[NSP]` and the end."""
     others = {model.config.nsp_token_id, *model.generation_config.eos_token_id, model.tokenizer.pad_token_id}
     for letter, ids, trace in zip(letters, output.sequences.tolist(), output.retrievals, strict=True):
         written = set()
@@ -182,4 +182,4 @@ def test_a_failed_search_ends_the_stream(model, inputs, index):
     eager = Prefer([model.config.nsp_token_id])
     with pytest.raises(RetrievalError):
         generate(model, {"input_ids": inputs["input_ids"][1:2]}, Breaks(index), eager, streamer=streamer)
-    assert streamer.ended  # a thread that reads from it does not wait for ever
+    assert streamer.ended  # a thread that reads from it does not wait forever

@@ -1,4 +1,4 @@
-"""The state of the decoding loop: host and device agree, and nothing is copied while every row steps."""
+"""The state of the decoding loop: host and device agree, and nothing is copied while all rows step."""
 
 import random
 
@@ -10,10 +10,10 @@ from modeling_cosup.slots_cosup import Slots
 from modeling_cosup.trace_cosup import Row
 
 
-def check_twins(slots, contents):
-    """Both sides hold what each row should have: `contents` is `{row: [columns, positions, generated, banned]}`."""
+def check_contents(slots, contents):
+    """Check host and device against `contents`: `{row: [columns, positions, generated, banned]}`."""
     n = len(slots)
-    columns, positions = slots.places(n)[:, :, 0].numpy()
+    columns, positions = slots.columns_and_positions(n)[:, :, 0].numpy()
     for row, (column, position, generated, banned) in contents.items():
         slot = row.slot
         assert slots.rows[slot] is row and slots.occupied[slot]
@@ -26,13 +26,13 @@ def check_twins(slots, contents):
     assert np.array_equal(slots.banned, slots.banned_on_device.numpy())
 
 
-@pytest.mark.parametrize("keeps_places", [False, True])
+@pytest.mark.parametrize("keeps_slots", [False, True])
 @pytest.mark.parametrize("seed", range(5))
-def test_twins_agree_whatever_happens(keeps_places, seed):
+def test_host_and_device_agree_after_every_event(keeps_slots, seed):
     rng = random.Random(seed)
     contents = {}
     number = 0
-    slots = Slots(6, torch.device("cpu"), pad=3, keeps_places=keeps_places)
+    slots = Slots(6, torch.device("cpu"), pad=3, keeps_slots=keeps_slots)
     for _ in range(200):
         action = rng.choice(["occupy", "vacate", "ban", "step", "step", "chunk", "take_back"])
         row = rng.choice(list(contents)) if contents else None
@@ -55,7 +55,7 @@ def test_twins_agree_whatever_happens(keeps_places, seed):
             contents[row][0] += 5
             contents[row][1] += 5
         elif action == "take_back":
-            slots.take_back(row.slot)
+            slots.take_token_back(row.slot)
             for i in range(3):
                 contents[row][i] -= 1
         else:
@@ -63,31 +63,31 @@ def test_twins_agree_whatever_happens(keeps_places, seed):
             resting = row if rng.random() < 0.3 else None
             if resting is not None:
                 stepping[resting.slot] = False
-            slots.places(len(slots))
+            slots.columns_and_positions(len(slots))
             slots.count_step(stepping)
-            slots.note_decisions(torch.full((len(slots),), 7))
+            slots.set_tokens(torch.full((len(slots),), 7))
             for other, values in contents.items():
                 values[2] += 1
                 if other is not resting:
                     values[0] += 1
                     values[1] += 1
-        check_twins(slots, contents)
+        check_contents(slots, contents)
     assert number > 10
 
 
-def test_nothing_is_copied_while_every_row_steps():
+def test_nothing_is_copied_while_all_rows_step():
     slots = Slots(4, torch.device("cpu"))
     for number in range(3):
         slots.occupy(Row(number, [1]))
     slots.count_chunks(np.arange(3), np.array([4, 2, 7]))
-    places = slots.places(3)
+    columns, _ = slots.columns_and_positions(3)
     for _ in range(5):
         slots.count_step(slots.occupied[:3].copy())
         assert not slots.stale
-    assert places[0, :, 0].tolist() == [9, 7, 12]  # the same memory: a captured step reads it
+    assert columns[:, 0].tolist() == [9, 7, 12]  # the same memory: a captured step reads it
     slots.count_step(np.array([True, False, True]))
     assert slots.stale
-    assert slots.places(3)[0, :, 0].tolist() == [10, 7, 13]
+    assert slots.columns_and_positions(3)[0, :, 0].tolist() == [10, 7, 13]
 
 
 def test_the_last_row_moves_into_the_gap():
@@ -95,7 +95,7 @@ def test_the_last_row_moves_into_the_gap():
     rows = [Row(number, [1]) for number in range(3)]
     for row in rows:
         slots.occupy(row)
-    slots.note_decisions(torch.tensor([11, 12, 13]))
+    slots.set_tokens(torch.tensor([11, 12, 13]))
     assert slots.order is None
     assert slots.vacate(rows[0]) == 2  # slot 2 moved to slot 0
     assert slots.rows == [rows[2], rows[1]]

@@ -1,4 +1,4 @@
-"""The streamer of texts and retrievals: its events, put together, are the trace and the texts of the call."""
+"""The streamer of texts and retrievals: its events together hold the trace and the texts of the call."""
 
 import queue
 import re
@@ -121,7 +121,7 @@ def cited(events):
 
 
 def check(model, events, output):
-    """The events hold the trace and the texts of the output; return the spans that they make."""
+    """Check that the events hold the trace and the texts of the output, and return their spans."""
     ids, trace = output.sequences[0].tolist(), output.retrievals[0]
     spans = spans_of(events)
     assert [event.retrieval for event in events if event.type == "retrieval"] == trace
@@ -213,7 +213,7 @@ def test_plain_generation_streams_its_text(model):
 
 
 def metaspace_tokenizer():
-    """As in SentencePiece, a space belongs to the word after it, and the first one of a text is stripped."""
+    """Return a tokenizer like SentencePiece: a space belongs to the next word; a text loses its first space."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
@@ -224,7 +224,7 @@ def metaspace_tokenizer():
 
 
 def wordpiece_tokenizer():
-    """Spaces are no tokens: they go between words, not before the rest of one."""
+    """Return a tokenizer without tokens for spaces: decoding puts them between words, not within one."""
     vocab = "<unk> Rem ##brandt painted the Night Watch in Amsterdam . Curie who ? # Input Output :".split()
     backend = Tokenizer(models.WordPiece({word: id for id, word in enumerate(vocab)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

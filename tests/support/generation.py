@@ -1,4 +1,4 @@
-"""Generation under test: a processor that makes random models retrieve, and the slow reference of the loop."""
+"""Helpers for tests of generation: a processor that makes random models retrieve, and a slow reference of the loop."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ QUESTIONS = ["who?", "who painted the Night Watch?", "Curie", "when was it finis
 
 
 class Prefer(LogitsProcessor):
-    """Adds to the scores of some tokens, at every step."""
+    """Adds a bonus to the scores of some tokens, in every decision."""
 
     def __init__(self, ids: Sequence[int], bonus: float = 1000.0) -> None:
         self.ids = ids
@@ -30,10 +30,10 @@ class Prefer(LogitsProcessor):
 
 class Steer(LogitsProcessor):
     """
-    Makes a random model retrieve at different steps, in some rows several times, in others never.
+    Makes a random model retrieve at different steps: in some rows several times, in others never.
 
-    The rule reads nothing but the row's tokens (the last one, how many there are, and whether `quiet_id` is among
-    them), so it means the same for a row alone, a row of a padded batch and a recompute of the whole prefix.
+    The rule depends only on the row's tokens (the last one, their number, and whether `quiet_id` is among them), so it
+    does the same to a row alone, a row in a padded batch, and a recompute of the whole prefix.
     """
 
     def __init__(self, model: Any, retrieve_every: int = 7, end_every: int | None = None, quiet_id: int = -1) -> None:
@@ -67,10 +67,11 @@ def reference_generate(
     encode_query: Callable[[list[int]], torch.Tensor] | None = None,
 ) -> tuple[list[int], list[tuple[int, str]]]:
     """
-    Generate one row greedily, the slow way: the whole prefix goes through Gen for every token, without a cache.
+    Generate one row greedily, the slow way: Gen forwards the whole prefix for every token, without a cache.
 
     Args:
-        encode_query (`Callable`, *optional*): the query embedding of token ids; by default Gen's hidden state.
+        encode_query (`Callable`, *optional*): returns the query embedding of token ids; by default it is Gen's hidden
+            state.
 
     Returns:
         The ids of the row, and a `(column, passage id)` pair for each retrieval.
@@ -112,7 +113,7 @@ def left_pad(prompts: Sequence[Sequence[int]], pad: int) -> dict[str, torch.Tens
 
 
 def real_tokens(output: Any, attention_mask: torch.Tensor, pad: int) -> list[list[int]]:
-    """Return each row of `sequences` without padding: the prompt's by its mask, on the right by the pad id."""
+    """Return each row of `sequences` without padding, which the mask shows in the prompt and the pad id after it."""
     rows = []
     for sequence, mask in zip(output.sequences, attention_mask, strict=True):
         prompt = sequence[: output.prompt_length][mask.bool()]
@@ -133,7 +134,7 @@ def assert_same_retrievals(traces: Sequence[Sequence[Retrieval]], expected: Sequ
 
 
 class Collect(BaseStreamer):
-    """A streamer that keeps the tokens."""
+    """A streamer that collects the tokens."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -169,13 +170,13 @@ def question_that_retrieves(model: Any) -> list[int]:
 def generate(
     model: Any, inputs: dict[str, torch.Tensor], index: Any, *processors: LogitsProcessor, **kwargs: Any
 ) -> Any:
-    """Generate 20 tokens with a trace, unless `kwargs` say otherwise."""
+    """Generate 20 tokens and return a trace, unless `kwargs` say otherwise."""
     options = {"max_new_tokens": 20, "return_dict_in_generate": True, **kwargs}
     return model.generate(**inputs, retriever=index, logits_processor=LogitsProcessorList(processors), **options)
 
 
 def prompt_of(inputs: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
-    """Return `input_ids` of a row alone, without padding."""
+    """Return the `input_ids` of one row alone, without padding."""
     return {"input_ids": inputs["input_ids"][row][inputs["attention_mask"][row].bool()][None]}
 
 
@@ -185,5 +186,5 @@ def rows_of(model: Any, inputs: dict[str, torch.Tensor], output: CoSupGenerateOu
 
 
 def num_retrievals(output: CoSupGenerateOutput) -> int:
-    """Return the retrievals of all rows together."""
+    """Return the number of retrievals in all rows together."""
     return sum(map(len, output.retrievals))
