@@ -476,8 +476,8 @@ def test_a_full_disk_says_what_to_free_and_keeps_complete_shards(inputs, tmp_pat
         result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=200)
         assert result.returncode == 1, result.stderr[-3000:]
         assert "no room for the next shard" in result.stderr, result.stderr[-3000:]
-        assert "MB for the embeddings of 6 passages that are left" in result.stderr
-        assert "the same call then goes on" in result.stderr
+        assert "MB for the embeddings of the 6 remaining passages" in result.stderr
+        assert "the same call then resumes" in result.stderr
         work = folder / ".index.unfinished"
         assert sorted(path.name for path in work.glob("shard-*")) == ["shard-00000.json", "shard-00001.json"]
         assert not (folder / "index").exists()

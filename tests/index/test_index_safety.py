@@ -57,7 +57,7 @@ def test_an_altered_config_and_bad_deletions_are_found(model, tmp_path):
     build(model, tmp_path / "index").delete(["p1", "p3"])
     shutil.copytree(tmp_path / "index", tmp_path / "altered")
     edit(tmp_path / "altered", lambda config: config.update(deleted=None), sign=False)
-    with pytest.raises(ValueError, match="its SHA-256 is not the one that it holds"):
+    with pytest.raises(ValueError, match="it does not match its own SHA-256"):
         PassageIndex.from_pretrained(tmp_path / "altered")
     index = PassageIndex.from_pretrained(tmp_path / "index")
     for rows in ([3, 1], [1, 1], [-1, 2], [2, 6]):

@@ -108,7 +108,7 @@ def test_candidates(tmp_path, where):
 def test_bad_candidates():
     index = random_index()
     for pool, message in [
-        ([3, 300], r"candidates\[1\] holds \[300\], which are no rows of this index \(0 to 299\)"),
+        ([3, 300], r"candidates\[1\] holds \[300\], which are not rows of this index \(0 to 299\)"),
         ([-1], r"candidates\[1\] holds \[-1\]"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -117,7 +117,7 @@ def test_bad_candidates():
         index.search(queries(2), candidates=[[1]])
     with pytest.raises(ValueError, match="does not hold 6 of 7 ids: \\['x0', 'x1', 'x2', 'x3', 'x4'\\]"):
         index.rows_of(["m1", *(f"x{i}" for i in range(6))])
-    with pytest.raises(ValueError, match="5 is no passage id, expected a string"):
+    with pytest.raises(ValueError, match="5 is not a passage id, expected a string"):
         index.rows_of([5])
     assert index.rows_of([]).dtype == np.int64
 
@@ -353,7 +353,7 @@ def test_what_cannot_be_added_changes_nothing(model, tmp_path, where):
         ([new, PASSAGES[2]], "Corpus row 1: id 'p2' is already in the index"),
         (iter([new, {"id": "newer", "text": "word"}, PASSAGES[2]]), "Corpus row 2: id 'p2' is already in the index"),
         ([new, {"id": "x", "text": ""}], "Corpus row 1: text is ''"),
-        ([new, new], "Corpus row 1: id 'new' is already used"),
+        ([new, new], "Corpus row 1: id 'new' is already in Corpus row 0"),
         ([], "holds no passage"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -366,7 +366,7 @@ def test_what_cannot_be_added_changes_nothing(model, tmp_path, where):
     if folder is not None:
         assert sorted(os.listdir(folder)) == files
         index.train_approximate("HNSW8")
-        with pytest.raises(ValueError, match="was not loaded and could not be extended"):
+        with pytest.raises(ValueError, match="was not loaded and cannot be extended"):
             PassageIndex.from_pretrained(folder, search="exact").add([new], model)
 
 

@@ -112,7 +112,7 @@ def test_an_upload_that_is_killed_goes_on(large, killed, monkeypatch, case):
     index, _ = large
     uri, name = killed[case]
     *_, num_batches = KILLED[case]
-    message = "the upload has not ended; call MilvusPassageIndex.from_index with the same index"
+    message = "the upload is not complete; call MilvusPassageIndex.from_index with the same index"
     with pytest.raises(ValueError, match=message):
         MilvusPassageIndex(uri, name)
     calls = count_calls(monkeypatch)
@@ -129,7 +129,7 @@ def test_an_upload_of_another_index_does_not_go_on(large, index, the_model, milv
     connection = MilvusConnection(milvus_server.uri, "other")
     milvus_upload_cosup.set_properties(connection, complete="false")
     changed = the_model.build_index([{**PASSAGES[0], "text": "Changed."}, *PASSAGES[1:]], show_progress_bar=False)
-    message = "'other' exists already and is not an unfinished upload of this index"
+    message = "'other' already exists and is not an unfinished upload of this index"
     for another, options in ((changed, {}), (large[0], {}), (index, {"index_type": "HNSW"})):
         with pytest.raises(FileExistsError, match=message):
             upload(another, milvus_server, "other", **options)
@@ -176,7 +176,7 @@ def test_an_upload_that_lost_passages_does_not_count_as_complete(index, milvus_s
     with pytest.raises(RuntimeError, match="there are 5 passages after the upload, expected 6"):
         upload(index, milvus_server, "lost")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="the upload has not ended"):
+    with pytest.raises(ValueError, match="the upload is not complete"):
         MilvusPassageIndex(milvus_server.uri, "lost")
     check_equal(upload(index, milvus_server, "lost"), index)
 
@@ -185,7 +185,7 @@ def test_another_collection_is_overwritten_only_on_request(index, the_model, mil
     smaller = the_model.build_index(PASSAGES[:2], show_progress_bar=False)
     upload(index, milvus_server, "taken")
     for again in (smaller, index):
-        with pytest.raises(FileExistsError, match="'taken' exists already"):
+        with pytest.raises(FileExistsError, match="'taken' already exists"):
             upload(again, milvus_server, "taken")
     check_equal(MilvusPassageIndex(milvus_server.uri, "taken"), index)
     check_equal(upload(smaller, milvus_server, "taken", overwrite=True), smaller, k=2)
@@ -334,7 +334,7 @@ def test_a_collection_that_is_not_there(index, milvus_server):
 
 def test_a_collection_that_is_no_index(milvus_server):
     pymilvus.MilvusClient(milvus_server.uri).create_collection("foreign", dimension=4)
-    message = "'foreign': has format_version None, this release reads 1; None: it is no passage index"
+    message = "'foreign': is not a passage index, its properties have no cosup.format_version"
     with pytest.raises(ValueError, match=message):
         MilvusPassageIndex(milvus_server.uri, "foreign")
 
@@ -409,7 +409,7 @@ def test_what_another_process_adds_is_found(index, the_model, milvus_server):
     assert reader.rows_of(["new"]).tolist() == [6]
     assert reader[6]["text"] == "radium"
     assert reader.search(queries(1), candidates=[[6]])[1].tolist() == [[6]]
-    with pytest.raises(ValueError, match=r"candidates\[0\] holds \[7\], which are no rows of this index \(0 to 6\)"):
+    with pytest.raises(ValueError, match=r"candidates\[0\] holds \[7\], which are not rows of this index \(0 to 6\)"):
         reader.search(queries(1), candidates=[[6, 7]])
 
 

@@ -370,7 +370,7 @@ def test_one_id_and_ids_that_may_be_missing(retriever):
     assert rows.tolist() == [5, -1, 41, -1]
     assert retriever.find([]).shape == (0,)
     for method in (retriever.find, retriever.rows_of):
-        with pytest.raises(ValueError, match="3 is no passage id, expected a string"):
+        with pytest.raises(ValueError, match="3 is not a passage id, expected a string"):
             method(["0", 3])
 
 

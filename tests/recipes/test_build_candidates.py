@@ -109,7 +109,7 @@ def ranking(scores):
 
 
 def expected_pools(rankings, size, gold_first=False):
-    """Return the pools in another way than the recipe: drop the worst that is not gold until the size is right."""
+    """Return the pools, computed in another way: drop the worst passage that is not gold until the size is right."""
     pools = []
     for question, ids in zip(QUESTIONS, rankings, strict=True):
         gold = {id for evidence in question["provenance"] for id in evidence}
@@ -217,8 +217,8 @@ def test_gold_that_the_corpus_lacks_is_counted(folder, tmp_path, model):
     ("changes", "message"),
     [
         ({"num_candidates": 0}, "--num_candidates is 0"),
-        ({"index": "index", "corpus_file": None}, "cosine is no CoSup checkpoint; give a --corpus_file"),
-        ({"corpus_file": [*CORPUS, CORPUS[0]]}, "line 11: id 'p0' is in the corpus twice"),
+        ({"index": "index", "corpus_file": None}, "cosine is not a CoSup checkpoint; give a --corpus_file"),
+        ({"corpus_file": [*CORPUS, CORPUS[0]]}, "line 11: id 'p0' is already in the corpus"),
         ({"corpus_file": []}, "the corpus holds no passage"),
         ({"corpus_file": [{"id": "p0", "text": ""}]}, "line 1: text is ''"),
         ({"eval_file": [{"id": "1", "input": "q?"}]}, "line 1: answers is None, expected a list of strings"),

@@ -50,7 +50,7 @@ def test_build_index_uploads_an_approximate_collection_or_says_what_is_wrong(
         assert not (tmp_path / "index").exists()
     options = ["--milvus_index_type", "HNSW", "--milvus_index_params", '{"M": 8, "efConstruction": 32}']
     taken = fails_here(monkeypatch, "build_index", *command, "--index", "wiki", "--index_uri", uri, *options)
-    assert "collection 'wiki' exists already and is not an unfinished upload of this index" in taken
+    assert "collection 'wiki' already exists and is not an unfinished upload of this index" in taken
     arguments = [*command, "--index", "graph", "--index_uri", uri, *options]
     monkeypatch.setattr(sys, "argv", ["build_index.py", *map(str, arguments)])
     build_index.main()
