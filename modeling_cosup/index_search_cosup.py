@@ -23,9 +23,7 @@ except ImportError:
     faiss = None  # type: ignore[assignment]
 
 HALF_ROWS = 16384  # rows of float16 or bfloat16 embeddings that are converted to float32 at a time
-PRODUCT_QUERIES = range(
-    2, 65
-)  # numbers of queries for which torch's product and top-k are up to 3 times as fast as FAISS
+PRODUCT_QUERIES = range(2, 65)  # numbers of queries for which torch's product is up to 3 times as fast as FAISS
 PRODUCT_ROWS = 4096  # rows per product, so that the scores stay in a core's cache
 DEVICE_SCORES = 2**26  # scores that a device holds at a time: 256 MB
 GATHER = 0.1  # share of all rows: gathering so many costs as much as reading all of them in order

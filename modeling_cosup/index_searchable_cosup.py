@@ -161,8 +161,8 @@ class SearchableStore(PassageStore):
             **search_options: see [`~PassageIndex.set_search_options`].
 
         Returns:
-            `dict[str, float]`: the result of `measure_recall`, which is also logged, and saved in the config. The
-            device is left; to search there again, call `to`.
+            `dict[str, float]`: the result of `measure_recall`, which is also logged, and saved in the config. Call
+            `to` again to search on a device.
 
         Raises:
             `ValueError`: if FAISS refuses the factory string, the size of the sample or an option, or all passages

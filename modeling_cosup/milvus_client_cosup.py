@@ -212,7 +212,7 @@ def milvus_packages() -> tuple[ModuleType, ModuleType]:
 
 
 def split(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
-    """Yield lists of items in order, each of at most `MAX_REQUEST_ROWS` items and size `limit` (or one larger item)."""
+    """Yield lists of items in order, each of at most `MAX_REQUEST_ROWS` items and size `limit`, or one larger item."""
     part: list[T] = []
     total = 0
     for item in items:

@@ -1,4 +1,4 @@
-"""An index refuses names that lead out of its folder, altered configs, second writers, stale shards, foreign files."""
+"""What an index refuses: names that lead out of its folder, altered configs, other writers, stale or foreign files."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ def build(model, folder, passages=PASSAGES, **kwargs):
 
 
 def edit(folder, change, sign=True):
-    """Change the config as an attacker does, who also signs it, or, without `sign`, as an accident does."""
+    """Change the config and sign it again, as an attacker would, or with `sign=False` leave the old signature."""
     config = json.loads((folder / NAME).read_text())
     change(config)
     if sign:

@@ -1,4 +1,4 @@
-"""Milvus's own: uploads that are cut off, a server that goes away, limits of its fields, one process per file."""
+"""What only Milvus has: interrupted uploads, a server that goes away, field limits, one process per file."""
 
 import os
 import signal
@@ -63,7 +63,7 @@ def check_equal(retriever, index, k=5):
 
 
 def count_calls(monkeypatch, then=None):
-    """Note the methods that are called; `then(method, how often it was called)` runs before each call."""
+    """Record the methods that are called; `then(method, number of its calls)` runs before each call."""
     calls = []
     call = MilvusConnection.call
 
@@ -77,10 +77,10 @@ def count_calls(monkeypatch, then=None):
     return calls
 
 
-# ------------------------------------------------------------------ uploads that are cut off
+# ------------------------------------------------------------------ interrupted uploads
 
 
-# Where the upload goes, at which of six batches or after which request it is killed, and how many the next one sends
+# Where the upload goes, at which of six batches or after which request it is killed, how many batches are then sent
 KILLED = [
     ("server", 1, "before", 6),
     ("server", 6, "before", 5),  # 5,000 passages have arrived, of which a request may have brought 4,096
@@ -108,7 +108,7 @@ def killed(large, milvus_server, tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", range(len(KILLED)), ids=["-".join(map(str, case[:3])) for case in KILLED])
-def test_an_upload_that_is_killed_goes_on(large, killed, monkeypatch, case):
+def test_an_upload_that_is_killed_is_resumed(large, killed, monkeypatch, case):
     index, _ = large
     uri, name = killed[case]
     *_, num_batches = KILLED[case]
@@ -124,7 +124,7 @@ def test_an_upload_that_is_killed_goes_on(large, killed, monkeypatch, case):
     check_equal(MilvusPassageIndex(uri, name), index)
 
 
-def test_an_upload_of_another_index_does_not_go_on(large, index, the_model, milvus_server):
+def test_an_upload_of_another_index_is_not_resumed(large, index, the_model, milvus_server):
     upload(index, milvus_server, "other").close()
     connection = MilvusConnection(milvus_server.uri, "other")
     milvus_upload_cosup.set_properties(connection, complete="false")
@@ -136,7 +136,7 @@ def test_an_upload_of_another_index_does_not_go_on(large, index, the_model, milv
     check_equal(upload(index, milvus_server, "other"), index)
 
 
-def test_an_upload_goes_on_after_a_half_written_index_file(index, tmp_path):
+def test_an_upload_is_resumed_after_a_half_written_index_file(index, tmp_path):
     uri = tmp_path / "passages.db"
     retriever = MilvusPassageIndex.from_index(index, uri, "passages", show_progress_bar=False)
     milvus_upload_cosup.set_properties(retriever._milvus, complete="false")
@@ -251,8 +251,8 @@ def test_a_server_that_stays_away_is_a_clear_error(index, the_model, server):
     check_equal(retriever, index)
 
 
-def test_a_server_that_goes_away_in_mid_generation(index, the_model, server, tmp_path):
-    """Finished answers are kept; when the server is back, the same call goes on."""
+def test_a_server_that_goes_away_during_generation(index, the_model, server, tmp_path):
+    """Finished answers are kept; when the server is back, the same call resumes."""
     retriever = upload(index, server, "passages", max_retries=1)
     prompts = [[5 + i, 6, 7 + i % 3, the_model.config.nsp_token_id] for i in range(9)]
     options = {"retriever": retriever, "max_new_tokens": 4, "batch_size": 2, "show_progress_bar": False}
@@ -287,10 +287,10 @@ def test_load_index_opens_a_collection(index, the_model, server):
 
 def test_a_server_that_hangs_is_not_waited_for(index, server):
     patient = upload(index, server, "passages")
-    # a busy machine writes slowly, so only the search is hurried
+    # a busy machine uploads slowly, so only the search has a short timeout
     retriever = MilvusPassageIndex(server.uri, "passages", max_retries=0, timeout=5.0)
     server.process.send_signal(signal.SIGSTOP)
-    # a busy machine delivers the signal late: the server would still answer
+    # a busy machine delivers the signal late, and until then the server would answer
     os.waitpid(server.process.pid, os.WUNTRACED)
     with pytest.raises(ConnectionError, match="no answer to 1 attempts while searching"):
         retriever.search(queries())
@@ -298,7 +298,7 @@ def test_a_server_that_hangs_is_not_waited_for(index, server):
     check_equal(patient, index)
 
 
-def test_an_add_that_is_cut_off_leaves_nothing(index, the_model, server, monkeypatch, caplog):
+def test_an_interrupted_add_leaves_nothing(index, the_model, server, monkeypatch, caplog):
     new = [{"id": f"new{i}", "title": "", "text": f"radium {i}"} for i in range(3)]
     retriever = upload(index, server, "passages", max_retries=0)
     monkeypatch.setattr(milvus_upload_cosup, "MAX_REQUEST_ROWS", 1)

@@ -154,7 +154,7 @@ def test_more_gold_than_the_pool_holds_keeps_the_best_of_it(folder, tmp_path):
     lines, pools = build(folder, tmp_path, num_candidates=2)
     rankings = ranking(scores_by_hand(folder, "cosine"))
     assert pools[1] == [id for id in rankings[1] if id in ("p1", "p4", "c1")][:2]
-    assert lines["questions with more gold than 2: the best of it was kept"] == "1"
+    assert lines["questions with more than 2 gold passages, of which the best were kept"] == "1"
 
 
 def test_a_pool_larger_than_the_corpus_is_all_of_it(folder, tmp_path):
@@ -163,7 +163,7 @@ def test_a_pool_larger_than_the_corpus_is_all_of_it(folder, tmp_path):
     assert lines["pools smaller than 50"] == "3"
 
 
-def test_a_corpus_is_encoded_once_and_goes_on_where_it_was_cut_off(folder, tmp_path, monkeypatch):
+def test_a_corpus_is_encoded_once_and_an_interrupted_run_is_resumed(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(retrievers, "SHARD_SIZE", 4)
     cache = {"index_dir": str(tmp_path / "cache")}
     expected = build(folder, tmp_path)
