@@ -1,5 +1,5 @@
 """
-Embeds a corpus, shard by shard, in the memory of one shard and 8 bytes per passage to find duplicate ids.
+Embedding a corpus, shard by shard, in the memory of one shard and 8 bytes per passage to find duplicate ids.
 
 A build has its own folder next to the index, `.<name>.unfinished`. `build.json` holds the settings, and a shard is
 complete once its marker `shard-00000.json` has been renamed into place. A killed build resumes after those.
@@ -43,7 +43,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota exceeded
 Passages: TypeAlias = list[dict[str, Any]]
 Settings: TypeAlias = dict[str, Any]  # content of build.json: fingerprint, embedding_size, dtype, shard_size
 PlacedPassages: TypeAlias = list[tuple[str, dict[str, Any]]]  # (place in the corpus, for errors; passage)
-FindKnownIds: TypeAlias = Callable[[list[str]], list[str]]  # given ids, returns those that are already in the index
+FindKnownIds: TypeAlias = Callable[[list[str]], list[str]]  # given ids, returns the ones already in the index
 T = TypeVar("T")
 
 
@@ -189,7 +189,7 @@ def read_shards(
         source: see [`read_corpus`].
         shard_size (`int`): passages per shard; the last one may have fewer.
         show_progress_bar (`bool`): show a bar during the check.
-        find_known (`Callable`): given ids, returns those that are already in the index.
+        find_known (`Callable`): given ids, returns the ones already in the index.
 
     Returns:
         `(int or None, iterator of list[dict])`: the number of passages, `None` if they stream, and the shards.

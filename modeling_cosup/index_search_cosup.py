@@ -1,6 +1,6 @@
 """
-Searches an index by inner product: exactly over mapped files (FAISS) or on a device (torch), or approximately through
-any FAISS index.
+Searching an index by inner product: exactly over mapped files (FAISS) or on a device (torch), or approximately
+through any FAISS index.
 
 Every searcher has `search(queries, k) -> (scores, rows)`, both `numpy.ndarray` `(N, k)`, best first. Deleted rows are
 among the results; if fewer than k rows are found, the rest is -inf and -1.

@@ -1,4 +1,4 @@
-"""Search of an index: all passages or candidates, exactly or approximately, from files or on a device."""
+"""Searching an index: all passages or candidates, exactly or approximately, from files or on a device."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

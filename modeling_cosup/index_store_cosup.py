@@ -72,7 +72,7 @@ class PassageStore:
 
     @property
     def num_rows(self) -> int:
-        """Number of rows, including those of deleted passages."""
+        """Number of rows, including rows of deleted passages."""
         return int(self._exact.starts[-1])
 
     @property
@@ -116,7 +116,7 @@ class PassageStore:
         return [{name: column[row].as_py() for name, column in columns.items()} for columns, row in places]
 
     def _checked_rows(self, rows: Rows) -> NDArray[np.int64]:
-        """Return rows as an int64 array; `IndexError` names those that hold no passage."""
+        """Return rows as an int64 array; `IndexError` names rows that hold no passage."""
         rows = np.asarray(rows, np.int64).reshape(-1)
         unknown = rows[(rows < 0) | (rows >= self.num_rows)]
         if len(unknown):
@@ -172,7 +172,7 @@ class PassageStore:
         return row
 
     def find(self, ids: Iterable[str]) -> NDArray[np.int64]:
-        """Return the rows of passage ids, -1 for those that the index lacks; `ValueError` if one is not a string."""
+        """Return the rows of passage ids, -1 for unknown ids; `ValueError` if one is not a string."""
         ids = list(ids)
         wrong = [id for id in ids if not isinstance(id, str)]
         if wrong:

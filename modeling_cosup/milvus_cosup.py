@@ -296,7 +296,7 @@ class MilvusPassageIndex:
 
     @property
     def num_rows(self) -> int:
-        """Number of rows, including those of deleted passages."""
+        """Number of rows, including rows of deleted passages."""
         return int(self._properties["cosup.next_row"])
 
     def live_rows(self) -> NDArray[np.int64]:
@@ -347,7 +347,7 @@ class MilvusPassageIndex:
         return row
 
     def find(self, ids: Iterable[str]) -> NDArray[np.int64]:
-        """Return the rows of passage ids, -1 for those that the index lacks; `ValueError` if one is not a string."""
+        """Return the rows of passage ids, -1 for unknown ids; `ValueError` if one is not a string."""
         ids = list(ids)
         wrong = [id for id in ids if not isinstance(id, str)]
         if wrong:

@@ -51,7 +51,7 @@ def prepare_upload(
         _create_indexes(connection, index_type, index_params)
         connection.call("load_collection", "loading the collection")
     arrived = count_passages(connection)
-    connection.call("release_collection", "releasing the collection")  # a server indexes faster when it is not loaded
+    connection.call("release_collection", "releasing the collection")  # a server indexes an unloaded collection faster
     # each batch was sent after the previous one had arrived, so only the last one can be incomplete
     return max(0, arrived - MAX_REQUEST_ROWS)
 
@@ -231,9 +231,9 @@ def read_properties(connection: MilvusConnection) -> tuple[dict[str, str], int]:
     properties = description["properties"]
     version = properties.get("cosup.format_version")
     if version is None:
-        raise ValueError(f"{connection}: is not a passage index, its properties have no cosup.format_version.")
+        raise ValueError(f"{connection} is not a passage index: its properties have no cosup.format_version.")
     if version != FORMAT_VERSION:
-        raise ValueError(f"{connection}: has format_version {version}, this release reads {FORMAT_VERSION}.")
+        raise ValueError(f"{connection} has format_version {version}, this release reads {FORMAT_VERSION}.")
     fields = {field["name"]: field for field in description["fields"]}
     return properties, fields["embedding"]["params"]["dim"]
 
@@ -253,4 +253,4 @@ def check_can_be_searched(connection: MilvusConnection, properties: dict[str, st
         )
     index_type = properties["cosup.index_type"]
     if exact and index_type != "FLAT":
-        raise ValueError(f"{connection}: is searched through {index_type}, and search='exact' needs FLAT.")
+        raise ValueError(f"{connection} is searched through {index_type}, and search='exact' needs FLAT.")

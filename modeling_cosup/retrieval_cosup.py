@@ -106,7 +106,7 @@ class PassageIndex(SearchableStore):
                 iterable, a `datasets` dataset, streamed or not, or the path of a file: JSON Lines (`.gz`) or Parquet.
                 A corpus that can be read twice is checked before anything is embedded, any other as it streams.
             model ([`CoSupForCausalLM`]): with Emb_seq in memory; used on its device and in its dtype.
-            tokenizer (`PreTrainedTokenizerBase`, *optional*): Gen's; defaults to the model's own.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*): becomes the model's tokenizer; defaults to its own.
             save_directory (`str` or `Path`, *optional*): folder of the index; without it the index is in memory.
             batch_size (`int`, *optional*, defaults to 256): maximum number of passages in a forward.
             max_tokens_per_batch (`int`, *optional*): maximum number of tokens in a forward, with padding; defaults to
@@ -126,7 +126,7 @@ class PassageIndex(SearchableStore):
         Raises:
             `ValueError`: for a passage with a missing field, an empty text or an id that is already in the corpus
                 (names its place); for an embedding that is not finite (names its passage); or if the unfinished build
-                has another model or other settings (names the differences).
+                was begun by another model or with other settings (names the differences).
             `OSError`: if the folder cannot be written, or the disk is full.
         """
         _require_packages()

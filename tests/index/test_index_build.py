@@ -135,7 +135,7 @@ def test_ids_with_the_same_hash_are_told_apart(model, tmp_path, monkeypatch):
         build(model, [*MANY, MANY[3]])
 
 
-def test_the_id_table_is_sorted_whatever_its_partitions(model, monkeypatch):
+def test_the_id_table_is_the_same_for_any_partitions(model, monkeypatch):
     from modeling_cosup import index_files_cosup
 
     index = build(model, shard_size=7)
@@ -454,9 +454,7 @@ def mount_small_disk(folder):
 
 @pytest.mark.parametrize("limit", ["file size", "file system"])
 def test_a_full_disk_says_what_to_free_and_keeps_complete_shards(inputs, tmp_path, limit):
-    """
-    The third shard, with its long texts, exceeds a limit on file sizes, or a real file system of 700 kB.
-    """
+    """The third shard, with its long texts, exceeds a limit on file sizes, or a real file system of 700 kB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     passages = [*MANY[:10], *({"id": f"long{i}", "text": "radium " * 60_000} for i in range(4))]

@@ -334,7 +334,7 @@ def test_a_collection_that_is_not_there(index, milvus_server):
 
 def test_a_collection_that_is_no_index(milvus_server):
     pymilvus.MilvusClient(milvus_server.uri).create_collection("foreign", dimension=4)
-    message = "'foreign': is not a passage index, its properties have no cosup.format_version"
+    message = "'foreign' is not a passage index: its properties have no cosup.format_version"
     with pytest.raises(ValueError, match=message):
         MilvusPassageIndex(milvus_server.uri, "foreign")
 
