@@ -1,9 +1,8 @@
 """
-Embeds a corpus, shard by shard. Peak memory is one shard, and 8 bytes a passage to check that no id occurs twice.
+Embedding a corpus, shard by shard, in the memory of one shard and 8 bytes per passage to find duplicate ids.
 
-A build lives in its own folder next to the index, `.<name>.unfinished`. `build.json` says what is being built, and a
-shard counts once its marker `shard-00000.json` was renamed into place. A build that was killed goes on after the
-shards that count.
+A build has its own folder next to the index, `.<name>.unfinished`. `build.json` holds the settings, and a shard is
+complete once its marker `shard-00000.json` has been renamed into place. A killed build resumes after those.
 """
 
 import contextlib
@@ -36,29 +35,29 @@ except ImportError:
 logger = logging.get_logger(__name__)
 
 BUILD_FILE = "build.json"
-TOKENIZER_BATCH = 2048  # passages: enough for the threads of a tokenizer
-# Shortest passage of a batch, relative to the longest: otherwise small batches would be mostly padding
+TOKENIZER_BATCH = 2048  # passages per call: enough for the threads of a tokenizer
+# Least length of a batch's passages, relative to its longest: otherwise small batches would be mostly padding
 MIN_LENGTH_RATIO = 0.75
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota exceeded, file too large
 
 Passages: TypeAlias = list[dict[str, Any]]
-Settings: TypeAlias = dict[str, Any]  # what build.json holds: fingerprint, embedding_size, dtype, shard_size
-Placed: TypeAlias = list[tuple[str, dict[str, Any]]]  # passages, each with its place in the corpus for errors
-Known: TypeAlias = Callable[[list[str]], list[str]]  # given ids, returns those that the index already holds
+Settings: TypeAlias = dict[str, Any]  # content of build.json: fingerprint, embedding_size, dtype, shard_size
+PlacedPassages: TypeAlias = list[tuple[str, dict[str, Any]]]  # (place in the corpus, for errors; passage)
+FindKnownIds: TypeAlias = Callable[[list[str]], list[str]]  # given ids, returns the ones already in the index
 T = TypeVar("T")
 
 
 class ShardBuilder:
     """
-    Makes shards out of passages.
+    A maker of shards from passages.
 
     Args:
         model ([`CoSupForCausalLM`]): with Emb_seq in memory; used on its device and in its dtype.
-        dtype (`str`): of the stored embeddings: `"float32"`, `"float16"` or `"bfloat16"`.
+        dtype (`str`): dtype of the stored embeddings: `"float32"`, `"float16"` or `"bfloat16"`.
         batch_size (`int`): maximum number of passages in a forward.
         max_tokens_per_batch (`int`, *optional*): maximum number of tokens in a forward, with padding; a longer passage
-            is embedded alone. Defaults to 4,096 on a CPU, where larger batches do not fit in its caches, and to 32,768
-            on other devices.
+            gets its own forward. Defaults to 4,096 on a CPU, since larger batches do not fit in its caches, and to
+            32,768 on other devices.
     """
 
     def __init__(
@@ -77,8 +76,8 @@ class ShardBuilder:
         Args:
             passages (`list[dict]`): checked.
             bar (`tqdm`): advances with each batch.
-            paths (`tuple[Path, Path]`, *optional*): files that embeddings and passages are written to as they are
-                made; without it the shard is in memory.
+            paths (`tuple[Path, Path]`, *optional*): files for embeddings and passages; without them the shard is in
+                memory.
 
         Raises:
             `ValueError`: names the passages with embeddings that are not finite.
@@ -115,7 +114,7 @@ class ShardBuilder:
     def _embed(
         self, passages: Passages, token_ids: list[NDArray[np.int32]], embeddings: torch.Tensor, bar: tqdm
     ) -> None:
-        """Fill `embeddings` `(n, h)`. A batch is copied once the next one is queued, so a GPU never waits for us."""
+        """Fill `embeddings` `(n, h)`. A batch is copied after the next one is queued, so a GPU never waits for us."""
         queued = None
         for rows in self._batches(token_ids):
             ids, mask = pad_rows([token_ids[row] for row in rows], device=self.model.device)
@@ -181,65 +180,65 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def read_shards(
-    source: Any, shard_size: int, show_progress_bar: bool, known: Known = lambda ids: []
+    source: Any, shard_size: int, show_progress_bar: bool, find_known: FindKnownIds = lambda ids: []
 ) -> tuple[int | None, Iterator[Passages]]:
     """
-    Cut a corpus into shards, and check it: before the first shard if it can be read twice, otherwise as it streams.
+    Split a corpus into shards, and check it: before the first shard if it can be read twice, else as it streams.
 
     Args:
         source: see [`read_corpus`].
-        shard_size (`int`): passages of each shard but the last.
-        show_progress_bar (`bool`): of the check.
-        known (`Callable`): given ids, returns those that the index already holds.
+        shard_size (`int`): passages per shard; the last one may have fewer.
+        show_progress_bar (`bool`): show a bar during the check.
+        find_known (`Callable`): given ids, returns the ones already in the index.
 
     Returns:
-        `(int or None, iterator of list[dict])`: the number of passages, if it is known, and the shards.
+        `(int or None, iterator of list[dict])`: the number of passages, `None` if they stream, and the shards.
 
     Raises:
-        `ValueError`: names the place of a passage with a missing or empty field, or with an id that occurred before.
+        `ValueError`: names the place of a passage with a missing or empty field, or a duplicate or known id.
     """
     if shard_size < 1:
         raise ValueError(f"shard_size is {shard_size}, expected at least 1.")
     if not can_be_read_twice(source):
-        return None, _check_as_it_streams(_cut(checked_passages(read_corpus(source)), shard_size), known)
+        return None, _check_as_it_streams(_split(checked_passages(read_corpus(source)), shard_size), find_known)
 
     def read():
         return checked_passages(read_corpus(source))
 
     bar = tqdm(read(), desc="Checking passages", unit=" passages", disable=not show_progress_bar)
-    chunks = [_hash_new_ids(pairs, known) for pairs in _cut(bar, TOKENIZER_BATCH)]
+    chunks = [_hash_new_ids(pairs, find_known) for pairs in _split(bar, TOKENIZER_BATCH)]
     if not chunks:
         raise ValueError("The corpus holds no passage.")
     hashes = np.concatenate(chunks)
     find_duplicate(hashes, read)
-    return len(hashes), ([passage for _, passage in pairs] for pairs in _cut(read(), shard_size))
+    return len(hashes), ([passage for _, passage in pairs] for pairs in _split(read(), shard_size))
 
 
-def _cut(iterable: Iterable[T], size: int) -> Iterator[list[T]]:
+def _split(iterable: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(iterable)
     while chunk := list(itertools.islice(iterator, size)):
         yield chunk
 
 
-def _hash_new_ids(pairs: Placed, known: Known) -> NDArray[np.int64]:
-    """Return hashes of the ids of `(where, passage)` pairs; `ValueError` for an id that the index already holds."""
+def _hash_new_ids(pairs: PlacedPassages, find_known: FindKnownIds) -> NDArray[np.int64]:
+    """Return hashes of the ids of `(where, passage)` pairs; `ValueError` for an id that is already in the index."""
     ids = [passage["id"] for _, passage in pairs]
-    held = set(known(ids))
-    if held:
-        where, held_id = next((where, passage["id"]) for where, passage in pairs if passage["id"] in held)
-        raise ValueError(f"{where}: id {held_id!r} is already in the index ({len(held)} such ids).")
+    known = set(find_known(ids))
+    if known:
+        where, known_id = next((where, passage["id"]) for where, passage in pairs if passage["id"] in known)
+        raise ValueError(f"{where}: id {known_id!r} is already in the index ({len(known)} such ids).")
     return hash_ids(ids)
 
 
-def _check_as_it_streams(shards: Iterable[Placed], known: Known) -> Iterator[Passages]:
+def _check_as_it_streams(shards: Iterable[PlacedPassages], find_known: FindKnownIds) -> Iterator[Passages]:
     """
     Check the shards of a corpus that can be read only once.
 
-    Ids with the same hash in two shards count as the same id, which is wrong for one in 10^19 pairs.
+    Two ids with the same hash in different shards count as the same id, which is wrong for one in 10^19 pairs.
     """
     seen = np.empty(0, np.int64)
     for pairs in shards:
-        hashes = _hash_new_ids(pairs, known)
+        hashes = _hash_new_ids(pairs, find_known)
         find_duplicate(hashes.copy(), functools.partial(iter, pairs))
         if len(seen):
             repeated = np.flatnonzero(contains(seen, hashes))
@@ -263,10 +262,10 @@ def unfinished_folder(save_directory: Path) -> Path:
 
 def begin(folder: Path, settings: Settings) -> None:
     """
-    Begin a build, or go on with one.
+    Begin a build, or resume one.
 
     Raises:
-        `ValueError`: if the folder holds shards of another model or with other settings; names every difference.
+        `ValueError`: if the folder holds shards made by another model or with other settings; names every difference.
     """
     folder.mkdir(exist_ok=True)
     path = folder / BUILD_FILE
@@ -289,9 +288,9 @@ def marker_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.json"
 
 
-def is_complete(folder: Path, number: int, content: str) -> bool:
+def is_complete(folder: Path, number: int, passages_digest: str) -> bool:
     """
-    Whether a shard was written completely, from the same passages, and its files are unchanged.
+    Return whether a shard was written completely, from the same passages, and its files are unchanged.
 
     The files are read whole, which is cheap compared with embedding.
     """
@@ -299,8 +298,8 @@ def is_complete(folder: Path, number: int, content: str) -> bool:
     if not path.exists():
         return False
     marker = read_json(path)
-    if marker["digest"] != content:
-        logger.warning(f"The passages of shard {number} are not those that it was built of: it is built again.")
+    if marker["digest"] != passages_digest:
+        logger.warning(f"Shard {number} was built from other passages: it is built again.")
         return False
     for name, facts in marker["files"].items():
         if not _has_size(folder / name, facts) or digest_file(folder / name) != facts["sha256"]:
@@ -309,7 +308,7 @@ def is_complete(folder: Path, number: int, content: str) -> bool:
 
 
 def _has_size(path: Path, facts: FileFacts) -> bool:
-    """Whether a file exists and has the size that was recorded."""
+    """Return whether a file exists and has the recorded size."""
     return path.exists() and path.stat().st_size == facts["size"]
 
 
@@ -323,27 +322,27 @@ def write_shards(
     process_index: int = 0,
 ) -> int:
     """
-    Write those shards of this process that are not complete, each with its marker; return the corpus's shard count.
+    Write the incomplete shards of this process, each with its marker; return the number of shards of the corpus.
 
-    Afterwards `done-00000.json` says which corpus the process read, and the digests of its shards.
+    At the end `done-00000.json` records which corpus the process read, and the digests of its shards.
 
     Raises:
         `OSError`: if the disk is full; says how much to free.
     """
     done_file = folder / f"done-{process_index:05d}.json"
     done_file.unlink(missing_ok=True)
-    contents, digests = [], {}
+    corpus_digests, process_digests = [], {}  # of all shards; of this process's shards, by the name of their marker
     num_done = 0  # passages of this process
     for number, passages in enumerate(shards):
-        content = digest_all(passages)
-        contents.append(content)
+        passages_digest = digest_all(passages)
+        corpus_digests.append(passages_digest)
         if number % num_processes != process_index:
             continue
         marker_file = marker_path(folder, number)
-        digests[marker_file.name] = content
-        if is_complete(folder, number, content):
+        process_digests[marker_file.name] = passages_digest
+        if is_complete(folder, number, passages_digest):
             if not bar.disable:
-                bar.initial += len(passages)  # counts as done, not as fast
+                bar.initial += len(passages)  # so that they count as done, but not in the speed
             bar.update(len(passages))
         else:
             try:
@@ -353,18 +352,18 @@ def write_shards(
                     raise
                 num_left = max(len(passages), (bar.total or 0) - num_done)
                 raise OSError(error.errno, _no_room(folder, builder, num_left)) from error
-            first_row = number * shard_size
-            marker = {"first_row": first_row, "num_passages": len(passages), "digest": content, "files": files}
-            write_json(marker_file, marker)
+            marker = {"first_row": number * shard_size, "num_passages": len(passages)}
+            write_json(marker_file, {**marker, "digest": passages_digest, "files": files})
         num_done += len(passages)
-    write_json(done_file, {"num_processes": num_processes, "corpus": digest(contents), "digests": digests})
-    return len(contents)
+    corpus_digest = digest(corpus_digests)
+    write_json(done_file, {"num_processes": num_processes, "corpus": corpus_digest, "digests": process_digests})
+    return len(corpus_digests)
 
 
 def write_new_shard(
     folder: Path, number: int, passages: Passages, builder: ShardBuilder, bar: tqdm
 ) -> dict[str, FileFacts]:
-    """Embed passages into the files of a shard; return their sizes and checksums. A failure leaves neither file."""
+    """Embed passages into the files of a shard; return their sizes and checksums. On failure, remove both files."""
     embeddings_name, passages_name = shard_files(number)
     paths = folder / embeddings_name, folder / passages_name
     marker_path(folder, number).unlink(missing_ok=True)
@@ -378,16 +377,17 @@ def write_new_shard(
 
 
 def _no_room(folder: Path, builder: ShardBuilder, num_left: int) -> str:
+    """Return the message for a full disk, with `num_left` passages still to embed."""
     size = num_left * builder.model.config.embedding_size * builder.dtype.itemsize
     return (
-        f"no room for the next shard in {folder.parent}: free at least {size / 1e6:,.1f} MB for the embeddings of"
-        f" {num_left:,} passages that are left, and room for their texts. Complete shards stay: the same call then"
-        " goes on after them"
+        f"no room for the next shard in {folder.parent}: free at least {size / 1e6:,.1f} MB for the embeddings of the"
+        f" {num_left:,} remaining passages, and room for their texts. Complete shards stay: the same call then"
+        " resumes after them"
     )
 
 
 def finish(folder: Path, num_shards: int, settings: Settings, num_processes: int = 1) -> None:
-    """Record the numbers of shards and processes; further shards, of an earlier and longer corpus, do not count."""
+    """Record the numbers of shards and processes; further shards, left by a longer corpus, then do not count."""
     write_json(folder / BUILD_FILE, {**settings, "num_shards": num_shards, "num_processes": num_processes})
 
 
@@ -400,7 +400,7 @@ def collect(folder: Path) -> tuple[Settings, list[Shard], dict[str, FileFacts]]:
 
     Raises:
         `FileNotFoundError`: if there is no build, or a shard is missing.
-        `ValueError`: if the processes read different corpora, or a shard is not as its process wrote it.
+        `ValueError`: if the processes read different corpora, or a shard has changed since it was written.
     """
     if not (folder / BUILD_FILE).exists():
         raise FileNotFoundError(f"{folder} holds no build: call build first.")
@@ -410,7 +410,7 @@ def collect(folder: Path) -> tuple[Settings, list[Shard], dict[str, FileFacts]]:
     missing = [path.name for path in paths if not path.exists()]
     if missing or not num_shards:
         reason = ", ".join(missing[:5]) or "no process is done"
-        raise FileNotFoundError(f"{folder} is not complete ({reason}): let every process end its build first.")
+        raise FileNotFoundError(f"{folder} is not complete ({reason}): let every process finish its build first.")
     markers = {path.name: read_json(path) for path in paths}
     _check_done(folder, markers, settings["num_processes"])
     files: dict[str, FileFacts] = {}
@@ -420,18 +420,18 @@ def collect(folder: Path) -> tuple[Settings, list[Shard], dict[str, FileFacts]]:
     if damaged:
         raise ValueError(
             f"{folder}: {', '.join(damaged[:5])} missing or damaged: let every process build again, which makes only"
-            " these anew."
+            " these again."
         )
     return settings, [map_shard(folder, number) for number in range(num_shards)], files
 
 
 def _check_done(folder: Path, markers: dict[str, dict[str, Any]], num_processes: int) -> None:
-    """Raise unless all processes are done, have read the same corpus, and their shards are as they wrote them."""
+    """Raise unless all processes have finished, read the same corpus, and their shards are unchanged."""
     paths = [folder / f"done-{rank:05d}.json" for rank in range(num_processes)]
     missing = [path.name for path in paths if not path.exists()]
     if missing:
         raise FileNotFoundError(
-            f"{folder} is not complete ({', '.join(missing[:5])}): let every process end its build first."
+            f"{folder} is not complete ({', '.join(missing[:5])}): let every process finish its build first."
         )
     processes = [read_json(path) for path in paths]
     digests: dict[str, str] = {}
@@ -442,6 +442,6 @@ def _check_done(folder: Path, markers: dict[str, dict[str, Any]], num_processes:
     same_shards = digests == {name: marker["digest"] for name, marker in markers.items()}
     if not (same_corpus and same_number and same_shards):
         raise ValueError(
-            f"{folder}: the processes read different corpora, or their number changed: let every one of the"
+            f"{folder}: the processes read different corpora, or their number changed: let all"
             f" {num_processes} build again."
         )

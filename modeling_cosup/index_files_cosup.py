@@ -9,7 +9,7 @@ and SHA-256:
     passages-00000.arrow          one record batch of the same n rows: id, title, text, input_ids (for Gen), id_hash
     ids-00000.safetensors         hashes of all ids, sorted, and their rows
     deleted-00001.safetensors     deleted rows, sorted
-    index-00002.faiss             an approximate index, read only on request
+    index-00002.faiss             an approximate index, read only if the user allows it
 
 A file never changes once the config lists it: a change writes new files, then replaces the config. So a process that
 dies leaves either the old state or the new one.
@@ -48,7 +48,7 @@ FILE_NAME = re.compile(
     r"(embeddings|ids|deleted)-[0-9]{5,}\.safetensors|passages-[0-9]{5,}\.arrow|index-[0-9]{5,}\.faiss"
 )
 UNFINISHED_PATTERNS = ["shard-*.json", "done-*.json", "build.json"]
-UNFINISHED_PATTERNS += [f".{name}.*" for name in (CONFIG_FILE, *UNFINISHED_PATTERNS)]  # before write_json renames them
+UNFINISHED_PATTERNS += [f".{name}.*" for name in (CONFIG_FILE, *UNFINISHED_PATTERNS)]  # temporary files of write_json
 CONFIG_TYPES: dict[str, type | tuple[type, ...]] = {
     "generation": int,
     "embedding_size": int,
@@ -62,7 +62,7 @@ CONFIG_TYPES: dict[str, type | tuple[type, ...]] = {
 }
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ALWAYS_VERIFIED = 16 * 2**20  # bytes; the SHA-256 of smaller files is checked at every load: a hundredth of a second
-PARTITION = 2**22  # ids of the id table that are sorted in one go
+PARTITION = 2**22  # ids of the id table that are sorted together
 _ROWS_PER_WRITE = 8192
 _SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
 
@@ -72,6 +72,8 @@ T = TypeVar("T")
 
 
 class FileFacts(TypedDict):
+    """What the config records about a file."""
+
     size: int  # bytes
     sha256: str
 
@@ -103,7 +105,7 @@ def shard_files(number: int) -> tuple[str, str]:
 
 def create_tensors(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, torch.Tensor]:
     """
-    Create a safetensors file that is filled in place: what is written to the returned tensors is in the file.
+    Create a safetensors file to be filled in place: what is written to the returned tensors is in the file.
 
     Args:
         path (`Path`): overwritten.
@@ -139,7 +141,7 @@ def create_tensors(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torc
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors as safetensors, a block of rows at a time, so that mapped ones are never in memory as a whole."""
+    """Write tensors as safetensors, a block of rows at a time, so that mapped ones are never wholly in memory."""
     specs = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     for name, target in create_tensors(path, specs).items():
         for start in range(0, len(target), _ROWS_PER_WRITE):
@@ -191,11 +193,11 @@ def make_id_table(shards: list[Shard], path: Path | None = None) -> IdTable:
     """
     Make the table that finds ids: their hashes, sorted, and their rows.
 
-    The range of hashes is cut into partitions, which are sorted one by one, so that memory use is flat.
+    The range of hashes is split into partitions, which are sorted one by one to limit the memory that it takes.
 
     Args:
-        shards (`list[Shard]`): of the whole index.
-        path (`Path`, *optional*): file that the table is written to; without it the table is in memory.
+        shards (`list[Shard]`): all shards of the index.
+        path (`Path`, *optional*): file for the table; without it the table is in memory.
 
     Returns:
         `(hashes, rows)`: `numpy.ndarray` of int64, both `(M,)`. Equal hashes are in the order of their rows.
@@ -236,7 +238,7 @@ def _hashes_of_partition(shards: list[Shard], partition: int, bits: int) -> IdTa
 # ---------------------------------------------------------------------- reading
 
 
-def read(path: Path, reader: Callable[[Path], T]) -> T:
+def _read(path: Path, reader: Callable[[Path], T]) -> T:
     """Return `reader(path)`; any error becomes a `ValueError` that names the file."""
     try:
         return reader(path)
@@ -244,8 +246,12 @@ def read(path: Path, reader: Callable[[Path], T]) -> T:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def map_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Map the tensors of a safetensors file: a page is read when it is accessed."""
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Map the tensors of a safetensors file; `ValueError` names a damaged file. A page is read when it is accessed."""
+    return _read(path, _map_tensors)
+
+
+def _map_tensors(path: Path) -> dict[str, torch.Tensor]:
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}
 
@@ -260,8 +266,8 @@ def map_passages(path: Path, full: bool = False) -> "pa.RecordBatch":
     """
     Map the record batch of an Arrow file.
 
-    With `full` every offset is checked: a wrong one would end the process by a signal. Otherwise only lengths and the
-    last offsets are, which takes no time.
+    With `full` every offset is checked, because a wrong one would end the process by a signal. Otherwise only lengths
+    and the last offsets are checked, which takes no time.
     """
     reader = pa.ipc.open_file(pa.memory_map(str(path)))
     if reader.num_record_batches != 1:
@@ -276,18 +282,18 @@ def map_passages(path: Path, full: bool = False) -> "pa.RecordBatch":
 def map_shard(folder: Path, number: int, full: bool = False) -> Shard:
     """Map a [`Shard`] from its files; for `full` see [`map_passages`]."""
     embeddings_file, passages_file = shard_files(number)
-    passages = read(folder / passages_file, lambda path: map_passages(path, full))
-    embeddings = read(folder / embeddings_file, lambda path: map_tensors(path)["embeddings"])
+    passages = _read(folder / passages_file, lambda path: map_passages(path, full))
+    embeddings = _read(folder / embeddings_file, lambda path: _map_tensors(path)["embeddings"])
     return Shard(passages, embeddings)
 
 
 def read_config(folder: Path, verify: bool | None = None) -> IndexConfig:
     """
-    Read the config of an index folder, and check all files that it lists but an approximate index, see [`check_file`].
+    Read the config of an index folder, and check all files that it lists, except an approximate index.
 
     Args:
         folder (`Path`): of the index.
-        verify (`bool`, *optional*): compare the SHA-256 of every file (`True`), of none (`False`), or of those below
+        verify (`bool`, *optional*): compare the SHA-256 of every file (`True`), of none (`False`), or of files up to
             16 MB (default). Sizes are always compared.
 
     Raises:
@@ -304,7 +310,7 @@ def read_config(folder: Path, verify: bool | None = None) -> IndexConfig:
 
 
 def read_names(folder: Path, allow_faiss_files: bool) -> list[str]:
-    """Return the names of the files that a config lists; an approximate index's file only with `allow_faiss_files`."""
+    """Return the names of the files that a config lists; a FAISS file only with `allow_faiss_files`."""
     return [name for name in _read_checked(folder)["files"] if allow_faiss_files or not name.endswith(".faiss")]
 
 
@@ -313,7 +319,7 @@ def _read_checked(folder: Path) -> IndexConfig:
     path = folder / CONFIG_FILE
     if not path.exists():
         raise FileNotFoundError(f"{folder} is not a complete passage index: {CONFIG_FILE} is missing.")
-    config = read(path, read_json)
+    config = _read(path, read_json)
     version = config.get("format_version") if isinstance(config, dict) else None
     if version != FORMAT_VERSION:
         raise ValueError(
@@ -331,35 +337,31 @@ def check_config(path: Path, config: IndexConfig) -> None:
     File names are checked too: they are joined to the folder, and none may lead out of it.
 
     Args:
-        path (`Path`): of the config, for messages.
-        config (`dict`): of this format version.
+        path (`Path`): path of the config, for error messages.
+        config (`dict`): a config of this format version.
     """
     wrong = []
     for name, expected_type in CONFIG_TYPES.items():
         if name not in config or not isinstance(config[name], expected_type):
             wrong.append(name)
     if wrong:
-        raise ValueError(f"{path} is damaged: {', '.join(wrong)} missing or of a wrong type.")
+        raise ValueError(f"{path} is damaged: {', '.join(wrong)} missing or of the wrong type.")
     if config.get("sha256", digest_of_config(config)) != digest_of_config(config):
-        raise ValueError(
-            f"{path} is damaged: its SHA-256 is not the one that it holds. Copy or build the index again."
-        )
-    right_counts = all(type(count) is int and count > 0 for count in config["shards"])
-    if config["dtype"] not in DTYPES or not config["shards"] or not right_counts:
+        raise ValueError(f"{path} is damaged: it does not match its own SHA-256. Copy or build the index again.")
+    valid_counts = all(type(count) is int and count > 0 for count in config["shards"])
+    if config["dtype"] not in DTYPES or not config["shards"] or not valid_counts:
         raise ValueError(f"{path} is damaged: dtype is {config['dtype']!r}, shards are {config['shards'][:5]}.")
     for name, facts in config["files"].items():
         valid = isinstance(facts, dict) and isinstance(facts.get("size"), int) and isinstance(facts.get("sha256"), str)
         if not FILE_NAME.fullmatch(name) or not valid:
-            raise ValueError(
-                f"{path} is damaged: {name!r} is not a file of an index, or its size and SHA-256 are missing."
-            )
+            raise ValueError(f"{path} is damaged: {name!r} is not a file of an index, or lacks its size or SHA-256.")
     for kind, name in _needed_files(config):
         if name not in config["files"] or not name.startswith(f"{kind}-"):
             raise ValueError(f"{path} is damaged: it does not list {name!r} among its files.")
 
 
 def _needed_files(config: IndexConfig) -> list[tuple[str, str]]:
-    """Return kind and name of every file that a config refers to outside its list of files."""
+    """Return the kind and name of every file that a config needs, apart from its list of files."""
     needed = []
     for number in range(len(config["shards"])):
         embeddings, passages = shard_files(number)
@@ -373,7 +375,7 @@ def _needed_files(config: IndexConfig) -> list[tuple[str, str]]:
 
 
 def check_file(path: Path, facts: FileFacts, verify: bool | None = None) -> None:
-    """Raise `FileNotFoundError` or `ValueError` unless a file is as the config says; see [`read_config`]."""
+    """Raise `FileNotFoundError` or `ValueError` unless a file is as recorded; for `verify` see [`read_config`]."""
     if not path.exists():
         raise FileNotFoundError(f"{path.parent} is not a complete passage index: {path.name} is missing.")
     size = path.stat().st_size
@@ -384,9 +386,7 @@ def check_file(path: Path, facts: FileFacts, verify: bool | None = None) -> None
     if verify is None:
         verify = size <= ALWAYS_VERIFIED
     if verify and digest_file(path) != facts["sha256"]:
-        raise ValueError(
-            f"{path} is damaged: its SHA-256 differs from {CONFIG_FILE}'s. Copy or build the index again."
-        )
+        raise ValueError(f"{path} is damaged: its SHA-256 differs from the config's. Copy or build the index again.")
 
 
 # ---------------------------------------------------------------------- folders
@@ -394,7 +394,7 @@ def check_file(path: Path, facts: FileFacts, verify: bool | None = None) -> None
 
 def check_save_directory(save_directory: str | os.PathLike[str]) -> Path:
     """
-    Return the absolute path of an index to save, with its parents created; fail now, not after an hour of embedding.
+    Return the absolute path of an index to save, and create its parents; fail now, not after an hour of embedding.
 
     Raises:
         `OSError`: if the folder cannot be written, is neither empty nor an index, or also holds other files, which
@@ -408,8 +408,7 @@ def check_save_directory(save_directory: str | os.PathLike[str]) -> Path:
         foreign = sorted(path.name for path in entries if not _is_ours(path))
         if foreign:
             raise FileExistsError(
-                f"{folder} also holds {', '.join(foreign[:5])}, which replacing the index would delete; choose another"
-                " folder."
+                f"{folder} also holds {', '.join(foreign[:5])}, which a new index would delete; choose another folder."
             )
     folder.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder.parent).close()
@@ -417,7 +416,7 @@ def check_save_directory(save_directory: str | os.PathLike[str]) -> Path:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a path is a file that an index or its build writes."""
+    """Return whether a path is a file that an index or its build writes."""
     if path.is_dir():
         return False
     if path.name in (CONFIG_FILE, LOCK_FILE) or FILE_NAME.fullmatch(path.name):
@@ -441,7 +440,7 @@ def put_in_place(unfinished: Path, save_directory: Path) -> None:
 
 
 def sweep(folder: Path, config: IndexConfig) -> None:
-    """Remove files that the config does not list: of the build, of an earlier state, or of a change that failed."""
+    """Remove files that the config does not list: left from the build, an earlier state or a failed change."""
     for pattern in (*FILE_PATTERNS[1:], FAISS_PATTERN, *UNFINISHED_PATTERNS):
         for path in folder.glob(pattern):
             if path.name not in config["files"]:

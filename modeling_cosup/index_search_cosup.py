@@ -1,6 +1,6 @@
 """
-Searches an index by inner product: exactly over mapped files (FAISS) or on a device (torch), or approximately through
-any FAISS index.
+Searching an index by inner product: exactly over mapped files (FAISS) or on a device (torch), or approximately
+through any FAISS index.
 
 Every searcher has `search(queries, k) -> (scores, rows)`, both `numpy.ndarray` `(N, k)`, best first. Deleted rows are
 among the results; if fewer than k rows are found, the rest is -inf and -1.
@@ -22,13 +22,13 @@ try:
 except ImportError:
     faiss = None  # type: ignore[assignment]
 
-HALF_ROWS = 16384  # rows of float16 or bfloat16 embeddings that are converted to float32 in one go
-PRODUCT_QUERIES = range(2, 65)  # numbers of queries for which torch's product and top-k are faster than FAISS
-PRODUCT_ROWS = 4096  # per product, so that the scores stay in a core's cache
+HALF_ROWS = 16384  # rows of float16 or bfloat16 embeddings that are converted to float32 at a time
+PRODUCT_QUERIES = range(2, 65)  # numbers of queries for which torch's product is up to 3 times as fast as FAISS
+PRODUCT_ROWS = 4096  # rows per product, so that the scores stay in a core's cache
 DEVICE_SCORES = 2**26  # scores that a device holds at a time: 256 MB
 GATHER = 0.1  # share of all rows: gathering so many costs as much as reading all of them in order
 GATHER_QUERY = 0.03  # share of all rows: gathering so many costs as much as scoring all rows for one more query
-MASK_BYTES = 2**28  # of the masks of pools that are held at a time
+MASK_BYTES = 2**28  # for masks of pools at a time
 
 RowArray: TypeAlias = NDArray[np.int64]  # rows of the index
 Score: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # queries, embeddings -> scores (N, M)
@@ -39,17 +39,17 @@ class ExactSearch:
     Exact search over shards in memory or mapped from files, without a copy.
 
     Args:
-        shards (`list[Shard]`): of the whole index.
+        shards (`list[Shard]`): all shards of the index.
     """
 
     def __init__(self, shards: list[Shard]) -> None:
         self.shards = shards
         self.starts = np.cumsum([0, *map(len, shards)])
-        self._is_finite = False  # set by the first search, which looks at all embeddings
+        self._is_finite = False  # set by the first search, which checks all embeddings
 
     def search(self, queries: torch.Tensor, k: int, allowed: torch.Tensor | None = None) -> SearchResults:
         """
-        Find the k nearest of all rows.
+        Find the k nearest rows.
 
         Args:
             queries (`torch.FloatTensor` of shape `(N, h)`), k (`int`).
@@ -81,7 +81,7 @@ class ExactSearch:
         return queries.cpu() @ embeddings.T
 
     def blocks(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """Yield `(first row, float32 array)` of all embeddings: whole shards, or blocks of half-precision ones."""
+        """Yield all embeddings as `(first row, float32 array)`: whole shards, or blocks of half-precision shards."""
         for start, shard in zip(self.starts, self.shards, strict=False):
             step = len(shard) if shard.embeddings.dtype == torch.float32 else HALF_ROWS
             for offset in range(0, len(shard), step):
@@ -105,10 +105,10 @@ class DeviceSearch:
     Exact search by matrix product and top-k on a device that holds all embeddings.
 
     Args:
-        shards (`list[Shard]`): of the whole index.
+        shards (`list[Shard]`): all shards of the index.
         device (`str` or `torch.device`): e.g. `"cuda"`.
-        dtype (`str`, *optional*): of the device's copy: `"float32"`, `"float16"` or `"bfloat16"`; defaults to the
-            files' dtype. Scores are float32.
+        dtype (`str`, *optional*): dtype of the copy on the device: `"float32"`, `"float16"` or `"bfloat16"`; defaults
+            to the files' dtype. Scores are float32.
     """
 
     def __init__(self, shards: list[Shard], device: str | torch.device, dtype: str | None = None) -> None:
@@ -122,7 +122,7 @@ class DeviceSearch:
             start += len(shard)
 
     def search(self, queries: torch.Tensor, k: int, allowed: torch.Tensor | None = None) -> SearchResults:
-        """Find the k nearest of all rows, or of those `allowed`; see [`ExactSearch.search`]."""
+        """Find the k nearest rows, or the k nearest `allowed` rows; see [`ExactSearch.search`]."""
         queries = queries.to(self.embeddings.device)
         step = max(1, DEVICE_SCORES // len(queries))
         top_scores, top_rows = top_of_product(self.scores, queries, self.embeddings, step, k, allowed)
@@ -134,7 +134,7 @@ class DeviceSearch:
         """
         Return float32 scores `(N, rows of block)`; a passage has the same score in a pool as in the whole index.
 
-        Half-precision embeddings are not converted on a GPU: its product takes them, and sums in float32.
+        On a GPU, half-precision embeddings are not converted: its product takes them, and sums in float32.
         """
         queries = queries.to(block.device)
         if block.dtype == torch.float32:
@@ -150,11 +150,11 @@ class DeviceSearch:
 
 class ApproximateSearch:
     """
-    Search through a FAISS index with our rows as its ids.
+    Search through a FAISS index whose ids are our rows.
 
     Args:
-        index (`faiss.Index`): by inner product, of all rows.
-        resources (`faiss.StandardGpuResources`, *optional*): of an index on a GPU, kept for as long as the index.
+        index (`faiss.Index`): inner product index of all rows.
+        resources (`faiss.StandardGpuResources`, *optional*): for an index on a GPU, which needs them while it exists.
     """
 
     def __init__(self, index: Any, resources: Any = None) -> None:
@@ -162,16 +162,16 @@ class ApproximateSearch:
         self.resources = resources
 
     def search(self, queries: torch.Tensor, k: int) -> SearchResults:
-        """Find about the k nearest rows; the scores are the FAISS index's, which compression may have changed."""
+        """Find roughly the k nearest rows; scores are the FAISS index's, and inexact if it compresses embeddings."""
         scores, rows = self.index.search(queries.cpu().numpy(), k)
         return np.where(rows < 0, -np.inf, scores).astype(np.float32), rows
 
     def on_gpu(self, number: int) -> "ApproximateSearch":
         """
-        Return an [`ApproximateSearch`] of a copy on a GPU; this one does not change.
+        Return an [`ApproximateSearch`] through a copy on a GPU; this one does not change.
 
         Raises:
-            `ValueError`: if FAISS was built without GPUs, or has no GPU form of this kind of index.
+            `ValueError`: if FAISS was built without GPU support, or has no GPU version of this kind of index.
         """
         try:
             resources = faiss.StandardGpuResources()
@@ -202,7 +202,7 @@ def top_of_product(
     Find the k best rows of each query, computing the scores of `step` rows at a time.
 
     Args:
-        score (`Callable`): of queries and a block of embeddings, e.g. [`DeviceSearch.scores`].
+        score (`Callable`): takes queries and a block of embeddings, e.g. [`DeviceSearch.scores`].
         queries (`torch.FloatTensor` of shape `(N, h)`), embeddings (`torch.Tensor` of shape `(M, h)`).
         allowed (`torch.BoolTensor` of shape `(N, M)`, *optional*): other rows become -1 with a score of -inf.
 
@@ -230,7 +230,7 @@ def nothing(n: int, k: int) -> SearchResults:
 
 
 def merge(first: SearchResults, second: SearchResults, k: int) -> SearchResults:
-    """Return the k best of two `(scores, rows)`; for equal scores those of `first` come first."""
+    """Return the k best of two search results; for equal scores, `first` comes first."""
     scores = np.concatenate([first[0], second[0]], axis=1)
     rows = np.concatenate([first[1], second[1]], axis=1)
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
@@ -241,12 +241,12 @@ def search_without(
     deleted: RowArray, searcher: Searcher, queries: torch.Tensor, k: int, num_rows: int
 ) -> SearchResults:
     """
-    Find the k nearest rows that were not deleted: fetch more than k, and again for queries that are left with fewer.
+    Find the k nearest rows that were not deleted: fetch more than k, and again more for queries left with fewer.
 
     Args:
-        deleted (`numpy.ndarray` of int64): rows, sorted.
+        deleted (`numpy.ndarray` of int64): deleted rows, sorted.
         queries (`torch.FloatTensor` of shape `(N, h)`), k (`int`): see [`ExactSearch.search`].
-        num_rows (`int`): of the searcher, including deleted ones.
+        num_rows (`int`): number of rows of the searcher, including deleted ones.
     """
     if not len(deleted):
         return searcher.search(queries, k)
@@ -270,13 +270,13 @@ def search_pools(
     searcher: ExactSearcher, queries: torch.Tensor, pools: list[RowArray], k: int, deleted: RowArray, num_rows: int
 ) -> SearchResults:
     """
-    Find the k best rows in each query's own pool.
+    Find the k best rows in the pool of each query.
 
     Queries with the same pool share its gathered embeddings. Large pools are searched by scoring all rows.
 
     Args:
         queries (`torch.FloatTensor` of shape `(N, h)`): one for each pool.
-        pools (`list` of `numpy.ndarray` of int64): rows, in any order; repeated and deleted ones do no harm.
+        pools (`list` of `numpy.ndarray` of int64): rows, in any order; duplicate and deleted ones are ignored.
         k (`int`), deleted (`numpy.ndarray` of int64), num_rows (`int`): see [`search_without`].
     """
     best_scores, best_rows = nothing(len(queries), k)
@@ -290,7 +290,7 @@ def search_pools(
     if sum(len(pool) for pool, _ in large) <= GATHER * num_rows:  # gathering them all is still cheaper
         small, large = small + large, []
 
-    masked = []  # queries that score all rows, and their pools
+    masked = []  # queries for which all rows are scored, and their pools
     for pool, members in large:
         masked += [(query, pool) for query in members]
     step = max(1, MASK_BYTES // num_rows)
@@ -311,7 +311,7 @@ def search_pools(
 
 
 def group_pools(pools: list[RowArray]) -> list[tuple[RowArray, list[int]]]:
-    """Return the different pools, each with the numbers of the queries that have it."""
+    """Return the distinct pools, each with the numbers of the queries that have it."""
     by_object: dict[int, tuple[RowArray, list[int]]] = {}  # so that a shared array is converted to bytes only once
     for query, pool in enumerate(pools):
         by_object.setdefault(id(pool), (pool, []))[1].append(query)
@@ -324,7 +324,7 @@ def group_pools(pools: list[RowArray]) -> list[tuple[RowArray, list[int]]]:
 def search_pool(
     searcher: ExactSearcher, queries: torch.Tensor, pool: RowArray, k: int, deleted: RowArray
 ) -> SearchResults:
-    """Find at most k rows of a pool for all `queries`, with one gathering and one product."""
+    """Find at most k rows of a pool for all `queries`, by gathering it once and computing one product."""
     pool = np.unique(pool)
     if len(deleted):
         pool = pool[~contains(deleted, pool)]
@@ -337,7 +337,7 @@ def search_pool(
 
 
 def contains(values: RowArray, rows: Any) -> Any:
-    """Whether each of `rows` (an `int` or an array) is among the sorted `values`, of which there is at least one."""
+    """Return whether each of `rows` (an `int` or an array) is in `values`, which must be sorted and not empty."""
     return values[np.minimum(values.searchsorted(rows), len(values) - 1)] == rows
 
 
@@ -349,9 +349,9 @@ def make_approximate(factory: str, exact: ExactSearch, train_rows: RowArray) -> 
     Make a FAISS index of all embeddings, trained on a sample of them and filled shard by shard.
 
     Args:
-        factory (`str`): of `faiss.index_factory`, e.g. `"HNSW32"`, `"IVF1024,Flat"`, `"OPQ16_64,IVF256,PQ16"`.
-        exact ([`ExactSearch`]): of the shards.
-        train_rows (`numpy.ndarray` of int64): the sample.
+        factory (`str`): string for `faiss.index_factory`, e.g. `"HNSW32"`, `"IVF1024,Flat"`, `"OPQ16_64,IVF256,PQ16"`.
+        exact ([`ExactSearch`]): search over all shards.
+        train_rows (`numpy.ndarray` of int64): rows of the sample.
 
     Raises:
         `ValueError`: if FAISS does not know the factory string, or the sample is too small for it.
@@ -371,9 +371,9 @@ def empty_approximate(factory: str, size: int, train_size: int, **search_options
     Make an empty FAISS index, so that a wrong setting is found before hours of embedding.
 
     Args:
-        factory (`str`): of `faiss.index_factory`.
+        factory (`str`): string for `faiss.index_factory`.
         size (`int`): dimensions of an embedding.
-        train_size (`int`): embeddings of the training sample.
+        train_size (`int`): number of embeddings in the training sample.
         **search_options: see [`set_search_options`].
 
     Raises:
@@ -401,7 +401,7 @@ def _refused(factory: str, size: int, train_size: int, error: Exception | str) -
 
 
 def add_to_approximate(index: "faiss.Index", exact: ExactSearch, first_row: int) -> None:
-    """Add the rows from `first_row` on to a FAISS index, including deleted ones, so that its ids remain our rows."""
+    """Add the rows from `first_row` on, including deleted ones, to a FAISS index, so that its ids stay our rows."""
     for start, block in exact.blocks():
         if start + len(block) > first_row:
             index.add(block[max(0, first_row - start) :])
@@ -417,7 +417,7 @@ def write_approximate(index: "faiss.Index", path: Path) -> None:
 
 
 def read_approximate(path: Path, num_rows: int, size: int) -> "faiss.Index":
-    """Map a FAISS index; `ValueError` if it is not readable or not of `num_rows` embeddings of `size` dimensions."""
+    """Map a FAISS index; `ValueError` if it is damaged or does not hold `num_rows` embeddings of `size` dimensions."""
     try:
         index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as error:
@@ -442,7 +442,7 @@ def set_search_options(index: "faiss.Index", options: dict[str, Any]) -> None:
 
 
 def recall(found: RowArray, expected: RowArray) -> float:
-    """Return the share of each query's `expected` rows `(N, k)` that were `found` `(N, k)`; -1 never counts."""
+    """Return the mean share of `expected` rows `(N, k)` that are among the `found` rows `(N, k)`; -1 never counts."""
     num_hits = 0
     for found_rows, expected_rows in zip(found, expected, strict=True):
         num_hits += len(np.intersect1d(found_rows[found_rows >= 0], expected_rows))

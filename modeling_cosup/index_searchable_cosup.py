@@ -1,4 +1,4 @@
-"""Searches what an index holds: everything or candidates, exactly or approximately, from files or on a device."""
+"""Searching an index: all passages or candidates, exactly or approximately, from files or on a device."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,9 +38,9 @@ Store = TypeVar("Store", bound="SearchableStore")
 
 
 class SearchableStore(PassageStore):
-    """Passages that can be searched: what [`PassageIndex`] is, apart from how it is built and loaded."""
+    """Passages that can be searched; [`PassageIndex`] adds how they are built and loaded."""
 
-    _search_options: dict[str, Any]  # of the approximate index; set with it
+    _search_options: dict[str, Any]  # of the approximate index; set together with it
 
     def __init__(self, shards: list[Shard], config: IndexConfig, folder: Path | None = None) -> None:
         self._approximate: ApproximateSearch | None = None  # on the CPU
@@ -64,7 +64,7 @@ class SearchableStore(PassageStore):
         [`~PassageIndex.train_approximate`].
 
         Args:
-            query_embeds (`torch.Tensor` of shape `(N, h)`): of the model that built the index; any float dtype and
+            query_embeds (`torch.Tensor` of shape `(N, h)`): by the model that built the index; any float dtype and
                 device. N may be 0.
             k (`int`, *optional*, defaults to 1): passages per query, at most as many as the index holds.
             candidates (`list`, *optional*): one entry per query. `None` searches the whole index, an int64 array of
@@ -72,10 +72,10 @@ class SearchableStore(PassageStore):
 
         Returns:
             `(scores, rows)`: `numpy.ndarray` of float32 and int64, both `(N, min(k, len(self)))`, best first;
-            `index[row]` is a passage. With fewer candidates, -inf and -1 at the end.
+            `index[row]` is a passage. If a query has fewer candidates, the rest is -inf and -1.
 
         Raises:
-            `ValueError`: if queries have another width or are NaN or infinite, candidates are not rows, or k < 1.
+            `ValueError`: if queries have the wrong width or are NaN or infinite, candidates are not rows, or k < 1.
         """
         queries = check_queries(query_embeds, self.config["embedding_size"], k)
         # autocast would compute even float32 products in half precision
@@ -92,13 +92,13 @@ class SearchableStore(PassageStore):
         without_pool = [i for i, pool in enumerate(pools) if pool is None]
         if without_pool:
             scores[without_pool], rows[without_pool] = self._search_all(queries[without_pool], k)
-        own_pools = {i: pool for i, pool in enumerate(pools) if pool is not None}
-        if own_pools:
-            with_pool = list(own_pools)
+        pools_by_query = {i: pool for i, pool in enumerate(pools) if pool is not None}
+        if pools_by_query:
+            with_pool = list(pools_by_query)
             scores[with_pool], rows[with_pool] = search_pools(
                 self._device or self._exact,
                 queries[with_pool],
-                list(own_pools.values()),
+                list(pools_by_query.values()),
                 k,
                 self._deleted,
                 self.num_rows,
@@ -118,14 +118,14 @@ class SearchableStore(PassageStore):
 
         Args:
             device (`str`, `torch.device` or `None`): e.g. `"cuda"`; `None` searches from the files again.
-            dtype (`str`, *optional*): of the copy of the embeddings; defaults to the files' dtype. Scores are float32.
+            dtype (`str`, *optional*): dtype of copied embeddings; defaults to the files' dtype. Scores are float32.
 
         Returns:
             [`PassageIndex`]: this one.
 
         Raises:
-            `ValueError`: if the approximate index has no GPU form (HNSW has none), or FAISS has no GPUs. Then nothing
-                changes.
+            `ValueError`: if FAISS has no GPU support, or no GPU version of the approximate index (e.g. of HNSW). Then
+                nothing changes.
         """
         copy = gpu = None
         if device is not None:
@@ -151,18 +151,18 @@ class SearchableStore(PassageStore):
         in the folder.
 
         Args:
-            index_factory (`str`): of `faiss.index_factory`. `"HNSW32"` holds a copy of all embeddings in memory;
+            index_factory (`str`): for `faiss.index_factory`. `"HNSW32"` holds a copy of all embeddings in memory;
                 `"IVF1024,Flat"` does too until it is loaded again, mapped; `"OPQ16_64,IVF1024,PQ16"` is small.
-            train_size (`int`, *optional*, defaults to 65536): embeddings of the sample, in memory in float32. IVF
-                needs at least 39 for each list.
-            seed (`int`, *optional*, defaults to 0): of the sample.
+            train_size (`int`, *optional*, defaults to 65536): number of embeddings in the sample, which is held in
+                memory in float32. IVF needs at least 39 for each list.
+            seed (`int`, *optional*, defaults to 0): seed of the sample.
             queries (`torch.Tensor` of shape `(N, h)`, *optional*): for the recall, see
                 [`~PassageIndex.measure_recall`].
             **search_options: see [`~PassageIndex.set_search_options`].
 
         Returns:
-            `dict[str, float]`: the result of `measure_recall`, which is also logged, and saved in the config. Searches
-            leave the device: call `to` again.
+            `dict[str, float]`: the result of `measure_recall`, which is also logged, and saved in the config. Call
+            `to` again to search on a device.
 
         Raises:
             `ValueError`: if FAISS refuses the factory string, the size of the sample or an option, or all passages
@@ -209,10 +209,10 @@ class SearchableStore(PassageStore):
         Trade speed for recall, until the index is loaded again.
 
         Args:
-            **options: `nprobe` (lists that IVF searches), `efSearch` (of HNSW), `quantizer_efSearch`, …
+            **options: `nprobe` (lists that IVF searches), `efSearch` (for HNSW), `quantizer_efSearch`, …
 
         Raises:
-            `ValueError`: if nothing was trained, or for an option that this kind of index does not have.
+            `ValueError`: if no approximate index was trained, or for an option that its kind does not have.
         """
         if self._approximate is None:
             raise ValueError("This index is searched exactly: call train_approximate first.")
@@ -231,11 +231,11 @@ class SearchableStore(PassageStore):
             queries (`torch.Tensor` of shape `(N, h)`, *optional*): preferably real ones. By default the embeddings of
                 `num_queries` random passages, which are easier than real queries.
             k (`int`, *optional*, defaults to 10): passages per query.
-            num_queries (`int`, *optional*, defaults to 200): without `queries`.
-            seed (`int`, *optional*, defaults to 0): of the random passages.
+            num_queries (`int`, *optional*, defaults to 200): number of random passages.
+            seed (`int`, *optional*, defaults to 0): seed of the random passages.
 
         Returns:
-            `dict[str, float]`: `ann_recall@1` and `ann_recall@k`: mean share of the k exact nearest that were found.
+            `dict[str, float]`: `ann_recall@1` and `ann_recall@k`: mean share of the exact k nearest that were found.
 
         Raises:
             `ValueError`: if all passages were deleted.
@@ -256,7 +256,7 @@ class SearchableStore(PassageStore):
             raise ValueError("All passages of this index were deleted: there is nothing to search approximately.")
 
     def _extend_approximate(self, shards: list[Shard], config: IndexConfig) -> ApproximateSearch | None:
-        """Return a copy of the approximate index with the rows of new shards: FAISS cannot add to a mapped index."""
+        """Return a copy of the approximate index that includes new shards: FAISS cannot add to a mapped index."""
         if self._approximate is None:
             return None
         stored = config["approximate"]
@@ -288,7 +288,7 @@ def check_queries(query_embeds: torch.Tensor, size: int, k: int) -> torch.Tensor
         k (`int`): passages per query.
 
     Raises:
-        `ValueError`: for another shape, values that are NaN or infinite, or a k below 1.
+        `ValueError`: for the wrong shape, values that are NaN or infinite, or a k below 1.
     """
     queries = torch.as_tensor(query_embeds).detach().float()
     if queries.ndim != 2 or queries.shape[1] != size:
@@ -308,19 +308,19 @@ def check_candidates(
     candidates: Sequence[Rows | None], count: int, count_rows: Callable[[int], int]
 ) -> list[NDArray[np.int64] | None]:
     """
-    Return candidates as int64 arrays; queries with the same object get the same array.
+    Return candidates as int64 arrays; queries whose candidates are the same object get the same array.
 
     Args:
-        candidates (`list`): for each query rows of the index or `None`.
-        count (`int`): of queries.
+        candidates (`list`): for each query, rows of the index or `None`.
+        count (`int`): number of queries.
         count_rows (`Callable`): given the largest row of a pool, returns how many rows the index has.
 
     Returns:
         `list` of `numpy.ndarray` of int64 or `None`.
 
     Raises:
-        `ValueError`: for another number of pools, a pool that is not of integers (such as a mask), or rows that the
-            index does not have.
+        `ValueError`: if there are not `count` pools, or for a pool that holds anything but integers (such as a mask),
+            or rows that the index does not have.
     """
     if len(candidates) != count:
         raise ValueError(f"There are {len(candidates)} lists of candidates for {count} queries.")
@@ -348,5 +348,5 @@ def _check_pool(pool: NDArray[Any], name: str, count_rows: Callable[[int], int])
     num_rows = count_rows(int(pool.max()))
     if pool.min() < 0 or pool.max() >= num_rows:
         wrong = pool[(pool < 0) | (pool >= num_rows)]
-        raise ValueError(f"{name} holds {wrong[:5].tolist()}, which are no rows of this index (0 to {num_rows - 1}).")
+        raise ValueError(f"{name} holds {wrong[:5].tolist()}, which are not rows of this index (0 to {num_rows - 1}).")
     return np.ascontiguousarray(pool, np.int64)

@@ -1,4 +1,4 @@
-"""What an index holds, apart from its search: shards, rows, ids, deletions, and the folder that it lives in."""
+"""The contents of an index: shards, rows, ids, deletions, and the folder that holds them."""
 
 import contextlib
 import os
@@ -26,11 +26,10 @@ from .index_files_cosup import (
     flush,
     make_id_table,
     map_shard,
-    map_tensors,
     put_in_place,
-    read,
     read_config,
     read_names,
+    read_tensors,
     seal,
     sweep,
     write_config,
@@ -54,7 +53,7 @@ class PassageStore:
     Args:
         shards (`list[Shard]`): the passages and their embeddings.
         config (`dict`): the content of `index_config.json`.
-        folder (`Path`, *optional*): where the index lives, and changes are saved.
+        folder (`Path`, *optional*): folder of the index, in which changes are saved.
     """
 
     def __init__(self, shards: list[Shard], config: IndexConfig, folder: Path | None = None) -> None:
@@ -73,7 +72,7 @@ class PassageStore:
 
     @property
     def num_rows(self) -> int:
-        """Number of rows, including those of deleted passages."""
+        """Number of rows, including rows of deleted passages."""
         return int(self._exact.starts[-1])
 
     @property
@@ -83,7 +82,7 @@ class PassageStore:
 
     @property
     def embeddings(self) -> torch.Tensor:
-        """All embeddings, float32 `(num_rows, h)`: one float32 shard without a copy, otherwise a copy in memory."""
+        """All embeddings, float32 `(num_rows, h)`: a copy in memory, unless there is only one float32 shard."""
         embeddings = [shard.embeddings.float() for shard in self._shards]
         if len(embeddings) == 1:
             return embeddings[0]
@@ -117,7 +116,7 @@ class PassageStore:
         return [{name: column[row].as_py() for name, column in columns.items()} for columns, row in places]
 
     def _checked_rows(self, rows: Rows) -> NDArray[np.int64]:
-        """Return rows as an int64 array; `IndexError` names those that hold no passage."""
+        """Return rows as an int64 array; `IndexError` names rows that hold no passage."""
         rows = np.asarray(rows, np.int64).reshape(-1)
         unknown = rows[(rows < 0) | (rows >= self.num_rows)]
         if len(unknown):
@@ -129,7 +128,7 @@ class PassageStore:
         return rows
 
     def _places(self, rows: NDArray[np.int64], names: tuple[str, ...]) -> list[tuple[dict[str, Any], int]]:
-        """Return for each row the named columns of its shard, and its row in that shard."""
+        """Return for each row the named columns of its shard, and its row within that shard."""
         owners = np.searchsorted(self._exact.starts, rows, side="right") - 1
         columns = {}
         for owner in set(owners.tolist()):
@@ -140,7 +139,7 @@ class PassageStore:
 
     def rows_of(self, ids: Iterable[str]) -> NDArray[np.int64]:
         """
-        Return the rows of passage ids, `(len(ids),)`, in the given order.
+        Return the rows of passage ids, in the given order, `(len(ids),)`.
 
         Raises:
             `ValueError`: names (up to five) ids that the index does not hold.
@@ -173,19 +172,19 @@ class PassageStore:
         return row
 
     def find(self, ids: Iterable[str]) -> NDArray[np.int64]:
-        """Return the rows of passage ids, -1 for those that the index lacks; `ValueError` if one is not a string."""
+        """Return the rows of passage ids, -1 for unknown ids; `ValueError` if one is not a string."""
         ids = list(ids)
         wrong = [id for id in ids if not isinstance(id, str)]
         if wrong:
-            raise ValueError(f"{wrong[0]!r} is no passage id, expected a string.")
+            raise ValueError(f"{wrong[0]!r} is not a passage id, expected a string.")
         if self._id_table is None:
             self._id_table = make_id_table(self._shards)
         table_hashes, table_rows = self._id_table
         hashes = hash_ids(ids)
         rows = np.full(len(ids), -1, np.int64)
-        places = table_hashes.searchsorted(hashes)  # in the table, of the next row to look at
-        waiting = np.arange(len(ids))  # ids whose row was not found yet
-        # go through all rows of a hash, until one holds the id itself and was not deleted
+        places = table_hashes.searchsorted(hashes)  # where in the table to look next
+        waiting = np.arange(len(ids))  # ids whose row has not been found yet
+        # try all rows with the same hash, until one holds the id itself and was not deleted
         while len(waiting):
             waiting = waiting[places[waiting] < len(table_hashes)]
             waiting = waiting[table_hashes[places[waiting]] == hashes[waiting]]
@@ -204,12 +203,12 @@ class PassageStore:
 
     def delete(self, ids: Iterable[str]) -> None:
         """
-        Delete passages: no search finds them any more, nor their ids. Their rows and bytes stay until a new build.
+        Delete passages: no search or id finds them any more. Their rows and bytes stay until the index is built again.
 
-        The folder is updated too. A process that dies meanwhile leaves the index as it was before or is after.
+        The folder is updated too. If the process dies, it holds either the old state or the new one.
 
         Args:
-            ids (sequence of `str`): of passages in the index.
+            ids (sequence of `str`): ids of passages in the index.
 
         Raises:
             `ValueError`: names ids that the index does not hold; then none is deleted.
@@ -237,18 +236,18 @@ class PassageStore:
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
         """
-        Hold the folder's lock during a change, from its first new file to its config; remove its files if it fails.
+        Hold the folder's lock during a change, from the first new file to the config; remove new files on failure.
 
         Raises:
-            `ValueError`: if another process changes the folder, or did so after this one loaded it, or the folder is
-                in the cache of the Hub.
+            `ValueError`: if another process is changing the folder, or has done so since this one loaded it, or the
+                folder is in the Hub cache.
         """
         if self.folder is None:
             yield
             return
         if is_in_hub_cache(self.folder):
             raise ValueError(
-                f"{self.folder} is in the cache of the Hub, which others share: save_pretrained it to a folder first,"
+                f"{self.folder} is in the Hub cache, which is shared: save_pretrained it to a folder first,"
                 " and load that."
             )
         lock = self.folder / LOCK_FILE
@@ -269,7 +268,7 @@ class PassageStore:
             raise ValueError(f"{folder} was changed by another process: load the index again.")
 
     def _next_config(self) -> IndexConfig:
-        """Return a copy of the config to change; new files are named after its generation."""
+        """Return a copy of the config for the next generation, after which its new files are named."""
         return {**self.config, "generation": self.config["generation"] + 1, "files": dict(self.config["files"])}
 
     def _write_file(self, folder: Path, config: IndexConfig, name: str, write: Callable[[Path], object]) -> str:
@@ -294,7 +293,7 @@ class PassageStore:
         config["ids"] = self._write_file(folder, config, "ids.safetensors", lambda path: make_id_table(shards, path))
 
     def _commit(self, folder: Path, config: IndexConfig) -> None:
-        """Make a config the state of the folder, and remove files that it does not list."""
+        """Write a config, which makes it the state of the folder, and remove files that it does not list."""
         self._check_unchanged(folder)
         write_config(folder, config)
         self.config = config
@@ -306,7 +305,7 @@ class PassageStore:
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """
-        Write the whole index to a folder; see [`index_files_cosup`] for its files. This index stays in its own folder.
+        Write the whole index to a folder; see [`index_files_cosup`] for its files. This index keeps its own folder.
 
         The folder gets its name only when it is complete. An earlier index of that name is replaced.
 
@@ -327,7 +326,7 @@ class PassageStore:
             shutil.rmtree(unfinished, ignore_errors=True)
 
     def _write_files(self, folder: Path) -> IndexConfig:
-        """Write all files but the config, which is returned."""
+        """Write all files but the config, and return the config."""
         if self.folder is not None:
             for name in self.config["files"]:
                 shutil.copyfile(self.folder / name, folder / name)
@@ -343,7 +342,7 @@ class PassageStore:
 
     @classmethod
     def _load(cls: type[Store], folder: Path, verify: bool | None = None) -> Store:
-        """Map the index of a folder."""
+        """Load the index of a folder, with its files mapped."""
         config = read_config(folder, verify)
         full = bool(verify) or is_in_hub_cache(folder)
         shards = [map_shard(folder, number, full) for number in range(len(config["shards"]))]
@@ -365,9 +364,9 @@ class PassageStore:
 @contextlib.contextmanager
 def _sweeping_on_failure(folder: Path) -> Iterator[None]:
     """
-    Remove the files of a change that fails.
+    Remove the new files of a change that fails.
 
-    Files that no config lists belong to this change or to one that died: the lock keeps other writers out.
+    Files that the config does not list belong to this change or to one that died: the lock keeps other writers out.
     """
     try:
         yield
@@ -377,8 +376,8 @@ def _sweeping_on_failure(folder: Path) -> Iterator[None]:
 
 
 def _read_deleted(path: Path, num_rows: int) -> NDArray[np.int64]:
-    """Map the deleted rows; `ValueError` unless they are strictly ascending rows of the index."""
-    rows = read(path, map_tensors)["rows"].numpy()
+    """Read the deleted rows; `ValueError` unless they are strictly ascending rows of the index."""
+    rows = read_tensors(path)["rows"].numpy()
     is_row_array = rows.ndim == 1 and rows.dtype == np.int64
     if not is_row_array or (np.diff(rows) <= 0).any() or (rows < 0).any() or (rows >= num_rows).any():
         raise ValueError(f"{path} is damaged: expected rows from 0 to {num_rows - 1}, in order, each once.")
@@ -386,13 +385,13 @@ def _read_deleted(path: Path, num_rows: int) -> NDArray[np.int64]:
 
 
 def is_in_hub_cache(folder: Path) -> bool:
-    """Whether a folder is a snapshot in the cache of the Hub, with files that others share."""
+    """Return whether a folder is a snapshot in the Hub cache, whose files are shared."""
     return folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("datasets--")
 
 
 def map_id_table(folder: Path, config: IndexConfig) -> IdTable:
     """Map the table that finds ids; see [`make_id_table`]."""
-    table = read(folder / config["ids"], map_tensors)
+    table = read_tensors(folder / config["ids"])
     return table["hashes"].numpy(), table["rows"].numpy()
 
 

@@ -1,4 +1,4 @@
-"""Requests to a Milvus server or file, which are sent again while it does not answer."""
+"""Requests to a Milvus server or file, sent again while it does not answer."""
 
 import json
 import os
@@ -19,13 +19,13 @@ from .retriever_cosup import SearchResults
 logger = logging.get_logger(__name__)
 
 MAX_REQUEST_ROWS = 4_096
-MAX_REQUEST_BYTES = 16 * 2**20  # a server takes 64 MiB a message
-NOT_LOADED = 101  # Milvus's code for a collection that is not in memory, e.g. after a restart
-CANNOT_CONNECT = 2  # pymilvus's own code
-# Of the environment: a token on a command line would be visible in lists of processes, and in results
+MAX_REQUEST_BYTES = 16 * 2**20  # a server accepts messages of up to 64 MiB
+NOT_LOADED = 101  # Milvus's error code for a collection that is not in memory, e.g. after a restart
+CANNOT_CONNECT = 2  # pymilvus's error code
+# An environment variable: a token on the command line would be visible in lists of processes and in results
 TOKEN_VARIABLE = "MILVUS_TOKEN"
 
-# Connections to each local file: Milvus Lite runs in this process, once per file, until the last of them is closed
+# Connections to each local file: Milvus Lite runs in this process, once per file, until the last one is closed
 _open_files: Counter[str] = Counter()
 T = TypeVar("T")
 
@@ -39,8 +39,8 @@ class MilvusConnection:
 
     Raises:
         `ImportError`: if pymilvus is missing.
-        `ValueError`: if `uri` is neither a server nor a file that ends in `.db`, or holds a password, which messages
-            and results would show.
+        `ValueError`: if `uri` is neither a server nor a file that ends in `.db`, or holds a password, which would
+            appear in messages and results.
     """
 
     def __init__(
@@ -75,18 +75,18 @@ class MilvusConnection:
 
     def call(self, method: str, doing: str, name_collection: bool = True, **kwargs: Any) -> Any:
         """
-        Call a method of the Milvus client, again while the server does not answer.
+        Call a method of the Milvus client; if the server does not answer, call it again.
 
-        A request may arrive twice, so call only what may be done twice.
+        A request may arrive twice, so call only methods for which that is harmless.
 
         Args:
-            method (`str`): of `pymilvus.MilvusClient`.
-            doing (`str`): for the error message, e.g. `"searching"`.
+            method (`str`): name of a method of `pymilvus.MilvusClient`.
+            doing (`str`): what it does, for the error message, e.g. `"searching"`.
             name_collection (`bool`): whether the method's first argument is the collection.
-            **kwargs: for the method.
+            **kwargs: arguments of the method.
 
         Raises:
-            `ConnectionError`: if it did not answer `max_retries + 1` times.
+            `ConnectionError`: if the server did not answer any of `max_retries + 1` calls.
             `OSError`: if Milvus refuses the request.
         """
         pymilvus, grpc = milvus_packages()
@@ -107,12 +107,12 @@ class MilvusConnection:
         ) from failure
 
     def _send(self, method: str, *arguments: str, **kwargs: Any) -> Any:
-        """Call a method once; a collection that the server has unloaded, as by a restart, is loaded before."""
+        """Call a method once; if the server has unloaded the collection, e.g. by a restart, load it and call again."""
         pymilvus, _ = milvus_packages()
         client = self._connected()
         send = getattr(client, method)
         try:
-            return send(*arguments, retry_times=0, **kwargs)  # pymilvus's default is 75 times
+            return send(*arguments, retry_times=0, **kwargs)  # pymilvus retries 75 times by default
         except pymilvus.MilvusException as error:
             if error.code != NOT_LOADED:
                 raise
@@ -120,12 +120,12 @@ class MilvusConnection:
             return send(*arguments, retry_times=0, **kwargs)
 
     def _connected(self) -> Any:
-        """Return the client; connect first if there is none."""
+        """Return the client, connecting it first if needed."""
         if self._client is not None:
             return self._client
         pymilvus, _ = milvus_packages()
-        # A deadline for each call would make pymilvus go on trying until it is reached. By default gRPC waits up to
-        # two minutes before it tries a server again that was away.
+        # Set in gRPC, because pymilvus would retry until a deadline that is passed with a call. And by default gRPC
+        # waits up to two minutes before it reconnects to a server that was away.
         deadline = json.dumps({"methodConfig": [{"name": [{}], "timeout": f"{self.timeout}s"}]})
         grpc_options = {
             "grpc.service_config": deadline,
@@ -145,7 +145,7 @@ class MilvusConnection:
         return self._client
 
     def close(self) -> None:
-        """Close the connection. After the last one to a local file, another process can open the file."""
+        """Close the connection. Once all connections to a local file are closed, another process can open it."""
         if self._client is None:
             return
         self._client.close()
@@ -164,12 +164,12 @@ class MilvusConnection:
         return self.call("query", "reading passages", **options)
 
     def query_rows(self, rows: list[int], fields: list[str], step: int) -> Iterator[dict[str, Any]]:
-        """Read fields of those rows that hold a passage, `step` rows per request."""
+        """Read fields of the rows that hold a passage, `step` rows per request."""
         for start in range(0, len(rows), step):
             yield from self.query(f"row in {rows[start : start + step]}", fields)
 
     def fetch_embeddings(self, rows: NDArray[np.int64], size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Return those of the sorted `rows` that hold a passage, and their embeddings `(M, size)`."""
+        """Return the rows that hold a passage, of sorted `rows`, and their embeddings `(M, size)`."""
         step = max(1, min(MAX_REQUEST_ROWS, MAX_REQUEST_BYTES // (4 * size)))
         hits = list(self.query_rows(rows.tolist(), ["row", "embedding"], step))
         live_rows = np.array([hit["row"] for hit in hits], np.int64)
@@ -198,7 +198,7 @@ class MilvusConnection:
 
 def milvus_packages() -> tuple[ModuleType, ModuleType]:
     """
-    Return the modules pymilvus and grpc, imported when they are first needed: they take a second.
+    Import and return the modules pymilvus and grpc; only when they are needed, because it takes a second.
 
     Raises:
         `ImportError`: says what to install.
@@ -212,7 +212,7 @@ def milvus_packages() -> tuple[ModuleType, ModuleType]:
 
 
 def split(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
-    """Yield lists of items in order, each of at most `MAX_REQUEST_ROWS` and `limit` in size (or one larger item)."""
+    """Yield lists of items in order, each of at most `MAX_REQUEST_ROWS` items and size `limit`, or one larger item."""
     part: list[T] = []
     total = 0
     for item in items:
@@ -227,7 +227,7 @@ def split(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[
 
 
 def quote(text: str) -> str:
-    """Return a string literal of Milvus's filter language, which knows fewer escapes than JSON."""
+    """Return a string literal for Milvus's filter language, which has fewer escapes than JSON."""
     for character, escape in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("\r", "\\r"), ("\t", "\\t")):
         text = text.replace(character, escape)
     return f'"{text}"'
@@ -246,6 +246,6 @@ def _stop_milvus_lite(path: str) -> None:
 
 
 def _may_pass(error: Any, grpc: ModuleType) -> bool:
-    """Whether the server could not be reached or was not ready, so that the same request may succeed later."""
-    code = error.code() if callable(error.code) else error.code  # a method of gRPC's errors
+    """Return whether the server was unreachable or not ready, so that the same request may succeed later."""
+    code = error.code() if callable(error.code) else error.code  # a method in gRPC's errors
     return code in (CANNOT_CONNECT, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)

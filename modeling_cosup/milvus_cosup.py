@@ -39,8 +39,8 @@ Pools: TypeAlias = dict[int, NDArray[np.int64]]  # candidates by the number of t
 
 class MilvusPassageIndex:
     """
-    A passage index in a Milvus collection: a [`Retriever`] that, like [`PassageIndex`], also gives embeddings, adds
-    and deletes.
+    A passage index in a Milvus collection: a [`Retriever`] that, like [`PassageIndex`], also returns embeddings, and
+    adds and deletes passages.
 
     The collection holds passages, token ids, embeddings and the fingerprint of the model that made them. Up to 512
     candidates of a query are fetched and scored here: Milvus takes one filter per request, and each filter costs a
@@ -50,26 +50,26 @@ class MilvusPassageIndex:
     later writes of other processes within seconds. Only one process may write at a time.
 
     Args:
-        uri (`str`): `"http://host:19530"` (or `https://`; with `/database` after it for another database than the
-            default), or for a small index a local file that ends in `.db`, which one process at a time may open.
-        collection (`str`): its name, or an alias of it.
+        uri (`str`): `"http://host:19530"` (or `https://`; with `/database` at the end for another database than
+            the default), or for a small index a local file that ends in `.db`, which one process at a time may open.
+        collection (`str`): name or alias of the collection.
         token (`str`, *optional*): `"user:password"` or an API key; defaults to the environment variable
             `MILVUS_TOKEN`.
         timeout (`float`, *optional*, defaults to 60): seconds that one request may take.
-        max_retries (`int`, *optional*, defaults to 5): how often a request that a server does not answer is sent
-            again, after 0.5, 1, 2, ... seconds. The default goes on for at least 15 seconds.
-        search_params (`dict`, *optional*): of the collection's index type, e.g. `{"ef": 128}` for HNSW.
+        max_retries (`int`, *optional*, defaults to 5): how many times an unanswered request is sent again, after 0.5,
+            1, 2, ... seconds. By default, this takes at least 15 seconds.
+        search_params (`dict`, *optional*): parameters of the collection's index type, e.g. `{"ef": 128}` for HNSW.
         search (`str`, *optional*): `"exact"` refuses a collection with an approximate index type.
 
     Raises:
         `ImportError`: if pymilvus is missing.
         `FileNotFoundError`: if there is no such file.
-        `ValueError`: if there is no such collection (names the existing ones), or it is no complete passage index, or
-            not an exact one.
+        `ValueError`: if there is no such collection (names the existing ones), or it is not a complete passage index,
+            or with `search="exact"` not an exact one.
         `ConnectionError`: here and in every method, if the server does not answer.
     """
 
-    fingerprint: dict[str, Any]
+    fingerprint: dict[str, Any]  # settings of the model that made the embeddings
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class MilvusPassageIndex:
         self._milvus.call("load_collection", "loading the collection")
         self._size = count_passages(self._milvus)
         if self._properties["cosup.adding"]:
-            state = "passages are being added, or an add() was cut off; the next add() removes what it left."
+            state = "passages are being added, or an add() was interrupted; the next add() removes what it left."
             logger.warning(f"{self._milvus}: {state}")
 
     def _read_properties(self) -> None:
@@ -137,21 +137,21 @@ class MilvusPassageIndex:
         """
         Upload an index to a new collection, by inner product, and open it.
 
-        The upload goes in batches. If it is cut off, the same call goes on where it stopped; until then the collection
-        cannot be opened.
+        The upload is done in batches. If it is interrupted, the same call resumes it; until it is complete, the
+        collection cannot be opened.
 
         Args:
-            index ([`PassageIndex`]): rows keep their numbers.
+            index ([`PassageIndex`]): the index to upload; rows keep their numbers.
             uri, collection, token, timeout, max_retries, search_params: see [`MilvusPassageIndex`]. A missing local
                 file is created.
             index_type (`str`, *optional*, defaults to `"FLAT"`): exact, or an approximate type that the server has,
                 e.g. `"HNSW"`.
-            index_params (`dict`, *optional*): of the index type, e.g. `{"M": 32, "efConstruction": 200}`.
+            index_params (`dict`, *optional*): parameters of the index type, e.g. `{"M": 32, "efConstruction": 200}`.
             batch_size (`int`, *optional*, defaults to 1000): passages per request, at most 4,096; fewer if their
                 embeddings would exceed 16 MiB.
-            overwrite (`bool`, *optional*, defaults to `False`): first drop a collection of that name, whatever it
-                holds. To replace one that is in use, upload under another name and move an alias.
-            show_progress_bar (`bool`, *optional*, defaults to `True`): a tqdm bar.
+            overwrite (`bool`, *optional*, defaults to `False`): first drop any collection of that name. To replace one
+                that is in use, upload under another name and move an alias.
+            show_progress_bar (`bool`, *optional*, defaults to `True`): show a tqdm bar.
 
         Returns:
             [`MilvusPassageIndex`].
@@ -184,7 +184,7 @@ class MilvusPassageIndex:
         For arguments and results see [`Retriever.search`]. k is at most 16,384 if a query has no candidates.
 
         Raises:
-            `ValueError`: if queries have another width or are not finite, candidates are not rows, or k is too small
+            `ValueError`: if queries have the wrong width or are not finite, candidates are not rows, or k is too small
                 or too large.
         """
         queries = check_queries(query_embeds, self.embedding_size, k).cpu().numpy()
@@ -198,12 +198,12 @@ class MilvusPassageIndex:
         without_pool = [i for i, pool in enumerate(pools) if pool is None]
         if without_pool:
             scores[without_pool], rows[without_pool] = self._search_all(queries[without_pool], k)
-        own_pools = {i: np.unique(pool) for i, pool in enumerate(pools) if pool is not None}
-        self._search_pools(queries, own_pools, (scores, rows))
+        pools_by_query = {i: np.unique(pool) for i, pool in enumerate(pools) if pool is not None}
+        self._search_pools(queries, pools_by_query, (scores, rows))
         return scores, rows
 
     def _count_rows(self, row: int) -> int:
-        """Return the number of rows; read again if `row` is unknown, because others may have added passages."""
+        """Return the number of rows, read again if `row` is unknown: another process may have added passages."""
         if row >= self.num_rows:
             self._read_properties()
         return self.num_rows
@@ -221,10 +221,10 @@ class MilvusPassageIndex:
         return scores, rows
 
     def _search_pools(self, queries: NDArray[np.float32], pools: Pools, results: SearchResults) -> None:
-        """Search each query's own pool, and write what is found to `results` `(N, k)`."""
+        """Search the pool of each query, and write scores and rows to `results`, both `(N, k)`."""
         scores, rows = results
         k = scores.shape[1]
-        # with a filter an approximate index would miss candidates
+        # with a filter, an approximate index would miss candidates
         can_filter = self._properties["cosup.index_type"] == "FLAT" and k <= MAX_RESULTS
         small_pools = {}
         for i, pool in pools.items():
@@ -236,7 +236,7 @@ class MilvusPassageIndex:
             self._search_small_pools(queries, small_pools, results)
 
     def _search_large_pool(self, query: NDArray[np.float32], pool: NDArray[np.int64], k: int) -> SearchResults:
-        """Return `(scores, rows)`, `(k,)`, of one query, by requests with a filter; each costs the server a scan."""
+        """Return `(scores, rows)` of one query, both `(k,)`, by requests with filters; each costs a scan."""
         best = nothing(1, 0)
         for start in range(0, len(pool), MAX_FILTER_ROWS):
             part = pool[start : start + MAX_FILTER_ROWS].tolist()
@@ -245,7 +245,7 @@ class MilvusPassageIndex:
         return scores[0], rows[0]
 
     def _search_small_pools(self, queries: NDArray[np.float32], pools: Pools, results: SearchResults) -> None:
-        """Fetch the embeddings of all pools, each once, and score them here."""
+        """Fetch the embeddings of all pools, each once, and score them in this process."""
         scores, rows = results
         wanted = np.unique(np.concatenate(list(pools.values())))
         live_rows, embeddings = self._milvus.fetch_embeddings(wanted, self.embedding_size)
@@ -262,7 +262,7 @@ class MilvusPassageIndex:
         """
         Return the passages of rows, `list` of `{"id", "title", "text", "input_ids"}`, in the given order.
 
-        Up to 4,096 passages cost one request.
+        One request reads up to 4,096 passages.
 
         Raises:
             `IndexError`: names rows that hold no passage.
@@ -296,14 +296,14 @@ class MilvusPassageIndex:
 
     @property
     def num_rows(self) -> int:
-        """Number of rows, including those of deleted passages."""
+        """Number of rows, including rows of deleted passages."""
         return int(self._properties["cosup.next_row"])
 
     def live_rows(self) -> NDArray[np.int64]:
         """
         Return all rows that hold a passage, `numpy.ndarray` of int64, in ascending order.
 
-        If passages were deleted, each 4,096 rows cost a request.
+        If passages were deleted, this takes a request for every 4,096 rows.
         """
         self._read_properties()
         self._size = count_passages(self._milvus)
@@ -347,11 +347,11 @@ class MilvusPassageIndex:
         return row
 
     def find(self, ids: Iterable[str]) -> NDArray[np.int64]:
-        """Return the rows of passage ids, -1 for those that the index lacks; `ValueError` if one is not a string."""
+        """Return the rows of passage ids, -1 for unknown ids; `ValueError` if one is not a string."""
         ids = list(ids)
         wrong = [id for id in ids if not isinstance(id, str)]
         if wrong:
-            raise ValueError(f"{wrong[0]!r} is no passage id, expected a string.")
+            raise ValueError(f"{wrong[0]!r} is not a passage id, expected a string.")
         rows: dict[str, int] = {}
         quoted = [quote(id) for id in dict.fromkeys(ids)]
         for part in split(quoted, len, MAX_REQUEST_BYTES // 4):  # of characters, up to four bytes each
@@ -379,7 +379,7 @@ class MilvusPassageIndex:
         show_progress_bar: bool = True,
     ) -> None:
         """
-        Embed passages and add them in new rows. The next add removes what an add that was cut off has left.
+        Embed passages and add them in new rows. If this is interrupted, the next call removes what was added.
 
         Args:
             passages: as for [`PassageIndex.build`]. Their embeddings are in memory until they are sent, so add a large
@@ -388,8 +388,8 @@ class MilvusPassageIndex:
             batch_size, max_tokens_per_batch, show_progress_bar: as for [`PassageIndex.build`].
 
         Raises:
-            `ValueError`: for another model, a passage that is not valid or that Milvus cannot hold, or ids that the
-                index already holds.
+            `ValueError`: for another model, a passage that is not valid or that Milvus cannot hold, or ids that are
+                already in the index.
         """
         self.check_model(model)
         self._remove_leftovers()
@@ -402,13 +402,13 @@ class MilvusPassageIndex:
             raise ValueError(f"The index already holds passages with {_some(known, 'id')}; delete them first.")
         first = self.num_rows
         stop = first + len(new)
-        # before the passages, so that no row is given to two passages
+        # before the passages are sent, so that no row is used twice
         set_properties(self._milvus, next_row=str(stop), adding=f"{first}:{stop}")
         upload(self._milvus, new, first_row=first, show_progress_bar=show_progress_bar)
         self._end_add()
 
     def _remove_leftovers(self) -> None:
-        """Delete what an add() that was cut off has left."""
+        """Delete the passages of an interrupted add()."""
         self._read_properties()
         if self._properties["cosup.adding"]:
             first, stop = map(int, self._properties["cosup.adding"].split(":"))
@@ -422,7 +422,7 @@ class MilvusPassageIndex:
 
     def delete(self, ids: Iterable[str]) -> None:
         """
-        Delete passages. Their rows stay empty.
+        Delete passages. Their rows are not reused.
 
         Raises:
             `ValueError`: names ids that the index does not hold; then none is deleted.

@@ -1,4 +1,4 @@
-"""The collection of a passage index in Milvus: its fields and properties, and an upload that can be continued."""
+"""The collection of a passage index in Milvus: its fields and properties, and an upload that can be resumed."""
 
 import hashlib
 import json
@@ -25,10 +25,10 @@ def prepare_upload(
     overwrite: bool,
 ) -> int:
     """
-    Create the collection for `index`, or find an upload of it that was cut off.
+    Create the collection for `index`, or prepare to resume an interrupted upload of it.
 
     Returns:
-        `int`: the number of passages that are certainly there and need not be sent.
+        `int`: the number of passages, from the first one on, that are certainly there and need not be sent.
 
     Raises:
         `FileExistsError`: if the collection is anything else and `overwrite` is false.
@@ -44,19 +44,20 @@ def prepare_upload(
         connection.call("load_collection", "loading the collection")
     except ConnectionError:
         raise
-    except OSError:  # Milvus Lite refuses the half of an index file that was left when it was killed
-        # Milvus Lite drops all indexes in one call, a server one
+    except OSError:  # Milvus Lite refuses a half-written index file, as it leaves when it is killed
+        # one call drops all indexes of Milvus Lite, but one index of a server
         while names := connection.call("list_indexes", "listing the indexes"):
             connection.call("drop_index", "dropping an index", index_name=names[0])
         _create_indexes(connection, index_type, index_params)
         connection.call("load_collection", "loading the collection")
     arrived = count_passages(connection)
-    connection.call("release_collection", "releasing the collection")  # a server indexes what is not in memory faster
-    return max(0, arrived - MAX_REQUEST_ROWS)  # a batch was sent only after the one before had arrived
+    connection.call("release_collection", "releasing the collection")  # a server indexes an unloaded collection faster
+    # each batch was sent after the previous one had arrived, so only the last one can be incomplete
+    return max(0, arrived - MAX_REQUEST_ROWS)
 
 
 def _is_unfinished(connection: MilvusConnection, source: str, overwrite: bool) -> bool:
-    """Whether the collection is an unfinished upload of `source`; any other of its name is dropped or an error."""
+    """Return whether there is an unfinished upload of `source`; drop any other collection of that name, or raise."""
     if not connection.call("has_collection", "looking for the collection"):
         return False
     properties = connection.call("describe_collection", "reading the collection's properties")["properties"]
@@ -64,7 +65,7 @@ def _is_unfinished(connection: MilvusConnection, source: str, overwrite: bool) -
         return True
     if not overwrite:
         raise FileExistsError(
-            f"{connection} exists already and is not an unfinished upload of this index. Open it with"
+            f"{connection} already exists and is not an unfinished upload of this index. Open it with"
             " MilvusPassageIndex(uri, collection), choose another name, or drop it with overwrite=True."
         )
     connection.call("drop_collection", "dropping the collection")
@@ -72,7 +73,7 @@ def _is_unfinished(connection: MilvusConnection, source: str, overwrite: bool) -
 
 
 def _create(connection: MilvusConnection, index: PassageIndex, source: str, index_type: str) -> None:
-    """Create the collection, with its fields and properties."""
+    """Create the collection with its fields and properties."""
     pymilvus, _ = milvus_packages()
     data_type = pymilvus.DataType
     schema = pymilvus.MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
@@ -87,15 +88,15 @@ def _create(connection: MilvusConnection, index: PassageIndex, source: str, inde
         "cosup.index_type": index_type,
         "cosup.source": source,
         "cosup.complete": "false",
-        "cosup.next_row": str(index.num_rows),  # all rows below were given to a passage, which may have been deleted
-        "cosup.adding": "",  # rows `first:stop` of an add() under way
+        "cosup.next_row": str(index.num_rows),  # all lower rows have held a passage, which may have been deleted
+        "cosup.adding": "",  # rows `first:stop` of an add() in progress
     }
     options = {"schema": schema, "properties": properties, "consistency_level": "Session"}
     connection.call("create_collection", "creating the collection", **options)
 
 
 def _create_indexes(connection: MilvusConnection, index_type: str, index_params: dict[str, Any]) -> None:
-    """Create those indexes of the fields `embedding` and `id` that do not exist."""
+    """Create the indexes of the fields `embedding` and `id`, unless they exist."""
     existing = connection.call("list_indexes", "listing the indexes")
     field_options: dict[str, dict[str, Any]] = {
         "embedding": {"index_type": index_type, "metric_type": "IP", "params": index_params},
@@ -106,7 +107,7 @@ def _create_indexes(connection: MilvusConnection, index_type: str, index_params:
         if name not in existing:
             field_index = pymilvus.MilvusClient.prepare_index_params()
             field_index.add_index(name, index_name=name, **options)
-            # sync=False: the collection has no passages to wait for
+            # sync=False: there are no passages yet to wait for
             connection.call("create_index", "creating the index", index_params=field_index, sync=False)
 
 
@@ -119,15 +120,15 @@ def upload(
     show_progress_bar: bool = False,
 ) -> None:
     """
-    Write the passages of an index, in order. To write one again changes nothing.
+    Write the passages of an index, in order. Writing a passage again changes nothing.
 
     Args:
-        connection ([`MilvusConnection`]): to a collection that has been prepared.
+        connection ([`MilvusConnection`]): connection to a prepared collection.
         index ([`PassageIndex`]): its row `i` becomes row `first_row + i`.
         skip (`int`): number of passages at the beginning that are already there.
         first_row (`int`): see `index`.
         batch_size (`int`): maximum number of passages per request; fewer if they would exceed 16 MiB.
-        show_progress_bar (`bool`): a tqdm bar.
+        show_progress_bar (`bool`): show a tqdm bar.
     """
     from tqdm.auto import tqdm
 
@@ -145,20 +146,20 @@ def upload(
 
 
 def _request_bytes(passage: dict[str, Any]) -> int:
-    """Return about how many bytes a passage takes in a request."""
+    """Return roughly how many bytes a passage takes in a request."""
     characters = sum(len(passage[name]) for name in TEXT_FIELDS)
     return 4 * (len(passage["embedding"]) + len(passage["input_ids"]) + characters)
 
 
 def finish_upload(connection: MilvusConnection, index: PassageIndex) -> None:
     """
-    Mark an upload as complete, once all passages are there.
+    Mark an upload as complete, after checking that all passages are there.
 
     Raises:
         `RuntimeError`: if passages are missing.
     """
     connection.call("flush", "storing the passages")
-    connection.call("load_collection", "loading the collection")  # an approximate index is built now
+    connection.call("load_collection", "loading the collection")  # this builds an approximate index
     num_uploaded, expected = count_passages(connection), len(index.live_rows())
     if num_uploaded != expected:
         raise RuntimeError(f"{connection}: there are {num_uploaded} passages after the upload, expected {expected}.")
@@ -167,10 +168,10 @@ def finish_upload(connection: MilvusConnection, index: PassageIndex) -> None:
 
 def check_sizes(index: PassageIndex) -> None:
     """
-    Check that all passages fit into the fields of a collection, before any is sent.
+    Check, before any passage is sent, that all fit into the fields of a collection.
 
     Raises:
-        `ValueError`: names the passage and what is too long.
+        `ValueError`: names the passage and the field that is too long.
     """
     rows = index.live_rows()
     for start in range(0, len(rows), MAX_REQUEST_ROWS):
@@ -189,9 +190,9 @@ def check_sizes(index: PassageIndex) -> None:
 
 def _digest(index: PassageIndex, index_type: str, index_params: dict[str, Any]) -> str:
     """
-    Return the SHA-256 of an upload: of the fingerprint, the index type and all passages.
+    Return the SHA-256 of what an upload depends on: fingerprint, index type and passages.
 
-    For an index in a folder its files' checksums stand for the passages.
+    For an index in a folder, the checksums of its files represent the passages.
     """
     rows = index.live_rows()
     settings: list[Any] = [index.fingerprint, index_type, index_params]
@@ -213,7 +214,7 @@ def _digest(index: PassageIndex, index_type: str, index_params: dict[str, Any]) 
 
 
 def count_passages(connection: MilvusConnection) -> int:
-    """Return the number of passages in a loaded collection, including all writes of all processes."""
+    """Return the number of passages in a loaded collection, including everything that any process has written."""
     options: dict[str, Any] = {"filter": "", "output_fields": ["count(*)"], "consistency_level": "Strong"}
     (result,) = connection.call("query", "counting the passages", **options)
     return result["count(*)"]
@@ -224,16 +225,15 @@ def read_properties(connection: MilvusConnection) -> tuple[dict[str, str], int]:
     Return the properties of a collection, and the size of its embeddings.
 
     Raises:
-        `ValueError`: if it is no passage index, or of a format version that this release cannot read.
+        `ValueError`: if it is not a passage index, or has a format version that this release cannot read.
     """
     description = connection.call("describe_collection", "reading the collection's properties")
     properties = description["properties"]
     version = properties.get("cosup.format_version")
+    if version is None:
+        raise ValueError(f"{connection} is not a passage index: its properties have no cosup.format_version.")
     if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{connection}: has format_version {version}, this release reads {FORMAT_VERSION}; None: it is no passage"
-            " index."
-        )
+        raise ValueError(f"{connection} has format_version {version}, this release reads {FORMAT_VERSION}.")
     fields = {field["name"]: field for field in description["fields"]}
     return properties, fields["embedding"]["params"]["dim"]
 
@@ -245,12 +245,12 @@ def set_properties(connection: MilvusConnection, **properties: str) -> None:
 
 
 def check_can_be_searched(connection: MilvusConnection, properties: dict[str, str], exact: bool) -> None:
-    """Raise `ValueError` if the upload has not ended, or the index type is approximate but must be `exact`."""
+    """Raise `ValueError` if the upload is not complete, or the index type is approximate but must be `exact`."""
     if properties["cosup.complete"] != "true":
         raise ValueError(
-            f"{connection}: the upload has not ended; call MilvusPassageIndex.from_index with the same index to go on"
-            " where it stopped."
+            f"{connection}: the upload is not complete; call MilvusPassageIndex.from_index with the same index to"
+            " resume it."
         )
     index_type = properties["cosup.index_type"]
     if exact and index_type != "FLAT":
-        raise ValueError(f"{connection}: is searched through {index_type}, and search='exact' needs FLAT.")
+        raise ValueError(f"{connection} is searched through {index_type}, and search='exact' needs FLAT.")

@@ -1,4 +1,4 @@
-"""Opens an index that is named by a URI."""
+"""Indexes that are opened by a URI."""
 
 import inspect
 from typing import Any
@@ -10,12 +10,12 @@ def open_by_uri(uri: str, name: str, options: dict[str, Any]) -> Retriever:
     """
     Open an index held by a Milvus server or in a local Milvus file.
 
-    Needs the installed package: the Milvus code is not saved with checkpoints, so nobody has to review a database
-    client before trusting one. transformers copies the files of relative imports; this import is absolute.
+    The Milvus code is in the installed package only: nobody should have to review a database client before trusting a
+    checkpoint. transformers copies relatively imported files to a checkpoint, so the import below is absolute.
 
     Args:
-        uri (`str`): of a Milvus server, or the path of a `.db` file.
-        name (`str`): of the collection.
+        uri (`str`): URI of a Milvus server, or path of a `.db` file.
+        name (`str`): name of the collection.
         options (`dict`): arguments of [`MilvusPassageIndex`].
 
     Raises:
@@ -29,7 +29,7 @@ def open_by_uri(uri: str, name: str, options: dict[str, Any]) -> Retriever:
             "An index in Milvus needs the package cosup, which does not come with a checkpoint:"
             ' pip install "cosup[milvus]".'
         ) from error
-    option_names = list(inspect.signature(MilvusPassageIndex).parameters)[2:]
+    _, _, *option_names = inspect.signature(MilvusPassageIndex).parameters  # all but uri and collection
     unknown = sorted(set(options) - set(option_names))
     if unknown:
         raise ValueError(f"An index in Milvus has no option {unknown[0]!r}, only {', '.join(option_names)}.")

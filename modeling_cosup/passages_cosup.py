@@ -139,5 +139,5 @@ def find_duplicate(hashes: NDArray[np.int64], read: Callable[[], Iterable[tuple[
         if hash_id(id) not in repeated:
             continue
         if id in places:
-            raise ValueError(f"{where}: id {id!r} is already used at {places[id]}; ids must be unique.")
+            raise ValueError(f"{where}: id {id!r} is already in {places[id]}; ids must be unique.")
         places[id] = where

@@ -1,4 +1,4 @@
-"""The passage index: a corpus of any size in Emb_seq's space, built in flat memory, searched exactly or by FAISS."""
+"""The passage index: a corpus of any size in Emb_seq's space, built in little memory, searched exactly or by FAISS."""
 
 import json
 import os
@@ -58,16 +58,16 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-SHARD_SIZE = 32768  # passages: half a gigabyte at 4,096 dimensions, minutes of work
+SHARD_SIZE = 32768  # passages: half a gigabyte at 4,096 dimensions, and minutes of work
 
 
 class PassageIndex(SearchableStore):
     """
-    A corpus in Emb_seq's space: what `generate(retriever=...)` searches.
+    A corpus in Emb_seq's space, which `generate(retriever=...)` searches.
 
-    Made by [`PassageIndex.build`] or [`PassageIndex.from_pretrained`]. An index that lives in a folder saves there
-    what `add`, `delete` and `train_approximate` change; one in memory has to be saved. A passage's row is its place in
-    the corpus, and never changes.
+    Made by [`PassageIndex.build`] or [`PassageIndex.from_pretrained`]. If the index lives in a folder, `add`, `delete`
+    and `train_approximate` update its files; an index in memory must be saved. A passage's row is its place in the
+    corpus, and never changes.
 
     Raises:
         `ImportError`: if faiss or pyarrow is missing.
@@ -93,45 +93,45 @@ class PassageIndex(SearchableStore):
         num_processes: int = 1,
         process_index: int = 0,
         show_progress_bar: bool = True,
-    ) -> "PassageIndex | Any":  # None with several processes; Any spares all others a check
+    ) -> "PassageIndex | Any":  # None with several processes; Any, so that other callers need no check
         """
         Embed a corpus.
 
-        With `save_directory` the index is made there, shard by shard, in the memory of one shard and 8 bytes a
-        passage. After a crash the same call goes on at the first shard that is not complete. The folder gets its name
-        when it is complete; an earlier index of that name stays until then.
+        With `save_directory` the index is built there shard by shard, which takes the memory of one shard and 8 bytes
+        per passage. After a crash the same call resumes at the first incomplete shard. The folder gets its name when
+        it is complete; an earlier index of that name stays until then.
 
         Args:
             passages: each a dictionary `{"id", "title", "text"}`; `title` may be empty or missing. A list or another
-                iterable, a `datasets` data set, streamed or not, or the path of a file: JSON Lines (`.gz`) or Parquet.
-                If it can be read twice, it is checked before anything is embedded, otherwise as it streams.
+                iterable, a `datasets` dataset, streamed or not, or the path of a file: JSON Lines (`.gz`) or Parquet.
+                A corpus that can be read twice is checked before anything is embedded, any other as it streams.
             model ([`CoSupForCausalLM`]): with Emb_seq in memory; used on its device and in its dtype.
-            tokenizer (`PreTrainedTokenizerBase`, *optional*): Gen's; defaults to the model's own.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*): becomes the model's tokenizer; defaults to its own.
             save_directory (`str` or `Path`, *optional*): folder of the index; without it the index is in memory.
             batch_size (`int`, *optional*, defaults to 256): maximum number of passages in a forward.
             max_tokens_per_batch (`int`, *optional*): maximum number of tokens in a forward, with padding; defaults to
                 4,096 on a CPU, 32,768 elsewhere. The passages of a shard are sorted by length.
-            shard_size (`int`, *optional*, defaults to 32768): passages of a shard.
-            dtype (`str`, *optional*, defaults to `"float32"`): of the stored embeddings: `"float32"`, or `"float16"`
-                or `"bfloat16"` in half the space, searched in float32.
-            num_processes (`int`, *optional*, defaults to 1): processes that build this index, in a `save_directory`
-                that all see. When all are done, one of them calls [`PassageIndex.merge`].
-            process_index (`int`, *optional*, defaults to 0): of this process, which makes the shards `process_index`,
-                `process_index + num_processes`, …
-            show_progress_bar (`bool`, *optional*, defaults to `True`): tqdm bars on process 0, of its passages.
+            shard_size (`int`, *optional*, defaults to 32768): passages per shard.
+            dtype (`str`, *optional*, defaults to `"float32"`): dtype of the stored embeddings: `"float32"`, or
+                `"float16"` or `"bfloat16"` in half the space. They are searched in float32.
+            num_processes (`int`, *optional*, defaults to 1): number of processes that build this index together, in a
+                `save_directory` that all can access. When all are done, one of them calls [`PassageIndex.merge`].
+            process_index (`int`, *optional*, defaults to 0): number of this process. It builds the shards
+                `process_index`, `process_index + num_processes`, …
+            show_progress_bar (`bool`, *optional*, defaults to `True`): show tqdm bars in process 0, for its passages.
 
         Returns:
             [`PassageIndex`], or `None` with several processes.
 
         Raises:
-            `ValueError`: names the place of a passage with a missing field, an empty text or an id that occurred
-                before; a passage with an embedding that is not finite; or the differences, if another model or other
-                settings began the unfinished build.
+            `ValueError`: for a passage with a missing field, an empty text or an id that is already in the corpus
+                (names its place); for an embedding that is not finite (names its passage); or if the unfinished build
+                was begun by another model or with other settings (names the differences).
             `OSError`: if the folder cannot be written, or the disk is full.
         """
         _require_packages()
         if save_directory is None and num_processes > 1:
-            raise ValueError("Several processes build an index in files: give save_directory.")
+            raise ValueError("Several processes can only build an index in files: give save_directory.")
         if not 0 <= process_index < num_processes:
             raise ValueError(f"process_index is {process_index}, expected one of 0 to {num_processes - 1}.")
         if tokenizer is not None:
@@ -163,14 +163,14 @@ class PassageIndex(SearchableStore):
     @classmethod
     def merge(cls, save_directory: str | os.PathLike[str]) -> "PassageIndex":
         """
-        Make an index of the shards that all processes of a build have finished, and give it its name.
+        Combine the shards that all processes of a build have finished into an index, and give it its name.
 
         Returns:
             [`PassageIndex`].
 
         Raises:
-            `FileNotFoundError`: if a process is not done.
-            `ValueError`: if an id occurs in two shards, the processes read different corpora, or a file was damaged.
+            `FileNotFoundError`: if a process has not finished.
+            `ValueError`: if an id occurs in two shards, the processes read different corpora, or a file is damaged.
         """
         save_directory = check_save_directory(save_directory)
         folder = unfinished_folder(save_directory)
@@ -207,18 +207,18 @@ class PassageIndex(SearchableStore):
         """
         Add passages after the last row. An approximate index is extended, not trained again.
 
-        A folder changes when all passages are embedded; a process that dies before leaves the index as it was.
+        A folder changes only when all passages are embedded; if the process dies before, the index is unchanged.
 
         Args: as for [`PassageIndex.build`].
 
         Raises:
-            `ValueError`: as in `build`, for an id that is already in the index, and for a model that did not build it.
-                Then nothing is added.
+            `ValueError`: as in `build`, for an id that is already in the index, and for another model than the one
+                that built it. Then nothing is added.
         """
         self.check_model(model)
         if self.config["approximate"] is not None and self._approximate is None:
             raise ValueError(
-                "The approximate index of this folder was not loaded and could not be extended: load it with"
+                "The approximate index of this folder was not loaded and cannot be extended: load it with"
                 " allow_faiss_files=True."
             )
         builder = ShardBuilder(model, self.config["dtype"], batch_size, max_tokens_per_batch)
@@ -239,13 +239,13 @@ class PassageIndex(SearchableStore):
         self._set_shards(shards)
 
     def _ids_held(self, ids: list[str]) -> list[str]:
-        """Return those ids that the index holds."""
+        """Return the ids that are in the index."""
         return [ids[i] for i in np.flatnonzero(self.find(ids) >= 0)]
 
     def _make_shard(
         self, passages: Passages, number: int, config: IndexConfig, builder: ShardBuilder, bar: tqdm
     ) -> Shard:
-        """Embed passages into a new shard, in memory or in the folder and listed in the config."""
+        """Embed passages into a new shard, in memory, or in files that are then listed in the config."""
         if self.folder is None:
             return builder.make(passages, bar)
         config["files"].update(write_new_shard(self.folder, number, passages, builder, bar))
@@ -268,18 +268,18 @@ class PassageIndex(SearchableStore):
 
         Args:
             name_or_path (`str` or `Path`): a folder, or a dataset repository on the Hub.
-            revision (`str`, *optional*): of the repository.
-            allow_faiss_files (`bool`, *optional*, defaults to `False`): read the file of an approximate index by
-                FAISS's own parser: only from a source that you trust.
+            revision (`str`, *optional*): revision of the repository.
+            allow_faiss_files (`bool`, *optional*, defaults to `False`): read the file of an approximate index with
+                FAISS's own parser. Allow it only for a source that you trust.
             search (`str`, *optional*): `"exact"` ignores an approximate index.
-            verify (`bool`, *optional*): compare the SHA-256 of all files (`True`), of none (`False`), or of those
-                below 16 MB (default). Sizes are always compared.
-            **kwargs: for `huggingface_hub.snapshot_download`.
+            verify (`bool`, *optional*): compare the SHA-256 of all files (`True`), of none (`False`), or of files
+                up to 16 MB (default). Sizes are always compared.
+            **kwargs: arguments of `huggingface_hub.snapshot_download`.
 
         Raises:
             `FileNotFoundError`: if the folder is not a complete index.
-            `ValueError`: for a format version that this release cannot read, a truncated or altered file, or an
-                approximate index that may not be read.
+            `ValueError`: for a format version that this release cannot read, a truncated or altered file, or a FAISS
+                file without `allow_faiss_files`.
         """
         _require_packages()
         if search not in (None, "exact"):
@@ -322,7 +322,7 @@ class PassageIndex(SearchableStore):
         `model.load_index`.
 
         An index in a folder is uploaded from there. An interrupted push leaves the repository unchanged; the same call
-        then completes it, without sending again the files that had arrived. Files of an earlier index are deleted.
+        then completes it, and sends only files that have not arrived. Files of an earlier index are deleted.
 
         Args:
             repo_id (`str`): `namespace/name`, or a name in your own namespace; created if it does not exist.
@@ -364,7 +364,7 @@ class PassageIndex(SearchableStore):
 
 
 def _embedding_bar(total: int | None, show_progress_bar: bool) -> tqdm:
-    """Return a bar that counts embedded passages."""
+    """Return a progress bar that counts embedded passages."""
     options = {"desc": "Embedding passages", "unit": " passages", "smoothing": 0}
     return tqdm(total=total, disable=not show_progress_bar, **options)
 

@@ -23,16 +23,16 @@ CoSupModel: TypeAlias = Any  # CoSupForCausalLM: the installed class, or its cop
 @runtime_checkable
 class Retriever(Protocol):
     """
-    Passages that are found by their embedding, by row and by id.
+    Passages that can be found by embedding, by row and by id.
 
     A row is the place of a passage in the index, an `int` from 0 on. It never changes, and the row of a deleted
-    passage is not reused. Search results are filled up with rows of -1 and scores of -inf if fewer than k passages
-    were found. -1 is no row for `get_passages`.
+    passage is not reused. If a search finds fewer than k passages, the remaining rows are -1 and their scores -inf.
+    `get_passages` does not accept -1.
     """
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """Settings of the model that made the embeddings, see `CoSupForCausalLM.fingerprint`; JSON can hold them."""
+        """Settings of the model that made the embeddings, as JSON values; see `CoSupForCausalLM.fingerprint`."""
         ...
 
     def __len__(self) -> int:
@@ -52,12 +52,12 @@ class Retriever(Protocol):
                 these rows, always exactly.
 
         Returns:
-            `(scores, rows)`: `numpy.ndarray` of float32 and int64, both `(N, min(k, len(self)))`, best first, then
-            -inf and -1.
+            `(scores, rows)`: `numpy.ndarray` of float32 and int64, both `(N, min(k, len(self)))`, best first;
+            missing results are -inf and -1.
 
         Raises:
-            `ValueError`: if queries have another width or are NaN or infinite, candidates are not rows, or k is below
-                1.
+            `ValueError`: if queries have the wrong width or are NaN or infinite, candidates are not rows, or k is
+                below 1.
         """
         ...
 
@@ -84,7 +84,7 @@ class Retriever(Protocol):
         ...
 
     def live_rows(self) -> NDArray[np.int64]:
-        """Return all rows that hold a passage, `(len(self),)`, in ascending order."""
+        """Return all rows that hold a passage, in ascending order, `(len(self),)`."""
         ...
 
     def check_model(self, model: CoSupModel) -> None:
@@ -121,7 +121,7 @@ def check_fingerprint(fingerprint: dict[str, Any], model: CoSupModel) -> None:
 
 
 def _short(value: Any) -> str:
-    """Return a value for an error message; a SHA-256 is cut to its first characters."""
+    """Format a value for an error message; a SHA-256 is cut to its first 12 characters."""
     if isinstance(value, str) and len(value) == 64:
         return f"{value[:12]}…"
     return repr(value)

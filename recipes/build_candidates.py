@@ -6,15 +6,15 @@ Candidate pools for an evaluation set: for each question its gold passages and t
     python recipes/build_candidates.py --model out --index out/index --eval_file nq.jsonl.gz \\
         --output_file nq_20.jsonl.gz --num_candidates 20
 
-The retriever is a sentence-transformers model, with its own prompts and similarity, or a CoSup checkpoint: its query
-is the state at an `[NSP]` after the prompt. Candidates are ordered best first, gold passages among them by their
-score. Gold that is not among the nearest takes the last places. `--gold_first` puts all gold first. Everything else in
-the evaluation file stays as it is. The recipe also prints the retriever's recall over the whole corpus.
+The retriever is a sentence-transformers model, with its own prompts and similarity, or a CoSup checkpoint, whose query
+is the state at an `[NSP]` after the prompt. Candidates are ordered best first, and gold passages among them by their
+score. Gold that is not among the nearest comes last; `--gold_first` puts all gold first. Everything else in the
+evaluation file is unchanged. The recipe also prints the retriever's recall over the whole corpus.
 
-With `--index_dir` a corpus is encoded once: it is recognised by the content of passages and model, whatever the files
-are called, and a run that was cut off goes on. A sentence-transformers model reads a passage as `--passage_template`,
-or its text alone if it has no title. `[SEP]` in a slot filling question becomes a space, since it would be a control
-token for many models.
+With `--index_dir` a corpus is encoded only once: it is recognised by the content of passages and model, not by file
+names, and an interrupted run is resumed. A sentence-transformers model reads a passage in the form of
+`--passage_template`, or only its text if it has no title. `[SEP]` in a slot filling question becomes a space, since
+many models would read it as a control token.
 """
 
 from dataclasses import dataclass, field
@@ -41,36 +41,34 @@ QUERIES = 1024  # per search
 
 @dataclass
 class CandidateArguments:
-    """Which retriever searches which passages for which questions."""
+    """The retriever, the passages that it searches, and the questions."""
 
-    model: str = field(metadata={"help": "name or path of a sentence-transformers model or a CoSup checkpoint"})
-    eval_file: str = field(metadata={"help": "evaluation instances: JSON Lines (.gz or plain) or a dataset name"})
+    model: str = field(metadata={"help": "Name or path of a sentence-transformers model or a CoSup checkpoint."})
+    eval_file: str = field(metadata={"help": "Evaluation instances: JSON Lines (.gz or plain) or a dataset name."})
     output_file: str = field(
-        metadata={"help": "the evaluation instances with their candidates, JSON Lines (.gz by the name)"}
+        metadata={"help": "The evaluation instances with candidates, JSON Lines; compressed if named .gz."}
     )
     corpus_file: str | None = field(
-        default=None, metadata={"help": "passages {id, title, text}: JSON Lines (.gz) or Parquet"}
+        default=None, metadata={"help": "Passages {id, title, text}: JSON Lines (.gz) or Parquet."}
     )
     index: str | None = field(
         default=None,
-        metadata={
-            "help": f"of a CoSup checkpoint, in place of a corpus: {INDEX_HELP}, which must be of the index type FLAT"
-        },
+        metadata={"help": f"Index of a CoSup checkpoint, in place of a corpus: {INDEX_HELP}, of index type FLAT."},
     )
     index_uri: str | None = field(default=None, metadata={"help": INDEX_URI_HELP})
-    split: str = field(default="test", metadata={"help": "of a dataset name"})
-    num_candidates: int = field(default=100, metadata={"help": "of a question; the paper's are 20 and 100"})
-    gold_first: bool = field(default=False, metadata={"help": "all gold before the others"})
-    index_dir: str | None = field(default=None, metadata={"help": "folder in which encoded corpora are kept"})
-    batch_size: int = field(default=64, metadata={"help": "texts per forward"})
+    split: str = field(default="test", metadata={"help": "Split of a dataset."})
+    num_candidates: int = field(default=100, metadata={"help": "Candidates per question; the paper uses 20 and 100."})
+    gold_first: bool = field(default=False, metadata={"help": "Put all gold before the other candidates."})
+    index_dir: str | None = field(default=None, metadata={"help": "Folder in which encoded corpora are kept."})
+    batch_size: int = field(default=64, metadata={"help": "Texts per forward."})
     passage_template: str = field(
         default="{title}. {text}",
-        metadata={"help": "of a sentence-transformers model; a CoSup checkpoint has its own"},
+        metadata={"help": "For a sentence-transformers model; a CoSup checkpoint has its own."},
     )
     device: str = field(
-        default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "where the model runs"}
+        default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Device of the model."}
     )
-    dtype: str = field(default="auto", metadata={"help": "of the weights, e.g. bfloat16 on a GPU"})
+    dtype: str = field(default="auto", metadata={"help": "Dtype of the weights, e.g. bfloat16 on a GPU."})
 
 
 def main() -> None:
@@ -85,10 +83,10 @@ def build(args: CandidateArguments) -> list[tuple[str, str]]:
     Write the evaluation set with candidates.
 
     Returns:
-        `list[(str, str)]`: lines of the table that is printed.
+        `list[(str, str)]`: rows of the table to print.
 
     Raises:
-        `ValueError`: for bad input, with file and line; for gold passages that the corpus lacks, with their number.
+        `ValueError`: for bad input, naming file and line, or if the corpus lacks gold passages, naming their number.
     """
     if (args.corpus_file is None) == (args.index is None):
         raise ValueError("give either --corpus_file or --index.")
@@ -100,7 +98,7 @@ def build(args: CandidateArguments) -> list[tuple[str, str]]:
     instances = load_evaluation_set(args.eval_file, args.split, answers_required=False)
     retriever_class = CoSupRetriever if is_cosup(args.model) else SentenceRetriever
     if args.index and retriever_class is SentenceRetriever:
-        raise ValueError(f"--index {args.index}: {args.model} is no CoSup checkpoint; give a --corpus_file.")
+        raise ValueError(f"--index {args.index}: {args.model} is not a CoSup checkpoint; give a --corpus_file.")
     retriever = retriever_class(args)
     gold = gold_rows(instances, retriever, args.index or args.corpus_file)
     pools = make_pools(instances, gold, retriever, args.num_candidates, args.gold_first)
@@ -117,7 +115,7 @@ def gold_rows(
     Return for each question the rows of its gold passages, `list[numpy.ndarray]`.
 
     Raises:
-        `ValueError`: if the corpus lacks gold passages; says how many.
+        `ValueError`: if the corpus lacks gold passages, naming their number.
     """
     ids = sorted(set().union(*map(gold_ids, instances)))
     rows = dict(zip(ids, retriever.find(ids), strict=True))
@@ -137,8 +135,8 @@ class Pool:
     Candidates of a question.
 
     Args:
-        rows (`numpy.ndarray` of int64): of the corpus, in the order in which they are written.
-        nearest (`numpy.ndarray` of int64): what the retriever found in the whole corpus, best first.
+        rows (`numpy.ndarray` of int64): rows of the corpus, in the order in which they are written.
+        nearest (`numpy.ndarray` of int64): rows that the retriever found in the whole corpus, best first.
     """
 
     rows: np.ndarray
@@ -159,23 +157,24 @@ def make_pools(
     for start in tqdm(range(0, len(instances), QUERIES), desc="Searching", unit=" batches"):
         part = slice(start, start + QUERIES)
         _, nearest = retriever.search(queries[part], k)
-        for nearest_rows, query, gold_of_query in zip(nearest, queries[part], gold[part], strict=True):
+        for nearest_of_query, query, gold_of_query in zip(nearest, queries[part], gold[part], strict=True):
             if len(gold_of_query):
                 best_first = np.argsort(-retriever.scores(query, gold_of_query), kind="stable")
                 gold_of_query = gold_of_query[best_first]
-            pools.append(make_pool(nearest_rows[nearest_rows >= 0], gold_of_query, size, gold_first))
+            found = nearest_of_query[nearest_of_query >= 0]
+            pools.append(make_pool(found, gold_of_query, size, gold_first))
     return pools
 
 
 def make_pool(nearest: np.ndarray, gold: np.ndarray, size: int, gold_first: bool) -> Pool:
     """
-    Return a pool of gold and the nearest other passages.
+    Return a pool of the gold passages and the nearest others.
 
     Args:
         nearest (`numpy.ndarray` of int64): rows of the corpus, best first, at least `size` unless the corpus is
             smaller.
         gold (`numpy.ndarray` of int64): rows of gold passages, best first.
-        size (`int`): of the pool; if there is more gold, only the best of it is kept.
+        size (`int`): size of the pool; if there is more gold, only the best is kept.
         gold_first (`bool`): put all gold first; otherwise gold is ordered by its score, and comes last if it is not
             among the nearest.
     """
@@ -197,15 +196,16 @@ def summary(
     size: int,
     retriever: CoSupRetriever | SentenceRetriever,
 ) -> list[tuple[str, str]]:
-    """Return lines that say how well the corpus was searched, and count questions and pools that are unusual."""
+    """Return table rows: the recall over the corpus, and how many questions and pools are unusual."""
     answerable = [i for i, rows in enumerate(gold) if len(rows)]
     lines = [("questions", f"{len(instances):,}"), ("passages in the corpus", f"{num_passages:,}")]
     lines += recall_lines(instances, pools, answerable, num_passages, retriever)
     missed = [i for i in answerable if not np.isin(gold[i], pools[i].nearest[:size]).any()]
+    num_overfull = sum(len(rows) > size for rows in gold)
     counts = {
         "questions without gold": len(instances) - len(answerable),
         f"pools smaller than {size}": sum(len(pool.rows) < size for pool in pools),
-        f"questions with more gold than {size}: the best of it was kept": sum(len(rows) > size for rows in gold),
+        f"questions with more than {size} gold passages, of which the best were kept": num_overfull,
         f"questions whose gold is not among the nearest {size}": len(missed),
     }
     return lines + [(name, f"{count:,}") for name, count in counts.items() if count]
@@ -218,8 +218,9 @@ def recall_lines(
     num_passages: int,
     retriever: CoSupRetriever | SentenceRetriever,
 ) -> list[tuple[str, str]]:
-    """Return how often a gold passage, and a whole evidence set, is among the first k passages of the corpus."""
-    gold_places, set_places = [], []  # of each answerable question: its best gold passage, its best whole set
+    """Return table rows: how often a gold passage, or a whole evidence set, is among the k nearest passages."""
+    # for each answerable question, the place of its best gold passage, and the last place of its best evidence set
+    gold_places, set_places = [], []
     for i in answerable:
         places = {id: place for place, id in enumerate(retriever.ids_of(pools[i].nearest))}
         evidence_sets = [[places.get(id, num_passages) for id in ids] for ids in instances[i]["provenance"]]

@@ -7,10 +7,10 @@ Embed a corpus with a CoSup checkpoint and save the index.
     python recipes/build_index.py --model out --corpus_file corpus.jsonl --output_dir out/index \\
         --index wiki --index_uri http://host:19530
 
-Every process embeds its share. After a crash the same command goes on at the first shard that is not complete. An
-index that is already in `output_dir` stays until the new one is complete. With `--index_uri` the index is also
-uploaded to Milvus; an upload that was cut off goes on. Pass the same two options to the other recipes to search that
-collection. The variable MILVUS_TOKEN may hold `user:password` or an API key.
+Every process embeds its share. After a crash the same command resumes at the first incomplete shard. An index that is
+already in `output_dir` stays until the new one is complete. With `--index_uri` the index is also uploaded to Milvus,
+and an interrupted upload is resumed. Pass the same two options to the other recipes to search that collection. The
+environment variable MILVUS_TOKEN may hold `user:password` or an API key.
 """
 
 import json
@@ -48,7 +48,7 @@ class IndexArguments:
     )
     shard_size: int = field(
         default=32768,
-        metadata={"help": "Passages of a shard: what a process holds in memory, and loses if it dies."},
+        metadata={"help": "Passages per shard: what a process holds in memory, and loses if it dies."},
     )
     dtype: str = field(default="auto", metadata={"help": "Dtype of the model's weights, e.g. bfloat16 on a GPU."})
     embedding_dtype: str = field(
@@ -76,12 +76,13 @@ class IndexArguments:
         metadata={"help": "Index type of the collection: FLAT (exact), or an approximate one, e.g. HNSW."},
     )
     milvus_index_params: str = field(
-        default="{}", metadata={"help": 'JSON object of the index type, e.g. {"M": 32, "efConstruction": 200}.'}
+        default="{}",
+        metadata={"help": 'Parameters of the index type, a JSON object, e.g. {"M": 32, "efConstruction": 200}.'},
     )
 
 
 def main() -> None:
-    """Check the corpus, embed it, save the index."""
+    """Check the settings, embed the corpus and save the index."""
     (args,) = parse([IndexArguments], __doc__)
     with clear_errors():
         state = processes()
@@ -104,7 +105,7 @@ def main() -> None:
 
 
 def corpus(args: IndexArguments) -> Any:
-    """Return the corpus for `build_index`: a path, or a data set."""
+    """Return the corpus for `build_index`: a path or a dataset."""
     if Path(args.corpus_file).is_file() or args.corpus_file.endswith(CORPUS_SUFFIXES):
         return args.corpus_file
     from datasets import load_dataset
@@ -113,7 +114,7 @@ def corpus(args: IndexArguments) -> Any:
 
 
 def search_options(args: IndexArguments) -> dict[str, int]:
-    """Return the given options of the approximate index, by FAISS's names."""
+    """Return the options of the approximate index that were given, under FAISS's names."""
     options = {"nprobe": args.nprobe, "efSearch": args.ef_search}
     return {name: value for name, value in options.items() if value is not None}
 
@@ -155,7 +156,7 @@ def milvus_index_params(args: IndexArguments) -> dict[str, Any]:
 
 
 def finish(args: IndexArguments, num_processes: int) -> None:
-    """On one process, merge the shards, train an approximate index, upload, and print what was made."""
+    """In one process, merge the shards, train an approximate index, upload the index, and print what was made."""
     if num_processes > 1:
         PassageIndex.merge(args.output_dir)
     index = PassageIndex.from_pretrained(args.output_dir, verify=False)

@@ -160,7 +160,7 @@ def load_corpus(source: str | Path, split: str = "train") -> list[dict]:
     for where, passage in checked_passages(rows):
         id = passage["id"]
         if id in places:
-            raise ValueError(f"{where}: id {id!r} is already used at {places[id]}; ids must be unique.")
+            raise ValueError(f"{where}: id {id!r} is already in {places[id]}; ids must be unique.")
         places[id] = where
         passages.append(passage)
     if not passages:

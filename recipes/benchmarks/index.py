@@ -3,15 +3,15 @@ Speed, memory and recall of the passage index, each arm next to its baseline, in
 
     python recipes/benchmarks/index.py --model HuggingFaceTB/SmolLM2-135M-Instruct
     python recipes/benchmarks/index.py --sections search,memory  # needs no model: random embeddings, a tiny model
-    python recipes/benchmarks/index.py --quick true              # a few seconds, to see that it runs
+    python recipes/benchmarks/index.py --quick true              # takes seconds, only shows that it runs
 
 Sections:
-    `encode`: passages/s of building an index against sentence-transformers' `encode` with the same weights
-    `search`: exact search over mapped files against raw FAISS, candidates, deletions
+    `encode`: passages/s of building an index, against sentence-transformers' `encode` with the same weights
+    `search`: exact search over mapped files, against raw FAISS; also candidates and deletions
     `approximate`: HNSW and IVF against exact search, with recall
-    `memory`: peak while building, by corpus size
+    `memory`: peak memory of a build, by corpus size
 
-Arms take turns in each round, in rotating order; ratios are medians of the rounds' own ratios. Prints tables and
+Arms take turns in each round, in rotating order; a ratio is the median of the ratios within rounds. Prints tables and
 writes `--output_file`.
 """
 
@@ -52,33 +52,33 @@ SHARD_SIZE = 32768
 
 @dataclass
 class BenchmarkArguments:
-    """What is measured."""
+    """What to measure."""
 
     model: str | None = field(
         default=None,
-        metadata={"help": "`encode`: a causal language model, Gen and Emb_seq alike; without it, a tiny random one."},
+        metadata={"help": "`encode`: causal language model for both Gen and Emb_seq; without it, a tiny random one."},
     )
     sections: str = field(default="encode,search,approximate,memory", metadata={"help": "Comma-separated."})
-    num_passages: int = field(default=128, metadata={"help": "`encode`: passages, synthetic, of 10 to 200 words."})
-    dtype: str = field(default="float32", metadata={"help": "`encode`: of the weights, in both arms."})
+    num_passages: int = field(default=128, metadata={"help": "`encode`: synthetic passages of 10 to 200 words."})
+    dtype: str = field(default="float32", metadata={"help": "`encode`: dtype of the weights in both arms."})
     sizes: str = field(
         default="10000x768,100000x256,100000x1024,1000000x256",
         metadata={"help": "`search`: passages x dimensions, comma-separated."},
     )
     batch_sizes: str = field(default="1,8,32,200", metadata={"help": "Queries per search, comma-separated."})
     approximate_size: str = field(default="100000x256", metadata={"help": "`approximate`: passages x dimensions."})
-    memory_counts: str = field(default="100000,1000000", metadata={"help": "`memory`: passages of each build."})
-    repeats: int = field(default=5, metadata={"help": "Timed rounds of every arm, after one that is not counted."})
+    memory_counts: str = field(default="100000,1000000", metadata={"help": "`memory`: passages per build."})
+    repeats: int = field(default=5, metadata={"help": "Timed rounds of every arm, after one warm-up round."})
     device: str | None = field(default=None, metadata={"help": "`search`: also search on this device, e.g. cuda."})
-    num_threads: int | None = field(default=None, metadata={"help": "Of torch and FAISS; defaults to all cores."})
+    num_threads: int | None = field(default=None, metadata={"help": "For torch and FAISS; defaults to all cores."})
     quick: bool = field(
         default=False, metadata={"help": "Tiny sizes: shows that the benchmark runs, measures nothing."}
     )
-    output_file: str | None = field(default=None, metadata={"help": "JSON of all numbers."})
+    output_file: str | None = field(default=None, metadata={"help": "JSON file for all numbers."})
 
 
 def main() -> None:
-    """Run the sections, print tables, write the numbers."""
+    """Run the sections, print tables and write the numbers."""
     (args,) = parse([BenchmarkArguments], __doc__)
     if args.quick:
         args.num_passages = 12
@@ -116,14 +116,14 @@ class Timings:
         return {name: statistics.median(seconds) for name, seconds in self.rounds.items()}
 
     def speedup(self, arm: str, baseline: str) -> tuple[float, float, float]:
-        """Return median, smallest and largest of the rounds' own ratios of speed."""
+        """Return the median, smallest and largest ratio of speeds within a round."""
         pairs = zip(self.rounds[arm], self.rounds[baseline], strict=True)
         ratios = sorted(baseline_seconds / seconds for seconds, baseline_seconds in pairs)
         return statistics.median(ratios), ratios[0], ratios[-1]
 
 
 def measure(arms: dict[str, Callable[[], object]], repeats: int) -> Timings:
-    """Time each arm in `repeats` rounds, after one that is not counted; the order rotates."""
+    """Time each arm in `repeats` rounds, after one warm-up round; the order rotates."""
     rounds: dict[str, list[float]] = {name: [] for name in arms}
     names = list(arms)
     for turn in range(repeats + 1):
@@ -148,8 +148,8 @@ def print_header(titles: str) -> None:
     print_row(*["---"] * len(cells))
 
 
-def speed(ratios: tuple[float, float, float]) -> str:
-    """Return two cells of a table: the median, and the range."""
+def speed_cells(ratios: tuple[float, float, float]) -> str:
+    """Return two table cells: the median and the range."""
     median, smallest, largest = ratios
     return f"**{median:.2f}** | {smallest:.2f} – {largest:.2f}"
 
@@ -163,9 +163,9 @@ def milliseconds(seconds: float) -> str:
 
 def encode(args: BenchmarkArguments, folder: Path) -> dict[str, Any] | None:
     """
-    Measure passages/s of `PassageIndex.build` and of sentence-transformers' `encode`, and how far they differ.
+    Measure passages/s of `PassageIndex.build` and of sentence-transformers' `encode`, and how much embeddings differ.
 
-    `build` includes tokens for Gen, texts and checks.
+    `build` also checks the corpus, tokenizes for Gen and stores the texts.
     """
     try:
         from sentence_transformers import SentenceTransformer
@@ -184,7 +184,7 @@ def encode(args: BenchmarkArguments, folder: Path) -> dict[str, Any] | None:
     reference = SentenceTransformer(modules=[transformer, Pooling(model.config.embedding_size, "lasttoken")])
     passages = synthetic_passages(args.num_passages)
     ids = encode_passages_for_emb_seq(model.emb_seq_tokenizer, passages, model.config)
-    # BOS and EOS as text, which sentence-transformers' tokenizer reads as the tokens that they are
+    # with BOS and EOS as text, which sentence-transformers' tokenizer turns into these tokens
     texts = model.emb_seq_tokenizer.batch_decode(ids)
     embeddings = {}
 
@@ -207,7 +207,7 @@ def encode(args: BenchmarkArguments, folder: Path) -> dict[str, Any] | None:
             f"`{arm}`",
             f"{len(passages) / seconds[arm]:.1f}",
             f"{num_tokens / seconds[arm]:.0f}",
-            speed(timings.speedup(arm, "sentence-transformers")),
+            speed_cells(timings.speedup(arm, "sentence-transformers")),
             "" if arm == "sentence-transformers" else f"{difference:.0e}",
         )
     print()
@@ -278,9 +278,9 @@ def random_index(count: int, size: int, folder: Path) -> tuple[PassageIndex, tor
 
 def search(args: BenchmarkArguments, folder: Path) -> list[dict[str, Any]]:
     """
-    Measure exact search over mapped files against `faiss.IndexFlatIP` of a copy in memory.
+    Measure exact search over mapped files against `faiss.IndexFlatIP` with a copy in memory.
 
-    Two more arms have pools of 100 candidates, and one passage in a hundred deleted.
+    Of two more arms, one searches pools of 100 candidates, the other an index with one passage in a hundred deleted.
     """
     print_header(
         "passages x dimensions, queries, raw FAISS ms, mapped files ms, speed, min – max, 100 candidates each ms,"
@@ -295,13 +295,14 @@ def search(args: BenchmarkArguments, folder: Path) -> list[dict[str, Any]]:
 
 
 def search_one_size(args: BenchmarkArguments, count: int, size: int, folder: Path) -> list[dict[str, Any]]:
+    """Measure search over `count` embeddings of `size` dimensions, for each number of queries."""
     index, all_queries = random_index(count, size, folder)
     raw = faiss.IndexFlatIP(size)
     raw.add(index.embeddings.numpy())
     random = np.random.default_rng(0)
     all_pools = [random.choice(count, 100, replace=False) for _ in all_queries]
-    thinned = PassageIndex.from_pretrained(folder, verify=False)
-    thinned.delete([f"p{row}" for row in random.choice(count, count // 100, replace=False)])
+    with_deletions = PassageIndex.from_pretrained(folder, verify=False)
+    with_deletions.delete([f"p{row}" for row in random.choice(count, count // 100, replace=False)])
     on_device = None
     if args.device is not None:
         on_device = PassageIndex.from_pretrained(folder, verify=False).to(args.device)
@@ -312,7 +313,7 @@ def search_one_size(args: BenchmarkArguments, count: int, size: int, folder: Pat
             "raw": partial(raw.search, queries.numpy(), 10),
             "ours": partial(index.search, queries, 10),
             "pools": partial(index.search, queries, 10, candidates=pools),
-            "deleted": partial(thinned.search, queries, 10),
+            "deleted": partial(with_deletions.search, queries, 10),
         }
         if on_device is not None:
             arms["device"] = partial(on_device.search, queries, 10)
@@ -326,7 +327,7 @@ def search_one_size(args: BenchmarkArguments, count: int, size: int, folder: Pat
             n,
             milliseconds(seconds["raw"]),
             milliseconds(seconds["ours"]),
-            speed(speedup),
+            speed_cells(speedup),
             milliseconds(seconds["pools"]),
             milliseconds(seconds["deleted"]),
             f"{100 * same_rows:.1f} %",
@@ -339,7 +340,7 @@ def search_one_size(args: BenchmarkArguments, count: int, size: int, folder: Pat
 
 
 def approximate(args: BenchmarkArguments, folder: Path) -> list[dict[str, Any]]:
-    """Measure HNSW and IVF against exact search: seconds to train, speed, and ann_recall@10 of random queries."""
+    """Measure HNSW and IVF against exact search: seconds to train, speed, and ann_recall@10 for random queries."""
     count, size = map(int, args.approximate_size.split("x"))
     index, all_queries = random_index(count, size, folder / "index")
     exact = PassageIndex.from_pretrained(folder / "index", search="exact", verify=False)
@@ -355,7 +356,7 @@ def approximate(args: BenchmarkArguments, folder: Path) -> list[dict[str, Any]]:
     for factory, (option, values) in factories.items():
         start = time.perf_counter()
         index.train_approximate(factory)
-        made = time.perf_counter() - start
+        training_seconds = time.perf_counter() - start
         file_size = (folder / "index" / index.config["approximate"]["file"]).stat().st_size
         for value in values:
             index.set_search_options(**{option: value})
@@ -368,15 +369,15 @@ def approximate(args: BenchmarkArguments, folder: Path) -> list[dict[str, Any]]:
                 print_row(
                     f"`{factory}`",
                     f"{option} {value}",
-                    f"{made:.1f}",
+                    f"{training_seconds:.1f}",
                     f"{file_size / 1e6:.1f}",
                     n,
                     milliseconds(seconds["ours"]),
                     milliseconds(seconds["exact"]),
-                    speed(speedup),
+                    speed_cells(speedup),
                     f"{100 * recall:.1f} %",
                 )
-                result = {"index_factory": factory, option: value, "made": made, "queries": n}
+                result = {"index_factory": factory, option: value, "made": training_seconds, "queries": n}
                 results.append({**result, "seconds": seconds, "speed": speedup, "ann_recall@10": recall})
     print()
     return results
@@ -387,7 +388,7 @@ def approximate(args: BenchmarkArguments, folder: Path) -> list[dict[str, Any]]:
 
 def memory(args: BenchmarkArguments, folder: Path) -> list[dict[str, Any]]:
     """
-    Measure the peak memory of a process that builds an index: anonymous, and with mapped files.
+    Measure the peak memory of a process that builds an index, anonymous and with mapped files.
 
     The passages are short and synthetic, the model is tiny.
     """
@@ -415,7 +416,7 @@ def memory(args: BenchmarkArguments, folder: Path) -> list[dict[str, Any]]:
 
 
 def build(model_name: str, folder: str, count: str, threads: str) -> None:
-    """Build an index in the process that `memory` starts, and watch its memory twenty times a second."""
+    """Build an index in the process that `memory` starts, and read its memory use twenty times a second."""
     torch.set_num_threads(int(threads))
     peak = {"anonymous": 0.0, "total": 0.0}
     done = threading.Event()

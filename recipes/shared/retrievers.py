@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 
 from modeling_cosup import CoSupConfig, CoSupForCausalLM, PassageIndex
 from modeling_cosup.files_cosup import digest, digest_all
-from modeling_cosup.index_files_cosup import map_tensors, read, write_tensors
+from modeling_cosup.index_files_cosup import read_tensors, write_tensors
 from modeling_cosup.index_search_cosup import DeviceSearch, ExactSearch
 from modeling_cosup.passages_cosup import checked_passages, read_corpus
 from modeling_cosup.tokenization_cosup import render_passage
@@ -156,7 +156,7 @@ class SentenceRetriever:
         """Read the passages of the corpus, one at a time, and keep their ids."""
         for where, passage in checked_passages(read_corpus(corpus_file)):
             if passage["id"] in self.rows:
-                raise ValueError(f"{where}: id {passage['id']!r} is in the corpus twice; ids must be unique.")
+                raise ValueError(f"{where}: id {passage['id']!r} is already in the corpus; ids must be unique.")
             self.rows[passage["id"]] = len(self.ids)
             self.ids.append(passage["id"])
             yield passage
@@ -186,7 +186,7 @@ class SentenceRetriever:
             unfinished = path.with_suffix(".unfinished")
             write_tensors(unfinished, {"embeddings": embeddings})
             unfinished.replace(path)
-        return read(path, map_tensors)["embeddings"]
+        return read_tensors(path)["embeddings"]
 
     def encode(self, passages: list[dict[str, str]], bar: tqdm) -> torch.Tensor:
         """Embed passages: `torch.FloatTensor` of shape `(n, h)`."""

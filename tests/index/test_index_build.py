@@ -39,7 +39,7 @@ def content(folder):
 
 
 def sources(folder):
-    """The same passages in every form that build reads."""
+    """Return the same passages in every form that `build` reads."""
     (folder / "corpus.jsonl").write_text("\n".join(json.dumps(passage) for passage in MANY) + "\n\n")
     with gzip.open(folder / "corpus.jsonl.gz", "wt") as file:
         file.writelines(json.dumps(passage) + "\n" for passage in MANY)
@@ -135,7 +135,7 @@ def test_ids_with_the_same_hash_are_told_apart(model, tmp_path, monkeypatch):
         build(model, [*MANY, MANY[3]])
 
 
-def test_the_id_table_is_sorted_whatever_its_partitions(model, monkeypatch):
+def test_the_id_table_is_the_same_for_any_partitions(model, monkeypatch):
     from modeling_cosup import index_files_cosup
 
     index = build(model, shard_size=7)
@@ -386,7 +386,7 @@ def test_shards_of_several_processes_make_the_same_index(model, tmp_path):
 
 
 def test_merge_refuses_processes_that_read_different_corpora(model, tmp_path):
-    """An id moves from one process's shard to the other's between their readings, so neither process sees it twice."""
+    """An id moves from one process's shard to the other's between their reads, so neither process sees it twice."""
     before = MANY[:5]
     after = [{**MANY[0], "id": "x"}, *MANY[1:4], {**MANY[4], "id": "m0"}]
     for rank, passages in enumerate((before, after)):
@@ -422,7 +422,7 @@ def test_killed_and_resumed(inputs, tmp_path, monkeypatch):
     model = make_model(emb_seq_kwargs={"seed": 1})
     counts = count_encoded(monkeypatch, model)
     build(model, inputs / "corpus.jsonl", save_directory=tmp_path / "index", shard_size=4)
-    assert sum(counts) == 15  # of 23: two shards of 4 were there
+    assert sum(counts) == 15  # of 23: two shards of 4 were complete
     build(model, save_directory=tmp_path / "whole", shard_size=4)
     assert content(tmp_path / "index") == content(tmp_path / "whole")
 
@@ -434,9 +434,9 @@ def test_two_processes_one_killed_then_resumed(inputs, tmp_path):
     resumed = launch(inputs, tmp_path / "index", world_size=2)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert resumed.stdout.count("23 passages") == 1
-    # two processes may print into one line
+    # two processes may print on the same line
     num_made = [int(number) for number in re.findall(r"made (\d) shards, world size 2", resumed.stdout)]
-    # rank 1 had made one of its three; how far rank 0 came before it was ended is chance
+    # rank 1 had made one of its three; how many rank 0 had made before it was ended varies
     assert len(num_made) == 2 and 2 in num_made and sum(num_made) < 6, num_made
     build(make_model(emb_seq_kwargs={"seed": 1}), save_directory=tmp_path / "here", shard_size=4)
     assert content(tmp_path / "index") == content(tmp_path / "here")
@@ -446,18 +446,15 @@ def test_two_processes_one_killed_then_resumed(inputs, tmp_path):
 
 
 def mount_small_disk(folder):
-    """Mount a file system of 700 kB; skip the test without the right to."""
+    """Mount a file system of 700 kB; skip the test if that is not permitted."""
     command = ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", folder]
     if subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("no right to mount a file system")
+        pytest.skip("mounting a file system is not permitted")
 
 
 @pytest.mark.parametrize("limit", ["file size", "file system"])
 def test_a_full_disk_says_what_to_free_and_keeps_complete_shards(inputs, tmp_path, limit):
-    """
-    File size: a limit of the process, which the third shard reaches, because it holds long texts.
-    File system: a real one of 700 kB, if it can be mounted.
-    """
+    """The third shard, with its long texts, exceeds a limit on file sizes, or a real file system of 700 kB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     passages = [*MANY[:10], *({"id": f"long{i}", "text": "radium " * 60_000} for i in range(4))]
@@ -476,8 +473,8 @@ def test_a_full_disk_says_what_to_free_and_keeps_complete_shards(inputs, tmp_pat
         result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=200)
         assert result.returncode == 1, result.stderr[-3000:]
         assert "no room for the next shard" in result.stderr, result.stderr[-3000:]
-        assert "MB for the embeddings of 6 passages that are left" in result.stderr
-        assert "the same call then goes on" in result.stderr
+        assert "MB for the embeddings of the 6 remaining passages" in result.stderr
+        assert "the same call then resumes" in result.stderr
         work = folder / ".index.unfinished"
         assert sorted(path.name for path in work.glob("shard-*")) == ["shard-00000.json", "shard-00001.json"]
         assert not (folder / "index").exists()
@@ -514,7 +511,7 @@ model.build_index(passages, save_directory=sys.argv[2], shard_size=50, show_prog
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    """Compare anonymous memory after the tenth and the last of 40 shards; a generator's corpus itself takes none."""
+    """Compare anonymous memory after the tenth and the last of 40 shards; a generator holds no corpus in memory."""
     model = make_model(gen_kwargs={"layers": 1}, emb_seq_kwargs={"layers": 1}, max_passage_length=64)
     model.save_pretrained(tmp_path / "model")
     command = [sys.executable, "-c", BUILD_AND_NOTE_MEMORY, tmp_path / "model", tmp_path / "index"]

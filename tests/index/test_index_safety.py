@@ -1,4 +1,4 @@
-"""An index refuses names that lead out of its folder, altered configs, second writers, stale shards, foreign files."""
+"""What an index refuses: names that lead out of its folder, altered configs, other writers, stale or foreign files."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ def build(model, folder, passages=PASSAGES, **kwargs):
 
 
 def edit(folder, change, sign=True):
-    """Change the config as an attacker does, who also signs it, or, without `sign`, as an accident does."""
+    """Change the config and sign it again, as an attacker would, or with `sign=False` leave the old signature."""
     config = json.loads((folder / NAME).read_text())
     change(config)
     if sign:
@@ -57,7 +57,7 @@ def test_an_altered_config_and_bad_deletions_are_found(model, tmp_path):
     build(model, tmp_path / "index").delete(["p1", "p3"])
     shutil.copytree(tmp_path / "index", tmp_path / "altered")
     edit(tmp_path / "altered", lambda config: config.update(deleted=None), sign=False)
-    with pytest.raises(ValueError, match="its SHA-256 is not the one that it holds"):
+    with pytest.raises(ValueError, match="it does not match its own SHA-256"):
         PassageIndex.from_pretrained(tmp_path / "altered")
     index = PassageIndex.from_pretrained(tmp_path / "index")
     for rows in ([3, 1], [1, 1], [-1, 2], [2, 6]):

@@ -15,7 +15,7 @@ import torch
 
 from modeling_cosup import PassageIndex, index_search_cosup, index_searchable_cosup
 from modeling_cosup.index_files_cosup import seal
-from support.indexes import all_scores, check, in_folder, queries, random_index
+from support.indexes import all_scores, check_nearest, in_folder, queries, random_index
 from support.models import PASSAGES, make_model
 from trainer.judging.figures import figure
 
@@ -40,7 +40,7 @@ def test_exact_search_equals_one_product(tmp_path, monkeypatch, where, dtype, n)
     for k in (1, 7, 300):
         scores, rows = index.search(queries(n), k)
         assert rows.shape == (n, k)
-        check((scores, rows), all_scores(index, queries(n)))
+        check_nearest((scores, rows), all_scores(index, queries(n)))
     assert index.search(queries(n), 1000)[1].shape == (n, 300)
     assert [part.shape for part in index.search(queries(0), 3)] == [(0, 3), (0, 3)]
 
@@ -53,7 +53,7 @@ def test_a_device_may_hold_half_precision():
     assert rows.tolist() == right.indices.tolist()
     assert scores.dtype == np.float32
     index.to(None)
-    check(index.search(queries(9), 5), all_scores(index, queries(9)))
+    check_nearest(index.search(queries(9), 5), all_scores(index, queries(9)))
 
 
 def test_searching_copies_no_embeddings(tmp_path):
@@ -108,7 +108,7 @@ def test_candidates(tmp_path, where):
 def test_bad_candidates():
     index = random_index()
     for pool, message in [
-        ([3, 300], r"candidates\[1\] holds \[300\], which are no rows of this index \(0 to 299\)"),
+        ([3, 300], r"candidates\[1\] holds \[300\], which are not rows of this index \(0 to 299\)"),
         ([-1], r"candidates\[1\] holds \[-1\]"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -117,7 +117,7 @@ def test_bad_candidates():
         index.search(queries(2), candidates=[[1]])
     with pytest.raises(ValueError, match="does not hold 6 of 7 ids: \\['x0', 'x1', 'x2', 'x3', 'x4'\\]"):
         index.rows_of(["m1", *(f"x{i}" for i in range(6))])
-    with pytest.raises(ValueError, match="5 is no passage id, expected a string"):
+    with pytest.raises(ValueError, match="5 is not a passage id, expected a string"):
         index.rows_of([5])
     assert index.rows_of([]).dtype == np.int64
 
@@ -160,7 +160,7 @@ def test_deleted_passages_are_never_found(tmp_path, where):
         assert rows.shape == (5, min(k, len(index)))
         assert not set(rows.flatten()) & set(gone)
         if "PQ" not in where:
-            check((scores, rows), all_scores(index, queries(5), alive))
+            check_nearest((scores, rows), all_scores(index, queries(5), alive))
     live_rows = alive.nonzero()[:, 0].tolist()
     _, rows = index.search(queries(1), 3, candidates=[[*gone[:3], live_rows[0]]])
     assert rows.tolist() == [[live_rows[0], -1, -1]]
@@ -225,7 +225,7 @@ def test_approximate_search(tmp_path, factory, weak, strong):
     with pytest.raises(ValueError, match="pass allow_faiss_files=True if you trust it, or search='exact'"):
         PassageIndex.from_pretrained(tmp_path / "index")
     exact = PassageIndex.from_pretrained(tmp_path / "index", search="exact")
-    check(exact.search(queries(9), 10), all_scores(index, queries(9)))
+    check_nearest(exact.search(queries(9), 10), all_scores(index, queries(9)))
     loaded = PassageIndex.from_pretrained(tmp_path / "index", allow_faiss_files=True)
     loaded.set_search_options(**strong)
     assert (loaded.search(queries(9), 10)[1] == rows).all()
@@ -274,7 +274,7 @@ def test_bad_factories_leave_the_index_as_it_was(tmp_path, factory, options, mes
     files = sorted(os.listdir(tmp_path / "index"))
     with pytest.raises(ValueError, match=message):
         index.train_approximate(factory, **options)
-    check(index.search(queries(3), 4), all_scores(index, queries(3)))
+    check_nearest(index.search(queries(3), 4), all_scores(index, queries(3)))
     assert sorted(os.listdir(tmp_path / "index")) == files
     with pytest.raises(ValueError, match="call train_approximate first"):
         index.set_search_options(nprobe=3)
@@ -309,7 +309,9 @@ def test_a_damaged_faiss_file(tmp_path, damage):
     exact = PassageIndex.from_pretrained(tmp_path / "index", search="exact")
     exact.save_pretrained(tmp_path / "copy")
     if damage == "missing":
-        check(PassageIndex.from_pretrained(tmp_path / "copy").search(queries(3)), all_scores(index, queries(3)))
+        check_nearest(
+            PassageIndex.from_pretrained(tmp_path / "copy").search(queries(3)), all_scores(index, queries(3))
+        )
 
 
 # ------------------------------------------------------------------ adding
@@ -353,7 +355,7 @@ def test_what_cannot_be_added_changes_nothing(model, tmp_path, where):
         ([new, PASSAGES[2]], "Corpus row 1: id 'p2' is already in the index"),
         (iter([new, {"id": "newer", "text": "word"}, PASSAGES[2]]), "Corpus row 2: id 'p2' is already in the index"),
         ([new, {"id": "x", "text": ""}], "Corpus row 1: text is ''"),
-        ([new, new], "Corpus row 1: id 'new' is already used"),
+        ([new, new], "Corpus row 1: id 'new' is already in Corpus row 0"),
         ([], "holds no passage"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -366,7 +368,7 @@ def test_what_cannot_be_added_changes_nothing(model, tmp_path, where):
     if folder is not None:
         assert sorted(os.listdir(folder)) == files
         index.train_approximate("HNSW8")
-        with pytest.raises(ValueError, match="was not loaded and could not be extended"):
+        with pytest.raises(ValueError, match="was not loaded and cannot be extended"):
             PassageIndex.from_pretrained(folder, search="exact").add([new], model)
 
 

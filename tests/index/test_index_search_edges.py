@@ -15,7 +15,7 @@ from modeling_cosup import index_search_cosup
 from modeling_cosup.index_search_cosup import ApproximateSearch, ExactSearch, empty_approximate
 from modeling_cosup.milvus_upload_cosup import _digest
 from modeling_cosup.passages_cosup import read_corpus
-from support.indexes import all_scores, check, in_folder, queries, random_index
+from support.indexes import all_scores, check_nearest, in_folder, queries, random_index
 
 # ------------------------------------------------------------------ embeddings that are not finite
 
@@ -64,7 +64,7 @@ def test_shared_equal_large_and_repeating_pools(where, dtype, monkeypatch):
         alive[::3] = False
         index.delete([f"m{row}" for row in range(0, 300, 3)])
     few, all_rows = np.array([7, 80, 7, 200, 6]), np.arange(300)
-    half = np.random.default_rng(0).choice(300, 150)  # some of them several times
+    half = np.random.default_rng(0).choice(300, 150)  # some rows several times
     pools = [few, all_rows, few, few.copy(), None, half]
     pools += [all_rows.copy(), half[::-1], [0, 3], all_rows, np.array([4], np.int32), half]
     query_embeds = queries(len(pools))
@@ -79,7 +79,7 @@ def test_shared_equal_large_and_repeating_pools(where, dtype, monkeypatch):
             count = min(k, int(allowed.sum()))
             if count:
                 found = scores[i : i + 1, :count], rows[i : i + 1, :count]
-                check(found, all_scores(index, query_embeds[i : i + 1], allowed))
+                check_nearest(found, all_scores(index, query_embeds[i : i + 1], allowed))
             assert (rows[i, count:] == -1).all()
             assert (scores[i, count:] == -np.inf).all()
 
@@ -117,7 +117,7 @@ def test_candidates_are_integers(pool, dtype):
 
 
 def test_an_approximate_index_on_a_gpu_is_a_copy(tmp_path, monkeypatch):
-    """A clone on the CPU takes the GPU's place."""
+    """A clone on the CPU stands in for the one on a GPU."""
     index = random_index()
     index.train_approximate("IVF4,Flat", nprobe=4)
     on_cpu = index._approximate
@@ -129,7 +129,7 @@ def test_an_approximate_index_on_a_gpu_is_a_copy(tmp_path, monkeypatch):
     assert index._gpu is not None
     assert index._approximate is on_cpu
     assert index._device is None  # no copy of the embeddings
-    check(index.search(queries(5), 4), all_scores(index, queries(5)))
+    check_nearest(index.search(queries(5), 4), all_scores(index, queries(5)))
     index.set_search_options(nprobe=1)
     assert index._gpu.index.nprobe == on_cpu.index.nprobe == 1
     index.save_pretrained(tmp_path / "index")

@@ -1,4 +1,4 @@
-"""Milvus's own: uploads that are cut off, a server that goes away, limits of its fields, one process per file."""
+"""What only Milvus has: interrupted uploads, a server that goes away, field limits, one process per file."""
 
 import os
 import signal
@@ -63,7 +63,7 @@ def check_equal(retriever, index, k=5):
 
 
 def count_calls(monkeypatch, then=None):
-    """Note the methods that are called; `then(method, how often it was called)` runs before each call."""
+    """Record the methods that are called; `then(method, number of its calls)` runs before each call."""
     calls = []
     call = MilvusConnection.call
 
@@ -77,10 +77,10 @@ def count_calls(monkeypatch, then=None):
     return calls
 
 
-# ------------------------------------------------------------------ uploads that are cut off
+# ------------------------------------------------------------------ interrupted uploads
 
 
-# Where the upload goes, at which of six batches or after which request it is killed, and how many the next one sends
+# Where the upload goes, at which of six batches or after which request it is killed, how many batches are then sent
 KILLED = [
     ("server", 1, "before", 6),
     ("server", 6, "before", 5),  # 5,000 passages have arrived, of which a request may have brought 4,096
@@ -108,11 +108,11 @@ def killed(large, milvus_server, tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", range(len(KILLED)), ids=["-".join(map(str, case[:3])) for case in KILLED])
-def test_an_upload_that_is_killed_goes_on(large, killed, monkeypatch, case):
+def test_an_upload_that_is_killed_is_resumed(large, killed, monkeypatch, case):
     index, _ = large
     uri, name = killed[case]
     *_, num_batches = KILLED[case]
-    message = "the upload has not ended; call MilvusPassageIndex.from_index with the same index"
+    message = "the upload is not complete; call MilvusPassageIndex.from_index with the same index"
     with pytest.raises(ValueError, match=message):
         MilvusPassageIndex(uri, name)
     calls = count_calls(monkeypatch)
@@ -124,19 +124,19 @@ def test_an_upload_that_is_killed_goes_on(large, killed, monkeypatch, case):
     check_equal(MilvusPassageIndex(uri, name), index)
 
 
-def test_an_upload_of_another_index_does_not_go_on(large, index, the_model, milvus_server):
+def test_an_upload_of_another_index_is_not_resumed(large, index, the_model, milvus_server):
     upload(index, milvus_server, "other").close()
     connection = MilvusConnection(milvus_server.uri, "other")
     milvus_upload_cosup.set_properties(connection, complete="false")
     changed = the_model.build_index([{**PASSAGES[0], "text": "Changed."}, *PASSAGES[1:]], show_progress_bar=False)
-    message = "'other' exists already and is not an unfinished upload of this index"
+    message = "'other' already exists and is not an unfinished upload of this index"
     for another, options in ((changed, {}), (large[0], {}), (index, {"index_type": "HNSW"})):
         with pytest.raises(FileExistsError, match=message):
             upload(another, milvus_server, "other", **options)
     check_equal(upload(index, milvus_server, "other"), index)
 
 
-def test_an_upload_goes_on_after_a_half_written_index_file(index, tmp_path):
+def test_an_upload_is_resumed_after_a_half_written_index_file(index, tmp_path):
     uri = tmp_path / "passages.db"
     retriever = MilvusPassageIndex.from_index(index, uri, "passages", show_progress_bar=False)
     milvus_upload_cosup.set_properties(retriever._milvus, complete="false")
@@ -176,7 +176,7 @@ def test_an_upload_that_lost_passages_does_not_count_as_complete(index, milvus_s
     with pytest.raises(RuntimeError, match="there are 5 passages after the upload, expected 6"):
         upload(index, milvus_server, "lost")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="the upload has not ended"):
+    with pytest.raises(ValueError, match="the upload is not complete"):
         MilvusPassageIndex(milvus_server.uri, "lost")
     check_equal(upload(index, milvus_server, "lost"), index)
 
@@ -185,7 +185,7 @@ def test_another_collection_is_overwritten_only_on_request(index, the_model, mil
     smaller = the_model.build_index(PASSAGES[:2], show_progress_bar=False)
     upload(index, milvus_server, "taken")
     for again in (smaller, index):
-        with pytest.raises(FileExistsError, match="'taken' exists already"):
+        with pytest.raises(FileExistsError, match="'taken' already exists"):
             upload(again, milvus_server, "taken")
     check_equal(MilvusPassageIndex(milvus_server.uri, "taken"), index)
     check_equal(upload(smaller, milvus_server, "taken", overwrite=True), smaller, k=2)
@@ -251,8 +251,8 @@ def test_a_server_that_stays_away_is_a_clear_error(index, the_model, server):
     check_equal(retriever, index)
 
 
-def test_a_server_that_goes_away_in_mid_generation(index, the_model, server, tmp_path):
-    """Finished answers are kept; when the server is back, the same call goes on."""
+def test_a_server_that_goes_away_during_generation(index, the_model, server, tmp_path):
+    """Finished answers are kept; when the server is back, the same call resumes."""
     retriever = upload(index, server, "passages", max_retries=1)
     prompts = [[5 + i, 6, 7 + i % 3, the_model.config.nsp_token_id] for i in range(9)]
     options = {"retriever": retriever, "max_new_tokens": 4, "batch_size": 2, "show_progress_bar": False}
@@ -287,10 +287,10 @@ def test_load_index_opens_a_collection(index, the_model, server):
 
 def test_a_server_that_hangs_is_not_waited_for(index, server):
     patient = upload(index, server, "passages")
-    # a busy machine writes slowly, so only the search is hurried
+    # a busy machine uploads slowly, so only the search has a short timeout
     retriever = MilvusPassageIndex(server.uri, "passages", max_retries=0, timeout=5.0)
     server.process.send_signal(signal.SIGSTOP)
-    # a busy machine delivers the signal late: the server would still answer
+    # a busy machine delivers the signal late, and until then the server would answer
     os.waitpid(server.process.pid, os.WUNTRACED)
     with pytest.raises(ConnectionError, match="no answer to 1 attempts while searching"):
         retriever.search(queries())
@@ -298,7 +298,7 @@ def test_a_server_that_hangs_is_not_waited_for(index, server):
     check_equal(patient, index)
 
 
-def test_an_add_that_is_cut_off_leaves_nothing(index, the_model, server, monkeypatch, caplog):
+def test_an_interrupted_add_leaves_nothing(index, the_model, server, monkeypatch, caplog):
     new = [{"id": f"new{i}", "title": "", "text": f"radium {i}"} for i in range(3)]
     retriever = upload(index, server, "passages", max_retries=0)
     monkeypatch.setattr(milvus_upload_cosup, "MAX_REQUEST_ROWS", 1)
@@ -334,7 +334,7 @@ def test_a_collection_that_is_not_there(index, milvus_server):
 
 def test_a_collection_that_is_no_index(milvus_server):
     pymilvus.MilvusClient(milvus_server.uri).create_collection("foreign", dimension=4)
-    message = "'foreign': has format_version None, this release reads 1; None: it is no passage index"
+    message = "'foreign' is not a passage index: its properties have no cosup.format_version"
     with pytest.raises(ValueError, match=message):
         MilvusPassageIndex(milvus_server.uri, "foreign")
 
@@ -409,7 +409,7 @@ def test_what_another_process_adds_is_found(index, the_model, milvus_server):
     assert reader.rows_of(["new"]).tolist() == [6]
     assert reader[6]["text"] == "radium"
     assert reader.search(queries(1), candidates=[[6]])[1].tolist() == [[6]]
-    with pytest.raises(ValueError, match=r"candidates\[0\] holds \[7\], which are no rows of this index \(0 to 6\)"):
+    with pytest.raises(ValueError, match=r"candidates\[0\] holds \[7\], which are not rows of this index \(0 to 6\)"):
         reader.search(queries(1), candidates=[[6, 7]])
 
 

@@ -96,7 +96,7 @@ def test_emb_seq_with_its_own_tokenizer_and_width():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"id": "p0", "title": "", "text": "again"}, "Corpus row 6: id 'p0' is already used at Corpus row 0"),
+        ({"id": "p0", "title": "", "text": "again"}, "Corpus row 6: id 'p0' is already in Corpus row 0"),
         ({"id": "x", "title": "T", "text": ""}, "row 6: text is ''"),
         ({"id": "x", "title": "T", "text": " \n"}, "row 6: text is"),
         ({"id": "x", "title": "T"}, "row 6: text is None"),

@@ -1,4 +1,4 @@
-"""What generate() and its users may rely on, with every back end: in memory, from disk, approximate, in Milvus."""
+"""What generate() and its users can rely on with every back end: in memory, on disk, approximate, in Milvus."""
 
 import inspect
 import itertools
@@ -39,13 +39,13 @@ CORPUS = [
     for i in range(40)
 ]
 CORPUS += [{"id": text, "title": text, "text": f"{text} {i}"} for i, text in enumerate(ODD)]
-names = (f"index{i}" for i in itertools.count())
+collection_names = (f"index{i}" for i in itertools.count())
 
 
 def make(name, model, passages, folder, request):
-    """Return a retriever over `passages`, and a function that opens it again if it outlives this process."""
+    """Return a retriever over `passages`, and a function that opens it again, or `None` for one in memory."""
     if name.startswith("milvus"):
-        collection = next(names)
+        collection = next(collection_names)
         if name == "milvus-file":
             uri = str(folder / "passages.db")
         else:
@@ -102,7 +102,7 @@ def queries(n=9, seed=0):
 
 
 def check_results(scores, rows, query_embeds, embeddings, k, name, pools=None):
-    """Compare with the plain product; rows of equal scores may be in any order."""
+    """Compare results with the plain product; rows of equal scores may be in any order."""
     assert scores.shape == rows.shape == (len(query_embeds), k)
     assert scores.dtype == np.float32 and rows.dtype == np.int64
     products = (query_embeds.float() @ embeddings.T).numpy()
@@ -135,7 +135,7 @@ def check_result(products, scores, rows, k, name, pool):
 # ------------------------------------------------------------------ one interface
 
 MEMBERS = {name for name in vars(Retriever) if name == "__len__" or not name.startswith("_")}
-# What else all back ends of this package have
+# Further members of all back ends in this package
 ALSO_SHARED = {"__getitem__", "__iter__", "add", "delete", "find", "get_embeddings", "num_rows", "row_of"}
 
 
@@ -166,7 +166,7 @@ def test_an_object_that_lacks_a_member_is_no_retriever():
 
 
 class ProductRetriever:
-    """The smallest back end: a [`Retriever`] over arrays in memory, by one product. Notes which members are used."""
+    """The smallest back end: a [`Retriever`] over arrays in memory, by one product. Records which members are used."""
 
     def __init__(self, index):
         self.passages = list(index)
@@ -370,7 +370,7 @@ def test_one_id_and_ids_that_may_be_missing(retriever):
     assert rows.tolist() == [5, -1, 41, -1]
     assert retriever.find([]).shape == (0,)
     for method in (retriever.find, retriever.rows_of):
-        with pytest.raises(ValueError, match="3 is no passage id, expected a string"):
+        with pytest.raises(ValueError, match="3 is not a passage id, expected a string"):
             method(["0", 3])
 
 
@@ -419,8 +419,8 @@ NEW = [
 ]
 
 
-def found(retriever):
-    """Return what a search finds: for each query `{passage id: score}`."""
+def scores_by_id(retriever):
+    """Search, and return for each query `{passage id: score}`."""
     all_scores, all_rows = retriever.search(queries(), k=100)
     found_rows = sorted(set(all_rows.ravel().tolist()) - {-1})
     ids = {row: passage["id"] for row, passage in zip(found_rows, retriever.get_passages(found_rows), strict=True)}
@@ -434,7 +434,7 @@ def check_equals_a_fresh_index(retriever, model, passages, name):
     fresh = model.build_index(passages, show_progress_bar=False)
     assert len(retriever) == len(fresh)
     tolerance = TOLERANCES.get(name, 1e-5)
-    for results, expected in zip(found(retriever), found(fresh), strict=True):
+    for results, expected in zip(scores_by_id(retriever), scores_by_id(fresh), strict=True):
         assert results == pytest.approx(expected, rel=tolerance, abs=tolerance)
     ids = [passage["id"] for passage in passages]
     assert retriever.get_passages(retriever.rows_of(ids)) == fresh.get_passages(fresh.rows_of(ids))
@@ -513,13 +513,13 @@ def test_everything_deleted(name, changeable, the_model):
 )
 def test_a_bad_add_changes_nothing(changeable, the_model, passages, message):
     retriever, reopen = changeable
-    before = found(retriever)
+    before = scores_by_id(retriever)
     with pytest.raises(ValueError, match=message):
         retriever.add(passages, the_model)
     assert len(retriever) == len(PASSAGES)
-    assert found(retriever) == before
+    assert scores_by_id(retriever) == before
     if reopen is not None:
-        assert found(reopen()) == before
+        assert scores_by_id(reopen()) == before
 
 
 def test_adding_with_another_model_is_refused(changeable):
@@ -531,11 +531,11 @@ def test_adding_with_another_model_is_refused(changeable):
 
 def test_deleting_an_unknown_id_deletes_nothing(changeable):
     retriever, _ = changeable
-    before = found(retriever)
+    before = scores_by_id(retriever)
     with pytest.raises(ValueError, match="p99"):
         retriever.delete(["p0", "p99"])
     assert len(retriever) == len(PASSAGES)
-    assert found(retriever) == before
+    assert scores_by_id(retriever) == before
 
 
 # ------------------------------------------------------------------ generation

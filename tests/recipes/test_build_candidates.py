@@ -109,7 +109,7 @@ def ranking(scores):
 
 
 def expected_pools(rankings, size, gold_first=False):
-    """Return the pools in another way than the recipe: drop the worst that is not gold until the size is right."""
+    """Return the pools, computed in another way: drop the worst passage that is not gold until the size is right."""
     pools = []
     for question, ids in zip(QUESTIONS, rankings, strict=True):
         gold = {id for evidence in question["provenance"] for id in evidence}
@@ -154,7 +154,7 @@ def test_more_gold_than_the_pool_holds_keeps_the_best_of_it(folder, tmp_path):
     lines, pools = build(folder, tmp_path, num_candidates=2)
     rankings = ranking(scores_by_hand(folder, "cosine"))
     assert pools[1] == [id for id in rankings[1] if id in ("p1", "p4", "c1")][:2]
-    assert lines["questions with more gold than 2: the best of it was kept"] == "1"
+    assert lines["questions with more than 2 gold passages, of which the best were kept"] == "1"
 
 
 def test_a_pool_larger_than_the_corpus_is_all_of_it(folder, tmp_path):
@@ -163,7 +163,7 @@ def test_a_pool_larger_than_the_corpus_is_all_of_it(folder, tmp_path):
     assert lines["pools smaller than 50"] == "3"
 
 
-def test_a_corpus_is_encoded_once_and_goes_on_where_it_was_cut_off(folder, tmp_path, monkeypatch):
+def test_a_corpus_is_encoded_once_and_an_interrupted_run_is_resumed(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(retrievers, "SHARD_SIZE", 4)
     cache = {"index_dir": str(tmp_path / "cache")}
     expected = build(folder, tmp_path)
@@ -217,8 +217,8 @@ def test_gold_that_the_corpus_lacks_is_counted(folder, tmp_path, model):
     ("changes", "message"),
     [
         ({"num_candidates": 0}, "--num_candidates is 0"),
-        ({"index": "index", "corpus_file": None}, "cosine is no CoSup checkpoint; give a --corpus_file"),
-        ({"corpus_file": [*CORPUS, CORPUS[0]]}, "line 11: id 'p0' is in the corpus twice"),
+        ({"index": "index", "corpus_file": None}, "cosine is not a CoSup checkpoint; give a --corpus_file"),
+        ({"corpus_file": [*CORPUS, CORPUS[0]]}, "line 11: id 'p0' is already in the corpus"),
         ({"corpus_file": []}, "the corpus holds no passage"),
         ({"corpus_file": [{"id": "p0", "text": ""}]}, "line 1: text is ''"),
         ({"eval_file": [{"id": "1", "input": "q?"}]}, "line 1: answers is None, expected a list of strings"),

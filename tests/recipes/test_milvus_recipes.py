@@ -1,4 +1,4 @@
-"""The recipes over an index in Milvus, on a server and in a local file: the same results as over a folder."""
+"""The recipes with an index in Milvus, on a server and in a local file: the same results as with a folder."""
 
 import json
 import sys
@@ -50,7 +50,7 @@ def test_build_index_uploads_an_approximate_collection_or_says_what_is_wrong(
         assert not (tmp_path / "index").exists()
     options = ["--milvus_index_type", "HNSW", "--milvus_index_params", '{"M": 8, "efConstruction": 32}']
     taken = fails_here(monkeypatch, "build_index", *command, "--index", "wiki", "--index_uri", uri, *options)
-    assert "collection 'wiki' exists already and is not an unfinished upload of this index" in taken
+    assert "collection 'wiki' already exists and is not an unfinished upload of this index" in taken
     arguments = [*command, "--index", "graph", "--index_uri", uri, *options]
     monkeypatch.setattr(sys, "argv", ["build_index.py", *map(str, arguments)])
     build_index.main()
@@ -117,7 +117,7 @@ def test_clear_errors(world, tmp_path, monkeypatch):
 
 def test_a_server_that_is_away_and_a_token_that_is_not_shown(world, monkeypatch, capsys, caplog):
     monkeypatch.setenv("MILVUS_TOKEN", TOKEN)
-    without_retries = (None, 5.0, 0, None, None)  # the default goes on for 15 seconds
+    without_retries = (None, 5.0, 0, None, None)  # the default takes 15 seconds
     monkeypatch.setattr(MilvusPassageIndex.__init__, "__defaults__", without_retries)
     model, _, _ = world
     arguments = ["--model", model, "--index", "wiki", "--index_uri", "http://127.0.0.1:9", "who?"]
@@ -180,7 +180,7 @@ def test_a_task_names_a_collection(world, inputs):
     index, name = open_index(Task("t", eval_file, index="wiki", index_uri=uri), model, None)
     assert isinstance(index, MilvusPassageIndex)
     _, name_of_folder = open_index(Task("t", eval_file, index=str(folder)), model, None)
-    assert name == name_of_folder  # an evaluation over one goes on over the other
+    assert name == name_of_folder  # so an evaluation over one can be resumed over the other
     with pytest.raises(ValueError, match="Task t: index_uri is 'http://x', but no index says which collection there"):
         Task("t", "eval.jsonl", index_uri="http://x")
 

@@ -54,8 +54,8 @@ def all_scores(index: PassageIndex, query_embeds: torch.Tensor, alive: torch.Ten
     return scores.masked_fill(~alive, float("-inf"))
 
 
-def check(results: Sequence[np.ndarray], scores: torch.Tensor) -> None:
-    """Check that results are the k best of `scores`, best first; rows with the same score may change places."""
+def check_nearest(results: Sequence[np.ndarray], scores: torch.Tensor) -> None:
+    """Check that results are the k best of `scores`, best first; rows with equal scores may be in any order."""
     found_scores, found_rows = results
     assert found_scores.dtype == np.float32 and found_rows.dtype == np.int64
     best = scores.topk(found_rows.shape[1]).values

@@ -1,5 +1,5 @@
 """
-Uploads a saved index to Milvus, several times, and dies each time by SIGKILL at a batch or after a request.
+Upload a saved index to Milvus several times, and die by SIGKILL each time, at a batch or after a request.
 
 Launched by test_milvus.py. Arguments: the index's folder, then for each upload `uri collection batch moment`. Each
 upload is a forked process, because importing takes longest.

@@ -175,7 +175,7 @@ def test_dataset_folder_names_the_row(tmp_path):
     [
         ([PASSAGES[0], {"id": "x", "title": "t", "text": ""}], "line 2: text is ''"),
         ([PASSAGES[0], {"title": "t", "text": "t"}], "line 2: id is None"),
-        ([PASSAGES[0], PASSAGES[1], PASSAGES[0]], "line 3: id 'p0' is already used at"),
+        ([PASSAGES[0], PASSAGES[1], PASSAGES[0]], "line 3: id 'p0' is already in"),
         ([], "the corpus holds no passage"),
     ],
 )
