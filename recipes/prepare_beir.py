@@ -68,7 +68,7 @@ def prepare(args: BEIRArguments) -> Counter[str]:
         corpus = read_passages_with_text(find(args.input_dir, "corpus.jsonl"), counts)
         for where, passage in tqdm(corpus, desc="Reading passages", unit=" passages"):
             if passage["id"] in present_ids:
-                raise ValueError(f"{where}: the id {passage['id']!r} occurs twice; ids must be unique.")
+                raise ValueError(f"{where}: the id {passage['id']!r} is already in the corpus; ids must be unique.")
             if passage["id"] in gold_ids:
                 present_ids.add(passage["id"])
             write_passage(passage)

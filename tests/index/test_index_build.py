@@ -131,7 +131,7 @@ def test_ids_with_the_same_hash_are_told_apart(model, tmp_path, monkeypatch):
     assert index.rows_of(["m22", "m0", "m9"]).tolist() == [22, 0, 9]
     with pytest.raises(ValueError, match=r"does not hold 1 of 2 ids: \['x'\]"):
         index.rows_of(["m3", "x"])
-    with pytest.raises(ValueError, match="id 'm3' is already used at"):
+    with pytest.raises(ValueError, match="id 'm3' is already in"):
         build(model, [*MANY, MANY[3]])
 
 

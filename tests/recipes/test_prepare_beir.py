@@ -72,7 +72,7 @@ def test_queries_passages_and_counts(tmp_path, beir_folder):
         (
             "corpus.jsonl",
             [{"_id": "d1", "text": "x"}, {"_id": "d1", "text": "y"}],
-            "line 2: the id 'd1' occurs twice",
+            "line 2: the id 'd1' is already in the corpus",
         ),
     ],
 )
