@@ -34,11 +34,11 @@ def prepare_upload(
         `FileExistsError`: if the collection is anything else and `overwrite` is false.
     """
     source = _digest(index, index_type, index_params)
-    unfinished = _is_unfinished(connection, source, overwrite)
-    if not unfinished:
+    resumes = _may_resume(connection, source, overwrite)
+    if not resumes:
         _create(connection, index, source, index_type)
     _create_indexes(connection, index_type, index_params)
-    if not unfinished:
+    if not resumes:
         return 0
     try:
         connection.call("load_collection", "loading the collection")
@@ -56,8 +56,12 @@ def prepare_upload(
     return max(0, arrived - MAX_REQUEST_ROWS)
 
 
-def _is_unfinished(connection: MilvusConnection, source: str, overwrite: bool) -> bool:
-    """Return whether there is an unfinished upload of `source`; drop any other collection of that name, or raise."""
+def _may_resume(connection: MilvusConnection, source: str, overwrite: bool) -> bool:
+    """
+    Return whether the collection is an unfinished upload of `source`, which can be resumed.
+
+    Any other collection of the same name is dropped with `overwrite`, and an error without it.
+    """
     if not connection.call("has_collection", "looking for the collection"):
         return False
     properties = connection.call("describe_collection", "reading the collection's properties")["properties"]
