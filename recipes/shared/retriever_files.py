@@ -104,7 +104,7 @@ def read_retriever(name: str, args: Any) -> ImportedRetriever:
     config = AutoConfig.from_pretrained(name, subfolder=facts.subfolder)
     if config.is_encoder_decoder:
         raise ValueError(
-            f"{name} is an encoder-decoder ({config.model_type}); only models with a single stack of layers are supported."
+            f"{name} is an encoder-decoder ({config.model_type}); models with a single stack are supported."
         )
     tokenizer = AutoTokenizer.from_pretrained(name, subfolder=facts.subfolder)
     if facts.do_lower_case and tokenizer("A")["input_ids"] != tokenizer("a")["input_ids"]:
