@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 
-class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type: ignore[misc]  # its card takes other arguments
+# create_model_card of HubMixin takes other arguments than Trainer's
+class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type: ignore[misc]
     """
     A Trainer for [`CoSupForCausalLM`]: next token and next sequence prediction in the same step.
 

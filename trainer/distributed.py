@@ -100,8 +100,9 @@ class _GatherRows(torch.autograd.Function):
         ctx.count = counts[rank]
         return torch.cat(_all_gather(rows, counts))
 
+    # forward returns one tensor, so there is one gradient
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]  # one output
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         return gradient[ctx.start : ctx.start + ctx.count], None
