@@ -202,7 +202,7 @@ def read_shards(
     if not can_be_read_twice(source):
         return None, _check_as_it_streams(_split(checked_passages(read_corpus(source)), shard_size), find_known)
 
-    def read():
+    def read() -> Iterator[tuple[str, dict[str, str]]]:
         return checked_passages(read_corpus(source))
 
     bar = tqdm(read(), desc="Checking passages", unit=" passages", disable=not show_progress_bar)

@@ -100,7 +100,7 @@ def _rouge_l(prediction: str, answer: str) -> float:
 
 
 @lru_cache(maxsize=1)
-def _rouge():
+def _rouge() -> Any:  # the package has no types
     try:
         from rouge import Rouge
     except ImportError as error:
