@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import lru_cache
+from typing import Any
 
 # The metric that is Cor on each dataset, as in the paper's published scoring: an answer that contains the short one is
 # right. For KILT's own figures see `kilt_scores`.
