@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-# Similarity, temperature and λ belong together (the dot product of two final-norm states starts near |h|² ≈ 1,200).
+# Similarity, temperature and λ belong together: the dot product of two final-norm states starts near |h|² ≈ 1,200
 SIMILARITY_DEFAULTS = {
     "cosine": {"temperature": 0.05, "nsp_loss_weight": 1.0},
     "dot": {"temperature": 1.0, "nsp_loss_weight": 0.01},  # the paper's
@@ -27,7 +27,8 @@ class CoSupConfig(PreTrainedConfig):
             tokenizer. Without `nsp_token_id` the model is plain Gen.
         similarity (`str`): `"cosine"` or `"dot"` (the paper).
         temperature (`float`, *optional*): divides the scores of the NSP loss; by default 0.05 (cosine) or 1.0 (dot).
-        nsp_loss_weight (`float`, *optional*): λ of L = L_NTP + λ·L_NSP (Eq. 5); by default 1.0 (cosine) or 0.01 (dot).
+        nsp_loss_weight (`float`, *optional*): λ of Eq. 5, L = L_NTP + λ·L_NSP; by default 1.0 (cosine) or 0.01
+            (dot).
         query_from (`str`): where a query embedding comes from. `"gen"`: Gen's last hidden state at `[NSP]` (the
             method). `"emb_seq"`: Emb_seq reads everything up to and including `[NSP]` (the paper's baseline,
             section 5). `"query_encoder"`: a third encoder reads it (appendix C.1).

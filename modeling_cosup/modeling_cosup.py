@@ -182,8 +182,8 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
                 `(B · T)`. A caller that knows them saves the host from waiting for the GPU.
             label_positions (`torch.LongTensor` of shape `(K,)`, *optional*): likewise, positions whose next token is
                 trained.
-            logit_positions (`torch.LongTensor` of shape `(R,)`, *optional*): positions in the flattened `(B · T)` that
-                get logits, which are then `(R, V)`; replaces `logits_to_keep`.
+            logit_positions (`torch.LongTensor` of shape `(R,)`, *optional*): positions in the flattened `(B · T)`
+                that get logits, which are then `(R, V)`; replaces `logits_to_keep`.
             output_states (`tuple[str, ...]`, *optional*): names of submodules of Gen, such as `"model.layers.1.mlp"`.
                 Their inputs are returned at `logit_positions`, by default at the last column of each row. Call
                 [`states_cosup.watch`] before you compile this forward.

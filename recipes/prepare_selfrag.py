@@ -231,7 +231,7 @@ def read_pieces(output: str) -> list[Piece]:
         mark = match["mark"]
         if match["stray"]:
             raise ValueError(
-                f"{match['stray']} at character {match.start()} is not part of a [Retrieval]<paragraph>…</paragraph>."
+                f"{match['stray']} at character {match.start()} is not in a [Retrieval]<paragraph>…</paragraph>."
             )
         if match["passage"] is not None:
             pieces.append(Piece("passage", passage=match["passage"]))

@@ -200,7 +200,7 @@ def encode(args: BenchmarkArguments, folder: Path) -> dict[str, Any] | None:
     difference = float(np.abs(embeddings["build"] - embeddings["reference"]).max())
     num_tokens = sum(map(len, ids))
     print(f"Encoding {len(passages)} passages, {num_tokens:,} tokens, {args.dtype}\n")
-    titles = "arm, passages/s, tokens/s, speed to sentence-transformers, min – max, largest difference of an embedding"
+    titles = "arm, passages/s, tokens/s, speed to sentence-transformers, min – max, largest difference of embeddings"
     print_header(titles)
     for arm in arms:
         print_row(

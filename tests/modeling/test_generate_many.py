@@ -13,8 +13,7 @@ from transformers import LogitsProcessorList, TextStreamer
 
 from modeling_cosup import Completion, RetrievalConfig, RetrievalError
 from modeling_cosup.tokenization_cosup import encode_prompt
-from support.generation import Steer, left_pad, real_tokens
-from support.models import PASSAGES
+from support.generation import BreakingIndex, Steer, left_pad, real_tokens
 
 WORDS = ["who", "painted", "the Night Watch", "in Amsterdam", "Curie"]
 WORDS += ["radium", "when", "was it", "Warsaw", "a physicist"]
@@ -27,11 +26,6 @@ def question(i):
 
 
 PROMPTS = [question(i) for i in range(17)]
-
-
-@pytest.fixture
-def index(model):
-    return model.build_index(PASSAGES, show_progress_bar=False)
 
 
 @pytest.fixture
@@ -207,23 +201,9 @@ def test_an_interrupted_call_can_be_resumed(model, index, prompts, options, tmp_
     path = tmp_path / "answers.jsonl"
     expected = model.generate_many(prompts, retriever=index, **options)
 
-    class Breaks:
-        """An index that fails at the eighth search."""
-
-        check_model = index.check_model
-        rows_of = index.rows_of
-        get_passages = index.get_passages
-        fingerprint = index.fingerprint
-        searches = 0
-
-        def search(self, *args, **kwargs):
-            self.searches += 1
-            if self.searches == 8:
-                raise ConnectionError("the server went away")
-            return index.search(*args, **kwargs)
-
+    broken = BreakingIndex(index, failing_search=8)
     with pytest.raises(RetrievalError, match="the server went away"):
-        model.generate_many(prompts, retriever=Breaks(), batch_size=3, output_file=path, **options)
+        model.generate_many(prompts, retriever=broken, batch_size=3, output_file=path, **options)
     lines = path.read_text(encoding="utf-8").splitlines()
     assert 0 < len(lines) < 17
     with path.open("a", encoding="utf-8") as file:

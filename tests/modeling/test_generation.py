@@ -19,28 +19,10 @@ from support.generation import (
     generate,
     left_pad,
     num_retrievals,
-    question_inputs,
-    question_steer,
     question_that_retrieves,
     rows_of,
 )
 from support.models import PASSAGES, make_model, make_tokenizer
-
-
-@pytest.fixture
-def index(model):
-    return model.build_index(PASSAGES, show_progress_bar=False)
-
-
-@pytest.fixture
-def inputs(model):
-    return question_inputs(model)
-
-
-@pytest.fixture
-def steer(model):
-    return question_steer(model)
-
 
 # ------------------------------------------------------------------ output
 

@@ -5,19 +5,8 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 
 from modeling_cosup import RetrievalConfig
-from support.generation import generate, question_inputs
+from support.generation import generate
 from support.models import PASSAGES, make_gen, make_model
-
-
-@pytest.fixture
-def index(model):
-    return model.build_index(PASSAGES, show_progress_bar=False)
-
-
-@pytest.fixture
-def inputs(model):
-    return question_inputs(model)
-
 
 # ------------------------------------------------------------------ arguments and architectures
 

@@ -6,24 +6,7 @@ from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 
 from modeling_cosup import RetrievalError
 from modeling_cosup.tokenization_cosup import encode_texts
-from support.generation import Collect, Prefer, generate, prompt_of, question_inputs, question_steer, rows_of
-from support.models import PASSAGES
-
-
-@pytest.fixture
-def index(model):
-    return model.build_index(PASSAGES, show_progress_bar=False)
-
-
-@pytest.fixture
-def inputs(model):
-    return question_inputs(model)
-
-
-@pytest.fixture
-def steer(model):
-    return question_steer(model)
-
+from support.generation import BreakingIndex, Collect, Prefer, generate, prompt_of, rows_of
 
 # ------------------------------------------------------------------ rows that leave
 
@@ -150,28 +133,11 @@ def test_prefix_allowed_tokens_know_their_row(model, inputs, index, steer):
 # ------------------------------------------------------------------ a search that fails
 
 
-class Breaks:
-    """An index that fails at the third search."""
-
-    def __init__(self, index):
-        self.index = index
-        self.searches = 0
-        self.check_model = index.check_model
-        self.get_passages = index.get_passages
-        self.rows_of = index.rows_of
-
-    def search(self, *args, **kwargs):
-        self.searches += 1
-        if self.searches == 3:
-            raise ConnectionError("the server went away")
-        return self.index.search(*args, **kwargs)
-
-
 def test_a_failed_search_keeps_the_finished_rows(model, inputs, index, steer):
     steer.end_every = 6
     expected = rows_of(model, inputs, generate(model, inputs, index, steer))
     with pytest.raises(RetrievalError, match="the server went away") as error:
-        generate(model, inputs, Breaks(index), steer)
+        generate(model, inputs, BreakingIndex(index, failing_search=3), steer)
     assert error.value.finished
     for row in error.value.finished:
         assert row.ids == expected[row.number]
@@ -180,6 +146,7 @@ def test_a_failed_search_keeps_the_finished_rows(model, inputs, index, steer):
 def test_a_failed_search_ends_the_stream(model, inputs, index):
     streamer = Collect()
     eager = Prefer([model.config.nsp_token_id])
+    one_row = {"input_ids": inputs["input_ids"][1:2]}
     with pytest.raises(RetrievalError):
-        generate(model, {"input_ids": inputs["input_ids"][1:2]}, Breaks(index), eager, streamer=streamer)
+        generate(model, one_row, BreakingIndex(index, failing_search=3), eager, streamer=streamer)
     assert streamer.ended  # a thread that reads from it does not wait forever

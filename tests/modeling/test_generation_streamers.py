@@ -13,26 +13,9 @@ from support.generation import (
     Prefer,
     generate,
     prompt_of,
-    question_inputs,
-    question_steer,
     question_that_retrieves,
 )
 from support.models import PASSAGES
-
-
-@pytest.fixture
-def index(model):
-    return model.build_index(PASSAGES, show_progress_bar=False)
-
-
-@pytest.fixture
-def inputs(model):
-    return question_inputs(model)
-
-
-@pytest.fixture
-def steer(model):
-    return question_steer(model)
 
 
 def generate_four_letters(model, index, **kwargs):

@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokeniz
 from modeling_cosup import RetrievalConfig, RetrievalError, RetrievalStreamer, StreamEvent
 from modeling_cosup.tokenization_cosup import encode_prompt
 from modeling_cosup.trace_cosup import written_text
-from support.generation import Steer
+from support.generation import BreakingIndex, Steer
 from support.models import PASSAGES, make_model, make_tokenizer
 
 QUESTIONS = ["who?", "who painted the Night Watch?", "[NSP] in a question", "Zürich?"]
@@ -273,29 +273,13 @@ def test_characters_of_several_tokens_come_whole(model):
 # ------------------------------------------------------------------ errors, stopping, misuse
 
 
-class Breaks:
-    """An index that fails at the second search."""
-
-    def __init__(self, index):
-        self.index = index
-        self.searches = 0
-        self.check_model = index.check_model
-        self.get_passages = index.get_passages
-        self.rows_of = index.rows_of
-
-    def search(self, *args, **kwargs):
-        self.searches += 1
-        if self.searches == 2:
-            raise ConnectionError("the server went away")
-        return self.index.search(*args, **kwargs)
-
-
 def test_an_error_is_raised_after_the_events_before_it(model):
     index = model.build_index(PASSAGES, show_progress_bar=False)
     nsp = model.config.nsp_token_id
     letter = model.tokenizer("a")["input_ids"][0]
     prompt = encode_prompt(model.tokenizer, "who?")
-    events, error, raised = stream(model, prompt, [Write([nsp, letter, nsp], 0)], retriever=Breaks(index))
+    broken = BreakingIndex(index, failing_search=2)
+    events, error, raised = stream(model, prompt, [Write([nsp, letter, nsp], 0)], retriever=broken)
     assert [event.type for event in events] == ["retrieval", "text", "grounded_end"]
     assert isinstance(error, RetrievalError)
     assert error is raised

@@ -57,6 +57,25 @@ class Steer(LogitsProcessor):
         return scores
 
 
+class BreakingIndex:
+    """An index whose server goes away at the `failing_search`-th search."""
+
+    def __init__(self, index: Any, failing_search: int) -> None:
+        self.index = index
+        self.failing_search = failing_search
+        self.searches = 0
+        self.check_model = index.check_model
+        self.get_passages = index.get_passages
+        self.rows_of = index.rows_of
+        self.fingerprint = index.fingerprint
+
+    def search(self, *args: Any, **kwargs: Any) -> Any:
+        self.searches += 1
+        if self.searches == self.failing_search:
+            raise ConnectionError("the server went away")
+        return self.index.search(*args, **kwargs)
+
+
 def reference_generate(
     model: Any,
     index: Any,

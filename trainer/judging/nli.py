@@ -43,7 +43,7 @@ class NLIJudge:
     A judge of entailment by an NLI model. The functions of `trainer.judging` take it as `entail`.
 
     A pair is judged once, however often it occurs. Pairs of similar length share a batch. If a pair is too long, its
-    premise is cut off at the end; its hypothesis is never cut. A T5 reads `premise: … hypothesis: …` and must write
+    premise is cut off at the end; its hypothesis is never cut. A T5 reads `premise: … hypothesis: …` and answers
     "1" or "0". A classifier says yes if entailment has the highest score.
 
     Args:
