@@ -505,7 +505,7 @@ def note(*args, make=index_build_cosup.write_new_shard):
 
 index_build_cosup.write_new_shard = note
 model = CoSupForCausalLM.from_pretrained(sys.argv[1])
-passages = ({"id": f"{i:0200}", "text": "radium " * 1000} for i in range(2000))
+passages = ({"id": f"{i:0200}", "text": "radium " * 1500} for i in range(2000))
 model.build_index(passages, save_directory=sys.argv[2], shard_size=50, show_progress_bar=False)
 """
 
@@ -521,5 +521,6 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     held = [int(line) for line in result.stdout.split()]
     stored = sum(path.stat().st_size for path in (tmp_path / "index").iterdir()) / 1024
     assert len(held) == 40
-    assert stored > 14_000  # kB of texts, tokens and embeddings
-    assert held[-1] - held[9] < stored / 4, held
+    assert stored > 20_000  # kB of texts, tokens and embeddings
+    # Three quarters of it were written after the tenth shard. The allocator alone moves by up to a third.
+    assert held[-1] - held[9] < stored / 2, held
