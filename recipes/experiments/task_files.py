@@ -3,7 +3,7 @@
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from modeling_cosup.files_cosup import digest, digest_file
 from modeling_cosup.lines_cosup import write_lines
@@ -11,14 +11,18 @@ from trainer import load_corpus, load_evaluation_set
 from trainer.judging.matching import gold_ids
 from trainer.judging.tasks import read_tasks
 
-if TYPE_CHECKING:
-    from experiments.definition import Experiment
-
 Entry: TypeAlias = dict[str, Any]  # a task as in a config of run_evaluation.py
 Meaning: TypeAlias = dict[str, dict[str, Any]]  # name of an entry -> its task, setting, size and split
 
 
-def expand_tasks(experiment: "Experiment", entries: Sequence[Entry]) -> tuple[list[Entry], Meaning]:
+class Settings(Protocol):
+    """The settings in which an experiment judges each task: `Experiment` has these fields, and others."""
+
+    pools: list[int | str]
+    corpus_sizes: list[int | str] | None
+
+
+def expand_tasks(experiment: Settings, entries: Sequence[Entry]) -> tuple[list[Entry], Meaning]:
     """
     Return each task in each of its settings.
 
