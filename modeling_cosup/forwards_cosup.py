@@ -19,7 +19,7 @@ from .trace_cosup import Row
 @dataclass
 class Outputs:
     """
-    The results of one pass so far, by slot; only those of slots that were forwarded count.
+    The results of one pass so far, by slot. Ignore the rows of slots that were not forwarded.
 
     Args:
         logits (`torch.Tensor` of shape `(n, V)`): at the last token of each row, adjusted by the memory; `None` before

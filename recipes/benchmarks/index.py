@@ -351,7 +351,7 @@ def approximate(args: BenchmarkArguments, folder: Path) -> list[dict[str, Any]]:
         f"IVF{lists},PQ{size // 8}": ("nprobe", [8, 32]),
     }
     print(f"{count:,} x {size}; exact search is the baseline\n")
-    print_header("index, options, made in s, file MB, queries, ms, exact ms, speed, min – max, ann_recall@10")
+    print_header("index, options, built in s, file MB, queries, ms, exact ms, speed, min – max, ann_recall@10")
     results = []
     for factory, (option, values) in factories.items():
         start = time.perf_counter()

@@ -104,7 +104,7 @@ def section_duplicates(instances: list[dict], seed: int) -> list[dict[str, Any]]
     for result in results:
         shares = [f"{result['duplicates']:.1%}", f"{result['words_spared']:.1%}"]
         rows.append([str(result["batch"]), str(result["passages"]), *shares])
-    print_table(["instances", "passages", "duplicates", "words spared"], rows)
+    print_table(["random batch", "passages", "repeated in the batch", "words saved"], rows)
     return results
 
 

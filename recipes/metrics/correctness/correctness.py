@@ -23,9 +23,9 @@ Args:
         model.
 
 Returns:
-    dict: cor, over all questions; cor_minus, over the questions with provenance; cor_success and cor_failure, Cor over
-    those of them for which a gold passage was retrieved and over the others; metric, the name of the metric. Figures
-    are between 0 and 1, or NaN if there is no such question.
+    dict: cor, over all questions; cor_minus, over the questions with provenance; cor_success, over the questions with
+    provenance for which a gold passage was retrieved; cor_failure, over the other questions with provenance; metric,
+    the name of the metric. Figures are between 0 and 1, or NaN if there is no such question.
 """
 CITATION = """
 @inproceedings{lee2024semiparametric,
