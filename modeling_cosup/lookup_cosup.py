@@ -116,7 +116,8 @@ class Lookup:
 
     def _search(self, rows: list[Row], query_embeds: torch.Tensor) -> list[ScoredPassages]:
         """Return the passages and scores for each row: from one search, and one fetch of all passages."""
-        assert self.retriever is not None
+        if self.retriever is None:
+            raise ValueError("a row without given passages must search, but there is no retriever.")
         k = self.retrieval.top_k
         if self.retrieval.no_repeat_passages:
             k += max(len(row.retrieved) for row in rows)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 
-from modeling_cosup import RetrievalError
+from modeling_cosup import RetrievalConfig, RetrievalError
 from modeling_cosup.tokenization_cosup import encode_texts
 from support.generation import BreakingIndex, Collect, Prefer, generate, prompt_of, rows_of
 
@@ -150,3 +150,10 @@ def test_a_failed_search_ends_the_stream(model, inputs, index):
     with pytest.raises(RetrievalError):
         generate(model, one_row, BreakingIndex(index, failing_search=3), eager, streamer=streamer)
     assert streamer.ended  # a thread that reads from it does not wait forever
+
+
+def test_a_search_without_a_retriever_says_so(model, inputs):
+    eager = Prefer([model.config.nsp_token_id])
+    one_row = {"input_ids": inputs["input_ids"][1:2]}
+    with pytest.raises(RetrievalError, match="a row without given passages must search, but there is no retriever"):
+        generate(model, one_row, None, eager, retrieval_config=RetrievalConfig(passages=[None]))
