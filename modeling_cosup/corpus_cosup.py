@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .lines_cosup import lines_with_places
+from .passages_cosup import refuse_misspelt
 
 try:
     import pyarrow.parquet as parquet
@@ -44,7 +45,9 @@ def read_parquet(path: str | Path) -> Iterator[tuple[str, dict]]:
         raise FileNotFoundError(f"{path} is not a file.") from None
     except OSError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
-    columns = [name for name in ("id", "title", "text") if name in file.schema_arrow.names]
+    names = ("id", "title", "text")
+    refuse_misspelt(dict.fromkeys(file.schema_arrow.names, True), names, str(path))
+    columns = [name for name in names if name in file.schema_arrow.names]
     row = 0
     with file:
         for batch in _read_batches(file, columns, path):

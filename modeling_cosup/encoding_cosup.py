@@ -1,6 +1,7 @@
 """Passage and query embeddings, from Emb_seq, the query encoder or Gen's hidden states."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -205,3 +206,14 @@ def _is_causal(encoder: PreTrainedModel) -> bool:
     finally:
         encoder.config._attn_implementation = attention
     return torch.allclose(expected.float(), states.float(), atol=1e-3, rtol=1e-2)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode for the block, then restore its mode."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

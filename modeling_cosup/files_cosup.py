@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import os
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -46,6 +47,19 @@ def byte_lines(path: str | Path) -> Iterator[bytes]:
             raise ValueError(f"{path} is damaged: {error}") from None
 
 
+def parse_json(data: bytes, place: str) -> Any:
+    """Return the JSON value in UTF-8 bytes, with or without a byte order mark; `ValueError` names `place`."""
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        reason = str(error)
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except ValueError:
+        reason = f"an integer has more than {sys.get_int_max_str_digits():,} digits"
+    raise ValueError(f"{place}: malformed JSON ({reason}).")
+
+
 def read_json(path: str | Path) -> Any:
     """
     Return the value in a JSON file, `.gz` or plain.
@@ -54,11 +68,7 @@ def read_json(path: str | Path) -> Any:
         `FileNotFoundError`: when `path` is not a file.
         `ValueError`: for malformed JSON or a damaged `.gz`, naming the file.
     """
-    text = b"".join(byte_lines(path))
-    try:
-        return json.loads(text.decode("utf-8"))
-    except ValueError as error:  # malformed JSON or not UTF-8
-        raise ValueError(f"{path}: malformed JSON ({error}).") from None
+    return parse_json(b"".join(byte_lines(path)), str(path))
 
 
 def write_json(path: str | Path, value: Any) -> None:

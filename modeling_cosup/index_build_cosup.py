@@ -5,7 +5,6 @@ A build has its own folder next to the index, `.<name>.unfinished`. `build.json`
 complete once its marker `shard-00000.json` has been renamed into place. A killed build resumes after those.
 """
 
-import contextlib
 import errno
 import functools
 import itertools
@@ -68,6 +67,7 @@ class ShardBuilder:
         self.model, self.dtype = model, DTYPES[dtype]
         self.batch_size = batch_size
         self.max_tokens_per_batch = max_tokens_per_batch or (4096 if model.device.type == "cpu" else 32768)
+        self.num_cut = 0  # passages so far that were longer than `max_passage_length`
 
     def make(self, passages: Passages, bar: tqdm, paths: tuple[Path, Path] | None = None) -> Shard:
         """
@@ -101,11 +101,13 @@ class ShardBuilder:
         all_gen_ids, all_emb_seq_ids = [], []
         for start in range(0, len(passages), TOKENIZER_BATCH):
             chunk = passages[start : start + TOKENIZER_BATCH]
-            gen_ids = encode_passages_for_gen(model.tokenizer, chunk, model.config)
+            cut: set[int] = set()
+            gen_ids = encode_passages_for_gen(model.tokenizer, chunk, model.config, cut)
             if same_ids:  # tokenize once
                 emb_seq_ids = add_bos_and_eos(model.tokenizer, gen_ids, model.config)
             else:
-                emb_seq_ids = encode_passages_for_emb_seq(model.emb_seq_tokenizer, chunk, model.config)
+                emb_seq_ids = encode_passages_for_emb_seq(model.emb_seq_tokenizer, chunk, model.config, cut)
+            self.num_cut += len(cut)
             all_gen_ids += [np.array(ids, np.int32) for ids in gen_ids]
             all_emb_seq_ids += [np.array(ids, np.int32) for ids in emb_seq_ids]
         return all_gen_ids, all_emb_seq_ids
@@ -154,6 +156,12 @@ class ShardBuilder:
         bar.update(len(rows))
 
 
+def report_cut(num_cut: int, max_passage_length: int) -> None:
+    """Warn how many passages of the corpus were cut, if there are any."""
+    if num_cut:
+        logger.warning(f"Cut {num_cut} passages of the corpus to max_passage_length={max_passage_length} tokens.")
+
+
 def record_batch(passages: Passages, gen_ids: list[NDArray[np.int32]]) -> "pa.RecordBatch":
     """Return the `pyarrow.RecordBatch` of a shard: ids, titles, texts, token ids for Gen, and hashes of the ids."""
     columns = {}
@@ -163,17 +171,6 @@ def record_batch(passages: Passages, gen_ids: list[NDArray[np.int32]]) -> "pa.Re
     columns["input_ids"] = pa.LargeListArray.from_arrays(offsets, pa.array(np.concatenate(gen_ids), pa.int32()))
     columns["id_hash"] = pa.array(hash_ids(passage["id"] for passage in passages))
     return pa.record_batch(columns)
-
-
-@contextlib.contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode for the block, then restore its mode."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 # ---------------------------------------------------------------------- reading the corpus
@@ -345,6 +342,7 @@ def write_shards(
                 bar.initial += len(passages)  # so that they count as done, but not in the speed
             bar.update(len(passages))
         else:
+            num_cut_before = builder.num_cut
             try:
                 files = write_new_shard(folder, number, passages, builder, bar)
             except OSError as error:
@@ -353,6 +351,7 @@ def write_shards(
                 num_left = max(len(passages), (bar.total or 0) - num_done)
                 raise OSError(error.errno, _no_room(folder, builder, num_left)) from error
             marker = {"first_row": number * shard_size, "num_passages": len(passages)}
+            marker["num_cut"] = builder.num_cut - num_cut_before
             write_json(marker_file, {**marker, "digest": passages_digest, "files": files})
         num_done += len(passages)
     corpus_digest = digest(corpus_digests)
@@ -422,6 +421,8 @@ def collect(folder: Path) -> tuple[Settings, list[Shard], dict[str, FileFacts]]:
             f"{folder}: {', '.join(damaged[:5])} missing or damaged: let every process build again, which makes only"
             " these again."
         )
+    num_cut = sum(marker["num_cut"] for marker in markers.values())
+    report_cut(num_cut, settings["fingerprint"]["max_passage_length"])
     return settings, [map_shard(folder, number) for number in range(num_shards)], files
 
 

@@ -13,7 +13,7 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
-from .files_cosup import byte_lines
+from .files_cosup import byte_lines, parse_json
 
 
 def lines_with_places(path: str | Path) -> Iterator[tuple[str, dict]]:
@@ -31,10 +31,7 @@ def lines_with_places(path: str | Path) -> Iterator[tuple[str, dict]]:
         if not line.strip():
             continue
         place = f"{path}, line {number}"
-        try:
-            value = json.loads(line.decode("utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{place}: malformed JSON ({error}).") from None
+        value = parse_json(line, place)  # a byte order mark begins the file, or each of several that were joined
         if not isinstance(value, dict):
             raise ValueError(f"{place}: found {type(value).__name__}, expected a JSON object.")
         yield place, value

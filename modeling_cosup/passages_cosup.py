@@ -1,8 +1,12 @@
 """Passages of a corpus: read and checked one at a time. Their ids must be unique."""
 
+import difflib
+import functools
 import hashlib
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 _FORBIDDEN_IN_ID = re.compile(r"\x00|(^|[/\\])\.\.($|[/\\])")
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 80
 
 
 def read_corpus(source: str | Path | Iterable[Any]) -> Iterator[tuple[str, object]]:
@@ -18,7 +24,7 @@ def read_corpus(source: str | Path | Iterable[Any]) -> Iterator[tuple[str, objec
 
     Args:
         source (`str`, `Path`, list of these, or iterable of `dict`): files, see [`corpus_cosup`]; or anything that
-            yields passages, such as a list or a (streamed) `datasets` data set.
+            yields passages, such as a list or a (streamed) `datasets` data set; or a map-style dataset.
 
     Yields:
         `(str, object)`: the place, for error messages, and the value there.
@@ -31,7 +37,7 @@ def read_corpus(source: str | Path | Iterable[Any]) -> Iterator[tuple[str, objec
     if isinstance(source, list | tuple) and source and all(isinstance(path, str | Path) for path in source):
         yield from _read_files(source)
         return
-    for row, value in enumerate(source):
+    for row, value in enumerate(dataset_rows(source)):
         yield f"Corpus row {row}", value
 
 
@@ -46,9 +52,26 @@ def _read_files(paths: Iterable[str | Path]) -> Iterator[tuple[str, object]]:
     return read_files(paths)
 
 
+def dataset_rows(source: Any) -> Iterator[Any]:
+    """
+    Return an iterator over the rows of a dataset.
+
+    A map-style dataset without `__iter__` is read up to its length, because its `__getitem__` may never raise
+    IndexError.
+    """
+    if hasattr(source, "__iter__"):
+        return iter(source)
+    return (source[row] for row in range(len(source)))
+
+
 def can_be_read_twice(source: str | Path | Iterable[Any]) -> bool:
     """Return whether `read_corpus(source)` starts again each time; for a generator or another iterator it does not."""
     return isinstance(source, str | Path) or iter(source) is not source
+
+
+def shown(value: object) -> str:
+    """Return `repr(value)` for an error message, shortened if it is long or deeply nested."""
+    return _SHORT.repr(value)
 
 
 def check_text(value: object, field: str, where: str, may_be_empty: bool = False) -> str:
@@ -60,7 +83,7 @@ def check_text(value: object, field: str, where: str, may_be_empty: bool = False
     """
     expected = "a string" if may_be_empty else "a string that is not empty"
     if not isinstance(value, str) or not (may_be_empty or value.strip()):
-        raise ValueError(f"{where}: {field} is {value!r}, expected {expected}.")
+        raise ValueError(f"{where}: {field} is {shown(value)}, expected {expected}.")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # half a surrogate pair: valid JSON, no text
@@ -68,20 +91,48 @@ def check_text(value: object, field: str, where: str, may_be_empty: bool = False
     return value
 
 
-def check_id(value: object, where: str) -> str:
+def check_id(value: object, where: str, field: str = "id") -> str:
     """
-    Return `value` if it can be the id of a passage.
+    Return an id as a string. An integer becomes its digits, so 1 and "1" are the same id.
 
     CoSup never uses ids as paths, but other programs might: an id that would lead out of a folder is refused.
     """
-    id = check_text(value, "id", where)
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{where}: {field} is {shown(value)}, expected a string that is not empty, or an integer.")
+    id = check_text(value, field, where)
     if _FORBIDDEN_IN_ID.search(id):
-        raise ValueError(f"{where}: id is {id!r}, expected no NUL and no '..' between slashes.")
+        raise ValueError(f"{where}: {field} is {id!r}, expected no NUL and no '..' between slashes.")
     return id
 
 
+@functools.lru_cache(1024)
+def nearest_name(name: str, names: tuple[str, ...]) -> str | None:
+    """Return the one of `names`, all lower-case, that `name` nearly is, if there is one."""
+    close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.75)
+    return close[0] if close else None
+
+
+def refuse_misspelt(value: Mapping[str, Any], names: tuple[str, ...], where: str, field: str = "") -> None:
+    """
+    Raise `ValueError` if one of `names` is missing and another key nearly is it, such as "titel" for "title".
+
+    Other keys are allowed, since datasets have further columns. A key with `None` counts as missing, as Arrow fills in
+    `None`.
+    """
+    missing = tuple(name for name in names if value.get(name) is None)
+    if not missing:
+        return
+    for key in value:
+        nearest = nearest_name(str(key), missing)
+        if nearest is not None and value[key] is not None:
+            raise ValueError(f"{where}: unknown key {field}{key}; did you mean {nearest!r}?")
+
+
 def check_title_and_text(passage: Mapping[str, Any], where: str, field: str = "") -> dict[str, str]:
-    """Return `{"title", "text"}` of a passage, checked; a missing title becomes empty."""
+    """Return `{"title", "text"}` of a passage, checked; a missing title becomes empty, other keys are dropped."""
+    refuse_misspelt(passage, ("title", "text"), where, field)
     text = check_text(passage.get("text"), f"{field}text", where)
     title = passage.get("title")
     if title is None:
@@ -104,7 +155,8 @@ def checked_passages(pairs: Iterable[tuple[str, object]]) -> Iterator[tuple[str,
     """
     for where, value in pairs:
         if not isinstance(value, Mapping):
-            raise ValueError(f"{where} is {value!r}, expected a passage: id, title and text.")
+            raise ValueError(f"{where} is {shown(value)}, expected a passage: id, title and text.")
+        refuse_misspelt(value, ("id",), where)
         yield where, {"id": check_id(value.get("id"), where), **check_title_and_text(value, where)}
 
 

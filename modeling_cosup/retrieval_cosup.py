@@ -10,15 +10,16 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from .encoding_cosup import evaluating
 from .hub_cosup import CARD_FILE, make_repo, push_files
 from .index_build_cosup import (
     Passages,
     ShardBuilder,
     begin,
     collect,
-    evaluating,
     finish,
     read_shards,
+    report_cut,
     unfinished_folder,
     write_new_shard,
     write_shards,
@@ -154,6 +155,7 @@ class PassageIndex(SearchableStore):
         with _embedding_bar(total, show_progress_bar) as bar, evaluating(model):
             if save_directory is None:
                 in_memory = [builder.make(shard, bar) for shard in shards]
+                report_cut(builder.num_cut, model.config.max_passage_length)
                 return cls(in_memory, new_config(settings, in_memory))
             folder = unfinished_folder(save_directory)
             num_shards = write_shards(folder, shards, builder, bar, shard_size, num_processes, process_index)
@@ -237,6 +239,7 @@ class PassageIndex(SearchableStore):
         self.config, self._approximate = config, approximate
         self._id_table = None if self.folder is None else map_id_table(self.folder, config)
         self._set_shards(shards)
+        report_cut(builder.num_cut, model.config.max_passage_length)
 
     def _ids_held(self, ids: list[str]) -> list[str]:
         """Return the ids that are in the index."""

@@ -109,24 +109,43 @@ def render_passage(passage: Mapping[str, Any], template: str) -> str:
 
 
 def encode_passages_for_gen(
-    tokenizer: PreTrainedTokenizerBase, passages: Iterable[Mapping[str, Any]], config: CoSupConfig
+    tokenizer: PreTrainedTokenizerBase,
+    passages: Iterable[Mapping[str, Any]],
+    config: CoSupConfig,
+    cut: set[int] | None = None,
 ) -> list[list[int]]:
-    """Return token ids of passages as Gen reads them between `[NSP]` and `[Cs]`, each cut to `max_passage_length`."""
+    """
+    Return token ids of passages as Gen reads them between `[NSP]` and `[Cs]`, each cut to `max_passage_length`.
+
+    `cut`, if given, gets the numbers of the passages that were longer.
+    """
     # read once: looking up a config's attribute takes longer than encoding a short passage
     template, length = config.passage_template, config.max_passage_length
     texts = [render_passage(passage, template) for passage in passages]
     control_ids = (config.nsp_token_id, config.cs_token_id, config.ce_token_id, tokenizer.eos_token_id)
-    return [ids[:length] for ids in encode_texts(tokenizer, texts, control_ids)]
+    return _cut_rows(encode_texts(tokenizer, texts, control_ids), length, cut)
+
+
+def _cut_rows(rows: Iterable[list[int]], length: int, cut: set[int] | None) -> list[list[int]]:
+    """Return the first `length` ids of each row; `cut`, if given, gets the numbers of the rows that were longer."""
+    rows = list(rows)
+    if cut is not None:
+        cut.update(i for i, ids in enumerate(rows) if len(ids) > length)
+    return [ids[:length] for ids in rows]
 
 
 def encode_passages_for_emb_seq(
-    tokenizer: PreTrainedTokenizerBase, passages: Iterable[Mapping[str, Any]], config: CoSupConfig
+    tokenizer: PreTrainedTokenizerBase,
+    passages: Iterable[Mapping[str, Any]],
+    config: CoSupConfig,
+    cut: set[int] | None = None,
 ) -> list[list[int]]:
     """
     Return token ids of passages as Emb_seq reads them: BOS, `config.passage_prompt` and the passage, EOS.
 
     BOS and EOS fall back to CLS and SEP; `config.emb_seq_add_bos_token` and `config.emb_seq_add_eos_token` leave them
-    out. The passage is first truncated to `config.max_passage_length`, to keep the EOS, which gives the embedding.
+    out. The passage is first truncated to `config.max_passage_length`, to keep the EOS, which gives the embedding;
+    `cut`, if given, gets the numbers of the passages that were longer.
 
     Raises:
         `ValueError`: when pooling is `"eos"` and the tokenizer has neither an EOS nor a SEP token.
@@ -134,11 +153,11 @@ def encode_passages_for_emb_seq(
     template, prompt = config.passage_template, config.passage_prompt
     texts = [prompt + render_passage(passage, template) for passage in passages]
     _, eos = bos_and_eos(tokenizer)
-    return add_bos_and_eos(tokenizer, encode_texts(tokenizer, texts, forbidden_ids=eos), config)
+    return add_bos_and_eos(tokenizer, encode_texts(tokenizer, texts, forbidden_ids=eos), config, cut)
 
 
 def add_bos_and_eos(
-    tokenizer: PreTrainedTokenizerBase, rows: Iterable[list[int]], config: CoSupConfig
+    tokenizer: PreTrainedTokenizerBase, rows: Iterable[list[int]], config: CoSupConfig, cut: set[int] | None = None
 ) -> list[list[int]]:
     """Return token ids of passages, truncated, between BOS and EOS; see [`encode_passages_for_emb_seq`]."""
     bos, eos = added_tokens(tokenizer, config)
@@ -148,7 +167,7 @@ def add_bos_and_eos(
             f"{type(tokenizer).__name__} has no EOS or SEP token, which emb_seq_pooling='eos' reads; use 'lasttoken',"
             " 'mean' or 'cls'."
         )
-    return [bos + ids[:length] + eos for ids in rows]
+    return [bos + ids + eos for ids in _cut_rows(rows, length, cut)]
 
 
 def encode_queries_for_emb_seq(

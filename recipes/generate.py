@@ -119,7 +119,7 @@ def read_questions(args: GenerateArguments) -> list[str]:
     lines = args.questions
     if not lines:
         text = Path(args.file).read_text(encoding="utf-8") if args.file else sys.stdin.read()
-        lines = text.splitlines()
+        lines = text.removeprefix("\ufeff").splitlines()  # without a byte order mark
     return [line.strip() for line in lines if line.strip()]
 
 

@@ -303,7 +303,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
         `ValueError`: if the template cannot be read or rendered, or leaves out the user's message.
     """
     try:
-        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8-sig")
         question = [{"role": "user", "content": "who was first?"}]
         rendered = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
     except (OSError, UnicodeError, TemplateError) as error:

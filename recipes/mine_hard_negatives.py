@@ -25,6 +25,7 @@ from modeling_cosup.lines_cosup import writing_lines
 from modeling_cosup.tokenization_cosup import render_passage
 from trainer.data import content_id, load_corpus, load_instances
 from trainer.judging.correctness import normalize_answer
+from trainer.passage_contents import PassageContents
 
 CANDIDATES_PER_NEGATIVE = 4  # more than one, because some may be right and are left out
 
@@ -93,7 +94,8 @@ def mine(args: MiningArguments) -> dict[str, int]:
         `dict`: how many queries were read, and how many got all the requested negatives, fewer, or none.
 
     Raises:
-        `ValueError`: if an option is out of range, an instance or passage is malformed, or there is no query.
+        `ValueError`: if an option is out of range, an instance or passage is malformed, an id has two contents in the
+            training file and the corpus, or there is no query.
         `OSError`: for a model that cannot be loaded.
     """
     if args.num_negatives < 1 or not 0 <= args.range_min < args.range_max:
@@ -107,7 +109,10 @@ def mine(args: MiningArguments) -> dict[str, int]:
         raise ValueError(f"{args.train_file}: none of {len(instances)} instances has a passage, so there is no query.")
     passages = {query.passage_text: query.segment["passage"] for query in queries}
     if args.corpus_file:
-        for passage in load_corpus(args.corpus_file):
+        contents = PassageContents()
+        for instance in instances:
+            contents.add_instance(instance, instance.where)
+        for passage in load_corpus(args.corpus_file, contents=contents):
             passages.setdefault(render_passage(passage, args.passage_template), passage)
     candidate_texts = search(queries, list(passages), args)
 

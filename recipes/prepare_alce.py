@@ -23,7 +23,7 @@ from shared.cli import clear_errors, parse, table_of_counts
 
 from modeling_cosup.files_cosup import read_json
 from modeling_cosup.lines_cosup import writing_lines
-from modeling_cosup.passages_cosup import check_text
+from modeling_cosup.passages_cosup import check_id, check_text
 from trainer.data import content_id, read_rows
 from trainer.judging.correctness import normalize_answer
 
@@ -99,7 +99,7 @@ def prepare(args: ALCEArguments) -> Counter[str]:
             if not provenance:
                 meta["provenance_unknown"] = True
             instance = {
-                "id": str(item.get("sample_id", item.get("id", number))),
+                "id": check_id(item.get("sample_id", item.get("id", number)), where),
                 "dataset": args.dataset,
                 "instruction": instruction,
                 "input": check_text(item.get("question"), "question", where),
@@ -161,7 +161,8 @@ def read_docs(
             continue
         title = doc.get("title") or ""
         text = check_text(doc.get("text"), "text", place)
-        row = {"id": doc.get("id") or content_id(title, text), "title": title, "text": text}
+        id = content_id(title, text) if doc.get("id") in (None, "") else doc["id"]
+        row = {"id": id, "title": title, "text": text}
         _, passage = next(read_passages([(place, row)]))
         if passages.get(passage["id"], passage) != passage:
             counts["docs with the id of another text: their content's hash became the id"] += 1

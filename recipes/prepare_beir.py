@@ -5,9 +5,9 @@ Write evaluation instances and a corpus from a BEIR dataset: corpus.jsonl, queri
         --output_file beir/nq.jsonl.gz --output_corpus beir/nq_corpus.jsonl.gz
 
 Each passage with a relevance above 0 is an evidence set by itself. Queries that are not in the qrels belong to another
-split and are left out. BEIR judges retrieval, so most of its queries have no answers: only queries with `answer` or
-`answers` in their `metadata` get any. `build_candidates.py` works with an empty list of answers; recipes that judge
-answers refuse the file.
+split and are left out, and so are queries whose passages all have relevance 0. BEIR judges retrieval, so most of its
+queries have no answers: only queries with `answer` or `answers` in their `metadata` get any. `build_candidates.py`
+works with an empty list of answers; recipes that judge answers refuse the file.
 """
 
 from collections import Counter, defaultdict
@@ -21,7 +21,7 @@ from shared.cli import clear_errors, parse, table_of_counts
 from tqdm import tqdm
 
 from modeling_cosup.lines_cosup import lines_with_places, writing_lines
-from modeling_cosup.passages_cosup import check_text
+from modeling_cosup.passages_cosup import check_id, check_text
 
 from shared.data_files import distinct, instruction_of, read_passages, read_tsv
 
@@ -75,9 +75,12 @@ def prepare(args: BEIRArguments) -> Counter[str]:
             counts["passages in the corpus"] += 1
 
         for where, query in lines_with_places(find(args.input_dir, "queries.jsonl")):
-            id = check_text(query.get("_id"), "_id", where)
+            id = check_id(query.get("_id"), where, "_id")
             if id not in relevant:
                 counts["queries left out: of another split"] += 1
+                continue
+            if not relevant[id]:
+                counts["queries left out: no passage is relevant"] += 1
                 continue
             provenance = [[passage_id] for passage_id in relevant[id] if passage_id in present_ids]
             if not provenance:
@@ -116,15 +119,16 @@ def find(folder: str, name: str) -> Path:
 
 
 def read_qrels(path: str) -> dict[str, list[str]]:
-    """Return the ids of the relevant passages of each query of a split."""
-    relevant = defaultdict(list)
+    """Return the ids of the relevant passages of each query of a split; none if all were judged irrelevant."""
+    relevant: dict[str, list[str]] = defaultdict(list)
     for where, row in read_tsv(path, ["query-id", "corpus-id", "score"]):
         try:
             score = int(row["score"])
         except ValueError:
             raise ValueError(f"{where}: score is {row['score']!r}, expected an integer.") from None
+        passage_ids = relevant[row["query-id"]]
         if score > 0:
-            relevant[row["query-id"]].append(row["corpus-id"])
+            passage_ids.append(row["corpus-id"])
     return {query: distinct(ids) for query, ids in relevant.items()}
 
 

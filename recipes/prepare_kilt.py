@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from modeling_cosup.files_cosup import read_json
 from modeling_cosup.lines_cosup import lines_with_places, writing_lines
-from modeling_cosup.passages_cosup import check_text
+from modeling_cosup.passages_cosup import check_id, check_text
 from trainer.data import read_rows
 
 from shared.data_files import distinct, instruction_of, read_passages
@@ -172,7 +172,7 @@ def read_questions(args: KILTArguments, counts: Counter[str]) -> Iterator[dict[s
     texts = triviaqa_questions(args.triviaqa_file) if args.triviaqa_file else {}
     for where, row in read_tasks(args):
         counts["questions read"] += 1
-        id = str(row.get("id"))
+        id = check_id(row.get("id"), where)
         text = row.get("input") or texts.get(id)
         if not text and args.task == "triviaqa":
             if texts:

@@ -41,7 +41,7 @@ from shared.cli import clear_errors, parse, table
 from tqdm import tqdm
 
 from modeling_cosup.lines_cosup import writing_lines
-from modeling_cosup.passages_cosup import check_text
+from modeling_cosup.passages_cosup import check_id, check_text
 from trainer.data import check_instance, content_id, read_rows
 
 PAPER_COUNT = 42_932
@@ -203,7 +203,7 @@ def read_question(row: dict[str, Any], where: str) -> dict[str, str]:
         before, mark, after = instruction.partition(INPUT)
         instruction, text = (before, after) if mark else ("", instruction)
     return {
-        "id": where if row.get("id") is None else str(row["id"]),
+        "id": where if row.get("id") is None else check_id(row["id"], where),
         "dataset": str(row.get("dataset_name") or "selfrag"),
         "instruction": instruction,
         "input": check_text(text, "input", where),

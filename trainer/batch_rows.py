@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from .passage_contents import PassageContents
+
 
 class PassageMention(NamedTuple):
     """A passage at one place in one instance."""
@@ -69,13 +71,13 @@ class BatchRows:
     Args:
         instances (`list[InstanceRow]`): what Gen reads.
         passages (`list[tuple[int, ...]]`): token ids of each passage row.
-        passage_keys (`list[set[int]]`): for each passage row, hashes of its content and of its ids.
+        passage_keys (`list[list[int]]`): for each passage row, a hash of its content, then hashes of its ids.
         row_of_passage (`dict[PassageMention, int]`): for each mention of a passage, its passage row.
     """
 
     instances: list[InstanceRow]
     passages: list[tuple[int, ...]]
-    passage_keys: list[set[int]]
+    passage_keys: list[list[int]]
     row_of_passage: dict[PassageMention, int]
 
     @property
@@ -103,7 +105,7 @@ def read_batch(
         supervision (`str`), encoder_queries (`bool`), mask_duplicates (`bool`): see [`CoSupDataCollator`].
 
     Raises:
-        `ValueError`: for a malformed instance, naming its id.
+        `ValueError`: for a malformed instance, naming its id, or a passage id with two contents.
     """
     instances = [_read_instance(feature, nsp_token_id, supervision, encoder_queries) for feature in features]
     mentions = []
@@ -142,7 +144,7 @@ def _read_instance(
     for i, column in enumerate(columns):
         key = _hash("query", *input_ids[: column + 1])
         passage = PassageMention(id, i, tuple(passages[i]), passage_ids[i])
-        positive_keys = tuple(_hash("id", positive) for positive in positive_ids[i] or ())
+        positive_keys = tuple(_hash("id", str(positive)) for positive in positive_ids[i] or ())
         query = Query(id, key, passage, positive_keys)
         if encoder_queries:
             query.input_ids = feature["query_input_ids"][i]
@@ -159,10 +161,11 @@ def _read_instance(
 
 def _distinct_passages(
     mentions: Sequence[PassageMention], mask_duplicates: bool
-) -> tuple[list[tuple[int, ...]], list[set[int]], dict[PassageMention, int]]:
-    """Return passage rows, the keys of each row, and the row of each mention."""
+) -> tuple[list[tuple[int, ...]], list[list[int]], dict[PassageMention, int]]:
+    """Return passage rows, the keys of each row, and the row of each mention; refuse an id with two contents."""
+    contents = PassageContents()
     passages: list[tuple[int, ...]] = []
-    keys: list[set[int]] = []
+    keys: list[list[int]] = []
     row_of_passage: dict[PassageMention, int] = {}
     row_of_content: dict[tuple[int, ...], int] = {}
     for mention in mentions:
@@ -171,9 +174,12 @@ def _distinct_passages(
             row = row_of_content.setdefault(mention.content, row)
         if row == len(passages):
             passages.append(mention.content)
-            keys.append({_hash("content", *mention.content)})
+            keys.append([_hash("content", *mention.content)])
         if mention.passage_id is not None:
-            keys[row].add(_hash("id", mention.passage_id))
+            contents.add(mention.passage_id, mention.content, f"Instance {mention.instance_id!r}")
+            id_key = _hash("id", str(mention.passage_id))
+            if id_key not in keys[row]:
+                keys[row].append(id_key)
         row_of_passage[mention] = row
     return passages, keys, row_of_passage
 

@@ -26,8 +26,7 @@ class BatchFacts:
     Args:
         instance_ids (`list[list[str]]`): ids of the instances of each micro-batch.
         query_instance_ids (`list[str]`): for each query, the id of its instance.
-        passage_keys (`list[tuple[int, ...]]`): for each passage row, hashes of its content and of its ids. Rows that
-            share a hash hold the same passage.
+        passage_keys (`list[tuple[int, ...]]`): for each passage row, a hash of its content, then hashes of its ids.
         positive_keys (`list[tuple[int, ...]]`): for each query, hashes of the ids of further passages that would have
             been right.
         query_keys (`list[int]`): for each query, a hash of everything up to its `[NSP]`.
@@ -249,7 +248,7 @@ class CoSupDataCollator:
         for cut in cuts:
             for row in cut.passages:
                 new_row[row] = len(new_row)
-                facts.passage_keys.append(tuple(sorted(rows.passage_keys[row])))
+                facts.passage_keys.append(tuple(rows.passage_keys[row]))
         for cut in cuts:
             queries = self._queries(rows, cut)
             if self._without_gen:

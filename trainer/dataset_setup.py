@@ -9,10 +9,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from modeling_cosup import CoSupConfig
+from modeling_cosup.passages_cosup import dataset_rows
 from modeling_cosup.tokenization_cosup import end_of_turn_token_id
 
-from .data import check_instance, tokenize_instance
+from .data import CheckedInstance, check_instance, tokenize_instance
 from .duplicates import NoDuplicatesSampler
+from .passage_contents import MOST_STREAMED_IDS, PassageContents
 from .training_args import CoSupTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -21,6 +23,7 @@ AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset | torch.util
 
 COLUMNS = ["input_ids", "labels", "passage_input_ids"]  # of a tokenized instance
 OPTIONAL_COLUMNS = ["id", "passage_ids", "positive_ids", "negative_input_ids", "negative_ids", "query_input_ids"]
+PATIENCE = 1024  # instances of a stream, none of them with a passage, after which there is an error or a warning
 
 
 def tokenize_dataset(
@@ -31,34 +34,40 @@ def tokenize_dataset(
     name: str,
 ) -> datasets.Dataset | datasets.IterableDataset | None:
     """
-    Tokenize instances and drop those longer than `max_length`; a warning counts them.
+    Tokenize instances and drop those longer than `max_length`. Warnings count them, and passages that were cut.
 
     Args:
         dataset (`Dataset`, `IterableDataset`, `torch.utils.data.Dataset` or `list[dict]`, *optional*): instances, or
             already tokenized ones, which are returned unchanged.
         tokenizers (`tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]`): of Gen and Emb_seq.
         config (`CoSupConfig`): of the model.
-        args ([`CoSupTrainingArguments`]): `max_length`, `train_on_passages` and `dataset_num_proc`.
+        args ([`CoSupTrainingArguments`]): `max_length`, `train_on_passages`, `supervision` and `dataset_num_proc`.
         name (`str`): of the dataset, for errors and warnings.
 
     Returns:
         `datasets.Dataset`, or `datasets.IterableDataset` if the dataset is streamed; `None` without a dataset.
 
     Raises:
-        `ValueError`: for an empty dataset, an invalid instance, naming its row, or a dataset in which every instance
-            is too long.
+        `ValueError`: for an empty dataset, an invalid instance or a passage id with two contents, naming their rows,
+            or a dataset in which every instance is too long. Also for one without any passage, if `supervision` needs
+            `[NSP]`; otherwise this is a warning. A stream is checked as it is read.
     """
     if dataset is None:
         return None
-    dataset, checked = _as_dataset(dataset, name)
-    columns = dataset.column_names or list(next(iter(dataset)))
+    dataset, places = _as_dataset(dataset, name)
+    columns = dataset.column_names or list(next(iter(dataset), {}))
+    if not columns or (isinstance(dataset, datasets.Dataset) and not len(dataset)):
+        raise ValueError(f"The {name} is empty.")
     if set(COLUMNS) <= set(columns):
+        if isinstance(dataset, datasets.Dataset):
+            _check_contents(dataset, places, name)
+            _check_queries(dataset, args.supervision, name)
         return dataset
     tokenizer, emb_seq_tokenizer = tokenizers
     end_of_turn_id = end_of_turn_token_id(tokenizer)
 
     def tokenize(instance: dict, row: int) -> dict[str, Any]:
-        if not checked:
+        if places is None:
             instance = check_instance(instance, f"{name}, row {row}")
         tokenized = tokenize_instance(
             instance, tokenizer, emb_seq_tokenizer, config, args.train_on_passages, end_of_turn_id
@@ -67,13 +76,23 @@ def tokenize_dataset(
 
     if isinstance(dataset, datasets.IterableDataset):
         tokenized_stream = dataset.map(tokenize, with_indices=True, remove_columns=columns)
-        return tokenized_stream.filter(_LengthFilter(args.max_length, name))
+        return tokenized_stream.filter(_StreamFilter(args, config.max_passage_length, name), with_indices=True)
     description = f"Tokenizing the {name}"
     with args.main_process_first(desc=description):
         tokenized = dataset.map(
             tokenize, with_indices=True, remove_columns=columns, num_proc=args.dataset_num_proc, desc=description
         )
-    return _drop_long_instances(tokenized, args.max_length, name)
+    _check_contents(tokenized, places, name)
+    tokenized = _drop_long_instances(tokenized, args.max_length, name)
+    _check_queries(tokenized, args.supervision, name)
+    num_cut = sum(tokenized["num_cut_passages"])
+    if num_cut:
+        num_passages = sum(map(len, tokenized["passage_ids"])) + sum(map(len, tokenized["negative_ids"]))
+        logger.warning(
+            f"Cut {num_cut} of {num_passages} passages of the {name} to max_passage_length={config.max_passage_length}"
+            " tokens."
+        )
+    return tokenized.remove_columns("num_cut_passages")
 
 
 def no_duplicates_sampler(
@@ -104,22 +123,72 @@ def no_duplicates_sampler(
 
 
 def _passage_key(id_or_tokens: str | list[int]) -> int:
-    return hash(id_or_tokens) if isinstance(id_or_tokens, str) else hash(tuple(id_or_tokens))
+    return hash(tuple(id_or_tokens)) if isinstance(id_or_tokens, list) else hash(str(id_or_tokens))
 
 
-def _as_dataset(dataset: AnyDataset, name: str) -> tuple[datasets.Dataset | datasets.IterableDataset, bool]:
-    """Return a dataset of the `datasets` library, and whether its instances have been checked."""
+def _as_dataset(
+    dataset: AnyDataset, name: str
+) -> tuple[datasets.Dataset | datasets.IterableDataset, list[str] | None]:
+    """Return a dataset of the `datasets` library and, if its instances have been checked, their places."""
     if isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
-        return dataset, False
+        return dataset, None
     if isinstance(dataset, torch.utils.data.IterableDataset):
-        return datasets.IterableDataset.from_generator(dataset.__iter__), False
-    instances: list[dict] = list(dataset)  # type: ignore[arg-type]  # a torch Dataset has __getitem__, no __iter__
+        return datasets.IterableDataset.from_generator(dataset.__iter__), None
+    instances: list[dict] = list(dataset_rows(dataset))
     if not instances:
         raise ValueError(f"The {name} is empty.")
-    tokenized = set(COLUMNS) <= set(instances[0])
-    if not tokenized:  # checked before Arrow converts them, because Arrow's errors do not name the row
-        instances = [check_instance(instance, f"{name}, row {row}") for row, instance in enumerate(instances)]
-    return datasets.Dataset.from_list(instances), not tokenized
+    if isinstance(instances[0], dict) and set(COLUMNS) <= set(instances[0]):
+        return datasets.Dataset.from_list(instances), None
+    # checked before Arrow converts them, because Arrow's errors do not name the row
+    checked: list[CheckedInstance] = []
+    for row, instance in enumerate(instances):
+        checked.append(check_instance(instance, f"{name}, row {row}"))
+    return datasets.Dataset.from_list(checked), [instance.where for instance in checked]
+
+
+# ---------------------------------------------------------------------- checks of a whole set
+
+
+def _check_contents(tokenized: datasets.Dataset, places: list[str] | None, name: str) -> None:
+    """Raise for a passage id with two contents, naming both places."""
+    contents = PassageContents()
+    columns = _passage_columns(tokenized.column_names)
+    if not columns:
+        return
+    rows = tokenized.with_format(None).select_columns([column for pair in columns for column in pair])
+    for row, instance in enumerate(rows):
+        where = f"{name}, row {row}" if places is None else places[row]
+        _add_passages(contents, instance, columns, where)
+
+
+def _passage_columns(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the pairs of columns that hold ids and token ids of passages and of hard negatives."""
+    pairs = [("passage_ids", "passage_input_ids"), ("negative_ids", "negative_input_ids")]
+    return [pair for pair in pairs if set(pair) <= set(names)]
+
+
+def _add_passages(
+    contents: PassageContents, instance: dict[str, Any], columns: list[tuple[str, str]], where: str
+) -> None:
+    """Add the passages of a tokenized instance."""
+    for id_column, tokens_column in columns:
+        for id, tokens in zip(instance[id_column] or [], instance[tokens_column] or [], strict=True):
+            contents.add(str(id), tuple(tokens), where)
+
+
+def _check_queries(tokenized: datasets.Dataset, supervision: str, name: str) -> None:
+    """Raise or warn if no instance has a passage."""
+    if not any(tokenized["passage_input_ids"]):
+        _report_no_query(len(tokenized), supervision, f"instances of the {name}")
+
+
+def _report_no_query(num_instances: int, supervision: str, of_what: str) -> None:
+    """Say that no instance has a passage: an error if nothing else is trained, a warning with `"co"`."""
+    message = f"None of the {num_instances} {of_what} has a passage, so there is no [NSP]"
+    if supervision in ("nsp", "separate"):
+        raise ValueError(f"{message}, which supervision={supervision!r} needs.")
+    if supervision == "co":
+        logger.warning(f"{message}: no NSP loss, and nothing that teaches the model to retrieve.")
 
 
 def _drop_long_instances(tokenized: datasets.Dataset, max_length: int, name: str) -> datasets.Dataset:
@@ -138,21 +207,47 @@ def _drop_long_instances(tokenized: datasets.Dataset, max_length: int, name: str
     return tokenized.select(short_rows)
 
 
-class _LengthFilter:
-    """A filter for streams that warns how many instances it has dropped, each time the number is a power of two."""
+class _StreamFilter:
+    """
+    A filter for streams that drops long instances, and checks what [`tokenize_dataset`] checks in a whole set.
 
-    def __init__(self, max_length: int, name: str) -> None:
-        self.max_length = max_length
+    It warns how many instances it has dropped and how many passages were cut, each time a number doubles.
+    """
+
+    def __init__(self, args: CoSupTrainingArguments, max_passage_length: int, name: str) -> None:
+        self.max_length = args.max_length
+        self.supervision = args.supervision
+        self.max_passage_length = max_passage_length
         self.name = name
-        self.dropped = 0
+        self.contents = PassageContents(MOST_STREAMED_IDS)
+        self.num_kept = 0
+        self.num_with_passages = 0
+        self.num_dropped = 0
+        self.num_cut = 0
 
-    def __call__(self, instance: dict) -> bool:
-        if len(instance["input_ids"]) <= self.max_length:
-            return True
-        self.dropped += 1
-        if self.dropped & (self.dropped - 1) == 0:  # a power of two
+    def __call__(self, instance: dict, row: int) -> bool:
+        _add_passages(self.contents, instance, _passage_columns(list(instance)), f"{self.name}, row {row}")
+        if len(instance["input_ids"]) > self.max_length:
+            self.num_dropped += 1
+            if _has_doubled(self.num_dropped, 1):
+                logger.warning(
+                    f"Dropped {self.num_dropped} instance(s) of the {self.name} so far: longer than"
+                    f" max_length={self.max_length}."
+                )
+            return False
+        self.num_kept += 1
+        self.num_with_passages += bool(instance["passage_input_ids"])
+        if self.num_kept == PATIENCE and not self.num_with_passages:
+            _report_no_query(PATIENCE, self.supervision, f"first instances of the {self.name}")
+        self.num_cut += instance["num_cut_passages"]
+        if _has_doubled(self.num_cut, instance["num_cut_passages"]):
             logger.warning(
-                f"Dropped {self.dropped} instance(s) of the {self.name} so far: longer than"
-                f" max_length={self.max_length}."
+                f"Cut {self.num_cut} passage(s) of the {self.name} so far to"
+                f" max_passage_length={self.max_passage_length} tokens."
             )
-        return False
+        return True
+
+
+def _has_doubled(count: int, added: int) -> bool:
+    """Return whether `count` has reached a power of two with the last `added`."""
+    return count.bit_length() > (count - added).bit_length()

@@ -48,11 +48,15 @@ def global_batch(facts: list[BatchFacts], rank: int, mask_duplicates: bool = Tru
     Args:
         facts (`list[BatchFacts]`): of each rank.
         rank (`int`): the rank that sees it.
-        mask_duplicates (`bool`, *optional*, defaults to `True`): treat passages that share a key as the same, and what
+        mask_duplicates (`bool`, *optional*, defaults to `True`): treat passages of equal content as the same, and what
             is right for a query as right for an equal query.
+
+    Raises:
+        `ValueError`: if one passage id has two contents, on the same rank or on two; names instances that have them.
     """
     first_rows = np.cumsum([0] + [len(rank_facts.passage_keys) for rank_facts in facts]).tolist()
     keys = [row_keys for rank_facts in facts for row_keys in rank_facts.passage_keys]  # of all M rows
+    _check_contents(keys, facts)
     groups = _groups(keys) if mask_duplicates else np.arange(len(keys))
     repeated = np.ones(len(keys), dtype=bool)
     repeated[np.unique(groups, return_index=True)[1]] = False
@@ -84,26 +88,35 @@ def global_batch(facts: list[BatchFacts], rank: int, mask_duplicates: bool = Tru
 
 
 def _groups(keys: Sequence[Sequence[int]]) -> np.ndarray:
-    """
-    Return `(M,)`: a number for each row, equal for rows that share a key, directly or through other rows.
+    """Return `(M,)`: for each row, the first row with the same content."""
+    first_row: dict[int, int] = {}  # of each content
+    return np.array([first_row.setdefault(content, row) for row, (content, *_) in enumerate(keys)], dtype=np.int64)
 
-    The algorithm is union-find.
-    """
-    parent = list(range(len(keys)))
-    row_of_key: dict[int, int] = {}
 
-    def find(row: int) -> int:
-        while parent[row] != row:
-            parent[row] = parent[parent[row]]
-            row = parent[row]
-        return row
+def _check_contents(keys: Sequence[Sequence[int]], facts: Sequence[BatchFacts]) -> None:
+    """Raise if two rows share an id but not their content."""
+    first_row: dict[int, int] = {}  # of each id
+    for row, (content, *ids) in enumerate(keys):
+        for id in ids:
+            earlier_row = first_row.setdefault(id, row)
+            if keys[earlier_row][0] != content:
+                first, second = (_instance_of(passage_row, facts) for passage_row in (earlier_row, row))
+                raise ValueError(
+                    f"A passage of {first} and a passage of {second} have the same id, but another title or text."
+                    " Passages with one id count as the same: give each its own, or leave ids out."
+                )
 
-    for row, row_keys in enumerate(keys):
-        for key in row_keys:
-            earlier_row = row_of_key.setdefault(key, row)
-            first, second = sorted((find(earlier_row), find(row)))
-            parent[second] = first
-    return np.array([find(row) for row in range(len(keys))], dtype=np.int64)
+
+def _instance_of(row: int, facts: Sequence[BatchFacts]) -> str:
+    """Return the name of an instance whose query has the passage in `row`, for an error."""
+    for rank_facts in facts:
+        if row < len(rank_facts.passage_keys):
+            for instance_id, label in zip(rank_facts.query_instance_ids, rank_facts.passage_labels, strict=False):
+                if label == row:
+                    return f"instance {instance_id!r}"
+            return "an instance, as a hard negative,"
+        row -= len(rank_facts.passage_keys)
+    raise IndexError(row)
 
 
 # ---------------------------------------------------------------------- batches without duplicates

@@ -226,6 +226,7 @@ def _merge(facts: Sequence[BatchFacts]) -> BatchFacts:
         merged.passage_keys += batch_facts.passage_keys
         merged.positive_keys += batch_facts.positive_keys
         merged.query_keys += batch_facts.query_keys
+        merged.query_instance_ids += batch_facts.query_instance_ids
         merged.passage_labels += [first_row + label for label in batch_facts.passage_labels]
     return merged
 

@@ -278,8 +278,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file.")
     try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also not UTF-8, too many digits, nested too deeply
         raise ValueError(f"{path}: malformed YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: found {type(values).__name__}, expected names and values.")

@@ -105,7 +105,7 @@ def set_defaults(parser: argparse.ArgumentParser, path: Path) -> None:
         sys.exit(f"--config {path}: no such file.")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also not UTF-8, too many digits, nested too deeply
         sys.exit(f"{path}: malformed YAML: {error}")
     if not isinstance(values, dict):
         sys.exit(f"{path}: found {type(values).__name__}, expected options, `name: value` a line.")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from modeling_cosup.files_cosup import read_json
-from modeling_cosup.passages_cosup import check_text, check_title_and_text, read_corpus
+from modeling_cosup.passages_cosup import check_id, check_title_and_text, read_corpus
 
 INSTRUCTIONS = Path(__file__).with_name("instructions.json")
 TSV_ENDINGS = (".tsv", ".tsv.gz")
@@ -38,7 +38,7 @@ def read_tsv(path: str | Path, columns: list[str]) -> Iterator[tuple[str, dict[s
     csv.field_size_limit(sys.maxsize)
     open_file = gzip.open if path.suffix == ".gz" else open
     with open_file(path, "rb") as binary:
-        rows = csv.reader(io.TextIOWrapper(binary, encoding="utf-8", newline=""), delimiter="\t")
+        rows = csv.reader(io.TextIOWrapper(binary, encoding="utf-8-sig", newline=""), delimiter="\t")
         try:
             for number, row in enumerate(rows):
                 where = f"{path}, line {rows.line_num}"
@@ -76,10 +76,7 @@ def read_passages(source: str | Path | Iterable[tuple[str, dict[str, Any]]]) -> 
         else:
             source = read_corpus(str(source))
     for where, line in source:
-        id = line.get("id", line.get("_id"))
-        if isinstance(id, int):
-            id = str(id)
-        passage = {"id": check_text(id, "id", where), **check_title_and_text(line, where)}
+        passage = {"id": check_id(line.get("id", line.get("_id")), where), **check_title_and_text(line, where)}
         for name in WIKIPEDIA_FIELDS:
             if name in line:
                 passage[name] = line[name]

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from modeling_cosup import Completion, CoSupForCausalLM, RetrievalConfig, Retriever
-from modeling_cosup.index_build_cosup import evaluating
+from modeling_cosup.encoding_cosup import evaluating
 from modeling_cosup.tokenization_cosup import encode_prompt, pad_rows
 
 from ..data import tokenize_instance
