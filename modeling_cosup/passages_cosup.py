@@ -97,14 +97,14 @@ def check_id(value: object, where: str, field: str = "id") -> str:
 
     CoSup never uses ids as paths, but other programs might: an id that would lead out of a folder is refused.
     """
-    if isinstance(value, Integral) and not isinstance(value, bool):
-        return str(value)
     if not isinstance(value, str) or not value.strip():
+        if isinstance(value, Integral) and not isinstance(value, bool):
+            return str(value)
         raise ValueError(f"{where}: {field} is {shown(value)}, expected a string that is not empty, or an integer.")
-    id = check_text(value, field, where)
-    if _FORBIDDEN_IN_ID.search(id):
-        raise ValueError(f"{where}: {field} is {id!r}, expected no NUL and no '..' between slashes.")
-    return id
+    check_text(value, field, where)
+    if _FORBIDDEN_IN_ID.search(value):
+        raise ValueError(f"{where}: {field} is {value!r}, expected no NUL and no '..' between slashes.")
+    return value
 
 
 @functools.lru_cache(1024)
@@ -121,9 +121,9 @@ def refuse_misspelt(value: Mapping[str, Any], names: tuple[str, ...], where: str
     Other keys are allowed, since datasets have further columns. A key with `None` counts as missing, as Arrow fills in
     `None`.
     """
-    missing = tuple(name for name in names if value.get(name) is None)
-    if not missing:
+    if None not in map(value.get, names):
         return
+    missing = tuple(name for name in names if value.get(name) is None)
     for key in value:
         nearest = nearest_name(str(key), missing)
         if nearest is not None and value[key] is not None:

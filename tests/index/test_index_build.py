@@ -27,6 +27,19 @@ MANY = [
 ]
 
 
+class Endless(torch.utils.data.Dataset):
+    """A map-style dataset that never raises IndexError: only its length says where it ends."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, row):
+        return self.rows[row % len(self.rows)]
+
+
 def build(model, passages=MANY, **kwargs):
     return PassageIndex.build(passages, model, show_progress_bar=False, **kwargs)
 
@@ -54,6 +67,7 @@ def sources(folder):
         "streamed dataset": dataset.to_iterable_dataset(),
         "generator": (passage for passage in MANY),
         "list": MANY,
+        "map-style dataset": Endless(MANY),
     }
 
 
@@ -75,7 +89,8 @@ BAD = [
     ({"id": "m22", "title": "", "text": "again"}, "id 'm22' is already"),
     ({"id": "x", "text": ""}, "text is ''"),
     ({"id": "x", "text": "\ud800"}, "text holds '\\ud800', which is not a character"),
-    ({"id": 5, "text": "x"}, "id is 5, expected a string"),
+    ({"id": 5.0, "text": "x"}, "id is 5.0, expected a string"),
+    ({"_id": "x", "text": "x"}, "unknown key _id; did you mean 'id'?"),
     ("x", "expected a passage"),
 ]
 
@@ -122,6 +137,29 @@ def test_bad_files(model, tmp_path):
     pyarrow.parquet.write_table(pa.table({"id": ["a", None], "text": ["b", "c"]}), tmp_path / "b.parquet")
     with pytest.raises(ValueError, match="b.parquet, row 1: id is None"):
         build(model, tmp_path / "b.parquet")
+    pyarrow.parquet.write_table(pa.table({"id": ["a"], "titel": ["t"], "text": ["b"]}), tmp_path / "c.parquet")
+    with pytest.raises(ValueError, match="c.parquet: unknown key titel; did you mean 'title'?"):
+        build(model, tmp_path / "c.parquet")
+
+
+@pytest.mark.parametrize("prompt", ["", "passage: "])
+def test_passages_that_were_cut_are_counted(tmp_path, monkeypatch, prompt):
+    """A passage counts once, whether Gen, Emb_seq, which reads a prompt too, or both do not read its end."""
+    warnings = []
+    monkeypatch.setattr(index_build_cosup.logger, "warning", warnings.append)
+    model = make_model(max_passage_length=10, passage_prompt=prompt)
+    passages = [{"id": str(n), "text": "radium " * n} for n in range(1, 15)]
+    num_tokens = [len(model.tokenizer(prompt + passage["text"])["input_ids"]) for passage in passages]
+    num_whole = sum(length <= 10 for length in num_tokens)
+    assert 0 < num_whole < 14
+    message = f"Cut {14 - num_whole} passages of the corpus to max_passage_length=10 tokens."
+    build(model, passages)
+    build(model, passages, save_directory=tmp_path / "index", shard_size=3)
+    assert warnings == [message, message]
+    index = build(model, passages[:num_whole])
+    assert len(warnings) == 2
+    index.add(passages[num_whole:], model, show_progress_bar=False)
+    assert warnings[2:] == [message]
 
 
 def test_ids_with_the_same_hash_are_told_apart(model, tmp_path, monkeypatch):
@@ -512,7 +550,7 @@ model.build_index(passages, save_directory=sys.argv[2], shard_size=50, show_prog
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     """Compare anonymous memory after the tenth and the last of 40 shards; a generator holds no corpus in memory."""
-    model = make_model(gen_kwargs={"layers": 1}, emb_seq_kwargs={"layers": 1}, max_passage_length=64)
+    model = make_model(gen_kwargs={"layers": 1}, emb_seq_kwargs={"layers": 1}, max_passage_length=104)
     model.save_pretrained(tmp_path / "model")
     command = [sys.executable, "-c", BUILD_AND_NOTE_MEMORY, tmp_path / "model", tmp_path / "index"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

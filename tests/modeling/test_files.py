@@ -65,6 +65,10 @@ def test_a_file_that_was_not_completely_written_is_not_there(tmp_path):
         ("plain.json.gz", b"{}", "plain.json.gz is damaged: "),
         ("cut.jsonl", b'{}\n\n{"a": ', "cut.jsonl, line 3: malformed JSON"),
         ("list.jsonl", b"[1]\n", "list.jsonl, line 1: found list, expected a JSON object"),
+        ("deep.json", b"[" * 100_000, "deep.json: malformed JSON .it is nested too deeply"),
+        ("long.json", b"1" * 5000, "long.json: malformed JSON .an integer has more than 4,300 digits"),
+        ("deep.jsonl", b"{}\n" + b"[" * 100_000, "deep.jsonl, line 2: malformed JSON .it is nested too deeply"),
+        ("long.jsonl", b"{}\n" + b"1" * 5000, "long.jsonl, line 2: malformed JSON .an integer has more than 4,300"),
         ("cut.jsonl.gz", gzip.compress(b"{}\n" * 9, mtime=0)[:-9], "cut.jsonl.gz is damaged: "),
     ],
 )
@@ -75,6 +79,14 @@ def test_damage_is_reported_with_its_place(name, content, message, tmp_path):
         read(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="none is not a file"):
         read(tmp_path / "none")
+
+
+def test_byte_order_marks_are_read(tmp_path):
+    """Windows programs write them; two such files that are joined have one in the middle."""
+    (tmp_path / "value.json").write_text('{"a": "\ufeff"}', encoding="utf-8-sig")
+    assert read_json(tmp_path / "value.json") == {"a": "\ufeff"}
+    (tmp_path / "rows.jsonl").write_bytes(2 * '{"a": 1}\n'.encode("utf-8-sig"))
+    assert read_lines(tmp_path / "rows.jsonl") == [{"a": 1}, {"a": 1}]
 
 
 def test_digests(tmp_path):

@@ -6,6 +6,7 @@ from typing import Literal
 from shared.cli import parse
 
 import pytest
+from generate import GenerateArguments, read_questions
 
 
 @dataclass(kw_only=True)
@@ -65,6 +66,7 @@ def test_values_of_a_config_are_converted_as_on_the_command_line(config):
     path = config("model: m\nsteps: '5'\ncard: 'yes'\nrate: null\n")
     assert read("--config", path) == Arguments(model="m", steps=5, card=True)
     assert read("--config", config(""), "--model", "m") == Arguments(model="m")
+    assert read("--config", config("\ufeffmodel: m\n")) == Arguments(model="m")  # a byte order mark
 
 
 @pytest.mark.parametrize(
@@ -78,6 +80,8 @@ def test_values_of_a_config_are_converted_as_on_the_command_line(config):
         ("kind: third", "config.yaml: kind is 'third', expected one of full, half."),
         ("filters: [long, wide]", "config.yaml: filters is 'wide', expected one of long, short."),
         ("steps: [", "config.yaml: malformed YAML"),
+        ("steps: " + "[" * 5000, "config.yaml: malformed YAML"),
+        ("steps: " + "1" * 5000, "config.yaml: malformed YAML"),
         ("- steps", "config.yaml: found list, expected options"),
         ("steps: -1", "error: --steps is -1, expected at least 0."),
     ],
@@ -86,6 +90,12 @@ def test_an_error_in_a_config_names_file_and_key(config, text, message):
     with pytest.raises(SystemExit) as ending:
         read("--model", "m", "--config", config(text + "\n"))
     assert message in ending.value.code
+
+
+def test_a_file_of_questions_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "questions.txt").write_text("who?\n\nwhen?\n", encoding="utf-8-sig")
+    args = GenerateArguments(model="m", file=str(tmp_path / "questions.txt"))
+    assert read_questions(args) == ["who?", "when?"]
 
 
 def test_a_missing_config_is_named(tmp_path):

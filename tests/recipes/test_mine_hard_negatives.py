@@ -137,6 +137,10 @@ def test_bad_input_leaves_no_file(folder, tmp_path):
         ({"range_min": 10}, "There are 5 passages: too few for negatives after rank 10"),
         ({"instances": INSTANCES[3:]}, "none of 1 instances has a passage"),
         ({"instances": [{"input": "?", "segments": []}]}, "line 1: segments is"),
+        (
+            {"instances": [{"input": "?", "segments": [segment("a", passage("c1", "Another text."))]}]},
+            "corpus.jsonl, line 2: the passage id 'c1' has another title or text than in .*train.jsonl, line 1",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             mine(options(folder, tmp_path, **changes))

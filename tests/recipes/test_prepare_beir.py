@@ -43,6 +43,7 @@ def test_queries_passages_and_counts(tmp_path, beir_folder):
         "queries written, without answers": 1,
         "queries left out: of another split": 1,
         "queries left out: the corpus lacks their passages": 1,
+        "queries left out: no passage is relevant": 1,
         "gold passages": 3,
         "gold passages that the corpus lacks": 1,
     }
@@ -50,7 +51,7 @@ def test_queries_passages_and_counts(tmp_path, beir_folder):
     assert corpus[1] == {"id": "d2", "title": "", "text": "Coffee with milk."}
     queries = load_evaluation_set(tmp_path / "eval.jsonl", corpus=corpus, answers_required=False)
     assert [(query["id"], query["input"], query["answers"], query["provenance"]) for query in queries] == [
-        ("1", "what do otters eat?", ["fish"], [["d1"]]),  # d2 has relevance 0
+        ("1", "what do otters eat?", ["fish"], [["d1"]]),  # d2 has relevance 0, as all have for query 5
         ("2", "what is with milk?", [], [["d2"], ["d4"]]),
     ]
     with pytest.raises(ValueError, match="line 2: answers is .*, expected a list of at least one string"):
@@ -66,6 +67,7 @@ def test_queries_passages_and_counts(tmp_path, beir_folder):
             "qrels.tsv, line 2: score is 'high', expected an integer",
         ),
         ("qrels.tsv", ["query-id\tcorpus-id\tscore", "1\tnowhere\t1"], "(?s)No query is left.*the corpus lacks +1"),
+        ("queries.jsonl", [{"_id": 1.0, "text": "q?"}], "queries.jsonl, line 1: _id is 1.0, expected a string"),
         ("queries.jsonl", [{"_id": "1", "text": ""}], "queries.jsonl, line 1: text is ''"),
         ("queries.jsonl", [{"_id": "1", "text": "q?", "metadata": {"answer": 3}}], "line 1: metadata has answers 3"),
         ("corpus.jsonl", [{"title": "t", "text": "x"}], "corpus.jsonl, line 1: id is None"),
@@ -83,6 +85,14 @@ def test_bad_files(tmp_path, beir_folder, name, lines, message):
     with pytest.raises(ValueError, match=message):
         prepare(options(tmp_path, **changes))
     assert [path.name for path in tmp_path.iterdir()] == ["beir"]
+
+
+def test_byte_order_marks_are_read(tmp_path, beir_folder):
+    expected = prepare(options(tmp_path))
+    for name in ("beir_qrels.tsv", "beir_queries.jsonl"):
+        marked = (FORMATS / name).read_text().encode("utf-8-sig")
+        (beir_folder / name.removeprefix("beir_")).write_bytes(marked)
+    assert prepare(options(tmp_path, qrels_file=beir_folder / "qrels.tsv")) == expected
 
 
 def test_a_missing_corpus_and_a_dataset_without_instruction(tmp_path, beir_folder):

@@ -213,28 +213,43 @@ def facts_of(model, segment_lists, **segment):
     return collator(model)(features(model, segment_lists, **segment))["facts"]
 
 
-def test_identical_passages_are_found_by_content_and_by_id():
+def test_identical_passages_are_found_by_content():
     ranks = [
         BatchFacts(passage_keys=[(1, 10), (2, 20)]),
-        BatchFacts(passage_keys=[(3, 10), (2, 30), (4, 40), (5, 30)]),
+        BatchFacts(passage_keys=[(3, 30), (2, 40), (4,), (1, 10)]),
     ]
     batch = global_batch(ranks, 1)
-    assert batch.passage_groups.tolist() == [0, 1, 0, 1, 4, 1]  # row 5 joins row 1 through row 3
-    assert batch.repeated.tolist() == [False, False, True, True, False, True]
+    assert batch.passage_groups.tolist() == [0, 1, 2, 1, 4, 0]
+    assert batch.repeated.tolist() == [False, False, False, True, False, True]
     assert (batch.passage_counts, batch.first_row) == ([2, 4], 2)
     assert not global_batch(ranks, 1, mask_duplicates=False).repeated.any()
 
 
-def test_ids_and_contents_of_real_instances(model):
-    same_text = dict(PASSAGES[0], id="other")
-    same_id = dict(PASSAGES[1], text="other text")
+def test_equal_contents_of_real_instances_share_a_row(model):
     rows = features(model, [[0], [1]])
-    for passage in (same_text, same_id):
-        rows.append(tokenized(model, {"id": "x", "input": "q", "segments": [{"text": "a", "passage": passage}]}))
-    batch = collator(model)(rows)
-    assert len(batch["facts"].passage_keys) == 3  # one row for equal content
-    groups = global_batch([batch["facts"]], 0).passage_groups
-    assert len(set(groups.tolist())) == 2  # and other content with the same id is not a negative
+    rows += features(model, [[0]])
+    passage = dict(PASSAGES[0], id="other")
+    rows.append(tokenized(model, {"id": "x", "input": "q", "segments": [{"text": "a", "passage": passage}]}))
+    facts = collator(model)(rows)["facts"]
+    assert sorted(map(len, facts.passage_keys)) == [2, 3]  # the content, and one id or two
+
+
+@pytest.mark.parametrize("mask_duplicates", [True, False])
+def test_two_contents_of_a_passage_id_are_refused_in_a_batch_and_across_ranks(model, mask_duplicates):
+    """Whoever tokenized the instances: otherwise their passages would count as the same one."""
+    other = {"text": "a", "passage": dict(PASSAGES[1], text="other text")}
+    rows = features(model, [[0], [1]])
+    rows.append(tokenized(model, {"id": "x", "input": "q", "segments": [other]}))
+    collate = collator(model, mask_duplicates=mask_duplicates)
+    with pytest.raises(ValueError, match="Instance 'x': the passage id 'p1' has another .* than in Instance 'i1'"):
+        collate(rows)
+    ranks = [collate(rows[:2])["facts"], collate(rows[2:])["facts"]]
+    with pytest.raises(ValueError, match="A passage of instance 'i1' and a passage of instance 'x' have the same id"):
+        global_batch(ranks, 0, mask_duplicates)
+    negative = {"text": "a", "passage": PASSAGES[2], "negatives": [other["passage"]]}
+    negative_rank = collate([tokenized(model, {"id": "y", "input": "q", "segments": [negative]})])["facts"]
+    with pytest.raises(ValueError, match="A passage of instance 'i1' and a passage of an instance, as a hard negat"):
+        global_batch([ranks[0], negative_rank], 1, mask_duplicates)
 
 
 def test_further_positives_and_equal_questions_are_not_negatives(model):
@@ -264,7 +279,8 @@ def test_hard_negatives_are_passages_without_a_query(model):
     [
         ({"negatives": "p"}, r"segments\[0\].negatives is 'p', expected a list of passages"),
         ({"negatives": [{"text": ""}]}, r"segments\[0\].negatives\[0\].text is ''"),
-        ({"positives": [3]}, r"segments\[0\].positives is \[3\], expected a list of passage ids"),
+        ({"positives": "p"}, r"segments\[0\].positives is 'p', expected a list of passage ids"),
+        ({"positives": [3.5]}, r"an id in segments\[0\].positives is 3.5, expected a string"),
         ({"positives": ["p"], "passage": None}, "has negatives or positives but no passage"),
     ],
 )

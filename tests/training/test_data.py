@@ -129,9 +129,42 @@ BAD_INSTANCES = [
     (good(segments=[segment(text="")]), "segments[0].text is ''"),
     (good(segments=[segment(), segment(passage={"id": "p", "text": " "})]), "segments[1].passage.text is ' '"),
     (good(segments=[segment(passage={"id": "p", "title": "t"})]), "segments[0].passage.text is None"),
-    ('{"input": "\\ud83d", "segments": [{"text": "a"}]}', "input holds '\\ud83d', which is not a character"),
+    (
+        '{"input": "\\ud83d", "segments": [{"text": "a", "passage": null}]}',
+        "input holds '\\ud83d'",
+    ),
     (good(segments=[segment(passage={"id": "p", "title": 5, "text": "t"})]), "segments[0].passage.title is 5"),
     (good(segments=[segment(passage="passage")]), "segments[0].passage is 'passage', expected an object or null"),
+    (good(segments=[{"text": "a"}]), "segments[0] has no passage, expected one; null for free text"),
+    (
+        good(segments=[{"text": "a", "pasage": PASSAGES[0]}]),
+        "segments[0] has the unknown key 'pasage', expected",
+    ),
+    (
+        good(segments=[{"text": "a", "Passages": PASSAGES[0]}]),
+        "; did you mean 'passage'?",
+    ),
+    (good(segments=[{"text": "a", "pasage": PASSAGES[0]}]), "; did you mean 'passage'?"),
+    (good(segments=[segment(), segment(ctx=PASSAGES[0])]), "segments[1] has the unknown key 'ctx', expected some of"),
+    (good(segments=[segment(context="x")]), "segments[0] has the unknown key 'context', expected some of"),
+    ({"input": "q?", "segment": [segment()]}, "unknown key segment; did you mean 'segments'?"),
+    ({"input": "q?", "instuction": "Answer.", "segments": [segment()]}, "did you mean 'instruction'?"),
+    (
+        good(segments=[segment(passage={"titel": "t", "text": "x"})]),
+        "[0].passage.titel; did you mean 'title'?",
+    ),
+    (good(segments=[segment(negatives=[{"_id": "p", "text": "x"}])]), "negatives[0]._id; did you mean 'id'?"),
+    (
+        good(segments=[segment(passage={"id": "", "text": "x"})]),
+        "segments[0].passage.id is '', expected a string",
+    ),
+    (good(segments=[segment(passage={"id": 1.0, "text": "x"})]), "segments[0].passage.id is 1.0, expected a string"),
+    (good(segments=[segment(passage={"id": True, "text": "x"})]), "segments[0].passage.id is True, expected a string"),
+    (good(segments=[segment(passage={"id": "a/../b", "text": "x"})]), "expected no NUL and no '..' between slashes"),
+    (good(id=[1]), "id is [1], expected a string that is not empty, or an integer"),
+    ('{"input": ' + "[" * 100_000 + "]" * 100_000 + "}", "malformed JSON (it is nested too deeply)"),
+    ('{"segments": ' + "[" * 900 + "]" * 900 + "}", "segments[0] is [[[[[[[...]]]]]]], expected an object"),
+    ('{"input": ' + "1" * 5000 + "}", "malformed JSON (an integer has more than 4,300 digits)"),
 ]
 
 
@@ -175,6 +208,10 @@ def test_dataset_folder_names_the_row(tmp_path):
     [
         ([PASSAGES[0], {"id": "x", "title": "t", "text": ""}], "line 2: text is ''"),
         ([PASSAGES[0], {"title": "t", "text": "t"}], "line 2: id is None"),
+        ([PASSAGES[0], {"_id": "x", "text": "t"}], "line 2: unknown key _id; did you mean 'id'"),
+        ([PASSAGES[0], {"id": "x", "Title": "t", "text": "t"}], "line 2: unknown key Title; did you mean 'title'"),
+        ([{"id": 1, "text": "a"}, {"id": "1", "text": "a"}], "line 2: id '1' is already in .*line 1"),
+        ([{"id": 1.5, "text": "a"}], "line 1: id is 1.5, expected a string that is not empty, or an integer"),
         ([PASSAGES[0], PASSAGES[1], PASSAGES[0]], "line 3: id 'p0' is already in"),
         ([], "the corpus holds no passage"),
     ],
@@ -192,7 +229,14 @@ def test_bad_corpora(tmp_path, lines, message):
         ({"provenance": ["p0"]}, "line 1: provenance is"),
         ({"answers": []}, "line 1: answers is"),
         ({"candidates": "p0"}, "line 1: candidates is 'p0', expected a list of passage ids"),
-        ({"provenance": [[{"id": "p0"}]]}, "line 1: provenance is"),
+        ({"provenance": [[{"id": "p0"}]]}, r"line 1: an id in provenance\[0\] is {'id': 'p0'}, expected a string"),
+        ({"provenance": [[]]}, "line 1: provenance is"),
+        ({"candidates": ["p0", None]}, "line 1: an id in candidates is None, expected a string"),
+        ({"answers": [""]}, r"line 1: answers\[0\] is '', expected a string that is not empty"),
+        ({"answers": ["a", "  "]}, r"line 1: answers\[1\] is '  ', expected a string that is not empty"),
+        ({"answers": "a"}, "line 1: answers is 'a'"),
+        ({"candidates": None, "canditates": ["p0"]}, "line 1: unknown key canditates; did you mean 'candidates'"),
+        ({"answers": None, "answer": ["a"]}, "line 1: unknown key answer; did you mean 'answers'"),
         ({"instruction": 5}, "line 1: instruction is 5, expected a string"),
         ({"input": None}, "line 1: input is None"),
     ],
@@ -203,6 +247,60 @@ def test_bad_evaluation_sets(tmp_path, changes, message):
         load_evaluation_set(write(tmp_path / "eval.jsonl", line), corpus=PASSAGES)
 
 
+def test_further_columns_do_no_harm(tmp_path):
+    """Datasets have columns that the schema does not know, and Arrow fills in None where a row lacks a key."""
+    passage = {"id": "p", "title": "t", "text": "x", "score": 0.5, "titles": "s", "wikipedia_id": 3}
+    row = good(idx=3, dataset_name="d", metadata={}, segments=[segment(passage=passage, pasage=None, negatives=None)])
+    (instance,) = load_instances(write(tmp_path / "train.jsonl", row))
+    assert instance == good(
+        segments=[{**segment(passage={"id": "p", "title": "t", "text": "x"}), "negatives": [], "positives": []}]
+    )
+    assert load_corpus(write(tmp_path / "corpus.jsonl", passage)) == [{"id": "p", "title": "t", "text": "x"}]
+    question = {"input": "q?", "answers": ["a"], "provenance": [["p"]], "candidates": None, "idx": 3, "metadata": {}}
+    (instance,) = load_evaluation_set(write(tmp_path / "eval.jsonl", question))
+    assert instance.keys() == {"id", "dataset", "instruction", "input", "answers", "provenance", "candidates", "meta"}
+
+
+def test_an_integer_id_is_its_digits_everywhere(tmp_path, model):
+    negative = {"id": 8, "text": "another"}
+    row = good(id=5, segments=[segment(passage={"id": 7, "text": "x"}, negatives=[negative], positives=[9])])
+    (instance,) = load_instances(write(tmp_path / "train.jsonl", row))
+    (checked,) = instance["segments"]
+    ids = (instance["id"], checked["passage"]["id"], checked["negatives"][0]["id"], checked["positives"])
+    assert ids == ("5", "7", "8", ["9"])
+    corpus = load_corpus(write(tmp_path / "corpus.jsonl", {"id": 7, "text": "x"}, negative))
+    assert [passage["id"] for passage in corpus] == ["7", "8"]
+    question = {"id": 5, "input": "q?", "answers": ["a"], "provenance": [[7]], "candidates": [8, "7"]}
+    (question,) = load_evaluation_set(write(tmp_path / "eval.jsonl", question), corpus=corpus)
+    assert (question["id"], question["provenance"], question["candidates"]) == ("5", [["7"]], ["8", "7"])
+    index = model.build_index([{"id": 7, "text": "x"}, negative], show_progress_bar=False)
+    assert index.rows_of(["8", "7"]).tolist() == [1, 0]
+
+
+P1 = {"id": "p1", "title": "", "text": "one"}
+OTHER_P1 = {"id": "p1", "title": "", "text": "two"}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (segment(passage=P1), segment(passage=OTHER_P1)),
+        (segment(passage=P1), segment(passage={**P1, "title": "one"})),
+        (segment(passage=P1), segment(negatives=[{"id": "n", "text": "x"}, OTHER_P1])),
+        (segment(negatives=[P1]), segment(negatives=[OTHER_P1])),
+        (segment(passage={"id": 1, "text": "one"}), segment(passage={"id": "1", "text": "two"})),
+    ],
+)
+def test_two_contents_of_a_passage_id_name_both_lines(tmp_path, first, second):
+    lines = [good(segments=[first]), good(), good(segments=[segment(passage=first["passage"]), second])]
+    path = write(tmp_path / "train.jsonl", *lines)
+    message = "train.jsonl, line 3: the passage id '.*' has another title or text than in .*train.jsonl, line 1[.]"
+    with pytest.raises(ValueError, match=message):
+        load_instances(path)
+    write(path, *lines[:2], good(segments=[segment(passage=dict(first["passage"]))]))
+    assert len(load_instances(path)) == 3  # the same content again
+
+
 def test_evaluation_sets_carry_what_metrics_need_and_may_lack_answers(tmp_path):
     line = {"id": "1", "input": "q?", "answers": [], "provenance": [["p0"]], "meta": {"claims": ["c"]}}
     file = write(tmp_path / "eval.jsonl", line, {**line, "meta": None})
@@ -210,6 +308,8 @@ def test_evaluation_sets_carry_what_metrics_need_and_may_lack_answers(tmp_path):
     assert (first["meta"], second["meta"], first["candidates"], first["answers"]) == ({"claims": ["c"]}, {}, [], [])
     with pytest.raises(ValueError, match="line 1: answers is .*, expected a list of at least one string"):
         load_evaluation_set(file)
+    with pytest.raises(ValueError, match=r"line 1: answers\[0\] is ''"):
+        load_evaluation_set(write(tmp_path / "eval.jsonl", {**line, "answers": [""]}), answers_required=False)
     with pytest.raises(ValueError, match="line 1: meta is 'c', expected an object"):
         load_evaluation_set(write(tmp_path / "eval.jsonl", {**line, "meta": "c"}), answers_required=False)
 

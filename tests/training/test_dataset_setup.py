@@ -1,0 +1,184 @@
+"""What the trainer checks in a whole dataset of any kind: ids, passages, lengths, and where it ends."""
+
+import datasets
+import pytest
+import torch
+
+from support.models import PASSAGES, make_model
+from support.training import NAMES, arguments, world
+from trainer import CoSupTrainer, dataset_setup, load_instances
+from trainer.data import check_instance
+from trainer.dataset_setup import PATIENCE, tokenize_dataset
+from trainer.passage_contents import PassageContents
+
+
+class Endless(torch.utils.data.Dataset):
+    """A map-style dataset that never raises IndexError: only its length says where it ends."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, row):
+        return self.rows[row % len(self.rows)]
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+KINDS = {
+    "list": list,
+    "dataset": datasets.Dataset.from_list,
+    "map-style": Endless,
+    "streamed dataset": lambda rows: datasets.Dataset.from_list(rows).to_iterable_dataset(),
+    "stream": Stream,
+}
+
+
+@pytest.fixture(scope="module")
+def tiny_model():
+    return make_model()
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    messages = []
+    monkeypatch.setattr(dataset_setup.logger, "warning", messages.append)
+    return messages
+
+
+def instance(*passages, **segment):
+    segments = [{"text": "a", "passage": passage, **segment} for passage in passages]
+    return {"input": "q?", "segments": segments or [{"text": "a", "passage": None}]}
+
+
+def prepared(model, tmp_path, dataset, **options):
+    """Tokenize a dataset as the trainer does, and return all its rows."""
+    tokenizers = model.tokenizer, model.emb_seq_tokenizer
+    tokenized = tokenize_dataset(dataset, tokenizers, model.config, arguments(tmp_path, **options), "training set")
+    return list(tokenized)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_dataset_ends(tiny_model, tmp_path, kind):
+    rows = prepared(tiny_model, tmp_path, KINDS[kind](world(NAMES[:7])))
+    assert [row["id"] for row in rows] == NAMES[:7]
+
+
+@pytest.mark.parametrize("kind", ["list", "dataset", "map-style", "stream"])  # datasets streams no empty dataset
+def test_an_empty_dataset_is_refused(tiny_model, tmp_path, kind):
+    with pytest.raises(ValueError, match="The training set is empty"):
+        prepared(tiny_model, tmp_path, KINDS[kind]([]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_passage_id_with_two_contents_names_both_rows(tiny_model, tmp_path, kind):
+    """Otherwise all passages of a set could count as one: no loss, and a recall of 100 %."""
+    rows = [instance(PASSAGES[0]), instance(), instance(PASSAGES[1]), instance(dict(PASSAGES[0], text="other"))]
+    message = "training set, row 3: the passage id 'p0' has another title or text than in training set, row 0"
+    with pytest.raises(ValueError, match=message):
+        prepared(tiny_model, tmp_path, KINDS[kind](rows))
+    rows[3] = instance(PASSAGES[3], negatives=[dict(PASSAGES[0], text="other")])
+    with pytest.raises(ValueError, match=message):
+        prepared(tiny_model, tmp_path, KINDS[kind](rows))
+    rows[3] = instance(dict(PASSAGES[0]))
+    assert len(prepared(tiny_model, tmp_path, KINDS[kind](rows))) == 4
+
+
+def test_two_contents_in_joined_files_name_both_files(tiny_model, tmp_path):
+    files = []
+    for name, text in (("first", "one"), ("second", "two")):
+        path = tmp_path / f"{name}.jsonl"
+        segments = f'[{{"text": "a", "passage": {{"id": 0, "text": "{text}"}}}}]'
+        path.write_text(f'\n{{"input": "{name}?", "segments": {segments}}}\n')
+        files.append(load_instances(path))
+    message = "second.jsonl, line 2: the passage id '0' has another title or text than in .*first.jsonl, line 2"
+    with pytest.raises(ValueError, match=message):
+        CoSupTrainer(tiny_model, arguments(tmp_path), train_dataset=files[0] + files[1])
+    CoSupTrainer(tiny_model, arguments(tmp_path), train_dataset=files[0], eval_dataset=files[1])  # two sets
+
+
+def test_tokenized_datasets_are_checked_too(tiny_model, tmp_path):
+    rows = prepared(tiny_model, tmp_path, [instance(PASSAGES[0])])
+    rows += prepared(tiny_model, tmp_path, [instance(dict(PASSAGES[0], title="other"))])
+    for dataset in (rows, datasets.Dataset.from_list(rows)):
+        with pytest.raises(ValueError, match="row 1: the passage id 'p0' has another .* than in training set, row 0"):
+            prepared(tiny_model, tmp_path, dataset)
+    stream = datasets.Dataset.from_list(rows).to_iterable_dataset()  # found in the batch that has both
+    trainer = CoSupTrainer(tiny_model, arguments(tmp_path, max_steps=1), train_dataset=stream)
+    with pytest.raises(ValueError, match="the passage id 'p0' has another"):
+        trainer.train()
+
+
+def test_a_stream_remembers_a_limited_number_of_ids():
+    contents = PassageContents(most=2)
+    for id in ("a", "b", "c"):
+        contents.add(id, "text", f"row {id}")
+    contents.add("c", "other", "row 4")  # c was not remembered; the batch that has both would tell
+    with pytest.raises(ValueError, match="row 5: the passage id 'a' has another title or text than in row a"):
+        contents.add("a", "other", "row 5")
+
+
+@pytest.mark.parametrize("kind", ["list", "dataset", "streamed dataset"])
+@pytest.mark.parametrize("supervision", ["co", "ntp", "nsp", "separate"])
+def test_a_set_without_a_passage(tiny_model, tmp_path, monkeypatch, warnings, kind, supervision):
+    monkeypatch.setattr(dataset_setup, "PATIENCE", 4)
+    num = 4 if kind == "streamed dataset" else 6
+    first = "first " if kind == "streamed dataset" else ""
+    message = f"None of the {num} {first}instances of the training set has a passage, so there is no [NSP]"
+    dataset = KINDS[kind]([instance() for _ in range(6)])
+    if supervision in ("nsp", "separate"):
+        with pytest.raises(ValueError) as error:
+            prepared(tiny_model, tmp_path, dataset, supervision=supervision)
+        assert str(error.value) == f"{message}, which supervision={supervision!r} needs."
+        return
+    assert len(prepared(tiny_model, tmp_path, dataset, supervision=supervision)) == 6
+    expected = [f"{message}: no NSP loss, and nothing that teaches the model to retrieve."]
+    assert warnings == (expected if supervision == "co" else [])
+
+
+def test_one_passage_is_enough(tiny_model, tmp_path, monkeypatch, warnings):
+    monkeypatch.setattr(dataset_setup, "PATIENCE", 4)
+    rows = [instance() for _ in range(4)] + [instance(PASSAGES[0])]
+    prepared(tiny_model, tmp_path, rows, supervision="nsp")
+    prepared(tiny_model, tmp_path, KINDS["streamed dataset"](rows[1:]), supervision="nsp")
+    assert warnings == []
+    rows[4]["input"] = "long " * 300  # dropped, so no passage is left
+    with pytest.raises(ValueError, match="None of the 4 instances"):
+        prepared(tiny_model, tmp_path, rows, supervision="nsp")
+    assert PATIENCE > 4
+
+
+def test_passages_that_were_cut_are_counted(tmp_path, warnings):
+    model = make_model(max_passage_length=8)
+    long = [dict(PASSAGES[i], title="", text="radium " * (20 + i)) for i in range(3)]
+    short = {"id": "short", "text": "in"}
+    rows = [
+        instance(long[0], short),
+        instance(short, negatives=[long[1], {"id": "in", "text": "of"}]),
+        instance(long[2]),
+        {**instance(long[2]), "input": "long " * 300},  # dropped, so its passages do not count
+    ]
+    tokenized = prepared(model, tmp_path, rows)
+    assert "num_cut_passages" not in tokenized[0]
+    expected = ["Dropped 1 of 4", "Cut 3 of 6 passages of the training set to max_passage_length=8 tokens."]
+    assert [message.startswith(start) for message, start in zip(warnings, expected, strict=True)] == [True, True]
+    warnings.clear()
+    prepared(model, tmp_path, datasets.Dataset.from_list(rows[:3]).to_iterable_dataset())
+    counts = ["Cut 1 passage(s)", "Cut 2 passage(s)"]  # of 1, 2 and 3: the powers of two
+    assert [message.partition(" of ")[0] for message in warnings] == counts
+    assert warnings[1].endswith("so far to max_passage_length=8 tokens.")
+    warnings.clear()
+    prepared(model, tmp_path, [instance(short)])
+    assert warnings == []
+
+
+def test_a_checked_instance_remembers_its_place():
+    assert check_instance(instance(PASSAGES[0]), "a.jsonl, line 3").where == "a.jsonl, line 3"
