@@ -82,7 +82,11 @@ def read_upload(path: str) -> list[dict[str, str]]:
             raise ValueError(
                 f"Line {line}: the corpus holds more than {MAX_PASSAGES:,} passages, the most for this demo."
             )
-        id = value.get("id") or f"line {line}"
+        id = value.get("id")
+        if id is None or id == "":
+            id = f"line {line}"
+        elif type(id) is int:  # a bool is no id
+            id = str(id)
         passage = {"id": id, "title": value.get("title") or "", "text": value.get("text")}
         _check_passage(passage, line)
         if id in lines:

@@ -451,7 +451,12 @@ BAD = {  # name -> file name, content and message
         "Line 2: text is None, expected a string that is not empty",
     ),
     "an empty text": ("a.jsonl", b'{"text": " "}', "Line 1: text is ' '"),
-    "a number": ("a.jsonl", b'{"text": "a", "id": 7}', "Line 1: id is 7, expected a string"),
+    "a number": ("a.jsonl", b'{"text": "a", "id": 7.5}', "Line 1: id is 7.5, expected a string"),
+    "an id twice, once as a number": (
+        "a.jsonl",
+        b'{"text": "a", "id": 0}\n{"text": "b", "id": "0"}',
+        "Line 2: id '0' is already in line 1",
+    ),
     "no object": ("a.jsonl", b'{"text": "a"}\n[1]', "Line 2: found .1., expected a JSON object"),
     "no JSON": ("a.jsonl", b'{"text": "a"}\n{"text": }', r"Line 2: malformed JSON \(Expecting value, column 10\)"),
     "deep JSON": ("a.jsonl", b"[" * 200_000, "Line 1: this JSON cannot be read"),
