@@ -110,7 +110,7 @@ def check_id(value: object, where: str, field: str = "id") -> str:
 @functools.lru_cache(1024)
 def nearest_name(name: str, names: tuple[str, ...]) -> str | None:
     """Return the one of `names`, all lower-case, that `name` nearly is, if there is one."""
-    close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.75)
+    close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.8)
     return close[0] if close else None
 
 

@@ -65,9 +65,10 @@ def tokenize_dataset(
         return dataset
     tokenizer, emb_seq_tokenizer = tokenizers
     end_of_turn_id = end_of_turn_token_id(tokenizer)
+    checked = places is not None
 
     def tokenize(instance: dict, row: int) -> dict[str, Any]:
-        if places is None:
+        if not checked:
             instance = check_instance(instance, f"{name}, row {row}")
         tokenized = tokenize_instance(
             instance, tokenizer, emb_seq_tokenizer, config, args.train_on_passages, end_of_turn_id

@@ -185,7 +185,7 @@ def _parse_value(text: str, override: str) -> Any:
         return text
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"--override {override}: malformed YAML: {error}") from None
 
 

@@ -101,6 +101,15 @@ def test_errors_of_an_experiment_file_name_the_key(inputs, overrides, message):
         load_experiment(inputs / "experiment.yaml", overrides)
 
 
+def test_yaml_files_may_begin_with_a_byte_order_mark_and_errors_name_them(tmp_path):
+    (tmp_path / "good.yaml").write_text("name: Zürich\n", encoding="utf-8-sig")
+    assert definition.read_yaml(tmp_path / "good.yaml") == {"name": "Zürich"}
+    for content in (b"a: " + b"[" * 5000, b"a: " + b"1" * 5000, b"a: \xff"):
+        (tmp_path / "bad.yaml").write_bytes(content)
+        with pytest.raises(ValueError, match="bad.yaml: malformed YAML"):
+            definition.read_yaml(tmp_path / "bad.yaml")
+
+
 def test_overrides_of_several_kinds(inputs):
     required = ["--experiment", str(inputs / "experiment.yaml"), "--output_dir", "out"]
     first = ["--override", "max_steps=7", "seeds=[4]", "--only", "co"]
