@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .lines_cosup import lines_with_places
-from .passages_cosup import refuse_misspelt
+from .names_cosup import refuse_misspelt
 
 try:
     import pyarrow.parquet as parquet

@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import json
 import os
-import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -56,7 +55,7 @@ def parse_json(data: bytes, place: str) -> Any:
     except RecursionError:
         reason = "it is nested too deeply"
     except ValueError:
-        reason = f"an integer has more than {sys.get_int_max_str_digits():,} digits"
+        reason = "an integer has too many digits"
     raise ValueError(f"{place}: malformed JSON ({reason}).")
 
 

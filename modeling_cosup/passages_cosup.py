@@ -1,7 +1,5 @@
 """Passages of a corpus: read and checked one at a time. Their ids must be unique."""
 
-import difflib
-import functools
 import hashlib
 import re
 import reprlib
@@ -12,6 +10,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .names_cosup import refuse_misspelt
 
 _FORBIDDEN_IN_ID = re.compile(r"\x00|(^|[/\\])\.\.($|[/\\])")
 _SHORT = reprlib.Repr()
@@ -105,29 +105,6 @@ def check_id(value: object, where: str, field: str = "id") -> str:
     if _FORBIDDEN_IN_ID.search(value):
         raise ValueError(f"{where}: {field} is {value!r}, expected no NUL and no '..' between slashes.")
     return value
-
-
-@functools.lru_cache(1024)
-def nearest_name(name: str, names: tuple[str, ...]) -> str | None:
-    """Return the one of `names`, all lower-case, that `name` nearly is, if there is one."""
-    close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.8)
-    return close[0] if close else None
-
-
-def refuse_misspelt(value: Mapping[str, Any], names: tuple[str, ...], where: str, field: str = "") -> None:
-    """
-    Raise `ValueError` if one of `names` is missing and another key nearly is it, such as "titel" for "title".
-
-    Other keys are allowed, since datasets have further columns. A key with `None` counts as missing, as Arrow fills in
-    `None`.
-    """
-    if None not in map(value.get, names):
-        return
-    missing = tuple(name for name in names if value.get(name) is None)
-    for key in value:
-        nearest = nearest_name(str(key), missing)
-        if nearest is not None and value[key] is not None:
-            raise ValueError(f"{where}: unknown key {field}{key}; did you mean {nearest!r}?")
 
 
 def check_title_and_text(passage: Mapping[str, Any], where: str, field: str = "") -> dict[str, str]:

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from modeling_cosup.lines_cosup import lines_with_places
+from modeling_cosup.names_cosup import nearest_name, refuse_misspelt
 from modeling_cosup.passages_cosup import (
     check_id,
     check_text,
     check_title_and_text,
     checked_passages,
-    nearest_name,
     read_corpus,
-    refuse_misspelt,
     shown,
 )
 from modeling_cosup.tokenization_cosup import (

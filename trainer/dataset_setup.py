@@ -173,7 +173,8 @@ def _add_passages(
 ) -> None:
     """Add the passages of a tokenized instance."""
     for id_column, tokens_column in columns:
-        for id, tokens in zip(instance[id_column] or [], instance[tokens_column] or [], strict=True):
+        # the collator refuses an instance with too few of either
+        for id, tokens in zip(instance[id_column] or [], instance[tokens_column] or [], strict=False):
             contents.add(str(id), tuple(tokens), where)
 
 
