@@ -161,6 +161,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
         self._running = RunningFigures(self.loss_weights)
         self._evaluated_batches = []
         self._step_instance_ids = []
+        self._warned_of_lone_queries = self._warned_of_lone_held_out_queries = False
         self._num_parameters: tuple[int, int] | None = None  # of Gen and Emb_seq
 
     def _check_sharding(self) -> None:
@@ -217,7 +218,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Run `Trainer.train`; `resume_from_checkpoint=True` resumes from the last checkpoint that is complete."""
-        self._running.restart()
+        self._running = RunningFigures(self.loss_weights)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(cast(str, self.args.output_dir))
         # an earlier evaluation has prepared the model, but not for data parallelism
@@ -225,6 +226,8 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
         with explained_memory_errors(self.args):
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._finite.check()
+        if not self._running.has_losses:
+            output = output._replace(training_loss=float("nan"))
         return output
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -243,11 +246,20 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
     # ------------------------------------------------------------------ the log
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add each loss by name, and the other running figures, to what `Trainer` logs."""
+        """
+        Add each loss by name, and the other running figures, to what `Trainer` logs.
+
+        A sum of no losses is not 0: `loss` and `train_loss` are left out if nothing was measured.
+        """
         if "loss" in logs and self._running.steps:
             self._finite.check()
-            logs |= self._running.averages(self.args.device, self._sum_over_ranks)
+            figures = self._running.averages(self.args.device, self._sum_over_ranks)
+            if figures.keys().isdisjoint(self.loss_weights):
+                del logs["loss"]
+            logs |= figures
             self._running.restart()
+        if not self._running.has_losses:
+            logs.pop("train_loss", None)
         super().log(logs, start_time)
 
     def _sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:

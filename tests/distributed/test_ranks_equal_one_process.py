@@ -38,6 +38,9 @@ CASES = {
     "cached, separate": CACHED | {"supervision": "separate", "model": {"query_from": "emb_seq"}},
     "counted duplicates": {"mask_duplicates": False},
     "nsp": {"supervision": "nsp"},
+    "lone": {"pattern": "lone", "accumulation": 2},
+    "lone, local": {"pattern": "lone", "gather": "local"},
+    "cached, lone": CACHED | {"nsp_batch_size": 6, "pattern": "lone", "accumulation": 2},
     "evaluated first": {"evaluate_first": True},
     "ntp": {"supervision": "ntp"},
 }
@@ -53,6 +56,8 @@ REFERENCES = {
     "cached, zero": "zero",
     "cached, accumulated": "accumulated",
     "cached, separate": "separate",
+    "cached, lone": "lone",
+    "lone, local": "lone",  # each rank's six instances are one of two accumulated batches
 }
 THREE_RANKS = ["ragged", "zero", "accumulated", "checkpointed", "cached", "cached, budget", "separate"]
 SHARDED = [
