@@ -166,11 +166,20 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
 
     def _check_sharding(self) -> None:
         """
-        Refuse `nsp_batch_size` and `clip_gen_only` under DeepSpeed and FSDP1.
+        Refuse what sharded models cannot do.
 
-        DeepSpeed takes one backward pass per step and clips by itself. FSDP1 computes the norms of shards.
+        `nsp_batch_size` and `clip_gen_only` need DDP or FSDP2: DeepSpeed takes one backward pass per step and clips by
+        itself, and FSDP1 computes the norms of shards. `bf16_full_eval` and `fp16_full_eval` need whole weights, which
+        are kept while they are converted.
         """
         distributed_type = self.accelerator.distributed_type
+        if distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+            for name in ("bf16_full_eval", "fp16_full_eval"):
+                if getattr(self.args, name):
+                    raise ValueError(
+                        f"{name} would change the weights of a sharded model, under {distributed_type.value}: leave it"
+                        " out. An evaluation computes in bfloat16 if bf16=True."
+                    )
         is_fsdp1 = distributed_type == DistributedType.FSDP and self._fsdp2_plugin() is None
         if distributed_type != DistributedType.DEEPSPEED and not is_fsdp1:
             return

@@ -1,8 +1,9 @@
 """Evaluate while training: token losses, and each query against all distinct passages of the set."""
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,10 +125,15 @@ class HeldOutMixin(TrainingStepMixin):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Run `Trainer`'s loop, then compute losses and recall over the whole set, not batch by batch."""
+        """
+        Run `Trainer`'s loop, then compute losses and recall over the whole set, not batch by batch.
+
+        With `bf16_full_eval` or `fp16_full_eval`, `Trainer` converts the weights; afterwards they are what they were.
+        """
         self._evaluated_batches = []
         start = time.time()
-        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        with self._kept_weights():
+            output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         batches = gather_object(self._evaluated_batches)
         self._evaluated_batches = []
         self._running.leave_out(time.time() - start)
@@ -135,6 +141,25 @@ class HeldOutMixin(TrainingStepMixin):
         assert output.metrics is not None
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
+
+    @contextlib.contextmanager
+    def _kept_weights(self) -> Iterator[None]:
+        """Keep the weights that `Trainer` converts for an evaluation, and put them back at the end, bit by bit."""
+        if not self.args.bf16_full_eval and not self.args.fp16_full_eval:
+            yield
+            return
+        parameters = [(parameter, parameter.data) for parameter in self.model.parameters()]
+        buffers = []
+        for module in self.model.modules():
+            buffers += [(module, name, buffer) for name, buffer in module.named_buffers(recurse=False)]
+        try:
+            yield
+        finally:
+            for parameter, data in parameters:
+                parameter.data = data
+            for module, name, buffer in buffers:
+                setattr(module, name, buffer)
+            self._move_model_to_device(self.model, self.args.device)
 
     def _metrics(self, batches: Sequence[EvaluatedBatch]) -> dict[str, Any]:
         """Return losses, recall and the caller's `compute_metrics` over all batches of a set."""

@@ -1,5 +1,6 @@
 """Clear errors, before anything is lost: NaN, too little memory, broken instances, unfinished checkpoints."""
 
+import copy
 import json
 import os
 import subprocess
@@ -82,9 +83,13 @@ def test_a_nan_gradient_of_a_finite_loss_stops_before_the_step(tmp_path):
 
 def test_sharding_that_cannot_do_it_is_refused(tmp_path, monkeypatch):
     """DeepSpeed, faked here, is refused the options that only DDP and FSDP2 support."""
-    for option in ({"nsp_batch_size": 8}, {"clip_gen_only": True}):
+    for option, message in (
+        ({"nsp_batch_size": 8}, "nsp_batch_size works under DDP and FSDP2, not under DEEPSPEED"),
+        ({"clip_gen_only": True}, "clip_gen_only works under DDP and FSDP2, not under DEEPSPEED"),
+        ({"bf16_full_eval": True}, "bf16_full_eval would change the weights of a sharded model, under DEEPSPEED"),
+    ):
         monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.DEEPSPEED))
-        with pytest.raises(ValueError, match=f"{next(iter(option))} works under DDP and FSDP2, not under DEEPSPEED"):
+        with pytest.raises(ValueError, match=message):
             CoSupTrainer(make_model(), arguments(tmp_path, **option), train_dataset=world(NAMES[:8]))
 
 
@@ -130,6 +135,36 @@ def test_half_precision_weights_are_trained_in_float32(tmp_path, dtype, monkeypa
     assert model.emb_seq.dtype == dtype  # frozen, so not converted
     assert (model.gen.model.layers[0].mlp.up_proj.weight != before).float().mean() > 0.9
     assert len(warnings) == (1 if dtype == torch.bfloat16 else 0)
+
+
+@pytest.mark.parametrize("option", ["bf16_full_eval", "fp16_full_eval"])
+def test_an_evaluation_in_half_precision_leaves_the_weights(tmp_path, option):
+    """Before training, between two trainings and after them: bit by bit, and so are the states of the optimiser."""
+    model = make_model()
+    options = {"max_steps": 1, "lr_scheduler_type": "constant", option: True}
+    trainer = CoSupTrainer(model, arguments(tmp_path, **options), train_dataset=world(NAMES[:8]))
+    whole = CoSupTrainer(copy.deepcopy(model), arguments(tmp_path, **options), train_dataset=world(NAMES[:8]))
+    dtypes = set()
+    model.gen.model.layers[0].register_forward_pre_hook(
+        lambda layer, inputs: None if model.training else dtypes.add(layer.self_attn.q_proj.weight.dtype)
+    )
+
+    def evaluate():
+        before = {name: tensor.clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+        trainer.evaluate(world(NAMES[8:12]))
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name]), name
+
+    for _ in range(2):
+        evaluate()
+        trainer.train()
+        whole.train()
+    evaluate()
+    assert dtypes == {torch.bfloat16 if option == "bf16_full_eval" else torch.float16}
+    for parameter, expected in zip(model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(parameter, expected)
+    for state in trainer.optimizer.state.values():
+        assert state["exp_avg"].dtype == torch.float32
 
 
 def test_a_query_longer_than_its_encoder_reads_is_named(tmp_path):
