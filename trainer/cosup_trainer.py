@@ -1,7 +1,6 @@
 """CoSupTrainer, which minimises L = L_NTP + λ·L_NSP over the global batch; its step is in `training_step`."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -35,6 +34,7 @@ from .model_setup import (
     without_peft,
     wrap_in_peft,
 )
+from .positions import check_positions
 from .training_args import CoSupTrainingArguments
 from .training_step import TrainingStepMixin
 from .watch import FiniteLosses, explained_memory_errors, last_complete_checkpoint
@@ -133,7 +133,11 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
 
         if data_collator is None:
             data_collator = default_collator(base, args, self.tokenizers)
-        prepare = functools.partial(tokenize_dataset, tokenizers=self.tokenizers, config=self.cosup_config, args=args)
+
+        def prepare(dataset: AnyDataset | None, name: str) -> Any:
+            tokenized = tokenize_dataset(dataset, self.tokenizers, self.cosup_config, args, name)
+            return check_positions(tokenized, self.cosup_config, args, name)
+
         prepared_eval_dataset: Any
         if isinstance(eval_dataset, dict):
             prepared_eval_dataset = {}

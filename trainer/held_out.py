@@ -23,6 +23,7 @@ from .distributed import world_size
 from .duplicates import global_batch
 from .grad_cache import concatenated
 from .losses import EmbeddingBatch, embedding_losses, total_loss
+from .positions import check_positions
 from .training_step import TrainingStepMixin
 from .watch import explained_memory_errors
 
@@ -65,6 +66,7 @@ class HeldOutMixin(TrainingStepMixin):
         dataset: Any = eval_dataset
         if dataset is not None and not isinstance(dataset, str | dict):
             dataset = tokenize_dataset(dataset, self.tokenizers, self.cosup_config, self.args, "evaluation set")
+            dataset = check_positions(dataset, self.cosup_config, self.args, "evaluation set")
         return super().evaluate(dataset, ignore_keys, metric_key_prefix)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:

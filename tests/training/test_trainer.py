@@ -142,6 +142,43 @@ def test_long_instances_are_counted_in_a_warning(tmp_path, monkeypatch):
         CoSupTrainer(make_model(), arguments(tmp_path), train_dataset=[instances[3]])
 
 
+@pytest.mark.parametrize("gen", ["gpt2", "llama"])
+def test_instances_longer_than_gen_reads_are_refused(tmp_path, gen):
+    model = make_model(gen=gen, gen_kwargs={"max_position_embeddings": 128})
+    instances = world(NAMES[:8])
+    instances[3]["input"] = "long " * 40
+    message = (
+        r"^1 of 8 instances of the {} are longer than the 128 tokens that Gen reads; the longest has \d+\."
+        r" Set max_length=128, which drops longer instances; it is 256\.$"
+    )
+    for name, option in (("training set", "train_dataset"), ("evaluation set", "eval_dataset")):
+        with pytest.raises(ValueError, match=message.format(name)):
+            CoSupTrainer(model, arguments(tmp_path), **{option: instances})
+    trainer = CoSupTrainer(model, arguments(tmp_path), train_dataset=instances[:3])  # max_length alone is no reason
+    with pytest.raises(ValueError, match=message.format("evaluation set")):
+        trainer.evaluate(instances)
+    trained(CoSupTrainer(model, arguments(tmp_path, max_length=128, max_steps=1), train_dataset=instances))
+
+
+def test_a_stream_of_instances_longer_than_gen_reads_is_refused(tmp_path):
+    model = make_model(gen_kwargs={"max_position_embeddings": 128})
+    instances = world(NAMES[:8])
+    instances[3]["input"] = "long " * 40
+    with pytest.raises(
+        ValueError, match="Gen reads at most 128 tokens, and the training set is a stream. Set max_leng"
+    ):
+        CoSupTrainer(model, arguments(tmp_path, max_steps=1), train_dataset=Stream())
+    rows = list(CoSupTrainer(make_model(), arguments(tmp_path), train_dataset=instances).train_dataset)
+    args = arguments(tmp_path, max_length=128, max_steps=1)
+    with pytest.raises(ValueError, match="longer than the 128 tokens that Gen reads.* They were tokenized before"):
+        CoSupTrainer(model, args, train_dataset=rows)
+    stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
+    with pytest.raises(
+        ValueError, match=f"Instance '{NAMES[3]}' of the training set has .* Gen reads at most 128: leave"
+    ):
+        CoSupTrainer(model, args, train_dataset=stream).train()
+
+
 def test_bad_rows_name_the_dataset_and_row(tmp_path):
     instances = world(NAMES[:4])
     instances[2]["segments"] = []
