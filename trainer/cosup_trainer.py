@@ -37,6 +37,7 @@ from .model_setup import (
 from .positions import check_positions
 from .training_args import CoSupTrainingArguments
 from .training_step import TrainingStepMixin
+from .unreached import freeze_unreached
 from .watch import FiniteLosses, explained_memory_errors, last_complete_checkpoint
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
         if peft_config is not None:
             trained_model = wrap_in_peft(model, peft_config)
         freeze(base, args)
+        freeze_unreached(base, args)
         if trained_model is base:
             keep_master_weights(base, args)
         speed_up(base, args)

@@ -70,7 +70,7 @@ def run(output, name, pattern="ragged", accumulation=1, fsdp=False, model=None, 
     """Train one step, evaluate, and write parameters and log; on one process `fsdp` changes nothing."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     sharded = fsdp and world_size > 1
-    model = make_model(emb_seq="gpt2", emb_seq_kwargs=EMB_SEQ, **(model or {}))
+    model = make_model(**{"emb_seq": "gpt2", "emb_seq_kwargs": EMB_SEQ, **(model or {})})
     options = {"max_grad_norm": 0.0, "per_device_train_batch_size": 12 // accumulation // world_size, **options}
     args = CoSupTrainingArguments(
         str(Path(output, f"{name}-{world_size}")),
