@@ -13,12 +13,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Sampler
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, TrainOutput
 
 from modeling_cosup import CoSupConfig, CoSupForCausalLM
 
+from .batching import CoSupDataCollator
 from .dataset_setup import COLUMNS, OPTIONAL_COLUMNS, AnyDataset, no_duplicates_sampler, tokenize_dataset
 from .distributed import host_group, world_size
 from .held_out import HeldOutMixin
@@ -220,20 +221,51 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.batch_sampler != "no_duplicates":
             return super()._get_train_sampler(train_dataset)
-        self._sampler = no_duplicates_sampler(dataset, self.args, self.args.train_batch_size * world_size())
+        self._sampler = no_duplicates_sampler(dataset, self.args, self._loaded_batch_size * world_size())
         return self._sampler
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return `Trainer`'s loader, which also passes each epoch to a `no_duplicates` sampler."""
+        """Return `Trainer`'s loader, of NSP batches, which also passes each epoch to a `no_duplicates` sampler."""
+        micro_batch_size = self._train_batch_size
+        self._train_batch_size = self._loaded_batch_size
         loader = super().get_train_dataloader()
+        self._train_batch_size = micro_batch_size
         if self.args.batch_sampler == "no_duplicates":
             # otherwise the sampler would not get the epoch when a resumed run skips batches
             cast(DataLoaderShard, loader).set_sampler(self._sampler)
         return loader
 
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Return the instances of an optimiser step, over all ranks."""
+        return super().get_total_train_batch_size(args) // self._train_batch_size * self._loaded_batch_size
+
+    @property
+    def _loaded_batch_size(self) -> int:
+        """Instances that a rank loads at a time. `_train_batch_size`, with `nsp_batch_size`, is the micro-batch's."""
+        return self._train_batch_size if self.args.nsp_batch_size is None else self.args.train_batch_size
+
+    def _update_auto_batch_size(self, batch_size: int) -> None:
+        """
+        Begin an attempt of `auto_find_batch_size`, the first or one after too little memory.
+
+        With `nsp_batch_size`, the micro-batch shrinks; the NSP batch, and so the loss, stay.
+        """
+        if self.args.nsp_batch_size is not None:
+            if not isinstance(self.data_collator, CoSupDataCollator):
+                raise ValueError(
+                    "auto_find_batch_size with nsp_batch_size changes the micro-batches of CoSupDataCollator;"
+                    f" data_collator is a {type(self.data_collator).__name__}."
+                )
+            batch_size = min(batch_size, self.args.per_device_train_batch_size)
+            self.data_collator.max_instances = batch_size
+        super()._update_auto_batch_size(batch_size)
+        self._running.restart()  # the figures of an attempt that failed do not count
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Run `Trainer.train`; `resume_from_checkpoint=True` resumes from the last checkpoint that is complete."""
         self._running = RunningFigures(self.loss_weights)
+        if self.args.nsp_batch_size is not None:
+            self._train_batch_size = self.args.per_device_train_batch_size  # where auto_find_batch_size begins
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(cast(str, self.args.output_dir))
         # an earlier evaluation has prepared the model, but not for data parallelism

@@ -40,7 +40,7 @@ def freeze_unreached(model: CoSupForCausalLM, args: CoSupTrainingArguments) -> N
     if args.process_index == 0:
         count = sum(trainable[name].numel() for name in unreached)
         modules = ", ".join(_modules(unreached, trainable.keys() - set(unreached)))
-        logger.warning(f"{count:,} parameters are frozen, because text never reaches them: {modules}.")
+        logger.warning_once(f"{count:,} parameters are frozen, because text never reaches them: {modules}.")
 
 
 def _outputs_of_a_text(model: CoSupForCausalLM, args: CoSupTrainingArguments) -> list[torch.Tensor]:
@@ -116,7 +116,7 @@ def _leaves(outputs: Iterable[torch.Tensor]) -> set[torch.Tensor]:
 
 
 def _idle_experts(model: nn.Module, unreached: list[str]) -> tuple[str, ...]:
-    """Return the prefixes of unreached modules that another text may need: their list has a reached one of the kind."""
+    """Return the prefixes of unreached modules that another text may need: their list has one like them in use."""
     prefixes = []
     for list_name, modules in model.named_modules():
         if not isinstance(modules, nn.ModuleList):

@@ -14,6 +14,7 @@ from accelerate import Accelerator, DistributedType
 from support.models import PASSAGES, make_model
 from support.training import NAMES, arguments, world
 from trainer import CoSupTrainer, CoSupTrainingArguments
+from trainer.card import training_record
 from trainer.watch import explained_memory_errors, last_complete_checkpoint
 
 
@@ -221,6 +222,65 @@ def test_out_of_memory_names_the_arguments_that_help(tmp_path):
     assert "gradient_checkpointing" in done.stderr
 
 
+def out_of_memory_above(model, num_instances):
+    """Let Gen run out of memory, as a GPU would, with more instances than this in one call; return their numbers."""
+    counts = []
+
+    def check(part, args, kwargs):
+        if not torch.is_grad_enabled():
+            return
+        counts.append(len(kwargs["input_ids"]))
+        if counts[-1] > num_instances:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    model.gen.model.register_forward_pre_hook(check, with_kwargs=True)
+    return counts
+
+
+def test_finding_a_batch_size_keeps_the_nsp_batch(tmp_path):
+    """The micro-batch shrinks from 4 to 3 to 2 instances; loss and negatives are those of the whole NSP batch."""
+    options = {"nsp_batch_size": 8, "max_steps": 2, "train_sampling_strategy": "sequential", "seed": 3}
+    model = make_model()
+    args = arguments(tmp_path, per_device_train_batch_size=8, **options)
+    whole = CoSupTrainer(copy.deepcopy(model), args, train_dataset=world(NAMES[:16]))
+    whole.train()
+    counts = out_of_memory_above(model, 2)
+    options |= {"auto_find_batch_size": True, "save_strategy": "steps", "save_steps": 1}
+    args = arguments(tmp_path, per_device_train_batch_size=4, **options)
+    trainer = CoSupTrainer(model, args, train_dataset=world(NAMES[:16]))
+    trainer.train()
+    assert list(dict.fromkeys(counts)) == [1, 4, 3, 2]  # 1 when the trainer was made
+    for found, expected in zip(trainer.state.log_history[:2], whole.state.log_history[:2], strict=True):
+        for name in ("loss", "ntp_loss", "nsp_loss", "nsp_accuracy", "num_negatives"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-4), name
+    assert trainer.state.max_steps == 2
+    assert trainer.state.epoch == 1.0
+    counts.clear()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert max(counts) == 2  # a resumed run begins with what was found
+
+
+def test_finding_no_batch_size_names_what_helps(tmp_path):
+    args = arguments(tmp_path, nsp_batch_size=8, per_device_train_batch_size=2, auto_find_batch_size=True, max_steps=1)
+    trainer = CoSupTrainer(make_model(), args, train_dataset=world(NAMES[:8]))
+    out_of_memory_above(trainer.model, 0)
+    with pytest.raises(torch.OutOfMemoryError, match="No executable batch size found.*\n.*gradient_checkpointing"):
+        trainer.train()
+
+
+def test_a_smaller_batch_that_was_found_is_sampled_and_shown(tmp_path):
+    """Without `nsp_batch_size` the batch itself shrinks, and its sampler and card follow."""
+    model = make_model()
+    out_of_memory_above(model, 6)
+    args = arguments(tmp_path, auto_find_batch_size=True, batch_sampler="no_duplicates", max_steps=1)
+    trainer = CoSupTrainer(model, args, train_dataset=world(NAMES[:16]))
+    trainer.data_collator.call_overhead = None
+    trainer.train()
+    assert trainer._sampler.batch_size == 6
+    record = training_record(args, model, trainer.train_dataset, trainer.state)
+    assert record["arguments"]["NSP batch"] == "6 instances"
+
+
 def test_memory_advice_follows_the_arguments_and_other_errors_pass(tmp_path):
     cached = {"nsp_batch_size": 8}
     cached_and_cut = {"nsp_batch_size": 8, "max_tokens_per_micro_batch": 99, "gradient_checkpointing": True}
@@ -281,6 +341,10 @@ def test_the_last_complete_checkpoint(tmp_path, cut):
         ({"batch_sampler": "none"}, "batch_sampler is 'none'"),
         ({"nsp_batch_size": 0}, "must be a positive multiple of the number of ranks, 1"),
         ({"max_tokens_per_micro_batch": 100}, "give nsp_batch_size too"),
+        (
+            {"max_tokens_per_micro_batch": 100, "nsp_batch_size": 8, "auto_find_batch_size": True},
+            "auto_find_batch_size lowers per_device_train_batch_size, which max_tokens_per_micro_batch replaces",
+        ),
     ],
 )
 def test_arguments_that_mean_nothing(tmp_path, options, message):

@@ -15,7 +15,7 @@ GLOBAL = [f"emb_seq.encoder.layer.*.attention.self.{name}_global" for name in ("
 @pytest.fixture
 def warnings(monkeypatch):
     messages = []
-    monkeypatch.setattr(unreached.logger, "warning", messages.append)
+    monkeypatch.setattr(unreached.logger, "warning_once", messages.append)
     return messages
 
 
