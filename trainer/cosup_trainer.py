@@ -51,18 +51,19 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
     A Trainer for [`CoSupForCausalLM`]: next token and next sequence prediction in the same step.
 
     NTP is summed over tokens and divided by the global count of trained tokens. NSP is summed over queries and divided
-    by the global count of queries. Both counts are over all ranks and accumulated batches. The negatives of a query
-    are all other passages of its batch, on all ranks. A batch is cut into micro-batches: by length, to save padding,
-    or, with `nsp_batch_size`, to save memory. The cut does not change the losses. Trained weights are kept in float32
-    (adapters as PEFT keeps them); `bf16=True` computes in bfloat16.
+    by the global count of queries that have a negative. Both counts are over all ranks and accumulated batches. The
+    negatives of a query are all other passages of its batch, on all ranks. A batch is cut into micro-batches: by
+    length, to save padding, or, with `nsp_batch_size`, to save memory. The cut does not change the losses. Trained
+    weights are kept in float32 (adapters as PEFT keeps them); `bf16=True` computes in bfloat16. Parts that text never
+    reaches, such as a vision tower, are frozen.
 
     Next to `loss`, the log has each loss by name (`ntp_loss`, `nsp_loss`: see `losses.py`), `nsp_accuracy` (in-batch
     retrieval accuracy), `num_negatives` (mean per query), `tokens_per_second` (tokens of Gen and Emb_seq, without
-    padding) and `padding` (its share of all tokens).
+    padding) and `padding` (its share of all tokens). A figure for which nothing was measured is left out.
 
     `evaluate()` returns `eval_loss`, each loss by name (`eval_ntp_loss`, `eval_nsp_loss`), `eval_query_recall@1` and
     `eval_query_recall@5`. The NSP loss and recall are over all distinct passages of the evaluation set, not those of a
-    batch.
+    batch. `bf16_full_eval` and `fp16_full_eval` leave the weights as they were.
 
     Args:
         model (`CoSupForCausalLM` or `str`): a model or the name or path of one.

@@ -29,7 +29,7 @@ class CoSupTrainingArguments(TrainingArguments):
         lr_scheduler_type (`str`), warmup_steps (`int` or `float`): as in `TrainingArguments`, but the default is a
             warm-up of a tenth of all steps, then a cosine schedule; `recipes/benchmarks` says why.
         max_length (`int`): tokens of an instance, passages included. A longer instance is dropped, counted and
-            reported, never cut.
+            reported, never cut. One that is longer than Gen can read must be dropped: otherwise it is an error.
         train_on_passages (`bool`): also train the tokens of retrieved passages (an ablation of the paper; its main
             result masks them).
         supervision (`str`):

@@ -140,7 +140,7 @@ def _modules(names: Iterable[str], other_names: Iterable[str]) -> list[str]:
     for name in other_names:
         parts = name.split(".")
         shared |= {".".join(parts[:length]) for length in range(1, len(parts) + 1)}
-    modules = {}  # in order, each once
+    modules: dict[str, None] = {}  # in order, each once
     for name in names:
         parts = name.split(".")
         length = 1
