@@ -183,7 +183,7 @@ def _training(training: TrainingRecord | None) -> dict[str, Any] | None:
     rows = []
     for i in range(num_rows):
         entry = log[round(i * (len(log) - 1) / max(1, num_rows - 1))]
-        losses = [f"{entry[name]:.4g}" if name in entry else "" for name in names]
+        losses = [f"{entry[name]:.4g}" if name in entry else "—" for name in names]
         rows.append([entry.get("step", ""), *losses])
     return {
         "instances": instances,

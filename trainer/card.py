@@ -98,7 +98,11 @@ def _arguments(
     steps = f"{state.global_step:,}"
     if state.epoch is not None:
         steps += f" ({state.epoch:.2f} epochs)"
-    batch = args.train_batch_size * args.world_size
+    if args.nsp_batch_size is not None:
+        batch = args.nsp_batch_size
+    else:  # auto_find_batch_size may have lowered it
+        batch = (state.train_batch_size or args.train_batch_size) * args.world_size
+    num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     negatives = [entry["num_negatives"] for entry in state.log_history if "num_negatives" in entry]
     if args.bf16:
         precision = "bfloat16 autocast"
@@ -121,6 +125,7 @@ def _arguments(
         "negatives per query": f"{sum(negatives) / len(negatives):,.1f} (mean)" if negatives else None,
         "negatives from": GATHER_LABELS[args.gather],
         "longest instance": f"{args.max_length:,} tokens",
+        "trained parameters": f"{num_trained:,}",
         "adapters": _adapters(model),
         "precision": precision,
         "seed": str(args.seed),
@@ -157,14 +162,16 @@ def draw_losses(log: list[dict[str, Any]], path: Path) -> bool:
     names: dict[str, None] = {}
     for entry in log:
         names.update(dict.fromkeys(name for name in entry if name.endswith("_loss")))
+    has_accuracy = any("nsp_accuracy" in entry for entry in log)  # not without queries that have negatives
     plot = Figure(figsize=(9, 3.2), layout="constrained")
-    losses, accuracy = plot.subplots(1, 2)
+    axes = plot.subplots(1, 1 + has_accuracy, squeeze=False)[0]
     for name in names:
         label = figure(name).label if name in FIGURES else name
-        losses.plot(steps, [entry.get(name, float("nan")) for entry in log], label=label)
-    shares = [100 * entry.get("nsp_accuracy", float("nan")) for entry in log]
-    accuracy.plot(steps, shares, color="C2", label=f"{figure('nsp_accuracy').label} in the batch (%)")
-    for axis in (losses, accuracy):
+        axes[0].plot(steps, [entry.get(name, float("nan")) for entry in log], label=label)
+    if has_accuracy:
+        shares = [100 * entry.get("nsp_accuracy", float("nan")) for entry in log]
+        axes[1].plot(steps, shares, color="C2", label=f"{figure('nsp_accuracy').label} in the batch (%)")
+    for axis in axes:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
@@ -212,13 +219,14 @@ def result_group(
 
 
 def held_out_group(metrics_of_set: dict[str, float]) -> list[ResultGroup]:
-    """Return the recall that `CoSupTrainer.evaluate()` measured, as one [`result_group`]; none without queries."""
+    """Return the recall that `CoSupTrainer.evaluate()` measured, as one [`result_group`]; none if it measured none."""
     n = int(metrics_of_set.get("eval_num_queries", 0))
     if not n:
         return []
     figures = {}
     for name in ("query_recall@1", "query_recall@5"):
-        figures[name] = Rate(round(metrics_of_set[f"eval_{name}"] * n), n).to_dict()
+        if f"eval_{name}" in metrics_of_set:
+            figures[name] = Rate(round(metrics_of_set[f"eval_{name}"] * n), n).to_dict()
     return [result_group(figures, "held-out instances", int(metrics_of_set["eval_num_passages"]))]
 
 

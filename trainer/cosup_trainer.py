@@ -1,7 +1,6 @@
 """CoSupTrainer, which minimises L = L_NTP + λ·L_NSP over the global batch; its step is in `training_step`."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,12 +13,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Sampler
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, TrainOutput
 
 from modeling_cosup import CoSupConfig, CoSupForCausalLM
 
+from .batching import CoSupDataCollator
 from .dataset_setup import COLUMNS, OPTIONAL_COLUMNS, AnyDataset, no_duplicates_sampler, tokenize_dataset
 from .distributed import host_group, world_size
 from .held_out import HeldOutMixin
@@ -35,8 +35,10 @@ from .model_setup import (
     without_peft,
     wrap_in_peft,
 )
+from .positions import check_positions
 from .training_args import CoSupTrainingArguments
 from .training_step import TrainingStepMixin
+from .unreached import freeze_unreached
 from .watch import FiniteLosses, explained_memory_errors, last_complete_checkpoint
 
 if TYPE_CHECKING:
@@ -49,18 +51,19 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
     A Trainer for [`CoSupForCausalLM`]: next token and next sequence prediction in the same step.
 
     NTP is summed over tokens and divided by the global count of trained tokens. NSP is summed over queries and divided
-    by the global count of queries. Both counts are over all ranks and accumulated batches. The negatives of a query
-    are all other passages of its batch, on all ranks. A batch is cut into micro-batches: by length, to save padding,
-    or, with `nsp_batch_size`, to save memory. The cut does not change the losses. Trained weights are kept in float32
-    (adapters as PEFT keeps them); `bf16=True` computes in bfloat16.
+    by the global count of queries that have a negative. Both counts are over all ranks and accumulated batches. The
+    negatives of a query are all other passages of its batch, on all ranks. A batch is cut into micro-batches: by
+    length, to save padding, or, with `nsp_batch_size`, to save memory. The cut does not change the losses. Trained
+    weights are kept in float32 (adapters as PEFT keeps them); `bf16=True` computes in bfloat16. Parts that text never
+    reaches, such as a vision tower, are frozen.
 
     Next to `loss`, the log has each loss by name (`ntp_loss`, `nsp_loss`: see `losses.py`), `nsp_accuracy` (in-batch
     retrieval accuracy), `num_negatives` (mean per query), `tokens_per_second` (tokens of Gen and Emb_seq, without
-    padding) and `padding` (its share of all tokens).
+    padding) and `padding` (its share of all tokens). A figure for which nothing was measured is left out.
 
     `evaluate()` returns `eval_loss`, each loss by name (`eval_ntp_loss`, `eval_nsp_loss`), `eval_query_recall@1` and
     `eval_query_recall@5`. The NSP loss and recall are over all distinct passages of the evaluation set, not those of a
-    batch.
+    batch. `bf16_full_eval` and `fp16_full_eval` leave the weights as they were.
 
     Args:
         model (`CoSupForCausalLM` or `str`): a model or the name or path of one.
@@ -126,6 +129,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
         if peft_config is not None:
             trained_model = wrap_in_peft(model, peft_config)
         freeze(base, args)
+        freeze_unreached(base, args)
         if trained_model is base:
             keep_master_weights(base, args)
         speed_up(base, args)
@@ -133,7 +137,11 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
 
         if data_collator is None:
             data_collator = default_collator(base, args, self.tokenizers)
-        prepare = functools.partial(tokenize_dataset, tokenizers=self.tokenizers, config=self.cosup_config, args=args)
+
+        def prepare(dataset: AnyDataset | None, name: str) -> Any:
+            tokenized = tokenize_dataset(dataset, self.tokenizers, self.cosup_config, args, name)
+            return check_positions(tokenized, self.cosup_config, args, name)
+
         prepared_eval_dataset: Any
         if isinstance(eval_dataset, dict):
             prepared_eval_dataset = {}
@@ -161,15 +169,25 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
         self._running = RunningFigures(self.loss_weights)
         self._evaluated_batches = []
         self._step_instance_ids = []
+        self._warned_of_lone_queries = self._warned_of_lone_held_out_queries = False
         self._num_parameters: tuple[int, int] | None = None  # of Gen and Emb_seq
 
     def _check_sharding(self) -> None:
         """
-        Refuse `nsp_batch_size` and `clip_gen_only` under DeepSpeed and FSDP1.
+        Refuse what sharded models cannot do.
 
-        DeepSpeed takes one backward pass per step and clips by itself. FSDP1 computes the norms of shards.
+        `nsp_batch_size` and `clip_gen_only` need DDP or FSDP2: DeepSpeed takes one backward pass per step and clips by
+        itself, and FSDP1 computes the norms of shards. `bf16_full_eval` and `fp16_full_eval` need whole weights, which
+        are kept while they are converted.
         """
         distributed_type = self.accelerator.distributed_type
+        if distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+            for name in ("bf16_full_eval", "fp16_full_eval"):
+                if getattr(self.args, name):
+                    raise ValueError(
+                        f"{name} would change the weights of a sharded model, under {distributed_type.value}: leave it"
+                        " out. An evaluation computes in bfloat16 if bf16=True."
+                    )
         is_fsdp1 = distributed_type == DistributedType.FSDP and self._fsdp2_plugin() is None
         if distributed_type != DistributedType.DEEPSPEED and not is_fsdp1:
             return
@@ -204,20 +222,51 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.batch_sampler != "no_duplicates":
             return super()._get_train_sampler(train_dataset)
-        self._sampler = no_duplicates_sampler(dataset, self.args, self.args.train_batch_size * world_size())
+        self._sampler = no_duplicates_sampler(dataset, self.args, self._loaded_batch_size * world_size())
         return self._sampler
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return `Trainer`'s loader, which also passes each epoch to a `no_duplicates` sampler."""
+        """Return `Trainer`'s loader, of NSP batches, which also passes each epoch to a `no_duplicates` sampler."""
+        micro_batch_size = self._train_batch_size
+        self._train_batch_size = self._loaded_batch_size
         loader = super().get_train_dataloader()
+        self._train_batch_size = micro_batch_size
         if self.args.batch_sampler == "no_duplicates":
             # otherwise the sampler would not get the epoch when a resumed run skips batches
             cast(DataLoaderShard, loader).set_sampler(self._sampler)
         return loader
 
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Return the instances of an optimiser step, over all ranks."""
+        return super().get_total_train_batch_size(args) // self._train_batch_size * self._loaded_batch_size
+
+    @property
+    def _loaded_batch_size(self) -> int:
+        """Instances that a rank loads at a time. `_train_batch_size`, with `nsp_batch_size`, is the micro-batch's."""
+        return self._train_batch_size if self.args.nsp_batch_size is None else self.args.train_batch_size
+
+    def _update_auto_batch_size(self, batch_size: int) -> None:
+        """
+        Begin an attempt of `auto_find_batch_size`, the first or one after too little memory.
+
+        With `nsp_batch_size`, the micro-batch shrinks; the NSP batch, and so the loss, stay.
+        """
+        if self.args.nsp_batch_size is not None:
+            if not isinstance(self.data_collator, CoSupDataCollator):
+                raise ValueError(
+                    "auto_find_batch_size with nsp_batch_size changes the micro-batches of CoSupDataCollator;"
+                    f" data_collator is a {type(self.data_collator).__name__}."
+                )
+            batch_size = min(batch_size, self.args.per_device_train_batch_size)
+            self.data_collator.max_instances = batch_size
+        super()._update_auto_batch_size(batch_size)
+        self._running.restart()  # the figures of an attempt that failed do not count
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Run `Trainer.train`; `resume_from_checkpoint=True` resumes from the last checkpoint that is complete."""
-        self._running.restart()
+        self._running = RunningFigures(self.loss_weights)
+        if self.args.nsp_batch_size is not None:
+            self._train_batch_size = self.args.per_device_train_batch_size  # where auto_find_batch_size begins
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(cast(str, self.args.output_dir))
         # an earlier evaluation has prepared the model, but not for data parallelism
@@ -225,6 +274,8 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
         with explained_memory_errors(self.args):
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._finite.check()
+        if not self._running.has_losses:
+            output = output._replace(training_loss=float("nan"))
         return output
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -243,11 +294,20 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
     # ------------------------------------------------------------------ the log
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add each loss by name, and the other running figures, to what `Trainer` logs."""
+        """
+        Add each loss by name, and the other running figures, to what `Trainer` logs.
+
+        A sum of no losses is not 0: `loss` and `train_loss` are left out if nothing was measured.
+        """
         if "loss" in logs and self._running.steps:
             self._finite.check()
-            logs |= self._running.averages(self.args.device, self._sum_over_ranks)
+            figures = self._running.averages(self.args.device, self._sum_over_ranks)
+            if figures.keys().isdisjoint(self.loss_weights):
+                del logs["loss"]
+            logs |= figures
             self._running.restart()
+        if not self._running.has_losses:
+            logs.pop("train_loss", None)
         super().log(logs, start_time)
 
     def _sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:

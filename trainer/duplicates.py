@@ -1,5 +1,6 @@
 """Find passages of a global batch that are the same or right for a query; sample batches without duplicates."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ class GlobalBatch:
         repeated (`numpy.ndarray` of shape `(M,)`): whether an earlier row holds an identical passage.
         further_positives (`numpy.ndarray` of shape `(2, P)`): pairs of a query of this rank and the row of another
             passage that is right for it.
+        has_negatives (`numpy.ndarray` of shape `(N,)`): whether a query of this rank has a negative: a passage of the
+            batch that is not right for it.
+        num_compared (`int`): queries of all ranks that have a negative. The others teach nothing and cannot be wrong,
+            so no figure counts them.
     """
 
     facts: list[BatchFacts]
@@ -29,6 +34,8 @@ class GlobalBatch:
     passage_groups: np.ndarray
     repeated: np.ndarray
     further_positives: np.ndarray
+    has_negatives: np.ndarray
+    num_compared: int
 
     @property
     def passage_counts(self) -> list[int]:
@@ -74,17 +81,31 @@ def global_batch(facts: list[BatchFacts], rank: int, mask_duplicates: bool = Tru
             for query_key, label in zip(rank_facts.query_keys, rank_facts.passage_labels, strict=True):
                 positives_of_query[query_key].add(int(groups[first_row + label]))
 
+    right_groups = []  # by rank: for each query, the groups of passages that are right for it
+    for rank_facts, first_row in zip(facts, first_rows[:-1], strict=True):
+        groups_of_queries = []
+        for query, label in enumerate(rank_facts.passage_labels):
+            query_groups = {int(groups[first_row + label])} | positives_of_query[rank_facts.query_keys[query]]
+            for key in rank_facts.positive_keys[query]:
+                query_groups |= groups_of_key[key]
+            groups_of_queries.append(query_groups)
+        right_groups.append(groups_of_queries)
+
     pairs = []
-    local_facts = facts[rank]
-    for query, label in enumerate(local_facts.passage_labels):
-        right_groups = set(positives_of_query[local_facts.query_keys[query]])
-        for key in local_facts.positive_keys[query]:
-            right_groups |= groups_of_key[key]
-        right_groups.discard(int(groups[first_rows[rank] + label]))
-        for group in sorted(right_groups):
+    for query, label in enumerate(facts[rank].passage_labels):
+        for group in sorted(right_groups[rank][query] - {int(groups[first_rows[rank] + label])}):
             pairs += [(query, row) for row in rows_of_group[group]]
-    further_positives = np.array(pairs, dtype=np.int64).reshape(-1, 2).T  # (2, P)
-    return GlobalBatch(facts, rank, groups, repeated, further_positives)
+    num_groups = len(rows_of_group)
+    num_compared = sum(len(query_groups) < num_groups for query_groups in itertools.chain(*right_groups))
+    return GlobalBatch(
+        facts,
+        rank,
+        passage_groups=groups,
+        repeated=repeated,
+        further_positives=np.array(pairs, dtype=np.int64).reshape(-1, 2).T,  # (2, P)
+        has_negatives=np.array([len(query_groups) < num_groups for query_groups in right_groups[rank]], dtype=bool),
+        num_compared=num_compared,
+    )
 
 
 def _groups(keys: Sequence[Sequence[int]]) -> np.ndarray:

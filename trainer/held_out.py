@@ -1,8 +1,9 @@
 """Evaluate while training: token losses, and each query against all distinct passages of the set."""
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from transformers.utils import logging
 
 from .batching import BatchFacts, CoSupDataCollator
 from .dataset_setup import tokenize_dataset
@@ -21,8 +23,11 @@ from .distributed import world_size
 from .duplicates import global_batch
 from .grad_cache import concatenated
 from .losses import EmbeddingBatch, embedding_losses, total_loss
+from .positions import check_positions
 from .training_step import TrainingStepMixin
 from .watch import explained_memory_errors
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -49,6 +54,7 @@ class HeldOutMixin(TrainingStepMixin):
     tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]
     eval_dataset: Any
     _evaluated_batches: list[EvaluatedBatch]
+    _warned_of_lone_held_out_queries: bool
 
     def evaluate(
         self,
@@ -60,6 +66,7 @@ class HeldOutMixin(TrainingStepMixin):
         dataset: Any = eval_dataset
         if dataset is not None and not isinstance(dataset, str | dict):
             dataset = tokenize_dataset(dataset, self.tokenizers, self.cosup_config, self.args, "evaluation set")
+            dataset = check_positions(dataset, self.cosup_config, self.args, "evaluation set")
         return super().evaluate(dataset, ignore_keys, metric_key_prefix)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -120,10 +127,15 @@ class HeldOutMixin(TrainingStepMixin):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Run `Trainer`'s loop, then compute losses and recall over the whole set, not batch by batch."""
+        """
+        Run `Trainer`'s loop, then compute losses and recall over the whole set, not batch by batch.
+
+        With `bf16_full_eval` or `fp16_full_eval`, `Trainer` converts the weights; afterwards they are what they were.
+        """
         self._evaluated_batches = []
         start = time.time()
-        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        with self._kept_weights():
+            output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         batches = gather_object(self._evaluated_batches)
         self._evaluated_batches = []
         self._running.leave_out(time.time() - start)
@@ -132,6 +144,25 @@ class HeldOutMixin(TrainingStepMixin):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
+    @contextlib.contextmanager
+    def _kept_weights(self) -> Iterator[None]:
+        """Keep the weights that `Trainer` converts for an evaluation, and put them back at the end, bit by bit."""
+        if not self.args.bf16_full_eval and not self.args.fp16_full_eval:
+            yield
+            return
+        parameters = [(parameter, parameter.data) for parameter in self.model.parameters()]
+        buffers = []
+        for module in self.model.modules():
+            buffers += [(module, name, buffer) for name, buffer in module.named_buffers(recurse=False)]
+        try:
+            yield
+        finally:
+            for parameter, data in parameters:
+                parameter.data = data
+            for module, name, buffer in buffers:
+                setattr(module, name, buffer)
+            self._move_model_to_device(self.model, self.args.device)
+
     def _metrics(self, batches: Sequence[EvaluatedBatch]) -> dict[str, Any]:
         """Return losses, recall and the caller's `compute_metrics` over all batches of a set."""
         facts = [batch.facts for batch in batches]
@@ -139,18 +170,32 @@ class HeldOutMixin(TrainingStepMixin):
         passage_embeds = np.concatenate([batch.passage_embeds for batch in batches])
         losses_of = functools.partial(embedding_losses, config=self.cosup_config, args=self.args)
         retrieval, rows, labels = retrieval_metrics(query_embeds, passage_embeds, facts, losses_of)
-        metrics: dict[str, Any] = dict.fromkeys(self.loss_weights, 0.0)  # a loss that is not trained stays 0
+        self._warn_of_lone_held_out_queries(len(labels), retrieval)
+        metrics: dict[str, Any] = {}
+        num_labels = sum(batch_facts.num_labels for batch_facts in facts)
+        if num_labels:
+            for batch in batches:
+                for name, loss in batch.token_losses.items():
+                    metrics[name] = metrics.get(name, 0.0) + loss / num_labels
         metrics |= retrieval
-        num_labels = max(1, sum(batch_facts.num_labels for batch_facts in facts))
-        for batch in batches:
-            for name, loss in batch.token_losses.items():
-                metrics[name] += loss / num_labels
-        losses: dict[str, float] = {name: metrics[name] for name in self.loss_weights}
-        metrics["loss"] = total_loss(losses, self.loss_weights)
+        losses: dict[str, float] = {name: metrics[name] for name in self.loss_weights if name in metrics}
+        if losses:  # a sum of no losses is not 0
+            metrics["loss"] = total_loss(losses, self.loss_weights)
         if self.compute_metrics is not None:
             predictions: Any = (query_embeds, passage_embeds[rows])
             metrics.update(self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels)))
         return metrics
+
+    def _warn_of_lone_held_out_queries(self, num_queries: int, retrieval: dict[str, float]) -> None:
+        """Warn, once, of an evaluation set in which queries have no negative."""
+        num_lone = num_queries - int(retrieval["num_queries"])
+        if not num_lone or self._warned_of_lone_held_out_queries or not self.is_world_process_zero():
+            return
+        self._warned_of_lone_held_out_queries = True
+        logger.warning(
+            f"{num_lone} of {num_queries} queries of the evaluation set have no negative: all of its"
+            f" {int(retrieval['num_passages'])} distinct passages are right for them. Its figures leave them out."
+        )
 
 
 def _as_array(pieces: Sequence[torch.Tensor | None], width: int) -> np.ndarray:
@@ -172,7 +217,8 @@ def retrieval_metrics(
     """
     Return embedding losses and recall of queries over all distinct passages of a set.
 
-    Another passage that is right for a query is neither a negative nor a miss. A tie is a miss.
+    Another passage that is right for a query is neither a negative nor a miss. A tie is a miss. A query without a
+    negative cannot miss, so no figure counts it; nor is there a `query_recall@k` for as many places as passages.
 
     Args:
         query_embeds (`numpy.ndarray` of shape `(N, h)`), passage_embeds (`numpy.ndarray` of shape `(M, h)`): of all
@@ -183,9 +229,9 @@ def retrieval_metrics(
         chunk_size (`int`, *optional*, defaults to 1024): queries that are scored in one call.
 
     Returns:
-        `(dict, numpy.ndarray, numpy.ndarray)`: the mean of each loss, `num_passages`, `num_queries` and, if there are
-        queries, `query_recall@k`; the rows of the D distinct passages, `(D,)`; for each query, the number of its
-        passage among these, `(N,)`.
+        `(dict, numpy.ndarray, numpy.ndarray)`: `num_passages`, `num_queries` (those that have a negative) and, if
+        there are such queries, the mean of each loss and `query_recall@k`; the rows of the D distinct passages,
+        `(D,)`; for each query, the number of its passage among these, `(N,)`.
     """
     merged = _merge(facts)
     batch = global_batch([merged], 0)
@@ -210,11 +256,14 @@ def retrieval_metrics(
             losses.setdefault(name, []).append(loss)
         ranks.append(_ranks(scores, positives))
 
-    metrics = {name: float(torch.cat(chunks).mean()) if len(labels) else 0.0 for name, chunks in losses.items()}
-    metrics |= {"num_passages": len(rows), "num_queries": len(labels)}
-    if len(labels):
+    compared = torch.from_numpy(batch.has_negatives)  # (N,)
+    metrics: dict[str, float] = {"num_passages": len(rows), "num_queries": int(compared.sum())}
+    if compared.any():
+        for name, chunks in losses.items():
+            metrics[name] = float(torch.cat(chunks)[compared].mean())
         for k in ks:
-            metrics[f"query_recall@{k}"] = float((torch.cat(ranks) < k).double().mean())
+            if k < len(rows):
+                metrics[f"query_recall@{k}"] = float((torch.cat(ranks)[compared] < k).double().mean())
     return metrics, rows, labels
 
 

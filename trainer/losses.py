@@ -181,19 +181,28 @@ class RunningFigures:
 
     The sums stay on the device until [`~RunningFigures.averages`] is called.
 
+    A figure for which nothing was there to be measured (no label, no query, no negative) is left out, never 0.
+
     Args:
         loss_names (`Iterable[str]`): names of the losses that are trained.
+
+    Attributes:
+        steps (`int`): optimiser steps since the last log.
+        has_losses (`bool`): whether any loss was measured, since the last log or before.
     """
 
     def __init__(self, loss_names: Iterable[str]) -> None:
         self._loss_names = list(loss_names)
+        self.has_losses = False
         self.restart()
 
     def restart(self) -> None:
         """Set all sums to zero and restart the clock."""
         self.steps = 0
         self._losses: dict[str, torch.Tensor | float] = dict.fromkeys(self._loss_names, 0.0)
+        self._steps_of_loss: dict[str, set[int]] = {name: set() for name in self._loss_names}
         self._queries = 0
+        self._compared: torch.Tensor | float = 0.0  # queries that have a negative
         self._tokens = 0
         self._padded_tokens = 0
         self._correct: torch.Tensor | float = 0.0
@@ -210,9 +219,15 @@ class RunningFigures:
         self._padded_tokens += facts.num_padded_tokens
 
     def add_losses(self, losses: dict[str, torch.Tensor]) -> None:
-        """Add this rank's share of the losses of a batch or a micro-batch, by name."""
+        """
+        Add this rank's share of the losses of a batch or a micro-batch, by name.
+
+        All ranks must add the same losses in a step: those that any rank can measure.
+        """
         for name, loss in losses.items():
             self._losses[name] += loss.detach().float()
+            self._steps_of_loss[name].add(self.steps)
+            self.has_losses = True
 
     def add_scores(self, scores: torch.Tensor, labels: torch.Tensor) -> None:
         """
@@ -229,8 +244,11 @@ class RunningFigures:
         scores = scores.detach()
         positives = scores.gather(1, labels[:, None])  # (N, 1)
         negatives = scores.scatter(1, labels[:, None], float("-inf"))  # (N, M)
-        self._correct += (positives[:, 0] > negatives.amax(1)).sum()  # a tie is a miss
-        self._negatives += (negatives > float("-inf")).sum()
+        are_negatives = negatives > float("-inf")  # (N, M)
+        compared = are_negatives.any(1)  # (N,); without a negative there is nothing to be right about
+        self._correct += (compared & (positives[:, 0] > negatives.amax(1))).sum()  # a tie is a miss
+        self._compared += compared.sum()
+        self._negatives += are_negatives.sum()
 
     def leave_out(self, seconds: float) -> None:
         """Do not count these seconds as training time."""
@@ -242,6 +260,9 @@ class RunningFigures:
         """
         Return the figures of all ranks since [`~RunningFigures.restart`], by name.
 
+        A loss is the mean over the steps in which it was measured. `nsp_accuracy` is over the queries that have a
+        negative, `num_negatives` over all queries.
+
         Args:
             device (`torch.device`): on which the sums of ranks are added.
             sum_over_ranks (`Callable`): takes and returns a tensor of shape `(K,)`.
@@ -251,15 +272,21 @@ class RunningFigures:
             "tokens": self._tokens,
             "padded_tokens": self._padded_tokens,
             "queries": self._queries,
+            "compared": self._compared,
             "correct": self._correct,
             "negatives": self._negatives,
         }
         local = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in sums.values()])
         totals = dict(zip(sums, sum_over_ranks(local).tolist(), strict=True))
-        figures = {name: totals[name] / max(1, self.steps) for name in self._losses}
-        num_queries = max(1, totals["queries"])
-        figures["nsp_accuracy"] = totals["correct"] / num_queries
-        figures["num_negatives"] = totals["negatives"] / num_queries
+        figures = {}
+        for name, steps in self._steps_of_loss.items():
+            if steps:
+                figures[name] = totals[name] / len(steps)
+        if totals["compared"]:
+            figures["nsp_accuracy"] = totals["correct"] / totals["compared"]
+        if totals["queries"]:
+            figures["num_negatives"] = totals["negatives"] / totals["queries"]
         figures["tokens_per_second"] = totals["tokens"] / max(1e-9, time.time() - self._began)
-        figures["padding"] = 1 - totals["tokens"] / max(1, totals["padded_tokens"])
+        if totals["padded_tokens"]:
+            figures["padding"] = 1 - totals["tokens"] / totals["padded_tokens"]
         return figures

@@ -29,7 +29,7 @@ class CoSupTrainingArguments(TrainingArguments):
         lr_scheduler_type (`str`), warmup_steps (`int` or `float`): as in `TrainingArguments`, but the default is a
             warm-up of a tenth of all steps, then a cosine schedule; `recipes/benchmarks` says why.
         max_length (`int`): tokens of an instance, passages included. A longer instance is dropped, counted and
-            reported, never cut.
+            reported, never cut. One that is longer than Gen can read must be dropped: otherwise it is an error.
         train_on_passages (`bool`): also train the tokens of retrieved passages (an ablation of the paper; its main
             result masks them).
         supervision (`str`):
@@ -43,6 +43,7 @@ class CoSupTrainingArguments(TrainingArguments):
             on GradCache: the NSP loss sees all of them in the memory of a micro-batch of
             `per_device_train_batch_size`, with the same gradients. One optimiser step is `gradient_accumulation_steps`
             such batches. Without it the NSP batch is `per_device_train_batch_size` times the number of ranks.
+            `auto_find_batch_size` lowers the micro-batch and leaves this.
         max_tokens_per_micro_batch (`int`, *optional*): with `nsp_batch_size`, cut micro-batches by tokens (padding and
             passages included) in place of instances.
         gather (`str`):
@@ -145,6 +146,11 @@ class CoSupTrainingArguments(TrainingArguments):
             )
         if self.max_tokens_per_micro_batch is not None and self.nsp_batch_size is None:
             raise ValueError("max_tokens_per_micro_batch cuts the NSP batch of GradCache: give nsp_batch_size too.")
+        if self.max_tokens_per_micro_batch is not None and self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size lowers per_device_train_batch_size, which max_tokens_per_micro_batch replaces:"
+                " leave one of them out."
+            )
 
     @property
     def train_batch_size(self) -> int:

@@ -22,12 +22,13 @@ from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from transformers import Trainer
 from transformers.modeling_outputs import ModelOutput
+from transformers.utils import logging
 
 from modeling_cosup import CoSupConfig, CoSupForCausalLM, CoSupOutput
 
 from .batching import BatchFacts, forward_arguments
 from .distributed import gather_objects
-from .duplicates import global_batch
+from .duplicates import GlobalBatch, global_batch
 from .grad_cache import OptionalTensors, RandomState, concatenated, first_pass, like_pieces, second_pass
 from .losses import (
     RunningFigures,
@@ -42,6 +43,8 @@ from .losses import (
 from .training_args import CoSupTrainingArguments
 from .watch import FiniteLosses
 
+logger = logging.get_logger(__name__)
+
 
 class TrainingStepMixin(Trainer):
     """The part of [`CoSupTrainer`] that takes a step. Batches are what [`CoSupDataCollator`] returns."""
@@ -54,6 +57,7 @@ class TrainingStepMixin(Trainer):
     _finite: FiniteLosses
     _running: RunningFigures
     _step_instance_ids: list[str]
+    _warned_of_lone_queries: bool
 
     # ------------------------------------------------------------------ what all ranks know of a step
 
@@ -74,6 +78,7 @@ class TrainingStepMixin(Trainer):
         if not batches:
             return batches, None
         num_items_in_batch = self._share_facts(batches)
+        self._warn_of_lone_queries(batches[0]["num_queries"], batches[0]["num_compared"])
         self._step_instance_ids = []
         for batch in batches:
             for instance_ids in batch["facts"].instance_ids:
@@ -85,27 +90,50 @@ class TrainingStepMixin(Trainer):
         """
         Exchange between ranks, from host to host, what the batches hold.
 
-        Adds to each batch `global`, the [`GlobalBatch`], and `num_queries`, the number of queries of all batches and
-        ranks. Afterwards all ranks have equally many micro-batches, each with an input for every part of the model.
+        Adds to each batch `global`, the [`GlobalBatch`], and three counts over all batches and ranks: `num_labels`,
+        `num_queries`, and `num_compared`, the queries that have a negative. Afterwards all ranks have equally many
+        micro-batches, each with an input for every part of the model.
 
         Returns:
             `int`: trained tokens of all batches and ranks, at least 1.
         """
         facts = gather_objects([batch["facts"] for batch in batches], self._host_group)  # by rank, then by batch
         all_facts = [batch_facts for rank_facts in facts for batch_facts in rank_facts]
-        num_queries = sum(len(batch_facts.passage_labels) for batch_facts in all_facts)
+        counts = {
+            "num_labels": sum(batch_facts.num_labels for batch_facts in all_facts),
+            "num_queries": sum(len(batch_facts.passage_labels) for batch_facts in all_facts),
+            "num_compared": 0,
+        }
         rank = self.args.process_index
         for i, batch in enumerate(batches):
             facts_of_ranks = [rank_facts[i] for rank_facts in facts]
             if self.args.gather == "local":
-                batch["global"] = global_batch([facts_of_ranks[rank]], 0, self.args.mask_duplicates)
+                batches_of_ranks = [global_batch([facts], 0, self.args.mask_duplicates) for facts in facts_of_ranks]
+                batch["global"] = batches_of_ranks[rank]
+                counts["num_compared"] += sum(batch_of_rank.num_compared for batch_of_rank in batches_of_ranks)
             else:
                 batch["global"] = global_batch(facts_of_ranks, rank, self.args.mask_duplicates)
-            batch["num_queries"] = num_queries
+                counts["num_compared"] += batch["global"].num_compared
             if len(facts_of_ranks) > 1:
                 count = max(len(batch_facts.instance_ids) for batch_facts in facts_of_ranks)
                 self._fill_up(batch, count)
-        return max(1, sum(batch_facts.num_labels for batch_facts in all_facts))
+        for batch in batches:
+            batch |= counts
+        return max(1, counts["num_labels"])
+
+    def _warn_of_lone_queries(self, num_queries: int, num_compared: int) -> None:
+        """Warn, once, of a step in which queries have no negative."""
+        if num_compared == num_queries or self._warned_of_lone_queries or not self.is_world_process_zero():
+            return
+        self._warned_of_lone_queries = True
+        remedies = "a larger per_device_train_batch_size, or nsp_batch_size (GradCache: the same memory)"
+        if self.args.gather == "local" and self.args.world_size > 1:
+            remedies += ", or gather='global'"
+        logger.warning(
+            f"Step {self.state.global_step + 1}: {num_queries - num_compared} of {num_queries} queries have no"
+            " negative, because their batch holds no passage that is wrong for them. Such queries teach nothing; here"
+            f" and later, nsp_loss and nsp_accuracy leave them out. What gives them negatives: {remedies}."
+        )
 
     def _fill_up(self, batch: dict[str, Any], count: int) -> None:
         """
@@ -166,7 +194,6 @@ class TrainingStepMixin(Trainer):
         loss = total_loss(losses, self.loss_weights)
         if self.model.training:
             self._running.add_batch(inputs["facts"])
-            self._running.add_losses(losses)
         scaled_loss = loss * self._loss_scale
         if not return_outputs:
             return scaled_loss
@@ -202,16 +229,21 @@ class TrainingStepMixin(Trainer):
         Raises:
             `FloatingPointError`: while training, if a loss is NaN or infinite.
         """
-        losses = self._token_losses(inputs["facts"], outputs, num_items_in_batch, first)
+        losses = self._token_losses(inputs, outputs, num_items_in_batch, first)
         if query_embeds is not None:
             assert passage_embeds is not None  # the last micro-batch has them, if only with 0 rows
             losses |= self._embedding_losses(inputs, query_embeds, passage_embeds)
         return losses
 
     def _token_losses(
-        self, facts: BatchFacts, outputs: Sequence[CoSupOutput], num_items_in_batch: torch.Tensor | int, first: int
+        self,
+        inputs: dict[str, Any],
+        outputs: Sequence[CoSupOutput],
+        num_items_in_batch: torch.Tensor | int,
+        first: int,
     ) -> dict[str, torch.Tensor]:
         """Return each token loss, summed over micro-batches and divided by the trained tokens of all ranks."""
+        facts: BatchFacts = inputs["facts"]
         micro_batch_losses = defaultdict(list)
         micro_batch_ids = defaultdict(list)
         for i, output in enumerate(outputs, first):
@@ -227,23 +259,37 @@ class TrainingStepMixin(Trainer):
             if self.model.training:
                 finite = stacked.detach().isfinite()
                 self._finite.add(self.state.global_step, name, finite, micro_batch_ids[name])
+        if self.model.training and inputs["num_labels"]:
+            self._running.add_losses(losses)
         return losses
 
     def _embedding_losses(
         self, inputs: dict[str, Any], query_embeds: torch.Tensor, passage_embeds: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """Return each embedding loss, summed over this rank's queries and divided by the queries of all ranks."""
+        """
+        Return each embedding loss, summed over this rank's queries and divided by the queries of all ranks.
+
+        Queries without a negative are left out of both.
+        """
         labels = inputs["passage_labels"]
-        batch = embedding_batch(query_embeds, passage_embeds, labels, inputs["global"], self.args.gather)
+        global_facts: GlobalBatch = inputs["global"]
+        batch = embedding_batch(query_embeds, passage_embeds, labels, global_facts, self.args.gather)
         query_losses, scores = embedding_losses(batch, self.cosup_config, self.args)
         losses = {}
         for name, values in query_losses.items():
-            losses[name] = values.sum() / max(1, inputs["num_queries"])  # 0 without queries, but with a graph
+            compared_values = values
+            if not global_facts.has_negatives.all():
+                has_negatives = torch.from_numpy(global_facts.has_negatives).to(values.device)
+                compared_values = values.where(has_negatives, 0.0)
+            # 0 without queries, but with a graph
+            losses[name] = compared_values.sum() / max(1, inputs["num_compared"])
             if self.model.training:
                 instance_ids = [[id] for id in inputs["facts"].query_instance_ids]
                 self._finite.add(self.state.global_step, name, finite_queries(values, batch), instance_ids)
         if self.model.training:
             self._running.add_scores(scores, batch.passage_labels)
+            if inputs["num_compared"]:
+                self._running.add_losses(losses)
         return losses
 
     def _forward(self, model: nn.Module, micro_batch: dict[str, Any]) -> CoSupOutput:
@@ -298,7 +344,6 @@ class TrainingStepMixin(Trainer):
         next(passes, None)  # restores the random state
 
         self._running.add_batch(inputs["facts"])
-        self._running.add_losses(losses)
         return total_loss(losses, self.loss_weights) * self._loss_scale
 
     def _embedding_gradients(

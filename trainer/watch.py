@@ -103,7 +103,9 @@ def explained_memory_errors(args: "CoSupTrainingArguments") -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
+        is_memory_error = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        # of a CPU's allocator, and of auto_find_batch_size
+        if not is_memory_error and not any(text in str(error) for text in ("allocate memory", "No executable batch")):
             raise
         raise torch.OutOfMemoryError(
             f"{error}\nOut of memory in a training step. What lowers it: {'; '.join(_memory_savers(args))}."

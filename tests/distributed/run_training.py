@@ -29,6 +29,7 @@ PATTERNS = {
     "ragged": ["p0", "p1 p2", "", "p3", "p0", "p1", "p4 p5 p0", "", "p2", "p5", "p1 p3", "p4"],
     "zero": ["p0", "p1", "p2", "p3", *[""] * 8],
     "none": [""] * 12,
+    "lone": ["p1 p2", "", "p3", "p0", "p1", "", *["p0"] * 6],  # the last six have no negative among themselves
 }
 
 
@@ -69,7 +70,7 @@ def run(output, name, pattern="ragged", accumulation=1, fsdp=False, model=None, 
     """Train one step, evaluate, and write parameters and log; on one process `fsdp` changes nothing."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     sharded = fsdp and world_size > 1
-    model = make_model(emb_seq="gpt2", emb_seq_kwargs=EMB_SEQ, **(model or {}))
+    model = make_model(**{"emb_seq": "gpt2", "emb_seq_kwargs": EMB_SEQ, **(model or {})})
     options = {"max_grad_norm": 0.0, "per_device_train_batch_size": 12 // accumulation // world_size, **options}
     args = CoSupTrainingArguments(
         str(Path(output, f"{name}-{world_size}")),
@@ -106,8 +107,9 @@ def run(output, name, pattern="ragged", accumulation=1, fsdp=False, model=None, 
     entry |= trainer.evaluate()
     if trainer.is_world_process_zero():
         names = [name for name in entry if name.endswith("loss")]
-        names += ["nsp_accuracy", "num_negatives", "grad_norm"]
-        names += [name for name in ("eval_query_recall@1", "eval_query_recall@5", "eval_num_queries") if name in entry]
+        figures = ["nsp_accuracy", "num_negatives", "grad_norm"]
+        figures += ["eval_query_recall@1", "eval_query_recall@5", "eval_num_queries"]
+        names += [name for name in figures if name in entry]
         log = {key: repr(float(entry[key])) for key in names}
         save_file(state, Path(output, f"{name}-{world_size}.safetensors"), metadata=log)
 

@@ -38,6 +38,9 @@ CASES = {
     "cached, separate": CACHED | {"supervision": "separate", "model": {"query_from": "emb_seq"}},
     "counted duplicates": {"mask_duplicates": False},
     "nsp": {"supervision": "nsp"},
+    "lone": {"pattern": "lone", "accumulation": 2},
+    "lone, local": {"pattern": "lone", "gather": "local"},
+    "cached, lone": CACHED | {"nsp_batch_size": 6, "pattern": "lone", "accumulation": 2},
     "evaluated first": {"evaluate_first": True},
     "ntp": {"supervision": "ntp"},
 }
@@ -53,6 +56,8 @@ REFERENCES = {
     "cached, zero": "zero",
     "cached, accumulated": "accumulated",
     "cached, separate": "separate",
+    "cached, lone": "lone",
+    "lone, local": "lone",  # each rank's six instances are one of two accumulated batches
 }
 THREE_RANKS = ["ragged", "zero", "accumulated", "checkpointed", "cached", "cached, budget", "separate"]
 SHARDED = [
@@ -68,6 +73,8 @@ SHARDED = [
     "packed",
     "cached, packed",
 ]
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+UNREACHED = {"unreached": {"model": {"gen": "gemma3", "emb_seq": "longformer", "emb_seq_kwargs": NO_DROPOUT}}}
 DETACHED = {"detached": {"gather": "detached"}, "local": {"gather": "local"}}
 
 
@@ -92,8 +99,8 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     reference_cases = {name: case for name, case in CASES.items() if name not in REFERENCES}
     sharded_cases = {f"fsdp, {name}": CASES[name] | {"fsdp": True} for name in SHARDED}
-    launch(folder, 1, reference_cases | DETACHED)
-    launch(folder, 2, CASES | DETACHED | sharded_cases)
+    launch(folder, 1, reference_cases | DETACHED | UNREACHED)
+    launch(folder, 2, CASES | DETACHED | UNREACHED | sharded_cases)
     launch(folder, 3, {name: CASES[name] for name in THREE_RANKS})
     return folder
 
@@ -136,6 +143,18 @@ def test_ranks_equal_one_process(results, world_size, name):
     assert relative_error(actual, expected) <= 1e-5
     trained = {key.split(".")[0] for key, gradient in expected.items() if gradient.any()}
     assert ("emb_seq" in trained) == (reference not in ("none", "ntp"))
+
+
+def test_parts_that_text_never_reaches_are_not_waited_for(results):
+    """The vision tower of Gemma 3 and Longformer's global projections, under DDP without find_unused_parameters."""
+    one, log_one = load(results, "unreached", 1)
+    two, log_two = load(results, "unreached", 2)
+    assert log_two == pytest.approx(log_one, rel=1e-5, abs=1e-6)
+    start = make_model(**UNREACHED["unreached"]["model"]).state_dict()
+    for name, parameter in one.items():
+        torch.testing.assert_close(two[name], parameter, rtol=1e-5, atol=1e-5)
+        is_unreached = any(part in name for part in ("vision_tower", "multi_modal_projector", "_global."))
+        assert torch.equal(parameter, start[name]) == is_unreached, name
 
 
 def test_clipping_gen_alone_uses_the_norm_over_all_shards(results):

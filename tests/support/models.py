@@ -48,7 +48,24 @@ ARCHITECTURES = {
     "bloom": {},
     "mamba": {"state_size": 4},
     "bert": {"intermediate_size": 64},
+    "longformer": {"intermediate_size": 64, "attention_window": 8, "max_position_embeddings": 514, "pad_token_id": 1},
+    "gemma3": {"num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 8, "sliding_window": 8},
     "modernbert": {"intermediate_size": 64},
+}
+# what models that also read images need; their other options are those of the text model
+WITH_IMAGES = {
+    "gemma3": {
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        "mm_tokens_per_image": 1,
+        "image_token_index": 399,
+    }
 }
 
 
@@ -84,7 +101,10 @@ def make_config(
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    return AutoConfig.for_model(architecture, **{**options, **ARCHITECTURES[architecture], **kwargs})
+    options |= ARCHITECTURES[architecture] | kwargs
+    if architecture in WITH_IMAGES:
+        return AutoConfig.for_model(architecture, text_config=options, **WITH_IMAGES[architecture])
+    return AutoConfig.for_model(architecture, **options)
 
 
 def make_gen(architecture: str = "llama", seed: int = 0, **kwargs: Any) -> PreTrainedModel:

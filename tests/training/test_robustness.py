@@ -1,5 +1,6 @@
 """Clear errors, before anything is lost: NaN, too little memory, broken instances, unfinished checkpoints."""
 
+import copy
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from accelerate import Accelerator, DistributedType
 from support.models import PASSAGES, make_model
 from support.training import NAMES, arguments, world
 from trainer import CoSupTrainer, CoSupTrainingArguments
+from trainer.card import training_record
 from trainer.watch import explained_memory_errors, last_complete_checkpoint
 
 
@@ -82,9 +84,13 @@ def test_a_nan_gradient_of_a_finite_loss_stops_before_the_step(tmp_path):
 
 def test_sharding_that_cannot_do_it_is_refused(tmp_path, monkeypatch):
     """DeepSpeed, faked here, is refused the options that only DDP and FSDP2 support."""
-    for option in ({"nsp_batch_size": 8}, {"clip_gen_only": True}):
+    for option, message in (
+        ({"nsp_batch_size": 8}, "nsp_batch_size works under DDP and FSDP2, not under DEEPSPEED"),
+        ({"clip_gen_only": True}, "clip_gen_only works under DDP and FSDP2, not under DEEPSPEED"),
+        ({"bf16_full_eval": True}, "bf16_full_eval would change the weights of a sharded model, under DEEPSPEED"),
+    ):
         monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.DEEPSPEED))
-        with pytest.raises(ValueError, match=f"{next(iter(option))} works under DDP and FSDP2, not under DEEPSPEED"):
+        with pytest.raises(ValueError, match=message):
             CoSupTrainer(make_model(), arguments(tmp_path, **option), train_dataset=world(NAMES[:8]))
 
 
@@ -130,6 +136,36 @@ def test_half_precision_weights_are_trained_in_float32(tmp_path, dtype, monkeypa
     assert model.emb_seq.dtype == dtype  # frozen, so not converted
     assert (model.gen.model.layers[0].mlp.up_proj.weight != before).float().mean() > 0.9
     assert len(warnings) == (1 if dtype == torch.bfloat16 else 0)
+
+
+@pytest.mark.parametrize("option", ["bf16_full_eval", "fp16_full_eval"])
+def test_an_evaluation_in_half_precision_leaves_the_weights(tmp_path, option):
+    """Before training, between two trainings and after them: bit by bit, and so are the states of the optimiser."""
+    model = make_model()
+    options = {"max_steps": 1, "lr_scheduler_type": "constant", option: True}
+    trainer = CoSupTrainer(model, arguments(tmp_path, **options), train_dataset=world(NAMES[:8]))
+    whole = CoSupTrainer(copy.deepcopy(model), arguments(tmp_path, **options), train_dataset=world(NAMES[:8]))
+    dtypes = set()
+    model.gen.model.layers[0].register_forward_pre_hook(
+        lambda layer, inputs: None if model.training else dtypes.add(layer.self_attn.q_proj.weight.dtype)
+    )
+
+    def evaluate():
+        before = {name: tensor.clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+        trainer.evaluate(world(NAMES[8:12]))
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name]), name
+
+    for _ in range(2):
+        evaluate()
+        trainer.train()
+        whole.train()
+    evaluate()
+    assert dtypes == {torch.bfloat16 if option == "bf16_full_eval" else torch.float16}
+    for parameter, expected in zip(model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(parameter, expected)
+    for state in trainer.optimizer.state.values():
+        assert state["exp_avg"].dtype == torch.float32
 
 
 def test_a_query_longer_than_its_encoder_reads_is_named(tmp_path):
@@ -184,6 +220,65 @@ def test_out_of_memory_names_the_arguments_that_help(tmp_path):
     assert "Out of memory in a training step" in done.stderr, done.stderr[-2000:]
     assert "nsp_batch_size=64 with a per_device_train_batch_size below 64" in done.stderr
     assert "gradient_checkpointing" in done.stderr
+
+
+def out_of_memory_above(model, num_instances):
+    """Let Gen run out of memory, as a GPU would, with more instances than this in one call; return their numbers."""
+    counts = []
+
+    def check(part, args, kwargs):
+        if not torch.is_grad_enabled():
+            return
+        counts.append(len(kwargs["input_ids"]))
+        if counts[-1] > num_instances:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    model.gen.model.register_forward_pre_hook(check, with_kwargs=True)
+    return counts
+
+
+def test_finding_a_batch_size_keeps_the_nsp_batch(tmp_path):
+    """The micro-batch shrinks from 4 to 3 to 2 instances; loss and negatives are those of the whole NSP batch."""
+    options = {"nsp_batch_size": 8, "max_steps": 2, "train_sampling_strategy": "sequential", "seed": 3}
+    model = make_model()
+    args = arguments(tmp_path, per_device_train_batch_size=8, **options)
+    whole = CoSupTrainer(copy.deepcopy(model), args, train_dataset=world(NAMES[:16]))
+    whole.train()
+    counts = out_of_memory_above(model, 2)
+    options |= {"auto_find_batch_size": True, "save_strategy": "steps", "save_steps": 1}
+    args = arguments(tmp_path, per_device_train_batch_size=4, **options)
+    trainer = CoSupTrainer(model, args, train_dataset=world(NAMES[:16]))
+    trainer.train()
+    assert list(dict.fromkeys(counts)) == [1, 4, 3, 2]  # 1 when the trainer was made
+    for found, expected in zip(trainer.state.log_history[:2], whole.state.log_history[:2], strict=True):
+        for name in ("loss", "ntp_loss", "nsp_loss", "nsp_accuracy", "num_negatives"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-4), name
+    assert trainer.state.max_steps == 2
+    assert trainer.state.epoch == 1.0
+    counts.clear()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert max(counts) == 2  # a resumed run begins with what was found
+
+
+def test_finding_no_batch_size_names_what_helps(tmp_path):
+    args = arguments(tmp_path, nsp_batch_size=8, per_device_train_batch_size=2, auto_find_batch_size=True, max_steps=1)
+    trainer = CoSupTrainer(make_model(), args, train_dataset=world(NAMES[:8]))
+    out_of_memory_above(trainer.model, 0)
+    with pytest.raises(torch.OutOfMemoryError, match="No executable batch size found.*\n.*gradient_checkpointing"):
+        trainer.train()
+
+
+def test_a_smaller_batch_that_was_found_is_sampled_and_shown(tmp_path):
+    """Without `nsp_batch_size` the batch itself shrinks, and its sampler and card follow."""
+    model = make_model()
+    out_of_memory_above(model, 6)
+    args = arguments(tmp_path, auto_find_batch_size=True, batch_sampler="no_duplicates", max_steps=1)
+    trainer = CoSupTrainer(model, args, train_dataset=world(NAMES[:16]))
+    trainer.data_collator.call_overhead = None
+    trainer.train()
+    assert trainer._sampler.batch_size == 6
+    record = training_record(args, model, trainer.train_dataset, trainer.state)
+    assert record["arguments"]["NSP batch"] == "6 instances"
 
 
 def test_memory_advice_follows_the_arguments_and_other_errors_pass(tmp_path):
@@ -246,6 +341,10 @@ def test_the_last_complete_checkpoint(tmp_path, cut):
         ({"batch_sampler": "none"}, "batch_sampler is 'none'"),
         ({"nsp_batch_size": 0}, "must be a positive multiple of the number of ranks, 1"),
         ({"max_tokens_per_micro_batch": 100}, "give nsp_batch_size too"),
+        (
+            {"max_tokens_per_micro_batch": 100, "nsp_batch_size": 8, "auto_find_batch_size": True},
+            "auto_find_batch_size lowers per_device_train_batch_size, which max_tokens_per_micro_batch replaces",
+        ),
     ],
 )
 def test_arguments_that_mean_nothing(tmp_path, options, message):

@@ -55,9 +55,12 @@ _NO_PASSAGE: tuple[Need, ...] = ("no_passage",)
 _TRAINING = (
     Figure("loss", "loss", "weighted sum of the losses that are trained", "nats"),
     Figure("ntp_loss", "NTP loss", "next token prediction, mean over the trained tokens", "nats"),
-    Figure("nsp_loss", "NSP loss", "next sequence prediction, mean over the queries", "nats"),
+    Figure("nsp_loss", "NSP loss", "next sequence prediction, mean over the queries that have a negative", "nats"),
     Figure(
-        "nsp_accuracy", "NSP accuracy", "the passage of a query scores above all negatives of its batch", binary=True
+        "nsp_accuracy",
+        "NSP accuracy",
+        "the passage of a query scores above all negatives of its batch; without any, a query does not count",
+        binary=True,
     ),
     Figure("num_negatives", "negatives", "number of negatives of a query, mean", "count"),
     Figure("tokens_per_second", "tokens/s", "tokens per second, padding not counted", "count"),
@@ -178,7 +181,7 @@ _GROUNDING = (
 )
 _COUNTS = (
     Figure("num_passages", "passages", "number of distinct passages that the queries are compared with", "count"),
-    Figure("num_queries", "queries", "number of queries", "count"),
+    Figure("num_queries", "queries", "number of queries that have a negative", "count"),
     Figure("num_questions", "questions", "number of questions that need a passage", "count"),
     Figure("num_grounded", "grounded answers", "number of answers that hold grounded text", "count"),
     Figure("num_cited_outputs", "cited outputs", "number of outputs in which citations can be judged", "count"),
