@@ -250,7 +250,7 @@ def _load_tokenizer(tokenizer: NameOrTokenizer) -> PreTrainedTokenizerBase:
 
 def _load_gen(gen: NameOrModel, model_kwargs: dict[str, Any]) -> PreTrainedModel:
     if isinstance(gen, str | os.PathLike):
-        return AutoModelForCausalLM.from_pretrained(gen, **model_kwargs)
+        return _load_part(AutoModelForCausalLM, gen, model_kwargs)
     return gen
 
 
@@ -260,8 +260,14 @@ def _load_encoder(encoder: NameOrModel, model_kwargs: dict[str, Any]) -> PreTrai
         auto_class = encoder_auto_class(_config_of(encoder, model_kwargs))
         if auto_class is AutoModelForTextEncoding:
             model_kwargs = {**model_kwargs, "is_encoder_decoder": False}  # T5Gemma asks for it
-        return auto_class.from_pretrained(encoder, **model_kwargs)
+        return _load_part(auto_class, encoder, model_kwargs)
     return cast(PreTrainedModel, encoder.base_model)
+
+
+def _load_part(auto_class: Any, name: str | os.PathLike[str], model_kwargs: dict[str, Any]) -> PreTrainedModel:
+    model, info = auto_class.from_pretrained(name, output_loading_info=True, **model_kwargs)
+    _package_checks().check_weights(model, info, name)
+    return model
 
 
 def _repository_of(model: PreTrainedModel) -> str | None:

@@ -4,7 +4,7 @@ Checks of a model while it is built: are its parts of the right kind, do they em
 Only authors build models, so this file does not travel with a checkpoint.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -40,10 +40,15 @@ def check_config(config: PreTrainedConfig, role: str) -> None:
             f"{role} is a CoSup model, with a Gen and an Emb_seq of its own: pass one of them (model.gen,"
             " model.emb_seq), or load the whole with CoSupForCausalLM.from_pretrained."
         )
+    if config.model_type == "dpr":
+        raise ValueError(
+            f"{role} is a DPR model, which returns no states of tokens. Its weights are also published as BERT models,"
+            " such as sentence-transformers/facebook-dpr-ctx_encoder-single-nq-base."
+        )
     is_encoder_decoder = type(config).is_encoder_decoder
     if role == "gen" and is_encoder_decoder:
         raise ValueError(
-            f"gen is an encoder-decoder ({config.model_type}), expected a causal language model such as Llama or GPT-2."
+            f"gen is an encoder-decoder ({config.model_type}), expected a causal language model such as Llama."
         )
     if type(config) in _auto_class(config, role)._model_mapping:
         return
@@ -54,11 +59,49 @@ def check_config(config: PreTrainedConfig, role: str) -> None:
         )
     if not type(config).__module__.startswith("transformers."):
         raise ValueError(
-            f"{role} ({config.model_type}) comes with code of its own, which a CoSup checkpoint would not carry: use an"
-            " architecture of transformers."
+            f"{role} ({config.model_type}) comes with code of its own, which a CoSup checkpoint would not carry: use"
+            " an architecture of transformers."
         )
     kind = "causal language model" if role == "gen" else "encoder"
     raise ValueError(f"{role} is of the type {config.model_type}, of which transformers has no {kind}.")
+
+
+def check_weights(model: PreTrainedModel, info: Mapping[str, Collection[str]], name: str) -> None:
+    """
+    Check that a checkpoint that was loaded holds the weights of its model, and no others of its layers.
+
+    Args:
+        model (`PreTrainedModel`): just loaded.
+        info (`dict`): what `from_pretrained(..., output_loading_info=True)` returned next to it.
+        name (`str`): name or path of the checkpoint.
+
+    Raises:
+        `ValueError`: for weights that are missing, which are random now, and for weights that were left out though
+            they belong to a layer of the model. Weights of heads and decoders may be left out.
+    """
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))  # the pooler is not used
+    if missing:
+        raise ValueError(
+            f"{name} lacks {len(missing)} weights of a {type(model).__name__}, e.g. {missing[0]}: is it the right half"
+            " of the pair?"
+        )
+    modules = dict(model.named_modules())
+    unused = sorted(key for key in info["unexpected_keys"] if _is_of_a_layer(key, modules))
+    if unused:
+        raise ValueError(
+            f"{name} has {len(unused)} weights that a {type(model).__name__} of its config leaves out, e.g."
+            f" {unused[0]}: the config is not of these weights."
+        )
+
+
+def _is_of_a_layer(weight: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Return whether a weight would belong to a list of layers, or to a module that has other weights."""
+    owner = weight.rpartition(".")[0]
+    while owner and owner not in modules:
+        owner = owner.rpartition(".")[0]
+    if not owner:
+        return False
+    return isinstance(modules[owner], nn.ModuleList) or bool(list(modules[owner].parameters(recurse=False)))
 
 
 def check_part(part: PreTrainedModel, role: str) -> None:
@@ -169,8 +212,8 @@ def _check_reload(part: PreTrainedModel, config: PreTrainedConfig, role: str) ->
     for weight in sorted(shapes.keys() | expected.keys()):
         if shapes.get(weight) != expected.get(weight):
             raise ValueError(
-                f"{name} has the weight {weight} of shape {shapes.get(weight)}; loaded from a checkpoint, by its config"
-                f" it would be {expected.get(weight)}."
+                f"{name} has the weight {weight} of shape {shapes.get(weight)}, its config says"
+                f" {expected.get(weight)}: it could not be loaded again from a checkpoint."
             )
 
 

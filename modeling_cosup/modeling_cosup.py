@@ -114,7 +114,8 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
             if query_encoder is None:
                 query_encoder = encoder_from_config(config.query_encoder_config)
             self.query_encoder = query_encoder
-        for encoder in (self.emb_seq, self.query_encoder):
+        encoders: tuple[Any, ...] = (self.emb_seq, self.query_encoder)
+        for encoder in encoders:
             if encoder is not None and getattr(encoder, "pooler", None) is not None:
                 encoder.pooler = None  # BERT's pooler is not used: without a gradient it would stop DDP
         # peft ties and trains token rows only if the outermost model says what is tied

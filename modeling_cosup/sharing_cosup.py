@@ -220,8 +220,8 @@ class SharingMixin(ModelBase):
             [`~SharingMixin.push_to_hub`]; `repo_id` defaults to the name of the folder.
 
         Raises:
-            `ValueError`: when Emb_seq was not loaded, because the checkpoint would lack its weights, and for a tokenizer
-                that would be loaded as one that reads text differently.
+            `ValueError`: when Emb_seq was not loaded, because the checkpoint would lack its weights, and for a
+                tokenizer that would be loaded as one that reads text differently.
         """
         if self.emb_seq is None:
             raise ValueError(
