@@ -132,7 +132,7 @@ WRONG_GENS = {
 WRONG_ENCODERS = {
     "t5 with its decoder": (
         lambda: new(AutoModelForSeq2SeqLM, "t5"),
-        "is a T5ForConditionalGeneration; loaded again from a checkpoint it would be a T5EncoderModel. Pass a model of",
+        "is a T5ForConditionalGeneration; loaded again from a checkpoint it would be a T5EncoderModel. Pass a",
     ),
     "bart": (
         lambda: new(AutoModel, "bart"),
