@@ -3,19 +3,23 @@
 import copy
 import os
 from collections.abc import Callable
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import nn
 from transformers import (
-    AutoModel,
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForTextEncoding,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from .architectures_cosup import encoder_auto_class, num_positions
 from .configuration_cosup import CoSupConfig
 from .hub_cosup import is_repo_id
 from .tokenization_cosup import (
@@ -30,6 +34,9 @@ if TYPE_CHECKING:
     Base = PreTrainedModel
 else:
     Base = object  # CoSupForCausalLM itself inherits from PreTrainedModel
+
+# options of `from_pretrained` that say where the files are
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code", "gguf_file")
 
 Model = TypeVar("Model", bound="BuildingMixin")
 NameOrModel: TypeAlias = str | os.PathLike[str] | PreTrainedModel
@@ -67,8 +74,8 @@ class BuildingMixin(Base):
 
         Args:
             gen (`str` or `PreTrainedModel`): name, path or model, any `AutoModelForCausalLM` architecture.
-            emb_seq (`str` or `PreTrainedModel`, *optional*): any `AutoModel` architecture; defaults to a copy of
-                Gen's weights, the paper's best setting.
+            emb_seq (`str` or `PreTrainedModel`, *optional*): any `AutoModel` architecture, or the encoder of T5, mT5
+                or UMT5; defaults to a copy of Gen's weights, the paper's best setting.
             tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): Gen's. Defaults to the tokenizer of `gen` if
                 that is a name or path; needed if it is a model.
             emb_seq_tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): defaults to the tokenizer of `emb_seq`
@@ -84,9 +91,11 @@ class BuildingMixin(Base):
             `CoSupForCausalLM`, in the mode (train or eval) of Gen.
 
         Raises:
+            `ImportError`: in a process that has only a checkpoint's code, not this package.
             `TypeError`: for a keyword that is not a field of the config.
             `ValueError`: without a tokenizer, for an architecture that does something unknown after its LM head, or
-                when `max_passage_length` exceeds Emb_seq's positions.
+                when `max_passage_length` exceeds Emb_seq's positions; for a part of the wrong kind, such as an
+                encoder-decoder as Gen, that cannot embed a text, or that could not be loaded again.
         """
         control_tokens = {name: config.pop(name) for name in CONTROL_TOKENS if name in config}
         unknown = sorted(set(config) - set(CoSupConfig.__dataclass_fields__))
@@ -95,12 +104,19 @@ class BuildingMixin(Base):
         gen, emb_seq, query_encoder = _path_as_string(gen), _path_as_string(emb_seq), _path_as_string(query_encoder)
         tokenizer, emb_seq_tokenizer = _load_tokenizers(gen, emb_seq, tokenizer, emb_seq_tokenizer)
         model_kwargs = model_kwargs or {}
+        checks = _package_checks()
+        for role, source in (("gen", gen), ("emb_seq", emb_seq), ("query_encoder", query_encoder)):
+            if source is not None:
+                checks.check_config(_config_of(source, model_kwargs), role)
         gen = _load_gen(gen, model_kwargs)
         emb_seq = _load_encoder(gen if emb_seq is None else emb_seq, model_kwargs)
         if emb_seq is gen.base_model:
             emb_seq = copy.deepcopy(emb_seq)
         if query_encoder is not None:
             query_encoder = _load_encoder(query_encoder, model_kwargs)
+        for role, part in (("gen", gen), ("emb_seq", emb_seq), ("query_encoder", query_encoder)):
+            if part is not None:
+                checks.check_part(part, role)
 
         old_size, old_emb_seq_size = len(tokenizer), len(emb_seq_tokenizer)
         nsp_token_id, cs_token_id, ce_token_id = add_control_tokens(tokenizer, control_tokens)
@@ -133,6 +149,7 @@ class BuildingMixin(Base):
         model._tokenizer, model._emb_seq_tokenizer = tokenizer, emb_seq_tokenizer
         model._set_generation_defaults(tokenizer)
         model._check_lm_head()
+        checks.check_built(model)
         return model
 
     def _set_generation_defaults(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -174,6 +191,29 @@ class BuildingMixin(Base):
 # ---------------------------------------------------------------------- loading
 
 
+def _package_checks() -> ModuleType:
+    """
+    Return the module [`checks_cosup`], which stays in the package.
+
+    transformers copies relatively imported files to a checkpoint, so the import below is absolute.
+    """
+    try:
+        from modeling_cosup import checks_cosup
+    except ImportError as error:
+        raise ImportError(
+            "Building a model from two others needs the package cosup, which does not come with a checkpoint."
+        ) from error
+    return checks_cosup
+
+
+def _config_of(source: NameOrModel, model_kwargs: dict[str, Any]) -> PreTrainedConfig:
+    """Return the config of a model, or of the model that a name or path would load."""
+    if isinstance(source, PreTrainedModel):
+        return source.config
+    options = {name: model_kwargs[name] for name in HUB_OPTIONS if name in model_kwargs}
+    return AutoConfig.from_pretrained(source, **options)
+
+
 def _path_as_string(part: Any) -> Any:
     """Return a path as a string; return a name, a model or `None` unchanged."""
     if isinstance(part, os.PathLike):
@@ -210,15 +250,24 @@ def _load_tokenizer(tokenizer: NameOrTokenizer) -> PreTrainedTokenizerBase:
 
 def _load_gen(gen: NameOrModel, model_kwargs: dict[str, Any]) -> PreTrainedModel:
     if isinstance(gen, str | os.PathLike):
-        return AutoModelForCausalLM.from_pretrained(gen, **model_kwargs)
+        return _load_part(AutoModelForCausalLM, gen, model_kwargs)
     return gen
 
 
 def _load_encoder(encoder: NameOrModel, model_kwargs: dict[str, Any]) -> PreTrainedModel:
     """Return a model without LM head, from a name, a path, or a model with or without one."""
     if isinstance(encoder, str | os.PathLike):
-        return AutoModel.from_pretrained(encoder, **model_kwargs)
+        auto_class = encoder_auto_class(_config_of(encoder, model_kwargs))
+        if auto_class is AutoModelForTextEncoding:
+            model_kwargs = {**model_kwargs, "is_encoder_decoder": False}  # T5Gemma asks for it
+        return _load_part(auto_class, encoder, model_kwargs)
     return cast(PreTrainedModel, encoder.base_model)
+
+
+def _load_part(auto_class: Any, name: str | os.PathLike[str], model_kwargs: dict[str, Any]) -> PreTrainedModel:
+    model, info = auto_class.from_pretrained(name, output_loading_info=True, **model_kwargs)
+    _package_checks().check_weights(model, info, name)
+    return model
 
 
 def _repository_of(model: PreTrainedModel) -> str | None:
@@ -251,11 +300,13 @@ def _grow_embeddings(model: PreTrainedModel, old_size: int, new_size: int) -> No
 
 def _check_passage_length(config: CoSupConfig, emb_seq_tokenizer: PreTrainedTokenizerBase) -> None:
     """Check that the longest passage, with BOS and EOS, fits into Emb_seq's positions."""
-    limit = getattr(config.emb_seq_config.get_text_config(), "max_position_embeddings", None)
+    limit = num_positions(config.emb_seq_config)
     if limit is None:
         return
     bos, eos = added_tokens(emb_seq_tokenizer, config)
-    if len(bos) + config.max_passage_length + len(eos) > limit:
+    longest = limit - len(bos) - len(eos)
+    if config.max_passage_length > longest:
         raise ValueError(
-            f"max_passage_length={config.max_passage_length}, BOS and EOS do not fit into Emb_seq's {limit} positions."
+            f"max_passage_length={config.max_passage_length}, BOS and EOS do not fit into Emb_seq's {limit} positions:"
+            f" it may be {longest} at most."
         )

@@ -8,6 +8,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from .architectures_cosup import num_positions
+
 # position of a column that holds no token: later than any query, so nothing attends to it
 EMPTY = torch.iinfo(torch.int64).max
 _BLOCK = 64  # columns are allocated in multiples of this
@@ -293,7 +295,8 @@ def layer_kinds(config: PreTrainedConfig) -> list[str]:
 
 def context_length(config: PreTrainedConfig) -> int:
     """Return the length of Gen's context by its text config; `EMPTY`, which no row reaches, if there is no limit."""
-    return getattr(config, "max_position_embeddings", None) or EMPTY
+    limit = num_positions(config)
+    return EMPTY if limit is None else limit
 
 
 def _rounded(columns: int) -> int:

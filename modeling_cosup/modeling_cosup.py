@@ -7,16 +7,10 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    Cache,
-    GenerationMixin,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
 
+from .architectures_cosup import encoder_from_config
 from .building_cosup import BuildingMixin
 from .configuration_cosup import CoSupConfig
 from .encoding_cosup import EncodingMixin
@@ -106,7 +100,7 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
         self.emb_seq = self.emb_head = self.query_encoder = None
         self._keys_to_ignore_on_load_unexpected = []
         if config.load_emb_seq:
-            self.emb_seq = emb_seq if emb_seq is not None else AutoModel.from_config(config.emb_seq_config)
+            self.emb_seq = emb_seq if emb_seq is not None else encoder_from_config(config.emb_seq_config)
         else:
             self._keys_to_ignore_on_load_unexpected.append(r"^emb_seq\.")
         # the embeddings of a query encoder pass through emb_head too
@@ -118,9 +112,10 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
             self._keys_to_ignore_on_load_unexpected.append(r"^emb_head\.")
         if config.query_from == "query_encoder":
             if query_encoder is None:
-                query_encoder = AutoModel.from_config(config.query_encoder_config)
+                query_encoder = encoder_from_config(config.query_encoder_config)
             self.query_encoder = query_encoder
-        for encoder in (self.emb_seq, self.query_encoder):
+        encoders: tuple[Any, ...] = (self.emb_seq, self.query_encoder)
+        for encoder in encoders:
             if encoder is not None and getattr(encoder, "pooler", None) is not None:
                 encoder.pooler = None  # BERT's pooler is not used: without a gradient it would stop DDP
         # peft ties and trains token rows only if the outermost model says what is tied

@@ -18,10 +18,11 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .configuration_cosup import CoSupConfig
-from .files_cosup import read_json, write_json
+from .files_cosup import write_json
 from .hub_cosup import CARD_FILE, CARD_MARKER, TOKENIZER_FILES, checkpoint_files, make_repo, push_files
 from .plain_card_cosup import package_cards, plain_card
 from .tokenization_cosup import added_tokens
+from .tokenizer_files_cosup import GENERIC_CLASS, class_to_save, write_tokenizer
 
 if TYPE_CHECKING:
     Base = PreTrainedModel
@@ -32,6 +33,7 @@ else:
 POOLING_MODES = {"eos": "lasttoken", "lasttoken": "lasttoken", "mean": "mean_tokens", "cls": "cls_token"}
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
+_OTHER_WAYS = "Save the whole model with save_pretrained, or build it from an architecture of another type."
 _WEIGHT_FILES = ("*.safetensors", "model.safetensors.index.json")
 _MODULE_FILES = (
     "modules.json",
@@ -80,17 +82,21 @@ class PartsMixin(Base):
             token (`str`, *optional*), private (`bool`, *optional*): as in `huggingface_hub`.
 
         Raises:
-            `ValueError`: for weights that are quantised or hold adapters that are not merged.
+            `ValueError`: for weights that are quantised or hold adapters that are not merged, and for a tokenizer that
+                `AutoTokenizer` would replace by one that reads text differently.
         """
         gen = _copy_of_part(self, self.gen)
         gen.generation_config = copy.deepcopy(self.generation_config)
+        has_tokenizer = is_main_process and self._has_tokenizer()
+        if has_tokenizer:
+            tokenizer_class = class_to_save(self.tokenizer, gen.config, (None, GENERIC_CLASS), _OTHER_WAYS)
         weights = _weights_of_part(state_dict, "gen.")
         gen.save_pretrained(save_directory, is_main_process=is_main_process, state_dict=weights, **kwargs)
         if not is_main_process:
             return
         nsp_token = "[NSP]"
-        if self._has_tokenizer():
-            self.tokenizer.save_pretrained(save_directory)
+        if has_tokenizer:
+            write_tokenizer(self.tokenizer, save_directory, tokenizer_class)
             nsp_token_id = cast(int, self.config.nsp_token_id)
             nsp_token = cast(str, self.tokenizer.convert_ids_to_tokens(nsp_token_id))
         name = _folder_name(save_directory)
@@ -129,8 +135,9 @@ class PartsMixin(Base):
         Args: the same as for [`~CoSupForCausalLM.save_gen`].
 
         Raises:
-            `ValueError`: when Emb_seq is not loaded, when its tokenizer does not come from the tokenizers library, or
-                when weights are quantised or hold adapters that are not merged.
+            `ValueError`: when Emb_seq is not loaded, when its tokenizer does not come from the tokenizers library or
+                `AutoTokenizer` would replace it by one that reads text differently, or when weights are quantised or
+                hold adapters that are not merged.
         """
         if self.emb_seq is None:
             raise ValueError(
@@ -138,15 +145,14 @@ class PartsMixin(Base):
             )
         emb_seq = _copy_of_part(self, self.emb_seq)
         tokenizer = passage_tokenizer(self.emb_seq_tokenizer, self.config)
+        if is_main_process:
+            class_to_save(tokenizer, emb_seq.config, (GENERIC_CLASS,), _OTHER_WAYS)
         weights = _weights_of_part(state_dict, "emb_seq.")
         emb_seq.save_pretrained(save_directory, is_main_process=is_main_process, state_dict=weights, **kwargs)
         if not is_main_process:
             return
         folder = Path(save_directory)
-        tokenizer.save_pretrained(folder)
-        settings = read_json(folder / "tokenizer_config.json")
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # a name that every release of transformers knows
-        write_json(folder / "tokenizer_config.json", settings)
+        write_tokenizer(tokenizer, folder, GENERIC_CLASS)
         head = None
         if self.emb_head is not None:
             head = (state_dict or self.state_dict())["emb_head.weight"]

@@ -21,6 +21,7 @@ from .facts_cosup import carry_facts, load_facts
 from .hub_cosup import CARD_FILE, EMB_SEQ_TOKENIZER_FOLDER, REPLACED_FILES, checkpoint_files, make_repo, push_files
 from .plain_card_cosup import package_cards, plain_card
 from .tokenization_cosup import same_tokenizer, tokenizer_fingerprint
+from .tokenizer_files_cosup import class_to_save
 
 try:
     from torch.distributed.tensor import DTensor
@@ -39,6 +40,10 @@ else:
 SUMMARY = (
     "A CoSup model: it retrieves passages while it writes. "
     "Load it with `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`."
+)
+_PLAIN_TOKENIZER = (
+    "Set model.tokenizer (or model.emb_seq_tokenizer) to"
+    " PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token=tokenizer.eos_token, ...)."
 )
 
 
@@ -215,7 +220,8 @@ class SharingMixin(ModelBase):
             [`~SharingMixin.push_to_hub`]; `repo_id` defaults to the name of the folder.
 
         Raises:
-            `ValueError`: when Emb_seq was not loaded, because the checkpoint would lack its weights.
+            `ValueError`: when Emb_seq was not loaded, because the checkpoint would lack its weights, and for a
+                tokenizer that would be loaded as one that reads text differently.
         """
         if self.emb_seq is None:
             raise ValueError(
@@ -224,10 +230,14 @@ class SharingMixin(ModelBase):
         push_names = inspect.signature(self.push_to_hub).parameters
         push_arguments = {name: kwargs.pop(name) for name in push_names if name in kwargs}
         if is_main_process and self._has_tokenizer():
-            self.fingerprint(state_dict)
-            self.tokenizer.save_pretrained(save_directory)
+            tokenizers = {"": self.tokenizer}  # by subfolder
             if self.emb_seq_tokenizer is not self.tokenizer:
-                self.emb_seq_tokenizer.save_pretrained(f"{save_directory}/{EMB_SEQ_TOKENIZER_FOLDER}")
+                tokenizers[EMB_SEQ_TOKENIZER_FOLDER] = self.emb_seq_tokenizer
+            for tokenizer in tokenizers.values():
+                class_to_save(tokenizer, self.config, (None,), _PLAIN_TOKENIZER)
+            self.fingerprint(state_dict)
+            for subfolder, tokenizer in tokenizers.items():
+                tokenizer.save_pretrained(Path(save_directory) / subfolder)
         if is_main_process:
             carry_facts(self, Path(save_directory), self.hash_all_weights(state_dict))
         self._restore_class_name()

@@ -174,7 +174,7 @@ def load(auto_class: Any, name: str, args: ImportArguments, subfolder: str = "")
     Load a model; only from safetensors, unless `--allow_pytorch_bin` is given.
 
     Args:
-        auto_class: `AutoModel` or `AutoModelForCausalLM`.
+        auto_class: `AutoModelForCausalLM`, or `AutoModel` and its kind.
         name (`str`): repository or folder.
         args ([`ImportArguments`]): the options.
         subfolder (`str`): folder of the transformer.
@@ -320,9 +320,10 @@ def retriever_pair(args: ImportArguments) -> CoSupForCausalLM:
         `ValueError`: if the retriever does something Emb_seq cannot do, options are missing or contradict its files,
             or the embeddings differ from the retriever's.
     """
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from modeling_cosup import CoSupForCausalLM
+    from modeling_cosup.architectures_cosup import encoder_auto_class
 
     from shared.retriever_files import compare, read_retriever
 
@@ -336,7 +337,7 @@ def retriever_pair(args: ImportArguments) -> CoSupForCausalLM:
         )
     retriever = read_retriever(args.emb_seq, args)
     gen = load(AutoModelForCausalLM, args.gen, args)
-    emb_seq = load(AutoModel, args.emb_seq, args, retriever.subfolder)
+    emb_seq = load(encoder_auto_class(retriever.config), args.emb_seq, args, retriever.subfolder)
     query_encoder = None
     if args.query_from == "query_encoder":
         query_encoder = load_query_encoder(args, retriever)
@@ -375,8 +376,7 @@ def load_query_encoder(args: ImportArguments, retriever: ImportedRetriever) -> P
     Raises:
         `ValueError`: if it does not read and compare texts as Emb_seq does.
     """
-    from transformers import AutoModel
-
+    from modeling_cosup.architectures_cosup import encoder_auto_class
     from modeling_cosup.tokenization_cosup import same_tokenizer
 
     from shared.retriever_files import read_retriever
@@ -390,7 +390,7 @@ def load_query_encoder(args: ImportArguments, retriever: ImportedRetriever) -> P
             f"{args.query_encoder} does not tokenize, pool and compare as {args.emb_seq} does, "
             "or has a dense layer of its own."
         )
-    return load(AutoModel, name, args, encoder.subfolder)
+    return load(encoder_auto_class(encoder.config), name, args, encoder.subfolder)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from modeling_cosup import CoSupForCausalLM
+from modeling_cosup.architectures_cosup import num_positions
+from modeling_cosup.checks_cosup import check_config
 from modeling_cosup.files_cosup import read_json
 from modeling_cosup.tokenization_cosup import bos_and_eos, encode_passages_for_emb_seq, pad_rows, render_passage
 
@@ -44,6 +46,7 @@ class ImportedRetriever:
 
     Args:
         settings (`dict`): fields of `CoSupConfig`.
+        config (`PreTrainedConfig`): of the transformer.
         tokenizer (`PreTrainedTokenizerBase`): a tokenizer whose BOS and EOS are the tokens that it puts around a text.
         subfolder (`str`): folder of the transformer.
         head (`torch.Tensor` of shape `(h, h_emb)`, *optional*): weight of the dense layer.
@@ -51,6 +54,7 @@ class ImportedRetriever:
     """
 
     settings: dict[str, Any]
+    config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     subfolder: str = ""
     head: torch.Tensor | None = None
@@ -102,18 +106,14 @@ def read_retriever(name: str, args: Any) -> ImportedRetriever:
         settings[option] = chosen or stated
 
     config = AutoConfig.from_pretrained(name, subfolder=facts.subfolder)
-    if config.is_encoder_decoder:
-        raise ValueError(
-            f"{name} is an encoder-decoder ({config.model_type}); models with a single stack are supported."
-        )
+    check_config(config, name)
     tokenizer = AutoTokenizer.from_pretrained(name, subfolder=facts.subfolder)
     if facts.do_lower_case and tokenizer("A")["input_ids"] != tokenizer("a")["input_ids"]:
         raise ValueError(
             f"{name}: sentence_bert_config.json says do_lower_case, but the tokenizer keeps upper case; not supported."
         )
     before, after = set_added_tokens(tokenizer, name)
-    max_positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 512
-    max_length = facts.max_seq_length or min(tokenizer.model_max_length, max_positions)
+    max_length = facts.max_seq_length or min(tokenizer.model_max_length, num_positions(config) or 512)
     tokenizer.model_max_length = max_length
 
     settings["emb_seq_add_bos_token"] = bool(before)
@@ -125,7 +125,7 @@ def read_retriever(name: str, args: Any) -> ImportedRetriever:
     if args.query_from in (None, "gen") and args.query_prompt is None:
         settings.pop("query_prompt", None)  # Gen makes the queries, so nothing reads this prompt
     return ImportedRetriever(
-        settings, tokenizer, facts.subfolder, facts.head, is_sentence_transformers=modules is not None
+        settings, config, tokenizer, facts.subfolder, facts.head, is_sentence_transformers=modules is not None
     )
 
 

@@ -163,6 +163,7 @@ CASES = {
     "gpt2, prompt": ("gpt2", {"passage_prompt": "passage: ", "passage_template": "Title: {title}\nText: {text}"}),
     "bert, mean, head": ("bert", {**NARROW, "emb_seq_pooling": "mean"}),
     "bert, cls, dot": ("bert", {"emb_seq_pooling": "cls", "similarity": "dot"}),
+    "t5, mean": ("t5", {"emb_seq_pooling": "mean"}),
     "bert, its own tokenizer": ("bert", {"emb_seq_pooling": "cls", "own_tokenizer": True}),
 }
 

@@ -314,6 +314,7 @@ CASES = {
     "llama, last token": ("llama", "lasttoken", lambda: [], {"similarity_fn_name": "dot"}),
     "bert, mean, normalised": ("bert", "mean", lambda: [normalize()], {}),
     "bert, cls, dense": ("bert", "cls", lambda: [dense()], {"similarity_fn_name": "dot"}),
+    "t5, mean, dense, normalised": ("t5", "mean", lambda: [dense(), normalize()], {}),  # the layout of GTR
     "bert, square dense, normalised, prompts": (
         "bert",
         "mean",
@@ -516,10 +517,11 @@ def test_a_plain_retriever(tmp_path, monkeypatch):
         expected = emb_seq(torch.tensor([ids])).last_hidden_state[0, -1]
     assert torch.allclose(embeddings(model, PASSAGES[:1])[0], expected, atol=1e-5)
     assert model.config.max_passage_length == 99
-    config = AutoConfig.for_model("t5", vocab_size=400, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
-    AutoModel.from_config(config).save_pretrained(tmp_path / "t5")
-    t5_pair = flags(gen=tmp_path / "gen", emb_seq=tmp_path / "t5")
-    assert "is an encoder-decoder (t5)" in refused(monkeypatch, tmp_path / "other", *t5_pair, *settings)
+    AutoConfig.for_model("bart").save_pretrained(tmp_path / "bart")  # refused before weights are read
+    bart_pair = flags(gen=tmp_path / "gen", emb_seq=tmp_path / "bart")
+    assert "bart is an encoder-decoder (bart) of which" in refused(
+        monkeypatch, tmp_path / "other", *bart_pair, *settings
+    )
 
 
 def test_the_saved_parts_of_a_model_make_the_same_model(tmp_path, monkeypatch, library):

@@ -7,7 +7,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
@@ -15,6 +14,7 @@ from transformers import (
 )
 
 from modeling_cosup import CoSupForCausalLM
+from modeling_cosup.architectures_cosup import encoder_from_config
 from modeling_cosup.tokenization_cosup import pad_rows
 
 TEXTS = [
@@ -40,6 +40,7 @@ ARCHITECTURES = {
     "llama": {"num_key_value_heads": 2, "intermediate_size": 64, "tie_word_embeddings": True},
     "gpt2": {"n_inner": 64},
     "mistral": {"num_key_value_heads": 2, "intermediate_size": 64, "sliding_window": 8, "head_dim": 8},
+    "qwen2": {"num_key_value_heads": 2, "intermediate_size": 64},
     "qwen3": {"num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 8},
     "gemma2": {"num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 8, "sliding_window": 8},
     "gptj": {"rotary_dim": 4, "n_inner": 64},
@@ -51,6 +52,7 @@ ARCHITECTURES = {
     "longformer": {"intermediate_size": 64, "attention_window": 8, "max_position_embeddings": 514, "pad_token_id": 1},
     "gemma3": {"num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 8, "sliding_window": 8},
     "modernbert": {"intermediate_size": 64},
+    "t5": {"d_ff": 64, "d_kv": 8},
 }
 # what models that also read images need; their other options are those of the text model
 WITH_IMAGES = {
@@ -116,7 +118,7 @@ def make_gen(architecture: str = "llama", seed: int = 0, **kwargs: Any) -> PreTr
 def make_emb_seq(architecture: str = "llama", seed: int = 1, **kwargs: Any) -> PreTrainedModel:
     """Return a model with random weights and without an LM head."""
     torch.manual_seed(seed)
-    return AutoModel.from_config(make_config(architecture, **kwargs)).eval()
+    return encoder_from_config(make_config(architecture, **kwargs)).eval()
 
 
 def make_model(

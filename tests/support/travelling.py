@@ -8,6 +8,7 @@ FOLDER = Path(__file__).parents[2] / "modeling_cosup"
 # Files that only authors need, and why. The travelling code imports them under a guard, in a function.
 STAYS = {
     "card_cosup.py": "cards of models, parts and indexes; without it a plain card is written",
+    "checks_cosup.py": "checks of a model while it is built from two others, which needs the package",
     "corpus_cosup.py": "corpora in files; without it an index is built from a list of passages",
     "lines_cosup.py": "JSON Lines, the format of corpora and results",
     "milvus_client_cosup.py": "the client of a Milvus server",

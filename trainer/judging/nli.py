@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from modeling_cosup.architectures_cosup import num_positions
 from modeling_cosup.files_cosup import digest
 
 from ..distributed import broadcast_object, gather_objects, rank, world_size
@@ -354,9 +355,7 @@ def writes_its_answer(config: PretrainedConfig) -> bool:
 def _max_length(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, writes: bool) -> int:
     if writes:
         return MAX_LENGTH  # T5's positions are relative; its tokenizers name the 512 of its pretraining
-    positions = getattr(config, "max_position_embeddings", None) or MAX_LENGTH
-    if "roberta" in config.model_type:
-        positions -= config.pad_token_id + 1  # RoBERTa's positions start after pad_token_id
+    positions = num_positions(config) or MAX_LENGTH
     return min(tokenizer.model_max_length, positions, MAX_LENGTH)
 
 
