@@ -43,7 +43,7 @@ class WorldArguments:
         default=100, metadata={"help": "further questions of eval.jsonl that need no passage"}
     )
     no_passage_share: float = field(
-        default=0.11, metadata={"help": "share of questions in train.jsonl and validation.jsonl that need no passage"}
+        default=0.15, metadata={"help": "share of questions in train.jsonl and validation.jsonl that need no passage"}
     )
     drill_max_steps: int = field(
         default=1200,
