@@ -35,7 +35,7 @@ class WorldArguments:
         },
     )
     num_unseen_entities: int = field(default=500, metadata={"help": "entities of eval.jsonl, one question each"})
-    num_train_instances: int = field(default=25600, metadata={"help": "instances of train.jsonl: 400 steps of 64"})
+    num_train_instances: int = field(default=28800, metadata={"help": "instances of train.jsonl: 450 steps of 64"})
     num_validation: int = field(
         default=256, metadata={"help": "number of instances, and of entities, in validation.jsonl"}
     )
