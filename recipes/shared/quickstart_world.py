@@ -84,9 +84,9 @@ FOREIGN_WORDS = (
 FOREIGN_NAMES = (
     "Alice Amazon Anna Arthur Asia Austria Bach Boston Brazil Cairo Canada Carl Chile Clara Congo Dallas Dante David "
     "Dublin Egypt Elsa Emma Europe Finland Galileo Geneva George Ghana Greece Hamlet Harry Havana Henry Homer Iceland "
-    "India Iran Ireland Jack Jakarta James Jane Japan John Julia Kenya Kyoto Lima Lisbon Luther Mars Mary Mexico Moscow "
-    "Nepal Nero Newton Norway Oslo Oxford Peru Peter Picasso Plato Poland Prague Quebec Romeo Russia Sahara Sarah Spain "
-    "Sweden Sydney Texas Tokyo Turkey Venus Vienna Walter Warsaw Zeus Zurich"
+    "India Iran Ireland Jack Jakarta James Jane Japan John Julia Kenya Kyoto Lima Lisbon Luther Mars Mary Mexico "
+    "Moscow Nepal Nero Newton Norway Oslo Oxford Peru Peter Picasso Plato Poland Prague Quebec Romeo Russia Sahara Sarah "
+    "Spain Sweden Sydney Texas Tokyo Turkey Venus Vienna Walter Warsaw Zeus Zurich"
 ).split()
 # The same for evaluation, with other words
 REAL_QUESTIONS = (
