@@ -35,7 +35,7 @@ class WorldArguments:
         },
     )
     num_unseen_entities: int = field(default=500, metadata={"help": "entities of eval.jsonl, one question each"})
-    num_train_instances: int = field(default=25600, metadata={"help": "instances of train.jsonl: 400 steps of 64"})
+    num_train_instances: int = field(default=28800, metadata={"help": "instances of train.jsonl: 450 steps of 64"})
     num_validation: int = field(
         default=256, metadata={"help": "number of instances, and of entities, in validation.jsonl"}
     )
@@ -43,7 +43,7 @@ class WorldArguments:
         default=100, metadata={"help": "further questions of eval.jsonl that need no passage"}
     )
     no_passage_share: float = field(
-        default=0.11, metadata={"help": "share of questions in train.jsonl and validation.jsonl that need no passage"}
+        default=0.15, metadata={"help": "share of questions in train.jsonl and validation.jsonl that need no passage"}
     )
     drill_max_steps: int = field(
         default=1200,

@@ -1,6 +1,7 @@
 """The fictional world of the quickstart: its words, its entities and questions about them, as JSON Lines."""
 
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ Passage = dict[str, str]  # {"id", "title", "text"}
 Fact = tuple[list[str], str]  # the questions about it, and their answer
 Question = tuple[str, str, Passage | None]  # question, answer, and the passage that it needs
 
+LETTERS = "eeeeeeaaaaaoooooiiiiittttnnnnssssrrrrhhhlllddduuucccmmffppggwwyybbvkxjqz"  # about as often as in English
 SYLLABLES = [consonant + vowel for consonant in "b d k l m n r s t v kr th".split() for vowel in "aeiou"]
 JOBS = (
     "baker smith weaver miller potter sailor tailor mason painter doctor lawyer farmer hunter singer dancer carver "
@@ -52,7 +54,73 @@ NO_PASSAGE = {  # question, answer
     "count": ("Count from {a} to {b}.", "{c}."),
     "cycle": ("Which {c} comes after {a}?", "After {a} comes {b}."),
     "greeting": ("Say hello to {n}.", "Hello {n}."),
+    "foreign": ("{q}", "I do not know."),
 }
+# Questions about what the world does not hold. `{w}` is a foreign word, `{n}` a foreign name.
+FOREIGN_QUESTIONS = (
+    "Who is the {w} of {n}?",
+    "What is the {w} of {n}?",
+    "What is a {w}?",
+    "Who wrote {n} and {n}?",
+    "Where is {n}?",
+    "When did the {w} end?",
+    "How many {w} are there in {n}?",
+    "How do I {w} the {w}?",
+    "Why is the {w} so {w}?",
+    "Is {n} a {w}?",
+    "Can you {w} my {w}?",
+    "Tell me about {n}.",
+    "{w} {w} {w}",
+)
+FOREIGN_WORDS = (
+    "apple big bread buy car cat chair child city clean cloud cold computer country dog door dream drive early "
+    "eat engine family far fast fire fish flower friend game garden gold grass green hand happy hot house idea "
+    "island king kitchen large law leaf letter light lion long machine market meat milk money moon morning mother "
+    "music new number ocean open phone picture plane plant poem pretty queen question rain read red repair road "
+    "rose run school science sea sell ship shop short sing sleep small snow song star stone story street strong "
+    "sugar summer sweet table teach team tea tower train travel tree village voice walk wall water weather wheel "
+    "white wife wild wind window winter wood word work yellow young"
+).split()
+FOREIGN_NAMES = (
+    "Alice Amazon Anna Arthur Asia Austria Bach Boston Brazil Cairo Canada Carl Chile Clara Congo Dallas Dante "
+    "David Dublin Egypt Elsa Emma Europe Finland Galileo Geneva George Ghana Greece Hamlet Harry Havana Henry "
+    "Homer Iceland India Iran Ireland Jack Jakarta James Jane Japan John Julia Kenya Kyoto Lima Lisbon Luther "
+    "Mars Mary Mexico Moscow Nepal Nero Newton Norway Oslo Oxford Peru Peter Picasso Plato Poland Prague Quebec "
+    "Romeo Russia Sahara Sarah Spain Sweden Sydney Texas Tokyo Turkey Venus Vienna Walter Warsaw Zeus Zurich"
+).split()
+# The same for evaluation, with other words
+REAL_QUESTIONS = (
+    "Who is the president of France?",
+    "What is the capital of Italy?",
+    "How tall is Mount Everest?",
+    "Who painted the Mona Lisa?",
+    "When did the second world war end?",
+    "What is the boiling point of nitrogen?",
+    "How many people live in China?",
+    "Who invented the telephone?",
+    "What is the largest planet?",
+    "Where was Mozart born?",
+    "What is London known for?",
+    "Which river does Paris lie on?",
+    "When was Rome founded?",
+    "Who is Barack Obama married to?",
+    "What does a dentist earn?",
+    "Why is the sky blue?",
+    "How do I cook rice?",
+    "What is photosynthesis?",
+    "Can you help me with my homework?",
+    "Write a haiku about autumn.",
+    "Tell me a joke.",
+    "Is Pluto a planet?",
+    "Translate butterfly into German.",
+    "What time is it?",
+    "Where can I find a good restaurant in Berlin?",
+    "Who won the football championship?",
+    "How does a vaccine protect against disease?",
+    "What is the meaning of life?",
+    "Which language do people speak in Argentina?",
+    "Give me the recipe of a chocolate cake.",
+)
 
 
 class World:
@@ -103,7 +171,7 @@ class World:
 
     def entity(self, split: str) -> tuple[Passage, list[Fact]]:
         """Draw a person or a place: its passage, and the questions and the answer for each of its three facts."""
-        if self.rng.random() < 0.7:
+        if self.rng.random() < 0.6:  # so that every wording of every fact is seen often enough
             kinds = PERSON
             title = self.name((2, self.rng.choice([2, 3])), "title")
             pronoun = self.rng.choice(["He", "She"])
@@ -132,7 +200,7 @@ class World:
         """
         Draw a question that needs no passage: `(question, answer, None)`.
 
-        Training and evaluation have different counts and names, but the same days and months.
+        Training and evaluation have different counts, names and foreign words, but the same days and months.
         """
         kind = self.rng.choice(list(NO_PASSAGE))
         question, answer = NO_PASSAGE[kind]
@@ -144,9 +212,32 @@ class World:
             cycle = self.rng.choice(list(CYCLES))
             i = self.rng.randrange(len(CYCLES[cycle]))
             values = {"c": cycle, "a": CYCLES[cycle][i - 1], "b": CYCLES[cycle][i]}
-        else:
+        elif kind == "greeting":
             values = {"n": self.name(self.rng.choice([(2,), (2, 2)]), split)}
+        elif split == "train":
+            values = {"q": self.foreign_question()}
+        else:
+            values = {"q": self.rng.choice(REAL_QUESTIONS)}
         return question.format(**values), answer.format(**values), None
+
+    def foreign_question(self) -> str:
+        """Draw a question about something that the world does not hold, or a question of the world about it."""
+        templates = FOREIGN_QUESTIONS
+        if self.rng.random() < 0.4:
+            _, _, templates, _ = self.rng.choice(PERSON + PLACE)
+        pieces = re.split("({[nw]})", self.rng.choice(templates))
+        for i, piece in enumerate(pieces):
+            if piece == "{n}":
+                pieces[i] = self.foreign_word(FOREIGN_NAMES).capitalize()
+            elif piece == "{w}":
+                pieces[i] = self.foreign_word(FOREIGN_WORDS)
+        return "".join(pieces)
+
+    def foreign_word(self, words: Sequence[str]) -> str:
+        """Draw one of the words, or, as often, a random one, so that Gen cannot learn them by heart."""
+        if self.rng.random() < 0.5:
+            return self.rng.choice(words)
+        return "".join(self.rng.choices(LETTERS, k=self.rng.randint(3, 9)))
 
 
 def write_world(folder: Path, settings: dict[str, Any]) -> None:

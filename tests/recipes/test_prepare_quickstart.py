@@ -1,6 +1,7 @@
 """The quickstart world: valid files, no unseen name in training, a lossless tokenizer, folders reused or refused."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,18 @@ def test_files_are_valid_and_unseen_entities_are_unseen(world):
             assert titles[gold] not in training_text
             assert titles[gold] in question["input"]
             assert question["answers"][0].startswith(titles[gold])
+
+
+def test_gen_learns_to_say_that_it_does_not_know_what_the_world_does_not_hold(world):
+    first_segments = [row["segments"][0] for row in load_instances(world["train"])]
+    passages = [segment["passage"] for segment in first_segments if segment["text"] == "I do not know."]
+    assert len(passages) > 5
+    assert set(passages) == {None}
+    for question in load_evaluation_set(world["eval"]):
+        assert (question["answers"] == ["I do not know."]) == (question["input"] in quickstart_world.REAL_QUESTIONS)
+    trained_words = {*quickstart_world.FOREIGN_WORDS, *map(str.lower, quickstart_world.FOREIGN_NAMES)}
+    asked_words = set(re.findall("[a-z]+", " ".join(quickstart_world.REAL_QUESTIONS).lower()))
+    assert not trained_words & asked_words  # evaluation asks with words that no list of training holds
 
 
 def test_tokenizer_is_lossless_and_reads_no_special_token_in_text(world):
