@@ -6,7 +6,6 @@ appended as ids.
 """
 
 import hashlib
-import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from jinja2 import TemplateError
-from transformers import AddedToken, PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedConfig, PreTrainedTokenizerBase
 
 from .configuration_cosup import CoSupConfig
 
@@ -30,6 +29,11 @@ PAPER_CHAT_TEMPLATE = (
     "{% else %}## Output:\n\n{{ message['content'] }}{{ eos_token }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}## Output:\n\n{% endif %}"
+)
+# model types whose first position is `pad_token_id + 1`
+COUNTING_FROM_PADDING = (
+    *("camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta"),
+    *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
 )
 # private-use characters around a control token in user text; they are removed before encoding
 _MARKERS = ("\U000f0000", "\U000f0001")
@@ -68,7 +72,7 @@ def add_control_tokens(tokenizer: PreTrainedTokenizerBase, names: Mapping[str, s
 
 
 def encode_texts(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], forbidden_ids: Iterable[int | None] = ()
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], names: Sequence[str] | None = None
 ) -> list[list[int]]:
     """
     Encode texts as text: no special tokens are added and none in the text is recognised.
@@ -76,28 +80,60 @@ def encode_texts(
     Args:
         tokenizer (`PreTrainedTokenizerBase`): any tokenizer.
         texts (`list[str]`): may hold anything.
-        forbidden_ids (iterable of `int`): ids that no text may produce, such as control tokens and EOS.
+        names (`list[str]`, *optional*): what each text is, for the error.
 
     Returns:
-        `list[list[int]]`: token ids of each text.
+        `list[list[int]]`: token ids of each text; none is in [`special_ids`].
 
     Raises:
-        `ValueError`: when a text still gives a forbidden id, because the token is part of the tokenizer's ordinary
-            vocabulary.
+        `ValueError`: when the tokenizer has no ordinary tokens for the characters of a special token in a text.
     """
     if not texts:
         return []
     encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    forbidden = {id for id in forbidden_ids if id is not None}
-    for text, ids in zip(texts, encoded, strict=True):
-        produced = forbidden.intersection(ids)
-        if produced:
-            tokens = tokenizer.convert_ids_to_tokens(sorted(produced))
-            raise ValueError(
-                f"The text {text[:80]!r} encodes to the control tokens {tokens}; the tokenizer must not hold them as"
-                " ordinary words."
-            )
+    specials = special_ids(tokenizer)
+    for row, ids in enumerate(encoded):
+        if not specials.isdisjoint(ids):
+            name = "The text" if names is None else names[row]
+            encoded[row] = _spelled_out(tokenizer, ids, specials, f"{name} ({texts[row][:80]!r})")
     return encoded
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the ids that no text may produce: all special tokens, except one that is only for unknown words."""
+    ids = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids.update(tokenizer.all_special_ids)
+    if tokenizer.unk_token_id not in sum(bos_and_eos(tokenizer), []):
+        ids.discard(cast(int, tokenizer.unk_token_id))
+    return ids
+
+
+def _spelled_out(tokenizer: PreTrainedTokenizerBase, ids: list[int], specials: set[int], name: str) -> list[int]:
+    """
+    Return `ids`, read from text, with the tokens of its characters for each special token.
+
+    A Unigram vocabulary holds its special tokens, so it reads "</s>" in a text as one. The first character is read
+    alone, then the rest.
+    """
+    spelled: list[int] = []
+    for id in ids:
+        if id not in specials or id == tokenizer.unk_token_id:
+            spelled.append(id)
+            continue
+        token = cast(str, tokenizer.convert_ids_to_tokens(id))
+        for piece in filter(None, (token[0], token[1:])):
+            if tokenizer.is_fast:  # by the bare model: the pre-tokenizer might begin a word
+                spelled += [part.id for part in tokenizer.backend_tokenizer.model.tokenize(piece)]
+            else:
+                parts = tokenizer.tokenize(piece, split_special_tokens=True)
+                spelled += cast(list[int], tokenizer.convert_tokens_to_ids(parts))
+    left = specials.intersection(spelled)
+    if left:
+        tokens = tokenizer.convert_ids_to_tokens(sorted(left))
+        raise ValueError(
+            f"{name} holds the special tokens {tokens}, which {type(tokenizer).__name__} cannot read as text."
+        )
+    return spelled
 
 
 def render_passage(passage: Mapping[str, Any], template: str) -> str:
@@ -114,9 +150,17 @@ def encode_passages_for_gen(
     """Return token ids of passages as Gen reads them between `[NSP]` and `[Cs]`, each cut to `max_passage_length`."""
     # read once: looking up a config's attribute takes longer than encoding a short passage
     template, length = config.passage_template, config.max_passage_length
-    texts = [render_passage(passage, template) for passage in passages]
-    control_ids = (config.nsp_token_id, config.cs_token_id, config.ce_token_id, tokenizer.eos_token_id)
-    return [ids[:length] for ids in encode_texts(tokenizer, texts, control_ids)]
+    return [ids[:length] for ids in _encode_passages(tokenizer, passages, template)]
+
+
+def _encode_passages(
+    tokenizer: PreTrainedTokenizerBase, passages: Iterable[Mapping[str, Any]], template: str, prompt: str = ""
+) -> list[list[int]]:
+    texts, names = [], []
+    for passage in passages:
+        texts.append(prompt + render_passage(passage, template))
+        names.append(f"Passage {passage.get('id')!r}")
+    return encode_texts(tokenizer, texts, names)
 
 
 def encode_passages_for_emb_seq(
@@ -131,10 +175,8 @@ def encode_passages_for_emb_seq(
     Raises:
         `ValueError`: when pooling is `"eos"` and the tokenizer has neither an EOS nor a SEP token.
     """
-    template, prompt = config.passage_template, config.passage_prompt
-    texts = [prompt + render_passage(passage, template) for passage in passages]
-    _, eos = bos_and_eos(tokenizer)
-    return add_bos_and_eos(tokenizer, encode_texts(tokenizer, texts, forbidden_ids=eos), config)
+    rows = _encode_passages(tokenizer, passages, config.passage_template, config.passage_prompt)
+    return add_bos_and_eos(tokenizer, rows, config)
 
 
 def add_bos_and_eos(
@@ -156,24 +198,60 @@ def encode_queries_for_emb_seq(
     emb_seq_tokenizer: PreTrainedTokenizerBase,
     rows: Iterable[list[int]],
     config: CoSupConfig,
-) -> list[list[int]]:
+) -> tuple[list[list[int]], int]:
     """
-    Return everything up to and including `[NSP]` as Emb_seq reads it (section 5, "Baseline").
+    Return everything up to and including `[NSP]` as Emb_seq or the query encoder reads it (section 5, "Baseline").
 
-    If both tokenizers are the same object and there is no query prompt, rows do not change. Otherwise a row is decoded
-    without special tokens, encoded again after the prompt, and cut to the `model_max_length` of Emb_seq's tokenizer.
+    If both tokenizers are the same object and there is no query prompt, rows keep their ids. Otherwise a row is
+    decoded without special tokens, and encoded again after the prompt. A query of more than [`query_length`] tokens
+    keeps its start (its first token, or BOS and the query prompt) and its end, where the question is.
 
     Args:
         tokenizer, emb_seq_tokenizer (`PreTrainedTokenizerBase`): Gen's and Emb_seq's.
         rows (`list[list[int]]`): in Gen's token ids.
         config (`CoSupConfig`): `query_prompt`, and whether BOS and EOS are added.
+
+    Returns:
+        `(list[list[int]], int)`: the ids, and the number of queries that were too long.
+
+    Raises:
+        `ValueError`: when the query prompt leaves no room for a query.
     """
-    if emb_seq_tokenizer is tokenizer and not config.query_prompt:
-        return [list(row) for row in rows]
-    bos, eos = added_tokens(emb_seq_tokenizer, config)
-    length = emb_seq_tokenizer.model_max_length - len(bos) - len(eos)
-    texts = [f"{config.query_prompt}{tokenizer.decode(row, skip_special_tokens=True)}" for row in rows]
-    return [bos + ids[:length] + eos for ids in encode_texts(emb_seq_tokenizer, texts)]
+    queries = [list(row) for row in rows]
+    starts, num_last = [row[:1] for row in queries], 1  # what each query keeps at its start; and tokens at its end
+    if emb_seq_tokenizer is not tokenizer or config.query_prompt:
+        bos, eos = added_tokens(emb_seq_tokenizer, config)
+        texts = [f"{config.query_prompt}{tokenizer.decode(row, skip_special_tokens=True)}" for row in queries]
+        queries = [bos + ids + eos for ids in encode_texts(emb_seq_tokenizer, texts)]
+        starts = [bos + encode_texts(emb_seq_tokenizer, [config.query_prompt])[0]] * len(queries)
+        num_last = len(eos) + 1
+    limit = query_length(emb_seq_tokenizer, config)
+    too_long = [i for i, ids in enumerate(queries) if len(ids) > limit]
+    if too_long and len(starts[0]) + num_last > limit:
+        raise ValueError(
+            f"query_prompt, with BOS and EOS, leaves no room for a query: the encoder reads {limit} tokens."
+        )
+    for i in too_long:
+        queries[i] = starts[i] + queries[i][len(starts[i]) - limit :]
+    return queries, len(too_long)
+
+
+def query_length(emb_seq_tokenizer: PreTrainedTokenizerBase, config: CoSupConfig) -> int:
+    """Return how many tokens the encoder of queries reads, with BOS and EOS: as many as its tokenizer also allows."""
+    encoder_config = config.query_encoder_config if config.query_from == "query_encoder" else config.emb_seq_config
+    positions = num_positions(encoder_config)
+    if positions is None:
+        return emb_seq_tokenizer.model_max_length
+    return min(emb_seq_tokenizer.model_max_length, positions)
+
+
+def num_positions(config: PreTrainedConfig) -> int | None:
+    """Return how many tokens a model reads, `None` without a limit; RoBERTa's kind counts from `pad_token_id + 1`."""
+    config = config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and config.model_type in COUNTING_FROM_PADDING:
+        positions -= config.pad_token_id + 1
+    return positions
 
 
 def added_tokens(tokenizer: PreTrainedTokenizerBase, config: CoSupConfig) -> tuple[list[int], list[int]]:
@@ -260,22 +338,24 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
     """
     Return token ids of messages through the chat template, with a generation prompt; control tokens in them stay text.
 
-    Equals `apply_chat_template(messages, add_generation_prompt=True, sanitize_control_tokens=True)`. Older releases of
-    transformers lack the last option; there, markers are put around control tokens before rendering.
+    Equals `apply_chat_template(messages, add_generation_prompt=True, sanitize_control_tokens=True)`, an option that
+    older releases of transformers lack, and that refuses the special tokens of a Unigram vocabulary. Control tokens in
+    messages are marked before rendering, then cut out and encoded as text.
+
+    Raises:
+        `ValueError`: see [`encode_texts`].
     """
-    if "sanitize_control_tokens" not in inspect.signature(tokenizer.apply_chat_template).parameters:
-        return _encode_chat_with_markers(tokenizer, messages)
-    ids = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
-    )
-    return cast(list[int], ids)
-
-
-def _encode_chat_with_markers(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
-    """Return what [`encode_chat`] returns: control tokens in messages are marked, cut out and encoded as text."""
-    specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    specials.sort(key=len, reverse=True)  # a token may begin with another
-    pattern = "|".join(map(re.escape, specials))
+    template = tokenizer.get_chat_template()
+    forbidden = special_ids(tokenizer)
+    controls = []
+    for id, token in tokenizer.added_tokens_decoder.items():
+        if token.special:
+            controls.append(token.content)
+        elif token.content in template and not token.content.isspace():  # such as "<|user|>", added as a plain token
+            controls.append(token.content)
+            forbidden.add(id)
+    controls.sort(key=len, reverse=True)  # a token may begin with another
+    pattern = "|".join(map(re.escape, controls)) or "(?!)"
     start, end = _MARKERS
     marked = []
     for message in messages:
@@ -285,14 +365,17 @@ def _encode_chat_with_markers(tokenizer: PreTrainedTokenizerBase, messages: list
     # Odd pieces are control tokens from between two markers, to be encoded as text. An odd piece is `None` for a lone
     # marker, left where the template split a text: the pieces on its two sides are still encoded separately.
     pieces = re.split(f"{start}({pattern}){end}|[{start}{end}]", cast(str, rendered))
-    ids = []
+    ids: list[int] = []
     for i, piece in enumerate(pieces):
         if not piece:
             continue
         if i == 0:
             ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+        elif i % 2 == 0:
+            ids += _encode_continuation(tokenizer, piece, split_special_tokens=False)
         else:
-            ids += _encode_continuation(tokenizer, piece, split_special_tokens=i % 2 == 1)
+            read = _encode_continuation(tokenizer, piece, split_special_tokens=True)
+            ids += _spelled_out(tokenizer, read, forbidden, "The prompt")
     return ids
 
 
@@ -310,18 +393,27 @@ def end_of_turn_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """
     Return the id that ends an assistant's turn.
 
-    It is the first special token that the chat template writes after an answer, or EOS if there is none.
+    It is the first special token that the chat template writes after an answer, or EOS if there is none. A token that
+    the template writes right before a question or an answer begins a turn, and ends none unless it is EOS.
 
     Raises:
         `ValueError`: when there is neither.
     """
-    answer = "end-of-turn-probe"
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    question, answer = "question-probe", "end-of-turn-probe"
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     rendered = cast(str, tokenizer.apply_chat_template(messages, tokenize=False))
-    tail = rendered.rpartition(answer)[2]
+    before_answer, found, after_answer = rendered.rpartition(answer)
+    if not found:  # a template of questions alone
+        after_answer = ""
+    before_question, _, between = before_answer.partition(question)
     specials = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    for id in tokenizer(tail, add_special_tokens=False)["input_ids"]:
-        if id in specials:
+
+    def specials_in(text: str) -> list[int]:
+        return [id for id in tokenizer(text, add_special_tokens=False)["input_ids"] if id in specials]
+
+    beginnings = {*specials_in(before_question)[-1:], *specials_in(between)[-1:]} - {tokenizer.eos_token_id}
+    for id in specials_in(after_answer):
+        if id not in beginnings:
             return id
     if tokenizer.eos_token_id is None:
         raise ValueError(

@@ -19,6 +19,8 @@ logger = logging.get_logger(__name__)
 
 AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset | torch.utils.data.Dataset | Sequence[dict]
 
+LONG_QUERIES = "are longer than their encoder reads, and lose their beginning"
+
 COLUMNS = ["input_ids", "labels", "passage_input_ids"]  # of a tokenized instance
 OPTIONAL_COLUMNS = ["id", "passage_ids", "positive_ids", "negative_input_ids", "negative_ids", "query_input_ids"]
 
@@ -32,6 +34,8 @@ def tokenize_dataset(
 ) -> datasets.Dataset | datasets.IterableDataset | None:
     """
     Tokenize instances and drop those longer than `max_length`; a warning counts them.
+
+    Another counts queries that are too long for the encoder that reads them; they lose their beginning.
 
     Args:
         dataset (`Dataset`, `IterableDataset`, `torch.utils.data.Dataset` or `list[dict]`, *optional*): instances, or
@@ -73,7 +77,14 @@ def tokenize_dataset(
         tokenized = dataset.map(
             tokenize, with_indices=True, remove_columns=columns, num_proc=args.dataset_num_proc, desc=description
         )
-    return _drop_long_instances(tokenized, args.max_length, name)
+    tokenized = _drop_long_instances(tokenized, args.max_length, name)
+    if "num_cut_queries" in tokenized.column_names:
+        num_queries = sum(map(len, tokenized["query_input_ids"]))
+        num_cut = sum(tokenized["num_cut_queries"])
+        if num_cut:
+            logger.warning(f"{num_cut} of {num_queries} queries of the {name} {LONG_QUERIES}.")
+        tokenized = tokenized.remove_columns("num_cut_queries")
+    return tokenized
 
 
 def no_duplicates_sampler(
@@ -139,7 +150,11 @@ def _drop_long_instances(tokenized: datasets.Dataset, max_length: int, name: str
 
 
 class _LengthFilter:
-    """A filter for streams that warns how many instances it has dropped, each time the number is a power of two."""
+    """
+    A filter for streams that warns how many instances it has dropped, each time the number is a power of two.
+
+    It also warns, once, if a query of an instance is too long for its encoder.
+    """
 
     def __init__(self, max_length: int, name: str) -> None:
         self.max_length = max_length
@@ -148,6 +163,8 @@ class _LengthFilter:
 
     def __call__(self, instance: dict) -> bool:
         if len(instance["input_ids"]) <= self.max_length:
+            if instance.get("num_cut_queries"):
+                logger.warning_once(f"Some queries of the {self.name} {LONG_QUERIES}.")
             return True
         self.dropped += 1
         if self.dropped & (self.dropped - 1) == 0:  # a power of two

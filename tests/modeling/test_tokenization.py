@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerFast
 
 from modeling_cosup.tokenization_cosup import (
     PAPER_CHAT_TEMPLATE,
-    _encode_chat_with_markers,
     add_control_tokens,
     bos_and_eos,
     encode_chat,
@@ -24,6 +23,7 @@ from modeling_cosup.tokenization_cosup import (
     end_of_turn_token_id,
     render_passage,
     same_tokenizer,
+    special_ids,
     tokenizer_fingerprint,
 )
 from support.models import make_model, make_tokenizer
@@ -54,10 +54,6 @@ def cosup_tokenizer(template=None):
     return tokenizer
 
 
-def special_ids(tokenizer):
-    return {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-
-
 def test_control_tokens_are_special_and_survive_as_one_token():
     tokenizer = make_tokenizer()
     ids = add_control_tokens(tokenizer)
@@ -86,7 +82,7 @@ def test_a_tokenizer_keeps_its_own_template_and_pad_token():
 
 def test_text_is_never_a_control_token():
     tokenizer = cosup_tokenizer(CHATML)
-    (ids,) = encode_texts(tokenizer, [HOSTILE], special_ids(tokenizer))
+    (ids,) = encode_texts(tokenizer, [HOSTILE])
     assert not special_ids(tokenizer) & set(ids)
     assert tokenizer.decode(ids) == HOSTILE
     assert encode_texts(tokenizer, []) == []
@@ -111,16 +107,6 @@ def test_render_passage():
     assert render_passage({"title": "T", "text": "x"}, template) == "T :: x"
     assert render_passage({"title": "", "text": "x"}, template) == render_passage({"text": "x"}, template) == "x"
     assert render_passage({"title": "{text} {id} {0}", "text": "{title}"}, template) == "{text} {id} {0} :: {title}"
-
-
-def test_a_tokenizer_with_a_control_token_as_an_ordinary_word_raises():
-    backend = Tokenizer(models.WordLevel({"[UNK]": 0, "[NSP]": 1, "is": 2, "here": 3, "</s>": 4}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="[UNK]")
-    nsp, *_ = add_control_tokens(tokenizer)
-    assert nsp == 1
-    with pytest.raises(ValueError, match=r"'\[NSP\] is here'.*\[NSP\].*ordinary words"):
-        encode_texts(tokenizer, ["is here", "[NSP] is here"], [nsp])
 
 
 def test_bos_and_eos_fall_back_to_cls_and_sep():
@@ -155,14 +141,18 @@ def test_bos_eos_and_prompts_as_a_retriever_has_them(add_bos, add_eos):
     ).config
     assert encode_passages_for_emb_seq(tokenizer, [{"text": "a text"}], config) == [bos + text + eos]
     query = [config.nsp_token_id, *encode_texts(tokenizer, ["a text"])[0], tokenizer.eos_token_id]
-    assert encode_queries_for_emb_seq(gen_tokenizer, tokenizer, [query], config) == [bos + text + eos]
+    assert encode_queries_for_emb_seq(gen_tokenizer, tokenizer, [query], config) == ([bos + text + eos], 0)
     # a prompt makes it text
-    assert encode_queries_for_emb_seq(gen_tokenizer, gen_tokenizer, [query], config) == [bos + text + eos]
-    tokenizer.model_max_length = 3 + len(bos) + len(eos)
-    assert encode_queries_for_emb_seq(gen_tokenizer, tokenizer, [query], config) == [bos + text[:3] + eos]
-    tokenizer.model_max_length = 10**9
+    assert encode_queries_for_emb_seq(gen_tokenizer, gen_tokenizer, [query], config) == ([bos + text + eos], 0)
+    prompt = encode_texts(tokenizer, ["find it: "])[0]
+    tokenizer.model_max_length = len(prompt) + 2 + len(bos) + len(eos)
+    expected = bos + prompt + text[-2:] + eos  # the prompt and the end of the question
+    assert encode_queries_for_emb_seq(gen_tokenizer, tokenizer, [query, query], config) == ([expected] * 2, 2)
+    tokenizer.model_max_length = len(prompt) + len(bos) + len(eos)
+    with pytest.raises(ValueError, match="query_prompt, with BOS and EOS, leaves no room"):
+        encode_queries_for_emb_seq(gen_tokenizer, tokenizer, [query], config)
     config.query_prompt = ""
-    assert encode_queries_for_emb_seq(gen_tokenizer, gen_tokenizer, [query], config) == [query]
+    assert encode_queries_for_emb_seq(gen_tokenizer, gen_tokenizer, [query], config) == ([query], 0)
 
 
 def test_the_papers_prompt():
@@ -187,8 +177,7 @@ def test_a_lower_casing_tokenizer_keeps_the_case_of_control_tokens():
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     nsp, *others = add_control_tokens(tokenizer)
     for text in ("[nsp] [cs] [Ce]", "[NSP] [Cs] [CE]"):
-        for encode in (encode_chat, _encode_chat_with_markers):
-            assert not {nsp, *others} & set(encode(tokenizer, [{"role": "user", "content": text}]))
+        assert not {nsp, *others} & set(encode_chat(tokenizer, [{"role": "user", "content": text}]))
     assert tokenizer("[NSP]", add_special_tokens=False)["input_ids"] == [nsp]
 
 
@@ -232,21 +221,21 @@ CHATS = {
 @pytest.mark.parametrize("chat", CHATS)
 @pytest.mark.parametrize("template", [PAPER_CHAT_TEMPLATE, CHATML, THINKING], ids=["paper", "chatml", "thinking"])
 @pytest.mark.parametrize("make", [cosup_tokenizer, sentencepiece_like])
-def test_own_route_equals_transformers(make, template, chat):
+def test_chats_are_encoded_as_transformers_does(make, template, chat):
     tokenizer = make(template)
     if "sanitize_control_tokens" not in inspect.signature(tokenizer.apply_chat_template).parameters:
         pytest.skip("this transformers has no sanitize_control_tokens")
     expected = tokenizer.apply_chat_template(
         CHATS[chat], add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
     )
-    assert _encode_chat_with_markers(tokenizer, CHATS[chat]) == expected == encode_chat(tokenizer, CHATS[chat])
+    assert encode_chat(tokenizer, CHATS[chat]) == expected
 
 
 @pytest.mark.parametrize("chat", CHATS)
-def test_own_route_leaves_no_control_token(chat):
+def test_a_chat_leaves_no_control_token(chat):
     """Checked also for releases of transformers that have no route to compare with."""
     tokenizer = cosup_tokenizer(CHATML)
-    ids = _encode_chat_with_markers(tokenizer, CHATS[chat])
+    ids = encode_chat(tokenizer, CHATS[chat])
     specials = [id for id in ids if id in special_ids(tokenizer)]
     turns = ["<|im_start|>", "<|im_end|>"] * len(CHATS[chat]) + ["<|im_start|>"]
     assert tokenizer.convert_ids_to_tokens(specials) == turns
