@@ -349,7 +349,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
     forbidden = special_ids(tokenizer)
     controls = []
     for id, token in tokenizer.added_tokens_decoder.items():
-        if token.special:
+        if token.special or id in forbidden:
             controls.append(token.content)
         elif token.content in template and not token.content.isspace():  # such as "<|user|>", added as a plain token
             controls.append(token.content)
@@ -393,8 +393,8 @@ def end_of_turn_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """
     Return the id that ends an assistant's turn.
 
-    It is the first special token that the chat template writes after an answer, or EOS if there is none. A token that
-    the template writes right before a question or an answer begins a turn, and ends none unless it is EOS.
+    It is the first special token that the chat template writes after an answer, or EOS if there is none. The last one
+    before a question begins turns: unless it is EOS, it ends none.
 
     Raises:
         `ValueError`: when there is neither.
@@ -402,18 +402,18 @@ def end_of_turn_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     question, answer = "question-probe", "end-of-turn-probe"
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     rendered = cast(str, tokenizer.apply_chat_template(messages, tokenize=False))
-    before_answer, found, after_answer = rendered.rpartition(answer)
-    if not found:  # a template of questions alone
+    before_question = rendered.partition(question)[0]
+    after_answer = rendered.rpartition(answer)[2]
+    if answer not in rendered:  # a template of questions alone
         after_answer = ""
-    before_question, _, between = before_answer.partition(question)
-    specials = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    specials = special_ids(tokenizer)
 
     def specials_in(text: str) -> list[int]:
         return [id for id in tokenizer(text, add_special_tokens=False)["input_ids"] if id in specials]
 
-    beginnings = {*specials_in(before_question)[-1:], *specials_in(between)[-1:]} - {tokenizer.eos_token_id}
+    beginning = specials_in(before_question)[-1:]
     for id in specials_in(after_answer):
-        if id not in beginnings:
+        if id == tokenizer.eos_token_id or id not in beginning:
             return id
     if tokenizer.eos_token_id is None:
         raise ValueError(

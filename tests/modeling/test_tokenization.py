@@ -7,9 +7,11 @@ The chat templates are the paper's and others.
 import inspect
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from modeling_cosup import encoding_cosup
 from modeling_cosup.tokenization_cosup import (
     PAPER_CHAT_TEMPLATE,
     add_control_tokens,
@@ -21,12 +23,14 @@ from modeling_cosup.tokenization_cosup import (
     encode_queries_for_emb_seq,
     encode_texts,
     end_of_turn_token_id,
+    pad_rows,
     render_passage,
     same_tokenizer,
     special_ids,
     tokenizer_fingerprint,
 )
 from support.models import make_model, make_tokenizer
+from support.tokenizers import TOKENIZERS, xlm_roberta
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -109,6 +113,60 @@ def test_render_passage():
     assert render_passage({"title": "{text} {id} {0}", "text": "{title}"}, template) == "{text} {id} {0} :: {title}"
 
 
+# ---------------------------------------------------------------------- special tokens that a vocabulary holds
+
+
+SPECIALS_IN_TEXT = "the </s> painting</s>x <s>at</s> b<pad><mask>[SEP][CLS]<extra_id_3>[NSP]<</s>>"
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_text_is_never_a_special_token_in_any_vocabulary(name):
+    tokenizer = TOKENIZERS[name]()
+    add_control_tokens(tokenizer)
+    plain, ids = encode_texts(tokenizer, ["the painting", SPECIALS_IN_TEXT])
+    assert not special_ids(tokenizer).intersection(plain + ids)
+    assert tokenizer.decode(ids).replace(" ", "") == SPECIALS_IN_TEXT.replace(" ", "")
+    assert tokenizer(["the painting"], add_special_tokens=False)["input_ids"] == [plain]  # the rest is as always
+
+
+def test_a_special_token_that_a_unigram_vocabulary_holds_is_spelled():
+    tokenizer = TOKENIZERS["Unigram, XLM-R"]()
+    texts = ["the</s>b", "at <mask>", "the 東 <unk>"]
+    words = [tokenizer.convert_ids_to_tokens(ids) for ids in encode_texts(tokenizer, texts)]
+    assert words[0] == ["▁the", "<", "/", "s", ">", "b"]
+    assert words[1] == ["▁", "at", "▁", "<", "m", "a", "s", "k", ">"]
+    assert words[2] == ["▁the", "▁", "<unk>", "▁", "<unk>"]  # what a vocabulary lacks is an unknown word
+    full_width = encode_texts(TOKENIZERS["Unigram, XLM-R with NFKC"](), ["the＜/s＞b"])
+    assert full_width == encode_texts(tokenizer, texts[:1])
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_prompt_holds_no_special_token_of_its_question(name):
+    tokenizer = TOKENIZERS[name]()
+    add_control_tokens(tokenizer)
+    specials = special_ids(tokenizer)
+    ids = encode_prompt(tokenizer, SPECIALS_IN_TEXT, f"Answer </s> {SPECIALS_IN_TEXT}")
+    plain = encode_prompt(tokenizer, "who?", "Answer.")
+    assert [id for id in ids if id in specials] == [id for id in plain if id in specials]
+    assert tokenizer.decode(ids).replace(" ", "").count(SPECIALS_IN_TEXT.replace(" ", "")) == 2
+
+
+def test_a_template_keeps_its_plain_added_tokens_to_itself():
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<|user|>", "<|unused|>"])
+    tokenizer.chat_template = "{% for message in messages %}<|user|>{{ message['content'] }}{% endfor %}"
+    user, unused = tokenizer.convert_tokens_to_ids(["<|user|>", "<|unused|>"])
+    ids = encode_prompt(tokenizer, "a <|user|> <|unused|>")
+    assert (ids.count(user), ids.count(unused)) == (1, 1)
+
+
+def test_a_special_token_of_one_character_is_refused_by_name():
+    tokenizer = xlm_roberta()
+    tokenizer.eos_token = "~"
+    with pytest.raises(ValueError, match=r"Passage 'p7' \('wave ~'\) holds the special tokens \['~'\], which XLMRob"):
+        encode_passages_for_gen(tokenizer, [{"text": "calm"}, {"id": "p7", "text": "wave ~"}], make_model().config)
+
+
 def test_bos_and_eos_fall_back_to_cls_and_sep():
     backend = Tokenizer(models.WordLevel({"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "text": 3}, unk_token="[UNK]"))
     bert_like = PreTrainedTokenizerFast(
@@ -153,6 +211,67 @@ def test_bos_eos_and_prompts_as_a_retriever_has_them(add_bos, add_eos):
         encode_queries_for_emb_seq(gen_tokenizer, tokenizer, [query], config)
     config.query_prompt = ""
     assert encode_queries_for_emb_seq(gen_tokenizer, gen_tokenizer, [query], config) == ([query], 0)
+
+
+# ---------------------------------------------------------------------- queries that an encoder reads
+
+
+QUESTION_LIMITS = {
+    "the tokenizer's limit": ({}, 40, 40),
+    "the encoder's positions": ({"max_position_embeddings": 48}, 10**30, 48),
+    "positions after the padding": ({"architecture": "roberta", "max_position_embeddings": 48}, 10**30, 46),
+    "no limit": ({"architecture": "bloom"}, 10**30, None),
+}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("limit", QUESTION_LIMITS)
+def test_a_long_query_keeps_its_end(limit, shared):
+    emb_seq, model_max_length, expected = QUESTION_LIMITS[limit]
+    tokenizer = make_tokenizer()
+    separate = make_tokenizer(texts=["other words for another tokenizer"], bos="<cls>", eos="<sep>")
+    encoder_tokenizer = tokenizer if shared else separate
+    encoder_tokenizer.model_max_length = model_max_length
+    architecture = emb_seq.get("architecture", "gpt2")
+    positions = {name: value for name, value in emb_seq.items() if name != "architecture"}
+    model = make_model(
+        tokenizer=tokenizer,
+        emb_seq_tokenizer=encoder_tokenizer,
+        emb_seq=architecture,
+        emb_seq_kwargs={**positions, "pad_token_id": 1},
+        query_from="emb_seq",
+        max_passage_length=16,
+    )
+    beginning = "This beginning is much longer than what an encoder of queries reads. " * 3
+    prompts = [encode_prompt(tokenizer, beginning + question) for question in ("Who was first?", "Who was last?")]
+    rows = [[*prompt, model.config.nsp_token_id] for prompt in prompts]
+    first, last = encode_queries_for_emb_seq(tokenizer, encoder_tokenizer, rows, model.config)[0]
+    assert first != last
+    if expected is None:
+        assert "This beginning" in encoder_tokenizer.decode(first)
+        return
+    assert len(first) == len(last) == expected
+    assert first[0] == encoder_tokenizer.bos_token_id
+    assert first[-1] == (model.config.nsp_token_id if shared else encoder_tokenizer.eos_token_id)
+    assert "Who was first?## Output:" in encoder_tokenizer.decode(first)
+    ids, mask = pad_rows(rows)
+    embeds = model.encode_queries(ids, mask)  # as many tokens as the encoder has positions
+    assert not torch.allclose(embeds[0], embeds[1], atol=1e-3)
+
+
+def test_cut_queries_are_counted_once(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(encoding_cosup.logger, "warning", warnings.append)
+    model = make_model(query_from="emb_seq", emb_seq_kwargs={"max_position_embeddings": 300})
+    rows = [encode_prompt(model.tokenizer, question) for question in ("who?", "who is it? " * 200)]
+    for _ in range(2):
+        model.encode_queries(*pad_rows(rows))
+    message = "1 of 2 queries are longer than the 300 tokens that their encoder reads: the beginning is left out"
+    assert len(warnings) == 1
+    assert warnings[0].startswith(message)
+
+
+# ---------------------------------------------------------------------- prompts
 
 
 def test_the_papers_prompt():

@@ -48,6 +48,7 @@ ARCHITECTURES = {
     "bloom": {},
     "mamba": {"state_size": 4},
     "bert": {"intermediate_size": 64},
+    "roberta": {"intermediate_size": 64},
     "modernbert": {"intermediate_size": 64},
 }
 
