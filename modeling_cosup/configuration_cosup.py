@@ -9,6 +9,11 @@ SIMILARITY_DEFAULTS = {
     "cosine": {"temperature": 0.05, "nsp_loss_weight": 1.0},
     "dot": {"temperature": 1.0, "nsp_loss_weight": 0.01},  # the paper's
 }
+# model types whose first position is `pad_token_id + 1`
+COUNTING_FROM_PADDING = (
+    *("camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta"),
+    *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+)
 QUERY_SOURCES = ("gen", "emb_seq", "query_encoder")
 POOLINGS = ("eos", "lasttoken", "mean", "cls")
 # Embedding settings that indexes of earlier releases do not record, with the values that applied then.
@@ -188,6 +193,15 @@ class CoSupConfig(PreTrainedConfig):
                 # the local folder of a part is private; `gen_name_or_path` has what may be published
                 output[name].pop("_name_or_path", None)
         return output
+
+
+def num_positions(config: PreTrainedConfig) -> int | None:
+    """Return how many tokens a model reads, `None` without a limit; RoBERTa's kind counts from `pad_token_id + 1`."""
+    config = config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and config.model_type in COUNTING_FROM_PADDING:
+        positions -= config.pad_token_id + 1
+    return positions
 
 
 CoSupConfig.register_for_auto_class()

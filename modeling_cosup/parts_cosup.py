@@ -203,7 +203,7 @@ def passage_tokenizer(tokenizer: PreTrainedTokenizerBase, config: CoSupConfig) -
     )
 
 
-def _split_special_tokens(backend: Tokenizer, ids: set[int]) -> None:
+def _split_special_tokens(backend: Tokenizer, ids: frozenset[int]) -> None:
     """Let the special tokens that a vocabulary reads as words be split as `tokenization_cosup.encode_texts` does."""
     words = []
     for token in map(backend.id_to_token, sorted(ids)):

@@ -7,15 +7,16 @@ appended as ids.
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import torch
 from jinja2 import TemplateError
-from transformers import AddedToken, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedTokenizerBase
 
-from .configuration_cosup import CoSupConfig
+from .configuration_cosup import CoSupConfig, num_positions
 
 CONTROL_TOKENS = {"nsp_token": "[NSP]", "cs_token": "[Cs]", "ce_token": "[CE]"}
 
@@ -29,11 +30,6 @@ PAPER_CHAT_TEMPLATE = (
     "{% else %}## Output:\n\n{{ message['content'] }}{{ eos_token }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}## Output:\n\n{% endif %}"
-)
-# model types whose first position is `pad_token_id + 1`
-COUNTING_FROM_PADDING = (
-    *("camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta"),
-    *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
 )
 # private-use characters around a control token in user text; they are removed before encoding
 _MARKERS = ("\U000f0000", "\U000f0001")
@@ -68,6 +64,7 @@ def add_control_tokens(tokenizer: PreTrainedTokenizerBase, names: Mapping[str, s
         tokenizer.chat_template = PAPER_CHAT_TEMPLATE
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(ids[2])
+    _special_ids.cache_clear()  # a token of the vocabulary may have become special
     return ids
 
 
@@ -99,21 +96,26 @@ def encode_texts(
     return encoded
 
 
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Return the ids that no text may produce: all special tokens, except one that is only for unknown words."""
+    return _special_ids(tokenizer, len(tokenizer), repr(tokenizer.special_tokens_map))
+
+
+@lru_cache(maxsize=4)  # it takes longer than encoding a short text
+def _special_ids(tokenizer: PreTrainedTokenizerBase, size: int, names: str) -> frozenset[int]:
     ids = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     ids.update(tokenizer.all_special_ids)
-    if tokenizer.unk_token_id not in sum(bos_and_eos(tokenizer), []):
-        ids.discard(cast(int, tokenizer.unk_token_id))
-    return ids
+    bos, eos = bos_and_eos(tokenizer)
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id not in bos + eos:
+        ids.discard(tokenizer.unk_token_id)
+    return frozenset(ids)
 
 
-def _spelled_out(tokenizer: PreTrainedTokenizerBase, ids: list[int], specials: set[int], name: str) -> list[int]:
+def _spelled_out(tokenizer: PreTrainedTokenizerBase, ids: list[int], specials: frozenset[int], name: str) -> list[int]:
     """
     Return `ids`, read from text, with the tokens of its characters for each special token.
 
-    A Unigram vocabulary holds its special tokens, so it reads "</s>" in a text as one. The first character is read
-    alone, then the rest.
+    A Unigram vocabulary reads "</s>" in a text as one word. Here its first character is read alone, then the rest.
     """
     spelled: list[int] = []
     for id in ids:
@@ -121,12 +123,11 @@ def _spelled_out(tokenizer: PreTrainedTokenizerBase, ids: list[int], specials: s
             spelled.append(id)
             continue
         token = cast(str, tokenizer.convert_ids_to_tokens(id))
-        for piece in filter(None, (token[0], token[1:])):
+        for piece in (token[:1], token[1:]):
             if tokenizer.is_fast:  # by the bare model: the pre-tokenizer might begin a word
                 spelled += [part.id for part in tokenizer.backend_tokenizer.model.tokenize(piece)]
             else:
-                parts = tokenizer.tokenize(piece, split_special_tokens=True)
-                spelled += cast(list[int], tokenizer.convert_tokens_to_ids(parts))
+                spelled += _encode_without_added_tokens(tokenizer, piece)
     left = specials.intersection(spelled)
     if left:
         tokens = tokenizer.convert_ids_to_tokens(sorted(left))
@@ -245,15 +246,6 @@ def query_length(emb_seq_tokenizer: PreTrainedTokenizerBase, config: CoSupConfig
     return min(emb_seq_tokenizer.model_max_length, positions)
 
 
-def num_positions(config: PreTrainedConfig) -> int | None:
-    """Return how many tokens a model reads, `None` without a limit; RoBERTa's kind counts from `pad_token_id + 1`."""
-    config = config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and config.model_type in COUNTING_FROM_PADDING:
-        positions -= config.pad_token_id + 1
-    return positions
-
-
 def added_tokens(tokenizer: PreTrainedTokenizerBase, config: CoSupConfig) -> tuple[list[int], list[int]]:
     """Return the ids that Emb_seq reads before and after a text: BOS and EOS, each only if the config adds it."""
     bos, eos = bos_and_eos(tokenizer)
@@ -340,22 +332,10 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
 
     Equals `apply_chat_template(messages, add_generation_prompt=True, sanitize_control_tokens=True)`, an option that
     older releases of transformers lack, and that refuses the special tokens of a Unigram vocabulary. Control tokens in
-    messages are marked before rendering, then cut out and encoded as text.
-
-    Raises:
-        `ValueError`: see [`encode_texts`].
+    messages are marked before rendering, then cut out and encoded as text; errors as in [`encode_texts`].
     """
-    template = tokenizer.get_chat_template()
-    forbidden = special_ids(tokenizer)
-    controls = []
-    for id, token in tokenizer.added_tokens_decoder.items():
-        if token.special or id in forbidden:
-            controls.append(token.content)
-        elif token.content in template and not token.content.isspace():  # such as "<|user|>", added as a plain token
-            controls.append(token.content)
-            forbidden.add(id)
-    controls.sort(key=len, reverse=True)  # a token may begin with another
-    pattern = "|".join(map(re.escape, controls)) or "(?!)"
+    specials = special_ids(tokenizer)
+    pattern = _control_pattern(tokenizer, specials, cast(str, tokenizer.get_chat_template()))
     start, end = _MARKERS
     marked = []
     for message in messages:
@@ -372,21 +352,48 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
         if i == 0:
             ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=False)["input_ids"]
         elif i % 2 == 0:
-            ids += _encode_continuation(tokenizer, piece, split_special_tokens=False)
+            ids += _encode_continuation(tokenizer, piece, as_text=False)
         else:
-            read = _encode_continuation(tokenizer, piece, split_special_tokens=True)
-            ids += _spelled_out(tokenizer, read, forbidden, "The prompt")
+            read = _encode_continuation(tokenizer, piece, as_text=True)
+            ids += _spelled_out(tokenizer, read, specials, "The prompt")
     return ids
 
 
-def _encode_continuation(tokenizer: PreTrainedTokenizerBase, piece: str, split_special_tokens: bool) -> list[int]:
+@lru_cache(maxsize=4)
+def _control_pattern(tokenizer: PreTrainedTokenizerBase, specials: frozenset[int], template: str) -> str:
+    """Return a regular expression that matches the tokens which a message may not write."""
+    controls = set(cast(list[str], tokenizer.convert_ids_to_tokens(list(specials))))
+    for token in tokenizer.added_tokens_decoder.values():
+        in_template = token.content in template and not token.content.isspace()  # "<|user|>" may be a plain token
+        if token.special or in_template:
+            controls.add(token.content)
+    longest_first = sorted(controls, key=len, reverse=True)  # a token may begin with another
+    return "|".join(map(re.escape, longest_first)) or "(?!)"
+
+
+def _encode_continuation(tokenizer: PreTrainedTokenizerBase, piece: str, as_text: bool) -> list[int]:
     """Return token ids of a piece in mid-string, without the space that SentencePiece puts before a whole string."""
-    newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
-    options = {"add_special_tokens": False, "split_special_tokens": split_special_tokens}
-    ids = tokenizer("\n" + piece, **options)["input_ids"]
+    encode: Callable[[str], list[int]] = partial(_encode_without_added_tokens, tokenizer)
+    if not as_text:
+        encode = partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=False)
+    newline = tokenizer.encode("\n", add_special_tokens=False)
+    ids = encode("\n" + piece)
     if ids[: len(newline)] == newline:
         return ids[len(newline) :]
-    return tokenizer(piece, **options)["input_ids"]
+    return encode(piece)
+
+
+def _encode_without_added_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return token ids of a text in which no added token is recognised, special or not."""
+    if not tokenizer.is_fast:
+        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    backend = tokenizer.backend_tokenizer
+    if backend.normalizer is not None:
+        text = backend.normalizer.normalize_str(text)
+    words = [text]
+    if backend.pre_tokenizer is not None:
+        words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+    return [token.id for word in words for token in backend.model.tokenize(word)]
 
 
 def end_of_turn_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -403,9 +410,7 @@ def end_of_turn_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     rendered = cast(str, tokenizer.apply_chat_template(messages, tokenize=False))
     before_question = rendered.partition(question)[0]
-    after_answer = rendered.rpartition(answer)[2]
-    if answer not in rendered:  # a template of questions alone
-        after_answer = ""
+    after_answer = "".join(rendered.split(answer)[1:])  # empty for a template of questions alone
     specials = special_ids(tokenizer)
 
     def specials_in(text: str) -> list[int]:

@@ -283,7 +283,10 @@ def tokenize_instance(
     gen_passages = iter(encode_passages_for_gen(tokenizer, passages, config))
     names = [f"Instance {instance['id']!r}, segments[{i}].text" for i in range(len(segments))]
     texts = encode_texts(tokenizer, [segment["text"] for segment in segments], names)
-    input_ids = list(encode_prompt(tokenizer, instance["input"], instance["instruction"]))
+    try:
+        input_ids = list(encode_prompt(tokenizer, instance["input"], instance["instruction"]))
+    except ValueError as error:
+        raise ValueError(f"Instance {instance['id']!r}: {error}") from error
     labels = [-100] * len(input_ids)
     queries = []  # everything up to and including each [NSP]
     for segment, text in zip(segments, texts, strict=True):

@@ -332,6 +332,7 @@ CHATS = {
         {"role": "user", "content": " c\n"},
     ],
     "private-use": [{"role": "user", "content": "\ue000[NSP]\ue001 \U000f0000[CE]\U000f0001 [N\U000f0000SP]"}],
+    "plain tokens": [{"role": "user", "content": "a <|think|>b<｜User｜> c"}],
     "empty": [{"role": "user", "content": ""}],
     "unicode": [{"role": "user", "content": "Zürich [NSP]東京[CE]½ \t x"}],
 }
@@ -342,6 +343,9 @@ CHATS = {
 @pytest.mark.parametrize("make", [cosup_tokenizer, sentencepiece_like])
 def test_chats_are_encoded_as_transformers_does(make, template, chat):
     tokenizer = make(template)
+    if template == CHATML:  # holds the two as plain tokens, as the tokenizers of some models do
+        tokenizer.add_tokens(["<｜User｜>", "<|think|>"])
+        tokenizer.chat_template += "<｜User｜><|think|>"
     if "sanitize_control_tokens" not in inspect.signature(tokenizer.apply_chat_template).parameters:
         pytest.skip("this transformers has no sanitize_control_tokens")
     expected = tokenizer.apply_chat_template(

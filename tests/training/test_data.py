@@ -132,6 +132,9 @@ def test_a_text_with_a_special_token_that_cannot_be_spelled_is_named():
     instance = dict(INSTANCE, segments=[{"text": "calm", "passage": None}, {"text": "a wave ~", "passage": None}])
     with pytest.raises(ValueError, match=r"Instance '1', segments\[1\].text \('a wave ~'\) holds the special tokens"):
         tokenize_instance(instance, tokenizer, tokenizer, model.config)
+    instance = dict(INSTANCE, input="a wave ~", segments=[{"text": "calm", "passage": None}])
+    with pytest.raises(ValueError, match=r"Instance '1': The prompt holds the special tokens \['~'\]"):
+        tokenize_instance(instance, tokenizer, tokenizer, model.config)
 
 
 # ---------------------------------------------------------------------- bad input
