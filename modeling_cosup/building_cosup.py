@@ -70,7 +70,8 @@ class BuildingMixin(Base):
 
         Control tokens are added to the tokenizers (in place) and both embeddings grow; new rows start at the mean of
         the old ones. The checkpoint's generation config becomes greedy, ends at every end-of-turn id and can never
-        sample `[Cs]`.
+        sample `[Cs]`. Gen's chat template changes if it prints today's date or cannot read messages that are strings,
+        see [`~templates_cosup.settle_chat_template`].
 
         Args:
             gen (`str` or `PreTrainedModel`): name, path or model, any `AutoModelForCausalLM` architecture.
@@ -93,9 +94,10 @@ class BuildingMixin(Base):
         Raises:
             `ImportError`: in a process that has only a checkpoint's code, not this package.
             `TypeError`: for a keyword that is not a field of the config.
-            `ValueError`: without a tokenizer, for an architecture that does something unknown after its LM head, or
-                when `max_passage_length` exceeds Emb_seq's positions; for a part of the wrong kind, such as an
-                encoder-decoder as Gen, that cannot embed a text, or that could not be loaded again.
+            `ValueError`: without a tokenizer, for a chat template that loses the question, for an architecture that
+                does something unknown after its LM head, or when `max_passage_length` exceeds Emb_seq's positions; for
+                a part of the wrong kind, such as an encoder-decoder as Gen, that cannot embed a text, or that could
+                not be loaded again.
         """
         control_tokens = {name: config.pop(name) for name in CONTROL_TOKENS if name in config}
         unknown = sorted(set(config) - set(CoSupConfig.__dataclass_fields__))
@@ -120,6 +122,7 @@ class BuildingMixin(Base):
 
         old_size, old_emb_seq_size = len(tokenizer), len(emb_seq_tokenizer)
         nsp_token_id, cs_token_id, ce_token_id = add_control_tokens(tokenizer, control_tokens)
+        _settle_chat_template(tokenizer)
         if emb_seq_tokenizer is not tokenizer:
             add_control_tokens(emb_seq_tokenizer, control_tokens)
         _grow_embeddings(gen, old_size, len(tokenizer))
@@ -246,6 +249,14 @@ def _load_tokenizer(tokenizer: NameOrTokenizer) -> PreTrainedTokenizerBase:
     if isinstance(tokenizer, str | os.PathLike):
         return AutoTokenizer.from_pretrained(tokenizer)
     return tokenizer
+
+
+def _settle_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    try:
+        from modeling_cosup.templates_cosup import settle_chat_template
+    except ImportError:
+        return  # this code came with a checkpoint, without the package: the template stays as it is
+    settle_chat_template(tokenizer)
 
 
 def _load_gen(gen: NameOrModel, model_kwargs: dict[str, Any]) -> PreTrainedModel:

@@ -263,11 +263,11 @@ class Decoder:
     def _retrieve(self, rows: list[Row], outputs: Outputs) -> dict[Row, list[int]]:
         """Look up passages for `rows`; return the token ids that each row forwards next: passages and `[Cs]`."""
         query_embeds = None
-        if self.retrieval.output_query_embeds or any(row.given_passages is None for row in rows):
-            query_embeds = self._query_embeds_of(rows, outputs.query_embeds)  # (R, h)
         try:
+            if self.retrieval.output_query_embeds or any(row.given_passages is None for row in rows):
+                query_embeds = self._query_embeds_of(rows, outputs.query_embeds)  # (R, h)
             results = self.lookup.passages_for(rows, query_embeds)
-        except Exception as error:  # a retriever may raise anything: the finished rows must not be lost
+        except Exception as error:  # an encoder or a retriever may raise anything: finished rows must not be lost
             message = f"The search failed after {len(self.finished)} finished rows: {error}"
             raise RetrievalError(message, self.finished) from error
         trace_embeds: list[list[float] | None] = [None] * len(rows)

@@ -8,14 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from .configuration_cosup import CoSupConfig
-from .tokenization_cosup import Packing, encode_queries_for_emb_seq, pad_rows
+from .tokenization_cosup import Packing, encode_queries_for_emb_seq, pad_rows, query_length
 
 if TYPE_CHECKING:
     Base = PreTrainedModel
 else:
     Base = object  # CoSupForCausalLM itself inherits from PreTrainedModel
+
+logger = logging.get_logger(__name__)
 
 
 class EncodingMixin(Base):
@@ -29,6 +32,7 @@ class EncodingMixin(Base):
     emb_seq_tokenizer: PreTrainedTokenizerBase
     _forget_fingerprint: Callable[..., None]
     _causal_encoders: list[str]  # attribute names, see find_causal_encoders
+    _warned_of_long_queries: bool
 
     def encode_passages(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, packing: Packing | None = None
@@ -64,7 +68,8 @@ class EncodingMixin(Base):
         """
         Return query embeddings from Emb_seq or the query encoder (section 5, "Baseline"; appendix C.1).
 
-        If Emb_seq has a separate tokenizer, or the config has a query prompt, the rows are decoded and encoded again.
+        The encoder reads what [`~tokenization_cosup.encode_queries_for_emb_seq`] makes of the rows: a query that is
+        too long keeps its end. A warning, once for this model, counts such queries.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(N, T)`): in Gen's token ids; each row is everything up to `[NSP]`.
@@ -77,9 +82,16 @@ class EncodingMixin(Base):
             `ValueError`: when the encoder is not loaded.
         """
         encoder = self._query_encoder()
-        if len(input_ids) and (self.emb_seq_tokenizer is not self.tokenizer or self.config.query_prompt):
+        if len(input_ids):
             rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
-            rows = encode_queries_for_emb_seq(self.tokenizer, self.emb_seq_tokenizer, rows, self.config)
+            rows, num_cut = encode_queries_for_emb_seq(self.tokenizer, self.emb_seq_tokenizer, rows, self.config)
+            if num_cut and not self._warned_of_long_queries:
+                self._warned_of_long_queries = True
+                limit = query_length(self.emb_seq_tokenizer, self.config)
+                logger.warning(
+                    f"{num_cut} of {len(rows)} queries are longer than the {limit} tokens that their encoder reads:"
+                    " the beginning is left out, here and in later calls."
+                )
             input_ids, attention_mask = pad_rows(rows, device=input_ids.device)
         return self._encode(encoder, input_ids, attention_mask)
 
@@ -114,11 +126,11 @@ class EncodingMixin(Base):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         nsp_positions: torch.Tensor | None,
+        nsp_token_id: int,
     ) -> torch.Tensor:
         """Return the query embeddings `(N, h)` at the `[NSP]` of `input_ids` `(B, T)`, from Gen or another encoder."""
         if nsp_positions is None:
-            assert self.config.nsp_token_id is not None
-            nsp_positions = (input_ids == self.config.nsp_token_id).flatten().nonzero()[:, 0]  # (N,)
+            nsp_positions = (input_ids == nsp_token_id).flatten().nonzero()[:, 0]  # (N,)
         if self.config.query_from == "gen":
             return self._normalize(hidden.flatten(0, 1)[nsp_positions.to(hidden.device)])
         length = input_ids.shape[1]

@@ -177,7 +177,11 @@ def record_batch(passages: Passages, gen_ids: list[NDArray[np.int32]]) -> "pa.Re
 
 
 def read_shards(
-    source: Any, shard_size: int, show_progress_bar: bool, find_known: FindKnownIds = lambda ids: []
+    source: Any,
+    shard_size: int,
+    show_progress_bar: bool,
+    check: Callable[[dict[str, str]], None],
+    find_known: FindKnownIds = lambda ids: [],
 ) -> tuple[int | None, Iterator[Passages]]:
     """
     Split a corpus into shards, and check it: before the first shard if it can be read twice, else as it streams.
@@ -186,6 +190,7 @@ def read_shards(
         source: see [`read_corpus`].
         shard_size (`int`): passages per shard; the last one may have fewer.
         show_progress_bar (`bool`): show a bar during the check.
+        check (`Callable`): raises a `ValueError` for a passage that cannot be embedded.
         find_known (`Callable`): given ids, returns the ones already in the index.
 
     Returns:
@@ -196,12 +201,12 @@ def read_shards(
     """
     if shard_size < 1:
         raise ValueError(f"shard_size is {shard_size}, expected at least 1.")
-    if not can_be_read_twice(source):
-        return None, _check_as_it_streams(_split(checked_passages(read_corpus(source)), shard_size), find_known)
 
     def read() -> Iterator[tuple[str, dict[str, str]]]:
-        return checked_passages(read_corpus(source))
+        return checked_passages(read_corpus(source), check)
 
+    if not can_be_read_twice(source):
+        return None, _check_as_it_streams(_split(read(), shard_size), find_known)
     bar = tqdm(read(), desc="Checking passages", unit=" passages", disable=not show_progress_bar)
     chunks = [_hash_new_ids(pairs, find_known) for pairs in _split(bar, TOKENIZER_BATCH)]
     if not chunks:
@@ -286,11 +291,7 @@ def marker_path(folder: Path, number: int) -> Path:
 
 
 def is_complete(folder: Path, number: int, passages_digest: str) -> bool:
-    """
-    Return whether a shard was written completely, from the same passages, and its files are unchanged.
-
-    The files are read whole, which is cheap compared with embedding.
-    """
+    """Return whether a shard was written completely from the same passages; its files are read whole and compared."""
     path = marker_path(folder, number)
     if not path.exists():
         return False

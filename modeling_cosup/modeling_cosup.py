@@ -123,6 +123,7 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
         self._tied_weights_keys = {f"gen.{target}": f"gen.{source}" for target, source in tied.items()}
         self._tokenizer = self._emb_seq_tokenizer = None
         self._causal_encoders = []
+        self._warned_of_long_queries = False
         self.post_init()
 
     # ------------------------------------------------------------------ forward
@@ -226,9 +227,10 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
         if output_states:
             states = states_at(recorded, output_states, hidden, logit_positions)
 
-        wants_queries = nsp_token_id is not None and output_query_embeds
-        if wants_queries and query_embeds is None and input_ids is not None:
-            query_embeds = self._query_embeds_at_nsp(hidden, input_ids, attention_mask, nsp_positions)  # (N, h)
+        if nsp_token_id is not None and output_query_embeds and query_embeds is None and input_ids is not None:
+            query_embeds = self._query_embeds_at_nsp(
+                hidden, input_ids, attention_mask, nsp_positions, nsp_token_id
+            )  # (N, h)
 
         logits = None
         if return_logits is None:

@@ -7,13 +7,14 @@ folder holds the JSON and safetensors files that sentence-transformers reads; wr
 
 import copy
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, processors
+from tokenizers import Regex, Tokenizer, pre_tokenizers, processors
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -21,7 +22,7 @@ from .configuration_cosup import CoSupConfig
 from .files_cosup import write_json
 from .hub_cosup import CARD_FILE, CARD_MARKER, TOKENIZER_FILES, checkpoint_files, make_repo, push_files
 from .plain_card_cosup import package_cards, plain_card
-from .tokenization_cosup import added_tokens
+from .tokenization_cosup import added_tokens, special_ids
 from .tokenizer_files_cosup import GENERIC_CLASS, class_to_save, write_tokenizer
 
 if TYPE_CHECKING:
@@ -190,6 +191,7 @@ def passage_tokenizer(tokenizer: PreTrainedTokenizerBase, config: CoSupConfig) -
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
+    _split_special_tokens(backend, special_ids(tokenizer))
     bos, eos = added_tokens(tokenizer, config)
     tokens = {id: tokenizer.convert_ids_to_tokens(id) for id in bos + eos}
     template = [*(tokens[id] for id in bos), "$A", *(tokens[id] for id in eos)]
@@ -205,6 +207,25 @@ def passage_tokenizer(tokenizer: PreTrainedTokenizerBase, config: CoSupConfig) -
         split_special_tokens=True,
         **{name: getattr(tokenizer, name) for name in names},
     )
+
+
+def _split_special_tokens(backend: Tokenizer, ids: frozenset[int]) -> None:
+    """Let the special tokens that a vocabulary reads as words be split as `tokenization_cosup.encode_texts` does."""
+    words: list[str] = []
+    for id in sorted(ids):
+        token = cast(str, backend.id_to_token(id))
+        in_vocabulary = backend.model.token_to_id(token) is not None
+        if in_vocabulary and len(backend.model.tokenize(token)) == 1:  # BPE may hold a token that no merge reaches
+            words.append(token)
+    if not words:
+        return
+    words.sort(key=len, reverse=True)  # one may begin with another
+    whole = Regex("|".join(map(re.escape, words)))
+    after_first = Regex("|".join(f"(?<=^{re.escape(word[0])})(?={re.escape(word[1:])}$)" for word in words))
+    steps = [pre_tokenizers.Split(whole, "isolated"), pre_tokenizers.Split(after_first, "isolated")]
+    if backend.pre_tokenizer is not None:
+        steps.insert(0, backend.pre_tokenizer)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
 
 
 def write_modules(folder: Path, config: CoSupConfig, max_seq_length: int, head: torch.Tensor | None = None) -> None:

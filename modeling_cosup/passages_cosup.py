@@ -117,12 +117,15 @@ def check_title_and_text(passage: Mapping[str, Any], where: str, field: str = ""
     return {"title": check_text(title, f"{field}title", where, may_be_empty=True), "text": text}
 
 
-def checked_passages(pairs: Iterable[tuple[str, object]]) -> Iterator[tuple[str, dict[str, str]]]:
+def checked_passages(
+    pairs: Iterable[tuple[str, object]], check: Callable[[dict[str, str]], None] | None = None
+) -> Iterator[tuple[str, dict[str, str]]]:
     """
     Check the passages of a corpus one at a time; [`find_duplicate`] checks for duplicate ids.
 
     Args:
         pairs (iterable of `(str, object)`): from [`read_corpus`].
+        check (`Callable`, *optional*): a further check of a passage, which raises a `ValueError`.
 
     Yields:
         `(str, dict)`: the place and `{"id", "title", "text"}`.
@@ -134,7 +137,13 @@ def checked_passages(pairs: Iterable[tuple[str, object]]) -> Iterator[tuple[str,
         if not isinstance(value, Mapping):
             raise ValueError(f"{where} is {shown(value)}, expected a passage: id, title and text.")
         refuse_misspelt(value, ("id",), where)
-        yield where, {"id": check_id(value.get("id"), where), **check_title_and_text(value, where)}
+        passage = {"id": check_id(value.get("id"), where), **check_title_and_text(value, where)}
+        if check is not None:
+            try:
+                check(passage)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+        yield where, passage
 
 
 def hash_id(id: str) -> int:

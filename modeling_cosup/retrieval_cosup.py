@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +45,7 @@ from .index_searchable_cosup import SearchableStore
 from .index_store_cosup import find_folder, map_id_table, new_config
 from .plain_card_cosup import package_cards, plain_card
 from .retriever_cosup import CoSupModel, check_fingerprint
+from .tokenization_cosup import encode_passages_for_gen, special_ids
 
 try:
     import faiss
@@ -148,7 +151,7 @@ class PassageIndex(SearchableStore):
             save_directory = check_save_directory(save_directory)
             begin(unfinished_folder(save_directory), settings)
         show_progress_bar = show_progress_bar and process_index == 0
-        total, shards = read_shards(passages, shard_size, show_progress_bar)
+        total, shards = read_shards(passages, shard_size, show_progress_bar, special_text_check(model))
         if total is not None:
             first_rows = range(process_index * shard_size, total, num_processes * shard_size)
             total = sum(min(shard_size, total - first_row) for first_row in first_rows)  # of this process
@@ -224,7 +227,8 @@ class PassageIndex(SearchableStore):
                 " allow_faiss_files=True."
             )
         builder = ShardBuilder(model, self.config["dtype"], batch_size, max_tokens_per_batch)
-        total, new_shards = read_shards(passages, shard_size, show_progress_bar, self._ids_held)
+        check = special_text_check(model)
+        total, new_shards = read_shards(passages, shard_size, show_progress_bar, check, self._ids_held)
         shards = list(self._shards)
         with self._changing():
             config = self._next_config()
@@ -364,6 +368,26 @@ class PassageIndex(SearchableStore):
                 revision=revision,
                 create_pr=create_pr,
             )
+
+
+def special_text_check(model: CoSupModel) -> Callable[[dict[str, str]], None]:
+    """
+    Return a check that raises a `ValueError` for a passage with a special token that cannot be read as text.
+
+    It encodes only passages that hold a special token, so a corpus can be checked before anything is embedded.
+    """
+    tokenizers = {id(tokenizer): tokenizer for tokenizer in (model.tokenizer, model.emb_seq_tokenizer)}.values()
+    tokens: set[str] = set()
+    for tokenizer in tokenizers:
+        tokens.update(tokenizer.convert_ids_to_tokens(list(special_ids(tokenizer))))
+    pattern = re.compile("|".join(map(re.escape, sorted(tokens))) or "(?!)")
+
+    def check(passage: dict[str, str]) -> None:
+        if pattern.search(passage["title"]) or pattern.search(passage["text"]):
+            for tokenizer in tokenizers:
+                encode_passages_for_gen(tokenizer, [passage], model.config)
+
+    return check
 
 
 def _embedding_bar(total: int | None, show_progress_bar: bool) -> tqdm:

@@ -6,16 +6,17 @@ appended as ids.
 """
 
 import hashlib
-import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import torch
 from jinja2 import TemplateError
 from transformers import AddedToken, PreTrainedTokenizerBase
 
+from .architectures_cosup import num_positions
 from .configuration_cosup import CoSupConfig
 
 CONTROL_TOKENS = {"nsp_token": "[NSP]", "cs_token": "[Cs]", "ce_token": "[CE]"}
@@ -64,11 +65,12 @@ def add_control_tokens(tokenizer: PreTrainedTokenizerBase, names: Mapping[str, s
         tokenizer.chat_template = PAPER_CHAT_TEMPLATE
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(ids[2])
+    _special_ids.cache_clear()  # a token of the vocabulary may have become special
     return ids
 
 
 def encode_texts(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], forbidden_ids: Iterable[int | None] = ()
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], names: Sequence[str] | None = None
 ) -> list[list[int]]:
     """
     Encode texts as text: no special tokens are added and none in the text is recognised.
@@ -76,28 +78,64 @@ def encode_texts(
     Args:
         tokenizer (`PreTrainedTokenizerBase`): any tokenizer.
         texts (`list[str]`): may hold anything.
-        forbidden_ids (iterable of `int`): ids that no text may produce, such as control tokens and EOS.
+        names (`list[str]`, *optional*): what each text is, for the error.
 
     Returns:
-        `list[list[int]]`: token ids of each text.
+        `list[list[int]]`: token ids of each text; none is in [`special_ids`].
 
     Raises:
-        `ValueError`: when a text still gives a forbidden id, because the token is part of the tokenizer's ordinary
-            vocabulary.
+        `ValueError`: when the tokenizer has no ordinary tokens for the characters of a special token in a text.
     """
     if not texts:
         return []
     encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    forbidden = {id for id in forbidden_ids if id is not None}
-    for text, ids in zip(texts, encoded, strict=True):
-        produced = forbidden.intersection(ids)
-        if produced:
-            tokens = tokenizer.convert_ids_to_tokens(sorted(produced))
-            raise ValueError(
-                f"The text {text[:80]!r} encodes to the control tokens {tokens}; the tokenizer must not hold them as"
-                " ordinary words."
-            )
+    specials = special_ids(tokenizer)
+    for row, ids in enumerate(encoded):
+        if not specials.isdisjoint(ids):
+            name = "The text" if names is None else names[row]
+            encoded[row] = _spelled_out(tokenizer, ids, specials, f"{name} ({texts[row][:80]!r})")
     return encoded
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the ids that no text may produce: all special tokens, except one that is only for unknown words."""
+    return _special_ids(tokenizer, len(tokenizer), repr(tokenizer.special_tokens_map))
+
+
+@lru_cache(maxsize=4)  # it takes longer than encoding a short text
+def _special_ids(tokenizer: PreTrainedTokenizerBase, size: int, names: str) -> frozenset[int]:
+    ids = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids.update(tokenizer.all_special_ids)
+    bos, eos = bos_and_eos(tokenizer)
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id not in bos + eos:
+        ids.discard(tokenizer.unk_token_id)
+    return frozenset(ids)
+
+
+def _spelled_out(tokenizer: PreTrainedTokenizerBase, ids: list[int], specials: frozenset[int], name: str) -> list[int]:
+    """
+    Return `ids`, read from text, with the tokens of its characters for each special token.
+
+    A Unigram vocabulary reads "</s>" in a text as one word. Here its first character is read alone, then the rest.
+    """
+    spelled: list[int] = []
+    for id in ids:
+        if id not in specials or id == tokenizer.unk_token_id:
+            spelled.append(id)
+            continue
+        token = cast(str, tokenizer.convert_ids_to_tokens(id))
+        for piece in (token[:1], token[1:]):
+            if tokenizer.is_fast:  # by the bare model: the pre-tokenizer might begin a word
+                spelled += [part.id for part in tokenizer.backend_tokenizer.model.tokenize(piece)]
+            else:
+                spelled += _encode_without_added_tokens(tokenizer, piece)
+    left = specials.intersection(spelled)
+    if left:
+        tokens = tokenizer.convert_ids_to_tokens(sorted(left))
+        raise ValueError(
+            f"{name} holds the special tokens {tokens}, which {type(tokenizer).__name__} cannot read as text."
+        )
+    return spelled
 
 
 def render_passage(passage: Mapping[str, Any], template: str) -> str:
@@ -121,9 +159,17 @@ def encode_passages_for_gen(
     """
     # read once: looking up a config's attribute takes longer than encoding a short passage
     template, length = config.passage_template, config.max_passage_length
-    texts = [render_passage(passage, template) for passage in passages]
-    control_ids = (config.nsp_token_id, config.cs_token_id, config.ce_token_id, tokenizer.eos_token_id)
-    return _cut_rows(encode_texts(tokenizer, texts, control_ids), length, cut)
+    return _cut_rows(_encode_passages(tokenizer, passages, template), length, cut)
+
+
+def _encode_passages(
+    tokenizer: PreTrainedTokenizerBase, passages: Iterable[Mapping[str, Any]], template: str, prompt: str = ""
+) -> list[list[int]]:
+    texts, names = [], []
+    for passage in passages:
+        texts.append(prompt + render_passage(passage, template))
+        names.append(f"Passage {passage.get('id')!r}")
+    return encode_texts(tokenizer, texts, names)
 
 
 def _cut_rows(rows: Iterable[list[int]], length: int, cut: set[int] | None) -> list[list[int]]:
@@ -150,10 +196,8 @@ def encode_passages_for_emb_seq(
     Raises:
         `ValueError`: when pooling is `"eos"` and the tokenizer has neither an EOS nor a SEP token.
     """
-    template, prompt = config.passage_template, config.passage_prompt
-    texts = [prompt + render_passage(passage, template) for passage in passages]
-    _, eos = bos_and_eos(tokenizer)
-    return add_bos_and_eos(tokenizer, encode_texts(tokenizer, texts, forbidden_ids=eos), config, cut)
+    rows = _encode_passages(tokenizer, passages, config.passage_template, config.passage_prompt)
+    return add_bos_and_eos(tokenizer, rows, config, cut)
 
 
 def add_bos_and_eos(
@@ -175,24 +219,51 @@ def encode_queries_for_emb_seq(
     emb_seq_tokenizer: PreTrainedTokenizerBase,
     rows: Iterable[list[int]],
     config: CoSupConfig,
-) -> list[list[int]]:
+) -> tuple[list[list[int]], int]:
     """
-    Return everything up to and including `[NSP]` as Emb_seq reads it (section 5, "Baseline").
+    Return everything up to and including `[NSP]` as Emb_seq or the query encoder reads it (section 5, "Baseline").
 
-    If both tokenizers are the same object and there is no query prompt, rows do not change. Otherwise a row is decoded
-    without special tokens, encoded again after the prompt, and cut to the `model_max_length` of Emb_seq's tokenizer.
+    If both tokenizers are the same object and there is no query prompt, rows keep their ids. Otherwise a row is
+    decoded without special tokens, and encoded again after the prompt. A query of more than [`query_length`] tokens
+    keeps its start (its first token, or BOS and the query prompt) and its end, where the question is.
 
     Args:
         tokenizer, emb_seq_tokenizer (`PreTrainedTokenizerBase`): Gen's and Emb_seq's.
         rows (`list[list[int]]`): in Gen's token ids.
         config (`CoSupConfig`): `query_prompt`, and whether BOS and EOS are added.
+
+    Returns:
+        `(list[list[int]], int)`: the ids, and the number of queries that were too long.
+
+    Raises:
+        `ValueError`: when the query prompt leaves no room for a query.
     """
-    if emb_seq_tokenizer is tokenizer and not config.query_prompt:
-        return [list(row) for row in rows]
-    bos, eos = added_tokens(emb_seq_tokenizer, config)
-    length = emb_seq_tokenizer.model_max_length - len(bos) - len(eos)
-    texts = [f"{config.query_prompt}{tokenizer.decode(row, skip_special_tokens=True)}" for row in rows]
-    return [bos + ids[:length] + eos for ids in encode_texts(emb_seq_tokenizer, texts)]
+    queries = [list(row) for row in rows]
+    starts, num_last = [row[:1] for row in queries], 1  # what each query keeps at its start; and tokens at its end
+    if emb_seq_tokenizer is not tokenizer or config.query_prompt:
+        bos, eos = added_tokens(emb_seq_tokenizer, config)
+        texts = [f"{config.query_prompt}{tokenizer.decode(row, skip_special_tokens=True)}" for row in queries]
+        queries = [bos + ids + eos for ids in encode_texts(emb_seq_tokenizer, texts)]
+        starts = [bos + encode_texts(emb_seq_tokenizer, [config.query_prompt])[0]] * len(queries)
+        num_last = len(eos) + 1
+    limit = query_length(emb_seq_tokenizer, config)
+    too_long = [i for i, ids in enumerate(queries) if len(ids) > limit]
+    if too_long and len(starts[0]) + num_last > limit:
+        raise ValueError(
+            f"query_prompt, with BOS and EOS, leaves no room for a query: the encoder reads {limit} tokens."
+        )
+    for i in too_long:
+        queries[i] = starts[i] + queries[i][len(starts[i]) - limit :]
+    return queries, len(too_long)
+
+
+def query_length(emb_seq_tokenizer: PreTrainedTokenizerBase, config: CoSupConfig) -> int:
+    """Return how many tokens the encoder of queries reads, with BOS and EOS: as many as its tokenizer also allows."""
+    encoder_config = config.query_encoder_config if config.query_from == "query_encoder" else config.emb_seq_config
+    positions = num_positions(encoder_config)
+    if positions is None:
+        return emb_seq_tokenizer.model_max_length
+    return min(emb_seq_tokenizer.model_max_length, positions)
 
 
 def added_tokens(tokenizer: PreTrainedTokenizerBase, config: CoSupConfig) -> tuple[list[int], list[int]]:
@@ -279,22 +350,12 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
     """
     Return token ids of messages through the chat template, with a generation prompt; control tokens in them stay text.
 
-    Equals `apply_chat_template(messages, add_generation_prompt=True, sanitize_control_tokens=True)`. Older releases of
-    transformers lack the last option; there, markers are put around control tokens before rendering.
+    Equals `apply_chat_template(messages, add_generation_prompt=True, sanitize_control_tokens=True)`, an option that
+    older releases of transformers lack, and that refuses the special tokens of a Unigram vocabulary. Control tokens in
+    messages are marked before rendering, then cut out and encoded as text; errors as in [`encode_texts`].
     """
-    if "sanitize_control_tokens" not in inspect.signature(tokenizer.apply_chat_template).parameters:
-        return _encode_chat_with_markers(tokenizer, messages)
-    ids = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
-    )
-    return cast(list[int], ids)
-
-
-def _encode_chat_with_markers(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
-    """Return what [`encode_chat`] returns: control tokens in messages are marked, cut out and encoded as text."""
-    specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    specials.sort(key=len, reverse=True)  # a token may begin with another
-    pattern = "|".join(map(re.escape, specials))
+    specials = special_ids(tokenizer)
+    pattern = _control_pattern(tokenizer, specials, cast(str, tokenizer.get_chat_template()))
     start, end = _MARKERS
     marked = []
     for message in messages:
@@ -304,43 +365,80 @@ def _encode_chat_with_markers(tokenizer: PreTrainedTokenizerBase, messages: list
     # Odd pieces are control tokens from between two markers, to be encoded as text. An odd piece is `None` for a lone
     # marker, left where the template split a text: the pieces on its two sides are still encoded separately.
     pieces = re.split(f"{start}({pattern}){end}|[{start}{end}]", cast(str, rendered))
-    ids = []
+    ids: list[int] = []
     for i, piece in enumerate(pieces):
         if not piece:
             continue
         if i == 0:
             ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+        elif i % 2 == 0:
+            ids += _encode_continuation(tokenizer, piece, as_text=False)
         else:
-            ids += _encode_continuation(tokenizer, piece, split_special_tokens=i % 2 == 1)
+            read = _encode_continuation(tokenizer, piece, as_text=True)
+            ids += _spelled_out(tokenizer, read, specials, "The prompt")
     return ids
 
 
-def _encode_continuation(tokenizer: PreTrainedTokenizerBase, piece: str, split_special_tokens: bool) -> list[int]:
+@lru_cache(maxsize=4)
+def _control_pattern(tokenizer: PreTrainedTokenizerBase, specials: frozenset[int], template: str) -> str:
+    """Return a regular expression that matches the tokens which a message may not write."""
+    controls = set(cast(list[str], tokenizer.convert_ids_to_tokens(list(specials))))
+    for token in tokenizer.added_tokens_decoder.values():
+        in_template = token.content in template and not token.content.isspace()  # "<|user|>" may be a plain token
+        if token.special or in_template:
+            controls.add(token.content)
+    longest_first = sorted(controls, key=len, reverse=True)  # a token may begin with another
+    return "|".join(map(re.escape, longest_first)) or "(?!)"
+
+
+def _encode_continuation(tokenizer: PreTrainedTokenizerBase, piece: str, as_text: bool) -> list[int]:
     """Return token ids of a piece in mid-string, without the space that SentencePiece puts before a whole string."""
-    newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
-    options = {"add_special_tokens": False, "split_special_tokens": split_special_tokens}
-    ids = tokenizer("\n" + piece, **options)["input_ids"]
+    encode: Callable[[str], list[int]] = partial(_encode_without_added_tokens, tokenizer)
+    if not as_text:
+        encode = partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=False)
+    newline = tokenizer.encode("\n", add_special_tokens=False)
+    ids = encode("\n" + piece)
     if ids[: len(newline)] == newline:
         return ids[len(newline) :]
-    return tokenizer(piece, **options)["input_ids"]
+    return encode(piece)
+
+
+def _encode_without_added_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return token ids of a text in which no added token is recognised, special or not."""
+    if not tokenizer.is_fast:
+        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    backend = tokenizer.backend_tokenizer
+    if backend.normalizer is not None:
+        text = backend.normalizer.normalize_str(text)
+    words = [text]
+    if backend.pre_tokenizer is not None:
+        words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+    return [token.id for word in words for token in backend.model.tokenize(word)]
 
 
 def end_of_turn_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """
     Return the id that ends an assistant's turn.
 
-    It is the first special token that the chat template writes after an answer, or EOS if there is none.
+    It is the first special token that the chat template writes after an answer, or EOS if there is none. The last one
+    before a question begins turns: unless it is EOS, it ends none.
 
     Raises:
         `ValueError`: when there is neither.
     """
-    answer = "end-of-turn-probe"
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    question, answer = "question-probe", "end-of-turn-probe"
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     rendered = cast(str, tokenizer.apply_chat_template(messages, tokenize=False))
-    tail = rendered.rpartition(answer)[2]
-    specials = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    for id in tokenizer(tail, add_special_tokens=False)["input_ids"]:
-        if id in specials:
+    before_question = rendered.partition(question)[0]
+    after_answer = "".join(rendered.split(answer)[1:])  # empty for a template of questions alone
+    specials = special_ids(tokenizer)
+
+    def specials_in(text: str) -> list[int]:
+        return [id for id in tokenizer(text, add_special_tokens=False)["input_ids"] if id in specials]
+
+    beginning = specials_in(before_question)[-1:]
+    for id in specials_in(after_answer):
+        if id == tokenizer.eos_token_id or id not in beginning:
             return id
     if tokenizer.eos_token_id is None:
         raise ValueError(

@@ -337,9 +337,10 @@ def tokenize_instance(
         - `negative_input_ids` and `negative_ids`, of hard negatives
         - `num_cut_passages`, passages and hard negatives of which Gen or Emb_seq reads only the beginning
         - if an encoder makes the queries, `query_input_ids`: what it reads for each `[NSP]`
+        - with these, `num_cut_queries`: how many were too long and lost their beginning
 
     Raises:
-        `ValueError`: if a query is longer than its encoder can read, naming the instance.
+        `ValueError`: if a text holds a special token that the tokenizer cannot read as text.
     """
     segments = instance["segments"]
     retrieving = [segment for segment in segments if segment["passage"] is not None]
@@ -353,9 +354,12 @@ def tokenize_instance(
     cut_passages: set[int] = set()  # their numbers
     cut_negatives: set[int] = set()
     gen_passages = iter(encode_passages_for_gen(tokenizer, passages, config, cut_passages))
-    forbidden_ids = (nsp, cs, ce, tokenizer.eos_token_id)  # only this function writes them; no text may become one
-    texts = encode_texts(tokenizer, [segment["text"] for segment in segments], forbidden_ids)
-    input_ids = list(encode_prompt(tokenizer, instance["input"], instance["instruction"]))
+    names = [f"Instance {instance['id']!r}, segments[{i}].text" for i in range(len(segments))]
+    texts = encode_texts(tokenizer, [segment["text"] for segment in segments], names)
+    try:
+        input_ids = list(encode_prompt(tokenizer, instance["input"], instance["instruction"]))
+    except ValueError as error:
+        raise ValueError(f"Instance {instance['id']!r}: {error}") from error
     labels = [-100] * len(input_ids)
     queries = []  # everything up to and including each [NSP]
     for segment, text in zip(segments, texts, strict=True):
@@ -383,18 +387,6 @@ def tokenize_instance(
         "num_cut_passages": len(cut_passages) + len(cut_negatives),
     }
     if config.query_from != "gen":
-        query_input_ids = encode_queries_for_emb_seq(tokenizer, emb_seq_tokenizer, queries, config)
-        _check_query_lengths(query_input_ids, instance["id"], config)
-        tokenized["query_input_ids"] = query_input_ids
+        query_input_ids, num_cut = encode_queries_for_emb_seq(tokenizer, emb_seq_tokenizer, queries, config)
+        tokenized.update(query_input_ids=query_input_ids, num_cut_queries=num_cut)
     return tokenized
-
-
-def _check_query_lengths(query_input_ids: Sequence[Sequence[int]], instance_id: str, config: "CoSupConfig") -> None:
-    """Raise if a query is longer than its encoder can read."""
-    encoder_config = config.emb_seq_config if config.query_from == "emb_seq" else config.query_encoder_config
-    limit = getattr(encoder_config.get_text_config(), "max_position_embeddings", None) or float("inf")
-    longest = max((len(ids) for ids in query_input_ids), default=0)
-    if longest > limit:
-        raise ValueError(
-            f"Instance {instance_id!r}: the text up to an [NSP] has {longest} tokens, but its encoder reads {limit}."
-        )

@@ -21,6 +21,8 @@ logger = logging.get_logger(__name__)
 
 AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset | torch.utils.data.Dataset | Sequence[dict]
 
+LONG_QUERIES = "are longer than their encoder reads, and lose their beginning"
+
 COLUMNS = ["input_ids", "labels", "passage_input_ids"]  # of a tokenized instance
 OPTIONAL_COLUMNS = ["id", "passage_ids", "positive_ids", "negative_input_ids", "negative_ids", "query_input_ids"]
 PATIENCE = 1024  # instances of a stream, none of them with a passage, after which there is an error or a warning
@@ -35,6 +37,8 @@ def tokenize_dataset(
 ) -> datasets.Dataset | datasets.IterableDataset | None:
     """
     Tokenize instances and drop those longer than `max_length`. Warnings count them, and passages that were cut.
+
+    Another counts queries that are too long for the encoder that reads them; they lose their beginning.
 
     Args:
         dataset (`Dataset`, `IterableDataset`, `torch.utils.data.Dataset` or `list[dict]`, *optional*): instances, or
@@ -86,14 +90,26 @@ def tokenize_dataset(
     _check_contents(tokenized, places, name)
     tokenized = _drop_long_instances(tokenized, args.max_length, name)
     _check_queries(tokenized, args.supervision, name)
+    return _report_cuts(tokenized, config.max_passage_length, name)
+
+
+def _report_cuts(tokenized: datasets.Dataset, max_passage_length: int, name: str) -> datasets.Dataset:
+    """Warn how many passages and queries were cut, and drop the columns that count them."""
     num_cut = sum(tokenized["num_cut_passages"])
     if num_cut:
         num_passages = sum(map(len, tokenized["passage_ids"])) + sum(map(len, tokenized["negative_ids"]))
         logger.warning(
-            f"Cut {num_cut} of {num_passages} passages of the {name} to max_passage_length={config.max_passage_length}"
+            f"Cut {num_cut} of {num_passages} passages of the {name} to max_passage_length={max_passage_length}"
             " tokens."
         )
-    return tokenized.remove_columns("num_cut_passages")
+    tokenized = tokenized.remove_columns("num_cut_passages")
+    if "num_cut_queries" not in tokenized.column_names:
+        return tokenized
+    num_cut = sum(tokenized["num_cut_queries"])
+    if num_cut:
+        num_queries = sum(map(len, tokenized["query_input_ids"]))
+        logger.warning(f"{num_cut} of {num_queries} queries of the {name} {LONG_QUERIES}.")
+    return tokenized.remove_columns("num_cut_queries")
 
 
 def no_duplicates_sampler(
@@ -241,6 +257,8 @@ class _StreamFilter:
         self.num_with_passages += bool(instance["passage_input_ids"])
         if self.num_kept == PATIENCE and not self.num_with_passages:
             _report_no_query(PATIENCE, self.supervision, f"first instances of the {self.name}")
+        if instance.get("num_cut_queries"):
+            logger.warning_once(f"Some queries of the {self.name} {LONG_QUERIES}.")
         self.num_cut += instance["num_cut_passages"]
         if _has_doubled(self.num_cut, instance["num_cut_passages"]):
             logger.warning(

@@ -19,6 +19,7 @@ import torch
 from modeling_cosup import PassageIndex, index_build_cosup, passages_cosup
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq
 from support.models import PASSAGES, make_model
+from support.tokenizers import xlm_roberta
 
 SCRIPT = Path(__file__).parents[1] / "distributed" / "run_and_kill_build.py"
 MANY = [
@@ -46,6 +47,36 @@ def build(model, passages=MANY, **kwargs):
 
 def content(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+# ------------------------------------------------------------------ special tokens in a corpus
+
+
+def test_special_tokens_of_a_unigram_vocabulary_stay_text():
+    """The emb_seq tokenizer holds "</s>" as a word, Gen's does not."""
+    tokenizer = xlm_roberta()
+    model = make_model(emb_seq_tokenizer=tokenizer)
+    passages = [{"id": "p0", "title": "", "text": "an <s>old</s> price"}]
+    index = build(model, passages)
+    ids = tokenizer.convert_tokens_to_ids(["<s>", "▁", *"an", "▁", *"<s>old</s>", "▁", *"price", "</s>"])
+    expected = model.encode_passages(torch.tensor([ids])).detach()
+    torch.testing.assert_close(torch.as_tensor(index.embeddings[0]), expected[0], rtol=1e-5, atol=1e-6)
+    assert model.tokenizer.decode(index[0]["input_ids"]) == "an <s>old</s> price"
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_special_token_that_cannot_be_text_is_named_before_anything_is_embedded(tmp_path, streamed):
+    tokenizer = xlm_roberta()
+    tokenizer.eos_token = "~"
+    model = make_model(emb_seq_tokenizer=tokenizer)
+    model.emb_seq.register_forward_pre_hook(lambda *args: pytest.fail("a passage is embedded"))
+    passages = [*MANY, {"id": "wave", "title": "Sea", "text": "a ~ wave"}]
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps(passage) + "\n" for passage in passages))
+    place = re.escape(f"Corpus row {len(MANY)}" if streamed else f"{path}, line {len(passages)}")
+    message = rf"{place}: Passage 'wave' \('Sea :: a ~ wave'\) holds the special tokens \['~'\], which XLMRoberta"
+    with pytest.raises(ValueError, match=message):
+        build(model, iter(passages) if streamed else path)
 
 
 # ------------------------------------------------------------------ sources

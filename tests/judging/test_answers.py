@@ -77,6 +77,13 @@ def test_queries_of_an_encoder_are_embedded_without_gen():
     )
 
 
+def test_long_questions_of_an_encoder_differ_by_their_ends():
+    model = make_model("llama", "gpt2", query_from="emb_seq", emb_seq_kwargs={"max_position_embeddings": 300}).eval()
+    long_questions = [{**question, "input": "word " * 400 + question["input"]} for question in QUESTIONS[:2]]
+    embeds = embed_queries(model, long_questions)
+    assert not torch.allclose(embeds[0], embeds[1], atol=1e-3)
+
+
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_modes_of_answering(batch_size):
     """An untrained model retrieves nothing in mode 'off', gold passages in 'gold', and others in 'wrong'."""

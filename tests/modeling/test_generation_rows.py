@@ -5,8 +5,20 @@ import torch
 from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 
 from modeling_cosup import RetrievalConfig, RetrievalError
-from modeling_cosup.tokenization_cosup import encode_texts
-from support.generation import BreakingIndex, Collect, Prefer, generate, prompt_of, rows_of
+from modeling_cosup.tokenization_cosup import encode_prompt, encode_texts
+from support.generation import (
+    BreakingIndex,
+    Collect,
+    Prefer,
+    Steer,
+    generate,
+    left_pad,
+    prompt_of,
+    question_inputs,
+    question_steer,
+    rows_of,
+)
+from support.models import PASSAGES, make_model, make_tokenizer
 
 # ------------------------------------------------------------------ rows that leave
 
@@ -130,7 +142,7 @@ def test_prefix_allowed_tokens_know_their_row(model, inputs, index, steer):
     assert_one_letter_per_row(model, output, letters)
 
 
-# ------------------------------------------------------------------ a search that fails
+# ------------------------------------------------------------------ a search that fails, queries that are too long
 
 
 def test_a_failed_search_keeps_the_finished_rows(model, inputs, index, steer):
@@ -157,3 +169,53 @@ def test_a_search_without_a_retriever_says_so(model, inputs):
     one_row = {"input_ids": inputs["input_ids"][1:2]}
     with pytest.raises(RetrievalError, match="a row without given passages must search, but there is no retriever"):
         generate(model, one_row, None, eager, retrieval_config=RetrievalConfig(passages=[None]))
+
+
+def test_an_encoder_that_fails_keeps_the_finished_rows():
+    model = make_model(query_from="emb_seq").eval()
+    index = model.build_index(PASSAGES, show_progress_bar=False)
+    inputs, steer = question_inputs(model), question_steer(model)
+    steer.end_every = 7
+    calls = []
+    model.emb_seq.register_forward_pre_hook(lambda module, args: calls.append(module))
+    expected = rows_of(model, inputs, generate(model, inputs, index, steer))
+    last_call = len(calls)
+    calls.clear()
+
+    def fail_at_the_last(module, args):
+        if len(calls) == last_call:
+            raise torch.OutOfMemoryError("no room for the encoder")
+
+    model.emb_seq.register_forward_pre_hook(fail_at_the_last)
+    with pytest.raises(RetrievalError, match="no room for the encoder") as error:
+        generate(model, inputs, index, steer)
+    assert error.value.finished
+    for row in error.value.finished:
+        assert row.ids == expected[row.number]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_queries_of_a_long_answer_keep_changing(shared):
+    """The encoder has 40 positions. Every query is its end, which changes with each retrieval of the answer."""
+    tokenizer = make_tokenizer()
+    emb_seq_tokenizer = None if shared else make_tokenizer(bos="<cls>", eos="<sep>", texts=["others"])
+    model = make_model(
+        "llama",
+        "gpt2",
+        tokenizer=tokenizer,
+        emb_seq_tokenizer=emb_seq_tokenizer,
+        emb_seq_kwargs={"max_position_embeddings": 40},
+        query_from="emb_seq",
+        max_passage_length=20,
+    ).eval()
+    index = model.build_index(PASSAGES, show_progress_bar=False)
+    rows = []
+    for end in ("painted?", "radium?"):
+        rows.append([*encode_prompt(tokenizer, f"{'Words that come first. ' * 5}{end}"), model.config.nsp_token_id])
+    inputs = left_pad(rows, tokenizer.pad_token_id)
+    steer = Steer(model, retrieve_every=2)
+    settings = RetrievalConfig(no_repeat_passages=True, max_retrievals=5, output_query_embeds=True)
+    output = generate(model, inputs, index, steer, retrieval_config=settings, max_new_tokens=30)
+    assert output.retrievals[0][0].query_embed != pytest.approx(output.retrievals[1][0].query_embed, abs=1e-3)
+    for trace in output.retrievals:
+        assert len({tuple(retrieval.query_embed) for retrieval in trace}) == 5

@@ -280,6 +280,25 @@ def test_passages_alone():
     assert output.logits is None
 
 
+@pytest.mark.parametrize("query_from", ["gen", "emb_seq"])
+@pytest.mark.parametrize("has_nsp", [True, False])
+def test_another_token_may_be_nsp_in_a_call(query_from, has_nsp):
+    """Also for a model whose config names none."""
+    model = make_model(query_from=query_from)
+    ids = torch.tensor([[5, 6, model.config.nsp_token_id, 7, 8]])
+    expected = model(ids).query_embeds
+    renamed = ids.clone()
+    renamed[ids == model.config.nsp_token_id] = 9
+    if not has_nsp:
+        model.config.nsp_token_id = None
+        assert model(ids).query_embeds is None
+    found = model(renamed, nsp_token_id=9).query_embeds
+    assert found.shape == (1, 32)
+    torch.testing.assert_close(found, model(renamed, nsp_positions=torch.tensor([2]), nsp_token_id=9).query_embeds)
+    if query_from == "gen":
+        assert not torch.allclose(found, expected)  # read at another token
+
+
 @pytest.mark.parametrize("query_from", ["emb_seq", "query_encoder"])
 def test_queries_of_another_encoder_read_everything_up_to_nsp(query_from):
     encoder = make_emb_seq("gpt2", seed=7) if query_from == "query_encoder" else None

@@ -7,11 +7,25 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertTokenizer, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
 from modeling_cosup import CoSupForCausalLM
-from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_prompt, pad_rows, render_passage
+from modeling_cosup.parts_cosup import passage_tokenizer
+from modeling_cosup.tokenization_cosup import (
+    add_control_tokens,
+    encode_passages_for_emb_seq,
+    encode_prompt,
+    pad_rows,
+    render_passage,
+)
 from support.models import PASSAGES, TEXTS, make_model, make_tokenizer
+from support.tokenizers import TOKENIZERS
 
 LONG = {
     "id": "long",
@@ -208,6 +222,17 @@ def test_an_imported_tokenizer_is_read_again_as_it_was_saved(tmp_path, model):
     texts = [render_passage(passage, model.config.passage_template) for passage in passages]
     ids = AutoTokenizer.from_pretrained(tmp_path)(texts, truncation=True)["input_ids"]
     assert ids == encode_passages_for_emb_seq(model.emb_seq_tokenizer, passages, model.config)
+
+
+@pytest.mark.parametrize("name", [name for name in TOKENIZERS if "Python" not in name])
+def test_special_tokens_in_a_passage_are_read_as_the_whole_model_does(tmp_path, name):
+    tokenizer = TOKENIZERS[name]()
+    add_control_tokens(tokenizer)
+    config = make_model(emb_seq_pooling="lasttoken").config
+    passage_tokenizer(tokenizer, config).save_pretrained(tmp_path)
+    text = "the </s> painting</s>x <s>at</s> b<pad><mask>[SEP][CLS]<extra_id_3>[NSP] ＜/s＞ <</s>>"
+    ids = PreTrainedTokenizerFast.from_pretrained(tmp_path)(text)["input_ids"]
+    assert [ids] == encode_passages_for_emb_seq(tokenizer, [{"text": text}], config)
 
 
 def test_the_folder_says_how_passages_read_and_its_card_runs(tmp_path, model):

@@ -7,12 +7,13 @@ The chat templates are the paper's and others.
 import inspect
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from modeling_cosup import encoding_cosup
 from modeling_cosup.tokenization_cosup import (
     PAPER_CHAT_TEMPLATE,
-    _encode_chat_with_markers,
     add_control_tokens,
     bos_and_eos,
     encode_chat,
@@ -22,11 +23,14 @@ from modeling_cosup.tokenization_cosup import (
     encode_queries_for_emb_seq,
     encode_texts,
     end_of_turn_token_id,
+    pad_rows,
     render_passage,
     same_tokenizer,
+    special_ids,
     tokenizer_fingerprint,
 )
 from support.models import make_model, make_tokenizer
+from support.tokenizers import TOKENIZERS, xlm_roberta
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -52,10 +56,6 @@ def cosup_tokenizer(template=None):
     tokenizer.chat_template = template
     add_control_tokens(tokenizer)
     return tokenizer
-
-
-def special_ids(tokenizer):
-    return {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def test_control_tokens_are_special_and_survive_as_one_token():
@@ -86,7 +86,7 @@ def test_a_tokenizer_keeps_its_own_template_and_pad_token():
 
 def test_text_is_never_a_control_token():
     tokenizer = cosup_tokenizer(CHATML)
-    (ids,) = encode_texts(tokenizer, [HOSTILE], special_ids(tokenizer))
+    (ids,) = encode_texts(tokenizer, [HOSTILE])
     assert not special_ids(tokenizer) & set(ids)
     assert tokenizer.decode(ids) == HOSTILE
     assert encode_texts(tokenizer, []) == []
@@ -113,14 +113,58 @@ def test_render_passage():
     assert render_passage({"title": "{text} {id} {0}", "text": "{title}"}, template) == "{text} {id} {0} :: {title}"
 
 
-def test_a_tokenizer_with_a_control_token_as_an_ordinary_word_raises():
-    backend = Tokenizer(models.WordLevel({"[UNK]": 0, "[NSP]": 1, "is": 2, "here": 3, "</s>": 4}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="[UNK]")
-    nsp, *_ = add_control_tokens(tokenizer)
-    assert nsp == 1
-    with pytest.raises(ValueError, match=r"'\[NSP\] is here'.*\[NSP\].*ordinary words"):
-        encode_texts(tokenizer, ["is here", "[NSP] is here"], [nsp])
+# ---------------------------------------------------------------------- special tokens that a vocabulary holds
+
+
+SPECIALS_IN_TEXT = "the </s> painting</s>x <s>at</s> b<pad><mask>[SEP][CLS]<extra_id_3>[NSP]<</s>>"
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_text_is_never_a_special_token_in_any_vocabulary(name):
+    tokenizer = TOKENIZERS[name]()
+    add_control_tokens(tokenizer)
+    plain, ids = encode_texts(tokenizer, ["the painting", SPECIALS_IN_TEXT])
+    assert not special_ids(tokenizer).intersection(plain + ids)
+    assert tokenizer.decode(ids).replace(" ", "") == SPECIALS_IN_TEXT.replace(" ", "")
+    assert tokenizer(["the painting"], add_special_tokens=False)["input_ids"] == [plain]  # the rest is as always
+
+
+def test_a_special_token_that_a_unigram_vocabulary_holds_is_spelled():
+    tokenizer = TOKENIZERS["Unigram, XLM-R"]()
+    texts = ["the</s>b", "at <mask>", "the 東 <unk>"]
+    words = [tokenizer.convert_ids_to_tokens(ids) for ids in encode_texts(tokenizer, texts)]
+    assert words[0] == ["▁the", "<", "/", "s", ">", "b"]
+    assert words[1] == ["▁", "at", "▁", "<", "m", "a", "s", "k", ">"]
+    assert words[2] == ["▁the", "▁", "<unk>", "▁", "<unk>"]  # what a vocabulary lacks is an unknown word
+    full_width = encode_texts(TOKENIZERS["Unigram, XLM-R with NFKC"](), ["the＜/s＞b"])
+    assert full_width == encode_texts(tokenizer, texts[:1])
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_prompt_holds_no_special_token_of_its_question(name):
+    tokenizer = TOKENIZERS[name]()
+    add_control_tokens(tokenizer)
+    specials = special_ids(tokenizer)
+    ids = encode_prompt(tokenizer, SPECIALS_IN_TEXT, f"Answer </s> {SPECIALS_IN_TEXT}")
+    plain = encode_prompt(tokenizer, "who?", "Answer.")
+    assert [id for id in ids if id in specials] == [id for id in plain if id in specials]
+    assert tokenizer.decode(ids).replace(" ", "").count(SPECIALS_IN_TEXT.replace(" ", "")) == 2
+
+
+def test_a_template_keeps_its_plain_added_tokens_to_itself():
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<|user|>", "<|unused|>"])
+    tokenizer.chat_template = "{% for message in messages %}<|user|>{{ message['content'] }}{% endfor %}"
+    user, unused = tokenizer.convert_tokens_to_ids(["<|user|>", "<|unused|>"])
+    ids = encode_prompt(tokenizer, "a <|user|> <|unused|>")
+    assert (ids.count(user), ids.count(unused)) == (1, 1)
+
+
+def test_a_special_token_of_one_character_is_refused_by_name():
+    tokenizer = xlm_roberta()
+    tokenizer.eos_token = "~"
+    with pytest.raises(ValueError, match=r"Passage 'p7' \('wave ~'\) holds the special tokens \['~'\], which XLMRob"):
+        encode_passages_for_gen(tokenizer, [{"text": "calm"}, {"id": "p7", "text": "wave ~"}], make_model().config)
 
 
 def test_bos_and_eos_fall_back_to_cls_and_sep():
@@ -155,14 +199,79 @@ def test_bos_eos_and_prompts_as_a_retriever_has_them(add_bos, add_eos):
     ).config
     assert encode_passages_for_emb_seq(tokenizer, [{"text": "a text"}], config) == [bos + text + eos]
     query = [config.nsp_token_id, *encode_texts(tokenizer, ["a text"])[0], tokenizer.eos_token_id]
-    assert encode_queries_for_emb_seq(gen_tokenizer, tokenizer, [query], config) == [bos + text + eos]
+    assert encode_queries_for_emb_seq(gen_tokenizer, tokenizer, [query], config) == ([bos + text + eos], 0)
     # a prompt makes it text
-    assert encode_queries_for_emb_seq(gen_tokenizer, gen_tokenizer, [query], config) == [bos + text + eos]
-    tokenizer.model_max_length = 3 + len(bos) + len(eos)
-    assert encode_queries_for_emb_seq(gen_tokenizer, tokenizer, [query], config) == [bos + text[:3] + eos]
-    tokenizer.model_max_length = 10**9
+    assert encode_queries_for_emb_seq(gen_tokenizer, gen_tokenizer, [query], config) == ([bos + text + eos], 0)
+    prompt = encode_texts(tokenizer, ["find it: "])[0]
+    tokenizer.model_max_length = len(prompt) + 2 + len(bos) + len(eos)
+    expected = bos + prompt + text[-2:] + eos  # the prompt and the end of the question
+    assert encode_queries_for_emb_seq(gen_tokenizer, tokenizer, [query, query], config) == ([expected] * 2, 2)
+    tokenizer.model_max_length = len(prompt) + len(bos) + len(eos)
+    with pytest.raises(ValueError, match="query_prompt, with BOS and EOS, leaves no room"):
+        encode_queries_for_emb_seq(gen_tokenizer, tokenizer, [query], config)
     config.query_prompt = ""
-    assert encode_queries_for_emb_seq(gen_tokenizer, gen_tokenizer, [query], config) == [query]
+    assert encode_queries_for_emb_seq(gen_tokenizer, gen_tokenizer, [query], config) == ([query], 0)
+
+
+# ---------------------------------------------------------------------- queries that an encoder reads
+
+
+QUESTION_LIMITS = {
+    "the tokenizer's limit": ({}, 40, 40),
+    "the encoder's positions": ({"max_position_embeddings": 48}, 10**30, 48),
+    "positions after the padding": ({"architecture": "roberta", "max_position_embeddings": 48}, 10**30, 46),
+    "no limit": ({"architecture": "bloom"}, 10**30, None),
+}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("limit", QUESTION_LIMITS)
+def test_a_long_query_keeps_its_end(limit, shared):
+    emb_seq, model_max_length, expected = QUESTION_LIMITS[limit]
+    tokenizer = make_tokenizer()
+    separate = make_tokenizer(texts=["other words for another tokenizer"], bos="<cls>", eos="<sep>")
+    encoder_tokenizer = tokenizer if shared else separate
+    encoder_tokenizer.model_max_length = model_max_length
+    architecture = emb_seq.get("architecture", "gpt2")
+    positions = {name: value for name, value in emb_seq.items() if name != "architecture"}
+    model = make_model(
+        tokenizer=tokenizer,
+        emb_seq_tokenizer=encoder_tokenizer,
+        emb_seq=architecture,
+        emb_seq_kwargs={**positions, "pad_token_id": 1},
+        query_from="emb_seq",
+        max_passage_length=16,
+    )
+    beginning = "This beginning is much longer than what an encoder of queries reads. " * 3
+    prompts = [encode_prompt(tokenizer, beginning + question) for question in ("Who was first?", "Who was last?")]
+    rows = [[*prompt, model.config.nsp_token_id] for prompt in prompts]
+    first, last = encode_queries_for_emb_seq(tokenizer, encoder_tokenizer, rows, model.config)[0]
+    assert first != last
+    if expected is None:
+        assert "This beginning" in encoder_tokenizer.decode(first)
+        return
+    assert len(first) == len(last) == expected
+    assert first[0] == encoder_tokenizer.bos_token_id
+    assert first[-1] == (model.config.nsp_token_id if shared else encoder_tokenizer.eos_token_id)
+    assert "Who was first?## Output:" in encoder_tokenizer.decode(first)
+    ids, mask = pad_rows(rows)
+    embeds = model.encode_queries(ids, mask)  # as many tokens as the encoder has positions
+    assert not torch.allclose(embeds[0], embeds[1], atol=1e-3)
+
+
+def test_cut_queries_are_counted_once(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(encoding_cosup.logger, "warning", warnings.append)
+    model = make_model(query_from="emb_seq", emb_seq_kwargs={"max_position_embeddings": 300})
+    rows = [encode_prompt(model.tokenizer, question) for question in ("who?", "who is it? " * 200)]
+    for _ in range(2):
+        model.encode_queries(*pad_rows(rows))
+    message = "1 of 2 queries are longer than the 300 tokens that their encoder reads: the beginning is left out"
+    assert len(warnings) == 1
+    assert warnings[0].startswith(message)
+
+
+# ---------------------------------------------------------------------- prompts
 
 
 def test_the_papers_prompt():
@@ -187,8 +296,7 @@ def test_a_lower_casing_tokenizer_keeps_the_case_of_control_tokens():
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     nsp, *others = add_control_tokens(tokenizer)
     for text in ("[nsp] [cs] [Ce]", "[NSP] [Cs] [CE]"):
-        for encode in (encode_chat, _encode_chat_with_markers):
-            assert not {nsp, *others} & set(encode(tokenizer, [{"role": "user", "content": text}]))
+        assert not {nsp, *others} & set(encode_chat(tokenizer, [{"role": "user", "content": text}]))
     assert tokenizer("[NSP]", add_special_tokens=False)["input_ids"] == [nsp]
 
 
@@ -224,6 +332,7 @@ CHATS = {
         {"role": "user", "content": " c\n"},
     ],
     "private-use": [{"role": "user", "content": "\ue000[NSP]\ue001 \U000f0000[CE]\U000f0001 [N\U000f0000SP]"}],
+    "plain tokens": [{"role": "user", "content": "a <|think|>b<｜User｜> c"}],
     "empty": [{"role": "user", "content": ""}],
     "unicode": [{"role": "user", "content": "Zürich [NSP]東京[CE]½ \t x"}],
 }
@@ -232,21 +341,24 @@ CHATS = {
 @pytest.mark.parametrize("chat", CHATS)
 @pytest.mark.parametrize("template", [PAPER_CHAT_TEMPLATE, CHATML, THINKING], ids=["paper", "chatml", "thinking"])
 @pytest.mark.parametrize("make", [cosup_tokenizer, sentencepiece_like])
-def test_own_route_equals_transformers(make, template, chat):
+def test_chats_are_encoded_as_transformers_does(make, template, chat):
     tokenizer = make(template)
+    if template == CHATML:  # holds the two as plain tokens, as the tokenizers of some models do
+        tokenizer.add_tokens(["<｜User｜>", "<|think|>"])
+        tokenizer.chat_template += "<｜User｜><|think|>"
     if "sanitize_control_tokens" not in inspect.signature(tokenizer.apply_chat_template).parameters:
         pytest.skip("this transformers has no sanitize_control_tokens")
     expected = tokenizer.apply_chat_template(
         CHATS[chat], add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
     )
-    assert _encode_chat_with_markers(tokenizer, CHATS[chat]) == expected == encode_chat(tokenizer, CHATS[chat])
+    assert encode_chat(tokenizer, CHATS[chat]) == expected
 
 
 @pytest.mark.parametrize("chat", CHATS)
-def test_own_route_leaves_no_control_token(chat):
+def test_a_chat_leaves_no_control_token(chat):
     """Checked also for releases of transformers that have no route to compare with."""
     tokenizer = cosup_tokenizer(CHATML)
-    ids = _encode_chat_with_markers(tokenizer, CHATS[chat])
+    ids = encode_chat(tokenizer, CHATS[chat])
     specials = [id for id in ids if id in special_ids(tokenizer)]
     turns = ["<|im_start|>", "<|im_end|>"] * len(CHATS[chat]) + ["<|im_start|>"]
     assert tokenizer.convert_ids_to_tokens(specials) == turns

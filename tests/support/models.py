@@ -51,6 +51,7 @@ ARCHITECTURES = {
     "bert": {"intermediate_size": 64},
     "longformer": {"intermediate_size": 64, "attention_window": 8, "max_position_embeddings": 514, "pad_token_id": 1},
     "gemma3": {"num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 8, "sliding_window": 8},
+    "roberta": {"intermediate_size": 64},
     "modernbert": {"intermediate_size": 64},
     "t5": {"d_ff": 64, "d_kv": 8},
 }

@@ -14,6 +14,7 @@ STAYS = {
     "milvus_client_cosup.py": "the client of a Milvus server",
     "milvus_cosup.py": "an index in Milvus; without it an index is a folder or a repository on the Hub",
     "milvus_upload_cosup.py": "uploading an index to Milvus",
+    "templates_cosup.py": "chat templates, changed when a model is built; without it a template stays as it is",
 }
 
 

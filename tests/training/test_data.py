@@ -7,8 +7,15 @@ import datasets
 import pytest
 import torch
 
-from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_prompt, render_passage
+from modeling_cosup.tokenization_cosup import (
+    bos_and_eos,
+    encode_passages_for_emb_seq,
+    encode_prompt,
+    render_passage,
+    special_ids,
+)
 from support.models import PASSAGES, make_model
+from support.tokenizers import TOKENIZERS, xlm_roberta
 from support.training import NAMES, arguments, world
 from trainer import CoSupTrainer, data, load_corpus, load_evaluation_set, load_instances
 from trainer.data import check_instance, tokenize_instance
@@ -98,6 +105,36 @@ def test_end_of_turn_of_a_chat_template_is_trained(model):
     assert found["labels"][-1] == found["input_ids"][-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
     prompt = encode_prompt(tokenizer, INSTANCE["input"], INSTANCE["instruction"])
     assert found["input_ids"][: -len(plain(tokenizer, "yes")) - 1] == prompt
+
+
+@pytest.mark.parametrize("name", ["Unigram, XLM-R", "Unigram, T5"])
+def test_special_tokens_of_a_unigram_vocabulary_stay_text(name):
+    tokenizer = TOKENIZERS[name]()
+    model = make_model(tokenizer=tokenizer, emb_seq_pooling="mean")
+    marked = "an <s>old</s> <pad><mask> price"
+    passage = {"id": "p", "title": marked, "text": marked}
+    segments = [{"text": marked, "passage": passage, "negatives": [passage]}, {"text": marked, "passage": None}]
+    instance = check_instance(dict(INSTANCE, instruction=marked, input=marked, segments=segments), "here")
+    found = tokenize_instance(instance, tokenizer, tokenizer, model.config)
+    nsp, cs, ce = model.config.nsp_token_id, model.config.cs_token_id, model.config.ce_token_id
+    specials = special_ids(tokenizer)
+    bos, eos = bos_and_eos(tokenizer)
+    prompt = [nsp] if not bos else [*bos, nsp]
+    assert [id for id in found["input_ids"] if id in specials] == [*prompt, cs, ce, *eos]
+    for ids in found["passage_input_ids"] + found["negative_input_ids"]:
+        assert [id for id in ids if id in specials] == bos + eos
+
+
+def test_a_text_with_a_special_token_that_cannot_be_spelled_is_named():
+    tokenizer = xlm_roberta()
+    tokenizer.eos_token = "~"
+    model = make_model(tokenizer=tokenizer)
+    instance = dict(INSTANCE, segments=[{"text": "calm", "passage": None}, {"text": "a wave ~", "passage": None}])
+    with pytest.raises(ValueError, match=r"Instance '1', segments\[1\].text \('a wave ~'\) holds the special tokens"):
+        tokenize_instance(instance, tokenizer, tokenizer, model.config)
+    instance = dict(INSTANCE, input="a wave ~", segments=[{"text": "calm", "passage": None}])
+    with pytest.raises(ValueError, match=r"Instance '1': The prompt holds the special tokens \['~'\]"):
+        tokenize_instance(instance, tokenizer, tokenizer, model.config)
 
 
 # ---------------------------------------------------------------------- bad input

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
@@ -168,14 +169,34 @@ def test_an_evaluation_in_half_precision_leaves_the_weights(tmp_path, option):
         assert state["exp_avg"].dtype == torch.float32
 
 
-def test_a_query_longer_than_its_encoder_reads_is_named(tmp_path):
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_query_longer_than_its_encoder_reads_keeps_its_end(tmp_path, monkeypatch, streamed):
+    from trainer import dataset_setup
+
+    warnings = []
+    for name in ("warning", "warning_once"):
+        monkeypatch.setattr(dataset_setup.logger, name, warnings.append)
     model = make_model(query_from="emb_seq", emb_seq_kwargs={"max_position_embeddings": 300})
     instances = world(NAMES[:4])
-    instances[1]["input"] = "where " * 200
-    args = arguments(tmp_path, supervision="separate", max_length=2048)
-    message = f"Instance '{NAMES[1]}': the text up to an .NSP. has .* tokens, but its encoder reads 300"
-    with pytest.raises(ValueError, match=message):
-        CoSupTrainer(model, args, train_dataset=instances)
+    for instance in instances[1:3]:
+        instance["input"] = f"{'where ' * 200} is {instance['id']}?"
+    dataset = datasets.Dataset.from_list(instances)
+    if streamed:
+        dataset = dataset.to_iterable_dataset()
+    args = arguments(tmp_path, supervision="separate", max_length=2048, max_steps=1)
+    trainer = CoSupTrainer(model, args, train_dataset=dataset)
+    rows = {row["id"]: row["query_input_ids"] for row in trainer.train_dataset}
+    (first,), (second,) = rows[NAMES[1]], rows[NAMES[2]]
+    assert len(first) == len(second) == 300
+    assert first[0] == model.tokenizer.bos_token_id
+    assert f"is {NAMES[1]}?## Output:\n\n[NSP]" in model.tokenizer.decode(first)
+    assert f"is {NAMES[2]}?## Output:\n\n[NSP]" in model.tokenizer.decode(second)
+    assert len(rows[NAMES[3]][0]) < 100
+    trainer.train()
+    count = "Some" if streamed else "2 of 3"
+    message = f"{count} queries of the training set are longer than their encoder reads, and lose their beginning."
+    assert set(warnings) == {message}
+    assert streamed or len(warnings) == 1
 
 
 def test_ntp_nan_names_the_micro_batch(tmp_path):
