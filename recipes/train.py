@@ -89,7 +89,7 @@ class Run:
 
 
 def main() -> None:
-    """Train on all processes, then index and evaluate on the main one, without a process group that could time out."""
+    """Read the options and run; a full disk ends the run with one line."""
     script, args = parse([ScriptArguments, CoSupTrainingArguments], __doc__)
     try:
         train_and_evaluate(Run(script, args))
@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def train_and_evaluate(run: Run) -> None:
-    """Train on all processes, then index and evaluate on the main one."""
+    """Train on all processes, then index and evaluate on the main one, without a process group that could time out."""
     args = run.args
     model = train(run)
     main_process = args.process_index == 0

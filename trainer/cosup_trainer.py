@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import operator
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -108,7 +109,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Optimizer | None, LambdaLR | None] = (None, None),
         peft_config: "PeftConfig | None" = None,
-        model_init: Callable[..., CoSupForCausalLM] | None = None,
+        model_init: Callable[..., Any] | None = None,
         optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
         **refused: Any,
     ) -> None:
@@ -122,7 +123,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
         if not isinstance(args, CoSupTrainingArguments):
             raise ValueError(f"args is a {type(args).__name__}: CoSupTrainer needs CoSupTrainingArguments.")
         self.args = args
-        self.model_init = model_init
+        self.model_init: Any = model_init
         self._trial: Any = None
         if model_init is not None:
             # as Trainer does: what model_init draws depends on the seed alone
@@ -217,6 +218,29 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
                     f"{name} is not what the instances were tokenized with: make another CoSupTrainer for it."
                 )
         return self._prepared(model)
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, Any]] | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Run `Trainer.hyperparameter_search`; the objective defaults to `eval_loss`.
+
+        `Trainer` would add up all metrics, of which some should be low (losses), and others high (recall).
+
+        Raises:
+            `ValueError`: without a single evaluation set, unless `compute_objective` is given.
+        """
+        if self.eval_dataset is None or (isinstance(self.eval_dataset, dict) and compute_objective is None):
+            raise ValueError(
+                "A search needs an eval_dataset to compare trials; with several of them, compute_objective."
+            )
+        if compute_objective is None:
+            compute_objective = operator.itemgetter("eval_loss")
+        return super().hyperparameter_search(hp_space, compute_objective, *args, **kwargs)
 
     def _hp_search_setup(self, trial: Any) -> None:
         """Set the arguments of a trial, and check them; `Trainer` calls this again after the model was made."""

@@ -91,8 +91,13 @@ class HeldOutMixin(TrainingStepMixin):
             With `prediction_loss_only=True` only the metrics.
 
         Raises:
-            `ValueError`: if an instance is longer than `max_length`: without it, rows would not be the caller's.
+            `ValueError`: if an instance is longer than `max_length`: without it, rows would not be the caller's; with
+                `supervision="ntp"`, which embeds nothing.
         """
+        if self.args.supervision == "ntp":
+            raise ValueError(
+                "predict() returns embeddings, and supervision='ntp' makes none: evaluate() has its loss."
+            )
         dataset: Any = tokenize_dataset(test_dataset, self.tokenizers, self.cosup_config, self.args, "test set")
         if isinstance(dataset, datasets.Dataset) and len(dataset) < len(test_dataset):
             raise ValueError(
@@ -181,7 +186,7 @@ class HeldOutMixin(TrainingStepMixin):
         start = time.time()
         with self._without_inputs():
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
-        batches = []
+        batches: list[EvaluatedBatch] = []
         for batches_of_ranks in zip(*gather_objects(self._evaluated_batches, self._host_group), strict=True):
             batches += batches_of_ranks  # ranks take batches in turn, so this is the order of the set
         self._evaluated_batches = []
@@ -232,7 +237,7 @@ class HeldOutMixin(TrainingStepMixin):
         metrics["loss"] = total_loss(losses, self.loss_weights)
 
         order = _order_of_queries(facts)
-        asked = {}
+        asked: dict[str, Any] = {}
         if "inputs" in self.args.include_for_metrics:
             query_ids = [ids for batch in batches for ids in batch.query_ids]
             passage_ids = [ids for batch in batches for ids in batch.passage_ids]

@@ -169,6 +169,8 @@ class CoSupTrainingArguments(TrainingArguments):
         """
         self._check_choices()
         self._check_batches()
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("fp16 needs a GPU; on a CPU accelerate would train in float32 without a word. Give bf16.")
         if self.world_size > 1:
             self._check_ranks()
 
@@ -226,6 +228,11 @@ class CoSupTrainingArguments(TrainingArguments):
         """Check what more than one rank needs."""
         if not self.average_tokens_across_devices:
             raise ValueError("Losses are divided by global counts: leave average_tokens_across_devices=True.")
+        if self.ddp_static_graph and (self.nsp_batch_size is not None or self.gradient_accumulation_steps > 1):
+            raise ValueError(
+                "ddp_static_graph lets DDP expect an exchange of gradients after every backward; nsp_batch_size and"
+                " gradient_accumulation_steps take several before one. Leave it out."
+            )
         config = self.accelerator_config
         assert isinstance(config, AcceleratorConfig)  # super().__post_init__ has parsed it
         if config.dispatch_batches:

@@ -164,7 +164,7 @@ def explained_full_disk(folder: Path, output_dir: str | Path, undo: Callable[[],
         except ValueError:
             kept = f"{output_dir} has no complete checkpoint"
         raise FullDiskError(
-            f"{folder} was not saved: the disk is full, with {free / 1e6:,.1f} MB free, which is not enough for it."
+            f"{folder} was not saved: the disk is full or cannot be written ({free / 1e6:,.1f} MB are free)."
             f" What had been written was removed; {kept}. Free space (save_total_limit and save_only_model need less),"
             " then resume."
         ) from error
@@ -175,8 +175,8 @@ def is_full_disk(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return isinstance(error, FullDiskError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
     text = str(error)
-    # safetensors has the system's error as text; torch.save says only that its file is shorter than what it wrote
-    return "No space left on device" in text or "unexpected pos" in text
+    # safetensors has the system's error as text; torch.save says only that its file is short, or does not close
+    return any(part in text for part in ("No space left on device", "unexpected pos", "iostream error"))
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str:

@@ -65,7 +65,17 @@ def make_instances(pattern):
     return instances
 
 
-def run(output, name, pattern="ragged", accumulation=1, fsdp=False, model=None, evaluate_first=False, **options):
+def run(
+    output,
+    name,
+    pattern="ragged",
+    accumulation=1,
+    fsdp=False,
+    model=None,
+    evaluate_first=False,
+    predict=False,
+    **options,
+):
     """Train one step, evaluate, and write parameters and log; on one process `fsdp` changes nothing."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     sharded = fsdp and world_size > 1
@@ -104,9 +114,14 @@ def run(output, name, pattern="ragged", accumulation=1, fsdp=False, model=None, 
         trainer.model.save_pretrained(Path(output, f"{name}-saved"), state_dict=dict(state))
     (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
     entry |= trainer.evaluate()
+    if predict:
+        (query_embeds, passage_embeds), labels, _ = trainer.predict(held_out)
+        for i, (query, positive) in enumerate(zip(query_embeds, passage_embeds[labels], strict=True)):
+            entry |= {f"predicted_query_{i}": query[0], f"predicted_positive_{i}": positive[0]}
     if trainer.is_world_process_zero():
         names = [name for name in entry if name.endswith("loss")]
         names += ["nsp_accuracy", "num_negatives", "grad_norm"]
+        names += [name for name in entry if name.startswith(("predicted", "num_input_tokens"))]
         names += [name for name in ("eval_query_recall@1", "eval_query_recall@5", "eval_num_queries") if name in entry]
         log = {key: repr(float(entry[key])) for key in names}
         save_file(state, Path(output, f"{name}-{world_size}.safetensors"), metadata=log)
