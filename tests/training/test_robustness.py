@@ -257,7 +257,7 @@ def test_a_full_disk_leaves_no_part_of_a_checkpoint(tmp_path, file):
     with pytest.raises(FullDiskError) as error:
         trainer.train()
     message = str(error.value)
-    assert message.startswith(f"{folder} was not saved: the disk is full, with ")
+    assert message.startswith(f"{folder} was not saved: the disk is full")
     assert (
         f"What had been written was removed; the last complete checkpoint is {tmp_path / 'checkpoint-1'}." in message
     )
