@@ -67,6 +67,7 @@ def chunked_cross_entropy(
     lm_head: Callable[[torch.Tensor], torch.Tensor],
     chunk_size: int = 2048,
     label_positions: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """
     Return the next token prediction loss (Eq. 2), with logits only at labels, `chunk_size` positions at a time.
@@ -82,6 +83,7 @@ def chunked_cross_entropy(
         chunk_size (`int`): positions per chunk.
         label_positions (`torch.LongTensor` of shape `(K,)`, *optional*): positions in the flattened `(B · T)` whose
             next token is trained. A caller that knows them saves the host from waiting for the GPU.
+        label_smoothing (`float`): share of the target that is spread evenly over the vocabulary.
 
     Returns:
         `torch.FloatTensor` scalar: the sum over all labels, not the mean, since the caller knows the global count;
@@ -93,7 +95,7 @@ def chunked_cross_entropy(
     targets = labels.flatten()[label_positions + 1]  # (K,)
 
     def chunk_loss(chunk: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(lm_head(chunk).float(), target, reduction="sum")
+        return F.cross_entropy(lm_head(chunk).float(), target, reduction="sum", label_smoothing=label_smoothing)
 
     if hidden.shape[0] <= chunk_size:
         return chunk_loss(hidden, targets)

@@ -142,6 +142,7 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
         passage_attention_mask: torch.Tensor | None = None,
         passage_labels: torch.Tensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
+        label_smoothing: float = 0.0,
         compute_nsp_loss: bool = True,
         return_logits: bool | None = None,
         output_query_embeds: bool = True,
@@ -170,6 +171,7 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
                 row, from the left) the row of `passage_input_ids` that is its positive; -100 for none.
             num_items_in_batch (`int` or `torch.Tensor`, *optional*): global number of trained tokens. The NTP loss is
                 the sum divided by it; by default the mean over the trained tokens of this call.
+            label_smoothing (`float`): of the NTP loss, see [`~loss_cosup.chunked_cross_entropy`]; NSP has none.
             compute_nsp_loss (`bool`): `False` returns the embeddings and leaves the NSP loss, and the sum of both, to
                 the caller.
             return_logits (`bool`, *optional*): defaults to `True` without labels, `False` with.
@@ -242,7 +244,9 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
         if labels is not None:
             if num_items_in_batch is None:
                 num_items_in_batch = (labels[:, 1:] != -100).sum().clamp(min=1)
-            loss_sum = chunked_cross_entropy(hidden, labels, self._lm_head, label_positions=label_positions)
+            loss_sum = chunked_cross_entropy(
+                hidden, labels, self._lm_head, label_positions=label_positions, label_smoothing=label_smoothing
+            )
             ntp_loss = loss_sum / num_items_in_batch
             loss = ntp_loss
         if passage_labels is not None and query_embeds is not None:

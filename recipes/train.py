@@ -44,6 +44,7 @@ from trainer.judging.results import FORMAT
 from trainer.judging.scoring import check_questions, measure, score_rankings
 from trainer.judging.tasks import Task, task_name
 from trainer.model_setup import without_peft
+from trainer.watch import is_full_disk
 
 from shared.arguments import ScriptArguments
 from shared.indexes import check_index_options, close_index, open_index
@@ -88,9 +89,19 @@ class Run:
 
 
 def main() -> None:
-    """Train on all processes, then index and evaluate on the main one, without a process group that could time out."""
+    """Read the options and run; a full disk ends the run with one line."""
     script, args = parse([ScriptArguments, CoSupTrainingArguments], __doc__)
-    run = Run(script, args)
+    try:
+        train_and_evaluate(Run(script, args))
+    except Exception as error:
+        if not is_full_disk(error):
+            raise
+        sys.exit(f"error: {error}")
+
+
+def train_and_evaluate(run: Run) -> None:
+    """Train on all processes, then index and evaluate on the main one, without a process group that could time out."""
+    args = run.args
     model = train(run)
     main_process = args.process_index == 0
     # free the trainer before the process groups: freeing it as the last owner of a gloo group can deadlock

@@ -28,6 +28,7 @@ class Query:
         passage ([`PassageMention`]): its positive.
         positive_keys (`tuple[int, ...]`): hashes of the ids of further passages that would have been right.
         input_ids (`Sequence[int]`): what an encoder reads; empty if Gen makes the queries.
+        number (`int`): of this query in its batch, counted instance by instance.
     """
 
     instance_id: str
@@ -35,6 +36,7 @@ class Query:
     passage: PassageMention
     positive_keys: tuple[int, ...]
     input_ids: Sequence[int] = ()
+    number: int = 0
 
 
 @dataclass
@@ -116,7 +118,10 @@ def read_batch(
     passages, passage_keys, row_of_passage = _distinct_passages(mentions, mask_duplicates)
     if supervision == "nsp":
         instances = [instance for instance in instances if instance.queries]
-    return BatchRows(instances, passages, passage_keys, row_of_passage)
+    rows = BatchRows(instances, passages, passage_keys, row_of_passage)
+    for number, query in enumerate(rows.queries):
+        query.number = number
+    return rows
 
 
 def _read_instance(

@@ -26,6 +26,7 @@ class BatchFacts:
     Args:
         instance_ids (`list[list[str]]`): ids of the instances of each micro-batch.
         query_instance_ids (`list[str]`): for each query, the id of its instance.
+        query_numbers (`list[int]`): for each query, its number in the batch, counted instance by instance.
         passage_keys (`list[tuple[int, ...]]`): for each passage row, a hash of its content, then hashes of its ids.
         positive_keys (`list[tuple[int, ...]]`): for each query, hashes of the ids of further passages that would have
             been right.
@@ -39,6 +40,7 @@ class BatchFacts:
 
     instance_ids: list[list[str]] = field(default_factory=list)
     query_instance_ids: list[str] = field(default_factory=list)
+    query_numbers: list[int] = field(default_factory=list)
     passage_keys: list[tuple[int, ...]] = field(default_factory=list)
     positive_keys: list[tuple[int, ...]] = field(default_factory=list)
     query_keys: list[int] = field(default_factory=list)
@@ -70,6 +72,46 @@ def forward_arguments(micro_batch: Mapping[str, Any]) -> dict[str, Any]:
             ends = arguments.pop(f"{encoder_input}_ends")
             arguments[f"{encoder_input}_packing"] = Packing(position_ids, ends)
     return arguments
+
+
+def query_rows(micro_batch: Mapping[str, Any]) -> list[list[int]]:
+    """Return the tokens that each query embedding of a micro-batch is made from, the last of them `[NSP]`."""
+    if "query_input_ids" in micro_batch:
+        return encoder_rows(micro_batch, "query")
+    if "nsp_positions" not in micro_batch:
+        return []
+    return _rows_up_to(micro_batch["nsp_positions"], micro_batch["input_ids"], micro_batch.get("position_ids"))
+
+
+def encoder_rows(micro_batch: Mapping[str, Any], prefix: str) -> list[list[int]]:
+    """Return the rows that an encoder reads in a micro-batch, `prefix` being `"passage"` or `"query"`."""
+    if f"{prefix}_input_ids" not in micro_batch:
+        return []
+    input_ids = micro_batch[f"{prefix}_input_ids"]
+    if f"{prefix}_ends" in micro_batch:
+        return _rows_up_to(micro_batch[f"{prefix}_ends"], input_ids, micro_batch[f"{prefix}_position_ids"])
+    if not len(input_ids):
+        return []
+    ends = torch.arange(len(input_ids), device=input_ids.device) * input_ids.shape[1] - 1
+    ends += micro_batch[f"{prefix}_attention_mask"].sum(1)  # padding is on the right
+    return _rows_up_to(ends, input_ids, None)
+
+
+def _rows_up_to(ends: torch.Tensor, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> list[list[int]]:
+    """
+    Return the tokens of a row up to each of some positions.
+
+    Args:
+        ends (`torch.LongTensor` of shape `(N,)`): positions in the flattened `input_ids`.
+        input_ids (`torch.LongTensor` of shape `(B, T)`): rows, or several rows packed into one.
+        position_ids (`torch.LongTensor` of shape `(1, T)`, *optional*): of packed rows; they restart at 0 in each.
+    """
+    columns = ends % input_ids.shape[1] if position_ids is None else position_ids.flatten()[ends]
+    tokens = input_ids.flatten().tolist()
+    rows = []
+    for end, column in zip(ends.tolist(), columns.tolist(), strict=True):
+        rows.append(tokens[end - column : end + 1])
+    return rows
 
 
 @dataclass
@@ -257,6 +299,7 @@ class CoSupDataCollator:
                 facts.instance_ids.append([rows.instances[i].id for i in cut.instances])
             for query in queries:
                 facts.query_instance_ids.append(query.instance_id)
+                facts.query_numbers.append(query.number)
                 facts.query_keys.append(query.key)
                 facts.positive_keys.append(query.positive_keys)
                 facts.passage_labels.append(new_row[rows.row_of_passage[query.passage]])

@@ -1,6 +1,10 @@
 """CoSupTrainer, which minimises L = L_NTP + λ·L_NSP over the global batch; its step is in `training_step`."""
 
 import dataclasses
+import functools
+import inspect
+import operator
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,15 +17,23 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Sampler
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    enable_full_determinism,
+    set_seed,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, TrainOutput
 
 from modeling_cosup import CoSupConfig, CoSupForCausalLM
 
+from .arguments import check_optimizer, check_trainer_arguments, read_by_tokenizing
 from .batching import CoSupDataCollator
 from .dataset_setup import COLUMNS, OPTIONAL_COLUMNS, AnyDataset, no_duplicates_sampler, tokenize_dataset
-from .distributed import host_group, world_size
+from .distributed import gather_objects, host_group, world_size
 from .held_out import HeldOutMixin
 from .hub import HubMixin
 from .losses import RunningFigures
@@ -39,7 +51,7 @@ from .positions import check_positions
 from .training_args import CoSupTrainingArguments
 from .training_step import TrainingStepMixin
 from .unreached import freeze_unreached
-from .watch import FiniteLosses, explained_memory_errors, last_complete_checkpoint
+from .watch import FiniteLosses, explained_full_disk, explained_memory_errors, last_complete_checkpoint
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -63,10 +75,11 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
 
     `evaluate()` returns `eval_loss`, each loss by name (`eval_ntp_loss`, `eval_nsp_loss`), `eval_query_recall@1` and
     `eval_query_recall@5`. The NSP loss and recall are over all distinct passages of the evaluation set, not those of a
-    batch. `bf16_full_eval` and `fp16_full_eval` leave the weights as they were.
+    batch. `predict()` returns the embeddings as well. `bf16_full_eval` and `fp16_full_eval` leave the weights as they
+    were.
 
     Args:
-        model (`CoSupForCausalLM` or `str`): a model or the name or path of one.
+        model (`CoSupForCausalLM` or `str`, *optional*): a model or the name or path of one; or give `model_init`.
         args ([`CoSupTrainingArguments`], *optional*): defaults to one whose output folder is `cosup`.
         data_collator (`Callable`, *optional*): defaults to [`CoSupDataCollator`].
         train_dataset, eval_dataset (`Dataset`, `IterableDataset`, `list[dict]`, *optional*): instances, or already
@@ -74,9 +87,15 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
         processing_class, emb_seq_processing_class (`PreTrainedTokenizerBase`, *optional*): default to the model's own.
         compute_metrics (`Callable`, *optional*): takes an `EvalPrediction` whose `predictions` are `(query_embeds,
             passage_embeds)`, with one row for each query and for each distinct passage of the set. Its `label_ids`
-            hold, for each query, the row of its passage.
-        callbacks, optimizers: as in `Trainer`.
+            hold, for each query, the row of its passage. With `include_for_metrics=["inputs"]` its `inputs` are
+            `(query_ids, passage_ids)`: the tokens that each embedding was made from, int64, padded with -100 on the
+            right. With `"loss"` its `losses` are the NSP losses of the queries. Queries are in the order of the
+            instances, and those of an instance in the order of its `[NSP]`.
+        callbacks, optimizers, optimizer_cls_and_kwargs: as in `Trainer`.
         peft_config (`PeftConfig`, *optional*): wraps the model; rows of control tokens are trained too.
+        model_init (`Callable`, *optional*): returns a new model, given nothing or the trial. It is called here, and
+            again by each `train()`, so by each trial of `hyperparameter_search()`. A trial may change any argument
+            but those that instances were tokenized with.
 
     Raises:
         `ValueError`: for an invalid instance, naming its row, before training starts, and for arguments that do not
@@ -84,13 +103,14 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
         `FloatingPointError`: while training, for a loss that is NaN or infinite, naming the step, the loss and the
             instances.
         `torch.OutOfMemoryError`: while training, naming the arguments that would lower the memory of a step.
+        `FullDiskError`: while saving; what was written of that checkpoint is removed.
     """
 
     loss_is_scaled_for_ga = True  # over tokens and queries of the whole accumulated batch, not per micro-batch
 
     def __init__(
         self,
-        model: CoSupForCausalLM | str,
+        model: CoSupForCausalLM | str | None = None,
         args: CoSupTrainingArguments | None = None,
         data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
         train_dataset: AnyDataset | None = None,
@@ -101,11 +121,27 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Optimizer | None, LambdaLR | None] = (None, None),
         peft_config: "PeftConfig | None" = None,
-        **kwargs: Any,
+        model_init: Callable[..., Any] | None = None,
+        optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
+        **refused: Any,
     ) -> None:
+        check_trainer_arguments(refused, list(inspect.signature(CoSupTrainer).parameters)[:-1])
+        if (model is None) == (model_init is None):
+            raise ValueError("CoSupTrainer needs either a model, or model_init: a function that returns one.")
+        if model_init is not None and optimizers != (None, None):
+            raise ValueError("optimizers holds weights of one model, and model_init makes new ones: give one of them.")
         if args is None:
             args = CoSupTrainingArguments("cosup")
-        if isinstance(model, str):
+        if not isinstance(args, CoSupTrainingArguments):
+            raise ValueError(f"args is a {type(args).__name__}: CoSupTrainer needs CoSupTrainingArguments.")
+        self.args = args
+        self.model_init: Any = model_init
+        self._trial: Any = None
+        if model_init is not None:
+            # as Trainer does: what model_init draws depends on the seed alone
+            enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
+            model = cast(CoSupForCausalLM, super().call_model_init())
+        elif isinstance(model, str):
             model = CoSupForCausalLM.from_pretrained(model)
         base = without_peft(model)
         if base.config.model_type != "cosup" or base.emb_seq is None:
@@ -113,30 +149,18 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
                 "CoSupTrainer needs a CoSupForCausalLM with Emb_seq;"
                 " this one is another model or was loaded with load_emb_seq=False."
             )
-        if world_size() > 1 and not args.average_tokens_across_devices:
-            raise ValueError("Losses are divided by global counts: leave average_tokens_across_devices=True.")
-        self.cosup_config = cast(CoSupConfig, base.config)
-
-        if processing_class is not None:
-            check_control_tokens(processing_class, self.cosup_config)
-            base.tokenizer = processing_class
-        if emb_seq_processing_class is not None:
-            base.emb_seq_tokenizer = emb_seq_processing_class
+        self._given_tokenizers = processing_class, emb_seq_processing_class
+        self._take_given_tokenizers(base)
         self.tokenizers = base.tokenizer, base.emb_seq_tokenizer
+        self._read_by_tokenizing = read_by_tokenizing(base, args) if model_init is not None else {}
 
-        check_supervision(args, self.cosup_config)
-        trained_model: Any = model
-        if peft_config is not None:
-            trained_model = wrap_in_peft(model, peft_config)
-        freeze(base, args)
-        freeze_unreached(base, args)
-        if trained_model is base:
-            keep_master_weights(base, args)
-        speed_up(base, args)
+        self._peft_config = peft_config
+        self._has_default_collator = data_collator is None
+        if data_collator is not None:
+            self.data_collator = data_collator
+        trained_model = self._prepared(model)
+        check_optimizer(optimizers[0], trained_model)
         self._check_hub_arguments(args, trained_model)
-
-        if data_collator is None:
-            data_collator = default_collator(base, args, self.tokenizers)
 
         def prepare(dataset: AnyDataset | None, name: str) -> Any:
             tokenized = tokenize_dataset(dataset, self.tokenizers, self.cosup_config, args, name)
@@ -153,24 +177,100 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
         super().__init__(
             model=trained_model,
             args=args,
-            data_collator=data_collator,
+            data_collator=self.data_collator,
             train_dataset=prepare(train_dataset, name="training set"),
             eval_dataset=prepared_eval_dataset,
             processing_class=self.tokenizers[0],
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
-            **kwargs,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
-        self._check_sharding()
-        self._set_up_accelerator()
+        self.model_init = model_init  # Trainer takes only one of model and model_init
         self._host_group = host_group(args.ddp_timeout_delta)
         self._finite = FiniteLosses()
         self._running = RunningFigures(self.loss_weights)
         self._evaluated_batches = []
         self._step_instance_ids = []
         self._warned_of_lone_queries = self._warned_of_lone_held_out_queries = False
+
+    def _take_given_tokenizers(self, base: CoSupForCausalLM) -> None:
+        """Replace the tokenizers of a model by those that the caller gave."""
+        tokenizer, emb_seq_tokenizer = self._given_tokenizers
+        if tokenizer is not None:
+            check_control_tokens(tokenizer, base.config)
+            base.tokenizer = tokenizer
+        if emb_seq_tokenizer is not None:
+            base.emb_seq_tokenizer = emb_seq_tokenizer
+
+    def _prepared(self, model: Any) -> Any:
+        """Return the model as it is trained: with adapters, frozen parts and float32 weights."""
+        base = without_peft(model)
+        self.cosup_config = cast(CoSupConfig, base.config)
         self._num_parameters: tuple[int, int] | None = None  # of Gen and Emb_seq
+        check_supervision(self.args, self.cosup_config)
+        trained_model = model
+        if self._peft_config is not None:
+            trained_model = wrap_in_peft(model, self._peft_config)
+        freeze(base, self.args)
+        freeze_unreached(base, self.args)
+        if trained_model is base:
+            keep_master_weights(base, self.args)
+        speed_up(base, self.args)
+        if self._has_default_collator:
+            self.data_collator = default_collator(base, self.args, self.tokenizers)
+        return trained_model
+
+    # ------------------------------------------------------------------ new models, and trials of a search
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Return a new model of `model_init`, prepared for the arguments of the trial."""
+        self._hp_search_setup(trial)
+        model = cast(CoSupForCausalLM, super().call_model_init(trial))
+        base = without_peft(model)
+        self._take_given_tokenizers(base)
+        for name, value in read_by_tokenizing(base, self.args).items():
+            if value != self._read_by_tokenizing[name]:
+                raise ValueError(
+                    f"{name} is not what the instances were tokenized with: make another CoSupTrainer for it."
+                )
+        return self._prepared(model)
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, Any]] | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Run `Trainer.hyperparameter_search`; the objective defaults to `eval_loss`.
+
+        `Trainer` would add up all metrics, of which some should be low (losses), and others high (recall).
+
+        Raises:
+            `ValueError`: without a single evaluation set, unless `compute_objective` is given.
+        """
+        if self.eval_dataset is None or (isinstance(self.eval_dataset, dict) and compute_objective is None):
+            raise ValueError(
+                "A search needs an eval_dataset to compare trials; with several of them, compute_objective."
+            )
+        if compute_objective is None:
+            compute_objective = operator.itemgetter("eval_loss")
+        return super().hyperparameter_search(hp_space, compute_objective, *args, **kwargs)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Set the arguments of a trial, and check them; `Trainer` calls this again after the model was made."""
+        if trial is not None and trial is self._trial:
+            return
+        super()._hp_search_setup(trial)
+        self.args.check()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator, also anew for a trial, and check that it can do what the arguments ask."""
+        super().create_accelerator_and_postprocess()
+        self._check_sharding()
+        self._set_up_accelerator()
 
     def _check_sharding(self) -> None:
         """
@@ -269,8 +369,9 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
             self._train_batch_size = self.args.per_device_train_batch_size  # where auto_find_batch_size begins
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(cast(str, self.args.output_dir))
-        # an earlier evaluation has prepared the model, but not for data parallelism
-        vars(self.model).pop("_is_accelerate_prepared", None)
+        if self.model is not None:  # else the last trial of a search has freed it
+            # an earlier evaluation has prepared the model, but not for data parallelism
+            vars(self.model).pop("_is_accelerate_prepared", None)
         with explained_memory_errors(self.args):
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._finite.check()
@@ -290,6 +391,15 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
         facts = inputs["facts"]
         emb_seq_tokens = facts.num_tokens - facts.num_gen_tokens
         return 6 * (facts.num_gen_tokens * gen_parameters + emb_seq_tokens * emb_seq_parameters)
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Count the tokens of a batch that Gen and Emb_seq read, on all ranks."""
+        counted = self.args.include_num_input_tokens_seen
+        if counted == "no":
+            return
+        facts = inputs["facts"]
+        num_tokens = facts.num_tokens if counted == "non_padding" else facts.num_padded_tokens
+        self.state.num_input_tokens_seen += sum(gather_objects(num_tokens, self._host_group))
 
     # ------------------------------------------------------------------ the log
 
@@ -353,11 +463,13 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._finite.check()  # a model that a bad loss has ruined is not saved
+        run_dir = self._get_output_dir(trial=trial)
+        folder = Path(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
             # an earlier run's checkpoint of this step is about to be overwritten, so it is no longer complete
-            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
+        with explained_full_disk(folder, run_dir, functools.partial(shutil.rmtree, folder, ignore_errors=True)):
+            super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -1,25 +1,25 @@
 """Evaluate while training: token losses, and each query against all distinct passages of the set."""
 
 import contextlib
-import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, PredictionOutput, denumpify_detensorize
 from transformers.utils import logging
 
-from .batching import BatchFacts, CoSupDataCollator
+from modeling_cosup.tokenization_cosup import pad_rows
+
+from .batching import BatchFacts, CoSupDataCollator, encoder_rows, query_rows
 from .dataset_setup import tokenize_dataset
-from .distributed import world_size
+from .distributed import gather_objects, world_size
 from .duplicates import global_batch
 from .grad_cache import concatenated
 from .losses import EmbeddingBatch, embedding_losses, total_loss
@@ -40,12 +40,16 @@ class EvaluatedBatch:
         token_losses (`dict[str, float]`): sums over tokens, by name.
         query_embeds (`numpy.ndarray` of shape `(N, h)`), passage_embeds (`numpy.ndarray` of shape `(M, h)`): in
             float32.
+        query_ids, passage_ids (`list[list[int]]`): the tokens that each was made from; empty unless
+            `include_for_metrics` asks for them.
     """
 
     facts: BatchFacts
     token_losses: dict[str, float]
     query_embeds: np.ndarray
     passage_embeds: np.ndarray
+    query_ids: list[list[int]] = field(default_factory=list)
+    passage_ids: list[list[int]] = field(default_factory=list)
 
 
 class HeldOutMixin(TrainingStepMixin):
@@ -55,6 +59,7 @@ class HeldOutMixin(TrainingStepMixin):
     eval_dataset: Any
     _evaluated_batches: list[EvaluatedBatch]
     _warned_of_lone_held_out_queries: bool
+    _keeps_inputs: bool = False
 
     def evaluate(
         self,
@@ -69,30 +74,82 @@ class HeldOutMixin(TrainingStepMixin):
             dataset = check_positions(dataset, self.cosup_config, self.args, "evaluation set")
         return super().evaluate(dataset, ignore_keys, metric_key_prefix)
 
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """
+        Embed the queries and passages of instances, and measure retrieval among them.
+
+        Args:
+            test_dataset (`Dataset`, `IterableDataset` or `list[dict]`): instances, or already tokenized ones.
+            ignore_keys: has no meaning here.
+            metric_key_prefix (`str`, *optional*, defaults to `"test"`): of the names of metrics.
+
+        Returns:
+            `PredictionOutput`:
+
+            - `predictions`: `(query_embeds, passage_embeds)`, float32 of shapes `(N, h)` and `(D, h)`. A query for
+              each `[NSP]`, in the order of the instances, and a row for each distinct passage of the set, hard
+              negatives included.
+            - `label_ids`: int64 of shape `(N,)`, for each query the row of its passage.
+            - `metrics`: what `evaluate()` returns, and what `compute_metrics` adds.
+
+            With `prediction_loss_only=True` only the metrics.
+
+        Raises:
+            `ValueError`: if an instance is longer than `max_length`: without it, rows would not be the caller's; with
+                `supervision="ntp"`, which embeds nothing.
+        """
+        if self.args.supervision == "ntp":
+            raise ValueError(
+                "predict() returns embeddings, and supervision='ntp' makes none: evaluate() has its loss."
+            )
+        dataset: Any = tokenize_dataset(test_dataset, self.tokenizers, self.cosup_config, self.args, "test set")
+        if isinstance(dataset, datasets.Dataset) and len(dataset) < len(test_dataset):
+            raise ValueError(
+                f"{len(test_dataset) - len(dataset)} of {len(test_dataset)} instances of the test set are longer than"
+                f" max_length={self.args.max_length}. Leave them out, or raise max_length: a row of the embeddings"
+                " belongs to each of their queries."
+            )
+        dataset = check_positions(dataset, self.cosup_config, self.args, "test set")
+        return super().predict(dataset, ignore_keys, metric_key_prefix)
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """
         Return the loader of an evaluation set.
 
-        Unlike `Trainer`'s, it gives each instance to exactly one rank. A rank that runs out of instances gets empty
-        batches.
+        Unlike `Trainer`'s, it gives each instance to exactly one rank, in order, and drops none. Batches go to the
+        ranks in turn. A rank that runs out of instances gets empty batches.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
             dataset = self.eval_dataset[dataset]
         has_default_collator = isinstance(self.data_collator, CoSupDataCollator)
-        if world_size() == 1 or not isinstance(dataset, datasets.Dataset) or not has_default_collator:
+        if not isinstance(dataset, datasets.Dataset) or not has_default_collator:
             return super().get_eval_dataloader(eval_dataset)
-        rank, size = self.args.process_index, self.args.eval_batch_size
-        rows = list(range(rank, len(dataset), world_size()))
-        most_rows = -(-len(dataset) // world_size())  # that any rank has
-        batches = [rows[start : start + size] for start in range(0, most_rows, size)]
+        count, rank, args = len(dataset), self.args.process_index, self.args
+        size = max(1, min(args.eval_batch_size, -(-count // world_size())))
+        rounds = -(-count // (size * world_size()))  # batches of each rank
+        batches = []
+        for number in range(rounds):
+            start = (number * world_size() + rank) * size
+            batches.append(list(range(start, min(start + size, count))))
         return DataLoader(
             dataset,
             batch_sampler=batches,
             collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=not self.args.use_cpu,
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            pin_memory=args.dataloader_pin_memory and not args.use_cpu,
         )
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """Return the loader of an evaluation set."""
+        return self.get_eval_dataloader(test_dataset)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> None:
+        """Return no sampler: an evaluation reads instances in order, however training groups them."""
 
     def prediction_step(
         self,
@@ -116,6 +173,10 @@ class HeldOutMixin(TrainingStepMixin):
             query_embeds=_as_array([output.query_embeds for output in outputs], width),
             passage_embeds=_as_array([output.passage_embeds for output in outputs], width),
         )
+        if self._keeps_inputs:
+            for micro_batch in inputs["micro_batches"]:
+                batch.query_ids += query_rows(micro_batch)
+                batch.passage_ids += encoder_rows(micro_batch, "passage")
         self._evaluated_batches.append(batch)
         return None, None, None
 
@@ -134,15 +195,24 @@ class HeldOutMixin(TrainingStepMixin):
         """
         self._evaluated_batches = []
         start = time.time()
-        with self._kept_weights():
+        with self._kept_weights(), self._without_inputs():
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
-        batches = gather_object(self._evaluated_batches)
+        batches: list[EvaluatedBatch] = []
+        for batches_of_ranks in zip(*gather_objects(self._evaluated_batches, self._host_group), strict=True):
+            batches += batches_of_ranks  # ranks take batches in turn, so this is the order of the set
         self._evaluated_batches = []
         self._running.leave_out(time.time() - start)
-        metrics = self._metrics(batches)
+        metrics, prediction = self._measure(batches)
         assert output.metrics is not None
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-        return output
+        if prediction_loss_only is None:
+            prediction_loss_only = self.args.prediction_loss_only
+        if prediction_loss_only:
+            return output
+        if self.compute_metrics is not None:
+            for name, value in denumpify_detensorize(self.compute_metrics(prediction)).items():
+                output.metrics[f"{metric_key_prefix}_{name.removeprefix(f'{metric_key_prefix}_')}"] = value
+        return output._replace(predictions=prediction.predictions, label_ids=prediction.label_ids)
 
     @contextlib.contextmanager
     def _kept_weights(self) -> Iterator[None]:
@@ -163,12 +233,33 @@ class HeldOutMixin(TrainingStepMixin):
                 setattr(module, name, buffer)
             self._move_model_to_device(self.model, self.args.device)
 
-    def _metrics(self, batches: Sequence[EvaluatedBatch]) -> dict[str, Any]:
-        """Return losses, recall and the caller's `compute_metrics` over all batches of a set."""
+    @contextlib.contextmanager
+    def _without_inputs(self) -> Iterator[None]:
+        """Keep `Trainer`'s loop from gathering `inputs`, which it expects in one tensor: `prediction_step` does it."""
+        asked = self.args.include_for_metrics
+        self._keeps_inputs = "inputs" in asked
+        self.args.include_for_metrics = []
+        try:
+            yield
+        finally:
+            self.args.include_for_metrics = asked
+
+    def _measure(self, batches: Sequence[EvaluatedBatch]) -> tuple[dict[str, Any], EvalPrediction]:
+        """Return losses and recall over all batches of a set, and what `compute_metrics` gets."""
         facts = [batch.facts for batch in batches]
         query_embeds = np.concatenate([batch.query_embeds for batch in batches])
         passage_embeds = np.concatenate([batch.passage_embeds for batch in batches])
-        losses_of = functools.partial(embedding_losses, config=self.cosup_config, args=self.args)
+        query_losses: list[torch.Tensor] = []
+
+        def losses_of(batch: EmbeddingBatch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+            losses, scores = embedding_losses(batch, self.cosup_config, self.args)
+            assert batch.same_passage is not None
+            are_negatives = ~batch.same_passage  # (C, D)
+            are_negatives[torch.arange(len(scores)), batch.passage_labels] = False
+            lone = ~are_negatives.any(1)  # (C,); without a negative there is no loss
+            query_losses.append(losses["nsp_loss"].masked_fill(lone, float("nan")))
+            return losses, scores
+
         retrieval, rows, labels = retrieval_metrics(query_embeds, passage_embeds, facts, losses_of)
         self._warn_of_lone_held_out_queries(len(labels), retrieval)
         metrics: dict[str, Any] = {}
@@ -181,10 +272,17 @@ class HeldOutMixin(TrainingStepMixin):
         losses: dict[str, float] = {name: metrics[name] for name in self.loss_weights if name in metrics}
         if losses:  # a sum of no losses is not 0
             metrics["loss"] = total_loss(losses, self.loss_weights)
-        if self.compute_metrics is not None:
-            predictions: Any = (query_embeds, passage_embeds[rows])
-            metrics.update(self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels)))
-        return metrics
+
+        order = _order_of_queries(facts)
+        asked: dict[str, Any] = {}
+        if "inputs" in self.args.include_for_metrics:
+            query_ids = [ids for batch in batches for ids in batch.query_ids]
+            passage_ids = [ids for batch in batches for ids in batch.passage_ids]
+            asked["inputs"] = (_padded([query_ids[i] for i in order]), _padded([passage_ids[row] for row in rows]))
+        if "loss" in self.args.include_for_metrics:
+            asked["losses"] = torch.cat(query_losses).numpy()[order]
+        predictions: Any = (query_embeds[order], passage_embeds[rows])
+        return metrics, EvalPrediction(predictions=predictions, label_ids=labels[order], **asked)
 
     def _warn_of_lone_held_out_queries(self, num_queries: int, retrieval: dict[str, float]) -> None:
         """Warn, once, of an evaluation set in which queries have no negative."""
@@ -204,6 +302,21 @@ def _as_array(pieces: Sequence[torch.Tensor | None], width: int) -> np.ndarray:
     if embeds is None:
         embeds = torch.zeros(0, width)
     return embeds.float().cpu().numpy()
+
+
+def _order_of_queries(facts: Sequence[BatchFacts]) -> np.ndarray:
+    """Return `(N,)`: the row of each query of a set, in the order of the instances."""
+    numbers: list[int] = []
+    for batch_facts in facts:
+        first = len(numbers)
+        numbers += [first + number for number in batch_facts.query_numbers]
+    return np.argsort(np.array(numbers, dtype=np.int64))
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """Return token ids as one array, padded with -100 on the right."""
+    ids, _ = pad_rows(rows, -100)
+    return ids.numpy()
 
 
 def retrieval_metrics(

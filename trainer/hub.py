@@ -9,7 +9,7 @@ import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -29,6 +29,7 @@ from modeling_cosup.hub_cosup import CARD_FILE, CURVES_FILE, REPLACED_FILES, che
 from .card import draw_losses, held_out_group, training_record, write_card
 from .model_setup import adapter_config, without_peft
 from .training_args import CoSupTrainingArguments
+from .watch import explained_full_disk
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -245,22 +246,37 @@ class HubMixin(TrainerBase):
         return HfApi()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Save as `Trainer` does, but keep the token out of the file of the arguments."""
+        """Save as `Trainer` does, but keep the token out of the file of the arguments. A full disk undoes the save."""
+        output_folder = Path(_output_dir(self.args))
+        folder = Path(output_dir or output_folder)
+        undo = functools.partial(_remove_changed, folder, _changed(folder))
         token = self.args.hub_token
         self.args.hub_token = None
         try:
-            super()._save(output_dir, state_dict)
+            with explained_full_disk(folder, output_folder, undo):
+                super()._save(output_dir, state_dict)
         finally:
             self.args.hub_token = token
         base = without_peft(self.model)
-        output_folder = Path(_output_dir(self.args))
-        if base is self.model and Path(output_dir or output_folder) == output_folder:
+        if base is self.model and folder == output_folder:
             self._saved_weights = base.hash_all_weights(state_dict)
 
 
 def _output_dir(args: CoSupTrainingArguments) -> str:
     """Return `args.output_dir`, which `TrainingArguments` sets if it was not given."""
     return cast(str, args.output_dir)
+
+
+def _changed(folder: Path) -> dict[Path, int]:
+    """Return when each file of the checkpoint in a folder was last changed, in nanoseconds."""
+    return {path: path.stat().st_mtime_ns for path in checkpoint_files(folder).values()}
+
+
+def _remove_changed(folder: Path, before: Mapping[Path, int]) -> None:
+    """Remove the files of the checkpoint in a folder that a save has written; the rest would be of two saves."""
+    for path, changed in _changed(folder).items():
+        if before.get(path) != changed:
+            path.unlink()
 
 
 def _as_list(value: str | Iterable[str] | None) -> list[str]:

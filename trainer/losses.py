@@ -60,13 +60,15 @@ def loss_weights(config: CoSupConfig, args: CoSupTrainingArguments) -> dict[str,
     return {"ntp_loss": 1.0, "nsp_loss": config.nsp_loss_weight}
 
 
-def forward_options(micro_batch: dict[str, Any], args: CoSupTrainingArguments) -> dict[str, bool]:
+def forward_options(micro_batch: dict[str, Any], args: CoSupTrainingArguments, training: bool) -> dict[str, Any]:
     """
     Return the options of a micro-batch's forward, so that it computes only what the losses need.
 
-    It returns no logits, which would be its largest tensor.
+    It returns no logits, which would be its largest tensor. Labels are smoothed in training alone: the NTP loss of an
+    evaluation can be compared with any other.
     """
     return {
+        "label_smoothing": args.label_smoothing_factor if training else 0.0,
         "output_query_embeds": args.supervision in ("co", "nsp"),
         "compute_nsp_loss": False,
         "return_logits": False,

@@ -4,7 +4,10 @@ The arguments of CoSupTrainer that `TrainingArguments` does not have.
 λ, similarity and temperature belong to the model: see `CoSupConfig`.
 """
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import SchedulerType, TrainingArguments
@@ -17,7 +20,18 @@ CHOICES = {
     "supervision": ("co", "ntp", "nsp", "separate"),
     "gather": ("global", "local", "detached"),
     "batch_sampler": ("batch_sampler", "no_duplicates"),
+    "include_num_input_tokens_seen": (False, True, "no", "all", "non_padding"),
 }
+METRIC_EXTRAS = ("inputs", "loss")  # of include_for_metrics
+# arguments of TrainingArguments that keep their default, and why
+FIXED = {
+    "batch_eval_metrics": (False, "recall is over all passages of a set, and a batch has only some of them"),
+    "eval_do_concat_batches": (True, "compute_metrics gets one array of queries and one of the set's passages"),
+    "label_names": (None, "labels are in the column `labels`, and passages in `passage_input_ids`"),
+}
+# optimisers that change weights while backward runs; GradCache runs backward once for each micro-batch
+STEP_IN_BACKWARD = ("lomo", "adalomo")
+LAYERWISE = "_layerwise"
 
 
 @dataclass
@@ -66,9 +80,21 @@ class CoSupTrainingArguments(TrainingArguments):
         clip_gen_only (`bool`): clip the gradients of Gen alone to `max_grad_norm`, as the paper did.
         dataset_num_proc (`int`, *optional*): processes that tokenize the dataset.
 
+    Some arguments of `TrainingArguments` mean a little more or less here:
+
+    - `label_smoothing_factor` smooths the labels of the NTP loss while training, as in `Trainer`. NSP is not smoothed,
+      and neither is an evaluation, so that `eval_ntp_loss` can be compared between runs.
+    - `include_num_input_tokens_seen` counts tokens of Gen and Emb_seq, on all ranks: `"all"` (or `True`) with padding,
+      `"non_padding"` without.
+    - `include_for_metrics`: see `compute_metrics` of [`CoSupTrainer`].
+    - `prediction_loss_only`: `compute_metrics` is not called, and `predict()` returns metrics alone.
+    - `dataloader_drop_last` is for training: an evaluation reads every instance.
+    - `batch_eval_metrics`, `eval_do_concat_batches=False`, `label_names`, and model parallelism in
+      `parallelism_config` have no meaning here and are refused.
+
     Raises:
-        `ValueError`: for an unknown choice, an NSP batch that the ranks cannot share evenly, or a token budget without
-            `nsp_batch_size`.
+        `ValueError`: for an unknown choice, an argument that has no meaning here, an NSP batch that the ranks cannot
+            share evenly, or a token budget without `nsp_batch_size`.
     """
 
     lr_scheduler_type: SchedulerType | str = field(
@@ -111,6 +137,7 @@ class CoSupTrainingArguments(TrainingArguments):
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize the dataset."})
 
     def __post_init__(self) -> None:
+        self._check_choices()
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise TrainingArguments refuses bf16 on a CPU
         # CoSupTrainer stops at a loss that is not finite; a check at every step would wait for the GPU
@@ -120,7 +147,7 @@ class CoSupTrainingArguments(TrainingArguments):
         if self.ddp_broadcast_buffers is None:
             self.ddp_broadcast_buffers = False  # rotary frequencies: constants
         super().__post_init__()
-        self._check_choices()
+        self.check()
         if self.n_gpu > 1:  # DataParallel cannot slice a batch, because its rows share passages
             logger.warning(
                 f"{self.n_gpu} GPUs are visible to one process, which uses the first."
@@ -134,22 +161,100 @@ class CoSupTrainingArguments(TrainingArguments):
         if self.dataloader_pin_memory and not self.use_cpu:
             self.accelerator_config.non_blocking = True  # the next batch travels to the GPU while this one is computed
 
+    def check(self) -> None:
+        """
+        Raise if an argument has no meaning, or does not fit another one or the number of ranks.
+
+        Raises:
+            `ValueError`: naming the argument.
+        """
+        self._check_choices()
+        self._check_batches()
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("fp16 needs a GPU; on a CPU accelerate would train in float32 without a word. Give bf16.")
+        if self.world_size > 1:
+            self._check_ranks()
+
     def _check_choices(self) -> None:
+        """Check what can be checked before `TrainingArguments` looks for devices and other ranks."""
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}.")
-        if self.nsp_batch_size is not None and (self.nsp_batch_size < 1 or self.nsp_batch_size % self.world_size):
+        for name, (default, reason) in FIXED.items():
+            value = getattr(self, name)
+            if value != default:
+                raise ValueError(f"{name}={value!r} has no meaning here: {reason}. Leave it out.")
+        for name in self.include_for_metrics:
+            if name not in METRIC_EXTRAS:
+                raise ValueError(f"include_for_metrics holds {name!r}{nearest(name, METRIC_EXTRAS)}")
+        if not 0 <= self.label_smoothing_factor < 1:
+            raise ValueError(
+                f"label_smoothing_factor is {self.label_smoothing_factor}, expected 0 or more, and less than 1."
+            )
+        if self.label_smoothing_factor and self.supervision == "nsp":
+            raise ValueError(
+                "label_smoothing_factor smooths next token prediction, which supervision='nsp' does not train."
+            )
+        if self.batch_sampler == "no_duplicates" and self.train_sampling_strategy != "random":
+            raise ValueError(
+                f"train_sampling_strategy={self.train_sampling_strategy!r} and batch_sampler='no_duplicates' both say"
+                " which instances share a batch: give one of them."
+            )
+        if getattr(self.parallelism_config, "non_data_parallel_size", 1) > 1:
+            raise ValueError(
+                "parallelism_config: only data parallelism works here. Tensor, context and sequence parallelism would"
+                " give some ranks the same batch, or parts of one, where each must have passages of its own."
+            )
+
+    def _check_batches(self) -> None:
+        """Check what GradCache needs."""
+        if self.max_tokens_per_micro_batch is not None and self.nsp_batch_size is None:
+            raise ValueError("max_tokens_per_micro_batch cuts the NSP batch of GradCache: give nsp_batch_size too.")
+        if self.nsp_batch_size is None:
+            return
+        if self.nsp_batch_size < 1 or self.nsp_batch_size % self.world_size:
             raise ValueError(
                 f"nsp_batch_size={self.nsp_batch_size} must be a positive multiple of the number of ranks,"
                 f" {self.world_size}."
             )
-        if self.max_tokens_per_micro_batch is not None and self.nsp_batch_size is None:
-            raise ValueError("max_tokens_per_micro_batch cuts the NSP batch of GradCache: give nsp_batch_size too.")
         if self.max_tokens_per_micro_batch is not None and self.auto_find_batch_size:
             raise ValueError(
                 "auto_find_batch_size lowers per_device_train_batch_size, which max_tokens_per_micro_batch replaces:"
                 " leave one of them out."
+            )
+        optimizer: Any = getattr(self.optim, "value", self.optim)
+        if optimizer in STEP_IN_BACKWARD or optimizer.endswith(LAYERWISE):
+            raise ValueError(
+                f"optim={optimizer!r} changes weights during backward, and nsp_batch_size needs all micro-batches to"
+                " see the same weights: choose another optimizer."
+            )
+
+    def _check_ranks(self) -> None:
+        """Check what more than one rank needs."""
+        if not self.average_tokens_across_devices:
+            raise ValueError("Losses are divided by global counts: leave average_tokens_across_devices=True.")
+        if self.ddp_static_graph and (self.nsp_batch_size is not None or self.gradient_accumulation_steps > 1):
+            raise ValueError(
+                "ddp_static_graph lets DDP expect an exchange of gradients after every backward; nsp_batch_size and"
+                " gradient_accumulation_steps take several before one. Leave it out."
+            )
+        config = self.accelerator_config
+        assert isinstance(config, AcceleratorConfig)  # super().__post_init__ has parsed it
+        if config.dispatch_batches:
+            raise ValueError(
+                "accelerator_config: dispatch_batches=True would slice a batch for all ranks, and the rows of a batch"
+                " share passages. Leave it out: each rank loads its batches."
+            )
+        if config.split_batches:
+            raise ValueError(
+                "accelerator_config: split_batches=True would divide batches among ranks; here"
+                " per_device_train_batch_size is always that of one rank, and nsp_batch_size that of all."
+            )
+        if not config.even_batches:
+            raise ValueError(
+                "accelerator_config: even_batches=False would give some ranks fewer batches, and the others would wait"
+                " for them forever. Leave it out."
             )
 
     @property
@@ -158,3 +263,12 @@ class CoSupTrainingArguments(TrainingArguments):
         if self.nsp_batch_size is None:
             return super().train_batch_size
         return self.nsp_batch_size // self.world_size
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return the end of a message about an unknown name: the nearest of `names`, or all of them."""
+    names = list(names)
+    matches = difflib.get_close_matches(name, names, n=1)
+    if matches:
+        return f": did you mean {matches[0]!r}?"
+    return f", expected one of {', '.join(map(repr, names))}."

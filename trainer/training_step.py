@@ -294,7 +294,7 @@ class TrainingStepMixin(Trainer):
 
     def _forward(self, model: nn.Module, micro_batch: dict[str, Any]) -> CoSupOutput:
         """Run the model on a micro-batch; return its NTP loss, summed over tokens, and its embeddings."""
-        arguments = forward_arguments(micro_batch) | forward_options(micro_batch, self.args)
+        arguments = forward_arguments(micro_batch) | forward_options(micro_batch, self.args, model.training)
         return model(**arguments, num_items_in_batch=1, use_cache=False)
 
     @property

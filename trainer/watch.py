@@ -1,9 +1,11 @@
-"""Clear errors for what goes wrong in a run: losses that are not finite, too little memory, unfinished checkpoints."""
+"""Clear errors for what goes wrong in a run: losses that are not finite, too little memory or disk, broken saves."""
 
 import contextlib
+import errno
 import os
+import shutil
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -131,6 +133,52 @@ def _memory_savers(args: "CoSupTrainingArguments") -> list[str]:
     savers.append(f"a max_length below {args.max_length}")
     savers.append("LoRA (peft_config) or freeze_emb_seq for optimiser states")
     return savers
+
+
+class FullDiskError(OSError):
+    """The disk is full: a save was undone, and the message says what is left."""
+
+
+@contextlib.contextmanager
+def explained_full_disk(folder: Path, output_dir: str | Path, undo: Callable[[], None]) -> Iterator[None]:
+    """
+    Undo a save that fails because the disk is full.
+
+    Args:
+        folder (`Path`): what is being saved.
+        output_dir (`str` or `Path`): of the run, with its checkpoints.
+        undo (`Callable`): removes what the save has written.
+
+    Raises:
+        `FullDiskError`: in place of the error of the library that was writing.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_full_disk(error):
+            raise
+        undo()
+        if isinstance(error, FullDiskError):  # of a save that is part of this one
+            raise
+        free = shutil.disk_usage(output_dir).free
+        try:
+            kept = f"the last complete checkpoint is {last_complete_checkpoint(output_dir)}"
+        except ValueError:
+            kept = f"{output_dir} has no complete checkpoint"
+        raise FullDiskError(
+            f"{folder} was not saved: the disk is full or cannot be written ({free / 1e6:,.1f} MB are free)."
+            f" What had been written was removed; {kept}. Free space (save_total_limit and save_only_model need less),"
+            " then resume."
+        ) from error
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Return whether a write failed because the disk, or the user's share of it, is full."""
+    if isinstance(error, OSError):
+        return isinstance(error, FullDiskError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
+    text = str(error)
+    # safetensors has the system's error as text; torch.save says only that its file is short, or does not close
+    return any(part in text for part in ("No space left on device", "unexpected pos", "iostream error"))
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str:

@@ -66,7 +66,17 @@ def make_instances(pattern):
     return instances
 
 
-def run(output, name, pattern="ragged", accumulation=1, fsdp=False, model=None, evaluate_first=False, **options):
+def run(
+    output,
+    name,
+    pattern="ragged",
+    accumulation=1,
+    fsdp=False,
+    model=None,
+    evaluate_first=False,
+    predict=False,
+    **options,
+):
     """Train one step, evaluate, and write parameters and log; on one process `fsdp` changes nothing."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     sharded = fsdp and world_size > 1
@@ -105,11 +115,16 @@ def run(output, name, pattern="ragged", accumulation=1, fsdp=False, model=None, 
         trainer.model.save_pretrained(Path(output, f"{name}-saved"), state_dict=dict(state))
     (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
     entry |= trainer.evaluate()
+    if predict:
+        (query_embeds, passage_embeds), labels, _ = trainer.predict(held_out)
+        for i, (query, positive) in enumerate(zip(query_embeds, passage_embeds[labels], strict=True)):
+            entry |= {f"predicted_query_{i}": query[0], f"predicted_positive_{i}": positive[0]}
     if trainer.is_world_process_zero():
         names = [name for name in entry if name.endswith("loss")]
         figures = ["nsp_accuracy", "num_negatives", "grad_norm"]
         figures += ["eval_query_recall@1", "eval_query_recall@5", "eval_num_queries"]
         names += [name for name in figures if name in entry]
+        names += [name for name in entry if name.startswith(("predicted", "num_input_tokens"))]
         log = {key: repr(float(entry[key])) for key in names}
         save_file(state, Path(output, f"{name}-{world_size}.safetensors"), metadata=log)
 

@@ -20,6 +20,13 @@ CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs"
 CACHED = {"nsp_batch_size": 12, "per_device_train_batch_size": 2}
 BUDGET = {"nsp_batch_size": 12, "max_tokens_per_micro_batch": 150}
 CLIPPED = {"clip_gen_only": True, "max_grad_norm": 0.01}
+# no passage is on two ranks, where it would be read, and counted, twice
+SMOOTHED = {
+    "pattern": "zero",
+    "label_smoothing_factor": 0.2,
+    "include_num_input_tokens_seen": "non_padding",
+    "predict": True,
+}
 CASES = {
     "ragged": {},
     "zero": {"pattern": "zero"},
@@ -43,6 +50,8 @@ CASES = {
     "cached, lone": CACHED | {"nsp_batch_size": 6, "pattern": "lone", "accumulation": 2},
     "evaluated first": {"evaluate_first": True},
     "ntp": {"supervision": "ntp"},
+    "smoothed": SMOOTHED,
+    "cached, packed, smoothed": CACHED | SMOOTHED | {"padding_free": True},
 }
 # the case that one process runs in place of another, whose results must be the same
 REFERENCES = {
@@ -58,6 +67,7 @@ REFERENCES = {
     "cached, separate": "separate",
     "cached, lone": "lone",
     "lone, local": "lone",  # each rank's six instances are one of two accumulated batches
+    "cached, packed, smoothed": "smoothed",
 }
 THREE_RANKS = ["ragged", "zero", "accumulated", "checkpointed", "cached", "cached, budget", "separate"]
 SHARDED = [

@@ -11,12 +11,13 @@ import datasets
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
+from transformers import TrainerCallback
 
 from support.models import PASSAGES, make_model
 from support.training import NAMES, arguments, world
 from trainer import CoSupTrainer, CoSupTrainingArguments
 from trainer.card import training_record
-from trainer.watch import explained_memory_errors, last_complete_checkpoint
+from trainer.watch import FullDiskError, explained_memory_errors, last_complete_checkpoint
 
 
 def poisoned(model, instances, part, value):
@@ -352,6 +353,45 @@ def test_the_last_complete_checkpoint(tmp_path, cut):
     assert trainer.state.global_step == 4
     with pytest.raises(ValueError, match="holds no complete checkpoint"):
         last_complete_checkpoint(tmp_path / "checkpoint-1")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device on which nothing can be written")
+@pytest.mark.parametrize("file", ["scheduler.pt", "tokenizer.json"])
+def test_a_full_disk_leaves_no_part_of_a_checkpoint(tmp_path, file):
+    """The second checkpoint cannot be written; the first one remains, and the run resumes from it."""
+    options = {"save_strategy": "steps", "save_steps": 1}
+    folder = tmp_path / "checkpoint-2"
+
+    class FillDisk(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                folder.mkdir()
+                (folder / file).symlink_to("/dev/full")
+
+    args = arguments(tmp_path, max_steps=3, **options)
+    trainer = CoSupTrainer(make_model(), args, train_dataset=world(NAMES[:8]), callbacks=[FillDisk()])
+    with pytest.raises(FullDiskError) as error:
+        trainer.train()
+    message = str(error.value)
+    assert message.startswith(f"{folder} was not saved: the disk is full")
+    assert (
+        f"What had been written was removed; the last complete checkpoint is {tmp_path / 'checkpoint-1'}." in message
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    resumed = CoSupTrainer(make_model(), arguments(tmp_path, max_steps=2), train_dataset=world(NAMES[:8]))
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device on which nothing can be written")
+def test_a_full_disk_removes_what_a_save_wrote_and_nothing_else(tmp_path):
+    (tmp_path / "run.log").write_text("kept")
+    (tmp_path / "config.json").symlink_to("/dev/full")
+    trainer = CoSupTrainer(make_model(), arguments(tmp_path), train_dataset=world(NAMES[:8]))
+    with pytest.raises(FullDiskError, match=f"{tmp_path} was not saved.* has no complete checkpoint"):
+        trainer.save_model()
+    assert {path.name for path in tmp_path.iterdir()} <= {"run.log", "config.json"}
+    assert (tmp_path / "run.log").read_text() == "kept"
 
 
 @pytest.mark.parametrize(

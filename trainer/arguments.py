@@ -1,0 +1,67 @@
+"""What CoSupTrainer takes in place of Trainer's arguments, and what it refuses."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from modeling_cosup import CoSupForCausalLM
+from modeling_cosup.tokenization_cosup import tokenizer_fingerprint
+
+from .training_args import CoSupTrainingArguments, nearest
+
+# arguments of Trainer that have no meaning here, and why
+REFUSED = {
+    "compute_loss_func": (
+        "it would get the output of one micro-batch, and the NSP loss is over all of them and all ranks."
+        " A loss is added in trainer/losses.py"
+    ),
+    "preprocess_logits_for_metrics": (
+        "an evaluation computes no logits. compute_metrics gets the embeddings of queries and passages"
+    ),
+}
+
+
+def check_trainer_arguments(refused: Mapping[str, Any], names: Iterable[str]) -> None:
+    """
+    Raise for arguments that CoSupTrainer does not have.
+
+    Args:
+        refused (`dict`): these arguments, by name; `None` is no argument.
+        names (`Iterable[str]`): of the arguments that it has.
+
+    Raises:
+        `ValueError`: for an argument that `Trainer` has and that has no meaning here.
+        `TypeError`: for an unknown one, with the nearest name.
+    """
+    for name, value in refused.items():
+        if name not in REFUSED:
+            raise TypeError(f"CoSupTrainer has no argument {name!r}{nearest(name, names)}")
+        if value is not None:
+            raise ValueError(f"{name} has no meaning here: {REFUSED[name]}.")
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
+    """Raise if a given optimiser holds no weight that is trained, as one that was made before the adapters."""
+    if optimizer is None:
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(id(parameter) in held for parameter in model.parameters() if parameter.requires_grad):
+        raise ValueError(
+            "The optimizer in `optimizers` holds no weight that is trained, so nothing would be learnt. With"
+            " peft_config or frozen parts, give optimizer_cls_and_kwargs instead."
+        )
+
+
+def read_by_tokenizing(model: CoSupForCausalLM, args: CoSupTrainingArguments) -> dict[str, Any]:
+    """Return all that the token ids of an instance depend on, by name."""
+    names = ("nsp_token_id", "cs_token_id", "ce_token_id", "query_from", "passage_template", "max_passage_length")
+    return {
+        "tokenizer": tokenizer_fingerprint(model.tokenizer),
+        "chat_template": model.tokenizer.chat_template,
+        "emb_seq_tokenizer": tokenizer_fingerprint(model.emb_seq_tokenizer),
+        "max_length": args.max_length,
+        "train_on_passages": args.train_on_passages,
+        **{name: getattr(model.config, name) for name in names},
+    }
