@@ -102,7 +102,7 @@ def test_emb_seq_with_its_own_tokenizer_and_width():
         ({"id": "x", "title": "T"}, "row 6: text is None"),
         ({"title": "T", "text": "x"}, "row 6: id is None"),
         ({"id": "", "text": "x"}, "row 6: id is ''"),
-        ({"id": 7, "text": "x"}, "row 6: id is 7, expected a string"),
+        ({"id": 7.5, "text": "x"}, "row 6: id is 7.5, expected a string"),
         ({"id": "x", "title": ["T"], "text": "x"}, "row 6: title is"),
         ("not a passage", "row 6"),
         (None, "row 6"),

@@ -107,7 +107,7 @@ def test_a_wrong_verdict_is_the_other_verdict(two_datasets):
 def test_a_longer_name_is_not_a_wrong_answer(tmp_path):
     rows = [
         qa("who?", {"text": "Obama", "passage": make_passage("a", "Barack Obama met Angela Merkel.")}),
-        qa("where?", {"text": "there", "passage": make_passage("a", "nowhere")}),
+        qa("where?", {"text": "there", "passage": make_passage("b", "nowhere")}),
     ]
     instances = load_instances(write(tmp_path / "a.jsonl", rows))
     hypotheses = {hypothesis for _, hypothesis, _ in pairs_of_seeds(instances, "{question} {sentence}", 40)}
