@@ -355,7 +355,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
     messages are marked before rendering, then cut out and encoded as text; errors as in [`encode_texts`].
     """
     specials = special_ids(tokenizer)
-    pattern = _control_pattern(tokenizer, specials, cast(str, tokenizer.get_chat_template()))
+    pattern = _control_pattern(tokenizer, len(tokenizer), specials, cast(str, tokenizer.get_chat_template()))
     start, end = _MARKERS
     marked = []
     for message in messages:
@@ -380,7 +380,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
 
 
 @lru_cache(maxsize=4)
-def _control_pattern(tokenizer: PreTrainedTokenizerBase, specials: frozenset[int], template: str) -> str:
+def _control_pattern(tokenizer: PreTrainedTokenizerBase, size: int, specials: frozenset[int], template: str) -> str:
     """Return a regular expression that matches the tokens which a message may not write."""
     controls = set(cast(list[str], tokenizer.convert_ids_to_tokens(list(specials))))
     for token in tokenizer.added_tokens_decoder.values():
