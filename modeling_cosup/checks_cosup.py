@@ -126,9 +126,11 @@ def check_part(part: PreTrainedModel, role: str) -> None:
             " that class."
         )
     try:
-        part.get_input_embeddings()
-    except NotImplementedError as error:
-        raise ValueError(f"{role} ({name}) has no table of token embeddings, which control tokens need.") from error
+        embeddings = part.get_input_embeddings()
+    except NotImplementedError:
+        embeddings = None
+    if not hasattr(embeddings, "weight"):
+        raise ValueError(f"{role} ({name}) has no table of token embeddings, which control tokens need.")
     if role == "gen" and part.base_model is part:
         raise ValueError(
             f"gen ({name}) has no base model that transformers finds by its name, so its hidden states cannot be read:"
