@@ -3,28 +3,16 @@
 import copy
 import os
 from collections.abc import Callable
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration_cosup import CoSupConfig
 from .hub_cosup import is_repo_id
-from .tokenization_cosup import (
-    CONTROL_TOKENS,
-    add_control_tokens,
-    added_tokens,
-    end_of_turn_token_id,
-    same_tokenizer,
-)
+from .tokenization_cosup import CONTROL_TOKENS, add_control_tokens, added_tokens, end_of_turn_token_id
 
 if TYPE_CHECKING:
     Base = PreTrainedModel
@@ -93,14 +81,16 @@ class BuildingMixin(Base):
         if unknown:
             raise TypeError(f"from_gen_and_emb_seq got {', '.join(unknown)}, which are not fields of CoSupConfig.")
         gen, emb_seq, query_encoder = _path_as_string(gen), _path_as_string(emb_seq), _path_as_string(query_encoder)
-        tokenizer, emb_seq_tokenizer = _load_tokenizers(gen, emb_seq, tokenizer, emb_seq_tokenizer)
-        model_kwargs = model_kwargs or {}
-        gen = _load_gen(gen, model_kwargs)
-        emb_seq = _load_encoder(gen if emb_seq is None else emb_seq, model_kwargs)
+        parts = _package_sources().read_parts(
+            gen, emb_seq, query_encoder, tokenizer, emb_seq_tokenizer, emb_head, model_kwargs or {}, config
+        )
+        gen, emb_seq = cast(PreTrainedModel, parts.gen), cast(PreTrainedModel, parts.emb_seq)
+        query_encoder = cast(PreTrainedModel | None, parts.query_encoder)
+        tokenizer = cast(PreTrainedTokenizerBase, parts.tokenizer)
+        emb_seq_tokenizer = cast(PreTrainedTokenizerBase, parts.emb_seq_tokenizer)
+        config, emb_head = parts.settings, parts.emb_head
         if emb_seq is gen.base_model:
             emb_seq = copy.deepcopy(emb_seq)
-        if query_encoder is not None:
-            query_encoder = _load_encoder(query_encoder, model_kwargs)
 
         old_size, old_emb_seq_size = len(tokenizer), len(emb_seq_tokenizer)
         nsp_token_id, cs_token_id, ce_token_id = add_control_tokens(tokenizer, control_tokens)
@@ -171,7 +161,26 @@ class BuildingMixin(Base):
             )
 
 
-# ---------------------------------------------------------------------- loading
+# ---------------------------------------------------------------------- sources
+
+
+def _package_sources() -> ModuleType:
+    """
+    Return the module [`sources_cosup`].
+
+    transformers copies relatively imported files to a checkpoint, so the import below is absolute: nobody should have
+    to review the readers of other formats before trusting a checkpoint.
+
+    Raises:
+        `ImportError`: in a process that has only a checkpoint's code.
+    """
+    try:
+        from modeling_cosup import sources_cosup
+    except ImportError as error:
+        raise ImportError(
+            "Building a model from two others needs the package cosup, which does not come with a checkpoint."
+        ) from error
+    return sources_cosup
 
 
 def _path_as_string(part: Any) -> Any:
@@ -179,46 +188,6 @@ def _path_as_string(part: Any) -> Any:
     if isinstance(part, os.PathLike):
         return os.fspath(part)
     return part
-
-
-def _load_tokenizers(
-    gen: NameOrModel,
-    emb_seq: NameOrModel | None,
-    tokenizer: NameOrTokenizer | None,
-    emb_seq_tokenizer: NameOrTokenizer | None,
-) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
-    """Return the tokenizers of Gen and of Emb_seq, the same object twice if they read every text alike."""
-    source = gen if tokenizer is None else tokenizer
-    if isinstance(source, PreTrainedModel):
-        raise ValueError("Gen was given as a model; pass its tokenizer as `tokenizer=`.")
-    tokenizer = _load_tokenizer(source)
-    if emb_seq_tokenizer is None and isinstance(emb_seq, str) and emb_seq != gen:
-        emb_seq_tokenizer = emb_seq
-    if emb_seq_tokenizer is None:
-        return tokenizer, tokenizer
-    emb_seq_tokenizer = _load_tokenizer(emb_seq_tokenizer)
-    if same_tokenizer(tokenizer, emb_seq_tokenizer):
-        return tokenizer, tokenizer
-    return tokenizer, emb_seq_tokenizer
-
-
-def _load_tokenizer(tokenizer: NameOrTokenizer) -> PreTrainedTokenizerBase:
-    if isinstance(tokenizer, str | os.PathLike):
-        return AutoTokenizer.from_pretrained(tokenizer)
-    return tokenizer
-
-
-def _load_gen(gen: NameOrModel, model_kwargs: dict[str, Any]) -> PreTrainedModel:
-    if isinstance(gen, str | os.PathLike):
-        return AutoModelForCausalLM.from_pretrained(gen, **model_kwargs)
-    return gen
-
-
-def _load_encoder(encoder: NameOrModel, model_kwargs: dict[str, Any]) -> PreTrainedModel:
-    """Return a model without LM head, from a name, a path, or a model with or without one."""
-    if isinstance(encoder, str | os.PathLike):
-        return AutoModel.from_pretrained(encoder, **model_kwargs)
-    return cast(PreTrainedModel, encoder.base_model)
 
 
 def _repository_of(model: PreTrainedModel) -> str | None:

@@ -431,6 +431,7 @@ REFUSALS = {  # name -> changes of files, and the message
         [("1_Pooling/config.json", lambda c: c.update(pooling_mode="max"))],
         "1_Pooling/config.json pools by max. Supported are",
     ),
+    "null": ([("1_Pooling/config.json", lambda c: c.update(pooling_mode=None))], "pools by nothing"),
     "two": ([("1_Pooling/config.json", lambda c: c.update(pooling_mode=["cls", "mean"]))], "pools by cls and mean"),
     "prompt": ([("1_Pooling/config.json", lambda c: c.update(include_prompt=False))], "include_prompt"),
     "order": ([("modules.json", lambda c: c[:2] + c[:1:-1])], "Transformer → Pooling → Normalize → Dense"),
@@ -455,6 +456,15 @@ REFUSALS = {  # name -> changes of files, and the message
         "is a SparseEncoder",
     ),
     "case": ([("sentence_bert_config.json", lambda c: c.update(do_lower_case=True))], "do_lower_case"),
+    "output": (
+        [("sentence_bert_config.json", lambda c: c.update(module_output_name="all_layer_embeddings"))],
+        "sets module_output_name to 'all_layer_embeddings'",
+    ),
+    "loading": (
+        [("sentence_bert_config.json", lambda c: c.update(processor_kwargs={"padding_side": "left"}))],
+        "sets padding_side in processor_kwargs",
+    ),
+    "options": ([("modules.json", lambda c: c[0].update(kwargs=["task"]))], "the options ['task']"),
     "json": ([("modules.json", None)], "modules.json is not valid JSON"),
 }
 
@@ -479,9 +489,12 @@ def test_what_emb_seq_cannot_do_is_named(tmp_path, monkeypatch, library):
     (folder / "2_Dense" / "model.safetensors").unlink()
     assert "2_Dense/ holds no model.safetensors" in refused(monkeypatch, out, *pair, "--query_from", "emb_seq")
     restore()
-    assert "--similarity is dot, the files of" in refused(monkeypatch, out, *pair, "--similarity", "dot")
-    # no file of sentence-transformers says this: only the comparison of embeddings finds it
+    assert "similarity is dot, the files of" in refused(monkeypatch, out, *pair, "--similarity", "dot")
     rewrite(folder / "tokenizer_config.json", lambda c: c.update(truncation_side="left"))
+    assert "cuts long texts on the left" in refused(monkeypatch, out, *pair, "--query_from", "emb_seq")
+    restore()
+    # no file of sentence-transformers says this: only the comparison of embeddings finds it
+    rewrite(folder / "tokenizer.json", lambda c: c["post_processor"]["single"][1]["Sequence"].update(type_id=1))
     message = refused(monkeypatch, out, *pair, "--query_from", "emb_seq")
     assert "The embeddings differ from sentence-transformers' own" in message
 
