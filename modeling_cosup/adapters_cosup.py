@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
@@ -20,6 +20,7 @@ from .source_files_cosup import SourceFiles
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+ADAPTER_NAME = "to_be_merged"
 MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -112,44 +113,71 @@ def load_merged(adapter: Adapter, auto_class: Any, model_kwargs: Mapping[str, An
             f"{adapter.name} is an adapter of {adapter.base}, whose weights are quantised: merged into them, it would"
             f" lose precision. {_by_hand(adapter.name)} Take a base model that is not quantised."
         )
-    num_rows = _rows_of_embeddings(adapter, model)
-    if num_rows is not None and num_rows > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(num_rows, mean_resizing=False)
-    info = model.load_adapter(str(adapter.folder))
-    _check_keys(adapter, model, info)
+    weights = _weights_by_layer(adapter, model)
+    _grow_embeddings(model, weights)
+    _put_on(model, adapter, weights)
     model = merge_adapters(model, adapter.name)
     if is_repo_id(adapter.name):
         model.config._name_or_path = adapter.name
     return model
 
 
-def _rows_of_embeddings(adapter: Adapter, model: PreTrainedModel) -> int | None:
-    """Return the number of tokens of the embeddings that were saved with an adapter; `None` if there are none."""
+def _weights_by_layer(adapter: Adapter, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """
+    Return the weights of an adapter, by the names that the layers have in a model with or without an LM head.
+
+    Weights for an LM head are left out if the model has none.
+    """
+    prefix = f"{model.base_model_prefix}."
+    children = {name for name, _ in model.named_children()}
+    has_head = model.base_model_prefix in children
+    weights = {}
+    for key, value in load_file(adapter.folder / WEIGHTS_FILE).items():
+        name = key.removeprefix("base_model.model.")
+        if not has_head:
+            name = name.removeprefix(prefix)
+        elif name.split(".")[0] not in children:
+            name = prefix + name
+        if name.split(".")[0] in children:
+            weights[name] = value
+    return weights
+
+
+def _grow_embeddings(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    """Make room for the embeddings that were saved with an adapter, if they are of more tokens than the model's."""
     embeddings = model.get_input_embeddings()
-    names = [name for name, module in model.named_modules() if module is embeddings]
-    layer_name = names[0].rpartition(".")[2]
-    with safe_open(adapter.folder / WEIGHTS_FILE, "pt") as weights:
-        for key in weights.keys():
-            is_matrix = key.endswith((f".{layer_name}.weight", f".{layer_name}.base_layer.weight"))
-            if is_matrix:
-                return weights.get_slice(key).get_shape()[0]
-    return None
+    layer_name = next(name for name, module in model.named_modules() if module is embeddings)
+    for suffix in ("weight", "base_layer.weight"):
+        saved = weights.get(f"{layer_name}.{suffix}")
+        if saved is not None and len(saved) > len(embeddings.weight):
+            model.resize_token_embeddings(len(saved), mean_resizing=False)
 
 
-def _check_keys(adapter: Adapter, model: PreTrainedModel, info: Any) -> None:
-    """Raise if weights of an adapter are missing, or belong to a layer that its base model lacks."""
+def _put_on(model: PreTrainedModel, adapter: Adapter, weights: dict[str, torch.Tensor]) -> None:
+    """
+    Put an adapter on a model, in place.
+
+    Raises:
+        `ValueError`: if weights of the adapter are missing, or belong to a layer that the model lacks.
+    """
+    from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    config = PeftConfig.from_pretrained(str(adapter.folder))
+    try:
+        inject_adapter_in_model(config, model, ADAPTER_NAME)
+    except ValueError as error:  # none of its layers is in the model
+        raise ValueError(f"{adapter.name} does not fit {adapter.base}: {error}") from error
+    result: Any = set_peft_model_state_dict(model, weights, ADAPTER_NAME)
     parameters = dict(model.named_parameters())  # a tied parameter is listed under its first name only
-    missing = sorted(key for key in info.missing_keys if key in parameters)
+    missing = [key for key in result.missing_keys if f".{ADAPTER_NAME}" in key and key in parameters]
     if missing:
-        raise ValueError(f"{adapter.name} lacks {len(missing)} weights of its adapter, e.g. {missing[0]}.")
-    children = dict(model.named_children())
-    unknown = []
-    for key in sorted(info.unexpected_keys):
-        if key.split(".")[0] in children:  # otherwise of an LM head that an encoder does without
-            unknown.append(key)
+        raise ValueError(
+            f"{adapter.name} does not fit {adapter.base}: it lacks {len(missing)} weights, e.g. {missing[0]}."
+        )
+    unknown = result.unexpected_keys
     if unknown:
         raise ValueError(
-            f"{adapter.name} does not fit {adapter.base}, which lacks {len(unknown)} of the layers that it adapts,"
+            f"{adapter.name} does not fit {adapter.base}, which lacks {len(unknown)} of the weights that it adapts,"
             f" e.g. {unknown[0]}."
         )
 
@@ -202,6 +230,9 @@ def merge_adapters(model: Any, role: str) -> Any:
         else:
             module.merge(safe_merge=True)
             layer = module.get_base_layer()
+        vars(layer)["_is_hf_initialized"] = True  # or a model that contains this one would draw its weights anew
+        if isinstance(layer, nn.Linear):  # PEFT swaps the two for an LM head that it ties
+            layer.out_features, layer.in_features = layer.weight.shape
         model.set_submodule(name, layer)
         merged.append(name)
     if is_tied:
@@ -238,3 +269,4 @@ def _tie_again(model: Any) -> None:
     else:
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = False
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=False)

@@ -80,6 +80,9 @@ class BuildingMixin(Base):
         unknown = sorted(set(config) - set(CoSupConfig.__dataclass_fields__))
         if unknown:
             raise TypeError(f"from_gen_and_emb_seq got {', '.join(unknown)}, which are not fields of CoSupConfig.")
+        query_from = config.get("query_from") or CoSupConfig.query_from
+        if query_encoder is not None and query_from != "query_encoder":
+            raise ValueError(f"query_encoder was given, but query_from is {query_from!r}: nothing would use it.")
         gen, emb_seq, query_encoder = _path_as_string(gen), _path_as_string(emb_seq), _path_as_string(query_encoder)
         parts = _package_sources().read_parts(
             gen, emb_seq, query_encoder, tokenizer, emb_seq_tokenizer, emb_head, model_kwargs or {}, config

@@ -14,6 +14,7 @@ from modeling_cosup import CoSupForCausalLM
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_prompt, pad_rows, render_passage
 from support.models import PASSAGES, make_emb_seq, make_gen, make_model, make_tokenizer
 from support.recipes import ROOT, flags, run
+from support.retrievers import dense, normalize, retriever
 
 INSTRUCTION, QUESTION = "Answer the following question.", "who painted the Night Watch?"
 THEIR_TOKENS = ["<PAD>", "[Cs]", "[Ce]", "[Ret]"]
@@ -272,43 +273,6 @@ def library():
     return pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
 
 
-def retriever(folder, architecture="bert", pooling="mean", modules=(), max_seq_length=48, **kwargs):
-    """
-    Write a tiny Gen, and a retriever as sentence-transformers saves it. Return the options that name both.
-
-    The tokenizer of the retriever puts `<s>` and `</s>` around a text.
-    """
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Pooling, Transformer
-
-    tokenizer = make_tokenizer(texts=["The retriever has a tokenizer of its own, which knows painters and radium."])
-    tokens = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=tokens
-    )
-    make_emb_seq(architecture, hidden_size=16).save_pretrained(folder / "parts")
-    tokenizer.save_pretrained(folder / "parts")
-    transformer = Transformer(str(folder / "parts"), max_seq_length=max_seq_length)
-    model = SentenceTransformer(modules=[transformer, Pooling(16, pooling), *modules], **kwargs)
-    model.save(str(folder / "retriever"))
-    make_gen("llama").save_pretrained(folder / "gen")
-    make_tokenizer().save_pretrained(folder / "gen")
-    return ["--gen", folder / "gen", "--emb_seq", folder / "retriever"]
-
-
-def dense(width=24, bias=False, activation=torch.nn.Identity):
-    from sentence_transformers.models import Dense
-
-    torch.manual_seed(3)
-    return Dense(16, width, bias=bias, activation_function=activation())
-
-
-def normalize():
-    from sentence_transformers.models import Normalize
-
-    return Normalize()
-
-
 PROMPTS = {"query": "query: ", "passage": "passage: "}
 CASES = {
     "llama, last token": ("llama", "lasttoken", lambda: [], {"similarity_fn_name": "dot"}),
@@ -493,8 +457,9 @@ def test_what_emb_seq_cannot_do_is_named(tmp_path, monkeypatch, library):
     rewrite(folder / "tokenizer_config.json", lambda c: c.update(truncation_side="left"))
     assert "cuts long texts on the left" in refused(monkeypatch, out, *pair, "--query_from", "emb_seq")
     restore()
-    # no file of sentence-transformers says this: only the comparison of embeddings finds it
-    rewrite(folder / "tokenizer.json", lambda c: c["post_processor"]["single"][1]["Sequence"].update(type_id=1))
+    # what no file of sentence-transformers says, only the comparison of embeddings finds
+    encode = library.SentenceTransformer.encode
+    monkeypatch.setattr(library.SentenceTransformer, "encode", lambda *args, **options: -encode(*args, **options))
     message = refused(monkeypatch, out, *pair, "--query_from", "emb_seq")
     assert "The embeddings differ from sentence-transformers' own" in message
 
