@@ -11,6 +11,7 @@ from modeling_cosup import CoSupConfig, CoSupForCausalLM
 from modeling_cosup.adapters_cosup import merge_adapters
 from support.models import make_config, make_emb_seq, make_gen, make_model, make_tokenizer
 
+COMMIT = "0" * 40
 IDS = torch.tensor([[5, 6, 7]])
 build = CoSupForCausalLM.from_gen_and_emb_seq
 
@@ -69,10 +70,11 @@ ADAPTERS = {
     "more tokens": {"vocab_size": 410},
 }
 
+OBJECTS = [("lora", "model"), ("embeddings", "PeftModel"), ("tied modules to save", "PeftModel")]
+
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # peft's, about tied weights
-@pytest.mark.parametrize("given", ["folder", "PeftModel", "model"])
-@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("kind, given", [*((kind, "folder") for kind in ADAPTERS), *OBJECTS])
 def test_an_adapter_is_merged_into_gen(tmp_path, peft, base, kind, given):
     model = adapted(peft, base, **ADAPTERS[kind])
     expected = logits(model)
@@ -119,6 +121,32 @@ def test_the_tokenizer_of_an_adapter_is_its_own_or_that_of_its_base(tmp_path, pe
     tokenizer.add_tokens(["<think>"], special_tokens=True)
     tokenizer.save_pretrained(tmp_path / "adapter")
     assert "<think>" in build(str(tmp_path / "adapter")).tokenizer.get_vocab()
+
+
+def in_hub_cache(cache, name, folder):
+    """Copy a folder to a cache of the Hub, as `huggingface_hub` lays it out."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder, repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+
+
+def test_an_adapter_and_its_base_by_their_names_on_the_hub(tmp_path, peft, base):
+    model = adapted(peft, base)
+    expected = logits(model)
+    model.peft_config["default"].base_model_name_or_path = "someone/base"
+    model.save_pretrained(tmp_path / "adapter")
+    cache = tmp_path / "cache"
+    in_hub_cache(cache, "someone/base", base)
+    in_hub_cache(cache, "me/adapter", tmp_path / "adapter")
+    from_cache = {"cache_dir": cache, "local_files_only": True}
+    built = build("me/adapter", "me/adapter", model_kwargs=from_cache)
+    torch.testing.assert_close(logits(built.gen), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(states(built.emb_seq), states(built.gen), rtol=1e-4, atol=1e-4)
+    assert built.config.gen_name_or_path == "me/adapter"
+    shutil.rmtree(cache / "models--someone--base")
+    with pytest.raises(OSError, match="me/adapter is an adapter of someone/base, which cannot be loaded"):
+        build("me/adapter", tokenizer=make_tokenizer(), model_kwargs=from_cache)
 
 
 def test_a_merged_model_equals_pefts_own(peft, base):
