@@ -54,16 +54,21 @@ class BuildingMixin(Base):
         sample `[Cs]`.
 
         Args:
-            gen (`str` or `PreTrainedModel`): name, path or model, any `AutoModelForCausalLM` architecture.
+            gen (`str` or `PreTrainedModel`): name, path or model, any `AutoModelForCausalLM` architecture. The adapters
+                of PEFT (a name, a path, or a `PeftModel`) are merged into their base model, here and below.
             emb_seq (`str` or `PreTrainedModel`, *optional*): any `AutoModel` architecture; defaults to a copy of
-                Gen's weights, the paper's best setting.
+                Gen's weights, the paper's best setting. The name or path of a sentence-transformers model brings its
+                pooling, similarity, dense layer, prompts, tokens around a text, and length. Pass the loaded model
+                instead to set these yourself.
             tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): Gen's. Defaults to the tokenizer of `gen` if
                 that is a name or path; needed if it is a model.
             emb_seq_tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): defaults to the tokenizer of `emb_seq`
                 if that is a name or path, otherwise to `tokenizer`. If the two read text differently, both are kept
                 and saved.
-            query_encoder (`str` or `PreTrainedModel`, *optional*): with `query_from="query_encoder"`.
-            emb_head (`torch.Tensor` of shape `(h, h_emb)`, *optional*): weight of `emb_head`, if the config needs one.
+            query_encoder (`str` or `PreTrainedModel`, *optional*): with `query_from="query_encoder"`; must read text,
+                pool and compare as Emb_seq does.
+            emb_head (`torch.Tensor` of shape `(h, h_emb)`, *optional*): weight of `emb_head`, if the config needs one;
+                defaults to the dense layer of a sentence-transformers model that has the right width.
             model_kwargs (`dict`, *optional*): for `from_pretrained` of names and paths, e.g. `{"dtype": "bfloat16"}`.
             **config: fields of [`CoSupConfig`], and the strings of the control tokens: `nsp_token`, `cs_token`,
                 `ce_token`.
@@ -72,9 +77,12 @@ class BuildingMixin(Base):
             `CoSupForCausalLM`, in the mode (train or eval) of Gen.
 
         Raises:
-            `TypeError`: for a keyword that is not a field of the config.
-            `ValueError`: without a tokenizer, for an architecture that does something unknown after its LM head, or
-                when `max_passage_length` exceeds Emb_seq's positions.
+            `TypeError`: for a keyword that is not a field of the config, and for a part that is no model.
+            `ValueError`: without a tokenizer, for an architecture that does something unknown after its LM head, when
+                `max_passage_length` exceeds Emb_seq's positions, for settings that contradict the files of a
+                sentence-transformers model, for weights that are missing, and for adapters that cannot be merged.
+            `OSError`: for a name that cannot be loaded.
+            `ImportError`: in a process that has only a checkpoint's code.
         """
         control_tokens = {name: config.pop(name) for name in CONTROL_TOKENS if name in config}
         unknown = sorted(set(config) - set(CoSupConfig.__dataclass_fields__))
