@@ -54,8 +54,8 @@ class BuildingMixin(Base):
         sample `[Cs]`.
 
         Args:
-            gen (`str` or `PreTrainedModel`): name, path or model, any `AutoModelForCausalLM` architecture. The adapters
-                of PEFT (a name, a path, or a `PeftModel`) are merged into their base model, here and below.
+            gen (`str` or `PreTrainedModel`): name, path or model, any `AutoModelForCausalLM` architecture. Adapters of
+                PEFT (a name, a path, or a `PeftModel`) are merged into their base model, here and below.
             emb_seq (`str` or `PreTrainedModel`, *optional*): any `AutoModel` architecture; defaults to a copy of
                 Gen's weights, the paper's best setting. The name or path of a sentence-transformers model brings its
                 pooling, similarity, dense layer, prompts, tokens around a text, and length. Pass the loaded model
