@@ -8,27 +8,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForTextEncoding,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .architectures_cosup import encoder_auto_class, num_positions
+from .architectures_cosup import num_positions
 from .configuration_cosup import CoSupConfig
 from .hub_cosup import is_repo_id
-from .tokenization_cosup import (
-    CONTROL_TOKENS,
-    add_control_tokens,
-    added_tokens,
-    end_of_turn_token_id,
-    same_tokenizer,
-)
+from .tokenization_cosup import CONTROL_TOKENS, add_control_tokens, added_tokens, end_of_turn_token_id
 
 if TYPE_CHECKING:
     Base = PreTrainedModel
@@ -74,16 +59,21 @@ class BuildingMixin(Base):
         see [`~templates_cosup.settle_chat_template`].
 
         Args:
-            gen (`str` or `PreTrainedModel`): name, path or model, any `AutoModelForCausalLM` architecture.
+            gen (`str` or `PreTrainedModel`): name, path or model, any `AutoModelForCausalLM` architecture. Adapters of
+                PEFT (a name, a path, or a `PeftModel`) are merged into their base model, here and below.
             emb_seq (`str` or `PreTrainedModel`, *optional*): any `AutoModel` architecture, or the encoder of T5, mT5
-                or UMT5; defaults to a copy of Gen's weights, the paper's best setting.
+                or UMT5; defaults to a copy of Gen's weights, the paper's best setting. The name or path of a
+                sentence-transformers model brings its pooling, similarity, dense layer, prompts, tokens around a text,
+                and length. Pass the loaded model instead to set these yourself.
             tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): Gen's. Defaults to the tokenizer of `gen` if
                 that is a name or path; needed if it is a model.
             emb_seq_tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): defaults to the tokenizer of `emb_seq`
                 if that is a name or path, otherwise to `tokenizer`. If the two read text differently, both are kept
                 and saved.
-            query_encoder (`str` or `PreTrainedModel`, *optional*): with `query_from="query_encoder"`.
-            emb_head (`torch.Tensor` of shape `(h, h_emb)`, *optional*): weight of `emb_head`, if the config needs one.
+            query_encoder (`str` or `PreTrainedModel`, *optional*): with `query_from="query_encoder"`; must read text,
+                pool and compare as Emb_seq does.
+            emb_head (`torch.Tensor` of shape `(h, h_emb)`, *optional*): weight of `emb_head`, if the config needs one;
+                defaults to the dense layer of a sentence-transformers model that has the right width.
             model_kwargs (`dict`, *optional*): for `from_pretrained` of names and paths, e.g. `{"dtype": "bfloat16"}`.
             **config: fields of [`CoSupConfig`], and the strings of the control tokens: `nsp_token`, `cs_token`,
                 `ce_token`.
@@ -93,32 +83,33 @@ class BuildingMixin(Base):
 
         Raises:
             `ImportError`: in a process that has only a checkpoint's code, not this package.
-            `TypeError`: for a keyword that is not a field of the config.
+            `TypeError`: for a keyword that is not a field of the config, and for a part that is no model.
             `ValueError`: without a tokenizer, for a chat template that loses the question, for an architecture that
-                does something unknown after its LM head, or when `max_passage_length` exceeds Emb_seq's positions; for
-                a part of the wrong kind, such as an encoder-decoder as Gen, that cannot embed a text, or that could
-                not be loaded again.
+                does something unknown after its LM head, when `max_passage_length` exceeds Emb_seq's positions, for
+                settings that contradict the files of a sentence-transformers model, for weights that are missing, for
+                adapters that cannot be merged, and for a part of the wrong kind, such as an encoder-decoder as Gen,
+                that cannot embed a text, or that could not be loaded again.
+            `OSError`: for a name that cannot be loaded.
         """
         control_tokens = {name: config.pop(name) for name in CONTROL_TOKENS if name in config}
         unknown = sorted(set(config) - set(CoSupConfig.__dataclass_fields__))
         if unknown:
             raise TypeError(f"from_gen_and_emb_seq got {', '.join(unknown)}, which are not fields of CoSupConfig.")
+        query_from = config.get("query_from") or CoSupConfig.query_from
+        if query_encoder is not None and query_from != "query_encoder":
+            raise ValueError(f"query_encoder was given, but query_from is {query_from!r}: nothing would use it.")
         gen, emb_seq, query_encoder = _path_as_string(gen), _path_as_string(emb_seq), _path_as_string(query_encoder)
-        tokenizer, emb_seq_tokenizer = _load_tokenizers(gen, emb_seq, tokenizer, emb_seq_tokenizer)
-        model_kwargs = model_kwargs or {}
-        checks = _package_checks()
-        for role, source in (("gen", gen), ("emb_seq", emb_seq), ("query_encoder", query_encoder)):
-            if source is not None:
-                checks.check_config(_config_of(source, model_kwargs), role)
-        gen = _load_gen(gen, model_kwargs)
-        emb_seq = _load_encoder(gen if emb_seq is None else emb_seq, model_kwargs)
+        sources, checks = _package_modules()
+        parts = sources.read_parts(
+            gen, emb_seq, query_encoder, tokenizer, emb_seq_tokenizer, emb_head, model_kwargs or {}, config
+        )
+        gen, emb_seq = cast(PreTrainedModel, parts.gen), cast(PreTrainedModel, parts.emb_seq)
+        query_encoder = cast(PreTrainedModel | None, parts.query_encoder)
+        tokenizer = cast(PreTrainedTokenizerBase, parts.tokenizer)
+        emb_seq_tokenizer = cast(PreTrainedTokenizerBase, parts.emb_seq_tokenizer)
+        config, emb_head = parts.settings, parts.emb_head
         if emb_seq is gen.base_model:
             emb_seq = copy.deepcopy(emb_seq)
-        if query_encoder is not None:
-            query_encoder = _load_encoder(query_encoder, model_kwargs)
-        for role, part in (("gen", gen), ("emb_seq", emb_seq), ("query_encoder", query_encoder)):
-            if part is not None:
-                checks.check_part(part, role)
 
         old_size, old_emb_seq_size = len(tokenizer), len(emb_seq_tokenizer)
         nsp_token_id, cs_token_id, ce_token_id = add_control_tokens(tokenizer, control_tokens)
@@ -191,30 +182,26 @@ class BuildingMixin(Base):
             )
 
 
-# ---------------------------------------------------------------------- loading
+# ---------------------------------------------------------------------- sources
 
 
-def _package_checks() -> ModuleType:
+def _package_modules() -> tuple[ModuleType, ModuleType]:
     """
-    Return the module [`checks_cosup`], which stays in the package.
+    Return the modules [`sources_cosup`] and [`checks_cosup`].
 
-    transformers copies relatively imported files to a checkpoint, so the import below is absolute.
+    transformers copies relatively imported files to a checkpoint, so the import below is absolute: nobody should have
+    to review the readers of other formats before trusting a checkpoint.
+
+    Raises:
+        `ImportError`: in a process that has only a checkpoint's code.
     """
     try:
-        from modeling_cosup import checks_cosup
+        from modeling_cosup import checks_cosup, sources_cosup
     except ImportError as error:
         raise ImportError(
             "Building a model from two others needs the package cosup, which does not come with a checkpoint."
         ) from error
-    return checks_cosup
-
-
-def _config_of(source: NameOrModel, model_kwargs: dict[str, Any]) -> PreTrainedConfig:
-    """Return the config of a model, or of the model that a name or path would load."""
-    if isinstance(source, PreTrainedModel):
-        return source.config
-    options = {name: model_kwargs[name] for name in HUB_OPTIONS if name in model_kwargs}
-    return AutoConfig.from_pretrained(source, **options)
+    return sources_cosup, checks_cosup
 
 
 def _path_as_string(part: Any) -> Any:
@@ -222,63 +209,6 @@ def _path_as_string(part: Any) -> Any:
     if isinstance(part, os.PathLike):
         return os.fspath(part)
     return part
-
-
-def _load_tokenizers(
-    gen: NameOrModel,
-    emb_seq: NameOrModel | None,
-    tokenizer: NameOrTokenizer | None,
-    emb_seq_tokenizer: NameOrTokenizer | None,
-) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
-    """Return the tokenizers of Gen and of Emb_seq, the same object twice if they read every text alike."""
-    source = gen if tokenizer is None else tokenizer
-    if isinstance(source, PreTrainedModel):
-        raise ValueError("Gen was given as a model; pass its tokenizer as `tokenizer=`.")
-    tokenizer = _load_tokenizer(source)
-    if emb_seq_tokenizer is None and isinstance(emb_seq, str) and emb_seq != gen:
-        emb_seq_tokenizer = emb_seq
-    if emb_seq_tokenizer is None:
-        return tokenizer, tokenizer
-    emb_seq_tokenizer = _load_tokenizer(emb_seq_tokenizer)
-    if same_tokenizer(tokenizer, emb_seq_tokenizer):
-        return tokenizer, tokenizer
-    return tokenizer, emb_seq_tokenizer
-
-
-def _load_tokenizer(tokenizer: NameOrTokenizer) -> PreTrainedTokenizerBase:
-    if isinstance(tokenizer, str | os.PathLike):
-        return AutoTokenizer.from_pretrained(tokenizer)
-    return tokenizer
-
-
-def _settle_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    try:
-        from modeling_cosup.templates_cosup import settle_chat_template
-    except ImportError:
-        return  # this code came with a checkpoint, without the package: the template stays as it is
-    settle_chat_template(tokenizer)
-
-
-def _load_gen(gen: NameOrModel, model_kwargs: dict[str, Any]) -> PreTrainedModel:
-    if isinstance(gen, str | os.PathLike):
-        return _load_part(AutoModelForCausalLM, gen, model_kwargs)
-    return gen
-
-
-def _load_encoder(encoder: NameOrModel, model_kwargs: dict[str, Any]) -> PreTrainedModel:
-    """Return a model without LM head, from a name, a path, or a model with or without one."""
-    if isinstance(encoder, str | os.PathLike):
-        auto_class = encoder_auto_class(_config_of(encoder, model_kwargs))
-        if auto_class is AutoModelForTextEncoding:
-            model_kwargs = {**model_kwargs, "is_encoder_decoder": False}  # T5Gemma asks for it
-        return _load_part(auto_class, encoder, model_kwargs)
-    return cast(PreTrainedModel, encoder.base_model)
-
-
-def _load_part(auto_class: Any, name: str | os.PathLike[str], model_kwargs: dict[str, Any]) -> PreTrainedModel:
-    model, info = auto_class.from_pretrained(name, output_loading_info=True, **model_kwargs)
-    _package_checks().check_weights(model, info, name)
-    return model
 
 
 def _repository_of(model: PreTrainedModel) -> str | None:

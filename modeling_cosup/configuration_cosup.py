@@ -1,5 +1,6 @@
 """Configuration of a CoSup model: its sub-models, and how passages and queries are embedded and compared."""
 
+import os
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -80,6 +81,31 @@ class CoSupConfig(PreTrainedConfig):
     emb_seq_name_or_path: str | None = None
     fingerprint: dict | None = None
     tie_word_embeddings: bool = False
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """
+        Return the content of a checkpoint's `config.json`, and the unused `kwargs`.
+
+        Raises:
+            `ValueError`: for a folder or repository without a CoSup model: its parts would be made up.
+        """
+        name = pretrained_model_name_or_path
+        config, unused_kwargs = super().get_config_dict(name, **kwargs)
+        model_type = config.get("model_type")
+        if model_type is None:
+            raise ValueError(
+                f"{name} holds no config.json of a CoSup model; of adapters, give the checkpoint that"
+                " merge_and_unload() and save_pretrained() make."
+            )
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"{name} is a plain {model_type} model, not a CoSup checkpoint: build one of it with"
+                f" CoSupForCausalLM.from_gen_and_emb_seq({str(name)!r}), or with recipes/train.py --gen {name}."
+            )
+        return config, unused_kwargs
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._check_choices()

@@ -25,6 +25,8 @@ from .sharing_cosup import SharingMixin
 from .states_cosup import recording, states_at
 from .tokenization_cosup import Packing
 
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+
 
 @dataclass
 class CoSupOutput(ModelOutput):
@@ -91,6 +93,11 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
         emb_seq: PreTrainedModel | None = None,
         query_encoder: PreTrainedModel | None = None,
     ) -> None:
+        if config.model_type != CoSupConfig.model_type:
+            raise ValueError(
+                f"config is of a {config.model_type} model, expected a CoSupConfig; from_gen_and_emb_seq builds a"
+                " CoSup model of plain ones."
+            )
         # hidden for the moment: transformers would read the temperature of the NSP loss as a sampling temperature
         temperature = config.temperature
         config.temperature = None
@@ -125,6 +132,30 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
         self._causal_encoders = []
         self._warned_of_long_queries = False
         self.post_init()
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # the arguments of PreTrainedModel's
+        cls, name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> "CoSupForCausalLM":
+        """
+        Load a checkpoint; the arguments are the same as for `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            `ValueError`: for a plain language model or encoder, before anything is allocated, and for a checkpoint
+                that lacks weights: they would be random.
+        """
+        if kwargs.get("config") is not None and name_or_path is not None:
+            hub_options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+            CoSupConfig.get_config_dict(name_or_path, **hub_options)  # raises if the weights are of another model
+        loaded: Any = super().from_pretrained(name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        parameters = dict(model.named_parameters())  # a tied weight is listed under one name, and may lack the other
+        missing = sorted(key for key in info["missing_keys"] if key in parameters)
+        if missing:
+            raise ValueError(f"{name_or_path} lacks {len(missing)} weights of its model, e.g. {missing[0]}.")
+        if output_loading_info:
+            return loaded
+        return model
 
     # ------------------------------------------------------------------ forward
 

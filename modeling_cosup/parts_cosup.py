@@ -35,6 +35,8 @@ POOLING_MODES = {"eos": "lasttoken", "lasttoken": "lasttoken", "mean": "mean_tok
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 _OTHER_WAYS = "Save the whole model with save_pretrained, or build it from an architecture of another type."
+# in the names of weights that PEFT has wrapped
+_ADAPTER_MARKS = (".base_layer.", "lora_", ".original_module.", ".modules_to_save.", ".token_adapter.")
 _WEIGHT_FILES = ("*.safetensors", "model.safetensors.index.json")
 _MODULE_FILES = (
     "modules.json",
@@ -98,8 +100,8 @@ class PartsMixin(Base):
         nsp_token = "[NSP]"
         if has_tokenizer:
             write_tokenizer(self.tokenizer, save_directory, tokenizer_class)
-            nsp_token_id = cast(int, self.config.nsp_token_id)
-            nsp_token = cast(str, self.tokenizer.convert_ids_to_tokens(nsp_token_id))
+            if self.config.nsp_token_id is not None:
+                nsp_token = cast(str, self.tokenizer.convert_ids_to_tokens(self.config.nsp_token_id))
         name = _folder_name(save_directory)
         if push_to_hub:
             name = make_repo(repo_id or name, private, token)
@@ -277,18 +279,23 @@ def _copy_of_part(model: PreTrainedModel, part: PreTrainedModel) -> PreTrainedMo
         raise ValueError(
             "The weights are quantised; save a part before they are quantised, or after calling dequantize()."
         )
-    for name, _ in part.named_parameters():
-        if ".base_layer." in name or "lora_" in name:
-            raise ValueError(
-                f"{name} belongs to an adapter that is not merged: call merge_and_unload(), then save the parts of the"
-                " model that it returns."
-            )
+    check_adapters_are_merged(part)
     part = copy.copy(part)
     part.config = copy.deepcopy(part.config)
     if type(part).__module__.startswith("transformers."):
         # the model came from a repository with code, but transformers has the class
         vars(part.config).pop("auto_map", None)
     return part
+
+
+def check_adapters_are_merged(model: nn.Module) -> None:
+    """Raise a `ValueError` if a model holds adapters: loaded again, the layers that they adapt would be random."""
+    for name, _ in model.named_parameters():
+        if any(mark in name for mark in _ADAPTER_MARKS):
+            raise ValueError(
+                f"{name} belongs to an adapter that is not merged: call merge_and_unload(), then save the model that"
+                " it returns."
+            )
 
 
 def _weights_of_part(state_dict: dict[str, torch.Tensor] | None, prefix: str) -> dict[str, torch.Tensor] | None:

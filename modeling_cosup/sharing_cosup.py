@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from .configuration_cosup import CoSupConfig
 from .facts_cosup import carry_facts, load_facts
 from .hub_cosup import CARD_FILE, EMB_SEQ_TOKENIZER_FOLDER, REPLACED_FILES, checkpoint_files, make_repo, push_files
+from .parts_cosup import check_adapters_are_merged
 from .plain_card_cosup import package_cards, plain_card
 from .tokenization_cosup import same_tokenizer, tokenizer_fingerprint
 from .tokenizer_files_cosup import class_to_save
@@ -220,13 +221,15 @@ class SharingMixin(ModelBase):
             [`~SharingMixin.push_to_hub`]; `repo_id` defaults to the name of the folder.
 
         Raises:
-            `ValueError`: when Emb_seq was not loaded, because the checkpoint would lack its weights, and for a
-                tokenizer that would be loaded as one that reads text differently.
+            `ValueError`: when Emb_seq was not loaded, because the checkpoint would lack its weights, for adapters that
+                are not merged, and for a tokenizer that would be loaded as one that reads text differently.
         """
         if self.emb_seq is None:
             raise ValueError(
                 "This model was loaded with load_emb_seq=False; saved, it would be a checkpoint without Emb_seq."
             )
+        if not getattr(self, "_hf_peft_config_loaded", False):  # transformers saves adapters that it has loaded
+            check_adapters_are_merged(self)
         push_names = inspect.signature(self.push_to_hub).parameters
         push_arguments = {name: kwargs.pop(name) for name in push_names if name in kwargs}
         if is_main_process and self._has_tokenizer():

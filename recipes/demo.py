@@ -23,6 +23,7 @@ import json
 import logging
 import os
 import re
+import sys
 import threading
 import zlib
 from collections.abc import Iterator
@@ -333,6 +334,11 @@ class Demo:
         self.examples = [[question] for question in args.examples]
         self.takes_corpora = args.upload
         config = AutoConfig.from_pretrained(args.model, revision=args.revision, trust_remote_code=True)
+        if config.model_type != "cosup":
+            raise ValueError(
+                f"{args.model} is a plain {config.model_type} model, not a CoSup checkpoint: build one of it with"
+                " CoSupForCausalLM.from_gen_and_emb_seq, or with recipes/train.py --gen."
+            )
         load_emb_seq = args.upload or config.query_from != "gen"  # otherwise generation needs only Gen
         model = AutoModelForCausalLM.from_pretrained(
             args.model, revision=args.revision, trust_remote_code=True, load_emb_seq=load_emb_seq
@@ -598,7 +604,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     """Start the demo."""
-    page = Demo(parse()).page()
+    try:
+        page = Demo(parse()).page()
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # nothing to download
     page.launch(
         max_file_size=MAX_BYTES,

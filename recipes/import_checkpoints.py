@@ -51,8 +51,6 @@ if TYPE_CHECKING:  # a recipe that only prints its options does not wait for tor
 
     from modeling_cosup import CoSupForCausalLM
 
-    from shared.retriever_files import ImportedRetriever
-
 PAPER_PAIRS = {
     "kaist-ai/cosupervision-gen-Llama2_7b": "cosupervision",
     "kaist-ai/separate_supervision-gen-Llama2_7b": "separate",
@@ -70,6 +68,16 @@ DECIDED_BY_PAPER = (
     "passage_prompt",
     "query_prompt",
     "chat_template_path",
+)
+
+CHOICES = (
+    "emb_seq_pooling",
+    "similarity",
+    "query_from",
+    "passage_template",
+    "passage_prompt",
+    "query_prompt",
+    "max_passage_length",
 )
 
 
@@ -185,31 +193,24 @@ def load(auto_class: Any, name: str, args: ImportArguments, subfolder: str = "")
     """
     from safetensors import SafetensorError
 
-    use_safetensors = None if args.allow_pytorch_bin else True
+    from modeling_cosup.sources_cosup import load_model
+
+    options = {"dtype": args.dtype, "use_safetensors": None if args.allow_pytorch_bin else True}
     try:
-        model, info = auto_class.from_pretrained(
-            name, dtype=args.dtype, subfolder=subfolder, use_safetensors=use_safetensors, output_loading_info=True
-        )
+        return load_model(auto_class, name, options, subfolder).eval()
     except SafetensorError as error:
         raise OSError(f"{name}: its weights cannot be read: {error}") from error
     except OSError as error:
         hint = "" if args.allow_pytorch_bin else f"\n{ONLY_SAFETENSORS}"
         raise OSError(f"{name}: {error}{hint}") from error
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
-    if missing:
-        raise ValueError(
-            f"{name} lacks {len(missing)} weights of a {type(model).__name__}, e.g. {missing[0]}: "
-            "is it the right half of the pair?"
-        )
-    return model.eval()
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_gen_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a repository or folder; if there is none, the error names the option to give."""
-    from transformers import AutoTokenizer
+    from modeling_cosup.sources_cosup import load_tokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return load_tokenizer(name)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{name} holds no tokenizer that can be read: {error}\n"
@@ -279,7 +280,7 @@ def paper_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
     from modeling_cosup.tokenization_cosup import PAPER_CHAT_TEMPLATE
 
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_gen_tokenizer(name)
     missing = [token for token in PAPER_TOKENS if token not in tokenizer.get_vocab()]
     if 0 < len(missing) < len(PAPER_TOKENS):
         raise ValueError(
@@ -324,10 +325,13 @@ def retriever_pair(args: ImportArguments) -> CoSupForCausalLM:
 
     from modeling_cosup import CoSupForCausalLM
     from modeling_cosup.architectures_cosup import encoder_auto_class
+    from modeling_cosup.checks_cosup import check_config
+    from modeling_cosup.retriever_files_cosup import RetrieverFacts, emb_seq_settings, read_retriever
+    from modeling_cosup.sources_cosup import fitting_head, load_config, load_tokenizer, read_query_encoder
 
-    from shared.retriever_files import compare, read_retriever
+    from shared.retriever_comparison import compare
 
-    tokenizer = load_tokenizer(args.tokenizer or args.gen)
+    tokenizer = load_gen_tokenizer(args.tokenizer or args.gen)
     if args.chat_template_path is not None:
         set_chat_template(tokenizer, args.chat_template_path)
     if set(PAPER_TOKENS) <= set(tokenizer.get_vocab()):
@@ -335,62 +339,61 @@ def retriever_pair(args: ImportArguments) -> CoSupForCausalLM:
             f"The tokenizer holds the paper's {' '.join(PAPER_TOKENS)}: "
             "give --paper cosupervision, --paper separate, or --paper none."
         )
-    retriever = read_retriever(args.emb_seq, args)
-    gen = load(AutoModelForCausalLM, args.gen, args)
-    emb_seq = load(encoder_auto_class(retriever.config), args.emb_seq, args, retriever.subfolder)
-    query_encoder = None
+    facts = read_retriever(args.emb_seq, args.allow_pytorch_bin)
+    is_sentence_transformers = facts is not None
+    if facts is None:
+        facts = RetrieverFacts()
+        for option in ("emb_seq_pooling", "similarity"):
+            if getattr(args, option) is None:
+                raise ValueError(f"{args.emb_seq} is not a sentence-transformers model: give --{option}.")
+    emb_seq_tokenizer = load_tokenizer(args.emb_seq, facts.subfolder)
+    emb_seq_config = load_config(args.emb_seq, facts.subfolder)
+    check_config(emb_seq_config, "emb_seq")
+    chosen = {option: getattr(args, option) for option in CHOICES}
+    settings = emb_seq_settings(args.emb_seq, facts, emb_seq_tokenizer, emb_seq_config, chosen)
+    encoder_name = None
+    encoder_subfolder = facts.subfolder
     if args.query_from == "query_encoder":
-        query_encoder = load_query_encoder(args, retriever)
+        encoder_name = args.query_encoder or args.emb_seq
+        if encoder_name != args.emb_seq:
+            encoder_subfolder, query_prompt = read_query_encoder(
+                encoder_name, emb_seq_tokenizer, facts.head, settings, {}
+            )
+            if query_prompt is not None and args.query_prompt is None:
+                settings["query_prompt"] = query_prompt
     elif args.query_encoder:
         raise ValueError("--query_encoder needs --query_from query_encoder.")
 
-    head = retriever.head
-    gen_size = gen.config.get_text_config().hidden_size
-    if head is not None and args.query_from in (None, "gen") and len(head) != gen_size:
-        print(
-            f"The dense layer of {args.emb_seq} is left out: its output is {len(head)} wide, Gen is {gen_size} wide.",
-            flush=True,
-        )
-        head = None
+    gen = load(AutoModelForCausalLM, args.gen, args)
+    emb_seq = load(encoder_auto_class(emb_seq_config), args.emb_seq, args, facts.subfolder)
+    query_encoder = None
+    if encoder_name is not None:
+        encoder_config = load_config(encoder_name, encoder_subfolder)
+        query_encoder = load(encoder_auto_class(encoder_config), encoder_name, args, encoder_subfolder)
+    head = None
+    if facts.head is not None:
+        head = fitting_head(facts.head, gen.config, args.query_from)
+        if head is None:
+            gen_size = gen.config.get_text_config().hidden_size
+            print(
+                f"The dense layer of {args.emb_seq} is left out: its output is {len(facts.head)} wide, Gen is"
+                f" {gen_size} wide.",
+                flush=True,
+            )
     model = CoSupForCausalLM.from_gen_and_emb_seq(
         gen,
         emb_seq,
         tokenizer=tokenizer,
-        emb_seq_tokenizer=retriever.tokenizer,
+        emb_seq_tokenizer=emb_seq_tokenizer,
         query_encoder=query_encoder,
         emb_head=head,
         emb_head_size=None if head is None else len(head),
-        query_from=args.query_from or "gen",
-        **retriever.settings,
+        **settings,
     )
     keeps_head = head is not None
-    if retriever.is_sentence_transformers and (keeps_head or retriever.head is None):
+    if is_sentence_transformers and (keeps_head or facts.head is None):
         compare(model, args.emb_seq, own_head=keeps_head)
     return model
-
-
-def load_query_encoder(args: ImportArguments, retriever: ImportedRetriever) -> PreTrainedModel:
-    """
-    Load `--query_encoder`, or by default Emb_seq a second time.
-
-    Raises:
-        `ValueError`: if it does not read and compare texts as Emb_seq does.
-    """
-    from modeling_cosup.architectures_cosup import encoder_auto_class
-    from modeling_cosup.tokenization_cosup import same_tokenizer
-
-    from shared.retriever_files import read_retriever
-
-    name = args.query_encoder or args.emb_seq
-    encoder = read_retriever(name, args)
-    has_other_settings = encoder.settings != retriever.settings
-    has_other_head = bool(args.query_encoder) and encoder.head is not None
-    if has_other_settings or has_other_head or not same_tokenizer(encoder.tokenizer, retriever.tokenizer):
-        raise ValueError(
-            f"{args.query_encoder} does not tokenize, pool and compare as {args.emb_seq} does, "
-            "or has a dense layer of its own."
-        )
-    return load(encoder_auto_class(encoder.config), name, args, encoder.subfolder)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from .training_args import CoSupTrainingArguments
 
 if TYPE_CHECKING or is_peft_available():
     from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+    from peft.tuners.tuners_utils import check_target_module_exists
 
 logger = logging.get_logger(__name__)
 
@@ -190,21 +191,72 @@ def wrap_in_peft(model: CoSupForCausalLM, peft_config: "PeftConfig") -> "PeftMod
     """
     Return `get_peft_model` of the model.
 
-    The rows of the control tokens (and `emb_head`) are trained too, unless the config itself says which tokens or
-    modules to train.
+    With LoRA, the rows of the control tokens are trained too, next to the tokens of `trainable_token_indices`, and so
+    is `emb_head`. Where the config trains embeddings or an LM head anyway (`target_modules`, `modules_to_save`), it
+    trains their rows, and tied weights stay tied.
+
+    Raises:
+        `ValueError`: when `trainable_token_indices` and `target_modules` or `modules_to_save` name the same layer, and
+            when `target_modules` names embeddings that Gen shares with its LM head.
     """
     config: Any = copy.deepcopy(peft_config)  # not every kind of adapter has the fields below
     all_linear = getattr(config, "target_modules", None) == "all-linear"
     if model.emb_head is not None and all_linear and config.exclude_modules is None:
         config.exclude_modules = ["emb_head"]  # new and small, so trained itself, without an adapter
-    if isinstance(config, LoraConfig) and config.trainable_token_indices is None and not config.modules_to_save:
-        control_ids = _control_token_ids(model.config)
-        names = {id(module): name for name, module in model.named_modules()}
-        matrices = _control_token_matrices(model)
-        config.trainable_token_indices = {names[id(matrix)]: control_ids for matrix in matrices}
-        if model.emb_head is not None:
-            config.modules_to_save = ["emb_head"]
+    if isinstance(config, LoraConfig):
+        _train_control_tokens(model, config)
+        if model.emb_head is not None and not _trains("emb_head", config):
+            config.modules_to_save = [*(config.modules_to_save or []), "emb_head"]
     return get_peft_model(model, config)
+
+
+def _train_control_tokens(model: CoSupForCausalLM, config: "LoraConfig") -> None:
+    """Add the rows of the control tokens to what a config trains, unless it trains their matrix."""
+    names = {id(module): name for name, module in model.named_modules()}
+    input_name, head_name = names[id(model.get_input_embeddings())], names[id(model.get_output_embeddings())]
+    token_indices = _token_indices_by_layer(model, config, input_name)
+    for name in token_indices:
+        if _trains(name, config):
+            raise ValueError(
+                f"trainable_token_indices names {name}, which target_modules or modules_to_save train as a whole:"
+                " leave it out of one of them."
+            )
+    is_trained = [name for name in (input_name, head_name) if _trains(name, config)]
+    if model.config.tie_word_embeddings and is_trained:
+        if check_target_module_exists(config, is_trained[0]):
+            raise ValueError(
+                f"target_modules names {is_trained[0]}, whose weights Gen's embeddings and LM head share: merged, its"
+                " adapter would change both. Leave it out (the rows of the control tokens are trained anyway), train"
+                " whole embeddings with modules_to_save, or name emb_seq.embed_tokens to adapt those of Emb_seq alone."
+            )
+        config.ensure_weight_tying = True
+        is_trained = [input_name, head_name]
+    for matrix in _control_token_matrices(model):
+        name = names[id(matrix)]
+        if name not in is_trained and not _trains(name, config):
+            token_indices[name] = sorted({*token_indices.get(name, []), *_control_token_ids(model.config)})
+    config.trainable_token_indices = token_indices or None
+
+
+def _token_indices_by_layer(model: CoSupForCausalLM, config: "LoraConfig", input_name: str) -> dict[str, list[int]]:
+    """Return the user's `trainable_token_indices` by full names of layers; a list is for Gen's embeddings."""
+    chosen = config.trainable_token_indices or {}
+    if not isinstance(chosen, dict):
+        return {input_name: list(chosen)}
+    token_indices = {}
+    for ending, indices in chosen.items():
+        matching = [name for name, _ in model.named_modules() if f".{name}".endswith(f".{ending}")]
+        for name in matching or [ending]:  # PEFT raises for a layer that does not exist
+            token_indices[name] = list(indices)
+    return token_indices
+
+
+def _trains(name: str, config: "LoraConfig") -> bool:
+    """Return whether a config gives a module an adapter, or trains and saves it."""
+    for ending in config.modules_to_save or []:
+        if f".{name}".endswith(f".{ending}"):
+            return True
+    return bool(check_target_module_exists(config, name))
 
 
 def _control_token_matrices(model: CoSupForCausalLM) -> list[torch.nn.Module]:

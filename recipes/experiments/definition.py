@@ -33,7 +33,7 @@ from typing import Any
 
 import yaml
 
-from modeling_cosup.configuration_cosup import SIMILARITY_DEFAULTS
+from modeling_cosup.configuration_cosup import SIMILARITY_DEFAULTS, CoSupConfig
 from modeling_cosup.files_cosup import digest
 from trainer import CoSupTrainingArguments
 from trainer.judging.results import FORMAT
@@ -294,7 +294,7 @@ def key_of(options: dict[str, Any]) -> str:
     An option that is set to train.py's default does not change the key.
     """
     file_options = ("gen", "emb_seq", "query_encoder", "model_name_or_path", "train_file", "validation_file")
-    similarity = options.get("similarity", TRAIN_DEFAULTS["similarity"])
+    similarity = options.get("similarity") or CoSupConfig.similarity
     settings: dict[str, Any] = dict(SIMILARITY_DEFAULTS.get(similarity, {}))
     settings |= {name: value for name, value in options.items() if value is not None}
     hashed = {}

@@ -35,7 +35,12 @@ class ScriptArguments:
     )
     dtype: str = field(default="float32", metadata={"help": "Dtype of the weights."})
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
-    similarity: str = field(default="cosine", metadata={"help": "cosine or dot (the paper)."})
+    similarity: str | None = field(
+        default=None,
+        metadata={
+            "help": "cosine or dot (the paper); defaults to what a sentence-transformers --emb_seq says, or cosine."
+        },
+    )
     temperature: float | None = field(
         default=None, metadata={"help": "Temperature of the NSP loss; 0.05 for cosine, 1.0 for dot."}
     )
@@ -53,9 +58,33 @@ class ScriptArguments:
         default=None,
         metadata={"help": "With --query_from query_encoder: its name or path; defaults to the path of Emb_seq."},
     )
-    emb_seq_pooling: str = field(default="eos", metadata={"help": "eos (the paper), lasttoken, mean or cls."})
-    passage_template: str = field(default="{title} :: {text}", metadata={"help": "How Emb_seq reads a passage."})
-    max_passage_length: int = field(default=256, metadata={"help": "Maximum number of tokens of a passage."})
+    emb_seq_pooling: str | None = field(
+        default=None,
+        metadata={
+            "help": "eos (the paper), lasttoken, mean or cls; defaults to what a sentence-transformers --emb_seq "
+            "says, or eos."
+        },
+    )
+    passage_template: str | None = field(
+        default=None, metadata={"help": "How Emb_seq reads a passage; defaults to '{title} :: {text}'."}
+    )
+    passage_prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text that Emb_seq reads before every passage, e.g. 'passage: ' for E5; defaults to the prompt "
+            "of a sentence-transformers --emb_seq."
+        },
+    )
+    query_prompt: str | None = field(
+        default=None, metadata={"help": "Text before every query that Gen does not make; same default."}
+    )
+    max_passage_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Maximum number of tokens of a passage; defaults to the limit of a sentence-transformers "
+            "--emb_seq, or 256."
+        },
+    )
     nsp_token: str = field(default="[NSP]", metadata={"help": "String of the token that retrieves."})
     cs_token: str = field(default="[Cs]", metadata={"help": "String of the token that opens grounded text."})
     ce_token: str = field(default="[CE]", metadata={"help": "String of the token that closes grounded text."})

@@ -16,6 +16,8 @@ MODEL_OPTIONS = (  # what a checkpoint was built with
     "nsp_loss_weight",
     "emb_seq_pooling",
     "passage_template",
+    "passage_prompt",
+    "query_prompt",
     "max_passage_length",
     "query_from",
     "nsp_token",
@@ -29,20 +31,27 @@ def load_model(script: ScriptArguments, args: CoSupTrainingArguments) -> CoSupFo
     Load a CoSup checkpoint, or combine Gen and Emb_seq.
 
     Raises:
-        `ValueError`: if an option would change what the checkpoint was built with.
+        `ValueError`: if an option would change what the checkpoint was built with, or contradicts the files of a
+            sentence-transformers Emb_seq.
     """
     model_kwargs = {"dtype": script.dtype}
     if script.attn_implementation:
         model_kwargs["attn_implementation"] = script.attn_implementation
-    options = {name: getattr(script, name) for name in MODEL_OPTIONS}
+    defaults = ScriptArguments()
+    options = {}  # only those that were given: others may be in the files of Emb_seq
+    for name in MODEL_OPTIONS:
+        value = getattr(script, name)
+        if value != getattr(defaults, name):
+            options[name] = value
     if script.model_name_or_path:
-        defaults = ScriptArguments()
-        for name, value in options.items():
-            if value != getattr(defaults, name):
-                raise ValueError(f"--{name} cannot be changed: {script.model_name_or_path} was built with its own.")
+        if options:
+            raise ValueError(
+                f"--{next(iter(options))} cannot be changed: {script.model_name_or_path} was built with its own."
+            )
         return CoSupForCausalLM.from_pretrained(script.model_name_or_path, **model_kwargs)
-    if options["query_from"] is None:
-        options["query_from"] = "emb_seq" if args.supervision == "separate" else "gen"
+    options.setdefault("query_from", "emb_seq" if args.supervision == "separate" else "gen")
+    if script.query_encoder and options["query_from"] != "query_encoder":
+        raise ValueError("--query_encoder needs --query_from query_encoder.")
     if options["query_from"] == "query_encoder":
         options["query_encoder"] = script.query_encoder or script.emb_seq or script.gen
     return CoSupForCausalLM.from_gen_and_emb_seq(script.gen, script.emb_seq, model_kwargs=model_kwargs, **options)

@@ -195,7 +195,7 @@ def test_ids_that_only_look_like_paths_are_names(tmp_path):
 
 
 def test_a_module_path_of_an_emb_seq_folder_cannot_lead_out():
-    from shared.retriever_files import safe_path
+    from modeling_cosup.retriever_files_cosup import safe_path
 
     for path in ("../x", "/etc", "a/../../b"):
         with pytest.raises(ValueError, match="leads out of the folder"):

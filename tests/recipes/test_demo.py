@@ -21,7 +21,7 @@ import pytest
 import torch
 import yaml
 
-from support.models import PASSAGES, make_model
+from support.models import PASSAGES, make_gen, make_model
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 BROWSER = shutil.which("chromium")
@@ -292,6 +292,13 @@ def module():
 @pytest.fixture(scope="module")
 def demo(module, checkpoint):
     return module.Demo(module.parse(["--model", str(checkpoint / "tiny-model"), "--index", str(checkpoint / "index")]))
+
+
+def test_a_plain_language_model_is_refused_in_one_line(module, tmp_path, monkeypatch):
+    make_gen().save_pretrained(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--model", str(tmp_path)])
+    with pytest.raises(SystemExit, match=f"error: {tmp_path} is a plain llama model.*from_gen_and_emb_seq.*--gen.$"):
+        module.main()
 
 
 def visitor(name="a session"):

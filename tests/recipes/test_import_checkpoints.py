@@ -14,6 +14,7 @@ from modeling_cosup import CoSupForCausalLM
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_prompt, pad_rows, render_passage
 from support.models import PASSAGES, make_emb_seq, make_gen, make_model, make_tokenizer
 from support.recipes import ROOT, flags, run
+from support.retrievers import dense, normalize, retriever
 
 INSTRUCTION, QUESTION = "Answer the following question.", "who painted the Night Watch?"
 THEIR_TOKENS = ["<PAD>", "[Cs]", "[Ce]", "[Ret]"]
@@ -272,43 +273,6 @@ def library():
     return pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
 
 
-def retriever(folder, architecture="bert", pooling="mean", modules=(), max_seq_length=48, **kwargs):
-    """
-    Write a tiny Gen, and a retriever as sentence-transformers saves it. Return the options that name both.
-
-    The tokenizer of the retriever puts `<s>` and `</s>` around a text.
-    """
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Pooling, Transformer
-
-    tokenizer = make_tokenizer(texts=["The retriever has a tokenizer of its own, which knows painters and radium."])
-    tokens = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=tokens
-    )
-    make_emb_seq(architecture, hidden_size=16).save_pretrained(folder / "parts")
-    tokenizer.save_pretrained(folder / "parts")
-    transformer = Transformer(str(folder / "parts"), max_seq_length=max_seq_length)
-    model = SentenceTransformer(modules=[transformer, Pooling(16, pooling), *modules], **kwargs)
-    model.save(str(folder / "retriever"))
-    make_gen("llama").save_pretrained(folder / "gen")
-    make_tokenizer().save_pretrained(folder / "gen")
-    return ["--gen", folder / "gen", "--emb_seq", folder / "retriever"]
-
-
-def dense(width=24, bias=False, activation=torch.nn.Identity):
-    from sentence_transformers.models import Dense
-
-    torch.manual_seed(3)
-    return Dense(16, width, bias=bias, activation_function=activation())
-
-
-def normalize():
-    from sentence_transformers.models import Normalize
-
-    return Normalize()
-
-
 PROMPTS = {"query": "query: ", "passage": "passage: "}
 CASES = {
     "llama, last token": ("llama", "lasttoken", lambda: [], {"similarity_fn_name": "dot"}),
@@ -432,6 +396,7 @@ REFUSALS = {  # name -> changes of files, and the message
         [("1_Pooling/config.json", lambda c: c.update(pooling_mode="max"))],
         "1_Pooling/config.json pools by max. Supported are",
     ),
+    "null": ([("1_Pooling/config.json", lambda c: c.update(pooling_mode=None))], "pools by nothing"),
     "two": ([("1_Pooling/config.json", lambda c: c.update(pooling_mode=["cls", "mean"]))], "pools by cls and mean"),
     "prompt": ([("1_Pooling/config.json", lambda c: c.update(include_prompt=False))], "include_prompt"),
     "order": ([("modules.json", lambda c: c[:2] + c[:1:-1])], "Transformer → Pooling → Normalize → Dense"),
@@ -456,6 +421,15 @@ REFUSALS = {  # name -> changes of files, and the message
         "is a SparseEncoder",
     ),
     "case": ([("sentence_bert_config.json", lambda c: c.update(do_lower_case=True))], "do_lower_case"),
+    "output": (
+        [("sentence_bert_config.json", lambda c: c.update(module_output_name="all_layer_embeddings"))],
+        "sets module_output_name to 'all_layer_embeddings'",
+    ),
+    "loading": (
+        [("sentence_bert_config.json", lambda c: c.update(processor_kwargs={"padding_side": "left"}))],
+        "sets padding_side in processor_kwargs",
+    ),
+    "options": ([("modules.json", lambda c: c[0].update(kwargs=["task"]))], "the options ['task']"),
     "json": ([("modules.json", None)], "modules.json is not valid JSON"),
 }
 
@@ -480,9 +454,13 @@ def test_what_emb_seq_cannot_do_is_named(tmp_path, monkeypatch, library):
     (folder / "2_Dense" / "model.safetensors").unlink()
     assert "2_Dense/ holds no model.safetensors" in refused(monkeypatch, out, *pair, "--query_from", "emb_seq")
     restore()
-    assert "--similarity is dot, the files of" in refused(monkeypatch, out, *pair, "--similarity", "dot")
-    # no file of sentence-transformers says this: only the comparison of embeddings finds it
+    assert "similarity is dot, the files of" in refused(monkeypatch, out, *pair, "--similarity", "dot")
     rewrite(folder / "tokenizer_config.json", lambda c: c.update(truncation_side="left"))
+    assert "cuts long texts on the left" in refused(monkeypatch, out, *pair, "--query_from", "emb_seq")
+    restore()
+    # what no file of sentence-transformers says, only the comparison of embeddings finds
+    encode = library.SentenceTransformer.encode
+    monkeypatch.setattr(library.SentenceTransformer, "encode", lambda *args, **options: -encode(*args, **options))
     message = refused(monkeypatch, out, *pair, "--query_from", "emb_seq")
     assert "The embeddings differ from sentence-transformers' own" in message
 

@@ -10,7 +10,8 @@ import yaml
 
 from modeling_cosup import CoSupForCausalLM, PassageIndex
 from support.models import PASSAGES, make_model
-from support.recipes import ROOT, flags, options, run, train_here
+from support.recipes import ROOT, fails_here, flags, options, run, train_here
+from trainer import CoSupTrainer, CoSupTrainingArguments
 
 PYTHON = sys.executable
 
@@ -284,3 +285,27 @@ def test_a_foreign_trainer_package_is_named(tmp_path):
     result = run(PYTHON, "-c", code)
     assert result.returncode == 1
     assert "another package" in result.stderr
+
+
+PLACES_OF_A_CHECKPOINT = {
+    "generate": {"model": "gen"},
+    "build_index": {"model": "gen", "corpus_file": "corpus.jsonl"},
+    "run_evaluation": {"model": "gen", "eval_file": "eval.jsonl", "index": "index"},
+    "train": {"model_name_or_path": "gen", "train_file": "train.jsonl"},
+}
+
+
+@pytest.mark.parametrize("recipe", PLACES_OF_A_CHECKPOINT)
+def test_a_plain_language_model_is_refused_where_a_checkpoint_is_expected(inputs, tmp_path, monkeypatch, recipe):
+    arguments = {name: inputs / value for name, value in PLACES_OF_A_CHECKPOINT[recipe].items()}
+    if recipe != "generate":
+        arguments["output_dir"] = tmp_path / "out"
+    questions = ["who?"] if recipe == "generate" else []
+    error = fails_here(monkeypatch, recipe, *questions, *flags(**arguments))
+    assert f"{inputs}/gen is a plain llama model, not a CoSup checkpoint" in error
+    assert "from_gen_and_emb_seq" in error and "--gen" in error and "\n" not in error
+
+
+def test_the_trainer_refuses_the_name_of_a_plain_language_model(inputs, tmp_path):
+    with pytest.raises(ValueError, match="is a plain llama model, not a CoSup checkpoint"):
+        CoSupTrainer(str(inputs / "gen"), CoSupTrainingArguments(str(tmp_path), report_to="none"))

@@ -7,6 +7,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 FOLDER = Path(__file__).parents[2] / "modeling_cosup"
 # Files that only authors need, and why. The travelling code imports them under a guard, in a function.
 STAYS = {
+    "adapters_cosup.py": "adapters, merged into the model that a part is built from",
     "card_cosup.py": "cards of models, parts and indexes; without it a plain card is written",
     "checks_cosup.py": "checks of a model while it is built from two others, which needs the package",
     "corpus_cosup.py": "corpora in files; without it an index is built from a list of passages",
@@ -14,6 +15,9 @@ STAYS = {
     "milvus_client_cosup.py": "the client of a Milvus server",
     "milvus_cosup.py": "an index in Milvus; without it an index is a folder or a repository on the Hub",
     "milvus_upload_cosup.py": "uploading an index to Milvus",
+    "retriever_files_cosup.py": "the settings of a sentence-transformers retriever that becomes Emb_seq",
+    "source_files_cosup.py": "single files of the models that a model is built from",
+    "sources_cosup.py": "the names, folders and models that a model is built from; loading one needs none of them",
     "templates_cosup.py": "chat templates, changed when a model is built; without it a template stays as it is",
 }
 

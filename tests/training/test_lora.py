@@ -1,0 +1,80 @@
+"""LoRA of any layers: the rows of the control tokens are trained, and the merged model answers as the adapted one."""
+
+import pytest
+import torch
+
+from modeling_cosup import CoSupForCausalLM
+from support.models import make_model
+from trainer.model_setup import wrap_in_peft
+
+peft = pytest.importorskip("peft", reason="needs peft")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # peft's, about tied weights
+
+TARGETS = {
+    "embeddings": {"target_modules": ["q_proj", "v_proj", "embed_tokens"]},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "both": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "pattern": {"target_modules": r"gen\..*(q_proj|embed_tokens)"},
+    "linear": {"target_modules": "all-linear"},
+    "saved embeddings": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "saved head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "saved norm": {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [5, 6]},
+    "tokens of a layer": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [5]}},
+}
+
+
+def trained_rows(before, after):
+    return set((before != after).any(1).nonzero()[:, 0].tolist())
+
+
+TIED_KINDS = [kind for kind in TARGETS if kind not in ("embeddings", "head", "both", "pattern")]
+
+
+@pytest.mark.parametrize("kind, tied", [(kind, False) for kind in TARGETS] + [(kind, True) for kind in TIED_KINDS])
+def test_control_tokens_are_trained_whatever_is_adapted(tmp_path, kind, tied):
+    model = make_model(gen_kwargs={"tie_word_embeddings": tied}, emb_seq_kwargs={"hidden_size": 48})
+    control_ids = {model.config.nsp_token_id, model.config.cs_token_id, model.config.ce_token_id}
+    matrices = {"input": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    before = {name: matrix.weight.detach().clone() for name, matrix in matrices.items()}
+    head_before = model.emb_head.weight.detach().clone()
+    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False, **TARGETS[kind])
+    wrapped = wrap_in_peft(model, config).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.01)
+        ids = torch.tensor([[5, *control_ids, 6, 7]])
+        adapted = wrapped(input_ids=ids)
+        merged = wrapped.merge_and_unload()
+        merged.save_pretrained(tmp_path)
+        for whole in (merged, CoSupForCausalLM.from_pretrained(tmp_path)):
+            output = whole(ids)
+            torch.testing.assert_close(output.logits, adapted.logits, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(output.query_embeds, adapted.query_embeds, rtol=1e-3, atol=1e-3)
+    matrices = {"input": merged.get_input_embeddings(), "head": merged.get_output_embeddings()}
+    rows = {name: trained_rows(before[name], matrix.weight) for name, matrix in matrices.items()}
+    assert rows["input"] >= control_ids and rows["head"] >= control_ids
+    if "tokens" in kind:
+        assert rows["input"] - control_ids == {"tokens": {5, 6}, "tokens of a layer": {5}}[kind]
+    assert (merged.get_input_embeddings().weight is merged.get_output_embeddings().weight) == tied
+    assert trained_rows(head_before, merged.emb_head.weight)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TARGETS if kind not in TIED_KINDS])
+def test_an_adapter_of_tied_embeddings_is_refused(kind):
+    """PEFT's merge would add the adapter to the shared weights: the logits of the merged model would be others."""
+    with pytest.raises(
+        ValueError, match=r"target_modules names gen\..* embeddings and LM head share.*modules_to_save"
+    ):
+        wrap_in_peft(make_model(), peft.LoraConfig(task_type="CAUSAL_LM", **TARGETS[kind]))
+    of_emb_seq = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "emb_seq.embed_tokens"])
+    wrapped = wrap_in_peft(make_model(), of_emb_seq)
+    assert any("emb_seq.embed_tokens.lora" in name for name, _ in wrapped.named_parameters())
+
+
+def test_a_layer_that_is_trained_twice_is_refused():
+    options = {"target_modules": ["q_proj", "embed_tokens"], "trainable_token_indices": [5]}
+    with pytest.raises(ValueError, match="trainable_token_indices names gen.model.embed_tokens, which target_modules"):
+        wrap_in_peft(make_model(), peft.LoraConfig(task_type="CAUSAL_LM", **options))
