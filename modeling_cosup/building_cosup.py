@@ -99,7 +99,7 @@ class BuildingMixin(Base):
         if query_encoder is not None and query_from != "query_encoder":
             raise ValueError(f"query_encoder was given, but query_from is {query_from!r}: nothing would use it.")
         gen, emb_seq, query_encoder = _path_as_string(gen), _path_as_string(emb_seq), _path_as_string(query_encoder)
-        sources, checks = _package_modules()
+        sources, checks, templates = _package_modules()
         parts = sources.read_parts(
             gen, emb_seq, query_encoder, tokenizer, emb_seq_tokenizer, emb_head, model_kwargs or {}, config
         )
@@ -113,7 +113,7 @@ class BuildingMixin(Base):
 
         old_size, old_emb_seq_size = len(tokenizer), len(emb_seq_tokenizer)
         nsp_token_id, cs_token_id, ce_token_id = add_control_tokens(tokenizer, control_tokens)
-        _settle_chat_template(tokenizer)
+        templates.settle_chat_template(tokenizer)
         if emb_seq_tokenizer is not tokenizer:
             add_control_tokens(emb_seq_tokenizer, control_tokens)
         _grow_embeddings(gen, old_size, len(tokenizer))
@@ -185,9 +185,9 @@ class BuildingMixin(Base):
 # ---------------------------------------------------------------------- sources
 
 
-def _package_modules() -> tuple[ModuleType, ModuleType]:
+def _package_modules() -> tuple[ModuleType, ModuleType, ModuleType]:
     """
-    Return the modules [`sources_cosup`] and [`checks_cosup`].
+    Return the modules [`sources_cosup`], [`checks_cosup`] and [`templates_cosup`].
 
     transformers copies relatively imported files to a checkpoint, so the import below is absolute: nobody should have
     to review the readers of other formats before trusting a checkpoint.
@@ -196,12 +196,12 @@ def _package_modules() -> tuple[ModuleType, ModuleType]:
         `ImportError`: in a process that has only a checkpoint's code.
     """
     try:
-        from modeling_cosup import checks_cosup, sources_cosup
+        from modeling_cosup import checks_cosup, sources_cosup, templates_cosup
     except ImportError as error:
         raise ImportError(
             "Building a model from two others needs the package cosup, which does not come with a checkpoint."
         ) from error
-    return sources_cosup, checks_cosup
+    return sources_cosup, checks_cosup, templates_cosup
 
 
 def _path_as_string(part: Any) -> Any:

@@ -18,7 +18,7 @@ STAYS = {
     "retriever_files_cosup.py": "the settings of a sentence-transformers retriever that becomes Emb_seq",
     "source_files_cosup.py": "single files of the models that a model is built from",
     "sources_cosup.py": "the names, folders and models that a model is built from; loading one needs none of them",
-    "templates_cosup.py": "chat templates, changed when a model is built; without it a template stays as it is",
+    "templates_cosup.py": "checks and repairs of chat templates while a model is built",
 }
 
 
