@@ -77,11 +77,13 @@ DECIDED_BY_PAPER = (
 class ImportArguments:
     """The models that become Gen and Emb_seq, and how Emb_seq reads."""
 
-    gen: str = field(metadata={"help": "name or path of Gen (AutoModelForCausalLM)"})
-    emb_seq: str = field(metadata={"help": "name or path of Emb_seq (sentence-transformers or any AutoModel)"})
+    gen: str = field(metadata={"local_or_hub": True, "help": "name or path of Gen (AutoModelForCausalLM)"})
+    emb_seq: str = field(
+        metadata={"local_or_hub": True, "help": "name or path of Emb_seq (sentence-transformers or any AutoModel)"}
+    )
     output_dir: str = field(metadata={"help": "folder of the checkpoint; must be empty or missing"})
     tokenizer: str | None = field(
-        default=None, metadata={"help": "name or path of Gen's tokenizer; defaults to --gen"}
+        default=None, metadata={"local_or_hub": True, "help": "name or path of Gen's tokenizer; defaults to --gen"}
     )
     paper: Literal["cosupervision", "separate", "none"] | None = field(
         default=None,
@@ -92,7 +94,11 @@ class ImportArguments:
         metadata={"help": "which model makes the queries; defaults to gen, unless the paper's pair decides it"},
     )
     query_encoder: str | None = field(
-        default=None, metadata={"help": "with --query_from query_encoder: its name or path; defaults to --emb_seq"}
+        default=None,
+        metadata={
+            "local_or_hub": True,
+            "help": "with --query_from query_encoder: its name or path; defaults to --emb_seq",
+        },
     )
     emb_seq_pooling: Literal["eos", "lasttoken", "mean", "cls"] | None = field(
         default=None, metadata={"help": "only for an Emb_seq that is not a sentence-transformers model"}

@@ -5,20 +5,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
-
 from modeling_cosup.lines_cosup import lines_with_places
 from modeling_cosup.passages_cosup import check_text, check_title_and_text, checked_passages, read_corpus
-from modeling_cosup.tokenization_cosup import (
-    encode_passages_for_emb_seq,
-    encode_passages_for_gen,
-    encode_prompt,
-    encode_queries_for_emb_seq,
-    encode_texts,
-    end_of_turn_token_id,
-)
 
-if TYPE_CHECKING:  # importing it loads the whole model code, which recipes that prepare data do not need
+if TYPE_CHECKING:  # recipes that prepare data need neither tokenizers nor the model, which take seconds to import
+    from transformers import PreTrainedTokenizerBase
+
     from modeling_cosup import CoSupConfig
 
 # ---------------------------------------------------------------------- training instances
@@ -237,8 +229,8 @@ def _check_known(ids: Sequence[str], field: str, known_ids: set[str], where: str
 
 def tokenize_instance(
     instance: dict,
-    tokenizer: PreTrainedTokenizerBase,
-    emb_seq_tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
+    emb_seq_tokenizer: "PreTrainedTokenizerBase",
     config: "CoSupConfig",
     train_on_passages: bool = False,
     end_of_turn_id: int | None = None,
@@ -270,6 +262,15 @@ def tokenize_instance(
     Raises:
         `ValueError`: if a query is longer than its encoder can read, naming the instance.
     """
+    from modeling_cosup.tokenization_cosup import (
+        encode_passages_for_emb_seq,
+        encode_passages_for_gen,
+        encode_prompt,
+        encode_queries_for_emb_seq,
+        encode_texts,
+        end_of_turn_token_id,
+    )
+
     segments = instance["segments"]
     retrieving = [segment for segment in segments if segment["passage"] is not None]
     passages = [segment["passage"] for segment in retrieving]
