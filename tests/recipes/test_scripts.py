@@ -123,8 +123,11 @@ def check_help(path, text):
 
 def opened_without_encoding(path):
     """Return the lines of a file that open text, or read or write a whole one, without saying the encoding."""
-    lines = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    lines: list[str] = []
+    source = path.read_text(encoding="utf-8")
+    if "open(" not in source and "_text(" not in source:
+        return lines
+    for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
             continue
         name = ast.unparse(node.func)
