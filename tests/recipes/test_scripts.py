@@ -1,6 +1,8 @@
 """Every script of recipes/: no other module imports it, and its help shows its description and its options."""
 
 import ast
+import importlib
+import io
 import json
 import os
 import runpy
@@ -145,3 +147,16 @@ def test_every_text_file_is_opened_as_utf_8():
         for path in sorted((RECIPES.parent / folder).rglob("*.py")):
             lines += opened_without_encoding(path)
     assert lines == []
+
+
+@pytest.mark.parametrize("source", ["--file", "stdin"])
+def test_questions_are_read_as_utf_8_with_and_without_bom(source, tmp_path, monkeypatch):
+    generate = importlib.import_module("generate")
+    path = tmp_path / "questions.txt"
+    for encoding in ("utf-8", "utf-8-sig"):
+        path.write_text("was ist λ?\n\n何?\n", encoding=encoding)
+        arguments = generate.GenerateArguments(model="m", file=str(path))
+        if source == "stdin":
+            arguments.file = None
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(path.read_bytes()), encoding="cp1252"))
+        assert generate.read_questions(arguments) == ["was ist λ?", "何?"]
