@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import resolve_name
@@ -46,8 +47,8 @@ def check_options(dataclasses: Sequence[Any], description: str | None, argv: Seq
     """
     End the program for `--help`, and for a wrong option, before the recipe imports what takes seconds.
 
-    Without a dataclass that is given by its name, this is [`parse`]. Otherwise only the names of the options are
-    checked, because the class itself needs torch.
+    Without a dataclass that is given by its name, this is [`parse`]. Otherwise only the names of all options are
+    checked, and the paths among the values of the others, because the class itself needs torch.
 
     Args:
         dataclasses, description, argv: see [`parse`].
@@ -57,6 +58,7 @@ def check_options(dataclasses: Sequence[Any], description: str | None, argv: Seq
         parse(dataclasses, description, arguments)
     else:
         check_names(arguments, dataclasses)
+        check_places(arguments, dataclasses)
 
 
 def parse(dataclasses: Sequence[Any], description: str | None, argv: Sequence[str] | None = None) -> list[Any]:
@@ -86,6 +88,7 @@ def parse(dataclasses: Sequence[Any], description: str | None, argv: Sequence[st
     if asks_for_help(arguments):
         hide_torch()
     check_names(arguments, dataclasses)
+    check_places(arguments, dataclasses)
     parser = make_parser(dataclasses, description)
     config = config_of(arguments)
     if config is not None:
@@ -96,11 +99,7 @@ def parse(dataclasses: Sequence[Any], description: str | None, argv: Sequence[st
         )
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    instances = instances[: len(dataclasses)]  # the last one is a namespace with `config`
-    with clear_errors():
-        for instance in instances:
-            check_places(instance)
-    return instances
+    return instances[: len(dataclasses)]  # the last one is a namespace with `config`
 
 
 def make_parser(dataclasses: Sequence[Any], description: str | None) -> "Parser":
@@ -227,12 +226,24 @@ def print_any_character() -> None:
 # ---------------------------------------------------------------------- files and names on the Hub
 
 
-def check_places(instance: Any) -> None:
-    """Check each option with `local_or_hub` in its metadata; see [`check_place`]."""
-    for option in fields(instance):
-        place = getattr(instance, option.name)
-        if option.metadata.get("local_or_hub") and place is not None:
-            check_place(f"--{option.name} {place}", place)
+def check_places(arguments: Sequence[str], dataclasses: Sequence[Any]) -> None:
+    """Check the options with `local_or_hub` in their metadata, from config and command line; see [`check_place`]."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option_class in dataclasses:
+        if isinstance(option_class, str):
+            continue
+        for option in fields(option_class):
+            if option.metadata.get("local_or_hub"):
+                finder.add_argument(*{f"--{option.name}", f"--{option.name.replace('_', '-')}"}, nargs="?")
+    given, _ = finder.parse_known_args(arguments)
+    config = config_of(arguments)
+    in_config = {} if config is None else read_config(config)
+    with clear_errors():
+        for name, place in vars(given).items():
+            if place is None:
+                place = in_config.get(name)
+            if isinstance(place, str):
+                check_place(f"--{name} {place}", place)
 
 
 def check_place(where: str, place: str) -> None:
@@ -263,7 +274,13 @@ def check_place(where: str, place: str) -> None:
     cached = [Path(HF_HUB_CACHE, f"{kind}--{place.replace('/', '--')}") for kind in ("models", "datasets")]
     is_main_process = os.environ.get("RANK", "0") == "0"
     if is_main_process and not any(folder.exists() for folder in cached):
-        print(f"{missing}; looking for it on the Hugging Face Hub.", file=sys.stderr, flush=True)
+        print_once(f"{missing}; looking for it on the Hugging Face Hub.")
+
+
+@cache
+def print_once(message: str) -> None:
+    """Print a message to stderr, even if it comes from [`check_options`] and [`parse`]."""
+    print(message, file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------- YAML configs

@@ -174,9 +174,14 @@ def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(place, message,
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "corpus.jsonl").touch()
     place, message = place.format(folder=tmp_path), message.format(folder=tmp_path)
-    with pytest.raises(SystemExit) as ending:
-        read("--model", "m", "--corpus_file", place)
-    assert ending.value.code == f"error: --corpus_file {place}: {message}"
+    config = tmp_path / "config.yaml"
+    config.write_text(f"corpus_file: {place}\n")
+    for argv in (["--corpus-file", place], [f"--corpus_file={place}"], ["--config", str(config)]):
+        for read_options in (parse, check_options):  # the latter without importing a class
+            with pytest.raises(SystemExit) as ending:
+                read_options([Arguments, HEAVY], None, ["--model", "m", *argv])
+            assert ending.value.code == f"error: --corpus_file {place}: {message}"
+    assert read("--model", "m", "--config", str(config), "--corpus_file", str(tmp_path)).corpus_file == str(tmp_path)
 
 
 def test_a_name_that_is_not_here_may_be_on_the_hub(tmp_path, monkeypatch, capsys):
