@@ -116,6 +116,7 @@ class TimedIndex:
     def __init__(self, index: Retriever, clock: Clock) -> None:
         self.index = index
         self.clock = clock
+        self.fingerprint = index.fingerprint
         self.check_model = index.check_model
         self.rows_of = index.rows_of
 
