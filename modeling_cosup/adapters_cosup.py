@@ -88,6 +88,13 @@ def _by_hand(name: str) -> str:
     )
 
 
+def base_error(adapter: Adapter, error: OSError) -> OSError:
+    """Return the error to raise if the base model of an adapter cannot be loaded."""
+    return OSError(
+        f"{adapter.name} is an adapter of {adapter.base}, which cannot be loaded: {error}\n{_by_hand(adapter.name)}"
+    )
+
+
 def load_merged(adapter: Adapter, auto_class: Any, model_kwargs: Mapping[str, Any]) -> PreTrainedModel:
     """
     Load the base model of an adapter and merge the adapter into it.
@@ -104,10 +111,7 @@ def load_merged(adapter: Adapter, auto_class: Any, model_kwargs: Mapping[str, An
     try:
         model = auto_class.from_pretrained(adapter.base, **adapter.base_options(model_kwargs))
     except OSError as error:
-        raise OSError(
-            f"{adapter.name} is an adapter of {adapter.base}, which cannot be loaded: {error}"
-            f"\n{_by_hand(adapter.name)}"
-        ) from error
+        raise base_error(adapter, error) from error
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
             f"{adapter.name} is an adapter of {adapter.base}, whose weights are quantised: merged into them, it would"

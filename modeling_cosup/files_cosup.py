@@ -142,7 +142,7 @@ def locked(path: Path, busy: str, on_wait: Callable[[str], object] | None = None
         yield None
         return
     while True:
-        with open(path, "a") as file:
+        with open(path, "ab") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

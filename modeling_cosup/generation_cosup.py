@@ -1,7 +1,7 @@
 """generate() with retrieval, and generate_many(): their arguments and outputs, and the way to the decoding loop."""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from .decoding_cosup import Decoder
 from .files_cosup import digest
 from .memory_cosup import Memory, check_memory
 from .queue_cosup import Completion, Queue, read_completions
-from .refusals_cosup import RefusalsMixin, raise_together, unpadded
-from .retriever_cosup import Retriever
+from .refusals_cosup import RefusalsMixin, check_token_ids, listed_prompts, raise_together, unpadded
+from .retriever_cosup import Retriever, check_retriever
 from .settings_cosup import RetrievalCall, RetrievalConfig, decoding_settings, token_budget
 from .states_cosup import watch
 from .streaming_cosup import RetrievalStreamer, ending
@@ -63,7 +63,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
 
     def generate(
         self,
-        inputs: torch.Tensor | None = None,
+        inputs: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
         generation_config: GenerationConfig | None = None,
         *,
         retriever: Retriever | None = None,
@@ -81,7 +81,8 @@ class RetrievalGenerationMixin(RefusalsMixin):
 
         Args:
             inputs (`torch.LongTensor` of shape `(B, T)`, *optional*): prompts, padded on the left. For a prompt that
-                ends in `[NSP]`, a passage is retrieved first.
+                ends in `[NSP]`, a passage is retrieved first. What a tokenizer returns (`input_ids` and
+                `attention_mask`) may be given whole.
             generation_config (`GenerationConfig`, *optional*): as always. Budgets such as `max_new_tokens` count the
                 decoded tokens of each row. With `cache_implementation="static"` the decode step keeps its shapes; if
                 transformers compiles for a static cache (on a GPU, or with `compile_config`), the step is captured.
@@ -96,14 +97,23 @@ class RetrievalGenerationMixin(RefusalsMixin):
             [`CoSupGenerateOutput`].
 
         Raises:
-            `TypeError`: for a memory without the members of [`Memory`].
-            `ValueError`: for an index of another model, a memory that names no submodule of Gen, a prompt that fills
-                the context, and for everything that cannot be combined with a retriever or a memory: beam search,
-                assisted decoding, a given cache, `use_cache=False`, per-step scores, states or attentions, state-space
-                layers, a streamer for several rows, training mode with gradient checkpointing.
+            `TypeError`: for prompts that are not token ids, and a retriever, memory or config of another kind.
+            `ValueError`: for an index of another model, a memory that names no submodule of Gen, a prompt that is
+                empty, fills the context or holds unknown token ids, and for everything that cannot be combined with a
+                retriever or a memory: beam search, assisted decoding, a given cache, `use_cache=False`, per-step
+                scores, states or attentions, state-space layers, a streamer for several rows, training mode with
+                gradient checkpointing.
             [`RetrievalError`]: when a search fails; it keeps the finished rows.
         """
         with ending(kwargs.get("streamer")):
+            if isinstance(inputs, Mapping):
+                kwargs = {**inputs, **kwargs}
+                inputs = None
+            if inputs is not None and kwargs.get("input_ids") is None:
+                inputs, kwargs = None, {**kwargs, "input_ids": inputs}
+            if kwargs.get("input_ids") is not None:
+                check_token_ids(kwargs["input_ids"])
+            self._check_configs(generation_config, retrieval_config)
             if "nsp_token_id" in kwargs:
                 if kwargs.pop("nsp_token_id") is not None:
                     raise ValueError(
@@ -142,7 +152,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
         Continue any number of prompts. When rows finish, waiting prompts take their places, so the batch stays full.
 
         Args:
-            prompts (`list[list[int]]`): token ids.
+            prompts (`list[list[int]]`): token ids; or what a tokenizer returns for a list of texts.
             generation_config, retriever, retrieval_config, max_retrievals, memory, **kwargs: as in [`generate`].
                 Without a retriever this is plain generation, in which `[NSP]` is a token like any other. `candidates`
                 and `passages` have one entry per prompt. Logits processors and stopping criteria see the current rows
@@ -161,6 +171,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
             `list[Completion]`: in the order of the prompts.
 
         Raises:
+            `TypeError`: for prompts that are not token ids, e.g. texts.
             `ValueError`: for prompts that are empty or fill the context (before anything is generated), an
                 `output_file` that holds answers to other prompts, and everything that generate() refuses.
             [`RetrievalError`]: when a search fails; finished answers are in `output_file`.
@@ -168,14 +179,18 @@ class RetrievalGenerationMixin(RefusalsMixin):
         for name in ("streamer", "prefix_allowed_tokens_fn"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} needs rows that keep their places: use generate().")
+        for name in ("input_ids", "attention_mask"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"generate_many takes no {name}: its prompts are lists without padding.")
+        for name, limit in (("batch_size", batch_size), ("max_batch_tokens", max_batch_tokens)):
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name} is {limit}, expected at least 1.")
+        self._check_configs(generation_config, retrieval_config)
+        prompt_ids = listed_prompts(prompts)
         call = self._retrieval_call(retriever, retrieval_config, max_retrievals, memory) or RetrievalCall()
         prepared = self._check_retrieval_arguments(generation_config, kwargs)
         if prepared.num_return_sequences not in (None, 1):
             raise ValueError("generate_many answers each prompt once: for num_return_sequences, repeat the prompts.")
-        prompt_ids = [list(map(int, prompt)) for prompt in prompts]
-        for number, ids in enumerate(prompt_ids):
-            if not ids:
-                raise ValueError(f"Prompt {number} is empty.")
         if not prompt_ids and not kwargs.get("synced_gpus"):
             return []
         settings_hash = self._settings_hash(prepared, call)
@@ -261,6 +276,8 @@ class RetrievalGenerationMixin(RefusalsMixin):
         memory: Memory | None,
     ) -> RetrievalCall | None:
         """Check the arguments and return them together; `None` for ordinary generation."""
+        if retriever is not None:
+            check_retriever(retriever)
         if memory is not None:
             check_memory(memory)
             # the hooks must be there before the step is compiled; a wrong name raises before anything is computed
@@ -281,6 +298,15 @@ class RetrievalGenerationMixin(RefusalsMixin):
         if retriever is not None:
             retriever.check_model(self)
         return call
+
+    @staticmethod
+    def _check_configs(generation_config: object, retrieval_config: object) -> None:
+        """Raise a `TypeError` for a config of another kind; one of the installed package fits a model of its copy."""
+        given = {"GenerationConfig": generation_config, "RetrievalConfig": retrieval_config}
+        for name, config in given.items():
+            if config is not None and name not in [base.__name__ for base in type(config).__mro__]:
+                argument = name.replace("Config", "_config").lower()
+                raise TypeError(f"{argument} is a {type(config).__name__}, expected a {name}.")
 
     def _generate_with_retrieval(
         self,

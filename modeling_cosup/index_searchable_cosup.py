@@ -40,10 +40,9 @@ Store = TypeVar("Store", bound="SearchableStore")
 class SearchableStore(PassageStore):
     """Passages that can be searched; [`PassageIndex`] adds how they are built and loaded."""
 
-    _search_options: dict[str, Any]  # of the approximate index; set together with it
-
     def __init__(self, shards: list[Shard], config: IndexConfig, folder: Path | None = None) -> None:
         self._approximate: ApproximateSearch | None = None  # on the CPU
+        self._search_options: dict[str, Any] = {}  # of the approximate index
         self._gpu: ApproximateSearch | None = None  # its copy on a GPU
         self._device: DeviceSearch | None = None
         self._device_options: tuple[str | torch.device | None, str | None] = None, None  # last arguments of `to`
@@ -182,7 +181,7 @@ class SearchableStore(PassageStore):
         self, index: "faiss.Index", facts: dict[str, Any], queries: torch.Tensor | None
     ) -> dict[str, float]:
         """Search through a FAISS index, measure its recall and save it; if that fails, search as before."""
-        before = self._approximate, self._device, self._gpu
+        before = self._approximate, self._search_options, self._device, self._gpu
         self._approximate, self._device, self._gpu = ApproximateSearch(index), None, None
         self._search_options = dict(facts["search_options"])
         try:
@@ -193,7 +192,7 @@ class SearchableStore(PassageStore):
                 config["approximate"]["file"] = self._write_approximate(self.folder, config, index)
                 self._commit(self.folder, config)
         except BaseException:
-            self._approximate, self._device, self._gpu = before
+            self._approximate, self._search_options, self._device, self._gpu = before
             raise
         self.config, self._device_options = config, (None, None)
         # a warning, because transformers does not show lower levels by default
@@ -216,6 +215,9 @@ class SearchableStore(PassageStore):
         """
         if self._approximate is None:
             raise ValueError("This index is searched exactly: call train_approximate first.")
+        made = self.config["approximate"]
+        # a wrong option must not leave the ones before it set
+        empty_approximate(made["index_factory"], self.config["embedding_size"], made["train_size"], **options)
         set_search_options(self._approximate.index, options)
         self._search_options.update(options)
         if self._gpu is not None:

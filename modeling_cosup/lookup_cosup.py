@@ -1,10 +1,11 @@
 """The passages that rows of the decoding loop get for their `[NSP]`: found by query embedding, or given beforehand."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from .passages_cosup import check_title_and_text
 from .retriever_cosup import Retriever
 from .settings_cosup import RetrievalConfig
 from .tokenization_cosup import encode_passages_for_gen, encode_texts
@@ -40,7 +41,8 @@ class Lookup:
             copies (`int`): consecutive rows of each prompt (`num_return_sequences`).
 
         Raises:
-            `ValueError`: for a list without exactly one entry per prompt, and for unknown passage ids.
+            `ValueError`: for a list without exactly one entry per prompt, for unknown passage ids, and for a prompt
+                that must search without a retriever.
         """
         candidates, passages = self.retrieval.candidates, self.retrieval.passages
         num_prompts = len(rows) // copies
@@ -55,6 +57,10 @@ class Lookup:
         if passages is not None:
             _check_length("passages", len(passages), num_prompts)
             for prompt, oracle in enumerate(passages):
+                if oracle is None and self.retriever is None and not self.retrieval.forbid_nsp:
+                    raise ValueError(
+                        f"RetrievalConfig.passages is None for prompt {prompt}, which must search: pass a retriever."
+                    )
                 given_passages = None if oracle is None else self._oracle_passages(oracle)
                 for row in rows[prompt * copies : (prompt + 1) * copies]:
                     row.given_passages = given_passages
@@ -67,8 +73,13 @@ class Lookup:
             passages (`list[str | dict]`): each an id of the index, or `{"title", "text"}`.
 
         Raises:
-            `ValueError`: for an id without a retriever.
+            `ValueError`: for an id without a retriever, and for what is neither an id nor a passage with a text.
         """
+        for passage in passages:
+            if isinstance(passage, Mapping):
+                check_title_and_text(passage, "RetrievalConfig.passages")
+            elif not isinstance(passage, str):
+                raise ValueError(f"RetrievalConfig.passages holds {passage!r}, expected a passage or its id.")
         ids = [passage for passage in passages if isinstance(passage, str)]
         dicts = [passage for passage in passages if not isinstance(passage, str)]
         if ids and self.retriever is None:
@@ -116,8 +127,7 @@ class Lookup:
 
     def _search(self, rows: list[Row], query_embeds: torch.Tensor) -> list[ScoredPassages]:
         """Return the passages and scores for each row: from one search, and one fetch of all passages."""
-        if self.retriever is None:
-            raise ValueError("a row without given passages must search, but there is no retriever.")
+        assert self.retriever is not None  # checked by `prepare`
         k = self.retrieval.top_k
         if self.retrieval.no_repeat_passages:
             k += max(len(row.retrieved) for row in rows)

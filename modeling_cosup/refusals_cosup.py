@@ -1,7 +1,8 @@
-"""The checks of generate() with a retriever or a memory, before anything is computed."""
+"""The checks of generate() and generate_many(), before anything is computed."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from operator import index
 from typing import Any
 
 import torch
@@ -67,6 +68,12 @@ class RefusalsMixin:
             raise ValueError(
                 "inputs_embeds and guidance_scale are not available with a retriever or a memory: prompt and passages "
                 "are read once, as token ids."
+            )
+        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        if ids is not None and mask is not None and getattr(mask, "shape", None) != ids.shape:
+            found = tuple(mask.shape) if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
+            raise ValueError(
+                f"attention_mask is {found}, expected a tensor of the prompts' shape, {tuple(ids.shape)}."
             )
         given = {name for name, value in kwargs.items() if value is not None}
         forward_parameters = set(inspect.signature(self.forward).parameters)
@@ -146,12 +153,72 @@ class RefusalsMixin:
                 f"A streamer takes one row, found {len(prompts)}: their texts would be mixed. Stream one prompt, or "
                 "use generate_many."
             )
-        limit = context_length(self.config.get_text_config())
+        text_config = self.config.get_text_config()
+        limit = context_length(text_config)
         for number, prompt in enumerate(prompts):
+            if not 0 <= min(prompt) <= max(prompt) < text_config.vocab_size:
+                raise ValueError(
+                    f"Prompt {number} holds the token ids {min(prompt)} to {max(prompt)}, but Gen knows 0 to"
+                    f" {text_config.vocab_size - 1}: was it encoded with another tokenizer?"
+                )
             if len(prompt) >= limit:
                 raise ValueError(
                     f"Prompt {number} has {len(prompt):,} tokens, but Gen reads {limit:,}: there is no room to write."
                 )
+
+
+def check_token_ids(ids: object) -> None:
+    """
+    Check the type of the prompts of generate().
+
+    Raises:
+        `TypeError`: unless they are integers in a tensor.
+        `ValueError`: unless the tensor has two dimensions.
+    """
+    expected = "expected token ids in a torch.LongTensor of shape (B, T), e.g. tokenizer(texts, return_tensors='pt')"
+    if not isinstance(ids, torch.Tensor):
+        raise TypeError(f"The prompts are a {type(ids).__name__}, {expected}.")
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"The prompts are {ids.dtype}, {expected}.")
+    if ids.ndim != 2:
+        raise ValueError(f"The prompts have the shape {tuple(ids.shape)}, {expected}.")
+
+
+def listed_prompts(prompts: Any) -> list[list[int]]:
+    """
+    Return the prompts of generate_many() as lists of token ids.
+
+    Args:
+        prompts (iterable of `list[int]`, or mapping): token ids, of each prompt also a tensor or an array; or what a
+            tokenizer returns for a list of texts, whose padding is left out.
+
+    Raises:
+        `TypeError`: for texts, and for everything else that is not token ids.
+        `ValueError`: for an empty prompt.
+    """
+    mask = None
+    if isinstance(prompts, Mapping):
+        mask = prompts.get("attention_mask")
+        prompts = prompts["input_ids"]
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+        prompts = [prompts]
+    lists = []
+    for number, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            raise TypeError(
+                f"Prompt {number} is the text {prompt[:40]!r}, expected token ids:"
+                " encode_prompt(model.tokenizer, text) of tokenization_cosup makes them."
+            )
+        try:
+            ids = [index(id) for id in prompt]
+        except TypeError:
+            raise TypeError(f"Prompt {number} is {str(prompt)[:40]}, expected a list of token ids.") from None
+        if mask is not None:
+            ids = [id for id, is_token in zip(ids, mask[number], strict=True) if is_token]
+        if not ids:
+            raise ValueError(f"Prompt {number} is empty.")
+        lists.append(ids)
+    return lists
 
 
 def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
@@ -163,8 +230,10 @@ def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> li
             *optional*): the prompts, padded on either side.
 
     Raises:
-        `ValueError`: for a row without tokens, or with padding between them.
+        `ValueError`: for a row without tokens, or with padding between them, and if there is no row.
     """
+    if not input_ids.numel():
+        raise ValueError(f"The prompts have the shape {tuple(input_ids.shape)}: there is no token to start from.")
     if attention_mask is None:
         return input_ids.tolist()
     mask = attention_mask.bool()

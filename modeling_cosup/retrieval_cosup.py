@@ -309,7 +309,6 @@ class PassageIndex(SearchableStore):
         check_file(folder / faiss_file, index.config["files"][faiss_file], verify)
         faiss_index = read_approximate(folder / faiss_file, index.num_rows, index.config["embedding_size"])
         index._approximate = ApproximateSearch(faiss_index)
-        index._search_options = {}
         return index
 
     def push_to_hub(

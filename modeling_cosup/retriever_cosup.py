@@ -7,6 +7,7 @@ works with an index of the installed package.
 """
 
 from collections.abc import Iterable, Sequence
+from os import PathLike
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -14,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from .configuration_cosup import EARLIER_EMBEDDING_SETTINGS
+
+GENERATE_USES = ("fingerprint", "search", "get_passages", "rows_of", "check_model")  # members of Retriever
 
 Rows: TypeAlias = Sequence[int] | NDArray[np.int64]
 SearchResults: TypeAlias = tuple[NDArray[np.float32], NDArray[np.int64]]  # scores and rows, both (N, k)
@@ -95,6 +98,21 @@ class Retriever(Protocol):
             `ValueError`: names every setting that differs, with both values.
         """
         ...
+
+
+def check_retriever(retriever: object) -> None:
+    """Raise a `TypeError` unless an object has the members of [`Retriever`] that generate() uses."""
+    if isinstance(retriever, str | PathLike):
+        place = str(retriever)
+        raise TypeError(
+            f"retriever is the name {place!r}, expected an index: load it with model.load_index({place!r})."
+        )
+    if isinstance(retriever, type):
+        raise TypeError(f"retriever is the class {retriever.__name__}, expected an index: an instance of it.")
+    missing = [name for name in GENERATE_USES if not hasattr(retriever, name)]
+    if missing:
+        kind = type(retriever).__name__
+        raise TypeError(f"retriever is a {kind}, which has no {', no '.join(missing)}: see Retriever in {__name__}.")
 
 
 def check_fingerprint(fingerprint: dict[str, Any], model: CoSupModel) -> None:

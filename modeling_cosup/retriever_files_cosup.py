@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .architectures_cosup import num_positions
+from .checks_cosup import check_config
 from .source_files_cosup import SourceFiles
 from .tokenization_cosup import bos_and_eos
 
@@ -102,6 +103,7 @@ def emb_seq_settings(
     Raises:
         `ValueError`: names what Emb_seq cannot do, or the setting that contradicts the files.
     """
+    check_config(config, name)
     if facts.do_lower_case and tokenizer("A")["input_ids"] != tokenizer("a")["input_ids"]:
         raise ValueError(
             f"{name}: sentence_bert_config.json says do_lower_case, but the tokenizer keeps upper case; not supported."

@@ -1,7 +1,8 @@
 """The settings of one call of generate() or generate_many(): what the user passes, and what the decoding loop gets."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class RetrievalConfig:
             gets each [`Retrieval`] in their place.
 
     Raises:
-        `ValueError`: for values that are invalid, alone or together.
+        `ValueError`: for values that are invalid, alone or together, or of another type.
     """
 
     top_k: int = 1
@@ -59,10 +60,17 @@ class RetrievalConfig:
     stream_passages: bool = True
 
     def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise ValueError(f"RetrievalConfig.top_k is {self.top_k}, expected 1 or more.")
-        if self.max_retrievals is not None and self.max_retrievals < 0:
-            raise ValueError(f"RetrievalConfig.max_retrievals is {self.max_retrievals}, expected 0 or more.")
+        if not isinstance(self.top_k, Integral) or self.top_k < 1:
+            raise ValueError(f"RetrievalConfig.top_k is {self.top_k!r}, expected an integer, 1 or more.")
+        limit = self.max_retrievals
+        if limit is not None and (not isinstance(limit, Integral) or limit < 0):
+            raise ValueError(f"RetrievalConfig.max_retrievals is {limit!r}, expected an integer, 0 or more.")
+        if self.min_score is not None and not isinstance(self.min_score, Real):
+            raise ValueError(f"RetrievalConfig.min_score is {self.min_score!r}, expected a number.")
+        for name in ("candidates", "passages"):
+            entries = getattr(self, name)
+            if isinstance(entries, str) or any(isinstance(entry, str | Mapping) for entry in entries or ()):
+                raise ValueError(f"RetrievalConfig.{name} is {entries!r}, expected a list for each prompt, or None.")
         if self.force_nsp_first and self.forbid_nsp:
             raise ValueError("RetrievalConfig: force_nsp_first and forbid_nsp exclude each other.")
         if self.candidates is not None and self.passages is not None:

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .adapters_cosup import find_adapter, load_merged, merge_adapters
+from .adapters_cosup import base_error, find_adapter, load_merged, merge_adapters
 from .architectures_cosup import encoder_auto_class
 from .checks_cosup import check_config, check_part, check_weights
 from .configuration_cosup import CoSupConfig
@@ -75,8 +75,6 @@ def read_parts(
         `OSError`: for a name that cannot be loaded.
     """
     hub_options = {name: model_kwargs[name] for name in HUB_OPTIONS if name in model_kwargs}
-    if isinstance(gen, str):
-        check_config(load_config(gen, hub_options=hub_options), "gen")
     settings = {name: value for name, value in settings.items() if value is not None}
     has_query_prompt = "query_prompt" in settings
     if tokenizer is None and not isinstance(gen, str):
@@ -89,14 +87,13 @@ def read_parts(
         facts = read_retriever(emb_seq, hub_options=hub_options)
         is_retriever = facts is not None
         retriever = facts or retriever
-        config = load_config(emb_seq, retriever.subfolder, hub_options)
-        check_config(config, "emb_seq")
         if emb_seq_tokenizer is None and (is_retriever or emb_seq != gen):
             emb_seq_tokenizer = load_tokenizer(emb_seq, retriever.subfolder, hub_options)
     if emb_seq_tokenizer is None:
         emb_seq_tokenizer = tokenizer
     emb_seq_tokenizer = load_tokenizer(emb_seq_tokenizer, hub_options=hub_options)
     if is_retriever:
+        config = load_config(emb_seq, retriever.subfolder, hub_options)
         settings = emb_seq_settings(emb_seq, retriever, emb_seq_tokenizer, config, settings)
 
     query_subfolder = retriever.subfolder
@@ -109,6 +106,14 @@ def read_parts(
     if same_tokenizer(tokenizer, emb_seq_tokenizer):
         emb_seq_tokenizer = tokenizer
 
+    sources = (("gen", gen, ""), ("emb_seq", emb_seq, retriever.subfolder))
+    for role, source, subfolder in (*sources, ("query_encoder", query_encoder, query_subfolder)):
+        if isinstance(source, str):
+            source_config = load_config(source, subfolder, hub_options)
+        else:
+            source_config = getattr(source, "config", None)
+        if isinstance(source_config, PreTrainedConfig):
+            check_config(source_config, role)
     gen = load_gen(gen, model_kwargs)
     if emb_seq is None:
         emb_seq = gen.base_model
@@ -168,9 +173,8 @@ def read_query_encoder(
     except (OSError, ValueError):  # it has none, and reads the tokens of Emb_seq's
         tokenizer = emb_seq_tokenizer
     query_prompt = None
-    config = load_config(name, subfolder, hub_options)
-    check_config(config, "query_encoder")
     if facts is not None:
+        config = load_config(name, subfolder, hub_options)
         stated = emb_seq_settings(name, facts, tokenizer, config, {"query_from": "query_encoder"})
         query_prompt = stated["query_prompt"]
         for setting in DECIDED_BY_FILES:
@@ -205,9 +209,12 @@ def load_config(name: str, subfolder: str = "", hub_options: Mapping[str, Any] |
     """Return the config of a model, for an adapter that of its base."""
     options = dict(hub_options or {})
     adapter = find_adapter(name, subfolder, options)
-    if adapter is not None:
-        return load_config(adapter.base, hub_options=adapter.base_options(options))
-    return AutoConfig.from_pretrained(name, subfolder=subfolder, **options)
+    if adapter is None:
+        return AutoConfig.from_pretrained(name, subfolder=subfolder, **options)
+    try:
+        return AutoConfig.from_pretrained(adapter.base, **adapter.base_options(options))
+    except OSError as error:
+        raise base_error(adapter, error) from error
 
 
 def load_model(auto_class: Any, name: str, model_kwargs: Mapping[str, Any], subfolder: str = "") -> PreTrainedModel:

@@ -17,10 +17,15 @@ names, and an interrupted run is resumed. A sentence-transformers model reads a 
 many models would read it as a control token.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from shared.cli import clear_errors, parse, table
+from shared.cli import check_options, clear_errors, parse, table
+
+from shared.arguments import CandidateArguments
+
+if __name__ == "__main__":  # --help and a wrong option do not wait for the imports below
+    check_options([CandidateArguments], __doc__)
 
 import numpy as np
 import torch
@@ -32,43 +37,11 @@ from trainer.judging.figures import figure, figure_line
 from trainer.judging.intervals import Rate
 from trainer.judging.matching import gold_ids
 
-from shared.indexes import INDEX_HELP, INDEX_URI_HELP, check_index_options
+from shared.indexes import check_index_options
 from shared.retrievers import CoSupRetriever, SentenceRetriever, is_cosup
 
 KS = (1, 5, 20, 100)
 QUERIES = 1024  # per search
-
-
-@dataclass
-class CandidateArguments:
-    """The retriever, the passages that it searches, and the questions."""
-
-    model: str = field(metadata={"help": "Name or path of a sentence-transformers model or a CoSup checkpoint."})
-    eval_file: str = field(metadata={"help": "Evaluation instances: JSON Lines (.gz or plain) or a dataset name."})
-    output_file: str = field(
-        metadata={"help": "The evaluation instances with candidates, JSON Lines; compressed if named .gz."}
-    )
-    corpus_file: str | None = field(
-        default=None, metadata={"help": "Passages {id, title, text}: JSON Lines (.gz) or Parquet."}
-    )
-    index: str | None = field(
-        default=None,
-        metadata={"help": f"Index of a CoSup checkpoint, in place of a corpus: {INDEX_HELP}, of index type FLAT."},
-    )
-    index_uri: str | None = field(default=None, metadata={"help": INDEX_URI_HELP})
-    split: str = field(default="test", metadata={"help": "Split of a dataset."})
-    num_candidates: int = field(default=100, metadata={"help": "Candidates per question; the paper uses 20 and 100."})
-    gold_first: bool = field(default=False, metadata={"help": "Put all gold before the other candidates."})
-    index_dir: str | None = field(default=None, metadata={"help": "Folder in which encoded corpora are kept."})
-    batch_size: int = field(default=64, metadata={"help": "Texts per forward."})
-    passage_template: str = field(
-        default="{title}. {text}",
-        metadata={"help": "For a sentence-transformers model; a CoSup checkpoint has its own."},
-    )
-    device: str = field(
-        default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Device of the model."}
-    )
-    dtype: str = field(default="auto", metadata={"help": "Dtype of the weights, e.g. bfloat16 on a GPU."})
 
 
 def main() -> None:
@@ -95,6 +68,8 @@ def build(args: CandidateArguments) -> list[tuple[str, str]]:
             f"--num_candidates is {args.num_candidates} and --batch_size {args.batch_size}, expected at least 1."
         )
     check_index_options(args.index, args.index_uri)
+    if args.device is None:
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     instances = load_evaluation_set(args.eval_file, args.split, answers_required=False)
     retriever_class = CoSupRetriever if is_cosup(args.model) else SentenceRetriever
     if args.index and retriever_class is SentenceRetriever:

@@ -14,71 +14,25 @@ environment variable MILVUS_TOKEN may hold `user:password` or an API key.
 """
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shared.cli import clear_errors, parse, table
+from shared.cli import check_options, clear_errors, parse, table
+
+from shared.arguments import IndexArguments
+
+if __name__ == "__main__":  # --help and a wrong option do not wait for the imports below
+    check_options([IndexArguments], __doc__)
 
 from modeling_cosup import CoSupForCausalLM, MilvusPassageIndex, PassageIndex
 from modeling_cosup.index_search_cosup import empty_approximate
 from modeling_cosup.milvus_client_cosup import milvus_packages
 from trainer.judging.figures import figure, shown
 
-from shared.indexes import INDEX_URI_HELP, check_index_options
+from shared.indexes import check_index_options
 from shared.processes import end_processes, processes
 
 CORPUS_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
-
-
-@dataclass
-class IndexArguments:
-    """Which model embeds which corpus, and how."""
-
-    model: str = field(metadata={"help": "Name or path of a CoSup checkpoint."})
-    corpus_file: str = field(
-        metadata={
-            "help": "Passages {id, title, text}: JSON Lines (.gz), Parquet or a dataset name (its split `train`)."
-        }
-    )
-    output_dir: str = field(metadata={"help": "Folder of the index."})
-    batch_size: int = field(default=256, metadata={"help": "Maximum number of passages in a forward."})
-    max_tokens_per_batch: int | None = field(
-        default=None, metadata={"help": "Maximum number of tokens in a forward; 4,096 on a CPU, 32,768 elsewhere."}
-    )
-    shard_size: int = field(
-        default=32768,
-        metadata={"help": "Passages per shard: what a process holds in memory, and loses if it dies."},
-    )
-    dtype: str = field(default="auto", metadata={"help": "Dtype of the model's weights, e.g. bfloat16 on a GPU."})
-    embedding_dtype: str = field(
-        default="float32",
-        metadata={"help": "Dtype of the stored embeddings: float32, or float16 or bfloat16 in half the space."},
-    )
-    streaming: bool = field(
-        default=False,
-        metadata={"help": "Stream a dataset from the Hub instead of downloading it first; it is read twice."},
-    )
-    index_factory: str | None = field(
-        default=None,
-        metadata={"help": "Also train an approximate index: HNSW32, IVF1024,Flat, OPQ16_64,IVF1024,PQ16, ..."},
-    )
-    train_size: int = field(default=65536, metadata={"help": "Embeddings that the approximate index is trained on."})
-    nprobe: int | None = field(default=None, metadata={"help": "Lists that an IVF index searches."})
-    ef_search: int | None = field(default=None, metadata={"help": "Candidates that an HNSW index keeps."})
-    seed: int = field(default=0, metadata={"help": "Seed of the training sample."})
-    index: str | None = field(
-        default=None, metadata={"help": "With --index_uri: name of the Milvus collection to upload to."}
-    )
-    index_uri: str | None = field(default=None, metadata={"help": f"{INDEX_URI_HELP}; the index is uploaded there"})
-    milvus_index_type: str = field(
-        default="FLAT",
-        metadata={"help": "Index type of the collection: FLAT (exact), or an approximate one, e.g. HNSW."},
-    )
-    milvus_index_params: str = field(
-        default="{}",
-        metadata={"help": 'Parameters of the index type, a JSON object, e.g. {"M": 32, "efConstruction": 200}.'},
-    )
 
 
 def main() -> None:

@@ -34,9 +34,51 @@ from typing import Any
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # gradio reads both variables when it is imported
 os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # questions and corpora of users are not stored
 
-import gradio as gr
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, StoppingCriteria
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the options of the command line; their defaults come from environment variables."""
+    variable = os.environ.get
+    examples = [question.strip() for question in variable("COSUP_EXAMPLES", "").split("|") if question.strip()]
+    upload = variable("COSUP_UPLOAD", "1") != "0"
+    index_help = (
+        "name or path of its index, or with --index_uri name of a Milvus collection; "
+        "without it nothing is retrieved before an upload"
+    )
+    uri_help = (
+        "Milvus server or local file (.db) that holds the index; "
+        "needs the package cosup[milvus]; MILVUS_TOKEN may hold a token"
+    )
+    instruction_help = "the task's instruction, as in training"
+    upload_help = "let users upload corpora; --no-upload does not load Emb_seq"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default=variable("COSUP_MODEL"), help="name or path of a CoSup checkpoint")
+    add("--index", default=variable("COSUP_INDEX"), help=index_help)
+    add("--index_uri", default=variable("COSUP_INDEX_URI"), help=uri_help)
+    add("--revision", default=variable("COSUP_REVISION"), help="branch, tag or commit of the checkpoint")
+    add("--index_revision", default=variable("COSUP_INDEX_REVISION"), help="branch, tag or commit of the index")
+    add("--instruction", default=variable("COSUP_INSTRUCTION", ""), help=instruction_help)
+    add("--examples", nargs="*", default=examples, help="questions to choose from")
+    add("--upload", action=argparse.BooleanOptionalAction, default=upload, help=upload_help)
+    args = parser.parse_args(argv)
+    if not args.model:
+        parser.error("no model: give --model, or set COSUP_MODEL.")
+    if args.index_uri and not args.index:
+        parser.error(
+            "a server without an index: give --index, or set COSUP_INDEX, to the name of the Milvus collection."
+        )
+    return args
+
+
+if __name__ == "__main__":
+    parse()  # --help and a wrong option do not wait for the imports below
+
+try:
+    import gradio as gr
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, StoppingCriteria
+except ImportError as error:
+    raise ImportError(f"{error}. The demo needs: pip install gradio torch transformers") from error
 
 MAX_BYTES = 5 * 2**20  # of an uploaded corpus, unpacked
 MAX_PASSAGES = 2000
@@ -565,41 +607,6 @@ def _user_error(error):
 
 
 # ---------------------------------------------------------------------- the program
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the options of the command line; their defaults come from environment variables."""
-    variable = os.environ.get
-    examples = [question.strip() for question in variable("COSUP_EXAMPLES", "").split("|") if question.strip()]
-    upload = variable("COSUP_UPLOAD", "1") != "0"
-    index_help = (
-        "name or path of its index, or with --index_uri name of a Milvus collection; "
-        "without it nothing is retrieved before an upload"
-    )
-    uri_help = (
-        "Milvus server or local file (.db) that holds the index; "
-        "needs the package cosup[milvus]; MILVUS_TOKEN may hold a token"
-    )
-    instruction_help = "the task's instruction, as in training"
-    upload_help = "let users upload corpora; --no-upload does not load Emb_seq"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--model", default=variable("COSUP_MODEL"), help="name or path of a CoSup checkpoint")
-    add("--index", default=variable("COSUP_INDEX"), help=index_help)
-    add("--index_uri", default=variable("COSUP_INDEX_URI"), help=uri_help)
-    add("--revision", default=variable("COSUP_REVISION"), help="branch, tag or commit of the checkpoint")
-    add("--index_revision", default=variable("COSUP_INDEX_REVISION"), help="branch, tag or commit of the index")
-    add("--instruction", default=variable("COSUP_INSTRUCTION", ""), help=instruction_help)
-    add("--examples", nargs="*", default=examples, help="questions to choose from")
-    add("--upload", action=argparse.BooleanOptionalAction, default=upload, help=upload_help)
-    args = parser.parse_args(argv)
-    if not args.model:
-        parser.error("no model: give --model, or set COSUP_MODEL.")
-    if args.index_uri and not args.index:
-        parser.error(
-            "a server without an index: give --index, or set COSUP_INDEX, to the name of the Milvus collection."
-        )
-    return args
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ class GenerateArguments:
             "may_be_empty": True,
         },
     )
-    model: str = field(metadata={"help": "name or path of a CoSup checkpoint"})
+    model: str = field(metadata={"local_or_hub": True, "help": "name or path of a CoSup checkpoint"})
     index: str | None = field(default=None, metadata={"help": f"{INDEX_HELP}; without it nothing is retrieved"})
     index_uri: str | None = field(default=None, metadata={"help": INDEX_URI_HELP})
     file: str | None = field(default=None, metadata={"help": "text file with one question per line"})
@@ -117,9 +117,12 @@ def answer(args: GenerateArguments) -> None:
 def read_questions(args: GenerateArguments) -> list[str]:
     """Return the questions of the command line, otherwise the lines of the file or of stdin."""
     lines = args.questions
-    if not lines:
-        text = Path(args.file).read_text(encoding="utf-8") if args.file else sys.stdin.read()
-        lines = text.removeprefix("\ufeff").splitlines()  # without a byte order mark
+    if not lines and args.file:
+        lines = Path(args.file).read_text(encoding="utf-8-sig").splitlines()
+    elif not lines:
+        if not sys.stdin.isatty():
+            sys.stdin.reconfigure(encoding="utf-8-sig")  # a file, as --file
+        lines = sys.stdin.read().splitlines()
     return [line.strip() for line in lines if line.strip()]
 
 

@@ -85,11 +85,13 @@ CHOICES = (
 class ImportArguments:
     """The models that become Gen and Emb_seq, and how Emb_seq reads."""
 
-    gen: str = field(metadata={"help": "name or path of Gen (AutoModelForCausalLM)"})
-    emb_seq: str = field(metadata={"help": "name or path of Emb_seq (sentence-transformers or any AutoModel)"})
+    gen: str = field(metadata={"local_or_hub": True, "help": "name or path of Gen (AutoModelForCausalLM)"})
+    emb_seq: str = field(
+        metadata={"local_or_hub": True, "help": "name or path of Emb_seq (sentence-transformers or any AutoModel)"}
+    )
     output_dir: str = field(metadata={"help": "folder of the checkpoint; must be empty or missing"})
     tokenizer: str | None = field(
-        default=None, metadata={"help": "name or path of Gen's tokenizer; defaults to --gen"}
+        default=None, metadata={"local_or_hub": True, "help": "name or path of Gen's tokenizer; defaults to --gen"}
     )
     paper: Literal["cosupervision", "separate", "none"] | None = field(
         default=None,
@@ -100,7 +102,11 @@ class ImportArguments:
         metadata={"help": "which model makes the queries; defaults to gen, unless the paper's pair decides it"},
     )
     query_encoder: str | None = field(
-        default=None, metadata={"help": "with --query_from query_encoder: its name or path; defaults to --emb_seq"}
+        default=None,
+        metadata={
+            "local_or_hub": True,
+            "help": "with --query_from query_encoder: its name or path; defaults to --emb_seq",
+        },
     )
     emb_seq_pooling: Literal["eos", "lasttoken", "mean", "cls"] | None = field(
         default=None, metadata={"help": "only for an Emb_seq that is not a sentence-transformers model"}
@@ -325,7 +331,6 @@ def retriever_pair(args: ImportArguments) -> CoSupForCausalLM:
 
     from modeling_cosup import CoSupForCausalLM
     from modeling_cosup.architectures_cosup import encoder_auto_class
-    from modeling_cosup.checks_cosup import check_config
     from modeling_cosup.retriever_files_cosup import RetrieverFacts, emb_seq_settings, read_retriever
     from modeling_cosup.sources_cosup import fitting_head, load_config, load_tokenizer, read_query_encoder
 
@@ -348,7 +353,6 @@ def retriever_pair(args: ImportArguments) -> CoSupForCausalLM:
                 raise ValueError(f"{args.emb_seq} is not a sentence-transformers model: give --{option}.")
     emb_seq_tokenizer = load_tokenizer(args.emb_seq, facts.subfolder)
     emb_seq_config = load_config(args.emb_seq, facts.subfolder)
-    check_config(emb_seq_config, "emb_seq")
     chosen = {option: getattr(args, option) for option in CHOICES}
     settings = emb_seq_settings(args.emb_seq, facts, emb_seq_tokenizer, emb_seq_config, chosen)
     encoder_name = None

@@ -14,12 +14,15 @@ model will do, even the Emb_seq of a CoSup checkpoint (`model.save_emb_seq`). Th
 
 import importlib.util
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from shared.cli import clear_errors, parse, table_of_counts
+from shared.cli import check_options, clear_errors, parse, table_of_counts
 
-import torch
+from shared.arguments import MiningArguments
+
+if __name__ == "__main__":  # --help and a wrong option do not wait for the imports below
+    check_options([MiningArguments], __doc__)
 
 from modeling_cosup.lines_cosup import writing_lines
 from modeling_cosup.tokenization_cosup import render_passage
@@ -28,31 +31,6 @@ from trainer.judging.correctness import normalize_answer
 from trainer.passage_contents import PassageContents
 
 CANDIDATES_PER_NEGATIVE = 4  # more than one, because some may be right and are left out
-
-
-@dataclass
-class MiningArguments:
-    """The files to read and to write, and what counts as a hard negative."""
-
-    train_file: str = field(metadata={"help": "training instances: JSON Lines (.gz or plain) or a dataset name"})
-    model: str = field(metadata={"help": "name or path of a sentence-transformers model"})
-    output_file: str = field(
-        metadata={"help": "the instances with their negatives, JSON Lines (compressed if the name ends in .gz)"}
-    )
-    corpus_file: str | None = field(default=None, metadata={"help": "further passages that may be negatives"})
-    num_negatives: int = field(default=1, metadata={"help": "maximum number of new negatives per query"})
-    range_min: int = field(default=0, metadata={"help": "number of nearest passages to skip"})
-    range_max: int = field(default=50, metadata={"help": "last rank of a hard negative"})
-    relative_margin: float = field(
-        default=0.05,
-        metadata={"help": "a negative must be less similar than the right passage by at least this share"},
-    )
-    passage_template: str = field(default="{title}. {text}", metadata={"help": "how the model reads a passage"})
-    batch_size: int = field(default=64, metadata={"help": "texts per batch"})
-    device: str = field(
-        default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "where the model runs"}
-    )
-    dtype: str = field(default="auto", metadata={"help": "dtype of the weights, e.g. bfloat16 on a GPU"})
 
 
 def main() -> None:

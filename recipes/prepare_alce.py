@@ -39,7 +39,8 @@ class ALCEArguments:
     dataset: Literal["asqa", "qampari", "eli5"] = field(metadata={"help": "which of ALCE's datasets to prepare"})
     input_file: str = field(
         metadata={
-            "help": "ALCE's JSON (.gz or plain), a list of items with question and docs; JSON Lines; or a dataset name"
+            "local_or_hub": True,
+            "help": "ALCE's JSON (.gz), a list of items with question and docs; JSON Lines; or a dataset name",
         }
     )
     output_file: str = field(

@@ -60,7 +60,9 @@ class KILTArguments:
     task: Literal["nq", "triviaqa", "hotpotqa", "eli5", "fever", "trex", "zsre", "wow"] = field(
         metadata={"help": "zsre is KILT's structured_zeroshot"}
     )
-    input_file: str = field(metadata={"help": "questions: KILT's JSON Lines (.gz or plain) or a dataset name"})
+    input_file: str = field(
+        metadata={"local_or_hub": True, "help": "questions: KILT's JSON Lines (.gz or plain) or a dataset name"}
+    )
     output_file: str = field(
         metadata={"help": "evaluation instances, JSON Lines (compressed if the name ends in .gz)"}
     )

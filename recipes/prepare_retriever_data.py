@@ -29,7 +29,9 @@ from trainer.data import load_instances
 class RetrieverDataArguments:
     """The files to read and to write, and the sample to draw."""
 
-    train_file: str = field(metadata={"help": "training instances: JSON Lines (.gz or plain) or a dataset name"})
+    train_file: str = field(
+        metadata={"local_or_hub": True, "help": "training instances: JSON Lines (.gz or plain) or a dataset name"}
+    )
     output_file: str = field(metadata={"help": "JSON Lines (compressed if the name ends in .gz)"})
     num_questions: int | None = field(
         default=None, metadata={"help": "number of questions, drawn at random; defaults to all"}

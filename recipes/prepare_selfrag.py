@@ -84,7 +84,10 @@ class SelfRAGArguments:
     """The files to read and to write, and the filters."""
 
     input_file: str = field(
-        metadata={"help": "JSON Lines with instruction, input and output (.gz or plain), or a dataset name"}
+        metadata={
+            "local_or_hub": True,
+            "help": "JSON Lines with instruction, input and output (.gz or plain), or a dataset name",
+        }
     )
     output_file: str = field(metadata={"help": "training instances, JSON Lines (compressed if the name ends in .gz)"})
     output_corpus: str | None = field(default=None, metadata={"help": "also write their passages, each once"})

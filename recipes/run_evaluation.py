@@ -20,7 +20,12 @@ run. A corpus is embedded once and kept in `--index_cache`.
 
 from pathlib import Path
 
-from shared.cli import clear_errors, parse, table
+from shared.cli import check_options, check_place, clear_errors, parse, table
+
+from shared.arguments import TASK_OPTIONS, EvaluationArguments
+
+if __name__ == "__main__":  # --help and a wrong option do not wait for the imports below
+    check_options([EvaluationArguments], __doc__)
 
 import torch
 from accelerate import PartialState
@@ -33,7 +38,6 @@ from trainer.judging.judge import command_line, evaluate_tasks
 from trainer.judging.tasks import Task, read_tasks, task_name
 from trainer.reports.evaluation import write_report
 
-from shared.arguments import TASK_OPTIONS, EvaluationArguments
 from shared.indexes import check_index_options
 from shared.processes import end_processes, processes
 
@@ -81,7 +85,13 @@ def list_tasks(args: EvaluationArguments) -> list[Task]:
     entries = args.tasks
     if entries is None:
         entries = [{"name": task_name(args.eval_file), "eval_file": args.eval_file}]
-    return read_tasks(entries, **{name: getattr(args, name) for name in TASK_OPTIONS})
+    tasks = read_tasks(entries, **{name: getattr(args, name) for name in TASK_OPTIONS})
+    for task in tasks:
+        check_index_options(task.index, task.index_uri)
+        for name in ("eval_file", "corpus_file"):
+            if getattr(task, name):
+                check_place(f"task {task.name}: {name} {getattr(task, name)}", getattr(task, name))
+    return tasks
 
 
 def load_model(args: EvaluationArguments, tasks: list[Task]) -> CoSupForCausalLM:

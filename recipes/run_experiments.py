@@ -20,11 +20,16 @@ import re
 import shlex
 import shutil
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from shared.cli import clear_errors, parse
+from shared.cli import check_options, clear_errors, parse
+
+from shared.arguments import TASK_OPTIONS, RunnerArguments
+
+if __name__ == "__main__":  # --help and a wrong option do not wait for the imports below
+    check_options([RunnerArguments], __doc__)
 
 import yaml
 
@@ -35,7 +40,6 @@ from trainer.watch import last_complete_checkpoint
 
 from experiments.definition import (
     NOT_OPTIONS,
-    ROOT,
     WORLD_FILES,
     Experiment,
     evaluation_key,
@@ -45,7 +49,6 @@ from experiments.definition import (
 )
 from experiments.launching import Failed, Run, hardware, launch, locked_folder, say, training_facts
 from experiments.task_files import Entry, cut_corpora, cut_to_pools, digest_of_content, expand_tasks
-from shared.arguments import TASK_OPTIONS
 from shared.quickstart import (
     EncoderArguments,
     TaskArguments,
@@ -54,33 +57,6 @@ from shared.quickstart import (
     prepare_tasks,
     prepare_world,
 )
-
-
-@dataclass
-class RunnerArguments:
-    """Which experiment to run, and where."""
-
-    experiment: str = field(metadata={"help": "YAML file; recipes/experiments holds the paper's experiments."})
-    output_dir: str = field(metadata={"help": "Folder of the report."})
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder of worlds, models, indexes and evaluations that experiments share."}
-    )
-    override: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "key=value ...: fields of the file, or options of train.py for all arms.",
-            "action": "extend",
-        },
-    )
-    seeds: str | None = field(default=None, metadata={"help": "Seeds in place of those in the file, e.g. 0,1."})
-    only: list[str] | None = field(
-        default=None, metadata={"help": "Run only these arms; the report holds all arms that are done."}
-    )
-    dry_run: bool = field(default=False, metadata={"help": "Print the plan, and do nothing."})
-    accelerate_config: str = field(
-        default=str(ROOT / "recipes/accelerate_configs/single.yaml"),
-        metadata={"help": "Config file with which accelerate launches the recipes."},
-    )
 
 
 def main() -> None:
@@ -303,7 +279,7 @@ def train(run: Run, accelerate_config: str) -> None:
         if done.exists():
             say(run, f"trained already: {run.folder}")
             return
-        config.write_text(yaml.safe_dump(run.options, sort_keys=False))
+        config.write_text(yaml.safe_dump(run.options, sort_keys=False), encoding="utf-8")
         arguments = ["--config", str(config), "--output_dir", str(model)]
         resumed = has_complete_checkpoint(model)
         if resumed:
@@ -339,7 +315,7 @@ def evaluate(run: Run, experiment: Experiment, cache: Path, accelerate_config: s
             say(run, f"evaluated already: {run.evaluation}")
             return
         options = {**experiment.evaluation, "modes": experiment.modes, "tasks": run.entries}
-        config.write_text(yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
+        config.write_text(yaml.safe_dump(options, sort_keys=False, allow_unicode=True), encoding="utf-8")
         model = run.folder / "model"
         if (model / "merged").exists():
             model = model / "merged"

@@ -23,7 +23,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shared.cli import clear_errors, parse, table
+from shared.cli import check_options, clear_errors, parse, table
+
+from shared.arguments import TRAINING_ARGUMENTS, ScriptArguments
+
+if __name__ == "__main__":  # --help and a wrong option do not wait for the imports below
+    check_options([ScriptArguments, TRAINING_ARGUMENTS], __doc__)
 
 import torch
 from accelerate import DistributedType
@@ -46,7 +51,6 @@ from trainer.judging.tasks import Task, task_name
 from trainer.model_setup import without_peft
 from trainer.watch import is_full_disk
 
-from shared.arguments import ScriptArguments
 from shared.indexes import check_index_options, close_index, open_index
 from shared.model_options import load_model, lora
 from shared.processes import end_processes

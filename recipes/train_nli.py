@@ -27,10 +27,14 @@ for each kind of pair, and saved in `eval_results.json`.
 import random
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
 from string import punctuation as PUNCTUATION
 
-from shared.cli import clear_errors, parse, table
+from shared.cli import check_options, clear_errors, parse, table
+
+from shared.arguments import NLIArguments
+
+if __name__ == "__main__":  # --help and a wrong option do not wait for the imports below
+    check_options([NLIArguments, "transformers.training_args.TrainingArguments"], __doc__)
 
 import numpy as np
 import torch
@@ -63,30 +67,6 @@ SENTENCE = 4  # words of the shortest text that counts as a sentence rather than
 RARE = 5  # the replacement of a word is drawn from this many of the rarest words of a passage
 NAMES = re.compile(r"\b(?:[A-Z][\w'-]*(?: (?:of |the |de )?[A-Z][\w'-]*)*|\d[\d,.]*\d|\d)")
 TRIES = 20  # segments that are drawn in search of another passage and another text
-
-
-@dataclass
-class NLIArguments:
-    """The model, and the data to train and to measure it on."""
-
-    train_file: str = field(metadata={"help": "Training instances: JSON Lines (.gz) or a dataset name."})
-    model_name_or_path: str = field(metadata={"help": "An encoder, or an NLI model to train further."})
-    validation_file: str | None = field(
-        default=None, metadata={"help": "Held-out instances in the same format, for the accuracy."}
-    )
-    hypothesis: str = field(
-        default="{question} {sentence}",
-        metadata={"help": "Template of hypotheses: the --gr_hypothesis of the evaluation."},
-    )
-    max_length: int = field(
-        default=320,
-        metadata={"help": "Maximum number of tokens of a pair; a longer pair loses the end of its premise."},
-    )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Use only this many segments, drawn at random."}
-    )
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only this many held-out segments."})
-    num_threads: int | None = field(default=None, metadata={"help": "Threads of a single process on a CPU."})
 
 
 def main() -> None:

@@ -5,8 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
-
 from modeling_cosup.lines_cosup import lines_with_places
 from modeling_cosup.names_cosup import nearest_name, refuse_misspelt
 from modeling_cosup.passages_cosup import (
@@ -17,18 +15,12 @@ from modeling_cosup.passages_cosup import (
     read_corpus,
     shown,
 )
-from modeling_cosup.tokenization_cosup import (
-    encode_passages_for_emb_seq,
-    encode_passages_for_gen,
-    encode_prompt,
-    encode_queries_for_emb_seq,
-    encode_texts,
-    end_of_turn_token_id,
-)
 
 from .passage_contents import PassageContents
 
-if TYPE_CHECKING:  # importing it loads the whole model code, which recipes that prepare data do not need
+if TYPE_CHECKING:  # recipes that prepare data need neither tokenizers nor the model, which take seconds to import
+    from transformers import PreTrainedTokenizerBase
+
     from modeling_cosup import CoSupConfig
 
 # Fields whose misspelt names are refused. A misspelt `id` does no harm: the place then becomes the id.
@@ -307,8 +299,8 @@ def _check_known(ids: Sequence[str], field: str, known_ids: set[str], where: str
 
 def tokenize_instance(
     instance: dict,
-    tokenizer: PreTrainedTokenizerBase,
-    emb_seq_tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
+    emb_seq_tokenizer: "PreTrainedTokenizerBase",
     config: "CoSupConfig",
     train_on_passages: bool = False,
     end_of_turn_id: int | None = None,
@@ -342,6 +334,15 @@ def tokenize_instance(
     Raises:
         `ValueError`: if a text holds a special token that the tokenizer cannot read as text.
     """
+    from modeling_cosup.tokenization_cosup import (
+        encode_passages_for_emb_seq,
+        encode_passages_for_gen,
+        encode_prompt,
+        encode_queries_for_emb_seq,
+        encode_texts,
+        end_of_turn_token_id,
+    )
+
     segments = instance["segments"]
     retrieving = [segment for segment in segments if segment["passage"] is not None]
     passages = [segment["passage"] for segment in retrieving]

@@ -1,7 +1,8 @@
 """
 The arguments of CoSupTrainer that `TrainingArguments` does not have.
 
-λ, similarity and temperature belong to the model: see `CoSupConfig`.
+λ, similarity and temperature belong to the model: see `CoSupConfig`. This module can be imported without torch, so
+that a program lists its options at once.
 """
 
 import difflib
@@ -9,9 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from transformers import SchedulerType, TrainingArguments
-from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames, TrainingArguments
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -103,6 +103,8 @@ class CoSupTrainingArguments(TrainingArguments):
     warmup_steps: float = field(
         default=0.1, metadata={"help": "Steps of linear warm-up, or, below 1, their share of all steps."}
     )
+    # the default of TrainingArguments where torch is imported, which `--help` does not do
+    optim: OptimizerNames | str = field(default="adamw_torch_fused", metadata={"help": "Optimiser."})
     max_length: int = field(
         default=1024,
         metadata={"help": "Tokens of an instance, passages included; a longer one is dropped and counted."},
@@ -137,6 +139,9 @@ class CoSupTrainingArguments(TrainingArguments):
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize the dataset."})
 
     def __post_init__(self) -> None:
+        import torch
+        from transformers.trainer_pt_utils import AcceleratorConfig
+
         self._check_choices()
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise TrainingArguments refuses bf16 on a CPU
@@ -232,6 +237,8 @@ class CoSupTrainingArguments(TrainingArguments):
 
     def _check_ranks(self) -> None:
         """Check what more than one rank needs."""
+        from transformers.trainer_pt_utils import AcceleratorConfig
+
         if not self.average_tokens_across_devices:
             raise ValueError("Losses are divided by global counts: leave average_tokens_across_devices=True.")
         if self.ddp_static_graph and (self.nsp_batch_size is not None or self.gradient_accumulation_steps > 1):

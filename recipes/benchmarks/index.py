@@ -425,7 +425,9 @@ def build(model_name: str, folder: str, count: str, threads: str) -> None:
         finished = False
         while not finished:
             finished = done.wait(0.05)
-            status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+            status = dict(
+                line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+            )
             for name, key in (("anonymous", "RssAnon"), ("total", "VmRSS")):
                 peak[name] = max(peak[name], int(status[key].split()[0]) * 1024 / 1e6)
 

@@ -39,7 +39,7 @@ class Meter:
             bytes_before = torch.cuda.memory_allocated()
         else:
             ctypes.CDLL(None).malloc_trim(0)  # returns the memory that earlier arms freed to the system
-            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
             bytes_before = self._resident("VmRSS")
         start = time.perf_counter()
         result = call()
@@ -52,7 +52,7 @@ class Meter:
     @staticmethod
     def _resident(name: str) -> int:
         """Return the value of one line of /proc/self/status, in bytes."""
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith(name):
                 return int(line.split()[1]) * 1024
         raise ValueError(f"/proc/self/status has no {name}.")
@@ -116,6 +116,7 @@ class TimedIndex:
     def __init__(self, index: Retriever, clock: Clock) -> None:
         self.index = index
         self.clock = clock
+        self.fingerprint = index.fingerprint
         self.check_model = index.check_model
         self.rows_of = index.rows_of
 
@@ -216,7 +217,7 @@ def cpu_name() -> str:
     """Return the processor's model name."""
     cpu_info = Path("/proc/cpuinfo")
     if cpu_info.exists():
-        for line in cpu_info.read_text().splitlines():
+        for line in cpu_info.read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.split(":")[1].strip()
     return platform.processor()

@@ -135,7 +135,7 @@ def hardware(options: dict[str, Any]) -> str:
 def cpu_name() -> str:
     """Return the name of the processor."""
     with contextlib.suppress(OSError):
-        with open("/proc/cpuinfo") as file:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
             for line in file:
                 if line.startswith("model name"):
                     return line.partition(":")[2].strip()

@@ -1,12 +1,19 @@
-"""Options of recipes/train.py and recipes/run_evaluation.py; recipes/run_experiments.py fills them in as well."""
+"""
+Options of the recipes whose own imports take seconds: `--help` and a misspelt option need only this file.
+
+recipes/run_experiments.py also fills in the options of recipes/train.py and recipes/run_evaluation.py.
+"""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from trainer.judging.grounding import HYPOTHESIS
 
 from shared.indexes import INDEX_HELP, INDEX_URI_HELP
 
+RECIPES = Path(__file__).resolve().parents[1]
+TRAINING_ARGUMENTS = "trainer.training_args.CoSupTrainingArguments"  # a name, because the class needs torch
 TASK_OPTIONS = (
     "corpus_file",
     "index",
@@ -26,12 +33,15 @@ TASK_OPTIONS = (
 class ScriptArguments:
     """Models, data and measurements of a training; `CoSupTrainingArguments` holds everything else."""
 
-    gen: str | None = field(default=None, metadata={"help": "Name or path of Gen (AutoModelForCausalLM)."})
+    gen: str | None = field(
+        default=None, metadata={"local_or_hub": True, "help": "Name or path of Gen (AutoModelForCausalLM)."}
+    )
     emb_seq: str | None = field(
-        default=None, metadata={"help": "Name or path of Emb_seq (AutoModel); defaults to a copy of Gen."}
+        default=None,
+        metadata={"local_or_hub": True, "help": "Name or path of Emb_seq (AutoModel); defaults to a copy of Gen."},
     )
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A CoSup checkpoint to train further, instead of --gen."}
+        default=None, metadata={"local_or_hub": True, "help": "A CoSup checkpoint to train further, instead of --gen."}
     )
     dtype: str = field(default="float32", metadata={"help": "Dtype of the weights."})
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
@@ -56,7 +66,10 @@ class ScriptArguments:
     )
     query_encoder: str | None = field(
         default=None,
-        metadata={"help": "With --query_from query_encoder: its name or path; defaults to the path of Emb_seq."},
+        metadata={
+            "local_or_hub": True,
+            "help": "With --query_from query_encoder: its name or path; defaults to the path of Emb_seq.",
+        },
     )
     emb_seq_pooling: str | None = field(
         default=None,
@@ -99,21 +112,29 @@ class ScriptArguments:
         default=None, metadata={"help": "Modules that get adapters; defaults to every linear layer."}
     )
     train_file: str | None = field(
-        default=None, metadata={"help": "Training instances: JSON Lines (.gz) or a dataset name."}
+        default=None,
+        metadata={"local_or_hub": True, "help": "Training instances: JSON Lines (.gz) or a dataset name."},
     )
     validation_file: str | None = field(
         default=None,
-        metadata={"help": "Held-out instances in the same format, for eval_loss and eval_query_recall@k."},
+        metadata={
+            "local_or_hub": True,
+            "help": "Held-out instances in the same format, for eval_loss and eval_query_recall@k.",
+        },
     )
     corpus_file: str | None = field(
-        default=None, metadata={"help": "Passages to index: JSON Lines (.gz) or a dataset name."}
+        default=None, metadata={"local_or_hub": True, "help": "Passages to index: JSON Lines (.gz) or a dataset name."}
     )
     index: str | None = field(
         default=None, metadata={"help": f"With --freeze_emb_seq, in place of --corpus_file: {INDEX_HELP}."}
     )
     index_uri: str | None = field(default=None, metadata={"help": INDEX_URI_HELP})
     eval_file: str | None = field(
-        default=None, metadata={"help": "Questions with answers and provenance: JSON Lines (.gz) or a dataset name."}
+        default=None,
+        metadata={
+            "local_or_hub": True,
+            "help": "Questions with answers and provenance: JSON Lines (.gz) or a dataset name.",
+        },
     )
     eval_before_training: bool = field(
         default=False, metadata={"help": "Also measure held-out NTP loss and recall before training."}
@@ -149,16 +170,18 @@ class ScriptArguments:
 class EvaluationArguments:
     """Model, tasks and measurements of an evaluation."""
 
-    model: str = field(metadata={"help": "Name or path of a CoSup checkpoint."})
+    model: str = field(metadata={"local_or_hub": True, "help": "Name or path of a CoSup checkpoint."})
     output_dir: str = field(metadata={"help": "Results folder."})
     tasks: str | None = field(
         default=None, metadata={"help": "In a config: a list of tasks; see recipes/run_evaluation.py."}
     )
     eval_file: str | None = field(
-        default=None, metadata={"help": "Questions of a single task: JSON Lines (.gz) or a dataset name."}
+        default=None,
+        metadata={"local_or_hub": True, "help": "Questions of a single task: JSON Lines (.gz) or a dataset name."},
     )
     corpus_file: str | None = field(
-        default=None, metadata={"help": "Passages to embed: JSON Lines (.gz), Parquet or a dataset name."}
+        default=None,
+        metadata={"local_or_hub": True, "help": "Passages to embed: JSON Lines (.gz), Parquet or a dataset name."},
     )
     index: str | None = field(
         default=None, metadata={"help": f"Index of the model, in place of a corpus: {INDEX_HELP}."}
@@ -197,7 +220,11 @@ class EvaluationArguments:
         },
     )
     nli_model: str | None = field(
-        default=None, metadata={"help": "NLI model for Gr, citations and FEVER, e.g. google/t5_xxl_true_nli_mixture."}
+        default=None,
+        metadata={
+            "local_or_hub": True,
+            "help": "NLI model for Gr, citations and FEVER, e.g. google/t5_xxl_true_nli_mixture.",
+        },
     )
     gr_hypothesis: str = field(
         default=HYPOTHESIS,
@@ -215,3 +242,176 @@ class EvaluationArguments:
     num_examples: int = field(default=3, metadata={"help": "Answers per task that the report shows."})
     num_threads: int | None = field(default=None, metadata={"help": "Threads of a process on a CPU."})
     seed: int = field(default=0, metadata={"help": "Seed of the passages in mode wrong."})
+
+
+@dataclass
+class IndexArguments:
+    """Which model embeds which corpus, and how."""
+
+    model: str = field(metadata={"local_or_hub": True, "help": "Name or path of a CoSup checkpoint."})
+    corpus_file: str = field(
+        metadata={
+            "local_or_hub": True,
+            "help": "Passages {id, title, text}: JSON Lines (.gz), Parquet or a dataset name (its split `train`).",
+        }
+    )
+    output_dir: str = field(metadata={"help": "Folder of the index."})
+    batch_size: int = field(default=256, metadata={"help": "Maximum number of passages in a forward."})
+    max_tokens_per_batch: int | None = field(
+        default=None, metadata={"help": "Maximum number of tokens in a forward; 4,096 on a CPU, 32,768 elsewhere."}
+    )
+    shard_size: int = field(
+        default=32768,
+        metadata={"help": "Passages per shard: what a process holds in memory, and loses if it dies."},
+    )
+    dtype: str = field(default="auto", metadata={"help": "Dtype of the model's weights, e.g. bfloat16 on a GPU."})
+    embedding_dtype: str = field(
+        default="float32",
+        metadata={"help": "Dtype of the stored embeddings: float32, or float16 or bfloat16 in half the space."},
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Stream a dataset from the Hub instead of downloading it first; it is read twice."},
+    )
+    index_factory: str | None = field(
+        default=None,
+        metadata={"help": "Also train an approximate index: HNSW32, IVF1024,Flat, OPQ16_64,IVF1024,PQ16, ..."},
+    )
+    train_size: int = field(default=65536, metadata={"help": "Embeddings that the approximate index is trained on."})
+    nprobe: int | None = field(default=None, metadata={"help": "Lists that an IVF index searches."})
+    ef_search: int | None = field(default=None, metadata={"help": "Candidates that an HNSW index keeps."})
+    seed: int = field(default=0, metadata={"help": "Seed of the training sample."})
+    index: str | None = field(
+        default=None, metadata={"help": "With --index_uri: name of the Milvus collection to upload to."}
+    )
+    index_uri: str | None = field(default=None, metadata={"help": f"{INDEX_URI_HELP}; the index is uploaded there"})
+    milvus_index_type: str = field(
+        default="FLAT",
+        metadata={"help": "Index type of the collection: FLAT (exact), or an approximate one, e.g. HNSW."},
+    )
+    milvus_index_params: str = field(
+        default="{}",
+        metadata={"help": 'Parameters of the index type, a JSON object, e.g. {"M": 32, "efConstruction": 200}.'},
+    )
+
+
+@dataclass
+class CandidateArguments:
+    """The retriever, the passages that it searches, and the questions."""
+
+    model: str = field(
+        metadata={"local_or_hub": True, "help": "Name or path of a sentence-transformers model or a CoSup checkpoint."}
+    )
+    eval_file: str = field(
+        metadata={"local_or_hub": True, "help": "Evaluation instances: JSON Lines (.gz or plain) or a dataset name."}
+    )
+    output_file: str = field(
+        metadata={"help": "The evaluation instances with candidates, JSON Lines; compressed if named .gz."}
+    )
+    corpus_file: str | None = field(
+        default=None,
+        metadata={"local_or_hub": True, "help": "Passages {id, title, text}: JSON Lines (.gz) or Parquet."},
+    )
+    index: str | None = field(
+        default=None,
+        metadata={"help": f"Index of a CoSup checkpoint, in place of a corpus: {INDEX_HELP}, of index type FLAT."},
+    )
+    index_uri: str | None = field(default=None, metadata={"help": INDEX_URI_HELP})
+    split: str = field(default="test", metadata={"help": "Split of a dataset."})
+    num_candidates: int = field(default=100, metadata={"help": "Candidates per question; the paper uses 20 and 100."})
+    gold_first: bool = field(default=False, metadata={"help": "Put all gold before the other candidates."})
+    index_dir: str | None = field(default=None, metadata={"help": "Folder in which encoded corpora are kept."})
+    batch_size: int = field(default=64, metadata={"help": "Texts per forward."})
+    passage_template: str = field(
+        default="{title}. {text}",
+        metadata={"help": "For a sentence-transformers model; a CoSup checkpoint has its own."},
+    )
+    device: str | None = field(
+        default=None, metadata={"help": "Device of the model; defaults to a GPU, if there is one"}
+    )
+    dtype: str = field(default="auto", metadata={"help": "Dtype of the weights, e.g. bfloat16 on a GPU."})
+
+
+@dataclass
+class MiningArguments:
+    """The files to read and to write, and what counts as a hard negative."""
+
+    train_file: str = field(
+        metadata={"local_or_hub": True, "help": "training instances: JSON Lines (.gz or plain) or a dataset name"}
+    )
+    model: str = field(metadata={"local_or_hub": True, "help": "name or path of a sentence-transformers model"})
+    output_file: str = field(
+        metadata={"help": "the instances with their negatives, JSON Lines (compressed if the name ends in .gz)"}
+    )
+    corpus_file: str | None = field(
+        default=None, metadata={"local_or_hub": True, "help": "further passages that may be negatives"}
+    )
+    num_negatives: int = field(default=1, metadata={"help": "maximum number of new negatives per query"})
+    range_min: int = field(default=0, metadata={"help": "number of nearest passages to skip"})
+    range_max: int = field(default=50, metadata={"help": "last rank of a hard negative"})
+    relative_margin: float = field(
+        default=0.05,
+        metadata={"help": "a negative must be less similar than the right passage by at least this share"},
+    )
+    passage_template: str = field(default="{title}. {text}", metadata={"help": "how the model reads a passage"})
+    batch_size: int = field(default=64, metadata={"help": "texts per batch"})
+    device: str | None = field(
+        default=None, metadata={"help": "where the model runs; defaults to a GPU, if there is one"}
+    )
+    dtype: str = field(default="auto", metadata={"help": "dtype of the weights, e.g. bfloat16 on a GPU"})
+
+
+@dataclass
+class NLIArguments:
+    """The model, and the data to train and to measure it on."""
+
+    train_file: str = field(
+        metadata={"local_or_hub": True, "help": "Training instances: JSON Lines (.gz) or a dataset name."}
+    )
+    model_name_or_path: str = field(
+        metadata={"local_or_hub": True, "help": "An encoder, or an NLI model to train further."}
+    )
+    validation_file: str | None = field(
+        default=None,
+        metadata={"local_or_hub": True, "help": "Held-out instances in the same format, for the accuracy."},
+    )
+    hypothesis: str = field(
+        default="{question} {sentence}",
+        metadata={"help": "Template of hypotheses: the --gr_hypothesis of the evaluation."},
+    )
+    max_length: int = field(
+        default=320,
+        metadata={"help": "Maximum number of tokens of a pair; a longer pair loses the end of its premise."},
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Use only this many segments, drawn at random."}
+    )
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only this many held-out segments."})
+    num_threads: int | None = field(default=None, metadata={"help": "Threads of a single process on a CPU."})
+
+
+@dataclass
+class RunnerArguments:
+    """Which experiment to run, and where."""
+
+    experiment: str = field(metadata={"help": "YAML file; recipes/experiments holds the paper's experiments."})
+    output_dir: str = field(metadata={"help": "Folder of the report."})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder of worlds, models, indexes and evaluations that experiments share."}
+    )
+    override: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "key=value ...: fields of the file, or options of train.py for all arms.",
+            "action": "extend",
+        },
+    )
+    seeds: str | None = field(default=None, metadata={"help": "Seeds in place of those in the file, e.g. 0,1."})
+    only: list[str] | None = field(
+        default=None, metadata={"help": "Run only these arms; the report holds all arms that are done."}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Print the plan, and do nothing."})
+    accelerate_config: str = field(
+        default=str(RECIPES / "accelerate_configs/single.yaml"),
+        metadata={"help": "Config file with which accelerate launches the recipes."},
+    )

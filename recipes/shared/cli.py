@@ -2,25 +2,35 @@
 Command lines of the recipes: options from dataclasses and a YAML config, tables, and errors without a traceback.
 
 Import this module before torch and `trainer`: it sets a variable that torch reads when it loads, and checks that
-`trainer` is the package of this project.
+`trainer` is the package of this project. A recipe whose own imports take seconds calls [`check_options`] before them.
 """
 
 import argparse
+import ast
 import contextlib
+import difflib
+import io
 import os
+import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import fields
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any
 
 # Torch reads this once, when it loads. Threads that wait for work then sleep, where spinning would take the cores from
 # other programs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import yaml
-from transformers import HfArgumentParser
 
 import trainer
+
+if TYPE_CHECKING:
+    from shared.parser import Parser
 
 if not Path(trainer.__file__).with_name("cosup_trainer.py").exists():
     sys.exit(
@@ -29,33 +39,26 @@ if not Path(trainer.__file__).with_name("cosup_trainer.py").exists():
     )
 
 EXPECTED = {int: "an integer", float: "a number"}  # type of an option -> name in errors
+NEED_TORCH = ("torch", "accelerate")  # accelerate cannot be imported without torch
+DATA_SUFFIXES = (".csv", ".gz", ".json", ".jsonl", ".parquet", ".tsv", ".txt")
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """A formatter that keeps the line breaks of the description and shows the default of each option."""
-
-
-class Parser(HfArgumentParser):
+def check_options(dataclasses: Sequence[Any], description: str | None, argv: Sequence[str] | None = None) -> None:
     """
-    `HfArgumentParser` with three more keys in the metadata of a field.
+    End the program for `--help`, and for a wrong option, before the recipe imports what takes seconds.
 
-    Args of `add_argument`:
-        positional (`bool`): the argument has no name on the command line.
-        flag (`bool`): the option takes no value, so that a positional argument may follow it.
-        may_be_empty (`bool`): the option takes a list, which may be empty.
+    Without a dataclass that is given by its name, this is [`parse`]. Otherwise only the names of all options are
+    checked, and the paths among the values of the others, because the class itself needs torch.
+
+    Args:
+        dataclasses, description, argv: see [`parse`].
     """
-
-    def add_argument(
-        self, *names: Any, positional: bool = False, flag: bool = False, may_be_empty: bool = False, **options: Any
-    ) -> argparse.Action:
-        if flag:
-            options = {"action": "store_true", "default": False, "help": options["help"]}
-        if may_be_empty:
-            options["nargs"] = "*"
-        if positional:
-            names = (names[0].removeprefix("--"),)
-            options.pop("required", None)  # a positional argument is required unless it is a list that may be empty
-        return super().add_argument(*names, **options)
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if asks_for_help(arguments) or not any(isinstance(option_class, str) for option_class in dataclasses):
+        parse(dataclasses, description, arguments)
+    else:
+        check_names(arguments, dataclasses)
+        check_places(arguments, dataclasses)
 
 
 def parse(dataclasses: Sequence[Any], description: str | None, argv: Sequence[str] | None = None) -> list[Any]:
@@ -66,7 +69,9 @@ def parse(dataclasses: Sequence[Any], description: str | None, argv: Sequence[st
     become the defaults of the command line.
 
     Args:
-        dataclasses (sequence of dataclass types): their fields become options; see [`Parser`] for the metadata.
+        dataclasses (sequence of dataclass types): their fields become options; see [`~shared.parser.Parser`] for the
+            metadata. A type whose module imports torch is given by its name, e.g.
+            `"transformers.training_args.TrainingArguments"`, and imported when it is needed.
         description (`str`, *optional*): description of the program, e.g. the docstring of its module.
         argv (`list[str]`, *optional*): defaults to `sys.argv[1:]`.
 
@@ -74,17 +79,20 @@ def parse(dataclasses: Sequence[Any], description: str | None, argv: Sequence[st
         `list`: one instance of each dataclass, in order.
 
     Raises:
-        `SystemExit`: names the config file and key if the key is not an option or its value does not fit; shows the
-            message of a `ValueError` that a dataclass raises.
+        `SystemExit`: names an unknown option and the nearest right one; names the config file and key if the key is
+            not an option or its value does not fit; names a path that does not exist; shows the message of a
+            `ValueError` that a dataclass raises.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
-    parser = Parser(dataclasses, description=description, formatter_class=HelpFormatter)
-    parser.add_argument("--config", help="YAML file with any of the options here; the command line wins")
-    config_finder = argparse.ArgumentParser(add_help=False)
-    config_finder.add_argument("--config", type=Path)
-    known, _ = config_finder.parse_known_args(arguments)
-    if known.config is not None:
-        set_defaults(parser, known.config)
+    print_any_character()
+    if asks_for_help(arguments):
+        hide_torch()
+    check_names(arguments, dataclasses)
+    check_places(arguments, dataclasses)
+    parser = make_parser(dataclasses, description)
+    config = config_of(arguments)
+    if config is not None:
+        set_defaults(parser, config)
     with clear_errors():
         *instances, unknown = parser.parse_args_into_dataclasses(
             arguments, look_for_args_file=False, return_remaining_strings=True
@@ -94,25 +102,221 @@ def parse(dataclasses: Sequence[Any], description: str | None, argv: Sequence[st
     return instances[: len(dataclasses)]  # the last one is a namespace with `config`
 
 
-def set_defaults(parser: argparse.ArgumentParser, path: Path) -> None:
+def make_parser(dataclasses: Sequence[Any], description: str | None) -> "Parser":
+    """Return the parser of the options of all dataclasses, and of `--config`."""
+    from shared.parser import HelpFormatter, Parser
+
+    option_classes = []
+    for option_class in dataclasses:
+        if isinstance(option_class, str):
+            option_class = resolve_name(option_class)
+        option_classes.append(option_class)
+    parser = Parser(option_classes, description=description, formatter_class=HelpFormatter)
+    parser.add_argument("--config", help="YAML file with any of the options here; the command line wins")
+    return parser
+
+
+# ---------------------------------------------------------------------- names of options
+
+
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    """Return whether `--help` is among the options."""
+    return not {"-h", "--help"}.isdisjoint(options_of(arguments))
+
+
+def options_of(arguments: Sequence[str]) -> list[str]:
+    """Return the words of a command line that name an option: `--name`, without `=value`."""
+    options = []
+    for argument in arguments:
+        if argument == "--":  # everything after it is a positional argument
+            break
+        is_negative_number = re.fullmatch(r"-[\d.][\d.eE_+-]*", argument)
+        if argument.startswith("-") and argument != "-" and " " not in argument and not is_negative_number:
+            options.append(argument.partition("=")[0])
+    return options
+
+
+def check_names(arguments: Sequence[str], dataclasses: Sequence[Any]) -> None:
     """
-    Make the values of a YAML file the defaults of a parser.
+    End the program, with exit code 2, if an option on the command line or in the config does not exist.
+
+    argparse itself checks the command line after everything is imported, and prints hundreds of options.
+    """
+    known: list[str] = []
+    for option_class in dataclasses:
+        known += option_names(option_class)
+    for option in options_of(arguments):
+        name = option.lstrip("-").replace("-", "_")
+        names = [*known, *(f"no_{other}" for other in known), "config", "help"]
+        is_beginning = any(other.startswith(name) for other in names)  # argparse takes the beginning of a name
+        if option != "-h" and not (option.startswith("--") and is_beginning):
+            refuse(f"unknown option {option}{nearest(name, names, '--')}")
+    config = config_of(arguments)
+    if config is not None:
+        for name in read_config(config):
+            if name not in known:
+                sys.exit(f"{config}: unknown option {name!r}{nearest(str(name), known)}.")
+
+
+def refuse(message: str) -> None:
+    """End the program with exit code 2, as argparse does for a wrong command line, but without all its options."""
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {message}. --help lists all options.\n")
+    sys.exit(2)
+
+
+def nearest(name: str, names: Collection[str], prefix: str = "") -> str:
+    """Return `" (did you mean ...?)"` with the nearest of `names`; an empty string if none is near."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f" (did you mean {prefix}{near[0]}?)" if near else ""
+
+
+def option_names(option_class: Any) -> list[str]:
+    """
+    Return the names of the options of a dataclass.
+
+    Args:
+        option_class (dataclass type or `str`): a name is looked up in the source of its module, which is not imported.
+    """
+    if not isinstance(option_class, str):
+        return [option.name for option in fields(option_class) if option.init]
+    package, *modules, class_name = option_class.split(".")
+    spec = find_spec(package)  # of the package: a module's would import the package
+    if spec is None or spec.origin is None:
+        sys.exit(f"error: {package} is not installed.")
+    source = Path(spec.origin).parent.joinpath(*modules).with_suffix(".py")
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    origins = {}  # name of a class that the module imports -> its module
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            origins.update({alias.name: node.module for alias in node.names})
+    names = []
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == class_name:
+            for base in node.bases:
+                if isinstance(base, ast.Name) and base.id in origins:
+                    names += option_names(f"{origins[base.id]}.{base.id}")
+            for statement in node.body:
+                if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                    names.append(statement.target.id)
+    return names
+
+
+def hide_torch() -> None:
+    """
+    Make torch look as if it were not installed, so that `--help` does not wait for it.
+
+    Transformers has its `TrainingArguments` without torch too; nothing else is done with them before the program ends.
+    """
+    if "torch" not in sys.modules:
+        os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that torch is missing
+        for package in NEED_TORCH:
+            sys.modules[package] = None  # type: ignore[assignment]
+
+
+def print_any_character() -> None:
+    r"""
+    Let a console that lacks a character print it as `\u03bb`, as Python's stderr does, instead of raising an error.
+
+    Files are always read and written in UTF-8.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+# ---------------------------------------------------------------------- files and names on the Hub
+
+
+def check_places(arguments: Sequence[str], dataclasses: Sequence[Any]) -> None:
+    """Check the options with `local_or_hub` in their metadata, from config and command line; see [`check_place`]."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option_class in dataclasses:
+        if isinstance(option_class, str):
+            continue
+        for option in fields(option_class):
+            if option.metadata.get("local_or_hub"):
+                finder.add_argument(*{f"--{option.name}", f"--{option.name.replace('_', '-')}"}, nargs="?")
+    given, _ = finder.parse_known_args(arguments)
+    config = config_of(arguments)
+    in_config = {} if config is None else read_config(config)
+    with clear_errors():
+        for name, place in vars(given).items():
+            if place is None:
+                place = in_config.get(name)
+            if isinstance(place, str):
+                check_place(f"--{name} {place}", place)
+
+
+def check_place(where: str, place: str) -> None:
+    """
+    Check that a file or folder exists; if not, say so before the name is looked for on the Hugging Face Hub.
+
+    Without this check, a misspelt folder ends in an error of the connection, half a minute later without a network.
+
+    Args:
+        where (`str`): the option with its value, for messages.
+        place (`str`): a path, or the name of a model or dataset.
 
     Raises:
-        `SystemExit`: names the file, and the key that is not an option or has a value that does not fit.
+        `FileNotFoundError`: if it does not exist, and cannot be a name on the Hub.
     """
+    path = Path(place)
+    if path.exists():
+        return
+    siblings = []
+    if path.parent.is_dir():
+        siblings = [str(sibling) for sibling in path.parent.iterdir()]
+    missing = f"{where}: no such file or folder{nearest(str(path), siblings)}"
+    can_be_on_hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", place) and path.suffix not in DATA_SUFFIXES
+    if not can_be_on_hub:
+        raise FileNotFoundError(f"{missing}.")
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cached = [Path(HF_HUB_CACHE, f"{kind}--{place.replace('/', '--')}") for kind in ("models", "datasets")]
+    is_main_process = os.environ.get("RANK", "0") == "0"
+    if is_main_process and not any(folder.exists() for folder in cached):
+        print_once(f"{missing}; looking for it on the Hugging Face Hub.")
+
+
+@cache
+def print_once(message: str) -> None:
+    """Print a message to stderr, even if it comes from [`check_options`] and [`parse`]."""
+    print(message, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------- YAML configs
+
+
+def config_of(arguments: Sequence[str]) -> Path | None:
+    """Return the path of `--config`, if it is on the command line."""
+    finder = argparse.ArgumentParser(add_help=False)
+    finder.add_argument("--config", type=Path, nargs="?")  # the real parser refuses a missing value
+    known, _ = finder.parse_known_args(arguments)
+    return known.config
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the options of a YAML file; `SystemExit` names the file if it is missing or malformed."""
     if not path.is_file():
         sys.exit(f"--config {path}: no such file.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = yaml.safe_load(path.read_text(encoding="utf-8-sig")) or {}
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # also not UTF-8, too many digits, nested too deeply
         sys.exit(f"{path}: malformed YAML: {error}")
     if not isinstance(values, dict):
         sys.exit(f"{path}: found {type(values).__name__}, expected options, `name: value` a line.")
+    return values
+
+
+def set_defaults(parser: argparse.ArgumentParser, path: Path) -> None:
+    """
+    Make the values of a YAML file, whose names are checked, the defaults of a parser.
+
+    Raises:
+        `SystemExit`: names the file, and the key whose value does not fit.
+    """
+    values = read_config(path)
     actions = {action.dest: action for action in parser._actions}
     for name, value in values.items():
-        if name not in actions:
-            sys.exit(f"{path}: unknown option {name!r}.")
         actions[name].required = False
         values[name] = convert(value, actions[name], f"{path}: {name}")
     parser.set_defaults(**values)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from shared.cli import check_place
+
 if TYPE_CHECKING:  # a recipe that only prints its options does not wait for torch
     from modeling_cosup import CoSupForCausalLM, Retriever
 
@@ -16,13 +18,16 @@ INDEX_URI_HELP = (
 
 def check_index_options(index: str | None, index_uri: str | None) -> None:
     """
-    Check that the two options fit together, before anything is loaded.
+    Check that the two options fit together, and that the folder of the index exists, before anything is loaded.
 
     Raises:
         `ValueError`: for a server without a collection.
+        `FileNotFoundError`: for a path that does not exist.
     """
     if index_uri is not None and not index:
         raise ValueError(f"--index_uri {index_uri} without --index: name the collection that holds the index.")
+    if index and index_uri is None:
+        check_place(f"--index {index}", index)
 
 
 def open_index(

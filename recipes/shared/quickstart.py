@@ -15,7 +15,7 @@ from typing import Any
 
 from modeling_cosup.files_cosup import digest, digest_file, read_json, write_json
 
-from shared import quickstart_models, quickstart_tasks, quickstart_world
+from shared import quickstart_tasks, quickstart_world
 
 WORLD_NAMES = ("train.jsonl", "validation.jsonl", "eval.jsonl", "corpus.jsonl", "gen", "emb_seq", "world.json")
 
@@ -102,6 +102,8 @@ def prepare_world(args: WorldArguments) -> dict[str, str]:
     Raises:
         `FileExistsError`: if the folder holds anything but a world.
     """
+    from shared import quickstart_models  # it needs torch, which the options do not
+
     settings = settings_of(args, quickstart_world, quickstart_models)
 
     def write(folder: Path) -> None:
@@ -124,6 +126,8 @@ def prepare_encoders(args: EncoderArguments) -> dict[str, str]:
         `FileExistsError`: if the folder holds anything but such encoders.
         `FileNotFoundError`: if there is no world.
     """
+    from shared import quickstart_models
+
     output = Path(args.output_dir)
     names = quickstart_models.ENCODERS
 

@@ -192,6 +192,17 @@ def test_the_recall_is_shown_and_needs_passages(monkeypatch):
         index.train_approximate("HNSW8")
 
 
+def test_a_failure_keeps_the_search_options_of_before(tmp_path):
+    index = in_folder(random_index(), tmp_path / "index")
+    index.train_approximate("IVF4,Flat", nprobe=4)
+    with pytest.raises(ValueError, match="Queries have 99 dimensions"):
+        index.train_approximate("HNSW8", queries=torch.zeros(3, 99), efSearch=300)
+    with pytest.raises(ValueError, match="no search option 'efSearch'"):
+        index.set_search_options(nprobe=2, efSearch=300)
+    assert index._approximate.index.nprobe == 4
+    assert index._search_options == {"nprobe": 4}  # what `add` sets on the extended index
+
+
 # ------------------------------------------------------------------ an upload, and files of a corpus
 
 

@@ -169,6 +169,46 @@ def test_prompts_and_options_that_are_refused(model, index, options):
         model.generate_many([[5], []], retriever=index, **options)
     with pytest.raises(ValueError, match="Prompt 1 has 600 tokens, but Gen reads 512"):
         model.generate_many([[5], [6] * 600], retriever=index, **options)
+    with pytest.raises(ValueError, match="Prompt 1 holds the token ids 4 to 400, but Gen knows 0 to 399"):
+        model.generate_many([[5], [400, 4]], retriever=index, **options)
+    for name, value in {"batch_size": 0, "max_batch_tokens": -1}.items():
+        with pytest.raises(ValueError, match=f"{name} is {value}, expected at least 1"):
+            model.generate_many([[5]], retriever=index, **options, **{name: value})
+    for name in ("input_ids", "attention_mask"):
+        with pytest.raises(ValueError, match=f"generate_many takes no {name}"):
+            model.generate_many([[5]], retriever=index, **options, **{name: torch.ones(1, 1)})
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("who?", r"Prompt 0 is the text 'who\?', expected token ids"),
+        ([[5], "who?"], r"Prompt 1 is the text 'who\?', expected token ids: encode_prompt\(model.tokenizer, text\)"),
+        ([5, 6], "Prompt 0 is 5, expected a list of token ids"),
+        (torch.tensor([5, 6]), r"Prompt 0 is tensor\(5\)"),
+        ([[5.5, 6]], r"Prompt 0 is \[5.5, 6\]"),
+        ([["5"]], r"Prompt 0 is \['5'\]"),
+        ([[[5, 6]]], r"Prompt 0 is \[\[5, 6\]\]"),
+        (torch.tensor([[5.0]]), r"Prompt 0 is tensor\(\[5.\]\)"),
+        (None, "Prompt 0 is None"),
+        ([None], "Prompt 0 is None"),
+    ],
+    ids=str,
+)
+def test_prompts_that_are_not_token_ids_raise(model, prompts, message):
+    with pytest.raises(TypeError, match=message):
+        model.generate_many(prompts)
+
+
+@pytest.mark.parametrize("tensors", ["pt", "np", None])
+def test_the_output_of_a_tokenizer_is_taken_whole_and_without_padding(model, index, options, tensors):
+    texts = ["who painted it?", "where?"]
+    expected = model.generate_many([model.tokenizer(text).input_ids for text in texts], retriever=index, **options)
+    for side in ("left", "right"):
+        encoding = model.tokenizer(texts, padding=True, padding_side=side, return_tensors=tensors)
+        assert model.generate_many(encoding, retriever=index, **options) == expected
+    without_padding = model.tokenizer(texts, return_attention_mask=False)
+    assert model.generate_many(without_padding, retriever=index, **options) == expected
 
 
 # ------------------------------------------------------------------ the output file

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig
+from transformers import BatchEncoding, DynamicCache, GenerationConfig
 
-from modeling_cosup import RetrievalConfig
+from modeling_cosup import PassageIndex, RetrievalConfig
 from support.generation import generate
 from support.models import PASSAGES, make_gen, make_model
 
@@ -55,6 +55,73 @@ def test_a_misspelt_argument_raises(model, inputs, index):
         generate(model, inputs, index, max_retreivals=3)
 
 
+# ------------------------------------------------------------------ prompts and arguments of another kind
+
+IDS = torch.tensor([[5, 6, 7]])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "kind", "message"),
+    [
+        ("who?", TypeError, "The prompts are a str, expected token ids"),
+        (["who?"], TypeError, "The prompts are a list, expected token ids"),
+        ([[5, 6, 7]], TypeError, r"The prompts are a list, .*tokenizer\(texts, return_tensors='pt'\)"),
+        (BatchEncoding({"input_ids": [[5, 6, 7]]}), TypeError, "The prompts are a list"),
+        (IDS.numpy(), TypeError, "The prompts are a ndarray"),
+        (IDS.float(), TypeError, "The prompts are torch.float32"),
+        (IDS > 5, TypeError, "The prompts are torch.bool"),
+        (IDS[0], ValueError, r"The prompts have the shape \(3,\)"),
+        (IDS[None], ValueError, r"The prompts have the shape \(1, 1, 3\)"),
+        (IDS[:0], ValueError, r"The prompts have the shape \(0, 3\): there is no token"),
+        (IDS[:, :0], ValueError, r"The prompts have the shape \(1, 0\): there is no token"),
+        (IDS * 100, ValueError, "Prompt 0 holds the token ids 500 to 700, but Gen knows 0 to 399"),
+        (IDS - 6, ValueError, "Prompt 0 holds the token ids -1 to 1, but"),
+    ],
+    ids=str,
+)
+def test_prompts_that_are_not_token_ids_raise(model, index, prompts, kind, message):
+    for retriever in (index, None):
+        if retriever is None and kind is ValueError:
+            continue  # transformers' own errors
+        with pytest.raises(kind, match=message):
+            model.generate(prompts, retriever=retriever, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(1, 2), torch.ones(2, 3), torch.ones(3), [[1, 1, 1]]], ids=str)
+def test_a_mask_of_another_shape_raises(model, index, mask):
+    with pytest.raises(ValueError, match=r"attention_mask is .*, expected a tensor of the prompts' shape, \(1, 3\)"):
+        model.generate(IDS, attention_mask=mask, retriever=index, max_new_tokens=2)
+
+
+def test_the_output_of_a_tokenizer_is_taken_whole(model, index):
+    tokenizer = model.tokenizer
+    encoding = tokenizer(["who painted it?", "where?"], return_tensors="pt", padding=True, padding_side="left")
+    for retriever in (index, None):
+        options = {"retriever": retriever, "max_new_tokens": 4, "do_sample": False}
+        expected = model.generate(encoding.input_ids, attention_mask=encoding.attention_mask, **options)
+        assert torch.equal(model.generate(encoding, **options), expected)
+        assert torch.equal(model.generate(dict(encoding), **options), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"retriever": "out/index"}, r"the name 'out/index', expected an index: .* model.load_index\('out/index'\)"),
+        ({"retriever": PASSAGES}, "retriever is a list, which has no fingerprint, no search"),
+        ({"retriever": PassageIndex}, "retriever is the class PassageIndex"),
+        ({"retrieval_config": {"top_k": 2}}, "retrieval_config is a dict, expected a RetrievalConfig"),
+        ({"generation_config": RetrievalConfig()}, "generation_config is a RetrievalConfig, expected a Generation"),
+        ({"generation_config": {"max_new_tokens": 2}}, "generation_config is a dict"),
+    ],
+    ids=str,
+)
+def test_arguments_of_another_kind_raise(model, arguments, message):
+    with pytest.raises(TypeError, match=message):
+        model.generate(IDS, **arguments)
+    with pytest.raises(TypeError, match=message):
+        model.generate_many([[5, 6]], **arguments)
+
+
 @pytest.mark.parametrize(
     ("gen", "message"),
     [("mamba", "recurrent state"), ("gpt_neo", "layers of the types global, local"), ("bloom", "from one cache")],
@@ -73,7 +140,14 @@ def test_architectures_that_are_refused(gen, message):
     ("settings", "message"),
     [
         ({"top_k": 0}, "top_k is 0"),
+        ({"top_k": 1.5}, "top_k is 1.5, expected an integer"),
+        ({"top_k": "2"}, "top_k is '2', expected an integer"),
         ({"max_retrievals": -1}, "max_retrievals is -1"),
+        ({"max_retrievals": "3"}, "max_retrievals is '3', expected an integer"),
+        ({"min_score": "0.5"}, "min_score is '0.5', expected a number"),
+        ({"passages": ["p0"]}, r"passages is \['p0'\], expected a list for each prompt"),
+        ({"passages": [{"text": "x"}]}, "expected a list for each prompt"),
+        ({"candidates": "p0"}, "candidates is 'p0', expected a list for each prompt"),
         ({"force_nsp_first": True, "forbid_nsp": True}, "exclude each other"),
         ({"candidates": [], "passages": []}, "set one of them"),
         ({"forget_passages": "yes"}, "'recompute' or 'mask'"),
@@ -98,5 +172,8 @@ def test_candidates_and_passages_must_fit(model, inputs, index):
         generate(model, inputs, None, retrieval_config=RetrievalConfig(top_k=2))
     with pytest.raises(ValueError, match="candidates need a retriever"):
         generate(model, inputs, None, retrieval_config=RetrievalConfig(candidates=[["p0"]] * 5, forbid_nsp=True))
+    for passage, message in ((3, "holds 3, expected a passage or its id"), ({"title": "x"}, "text is None")):
+        with pytest.raises(ValueError, match=message):
+            generate(model, inputs, index, retrieval_config=RetrievalConfig(passages=[[passage]] * 5))
     with pytest.raises(ValueError, match="'p0' is given by its id"):
         generate(model, inputs, None, retrieval_config=RetrievalConfig(passages=[["p0"]] * 5))

@@ -164,13 +164,6 @@ def test_a_failed_search_ends_the_stream(model, inputs, index):
     assert streamer.ended  # a thread that reads from it does not wait forever
 
 
-def test_a_search_without_a_retriever_says_so(model, inputs):
-    eager = Prefer([model.config.nsp_token_id])
-    one_row = {"input_ids": inputs["input_ids"][1:2]}
-    with pytest.raises(RetrievalError, match="a row without given passages must search, but there is no retriever"):
-        generate(model, one_row, None, eager, retrieval_config=RetrievalConfig(passages=[None]))
-
-
 def test_an_encoder_that_fails_keeps_the_finished_rows():
     model = make_model(query_from="emb_seq").eval()
     index = model.build_index(PASSAGES, show_progress_bar=False)
@@ -219,3 +212,20 @@ def test_queries_of_a_long_answer_keep_changing(shared):
     assert output.retrievals[0][0].query_embed != pytest.approx(output.retrievals[1][0].query_embed, abs=1e-3)
     for trace in output.retrievals:
         assert len({tuple(retrieval.query_embed) for retrieval in trace}) == 5
+
+
+class Unreached(LogitsProcessor):
+    """A processor that no decision reaches."""
+
+    def __call__(self, input_ids, scores):
+        raise AssertionError("a token is decided")
+
+
+def test_a_row_that_must_search_needs_a_retriever(model, inputs):
+    """It is refused before anything is generated, not at its first search."""
+    two_rows = {"input_ids": inputs["input_ids"][:2], "attention_mask": inputs["attention_mask"][:2]}
+    config = RetrievalConfig(passages=[[PASSAGES[0]], None])
+    with pytest.raises(ValueError, match="passages is None for prompt 1, which must search: pass a retriever"):
+        generate(model, two_rows, None, Unreached(), retrieval_config=config)
+    never = RetrievalConfig(passages=[[PASSAGES[0]], None], forbid_nsp=True)
+    assert len(generate(model, two_rows, None, retrieval_config=never).sequences) == 2

@@ -1,12 +1,15 @@
 """Options from dataclasses, YAML files and the command line, and the errors of wrong ones."""
 
-from dataclasses import dataclass, field
+import sys
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from shared.cli import parse
+from shared.cli import check_options, option_names, parse
 
 import pytest
 from generate import GenerateArguments, read_questions
+
+from trainer import CoSupTrainingArguments
 
 
 @dataclass(kw_only=True)
@@ -22,6 +25,7 @@ class Arguments:
         default_factory=lambda: ["long"], metadata={"choices": ("long", "short"), "may_be_empty": True}
     )
     override: list[str] = field(default_factory=list, metadata={"action": "extend"})
+    corpus_file: str | None = field(default=None, metadata={"local_or_hub": True})
 
     def __post_init__(self):
         if self.steps < 0:
@@ -72,7 +76,9 @@ def test_values_of_a_config_are_converted_as_on_the_command_line(config):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("step: 1", "config.yaml: unknown option 'step'."),
+        ("step: 1", "config.yaml: unknown option 'step' (did you mean steps?)."),
+        ("passage: 1", "config.yaml: unknown option 'passage'."),
+        ("config: other.yaml", "config.yaml: unknown option 'config'."),
         ("steps: some", "config.yaml: steps is 'some', expected an integer."),
         ("steps: 1.5", "config.yaml: steps is 1.5, expected an integer."),
         ("rate: [1]", "config.yaml: rate is [1], expected a number."),
@@ -107,17 +113,102 @@ def test_a_missing_config_is_named(tmp_path):
     ("argv", "message"),
     [
         ([], "the following arguments are required: --model"),
-        (["--model", "m", "--stepz", "1"], "unrecognized arguments: --stepz"),
+        (["--model", "m", "--stepz", "1"], "unknown option --stepz (did you mean --steps?)"),
+        (["--model", "m", "--stepz=1"], "unknown option --stepz (did you mean --steps?)"),
+        (["-model", "m"], "unknown option -model (did you mean --model?)"),
+        (["--model", "m", "--passages", "-1"], "unknown option --passages"),
         (["--model", "m", "--kind", "third"], "invalid choice: 'third'"),
         (["--model", "m", "--filters", "wide"], "invalid choice: 'wide'"),
         (["--model", "m", "--config"], "expected one argument"),
     ],
 )
-def test_an_error_on_the_command_line_shows_the_usage(argv, message, capsys):
+def test_an_error_on_the_command_line_is_one_line(argv, message, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["recipes/some.py"])
     with pytest.raises(SystemExit) as ending:
         read(*argv)
     assert ending.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.removeprefix("pytest: ").removeprefix("some.py: ").startswith("error: ")
+    assert message in line
+    assert line.endswith(". --help lists all options.")
+
+
+def test_what_looks_like_an_option_but_is_none():
+    assert read("--model", "m", "--rate", "-1.5").rate == -1.5
+    assert read("--model", "-", "--mod", "n").model == "n"
+    assert read("--model", "m", "--", "--what", "-h").words == ["--what", "-h"]
+    assert read("--model", "m", "--what is it?").words == ["--what is it?"]
+
+
+HEAVY = "trainer.training_args.CoSupTrainingArguments"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--nsp_batch_sise", "8"], "unknown option --nsp_batch_sise (did you mean --nsp_batch_size?)"),  # ours
+        (["--lerning-rate", "8"], "unknown option --lerning-rate (did you mean --learning_rate?)"),  # of transformers
+        (["--model", "m", "--no_mask_duplicate"], None),  # the beginning of an option
+        (["--learning_rate", "8", "--eval-strategy=no", "--stepz"], "unknown option --stepz (did you mean --steps?)"),
+    ],
+)
+def test_names_of_options_are_checked_without_importing_their_class(argv, message, capsys):
+    if message is None:
+        check_options([Arguments, HEAVY], None, argv)
+        return
+    with pytest.raises(SystemExit) as ending:
+        check_options([Arguments, HEAVY], None, argv)
+    assert ending.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_keys_of_a_config_are_checked_without_importing_their_class(config):
+    with pytest.raises(SystemExit, match=r"unknown option 'lerning_rate' \(did you mean learning_rate\?\)."):
+        check_options([Arguments, HEAVY], None, ["--config", config("model: m\nlerning_rate: 1\n")])
+
+
+def test_the_names_that_are_read_from_source_are_those_of_the_class():
+    assert set(option_names(HEAVY)) >= {option.name for option in fields(CoSupTrainingArguments) if option.init}
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("{folder}/corpus/corpos.jsonl", "no such file or folder (did you mean {folder}/corpus/corpus.jsonl?)."),
+        ("./nothing", "no such file or folder."),
+        ("nothing.jsonl", "no such file or folder."),
+        ("a/b/c", "no such file or folder."),
+    ],
+)
+def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(place, message, tmp_path):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "corpus.jsonl").touch()
+    place, message = place.format(folder=tmp_path), message.format(folder=tmp_path)
+    config = tmp_path / "config.yaml"
+    config.write_text(f"corpus_file: {place}\n")
+    for argv in (["--corpus-file", place], [f"--corpus_file={place}"], ["--config", str(config)]):
+        for read_options in (parse, check_options):  # the latter without importing a class
+            with pytest.raises(SystemExit) as ending:
+                read_options([Arguments, HEAVY], None, ["--model", "m", *argv])
+            assert ending.value.code == f"error: --corpus_file {place}: {message}"
+    assert read("--model", "m", "--config", str(config), "--corpus_file", str(tmp_path)).corpus_file == str(tmp_path)
+
+
+def test_a_name_that_is_not_here_may_be_on_the_hub(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / "index").mkdir(parents=True)
+    assert read("--model", "m", "--corpus_file", "out/index").corpus_file == "out/index"
+    assert capsys.readouterr().err == ""
+    assert read("--model", "m", "--corpus_file", "out/indx").corpus_file == "out/indx"
+    expected = (
+        "--corpus_file out/indx: no such file or folder (did you mean out/index?); "
+        "looking for it on the Hugging Face Hub.\n"
+    )
+    assert capsys.readouterr().err == expected
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "datasets--out--indx").mkdir()  # downloaded before
+    read("--model", "m", "--corpus_file", "out/indx")
+    assert capsys.readouterr().err == ""
 
 
 def test_help_shows_the_description_and_the_options(capsys):

@@ -34,12 +34,16 @@ def inputs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_experiments_are_valid(path, tmp_path):
+def test_shipped_experiments_are_valid(path, tmp_path, monkeypatch):
     experiment = load_experiment(path)  # checks every option of train.py and run_evaluation.py
     assert experiment.baseline in (experiment.arms if len(experiment.arms) > 1 else experiment.modes)
     if experiment.axis:
         assert sum(experiment.axis in options for options in experiment.arms.values()) >= 2
+    monkeypatch.chdir(tmp_path)
+    Path("W").mkdir()
     world = {name: f"W/{file}" for name, file in definition.WORLD_FILES.items()}
+    for place in world.values():
+        Path(place).touch()
     arms = []
     for arm in experiment.arms:
         options = run_experiments.fill(experiment.options(arm), {"world": "W", "models": "M"})

@@ -303,7 +303,7 @@ def test_a_retriever_embeds_passages_and_queries_as_before(tmp_path, monkeypatch
     expected = torch.tensor(reference.encode_document(texts))
     assert torch.allclose(embeddings(model, passages), expected, atol=1e-5)
     assert model.config.embedding_size == expected.shape[1]
-    assert model.config.max_passage_length == 46
+    assert model.config.max_passage_length == 94
     assert model.config.emb_seq_pooling == pooling
     ids = prompt_and_nsp(model, QUESTION)
     query = model.tokenizer.decode(encode_prompt(model.tokenizer, QUESTION), skip_special_tokens=True)

@@ -297,5 +297,5 @@ def test_command_line_prints_the_counts(tmp_path, monkeypatch, capsys):
 
     missing = tmp_path / "missing.jsonl"
     monkeypatch.setattr(sys, "argv", ["prepare_kilt.py", *options, "--input_file", str(missing)])
-    with pytest.raises(SystemExit, match="error: .*missing.jsonl is not a file"):
+    with pytest.raises(SystemExit, match="error: .*missing.jsonl: no such file or folder"):
         prepare_kilt.main()

@@ -6,7 +6,7 @@ from tokenizers import processors
 from support.models import make_emb_seq, make_gen, make_tokenizer
 
 
-def retriever(folder, architecture="bert", pooling="mean", modules=(), max_seq_length=48, **kwargs):
+def retriever(folder, architecture="bert", pooling="mean", modules=(), max_seq_length=96, **kwargs):
     """
     Write a tiny Gen, and a retriever as sentence-transformers saves it. Return the options that name both.
 
