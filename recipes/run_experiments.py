@@ -38,6 +38,7 @@ from experiments.definition import (
     ROOT,
     WORLD_FILES,
     Experiment,
+    check_seeds,
     evaluation_key,
     key_of,
     load_experiment,
@@ -89,7 +90,7 @@ def main() -> None:
     with clear_errors():
         experiment = load_experiment(args.experiment, args.override)
         if args.seeds:
-            experiment.seeds = [int(seed) for seed in args.seeds.split(",")]
+            experiment.seeds = parse_seeds(args.seeds)
         if unknown := sorted(set(args.only or []) - set(experiment.arms)):
             raise ValueError(f"--only {unknown[0]}: the experiment has the arms {', '.join(experiment.arms)}.")
         cache = Path(args.cache_dir or args.output_dir)
@@ -113,6 +114,16 @@ def main() -> None:
     with clear_errors():
         report(experiment, runs, notes, args.output_dir)
     sys.exit(1 if any(run.failure for run in runs) else 0)
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Return the seeds of `--seeds`, such as `0,1`."""
+    try:
+        seeds = [int(seed) for seed in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--seeds {text}: expected integers with commas between them, e.g. 0,1.") from None
+    check_seeds(seeds, "--seeds")
+    return seeds
 
 
 # ---------------------------------------------------------------------- planning
@@ -247,7 +258,7 @@ def show_plan(experiment: Experiment, cache: Path) -> None:
         entries, _ = expand_tasks(experiment, experiment.tasks)
         print(yaml.safe_dump({"tasks": entries}, sort_keys=False, allow_unicode=True), end="")
     settings = {name: getattr(experiment, name) for name in ("pools", "corpus_sizes", "evaluation")}
-    print(yaml.safe_dump(settings, sort_keys=False), end="")
+    print(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), end="")
     print("trainings:")
     for seed in experiment.seeds:
         for arm in experiment.arms:
@@ -303,7 +314,7 @@ def train(run: Run, accelerate_config: str) -> None:
         if done.exists():
             say(run, f"trained already: {run.folder}")
             return
-        config.write_text(yaml.safe_dump(run.options, sort_keys=False))
+        config.write_text(yaml.safe_dump(run.options, sort_keys=False, allow_unicode=True), encoding="utf-8")
         arguments = ["--config", str(config), "--output_dir", str(model)]
         resumed = has_complete_checkpoint(model)
         if resumed:
@@ -339,7 +350,7 @@ def evaluate(run: Run, experiment: Experiment, cache: Path, accelerate_config: s
             say(run, f"evaluated already: {run.evaluation}")
             return
         options = {**experiment.evaluation, "modes": experiment.modes, "tasks": run.entries}
-        config.write_text(yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
+        config.write_text(yaml.safe_dump(options, sort_keys=False, allow_unicode=True), encoding="utf-8")
         model = run.folder / "model"
         if (model / "merged").exists():
             model = model / "merged"
