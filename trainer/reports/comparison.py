@@ -289,7 +289,7 @@ def comparison_row(name: str, comparison: dict[str, Any]) -> list[Cell]:
         shown_p_value = MISSING
     else:
         shown_p_value = "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
-    left_out = f"{comparison['left_out']} left out" if comparison.get("left_out") else ""
+    left_out = f"({comparison['left_out']} left out)" if comparison.get("left_out") else ""
     return [
         figure(name).label,
         shown(comparison["first"], name),
