@@ -331,7 +331,7 @@ def test_the_foreign_trainer_package_is_named(tmp_path):
         f"evaluate.load({str(METRICS / 'kilt')!r})",
     ]
     command = [sys.executable, "-c", "\n".join(lines)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
     assert result.returncode == 1
     assert "pip install cosup" in result.stderr
 

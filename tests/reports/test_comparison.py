@@ -2,19 +2,15 @@
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from support.forks import run_forked
 from trainer.judging.figures import figure
 from trainer.judging.results import FORMAT
 from trainer.reports.cells import verdict
 from trainer.reports.comparison import compare_results, comparison_blocks, section_label, write_comparison
 from trainer.reports.document import to_markdown
-
-ROOT = Path(__file__).parents[2]
 
 
 def write_results(folder, tasks, model="m"):
@@ -245,8 +241,7 @@ def test_the_report(folders, tmp_path):
 
 
 def run_recipe(*arguments):
-    command = [sys.executable, "recipes/compare.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    return run_forked("recipes/compare.py", *arguments)
 
 
 def test_the_recipe(folders, tmp_path):
