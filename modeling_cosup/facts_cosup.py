@@ -25,7 +25,7 @@ class Metric(TypedDict, total=False):
     type: str
     name: str
     value: float
-    interval: list[float]  # 95 %, `[low, high]`
+    interval: list[float]  # 95 %, `[low, high]`, or empty if it is not known
     unit: str
     n: int
 

@@ -55,8 +55,10 @@ def print_sections(title: str, sections: dict) -> None:
         print(f"\n{title}, {section_label(section)}\n")
         for name in names:
             compared = comparisons[name]
-            label, first, second, (difference, interval), p, n = comparison_row(name, compared)
+            label, first, second, (difference, interval), p, (n, left_out) = comparison_row(name, compared)
             outcome = verdict(name, compared["interval"])
+            if left_out:
+                outcome += f" {left_out}"
             print(f"  {label:14} {first:>6} {second:>6}  {difference:>6} {interval:18} p {p:7}  n = {n:5}  {outcome}")
 
 

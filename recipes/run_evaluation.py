@@ -132,7 +132,7 @@ def print_figures(results: dict, output_dir: str) -> None:
             num_questions = max((measured["n"] for measured in figures.values()), default=0)
             print(f"\n{name}, {title}: {num_questions} questions (95 % intervals in brackets)\n")
             rows = [(figure(metric).label, figure_line(measured, metric)) for metric, measured in figures.items()]
-            print(table(rows))
+            print(table(rows) if rows else "  no figure applies; the report says why")
     report = Path(output_dir) / "report.html"
     metrics = Path(output_dir) / "metrics.json"
     print(f"\nReport: {report}   Figures: {metrics}   {results['seconds']:,.0f} s")

@@ -42,6 +42,7 @@ from experiments.definition import (
     NOT_OPTIONS,
     WORLD_FILES,
     Experiment,
+    check_seeds,
     evaluation_key,
     key_of,
     load_experiment,
@@ -65,7 +66,7 @@ def main() -> None:
     with clear_errors():
         experiment = load_experiment(args.experiment, args.override)
         if args.seeds:
-            experiment.seeds = [int(seed) for seed in args.seeds.split(",")]
+            experiment.seeds = parse_seeds(args.seeds)
         if unknown := sorted(set(args.only or []) - set(experiment.arms)):
             raise ValueError(f"--only {unknown[0]}: the experiment has the arms {', '.join(experiment.arms)}.")
         cache = Path(args.cache_dir or args.output_dir)
@@ -89,6 +90,16 @@ def main() -> None:
     with clear_errors():
         report(experiment, runs, notes, args.output_dir)
     sys.exit(1 if any(run.failure for run in runs) else 0)
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Return the seeds of `--seeds`, such as `0,1`."""
+    try:
+        seeds = [int(seed) for seed in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--seeds {text}: expected integers with commas between them, e.g. 0,1.") from None
+    check_seeds(seeds, "--seeds")
+    return seeds
 
 
 # ---------------------------------------------------------------------- planning
@@ -223,7 +234,7 @@ def show_plan(experiment: Experiment, cache: Path) -> None:
         entries, _ = expand_tasks(experiment, experiment.tasks)
         print(yaml.safe_dump({"tasks": entries}, sort_keys=False, allow_unicode=True), end="")
     settings = {name: getattr(experiment, name) for name in ("pools", "corpus_sizes", "evaluation")}
-    print(yaml.safe_dump(settings, sort_keys=False), end="")
+    print(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), end="")
     print("trainings:")
     for seed in experiment.seeds:
         for arm in experiment.arms:
@@ -279,7 +290,7 @@ def train(run: Run, accelerate_config: str) -> None:
         if done.exists():
             say(run, f"trained already: {run.folder}")
             return
-        config.write_text(yaml.safe_dump(run.options, sort_keys=False), encoding="utf-8")
+        config.write_text(yaml.safe_dump(run.options, sort_keys=False, allow_unicode=True), encoding="utf-8")
         arguments = ["--config", str(config), "--output_dir", str(model)]
         resumed = has_complete_checkpoint(model)
         if resumed:

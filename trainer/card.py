@@ -206,7 +206,7 @@ def result_group(
                 "type": name,
                 "name": (labels or {}).get(name, figure(name).label),
                 "value": round(scale * measured["value"], 4),
-                "interval": [round(scale * bound, 4) for bound in measured["interval"]],
+                "interval": [round(scale * bound, 4) for bound in measured["interval"] or []],
                 "unit": "%" if is_share else "",
                 "n": measured["n"],
             }

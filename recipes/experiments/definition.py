@@ -86,7 +86,7 @@ NO_PART_OF_A_RESULT = {  # options of train.py that do not change the trained mo
     "license",
 }
 # Options of an evaluation or a task that say how answers are judged. They do not change the answers.
-SCORING = ("nli_model", "gr_hypothesis", "metric", "split")
+SCORING = ("nli_model", "gr_hypothesis", "metric", "count_empty_answers", "split")
 NO_PART_OF_AN_ANSWER = ("num_threads", "batch_size", "nli_batch_size", "num_examples", *SCORING)
 WORLD_FILES = {"gen": "gen", "emb_seq": "emb_seq", "train_file": "train.jsonl", "validation_file": "validation.jsonl"}
 
@@ -194,10 +194,25 @@ def _check_kinds(experiment: Experiment, where: str) -> None:
         value = getattr(experiment, name)
         if not isinstance(value, dict):
             raise ValueError(f"{where}: {name} is {value!r}, expected names and values.")
-    for name in ("seeds", "pools"):
+    check_seeds(experiment.seeds, f"{where}: seeds")
+    for name in ("pools", "corpus_sizes"):
         value = getattr(experiment, name)
-        if not isinstance(value, list) or not value:
-            raise ValueError(f"{where}: {name} is {value!r}, expected a list.")
+        if name == "corpus_sizes" and value is None:
+            continue
+        if not isinstance(value, list) or not value or not all(map(_is_size, value)):
+            raise ValueError(f"{where}: {name} is {value!r}, expected a list of positive integers or full.")
+
+
+def check_seeds(seeds: Any, where: str) -> None:
+    """Raise a `ValueError` that begins with `where` unless `seeds` is a list of distinct integers."""
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
+        raise ValueError(f"{where} is {seeds!r}, expected a list of integers.")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{where} is {seeds!r}, which holds a seed twice: it would count as one.")
+
+
+def _is_size(value: Any) -> bool:
+    return value == "full" or (type(value) is int and value > 0)
 
 
 def _check_options(experiment: Experiment, where: str) -> None:

@@ -48,7 +48,7 @@ def expand_tasks(experiment: Settings, entries: Sequence[Entry]) -> tuple[list[E
             pools = entry["pools"]
         settings: list[tuple[int | str, int | str | None]] = [(pool, None) for pool in pools]
         if experiment.corpus_sizes is not None:
-            settings = [("full", size) for size in experiment.corpus_sizes or [None]]
+            settings = [("full", size) for size in experiment.corpus_sizes]
         for pool, size in settings:
             name = task
             if size is not None:
@@ -112,7 +112,7 @@ def cut_corpora(
         notes on what was left out.
 
     Raises:
-        `ValueError`: if a size is below the number of gold passages.
+        `ValueError`: if a size is below the number of gold passages, or all sizes are above the number of passages.
     """
     cut_entries: list[Entry] = []
     notes: list[str] = []
@@ -141,18 +141,17 @@ def cut_corpora(
             write_lines(corpus_file, ordered[:size])
             write_lines(eval_file, questions)
             cut_entries.append({**entry, "corpus_file": str(corpus_file), "eval_file": str(eval_file)})
+    if not cut_entries:
+        raise ValueError(f"No task is left, because all corpus_sizes are too large: {'; '.join(notes)}.")
     return cut_entries, notes
 
 
 def _gold_passages(entries: Sequence[Entry], max_questions: int | None) -> set[str]:
     """Return the ids of the gold passages of all questions that the entries ask."""
-    questions = {}
-    for entry in entries:
-        limit = entry.get("max_eval_samples", max_questions)
-        questions[entry["eval_file"]] = load_evaluation_set(entry["eval_file"])[:limit]
+    limits = {(entry["eval_file"], entry.get("max_eval_samples", max_questions)) for entry in entries}
     gold: set[str] = set()
-    for rows in questions.values():
-        for question in rows:
+    for eval_file, limit in limits:
+        for question in load_evaluation_set(eval_file)[:limit]:
             gold |= gold_ids(question)
     return gold
 

@@ -22,6 +22,7 @@ TASK_OPTIONS = (
     "pool",
     "gold_in_pool",
     "metric",
+    "count_empty_answers",
     "max_eval_samples",
     "max_new_tokens",
     "top_k",
@@ -202,6 +203,13 @@ class EvaluationArguments:
     )
     metric: str | None = field(
         default=None, metadata={"help": "Metric of Cor; defaults to the metric of the questions' dataset."}
+    )
+    count_empty_answers: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compare also with answers that normalise to nothing ('The'), as the official code does: any "
+            "output contains them. By default they are left out."
+        },
     )
     max_eval_samples: int | None = field(default=None, metadata={"help": "Ask only the first questions of each task."})
     max_new_tokens: int | None = field(default=None, metadata={"help": "Decoded tokens per answer; defaults to 64."})

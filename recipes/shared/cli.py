@@ -326,7 +326,8 @@ def convert(value: Any, action: argparse.Action, where: str) -> Any:
     """
     Convert a value of a YAML file to what the command line would give.
 
-    argparse does not check defaults, and YAML reads `1e-4` as a string.
+    argparse does not check defaults, and YAML reads `1e-4` as a string. An option that takes several values gets a
+    list, even from a single value.
 
     Args:
         value: the value in the file.
@@ -338,6 +339,14 @@ def convert(value: Any, action: argparse.Action, where: str) -> Any:
     """
     if value is None:
         return None
+    if action.nargs in ("*", "+"):
+        items = value if isinstance(value, list) else [value]
+        return [convert_one(item, action, where) for item in items]
+    return convert_one(value, action, where)
+
+
+def convert_one(value: Any, action: argparse.Action, where: str) -> Any:
+    """Convert one value of an option, see [`convert`]."""
     to_type: Any = action.type
     if callable(to_type) and (isinstance(value, str) or to_type in EXPECTED):
         expected = EXPECTED.get(to_type, "true or false")
@@ -345,11 +354,8 @@ def convert(value: Any, action: argparse.Action, where: str) -> Any:
             value = to_type(str(value))
         except (ValueError, argparse.ArgumentTypeError):
             sys.exit(f"{where} is {value!r}, expected {expected}.")
-    if action.choices is not None:
-        choices = value if isinstance(value, list) else [value]
-        for choice in choices:
-            if choice not in action.choices:
-                sys.exit(f"{where} is {choice!r}, expected one of {', '.join(map(str, action.choices))}.")
+    if action.choices is not None and value not in action.choices:
+        sys.exit(f"{where} is {value!r}, expected one of {', '.join(map(str, action.choices))}.")
     return value
 
 

@@ -63,10 +63,13 @@ def lora(script: ScriptArguments) -> "LoraConfig | None":
         return None
     from peft import LoraConfig
 
+    target_modules: str | list[str] = script.lora_target_modules or "all-linear"
+    if target_modules == ["all-linear"]:
+        target_modules = "all-linear"  # PEFT does not know it in a list
     return LoraConfig(
         r=script.lora_r,
         lora_alpha=script.lora_alpha,
         lora_dropout=script.lora_dropout,
-        target_modules=script.lora_target_modules or "all-linear",
+        target_modules=target_modules,
         task_type="CAUSAL_LM",
     )

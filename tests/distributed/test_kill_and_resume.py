@@ -2,14 +2,12 @@
 
 import inspect
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from transformers import Trainer
+
+from support.forks import run_forked
 
 SCRIPT = Path(__file__).with_name("run_and_kill.py")
 
@@ -26,19 +24,8 @@ def launch(folder, world_size, runs, options, dies):
     Returns:
         `list[list[list]]`: for each run and rank, the records of its steps.
     """
-    command = [sys.executable]
-    if world_size > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
-    command += [str(SCRIPT), str(folder), json.dumps(runs), json.dumps(options)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with open(folder / f"log-{runs[-1]['name']}", "w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-        try:
-            code = process.wait(timeout=200)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    assert (code != 0) == dies, Path(log.name).read_text()[-3000:]
+    done = run_forked(SCRIPT, folder, json.dumps(runs), json.dumps(options), world_size=world_size)
+    assert (done.returncode != 0) == dies, done.stderr[-3000:]
     return [[read_records(folder / f"{run['name']}-{rank}.jsonl") for rank in range(world_size)] for run in runs]
 
 

@@ -1,10 +1,6 @@
 """W ranks x b equal one process x W·b: loss and parameters after a step, in gloo process groups (DDP and FSDP2)."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +8,7 @@ import torch
 from safetensors import safe_open
 
 from modeling_cosup import CoSupForCausalLM
+from support.forks import run_forked
 from support.models import make_model
 
 SCRIPT = Path(__file__).with_name("run_training.py")
@@ -89,18 +86,8 @@ DETACHED = {"detached": {"gather": "detached"}, "local": {"gather": "local"}}
 
 
 def launch(folder, world_size, cases):
-    command = [sys.executable]
-    if world_size > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
-    command += [str(SCRIPT), str(folder), json.dumps(cases)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with open(folder / f"log-{world_size}", "w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-        try:
-            assert process.wait(timeout=900) == 0, Path(log.name).read_text()[-4000:]
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # the ranks too
+    done = run_forked(SCRIPT, folder, json.dumps(cases), world_size=world_size, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")

@@ -4,31 +4,16 @@ every answer is the same as on one process.
 """
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
+
+from support.forks import run_forked
 
 SCRIPT = Path(__file__).with_name("run_generation.py")
 
 
 def test_ranks_keep_step(tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = subprocess.Popen(
-        [*launcher, str(SCRIPT), str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        printed, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, printed[-4000:]
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+    done = run_forked(SCRIPT, tmp_path, world_size=2)
+    assert done.returncode == 0, done.stderr[-4000:]
     retrievals = []  # of each rank
     for rank in range(2):
         expected, answers = json.loads((tmp_path / f"rank-{rank}.json").read_text())

@@ -263,7 +263,7 @@ def test_the_usage_block_of_the_card_runs_as_pasted(published, index):
     # random weights never decide to retrieve
     forced = "retriever=index, retrieval_config=model.retrieval_config_class(force_nsp_first=True),"
     process = hub.popen(code.replace("retriever=index,", forced), package=False)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert "[1] " in out
     assert "Retrieval(row=0" in out

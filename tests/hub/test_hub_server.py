@@ -326,7 +326,7 @@ def test_a_client_that_outlives_the_server(tmp_path, checkpoint):
         hub.wait_for_stall()
         hub.kill()
         hub.start(stall_after_bytes=None)
-        _, err = client.communicate(timeout=120)
+        _, err = client.communicate(timeout=600)
         assert client.returncode == 0, err
         files = hub.run(CLIENT + LOOK)["files"]
     assert files.pop(".gitattributes")

@@ -95,7 +95,7 @@ def trained(hub, inputs, tmp_path_factory):
     index = {"validation_file": inputs / "train.jsonl", "corpus_license": "cc-by-sa-4.0", "push_index": "true"}
     words = as_words(**push, **training, **index)
     process = hub.popen(TRAIN, *options(inputs, output, *words), token=None)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     return output, out + err, *hub.run(FETCH, "tester/trained", "model")
 
@@ -223,7 +223,7 @@ def test_adapters_load_onto_the_base_and_merge_into_a_checkpoint_with_code(hub, 
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     forced = "retriever=index, retrieval_config=model.retrieval_config_class(force_nsp_first=True),"
     process = hub.popen(code.replace("retriever=index,", forced), package=False)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert "[1] " in out, err
 

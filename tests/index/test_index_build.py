@@ -18,6 +18,7 @@ import torch
 
 from modeling_cosup import PassageIndex, index_build_cosup, passages_cosup
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq
+from support.forks import run_forked
 from support.models import PASSAGES, make_model
 from support.tokenizers import xlm_roberta
 
@@ -473,15 +474,11 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def launch(inputs, output, world_size=1, die_at=-1, die_on=0, **environment):
+def launch(inputs, output, world_size=1, die_at=-1, die_on=0):
     """Run `recipes/build_index.py` in real processes; rank `die_on` is killed when it has made `die_at` shards."""
-    command = [sys.executable]
-    if world_size > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", world_size]
-    command += [SCRIPT, die_at, die_on, "--model", inputs / "model", "--corpus_file", inputs / "corpus.jsonl"]
+    command = [SCRIPT, die_at, die_on, "--model", inputs / "model", "--corpus_file", inputs / "corpus.jsonl"]
     command += ["--output_dir", output, "--shard_size", 4]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment}
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=200)
+    return run_forked(*command, world_size=world_size, env={"ACCELERATE_USE_CPU": "true"})
 
 
 def test_killed_and_resumed(inputs, tmp_path, monkeypatch):
@@ -535,11 +532,10 @@ def test_a_full_disk_says_what_to_free_and_keeps_complete_shards(inputs, tmp_pat
         "model = CoSupForCausalLM.from_pretrained(sys.argv[1])\n"
         "model.build_index(sys.argv[2], save_directory=sys.argv[3], shard_size=4, show_progress_bar=False)"
     )
-    command = [sys.executable, "-c", code, inputs / "model", tmp_path / "corpus.jsonl", folder / "index"]
     if limit == "file system":
         mount_small_disk(folder)
     try:
-        result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=200)
+        result = run_forked("-c", code, inputs / "model", tmp_path / "corpus.jsonl", folder / "index")
         assert result.returncode == 1, result.stderr[-3000:]
         assert "no room for the next shard" in result.stderr, result.stderr[-3000:]
         assert "MB for the embeddings of the 6 remaining passages" in result.stderr
@@ -585,7 +581,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     model.save_pretrained(tmp_path / "model")
     command = [sys.executable, "-c", BUILD_AND_NOTE_MEMORY, tmp_path / "model", tmp_path / "index"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     held = [int(line) for line in result.stdout.split()]
     stored = sum(path.stat().st_size for path in (tmp_path / "index").iterdir()) / 1024

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import faiss
@@ -15,6 +13,7 @@ import torch
 
 from modeling_cosup import PassageIndex, index_search_cosup, index_searchable_cosup
 from modeling_cosup.index_files_cosup import seal
+from support.forks import run_forked
 from support.indexes import all_scores, check_nearest, in_folder, queries, random_index
 from support.models import PASSAGES, make_model
 from trainer.judging.figures import figure
@@ -419,9 +418,8 @@ def test_a_kill_at_any_step_leaves_the_old_state_or_the_new(model, tmp_path):
     index.train_approximate("HNSW8")
     for step in range(1, 20):
         shutil.copytree(tmp_path / "index", tmp_path / str(step))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-c", ADD_AND_DELETE_UNTIL_KILLED, tmp_path, Path(__file__).parents[1]]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    command = ["-c", ADD_AND_DELETE_UNTIL_KILLED, tmp_path, Path(__file__).parents[1]]
+    result = run_forked(*command, env={"TOKENIZERS_PARALLELISM": "false"})
     codes = [int(line) for line in result.stdout.split()]
     assert len(codes) == 19, result.stderr[-2000:]
     assert set(codes) == {-signal.SIGKILL, 0}, result.stderr[-2000:]

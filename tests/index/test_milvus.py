@@ -102,7 +102,7 @@ def killed(large, milvus_server, tmp_path_factory):
     _, folder = large
     command = [sys.executable, str(ROOT / "tests" / "support" / "upload_and_kill.py"), str(folder), *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, process.stderr[-3000:]
     return targets
 
@@ -512,6 +512,6 @@ except ImportError as error:
 def test_pymilvus_is_imported_when_it_is_needed_and_its_absence_says_what_to_install():
     command = [sys.executable, "-c", OPEN_WITHOUT_PYMILVUS]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     message = 'An index in Milvus needs pymilvus: pip install "cosup[milvus]".'
     assert result.stdout.splitlines() == ["False False", message, message], result.stderr[-2000:]

@@ -123,7 +123,7 @@ def run_elsewhere(tmp_path, pairs, inputs):
     job = {"pairs": pairs, "inputs": inputs, "again": f"{tmp_path}/again_", "passages": PASSAGES}
     command = [sys.executable, "-I", "-c", SCRIPT, json.dumps(job)]
     streams = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
-    done = subprocess.run(command, cwd=tmp_path / "cwd", env=environment, timeout=300, **streams)
+    done = subprocess.run(command, cwd=tmp_path / "cwd", env=environment, timeout=600, **streams)
     assert done.returncode == 0, done.stderr
     assert "[transformers]" not in done.stderr, done.stderr  # no warnings
     return json.loads(done.stdout)  # nothing else is printed: nobody has to confirm again that this code may run
@@ -267,7 +267,7 @@ def test_a_model_that_came_with_a_checkpoint_searches_milvus_through_the_install
     job = json.dumps([str(tmp_path / "model"), str(tmp_path / "index"), milvus_server.uri, inputs])
     command = [sys.executable, "-c", MILVUS_SCRIPT, job]
     streams = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, timeout=300, **streams)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, timeout=600, **streams)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout)
     model_module, files_module, milvus_module = result["modules"]

@@ -217,3 +217,15 @@ def test_fever_by_nli():
     assert len(judge.asked[0]) == 4  # an empty output is wrong, without asking
     with pytest.raises(ValueError, match="expected one verdict"):
         fever_nli(["x"], ["c"], [["supports", "refutes"]], judge)
+
+
+def test_what_is_no_sentence_is_not_judged_and_what_has_no_passage_does_not_follow():
+    """Punctuation alone would often be entailed, and so would much by an empty premise."""
+
+    def says_yes(pairs):
+        assert pairs == [("Title: A\ntext A", "Night fell.")]
+        return [True]
+
+    judged = [retrieval("Night fell. ...", A), retrieval("Radium glows.")]
+    predictions = [{"retrievals": judged}, {"retrievals": [retrieval("!?", A)]}]
+    assert grounding(predictions, says_yes) == [0.5, None]

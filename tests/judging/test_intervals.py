@@ -91,24 +91,38 @@ def test_the_resamples_are_those_of_numpys_generator():
 
 
 def test_a_sample_that_does_not_vary_has_an_interval_of_no_width():
-    for values in ([0.1], [0.1] * 3):
-        assert bootstrap_interval(values) == (0.1, 0.1)
-    assert bootstrap_interval([0.5], [2.0]) == (0.25, 0.25)
-    assert all(map(math.isnan, bootstrap_interval([])))
+    assert bootstrap_interval([0.1] * 3) == (0.1, 0.1)
+
+
+@pytest.mark.parametrize(("values", "weights"), [([], None), ([0.1], None), ([0.5], [2.0])])
+def test_fewer_than_two_values_have_no_interval(values, weights):
+    """A single value does not show how much it would vary: an interval of no width would look certain."""
+    assert all(map(math.isnan, bootstrap_interval(values, weights)))
+    assert Mean(values, weights).to_dict()["interval"] is None
+
+
+def test_a_task_of_one_question_leaves_an_average_or_a_comparison_without_an_interval():
+    figure = average([[1.0], [0.0, 1.0, None, 0.0, 1.0]])
+    assert (figure["value"], figure["n"], figure["interval"]) == (0.75, 5, None)
+    for columns in ([[0.5]], [[0.5], [0.5, 0.5]]):
+        compared = compare_differences(columns).to_dict()
+        assert (compared["difference"], compared["interval"], compared["p_value"]) == (0.5, None, None)
+    alone = paired_bootstrap({"a": 0.0, "b": None}, {"a": 1.0, "b": 1.0}).to_dict()
+    assert (alone["n"], alone["left_out"], alone["interval"], alone["p_value"]) == (1, 1, None, None)
 
 
 def test_averages_over_tasks_resample_each_task_by_itself():
-    """A task with one question weighs as much as a large one. Tasks that the figure does not apply to are left out."""
-    figure = average([[1.0], [0.0, 1.0, None, 0.0, 1.0], [None]])
-    assert (figure["value"], figure["n"], figure["tasks"]) == (0.75, 5, 2)
+    """A small task weighs as much as a large one. Tasks that the figure does not apply to are left out."""
+    figure = average([[1.0, 1.0], [0.0, 1.0, None, 0.0, 1.0], [None]])
+    assert (figure["value"], figure["n"], figure["tasks"]) == (0.75, 6, 2)
     assert figure["interval"] == pytest.approx([0.5, 1.0])  # the first task is always 1
     assert average([[None], []]) is None
 
 
 def test_comparisons_over_tasks_resample_each_task_by_itself():
-    differences = [[0.5], [0.0, 1.0, 0.0, 1.0]]
+    differences = [[0.5, 0.5], [0.0, 1.0, 0.0, 1.0]]
     comparison = compare_differences(differences, resamples=500, seed=3)
-    assert (comparison.difference, comparison.n) == (0.5, 5)
+    assert (comparison.difference, comparison.n) == (0.5, 6)
     means = (0.5 + resampled_means(differences[1], resamples=500, seed=4)) / 2
     assert comparison.interval == pytest.approx(np.percentile(means, [2.5, 97.5]))
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from modeling_cosup import Completion
 from modeling_cosup.lines_cosup import read_lines
 from support.evaluation_world import CORPUS, FREE, IDS, QUESTIONS, UNKNOWN, write_world
 from support.models import make_model
@@ -13,6 +14,7 @@ from trainer.judging.figures import figure
 from trainer.judging.judge import evaluate_tasks
 from trainer.judging.matching import gold_ids, retrieved_ids
 from trainer.judging.results import read_results
+from trainer.judging.runs import Clock
 from trainer.judging.tasks import Task
 from trainer.reports.comparison import compare_results
 from trainer.reports.evaluation import write_report
@@ -352,7 +354,55 @@ def test_the_query_embedding_alone(judged, model, world, tmp_path, monkeypatch):
     assert comparison["query corpus"]["mrr"]["difference"] == 0
 
 
-def test_no_mode_is_refused(model, world, tmp_path):
+def test_no_mode_or_task_is_refused(model, world, tmp_path):
     tasks = [Task("full", **world)]
     with pytest.raises(ValueError, match="There is no mode"):
         evaluate_tasks(model, tasks, tmp_path / "b", [])
+    with pytest.raises(ValueError, match="There is no task"):
+        evaluate_tasks(model, [], tmp_path / "b", ["off"])
+
+
+def test_questions_without_a_usable_answer_are_counted_and_left_out(model, tmp_path):
+    """A later call that asks for them scores the same answers again."""
+    questions = [
+        changed(QUESTIONS[0], answers=["The", "..."]),
+        changed(QUESTIONS[2], answers=["A", "no such words"]),
+        changed(QUESTIONS[3], answers=["no such words"]),
+    ]
+    eval_file = write_world(tmp_path, questions)["eval_file"]
+    measured = {}
+    for counted in (False, True):
+        task = Task("t", eval_file, count_empty_answers=counted, max_new_tokens=2)
+        results = evaluate_tasks(model, [task], tmp_path / "out", ["off"])["tasks"]["t"]
+        cor = results["modes"]["off"]["metrics"]["cor"]
+        measured[counted] = (cor["value"], cor["n"], [note for note in results["left_out"] if "normalise" in note])
+    assert measured[False] == (
+        0.0,
+        2,
+        [
+            "1 of 3 questions have only answers that normalise to nothing, e.g. 'The': they do not count in Cor, EM "
+            "and other figures of answers (unless count_empty_answers is set)",
+            "1 of 3 questions have answers that normalise to nothing, e.g. 'A': these are not compared with",
+        ],
+    )
+    value, n, notes = measured[True]
+    assert (value, n) == (pytest.approx(2 / 3), 3)
+    assert notes == ["2 of 3 questions have answers that normalise to nothing, e.g. 'The': every output contains them"]
+
+
+def test_an_index_of_gold_passages_alone_is_noted(model, tmp_path):
+    """Whatever is retrieved is right then: R@1 of 100 % shows nothing."""
+    (tmp_path / "one.jsonl").write_text(json.dumps(CORPUS[0]) + "\n")
+    paths = {
+        **write_world(tmp_path, [changed(QUESTIONS[0], candidates=[])]),
+        "corpus_file": str(tmp_path / "one.jsonl"),
+    }
+    results = evaluate_tasks(model, [Task("t", **paths)], tmp_path / "out", ["query"])["tasks"]["t"]
+    assert results["query"]["corpus"]["query_recall@1"]["value"] == 1.0
+    assert any("holds the gold passages of 1 of 1 questions alone" in note for note in results["left_out"])
+
+
+def test_the_progress_bar_counts_only_answers_that_can_be_judged():
+    clock = Clock([changed(QUESTIONS[0], answers=["The"]), changed(QUESTIONS[2], answers=["Night"])])
+    assert clock(Completion(0, [], "", "", 0, [])) == {"Ret": "0.0"}
+    assert clock(Completion(1, [5], "Night", "Night", 1, [])) == {"Ret": "0.0", "EM": "100.0"}

@@ -54,13 +54,16 @@ def test_unigram_f1_takes_the_best_answer():
 
 def test_empty_answers():
     """As in KILT, no overlap is 0. The empty text is part of every text, so an answer of articles is always found."""
-    assert unigram_f1("", [""]) == 0.0
+    assert unigram_f1("", ["the"]) == 0.0
     assert unigram_f1("the", ["a"]) == 0.0
     assert short_answer("", ["The"])
     assert not short_answer("", ["Rembrandt"])
     assert set(kilt_scores("  ", ["Rembrandt"], 1.0).values()) == {0.0}
     with pytest.raises(ValueError, match="no answers"):
         correctness("x", [], "f1")
+    for prediction in ("", "x"):  # a missing answer is no reason to call an empty prediction wrong either
+        with pytest.raises(ValueError, match="no answers, or only empty ones"):
+            kilt_scores(prediction, ["", "  "], 1.0)
     with pytest.raises(ValueError, match="metric is 'bleu'"):
         correctness("x", ["x"], "bleu")
 
@@ -250,9 +253,17 @@ def kilt_recall_at_1(retrieved, provenance):
 
 @pytest.mark.parametrize("metric", [ret, ret_precision, r_precision, reciprocal_rank, ndcg, kilt_recall_at_1])
 @pytest.mark.parametrize("provenance", [[], [[]], None])
-def test_no_retrieval_metric_without_provenance(metric, provenance):
+@pytest.mark.parametrize("retrieved", [["a"], []])
+def test_no_retrieval_metric_without_provenance(metric, provenance, retrieved):
     with pytest.raises(ValueError, match="provenance is empty"):
-        metric(["a"], provenance)
+        metric(retrieved, provenance)
+
+
+@pytest.mark.parametrize("metric", [query_recall_at_k, kilt_recall_at_k, ndcg])
+@pytest.mark.parametrize("k", [0, -1])
+def test_no_retrieval_metric_without_a_place(metric, k):
+    with pytest.raises(ValueError, match=f"k is {k}, expected 1 or more"):
+        metric(["a", "b"], [["a"]], k)
 
 
 def test_evidence_sets_and_ids():
@@ -281,7 +292,8 @@ def test_match_by_id():
         ("abcx", "abc", r"1 predictions have no question \(x\)"),
         ("aab", "ab", r"1 ids occur twice in the predictions \(a\)"),
         ("ab", "abb", r"1 ids occur twice in the evaluation set \(b\)"),
-        ("abcdef", "", r"6 predictions have no question \(a, b, c, …\)"),
+        ("abcdef", "x", r"6 predictions have no question \(a, b, c, …\)"),
+        ("a", "", "holds no question: there is nothing to judge"),
     ],
 )
 def test_ids_that_do_not_match(prediction_ids, instance_ids, message):

@@ -81,6 +81,50 @@ def test_missing_answers_are_an_error(questions, predictions):
         score(predictions[1:], questions)
 
 
+def of_nothing(**fields):
+    """Return questions whose answers normalise to nothing: all of them, some of them, and of readings."""
+    pairs = [{"short_answers": ["The"]}, {"short_answers": ["...", "Night"]}]
+    return [
+        {**QUESTIONS[0], "id": "only", "answers": ["The", "..."]},
+        {**QUESTIONS[0], "id": "partly", "answers": ["A", "Rembrandt"]},
+        {**QUESTIONS[0], "id": "readings", "dataset": "asqa", "answers": ["x"], "meta": {"qa_pairs": pairs}},
+        {**QUESTIONS[0], "id": "no reading", "dataset": "asqa", "answers": ["x"], "meta": {"qa_pairs": pairs[:1]}},
+        {**FREE, "id": "free", "answers": ["An"]},
+    ]
+
+
+@pytest.mark.parametrize("output", ["", "I do not know"])
+def test_answers_that_normalise_to_nothing_are_not_compared_with(output):
+    """Every output contains them and an empty one equals them, so they would make every answer right."""
+    questions = of_nothing()
+    scores = score([prediction(question, output) for question in questions], questions)
+    assert scores["cor"] == [None, 0.0, 0.0, None, None]
+    assert scores["cor_minus"] == [None, 0.0, 0.0, None, None]
+    for name in ("em", "f1", "accuracy", "kilt_em"):
+        assert scores[name][:2] == [None, 0.0]
+    assert scores["str_em"] == [None, None, 0.0, None, None]
+    assert "em_not_needed" not in scores
+    assert measure(scores)["cor"]["n"] == 2
+
+
+def test_the_official_code_counts_answers_that_normalise_to_nothing():
+    questions = of_nothing()
+    predictions = [prediction(question, "I do not know") for question in questions]
+    scores = score(predictions, questions, count_empty_answers=True)
+    assert scores["cor"] == [1.0, 1.0, 1.0, 1.0, None]
+    assert scores["cor_not_needed"][-1] == 1.0
+    nothing_said = score([prediction(question, "") for question in questions], questions, count_empty_answers=True)
+    assert nothing_said["cor"][0] == 1.0
+    assert nothing_said["em_not_needed"][-1] == 1.0
+
+
+def test_an_empty_output_supports_no_claim():
+    """The NLI model is not trusted with an empty premise: it may say yes."""
+    questions = [{**QUESTIONS[0], "meta": {"claims": ["one"]}}, {**QUESTIONS[2], "meta": {"claims": ["one"]}}]
+    outputs = [prediction(questions[0], " "), prediction(questions[1], "one")]
+    assert score(outputs, questions, entail=says_yes)["claim_recall"] == [0.0, 1.0]
+
+
 def test_cor_of_questions_with_claims_is_claim_recall():
     """ALCE's ELI5 has the same name as KILT's, which is judged by ROUGE-L."""
     with_claims = {**QUESTIONS[0], "dataset": "eli5", "meta": {"claims": ["one", "two"]}}
@@ -117,7 +161,7 @@ def test_the_interval_is_chosen_by_the_figure_not_by_its_values():
     [(["em", "fever_nli"], True), (["em", "f1"], False), ([""], False), ([], False), (["rouge_l"], False)],
 )
 def test_the_interval_of_cor_is_that_of_its_metric(cor, has_a_width):
-    figures = measure({"cor": [1.0, 1.0], "cor_minus": [0.0, 0.0], "cor_not_needed": [1.0]}, cor)
+    figures = measure({"cor": [1.0, 1.0], "cor_minus": [0.0, 0.0], "cor_not_needed": [1.0, 1.0]}, cor)
     for measured in figures.values():
         low, high = measured["interval"]
         assert (low < high) == has_a_width

@@ -100,7 +100,7 @@ print(json.dumps([type(model).__name__, model(torch.tensor([[5, 6, 7]])).logits.
 """
     environment = {"PATH": "/usr/bin", "HF_HUB_OFFLINE": "1"}
     streams = {"capture_output": True, "text": True}
-    done = subprocess.run([sys.executable, "-c", code], cwd="/", env=environment, timeout=300, **streams)
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", env=environment, timeout=600, **streams)
     assert done.returncode == 0, done.stderr
     name, logits = json.loads(done.stdout)
     assert name == "LlamaForCausalLM"

@@ -167,7 +167,7 @@ def test_code_runs_only_with_trust_remote_code(tmp_path):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert result.returncode != 0
     assert "trust_remote_code" in result.stderr

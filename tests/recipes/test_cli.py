@@ -26,6 +26,7 @@ class Arguments:
     )
     override: list[str] = field(default_factory=list, metadata={"action": "extend"})
     corpus_file: str | None = field(default=None, metadata={"local_or_hub": True})
+    sizes: list[int] = field(default_factory=list)
 
     def __post_init__(self):
         if self.steps < 0:
@@ -71,6 +72,9 @@ def test_values_of_a_config_are_converted_as_on_the_command_line(config):
     assert read("--config", path) == Arguments(model="m", steps=5, card=True)
     assert read("--config", config(""), "--model", "m") == Arguments(model="m")
     assert read("--config", config("\ufeffmodel: m\n")) == Arguments(model="m")  # a byte order mark
+    path = config("model: m\nsizes: [1, '20']\nwords: one\n")
+    assert read("--config", path) == Arguments(model="m", sizes=[1, 20], words=["one"])
+    assert read("--config", config("model: m\nsizes: 5\n")).sizes == [5]
 
 
 @pytest.mark.parametrize(
@@ -85,6 +89,8 @@ def test_values_of_a_config_are_converted_as_on_the_command_line(config):
         ("card: perhaps", "config.yaml: card is 'perhaps', expected true or false."),
         ("kind: third", "config.yaml: kind is 'third', expected one of full, half."),
         ("filters: [long, wide]", "config.yaml: filters is 'wide', expected one of long, short."),
+        ("sizes: [1, two]", "config.yaml: sizes is 'two', expected an integer."),
+        ("steps: [1]", "config.yaml: steps is [1], expected an integer."),
         ("steps: [", "config.yaml: malformed YAML"),
         ("steps: " + "[" * 5000, "config.yaml: malformed YAML"),
         ("steps: " + "1" * 5000, "config.yaml: malformed YAML"),

@@ -86,17 +86,26 @@ EXPECTED = {
         "r_precision": 0.5,
         "kilt_recall@5": 0.5,
         "num_without_provenance": 0,
+        "num_empty_answers": 0,
     },
     "alce": {
         "str_em": 0.5,
         "str_hit": 0.5,
+        "num_empty_answers": 0,
         "claim_recall": 1.0,
         "citation_recall": 1.0,
         "citation_precision": 1.0,
         "num_cited_outputs": 1,
     },
     "grounding": {"k_precision": 1.0, "num_grounded": 1, "gr": 1.0, "gr_success": 1.0, "gr_failure": NAN},
-    "correctness": {"cor": 0.5, "cor_minus": 0.5, "metric": "short_answer", "cor_success": 1.0, "cor_failure": 0.0},
+    "correctness": {
+        "cor": 0.5,
+        "cor_minus": 0.5,
+        "metric": "short_answer",
+        "cor_success": 1.0,
+        "cor_failure": 0.0,
+        "num_empty_answers": 0,
+    },
 }
 
 
@@ -211,6 +220,25 @@ def test_rankings_of_an_evaluation_and_questions_of_unknown_provenance():
     over_pool = load("nsp_retrieval").compute(**inputs, rankings=rankings, ranking="pool")
     assert over_pool["query_recall@1"] == 0.5
     assert "mrr" not in load("nsp_retrieval").compute(**inputs)
+    nothing_found = [rankings[0], {**rankings[1], "corpus": []}]
+    assert load("nsp_retrieval").compute(**inputs, rankings=nothing_found)["mrr"] == 0.25
+    with pytest.raises(ValueError, match="1 of 2 questions with provenance have no ranking"):
+        load("nsp_retrieval").compute(**inputs, rankings=rankings[:1])
+    with pytest.raises(ValueError, match="2 of 2 rankings have no 'all'"):
+        load("nsp_retrieval").compute(**inputs, rankings=rankings, ranking="all")
+
+
+def test_answers_that_normalise_to_nothing_count_as_in_the_official_code_and_are_counted():
+    readings = [{"short_answers": ["The"]}]
+    references = [{**REFERENCES[0], "answers": ["The"], "meta": {"qa_pairs": readings}}]
+    predictions = [{**PREDICTIONS[1], "output": "no idea", "output_with_citations": "no idea"}]
+    for name, figure_name, value in (("correctness", "cor", 1.0), ("kilt", "em", 0.0), ("alce", "str_em", 1.0)):
+        scores = load(name).compute(predictions=predictions, references=references)
+        assert (scores[figure_name], scores["num_empty_answers"]) == (value, 1)
+    empty = [{**REFERENCES[0], "answers": [" "]}]
+    for name in ("correctness", "kilt"):
+        with pytest.raises(ValueError, match="1 of 1 questions have no answers, or only empty ones"):
+            load(name).compute(predictions=predictions, references=empty)
 
 
 def test_alce_judges_what_the_references_hold():
@@ -237,6 +265,7 @@ def test_correctness_of_fever_by_label_and_by_nli():
         "metric": "fever_label",
         "cor_success": 0.0,
         "cor_failure": 1.0,
+        "num_empty_answers": 0,
     }
     by_nli = module.compute(predictions=predictions, references=claims, nli=is_contained)
     assert (by_nli["cor"], by_nli["cor_minus"], by_nli["metric"]) == (0.5, 0.5, "fever_nli")
@@ -302,7 +331,7 @@ def test_the_foreign_trainer_package_is_named(tmp_path):
         f"evaluate.load({str(METRICS / 'kilt')!r})",
     ]
     command = [sys.executable, "-c", "\n".join(lines)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
     assert result.returncode == 1
     assert "pip install cosup" in result.stderr
 

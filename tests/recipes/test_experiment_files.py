@@ -94,6 +94,11 @@ def test_shipped_experiments_share_trainings(tmp_path):
             "whose values in the arms are [2, 2.0], expected numbers, each in one arm",
         ),
         (["seeds=3"], "seeds is 3, expected a list"),
+        (["seeds=[0, 1, 0]"], "seeds is [0, 1, 0], which holds a seed twice"),
+        (["corpus_sizes=[]"], "corpus_sizes is [], expected a list of positive integers or full"),
+        (["corpus_sizes=100"], "corpus_sizes is 100, expected a list of positive integers or full"),
+        (["corpus_sizes=[0]"], "corpus_sizes is [0], expected a list of positive integers or full"),
+        (["pools=[all]"], "pools is ['all'], expected a list of positive integers or full"),
         (["tasks=[{name: a, eval_fil: b}]"], "unknown field 'eval_fil'"),
         (["max_steps"], "expected key=value"),
         (["title.a.b=1"], "title holds no options"),
@@ -203,6 +208,34 @@ def test_corpora_of_growing_size(inputs, tmp_path):
     entries, meaning = expand_tasks(load_experiment(inputs / "experiment.yaml", ["corpus_sizes=[3]"]), tasks)
     with pytest.raises(ValueError, match="corpus_sizes holds 3, but 6 gold passages"):
         cut_corpora(entries, meaning, tmp_path / "cut")
+
+
+def test_tasks_of_one_file_keep_the_gold_passages_of_all_their_questions(inputs, tmp_path):
+    """The smallest corpus would otherwise lack gold passages of the task that asks more questions, and look harder."""
+    fields = {"eval_file": str(inputs / "eval.jsonl"), "corpus_file": str(inputs / "corpus.jsonl")}
+    tasks = [{"name": "many", **fields, "max_eval_samples": 4}, {"name": "few", **fields, "max_eval_samples": 1}]
+    sizes = ["corpus_sizes=[4]", f"data={inputs}"]
+    entries, meaning = expand_tasks(load_experiment(inputs / "experiment.yaml", sizes), tasks)
+    entries, _ = cut_corpora(entries, meaning, tmp_path / "cut")
+    gold = {passage["id"] for passage in PASSAGES[:4]}
+    for entry in entries:
+        assert {passage["id"] for passage in load_corpus(entry["corpus_file"])} == gold
+
+
+def test_corpora_that_are_all_too_large_are_an_error_before_anything_is_trained(inputs, tmp_path):
+    tasks = [{"name": "t", "eval_file": str(inputs / "eval.jsonl"), "corpus_file": str(inputs / "corpus.jsonl")}]
+    entries, meaning = expand_tasks(load_experiment(inputs / "experiment.yaml", ["corpus_sizes=[99]"]), tasks)
+    with pytest.raises(ValueError, match="No task is left, .*has only 6 passages"):
+        cut_corpora(entries, meaning, tmp_path / "cut")
+
+
+def test_a_plan_and_seeds_are_readable(inputs, tmp_path, capsys):
+    overrides = [f"data={inputs}", "evaluation.gr_hypothesis='{question} → {sentence}'", "gen=G", "train_file=T"]
+    run_experiments.show_plan(load_experiment(inputs / "experiment.yaml", overrides), tmp_path)
+    assert "{question} → {sentence}" in capsys.readouterr().out
+    assert run_experiments.parse_seeds("0,2") == [0, 2]
+    with pytest.raises(ValueError, match="--seeds 0,x: expected integers with commas"):
+        run_experiments.parse_seeds("0,x")
 
 
 def test_corpora_cut_to_what_pools_hold(inputs, tmp_path):

@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LogitsProc
 
 from modeling_cosup import CoSupForCausalLM
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_prompt, pad_rows, render_passage
+from support.forks import run_forked
 from support.models import PASSAGES, make_emb_seq, make_gen, make_model, make_tokenizer
-from support.recipes import ROOT, flags, run
+from support.recipes import ROOT, flags
 from support.retrievers import dense, normalize, retriever
 
 INSTRUCTION, QUESTION = "Answer the following question.", "who painted the Night Watch?"
@@ -528,12 +529,12 @@ def test_the_recipe_as_a_program(tmp_path):
     their_pair(tmp_path)
     output = tmp_path / "deep" / "out"
     pair = flags(gen=tmp_path / "gen", emb_seq=tmp_path / "emb_seq", paper="cosupervision")
-    command = [sys.executable, "recipes/import_checkpoints.py", *pair, *flags(dtype="bfloat16", output_dir=output)]
-    result = run(*command)
+    command = ["recipes/import_checkpoints.py", *pair, *flags(dtype="bfloat16", output_dir=output)]
+    result = run_forked(*command)
     assert result.returncode == 0, result.stderr
     assert "Gen LlamaForCausalLM, Emb_seq LlamaModel, queries from gen" in result.stdout
     assert CoSupForCausalLM.from_pretrained(output).gen.dtype == torch.bfloat16
-    result = run(*command)
+    result = run_forked(*command)
     assert result.returncode == 1
     error = result.stderr.strip().splitlines()[-1]
     assert error.endswith("expected an empty folder other than the current one, or none.")

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from modeling_cosup import CoSupForCausalLM, MilvusPassageIndex, PassageIndex
+from support.forks import run_forked
 from support.models import make_model
-from support.recipes import fails_here, run, train_here
+from support.recipes import fails_here, train_here
 
 TOKEN = "someone:a-secret-word"
 
@@ -22,9 +23,9 @@ def world(inputs, milvus_server, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("milvus_recipes")
     make_model().save_pretrained(folder / "model")
-    command = [sys.executable, "recipes/build_index.py", "--model", folder / "model"]
+    command = ["recipes/build_index.py", "--model", folder / "model"]
     command += ["--corpus_file", inputs / "corpus.jsonl", "--output_dir", folder / "index"]
-    result = run(*command, "--index", "wiki", "--index_uri", milvus_server.uri)
+    result = run_forked(*command, "--index", "wiki", "--index_uri", milvus_server.uri)
     assert result.returncode == 0, result.stderr[-3000:]
     assert f"6 passages in collection wiki of {milvus_server.uri}" in result.stdout
     return folder / "model", folder / "index", milvus_server.uri
@@ -64,11 +65,11 @@ def test_generate_answers_the_same(world, tmp_path, monkeypatch, capsys):
 
     model, folder, uri = world
     arguments = ["--model", model, "--max_new_tokens", 6, "--force_nsp_first", "who is it?", "where?"]
-    command = [sys.executable, "recipes/generate.py", *arguments]
-    expected = run(*command, "--index", folder)
+    command = ["recipes/generate.py", *arguments]
+    expected = run_forked(*command, "--index", folder)
     assert expected.returncode == 0
     assert "[1]" in expected.stdout
-    from_server = run(*command, "--index", "wiki", "--index_uri", uri)
+    from_server = run_forked(*command, "--index", "wiki", "--index_uri", uri)
     assert from_server.returncode == 0, from_server.stderr[-3000:]
     assert from_server.stdout == expected.stdout
 
@@ -151,11 +152,11 @@ def test_run_evaluation_finds_the_same(world, inputs, tmp_path, monkeypatch):
     model, folder, uri = world
     arguments = ["--model", model, "--eval_file", inputs / "eval.jsonl"]
     modes = ["--modes", "retrieval", "forced", "gold", "wrong", "off"]
-    command = [sys.executable, "recipes/run_evaluation.py", *arguments, "--max_new_tokens", 6, *modes]
+    command = ["recipes/run_evaluation.py", *arguments, "--max_new_tokens", 6, *modes]
     found = {}
     for name, options in (("folder", ["--index", folder]), ("milvus", ["--index", "wiki", "--index_uri", uri])):
         output = tmp_path / name
-        result = run(*command, *options, "--output_dir", output)
+        result = run_forked(*command, *options, "--output_dir", output)
         assert result.returncode == 0, result.stderr[-3000:]
         metrics = json.loads((output / "metrics.json").read_text())
         lines = (output / "eval" / "forced" / "predictions.jsonl").read_text().splitlines()
@@ -199,7 +200,7 @@ def test_train_evaluates_over_an_existing_index(world, inputs, tmp_path):
     for name, options in (("folder", ["--index", folder]), ("milvus", ["--index", "wiki", "--index_uri", uri])):
         frozen = ["--freeze_emb_seq", "true", "--eval_before_training", "true"]
         arguments = training(inputs, model, tmp_path / name, *frozen, *options)
-        result = run(sys.executable, "recipes/train.py", *arguments)
+        result = run_forked("recipes/train.py", *arguments)
         assert result.returncode == 0, result.stderr[-3000:]
         assert "7 questions over an index of 6 passages" in result.stdout
         assert f"--index {options[1]}" in result.stdout

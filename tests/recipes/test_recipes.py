@@ -1,4 +1,4 @@
-"""The recipes as a user runs them: real subprocesses, real files, real exit codes."""
+"""The recipes as a user runs them: real processes, real files, real exit codes."""
 
 import json
 import sys
@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from modeling_cosup import CoSupForCausalLM, PassageIndex
+from support.forks import run_forked
 from support.models import PASSAGES, make_model
 from support.recipes import ROOT, fails_here, flags, options, run, train_here
 from trainer import CoSupTrainer, CoSupTrainingArguments
@@ -51,14 +52,14 @@ def test_train_writes_checkpoint_index_and_numbers(checkpoint):
 
 def test_generate_answers_from_arguments_file_and_stdin(checkpoint, tmp_path):
     settings = flags(model=checkpoint, index=checkpoint / "index", max_new_tokens=6)
-    command = [PYTHON, "recipes/generate.py", *settings]
-    first = run(*command, "who is it?", "where?")
+    command = ["recipes/generate.py", *settings]
+    first = run_forked(*command, "who is it?", "where?")
     assert first.returncode == 0, first.stderr[-2000:]
     assert first.stdout.startswith("Q  who is it?\nA  ")
     (tmp_path / "questions.txt").write_text("who is it?\n\nwhere?\n")
-    assert run(*command, "--file", tmp_path / "questions.txt").stdout == first.stdout
-    assert run(*command, stdin="who is it?\nwhere?\n").stdout == first.stdout
-    nothing = run(*command, stdin="\n")
+    assert run_forked(*command, "--file", tmp_path / "questions.txt").stdout == first.stdout
+    assert run_forked(*command, stdin="who is it?\nwhere?\n").stdout == first.stdout
+    nothing = run_forked(*command, stdin="\n")
     assert nothing.returncode == 1
     message = "error: no question given: write them after the options, into --file, or to stdin."
     assert nothing.stderr.strip().endswith(message)
@@ -66,7 +67,7 @@ def test_generate_answers_from_arguments_file_and_stdin(checkpoint, tmp_path):
 
 def test_build_index_equals_the_one_of_train(checkpoint, inputs, tmp_path):
     settings = flags(model=checkpoint, corpus_file=inputs / "corpus.jsonl", output_dir=tmp_path / "index")
-    result = run(PYTHON, "recipes/build_index.py", *settings)
+    result = run_forked("recipes/build_index.py", *settings)
     assert result.returncode == 0, result.stderr[-2000:]
     built = PassageIndex.from_pretrained(tmp_path / "index")
     of_training = PassageIndex.from_pretrained(checkpoint / "index")
@@ -79,7 +80,7 @@ def test_build_index_equals_the_one_of_train(checkpoint, inputs, tmp_path):
 def test_index_of_another_model_is_refused(checkpoint, tmp_path):
     make_model().save_pretrained(tmp_path / "other")
     settings = flags(model=tmp_path / "other", index=checkpoint / "index")
-    result = run(PYTHON, "recipes/generate.py", *settings, "who?")
+    result = run_forked("recipes/generate.py", *settings, "who?")
     assert result.returncode == 1
     assert "error: This index was built by another model" in result.stderr
     assert "emb_seq" in result.stderr
@@ -199,7 +200,7 @@ def test_two_processes_train_with_the_config_for_cpus(inputs, tmp_path):
 
 
 def test_the_benchmark_of_a_step_runs(inputs, tmp_path):
-    command = [PYTHON, "recipes/benchmarks/train.py"]
+    command = ["recipes/benchmarks/train.py"]
     command += flags(gen=inputs / "gen", train_file=inputs / "train.jsonl")
     settings = flags(
         num_threads=1,
@@ -209,7 +210,7 @@ def test_the_benchmark_of_a_step_runs(inputs, tmp_path):
         nsp_batch_sizes="3,6",
         output_file=tmp_path / "out.json",
     )
-    result = run(*command, *settings)
+    result = run_forked(*command, *settings)
     assert result.returncode == 0, result.stderr[-3000:]
     numbers = json.loads((tmp_path / "out.json").read_text())
     for arm in numbers["step"]["arms"].values():
@@ -217,7 +218,7 @@ def test_the_benchmark_of_a_step_runs(inputs, tmp_path):
         assert loss_error < 1e-5
         assert gradient_error < 1e-4
     assert [row["nsp_batch_size"] for row in numbers["nsp_batch"]] == [3, 6]
-    too_large = run(*command, *flags(batch_size=99))
+    too_large = run_forked(*command, *flags(batch_size=99))
     assert "a batch of 99 instances needs as many" in too_large.stderr
 
 
@@ -226,7 +227,7 @@ def test_build_index_trains_an_approximate_index_and_prints_its_recall(checkpoin
     settings = flags(
         index_factory="HNSW8", ef_search=32, embedding_dtype="float16", shard_size=4, max_tokens_per_batch=64
     )
-    result = run(PYTHON, "recipes/build_index.py", *paths, *settings)
+    result = run_forked("recipes/build_index.py", *paths, *settings)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "6 passages in" in result.stdout
     assert "ANN recall@1  100.0 %" in result.stdout
@@ -239,7 +240,7 @@ def test_build_index_trains_an_approximate_index_and_prints_its_recall(checkpoin
 def test_the_benchmark_of_the_index_runs(tmp_path):
     pytest.importorskip("sentence_transformers")
     settings = flags(quick="true", num_threads=1, output_file=tmp_path / "out.json")
-    result = run(PYTHON, "recipes/benchmarks/index.py", *settings)
+    result = run_forked("recipes/benchmarks/index.py", *settings)
     assert result.returncode == 0, result.stderr[-3000:]
     numbers = json.loads((tmp_path / "out.json").read_text())
     assert numbers["encode"]["largest_difference"] < 1e-4

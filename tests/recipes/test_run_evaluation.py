@@ -16,11 +16,12 @@ from modeling_cosup import CoSupForCausalLM
 from modeling_cosup.facts_cosup import facts_of
 from modeling_cosup.lines_cosup import read_lines
 from support.evaluation_world import CORPUS, question, without_times, write_checkpoint, write_world
+from support.forks import run_forked
 from support.nli_models import make_classifier
+from support.recipes import ROOT, run
 from trainer.card import write_card
 from trainer.judging.figures import MAIN
 
-ROOT = Path(__file__).parents[2]
 RECIPE = "recipes/run_evaluation.py"
 
 
@@ -32,26 +33,24 @@ def results_of(output):
     return json.loads((output / "metrics.json").read_text())
 
 
-def command(*words):
-    return [sys.executable, *map(str, words)]
+def launched(*words):
+    """Return a command that runs a recipe in two processes, as a user launches it."""
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    return [*launcher, "--config_file", "recipes/accelerate_configs/multi_cpu.yaml", *words]
 
 
-def run(words):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
-
-
-def run_well(words):
-    """Run a command, and return its result if it succeeded."""
-    result = run(words)
+def well(result):
+    """Return the result of a program if it succeeded."""
     assert result.returncode == 0, result.stderr[-3000:]
     return result
 
 
-def save_classifier(folder):
-    model, tokenizer = make_classifier()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+@pytest.fixture(scope="module")
+def nli(tmp_path_factory):
+    """The folder of a trained NLI model."""
+    folder = tmp_path_factory.mktemp("nli")
+    for part in make_classifier():
+        part.save_pretrained(folder)
     return folder
 
 
@@ -71,7 +70,7 @@ def many(tmp_path_factory):
 def alone(many, tmp_path_factory):
     """The results folder of a single process."""
     output = tmp_path_factory.mktemp("alone") / "out"
-    result = run_well(command(RECIPE, *many, "--output_dir", output))
+    result = well(run_forked(RECIPE, *many, "--output_dir", output))
     assert "Ret=" in result.stderr  # the scores so far
     assert "EM=" in result.stderr
     assert "eval, [NSP] forced first: 31 questions" in result.stdout
@@ -93,20 +92,18 @@ def check_same_answers(first, second):
     assert read_lines(first / ranking_file) == read_lines(second / ranking_file)
 
 
-def test_two_processes_share_the_questions_and_the_corpus(many, alone, tmp_path):
-    launcher = ["-m", "accelerate.commands.accelerate_cli", "launch"]
-    launcher += ["--config_file", "recipes/accelerate_configs/multi_cpu.yaml"]
+def test_two_processes_share_the_questions_and_the_corpus(many, alone, nli, tmp_path):
     options = [*many, "--output_dir", tmp_path / "out", "--index_cache", tmp_path / "indexes"]
-    result = run_well(command(*launcher, RECIPE, *options))
+    result = well(run(*launched(RECIPE, *options)))
     check_same_answers(tmp_path / "out", alone)
     assert results_of(tmp_path / "out")["settings"]["processes"] == 2
     assert result.stdout.count("eval, [NSP] forced first: 31 questions") == 1
 
     # They share the pairs of the NLI model too.
-    nli = ["--nli_model", save_classifier(tmp_path / "nli")]
-    run_well(command(*launcher, RECIPE, *options, *nli))
+    judge = ["--nli_model", nli]
+    well(run_forked(RECIPE, *options, *judge, world_size=2, env={"ACCELERATE_USE_CPU": "true"}))
     shutil.copytree(alone, tmp_path / "alone")
-    run_well(command(RECIPE, *many, "--output_dir", tmp_path / "alone", *nli))
+    well(run_forked(RECIPE, *many, "--output_dir", tmp_path / "alone", *judge))
     figures, judged_keys = {}, {}
     for name in ("out", "alone"):
         figures[name] = results_of(tmp_path / name)["tasks"]["eval"]["modes"]["forced"]["metrics"]
@@ -118,7 +115,7 @@ def test_two_processes_share_the_questions_and_the_corpus(many, alone, tmp_path)
 
 
 def test_a_killed_run_resumes(many, alone, tmp_path):
-    words = command(RECIPE, *many, "--output_dir", tmp_path)
+    words = [RECIPE, *many, "--output_dir", tmp_path]
     answers = tmp_path / "eval" / "forced" / "parts" / "answers-0-of-1.jsonl"
 
     def num_answers():
@@ -126,7 +123,8 @@ def test_a_killed_run_resumes(many, alone, tmp_path):
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log, env=environment, start_new_session=True)
+        command = [sys.executable, *map(str, words)]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment, start_new_session=True)
         try:
             while process.poll() is None and num_answers() < 3:
                 time.sleep(0.01)
@@ -139,7 +137,7 @@ def test_a_killed_run_resumes(many, alone, tmp_path):
     first_lines = answers.read_text().splitlines(keepends=True)[:3]
     answered = [json.loads(line)["index"] for line in first_lines]
 
-    run_well(words)
+    well(run_forked(*words))
     check_same_answers(tmp_path, alone)
     resumed = predictions(tmp_path, "forced", "eval")
     assert all(resumed[i]["seconds"] is None for i in answered)  # not answered again
@@ -158,7 +156,7 @@ def call(monkeypatch):
     return call
 
 
-def test_a_config_lists_tasks(many, call, tmp_path, capsys):
+def test_a_config_lists_tasks(many, call, nli, tmp_path, capsys):
     checkpoint, eval_file, corpus_file = many[1], many[3], many[5]
     files = {"eval_file": eval_file, "corpus_file": corpus_file}
     config = {
@@ -181,7 +179,6 @@ def test_a_config_lists_tasks(many, call, tmp_path, capsys):
     assert len(list((output / "indexes").iterdir())) == 1  # one corpus, embedded once
     assert "b, retrieval off: 3 questions" in capsys.readouterr().out
 
-    nli = save_classifier(tmp_path / "nli")
     call(*options, "--max_eval_samples", 5, "--modes", "forced", "--nli_model", nli)
     results = results_of(output)
     retrievals = [retrieval for row in predictions(output, "forced", "a") for retrieval in row["retrievals"]]
@@ -204,7 +201,7 @@ def test_errors_are_clear(many, call, tmp_path):
         assert message in str(ending.value.code)
 
 
-def test_figures_reach_the_card(many, call, tmp_path, capsys):
+def test_figures_reach_the_card(many, call, nli, tmp_path, capsys):
     """
     They join what training recorded, and replace older figures of the same set. The owner's own card is not touched,
     and figures of other weights are dropped.
@@ -219,7 +216,6 @@ def test_figures_reach_the_card(many, call, tmp_path, capsys):
         old_groups.append({"dataset": dataset, "index_size": 2, "metrics": old_metrics})
     write_card(model, folder, "me/model", {"results": old_groups, "training": {"instances": {"nq": 7}}})
 
-    nli = save_classifier(tmp_path / "nli")
     files = {"eval_file": many[3], "corpus_file": many[5]}
     config = {
         "tasks": [{"name": "a", **files}, {"name": "b", "pool": 4, **files}],

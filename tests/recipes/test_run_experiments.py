@@ -237,7 +237,7 @@ def test_a_killed_training_resumes(inputs, tmp_path, run_here):
     command = [sys.executable, str(ROOT / "recipes/run_experiments.py"), *argv]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     runner = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, start_new_session=True, **quiet)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not list((tmp_path / "out" / "models").glob("*/model/checkpoint-*/trainer_state.json")):
         assert runner.poll() is None
         assert time.monotonic() < deadline

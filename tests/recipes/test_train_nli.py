@@ -2,15 +2,15 @@
 
 import json
 import random
-import sys
 from pathlib import Path
 
 import pytest
 from train_nli import LABELS, labels_of, make_pairs
 from transformers import BertConfig, BertModel
 
+from support.forks import run_forked
 from support.nli_models import COLOURS, FILLERS, UNSEEN, make_classifier
-from support.recipes import flags, run, write
+from support.recipes import flags, write
 from trainer.data import load_instances
 from trainer.judging.grounding import grounding
 from trainer.judging.nli import NLIJudge
@@ -169,8 +169,8 @@ def test_from_instances_to_gr(tmp_path):
         report_to="none",
         num_threads=1,
     )
-    command = [sys.executable, RECIPE, *settings]
-    result = run(*command, cwd=tmp_path)
+    command = [RECIPE, *settings]
+    result = run_forked(*command, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "accuracy, wrong text" in result.stdout
     results = json.loads((tmp_path / "nli" / "eval_results.json").read_text())
@@ -189,7 +189,7 @@ def test_from_instances_to_gr(tmp_path):
         ("train_file", tmp_path / "missing.jsonl", 320, "missing.jsonl"),
         ("num_train_epochs", 1, 5, "leave no room"),
     ):
-        result = run(*command, *flags(**{option: value}, max_length=max_length), cwd=tmp_path)
+        result = run_forked(*command, *flags(**{option: value}, max_length=max_length), cwd=tmp_path)
         assert result.returncode == 1
         assert result.stderr.strip().splitlines()[-1].startswith("error: ")
         assert message in result.stderr

@@ -2,19 +2,15 @@
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from support.forks import run_forked
 from trainer.judging.figures import figure
 from trainer.judging.results import FORMAT
 from trainer.reports.cells import verdict
 from trainer.reports.comparison import compare_results, comparison_blocks, section_label, write_comparison
 from trainer.reports.document import to_markdown
-
-ROOT = Path(__file__).parents[2]
 
 
 def write_results(folder, tasks, model="m"):
@@ -77,7 +73,11 @@ def folders(tmp_path):
 def test_differences_by_hand(folders):
     comparison = compare_results(*folders)
     assert set(comparison["tasks"]["a"]) == {"retrieval"}  # the only mode in both folders
-    assert comparison["notes"] == ["1 tasks are only in the second folder: c"]
+    assert comparison["notes"] == [
+        "1 tasks are only in the second folder: c",
+        "a: only the first folder has retrieval off",
+        "a: only the second folder has gold passages given",
+    ]
 
     cor = comparison["tasks"]["a"]["retrieval"]["cor"]
     assert (cor["first"], cor["second"], cor["difference"]) == (0.5, 0.75, 0.25)
@@ -144,6 +144,39 @@ def test_settings_that_differ_are_noted(folders):
     assert judges.endswith("nli_model: None and 'judge'")
 
 
+def test_figures_that_cannot_be_compared_are_noted_and_one_question_has_no_interval(tmp_path):
+    """Without a judge there is no Gr to compare, and K-precision of other questions is not comparable."""
+    one = rows([0, 1], gr=[1, 0], k_precision=[1, None], ret=[0, None])
+    two = rows([1, 1], gr=[None, None], k_precision=[None, 1], ret=[1, 0])
+    folders = [
+        write_results(tmp_path / "one", {"t": (None, {"retrieval": one})}),
+        write_results(tmp_path / "two", {"t": (None, {"retrieval": two})}),
+    ]
+    comparison = compare_results(*folders)
+    assert comparison["notes"] == [
+        "t, own retrieval: only the first folder has Gr",
+        "t, own retrieval: no question has in both folders K-precision",
+    ]
+    compared = comparison["tasks"]["t"]["retrieval"]
+    assert set(compared) == {"ret", "cor"}
+    ret = compared["ret"]
+    assert (ret["difference"], ret["n"], ret["left_out"]) == (1.0, 1, 1)
+    assert (ret["interval"], ret["p_value"]) == (None, None)
+    text = to_markdown(comparison_blocks(comparison, ("one", "two")))
+    assert "| Ret | 0.0 | 100.0 | +100.0 — | — | 1 (1 left out) |" in text
+
+
+def test_questions_with_the_same_ids_but_other_content_are_noted(folders):
+    """E.g. other answers: ids alone would let two different sets be compared in silence."""
+    for folder, questions in zip(folders, ("one set", "another"), strict=True):
+        for task in ("a", "b"):
+            digest = questions if task == "b" else "the same"
+            (folder / task / "retrieval" / "run.json").write_text(json.dumps({"questions": digest}))
+    notes = [note for note in compare_results(*folders)["notes"] if "the same ids" in note]
+    assert len(notes) == 1
+    assert notes[0].startswith("b, own retrieval: the questions have the same ids in both folders, but not the same")
+
+
 def test_averages_use_resamples_and_seed(folders):
     def average(**options):
         return compare_results(*folders, **options)["averages"]["all"]["retrieval"]["cor"]
@@ -169,6 +202,7 @@ def test_averages_use_resamples_and_seed(folders):
         ("cor", (-0.3, -0.1), [-0.2], "behind"),
         ("cor", (-0.3, -0.1), [-0.2, 0.0], "within noise"),
         ("cor", (-0.1, 0.3), [0.1, 0.1], "within noise"),
+        ("cor", None, [0.1, 0.1], "within noise"),
     ],
 )
 def test_verdicts(name, interval, differences, expected):
@@ -207,8 +241,7 @@ def test_the_report(folders, tmp_path):
 
 
 def run_recipe(*arguments):
-    command = [sys.executable, "recipes/compare.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    return run_forked("recipes/compare.py", *arguments)
 
 
 def test_the_recipe(folders, tmp_path):

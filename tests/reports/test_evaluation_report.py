@@ -9,6 +9,7 @@ import pytest
 
 from support.evaluation_world import EVIL, MARKUP, QUESTIONS, write_world
 from support.models import make_model
+from trainer.judging.figures import figure_line
 from trainer.judging.judge import evaluate_tasks
 from trainer.judging.tasks import Task
 from trainer.reports import document, plots
@@ -165,15 +166,27 @@ def test_cells_of_figures():
     assert figure_cell(figure, "cor") == ("25.6", "[10.0, 40.0]")
     assert figure_cell(figure, "cor", with_n=True) == ("25.6", "[10.0, 40.0] n = 4")
     assert figure_cell({**figure, "value": 1.5}, "num_retrievals") == ("1.50", "[0.10, 0.40]")
-    average = {**figure, "tasks": 2, "of_tasks": 3, "deviation": None, "seeds": {0: 0.256}}
+    average = {**figure, "tasks": 2, "of_tasks": 3, "deviation": None, "seeds": {0: 0.256}, "of_seeds": 1}
     assert average_cell(average, "cor", 2) == ("25.6", "[10.0, 40.0]")
     assert average_cell(average, "cor", 3) == ("25.6", "[10.0, 40.0], 2 of 3 tasks")
     assert seeds_cell(average, "cor") == ("25.6", "[10.0, 40.0] n = 4, 2 of 3 tasks")
     assert seeds_cell({**average, "tasks": 3, "deviation": 0.02}, "cor") == ("25.6 ± 2.0", "[10.0, 40.0] n = 4")
+    assert seeds_cell({**average, "tasks": 3, "of_seeds": 2}, "cor")[1] == "[10.0, 40.0] n = 4, 1 of 2 seeds"
     seeds = {0: 0.3, 1: 0.1, 2: 0.0}
-    difference = {**average, "tasks": 3, "difference": 0.2, "rate": 25.0, "seeds": seeds, "verdict": "ahead"}
+    difference = {
+        **average,
+        "tasks": 3,
+        "left_out": 0,
+        "difference": 0.2,
+        "rate": 25.0,
+        "seeds": seeds,
+        "verdict": "ahead",
+    }
     assert seeds_difference_cell(difference, "cor") == ("+20.0 (+25.0 %)", "[+10.0, +40.0] n = 4, 2 / 1 / 0, ahead")
     assert seeds_difference_cell({**difference, "rate": None}, "num_retrievals")[0] == "+0.20"
+    assert "n = 4 (96 left out)," in seeds_difference_cell({**difference, "left_out": 96}, "cor")[1]
+    assert figure_cell({**figure, "interval": None, "n": 1}, "gr", with_n=True) == ("25.6", "— n = 1")
+    assert figure_line({**figure, "interval": None, "n": 1}, "gr") == "  25.6 %  —  n = 1"
 
 
 def test_a_missing_figure_is_a_dash():

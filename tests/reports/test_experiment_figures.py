@@ -110,8 +110,25 @@ def test_an_average_says_in_how_many_tasks_it_exists(tmp_path):
     difference = results.compare("new", ["a", "b"], "ret")
     assert (difference["difference"], difference["tasks"], difference["of_tasks"]) == (0.0, 1, 2)
     text = write_report(results, tmp_path / "out")
-    assert text.count("n = 1, 1 of 2 tasks") == 2  # the average, and its difference
+    assert "| 100.0 — n = 1, 1 of 2 tasks, 1 of 2 seeds |" in text.replace("**", "")
+    assert "+0.0 (+0.0 %) — n = 1 (1 left out), 1 of 2 tasks, 0 / 1 / 0, within noise" in text
     assert "2 of 2 tasks" not in text
+
+
+def test_the_caution_counts_the_seeds_that_were_evaluated(tmp_path):
+    """Not those of the file, of which some may have failed."""
+    complete = write_report(make(tmp_path / "a", SCORES), tmp_path / "a" / "out")
+    assert "There is one seed" not in complete
+    partly = make(tmp_path / "b", {**SCORES, "new": {0: SCORES["new"][0], 1: None}})
+    assert "There is one seed of new." in write_report(partly, tmp_path / "b" / "out")
+    alone = make(tmp_path / "c", {arm: {0: seeds[0], 1: None} for arm, seeds in SCORES.items()})
+    assert "There is one seed. What another" in write_report(alone, tmp_path / "c" / "out")
+
+
+def test_a_difference_on_one_question_is_within_noise(tmp_path):
+    results = make(tmp_path, {"old": {0: {"a": {"1": 0}}}, "new": {0: {"a": {"1": 1}}}})
+    difference = results.compare("new", ["a"], "ret")
+    assert (difference["difference"], difference["interval"], difference["verdict"]) == (1.0, None, "within noise")
 
 
 def test_the_report_says_what_cor_is(tmp_path):

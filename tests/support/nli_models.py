@@ -26,7 +26,16 @@ UNSEEN = [f"v{i}" for i in range(4)]
 MARKS = ["Title", ":", "."]
 WORDS = [*COLOURS, *FILLERS, *UNSEEN, "premise", "hypothesis", *MARKS, "0", "1"]
 
+CLEAR = 3.0  # logits by which a right answer must exceed any other; rounding changes them by less than 1e-4
+
 LabelledPair = tuple[str, str, bool]  # premise, hypothesis, whether it is entailed
+
+# Premises of one repeated filler, which tests of truncation use.
+REPEATED: list[LabelledPair] = [
+    (f"{colour} {'w1 ' * 8}", f"w2 {named}", colour == named)
+    for colour in ("red", "blue")
+    for named in ("red", "blue")
+]
 
 
 def colour_pair(generator: random.Random, fillers: Sequence[str] = FILLERS) -> LabelledPair:
@@ -35,7 +44,7 @@ def colour_pair(generator: random.Random, fillers: Sequence[str] = FILLERS) -> L
     entailed = generator.random() < 0.5
     other_colours = [name for name in COLOURS if name != colour]
     named = colour if entailed else generator.choice(other_colours)
-    premise = generator.choices(fillers, k=generator.randint(1, 5))
+    premise = generator.choices(fillers, k=generator.randint(1, 8))
     premise.insert(generator.randint(0, len(premise)), colour)
     full_stop = " ." if generator.random() < 0.3 else ""
     return " ".join(premise), f"{generator.choice(fillers)} {named}{full_stop}", entailed
@@ -48,7 +57,7 @@ def held_out_pairs(n: int, seed: int = 1) -> list[LabelledPair]:
 
 
 def make_classifier(
-    labels: Sequence[str] = ("contradiction", "neutral", "ENTAILMENT"), steps: int = 350
+    labels: Sequence[str] = ("contradiction", "neutral", "ENTAILMENT"), steps: int = 800
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Train a BERT, and return it with its tokenizer; entailed pairs have the last label, others the first."""
 
@@ -90,7 +99,7 @@ def make_classifier(
     return _train(model, batch_of, steps), tokenizer
 
 
-def make_t5(steps: int = 200) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def make_t5(steps: int = 400) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Train a T5 that reads `premise: … hypothesis: …` and writes "1" or "0", and return it with its tokenizer."""
 
     def template(special_tokens):
@@ -139,12 +148,35 @@ def _tokenizer(special_tokens: list[str], template: Callable, **options) -> PreT
 
 
 def _train(model: PreTrainedModel, batch_of: Callable, steps: int) -> PreTrainedModel:
+    """
+    Train until every answer to further pairs is clear, so that no test depends on how a machine rounds; raise an
+    `AssertionError` if that takes more than `steps`. With 0 steps, nothing is trained.
+    """
     torch.manual_seed(0)
     generator = random.Random(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for _ in range(steps):
-        pairs = [colour_pair(generator, FILLERS + MARKS) for _ in range(64)]
-        model(**batch_of(pairs)).loss.backward()
+    for step in range(1, steps + 1):
+        model(**batch_of([training_pair(generator) for _ in range(64)])).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if step % 25 == 0:
+            further = [*REPEATED, *(training_pair(generator) for _ in range(256))]
+            if smallest_margin(model, batch_of(further)) > CLEAR:
+                return model.eval()
+    assert not steps, f"After {steps} steps an answer is still not clear."
     return model.eval()
+
+
+def training_pair(generator: random.Random) -> LabelledPair:
+    """Draw a pair with words of the training data."""
+    return colour_pair(generator, FILLERS + MARKS)
+
+
+@torch.no_grad()
+def smallest_margin(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> float:
+    """Return by how much the logit of a right label exceeds that of any other: the smallest margin of a batch."""
+    labels = batch["labels"].reshape(-1, 1)  # (N, 1): one label of a classifier, or the tokens that a T5 writes
+    logits = model(**batch).logits.flatten(0, -2)  # (N, labels)
+    right = logits.gather(1, labels)
+    others = logits.scatter(1, labels, -torch.inf)
+    return float((right[:, 0] - others.amax(1)).min())

@@ -25,7 +25,7 @@ def run(*command: Any, cwd: Path = ROOT, stdin: str | None = None) -> subprocess
         text=True,
         input=stdin,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        timeout=300,
+        timeout=600,
     )
 
 

@@ -236,7 +236,7 @@ trainer.train()
 def test_out_of_memory_names_the_arguments_that_help(tmp_path):
     script = MEMORY.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=200)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode != 0
     assert "OutOfMemoryError" in done.stderr, done.stderr[-2000:]
     assert "Out of memory in a training step" in done.stderr, done.stderr[-2000:]

@@ -7,7 +7,7 @@ import re
 import string
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -38,6 +38,19 @@ def normalize_answer(text: str) -> str:
     without_punctuation = "".join(character for character in text.lower() if character not in string.punctuation)
     without_articles = re.sub(r"\b(a|an|the)\b", " ", without_punctuation)
     return " ".join(without_articles.split())
+
+
+def worded(answers: Iterable[str]) -> list[str]:
+    """
+    Return the answers of which normalisation leaves something. The others, such as "A", "The" and "...", cannot be
+    judged by normalised words: every prediction contains them, and an empty prediction equals them.
+    """
+    return [answer for answer in answers if normalize_answer(answer)]
+
+
+def num_with_empty_answers(answers_of_questions: Iterable[Sequence[str]]) -> int:
+    """Return the number of questions that have an answer that normalises to nothing, see [`worded`]."""
+    return sum(len(worded(answers)) < len(answers) for answers in answers_of_questions)
 
 
 def exact_match(prediction: str, answers: list[str]) -> bool:
@@ -207,6 +220,9 @@ def kilt_scores(
     Returns:
         `dict[str, float]`: `accuracy`, `em`, `f1`, `rouge_l`, and `kilt_accuracy`, `kilt_em`, `kilt_f1`,
         `kilt_rouge_l`.
+
+    Raises:
+        `ValueError`: if there is no answer, or empty ones only.
     """
     names = list(KILT_METRICS)
     if not rouge:
@@ -216,11 +232,16 @@ def kilt_scores(
 
 
 def answer_scores(prediction: str, answers: list[str], names: Iterable[str]) -> dict[str, float]:
-    """Score one answer by several `TEXT_METRICS`. An empty prediction scores 0 by each; empty answers are dropped."""
+    """
+    Score one answer by several `TEXT_METRICS`. An empty prediction scores 0 by each. Empty answers are dropped.
+
+    Raises:
+        `ValueError`: if there is no answer, or empty ones only.
+    """
     prediction = prediction.strip()
+    answers = _not_empty([answer.strip() for answer in answers if answer.strip()])
     if not prediction:
         return dict.fromkeys(names, 0.0)
-    answers = [answer.strip() for answer in answers if answer.strip()]
     return {name: correctness(prediction, answers, name) for name in names}
 
 
@@ -268,8 +289,22 @@ def str_em(output: str, qa_pairs: list[dict]) -> tuple[float, float]:
     return share, float(share == 1)
 
 
+def check_answers(answers_of_questions: Sequence[list[str]]) -> None:
+    """Raise a `ValueError`, with counts, if questions have no answers or only empty ones."""
+    num_missing = sum(not _has_text(answers) for answers in answers_of_questions)
+    if num_missing:
+        raise ValueError(
+            f"{num_missing} of {len(answers_of_questions)} questions have no answers, or only empty ones: correctness "
+            "cannot be judged."
+        )
+
+
 def _not_empty(answers: list[str]) -> list[str]:
-    """Return `answers`, or raise if there are none."""
-    if not answers:
-        raise ValueError("An instance has no answers: correctness cannot be judged.")
+    """Return `answers`, or raise if there are none or only empty ones."""
+    if not _has_text(answers):
+        raise ValueError("An instance has no answers, or only empty ones: correctness cannot be judged.")
     return answers
+
+
+def _has_text(answers: Iterable[str]) -> bool:
+    return any(answer.strip() for answer in answers)

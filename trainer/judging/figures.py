@@ -6,7 +6,7 @@ below hold such a name once, with a literal k, and [`figure`] fills in the numbe
 because that could mean three different ones.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypedDict
 
@@ -40,10 +40,10 @@ class Figure:
 
 
 class Measured(TypedDict):
-    """A figure as results files hold it: its value, the 95 % interval `[low, high]`, and the number of questions."""
+    """A figure as results files hold it: its value, the 95 % interval, and the number of questions."""
 
     value: float
-    interval: list[float]
+    interval: list[float] | None  # `[low, high]`; None if there are too few questions to know
     n: int
 
 
@@ -186,6 +186,12 @@ _COUNTS = (
     Figure("num_grounded", "grounded answers", "number of answers that hold grounded text", "count"),
     Figure("num_cited_outputs", "cited outputs", "number of outputs in which citations can be judged", "count"),
     Figure(
+        "num_empty_answers",
+        "empty answers",
+        "number of questions with a reference answer that normalises to nothing, which every output contains",
+        "count",
+    ),
+    Figure(
         "num_without_provenance", "without provenance", "number of questions whose retrieval cannot be right", "count"
     ),
 )
@@ -212,6 +218,7 @@ SCOPES: dict[str, str] = {"corpus": "over the corpus", "pool": "over the pool"} 
 
 SPLITS = ("in-domain", "out-of-domain")  # groups of tasks that are averaged separately
 
+MISSING = "—"  # what tables show for a figure or an interval that does not exist
 NO_JUDGE = ""  # replaces the name of Cor's metric if that needs an NLI model and there is none
 
 _FACTOR_AND_DIGITS: dict[Scale, tuple[int, int]] = {"share": (100, 1), "count": (1, 2), "nats": (1, 3)}
@@ -286,6 +293,14 @@ def shown(value: float, name: str, signed: bool = False) -> str:
 
 def figure_line(measured: Measured, name: str) -> str:
     """Format a figure as a line for the terminal: value, interval and number of questions."""
-    low, high = (shown(bound, name) for bound in measured["interval"])
     unit = " %" if figure(name).scale == "share" else ""
-    return f"{shown(measured['value'], name):>6}{unit}  [{low}, {high}]  n = {measured['n']}"
+    interval = shown_interval(measured["interval"], name)
+    return f"{shown(measured['value'], name):>6}{unit}  {interval}  n = {measured['n']}"
+
+
+def shown_interval(interval: Sequence[float] | None, name: str, signed: bool = False) -> str:
+    """Format an interval for tables as `[low, high]`, or as a dash if it is not known."""
+    if interval is None:
+        return MISSING
+    low, high = (shown(bound, name, signed) for bound in interval)
+    return f"[{low}, {high}]"

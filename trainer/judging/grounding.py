@@ -89,7 +89,7 @@ def grounding(
 ) -> list[float | None]:
     """
     Return Gr: the share of the sentences between `[Cs]` and `[CE]` that follow from the passages retrieved for that
-    very span.
+    very span. Pieces without a letter or digit are no sentences. Without a passage, no sentence follows.
 
     Args:
         predictions (`list[dict]`): with `retrievals`, each `{"passages", "grounded_text"}`, and with `input` if
@@ -110,15 +110,19 @@ def grounding(
     check_hypothesis(hypothesis)
     pairs = []
     rows = []  # for each pair, the index of its prediction
+    num_sentences: Counter[int] = Counter()
     for row, prediction in enumerate(predictions):
         question = prediction.get("input", "")
         for retrieval in prediction["retrievals"]:
             passages = "\n".join(premise(passage["title"], passage["text"]) for passage in retrieval["passages"])
             for sentence in split(retrieval["grounded_text"]):
-                pairs.append((passages, hypothesis.format(question=question, sentence=sentence)))
-                rows.append(row)
+                if not any(character.isalnum() for character in sentence):
+                    continue
+                num_sentences[row] += 1
+                if retrieval["passages"]:
+                    pairs.append((passages, hypothesis.format(question=question, sentence=sentence)))
+                    rows.append(row)
     labels = _ask(entail, pairs)
-    num_sentences = Counter(rows)
     num_entailed = Counter(row for row, label in zip(rows, labels, strict=True) if label)
     shares: list[float | None] = [None] * len(predictions)
     for row, total in num_sentences.items():

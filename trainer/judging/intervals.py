@@ -3,7 +3,8 @@ Compute figures with their uncertainty: shares and means with 95 % intervals, av
 
 scipy computes Wilson's interval and the bootstrap; this module decides what is resampled. Questions without a value
 are left out and counted. Every task weighs the same in an average and is resampled by itself. Two runs are compared
-question by question.
+question by question. One question does not show how much a figure varies: the bootstrap's interval is then NaN, or
+`None` in results files.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -50,13 +51,14 @@ class Rate:
 
     def to_dict(self) -> Measured:
         """Return the figure as results files hold it."""
-        return {"value": self.value, "interval": list(self.interval), "n": self.n}
+        return {"value": self.value, "interval": _known(self.interval), "n": self.n}
 
 
 @dataclass
 class Mean:
     """
-    A mean over instances with its 95 % bootstrap interval. Both are NaN if there is no instance.
+    A mean over instances with its 95 % bootstrap interval. Both are NaN if there is no instance; the interval is also
+    NaN if there is only one.
 
     Args:
         sums (sequence of `float`): one per instance: its value, or a sum such as the loss over its tokens.
@@ -91,7 +93,7 @@ class Mean:
 
     def to_dict(self) -> Measured:
         """Return the figure as results files hold it."""
-        return {"value": self.value, "interval": list(self.interval), "n": self.n}
+        return {"value": self.value, "interval": _known(self.interval), "n": self.n}
 
 
 # ---------------------------------------------------------------------- the bootstrap
@@ -101,8 +103,8 @@ def bootstrap_interval(
     values: Values, weights: Values | None = None, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
     """
-    Return the 95 % percentile bootstrap interval `(low, high)` of a mean, NaN if there is no value. For the arguments
-    see [`resampled_means`].
+    Return the 95 % percentile bootstrap interval `(low, high)` of a mean, NaN if there are fewer than two values. For
+    the arguments see [`resampled_means`].
     """
     if not len(values):
         return NAN, NAN
@@ -122,21 +124,22 @@ def resampled_means(
         seed (`int`): the same seed gives the same means.
 
     Returns:
-        `numpy.ndarray` of shape `(resamples,)`, float64.
+        `numpy.ndarray` of shape `(resamples,)`, float64; NaN if there is a single value, as nothing shows how much it
+        would vary.
 
     Raises:
         `ValueError`: if a value is not a finite number.
     """
     values = _finite(values, "values")
+    if len(values) == 1:
+        return np.full(resamples, NAN)
     if weights is None:
-        if (values == values[0]).all():  # includes a single value, which scipy refuses
+        if (values == values[0]).all():
             return np.full(resamples, values[0])
         columns: tuple[np.ndarray, ...] = (values,)
         statistic: Callable = np.mean
     else:
         weights = _finite(weights, "weights")
-        if len(values) == 1:
-            return np.full(resamples, values[0] / weights[0])
         columns = (values, weights)
         statistic = _weighted_mean
     drawn = scipy.stats.bootstrap(
@@ -160,9 +163,9 @@ def average(columns: Iterable[Iterable[float | None]]) -> dict | None:
         columns: the scores of each task's questions; `None` for a question to which the figure does not apply.
 
     Returns:
-        `{"value", "interval", "n", "tasks"}`: the 95 % interval comes from resampling the questions within each task,
-        `n` counts questions, and `tasks` counts the tasks to which the figure applies. `None` if there is no such
-        task.
+        `{"value", "interval", "n", "tasks"}`: the 95 % interval comes from resampling the questions within each task
+        (`None` if a task has a single value), `n` counts questions, and `tasks` counts the tasks to which the figure
+        applies. `None` if there is no such task.
     """
     task_values = []
     for column in columns:
@@ -173,7 +176,7 @@ def average(columns: Iterable[Iterable[float | None]]) -> dict | None:
         return None
     interval = _percentiles(_resampled_average(task_values, RESAMPLES, seed=0))
     n = sum(len(values) for values in task_values)
-    return {"value": _average_value(task_values), "interval": list(interval), "n": n, "tasks": len(task_values)}
+    return {"value": _average_value(task_values), "interval": _known(interval), "n": n, "tasks": len(task_values)}
 
 
 # ---------------------------------------------------------------------- two runs
@@ -186,8 +189,9 @@ class Comparison:
 
     Args:
         difference (`float`): difference of the means.
-        interval (`tuple[float, float]`): its 95 % interval.
-        p_value (`float`): two-sided: how often runs that do not differ show a difference at least as large.
+        interval (`tuple[float, float]`): its 95 % interval; NaN if a task has a single instance.
+        p_value (`float`): two-sided: how often runs that do not differ show a difference at least as large; NaN if the
+            interval is.
         n (`int`): number of instances that have a value in both runs.
         left_out (`int`): number of instances that do not.
     """
@@ -202,8 +206,8 @@ class Comparison:
         """Return the comparison as results files hold it."""
         return {
             "difference": self.difference,
-            "interval": list(self.interval),
-            "p_value": self.p_value,
+            "interval": _known(self.interval),
+            "p_value": self.p_value if np.isfinite(self.p_value) else None,
             "n": self.n,
             "left_out": self.left_out,
         }
@@ -261,7 +265,7 @@ def compare_differences(columns: Sequence[Values], resamples: int = 10_000, seed
     means = _resampled_average(arrays, resamples, seed)
     rounding = 1e-12
     num_as_far = int((np.abs(means - measured) >= abs(measured) - rounding).sum())
-    p_value = (1 + num_as_far) / (1 + resamples)
+    p_value = (1 + num_as_far) / (1 + resamples) if np.isfinite(means).all() else NAN
     n = sum(len(column) for column in arrays)
     return Comparison(measured, _percentiles(means), p_value, n)
 
@@ -295,6 +299,11 @@ def _resampled_average(columns: list[np.ndarray], resamples: int, seed: int) -> 
 def _percentiles(means: np.ndarray) -> tuple[float, float]:
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+def _known(interval: tuple[float, float]) -> list[float] | None:
+    """Return an interval as results files hold it."""
+    return list(interval) if np.isfinite(interval).all() else None
 
 
 def _finite(values: Values, name: str) -> np.ndarray:

@@ -25,6 +25,7 @@ from modeling_cosup.files_cosup import read_json, write_json
 from modeling_cosup.lines_cosup import write_lines
 
 from ..distributed import barrier, gather_objects, host_group, rank, world_size
+from .correctness import worded
 from .figures import MODES, QUERY, figure, figures_needing, in_order
 from .grounding import HYPOTHESIS, Judge, check_hypothesis
 from .matching import gold_ids, provenance_unknown
@@ -32,7 +33,7 @@ from .nli import SharedJudge
 from .results import FORMAT
 from .retrieval import Scores
 from .runs import TaskRun
-from .scoring import averages, cor_names, has_rouge, measure, score, score_rankings
+from .scoring import averages, cor_names, has_rouge, measure, readings, score, score_rankings, without_empty_answers
 from .tasks import Task
 
 KS = (1, 5, 20, 100)  # the k of query_recall@k
@@ -96,6 +97,8 @@ def evaluate_tasks(
             raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}.")
     if not modes:
         raise ValueError("There is no mode: nothing would be judged.")
+    if not tasks:
+        raise ValueError("There is no task: nothing would be judged.")
     check_hypothesis(gr_hypothesis)
     modes = [mode for mode in modes if mode != QUERY]
     runs = [TaskRun(model, task, output_dir / task.name, modes, batch_size, seed) for task in tasks]
@@ -200,7 +203,8 @@ def score_run(
     for mode in run.modes:
         predictions = run.predictions(mode)
         questions = run.asked(mode)
-        scores[mode] = score(predictions, questions, mode, run.task.metric, entail, gr_hypothesis)
+        options = (run.task.metric, entail, gr_hypothesis, run.task.count_empty_answers)
+        scores[mode] = score(predictions, questions, mode, *options)
         write_lines(run.folder / mode / "scores.jsonl", _rows(questions, scores[mode]))
         seconds = [prediction["seconds"] for prediction in predictions if prediction["seconds"] is not None]
         modes[mode] = {
@@ -263,8 +267,16 @@ def _notes(run: TaskRun, entail: Judge | None) -> list[str]:
             f"{num_unknown} of {total} questions do not say which passages they need: "
             "they do not count in Ret and what follows from it"
         )
+    notes += _notes_on_empty_answers(run.questions, run.task.count_empty_answers)
     if run.task.pool != "full":
         notes += _notes_on_pools(run.needing)
+    elif run.num_passages is not None:
+        num_gold_alone = sum(len(gold_ids(question)) >= run.num_passages for question in run.needing)
+        if num_gold_alone:
+            notes.append(
+                f"the index holds the gold passages of {num_gold_alone} of {len(run.needing)} questions alone: "
+                "whatever is retrieved for them is right"
+            )
     if entail is None:
         note = f"no NLI model was given: there is no {_labels(figures_needing('judge'))}"
         if "fever_label" in cor_names(run.questions, run.task.metric, nli=False):
@@ -272,6 +284,38 @@ def _notes(run: TaskRun, entail: Judge | None) -> list[str]:
         notes.append(note)
     if not has_rouge():
         notes.append("ROUGE-L is left out: pip install rouge")
+    return notes
+
+
+def _notes_on_empty_answers(questions: list[dict], counted: bool) -> list[str]:
+    """Return notes on questions with answers that normalise to nothing, with counts."""
+    left_out: list[str] = []  # the first answer of each question that has no other kind
+    affected: list[str] = []  # an answer that normalises to nothing of each other question that has one
+    for question in questions:
+        kept = without_empty_answers(question)
+        if kept == question:
+            continue
+        answers = question["answers"] + [answer for pair in readings(question) for answer in pair["short_answers"]]
+        example = next(answer for answer in answers if not worded([answer]))
+        nothing_left = bool(question["answers"]) and not kept["answers"]
+        no_reading_left = bool(readings(question)) and not readings(kept)
+        if (nothing_left or no_reading_left) and not counted:
+            left_out.append(example)
+        else:
+            affected.append(example)
+    notes = []
+    if left_out:
+        notes.append(
+            f"{len(left_out)} of {len(questions)} questions have only answers that normalise to nothing, e.g. "
+            f"{left_out[0]!r}: they do not count in Cor, EM and other figures of answers (unless count_empty_answers "
+            "is set)"
+        )
+    if affected:
+        effect = "every output contains them" if counted else "these are not compared with"
+        notes.append(
+            f"{len(affected)} of {len(questions)} questions have answers that normalise to nothing, e.g. "
+            f"{affected[0]!r}: {effect}"
+        )
     return notes
 
 

@@ -16,8 +16,11 @@ def match_by_id(predictions: list[dict], instances: list[dict]) -> list[tuple[di
         `list[tuple[dict, dict]]`: `(prediction, instance)`, in the order of the instances.
 
     Raises:
-        `ValueError`: if an id is missing, occurs twice or has no partner, with counts and examples.
+        `ValueError`: if there are no instances, or if an id is missing, occurs twice or has no partner, with counts
+            and examples.
     """
+    if not instances:
+        raise ValueError("The evaluation set holds no question: there is nothing to judge.")
     prediction_ids = _read_ids(predictions, "predictions")
     instance_ids = _read_ids(instances, "evaluation set")
     problems = []

@@ -278,6 +278,7 @@ class SharedJudge:
         self.entail = entail
         self.group = group
         self.ended = False
+        self._judge_of: dict[str, int] = {}  # digest of a pair -> the process that judges it, now and in later calls
 
     def __call__(self, pairs: list[Pair]) -> list[bool]:
         """
@@ -301,9 +302,13 @@ class SharedJudge:
         if not self.ended:
             broadcast_object(None, self.group)
 
+    def _rank_of(self, pair: Pair) -> int:
+        """Return the process that judges a pair. New pairs go to the processes in turn, the same on every process."""
+        return self._judge_of.setdefault(digest(pair), len(self._judge_of) % world_size())
+
     def _judge_together(self, pairs: list[Pair]) -> dict[Pair, bool]:
         """Return the answers to the pairs of the first process, on every process."""
-        share = list(dict.fromkeys(pairs))[rank() :: world_size()]
+        share = [pair for pair in dict.fromkeys(pairs) if self._rank_of(pair) == rank()]
         answers: dict[Pair, bool] = {}
         error = None
         try:

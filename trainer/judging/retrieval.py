@@ -28,10 +28,11 @@ def ret_precision(retrieved: Sequence[str], provenance: Provenance) -> float:
     Return Ret-P: the share of the distinct retrieved passages that are gold. As in the paper's script, it is 0.0 if
     nothing was retrieved.
     """
+    gold = _gold(provenance)
     distinct = set(retrieved)
     if not distinct:
         return 0.0
-    return len(distinct & _gold(provenance)) / len(distinct)
+    return len(distinct & gold) / len(distinct)
 
 
 def r_precision(retrieved: Sequence[str], provenance: Provenance) -> float:
@@ -58,7 +59,11 @@ def kilt_recall_at_k(retrieved: Sequence[str], provenance: Provenance, k: int) -
         retrieved (`list[str]`): ids, best first; repeats are dropped.
         provenance (`list[list[str]]`): evidence sets.
         k (`int`): number of places.
+
+    Raises:
+        `ValueError`: if `provenance` is empty or `k` is not positive.
     """
+    _check_k(k)
     missing = evidence_sets(provenance)  # for each set, the ids that are still to be found
     places: list[int | None] = []  # index of the set at each place, None for a passage that belongs to no set
     for id in _distinct(retrieved):
@@ -102,6 +107,7 @@ def query_recall_at_k(ranking: Sequence[str], provenance: Provenance, k: int) ->
     Return 1.0 if a gold passage is among the first `k` distinct passages, 0.0 otherwise. Papers on retrievers call
     this recall@k.
     """
+    _check_k(k)
     return ret(_distinct(ranking)[:k], provenance)
 
 
@@ -116,6 +122,7 @@ def reciprocal_rank(ranking: Sequence[str], provenance: Provenance) -> float:
 
 def ndcg(ranking: Sequence[str], provenance: Provenance, k: int = 10) -> float:
     """Return nDCG@k, with gain 1 for each gold passage of any evidence set and discount log2(1 + rank)."""
+    _check_k(k)
     gold = _gold(provenance)
     gain = sum(1 / math.log2(1 + rank) for rank, id in enumerate(_distinct(ranking)[:k], 1) if id in gold)
     best_gain = sum(1 / math.log2(1 + rank) for rank in range(1, min(k, len(gold)) + 1))
@@ -223,6 +230,11 @@ def only_where(values: Scores, conditions: Sequence[bool]) -> Scores:
 
 def _gold(provenance: Provenance) -> set[str]:
     return set().union(*evidence_sets(provenance))
+
+
+def _check_k(k: int) -> None:
+    if k < 1:
+        raise ValueError(f"k is {k!r}, expected 1 or more: nothing can be found in the first {k!r} places.")
 
 
 def _distinct(ids: Sequence[str]) -> list[str]:

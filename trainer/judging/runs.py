@@ -16,7 +16,7 @@ from modeling_cosup.lines_cosup import read_lines, write_lines
 
 from ..distributed import barrier, rank, world_size
 from .answers import answer, rank_passages, wrong_passages
-from .correctness import exact_match
+from .correctness import exact_match, worded
 from .figures import GIVEN, QUERY, figure, shown
 from .matching import gold_ids, match_by_id
 from .results import FORMAT
@@ -217,6 +217,7 @@ class Clock:
         self._last_answer = time.perf_counter()
         self._num_needing = 0  # number of answers so far to questions that need a passage
         self._num_hits = 0  # how many of these answers retrieved a gold passage
+        self._num_judged = 0  # how many of these questions have an answer to compare with
         self._num_right = 0  # how many of these answers are an exact match
 
     def __call__(self, completion: Completion) -> dict[str, str] | None:
@@ -230,9 +231,14 @@ class Clock:
             self._num_needing += 1
             if any(id in gold for retrieval in completion.retrievals for id in retrieval.passage_ids):
                 self._num_hits += 1
-            if exact_match(completion.text, question["answers"]):
+            answers = worded(question["answers"])
+            if answers:
+                self._num_judged += 1
+            if exact_match(completion.text, answers):
                 self._num_right += 1
         if not self._num_needing:
             return None
-        shares = {"ret": self._num_hits / self._num_needing, "em": self._num_right / self._num_needing}
+        shares = {"ret": self._num_hits / self._num_needing}
+        if self._num_judged:
+            shares["em"] = self._num_right / self._num_judged
         return {figure(name).label: shown(share, name) for name, share in shares.items()}

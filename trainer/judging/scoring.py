@@ -13,6 +13,7 @@ from .correctness import (
     exact_match,
     gated_by_retrieval,
     str_em,
+    worded,
 )
 from .figures import NO_JUDGE, SEARCHING, SPLITS, Measured, in_order, is_binary
 from .grounding import (
@@ -48,6 +49,7 @@ def score(
     metric: str | None = None,
     entail: Judge | None = None,
     gr_hypothesis: str = HYPOTHESIS,
+    count_empty_answers: bool = False,
 ) -> dict[str, Scores]:
     """
     Score the answer to each question.
@@ -62,6 +64,9 @@ def score(
         entail (`Callable`, *optional*): an NLI judge, `list[(premise, hypothesis)]` -> `list[bool]`. Without one there
             is no `gr`, `fever_nli`, `claim_recall` or `citation_…`, and Cor of FEVER compares labels.
         gr_hypothesis (`str`): the template of the hypotheses of Gr; see [`~trainer.judging.grounding.grounding`].
+        count_empty_answers (`bool`): whether to judge by reference answers that normalise to nothing, such as "A" or
+            "The", as the official code does: every output contains them. By default they are dropped, and a question
+            without any other has no Cor, EM, F1, ..., see [`without_empty_answers`].
 
     Returns:
         `dict[str, list[float | None]]`: name of each figure -> its value for each question, in the order of the
@@ -71,6 +76,8 @@ def score(
         `ValueError`: if the ids do not match or the judge leaves pairs without an answer, with counts.
     """
     predictions = [prediction for prediction, _ in match_by_id(predictions, questions)]
+    if not count_empty_answers:
+        questions = [without_empty_answers(question) for question in questions]
     needed = [bool(question["provenance"]) for question in questions]
     not_needed = [not (question["provenance"] or provenance_unknown(question)) for question in questions]
     cor = _cor(predictions, questions, metric, entail)
@@ -117,6 +124,26 @@ def score_rankings(rankings: list[list[str]], questions: list[dict], ks: Sequenc
     """
     pairs = zip(rankings, questions, strict=True)
     return _columns([ranking_scores(ranking, question["provenance"], ks) for ranking, question in pairs])
+
+
+# ---------------------------------------------------------------------- what answers are compared with
+
+
+def without_empty_answers(question: dict) -> dict:
+    """
+    Return a question without the answers that normalise to nothing. This includes ALCE's `short_answers`; a reading
+    that has no other answer is dropped too.
+    """
+    kept = {**question, "answers": worded(question["answers"])}
+    if readings(question):
+        pairs = [{**pair, "short_answers": worded(pair["short_answers"])} for pair in readings(question)]
+        kept["meta"] = {**question["meta"], "qa_pairs": [pair for pair in pairs if pair["short_answers"]]}
+    return kept
+
+
+def readings(question: dict) -> list[dict]:
+    """Return ALCE's readings of a question, `{"short_answers": [...]}`, or an empty list."""
+    return (question.get("meta") or {}).get("qa_pairs") or []
 
 
 # ---------------------------------------------------------------------- Cor and its metric
@@ -195,11 +222,11 @@ def _has_what_it_needs(question: dict, metric: str) -> bool:
             return False
         return all(isinstance(pair, dict) and _are_texts(pair.get("short_answers")) for pair in pairs)
     if metric == "claim_recall":
-        return _are_texts(meta.get("claims"))
+        return _are_texts(meta.get("claims")) and all(claim.strip() for claim in meta["claims"])
     if metric.startswith("fever"):
         verdicts = {answer.strip().lower() for answer in question["answers"]} & set(FEVER_LABELS)
         return len(verdicts) == 1
-    return bool(question["answers"])
+    return any(answer.strip() for answer in question["answers"])
 
 
 def _are_texts(value: object) -> bool:
@@ -219,11 +246,14 @@ def has_claims(question: dict) -> bool:
 
 
 def _cor(predictions: list[dict], questions: list[dict], metric: str | None, entail: Judge | None) -> Scores:
-    """Return Cor of each question, `None` if its metric needs a missing NLI model."""
+    """Return Cor of each question, `None` if its metric needs a missing NLI model or a reference that it lacks."""
     metrics = [_metric_of(question, metric, nli=entail is not None) for question in questions]
     cor: Scores = [None] * len(questions)
     for name in sorted({name for name in metrics if name is not None}):
-        rows = [row for row, row_metric in enumerate(metrics) if row_metric == name]
+        rows = []
+        for row, question in enumerate(questions):
+            if metrics[row] == name and _has_what_it_needs(question, name):
+                rows.append(row)
         values = _score_rows(name, rows, predictions, questions, entail)
         for row in rows:
             cor[row] = values[row]
@@ -261,8 +291,9 @@ def _score_by_metric(
         claims = [question["input"] for question in questions]
         answers = [question["answers"] for question in questions]
         return fever_nli(outputs, claims, answers, entail)
-    reference_claims = [question.get("meta", {}).get("claims") or [] for question in questions]
-    return claim_recall(outputs, reference_claims, entail)
+    recalls = claim_recall(outputs, [question["meta"]["claims"] for question in questions], entail)
+    # ALCE asks the NLI model about an empty output too, and it may say yes.
+    return [recall if output.strip() else 0.0 for recall, output in zip(recalls, outputs, strict=True)]
 
 
 # ---------------------------------------------------------------------- other figures of answers

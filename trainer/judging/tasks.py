@@ -39,6 +39,8 @@ class Task:
             `False` takes the first candidates, gold or not (as in ALCE).
         metric (`str`, *optional*): the metric that is Cor; defaults to the metric of each question's dataset, see
             `trainer.judging.correctness.DATASET_METRICS`.
+        count_empty_answers (`bool`): whether reference answers that normalise to nothing count, as in the official
+            code, see [`~trainer.judging.scoring.score`].
         max_eval_samples (`int`, *optional*): ask only this many questions, from the start of the file.
         max_new_tokens (`int`), top_k (`int`), max_retrievals (`int`, *optional*): limits of each answer.
 
@@ -55,6 +57,7 @@ class Task:
     pool: str | int = "full"
     gold_in_pool: bool = True
     metric: str | None = None
+    count_empty_answers: bool = False
     max_eval_samples: int | None = None
     max_new_tokens: int = 64
     top_k: int = 1

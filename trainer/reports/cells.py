@@ -3,27 +3,28 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
-from ..judging.figures import Measured, figure, shown
+from ..judging.figures import MISSING, Measured, figure, shown, shown_interval
 from .document import Cell
 
 Verdict: TypeAlias = Literal["ahead", "behind", "more", "fewer", "within noise"]
 
-MISSING = "—"
 
-
-def verdict(name: str, interval: Sequence[float], differences: Iterable[float] = ()) -> Verdict:
+def verdict(name: str, interval: Sequence[float] | None, differences: Iterable[float] = ()) -> Verdict:
     """
     Return the verdict on a difference between two runs, or between the runs of several seeds.
 
     Args:
         name (`str`): name of the figure.
-        interval (`Sequence[float]`): `(low, high)`, the interval of the difference.
+        interval (`Sequence[float]`, *optional*): `(low, high)`, the interval of the difference; `None` if it is not
+            known, because there are too few questions.
         differences (`Iterable[float]`, *optional*): the difference on each seed, if there are several seeds.
 
     Returns:
         `str`: `"ahead"` or `"behind"` (for a count: `"more"` or `"fewer"`) if the interval excludes 0 and all seeds
         agree on the sign. Otherwise `"within noise"`.
     """
+    if interval is None:
+        return "within noise"
     is_count = figure(name).scale == "count"
     low, high = interval
     changes = list(differences)
@@ -34,17 +35,11 @@ def verdict(name: str, interval: Sequence[float], differences: Iterable[float] =
     return "within noise"
 
 
-def interval_text(interval: Sequence[float], name: str, signed: bool = False) -> str:
-    """Return `[low, high]` as tables show it."""
-    low, high = (shown(bound, name, signed) for bound in interval)
-    return f"[{low}, {high}]"
-
-
 def figure_cell(measured: Measured | None, name: str, with_n: bool = False) -> Cell:
     """Return a value with its interval and, if `with_n`, the number of questions."""
     if measured is None:
         return MISSING
-    small = interval_text(measured["interval"], name)
+    small = shown_interval(measured["interval"], name)
     if with_n:
         small += f" n = {measured['n']}"
     return shown(measured["value"], name), small
@@ -54,29 +49,32 @@ def average_cell(average: Mapping[str, Any] | None, name: str, of_tasks: int) ->
     """Return an average over tasks with its interval, and its number of tasks if that is not `of_tasks`."""
     if average is None:
         return MISSING
-    small = interval_text(average["interval"], name) + _task_count(average["tasks"], of_tasks)
+    small = shown_interval(average["interval"], name) + _task_count(average["tasks"], of_tasks)
     return shown(average["value"], name), small
 
 
 def seeds_cell(average: Mapping[str, Any] | None, name: str) -> Cell:
     """
     Return a figure over seeds, computed by [`~trainer.reports.experiment_figures.Results.figure`]: mean and standard
-    deviation over seeds, and the interval and n over questions.
+    deviation over seeds, the interval and n over questions, and the numbers of tasks and seeds if some are missing.
     """
     if average is None:
         return MISSING
     value = shown(average["value"], name)
     if average["deviation"] is not None:
         value += f" ± {shown(average['deviation'], name)}"
-    interval = interval_text(average["interval"], name)
-    return value, f"{interval} n = {average['n']:,}{_task_count(average['tasks'], average['of_tasks'])}"
+    interval = shown_interval(average["interval"], name)
+    counts = _task_count(average["tasks"], average["of_tasks"])
+    if len(average["seeds"]) != average["of_seeds"]:
+        counts += f", {len(average['seeds'])} of {average['of_seeds']} seeds"
+    return value, f"{interval} n = {average['n']:,}{counts}"
 
 
 def seeds_difference_cell(difference: Mapping[str, Any] | None, name: str) -> Cell:
     """
     Return a difference, computed by [`~trainer.reports.experiment_figures.Results.compare`]: the difference (in
-    brackets, in percent of the baseline), then the interval, n, the numbers of seeds above, equal to and below the
-    baseline, and the verdict.
+    brackets, in percent of the baseline), then the interval, n, the number of questions that have a value in only one
+    of the two, the numbers of seeds above, equal to and below the baseline, and the verdict.
     """
     if difference is None:
         return MISSING
@@ -87,7 +85,9 @@ def seeds_difference_cell(difference: Mapping[str, Any] | None, name: str) -> Ce
     above = sum(change > 0 for change in changes)
     below = sum(change < 0 for change in changes)
     equal = len(changes) - above - below
-    small = f"{interval_text(difference['interval'], name, signed=True)} n = {difference['n']:,}"
+    small = f"{shown_interval(difference['interval'], name, signed=True)} n = {difference['n']:,}"
+    if difference["left_out"]:
+        small += f" ({difference['left_out']:,} left out)"
     small += _task_count(difference["tasks"], difference["of_tasks"])
     return value, f"{small}, {above} / {equal} / {below}, {difference['verdict']}"
 

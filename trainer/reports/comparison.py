@@ -11,13 +11,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from modeling_cosup.files_cosup import write_json
+from modeling_cosup.files_cosup import read_json, write_json
 from modeling_cosup.lines_cosup import read_lines
 
-from ..judging.figures import MAIN, MODES, QUERY, SCOPES, SPLITS, figure, shown
+from ..judging.figures import MAIN, MISSING, MODES, QUERY, SCOPES, SPLITS, figure, in_order, shown, shown_interval
 from ..judging.intervals import compare_differences, paired_bootstrap
 from ..judging.results import FORMAT, read_results
-from .cells import interval_text, percent, verdict
+from .cells import percent, verdict
 from .document import Block, Bullets, Cell, Heading, Table, Text, write_document
 
 RESAMPLES = 10_000
@@ -29,10 +29,12 @@ TASK_SETTINGS = (  # fields of a task that should be the same in both folders
     "max_retrievals",
     "max_new_tokens",
     "cor",
+    "count_empty_answers",
     "passages",
     "eval_file",
     "corpus_file",
 )
+POOL_SETTINGS = ("pool", "gold_in_pool")
 
 QuestionScores: TypeAlias = dict[str, dict[str, float | None]]  # question -> figure -> value, of one run
 PairedValues: TypeAlias = dict[str, np.ndarray]  # figure -> values of both runs, (2, n)
@@ -70,12 +72,15 @@ def compare_results(
         if name not in runs[1]["tasks"]:
             continue
         notes += _notes_on_settings(name, runs)
+        notes += _notes_on_sections(name, runs)
         tasks[name] = {}
         values[name] = {}
         for section in _shared_sections(name, runs):
             scores = [_read_scores(folder, name, section) for folder in folders]
             _check_same_questions(scores, f"{name}, mode {section}", folders)
+            notes += _notes_on_questions(name, section, runs, folders)
             values[name][section] = _paired_values(scores[0], scores[1])
+            notes += _notes_on_figures(f"{name}, {section_label(section)}", scores, values[name][section])
             tasks[name][section] = _compare(scores[0], scores[1], values[name][section], resamples, seed)
     if not any(tasks.values()):
         raise ValueError(f"{first} and {second} share no task and mode: there is nothing to compare.")
@@ -127,16 +132,60 @@ def _notes_on_settings(task: str, runs: Sequence[dict]) -> Iterator[str]:
         yield f"{task}: the settings differ in {different}"
 
 
+def _notes_on_sections(task: str, runs: Sequence[dict]) -> Iterator[str]:
+    first, second = (_sections(task, run) for run in runs)
+    for sections, others, folder in ((first, second, "first"), (second, first, "second")):
+        only_here = [section_label(section) for section in sections if section not in others]
+        if only_here:
+            yield f"{task}: only the {folder} folder has {', '.join(only_here)}"
+
+
+def _notes_on_questions(task: str, section: str, runs: Sequence[dict], folders: Sequence[Path]) -> Iterator[str]:
+    """Yield a note if questions with the same ids differ in something that is no setting, such as their answers."""
+    mode, _ = _mode_and_scope(section)
+    files = [folder / task / mode / "run.json" for folder in folders]
+    results = [run["tasks"][task] for run in runs]
+    if _differences(results[0], results[1], POOL_SETTINGS) or not all(file.exists() for file in files):
+        return  # the settings of a pool decide the candidates, which are part of a question
+    first, second = (read_json(file)["questions"] for file in files)
+    if first != second:
+        yield (
+            f"{task}, {section_label(section)}: the questions have the same ids in both folders, but not the same "
+            "content (answers, provenance, candidates or meta)"
+        )
+
+
+def _notes_on_figures(where: str, scores: Sequence[QuestionScores], compared: PairedValues) -> Iterator[str]:
+    """Yield notes on figures that no question has in both runs."""
+    first, second = (_measured(run_scores) for run_scores in scores)
+    groups = {
+        "only the first folder has": [name for name in first if name not in second],
+        "only the second folder has": [name for name in second if name not in first],
+        "no question has in both folders": [name for name in first if name in second and name not in compared],
+    }
+    for who, names in groups.items():
+        if names:
+            yield f"{where}: {who} {', '.join(figure(name).label for name in names)}"
+
+
+def _measured(scores: QuestionScores) -> list[str]:
+    """Return the names of the figures that at least one question has."""
+    return in_order(name for row in scores.values() for name, value in row.items() if value is not None)
+
+
 def _differences(first: dict, second: dict, keys: Sequence[str]) -> str:
     different = [key for key in keys if first.get(key) != second.get(key)]
     return "; ".join(f"{key}: {first.get(key)!r} and {second.get(key)!r}" for key in different)
 
 
 def _shared_sections(task: str, runs: Sequence[dict]) -> list[str]:
-    first, second = (run["tasks"][task] for run in runs)
-    modes = [mode for mode in first["modes"] if mode in second["modes"]]
-    rankings = [f"{QUERY} {scope}" for scope in first["query"] if scope in second["query"]]
-    return modes + rankings
+    first, second = (_sections(task, run) for run in runs)
+    return [section for section in first if section in second]
+
+
+def _sections(task: str, run: dict) -> list[str]:
+    results = run["tasks"][task]
+    return [*results["modes"], *(f"{QUERY} {scope}" for scope in results["query"])]
 
 
 def _read_scores(folder: Path, task: str, section: str) -> QuestionScores:
@@ -230,16 +279,24 @@ def _average(arrays: list[np.ndarray], resamples: int, seed: int) -> dict[str, A
 
 
 def comparison_row(name: str, comparison: dict[str, Any]) -> list[Cell]:
-    """Return a comparison as cells: figure, both values, the difference with its interval, p and n."""
+    """
+    Return a comparison as cells: figure, both values, the difference with its interval, p, and n with the number of
+    questions that have a value in only one run.
+    """
     difference = shown(comparison["difference"], name, signed=True)
     p_value = comparison["p_value"]
+    if p_value is None:
+        shown_p_value = MISSING
+    else:
+        shown_p_value = "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
+    left_out = f"({comparison['left_out']} left out)" if comparison.get("left_out") else ""
     return [
         figure(name).label,
         shown(comparison["first"], name),
         shown(comparison["second"], name),
-        (difference, interval_text(comparison["interval"], name, signed=True)),
-        "< 0.001" if p_value < 0.001 else f"{p_value:.3f}",
-        str(comparison["n"]),
+        (difference, shown_interval(comparison["interval"], name, signed=True)),
+        shown_p_value,
+        (str(comparison["n"]), left_out),
     ]
 
 
@@ -256,8 +313,8 @@ def comparison_blocks(comparison: dict[str, Any], names: Sequence[str]) -> list[
     about = (
         f"A is {names[0]} ({comparison['first']}), B is {names[1]} ({comparison['second']}). Differences are B − A, "
         "question by question, in percentage points, with 95 % intervals and two-sided p-values of the paired "
-        "bootstrap; with fewer than about 30 questions its intervals are too narrow. Nothing is corrected for the "
-        "number of comparisons."
+        "bootstrap; with fewer than about 30 questions its intervals are too narrow, and with one there is none. A "
+        "question that has a value in only one run is left out. Nothing is corrected for the number of comparisons."
     )
     blocks: list[Block] = [Heading("Comparison of two evaluations", 1), Text(about)]
     if len(comparison["tasks"]) > 1:

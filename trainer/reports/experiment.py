@@ -81,10 +81,23 @@ def _caution(results: Results) -> list[Block]:
             "paper's claim."
         )
         blocks.append(Text(text))
-    if len(experiment["seeds"]) == 1:
-        text = "There is one seed. What another seed would change is not known, and no interval below covers it."
+    evaluated_seeds = _evaluated_seeds(results)
+    arms_of_one_seed = [arm for arm, seeds in evaluated_seeds.items() if len(seeds) == 1]
+    if arms_of_one_seed:
+        count = "There is one seed."
+        if len(arms_of_one_seed) < len(evaluated_seeds):
+            count = f"There is one seed of {', '.join(arms_of_one_seed)}."
+        text = f"{count} What another seed would change is not known, and no interval below covers it."
         blocks.append(Text(text))
     return blocks
+
+
+def _evaluated_seeds(results: Results) -> dict[str, set[int]]:
+    """Return the seeds with which each arm was evaluated."""
+    seeds: dict[str, set[int]] = {}
+    for run in results.evaluated:
+        seeds.setdefault(run["arm"], set()).add(run["seed"])
+    return seeds
 
 
 def _verdicts(results: Results) -> list[Block]:
@@ -200,8 +213,8 @@ def _comparisons(results: Results) -> list[Block]:
         blocks += [Heading(setting, 3), table]
     note = (
         "Percentage points, in brackets percent of the baseline (the paper's improvement rate); then the 95 % "
-        "interval of the paired bootstrap over questions, n, and how many seeds are above, equal to and below the "
-        "baseline."
+        "interval of the paired bootstrap over questions, n, how many questions are left out because only one of the "
+        "two has a value, and how many seeds are above, equal to and below the baseline."
     )
     return [*blocks, Text(note, note=True)]
 

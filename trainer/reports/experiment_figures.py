@@ -46,13 +46,14 @@ class MeasuredOverSeeds(Measured):
     of_tasks: int  # number of all tasks
     deviation: float | None  # over seeds; None for a single seed
     seeds: dict[int, float]
+    of_seeds: int  # number of seeds of the experiment
 
 
 class DifferenceOverSeeds(TypedDict):
     """A line minus the baseline: the mean over seeds, with `interval` and `n` over questions."""
 
     difference: float
-    interval: list[float]
+    interval: list[float] | None  # None if a task has a single question
     n: int
     left_out: int  # number of questions for which only one of the two has a value
     seeds: dict[int, float]
@@ -245,6 +246,7 @@ class Results:
             "of_tasks": len(tasks),
             "deviation": deviation if len(seeds) > 1 else None,
             "seeds": seeds,
+            "of_seeds": len(self.experiment["seeds"]),
         }
 
     # ------------------------------------------------------------------ one comparison

@@ -150,7 +150,8 @@ def draw_histograms(scores: Mapping[str, tuple[Sequence[float], Sequence[float]]
 def _percents(figures: Sequence[Measured]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return values, lower and upper bounds in percent, each of shape `(number of figures,)`."""
     values = np.array([figure["value"] for figure in figures], float)
-    bounds = np.array([figure["interval"] for figure in figures], float).reshape(-1, 2)
+    # A value whose interval is not known has no error bar.
+    bounds = np.array([figure["interval"] or [figure["value"]] * 2 for figure in figures], float).reshape(-1, 2)
     low = np.minimum(bounds[:, 0], values)  # rounding can put a bound on the wrong side of the value
     high = np.maximum(bounds[:, 1], values)
     return 100 * values, 100 * low, 100 * high

@@ -22,9 +22,10 @@ Args:
         model. Without it there are only str_em and str_hit.
 
 Returns:
-    dict: str_em and str_hit if the references have qa_pairs; claim_recall if they have claims; citation_recall and
-    citation_precision over the outputs that are not empty; num_cited_outputs, the number of these outputs. All but the
-    last are between 0 and 1.
+    dict: str_em and str_hit, between 0 and 1, if the references have qa_pairs, with num_empty_answers, the number of
+    questions with a short answer that normalises to nothing, such as "The", which every output contains; claim_recall
+    if they have claims; citation_recall and citation_precision over the outputs that are not empty; num_cited_outputs,
+    the number of these outputs.
 """
 CITATION = """
 @inproceedings{gao2023enabling,
@@ -38,6 +39,14 @@ STRING = datasets.Value("string")
 PASSAGE = {"id": STRING, "title": STRING, "text": STRING}
 PREDICTION = {"id": STRING, "output_with_citations": STRING, "retrievals": [{"passages": [PASSAGE]}]}
 REFERENCE = {"id": STRING, "qa_pairs": [{"short_answers": [STRING]}], "claims": [STRING]}
+
+
+def all_short_answers(reference: dict) -> list[str]:
+    """Return the short answers of all readings of a question."""
+    answers: list[str] = []
+    for pair in reference["qa_pairs"]:
+        answers.extend(pair["short_answers"])
+    return answers
 
 
 class ALCE(evaluate.Metric):
@@ -74,7 +83,7 @@ class ALCE(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[dict], references: list[dict], nli: Callable | str | None = None) -> dict:
-        from trainer.judging.correctness import str_em
+        from trainer.judging.correctness import num_with_empty_answers, str_em
         from trainer.judging.grounding import citation_scores, cited_passages, claim_recall
         from trainer.judging.matching import match_by_id
         from trainer.judging.nli import as_judge
@@ -89,6 +98,7 @@ class ALCE(evaluate.Metric):
                 share, hit = str_em(prediction["output_with_citations"], reference["qa_pairs"])
                 rows.append({"str_em": share, "str_hit": hit})
             scores |= mean_scores(rows)
+            scores["num_empty_answers"] = num_with_empty_answers(map(all_short_answers, references))
         if nli is None:
             return scores
         entail = as_judge(nli)

@@ -25,7 +25,8 @@ Args:
 Returns:
     dict: cor, over all questions; cor_minus, over the questions with provenance; cor_success, over the questions with
     provenance for which a gold passage was retrieved; cor_failure, over the other questions with provenance; metric,
-    the name of the metric. Figures are between 0 and 1, or NaN if there is no such question.
+    the name of the metric; num_empty_answers, the number of questions with an answer that normalises to nothing, such
+    as "The", which every output contains. Figures are between 0 and 1, or NaN if there is no such question.
 """
 CITATION = """
 @inproceedings{lee2024semiparametric,
@@ -79,20 +80,22 @@ class Correctness(evaluate.Metric):
         metric: str | None = None,
         nli: Callable | str | None = None,
     ) -> dict:
-        from trainer.judging.correctness import cor_metric, correctness
+        from trainer.judging.correctness import check_answers, cor_metric, correctness, num_with_empty_answers
         from trainer.judging.grounding import fever_nli
         from trainer.judging.intervals import Mean
         from trainer.judging.matching import match_by_id, retrieved_ids, with_provenance
         from trainer.judging.nli import as_judge
         from trainer.judging.retrieval import by_retrieval, cor_minus, ret
 
+        pairs = match_by_id(predictions, references)
+        answers = [reference["answers"] or [] for _, reference in pairs]
+        check_answers(answers)
         metrics = {metric or cor_metric(reference["dataset"], nli is not None) for reference in references}
         if len(metrics) > 1:
             raise ValueError(
                 f"The questions are of datasets with different metrics, {sorted(metrics)}: compute one dataset at a "
                 "time, or give one metric."
             )
-        pairs = match_by_id(predictions, references)
         needing = {reference["id"] for reference in with_provenance(references)}
         metric = metrics.pop()
         if metric == "fever_nli":
@@ -100,7 +103,6 @@ class Correctness(evaluate.Metric):
                 raise ValueError("metric is 'fever_nli', which needs an NLI model: give nli.")
             outputs = [prediction["output"] for prediction, _ in pairs]
             claims = [reference["input"] for _, reference in pairs]
-            answers = [reference["answers"] for _, reference in pairs]
             cor = fever_nli(outputs, claims, answers, as_judge(nli))
         else:
             cor = [correctness(prediction["output"], reference["answers"], metric) for prediction, reference in pairs]
@@ -112,4 +114,4 @@ class Correctness(evaluate.Metric):
                 hits.append(None)
         scores = {"cor": cor, "cor_minus": cor_minus(cor, hits), **by_retrieval("cor", cor, hits)}
         figures = {name: Mean.of(values).value for name, values in scores.items()}
-        return {**figures, "metric": metric}
+        return {**figures, "metric": metric, "num_empty_answers": num_with_empty_answers(answers)}

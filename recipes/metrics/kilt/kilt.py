@@ -21,7 +21,8 @@ Args:
 Returns:
     dict: accuracy, em, f1, rouge_l, kilt_accuracy, kilt_em, kilt_f1, kilt_rouge_l, r_precision and kilt_recall@5,
     between 0 and 1; num_without_provenance, the number of questions without provenance, whose retrieval counts as
-    wrong, as in KILT.
+    wrong, as in KILT; num_empty_answers, the number of questions with an answer that normalises to nothing, such as
+    "The", which count as in KILT.
 """
 CITATION = """
 @inproceedings{petroni2021kilt,
@@ -70,10 +71,12 @@ class KILT(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[dict], references: list[dict], rouge: bool = True) -> dict:
-        from trainer.judging.correctness import kilt_scores
+        from trainer.judging.correctness import check_answers, kilt_scores, num_with_empty_answers
         from trainer.judging.matching import match_by_id, retrieved_ids, with_provenance
         from trainer.judging.retrieval import kilt_recall_at_k, mean_scores, r_precision
 
+        answers = [reference["answers"] or [] for reference in references]
+        check_answers(answers)
         needing = {reference["id"] for reference in with_provenance(references)}
         rows = []
         for prediction, reference in match_by_id(predictions, references):
@@ -84,4 +87,7 @@ class KILT(evaluate.Metric):
                 retrieval["kilt_recall@5"] = kilt_recall_at_k(retrieved, reference["provenance"], 5)
             answer = kilt_scores(prediction["output"], reference["answers"], retrieval["r_precision"], rouge)
             rows.append(answer | retrieval)
-        return mean_scores(rows) | {"num_without_provenance": len(rows) - len(needing)}
+        return mean_scores(rows) | {
+            "num_without_provenance": len(rows) - len(needing),
+            "num_empty_answers": num_with_empty_answers(answers),
+        }

@@ -28,8 +28,8 @@ Args:
 
 Returns:
     dict: ret, ret_precision, r_precision, kilt_recall@k, nsp_needed and nsp_not_needed; num_questions, the number of
-    questions with provenance; if all of these have a ranking, also mrr, ndcg@10 and query_recall@k. Figures are
-    between 0 and 1, or NaN if there is no question to which they apply.
+    questions with provenance; if these have rankings, also mrr, ndcg@10 and query_recall@k. If only some of them have
+    one, it is an error. Figures are between 0 and 1, or NaN if there is no question to which they apply.
 """
 CITATION = """
 @inproceedings{lee2024semiparametric,
@@ -78,6 +78,9 @@ class NSPRetrieval(evaluate.Metric):
         """Accept whole lines of predictions and of an evaluation set; fields that are not needed are dropped."""
         from trainer.judging.matching import provenance_unknown, select_fields
 
+        lacking = sum(ranking not in row for row in rankings or [])
+        if lacking:
+            raise ValueError(f"{lacking} of {len(rankings)} rankings have no {ranking!r}.")
         ranking_of = {str(row["id"]): row[ranking] for row in rankings or []}
         with_rankings = []
         for prediction in predictions:
@@ -111,7 +114,13 @@ class NSPRetrieval(evaluate.Metric):
         emitted = emission([prediction for prediction, _ in pairs], needed, not_needed)
         scores |= {name: Mean.of(values).value for name, values in emitted.items()}
         scores["num_questions"] = len(judged)
-        if all(prediction["query_ranking"] for prediction, _ in judged):
+        num_ranked = sum(prediction["query_ranking"] is not None for prediction, _ in judged)
+        if 0 < num_ranked < len(judged):
+            raise ValueError(
+                f"{len(judged) - num_ranked} of {len(judged)} questions with provenance have no ranking by the query "
+                "embedding."
+            )
+        if num_ranked:
             rows = [ranking_scores(prediction["query_ranking"], provenance, ks) for prediction, provenance in judged]
             scores |= mean_scores(rows)
         return scores

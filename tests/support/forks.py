@@ -1,0 +1,161 @@
+"""
+Programs that run in forks of one process which has imported torch, transformers and this project already.
+
+An import takes about ten seconds of a core, and the tests start dozens of programs. A fork is a process of its own: it
+can be killed, joins a process group, and has its own exit code and output. It shares nothing but the imported modules
+with the others: no model, no process group, no thread.
+
+Not for programs that check what an import does, or that need other variables when it happens.
+"""
+
+import atexit
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PRELOADED = (
+    "accelerate",
+    "datasets",
+    "torch.distributed.fsdp",
+    "trainer.judging.judge",
+    "trainer.reports.evaluation",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama",
+)
+_server: subprocess.Popen[str] | None = None
+
+
+def run_forked(
+    *command: Any,
+    world_size: int = 1,
+    cwd: Path = ROOT,
+    stdin: str = "",
+    timeout: float = 600,
+    env: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """
+    Run a Python program without the network and with one thread, and wait for its end.
+
+    Args:
+        command: the script with its arguments, or `-c` with the code and its arguments.
+        world_size (`int`): number of ranks, which get the variables that torchrun sets. If one of them fails, the
+            others are killed.
+        cwd (`Path`): its working directory.
+        stdin (`str`): its input.
+        timeout (`float`): seconds after which it is killed.
+        env (`Mapping[str, str]`, *optional*): further variables.
+
+    Returns:
+        `subprocess.CompletedProcess`: the output of all ranks, and the first exit code that is not 0 (negative for a
+        signal).
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: str(Path(folder, name)) for name in ("stdin", "stdout", "stderr")}
+        Path(files["stdin"]).write_text(stdin, encoding="utf-8")
+        request = {"command": [str(word) for word in command], "world_size": world_size, "cwd": str(cwd)}
+        code = _ask({**request, "env": dict(env or {}), **files}, timeout)
+        output = {name: Path(files[name]).read_text(encoding="utf-8") for name in ("stdout", "stderr")}
+    return subprocess.CompletedProcess(request["command"], code, **output)
+
+
+def _ask(request: dict[str, Any], timeout: float) -> int:
+    """Send a request to the server, which is started first if it does not run, and return the exit code."""
+    global _server
+    if _server is None or _server.poll() is not None:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        command = [sys.executable, __file__]
+        _server = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+        atexit.register(_end, _server)
+    assert _server.stdin is not None and _server.stdout is not None
+    _server.stdin.write(json.dumps({**request, "timeout": timeout}) + "\n")
+    _server.stdin.flush()
+    answer = _server.stdout.readline()
+    if not answer:
+        raise RuntimeError(f"The server of forked programs ended with {_server.wait()}.")
+    return int(answer)
+
+
+def _end(server: subprocess.Popen[str]) -> None:
+    assert server.stdin is not None
+    server.stdin.close()  # ends its loop
+    server.wait(timeout=60)
+
+
+# ---------------------------------------------------------------------- the server
+
+
+def serve() -> None:
+    """Run the programs that are asked for, one after another. A fork returns from here into its program's end."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        print(_launch(request), flush=True)
+
+
+def _launch(request: dict[str, Any]) -> int:
+    """Fork the ranks of a program, and return the first exit code that is not 0."""
+    port = _free_port() if request["world_size"] > 1 else 0
+    running = set()
+    for rank in range(request["world_size"]):
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(int(request["timeout"]))  # ends a program that hangs
+            _become(request, rank, port)
+        running.add(pid)
+    code = 0
+    while running:
+        pid, status = os.wait()
+        running.discard(pid)
+        code = code or os.waitstatus_to_exitcode(status)
+        if code:
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+    return code
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _become(request: dict[str, Any], rank: int, port: int) -> None:
+    """Run the program in this process, as `python` would, and exit."""
+    os.setsid()
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        file = os.open(request[name], os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(file, number)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)
+    os.chdir(request["cwd"])
+    os.environ.update(request["env"])
+    if port:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank))
+        os.environ.update(WORLD_SIZE=str(request["world_size"]), LOCAL_WORLD_SIZE=str(request["world_size"]))
+    first, *arguments = request["command"]
+    if first == "-c":
+        code, *arguments = arguments
+        sys.argv = ["-c", *arguments]
+        sys.path[0] = ""
+        exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv = [first, *arguments]
+        sys.path[0] = str(Path(first).resolve().parent)
+        runpy.run_path(first, run_name="__main__")
+    sys.exit()
+
+
+if __name__ == "__main__":
+    for module in PRELOADED:
+        importlib.import_module(module)
+    serve()
