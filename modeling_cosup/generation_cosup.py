@@ -107,9 +107,11 @@ class RetrievalGenerationMixin(RefusalsMixin):
         """
         with ending(kwargs.get("streamer")):
             if isinstance(inputs, Mapping):
-                inputs, kwargs = None, {**inputs, **kwargs}
-            if inputs is not None and kwargs.get("input_ids") is None:
-                inputs, kwargs = None, {**kwargs, "input_ids": inputs}
+                kwargs = {**inputs, **kwargs}
+                inputs = None
+            elif inputs is not None and kwargs.get("input_ids") is None:
+                kwargs = {**kwargs, "input_ids": inputs}
+                inputs = None
             if kwargs.get("input_ids") is not None:
                 check_token_ids(kwargs["input_ids"])
             self._check_configs(generation_config, retrieval_config)
