@@ -109,8 +109,9 @@ class RetrievalGenerationMixin(RefusalsMixin):
             if isinstance(inputs, Mapping):
                 kwargs = {**inputs, **kwargs}
                 inputs = None
-            if inputs is not None and kwargs.get("input_ids") is None:
-                inputs, kwargs = None, {**kwargs, "input_ids": inputs}
+            elif inputs is not None and kwargs.get("input_ids") is None:
+                kwargs = {**kwargs, "input_ids": inputs}
+                inputs = None
             if kwargs.get("input_ids") is not None:
                 check_token_ids(kwargs["input_ids"])
             self._check_configs(generation_config, retrieval_config)
