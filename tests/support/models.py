@@ -50,6 +50,7 @@ ARCHITECTURES = {
     "mamba": {"state_size": 4},
     "bert": {"intermediate_size": 64},
     "modernbert": {"intermediate_size": 64},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 32, "intermediate_size": 64},
     "t5": {"d_ff": 64, "d_kv": 8},
 }
 
