@@ -321,7 +321,8 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
             logits = logits * scale
         if divisor := getattr(config, "logits_scaling", None):  # Granite
             logits = logits / divisor
-        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
+        # Gemma 2, RecurrentGemma
+        if cap := getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None):
             logits = torch.tanh(logits / cap) * cap
         return logits
 
