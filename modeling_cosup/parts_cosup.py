@@ -205,8 +205,9 @@ def passage_tokenizer(tokenizer: PreTrainedTokenizerBase, config: CoSupConfig) -
 
 def _split_special_tokens(backend: Tokenizer, ids: frozenset[int]) -> None:
     """Let the special tokens that a vocabulary reads as words be split as `tokenization_cosup.encode_texts` does."""
-    words = []
-    for token in map(backend.id_to_token, sorted(ids)):
+    words: list[str] = []
+    for id in sorted(ids):
+        token = cast(str, backend.id_to_token(id))
         in_vocabulary = backend.model.token_to_id(token) is not None
         if in_vocabulary and len(backend.model.tokenize(token)) == 1:  # BPE may hold a token that no merge reaches
             words.append(token)
