@@ -58,6 +58,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
     # attributes of the model
     generation_config: GenerationConfig
     tokenizer: PreTrainedTokenizerBase
+    _query_encoder: Callable[[], Any]
     # kept between calls
     _static_row_cache: RowCache | None
 
@@ -298,6 +299,9 @@ class RetrievalGenerationMixin(RefusalsMixin):
             return RetrievalCall(memory=memory)
         if retriever is not None:
             retriever.check_model(self)
+            searches = retrieval.passages is None and not retrieval.forbid_nsp
+            if searches and self.config.query_from != "gen":
+                self._query_encoder()  # raises before anything is generated
         return call
 
     @staticmethod
