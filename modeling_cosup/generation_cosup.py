@@ -58,6 +58,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
     # attributes of the model
     generation_config: GenerationConfig
     tokenizer: PreTrainedTokenizerBase
+    _query_encoder: Callable[[], Any]
     # kept between calls
     _static_row_cache: RowCache | None
 
@@ -109,8 +110,9 @@ class RetrievalGenerationMixin(RefusalsMixin):
             if isinstance(inputs, Mapping):
                 kwargs = {**inputs, **kwargs}
                 inputs = None
-            if inputs is not None and kwargs.get("input_ids") is None:
-                inputs, kwargs = None, {**kwargs, "input_ids": inputs}
+            elif inputs is not None and kwargs.get("input_ids") is None:
+                kwargs = {**kwargs, "input_ids": inputs}
+                inputs = None
             if kwargs.get("input_ids") is not None:
                 check_token_ids(kwargs["input_ids"])
             self._check_configs(generation_config, retrieval_config)
@@ -297,6 +299,9 @@ class RetrievalGenerationMixin(RefusalsMixin):
             return RetrievalCall(memory=memory)
         if retriever is not None:
             retriever.check_model(self)
+            searches = retrieval.passages is None and not retrieval.forbid_nsp
+            if searches and self.config.query_from != "gen":
+                self._query_encoder()  # raises before anything is generated
         return call
 
     @staticmethod

@@ -149,9 +149,8 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
             CoSupConfig.get_config_dict(name_or_path, **hub_options)  # raises if the weights are of another model
         loaded: Any = super().from_pretrained(name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
-        parameters = dict(model.named_parameters())  # a tied weight is listed under one name, and may lack the other
-        missing = sorted(key for key in info["missing_keys"] if key in parameters)
-        if missing:
+        missing = sorted(info["missing_keys"])
+        if missing and not model._hf_peft_config_loaded:  # transformers reports tied weights of adapters as missing
             raise ValueError(f"{name_or_path} lacks {len(missing)} weights of its model, e.g. {missing[0]}.")
         if output_loading_info:
             return loaded
@@ -322,7 +321,8 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
             logits = logits * scale
         if divisor := getattr(config, "logits_scaling", None):  # Granite
             logits = logits / divisor
-        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
+        # Gemma 2, RecurrentGemma
+        if cap := getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None):
             logits = torch.tanh(logits / cap) * cap
         return logits
 

@@ -109,11 +109,9 @@ def read_parts(
     sources = (("gen", gen, ""), ("emb_seq", emb_seq, retriever.subfolder))
     for role, source, subfolder in (*sources, ("query_encoder", query_encoder, query_subfolder)):
         if isinstance(source, str):
-            source_config = load_config(source, subfolder, hub_options)
-        else:
-            source_config = getattr(source, "config", None)
-        if isinstance(source_config, PreTrainedConfig):
-            check_config(source_config, role)
+            check_config(load_config(source, subfolder, hub_options), role)
+        elif isinstance(source, PreTrainedModel):
+            check_config(source.config, role)
     gen = load_gen(gen, model_kwargs)
     if emb_seq is None:
         emb_seq = gen.base_model

@@ -178,9 +178,9 @@ def count_gen_tokens(model):
 def test_the_first_pass_reads_gen_only_where_it_makes_queries(tmp_path, query_from, supervision):
     """Gen reads all rows once; if it makes the queries, the first pass reads rows up to their last `[NSP]`."""
     model = make_model(query_from=query_from)
-    counts = count_gen_tokens(model)
     options = {"nsp_batch_size": 8, "per_device_train_batch_size": 1, "supervision": supervision}
     trainer = make_trainer(tmp_path, model, **options)
+    counts = count_gen_tokens(model)
     batch, count = prepared_batch(trainer)
     trainer.training_step(model, batch, count)
     nsp = model.config.nsp_token_id

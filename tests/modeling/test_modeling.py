@@ -462,11 +462,11 @@ def test_modes_and_handed_in_configs_stay():
 
 
 def test_an_architecture_with_another_head_raises():
-    """Gemma 2 caps its logits, which is known; a model that scales them in a way that is not known is refused."""
-    model = make_gen("gemma2", final_logit_softcapping=5.0)
-    built = CoSupForCausalLM.from_gen_and_emb_seq(model, tokenizer=make_tokenizer())
+    """Gemma 2 and RecurrentGemma cap their logits, which is known; a model that scales them otherwise is refused."""
     input_ids = torch.tensor([[5, 6, 7]])
-    torch.testing.assert_close(built(input_ids).logits, model(input_ids).logits, rtol=1e-4, atol=1e-5)
+    for model in (make_gen("gemma2", final_logit_softcapping=5.0), make_gen("recurrent_gemma", logits_soft_cap=0.1)):
+        built = CoSupForCausalLM.from_gen_and_emb_seq(model, tokenizer=make_tokenizer())
+        torch.testing.assert_close(built(input_ids).logits, model(input_ids).logits, rtol=1e-4, atol=1e-5)
 
     unknown = make_gen()
     read = unknown.forward

@@ -53,6 +53,7 @@ ARCHITECTURES = {
     "gemma3": {"num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 8, "sliding_window": 8},
     "roberta": {"intermediate_size": 64},
     "modernbert": {"intermediate_size": 64},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 32, "intermediate_size": 64},
     "t5": {"d_ff": 64, "d_kv": 8},
 }
 # what models that also read images need; their other options are those of the text model
