@@ -42,11 +42,11 @@ from .cache_cosup import EMPTY, cache_for
 from .forwards_cosup import Forwards, Outputs
 from .lookup_cosup import Lookup, ScoredPassages
 from .memory_cosup import Memory
+from .packing_cosup import pad_rows
 from .retriever_cosup import Retriever
 from .scores_cosup import RowScores
 from .settings_cosup import DecodingSettings
 from .slots_cosup import Slots
-from .tokenization_cosup import pad_rows
 from .trace_cosup import Retrieval, RetrievalError, Row
 
 _FAILED = 2  # state of a rank whose search failed; 1 if it needs a forward, 0 if not

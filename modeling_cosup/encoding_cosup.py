@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .configuration_cosup import CoSupConfig
-from .tokenization_cosup import Packing, encode_queries_for_emb_seq, pad_rows, query_length
+from .packing_cosup import Packing, pad_rows
+from .tokenization_cosup import encode_queries_for_emb_seq, query_length
 
 if TYPE_CHECKING:
     Base = PreTrainedModel
@@ -45,7 +46,7 @@ class EncodingMixin(Base):
         Args:
             input_ids (`torch.LongTensor` of shape `(M, L)`): BOS + passage + EOS; M may be 0.
             attention_mask (`torch.LongTensor` of shape `(M, L)`, *optional*): defaults to no padding.
-            packing ([`~tokenization_cosup.Packing`], *optional*): the passages are packed in one row `(1, L)`. Needs a
+            packing ([`~packing_cosup.Packing`], *optional*): the passages are packed in one row `(1, L)`. Needs a
                 causal Emb_seq, and an attention implementation that keeps them apart.
 
         Returns:

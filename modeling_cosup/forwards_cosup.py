@@ -10,9 +10,9 @@ from transformers import CompileConfig
 
 from .cache_cosup import EMPTY, RowCache, attention_mask
 from .memory_cosup import Memory, adjusted
+from .packing_cosup import pad_rows
 from .settings_cosup import DecodingSettings
 from .slots_cosup import Slots
-from .tokenization_cosup import pad_rows
 from .trace_cosup import Row
 
 

@@ -22,9 +22,10 @@ from .configuration_cosup import EARLIER_EMBEDDING_SETTINGS
 from .files_cosup import digest, digest_all, digest_file, read_json, write_json
 from .index_files_cosup import DTYPES, FileFacts, Shard, create_tensors, map_shard, seal, shard_files, write_passages
 from .index_search_cosup import contains
+from .packing_cosup import pad_rows
 from .passages_cosup import can_be_read_twice, checked_passages, find_duplicate, hash_ids, read_corpus
 from .retriever_cosup import CoSupModel
-from .tokenization_cosup import add_bos_and_eos, encode_passages_for_emb_seq, encode_passages_for_gen, pad_rows
+from .tokenization_cosup import add_bos_and_eos, encode_passages_for_emb_seq, encode_passages_for_gen
 
 try:
     import pyarrow as pa

@@ -17,13 +17,13 @@ from .encoding_cosup import EncodingMixin
 from .generation_cosup import RetrievalGenerationMixin
 from .loss_cosup import chunked_cross_entropy, info_nce
 from .opening_cosup import open_by_uri
+from .packing_cosup import Packing
 from .parts_cosup import PartsMixin
 from .retrieval_cosup import PassageIndex
 from .retriever_cosup import Retriever
 from .settings_cosup import RetrievalConfig
 from .sharing_cosup import SharingMixin
 from .states_cosup import recording, states_at
-from .tokenization_cosup import Packing
 
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 
@@ -215,7 +215,7 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
             output_states (`tuple[str, ...]`, *optional*): names of submodules of Gen, such as `"model.layers.1.mlp"`.
                 Their inputs are returned at `logit_positions`, by default at the last column of each row. Call
                 [`states_cosup.watch`] before you compile this forward.
-            passage_packing ([`~tokenization_cosup.Packing`], *optional*): how the passages are packed in one row, see
+            passage_packing ([`~packing_cosup.Packing`], *optional*): how the passages are packed in one row, see
                 [`~CoSupForCausalLM.encode_passages`].
             query_input_ids (`torch.LongTensor` of shape `(N, T)`, *optional*), query_attention_mask, query_packing:
                 what Emb_seq or the query encoder reads for each `[NSP]`, if `query_from` names one of them; by default

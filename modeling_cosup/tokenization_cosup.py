@@ -8,11 +8,9 @@ appended as ids.
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, cast
 
-import torch
 from jinja2 import TemplateError
 from transformers import AddedToken, PreTrainedTokenizerBase
 
@@ -281,45 +279,6 @@ def bos_and_eos(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
     eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     return [bos] if bos is not None else [], [eos] if eos is not None else []
-
-
-def pad_rows(
-    rows: Sequence[Sequence[int]], value: int = 0, side: str = "right", device: torch.device | str | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Return lists of token ids as one tensor.
-
-    Args:
-        rows (`list[list[int]]`): may be empty, and so may each row.
-        value (`int`): id of the padding.
-        side (`str`): `"right"` or `"left"`, where the padding goes.
-
-    Returns:
-        `(ids, mask)`: `torch.LongTensor` of shape `(len(rows), longest)`, at least one column wide; the mask is 0 on
-            padding.
-    """
-    width = max(map(len, rows), default=0) or 1
-    ids = torch.full((len(rows), width), value, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        columns = slice(len(row)) if side == "right" else slice(width - len(row), width)
-        ids[i, columns] = torch.tensor(row, dtype=torch.long)
-        mask[i, columns] = 1
-    return ids.to(device), mask.to(device)
-
-
-@dataclass
-class Packing:
-    """
-    Rows of different lengths, one after another in a single row `(1, L)` without padding.
-
-    Args:
-        position_ids (`torch.LongTensor` of shape `(1, L)`): start at 0 in each row.
-        ends (`torch.LongTensor` of shape `(M,)`): the column of the last token of each row.
-    """
-
-    position_ids: torch.Tensor
-    ends: torch.Tensor
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, input: str, instruction: str = "") -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from modeling_cosup.tokenization_cosup import Packing, pad_rows
+from modeling_cosup.packing_cosup import Packing, pad_rows
 
 from .batch_rows import BatchRows, InstanceRow, Query, read_batch
 from .cutting import cut_by_number, cut_by_padding, cut_by_tokens

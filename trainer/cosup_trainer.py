@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import inspect
-import operator
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +27,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, TrainOutput
 
-from modeling_cosup import CoSupConfig, CoSupForCausalLM
+from modeling_cosup import CoSupForCausalLM
 
 from .arguments import check_optimizer, check_trainer_arguments, read_by_tokenizing
 from .batching import CoSupDataCollator
@@ -37,20 +36,11 @@ from .distributed import gather_objects, host_group, world_size
 from .held_out import HeldOutMixin
 from .hub import HubMixin
 from .losses import RunningFigures
-from .model_setup import (
-    check_control_tokens,
-    check_supervision,
-    default_collator,
-    freeze,
-    keep_master_weights,
-    speed_up,
-    without_peft,
-    wrap_in_peft,
-)
+from .model_init import ModelInitMixin
+from .model_setup import without_peft
 from .positions import check_positions
 from .training_args import CoSupTrainingArguments
 from .training_step import TrainingStepMixin
-from .unreached import freeze_unreached
 from .watch import FiniteLosses, explained_full_disk, explained_memory_errors, last_complete_checkpoint
 
 if TYPE_CHECKING:
@@ -58,7 +48,7 @@ if TYPE_CHECKING:
 
 
 # create_model_card of HubMixin takes other arguments than Trainer's
-class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type: ignore[misc]
+class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Trainer):  # type: ignore[misc]
     """
     A Trainer for [`CoSupForCausalLM`]: next token and next sequence prediction in the same step.
 
@@ -193,78 +183,6 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, Trainer):  # type:
         self._evaluated_batches = []
         self._step_instance_ids = []
         self._warned_of_lone_queries = self._warned_of_lone_held_out_queries = False
-
-    def _take_given_tokenizers(self, base: CoSupForCausalLM) -> None:
-        """Replace the tokenizers of a model by those that the caller gave."""
-        tokenizer, emb_seq_tokenizer = self._given_tokenizers
-        if tokenizer is not None:
-            check_control_tokens(tokenizer, base.config)
-            base.tokenizer = tokenizer
-        if emb_seq_tokenizer is not None:
-            base.emb_seq_tokenizer = emb_seq_tokenizer
-
-    def _prepared(self, model: Any) -> Any:
-        """Return the model as it is trained: with adapters, frozen parts and float32 weights."""
-        base = without_peft(model)
-        self.cosup_config = cast(CoSupConfig, base.config)
-        self._num_parameters: tuple[int, int] | None = None  # of Gen and Emb_seq
-        check_supervision(self.args, self.cosup_config)
-        trained_model = model
-        if self._peft_config is not None:
-            trained_model = wrap_in_peft(model, self._peft_config)
-        freeze(base, self.args)
-        freeze_unreached(base, self.args)
-        if trained_model is base:
-            keep_master_weights(base, self.args)
-        speed_up(base, self.args)
-        if self._has_default_collator:
-            self.data_collator = default_collator(base, self.args, self.tokenizers)
-        return trained_model
-
-    # ------------------------------------------------------------------ new models, and trials of a search
-
-    def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Return a new model of `model_init`, prepared for the arguments of the trial."""
-        self._hp_search_setup(trial)
-        model = cast(CoSupForCausalLM, super().call_model_init(trial))
-        base = without_peft(model)
-        self._take_given_tokenizers(base)
-        for name, value in read_by_tokenizing(base, self.args).items():
-            if value != self._read_by_tokenizing[name]:
-                raise ValueError(
-                    f"{name} is not what the instances were tokenized with: make another CoSupTrainer for it."
-                )
-        return self._prepared(model)
-
-    def hyperparameter_search(
-        self,
-        hp_space: Callable[[Any], dict[str, Any]] | None = None,
-        compute_objective: Callable[[dict[str, float]], float] | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """
-        Run `Trainer.hyperparameter_search`; the objective defaults to `eval_loss`.
-
-        `Trainer` would add up all metrics, of which some should be low (losses), and others high (recall).
-
-        Raises:
-            `ValueError`: without a single evaluation set, unless `compute_objective` is given.
-        """
-        if self.eval_dataset is None or (isinstance(self.eval_dataset, dict) and compute_objective is None):
-            raise ValueError(
-                "A search needs an eval_dataset to compare trials; with several of them, compute_objective."
-            )
-        if compute_objective is None:
-            compute_objective = operator.itemgetter("eval_loss")
-        return super().hyperparameter_search(hp_space, compute_objective, *args, **kwargs)
-
-    def _hp_search_setup(self, trial: Any) -> None:
-        """Set the arguments of a trial, and check them; `Trainer` calls this again after the model was made."""
-        if trial is not None and trial is self._trial:
-            return
-        super()._hp_search_setup(trial)
-        self.args.check()
 
     def create_accelerator_and_postprocess(self) -> None:
         """Make the accelerator, also anew for a trial, and check that it can do what the arguments ask."""

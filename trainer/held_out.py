@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, PredictionOutput, denumpify_detensorize
 from transformers.utils import logging
 
-from modeling_cosup.tokenization_cosup import pad_rows
+from modeling_cosup.packing_cosup import pad_rows
 
 from .batching import BatchFacts, CoSupDataCollator, encoder_rows, query_rows
 from .dataset_setup import tokenize_dataset

@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from modeling_cosup import CoSupForCausalLM, PassageIndex, RetrievalConfig, Retriever
-from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, pad_rows
+from modeling_cosup.packing_cosup import pad_rows
+from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq
 
 from measuring import Meter
 

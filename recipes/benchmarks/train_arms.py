@@ -12,7 +12,7 @@ from transformers import Trainer
 
 from modeling_cosup import CoSupForCausalLM
 from modeling_cosup.loss_cosup import chunked_cross_entropy
-from modeling_cosup.tokenization_cosup import pad_rows
+from modeling_cosup.packing_cosup import pad_rows
 from trainer import CoSupTrainer, CoSupTrainingArguments
 
 Gradients = dict[str, torch.Tensor]

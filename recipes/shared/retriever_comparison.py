@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from modeling_cosup import CoSupForCausalLM
-from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, pad_rows, render_passage
+from modeling_cosup.packing_cosup import pad_rows
+from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, render_passage
 
 SAMPLES = [
     {"title": "The Night Watch", "text": "The Night Watch is a 1642 painting by Rembrandt."},

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import LogitsProcessorList
 
-from modeling_cosup.tokenization_cosup import encode_prompt, pad_rows
+from modeling_cosup.packing_cosup import pad_rows
+from modeling_cosup.tokenization_cosup import encode_prompt
 from support.generation import QUESTIONS, Steer, left_pad, real_tokens, reference_generate
 from support.models import PASSAGES, make_emb_seq, make_model, make_tokenizer
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from modeling_cosup.tokenization_cosup import Packing, encode_passages_for_emb_seq
+from modeling_cosup.packing_cosup import Packing
+from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq
 from support.models import PASSAGES, make_model
 
 # the usual pooling of each architecture, and every pooling in which padding could matter

@@ -19,7 +19,8 @@ from transformers import (
 from modeling_cosup import CoSupForCausalLM
 from modeling_cosup.architectures_cosup import num_positions
 from modeling_cosup.checks_cosup import check_weights
-from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, pad_rows
+from modeling_cosup.packing_cosup import pad_rows
+from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq
 from support.models import PASSAGES, make_emb_seq, make_gen, make_model, make_tokenizer
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from modeling_cosup import CoSupConfig, CoSupForCausalLM
-from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_texts, pad_rows
+from modeling_cosup.packing_cosup import pad_rows
+from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_texts
 from support.models import PASSAGES, TEXTS, make_emb_seq, make_gen, make_model, make_tokenizer
 
 ARCHITECTURES_OF_GEN = ["llama", "gpt2", "mistral", "qwen3"]

@@ -16,12 +16,12 @@ from transformers import (
 )
 
 from modeling_cosup import CoSupForCausalLM
+from modeling_cosup.packing_cosup import pad_rows
 from modeling_cosup.parts_cosup import passage_tokenizer
 from modeling_cosup.tokenization_cosup import (
     add_control_tokens,
     encode_passages_for_emb_seq,
     encode_prompt,
-    pad_rows,
     render_passage,
 )
 from support.models import PASSAGES, TEXTS, make_model, make_tokenizer

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from modeling_cosup import CoSupForCausalLM
-from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, pad_rows, render_passage
+from modeling_cosup.packing_cosup import pad_rows
+from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, render_passage
 from support.models import PASSAGES, make_emb_seq
 from support.retrievers import dense, normalize, retriever
 from trainer import CoSupTrainingArguments

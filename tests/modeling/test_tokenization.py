@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from modeling_cosup import encoding_cosup
+from modeling_cosup.packing_cosup import pad_rows
 from modeling_cosup.tokenization_cosup import (
     PAPER_CHAT_TEMPLATE,
     add_control_tokens,
@@ -23,7 +24,6 @@ from modeling_cosup.tokenization_cosup import (
     encode_queries_for_emb_seq,
     encode_texts,
     end_of_turn_token_id,
-    pad_rows,
     render_passage,
     same_tokenizer,
     special_ids,

@@ -11,7 +11,8 @@ from tokenizers import processors
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LogitsProcessor
 
 from modeling_cosup import CoSupForCausalLM
-from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_prompt, pad_rows, render_passage
+from modeling_cosup.packing_cosup import pad_rows
+from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_prompt, render_passage
 from support.forks import run_forked
 from support.models import PASSAGES, make_emb_seq, make_gen, make_model, make_tokenizer
 from support.recipes import ROOT, flags

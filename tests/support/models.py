@@ -15,7 +15,7 @@ from transformers import (
 
 from modeling_cosup import CoSupForCausalLM
 from modeling_cosup.architectures_cosup import encoder_from_config
-from modeling_cosup.tokenization_cosup import pad_rows
+from modeling_cosup.packing_cosup import pad_rows
 
 TEXTS = [
     "Rembrandt painted the Night Watch in 1642 in Amsterdam.",

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_cosup import Completion, CoSupForCausalLM, RetrievalConfig, Retriever
 from modeling_cosup.encoding_cosup import evaluating
-from modeling_cosup.tokenization_cosup import encode_prompt, pad_rows
+from modeling_cosup.packing_cosup import pad_rows
+from modeling_cosup.tokenization_cosup import encode_prompt
 
 from ..data import tokenize_instance
 from .figures import MODES, QUERY, SEARCHING
