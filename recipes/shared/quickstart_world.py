@@ -75,11 +75,11 @@ FOREIGN_QUESTIONS = (
 FOREIGN_WORDS = (
     "apple big bread buy car cat chair child city clean cloud cold computer country dog door dream drive early "
     "eat engine family far fast fire fish flower friend game garden gold grass green hand happy hot house idea "
-    "island king kitchen large law leaf letter light lion long machine market meat milk money moon morning mother "
-    "music new number ocean open phone picture plane plant poem pretty queen question rain read red repair road "
-    "rose run school science sea sell ship shop short sing sleep small snow song star stone story street strong "
-    "sugar summer sweet table teach team tea tower train travel tree village voice walk wall water weather wheel "
-    "white wife wild wind window winter wood word work yellow young"
+    "island king kitchen language large law leaf letter light lion long machine market meat milk money moon "
+    "morning mother music new number ocean open phone picture plane plant poem pretty queen question rain read "
+    "red repair road rose run school science sea sell ship shop short sing sleep small snow song star stone story "
+    "street strong sugar summer sweet table teach team tea tell tower train travel tree village voice walk wall "
+    "war water weather wheel white wife wild wind window winter wood word work world yellow young"
 ).split()
 FOREIGN_NAMES = (
     "Alice Amazon Anna Arthur Asia Austria Bach Boston Brazil Cairo Canada Carl Chile Clara Congo Dallas Dante "
@@ -88,7 +88,7 @@ FOREIGN_NAMES = (
     "Mars Mary Mexico Moscow Nepal Nero Newton Norway Oslo Oxford Peru Peter Picasso Plato Poland Prague Quebec "
     "Romeo Russia Sahara Sarah Spain Sweden Sydney Texas Tokyo Turkey Venus Vienna Walter Warsaw Zeus Zurich"
 ).split()
-# The same for evaluation, with other words
+# The same for evaluation: questions that no template makes, in words that are rare in training
 REAL_QUESTIONS = (
     "Who is the president of France?",
     "What is the capital of Italy?",
