@@ -20,7 +20,7 @@ from modeling_cosup import PassageIndex, index_build_cosup, passages_cosup
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq
 from support.forks import run_forked
 from support.models import PASSAGES, make_model
-from support.tokenizers import xlm_roberta
+from support.tokenizer_kinds import xlm_roberta
 
 SCRIPT = Path(__file__).parents[1] / "distributed" / "run_and_kill_build.py"
 MANY = [

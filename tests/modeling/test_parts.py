@@ -25,7 +25,7 @@ from modeling_cosup.tokenization_cosup import (
     render_passage,
 )
 from support.models import PASSAGES, TEXTS, make_model, make_tokenizer
-from support.tokenizers import TOKENIZERS
+from support.tokenizer_kinds import TOKENIZERS
 
 LONG = {
     "id": "long",

@@ -30,7 +30,7 @@ from modeling_cosup.tokenization_cosup import (
     tokenizer_fingerprint,
 )
 from support.models import make_model, make_tokenizer
-from support.tokenizers import TOKENIZERS, xlm_roberta
+from support.tokenizer_kinds import TOKENIZERS, xlm_roberta
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

@@ -75,7 +75,7 @@ def _ask(request: dict[str, Any], timeout: float) -> int:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        command = [sys.executable, __file__]
+        command = [sys.executable, "-m", "support.forks"]  # not as a file: its folder would hide packages
         _server = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
         atexit.register(_end, _server)
     assert _server.stdin is not None and _server.stdout is not None

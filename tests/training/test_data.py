@@ -15,7 +15,7 @@ from modeling_cosup.tokenization_cosup import (
     special_ids,
 )
 from support.models import PASSAGES, make_model
-from support.tokenizers import TOKENIZERS, xlm_roberta
+from support.tokenizer_kinds import TOKENIZERS, xlm_roberta
 from support.training import NAMES, arguments, world
 from trainer import CoSupTrainer, data, load_corpus, load_evaluation_set, load_instances
 from trainer.data import check_instance, tokenize_instance
