@@ -177,7 +177,8 @@ def test_a_query_longer_than_its_encoder_reads_keeps_its_end(tmp_path, monkeypat
     warnings = []
     for name in ("warning", "warning_once"):
         monkeypatch.setattr(dataset_setup.logger, name, warnings.append)
-    model = make_model(query_from="emb_seq", emb_seq_kwargs={"max_position_embeddings": 300})
+    positions = {"gen_kwargs": {"max_position_embeddings": 2048}, "emb_seq_kwargs": {"max_position_embeddings": 300}}
+    model = make_model(query_from="emb_seq", **positions)
     instances = world(NAMES[:4])
     for instance in instances[1:3]:
         instance["input"] = f"{'where ' * 200} is {instance['id']}?"
