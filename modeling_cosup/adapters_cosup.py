@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
 
+from .checks_cosup import check_weights
 from .hub_cosup import is_repo_id
 from .source_files_cosup import SourceFiles
 
@@ -106,12 +107,15 @@ def load_merged(adapter: Adapter, auto_class: Any, model_kwargs: Mapping[str, An
 
     Raises:
         `OSError`: if the base model cannot be loaded.
-        `ValueError`: if the base model is quantised or the adapter is not for it.
+        `ValueError`: if the base model is quantised or lacks weights, or the adapter is not for it.
     """
     try:
-        model = auto_class.from_pretrained(adapter.base, **adapter.base_options(model_kwargs))
+        model, info = auto_class.from_pretrained(
+            adapter.base, output_loading_info=True, **adapter.base_options(model_kwargs)
+        )
     except OSError as error:
         raise base_error(adapter, error) from error
+    check_weights(model, info, adapter.base)
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
             f"{adapter.name} is an adapter of {adapter.base}, whose weights are quantised: merged into them, it would"

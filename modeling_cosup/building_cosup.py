@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 else:
     Base = object  # CoSupForCausalLM itself inherits from PreTrainedModel
 
-# options of `from_pretrained` that say where the files are
-HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code", "gguf_file")
-
 Model = TypeVar("Model", bound="BuildingMixin")
 NameOrModel: TypeAlias = str | os.PathLike[str] | PreTrainedModel
 NameOrTokenizer: TypeAlias = str | os.PathLike[str] | PreTrainedTokenizerBase

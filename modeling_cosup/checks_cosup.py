@@ -90,7 +90,7 @@ def check_weights(model: PreTrainedModel, info: Mapping[str, Collection[str]], n
     if unused:
         raise ValueError(
             f"{name} has {len(unused)} weights that a {type(model).__name__} of its config leaves out, e.g."
-            f" {unused[0]}: the config is not of these weights."
+            f" {unused[0]}: this config is not the one that the weights were saved with."
         )
 
 
@@ -175,7 +175,7 @@ def _check_embeddings(model: Any, encoder: PreTrainedModel, role: str) -> None:
         return  # flash kernels may not run on the device on which the model is built
     name = f"{role} ({type(encoder).__name__})"
     vocab_size = cast(nn.Embedding, encoder.get_input_embeddings()).weight.shape[0]
-    long = torch.arange(1, 6, device=model.device) * (vocab_size // 6)
+    long = torch.arange(1, 6, device=encoder.device) * (vocab_size // 6)
     ids = torch.stack([long, long.flip(0)])  # (2, 5)
     mask = torch.ones_like(ids)
     mask[1, 3:] = 0  # the second text has 3 tokens

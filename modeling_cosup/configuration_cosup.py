@@ -97,12 +97,12 @@ class CoSupConfig(PreTrainedConfig):
         model_type = config.get("model_type")
         if model_type is None:
             raise ValueError(
-                f"{name} holds no config.json of a CoSup model; of adapters, give the checkpoint that"
+                f"{name} holds no config.json of a CoSup model; for adapters, give the checkpoint that"
                 " merge_and_unload() and save_pretrained() make."
             )
         if model_type != cls.model_type:
             raise ValueError(
-                f"{name} is a plain {model_type} model, not a CoSup checkpoint: build one of it with"
+                f"{name} is a plain {model_type} model, not a CoSup checkpoint: build one from it with"
                 f" CoSupForCausalLM.from_gen_and_emb_seq({str(name)!r}), or with recipes/train.py --gen {name}."
             )
         return config, unused_kwargs

@@ -36,7 +36,8 @@ class CoSupOutput(ModelOutput):
     Args:
         loss (`torch.FloatTensor` of shape `()`): `ntp_loss + nsp_loss_weight * nsp_loss`.
         ntp_loss (`torch.FloatTensor` of shape `()`): next token prediction.
-        nsp_loss (`torch.FloatTensor` of shape `()`): next sequence prediction over the passages of this call.
+        nsp_loss (`torch.FloatTensor` of shape `()`): next sequence prediction over the passages of this call; `None`
+            without `[NSP]`, and with fewer than two passages, of which none could be a negative.
         logits (`torch.Tensor` of shape `(B, T, V)`): not computed with `labels` unless `return_logits=True`.
         query_embeds (`torch.FloatTensor` of shape `(N, h)`): one per `[NSP]` of `input_ids`, row by row.
         passage_embeds (`torch.FloatTensor` of shape `(M, h)`): one per row of `passage_input_ids`.
@@ -289,6 +290,8 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
                 nsp_loss = self._nsp_loss(query_embeds, passage_embeds, passage_labels)
                 weighted_nsp_loss = cast(float, self.config.nsp_loss_weight) * nsp_loss
                 loss = weighted_nsp_loss if ntp_loss is None else ntp_loss + weighted_nsp_loss
+                if not len(query_embeds) or len(passage_embeds) < 2:
+                    nsp_loss = None  # nothing was compared; `loss` keeps its graph, which DDP needs
         output = CoSupOutput(
             loss=loss,
             ntp_loss=ntp_loss,

@@ -26,7 +26,7 @@ from .architectures_cosup import encoder_auto_class
 from .checks_cosup import check_config, check_part, check_weights
 from .configuration_cosup import CoSupConfig
 from .retriever_files_cosup import DECIDED_BY_FILES, RetrieverFacts, emb_seq_settings, read_retriever
-from .source_files_cosup import HUB_OPTIONS
+from .source_files_cosup import HUB_OPTIONS, SourceFiles
 from .tokenization_cosup import same_tokenizer
 
 logger = logging.get_logger(__name__)
@@ -198,8 +198,10 @@ def load_tokenizer(source: Any, subfolder: str = "", hub_options: Mapping[str, A
         return source
     name, options = os.fspath(source), dict(hub_options or {})
     adapter = find_adapter(name, subfolder, options)
-    if adapter is not None and not (adapter.folder / "tokenizer_config.json").is_file():
-        return load_tokenizer(adapter.base, hub_options=adapter.base_options(options))
+    if adapter is not None:
+        prefix = f"{subfolder}/" if subfolder else ""
+        if SourceFiles(name, options).find(f"{prefix}tokenizer_config.json") is None:
+            return load_tokenizer(adapter.base, hub_options=adapter.base_options(options))
     return AutoTokenizer.from_pretrained(name, subfolder=subfolder, **options)
 
 

@@ -11,9 +11,8 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from .files_cosup import read_json, write_json
 from .tokenization_cosup import same_tokenizer
 
-GENERIC_CLASS = (
-    "PreTrainedTokenizerFast"  # reads tokenizer.json as it is; every release of transformers knows the name
-)
+# reads tokenizer.json as it is; every release of transformers knows the name
+GENERIC_CLASS = "PreTrainedTokenizerFast"
 
 
 def class_to_save(

@@ -378,7 +378,7 @@ class Demo:
         config = AutoConfig.from_pretrained(args.model, revision=args.revision, trust_remote_code=True)
         if config.model_type != "cosup":
             raise ValueError(
-                f"{args.model} is a plain {config.model_type} model, not a CoSup checkpoint: build one of it with"
+                f"{args.model} is a plain {config.model_type} model, not a CoSup checkpoint: build one from it with"
                 " CoSupForCausalLM.from_gen_and_emb_seq, or with recipes/train.py --gen."
             )
         load_emb_seq = args.upload or config.query_from != "gen"  # otherwise generation needs only Gen

@@ -130,7 +130,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
         if model_init is not None:
             # as Trainer does: what model_init draws depends on the seed alone
             enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
-            model = cast(CoSupForCausalLM, super().call_model_init())
+            model = cast(CoSupForCausalLM, Trainer.call_model_init(self))  # it is prepared below
         elif isinstance(model, str):
             model = CoSupForCausalLM.from_pretrained(model)
         base = without_peft(model)

@@ -1,5 +1,6 @@
 """Prepare a dataset for CoSupTrainer: check instances, tokenize them, and drop those that are too long."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -134,7 +135,8 @@ def no_duplicates_sampler(
     columns = [name for name in names if name in dataset.column_names]
     passages = []
     for row in dataset.select_columns(columns):
-        passages.append({_passage_key(value) for name in columns for value in row[name]})
+        values = itertools.chain.from_iterable(row[name] for name in columns)
+        passages.append({_passage_key(value) for value in values if value is not None})
     seed = args.seed if args.data_seed is None else args.data_seed
     return NoDuplicatesSampler(passages, batch_size, seed)
 
@@ -191,7 +193,8 @@ def _add_passages(
     for id_column, tokens_column in columns:
         # the collator refuses an instance with too few of either
         for id, tokens in zip(instance[id_column] or [], instance[tokens_column] or [], strict=False):
-            contents.add(str(id), tuple(tokens), where)
+            if id is not None:
+                contents.add(str(id), tuple(tokens), where)
 
 
 def _check_queries(tokenized: datasets.Dataset, supervision: str, name: str) -> None:
@@ -206,7 +209,7 @@ def _report_no_query(num_instances: int, supervision: str, of_what: str) -> None
     if supervision in ("nsp", "separate"):
         raise ValueError(f"{message}, which supervision={supervision!r} needs.")
     if supervision == "co":
-        logger.warning(f"{message}: no NSP loss, and nothing that teaches the model to retrieve.")
+        logger.warning(f"{message}: retrieval is neither trained nor measured.")
 
 
 def _drop_long_instances(tokenized: datasets.Dataset, max_length: int, name: str) -> datasets.Dataset:

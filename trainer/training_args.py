@@ -5,7 +5,6 @@ The arguments of CoSupTrainer that `TrainingArguments` does not have.
 that a program lists its options at once.
 """
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,8 @@ from typing import Any
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames, TrainingArguments
 from transformers.utils import logging
+
+from modeling_cosup.names_cosup import nearest_name
 
 logger = logging.get_logger(__name__)
 
@@ -274,8 +275,8 @@ class CoSupTrainingArguments(TrainingArguments):
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """Return the end of a message about an unknown name: the nearest of `names`, or all of them."""
-    names = list(names)
-    matches = difflib.get_close_matches(name, names, n=1)
-    if matches:
-        return f": did you mean {matches[0]!r}?"
+    names = tuple(names)
+    near = nearest_name(name, names)
+    if near is not None:
+        return f": did you mean {near!r}?"
     return f", expected one of {', '.join(map(repr, names))}."

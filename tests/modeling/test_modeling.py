@@ -232,7 +232,7 @@ def test_a_batch_without_nsp(query_from):
     nothing = torch.zeros(0, dtype=torch.long)
     output = model(**{**inputs, "passage_labels": nothing})
     assert output.query_embeds.shape == (0, 32)
-    assert output.nsp_loss == 0
+    assert output.nsp_loss is None
     assert output.loss == output.ntp_loss
     output.loss.backward()
     assert all(p.grad is not None for p in model.parameters())
@@ -240,6 +240,17 @@ def test_a_batch_without_nsp(query_from):
     assert any(p.grad.any() for p in model.gen.parameters())
     text = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
     assert model(**text).loss == output.ntp_loss  # no passages at all
+
+
+def test_a_single_passage_is_no_loss_of_zero():
+    """It has no negative, so there is nothing to be right about; the loss still reaches every part, as DDP needs."""
+    model = make_model()
+    inputs = {**batch(model, PASSAGES[:1]), "passage_labels": torch.zeros(3, dtype=torch.long)}
+    output = model(**inputs)
+    assert output.nsp_loss is None
+    assert output.loss == output.ntp_loss
+    output.loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 @pytest.mark.parametrize("width", [0, 7])
@@ -254,7 +265,7 @@ def test_queries_without_any_passage(width):
     }
     output = model(**inputs)
     assert output.passage_embeds.shape == (0, 32)
-    assert output.nsp_loss == 0
+    assert output.nsp_loss is None
     assert output.loss == output.ntp_loss
     output.loss.backward()
     assert all(p.grad is not None for p in model.parameters())

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from modeling_cosup import CoSupConfig, CoSupForCausalLM
+from modeling_cosup import CoSupConfig, CoSupForCausalLM, source_files_cosup
 from modeling_cosup.adapters_cosup import merge_adapters
+from modeling_cosup.sources_cosup import load_tokenizer
 from support.models import make_config, make_emb_seq, make_gen, make_model, make_tokenizer
 
 COMMIT = "0" * 40
@@ -121,6 +122,30 @@ def test_the_tokenizer_of_an_adapter_is_its_own_or_that_of_its_base(tmp_path, pe
     tokenizer.add_tokens(["<think>"], special_tokens=True)
     tokenizer.save_pretrained(tmp_path / "adapter")
     assert "<think>" in build(str(tmp_path / "adapter")).tokenizer.get_vocab()
+
+
+def test_the_tokenizer_of_an_adapter_on_the_hub_is_asked_for(tmp_path, monkeypatch, peft, base):
+    """The local folder of a repository has only the files that were asked for before."""
+    adapter, local = tmp_path / "adapter", tmp_path / "local"
+    adapted(peft, base).save_pretrained(adapter)
+    make_tokenizer().save_pretrained(adapter)
+    local.mkdir()
+
+    def download(name, file, **options):
+        return shutil.copy(adapter / file, local / file) if (adapter / file).exists() else None
+
+    monkeypatch.setattr(source_files_cosup, "cached_file", download)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **options: f"tokenizer of {name}")
+    assert load_tokenizer("me/adapter") == "tokenizer of me/adapter"
+
+
+def test_a_base_that_lacks_weights_is_refused(tmp_path, peft, base):
+    model = make_gen(vocab_size=len(make_tokenizer()), tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "base")
+    adapted(peft, tmp_path / "base").save_pretrained(tmp_path / "adapter")
+    model.base_model.save_pretrained(tmp_path / "base")  # without its LM head
+    with pytest.raises(ValueError, match="base lacks 1 weights of a LlamaForCausalLM, e.g. lm_head.weight"):
+        build(str(tmp_path / "adapter"), tokenizer=make_tokenizer())
 
 
 def in_hub_cache(cache, name, folder):
@@ -263,7 +288,7 @@ def test_adapters_of_a_checkpoint_load_with_it(tmp_path, peft):
     model.save_pretrained(tmp_path / "adapters")
     loaded = CoSupForCausalLM.from_pretrained(tmp_path / "adapters")
     torch.testing.assert_close(logits(loaded), logits(model))
-    with pytest.raises(ValueError, match="holds no config.json of a CoSup model; of adapters, give"):
+    with pytest.raises(ValueError, match="holds no config.json of a CoSup model; for adapters, give"):
         CoSupConfig.from_pretrained(tmp_path / "adapters")
 
 

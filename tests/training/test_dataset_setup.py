@@ -8,7 +8,7 @@ from support.models import PASSAGES, make_model
 from support.training import NAMES, arguments, world
 from trainer import CoSupTrainer, dataset_setup, load_instances
 from trainer.data import check_instance
-from trainer.dataset_setup import PATIENCE, tokenize_dataset
+from trainer.dataset_setup import PATIENCE, no_duplicates_sampler, tokenize_dataset
 from trainer.passage_contents import PassageContents
 
 
@@ -126,6 +126,15 @@ def test_a_stream_remembers_a_limited_number_of_ids():
         contents.add("a", "other", "row 5")
 
 
+def test_tokenized_passages_without_ids_do_not_share_one(tiny_model, tmp_path):
+    rows = prepared(tiny_model, tmp_path, [instance(passage) for passage in PASSAGES[:4]])
+    for row in rows:
+        row["passage_ids"] = [None]
+    assert len(prepared(tiny_model, tmp_path, rows)) == 4
+    sampler = no_duplicates_sampler(datasets.Dataset.from_list(rows), arguments(tmp_path), batch_size=2)
+    assert len(set.union(*sampler.passages)) == 4
+
+
 @pytest.mark.parametrize("kind", ["list", "dataset", "streamed dataset"])
 @pytest.mark.parametrize("supervision", ["co", "ntp", "nsp", "separate"])
 def test_a_set_without_a_passage(tiny_model, tmp_path, monkeypatch, warnings, kind, supervision):
@@ -140,7 +149,7 @@ def test_a_set_without_a_passage(tiny_model, tmp_path, monkeypatch, warnings, ki
         assert str(error.value) == f"{message}, which supervision={supervision!r} needs."
         return
     assert len(prepared(tiny_model, tmp_path, dataset, supervision=supervision)) == 6
-    expected = [f"{message}: no NSP loss, and nothing that teaches the model to retrieve."]
+    expected = [f"{message}: retrieval is neither trained nor measured."]
     assert warnings == (expected if supervision == "co" else [])
 
 
