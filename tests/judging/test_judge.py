@@ -145,6 +145,15 @@ def test_rankings_against_plain_products(judged, model):
     assert set(results["tasks"]["pool"]["query"]["pool"]) == {"mrr", "ndcg@10", "query_recall@1"}
 
 
+def test_recall_among_as_many_places_as_passages_is_no_figure(model, world, tmp_path, monkeypatch):
+    """It would be 100 %, whatever the ranking."""
+    monkeypatch.setattr("trainer.judging.judge.KS", (1, 4, 6, 7))
+    results = evaluate_tasks(model, [Task("pool", **world, pool=4, **SHORT)], tmp_path, ["query"])
+    query = results["tasks"]["pool"]["query"]
+    assert set(query["corpus"]) == {"mrr", "ndcg@10", "query_recall@1", "query_recall@4", "query_recall@6"}
+    assert set(query["pool"]) == {"mrr", "ndcg@10", "query_recall@1"}
+
+
 def test_rows_of_rankings_name_their_scope(judged):
     """There is one row for each question and scope, with the names that figures have everywhere."""
     output, results = judged
