@@ -401,10 +401,10 @@ def test_questions_without_a_usable_answer_are_counted_and_left_out(model, tmp_p
 
 def test_an_index_of_gold_passages_alone_is_noted(model, tmp_path):
     """Whatever is retrieved is right then: R@1 of 100 % shows nothing."""
-    (tmp_path / "one.jsonl").write_text(json.dumps(CORPUS[0]) + "\n")
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps(passage) + "\n" for passage in CORPUS[:2]))
     paths = {
-        **write_world(tmp_path, [changed(QUESTIONS[0], candidates=[])]),
-        "corpus_file": str(tmp_path / "one.jsonl"),
+        **write_world(tmp_path, [changed(QUESTIONS[0], provenance=[["p0"], ["p1"]], candidates=[])]),
+        "corpus_file": str(tmp_path / "two.jsonl"),
     }
     results = evaluate_tasks(model, [Task("t", **paths)], tmp_path / "out", ["query"])["tasks"]["t"]
     assert results["query"]["corpus"]["query_recall@1"]["value"] == 1.0
