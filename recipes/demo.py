@@ -622,8 +622,11 @@ def _user_error(error):
 
 def main() -> None:
     """Start the demo."""
+    args = parse()
+    if not Path(args.model).exists():
+        print(f"{args.model}: no such folder; looking for it on the Hugging Face Hub.", file=sys.stderr, flush=True)
     try:
-        page = Demo(parse()).page()
+        page = Demo(args).page()
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # nothing to download

@@ -294,6 +294,13 @@ def demo(module, checkpoint):
     return module.Demo(module.parse(["--model", str(checkpoint / "tiny-model"), "--index", str(checkpoint / "index")]))
 
 
+def test_a_folder_that_does_not_exist_is_named_before_the_hub_is_asked(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--model", "out/modle"])
+    with pytest.raises(SystemExit, match="error: .*out/modle"):
+        module.main()
+    assert capsys.readouterr().err.startswith("out/modle: no such folder; looking for it on the Hugging Face Hub.\n")
+
+
 def test_a_plain_language_model_is_refused_in_one_line(module, tmp_path, monkeypatch):
     make_gen().save_pretrained(tmp_path)
     monkeypatch.setattr(sys, "argv", ["demo.py", "--model", str(tmp_path)])
