@@ -232,6 +232,8 @@ def load_model(auto_class: Any, name: str, model_kwargs: Mapping[str, Any], subf
         `ValueError`: for missing weights, which transformers would initialise at random, for weights that belong to
             another config, and for an adapter that cannot be merged.
     """
+    if auto_class is AutoModelForTextEncoding:
+        model_kwargs = {**model_kwargs, "is_encoder_decoder": False}  # T5Gemma asks for it
     hub_options = {option: model_kwargs[option] for option in HUB_OPTIONS if option in model_kwargs}
     adapter = find_adapter(name, subfolder, hub_options)
     if adapter is not None:
@@ -253,8 +255,6 @@ def load_encoder(encoder: Any, role: str, model_kwargs: Mapping[str, Any], subfo
     if isinstance(encoder, str):
         hub_options = {option: model_kwargs[option] for option in HUB_OPTIONS if option in model_kwargs}
         auto_class = encoder_auto_class(load_config(encoder, subfolder, hub_options))
-        if auto_class is AutoModelForTextEncoding:
-            model_kwargs = {**model_kwargs, "is_encoder_decoder": False}  # T5Gemma asks for it
         return load_model(auto_class, encoder, model_kwargs, subfolder)
     return cast(PreTrainedModel, without_adapters(encoder, role).base_model)
 

@@ -207,7 +207,7 @@ def recall_lines(
     lines = []
     for places_of_questions, whole_set in arms:
         for k in KS:
-            if k > num_passages or not answerable:
+            if k >= num_passages or not answerable:  # among as many places as passages, nothing is missed
                 continue
             name = f"query_recall@{k}"
             label = f"a whole evidence set in the first {k}" if whole_set else figure(name).label

@@ -15,6 +15,7 @@ checkpoint, so name one that you trust.
 
 import argparse
 import csv
+import difflib
 import gzip
 import html
 import importlib
@@ -125,6 +126,7 @@ def read_upload(path: str) -> list[dict[str, str]]:
             raise ValueError(
                 f"Line {line}: the corpus holds more than {MAX_PASSAGES:,} passages, the most for this demo."
             )
+        _check_keys(value, line)
         id = value.get("id")
         if id is None or id == "":
             id = f"line {line}"
@@ -139,6 +141,15 @@ def read_upload(path: str) -> list[dict[str, str]]:
     if not passages:
         raise ValueError("The file holds no passage.")
     return passages
+
+
+def _check_keys(value, line):
+    """Refuse a key that is nearly the name of a missing field, such as "titel"; further keys are ignored."""
+    missing = [name for name in ("id", "title", "text") if value.get(name) is None]
+    for key in value:
+        nearest = difflib.get_close_matches(key.lower(), missing, n=1, cutoff=0.8)
+        if nearest and value[key] is not None:
+            raise ValueError(f"Line {line}: unknown key {_shorten(key)}; did you mean {nearest[0]!r}?")
 
 
 def _check_passage(passage, line):
@@ -611,8 +622,11 @@ def _user_error(error):
 
 def main() -> None:
     """Start the demo."""
+    args = parse()
+    if not Path(args.model).exists():
+        print(f"{args.model}: no such folder; looking for it on the Hugging Face Hub.", file=sys.stderr, flush=True)
     try:
-        page = Demo(parse()).page()
+        page = Demo(args).page()
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # nothing to download

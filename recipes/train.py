@@ -379,8 +379,9 @@ def held_out(model: CoSupForCausalLM, index: Retriever, run: Run) -> dict[str, M
     """Return the NTP loss of the reference answers, and the recall of the query embeddings over the corpus."""
     needing = [question for question in run.questions if question["provenance"]]
     rankings = rank_passages(model, index, needing, run.args.per_device_eval_batch_size)
-    figures = measure(score_rankings([ranking["corpus"] for ranking in rankings], needing, ks=(1, 5)))
-    recall = {name: figures[name] for name in ("query_recall@1", "query_recall@5")}
+    ks = [k for k in (1, 5) if k < len(index)]  # among as many places as passages, nothing is missed
+    figures = measure(score_rankings([ranking["corpus"] for ranking in rankings], needing, ks))
+    recall = {f"query_recall@{k}": figures[f"query_recall@{k}"] for k in ks}
     return {"ntp_loss": reference_loss(model, run), **recall}
 
 

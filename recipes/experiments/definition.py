@@ -33,7 +33,7 @@ from typing import Any
 
 import yaml
 
-from modeling_cosup.configuration_cosup import SIMILARITY_DEFAULTS, CoSupConfig
+from modeling_cosup.configuration_cosup import SIMILARITY_DEFAULTS
 from modeling_cosup.files_cosup import digest
 from trainer import CoSupTrainingArguments
 from trainer.judging.results import FORMAT
@@ -306,11 +306,11 @@ def key_of(options: dict[str, Any]) -> str:
     Return the key of a training: a hash of the options that decide its result. For files and models, their content
     counts.
 
-    An option that is set to train.py's default does not change the key.
+    An option that is set to train.py's default does not change the key, nor does one that is set to the default of a
+    given similarity. Without one, the files of Emb_seq may decide it.
     """
     file_options = ("gen", "emb_seq", "query_encoder", "model_name_or_path", "train_file", "validation_file")
-    similarity = options.get("similarity") or CoSupConfig.similarity
-    settings: dict[str, Any] = dict(SIMILARITY_DEFAULTS.get(similarity, {}))
+    settings: dict[str, Any] = dict(SIMILARITY_DEFAULTS.get(options.get("similarity"), {}))
     settings |= {name: value for name, value in options.items() if value is not None}
     hashed = {}
     for name, value in settings.items():

@@ -145,6 +145,15 @@ def test_rankings_against_plain_products(judged, model):
     assert set(results["tasks"]["pool"]["query"]["pool"]) == {"mrr", "ndcg@10", "query_recall@1"}
 
 
+def test_recall_among_as_many_places_as_passages_is_no_figure(model, world, tmp_path, monkeypatch):
+    """It would be 100 %, whatever the ranking."""
+    monkeypatch.setattr("trainer.judging.judge.KS", (1, 4, 6, 7))
+    results = evaluate_tasks(model, [Task("pool", **world, pool=4, **SHORT)], tmp_path, ["query"])
+    query = results["tasks"]["pool"]["query"]
+    assert set(query["corpus"]) == {"mrr", "ndcg@10", "query_recall@1", "query_recall@4", "query_recall@6"}
+    assert set(query["pool"]) == {"mrr", "ndcg@10", "query_recall@1"}
+
+
 def test_rows_of_rankings_name_their_scope(judged):
     """There is one row for each question and scope, with the names that figures have everywhere."""
     output, results = judged
@@ -392,10 +401,10 @@ def test_questions_without_a_usable_answer_are_counted_and_left_out(model, tmp_p
 
 def test_an_index_of_gold_passages_alone_is_noted(model, tmp_path):
     """Whatever is retrieved is right then: R@1 of 100 % shows nothing."""
-    (tmp_path / "one.jsonl").write_text(json.dumps(CORPUS[0]) + "\n")
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps(passage) + "\n" for passage in CORPUS[:2]))
     paths = {
-        **write_world(tmp_path, [changed(QUESTIONS[0], candidates=[])]),
-        "corpus_file": str(tmp_path / "one.jsonl"),
+        **write_world(tmp_path, [changed(QUESTIONS[0], provenance=[["p0"], ["p1"]], candidates=[])]),
+        "corpus_file": str(tmp_path / "two.jsonl"),
     }
     results = evaluate_tasks(model, [Task("t", **paths)], tmp_path / "out", ["query"])["tasks"]["t"]
     assert results["query"]["corpus"]["query_recall@1"]["value"] == 1.0

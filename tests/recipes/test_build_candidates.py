@@ -142,6 +142,13 @@ def test_pools_are_gold_and_the_nearest_by_score(folder, tmp_path, name, size, g
     assert lines["questions without gold"] == "1"
 
 
+def test_recall_among_as_many_places_as_passages_is_not_shown(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(build_candidates, "KS", (1, 9, 10))
+    lines, _ = build(folder, tmp_path)
+    assert "R@9" in lines
+    assert "R@10" not in lines
+
+
 def test_everything_else_in_the_file_stays(folder, tmp_path):
     build(folder, tmp_path, output_file=tmp_path / "out.jsonl")
     lines = (tmp_path / "out.jsonl").read_text().splitlines()

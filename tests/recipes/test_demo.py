@@ -294,6 +294,13 @@ def demo(module, checkpoint):
     return module.Demo(module.parse(["--model", str(checkpoint / "tiny-model"), "--index", str(checkpoint / "index")]))
 
 
+def test_a_folder_that_does_not_exist_is_named_before_the_hub_is_asked(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--model", "out/modle"])
+    with pytest.raises(SystemExit, match="error: .*out/modle"):
+        module.main()
+    assert capsys.readouterr().err.startswith("out/modle: no such folder; looking for it on the Hugging Face Hub.\n")
+
+
 def test_a_plain_language_model_is_refused_in_one_line(module, tmp_path, monkeypatch):
     make_gen().save_pretrained(tmp_path)
     monkeypatch.setattr(sys, "argv", ["demo.py", "--model", str(tmp_path)])
@@ -425,7 +432,7 @@ def test_a_model_must_be_named(module, capsys, monkeypatch):
 
 GOOD = {  # file name -> content and passages
     "corpus.jsonl": (
-        '\ufeff{"id": "a", "title": "T", "text": "one"}\n\n{"text": "two\u2028still", "title": null}\n',
+        '\ufeff{"id": "a", "title": "T", "text": "one", "titles": 3}\n\n{"text": "two\u2028still", "title": null}\n',
         [{"id": "a", "title": "T", "text": "one"}, {"id": "line 3", "title": "", "text": "two\u2028still"}],
     ),
     "corpus.csv": (
@@ -457,6 +464,8 @@ BAD = {  # name -> file name, content and message
         b'{"text": "a"}\n{"title": "b"}',
         "Line 2: text is None, expected a string that is not empty",
     ),
+    "a misspelt key": ("a.jsonl", b'{"text": "a", "titel": "b"}', "Line 1: unknown key 'titel'; did you mean 'title'"),
+    "a misspelt column": ("a.csv", b"text,Title\na,b\n", "Line 2: unknown key 'Title'; did you mean 'title'"),
     "an empty text": ("a.jsonl", b'{"text": " "}', "Line 1: text is ' '"),
     "a number": ("a.jsonl", b'{"text": "a", "id": 7.5}', "Line 1: id is 7.5, expected a string"),
     "an id twice, once as a number": (

@@ -140,6 +140,10 @@ def test_a_training_is_identified_by_its_options_and_data(tmp_path):
     same_result = {"train_file": str(tmp_path / "copy.jsonl"), "num_threads": 3, "logging_steps": 1}
     assert key == definition.key_of({**options, **same_result})
     assert key != definition.key_of({**options, "seed": 1})
+    # without a similarity, the files of Emb_seq may decide it, and with it the default of the temperature
+    assert key != definition.key_of({**options, "temperature": 0.05})
+    cosine = {**options, "similarity": "cosine"}
+    assert definition.key_of(cosine) == definition.key_of({**cosine, "temperature": 0.05})
     (tmp_path / "train.jsonl").write_text("b")
     assert key != definition.key_of(options)
 

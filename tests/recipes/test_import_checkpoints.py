@@ -11,6 +11,7 @@ from tokenizers import processors
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LogitsProcessor
 
 from modeling_cosup import CoSupForCausalLM
+from modeling_cosup.architectures_cosup import encoder_auto_class
 from modeling_cosup.packing_cosup import pad_rows
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_prompt, render_passage
 from support.forks import run_forked
@@ -524,6 +525,20 @@ def test_the_saved_parts_of_a_model_make_the_same_model(tmp_path, monkeypatch, l
     ids = prompt_and_nsp(model, QUESTION)
     with torch.no_grad():
         assert torch.allclose(imported(ids).query_embeds, model(ids).query_embeds, atol=1e-6)
+
+
+def test_the_encoder_of_t5gemma_is_loaded_alone(tmp_path):
+    """Its encoder class makes a decoder too, unless an option says otherwise."""
+    from import_checkpoints import ImportArguments, load
+
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 32}
+    config = AutoConfig.for_model("t5gemma", encoder=shape, decoder=shape, vocab_size=32)
+    AutoModel.from_config(config).save_pretrained(tmp_path / "t5gemma")
+    args = ImportArguments(gen="gen", emb_seq=str(tmp_path / "t5gemma"), output_dir="out")
+    encoder = load(encoder_auto_class(config), args.emb_seq, args)
+    assert encoder.config.is_encoder_decoder is False
+    assert not any("decoder" in name for name, _ in encoder.named_parameters())
 
 
 def test_the_recipe_as_a_program(tmp_path):

@@ -32,6 +32,13 @@ PRELOADED = (
     "transformers.models.gpt2.modeling_gpt2",
     "transformers.models.llama.modeling_llama",
 )
+ENVIRONMENT = {  # of all programs; a variable that a single test sets is not part of it
+    **os.environ,
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+}
 _server: subprocess.Popen[str] | None = None
 
 
@@ -72,11 +79,9 @@ def _ask(request: dict[str, Any], timeout: float) -> int:
     """Send a request to the server, which is started first if it does not run, and return the exit code."""
     global _server
     if _server is None or _server.poll() is not None:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         command = [sys.executable, "-m", "support.forks"]  # not as a file: its folder would hide packages
-        _server = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+        _server = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True, **pipes)
         atexit.register(_end, _server)
     assert _server.stdin is not None and _server.stdout is not None
     _server.stdin.write(json.dumps({**request, "timeout": timeout}) + "\n")

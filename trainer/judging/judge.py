@@ -234,7 +234,7 @@ def _score_rankings(run: TaskRun) -> dict[str, dict[str, Scores]]:
     scores, rows = {}, []
     for scope, rankings in run.rankings().items():
         size = run.num_passages if scope == "corpus" else run.task.pool
-        ks = [k for k in KS if k <= int(size or 0)]
+        ks = [k for k in KS if k < int(size or 0)]  # among as many places as passages, nothing is missed
         scores[scope] = score_rankings(rankings, run.needing, ks)
         for row in _rows(run.needing, scores[scope]):
             rows.append({"id": row.pop("id"), "scope": scope, **row})
