@@ -296,7 +296,7 @@ def demo(module, checkpoint):
 
 def test_a_folder_that_does_not_exist_is_named_before_the_hub_is_asked(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["demo.py", "--model", "out/modle"])
-    with pytest.raises(SystemExit, match="error: .*out/modle"):
+    with pytest.raises(SystemExit, match="^error: "):
         module.main()
     assert capsys.readouterr().err.startswith("out/modle: no such folder; looking for it on the Hugging Face Hub.\n")
 
