@@ -195,8 +195,9 @@ def test_two_processes_train_with_the_config_for_cpus(inputs, tmp_path):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["evaluation"]["query"]["corpus"]["query_recall@5"]["n"] == 6
     assert result.stdout.count("query embedding: R@1") == 1  # one process evaluates
-    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
-    assert state["train_batch_size"] == 2  # an NSP batch of 4 over 2 ranks
+    facts = json.loads((tmp_path / "out" / "training_facts.json").read_text())["training"]["arguments"]
+    assert (facts["NSP batch"], facts["instances a step"]) == ("4 instances", "4")
+    assert facts["hardware"].startswith("2 × ")  # ranks
 
 
 def test_the_benchmark_of_a_step_runs(inputs, tmp_path):
