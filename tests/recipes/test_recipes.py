@@ -196,7 +196,7 @@ def test_two_processes_train_with_the_config_for_cpus(inputs, tmp_path):
     assert results["evaluation"]["query"]["corpus"]["query_recall@5"]["n"] == 6
     assert result.stdout.count("query embedding: R@1") == 1  # one process evaluates
     facts = json.loads((tmp_path / "out" / "training_facts.json").read_text())["training"]["arguments"]
-    assert (facts["NSP batch"], facts["instances a step"]) == ("4 instances", "4")
+    assert (facts["NSP batch"], facts["instances a step"]) == ("4 instances, GradCache", "4")
     assert facts["hardware"].startswith("2 × ")  # ranks
 
 
