@@ -60,7 +60,7 @@ def check_config(config: PreTrainedConfig, role: str) -> None:
     if not type(config).__module__.startswith("transformers."):
         raise ValueError(
             f"{role} ({config.model_type}) comes with code of its own, which a CoSup checkpoint would not carry: use"
-            " an architecture of transformers."
+            " an architecture of transformers, without trust_remote_code."
         )
     kind = "causal language model" if role == "gen" else "encoder"
     raise ValueError(f"{role} is of the type {config.model_type}, of which transformers has no {kind}.")

@@ -74,7 +74,13 @@ def read_parts(
             adapter that cannot be merged.
         `OSError`: for a name that cannot be loaded.
     """
-    hub_options = {name: model_kwargs[name] for name in HUB_OPTIONS if name in model_kwargs}
+    for option in ("subfolder", "gguf_file"):
+        if option in model_kwargs:
+            raise ValueError(
+                f"model_kwargs has {option!r}, which would apply to every part: pass the loaded model in place of its"
+                " name."
+            )
+    hub_options = _hub_options(model_kwargs)
     settings = {name: value for name, value in settings.items() if value is not None}
     has_query_prompt = "query_prompt" in settings
     if tokenizer is None and not isinstance(gen, str):
@@ -192,6 +198,12 @@ def read_query_encoder(
 # ---------------------------------------------------------------------- loading
 
 
+def _hub_options(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a model that its config, tokenizer and single files need too."""
+    names = (*HUB_OPTIONS, "trust_remote_code")
+    return {name: model_kwargs[name] for name in names if name in model_kwargs}
+
+
 def load_tokenizer(source: Any, subfolder: str = "", hub_options: Mapping[str, Any] | None = None) -> Any:
     """Return the tokenizer of a name or path, for an adapter without one that of its base; a tokenizer as it is."""
     if not isinstance(source, str | os.PathLike):
@@ -234,8 +246,7 @@ def load_model(auto_class: Any, name: str, model_kwargs: Mapping[str, Any], subf
     """
     if auto_class is AutoModelForTextEncoding:
         model_kwargs = {**model_kwargs, "is_encoder_decoder": False}  # T5Gemma asks for it
-    hub_options = {option: model_kwargs[option] for option in HUB_OPTIONS if option in model_kwargs}
-    adapter = find_adapter(name, subfolder, hub_options)
+    adapter = find_adapter(name, subfolder, _hub_options(model_kwargs))
     if adapter is not None:
         return load_merged(adapter, auto_class, model_kwargs)
     model, info = auto_class.from_pretrained(name, subfolder=subfolder, output_loading_info=True, **model_kwargs)
@@ -253,8 +264,7 @@ def load_gen(gen: Any, model_kwargs: Mapping[str, Any]) -> PreTrainedModel:
 def load_encoder(encoder: Any, role: str, model_kwargs: Mapping[str, Any], subfolder: str = "") -> PreTrainedModel:
     """Return a model without LM head and adapters, from a name, or a model with or without them."""
     if isinstance(encoder, str):
-        hub_options = {option: model_kwargs[option] for option in HUB_OPTIONS if option in model_kwargs}
-        auto_class = encoder_auto_class(load_config(encoder, subfolder, hub_options))
+        auto_class = encoder_auto_class(load_config(encoder, subfolder, _hub_options(model_kwargs)))
         return load_model(auto_class, encoder, model_kwargs, subfolder)
     return cast(PreTrainedModel, without_adapters(encoder, role).base_model)
 

@@ -1,5 +1,6 @@
 """What a CoSup model is built from: adapters are merged, and what is no model of its kind is refused."""
 
+import json
 import shutil
 
 import pytest
@@ -146,6 +147,17 @@ def test_a_base_that_lacks_weights_is_refused(tmp_path, peft, base):
     model.base_model.save_pretrained(tmp_path / "base")  # without its LM head
     with pytest.raises(ValueError, match="base lacks 1 weights of a LlamaForCausalLM, e.g. lm_head.weight"):
         build(str(tmp_path / "adapter"), tokenizer=make_tokenizer())
+
+
+def test_a_model_with_code_of_its_own_is_refused_before_its_weights_are_read(tmp_path):
+    code = (
+        "from transformers import PreTrainedConfig\n\n\nclass Strange(PreTrainedConfig):\n    model_type = 'strange'\n"
+    )
+    (tmp_path / "strange.py").write_text(code)
+    config = {"model_type": "strange", "auto_map": {"AutoConfig": "strange.Strange"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"gen \(strange\) comes with code of its own"):
+        build(str(tmp_path), tokenizer=make_tokenizer(), model_kwargs={"trust_remote_code": True})
 
 
 def in_hub_cache(cache, name, folder):
