@@ -292,7 +292,7 @@ def test_a_foreign_trainer_package_is_named(tmp_path):
 PLACES_OF_A_CHECKPOINT = {
     "generate": {"model": "gen"},
     "build_index": {"model": "gen", "corpus_file": "corpus.jsonl"},
-    "run_evaluation": {"model": "gen", "eval_file": "eval.jsonl", "index": "index"},
+    "run_evaluation": {"model": "gen", "eval_file": "eval.jsonl", "index": "gen"},
     "train": {"model_name_or_path": "gen", "train_file": "train.jsonl"},
 }
 
