@@ -117,13 +117,16 @@ def test_tokenized_datasets_are_checked_too(tiny_model, tmp_path):
         trainer.train()
 
 
-def test_a_stream_remembers_a_limited_number_of_ids():
-    contents = PassageContents(most=2)
-    for id in ("a", "b", "c"):
-        contents.add(id, "text", f"row {id}")
-    contents.add("c", "other", "row 4")  # c was not remembered; the batch that has both would tell
-    with pytest.raises(ValueError, match="row 5: the passage id 'a' has another title or text than in row a"):
-        contents.add("a", "other", "row 5")
+def test_a_stream_remembers_a_limited_number_of_ids_and_still_finds_two_contents():
+    """The contents of "a" are six ids apart, and four are remembered: one of the epochs finds them."""
+    contents = PassageContents(most=4)
+    ids = [str(i) for i in range(12)]
+    epoch = [("a", "text"), *((id, "text") for id in ids[:6]), ("a", "other"), *((id, "text") for id in ids[6:])]
+    with pytest.raises(ValueError, match="the passage id 'a' has another title or text than in row [07]"):
+        for _ in range(100):
+            for row, (id, text) in enumerate(epoch):
+                contents.add(id, text, f"row {row}")
+                assert len(contents._first) <= 4
 
 
 def test_tokenized_passages_without_ids_do_not_share_one(tiny_model, tmp_path):
