@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import datasets
 import torch
 from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import DistributedType, DynamoBackend
@@ -31,7 +32,15 @@ from modeling_cosup import CoSupForCausalLM
 
 from .arguments import check_optimizer, check_trainer_arguments, read_by_tokenizing
 from .batching import CoSupDataCollator
-from .dataset_setup import COLUMNS, OPTIONAL_COLUMNS, AnyDataset, no_duplicates_sampler, tokenize_dataset
+from .dataset_setup import (
+    COLUMNS,
+    OPTIONAL_COLUMNS,
+    PATIENCE,
+    AnyDataset,
+    no_duplicates_sampler,
+    report_no_query,
+    tokenize_dataset,
+)
 from .distributed import gather_objects, host_group, world_size
 from .held_out import HeldOutMixin
 from .hub import HubMixin
@@ -283,6 +292,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Run `Trainer.train`; `resume_from_checkpoint=True` resumes from the last checkpoint that is complete."""
         self._running = RunningFigures(self.loss_weights)
+        self._num_trained_instances = self._num_trained_queries = 0
         if self.args.nsp_batch_size is not None:
             self._train_batch_size = self.args.per_device_train_batch_size  # where auto_find_batch_size begins
         if resume_from_checkpoint is True:
@@ -293,6 +303,9 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
         with explained_memory_errors(self.args):
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._finite.check()
+        is_stream = not isinstance(self.train_dataset, datasets.Dataset)
+        if is_stream and not self._num_trained_queries and 0 < self._num_trained_instances < PATIENCE:
+            report_no_query(self._num_trained_instances, self.args.supervision, "instances of the training set")
         if not self._running.has_losses:
             output = output._replace(training_loss=float("nan"))
         return output

@@ -200,10 +200,10 @@ def _add_passages(
 def _check_queries(tokenized: datasets.Dataset, supervision: str, name: str) -> None:
     """Raise or warn if no instance has a passage."""
     if not any(tokenized["passage_input_ids"]):
-        _report_no_query(len(tokenized), supervision, f"instances of the {name}")
+        report_no_query(len(tokenized), supervision, f"instances of the {name}")
 
 
-def _report_no_query(num_instances: int, supervision: str, of_what: str) -> None:
+def report_no_query(num_instances: int, supervision: str, of_what: str) -> None:
     """Say that no instance has a passage: an error if nothing else is trained, a warning with `"co"`."""
     message = f"None of the {num_instances} {of_what} has a passage, so there is no [NSP]"
     if supervision in ("nsp", "separate"):
@@ -259,7 +259,7 @@ class _StreamFilter:
         self.num_kept += 1
         self.num_with_passages += bool(instance["passage_input_ids"])
         if self.num_kept == PATIENCE and not self.num_with_passages:
-            _report_no_query(PATIENCE, self.supervision, f"first instances of the {self.name}")
+            report_no_query(PATIENCE, self.supervision, f"first instances of the {self.name}")
         if instance.get("num_cut_queries"):
             logger.warning_once(f"Some queries of the {self.name} {LONG_QUERIES}.")
         self.num_cut += instance["num_cut_passages"]

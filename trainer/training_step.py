@@ -58,6 +58,8 @@ class TrainingStepMixin(Trainer):
     _running: RunningFigures
     _step_instance_ids: list[str]
     _warned_of_lone_queries: bool
+    _num_trained_instances: int
+    _num_trained_queries: int
 
     # ------------------------------------------------------------------ what all ranks know of a step
 
@@ -83,6 +85,8 @@ class TrainingStepMixin(Trainer):
         for batch in batches:
             for instance_ids in batch["facts"].instance_ids:
                 self._step_instance_ids += instance_ids
+        self._num_trained_instances += len(self._step_instance_ids)
+        self._num_trained_queries += batches[0]["num_queries"]
         self._running.add_step()
         return batches, num_items_in_batch
 

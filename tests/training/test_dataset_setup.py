@@ -1,5 +1,7 @@
 """What the trainer checks in a whole dataset of any kind: ids, passages, lengths, and where it ends."""
 
+import re
+
 import datasets
 import pytest
 import torch
@@ -154,6 +156,22 @@ def test_a_set_without_a_passage(tiny_model, tmp_path, monkeypatch, warnings, ki
     assert len(prepared(tiny_model, tmp_path, dataset, supervision=supervision)) == 6
     expected = [f"{message}: retrieval is neither trained nor measured."]
     assert warnings == (expected if supervision == "co" else [])
+
+
+@pytest.mark.parametrize("supervision", ["co", "separate"])
+def test_a_short_stream_without_a_passage_is_told_of_when_it_has_ended(tiny_model, tmp_path, warnings, supervision):
+    if supervision == "separate":
+        tiny_model = make_model(query_from="emb_seq")
+    stream = KINDS["streamed dataset"]([instance() for _ in range(4)])
+    args = arguments(tmp_path, supervision=supervision, per_device_train_batch_size=4, max_steps=1)
+    trainer = CoSupTrainer(tiny_model, args, train_dataset=stream)
+    message = "None of the 4 instances of the training set has a passage, so there is no [NSP]"
+    if supervision == "separate":
+        with pytest.raises(ValueError, match=re.escape(message)):
+            trainer.train()
+        return
+    trainer.train()
+    assert warnings == [f"{message}: retrieval is neither trained nor measured."]
 
 
 def test_one_passage_is_enough(tiny_model, tmp_path, monkeypatch, warnings):
