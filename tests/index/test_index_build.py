@@ -21,25 +21,13 @@ from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq
 from support.forks import run_forked
 from support.models import PASSAGES, make_model
 from support.tokenizer_kinds import xlm_roberta
+from support.training import Endless
 
 SCRIPT = Path(__file__).parents[1] / "distributed" / "run_and_kill_build.py"
 MANY = [
     {"id": f"m{i}", "title": f"Title {i}" if i % 3 else "", "text": f"{i} {'radium ' * (i % 7)}in {i * 7}"}
     for i in range(23)
 ]
-
-
-class Endless(torch.utils.data.Dataset):
-    """A map-style dataset that never raises IndexError: only its length says where it ends."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, row):
-        return self.rows[row % len(self.rows)]
 
 
 def build(model, passages=MANY, **kwargs):

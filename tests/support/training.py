@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from trainer import CoSupTrainingArguments
 
@@ -41,3 +42,16 @@ def arguments(output_dir: str | Path, **kwargs: Any) -> CoSupTrainingArguments:
         "use_cpu": True,
     }
     return CoSupTrainingArguments(str(output_dir), **{**defaults, **kwargs})
+
+
+class Endless(torch.utils.data.Dataset):
+    """A map-style dataset that never raises IndexError: only its length says where it ends."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, row):
+        return self.rows[row % len(self.rows)]

@@ -7,24 +7,11 @@ import pytest
 import torch
 
 from support.models import PASSAGES, make_model
-from support.training import NAMES, arguments, world
+from support.training import NAMES, Endless, arguments, world
 from trainer import CoSupTrainer, dataset_setup, load_instances
 from trainer.data import check_instance
 from trainer.dataset_setup import PATIENCE, no_duplicates_sampler, tokenize_dataset
 from trainer.passage_contents import PassageContents
-
-
-class Endless(torch.utils.data.Dataset):
-    """A map-style dataset that never raises IndexError: only its length says where it ends."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, row):
-        return self.rows[row % len(self.rows)]
 
 
 class Stream(torch.utils.data.IterableDataset):
