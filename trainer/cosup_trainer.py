@@ -191,6 +191,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
         self._running = RunningFigures(self.loss_weights)
         self._evaluated_batches = []
         self._step_instance_ids = []
+        self._num_trained_instances = self._num_trained_queries = 0
         self._warned_of_lone_queries = self._warned_of_lone_held_out_queries = False
 
     def create_accelerator_and_postprocess(self) -> None:
