@@ -80,7 +80,7 @@ def test_the_look_alikes_of_a_question_share_letters_with_it(tasks):
     for question in load_evaluation_set(tasks["wordings"]["eval_file"]):
         gold, nearest = question["candidates"][:2]
         runs = set()
-        for name in re.findall("[A-Z][a-z]+", corpus[gold]["title"]):
+        for name in re.findall("[A-Z][a-z]+", question["input"]):
             runs.update(name[i : i + 3] for i in range(len(name) - 2))
         others = [passage["text"] for id, passage in corpus.items() if id != gold]
         if not any(run in text for text in others for run in runs):
