@@ -199,7 +199,7 @@ def _check_embeddings(model: Any, encoder: PreTrainedModel, role: str) -> None:
 def _check_reload(part: PreTrainedModel, config: PreTrainedConfig, role: str) -> None:
     """Check that a model made of the config that is saved has the class and the weights of this part."""
     if getattr(part, "hf_quantizer", None) is not None:
-        return  # quantised weights have other shapes than those of a new model
+        return  # quantised weights differ in shape from new ones
     name = f"{role} ({type(part).__name__})"
     saved = type(config).from_dict(config.to_dict())
     try:
@@ -220,7 +220,7 @@ def _check_reload(part: PreTrainedModel, config: PreTrainedConfig, role: str) ->
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the weights by name, without those of a pooler, which CoSup does not use."""
+    """Return the shapes of the weights by name. A pooler, which CoSup does not use, is left out."""
     shapes = {}
     for name, weight in model.state_dict().items():
         if not name.startswith("pooler."):

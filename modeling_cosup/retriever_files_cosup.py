@@ -188,7 +188,7 @@ def read_retriever(
         if not files.known_to_lack("modules.json"):
             logger.warning(
                 f"Without the Hub it is unknown whether {name} is a sentence-transformers model: it is read as a plain"
-                " encoder, and pooling and prompts are those of the options."
+                " encoder, with the pooling and prompts that the options give."
             )
         return None
     kinds = [module_kind(module["type"]) for module in modules]

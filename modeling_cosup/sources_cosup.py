@@ -205,7 +205,7 @@ def _hub_options(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_tokenizer(source: Any, subfolder: str = "", hub_options: Mapping[str, Any] | None = None) -> Any:
-    """Return the tokenizer of a name or path, for an adapter without one that of its base; a tokenizer as it is."""
+    """Return a given tokenizer, or load one by name or path. An adapter may use the tokenizer of its base."""
     if not isinstance(source, str | os.PathLike):
         return source
     name, options = os.fspath(source), dict(hub_options or {})
@@ -218,7 +218,7 @@ def load_tokenizer(source: Any, subfolder: str = "", hub_options: Mapping[str, A
 
 
 def load_config(name: str, subfolder: str = "", hub_options: Mapping[str, Any] | None = None) -> PreTrainedConfig:
-    """Return the config of a model, for an adapter that of its base."""
+    """Load the config of a model. For an adapter, load the config of its base model."""
     options = dict(hub_options or {})
     adapter = find_adapter(name, subfolder, options)
     if adapter is None:

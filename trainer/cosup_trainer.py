@@ -304,8 +304,9 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
         with explained_memory_errors(self.args):
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._finite.check()
-        is_stream = not isinstance(self.train_dataset, datasets.Dataset)
-        if is_stream and not self._num_trained_queries and 0 < self._num_trained_instances < PATIENCE:
+        # a whole dataset was checked before, and a resumed run may see only the end of a stream
+        is_whole_stream = not isinstance(self.train_dataset, datasets.Dataset) and not resume_from_checkpoint
+        if is_whole_stream and not self._num_trained_queries and 0 < self._num_trained_instances < PATIENCE:
             report_no_query(self._num_trained_instances, self.args.supervision, "instances of the training set")
         if not self._running.has_losses:
             output = output._replace(training_loss=float("nan"))
