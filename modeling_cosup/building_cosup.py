@@ -48,7 +48,7 @@ class BuildingMixin(Base):
         **config: Any,
     ) -> Model:
         """
-        Build a CoSup model from two pretrained models.
+        Build a CoSup model from two pretrained models, or, with `tie_emb_seq=True`, from one.
 
         Control tokens are added to the tokenizers (in place) and both embeddings grow; new rows start at the mean of
         the old ones. The checkpoint's generation config becomes greedy, ends at every end-of-turn id and can never
@@ -59,7 +59,8 @@ class BuildingMixin(Base):
             gen (`str` or `PreTrainedModel`): name, path or model, any `AutoModelForCausalLM` architecture. Adapters of
                 PEFT (a name, a path, or a `PeftModel`) are merged into their base model, here and below.
             emb_seq (`str` or `PreTrainedModel`, *optional*): any `AutoModel` architecture, or the encoder of T5, mT5
-                or UMT5; defaults to a copy of Gen's weights, the paper's best setting. The name or path of a
+                or UMT5; defaults to a copy of Gen's weights, the paper's best setting. Must not be given with
+                `tie_emb_seq=True`: Gen's body then reads the passages. The name or path of a
                 sentence-transformers model brings its pooling, similarity, dense layer, prompts, tokens around a text,
                 and length. Pass the loaded model instead to set these yourself.
             tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): Gen's. Defaults to the tokenizer of `gen` if
@@ -72,7 +73,7 @@ class BuildingMixin(Base):
             emb_head (`torch.Tensor` of shape `(h, h_emb)`, *optional*): weight of `emb_head`, if the config needs one;
                 defaults to the dense layer of a sentence-transformers model that has the right width.
             model_kwargs (`dict`, *optional*): for `from_pretrained` of names and paths, e.g. `{"dtype": "bfloat16"}`.
-            **config: fields of [`CoSupConfig`], and the strings of the control tokens: `nsp_token`, `cs_token`,
+            **config: fields of [`CoSupConfig`], e.g. `tie_emb_seq` or `similarity`, and the strings of the control tokens: `nsp_token`, `cs_token`,
                 `ce_token`.
 
         Returns:
@@ -93,6 +94,8 @@ class BuildingMixin(Base):
         if unknown:
             raise TypeError(f"from_gen_and_emb_seq got {', '.join(unknown)}, which are not fields of CoSupConfig.")
         query_from = config.get("query_from") or CoSupConfig.query_from
+        if config.get("tie_emb_seq"):
+            _check_tied(emb_seq, emb_seq_tokenizer, query_from)
         if query_encoder is not None and query_from != "query_encoder":
             raise ValueError(f"query_encoder was given, but query_from is {query_from!r}: nothing would use it.")
         gen, emb_seq, query_encoder = _path_as_string(gen), _path_as_string(emb_seq), _path_as_string(query_encoder)
@@ -105,7 +108,8 @@ class BuildingMixin(Base):
         tokenizer = cast(PreTrainedTokenizerBase, parts.tokenizer)
         emb_seq_tokenizer = cast(PreTrainedTokenizerBase, parts.emb_seq_tokenizer)
         config, emb_head = parts.settings, parts.emb_head
-        if emb_seq is gen.base_model:
+        is_tied = bool(config.get("tie_emb_seq"))
+        if emb_seq is gen.base_model and not is_tied:
             emb_seq = copy.deepcopy(emb_seq)
 
         old_size, old_emb_seq_size = len(tokenizer), len(emb_seq_tokenizer)
@@ -114,17 +118,18 @@ class BuildingMixin(Base):
         if emb_seq_tokenizer is not tokenizer:
             add_control_tokens(emb_seq_tokenizer, control_tokens)
         _grow_embeddings(gen, old_size, len(tokenizer))
-        _grow_embeddings(emb_seq, old_emb_seq_size, len(emb_seq_tokenizer))
+        if not is_tied:
+            _grow_embeddings(emb_seq, old_emb_seq_size, len(emb_seq_tokenizer))
         if query_encoder is not None:
             _grow_embeddings(query_encoder, old_emb_seq_size, len(emb_seq_tokenizer))
 
         # deep copies, because a composite config resets the attention implementation of its parts
         cosup_config = CoSupConfig(
             gen_config=copy.deepcopy(gen.config),
-            emb_seq_config=copy.deepcopy(emb_seq.config),
+            emb_seq_config=None if is_tied else copy.deepcopy(emb_seq.config),
             query_encoder_config=None if query_encoder is None else copy.deepcopy(query_encoder.config),
             gen_name_or_path=_repository_of(gen),
-            emb_seq_name_or_path=_repository_of(emb_seq),
+            emb_seq_name_or_path=None if is_tied else _repository_of(emb_seq),
             nsp_token_id=nsp_token_id,
             cs_token_id=cs_token_id,
             ce_token_id=ce_token_id,
@@ -132,7 +137,7 @@ class BuildingMixin(Base):
             **config,
         )
         _check_passage_length(cosup_config, emb_seq_tokenizer)
-        model = cls(cosup_config, gen, emb_seq, query_encoder).train(gen.training)
+        model = cls(cosup_config, gen, None if is_tied else emb_seq, query_encoder).train(gen.training)
         if model.emb_head is not None:
             model.emb_head.to(device=emb_seq.device, dtype=emb_seq.dtype)
             if emb_head is not None:
@@ -180,6 +185,21 @@ class BuildingMixin(Base):
 
 
 # ---------------------------------------------------------------------- sources
+
+
+def _check_tied(emb_seq: Any, emb_seq_tokenizer: Any, query_from: str) -> None:
+    """Check, before anything is loaded, that a tied model gets no Emb_seq, and no query encoder."""
+    for name, value in (("emb_seq", emb_seq), ("emb_seq_tokenizer", emb_seq_tokenizer)):
+        if value is not None:
+            raise ValueError(
+                f"tie_emb_seq=True with {name}: Gen's body reads the passages of a tied model. Leave out one of the"
+                " two."
+            )
+    if query_from != "gen":
+        raise ValueError(
+            f"tie_emb_seq=True with query_from={query_from!r}: Gen makes the queries of a tied model, at [NSP]. Leave"
+            " out one of the two."
+        )
 
 
 def _package_modules() -> tuple[ModuleType, ModuleType, ModuleType]:

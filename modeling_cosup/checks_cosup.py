@@ -158,6 +158,8 @@ def check_built(model: Any) -> None:
     _check_reload(model.gen, model.config.gen_config, "gen")
     for role, encoder in _encoders(model):
         _check_embeddings(model, encoder, role)
+        if role == "emb_seq" and model.config.tie_emb_seq:
+            continue  # a checkpoint holds Gen, checked above
         _check_reload(encoder, getattr(model.config, f"{role}_config"), role)
 
 

@@ -13,7 +13,12 @@ SIMILARITY_DEFAULTS = {
 QUERY_SOURCES = ("gen", "emb_seq", "query_encoder")
 POOLINGS = ("eos", "lasttoken", "mean", "cls")
 # Embedding settings that indexes of earlier releases do not record, with the values that applied then.
-EARLIER_EMBEDDING_SETTINGS = {"emb_seq_add_bos_token": True, "emb_seq_add_eos_token": True, "passage_prompt": ""}
+EARLIER_EMBEDDING_SETTINGS = {
+    "emb_seq_add_bos_token": True,
+    "emb_seq_add_eos_token": True,
+    "passage_prompt": "",
+    "truncate_dim": None,
+}
 
 
 class CoSupConfig(PreTrainedConfig):
@@ -22,7 +27,9 @@ class CoSupConfig(PreTrainedConfig):
 
     Args:
         gen_config (`PreTrainedConfig` or `dict`): configuration of Gen, any `AutoModelForCausalLM` architecture.
-        emb_seq_config (`PreTrainedConfig` or `dict`): configuration of Emb_seq, any `AutoModel` architecture.
+        emb_seq_config (`PreTrainedConfig` or `dict`): configuration of Emb_seq, any `AutoModel` architecture. Gen's
+            with `tie_emb_seq`.
+        tie_emb_seq (`bool`): one tied model: Gen's body is also Emb_seq. `False` is two towers (the paper).
         query_encoder_config (`PreTrainedConfig` or `dict`, *optional*): only with `query_from="query_encoder"`.
         nsp_token_id, cs_token_id, ce_token_id (`int`, *optional*): ids of `[NSP]`, `[Cs]` and `[CE]` in Gen's
             tokenizer. Without `nsp_token_id` the model is plain Gen.
@@ -36,9 +43,13 @@ class CoSupConfig(PreTrainedConfig):
         emb_seq_pooling (`str`): `"eos"` (the paper), `"lasttoken"` (whichever token is last), `"mean"` or `"cls"`.
         emb_seq_add_bos_token, emb_seq_add_eos_token (`bool`): whether Emb_seq reads BOS (or CLS) before a passage,
             and EOS (or SEP) after it.
-        emb_head_size (`int`, *optional*): output width of `emb_head`; must be Gen's width if Gen makes the queries. If
-            set, there is an `emb_head` even if Emb_seq already has this width. By default there is one only if Gen
-            makes the queries and Emb_seq has another width.
+        emb_head_size (`int`, *optional*): output width of `emb_head`. If set, there is an `emb_head` even if Emb_seq
+            already has this width. By default there is one only if Gen makes the queries and Emb_seq has another
+            width. Of two towers, `emb_head` maps passages to the width of Gen's queries, so it must be that width. In
+            a tied model it maps queries and passages, to any width.
+        truncate_dim (`int`, *optional*): keep only the first dimensions of query and passage embeddings, before they
+            get unit length: a smaller index, at some loss. May be set when a checkpoint is loaded; an index holds for
+            one value. See `matryoshka_dims` of `CoSupTrainingArguments`.
         passage_template (`str`): how a passage is rendered for Gen and Emb_seq; without a title, as its text alone.
         passage_prompt (`str`): what only Emb_seq reads before every passage; some retrievers need one.
         query_prompt (`str`): the same before a query, if Emb_seq or a query encoder reads queries.
@@ -51,8 +62,8 @@ class CoSupConfig(PreTrainedConfig):
 
     Raises:
         `ValueError`: on an unknown similarity, query source or pooling, a temperature that is not positive, a template
-            without `{text}`, a query encoder that is missing or has another width than Emb_seq, or settings that
-            contradict each other.
+            without `{text}`, a query encoder that is missing or has another width than Emb_seq, a tied model with an
+            Emb_seq or queries of its own, or settings that contradict each other.
     """
 
     model_type = "cosup"
@@ -61,6 +72,7 @@ class CoSupConfig(PreTrainedConfig):
     gen_config: Any = None  # dict or PreTrainedConfig; after __post_init__ a PreTrainedConfig
     emb_seq_config: Any = None
     query_encoder_config: Any = None
+    tie_emb_seq: bool = False
     nsp_token_id: int | None = None
     cs_token_id: int | None = None
     ce_token_id: int | None = None
@@ -72,6 +84,7 @@ class CoSupConfig(PreTrainedConfig):
     emb_seq_add_bos_token: bool = True
     emb_seq_add_eos_token: bool = True
     emb_head_size: int | None = None
+    truncate_dim: int | None = None
     passage_template: str = "{title} :: {text}"
     passage_prompt: str = ""
     query_prompt: str = ""
@@ -90,7 +103,8 @@ class CoSupConfig(PreTrainedConfig):
         Return the content of a checkpoint's `config.json`, and the unused `kwargs`.
 
         Raises:
-            `ValueError`: for a folder or repository without a CoSup model: its parts would be made up.
+            `ValueError`: for a folder or repository without a CoSup model: its parts would be made up; and for another
+                `tie_emb_seq` than that of the checkpoint: its weights are those of one model, or of two.
         """
         name = pretrained_model_name_or_path
         config, unused_kwargs = super().get_config_dict(name, **kwargs)
@@ -105,6 +119,13 @@ class CoSupConfig(PreTrainedConfig):
                 f"{name} is a plain {model_type} model, not a CoSup checkpoint: build one from it with"
                 f" CoSupForCausalLM.from_gen_and_emb_seq({str(name)!r}), or with recipes/train.py --gen {name}."
             )
+        is_tied = config.get("tie_emb_seq", False)
+        if unused_kwargs.get("tie_emb_seq", is_tied) != is_tied:
+            kind = "one tied model" if is_tied else "two towers, whose weights differ"
+            raise ValueError(
+                f"tie_emb_seq={not is_tied}: the checkpoint {name} holds {kind}. Build a new model with"
+                f" from_gen_and_emb_seq(gen, tie_emb_seq={not is_tied})."
+            )
         return config, unused_kwargs
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -117,8 +138,9 @@ class CoSupConfig(PreTrainedConfig):
         if not self.temperature > 0:
             raise ValueError(f"CoSupConfig.temperature is {self.temperature}, expected a positive number.")
         self._check_settings()
+        self._check_tied()
         self._make_sub_configs()
-        self._check_widths()
+        self.check_widths()
         # peft and transformers look for weight tying on the outermost config
         self.tie_word_embeddings = bool(self.gen_config.get_text_config().tie_word_embeddings)
         # AutoModel loads the same class as AutoModelForCausalLM: its forward returns embeddings too
@@ -154,9 +176,29 @@ class CoSupConfig(PreTrainedConfig):
                 " would read it."
             )
 
+    def _check_tied(self) -> None:
+        """Check that nothing else than Gen's body would make the embeddings of a tied model."""
+        if not self.tie_emb_seq:
+            return
+        if self.query_from != "gen":
+            raise ValueError(
+                f"tie_emb_seq=True with query_from={self.query_from!r}: Gen reads the passages and makes the queries of"
+                " a tied model, at [NSP]. Leave out one of the two."
+            )
+        if self.emb_seq_config is not None and self.emb_seq_config is not self.gen_config:
+            raise ValueError("tie_emb_seq=True with an emb_seq_config: a tied model has no Emb_seq of its own.")
+        if self.emb_seq_pooling == "cls":
+            raise ValueError(
+                "tie_emb_seq=True with emb_seq_pooling='cls': Gen reads from left to right, so the first state of every"
+                " passage is the same. Use 'eos'."
+            )
+
     def _make_sub_configs(self) -> None:
         """Turn the dictionaries of sub-models into configurations; Gen and Emb_seq default to Llama."""
         for name in self.sub_configs:
+            if name == "emb_seq_config" and self.tie_emb_seq:
+                self.emb_seq_config = self.gen_config
+                continue
             sub_config = getattr(self, name)
             if sub_config is None and name != "query_encoder_config":
                 sub_config = {"model_type": "llama"}
@@ -164,8 +206,13 @@ class CoSupConfig(PreTrainedConfig):
                 options = dict(sub_config)
                 setattr(self, name, AutoConfig.for_model(options.pop("model_type"), **options))
 
-    def _check_widths(self) -> None:
-        """Check the widths of the query encoder and of `emb_head`."""
+    def check_widths(self) -> None:
+        """
+        Check the widths of the query encoder and of `emb_head`, and `truncate_dim`.
+
+        Raises:
+            `ValueError`: names the width that was expected.
+        """
         if self.query_from == "query_encoder":
             width = None
             if self.query_encoder_config is not None:
@@ -175,10 +222,15 @@ class CoSupConfig(PreTrainedConfig):
                 raise ValueError(
                     f"query_from='query_encoder' needs a query encoder of Emb_seq's width, {expected}, found {width}."
                 )
-        if self.query_from == "gen" and self.emb_head_size not in (None, self.embedding_size):
+        if self.query_from == "gen" and self.emb_head_size not in (None, self.full_embedding_size):
             raise ValueError(
                 f"emb_head_size is {self.emb_head_size}, but Gen makes the queries: expected its width,"
-                f" {self.embedding_size}."
+                f" {self.full_embedding_size}. Only in a tied model (tie_emb_seq=True) may it differ."
+            )
+        if self.truncate_dim is not None and not 0 < self.truncate_dim <= self.full_embedding_size:
+            raise ValueError(
+                f"truncate_dim is {self.truncate_dim}, expected at least 1 and at most {self.full_embedding_size}, the"
+                " width of the embeddings."
             )
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
@@ -187,8 +239,13 @@ class CoSupConfig(PreTrainedConfig):
 
     @property
     def embedding_size(self) -> int:
-        """Width of query and passage embeddings: Gen's if it makes the queries, else `emb_head`'s or Emb_seq's."""
-        if self.query_from == "gen":
+        """Width of query and passage embeddings."""
+        return self.truncate_dim or self.full_embedding_size
+
+    @property
+    def full_embedding_size(self) -> int:
+        """Their width before `truncate_dim`: Gen's if two towers meet there, else `emb_head`'s or Emb_seq's."""
+        if self.query_from == "gen" and not self.tie_emb_seq:
             return self.gen_config.get_text_config().hidden_size
         return self.emb_head_size or self.emb_seq_config.get_text_config().hidden_size
 
@@ -197,10 +254,10 @@ class CoSupConfig(PreTrainedConfig):
         """Whether a linear map, `emb_head`, follows Emb_seq: to reach Gen's width, or if `emb_head_size` is set."""
         if self.emb_head_size is not None:
             return True
-        return self.emb_seq_config.get_text_config().hidden_size != self.embedding_size
+        return self.emb_seq_config.get_text_config().hidden_size != self.full_embedding_size
 
     @property
-    def embedding_settings(self) -> dict[str, str | int]:
+    def embedding_settings(self) -> dict[str, str | int | None]:
         """Settings that decide a passage embedding; an index compares them (see `PassageIndex.check_model`)."""
         names = ["similarity", "emb_seq_pooling", "passage_template", "max_passage_length"]
         names += EARLIER_EMBEDDING_SETTINGS.keys()
@@ -209,6 +266,8 @@ class CoSupConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
         output.pop("load_emb_seq", None)  # a choice of the process that loads, not of the checkpoint
+        if self.tie_emb_seq:
+            output.pop("emb_seq_config", None)  # it is Gen's
         for name in self.sub_configs:
             if isinstance(output.get(name), dict):
                 # the local folder of a part is private; `gen_name_or_path` has what may be published

@@ -60,10 +60,15 @@ class EncodingMixin(Base):
                 "Emb_seq is not in memory (load_emb_seq=False): this model generates from an index that is already"
                 " built, but it cannot encode passages."
             )
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.emb_seq.parameters()):
-            # Emb_seq may be in training: the hash that its checkpoint stored no longer describes it
-            self._forget_fingerprint("emb_seq")
+        self._forget_trained_emb_seq()
         return self._encode(self.emb_seq, input_ids, attention_mask, packing)
+
+    def _forget_trained_emb_seq(self) -> None:
+        """Drop the stored hash of Emb_seq if it may be in training: the hash no longer describes it."""
+        if self.emb_seq is None or not torch.is_grad_enabled():
+            return
+        if any(parameter.requires_grad for parameter in self.emb_seq.parameters()):
+            self._forget_fingerprint("emb_seq")
 
     def encode_queries(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """
@@ -133,7 +138,10 @@ class EncodingMixin(Base):
         if nsp_positions is None:
             nsp_positions = (input_ids == nsp_token_id).flatten().nonzero()[:, 0]  # (N,)
         if self.config.query_from == "gen":
-            return self._normalize(hidden.flatten(0, 1)[nsp_positions.to(hidden.device)])
+            embeds = hidden.flatten(0, 1)[nsp_positions.to(hidden.device)]
+            if self.config.tie_emb_seq and self.emb_head is not None:
+                embeds = self.emb_head(embeds)
+            return self._normalize(embeds)
         length = input_ids.shape[1]
         rows, columns = nsp_positions // length, nsp_positions % length
         ids = input_ids[rows]  # (N, T)
@@ -191,7 +199,8 @@ class EncodingMixin(Base):
         return hidden[torch.arange(len(hidden), device=hidden.device), columns]
 
     def _normalize(self, embeds: torch.Tensor) -> torch.Tensor:
-        """Return embeddings in float32, of unit length when the similarity is the cosine."""
+        """Return embeddings in float32, cut to `truncate_dim`, of unit length when the similarity is the cosine."""
+        embeds = embeds[..., : self.config.truncate_dim]
         if self.config.similarity == "cosine":
             return F.normalize(embeds.float(), dim=-1)
         return embeds.float()

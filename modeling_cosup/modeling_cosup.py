@@ -83,7 +83,6 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
 
     config: CoSupConfig
     gen: PreTrainedModel
-    emb_seq: PreTrainedModel | None
     emb_head: nn.Linear | None
     query_encoder: PreTrainedModel | None
 
@@ -102,20 +101,24 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
         # hidden for the moment: transformers would read the temperature of the NSP loss as a sampling temperature
         temperature = config.temperature
         config.temperature = None
+        config.check_widths()  # `from_pretrained` may have changed truncate_dim
         super().__init__(config)
         config.temperature = temperature
         self.gen = gen if gen is not None else AutoModelForCausalLM.from_config(config.gen_config)
-        self.emb_seq = self.emb_head = self.query_encoder = None
+        self.emb_head = self.query_encoder = None
         self._keys_to_ignore_on_load_unexpected = []
-        if config.load_emb_seq:
+        if config.tie_emb_seq:
+            if emb_seq is not None:
+                raise ValueError("tie_emb_seq=True with an emb_seq: a tied model has no Emb_seq of its own.")
+        elif config.load_emb_seq:
             self.emb_seq = emb_seq if emb_seq is not None else encoder_from_config(config.emb_seq_config)
         else:
             self._keys_to_ignore_on_load_unexpected.append(r"^emb_seq\.")
         # the embeddings of a query encoder pass through emb_head too
-        has_encoder = config.load_emb_seq or config.query_from == "query_encoder"
+        has_encoder = config.load_emb_seq or config.tie_emb_seq or config.query_from == "query_encoder"
         if config.needs_emb_head and has_encoder:
             width = config.emb_seq_config.get_text_config().hidden_size
-            self.emb_head = nn.Linear(width, config.embedding_size, bias=False)
+            self.emb_head = nn.Linear(width, config.full_embedding_size, bias=False)
         else:
             self._keys_to_ignore_on_load_unexpected.append(r"^emb_head\.")
         if config.query_from == "query_encoder":
@@ -133,6 +136,17 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
         self._causal_encoders = []
         self._warned_of_long_queries = False
         self.post_init()
+
+    @property
+    def emb_seq(self) -> PreTrainedModel | None:
+        """Emb_seq: Gen's body in a tied model, else a tower of its own; `None` if that is not loaded."""
+        if self.config.tie_emb_seq:
+            return self.gen.base_model
+        return cast(PreTrainedModel | None, self._modules.get("emb_seq"))
+
+    @emb_seq.setter
+    def emb_seq(self, emb_seq: PreTrainedModel | None) -> None:
+        self._modules["emb_seq"] = emb_seq
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # the arguments of PreTrainedModel's
@@ -233,6 +247,8 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
         nsp_token_id = kwargs.pop("nsp_token_id", self.config.nsp_token_id)
         return_dict = kwargs.pop("return_dict", None)
         passage_embeds = query_embeds = None
+        if self.config.tie_emb_seq:
+            self._forget_trained_emb_seq()
         if passage_input_ids is not None:
             passage_embeds = self.encode_passages(passage_input_ids, passage_attention_mask, passage_packing)  # (M, h)
         if query_input_ids is not None:

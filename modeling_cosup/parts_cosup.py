@@ -150,7 +150,10 @@ class PartsMixin(Base):
         tokenizer = passage_tokenizer(self.emb_seq_tokenizer, self.config)
         if is_main_process:
             class_to_save(tokenizer, emb_seq.config, (GENERIC_CLASS,), _OTHER_WAYS)
-        weights = _weights_of_part(state_dict, "emb_seq.")
+        prefix = "emb_seq."
+        if self.config.tie_emb_seq:
+            prefix = f"gen.{self.gen.base_model_prefix}."
+        weights = _weights_of_part(state_dict, prefix)
         emb_seq.save_pretrained(save_directory, is_main_process=is_main_process, state_dict=weights, **kwargs)
         if not is_main_process:
             return
@@ -159,6 +162,10 @@ class PartsMixin(Base):
         head = None
         if self.emb_head is not None:
             head = (state_dict or self.state_dict())["emb_head.weight"]
+        elif self.config.truncate_dim is not None:
+            head = torch.eye(self.config.full_embedding_size)  # the dense layer cuts embeddings
+        if head is not None:
+            head = head[: self.config.truncate_dim]
         write_modules(folder, self.config, tokenizer.model_max_length, head)
         name = _folder_name(save_directory)
         if push_to_hub:
@@ -238,7 +245,7 @@ def write_modules(folder: Path, config: CoSupConfig, max_seq_length: int, head: 
         folder (`Path`): with model and tokenizer.
         config (`CoSupConfig`): pooling, similarity, prompts and template.
         max_seq_length (`int`): tokens, with BOS and EOS.
-        head (`torch.Tensor` of shape `(h, h_emb)`, *optional*): weight of `emb_head`.
+        head (`torch.Tensor` of shape `(h, h_emb)`, *optional*): weight of `emb_head`, cut to `truncate_dim`.
     """
     width = config.emb_seq_config.get_text_config().hidden_size
     pooling: dict[str, Any] = {"word_embedding_dimension": width}

@@ -66,7 +66,8 @@ class SharingMixin(ModelBase):
 
         The weights are hashed only if they are complete and in float32 or bfloat16 (a cast between the two keeps the
         hash). If they are quantised, sharded, offloaded, in float16 or not loaded, the hash of the last save is
-        returned, so that none of these makes an index unusable. Training Gen does not change the fingerprint.
+        returned, so that none of these makes an index unusable. Training Gen changes the fingerprint of a tied model
+        (`tie_emb_seq`), whose Gen is Emb_seq, but not that of two towers.
 
         Args:
             state_dict (`dict`, *optional*): this model's full state dict, needed if the parameters in memory are
@@ -110,7 +111,10 @@ class SharingMixin(ModelBase):
                 "The checkpoint stores no fingerprint of Emb_seq and Emb_seq is not loaded,"
                 " so no index can be checked against it."
             )
-        return self.hash_weights(state_dict, ("emb_seq.", "emb_head."))
+        prefix = "emb_seq."
+        if self.config.tie_emb_seq:
+            prefix = f"gen.{self.gen.base_model_prefix}."
+        return self.hash_weights(state_dict, (prefix, "emb_head."))
 
     def hash_all_weights(self, state_dict: dict[str, torch.Tensor] | None = None) -> str | None:
         """

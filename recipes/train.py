@@ -228,9 +228,11 @@ def check_index(trainer: CoSupTrainer, run: Run) -> list[dict[str, str]]:
     model = without_peft(trainer.model)
     for part in (model.emb_seq, model.emb_head):
         if part is not None and any(parameter.requires_grad for parameter in part.parameters()):
+            remedy = "add --freeze_emb_seq true"
+            if model.config.tie_emb_seq:
+                remedy = "this model is tied (tie_emb_seq), so give the passages: --corpus_file"
             raise ValueError(
-                f"--index {script.index}: training changes Emb_seq, and no index of it stays valid;"
-                " add --freeze_emb_seq true."
+                f"--index {script.index}: training changes Emb_seq, and no index of it stays valid; {remedy}."
             )
     if not trainer.is_world_process_zero():
         return []

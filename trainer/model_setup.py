@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_peft_available, logging
 
@@ -38,6 +38,8 @@ def adapter_config(model: Any) -> "PeftConfig | None":
 
 def check_supervision(args: CoSupTrainingArguments, config: CoSupConfig) -> None:
     """Raise if the model does not make its queries where `supervision` trains them, or if nothing is left to train."""
+    if config.tie_emb_seq:
+        _check_tied(args)
     if args.supervision == "separate" and config.query_from == "gen":
         raise ValueError(
             "supervision='separate' trains queries of an encoder:"
@@ -58,6 +60,18 @@ def check_supervision(args: CoSupTrainingArguments, config: CoSupConfig) -> None
         )
 
 
+def _check_tied(args: CoSupTrainingArguments) -> None:
+    """Raise if an argument tells Gen and Emb_seq apart, which are one model with `tie_emb_seq`."""
+    if args.supervision == "separate":
+        raise ValueError(
+            "supervision='separate' trains an Emb_seq that makes the queries too, and this model is tied: its Gen makes"
+            " them. Train it with 'co', 'ntp' or 'nsp', or build it with query_from='emb_seq' and without tie_emb_seq."
+        )
+    for name in ("freeze_gen", "freeze_emb_seq"):
+        if getattr(args, name):
+            raise ValueError(f"{name}: Gen and Emb_seq of this model are one (tie_emb_seq), so neither trains alone.")
+
+
 def freeze(model: CoSupForCausalLM, args: CoSupTrainingArguments) -> None:
     """Turn off the gradients of frozen parts, and of parts that the supervision never reaches."""
     frozen: list[nn.Module | None] = []
@@ -65,7 +79,9 @@ def freeze(model: CoSupForCausalLM, args: CoSupTrainingArguments) -> None:
     if args.freeze_gen or encoders_alone:
         frozen.append(model.gen)
     if args.freeze_emb_seq or args.supervision == "ntp":
-        frozen += [model.emb_seq, model.emb_head]
+        frozen.append(model.emb_head)
+        if not model.config.tie_emb_seq:
+            frozen.append(model.emb_seq)
     if args.supervision == "ntp":
         frozen.append(model.query_encoder)
     if args.supervision == "nsp" and not model.config.tie_word_embeddings:
@@ -82,8 +98,7 @@ def keep_master_weights(model: CoSupForCausalLM, args: CoSupTrainingArguments) -
     Autocast (`bf16=True`) still computes in bfloat16. A part is converted as a whole if any of it is trained. Adapters
     are left to PEFT.
     """
-    for name in ("gen", "emb_seq", "emb_head", "query_encoder"):
-        part = getattr(model, name)
+    for name, part in model.named_children():
         if part is None:
             continue
         dtypes = [parameter.dtype for parameter in part.parameters() if parameter.requires_grad]
@@ -105,8 +120,8 @@ def speed_up(model: CoSupForCausalLM, args: CoSupTrainingArguments) -> None:
     """
     if args.use_liger_kernel:
         kernels = {"fused_linear_cross_entropy": False, "cross_entropy": False, **(args.liger_kernel_config or {})}
-        for part in (model.gen, model.emb_seq, model.query_encoder):
-            if part is not None:
+        for part in model.children():
+            if isinstance(part, PreTrainedModel):
                 apply_liger_kernel(part, kernels)
     if args.torch_compile:
         layer_names = set(model._no_split_modules or ())

@@ -65,6 +65,17 @@ class ScriptArguments:
             "defaults to emb_seq with --supervision separate."
         },
     )
+    tie_emb_seq: bool = field(
+        default=False, metadata={"help": "One tied model: Gen's body also reads the passages, in place of an Emb_seq."}
+    )
+    emb_head_size: int | None = field(
+        default=None,
+        metadata={"help": "Width of the embeddings after a linear map; without --tie_emb_seq only Gen's width."},
+    )
+    truncate_dim: int | None = field(
+        default=None,
+        metadata={"help": "Keep only so many dimensions of the embeddings: a smaller index, see --matryoshka_dims."},
+    )
     query_encoder: str | None = field(
         default=None,
         metadata={

@@ -1,6 +1,6 @@
 """The model and the adapters that the options of recipes/train.py describe."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from modeling_cosup import CoSupForCausalLM
 from trainer import CoSupTrainingArguments
@@ -20,6 +20,9 @@ MODEL_OPTIONS = (  # what a checkpoint was built with
     "query_prompt",
     "max_passage_length",
     "query_from",
+    "tie_emb_seq",
+    "emb_head_size",
+    "truncate_dim",
     "nsp_token",
     "cs_token",
     "ce_token",
@@ -34,7 +37,7 @@ def load_model(script: ScriptArguments, args: CoSupTrainingArguments) -> CoSupFo
         `ValueError`: if an option would change what the checkpoint was built with, or contradicts the files of a
             sentence-transformers Emb_seq.
     """
-    model_kwargs = {"dtype": script.dtype}
+    model_kwargs: dict[str, Any] = {"dtype": script.dtype}
     if script.attn_implementation:
         model_kwargs["attn_implementation"] = script.attn_implementation
     defaults = ScriptArguments()
@@ -44,6 +47,9 @@ def load_model(script: ScriptArguments, args: CoSupTrainingArguments) -> CoSupFo
         if value != getattr(defaults, name):
             options[name] = value
     if script.model_name_or_path:
+        for name in ("tie_emb_seq", "truncate_dim"):  # from_pretrained knows whether they fit the checkpoint
+            if name in options:
+                model_kwargs[name] = options.pop(name)
         if options:
             raise ValueError(
                 f"--{next(iter(options))} cannot be changed: {script.model_name_or_path} was built with its own."
