@@ -73,8 +73,8 @@ class BuildingMixin(Base):
             emb_head (`torch.Tensor` of shape `(h, h_emb)`, *optional*): weight of `emb_head`, if the config needs one;
                 defaults to the dense layer of a sentence-transformers model that has the right width.
             model_kwargs (`dict`, *optional*): for `from_pretrained` of names and paths, e.g. `{"dtype": "bfloat16"}`.
-            **config: fields of [`CoSupConfig`], e.g. `tie_emb_seq` or `similarity`, and the strings of the control tokens: `nsp_token`, `cs_token`,
-                `ce_token`.
+            **config: fields of [`CoSupConfig`], such as `tie_emb_seq`, and the strings of the control tokens:
+                `nsp_token`, `cs_token`, `ce_token`.
 
         Returns:
             `CoSupForCausalLM`, in the mode (train or eval) of Gen.

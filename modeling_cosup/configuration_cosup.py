@@ -182,15 +182,15 @@ class CoSupConfig(PreTrainedConfig):
             return
         if self.query_from != "gen":
             raise ValueError(
-                f"tie_emb_seq=True with query_from={self.query_from!r}: Gen reads the passages and makes the queries of"
-                " a tied model, at [NSP]. Leave out one of the two."
+                f"tie_emb_seq=True with query_from={self.query_from!r}: Gen makes the queries of a tied model, at"
+                " [NSP]. Leave out one of the two."
             )
         if self.emb_seq_config is not None and self.emb_seq_config is not self.gen_config:
             raise ValueError("tie_emb_seq=True with an emb_seq_config: a tied model has no Emb_seq of its own.")
         if self.emb_seq_pooling == "cls":
             raise ValueError(
-                "tie_emb_seq=True with emb_seq_pooling='cls': Gen reads from left to right, so the first state of every"
-                " passage is the same. Use 'eos'."
+                "tie_emb_seq=True with emb_seq_pooling='cls': Gen reads from left to right, so the first state of"
+                " every passage is the same. Use 'eos'."
             )
 
     def _make_sub_configs(self) -> None:

@@ -141,7 +141,7 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
     def emb_seq(self) -> PreTrainedModel | None:
         """Emb_seq: Gen's body in a tied model, else a tower of its own; `None` if that is not loaded."""
         if self.config.tie_emb_seq:
-            return self.gen.base_model
+            return cast(PreTrainedModel, self.gen.base_model)
         return cast(PreTrainedModel | None, self._modules.get("emb_seq"))
 
     @emb_seq.setter

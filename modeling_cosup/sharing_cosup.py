@@ -52,6 +52,7 @@ class SharingMixin(ModelBase):
     """The part of [`CoSupForCausalLM`] that saves, pushes and recognises the model."""
 
     config: CoSupConfig
+    gen: PreTrainedModel
     emb_seq: PreTrainedModel | None
     _tokenizer: PreTrainedTokenizerBase | None
     _emb_seq_tokenizer: PreTrainedTokenizerBase | None

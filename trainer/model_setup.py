@@ -64,8 +64,9 @@ def _check_tied(args: CoSupTrainingArguments) -> None:
     """Raise if an argument tells Gen and Emb_seq apart, which are one model with `tie_emb_seq`."""
     if args.supervision == "separate":
         raise ValueError(
-            "supervision='separate' trains an Emb_seq that makes the queries too, and this model is tied: its Gen makes"
-            " them. Train it with 'co', 'ntp' or 'nsp', or build it with query_from='emb_seq' and without tie_emb_seq."
+            "supervision='separate' trains an Emb_seq that makes the queries too, and this model is tied: its Gen"
+            " makes them. Train it with 'co', 'ntp' or 'nsp', or build one without tie_emb_seq, with"
+            " query_from='emb_seq'."
         )
     for name in ("freeze_gen", "freeze_emb_seq"):
         if getattr(args, name):
