@@ -6,7 +6,7 @@ There are two kinds of losses, because GradCache computes them at different time
 - Token losses depend on Gen's output for one micro-batch. Each is a sum over trained tokens, such as `ntp_loss`
   (Eq. 2).
 - Embedding losses depend on the embeddings of the whole batch, over all ranks. Each has one value per query, such as
-  `nsp_loss` (Eq. 4).
+  `nsp_loss` (Eq. 4) and, with `matryoshka_dims`, `matryoshka_loss`.
 
 Neither kind is averaged here: the caller knows the token and query counts of all ranks.
 
@@ -16,11 +16,12 @@ Its label goes into `judging/figures.py`.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 
 from modeling_cosup import CoSupConfig, CoSupOutput, info_nce
 
@@ -57,7 +58,10 @@ class EmbeddingBatch:
 def loss_weights(config: CoSupConfig, args: CoSupTrainingArguments) -> dict[str, float]:
     """Return the weight of each loss in the total that is minimised, L = L_NTP + λ·L_NSP (Eq. 5)."""
     assert config.nsp_loss_weight is not None  # the config has replaced None by the default of its similarity
-    return {"ntp_loss": 1.0, "nsp_loss": config.nsp_loss_weight}
+    weights = {"ntp_loss": 1.0, "nsp_loss": config.nsp_loss_weight}
+    if args.matryoshka_dims:
+        weights["matryoshka_loss"] = config.nsp_loss_weight
+    return weights
 
 
 def forward_options(micro_batch: dict[str, Any], args: CoSupTrainingArguments, training: bool) -> dict[str, Any]:
@@ -108,7 +112,36 @@ def embedding_losses(
         temperature=cast(float, config.temperature),  # the config has replaced None by the default of its similarity
         return_scores=True,
     )
-    return {"nsp_loss": nsp_loss}, scores
+    losses = {"nsp_loss": nsp_loss}
+    if args.matryoshka_dims:
+        losses["matryoshka_loss"] = matryoshka_loss(batch, config, args.matryoshka_dims)
+    return losses, scores
+
+
+def matryoshka_loss(batch: EmbeddingBatch, config: CoSupConfig, dims: Sequence[int]) -> torch.Tensor:
+    """
+    Return the NSP loss of embeddings that are cut to their first dimensions, mean over `dims`.
+
+    It makes `CoSupConfig.truncate_dim` cheap: the first dimensions learn to do without the others (Matryoshka
+    Representation Learning, arXiv 2205.13147).
+
+    Returns:
+        `torch.FloatTensor` of shape `(N,)`: one value per query.
+    """
+    losses = []
+    for dim in dims:
+        query_embeds, passage_embeds = batch.query_embeds[:, :dim], batch.passage_embeds[:, :dim]
+        if config.similarity == "cosine":
+            query_embeds, passage_embeds = F.normalize(query_embeds, dim=-1), F.normalize(passage_embeds, dim=-1)
+        loss = info_nce(
+            query_embeds,
+            passage_embeds,
+            batch.passage_labels,
+            same_passage=batch.same_passage,
+            temperature=cast(float, config.temperature),
+        )
+        losses.append(cast(torch.Tensor, loss))
+    return torch.stack(losses).mean(0)
 
 
 def total_loss(losses: Mapping[str, Loss], weights: Mapping[str, float]) -> Loss:

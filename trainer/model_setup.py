@@ -40,6 +40,11 @@ def check_supervision(args: CoSupTrainingArguments, config: CoSupConfig) -> None
     """Raise if the model does not make its queries where `supervision` trains them, or if nothing is left to train."""
     if config.tie_emb_seq:
         _check_tied(args)
+    for dim in args.matryoshka_dims or []:
+        if not 0 < dim < config.embedding_size:
+            raise ValueError(
+                f"matryoshka_dims holds {dim}, expected widths below that of the embeddings, {config.embedding_size}."
+            )
     if args.supervision == "separate" and config.query_from == "gen":
         raise ValueError(
             "supervision='separate' trains queries of an encoder:"

@@ -61,6 +61,8 @@ class CoSupTrainingArguments(TrainingArguments):
             `auto_find_batch_size` lowers the micro-batch and leaves this.
         max_tokens_per_micro_batch (`int`, *optional*): with `nsp_batch_size`, cut micro-batches by tokens (padding and
             passages included) in place of instances.
+        matryoshka_dims (`list[int]`, *optional*): widths to which embeddings will be cut (`CoSupConfig.truncate_dim`).
+            Adds λ times `matryoshka_loss`, the NSP loss of the cut embeddings, mean over these widths.
         gather (`str`):
             `"global"`: negatives are the passages of all ranks, and gradients reach all of them: W ranks equal one
             process.
@@ -120,6 +122,9 @@ class CoSupTrainingArguments(TrainingArguments):
     )
     max_tokens_per_micro_batch: int | None = field(
         default=None, metadata={"help": "With nsp_batch_size: cut micro-batches by tokens, not instances."}
+    )
+    matryoshka_dims: list[int] | None = field(
+        default=None, metadata={"help": "Also train embeddings that are cut to these widths, see --truncate_dim."}
     )
     gather: str = field(default="global", metadata={"help": "global, detached (the paper's code) or local."})
     mask_duplicates: bool = field(
@@ -202,6 +207,8 @@ class CoSupTrainingArguments(TrainingArguments):
             raise ValueError(
                 "label_smoothing_factor smooths next token prediction, which supervision='nsp' does not train."
             )
+        if self.matryoshka_dims and self.supervision == "ntp":
+            raise ValueError("matryoshka_dims cuts embeddings, which supervision='ntp' does not train.")
         if self.batch_sampler == "no_duplicates" and self.train_sampling_strategy != "random":
             raise ValueError(
                 f"train_sampling_strategy={self.train_sampling_strategy!r} and batch_sampler='no_duplicates' both say"

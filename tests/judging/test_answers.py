@@ -24,6 +24,7 @@ from trainer.judging.answers import (
 )
 from trainer.judging.figures import figure
 from trainer.judging.matching import gold_ids, retrieved_ids
+from trainer import CoSupTrainingArguments
 from trainer.losses import embedding_losses
 
 
@@ -109,7 +110,7 @@ def test_modes_of_answering(batch_size):
 
 def losses_of(batch):
     """`embedding_losses` of a model with temperature 1."""
-    return embedding_losses(batch, CoSupConfig(temperature=1.0), None)
+    return embedding_losses(batch, CoSupConfig(temperature=1.0), CoSupTrainingArguments())
 
 
 def test_retrieval_metrics_by_hand():

@@ -103,3 +103,27 @@ def test_running_figures_are_means_over_steps_and_queries():
     assert figures["ntp_loss"] == 2.0
     assert figures["nsp_accuracy"] == 0.5
     assert figures["num_negatives"] == 1.5
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_the_matryoshka_loss_is_the_mean_nsp_loss_of_cut_embeddings(tmp_path, similarity):
+    model = make_model(similarity=similarity, nsp_loss_weight=0.5)
+    _, entry = train(model, tmp_path / "whole", matryoshka_dims=[4, 16])
+    nsp_losses = []
+    for dim in (4, 16):
+        model.config.truncate_dim = dim
+        _, cut = train(model, tmp_path / str(dim))
+        nsp_losses.append(cut["nsp_loss"])
+    assert abs(nsp_losses[0] - nsp_losses[1]) > 0.01
+    assert entry["matryoshka_loss"] == pytest.approx(sum(nsp_losses) / 2, rel=1e-4)
+    total = entry["ntp_loss"] + 0.5 * entry["nsp_loss"] + 0.5 * entry["matryoshka_loss"]
+    assert entry["loss"] == pytest.approx(total, rel=1e-4)
+
+
+def test_matryoshka_dims_must_cut_embeddings_that_are_trained(tmp_path):
+    model = make_model()
+    for dim in (0, 32):
+        with pytest.raises(ValueError, match=f"matryoshka_dims holds {dim}, expected widths below .* 32"):
+            CoSupTrainer(model, arguments(tmp_path, matryoshka_dims=[8, dim]), train_dataset=world(NAMES[:8]))
+    with pytest.raises(ValueError, match="supervision='ntp' does not train"):
+        arguments(tmp_path, matryoshka_dims=[8], supervision="ntp")

@@ -57,6 +57,12 @@ _TRAINING = (
     Figure("ntp_loss", "NTP loss", "next token prediction, mean over the trained tokens", "nats"),
     Figure("nsp_loss", "NSP loss", "next sequence prediction, mean over the queries that have a negative", "nats"),
     Figure(
+        "matryoshka_loss",
+        "Matryoshka loss",
+        "NSP loss of embeddings that are cut to matryoshka_dims, mean over these widths",
+        "nats",
+    ),
+    Figure(
         "nsp_accuracy",
         "NSP accuracy",
         "the passage of a query scores above all negatives of its batch; without any, a query does not count",
