@@ -339,6 +339,8 @@ def prepare(script: ScriptArguments, args: CoSupTrainingArguments) -> None:
     for name in ("gen", "emb_seq", "train_file", "validation_file", "corpus_file", "eval_file"):
         if name == "corpus_file" and script.index:
             continue
+        if name == "emb_seq" and script.tie_emb_seq:
+            continue
         if getattr(script, name) is None:
             setattr(script, name, paths[name.removesuffix("_file")])
 

@@ -9,6 +9,7 @@ from modeling_cosup.tokenization_cosup import encode_prompt
 from support.evaluation_world import CORPUS, FREE
 from support.evaluation_world import QUESTIONS as WORLD_QUESTIONS
 from support.models import PASSAGES, make_model, plain_batch
+from trainer import CoSupTrainingArguments
 from trainer.batching import BatchFacts
 from trainer.data import tokenize_instance
 from trainer.held_out import retrieval_metrics
@@ -24,7 +25,6 @@ from trainer.judging.answers import (
 )
 from trainer.judging.figures import figure
 from trainer.judging.matching import gold_ids, retrieved_ids
-from trainer import CoSupTrainingArguments
 from trainer.losses import embedding_losses
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from support.models import make_gen, make_tokenizer
+from support.recipes import write_inputs
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = (
@@ -115,3 +116,33 @@ def test_other_passages_give_other_tokens(benchmark):
 def test_bad_options_are_reported(benchmark, monkeypatch, options, message):
     with pytest.raises(SystemExit, match=message):
         run(benchmark, monkeypatch, "--device", "cpu", *options)
+
+
+def test_the_costs_of_towers_belong_to_the_arm(monkeypatch, tmp_path):
+    """The parts run here in this process, with a Gen of 2 layers: what is counted in bytes is known."""
+    monkeypatch.setattr(sys, "path", [str(RECIPES / "benchmarks"), *sys.path])
+    import towers
+
+    inputs = write_inputs(tmp_path)
+    script = towers.TowersArguments(
+        gen=str(inputs / "gen"),
+        train_file=str(inputs / "train.jsonl"),
+        corpus_file=str(inputs / "corpus.jsonl"),
+        eval_file=str(inputs / "eval.jsonl"),
+        steps=2,
+        batch_size=4,
+        micro_batch_size=2,
+        num_questions=2,
+        max_new_tokens=4,
+        num_threads=1,
+    )
+    costs = {}
+    for name in towers.ARMS:
+        costs[name] = {}
+        for part in (towers.train, towers.embed, towers.answer_questions):
+            costs[name] |= part(name, script, str(tmp_path / name))
+    two, tied, separate = costs.values()
+    assert two["parameters"] == separate["parameters"] == 2 * tied["parameters"]
+    assert two["checkpoint_bytes"] > 1.8 * tied["checkpoint_bytes"]  # headers are not halved
+    assert two["index_bytes"] == tied["index_bytes"] >= 32 * 4
+    assert all(values["answers_per_second"] > 0 and values["seconds_per_step"] > 0 for values in costs.values())
