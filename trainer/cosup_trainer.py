@@ -72,10 +72,10 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
     retrieval accuracy), `num_negatives` (mean per query), `tokens_per_second` (tokens of Gen and Emb_seq, without
     padding) and `padding` (its share of all tokens). A figure for which nothing was measured is left out.
 
-    `evaluate()` returns `eval_loss`, each loss by name (`eval_ntp_loss`, `eval_nsp_loss`), `eval_query_recall@1` and
-    `eval_query_recall@5`. The NSP loss and recall are over all distinct passages of the evaluation set, not those of a
-    batch. `predict()` returns the embeddings as well. `bf16_full_eval` and `fp16_full_eval` leave the weights as they
-    were.
+    `evaluate()` returns `eval_loss`, each loss by name (`eval_ntp_loss`, `eval_nsp_loss`), `eval_query_recall@1`,
+    `eval_query_recall@5`, and `eval_nsp_predicted`: how often Gen would write the `[NSP]` of the reference. The NSP
+    loss and recall are over all distinct passages of the evaluation set, not those of a batch. `predict()` returns the
+    embeddings as well. `bf16_full_eval` and `fp16_full_eval` leave the weights as they were.
 
     Args:
         model (`CoSupForCausalLM` or `str`, *optional*): a model or the name or path of one; or give `model_init`.

@@ -40,6 +40,7 @@ class EvaluatedBatch:
         token_losses (`dict[str, float]`): sums over tokens, by name.
         query_embeds (`numpy.ndarray` of shape `(N, h)`), passage_embeds (`numpy.ndarray` of shape `(M, h)`): in
             float32.
+        num_nsp, num_predicted (`int`): how many `[NSP]` are trained, and where Gen's most likely token is `[NSP]`.
         query_ids, passage_ids (`list[list[int]]`): the tokens that each was made from; empty unless
             `include_for_metrics` asks for them.
     """
@@ -48,6 +49,8 @@ class EvaluatedBatch:
     token_losses: dict[str, float]
     query_embeds: np.ndarray
     passage_embeds: np.ndarray
+    num_nsp: int = 0
+    num_predicted: int = 0
     query_ids: list[list[int]] = field(default_factory=list)
     passage_ids: list[list[int]] = field(default_factory=list)
 
@@ -163,7 +166,9 @@ class HeldOutMixin(TrainingStepMixin):
         if world_size() > 1:
             self._share_facts([inputs])  # a sharded model needs the same calls on all ranks
         with explained_memory_errors(self.args), torch.no_grad(), self.compute_loss_context_manager():
-            outputs = [self._forward(model, micro_batch) for micro_batch in inputs["micro_batches"]]
+            outputs = []
+            for micro_batch in inputs["micro_batches"]:
+                outputs.append(self._forward(model, micro_batch, **self._options_for_nsp_logits(micro_batch)))
             # sums, not means: the number of tokens of the set is known only at its end
             token_losses = self.compute_losses(inputs, outputs)
         width = self.cosup_config.embedding_size
@@ -173,12 +178,25 @@ class HeldOutMixin(TrainingStepMixin):
             query_embeds=_as_array([output.query_embeds for output in outputs], width),
             passage_embeds=_as_array([output.passage_embeds for output in outputs], width),
         )
+        for output in outputs:
+            if output.logits is not None:  # (K, V), one row for each [NSP] that is trained
+                batch.num_nsp += len(output.logits)
+                is_predicted = output.logits.argmax(-1).eq(self.cosup_config.nsp_token_id)  # (K,)
+                batch.num_predicted += int(is_predicted.sum())
         if self._keeps_inputs:
             for micro_batch in inputs["micro_batches"]:
                 batch.query_ids += query_rows(micro_batch)
                 batch.passage_ids += encoder_rows(micro_batch, "passage")
         self._evaluated_batches.append(batch)
         return None, None, None
+
+    def _options_for_nsp_logits(self, micro_batch: dict[str, Any]) -> dict[str, Any]:
+        """Return the options of a forward that also returns the logits from which each `[NSP]` is predicted."""
+        labels = micro_batch.get("labels")  # (B, T)
+        if labels is None:
+            return {}
+        positions = (labels == self.cosup_config.nsp_token_id).flatten().nonzero()[:, 0]  # (K,)
+        return {"return_logits": True, "logit_positions": positions - 1}
 
     def evaluation_loop(
         self,
@@ -269,6 +287,9 @@ class HeldOutMixin(TrainingStepMixin):
                 for name, loss in batch.token_losses.items():
                     metrics[name] = metrics.get(name, 0.0) + loss / num_labels
         metrics |= retrieval
+        num_nsp = sum(batch.num_nsp for batch in batches)
+        if num_nsp:
+            metrics["nsp_predicted"] = sum(batch.num_predicted for batch in batches) / num_nsp
         losses: dict[str, float] = {name: metrics[name] for name in self.loss_weights if name in metrics}
         if losses:  # a sum of no losses is not 0
             metrics["loss"] = total_loss(losses, self.loss_weights)

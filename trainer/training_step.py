@@ -296,9 +296,9 @@ class TrainingStepMixin(Trainer):
                 self._running.add_losses(losses)
         return losses
 
-    def _forward(self, model: nn.Module, micro_batch: dict[str, Any]) -> CoSupOutput:
+    def _forward(self, model: nn.Module, micro_batch: dict[str, Any], **options: Any) -> CoSupOutput:
         """Run the model on a micro-batch; return its NTP loss, summed over tokens, and its embeddings."""
-        arguments = forward_arguments(micro_batch) | forward_options(micro_batch, self.args, model.training)
+        arguments = forward_arguments(micro_batch) | forward_options(micro_batch, self.args, model.training) | options
         return model(**arguments, num_items_in_batch=1, use_cache=False)
 
     @property

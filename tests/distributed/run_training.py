@@ -122,7 +122,7 @@ def run(
     if trainer.is_world_process_zero():
         names = [name for name in entry if name.endswith("loss")]
         figures = ["nsp_accuracy", "num_negatives", "grad_norm"]
-        figures += ["eval_query_recall@1", "eval_query_recall@5", "eval_num_queries"]
+        figures += ["eval_query_recall@1", "eval_query_recall@5", "eval_num_queries", "eval_nsp_predicted"]
         names += [name for name in figures if name in entry]
         names += [name for name in entry if name.startswith(("predicted", "num_input_tokens"))]
         log = {key: repr(float(entry[key])) for key in names}

@@ -117,3 +117,25 @@ def test_predict_refuses_what_would_leave_rows_out(tmp_path, instances):
     trainer = CoSupTrainer(make_model(), arguments(tmp_path, supervision="ntp"))
     with pytest.raises(ValueError, match="supervision='ntp' makes none"):
         trainer.predict(instances)
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_free": True}, {"supervision": "separate"}, {"supervision": "ntp"}])
+def test_evaluate_counts_where_gen_would_write_nsp(tmp_path, instances, options):
+    """The LM head is turned so that [NSP] wins at some of its places, which the logits of each row alone confirm."""
+    query_from = "emb_seq" if options.get("supervision") == "separate" else "gen"
+    model = make_model(gen_kwargs={"tie_word_embeddings": False}, query_from=query_from).eval()
+    args = arguments(tmp_path, per_device_eval_batch_size=4, **options)
+    trainer = CoSupTrainer(model, args, train_dataset=instances)
+    hidden = []
+    for row in trainer.train_dataset:
+        states = model.gen.base_model(input_ids=torch.tensor([row["input_ids"]])).last_hidden_state[0]
+        hidden += [states[i - 1] for i, label in enumerate(row["labels"]) if label == model.config.nsp_token_id]
+    hidden = torch.stack(hidden).detach()  # (9, h)
+    head = model.get_output_embeddings().weight
+    with torch.no_grad():
+        head[model.config.nsp_token_id] = 50 * (hidden[1] - hidden.mean(0))
+    predicted = (hidden @ head.T).argmax(1) == model.config.nsp_token_id
+    assert 0 < predicted.sum() < len(hidden) == 9
+    assert trainer.evaluate(instances)["eval_nsp_predicted"] == pytest.approx(predicted.float().mean().item())
+    if query_from == "gen":
+        assert "eval_nsp_predicted" not in trainer.evaluate(instances[:1] + instances[5:6])  # neither has an [NSP]

@@ -102,6 +102,12 @@ _RETRIEVAL_WHILE_GENERATING = (
         needs=_NO_PASSAGE,
         binary=True,
     ),
+    Figure(
+        "nsp_predicted",
+        "[NSP], predicted",
+        "[NSP] is the most likely token where the reference has one, as a share of these places",
+        binary=True,
+    ),
     Figure("num_retrievals", "retrievals", "number of retrievals of a question", "count"),
 )
 _QUERY_EMBEDDING = (
