@@ -178,10 +178,11 @@ class HeldOutMixin(TrainingStepMixin):
             query_embeds=_as_array([output.query_embeds for output in outputs], width),
             passage_embeds=_as_array([output.passage_embeds for output in outputs], width),
         )
+        nsp_token_id = torch.tensor(self.cosup_config.nsp_token_id)
         for output in outputs:
             if output.logits is not None:  # (K, V), one row for each [NSP] that is trained
                 batch.num_nsp += len(output.logits)
-                is_predicted = output.logits.argmax(-1).eq(self.cosup_config.nsp_token_id)  # (K,)
+                is_predicted = output.logits.argmax(-1).cpu() == nsp_token_id  # (K,)
                 batch.num_predicted += int(is_predicted.sum())
         if self._keeps_inputs:
             for micro_batch in inputs["micro_batches"]:
