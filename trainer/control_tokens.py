@@ -2,9 +2,9 @@
 A learning rate of their own for the rows of the control tokens (`control_token_lr`).
 
 A parameter group holds whole parameters, and these rows are parts of matrices. So the optimiser takes its step, and
-then the change of each row is scaled: row = before + ratio · (after - before), ratio = control_token_lr /
-learning_rate. This is the step at that learning rate if the optimiser's step is proportional to the learning rate and
-its state does not depend on it, as in AdamW, SGD, Adafactor or Lion.
+then the change of each row is scaled: row = before + control_token_lr / learning_rate · (after - before). This is the
+step at `control_token_lr` if the optimiser's step is proportional to the learning rate and its state does not depend
+on it, as in AdamW, SGD, Adafactor or Lion.
 """
 
 from dataclasses import dataclass
@@ -40,8 +40,7 @@ def trained_rows(model: CoSupForCausalLM) -> list[tuple[torch.Tensor, list[int]]
     With PEFT, such rows are a parameter of their own, next to rows of other tokens (`trainable_token_indices`), or
     part of a copy of the matrix (`modules_to_save`).
 
-    Args:
-        model ([`CoSupForCausalLM`]): the model inside the `PeftModel`, if there is one.
+    `model` is the one inside the `PeftModel`, if there is one.
 
     Raises:
         `ValueError`: when an adapter changes such a matrix: it has no weights for single rows.
@@ -59,9 +58,8 @@ def trained_rows(model: CoSupForCausalLM) -> list[tuple[torch.Tensor, list[int]]
             candidates += [(copy.weight, ids) for copy in copies.values()]
         elif hasattr(matrix, "base_layer"):
             raise ValueError(
-                "control_token_lr needs rows that are trained as they are, and target_modules gives Gen's embeddings"
-                " or LM head an adapter: leave them out of target_modules (the rows of the control tokens are trained"
-                " anyway)."
+                "control_token_lr needs rows that are trained as they are: leave embeddings and LM head out of"
+                " target_modules (the rows of the control tokens are trained anyway)."
             )
         else:
             candidates.append((cast(torch.Tensor, matrix.weight), ids))
@@ -78,34 +76,29 @@ def set_control_token_lr(optimizer: Optimizer, model: CoSupForCausalLM, learning
     """
     Let the steps of an optimiser move the rows of the control tokens at another learning rate.
 
-    It follows the schedule of the parameter group that holds the rows: the ratio of the two is constant. Without a
-    step (float16 skips some), nothing changes.
+    It follows the schedule of the parameter group that holds the rows: the ratio of the two is constant. The handles
+    that are returned undo this.
 
     Args:
         optimizer (`torch.optim.Optimizer`): not one that wraps another.
         model ([`CoSupForCausalLM`]): see [`trained_rows`]. Its parameters may be replaced later, as FSDP2 does.
-        learning_rate (`float`): of the rows, where the group has its initial one.
-
-    Returns:
-        `list[RemovableHandle]`: they undo this.
+        learning_rate (`float`): of the rows, when the group has its initial one.
 
     Raises:
-        `ValueError`: when the step of the optimiser is not proportional to its learning rate, when it holds no row, or
-            when the learning rate of the rows' group is 0.
+        `ValueError`: when the step of the optimiser is not proportional to its learning rate, or it holds no row.
     """
     name = type(optimizer).__name__
     is_schedule_free = callable(getattr(optimizer, "train", None))  # it keeps averages of the weights
     if is_schedule_free or name in NOT_PROPORTIONAL:
         raise ValueError(
             f"control_token_lr scales the optimizer's step, and a step of {name} is not proportional to its learning"
-            " rate: choose another optimizer, such as AdamW, or leave control_token_lr out."
+            " rate: choose another optimizer, such as AdamW."
         )
     held = _held_rows(optimizer, model)
     if not held:
         raise ValueError("control_token_lr: the optimizer holds no row of a control token, so nothing would use it.")
-    for _, _, initial_rate in held:
-        if initial_rate <= 0:
-            raise ValueError(f"control_token_lr follows the schedule of learning_rate, which is {initial_rate:g}.")
+    if min(initial_rate for _, _, initial_rate in held) <= 0:
+        raise ValueError("control_token_lr follows the schedule of learning_rate, which must be above 0.")
     rows: list[_Row] = []
 
     @torch.no_grad()
@@ -121,7 +114,6 @@ def set_control_token_lr(optimizer: Optimizer, model: CoSupForCausalLM, learning
         for row in rows:
             after = _local(row.parameter)[row.number]
             after.copy_(row.before.lerp(after, row.ratio))
-        rows.clear()
 
     return [optimizer.register_step_pre_hook(remember), optimizer.register_step_post_hook(scale)]
 

@@ -7,6 +7,7 @@ from transformers import TrainerCallback, get_scheduler
 from support.models import make_model, plain_batch
 from support.training import NAMES, arguments, world
 from trainer import CoSupTrainer
+from trainer.card import training_record
 from trainer.control_tokens import set_control_token_lr, trained_rows
 from trainer.model_setup import control_token_ids, without_peft
 
@@ -120,6 +121,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     whole = weights(trained(tmp_path, **options))
     resumed = trained(tmp_path, resume=str(tmp_path / "checkpoint-2"), **options)
     assert all(torch.equal(parameter, whole[name]) for name, parameter in weights(resumed).items())
+    record = training_record(resumed.args, resumed.model, None, resumed.state)["arguments"]
+    assert record["learning rate of control tokens"] == "0.03"
 
 
 KINDS = {
@@ -214,7 +217,7 @@ class ScheduleFree(torch.optim.SGD):
         (lambda model: ScheduleFree(model.parameters(), lr=0.1), "a step of ScheduleFree is not proportional"),
         (lambda model: torch.optim.LBFGS(model.parameters(), lr=0.1), "a step of LBFGS is not proportional"),
         (lambda model: torch.optim.SGD(model.emb_seq.parameters(), lr=0.1), "the optimizer holds no row"),
-        (lambda model: torch.optim.SGD(model.parameters(), lr=0.0), "learning_rate, which is 0"),
+        (lambda model: torch.optim.SGD(model.parameters(), lr=0.0), "learning_rate, which must be above 0"),
     ],
 )
 def test_an_optimizer_that_cannot_have_the_rate_is_refused(tmp_path, make_optimizer, message):
