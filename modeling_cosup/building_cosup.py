@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from .architectures_cosup import num_positions
 from .configuration_cosup import CoSupConfig
 from .hub_cosup import is_repo_id
-from .tokenization_cosup import CONTROL_TOKENS, add_control_tokens, added_tokens, end_of_turn_token_id
+from .tokenization_cosup import CONTROL_TOKENS, add_control_tokens, added_tokens, bos_and_eos, end_of_turn_token_id
 
 if TYPE_CHECKING:
     Base = PreTrainedModel
@@ -23,6 +23,7 @@ else:
 Model = TypeVar("Model", bound="BuildingMixin")
 NameOrModel: TypeAlias = str | os.PathLike[str] | PreTrainedModel
 NameOrTokenizer: TypeAlias = str | os.PathLike[str] | PreTrainedTokenizerBase
+NSP_INITS = ("mean", "eos")
 
 
 class BuildingMixin(Base):
@@ -45,15 +46,16 @@ class BuildingMixin(Base):
         query_encoder: NameOrModel | None = None,
         emb_head: torch.Tensor | None = None,
         model_kwargs: dict[str, Any] | None = None,
+        nsp_init: str = "mean",
         **config: Any,
     ) -> Model:
         """
         Build a CoSup model from two pretrained models, or, with `tie_emb_seq=True`, from one.
 
         Control tokens are added to the tokenizers (in place) and both embeddings grow; new rows start at the mean of
-        the old ones. The checkpoint's generation config becomes greedy, ends at every end-of-turn id and can never
-        sample `[Cs]`. Gen's chat template changes if it prints today's date or cannot read messages that are strings,
-        see [`~templates_cosup.settle_chat_template`].
+        the old ones (but see `nsp_init`), and rows that exist already are kept. The checkpoint's generation config
+        becomes greedy, ends at every end-of-turn id and can never sample `[Cs]`. Gen's chat template changes if it
+        prints today's date or cannot read messages that are strings, see [`~templates_cosup.settle_chat_template`].
 
         Args:
             gen (`str` or `PreTrainedModel`): name, path or model, any `AutoModelForCausalLM` architecture. Adapters of
@@ -73,6 +75,11 @@ class BuildingMixin(Base):
             emb_head (`torch.Tensor` of shape `(h, h_emb)`, *optional*): weight of `emb_head`, if the config needs one;
                 defaults to the dense layer of a sentence-transformers model that has the right width.
             model_kwargs (`dict`, *optional*): for `from_pretrained` of names and paths, e.g. `{"dtype": "bfloat16"}`.
+            nsp_init (`str`, *optional*, defaults to `"mean"`): where a new row of `[NSP]` starts. `"mean"`: at the
+                mean, as all new rows. `"eos"`: in the input embeddings, as the row of the token that ends a passage
+                (EOS, or else SEP). If Emb_seq is a copy of a causal Gen, a query at `[NSP]` and a passage at EOS are
+                then the same function before training. An LM head of its own keeps the mean; a head that is tied to
+                the embeddings has the same row, so `[NSP]` starts as likely as EOS.
             **config: fields of [`CoSupConfig`], such as `tie_emb_seq`, and the strings of the control tokens:
                 `nsp_token`, `cs_token`, `ce_token`.
 
@@ -85,14 +92,17 @@ class BuildingMixin(Base):
             `ValueError`: without a tokenizer, for a chat template that loses the question, for an architecture that
                 does something unknown after its LM head, when `max_passage_length` exceeds Emb_seq's positions, for
                 settings that contradict the files of a sentence-transformers model, for weights that are missing, for
-                adapters that cannot be merged, and for a part of the wrong kind, such as an encoder-decoder as Gen,
-                that cannot embed a text, or that could not be loaded again.
+                adapters that cannot be merged, for a part of the wrong kind, such as an encoder-decoder as Gen,
+                that cannot embed a text, or that could not be loaded again, for an unknown `nsp_init`, and for
+                `nsp_init="eos"` with a tokenizer that has neither EOS nor SEP.
             `OSError`: for a name that cannot be loaded.
         """
         control_tokens = {name: config.pop(name) for name in CONTROL_TOKENS if name in config}
         unknown = sorted(set(config) - set(CoSupConfig.__dataclass_fields__))
         if unknown:
             raise TypeError(f"from_gen_and_emb_seq got {', '.join(unknown)}, which are not fields of CoSupConfig.")
+        if nsp_init not in NSP_INITS:
+            raise ValueError(f"nsp_init is {nsp_init!r}, expected one of {', '.join(map(repr, NSP_INITS))}.")
         query_from = config.get("query_from") or CoSupConfig.query_from
         if config.get("tie_emb_seq"):
             _check_tied(emb_seq, emb_seq_tokenizer, query_from)
@@ -112,16 +122,19 @@ class BuildingMixin(Base):
         if emb_seq is gen.base_model and not is_tied:
             emb_seq = copy.deepcopy(emb_seq)
 
+        if nsp_init == "eos":
+            _check_end_token(tokenizer, emb_seq_tokenizer)
         old_size, old_emb_seq_size = len(tokenizer), len(emb_seq_tokenizer)
         nsp_token_id, cs_token_id, ce_token_id = add_control_tokens(tokenizer, control_tokens)
         templates.settle_chat_template(tokenizer)
+        emb_seq_nsp_token_id = nsp_token_id
         if emb_seq_tokenizer is not tokenizer:
-            add_control_tokens(emb_seq_tokenizer, control_tokens)
-        _grow_embeddings(gen, old_size, len(tokenizer))
+            emb_seq_nsp_token_id = add_control_tokens(emb_seq_tokenizer, control_tokens)[0]
+        _grow_embeddings(gen, old_size, tokenizer, nsp_token_id, nsp_init)
         if not is_tied:
-            _grow_embeddings(emb_seq, old_emb_seq_size, len(emb_seq_tokenizer))
+            _grow_embeddings(emb_seq, old_emb_seq_size, emb_seq_tokenizer, emb_seq_nsp_token_id, nsp_init)
         if query_encoder is not None:
-            _grow_embeddings(query_encoder, old_emb_seq_size, len(emb_seq_tokenizer))
+            _grow_embeddings(query_encoder, old_emb_seq_size, emb_seq_tokenizer, emb_seq_nsp_token_id, nsp_init)
 
         # deep copies, because a composite config resets the attention implementation of its parts
         cosup_config = CoSupConfig(
@@ -237,23 +250,41 @@ def _repository_of(model: PreTrainedModel) -> str | None:
 # ---------------------------------------------------------------------- embeddings and lengths
 
 
-@torch.no_grad()
-def _grow_embeddings(model: PreTrainedModel, old_size: int, new_size: int) -> None:
-    """
-    Make room for `new_size` tokens, in the LM head too.
+def _check_end_token(*tokenizers: PreTrainedTokenizerBase) -> None:
+    """Check that each tokenizer has the token whose row `nsp_init="eos"` copies, before any of them is changed."""
+    for tokenizer in tokenizers:
+        if not bos_and_eos(tokenizer)[1]:
+            raise ValueError(
+                f"nsp_init='eos' copies the row of the token that ends a passage, and {type(tokenizer).__name__} has"
+                " neither an EOS nor a SEP token: use 'mean', or set tokenizer.eos_token."
+            )
 
-    Rows from `old_size` on, and rows that the model lacked, become the mean of the rows before.
+
+@torch.no_grad()
+def _grow_embeddings(
+    model: PreTrainedModel, old_size: int, tokenizer: PreTrainedTokenizerBase, nsp_token_id: int, nsp_init: str
+) -> None:
     """
+    Make room for the tokens of a tokenizer, in the LM head too.
+
+    Rows from `old_size` on, and rows that the model lacked, become the mean of the rows before. With `nsp_init="eos"`
+    the input row of `[NSP]`, if it is one of them, becomes that of EOS.
+    """
+    new_size = len(tokenizer)
     size = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
     old_size = min(old_size, size)
     if size < new_size:
         model.resize_token_embeddings(new_size, mean_resizing=False)
+    embedding = cast(nn.Embedding, model.get_input_embeddings())
     weights = {}  # by id, so that tied weights count once
-    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+    for layer in (embedding, model.get_output_embeddings()):
         if layer is not None:
             weights[id(layer.weight)] = cast(torch.Tensor, layer.weight)
     for weight in weights.values():
         weight[old_size:new_size] = weight[:old_size].float().mean(0).to(weight.dtype)
+    if nsp_init == "eos" and nsp_token_id >= old_size:
+        (eos_token_id,) = bos_and_eos(tokenizer)[1]
+        embedding.weight[nsp_token_id] = embedding.weight[eos_token_id]
 
 
 def _check_passage_length(config: CoSupConfig, emb_seq_tokenizer: PreTrainedTokenizerBase) -> None:

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, cast
 import datasets
 import torch
 from accelerate.data_loader import DataLoaderShard
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Sampler
+from torch.utils.hooks import RemovableHandle
 from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
@@ -32,6 +34,7 @@ from modeling_cosup import CoSupForCausalLM
 
 from .arguments import check_optimizer, check_trainer_arguments, read_by_tokenizing
 from .batching import CoSupDataCollator
+from .control_tokens import set_control_token_lr
 from .dataset_setup import (
     COLUMNS,
     OPTIONAL_COLUMNS,
@@ -191,6 +194,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
         self._running = RunningFigures(self.loss_weights)
         self._evaluated_batches = []
         self._step_instance_ids = []
+        self._control_token_hooks: list[RemovableHandle] = []
         self._num_trained_instances = self._num_trained_queries = 0
         self._warned_of_lone_queries = self._warned_of_lone_held_out_queries = False
 
@@ -204,8 +208,9 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
         """
         Refuse what sharded models cannot do.
 
-        `nsp_batch_size` and `clip_gen_only` need DDP or FSDP2: DeepSpeed takes one backward pass per step and clips by
-        itself, and FSDP1 computes the norms of shards. `bf16_full_eval` and `fp16_full_eval` need whole weights, which
+        `nsp_batch_size`, `clip_gen_only` and `control_token_lr` need DDP or FSDP2: DeepSpeed takes one backward pass
+        per step, clips by itself and has an optimiser of its own; FSDP1 computes the norms of shards, and its shards
+        have no rows. `bf16_full_eval` and `fp16_full_eval` need whole weights, which
         are kept while they are converted.
         """
         distributed_type = self.accelerator.distributed_type
@@ -219,7 +224,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
         is_fsdp1 = distributed_type == DistributedType.FSDP and self._fsdp2_plugin() is None
         if distributed_type != DistributedType.DEEPSPEED and not is_fsdp1:
             return
-        for name in ("nsp_batch_size", "clip_gen_only"):
+        for name in ("nsp_batch_size", "clip_gen_only", "control_token_lr"):
             if getattr(self.args, name):
                 kind = distributed_type.value
                 raise ValueError(f"{name} works under DDP and FSDP2, not under {kind} as it is configured.")
@@ -356,7 +361,21 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
     def _sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(tensor, "sum") if world_size() > 1 else tensor
 
-    # ------------------------------------------------------------------ the paper's optimiser
+    # ------------------------------------------------------------------ the optimiser
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """Return the optimiser; with `control_token_lr` it scales its step for the rows of the control tokens."""
+        prepared_optimizer = super().create_optimizer(model)
+        if self.args.control_token_lr is None:
+            return prepared_optimizer
+        optimizer = prepared_optimizer
+        while isinstance(optimizer, AcceleratedOptimizer):  # of an earlier training; it calls no hooks
+            optimizer = optimizer.optimizer
+        for hook in self._control_token_hooks:
+            hook.remove()
+        base = without_peft(self.model if model is None else model)
+        self._control_token_hooks = set_control_token_lr(optimizer, base, self.args.control_token_lr)
+        return prepared_optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """Return the schedule; `lr_decay_per_epoch` multiplies a constant rate after every epoch (section 4: 0.85)."""

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from modeling_cosup import CoSupConfig, CoSupForCausalLM
 
 from .arguments import read_by_tokenizing
+from .control_tokens import check_control_token_lr
 from .model_setup import (
     check_control_tokens,
     check_supervision,
@@ -59,6 +60,8 @@ class ModelInitMixin(Trainer):
             trained_model = wrap_in_peft(model, self._peft_config)
         freeze(base, self.args)
         freeze_unreached(base, self.args)
+        if self.args.control_token_lr is not None:
+            check_control_token_lr(base)
         if trained_model is base:
             keep_master_weights(base, self.args)
         speed_up(base, self.args)

@@ -195,7 +195,7 @@ def check_control_tokens(tokenizer: PreTrainedTokenizerBase, config: CoSupConfig
 
     With it, the wrong tokens would be trained and saved.
     """
-    tokens = [token for token in tokenizer.convert_ids_to_tokens(_control_token_ids(config)) if token]
+    tokens = [token for token in tokenizer.convert_ids_to_tokens(control_token_ids(config)) if token]
     if len(tokens) < 3 or not set(tokens) <= set(tokenizer.get_added_vocab()):
         raise ValueError(
             f"processing_class has {tokens} where the model has its control tokens;"
@@ -203,7 +203,8 @@ def check_control_tokens(tokenizer: PreTrainedTokenizerBase, config: CoSupConfig
         )
 
 
-def _control_token_ids(config: CoSupConfig) -> list[int]:
+def control_token_ids(config: CoSupConfig) -> list[int]:
+    """Return the ids of `[NSP]`, `[Cs]` and `[CE]` in Gen's tokenizer."""
     ids = [config.nsp_token_id, config.cs_token_id, config.ce_token_id]
     return cast(list[int], ids)  # set when Gen and Emb_seq were put together
 
@@ -252,10 +253,10 @@ def _train_control_tokens(model: CoSupForCausalLM, config: "LoraConfig") -> None
             )
         config.ensure_weight_tying = True
         is_trained = [input_name, head_name]
-    for matrix in _control_token_matrices(model):
+    for matrix in control_token_matrices(model):
         name = names[id(matrix)]
         if name not in is_trained and not _trains(name, config):
-            token_indices[name] = sorted({*token_indices.get(name, []), *_control_token_ids(model.config)})
+            token_indices[name] = sorted({*token_indices.get(name, []), *control_token_ids(model.config)})
     config.trainable_token_indices = token_indices or None
 
 
@@ -280,7 +281,7 @@ def _trains(name: str, config: "LoraConfig") -> bool:
     return bool(check_target_module_exists(config, name))
 
 
-def _control_token_matrices(model: CoSupForCausalLM) -> list[torch.nn.Module]:
+def control_token_matrices(model: CoSupForCausalLM) -> list[torch.nn.Module]:
     """Return the embedding matrices and heads that have a row for each control token."""
     matrices = [model.get_input_embeddings()]
     if not model.config.tie_word_embeddings:

@@ -7,7 +7,6 @@ that a program lists its options at once.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames, TrainingArguments
@@ -33,6 +32,7 @@ FIXED = {
 # optimisers that change weights while backward runs; GradCache runs backward once for each micro-batch
 STEP_IN_BACKWARD = ("lomo", "adalomo")
 LAYERWISE = "_layerwise"
+SCHEDULE_FREE = "schedule_free_"
 
 
 @dataclass
@@ -80,6 +80,10 @@ class CoSupTrainingArguments(TrainingArguments):
             index stays valid.
         lr_decay_per_epoch (`float`, *optional*): multiply the learning rate by this after every epoch, in place of
             `lr_scheduler_type` and warm-up; the paper's is 0.85.
+        control_token_lr (`float`, *optional*): learning rate of the rows of `[NSP]`, `[Cs]` and `[CE]` in Gen's
+            embeddings and LM head, and in the embeddings of an encoder that reads queries with Gen's tokenizer. It
+            follows the schedule of `learning_rate`, which is its default. It needs an optimiser whose step is
+            proportional to the learning rate (AdamW, SGD, Adafactor and most others), and one process, DDP or FSDP2.
         clip_gen_only (`bool`): clip the gradients of Gen alone to `max_grad_norm`, as the paper did.
         dataset_num_proc (`int`, *optional*): processes that tokenize the dataset.
 
@@ -97,7 +101,7 @@ class CoSupTrainingArguments(TrainingArguments):
 
     Raises:
         `ValueError`: for an unknown choice, an argument that has no meaning here, an NSP batch that the ranks cannot
-            share evenly, or a token budget without `nsp_batch_size`.
+            share evenly, a token budget without `nsp_batch_size`, or an optimiser that `control_token_lr` cannot use.
     """
 
     lr_scheduler_type: SchedulerType | str = field(
@@ -141,6 +145,10 @@ class CoSupTrainingArguments(TrainingArguments):
     lr_decay_per_epoch: float | None = field(
         default=None, metadata={"help": "Multiply the learning rate by this after every epoch (paper: 0.85)."}
     )
+    control_token_lr: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the embeddings of [NSP], [Cs] and [CE]; defaults to learning_rate."},
+    )
     clip_gen_only: bool = field(default=False, metadata={"help": "Clip the gradients of Gen alone (paper)."})
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize the dataset."})
 
@@ -181,6 +189,7 @@ class CoSupTrainingArguments(TrainingArguments):
         """
         self._check_choices()
         self._check_batches()
+        self._check_control_token_lr()
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("fp16 needs a GPU; on a CPU accelerate would train in float32 without a word. Give bf16.")
         if self.world_size > 1:
@@ -236,12 +245,31 @@ class CoSupTrainingArguments(TrainingArguments):
                 "auto_find_batch_size lowers per_device_train_batch_size, which max_tokens_per_micro_batch replaces:"
                 " leave one of them out."
             )
-        optimizer: Any = getattr(self.optim, "value", self.optim)
-        if optimizer in STEP_IN_BACKWARD or optimizer.endswith(LAYERWISE):
+        if self._steps_in_backward:
             raise ValueError(
-                f"optim={optimizer!r} changes weights during backward, and nsp_batch_size needs all micro-batches to"
-                " see the same weights: choose another optimizer."
+                f"optim={self._optimizer_name!r} changes weights during backward, and nsp_batch_size needs all"
+                " micro-batches to see the same weights: choose another optimizer."
             )
+
+    def _check_control_token_lr(self) -> None:
+        """Check a learning rate that scales the optimiser's step, before a model is loaded."""
+        if self.control_token_lr is None:
+            return
+        if not 0 < self.control_token_lr < float("inf"):
+            raise ValueError(f"control_token_lr is {self.control_token_lr}, expected a number above 0.")
+        if self._steps_in_backward or self._optimizer_name.startswith(SCHEDULE_FREE):
+            raise ValueError(
+                f"control_token_lr scales the optimizer's step, and optim={self._optimizer_name!r} changes weights"
+                " during backward or keeps averages of them: choose another optimizer, such as adamw_torch_fused."
+            )
+
+    @property
+    def _optimizer_name(self) -> str:
+        return str(getattr(self.optim, "value", self.optim))
+
+    @property
+    def _steps_in_backward(self) -> bool:
+        return self._optimizer_name in STEP_IN_BACKWARD or self._optimizer_name.endswith(LAYERWISE)
 
     def _check_ranks(self) -> None:
         """Check what more than one rank needs."""

@@ -113,6 +113,13 @@ class ScriptArguments:
     nsp_token: str = field(default="[NSP]", metadata={"help": "String of the token that retrieves."})
     cs_token: str = field(default="[Cs]", metadata={"help": "String of the token that opens grounded text."})
     ce_token: str = field(default="[CE]", metadata={"help": "String of the token that closes grounded text."})
+    nsp_init: str = field(
+        default="mean",
+        metadata={
+            "help": "Where the embedding of [NSP] starts: mean of all tokens, or eos, the token after which Emb_seq "
+            "embeds a passage."
+        },
+    )
     use_peft: bool = field(
         default=False,
         metadata={"help": "Train only LoRA adapters of both models, and the embeddings of the control tokens."},

@@ -26,6 +26,7 @@ MODEL_OPTIONS = (  # what a checkpoint was built with
     "nsp_token",
     "cs_token",
     "ce_token",
+    "nsp_init",
 )
 
 

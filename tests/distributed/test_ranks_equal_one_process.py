@@ -38,6 +38,7 @@ CASES = {
     "packed": {"padding_free": True},
     "cached, packed": CACHED | {"padding_free": True},
     "clipped": CLIPPED,
+    "control tokens": {"control_token_lr": 10.0},
     "separate": {"supervision": "separate", "model": {"query_from": "emb_seq"}},
     "cached, separate": CACHED | {"supervision": "separate", "model": {"query_from": "emb_seq"}},
     "counted duplicates": {"mask_duplicates": False},
@@ -76,6 +77,7 @@ SHARDED = [
     "cached, checkpointed",
     "cached, budget",
     "clipped",
+    "control tokens",
     "separate",
     "packed",
     "cached, packed",
@@ -164,6 +166,20 @@ def test_clipping_gen_alone_uses_the_norm_over_all_shards(results):
     assert norms["gen"] == pytest.approx(0.01, rel=1e-3)
     assert norms["emb_seq"] > 0.02
     assert 0.02 < log["grad_norm"] <= plain["grad_norm"]
+
+
+def test_control_tokens_have_a_learning_rate_of_their_own(results):
+    """Their rows, which the second of two shards holds, move ten times as far; all others as without the option."""
+    plain, _ = load(results, "ragged", 1)
+    state, _ = load(results, "control tokens", 1)
+    config = make_model(emb_seq="gpt2", emb_seq_kwargs=EMB_SEQ).config
+    ids = [config.nsp_token_id, config.cs_token_id, config.ce_token_id]
+    expected = gradients(plain)
+    for name, gradient in gradients(state).items():
+        if name == "gen.model.embed_tokens.weight":
+            assert min(ids) > len(gradient) / 2 and expected[name][ids].any(1).all()
+            expected[name][ids] *= 10
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_a_sharded_model_is_saved_as_what_it_is(results):

@@ -400,6 +400,72 @@ def test_a_tokenizer_that_has_the_control_tokens_keeps_their_rows():
     assert second.config.nsp_token_id == first.config.nsp_token_id
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("gen", ARCHITECTURES_OF_GEN)
+def test_a_query_at_nsp_that_starts_as_eos_is_the_passage_at_eos(gen, tied):
+    """The query embedding of BOS + text + [NSP], and the embedding of BOS + text + EOS, before any training."""
+    model = CoSupForCausalLM.from_gen_and_emb_seq(
+        make_gen(gen, tie_word_embeddings=tied), tokenizer=make_tokenizer(), nsp_init="eos"
+    )
+    ids = encode_passages_for_emb_seq(model.tokenizer, PASSAGES[:1], model.config)[0]
+    assert (ids[0], ids[-1]) == (model.tokenizer.bos_token_id, model.tokenizer.eos_token_id)
+    query = [*ids[:-1], model.config.nsp_token_id]
+    with torch.no_grad():
+        output = model(torch.tensor([query]))
+        torch.testing.assert_close(output.query_embeds, model.encode_passages(torch.tensor([ids])), rtol=0, atol=1e-5)
+        wrong = model.encode_passages(torch.tensor([[*ids[:-1], model.config.cs_token_id]]))
+        assert (output.query_embeds - wrong).abs().max() > 1e-3
+    is_as_likely = torch.equal(output.logits[..., model.config.nsp_token_id], output.logits[..., ids[-1]])
+    assert is_as_likely == tied
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_only_the_input_rows_of_nsp_start_as_eos(tied):
+    """In Gen, Emb_seq and the query encoder, each with the EOS or SEP of its own tokenizer."""
+    tokenizer = make_tokenizer()
+    emb_seq_tokenizer = make_tokenizer(300, eos=None)
+    emb_seq_tokenizer.add_special_tokens({"sep_token": "[SEP]"})
+    parts = {"gen": make_gen(tie_word_embeddings=tied), "emb_seq": make_emb_seq("bert")}
+    parts["query_encoder"] = make_emb_seq("bert", seed=2)
+    tokenizers = {"tokenizer": tokenizer, "emb_seq_tokenizer": emb_seq_tokenizer}
+    options = {"query_from": "query_encoder"}
+    mean = CoSupForCausalLM.from_gen_and_emb_seq(**copy.deepcopy(parts | tokenizers), **options)
+    eos = CoSupForCausalLM.from_gen_and_emb_seq(**parts, **tokenizers, nsp_init="eos", **options)
+    expected = mean.state_dict()
+    nsp, end = eos.config.nsp_token_id, tokenizer.eos_token_id
+    emb_seq_nsp, emb_seq_end = emb_seq_tokenizer.convert_tokens_to_ids(["[NSP]", "[SEP]"])
+    assert emb_seq_nsp != nsp
+    for name, part, row, source in (
+        ("gen.model.embed_tokens.weight", "gen", nsp, end),
+        ("emb_seq.embeddings.word_embeddings.weight", "emb_seq", emb_seq_nsp, emb_seq_end),
+        ("query_encoder.embeddings.word_embeddings.weight", "query_encoder", emb_seq_nsp, emb_seq_end),
+    ):
+        weight = getattr(eos, part).get_input_embeddings().weight
+        assert torch.equal(weight[row], weight[source]) and not torch.equal(weight[row], expected[name][row])
+        expected[name][row] = expected[name][source]
+    if tied:
+        expected["gen.lm_head.weight"] = expected["gen.model.embed_tokens.weight"]
+    for name, weight in eos.state_dict().items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_a_trained_row_of_nsp_does_not_start_again():
+    first = make_model()
+    options = {"tokenizer": first.tokenizer, "nsp_init": "eos"}
+    second = CoSupForCausalLM.from_gen_and_emb_seq(copy.deepcopy(first.gen), **options)
+    assert torch.equal(second.get_input_embeddings().weight, first.get_input_embeddings().weight)
+
+
+def test_a_start_of_nsp_that_is_unknown_or_impossible_is_refused():
+    with pytest.raises(ValueError, match="nsp_init is 'EOS', expected one of 'mean', 'eos'"):
+        CoSupForCausalLM.from_gen_and_emb_seq("no/such-model", nsp_init="EOS")
+    tokenizer = make_tokenizer(eos=None)
+    size = len(tokenizer)
+    with pytest.raises(ValueError, match="has neither an EOS nor a SEP token"):
+        make_model(tokenizer=tokenizer, nsp_init="eos")
+    assert len(tokenizer) == size
+
+
 @pytest.mark.parametrize("gen", ARCHITECTURES_OF_GEN)
 @pytest.mark.parametrize("given", [False, True])
 def test_emb_seq_defaults_to_a_copy_of_gen(gen, given):

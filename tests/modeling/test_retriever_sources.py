@@ -98,6 +98,11 @@ def test_train_reads_a_retriever_likewise(tmp_path):
     script.emb_seq_pooling, script.query_encoder = None, str(folder)
     with pytest.raises(ValueError, match="--query_encoder needs --query_from query_encoder"):
         load_model(script, args)
+    model = load_model(ScriptArguments(gen=str(tmp_path / "gen"), nsp_init="eos"), args)
+    rows = model.get_input_embeddings().weight
+    assert torch.equal(rows[model.config.nsp_token_id], rows[model.tokenizer.eos_token_id])
+    with pytest.raises(ValueError, match="--nsp_init cannot be changed: a/checkpoint was built with its own"):
+        load_model(ScriptArguments(model_name_or_path="a/checkpoint", nsp_init="eos"), args)
 
 
 def test_a_dense_layer_of_another_width_than_gen_is_left_out(tmp_path):

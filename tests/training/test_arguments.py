@@ -94,6 +94,11 @@ def test_every_argument_of_trainer_is_in_one_table():
         ({"parallelism_config": ParallelismConfig(tp_size=2)}, "only data parallelism works here"),
         ({"nsp_batch_size": 8, "optim": "lomo"}, "optim='lomo' changes weights during backward"),
         ({"nsp_batch_size": 8, "optim": "galore_adamw_layerwise"}, "changes weights during backward"),
+        ({"control_token_lr": 0.0}, "control_token_lr is 0.0, expected a number above 0"),
+        ({"control_token_lr": float("nan")}, "control_token_lr is nan, expected a number above 0"),
+        ({"control_token_lr": 0.1, "optim": "adalomo"}, "optim='adalomo' changes weights during backward"),
+        ({"control_token_lr": 0.1, "optim": "apollo_adamw_layerwise"}, "changes weights during backward"),
+        ({"control_token_lr": 0.1, "optim": "schedule_free_adamw"}, "or keeps averages of them"),
         ({"fp16": True}, "fp16 needs a GPU"),
     ],
 )

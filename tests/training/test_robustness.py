@@ -89,6 +89,7 @@ def test_sharding_that_cannot_do_it_is_refused(tmp_path, monkeypatch):
     for option, message in (
         ({"nsp_batch_size": 8}, "nsp_batch_size works under DDP and FSDP2, not under DEEPSPEED"),
         ({"clip_gen_only": True}, "clip_gen_only works under DDP and FSDP2, not under DEEPSPEED"),
+        ({"control_token_lr": 1e-3}, "control_token_lr works under DDP and FSDP2, not under DEEPSPEED"),
         ({"bf16_full_eval": True}, "bf16_full_eval would change the weights of a sharded model, under DEEPSPEED"),
     ):
         monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.DEEPSPEED))
