@@ -400,13 +400,13 @@ def test_a_tokenizer_that_has_the_control_tokens_keeps_their_rows():
     assert second.config.nsp_token_id == first.config.nsp_token_id
 
 
+@pytest.mark.parametrize("tie_emb_seq", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("gen", ARCHITECTURES_OF_GEN)
-def test_a_query_at_nsp_that_starts_as_eos_is_the_passage_at_eos(gen, tied):
+def test_a_query_at_nsp_that_starts_as_eos_is_the_passage_at_eos(gen, tied, tie_emb_seq):
     """The query embedding of BOS + text + [NSP], and the embedding of BOS + text + EOS, before any training."""
-    model = CoSupForCausalLM.from_gen_and_emb_seq(
-        make_gen(gen, tie_word_embeddings=tied), tokenizer=make_tokenizer(), nsp_init="eos"
-    )
+    options = {"tokenizer": make_tokenizer(), "nsp_init": "eos", "tie_emb_seq": tie_emb_seq}
+    model = CoSupForCausalLM.from_gen_and_emb_seq(make_gen(gen, tie_word_embeddings=tied), **options)
     ids = encode_passages_for_emb_seq(model.tokenizer, PASSAGES[:1], model.config)[0]
     assert (ids[0], ids[-1]) == (model.tokenizer.bos_token_id, model.tokenizer.eos_token_id)
     query = [*ids[:-1], model.config.nsp_token_id]
