@@ -11,6 +11,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from modeling_cosup import CoSupConfig, CoSupForCausalLM
+from modeling_cosup.card_cosup import model_card
 from support.models import PASSAGES, make_config, make_emb_seq, make_gen, make_model, make_tokenizer
 
 WIDE = {"hidden_size": 128, "intermediate_size": 128}  # 4-bit weights come in blocks of 64
@@ -114,6 +115,24 @@ def test_a_checkpoint_of_two_towers_is_not_tied_and_the_other_way_round(saved, t
         with pytest.raises(ValueError, match="tie_emb_seq=False: the checkpoint .* holds one tied model"):
             CoSupForCausalLM.from_pretrained(folder / "model", **options)
     assert CoSupForCausalLM.from_pretrained(folder / "model", tie_emb_seq=True).config.tie_emb_seq
+
+
+# ---------------------------------------------------------------------- the card
+
+
+def test_the_card_counts_parameters_once():
+    model = make_tied(emb_head_size=8, truncate_dim=4)
+    card = " ".join(model_card(model, "tester/tied", {}).split())
+    assert "The two are tied: Emb_seq is this model's own body." in card
+    assert "| parameters | 31,392 | Gen's, and 256 of emb_head |" in card
+    assert model.num_parameters() == 31_392 + 256
+    assert "| architecture | LlamaForCausalLM | LlamaModel, Gen's body |" in card
+    assert "| `tie_emb_seq` | `True` |" in card and "| `truncate_dim` | `4` |" in card
+    assert "An index belongs to these weights: further training" in card
+    two_towers = " ".join(model_card(make_model(), "tester/two", {}).split())
+    assert "| parameters | 31,392 | 31,392 |" in two_towers
+    for words in ("a second model, Emb_seq", "load_emb_seq=False"):
+        assert words in two_towers and words not in card
 
 
 # ---------------------------------------------------------------------- in memory
