@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .architectures_cosup import num_positions
-from .configuration_cosup import CoSupConfig
+from .configuration_cosup import CoSupConfig, check_tied
 from .hub_cosup import is_repo_id
 from .tokenization_cosup import CONTROL_TOKENS, add_control_tokens, added_tokens, bos_and_eos, end_of_turn_token_id
 
@@ -105,7 +105,13 @@ class BuildingMixin(Base):
             raise ValueError(f"nsp_init is {nsp_init!r}, expected one of {', '.join(map(repr, NSP_INITS))}.")
         query_from = config.get("query_from") or CoSupConfig.query_from
         if config.get("tie_emb_seq"):
-            _check_tied(emb_seq, emb_seq_tokenizer, query_from)
+            check_tied(query_from, config.get("emb_seq_pooling"))
+            for name, value in (("emb_seq", emb_seq), ("emb_seq_tokenizer", emb_seq_tokenizer)):
+                if value is not None:
+                    raise ValueError(
+                        f"tie_emb_seq=True with {name}: Gen's body reads the passages of a tied model. Leave out one"
+                        " of the two."
+                    )
         if query_encoder is not None and query_from != "query_encoder":
             raise ValueError(f"query_encoder was given, but query_from is {query_from!r}: nothing would use it.")
         gen, emb_seq, query_encoder = _path_as_string(gen), _path_as_string(emb_seq), _path_as_string(query_encoder)
@@ -198,21 +204,6 @@ class BuildingMixin(Base):
 
 
 # ---------------------------------------------------------------------- sources
-
-
-def _check_tied(emb_seq: Any, emb_seq_tokenizer: Any, query_from: str) -> None:
-    """Check, before anything is loaded, that a tied model gets no Emb_seq, and no query encoder."""
-    for name, value in (("emb_seq", emb_seq), ("emb_seq_tokenizer", emb_seq_tokenizer)):
-        if value is not None:
-            raise ValueError(
-                f"tie_emb_seq=True with {name}: Gen's body reads the passages of a tied model. Leave out one of the"
-                " two."
-            )
-    if query_from != "gen":
-        raise ValueError(
-            f"tie_emb_seq=True with query_from={query_from!r}: Gen makes the queries of a tied model, at [NSP]. Leave"
-            " out one of the two."
-        )
 
 
 def _package_modules() -> tuple[ModuleType, ModuleType, ModuleType]:

@@ -136,8 +136,9 @@ def _context(model: "CoSupForCausalLM", repo_id: str, facts: Facts, base: str | 
         "nsp_token": control_tokens[0],
         "cs_token": control_tokens[1],
         "ce_token": control_tokens[2],
+        "tied": config.tie_emb_seq,
         "gen": _part(model.gen, config.gen_config, config.gen_name_or_path),
-        "emb_seq": _part(model.emb_seq, config.emb_seq_config, config.emb_seq_name_or_path),
+        "emb_seq": _emb_seq(model),
         "training": _training(facts.get("training")),
         "results": [_result(group) for group in facts.get("results", [])],
         "settings": _settings(config),
@@ -158,9 +159,22 @@ def _part(part: PreTrainedModel | None, config: PreTrainedConfig, name: str | No
     }
 
 
+def _emb_seq(model: "CoSupForCausalLM") -> dict[str, str]:
+    """Return the column of Emb_seq; in a tied model it has no parameters of its own, but for `emb_head`."""
+    config = model.config
+    if not config.tie_emb_seq:
+        return _part(model.emb_seq, config.emb_seq_config, config.emb_seq_name_or_path)
+    column = _part(model.emb_seq, config.gen_config, config.gen_name_or_path)
+    column["architecture"] += ", Gen's body"
+    column["parameters"] = "Gen's"
+    if model.emb_head is not None:
+        column["parameters"] += f", and {model.emb_head.weight.numel():,} of emb_head"
+    return column
+
+
 def _settings(config: CoSupConfig) -> list[tuple[str, str]]:
     """Return the rows of the table of settings: the model's, then the ones that an index of it must share."""
-    names = ("similarity", "temperature", "nsp_loss_weight", "query_from", *config.embedding_settings)
+    names = ("similarity", "temperature", "nsp_loss_weight", "query_from", "tie_emb_seq", *config.embedding_settings)
     return [(f"`{name}`", f"`{_cell(repr(getattr(config, name)))}`") for name in dict.fromkeys(names)]
 
 
@@ -345,6 +359,10 @@ truncated to {length} tokens. Special tokens in a text are read as text.
 {queries}
 """
 QUERIES = {
+    "tied": (
+        "Queries are not texts: they are hidden states of the whole model at `[NSP]`. It is one tied model: these"
+        " weights and an LM head."
+    ),
     "gen": (
         "Queries are not texts: they are hidden states of the other half of the model, the language model Gen,"
         " at `[NSP]`."
@@ -375,5 +393,5 @@ def emb_seq_card(config: CoSupConfig, name: str) -> str:
         width=config.embedding_size,
         similarity=SIMILARITIES[config.similarity],
         length=config.max_passage_length,
-        queries=QUERIES[config.query_from],
+        queries=QUERIES["tied" if config.tie_emb_seq else config.query_from],
     )

@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from .architectures_cosup import encoder_auto_class, encoder_from_config
+from .encoding_cosup import evaluating, states_alone_and_followed
 
 # what the code of an architecture raises when it gets a config or an input that it was not written for
 _FAILURES = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
-# how far the embedding of a passage may be from that in a padded batch, as a share of its length
+# how far a state may be from the same state next to padding or before more tokens, as a share of its length
 _FLOAT32_TOLERANCE = 1e-3
 _HALF_TOLERANCE = 0.1
 
@@ -138,6 +139,27 @@ def check_part(part: PreTrainedModel, role: str) -> None:
         )
 
 
+@torch.no_grad()
+def check_causal(gen: PreTrainedModel) -> None:
+    """
+    Check that the Gen of a tied model reads from left to right, which not all of `AutoModelForCausalLM` do.
+
+    Raises:
+        `ValueError`: for an encoder, such as a `BertLMHeadModel` without `is_decoder`.
+    """
+    with evaluating(gen):
+        alone, followed = states_alone_and_followed(cast(PreTrainedModel, gen.base_model))
+    if (followed - alone).norm() > _tolerance(gen) * alone.norm():
+        raise ValueError(
+            f"tie_emb_seq=True: gen ({type(gen).__name__}) is an encoder, whose states depend on later tokens. The Gen"
+            " of a tied model must be causal."
+        )
+
+
+def _tolerance(model: PreTrainedModel) -> float:
+    return _FLOAT32_TOLERANCE if model.dtype == torch.float32 else _HALF_TOLERANCE
+
+
 def _auto_class(config: PreTrainedConfig, role: str) -> Any:
     return AutoModelForCausalLM if role == "gen" else encoder_auto_class(config)
 
@@ -190,8 +212,7 @@ def _check_embeddings(model: Any, encoder: PreTrainedModel, role: str) -> None:
         raise ValueError(f"{name} cannot embed a short text: {type(error).__name__}: {error}") from error
     finally:
         model.train(was_training)
-    tolerance = _FLOAT32_TOLERANCE if encoder.dtype == torch.float32 else _HALF_TOLERANCE
-    if (together - alone).norm() > tolerance * alone.norm():
+    if (together - alone).norm() > _tolerance(encoder) * alone.norm():
         raise ValueError(
             f"{name} does not leave out padding: the embedding of a passage would depend on the other passages in its"
             " batch. Use another architecture."

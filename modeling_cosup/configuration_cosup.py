@@ -180,18 +180,9 @@ class CoSupConfig(PreTrainedConfig):
         """Check that nothing else than Gen's body would make the embeddings of a tied model."""
         if not self.tie_emb_seq:
             return
-        if self.query_from != "gen":
-            raise ValueError(
-                f"tie_emb_seq=True with query_from={self.query_from!r}: Gen makes the queries of a tied model, at"
-                " [NSP]. Leave out one of the two."
-            )
+        check_tied(self.query_from, self.emb_seq_pooling)
         if self.emb_seq_config is not None and self.emb_seq_config is not self.gen_config:
             raise ValueError("tie_emb_seq=True with an emb_seq_config: a tied model has no Emb_seq of its own.")
-        if self.emb_seq_pooling == "cls":
-            raise ValueError(
-                "tie_emb_seq=True with emb_seq_pooling='cls': Gen reads from left to right, so the first state of"
-                " every passage is the same. Use 'eos'."
-            )
 
     def _make_sub_configs(self) -> None:
         """Turn the dictionaries of sub-models into configurations; Gen and Emb_seq default to Llama."""
@@ -273,6 +264,20 @@ class CoSupConfig(PreTrainedConfig):
                 # the local folder of a part is private; `gen_name_or_path` has what may be published
                 output[name].pop("_name_or_path", None)
         return output
+
+
+def check_tied(query_from: str | None, emb_seq_pooling: str | None) -> None:
+    """Raise a `ValueError` for settings that no tied model can have; `None` stands for a setting's default."""
+    if query_from not in (None, "gen"):
+        raise ValueError(
+            f"tie_emb_seq=True with query_from={query_from!r}: Gen makes the queries of a tied model, at [NSP]. Leave"
+            " out one of the two."
+        )
+    if emb_seq_pooling == "cls":
+        raise ValueError(
+            "tie_emb_seq=True with emb_seq_pooling='cls': Gen reads from left to right, so the first state of every"
+            " passage is the same. Use 'eos'."
+        )
 
 
 CoSupConfig.register_for_auto_class()

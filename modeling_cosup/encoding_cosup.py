@@ -101,6 +101,10 @@ class EncodingMixin(Base):
             input_ids, attention_mask = pad_rows(rows, device=input_ids.device)
         return self._encode(encoder, input_ids, attention_mask)
 
+    def _input_device(self) -> torch.device:
+        """Device for inputs: the CPU if the first weights are offloaded, because accelerate moves inputs to them."""
+        return torch.device("cpu") if self.device.type == "meta" else self.device
+
     @torch.no_grad()
     def find_causal_encoders(self) -> bool:
         """
@@ -112,7 +116,7 @@ class EncodingMixin(Base):
         names = [name for name in ("emb_seq", "query_encoder") if getattr(self, name) is not None]
         was_training = self.training
         self.eval()
-        self._causal_encoders = [name for name in names if _is_causal(getattr(self, name))]
+        self._causal_encoders = [name for name in names if is_causal(getattr(self, name))]
         self.train(was_training)
         return self._causal_encoders == names
 
@@ -185,8 +189,8 @@ class EncodingMixin(Base):
         order = attention_mask.argsort(dim=1, descending=True, stable=True)
         input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
         options = _without_cache(encoder)
-        is_causal = any(getattr(self, name) is encoder for name in self._causal_encoders)
-        if not is_causal:  # a causal encoder never sees the padding: without a mask the attention kernels are faster
+        causal = any(getattr(self, name) is encoder for name in self._causal_encoders)
+        if not causal:  # a causal encoder never sees the padding: without a mask the attention kernels are faster
             options["attention_mask"] = attention_mask
         hidden = encoder(input_ids=input_ids, **options).last_hidden_state  # (M, L, h_emb)
         attention_mask = attention_mask.to(hidden.device)
@@ -213,21 +217,26 @@ def _without_cache(encoder: PreTrainedModel) -> dict[str, Any]:
     return {}
 
 
-def _is_causal(encoder: PreTrainedModel) -> bool:
-    """Return whether states do not depend on later tokens; runs two small forward passes."""
+def is_causal(encoder: PreTrainedModel) -> bool:
+    """Return whether states do not depend on later tokens; call this in evaluation mode."""
+    alone, followed = states_alone_and_followed(encoder)
+    return torch.allclose(alone, followed, atol=1e-3, rtol=1e-2)
+
+
+def states_alone_and_followed(encoder: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the states `(1, 3, h)` of three tokens, in float32: read alone, and with five more after them."""
     vocab_size = cast(nn.Embedding, encoder.get_input_embeddings()).weight.shape[0]
     # the tokens differ from each other: equal ones would hardly change the states
     long = torch.arange(1, 9, device=encoder.device)[None] * (vocab_size // 9)  # (1, 8)
-    short = long[:, :3]
     options = _without_cache(encoder)
     attention = encoder.config._attn_implementation
     encoder.config._attn_implementation = "eager"  # flash kernels need half precision and a GPU
     try:
-        expected = encoder(input_ids=short, **options).last_hidden_state
-        states = encoder(input_ids=long, **options).last_hidden_state[:, :3]
+        alone = encoder(input_ids=long[:, :3], **options).last_hidden_state
+        followed = encoder(input_ids=long, **options).last_hidden_state[:, :3]
     finally:
         encoder.config._attn_implementation = attention
-    return torch.allclose(expected.float(), states.float(), atol=1e-3, rtol=1e-2)
+    return alone.float(), followed.float()
 
 
 @contextlib.contextmanager

@@ -59,6 +59,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
     generation_config: GenerationConfig
     tokenizer: PreTrainedTokenizerBase
     _query_encoder: Callable[[], Any]
+    _input_device: Callable[[], torch.device]
     # kept between calls
     _static_row_cache: RowCache | None
 
@@ -214,7 +215,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
         queue = Queue(prompt_ids, results, batch_size, output_file, settings_hash, bar_options, on_completion)
         call.queue = queue
         # transformers prepares processors and budgets from the shape of this row
-        placeholder = torch.zeros((1, longest), dtype=torch.long, device=self.device)
+        placeholder = torch.zeros((1, longest), dtype=torch.long, device=self._input_device())
         kwargs = {"attention_mask": torch.ones_like(placeholder), **kwargs}
         self._generate_with_retrieval(placeholder, generation_config, kwargs, call)
         return [queue.results[number] for number in range(len(prompt_ids))]

@@ -67,7 +67,7 @@ class ShardBuilder:
             raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
         self.model, self.dtype = model, DTYPES[dtype]
         self.batch_size = batch_size
-        self.max_tokens_per_batch = max_tokens_per_batch or (4096 if model.device.type == "cpu" else 32768)
+        self.max_tokens_per_batch = max_tokens_per_batch or (4096 if model._input_device().type == "cpu" else 32768)
         self.num_cut = 0  # passages so far that were longer than `max_passage_length`
 
     def make(self, passages: Passages, bar: tqdm, paths: tuple[Path, Path] | None = None) -> Shard:
@@ -120,7 +120,7 @@ class ShardBuilder:
         """Fill `embeddings` `(n, h)`. A batch is copied after the next one is queued, so a GPU never waits for us."""
         queued = None
         for rows in self._batches(token_ids):
-            ids, mask = pad_rows([token_ids[row] for row in rows], device=self.model.device)
+            ids, mask = pad_rows([token_ids[row] for row in rows], device=self.model._input_device())
             embeds = self.model.encode_passages(ids, mask)
             if queued is not None:
                 self._store(passages, *queued, embeddings, bar)

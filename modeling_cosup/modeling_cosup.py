@@ -146,7 +146,15 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
 
     @emb_seq.setter
     def emb_seq(self, emb_seq: PreTrainedModel | None) -> None:
+        if self.config.tie_emb_seq:
+            raise ValueError("This model is tied (tie_emb_seq): its Emb_seq is Gen's body and cannot be replaced.")
         self._modules["emb_seq"] = emb_seq
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "emb_seq":
+            object.__setattr__(self, name, value)  # nn.Module would register a module without asking the property
+        else:
+            super().__setattr__(name, value)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # the arguments of PreTrainedModel's
@@ -159,9 +167,11 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
             `ValueError`: for a plain language model or encoder, before anything is allocated, and for a checkpoint
                 that lacks weights: they would be random.
         """
-        if kwargs.get("config") is not None and name_or_path is not None:
-            hub_options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
-            CoSupConfig.get_config_dict(name_or_path, **hub_options)  # raises if the weights are of another model
+        config = kwargs.get("config")
+        if config is not None and name_or_path is not None:
+            options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+            options["tie_emb_seq"] = getattr(config, "tie_emb_seq", False)
+            CoSupConfig.get_config_dict(name_or_path, **options)  # raises if the weights are of another model
         loaded: Any = super().from_pretrained(name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
         missing = sorted(info["missing_keys"])
@@ -247,7 +257,7 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
         nsp_token_id = kwargs.pop("nsp_token_id", self.config.nsp_token_id)
         return_dict = kwargs.pop("return_dict", None)
         passage_embeds = query_embeds = None
-        if self.config.tie_emb_seq:
+        if self.config.tie_emb_seq and self.training:  # not for logits that are computed without no_grad
             self._forget_trained_emb_seq()
         if passage_input_ids is not None:
             passage_embeds = self.encode_passages(passage_input_ids, passage_attention_mask, passage_packing)  # (M, h)

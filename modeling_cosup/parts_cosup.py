@@ -163,7 +163,7 @@ class PartsMixin(Base):
         if self.emb_head is not None:
             head = (state_dict or self.state_dict())["emb_head.weight"]
         elif self.config.truncate_dim is not None:
-            head = torch.eye(self.config.full_embedding_size)  # the dense layer cuts embeddings
+            head = torch.eye(self.config.full_embedding_size, dtype=emb_seq.dtype)  # its rows are cut
         if head is not None:
             head = head[: self.config.truncate_dim]
         write_modules(folder, self.config, tokenizer.model_max_length, head)

@@ -134,8 +134,12 @@ def check_fingerprint(fingerprint: dict[str, Any], model: CoSupModel) -> None:
         index_value = index_settings.get(name)
         if index_value != model_value:
             lines.append(f"  {name}: the index has {_short(index_value)}, the model {_short(model_value)}")
-    if lines:
-        raise ValueError("This index was built by another model; build it again with this one.\n" + "\n".join(lines))
+    if not lines:
+        return
+    problem = "This index was built by another model; build it again with this one."
+    if model.config.tie_emb_seq and index_settings.get("emb_seq") != model_settings["emb_seq"]:
+        problem += " In a tied model (tie_emb_seq), training Gen changes the embeddings of passages too."
+    raise ValueError("\n".join([problem, *lines]))
 
 
 def _short(value: Any) -> str:

@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from .adapters_cosup import base_error, find_adapter, load_merged, merge_adapters
 from .architectures_cosup import encoder_auto_class
-from .checks_cosup import check_config, check_part, check_weights
+from .checks_cosup import check_causal, check_config, check_part, check_weights
 from .configuration_cosup import CoSupConfig
 from .retriever_files_cosup import DECIDED_BY_FILES, RetrieverFacts, emb_seq_settings, read_retriever
 from .source_files_cosup import HUB_OPTIONS, SourceFiles
@@ -128,6 +128,8 @@ def read_parts(
     for role, part in (("gen", gen), ("emb_seq", emb_seq), ("query_encoder", query_encoder)):
         if part is not None:
             check_part(part, role)
+    if settings.get("tie_emb_seq"):
+        check_causal(gen)
     if emb_head is None and retriever.head is not None:
         emb_head = fitting_head(retriever.head, gen.config, settings.get("query_from"))
         if emb_head is None:

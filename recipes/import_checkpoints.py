@@ -31,23 +31,44 @@ The paper's code differs from this checkpoint:
   inside `[Cs]`… gets a `[Ce]` after its end.
 - After a `[Ce]`, it forbids the next `[Ce]` until a passage has been retrieved. The separate pair also forbids `[Ce]`
   before the first passage.
+
+`--tie_emb_seq true` imports a single model that writes and embeds. A token of its vocabulary that is named as a
+control token keeps its trained rows. OneGen (github.com/zjunlp/OneGen; its workflows, `src/onegen` and
+`scripts/self_rag/generate_score.py` were read) fits: a plain causal model, whose last hidden state is the query at
+`[Question Representation]`, and the passage at `[Document Fragment Representation]` after it, compared by the cosine.
+
+    python recipes/import_checkpoints.py --gen zjunlp/OneGen-SelfRAG-Llama2-7B --tie_emb_seq true \\
+        --nsp_token '[Question Representation]' --passage_end '[Document Fragment Representation]' \\
+        --cs_token '</paragraph>' --passage_template $'{title}\\n{text}' --output_dir out
+
+Train such a checkpoint further (`recipes/train.py --model_name_or_path out`), because OneGen differs:
+
+- It writes `<paragraph>` between the query's token and the passage; here nothing stands there.
+- Nothing ends the text that is grounded in a passage: `[CE]` is new.
+- Its instruction before a passage holds the token of passages; as `--passage_prompt` it is read as text.
+- Its model for multi-hop questions embeds every sentence of a passage; here a passage has one embedding.
+
+GritLM (github.com/ContextualAI/gritlm; `gritlm/gritlm.py` was read) does not fit: code that comes with its checkpoints
+reads passages and queries in both directions and takes the mean, and Gen reads from left to right. It is refused, as
+is every single model with code of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from shared.cli import clear_errors, parse
 
-from jinja2 import TemplateError
+from shared.imported_models import load, load_gen_tokenizer, set_chat_template
 
 if TYPE_CHECKING:  # a recipe that only prints its options does not wait for torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from modeling_cosup import CoSupForCausalLM
 
@@ -55,9 +76,6 @@ PAPER_PAIRS = {
     "kaist-ai/cosupervision-gen-Llama2_7b": "cosupervision",
     "kaist-ai/separate_supervision-gen-Llama2_7b": "separate",
 }
-ONLY_SAFETENSORS = (
-    "Only safetensors are read; --allow_pytorch_bin also reads pytorch_model.bin, with torch's weights_only reader."
-)
 PAPER_TOKENS = ("<PAD>", "[Cs]", "[Ce]", "[Ret]")
 DECIDED_BY_PAPER = (
     "query_from",
@@ -68,7 +86,12 @@ DECIDED_BY_PAPER = (
     "passage_prompt",
     "query_prompt",
     "chat_template_path",
+    "nsp_token",
+    "cs_token",
+    "ce_token",
 )
+NOT_TIED = ("emb_seq", "paper", "query_from", "query_encoder", "query_prompt")
+CONTROL_TOKENS = ("nsp_token", "cs_token", "ce_token")
 
 CHOICES = (
     "emb_seq_pooling",
@@ -86,10 +109,21 @@ class ImportArguments:
     """The models that become Gen and Emb_seq, and how Emb_seq reads."""
 
     gen: str = field(metadata={"local_or_hub": True, "help": "name or path of Gen (AutoModelForCausalLM)"})
-    emb_seq: str = field(
-        metadata={"local_or_hub": True, "help": "name or path of Emb_seq (sentence-transformers or any AutoModel)"}
-    )
     output_dir: str = field(metadata={"help": "folder of the checkpoint; must be empty or missing"})
+    emb_seq: str | None = field(
+        default=None,
+        metadata={"local_or_hub": True, "help": "name or path of Emb_seq (sentence-transformers or any AutoModel)"},
+    )
+    tie_emb_seq: bool = field(
+        default=False, metadata={"help": "one tied model: Gen also reads the passages, in place of an --emb_seq"}
+    )
+    nsp_token: str | None = field(default=None, metadata={"help": "a token of Gen that becomes [NSP], or a new one"})
+    cs_token: str | None = field(default=None, metadata={"help": "the same for [Cs]"})
+    ce_token: str | None = field(default=None, metadata={"help": "the same for [CE]"})
+    passage_end: str | None = field(
+        default=None,
+        metadata={"help": "with --tie_emb_seq: token of Gen that is read after a passage, in place of EOS"},
+    )
     tokenizer: str | None = field(
         default=None, metadata={"local_or_hub": True, "help": "name or path of Gen's tokenizer; defaults to --gen"}
     )
@@ -153,9 +187,19 @@ def import_pair(args: ImportArguments) -> None:
     """Load, check and combine the models, and save the checkpoint. An error leaves `output_dir` unchanged."""
     with writing(Path(args.output_dir)) as folder:
         paper = args.paper or PAPER_PAIRS.get(args.gen, "none")
-        model = retriever_pair(args) if paper == "none" else paper_pair(args, paper)
+        if args.tie_emb_seq:
+            model = tied_model(args)
+        elif args.emb_seq is None:
+            raise ValueError("--emb_seq is missing: name the retriever, or give --tie_emb_seq true.")
+        elif args.passage_end is not None:
+            raise ValueError("--passage_end needs --tie_emb_seq true: the files of an Emb_seq say what it reads.")
+        elif paper == "none":
+            model = retriever_pair(args)
+        else:
+            model = paper_pair(args, paper)
         model.save_pretrained(folder)
-    gen, emb_seq = type(model.gen).__name__, type(model.emb_seq).__name__
+    gen = type(model.gen).__name__
+    emb_seq = "is Gen's body" if model.config.tie_emb_seq else type(model.emb_seq).__name__
     print(f"{args.output_dir}: Gen {gen}, Emb_seq {emb_seq}, queries from {model.config.query_from}", flush=True)
     if args.push_to_hub:
         model.push_to_hub(args.push_to_hub)
@@ -181,47 +225,6 @@ def writing(output: Path) -> Iterator[Path]:
         folder.replace(output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def load(auto_class: Any, name: str, args: ImportArguments, subfolder: str = "") -> PreTrainedModel:
-    """
-    Load a model; only from safetensors, unless `--allow_pytorch_bin` is given.
-
-    Args:
-        auto_class: `AutoModelForCausalLM`, or `AutoModel` and its kind.
-        name (`str`): repository or folder.
-        args ([`ImportArguments`]): the options.
-        subfolder (`str`): folder of the transformer.
-
-    Raises:
-        `OSError`: for a model that is missing or damaged, or would have to be unpickled.
-        `ValueError`: for missing weights, which transformers would initialise at random.
-    """
-    from safetensors import SafetensorError
-
-    from modeling_cosup.sources_cosup import load_model
-
-    options = {"dtype": args.dtype, "use_safetensors": None if args.allow_pytorch_bin else True}
-    try:
-        return load_model(auto_class, name, options, subfolder).eval()
-    except SafetensorError as error:
-        raise OSError(f"{name}: its weights cannot be read: {error}") from error
-    except OSError as error:
-        hint = "" if args.allow_pytorch_bin else f"\n{ONLY_SAFETENSORS}"
-        raise OSError(f"{name}: {error}{hint}") from error
-
-
-def load_gen_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a repository or folder; if there is none, the error names the option to give."""
-    from modeling_cosup.sources_cosup import load_tokenizer
-
-    try:
-        return load_tokenizer(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{name} holds no tokenizer that can be read: {error}\n"
-            "Give Gen's tokenizer, e.g. of its base model, as --tokenizer."
-        ) from error
 
 
 # ---------------------------------------------------------------------- the paper's pairs
@@ -299,24 +302,47 @@ def paper_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-# ---------------------------------------------------------------------- any causal LM and retriever
+# ---------------------------------------------------------------------- one tied model
 
 
-def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+def tied_model(args: ImportArguments) -> CoSupForCausalLM:
     """
-    Give a tokenizer the chat template of a Jinja file.
+    Make a tied CoSup model from a single model that writes and embeds.
 
     Raises:
-        `ValueError`: if the template cannot be read or rendered, or leaves out the user's message.
+        `ValueError`: if an option names a second model, the model has code of its own, or `--passage_end` is no token.
     """
-    try:
-        tokenizer.chat_template = Path(path).read_text(encoding="utf-8-sig")
-        question = [{"role": "user", "content": "who was first?"}]
-        rendered = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
-    except (OSError, UnicodeError, TemplateError) as error:
-        raise ValueError(f"--chat_template_path {path} cannot be read as a Jinja chat template: {error}") from error
-    if "who was first?" not in rendered:
-        raise ValueError(f"--chat_template_path {path} writes {rendered!r} for a question, without the question.")
+    from transformers import AutoModelForCausalLM
+
+    from modeling_cosup import CoSupForCausalLM
+    from modeling_cosup.sources_cosup import load_config
+
+    for option in NOT_TIED:
+        if getattr(args, option) is not None:
+            raise ValueError(f"--{option} with --tie_emb_seq: Gen alone makes queries and passages; leave out one.")
+    if getattr(load_config(args.gen), "auto_map", None):
+        raise ValueError(
+            f"{args.gen} has code of its own, as GritLM has to read passages in both directions. Gen of a tied model"
+            " reads them from left to right, so its embeddings would be others than those that were trained."
+        )
+    tokenizer = load_gen_tokenizer(args.tokenizer or args.gen)
+    if args.chat_template_path is not None:
+        set_chat_template(tokenizer, args.chat_template_path)
+    if args.passage_end is not None and args.passage_end not in tokenizer.get_vocab():
+        raise ValueError(f"--passage_end {args.passage_end!r} is no token of {args.tokenizer or args.gen}.")
+    names = (*CONTROL_TOKENS, "emb_seq_pooling", "similarity", "passage_template", "passage_prompt")
+    settings = {name: getattr(args, name) for name in (*names, "max_passage_length")}
+    given = {name: value for name, value in settings.items() if value is not None}
+    gen = load(AutoModelForCausalLM, args.gen, args)
+    model = CoSupForCausalLM.from_gen_and_emb_seq(gen, tokenizer=tokenizer, tie_emb_seq=True, **given)
+    if args.passage_end is not None:
+        passage_tokenizer = copy.deepcopy(model.tokenizer)
+        passage_tokenizer.eos_token = args.passage_end
+        model.emb_seq_tokenizer = passage_tokenizer
+    return model
+
+
+# ---------------------------------------------------------------------- any causal LM and retriever
 
 
 def retriever_pair(args: ImportArguments) -> CoSupForCausalLM:
@@ -384,6 +410,7 @@ def retriever_pair(args: ImportArguments) -> CoSupForCausalLM:
                 f" {gen_size} wide.",
                 flush=True,
             )
+    control_tokens = {name: getattr(args, name) for name in CONTROL_TOKENS if getattr(args, name) is not None}
     model = CoSupForCausalLM.from_gen_and_emb_seq(
         gen,
         emb_seq,
@@ -392,6 +419,7 @@ def retriever_pair(args: ImportArguments) -> CoSupForCausalLM:
         query_encoder=query_encoder,
         emb_head=head,
         emb_head_size=None if head is None else len(head),
+        **control_tokens,
         **settings,
     )
     keeps_head = head is not None

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from modeling_cosup import CoSupForCausalLM, PassageIndex, index_files_cosup, index_store_cosup
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_passages_for_gen
@@ -306,6 +307,7 @@ def test_nothing_on_the_path_of_an_index_is_unpickled(model, tmp_path):
         ({"tokenizer": make_tokenizer(texts=["another corpus"])}, "tokenizer"),
         ({"emb_seq_tokenizer": make_tokenizer(texts=["another corpus"])}, "emb_seq_tokenizer"),
         ({"nsp_token": "[Ret]"}, "tokenizer"),
+        ({"truncate_dim": 16}, "truncate_dim"),
     ],
 )
 def test_an_index_of_another_model_is_refused_by_name(tmp_path, change, field):
@@ -325,7 +327,7 @@ def test_an_index_of_an_earlier_release_has_the_settings_of_that_time(model, tmp
     build(model).save_pretrained(tmp_path / "index")
     path = tmp_path / "index" / "index_config.json"
     config = json.loads(path.read_text())
-    for new_setting in ("emb_seq_add_bos_token", "emb_seq_add_eos_token", "passage_prompt"):
+    for new_setting in ("emb_seq_add_bos_token", "emb_seq_add_eos_token", "passage_prompt", "truncate_dim"):
         del config["fingerprint"][new_setting]
     path.write_text(json.dumps({**config, "sha256": index_files_cosup.digest_of_config(config)}))
     model.load_index(tmp_path / "index")
@@ -426,6 +428,83 @@ def test_adapters_on_emb_seq_change_the_fingerprint(model):
         index.check_model(merged)
     fresh.load_state_dict(merged.state_dict())
     assert merged.fingerprint() == fresh.fingerprint()
+
+
+# ------------------------------------------------------------------ a tied model: Gen is Emb_seq
+
+
+@pytest.mark.parametrize("passages", [True, False])
+def test_training_the_gen_of_a_tied_model_changes_the_fingerprint(tmp_path, passages):
+    index = build(make_model(tie_emb_seq=True))
+    model = CoSupForCausalLM.from_pretrained(saved(make_model(tie_emb_seq=True), tmp_path / "model"))
+    index.check_model(model)
+    train_step(model, model.gen.parameters(), passages)
+    for trained in (model, CoSupForCausalLM.from_pretrained(saved(model, tmp_path / "trained"))):
+        with pytest.raises(ValueError, match=r"tied model .*training Gen changes(.|\n)*  emb_seq: the index has"):
+            index.check_model(trained)
+    other = make_model(tie_emb_seq=True)
+    other.load_state_dict(model.state_dict())
+    assert other.fingerprint() == model.fingerprint()
+    with pytest.raises(ValueError, match="training Gen changes"):
+        index.check_model(other)
+
+
+def test_a_tied_model_in_half_precision_forgets_its_hash_in_training_only(tmp_path):
+    model = make_model(tie_emb_seq=True)
+    index = build(model)
+    half = CoSupForCausalLM.from_pretrained(saved(model, tmp_path / "model"), dtype=torch.float16)
+    half(torch.tensor([[5, 6]]))
+    index.check_model(half)
+    train_step(half, half.gen.parameters(), passages=False)
+    with pytest.raises(ValueError, match="training Gen changes"):
+        index.check_model(half)
+
+
+def test_the_lm_head_of_a_tied_model_is_not_in_the_fingerprint(tmp_path):
+    model = make_model(tie_emb_seq=True, gen_kwargs={"tie_word_embeddings": False})
+    index = build(model)
+    train_step(model, model.gen.lm_head.parameters(), passages=False)
+    index.check_model(model)
+    index.check_model(CoSupForCausalLM.from_pretrained(saved(model, tmp_path)))
+
+
+def test_the_emb_head_of_a_tied_model_is_in_the_fingerprint():
+    model = make_model(tie_emb_seq=True, emb_head_size=8)
+    index = build(model)
+    assert index.embeddings.shape == (len(PASSAGES), 8)
+    train_step(model, model.emb_head.parameters())
+    with pytest.raises(ValueError, match="  emb_seq: the index has"):
+        index.check_model(model)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's
+def test_adapters_on_a_tied_gen_change_the_fingerprint():
+    peft = pytest.importorskip("peft")
+    model = make_model(tie_emb_seq=True)
+    index = build(model)
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM", init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config)
+    for changed in (adapted.base_model.model, adapted.merge_and_unload()):
+        with pytest.raises(ValueError, match="training Gen changes"):
+            index.check_model(changed)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_truncated_index_is_smaller_and_belongs_to_one_width(tmp_path, tied):
+    whole = make_model(tie_emb_seq=tied)
+    folder = saved(whole, tmp_path / "model")
+    model = CoSupForCausalLM.from_pretrained(folder, truncate_dim=16)
+    build(whole).save_pretrained(tmp_path / "whole")
+    build(model).save_pretrained(tmp_path / "half")
+    embeddings = {name: load_file(tmp_path / name / FILES[0])["embeddings"] for name in ("whole", "half")}
+    assert embeddings["half"].nbytes * 2 == embeddings["whole"].nbytes
+    cut = torch.nn.functional.normalize(embeddings["whole"][:, :16], dim=-1)
+    torch.testing.assert_close(embeddings["half"], cut, rtol=0, atol=1e-6)
+    model.load_index(tmp_path / "half")
+    for loaded, index, message in ((whole, "half", "16, the model None"), (model, "whole", "None, the model 16")):
+        with pytest.raises(ValueError, match=f"  truncate_dim: the index has {message}") as error:
+            loaded.load_index(tmp_path / index)
+        assert "training Gen changes" not in str(error.value)
 
 
 def test_building_with_another_tokenizer_changes_the_fingerprint(model, tmp_path):

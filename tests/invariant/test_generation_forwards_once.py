@@ -38,9 +38,18 @@ def generate(model, index, prompts):
     return output, real_tokens(output, inputs["attention_mask"], model.generation_config.pad_token_id)
 
 
-@pytest.mark.parametrize("gen", ["llama", "gpt2", "mistral"])
-def test_every_token_is_forwarded_once_at_its_position(gen):
-    model, index, prompts = setup(gen)
+@pytest.mark.parametrize(
+    ("gen", "config"),
+    [
+        ("llama", {}),
+        ("gpt2", {}),
+        ("mistral", {}),
+        ("llama", {"tie_emb_seq": True}),
+        ("gpt2", {"tie_emb_seq": True, "emb_head_size": 16}),
+    ],
+)
+def test_every_token_is_forwarded_once_at_its_position(gen, config):
+    model, index, prompts = setup(gen, **config)
     forwarded = Counter()  # (position, token), as they reach Gen
 
     def record(module, args, kwargs):

@@ -15,6 +15,8 @@ PAIRS = {  # Gen, Emb_seq, settings of the model
     "mistral-bert-narrower": ("mistral", "bert", {"emb_seq_kwargs": {"hidden_size": 16}, "emb_seq_pooling": "mean"}),
     "qwen3-gpt2-dot": ("qwen3", "gpt2", {"similarity": "dot"}),
     "phi3-llama": ("phi3", "llama", {}),  # a sliding window on every layer
+    "tied": ("llama", None, {"tie_emb_seq": True}),
+    "tied-mistral-head": ("mistral", None, {"tie_emb_seq": True, "emb_head_size": 24, "truncate_dim": 16}),
     "gptj-bert": ("gptj", "bert", {"emb_seq_pooling": "mean"}),  # makes its attention masks itself
 }
 MAX_NEW_TOKENS = 20

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     BertTokenizer,
@@ -178,6 +179,12 @@ CASES = {
     "bert, mean, head": ("bert", {**NARROW, "emb_seq_pooling": "mean"}),
     "bert, cls, dot": ("bert", {"emb_seq_pooling": "cls", "similarity": "dot"}),
     "t5, mean": ("t5", {"emb_seq_pooling": "mean"}),
+    "llama, head, cut": ("llama", {"emb_seq_kwargs": {"hidden_size": 48}, "truncate_dim": 8}),
+    "llama, dot, cut": ("llama", {"similarity": "dot", "truncate_dim": 8}),
+    "tied": ("llama", {"tie_emb_seq": True}),
+    "tied, dot, narrow head": ("llama", {"tie_emb_seq": True, "similarity": "dot", "emb_head_size": 8}),
+    "tied, mean, cut": ("llama", {"tie_emb_seq": True, "emb_seq_pooling": "mean", "truncate_dim": 8}),
+    "tied, head, cut": ("llama", {"tie_emb_seq": True, "emb_head_size": 16, "truncate_dim": 8}),
     "bert, its own tokenizer": ("bert", {"emb_seq_pooling": "cls", "own_tokenizer": True}),
 }
 
@@ -198,7 +205,7 @@ def test_sentence_transformers_embeds_as_the_whole_model_does(tmp_path, case, mo
     passages = [*PASSAGES, LONG, {"title": "[SEP] <pad>", "text": "[CLS] </s>"}]
     loaded = library.SentenceTransformer(str(tmp_path / "emb_seq"))
     modules = ["Transformer", "Pooling"]
-    if model.emb_head is not None:
+    if model.emb_head is not None or model.config.truncate_dim is not None:
         modules.append("Dense")
     if model.config.similarity == "cosine":
         modules.append("Normalize")
@@ -214,6 +221,21 @@ def test_sentence_transformers_embeds_as_the_whole_model_does(tmp_path, case, mo
     assert not torch.allclose(expected[0], expected[1], atol=1e-2)
     lengths = [len(ids) for ids in encode_passages_for_emb_seq(model.emb_seq_tokenizer, passages, model.config)]
     assert max(lengths) == loaded.max_seq_length  # one of them was truncated, and keeps its EOS
+
+
+def test_the_parts_of_a_tied_model_are_both_of_its_gen(tmp_path):
+    model = make_model("gpt2", tie_emb_seq=True).to(torch.bfloat16)
+    state_dict = {name: value * 2 for name, value in model.state_dict().items()}
+    model.save_gen(tmp_path / "gen", state_dict=dict(state_dict))
+    model.save_emb_seq(tmp_path / "emb_seq", state_dict=dict(state_dict), max_shard_size="50KB")
+    gen = AutoModelForCausalLM.from_pretrained(tmp_path / "gen")
+    emb_seq = AutoModel.from_pretrained(tmp_path / "emb_seq")
+    for name, value in emb_seq.state_dict().items():
+        assert torch.equal(value, gen.base_model.state_dict()[name])
+        assert torch.equal(value, 2 * model.gen.base_model.state_dict()[name])
+    card = (tmp_path / "emb_seq" / "README.md").read_text()
+    assert "It is one tied model: these weights and an LM head." in card
+    assert "other half" not in card
 
 
 def test_an_imported_tokenizer_is_read_again_as_it_was_saved(tmp_path, model):

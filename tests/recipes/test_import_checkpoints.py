@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import processors
+from torch.nn import functional
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LogitsProcessor
 
 from modeling_cosup import CoSupForCausalLM
@@ -466,6 +467,62 @@ def test_what_emb_seq_cannot_do_is_named(tmp_path, monkeypatch, library):
     monkeypatch.setattr(library.SentenceTransformer, "encode", lambda *args, **options: -encode(*args, **options))
     message = refused(monkeypatch, out, *pair, "--query_from", "emb_seq")
     assert "The embeddings differ from sentence-transformers' own" in message
+
+
+# ---------------------------------------------------------------------- one tied model
+
+QUERY_END, PASSAGE_END = "[Question Representation]", "[Document Fragment Representation]"
+
+
+def one_gen(folder):
+    """Write a tiny model in the layout of OneGen's, and return it and its tokenizer."""
+    tokenizer = make_tokenizer(pad=None)
+    tokenizer.add_tokens([QUERY_END, PASSAGE_END, "<paragraph>", "</paragraph>"], special_tokens=True)
+    gen = make_gen("llama", vocab_size=len(tokenizer), tie_word_embeddings=False)
+    gen.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return gen, tokenizer
+
+
+def test_a_model_like_onegens_embeds_as_before(tmp_path, monkeypatch):
+    gen, tokenizer = one_gen(tmp_path / "gen")
+    tokens = flags(nsp_token=QUERY_END, passage_end=PASSAGE_END, cs_token="</paragraph>")
+    settings = flags(gen=tmp_path / "gen", tie_emb_seq="true", passage_template="{title}\n{text}")
+    import_here(monkeypatch, *settings, *tokens, "--output_dir", tmp_path / "out")
+    model = CoSupForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.emb_seq is model.gen.base_model
+    assert model.config.nsp_token_id == tokenizer.convert_tokens_to_ids(QUERY_END)
+    assert model.config.ce_token_id == len(tokenizer)  # the only new token
+    for new, old in ((model.gen.get_input_embeddings(), gen.model.embed_tokens), (model.gen.lm_head, gen.lm_head)):
+        assert torch.equal(new.weight[:-1], old.weight)
+    with torch.no_grad():
+        text = f"<s>{PASSAGES[0]['title']}\n{PASSAGES[0]['text']}{PASSAGE_END}"
+        passage = gen.model(tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids)
+        ids = prompt_and_nsp(model, QUESTION)
+        query = gen.model(ids).last_hidden_state[:, -1]
+        found = embeddings(model, PASSAGES[:1])
+        torch.testing.assert_close(found, functional.normalize(passage.last_hidden_state[:, -1]), rtol=0, atol=1e-5)
+        torch.testing.assert_close(model(ids).query_embeds, functional.normalize(query), rtol=0, atol=1e-5)
+    index = model.build_index(PASSAGES, show_progress_bar=False)
+    out = model.generate(ids, retriever=index, max_new_tokens=3, return_dict_in_generate=True)
+    best = (model(ids).query_embeds @ index.embeddings.T).argmax()
+    assert out.retrievals[0][0].passage_id == PASSAGES[best]["id"]
+
+
+def test_what_cannot_be_imported_as_one_model_is_refused(tmp_path, monkeypatch):
+    gen, _ = one_gen(tmp_path / "gen")
+    tied, out = flags(gen=tmp_path / "gen", tie_emb_seq="true"), tmp_path / "out"
+    for option, value in (("emb_seq", "x"), ("query_from", "emb_seq"), ("paper", "separate"), ("query_prompt", "q")):
+        error = refused(monkeypatch, out, *tied, f"--{option}", value)
+        assert f"--{option} with --tie_emb_seq: Gen alone makes queries and passages" in error
+    assert "--passage_end '[RD]' is no token of" in refused(monkeypatch, out, *tied, "--passage_end", "[RD]")
+    assert "--emb_seq is missing" in refused(monkeypatch, out, *flags(gen=tmp_path / "gen"))
+    two = flags(gen=tmp_path / "gen", emb_seq="x", passage_end="</s>")
+    assert "--passage_end needs --tie_emb_seq true" in refused(monkeypatch, out, *two)
+    config = json.loads((tmp_path / "gen" / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_gritlm7b.MistralForCausalLM"}
+    (tmp_path / "gen" / "config.json").write_text(json.dumps(config))
+    assert "has code of its own, as GritLM has to read passages in both" in refused(monkeypatch, out, *tied)
 
 
 # ---------------------------------------------------------------------- other retrievers

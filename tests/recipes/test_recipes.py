@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -174,6 +175,47 @@ def test_every_way_to_train_makes_a_checkpoint_that_answers(inputs, tmp_path, mo
     prompt = torch.tensor([[5, model.config.nsp_token_id]])
     out = model.generate(prompt, retriever=index, max_new_tokens=3, return_dict_in_generate=True)
     assert out.retrievals[0][0].passage_id in {passage["id"] for passage in PASSAGES}
+
+
+def test_a_tied_checkpoint_is_trained_asked_and_judged_by_every_recipe(inputs, tmp_path, monkeypatch, capsys):
+    import build_index
+    import generate
+    import run_evaluation
+    import train
+
+    from experiments import launching
+    from shared.retrievers import CoSupRetriever
+
+    def run_here(recipe, *words, **settings):
+        monkeypatch.setattr(sys, "argv", [f"{recipe.__name__}.py", *flags(**settings), *words])
+        recipe.main()
+
+    out, corpus = tmp_path / "out", inputs / "corpus.jsonl"
+    files = {"train_file": inputs / "train.jsonl", "corpus_file": corpus}
+    steps = {"max_steps": 1, "report_to": "none", "truncate_dim": 16}
+    run_here(train, gen=inputs / "gen", tie_emb_seq="true", output_dir=out, **files, **steps)
+    model = CoSupForCausalLM.from_pretrained(out)
+    assert model.config.tie_emb_seq and model.config.embedding_size == 16
+    assert launching.parameters(out) == {"gen": model.gen.num_parameters(), "emb_seq": 0}
+    run_here(build_index, model=out, corpus_file=corpus, output_dir=tmp_path / "index")
+    model.load_index(tmp_path / "index")
+    task = {"eval_file": inputs / "eval.jsonl", "modes": "forced", "max_new_tokens": 4}
+    run_here(run_evaluation, model=out, index=tmp_path / "index", output_dir=tmp_path / "judged", **task)
+    assert "[NSP] forced first: 7 questions" in capsys.readouterr().out
+    options = {"batch_size": 4, "device": "cpu", "dtype": "auto", "index_dir": None, "index_uri": None}
+    retriever = CoSupRetriever(SimpleNamespace(model=out, index=tmp_path / "index", corpus_file=None, **options))
+    assert len(retriever.index) == len(PASSAGES)
+    run_here(generate, "who?", model=out, index=tmp_path / "index", max_new_tokens=3)
+    assert "Q  who?" in capsys.readouterr().out
+
+
+def test_a_model_is_not_tied_in_training_by_an_option_alone(inputs, tmp_path, monkeypatch):
+    make_model().save_pretrained(tmp_path / "two")
+    files = flags(train_file=inputs / "train.jsonl", output_dir=tmp_path / "out", tie_emb_seq="true")
+    error = train_here(monkeypatch, *files, *flags(model_name_or_path=tmp_path / "two"))
+    assert "holds two towers, whose weights differ. Build a new model" in error
+    error = train_here(monkeypatch, *files, *flags(gen=inputs / "gen", emb_seq=inputs / "emb_seq"))
+    assert "tie_emb_seq=True with emb_seq" in error
 
 
 def test_lora_writes_adapters_and_a_merged_checkpoint(inputs, tmp_path, monkeypatch):

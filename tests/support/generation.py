@@ -104,6 +104,9 @@ def reference_generate(
         exhausted = max_retrievals is not None and len(trace) >= max_retrievals
         if ids[-1] == config.nsp_token_id and not exhausted:
             query = hidden if encode_query is None else encode_query(ids)
+            if config.tie_emb_seq and model.emb_head is not None:
+                query = model.emb_head(query)
+            query = query[: config.truncate_dim]
             if config.similarity == "cosine":
                 query = F.normalize(query, dim=-1)
             passage = index[int((index.embeddings @ query).argmax())]
