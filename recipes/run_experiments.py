@@ -182,7 +182,9 @@ def complete(options: dict[str, Any], seed: int, world: dict[str, str]) -> dict[
     options = {name: value for name, value in options.items() if name not in NOT_OPTIONS}
     from_world: set[str] = set()
     if not _has_gen(options):
-        from_world |= {"gen", "emb_seq"}
+        from_world.add("gen")
+        if not options.get("tie_emb_seq"):
+            from_world.add("emb_seq")
     if options.get("train_file") is None:
         from_world |= {"train_file", "validation_file"}
     for name, path in world.items():

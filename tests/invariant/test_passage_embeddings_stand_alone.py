@@ -19,6 +19,8 @@ CASES = [
     ("bert", "cls"),
     ("bert", "mean"),
     ("bert", "eos"),
+    ("tied", "eos"),
+    ("tied", "mean"),
 ]
 
 
@@ -41,8 +43,9 @@ def assert_close(embeds, expected):
 @pytest.mark.parametrize(("architecture", "pooling"), CASES)
 @torch.no_grad()
 def test_embedding_does_not_depend_on_batch_mates(architecture, pooling, similarity):
+    parts = {"tie_emb_seq": True, "emb_head_size": 24} if architecture == "tied" else {"emb_seq": architecture}
     model = make_model(
-        emb_seq=architecture,
+        **parts,
         emb_seq_pooling=pooling,
         similarity=similarity,
         emb_seq_add_eos_token=pooling != "lasttoken",

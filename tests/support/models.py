@@ -131,10 +131,12 @@ def make_model(
     emb_seq_kwargs: dict[str, Any] | None = None,
     **config: Any,
 ) -> CoSupForCausalLM:
-    """Return a CoSup model with random weights; Gen and Emb_seq have the named architectures."""
+    """Return a CoSup model with random weights; Gen and Emb_seq have the named architectures, unless they are tied."""
     tokenizer = tokenizer or make_tokenizer()
     gen_model = make_gen(gen, **(gen_kwargs or {}))
-    emb_seq_model = make_emb_seq(emb_seq, **(emb_seq_kwargs or {}))
+    emb_seq_model = None
+    if not config.get("tie_emb_seq"):
+        emb_seq_model = make_emb_seq(emb_seq, **(emb_seq_kwargs or {}))
     return CoSupForCausalLM.from_gen_and_emb_seq(gen_model, emb_seq_model, tokenizer=tokenizer, **config)
 
 
