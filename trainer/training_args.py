@@ -254,7 +254,8 @@ class CoSupTrainingArguments(TrainingArguments):
                 "ddp_static_graph lets DDP expect an exchange of gradients after every backward; nsp_batch_size and"
                 " gradient_accumulation_steps take several before one. Leave it out."
             )
-        if self.gradient_checkpointing and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        checkpointing: Any = self.gradient_checkpointing_kwargs  # super().__post_init__ has parsed it
+        if self.gradient_checkpointing and checkpointing and checkpointing.get("use_reentrant"):
             raise ValueError(
                 "gradient_checkpointing_kwargs: with use_reentrant=True, DDP would take the gradient of a layer for"
                 " complete after its first use, and a step uses layers several times: for each micro-batch, and in a"
