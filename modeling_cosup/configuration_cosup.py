@@ -213,6 +213,8 @@ class CoSupConfig(PreTrainedConfig):
                 raise ValueError(
                     f"query_from='query_encoder' needs a query encoder of Emb_seq's width, {expected}, found {width}."
                 )
+        if self.emb_head_size is not None and self.emb_head_size < 1:
+            raise ValueError(f"emb_head_size is {self.emb_head_size}, expected a positive number.")
         if self.query_from == "gen" and self.emb_head_size not in (None, self.full_embedding_size):
             raise ValueError(
                 f"emb_head_size is {self.emb_head_size}, but Gen makes the queries: expected its width,"

@@ -52,7 +52,7 @@ from trainer.model_setup import without_peft
 from trainer.watch import is_full_disk
 
 from shared.indexes import check_index_options, close_index, open_index
-from shared.model_options import load_model, lora
+from shared.model_options import check_tied_options, load_model, lora
 from shared.processes import end_processes
 from shared.quickstart import WorldArguments, prepare_world
 
@@ -168,6 +168,7 @@ def prepare_training(run: Run) -> CoSupTrainer:
     script, args = run.script, run.args
     check_output_dir(args.output_dir)
     check_index_options(script.index, script.index_uri)
+    check_tied_options(script, args)
     if script.index and (script.corpus_file or script.push_index):
         raise ValueError(
             "--index names an existing index: --corpus_file and --push_index are for one that training builds."

@@ -39,7 +39,7 @@ def adapter_config(model: Any) -> "PeftConfig | None":
 def check_supervision(args: CoSupTrainingArguments, config: CoSupConfig) -> None:
     """Raise if the model does not make its queries where `supervision` trains them, or if nothing is left to train."""
     if config.tie_emb_seq:
-        _check_tied(args)
+        check_tied(args)
     for dim in args.matryoshka_dims or []:
         if not 0 < dim < config.embedding_size:
             raise ValueError(
@@ -65,7 +65,7 @@ def check_supervision(args: CoSupTrainingArguments, config: CoSupConfig) -> None
         )
 
 
-def _check_tied(args: CoSupTrainingArguments) -> None:
+def check_tied(args: CoSupTrainingArguments) -> None:
     """Raise if an argument tells Gen and Emb_seq apart, which are one model with `tie_emb_seq`."""
     if args.supervision == "separate":
         raise ValueError(
@@ -104,9 +104,10 @@ def keep_master_weights(model: CoSupForCausalLM, args: CoSupTrainingArguments) -
     Autocast (`bf16=True`) still computes in bfloat16. A part is converted as a whole if any of it is trained. Adapters
     are left to PEFT.
     """
-    for name, part in model.named_children():
-        if part is None:
-            continue
+    parts = dict(model.named_children())
+    if model.config.tie_emb_seq:
+        parts = {"the tied model": model}  # an emb_head that is frozen reads the states of a trained Gen
+    for name, part in parts.items():
         dtypes = [parameter.dtype for parameter in part.parameters() if parameter.requires_grad]
         half_dtypes = [dtype for dtype in dtypes if dtype in (torch.bfloat16, torch.float16)]
         if half_dtypes:
@@ -246,10 +247,15 @@ def _train_control_tokens(model: CoSupForCausalLM, config: "LoraConfig") -> None
     is_trained = [name for name in (input_name, head_name) if _trains(name, config)]
     if model.config.tie_word_embeddings and is_trained:
         if check_target_module_exists(config, is_trained[0]):
+            remedies = [
+                "Leave it out (the rows of the control tokens are trained anyway)",
+                "train whole embeddings with modules_to_save",
+            ]
+            if not model.config.tie_emb_seq:
+                remedies.append("name emb_seq.embed_tokens to adapt those of Emb_seq alone")
             raise ValueError(
                 f"target_modules names {is_trained[0]}, whose weights Gen's embeddings and LM head share: merged, its"
-                " adapter would change both. Leave it out (the rows of the control tokens are trained anyway), train"
-                " whole embeddings with modules_to_save, or name emb_seq.embed_tokens to adapt those of Emb_seq alone."
+                f" adapter would change both. {', or '.join(remedies)}."
             )
         config.ensure_weight_tying = True
         is_trained = [input_name, head_name]

@@ -49,7 +49,7 @@ class CoSupTrainingArguments(TrainingArguments):
             result masks them).
         supervision (`str`):
             `"co"`: both losses in one step (the method).
-            `"ntp"`: next tokens alone; Emb_seq is frozen.
+            `"ntp"`: next tokens alone; Emb_seq is frozen, unless it is Gen (`tie_emb_seq`).
             `"nsp"`: next passages alone. If an encoder makes the queries, Gen is not run: this trains a retriever.
             `"separate"`: Gen learns next tokens, and Emb_seq learns next passages from queries that it encodes itself
             (the paper's baseline, section 5). The model's `query_from` says whether one encoder reads queries and
@@ -76,8 +76,8 @@ class CoSupTrainingArguments(TrainingArguments):
         padding_free (`bool`, *optional*): a micro-batch is one row without padding. Defaults to `True` if the
             attention implementation keeps the parts of a row apart without a dense mask (flash and flex attention).
             With others, rows of similar length share a micro-batch.
-        freeze_gen, freeze_emb_seq (`bool`): train only the other model. With a frozen Emb_seq (and `emb_head`) an
-            index stays valid.
+        freeze_gen, freeze_emb_seq (`bool`): train only the other model; a tied model is one. With a frozen Emb_seq
+            (and `emb_head`) an index stays valid.
         lr_decay_per_epoch (`float`, *optional*): multiply the learning rate by this after every epoch, in place of
             `lr_scheduler_type` and warm-up; the paper's is 0.85.
         control_token_lr (`float`, *optional*): learning rate of the rows of `[NSP]`, `[Cs]` and `[CE]` in Gen's
@@ -281,6 +281,13 @@ class CoSupTrainingArguments(TrainingArguments):
             raise ValueError(
                 "ddp_static_graph lets DDP expect an exchange of gradients after every backward; nsp_batch_size and"
                 " gradient_accumulation_steps take several before one. Leave it out."
+            )
+        checkpointing: Any = self.gradient_checkpointing_kwargs  # super().__post_init__ has parsed it
+        if self.gradient_checkpointing and checkpointing and checkpointing.get("use_reentrant"):
+            raise ValueError(
+                "gradient_checkpointing_kwargs: with use_reentrant=True, DDP would take the gradient of a layer for"
+                " complete after its first use, and a step uses layers several times: for each micro-batch, and in a"
+                " tied model for passages too. Leave it out."
             )
         config = self.accelerator_config
         assert isinstance(config, AcceleratorConfig)  # super().__post_init__ has parsed it

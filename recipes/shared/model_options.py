@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from modeling_cosup import CoSupForCausalLM
 from trainer import CoSupTrainingArguments
+from trainer.model_setup import check_tied
 
 from shared.arguments import ScriptArguments
 
@@ -28,6 +29,28 @@ MODEL_OPTIONS = (  # what a checkpoint was built with
     "ce_token",
     "nsp_init",
 )
+
+
+def check_tied_options(script: ScriptArguments, args: CoSupTrainingArguments) -> None:
+    """
+    Check, before anything is loaded, that no option tells the two roles of a tied model apart.
+
+    Raises:
+        `ValueError`: naming the option.
+    """
+    if not script.tie_emb_seq:
+        return
+    query_reason = "Gen makes the queries of a tied model, at [NSP]"
+    reasons = {
+        "emb_seq": "Gen's body reads the passages of a tied model",
+        "query_encoder": query_reason,
+        "query_from": query_reason,
+        "index": "training changes the whole model, and no index of it stays valid",
+    }
+    for name, reason in reasons.items():
+        if getattr(script, name) not in (None, "gen"):
+            raise ValueError(f"--{name} with --tie_emb_seq: {reason}. Leave out one of the two.")
+    check_tied(args)
 
 
 def load_model(script: ScriptArguments, args: CoSupTrainingArguments) -> CoSupForCausalLM:

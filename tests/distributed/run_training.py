@@ -42,7 +42,10 @@ class ShardedTrainer(CoSupTrainer):
 
     def create_optimizer(self, model=None):
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        for layer in [*self.model.gen.model.layers, *self.model.emb_seq.h]:
+        layers = list(self.model.gen.model.layers)
+        if not self.model.config.tie_emb_seq:
+            layers += self.model.emb_seq.h
+        for layer in layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(self.model, mesh=mesh)
         assert all(isinstance(parameter, DTensor) for parameter in self.model.parameters())

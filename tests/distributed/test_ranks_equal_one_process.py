@@ -17,6 +17,7 @@ CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs"
 CACHED = {"nsp_batch_size": 12, "per_device_train_batch_size": 2}
 BUDGET = {"nsp_batch_size": 12, "max_tokens_per_micro_batch": 150}
 CLIPPED = {"clip_gen_only": True, "max_grad_norm": 0.01}
+TIED = {"model": {"tie_emb_seq": True, "emb_head_size": 24}}
 # no passage is on two ranks, where it would be read, and counted, twice
 SMOOTHED = {
     "pattern": "zero",
@@ -50,6 +51,9 @@ CASES = {
     "ntp": {"supervision": "ntp"},
     "smoothed": SMOOTHED,
     "cached, packed, smoothed": CACHED | SMOOTHED | {"padding_free": True},
+    "tied": TIED,
+    "tied, zero": TIED | {"pattern": "zero", "accumulation": 2},
+    "tied, cached, packed": TIED | CACHED | CHECKPOINTING | {"padding_free": True},
 }
 # the case that one process runs in place of another, whose results must be the same
 REFERENCES = {
@@ -66,8 +70,9 @@ REFERENCES = {
     "cached, lone": "lone",
     "lone, local": "lone",  # each rank's six instances are one of two accumulated batches
     "cached, packed, smoothed": "smoothed",
+    "tied, cached, packed": "tied",
 }
-THREE_RANKS = ["ragged", "zero", "accumulated", "checkpointed", "cached", "cached, budget", "separate"]
+THREE_RANKS = ["ragged", "zero", "accumulated", "checkpointed", "cached", "cached, budget", "separate", "tied"]
 SHARDED = [
     "ragged",
     "zero",
@@ -81,6 +86,9 @@ SHARDED = [
     "separate",
     "packed",
     "cached, packed",
+    "tied",
+    "tied, zero",
+    "tied, cached, packed",
 ]
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 UNREACHED = {"unreached": {"model": {"gen": "gemma3", "emb_seq": "longformer", "emb_seq_kwargs": NO_DROPOUT}}}
@@ -112,9 +120,15 @@ def load(folder, name, world_size):
     return state, log
 
 
-def gradients(state):
-    """What an SGD step at a learning rate of 1 has subtracted from each parameter."""
-    start = dict(make_model(emb_seq="gpt2", emb_seq_kwargs=EMB_SEQ).named_parameters())
+def start_of(name):
+    """The parameters of a case before its step."""
+    settings = CASES[name].get("model", {})
+    return dict(make_model(**{"emb_seq": "gpt2", "emb_seq_kwargs": EMB_SEQ, **settings}).named_parameters())
+
+
+def gradients(state, name="ragged"):
+    """What an SGD step at a learning rate of 1 has subtracted from each parameter of a case."""
+    start = start_of(name)
     return {name: start[name].detach() - parameter for name, parameter in state.items()}
 
 
@@ -134,14 +148,15 @@ def test_ranks_equal_one_process(results, world_size, name):
     one, log_one = load(results, REFERENCES.get(reference, reference), 1)
     many, log_many = load(results, name, world_size)
     assert log_many == pytest.approx(log_one, rel=1e-5, abs=1e-6)
-    expected = gradients(one)
-    actual = gradients(many)
+    expected = gradients(one, reference)
+    actual = gradients(many, reference)
     for key, gradient in expected.items():
         error = (actual[key] - gradient).norm()
         assert error <= 1e-5 * gradient.norm() + 1e-6, key  # subtracting weights of float32 leaves about 1e-6
     assert relative_error(actual, expected) <= 1e-5
     trained = {key.split(".")[0] for key, gradient in expected.items() if gradient.any()}
-    assert ("emb_seq" in trained) == (reference not in ("none", "ntp"))
+    has_trained_passages = "emb_head" in trained if reference.startswith("tied") else "emb_seq" in trained
+    assert has_trained_passages == (reference not in ("none", "ntp"))
 
 
 def test_parts_that_text_never_reaches_are_not_waited_for(results):
@@ -182,16 +197,18 @@ def test_control_tokens_have_a_learning_rate_of_their_own(results):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_a_sharded_model_is_saved_as_what_it_is(results):
+@pytest.mark.parametrize("name", ["ragged", "tied"])
+def test_a_sharded_model_is_saved_as_what_it_is(results, name):
     """`fully_shard` gives the model a class of torch's; the checkpoint must still have our code and name our class."""
-    folder = results / "fsdp, ragged-saved"
+    folder = results / f"fsdp, {name}-saved"
     assert (folder / "modeling_cosup.py").is_file()
     assert not list(folder.glob("_fsdp*"))
     config = json.loads((folder / "config.json").read_text())
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_cosup.CoSupForCausalLM"
-    loaded = dict(CoSupForCausalLM.from_pretrained(folder).named_parameters())
-    state, _ = load(results, "fsdp, ragged", 2)
-    assert all(torch.equal(loaded[name], parameter) for name, parameter in state.items())
+    model = CoSupForCausalLM.from_pretrained(folder)
+    state, _ = load(results, f"fsdp, {name}", 2)
+    assert all(torch.equal(parameter, state[key]) for key, parameter in model.named_parameters())
+    assert config["fingerprint"]["emb_seq"] == model.fingerprint()["emb_seq"]  # hashed anew
 
 
 def test_detached_and_local_gathering_give_other_gradients(results):

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from support.models import PASSAGES, make_emb_seq, make_model, plain_batch
+from modeling_cosup import CoSupForCausalLM
+from support.models import PASSAGES, make_emb_seq, make_gen, make_model, make_tokenizer, plain_batch
 from trainer import CoSupTrainer, CoSupTrainingArguments
 
 EMB_SEQ = {"hidden_size": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 ONE_MICRO_BATCH = {"call_overhead": None}  # of the collator
+TIED = {"tie_emb_seq": True, "emb_head_size": 24}
 
 
 def make_instances():
@@ -89,6 +91,7 @@ def models():
         "emb_head": make_model(emb_seq="gpt2", emb_seq_kwargs=EMB_SEQ),
         "dot": make_model(similarity="dot", gen_kwargs={"tie_word_embeddings": False}),
         "mean pooling": make_model(emb_seq="bert", emb_seq_pooling="mean", emb_seq_kwargs=no_dropout),
+        "tied": make_model(**TIED),
     }
 
 
@@ -109,9 +112,39 @@ def test_chunks_equal_one_step(tmp_path, name, model, chunk):
     assert_same(cached, whole)
     if name in ("shared width", "dot"):
         first_of_emb_seq = "emb_seq.embed_tokens.weight"
+    elif name == "tied":
+        first_of_emb_seq = "emb_head.weight"
     else:
         first_of_emb_seq = next(name for name in whole.gradients if "emb_seq" in name)
     assert whole.gradients[first_of_emb_seq].any()
+
+
+def test_a_tied_gradient_is_the_sum_of_those_of_two_towers(tmp_path):
+    """Gen and Emb_seq have the same weights here; a tied model holds them once."""
+    gen = make_gen()
+    tied, towers = (
+        CoSupForCausalLM.from_gen_and_emb_seq(copy.deepcopy(gen), tokenizer=make_tokenizer(), tie_emb_seq=tie_emb_seq)
+        for tie_emb_seq in (True, False)
+    )
+    expected = step(tmp_path, towers, ONE_MICRO_BATCH)
+    for name in list(expected.gradients):
+        if name.startswith("emb_seq."):
+            gradient = expected.gradients.pop(name)
+            assert gradient.any()
+            expected.gradients[name.replace("emb_seq.", "gen.model.")] += gradient
+    assert_same(step(tmp_path, tied, ONE_MICRO_BATCH), expected)
+
+
+def test_a_tied_gen_reads_each_passage_once(tmp_path):
+    model = make_model(tie_emb_seq=True)
+    trainer = make_trainer(tmp_path, model, padding_free=True)
+    counts = count_gen_tokens(model)
+    batch, count = prepared_batch(trainer)
+    trainer.training_step(model, batch, count)
+    rows = list(trainer.train_dataset)
+    passages = [tuple(ids) for row in rows for ids in row["passage_input_ids"] + row["negative_input_ids"]]
+    assert len(set(passages)) < len(passages)
+    assert counts == [sum(map(len, set(passages))), sum(len(row["input_ids"]) for row in rows)]
 
 
 def test_the_step_equals_the_models_own_loss(tmp_path):
@@ -132,15 +165,20 @@ def test_the_step_equals_the_models_own_loss(tmp_path):
         assert (parameter.grad - other.grad).norm() <= 1e-5 * other.grad.norm().clamp(min=1e-6)
 
 
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_dropout_is_replayed(tmp_path, gradient_checkpointing):
+@pytest.mark.parametrize(
+    ("gradient_checkpointing", "tie_emb_seq"), [(False, False), (True, False), (False, True), (True, True)]
+)
+def test_dropout_is_replayed(tmp_path, gradient_checkpointing, tie_emb_seq):
     """
     A step without GradCache, on the same micro-batches, draws the same random numbers.
 
     So the two steps must agree, although every gradient depends on these numbers.
     """
     dropout = {"hidden_size": 48, "resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}
-    model = make_model(gen_kwargs={"attention_dropout": 0.3}, emb_seq="gpt2", emb_seq_kwargs=dropout)
+    if tie_emb_seq:
+        model = make_model(gen="gpt2", gen_kwargs=dropout, tie_emb_seq=True)
+    else:
+        model = make_model(gen_kwargs={"attention_dropout": 0.3}, emb_seq="gpt2", emb_seq_kwargs=dropout)
     options = {
         "gradient_checkpointing": gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
@@ -197,12 +235,17 @@ def test_the_first_pass_reads_gen_only_where_it_makes_queries(tmp_path, query_fr
 
 
 @pytest.mark.parametrize(
-    ("supervision", "trained_parts"),
-    [("ntp", {"gen"}), ("nsp", {"gen", "emb_seq"}), ("separate", {"gen", "emb_seq"})],
+    ("supervision", "settings", "trained_parts"),
+    [
+        ("ntp", {}, {"gen"}),
+        ("nsp", {}, {"gen", "emb_seq"}),
+        ("separate", {"query_from": "emb_seq"}, {"gen", "emb_seq"}),
+        ("ntp", TIED, {"gen"}),
+        ("nsp", TIED, {"gen", "emb_head"}),
+    ],
 )
-def test_other_supervisions(tmp_path, supervision, trained_parts):
-    query_from = "emb_seq" if supervision == "separate" else "gen"
-    model = make_model(gen_kwargs={"tie_word_embeddings": False}, query_from=query_from)
+def test_other_supervisions(tmp_path, supervision, settings, trained_parts):
+    model = make_model(gen_kwargs={"tie_word_embeddings": False}, **settings)
     whole = step(tmp_path, model, ONE_MICRO_BATCH, supervision=supervision)
     cached = step(tmp_path, model, supervision=supervision, nsp_batch_size=8, per_device_train_batch_size=2)
     cut = step(tmp_path, model, {"call_overhead": 1}, supervision=supervision)
@@ -210,8 +253,9 @@ def test_other_supervisions(tmp_path, supervision, trained_parts):
     assert_same(cut, whole)
     assert cut.num_micro_batches > 1
     assert whole.trained_parts() == trained_parts
-    if supervision == "nsp":
-        assert "gen.lm_head.weight" not in whole.gradients
+    assert ("gen.lm_head.weight" in whole.gradients) == (supervision != "nsp")
+    if "tie_emb_seq" in settings:
+        assert all(gradient.any() for gradient in whole.gradients.values())  # nothing of Gen is frozen with Emb_seq
 
 
 @pytest.mark.parametrize("query_from", ["emb_seq", "query_encoder"])
@@ -260,11 +304,20 @@ def test_frozen_parts(tmp_path, frozen):
         torch.testing.assert_close(gradient, full.gradients[name], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("cached", [False, True])
-def test_packed_rows_equal_padded_rows(tmp_path, attention, cached):
+@pytest.mark.parametrize(
+    ("attention", "cached", "settings"),
+    [
+        ("sdpa", False, {}),
+        ("sdpa", True, {}),
+        ("eager", False, {}),
+        ("eager", True, {}),
+        ("sdpa", False, TIED),
+        ("sdpa", True, TIED),
+    ],
+)
+def test_packed_rows_equal_padded_rows(tmp_path, attention, cached, settings):
     implementation = {"attn_implementation": attention}
-    model = make_model(gen="mistral", gen_kwargs=implementation, emb_seq_kwargs=implementation)
+    model = make_model(gen="mistral", gen_kwargs=implementation, emb_seq_kwargs=implementation, **settings)
     whole = step(tmp_path, model, ONE_MICRO_BATCH)
     options = {"nsp_batch_size": 8, "max_tokens_per_micro_batch": 150} if cached else {}
     packed = step(tmp_path, model, padding_free=True, **options)

@@ -109,6 +109,7 @@ def test_weight_and_temperature_follow_the_similarity_unless_given():
         ({"passage_template": "{title}"}, "expected a template that holds {text}"),
         ({"emb_seq_add_eos_token": False}, "use 'lasttoken' for a passage's last token"),
         ({"query_prompt": "query: "}, "query_prompt is 'query: ', but Gen makes the queries"),
+        ({"emb_head_size": 0}, "emb_head_size is 0, expected a positive number"),
         ({"emb_head_size": 8}, "emb_head_size is 8, but Gen makes the queries: expected its width, 4096"),
     ],
 )

@@ -33,6 +33,22 @@ def inputs(tmp_path_factory):
     return folder
 
 
+def test_a_tied_arm_takes_no_emb_seq_of_the_world(monkeypatch):
+    import train
+
+    world = {name: f"W/{file}" for name, file in definition.WORLD_FILES.items()}
+    assert run_experiments.complete({}, 0, world)["emb_seq"] == "W/emb_seq"
+    tied = run_experiments.complete({"tie_emb_seq": True}, 0, world)
+    assert "emb_seq" not in tied and tied["gen"] == "W/gen"
+    # nor does train.py --prepare quickstart
+    paths = dict.fromkeys(["gen", "emb_seq", "train", "validation", "corpus", "eval"], "made")
+    monkeypatch.setattr(train, "prepare_world", lambda args: paths)
+    for tie_emb_seq, emb_seq in ((False, "made"), (True, None)):
+        script = ScriptArguments(prepare="quickstart", tie_emb_seq=tie_emb_seq)
+        train.prepare(script, CoSupTrainingArguments("out", report_to="none"))
+        assert (script.gen, script.emb_seq) == ("made", emb_seq)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_experiments_are_valid(path, tmp_path, monkeypatch):
     experiment = load_experiment(path)  # checks every option of train.py and run_evaluation.py

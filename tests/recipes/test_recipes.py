@@ -157,6 +157,7 @@ WAYS = {
     "nsp": ["--supervision", "nsp"],
     "GradCache": ["--nsp_batch_size", "6", "--max_tokens_per_micro_batch", "200", "--batch_sampler", "no_duplicates"],
     "frozen Emb_seq": ["--freeze_emb_seq", "true"],
+    "tied": flags(tie_emb_seq="true", emb_head_size=48, truncate_dim=24),
 }
 
 
@@ -175,6 +176,27 @@ def test_every_way_to_train_makes_a_checkpoint_that_answers(inputs, tmp_path, mo
     prompt = torch.tensor([[5, model.config.nsp_token_id]])
     out = model.generate(prompt, retriever=index, max_new_tokens=3, return_dict_in_generate=True)
     assert out.retrievals[0][0].passage_id in {passage["id"] for passage in PASSAGES}
+    if way == "tied":
+        assert index.embeddings.shape[1] == 24
+
+
+def test_options_that_a_tied_model_refuses(inputs, tmp_path, monkeypatch):
+    """Before the training data, which are malformed here, would be read."""
+    (tmp_path / "bad.jsonl").write_text("{\n")
+    (tmp_path / "index").mkdir()
+    data = flags(gen=inputs / "gen", train_file=tmp_path / "bad.jsonl", output_dir=tmp_path / "out")
+    for option, message in (
+        ({"emb_seq": inputs / "emb_seq"}, "--emb_seq with --tie_emb_seq: Gen's body reads the passages"),
+        ({"query_encoder": inputs / "emb_seq"}, "--query_encoder with --tie_emb_seq: Gen makes the queries"),
+        ({"query_from": "emb_seq"}, "--query_from with --tie_emb_seq: Gen makes the queries"),
+        ({"supervision": "separate"}, "supervision='separate' trains an Emb_seq that makes the queries too"),
+        ({"freeze_emb_seq": "true"}, "freeze_emb_seq: Gen and Emb_seq of this model are one"),
+        ({"index": tmp_path / "index"}, "--index with --tie_emb_seq: training changes the whole model"),
+    ):
+        assert message in train_here(monkeypatch, *data, *flags(tie_emb_seq="true", **option))
+    make_model().save_pretrained(tmp_path / "towers")
+    data = flags(train_file=inputs / "train.jsonl", output_dir=tmp_path / "out", tie_emb_seq="true")
+    assert "two towers" in train_here(monkeypatch, *data, *flags(model_name_or_path=tmp_path / "towers"))
 
 
 def test_a_tied_checkpoint_is_trained_asked_and_judged_by_every_recipe(inputs, tmp_path, monkeypatch, capsys):

@@ -63,10 +63,15 @@ def write_inputs(folder: Path) -> Path:
 
 
 def options(inputs: Path, output: Path, *extra: Any) -> list[str]:
-    """Return options of `recipes/train.py` for two steps on the dataset of [`write_inputs`], followed by `extra`."""
+    """
+    Return options of `recipes/train.py` for two steps on the dataset of [`write_inputs`], followed by `extra`.
+
+    With `--tie_emb_seq`, Emb_seq is left out.
+    """
+    emb_seq = {} if "--tie_emb_seq" in extra else {"emb_seq": inputs / "emb_seq"}
     paths = flags(
         gen=inputs / "gen",
-        emb_seq=inputs / "emb_seq",
+        **emb_seq,
         train_file=inputs / "train.jsonl",
         corpus_file=inputs / "corpus.jsonl",
         eval_file=inputs / "eval.jsonl",

@@ -114,6 +114,10 @@ def test_refused_training_arguments(tmp_path, options, message):
         ({"average_tokens_across_devices": False}, "leave average_tokens_across_devices=True"),
         ({"ddp_static_graph": True, "gradient_accumulation_steps": 2}, "ddp_static_graph lets DDP expect an exchange"),
         ({"ddp_static_graph": True, "nsp_batch_size": 8}, "ddp_static_graph lets DDP expect an exchange"),
+        (
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            "with use_reentrant=True, DDP would take the gradient of a layer for complete after its first use",
+        ),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True would slice a batch"),
         ({"accelerator_config": {"split_batches": True}}, "split_batches=True would divide batches"),
         ({"accelerator_config": {"even_batches": False}}, "even_batches=False would give some ranks fewer batches"),
@@ -290,15 +294,16 @@ def test_a_search_trains_a_new_model_for_each_trial(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("params", "message"),
+    ("settings", "params", "message"),
     [
-        ({"max_length": 128}, "max_length is not what the instances were tokenized with"),
-        ({"supervision": "neither"}, "supervision is 'neither'"),
+        ({}, {"max_length": 128}, "max_length is not what the instances were tokenized with"),
+        ({}, {"supervision": "neither"}, "supervision is 'neither'"),
+        ({"tie_emb_seq": True}, {"freeze_emb_seq": True}, "freeze_emb_seq: Gen and Emb_seq of this model are one"),
     ],
 )
-def test_a_trial_is_checked_like_a_run(tmp_path, monkeypatch, params, message):
+def test_a_trial_is_checked_like_a_run(tmp_path, monkeypatch, settings, params, message):
     with pytest.raises(ValueError, match=message):
-        search(tmp_path, monkeypatch, (params,), lambda: make_model())
+        search(tmp_path, monkeypatch, (params,), lambda: make_model(**settings))
 
 
 def test_a_search_without_one_evaluation_set_is_refused(tmp_path):

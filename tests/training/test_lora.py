@@ -31,9 +31,13 @@ def trained_rows(before, after):
 TIED_KINDS = [kind for kind in TARGETS if kind not in ("embeddings", "head", "both", "pattern")]
 
 
-@pytest.mark.parametrize("kind, tied", [(kind, False) for kind in TARGETS] + [(kind, True) for kind in TIED_KINDS])
-def test_control_tokens_are_trained_whatever_is_adapted(tmp_path, kind, tied):
-    model = make_model(gen_kwargs={"tie_word_embeddings": tied}, emb_seq_kwargs={"hidden_size": 48})
+CASES = [(kind, False, {}) for kind in TARGETS] + [(kind, True, {}) for kind in TIED_KINDS]
+CASES += [(kind, True, {"tie_emb_seq": True, "emb_head_size": 24}) for kind in ("linear", "saved embeddings")]
+
+
+@pytest.mark.parametrize(("kind", "tied", "settings"), CASES)
+def test_control_tokens_are_trained_whatever_is_adapted(tmp_path, kind, tied, settings):
+    model = make_model(gen_kwargs={"tie_word_embeddings": tied}, emb_seq_kwargs={"hidden_size": 48}, **settings)
     control_ids = {model.config.nsp_token_id, model.config.cs_token_id, model.config.ce_token_id}
     matrices = {"input": model.get_input_embeddings(), "head": model.get_output_embeddings()}
     before = {name: matrix.weight.detach().clone() for name, matrix in matrices.items()}
@@ -46,13 +50,14 @@ def test_control_tokens_are_trained_whatever_is_adapted(tmp_path, kind, tied):
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter), alpha=0.01)
         ids = torch.tensor([[5, *control_ids, 6, 7]])
-        adapted = wrapped(input_ids=ids)
+        adapted = wrapped(input_ids=ids, passage_input_ids=ids)
         merged = wrapped.merge_and_unload()
         merged.save_pretrained(tmp_path)
         for whole in (merged, CoSupForCausalLM.from_pretrained(tmp_path)):
-            output = whole(ids)
+            output = whole(ids, passage_input_ids=ids)
             torch.testing.assert_close(output.logits, adapted.logits, rtol=1e-3, atol=1e-3)
-            torch.testing.assert_close(output.query_embeds, adapted.query_embeds, rtol=1e-3, atol=1e-3)
+            for name in ("query_embeds", "passage_embeds"):
+                torch.testing.assert_close(output[name], adapted[name], rtol=1e-3, atol=1e-3)
     matrices = {"input": merged.get_input_embeddings(), "head": merged.get_output_embeddings()}
     rows = {name: trained_rows(before[name], matrix.weight) for name, matrix in matrices.items()}
     assert rows["input"] >= control_ids and rows["head"] >= control_ids
@@ -69,6 +74,8 @@ def test_an_adapter_of_tied_embeddings_is_refused(kind):
         ValueError, match=r"target_modules names gen\..* embeddings and LM head share.*modules_to_save"
     ):
         wrap_in_peft(make_model(), peft.LoraConfig(task_type="CAUSAL_LM", **TARGETS[kind]))
+    with pytest.raises(ValueError, match="train whole embeddings with modules_to_save.$"):  # there is no emb_seq.…
+        wrap_in_peft(make_model(tie_emb_seq=True), peft.LoraConfig(task_type="CAUSAL_LM", **TARGETS[kind]))
     of_emb_seq = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "emb_seq.embed_tokens"])
     wrapped = wrap_in_peft(make_model(), of_emb_seq)
     assert any("emb_seq.embed_tokens.lora" in name for name, _ in wrapped.named_parameters())

@@ -97,8 +97,8 @@ def test_sharding_that_cannot_do_it_is_refused(tmp_path, monkeypatch):
             CoSupTrainer(make_model(), arguments(tmp_path, **option), train_dataset=world(NAMES[:8]))
 
 
-def test_liger_kernels_go_into_both_models(tmp_path, monkeypatch):
-    """They need a GPU, so this only tests that both models get them and that the loss stays ours."""
+def test_liger_kernels_go_into_each_model_once(tmp_path, monkeypatch):
+    """They need a GPU, so this only tests which models get them and that the loss stays ours."""
     from trainer import model_setup
 
     calls = []
@@ -109,6 +109,9 @@ def test_liger_kernels_go_into_both_models(tmp_path, monkeypatch):
     CoSupTrainer(make_model(), args, train_dataset=world(NAMES[:8]))
     config = {"fused_linear_cross_entropy": False, "cross_entropy": False, "rope": False}
     assert calls == [("LlamaForCausalLM", config), ("LlamaModel", config)]
+    calls.clear()
+    CoSupTrainer(make_model(tie_emb_seq=True), args, train_dataset=world(NAMES[:8]))
+    assert calls == [("LlamaForCausalLM", config)]
 
 
 def test_an_attention_that_this_machine_lacks_does_not_stop_the_check_for_causality(model):
@@ -139,6 +142,15 @@ def test_half_precision_weights_are_trained_in_float32(tmp_path, dtype, monkeypa
     assert model.emb_seq.dtype == dtype  # frozen, so not converted
     assert (model.gen.model.layers[0].mlp.up_proj.weight != before).float().mean() > 0.9
     assert len(warnings) == (1 if dtype == torch.bfloat16 else 0)
+
+
+def test_a_tied_model_in_half_precision_is_converted_as_a_whole(tmp_path, passages):
+    """Without NSP the `emb_head` is frozen, but it must read the states of the Gen that is trained in float32."""
+    model = make_model(tie_emb_seq=True, emb_head_size=24).to(torch.bfloat16)
+    CoSupTrainer(model, arguments(tmp_path, supervision="ntp"), train_dataset=world(NAMES[:8]))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert not model.emb_head.weight.requires_grad
+    assert model.build_index(passages, show_progress_bar=False).embeddings.shape[1] == 24
 
 
 @pytest.mark.parametrize("option", ["bf16_full_eval", "fp16_full_eval"])
@@ -425,6 +437,13 @@ def test_arguments_that_do_not_fit_the_model(tmp_path):
             CoSupTrainer(make_model(), arguments(tmp_path, freeze_gen=True, **options))
     with pytest.raises(ValueError, match="Emb_seq makes the queries too"):
         CoSupTrainer(make_model(query_from="emb_seq"), arguments(tmp_path, supervision="nsp", freeze_emb_seq=True))
+    for options, message in (
+        ({"supervision": "separate"}, "this model is tied: its Gen makes them. Train it with 'co', 'ntp' or 'nsp'"),
+        ({"freeze_gen": True}, "freeze_gen: Gen and Emb_seq of this model are one"),
+        ({"freeze_emb_seq": True}, "freeze_emb_seq: Gen and Emb_seq of this model are one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CoSupTrainer(make_model(tie_emb_seq=True), arguments(tmp_path, **options))
     trainer = CoSupTrainer(make_model(), arguments(tmp_path), train_dataset=world(NAMES[:8]))
     stream = trainer.train_dataset.to_iterable_dataset()
     args = arguments(tmp_path, batch_sampler="no_duplicates", max_steps=1)

@@ -114,6 +114,44 @@ def test_best_model_by_recall_is_loaded_and_fingerprinted_anew(tmp_path):
     assert trainer.model.fingerprint() == best.fingerprint()
 
 
+@pytest.mark.parametrize("tie_emb_seq", [False, True])
+def test_operations_count_the_parameters_that_read_a_token(tmp_path, tie_emb_seq):
+    model = make_model(emb_seq_kwargs={"intermediate_size": 128}, tie_emb_seq=tie_emb_seq)
+    trainer = CoSupTrainer(model, arguments(tmp_path), train_dataset=world(NAMES[:8]))
+    rows = list(trainer.train_dataset)
+    gen_tokens = sum(len(row["input_ids"]) for row in rows)
+    passage_tokens = sum(len(ids) for row in rows for ids in row["passage_input_ids"])
+    sizes = []
+    for part in (model.gen.model, model.emb_seq):
+        sizes.append(part.num_parameters() - part.embed_tokens.weight.numel())
+    assert (sizes[0] == sizes[1]) == tie_emb_seq
+    operations = 6 * (gen_tokens * sizes[0] + passage_tokens * sizes[1])
+    assert trainer.floating_point_ops(trainer.data_collator(rows)) == operations
+
+
+@pytest.mark.parametrize("supervision", ["co", "ntp"])
+def test_training_a_tied_gen_changes_the_fingerprint(tmp_path, supervision):
+    """Also without passages, in a checkpoint of the middle, and where only the stored hash could be used."""
+    model = make_model(tie_emb_seq=True)
+    start = model.fingerprint()["emb_seq"]
+    with torch.no_grad():
+        model(torch.tensor([[5, 6]]))
+    assert model.config.fingerprint["emb_seq"] == start
+    options = {"supervision": supervision, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    args = arguments(tmp_path, lr_scheduler_type="constant", **options)
+    trainer = CoSupTrainer(model, args, train_dataset=world(NAMES[:8]))
+    hashes = set()
+    forgotten = []
+    model.gen.model.register_forward_hook(lambda *args: forgotten.append(model.config.fingerprint["emb_seq"] is None))
+    trainer.train()
+    assert forgotten and all(forgotten)
+    for step in (1, 2):
+        saved = CoSupForCausalLM.from_pretrained(tmp_path / f"checkpoint-{step}")
+        hashes.add(saved.config.fingerprint["emb_seq"])
+        assert saved.config.fingerprint["emb_seq"] == saved.fingerprint()["emb_seq"]
+    assert len(hashes | {start}) == 3
+
+
 class Stream(torch.utils.data.IterableDataset):
     def __iter__(self):
         yield from world(NAMES[:24])
@@ -329,15 +367,16 @@ def test_generating_in_training_mode_with_checkpointing_is_refused(model, passag
 
 
 @pytest.mark.slow
-def test_compiled_layers_train_alike(tmp_path):
-    model = make_model()
+@pytest.mark.parametrize(("tie_emb_seq", "num_layers"), [(False, 4), (True, 2)])
+def test_compiled_layers_train_alike(tmp_path, tie_emb_seq, num_layers):
+    model = make_model(tie_emb_seq=tie_emb_seq)
     args = arguments(tmp_path, max_steps=3)
     eager = trained(CoSupTrainer(copy.deepcopy(model), args, train_dataset=world(NAMES[:24])))
     args = arguments(tmp_path, max_steps=3, torch_compile=True)
     trainer = CoSupTrainer(copy.deepcopy(model), args, train_dataset=world(NAMES[:24]))
     compiled = trained(trainer)
     assert [entry["loss"] for entry in compiled] == pytest.approx([entry["loss"] for entry in eager], rel=1e-4)
-    assert sum(module._compiled_call_impl is not None for module in trainer.model.modules()) == 4
+    assert sum(module._compiled_call_impl is not None for module in trainer.model.modules()) == num_layers
     assert type(trainer.model_wrapped).__name__ == "CoSupForCausalLM"
     trainer.save_model(str(tmp_path / "saved"))
     CoSupForCausalLM.from_pretrained(tmp_path / "saved")

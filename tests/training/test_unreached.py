@@ -26,6 +26,7 @@ def warnings(monkeypatch):
         ("gemma3", "longformer", {}, "ntp", VISION),
         ("llama", "longformer", {"query_from": "emb_seq"}, "nsp", GLOBAL),
         ("llama", "llama", {}, "co", []),
+        ("gemma3", "llama", {"tie_emb_seq": True}, "co", VISION),
         ("llama", "bert", {"query_from": "emb_seq"}, "separate", []),
     ],
 )
