@@ -7,6 +7,7 @@ that a program lists its options at once.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames, TrainingArguments
