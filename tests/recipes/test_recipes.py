@@ -238,15 +238,6 @@ def test_a_tied_checkpoint_is_trained_asked_and_judged_by_every_recipe(inputs, t
     assert "Q  who?" in capsys.readouterr().out
 
 
-def test_a_model_is_not_tied_in_training_by_an_option_alone(inputs, tmp_path, monkeypatch):
-    make_model().save_pretrained(tmp_path / "two")
-    files = flags(train_file=inputs / "train.jsonl", output_dir=tmp_path / "out", tie_emb_seq="true")
-    error = train_here(monkeypatch, *files, *flags(model_name_or_path=tmp_path / "two"))
-    assert "holds two towers, whose weights differ. Build a new model" in error
-    error = train_here(monkeypatch, *files, *flags(gen=inputs / "gen", emb_seq=inputs / "emb_seq"))
-    assert "tie_emb_seq=True with emb_seq" in error
-
-
 def test_lora_writes_adapters_and_a_merged_checkpoint(inputs, tmp_path, monkeypatch):
     pytest.importorskip("peft")
     from train import main
