@@ -47,10 +47,11 @@ class BuildingMixin(Base):
         emb_head: torch.Tensor | None = None,
         model_kwargs: dict[str, Any] | None = None,
         nsp_init: str = "mean",
+        tie_emb_seq: bool | None = None,
         **config: Any,
     ) -> Model:
         """
-        Build a CoSup model from two pretrained models, or, with `tie_emb_seq=True`, from one.
+        Build a CoSup model: from one pretrained model, which also reads the passages, or from two.
 
         Control tokens are added to the tokenizers (in place) and both embeddings grow; new rows start at the mean of
         the old ones (but see `nsp_init`), and rows that exist already are kept. The checkpoint's generation config
@@ -61,8 +62,7 @@ class BuildingMixin(Base):
             gen (`str` or `PreTrainedModel`): name, path or model, any `AutoModelForCausalLM` architecture. Adapters of
                 PEFT (a name, a path, or a `PeftModel`) are merged into their base model, here and below.
             emb_seq (`str` or `PreTrainedModel`, *optional*): any `AutoModel` architecture, or the encoder of T5, mT5
-                or UMT5; defaults to a copy of Gen's weights, the paper's best setting. Must not be given with
-                `tie_emb_seq=True`: Gen's body then reads the passages. The name or path of a
+                or UMT5; by default Gen's body, see `tie_emb_seq`. The name or path of a
                 sentence-transformers model brings its pooling, similarity, dense layer, prompts, tokens around a text,
                 and length. Pass the loaded model instead to set these yourself.
             tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): Gen's. Defaults to the tokenizer of `gen` if
@@ -80,8 +80,12 @@ class BuildingMixin(Base):
                 (EOS, or else SEP). If Emb_seq is a copy of a causal Gen, a query at `[NSP]` and a passage at EOS are
                 then the same function before training. An LM head of its own keeps the mean; a head that is tied to
                 the embeddings has the same row, so `[NSP]` starts as likely as EOS.
-            **config: fields of [`CoSupConfig`], such as `tie_emb_seq`, and the strings of the control tokens:
-                `nsp_token`, `cs_token`, `ce_token`.
+            tie_emb_seq (`bool`, *optional*): `True`: one tied model, whose Gen is Emb_seq. `False`: two towers (the
+                paper); without `emb_seq`, Emb_seq starts as a copy of Gen's weights, the paper's best setting. By
+                default the model is tied unless an argument asks for a second one: `emb_seq`, `emb_seq_tokenizer`,
+                `query_from`, or the pooling `"cls"`.
+            **config: other fields of [`CoSupConfig`], and the strings of the control tokens: `nsp_token`, `cs_token`,
+                `ce_token`.
 
         Returns:
             `CoSupForCausalLM`, in the mode (train or eval) of Gen.
@@ -104,14 +108,19 @@ class BuildingMixin(Base):
         if nsp_init not in NSP_INITS:
             raise ValueError(f"nsp_init is {nsp_init!r}, expected one of {', '.join(map(repr, NSP_INITS))}.")
         query_from = config.get("query_from") or CoSupConfig.query_from
-        if config.get("tie_emb_seq"):
-            check_tied(query_from, config.get("emb_seq_pooling"))
-            for name, value in (("emb_seq", emb_seq), ("emb_seq_tokenizer", emb_seq_tokenizer)):
-                if value is not None:
-                    raise ValueError(
-                        f"tie_emb_seq=True with {name}: Gen's body reads the passages of a tied model. Leave out one"
-                        " of the two."
-                    )
+        pooling = config.get("emb_seq_pooling")
+        of_emb_seq = {"emb_seq": emb_seq, "emb_seq_tokenizer": emb_seq_tokenizer}
+        given = [name for name, value in of_emb_seq.items() if value is not None]
+        if tie_emb_seq is None:
+            tie_emb_seq = not given and query_from == "gen" and pooling != "cls"
+        if tie_emb_seq:
+            check_tied(query_from, pooling)
+            if given:
+                raise ValueError(
+                    f"tie_emb_seq=True with {given[0]}: Gen's body reads the passages of a tied model. Leave out one"
+                    " of the two."
+                )
+        config["tie_emb_seq"] = tie_emb_seq
         if query_encoder is not None and query_from != "query_encoder":
             raise ValueError(f"query_encoder was given, but query_from is {query_from!r}: nothing would use it.")
         gen, emb_seq, query_encoder = _path_as_string(gen), _path_as_string(emb_seq), _path_as_string(query_encoder)
@@ -124,8 +133,7 @@ class BuildingMixin(Base):
         tokenizer = cast(PreTrainedTokenizerBase, parts.tokenizer)
         emb_seq_tokenizer = cast(PreTrainedTokenizerBase, parts.emb_seq_tokenizer)
         config, emb_head = parts.settings, parts.emb_head
-        is_tied = bool(config.get("tie_emb_seq"))
-        if emb_seq is gen.base_model and not is_tied:
+        if emb_seq is gen.base_model and not tie_emb_seq:
             emb_seq = copy.deepcopy(emb_seq)
 
         if nsp_init == "eos":
@@ -137,7 +145,7 @@ class BuildingMixin(Base):
         if emb_seq_tokenizer is not tokenizer:
             emb_seq_nsp_token_id = add_control_tokens(emb_seq_tokenizer, control_tokens)[0]
         _grow_embeddings(gen, old_size, tokenizer, nsp_token_id, nsp_init)
-        if not is_tied:
+        if not tie_emb_seq:
             _grow_embeddings(emb_seq, old_emb_seq_size, emb_seq_tokenizer, emb_seq_nsp_token_id, nsp_init)
         if query_encoder is not None:
             _grow_embeddings(query_encoder, old_emb_seq_size, emb_seq_tokenizer, emb_seq_nsp_token_id, nsp_init)
@@ -145,10 +153,10 @@ class BuildingMixin(Base):
         # deep copies, because a composite config resets the attention implementation of its parts
         cosup_config = CoSupConfig(
             gen_config=copy.deepcopy(gen.config),
-            emb_seq_config=None if is_tied else copy.deepcopy(emb_seq.config),
+            emb_seq_config=None if tie_emb_seq else copy.deepcopy(emb_seq.config),
             query_encoder_config=None if query_encoder is None else copy.deepcopy(query_encoder.config),
             gen_name_or_path=_repository_of(gen),
-            emb_seq_name_or_path=None if is_tied else _repository_of(emb_seq),
+            emb_seq_name_or_path=None if tie_emb_seq else _repository_of(emb_seq),
             nsp_token_id=nsp_token_id,
             cs_token_id=cs_token_id,
             ce_token_id=ce_token_id,
@@ -156,7 +164,7 @@ class BuildingMixin(Base):
             **config,
         )
         _check_passage_length(cosup_config, emb_seq_tokenizer)
-        model = cls(cosup_config, gen, None if is_tied else emb_seq, query_encoder).train(gen.training)
+        model = cls(cosup_config, gen, None if tie_emb_seq else emb_seq, query_encoder).train(gen.training)
         if model.emb_head is not None:
             model.emb_head.to(device=emb_seq.device, dtype=emb_seq.dtype)
             if emb_head is not None:

@@ -152,7 +152,7 @@ def check_causal(gen: PreTrainedModel) -> None:
     if (followed - alone).norm() > _tolerance(gen) * alone.norm():
         raise ValueError(
             f"tie_emb_seq=True: gen ({type(gen).__name__}) is an encoder, whose states depend on later tokens. The Gen"
-            " of a tied model must be causal."
+            " of a tied model must be causal: use another one, or tie_emb_seq=False."
         )
 
 

@@ -174,7 +174,7 @@ def encode(args: BenchmarkArguments, folder: Path) -> dict[str, Any] | None:
         print("encode: skipped, it needs sentence-transformers (pip install sentence-transformers)\n")
         return None
     name = args.model or tiny_model(folder / "tiny")
-    model = CoSupForCausalLM.from_gen_and_emb_seq(name, model_kwargs={"dtype": args.dtype}).eval()
+    model = CoSupForCausalLM.from_gen_and_emb_seq(name, tie_emb_seq=False, model_kwargs={"dtype": args.dtype}).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     model.emb_seq.save_pretrained(folder / "emb_seq")  # the same weights
     tokenizer = AutoTokenizer.from_pretrained(name)

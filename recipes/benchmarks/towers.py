@@ -39,7 +39,7 @@ from measuring import GB, Meter, print_hardware, print_table, rotated, spread, s
 
 MB = 1e6
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {  # supervision, and how the model is built
-    "co, two towers": ("co", {}),
+    "co, two towers": ("co", {"tie_emb_seq": False}),
     "co, tied": ("co", {"tie_emb_seq": True}),
     "separate, one encoder": ("separate", {"query_from": "emb_seq"}),
 }

@@ -161,7 +161,7 @@ def section_precision(script: Any, folder: str) -> dict[str, dict[str, float]]:
     for name, (dtype, options) in arms.items():
         set_seed(script.seed)
         model_kwargs = {"dtype": dtype, "num_hidden_layers": script.precision_layers}
-        model = CoSupForCausalLM.from_gen_and_emb_seq(script.gen, model_kwargs=model_kwargs)
+        model = CoSupForCausalLM.from_gen_and_emb_seq(script.gen, tie_emb_seq=False, model_kwargs=model_kwargs)
         args = CoSupTrainingArguments(
             folder,
             max_steps=script.precision_steps,
@@ -282,7 +282,8 @@ def main() -> None:
             model_kwargs = {"dtype": "float32"}
             if script.attn_implementation:
                 model_kwargs["attn_implementation"] = script.attn_implementation
-            model = CoSupForCausalLM.from_gen_and_emb_seq(script.gen, model_kwargs=model_kwargs).to(device).train()
+            model = CoSupForCausalLM.from_gen_and_emb_seq(script.gen, tie_emb_seq=False, model_kwargs=model_kwargs)
+            model.to(device).train()
             if script.gradient_checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             instances = load_instances(script.train_file)

@@ -65,12 +65,16 @@ class ScriptArguments:
             "defaults to emb_seq with --supervision separate."
         },
     )
-    tie_emb_seq: bool = field(
-        default=False, metadata={"help": "One tied model: Gen's body also reads the passages, in place of an Emb_seq."}
+    tie_emb_seq: bool | None = field(
+        default=None,
+        metadata={
+            "help": "true: one tied model, whose Gen also reads the passages; false: two towers (the paper). By "
+            "default tied, unless an option asks for two, such as --emb_seq, --query_from or --freeze_gen."
+        },
     )
     emb_head_size: int | None = field(
         default=None,
-        metadata={"help": "Width of the embeddings after a linear map; without --tie_emb_seq only Gen's width."},
+        metadata={"help": "Width of the embeddings after a linear map; in two towers only Gen's width."},
     )
     truncate_dim: int | None = field(
         default=None,

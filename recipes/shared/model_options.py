@@ -79,6 +79,8 @@ def load_model(script: ScriptArguments, args: CoSupTrainingArguments) -> CoSupFo
                 f"--{next(iter(options))} cannot be changed: {script.model_name_or_path} was built with its own."
             )
         return CoSupForCausalLM.from_pretrained(script.model_name_or_path, **model_kwargs)
+    if args.freeze_gen or args.freeze_emb_seq:
+        options.setdefault("tie_emb_seq", False)  # one of two models
     options.setdefault("query_from", "emb_seq" if args.supervision == "separate" else "gen")
     if script.query_encoder and options["query_from"] != "query_encoder":
         raise ValueError("--query_encoder needs --query_from query_encoder.")

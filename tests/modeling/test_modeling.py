@@ -469,9 +469,10 @@ def test_a_start_of_nsp_that_is_unknown_or_impossible_is_refused():
 
 @pytest.mark.parametrize("gen", ARCHITECTURES_OF_GEN)
 @pytest.mark.parametrize("given", [False, True])
-def test_emb_seq_defaults_to_a_copy_of_gen(gen, given):
+def test_without_an_emb_seq_two_towers_start_as_copies_of_gen(gen, given):
     gen = make_gen(gen)
-    model = CoSupForCausalLM.from_gen_and_emb_seq(gen, gen if given else None, tokenizer=make_tokenizer())
+    emb_seq = gen if given else None
+    model = CoSupForCausalLM.from_gen_and_emb_seq(gen, emb_seq, tokenizer=make_tokenizer(), tie_emb_seq=False)
     weights = dict(model.gen.base_model.named_parameters())
     assert weights.keys() == dict(model.emb_seq.named_parameters()).keys()
     assert model.emb_head is None

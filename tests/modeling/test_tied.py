@@ -238,3 +238,22 @@ def test_adapters_become_a_tied_model(tmp_path, kind):
     assert model.emb_seq is model.gen.base_model
     assert not [name for name in model.state_dict() if "lora" in name or "emb_seq" in name]
     assert not torch.allclose(model.encode_passages(IDS), base.encode_passages(IDS), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("asked", "tied"),
+    [
+        ({}, True),
+        ({"tie_emb_seq": False}, False),
+        ({"emb_seq": make_emb_seq()}, False),
+        ({"emb_seq_tokenizer": make_tokenizer(300)}, False),
+        ({"query_from": "emb_seq"}, False),
+        ({"emb_seq_pooling": "cls"}, False),
+        ({"query_from": "gen", "emb_seq_pooling": "mean"}, True),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_a_model_is_tied_unless_an_argument_asks_for_two_towers(asked, tied):
+    model = CoSupForCausalLM.from_gen_and_emb_seq(make_gen(), tokenizer=make_tokenizer(), **asked)
+    assert model.config.tie_emb_seq == tied
+    assert (model.emb_seq is model.gen.base_model) == tied

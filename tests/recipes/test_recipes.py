@@ -138,8 +138,6 @@ def test_a_training_without_data_is_refused(tmp_path, monkeypatch):
 def test_every_config_parses_and_the_command_line_wins():
     from shared.cli import parse
 
-    from trainer import CoSupTrainingArguments
-
     from shared.arguments import ScriptArguments
 
     for path in sorted((ROOT / "recipes" / "configs").glob("*.yaml")):
@@ -178,6 +176,15 @@ def test_every_way_to_train_makes_a_checkpoint_that_answers(inputs, tmp_path, mo
     assert out.retrievals[0][0].passage_id in {passage["id"] for passage in PASSAGES}
     if way == "tied":
         assert index.embeddings.shape[1] == 24
+
+
+def test_train_builds_a_tied_model_unless_an_option_asks_for_two_towers(inputs, tmp_path):
+    from shared.arguments import ScriptArguments
+    from shared.model_options import load_model
+
+    for training, tied in (({}, True), ({"freeze_gen": True}, False), ({"freeze_emb_seq": True}, False)):
+        args = CoSupTrainingArguments(str(tmp_path), report_to="none", **training)
+        assert load_model(ScriptArguments(gen=str(inputs / "gen")), args).config.tie_emb_seq == tied
 
 
 def test_options_that_a_tied_model_refuses(inputs, tmp_path, monkeypatch):
@@ -229,15 +236,6 @@ def test_a_tied_checkpoint_is_trained_asked_and_judged_by_every_recipe(inputs, t
     assert len(retriever.index) == len(PASSAGES)
     run_here(generate, "who?", model=out, index=tmp_path / "index", max_new_tokens=3)
     assert "Q  who?" in capsys.readouterr().out
-
-
-def test_a_model_is_not_tied_in_training_by_an_option_alone(inputs, tmp_path, monkeypatch):
-    make_model().save_pretrained(tmp_path / "two")
-    files = flags(train_file=inputs / "train.jsonl", output_dir=tmp_path / "out", tie_emb_seq="true")
-    error = train_here(monkeypatch, *files, *flags(model_name_or_path=tmp_path / "two"))
-    assert "holds two towers, whose weights differ. Build a new model" in error
-    error = train_here(monkeypatch, *files, *flags(gen=inputs / "gen", emb_seq=inputs / "emb_seq"))
-    assert "tie_emb_seq=True with emb_seq" in error
 
 
 def test_lora_writes_adapters_and_a_merged_checkpoint(inputs, tmp_path, monkeypatch):
