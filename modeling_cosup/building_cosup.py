@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .architectures_cosup import num_positions
-from .configuration_cosup import CoSupConfig, check_tied
+from .configuration_cosup import CoSupConfig, check_tied_settings
 from .hub_cosup import is_repo_id
 from .tokenization_cosup import CONTROL_TOKENS, add_control_tokens, added_tokens, bos_and_eos, end_of_turn_token_id
 
@@ -82,8 +82,8 @@ class BuildingMixin(Base):
                 the embeddings has the same row, so `[NSP]` starts as likely as EOS.
             tie_emb_seq (`bool`, *optional*): `True`: one tied model, whose Gen is Emb_seq. `False`: two towers (the
                 paper); without `emb_seq`, Emb_seq starts as a copy of Gen's weights, the paper's best setting. By
-                default the model is tied unless an argument asks for a second one: `emb_seq`, `emb_seq_tokenizer`,
-                `query_from`, or the pooling `"cls"`.
+                default the model is tied unless an argument asks for a second one: `emb_seq`, `emb_seq_tokenizer`, a
+                `query_from` other than `"gen"`, or the pooling `"cls"`.
             **config: other fields of [`CoSupConfig`], and the strings of the control tokens: `nsp_token`, `cs_token`,
                 `ce_token`.
 
@@ -98,7 +98,9 @@ class BuildingMixin(Base):
                 settings that contradict the files of a sentence-transformers model, for weights that are missing, for
                 adapters that cannot be merged, for a part of the wrong kind, such as an encoder-decoder as Gen,
                 that cannot embed a text, or that could not be loaded again, for an unknown `nsp_init`, and for
-                `nsp_init="eos"` with a tokenizer that has neither EOS nor SEP.
+                `nsp_init="eos"` with a tokenizer that has neither EOS nor SEP, for an `emb_head` that the model has no
+                place for, and for a tied model with an argument that asks for a second one, or a Gen that is not
+                causal.
             `OSError`: for a name that cannot be loaded.
         """
         control_tokens = {name: config.pop(name) for name in CONTROL_TOKENS if name in config}
@@ -114,7 +116,7 @@ class BuildingMixin(Base):
         if tie_emb_seq is None:
             tie_emb_seq = not given and query_from == "gen" and pooling != "cls"
         if tie_emb_seq:
-            check_tied(query_from, pooling)
+            check_tied_settings(query_from, pooling)
             if given:
                 raise ValueError(
                     f"tie_emb_seq=True with {given[0]}: Gen's body reads the passages of a tied model. Leave out one"
@@ -150,6 +152,8 @@ class BuildingMixin(Base):
         if query_encoder is not None:
             _grow_embeddings(query_encoder, old_emb_seq_size, emb_seq_tokenizer, emb_seq_nsp_token_id, nsp_init)
 
+        if emb_head is not None and tie_emb_seq:
+            config.setdefault("emb_head_size", len(emb_head))
         # deep copies, because a composite config resets the attention implementation of its parts
         cosup_config = CoSupConfig(
             gen_config=copy.deepcopy(gen.config),
@@ -169,6 +173,11 @@ class BuildingMixin(Base):
             model.emb_head.to(device=emb_seq.device, dtype=emb_seq.dtype)
             if emb_head is not None:
                 model.emb_head.load_state_dict({"weight": emb_head})
+        elif emb_head is not None:
+            raise ValueError(
+                f"emb_head of shape {tuple(emb_head.shape)} was given, and this model has no emb_head: set"
+                f" emb_head_size={len(emb_head)}."
+            )
         model._tokenizer, model._emb_seq_tokenizer = tokenizer, emb_seq_tokenizer
         model._set_generation_defaults(tokenizer)
         model._check_lm_head()

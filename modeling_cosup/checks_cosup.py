@@ -151,8 +151,8 @@ def check_causal(gen: PreTrainedModel) -> None:
         alone, followed = states_alone_and_followed(cast(PreTrainedModel, gen.base_model))
     if (followed - alone).norm() > _tolerance(gen) * alone.norm():
         raise ValueError(
-            f"tie_emb_seq=True: gen ({type(gen).__name__}) is an encoder, whose states depend on later tokens. The Gen"
-            " of a tied model must be causal: use another one, or tie_emb_seq=False."
+            f"gen ({type(gen).__name__}) cannot be a tied model (tie_emb_seq, the default without emb_seq): it is an"
+            " encoder, whose states depend on later tokens."
         )
 
 
@@ -203,15 +203,12 @@ def _check_embeddings(model: Any, encoder: PreTrainedModel, role: str) -> None:
     ids = torch.stack([long, long.flip(0)])  # (2, 5)
     mask = torch.ones_like(ids)
     mask[1, 3:] = 0  # the second text has 3 tokens
-    was_training = model.training
-    model.eval()
     try:
-        together = model._encode(encoder, ids, mask)[1]  # (h,)
-        alone = model._encode(encoder, ids[1:, :3], mask[1:, :3])[0]
+        with evaluating(model):
+            together = model._encode(encoder, ids, mask)[1]  # (h,)
+            alone = model._encode(encoder, ids[1:, :3], mask[1:, :3])[0]
     except _FAILURES as error:
         raise ValueError(f"{name} cannot embed a short text: {type(error).__name__}: {error}") from error
-    finally:
-        model.train(was_training)
     if (together - alone).norm() > _tolerance(encoder) * alone.norm():
         raise ValueError(
             f"{name} does not leave out padding: the embedding of a passage would depend on the other passages in its"

@@ -45,7 +45,7 @@ class CoSupConfig(PreTrainedConfig):
             and EOS (or SEP) after it.
         emb_head_size (`int`, *optional*): output width of `emb_head`. If set, there is an `emb_head` even if Emb_seq
             already has this width. By default there is one only if Gen makes the queries and Emb_seq has another
-            width. Of two towers, `emb_head` maps passages to the width of Gen's queries, so it must be that width. In
+            width. In two towers, `emb_head` maps passages to the width of Gen's queries, so it must be that width. In
             a tied model it maps queries and passages, to any width.
         truncate_dim (`int`, *optional*): keep only the first dimensions of query and passage embeddings, before they
             get unit length: a smaller index, at some loss. May be set when a checkpoint is loaded; an index holds for
@@ -120,7 +120,9 @@ class CoSupConfig(PreTrainedConfig):
                 f" CoSupForCausalLM.from_gen_and_emb_seq({str(name)!r}), or with recipes/train.py --gen {name}."
             )
         is_tied = config.get("tie_emb_seq", False)
-        if unused_kwargs.get("tie_emb_seq", is_tied) != is_tied:
+        if unused_kwargs.get("tie_emb_seq") is None:
+            unused_kwargs.pop("tie_emb_seq", None)
+        elif unused_kwargs["tie_emb_seq"] != is_tied:
             kind = "one tied model" if is_tied else "two towers, whose weights differ"
             raise ValueError(
                 f"tie_emb_seq={not is_tied}: the checkpoint {name} holds {kind}. Build a new model with"
@@ -138,7 +140,7 @@ class CoSupConfig(PreTrainedConfig):
         if not self.temperature > 0:
             raise ValueError(f"CoSupConfig.temperature is {self.temperature}, expected a positive number.")
         self._check_settings()
-        self._check_tied()
+        self.check_tied()
         self._make_sub_configs()
         self.check_widths()
         # peft and transformers look for weight tying on the outermost config
@@ -176,11 +178,16 @@ class CoSupConfig(PreTrainedConfig):
                 " would read it."
             )
 
-    def _check_tied(self) -> None:
-        """Check that nothing else than Gen's body would make the embeddings of a tied model."""
+    def check_tied(self) -> None:
+        """
+        Check that nothing else than Gen's body would make the embeddings of a tied model.
+
+        Raises:
+            `ValueError`: names the setting.
+        """
         if not self.tie_emb_seq:
             return
-        check_tied(self.query_from, self.emb_seq_pooling)
+        check_tied_settings(self.query_from, self.emb_seq_pooling)
         if self.emb_seq_config is not None and self.emb_seq_config is not self.gen_config:
             raise ValueError("tie_emb_seq=True with an emb_seq_config: a tied model has no Emb_seq of its own.")
 
@@ -268,7 +275,7 @@ class CoSupConfig(PreTrainedConfig):
         return output
 
 
-def check_tied(query_from: str | None, emb_seq_pooling: str | None) -> None:
+def check_tied_settings(query_from: str | None, emb_seq_pooling: str | None) -> None:
     """Raise a `ValueError` for settings that no tied model can have; `None` stands for a setting's default."""
     if query_from not in (None, "gen"):
         raise ValueError(

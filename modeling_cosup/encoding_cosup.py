@@ -114,10 +114,8 @@ class EncodingMixin(Base):
             `bool`: whether all that are loaded are causal.
         """
         names = [name for name in ("emb_seq", "query_encoder") if getattr(self, name) is not None]
-        was_training = self.training
-        self.eval()
-        self._causal_encoders = [name for name in names if is_causal(getattr(self, name))]
-        self.train(was_training)
+        with evaluating(self):
+            self._causal_encoders = [name for name in names if _is_causal(getattr(self, name))]
         return self._causal_encoders == names
 
     def _query_encoder(self) -> PreTrainedModel:
@@ -217,7 +215,7 @@ def _without_cache(encoder: PreTrainedModel) -> dict[str, Any]:
     return {}
 
 
-def is_causal(encoder: PreTrainedModel) -> bool:
+def _is_causal(encoder: PreTrainedModel) -> bool:
     """Return whether states do not depend on later tokens; call this in evaluation mode."""
     alone, followed = states_alone_and_followed(encoder)
     return torch.allclose(alone, followed, atol=1e-3, rtol=1e-2)

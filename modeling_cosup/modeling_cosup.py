@@ -101,7 +101,8 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
         # hidden for the moment: transformers would read the temperature of the NSP loss as a sampling temperature
         temperature = config.temperature
         config.temperature = None
-        config.check_widths()  # `from_pretrained` may have changed truncate_dim
+        config.check_tied()  # `from_pretrained` may have changed settings
+        config.check_widths()
         super().__init__(config)
         config.temperature = temperature
         self.gen = gen if gen is not None else AutoModelForCausalLM.from_config(config.gen_config)

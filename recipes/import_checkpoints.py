@@ -323,7 +323,7 @@ def tied_model(args: ImportArguments) -> CoSupForCausalLM:
     if getattr(load_config(args.gen), "auto_map", None):
         raise ValueError(
             f"{args.gen} has code of its own, as GritLM has to read passages in both directions. Gen of a tied model"
-            " reads them from left to right, so its embeddings would be others than those that were trained."
+            " reads them from left to right, so its embeddings would differ from the trained ones."
         )
     tokenizer = load_gen_tokenizer(args.tokenizer or args.gen)
     if args.chat_template_path is not None:

@@ -18,7 +18,7 @@ REFUSED = {
         " A loss is added in trainer/losses.py"
     ),
     "preprocess_logits_for_metrics": (
-        "an evaluation computes no logits. compute_metrics gets the embeddings of queries and passages"
+        "an evaluation keeps no logits. compute_metrics gets the embeddings of queries and passages"
     ),
 }
 
@@ -56,7 +56,10 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) -
 
 def read_by_tokenizing(model: CoSupForCausalLM, args: CoSupTrainingArguments) -> dict[str, Any]:
     """Return all that the token ids of an instance depend on, by name."""
-    names = ("nsp_token_id", "cs_token_id", "ce_token_id", "query_from", "passage_template", "max_passage_length")
+    names = (
+        *("nsp_token_id", "cs_token_id", "ce_token_id", "query_from", "query_prompt", "passage_template"),
+        *("passage_prompt", "max_passage_length", "emb_seq_add_bos_token", "emb_seq_add_eos_token"),
+    )
     return {
         "tokenizer": tokenizer_fingerprint(model.tokenizer),
         "chat_template": model.tokenizer.chat_template,

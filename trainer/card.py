@@ -119,6 +119,7 @@ def _arguments(
         "supervision": args.supervision,
         "optimizer": f"{optimizer}, weight decay {args.weight_decay:g}, gradients clipped at {args.max_grad_norm:g}",
         "learning rate": f"{args.learning_rate:g}, {schedule}",
+        "Matryoshka widths": ", ".join(map(str, args.matryoshka_dims or [])) or None,
         "learning rate of control tokens": None if args.control_token_lr is None else f"{args.control_token_lr:g}",
         "steps": steps,
         "instances a step": f"{batch * args.gradient_accumulation_steps:,}",

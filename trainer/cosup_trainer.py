@@ -210,8 +210,8 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
 
         `nsp_batch_size`, `clip_gen_only` and `control_token_lr` need DDP or FSDP2: DeepSpeed takes one backward pass
         per step, clips by itself and has an optimiser of its own; FSDP1 computes the norms of shards, and its shards
-        have no rows. `bf16_full_eval` and `fp16_full_eval` need whole weights, which
-        are kept while they are converted.
+        have no rows. `bf16_full_eval` and `fp16_full_eval` need whole weights, which are kept while they are
+        converted.
         """
         distributed_type = self.accelerator.distributed_type
         if distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):

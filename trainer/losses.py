@@ -260,8 +260,9 @@ class RunningFigures:
         All ranks must add the same losses in a step: those that any rank can measure.
         """
         for name, loss in losses.items():
-            self._losses[name] += loss.detach().float()
-            self._steps_of_loss[name].add(self.steps)
+            # a trial of a search may train a loss that was not trained before
+            self._losses[name] = self._losses.get(name, 0.0) + loss.detach().float()
+            self._steps_of_loss.setdefault(name, set()).add(self.steps)
             self.has_losses = True
 
     def add_scores(self, scores: torch.Tensor, labels: torch.Tensor) -> None:

@@ -39,7 +39,7 @@ def adapter_config(model: Any) -> "PeftConfig | None":
 def check_supervision(args: CoSupTrainingArguments, config: CoSupConfig) -> None:
     """Raise if the model does not make its queries where `supervision` trains them, or if nothing is left to train."""
     if config.tie_emb_seq:
-        check_tied(args)
+        check_tied_arguments(args)
     for dim in args.matryoshka_dims or []:
         if not 0 < dim < config.embedding_size:
             raise ValueError(
@@ -65,17 +65,20 @@ def check_supervision(args: CoSupTrainingArguments, config: CoSupConfig) -> None
         )
 
 
-def check_tied(args: CoSupTrainingArguments) -> None:
+def check_tied_arguments(args: CoSupTrainingArguments) -> None:
     """Raise if an argument tells Gen and Emb_seq apart, which are one model with `tie_emb_seq`."""
     if args.supervision == "separate":
         raise ValueError(
             "supervision='separate' trains an Emb_seq that makes the queries too, and this model is tied: its Gen"
-            " makes them. Train it with 'co', 'ntp' or 'nsp', or build one without tie_emb_seq, with"
-            " query_from='emb_seq'."
+            " makes them. Train it with 'co', 'ntp' or 'nsp', or build a model of two towers: query_from='emb_seq'"
+            " (tie_emb_seq=False)."
         )
     for name in ("freeze_gen", "freeze_emb_seq"):
         if getattr(args, name):
-            raise ValueError(f"{name}: Gen and Emb_seq of this model are one (tie_emb_seq), so neither trains alone.")
+            raise ValueError(
+                f"{name}: Gen and Emb_seq of this model are one (tie_emb_seq), so neither trains alone. Build it with"
+                " tie_emb_seq=False for two towers."
+            )
 
 
 def freeze(model: CoSupForCausalLM, args: CoSupTrainingArguments) -> None:

@@ -131,7 +131,7 @@ def _memory_savers(args: "CoSupTrainingArguments") -> list[str]:
     if not args.bf16 and not args.fp16:
         savers.append("bf16")
     savers.append(f"a max_length below {args.max_length}")
-    savers.append("for optimiser states LoRA (peft_config) or, in a model of two towers, freeze_emb_seq")
+    savers.append("LoRA (peft_config) or, with two towers, freeze_emb_seq, for optimiser states")
     return savers
 
 

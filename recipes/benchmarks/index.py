@@ -432,7 +432,7 @@ def build(model_name: str, folder: str, count: str, threads: str) -> None:
                 peak[name] = max(peak[name], int(status[key].split()[0]) * 1024 / 1e6)
 
     watcher = threading.Thread(target=watch)
-    model = CoSupForCausalLM.from_gen_and_emb_seq(model_name)
+    model = CoSupForCausalLM.from_gen_and_emb_seq(model_name, tie_emb_seq=False)
     watcher.start()
     start = time.perf_counter()
     passages = ({"id": f"passage {i}", "text": f"the city {i % 1000} was {i // 1000}"} for i in range(int(count)))

@@ -39,7 +39,10 @@ class ScriptArguments:
     )
     emb_seq: str | None = field(
         default=None,
-        metadata={"local_or_hub": True, "help": "Name or path of Emb_seq (AutoModel); defaults to a copy of Gen."},
+        metadata={
+            "local_or_hub": True,
+            "help": "Name or path of Emb_seq (AutoModel); without it Gen also reads the passages, see --tie_emb_seq.",
+        },
     )
     model_name_or_path: str | None = field(
         default=None, metadata={"local_or_hub": True, "help": "A CoSup checkpoint to train further, instead of --gen."}
@@ -69,12 +72,12 @@ class ScriptArguments:
         default=None,
         metadata={
             "help": "true: one tied model, whose Gen also reads the passages; false: two towers (the paper). By "
-            "default tied, unless an option asks for two, such as --emb_seq, --query_from or --freeze_gen."
+            "default tied, unless an option asks for two, such as --emb_seq, --query_from, --freeze_gen or --index."
         },
     )
     emb_head_size: int | None = field(
         default=None,
-        metadata={"help": "Width of the embeddings after a linear map; in two towers only Gen's width."},
+        metadata={"help": "Width of the embeddings after a linear map; Gen's if it makes the queries of two towers."},
     )
     truncate_dim: int | None = field(
         default=None,
@@ -126,7 +129,7 @@ class ScriptArguments:
     )
     use_peft: bool = field(
         default=False,
-        metadata={"help": "Train only LoRA adapters of both models, and the embeddings of the control tokens."},
+        metadata={"help": "Train only LoRA adapters of all parts, and the embeddings of the control tokens."},
     )
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters."})

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from modeling_cosup import CoSupForCausalLM
 from trainer import CoSupTrainingArguments
-from trainer.model_setup import check_tied
+from trainer.model_setup import check_tied_arguments
 
 from shared.arguments import ScriptArguments
 
@@ -44,13 +44,14 @@ def check_tied_options(script: ScriptArguments, args: CoSupTrainingArguments) ->
     reasons = {
         "emb_seq": "Gen's body reads the passages of a tied model",
         "query_encoder": query_reason,
-        "query_from": query_reason,
         "index": "training changes the whole model, and no index of it stays valid",
     }
+    if script.query_from != "gen":
+        reasons["query_from"] = query_reason
     for name, reason in reasons.items():
-        if getattr(script, name) not in (None, "gen"):
+        if getattr(script, name) is not None:
             raise ValueError(f"--{name} with --tie_emb_seq: {reason}. Leave out one of the two.")
-    check_tied(args)
+    check_tied_arguments(args)
 
 
 def load_model(script: ScriptArguments, args: CoSupTrainingArguments) -> CoSupForCausalLM:
@@ -79,8 +80,8 @@ def load_model(script: ScriptArguments, args: CoSupTrainingArguments) -> CoSupFo
                 f"--{next(iter(options))} cannot be changed: {script.model_name_or_path} was built with its own."
             )
         return CoSupForCausalLM.from_pretrained(script.model_name_or_path, **model_kwargs)
-    if args.freeze_gen or args.freeze_emb_seq:
-        options.setdefault("tie_emb_seq", False)  # one of two models
+    if args.freeze_gen or args.freeze_emb_seq or script.index:
+        options.setdefault("tie_emb_seq", False)  # one part is kept as it is
     options.setdefault("query_from", "emb_seq" if args.supervision == "separate" else "gen")
     if script.query_encoder and options["query_from"] != "query_encoder":
         raise ValueError("--query_encoder needs --query_from query_encoder.")

@@ -123,7 +123,7 @@ def test_a_checkpoint_of_two_towers_is_not_tied_and_the_other_way_round(saved, t
 def test_the_card_counts_parameters_once():
     model = make_tied(emb_head_size=8, truncate_dim=4)
     card = " ".join(model_card(model, "tester/tied", {}).split())
-    assert "The two are tied: Emb_seq is this model's own body." in card
+    assert "Emb_seq, which is this model's own body." in card
     assert "| parameters | 31,392 | Gen's, and 256 of emb_head |" in card
     assert model.num_parameters() == 31_392 + 256
     assert "| architecture | LlamaForCausalLM | LlamaModel, Gen's body |" in card
@@ -198,19 +198,34 @@ def test_a_second_encoder_is_refused_before_anything_is_loaded(given, message):
         CoSupForCausalLM.from_gen_and_emb_seq("not loaded", tie_emb_seq=True, **given)
 
 
-def test_a_loaded_emb_seq_is_refused_too():
+def test_a_refused_emb_seq_leaves_the_tokenizer_as_it_was():
     tokenizer = make_tokenizer()
-    for given in ({"emb_seq": make_emb_seq()}, {"emb_seq_tokenizer": tokenizer}):
-        with pytest.raises(ValueError, match="tie_emb_seq=True with emb_seq"):
-            CoSupForCausalLM.from_gen_and_emb_seq(make_gen(), tokenizer=tokenizer, tie_emb_seq=True, **given)
+    with pytest.raises(ValueError, match="tie_emb_seq=True with emb_seq"):
+        CoSupForCausalLM.from_gen_and_emb_seq(make_gen(), make_emb_seq(), tokenizer=tokenizer, tie_emb_seq=True)
     assert "[NSP]" not in tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("changed", [{"query_from": "emb_seq"}, {"emb_seq_pooling": "cls"}])
+def test_a_tied_checkpoint_is_not_loaded_with_settings_of_two_towers(saved, changed):
+    with pytest.raises(ValueError, match=f"tie_emb_seq=True with {next(iter(changed))}"):
+        CoSupForCausalLM.from_pretrained(saved[2] / "model", **changed)
+    assert CoSupForCausalLM.from_pretrained(saved[2] / "model", tie_emb_seq=None).config.tie_emb_seq
+
+
+def test_a_given_emb_head_is_used_or_refused():
+    weight = torch.randn(8, 32)
+    options = {"tokenizer": make_tokenizer(), "emb_head": weight}
+    tied = CoSupForCausalLM.from_gen_and_emb_seq(make_gen(), **options)
+    assert tied.config.embedding_size == 8 and torch.equal(tied.emb_head.weight, weight)
+    with pytest.raises(ValueError, match=r"emb_head of shape \(8, 32\) was given, .* set emb_head_size=8"):
+        CoSupForCausalLM.from_gen_and_emb_seq(make_gen(), query_from="emb_seq", **options)
 
 
 @pytest.mark.parametrize("architecture", ["bert", "t5", "modernbert"])
 def test_a_gen_that_is_an_encoder_is_refused(tmp_path, architecture):
     if architecture == "bert":  # an AutoModelForCausalLM, although it reads in both directions
         gen, tokenizer = make_gen("bert"), make_tokenizer()
-        message = r"gen \(BertLMHeadModel\) is an encoder, whose states depend on later tokens"
+        message = r"gen \(BertLMHeadModel\) cannot be a tied model .* it is an encoder, whose states depend"
     else:
         make_emb_seq(architecture, pad_token_id=0).save_pretrained(tmp_path)
         make_tokenizer().save_pretrained(tmp_path)

@@ -182,9 +182,18 @@ def test_train_builds_a_tied_model_unless_an_option_asks_for_two_towers(inputs, 
     from shared.arguments import ScriptArguments
     from shared.model_options import load_model
 
-    for training, tied in (({}, True), ({"freeze_gen": True}, False), ({"freeze_emb_seq": True}, False)):
+    for training, script, tied in (
+        ({}, {}, True),
+        ({"supervision": "ntp"}, {"query_from": "gen"}, True),
+        ({}, {"tie_emb_seq": False}, False),
+        ({"freeze_gen": True}, {}, False),
+        ({"freeze_emb_seq": True}, {}, False),
+        ({"supervision": "ntp"}, {"index": "an index"}, False),
+        ({"supervision": "separate"}, {}, False),
+        ({}, {"emb_seq": str(inputs / "emb_seq")}, False),
+    ):
         args = CoSupTrainingArguments(str(tmp_path), report_to="none", **training)
-        assert load_model(ScriptArguments(gen=str(inputs / "gen")), args).config.tie_emb_seq == tied
+        assert load_model(ScriptArguments(gen=str(inputs / "gen"), **script), args).config.tie_emb_seq == tied
 
 
 def test_options_that_a_tied_model_refuses(inputs, tmp_path, monkeypatch):
