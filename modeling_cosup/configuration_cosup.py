@@ -104,7 +104,7 @@ class CoSupConfig(PreTrainedConfig):
 
         Raises:
             `ValueError`: for a folder or repository without a CoSup model: its parts would be made up; and for another
-                `tie_emb_seq` than that of the checkpoint: its weights are those of one model, or of two.
+                `tie_emb_seq` than the checkpoint's, which holds the weights of one model, or of two.
         """
         name = pretrained_model_name_or_path
         config, unused_kwargs = super().get_config_dict(name, **kwargs)

@@ -43,7 +43,7 @@ control token keeps its trained rows. OneGen (github.com/zjunlp/OneGen; its work
 
 Train such a checkpoint further (`recipes/train.py --model_name_or_path out`), because OneGen differs:
 
-- It writes `<paragraph>` between the query's token and the passage; here nothing stands there.
+- It writes `<paragraph>` between the query's token and the passage; here there is nothing between them.
 - Nothing ends the text that is grounded in a passage: `[CE]` is new.
 - Its instruction before a passage holds the token of passages; as `--passage_prompt` it is read as text.
 - Its model for multi-hop questions embeds every sentence of a passage; here a passage has one embedding.
