@@ -77,8 +77,8 @@ class BuildingMixin(Base):
             model_kwargs (`dict`, *optional*): for `from_pretrained` of names and paths, e.g. `{"dtype": "bfloat16"}`.
             nsp_init (`str`, *optional*, defaults to `"mean"`): where a new row of `[NSP]` starts. `"mean"`: at the
                 mean, as all new rows. `"eos"`: in the input embeddings, as the row of the token that ends a passage
-                (EOS, or else SEP). If Emb_seq is a copy of a causal Gen, a query at `[NSP]` and a passage at EOS are
-                then the same function before training. An LM head of its own keeps the mean; a head that is tied to
+                (EOS, or else SEP). If Emb_seq is a causal Gen or a copy of it, a query at `[NSP]` and a passage at EOS
+                are then the same function before training. An LM head of its own keeps the mean; a head that is tied to
                 the embeddings has the same row, so `[NSP]` starts as likely as EOS.
             tie_emb_seq (`bool`, *optional*): `True`: one tied model, whose Gen is Emb_seq. `False`: two towers (the
                 paper); without `emb_seq`, Emb_seq starts as a copy of Gen's weights, the paper's best setting. By
@@ -97,7 +97,7 @@ class BuildingMixin(Base):
                 does something unknown after its LM head, when `max_passage_length` exceeds Emb_seq's positions, for
                 settings that contradict the files of a sentence-transformers model, for weights that are missing, for
                 adapters that cannot be merged, for a part of the wrong kind, such as an encoder-decoder as Gen,
-                that cannot embed a text, or that could not be loaded again, for an unknown `nsp_init`, and for
+                that cannot embed a text, or that could not be loaded again, for an unknown `nsp_init`, for
                 `nsp_init="eos"` with a tokenizer that has neither EOS nor SEP, for an `emb_head` that the model has no
                 place for, and for a tied model with an argument that asks for a second one, or a Gen that is not
                 causal.
