@@ -151,6 +151,10 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
             raise ValueError("This model is tied (tie_emb_seq): its Emb_seq is Gen's body and cannot be replaced.")
         self._modules["emb_seq"] = emb_seq
 
+    def _emb_seq_prefix(self) -> str:
+        """Return what the names of Emb_seq's weights begin with."""
+        return f"gen.{self.gen.base_model_prefix}." if self.config.tie_emb_seq else "emb_seq."
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "emb_seq":
             object.__setattr__(self, name, value)  # nn.Module would register a module without asking the property

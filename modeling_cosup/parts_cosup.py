@@ -57,6 +57,7 @@ class PartsMixin(Base):
     emb_head: nn.Linear | None
     tokenizer: PreTrainedTokenizerBase
     emb_seq_tokenizer: PreTrainedTokenizerBase
+    _emb_seq_prefix: Callable[[], str]
     _has_tokenizer: Callable[[], bool]
 
     def save_gen(
@@ -150,10 +151,7 @@ class PartsMixin(Base):
         tokenizer = passage_tokenizer(self.emb_seq_tokenizer, self.config)
         if is_main_process:
             class_to_save(tokenizer, emb_seq.config, (GENERIC_CLASS,), _OTHER_WAYS)
-        prefix = "emb_seq."
-        if self.config.tie_emb_seq:
-            prefix = f"gen.{self.gen.base_model_prefix}."
-        weights = _weights_of_part(state_dict, prefix)
+        weights = _weights_of_part(state_dict, self._emb_seq_prefix())
         emb_seq.save_pretrained(save_directory, is_main_process=is_main_process, state_dict=weights, **kwargs)
         if not is_main_process:
             return

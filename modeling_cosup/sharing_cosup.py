@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +53,8 @@ class SharingMixin(ModelBase):
     """The part of [`CoSupForCausalLM`] that saves, pushes and recognises the model."""
 
     config: CoSupConfig
-    gen: PreTrainedModel
     emb_seq: PreTrainedModel | None
+    _emb_seq_prefix: Callable[[], str]
     _tokenizer: PreTrainedTokenizerBase | None
     _emb_seq_tokenizer: PreTrainedTokenizerBase | None
 
@@ -112,10 +113,7 @@ class SharingMixin(ModelBase):
                 "The checkpoint stores no fingerprint of Emb_seq and Emb_seq is not loaded,"
                 " so no index can be checked against it."
             )
-        prefix = "emb_seq."
-        if self.config.tie_emb_seq:
-            prefix = f"gen.{self.gen.base_model_prefix}."
-        return self.hash_weights(state_dict, (prefix, "emb_head."))
+        return self.hash_weights(state_dict, (self._emb_seq_prefix(), "emb_head."))
 
     def hash_all_weights(self, state_dict: dict[str, torch.Tensor] | None = None) -> str | None:
         """
