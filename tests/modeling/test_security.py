@@ -87,12 +87,13 @@ def test_what_travels_is_small_enough_to_be_read():
     A careful user reads the code before trusting it: a file in one sitting, all of it in a day.
 
     What only authors need stays in the package. The caps leave about 5 % of room: raise them only with a reason, after
-    asking what could stay there. The total was 7,000 until lines became shorter and got type annotations, and 8,900
-    until every kind of tokenizer, encoder and prompt was either read right or refused.
+    asking what could stay there. The total was 7,000 until lines became shorter and got type annotations, 8,900
+    until every kind of tokenizer, encoder and prompt was either read right or refused, and 9,500 until there were
+    token memories.
     """
     lengths = {path.name: len(path.read_text().splitlines()) for path in TRAVELS}
     assert max(lengths.values()) <= 450, lengths
-    assert sum(lengths.values()) <= 9500, lengths
+    assert sum(lengths.values()) <= 10600, lengths
 
 
 def is_pickle(path):
