@@ -158,7 +158,7 @@ def test_a_memory_with_a_wrong_member_raises(ids, values, error, message):
 
 def test_an_object_that_is_no_memory_raises(ids):
     model = make_model()
-    with pytest.raises(TypeError, match="memory is a dict, which has no states, no fingerprint, no memory_config, no log_"):
+    with pytest.raises(TypeError, match="memory is a dict, which has no states, no fingerprint, no memory_config, no"):
         model.generate(ids, memory={}, max_new_tokens=2)
 
 
