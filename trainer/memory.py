@@ -7,23 +7,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from modeling_cosup import KNNMemory, MemoryConfig, MLPMemory
 
+from .memory_args import MemoryTrainingArguments
 from .memory_keys import ShuffledBlocks, StoredKeys, held_out_rows
+
+EVALUATED = ("eval_loss", "eval_ntp_loss", "eval_knn_kl")
 
 
 def train_mlp_memory(
     memory: MLPMemory,
     datastore: KNNMemory,
     *,
-    num_train_epochs: float = 2,
-    learning_rate: float = 1e-5,
     batch_size: int = 256,
-    kl_weight: float = 0.0,
     memory_config: MemoryConfig | None = None,
-    validation_split: float = 0.0,
     seed: int = 0,
     show_progress_bar: bool = False,
     output_dir: str | Path | None = None,
@@ -32,46 +31,40 @@ def train_mlp_memory(
     """
     Train an MLP memory in place on the keys of a datastore; see [`MemoryTrainer`].
 
-    The learning rate and epochs are the paper's for GPT-2 XL. A memory that starts at random next to a small Gen needs
-    a rate of about 1e-3.
-
     Args:
         memory ([`MLPMemory`]): of the Gen whose keys the datastore holds.
         datastore ([`KNNMemory`]): keys and the tokens after them.
-        num_train_epochs (`float`), learning_rate (`float`), seed (`int`): as in `TrainingArguments`.
         batch_size (`int`): keys per step.
-        kl_weight (`float`), memory_config ([`MemoryConfig`], *optional*): see [`MemoryTrainer`].
-        validation_split (`float`): share of the keys to hold out, in whole documents; measured after each epoch.
+        memory_config ([`MemoryConfig`], *optional*): see [`MemoryTrainer`].
+        seed (`int`): of the order of the keys and of the documents that are held out.
         show_progress_bar (`bool`): show progress and logs.
         output_dir (`str` or `Path`, *optional*): where checkpoints go; without it nothing is written.
-        **training_arguments: further `TrainingArguments`, such as `weight_decay`, `warmup_steps`, `bf16` or
-            `save_strategy`.
+        **training_arguments: fields of [`MemoryTrainingArguments`], such as `num_train_epochs`, `learning_rate`,
+            `kl_weight`, `validation_split`, `weight_decay`, `warmup_steps`, `bf16` or `save_strategy`.
 
     Returns:
         `dict[str, float]`: `train_loss` and, with `validation_split`, `eval_loss`, `eval_ntp_loss` and, with
-        `kl_weight`, `eval_knn_kl`.
+        `kl_weight`, `eval_knn_kl`, of the last epoch.
 
     Raises:
         `ValueError`: see [`MemoryTrainer`].
     """
     settings: dict[str, Any] = {
-        "num_train_epochs": num_train_epochs,
-        "learning_rate": learning_rate,
         "per_device_train_batch_size": batch_size,
         "per_device_eval_batch_size": batch_size,
         "seed": seed,
         "disable_tqdm": not show_progress_bar,
         "logging_strategy": "steps" if show_progress_bar else "no",
-        "eval_strategy": "epoch" if validation_split else "no",
+        "eval_strategy": "epoch" if training_arguments.get("validation_split") else "no",
         "save_strategy": "no",
         "report_to": "none",
     }
     with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(output_dir=str(output_dir or folder), **(settings | training_arguments))
-        trainer = MemoryTrainer(memory, args, datastore, kl_weight, memory_config, validation_split)
+        args = MemoryTrainingArguments(output_dir=str(output_dir or folder), **(settings | training_arguments))
+        trainer = MemoryTrainer(memory, args, datastore, memory_config)
         metrics = {"train_loss": trainer.train().training_loss}
     for entry in trainer.state.log_history:
-        metrics |= {name: entry[name] for name in entry if name in ("eval_loss", "eval_ntp_loss", "eval_knn_kl")}
+        metrics |= {name: value for name, value in entry.items() if name in EVALUATED}
     return metrics
 
 
@@ -79,41 +72,33 @@ class MemoryTrainer(Trainer):
     """
     A `Trainer` whose data are the keys of a datastore, read from its files in shuffled blocks.
 
-    The loss is (1 - a) times the cross-entropy of the token after a key, plus a times KL(p_kNN ‖ p_mem), where a is
-    `kl_weight` and p_kNN is the datastore's prediction for the key without the key's own entry. p_kNN is searched in
-    each step: this costs an exact search for every key and epoch. Checkpoints are memories, and a run can be resumed.
+    Checkpoints are memories, and a run can be resumed. [`MemoryTrainingArguments`] says what the loss is.
 
     Args:
         memory ([`MLPMemory`]): trained in place.
-        args (`TrainingArguments`): `remove_unused_columns` is turned off.
+        args ([`MemoryTrainingArguments`]): of the run.
         datastore ([`KNNMemory`]): keys and the tokens after them.
-        kl_weight (`float`): a, from 0 to 1.
         memory_config ([`MemoryConfig`], *optional*): `k` and `temperature` of p_kNN; defaults to the datastore's.
-        validation_split (`float`): share of the keys that are held out for `evaluate()`, in whole documents drawn at
-            random. p_kNN still finds them.
         callbacks (`list`, *optional*): as for `Trainer`.
 
     Raises:
-        `ValueError`: for another width or vocabulary, a share or weight that is out of range, and a datastore that is
-            too small to hold out documents, or to leave out an entry.
+        `ValueError`: for keys of another Gen, width or vocabulary, and for a datastore that is too small to hold out
+            documents, or to leave out an entry.
     """
 
     def __init__(
         self,
         memory: MLPMemory,
-        args: TrainingArguments,
+        args: MemoryTrainingArguments,
         datastore: KNNMemory,
-        kl_weight: float = 0.0,
         memory_config: MemoryConfig | None = None,
-        validation_split: float = 0.0,
         callbacks: list | None = None,
     ) -> None:
-        _check_training(memory, datastore, kl_weight, validation_split)
-        args.remove_unused_columns = False  # what a batch holds is not what the memory's forward takes
+        _check_training(memory, datastore, args)
         self.datastore = datastore
-        self.kl_weight = kl_weight
+        self.kl_weight = args.kl_weight
         self.knn_config = memory_config or datastore.memory_config
-        self.held_out = held_out_rows(datastore, validation_split, args.seed)
+        self.held_out = held_out_rows(datastore, args.validation_split, args.seed)
         super().__init__(
             model=memory,
             args=args,
@@ -178,7 +163,7 @@ def _as_it_is(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return batch
 
 
-def _check_training(memory: MLPMemory, datastore: KNNMemory, kl_weight: float, validation_split: float) -> None:
+def _check_training(memory: MLPMemory, datastore: KNNMemory, args: MemoryTrainingArguments) -> None:
     """Raise a `ValueError` unless the memory can be trained on the datastore."""
     if memory.hidden_size != datastore.key_size:
         raise ValueError(
@@ -189,11 +174,7 @@ def _check_training(memory: MLPMemory, datastore: KNNMemory, kl_weight: float, v
             f"The memory predicts {memory.vocab_size:,} tokens, the datastore's vocabulary has"
             f" {datastore.vocab_size:,}."
         )
-    if not 0 <= kl_weight <= 1:
-        raise ValueError(f"kl_weight is {kl_weight}, expected a number from 0 to 1.")
-    if not 0 <= validation_split < 1:
-        raise ValueError(f"validation_split is {validation_split}, expected a share from 0 to below 1.")
-    if kl_weight and len(datastore) < 2:
+    if args.kl_weight and len(datastore) < 2:
         raise ValueError("kl_weight needs a datastore of at least 2 keys: a key's own entry is left out.")
 
 
