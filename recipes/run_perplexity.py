@@ -106,7 +106,9 @@ def results_of(scores: TextScores, memories: Memories, overlaps: dict[str, float
         }
         if overlap:
             share = shown(overlap, "ngram_overlap")
-            warnings.append(f"{share} % of the 16-grams of the text are in {arm}: it has seen text that it is judged on.")
+            warnings.append(
+                f"{share} % of the 16-grams of the text are in {arm}: it has seen text that it is judged on."
+            )
     text = {"documents": len(scores.tokens), "left_out": scores.left_out, "tokens": num_tokens}
     return {"text": text, "arms": arms, "warnings": warnings, "peak_memory": peak_memory()}
 

@@ -127,7 +127,9 @@ def print_fit(found: MemoryFit, num_tokens: int, folder: Path) -> None:
         ("temperature", f"{config.temperature:.4g}"),
         ("k", f"{config.k:,}"),
     ]
-    print(f"Fitted on {num_tokens:,} held-out tokens, {len(found.trials)} settings; written to {folder}\n{table(rows)}")
+    print(
+        f"Fitted on {num_tokens:,} held-out tokens, {len(found.trials)} settings; written to {folder}\n{table(rows)}"
+    )
 
 
 if __name__ == "__main__":

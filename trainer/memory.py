@@ -165,6 +165,10 @@ def _as_it_is(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _check_training(memory: MLPMemory, datastore: KNNMemory, args: MemoryTrainingArguments) -> None:
     """Raise a `ValueError` unless the memory can be trained on the datastore."""
+    made_for, made_by = memory.gen_fingerprint, datastore.config["fingerprint"]
+    different = [name for name in made_for if made_by.get(name, made_for[name]) != made_for[name]]
+    if different:
+        raise ValueError(f"The memory is of another Gen than the datastore: {', '.join(different)} differ.")
     if memory.hidden_size != datastore.key_size:
         raise ValueError(
             f"The memory reads keys of width {memory.hidden_size}, the datastore's have width {datastore.key_size}."

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from modeling_cosup import KNNMemory, MemoryConfig, MLPMemory
+from modeling_cosup.files_cosup import read_json, write_json
 from modeling_cosup.memory_cosup import target_log_probs
 
 KS = (8, 32, 128, 512, 1024, 2048)  # neighbours that are tried
@@ -94,6 +96,12 @@ def fit_memory_config(
     return MemoryFit(config, best["perplexity"], math.exp(-float(lm.mean())), trials)
 
 
+def write_memory_config(folder: str | Path, config: MemoryConfig) -> None:
+    """Write how a memory joins Gen into the folder of a memory: after a crash it is the old config or the new one."""
+    path = Path(folder) / "memory_config.json"
+    write_json(path, {**read_json(path), "memory_config": config.to_dict()})
+
+
 def _check_held_out(
     keys: torch.Tensor,
     targets: torch.Tensor,
@@ -166,8 +174,9 @@ class _NeighborCandidates:
 
     def temperatures(self) -> list[float]:
         """Return temperatures from where only the nearest neighbour counts to where all count alike."""
-        gaps = self.distances.mean(1) - self.distances[:, 0]  # (n,)
-        scale = float(gaps.median())
+        found = self.distances.masked_fill(self.distances.isinf(), float("nan"))
+        gaps = found.nanmean(1) - self.distances[:, 0]  # (n,)
+        scale = float(gaps.nanmedian())
         tried = [scale * 2.0**power for power in range(-8, 5)] if scale > 0 else []
         return [*tried, self.temperature]
 

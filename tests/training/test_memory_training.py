@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from modeling_cosup import KNNMemory, MemoryConfig, MLPMemory
-from support.models import make_gen
 from trainer.memory import MemoryTrainer, knn_kl, train_mlp_memory
 from trainer.memory_args import MemoryTrainingArguments
 from trainer.memory_fit import best_weight, fit_memory_config, write_memory_config
 from trainer.memory_keys import ShuffledBlocks, StoredKeys, held_out_rows
 
 WIDTH, VOCAB = 32, 400
+FINGERPRINT = {"gen": "of a test", "key": "model.layers.1.mlp"}
 
 
 def make_datastore(count=96, document_size=8, seed=0, **options):
@@ -23,12 +23,12 @@ def make_datastore(count=96, document_size=8, seed=0, **options):
     centres = torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(9))
     keys = 2 * centres[values] + 0.3 * torch.randn(count, WIDTH, generator=generator)
     options = {"document_starts": torch.arange(0, count, document_size), "dtype": "float32"} | options
-    return KNNMemory.from_tensors(keys, values, fingerprint="of a test", vocab_size=VOCAB, **options)
+    return KNNMemory.from_tensors(keys, values, fingerprint=FINGERPRINT, vocab_size=VOCAB, **options)
 
 
 def make_memory(seed=0, **options):
     torch.manual_seed(seed)
-    return MLPMemory(WIDTH, VOCAB, intermediate_size=16, **options)
+    return MLPMemory(WIDTH, VOCAB, intermediate_size=16, fingerprint=FINGERPRINT, **options)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,9 @@ def arguments(folder, **options):
 def mean_loss(memory, datastore):
     rows = torch.arange(len(datastore))
     with torch.no_grad():
-        return float(torch.nn.functional.cross_entropy(memory(datastore.get_keys(rows).float()), datastore.get_values(rows)))
+        return float(
+            torch.nn.functional.cross_entropy(memory(datastore.get_keys(rows).float()), datastore.get_values(rows))
+        )
 
 
 def test_training_lowers_the_loss_and_depends_on_the_seed(datastore):
@@ -155,6 +157,9 @@ def test_a_datastore_that_does_not_fit_raises(datastore):
         train_mlp_memory(MLPMemory(16, VOCAB, intermediate_size=4), datastore)
     with pytest.raises(ValueError, match="predicts 300 tokens, the datastore's vocabulary has 400"):
         train_mlp_memory(MLPMemory(WIDTH, 300, intermediate_size=4), datastore)
+    other = MLPMemory(WIDTH, VOCAB, 4, fingerprint={**FINGERPRINT, "gen": "of another"})
+    with pytest.raises(ValueError, match="of another Gen than the datastore: gen differ"):
+        train_mlp_memory(other, datastore)
     with pytest.raises(ValueError, match="kl_weight needs a datastore of at least 2 keys"):
         train_mlp_memory(make_memory(), make_datastore(1), kl_weight=0.5)
 
@@ -190,7 +195,7 @@ def test_a_known_optimum_is_found():
     memory = KNNMemory.from_tensors(
         keys,
         values,
-        fingerprint="of a test",
+        fingerprint=FINGERPRINT,
         vocab_size=50,
         dtype="float32",
         memory_config=MemoryConfig(grounded_weight=0.1),
@@ -250,7 +255,11 @@ def test_an_mlp_memory_is_fitted_with_the_ids_that_stay_gens():
     ],
 )
 def test_bad_held_out_tokens_raise(datastore, change, message):
-    options = {"keys": torch.zeros(5, WIDTH), "targets": torch.zeros(5, dtype=torch.long), "lm_log_probs": torch.zeros(5)}
+    options = {
+        "keys": torch.zeros(5, WIDTH),
+        "targets": torch.zeros(5, dtype=torch.long),
+        "lm_log_probs": torch.zeros(5),
+    }
     with pytest.raises(ValueError, match=message):
         fit_memory_config(datastore, **(options | change))
 

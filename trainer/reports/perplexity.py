@@ -25,7 +25,12 @@ def write_perplexity_report(output_dir: str | Path) -> None:
         f"{settings['max_length']:,} tokens, stride {settings['stride']:,}; {settings['time']}; {settings['hardware']}; "
         f"{settings['dtype']}; {versions}; peak memory {results['peak_memory'] / 1e9:.2f} GB."
     )
-    blocks: list[Block] = [Heading(title, 1), Text(summary, note=True), _table(results["arms"]), Text(_note(), note=True)]
+    blocks: list[Block] = [
+        Heading(title, 1),
+        Text(summary, note=True),
+        _table(results["arms"]),
+        Text(_note(), note=True),
+    ]
     if results["warnings"]:
         blocks += [Heading("Warnings"), Bullets(results["warnings"])]
     blocks += [Heading("How this was made"), Code(settings["command"])]
