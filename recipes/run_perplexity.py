@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from shared.cli import check_options, clear_errors, parse, table
+from shared.cli import check_options, check_place, clear_errors, parse, table
 
 from shared.arguments import PerplexityArguments
 
@@ -31,7 +31,7 @@ from trainer.judging.perplexity import LM, Memories, TextScores, peak_memory, sc
 from trainer.judging.results import FORMAT
 from trainer.reports.perplexity import write_perplexity_report
 
-from shared.memories import load_gen, open_memory, overridden, read_documents, window
+from shared.token_memories import load_gen, open_memory, overridden, read_documents, window
 
 
 def main() -> None:
@@ -77,12 +77,16 @@ def check(args: PerplexityArguments) -> None:
     Check the options before anything is loaded.
 
     Raises:
-        `ValueError`: names the option.
+        `ValueError`, `FileNotFoundError`: names the option.
     """
     for name in ("batch_size", "max_documents", "max_length", "stride"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} is {value}, expected at least 1.")
+    if not Path(args.text_file).is_file():
+        raise FileNotFoundError(f"--text_file {args.text_file}: no such file.")
+    for path in args.memory:
+        check_place(f"--memory {path}", path)
     repeated = [path for path in args.memory if args.memory.count(path) > 1]
     if repeated:
         raise ValueError(f"--memory names {repeated[0]} twice.")

@@ -17,12 +17,10 @@ from typing import Any
 
 from shared.cli import check_options, clear_errors, parse, table
 
-from shared.arguments import MemoryTrainingScriptArguments
-
-TRAINING_ARGUMENTS = "trainer.memory_args.MemoryTrainingArguments"  # a name, because the class needs torch
+from shared.arguments import MEMORY_TRAINING_ARGUMENTS, MemoryTrainingScriptArguments
 
 if __name__ == "__main__":  # --help and a wrong option do not wait for the imports below
-    check_options([MemoryTrainingScriptArguments, TRAINING_ARGUMENTS], __doc__)
+    check_options([MemoryTrainingScriptArguments, MEMORY_TRAINING_ARGUMENTS], __doc__)
 
 import torch
 from transformers import set_seed
@@ -35,12 +33,12 @@ from trainer.memory import MemoryTrainer
 from trainer.memory_args import MemoryTrainingArguments
 from trainer.memory_fit import MemoryFit, fit_memory_config, write_memory_config
 
-from shared.memories import load_gen, open_memory, read_documents, window
+from shared.token_memories import load_gen, open_memory, read_documents, window
 
 
 def main() -> None:
     """Train a memory, or take the one that is given, and fit it."""
-    script, args = parse([MemoryTrainingScriptArguments, TRAINING_ARGUMENTS], __doc__)
+    script, args = parse([MemoryTrainingScriptArguments, MEMORY_TRAINING_ARGUMENTS], __doc__)
     if script.num_threads:
         torch.set_num_threads(script.num_threads)
     with clear_errors():
@@ -72,6 +70,8 @@ def check(script: MemoryTrainingScriptArguments) -> None:
         value = getattr(script, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} is {value}, expected at least 1.")
+    if script.fit_file and not Path(script.fit_file).is_file():
+        raise FileNotFoundError(f"--fit_file {script.fit_file}: no such file.")
     if script.fit_only and not script.fit_file:
         raise ValueError("--fit_only needs a --fit_file: held-out text.")
     if script.fit_only and not Path(script.memory).is_dir():
