@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .loss_cosup import chunked_cross_entropy, info_nce, similarity_scores
     from .memory_cosup import Memory, MemoryConfig, TokenNeighbors
     from .milvus_cosup import MilvusPassageIndex
+    from .mlp_memory_cosup import MLPMemory
     from .modeling_cosup import CoSupForCausalLM, CoSupOutput
     from .queue_cosup import Completion
     from .retrieval_cosup import PassageIndex
@@ -24,6 +25,7 @@ _MODULES = {
     "CoSupOutput": "modeling_cosup",
     "Completion": "queue_cosup",
     "Memory": "memory_cosup",
+    "MLPMemory": "mlp_memory_cosup",
     "MemoryConfig": "memory_cosup",
     "MilvusPassageIndex": "milvus_cosup",
     "PassageIndex": "retrieval_cosup",
@@ -45,6 +47,7 @@ __all__ = [
     "CoSupGenerateOutput",
     "CoSupOutput",
     "Completion",
+    "MLPMemory",
     "Memory",
     "MemoryConfig",
     "MilvusPassageIndex",

@@ -54,7 +54,7 @@ def mixture(lm: torch.Tensor, memory: torch.Tensor, weight: float, kept: list[in
     lm, memory = lm.double(), memory.double()
     outside = [id for id in range(len(lm)) if id not in kept]
     mass = memory[outside].sum()
-    if mass == 0:
+    if mass == 0:  # the memory has nothing to say
         return lm
     result = lm.clone()
     result[outside] = (1 - weight) * lm[outside] + weight * lm[outside].sum() * memory[outside] / mass
