@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .configuration_cosup import CoSupConfig
+    from .datastore_cosup import KNNMemory
     from .generation_cosup import CoSupGenerateOutput
     from .loss_cosup import chunked_cross_entropy, info_nce, similarity_scores
     from .memory_cosup import Memory, MemoryConfig, TokenNeighbors
@@ -25,6 +26,7 @@ _MODULES = {
     "CoSupOutput": "modeling_cosup",
     "Completion": "queue_cosup",
     "Memory": "memory_cosup",
+    "KNNMemory": "datastore_cosup",
     "MLPMemory": "mlp_memory_cosup",
     "MemoryConfig": "memory_cosup",
     "MilvusPassageIndex": "milvus_cosup",
@@ -47,6 +49,7 @@ __all__ = [
     "CoSupGenerateOutput",
     "CoSupOutput",
     "Completion",
+    "KNNMemory",
     "MLPMemory",
     "Memory",
     "MemoryConfig",
