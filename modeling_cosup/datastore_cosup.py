@@ -6,7 +6,7 @@ import torch
 
 from .datastore_search_cosup import KeyShard, Neighbors, exact_search, gather_keys, gather_values, half_norms_of
 from .index_files_cosup import DTYPES
-from .memory_cosup import MemoryConfig
+from .memory_cosup import MemoryConfig, TokenNeighbors
 from .sharing_cosup import check_memory_fingerprint
 
 
@@ -170,6 +170,26 @@ class KNNMemory:
         largest = weights.new_full(shape, -torch.inf).scatter_reduce(1, neighbors.values, weights, "amax")
         shares = (weights - largest.gather(1, neighbors.values)).exp()
         return weights.new_zeros(shape).scatter_add(1, neighbors.values, shares).log_() + largest
+
+    def nearest(self, states: dict[str, torch.Tensor], n: int, config: MemoryConfig) -> list[TokenNeighbors]:
+        """
+        Return the n entries nearest to each of R states, for the trace of generate().
+
+        Args:
+            states (`dict[str, torch.Tensor]`), config ([`MemoryConfig`]): as in `log_probs`; the shares of the entries
+                are among the `k` of the config.
+            n (`int`): entries for each state, at most `k`.
+        """
+        neighbors = self.search(states[self.states[0]], config.k)
+        weights = neighbors.log_weights(config.temperature).exp()
+        documents: list[list[int]] = [[] for _ in weights]
+        if self.document_starts is not None:
+            rows = neighbors.rows[:, :n].cpu().contiguous()
+            # the last document that starts at or before the row: empty ones start there too
+            documents = (torch.searchsorted(self.document_starts, rows, right=True) - 1).tolist()
+        fields = (neighbors.rows, neighbors.values, neighbors.distances, weights)
+        lists = [tensor[:, :n].tolist() for tensor in fields]
+        return [TokenNeighbors(*values) for values in zip(*lists, documents, strict=True)]
 
     def target_log_probs(
         self, keys: torch.Tensor, targets: torch.Tensor, config: MemoryConfig, kept_ids: torch.Tensor | None = None
