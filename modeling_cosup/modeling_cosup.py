@@ -10,13 +10,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
 
-from .architectures_cosup import encoder_from_config
+from .architectures_cosup import encoder_from_config, lm_logits
 from .building_cosup import BuildingMixin
 from .configuration_cosup import CoSupConfig
+from .datastore_cosup import KNNMemory
 from .encoding_cosup import EncodingMixin
 from .generation_cosup import RetrievalGenerationMixin
 from .loss_cosup import chunked_cross_entropy, info_nce
-from .opening_cosup import open_by_uri
+from .memory_cosup import MemoryConfig
+from .mlp_memory_cosup import MLPMemory
+from .opening_cosup import load_memory, open_by_uri
 from .packing_cosup import Packing
 from .parts_cosup import PartsMixin
 from .retrieval_cosup import PassageIndex
@@ -73,6 +76,7 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
 
     config_class = CoSupConfig
     retrieval_config_class = RetrievalConfig  # for users who load this code with a checkpoint
+    memory_config_class = MemoryConfig
     base_model_prefix = "gen"
     accepts_loss_kwargs = True  # num_items_in_batch
     supports_gradient_checkpointing = True
@@ -262,8 +266,10 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
         nsp_token_id = kwargs.pop("nsp_token_id", self.config.nsp_token_id)
         return_dict = kwargs.pop("return_dict", None)
         passage_embeds = query_embeds = None
-        if self.config.tie_emb_seq and self.training:  # not for logits that are computed without no_grad
-            self._forget_trained_emb_seq()
+        if self.training:  # not for logits that are computed without no_grad
+            self._forget_trained_gen()
+            if self.config.tie_emb_seq:
+                self._forget_trained_emb_seq()
         if passage_input_ids is not None:
             passage_embeds = self.encode_passages(passage_input_ids, passage_attention_mask, passage_packing)  # (M, h)
         if query_input_ids is not None:
@@ -348,17 +354,8 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
         return cast(torch.Tensor, losses).sum() / (passage_labels != -100).sum().clamp(min=1)
 
     def _lm_head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the logits `(..., V)` of hidden states `(..., h)`, scaled after the head if Gen scales its own."""
-        logits = self.gen.get_output_embeddings()(hidden)
-        config = self.config.get_text_config()
-        if scale := getattr(config, "logit_scale", None):  # Cohere
-            logits = logits * scale
-        if divisor := getattr(config, "logits_scaling", None):  # Granite
-            logits = logits / divisor
-        # Gemma 2, RecurrentGemma
-        if cap := getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None):
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+        """Return the logits `(..., V)` of hidden states `(..., h)`."""
+        return lm_logits(self.gen, hidden)
 
     # ------------------------------------------------------------------ index
 
@@ -391,6 +388,30 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
             index = open_by_uri(uri, str(name_or_path), kwargs)
         index.check_model(self)
         return index
+
+    # ------------------------------------------------------------------ token memories
+
+    def build_memory(
+        self, texts: Any, save_directory: str | os.PathLike[str] | None = None, **kwargs: Any
+    ) -> KNNMemory | Any:
+        """Build a [`KNNMemory`] of `texts` with this model's Gen; see [`KNNMemory.build`] for the options."""
+        return KNNMemory.build(self, texts, save_directory, **kwargs)
+
+    def load_memory(self, name_or_path: str | os.PathLike[str], **kwargs: Any) -> KNNMemory | MLPMemory:
+        """
+        Load a saved token memory of either kind, and check that it was made for this model.
+
+        Args:
+            name_or_path (`str` or `Path`): a folder, or a repository on the Hub.
+            **kwargs: for `from_pretrained` of [`KNNMemory`] or [`MLPMemory`], e.g. `revision`.
+
+        Raises:
+            `FileNotFoundError`: for what is no memory.
+            `ValueError`: for damaged files, and for a memory of another model, with what differs.
+        """
+        memory = load_memory(name_or_path, **kwargs)
+        memory.check_model(self)
+        return memory
 
     # ------------------------------------------------------------------ what transformers expects of a causal LM
 

@@ -5,7 +5,6 @@ Save, push and recognise a model: its fingerprint, its tokenizers, its folder an
 uploads files. `trainer/hub.py` decides what is pushed during training.
 """
 
-import hashlib
 import inspect
 import os
 import tempfile
@@ -19,16 +18,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration_cosup import CoSupConfig
 from .facts_cosup import carry_facts, load_facts
+from .fingerprints_cosup import can_be_hashed, hash_parameters, is_elsewhere
 from .hub_cosup import CARD_FILE, EMB_SEQ_TOKENIZER_FOLDER, REPLACED_FILES, checkpoint_files, make_repo, push_files
 from .parts_cosup import check_adapters_are_merged
 from .plain_card_cosup import package_cards, plain_card
+from .token_keys_cosup import ffn_name
 from .tokenization_cosup import same_tokenizer, tokenizer_fingerprint
 from .tokenizer_files_cosup import class_to_save
-
-try:
-    from torch.distributed.tensor import DTensor
-except ImportError:  # a torch without distributed
-    DTensor = ()  # type: ignore[assignment, misc]  # nothing is an instance of it
 
 if TYPE_CHECKING:
 
@@ -53,6 +49,7 @@ class SharingMixin(ModelBase):
     """The part of [`CoSupForCausalLM`] that saves, pushes and recognises the model."""
 
     config: CoSupConfig
+    gen: PreTrainedModel
     emb_seq: PreTrainedModel | None
     _emb_seq_prefix: Callable[[], str]
     _tokenizer: PreTrainedTokenizerBase | None
@@ -82,29 +79,28 @@ class SharingMixin(ModelBase):
             `ValueError`: when Emb_seq is not loaded and the checkpoint stores no hash of it.
         """
         stored = self.config.fingerprint or {}
-        hashes = {}
-        for name in ("tokenizer", "emb_seq_tokenizer"):
-            hashes[name] = stored.get(name) or tokenizer_fingerprint(getattr(self, name))
+        hashes = self._tokenizer_hashes()
         if self._can_hash_emb_seq(state_dict) or not stored.get("emb_seq"):
             hashes["emb_seq"] = self._hash_emb_seq(state_dict)
         else:
             hashes["emb_seq"] = stored["emb_seq"]
-        self.config.fingerprint = hashes
+        self.config.fingerprint = {**stored, **hashes}
         return {**hashes, **self.config.embedding_settings}
 
     def _can_hash_emb_seq(self, state_dict: dict[str, torch.Tensor] | None) -> bool:
         """Return whether Emb_seq's weights are complete and in a dtype that keeps their hash."""
-        if self.emb_seq is None:
-            return False
-        weights = list(self.emb_seq.parameters())
-        if state_dict is None and any(_is_elsewhere(weight) for weight in weights):
-            return False
-        return all(weight.dtype in (torch.float32, torch.bfloat16) for weight in weights)
+        return self.emb_seq is not None and can_be_hashed(self.emb_seq, state_dict)
 
     def _forget_fingerprint(self, *names: str) -> None:
         """Drop the stored hashes that no longer describe this model."""
         if self.config.fingerprint is not None:
             self.config.fingerprint = {**self.config.fingerprint, **dict.fromkeys(names)}
+
+    def _forget_trained_gen(self) -> None:
+        """Drop the stored hash of Gen if it may be in training: the hash no longer describes it."""
+        if torch.is_grad_enabled() and (self.config.fingerprint or {}).get("gen"):
+            if any(parameter.requires_grad for parameter in self.gen.parameters()):
+                self._forget_fingerprint("gen")
 
     def _hash_emb_seq(self, state_dict: dict[str, torch.Tensor] | None = None) -> str:
         """Hash Emb_seq and `emb_head`; see [`~SharingMixin.hash_weights`]."""
@@ -122,32 +118,52 @@ class SharingMixin(ModelBase):
         Returns:
             `str`, or `None` if no `state_dict` is given and weights are offloaded or sharded.
         """
-        if state_dict is None and any(_is_elsewhere(weight) for weight in self.parameters()):
+        if state_dict is None and any(is_elsewhere(weight) for weight in self.parameters()):
             return None
         return self.hash_weights(state_dict)
 
-    @torch.no_grad()
     def hash_weights(self, state_dict: dict[str, torch.Tensor] | None = None, parts: tuple[str, ...] = ("",)) -> str:
         """
-        Return the SHA-256 (hex) of a sample of the weights: up to 8,192 of each parameter, evenly spread, in bfloat16.
+        Return the SHA-256 (hex) of a sample of the weights, see [`hash_parameters`].
 
         Args:
             state_dict (`dict`, *optional*): the weights, needed if the model's own are shards.
             parts (`tuple[str]`): prefixes of the names of the parameters to hash; all by default.
         """
-        digest = hashlib.sha256()
-        for name, parameter in self.named_parameters():
-            if not name.startswith(parts):
-                continue
-            weights = (parameter if state_dict is None else state_dict[name]).detach()
-            if isinstance(weights, DTensor):
-                weights = weights.full_tensor()
-            weights = weights.reshape(-1)
-            stride = max(1, len(weights) // 4096)
-            sample = weights[::stride].to(torch.bfloat16).contiguous().cpu()
-            digest.update(f"{name} {tuple(parameter.shape)}".encode())
-            digest.update(sample.view(torch.int16).numpy().tobytes())
-        return digest.hexdigest()
+        named = {name: weight for name, weight in self.named_parameters() if name.startswith(parts)}
+        return hash_parameters(
+            (name, weight if state_dict is None else state_dict[name]) for name, weight in named.items()
+        )
+
+    def memory_fingerprint(self) -> dict[str, str]:
+        """
+        Return what a token memory must have in common with this model, see [`fingerprints_cosup.memory_fingerprint`].
+
+        As for [`~SharingMixin.fingerprint`], weights that cannot be hashed have the hash of the last save.
+        """
+        key = ffn_name(self)
+        hashes = self._tokenizer_hashes()
+        gen = (self.config.fingerprint or {}).get("gen")
+        if can_be_hashed(self.gen.base_model) or not gen:
+            gen = self._hash_gen()
+        self.config.fingerprint = {**(self.config.fingerprint or {}), **hashes, "gen": gen}
+        return {"gen": gen, "tokenizer": hashes["tokenizer"], "key": key}
+
+    def _hash_gen(self, state_dict: dict[str, torch.Tensor] | None = None) -> str:
+        """Hash the body of Gen: a plain language model of the same weights has the same hash."""
+        parameters = self.gen.base_model.named_parameters()
+        if state_dict is None:
+            return hash_parameters(parameters)
+        prefix = f"gen.{self.gen.base_model_prefix}."
+        return hash_parameters((name, state_dict[prefix + name]) for name, _ in parameters)
+
+    def _tokenizer_hashes(self) -> dict[str, str]:
+        """Return the hashes of both tokenizers, the stored ones if there are."""
+        stored = self.config.fingerprint or {}
+        hashes = {}
+        for name in ("tokenizer", "emb_seq_tokenizer"):
+            hashes[name] = stored.get(name) or tokenizer_fingerprint(getattr(self, name))
+        return hashes
 
     # ------------------------------------------------------------------ tokenizers
 
@@ -242,6 +258,8 @@ class SharingMixin(ModelBase):
             for tokenizer in tokenizers.values():
                 class_to_save(tokenizer, self.config, (None,), _PLAIN_TOKENIZER)
             self.fingerprint(state_dict)
+            if can_be_hashed(self.gen.base_model, state_dict):
+                self.config.fingerprint = {**(self.config.fingerprint or {}), "gen": self._hash_gen(state_dict)}
             for subfolder, tokenizer in tokenizers.items():
                 tokenizer.save_pretrained(Path(save_directory) / subfolder)
         if is_main_process:
@@ -270,8 +288,8 @@ class SharingMixin(ModelBase):
             type(self).__module__ = original.__module__
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load other weights, such as the best checkpoint after training, and drop the stored hash of Emb_seq."""
-        self._forget_fingerprint("emb_seq")
+        """Load other weights, such as the best checkpoint after training, and drop the stored hashes of weights."""
+        self._forget_fingerprint("emb_seq", "gen")
         return super().load_state_dict(*args, **kwargs)
 
     # ------------------------------------------------------------------ the Hub
@@ -359,8 +377,3 @@ class SharingMixin(ModelBase):
             card = plain_card(repo_id, SUMMARY, facts.get("license"), card_tags, **metadata)
         files = {**checkpoint_files(folder), CARD_FILE: card.encode()}
         return push_files(files, repo_id, REPLACED_FILES, token=token, **commit_options)
-
-
-def _is_elsewhere(weight: torch.Tensor) -> bool:
-    """Return whether a parameter is an FSDP2 shard, which only all ranks together can gather, or is offloaded."""
-    return isinstance(weight, DTensor) or weight.is_meta

@@ -19,10 +19,12 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
-from modeling_cosup import CoSupForCausalLM
+from modeling_cosup import CoSupForCausalLM, Memory, MemoryConfig
 from modeling_cosup.files_cosup import read_json, write_json
 from modeling_cosup.lines_cosup import write_lines
+from modeling_cosup.token_keys_cosup import gen_of
 
 from ..distributed import barrier, gather_objects, host_group, rank, world_size
 from .correctness import worded
@@ -32,7 +34,7 @@ from .matching import gold_ids, provenance_unknown
 from .nli import SharedJudge
 from .results import FORMAT
 from .retrieval import Scores
-from .runs import TaskRun
+from .runs import TaskRun, memory_settings
 from .scoring import averages, cor_names, has_rouge, measure, readings, score, score_rankings, without_empty_answers
 from .tasks import Task
 
@@ -52,6 +54,8 @@ def evaluate_tasks(
     seed: int = 0,
     facts: dict | None = None,
     gr_hypothesis: str = HYPOTHESIS,
+    memory: Memory | None = None,
+    memory_config: MemoryConfig | None = None,
 ) -> dict:
     """
     Judge a model on tasks and write the results folder.
@@ -75,6 +79,7 @@ def evaluate_tasks(
         seed (`int`): seed for drawing the passages of mode `"wrong"`.
         facts (`dict`, *optional*): further entries of `settings`, such as the command.
         gr_hypothesis (`str`): the template of the hypotheses of Gr; see [`~trainer.judging.grounding.grounding`].
+        memory ([`Memory`], *optional*), memory_config ([`MemoryConfig`], *optional*): as in `generate`, in all modes.
 
     Returns:
         `dict`: the content of `metrics.json`, on every process:
@@ -101,7 +106,8 @@ def evaluate_tasks(
         raise ValueError("There is no task: nothing would be judged.")
     check_hypothesis(gr_hypothesis)
     modes = [mode for mode in modes if mode != QUERY]
-    runs = [TaskRun(model, task, output_dir / task.name, modes, batch_size, seed) for task in tasks]
+    options = (modes, batch_size, seed, memory, memory_config)
+    runs = [TaskRun(model, task, output_dir / task.name, *options) for task in tasks]
     for run in runs:
         run.open_index(index_cache or output_dir / "indexes")
     judge = _share_judge(entail)
@@ -126,6 +132,7 @@ def evaluate_tasks(
             "nli": entail is not None,
             "gr_hypothesis": gr_hypothesis,
             "seed": seed,
+            "memory_config": memory_settings(memory, memory_config),
             **environment(model),
             "batch_size": batch_size,
         }
@@ -156,8 +163,8 @@ def _share_judge(entail: Judge | None) -> Judge | SharedJudge | None:
     return SharedJudge(entail, host_group(timedelta(days=7)))  # the others may wait for hours while one still answers
 
 
-def environment(model: CoSupForCausalLM) -> dict:
-    """Return the origin of the figures: model, fingerprint, versions, hardware and time."""
+def environment(model: PreTrainedModel) -> dict:
+    """Return the origin of the figures: model, fingerprint of a CoSup model, versions, hardware and time."""
     if model.device.type == "cuda":
         hardware = torch.cuda.get_device_name()
     else:
@@ -169,8 +176,8 @@ def environment(model: CoSupForCausalLM) -> dict:
     }
     return {
         "model": model.config._name_or_path,
-        "fingerprint": model.fingerprint(),
-        "dtype": str(model.gen.dtype).removeprefix("torch."),
+        "fingerprint": model.fingerprint() if isinstance(model, CoSupForCausalLM) else None,
+        "dtype": str(gen_of(model).dtype).removeprefix("torch."),
         "versions": versions,
         "hardware": hardware,
         "processes": world_size(),
