@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from .datastore_search_cosup import KeyShard, Neighbors, exact_search, gather_keys, gather_values, half_norms_of
-from .index_files_cosup import DTYPES
+from .folders_cosup import DTYPES
 from .memory_cosup import MemoryConfig
 from .sharing_cosup import check_memory_fingerprint
 
