@@ -24,6 +24,7 @@ import torch
 
 from modeling_cosup import KNNMemory
 from modeling_cosup.files_cosup import write_json
+from modeling_cosup.opening_cosup import load_memory
 from trainer.judging.figures import figure, figure_line, shown
 from trainer.judging.judge import command_line, environment
 from trainer.judging.overlap import NgramHashes
@@ -31,7 +32,7 @@ from trainer.judging.perplexity import LM, Memories, TextScores, peak_memory, sc
 from trainer.judging.results import FORMAT
 from trainer.reports.perplexity import write_perplexity_report
 
-from shared.token_memories import load_gen, open_memory, overridden, read_documents, window
+from shared.token_memories import load_gen, overridden, read_documents, window
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
         max_length, stride = window(model, args.max_length, args.stride)
         memories: dict[str, Any] = {}
         for path in args.memory:
-            memory = open_memory(path).to(model.device)
+            memory = load_memory(path).to(model.device)
             memories[path] = (memory, overridden(memory.memory_config, args.weight, args.k, args.temperature))
         documents = NgramHashes(read_documents(args.text_file, tokenizer, args.max_documents))
         scores = score_text(

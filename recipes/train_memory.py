@@ -8,7 +8,7 @@ Train an MLP memory on the keys of a token datastore, and fit how a memory joins
 
 The keys are read from their files in shuffled blocks. Any option of `transformers.TrainingArguments` may be given, and
 `--resume_from_checkpoint` resumes a run. With `--fit_file`, the weight, temperature and (of a KNNMemory) k with the
-lowest perplexity are written into the config of the memory, and all that was tried into `memory_fit.json` next to it.
+lowest perplexity are written into the config of the memory, and all that was tried into OUTPUT_DIR/memory_fit.json.
 """
 
 from dataclasses import asdict
@@ -27,13 +27,14 @@ from transformers import set_seed
 
 from modeling_cosup import KNNMemory, MLPMemory
 from modeling_cosup.files_cosup import write_json
+from modeling_cosup.opening_cosup import load_memory
 from trainer.judging.figures import shown
 from trainer.judging.perplexity import gen_scores, kept_ids_of
 from trainer.memory import MemoryTrainer
 from trainer.memory_args import MemoryTrainingArguments
 from trainer.memory_fit import MemoryFit, fit_memory_config, write_memory_config
 
-from shared.token_memories import load_gen, open_memory, read_documents, window
+from shared.token_memories import load_gen, read_documents, window
 
 
 def main() -> None:
@@ -43,7 +44,7 @@ def main() -> None:
         torch.set_num_threads(script.num_threads)
     with clear_errors():
         check(script)
-        memory = open_memory(script.memory)
+        memory = load_memory(script.memory)
         if not script.fit_only and not isinstance(memory, KNNMemory):
             raise ValueError(f"--memory {script.memory} has no keys to train on; --fit_only true fits it.")
         model, tokenizer = load_gen(script.model, script.dtype)
@@ -52,11 +53,11 @@ def main() -> None:
         is_main_process = True
         if not script.fit_only:
             folder = Path(args.output_dir)
-            trainer = train(script, args, model, memory)
+            trainer = train(script, args, model, tokenizer, memory)
             memory = trainer.model
             is_main_process = trainer.is_world_process_zero()
         if script.fit_file and is_main_process:
-            fit(script, model, tokenizer, memory, folder)
+            fit(script, args.output_dir, model, tokenizer, memory, folder)
 
 
 def check(script: MemoryTrainingScriptArguments) -> None:
@@ -79,11 +80,15 @@ def check(script: MemoryTrainingScriptArguments) -> None:
 
 
 def train(
-    script: MemoryTrainingScriptArguments, args: MemoryTrainingArguments, model: Any, datastore: KNNMemory
+    script: MemoryTrainingScriptArguments,
+    args: MemoryTrainingArguments,
+    model: Any,
+    tokenizer: Any,
+    datastore: KNNMemory,
 ) -> MemoryTrainer:
     """Train an MLP memory, and save it with its losses; return its trainer."""
     set_seed(args.seed)
-    memory = MLPMemory.from_gen(model, intermediate_size=script.intermediate_size)
+    memory = MLPMemory.from_gen(model, script.intermediate_size, tokenizer)
     trainer = MemoryTrainer(memory, args, datastore)
     metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
     trainer.save_model()
@@ -94,7 +99,12 @@ def train(
 
 
 def fit(
-    script: MemoryTrainingScriptArguments, model: Any, tokenizer: Any, memory: KNNMemory | MLPMemory, folder: Path
+    script: MemoryTrainingScriptArguments,
+    output_dir: str,
+    model: Any,
+    tokenizer: Any,
+    memory: KNNMemory | MLPMemory,
+    folder: Path,
 ) -> None:
     """Fit the memory on held-out text, write its config and what was tried, and print the best."""
     max_length, stride = window(model, script.max_length, script.stride)
@@ -112,8 +122,9 @@ def fit(
     keys, values, lm, lm_kept = (torch.cat(part)[: script.max_fit_tokens] for part in zip(*parts, strict=True))
     memory.to(keys.device)
     found = fit_memory_config(memory, keys, values, lm, lm_kept, kept_ids)
-    write_memory_config(folder, found.memory_config)
-    write_json(folder / "memory_fit.json", {"fit_file": script.fit_file, "tokens": len(lm), **asdict(found)})
+    write_memory_config(memory, folder, found.memory_config)
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    write_json(Path(output_dir) / "memory_fit.json", {"fit_file": script.fit_file, "tokens": len(lm), **asdict(found)})
     print_fit(found, len(lm), folder)
 
 

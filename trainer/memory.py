@@ -139,6 +139,7 @@ class MemoryTrainer(Trainer):
     ) -> dict[str, float]:
         """Return the mean losses over the keys that are held out, and log them."""
         memory, size = self.model, self.args.eval_batch_size
+        assert memory is not None
         memory.eval()
         rows = self.held_out[self.args.process_index :: self.args.world_size]
         sums: dict[str, torch.Tensor] = {}
@@ -159,7 +160,7 @@ class MemoryTrainer(Trainer):
         self.accelerator.unwrap_model(self.model).save_pretrained(output_dir or self.args.output_dir)
 
 
-def _as_it_is(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 

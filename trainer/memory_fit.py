@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from modeling_cosup import KNNMemory, MemoryConfig, MLPMemory
-from modeling_cosup.files_cosup import read_json, write_json
 from modeling_cosup.memory_cosup import target_log_probs
 
 KS = (8, 32, 128, 512, 1024, 2048)  # neighbours that are tried
@@ -96,10 +95,22 @@ def fit_memory_config(
     return MemoryFit(config, best["perplexity"], math.exp(-float(lm.mean())), trials)
 
 
-def write_memory_config(folder: str | Path, config: MemoryConfig) -> None:
-    """Write how a memory joins Gen into the folder of a memory: after a crash it is the old config or the new one."""
-    path = Path(folder) / "memory_config.json"
-    write_json(path, {**read_json(path), "memory_config": config.to_dict()})
+def write_memory_config(memory: KNNMemory | MLPMemory, folder: str | Path, config: MemoryConfig) -> None:
+    """
+    Give a memory a new config, and write it into its folder; the keys of a datastore are not touched.
+
+    After a crash the folder holds the old config or the new one.
+
+    Args:
+        memory ([`KNNMemory`] or [`MLPMemory`]): a datastore must have been loaded from `folder`.
+        folder (`str` or `Path`): of the memory.
+        config ([`MemoryConfig`]): such as [`fit_memory_config`] found.
+    """
+    memory.memory_config = config
+    if isinstance(memory, KNNMemory):
+        memory.save_memory_config()
+    else:
+        memory.save_pretrained(folder)
 
 
 def _check_held_out(

@@ -136,9 +136,14 @@ def test_train_fit_and_measure_with_a_plain_gen(world, monkeypatch, tmp_path, ca
 
 def test_a_datastore_is_fitted_in_its_folder(world, monkeypatch, tmp_path):
     KNNMemory.from_pretrained(world / "knn").save_pretrained(tmp_path / "knn")
-    options = {"model": world / "model", "memory": tmp_path / "knn", "fit_file": world / "text.jsonl"}
+    options = {
+        "model": world / "model",
+        "memory": tmp_path / "knn",
+        "fit_file": world / "text.jsonl",
+        "output_dir": tmp_path / "fit",
+    }
     runs_here(monkeypatch, "train_memory", fit_only="true", max_length=16, **options)
-    fit = json.loads((tmp_path / "knn" / "memory_fit.json").read_text())
+    fit = json.loads((tmp_path / "fit" / "memory_fit.json").read_text())
     fitted = KNNMemory.from_pretrained(tmp_path / "knn")
     assert fitted.memory_config.to_dict() == fit["memory_config"]
     assert {trial["k"] for trial in fit["trials"]} == {8, 32, len(fitted)}

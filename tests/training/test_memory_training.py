@@ -54,7 +54,7 @@ def test_training_lowers_the_loss_and_depends_on_the_seed(datastore):
     for seed in (1, 1, 2):
         memory = make_memory()
         before = mean_loss(memory, datastore)
-        options = {"batch_size": 16, "num_train_epochs": 4, "learning_rate": 1e-2, "seed": seed}
+        options = {"batch_size": 16, "num_train_epochs": 2, "learning_rate": 3e-2, "seed": seed}
         metrics = train_mlp_memory(memory, datastore, **options)
         assert list(metrics) == ["train_loss"]
         assert mean_loss(memory, datastore) < 0.3 < 3.0 < before
@@ -190,8 +190,8 @@ def test_weights_at_the_ends():
 def test_a_known_optimum_is_found():
     """Targets are drawn from a mixture of a uniform LM and the kNN distribution of known k, temperature and weight."""
     generator = torch.Generator().manual_seed(0)
-    keys = torch.randn(400, 4, generator=generator)
-    values = torch.randint(0, 50, (400,), generator=generator)
+    keys = torch.randn(200, 4, generator=generator)
+    values = torch.randint(0, 50, (200,), generator=generator)
     memory = KNNMemory.from_tensors(
         keys,
         values,
@@ -200,20 +200,20 @@ def test_a_known_optimum_is_found():
         dtype="float32",
         memory_config=MemoryConfig(grounded_weight=0.1),
     )
-    queries = torch.randn(3000, 4, generator=generator)
+    queries = torch.randn(1500, 4, generator=generator)
     config = MemoryConfig(k=32, temperature=0.5, weight=0.6)
     p_knn = memory.log_probs({memory.states[0]: queries}, config).exp()
     targets = torch.multinomial(0.4 / 50 + 0.6 * p_knn, 1, generator=generator)[:, 0]
-    lm = torch.full((3000,), math.log(1 / 50))
+    lm = torch.full((1500,), math.log(1 / 50))
     found = fit_memory_config(memory, queries, targets, lm, ks=(2, 8, 32, 128, 9999))
     assert found.memory_config.k == 32
-    assert found.memory_config.temperature == pytest.approx(0.5, rel=0.2)
-    assert found.memory_config.weight == pytest.approx(0.6, abs=0.04)
+    assert found.memory_config.temperature == pytest.approx(0.5, rel=0.25)
+    assert found.memory_config.weight == pytest.approx(0.6, abs=0.05)
     assert found.memory_config.grounded_weight == 0.1
     assert found.lm_perplexity == pytest.approx(50)
     true_loss = -(0.4 / 50 + 0.6 * p_knn.gather(1, targets[:, None])).log().mean()
     assert found.perplexity <= math.exp(float(true_loss)) + 1e-4
-    assert {trial["k"] for trial in found.trials} == {2, 8, 32, 128, 400}
+    assert {trial["k"] for trial in found.trials} == {2, 8, 32, 128, 200}
 
 
 def test_an_mlp_memory_is_fitted_with_the_ids_that_stay_gens():
@@ -221,7 +221,7 @@ def test_an_mlp_memory_is_fitted_with_the_ids_that_stay_gens():
     with torch.no_grad():
         memory(torch.randn(1, WIDTH))
     generator = torch.Generator().manual_seed(0)
-    keys = torch.randn(3000, WIDTH, generator=generator)
+    keys = torch.randn(1500, WIDTH, generator=generator)
     kept = torch.tensor([3, 7])
     with torch.no_grad():
         p_memory = (memory(keys) / 1.5).softmax(-1)
@@ -231,7 +231,7 @@ def test_an_mlp_memory_is_fitted_with_the_ids_that_stay_gens():
     mixture = 0.7 * p_lm + 0.3 * (1 - 2 / VOCAB) * p_memory
     mixture[:, kept] = 1 / VOCAB
     targets = torch.multinomial(mixture, 1, generator=generator)[:, 0]
-    lm, lm_kept = torch.full((3000,), -math.log(VOCAB)), torch.full((3000,), math.log(2 / VOCAB))
+    lm, lm_kept = torch.full((1500,), -math.log(VOCAB)), torch.full((1500,), math.log(2 / VOCAB))
     found = fit_memory_config(memory, keys, targets, lm, lm_kept, kept)
     true_loss = -mixture.gather(1, targets[:, None]).log().mean()
     assert found.perplexity <= math.exp(float(true_loss)) + 1e-3
@@ -269,6 +269,8 @@ def test_a_fitted_config_is_written_into_the_folder(datastore, tmp_path):
     for memory in (datastore, make_memory()):
         folder = tmp_path / type(memory).__name__
         memory.save_pretrained(folder)
-        write_memory_config(folder, config)
+        times = {path.name: path.stat().st_mtime_ns for path in folder.glob("*keys*")}
         loaded = type(memory).from_pretrained(folder)
-        assert loaded.memory_config == config
+        write_memory_config(loaded, folder, config)
+        assert type(memory).from_pretrained(folder).memory_config == config
+        assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*keys*")} == times
