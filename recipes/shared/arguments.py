@@ -476,3 +476,17 @@ class MacondoArguments:
     first_names: str | None = field(default=None, metadata={"help": "File of first names of villagers, one a line."})
     last_names: str | None = field(default=None, metadata={"help": "File of last names, one a line."})
     child_names: str | None = field(default=None, metadata={"help": "File of names of children, one a line."})
+
+
+@dataclass
+class MemoryRunnerArguments:
+    """Which experiment with token memories to run, and where."""
+
+    experiment: str = field(metadata={"help": "YAML file; see recipes/experiments/memory_definition.py."})
+    output_dir: str = field(metadata={"help": "Folder of the report."})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder of data, models, memories and analyses that experiments share."}
+    )
+    seeds: str | None = field(default=None, metadata={"help": "Seeds in place of those in the file, e.g. 0,1."})
+    only: list[str] | None = field(default=None, metadata={"help": "Run and report only these arms."})
+    num_threads: int | None = field(default=None, metadata={"help": "Threads on a CPU."})
