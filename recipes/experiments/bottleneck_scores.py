@@ -180,8 +180,8 @@ def run_hurdle(
         gen_source (`str` or `dict`): checkpoint whose architecture is used, or the config of a model.
         data (`Path`): folder of recipes/prepare_macondo.py.
         tokenizer (`PreTrainedTokenizerBase`): of Gen.
-        options (`dict`): `gen` (overrides of the config), `max_sentences`, `every` (steps between two measurements) and
-            `training` (options of `TrainingArguments`).
+        options (`dict`): `gen` (overrides of the config), `max_sentences`, `every` (steps between two measurements),
+            and `training` (options of `TrainingArguments`).
         seed (`int`): seed of weights, sentences and their order.
         folder (`Path`): an existing folder for files in between.
 

@@ -5,7 +5,6 @@ The result of a stage is a folder of the cache, named by a hash of all options t
 there at all, and no stage runs twice.
 """
 
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from modeling_cosup import KNNMemory, MLPMemory
 from modeling_cosup.files_cosup import digest, read_json, write_json
@@ -57,76 +56,88 @@ def prepare(experiment: MemoryExperiment, arm: str, seed: int, cache: Path) -> P
     Run the stages of an arm with a seed, or reuse their results.
 
     Raises:
-        `ValueError`: as [`prepare_macondo`] and the memories do.
+        `ValueError`: as [`~shared.macondo.prepare_macondo`] and the memories do.
     """
-    options = experiment.arms[arm]
-    gen_source = options["gen"]
-    given = gen_source if isinstance(gen_source, str) else None
-    content = digest_of_content(given) if given else gen_source
-
-    data_key = digest([experiment.data, seed, content if given else None])[:12]
-    data = cache / "data" / data_key
-    with locked_folder(data):
-        prepare_macondo(MacondoArguments(str(data), seed=seed, tokenizer=given, **experiment.data))
-    tokenizer = AutoTokenizer.from_pretrained(given or data / "tokenizer")
-
-    pretraining, training = experiment.section(arm, "pretraining"), experiment.section(arm, "training")
-    lora = options.get("lora", {})
-    gen_key = digest([read_json(data / "macondo.json"), content, pretraining, training, lora, seed])[:12]
-
-    def make_gen(folder: Path) -> dict[str, Any]:
-        gen = new_gen(gen_source, tokenizer, seed)
-        facts: dict[str, Any] = {"parameters": gen.num_parameters()}
-        if pretraining:
-            path = data / "other_relations.jsonl"
-            facts["pretraining_loss"] = train_gen(gen, tokenizer, path, pretraining, folder / "trainer", seed)
-        trained = with_lora(gen, lora) if lora else gen
-        facts["loss"] = train_gen(trained, tokenizer, data / "train.jsonl", training, folder / "trainer", seed)
-        gen = trained.merge_and_unload() if lora else gen
-        shutil.rmtree(folder / "trainer", ignore_errors=True)
-        gen.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return facts
-
-    facts = {"gen": stage(cache / "gens" / gen_key, make_gen, f"{arm}, seed {seed}: Gen")}
-    gen = AutoModelForCausalLM.from_pretrained(cache / "gens" / gen_key).eval()
+    name = f"{arm}, seed {seed}"
+    data, tokenizer = make_data(experiment, arm, seed, cache)
+    gen_folder, gen_facts = make_gen(experiment, arm, seed, cache, data, tokenizer)
+    gen = AutoModelForCausalLM.from_pretrained(gen_folder).eval()
     gen.requires_grad_(False)
     if torch.cuda.is_available():
         gen.to("cuda")
 
     knn_options = experiment.section(arm, "knn")
-    knn_folder = cache / "memories" / digest([gen_key, knn_options])[:12]
+    knn_folder = cache / "memories" / digest([gen_folder.name, knn_options])[:12]
 
-    def make_knn(folder: Path) -> dict[str, Any]:
-        knn = KNNMemory.build(
-            gen,
-            str(data / "train.jsonl"),
-            folder / "memory",
-            tokenizer=tokenizer,
-            show_progress_bar=False,
-            **knn_options,
-        )
+    def build_knn(folder: Path) -> dict[str, Any]:
+        texts = str(data / "train.jsonl")
+        knn = KNNMemory.build(gen, texts, folder / "memory", tokenizer=tokenizer, **knn_options)
         return {"keys": len(knn), "key_size": knn.key_size, "bytes": size_of(folder / "memory")}
 
-    facts["knn"] = stage(knn_folder, make_knn, f"{arm}, seed {seed}: kNN memory")
+    knn_facts = stage(knn_folder, build_knn, f"{name}: kNN memory")
     knn = KNNMemory.from_pretrained(knn_folder / "memory")
     knn.check_model(gen)
 
     mlp_options = experiment.section(arm, "mlp")
     mlp_folder = cache / "memories" / digest([knn_folder.name, mlp_options, seed])[:12]
 
-    def make_mlp(folder: Path) -> dict[str, Any]:
+    def train_mlp(folder: Path) -> dict[str, Any]:
         settings = dict(mlp_options)
-        torch.manual_seed(seed)
+        set_seed(seed)
         mlp = MLPMemory.from_gen(gen, intermediate_size=settings.pop("intermediate_size", 4096))
         losses = train_mlp_memory(mlp, knn, seed=seed, **settings)
         mlp.save_pretrained(folder / "memory")
         return {**losses, "bytes": size_of(folder / "memory")}
 
-    facts["mlp"] = stage(mlp_folder, make_mlp, f"{arm}, seed {seed}: MLP memory")
+    mlp_facts = stage(mlp_folder, train_mlp, f"{name}: MLP memory")
     mlp = MLPMemory.from_pretrained(mlp_folder / "memory").to(gen.device)
     mlp.check_model(gen)
-    return Prepared(data, gen, tokenizer, knn, mlp, facts, digest([gen_key, knn_folder.name, mlp_folder.name])[:12])
+    facts = {"gen": gen_facts, "knn": knn_facts, "mlp": mlp_facts}
+    key = digest([gen_folder.name, knn_folder.name, mlp_folder.name])[:12]
+    return Prepared(data, gen, tokenizer, knn, mlp, facts, key)
+
+
+def make_data(
+    experiment: MemoryExperiment, arm: str, seed: int, cache: Path
+) -> tuple[Path, PreTrainedTokenizerBase]:
+    """Make the data set of a seed for the tokenizer of an arm, and return its folder and the tokenizer."""
+    gen = experiment.arms[arm]["gen"]
+    given = gen if isinstance(gen, str) else None
+    folder = cache / "data" / digest([experiment.data, seed, digest_of_content(given) if given else None])[:12]
+    with locked_folder(folder):
+        prepare_macondo(MacondoArguments(str(folder), seed=seed, tokenizer=given, **experiment.data))
+    return folder, AutoTokenizer.from_pretrained(given or folder / "tokenizer")
+
+
+def make_gen(
+    experiment: MemoryExperiment, arm: str, seed: int, cache: Path, data: Path, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Path, dict[str, Any]]:
+    """Train the Gen of an arm with a seed, and return its folder and what is said about it."""
+    options = experiment.arms[arm]
+    gen_source, lora = options["gen"], options.get("lora", {})
+    sections = {name: experiment.section(arm, name) for name in ("pretraining", "training")}
+    files = ["train.jsonl", "tokenizer"]
+    if sections["pretraining"]:
+        files.append("other_relations.jsonl")
+    content = [digest_of_content(data / name) for name in files if (data / name).exists()]
+    source = digest_of_content(gen_source) if isinstance(gen_source, str) else gen_source
+    folder = cache / "gens" / digest([content, source, lora, sections, seed])[:12]
+
+    def train(output: Path) -> dict[str, Any]:
+        gen = new_gen(gen_source, tokenizer, seed)
+        facts: dict[str, Any] = {"parameters": gen.num_parameters()}
+        if sections["pretraining"]:
+            texts = data / "other_relations.jsonl"
+            facts["pretraining_loss"] = train_gen(gen, tokenizer, texts, sections["pretraining"], output, seed)
+        trained = with_lora(gen, lora) if lora else gen
+        facts["loss"] = train_gen(trained, tokenizer, data / "train.jsonl", sections["training"], output, seed)
+        if lora:
+            gen = trained.merge_and_unload()
+        gen.save_pretrained(output)
+        tokenizer.save_pretrained(output)
+        return facts
+
+    return folder, stage(folder, train, f"{arm}, seed {seed}: Gen")
 
 
 def stage(folder: Path, make: Callable[[Path], dict[str, Any]], name: str) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def child_token(tokenizer: "PreTrainedTokenizerBase", name: str) -> int:
 
 
 def single_token_names(tokenizer: "PreTrainedTokenizerBase", taken: Iterable[str]) -> list[str]:
-    """Return the capitalised words that are one token each after a space, without `taken`, in the order of their ids."""
+    """Return the capitalised words, but those in `taken`, that are one token after a space, in the order of ids."""
     excluded = set(taken)
     names = []
     for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer))):

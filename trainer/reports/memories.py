@@ -152,7 +152,7 @@ def _children(figures: dict[str, Any], runs: Sequence[Run], output_dir: Path) ->
     note = (
         "Mean log-likelihood (nats) of the children of villagers with n children, in test sentences without a"
         " description; mean ± standard deviation over seeds. Perplexity is exp of minus the mean. The difference from"
-        " the LM has a 95 % bootstrap interval over villagers, n villagers, and the numbers of seeds above / below the LM."
+        " the LM has a 95 % bootstrap interval over n villagers, and the numbers of seeds above / below the LM."
         " LM + kNN and LM + MLP have a weight of 0.25 on the memory, k 1,024 and temperature 1. The fitted lines have"
         " the values with the best perplexity on validation sentences. Optimum: log 1/n."
     )
@@ -174,7 +174,7 @@ def _fitted(runs: Sequence[Run]) -> list[Block]:
             cells.append(text)
         rows.append(cells)
     header = ["", "LM, training sentences", "kNN, fitted", "MLP, fitted"]
-    note = "What was fitted on the validation sentences; and the log-likelihood of the children in the training sentences."
+    note = "Log-likelihood of the children in the training sentences; and what was fitted on the validation sentences."
     return [Table(header, rows), Text(note, note=True)]
 
 
