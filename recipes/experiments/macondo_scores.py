@@ -1,7 +1,7 @@
 """Score the children of a Macondo data set under Gen, and under Gen with memories."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 

@@ -97,9 +97,7 @@ def prepare(experiment: MemoryExperiment, arm: str, seed: int, cache: Path) -> P
     return Prepared(data, gen, tokenizer, knn, mlp, facts, key)
 
 
-def make_data(
-    experiment: MemoryExperiment, arm: str, seed: int, cache: Path
-) -> tuple[Path, PreTrainedTokenizerBase]:
+def make_data(experiment: MemoryExperiment, arm: str, seed: int, cache: Path) -> tuple[Path, PreTrainedTokenizerBase]:
     """Make the data set of a seed for the tokenizer of an arm, and return its folder and the tokenizer."""
     gen = experiment.arms[arm]["gen"]
     given = gen if isinstance(gen, str) else None
