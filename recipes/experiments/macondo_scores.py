@@ -16,7 +16,7 @@ from modeling_cosup.token_keys_cosup import document_ids, token_states
 from trainer.memory_fit import fit_memory_config
 
 from experiments.memory_stages import Prepared
-from shared.macondo import child_token, optimum
+from shared.macondo import child_tokens, optimum
 
 BATCH_SIZE = 64
 
@@ -43,7 +43,8 @@ class Children:
 
 def prompt_ids(lines: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Return the token ids of each prompt, followed by the child."""
-    return [document_ids(line["prompt"], tokenizer) + [child_token(tokenizer, line["child"])] for line in lines]
+    children = child_tokens(tokenizer, [line["child"] for line in lines])
+    return [document_ids(line["prompt"], tokenizer) + [child] for line, child in zip(lines, children, strict=True)]
 
 
 @torch.no_grad()

@@ -146,22 +146,36 @@ def read_names(path: str, option: str) -> list[str]:
     return names
 
 
-def child_token(tokenizer: "PreTrainedTokenizerBase", name: str) -> int:
+def child_tokens(tokenizer: "PreTrainedTokenizerBase", names: Sequence[str]) -> list[int]:
     """
-    Return the token id of a child's name after "is the parent of" and before a full stop.
+    Return the token id of each child's name after "is the parent of" and before a full stop.
 
     Raises:
-        `ValueError`: if the name is not a single token there, or not in the vocabulary.
+        `ValueError`: if a name is not a single token there, or not in the vocabulary.
     """
+    tokens = []
+    for name, ids in zip(names, _ids_of_children(tokenizer, names), strict=True):
+        if len(ids) != 1:
+            pieces = tokenizer.convert_ids_to_tokens(ids)
+            raise ValueError(f"The child {name!r} is not a single token of this tokenizer, but {pieces}.")
+        if ids[0] == tokenizer.unk_token_id:
+            raise ValueError(f"The child {name!r} is not in the vocabulary of this tokenizer.")
+        tokens.append(ids[0])
+    return tokens
+
+
+def _ids_of_children(tokenizer: "PreTrainedTokenizerBase", names: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of each name in a sentence, with those of its neighbours if they are one token with it."""
     before = tokenizer("is the parent of", add_special_tokens=False)["input_ids"]
-    ids = tokenizer(f"is the parent of {name}.", add_special_tokens=False)["input_ids"]
-    alone = tokenizer(f"is the parent of {name}", add_special_tokens=False)["input_ids"]
-    pieces = tokenizer.convert_ids_to_tokens(alone[len(before) :])
-    if len(pieces) != 1 or alone[:-1] != before or ids[: len(alone)] != alone:
-        raise ValueError(f"The child {name!r} is {len(pieces)} tokens of this tokenizer ({pieces}), expected one.")
-    if alone[-1] == tokenizer.unk_token_id:
-        raise ValueError(f"The child {name!r} is not in the vocabulary of this tokenizer.")
-    return alone[-1]
+    all_ids = []
+    for end in ("", "."):
+        texts = [f"is the parent of {name}{end}" for name in names]
+        all_ids.append(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+    rows = []
+    for ids, stopped in zip(*all_ids, strict=True):
+        is_apart = ids[: len(before)] == before and stopped[: len(ids)] == ids
+        rows.append(ids[len(before) :] if is_apart else stopped)
+    return rows
 
 
 def single_token_names(tokenizer: "PreTrainedTokenizerBase", taken: Iterable[str]) -> list[str]:
@@ -172,7 +186,8 @@ def single_token_names(tokenizer: "PreTrainedTokenizerBase", taken: Iterable[str
         found = re.fullmatch(f"[Ġ▁]([A-Z][a-z]{{2,{MAX_CHILD_LETTERS - 1}}})", token or "")
         if found and found[1] not in excluded:
             names.append(found[1])
-    return names
+    rows = _ids_of_children(tokenizer, names)
+    return [name for name, ids in zip(names, rows, strict=True) if len(ids) == 1]
 
 
 # ---------------------------------------------------------------------- the world
@@ -234,8 +249,7 @@ class Macondo:
             )
         children = self.rng.sample(self.children, num_children)
         if tokenizer is not None:
-            for child in children:
-                child_token(tokenizer, child)
+            child_tokens(tokenizer, children)
         villagers = []
         for number, name in enumerate(names):
             count = number // args.num_villagers + 1
