@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from transformers import AutoModel, AutoModelForTextEncoding, PreTrainedConfig, PreTrainedModel
 
 # Model types whose first position is `pad_token_id + 1`: their table of positions has as many rows that nothing reads.
@@ -41,3 +42,17 @@ def num_positions(config: PreTrainedConfig) -> int | None:
     if config.model_type in COUNTING_FROM_PADDING:
         positions -= config.pad_token_id + 1
     return positions
+
+
+def lm_logits(gen: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Return a causal model's logits `(..., V)` of last hidden states `(..., h)`, scaled if it scales its own."""
+    logits = gen.get_output_embeddings()(hidden)
+    config = gen.config.get_text_config()
+    if scale := getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * scale
+    if divisor := getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / divisor
+    # Gemma 2, RecurrentGemma
+    if cap := getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None):
+        logits = torch.tanh(logits / cap) * cap
+    return logits

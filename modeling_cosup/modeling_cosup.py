@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
 
-from .architectures_cosup import encoder_from_config
+from .architectures_cosup import encoder_from_config, lm_logits
 from .building_cosup import BuildingMixin
 from .configuration_cosup import CoSupConfig
 from .encoding_cosup import EncodingMixin
@@ -348,17 +348,8 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
         return cast(torch.Tensor, losses).sum() / (passage_labels != -100).sum().clamp(min=1)
 
     def _lm_head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the logits `(..., V)` of hidden states `(..., h)`, scaled after the head if Gen scales its own."""
-        logits = self.gen.get_output_embeddings()(hidden)
-        config = self.config.get_text_config()
-        if scale := getattr(config, "logit_scale", None):  # Cohere
-            logits = logits * scale
-        if divisor := getattr(config, "logits_scaling", None):  # Granite
-            logits = logits / divisor
-        # Gemma 2, RecurrentGemma
-        if cap := getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None):
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+        """Return the logits `(..., V)` of hidden states `(..., h)`."""
+        return lm_logits(self.gen, hidden)
 
     # ------------------------------------------------------------------ index
 

@@ -13,6 +13,8 @@ from trainer.judging.grounding import HYPOTHESIS
 from shared.indexes import INDEX_HELP, INDEX_URI_HELP
 
 RECIPES = Path(__file__).resolve().parents[1]
+WINDOW_HELP = "Tokens of a sliding window; defaults to what the model can read, at most 1,024."
+STRIDE_HELP = "Tokens from one window to the next; defaults to half a window."
 TRAINING_ARGUMENTS = "trainer.training_args.CoSupTrainingArguments"  # a name, because the class needs torch
 TASK_OPTIONS = (
     "corpus_file",
@@ -326,6 +328,62 @@ class IndexArguments:
         default="{}",
         metadata={"help": 'Parameters of the index type, a JSON object, e.g. {"M": 32, "efConstruction": 200}.'},
     )
+
+
+@dataclass
+class MemoryTrainingScriptArguments:
+    """Which memory to train or to fit; `MemoryTrainingArguments` holds everything else."""
+
+    model: str = field(
+        metadata={"local_or_hub": True, "help": "Name or path of the CoSup checkpoint or Gen that made the keys."}
+    )
+    memory: str = field(metadata={"local_or_hub": True, "help": "Name or path of a KNNMemory."})
+    intermediate_size: int = field(default=4096, metadata={"help": "Width of the hidden layer of the MLP."})
+    fit_file: str | None = field(
+        default=None,
+        metadata={
+            "local_or_hub": True,
+            "help": "Held-out text on which weight, temperature and k are fitted, in the formats of run_perplexity.py.",
+        },
+    )
+    fit_only: bool = field(
+        default=False, metadata={"help": "Train nothing: fit --memory, which may also be an MLPMemory, in its folder."}
+    )
+    max_fit_tokens: int = field(default=16384, metadata={"help": "Fit on the first tokens of the held-out text."})
+    max_length: int | None = field(default=None, metadata={"help": WINDOW_HELP})
+    stride: int | None = field(default=None, metadata={"help": STRIDE_HELP})
+    dtype: str = field(default="auto", metadata={"help": "Dtype of the model's weights, e.g. bfloat16 on a GPU."})
+    num_threads: int | None = field(default=None, metadata={"help": "Threads of a process on a CPU."})
+
+
+@dataclass
+class PerplexityArguments:
+    """Model, memories and text of a perplexity."""
+
+    model: str = field(
+        metadata={"local_or_hub": True, "help": "Name or path of a CoSup checkpoint, or of any causal language model."}
+    )
+    text_file: str = field(
+        metadata={
+            "local_or_hub": True,
+            "help": "Documents with a `text`: JSON Lines (.gz), Parquet or a dataset name; or a plain text file.",
+        }
+    )
+    output_dir: str = field(metadata={"help": "Folder of the results and the report."})
+    memory: list[str] = field(
+        default_factory=list, metadata={"help": "Names or paths of memories of this model, of either kind."}
+    )
+    weight: float | None = field(default=None, metadata={"help": "Weight of every memory; defaults to its own."})
+    k: int | None = field(default=None, metadata={"help": "Neighbours of every KNNMemory; defaults to its own."})
+    temperature: float | None = field(
+        default=None, metadata={"help": "Temperature of every memory; defaults to its own."}
+    )
+    max_length: int | None = field(default=None, metadata={"help": WINDOW_HELP})
+    stride: int | None = field(default=None, metadata={"help": STRIDE_HELP})
+    max_documents: int | None = field(default=None, metadata={"help": "Read only the first documents."})
+    batch_size: int = field(default=8, metadata={"help": "Windows in a forward."})
+    dtype: str = field(default="auto", metadata={"help": "Dtype of the model's weights, e.g. bfloat16 on a GPU."})
+    num_threads: int | None = field(default=None, metadata={"help": "Threads on a CPU."})
 
 
 @dataclass

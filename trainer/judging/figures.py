@@ -73,6 +73,7 @@ _TRAINING = (
         "[NSP], predicted",
         "[NSP] is the most likely token where the reference has one, as a share of these places",
     ),
+    Figure("knn_kl", "KL to kNN", "KL(p_kNN ‖ p_mem), mean over the keys of a token datastore", "nats"),
     Figure("num_negatives", "negatives", "number of negatives of a query, mean", "count"),
     Figure("tokens_per_second", "tokens/s", "tokens per second, padding not counted", "count"),
     Figure("padding", "padding", "share of the positions of a batch that are padding"),
@@ -190,6 +191,11 @@ _GROUNDING = (
         needs=_JUDGE,
     ),
 )
+_TEXT = (
+    Figure("perplexity", "perplexity", "exp of the mean NLL of the tokens", "count"),
+    Figure("nll", "NLL", "negative log-likelihood of a token of the text, mean over its tokens", "nats"),
+    Figure("ngram_overlap", "overlap", "share of the 16-grams of the text that a memory holds as they are"),
+)
 _COUNTS = (
     Figure("num_passages", "passages", "number of distinct passages that the queries are compared with", "count"),
     Figure("num_queries", "queries", "number of queries that have a negative", "count"),
@@ -207,7 +213,7 @@ _COUNTS = (
     ),
 )
 
-_TABLE = (*_TRAINING, *_RETRIEVAL_WHILE_GENERATING, *_QUERY_EMBEDDING, *_ANSWERS, *_GROUNDING, *_COUNTS)
+_TABLE = (*_TRAINING, *_RETRIEVAL_WHILE_GENERATING, *_QUERY_EMBEDDING, *_ANSWERS, *_GROUNDING, *_TEXT, *_COUNTS)
 FIGURES: dict[str, Figure] = {entry.name: entry for entry in _TABLE}
 
 COR_FIGURES = ("cor", "cor_minus", "cor_success", "cor_failure", "cor_not_needed")  # by the metric of the dataset

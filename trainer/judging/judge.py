@@ -19,10 +19,12 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from modeling_cosup import CoSupForCausalLM
 from modeling_cosup.files_cosup import read_json, write_json
 from modeling_cosup.lines_cosup import write_lines
+from modeling_cosup.token_keys_cosup import gen_of
 
 from ..distributed import barrier, gather_objects, host_group, rank, world_size
 from .correctness import worded
@@ -156,8 +158,8 @@ def _share_judge(entail: Judge | None) -> Judge | SharedJudge | None:
     return SharedJudge(entail, host_group(timedelta(days=7)))  # the others may wait for hours while one still answers
 
 
-def environment(model: CoSupForCausalLM) -> dict:
-    """Return the origin of the figures: model, fingerprint, versions, hardware and time."""
+def environment(model: PreTrainedModel) -> dict:
+    """Return the origin of the figures: model, fingerprint of a CoSup model, versions, hardware and time."""
     if model.device.type == "cuda":
         hardware = torch.cuda.get_device_name()
     else:
@@ -169,8 +171,8 @@ def environment(model: CoSupForCausalLM) -> dict:
     }
     return {
         "model": model.config._name_or_path,
-        "fingerprint": model.fingerprint(),
-        "dtype": str(model.gen.dtype).removeprefix("torch."),
+        "fingerprint": model.fingerprint() if isinstance(model, CoSupForCausalLM) else None,
+        "dtype": str(gen_of(model).dtype).removeprefix("torch."),
         "versions": versions,
         "hardware": hardware,
         "processes": world_size(),

@@ -1,0 +1,130 @@
+"""
+Measure the perplexity of text under a language model alone and with token memories, in one pass over the text.
+
+    python recipes/run_perplexity.py --model out --memory mem mlp --text_file heldout.jsonl --output_dir results
+    python recipes/run_perplexity.py --model gpt2 --memory mem --weight 0.1 --k 256 --text_file book.txt --output_dir r
+
+The text is JSON Lines or Parquet with a `text` column, a document a line, or a plain text file, which is one document.
+Documents are read in sliding windows; every token but the first of a document is predicted once. `--output_dir` gets
+`perplexity.json`, `report.md` and `report.html`. A memory that holds the text already is reported with a warning.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from shared.cli import check_options, clear_errors, parse, table
+
+from shared.arguments import PerplexityArguments
+
+if __name__ == "__main__":  # --help and a wrong option do not wait for the imports below
+    check_options([PerplexityArguments], __doc__)
+
+import torch
+
+from modeling_cosup import KNNMemory
+from modeling_cosup.files_cosup import write_json
+from trainer.judging.figures import figure, figure_line, shown
+from trainer.judging.judge import command_line, environment
+from trainer.judging.overlap import NgramHashes
+from trainer.judging.perplexity import LM, Memories, TextScores, peak_memory, score_text
+from trainer.judging.results import FORMAT
+from trainer.reports.perplexity import write_perplexity_report
+
+from shared.memories import load_gen, open_memory, overridden, read_documents, window
+
+
+def main() -> None:
+    """Score the text, write the results and the report, and print the figures."""
+    (args,) = parse([PerplexityArguments], __doc__)
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    with clear_errors():
+        start = time.perf_counter()
+        check(args)
+        model, tokenizer = load_gen(args.model, args.dtype)
+        max_length, stride = window(model, args.max_length, args.stride)
+        memories: dict[str, Any] = {}
+        for path in args.memory:
+            memory = open_memory(path).to(model.device)
+            memories[path] = (memory, overridden(memory.memory_config, args.weight, args.k, args.temperature))
+        documents = NgramHashes(read_documents(args.text_file, tokenizer, args.max_documents))
+        scores = score_text(
+            model, documents, memories, max_length=max_length, stride=stride, batch_size=args.batch_size
+        )
+        overlaps = {}
+        for path, (memory, _) in memories.items():
+            overlaps[path] = documents.overlap(memory) if isinstance(memory, KNNMemory) else None
+        settings = {
+            "command": command_line(),
+            "text_file": args.text_file,
+            "max_length": max_length,
+            "stride": stride,
+            "batch_size": args.batch_size,
+            **environment(model),
+        }
+        results = results_of(scores, memories, overlaps)
+        seconds = round(time.perf_counter() - start, 1)
+        results = {"format": FORMAT, "settings": settings, **results, "seconds": seconds}
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        write_json(Path(args.output_dir) / "perplexity.json", results)
+        write_perplexity_report(args.output_dir)
+    print_figures(results, args.output_dir)
+
+
+def check(args: PerplexityArguments) -> None:
+    """
+    Check the options before anything is loaded.
+
+    Raises:
+        `ValueError`: names the option.
+    """
+    for name in ("batch_size", "max_documents", "max_length", "stride"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} is {value}, expected at least 1.")
+    repeated = [path for path in args.memory if args.memory.count(path) > 1]
+    if repeated:
+        raise ValueError(f"--memory names {repeated[0]} twice.")
+
+
+def results_of(scores: TextScores, memories: Memories, overlaps: dict[str, float | None]) -> dict[str, Any]:
+    """Return the figures of each arm as the results file holds them."""
+    num_tokens = int(scores.tokens.sum())
+    arms, warnings = {}, []
+    for arm, seconds in scores.seconds.items():
+        memory, config = memories.get(arm, (None, None))
+        overlap = overlaps.get(arm)
+        arms[arm] = {
+            "memory_config": None if config is None else config.to_dict(),
+            "entries": len(memory) if isinstance(memory, KNNMemory) else None,
+            **scores.figures(arm),
+            "difference": None if arm == LM else scores.difference(arm),
+            "ngram_overlap": overlap,
+            "seconds": seconds,
+            "seconds_per_1000_tokens": 1000 * seconds / num_tokens,
+        }
+        if overlap:
+            share = shown(overlap, "ngram_overlap")
+            warnings.append(f"{share} % of the 16-grams of the text are in {arm}: it has seen text that it is judged on.")
+    text = {"documents": len(scores.tokens), "left_out": scores.left_out, "tokens": num_tokens}
+    return {"text": text, "arms": arms, "warnings": warnings, "peak_memory": peak_memory()}
+
+
+def print_figures(results: dict[str, Any], output_dir: str) -> None:
+    """Print perplexity and cost of each arm, and warnings."""
+    text = results["text"]
+    print(f"{text['tokens']:,} tokens of {text['documents']:,} documents (95 % intervals in brackets)\n")
+    for name, arm in results["arms"].items():
+        rows = [(figure(metric).label, figure_line(arm[metric], metric)) for metric in ("perplexity", "nll")]
+        if arm["difference"] is not None:
+            rows.append(("NLL to Gen alone", figure_line(arm["difference"], "nll")))
+        rows.append(("s per 1,000 tokens", f"{arm['seconds_per_1000_tokens']:.3f}"))
+        print(f"{'Gen alone' if name == LM else name}\n{table(rows)}\n")
+    for warning in results["warnings"]:
+        print(f"warning: {warning}")
+    print(f"Report: {Path(output_dir) / 'report.html'}   {results['seconds']:,.1f} s")
+
+
+if __name__ == "__main__":
+    main()

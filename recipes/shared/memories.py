@@ -1,0 +1,44 @@
+"""Gen, its token memories and the text that they read, for the recipes that train and judge memories."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from modeling_cosup import CoSupForCausalLM, MemoryConfig
+from modeling_cosup.architectures_cosup import num_positions
+from modeling_cosup.token_keys_cosup import document_ids
+
+LONGEST_WINDOW = 1024  # tokens, unless an option says otherwise
+
+
+def load_gen(name: str, dtype: str) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Load a CoSup checkpoint without Emb_seq, or another causal language model, and its tokenizer."""
+    if AutoConfig.from_pretrained(name).model_type == "cosup":
+        model = CoSupForCausalLM.from_pretrained(name, dtype=dtype, load_emb_seq=False)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    return model.eval(), AutoTokenizer.from_pretrained(name)
+
+
+def window(model: Any, max_length: int | None, stride: int | None) -> tuple[int, int]:
+    """
+    Return length and stride of the sliding windows.
+
+    Raises:
+        `ValueError`: for windows that are longer than the model can read.
+    """
+    positions = num_positions(model.config)
+    if max_length is None:
+        max_length = min(LONGEST_WINDOW, positions or LONGEST_WINDOW)
+    elif positions is not None and max_length > positions:
+        raise ValueError(f"--max_length is {max_length}, the model reads at most {positions} tokens.")
+    return max_length, max_length // 2 if stride is None else stride
+
+
+def overridden(config: MemoryConfig, weight: float | None, k: int | None, temperature: float | None) -> MemoryConfig:
+    """Return a memory's config with the options that were given in their place."""
+    options = {"weight": weight, "k": k, "temperature": temperature}
+    return replace(config, **{name: value for name, value in options.items() if value is not None})

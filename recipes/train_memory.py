@@ -1,0 +1,134 @@
+"""
+Train an MLP memory on the keys of a token datastore, and fit how a memory joins Gen on held-out text.
+
+    python recipes/train_memory.py --model out --memory mem --output_dir mlp --learning_rate 1e-5 --num_train_epochs 2
+    accelerate launch recipes/train_memory.py --model out --memory mem --output_dir mlp --kl_weight 0.5 \\
+        --fit_file heldout.jsonl
+    python recipes/train_memory.py --model out --memory mem --fit_only true --fit_file heldout.jsonl
+
+The keys are read from their files in shuffled blocks. Any option of `transformers.TrainingArguments` may be given, and
+`--resume_from_checkpoint` resumes a run. With `--fit_file`, the weight, temperature and (of a KNNMemory) k with the
+lowest perplexity are written into the config of the memory, and all that was tried into `memory_fit.json` next to it.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from shared.cli import check_options, clear_errors, parse, table
+
+from shared.arguments import MemoryTrainingScriptArguments
+
+TRAINING_ARGUMENTS = "trainer.memory_args.MemoryTrainingArguments"  # a name, because the class needs torch
+
+if __name__ == "__main__":  # --help and a wrong option do not wait for the imports below
+    check_options([MemoryTrainingScriptArguments, TRAINING_ARGUMENTS], __doc__)
+
+import torch
+from transformers import set_seed
+
+from modeling_cosup import KNNMemory, MLPMemory
+from modeling_cosup.files_cosup import write_json
+from trainer.judging.figures import shown
+from trainer.judging.perplexity import gen_scores, kept_ids_of
+from trainer.memory import MemoryTrainer
+from trainer.memory_args import MemoryTrainingArguments
+from trainer.memory_fit import MemoryFit, fit_memory_config, write_memory_config
+
+from shared.memories import load_gen, open_memory, read_documents, window
+
+
+def main() -> None:
+    """Train a memory, or take the one that is given, and fit it."""
+    script, args = parse([MemoryTrainingScriptArguments, TRAINING_ARGUMENTS], __doc__)
+    if script.num_threads:
+        torch.set_num_threads(script.num_threads)
+    with clear_errors():
+        check(script)
+        memory = open_memory(script.memory)
+        if not script.fit_only and not isinstance(memory, KNNMemory):
+            raise ValueError(f"--memory {script.memory} has no keys to train on; --fit_only true fits it.")
+        model, tokenizer = load_gen(script.model, script.dtype)
+        memory.check_model(model)
+        folder = Path(script.memory)
+        is_main_process = True
+        if not script.fit_only:
+            folder = Path(args.output_dir)
+            trainer = train(script, args, model, memory)
+            memory = trainer.model
+            is_main_process = trainer.is_world_process_zero()
+        if script.fit_file and is_main_process:
+            fit(script, model, tokenizer, memory, folder)
+
+
+def check(script: MemoryTrainingScriptArguments) -> None:
+    """
+    Check the options before anything is loaded.
+
+    Raises:
+        `ValueError`: names the option.
+    """
+    for name in ("intermediate_size", "max_fit_tokens", "max_length", "stride"):
+        value = getattr(script, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} is {value}, expected at least 1.")
+    if script.fit_only and not script.fit_file:
+        raise ValueError("--fit_only needs a --fit_file: held-out text.")
+    if script.fit_only and not Path(script.memory).is_dir():
+        raise ValueError(f"--memory {script.memory}: --fit_only writes into a folder, and this is not one.")
+
+
+def train(
+    script: MemoryTrainingScriptArguments, args: MemoryTrainingArguments, model: Any, datastore: KNNMemory
+) -> MemoryTrainer:
+    """Train an MLP memory, and save it with its losses; return its trainer."""
+    set_seed(args.seed)
+    memory = MLPMemory.from_gen(model, intermediate_size=script.intermediate_size)
+    trainer = MemoryTrainer(memory, args, datastore)
+    metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
+    trainer.save_model()
+    trainer.save_metrics("train", metrics)
+    if len(trainer.held_out):
+        trainer.save_metrics("eval", trainer.evaluate())
+    return trainer
+
+
+def fit(
+    script: MemoryTrainingScriptArguments, model: Any, tokenizer: Any, memory: KNNMemory | MLPMemory, folder: Path
+) -> None:
+    """Fit the memory on held-out text, write its config and what was tried, and print the best."""
+    max_length, stride = window(model, script.max_length, script.stride)
+    kept_ids = kept_ids_of(model)
+    parts: list[tuple[torch.Tensor, ...]] = []
+    num_tokens = 0
+    documents = read_documents(script.fit_file, tokenizer)
+    for scores in gen_scores(model, documents, kept_ids, max_length=max_length, stride=stride, batch_size=1):
+        parts.append((scores.states.keys, scores.states.values, scores.lm, scores.lm_kept))
+        num_tokens += len(scores.lm)
+        if num_tokens >= script.max_fit_tokens:
+            break
+    if not parts:
+        raise ValueError(f"{script.fit_file}: no document has a token to predict; each needs two or more.")
+    keys, values, lm, lm_kept = (torch.cat(part)[: script.max_fit_tokens] for part in zip(*parts, strict=True))
+    memory.to(keys.device)
+    found = fit_memory_config(memory, keys, values, lm, lm_kept, kept_ids)
+    write_memory_config(folder, found.memory_config)
+    write_json(folder / "memory_fit.json", {"fit_file": script.fit_file, "tokens": len(lm), **asdict(found)})
+    print_fit(found, len(lm), folder)
+
+
+def print_fit(found: MemoryFit, num_tokens: int, folder: Path) -> None:
+    """Print what was found, and perplexities with and without the memory."""
+    config = found.memory_config
+    rows = [
+        ("perplexity of Gen alone", shown(found.lm_perplexity, "perplexity")),
+        ("with the memory", shown(found.perplexity, "perplexity")),
+        ("weight", f"{config.weight:g}"),
+        ("temperature", f"{config.temperature:.4g}"),
+        ("k", f"{config.k:,}"),
+    ]
+    print(f"Fitted on {num_tokens:,} held-out tokens, {len(found.trials)} settings; written to {folder}\n{table(rows)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""An MLP memory learns the keys of a datastore, and weight, temperature and k are fitted on held-out tokens."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from modeling_cosup import KNNMemory, MemoryConfig, MLPMemory
+from support.models import make_gen
+from trainer.memory import MemoryTrainer, knn_kl, train_mlp_memory
+from trainer.memory_args import MemoryTrainingArguments
+from trainer.memory_fit import best_weight, fit_memory_config, write_memory_config
+from trainer.memory_keys import ShuffledBlocks, StoredKeys, held_out_rows
+
+WIDTH, VOCAB = 32, 400
+
+
+def make_datastore(count=96, document_size=8, seed=0, **options):
+    """Return a datastore in which the token after a key is decided by the direction of the key."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(0, 6, (count,), generator=generator)
+    centres = torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(9))
+    keys = 2 * centres[values] + 0.3 * torch.randn(count, WIDTH, generator=generator)
+    options = {"document_starts": torch.arange(0, count, document_size), "dtype": "float32"} | options
+    return KNNMemory.from_tensors(keys, values, fingerprint="of a test", vocab_size=VOCAB, **options)
+
+
+def make_memory(seed=0, **options):
+    torch.manual_seed(seed)
+    return MLPMemory(WIDTH, VOCAB, intermediate_size=16, **options)
+
+
+@pytest.fixture(scope="module")
+def datastore():
+    return make_datastore()
+
+
+def arguments(folder, **options):
+    settings = {"num_train_epochs": 2, "learning_rate": 1e-2, "per_device_train_batch_size": 16, "report_to": "none"}
+    return MemoryTrainingArguments(output_dir=str(folder), disable_tqdm=True, **(settings | options))
+
+
+def mean_loss(memory, datastore):
+    rows = torch.arange(len(datastore))
+    with torch.no_grad():
+        return float(torch.nn.functional.cross_entropy(memory(datastore.get_keys(rows).float()), datastore.get_values(rows)))
+
+
+def test_training_lowers_the_loss_and_depends_on_the_seed(datastore):
+    weights = []
+    for seed in (1, 1, 2):
+        memory = make_memory()
+        before = mean_loss(memory, datastore)
+        options = {"batch_size": 16, "num_train_epochs": 4, "learning_rate": 1e-2, "seed": seed}
+        metrics = train_mlp_memory(memory, datastore, **options)
+        assert list(metrics) == ["train_loss"]
+        assert mean_loss(memory, datastore) < 0.3 < 3.0 < before
+        weights.append(next(memory.parameters()).detach().clone())
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_whole_documents_are_held_out(datastore):
+    metrics = train_mlp_memory(
+        make_memory(), datastore, batch_size=16, learning_rate=1e-2, kl_weight=0.25, validation_split=0.2
+    )
+    assert list(metrics) == ["train_loss", "eval_ntp_loss", "eval_loss", "eval_knn_kl"]
+    assert metrics["eval_loss"] == pytest.approx(0.75 * metrics["eval_ntp_loss"] + 0.25 * metrics["eval_knn_kl"])
+    held_out = held_out_rows(datastore, 0.2, seed=0)
+    documents = np.unique(held_out // 8)
+    assert len(documents) == 3  # 24 of 96 rows: the fewest whole documents that are at least 0.2 of them
+    assert held_out.tolist() == [row for document in documents for row in range(8 * document, 8 * document + 8)]
+    assert held_out_rows(datastore, 0.2, seed=1).tolist() != held_out.tolist()
+    seen = list(ShuffledBlocks(96, held_out, seed=0, block_size=10, blocks_at_once=2))
+    assert sorted([*seen, *held_out.tolist()]) == list(range(96))
+
+
+def test_rows_are_shuffled_within_groups_of_blocks():
+    sampler = ShuffledBlocks(100, np.empty(0, np.int64), seed=0, block_size=10, blocks_at_once=3)
+    epochs = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+    assert epochs[0] == epochs[2] != epochs[1]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(100))
+    for start in (0, 30, 60):  # a group of three blocks reads three parts of the files
+        group = epochs[0][start : start + 30]
+        assert len({row // 10 for row in group}) == 3
+        assert group != sorted(group)
+
+
+def test_the_target_of_a_key_leaves_out_its_own_entry():
+    """KL(p_kNN ‖ p_mem) of the trainer equals dense arithmetic in float64 without the key itself."""
+    datastore = make_datastore(count=20, document_size=20)
+    memory = make_memory()
+    config = MemoryConfig(k=9, temperature=5.0)
+    trainer = MemoryTrainer(memory, arguments("unused", kl_weight=1.0), datastore, config)
+    rows = torch.tensor([3, 0, 19])
+    batch = StoredKeys(datastore).__getitems__(rows.tolist())
+    loss = trainer.compute_loss(memory, batch)
+    keys, values = datastore.get_keys(torch.arange(20)).double(), datastore.get_values(torch.arange(20))
+    expected = []
+    for row in rows.tolist():
+        distances = (keys[row] - keys).square().sum(1)
+        distances[row] = math.inf
+        nearest = distances.argsort()[:9]
+        weights = (-distances[nearest] / 5.0).softmax(0)
+        p_knn = torch.zeros(VOCAB, dtype=torch.float64).scatter_add(0, values[nearest], weights)
+        log_p = memory(keys[row : row + 1].float()).double().log_softmax(-1)[0]
+        is_possible = p_knn > 0
+        expected.append((p_knn[is_possible] * (p_knn[is_possible].log() - log_p[is_possible])).sum())
+    assert float(loss) == pytest.approx(float(torch.stack(expected).mean()), abs=1e-5)
+    loss.backward()
+    assert next(memory.parameters()).grad.abs().sum() > 0
+
+
+def test_kl_of_far_neighbours_is_finite():
+    log_probs = torch.randn(1, 5, requires_grad=True).log_softmax(-1)
+    kl = knn_kl(log_probs, torch.tensor([[2, 3, 2]]), torch.tensor([[0.0, 1e6, math.inf]]))
+    assert float(kl) == pytest.approx(-float(log_probs[0, 2]))
+    (gradient,) = torch.autograd.grad(kl.sum(), log_probs)
+    assert gradient.tolist() == [[0.0, 0.0, -1.0, 0.0, 0.0]]
+
+
+def test_a_run_resumes(datastore, tmp_path):
+    """A checkpoint is a memory; a resumed run ends where an uninterrupted one does."""
+    options = {"save_strategy": "steps", "save_steps": 5, "validation_split": 0.2}
+    whole = make_memory()
+    MemoryTrainer(whole, arguments(tmp_path / "whole", **options), datastore).train()
+    checkpoint = tmp_path / "whole" / "checkpoint-5"
+    assert MLPMemory.from_pretrained(checkpoint).vocab_size == VOCAB
+    resumed = make_memory(seed=1)
+    trainer = MemoryTrainer(resumed, arguments(tmp_path / "resumed", **options), datastore)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    for name, weight in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kl_weight": 1.5}, "kl_weight is 1.5"),
+        ({"validation_split": 1.0}, "validation_split is 1.0"),
+        ({"validation_split": 0.99}, "validation_split is 0.99, but the datastore has only 12 documents"),
+    ],
+)
+def test_bad_arguments_raise(datastore, options, message):
+    with pytest.raises(ValueError, match=message):
+        train_mlp_memory(make_memory(), datastore, **options)
+
+
+def test_a_datastore_that_does_not_fit_raises(datastore):
+    with pytest.raises(ValueError, match="The memory reads keys of width 16, the datastore's have width 32"):
+        train_mlp_memory(MLPMemory(16, VOCAB, intermediate_size=4), datastore)
+    with pytest.raises(ValueError, match="predicts 300 tokens, the datastore's vocabulary has 400"):
+        train_mlp_memory(MLPMemory(WIDTH, 300, intermediate_size=4), datastore)
+    with pytest.raises(ValueError, match="kl_weight needs a datastore of at least 2 keys"):
+        train_mlp_memory(make_memory(), make_datastore(1), kl_weight=0.5)
+
+
+# ---------------------------------------------------------------------- fitting
+
+
+def test_the_weight_is_the_best_of_a_fine_grid():
+    generator = torch.Generator().manual_seed(0)
+    lm, memory = torch.rand(2, 500, generator=generator).log()
+    memory[:50] = -math.inf
+    weight, log_likelihood = best_weight(lm, memory)
+    grid = torch.linspace(0, 1, 2001)[:-1, None]
+    means = ((1 - grid) * lm.exp() + grid * memory.exp()).log().mean(1)
+    assert weight == pytest.approx(float(grid[means.argmax()]), abs=1e-3)
+    assert log_likelihood == pytest.approx(float(means.max()), abs=1e-6)
+
+
+def test_weights_at_the_ends():
+    lm = torch.full((10,), -2.0)
+    assert best_weight(lm, lm - 1.0) == (0.0, pytest.approx(-2.0))
+    assert best_weight(lm, lm + 1.0) == (1.0, pytest.approx(-1.0))
+    nearly_always = torch.zeros(100_000)
+    nearly_always[0] = -math.inf
+    assert best_weight(torch.full((100_000,), -20.0), nearly_always)[0] == 0.9999
+
+
+def test_a_known_optimum_is_found():
+    """Targets are drawn from a mixture of a uniform LM and the kNN distribution of known k, temperature and weight."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(400, 4, generator=generator)
+    values = torch.randint(0, 50, (400,), generator=generator)
+    memory = KNNMemory.from_tensors(
+        keys,
+        values,
+        fingerprint="of a test",
+        vocab_size=50,
+        dtype="float32",
+        memory_config=MemoryConfig(grounded_weight=0.1),
+    )
+    queries = torch.randn(6000, 4, generator=generator)
+    config = MemoryConfig(k=32, temperature=0.5, weight=0.6)
+    p_knn = memory.log_probs({memory.states[0]: queries}, config).exp()
+    targets = torch.multinomial(0.4 / 50 + 0.6 * p_knn, 1, generator=generator)[:, 0]
+    lm = torch.full((6000,), math.log(1 / 50))
+    found = fit_memory_config(memory, queries, targets, lm, ks=(2, 8, 32, 128, 9999))
+    assert found.memory_config.k == 32
+    assert found.memory_config.temperature == pytest.approx(0.5, rel=0.15)
+    assert found.memory_config.weight == pytest.approx(0.6, abs=0.03)
+    assert found.memory_config.grounded_weight == 0.1
+    assert found.lm_perplexity == pytest.approx(50)
+    true_loss = -(0.4 / 50 + 0.6 * p_knn.gather(1, targets[:, None])).log().mean()
+    assert found.perplexity <= math.exp(float(true_loss)) + 1e-4
+    assert {trial["k"] for trial in found.trials} == {2, 8, 32, 128, 400}
+
+
+def test_an_mlp_memory_is_fitted_with_the_ids_that_stay_gens():
+    memory = make_memory()
+    with torch.no_grad():
+        memory(torch.randn(1, WIDTH))
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(3000, WIDTH, generator=generator)
+    kept = torch.tensor([3, 7])
+    with torch.no_grad():
+        p_memory = (memory(keys) / 1.5).softmax(-1)
+    p_memory[:, kept] = 0.0
+    p_memory = p_memory / p_memory.sum(1, keepdim=True)
+    p_lm = torch.full((VOCAB,), 1 / VOCAB)
+    mixture = 0.7 * p_lm + 0.3 * (1 - 2 / VOCAB) * p_memory
+    mixture[:, kept] = 1 / VOCAB
+    targets = torch.multinomial(mixture, 1, generator=generator)[:, 0]
+    lm, lm_kept = torch.full((3000,), -math.log(VOCAB)), torch.full((3000,), math.log(2 / VOCAB))
+    found = fit_memory_config(memory, keys, targets, lm, lm_kept, kept)
+    true_loss = -mixture.gather(1, targets[:, None]).log().mean()
+    assert found.perplexity <= math.exp(float(true_loss)) + 1e-3
+    chosen = found.memory_config
+    p_chosen = (memory(keys) / chosen.temperature).softmax(-1).detach()
+    p_chosen[:, kept] = 0.0
+    p_chosen = p_chosen / p_chosen.sum(1, keepdim=True)
+    probabilities = (1 - chosen.weight) * p_lm + chosen.weight * (1 - 2 / VOCAB) * p_chosen
+    probabilities[:, kept] = 1 / VOCAB
+    expected = -probabilities.gather(1, targets[:, None]).log().mean()
+    assert found.perplexity == pytest.approx(math.exp(float(expected)), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": torch.empty(0, dtype=torch.long)}, "no held-out token"),
+        ({"lm_log_probs": torch.zeros(3)}, "lm_log_probs holds 3 rows, expected one for each of 5 targets"),
+        ({"lm_kept": torch.zeros(5)}, "lm_kept and kept_ids go together"),
+        ({"ks": (0, 4)}, "ks is"),
+    ],
+)
+def test_bad_held_out_tokens_raise(datastore, change, message):
+    options = {"keys": torch.zeros(5, WIDTH), "targets": torch.zeros(5, dtype=torch.long), "lm_log_probs": torch.zeros(5)}
+    with pytest.raises(ValueError, match=message):
+        fit_memory_config(datastore, **(options | change))
+
+
+def test_a_fitted_config_is_written_into_the_folder(datastore, tmp_path):
+    config = MemoryConfig(weight=0.4, k=3, temperature=2.5)
+    for memory in (datastore, make_memory()):
+        folder = tmp_path / type(memory).__name__
+        memory.save_pretrained(folder)
+        write_memory_config(folder, config)
+        loaded = type(memory).from_pretrained(folder)
+        assert loaded.memory_config == config
