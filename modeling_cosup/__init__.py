@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from .configuration_cosup import CoSupConfig
     from .generation_cosup import CoSupGenerateOutput
     from .loss_cosup import chunked_cross_entropy, info_nce, similarity_scores
-    from .memory_cosup import Memory
+    from .memory_cosup import Memory, MemoryConfig, TokenNeighbors
     from .milvus_cosup import MilvusPassageIndex
     from .modeling_cosup import CoSupForCausalLM, CoSupOutput
     from .queue_cosup import Completion
@@ -24,6 +24,7 @@ _MODULES = {
     "CoSupOutput": "modeling_cosup",
     "Completion": "queue_cosup",
     "Memory": "memory_cosup",
+    "MemoryConfig": "memory_cosup",
     "MilvusPassageIndex": "milvus_cosup",
     "PassageIndex": "retrieval_cosup",
     "Retrieval": "trace_cosup",
@@ -32,6 +33,7 @@ _MODULES = {
     "RetrievalStreamer": "streaming_cosup",
     "Retriever": "retriever_cosup",
     "StreamEvent": "streaming_cosup",
+    "TokenNeighbors": "memory_cosup",
     "chunked_cross_entropy": "loss_cosup",
     "info_nce": "loss_cosup",
     "similarity_scores": "loss_cosup",
@@ -44,6 +46,7 @@ __all__ = [
     "CoSupOutput",
     "Completion",
     "Memory",
+    "MemoryConfig",
     "MilvusPassageIndex",
     "PassageIndex",
     "Retrieval",
@@ -52,6 +55,7 @@ __all__ = [
     "RetrievalStreamer",
     "Retriever",
     "StreamEvent",
+    "TokenNeighbors",
     "chunked_cross_entropy",
     "info_nce",
     "similarity_scores",

@@ -17,7 +17,7 @@ unless the cache is static. Each pass of the loop (`Decoder._pass`) decides one 
    found for a row, it takes its `[NSP]` back: it decides again from the logits before it (`Row.logits_before_nsp`),
    with `[NSP]` banned once.
 5. Decide. Every row now has the logits at its last token, from the decode step or from a chunk; a memory, if there is
-   one, has adjusted them once. Bans, logits processors and warpers turn them into scores; argmax or sampling gives the
+   one, is mixed into them. Bans, logits processors and warpers turn them into scores; argmax or sampling gives the
    next token (`_decide`). The next pass forwards it.
 6. Follow up. Only if a token is special (an end, `[NSP]`, `[CE]`), a budget is used up, or there is a streamer, the
    loop visits the rows one by one: they retrieve in the next pass, forget a passage, or end (`_follow_up`).
@@ -41,7 +41,7 @@ import torch
 from .cache_cosup import EMPTY, cache_for
 from .forwards_cosup import Forwards, Outputs
 from .lookup_cosup import Lookup, ScoredPassages
-from .memory_cosup import Memory
+from .memory_cosup import Memory, TokenNeighbors
 from .packing_cosup import pad_rows
 from .retriever_cosup import Retriever
 from .scores_cosup import RowScores
@@ -59,7 +59,7 @@ class Decoder:
     Args:
         model ([`CoSupForCausalLM`]), settings ([`DecodingSettings`]): the model, and what is fixed for the call.
         retriever ([`Retriever`], *optional*): searches the index.
-        memory ([`Memory`], *optional*): adjusts the logits of every decision.
+        memory ([`Memory`], *optional*): mixed into the logits of every decision.
         streamer (`BaseStreamer`, *optional*), synced_gpus (`bool`): as in generate().
     """
 
@@ -89,6 +89,7 @@ class Decoder:
         self.forwards = Forwards(model, settings, self.slots, self.cache, memory)
         self.scores = RowScores(settings, self.slots, self.cache, self.config.nsp_token_id)
         self.lookup = Lookup(model, retriever, self.retrieval)
+        self.stops = {self.config.ce_token_id, self.config.nsp_token_id, *settings.ends}  # they end grounded text
         # rows that the next pass must treat in a special way
         self.retrieving: list[Row] = []  # their last token is [NSP]
         self.recomputing: list[Row] = []  # they forward their grounded text again, without its passage
@@ -155,7 +156,7 @@ class Decoder:
             self.forwards.prefill(passage_chunks, outputs)
         if self.slots.occupied.any():
             must_retrieve = [row for row in new if self.retrieval.force_nsp_first and not row.retrievals]
-            self._decide(outputs.logits, must_retrieve)
+            self._decide(outputs, must_retrieve)
 
     def _sync_ranks(self, needs_forward: bool, error: RetrievalError | None = None) -> bool:
         """
@@ -188,6 +189,7 @@ class Decoder:
             row = waiting.popleft()
             self.slots.occupy(row)
             self.slots.ban(row.slot, self.settings.retrieves and not self._may_retrieve(row))
+            self.slots.ground(row.slot, row.begins_grounded(self.config.cs_token_id, self.stops))
             self.cache.positions[row.slot] = EMPTY  # hides the keys of the row that was here before
             new.append(row)
         return new
@@ -197,16 +199,16 @@ class Decoder:
 
     # ------------------------------------------------------------------ decisions
 
-    def _decide(self, logits: torch.Tensor, must_retrieve: list[Row]) -> None:
+    def _decide(self, outputs: Outputs, must_retrieve: list[Row]) -> None:
         """
         Decide the next token of each row.
 
         Args:
-            logits (`torch.Tensor` of shape `(n, V)`): at the last token of each row, by slot.
+            outputs ([`Outputs`]): at the last token of each row, by slot.
             must_retrieve (`list[Row]`): rows whose next token is `[NSP]`, unless it is banned for them.
         """
         slots, n = self.slots, len(self.slots)
-        logits = logits[:n].to(slots.device)
+        logits = outputs.logits[:n].to(slots.device)
         scores = self.scores.decision_scores(logits)
         if self.settings.do_sample:
             tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0]
@@ -219,6 +221,7 @@ class Decoder:
             slots.ban(row.slot, not self._may_retrieve(row))
         self.banned_once = []
         slots.set_tokens(tokens)
+        self._keep_neighbors(outputs.neighbors)
         out_of_budget = slots.generated[:n] >= self.settings.budget
         out_of_context = slots.positions[:n] + 1 >= self.settings.context_length
         exhausted = slots.occupied[:n] & (out_of_budget | out_of_context)
@@ -248,11 +251,21 @@ class Decoder:
             elif retrieves:
                 row.logits_before_nsp = logits[row.slot].clone()
                 self.retrieving.append(row)
-            elif token == self.config.ce_token_id and row.passage_columns is not None:
-                self._forget_passage(row)
+            elif token in self.stops:
+                self.slots.ground(row.slot, False)
+                if token == self.config.ce_token_id and row.passage_columns is not None:
+                    self._forget_passage(row)
         self.full = []
         for row, last_ids in ended:
             self._finish_row(row, last_ids)
+
+    def _keep_neighbors(self, neighbors: dict[int, TokenNeighbors]) -> None:
+        """Add to each row the memory's entries next to the token that it just decided, if the call wants them."""
+        for slot, entry in neighbors.items():
+            row = self.slots.rows[slot] if slot < len(self.slots) else None
+            if row is not None:
+                entry.position = int(self.slots.columns[slot]) + row.num_forgotten
+                row.neighbors.append(entry)
 
     def _stream_ids(self, ids: list[int]) -> None:
         if self.streamer is not None and ids:
@@ -277,7 +290,7 @@ class Decoder:
         for row, passages, query_embed in zip(rows, results, trace_embeds, strict=True):
             room = self.settings.context_length - int(self.slots.positions[row.slot]) - 1  # 1 for [Cs]
             if not passages:
-                self._take_nsp_back(row, outputs.logits)
+                self._take_nsp_back(row, outputs)
             elif room < 1:  # not even for one token of a passage
                 self.full.append(row)
                 if row.logits_before_nsp is not None:  # otherwise [NSP] is the prompt's
@@ -300,13 +313,15 @@ class Decoder:
         ids = [self._cached_ids(row) for row in rows]
         return self.model.encode_queries(*pad_rows(ids, self.settings.pad, device=self.slots.device)).float()
 
-    def _take_nsp_back(self, row: Row, logits: torch.Tensor) -> None:
+    def _take_nsp_back(self, row: Row, outputs: Outputs) -> None:
         """Take back a row's `[NSP]`, for which nothing was found; a prompt's `[NSP]` stays."""
         self.slots.ban(row.slot, True)
         self.banned_once.append(row)
         if row.logits_before_nsp is not None:
             self.slots.take_token_back(row.slot)
-            logits[row.slot] = row.logits_before_nsp
+            outputs.logits[row.slot] = row.logits_before_nsp
+            if row.neighbors:
+                outputs.neighbors[row.slot] = row.neighbors.pop()
 
     def _add_retrieval(
         self, row: Row, passages: ScoredPassages, room: int, query_embed: list[float] | None
@@ -329,6 +344,7 @@ class Decoder:
         )
         row.retrievals.append(retrieval)
         row.passage_columns = (column, column + len(ids))
+        self.slots.ground(row.slot, True)
         chunk = [*ids, self.config.cs_token_id]
         self._stream_retrieval(row, retrieval, chunk)
         self.slots.ban(row.slot, not self._may_retrieve(row))
@@ -383,8 +399,7 @@ class Decoder:
     def _finish_row(self, row: Row, last_ids: list[int]) -> None:
         """Complete the ids and the trace of a row, with `last_ids` that were not forwarded, and free its slot."""
         row.num_generated_tokens = int(self.slots.generated[row.slot])
-        stops = {self.config.ce_token_id, self.config.nsp_token_id, *self.settings.ends}
-        row.finish(self._cached_ids(row) + last_ids, stops)
+        row.finish(self._cached_ids(row) + last_ids, self.stops)
         self.finished.append(row)
         freed = row.slot
         source = self.slots.vacate(row)

@@ -1,6 +1,6 @@
 """Gen's forwards in the decoding loop: decode steps of one token per row, and chunks of many tokens for some rows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from transformers import CompileConfig
 
 from .cache_cosup import EMPTY, RowCache, attention_mask
-from .memory_cosup import Memory, adjusted
+from .memory_cosup import Memory, TokenNeighbors, mixed_logits
 from .packing_cosup import pad_rows
 from .settings_cosup import DecodingSettings
 from .slots_cosup import Slots
@@ -22,13 +22,16 @@ class Outputs:
     The results of one pass so far, by slot. Ignore the rows of slots that were not forwarded.
 
     Args:
-        logits (`torch.Tensor` of shape `(n, V)`): at the last token of each row, adjusted by the memory; `None` before
+        logits (`torch.Tensor` of shape `(n, V)`): at the last token of each row, mixed with the memory; `None` before
             the first forward of a pass.
         query_embeds (`torch.FloatTensor` of shape `(n, h)`, *optional*): Gen's query embeddings at the same tokens.
+        neighbors (`dict[int, TokenNeighbors]`): by slot, the memory's entries nearest to the states there, if the call
+            asks for them.
     """
 
     logits: torch.Tensor = None  # type: ignore[assignment]  # every pass forwards before it decides
     query_embeds: torch.Tensor | None = None
+    neighbors: dict[int, TokenNeighbors] = field(default_factory=dict)
 
     def place(self, slots: torch.Tensor, logits: torch.Tensor, query_embeds: torch.Tensor | None, n: int) -> None:
         """
@@ -59,7 +62,7 @@ class Forwards:
     Args:
         model ([`CoSupForCausalLM`]), settings ([`DecodingSettings`]), slots ([`Slots`]), cache ([`RowCache`]): of the
             loop.
-        memory ([`Memory`], *optional*): adjusts the logits of every decision.
+        memory ([`Memory`], *optional*): mixed into the logits of every decision, as `settings.memory_config` says.
 
     Attributes:
         num_tokens (`int`): tokens that were forwarded so far.
@@ -119,7 +122,10 @@ class Forwards:
         )
         slots.count_step(stepping)
         self.num_tokens += int(stepping.sum())
-        return Outputs(self._adjusted(outputs.logits[:, -1], outputs.states), outputs.query_embeds)
+        weight = self._memory_weight(np.arange(n), self.slot_numbers[:n])
+        results = Outputs(self._mixed(outputs.logits[:, -1], outputs.states, weight), outputs.query_embeds)
+        self._add_neighbors(results, outputs.states, np.arange(n))
+        return results
 
     def prefill(self, chunks: dict[Row, list[int]], outputs: Outputs) -> None:
         """
@@ -165,19 +171,55 @@ class Forwards:
         )
         slots.count_chunks(row_slots, lengths)
         self.num_tokens += int(lengths.sum())
-        logits = self._adjusted(results.logits, results.states)
+        weight = self._memory_weight(row_slots, row_slots_on_device)
+        logits = self._mixed(results.logits, results.states, weight)
         outputs.place(row_slots_on_device, logits, results.query_embeds, len(slots))
+        self._add_neighbors(outputs, results.states, row_slots)
 
     def dummy_forward(self) -> None:
         """Forward one token and discard the result, to take part in the collectives of the other ranks' forward."""
         token = torch.zeros(1, 1, dtype=torch.long, device=self.slots.device)
         self.model(input_ids=token, use_cache=False, output_query_embeds=False)
 
-    def _adjusted(self, logits: torch.Tensor, states: dict[str, torch.Tensor] | None) -> torch.Tensor:
-        """Return the logits adjusted by the memory; called once per forward, so no logits are adjusted twice."""
-        if self.memory is None:
+    def _memory_weight(self, row_slots: NDArray[np.int64], row_slots_on_device: torch.Tensor) -> float | torch.Tensor:
+        """Return the memory's weight in rows, by their slots `(R,)`: one for all of them, or `(R, 1)`."""
+        config = self.settings.memory_config
+        if self.memory is None or config is None:
+            return 0.0
+        weight, grounded_weight = config.weights
+        grounded = self.slots.grounded[row_slots]
+        if weight == grounded_weight or not grounded.any():
+            return weight
+        if grounded.all():
+            return grounded_weight
+        grounded_on_device = self.slots.grounded_on_device[row_slots_on_device, None]  # (R, 1)
+        return torch.where(grounded_on_device, grounded_weight, weight)
+
+    def _mixed(
+        self, logits: torch.Tensor, states: dict[str, torch.Tensor] | None, weight: float | torch.Tensor
+    ) -> torch.Tensor:
+        """
+        Return the logits mixed with the memory; called once per forward, so that nothing is mixed twice.
+
+        Args:
+            logits (`torch.Tensor` of shape `(R, V)`): Gen's, at one token of each row.
+            states (`dict[str, torch.Tensor]`, *optional*): what entered Gen's submodules there.
+            weight (`float` or `torch.FloatTensor` of shape `(R, 1)`): of the memory; it is not asked for 0.
+        """
+        if self.memory is None or isinstance(weight, float | int) and weight == 0:
             return logits
-        return adjusted(self.memory, logits, states)
+        log_probs = self.memory.log_probs(states or {}, self.settings.memory_config)
+        return mixed_logits(logits.float(), log_probs, weight, self.settings.kept_ids)
+
+    def _add_neighbors(
+        self, outputs: Outputs, states: dict[str, torch.Tensor] | None, row_slots: NDArray[np.int64]
+    ) -> None:
+        """Ask the memory for its entries next to `states`, if the call wants them, and put them into `outputs`."""
+        config = self.settings.memory_config
+        if self.memory is None or config is None or not config.output_neighbors:
+            return
+        neighbors = self.memory.nearest(states or {}, config.output_neighbors, config)  # type: ignore[attr-defined]
+        outputs.neighbors.update(zip(row_slots.tolist(), neighbors, strict=True))
 
     def _mask(self, positions: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         implementation = self.text_config._attn_implementation

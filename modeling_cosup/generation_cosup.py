@@ -19,9 +19,9 @@ from transformers.modeling_outputs import ModelOutput
 from .cache_cosup import RowCache, maskable_attention
 from .decoding_cosup import Decoder
 from .files_cosup import digest
-from .memory_cosup import Memory, check_memory
+from .memory_cosup import Memory, MemoryConfig, TokenNeighbors, checked_memory_config
 from .queue_cosup import Completion, Queue, read_completions
-from .refusals_cosup import RefusalsMixin, check_token_ids, listed_prompts, raise_together, unpadded
+from .refusals_cosup import RefusalsMixin, check_configs, check_token_ids, listed_prompts, raise_together, unpadded
 from .retriever_cosup import Retriever, check_retriever
 from .settings_cosup import RetrievalCall, RetrievalConfig, decoding_settings, token_budget
 from .states_cosup import watch
@@ -42,6 +42,8 @@ class CoSupGenerateOutput(ModelOutput):
         num_generated_tokens (`torch.LongTensor` of shape `(B,)`): number of decoded tokens, without passages and
             `[Cs]`.
         num_forwarded_tokens (`int`): number of tokens that Gen forwarded in the call, prompts and passages included.
+        neighbors (`list[list[TokenNeighbors]]`, *optional*): for each decoded token of each row the nearest entries of
+            the memory, with `MemoryConfig(output_neighbors=n)`.
     """
 
     # generate() sets all of them; ModelOutput demands these defaults
@@ -50,6 +52,7 @@ class CoSupGenerateOutput(ModelOutput):
     prompt_length: int = None  # type: ignore[assignment]
     num_generated_tokens: torch.Tensor = None  # type: ignore[assignment]
     num_forwarded_tokens: int = None  # type: ignore[assignment]
+    neighbors: list[list[TokenNeighbors]] | None = None
 
 
 class RetrievalGenerationMixin(RefusalsMixin):
@@ -72,6 +75,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
         retrieval_config: RetrievalConfig | None = None,
         max_retrievals: int | None = None,
         memory: Memory | None = None,
+        memory_config: MemoryConfig | None = None,
         **kwargs: Any,
     ) -> Any:
         """
@@ -91,7 +95,10 @@ class RetrievalGenerationMixin(RefusalsMixin):
             retriever ([`Retriever`], *optional*): e.g. a [`PassageIndex`]; without it this is ordinary generation.
             retrieval_config ([`RetrievalConfig`], *optional*): how to retrieve.
             max_retrievals (`int`, *optional*): per row; replaces `retrieval_config.max_retrievals`.
-            memory ([`Memory`], *optional*): adjusts the logits of every decision, with a retriever or without one.
+            memory ([`Memory`], *optional*): e.g. a [`KNNMemory`] or an [`MLPMemory`]: mixed into Gen's distribution at
+                every decision, with a retriever or without one. Control tokens and ends keep their probabilities.
+            memory_config ([`MemoryConfig`], *optional*): weight and temperature of the memory; defaults to
+                `memory.memory_config`.
             nsp_token_id (`None`, *optional*): `None` makes the call plain Gen: nothing is suppressed or retrieved.
 
         Returns:
@@ -100,9 +107,9 @@ class RetrievalGenerationMixin(RefusalsMixin):
 
         Raises:
             `TypeError`: for prompts that are not token ids, and a retriever, memory or config of another kind.
-            `ValueError`: for an index of another model, a memory that names no submodule of Gen, a prompt that is
-                empty, fills the context or holds unknown token ids, and for everything that cannot be combined with a
-                retriever or a memory: beam search, assisted decoding, a given cache, `use_cache=False`, per-step
+            `ValueError`: for an index or a memory of another model, a `memory_config` without a memory, a prompt that
+                is empty, fills the context or holds unknown token ids, and for everything that cannot be combined with
+                a retriever or a memory: beam search, assisted decoding, a given cache, `use_cache=False`, per-step
                 scores, states or attentions, state-space layers, a streamer for several rows, training mode with
                 gradient checkpointing.
             [`RetrievalError`]: when a search fails; it keeps the finished rows.
@@ -116,7 +123,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
                 inputs = None
             if kwargs.get("input_ids") is not None:
                 check_token_ids(kwargs["input_ids"])
-            self._check_configs(generation_config, retrieval_config)
+            check_configs(generation_config, retrieval_config, memory_config)
             if "nsp_token_id" in kwargs:
                 if kwargs.pop("nsp_token_id") is not None:
                     raise ValueError(
@@ -129,7 +136,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
                     )
                 kwargs = {"suppress_tokens": None, **kwargs}
                 return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]  # GenerationMixin's
-            call = self._retrieval_call(retriever, retrieval_config, max_retrievals, memory)
+            call = self._retrieval_call(retriever, retrieval_config, max_retrievals, memory, memory_config)
             if call is None:
                 return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]  # GenerationMixin's
             return self._generate_with_retrieval(inputs, generation_config, kwargs, call)
@@ -143,6 +150,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
         retrieval_config: RetrievalConfig | None = None,
         max_retrievals: int | None = None,
         memory: Memory | None = None,
+        memory_config: MemoryConfig | None = None,
         batch_size: int = 32,
         max_batch_tokens: int | None = None,
         output_file: str | Path | None = None,
@@ -156,10 +164,10 @@ class RetrievalGenerationMixin(RefusalsMixin):
 
         Args:
             prompts (`list[list[int]]`): token ids; or what a tokenizer returns for a list of texts.
-            generation_config, retriever, retrieval_config, max_retrievals, memory, **kwargs: as in [`generate`].
-                Without a retriever this is plain generation, in which `[NSP]` is a token like any other. `candidates`
-                and `passages` have one entry per prompt. Logits processors and stopping criteria see the current rows
-                of the batch, which change places: they must not remember which row is which.
+            generation_config, retriever, retrieval_config, max_retrievals, memory, memory_config, **kwargs: as in
+                [`generate`]. Without a retriever `[NSP]` is a token like any other. `candidates` and `passages` have
+                one entry per prompt. Logits processors and stopping criteria see the current rows of the batch, which
+                change places: they must not remember which row is which.
             batch_size (`int`): the most rows at a time.
             max_batch_tokens (`int`, *optional*): limit the rows so that their KV caches have no more columns than this
                 together. A row may need its prompt, `max_new_tokens`, and `max_retrievals` (one, if there is no limit)
@@ -188,9 +196,11 @@ class RetrievalGenerationMixin(RefusalsMixin):
         for name, limit in (("batch_size", batch_size), ("max_batch_tokens", max_batch_tokens)):
             if limit is not None and limit < 1:
                 raise ValueError(f"{name} is {limit}, expected at least 1.")
-        self._check_configs(generation_config, retrieval_config)
+        check_configs(generation_config, retrieval_config, memory_config)
         prompt_ids = listed_prompts(prompts)
-        call = self._retrieval_call(retriever, retrieval_config, max_retrievals, memory) or RetrievalCall()
+        call = self._retrieval_call(retriever, retrieval_config, max_retrievals, memory, memory_config)
+        if call is None:
+            call = RetrievalCall()
         prepared = self._check_retrieval_arguments(generation_config, kwargs)
         if prepared.num_return_sequences not in (None, 1):
             raise ValueError("generate_many answers each prompt once: for num_return_sequences, repeat the prompts.")
@@ -277,18 +287,22 @@ class RetrievalGenerationMixin(RefusalsMixin):
         retrieval_config: RetrievalConfig | None,
         max_retrievals: int | None,
         memory: Memory | None,
+        memory_config: MemoryConfig | None,
     ) -> RetrievalCall | None:
         """Check the arguments and return them together; `None` for ordinary generation."""
         if retriever is not None:
             check_retriever(retriever)
         if memory is not None:
-            check_memory(memory)
+            memory_config = checked_memory_config(memory, memory_config)
+            memory.check_model(self)
             # the hooks must be there before the step is compiled; a wrong name raises before anything is computed
             watch(self.gen, memory.states)
+        elif memory_config is not None:
+            raise ValueError("memory_config needs a memory: generate(..., memory=memory, memory_config=...).")
         retrieval = RetrievalConfig() if retrieval_config is None else retrieval_config
         if max_retrievals is not None:
             retrieval = replace(retrieval, max_retrievals=max_retrievals)
-        call = RetrievalCall(retriever, retrieval, memory)
+        call = RetrievalCall(retriever, retrieval, memory, memory_config)
         if self.config.nsp_token_id is None or not (call.has_passages or retrieval.forbid_nsp):
             if retrieval_config is not None:
                 raise ValueError(
@@ -297,22 +311,13 @@ class RetrievalGenerationMixin(RefusalsMixin):
                 )
             if memory is None:
                 return None
-            return RetrievalCall(memory=memory)
+            return RetrievalCall(memory=memory, memory_config=memory_config)
         if retriever is not None:
             retriever.check_model(self)
             searches = retrieval.passages is None and not retrieval.forbid_nsp
             if searches and self.config.query_from != "gen":
                 self._query_encoder()  # raises before anything is generated
         return call
-
-    @staticmethod
-    def _check_configs(generation_config: object, retrieval_config: object) -> None:
-        """Raise a `TypeError` for a config of another kind; one of the installed package fits a model of its copy."""
-        given = {"GenerationConfig": generation_config, "RetrievalConfig": retrieval_config}
-        for name, config in given.items():
-            if config is not None and name not in [base.__name__ for base in type(config).__mro__]:
-                argument = name.replace("Config", "_config").lower()
-                raise TypeError(f"{argument} is a {type(config).__name__}, expected a {name}.")
 
     def _generate_with_retrieval(
         self,
@@ -339,11 +344,13 @@ class RetrievalGenerationMixin(RefusalsMixin):
         return output
 
     def _settings_hash(self, generation_config: GenerationConfig, call: RetrievalCall) -> str:
-        """Return a hash of the configs, index, memory and model name; weights and processors are not included."""
+        """Return a hash of configs, index, memory and model name; Gen's weights and processors are not included."""
         retrieval = vars(call.retrieval).copy()
         del retrieval["candidates"], retrieval["passages"]
         index = None if call.retriever is None else call.retriever.fingerprint
-        memory = None if call.memory is None else call.memory.fingerprint
+        memory = None
+        if call.memory is not None and call.memory_config is not None:
+            memory = [call.memory.fingerprint, call.memory_config.to_dict()]
         return digest([generation_config.to_diff_dict(), retrieval, index, memory, self.config._name_or_path])
 
     def prepare_inputs_for_generation(
@@ -413,16 +420,23 @@ class RetrievalGenerationMixin(RefusalsMixin):
         sequences = torch.cat([prompts, padded], dim=1)
         for row in rows:
             padding = width - len(row.prompt)
+            for entries in row.neighbors:
+                entries.position += padding
             for retrieval in row.retrievals:
                 start, end = retrieval.grounded_span
                 retrieval.position += padding
                 retrieval.grounded_span = (start + padding, end + padding)
         if not decoder.settings.generation_config.return_dict_in_generate:
             return sequences
+        config = decoder.settings.memory_config
+        neighbors = None
+        if config is not None and config.output_neighbors:
+            neighbors = [row.neighbors for row in rows]
         return CoSupGenerateOutput(
             sequences=sequences,
             retrievals=[row.retrievals for row in rows],
             prompt_length=width,
             num_generated_tokens=torch.tensor([row.num_generated_tokens for row in rows], device=device),
             num_forwarded_tokens=decoder.forwards.num_tokens,
+            neighbors=neighbors,
         )

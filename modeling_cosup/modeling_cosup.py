@@ -262,8 +262,10 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
         nsp_token_id = kwargs.pop("nsp_token_id", self.config.nsp_token_id)
         return_dict = kwargs.pop("return_dict", None)
         passage_embeds = query_embeds = None
-        if self.config.tie_emb_seq and self.training:  # not for logits that are computed without no_grad
-            self._forget_trained_emb_seq()
+        if self.training:  # not for logits that are computed without no_grad
+            self._forget_trained_gen()
+            if self.config.tie_emb_seq:
+                self._forget_trained_emb_seq()
         if passage_input_ids is not None:
             passage_embeds = self.encode_passages(passage_input_ids, passage_attention_mask, passage_packing)  # (M, h)
         if query_input_ids is not None:

@@ -4,12 +4,13 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 from .files_cosup import digest
+from .memory_cosup import TokenNeighbors
 from .trace_cosup import Retrieval, Row, cited_text, written_text
 
 
@@ -25,6 +26,8 @@ class Completion:
         cited_text (`str`): the text with a numbered citation after each grounded span, and the passages below.
         num_generated_tokens (`int`): number of decoded tokens.
         retrievals (`list[Retrieval]`): the trace; positions count from the first token of the prompt.
+        neighbors (`list[TokenNeighbors]`): of each decoded token, with `MemoryConfig(output_neighbors=n)`; positions
+            likewise.
     """
 
     index: int
@@ -33,6 +36,7 @@ class Completion:
     cited_text: str
     num_generated_tokens: int
     retrievals: list[Retrieval]
+    neighbors: list[TokenNeighbors]
 
 
 @dataclass
@@ -88,11 +92,11 @@ class Queue:
             cited_text=cited_text(row.ids, row.retrievals, start, model.tokenizer),
             num_generated_tokens=row.num_generated_tokens,
             retrievals=row.retrievals,
+            neighbors=row.neighbors,
         )
         self.results[row.number] = completion
         if file is not None:
-            trace = [retrieval.to_dict() for retrieval in completion.retrievals]
-            line = {**vars(completion), "retrievals": trace}
+            line = asdict(completion)
             line["prompt"] = digest(row.prompt)
             line["settings"] = self.settings_hash
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -152,4 +156,5 @@ def _read_completion(line: bytes, where: str, prompts: list[list[int]], settings
     for trace in stored["retrievals"]:
         span = tuple(trace["grounded_span"])
         values["retrievals"].append(Retrieval(**{**trace, "grounded_span": span}))
+    values["neighbors"] = [TokenNeighbors(**neighbors) for neighbors in stored["neighbors"]]
     return Completion(**values)

@@ -167,6 +167,15 @@ class RefusalsMixin:
                 )
 
 
+def check_configs(generation_config: object, retrieval_config: object, memory_config: object) -> None:
+    """Raise a `TypeError` for a config of another kind; one of the installed package fits a model of its copy."""
+    given = {"GenerationConfig": generation_config, "RetrievalConfig": retrieval_config, "MemoryConfig": memory_config}
+    for name, config in given.items():
+        if config is not None and name not in [base.__name__ for base in type(config).__mro__]:
+            argument = name.replace("Config", "_config").lower()
+            raise TypeError(f"{argument} is a {type(config).__name__}, expected a {name}.")
+
+
 def check_token_ids(ids: object) -> None:
     """
     Check the type of the prompts of generate().

@@ -11,7 +11,7 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria, Stoppin
 
 from .cache_cosup import context_length
 from .configuration_cosup import CoSupConfig
-from .memory_cosup import Memory
+from .memory_cosup import Memory, MemoryConfig
 from .queue_cosup import Queue
 from .retriever_cosup import Retriever
 
@@ -90,7 +90,8 @@ class RetrievalCall:
 
     Args:
         retriever ([`Retriever`], *optional*), retrieval ([`RetrievalConfig`]): searches the index; how to retrieve.
-        memory ([`Memory`], *optional*): adjusts the logits of every decision.
+        memory ([`Memory`], *optional*), memory_config ([`MemoryConfig`], *optional*): mixed into the logits of every
+            decision; how. Both or neither.
         static (`bool`): the decode step keeps its shapes.
         queue ([`Queue`], *optional*): the prompts of generate_many().
         columns (`int`, *optional*): number of columns of the cache to start with, if the caller has computed it.
@@ -99,6 +100,7 @@ class RetrievalCall:
     retriever: Retriever | None = None
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     memory: Memory | None = None
+    memory_config: MemoryConfig | None = None
     static: bool = False
     queue: Queue | None = None
     columns: int | None = None
@@ -139,12 +141,14 @@ class DecodingSettings:
         generation_config (`GenerationConfig`): as transformers prepared it; says how a static step is compiled.
         retrieval ([`RetrievalConfig`]): how to retrieve.
         retrieves (`bool`): `[NSP]` retrieves passages. Otherwise it is a token like any other, unless forbidden.
+        memory_config ([`MemoryConfig`], *optional*): how the memory is mixed in, if there is one.
         num_slots (`int`), num_columns (`int`): the most rows at a time, and columns of the cache to start with.
         device (`torch.device`): of the prompts.
         prompt_length (`int`): columns of the prompts, padding included; processors and criteria count from there.
         budget (`int`): the most tokens that a row may decide.
         context_length (`int`): the most positions that Gen can read.
         pad (`int`), ends (`frozenset[int]`): the id of padding, and the ids that end a row.
+        kept_ids (`torch.LongTensor`): control tokens and ends, whose probabilities no memory changes.
         never (`torch.LongTensor`): ids that no row may decide.
         special (`torch.LongTensor`): ids after which the loop visits the rows one by one.
         processors (`LogitsProcessorList`): logits processors, warpers included.
@@ -157,6 +161,7 @@ class DecodingSettings:
     generation_config: GenerationConfig
     retrieval: RetrievalConfig
     retrieves: bool
+    memory_config: MemoryConfig | None
     num_slots: int
     num_columns: int
     device: torch.device
@@ -165,6 +170,7 @@ class DecodingSettings:
     context_length: int
     pad: int
     ends: frozenset[int]
+    kept_ids: torch.Tensor
     never: torch.Tensor
     special: torch.Tensor
     processors: LogitsProcessorList
@@ -218,11 +224,14 @@ def decoding_settings(
         special.add(config.nsp_token_id)
     if call.retrieval.forget_passages:
         special.add(config.ce_token_id)
+    if call.memory_config is not None and call.memory_config.grounded_weight is not None:
+        special.update((config.nsp_token_id, config.ce_token_id))  # they end grounded text
     pad = generation_config._pad_token_tensor
     return DecodingSettings(
         generation_config=generation_config,
         retrieval=call.retrieval,
         retrieves=call.retrieves,
+        memory_config=call.memory_config,
         num_slots=_num_slots(call, len(prompts)),
         num_columns=_num_columns(config, call, prompts, generation_config.max_length - prompt_length),
         device=device,
@@ -231,6 +240,7 @@ def decoding_settings(
         context_length=context_length(config.get_text_config()),
         pad=0 if pad is None else int(pad),
         ends=frozenset(ends),
+        kept_ids=_ids({config.nsp_token_id, config.cs_token_id, config.ce_token_id, *ends}, device),
         never=_ids(never, device),
         special=_ids(special, device),
         processors=processors,

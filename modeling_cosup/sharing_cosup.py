@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from .facts_cosup import carry_facts, load_facts
 from .hub_cosup import CARD_FILE, EMB_SEQ_TOKENIZER_FOLDER, REPLACED_FILES, checkpoint_files, make_repo, push_files
 from .parts_cosup import check_adapters_are_merged
 from .plain_card_cosup import package_cards, plain_card
+from .token_keys_cosup import ffn_name, gen_of
 from .tokenization_cosup import same_tokenizer, tokenizer_fingerprint
 from .tokenizer_files_cosup import class_to_save
 
@@ -53,6 +54,7 @@ class SharingMixin(ModelBase):
     """The part of [`CoSupForCausalLM`] that saves, pushes and recognises the model."""
 
     config: CoSupConfig
+    gen: PreTrainedModel
     emb_seq: PreTrainedModel | None
     _emb_seq_prefix: Callable[[], str]
     _tokenizer: PreTrainedTokenizerBase | None
@@ -82,29 +84,28 @@ class SharingMixin(ModelBase):
             `ValueError`: when Emb_seq is not loaded and the checkpoint stores no hash of it.
         """
         stored = self.config.fingerprint or {}
-        hashes = {}
-        for name in ("tokenizer", "emb_seq_tokenizer"):
-            hashes[name] = stored.get(name) or tokenizer_fingerprint(getattr(self, name))
+        hashes = self._tokenizer_hashes()
         if self._can_hash_emb_seq(state_dict) or not stored.get("emb_seq"):
             hashes["emb_seq"] = self._hash_emb_seq(state_dict)
         else:
             hashes["emb_seq"] = stored["emb_seq"]
-        self.config.fingerprint = hashes
+        self.config.fingerprint = {**stored, **hashes}
         return {**hashes, **self.config.embedding_settings}
 
     def _can_hash_emb_seq(self, state_dict: dict[str, torch.Tensor] | None) -> bool:
         """Return whether Emb_seq's weights are complete and in a dtype that keeps their hash."""
-        if self.emb_seq is None:
-            return False
-        weights = list(self.emb_seq.parameters())
-        if state_dict is None and any(_is_elsewhere(weight) for weight in weights):
-            return False
-        return all(weight.dtype in (torch.float32, torch.bfloat16) for weight in weights)
+        return self.emb_seq is not None and can_be_hashed(self.emb_seq, state_dict)
 
     def _forget_fingerprint(self, *names: str) -> None:
         """Drop the stored hashes that no longer describe this model."""
         if self.config.fingerprint is not None:
             self.config.fingerprint = {**self.config.fingerprint, **dict.fromkeys(names)}
+
+    def _forget_trained_gen(self) -> None:
+        """Drop the stored hash of Gen if it may be in training: the hash no longer describes it."""
+        if torch.is_grad_enabled() and (self.config.fingerprint or {}).get("gen"):
+            if any(parameter.requires_grad for parameter in self.gen.parameters()):
+                self._forget_fingerprint("gen")
 
     def _hash_emb_seq(self, state_dict: dict[str, torch.Tensor] | None = None) -> str:
         """Hash Emb_seq and `emb_head`; see [`~SharingMixin.hash_weights`]."""
@@ -126,28 +127,48 @@ class SharingMixin(ModelBase):
             return None
         return self.hash_weights(state_dict)
 
-    @torch.no_grad()
     def hash_weights(self, state_dict: dict[str, torch.Tensor] | None = None, parts: tuple[str, ...] = ("",)) -> str:
         """
-        Return the SHA-256 (hex) of a sample of the weights: up to 8,192 of each parameter, evenly spread, in bfloat16.
+        Return the SHA-256 (hex) of a sample of the weights, see [`hash_parameters`].
 
         Args:
             state_dict (`dict`, *optional*): the weights, needed if the model's own are shards.
             parts (`tuple[str]`): prefixes of the names of the parameters to hash; all by default.
         """
-        digest = hashlib.sha256()
-        for name, parameter in self.named_parameters():
-            if not name.startswith(parts):
-                continue
-            weights = (parameter if state_dict is None else state_dict[name]).detach()
-            if isinstance(weights, DTensor):
-                weights = weights.full_tensor()
-            weights = weights.reshape(-1)
-            stride = max(1, len(weights) // 4096)
-            sample = weights[::stride].to(torch.bfloat16).contiguous().cpu()
-            digest.update(f"{name} {tuple(parameter.shape)}".encode())
-            digest.update(sample.view(torch.int16).numpy().tobytes())
-        return digest.hexdigest()
+        parameters = [(name, weight) for name, weight in self.named_parameters() if name.startswith(parts)]
+        if state_dict is not None:
+            parameters = [(name, state_dict[name]) for name, _ in parameters]
+        return hash_parameters(parameters)
+
+    def memory_fingerprint(self) -> dict[str, str]:
+        """
+        Return what a token memory must have in common with this model, see the function [`memory_fingerprint`].
+
+        As for [`~SharingMixin.fingerprint`], weights that cannot be hashed have the hash of the last save.
+        """
+        key = ffn_name(self)
+        hashes = self._tokenizer_hashes()
+        gen = (self.config.fingerprint or {}).get("gen")
+        if can_be_hashed(self.gen.base_model) or not gen:
+            gen = self._hash_gen()
+        self.config.fingerprint = {**(self.config.fingerprint or {}), **hashes, "gen": gen}
+        return {"gen": gen, "tokenizer": hashes["tokenizer"], "key": key}
+
+    def _hash_gen(self, state_dict: dict[str, torch.Tensor] | None = None) -> str:
+        """Hash the body of Gen: a plain language model of the same weights has the same hash."""
+        parameters = self.gen.base_model.named_parameters()
+        if state_dict is None:
+            return hash_parameters(parameters)
+        prefix = f"gen.{self.gen.base_model_prefix}."
+        return hash_parameters((name, state_dict[prefix + name]) for name, _ in parameters)
+
+    def _tokenizer_hashes(self) -> dict[str, str]:
+        """Return the hashes of both tokenizers, the stored ones if there are."""
+        stored = self.config.fingerprint or {}
+        hashes = {}
+        for name in ("tokenizer", "emb_seq_tokenizer"):
+            hashes[name] = stored.get(name) or tokenizer_fingerprint(getattr(self, name))
+        return hashes
 
     # ------------------------------------------------------------------ tokenizers
 
@@ -242,6 +263,8 @@ class SharingMixin(ModelBase):
             for tokenizer in tokenizers.values():
                 class_to_save(tokenizer, self.config, (None,), _PLAIN_TOKENIZER)
             self.fingerprint(state_dict)
+            if can_be_hashed(self.gen.base_model, state_dict):
+                self.config.fingerprint = {**(self.config.fingerprint or {}), "gen": self._hash_gen(state_dict)}
             for subfolder, tokenizer in tokenizers.items():
                 tokenizer.save_pretrained(Path(save_directory) / subfolder)
         if is_main_process:
@@ -270,8 +293,8 @@ class SharingMixin(ModelBase):
             type(self).__module__ = original.__module__
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load other weights, such as the best checkpoint after training, and drop the stored hash of Emb_seq."""
-        self._forget_fingerprint("emb_seq")
+        """Load other weights, such as the best checkpoint after training, and drop the stored hashes of weights."""
+        self._forget_fingerprint("emb_seq", "gen")
         return super().load_state_dict(*args, **kwargs)
 
     # ------------------------------------------------------------------ the Hub
@@ -359,6 +382,84 @@ class SharingMixin(ModelBase):
             card = plain_card(repo_id, SUMMARY, facts.get("license"), card_tags, **metadata)
         files = {**checkpoint_files(folder), CARD_FILE: card.encode()}
         return push_files(files, repo_id, REPLACED_FILES, token=token, **commit_options)
+
+
+# ---------------------------------------------------------------------- fingerprints
+
+
+def memory_fingerprint(gen: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, str]:
+    """
+    Return what a token memory must have in common with the model that it is used with.
+
+    That is a hash of the weights of Gen's body, a hash of the tokenizer, and the name of the submodule whose input is
+    the key. The LM head does not matter.
+
+    Args:
+        gen (`PreTrainedModel`): a causal language model; a [`CoSupForCausalLM`] gives its own.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): of a plain language model; without it, none is compared.
+
+    Returns:
+        `dict[str, str]`: `gen`, `key`, and `tokenizer` if there is one.
+
+    Raises:
+        `ValueError`: for an architecture whose key is not known.
+    """
+    if gen_of(gen) is not gen:
+        return gen.memory_fingerprint()
+    hashes = {"gen": hash_parameters(gen.base_model.named_parameters()), "key": ffn_name(gen)}
+    if tokenizer is not None:
+        hashes["tokenizer"] = tokenizer_fingerprint(tokenizer)
+    return hashes
+
+
+def check_memory_fingerprint(fingerprint: dict[str, str], model: Any) -> None:
+    """
+    Raise unless a memory is of this model: its keys are states of the model's Gen.
+
+    Args:
+        fingerprint (`dict`): of the memory, see [`memory_fingerprint`].
+        model ([`CoSupForCausalLM`] or `PreTrainedModel`): the model that the memory is used with.
+
+    Raises:
+        `ValueError`: names everything that differs, with both values.
+    """
+    names = {"gen": "weights of Gen's body", "tokenizer": "tokenizer", "key": "key"}
+    lines = []
+    for name, model_value in memory_fingerprint(model).items():
+        value = fingerprint.get(name, model_value)
+        if value != model_value:
+            lines.append(f"  {names[name]}: the memory has {value[:24]}, the model {model_value[:24]}")
+    if lines:
+        raise ValueError("\n".join(["This memory was made with another model; make it again with this one.", *lines]))
+
+
+@torch.no_grad()
+def hash_parameters(parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Return the SHA-256 (hex) of names, shapes and a sample of weights: up to 8,192 of each, evenly spread, in bf16."""
+    digest = hashlib.sha256()
+    for name, parameter in parameters:
+        weights = parameter.detach()
+        if isinstance(weights, DTensor):
+            weights = weights.full_tensor()
+        shape = tuple(weights.shape)
+        weights = weights.reshape(-1)
+        stride = max(1, len(weights) // 4096)
+        sample = weights[::stride].to(torch.bfloat16).contiguous().cpu()
+        digest.update(f"{name} {shape}".encode())
+        digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def can_be_hashed(module: torch.nn.Module, state_dict: dict[str, torch.Tensor] | None = None) -> bool:
+    """
+    Return whether weights are complete, here or in a `state_dict`, and in a dtype that keeps their hash.
+
+    A cast between float32 and bfloat16 keeps it; float16 and quantised weights do not.
+    """
+    weights = list(module.parameters())
+    if state_dict is None and any(_is_elsewhere(weight) for weight in weights):
+        return False
+    return all(weight.dtype in (torch.float32, torch.bfloat16) for weight in weights)
 
 
 def _is_elsewhere(weight: torch.Tensor) -> bool:

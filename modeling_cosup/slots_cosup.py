@@ -18,10 +18,11 @@ class Slots:
 
     Host and device. The loop branches on the state of rows, so that state is in NumPy on the host, where reading it
     waits for nothing. Forwards and decisions compute with state on the device, since a copy from the host in every
-    pass would make the device wait. Tokens are on the device only, rows and `generated` on the host only. Four arrays
+    pass would make the device wait. Tokens are on the device only, rows and `generated` on the host only. Five arrays
     are on both:
 
-    - `occupied` and `banned` seldom change, and only for one slot at a time: host and device are written together.
+    - `occupied`, `banned` and `grounded` seldom change, and only for one slot at a time: host and device are written
+      together.
     - `columns` and `positions` change in every pass. If every row takes a decode step, both sides count on and nothing
       is copied. Any other event (a chunk was forwarded, a passage dropped, a row came or went, a row sat out the step)
       changes the host only and sets `stale`; the next step copies the arrays to the device. So the host is always
@@ -39,10 +40,10 @@ class Slots:
         rows (`list[Row | None]`): the row in each slot, up to the last one in use.
         columns, positions, generated (`numpy.ndarray` of int64 and shape `(count,)`): column and position of the next
             token to forward, and number of decided tokens.
-        occupied, banned (`numpy.ndarray` of bool and shape `(count,)`): slots with a row, and slots that may not
-            decide `[NSP]` next.
+        occupied, banned, grounded (`numpy.ndarray` of bool and shape `(count,)`): slots with a row, slots that may not
+            decide `[NSP]` next, and slots whose next token is grounded text.
         tokens (`torch.LongTensor` of shape `(count,)`): the last decision, which is not forwarded yet.
-        occupied_on_device, banned_on_device (`torch.BoolTensor` of shape `(count,)`): `occupied` and `banned`.
+        occupied_on_device, banned_on_device, grounded_on_device (`torch.BoolTensor` of shape `(count,)`): the same.
         columns_and_positions_on_device (`torch.LongTensor` of shape `(2, count)`): `columns` and `positions`.
         order (`torch.LongTensor` of shape `(n,)`, *optional*): the row of the batch in each slot, once a row has left;
             until then `None`.
@@ -60,9 +61,11 @@ class Slots:
     generated: NDArray[np.int64] = field(init=False)
     occupied: NDArray[np.bool_] = field(init=False)
     banned: NDArray[np.bool_] = field(init=False)
+    grounded: NDArray[np.bool_] = field(init=False)
     tokens: torch.Tensor = field(init=False)
     occupied_on_device: torch.Tensor = field(init=False)
     banned_on_device: torch.Tensor = field(init=False)
+    grounded_on_device: torch.Tensor = field(init=False)
     columns_and_positions_on_device: torch.Tensor = field(init=False)
     order: torch.Tensor | None = field(init=False, default=None)
     stale: bool = field(init=False, default=True)
@@ -73,9 +76,11 @@ class Slots:
         self.generated = np.zeros(self.count, dtype=np.int64)
         self.occupied = np.zeros(self.count, dtype=bool)
         self.banned = np.zeros(self.count, dtype=bool)
+        self.grounded = np.zeros(self.count, dtype=bool)
         self.tokens = torch.full((self.count,), self.pad, dtype=torch.long, device=self.device)
         self.occupied_on_device = torch.zeros(self.count, dtype=torch.bool, device=self.device)
         self.banned_on_device = torch.zeros_like(self.occupied_on_device)
+        self.grounded_on_device = torch.zeros_like(self.occupied_on_device)
         self.columns_and_positions_on_device = torch.zeros(2, self.count, dtype=torch.long, device=self.device)
 
     def __len__(self) -> int:
@@ -113,6 +118,7 @@ class Slots:
         self.rows[slot] = None
         self._set_occupied(slot, False)
         self.ban(slot, False)
+        self.ground(slot, False)
         if self.keeps_slots:
             self.columns[slot] = 0
             self.positions[slot] = 0
@@ -132,6 +138,7 @@ class Slots:
         for state in (self.columns, self.positions, self.generated, self.tokens):
             state[slot] = state[row.slot]
         self.ban(slot, self.banned[row.slot])
+        self.ground(slot, self.grounded[row.slot])
         self._set_occupied(row.slot, False)
         self._set_occupied(slot, True)
         self.rows[slot] = row
@@ -147,6 +154,12 @@ class Slots:
         if self.banned[slot] != banned:
             self.banned[slot] = banned
             self.banned_on_device[slot] = bool(banned)
+
+    def ground(self, slot: int, grounded: bool | np.bool_) -> None:
+        """Set whether the next token of a slot is grounded text."""
+        if self.grounded[slot] != grounded:
+            self.grounded[slot] = grounded
+            self.grounded_on_device[slot] = bool(grounded)
 
     # ------------------------------------------------------------------ rows grow and shrink
 

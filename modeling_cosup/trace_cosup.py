@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from .memory_cosup import TokenNeighbors
+
 
 @dataclass
 class Retrieval:
@@ -79,8 +81,9 @@ class Row:
         retrieved (`set[int]`): rows of the index that were retrieved.
         forgotten (`list[tuple[int, list[int]]]`): passages that left the cache: the index of their first token in the
             row's ids, and their ids.
-        logits_before_nsp (`torch.Tensor` of shape `(V,)`): adjusted logits from which the last `[NSP]` was decided;
-            needed again if nothing is found.
+        neighbors (`list[TokenNeighbors]`): of each decided token, if the call asks for them; positions as above.
+        logits_before_nsp (`torch.Tensor` of shape `(V,)`): logits, mixed with the memory, from which the last `[NSP]`
+            was decided; needed again if nothing is found.
         recompute_ids (`list[int]`): with `forget_passages="recompute"`, token ids to forward again in the next pass,
             the last decision included.
         passage_columns (`tuple[int, int]`, *optional*): columns `[start, end)` of the last passage, without `[Cs]`,
@@ -97,6 +100,7 @@ class Row:
     retrievals: list[Retrieval] = field(default_factory=list)
     retrieved: set[int] = field(default_factory=set)
     forgotten: list[tuple[int, list[int]]] = field(default_factory=list)
+    neighbors: list[TokenNeighbors] = field(default_factory=list)
     logits_before_nsp: torch.Tensor | None = None
     recompute_ids: list[int] = field(default_factory=list)
     passage_columns: tuple[int, int] | None = None
@@ -108,6 +112,15 @@ class Row:
         if max_retrievals is not None and len(self.retrievals) >= max_retrievals:
             return False
         return self.given_passages is None or len(self.given_passages) > 0
+
+    def begins_grounded(self, cs_token_id: int | None, stops: set[int]) -> bool:
+        """Return whether the prompt ends within grounded text: after a `[Cs]` that none of `stops` follows."""
+        for id in reversed(self.prompt):
+            if id in stops:
+                return False
+            if id == cs_token_id:
+                return True
+        return False
 
     @property
     def num_forgotten(self) -> int:
@@ -144,6 +157,7 @@ class Row:
         self.ids = ids
         self.logits_before_nsp = None
         self.passage_columns = None
+        del self.neighbors[self.num_generated_tokens :]  # of a token for which there was no room
         for retrieval in self.retrievals:
             start = end = retrieval.grounded_span[0]
             while end < len(ids) and ids[end] not in stops:

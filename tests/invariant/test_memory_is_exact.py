@@ -1,7 +1,7 @@
 """
-With a memory that reads Gen's states: a batch == each row alone == a slow reference without cache.
+With a memory: a batch == each row alone == a slow reference without cache, token by token and with every control.
 
-Compared token by token, with every control.
+The reference mixes in float64.
 """
 
 import pytest
@@ -9,15 +9,13 @@ import torch
 from test_retrieval_controls_are_exact import MAX_NEW_TOKENS, check, generate, setup
 from transformers import CompileConfig
 
-from modeling_cosup import RetrievalConfig
+from modeling_cosup import MemoryConfig, RetrievalConfig
 from support.generation import left_pad, real_tokens
-from support.memories import LAST_MLP, AddedStates, RetrievesByState
-
-MEMORIES = {"added": AddedStates, "retrieves": RetrievesByState}
+from support.memories import LAST_MLP, StateMemory, kept_ids, mixture
 
 
-def maker(kind, gen="llama"):
-    return lambda model: MEMORIES[kind](model, LAST_MLP[gen])
+def maker(gen="llama"):
+    return lambda model: StateMemory(model, LAST_MLP[gen])
 
 
 def check_rows_alone(settings, gen, make_memory, rows, trace, **kwargs):
@@ -28,10 +26,9 @@ def check_rows_alone(settings, gen, make_memory, rows, trace, **kwargs):
 
 
 @pytest.mark.parametrize("gen", LAST_MLP)
-@pytest.mark.parametrize("kind", MEMORIES)
-def test_batch_row_and_reference_agree(gen, kind):
-    *_, rows, trace = check(RetrievalConfig(), gen, make_memory=maker(kind, gen))
-    check_rows_alone(RetrievalConfig(), gen, maker(kind, gen), rows, trace)
+def test_batch_row_and_reference_agree(gen):
+    *_, rows, trace = check(RetrievalConfig(), gen, make_memory=maker(gen))
+    check_rows_alone(RetrievalConfig(), gen, maker(gen), rows, trace)
     _, rows_without, trace_without = generate(*setup(gen), RetrievalConfig())
     assert sum(map(len, trace)) >= 4
     assert rows != rows_without  # the memory decides tokens
@@ -47,9 +44,8 @@ def dividing_score(output):
 
 
 @pytest.mark.parametrize("gen", LAST_MLP)
-@pytest.mark.parametrize("kind", MEMORIES)
-def test_a_row_that_takes_its_nsp_back(gen, kind):
-    make_memory = maker(kind, gen)
+def test_a_row_that_takes_its_nsp_back(gen):
+    make_memory = maker(gen)
     model, index, prompts, processors = setup(gen, every=5)
     output, _, _ = generate(model, index, prompts, processors, RetrievalConfig(), memory=make_memory(model))
     settings = RetrievalConfig(min_score=dividing_score(output))
@@ -64,10 +60,10 @@ def test_a_row_that_takes_its_nsp_back(gen, kind):
 @pytest.mark.parametrize("forget", ["recompute", "mask"])
 def test_forgotten_passages(gen, forget):
     settings = RetrievalConfig(forget_passages=forget)
-    model, index, output, rows, trace = check(settings, gen, make_memory=maker("added", gen))
-    check_rows_alone(settings, gen, maker("added", gen), rows, trace)
+    model, index, output, rows, trace = check(settings, gen, make_memory=maker(gen))
+    check_rows_alone(settings, gen, maker(gen), rows, trace)
     assert any(model.config.ce_token_id in row for row in rows)
-    _, remembering_rows, _ = generate(*setup(gen), RetrievalConfig(), memory=maker("added", gen)(model))
+    _, remembering_rows, _ = generate(*setup(gen), RetrievalConfig(), memory=maker(gen)(model))
     assert remembering_rows != rows  # forgetting makes a difference
 
 
@@ -75,13 +71,13 @@ def test_every_control_together():
     pools = [["p0", "p1", "p2"], None, ["p3"], None, ["p5", "p0"]]
     settings = RetrievalConfig(2, max_retrievals=2, force_nsp_first=True, candidates=pools, no_repeat_passages=True)
     settings.forget_passages = "recompute"
-    *_, trace = check(settings, every=5, make_memory=maker("retrieves"))
+    *_, trace = check(settings, every=5, make_memory=maker())
     assert sum(map(len, trace)) >= 6
 
 
-def test_every_forward_is_adjusted_once():
+def test_every_forward_asks_once():
     model, index, prompts, processors = setup(every=5)
-    memory = maker("retrieves")(model)
+    memory = maker()(model)
     forwards = []
     model.gen.base_model.register_forward_pre_hook(lambda *args: forwards.append(1))
     output, _, _ = generate(model, index, prompts[:1], processors, RetrievalConfig(min_score=9.0), memory=memory)
@@ -97,7 +93,10 @@ def slow_rows(model, prompts, processors, memory):
         ids = list(prompt)
         for _ in range(MAX_NEW_TOKENS):
             output = model(torch.tensor([ids]), output_states=memory.states, use_cache=False)
-            scores = processors(torch.tensor([ids]), memory.adjust(output.logits[:, -1], output.states))[0]
+            said = memory.log_probs(output.states, memory.memory_config)[0]
+            lm = output.logits[0, -1].softmax(-1)
+            mixed = mixture(lm, said.exp(), memory.memory_config.weight, kept_ids(model)).log().float()
+            scores = processors(torch.tensor([ids]), mixed[None])[0]
             scores[model.config.cs_token_id] = float("-inf")
             ids.append(int(scores.argmax()))
             if ids[-1] in model.generation_config.eos_token_id:
@@ -109,7 +108,7 @@ def slow_rows(model, prompts, processors, memory):
 @pytest.mark.parametrize("gen", ["llama", "mistral"])
 def test_without_a_retriever(gen):
     model, _, prompts, processors = setup(gen)
-    memory = maker("added", gen)(model)
+    memory = maker(gen)(model)
     rows = slow_rows(model, prompts, processors, memory)
     assert model.config.nsp_token_id in rows[0]  # a token like any other
     inputs = left_pad(prompts, model.generation_config.pad_token_id)
@@ -120,31 +119,24 @@ def test_without_a_retriever(gen):
     assert [[*prompt, *done.token_ids] for prompt, done in zip(prompts, many, strict=True)] == rows
 
 
-class Bystander:
-    """Changes nothing."""
-
-    states, fingerprint = (), "nothing"
-
-    def adjust(self, logits, states):
-        assert states == {}
-        return logits
-
-
-@pytest.mark.parametrize("sample", [{}, {"do_sample": True, "temperature": 3.0}])
-def test_a_memory_that_changes_nothing_is_no_memory(sample):
+@pytest.mark.parametrize("sample", [{}, {"do_sample": True, "temperature": 3.0, "repetition_penalty": 1.3}])
+@pytest.mark.parametrize("weights", [{"weight": 0}, {"weight": 0.0, "grounded_weight": 0.0}])
+def test_a_weight_of_zero_is_no_memory_and_asks_nothing(sample, weights):
     model, index, prompts, processors = setup()
+    memory = maker()(model)
     results = []
-    for memory in (None, Bystander()):
+    for options in ({}, {"memory": memory, "memory_config": MemoryConfig(**weights)}):
         torch.manual_seed(0)
-        results.append(generate(model, index, prompts, processors, RetrievalConfig(), memory=memory, **sample)[1:])
+        results.append(generate(model, index, prompts, processors, RetrievalConfig(), **options, **sample)[1:])
     assert results[0] == results[1]
+    assert not memory.calls
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gen", ["llama", "gpt2"])
 def test_a_captured_step_keeps_the_states(gen):
     model, index, prompts, processors = setup(gen)
-    memory = maker("added", gen)(model)
+    memory = maker(gen)(model)
     _, rows, trace = generate(model, index, prompts, processors, RetrievalConfig(), memory=memory)
     _, rows_without, _ = generate(model, index, prompts, processors, RetrievalConfig())
     compiled = CompileConfig(mode="default")

@@ -11,6 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from modeling_cosup import RetrievalConfig
 from modeling_cosup.tokenization_cosup import encode_passages_for_gen, encode_prompt, encode_texts
 from support.generation import QUESTIONS, Steer, left_pad, real_tokens
+from support.memories import kept_ids, mixture
 from support.models import PASSAGES, make_model, make_tokenizer
 
 MAX_NEW_TOKENS = 24
@@ -70,13 +71,16 @@ class Reference:
     A memory gets what enters Gen's submodules.
     """
 
-    def __init__(self, model, index, processors, settings, prompt, row, memory=None):
+    def __init__(self, model, index, processors, settings, prompt, row, memory=None, memory_config=None):
         self.model = model
         self.index = index
         self.processors = processors
         self.settings = settings
         self.prompt = prompt
         self.memory = memory
+        self.memory_config = memory_config
+        if memory is not None and memory_config is None:
+            self.memory_config = memory.memory_config
         self.states = {}
         self.ids = list(prompt)
         self.trace = []
@@ -174,6 +178,20 @@ class Reference:
             joined += self.index[self.index.row_of(id)]["input_ids"]
         return joined
 
+    def mixed(self, logits):
+        """Return log-probabilities of the mixture with the memory, `(V,)`."""
+        config = self.memory_config
+        memory = self.memory.log_probs(self.states, config)[0]
+        weight = config.weight
+        if config.grounded_weight is not None and self.is_grounded():
+            weight = config.grounded_weight
+        return mixture(logits.softmax(-1), memory.exp(), weight, kept_ids(self.model)).log().float()
+
+    def is_grounded(self):
+        """Return whether the last of `[Cs]`, `[CE]`, `[NSP]` and the ends is `[Cs]`."""
+        marks = [id for id in self.ids if id in kept_ids(self.model)]
+        return bool(marks) and marks[-1] == self.model.config.cs_token_id
+
     def decide(self, hidden, ban):
         config = self.model.config
         logits = self.model.gen.get_output_embeddings()(hidden)[None]
@@ -181,7 +199,7 @@ class Reference:
         if cap:
             logits = cap * torch.tanh(logits / cap)
         if self.memory is not None:
-            logits = self.memory.adjust(logits, self.states)
+            logits = self.mixed(logits[0])[None]
         scores = self.processors(torch.tensor([self.view()]), logits)[0]
         scores[config.cs_token_id] = float("-inf")
         if ban:
@@ -226,20 +244,21 @@ class Reference:
                 passage = None
 
 
-def check(settings, gen="llama", every=7, make_memory=None, **kwargs):
+def check(settings, gen="llama", every=7, make_memory=None, memory_config=None, **kwargs):
     """Check a batch, with and without a static cache, and generate_many() against the reference of each row."""
     model, index, prompts, processors = setup(gen, every, **kwargs)
     memory = None if make_memory is None else make_memory(model)
-    output, rows, traces = generate(model, index, prompts, processors, settings, memory=memory)
+    memories = {"memory": memory, "memory_config": memory_config}
+    output, rows, traces = generate(model, index, prompts, processors, settings, **memories)
     for row, prompt in enumerate(prompts):
-        ids, trace = Reference(model, index, processors, settings, prompt, row, memory).run()
+        ids, trace = Reference(model, index, processors, settings, prompt, row, **memories).run()
         assert rows[row] == ids, f"row {row} differs from the reference"
         assert traces[row] == trace, f"the trace of row {row} differs from the reference"
     static = {"cache_implementation": "static"}
-    _, static_rows, static_traces = generate(model, index, prompts, processors, settings, memory=memory, **static)
+    _, static_rows, static_traces = generate(model, index, prompts, processors, settings, **memories, **static)
     assert static_rows == rows, "the static cache differs"
     assert static_traces == traces, "the static cache differs"
-    options = {"retriever": index, "retrieval_config": settings, "logits_processor": processors, "memory": memory}
+    options = {"retriever": index, "retrieval_config": settings, "logits_processor": processors, **memories}
     options |= {"max_new_tokens": MAX_NEW_TOKENS, "show_progress_bar": False}
     for batch_size, cache in ((2, {}), (3, static)):
         completions = model.generate_many(prompts, batch_size=batch_size, **options, **cache)

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from modeling_cosup.states_cosup import recording, watch
-from support.memories import LAST_MLP, AddedStates
+from support.memories import LAST_MLP, StateMemory
 from support.models import make_model
 
 NAMES = {**LAST_MLP, "qwen3": "model.layers.0.self_attn"}  # called with keywords
@@ -132,8 +132,8 @@ def changed(memory, **values):
     return memory
 
 
-def first_five(logits, states):
-    return logits[:, :5]
+def first_five(states, config):
+    return torch.zeros(2, 5)
 
 
 @pytest.mark.parametrize(
@@ -142,13 +142,14 @@ def first_five(logits, states):
         ({"states": ["model.norm"]}, TypeError, "memory.states is"),
         ({"fingerprint": 3}, TypeError, "memory.fingerprint is 3"),
         ({"states": ("model.layers.7.mlp",)}, ValueError, "has no submodule 'model.layers.7.mlp'"),
-        ({"adjust": first_five}, ValueError, r"adjust returned \(2, 5\) in torch.float32, expected \(2, \d+\)"),
-        ({"adjust": lambda logits, states: logits.double()}, ValueError, "in torch.float64"),
+        ({"memory_config": {"weight": 1}}, TypeError, "memory.memory_config is .*, expected a MemoryConfig"),
+        ({"log_probs": first_five}, ValueError, r"log_probs returned \(2, 5\) in torch.float32, expected \(2, \d+\)"),
+        ({"log_probs": lambda *_: torch.zeros(2, 400).double()}, ValueError, "in torch.float64"),
     ],
 )
 def test_a_memory_with_a_wrong_member_raises(ids, values, error, message):
     model = make_model()
-    memory = changed(AddedStates(model, "model.layers.1.mlp"), **values)
+    memory = changed(StateMemory(model, "model.layers.1.mlp"), **values)
     with pytest.raises(error, match=message):
         model.generate(ids, memory=memory, max_new_tokens=2)
     with pytest.raises(error, match=message):
@@ -157,7 +158,7 @@ def test_a_memory_with_a_wrong_member_raises(ids, values, error, message):
 
 def test_an_object_that_is_no_memory_raises(ids):
     model = make_model()
-    with pytest.raises(TypeError, match="memory is a dict, which has no states, no fingerprint, no adjust"):
+    with pytest.raises(TypeError, match="memory is a dict, which has no states, no fingerprint, no memory_config, no"):
         model.generate(ids, memory={}, max_new_tokens=2)
 
 
@@ -174,13 +175,13 @@ def test_an_object_that_is_no_memory_raises(ids):
 def test_what_cannot_be_combined_with_a_memory_raises(ids, options, message):
     model = make_model()
     with pytest.raises(ValueError, match=message):
-        model.generate(ids, memory=AddedStates(model, "model.layers.1.mlp"), max_new_tokens=2, **options)
+        model.generate(ids, memory=StateMemory(model, "model.layers.1.mlp"), max_new_tokens=2, **options)
 
 
 def test_an_output_file_belongs_to_one_memory(tmp_path, ids):
     model, path = make_model(), tmp_path / "answers.jsonl"
     options = {"max_new_tokens": 3, "show_progress_bar": False, "output_file": path}
-    first, other = (AddedStates(model, "model.layers.1.mlp", seed=seed) for seed in (0, 1))
+    first, other = (StateMemory(model, "model.layers.1.mlp", seed=seed) for seed in (0, 1))
     answers = model.generate_many(ids.tolist(), memory=first, **options)
     assert model.generate_many(ids.tolist(), memory=first, **options) == answers
     for memory in (other, None):
@@ -190,7 +191,7 @@ def test_an_output_file_belongs_to_one_memory(tmp_path, ids):
 
 def test_half_precision(ids):
     model = make_model().bfloat16()
-    memory = AddedStates(model, "model.layers.1.mlp")
+    memory = StateMemory(model, "model.layers.1.mlp")
     output = model.generate(ids, memory=memory, max_new_tokens=4)
     assert memory.calls
     assert output.shape == (2, 10)

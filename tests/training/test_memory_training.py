@@ -65,7 +65,7 @@ def test_whole_documents_are_held_out(datastore):
     metrics = train_mlp_memory(
         make_memory(), datastore, batch_size=16, learning_rate=1e-2, kl_weight=0.25, validation_split=0.2
     )
-    assert list(metrics) == ["train_loss", "eval_ntp_loss", "eval_loss", "eval_knn_kl"]
+    assert set(metrics) == {"train_loss", "eval_loss", "eval_ntp_loss", "eval_knn_kl"}
     assert metrics["eval_loss"] == pytest.approx(0.75 * metrics["eval_ntp_loss"] + 0.25 * metrics["eval_knn_kl"])
     held_out = held_out_rows(datastore, 0.2, seed=0)
     documents = np.unique(held_out // 8)
@@ -109,16 +109,16 @@ def test_the_target_of_a_key_leaves_out_its_own_entry():
         p_knn = torch.zeros(VOCAB, dtype=torch.float64).scatter_add(0, values[nearest], weights)
         log_p = memory(keys[row : row + 1].float()).double().log_softmax(-1)[0]
         is_possible = p_knn > 0
-        expected.append((p_knn[is_possible] * (p_knn[is_possible].log() - log_p[is_possible])).sum())
-    assert float(loss) == pytest.approx(float(torch.stack(expected).mean()), abs=1e-5)
+        expected.append((p_knn[is_possible] * (p_knn[is_possible].log() - log_p[is_possible])).sum().item())
+    assert loss.item() == pytest.approx(np.mean(expected), abs=1e-5)
     loss.backward()
     assert next(memory.parameters()).grad.abs().sum() > 0
 
 
 def test_kl_of_far_neighbours_is_finite():
-    log_probs = torch.randn(1, 5, requires_grad=True).log_softmax(-1)
+    log_probs = torch.randn(1, 5).log_softmax(-1).requires_grad_()
     kl = knn_kl(log_probs, torch.tensor([[2, 3, 2]]), torch.tensor([[0.0, 1e6, math.inf]]))
-    assert float(kl) == pytest.approx(-float(log_probs[0, 2]))
+    assert kl.item() == pytest.approx(-log_probs[0, 2].item())
     (gradient,) = torch.autograd.grad(kl.sum(), log_probs)
     assert gradient.tolist() == [[0.0, 0.0, -1.0, 0.0, 0.0]]
 
@@ -195,15 +195,15 @@ def test_a_known_optimum_is_found():
         dtype="float32",
         memory_config=MemoryConfig(grounded_weight=0.1),
     )
-    queries = torch.randn(6000, 4, generator=generator)
+    queries = torch.randn(3000, 4, generator=generator)
     config = MemoryConfig(k=32, temperature=0.5, weight=0.6)
     p_knn = memory.log_probs({memory.states[0]: queries}, config).exp()
     targets = torch.multinomial(0.4 / 50 + 0.6 * p_knn, 1, generator=generator)[:, 0]
-    lm = torch.full((6000,), math.log(1 / 50))
+    lm = torch.full((3000,), math.log(1 / 50))
     found = fit_memory_config(memory, queries, targets, lm, ks=(2, 8, 32, 128, 9999))
     assert found.memory_config.k == 32
-    assert found.memory_config.temperature == pytest.approx(0.5, rel=0.15)
-    assert found.memory_config.weight == pytest.approx(0.6, abs=0.03)
+    assert found.memory_config.temperature == pytest.approx(0.5, rel=0.2)
+    assert found.memory_config.weight == pytest.approx(0.6, abs=0.04)
     assert found.memory_config.grounded_weight == 0.1
     assert found.lm_perplexity == pytest.approx(50)
     true_loss = -(0.4 / 50 + 0.6 * p_knn.gather(1, targets[:, None])).log().mean()

@@ -144,7 +144,7 @@ def gen_scores(
         lm, lm_kept = [], []
         parts = zip(states.hidden.split(tokens_at_once), states.values.split(tokens_at_once), strict=True)
         for hidden, targets in parts:
-            target, kept = _target_and_kept(lm_logits(gen, hidden), targets, kept_ids)
+            target, kept = target_and_kept(lm_logits(gen, hidden), targets, kept_ids)
             lm.append(target)
             lm_kept.append(kept)
         yield TokenScores(states, torch.cat(lm), torch.cat(lm_kept))
@@ -196,7 +196,7 @@ def _add(sums: dict[int, float], numbers: torch.Tensor, values: torch.Tensor) ->
         sums[number] += float(part.sum())
 
 
-def _target_and_kept(
+def target_and_kept(
     logits: torch.Tensor, targets: torch.Tensor, kept_ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the log-probabilities `(n,)` of the targets, and of all kept ids together."""

@@ -1,0 +1,260 @@
+"""
+Nearest keys of a token datastore by squared L2 distance: a product and a running top-k over blocks of keys.
+
+‖q - k‖² = ‖q‖² - 2 (q·k - ‖k‖²/2): the nearest keys have the largest q·k - ‖k‖²/2, of which ‖k‖²/2 is stored. Where a
+distance is small against the norms, this difference of large numbers has few digits left: it is computed again from
+q - k. Equal distances are in the order of their rows.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+BLOCK_ROWS = 8192  # keys per product on a CPU: their scores are sorted out while they are in its cache
+QUERIES = 512  # queries that are searched together
+DEVICE_SCORES = 2**26  # scores that another device holds at a time: 256 MB
+NEAR = 1 / 16  # of ‖q‖² + ‖k‖²: below this distance a product has lost digits
+PAIRS = 2**24  # numbers of q - k that are in memory at a time
+
+
+@dataclass
+class KeyShard:
+    """
+    Consecutive entries of a datastore, in memory, mapped from a file or on a device.
+
+    Args:
+        keys (`torch.Tensor` of shape `(n, d)`): float32, float16 or bfloat16.
+        half_norms (`torch.FloatTensor` of shape `(n,)`): ‖k‖²/2 of the keys as they are stored.
+        values (`torch.IntTensor` of shape `(n,)`): token ids, int32.
+    """
+
+    keys: torch.Tensor
+    half_norms: torch.Tensor
+    values: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> "KeyShard":
+        """Return a copy on a device, with keys in `dtype`."""
+        half_norms = self.half_norms
+        if dtype not in (None, self.keys.dtype):
+            half_norms = half_norms_of(self.keys.to(dtype))
+        return KeyShard(self.keys.to(device, dtype), half_norms.to(device), self.values.to(device))
+
+
+@dataclass
+class Neighbors:
+    """
+    The nearest entries of n queries, the nearest first.
+
+    Args:
+        distances (`torch.FloatTensor` of shape `(n, k)`): squared L2; inf where nothing was found.
+        rows (`torch.LongTensor` of shape `(n, k)`): numbers of the entries; -1 where nothing was found.
+        values (`torch.LongTensor` of shape `(n, k)`): token ids of the entries; 0 where nothing was found.
+    """
+
+    distances: torch.Tensor
+    rows: torch.Tensor
+    values: torch.Tensor
+
+    def log_weights(self, temperature: float) -> torch.Tensor:
+        """Return log softmax(-d²/T) `(n, k)`: the shares of the entries in p_mem."""
+        return (-self.distances / temperature).log_softmax(1)
+
+
+def half_norms_of(keys: torch.Tensor) -> torch.Tensor:
+    """Return ‖k‖²/2 in float32, `(n,)`, of keys `(n, d)` of any float dtype."""
+    return keys.float().square().sum(1) / 2
+
+
+def exact_search(
+    shards: list[KeyShard], queries: torch.Tensor, k: int, exclude_rows: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Find the k nearest entries.
+
+    Args:
+        shards (`list[KeyShard]`): all entries.
+        queries (`torch.FloatTensor` of shape `(n, d)`): on the device of the shards.
+        k (`int`): entries per query, at most as many as there are besides an excluded one.
+        exclude_rows (`torch.LongTensor` of shape `(n,)`, *optional*): an entry that each query may not find.
+
+    Returns:
+        `(distances, rows)`: `(n, k)`, float32 and int64, in ascending order of distance, then of row.
+    """
+    results = []
+    for start in range(0, max(1, len(queries)), QUERIES):
+        excluded = None if exclude_rows is None else exclude_rows[start : start + QUERIES]
+        results.append(_search(shards, queries[start : start + QUERIES], k, excluded))
+    distances, rows = map(torch.cat, zip(*results, strict=True))
+    return distances, rows
+
+
+def _search(
+    shards: list[KeyShard], queries: torch.Tensor, k: int, excluded: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if not k or not len(queries):
+        return queries.new_empty(len(queries), k), queries.new_empty(len(queries), k, dtype=torch.long)
+    keep = k + 1  # one more, to see whether rows tie for the last place
+    scores = queries.new_empty(len(queries), 0)
+    rows = queries.new_empty(len(queries), 0, dtype=torch.long)
+    for first_row, block in _scored_blocks(shards, queries, excluded, keep):
+        least = scores.amin(1, keepdim=True) if scores.shape[1] == keep else None
+        block_scores, columns = _candidates(block, least, keep)
+        scores = torch.cat([scores, block_scores], 1)
+        rows = torch.cat([rows, columns + first_row], 1)
+        if scores.shape[1] > keep:
+            best = _largest(scores, keep)
+            scores, rows = scores.gather(1, best), rows.gather(1, best)
+    if scores.shape[1] == keep:
+        last = scores == scores.amin(1, keepdim=True)
+        tied = last.sum(1) > 1
+        if tied.any():
+            _take_first_of_tied(shards, queries, excluded, scores, rows, last & tied[:, None])
+    distances = (queries.square().sum(1, keepdim=True) - 2 * scores).clamp_(min=0)
+    recompute_near(shards, queries, distances, rows)
+    distances, rows = sort_by_distance(distances, rows)
+    return distances[:, :k], rows[:, :k]
+
+
+def _scored_blocks(
+    shards: list[KeyShard], queries: torch.Tensor, excluded: torch.Tensor | None, keep: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield q·k - ‖k‖²/2 of blocks of keys, `(n, c)`, with the row of the first; -inf for excluded rows."""
+    on_cpu = queries.device.type == "cpu"
+    step = BLOCK_ROWS if on_cpu else max(BLOCK_ROWS, DEVICE_SCORES // len(queries))
+    first_row = 0
+    for shard in shards:
+        start = 0
+        while start < len(shard):
+            # a small first block soon gives a bound for the others, of which few scores are then above it
+            count = 2 * keep if on_cpu and first_row + start == 0 else step
+            keys, half_norms = shard.keys[start : start + count], shard.half_norms[start : start + count]
+            scores = torch.addmm(-half_norms, queries, keys.float().T)
+            if excluded is not None:
+                columns = excluded - (first_row + start)
+                inside = ((columns >= 0) & (columns < len(keys))).nonzero()[:, 0]
+                scores[inside, columns[inside]] = -torch.inf
+            yield first_row + start, scores
+            start += len(keys)
+        first_row += len(shard)
+
+
+def _candidates(scores: torch.Tensor, least: torch.Tensor | None, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Return the scores of a block that may be among the best, and their columns, `(n, m)`, padded with -inf.
+
+    Args:
+        scores (`torch.FloatTensor` of shape `(n, c)`): of a block.
+        least (`torch.FloatTensor` of shape `(n, 1)`, *optional*): the worst of the scores so far, which must be beaten.
+        keep (`int`): scores to keep.
+    """
+    if least is None or scores.device.type != "cpu":
+        columns = _largest(scores, min(keep, scores.shape[1]))
+        return scores.gather(1, columns), columns
+    # numpy finds the few that are above `least` several times as fast as torch's top-k
+    flat = np.flatnonzero(scores.numpy() > least.numpy())
+    query, column = np.divmod(flat, scores.shape[1])
+    counts = np.bincount(query, minlength=len(scores))
+    place = np.arange(len(flat)) - np.repeat(counts.cumsum() - counts, counts)
+    candidates = np.full((len(scores), counts.max()), -np.inf, np.float32)
+    columns = np.zeros(candidates.shape, np.int64)
+    candidates[query, place] = scores.numpy().reshape(-1)[flat]
+    columns[query, place] = column
+    return torch.from_numpy(candidates), torch.from_numpy(columns)
+
+
+def _largest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the columns `(n, count)` of the largest scores `(n, c)`, in any order."""
+    if scores.device.type != "cpu":
+        return scores.topk(count, sorted=False).indices
+    rest = scores.shape[1] - count
+    if rest == 0:
+        return torch.arange(count).expand(len(scores), -1)
+    return torch.from_numpy(np.argpartition(scores.numpy(), rest, axis=1)[:, rest:])  # vectorised, unlike torch's
+
+
+def _take_first_of_tied(
+    shards: list[KeyShard],
+    queries: torch.Tensor,
+    excluded: torch.Tensor | None,
+    scores: torch.Tensor,
+    rows: torch.Tensor,
+    last: torch.Tensor,
+) -> None:
+    """
+    Replace rows that tie for the last places by the first rows of the same score, in place.
+
+    Args:
+        scores (`torch.FloatTensor` of shape `(n, k + 1)`), rows (`torch.LongTensor` of shape `(n, k + 1)`): the best.
+        last (`torch.BoolTensor` of shape `(n, k + 1)`): which of them tie.
+    """
+    least = scores.amin(1, keepdim=True)
+    tied = last.any(1, keepdim=True)
+    rows_of_query: dict[int, list[int]] = {}
+    # all queries again, so that every score comes out as before
+    for first_row, block in _scored_blocks(shards, queries, excluded, scores.shape[1]):
+        for query, column in ((block == least) & tied).nonzero().tolist():
+            rows_of_query.setdefault(query, []).append(first_row + column)
+    for query, equal_rows in rows_of_query.items():
+        places = last[query].nonzero()[:, 0]
+        rows[query, places] = torch.tensor(equal_rows[: len(places)], device=rows.device)
+
+
+def recompute_near(
+    shards: list[KeyShard], queries: torch.Tensor, distances: torch.Tensor, rows: torch.Tensor, near: float = NEAR
+) -> None:
+    """
+    Compute distances again from q - k, in place: those below `near` times ‖q‖² + ‖k‖²; of row -1, none.
+
+    Args:
+        queries (`torch.FloatTensor` of shape `(n, d)`), distances (`torch.FloatTensor` of shape `(n, k)`), rows
+            (`torch.LongTensor` of shape `(n, k)`).
+    """
+    # a near key has nearly the norm of the query
+    query, column = ((distances <= 2 * near * queries.square().sum(1, keepdim=True)) & (rows >= 0)).nonzero().T
+    step = max(1, PAIRS // queries.shape[1])
+    for start in range(0, len(query), step):
+        some, columns = query[start : start + step], column[start : start + step]
+        difference = gather_keys(shards, rows[some, columns]).sub_(queries[some])
+        distances[some, columns] = difference.square_().sum(1)
+
+
+def gather_keys(shards: list[KeyShard], rows: torch.Tensor) -> torch.Tensor:
+    """Return the keys of some rows `(m,)`, float32 `(m, d)`."""
+    keys = torch.empty(len(rows), shards[0].keys.shape[1], device=rows.device)
+    first_row = 0
+    for shard in shards:
+        if len(shards) == 1:
+            return shard.keys[rows].float()
+        inside = ((rows >= first_row) & (rows < first_row + len(shard))).nonzero()[:, 0]
+        keys[inside] = shard.keys[rows[inside] - first_row].float()
+        first_row += len(shard)
+    return keys
+
+
+def gather_values(shards: list[KeyShard], rows: torch.Tensor) -> torch.Tensor:
+    """Return the token ids of some rows, int64 of the shape of `rows`."""
+    flat = rows.reshape(-1)
+    values = torch.zeros_like(flat)
+    first_row = 0
+    for shard in shards:
+        inside = ((flat >= first_row) & (flat < first_row + len(shard))).nonzero()[:, 0]
+        values[inside] = shard.values[flat[inside] - first_row].long()
+        first_row += len(shard)
+    return values.reshape(rows.shape)
+
+
+def sort_by_distance(distances: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return distances and rows `(n, k)` in ascending order of distance, then of row."""
+    if rows.device.type == "cpu":  # numpy sorts several times as fast as torch
+        order = torch.from_numpy(rows.numpy().argsort(1))
+        distances, rows = distances.gather(1, order), rows.gather(1, order)
+        order = torch.from_numpy(distances.numpy().argsort(1, kind="stable"))
+        return distances.gather(1, order), rows.gather(1, order)
+    rows, order = rows.sort(1)
+    distances, order = distances.gather(1, order).sort(1, stable=True)
+    return distances, rows.gather(1, order)
