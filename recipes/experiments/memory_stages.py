@@ -84,7 +84,7 @@ def prepare(experiment: MemoryExperiment, arm: str, seed: int, cache: Path) -> P
     def train_mlp(folder: Path) -> dict[str, Any]:
         settings = dict(mlp_options)
         set_seed(seed)
-        mlp = MLPMemory.from_gen(gen, intermediate_size=settings.pop("intermediate_size", 4096))
+        mlp = MLPMemory.from_gen(gen, settings.pop("intermediate_size", 4096), tokenizer)
         losses = train_mlp_memory(mlp, knn, seed=seed, **settings)
         mlp.save_pretrained(folder / "memory")
         return {**losses, "bytes": size_of(folder / "memory")}

@@ -8,13 +8,13 @@ from typing import Any, TypeAlias
 
 from modeling_cosup.files_cosup import write_json
 
-from ..judging.figures import MISSING, shown, shown_interval
+from ..judging.figures import MISSING, figure, shown, shown_interval
 from ..judging.intervals import Mean, mean_and_deviation
 from .document import Block, Bullets, Cell, Code, Heading, Plot, Table, Text, write_document
 from .plots import can_draw, draw_lines
 
 FORMAT = 1
-FIGURE = "child_log_likelihood"
+FIGURE = "child_log_likelihood"  # what most tables hold
 OPTIMUM = "optimum"
 ALL = "all"
 SMALL = 100_000_000  # parameters; the paper's smallest Gen has more
@@ -140,7 +140,7 @@ def _children(figures: dict[str, Any], runs: Sequence[Run], output_dir: Path) ->
     for arm, lines in figures.items():
         panels[arm] = {line: _points(by_count, counts) for line, by_count in lines.items()}
     path = "plots/children.png"
-    blocks += _plot(panels, output_dir, path, "children of the villager", "log-likelihood of a child")
+    blocks += _plot(panels, output_dir, path, "children of the villager", figure(FIGURE).label)
     rows: list[list[Cell]] = []
     for arm, lines in figures.items():
         rows.append([arm])
@@ -249,7 +249,7 @@ def _hurdle(figures: dict[str, Any], output_dir: Path) -> list[Block]:
         panels[arm] = {f"{name} the last FFN": _points(curve, steps) for name, curve in curves.items()}
         for name, curve in curves.items():
             rows.append([f"{arm}, {name} the last FFN", *(_seeds_cell(curve[step]) for step in steps)])
-    blocks += _plot(panels, output_dir, "plots/hurdle.png", "training step", "log-likelihood of a child")
+    blocks += _plot(panels, output_dir, "plots/hurdle.png", "training step", figure(FIGURE).label)
     note = (
         "Models that memorise test sentences from scratch: mean log-likelihood (nats) of the children in these"
         " sentences after so many steps; mean ± standard deviation over seeds. The two differ only in the last FFN."
