@@ -149,7 +149,7 @@ def _candidates(scores: torch.Tensor, least: torch.Tensor | None, keep: int) -> 
 
     Args:
         scores (`torch.FloatTensor` of shape `(n, c)`): of a block.
-        least (`torch.FloatTensor` of shape `(n, 1)`, *optional*): the worst of the scores so far, which must be beaten.
+        least (`torch.FloatTensor` of shape `(n, 1)`, *optional*): the worst score so far, which must be beaten.
         keep (`int`): scores to keep.
     """
     if least is None or scores.device.type != "cpu":

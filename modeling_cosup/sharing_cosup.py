@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub import CommitInfo
@@ -135,10 +135,10 @@ class SharingMixin(ModelBase):
             state_dict (`dict`, *optional*): the weights, needed if the model's own are shards.
             parts (`tuple[str]`): prefixes of the names of the parameters to hash; all by default.
         """
-        parameters = [(name, weight) for name, weight in self.named_parameters() if name.startswith(parts)]
-        if state_dict is not None:
-            parameters = [(name, state_dict[name]) for name, _ in parameters]
-        return hash_parameters(parameters)
+        named = {name: weight for name, weight in self.named_parameters() if name.startswith(parts)}
+        return hash_parameters(
+            (name, weight if state_dict is None else state_dict[name]) for name, weight in named.items()
+        )
 
     def memory_fingerprint(self) -> dict[str, str]:
         """
@@ -405,7 +405,7 @@ def memory_fingerprint(gen: PreTrainedModel, tokenizer: PreTrainedTokenizerBase 
         `ValueError`: for an architecture whose key is not known.
     """
     if gen_of(gen) is not gen:
-        return gen.memory_fingerprint()
+        return cast(SharingMixin, gen).memory_fingerprint()
     hashes = {"gen": hash_parameters(gen.base_model.named_parameters()), "key": ffn_name(gen)}
     if tokenizer is not None:
         hashes["tokenizer"] = tokenizer_fingerprint(tokenizer)
@@ -435,7 +435,7 @@ def check_memory_fingerprint(fingerprint: dict[str, str], model: Any) -> None:
 
 @torch.no_grad()
 def hash_parameters(parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Return the SHA-256 (hex) of names, shapes and a sample of weights: up to 8,192 of each, evenly spread, in bf16."""
+    """Return the SHA-256 (hex) of names, shapes and up to 8,192 weights of each, evenly spread, in bfloat16."""
     digest = hashlib.sha256()
     for name, parameter in parameters:
         weights = parameter.detach()

@@ -190,7 +190,7 @@ def _states_of(
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     """Return for each window the keys `(n, d)` of its targets, and with `with_hidden` their hidden states `(n, h)`."""
     # padding on the right needs no mask: no token of a causal model sees it
-    ids, _ = pad_rows([ids for _, ids, _ in batch], device=gen.get_input_embeddings().weight.device)
+    ids, _ = pad_rows([ids for _, ids, _ in batch], device=gen.device)
     with evaluating(gen), recording(gen, (name,)) as recorded:
         hidden = gen.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, h)
     width = ids.shape[1]
