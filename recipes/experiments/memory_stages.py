@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from modeling_cosup import KNNMemory, MLPMemory
 from modeling_cosup.files_cosup import digest, read_json, write_json
+from modeling_cosup.token_keys_cosup import ffn_name
 from trainer.memory import train_mlp_memory
 
 from experiments.launching import locked_folder
@@ -123,6 +124,7 @@ def make_gen(
 
     def train(output: Path) -> dict[str, Any]:
         gen = new_gen(gen_source, tokenizer, seed)
+        ffn_name(gen)  # an architecture without a known key is refused before it is trained
         facts: dict[str, Any] = {"parameters": gen.num_parameters()}
         if sections["pretraining"]:
             texts = data / "other_relations.jsonl"
