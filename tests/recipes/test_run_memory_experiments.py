@@ -43,6 +43,7 @@ TINY = {
         "training": {"max_steps": 4, "per_device_train_batch_size": 4, "use_cpu": True},
     },
 }
+MEMORY_EXPERIMENTS = ("macondo", "macondo_paper", "softmax_bottleneck")
 LINES = ["LM", "LM + kNN", "LM + kNN, fitted", "LM + MLP", "LM + MLP, fitted", "optimum"]
 
 
@@ -202,7 +203,7 @@ def test_without_the_last_ffn_the_last_layer_adds_only_its_attention(finished):
 # ---------------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("name", ["macondo", "macondo_paper", "softmax_bottleneck"])
+@pytest.mark.parametrize("name", MEMORY_EXPERIMENTS)
 def test_shipped_experiments_are_valid(name):
     experiment = load_memory_experiment(SHIPPED / f"{name}.yaml")
     assert experiment.data["num_villagers"] == 100 and experiment.data["max_children"] == 5
