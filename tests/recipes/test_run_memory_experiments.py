@@ -162,7 +162,8 @@ def test_a_checkpoint_takes_the_place_of_a_model_from_scratch(finished, tmp_path
     names = [word for word in sorted(vocabulary) if word[0].isupper()]
     (tmp_path / "children.txt").write_text("\n".join(names))
     arm = {"gen": str(checkpoint), "lora": {"r": 2, "target_modules": ["c_attn"]}, "pretraining": {}}
-    data = {"num_villagers": 3, "max_children": 2, "child_names": str(tmp_path / "children.txt")}
+    sizes = {"num_villagers": 3, "max_children": 2, "validation_share": 0.34}
+    data = {**sizes, "child_names": str(tmp_path / "children.txt")}
     fields = {"arms": {"checkpoint": arm}, "pretraining": {}, "data": data, "projection": {}, "hurdle": {}}
     file = write_experiment(tmp_path, **fields)
     code, results = run(monkeypatch, file, tmp_path / "out", "--num_threads", 1)
@@ -221,7 +222,18 @@ def test_the_bottleneck_uses_the_checkpoints_of_macondo():
     [
         ({"arm": {}}, "unknown field 'arm', expected one of title, arms"),
         ({"training": None}, "training is missing"),
-        ({"data": {"villagers": 3}}, "data: unknown option 'villagers', expected one of child_names"),
+        ({"data": {"villagers": 3}}, "data: unknown option 'villagers', expected one of num_villagers"),
+        ({"data": {"num_villagers": 0}}, "--num_villagers is 0"),
+        ({"data": {"num_villagers": 3, "validation_share": 0.1}}, "some to fit on and some to test on"),
+        ({"data": {"num_villagers": 3, "validation_share": 0.34}}, "pretraining needs data.num_other_relations"),
+        ({"training": {"learning_rat": 1}}, "training: unknown option 'learning_rat', expected one of learning_rate"),
+        ({"mlp": {"hidden_size": 3}}, "mlp: unknown option 'hidden_size', expected one of"),
+        (
+            {"arms": {"a": {"gen": "G", "knn": {"dtyp": 3}}}},
+            "arm a: knn: unknown option 'dtyp', expected one of dtype",
+        ),
+        ({"hurdle": {"training": {}}}, "hurdle: every is None, expected a number of steps"),
+        ({"projection": {"max_positions": 3}}, "projection: variants is missing"),
         ({"data": {"seed": 3}}, "data: unknown option 'seed'"),
         ({"arms": {"a": {"gen": {"n_embd": 8}}}}, "arm a: gen has no model_type"),
         ({"arms": {"a": {"gem": "gpt2"}}}, "arm a: unknown option 'gem'"),
