@@ -78,6 +78,7 @@ def prepare(experiment: MemoryExperiment, arm: str, seed: int, cache: Path) -> P
     knn_facts = stage(knn_folder, build_knn, f"{name}: kNN memory")
     knn = KNNMemory.from_pretrained(knn_folder / "memory")
     knn.check_model(gen)
+    knn.to(gen.device)
 
     mlp_options = experiment.section(arm, "mlp")
     mlp_folder = cache / "memories" / digest([knn_folder.name, mlp_options, seed])[:12]

@@ -151,6 +151,8 @@ def draw_lines(
                 markersize=4,
                 capsize=3,
             )
+        ticks = sorted(set().union(*lines.values()))
+        axes.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
         axes.set_title(_safe(title), fontsize=10)
         axes.set_xlabel(_safe(xlabel), fontsize=9)
         _trim(axes)
