@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .configuration_cosup import CoSupConfig
+    from .datastore_cosup import KNNMemory
     from .generation_cosup import CoSupGenerateOutput
     from .loss_cosup import chunked_cross_entropy, info_nce, similarity_scores
     from .memory_cosup import Memory, MemoryConfig, TokenNeighbors
     from .milvus_cosup import MilvusPassageIndex
+    from .mlp_memory_cosup import MLPMemory
     from .modeling_cosup import CoSupForCausalLM, CoSupOutput
     from .queue_cosup import Completion
     from .retrieval_cosup import PassageIndex
@@ -24,6 +26,8 @@ _MODULES = {
     "CoSupOutput": "modeling_cosup",
     "Completion": "queue_cosup",
     "Memory": "memory_cosup",
+    "KNNMemory": "datastore_cosup",
+    "MLPMemory": "mlp_memory_cosup",
     "MemoryConfig": "memory_cosup",
     "MilvusPassageIndex": "milvus_cosup",
     "PassageIndex": "retrieval_cosup",
@@ -45,6 +49,8 @@ __all__ = [
     "CoSupGenerateOutput",
     "CoSupOutput",
     "Completion",
+    "KNNMemory",
+    "MLPMemory",
     "Memory",
     "MemoryConfig",
     "MilvusPassageIndex",

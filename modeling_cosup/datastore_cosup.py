@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from .datastore_search_cosup import KeyShard, Neighbors, exact_search, gather_keys, gather_values, half_norms_of
-from .index_files_cosup import DTYPES
+from .folders_cosup import DTYPES
 from .memory_cosup import MemoryConfig
 from .sharing_cosup import check_memory_fingerprint
 
@@ -115,6 +115,10 @@ class KNNMemory:
         """Return the keys of rows `(m,)` as they are stored, float32 `(m, d)`."""
         return gather_keys(self._shards, rows)
 
+    def get_values(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the token ids of rows, int64 of the shape of `rows`."""
+        return gather_values(self._shards, rows)
+
     def check_model(self, model: Any) -> None:
         """Raise a `ValueError` that names what differs unless the keys are states of this model's Gen."""
         check_memory_fingerprint(self.config["fingerprint"], model)
@@ -167,7 +171,9 @@ class KNNMemory:
         shares = (weights - largest.gather(1, neighbors.values)).exp()
         return weights.new_zeros(shape).scatter_add(1, neighbors.values, shares).log_() + largest
 
-    def target_log_probs(self, keys: torch.Tensor, targets: torch.Tensor, config: MemoryConfig) -> torch.Tensor:
+    def target_log_probs(
+        self, keys: torch.Tensor, targets: torch.Tensor, config: MemoryConfig, kept_ids: torch.Tensor | None = None
+    ) -> Any:
         """
         Return log p_mem of one token for each key, without a buffer of V columns.
 
@@ -175,13 +181,20 @@ class KNNMemory:
             keys (`torch.Tensor` of shape `(n, d)`): states of Gen.
             targets (`torch.LongTensor` of shape `(n,)`): token ids.
             config ([`MemoryConfig`]): its `k` and `temperature` are used.
+            kept_ids (`torch.LongTensor` of shape `(C,)`, *optional*): ids of which the mass is wanted too.
 
         Returns:
-            `torch.FloatTensor` of shape `(n,)`; -inf where no neighbour has this value.
+            `torch.FloatTensor` of shape `(n,)`; -inf where no neighbour has this value. With `kept_ids` a tuple: also
+            log P_mem of these ids together, `(n,)`.
         """
         neighbors = self.search(keys, config.k)
-        others = neighbors.values != targets.to(neighbors.values.device)[:, None]
-        return neighbors.log_weights(config.temperature).masked_fill(others, -torch.inf).logsumexp(1)
+        values, log_weights = neighbors.values, neighbors.log_weights(config.temperature)
+        others = values != targets.to(values.device)[:, None]
+        target_scores = log_weights.masked_fill(others, -torch.inf).logsumexp(1)
+        if kept_ids is None:
+            return target_scores
+        others = ~torch.isin(values, kept_ids.to(values.device))
+        return target_scores, log_weights.masked_fill(others, -torch.inf).logsumexp(1)
 
 
 def check_keys(keys: torch.Tensor, size: int) -> torch.Tensor:

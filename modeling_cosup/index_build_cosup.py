@@ -1,11 +1,5 @@
-"""
-Embedding a corpus, shard by shard, in the memory of one shard and 8 bytes per passage to find duplicate ids.
+"""Embedding a corpus into shards, in the memory of one shard and 8 bytes per passage to find duplicate ids."""
 
-A build has its own folder next to the index, `.<name>.unfinished`. `build.json` holds the settings, and a shard is
-complete once its marker `shard-00000.json` has been renamed into place. A killed build resumes after those.
-"""
-
-import errno
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -18,9 +12,8 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .configuration_cosup import EARLIER_EMBEDDING_SETTINGS
-from .files_cosup import digest, digest_all, digest_file, read_json, write_json
-from .index_files_cosup import DTYPES, FileFacts, Shard, create_tensors, map_shard, seal, shard_files, write_passages
+from .folders_cosup import DTYPES, create_tensors
+from .index_files_cosup import Shard, shard_files, write_passages
 from .index_search_cosup import contains
 from .packing_cosup import pad_rows
 from .passages_cosup import can_be_read_twice, checked_passages, find_duplicate, hash_ids, read_corpus
@@ -34,14 +27,11 @@ except ImportError:
 
 logger = logging.get_logger(__name__)
 
-BUILD_FILE = "build.json"
 TOKENIZER_BATCH = 2048  # passages per call: enough for the threads of a tokenizer
 # Least length of a batch's passages, relative to its longest: otherwise small batches would be mostly padding
 MIN_LENGTH_RATIO = 0.75
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota exceeded, file too large
 
 Passages: TypeAlias = list[dict[str, Any]]
-Settings: TypeAlias = dict[str, Any]  # content of build.json: fingerprint, embedding_size, dtype, shard_size
 PlacedPassages: TypeAlias = list[tuple[str, dict[str, Any]]]  # (place in the corpus, for errors; passage)
 FindKnownIds: TypeAlias = Callable[[list[str]], list[str]]  # given ids, returns the ones already in the index
 T = TypeVar("T")
@@ -70,7 +60,17 @@ class ShardBuilder:
         self.max_tokens_per_batch = max_tokens_per_batch or (4096 if model._input_device().type == "cpu" else 32768)
         self.num_cut = 0  # passages so far that were longer than `max_passage_length`
 
-    def make(self, passages: Passages, bar: tqdm, paths: tuple[Path, Path] | None = None) -> Shard:
+    def files_of(self, number: int) -> tuple[str, ...]:
+        """Return the names of the files of a shard."""
+        return shard_files(number)
+
+    def room_for(self, num_items: int) -> str:
+        """Say how much room the shards of so many passages take at least."""
+        size = num_items * self.model.config.embedding_size * self.dtype.itemsize
+        what = f"{size / 1e6:,.1f} MB for the embeddings of the {num_items:,} remaining passages"
+        return f"{what}, and room for their texts"
+
+    def make(self, passages: Passages, bar: tqdm, paths: tuple[Path, ...] | None = None) -> Shard:
         """
         Embed passages into a shard.
 
@@ -253,198 +253,3 @@ def _check_as_it_streams(shards: Iterable[PlacedPassages], find_known: FindKnown
         yield [passage for _, passage in pairs]
     if not len(seen):
         raise ValueError("The corpus holds no passage.")
-
-
-# ---------------------------------------------------------------------- building in a folder
-
-
-def unfinished_folder(save_directory: Path) -> Path:
-    """Return the folder of an index that is being built: next to the index, so that a second call finds it."""
-    return save_directory.with_name(f".{save_directory.name}.unfinished")
-
-
-def begin(folder: Path, settings: Settings) -> None:
-    """
-    Begin a build, or resume one.
-
-    Raises:
-        `ValueError`: if the folder holds shards made by another model or with other settings; names every difference.
-    """
-    folder.mkdir(exist_ok=True)
-    path = folder / BUILD_FILE
-    if path.exists() and any(folder.glob("shard-*.json")):
-        build = read_json(path)
-        before = {**EARLIER_EMBEDDING_SETTINGS, **build, **build["fingerprint"]}
-        now = {**EARLIER_EMBEDDING_SETTINGS, **settings, **settings["fingerprint"]}
-        lines = []
-        for name, value in now.items():
-            if name != "fingerprint" and before.get(name) != value:
-                lines.append(f"  {name}: then {before.get(name)!r}, now {value!r}")
-        if lines:
-            message = "holds an unfinished build with other settings; finish it with those, or delete the folder."
-            raise ValueError(f"{folder} {message}\n" + "\n".join(lines))
-    write_json(path, settings)
-
-
-def marker_path(folder: Path, number: int) -> Path:
-    """Return the path of the file that marks a shard as complete."""
-    return folder / f"shard-{number:05d}.json"
-
-
-def is_complete(folder: Path, number: int, passages_digest: str) -> bool:
-    """Return whether a shard was written completely from the same passages; its files are read whole and compared."""
-    path = marker_path(folder, number)
-    if not path.exists():
-        return False
-    marker = read_json(path)
-    if marker["digest"] != passages_digest:
-        logger.warning(f"Shard {number} was built from other passages: it is built again.")
-        return False
-    for name, facts in marker["files"].items():
-        if not _has_size(folder / name, facts) or digest_file(folder / name) != facts["sha256"]:
-            return False
-    return True
-
-
-def _has_size(path: Path, facts: FileFacts) -> bool:
-    """Return whether a file exists and has the recorded size."""
-    return path.exists() and path.stat().st_size == facts["size"]
-
-
-def write_shards(
-    folder: Path,
-    shards: Iterable[Passages],
-    builder: ShardBuilder,
-    bar: tqdm,
-    shard_size: int,
-    num_processes: int = 1,
-    process_index: int = 0,
-) -> int:
-    """
-    Write the incomplete shards of this process, each with its marker; return the number of shards of the corpus.
-
-    At the end `done-00000.json` records which corpus the process read, and the digests of its shards.
-
-    Raises:
-        `OSError`: if the disk is full; says how much to free.
-    """
-    done_file = folder / f"done-{process_index:05d}.json"
-    done_file.unlink(missing_ok=True)
-    corpus_digests, process_digests = [], {}  # of all shards; of this process's shards, by the name of their marker
-    num_done = 0  # passages of this process
-    for number, passages in enumerate(shards):
-        passages_digest = digest_all(passages)
-        corpus_digests.append(passages_digest)
-        if number % num_processes != process_index:
-            continue
-        marker_file = marker_path(folder, number)
-        process_digests[marker_file.name] = passages_digest
-        if is_complete(folder, number, passages_digest):
-            if not bar.disable:
-                bar.initial += len(passages)  # so that they count as done, but not in the speed
-            bar.update(len(passages))
-        else:
-            num_cut_before = builder.num_cut
-            try:
-                files = write_new_shard(folder, number, passages, builder, bar)
-            except OSError as error:
-                if error.errno not in NO_ROOM:
-                    raise
-                num_left = max(len(passages), (bar.total or 0) - num_done)
-                raise OSError(error.errno, _no_room(folder, builder, num_left)) from error
-            marker = {"first_row": number * shard_size, "num_passages": len(passages)}
-            marker["num_cut"] = builder.num_cut - num_cut_before
-            write_json(marker_file, {**marker, "digest": passages_digest, "files": files})
-        num_done += len(passages)
-    corpus_digest = digest(corpus_digests)
-    write_json(done_file, {"num_processes": num_processes, "corpus": corpus_digest, "digests": process_digests})
-    return len(corpus_digests)
-
-
-def write_new_shard(
-    folder: Path, number: int, passages: Passages, builder: ShardBuilder, bar: tqdm
-) -> dict[str, FileFacts]:
-    """Embed passages into the files of a shard; return their sizes and checksums. On failure, remove both files."""
-    embeddings_name, passages_name = shard_files(number)
-    paths = folder / embeddings_name, folder / passages_name
-    marker_path(folder, number).unlink(missing_ok=True)
-    try:
-        builder.make(passages, bar, paths)
-        return {path.name: seal(path) for path in paths}
-    except BaseException:
-        for path in paths:
-            path.unlink(missing_ok=True)
-        raise
-
-
-def _no_room(folder: Path, builder: ShardBuilder, num_left: int) -> str:
-    """Return the message for a full disk, with `num_left` passages still to embed."""
-    size = num_left * builder.model.config.embedding_size * builder.dtype.itemsize
-    return (
-        f"no room for the next shard in {folder.parent}: free at least {size / 1e6:,.1f} MB for the embeddings of the"
-        f" {num_left:,} remaining passages, and room for their texts. Complete shards stay: the same call then"
-        " resumes after them"
-    )
-
-
-def finish(folder: Path, num_shards: int, settings: Settings, num_processes: int = 1) -> None:
-    """Record the numbers of shards and processes; further shards, left by a longer corpus, then do not count."""
-    write_json(folder / BUILD_FILE, {**settings, "num_shards": num_shards, "num_processes": num_processes})
-
-
-def collect(folder: Path) -> tuple[Settings, list[Shard], dict[str, FileFacts]]:
-    """
-    Map the shards of a build that all processes have finished.
-
-    Returns:
-        `(settings, shards, files)`: the content of `build.json`, a `list[Shard]`, and the files' sizes and checksums.
-
-    Raises:
-        `FileNotFoundError`: if there is no build, or a shard is missing.
-        `ValueError`: if the processes read different corpora, or a shard has changed since it was written.
-    """
-    if not (folder / BUILD_FILE).exists():
-        raise FileNotFoundError(f"{folder} holds no build: call build first.")
-    settings = read_json(folder / BUILD_FILE)
-    num_shards = settings.get("num_shards", 0)
-    paths = [marker_path(folder, number) for number in range(num_shards)]
-    missing = [path.name for path in paths if not path.exists()]
-    if missing or not num_shards:
-        reason = ", ".join(missing[:5]) or "no process is done"
-        raise FileNotFoundError(f"{folder} is not complete ({reason}): let every process finish its build first.")
-    markers = {path.name: read_json(path) for path in paths}
-    _check_done(folder, markers, settings["num_processes"])
-    files: dict[str, FileFacts] = {}
-    for marker in markers.values():
-        files.update(marker["files"])
-    damaged = [name for name, facts in files.items() if not _has_size(folder / name, facts)]
-    if damaged:
-        raise ValueError(
-            f"{folder}: {', '.join(damaged[:5])} missing or damaged: let every process build again, which makes only"
-            " these again."
-        )
-    num_cut = sum(marker["num_cut"] for marker in markers.values())
-    report_cut(num_cut, settings["fingerprint"]["max_passage_length"])
-    return settings, [map_shard(folder, number) for number in range(num_shards)], files
-
-
-def _check_done(folder: Path, markers: dict[str, dict[str, Any]], num_processes: int) -> None:
-    """Raise unless all processes have finished, read the same corpus, and their shards are unchanged."""
-    paths = [folder / f"done-{rank:05d}.json" for rank in range(num_processes)]
-    missing = [path.name for path in paths if not path.exists()]
-    if missing:
-        raise FileNotFoundError(
-            f"{folder} is not complete ({', '.join(missing[:5])}): let every process finish its build first."
-        )
-    processes = [read_json(path) for path in paths]
-    digests: dict[str, str] = {}
-    for process in processes:
-        digests.update(process["digests"])
-    same_corpus = len({process["corpus"] for process in processes}) == 1
-    same_number = all(process["num_processes"] == num_processes for process in processes)
-    same_shards = digests == {name: marker["digest"] for name, marker in markers.items()}
-    if not (same_corpus and same_number and same_shards):
-        raise ValueError(
-            f"{folder}: the processes read different corpora, or their number changed: let all"
-            f" {num_processes} build again."
-        )

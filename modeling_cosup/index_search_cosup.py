@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .index_files_cosup import DTYPES, Shard
+from .folders_cosup import DTYPES
+from .index_files_cosup import Shard
 from .retriever_cosup import SearchResults
 
 try:

@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from transformers.utils import logging
 
-from .index_files_cosup import IndexConfig, Shard
+from .folders_cosup import Config
+from .index_files_cosup import Shard
 from .index_search_cosup import (
     ApproximateSearch,
     DeviceSearch,
@@ -40,7 +41,7 @@ Store = TypeVar("Store", bound="SearchableStore")
 class SearchableStore(PassageStore):
     """Passages that can be searched; [`PassageIndex`] adds how they are built and loaded."""
 
-    def __init__(self, shards: list[Shard], config: IndexConfig, folder: Path | None = None) -> None:
+    def __init__(self, shards: list[Shard], config: Config, folder: Path | None = None) -> None:
         self._approximate: ApproximateSearch | None = None  # on the CPU
         self._search_options: dict[str, Any] = {}  # of the approximate index
         self._gpu: ApproximateSearch | None = None  # its copy on a GPU
@@ -199,7 +200,7 @@ class SearchableStore(PassageStore):
         logger.warning(f"{facts['index_factory']} against exact search: {recalls}")
         return recalls
 
-    def _write_approximate(self, folder: Path, config: IndexConfig, index: "faiss.Index") -> str:
+    def _write_approximate(self, folder: Path, config: Config, index: "faiss.Index") -> str:
         """Write a FAISS index, list its file in the config, and return the file's name."""
         return self._write_file(folder, config, "index.faiss", lambda path: write_approximate(index, path))
 
@@ -257,7 +258,7 @@ class SearchableStore(PassageStore):
         if not len(self):
             raise ValueError("All passages of this index were deleted: there is nothing to search approximately.")
 
-    def _extend_approximate(self, shards: list[Shard], config: IndexConfig) -> ApproximateSearch | None:
+    def _extend_approximate(self, shards: list[Shard], config: Config) -> ApproximateSearch | None:
         """Return a copy of the approximate index that includes new shards: FAISS cannot add to a mapped index."""
         if self._approximate is None:
             return None
@@ -272,9 +273,9 @@ class SearchableStore(PassageStore):
             config["approximate"] = {**stored, "file": self._write_approximate(self.folder, config, index)}
         return ApproximateSearch(index)
 
-    def _write_files(self, folder: Path) -> IndexConfig:
-        config = super()._write_files(folder)
-        if self.folder is None and self._approximate is not None:
+    def _write_from_memory(self, folder: Path) -> Config:
+        config = super()._write_from_memory(folder)
+        if self._approximate is not None:
             file = self._write_approximate(folder, config, self._approximate.index)
             config["approximate"] = {**config["approximate"], "file": file}
         return config

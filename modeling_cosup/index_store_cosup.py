@@ -1,10 +1,6 @@
 """The contents of an index: shards, rows, ids, deletions, and the folder that holds them."""
 
-import contextlib
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,29 +9,9 @@ import torch
 from numpy.typing import NDArray
 from transformers.utils import logging
 
-from .files_cosup import locked, read_json
-from .index_files_cosup import (
-    CONFIG_FILE,
-    FORMAT_VERSION,
-    LOCK_FILE,
-    FileFacts,
-    IdTable,
-    IndexConfig,
-    Shard,
-    check_save_directory,
-    flush,
-    make_id_table,
-    map_shard,
-    put_in_place,
-    read_config,
-    read_names,
-    read_tensors,
-    seal,
-    sweep,
-    write_config,
-    write_shard,
-    write_tensors,
-)
+from .folder_store_cosup import FolderStore, is_in_hub_cache
+from .folders_cosup import Config, FileFacts, read_config, read_tensors, write_tensors
+from .index_files_cosup import INDEX_FORMAT, IdTable, Shard, make_id_table, map_shard, write_shard
 from .index_search_cosup import ExactSearch, contains
 from .passages_cosup import hash_ids
 from .retriever_cosup import Rows
@@ -46,7 +22,7 @@ COLUMNS = ("id", "title", "text", "input_ids")
 Store = TypeVar("Store", bound="PassageStore")
 
 
-class PassageStore:
+class PassageStore(FolderStore):
     """
     Passages by row and by id. A row is a passage's place in the corpus; a deleted passage's row is not reused.
 
@@ -56,8 +32,10 @@ class PassageStore:
         folder (`Path`, *optional*): folder of the index, in which changes are saved.
     """
 
-    def __init__(self, shards: list[Shard], config: IndexConfig, folder: Path | None = None) -> None:
-        self.config, self.folder = config, folder
+    form = INDEX_FORMAT
+
+    def __init__(self, shards: list[Shard], config: Config, folder: Path | None = None) -> None:
+        super().__init__(config, folder)
         self._deleted = np.empty(0, np.int64)
         self._id_table: IdTable | None = None
         self._set_shards(shards)
@@ -233,106 +211,18 @@ class PassageStore:
                     f"Row {rows[i + 1]}: id {second_id!r} is already in row {rows[i]}; ids must be unique."
                 )
 
-    @contextlib.contextmanager
-    def _changing(self) -> Iterator[None]:
-        """
-        Hold the folder's lock during a change, from the first new file to the config; remove new files on failure.
-
-        Raises:
-            `ValueError`: if another process is changing the folder, or has done so since this one loaded it, or the
-                folder is in the Hub cache.
-        """
-        if self.folder is None:
-            yield
-            return
-        if is_in_hub_cache(self.folder):
-            raise ValueError(
-                f"{self.folder} is in the Hub cache, which is shared: save_pretrained it to a folder first,"
-                " and load that."
-            )
-        lock = self.folder / LOCK_FILE
-        busy = f"{self.folder} is being changed by another process: wait for it, then load the index again."
-        with locked(lock, busy):
-            try:
-                self._check_unchanged(self.folder)
-                with _sweeping_on_failure(self.folder):
-                    yield
-            finally:
-                lock.unlink(missing_ok=True)
-
-    def _check_unchanged(self, folder: Path) -> None:
-        """Raise `ValueError` if another process has changed the folder since it was loaded."""
-        stored = read_json(folder / CONFIG_FILE)
-        same_files = all(stored["files"].get(name) == facts for name, facts in self.config["files"].items())
-        if stored["generation"] != self.config["generation"] or not same_files:
-            raise ValueError(f"{folder} was changed by another process: load the index again.")
-
-    def _next_config(self) -> IndexConfig:
-        """Return a copy of the config for the next generation, after which its new files are named."""
-        return {**self.config, "generation": self.config["generation"] + 1, "files": dict(self.config["files"])}
-
-    def _write_file(self, folder: Path, config: IndexConfig, name: str, write: Callable[[Path], object]) -> str:
-        """
-        Write a new generation of a file, e.g. `"ids.safetensors"`; return its name, e.g. `"ids-00003.safetensors"`.
-
-        The config lists it in place of the earlier file of its kind.
-        """
-        kind, suffix = name.split(".")
-        new_name = f"{kind}-{config['generation']:05d}.{suffix}"
-        files = {old_name: facts for old_name, facts in config["files"].items() if not old_name.startswith(f"{kind}-")}
-        write(folder / new_name)
-        config["files"] = {**files, new_name: seal(folder / new_name)}
-        return new_name
-
-    def _write_deleted(self, folder: Path, config: IndexConfig, deleted: NDArray[np.int64]) -> None:
+    def _write_deleted(self, folder: Path, config: Config, deleted: NDArray[np.int64]) -> None:
         tensors = {"rows": torch.from_numpy(deleted)}
         name = self._write_file(folder, config, "deleted.safetensors", lambda path: write_tensors(path, tensors))
         config["deleted"] = name
 
-    def _write_id_table(self, folder: Path, config: IndexConfig, shards: list[Shard]) -> None:
+    def _write_id_table(self, folder: Path, config: Config, shards: list[Shard]) -> None:
         config["ids"] = self._write_file(folder, config, "ids.safetensors", lambda path: make_id_table(shards, path))
-
-    def _commit(self, folder: Path, config: IndexConfig) -> None:
-        """Write a config, which makes it the state of the folder, and remove files that it does not list."""
-        self._check_unchanged(folder)
-        write_config(folder, config)
-        self.config = config
-        sweep(folder, config)
 
     # ------------------------------------------------------------------ files
 
-    check_save_directory = staticmethod(check_save_directory)
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """
-        Write the whole index to a folder; see [`index_files_cosup`] for its files. This index keeps its own folder.
-
-        The folder gets its name only when it is complete. An earlier index of that name is replaced.
-
-        Args:
-            save_directory (`str` or `Path`): created with its parents.
-
-        Raises:
-            `OSError`: if the folder cannot be written, or `save_directory` exists and is not an index.
-        """
-        save_directory = check_save_directory(save_directory)
-        prefix = f".{save_directory.name}."
-        unfinished = Path(tempfile.mkdtemp(prefix=prefix, suffix=".unfinished", dir=save_directory.parent))
-        try:
-            write_config(unfinished, self._write_files(unfinished))
-            unfinished.chmod(0o755)  # mkdtemp's folder is private
-            put_in_place(unfinished, save_directory)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-
-    def _write_files(self, folder: Path) -> IndexConfig:
-        """Write all files but the config, and return the config."""
-        if self.folder is not None:
-            for name in self.config["files"]:
-                shutil.copyfile(self.folder / name, folder / name)
-                flush(folder / name)
-            return self.config
-        config: IndexConfig = {**self.config, "files": {}}
+    def _write_from_memory(self, folder: Path) -> Config:
+        config: Config = {**self.config, "files": {}}
         for number, shard in enumerate(self._shards):
             config["files"].update(write_shard(folder, number, shard))
         self._write_id_table(folder, config, self._shards)
@@ -343,7 +233,7 @@ class PassageStore:
     @classmethod
     def _load(cls: type[Store], folder: Path, verify: bool | None = None) -> Store:
         """Load the index of a folder, with its files mapped."""
-        config = read_config(folder, verify)
+        config = read_config(folder, cls.form, verify)
         full = bool(verify) or is_in_hub_cache(folder)
         shards = [map_shard(folder, number, full) for number in range(len(config["shards"]))]
         for count, shard in zip(config["shards"], shards, strict=True):
@@ -361,20 +251,6 @@ class PassageStore:
         return index
 
 
-@contextlib.contextmanager
-def _sweeping_on_failure(folder: Path) -> Iterator[None]:
-    """
-    Remove the new files of a change that fails.
-
-    Files that the config does not list belong to this change or to one that died: the lock keeps other writers out.
-    """
-    try:
-        yield
-    except BaseException:
-        sweep(folder, read_json(folder / CONFIG_FILE))
-        raise
-
-
 def _read_deleted(path: Path, num_rows: int) -> NDArray[np.int64]:
     """Read the deleted rows; `ValueError` unless they are strictly ascending rows of the index."""
     rows = read_tensors(path)["rows"].numpy()
@@ -384,52 +260,16 @@ def _read_deleted(path: Path, num_rows: int) -> NDArray[np.int64]:
     return rows
 
 
-def is_in_hub_cache(folder: Path) -> bool:
-    """Return whether a folder is a snapshot in the Hub cache, whose files are shared."""
-    return folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("datasets--")
-
-
-def map_id_table(folder: Path, config: IndexConfig) -> IdTable:
+def map_id_table(folder: Path, config: Config) -> IdTable:
     """Map the table that finds ids; see [`make_id_table`]."""
     table = read_tensors(folder / config["ids"])
     return table["hashes"].numpy(), table["rows"].numpy()
 
 
-def find_folder(
-    name_or_path: str | os.PathLike[str], allow_faiss_files: bool, revision: str | None = None, **kwargs: Any
-) -> Path:
-    """
-    Return the folder of an index: a local one, or the download of a dataset repository on the Hub.
-
-    Raises:
-        `FileNotFoundError`: if it is neither.
-    """
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path).absolute()
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    def download(revision: str | None, names: list[str]) -> Path:
-        options: dict[str, Any] = {"repo_type": "dataset", "revision": revision, "allow_patterns": names}
-        return Path(snapshot_download(str(name_or_path), **options, **kwargs))
-
-    try:
-        folder = download(revision, [CONFIG_FILE])
-        if is_in_hub_cache(folder):
-            revision = folder.name  # the commit, so that both downloads are of the same one
-        return download(revision, [CONFIG_FILE, *read_names(folder, allow_faiss_files)])
-    except (HFValidationError, OSError) as error:
-        raise FileNotFoundError(
-            f"{name_or_path} is not a folder, and no dataset repository of this name could be loaded: {error}"
-        ) from error
-
-
-def new_config(
-    settings: dict[str, Any], shards: list[Shard], files: dict[str, FileFacts] | None = None
-) -> IndexConfig:
+def new_config(settings: dict[str, Any], shards: list[Shard], files: dict[str, FileFacts] | None = None) -> Config:
     """Return the config of an index that was just built."""
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": INDEX_FORMAT.version,
         "generation": 0,
         "embedding_size": settings["embedding_size"],
         "dtype": settings["dtype"],

@@ -313,9 +313,7 @@ class MLPMemory(nn.Module):
         repo_id = make_repo(repo_id, private, token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            files: dict[str, Path | str | bytes] = {
-                name: Path(folder) / name for name in (CONFIG_FILE, WEIGHTS_FILE)
-            }
+            files: dict[str, Path | str | bytes] = {name: Path(folder) / name for name in (CONFIG_FILE, WEIGHTS_FILE)}
             files[CARD_FILE] = self._card(repo_id, model, license).encode()
             return push_files(
                 files,

@@ -1,9 +1,7 @@
 """The passage index: a corpus of any size in Emb_seq's space, built in little memory, searched exactly or by FAISS."""
 
-import json
 import os
 import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,38 +11,17 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .encoding_cosup import evaluating
-from .hub_cosup import CARD_FILE, make_repo, push_files
-from .index_build_cosup import (
-    Passages,
-    ShardBuilder,
-    begin,
-    collect,
-    finish,
-    read_shards,
-    report_cut,
-    unfinished_folder,
-    write_new_shard,
-    write_shards,
-)
-from .index_files_cosup import (
-    CONFIG_FILE,
-    FAISS_PATTERN,
-    FILE_PATTERNS,
-    IndexConfig,
-    Shard,
-    check_file,
-    check_save_directory,
-    map_shard,
-    put_in_place,
-    signed,
-    sweep,
-    write_config,
-)
+from .folder_store_cosup import find_folder
+from .folders_cosup import Config, check_file, put_in_place, sweep, write_config
+from .hub_cosup import make_repo
+from .index_build_cosup import Passages, ShardBuilder, read_shards, report_cut
+from .index_files_cosup import Shard, map_shard
 from .index_search_cosup import ApproximateSearch, read_approximate
 from .index_searchable_cosup import SearchableStore
-from .index_store_cosup import find_folder, map_id_table, new_config
+from .index_store_cosup import map_id_table, new_config
 from .plain_card_cosup import package_cards, plain_card
 from .retriever_cosup import CoSupModel, check_fingerprint
+from .shard_build_cosup import begin, collect, finish, unfinished_folder, write_new_shard, write_shards
 from .tokenization_cosup import encode_passages_for_gen, special_ids
 
 try:
@@ -77,7 +54,7 @@ class PassageIndex(SearchableStore):
         `ImportError`: if faiss or pyarrow is missing.
     """
 
-    def __init__(self, shards: list[Shard], config: IndexConfig, folder: Path | None = None) -> None:
+    def __init__(self, shards: list[Shard], config: Config, folder: Path | None = None) -> None:
         _require_packages()
         super().__init__(shards, config, folder)
 
@@ -148,7 +125,7 @@ class PassageIndex(SearchableStore):
             "shard_size": shard_size,
         }
         if save_directory is not None:
-            save_directory = check_save_directory(save_directory)
+            save_directory = cls.check_save_directory(save_directory)
             begin(unfinished_folder(save_directory), settings)
         show_progress_bar = show_progress_bar and process_index == 0
         total, shards = read_shards(passages, shard_size, show_progress_bar, special_text_check(model))
@@ -161,7 +138,7 @@ class PassageIndex(SearchableStore):
                 report_cut(builder.num_cut, model.config.max_passage_length)
                 return cls(in_memory, new_config(settings, in_memory))
             folder = unfinished_folder(save_directory)
-            num_shards = write_shards(folder, shards, builder, bar, shard_size, num_processes, process_index)
+            num_shards = write_shards(folder, shards, builder, bar, num_processes, process_index)
         finish(folder, num_shards, settings, num_processes)
         return cls.merge(save_directory) if num_processes == 1 else None
 
@@ -177,16 +154,18 @@ class PassageIndex(SearchableStore):
             `FileNotFoundError`: if a process has not finished.
             `ValueError`: if an id occurs in two shards, the processes read different corpora, or a file is damaged.
         """
-        save_directory = check_save_directory(save_directory)
+        save_directory = cls.check_save_directory(save_directory)
         folder = unfinished_folder(save_directory)
-        settings, shards, files = collect(folder)
+        settings, markers, files = collect(folder)
+        report_cut(sum(marker["num_cut"] for marker in markers), settings["fingerprint"]["max_passage_length"])
+        shards = [map_shard(folder, number) for number in range(len(markers))]
         config = new_config(settings, shards, files)
         index = cls(shards, config, folder)
         index._write_id_table(folder, config, shards)
         index._check_ids(map_id_table(folder, config))
-        write_config(folder, config)
+        write_config(folder, config, cls.form)
         put_in_place(folder, save_directory)
-        sweep(save_directory, config)
+        sweep(save_directory, config, cls.form)
         return cls.from_pretrained(save_directory, verify=False)
 
     def check_model(self, model: CoSupModel) -> None:
@@ -249,9 +228,7 @@ class PassageIndex(SearchableStore):
         """Return the ids that are in the index."""
         return [ids[i] for i in np.flatnonzero(self.find(ids) >= 0)]
 
-    def _make_shard(
-        self, passages: Passages, number: int, config: IndexConfig, builder: ShardBuilder, bar: tqdm
-    ) -> Shard:
+    def _make_shard(self, passages: Passages, number: int, config: Config, builder: ShardBuilder, bar: tqdm) -> Shard:
         """Embed passages into a new shard, in memory, or in files that are then listed in the config."""
         if self.folder is None:
             return builder.make(passages, bar)
@@ -291,7 +268,7 @@ class PassageIndex(SearchableStore):
         _require_packages()
         if search not in (None, "exact"):
             raise ValueError(f"search is {search!r}, expected None or 'exact'.")
-        folder = find_folder(name_or_path, allow_faiss_files and search is None, revision, **kwargs)
+        folder = find_folder(name_or_path, cls.form, allow_faiss_files and search is None, revision, **kwargs)
         index = cls._load(folder, verify)
         if index.config["approximate"] is None:
             return index
@@ -306,7 +283,7 @@ class PassageIndex(SearchableStore):
                 f"{name_or_path} is searched through a FAISS file: pass allow_faiss_files=True if you trust it, or"
                 " search='exact'."
             )
-        check_file(folder / faiss_file, index.config["files"][faiss_file], verify)
+        check_file(folder / faiss_file, index.config["files"][faiss_file], cls.form, verify)
         faiss_index = read_approximate(folder / faiss_file, index.num_rows, index.config["embedding_size"])
         index._approximate = ApproximateSearch(faiss_index)
         return index
@@ -345,28 +322,15 @@ class PassageIndex(SearchableStore):
             `HfHubHTTPError`: if the Hub refuses.
         """
         repo_id = make_repo(repo_id, private, token, "dataset")
-        with tempfile.TemporaryDirectory() as temporary:
-            config, folder = self.config, self.folder
-            if folder is None:
-                folder = Path(temporary) / "index"
-                self.save_pretrained(folder)
-                config = self.from_pretrained(folder, search="exact", verify=False).config
-            else:
-                self._check_unchanged(folder)
-            files: dict[str, Path | str | bytes] = {name: folder / name for name in config["files"]}
-            files[CONFIG_FILE] = (json.dumps(signed(config), indent=2) + "\n").encode()
-            files[CARD_FILE] = _card(config, len(self), repo_id, model, license).encode()
-            return push_files(
-                files,
-                repo_id,
-                [*FILE_PATTERNS, FAISS_PATTERN],
-                repo_type="dataset",
-                commit_message=commit_message,
-                commit_description=commit_description,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-            )
+        return self._push(
+            repo_id,
+            _card(self.config, len(self), repo_id, model, license),
+            commit_message=commit_message,
+            commit_description=commit_description,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+        )
 
 
 def special_text_check(model: CoSupModel) -> Callable[[dict[str, str]], None]:
@@ -395,7 +359,7 @@ def _embedding_bar(total: int | None, show_progress_bar: bool) -> tqdm:
     return tqdm(total=total, disable=not show_progress_bar, **options)
 
 
-def _card(config: IndexConfig, num_passages: int, repo_id: str, model: str | None, license: str | None) -> str:
+def _card(config: Config, num_passages: int, repo_id: str, model: str | None, license: str | None) -> str:
     cards = package_cards()
     if cards is None:
         summary = f"A passage index of a CoSup model: {num_passages:,} passages."

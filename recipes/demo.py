@@ -6,11 +6,11 @@ Ask a CoSup checkpoint in a browser: the answer streams, with each retrieved pas
 
 This file needs no other file of the project, because a checkpoint carries its own code. Unchanged, it is also the
 `app.py` of a Space; `recipes/space` has the two other files of a Space and says how to make one. In a Space, options
-come from environment variables: COSUP_MODEL, COSUP_INDEX, COSUP_INDEX_URI, COSUP_REVISION, COSUP_INDEX_REVISION,
-COSUP_INSTRUCTION, COSUP_EXAMPLES (questions, separated by `|`) and COSUP_UPLOAD (0: users cannot upload corpora, and
-Emb_seq is not loaded). An index in Milvus (COSUP_INDEX_URI) also needs the package cosup[milvus]. Gradio itself reads
-GRADIO_SERVER_NAME and GRADIO_SERVER_PORT. The page loads nothing from other servers. The demo runs the code of the
-checkpoint, so name one that you trust.
+come from environment variables: COSUP_MODEL, COSUP_INDEX, COSUP_INDEX_URI, COSUP_MEMORY, COSUP_REVISION,
+COSUP_INDEX_REVISION, COSUP_INSTRUCTION, COSUP_EXAMPLES (questions, separated by `|`) and COSUP_UPLOAD (0: users cannot
+upload corpora, and Emb_seq is not loaded). An index in Milvus (COSUP_INDEX_URI) also needs the package cosup[milvus].
+Gradio itself reads GRADIO_SERVER_NAME and GRADIO_SERVER_PORT. The page loads nothing from other servers. The demo runs
+the code of the checkpoint, so name one that you trust.
 """
 
 import argparse
@@ -56,6 +56,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", default=variable("COSUP_MODEL"), help="name or path of a CoSup checkpoint")
     add("--index", default=variable("COSUP_INDEX"), help=index_help)
     add("--index_uri", default=variable("COSUP_INDEX_URI"), help=uri_help)
+    add("--memory", default=variable("COSUP_MEMORY"), help="name or path of a token memory of the model")
     add("--revision", default=variable("COSUP_REVISION"), help="branch, tag or commit of the checkpoint")
     add("--index_revision", default=variable("COSUP_INDEX_REVISION"), help="branch, tag or commit of the index")
     add("--instruction", default=variable("COSUP_INSTRUCTION", ""), help=instruction_help)
@@ -403,6 +404,7 @@ class Demo:
         if args.index:
             options = {} if args.index_revision is None else {"revision": args.index_revision}
             self.index = self.model.load_index(args.index, args.index_uri, **options)
+        self.memory = self.model.load_memory(args.memory) if args.memory else None
         # from the code of the checkpoint: it renders a question so that a typed [NSP] stays text
         package = type(self.model).__module__.rpartition(".")[0]
         self.encode_prompt = importlib.import_module(".tokenization_cosup", package).encode_prompt
@@ -441,6 +443,7 @@ class Demo:
             "retriever": index,
             "retrieval_config": retrieval_config,
             "max_retrievals": MAX_RETRIEVALS,
+            "memory": self.memory,
         }
         stop = threading.Event()
         self.running[request.session_hash] = stop

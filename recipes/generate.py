@@ -5,6 +5,7 @@ Answer questions and print each answer with its passages.
     python recipes/generate.py --model out --index out/index --file questions.txt
     cat questions.txt | python recipes/generate.py --model out --index out/index
     python recipes/generate.py --model out --index wiki --index_uri http://host:19530 "when?"    # collection in Milvus
+    python recipes/generate.py --model out --index out/index --memory out/memory --memory_weight 0.25 "when?"
 """
 
 import sys
@@ -15,6 +16,7 @@ from typing import Literal
 from shared.cli import clear_errors, parse
 
 from shared.indexes import INDEX_HELP, INDEX_URI_HELP, check_index_options, open_index
+from shared.memory_options import MemoryOptions, open_memory
 
 
 @dataclass(kw_only=True)
@@ -62,12 +64,12 @@ class GenerateArguments:
 
 def main() -> None:
     """Read the options and answer the questions."""
-    (args,) = parse([GenerateArguments], __doc__)
+    args, memory_options = parse([GenerateArguments, MemoryOptions], __doc__)
     with clear_errors():
-        answer(args)
+        answer(args, memory_options)
 
 
-def answer(args: GenerateArguments) -> None:
+def answer(args: GenerateArguments, memory_options: MemoryOptions) -> None:
     """Answer questions from the command line, a file or stdin, and print the answers."""
     questions = read_questions(args)
     check_index_options(args.index, args.index_uri)
@@ -85,6 +87,7 @@ def answer(args: GenerateArguments) -> None:
     model = CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype, load_emb_seq=load_emb_seq).to(device)
     index = open_index(model, args.index, args.index_uri)
     options = {"max_new_tokens": args.max_new_tokens, "do_sample": args.do_sample}
+    options |= open_memory(model, memory_options)
     if index is not None:
         options["retriever"] = index
         options["retrieval_config"] = RetrievalConfig(

@@ -7,6 +7,8 @@ Evaluate a checkpoint on one evaluation set, or on all that a config lists, and 
         --config tasks.yaml --modes retrieval gold off wrong
     accelerate launch recipes/run_evaluation.py --model out --output_dir results \\
         --index wiki --index_uri http://host:19530 --eval_file eval.jsonl
+    accelerate launch recipes/run_evaluation.py --model out --output_dir results --index out/index \\
+        --eval_file eval.jsonl --memory out/memory --memory_weight 0.25
 
 A config may hold any option, and `tasks`, a list of entries as below. An option that is also a field of an entry
 applies to all entries that leave the field out.
@@ -23,9 +25,10 @@ from pathlib import Path
 from shared.cli import check_options, check_place, clear_errors, parse, table
 
 from shared.arguments import TASK_OPTIONS, EvaluationArguments
+from shared.memory_options import MemoryOptions, open_memory
 
 if __name__ == "__main__":  # --help and a wrong option do not wait for the imports below
-    check_options([EvaluationArguments], __doc__)
+    check_options([EvaluationArguments, MemoryOptions], __doc__)
 
 import torch
 from accelerate import PartialState
@@ -44,7 +47,7 @@ from shared.processes import end_processes, processes
 
 def main() -> None:
     """Evaluate the model, write the report and print the figures."""
-    (args,) = parse([EvaluationArguments], __doc__)
+    args, memory_options = parse([EvaluationArguments, MemoryOptions], __doc__)
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     with clear_errors():
@@ -55,7 +58,7 @@ def main() -> None:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         model = load_model(args, tasks).to(state.device)
         entail = load_judge(args, state) if args.nli_model else None
-        facts = {"command": command_line(), "nli_model": args.nli_model}
+        facts = {"command": command_line(), "nli_model": args.nli_model, "memory": memory_options.memory}
         modes = ["off" if mode is False else mode for mode in args.modes]  # YAML reads `off` as False
         results = evaluate_tasks(
             model,
@@ -68,6 +71,7 @@ def main() -> None:
             seed=args.seed,
             facts=facts,
             gr_hypothesis=args.gr_hypothesis,
+            **open_memory(model, memory_options),
         )
         if state.is_main_process:
             write_report(args.output_dir, args.num_examples)

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from shared.cli import check_options, clear_errors, parse, table
+from shared.cli import check_options, check_place, clear_errors, parse, table
 
 from shared.arguments import PerplexityArguments
 
@@ -24,6 +24,7 @@ import torch
 
 from modeling_cosup import KNNMemory
 from modeling_cosup.files_cosup import write_json
+from modeling_cosup.opening_cosup import load_memory
 from trainer.judging.figures import figure, figure_line, shown
 from trainer.judging.judge import command_line, environment
 from trainer.judging.overlap import NgramHashes
@@ -31,7 +32,7 @@ from trainer.judging.perplexity import LM, Memories, TextScores, peak_memory, sc
 from trainer.judging.results import FORMAT
 from trainer.reports.perplexity import write_perplexity_report
 
-from shared.memories import load_gen, open_memory, overridden, read_documents, window
+from shared.token_memories import load_gen, overridden, read_documents, window
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
         max_length, stride = window(model, args.max_length, args.stride)
         memories: dict[str, Any] = {}
         for path in args.memory:
-            memory = open_memory(path).to(model.device)
+            memory = load_memory(path).to(model.device)
             memories[path] = (memory, overridden(memory.memory_config, args.weight, args.k, args.temperature))
         documents = NgramHashes(read_documents(args.text_file, tokenizer, args.max_documents))
         scores = score_text(
@@ -77,12 +78,16 @@ def check(args: PerplexityArguments) -> None:
     Check the options before anything is loaded.
 
     Raises:
-        `ValueError`: names the option.
+        `ValueError`, `FileNotFoundError`: names the option.
     """
     for name in ("batch_size", "max_documents", "max_length", "stride"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} is {value}, expected at least 1.")
+    if not Path(args.text_file).is_file():
+        raise FileNotFoundError(f"--text_file {args.text_file}: no such file.")
+    for path in args.memory:
+        check_place(f"--memory {path}", path)
     repeated = [path for path in args.memory if args.memory.count(path) > 1]
     if repeated:
         raise ValueError(f"--memory names {repeated[0]} twice.")
@@ -106,7 +111,9 @@ def results_of(scores: TextScores, memories: Memories, overlaps: dict[str, float
         }
         if overlap:
             share = shown(overlap, "ngram_overlap")
-            warnings.append(f"{share} % of the 16-grams of the text are in {arm}: it has seen text that it is judged on.")
+            warnings.append(
+                f"{share} % of the 16-grams of the text are in {arm}: it has seen text that it is judged on."
+            )
     text = {"documents": len(scores.tokens), "left_out": scores.left_out, "tokens": num_tokens}
     return {"text": text, "arms": arms, "warnings": warnings, "peak_memory": peak_memory()}
 

@@ -8,7 +8,7 @@ Train an MLP memory on the keys of a token datastore, and fit how a memory joins
 
 The keys are read from their files in shuffled blocks. Any option of `transformers.TrainingArguments` may be given, and
 `--resume_from_checkpoint` resumes a run. With `--fit_file`, the weight, temperature and (of a KNNMemory) k with the
-lowest perplexity are written into the config of the memory, and all that was tried into `memory_fit.json` next to it.
+lowest perplexity are written into the config of the memory, and all that was tried into OUTPUT_DIR/memory_fit.json.
 """
 
 from dataclasses import asdict
@@ -17,35 +17,34 @@ from typing import Any
 
 from shared.cli import check_options, clear_errors, parse, table
 
-from shared.arguments import MemoryTrainingScriptArguments
-
-TRAINING_ARGUMENTS = "trainer.memory_args.MemoryTrainingArguments"  # a name, because the class needs torch
+from shared.arguments import MEMORY_TRAINING_ARGUMENTS, MemoryTrainingScriptArguments
 
 if __name__ == "__main__":  # --help and a wrong option do not wait for the imports below
-    check_options([MemoryTrainingScriptArguments, TRAINING_ARGUMENTS], __doc__)
+    check_options([MemoryTrainingScriptArguments, MEMORY_TRAINING_ARGUMENTS], __doc__)
 
 import torch
 from transformers import set_seed
 
 from modeling_cosup import KNNMemory, MLPMemory
 from modeling_cosup.files_cosup import write_json
+from modeling_cosup.opening_cosup import load_memory
 from trainer.judging.figures import shown
 from trainer.judging.perplexity import gen_scores, kept_ids_of
 from trainer.memory import MemoryTrainer
 from trainer.memory_args import MemoryTrainingArguments
 from trainer.memory_fit import MemoryFit, fit_memory_config, write_memory_config
 
-from shared.memories import load_gen, open_memory, read_documents, window
+from shared.token_memories import load_gen, read_documents, window
 
 
 def main() -> None:
     """Train a memory, or take the one that is given, and fit it."""
-    script, args = parse([MemoryTrainingScriptArguments, TRAINING_ARGUMENTS], __doc__)
+    script, args = parse([MemoryTrainingScriptArguments, MEMORY_TRAINING_ARGUMENTS], __doc__)
     if script.num_threads:
         torch.set_num_threads(script.num_threads)
     with clear_errors():
         check(script)
-        memory = open_memory(script.memory)
+        memory = load_memory(script.memory)
         if not script.fit_only and not isinstance(memory, KNNMemory):
             raise ValueError(f"--memory {script.memory} has no keys to train on; --fit_only true fits it.")
         model, tokenizer = load_gen(script.model, script.dtype)
@@ -54,11 +53,11 @@ def main() -> None:
         is_main_process = True
         if not script.fit_only:
             folder = Path(args.output_dir)
-            trainer = train(script, args, model, memory)
+            trainer = train(script, args, model, tokenizer, memory)
             memory = trainer.model
             is_main_process = trainer.is_world_process_zero()
         if script.fit_file and is_main_process:
-            fit(script, model, tokenizer, memory, folder)
+            fit(script, args.output_dir, model, tokenizer, memory, folder)
 
 
 def check(script: MemoryTrainingScriptArguments) -> None:
@@ -72,6 +71,8 @@ def check(script: MemoryTrainingScriptArguments) -> None:
         value = getattr(script, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} is {value}, expected at least 1.")
+    if script.fit_file and not Path(script.fit_file).is_file():
+        raise FileNotFoundError(f"--fit_file {script.fit_file}: no such file.")
     if script.fit_only and not script.fit_file:
         raise ValueError("--fit_only needs a --fit_file: held-out text.")
     if script.fit_only and not Path(script.memory).is_dir():
@@ -79,11 +80,15 @@ def check(script: MemoryTrainingScriptArguments) -> None:
 
 
 def train(
-    script: MemoryTrainingScriptArguments, args: MemoryTrainingArguments, model: Any, datastore: KNNMemory
+    script: MemoryTrainingScriptArguments,
+    args: MemoryTrainingArguments,
+    model: Any,
+    tokenizer: Any,
+    datastore: KNNMemory,
 ) -> MemoryTrainer:
     """Train an MLP memory, and save it with its losses; return its trainer."""
     set_seed(args.seed)
-    memory = MLPMemory.from_gen(model, intermediate_size=script.intermediate_size)
+    memory = MLPMemory.from_gen(model, script.intermediate_size, tokenizer)
     trainer = MemoryTrainer(memory, args, datastore)
     metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
     trainer.save_model()
@@ -94,7 +99,12 @@ def train(
 
 
 def fit(
-    script: MemoryTrainingScriptArguments, model: Any, tokenizer: Any, memory: KNNMemory | MLPMemory, folder: Path
+    script: MemoryTrainingScriptArguments,
+    output_dir: str,
+    model: Any,
+    tokenizer: Any,
+    memory: KNNMemory | MLPMemory,
+    folder: Path,
 ) -> None:
     """Fit the memory on held-out text, write its config and what was tried, and print the best."""
     max_length, stride = window(model, script.max_length, script.stride)
@@ -112,8 +122,9 @@ def fit(
     keys, values, lm, lm_kept = (torch.cat(part)[: script.max_fit_tokens] for part in zip(*parts, strict=True))
     memory.to(keys.device)
     found = fit_memory_config(memory, keys, values, lm, lm_kept, kept_ids)
-    write_memory_config(folder, found.memory_config)
-    write_json(folder / "memory_fit.json", {"fit_file": script.fit_file, "tokens": len(lm), **asdict(found)})
+    write_memory_config(memory, folder, found.memory_config)
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    write_json(Path(output_dir) / "memory_fit.json", {"fit_file": script.fit_file, "tokens": len(lm), **asdict(found)})
     print_fit(found, len(lm), folder)
 
 
@@ -127,7 +138,9 @@ def print_fit(found: MemoryFit, num_tokens: int, folder: Path) -> None:
         ("temperature", f"{config.temperature:.4g}"),
         ("k", f"{config.k:,}"),
     ]
-    print(f"Fitted on {num_tokens:,} held-out tokens, {len(found.trials)} settings; written to {folder}\n{table(rows)}")
+    print(
+        f"Fitted on {num_tokens:,} held-out tokens, {len(found.trials)} settings; written to {folder}\n{table(rows)}"
+    )
 
 
 if __name__ == "__main__":

@@ -139,6 +139,7 @@ class MemoryTrainer(Trainer):
     ) -> dict[str, float]:
         """Return the mean losses over the keys that are held out, and log them."""
         memory, size = self.model, self.args.eval_batch_size
+        assert memory is not None
         memory.eval()
         rows = self.held_out[self.args.process_index :: self.args.world_size]
         sums: dict[str, torch.Tensor] = {}
@@ -159,12 +160,16 @@ class MemoryTrainer(Trainer):
         self.accelerator.unwrap_model(self.model).save_pretrained(output_dir or self.args.output_dir)
 
 
-def _as_it_is(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 
 def _check_training(memory: MLPMemory, datastore: KNNMemory, args: MemoryTrainingArguments) -> None:
     """Raise a `ValueError` unless the memory can be trained on the datastore."""
+    made_for, made_by = memory.gen_fingerprint, datastore.config["fingerprint"]
+    different = [name for name in made_for if made_by.get(name, made_for[name]) != made_for[name]]
+    if different:
+        raise ValueError(f"The memory is of another Gen than the datastore: {', '.join(different)} differ.")
     if memory.hidden_size != datastore.key_size:
         raise ValueError(
             f"The memory reads keys of width {memory.hidden_size}, the datastore's have width {datastore.key_size}."

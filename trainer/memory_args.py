@@ -16,7 +16,7 @@ class MemoryTrainingArguments(TrainingArguments):
         per_device_train_batch_size, per_device_eval_batch_size (`int`): keys of a step.
         kl_weight (`float`): a, from 0 to 1: the loss is (1 - a) times the cross-entropy of the token after a key, plus
             a times KL(p_kNN ‖ p_mem). p_kNN is the datastore's prediction for the key without the key's own entry; it
-            costs an exact search for every key and epoch.
+            costs a search for every key and epoch.
         validation_split (`float`): share of the keys to hold out for evaluation, in whole documents drawn at random.
             p_kNN still finds them.
 

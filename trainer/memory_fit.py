@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -94,6 +95,24 @@ def fit_memory_config(
     return MemoryFit(config, best["perplexity"], math.exp(-float(lm.mean())), trials)
 
 
+def write_memory_config(memory: KNNMemory | MLPMemory, folder: str | Path, config: MemoryConfig) -> None:
+    """
+    Give a memory a new config, and write it into its folder; the keys of a datastore are not touched.
+
+    After a crash the folder holds the old config or the new one.
+
+    Args:
+        memory ([`KNNMemory`] or [`MLPMemory`]): a datastore must have been loaded from `folder`.
+        folder (`str` or `Path`): of the memory.
+        config ([`MemoryConfig`]): such as [`fit_memory_config`] found.
+    """
+    memory.memory_config = config
+    if isinstance(memory, KNNMemory):
+        memory.save_memory_config()
+    else:
+        memory.save_pretrained(folder)
+
+
 def _check_held_out(
     keys: torch.Tensor,
     targets: torch.Tensor,
@@ -166,8 +185,9 @@ class _NeighborCandidates:
 
     def temperatures(self) -> list[float]:
         """Return temperatures from where only the nearest neighbour counts to where all count alike."""
-        gaps = self.distances.mean(1) - self.distances[:, 0]  # (n,)
-        scale = float(gaps.median())
+        found = self.distances.masked_fill(self.distances.isinf(), float("nan"))
+        gaps = found.nanmean(1) - self.distances[:, 0]  # (n,)
+        scale = float(gaps.nanmedian())
         tried = [scale * 2.0**power for power in range(-8, 5)] if scale > 0 else []
         return [*tried, self.temperature]
 

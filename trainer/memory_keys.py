@@ -21,7 +21,7 @@ class StoredKeys(Dataset):
     def __len__(self) -> int:
         return len(self.datastore)
 
-    def __getitems__(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+    def __getitems__(self, rows: Sequence[int] | np.ndarray) -> dict[str, torch.Tensor]:
         chosen = torch.as_tensor(rows)
         return {
             "rows": chosen,
@@ -86,10 +86,11 @@ def held_out_rows(datastore: KNNMemory, share: float, seed: int) -> np.ndarray:
     """
     if not share:
         return np.empty(0, np.int64)
-    starts = np.asarray(datastore.document_starts)  # (D,)
+    starts = datastore.document_starts.numpy()  # (D,)
     ends = np.append(starts[1:], len(datastore))
     order = np.random.default_rng(seed).permutation(len(starts))
     num_documents = 1 + int(np.searchsorted(np.cumsum((ends - starts)[order]), share * len(datastore)))
-    if num_documents >= len(starts):
+    rows = np.concatenate([np.arange(starts[i], ends[i]) for i in np.sort(order[:num_documents])])
+    if len(rows) == len(datastore):
         raise ValueError(f"validation_split is {share}, but the datastore has only {len(starts)} documents.")
-    return np.concatenate([np.arange(starts[i], ends[i]) for i in np.sort(order[:num_documents])])
+    return rows

@@ -41,7 +41,7 @@ from modeling_cosup import CoSupForCausalLM, KNNMemory, MemoryConfig, MLPMemory
 from modeling_cosup.files_cosup import write_json
 from modeling_cosup.memory_cosup import target_log_probs
 from modeling_cosup.token_keys_cosup import ffn_name
-from trainer.judging.perplexity import kept_ids_of, target_and_kept
+from trainer.judging.perplexity import target_and_kept
 
 from measuring import Arm, Meter, print_hardware, print_table, spread, spread_text, take_turns
 from random_world import SHAPES, World

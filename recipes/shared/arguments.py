@@ -16,6 +16,7 @@ RECIPES = Path(__file__).resolve().parents[1]
 WINDOW_HELP = "Tokens of a sliding window; defaults to what the model can read, at most 1,024."
 STRIDE_HELP = "Tokens from one window to the next; defaults to half a window."
 TRAINING_ARGUMENTS = "trainer.training_args.CoSupTrainingArguments"  # a name, because the class needs torch
+MEMORY_TRAINING_ARGUMENTS = "trainer.memory_args.MemoryTrainingArguments"  # likewise
 TASK_OPTIONS = (
     "corpus_file",
     "index",
@@ -342,8 +343,7 @@ class MemoryTrainingScriptArguments:
     fit_file: str | None = field(
         default=None,
         metadata={
-            "local_or_hub": True,
-            "help": "Held-out text on which weight, temperature and k are fitted, in the formats of run_perplexity.py.",
+            "help": "Held-out text, as for run_perplexity.py, on which weight, temperature and k are fitted.",
         },
     )
     fit_only: bool = field(
@@ -364,10 +364,7 @@ class PerplexityArguments:
         metadata={"local_or_hub": True, "help": "Name or path of a CoSup checkpoint, or of any causal language model."}
     )
     text_file: str = field(
-        metadata={
-            "local_or_hub": True,
-            "help": "Documents with a `text`: JSON Lines (.gz), Parquet or a dataset name; or a plain text file.",
-        }
+        metadata={"help": "Documents with a `text`: JSON Lines (.gz) or Parquet; or plain text (.txt), one document."}
     )
     output_dir: str = field(metadata={"help": "Folder of the results and the report."})
     memory: list[str] = field(

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 
 from modeling_cosup import CoSupConfig, CoSupForCausalLM, PassageIndex
 from modeling_cosup.files_cosup import digest, digest_all
-from modeling_cosup.index_files_cosup import read_tensors, write_tensors
+from modeling_cosup.folders_cosup import read_tensors, write_tensors
 from modeling_cosup.index_search_cosup import DeviceSearch, ExactSearch
 from modeling_cosup.passages_cosup import checked_passages, read_corpus
 from modeling_cosup.tokenization_cosup import render_passage

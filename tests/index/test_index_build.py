@@ -549,14 +549,14 @@ def test_a_full_disk_says_what_to_free_and_keeps_complete_shards(inputs, tmp_pat
 
 BUILD_AND_NOTE_MEMORY = """
 import sys
-from modeling_cosup import CoSupForCausalLM, index_build_cosup
+from modeling_cosup import CoSupForCausalLM, shard_build_cosup
 
-def note(*args, make=index_build_cosup.write_new_shard):
+def note(*args, make=shard_build_cosup.write_new_shard):
     files = make(*args)
     print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")))
     return files
 
-index_build_cosup.write_new_shard = note
+shard_build_cosup.write_new_shard = note
 model = CoSupForCausalLM.from_pretrained(sys.argv[1])
 passages = ({"id": f"{i:0200}", "text": "radium " * 1500} for i in range(2000))
 model.build_index(passages, save_directory=sys.argv[2], shard_size=50, show_progress_bar=False)

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from modeling_cosup import PassageIndex, index_files_cosup
+from modeling_cosup import PassageIndex, folders_cosup, index_files_cosup
 from modeling_cosup.files_cosup import locked
 from support.models import PASSAGES
 
@@ -24,7 +24,7 @@ def edit(folder, change, sign=True):
     config = json.loads((folder / NAME).read_text())
     change(config)
     if sign:
-        config["sha256"] = index_files_cosup.digest_of_config(config)
+        config["sha256"] = folders_cosup.digest_of_config(config)
     (folder / NAME).write_text(json.dumps(config))
 
 
@@ -157,7 +157,7 @@ def test_foreign_files_are_not_replaced(model, tmp_path, foreign):
 def write_arrow(folder, batch):
     path = folder / "passages-00000.arrow"
     index_files_cosup.write_passages(path, batch)
-    edit(folder, lambda config: config["files"].update({path.name: index_files_cosup.seal(path)}))
+    edit(folder, lambda config: config["files"].update({path.name: folders_cosup.seal(path)}))
 
 
 def test_bad_arrow_files_are_refused(model, tmp_path):
@@ -196,6 +196,6 @@ def test_only_what_the_config_names_is_downloaded(model, tmp_path, monkeypatch, 
     assert len(index) == len(PASSAGES)
     edit(folder, lambda config: config["files"].update({"*": {"size": 1, "sha256": "x"}}))
     calls.clear()
-    with pytest.raises(ValueError, match="is not a file of an index"):
+    with pytest.raises(ValueError, match="is not a file of a passage index"):
         PassageIndex.from_pretrained("me/index")
     assert len(calls) == 1

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from modeling_cosup import PassageIndex, index_search_cosup, index_searchable_cosup
-from modeling_cosup.index_files_cosup import seal
+from modeling_cosup.folders_cosup import seal
 from support.forks import run_forked
 from support.indexes import all_scores, check_nearest, in_folder, queries, random_index
 from support.models import PASSAGES, make_model
@@ -375,7 +375,7 @@ def test_two_writers_do_not_undo_each_other(tmp_path):
     first = in_folder(random_index(), tmp_path / "index")
     second = PassageIndex.from_pretrained(tmp_path / "index")
     first.delete(["m1"])
-    with pytest.raises(ValueError, match="was changed by another process: load the index again"):
+    with pytest.raises(ValueError, match="was changed by another process: load it again"):
         second.delete(["m2"])
     assert len(second) == 300
     assert len(PassageIndex.from_pretrained(tmp_path / "index")) == 299
@@ -385,7 +385,7 @@ ADD_AND_DELETE_UNTIL_KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[2])
 from support.models import make_model
-from modeling_cosup import PassageIndex, index_store_cosup
+from modeling_cosup import PassageIndex, folder_store_cosup
 
 def kill_at(step, module, name, calls):
     real = getattr(module, name)
@@ -402,7 +402,7 @@ for step in range(1, 20):
         index = PassageIndex.from_pretrained(sys.argv[1] + f"/{step}", allow_faiss_files=True)
         calls = []
         for name in ("seal", "write_config", "sweep"):
-            kill_at(step, index_store_cosup, name, calls)
+            kill_at(step, folder_store_cosup, name, calls)
         kill_at(step, os, "replace", calls)
         index.add([{"id": "new", "text": "word"}], make_model(), show_progress_bar=False)
         index.delete(["p0"])

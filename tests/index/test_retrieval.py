@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from modeling_cosup import CoSupForCausalLM, PassageIndex, index_files_cosup, index_store_cosup
+from modeling_cosup import CoSupForCausalLM, PassageIndex, folders_cosup, index_files_cosup, index_store_cosup
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_passages_for_gen
 from support.models import PASSAGES, make_emb_seq, make_model, make_tokenizer
 
@@ -180,7 +180,7 @@ def test_an_interrupted_save_leaves_nothing_half_written(model, tmp_path, monkey
     elif broken == "ids":
         monkeypatch.setattr(index_store_cosup, "make_id_table", fail)
     elif broken == "config":
-        monkeypatch.setattr(index_files_cosup.json, "dumps", fail_for_the_config)
+        monkeypatch.setattr(folders_cosup.json, "dumps", fail_for_the_config)
     elif broken == "rename":
         monkeypatch.setattr(os, "replace", fail)
     else:
@@ -240,7 +240,7 @@ def test_an_altered_file_is_named(model, tmp_path, monkeypatch, name):
     (tmp_path / "index" / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name} is damaged: its SHA-256"):
         PassageIndex.from_pretrained(tmp_path / "index")
-    monkeypatch.setattr(index_files_cosup, "ALWAYS_VERIFIED", 10)  # then only on request
+    monkeypatch.setattr(folders_cosup, "ALWAYS_VERIFIED", 10)  # then only on request
     PassageIndex.from_pretrained(tmp_path / "index")
     with pytest.raises(ValueError, match=f"{name} is damaged: its SHA-256"):
         PassageIndex.from_pretrained(tmp_path / "index", verify=True)
@@ -286,7 +286,7 @@ def test_nothing_on_the_path_of_an_index_is_unpickled(model, tmp_path):
     path = tmp_path / "index" / "embeddings-00000.safetensors"
     torch.save({"embeddings": torch.zeros(6, 32)}, path)
     files = json.loads((tmp_path / "index" / "index_config.json").read_text())["files"]
-    edit(tmp_path / "index", files={**files, path.name: index_files_cosup.seal(path)})
+    edit(tmp_path / "index", files={**files, path.name: folders_cosup.seal(path)})
     with pytest.raises(ValueError, match="embeddings-00000.safetensors is damaged"):
         PassageIndex.from_pretrained(tmp_path / "index")
 
@@ -329,7 +329,7 @@ def test_an_index_of_an_earlier_release_has_the_settings_of_that_time(model, tmp
     config = json.loads(path.read_text())
     for new_setting in ("emb_seq_add_bos_token", "emb_seq_add_eos_token", "passage_prompt", "truncate_dim"):
         del config["fingerprint"][new_setting]
-    path.write_text(json.dumps({**config, "sha256": index_files_cosup.digest_of_config(config)}))
+    path.write_text(json.dumps({**config, "sha256": folders_cosup.digest_of_config(config)}))
     model.load_index(tmp_path / "index")
     with pytest.raises(ValueError, match="  emb_seq_add_bos_token: the index has True, the model False"):
         make_model(emb_seq_add_bos_token=False).load_index(tmp_path / "index")

@@ -7,32 +7,37 @@ The reference mixes in float64.
 import pytest
 import torch
 from test_retrieval_controls_are_exact import MAX_NEW_TOKENS, check, generate, setup
-from transformers import CompileConfig
+from transformers import CompileConfig, LogitsProcessor
 
 from modeling_cosup import MemoryConfig, RetrievalConfig
 from support.generation import left_pad, real_tokens
-from support.memories import LAST_MLP, StateMemory, kept_ids, mixture
+from support.memories import LAST_MLP, StateMemory, kept_ids, knn_memory, mixture, mlp_memory
+
+MAKERS = {
+    "llama": lambda model: StateMemory(model, LAST_MLP["llama"]),
+    "gpt2": mlp_memory,
+    "mistral": knn_memory,
+    "gemma2": knn_memory,
+}
+GROUNDED = MemoryConfig(weight=0.7, grounded_weight=0.2, k=8, temperature=20.0)
 
 
-def maker(gen="llama"):
-    return lambda model: StateMemory(model, LAST_MLP[gen])
-
-
-def check_rows_alone(settings, gen, make_memory, rows, trace, **kwargs):
-    model, index, prompts, processors = setup(gen, **kwargs)
+def check_rows_alone(settings, gen, rows, trace, every=7, **memories):
+    model, index, prompts, processors = setup(gen, every)
+    memory = MAKERS[gen](model)
     for i, prompt in enumerate(prompts):
-        _, row, retrievals = generate(model, index, [prompt], processors, settings, memory=make_memory(model))
+        _, row, retrievals = generate(model, index, [prompt], processors, settings, memory=memory, **memories)
         assert (row, retrievals) == ([rows[i]], [trace[i]]), f"row {i} alone differs"
 
 
 @pytest.mark.parametrize("gen", LAST_MLP)
 def test_batch_row_and_reference_agree(gen):
-    *_, rows, trace = check(RetrievalConfig(), gen, make_memory=maker(gen))
-    check_rows_alone(RetrievalConfig(), gen, maker(gen), rows, trace)
+    *_, rows, trace = check(RetrievalConfig(), gen, make_memory=MAKERS[gen])
+    check_rows_alone(RetrievalConfig(), gen, rows, trace)
     _, rows_without, trace_without = generate(*setup(gen), RetrievalConfig())
     assert sum(map(len, trace)) >= 4
     assert rows != rows_without  # the memory decides tokens
-    assert trace != trace_without  # and retrievals
+    assert trace != trace_without  # and so when rows retrieve
 
 
 def dividing_score(output):
@@ -45,39 +50,43 @@ def dividing_score(output):
 
 @pytest.mark.parametrize("gen", LAST_MLP)
 def test_a_row_that_takes_its_nsp_back(gen):
-    make_memory = maker(gen)
+    memories = {"memory_config": GROUNDED}
     model, index, prompts, processors = setup(gen, every=5)
-    output, _, _ = generate(model, index, prompts, processors, RetrievalConfig(), memory=make_memory(model))
+    options = {"memory": MAKERS[gen](model), **memories}
+    output, rows, _ = generate(model, index, prompts, processors, RetrievalConfig(), **options)
     settings = RetrievalConfig(min_score=dividing_score(output))
-    *_, rows, trace = check(settings, gen, every=5, make_memory=make_memory)
-    check_rows_alone(settings, gen, make_memory, rows, trace, every=5)
+    *_, trace = check(settings, gen, every=5, make_memory=MAKERS[gen], **memories)
     assert any(trace)
-    *_, trace = check(RetrievalConfig(min_score=9.0), gen, every=5, make_memory=make_memory)
+    settings = RetrievalConfig(min_score=9.0)
+    *_, rows, trace = check(settings, gen, every=5, make_memory=MAKERS[gen], **memories)
+    check_rows_alone(settings, gen, rows, trace, every=5, **memories)
     assert not any(trace)
 
 
-@pytest.mark.parametrize("gen", LAST_MLP)
-@pytest.mark.parametrize("forget", ["recompute", "mask"])
-def test_forgotten_passages(gen, forget):
-    settings = RetrievalConfig(forget_passages=forget)
-    model, index, output, rows, trace = check(settings, gen, make_memory=maker(gen))
-    check_rows_alone(settings, gen, maker(gen), rows, trace)
+@pytest.mark.parametrize(("gen", "forget"), [("llama", "recompute"), ("gpt2", "mask"), ("mistral", "recompute")])
+def test_grounded_text_has_its_weight(gen, forget):
+    settings, memories = RetrievalConfig(forget_passages=forget), {"memory_config": GROUNDED}
+    model, index, output, rows, trace = check(settings, gen, make_memory=MAKERS[gen], **memories)
+    check_rows_alone(settings, gen, rows, trace, **memories)
     assert any(model.config.ce_token_id in row for row in rows)
-    _, remembering_rows, _ = generate(*setup(gen), RetrievalConfig(), memory=maker(gen)(model))
-    assert remembering_rows != rows  # forgetting makes a difference
+    model, index, prompts, processors = setup(gen)
+    everywhere = {"memory": MAKERS[gen](model), "memory_config": MemoryConfig(weight=0.7, k=8, temperature=20.0)}
+    _, remembering_rows, _ = generate(model, index, prompts, processors, RetrievalConfig(), **everywhere)
+    _, other_rows, _ = generate(model, index, prompts, processors, settings, **everywhere)
+    assert other_rows not in (rows, remembering_rows)  # the weight and forgetting make a difference
 
 
 def test_every_control_together():
     pools = [["p0", "p1", "p2"], None, ["p3"], None, ["p5", "p0"]]
     settings = RetrievalConfig(2, max_retrievals=2, force_nsp_first=True, candidates=pools, no_repeat_passages=True)
     settings.forget_passages = "recompute"
-    *_, trace = check(settings, every=5, make_memory=maker())
+    *_, trace = check(settings, every=5, make_memory=MAKERS["llama"], memory_config=GROUNDED)
     assert sum(map(len, trace)) >= 6
 
 
 def test_every_forward_asks_once():
     model, index, prompts, processors = setup(every=5)
-    memory = maker()(model)
+    memory = MAKERS["llama"](model)
     forwards = []
     model.gen.base_model.register_forward_pre_hook(lambda *args: forwards.append(1))
     output, _, _ = generate(model, index, prompts[:1], processors, RetrievalConfig(min_score=9.0), memory=memory)
@@ -86,16 +95,19 @@ def test_every_forward_asks_once():
 
 
 @torch.no_grad()
-def slow_rows(model, prompts, processors, memory):
+def slow_rows(model, prompts, processors, memory, config):
     """Every prompt continued without retriever and without cache."""
+    kept = kept_ids(model)
     rows = []
     for prompt in prompts:
         ids = list(prompt)
         for _ in range(MAX_NEW_TOKENS):
             output = model(torch.tensor([ids]), output_states=memory.states, use_cache=False)
-            said = memory.log_probs(output.states, memory.memory_config)[0]
-            lm = output.logits[0, -1].softmax(-1)
-            mixed = mixture(lm, said.exp(), memory.memory_config.weight, kept_ids(model)).log().float()
+            marks = [id for id in ids if id in kept]
+            is_grounded = marks and marks[-1] == model.config.cs_token_id
+            weight = config.grounded_weight if is_grounded else config.weight
+            said = memory.log_probs(output.states, config)[0].exp()
+            mixed = mixture(output.logits[0, -1].softmax(-1), said, weight, kept).log().float()
             scores = processors(torch.tensor([ids]), mixed[None])[0]
             scores[model.config.cs_token_id] = float("-inf")
             ids.append(int(scores.argmax()))
@@ -108,22 +120,29 @@ def slow_rows(model, prompts, processors, memory):
 @pytest.mark.parametrize("gen", ["llama", "mistral"])
 def test_without_a_retriever(gen):
     model, _, prompts, processors = setup(gen)
-    memory = maker(gen)(model)
-    rows = slow_rows(model, prompts, processors, memory)
-    assert model.config.nsp_token_id in rows[0]  # a token like any other
+    config = model.config
+    prompts[2] += [config.nsp_token_id, 40, 41, config.cs_token_id, 42]  # ends in grounded text
+    prompts[3] += [config.nsp_token_id, 40, 41, config.cs_token_id, 42, config.ce_token_id, 43]
+    memory = MAKERS[gen](model)
+    rows = slow_rows(model, prompts, processors, memory, GROUNDED)
+    assert config.nsp_token_id in rows[0]  # a token like any other
     inputs = left_pad(prompts, model.generation_config.pad_token_id)
-    options = {"logits_processor": processors, "max_new_tokens": MAX_NEW_TOKENS, "memory": memory}
+    options = {"logits_processor": processors, "max_new_tokens": MAX_NEW_TOKENS}
+    options |= {"memory": memory, "memory_config": GROUNDED}
     output = model.generate(**inputs, return_dict_in_generate=True, **options)
     assert real_tokens(output, inputs["attention_mask"], model.generation_config.pad_token_id) == rows
+    assert output.neighbors is None
     many = model.generate_many(prompts, batch_size=2, show_progress_bar=False, **options)
     assert [[*prompt, *done.token_ids] for prompt, done in zip(prompts, many, strict=True)] == rows
+    sampled = model.generate(**inputs, do_sample=True, top_k=1, return_dict_in_generate=True, **options)
+    assert torch.equal(sampled.sequences, output.sequences)
 
 
 @pytest.mark.parametrize("sample", [{}, {"do_sample": True, "temperature": 3.0, "repetition_penalty": 1.3}])
 @pytest.mark.parametrize("weights", [{"weight": 0}, {"weight": 0.0, "grounded_weight": 0.0}])
 def test_a_weight_of_zero_is_no_memory_and_asks_nothing(sample, weights):
     model, index, prompts, processors = setup()
-    memory = maker()(model)
+    memory = MAKERS["llama"](model)
     results = []
     for options in ({}, {"memory": memory, "memory_config": MemoryConfig(**weights)}):
         torch.manual_seed(0)
@@ -132,11 +151,41 @@ def test_a_weight_of_zero_is_no_memory_and_asks_nothing(sample, weights):
     assert not memory.calls
 
 
+class Keep(LogitsProcessor):
+    """Keeps the scores of every step."""
+
+    def __init__(self):
+        self.scores = []
+
+    def __call__(self, input_ids, scores):
+        self.scores.append(scores.clone())
+        return scores
+
+
+@torch.no_grad()
+def test_control_tokens_and_ends_keep_their_probabilities():
+    model, _, prompts, _ = setup("mistral")
+    keep, kept = Keep(), kept_ids(model)
+    kept.remove(model.config.cs_token_id)  # banned before processors
+    memory = MAKERS["mistral"](model)
+    row = model.generate(torch.tensor(prompts[:1]), memory=memory, max_new_tokens=6, logits_processor=[keep])
+    assert len(keep.scores) >= 3
+    for step, scores in enumerate(keep.scores):
+        ids = row[:, : len(prompts[0]) + step]
+        lm = model(ids, use_cache=False).logits[0, -1].softmax(-1)
+        scores[0, model.config.cs_token_id] = (
+            lm[model.config.cs_token_id].log() + scores[0, kept[0]] - lm[kept[0]].log()
+        )
+        probabilities = scores[0].double().softmax(-1)
+        assert (probabilities[kept] - lm[kept]).abs().max() < 1e-6
+        assert (probabilities - lm).abs().max() > 0.1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("gen", ["llama", "gpt2"])
 def test_a_captured_step_keeps_the_states(gen):
     model, index, prompts, processors = setup(gen)
-    memory = maker(gen)(model)
+    memory = MAKERS[gen](model)
     _, rows, trace = generate(model, index, prompts, processors, RetrievalConfig(), memory=memory)
     _, rows_without, _ = generate(model, index, prompts, processors, RetrievalConfig())
     compiled = CompileConfig(mode="default")

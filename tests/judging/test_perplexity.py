@@ -84,7 +84,11 @@ def make_knn(model, values, seed=3):
     keys = torch.randn(len(values), 32, generator=generator)
     keys[1:3] = keys[0]
     return KNNMemory.from_tensors(
-        keys, torch.tensor(values), fingerprint=model.memory_fingerprint(), vocab_size=model.config.get_text_config().vocab_size, dtype="float32"
+        keys,
+        torch.tensor(values),
+        fingerprint=model.memory_fingerprint(),
+        vocab_size=model.config.get_text_config().vocab_size,
+        dtype="float32",
     )
 
 
@@ -131,7 +135,7 @@ def test_log_likelihoods_equal_dense_arithmetic_in_float64(model, documents, arm
     for name, values in expected.items():
         per_token = np.array(values) / scores.tokens
         assert scores.log_likelihoods[name] / scores.tokens == pytest.approx(per_token, abs=1e-5), name
-    assert (scores.log_likelihoods["control"] == pytest.approx(scores.log_likelihoods["lm"], abs=1e-6))
+    assert scores.log_likelihoods["control"] == pytest.approx(scores.log_likelihoods["lm"], abs=1e-6)
     assert (scores.log_likelihoods["off"] == scores.log_likelihoods["lm"]).all()
     assert not np.allclose(scores.log_likelihoods["near"], scores.log_likelihoods["lm"], atol=0.1)
 

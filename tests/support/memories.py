@@ -4,7 +4,9 @@ from typing import Any
 
 import torch
 
-from modeling_cosup import CoSupForCausalLM, MemoryConfig
+from modeling_cosup import CoSupForCausalLM, KNNMemory, MemoryConfig, MLPMemory
+from modeling_cosup.token_keys_cosup import document_ids, token_states
+from support.models import TEXTS
 
 LAST_MLP = {
     "llama": "model.layers.1.mlp",
@@ -43,6 +45,30 @@ class StateMemory:
         pass
 
 
+def knn_memory(model: CoSupForCausalLM, **config: Any) -> KNNMemory:
+    """Return a datastore of `TEXTS`, in float32: 4 documents."""
+    documents = [document_ids(text, model.tokenizer) for text in TEXTS]
+    (states,) = token_states(model, documents, max_length=64, stride=32, batch_size=4)
+    return KNNMemory.from_tensors(
+        states.keys,
+        states.values,
+        fingerprint=model.memory_fingerprint(),
+        vocab_size=model.get_output_embeddings().weight.shape[0],
+        document_starts=torch.tensor([int((states.documents < number).sum()) for number in range(len(TEXTS))]),
+        dtype="float32",
+        memory_config=MemoryConfig(**{"weight": 0.7, "k": 8, "temperature": 20.0, **config}),
+    )
+
+
+def mlp_memory(model: CoSupForCausalLM) -> MLPMemory:
+    """Return a memory with random weights."""
+    torch.manual_seed(0)
+    memory = MLPMemory.from_gen(model, intermediate_size=16, memory_config=MemoryConfig(weight=0.7))
+    with torch.no_grad():
+        memory.lm_head.weight.normal_(std=0.7)
+    return memory
+
+
 def kept_ids(model: CoSupForCausalLM) -> list[int]:
     """Return the ids of control tokens and ends, whose probabilities no memory changes."""
     config = model.config
@@ -54,7 +80,7 @@ def mixture(lm: torch.Tensor, memory: torch.Tensor, weight: float, kept: list[in
     lm, memory = lm.double(), memory.double()
     outside = [id for id in range(len(lm)) if id not in kept]
     mass = memory[outside].sum()
-    if mass == 0:
+    if mass == 0:  # the memory has nothing to say
         return lm
     result = lm.clone()
     result[outside] = (1 - weight) * lm[outside] + weight * lm[outside].sum() * memory[outside] / mass

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from modeling_cosup import KNNMemory, MemoryConfig, MLPMemory
-from support.models import make_gen
 from trainer.memory import MemoryTrainer, knn_kl, train_mlp_memory
 from trainer.memory_args import MemoryTrainingArguments
 from trainer.memory_fit import best_weight, fit_memory_config, write_memory_config
 from trainer.memory_keys import ShuffledBlocks, StoredKeys, held_out_rows
 
 WIDTH, VOCAB = 32, 400
+FINGERPRINT = {"gen": "of a test", "key": "model.layers.1.mlp"}
 
 
 def make_datastore(count=96, document_size=8, seed=0, **options):
@@ -23,12 +23,12 @@ def make_datastore(count=96, document_size=8, seed=0, **options):
     centres = torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(9))
     keys = 2 * centres[values] + 0.3 * torch.randn(count, WIDTH, generator=generator)
     options = {"document_starts": torch.arange(0, count, document_size), "dtype": "float32"} | options
-    return KNNMemory.from_tensors(keys, values, fingerprint="of a test", vocab_size=VOCAB, **options)
+    return KNNMemory.from_tensors(keys, values, fingerprint=FINGERPRINT, vocab_size=VOCAB, **options)
 
 
 def make_memory(seed=0, **options):
     torch.manual_seed(seed)
-    return MLPMemory(WIDTH, VOCAB, intermediate_size=16, **options)
+    return MLPMemory(WIDTH, VOCAB, intermediate_size=16, fingerprint=FINGERPRINT, **options)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,9 @@ def arguments(folder, **options):
 def mean_loss(memory, datastore):
     rows = torch.arange(len(datastore))
     with torch.no_grad():
-        return float(torch.nn.functional.cross_entropy(memory(datastore.get_keys(rows).float()), datastore.get_values(rows)))
+        return float(
+            torch.nn.functional.cross_entropy(memory(datastore.get_keys(rows).float()), datastore.get_values(rows))
+        )
 
 
 def test_training_lowers_the_loss_and_depends_on_the_seed(datastore):
@@ -52,7 +54,7 @@ def test_training_lowers_the_loss_and_depends_on_the_seed(datastore):
     for seed in (1, 1, 2):
         memory = make_memory()
         before = mean_loss(memory, datastore)
-        options = {"batch_size": 16, "num_train_epochs": 4, "learning_rate": 1e-2, "seed": seed}
+        options = {"batch_size": 16, "num_train_epochs": 2, "learning_rate": 3e-2, "seed": seed}
         metrics = train_mlp_memory(memory, datastore, **options)
         assert list(metrics) == ["train_loss"]
         assert mean_loss(memory, datastore) < 0.3 < 3.0 < before
@@ -155,6 +157,9 @@ def test_a_datastore_that_does_not_fit_raises(datastore):
         train_mlp_memory(MLPMemory(16, VOCAB, intermediate_size=4), datastore)
     with pytest.raises(ValueError, match="predicts 300 tokens, the datastore's vocabulary has 400"):
         train_mlp_memory(MLPMemory(WIDTH, 300, intermediate_size=4), datastore)
+    other = MLPMemory(WIDTH, VOCAB, 4, fingerprint={**FINGERPRINT, "gen": "of another"})
+    with pytest.raises(ValueError, match="of another Gen than the datastore: gen differ"):
+        train_mlp_memory(other, datastore)
     with pytest.raises(ValueError, match="kl_weight needs a datastore of at least 2 keys"):
         train_mlp_memory(make_memory(), make_datastore(1), kl_weight=0.5)
 
@@ -185,30 +190,30 @@ def test_weights_at_the_ends():
 def test_a_known_optimum_is_found():
     """Targets are drawn from a mixture of a uniform LM and the kNN distribution of known k, temperature and weight."""
     generator = torch.Generator().manual_seed(0)
-    keys = torch.randn(400, 4, generator=generator)
-    values = torch.randint(0, 50, (400,), generator=generator)
+    keys = torch.randn(200, 4, generator=generator)
+    values = torch.randint(0, 50, (200,), generator=generator)
     memory = KNNMemory.from_tensors(
         keys,
         values,
-        fingerprint="of a test",
+        fingerprint=FINGERPRINT,
         vocab_size=50,
         dtype="float32",
         memory_config=MemoryConfig(grounded_weight=0.1),
     )
-    queries = torch.randn(3000, 4, generator=generator)
+    queries = torch.randn(1500, 4, generator=generator)
     config = MemoryConfig(k=32, temperature=0.5, weight=0.6)
     p_knn = memory.log_probs({memory.states[0]: queries}, config).exp()
     targets = torch.multinomial(0.4 / 50 + 0.6 * p_knn, 1, generator=generator)[:, 0]
-    lm = torch.full((3000,), math.log(1 / 50))
+    lm = torch.full((1500,), math.log(1 / 50))
     found = fit_memory_config(memory, queries, targets, lm, ks=(2, 8, 32, 128, 9999))
     assert found.memory_config.k == 32
-    assert found.memory_config.temperature == pytest.approx(0.5, rel=0.2)
-    assert found.memory_config.weight == pytest.approx(0.6, abs=0.04)
+    assert found.memory_config.temperature == pytest.approx(0.5, rel=0.25)
+    assert found.memory_config.weight == pytest.approx(0.6, abs=0.05)
     assert found.memory_config.grounded_weight == 0.1
     assert found.lm_perplexity == pytest.approx(50)
     true_loss = -(0.4 / 50 + 0.6 * p_knn.gather(1, targets[:, None])).log().mean()
     assert found.perplexity <= math.exp(float(true_loss)) + 1e-4
-    assert {trial["k"] for trial in found.trials} == {2, 8, 32, 128, 400}
+    assert {trial["k"] for trial in found.trials} == {2, 8, 32, 128, 200}
 
 
 def test_an_mlp_memory_is_fitted_with_the_ids_that_stay_gens():
@@ -216,7 +221,7 @@ def test_an_mlp_memory_is_fitted_with_the_ids_that_stay_gens():
     with torch.no_grad():
         memory(torch.randn(1, WIDTH))
     generator = torch.Generator().manual_seed(0)
-    keys = torch.randn(3000, WIDTH, generator=generator)
+    keys = torch.randn(1500, WIDTH, generator=generator)
     kept = torch.tensor([3, 7])
     with torch.no_grad():
         p_memory = (memory(keys) / 1.5).softmax(-1)
@@ -226,7 +231,7 @@ def test_an_mlp_memory_is_fitted_with_the_ids_that_stay_gens():
     mixture = 0.7 * p_lm + 0.3 * (1 - 2 / VOCAB) * p_memory
     mixture[:, kept] = 1 / VOCAB
     targets = torch.multinomial(mixture, 1, generator=generator)[:, 0]
-    lm, lm_kept = torch.full((3000,), -math.log(VOCAB)), torch.full((3000,), math.log(2 / VOCAB))
+    lm, lm_kept = torch.full((1500,), -math.log(VOCAB)), torch.full((1500,), math.log(2 / VOCAB))
     found = fit_memory_config(memory, keys, targets, lm, lm_kept, kept)
     true_loss = -mixture.gather(1, targets[:, None]).log().mean()
     assert found.perplexity <= math.exp(float(true_loss)) + 1e-3
@@ -250,7 +255,11 @@ def test_an_mlp_memory_is_fitted_with_the_ids_that_stay_gens():
     ],
 )
 def test_bad_held_out_tokens_raise(datastore, change, message):
-    options = {"keys": torch.zeros(5, WIDTH), "targets": torch.zeros(5, dtype=torch.long), "lm_log_probs": torch.zeros(5)}
+    options = {
+        "keys": torch.zeros(5, WIDTH),
+        "targets": torch.zeros(5, dtype=torch.long),
+        "lm_log_probs": torch.zeros(5),
+    }
     with pytest.raises(ValueError, match=message):
         fit_memory_config(datastore, **(options | change))
 
@@ -260,6 +269,8 @@ def test_a_fitted_config_is_written_into_the_folder(datastore, tmp_path):
     for memory in (datastore, make_memory()):
         folder = tmp_path / type(memory).__name__
         memory.save_pretrained(folder)
-        write_memory_config(folder, config)
+        times = {path.name: path.stat().st_mtime_ns for path in folder.glob("*keys*")}
         loaded = type(memory).from_pretrained(folder)
-        assert loaded.memory_config == config
+        write_memory_config(loaded, folder, config)
+        assert type(memory).from_pretrained(folder).memory_config == config
+        assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*keys*")} == times

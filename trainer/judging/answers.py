@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from modeling_cosup import Completion, CoSupForCausalLM, RetrievalConfig, Retriever
+from modeling_cosup import Completion, CoSupForCausalLM, Memory, MemoryConfig, RetrievalConfig, Retriever
 from modeling_cosup.encoding_cosup import evaluating
 from modeling_cosup.packing_cosup import pad_rows
 from modeling_cosup.tokenization_cosup import encode_prompt
@@ -95,6 +95,8 @@ def answer(
     top_k: int = 1,
     max_retrievals: int | None = None,
     seed: int = 0,
+    memory: Memory | None = None,
+    memory_config: MemoryConfig | None = None,
     output_file: str | Path | None = None,
     on_completion: Callable[[Completion], dict[str, Any] | None] | None = None,
     show_progress_bar: bool = True,
@@ -113,7 +115,7 @@ def answer(
         top_k (`int`), max_retrievals (`int`, *optional*): as in [`RetrievalConfig`]; unused if the model does not
             search.
         seed (`int`): seed for drawing the passages of mode `"wrong"`.
-        output_file, on_completion, show_progress_bar: as in `generate_many`.
+        memory, memory_config, output_file, on_completion, show_progress_bar: as in `generate_many`.
 
     Returns:
         `list[dict]`: one prediction per question, see [`as_prediction`], with its `mode`.
@@ -125,6 +127,8 @@ def answer(
             prompts,
             retriever=None if mode == "off" else index,
             retrieval_config=settings,
+            memory=memory,
+            memory_config=memory_config,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             batch_size=batch_size,

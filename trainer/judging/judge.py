@@ -21,7 +21,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from modeling_cosup import CoSupForCausalLM
+from modeling_cosup import CoSupForCausalLM, Memory, MemoryConfig
 from modeling_cosup.files_cosup import read_json, write_json
 from modeling_cosup.lines_cosup import write_lines
 from modeling_cosup.token_keys_cosup import gen_of
@@ -34,7 +34,7 @@ from .matching import gold_ids, provenance_unknown
 from .nli import SharedJudge
 from .results import FORMAT
 from .retrieval import Scores
-from .runs import TaskRun
+from .runs import TaskRun, memory_settings
 from .scoring import averages, cor_names, has_rouge, measure, readings, score, score_rankings, without_empty_answers
 from .tasks import Task
 
@@ -54,6 +54,8 @@ def evaluate_tasks(
     seed: int = 0,
     facts: dict | None = None,
     gr_hypothesis: str = HYPOTHESIS,
+    memory: Memory | None = None,
+    memory_config: MemoryConfig | None = None,
 ) -> dict:
     """
     Judge a model on tasks and write the results folder.
@@ -77,6 +79,7 @@ def evaluate_tasks(
         seed (`int`): seed for drawing the passages of mode `"wrong"`.
         facts (`dict`, *optional*): further entries of `settings`, such as the command.
         gr_hypothesis (`str`): the template of the hypotheses of Gr; see [`~trainer.judging.grounding.grounding`].
+        memory ([`Memory`], *optional*), memory_config ([`MemoryConfig`], *optional*): as in `generate`, in all modes.
 
     Returns:
         `dict`: the content of `metrics.json`, on every process:
@@ -103,7 +106,8 @@ def evaluate_tasks(
         raise ValueError("There is no task: nothing would be judged.")
     check_hypothesis(gr_hypothesis)
     modes = [mode for mode in modes if mode != QUERY]
-    runs = [TaskRun(model, task, output_dir / task.name, modes, batch_size, seed) for task in tasks]
+    options = (modes, batch_size, seed, memory, memory_config)
+    runs = [TaskRun(model, task, output_dir / task.name, *options) for task in tasks]
     for run in runs:
         run.open_index(index_cache or output_dir / "indexes")
     judge = _share_judge(entail)
@@ -128,6 +132,7 @@ def evaluate_tasks(
             "nli": entail is not None,
             "gr_hypothesis": gr_hypothesis,
             "seed": seed,
+            "memory_config": memory_settings(memory, memory_config),
             **environment(model),
             "batch_size": batch_size,
         }

@@ -64,7 +64,7 @@ def ngram_hashes(values: np.ndarray, size: int) -> np.ndarray:
 
 def _stored_hashes(memory: KNNMemory, size: int) -> Iterator[np.ndarray]:
     """Yield the hashes of all n-grams of a datastore that lie within one document."""
-    starts = np.asarray([] if memory.document_starts is None else memory.document_starts)
+    starts = memory.document_starts.numpy()  # (D,)
     for start in range(0, len(memory), BLOCK):
         end = min(start + BLOCK + size - 1, len(memory))  # and the rest of the n-grams that begin in this block
         values = memory.get_values(torch.arange(start, end)).numpy().astype(np.uint64)

@@ -10,7 +10,7 @@ import shutil
 import time
 from pathlib import Path
 
-from modeling_cosup import Completion, CoSupForCausalLM, Retriever
+from modeling_cosup import Completion, CoSupForCausalLM, Memory, MemoryConfig, Retriever
 from modeling_cosup.files_cosup import digest, read_json, write_json
 from modeling_cosup.lines_cosup import read_lines, write_lines
 
@@ -37,6 +37,7 @@ class TaskRun:
         modes (`list[str]`): how the model answers. Modes that give it passages are left out if no question needs one.
         batch_size (`int`): number of questions per batch.
         seed (`int`): seed for drawing the passages of mode `"wrong"`.
+        memory ([`Memory`], *optional*), memory_config ([`MemoryConfig`], *optional*): as in `generate`.
 
     Attributes:
         questions (`list[dict]`): all questions.
@@ -50,13 +51,23 @@ class TaskRun:
     """
 
     def __init__(
-        self, model: CoSupForCausalLM, task: Task, folder: Path, modes: list[str], batch_size: int = 32, seed: int = 0
+        self,
+        model: CoSupForCausalLM,
+        task: Task,
+        folder: Path,
+        modes: list[str],
+        batch_size: int = 32,
+        seed: int = 0,
+        memory: Memory | None = None,
+        memory_config: MemoryConfig | None = None,
     ) -> None:
         self.model = model
         self.task = task
         self.folder = folder
         self.batch_size = batch_size
         self.seed = seed
+        self.memory = memory
+        self.memory_config = memory_config
         self.questions = task.read_questions()
         check_questions(self.questions, task.name, task.metric)
         self.needing = [question for question in self.questions if question["provenance"]]
@@ -117,6 +128,8 @@ class TaskRun:
             top_k=self.task.top_k,
             max_retrievals=self.task.max_retrievals,
             seed=self.seed,
+            memory=self.memory,
+            memory_config=self.memory_config,
             output_file=folder / "parts" / f"answers-{rank()}-of-{world_size()}.jsonl",
             on_completion=clock,
             show_progress_bar=rank() == 0,
@@ -154,6 +167,8 @@ class TaskRun:
             settings[name] = getattr(self.task, name)
         if mode == "wrong":
             settings["seed"] = self.seed
+        if mode != QUERY:
+            settings["memory"] = memory_settings(self.memory, self.memory_config)
         return json.loads(json.dumps(settings))
 
     def _begin(self, mode: str, file_name: str) -> tuple[Path, bool]:
@@ -196,6 +211,14 @@ class TaskRun:
             write_lines(folder / file_name, [row for row, _ in match_by_id(merged, questions)])
             shutil.rmtree(folder / "parts")
         barrier()
+
+
+def memory_settings(memory: Memory | None, config: MemoryConfig | None) -> dict | None:
+    """Return what a memory changes in answers: its fingerprint and config, as JSON values; `None` without one."""
+    if memory is None:
+        return None
+    config = memory.memory_config if config is None else config
+    return {"fingerprint": memory.fingerprint, **config.to_dict()}
 
 
 class Clock:

@@ -71,7 +71,11 @@ def _summary(results: dict) -> str:
     for task in results["tasks"].values():
         seconds += sum(answers["seconds"] for answers in task["modes"].values())
     times = f"answering took {seconds:,.0f} s{together}, this run {results['seconds']:,.0f} s"
-    return f"{settings['time']}; {hardware}; {settings['dtype']}; {versions}; {times}."
+    memory = ""
+    if settings.get("memory_config"):
+        weight = settings["memory_config"]["weight"]
+        memory = f"token memory {settings.get('memory') or ''} with weight {weight}; "
+    return f"{memory}{settings['time']}; {hardware}; {settings['dtype']}; {versions}; {times}."
 
 
 # ---------------------------------------------------------------------- tables

@@ -22,10 +22,15 @@ def write_perplexity_report(output_dir: str | Path) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in settings["versions"].items())
     summary = (
         f"{settings['model']}; {text['tokens']:,} tokens of {text['documents']:,} documents; windows of "
-        f"{settings['max_length']:,} tokens, stride {settings['stride']:,}; {settings['time']}; {settings['hardware']}; "
-        f"{settings['dtype']}; {versions}; peak memory {results['peak_memory'] / 1e9:.2f} GB."
+        f"{settings['max_length']:,} tokens, stride {settings['stride']:,}; {settings['time']}; "
+        f"{settings['hardware']}; {settings['dtype']}; {versions}; peak memory {results['peak_memory'] / 1e9:.2f} GB."
     )
-    blocks: list[Block] = [Heading(title, 1), Text(summary, note=True), _table(results["arms"]), Text(_note(), note=True)]
+    blocks: list[Block] = [
+        Heading(title, 1),
+        Text(summary, note=True),
+        _table(results["arms"]),
+        Text(_note(), note=True),
+    ]
     if results["warnings"]:
         blocks += [Heading("Warnings"), Bullets(results["warnings"])]
     blocks += [Heading("How this was made"), Code(settings["command"])]

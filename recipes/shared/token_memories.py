@@ -1,5 +1,6 @@
 """Gen, its token memories and the text that they read, for the recipes that train and judge memories."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from modeling_cosup import CoSupForCausalLM, MemoryConfig
 from modeling_cosup.architectures_cosup import num_positions
+from modeling_cosup.passages_cosup import check_text, read_corpus
 from modeling_cosup.token_keys_cosup import document_ids
 
 LONGEST_WINDOW = 1024  # tokens, unless an option says otherwise
@@ -42,3 +44,26 @@ def overridden(config: MemoryConfig, weight: float | None, k: int | None, temper
     """Return a memory's config with the options that were given in their place."""
     options = {"weight": weight, "k": k, "temperature": temperature}
     return replace(config, **{name: value for name, value in options.items() if value is not None})
+
+
+def read_documents(
+    path: str, tokenizer: PreTrainedTokenizerBase, max_documents: int | None = None
+) -> Iterator[list[int]]:
+    """
+    Yield the token ids of documents, one at a time.
+
+    Args:
+        path (`str`): JSON Lines (.gz) or Parquet with a `text` for each document, or plain text (.txt): one document.
+        tokenizer (`PreTrainedTokenizerBase`): of Gen.
+        max_documents (`int`, *optional*): read only the first.
+
+    Raises:
+        `FileNotFoundError`, `ValueError`: names file and line of what cannot be read.
+    """
+    if Path(path).suffix == ".txt":
+        yield document_ids(Path(path).read_text(encoding="utf-8"), tokenizer)
+        return
+    for where, row in itertools.islice(read_corpus(path), max_documents):
+        if not isinstance(row, dict) or "text" not in row:
+            raise ValueError(f"{where}: expected an object with a text.")
+        yield document_ids(check_text(row["text"], "text", where), tokenizer)

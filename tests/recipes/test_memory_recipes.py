@@ -1,0 +1,186 @@
+"""The recipes that measure, train and fit token memories, in this process, as a user runs them."""
+
+import importlib
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+from modeling_cosup import KNNMemory, MLPMemory
+from modeling_cosup.token_keys_cosup import document_ids
+from support.models import TEXTS, make_gen, make_model, make_tokenizer
+from support.recipes import fails_here, flags, write
+
+HELD_OUT = ["Marie Curie was born in Warsaw.", "The city of Amsterdam has a painting by Rembrandt in it.", TEXTS[1]]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A CoSup checkpoint, a plain Gen, a memory of each kind for both, and files of text."""
+    folder = tmp_path_factory.mktemp("memories")
+    model, gen, tokenizer = make_model(tie_emb_seq=True), make_gen("gpt2"), make_tokenizer()
+    model.save_pretrained(folder / "model")
+    gen.save_pretrained(folder / "gen")
+    tokenizer.save_pretrained(folder / "gen")
+    options = {"max_length": 16, "stride": 8, "show_progress_bar": False}
+    KNNMemory.build(model, TEXTS, folder / "knn", **options)
+    KNNMemory.build(gen, TEXTS, folder / "gen_knn", tokenizer=tokenizer, **options)
+    torch.manual_seed(0)
+    MLPMemory.from_gen(model, intermediate_size=8).save_pretrained(folder / "mlp")
+    write(folder / "text.jsonl", [{"id": str(i), "title": "", "text": text} for i, text in enumerate(HELD_OUT)])
+    (folder / "book.txt").write_text(" ".join(HELD_OUT))
+    return folder
+
+
+def runs_here(monkeypatch, recipe, **options):
+    """Run a recipe in this process."""
+    monkeypatch.setattr(sys, "argv", [f"{recipe}.py", *flags(**options)])
+    importlib.import_module(recipe).main()
+
+
+@pytest.fixture(scope="module")
+def results(world, tmp_path_factory):
+    """The results of run_perplexity.py on a CoSup checkpoint, and what it printed."""
+    output = tmp_path_factory.mktemp("perplexity")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        memories = ["--memory", str(world / "knn"), str(world / "mlp")]
+        options = flags(
+            model=world / "model",
+            text_file=world / "text.jsonl",
+            output_dir=output,
+            weight=0.5,
+            k=3,
+            max_length=16,
+            max_documents=3,
+            num_threads=1,
+        )
+        monkeypatch.setattr(sys, "argv", ["run_perplexity.py", *options, *memories])
+        importlib.import_module("run_perplexity").main()
+    return output
+
+
+def test_perplexity_of_text(world, results):
+    measured = json.loads((results / "perplexity.json").read_text())
+    tokenizer = make_tokenizer()
+    num_tokens = sum(len(document_ids(text, tokenizer)) - 1 for text in HELD_OUT)
+    assert measured["text"] == {"documents": 3, "left_out": 0, "tokens": num_tokens}
+    knn, mlp = str(world / "knn"), str(world / "mlp")
+    assert list(measured["arms"]) == ["lm", knn, mlp]
+    for name, arm in measured["arms"].items():
+        assert arm["perplexity"]["value"] == pytest.approx(math.exp(arm["nll"]["value"]))
+        low, high = arm["perplexity"]["interval"]
+        assert low <= arm["perplexity"]["value"] <= high
+        assert arm["seconds_per_1000_tokens"] == pytest.approx(1000 * arm["seconds"] / num_tokens)
+        if name != "lm":
+            difference = arm["nll"]["value"] - measured["arms"]["lm"]["nll"]["value"]
+            assert arm["difference"]["value"] == pytest.approx(difference)
+            assert (arm["memory_config"]["weight"], arm["memory_config"]["k"]) == (0.5, 3)
+    assert measured["arms"][knn]["entries"] == len(KNNMemory.from_pretrained(knn))
+    stored = len(document_ids(TEXTS[1], tokenizer)) - 16  # its 16-grams, which are those of the third text
+    total = sum(max(0, len(document_ids(text, tokenizer)) - 16) for text in HELD_OUT)
+    assert measured["arms"][knn]["ngram_overlap"] == pytest.approx(stored / total)
+    assert measured["arms"][mlp]["ngram_overlap"] is None
+    assert len(measured["warnings"]) == 1
+    assert "of the 16-grams of the text are in" in measured["warnings"][0]
+    assert measured["peak_memory"] > 1e7
+    assert (measured["settings"]["max_length"], measured["settings"]["stride"]) == (16, 8)
+
+
+def test_the_report_of_a_perplexity(results):
+    report = (results / "report.md").read_text()
+    assert "# Perplexity of" in report
+    assert "Gen alone" in report
+    assert "Warnings" in report
+    assert "run_perplexity.py --model" in report
+    assert (results / "report.html").exists()
+
+
+def test_train_fit_and_measure_with_a_plain_gen(world, monkeypatch, tmp_path, capsys):
+    output = tmp_path / "mlp"
+    runs_here(
+        monkeypatch,
+        "train_memory",
+        model=world / "gen",
+        memory=world / "gen_knn",
+        output_dir=output,
+        intermediate_size=8,
+        kl_weight=0.5,
+        validation_split=0.1,
+        num_train_epochs=2,
+        learning_rate=1e-2,
+        per_device_train_batch_size=16,
+        save_strategy="no",
+        disable_tqdm="true",
+        fit_file=world / "text.jsonl",
+        max_fit_tokens=20,
+        max_length=16,
+    )
+    assert "Fitted on 20 held-out tokens" in capsys.readouterr().out
+    fit = json.loads((output / "memory_fit.json").read_text())
+    assert fit["tokens"] == 20
+    assert fit["perplexity"] <= fit["lm_perplexity"]
+    trained = MLPMemory.from_pretrained(output)
+    assert trained.memory_config.to_dict() == fit["memory_config"]
+    assert json.loads((output / "eval_results.json").read_text())["eval_knn_kl"] > 0
+    assert json.loads((output / "train_results.json").read_text())["train_loss"] > 0
+    perplexity = tmp_path / "perplexity"
+    options = {"text_file": world / "book.txt", "output_dir": perplexity, "max_length": 16, "memory": output}
+    runs_here(monkeypatch, "run_perplexity", model=world / "gen", **options)
+    measured = json.loads((perplexity / "perplexity.json").read_text())
+    assert measured["text"]["documents"] == 1
+    assert measured["arms"]["lm"]["perplexity"]["interval"] is None
+    assert measured["arms"][str(output)]["memory_config"] == fit["memory_config"]
+
+
+def test_a_datastore_is_fitted_in_its_folder(world, monkeypatch, tmp_path):
+    KNNMemory.from_pretrained(world / "knn").save_pretrained(tmp_path / "knn")
+    options = {
+        "model": world / "model",
+        "memory": tmp_path / "knn",
+        "fit_file": world / "text.jsonl",
+        "output_dir": tmp_path / "fit",
+    }
+    runs_here(monkeypatch, "train_memory", fit_only="true", max_length=16, **options)
+    fit = json.loads((tmp_path / "fit" / "memory_fit.json").read_text())
+    fitted = KNNMemory.from_pretrained(tmp_path / "knn")
+    assert fitted.memory_config.to_dict() == fit["memory_config"]
+    assert {trial["k"] for trial in fit["trials"]} == {8, 32, len(fitted)}
+    # the perplexity that was fitted is the one that run_perplexity.py measures with this config
+    runs_here(
+        monkeypatch,
+        "run_perplexity",
+        model=world / "model",
+        memory=tmp_path / "knn",
+        text_file=world / "text.jsonl",
+        output_dir=tmp_path / "out",
+        max_length=16,
+    )
+    arm = json.loads((tmp_path / "out" / "perplexity.json").read_text())["arms"][str(tmp_path / "knn")]
+    assert arm["perplexity"]["value"] == pytest.approx(fit["perplexity"], rel=1e-5)
+
+
+def test_bad_options_are_reported(world, monkeypatch, tmp_path):
+    common = ["--model", world / "model", "--text_file", world / "text.jsonl", "--output_dir", tmp_path / "out"]
+    knn = str(world / "knn")
+    for options, message in (
+        (["--memory", knn, knn], f"--memory names {knn} twice"),
+        (["--memory", tmp_path / "none"], "no such file or folder"),
+        (["--max_documents", "0"], "--max_documents is 0, expected at least 1"),
+        (["--max_length", "9999"], "--max_length is 9999, the model reads at most"),
+        (["--memory", knn, "--weight", "2"], "weight is 2.0, expected a number from 0 to 1"),
+        (["--memory", world / "gen_knn"], "This memory was made with another model"),
+        (["--text_file", tmp_path / "none.jsonl"], "no such file"),
+    ):
+        assert message in fails_here(monkeypatch, "run_perplexity", *common, *options)
+    assert not (tmp_path / "out").exists()
+    common = ["--model", world / "model", "--output_dir", tmp_path / "out"]
+    for options, message in (
+        (["--memory", world / "mlp"], "has no keys to train on"),
+        (["--memory", knn, "--fit_only", "true"], "--fit_only needs a --fit_file"),
+        (["--memory", world / "gen_knn"], "This memory was made with another model"),
+        (["--memory", knn, "--fit_file", tmp_path / "none.jsonl"], "no such file"),
+    ):
+        assert message in fails_here(monkeypatch, "train_memory", *common, *options)
+    assert not (tmp_path / "out").exists()
