@@ -29,7 +29,6 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from modeling_cosup import KNNMemory
 from trainer.memory import train_mlp_memory
 from trainer.memory_fit import fit_memory_config
 
@@ -49,7 +48,7 @@ MLP_ARGUMENTS = options_of(train_mlp_memory, "memory", "datastore", "seed", "tra
 SECTIONS: dict[str, Collection[str]] = {  # section -> its options
     "pretraining": TRAINING_OPTIONS,
     "training": TRAINING_OPTIONS,
-    "knn": options_of(KNNMemory.build, "model", "texts", "save_directory", "tokenizer"),
+    "knn": {"dtype", "max_length", "stride", "batch_size", "shard_size", "show_progress_bar"},
     "mlp": {"intermediate_size", *MLP_ARGUMENTS, *TRAINING_OPTIONS},
     "fit": options_of(fit_memory_config, "memory", "keys", "targets", "lm_log_probs", "lm_kept", "kept_ids"),
 }
