@@ -42,10 +42,10 @@ from experiments.definition import (
     NOT_OPTIONS,
     WORLD_FILES,
     Experiment,
-    check_seeds,
     evaluation_key,
     key_of,
     load_experiment,
+    parse_seeds,
     scoring,
 )
 from experiments.launching import Failed, Run, hardware, launch, locked_folder, say, training_facts
@@ -90,16 +90,6 @@ def main() -> None:
     with clear_errors():
         report(experiment, runs, notes, args.output_dir)
     sys.exit(1 if any(run.failure for run in runs) else 0)
-
-
-def parse_seeds(text: str) -> list[int]:
-    """Return the seeds of `--seeds`, such as `0,1`."""
-    try:
-        seeds = [int(seed) for seed in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--seeds {text}: expected integers with commas between them, e.g. 0,1.") from None
-    check_seeds(seeds, "--seeds")
-    return seeds
 
 
 # ---------------------------------------------------------------------- planning

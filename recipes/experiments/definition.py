@@ -211,6 +211,16 @@ def check_seeds(seeds: Any, where: str) -> None:
         raise ValueError(f"{where} is {seeds!r}, which holds a seed twice: it would count as one.")
 
 
+def parse_seeds(text: str) -> list[int]:
+    """Return the seeds of `--seeds`, such as `0,1`."""
+    try:
+        seeds = [int(seed) for seed in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--seeds {text}: expected integers with commas between them, e.g. 0,1.") from None
+    check_seeds(seeds, "--seeds")
+    return seeds
+
+
 def _is_size(value: Any) -> bool:
     return value == "full" or (type(value) is int and value > 0)
 

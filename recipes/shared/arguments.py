@@ -537,3 +537,45 @@ class RunnerArguments:
         default=str(RECIPES / "accelerate_configs/single.yaml"),
         metadata={"help": "Config file with which accelerate launches the recipes."},
     )
+
+
+@dataclass
+class MacondoArguments:
+    """Folder, size and names of a Macondo data set."""
+
+    output_dir: str = field(
+        metadata={"help": "Folder; another data set in it is replaced, a folder that holds anything else is refused."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of everything that is drawn."})
+    num_villagers: int = field(default=100, metadata={"help": "Villagers with n children, for each n."})
+    max_children: int = field(default=5, metadata={"help": "n is 1, 2, ... up to this."})
+    style: str = field(
+        default="sentences", metadata={"help": "sentences (the paper), or conversation: a question and its answer."}
+    )
+    validation_share: float = field(
+        default=0.2, metadata={"help": "Share of the villagers in validation.jsonl; the others are in test.jsonl."}
+    )
+    num_other_relations: int = field(
+        default=0, metadata={"help": "Lines of other_relations.jsonl; 0 writes no such file."}
+    )
+    tokenizer: str | None = field(
+        default=None,
+        metadata={"local_or_hub": True, "help": "Tokenizer of the model; by default one is made of all words."},
+    )
+    first_names: str | None = field(default=None, metadata={"help": "File of first names of villagers, one a line."})
+    last_names: str | None = field(default=None, metadata={"help": "File of last names, one a line."})
+    child_names: str | None = field(default=None, metadata={"help": "File of names of children, one a line."})
+
+
+@dataclass
+class MemoryRunnerArguments:
+    """Which experiment with token memories to run, and where."""
+
+    experiment: str = field(metadata={"help": "YAML file; see recipes/experiments/memory_definition.py."})
+    output_dir: str = field(metadata={"help": "Folder of the report."})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder of data, models, memories and analyses that experiments share."}
+    )
+    seeds: str | None = field(default=None, metadata={"help": "Seeds in place of those in the file, e.g. 0,1."})
+    only: list[str] | None = field(default=None, metadata={"help": "Run and report only these arms."})
+    num_threads: int | None = field(default=None, metadata={"help": "Threads on a CPU."})

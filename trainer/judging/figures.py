@@ -194,6 +194,12 @@ _GROUNDING = (
 _TEXT = (
     Figure("perplexity", "perplexity", "exp of the mean NLL of the tokens", "count"),
     Figure("nll", "NLL", "negative log-likelihood of a token of the text, mean over its tokens", "nats"),
+    Figure(
+        "child_log_likelihood",
+        "log-likelihood of a child",
+        "log-probability of the name of a child in a Macondo sentence, mean over the sentences",
+        "nats",
+    ),
     Figure("ngram_overlap", "overlap", "share of the 16-grams of the text that a memory holds as they are"),
 )
 _COUNTS = (

@@ -1,4 +1,4 @@
-"""Plots of a report, drawn if matplotlib is installed. All figures are shares, drawn in percent."""
+"""Plots of a report, drawn if matplotlib is installed. All but [`draw_lines`] draw shares, in percent."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -120,6 +120,45 @@ def _draw_curve(axes: "Axes", label: str, curve: Curve, number: int) -> None:
     style = LINE_STYLES[number // len(COLORS) % len(LINE_STYLES)]
     axes.plot(xs, values, marker="o", markersize=4, label=_safe(label), color=color, linestyle=style)
     axes.fill_between(xs, low, high, alpha=0.13, color=color, linewidth=0)
+
+
+def draw_lines(
+    panels: Mapping[str, Mapping[str, Mapping[float, tuple[float, float]]]], path: Path, xlabel: str, ylabel: str
+) -> None:
+    """
+    Draw values that are no shares, such as log-likelihoods, as lines over a number, one panel next to another.
+
+    Args:
+        panels (`Mapping`): title of a panel -> label of a line -> number -> `(value, deviation)`. The deviation is
+            drawn as an error bar; NaN or 0 draws none.
+        path (`Path`): the PNG file to write.
+        xlabel (`str`), ylabel (`str`): what the numbers and the values are.
+    """
+    picture = Figure(figsize=(4.2 * len(panels) + 2.2, 3.6), layout="constrained")
+    panel_axes = picture.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (title, lines) in zip(panel_axes, panels.items(), strict=True):
+        for number, (label, points) in enumerate(lines.items()):
+            numbers = sorted(points)
+            values, deviations = np.array([points[at] for at in numbers], float).T
+            axes.errorbar(
+                numbers,
+                values,
+                yerr=np.nan_to_num(deviations),
+                label=_safe(label),
+                color=COLORS[number % len(COLORS)],
+                linestyle=LINE_STYLES[number // len(COLORS) % len(LINE_STYLES)],
+                marker="o",
+                markersize=4,
+                capsize=3,
+            )
+        ticks = sorted(set().union(*lines.values()))
+        axes.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
+        axes.set_title(_safe(title), fontsize=10)
+        axes.set_xlabel(_safe(xlabel), fontsize=9)
+        _trim(axes)
+    panel_axes[0].set_ylabel(_safe(ylabel), fontsize=9)
+    _add_legend(picture, panel_axes[0])
+    _save(picture, path)
 
 
 def draw_histograms(scores: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path) -> None:
