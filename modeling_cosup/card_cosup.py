@@ -325,7 +325,7 @@ Only the Gen that it was made for can use it: loading compares hashes of its bod
 |---|---|
 {settings}
 
-The files are safetensors and JSON; nothing in them is executed.{approximate} A memory keeps the licence of its texts.
+The files are safetensors and JSON; nothing in them is executed. A memory keeps the licence of its texts.
 """
 
 
@@ -339,10 +339,8 @@ def memory_card(config: dict[str, Any], repo_id: str, model: str | None = None, 
         content = f"the states before {sum(config['shards']):,} tokens of {config['documents']:,} texts"
     values = {name: config[name] for name in (*names, "vocab_size")} | {"key": config["fingerprint"].get("key")}
     values |= {name: config["memory_config"][name] for name in ("weight", "k", "temperature", "grounded_weight")}
-    approximate = ""
     if config.get("approximate"):
-        values["index_factory"] = config["approximate"]["index_factory"]
-        approximate = " FAISS parses its approximate index, if `allow_faiss_files=True`."
+        values["index_factory"] = config["approximate"]["index_factory"]  # which FAISS parses
     return MEMORY_CARD.format(
         metadata=metadata.to_yaml(),
         marker=CARD_MARKER,
@@ -353,7 +351,6 @@ def memory_card(config: dict[str, Any], repo_id: str, model: str | None = None, 
         comment="" if model else "  # the one that it was made for",
         content=content,
         settings="\n".join(f"| `{name}` | `{_cell(repr(value))}` |" for name, value in values.items()),
-        approximate=approximate,
     )
 
 
