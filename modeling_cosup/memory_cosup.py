@@ -77,7 +77,7 @@ class MemoryConfig:
         return cls(**values)
 
 
-def _check_weight(name: str, weight: object) -> None:
+def _check_weight(name: str, weight: Any) -> None:
     if not isinstance(weight, Real) or isinstance(weight, bool) or not 0 <= weight <= 1:
         raise ValueError(f"MemoryConfig.{name} is {weight!r}, expected a number from 0 to 1.")
 
