@@ -401,6 +401,8 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
         """
         Load a saved token memory of either kind, and check that it was made for this model.
 
+        An [`MLPMemory`] goes to the model's device; the keys of a [`KNNMemory`] stay mapped until you move it.
+
         Args:
             name_or_path (`str` or `Path`): a folder, or a repository on the Hub.
             **kwargs: for `from_pretrained` of [`KNNMemory`] or [`MLPMemory`], e.g. `revision`.
@@ -411,6 +413,8 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
         """
         memory = load_memory(name_or_path, **kwargs)
         memory.check_model(self)
+        if isinstance(memory, MLPMemory) and "device" not in kwargs:
+            memory.to(self.device)
         return memory
 
     # ------------------------------------------------------------------ what transformers expects of a causal LM
