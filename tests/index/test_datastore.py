@@ -43,8 +43,9 @@ def random_memory(count=3000, size=24, dtype="float32", shards=3, seed=0, keys=N
     if keys is None:
         keys = torch.randn(count, size, generator=generator)
     values = torch.randint(0, 50, (len(keys),), generator=generator)
+    starts = torch.tensor([0, 5, 5]).clamp(max=len(keys))
     memory = KNNMemory.from_tensors(
-        keys, values, fingerprint=FINGERPRINT, vocab_size=50, dtype=dtype, document_starts=[0, 5, 5], **options
+        keys, values, fingerprint=FINGERPRINT, vocab_size=50, dtype=dtype, document_starts=starts, **options
     )
     (whole,) = memory._shards
     step = -(-len(keys) // shards)
