@@ -391,7 +391,7 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
 
     # ------------------------------------------------------------------ token memories
 
-    def build_memory(self, texts: Any, save_directory: Any = None, **kwargs: Any) -> KNNMemory | Any:
+    def build_memory(self, texts: Any, save_directory: Any = None, **kwargs: Any) -> KNNMemory:
         """Build a [`KNNMemory`] of `texts` with this model's Gen; see [`KNNMemory.build`] for the options."""
         return KNNMemory.build(self, texts, save_directory, **kwargs)
 
