@@ -28,11 +28,14 @@ class KeyShard:
         keys (`torch.Tensor` of shape `(n, d)`): float32, float16 or bfloat16.
         half_norms (`torch.FloatTensor` of shape `(n,)`): ‖k‖²/2 of the keys as they are stored.
         values (`torch.IntTensor` of shape `(n,)`): token ids, int32.
+        document_starts (`torch.LongTensor` of shape `(D,)`): for each document, the entry of the shard that is its
+            first; that of the next document if it has none.
     """
 
     keys: torch.Tensor
     half_norms: torch.Tensor
     values: torch.Tensor
+    document_starts: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -42,7 +45,9 @@ class KeyShard:
         half_norms = self.half_norms
         if dtype not in (None, self.keys.dtype):
             half_norms = half_norms_of(self.keys.to(dtype))
-        return KeyShard(self.keys.to(device, dtype), half_norms.to(device), self.values.to(device))
+        return KeyShard(
+            self.keys.to(device, dtype), half_norms.to(device), self.values.to(device), self.document_starts
+        )
 
 
 @dataclass
@@ -62,7 +67,13 @@ class Neighbors:
 
     def log_weights(self, temperature: float) -> torch.Tensor:
         """Return log softmax(-d²/T) `(n, k)`: the shares of the entries in p_mem."""
-        return (-self.distances / temperature).log_softmax(1)
+        log_weights = (-self.distances / temperature).log_softmax(1)
+        return log_weights.masked_fill(self.distances.isinf(), -torch.inf)  # also where nothing at all was found
+
+    def target_log_probs(self, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+        """Return log p_mem of one token for each query, `(n,)`; -inf where no entry has this value."""
+        others = self.values != targets.to(self.values.device)[:, None]
+        return self.log_weights(temperature).masked_fill(others, -torch.inf).logsumexp(1)
 
 
 def half_norms_of(keys: torch.Tensor) -> torch.Tensor:
@@ -115,7 +126,8 @@ def _search(
         if tied.any():
             _take_first_of_tied(shards, queries, excluded, scores, rows, last & tied[:, None])
     distances = (queries.square().sum(1, keepdim=True) - 2 * scores).clamp_(min=0)
-    recompute_near(shards, queries, distances, rows)
+    near = 2 * NEAR * queries.square().sum(1, keepdim=True)  # a near key has nearly the norm of the query
+    recompute(shards, queries, distances, rows, distances <= near)
     distances, rows = sort_by_distance(distances, rows)
     return distances[:, :k], rows[:, :k]
 
@@ -204,18 +216,18 @@ def _take_first_of_tied(
         rows[query, places] = torch.tensor(equal_rows[: len(places)], device=rows.device)
 
 
-def recompute_near(
-    shards: list[KeyShard], queries: torch.Tensor, distances: torch.Tensor, rows: torch.Tensor, near: float = NEAR
+def recompute(
+    shards: list[KeyShard], queries: torch.Tensor, distances: torch.Tensor, rows: torch.Tensor, which: torch.Tensor
 ) -> None:
     """
-    Compute distances again from q - k, in place: those below `near` times ‖q‖² + ‖k‖²; of row -1, none.
+    Compute distances again from q - k, in place.
 
     Args:
         queries (`torch.FloatTensor` of shape `(n, d)`), distances (`torch.FloatTensor` of shape `(n, k)`), rows
             (`torch.LongTensor` of shape `(n, k)`).
+        which (`torch.BoolTensor` of shape `(n, k)`): the distances to compute; of row -1, none is.
     """
-    # a near key has nearly the norm of the query
-    query, column = ((distances <= 2 * near * queries.square().sum(1, keepdim=True)) & (rows >= 0)).nonzero().T
+    query, column = (which & (rows >= 0)).nonzero().T
     step = max(1, PAIRS // queries.shape[1])
     for start in range(0, len(query), step):
         some, columns = query[start : start + step], column[start : start + step]
@@ -226,26 +238,26 @@ def recompute_near(
 def gather_keys(shards: list[KeyShard], rows: torch.Tensor) -> torch.Tensor:
     """Return the keys of some rows `(m,)`, float32 `(m, d)`."""
     keys = torch.empty(len(rows), shards[0].keys.shape[1], device=rows.device)
-    first_row = 0
-    for shard in shards:
-        if len(shards) == 1:
-            return shard.keys[rows].float()
-        inside = ((rows >= first_row) & (rows < first_row + len(shard))).nonzero()[:, 0]
-        keys[inside] = shard.keys[rows[inside] - first_row].float()
-        first_row += len(shard)
+    for shard, inside, shard_rows in _by_shard(shards, rows):
+        keys[inside] = shard.keys[shard_rows].float()
     return keys
 
 
 def gather_values(shards: list[KeyShard], rows: torch.Tensor) -> torch.Tensor:
-    """Return the token ids of some rows, int64 of the shape of `rows`."""
-    flat = rows.reshape(-1)
-    values = torch.zeros_like(flat)
+    """Return the token ids of some rows, int64 of the shape of `rows`; 0 for row -1."""
+    values = torch.zeros_like(rows)
+    for shard, inside, shard_rows in _by_shard(shards, rows):
+        values[inside] = shard.values[shard_rows].long()
+    return values
+
+
+def _by_shard(shards: list[KeyShard], rows: torch.Tensor) -> Iterator[tuple[KeyShard, torch.Tensor, torch.Tensor]]:
+    """Yield each shard with a mask of the rows that it holds, and their places in it."""
     first_row = 0
     for shard in shards:
-        inside = ((flat >= first_row) & (flat < first_row + len(shard))).nonzero()[:, 0]
-        values[inside] = shard.values[flat[inside] - first_row].long()
+        inside = (rows >= first_row) & (rows < first_row + len(shard))
+        yield shard, inside, rows[inside] - first_row
         first_row += len(shard)
-    return values.reshape(rows.shape)
 
 
 def sort_by_distance(distances: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

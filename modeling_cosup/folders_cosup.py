@@ -145,8 +145,11 @@ def flush(path: Path) -> None:
 
 
 def digest_of_config(config: Config) -> str:
-    """Return the SHA-256 of a config without its `files`, which are compared with the files themselves."""
-    return digest({name: value for name, value in config.items() if name not in ("files", "sha256")})
+    """
+    Return the SHA-256 of a config without its `files`, which are compared with the files themselves, and without the
+    `memory_config`, which a user may edit.
+    """
+    return digest({name: value for name, value in config.items() if name not in ("files", "memory_config", "sha256")})
 
 
 def signed(config: Config) -> Config:
@@ -238,8 +241,8 @@ def check_config(path: Path, config: Config, form: FolderFormat) -> None:
         raise ValueError(f"{path} is damaged: {', '.join(wrong)} missing or of the wrong type.")
     if config.get("sha256", digest_of_config(config)) != digest_of_config(config):
         raise ValueError(f"{path} is damaged: it does not match its own SHA-256. Copy or build it again.")
-    valid_counts = all(type(count) is int and count > 0 for count in config["shards"])
-    if config["dtype"] not in DTYPES or not config["shards"] or not valid_counts:
+    valid_counts = all(type(count) is int and count >= 0 for count in config["shards"])
+    if config["dtype"] not in DTYPES or not valid_counts or not any(config["shards"]):
         raise ValueError(f"{path} is damaged: dtype is {config['dtype']!r}, shards are {config['shards'][:5]}.")
     for name, facts in config["files"].items():
         valid = isinstance(facts, dict) and isinstance(facts.get("size"), int) and isinstance(facts.get("sha256"), str)

@@ -30,6 +30,7 @@ DEVICE_SCORES = 2**26  # scores that a device holds at a time: 256 MB
 GATHER = 0.1  # share of all rows: gathering so many costs as much as reading all of them in order
 GATHER_QUERY = 0.03  # share of all rows: gathering so many costs as much as scoring all rows for one more query
 MASK_BYTES = 2**28  # for masks of pools at a time
+INNER_PRODUCT, L2 = 0, 1  # faiss.METRIC_INNER_PRODUCT and faiss.METRIC_L2
 
 RowArray: TypeAlias = NDArray[np.int64]  # rows of the index
 Score: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # queries, embeddings -> scores (N, M)
@@ -345,7 +346,9 @@ def contains(values: RowArray, rows: Any) -> Any:
 # ---------------------------------------------------------------------- approximate indexes
 
 
-def make_approximate(factory: str, exact: ExactSearch, train_rows: RowArray) -> "faiss.Index":
+def make_approximate(
+    factory: str, exact: ExactSearch, train_rows: RowArray, metric: int = INNER_PRODUCT
+) -> "faiss.Index":
     """
     Make a FAISS index of all embeddings, trained on a sample of them and filled shard by shard.
 
@@ -353,11 +356,12 @@ def make_approximate(factory: str, exact: ExactSearch, train_rows: RowArray) -> 
         factory (`str`): string for `faiss.index_factory`, e.g. `"HNSW32"`, `"IVF1024,Flat"`, `"OPQ16_64,IVF256,PQ16"`.
         exact ([`ExactSearch`]): search over all shards.
         train_rows (`numpy.ndarray` of int64): rows of the sample.
+        metric (`int`, *optional*, defaults to `INNER_PRODUCT`): FAISS's number of the metric.
 
     Raises:
         `ValueError`: if FAISS does not know the factory string, or the sample is too small for it.
     """
-    index = empty_approximate(factory, exact.shards[0].embeddings.shape[1], len(train_rows))
+    index = empty_approximate(factory, exact.shards[0].embeddings.shape[1], len(train_rows), metric)
     try:
         if not index.is_trained:
             index.train(exact.gather(train_rows).numpy())
@@ -367,7 +371,9 @@ def make_approximate(factory: str, exact: ExactSearch, train_rows: RowArray) -> 
     return index
 
 
-def empty_approximate(factory: str, size: int, train_size: int, **search_options: Any) -> "faiss.Index":
+def empty_approximate(
+    factory: str, size: int, train_size: int, metric: int = INNER_PRODUCT, **search_options: Any
+) -> "faiss.Index":
     """
     Make an empty FAISS index, so that a wrong setting is found before hours of embedding.
 
@@ -375,6 +381,7 @@ def empty_approximate(factory: str, size: int, train_size: int, **search_options
         factory (`str`): string for `faiss.index_factory`.
         size (`int`): dimensions of an embedding.
         train_size (`int`): number of embeddings in the training sample.
+        metric (`int`, *optional*, defaults to `INNER_PRODUCT`): FAISS's number of the metric.
         **search_options: see [`set_search_options`].
 
     Raises:
@@ -384,7 +391,7 @@ def empty_approximate(factory: str, size: int, train_size: int, **search_options
     if train_size < 1:
         raise ValueError(f"train_size is {train_size}, expected at least 1.")
     try:
-        index = faiss.index_factory(size, factory, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.index_factory(size, factory, metric)
     except RuntimeError as error:
         raise _refused(factory, size, train_size, error) from None
     ivf = faiss.try_extract_index_ivf(index)

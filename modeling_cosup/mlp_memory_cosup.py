@@ -15,10 +15,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .files_cosup import digest, read_json, write_json
+from .fingerprints_cosup import check_memory_fingerprint, hash_parameters, memory_fingerprint
 from .hub_cosup import CARD_FILE, make_repo, push_files
 from .memory_cosup import MemoryConfig
 from .plain_card_cosup import package_cards, plain_card
-from .sharing_cosup import check_memory_fingerprint, hash_parameters, memory_fingerprint
 from .token_keys_cosup import gen_of
 
 CONFIG_FILE = "memory_config.json"
@@ -41,7 +41,7 @@ class MLPMemory(nn.Module):
         intermediate_size (`int`): width of the hidden layer.
         bias (`bool`): of W.
         fingerprint (`dict`, *optional*): of the Gen whose keys the memory reads, see
-            [`~sharing_cosup.memory_fingerprint`]; without it the memory cannot be used in generate().
+            [`~fingerprints_cosup.memory_fingerprint`]; without it the memory cannot be used in generate().
         memory_config ([`MemoryConfig`], *optional*): how it is used unless a call says otherwise.
 
     Attributes:
@@ -124,7 +124,7 @@ class MLPMemory(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of a sample of the weights, see [`~sharing_cosup.hash_parameters`]: it changes while they train."""
+        """Hash of a sample of the weights, which changes while they train: [`~fingerprints_cosup.hash_parameters`]."""
         return digest([MEMORY_TYPE, hash_parameters(self.named_parameters())])
 
     @torch.no_grad()

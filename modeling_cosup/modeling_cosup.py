@@ -13,10 +13,13 @@ from transformers.modeling_outputs import ModelOutput
 from .architectures_cosup import encoder_from_config, lm_logits
 from .building_cosup import BuildingMixin
 from .configuration_cosup import CoSupConfig
+from .datastore_cosup import KNNMemory
 from .encoding_cosup import EncodingMixin
 from .generation_cosup import RetrievalGenerationMixin
 from .loss_cosup import chunked_cross_entropy, info_nce
-from .opening_cosup import open_by_uri
+from .memory_cosup import MemoryConfig
+from .mlp_memory_cosup import MLPMemory
+from .opening_cosup import load_memory, open_by_uri
 from .packing_cosup import Packing
 from .parts_cosup import PartsMixin
 from .retrieval_cosup import PassageIndex
@@ -73,6 +76,7 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
 
     config_class = CoSupConfig
     retrieval_config_class = RetrievalConfig  # for users who load this code with a checkpoint
+    memory_config_class = MemoryConfig
     base_model_prefix = "gen"
     accepts_loss_kwargs = True  # num_items_in_batch
     supports_gradient_checkpointing = True
@@ -384,6 +388,30 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
             index = open_by_uri(uri, str(name_or_path), kwargs)
         index.check_model(self)
         return index
+
+    # ------------------------------------------------------------------ token memories
+
+    def build_memory(
+        self, texts: Any, save_directory: str | os.PathLike[str] | None = None, **kwargs: Any
+    ) -> KNNMemory | Any:
+        """Build a [`KNNMemory`] of `texts` with this model's Gen; see [`KNNMemory.build`] for the options."""
+        return KNNMemory.build(self, texts, save_directory, **kwargs)
+
+    def load_memory(self, name_or_path: str | os.PathLike[str], **kwargs: Any) -> KNNMemory | MLPMemory:
+        """
+        Load a saved token memory of either kind, and check that it was made for this model.
+
+        Args:
+            name_or_path (`str` or `Path`): a folder, or a repository on the Hub.
+            **kwargs: for `from_pretrained` of [`KNNMemory`] or [`MLPMemory`], e.g. `revision`.
+
+        Raises:
+            `FileNotFoundError`: for what is no memory.
+            `ValueError`: for damaged files, and for a memory of another model, with what differs.
+        """
+        memory = load_memory(name_or_path, **kwargs)
+        memory.check_model(self)
+        return memory
 
     # ------------------------------------------------------------------ what transformers expects of a causal LM
 

@@ -1,8 +1,13 @@
-"""Indexes that are opened by a URI."""
+"""Indexes that are opened by a URI, and memories whose files say of which kind they are."""
 
 import inspect
+import os
+from pathlib import Path
 from typing import Any
 
+from .datastore_cosup import KNNMemory
+from .files_cosup import read_json
+from .mlp_memory_cosup import CONFIG_FILE, MEMORY_TYPE, MLPMemory
 from .retriever_cosup import Retriever
 
 
@@ -34,3 +39,30 @@ def open_by_uri(uri: str, name: str, options: dict[str, Any]) -> Retriever:
     if unknown:
         raise ValueError(f"An index in Milvus has no option {unknown[0]!r}, only {', '.join(option_names)}.")
     return MilvusPassageIndex(uri, name, **options)
+
+
+def load_memory(name_or_path: str | os.PathLike[str], **kwargs: Any) -> KNNMemory | MLPMemory:
+    """
+    Load a token memory of either kind.
+
+    Args:
+        name_or_path (`str` or `Path`): a folder; or on the Hub a model repository, of an [`MLPMemory`], or a dataset
+            repository, of a [`KNNMemory`].
+        **kwargs: for `from_pretrained` of its kind.
+
+    Raises:
+        `FileNotFoundError`: for what is no memory.
+        `ValueError`: for damaged files.
+    """
+    path = Path(name_or_path) / CONFIG_FILE
+    if path.exists():
+        config = read_json(path)
+        is_mlp = isinstance(config, dict) and config.get("memory_type") == MEMORY_TYPE
+        kind = MLPMemory if is_mlp else KNNMemory
+        return kind.from_pretrained(name_or_path, **kwargs)
+    if Path(name_or_path).is_dir():
+        raise FileNotFoundError(f"{name_or_path} is not a token memory: {CONFIG_FILE} is missing.")
+    try:
+        return MLPMemory.from_pretrained(name_or_path, **kwargs)
+    except FileNotFoundError:
+        return KNNMemory.from_pretrained(name_or_path, **kwargs)

@@ -5,13 +5,12 @@ Save, push and recognise a model: its fingerprint, its tokenizers, its folder an
 uploads files. `trainer/hub.py` decides what is pushed during training.
 """
 
-import hashlib
 import inspect
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import CommitInfo
@@ -19,17 +18,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration_cosup import CoSupConfig
 from .facts_cosup import carry_facts, load_facts
+from .fingerprints_cosup import can_be_hashed, hash_parameters, is_elsewhere
 from .hub_cosup import CARD_FILE, EMB_SEQ_TOKENIZER_FOLDER, REPLACED_FILES, checkpoint_files, make_repo, push_files
 from .parts_cosup import check_adapters_are_merged
 from .plain_card_cosup import package_cards, plain_card
-from .token_keys_cosup import ffn_name, gen_of
+from .token_keys_cosup import ffn_name
 from .tokenization_cosup import same_tokenizer, tokenizer_fingerprint
 from .tokenizer_files_cosup import class_to_save
-
-try:
-    from torch.distributed.tensor import DTensor
-except ImportError:  # a torch without distributed
-    DTensor = ()  # type: ignore[assignment, misc]  # nothing is an instance of it
 
 if TYPE_CHECKING:
 
@@ -123,7 +118,7 @@ class SharingMixin(ModelBase):
         Returns:
             `str`, or `None` if no `state_dict` is given and weights are offloaded or sharded.
         """
-        if state_dict is None and any(_is_elsewhere(weight) for weight in self.parameters()):
+        if state_dict is None and any(is_elsewhere(weight) for weight in self.parameters()):
             return None
         return self.hash_weights(state_dict)
 
@@ -142,7 +137,7 @@ class SharingMixin(ModelBase):
 
     def memory_fingerprint(self) -> dict[str, str]:
         """
-        Return what a token memory must have in common with this model, see the function [`memory_fingerprint`].
+        Return what a token memory must have in common with this model, see [`fingerprints_cosup.memory_fingerprint`].
 
         As for [`~SharingMixin.fingerprint`], weights that cannot be hashed have the hash of the last save.
         """
@@ -382,86 +377,3 @@ class SharingMixin(ModelBase):
             card = plain_card(repo_id, SUMMARY, facts.get("license"), card_tags, **metadata)
         files = {**checkpoint_files(folder), CARD_FILE: card.encode()}
         return push_files(files, repo_id, REPLACED_FILES, token=token, **commit_options)
-
-
-# ---------------------------------------------------------------------- fingerprints
-
-
-def memory_fingerprint(gen: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, str]:
-    """
-    Return what a token memory must have in common with the model that it is used with.
-
-    That is a hash of the weights of Gen's body, a hash of the tokenizer, and the name of the submodule whose input is
-    the key. The LM head does not matter.
-
-    Args:
-        gen (`PreTrainedModel`): a causal language model; a [`CoSupForCausalLM`] gives its own.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): of a plain language model; without it, none is compared.
-
-    Returns:
-        `dict[str, str]`: `gen`, `key`, and `tokenizer` if there is one.
-
-    Raises:
-        `ValueError`: for an architecture whose key is not known.
-    """
-    if gen_of(gen) is not gen:
-        return cast(SharingMixin, gen).memory_fingerprint()
-    hashes = {"gen": hash_parameters(gen.base_model.named_parameters()), "key": ffn_name(gen)}
-    if tokenizer is not None:
-        hashes["tokenizer"] = tokenizer_fingerprint(tokenizer)
-    return hashes
-
-
-def check_memory_fingerprint(fingerprint: dict[str, str], model: Any) -> None:
-    """
-    Raise unless a memory is of this model: its keys are states of the model's Gen.
-
-    Args:
-        fingerprint (`dict`): of the memory, see [`memory_fingerprint`].
-        model ([`CoSupForCausalLM`] or `PreTrainedModel`): the model that the memory is used with.
-
-    Raises:
-        `ValueError`: names everything that differs, with both values.
-    """
-    names = {"gen": "weights of Gen's body", "tokenizer": "tokenizer", "key": "key"}
-    lines = []
-    for name, model_value in memory_fingerprint(model).items():
-        value = fingerprint.get(name, model_value)
-        if value != model_value:
-            lines.append(f"  {names[name]}: the memory has {value[:24]}, the model {model_value[:24]}")
-    if lines:
-        raise ValueError("\n".join(["This memory was made with another model; make it again with this one.", *lines]))
-
-
-@torch.no_grad()
-def hash_parameters(parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Return the SHA-256 (hex) of names, shapes and up to 8,192 weights of each, evenly spread, in bfloat16."""
-    digest = hashlib.sha256()
-    for name, parameter in parameters:
-        weights = parameter.detach()
-        if isinstance(weights, DTensor):
-            weights = weights.full_tensor()
-        shape = tuple(weights.shape)
-        weights = weights.reshape(-1)
-        stride = max(1, len(weights) // 4096)
-        sample = weights[::stride].to(torch.bfloat16).contiguous().cpu()
-        digest.update(f"{name} {shape}".encode())
-        digest.update(sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def can_be_hashed(module: torch.nn.Module, state_dict: dict[str, torch.Tensor] | None = None) -> bool:
-    """
-    Return whether weights are complete, here or in a `state_dict`, and in a dtype that keeps their hash.
-
-    A cast between float32 and bfloat16 keeps it; float16 and quantised weights do not.
-    """
-    weights = list(module.parameters())
-    if state_dict is None and any(_is_elsewhere(weight) for weight in weights):
-        return False
-    return all(weight.dtype in (torch.float32, torch.bfloat16) for weight in weights)
-
-
-def _is_elsewhere(weight: torch.Tensor) -> bool:
-    """Return whether a parameter is an FSDP2 shard, which only all ranks together can gather, or is offloaded."""
-    return isinstance(weight, DTensor) or weight.is_meta

@@ -332,6 +332,40 @@ class IndexArguments:
 
 
 @dataclass
+class BuildMemoryArguments:
+    """Which model stores the tokens of which texts, and how."""
+
+    model: str = field(metadata={"local_or_hub": True, "help": "Name or path of a CoSup checkpoint or another Gen."})
+    text_file: str = field(
+        metadata={
+            "local_or_hub": True,
+            "help": "Rows with a `text`: JSON Lines (.gz), Parquet or a dataset name (its split `train`).",
+        }
+    )
+    output_dir: str = field(metadata={"help": "Folder of the memory."})
+    batch_size: int = field(default=8, metadata={"help": "Windows in a forward."})
+    max_length: int | None = field(default=None, metadata={"help": WINDOW_HELP})
+    stride: int | None = field(default=None, metadata={"help": STRIDE_HELP})
+    shard_size: int = field(
+        default=2**18, metadata={"help": "Keys per shard, about: what a process loses if it dies."}
+    )
+    dtype: str = field(default="auto", metadata={"help": "Dtype of the model's weights, e.g. bfloat16 on a GPU."})
+    key_dtype: str = field(
+        default="float16", metadata={"help": "Dtype of the stored keys: float16, bfloat16 or float32."}
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Stream a dataset from the Hub instead of downloading it first."}
+    )
+    index_factory: str | None = field(
+        default=None, metadata={"help": "Also train an approximate index: HNSW32, IVF1024,Flat, IVF1024,PQ64, ..."}
+    )
+    train_size: int = field(default=65536, metadata={"help": "Keys that the approximate index is trained on."})
+    nprobe: int | None = field(default=None, metadata={"help": "Lists that an IVF index searches."})
+    ef_search: int | None = field(default=None, metadata={"help": "Candidates that an HNSW index keeps."})
+    seed: int = field(default=0, metadata={"help": "Seed of the training sample."})
+
+
+@dataclass
 class MemoryTrainingScriptArguments:
     """Which memory to train or to fit; `MemoryTrainingArguments` holds everything else."""
 

@@ -1,0 +1,163 @@
+"""Building a token datastore: texts become shards of keys, half norms and values. Only Gen's body runs."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from .architectures_cosup import num_positions
+from .datastore_files_cosup import create_shard, keys_file
+from .datastore_search_cosup import KeyShard, half_norms_of
+from .folders_cosup import DTYPES
+from .names_cosup import refuse_misspelt
+from .passages_cosup import check_text, dataset_rows, read_corpus, shown
+from .token_keys_cosup import check_window, ffn_name, gen_of, token_states
+from .tokenization_cosup import encode_texts
+
+LONGEST_WINDOW = 1024  # tokens, unless an option says otherwise
+CHARACTERS_PER_KEY = 4  # about; so that no process tokenizes the shards of others
+
+
+class KeyBuilder:
+    """
+    A maker of shards from texts.
+
+    Args:
+        model ([`CoSupForCausalLM`] or `PreTrainedModel`): with or of Gen; used on its device and in its dtype.
+        tokenizer (`PreTrainedTokenizerBase`): Gen's.
+        dtype (`str`): of the stored keys.
+        batch_size (`int`): windows in a forward.
+        max_length, stride (`int`, *optional*): see [`KNNMemory.build`].
+    """
+
+    num_cut = 0  # a long text is read in several windows
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        dtype: str = "float16",
+        batch_size: int = 8,
+        max_length: int | None = None,
+        stride: int | None = None,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, expected at least 1.")
+        self.gen, self.tokenizer, self.dtype, self.batch_size = gen_of(model), tokenizer, DTYPES[dtype], batch_size
+        ffn_name(self.gen)  # an unknown architecture fails now
+        config = self.gen.config.get_text_config()
+        self.key_size: int = config.hidden_size
+        positions = num_positions(config)
+        if max_length is None:
+            max_length = min(LONGEST_WINDOW, positions or LONGEST_WINDOW)
+        elif positions is not None and max_length > positions:
+            raise ValueError(f"max_length is {max_length}, the model reads at most {positions} tokens.")
+        self.max_length, self.stride = max_length, max_length // 2 if stride is None else stride
+        check_window(self.max_length, self.stride)
+
+    def files_of(self, number: int) -> tuple[str, ...]:
+        """Return the name of the file of a shard."""
+        return (keys_file(number),)
+
+    def room_for(self, num_items: int) -> str:
+        """Say how much room the shards of so many texts take."""
+        return f"{self.key_size * self.dtype.itemsize + 8:,} bytes for each token of the {num_items:,} remaining texts"
+
+    def make(self, texts: list[str], bar: tqdm, paths: tuple[Path, ...] | None = None) -> KeyShard:
+        """
+        Compute the keys of texts.
+
+        Args:
+            texts (`list[str]`): checked.
+            bar (`tqdm`): advances by text.
+            paths (`tuple[Path]`, *optional*): file of the shard; without it the shard is in memory.
+
+        Raises:
+            `ValueError`: for keys that are not finite, or overflow the dtype.
+        """
+        bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        documents = [bos + ids for ids in encode_texts(self.tokenizer, texts)]
+        counts = np.array([max(0, len(ids) - 1) for ids in documents])
+        path = None if paths is None else paths[0]
+        shard = create_shard(path, len(texts), int(counts.sum()), self.key_size, self.dtype)
+        shard.document_starts[:] = torch.from_numpy(counts.cumsum() - counts)
+        start = num_done = 0
+        options = {"max_length": self.max_length, "stride": self.stride, "batch_size": self.batch_size}
+        for states in token_states(self.gen, documents, **options):
+            end = start + len(states.keys)
+            stored = stored_keys(states.keys, self.dtype)
+            shard.keys[start:end] = stored.cpu()
+            shard.half_norms[start:end] = half_norms_of(stored).cpu()
+            shard.values[start:end] = states.values.cpu()
+            start = end
+            bar.update(int(states.documents[-1]) - num_done)
+            num_done = int(states.documents[-1])
+        bar.update(len(texts) - num_done)
+        return shard
+
+
+def stored_keys(keys: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """
+    Return keys in the dtype in which they are stored.
+
+    Raises:
+        `ValueError`: for keys that are not finite, or overflow the dtype.
+    """
+    stored = keys.to(dtype)
+    if stored.isfinite().all():
+        return stored
+    if keys.isfinite().all():
+        largest = keys.abs().amax().item()
+        raise ValueError(f"Keys overflow {dtype}: the largest entry is {largest:.4g}. Store them as dtype='bfloat16'.")
+    raise ValueError("Keys are NaN or infinite: check Gen's weights and dtype.")
+
+
+def split_texts(source: Any, shard_size: int) -> Iterator[list[str]]:
+    """
+    Split texts into shards of about `shard_size` keys, see [`read_texts`]; at least one text each.
+
+    Raises:
+        `ValueError`: names the place of what is no text; or that there is none.
+    """
+    if shard_size < 1:
+        raise ValueError(f"shard_size is {shard_size}, expected at least 1.")
+    texts: list[str] = []
+    num_characters = 0
+    for text in read_texts(source):
+        texts.append(text)
+        num_characters += len(text)
+        if num_characters >= CHARACTERS_PER_KEY * shard_size:
+            yield texts
+            texts, num_characters = [], 0
+    if texts:
+        yield texts
+
+
+def read_texts(source: Any) -> Iterator[str]:
+    """
+    Yield texts one at a time.
+
+    Args:
+        source: the path of a file with a `text` in each row, JSON Lines (`.gz`) or Parquet; or an iterable of strings
+            or of such rows, e.g. a `datasets` dataset, streamed or not.
+
+    Raises:
+        `ValueError`: names the place of what is no text.
+    """
+    if isinstance(source, str | Path):
+        pairs = read_corpus(source)
+    else:
+        pairs = ((f"Text {number}", value) for number, value in enumerate(dataset_rows(source)))
+    for where, value in pairs:
+        if isinstance(value, Mapping):
+            refuse_misspelt(value, ("text",), where)
+            value = value.get("text")
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: found {shown(value)}, expected a text, or a row with a field text.")
+        yield check_text(value, "text", where, may_be_empty=True)

@@ -1,0 +1,103 @@
+"""
+Store the tokens of texts as a kNN memory of a CoSup checkpoint, or of another causal language model.
+
+    python recipes/build_memory.py --model out --text_file text.jsonl --output_dir out/memory
+    accelerate launch recipes/build_memory.py --model out --text_file text.jsonl --output_dir out/memory
+    python recipes/build_memory.py --model out --text_file text.jsonl --output_dir out/memory \\
+        --index_factory IVF1024,PQ64 --nprobe 32
+
+Every process stores its share. After a crash the same command resumes at the first incomplete shard. A memory that is
+already in `output_dir` stays until the new one is complete. `recipes/train_memory.py` fits its weight, temperature and
+k on held-out text.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from shared.cli import check_options, clear_errors, parse, table
+
+from shared.arguments import BuildMemoryArguments
+
+if __name__ == "__main__":  # --help and a wrong option do not wait for the imports below
+    check_options([BuildMemoryArguments], __doc__)
+
+from modeling_cosup import KNNMemory
+from modeling_cosup.index_search_cosup import L2, empty_approximate
+
+from shared.processes import end_processes, processes
+from shared.token_memories import load_gen
+
+TEXT_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+
+
+def main() -> None:
+    """Check the settings, store the tokens and save the memory."""
+    (args,) = parse([BuildMemoryArguments], __doc__)
+    with clear_errors():
+        state = processes()
+        model, tokenizer = load_gen(args.model, args.dtype)
+        model = model.to(state.device)
+        check(args, model.config.get_text_config().hidden_size)
+        KNNMemory.build(
+            model,
+            texts(args),
+            args.output_dir,
+            tokenizer=tokenizer,
+            dtype=args.key_dtype,
+            max_length=args.max_length,
+            stride=args.stride,
+            batch_size=args.batch_size,
+            shard_size=args.shard_size,
+            num_processes=state.num_processes,
+            process_index=state.process_index,
+        )
+        state.wait_for_everyone()
+        if state.is_main_process:
+            finish(args, state.num_processes)
+    end_processes()
+
+
+def texts(args: BuildMemoryArguments) -> Any:
+    """Return the texts for `KNNMemory.build`: a path or a dataset."""
+    if Path(args.text_file).is_file() or args.text_file.endswith(TEXT_SUFFIXES):
+        return args.text_file
+    from datasets import load_dataset
+
+    return load_dataset(args.text_file, split="train", streaming=args.streaming)
+
+
+def search_options(args: BuildMemoryArguments) -> dict[str, int]:
+    """Return the options of the approximate index that were given, under FAISS's names."""
+    options = {"nprobe": args.nprobe, "efSearch": args.ef_search}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def check(args: BuildMemoryArguments, key_size: int) -> None:
+    """
+    Check the settings before anything is stored.
+
+    Raises:
+        `ValueError`: names the setting.
+    """
+    if args.index_factory:
+        empty_approximate(args.index_factory, key_size, args.train_size, L2, **search_options(args))
+    elif search_options(args):
+        raise ValueError("nprobe and ef_search are options of an approximate index: they need an index_factory.")
+
+
+def finish(args: BuildMemoryArguments, num_processes: int) -> None:
+    """In one process, merge the shards, train an approximate index, and print what was made."""
+    if num_processes > 1:
+        KNNMemory.merge(args.output_dir)
+    memory = KNNMemory.from_pretrained(args.output_dir, verify=False)
+    size = sum(file["size"] for file in memory.config["files"].values())
+    documents = len(memory.document_starts)
+    print(f"{len(memory):,} tokens of {documents:,} texts, {size / 1e6:,.1f} MB, in {args.output_dir}", flush=True)
+    if args.index_factory:
+        figures = memory.train_approximate(args.index_factory, args.train_size, args.seed, **search_options(args))
+        print(f"{args.index_factory} against exact search, states sampled from the memory:")
+        print(table([(name, f"{value:.4g}") for name, value in figures.items()]))
+
+
+if __name__ == "__main__":
+    main()
