@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_cosup import CoSupForCausalLM, PassageIndex
+from modeling_cosup import CoSupForCausalLM, MemoryConfig, PassageIndex
 from modeling_cosup.tokenization_cosup import encode_prompt
 from support.generation import left_pad
+from support.memories import mlp_memory
 from support.models import PASSAGES, make_model, make_tokenizer
 from support.travelling import names_of_travelling_files
 
@@ -90,6 +91,10 @@ def describe(folder, index_folder, auto, options):
         **generate(model, index, tokenizer),
     }
     if not options:
+        memory = model.load_memory(index_folder.replace("_index", "_memory"))
+        config = model.memory_config_class(weight=0.6, grounded_weight=0.2)
+        memories = {"memory": memory, "memory_config": config}
+        result["memory"] = model.generate(**inputs, retriever=index, max_new_tokens=12, **memories).tolist()
         built = model.build_index(job["passages"], show_progress_bar=False)
         result["embeddings"] = float((built.embeddings - index.embeddings).abs().max())
         result["ids"] = [built[row]["input_ids"] for row in range(len(built))]
@@ -188,6 +193,10 @@ def check_result(result, model, index, output, logits):
         assert "library_name: transformers" in result["card of gen"]
         assert "# gen\n\nGen of a CoSup model" in result["card of gen"]
     if "ids" in result:
+        memories = {"memory": mlp_memory(model), "memory_config": MemoryConfig(weight=0.6, grounded_weight=0.2)}
+        inputs = prompts_of(model)
+        assert result["memory"] == model.generate(**inputs, retriever=index, max_new_tokens=12, **memories).tolist()
+        assert result["memory"] != result["sequences"]
         assert result["embeddings"] < 1e-5
         assert result["ids"] == [index[row]["input_ids"] for row in range(len(index))]
 
@@ -199,6 +208,7 @@ def test_a_process_without_this_package_gives_the_same(models, tmp_path):
         model.save_pretrained(tmp_path / name)
         index = model.build_index(PASSAGES, show_progress_bar=False)
         index.save_pretrained(tmp_path / f"{name}_index")
+        mlp_memory(model).save_pretrained(tmp_path / f"{name}_memory")
         pairs.append([f"{tmp_path}/{name}", f"{tmp_path}/{name}_index"])
         options = {"max_new_tokens": 12, "max_retrievals": 3, "return_dict_in_generate": True}
         output = model.generate(**inputs, retriever=index, **options)

@@ -4,9 +4,11 @@ import threading
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, pipeline
 
+from modeling_cosup import MemoryConfig, RetrievalConfig
 from modeling_cosup.states_cosup import recording, watch
+from support.generation import Collect
 from support.memories import LAST_MLP, StateMemory
 from support.models import make_model
 
@@ -156,6 +158,24 @@ def test_a_memory_with_a_wrong_member_raises(ids, values, error, message):
         model.generate_many(ids.tolist(), memory=memory, max_new_tokens=2, show_progress_bar=False)
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"memory": "mem"}, TypeError, r"memory is the name 'mem', .* load it with model.load_memory\('mem'\)"),
+        ({"memory": StateMemory}, TypeError, "memory is the class StateMemory, expected a memory"),
+        ({"memory_config": {"weight": 0.5}}, TypeError, "memory_config is a dict, expected a MemoryConfig"),
+        ({"memory_config": RetrievalConfig()}, TypeError, "memory_config is a RetrievalConfig"),
+        ({"memory_config": MemoryConfig()}, ValueError, "memory_config needs a memory"),
+    ],
+)
+def test_a_wrong_memory_or_config_raises(ids, options, error, message):
+    model = make_model()
+    with pytest.raises(error, match=message):
+        model.generate(ids, max_new_tokens=2, **options)
+    with pytest.raises(error, match=message):
+        model.generate_many(ids.tolist(), max_new_tokens=2, **options)
+
+
 def test_an_object_that_is_no_memory_raises(ids):
     model = make_model()
     with pytest.raises(TypeError, match="memory is a dict, which has no states, no fingerprint, no memory_config, no"):
@@ -178,15 +198,37 @@ def test_what_cannot_be_combined_with_a_memory_raises(ids, options, message):
         model.generate(ids, memory=StateMemory(model, "model.layers.1.mlp"), max_new_tokens=2, **options)
 
 
-def test_an_output_file_belongs_to_one_memory(tmp_path, ids):
+def test_an_output_file_belongs_to_one_memory_and_its_config(tmp_path, ids):
     model, path = make_model(), tmp_path / "answers.jsonl"
     options = {"max_new_tokens": 3, "show_progress_bar": False, "output_file": path}
     first, other = (StateMemory(model, "model.layers.1.mlp", seed=seed) for seed in (0, 1))
     answers = model.generate_many(ids.tolist(), memory=first, **options)
-    assert model.generate_many(ids.tolist(), memory=first, **options) == answers
-    for memory in (other, None):
+    path.write_text(path.read_text().splitlines(keepends=True)[0])  # the process died after the first
+    calls = len(first.calls)
+    assert model.generate_many(ids.tolist(), memory=first, memory_config=first.memory_config, **options) == answers
+    assert first.calls[calls:] == [1, 1, 1]
+    lighter = {"memory": first, "memory_config": MemoryConfig(weight=0.6)}
+    for memories in ({"memory": other}, {"memory": None}, lighter):
         with pytest.raises(ValueError, match="with other settings"):
-            model.generate_many(ids.tolist(), memory=memory, **options)
+            model.generate_many(ids.tolist(), **memories, **options)
+
+
+def test_a_stream_is_the_row(ids):
+    model, streamer = make_model(), Collect()
+    options = {"memory": StateMemory(model, "model.layers.1.mlp"), "max_new_tokens": 6}
+    row = model.generate(ids[:1], streamer=streamer, **options)
+    assert streamer.tokens == row[0].tolist()
+    assert streamer.ended
+
+
+def test_the_pipeline_takes_a_memory():
+    model = make_model()
+    options = {"memory": StateMemory(model, "model.layers.1.mlp"), "memory_config": MemoryConfig(weight=1.0)}
+    options |= {"max_new_tokens": 6, "do_sample": False}
+    pipe = pipeline("text-generation", model=model, tokenizer=model.tokenizer)
+    (answer,) = pipe("who?", return_tensors=True, **options)
+    row = model.generate(**model.tokenizer("who?", return_tensors="pt"), **options)
+    assert answer["generated_token_ids"] == row[0].tolist()
 
 
 def test_half_precision(ids):

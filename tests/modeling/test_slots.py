@@ -11,19 +11,20 @@ from modeling_cosup.trace_cosup import Row
 
 
 def check_contents(slots, contents):
-    """Check host and device against `contents`: `{row: [columns, positions, generated, banned]}`."""
+    """Check host and device against `contents`: `{row: [columns, positions, generated, banned, grounded]}`."""
     n = len(slots)
     columns, positions = slots.columns_and_positions(n)[:, :, 0].numpy()
-    for row, (column, position, generated, banned) in contents.items():
+    for row, (column, position, generated, banned, grounded) in contents.items():
         slot = row.slot
         assert slots.rows[slot] is row and slots.occupied[slot]
         assert (slots.columns[slot], slots.positions[slot]) == (column, position)
         assert (columns[slot], positions[slot]) == (column, position)
-        assert (slots.generated[slot], slots.banned[slot]) == (generated, banned)
+        assert (slots.generated[slot], slots.banned[slot], slots.grounded[slot]) == (generated, banned, grounded)
     assert slots.occupied.sum() == len(contents)
     assert slots.free == slots.count - len(contents)
     assert np.array_equal(slots.occupied, slots.occupied_on_device.numpy())
     assert np.array_equal(slots.banned, slots.banned_on_device.numpy())
+    assert np.array_equal(slots.grounded, slots.grounded_on_device.numpy())
 
 
 @pytest.mark.parametrize("keeps_slots", [False, True])
@@ -34,14 +35,15 @@ def test_host_and_device_agree_after_every_event(keeps_slots, seed):
     number = 0
     slots = Slots(6, torch.device("cpu"), pad=3, keeps_slots=keeps_slots)
     for _ in range(200):
-        action = rng.choice(["occupy", "vacate", "ban", "step", "step", "chunk", "take_back"])
+        action = rng.choice(["occupy", "vacate", "ban", "ground", "step", "step", "chunk", "take_back"])
         row = rng.choice(list(contents)) if contents else None
         if action == "occupy" and slots.free:
             row = Row(number, [1])
             number += 1
             slots.occupy(row)
             slots.ban(row.slot, False)
-            contents[row] = [0, 0, 0, False]
+            slots.ground(row.slot, False)
+            contents[row] = [0, 0, 0, False, False]
         elif row is None:
             continue
         elif action == "vacate":
@@ -50,6 +52,9 @@ def test_host_and_device_agree_after_every_event(keeps_slots, seed):
         elif action == "ban":
             contents[row][3] = not contents[row][3]
             slots.ban(row.slot, contents[row][3])
+        elif action == "ground":
+            contents[row][4] = not contents[row][4]
+            slots.ground(row.slot, contents[row][4])
         elif action == "chunk":
             slots.count_chunks(np.array([row.slot]), np.array([5]))
             contents[row][0] += 5

@@ -21,6 +21,7 @@ import pytest
 import torch
 import yaml
 
+from support.memories import mlp_memory
 from support.models import PASSAGES, make_gen, make_model
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -414,6 +415,19 @@ def test_without_an_index_and_without_emb_seq(module, checkpoint):
     assert "cosup-passage-1" not in page
     with pytest.raises(module.gr.Error, match="There is no index to retrieve from"):
         next(demo.ask("who?", "Forced", 1, 8, "", None, visitor()))
+
+
+def test_a_token_memory_speaks_in_the_answer(module, checkpoint, tmp_path):
+    options = ["--model", str(checkpoint / "tiny-model"), "--no-upload"]
+    demo = module.Demo(module.parse(options))
+    *_, (page, _) = demo.ask("who?", "Off", 1, 8, "", None, visitor())
+    mlp_memory(demo.model).save_pretrained(tmp_path / "memory")
+    demo = module.Demo(module.parse([*options, "--memory", str(tmp_path / "memory")]))
+    assert type(demo.memory).__name__ == "MLPMemory"
+    *_, (other_page, _) = demo.ask("who?", "Off", 1, 8, "", None, visitor())
+    assert other_page != page
+    *_, (again, _) = demo.ask("who?", "Off", 1, 8, "", None, visitor())
+    assert again == other_page
 
 
 def test_a_model_must_be_named(module, capsys, monkeypatch):
