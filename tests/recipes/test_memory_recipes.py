@@ -170,7 +170,7 @@ def test_bad_options_are_reported(world, monkeypatch, tmp_path):
         (["--memory", knn, knn], f"--memory names {knn} twice"),
         (["--memory", tmp_path / "none"], "no such file or folder"),
         (["--max_documents", "0"], "--max_documents is 0, expected at least 1"),
-        (["--max_length", "9999"], "--max_length is 9999, the model reads at most"),
+        (["--max_length", "9999"], "max_length is 9999, the model reads at most"),
         (["--memory", knn, "--weight", "2"], "weight is 2.0, expected a number from 0 to 1"),
         (["--memory", world / "gen_knn"], "This memory was made with another model"),
         (["--text_file", tmp_path / "none.jsonl"], "no such file"),
