@@ -9,16 +9,14 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .architectures_cosup import num_positions
 from .datastore_files_cosup import create_shard, keys_file
 from .datastore_search_cosup import KeyShard, half_norms_of
 from .folders_cosup import DTYPES
 from .names_cosup import refuse_misspelt
 from .passages_cosup import check_text, dataset_rows, read_corpus, shown
-from .token_keys_cosup import check_window, ffn_name, gen_of, token_states
+from .token_keys_cosup import ffn_name, gen_of, token_states, window_size
 from .tokenization_cosup import encode_texts
 
-LONGEST_WINDOW = 1024  # tokens, unless an option says otherwise
 CHARACTERS_PER_KEY = 4  # about; so that no process tokenizes the shards of others
 
 
@@ -51,15 +49,8 @@ class KeyBuilder:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1.")
         self.gen, self.tokenizer, self.dtype, self.batch_size = gen_of(model), tokenizer, DTYPES[dtype], batch_size
         ffn_name(self.gen)  # an unknown architecture fails now
-        config = self.gen.config.get_text_config()
-        self.key_size: int = config.hidden_size
-        positions = num_positions(config)
-        if max_length is None:
-            max_length = min(LONGEST_WINDOW, positions or LONGEST_WINDOW)
-        elif positions is not None and max_length > positions:
-            raise ValueError(f"max_length is {max_length}, the model reads at most {positions} tokens.")
-        self.max_length, self.stride = max_length, max_length // 2 if stride is None else stride
-        check_window(self.max_length, self.stride)
+        self.key_size: int = self.gen.config.get_text_config().hidden_size
+        self.max_length, self.stride = window_size(self.gen, max_length, stride)
 
     def files_of(self, number: int) -> tuple[str, ...]:
         """Return the name of the file of a shard."""

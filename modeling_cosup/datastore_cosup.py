@@ -287,6 +287,18 @@ class KNNMemory(SearchableKeys):
         config = {**self.config, "content": content_digest(self._shards), "files": files}
         return self._write_approximate_from_memory(folder, config)
 
+    def save_memory_config(self) -> None:
+        """
+        Write `memory_config` into the folder that this memory was loaded from; no other file changes.
+
+        Raises:
+            `ValueError`: without a folder, and if another process is changing it, or has changed it.
+        """
+        if self.folder is None:
+            raise ValueError("This memory has no folder: save_pretrained it, and load it from there.")
+        with self._changing():
+            self._commit(self.folder, self._next_config())
+
     @classmethod
     def from_pretrained(
         cls,

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .architectures_cosup import num_positions
 from .encoding_cosup import evaluating
 from .packing_cosup import pad_rows
 from .states_cosup import recording, states_at
@@ -31,6 +32,7 @@ FFN_NAMES = {
     "gpt_neox": "gpt_neox.layers.{}.mlp",
     "opt": "model.decoder.layers.{}.fc1",
 }
+LONGEST_WINDOW = 1024  # tokens, unless a call says otherwise
 SORTED_BATCHES = 4  # windows of so many batches are sorted by length, so that a batch has little padding
 
 Window: TypeAlias = tuple[int, list[int], int]  # number of the document, token ids, place of the first target in them
@@ -113,6 +115,28 @@ def windows(length: int, max_length: int, stride: int) -> Iterator[tuple[int, in
         if end == length:
             return
         first_target = end
+
+
+def window_size(model: Any, max_length: int | None, stride: int | None) -> tuple[int, int]:
+    """
+    Return length and stride of the windows of a model, where they are not given.
+
+    Args:
+        model (`PreTrainedModel`): a [`CoSupForCausalLM`] or another causal language model.
+        max_length (`int`, *optional*): defaults to what Gen can read, at most 1,024 tokens.
+        stride (`int`, *optional*): defaults to half of `max_length`.
+
+    Raises:
+        `ValueError`: for windows that are longer than Gen can read, and as in [`windows`].
+    """
+    positions = num_positions(gen_of(model).config)
+    if max_length is None:
+        max_length = min(LONGEST_WINDOW, positions or LONGEST_WINDOW)
+    elif positions is not None and max_length > positions:
+        raise ValueError(f"max_length is {max_length}, the model reads at most {positions} tokens.")
+    stride = max_length // 2 if stride is None else stride
+    check_window(max_length, stride)
+    return max_length, stride
 
 
 def check_window(max_length: int, stride: int) -> None:

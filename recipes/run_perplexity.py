@@ -22,9 +22,10 @@ if __name__ == "__main__":  # --help and a wrong option do not wait for the impo
 
 import torch
 
-from modeling_cosup import KNNMemory
+from modeling_cosup import KNNMemory, MLPMemory
 from modeling_cosup.files_cosup import write_json
 from modeling_cosup.opening_cosup import load_memory
+from modeling_cosup.token_keys_cosup import window_size
 from trainer.judging.figures import figure, figure_line, shown
 from trainer.judging.judge import command_line, environment
 from trainer.judging.overlap import NgramHashes
@@ -32,7 +33,8 @@ from trainer.judging.perplexity import LM, Memories, TextScores, peak_memory, sc
 from trainer.judging.results import FORMAT
 from trainer.reports.perplexity import write_perplexity_report
 
-from shared.token_memories import load_gen, overridden, read_documents, window
+from shared.processes import processes
+from shared.token_memories import load_gen, overridden, read_documents
 
 
 def main() -> None:
@@ -43,11 +45,19 @@ def main() -> None:
     with clear_errors():
         start = time.perf_counter()
         check(args)
+        state = processes()
+        if state.num_processes > 1:
+            raise ValueError(f"{state.num_processes} processes were launched: perplexity is measured in one.")
         model, tokenizer = load_gen(args.model, args.dtype)
-        max_length, stride = window(model, args.max_length, args.stride)
+        model.to(state.device)
+        max_length, stride = window_size(model, args.max_length, args.stride)
         memories: dict[str, Any] = {}
         for path in args.memory:
-            memory = load_memory(path).to(model.device)
+            memory = load_memory(path)
+            if isinstance(memory, MLPMemory):
+                memory.to(model.device)
+            elif args.memory_device:
+                memory.to(args.memory_device)
             memories[path] = (memory, overridden(memory.memory_config, args.weight, args.k, args.temperature))
         documents = NgramHashes(read_documents(args.text_file, tokenizer, args.max_documents))
         scores = score_text(

@@ -28,13 +28,14 @@ from transformers import set_seed
 from modeling_cosup import KNNMemory, MLPMemory
 from modeling_cosup.files_cosup import write_json
 from modeling_cosup.opening_cosup import load_memory
+from modeling_cosup.token_keys_cosup import window_size
 from trainer.judging.figures import shown
 from trainer.judging.perplexity import gen_scores, kept_ids_of
 from trainer.memory import MemoryTrainer
 from trainer.memory_args import MemoryTrainingArguments
 from trainer.memory_fit import MemoryFit, fit_memory_config, write_memory_config
 
-from shared.token_memories import load_gen, read_documents, window
+from shared.token_memories import load_gen, read_documents
 
 
 def main() -> None:
@@ -48,6 +49,7 @@ def main() -> None:
         if not script.fit_only and not isinstance(memory, KNNMemory):
             raise ValueError(f"--memory {script.memory} has no keys to train on; --fit_only true fits it.")
         model, tokenizer = load_gen(script.model, script.dtype)
+        model.to(args.device)
         memory.check_model(model)
         folder = Path(script.memory)
         is_main_process = True
@@ -107,7 +109,7 @@ def fit(
     folder: Path,
 ) -> None:
     """Fit the memory on held-out text, write its config and what was tried, and print the best."""
-    max_length, stride = window(model, script.max_length, script.stride)
+    max_length, stride = window_size(model, script.max_length, script.stride)
     kept_ids = kept_ids_of(model)
     parts: list[tuple[torch.Tensor, ...]] = []
     num_tokens = 0
@@ -120,7 +122,8 @@ def fit(
     if not parts:
         raise ValueError(f"{script.fit_file}: no document has a token to predict; each needs two or more.")
     keys, values, lm, lm_kept = (torch.cat(part)[: script.max_fit_tokens] for part in zip(*parts, strict=True))
-    memory.to(keys.device)
+    if isinstance(memory, MLPMemory):  # a datastore is searched in its files
+        memory.to(keys.device)
     found = fit_memory_config(memory, keys, values, lm, lm_kept, kept_ids)
     write_memory_config(memory, folder, found.memory_config)
     Path(output_dir).mkdir(parents=True, exist_ok=True)

@@ -412,6 +412,9 @@ class PerplexityArguments:
     max_length: int | None = field(default=None, metadata={"help": WINDOW_HELP})
     stride: int | None = field(default=None, metadata={"help": STRIDE_HELP})
     max_documents: int | None = field(default=None, metadata={"help": "Read only the first documents."})
+    memory_device: str | None = field(
+        default=None, metadata={"help": "Copy every KNNMemory to this device; by default its files are searched."}
+    )
     batch_size: int = field(default=8, metadata={"help": "Windows in a forward."})
     dtype: str = field(default="auto", metadata={"help": "Dtype of the model's weights, e.g. bfloat16 on a GPU."})
     num_threads: int | None = field(default=None, metadata={"help": "Threads on a CPU."})

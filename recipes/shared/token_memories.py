@@ -9,11 +9,8 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_cosup import CoSupForCausalLM, MemoryConfig
-from modeling_cosup.architectures_cosup import num_positions
-from modeling_cosup.passages_cosup import check_text, read_corpus
+from modeling_cosup.datastore_build_cosup import read_texts
 from modeling_cosup.token_keys_cosup import document_ids
-
-LONGEST_WINDOW = 1024  # tokens, unless an option says otherwise
 
 
 def load_gen(name: str, dtype: str) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -23,21 +20,6 @@ def load_gen(name: str, dtype: str) -> tuple[Any, PreTrainedTokenizerBase]:
     else:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     return model.eval(), AutoTokenizer.from_pretrained(name)
-
-
-def window(model: Any, max_length: int | None, stride: int | None) -> tuple[int, int]:
-    """
-    Return length and stride of the sliding windows.
-
-    Raises:
-        `ValueError`: for windows that are longer than the model can read.
-    """
-    positions = num_positions(model.config)
-    if max_length is None:
-        max_length = min(LONGEST_WINDOW, positions or LONGEST_WINDOW)
-    elif positions is not None and max_length > positions:
-        raise ValueError(f"--max_length is {max_length}, the model reads at most {positions} tokens.")
-    return max_length, max_length // 2 if stride is None else stride
 
 
 def overridden(config: MemoryConfig, weight: float | None, k: int | None, temperature: float | None) -> MemoryConfig:
@@ -63,7 +45,5 @@ def read_documents(
     if Path(path).suffix == ".txt":
         yield document_ids(Path(path).read_text(encoding="utf-8"), tokenizer)
         return
-    for where, row in itertools.islice(read_corpus(path), max_documents):
-        if not isinstance(row, dict) or "text" not in row:
-            raise ValueError(f"{where}: expected an object with a text.")
-        yield document_ids(check_text(row["text"], "text", where), tokenizer)
+    for text in itertools.islice(read_texts(path), max_documents):
+        yield document_ids(text, tokenizer)

@@ -12,8 +12,10 @@ from modeling_cosup import KNNMemory, MLPMemory
 from modeling_cosup.token_keys_cosup import document_ids
 from support.models import TEXTS, make_gen, make_model, make_tokenizer
 from support.recipes import fails_here, flags, write
+from trainer.memory_fit import KS
 
-HELD_OUT = ["Marie Curie was born in Warsaw.", "The city of Amsterdam has a painting by Rembrandt in it.", TEXTS[1]]
+LONG = " ".join(TEXTS)
+HELD_OUT = ["Marie Curie was born in Warsaw.", "The city of Amsterdam has a painting by Rembrandt in it.", LONG]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def world(tmp_path_factory):
     gen.save_pretrained(folder / "gen")
     tokenizer.save_pretrained(folder / "gen")
     options = {"max_length": 16, "stride": 8, "show_progress_bar": False}
-    KNNMemory.build(model, TEXTS, folder / "knn", **options)
+    KNNMemory.build(model, [*TEXTS, LONG], folder / "knn", **options)
     KNNMemory.build(gen, TEXTS, folder / "gen_knn", tokenizer=tokenizer, **options)
     torch.manual_seed(0)
     MLPMemory.from_gen(model, intermediate_size=8).save_pretrained(folder / "mlp")
@@ -78,7 +80,7 @@ def test_perplexity_of_text(world, results):
             assert arm["difference"]["value"] == pytest.approx(difference)
             assert (arm["memory_config"]["weight"], arm["memory_config"]["k"]) == (0.5, 3)
     assert measured["arms"][knn]["entries"] == len(KNNMemory.from_pretrained(knn))
-    stored = len(document_ids(TEXTS[1], tokenizer)) - 16  # its 16-grams, which are those of the third text
+    stored = len(document_ids(LONG, tokenizer)) - 16  # the third text is in the store
     total = sum(max(0, len(document_ids(text, tokenizer)) - 16) for text in HELD_OUT)
     assert measured["arms"][knn]["ngram_overlap"] == pytest.approx(stored / total)
     assert measured["arms"][mlp]["ngram_overlap"] is None
@@ -146,7 +148,7 @@ def test_a_datastore_is_fitted_in_its_folder(world, monkeypatch, tmp_path):
     fit = json.loads((tmp_path / "fit" / "memory_fit.json").read_text())
     fitted = KNNMemory.from_pretrained(tmp_path / "knn")
     assert fitted.memory_config.to_dict() == fit["memory_config"]
-    assert {trial["k"] for trial in fit["trials"]} == {8, 32, len(fitted)}
+    assert {trial["k"] for trial in fit["trials"]} == {min(k, len(fitted)) for k in KS}
     # the perplexity that was fitted is the one that run_perplexity.py measures with this config
     runs_here(
         monkeypatch,
@@ -168,7 +170,7 @@ def test_bad_options_are_reported(world, monkeypatch, tmp_path):
         (["--memory", knn, knn], f"--memory names {knn} twice"),
         (["--memory", tmp_path / "none"], "no such file or folder"),
         (["--max_documents", "0"], "--max_documents is 0, expected at least 1"),
-        (["--max_length", "9999"], "--max_length is 9999, the model reads at most"),
+        (["--max_length", "9999"], "max_length is 9999, the model reads at most"),
         (["--memory", knn, "--weight", "2"], "weight is 2.0, expected a number from 0 to 1"),
         (["--memory", world / "gen_knn"], "This memory was made with another model"),
         (["--text_file", tmp_path / "none.jsonl"], "no such file"),
