@@ -72,7 +72,8 @@ def prepare(experiment: MemoryExperiment, arm: str, seed: int, cache: Path) -> P
 
     def build_knn(folder: Path) -> dict[str, Any]:
         texts = str(data / "train.jsonl")
-        knn = KNNMemory.build(gen, texts, folder / "memory", tokenizer=tokenizer, **knn_options)
+        settings = {"show_progress_bar": False, **knn_options}
+        knn = KNNMemory.build(gen, texts, folder / "memory", tokenizer=tokenizer, **settings)
         return {"keys": len(knn), "key_size": knn.key_size, "bytes": size_of(folder / "memory")}
 
     knn_facts = stage(knn_folder, build_knn, f"{name}: kNN memory")
