@@ -172,6 +172,7 @@ def with_lora(gen: PreTrainedModel, options: dict[str, Any]) -> Any:
     """Return Gen with adapters in its layers; `options` are those of `peft.LoraConfig`."""
     from peft import LoraConfig, get_peft_model
 
+    gen.enable_input_require_grads()  # gradient checkpointing needs an input that has a gradient
     return get_peft_model(gen, LoraConfig(task_type="CAUSAL_LM", **options))
 
 
