@@ -72,7 +72,8 @@ def prepare(experiment: MemoryExperiment, arm: str, seed: int, cache: Path) -> P
 
     def build_knn(folder: Path) -> dict[str, Any]:
         texts = str(data / "train.jsonl")
-        knn = KNNMemory.build(gen, texts, folder / "memory", tokenizer=tokenizer, **knn_options)
+        settings = {"show_progress_bar": False, **knn_options}
+        knn = KNNMemory.build(gen, texts, folder / "memory", tokenizer=tokenizer, **settings)
         return {"keys": len(knn), "key_size": knn.key_size, "bytes": size_of(folder / "memory")}
 
     knn_facts = stage(knn_folder, build_knn, f"{name}: kNN memory")
@@ -171,6 +172,7 @@ def with_lora(gen: PreTrainedModel, options: dict[str, Any]) -> Any:
     """Return Gen with adapters in its layers; `options` are those of `peft.LoraConfig`."""
     from peft import LoraConfig, get_peft_model
 
+    gen.enable_input_require_grads()  # gradient checkpointing needs an input that has a gradient
     return get_peft_model(gen, LoraConfig(task_type="CAUSAL_LM", **options))
 
 
