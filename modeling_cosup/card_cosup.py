@@ -314,7 +314,7 @@ A token memory of the Gen of {model}: {content}.
 ```python
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{model_id}", trust_remote_code=True, load_emb_seq=False){comment}
+model = AutoModelForCausalLM.from_pretrained("{model_id}", trust_remote_code=True, load_emb_seq=False)
 memory = model.load_memory("{repo_id}")  # revision="..." pins a commit
 model.generate(..., memory=memory)
 ```
@@ -325,24 +325,22 @@ Only the Gen that it was made for can use it: loading compares hashes of its bod
 |---|---|
 {settings}
 
-The files are safetensors and JSON; nothing in them is executed.{approximate} A memory keeps the licence of its texts.
+The files are safetensors and JSON; nothing in them is executed. A memory keeps the licence of its texts.
 """
 
 
 def memory_card(config: dict[str, Any], repo_id: str, model: str | None = None, license: str | None = None) -> str:
     """Return the `README.md` of a memory; its config also has the number of `documents` of a [`KNNMemory`]."""
     options: dict[str, Any] = {"license": license or "unknown", "tags": ["cosup", "token-memory"]}
-    metadata, names = ModelCardData(**options), ["hidden_size", "intermediate_size"]
-    content = "an MLP in place of a datastore"
+    metadata, names, content = ModelCardData(**options), ["hidden_size", "intermediate_size"], "an MLP"
     if config["memory_type"] == "knn":
         metadata, names = DatasetCardData(viewer=False, **options), ["key_size", "dtype"]
-        content = f"the states before {sum(config['shards']):,} tokens of {config['documents']:,} texts"
+        count = sum(config["shards"])
+        size = count * (config["key_size"] * (4 if config["dtype"] == "float32" else 2) + 8)
+        content = f"the states before {count:,} tokens of {config['documents']:,} texts, {size / 1e6:,.1f} MB"
     values = {name: config[name] for name in (*names, "vocab_size")} | {"key": config["fingerprint"].get("key")}
     values |= {name: config["memory_config"][name] for name in ("weight", "k", "temperature", "grounded_weight")}
-    approximate = ""
-    if config.get("approximate"):
-        values["index_factory"] = config["approximate"]["index_factory"]
-        approximate = " FAISS parses its approximate index, if `allow_faiss_files=True`."
+    values["index_factory"] = (config.get("approximate") or {}).get("index_factory")
     return MEMORY_CARD.format(
         metadata=metadata.to_yaml(),
         marker=CARD_MARKER,
@@ -350,10 +348,8 @@ def memory_card(config: dict[str, Any], repo_id: str, model: str | None = None, 
         repo_id=repo_id,
         model=f"[{model}](https://huggingface.co/{model})" if model else "a CoSup model",
         model_id=model or "namespace/model",
-        comment="" if model else "  # the one that it was made for",
         content=content,
         settings="\n".join(f"| `{name}` | `{_cell(repr(value))}` |" for name, value in values.items()),
-        approximate=approximate,
     )
 
 

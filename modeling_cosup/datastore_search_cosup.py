@@ -268,5 +268,5 @@ def sort_by_distance(distances: torch.Tensor, rows: torch.Tensor) -> tuple[torch
         order = torch.from_numpy(distances.numpy().argsort(1, kind="stable"))
         return distances.gather(1, order), rows.gather(1, order)
     rows, order = rows.sort(1)
-    distances, order = distances.gather(1, order).sort(1, stable=True)
+    distances, order = distances.gather(1, order).sort(dim=1, stable=True)
     return distances, rows.gather(1, order)

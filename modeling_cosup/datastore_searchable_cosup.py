@@ -22,10 +22,8 @@ from .files_cosup import digest
 from .fingerprints_cosup import check_memory_fingerprint
 from .folder_store_cosup import FolderStore
 from .folders_cosup import DTYPES, Config, check_file
-from .index_files_cosup import Shard
-from .index_search_cosup import (
+from .index_approximate_cosup import (
     L2,
-    ExactSearch,
     empty_approximate,
     make_approximate,
     read_approximate,
@@ -33,6 +31,8 @@ from .index_search_cosup import (
     set_search_options,
     write_approximate,
 )
+from .index_files_cosup import Shard
+from .index_search_cosup import ExactSearch
 from .memory_cosup import MemoryConfig, TokenNeighbors, target_log_probs
 
 try:

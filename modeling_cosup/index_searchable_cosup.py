@@ -10,21 +10,16 @@ from numpy.typing import NDArray
 from transformers.utils import logging
 
 from .folders_cosup import Config
-from .index_files_cosup import Shard
-from .index_search_cosup import (
-    ApproximateSearch,
-    DeviceSearch,
-    ExactSearch,
+from .index_approximate_cosup import (
     add_to_approximate,
     empty_approximate,
     make_approximate,
-    nothing,
     recall,
-    search_pools,
-    search_without,
     set_search_options,
     write_approximate,
 )
+from .index_files_cosup import Shard
+from .index_search_cosup import ApproximateSearch, DeviceSearch, ExactSearch, nothing, search_pools, search_without
 from .index_store_cosup import PassageStore
 from .retriever_cosup import Rows, SearchResults
 

@@ -77,7 +77,7 @@ class MemoryConfig:
         return cls(**values)
 
 
-def _check_weight(name: str, weight: object) -> None:
+def _check_weight(name: str, weight: Any) -> None:
     if not isinstance(weight, Real) or isinstance(weight, bool) or not 0 <= weight <= 1:
         raise ValueError(f"MemoryConfig.{name} is {weight!r}, expected a number from 0 to 1.")
 
@@ -278,6 +278,7 @@ def mixed_logits(
             f" expected {tuple(logits.shape)} in torch.float32."
         )
     scale = logits.logsumexp(1, keepdim=True)  # (R, 1)
-    mixture = mix(logits - scale, memory_log_probs.to(logits.device), weight, kept_ids) + scale
-    weight = torch.as_tensor(weight, dtype=torch.float32, device=logits.device)
+    device = logits.device
+    mixture = mix(logits - scale, memory_log_probs.to(device), weight, kept_ids.to(device)) + scale
+    weight = torch.as_tensor(weight, dtype=torch.float32, device=device)
     return torch.where(weight > 0, mixture, logits)  # not a rounding away from Gen's

@@ -391,15 +391,15 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
 
     # ------------------------------------------------------------------ token memories
 
-    def build_memory(
-        self, texts: Any, save_directory: str | os.PathLike[str] | None = None, **kwargs: Any
-    ) -> KNNMemory | Any:
+    def build_memory(self, texts: Any, save_directory: Any = None, **kwargs: Any) -> KNNMemory | Any:
         """Build a [`KNNMemory`] of `texts` with this model's Gen; see [`KNNMemory.build`] for the options."""
         return KNNMemory.build(self, texts, save_directory, **kwargs)
 
     def load_memory(self, name_or_path: str | os.PathLike[str], **kwargs: Any) -> KNNMemory | MLPMemory:
         """
         Load a saved token memory of either kind, and check that it was made for this model.
+
+        An [`MLPMemory`] goes to the model's device; the keys of a [`KNNMemory`] stay mapped until you move it.
 
         Args:
             name_or_path (`str` or `Path`): a folder, or a repository on the Hub.
@@ -411,6 +411,8 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
         """
         memory = load_memory(name_or_path, **kwargs)
         memory.check_model(self)
+        if isinstance(memory, MLPMemory) and "device" not in kwargs:
+            memory.to(self.device)
         return memory
 
     # ------------------------------------------------------------------ what transformers expects of a causal LM

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -36,7 +36,7 @@ class Completion:
     cited_text: str
     num_generated_tokens: int
     retrievals: list[Retrieval]
-    neighbors: list[TokenNeighbors]
+    neighbors: list[TokenNeighbors] = field(default_factory=list)
 
 
 @dataclass

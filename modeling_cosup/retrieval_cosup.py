@@ -14,9 +14,10 @@ from .encoding_cosup import evaluating
 from .folder_store_cosup import find_folder
 from .folders_cosup import Config, check_file, put_in_place, sweep, write_config
 from .hub_cosup import make_repo
+from .index_approximate_cosup import read_approximate
 from .index_build_cosup import Passages, ShardBuilder, read_shards, report_cut
 from .index_files_cosup import Shard, map_shard
-from .index_search_cosup import ApproximateSearch, read_approximate
+from .index_search_cosup import ApproximateSearch
 from .index_searchable_cosup import SearchableStore
 from .index_store_cosup import map_id_table, new_config
 from .plain_card_cosup import package_cards, plain_card

@@ -25,7 +25,7 @@ if __name__ == "__main__":  # --help and a wrong option do not wait for the impo
     check_options([IndexArguments], __doc__)
 
 from modeling_cosup import CoSupForCausalLM, MilvusPassageIndex, PassageIndex
-from modeling_cosup.index_search_cosup import empty_approximate
+from modeling_cosup.index_approximate_cosup import empty_approximate
 from modeling_cosup.milvus_client_cosup import milvus_packages
 from trainer.judging.figures import figure, shown
 

@@ -22,7 +22,7 @@ if __name__ == "__main__":  # --help and a wrong option do not wait for the impo
     check_options([BuildMemoryArguments], __doc__)
 
 from modeling_cosup import KNNMemory
-from modeling_cosup.index_search_cosup import L2, empty_approximate
+from modeling_cosup.index_approximate_cosup import L2, empty_approximate
 
 from shared.processes import end_processes, processes
 from shared.token_memories import load_gen

@@ -20,7 +20,7 @@ pytest.importorskip("jsonschema", reason="jsonschema, which the test Hub checks 
 WIDE = {"hidden_size": 128, "intermediate_size": 128}  # 4-bit weights come in blocks of 64
 PUSH = """
 import json, sys
-from modeling_cosup import CoSupForCausalLM
+from modeling_cosup import CoSupForCausalLM, MLPMemory
 folder, passages = sys.argv[1], json.loads(sys.argv[2])
 commits = {}
 for name in ("plain", "two_tokenizers"):
@@ -32,6 +32,10 @@ for name in ("plain", "two_tokenizers"):
         name, index=f"tester/{name}-index", license="mit", max_shard_size="200KB", tags=["tiny"]
     )
     commits[name] = commit.oid
+    if name == "plain":
+        memory = MLPMemory.from_gen(model, intermediate_size=8)
+        memory.push_to_hub("plain-memory", model="tester/plain", license="mit")
+        commits["memory"] = memory.fingerprint
 index = model.build_index(passages[:5], show_progress_bar=False)
 commits["of_five"] = index.push_to_hub("tester/two_tokenizers-index").oid
 print(json.dumps(commits))
@@ -81,6 +85,7 @@ if job["all"]:
     except ValueError as error:
         results["refused"] = str(error)
     pipe = pipeline("text-generation", model="tester/plain", trust_remote_code=True)
+    results["memory"] = pipe.model.load_memory("tester/plain-memory").fingerprint
     index = pipe.model.load_index("tester/plain-index")
     chat, config = [{"role": "user", "content": "who?"}], pipe.model.retrieval_config_class(force_nsp_first=True)
     results["pipeline"] = pipe(chat, retriever=index, retrieval_config=config, max_new_tokens=8)
@@ -198,6 +203,7 @@ def test_what_was_pushed_loads_and_answers_the_same_without_this_package(publish
     assert_same(results["two_tokenizers"], models["two_tokenizers"], inputs)
     assert results["of_five"] == 5  # the last commit; the one before can still be loaded by its revision
     assert "emb_seq: the index has" in results["refused"]
+    assert results["memory"] == commits["memory"]
     assert results["bfloat16"]["dtype"] == "torch.bfloat16"
     assert 0 < results["bfloat16"]["embeddings"] < 0.1
 
@@ -247,6 +253,11 @@ def test_what_a_repository_holds(published, tmp_path):
     for text in ("license: unknown", "n<1K", "viewer: false", "5 passages"):
         assert text in card
     assert {"index_config.json", "embeddings-00000.safetensors", "passages-00000.arrow"} <= set(names)
+
+    names, card = listing(hub, "tester/plain-memory")
+    assert set(names) - {".gitattributes"} == {"README.md", "memory_config.json", "model.safetensors"}
+    assert "license: mit" in card
+    assert 'model.load_memory("tester/plain-memory")' in card
 
 
 @pytest.mark.parametrize("index", ["with its index", "without an index"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_cosup import PassageIndex, index_search_cosup, index_searchable_cosup
+from modeling_cosup import PassageIndex, index_approximate_cosup, index_search_cosup, index_searchable_cosup
 from modeling_cosup.folders_cosup import seal
 from support.forks import run_forked
 from support.indexes import all_scores, check_nearest, in_folder, queries, random_index
@@ -244,7 +244,7 @@ def test_an_approximate_index_in_memory_is_saved_with_it(tmp_path):
 
 def test_the_training_sample_is_of_all_shards_and_of_the_seed(monkeypatch):
     samples = []
-    make = index_search_cosup.make_approximate
+    make = index_approximate_cosup.make_approximate
 
     def note_and_make(factory, exact, rows):
         samples.append(rows)

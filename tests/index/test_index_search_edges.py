@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from modeling_cosup import index_search_cosup
-from modeling_cosup.index_search_cosup import ApproximateSearch, ExactSearch, empty_approximate
+from modeling_cosup.index_approximate_cosup import empty_approximate
+from modeling_cosup.index_search_cosup import ApproximateSearch, ExactSearch
 from modeling_cosup.milvus_upload_cosup import _digest
 from modeling_cosup.passages_cosup import read_corpus
 from support.indexes import all_scores, check_nearest, in_folder, queries, random_index

@@ -40,6 +40,7 @@ ARCHITECTURES = {
     "llama": {"num_key_value_heads": 2, "intermediate_size": 64, "tie_word_embeddings": True},
     "gpt2": {"n_inner": 64},
     "mistral": {"num_key_value_heads": 2, "intermediate_size": 64, "sliding_window": 8, "head_dim": 8},
+    "mixtral": {"num_key_value_heads": 2, "intermediate_size": 64, "num_local_experts": 4},
     "qwen2": {"num_key_value_heads": 2, "intermediate_size": 64},
     "qwen3": {"num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 8},
     "gemma2": {"num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 8, "sliding_window": 8},
