@@ -76,14 +76,15 @@ def fit_memory_config(
     else:
         candidates = _MLPCandidates(memory, keys, targets, kept, batch_size)
     lm = lm_log_probs.double().cpu()
+    lm_mass = None if lm_kept is None else lm_kept.cpu()
     is_kept = torch.isin(targets, kept.to(targets.device)).cpu()
     trials: list[dict[str, float]] = []
     temperatures = candidates.temperatures()
     spacing = 2.0
     for _ in range(3):
         for k, temperature, scores, kept_scores in candidates.scores(temperatures):
-            options = (None, None) if lm_kept is None else (lm_kept.cpu(), kept_scores)
-            alone = target_log_probs(lm, scores, 1.0, *options, is_kept=is_kept)  # (n,): the memory without Gen
+            memory_mass = None if lm_mass is None else kept_scores
+            alone = target_log_probs(lm, scores, 1.0, lm_mass, memory_mass, is_kept)  # (n,): the memory without Gen
             weight, log_likelihood = best_weight(lm, alone)
             perplexity = math.exp(-log_likelihood)
             trials.append({"k": k, "temperature": temperature, "weight": weight, "perplexity": perplexity})
@@ -91,7 +92,8 @@ def fit_memory_config(
         finer = spacing**0.25
         temperatures = [best["temperature"] * finer**step for step in (-3, -2, -1, 1, 2, 3)]
         spacing = finer
-    config = replace(memory.memory_config, **{name: best[name] for name in ("k", "temperature", "weight")})
+    temperature, weight = best["temperature"], best["weight"]
+    config = replace(memory.memory_config, k=int(best["k"]), temperature=temperature, weight=weight)
     return MemoryFit(config, best["perplexity"], math.exp(-float(lm.mean())), trials)
 
 
