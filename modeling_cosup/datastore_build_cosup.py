@@ -79,8 +79,10 @@ class KeyBuilder:
         shard = create_shard(path, len(texts), int(counts.sum()), self.key_size, self.dtype)
         shard.document_starts[:] = torch.from_numpy(counts.cumsum() - counts)
         start = num_done = 0
-        options = {"max_length": self.max_length, "stride": self.stride, "batch_size": self.batch_size}
-        for states in token_states(self.gen, documents, **options):
+        state_batches = token_states(
+            self.gen, documents, max_length=self.max_length, stride=self.stride, batch_size=self.batch_size
+        )
+        for states in state_batches:
             end = start + len(states.keys)
             stored = stored_keys(states.keys, self.dtype)
             shard.keys[start:end] = stored.cpu()

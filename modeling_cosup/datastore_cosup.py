@@ -18,7 +18,7 @@ from .folder_store_cosup import find_folder
 from .folders_cosup import DTYPES, Config, FileFacts, put_in_place, read_config, sweep, write_config
 from .hub_cosup import make_repo
 from .memory_cosup import MemoryConfig
-from .plain_card_cosup import package_cards, plain_card
+from .plain_card_cosup import package_memory_cards, plain_card
 from .shard_build_cosup import begin, collect, finish, unfinished_folder, write_shards
 from .token_keys_cosup import document_ids, token_states
 
@@ -274,8 +274,8 @@ class KNNMemory(SearchableKeys):
         entry = Entry(row, document, row - start + 1, value, distance, weight)
         if tokenizer is not None:
             before = self.get_values(torch.arange(max(start, row - num_tokens), row)).tolist()
-            entry.text = tokenizer.decode(before)
-            entry.token = tokenizer.decode([value])
+            entry.text = str(tokenizer.decode(before))
+            entry.token = str(tokenizer.decode([value]))
         return entry
 
     # ------------------------------------------------------------------ files
@@ -374,7 +374,7 @@ class KNNMemory(SearchableKeys):
         return self._push(repo_id, card, commit_message=commit_message, token=token, **commit_options)
 
     def _card(self, repo_id: str, model: str | None, license: str | None) -> str:
-        cards = package_cards()
+        cards = package_memory_cards()
         if cards is None:
             summary = f"A kNN memory of {len(self):,} tokens: `model.load_memory` loads it."
             return plain_card(repo_id, summary, license, ["token-memory"], viewer=False)
@@ -422,8 +422,8 @@ def state_after(text: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> to
     if not ids:
         raise ValueError("The text has no token: nothing predicts the next one.")
     # any token may be the next one: the state does not depend on it
-    options = {"max_length": builder.max_length, "stride": builder.stride, "batch_size": 1}
-    *_, last = token_states(builder.gen, [[*ids, ids[0]]], **options)
+    documents = [[*ids, ids[0]]]
+    *_, last = token_states(builder.gen, documents, max_length=builder.max_length, stride=builder.stride, batch_size=1)
     return last.keys[-1:]
 
 

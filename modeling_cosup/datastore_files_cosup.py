@@ -39,7 +39,8 @@ def create_shard(path: Path | None, num_documents: int, count: int, key_size: in
 def write_shard(folder: Path, number: int, shard: KeyShard) -> dict[str, FileFacts]:
     """Write a shard that is in memory; return the size and checksum of its file by name."""
     path = folder / keys_file(number)
-    file = create_shard(path, len(shard.document_starts), *shard.keys.shape, shard.keys.dtype)
+    num_keys, key_size = shard.keys.shape
+    file = create_shard(path, len(shard.document_starts), num_keys, key_size, shard.keys.dtype)
     for name in ("document_starts", "half_norms", "values", "keys"):
         target, source = getattr(file, name), getattr(shard, name)
         for start in range(0, len(source), _BLOCK):

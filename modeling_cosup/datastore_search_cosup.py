@@ -172,11 +172,11 @@ def _candidates(scores: torch.Tensor, least: torch.Tensor | None, keep: int) -> 
     query, column = np.divmod(flat, scores.shape[1])
     counts = np.bincount(query, minlength=len(scores))
     place = np.arange(len(flat)) - np.repeat(counts.cumsum() - counts, counts)
-    candidates = np.full((len(scores), counts.max()), -np.inf, np.float32)
-    columns = np.zeros(candidates.shape, np.int64)
-    candidates[query, place] = scores.numpy().reshape(-1)[flat]
-    columns[query, place] = column
-    return torch.from_numpy(candidates), torch.from_numpy(columns)
+    best_scores = np.full((len(scores), counts.max()), -np.inf, np.float32)
+    best_columns = np.zeros(best_scores.shape, np.int64)
+    best_scores[query, place] = scores.numpy().reshape(-1)[flat]
+    best_columns[query, place] = column
+    return torch.from_numpy(best_scores), torch.from_numpy(best_columns)
 
 
 def _largest(scores: torch.Tensor, count: int) -> torch.Tensor:

@@ -78,7 +78,7 @@ class MemoryConfig:
 
 
 def _check_weight(name: str, weight: Any) -> None:
-    if not isinstance(weight, Real) or isinstance(weight, bool) or not 0 <= weight <= 1:
+    if not isinstance(weight, Real) or isinstance(weight, bool) or not 0 <= float(weight) <= 1:
         raise ValueError(f"MemoryConfig.{name} is {weight!r}, expected a number from 0 to 1.")
 
 

@@ -18,7 +18,7 @@ from .files_cosup import digest, read_json, write_json
 from .fingerprints_cosup import check_memory_fingerprint, hash_parameters, memory_fingerprint
 from .hub_cosup import CARD_FILE, make_repo, push_files
 from .memory_cosup import MemoryConfig
-from .plain_card_cosup import package_cards, plain_card
+from .plain_card_cosup import package_memory_cards, plain_card
 from .token_keys_cosup import gen_of
 
 CONFIG_FILE = "memory_config.json"
@@ -326,7 +326,7 @@ class MLPMemory(nn.Module):
             )
 
     def _card(self, repo_id: str, model: str | None, license: str | None) -> str:
-        cards = package_cards()
+        cards = package_memory_cards()
         if cards is None:
             summary = "An MLP memory of a language model: `model.load_memory` loads it."
             return plain_card(repo_id, summary, license, ["token-memory"])

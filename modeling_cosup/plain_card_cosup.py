@@ -22,6 +22,15 @@ def package_cards() -> ModuleType | None:
     return card_cosup
 
 
+def package_memory_cards() -> ModuleType | None:
+    """Return the module [`memory_card_cosup`], or `None` in a process that has only a checkpoint's code."""
+    try:
+        from modeling_cosup import memory_card_cosup
+    except ImportError:
+        return None
+    return memory_card_cosup
+
+
 def plain_card(name: str, summary: str, license: str | None = None, tags: Sequence[str] = (), **metadata: Any) -> str:
     """
     Return the text of a short `README.md` for its owner to complete.

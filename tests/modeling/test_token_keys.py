@@ -34,7 +34,7 @@ def test_keys_equal_a_hooked_forward_of_each_window_alone(architecture):
     for batch_size in (1, 3, 100):
         options = {"max_length": 16, "stride": 6, "batch_size": batch_size, "with_hidden": True}
         found = list(token_states(gen, iter(documents), **options))
-        torch.testing.assert_close(torch.cat([states.keys for states in found]), torch.cat(keys), rtol=0, atol=1e-6)
+        torch.testing.assert_close(torch.cat([states.keys for states in found]), torch.cat(keys), rtol=1e-6, atol=1e-6)
         found_hidden = torch.cat([states.hidden for states in found])
         torch.testing.assert_close(found_hidden, torch.cat(hidden), rtol=0, atol=1e-5)
         assert torch.cat([states.values for states in found]).tolist() == values

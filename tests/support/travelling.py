@@ -12,6 +12,7 @@ STAYS = {
     "checks_cosup.py": "checks of a model while it is built from two others, which needs the package",
     "corpus_cosup.py": "corpora in files; without it an index is built from a list of passages",
     "lines_cosup.py": "JSON Lines, the format of corpora and results",
+    "memory_card_cosup.py": "cards of token memories; without it a plain card is written",
     "milvus_client_cosup.py": "the client of a Milvus server",
     "milvus_cosup.py": "an index in Milvus; without it an index is a folder or a repository on the Hub",
     "milvus_upload_cosup.py": "uploading an index to Milvus",
