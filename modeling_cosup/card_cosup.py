@@ -93,10 +93,10 @@ def _metadata(model: "CoSupForCausalLM", repo_id: str, facts: Facts, base: str |
 
 
 def _name(repo_id: str, facts: Facts) -> str:
-    return _cell(facts.get("name") or Path(repo_id).absolute().name)
+    return table_cell(facts.get("name") or Path(repo_id).absolute().name)
 
 
-def _cell(value: object) -> str:
+def table_cell(value: object) -> str:
     """Return a value as one line that can be a cell of a Markdown table."""
     return " ".join(str(value).split()).replace("|", "\\|")
 
@@ -175,7 +175,7 @@ def _emb_seq(model: "CoSupForCausalLM") -> dict[str, str]:
 def _settings(config: CoSupConfig) -> list[tuple[str, str]]:
     """Return the rows of the table of settings: the model's, then the ones that an index of it must share."""
     names = ("similarity", "temperature", "nsp_loss_weight", "query_from", "tie_emb_seq", *config.embedding_settings)
-    return [(f"`{name}`", f"`{_cell(repr(getattr(config, name)))}`") for name in dict.fromkeys(names)]
+    return [(f"`{name}`", f"`{table_cell(repr(getattr(config, name)))}`") for name in dict.fromkeys(names)]
 
 
 def _training(training: TrainingRecord | None) -> dict[str, Any] | None:
@@ -184,7 +184,7 @@ def _training(training: TrainingRecord | None) -> dict[str, Any] | None:
         return None
     counts = training.get("instances", {})
     instances = f"Trained on {sum(counts.values()):,} instances"
-    by_dataset = ", ".join(f"{count:,} of {_cell(name)}" for name, count in counts.items() if name)
+    by_dataset = ", ".join(f"{count:,} of {table_cell(name)}" for name, count in counts.items() if name)
     if by_dataset:
         instances += f" ({by_dataset})"
     passages = training.get("passages")
@@ -202,7 +202,7 @@ def _training(training: TrainingRecord | None) -> dict[str, Any] | None:
     return {
         "instances": instances,
         "passages": f"which hold {passages:,} distinct passages" if passages else None,
-        "table": [(_cell(name), _cell(value)) for name, value in training.get("arguments", {}).items()],
+        "table": [(table_cell(name), table_cell(value)) for name, value in training.get("arguments", {}).items()],
         "loss_names": list(names),
         "losses": rows,
         "curves": training.get("curves", False),
@@ -215,10 +215,10 @@ def _result(group: ResultGroup) -> dict[str, Any]:
     for metric in group["metrics"]:
         unit = f" {metric['unit']}" if metric.get("unit") else ""
         interval = "[{:.4g}, {:.4g}]".format(*metric["interval"]) if metric.get("interval") else ""
-        row = {"name": _cell(metric["name"]), "value": f"{metric['value']:.4g}{unit}"}
+        row = {"name": table_cell(metric["name"]), "value": f"{metric['value']:.4g}{unit}"}
         rows.append({**row, "interval": interval, "n": f"{metric['n']:,}"})
     size = group.get("index_size")
-    return {"dataset": _cell(group["dataset"]["name"]), "index": f"{size:,}" if size else None, "rows": rows}
+    return {"dataset": table_cell(group["dataset"]["name"]), "index": f"{size:,}" if size else None, "rows": rows}
 
 
 # ---------------------------------------------------------------------- the card of an index
@@ -278,7 +278,7 @@ def index_card(
         pretty_name=name,
         viewer=False,
     )
-    settings = [f"| `{setting}` | `{_cell(repr(value))}` |" for setting, value in config["fingerprint"].items()]
+    settings = [f"| `{setting}` | `{table_cell(repr(value))}` |" for setting, value in config["fingerprint"].items()]
     approximate = ""
     if config["approximate"]:
         approximate = "\nThe file of its approximate index is parsed by FAISS, and only if `allow_faiss_files=True`."

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import DatasetCardData, ModelCardData
 
+from .card_cosup import table_cell
 from .hub_cosup import CARD_MARKER
 
 MEMORY_CARD = """---
@@ -60,5 +61,5 @@ def memory_card(config: dict[str, Any], repo_id: str, model: str | None = None, 
         model=f"[{model}](https://huggingface.co/{model})" if model else "a CoSup model",
         model_id=model or "namespace/model",
         content=content,
-        settings="\n".join(f"| `{name}` | `{_cell(repr(value))}` |" for name, value in values.items()),
+        settings="\n".join(f"| `{name}` | `{table_cell(repr(value))}` |" for name, value in values.items()),
     )
