@@ -92,7 +92,7 @@ def describe(folder, index_folder, auto, options):
     }
     if not options:
         memory = model.load_memory(index_folder.replace("_index", "_memory"))
-        config = model.memory_config_class(weight=0.6, grounded_weight=0.2, k=8, temperature=20.0)
+        config = model.memory_config_class(weight=0.6, grounded_weight=0.2)
         memories = {"memory": memory, "memory_config": config}
         result["memory"] = model.generate(**inputs, retriever=index, max_new_tokens=12, **memories).tolist()
         built = model.build_index(job["passages"], show_progress_bar=False)
@@ -200,8 +200,7 @@ def check_result(result, model, index, output, logits):
         assert "library_name: transformers" in result["card of gen"]
         assert "# gen\n\nGen of a CoSup model" in result["card of gen"]
     if "ids" in result:
-        config = MemoryConfig(weight=0.6, grounded_weight=0.2, k=8, temperature=20.0)
-        memories = {"memory": memory_of(model), "memory_config": config}
+        memories = {"memory": memory_of(model), "memory_config": MemoryConfig(weight=0.6, grounded_weight=0.2)}
         inputs = prompts_of(model)
         assert result["memory"] == model.generate(**inputs, retriever=index, max_new_tokens=12, **memories).tolist()
         assert result["memory"] != result["sequences"]
