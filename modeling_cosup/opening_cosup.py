@@ -10,6 +10,8 @@ from .files_cosup import read_json
 from .mlp_memory_cosup import CONFIG_FILE, MEMORY_TYPE, MLPMemory
 from .retriever_cosup import Retriever
 
+_DATASTORE_OPTIONS = {"allow_faiss_files", "search", "verify"}  # which MLPMemory.from_pretrained does not have
+
 
 def open_by_uri(uri: str, name: str, options: dict[str, Any]) -> Retriever:
     """
@@ -62,6 +64,8 @@ def load_memory(name_or_path: str | os.PathLike[str], **kwargs: Any) -> KNNMemor
         return kind.from_pretrained(name_or_path, **kwargs)
     if Path(name_or_path).is_dir():
         raise FileNotFoundError(f"{name_or_path} is not a token memory: {CONFIG_FILE} is missing.")
+    if _DATASTORE_OPTIONS & kwargs.keys():
+        return KNNMemory.from_pretrained(name_or_path, **kwargs)
     try:
         return MLPMemory.from_pretrained(name_or_path, **kwargs)
     except FileNotFoundError:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_cosup import CoSupForCausalLM
+from modeling_cosup import CoSupForCausalLM, MemoryConfig
 from modeling_cosup.facts_cosup import FACTS_FILE
 from modeling_cosup.files_cosup import write_json
 from modeling_cosup.hub_cosup import is_repo_id
@@ -36,6 +36,9 @@ for name in ("plain", "two_tokenizers"):
         memory = MLPMemory.from_gen(model, intermediate_size=8)
         memory.push_to_hub("plain-memory", model="tester/plain", license="mit")
         commits["memory"] = memory.fingerprint
+        memory = model.build_memory([passage["text"] for passage in passages], show_progress_bar=False)
+        memory.push_to_hub("plain-datastore", model="tester/plain", license="mit")
+        commits["datastore"] = memory.fingerprint
 index = model.build_index(passages[:5], show_progress_bar=False)
 commits["of_five"] = index.push_to_hub("tester/two_tokenizers-index").oid
 print(json.dumps(commits))
@@ -102,10 +105,15 @@ import torch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("tester/plain", trust_remote_code=True)
 ids = model.generate(torch.tensor([[5, 6]]), max_new_tokens=4).tolist()
+memory = model.load_memory("tester/plain-datastore")
+config = model.memory_config_class(weight=0.9, k=8, temperature=20.0)
+spoken = model.generate(torch.tensor([[5, 6]]), memory=memory, memory_config=config, max_new_tokens=8).tolist()
+checked = model.load_memory("tester/plain-datastore", verify=True, search="exact")
+fingerprints = [memory.fingerprint, checked.fingerprint]
 try:
     model.load_index("tester/plain-index")
 except ImportError as error:
-    print(json.dumps([ids, str(error)]))
+    print(json.dumps([ids, str(error), spoken, fingerprints]))
 """
 PUSH_BARE = """
 import sys
@@ -227,9 +235,15 @@ def test_what_was_pushed_loads_and_answers_the_same_without_this_package(publish
 
 
 def test_the_code_needs_torch_and_transformers_and_an_index_names_what_it_needs(published, models):
-    hub, _ = published
-    ids, message = hub.run(WITHOUT_PACKAGES, package=False)
-    assert ids == models["plain"].generate(torch.tensor([[5, 6]]), max_new_tokens=4).tolist()
+    hub, commits = published
+    ids, message, spoken, fingerprints = hub.run(WITHOUT_PACKAGES, package=False)
+    model, prompt = models["plain"], torch.tensor([[5, 6]])
+    assert ids == model.generate(prompt, max_new_tokens=4).tolist()
+    memory = model.build_memory([passage["text"] for passage in PASSAGES], show_progress_bar=False)
+    config = MemoryConfig(weight=0.9, k=8, temperature=20.0)
+    assert spoken == model.generate(prompt, memory=memory, memory_config=config, max_new_tokens=8).tolist()
+    assert spoken != model.generate(prompt, max_new_tokens=8).tolist()
+    assert fingerprints == [commits["datastore"]] * 2
     assert "needs faiss-cpu and pyarrow: pip install faiss-cpu pyarrow" in message
 
 
@@ -258,6 +272,12 @@ def test_what_a_repository_holds(published, tmp_path):
     assert set(names) - {".gitattributes"} == {"README.md", "memory_config.json", "model.safetensors"}
     assert "license: mit" in card
     assert 'model.load_memory("tester/plain-memory")' in card
+
+    names, card = listing(hub, "tester/plain-datastore", "dataset")
+    assert set(names) - {".gitattributes"} == {"README.md", "memory_config.json", "keys-00000.safetensors"}
+    for text in ("license: mit", "viewer: false", f"of {len(PASSAGES)} texts", "float16"):
+        assert text in card
+    assert 'model.load_memory("tester/plain-datastore")' in card
 
 
 @pytest.mark.parametrize("index", ["with its index", "without an index"])

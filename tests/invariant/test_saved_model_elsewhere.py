@@ -17,7 +17,7 @@ import torch
 from modeling_cosup import CoSupForCausalLM, MemoryConfig, PassageIndex
 from modeling_cosup.tokenization_cosup import encode_prompt
 from support.generation import left_pad
-from support.memories import mlp_memory
+from support.memories import knn_memory, mlp_memory
 from support.models import PASSAGES, make_model, make_tokenizer
 from support.travelling import names_of_travelling_files
 
@@ -151,6 +151,13 @@ def models():
     return {"plain": make_model(), "two_tokenizers": two_tokenizers, "tied": tied}
 
 
+def memory_of(model):
+    """Return a token memory: a datastore for a GPT-2, an MLP for others."""
+    if model.gen.config.model_type == "gpt2":
+        return knn_memory(model)
+    return mlp_memory(model)
+
+
 def prompts_of(model):
     """Return the questions as prompts that end in [NSP], padded on the left."""
     nsp = model.config.nsp_token_id
@@ -193,7 +200,7 @@ def check_result(result, model, index, output, logits):
         assert "library_name: transformers" in result["card of gen"]
         assert "# gen\n\nGen of a CoSup model" in result["card of gen"]
     if "ids" in result:
-        memories = {"memory": mlp_memory(model), "memory_config": MemoryConfig(weight=0.6, grounded_weight=0.2)}
+        memories = {"memory": memory_of(model), "memory_config": MemoryConfig(weight=0.6, grounded_weight=0.2)}
         inputs = prompts_of(model)
         assert result["memory"] == model.generate(**inputs, retriever=index, max_new_tokens=12, **memories).tolist()
         assert result["memory"] != result["sequences"]
@@ -208,7 +215,7 @@ def test_a_process_without_this_package_gives_the_same(models, tmp_path):
         model.save_pretrained(tmp_path / name)
         index = model.build_index(PASSAGES, show_progress_bar=False)
         index.save_pretrained(tmp_path / f"{name}_index")
-        mlp_memory(model).save_pretrained(tmp_path / f"{name}_memory")
+        memory_of(model).save_pretrained(tmp_path / f"{name}_memory")
         pairs.append([f"{tmp_path}/{name}", f"{tmp_path}/{name}_index"])
         options = {"max_new_tokens": 12, "max_retrievals": 3, "return_dict_in_generate": True}
         output = model.generate(**inputs, retriever=index, **options)

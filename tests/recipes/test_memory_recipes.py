@@ -3,12 +3,13 @@
 import importlib
 import json
 import math
+import re
 import sys
 
 import pytest
 import torch
 
-from modeling_cosup import KNNMemory, MLPMemory
+from modeling_cosup import CoSupForCausalLM, KNNMemory, MLPMemory
 from modeling_cosup.token_keys_cosup import document_ids
 from support.models import TEXTS, make_gen, make_model, make_tokenizer
 from support.recipes import fails_here, flags, write
@@ -163,6 +164,32 @@ def test_a_datastore_is_fitted_in_its_folder(world, monkeypatch, tmp_path):
     assert arm["perplexity"]["value"] == pytest.approx(fit["perplexity"], rel=1e-5)
 
 
+def test_a_memory_is_built(world, monkeypatch, tmp_path, capsys):
+    options = {"text_file": world / "text.jsonl", "max_length": 16, "stride": 8, "batch_size": 2}
+    files = {"model": world / "model", "output_dir": tmp_path / "memory", **options}
+    runs_here(
+        monkeypatch, "build_memory", **files, shard_size=10, key_dtype="bfloat16", index_factory="IVF4,Flat", nprobe=4
+    )
+    printed = capsys.readouterr().out
+    memory = KNNMemory.from_pretrained(tmp_path / "memory", allow_faiss_files=True)
+    assert f"{len(memory):,} tokens of 3 texts" in printed
+    assert "perplexity_approximate" in printed
+    assert len(memory.config["shards"]) > 1
+    assert memory.config["dtype"] == "bfloat16"
+    figures = memory.config["approximate"]
+    assert (figures["index_factory"], figures["search_options"]) == ("IVF4,Flat", {"nprobe": 4})
+    model = CoSupForCausalLM.from_pretrained(world / "model")
+    memory.check_model(model)
+    texts = {"max_length": 16, "stride": 8, "batch_size": 2, "dtype": "bfloat16", "show_progress_bar": False}
+    same = model.build_memory(HELD_OUT, **texts)
+    rows = torch.arange(len(same))
+    assert torch.equal(memory.get_values(rows), same.get_values(rows))
+    assert torch.equal(memory.get_keys(rows), same.get_keys(rows))
+
+    runs_here(monkeypatch, "build_memory", model=world / "gen", output_dir=tmp_path / "plain", **options)
+    KNNMemory.from_pretrained(tmp_path / "plain").check_model(make_gen("gpt2"))
+
+
 def test_bad_options_are_reported(world, monkeypatch, tmp_path):
     common = ["--model", world / "model", "--text_file", world / "text.jsonl", "--output_dir", tmp_path / "out"]
     knn = str(world / "knn")
@@ -176,6 +203,13 @@ def test_bad_options_are_reported(world, monkeypatch, tmp_path):
         (["--text_file", tmp_path / "none.jsonl"], "no such file"),
     ):
         assert message in fails_here(monkeypatch, "run_perplexity", *common, *options)
+    assert not (tmp_path / "out").exists()
+    for options, message in (
+        (["--nprobe", "3"], "they need an index_factory"),
+        (["--index_factory", "PQ5"], "'PQ5' of 32 dimensions .* should be a multiple of the number of subquantizers"),
+        (["--key_dtype", "int8"], "dtype is 'int8', expected one of float32, float16, bfloat16"),
+    ):
+        assert re.search(message, fails_here(monkeypatch, "build_memory", *common, *options))
     assert not (tmp_path / "out").exists()
     common = ["--model", world / "model", "--output_dir", tmp_path / "out"]
     for options, message in (
