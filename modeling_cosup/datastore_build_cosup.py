@@ -1,4 +1,8 @@
-"""Building a token datastore: texts become shards of keys, half norms and values. Only Gen's body runs."""
+"""
+Building a token datastore: texts become shards of keys, half norms and values. Only Gen's body runs.
+
+Does not travel with a checkpoint: building a memory needs the package; using one does not.
+"""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,12 +14,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .datastore_files_cosup import create_shard, keys_file
-from .datastore_search_cosup import KeyShard, half_norms_of
+from .datastore_search_cosup import KeyShard, half_norms_of, stored_keys
 from .folders_cosup import DTYPES
 from .names_cosup import refuse_misspelt
 from .passages_cosup import check_text, dataset_rows, read_corpus, shown
-from .token_keys_cosup import ffn_name, gen_of, token_states, window_size
-from .tokenization_cosup import encode_texts
+from .token_keys_cosup import encode_documents, ffn_name, gen_of, token_states, window_size
 
 CHARACTERS_PER_KEY = 4  # about; so that no process tokenizes the shards of others
 
@@ -72,8 +75,7 @@ class KeyBuilder:
         Raises:
             `ValueError`: for keys that are not finite, or overflow the dtype.
         """
-        bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        documents = [bos + ids for ids in encode_texts(self.tokenizer, texts)]
+        documents = encode_documents(texts, self.tokenizer)
         counts = np.array([max(0, len(ids) - 1) for ids in documents])
         path = None if paths is None else paths[0]
         shard = create_shard(path, len(texts), int(counts.sum()), self.key_size, self.dtype)
@@ -93,22 +95,6 @@ class KeyBuilder:
             num_done = int(states.documents[-1])
         bar.update(len(texts) - num_done)
         return shard
-
-
-def stored_keys(keys: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """
-    Return keys in the dtype in which they are stored.
-
-    Raises:
-        `ValueError`: for keys that are not finite, or overflow the dtype.
-    """
-    stored = keys.to(dtype)
-    if stored.isfinite().all():
-        return stored
-    if keys.isfinite().all():
-        largest = keys.abs().amax().item()
-        raise ValueError(f"Keys overflow {dtype}: the largest entry is {largest:.4g}. Store them as dtype='bfloat16'.")
-    raise ValueError("Keys are NaN or infinite: check Gen's weights and dtype.")
 
 
 def split_texts(source: Any, shard_size: int) -> Iterator[list[str]]:

@@ -3,15 +3,15 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .datastore_build_cosup import KeyBuilder, split_texts, stored_keys
 from .datastore_files_cosup import MEMORY_FORMAT, MEMORY_TYPE, content_digest, map_shard, write_shard
-from .datastore_search_cosup import KeyShard, half_norms_of
+from .datastore_search_cosup import KeyShard, half_norms_of, stored_keys
 from .datastore_searchable_cosup import SearchableKeys
 from .fingerprints_cosup import memory_fingerprint
 from .folder_store_cosup import find_folder
@@ -20,7 +20,7 @@ from .hub_cosup import make_repo
 from .memory_cosup import MemoryConfig
 from .plain_card_cosup import package_memory_cards, plain_card
 from .shard_build_cosup import begin, collect, finish, unfinished_folder, write_shards
-from .token_keys_cosup import document_ids, token_states
+from .token_keys_cosup import document_ids, token_states, window_size
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -170,14 +170,16 @@ class KNNMemory(SearchableKeys):
                 are not finite or overflow `dtype`, or if the unfinished build was begun by another model or with other
                 settings (names the differences).
             `OSError`: if the folder cannot be written, or the disk is full.
+            `ImportError`: in a process that has only a checkpoint's code.
         """
+        building = _package_building()
         if save_directory is None and num_processes > 1:
             raise ValueError("Several processes can only build a memory in files: give save_directory.")
         if not 0 <= process_index < num_processes:
             raise ValueError(f"process_index is {process_index}, expected one of 0 to {num_processes - 1}.")
         tokenizer = tokenizer_of(model, tokenizer)
-        builder = KeyBuilder(model, tokenizer, dtype, batch_size, max_length, stride)
-        shards = split_texts(texts, shard_size)
+        builder = building.KeyBuilder(model, tokenizer, dtype, batch_size, max_length, stride)
+        shards = building.split_texts(texts, shard_size)
         settings = {
             "fingerprint": memory_fingerprint(model, tokenizer),
             "vocab_size": model.get_output_embeddings().weight.shape[0],
@@ -381,6 +383,17 @@ class KNNMemory(SearchableKeys):
         return cards.memory_card({**self.config, "documents": len(self.document_starts)}, repo_id, model, license)
 
 
+def _package_building() -> ModuleType:
+    """Return the module [`datastore_build_cosup`]; `ImportError` in a process that has only a checkpoint's code."""
+    try:
+        from modeling_cosup import datastore_build_cosup
+    except ImportError:
+        raise ImportError(
+            "To build a memory, install the package: pip install cosup. Loading one needs only the checkpoint."
+        ) from None
+    return datastore_build_cosup
+
+
 def new_config(
     settings: dict[str, Any],
     shards: list[KeyShard],
@@ -417,13 +430,13 @@ def tokenizer_of(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> PreTr
 
 def state_after(text: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """Return the state of Gen `(1, d)` from which the token after a text is predicted."""
-    builder = KeyBuilder(model, tokenizer)  # for the length of a window
     ids = document_ids(text, tokenizer)
     if not ids:
         raise ValueError("The text has no token: nothing predicts the next one.")
     # any token may be the next one: the state does not depend on it
     documents = [[*ids, ids[0]]]
-    *_, last = token_states(builder.gen, documents, max_length=builder.max_length, stride=builder.stride, batch_size=1)
+    max_length, stride = window_size(model, None, None)
+    *_, last = token_states(model, documents, max_length=max_length, stride=stride, batch_size=1)
     return last.keys[-1:]
 
 

@@ -14,7 +14,7 @@ import torch
 
 BLOCK_ROWS = 8192  # keys per product on a CPU: their scores are sorted out while they are in its cache
 QUERIES = 512  # queries that are searched together
-DEVICE_SCORES = 2**26  # scores that another device holds at a time: 256 MB
+DEVICE_SCORES = 2**26  # scores, and numbers of keys in float32, that another device holds at a time: 256 MB each
 NEAR = 1 / 16  # of ‖q‖² + ‖k‖²: below this distance a product has lost digits
 PAIRS = 2**24  # numbers of q - k that are in memory at a time
 
@@ -41,13 +41,13 @@ class KeyShard:
         return len(self.keys)
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> "KeyShard":
-        """Return a copy on a device, with keys in `dtype`."""
-        half_norms = self.half_norms
-        if dtype not in (None, self.keys.dtype):
-            half_norms = half_norms_of(self.keys.to(dtype))
-        return KeyShard(
-            self.keys.to(device, dtype), half_norms.to(device), self.values.to(device), self.document_starts
-        )
+        """Return a copy on a device, with keys in `dtype`; `ValueError` for keys that overflow it."""
+        keys = self.keys.to(device, copy=True)
+        half_norms = self.half_norms.to(device, copy=True)
+        if dtype not in (None, keys.dtype):
+            keys = stored_keys(keys, dtype)
+            half_norms = half_norms_of(keys)
+        return KeyShard(keys, half_norms, self.values.to(device, copy=True), self.document_starts)
 
 
 @dataclass
@@ -79,6 +79,22 @@ class Neighbors:
 def half_norms_of(keys: torch.Tensor) -> torch.Tensor:
     """Return ‖k‖²/2 in float32, `(n,)`, of keys `(n, d)` of any float dtype."""
     return keys.float().square().sum(1) / 2
+
+
+def stored_keys(keys: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """
+    Return keys in the dtype in which they are stored.
+
+    Raises:
+        `ValueError`: for keys that are not finite, or overflow the dtype.
+    """
+    stored = keys.to(dtype)
+    if stored.isfinite().all():
+        return stored
+    if keys.isfinite().all():
+        largest = keys.abs().amax().item()
+        raise ValueError(f"Keys overflow {dtype}: the largest entry is {largest:.4g}. Store them as dtype='bfloat16'.")
+    raise ValueError("Keys are NaN or infinite: check Gen's weights and dtype.")
 
 
 def exact_search(
@@ -137,7 +153,7 @@ def _scored_blocks(
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield q·k - ‖k‖²/2 of blocks of keys, `(n, c)`, with the row of the first; -inf for excluded rows."""
     on_cpu = queries.device.type == "cpu"
-    step = BLOCK_ROWS if on_cpu else max(BLOCK_ROWS, DEVICE_SCORES // len(queries))
+    step = BLOCK_ROWS if on_cpu else max(BLOCK_ROWS, DEVICE_SCORES // max(queries.shape))
     first_row = 0
     for shard in shards:
         start = 0

@@ -139,11 +139,17 @@ class SearchableKeys(FolderStore):
             device (`str`, `torch.device` or `None`): of a copy of all entries, e.g. `"cuda"`, or `"cpu"` for one in
                 memory; `None` searches from the files again.
             dtype (`str`, *optional*): of the copied keys; defaults to the files'. Distances are float32.
+
+        Raises:
+            `ValueError`: for an unknown dtype, or keys that overflow it.
         """
-        self._searched = self._shards
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
+        copy_dtype = None if dtype is None else DTYPES[dtype]
+        searched = self._shards
         if device is not None:
-            copy_dtype = None if dtype is None else DTYPES[dtype]
-            self._searched = [shard.to(device, copy_dtype) for shard in self._shards]
+            searched = [shard.to(device, copy_dtype) for shard in self._shards]
+        self._searched = searched
         return self
 
     def search(self, keys: torch.Tensor, k: int, exclude_rows: torch.Tensor | None = None) -> Neighbors:
@@ -229,14 +235,16 @@ class SearchableKeys(FolderStore):
         Args:
             states (`dict[str, torch.Tensor]`), config ([`MemoryConfig`]): as in `log_probs`; the shares of the entries
                 are among the `k` of the config.
-            n (`int`): entries for each state, at most `k`.
+            n (`int`): entries for each state, at most `k`; fewer if an approximate search found fewer.
         """
         neighbors = self.search(states[self.states[0]], config.k)
         weights = neighbors.log_weights(config.temperature).exp()
         documents = self.documents_of(neighbors.rows)
         fields = (neighbors.rows, neighbors.values, neighbors.distances, weights, documents)
+        counts = (neighbors.rows[:, :n] >= 0).sum(1).tolist()
         lists = [tensor[:, :n].tolist() for tensor in fields]
-        return [TokenNeighbors(*values) for values in zip(*lists, strict=True)]
+        rows = zip(*lists, strict=True)
+        return [TokenNeighbors(*(column[:count] for column in row)) for row, count in zip(rows, counts, strict=True)]
 
     # ------------------------------------------------------------------ approximate search
 

@@ -206,10 +206,13 @@ class Forwards:
             states (`dict[str, torch.Tensor]`, *optional*): what entered Gen's submodules there.
             weight (`float` or `torch.FloatTensor` of shape `(R, 1)`): of the memory; it is not asked for 0.
         """
-        if self.memory is None or isinstance(weight, float | int) and weight == 0:
+        if self.memory is None:
+            return logits
+        logits = logits.float()  # in one pass, other rows may have another weight
+        if isinstance(weight, float | int) and weight == 0:
             return logits
         log_probs = self.memory.log_probs(states or {}, self.settings.memory_config)
-        return mixed_logits(logits.float(), log_probs, weight, self.settings.kept_ids)
+        return mixed_logits(logits, log_probs, weight, self.settings.kept_ids)
 
     def _add_neighbors(
         self, outputs: Outputs, states: dict[str, torch.Tensor] | None, row_slots: NDArray[np.int64]

@@ -159,7 +159,7 @@ class MLPMemory(nn.Module):
             kept_ids (`torch.LongTensor` of shape `(C,)`, *optional*): ids of which the mass is wanted too.
 
         Returns:
-            `torch.FloatTensor` of shape `(n,)`: on the memory's device. With `kept_ids` a tuple: also log P_mem of
+            `torch.FloatTensor` of shape `(n,)`: on the device of `keys`. With `kept_ids` a tuple: also log P_mem of
             these ids together, `(n,)`.
         """
         device = self.lm_head.weight.device
@@ -172,8 +172,8 @@ class MLPMemory(nn.Module):
             if kept_ids is not None:
                 kept_scores.append(log_probs[:, kept_ids.to(device)].logsumexp(1))
         if kept_ids is None:
-            return torch.cat(target_scores)
-        return torch.cat(target_scores), torch.cat(kept_scores)
+            return torch.cat(target_scores).to(keys.device)
+        return torch.cat(target_scores).to(keys.device), torch.cat(kept_scores).to(keys.device)
 
     def check_model(self, model: Any) -> None:
         """

@@ -151,6 +151,7 @@ def _read_completion(line: bytes, where: str, prompts: list[list[int]], settings
     if stored["settings"] != settings_hash:
         problem = "an answer of another model or index, or with other settings"
         raise ValueError(f"{where}: {problem}; choose another output_file.")
+    stored.setdefault("neighbors", [])  # a file of an earlier release
     values = {field.name: stored[field.name] for field in fields(Completion)}
     values["retrievals"] = []
     for trace in stored["retrievals"]:

@@ -76,17 +76,22 @@ def ffn_name(gen: Any) -> str:
     return FFN_NAMES[kind].format(gen.config.get_text_config().num_hidden_layers - 1)
 
 
-def document_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def encode_documents(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """
-    Return the token ids of a document: BOS, if the tokenizer has one, and the text; no EOS.
+    Return the token ids of documents: BOS, if the tokenizer has one, and the text; no EOS.
 
-    A control token in the text is read as text.
+    A control token in a text is read as text.
 
     Raises:
-        `ValueError`: when the tokenizer has no ordinary tokens for the characters of a special token in the text.
+        `ValueError`: when the tokenizer has no ordinary tokens for the characters of a special token in a text.
     """
     bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    return bos + encode_texts(tokenizer, [text])[0]
+    return [bos + ids for ids in encode_texts(tokenizer, texts)]
+
+
+def document_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token ids of one document, see [`encode_documents`]."""
+    return encode_documents([text], tokenizer)[0]
 
 
 def windows(length: int, max_length: int, stride: int) -> Iterator[tuple[int, int, int]]:

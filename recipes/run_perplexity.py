@@ -2,7 +2,7 @@
 Measure the perplexity of text under a language model alone and with token memories, in one pass over the text.
 
     python recipes/run_perplexity.py --model out --memory mem mlp --text_file heldout.jsonl --output_dir results
-    python recipes/run_perplexity.py --model gpt2 --memory mem --weight 0.1 --k 256 --text_file book.txt --output_dir r
+    python recipes/run_perplexity.py --model gpt2 --memory mem --memory_weight 0.1 --text_file book.txt --output_dir r
 
 The text is JSON Lines or Parquet with a `text` column, a document a line, or a plain text file, which is one document.
 Documents are read in sliding windows; every token but the first of a document is predicted once. `--output_dir` gets
@@ -33,8 +33,9 @@ from trainer.judging.perplexity import LM, Memories, TextScores, peak_memory, sc
 from trainer.judging.results import FORMAT
 from trainer.reports.perplexity import write_perplexity_report
 
+from shared.memory_options import call_config
 from shared.processes import processes
-from shared.token_memories import load_gen, overridden, read_documents
+from shared.token_memories import load_gen, read_documents
 
 
 def main() -> None:
@@ -58,7 +59,7 @@ def main() -> None:
                 memory.to(model.device)
             elif args.memory_device:
                 memory.to(args.memory_device)
-            memories[path] = (memory, overridden(memory.memory_config, args.weight, args.k, args.temperature))
+            memories[path] = (memory, call_config(memory, args))
         documents = NgramHashes(read_documents(args.text_file, tokenizer, args.max_documents))
         scores = score_text(
             model, documents, memories, max_length=max_length, stride=stride, batch_size=args.batch_size

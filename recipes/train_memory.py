@@ -8,7 +8,7 @@ Train an MLP memory on the keys of a token datastore, and fit how a memory joins
 
 The keys are read from their files in shuffled blocks. Any option of `transformers.TrainingArguments` may be given, and
 `--resume_from_checkpoint` resumes a run. With `--fit_file`, the weight, temperature and (of a KNNMemory) k with the
-lowest perplexity are written into the config of the memory, and all that was tried into OUTPUT_DIR/memory_fit.json.
+lowest perplexity are written into the config of the memory, and all that was tried into `memory_fit.json` beside it.
 """
 
 from dataclasses import asdict
@@ -61,7 +61,7 @@ def main() -> None:
             memory = trainer.model
             is_main_process = trainer.is_world_process_zero()
         if script.fit_file and is_main_process:
-            fit(script, args.output_dir, model, tokenizer, memory, folder, datastore)
+            fit(script, model, tokenizer, memory, folder, datastore)
 
 
 def check(script: MemoryTrainingScriptArguments) -> None:
@@ -104,7 +104,6 @@ def train(
 
 def fit(
     script: MemoryTrainingScriptArguments,
-    output_dir: str,
     model: Any,
     tokenizer: Any,
     memory: KNNMemory | MLPMemory,
@@ -133,10 +132,9 @@ def fit(
         memory.to(keys.device)
     found = fit_memory_config(memory, keys, values, lm, lm_kept, kept_ids)
     write_memory_config(memory, folder, found.memory_config)
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
     overlap = None if datastore is None else documents.overlap(datastore)
     facts = {"fit_file": script.fit_file, "tokens": len(lm), "ngram_overlap": overlap, **asdict(found)}
-    write_json(Path(output_dir) / "memory_fit.json", facts)
+    write_json(folder / "memory_fit.json", facts)
     print_fit(found, len(lm), folder)
     if overlap:
         share = shown(overlap, "ngram_overlap")

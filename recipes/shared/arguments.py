@@ -404,9 +404,13 @@ class PerplexityArguments:
     memory: list[str] = field(
         default_factory=list, metadata={"help": "Names or paths of memories of this model, of either kind."}
     )
-    weight: float | None = field(default=None, metadata={"help": "Weight of every memory; defaults to its own."})
-    k: int | None = field(default=None, metadata={"help": "Neighbours of every KNNMemory; defaults to its own."})
-    temperature: float | None = field(
+    memory_weight: float | None = field(
+        default=None, metadata={"help": "Weight of every memory; defaults to its own."}
+    )
+    memory_k: int | None = field(
+        default=None, metadata={"help": "Neighbours of every KNNMemory; defaults to its own."}
+    )
+    memory_temperature: float | None = field(
         default=None, metadata={"help": "Temperature of every memory; defaults to its own."}
     )
     max_length: int | None = field(default=None, metadata={"help": WINDOW_HELP})

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # a recipe that only prints its options does not wait for torch
-    from modeling_cosup import CoSupForCausalLM
+    from modeling_cosup import CoSupForCausalLM, MemoryConfig
 
 FIELDS = {  # option -> field of MemoryConfig
     "memory_weight": "weight",
@@ -53,6 +53,11 @@ def open_memory(model: CoSupForCausalLM, options: MemoryOptions) -> dict[str, An
     if options.memory is None:
         return {}
     memory = model.load_memory(options.memory)
-    values = {name: getattr(options, option) for option, name in FIELDS.items()}
+    return {"memory": memory, "memory_config": call_config(memory, options)}
+
+
+def call_config(memory: Any, options: Any) -> MemoryConfig:
+    """Return a memory's config, with those of a recipe's options `FIELDS` that were given in place of its values."""
+    values = {name: getattr(options, option, None) for option, name in FIELDS.items()}
     given = {name: value for name, value in values.items() if value is not None}
-    return {"memory": memory, "memory_config": replace(memory.memory_config, **given)}
+    return replace(memory.memory_config, **given)

@@ -2,13 +2,12 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from modeling_cosup import CoSupForCausalLM, MemoryConfig
+from modeling_cosup import CoSupForCausalLM
 from modeling_cosup.datastore_build_cosup import read_texts
 from modeling_cosup.token_keys_cosup import document_ids
 
@@ -20,12 +19,6 @@ def load_gen(name: str, dtype: str) -> tuple[Any, PreTrainedTokenizerBase]:
     else:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     return model.eval(), AutoTokenizer.from_pretrained(name)
-
-
-def overridden(config: MemoryConfig, weight: float | None, k: int | None, temperature: float | None) -> MemoryConfig:
-    """Return a memory's config with the options that were given in their place."""
-    options = {"weight": weight, "k": k, "temperature": temperature}
-    return replace(config, **{name: value for name, value in options.items() if value is not None})
 
 
 def read_documents(

@@ -396,6 +396,7 @@ def kill_at(step, module, name, calls):
         return real(*args, **kwargs)
     setattr(module, name, wrapped)
 
+model = make_model()  # once: a child that made it would import it all again
 for step in range(1, 20):
     child = os.fork()
     if child == 0:
@@ -404,7 +405,7 @@ for step in range(1, 20):
         for name in ("seal", "write_config", "sweep"):
             kill_at(step, folder_store_cosup, name, calls)
         kill_at(step, os, "replace", calls)
-        index.add([{"id": "new", "text": "word"}], make_model(), show_progress_bar=False)
+        index.add([{"id": "new", "text": "word"}], model, show_progress_bar=False)
         index.delete(["p0"])
         os._exit(0)
     _, status = os.waitpid(child, 0)

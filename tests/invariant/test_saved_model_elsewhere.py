@@ -102,6 +102,7 @@ def describe(folder, index_folder, auto, options):
             model.save_pretrained(job["again"] + folder.rsplit("/", 1)[1])
             model.save_gen("gen")
             result["card of gen"] = Path("gen/README.md").read_text()
+            result["building a memory"] = error_of(model.build_memory, ["a text"])
             result["corpus in a file"] = error_of(model.build_index, "corpus.jsonl", show_progress_bar=False)
     return result
 
@@ -197,6 +198,7 @@ def check_result(result, model, index, output, logits):
 
     if "card of gen" in result:  # without the package an error names it, and a plain card is written
         assert "pip install cosup" in result["corpus in a file"]
+        assert "To build a memory, install the package: pip install cosup." in result["building a memory"]
         assert "library_name: transformers" in result["card of gen"]
         assert "# gen\n\nGen of a CoSup model" in result["card of gen"]
     if "ids" in result:

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from modeling_cosup import KNNMemory, MemoryConfig, MLPMemory
+from modeling_cosup.memory_cosup import target_log_probs
 from support.models import make_gen, make_model
 from trainer.judging import overlap
 from trainer.judging.intervals import resampled_means
 from trainer.judging.overlap import NGRAM, NgramHashes
-from trainer.judging.perplexity import TextScores, kept_ids_of, score_text
+from trainer.judging.perplexity import TextScores, kept_ids_of, score_text, target_and_kept
 
 NAME = "model.layers.1.mlp"
 WINDOW, STRIDE = 16, 6
@@ -138,6 +139,34 @@ def test_log_likelihoods_equal_dense_arithmetic_in_float64(model, documents, arm
     assert scores.log_likelihoods["control"] == pytest.approx(scores.log_likelihoods["lm"], abs=1e-6)
     assert (scores.log_likelihoods["off"] == scores.log_likelihoods["lm"]).all()
     assert not np.allclose(scores.log_likelihoods["near"], scores.log_likelihoods["lm"], atol=0.1)
+
+
+@pytest.mark.parametrize("surplus", [-5.0, 1.0, 10.0, 30.0])
+def test_the_mixture_where_a_kept_id_is_all_but_certain(surplus):
+    torch.manual_seed(0)
+    logits = torch.randn(6, 40)
+    logits[:, 3] += surplus
+    targets = torch.tensor([5, 6, 7, 8, 9, 3])
+    memory = torch.randn(6, 40).double().log_softmax(1)
+    memory[:, [3, 4]] = -torch.inf
+    memory = memory.log_softmax(1)
+    lm, lm_kept = target_and_kept(logits, targets, torch.tensor([3, 4]))
+    chosen, nothing = memory.gather(1, targets[:, None])[:, 0], torch.full((6,), -torch.inf)
+    mixed = target_log_probs(lm, chosen, 0.5, lm_kept, nothing, targets == 3)
+    p_lm = logits.double().softmax(1)
+    others = p_lm.clone()
+    others[:, [3, 4]] = 0
+    expected = 0.5 * p_lm + 0.5 * others.sum(1, keepdim=True) * memory.exp()
+    expected = torch.where(targets == 3, p_lm[:, 3], expected.gather(1, targets[:, None])[:, 0])
+    torch.testing.assert_close(mixed.double(), expected.log(), atol=1e-5, rtol=0)
+
+
+def test_a_model_without_control_tokens_keeps_its_ends(model):
+    plain = copy.copy(model)
+    plain.config = copy.deepcopy(model.config)
+    plain.config.nsp_token_id = plain.config.cs_token_id = plain.config.ce_token_id = None
+    ends = model.generation_config.eos_token_id
+    assert kept_ids_of(plain).tolist() == sorted(np.atleast_1d(ends).tolist())
 
 
 def test_a_plain_gen_has_only_its_ends(documents):

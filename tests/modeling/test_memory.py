@@ -1,5 +1,6 @@
 """States of Gen that forward returns on request, and what generate() takes and refuses as a token memory."""
 
+import json
 import threading
 
 import pytest
@@ -10,7 +11,7 @@ from modeling_cosup import MemoryConfig, RetrievalConfig
 from modeling_cosup.states_cosup import recording, watch
 from support.generation import Collect
 from support.memories import LAST_MLP, StateMemory
-from support.models import make_model
+from support.models import PASSAGES, make_model
 
 NAMES = {**LAST_MLP, "qwen3": "model.layers.0.self_attn"}  # called with keywords
 
@@ -211,6 +212,13 @@ def test_an_output_file_belongs_to_one_memory_and_its_config(tmp_path, ids):
     for memories in ({"memory": other}, {"memory": None}, lighter):
         with pytest.raises(ValueError, match="with other settings"):
             model.generate_many(ids.tolist(), **memories, **options)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:  # as earlier releases wrote them
+        del line["neighbors"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    calls = len(first.calls)
+    assert model.generate_many(ids.tolist(), memory=first, **options) == answers
+    assert len(first.calls) == calls
 
 
 def test_a_stream_is_the_row(ids):
@@ -237,3 +245,10 @@ def test_half_precision(ids):
     output = model.generate(ids, memory=memory, max_new_tokens=4)
     assert memory.calls
     assert output.shape == (2, 10)
+    # a pass whose decode step is mixed and whose passages are not
+    index = model.build_index(PASSAGES, show_progress_bar=False)
+    options = {"retriever": index, "retrieval_config": RetrievalConfig(force_nsp_first=True, max_retrievals=1)}
+    config = MemoryConfig(weight=0.7, grounded_weight=0.0)
+    options |= {"max_new_tokens": 4, "return_dict_in_generate": True}
+    output = model.generate(ids, memory=memory, memory_config=config, **options)
+    assert [len(trace) for trace in output.retrievals] == [1, 1]

@@ -119,8 +119,9 @@ def test_config_and_generation_config_say_what_is_needed(tmp_path):
     assert "load_emb_seq" not in config
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     fingerprint = model.fingerprint()
-    hashes = ("emb_seq", "tokenizer", "emb_seq_tokenizer")
-    assert config["fingerprint"] == {name: fingerprint[name] for name in hashes}
+    hashes = {name: fingerprint[name] for name in ("emb_seq", "tokenizer", "emb_seq_tokenizer")}
+    hashes["gen"] = model.memory_fingerprint()["gen"]  # of an index only if Gen is Emb_seq
+    assert config["fingerprint"] == hashes
     control_ids = [config["nsp_token_id"], config["cs_token_id"], config["ce_token_id"]]
     assert control_ids == model.tokenizer.convert_tokens_to_ids(["[NSP]", "[Cs]", "[CE]"])
     generation = json.loads((tmp_path / "generation_config.json").read_text())

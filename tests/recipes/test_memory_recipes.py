@@ -53,8 +53,8 @@ def results(world, tmp_path_factory):
             model=world / "model",
             text_file=world / "text.jsonl",
             output_dir=output,
-            weight=0.5,
-            k=3,
+            memory_weight=0.5,
+            memory_k=3,
             max_length=16,
             max_documents=3,
             num_threads=1,
@@ -143,10 +143,9 @@ def test_a_datastore_is_fitted_in_its_folder(world, results, monkeypatch, tmp_pa
         "model": world / "model",
         "memory": tmp_path / "knn",
         "fit_file": world / "text.jsonl",
-        "output_dir": tmp_path / "fit",
     }
     runs_here(monkeypatch, "train_memory", fit_only="true", max_length=16, **options)
-    fit = json.loads((tmp_path / "fit" / "memory_fit.json").read_text())
+    fit = json.loads((tmp_path / "knn" / "memory_fit.json").read_text())
     measured = json.loads((results / "perplexity.json").read_text())
     assert fit["ngram_overlap"] == measured["arms"][str(world / "knn")]["ngram_overlap"] > 0
     assert "are in the datastore: the weight is too high" in capsys.readouterr().out
@@ -201,7 +200,7 @@ def test_bad_options_are_reported(world, monkeypatch, tmp_path):
         (["--memory", tmp_path / "none"], "no such file or folder"),
         (["--max_documents", "0"], "--max_documents is 0, expected at least 1"),
         (["--max_length", "9999"], "max_length is 9999, the model reads at most"),
-        (["--memory", knn, "--weight", "2"], "weight is 2.0, expected a number from 0 to 1"),
+        (["--memory", knn, "--memory_weight", "2"], "weight is 2.0, expected a number from 0 to 1"),
         (["--memory", world / "gen_knn"], "This memory was made with another model"),
         (["--text_file", tmp_path / "none.jsonl"], "no such file"),
     ):

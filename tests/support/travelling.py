@@ -11,6 +11,7 @@ STAYS = {
     "card_cosup.py": "cards of models, parts and indexes; without it a plain card is written",
     "checks_cosup.py": "checks of a model while it is built from two others, which needs the package",
     "corpus_cosup.py": "corpora in files; without it an index is built from a list of passages",
+    "datastore_build_cosup.py": "building a token datastore; loading and using one needs none of it",
     "lines_cosup.py": "JSON Lines, the format of corpora and results",
     "memory_card_cosup.py": "cards of token memories; without it a plain card is written",
     "milvus_client_cosup.py": "the client of a Milvus server",

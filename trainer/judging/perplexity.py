@@ -1,5 +1,6 @@
 """Perplexity of text under Gen alone and under Gen with token memories, in one pass over the text."""
 
+import math
 import resource
 import time
 from collections import defaultdict
@@ -9,17 +10,18 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from modeling_cosup import KNNMemory, MemoryConfig, MLPMemory
 from modeling_cosup.architectures_cosup import lm_logits
 from modeling_cosup.memory_cosup import target_log_probs
+from modeling_cosup.mlp_memory_cosup import LOGITS_AT_ONCE
 from modeling_cosup.token_keys_cosup import TokenStates, gen_of, token_states
 
 from .figures import Measured
 from .intervals import Mean
 
 LM = "lm"  # the arm of Gen alone
-LOGITS_AT_ONCE = 2**24  # logits that are alive at a time: 64 MB
 Memories: TypeAlias = Mapping[str, tuple[KNNMemory | MLPMemory, MemoryConfig]]
 
 
@@ -167,7 +169,8 @@ def kept_ids_of(model: Any) -> torch.Tensor:
     ends = model.generation_config.eos_token_id
     ids = {ends} if isinstance(ends, int) else set(ends or ())
     if model.config.model_type == "cosup":
-        ids |= {model.config.nsp_token_id, model.config.cs_token_id, model.config.ce_token_id}
+        control = (model.config.nsp_token_id, model.config.cs_token_id, model.config.ce_token_id)
+        ids |= {id for id in control if id is not None}  # a model may have none
     return torch.tensor(sorted(ids), dtype=torch.long, device=model.device)
 
 
@@ -202,4 +205,10 @@ def target_and_kept(
     """Return the log-probabilities `(n,)` of the targets, and of all kept ids together."""
     logits = logits.float()
     total = logits.logsumexp(1)
-    return logits.gather(1, targets[:, None])[:, 0] - total, logits[:, kept_ids].logsumexp(1) - total
+    kept = logits[:, kept_ids].logsumexp(1)
+    log_kept = kept - total
+    # where kept ids have most of the mass, 1 - P(C) would be a difference of almost equal numbers
+    likely = (log_kept > math.log(0.5)).nonzero()[:, 0]
+    others = logits[likely].index_fill(1, kept_ids, float("-inf")).logsumexp(1)
+    log_kept[likely] = -F.softplus(others - kept[likely])
+    return logits.gather(1, targets[:, None])[:, 0] - total, log_kept
