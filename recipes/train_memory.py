@@ -30,6 +30,7 @@ from modeling_cosup.files_cosup import write_json
 from modeling_cosup.opening_cosup import load_memory
 from modeling_cosup.token_keys_cosup import window_size
 from trainer.judging.figures import shown
+from trainer.judging.overlap import NgramHashes
 from trainer.judging.perplexity import gen_scores, kept_ids_of
 from trainer.memory import MemoryTrainer
 from trainer.memory_args import MemoryTrainingArguments
@@ -52,6 +53,7 @@ def main() -> None:
         model.to(args.device)
         memory.check_model(model)
         folder = Path(script.memory)
+        datastore = memory if isinstance(memory, KNNMemory) else None
         is_main_process = True
         if not script.fit_only:
             folder = Path(args.output_dir)
@@ -59,7 +61,7 @@ def main() -> None:
             memory = trainer.model
             is_main_process = trainer.is_world_process_zero()
         if script.fit_file and is_main_process:
-            fit(script, model, tokenizer, memory, folder)
+            fit(script, model, tokenizer, memory, folder, datastore)
 
 
 def check(script: MemoryTrainingScriptArguments) -> None:
@@ -106,13 +108,18 @@ def fit(
     tokenizer: Any,
     memory: KNNMemory | MLPMemory,
     folder: Path,
+    datastore: KNNMemory | None,
 ) -> None:
-    """Fit the memory on held-out text, write its config and what was tried, and print the best."""
+    """
+    Fit the memory on held-out text, write its config and what was tried, and print the best.
+
+    Warns if the `datastore`, which is the memory or what it was trained on, holds the text.
+    """
     max_length, stride = window_size(model, script.max_length, script.stride)
     kept_ids = kept_ids_of(model)
     parts: list[tuple[torch.Tensor, ...]] = []
     num_tokens = 0
-    documents = read_documents(script.fit_file, tokenizer)
+    documents = NgramHashes(read_documents(script.fit_file, tokenizer))
     for scores in gen_scores(model, documents, kept_ids, max_length=max_length, stride=stride, batch_size=1):
         parts.append((scores.states.keys, scores.states.values, scores.lm, scores.lm_kept))
         num_tokens += len(scores.lm)
@@ -125,8 +132,13 @@ def fit(
         memory.to(keys.device)
     found = fit_memory_config(memory, keys, values, lm, lm_kept, kept_ids)
     write_memory_config(memory, folder, found.memory_config)
-    write_json(folder / "memory_fit.json", {"fit_file": script.fit_file, "tokens": len(lm), **asdict(found)})
+    overlap = None if datastore is None else documents.overlap(datastore)
+    facts = {"fit_file": script.fit_file, "tokens": len(lm), "ngram_overlap": overlap, **asdict(found)}
+    write_json(folder / "memory_fit.json", facts)
     print_fit(found, len(lm), folder)
+    if overlap:
+        share = shown(overlap, "ngram_overlap")
+        print(f"warning: {share} % of the 16-grams of {script.fit_file} are in the datastore: the weight is too high.")
 
 
 def print_fit(found: MemoryFit, num_tokens: int, folder: Path) -> None:

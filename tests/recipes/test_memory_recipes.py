@@ -137,7 +137,7 @@ def test_train_fit_and_measure_with_a_plain_gen(world, monkeypatch, tmp_path, ca
     assert measured["arms"][str(output)]["memory_config"] == fit["memory_config"]
 
 
-def test_a_datastore_is_fitted_in_its_folder(world, monkeypatch, tmp_path):
+def test_a_datastore_is_fitted_in_its_folder(world, results, monkeypatch, tmp_path, capsys):
     KNNMemory.from_pretrained(world / "knn").save_pretrained(tmp_path / "knn")
     options = {
         "model": world / "model",
@@ -146,6 +146,9 @@ def test_a_datastore_is_fitted_in_its_folder(world, monkeypatch, tmp_path):
     }
     runs_here(monkeypatch, "train_memory", fit_only="true", max_length=16, **options)
     fit = json.loads((tmp_path / "knn" / "memory_fit.json").read_text())
+    measured = json.loads((results / "perplexity.json").read_text())
+    assert fit["ngram_overlap"] == measured["arms"][str(world / "knn")]["ngram_overlap"] > 0
+    assert "are in the datastore: the weight is too high" in capsys.readouterr().out
     fitted = KNNMemory.from_pretrained(tmp_path / "knn")
     assert fitted.memory_config.to_dict() == fit["memory_config"]
     assert {trial["k"] for trial in fit["trials"]} == {min(k, len(fitted)) for k in KS}
