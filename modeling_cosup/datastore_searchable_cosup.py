@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .datastore_files_cosup import MEMORY_FORMAT, content_digest
@@ -125,9 +126,13 @@ class SearchableKeys(FolderStore):
         """Return the token ids of rows, int64 of the shape of `rows`."""
         return gather_values(self._shards, rows)
 
-    def check_model(self, model: Any) -> None:
-        """Raise a `ValueError` that names what differs unless the keys are states of this model's Gen."""
-        check_memory_fingerprint(self.config["fingerprint"], model)
+    def check_model(self, model: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        """
+        Raise a `ValueError` that names what differs unless the keys are states of this model's Gen.
+
+        A plain language model does not hold its `tokenizer`; it is compared only if it is given.
+        """
+        check_memory_fingerprint(self.config["fingerprint"], model, tokenizer)
 
     # ------------------------------------------------------------------ searching
 

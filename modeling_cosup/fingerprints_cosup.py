@@ -41,20 +41,23 @@ def memory_fingerprint(gen: PreTrainedModel, tokenizer: PreTrainedTokenizerBase 
     return hashes
 
 
-def check_memory_fingerprint(fingerprint: dict[str, str], model: Any) -> None:
+def check_memory_fingerprint(
+    fingerprint: dict[str, str], model: Any, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
     """
     Raise unless a memory is of this model: its keys are states of the model's Gen.
 
     Args:
         fingerprint (`dict`): of the memory, see [`memory_fingerprint`].
         model ([`CoSupForCausalLM`] or `PreTrainedModel`): the model that the memory is used with.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): of a plain language model, see [`memory_fingerprint`].
 
     Raises:
         `ValueError`: names everything that differs, with both values.
     """
     names = {"gen": "weights of Gen's body", "tokenizer": "tokenizer", "key": "key"}
     lines = []
-    for name, model_value in memory_fingerprint(model).items():
+    for name, model_value in memory_fingerprint(model, tokenizer).items():
         value = fingerprint.get(name, model_value)
         if value != model_value:
             lines.append(f"  {names[name]}: the memory has {value[:24]}, the model {model_value[:24]}")

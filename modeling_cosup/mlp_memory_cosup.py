@@ -175,19 +175,20 @@ class MLPMemory(nn.Module):
             return torch.cat(target_scores).to(keys.device)
         return torch.cat(target_scores).to(keys.device), torch.cat(kept_scores).to(keys.device)
 
-    def check_model(self, model: Any) -> None:
+    def check_model(self, model: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """
         Raise unless this memory was made for the Gen of a model.
 
         Args:
             model (`PreTrainedModel`): a [`CoSupForCausalLM`] or another causal language model.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*): of another causal language model, to compare it too.
 
         Raises:
             `ValueError`: names what differs, and a vocabulary of another size.
         """
         if not self.states:
             raise ValueError("This memory does not say whose keys it reads: make it with MLPMemory.from_gen.")
-        check_memory_fingerprint(self.gen_fingerprint, model)
+        check_memory_fingerprint(self.gen_fingerprint, model, tokenizer)
         vocab_size = model.get_output_embeddings().weight.shape[0]
         if vocab_size != self.vocab_size:
             raise ValueError(f"This memory predicts {self.vocab_size:,} tokens, the model {vocab_size:,}.")

@@ -55,6 +55,7 @@ def main() -> None:
         memories: dict[str, Any] = {}
         for path in args.memory:
             memory = load_memory(path)
+            memory.check_model(model, tokenizer)
             if isinstance(memory, MLPMemory):
                 memory.to(model.device)
             elif args.memory_device:

@@ -51,7 +51,7 @@ def main() -> None:
             raise ValueError(f"--memory {script.memory} has no keys to train on; --fit_only true fits it.")
         model, tokenizer = load_gen(script.model, script.dtype)
         model.to(args.device)
-        memory.check_model(model)
+        memory.check_model(model, tokenizer)
         folder = Path(script.memory)
         datastore = memory if isinstance(memory, KNNMemory) else None
         is_main_process = True

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import re
+import shutil
 import sys
 
 import pytest
@@ -193,6 +194,9 @@ def test_a_memory_is_built(world, monkeypatch, tmp_path, capsys):
 
 
 def test_bad_options_are_reported(world, monkeypatch, tmp_path):
+    shutil.copytree(world / "gen", tmp_path / "gen")
+    make_tokenizer(bos=None).save_pretrained(tmp_path / "gen")
+    of_gen = ["--model", tmp_path / "gen", "--memory", world / "gen_knn"]
     common = ["--model", world / "model", "--text_file", world / "text.jsonl", "--output_dir", tmp_path / "out"]
     knn = str(world / "knn")
     for options, message in (
@@ -202,6 +206,7 @@ def test_bad_options_are_reported(world, monkeypatch, tmp_path):
         (["--max_length", "9999"], "max_length is 9999, the model reads at most"),
         (["--memory", knn, "--memory_weight", "2"], "weight is 2.0, expected a number from 0 to 1"),
         (["--memory", world / "gen_knn"], "This memory was made with another model"),
+        (of_gen, "tokenizer: the memory has"),
         (["--text_file", tmp_path / "none.jsonl"], "no such file"),
     ):
         assert message in fails_here(monkeypatch, "run_perplexity", *common, *options)
@@ -218,6 +223,7 @@ def test_bad_options_are_reported(world, monkeypatch, tmp_path):
         (["--memory", world / "mlp"], "has no keys to train on"),
         (["--memory", knn, "--fit_only", "true"], "--fit_only needs a --fit_file"),
         (["--memory", world / "gen_knn"], "This memory was made with another model"),
+        (of_gen, "tokenizer: the memory has"),
         (["--memory", knn, "--fit_file", tmp_path / "none.jsonl"], "no such file"),
     ):
         assert message in fails_here(monkeypatch, "train_memory", *common, *options)
