@@ -139,6 +139,8 @@ def test_without_a_retriever(gen):
     assert [[*prompt, *done.token_ids] for prompt, done in zip(prompts, many, strict=True)] == rows
     sampled = model.generate(**inputs, do_sample=True, top_k=1, return_dict_in_generate=True, **options)
     assert torch.equal(sampled.sequences, output.sequences)
+    static = model.generate(**inputs, cache_implementation="static", return_dict_in_generate=True, **options)
+    assert torch.equal(static.sequences, output.sequences)
 
 
 @pytest.mark.parametrize("sample", [{}, {"do_sample": True, "temperature": 3.0, "repetition_penalty": 1.3}])
