@@ -99,6 +99,11 @@ class MemoryTrainer(Trainer):
         self.kl_weight = args.kl_weight
         self.knn_config = memory_config or datastore.memory_config
         self.held_out = held_out_rows(datastore, args.validation_split, args.seed)
+        if 0 < len(self.held_out) < args.world_size:
+            raise ValueError(
+                f"validation_split {args.validation_split} holds out {len(self.held_out)} keys, fewer than the "
+                f"{args.world_size} processes: raise it, or leave it out."
+            )
         super().__init__(
             model=memory,
             args=args,
