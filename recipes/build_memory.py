@@ -16,7 +16,7 @@ from typing import Any
 
 from shared.cli import check_options, clear_errors, parse, table
 
-from shared.arguments import BuildMemoryArguments
+from shared.memory_arguments import BuildMemoryArguments
 
 if __name__ == "__main__":  # --help and a wrong option do not wait for the imports below
     check_options([BuildMemoryArguments], __doc__)

@@ -27,7 +27,7 @@ capitalised words in the vocabulary of `--tokenizer`.
 
 from shared.cli import check_options, clear_errors, parse, table_of_counts
 
-from shared.arguments import MacondoArguments
+from shared.memory_arguments import MacondoArguments
 
 if __name__ == "__main__":  # --help and a wrong option do not wait for the imports below
     check_options([MacondoArguments], __doc__)

@@ -26,7 +26,7 @@ from typing import Any
 
 from shared.cli import check_options, clear_errors, parse
 
-from shared.arguments import MemoryRunnerArguments
+from shared.memory_arguments import MemoryRunnerArguments
 
 if __name__ == "__main__":  # --help and a wrong option do not wait for the imports below
     check_options([MemoryRunnerArguments], __doc__)

@@ -15,7 +15,7 @@ from typing import Any
 
 from shared.cli import check_options, check_place, clear_errors, parse, table
 
-from shared.arguments import PerplexityArguments
+from shared.memory_arguments import PerplexityArguments
 
 if __name__ == "__main__":  # --help and a wrong option do not wait for the imports below
     check_options([PerplexityArguments], __doc__)

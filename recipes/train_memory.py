@@ -17,7 +17,7 @@ from typing import Any
 
 from shared.cli import check_options, clear_errors, parse, table
 
-from shared.arguments import MEMORY_TRAINING_ARGUMENTS, MemoryTrainingScriptArguments
+from shared.memory_arguments import MEMORY_TRAINING_ARGUMENTS, MemoryTrainingScriptArguments
 
 if __name__ == "__main__":  # --help and a wrong option do not wait for the imports below
     check_options([MemoryTrainingScriptArguments, MEMORY_TRAINING_ARGUMENTS], __doc__)

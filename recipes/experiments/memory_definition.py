@@ -33,8 +33,8 @@ from trainer.memory import train_mlp_memory
 from trainer.memory_fit import fit_memory_config
 
 from experiments.definition import check_seeds, find, read_yaml
-from shared.arguments import MacondoArguments
 from shared.macondo import check_sizes
+from shared.memory_arguments import MacondoArguments
 
 
 def options_of(function: Callable, *others: str) -> set[str]:

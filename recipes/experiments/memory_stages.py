@@ -24,8 +24,8 @@ from experiments.launching import locked_folder
 from experiments.memory_definition import MemoryExperiment
 from experiments.memory_training import new_gen, train_gen
 from experiments.task_files import digest_of_content
-from shared.arguments import MacondoArguments
 from shared.macondo import prepare_macondo
+from shared.memory_arguments import MacondoArguments
 
 DONE = "done.json"  # what a stage says about itself, written last
 

@@ -25,7 +25,7 @@ from shared.quickstart_world import SYLLABLES
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from shared.arguments import MacondoArguments
+    from shared.memory_arguments import MacondoArguments
 
 FIRST_YEAR, LAST_BIRTH, LAST_YEAR = 1800, 2005, 2023
 COMING_OF_AGE = 18  # years from a villager's birth to the marriage, at least

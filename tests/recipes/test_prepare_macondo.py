@@ -11,9 +11,9 @@ from transformers import AutoTokenizer
 from modeling_cosup.lines_cosup import read_lines
 from support.models import make_tokenizer
 
-from shared.arguments import MacondoArguments
 from shared.macondo import OF_THE_PAPER, OURS, Macondo, child_tokens, optimum
 from shared.macondo import prepare_macondo as prepare
+from shared.memory_arguments import MacondoArguments
 
 SPLITS = ("train", "validation", "test")
 
