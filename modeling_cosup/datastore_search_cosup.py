@@ -136,16 +136,22 @@ def _search(
         if scores.shape[1] > keep:
             best = _largest(scores, keep)
             scores, rows = scores.gather(1, best), rows.gather(1, best)
+    tied = torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
     if scores.shape[1] == keep:
         last = scores == scores.amin(1, keepdim=True)
         tied = last.sum(1) > 1
-        if tied.any():
-            _take_first_of_tied(shards, queries, excluded, scores, rows, last & tied[:, None])
+        if tied.all():
+            _take_first_of_tied(shards, queries, excluded, scores, rows, last)
     distances = (queries.square().sum(1, keepdim=True) - 2 * scores).clamp_(min=0)
     near = 2 * NEAR * queries.square().sum(1, keepdim=True)  # a near key has nearly the norm of the query
     recompute(shards, queries, distances, rows, distances <= near)
     distances, rows = sort_by_distance(distances, rows)
-    return distances[:, :k], rows[:, :k]
+    distances, rows = distances[:, :k], rows[:, :k]
+    if tied.any() and not tied.all():
+        # a search of their own, so that all keys are read again for these alone
+        excluded_of_tied = None if excluded is None else excluded[tied]
+        distances[tied], rows[tied] = _search(shards, queries[tied], k, excluded_of_tied)
+    return distances, rows
 
 
 def _scored_blocks(
@@ -214,18 +220,17 @@ def _take_first_of_tied(
     last: torch.Tensor,
 ) -> None:
     """
-    Replace rows that tie for the last places by the first rows of the same score, in place.
+    Replace rows that tie for the last places by the first rows of the same score, in place. All queries have ties.
 
     Args:
         scores (`torch.FloatTensor` of shape `(n, k + 1)`), rows (`torch.LongTensor` of shape `(n, k + 1)`): the best.
         last (`torch.BoolTensor` of shape `(n, k + 1)`): which of them tie.
     """
     least = scores.amin(1, keepdim=True)
-    tied = last.any(1, keepdim=True)
     rows_of_query: dict[int, list[int]] = {}
-    # all queries again, so that every score comes out as before
+    # the same queries again, so that every score comes out as before
     for first_row, block in _scored_blocks(shards, queries, excluded, scores.shape[1]):
-        for query, column in ((block == least) & tied).nonzero().tolist():
+        for query, column in (block == least).nonzero().tolist():
             rows_of_query.setdefault(query, []).append(first_row + column)
     for query, equal_rows in rows_of_query.items():
         places = last[query].nonzero()[:, 0]

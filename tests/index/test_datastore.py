@@ -114,6 +114,21 @@ def test_ties_are_in_the_order_of_rows_in_every_block(k, exclude, monkeypatch):
     assert torch.equal(neighbors.distances.double(), distances)
 
 
+def test_some_queries_tie_for_the_last_place():
+    generator = torch.Generator().manual_seed(3)
+    keys, queries = torch.randn(700, 24, generator=generator), torch.randn(20, 24, generator=generator)
+    memory = random_memory(keys=keys, dtype="float32")
+    for i, query in enumerate((3, 11)):
+        last = int(memory.search(queries, 9).rows[query, -1])
+        keys[698 + i] = keys[last]
+    memory = random_memory(keys=keys, dtype="float32")
+    neighbors = memory.search(queries, 9)
+    _, rows = nearest(memory, queries, 9)
+    assert torch.equal(neighbors.rows, rows)
+    tied = (memory.search(queries, 10).distances[:, -2:].diff() == 0).nonzero()[:, 0]
+    assert tied.tolist() == [3, 11]
+
+
 def test_one_key_and_no_query():
     memory = random_memory(count=1, shards=1)
     assert memory.search(torch.zeros(2, 24), 5).rows.tolist() == [[0], [0]]
