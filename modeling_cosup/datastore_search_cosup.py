@@ -28,8 +28,8 @@ class KeyShard:
         keys (`torch.Tensor` of shape `(n, d)`): float32, float16 or bfloat16.
         half_norms (`torch.FloatTensor` of shape `(n,)`): ‖k‖²/2 of the keys as they are stored.
         values (`torch.IntTensor` of shape `(n,)`): token ids, int32.
-        document_starts (`torch.LongTensor` of shape `(D,)`): for each document, the entry of the shard that is its
-            first; that of the next document if it has none.
+        document_starts (`torch.LongTensor` of shape `(D,)`): the shard's entry with which each document begins. A
+            document without entries begins with the next document.
     """
 
     keys: torch.Tensor

@@ -104,7 +104,7 @@ class SearchableKeys(FolderStore):
 
     @property
     def document_starts(self) -> torch.Tensor:
-        """Row of the first entry of each document, int64 `(D,)`; that of the next document if it has none."""
+        """Row with which each document begins, int64 `(D,)`; a document without entries begins with the next one."""
         if self._document_starts is None:
             starts, first_row = [], 0
             for shard in self._shards:
@@ -280,7 +280,7 @@ class SearchableKeys(FolderStore):
             lm_log_probs (`torch.FloatTensor` of shape `(n,)`, *optional*): Gen's, of the targets. Defaults to a
                 uniform distribution in place of Gen's.
             recompute_distances (`bool`, *optional*, defaults to `True`): compute the distances of the rows found from
-                the stored keys. Those of a compressed index are inexact, and p_mem with them.
+                the stored keys. A compressed index gives inexact distances, and so an inexact p_mem.
             **search_options: `nprobe` (lists that IVF searches), `efSearch` (for HNSW), …
 
         Returns:

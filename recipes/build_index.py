@@ -14,7 +14,6 @@ environment variable MILVUS_TOKEN may hold `user:password` or an API key.
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 from shared.cli import check_options, clear_errors, parse, table
@@ -29,10 +28,8 @@ from modeling_cosup.index_approximate_cosup import empty_approximate
 from modeling_cosup.milvus_client_cosup import milvus_packages
 from trainer.judging.figures import figure, shown
 
-from shared.indexes import check_index_options
+from shared.indexes import check_index_options, file_or_dataset, search_options
 from shared.processes import end_processes, processes
-
-CORPUS_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 
 
 def main() -> None:
@@ -43,7 +40,7 @@ def main() -> None:
         model = CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(state.device)
         check(args, model.config.embedding_size)
         model.build_index(
-            corpus(args),
+            file_or_dataset(args.corpus_file, args.streaming),
             save_directory=args.output_dir,
             batch_size=args.batch_size,
             max_tokens_per_batch=args.max_tokens_per_batch,
@@ -56,21 +53,6 @@ def main() -> None:
         if state.is_main_process:
             finish(args, state.num_processes)
     end_processes()
-
-
-def corpus(args: IndexArguments) -> Any:
-    """Return the corpus for `build_index`: a path or a dataset."""
-    if Path(args.corpus_file).is_file() or args.corpus_file.endswith(CORPUS_SUFFIXES):
-        return args.corpus_file
-    from datasets import load_dataset
-
-    return load_dataset(args.corpus_file, split="train", streaming=args.streaming)
-
-
-def search_options(args: IndexArguments) -> dict[str, int]:
-    """Return the options of the approximate index that were given, under FAISS's names."""
-    options = {"nprobe": args.nprobe, "efSearch": args.ef_search}
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def check(args: IndexArguments, embedding_size: int) -> None:

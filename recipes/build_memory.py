@@ -11,9 +11,6 @@ already in `output_dir` stays until the new one is complete. `recipes/train_memo
 k on held-out text.
 """
 
-from pathlib import Path
-from typing import Any
-
 from shared.cli import check_options, clear_errors, parse, table
 
 from shared.memory_arguments import BuildMemoryArguments
@@ -24,10 +21,9 @@ if __name__ == "__main__":  # --help and a wrong option do not wait for the impo
 from modeling_cosup import KNNMemory
 from modeling_cosup.index_approximate_cosup import L2, empty_approximate
 
+from shared.indexes import file_or_dataset, search_options
 from shared.processes import end_processes, processes
 from shared.token_memories import load_gen
-
-TEXT_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 
 
 def main() -> None:
@@ -40,7 +36,7 @@ def main() -> None:
         check(args, model.config.get_text_config().hidden_size)
         KNNMemory.build(
             model,
-            texts(args),
+            file_or_dataset(args.text_file, args.streaming),
             args.output_dir,
             tokenizer=tokenizer,
             dtype=args.key_dtype,
@@ -55,21 +51,6 @@ def main() -> None:
         if state.is_main_process:
             finish(args, state.num_processes)
     end_processes()
-
-
-def texts(args: BuildMemoryArguments) -> Any:
-    """Return the texts for `KNNMemory.build`: a path or a dataset."""
-    if Path(args.text_file).is_file() or args.text_file.endswith(TEXT_SUFFIXES):
-        return args.text_file
-    from datasets import load_dataset
-
-    return load_dataset(args.text_file, split="train", streaming=args.streaming)
-
-
-def search_options(args: BuildMemoryArguments) -> dict[str, int]:
-    """Return the options of the approximate index that were given, under FAISS's names."""
-    options = {"nprobe": args.nprobe, "efSearch": args.ef_search}
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def check(args: BuildMemoryArguments, key_size: int) -> None:

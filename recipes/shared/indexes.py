@@ -1,7 +1,11 @@
-"""The index of `--index` and `--index_uri`: a folder, a dataset repository on the Hub, or a collection in Milvus."""
+"""
+The index of `--index` and `--index_uri`: a folder, a dataset repository on the Hub, or a collection in Milvus; and
+what the recipes that build an index or a memory have in common.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.cli import check_place
@@ -14,6 +18,8 @@ INDEX_URI_HELP = (
     "Milvus server (http://host:19530) or local file (.db) that holds the index; "
     "a token is read from the variable MILVUS_TOKEN"
 )
+
+FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 
 
 def check_index_options(index: str | None, index_uri: str | None) -> None:
@@ -60,3 +66,18 @@ def close_index(index: Retriever) -> None:
     """Release a Milvus server or file before a training that may take days; an index in a folder needs no release."""
     if hasattr(index, "close"):
         index.close()
+
+
+def file_or_dataset(name: str, streaming: bool) -> Any:
+    """Return the path of a file, or the split `train` of the dataset of that name."""
+    if Path(name).is_file() or name.endswith(FILE_SUFFIXES):
+        return name
+    from datasets import load_dataset
+
+    return load_dataset(name, split="train", streaming=streaming)
+
+
+def search_options(args: Any) -> dict[str, int]:
+    """Return the options of the approximate index that were given to a recipe, under FAISS's names."""
+    options = {"nprobe": args.nprobe, "efSearch": args.ef_search}
+    return {name: value for name, value in options.items() if value is not None}
