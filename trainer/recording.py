@@ -112,7 +112,7 @@ def recording_attention(gen: Any, answer_rows: torch.Tensor) -> Iterator[Recorde
     token = _recorded.set((*_recorded.get(), recorded))
     hook = gen.base_model.register_forward_pre_hook(_refuse_packed_rows, with_kwargs=True)
     try:
-        with _without_compilation():
+        with without_compilation():
             yield recorded
     finally:
         hook.remove()
@@ -135,8 +135,8 @@ def _wrapper(implementation: str, config: PreTrainedConfig) -> str:
     return _WRAPPERS["eager" if caps_scores else "sdpa"]
 
 
-def _without_compilation() -> contextlib.AbstractContextManager:
-    """Return a context in which compiled layers run eagerly: a traced forward could not record."""
+def without_compilation() -> contextlib.AbstractContextManager:
+    """Return a context in which compiled layers run eagerly: they could not record, and would compile every shape."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes a second
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")
