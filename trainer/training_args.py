@@ -148,7 +148,12 @@ class CoSupTrainingArguments(TrainingArguments):
     train_on_passages: bool = field(
         default=False, metadata={"help": "Also train the tokens of retrieved passages (ablation)."}
     )
-    supervision: str = field(default="co", metadata={"help": "co, ntp, nsp, separate (the paper's baseline), attention_distillation or perplexity_distillation."})
+    supervision: str = field(
+        default="co",
+        metadata={
+            "help": "co, ntp, nsp, separate (the paper's baseline), attention_distillation or perplexity_distillation."
+        },
+    )
     num_candidates: int = field(
         default=5, metadata={"help": "Passages that an instance without a passage gets, see candidates_from."}
     )
@@ -278,7 +283,9 @@ class CoSupTrainingArguments(TrainingArguments):
         if self.matryoshka_dims and not self.trains_embeddings:
             raise ValueError("matryoshka_dims cuts embeddings, which supervision='ntp' does not train.")
         if self.matryoshka_dims and self.distills:
-            raise ValueError("matryoshka_dims cuts the embeddings of the NSP loss, and a distillation has another one.")
+            raise ValueError(
+                "matryoshka_dims cuts the embeddings of the NSP loss, and a distillation has another one."
+            )
         check_candidates(self)
         if self.batch_sampler == "no_duplicates" and self.train_sampling_strategy != "random":
             raise ValueError(
