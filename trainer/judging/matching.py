@@ -163,18 +163,31 @@ def answers_to_find(question: dict) -> list[str]:
 
     They are its `answers` or, if it has ALCE's readings, their short answers. Answers that normalise to nothing and
     verdicts (yes, no, true, false, supports, refutes) are left out: a passage that holds the word "no" answers
-    nothing. Datasets whose metric compares whole texts (Wizard of Wikipedia, ELI5) and claims have none.
+    nothing. Questions answered by whole sentences have none: those of datasets whose metric compares texts (Wizard of
+    Wikipedia, ELI5), those with ALCE's claims, and those that say so, by `"meta": {"long_answers": true}`.
 
     Args:
         question (`dict`): an instance with `answers`; `dataset` and `meta` are read if it has them.
     """
     meta = question.get("meta") or {}
-    if meta.get("claims") or DATASET_METRICS.get(question.get("dataset", "")) in LONG_ANSWER_METRICS:
+    if meta.get("long_answers") or meta.get("claims"):
+        return []
+    if DATASET_METRICS.get(question.get("dataset", "")) in LONG_ANSWER_METRICS:
         return []
     answers = question.get("answers") or []
     if meta.get("qa_pairs"):
         answers = [answer for pair in meta["qa_pairs"] for answer in pair["short_answers"]]
     return [answer for answer in answers if normalize_answer(answer) not in ("", *VERDICTS)]
+
+
+def ranking_can_be_judged(question: dict) -> bool:
+    """
+    Return whether a ranking of passages is right or wrong for a question: it has gold passages or, if it is unknown
+    which passages it needs, answers that they can be searched for.
+    """
+    if question["provenance"]:
+        return True
+    return provenance_unknown(question) and bool(answers_to_find(question))
 
 
 # ---------------------------------------------------------------------- helpers
