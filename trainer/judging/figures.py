@@ -138,6 +138,12 @@ _QUERY_EMBEDDING = (
         needs=_GOLD,
         binary=True,
     ),
+    Figure(
+        "hit_rate@k",
+        "HR@k",
+        "an answer string is in one of the k passages nearest to the query embedding",
+        binary=True,
+    ),
     Figure("mrr", "MRR", "1 / rank of the first gold passage in the ranking by the query embedding", needs=_GOLD),
     Figure(
         "ndcg@k",
