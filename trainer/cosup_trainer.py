@@ -47,10 +47,10 @@ from .dataset_setup import (
 from .distributed import gather_objects, host_group, world_size
 from .held_out import HeldOutMixin
 from .hub import HubMixin
-from .losses import RunningFigures
 from .model_init import ModelInitMixin
 from .model_setup import without_peft
 from .positions import check_positions
+from .running import RunningFigures
 from .training_args import CoSupTrainingArguments
 from .training_step import TrainingStepMixin
 from .watch import FiniteLosses, explained_full_disk, explained_memory_errors, last_complete_checkpoint

@@ -26,12 +26,11 @@ from transformers.utils import logging
 
 from modeling_cosup import CoSupConfig, CoSupForCausalLM, CoSupOutput
 
-from .batching import BatchFacts, forward_arguments
+from .batching import BatchFacts
 from .distributed import gather_objects
 from .duplicates import GlobalBatch, global_batch
 from .grad_cache import OptionalTensors, RandomState, concatenated, first_pass, like_pieces, second_pass
 from .losses import (
-    RunningFigures,
     embedding_batch,
     embedding_losses,
     finite_queries,
@@ -40,6 +39,8 @@ from .losses import (
     token_losses,
     total_loss,
 )
+from .micro_batches import forward_arguments
+from .running import RunningFigures
 from .training_args import CoSupTrainingArguments
 from .watch import FiniteLosses
 
