@@ -283,9 +283,7 @@ class CoSupTrainingArguments(TrainingArguments):
         if self.matryoshka_dims and not self.trains_embeddings:
             raise ValueError("matryoshka_dims cuts embeddings, which supervision='ntp' does not train.")
         if self.matryoshka_dims and self.distills:
-            raise ValueError(
-                "matryoshka_dims cuts the embeddings of the NSP loss, and a distillation has another one."
-            )
+            raise ValueError("matryoshka_dims cuts embeddings for the NSP loss, not for a distillation: leave it out.")
         check_candidates(self)
         if self.batch_sampler == "no_duplicates" and self.train_sampling_strategy != "random":
             raise ValueError(
