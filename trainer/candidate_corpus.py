@@ -1,17 +1,17 @@
 """The corpus that candidates are retrieved from, read and checked before training starts."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import datasets
 import numpy as np
 
 from modeling_cosup import CoSupForCausalLM, PassageIndex, Retriever
 from modeling_cosup.files_cosup import digest
 from modeling_cosup.passages_cosup import (
     can_be_read_twice,
-    check_id,
     checked_passages,
     find_duplicate,
     hash_id,
@@ -20,7 +20,6 @@ from modeling_cosup.passages_cosup import (
 from modeling_cosup.retrieval_cosup import special_text_check
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq
 
-from .data import check_passage
 from .passage_contents import PassageContents
 
 
@@ -103,29 +102,30 @@ def _check_gold_of_index(index: Retriever, model: CoSupForCausalLM, gold: Passag
             _check_gold(passage, f"Row {index.row_of(passage['id'])} of the index", model, gold)
 
 
-def candidates_of_instances(
-    datasets: Mapping[str, Iterable[Mapping[str, Any]]],
-) -> tuple[list[dict[str, str]], dict[str, str]]:
+def candidates_of_instances(tokenized: Mapping[str, Any]) -> tuple[list[dict[str, str]], dict[str, str]]:
     """
     Return what instances bring as `candidates`: the distinct passages, and ids with the place that names them.
 
     Args:
-        datasets (`dict`): instances by the name of their set, for errors.
+        tokenized (`dict`): tokenized sets by name, for errors. The candidates of a stream are not known in advance.
 
     Raises:
-        `ValueError`: for a passage with a missing field, or an id with two contents.
+        `ValueError`: for an id with two contents.
     """
     contents = PassageContents()
     passages: dict[str, dict[str, str]] = {}
     named: dict[str, str] = {}
-    for name, dataset in datasets.items():
-        for row, instance in enumerate(dataset):
+    for name, dataset in tokenized.items():
+        if not isinstance(dataset, datasets.Dataset):
+            continue
+        for row, pool in enumerate(dataset.with_format(None)["candidate_pool"]):
             where = f"{name}, row {row}"
-            for i, candidate in enumerate(instance.get("candidates") or []):
-                if not isinstance(candidate, Mapping):
-                    named.setdefault(check_id(candidate, where, "an id in candidates"), where)
+            for passage in pool:
+                if not passage["text"]:  # given by its id alone
+                    named.setdefault(passage["id"], where)
                     continue
-                passage = check_passage(dict(candidate), where, f"candidates[{i}].")
                 contents.add(passage["id"], (passage["title"], passage["text"]), where)
                 passages[passage["id"]] = passage
+    for id in passages.keys() & named.keys():
+        del named[id]
     return list(passages.values()), named

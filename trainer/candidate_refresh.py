@@ -30,15 +30,12 @@ class CandidatesMixin(Trainer):
     _host_group: dist.ProcessGroup | None
     _running: RunningFigures
 
-    def _set_up_candidates(self, corpus: Any, given: tuple[Any, Any], tokenized: tuple[Any, Any]) -> None:
+    def _set_up_candidates(self, corpus: Any) -> None:
         """
-        Read and check the corpus.
+        Read and check the corpus, after the instances have been tokenized.
 
         Args:
             corpus: as [`CoSupTrainer`] takes it.
-            given (`tuple`): the training set and the evaluation sets as they were given; `candidates_from="instance"`
-                takes their candidates.
-            tokenized (`tuple`): the same, tokenized.
 
         Raises:
             `ValueError`: for a corpus that cannot be searched; see [`read_candidates_corpus`].
@@ -46,16 +43,17 @@ class CandidatesMixin(Trainer):
         if self.args.candidates_from is None:
             return
         base = without_peft(self.model)
+        sets = _named_sets(self.train_dataset, self.eval_dataset)
         named: dict[str, str] = {}
         if self.args.candidates_from == "instance":
-            passages, named = candidates_of_instances(_named_sets(*given))
+            passages, named = candidates_of_instances(sets)
             corpus = _corpus_of_instances(corpus, passages, named)
         if corpus is None:
             raise ValueError(
                 "Candidates are retrieved from a corpus: give corpus, passages (a list, a dataset or a file) or an"
                 " index of this model; or candidates_from='instance', if the instances bring their own."
             )
-        read = read_candidates_corpus(corpus, base, gold_contents(_named_sets(*tokenized)), named)
+        read = read_candidates_corpus(corpus, base, gold_contents(sets), named)
         _check_corpus(read, base, self.args)
         self.candidates = CandidateIndex(read, self.args, self._host_group)
 
@@ -127,8 +125,11 @@ def check_given_index(
 
 def _corpus_of_instances(corpus: Any, passages: list[dict[str, str]], named: Mapping[str, str]) -> Any:
     """Return the corpus of `candidates_from="instance"`: passages that instances bring, or what their ids name."""
-    if not passages and not named:
-        raise ValueError("candidates_from='instance' searches the candidates of an instance, and none has any.")
+    if not passages and not named and corpus is None:
+        raise ValueError(
+            "candidates_from='instance' searches the candidates of each instance, and none has any. Those of a stream"
+            " are not known in advance: name them by their ids in a corpus."
+        )
     if named and corpus is None:
         id, where = next(iter(named.items()))
         raise ValueError(f"{where}: candidates holds the id {id!r}: give the corpus that holds it, or passages.")

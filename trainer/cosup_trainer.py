@@ -34,7 +34,7 @@ from modeling_cosup import CoSupForCausalLM
 
 from .arguments import check_optimizer, check_trainer_arguments, read_by_tokenizing
 from .batching import CoSupDataCollator
-from .candidate_refresh import CandidatesMixin, check_given_index
+from .candidate_refresh import check_given_index
 from .control_tokens import set_control_token_lr
 from .dataset_setup import (
     COLUMNS,
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
 
 # create_model_card of HubMixin takes other arguments than Trainer's
-class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, CandidatesMixin, ModelInitMixin, Trainer):  # type: ignore[misc]
+class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Trainer):  # type: ignore[misc]
     """
     A Trainer for [`CoSupForCausalLM`]: next token and next sequence prediction in the same step.
 
@@ -203,7 +203,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, CandidatesMixin, M
         self._control_token_hooks: list[RemovableHandle] = []
         self._num_trained_instances = self._num_trained_queries = 0
         self._warned_of_lone_queries = self._warned_of_lone_held_out_queries = False
-        self._set_up_candidates(corpus, (train_dataset, eval_dataset), (self.train_dataset, self.eval_dataset))
+        self._set_up_candidates(corpus)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Make the accelerator, also anew for a trial, and check that it can do what the arguments ask."""

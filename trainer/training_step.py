@@ -20,13 +20,13 @@ import torch.distributed as dist
 from accelerate.utils import DistributedType
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
-from transformers import Trainer
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
 from modeling_cosup import CoSupConfig, CoSupForCausalLM, CoSupOutput
 
 from .batching import BatchFacts, forward_arguments
+from .candidate_refresh import CandidatesMixin
 from .distributed import gather_objects
 from .duplicates import GlobalBatch, global_batch
 from .grad_cache import OptionalTensors, RandomState, concatenated, first_pass, like_pieces, second_pass
@@ -46,7 +46,7 @@ from .watch import FiniteLosses
 logger = logging.get_logger(__name__)
 
 
-class TrainingStepMixin(Trainer):
+class TrainingStepMixin(CandidatesMixin):
     """The part of [`CoSupTrainer`] that takes a step. Batches are what [`CoSupDataCollator`] returns."""
 
     args: CoSupTrainingArguments
@@ -79,6 +79,7 @@ class TrainingStepMixin(Trainer):
                 batches = []  # Trainer must not step with fewer batches
         if not batches:
             return batches, None
+        self._refresh_candidates()
         num_items_in_batch = self._share_facts(batches)
         self._warn_of_lone_queries(batches[0]["num_queries"], batches[0]["num_compared"])
         self._step_instance_ids = []
