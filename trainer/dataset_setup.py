@@ -1,7 +1,7 @@
 """Prepare a dataset for CoSupTrainer: check instances, tokenize them, and drop those that are too long."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import datasets
@@ -222,6 +222,29 @@ def _check_contents(tokenized: datasets.Dataset, places: list[str] | None, name:
     for row, instance in enumerate(rows):
         where = f"{name}, row {row}" if places is None else places[row]
         _add_passages(contents, instance, columns, where)
+
+
+def gold_contents(tokenized: Mapping[str, Any]) -> PassageContents:
+    """
+    Return what Emb_seq reads of each passage of tokenized sets, by passage id.
+
+    Args:
+        tokenized (`dict`): sets by name, for errors. A stream is left out: its passages are not known in advance.
+
+    Raises:
+        `ValueError`: for a passage id with two contents.
+    """
+    contents = PassageContents()
+    for name, dataset in tokenized.items():
+        if not isinstance(dataset, datasets.Dataset):
+            continue
+        columns = _passage_columns(dataset.column_names)
+        if not columns:
+            continue
+        rows = dataset.with_format(None).select_columns([column for pair in columns for column in pair])
+        for row, instance in enumerate(rows):
+            _add_passages(contents, instance, columns, f"{name}, row {row}")
+    return contents
 
 
 def _passage_columns(names: Sequence[str]) -> list[tuple[str, str]]:

@@ -11,12 +11,10 @@ gradient reaches the reader through them, and a batch is cut, shared between ran
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
-from transformers import Trainer
 from transformers.utils import logging
 
 from modeling_cosup import CoSupConfig, CoSupForCausalLM
@@ -32,9 +30,6 @@ from .reader_scores import MAX_TOKENS, answer_log_likelihoods, passage_shares, t
 from .reading import ReaderRow, batches_by_length, reader_row
 from .running import RunningFigures
 from .training_args import CoSupTrainingArguments
-
-if TYPE_CHECKING:
-    from .candidates import Candidate, CandidateIndex
 
 logger = logging.get_logger(__name__)
 
@@ -123,7 +118,7 @@ def nsp_column(feature: Mapping[str, Any], config: CoSupConfig) -> int:
 
 def row_with_candidates(
     feature: Mapping[str, Any],
-    candidates: Sequence["Candidate"],
+    candidates: Sequence[Candidate],
     config: CoSupConfig,
     separator: Sequence[int],
     train_on_passages: bool = False,
@@ -167,21 +162,14 @@ def reader_scores(
 # ---------------------------------------------------------------------- in CoSupTrainer
 
 
-class DistillationStepMixin(Trainer):
+class DistillationStepMixin(CandidatesMixin):
     """The part of [`CoSupTrainer`] that resolves batches."""
 
     args: CoSupTrainingArguments
     model: CoSupForCausalLM  # or the PeftModel that wraps it
     data_collator: Any
     cosup_config: CoSupConfig
-    candidates: "CandidateIndex | None"
     _running: RunningFigures
-
-    if TYPE_CHECKING:
-
-        def _refresh_candidates(self) -> None: ...
-
-        def _fresh_candidates(self) -> AbstractContextManager[None]: ...
 
     def _resolved_batches(self, batches: Sequence[Any]) -> list[dict[str, Any]]:
         """Return the batches of a step, with candidates for the instances that need them; all ranks call this."""
@@ -230,7 +218,7 @@ class DistillationStepMixin(Trainer):
                 self._add_scores(model, resolution, rows)
         return resolution
 
-    def _retrieve(self, model: CoSupForCausalLM, features: Sequence[Mapping[str, Any]]) -> list[list["Candidate"]]:
+    def _retrieve(self, model: CoSupForCausalLM, features: Sequence[Mapping[str, Any]]) -> list[list[Candidate]]:
         """Return the candidates of instances, the best first."""
         assert self.candidates is not None  # a dataset with instances that need them is refused without
         collator = cast(CoSupDataCollator, self.data_collator)
@@ -241,7 +229,7 @@ class DistillationStepMixin(Trainer):
         return self.candidates.search(model, queries, pools)
 
     def _retrieval_values(
-        self, features: Sequence[Mapping[str, Any]], retrieved: Sequence[Sequence["Candidate"]]
+        self, features: Sequence[Mapping[str, Any]], retrieved: Sequence[Sequence[Candidate]]
     ) -> dict[str, list[float]]:
         """Return whether candidates hold an answer, and whether one is gold, for instances of which that is known."""
         hits, found = [], []
@@ -255,14 +243,14 @@ class DistillationStepMixin(Trainer):
         k = self.args.num_candidates
         return {f"hit_rate@{k}": hits, f"query_recall@{k}": found}
 
-    def _in_order(self, candidates: list["Candidate"], instance_id: str, shuffle: bool) -> list["Candidate"]:
+    def _in_order(self, candidates: list[Candidate], instance_id: str, shuffle: bool) -> list[Candidate]:
         """Return candidates in the order in which Gen reads them."""
         if not shuffle:
             return candidates
         drawn = random.Random(f"{self.args.seed} {self.state.global_step} {instance_id}")
         return drawn.sample(candidates, len(candidates))
 
-    def _row(self, feature: Mapping[str, Any], candidates: Sequence["Candidate"]) -> ReaderRow | None:
+    def _row(self, feature: Mapping[str, Any], candidates: Sequence[Candidate]) -> ReaderRow | None:
         """Return the row of an instance with its candidates; `None` if there are none."""
         if not candidates:
             return None
@@ -280,7 +268,7 @@ class DistillationStepMixin(Trainer):
             resolution.features[place] = {**feature, "candidate_scores": row_scores[:count]}
 
 
-def _resolved(feature: Mapping[str, Any], row: ReaderRow, candidates: Sequence["Candidate"]) -> dict[str, Any]:
+def _resolved(feature: Mapping[str, Any], row: ReaderRow, candidates: Sequence[Candidate]) -> dict[str, Any]:
     """Return a tokenized instance with its candidates."""
     return {
         **feature,

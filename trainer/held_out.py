@@ -76,7 +76,8 @@ class HeldOutMixin(TrainingStepMixin):
         if dataset is not None and not isinstance(dataset, str | dict):
             dataset = tokenize_dataset(dataset, self.tokenizers, self.cosup_config, self.args, "evaluation set")
             dataset = check_positions(dataset, self.cosup_config, self.args, "evaluation set")
-        return super().evaluate(dataset, ignore_keys, metric_key_prefix)
+        with self._fresh_candidates():
+            return super().evaluate(dataset, ignore_keys, metric_key_prefix)
 
     def predict(
         self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"

@@ -252,6 +252,21 @@ def embedding_batch(
     return EmbeddingBatch(query_embeds, passage_embeds, labels, same_passage)
 
 
+def distilled_batch(
+    inputs: Mapping[str, Any], query_embeds: torch.Tensor, passage_embeds: torch.Tensor
+) -> DistilledBatch:
+    """
+    Return the distilled queries of this rank's batch.
+
+    Args:
+        inputs (`dict`): the batch, as [`CoSupDataCollator`] returns it.
+        query_embeds (`torch.FloatTensor` of shape `(Q, h)`), passage_embeds (`torch.FloatTensor` of shape `(M_r, h)`):
+            of all its micro-batches.
+    """
+    distilled = query_embeds[inputs["distilled_query_rows"]]
+    return DistilledBatch(distilled, passage_embeds, inputs["candidate_rows"], inputs["candidate_scores"])
+
+
 def _same_passage(labels: torch.Tensor, batch: GlobalBatch, device: torch.device) -> torch.Tensor:
     """Return `(N, M)`: which passages are not negatives of each query, whose positive is in row `labels` `(N,)`."""
     arrays = [torch.from_numpy(array) for array in (batch.passage_groups, batch.repeated, batch.further_positives)]
