@@ -17,12 +17,13 @@ from transformers.utils import logging
 
 from modeling_cosup.packing_cosup import pad_rows
 
-from .batching import BatchFacts, CoSupDataCollator, encoder_rows, query_rows
+from .batching import BatchFacts, CoSupDataCollator
 from .dataset_setup import tokenize_dataset
 from .distributed import gather_objects, world_size
 from .duplicates import global_batch
 from .grad_cache import concatenated
 from .losses import EmbeddingBatch, embedding_losses, total_loss
+from .micro_batches import encoder_rows, query_rows
 from .positions import check_positions
 from .training_step import TrainingStepMixin
 from .watch import explained_memory_errors
@@ -75,7 +76,8 @@ class HeldOutMixin(TrainingStepMixin):
         if dataset is not None and not isinstance(dataset, str | dict):
             dataset = tokenize_dataset(dataset, self.tokenizers, self.cosup_config, self.args, "evaluation set")
             dataset = check_positions(dataset, self.cosup_config, self.args, "evaluation set")
-        return super().evaluate(dataset, ignore_keys, metric_key_prefix)
+        with self._fresh_candidates():
+            return super().evaluate(dataset, ignore_keys, metric_key_prefix)
 
     def predict(
         self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"

@@ -283,5 +283,6 @@ def record(split: str, i: int, question: str, answer: str, passage: Passage | No
     row = {"id": f"quickstart-{split}-{i}", "dataset": "quickstart", "instruction": "", "input": question}
     if split == "eval":
         provenance = [[passage["id"]]] if passage else []
-        return {**row, "answers": [answer], "provenance": provenance, "candidates": []}
+        meta = {"long_answers": True}  # passages say the same in other words
+        return {**row, "answers": [answer], "provenance": provenance, "candidates": [], "meta": meta}
     return {**row, "segments": [{"text": answer, "passage": passage}]}
