@@ -21,7 +21,7 @@ from .batching import BatchFacts, CoSupDataCollator, encoder_rows, query_rows
 from .dataset_setup import tokenize_dataset
 from .distributed import gather_objects, world_size
 from .duplicates import global_batch
-from .grad_cache import concatenated
+from .grad_cache import RandomState, concatenated
 from .losses import EmbeddingBatch, embedding_losses, total_loss
 from .positions import check_positions
 from .training_step import TrainingStepMixin
@@ -213,11 +213,14 @@ class HeldOutMixin(TrainingStepMixin):
         Run `Trainer`'s loop, then compute losses and recall over the whole set, not batch by batch.
 
         With `bf16_full_eval` or `fp16_full_eval`, `Trainer` converts the weights; afterwards they are what they were.
+        So are the random numbers that training draws next: a loader draws one, and dropout would depend on it.
         """
         self._evaluated_batches = []
         start = time.time()
+        random_state = RandomState(self.args.device)
         with self._kept_weights(), self._without_inputs():
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        random_state.restore()
         batches: list[EvaluatedBatch] = []
         for batches_of_ranks in zip(*gather_objects(self._evaluated_batches, self._host_group), strict=True):
             batches += batches_of_ranks  # ranks take batches in turn, so this is the order of the set
