@@ -15,8 +15,8 @@ from modeling_cosup.index_approximate_cosup import empty_approximate
 from .candidate_corpus import CandidateCorpus, candidates_of_instances, read_candidates_corpus
 from .candidates import CandidateIndex, trains_passages
 from .dataset_setup import gold_contents
-from .losses import RunningFigures
 from .model_setup import without_peft
+from .running import RunningFigures
 from .training_args import CoSupTrainingArguments
 
 TRAIN_SIZE = 65536  # embeddings that an approximate index is trained on, see PassageIndex.train_approximate

@@ -77,9 +77,9 @@ _TRAINING = (
     ),
     Figure("target_max", "largest target", "largest share of a distillation's target, mean over queries"),
     Figure(
-        "num_too_long",
-        "too long",
-        "number of instances left out of a step, because prompt, candidates and answer exceed max_length",
+        "num_left_out",
+        "left out",
+        "number of instances left out of steps, because prompt, candidates and answer exceed max_length",
         "count",
     ),
     Figure(
