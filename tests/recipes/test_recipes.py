@@ -32,6 +32,7 @@ def checkpoint(inputs, tmp_path_factory):
     result = launch_training("single", *options(inputs, output, "--eval_before_training", "true"))
     assert result.returncode == 0, result.stderr[-3000:]
     assert "query embedding: R@1" in result.stdout
+    assert "query embedding: HR@5" in result.stdout
     assert "warning" not in (result.stdout + result.stderr).lower()
     return output
 
@@ -45,7 +46,8 @@ def test_train_writes_checkpoint_index_and_numbers(checkpoint):
     assert metrics["retrieval"]["em_not_needed"]["n"] == 1
     for mode in ("retrieval", "gold", "off"):
         assert metrics[mode]["em"]["n"] == 6
-    assert {"ntp_loss", "query_recall@1", "query_recall@5"} == set(results["before"]) == set(results["after"])
+    retrieval = {"query_recall@1", "query_recall@5", "hit_rate@1", "hit_rate@5"}
+    assert {"ntp_loss", *retrieval} == set(results["before"]) == set(results["after"])
     assert results["after"]["query_recall@1"] == results["evaluation"]["query"]["corpus"]["query_recall@1"]
     assert (checkpoint / "modeling_cosup.py").exists()
     assert (checkpoint / "index" / "embeddings-00000.safetensors").exists()
