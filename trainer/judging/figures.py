@@ -137,8 +137,8 @@ _READER = (
     Figure(
         "indicator_1",
         "Indicator 1",
-        "share of the reader's attention to its passages that a token gets, mean over the 5 % of the tokens nearest to "
-        "the answer",
+        "share of the reader's attention to its passages that goes to a token, mean over the 5 % of their tokens that "
+        "are nearest to the answer",
     ),
 )
 _ANSWERS = (
