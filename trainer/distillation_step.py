@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from transformers.utils import logging
 
 from modeling_cosup import CoSupConfig, CoSupForCausalLM
 from modeling_cosup.encoding_cosup import evaluating
@@ -23,18 +22,15 @@ from modeling_cosup.packing_cosup import pad_rows
 from modeling_cosup.tokenization_cosup import encode_texts
 
 from .batching import CoSupDataCollator, UnresolvedBatch, needs_candidates
+from .candidate_refresh import CandidatesMixin
+from .candidate_watch import FLATNESS, LEFT_OUT
+from .candidates import Candidate
 from .judging.matching import gold_ids, has_answer
-from .losses import FLATNESS
 from .model_setup import without_peft
 from .reader_scores import MAX_TOKENS, answer_log_likelihoods, passage_shares, token_attention
 from .reading import ReaderRow, batches_by_length, reader_row
 from .running import RunningFigures
 from .training_args import CoSupTrainingArguments
-
-logger = logging.get_logger(__name__)
-
-LEFT_OUT = "num_left_out"
-FLAT = 0.95  # of the largest entropy: a target above it is hardly a target
 
 
 @dataclass
@@ -94,10 +90,12 @@ def query_embeddings(
         `torch.FloatTensor` of shape `(N, h)`.
     """
     from_gen = model.config.query_from == "gen"
-    rows = []
+    rows: list[list[int]] = []
     for feature in features:
-        ids = list(feature["input_ids"])
-        rows.append(ids[: nsp_column(feature, model.config) + 1] if from_gen else feature["query_input_ids"][0])
+        if from_gen:
+            rows.append(list(feature["input_ids"])[: nsp_column(feature, model.config) + 1])
+        else:
+            rows.append(feature["query_input_ids"][0])
     embeds = torch.zeros(len(rows), model.config.embedding_size, device=model.device)
     for numbers in batches_by_length([len(row) for row in rows], max_tokens):
         batch = [rows[number] for number in numbers]
