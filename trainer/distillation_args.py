@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .training_args import CoSupTrainingArguments
 
-# the targets of each distillation, the default first, with their default temperatures; None: it has none
+# the targets of each distillation, the default first, with their default temperatures; None: scores as they are
 DISTILLATIONS: dict[str, dict[str, float | None]] = {
     "attention_distillation": {"attention": 0.02, "attention_shares": None},
     "perplexity_distillation": {"perplexity": 0.1, "leave_one_out": 0.1, "emdr": None},
@@ -62,13 +62,8 @@ def _check_distillation(args: "CoSupTrainingArguments") -> None:
             f"distillation_target is {args.distillation_target!r}, but supervision={args.supervision!r} has"
             f" {', '.join(map(repr, targets))}."
         )
-    if args.target_temperature is None:
-        return
-    if not 0 < args.target_temperature < math.inf:
+    if args.target_temperature is not None and not 0 < args.target_temperature < math.inf:
         raise ValueError(f"target_temperature is {args.target_temperature}, expected a number above 0.")
-    name, _ = args.target
-    if targets[name] is None:
-        raise ValueError(f"target_temperature has no meaning with distillation_target={name!r}: leave it out.")
 
 
 def _refuse(args: "CoSupTrainingArguments", names: tuple[str, ...]) -> None:

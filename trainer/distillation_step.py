@@ -25,8 +25,10 @@ from .batching import CoSupDataCollator, UnresolvedBatch, needs_candidates
 from .candidate_refresh import CandidatesMixin
 from .candidate_watch import FLATNESS, LEFT_OUT
 from .candidates import Candidate
+from .distributed import gather_objects
 from .judging.matching import gold_ids, has_answer
 from .model_setup import without_peft
+from .position_bias import added, place_sums, without_bias
 from .reader_scores import MAX_TOKENS, answer_log_likelihoods, passage_shares, token_attention
 from .reading import ReaderRow, batches_by_length, reader_row
 from .running import RunningFigures
@@ -172,15 +174,44 @@ class DistillationStepMixin(CandidatesMixin):
     def _resolved_batches(self, batches: Sequence[Any]) -> list[dict[str, Any]]:
         """Return the batches of a step, with candidates for the instances that need them; all ranks call this."""
         self._refresh_candidates()
-        resolved_batches = []
+        resolutions: list[Resolution | None] = []
         for batch in batches:
+            resolution = None
             if isinstance(batch, UnresolvedBatch):
                 resolution = self._resolve(batch.features, self.args.shuffle_candidates)
                 self._running.add_values(resolution.values)
                 self._running.add_count(LEFT_OUT, resolution.num_left_out)
+            resolutions.append(resolution)
+        self._remove_place_bias([resolution for resolution in resolutions if resolution is not None])
+        resolved_batches = []
+        for batch, resolution in zip(batches, resolutions, strict=True):
+            if resolution is not None:
                 batch = self.data_collator.collate(resolution.features)
             resolved_batches.append(batch)
         return resolved_batches
+
+    def _remove_place_bias(self, resolutions: Sequence[Resolution]) -> None:
+        """
+        Replace shares of attention by what they are relative to the mean of their place; all ranks call this together.
+
+        That is with `distillation_target="attention"`, over all given instances of all ranks. An instance that is the
+        only one with its number of passages loses its scores, and so is not distilled.
+        """
+        if not self.args.distills or self.args.target[0] != "attention":
+            return
+        scored = [
+            feature for resolution in resolutions for feature in resolution.features if "candidate_scores" in feature
+        ]
+        sums = added(gather_objects(place_sums([feature["candidate_scores"] for feature in scored]), self._host_group))
+        for resolution in resolutions:
+            for place, feature in enumerate(resolution.features):
+                if "candidate_scores" not in feature:
+                    continue
+                shares = without_bias(feature["candidate_scores"], sums)
+                corrected = {name: value for name, value in feature.items() if name != "candidate_scores"}
+                if shares is not None:
+                    corrected["candidate_scores"] = shares
+                resolution.features[place] = corrected
 
     def _resolve(self, features: Sequence[Mapping[str, Any]], shuffle: bool = False) -> Resolution:
         """

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from modeling_cosup import CoSupOutput
 from .batching import BatchFacts, CoSupDataCollator, UnresolvedBatch, needs_candidates
 from .candidate_watch import FLATNESS, LEFT_OUT
 from .dataset_setup import tokenize_dataset
+from .distillation_step import Resolution
 from .distributed import gather_objects, world_size
 from .grad_cache import RandomState, concatenated
 from .held_out_figures import order_of_queries, padded, retrieval_metrics
@@ -181,8 +182,12 @@ class HeldOutMixin(TrainingStepMixin):
     ) -> tuple[None, None, None]:
         """Keep the embeddings and token losses of a batch until the end of the set; return nothing to the loop."""
         if isinstance(inputs, UnresolvedBatch):
-            self._evaluated_batches.append(self._evaluate_unresolved(model, inputs))
+            resolution = self._resolve([feature for feature in inputs.features if needs_candidates(feature)])
+            self._remove_place_bias([resolution])
+            known = [feature for feature in inputs.features if not needs_candidates(feature)]
+            self._evaluated_batches.append(self._evaluate_resolved(model, known, resolution))
         else:
+            self._remove_place_bias([])  # the other ranks may have instances that need candidates
             self._evaluated_batches.append(self._evaluate_batch(model, inputs))
         return None, None, None
 
@@ -218,14 +223,14 @@ class HeldOutMixin(TrainingStepMixin):
                 batch.passage_ids += encoder_rows(micro_batch, "passage")
         return batch
 
-    def _evaluate_unresolved(self, model: nn.Module, batch: UnresolvedBatch) -> EvaluatedBatch:
+    def _evaluate_resolved(
+        self, model: nn.Module, known: Sequence[Mapping[str, Any]], resolution: Resolution
+    ) -> EvaluatedBatch:
         """
-        Return the results of a batch in which some instances need candidates.
+        Return the results of a batch of which some instances got candidates.
 
         These are a batch of their own: a candidate is no passage of the set, over which recall is measured.
         """
-        known = [feature for feature in batch.features if not needs_candidates(feature)]
-        resolution = self._resolve([feature for feature in batch.features if needs_candidates(feature)])
         evaluated = self._evaluate_batch(model, self.data_collator.collate(known))
         evaluated.values = resolution.values
         evaluated.num_left_out = resolution.num_left_out

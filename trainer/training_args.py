@@ -69,14 +69,15 @@ class CoSupTrainingArguments(TrainingArguments):
             embeds; `"instance"` searches the instance's own `candidates` alone. Defaults to `"index"` with a
             distillation. With `supervision="ntp"` it trains Gen alone to read what is retrieved.
         refresh_index_steps (`int`): steps after which the corpus is embedded again, unless Emb_seq is frozen.
-        distillation_target (`str`, *optional*): of attention, `"attention"` (default), a softmax of the shares of
-            attention, or `"attention_shares"`, these shares themselves (Eq. 1 of the paper), which are nearly flat and
-            teach little. Of perplexity, `"perplexity"` (default), a softmax of the answer's mean log-likelihood with
-            each candidate alone; `"leave_one_out"`, of how much likelier the answer is with a candidate than without;
-            or `"emdr"`, the posterior of EMDR² (arXiv 2106.05346).
-        target_temperature (`float`, *optional*): divides what the softmax of the target is taken of; lower is sharper.
-            Defaults to 0.02 for `"attention"`, and to 0.1 for `"perplexity"` and `"leave_one_out"`; the other targets
-            have none.
+        distillation_target (`str`, *optional*): of attention, `"attention"` (default), the shares of attention
+            relative to the mean share of their place in the row, over all instances of the step (see `position_bias`);
+            or `"attention_shares"`, the shares themselves (Eq. 1 of the paper). Of perplexity, `"perplexity"`
+            (default), the answer's mean log-likelihood with each candidate alone; `"leave_one_out"`, how much likelier
+            the answer is with a candidate than without; or `"emdr"`, the posterior of EMDR² (arXiv 2106.05346).
+        target_temperature (`float`, *optional*): the target is the softmax of this, divided by a temperature; lower is
+            sharper. Defaults to 0.02 for `"attention"`, and to 0.1 for `"perplexity"` and `"leave_one_out"`. The other
+            two are by default as in their papers: shares without a softmax, which are nearly flat and teach little,
+            and a posterior without a temperature.
         rerank_candidates (`int`, *optional*): retrieve so many passages, embed them with the current weights, and keep
             the best `num_candidates`.
         index_factory (`str`, *optional*): FAISS factory string of an approximate search; exact by default.
