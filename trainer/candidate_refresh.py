@@ -30,12 +30,12 @@ class CandidatesMixin(Trainer):
     _host_group: dist.ProcessGroup | None
     _running: RunningFigures
 
-    def _set_up_candidates(self, corpus: Any) -> None:
+    def _set_up_candidates(self, corpus: Any, train_dataset: Any, eval_dataset: Any) -> None:
         """
         Read and check the corpus, after the instances have been tokenized.
 
         Args:
-            corpus: as [`CoSupTrainer`] takes it.
+            corpus, train_dataset, eval_dataset: as [`CoSupTrainer`] takes them.
 
         Raises:
             `ValueError`: for a corpus that cannot be searched; see [`read_candidates_corpus`].
@@ -43,17 +43,17 @@ class CandidatesMixin(Trainer):
         if self.args.candidates_from is None:
             return
         base = without_peft(self.model)
-        sets = _named_sets(self.train_dataset, self.eval_dataset)
         named: dict[str, str] = {}
         if self.args.candidates_from == "instance":
-            passages, named = candidates_of_instances(sets)
+            passages, named = candidates_of_instances(_named_sets(train_dataset, eval_dataset))
             corpus = _corpus_of_instances(corpus, passages, named)
         if corpus is None:
             raise ValueError(
                 "Candidates are retrieved from a corpus: give corpus, passages (a list, a dataset or a file) or an"
                 " index of this model; or candidates_from='instance', if the instances bring their own."
             )
-        read = read_candidates_corpus(corpus, base, gold_contents(sets), named)
+        gold = gold_contents(_named_sets(self.train_dataset, self.eval_dataset))
+        read = read_candidates_corpus(corpus, base, gold, named)
         _check_corpus(read, base, self.args)
         self.candidates = CandidateIndex(read, self.args, self._host_group)
 

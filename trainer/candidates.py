@@ -100,11 +100,8 @@ class CandidateIndex:
         Raises:
             `ValueError`: for query embeddings that are NaN or infinite, and ids that the index does not hold.
         """
-        rows_of_pools = None
-        if pools is not None:
-            rows_of_pools = [None if pool is None else self.index.rows_of(pool) for pool in pools]
         num_searched = self.args.rerank_candidates or self.args.num_candidates
-        scores, rows = self.index.search(query_embeds, num_searched, rows_of_pools)
+        scores, rows = self.index.search(query_embeds, num_searched, self._rows_of_pools(pools))
         candidate_of_row = self._candidates(model, np.unique(rows[rows >= 0]))
         found = []
         for query_scores, query_rows in zip(scores.tolist(), rows.tolist(), strict=True):
@@ -116,6 +113,17 @@ class CandidateIndex:
         if self.args.rerank_candidates:
             found = rerank(model, query_embeds, found)
         return [of_query[: self.args.num_candidates] for of_query in found]
+
+    def _rows_of_pools(self, pools: Sequence[Sequence[str] | None] | None) -> list[np.ndarray | None] | None:
+        if pools is None:
+            return None
+        try:
+            return [None if pool is None else self.index.rows_of(pool) for pool in pools]
+        except ValueError as error:
+            raise ValueError(
+                f"An instance names candidates that are not in the corpus. {error} An evaluation set that brings"
+                " passages of its own must be one that CoSupTrainer was made with."
+            ) from error
 
     def _candidates(self, model: CoSupForCausalLM, rows: np.ndarray) -> dict[int, Candidate]:
         """Return the passages of rows, without scores."""

@@ -205,7 +205,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
         self._control_token_hooks: list[RemovableHandle] = []
         self._num_trained_instances = self._num_trained_queries = 0
         self._warned_of_lone_queries = self._warned_of_lone_held_out_queries = False
-        self._set_up_candidates(corpus)
+        self._set_up_candidates(corpus, train_dataset, eval_dataset)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Make the accelerator, also anew for a trial, and check that it can do what the arguments ask."""
