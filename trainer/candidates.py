@@ -6,6 +6,7 @@ The passages that a reader is shown, found in an index of the training corpus th
 
 import contextlib
 import dataclasses
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
@@ -65,7 +66,7 @@ class CandidateIndex:
     ) -> None:
         self.corpus, self.args = corpus, args
         self.folders = IndexFolders(Path(cast(str, args.output_dir)), group, not args.disable_tqdm)
-        self.step: int | None = None  # whose weights the index has
+        self.step = None if corpus.index is None else 0  # whose weights the index has
         self._given = corpus.index  # of the weights at the beginning of training
         self._index = self._given  # the one that is searched
         self._built: PassageIndex | None = None  # the last refresh
@@ -212,6 +213,7 @@ class CandidateIndex:
         An index that was given, and that no refresh has replaced, is not copied.
         """
         folder = checkpoint / FOLDER
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
         folder.mkdir()
         if self._built is not None:
             assert self._built.folder is not None
