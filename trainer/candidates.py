@@ -131,7 +131,8 @@ class CandidateIndex:
         passages = self.index.get_passages(rows)
         candidates = {}
         for row, passage, ids in zip(rows.tolist(), passages, emb_seq_ids(model, passages), strict=True):
-            candidates[row] = Candidate(**passage, emb_seq_input_ids=ids)
+            fields = (passage[name] for name in ("id", "title", "text", "input_ids"))
+            candidates[row] = Candidate(*fields, emb_seq_input_ids=ids)
         return candidates
 
     # ------------------------------------------------------------------ refreshing
