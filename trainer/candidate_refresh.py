@@ -14,9 +14,9 @@ from modeling_cosup.index_approximate_cosup import empty_approximate
 from modeling_cosup.retrieval_cosup import require_packages
 
 from .candidate_corpus import CandidateCorpus, candidates_of_instances, read_candidates_corpus
-from .candidates import CandidateIndex, trains_passages
+from .candidates import CandidateIndex
 from .dataset_setup import gold_contents
-from .model_setup import without_peft
+from .model_setup import trains_passages, without_peft
 from .running import RunningFigures
 from .training_args import CoSupTrainingArguments
 

@@ -22,6 +22,7 @@ from modeling_cosup.index_build_cosup import ShardBuilder
 
 from .candidate_corpus import CandidateCorpus
 from .candidate_files import FOLDER, IndexFolders, emb_seq_ids
+from .model_setup import trains_passages
 from .training_args import CoSupTrainingArguments
 
 STATE_FILE = "candidates.json"  # of a checkpoint, in its folder of the index
@@ -131,8 +132,8 @@ class CandidateIndex:
         passages = self.index.get_passages(rows)
         candidates = {}
         for row, passage, ids in zip(rows.tolist(), passages, emb_seq_ids(model, passages), strict=True):
-            fields = (passage[name] for name in ("id", "title", "text", "input_ids"))
-            candidates[row] = Candidate(*fields, emb_seq_input_ids=ids)
+            fields = {name: passage[name] for name in ("id", "title", "text", "input_ids")}
+            candidates[row] = Candidate(**fields, emb_seq_input_ids=ids)
         return candidates
 
     # ------------------------------------------------------------------ refreshing
@@ -241,14 +242,6 @@ class CandidateIndex:
         self.step = state["step"]
         if (folder / "index").exists():
             self._index = self._built = self.folders.adopt(folder / "index", f"step-{self.step}")
-
-
-def trains_passages(model: CoSupForCausalLM) -> bool:
-    """Return whether training changes the embeddings of passages, so that no index of them stays valid."""
-    for part in (model.emb_seq, model.emb_head):
-        if part is not None and any(parameter.requires_grad for parameter in part.parameters()):
-            return True
-    return False
 
 
 @torch.no_grad()
