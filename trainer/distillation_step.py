@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from modeling_cosup import CoSupConfig, CoSupForCausalLM
 from modeling_cosup.encoding_cosup import evaluating
@@ -28,11 +29,28 @@ from .candidates import Candidate
 from .distributed import gather_objects
 from .judging.matching import gold_ids, has_answer
 from .model_setup import without_peft
+from .nearest_tokens import indicator_1, target_token_ids
 from .position_bias import added, place_sums, without_bias
 from .reader_scores import MAX_TOKENS, answer_log_likelihoods, passage_shares, token_attention
 from .reading import ReaderRow, batches_by_length, reader_row
 from .running import RunningFigures
 from .training_args import CoSupTrainingArguments
+
+
+@dataclass
+class Reading:
+    """
+    What the reader reads of an instance.
+
+    Args:
+        row ([`ReaderRow`]): with all candidates.
+        order (`list[int]`): for each passage of the row, in their order, the number of the candidate that it is.
+        scores (`list[float]`): the reader's, of the passages in the order of the row.
+    """
+
+    row: ReaderRow
+    order: list[int]
+    scores: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -42,11 +60,13 @@ class Resolution:
 
     Args:
         features (`list[dict]`): tokenized instances, as the collator takes them.
+        readings (`dict[int, Reading]`): of the instances that got candidates, by their place in `features`.
         values (`dict[str, list[float]]`): a value for each instance that has one, by the name of the figure.
         num_left_out (`int`): instances that are not among `features`, because they are too long.
     """
 
     features: list[Mapping[str, Any]] = field(default_factory=list)
+    readings: dict[int, Reading] = field(default_factory=dict)
     values: dict[str, list[float]] = field(default_factory=dict)
     num_left_out: int = 0
 
@@ -136,9 +156,19 @@ def reader_scores(
     names: Sequence[str],
     args: CoSupTrainingArguments,
     pad_token_id: int,
+    attention: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """
     Let Gen read rows, and return its score of each passage, as the target of `args` needs it.
+
+    Args:
+        model ([`CoSupForCausalLM`]): the reader.
+        rows (`list[ReaderRow]`): instances with their candidates.
+        names (`list[str]`): what each row is, for the error.
+        args ([`CoSupTrainingArguments`]): `supervision` and the target.
+        pad_token_id (`int`): of Gen.
+        attention (`list[torch.FloatTensor]`, *optional*): what [`token_attention`] returned for the rows, if they have
+            been read.
 
     Returns:
         `torch.FloatTensor` of shape `(N, K)`; 0 where a row has fewer passages.
@@ -147,7 +177,9 @@ def reader_scores(
         `FloatingPointError`: if a score is not finite, with the row's name.
     """
     if args.supervision == "attention_distillation":
-        return passage_shares(token_attention(model, rows, pad_token_id), rows, names)
+        if attention is None:
+            attention = token_attention(model, rows, pad_token_id)
+        return passage_shares(attention, rows, names)
     target, _ = args.target
     return answer_log_likelihoods(
         model,
@@ -182,7 +214,7 @@ class DistillationStepMixin(CandidatesMixin):
                 self._running.add_values(resolution.values)
                 self._running.add_count(LEFT_OUT, resolution.num_left_out)
             resolutions.append(resolution)
-        self._remove_place_bias([resolution for resolution in resolutions if resolution is not None])
+        self._add_scores([resolution for resolution in resolutions if resolution is not None])
         resolved_batches = []
         for batch, resolution in zip(batches, resolutions, strict=True):
             if resolution is not None:
@@ -190,28 +222,32 @@ class DistillationStepMixin(CandidatesMixin):
             resolved_batches.append(batch)
         return resolved_batches
 
-    def _remove_place_bias(self, resolutions: Sequence[Resolution]) -> None:
+    def _add_scores(self, resolutions: Sequence[Resolution]) -> None:
         """
-        Replace shares of attention by what they are relative to the mean of their place; all ranks call this together.
+        Add the reader's scores of their candidates to instances, in place; all ranks call this together.
 
-        That is with `distillation_target="attention"`, over all given instances of all ranks. An instance that is the
-        only one with its number of passages loses its scores, and so is not distilled.
+        With `distillation_target="attention"`, a share is relative to the mean share of its place, over all given
+        instances of all ranks. The only instance with its number of passages gets no scores, and so is not distilled.
         """
-        if not self.args.distills or self.args.target[0] != "attention":
+        if not self.args.distills:
             return
-        scored = [
-            feature for resolution in resolutions for feature in resolution.features if "candidate_scores" in feature
-        ]
-        sums = added(gather_objects(place_sums([feature["candidate_scores"] for feature in scored]), self._host_group))
+        corrects = self.args.target[0] == "attention"
+        sums = {}
+        if corrects:
+            shares: list[list[float]] = []
+            for resolution in resolutions:
+                shares += [reading.scores for reading in resolution.readings.values()]
+            sums = added(gather_objects(place_sums(shares), self._host_group))
         for resolution in resolutions:
-            for place, feature in enumerate(resolution.features):
-                if "candidate_scores" not in feature:
+            for place, reading in resolution.readings.items():
+                if len(reading.order) == 1:  # there is nothing to compare the candidate with
                     continue
-                shares = without_bias(feature["candidate_scores"], sums)
-                corrected = {name: value for name, value in feature.items() if name != "candidate_scores"}
-                if shares is not None:
-                    corrected["candidate_scores"] = shares
-                resolution.features[place] = corrected
+                scores = without_bias(reading.scores, sums) if corrects else reading.scores
+                if scores is None:
+                    continue
+                score_of_candidate = dict(zip(reading.order, scores, strict=True))
+                candidate_scores = [score_of_candidate[number] for number in range(len(scores))]
+                resolution.features[place] = {**resolution.features[place], "candidate_scores": candidate_scores}
 
     def _resolve(self, features: Sequence[Mapping[str, Any]], shuffle: bool = False) -> Resolution:
         """
@@ -227,24 +263,32 @@ class DistillationStepMixin(CandidatesMixin):
         model = without_peft(self.model)
         waiting = [feature for feature in features if needs_candidates(feature)]
         with evaluating(model), torch.no_grad(), self.compute_loss_context_manager():
+            separator = encode_texts(model.tokenizer, ["\n"])[0]
             retrieved = self._retrieve(model, waiting)
             resolution = Resolution(values=self._retrieval_values(waiting, retrieved))
-            rows = {}  # by the place of the instance in `resolution.features`
             remaining = iter(retrieved)
             for feature in features:
                 if not needs_candidates(feature):
                     resolution.features.append(feature)
                     continue
-                candidates = self._in_order(next(remaining), str(feature.get("id")), shuffle)
-                row = self._row(feature, candidates)
-                if row is None or len(row.input_ids) > self.args.max_length:
+                candidates = next(remaining)
+                if shuffle:
+                    candidates = [candidates[number] for number in self._random_order(feature, len(candidates))]
+                row = row_with_candidates(
+                    feature, candidates, self.cosup_config, separator, self.args.train_on_passages
+                )
+                if len(row.input_ids) > self.args.max_length:
                     resolution.num_left_out += 1
                     continue
-                if len(candidates) > 1:
-                    rows[len(resolution.features)] = row
+                reading = Reading(row, list(range(len(candidates))))
+                if self.args.distills and self.args.target[0] == "attention":
+                    # read best first, the bias for a place could not be told from what the best passages deserve
+                    reading.order = self._random_order(feature, len(candidates))
+                    shuffled = [candidates[number] for number in reading.order]
+                    reading.row = row_with_candidates(feature, shuffled, self.cosup_config, separator)
+                resolution.readings[len(resolution.features)] = reading
                 resolution.features.append(_resolved(feature, row, candidates))
-            if self.args.distills:
-                self._add_scores(model, resolution, rows)
+            self._read(model, resolution)
         return resolution
 
     def _retrieve(self, model: CoSupForCausalLM, features: Sequence[Mapping[str, Any]]) -> list[list[Candidate]]:
@@ -272,29 +316,36 @@ class DistillationStepMixin(CandidatesMixin):
         k = self.args.num_candidates
         return {f"hit_rate@{k}": hits, f"query_recall@{k}": found}
 
-    def _in_order(self, candidates: list[Candidate], instance_id: str, shuffle: bool) -> list[Candidate]:
-        """Return candidates in the order in which Gen reads them."""
-        if not shuffle:
-            return candidates
-        drawn = random.Random(f"{self.args.seed} {self.state.global_step} {instance_id}")
-        return drawn.sample(candidates, len(candidates))
+    def _random_order(self, feature: Mapping[str, Any], count: int) -> list[int]:
+        """Return the numbers of `count` candidates in an order that depends on seed, step and instance alone."""
+        drawn = random.Random(f"{self.args.seed} {self.state.global_step} {feature.get('id')}")
+        return drawn.sample(range(count), count)
 
-    def _row(self, feature: Mapping[str, Any], candidates: Sequence[Candidate]) -> ReaderRow | None:
-        """Return the row of an instance with its candidates; `None` if there are none."""
-        if not candidates:
-            return None
-        separator = encode_texts(without_peft(self.model).tokenizer, ["\n"])[0]
-        return row_with_candidates(feature, candidates, self.cosup_config, separator, self.args.train_on_passages)
-
-    def _add_scores(self, model: CoSupForCausalLM, resolution: Resolution, rows: Mapping[int, ReaderRow]) -> None:
-        """Add the reader's scores to instances, in place; `rows` has the row of each by its place."""
-        names = [f"instance {resolution.features[place].get('id')!r}" for place in rows]
+    def _read(self, model: CoSupForCausalLM, resolution: Resolution) -> None:
+        """Let the reader read; add its scores to the readings, and its indicator to the values, in place."""
         pad_token_id = cast(CoSupDataCollator, self.data_collator).pad_token_id
-        scores = reader_scores(model, list(rows.values()), names, self.args, pad_token_id).tolist()
-        for place, row_scores in zip(rows, scores, strict=True):
-            feature = resolution.features[place]
-            count = len(feature["candidate_ids"])
-            resolution.features[place] = {**feature, "candidate_scores": row_scores[:count]}
+        readings = list(resolution.readings.values())
+        rows = [reading.row for reading in readings]
+        features = [resolution.features[place] for place in resolution.readings]
+        attention = None
+        if self.args.log_indicators:
+            attention = token_attention(model, rows, pad_token_id)
+            targets = [
+                _answer_tokens(model.tokenizer, row, feature) for row, feature in zip(rows, features, strict=True)
+            ]
+            resolution.values["indicator_1"] = indicator_1(model.get_input_embeddings(), rows, attention, targets)
+        if not self.args.distills:
+            return
+        names = [f"instance {feature.get('id')!r}" for feature in features]
+        scores = reader_scores(model, rows, names, self.args, pad_token_id, attention).tolist()
+        for reading, row_scores in zip(readings, scores, strict=True):
+            reading.scores = row_scores[: len(reading.order)]
+
+
+def _answer_tokens(tokenizer: PreTrainedTokenizerBase, row: ReaderRow, feature: Mapping[str, Any]) -> list[int]:
+    """Return the tokens of an instance's answers, or of what is trained in their place."""
+    answers = feature.get("answers") or [tokenizer.decode(row.input_ids[slice(*row.answer_span)])]
+    return target_token_ids(tokenizer, answers)
 
 
 def _resolved(feature: Mapping[str, Any], row: ReaderRow, candidates: Sequence[Candidate]) -> dict[str, Any]:

@@ -183,11 +183,11 @@ class HeldOutMixin(TrainingStepMixin):
         """Keep the embeddings and token losses of a batch until the end of the set; return nothing to the loop."""
         if isinstance(inputs, UnresolvedBatch):
             resolution = self._resolve([feature for feature in inputs.features if needs_candidates(feature)])
-            self._remove_place_bias([resolution])
+            self._add_scores([resolution])
             known = [feature for feature in inputs.features if not needs_candidates(feature)]
             self._evaluated_batches.append(self._evaluate_resolved(model, known, resolution))
         else:
-            self._remove_place_bias([])  # the other ranks may have instances that need candidates
+            self._add_scores([])  # the other ranks may have instances that need candidates
             self._evaluated_batches.append(self._evaluate_batch(model, inputs))
         return None, None, None
 
