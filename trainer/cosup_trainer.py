@@ -35,7 +35,7 @@ from modeling_cosup import CoSupForCausalLM
 from .arguments import check_collator, check_optimizer, check_sharding, check_trainer_arguments, read_by_tokenizing
 from .batching import CoSupDataCollator
 from .candidate_refresh import check_given_index
-from .candidate_watch import FLATNESS, CandidateWatch
+from .candidate_watch import FLATNESS
 from .control_tokens import set_control_token_lr
 from .dataset_setup import (
     COLUMNS,
@@ -282,8 +282,6 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Run `Trainer.train`; `resume_from_checkpoint=True` resumes from the last checkpoint that is complete."""
-        self._running = running_figures(self.loss_weights, self.args)
-        self._candidate_watch = CandidateWatch(self.args)
         self._num_trained_instances = self._num_trained_queries = 0
         if self.args.nsp_batch_size is not None:
             self._train_batch_size = self.args.per_device_train_batch_size  # where auto_find_batch_size begins

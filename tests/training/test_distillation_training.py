@@ -12,6 +12,7 @@ from support.training import NAMES, arguments, questions, world
 from trainer import CoSupTrainer, candidate_watch, distillation_step
 from trainer.arguments import check_sharding
 from trainer.candidate_watch import FLATNESS, CandidateWatch
+from trainer.card import training_record
 from trainer.data import check_instance
 from trainer.reader_scores import answer_log_likelihoods, attention_shares
 from trainer.reading import reader_row
@@ -221,6 +222,11 @@ def test_a_frozen_reader_that_makes_queries_is_trained_on_up_to_them(models, tmp
     assert any(change.any() for name, change in changes.items() if name.startswith("emb_seq."))
     expected, _ = plain_losses(models["gen"], ATTENTION)
     assert entry["loss"] == pytest.approx(expected["distillation_loss"], rel=1e-4)
+
+    record = training_record(trainer.args, trainer.model, trainer.train_dataset, trainer.state)  # for the card
+    assert record["arguments"]["target of the distillation"] == "attention, temperature 0.02"
+    assert record["arguments"]["candidates"] == "3 of the corpus, embedded every 100 steps"
+    assert record["log"][0][f"hit_rate@{K}"] == entry[f"hit_rate@{K}"]
 
 
 def gold_and_asked():
