@@ -75,7 +75,10 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
 
     Next to `loss`, the log has each loss by name (`ntp_loss`, `nsp_loss`: see `losses.py`), `nsp_accuracy` (in-batch
     retrieval accuracy), `num_negatives` (mean per query), `tokens_per_second` (tokens of Gen and Emb_seq, without
-    padding) and `padding` (its share of all tokens). A figure for which nothing was measured is left out.
+    padding) and `padding` (its share of all tokens). A figure for which nothing was measured is left out. With
+    `candidates_from` it also has `hit_rate@K` (of questions with answers), `query_recall@K` (of those with provenance)
+    and `num_left_out` (instances that were too long); with a distillation `target_entropy`, `student_entropy` and
+    `target_max`. `evaluate()` returns them too, over a fresh index.
 
     `evaluate()` returns `eval_loss`, each loss by name (`eval_ntp_loss`, `eval_nsp_loss`), `eval_query_recall@1`,
     `eval_query_recall@5`, and `eval_nsp_predicted`: how often Gen would write the `[NSP]` of the reference. The NSP
