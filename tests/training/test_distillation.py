@@ -128,8 +128,10 @@ def test_nested_and_repeated_recordings():
         assert worst(record(second, rows[1]), eager_attention(second, rows[1])) < 1e-5  # of another model
         assert worst(record(first, rows[2]), eager_attention(make_gen(), rows[2])) < 1e-5  # of the same model
         assert worst(outer.token_attention()[0], expected) < 1e-5
+        first(input_ids=torch.tensor([rows[0].input_ids[::-1]]))
+        assert worst(outer.token_attention()[0], expected) > 1e-3
         first(input_ids=torch.tensor([rows[0].input_ids]))
-        assert worst(outer.token_attention()[0], expected) < 1e-5  # of the last forward, not of both
+        assert worst(outer.token_attention()[0], expected) < 1e-5  # of the last forward, not of all
     assert first.config._attn_implementation == second.config._attn_implementation == "sdpa"
 
 
@@ -349,6 +351,8 @@ def test_the_gradient_of_emdr():
     (gradient,) = torch.autograd.grad(distillation_loss(scores, target, MASK).sum(), scores)
     assert worst(gradient, expected) < 1e-6
     assert gradient.abs().max() > 0.1
+    softer = perplexity_target(log_likelihoods, MASK, 2.0, "emdr", student)
+    assert worst(softer[0], (student[0] + log_likelihoods[0] / 2).softmax(0)) < 1e-6  # the prior is not softened
     with pytest.raises(ValueError, match="needs student_log_probs"):
         perplexity_target(log_likelihoods, MASK, None, "emdr")
 
