@@ -37,7 +37,7 @@ from .distributed import failing_together, gather_objects, rank, world_size
 from .files import link_or_copy
 
 FOLDER = "candidates"  # in the output folder, and in a checkpoint
-NUM_SHARDS = 64  # of a small corpus: ranks have nearly equal shares of it
+NUM_SHARDS = 32  # of a small corpus: ranks have nearly equal shares of it
 SMALLEST_SHARD = 256  # passages: as many as a forward takes
 
 

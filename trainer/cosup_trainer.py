@@ -12,7 +12,7 @@ import datasets
 import torch
 from accelerate.data_loader import DataLoaderShard
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType, DynamoBackend
+from accelerate.utils import DynamoBackend
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -32,9 +32,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, Tr
 
 from modeling_cosup import CoSupForCausalLM
 
-from .arguments import check_optimizer, check_trainer_arguments, read_by_tokenizing
+from .arguments import check_collator, check_optimizer, check_sharding, check_trainer_arguments, read_by_tokenizing
 from .batching import CoSupDataCollator
 from .candidate_refresh import check_given_index
+from .candidate_watch import FLATNESS, CandidateWatch
 from .control_tokens import set_control_token_lr
 from .dataset_setup import (
     COLUMNS,
@@ -165,6 +166,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
         self._peft_config = peft_config
         self._has_default_collator = data_collator is None
         if data_collator is not None:
+            check_collator(data_collator, args)
             self.data_collator = data_collator
         trained_model = self._prepared(model)
         check_optimizer(optimizers[0], trained_model)
@@ -203,38 +205,13 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
         self._control_token_hooks: list[RemovableHandle] = []
         self._num_trained_instances = self._num_trained_queries = 0
         self._warned_of_lone_queries = self._warned_of_lone_held_out_queries = False
-        self._set_up_candidates(corpus)
+        self._set_up_candidates(corpus, train_dataset, eval_dataset)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Make the accelerator, also anew for a trial, and check that it can do what the arguments ask."""
         super().create_accelerator_and_postprocess()
-        self._check_sharding()
+        check_sharding(self.args, self.accelerator.distributed_type, self._fsdp2_plugin() is not None)
         self._set_up_accelerator()
-
-    def _check_sharding(self) -> None:
-        """
-        Refuse what sharded models cannot do.
-
-        `nsp_batch_size`, `clip_gen_only` and `control_token_lr` need DDP or FSDP2: DeepSpeed takes one backward pass
-        per step, clips by itself and has an optimiser of its own; FSDP1 computes the norms of shards, and its shards
-        have no rows. `bf16_full_eval` and `fp16_full_eval` need whole weights, which are kept while they are
-        converted.
-        """
-        distributed_type = self.accelerator.distributed_type
-        if distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-            for name in ("bf16_full_eval", "fp16_full_eval"):
-                if getattr(self.args, name):
-                    raise ValueError(
-                        f"{name} would change the weights of a sharded model, under {distributed_type.value}: leave it"
-                        " out. An evaluation computes in bfloat16 if bf16=True."
-                    )
-        is_fsdp1 = distributed_type == DistributedType.FSDP and self._fsdp2_plugin() is None
-        if distributed_type != DistributedType.DEEPSPEED and not is_fsdp1:
-            return
-        for name in ("nsp_batch_size", "clip_gen_only", "control_token_lr"):
-            if getattr(self.args, name):
-                kind = distributed_type.value
-                raise ValueError(f"{name} works under DDP and FSDP2, not under {kind} as it is configured.")
 
     def _set_up_accelerator(self) -> None:
         """Keep accelerate from compiling the whole model, and FSDP2 from rounding what the ranks exchange."""
@@ -301,10 +278,12 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
             self.data_collator.max_instances = batch_size
         super()._update_auto_batch_size(batch_size)
         self._running.restart()  # the figures of an attempt that failed do not count
+        self._restart_candidates()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Run `Trainer.train`; `resume_from_checkpoint=True` resumes from the last checkpoint that is complete."""
         self._running = running_figures(self.loss_weights, self.args)
+        self._candidate_watch = CandidateWatch(self.args)
         self._num_trained_instances = self._num_trained_queries = 0
         if self.args.nsp_batch_size is not None:
             self._train_batch_size = self.args.per_device_train_batch_size  # where auto_find_batch_size begins
@@ -313,7 +292,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
         if self.model is not None:  # else the last trial of a search has freed it
             # an earlier evaluation has prepared the model, but not for data parallelism
             vars(self.model).pop("_is_accelerate_prepared", None)
-        with explained_memory_errors(self.args), self._closed_candidates():
+        with explained_memory_errors(self.args), self._candidates_of_training():
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._finite.check()
         # a whole dataset was checked before, and a resumed run may see only the end of a stream
@@ -359,6 +338,9 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
             figures = self._running.averages(self.args.device, self._sum_over_ranks)
             if figures.keys().isdisjoint(self.loss_weights):
                 del logs["loss"]
+            if self.args.candidates_from is not None and self.is_world_process_zero():
+                self._candidate_watch.check(figures, self._running.counts)
+            figures.pop(FLATNESS, None)
             logs |= figures
             self._running.restart()
         if not self._running.has_losses:

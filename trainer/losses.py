@@ -26,14 +26,13 @@ import torch.nn.functional as F
 from modeling_cosup import CoSupConfig, CoSupOutput, info_nce
 from modeling_cosup.loss_cosup import similarity_scores
 
+from .candidate_watch import FLATNESS
 from .distillation import attention_target, distillation_loss, perplexity_target
 from .distributed import gather_rows
 from .duplicates import GlobalBatch
 from .training_args import CoSupTrainingArguments
 
 Loss = TypeVar("Loss", torch.Tensor, float)
-
-FLATNESS = "target_entropy / log K"  # 1 for a target that teaches nothing; not logged
 
 
 @dataclass

@@ -2,9 +2,10 @@
 One training step, from top to bottom.
 
 `Trainer` fetches the batches of an optimiser step (`get_batch_samples`). There instances whose passage is unknown get
-candidates (see `distillation_step`), and the ranks exchange what their batches hold, so that each knows the global counts by which losses are divided, and which passages are the same. Then each
-batch runs forward and backward (`training_step`): in one pass (`compute_loss`), or, with `nsp_batch_size`, in the two
-passes of GradCache. Both get their losses, by name, from `compute_losses`.
+candidates (see `distillation_step`). Then the ranks exchange what their batches hold, so that each knows the global
+counts by which losses are divided, and which passages are the same. Then each batch runs forward and backward
+(`training_step`): in one pass (`compute_loss`), or, with `nsp_batch_size`, in the two passes of GradCache. Both get
+their losses, by name, from `compute_losses`.
 """
 
 import contextlib
@@ -94,13 +95,17 @@ class TrainingStepMixin(DistillationStepMixin):
         self._running.add_step()
         return batches, num_items_in_batch
 
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
+        """Count nothing: a batch may not be collated yet, and [`~CoSupTrainer._share_facts`] counts for all ranks."""
+
     def _share_facts(self, batches: list[dict[str, Any]]) -> int:
         """
         Exchange between ranks, from host to host, what the batches hold.
 
-        Adds to each batch `global`, the [`GlobalBatch`], and four counts over all batches and ranks: `num_labels`,
-        `num_queries`, `num_distilled`, and `num_compared`, the queries that have a negative. Afterwards all ranks have equally many
-        micro-batches, each with an input for every part of the model.
+        Adds to each batch `global`, the [`GlobalBatch`], and counts over all batches and ranks: `num_labels`;
+        `num_queries`, those that have a passage; `num_compared`, those of them that have a negative; and
+        `num_distilled`. Afterwards all ranks have equally many micro-batches, each with an input for every part of the
+        model.
 
         Returns:
             `int`: trained tokens of all batches and ranks, at least 1.
@@ -306,7 +311,7 @@ class TrainingStepMixin(DistillationStepMixin):
     def _distillation_losses(
         self, inputs: dict[str, Any], query_embeds: torch.Tensor, passage_embeds: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """Return the distillation loss, summed over this rank's distilled queries and divided by those of all ranks."""
+        """Return the distillation loss, summed over this rank's queries and divided by those of all ranks."""
         batch = distilled_batch(inputs, query_embeds, passage_embeds)
         values, distributions = distillation_losses(batch, self.cosup_config, self.args)
         losses = {"distillation_loss": values.sum() / max(1, inputs["num_distilled"])}

@@ -153,6 +153,14 @@ _QUERY_EMBEDDING = (
     ),
     Figure("ann_recall@k", "ANN recall@k", "share of the exact k nearest passages that an approximate search finds"),
 )
+_READER = (
+    Figure(
+        "indicator_1",
+        "Indicator 1",
+        "share of the reader's attention to its passages that goes to a token, mean over the 5 % of their tokens that "
+        "are nearest to the answer",
+    ),
+)
 _ANSWERS = (
     Figure("cor", "Cor", "the answer is right, by the metric of its dataset"),
     Figure("cor_minus", "Cor⁻", "Cor, with wrong retrieval counted as wrong", needs=_GOLD),
@@ -245,7 +253,16 @@ _COUNTS = (
     ),
 )
 
-_TABLE = (*_TRAINING, *_RETRIEVAL_WHILE_GENERATING, *_QUERY_EMBEDDING, *_ANSWERS, *_GROUNDING, *_TEXT, *_COUNTS)
+_TABLE = (
+    *_TRAINING,
+    *_RETRIEVAL_WHILE_GENERATING,
+    *_QUERY_EMBEDDING,
+    *_READER,
+    *_ANSWERS,
+    *_GROUNDING,
+    *_TEXT,
+    *_COUNTS,
+)
 FIGURES: dict[str, Figure] = {entry.name: entry for entry in _TABLE}
 
 COR_FIGURES = ("cor", "cor_minus", "cor_success", "cor_failure", "cor_not_needed")  # by the metric of the dataset
