@@ -13,7 +13,8 @@ from modeling_cosup.tokenization_cosup import encode_passages_for_gen, encode_pr
 from support.generation import Prefer
 from support.models import PASSAGES, make_gen, make_model
 from support.readers import CE, CONFIG, CS, END, LINE_BREAK, NSP, eager_attention, eager_shares, make_row, make_rows
-from trainer import recording
+from support.training import NAMES, arguments, questions
+from trainer import CoSupTrainer, recording
 from trainer.distillation import attention_target, distillation_loss, perplexity_target
 from trainer.reader_scores import answer_log_likelihoods, attention_shares, token_attention
 from trainer.reading import batches_by_length, reader_row
@@ -255,6 +256,16 @@ def test_an_architecture_that_computes_attention_itself(architecture):
     with pytest.raises(ValueError, match="lacks _supports_attention_backend.*perplexity_distillation"):
         attention_shares(gen, make_rows(), PADDING)
     assert answer_log_likelihoods(gen, make_rows(), PADDING).isfinite().all()
+
+
+def test_a_training_refuses_a_reader_before_it_starts(tmp_path):
+    model = make_model("gptj")
+    asked, corpus = questions(NAMES[:8])
+    perplexity = {"supervision": "perplexity_distillation"}
+    for options in ({"supervision": "attention_distillation"}, {**perplexity, "log_indicators": True}):
+        with pytest.raises(ValueError, match="GPTJForCausalLM computes attention itself"):
+            CoSupTrainer(model, arguments(tmp_path, **options), train_dataset=asked, corpus=corpus)
+    CoSupTrainer(model, arguments(tmp_path, **perplexity), train_dataset=asked, corpus=corpus)
 
 
 def test_packed_rows(reader):
