@@ -1,4 +1,4 @@
-"""Build, refresh, save and load an index of candidates on this process group. Launched by test_shared_candidates.py."""
+"""Build, refresh, save and load candidates on this process group. Launched by test_shared_candidates.py."""
 
 import json
 import sys
