@@ -6,7 +6,7 @@ nouns of the question (Indicator 2). Over the nearest 10 % and 5 % of the passag
 is the mean attention, and Spearman's rho between attention and similarity. [`~trainer.nearest_tokens`] defines both.
 
 The paper leaves open what is chosen here, and can be chosen otherwise: similarity is that of Gen's input embeddings;
-with several target tokens, the nearest one counts; and nouns are what the data says, or else what
+with several target tokens, it is the mean over them; and nouns are what the data says, or else what
 [`~trainer.judging.nouns.nouns_by_rule`] finds.
 """
 
@@ -111,7 +111,7 @@ def indicators(
     passages: Sequence[Sequence[dict]],
     percentiles: Sequence[int] = PERCENTILES,
     embed: Embed | None = None,
-    pooling: Pooling = "max",
+    pooling: Pooling = "mean",
     find_nouns: Callable[[str], list[str]] | None = None,
     max_tokens: int = MAX_TOKENS,
 ) -> IndicatorResults:
@@ -126,7 +126,7 @@ def indicators(
         percentiles (sequence of `int`, *optional*, defaults to `(90, 95)`): the nearest tokens are those at and above.
         embed (`Callable`, *optional*): maps token ids of Gen `(n,)` to embeddings `(n, h)`; defaults to Gen's input
             embeddings.
-        pooling (`str`, *optional*, defaults to `"max"`): over several target tokens, or `"mean"`; see
+        pooling (`str`, *optional*, defaults to `"mean"`): over several target tokens, or `"max"`; see
             [`~trainer.nearest_tokens.token_similarity`].
         find_nouns (`Callable`, *optional*): returns the nouns of a question whose instance has no field; defaults to
             [`~trainer.judging.nouns.nouns_by_rule`].
@@ -141,8 +141,8 @@ def indicators(
     """
     if len(instances) != len(passages):
         raise ValueError(f"{len(passages)} lists of passages, expected one for each of {len(instances)} instances.")
-    if pooling not in ("max", "mean"):
-        raise ValueError(f"pooling is {pooling!r}, expected 'max' or 'mean'.")
+    if pooling not in ("mean", "max"):
+        raise ValueError(f"pooling is {pooling!r}, expected 'mean' or 'max'.")
     for percentile in percentiles:
         if not 0 <= percentile <= 100:
             raise ValueError(f"percentiles holds {percentile}, expected numbers from 0 to 100.")
