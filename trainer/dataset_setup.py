@@ -1,7 +1,7 @@
 """Prepare a dataset for CoSupTrainer: check instances, tokenize them, and drop those that are too long."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import datasets
@@ -13,9 +13,10 @@ from modeling_cosup import CoSupConfig
 from modeling_cosup.passages_cosup import dataset_rows
 from modeling_cosup.tokenization_cosup import end_of_turn_token_id
 
-from .data import CheckedInstance, check_instance, tokenize_instance
+from .data import CheckedInstance, candidate_ids, check_instance
 from .duplicates import NoDuplicatesSampler
 from .passage_contents import MOST_STREAMED_IDS, PassageContents
+from .tokenizing import tokenize_instance
 from .training_args import CoSupTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -25,7 +26,9 @@ AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset | torch.util
 LONG_QUERIES = "are longer than their encoder reads, and lose their beginning"
 
 COLUMNS = ["input_ids", "labels", "passage_input_ids"]  # of a tokenized instance
+CANDIDATE_COLUMNS = ["needs_candidates", "answers", "provenance", "candidate_pool"]  # with candidates_from
 OPTIONAL_COLUMNS = ["id", "passage_ids", "positive_ids", "negative_input_ids", "negative_ids", "query_input_ids"]
+OPTIONAL_COLUMNS += CANDIDATE_COLUMNS
 PATIENCE = 1024  # instances of a stream, none of them with a passage, after which there is an error or a warning
 
 
@@ -66,32 +69,67 @@ def tokenize_dataset(
     if set(COLUMNS) <= set(columns):
         if isinstance(dataset, datasets.Dataset):
             _check_contents(dataset, places, name)
-            _check_queries(dataset, args.supervision, name)
+            _check_queries(dataset, args, name)
         return dataset
     tokenizer, emb_seq_tokenizer = tokenizers
     end_of_turn_id = end_of_turn_token_id(tokenizer)
     checked = places is not None
+    features = _features(config, args)
 
     def tokenize(instance: dict, row: int) -> dict[str, Any]:
         if not checked:
             instance = check_instance(instance, f"{name}, row {row}")
         tokenized = tokenize_instance(
-            instance, tokenizer, emb_seq_tokenizer, config, args.train_on_passages, end_of_turn_id
+            instance,
+            tokenizer,
+            emb_seq_tokenizer,
+            config,
+            args.train_on_passages,
+            end_of_turn_id,
+            args.candidates_from,
         )
         return {"dataset": instance["dataset"], **tokenized}  # the model card counts instances by dataset
 
     if isinstance(dataset, datasets.IterableDataset):
-        tokenized_stream = dataset.map(tokenize, with_indices=True, remove_columns=columns)
+        tokenized_stream = dataset.map(tokenize, with_indices=True, remove_columns=columns, features=features)
         return tokenized_stream.filter(_StreamFilter(args, config.max_passage_length, name), with_indices=True)
     description = f"Tokenizing the {name}"
     with args.main_process_first(desc=description):
         tokenized = dataset.map(
-            tokenize, with_indices=True, remove_columns=columns, num_proc=args.dataset_num_proc, desc=description
+            tokenize,
+            with_indices=True,
+            remove_columns=columns,
+            num_proc=args.dataset_num_proc,
+            features=features,
+            desc=description,
         )
     _check_contents(tokenized, places, name)
     tokenized = _drop_long_instances(tokenized, args.max_length, name)
-    _check_queries(tokenized, args.supervision, name)
+    _check_queries(tokenized, args, name)
     return _report_cuts(tokenized, config.max_passage_length, name)
+
+
+def _features(config: CoSupConfig, args: CoSupTrainingArguments) -> datasets.Features:
+    """Return the types of a tokenized instance's columns: what the first instances leave empty does not show its."""
+    text, tokens = datasets.Value("string"), datasets.List(datasets.Value("int64"))
+    count = datasets.Value("int64")
+    features = {
+        **{"dataset": text, "id": text, "input_ids": tokens, "labels": tokens},
+        **{"passage_input_ids": datasets.List(tokens), "passage_ids": datasets.List(text)},
+        "positive_ids": datasets.List(datasets.List(text)),
+        **{"negative_input_ids": datasets.List(tokens), "negative_ids": datasets.List(text)},
+        "num_cut_passages": count,
+    }
+    if config.query_from != "gen":
+        features |= {"query_input_ids": datasets.List(tokens), "num_cut_queries": count}
+    if args.candidates_from is not None:
+        features |= {
+            "needs_candidates": datasets.Value("bool"),
+            "answers": datasets.List(text),
+            "provenance": datasets.List(datasets.List(text)),
+            "candidate_pool": datasets.List(text),
+        }
+    return datasets.Features(features)
 
 
 def _report_cuts(tokenized: datasets.Dataset, max_passage_length: int, name: str) -> datasets.Dataset:
@@ -162,7 +200,13 @@ def _as_dataset(
     checked: list[CheckedInstance] = []
     for row, instance in enumerate(instances):
         checked.append(check_instance(instance, f"{name}, row {row}"))
-    return datasets.Dataset.from_list(checked), [instance.where for instance in checked]
+    fields: dict[str, None] = {}  # in order; the library would take those of the first row
+    for instance in checked:
+        fields |= dict.fromkeys(instance)
+    columns: dict[str, list] = {field: [instance.get(field) for instance in checked] for field in fields}
+    if "candidates" in columns:  # Arrow has no column of both passages and ids
+        columns["candidates"] = [candidate_ids(instance) for instance in checked]
+    return datasets.Dataset.from_dict(columns), [instance.where for instance in checked]
 
 
 # ---------------------------------------------------------------------- checks of a whole set
@@ -178,6 +222,29 @@ def _check_contents(tokenized: datasets.Dataset, places: list[str] | None, name:
     for row, instance in enumerate(rows):
         where = f"{name}, row {row}" if places is None else places[row]
         _add_passages(contents, instance, columns, where)
+
+
+def gold_contents(tokenized: Mapping[str, Any]) -> PassageContents:
+    """
+    Return what Emb_seq reads of each passage of tokenized sets, by passage id.
+
+    Args:
+        tokenized (`dict`): sets by name, for errors. A stream is left out: its passages are not known in advance.
+
+    Raises:
+        `ValueError`: for a passage id with two contents.
+    """
+    contents = PassageContents()
+    for name, dataset in tokenized.items():
+        if not isinstance(dataset, datasets.Dataset):
+            continue
+        columns = _passage_columns(dataset.column_names)
+        if not columns:
+            continue
+        rows = dataset.with_format(None).select_columns([column for pair in columns for column in pair])
+        for row, instance in enumerate(rows):
+            _add_passages(contents, instance, columns, f"{name}, row {row}")
+    return contents
 
 
 def _passage_columns(names: Sequence[str]) -> list[tuple[str, str]]:
@@ -197,10 +264,28 @@ def _add_passages(
                 contents.add(str(id), tuple(tokens), where)
 
 
-def _check_queries(tokenized: datasets.Dataset, supervision: str, name: str) -> None:
-    """Raise or warn if no instance has a passage."""
+def _check_queries(tokenized: datasets.Dataset, args: CoSupTrainingArguments, name: str) -> None:
+    """Raise or warn if no instance has a query that is trained."""
+    needs_candidates = "needs_candidates" in tokenized.column_names and any(tokenized["needs_candidates"])
+    check_retrieves(needs_candidates, args, name)
+    if needs_candidates:
+        return
+    if args.candidates_from is not None:
+        logger.warning(
+            f"None of the {len(tokenized)} instances of the {name} lacks a passage, so there is nothing to retrieve"
+            f" candidates for, which supervision={args.supervision!r} with candidates_from would train."
+        )
     if not any(tokenized["passage_input_ids"]):
-        report_no_query(len(tokenized), supervision, f"instances of the {name}")
+        report_no_query(len(tokenized), args.supervision, f"instances of the {name}")
+
+
+def check_retrieves(needs_candidates: bool, args: CoSupTrainingArguments, name: str) -> None:
+    """Raise if instances were tokenized for candidates, and none are retrieved."""
+    if needs_candidates and args.candidates_from is None:
+        raise ValueError(
+            f"The {name} was tokenized for candidates_from, which is not set: its rows have no passage between [NSP]"
+            " and [Cs]. Set it, or tokenize the instances without it."
+        )
 
 
 def report_no_query(num_instances: int, supervision: str, of_what: str) -> None:
@@ -242,7 +327,7 @@ class _StreamFilter:
         self.name = name
         self.contents = PassageContents(MOST_STREAMED_IDS)
         self.num_kept = 0
-        self.num_with_passages = 0
+        self.num_with_queries = 0
         self.num_dropped = 0
         self.num_cut = 0
 
@@ -250,20 +335,21 @@ class _StreamFilter:
         _add_passages(self.contents, instance, _passage_columns(list(instance)), f"{self.name}, row {row}")
         if len(instance["input_ids"]) > self.max_length:
             self.num_dropped += 1
-            if _has_doubled(self.num_dropped, 1):
+            if has_doubled(self.num_dropped, 1):
                 logger.warning(
                     f"Dropped {self.num_dropped} instance(s) of the {self.name} so far: longer than"
                     f" max_length={self.max_length}."
                 )
             return False
         self.num_kept += 1
-        self.num_with_passages += bool(instance["passage_input_ids"])
-        if self.num_kept == PATIENCE and not self.num_with_passages:
+        needs_candidates = bool(instance.get("needs_candidates"))
+        self.num_with_queries += bool(instance["passage_input_ids"]) or needs_candidates
+        if self.num_kept == PATIENCE and not self.num_with_queries:
             report_no_query(PATIENCE, self.supervision, f"first instances of the {self.name}")
         if instance.get("num_cut_queries"):
             logger.warning_once(f"Some queries of the {self.name} {LONG_QUERIES}.")
         self.num_cut += instance["num_cut_passages"]
-        if _has_doubled(self.num_cut, instance["num_cut_passages"]):
+        if has_doubled(self.num_cut, instance["num_cut_passages"]):
             logger.warning(
                 f"Cut {self.num_cut} passage(s) of the {self.name} so far to"
                 f" max_passage_length={self.max_passage_length} tokens."
@@ -271,6 +357,6 @@ class _StreamFilter:
         return True
 
 
-def _has_doubled(count: int, added: int) -> bool:
+def has_doubled(count: int, added: int) -> bool:
     """Return whether `count` has reached a power of two with the last `added`."""
     return count.bit_length() > (count - added).bit_length()

@@ -17,7 +17,7 @@ from modeling_cosup.encoding_cosup import evaluating
 from modeling_cosup.packing_cosup import pad_rows
 from modeling_cosup.tokenization_cosup import encode_prompt
 
-from ..data import tokenize_instance
+from ..tokenizing import tokenize_instance
 from .figures import MODES, QUERY, SEARCHING
 from .grounding import split_sentences
 from .intervals import Mean

@@ -63,6 +63,26 @@ _TRAINING = (
         "nats",
     ),
     Figure(
+        "distillation_loss",
+        "distillation loss",
+        "KL(target ‖ student) over the candidates of a query, mean over the queries that are distilled",
+        "nats",
+    ),
+    Figure("target_entropy", "entropy of the target", "entropy of a distillation's target, mean over queries", "nats"),
+    Figure(
+        "student_entropy",
+        "entropy of the student",
+        "entropy of the retriever over the candidates, mean over queries",
+        "nats",
+    ),
+    Figure("target_max", "largest target", "largest share of a distillation's target, mean over queries"),
+    Figure(
+        "num_left_out",
+        "left out",
+        "number of instances left out of steps, because prompt, candidates and answer exceed max_length",
+        "count",
+    ),
+    Figure(
         "nsp_accuracy",
         "NSP accuracy",
         "the passage of a query scores above all negatives of its batch; without any, a query does not count",
