@@ -13,7 +13,7 @@ from trainer.judging.figures import MAIN
 from trainer.reports.cells import verdict
 from trainer.reports.comparison import compare_results, comparison_row, section_label, write_comparison
 
-PRINTED = (*MAIN, "mrr", "query_recall@1")  # the report shows all figures
+PRINTED = (*MAIN, "mrr", "query_recall@1", "hit_rate@5")  # the report shows all figures
 
 
 @dataclass

@@ -44,8 +44,9 @@ from trainer.hub import push_checkpoint
 from trainer.judging.answers import ntp_loss, rank_passages, reference_instances
 from trainer.judging.figures import MODES, QUERY, Measured, figure, figure_line
 from trainer.judging.judge import evaluate_tasks
-from trainer.judging.matching import gold_ids, provenance_unknown
+from trainer.judging.matching import gold_ids, provenance_unknown, ranking_can_be_judged
 from trainer.judging.results import FORMAT
+from trainer.judging.retrieval import Ranking
 from trainer.judging.scoring import check_questions, measure, score_rankings
 from trainer.judging.tasks import Task, task_name
 from trainer.model_setup import without_peft
@@ -60,6 +61,7 @@ SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 PRINTED = (  # mode and figure, printed if it was measured
     (QUERY, "query_recall@1"),
     (QUERY, "query_recall@5"),
+    (QUERY, "hit_rate@5"),
     ("retrieval", "ret"),
     ("retrieval", "em"),
     ("gold", "em"),
@@ -367,27 +369,33 @@ def read_questions(run: Run) -> list[dict]:
     Read the questions of the evaluation set, and check that they can be judged before and after training.
 
     Raises:
-        `ValueError`: without a corpus or index, without a question that needs a passage, or for questions that cannot
-            be judged.
+        `ValueError`: without a corpus or index, without a question whose retrieval can be judged, or for questions
+            that cannot be judged.
     """
     eval_file = run.script.eval_file
     if run.corpus is None and run.script.index is None:
         raise ValueError("--eval_file needs --corpus_file (or --index): its questions are answered from that corpus.")
     questions = evaluation_task(run).read_questions(run.corpus, answers_required=True)
-    if not any(question["provenance"] for question in questions):
-        raise ValueError(f"{eval_file}: no question has provenance, so there is nothing to retrieve.")
+    if not any(ranking_can_be_judged(question) for question in questions):
+        raise ValueError(
+            f"{eval_file}: no question has provenance, nor an answer to look for in passages, so there is nothing to "
+            "retrieve."
+        )
     check_questions(questions, eval_file)
     return questions
 
 
 def held_out(model: CoSupForCausalLM, index: Retriever, run: Run) -> dict[str, Measured]:
-    """Return the NTP loss of the reference answers, and the recall of the query embeddings over the corpus."""
-    needing = [question for question in run.questions if question["provenance"]]
-    rankings = rank_passages(model, index, needing, run.args.per_device_eval_batch_size)
+    """
+    Return the NTP loss of the reference answers, and the recall and hit rate of the query embeddings over the corpus.
+    """
+    questions = [question for question in run.questions if ranking_can_be_judged(question)]
+    rankings = rank_passages(model, index, questions, run.args.per_device_eval_batch_size)
     ks = [k for k in (1, 5) if k < len(index)]  # among as many places as passages, nothing is missed
-    figures = measure(score_rankings([ranking["corpus"] for ranking in rankings], needing, ks))
-    recall = {f"query_recall@{k}": figures[f"query_recall@{k}"] for k in ks}
-    return {"ntp_loss": reference_loss(model, run), **recall}
+    figures = measure(score_rankings([Ranking.of(ranking) for ranking in rankings], questions, ks))
+    names = [f"{stem}@{k}" for stem in ("query_recall", "hit_rate") for k in ks]
+    retrieval = {name: figures[name] for name in names if name in figures}
+    return {"ntp_loss": reference_loss(model, run), **retrieval}
 
 
 def reference_loss(model: CoSupForCausalLM, run: Run) -> Measured:
@@ -447,9 +455,9 @@ def print_examples(predictions: list[dict], run: Run) -> None:
     needing_passage = []
     needing_none = []
     for i, question in enumerate(questions):
-        if question["provenance"]:
+        if question["provenance"] or provenance_unknown(question):
             needing_passage.append(i)
-        elif not provenance_unknown(question):
+        else:
             needing_none.append(i)
     needing_none = needing_none[:1]
     num_needing_passage = max(0, script.num_examples - len(needing_none))

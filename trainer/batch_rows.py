@@ -102,7 +102,7 @@ def read_batch(
     Return the rows of tokenized instances.
 
     Args:
-        features (`list[dict]`): as [`~trainer.data.tokenize_instance`] returns them.
+        features (`list[dict]`): as [`~trainer.tokenizing.tokenize_instance`] returns them.
         nsp_token_id (`int`, *optional*): id of `[NSP]`.
         supervision (`str`), encoder_queries (`bool`), mask_duplicates (`bool`): see [`CoSupDataCollator`].
 

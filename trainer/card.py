@@ -241,8 +241,8 @@ def evaluation_groups(results: dict[str, Any]) -> list[ResultGroup]:
 
     Returns:
         `list[dict]`: one [`result_group`] for each task. The answers come from the mode in which the model decides
-            when to retrieve, or else from the forced mode. R@1 is measured with the query embedding, over the searched
-            passages.
+            when to retrieve, or else from the forced mode. R@1 and HR@5 are measured with the query embedding, over
+            the searched passages.
     """
     groups = []
     for name, task in results["tasks"].items():
@@ -252,7 +252,7 @@ def evaluation_groups(results: dict[str, Any]) -> list[ResultGroup]:
         scope = "corpus" if task["pool"] == "full" else "pool"
         rankings = task["query"].get(scope)
         if rankings:
-            figures["query_recall@1"] = rankings["query_recall@1"]
+            figures |= {name: rankings[name] for name in ("query_recall@1", "hit_rate@5") if name in rankings}
         labels = {
             "cor": f"Cor ({', '.join(map(cor_label, task['cor']))})",
             "gr": f"Gr (by {results['settings'].get('nli_model') or 'an NLI model'})",

@@ -1,9 +1,9 @@
-"""Read files into checked instances, and instances into token ids, labels and passages."""
+"""Read files into checked instances, passages and questions."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from modeling_cosup.lines_cosup import lines_with_places
 from modeling_cosup.names_cosup import nearest_name, refuse_misspelt
@@ -18,14 +18,9 @@ from modeling_cosup.passages_cosup import (
 
 from .passage_contents import PassageContents
 
-if TYPE_CHECKING:  # recipes that prepare data need neither tokenizers nor the model, which take seconds to import
-    from transformers import PreTrainedTokenizerBase
-
-    from modeling_cosup import CoSupConfig
-
 # Fields whose misspelt names are refused. A misspelt `id` does no harm: the place then becomes the id.
 QUESTION_FIELDS = ("dataset", "instruction", "input")
-TRAINING_FIELDS = (*QUESTION_FIELDS, "segments")
+TRAINING_FIELDS = (*QUESTION_FIELDS, "segments", "answers", "provenance", "candidates")
 EVALUATION_FIELDS = (*QUESTION_FIELDS, "answers", "provenance", "candidates", "meta")
 SEGMENT_FIELDS = ("text", "passage", "negatives", "positives")  # of a segment, which has no others
 
@@ -95,12 +90,15 @@ def check_instance(instance: Mapping[str, Any], where: str) -> CheckedInstance:
         instance (`dict`): `{"id", "dataset", "instruction", "input", "segments": [{"text", "passage": {"id", "title",
             "text"} | None}]}`. `id`, `dataset`, `instruction`, and a passage's `id` and `title` may be missing. A
             segment with a passage may also have `"negatives"`, passages that look right but are not, and
-            `"positives"`, ids of further passages that would have been right; it has no other fields. Ids are strings
-            or integers, see [`~modeling_cosup.passages_cosup.check_id`].
+            `"positives"`, ids of further passages that would have been right; it has no other fields. An instance
+            whose passage is unknown has no segment with one. It may have `"answers"` in place of segments, of which
+            the first is trained; `"provenance"`, sets of passage ids, for figures alone; and `"candidates"`, passages
+            or their ids, among which `candidates_from="instance"` searches. Ids are strings or integers, see
+            [`~modeling_cosup.passages_cosup.check_id`].
         where (`str`): file and line, or row, for the error.
 
     Returns:
-        [`CheckedInstance`].
+        [`CheckedInstance`]; `segments` is empty if there are answers alone, and fields that were left out stay out.
 
     Raises:
         `ValueError`: names the place, the field, what was found and what was expected; also for an unknown field of a
@@ -111,11 +109,51 @@ def check_instance(instance: Mapping[str, Any], where: str) -> CheckedInstance:
     if not isinstance(instance, Mapping):
         raise ValueError(f"{where} is {shown(instance)}, expected an object with input and segments.")
     refuse_misspelt(instance, TRAINING_FIELDS, where)
+    answers = _checked_answers(instance.get("answers"), where)
     segments = instance.get("segments")
-    if not isinstance(segments, list) or not segments:
+    if answers and not segments:
+        segments = []
+    elif not isinstance(segments, list) or not segments:
         raise ValueError(f"{where}: segments is {shown(segments)}, expected a list of at least one segment.")
     checked_segments = [_check_segment(segment, f"segments[{i}]", where) for i, segment in enumerate(segments)]
-    return CheckedInstance({**_check_question(instance, where), "segments": checked_segments}, where)
+    checked: dict[str, Any] = {**_check_question(instance, where), "segments": checked_segments}
+    if answers:
+        checked["answers"] = answers
+    if instance.get("provenance"):
+        checked["provenance"] = _checked_provenance(instance["provenance"], where)
+    if instance.get("candidates"):
+        checked["candidates"] = _checked_candidates(instance["candidates"], where)
+    return CheckedInstance(checked, where)
+
+
+def has_passage(instance: Mapping[str, Any]) -> bool:
+    """Return whether a checked instance has a segment with a passage; the passage of any other is unknown."""
+    return any(segment["passage"] is not None for segment in instance["segments"])
+
+
+def _checked_answers(answers: Any, where: str) -> list[str]:
+    """Return checked answers of a training instance; an empty list if there are none."""
+    if answers is None:
+        return []
+    if not isinstance(answers, list):
+        raise ValueError(f"{where}: answers is {shown(answers)}, expected a list of strings.")
+    return [check_text(answer, f"answers[{i}]", where) for i, answer in enumerate(answers)]
+
+
+def _checked_candidates(candidates: Any, where: str) -> list[dict[str, str]]:
+    """Return candidates as passages; one that was given by its id alone has neither title nor text."""
+    if not isinstance(candidates, list):
+        raise ValueError(f"{where}: candidates is {shown(candidates)}, expected a list of passages or their ids.")
+    checked: list[dict[str, str]] = []
+    for i, candidate in enumerate(candidates):
+        is_id_alone = isinstance(candidate, dict) and not (candidate.get("text") or candidate.get("title"))
+        if is_id_alone and candidate.get("id") is not None:  # checked before, and stored as a column of a dataset
+            candidate = candidate["id"]
+        if isinstance(candidate, dict):
+            checked.append(check_passage(candidate, where, f"candidates[{i}]."))
+        else:
+            checked.append({"id": check_id(candidate, where, f"candidates[{i}]"), "title": "", "text": ""})
+    return checked
 
 
 def _check_segment(segment: Any, name: str, where: str) -> dict:
@@ -191,6 +229,13 @@ def _checked_ids(ids: object, field: str, where: str) -> list[str]:
     return [check_id(id, where, f"an id in {field}") for id in ids]
 
 
+def _checked_provenance(provenance: Any, where: str) -> list[list[str]]:
+    """Return sets of passage ids, each of which is enough evidence."""
+    if not isinstance(provenance, list) or not all(isinstance(ids, list) and ids for ids in provenance):
+        raise ValueError(f"{where}: provenance is {shown(provenance)}, expected a list of lists of passage ids.")
+    return [_checked_ids(ids, f"provenance[{i}]", where) for i, ids in enumerate(provenance)]
+
+
 # ---------------------------------------------------------------------- corpora and evaluation sets
 
 
@@ -264,7 +309,6 @@ def _check_evaluation_instance(value: Mapping[str, Any], where: str, answers_req
     refuse_misspelt(value, EVALUATION_FIELDS, where)
     question = _check_question(value, where)
     answers = value.get("answers")
-    provenance = value.get("provenance")
     candidates = value.get("candidates")
     if candidates is None:
         candidates = []
@@ -274,14 +318,12 @@ def _check_evaluation_instance(value: Mapping[str, Any], where: str, answers_req
     if not isinstance(answers, list) or (answers_required and not answers):
         expected = "at least one string" if answers_required else "strings"
         raise ValueError(f"{where}: answers is {shown(answers)}, expected a list of {expected}.")
-    if not isinstance(provenance, list) or not all(isinstance(ids, list) and ids for ids in provenance):
-        raise ValueError(f"{where}: provenance is {shown(provenance)}, expected a list of lists of passage ids.")
     if not isinstance(meta, dict):
         raise ValueError(f"{where}: meta is {shown(meta)}, expected an object.")
     return {
         **question,
         "answers": [check_text(answer, f"answers[{i}]", where) for i, answer in enumerate(answers)],
-        "provenance": [_checked_ids(ids, f"provenance[{i}]", where) for i, ids in enumerate(provenance)],
+        "provenance": _checked_provenance(value.get("provenance"), where),
         "candidates": _checked_ids(candidates, "candidates", where),
         "meta": meta,
     }
@@ -292,102 +334,3 @@ def _check_known(ids: Sequence[str], field: str, known_ids: set[str], where: str
     missing = [id for id in ids if id not in known_ids]
     if missing:
         raise ValueError(f"{where}: {field} holds {missing[0]!r}, which the corpus lacks ({len(missing)} such ids).")
-
-
-# ---------------------------------------------------------------------- tokenizing
-
-
-def tokenize_instance(
-    instance: dict,
-    tokenizer: "PreTrainedTokenizerBase",
-    emb_seq_tokenizer: "PreTrainedTokenizerBase",
-    config: "CoSupConfig",
-    train_on_passages: bool = False,
-    end_of_turn_id: int | None = None,
-) -> dict[str, Any]:
-    """
-    Return the token ids, labels and passages of an instance.
-
-    The prompt comes first. Then each segment: `[NSP]` passage `[Cs]` text `[CE]`, or its text alone. Then the end of
-    turn. `[NSP]`, text, `[CE]` and the end of turn are trained. The prompt, passages and `[Cs]` have label -100
-    (`train_on_passages` turns passages on).
-
-    Args:
-        instance (`dict`): as [`check_instance`] returns it.
-        tokenizer, emb_seq_tokenizer (`PreTrainedTokenizerBase`): Gen's and Emb_seq's.
-        config (`CoSupConfig`): control token ids, passage template and passage length.
-        train_on_passages (`bool`, *optional*, defaults to `False`): also train passage tokens.
-        end_of_turn_id (`int`, *optional*): the token that ends the response; by default that of the chat template.
-
-    Returns:
-        `dict`:
-
-        - `id`
-        - `input_ids` and `labels` (`list[int]`, equally long)
-        - for each `[NSP]` an entry of `passage_input_ids` (what Emb_seq reads), `passage_ids` and `positive_ids` (ids
-          of further passages that would have been right)
-        - `negative_input_ids` and `negative_ids`, of hard negatives
-        - `num_cut_passages`, passages and hard negatives of which Gen or Emb_seq reads only the beginning
-        - if an encoder makes the queries, `query_input_ids`: what it reads for each `[NSP]`
-        - with these, `num_cut_queries`: how many were too long and lost their beginning
-
-    Raises:
-        `ValueError`: if a text holds a special token that the tokenizer cannot read as text.
-    """
-    from modeling_cosup.tokenization_cosup import (
-        encode_passages_for_emb_seq,
-        encode_passages_for_gen,
-        encode_prompt,
-        encode_queries_for_emb_seq,
-        encode_texts,
-        end_of_turn_token_id,
-    )
-
-    segments = instance["segments"]
-    retrieving = [segment for segment in segments if segment["passage"] is not None]
-    passages = [segment["passage"] for segment in retrieving]
-    negatives: list[dict] = []
-    for segment in retrieving:
-        negatives += segment.get("negatives") or []
-
-    nsp, cs, ce = config.nsp_token_id, config.cs_token_id, config.ce_token_id
-    assert nsp is not None and cs is not None and ce is not None  # set when Gen and Emb_seq were put together
-    cut_passages: set[int] = set()  # their numbers
-    cut_negatives: set[int] = set()
-    gen_passages = iter(encode_passages_for_gen(tokenizer, passages, config, cut_passages))
-    names = [f"Instance {instance['id']!r}, segments[{i}].text" for i in range(len(segments))]
-    texts = encode_texts(tokenizer, [segment["text"] for segment in segments], names)
-    try:
-        input_ids = list(encode_prompt(tokenizer, instance["input"], instance["instruction"]))
-    except ValueError as error:
-        raise ValueError(f"Instance {instance['id']!r}: {error}") from error
-    labels = [-100] * len(input_ids)
-    queries = []  # everything up to and including each [NSP]
-    for segment, text in zip(segments, texts, strict=True):
-        if segment["passage"] is None:
-            input_ids += text
-            labels += text
-            continue
-        passage = next(gen_passages)
-        passage_labels = passage if train_on_passages else [-100] * len(passage)
-        queries.append([*input_ids, nsp])
-        input_ids += [nsp, *passage, cs, *text, ce]
-        labels += [nsp, *passage_labels, -100, *text, ce]
-    if end_of_turn_id is None:
-        end_of_turn_id = end_of_turn_token_id(tokenizer)
-
-    tokenized = {
-        "id": instance["id"],
-        "input_ids": [*input_ids, end_of_turn_id],
-        "labels": [*labels, end_of_turn_id],
-        "passage_input_ids": encode_passages_for_emb_seq(emb_seq_tokenizer, passages, config, cut_passages),
-        "passage_ids": [passage["id"] for passage in passages],
-        "positive_ids": [list(segment.get("positives") or []) for segment in retrieving],
-        "negative_input_ids": encode_passages_for_emb_seq(emb_seq_tokenizer, negatives, config, cut_negatives),
-        "negative_ids": [negative["id"] for negative in negatives],
-        "num_cut_passages": len(cut_passages) + len(cut_negatives),
-    }
-    if config.query_from != "gen":
-        query_input_ids, num_cut = encode_queries_for_emb_seq(tokenizer, emb_seq_tokenizer, queries, config)
-        tokenized.update(query_input_ids=query_input_ids, num_cut_queries=num_cut)
-    return tokenized

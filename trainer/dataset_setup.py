@@ -13,9 +13,10 @@ from modeling_cosup import CoSupConfig
 from modeling_cosup.passages_cosup import dataset_rows
 from modeling_cosup.tokenization_cosup import end_of_turn_token_id
 
-from .data import CheckedInstance, check_instance, tokenize_instance
+from .data import CheckedInstance, check_instance
 from .duplicates import NoDuplicatesSampler
 from .passage_contents import MOST_STREAMED_IDS, PassageContents
+from .tokenizing import tokenize_instance
 from .training_args import CoSupTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -25,7 +26,9 @@ AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset | torch.util
 LONG_QUERIES = "are longer than their encoder reads, and lose their beginning"
 
 COLUMNS = ["input_ids", "labels", "passage_input_ids"]  # of a tokenized instance
+CANDIDATE_COLUMNS = ["needs_candidates", "answers", "provenance", "candidate_pool"]  # with candidates_from
 OPTIONAL_COLUMNS = ["id", "passage_ids", "positive_ids", "negative_input_ids", "negative_ids", "query_input_ids"]
+OPTIONAL_COLUMNS += CANDIDATE_COLUMNS
 PATIENCE = 1024  # instances of a stream, none of them with a passage, after which there is an error or a warning
 
 
@@ -66,32 +69,67 @@ def tokenize_dataset(
     if set(COLUMNS) <= set(columns):
         if isinstance(dataset, datasets.Dataset):
             _check_contents(dataset, places, name)
-            _check_queries(dataset, args.supervision, name)
+            _check_queries(dataset, args, name)
         return dataset
     tokenizer, emb_seq_tokenizer = tokenizers
     end_of_turn_id = end_of_turn_token_id(tokenizer)
     checked = places is not None
+    features = _features(config, args)
 
     def tokenize(instance: dict, row: int) -> dict[str, Any]:
         if not checked:
             instance = check_instance(instance, f"{name}, row {row}")
         tokenized = tokenize_instance(
-            instance, tokenizer, emb_seq_tokenizer, config, args.train_on_passages, end_of_turn_id
+            instance,
+            tokenizer,
+            emb_seq_tokenizer,
+            config,
+            args.train_on_passages,
+            end_of_turn_id,
+            args.candidates_from,
         )
         return {"dataset": instance["dataset"], **tokenized}  # the model card counts instances by dataset
 
     if isinstance(dataset, datasets.IterableDataset):
-        tokenized_stream = dataset.map(tokenize, with_indices=True, remove_columns=columns)
+        tokenized_stream = dataset.map(tokenize, with_indices=True, remove_columns=columns, features=features)
         return tokenized_stream.filter(_StreamFilter(args, config.max_passage_length, name), with_indices=True)
     description = f"Tokenizing the {name}"
     with args.main_process_first(desc=description):
         tokenized = dataset.map(
-            tokenize, with_indices=True, remove_columns=columns, num_proc=args.dataset_num_proc, desc=description
+            tokenize,
+            with_indices=True,
+            remove_columns=columns,
+            num_proc=args.dataset_num_proc,
+            features=features,
+            desc=description,
         )
     _check_contents(tokenized, places, name)
     tokenized = _drop_long_instances(tokenized, args.max_length, name)
-    _check_queries(tokenized, args.supervision, name)
+    _check_queries(tokenized, args, name)
     return _report_cuts(tokenized, config.max_passage_length, name)
+
+
+def _features(config: CoSupConfig, args: CoSupTrainingArguments) -> datasets.Features:
+    """Return the types of a tokenized instance's columns: what the first instances leave empty does not show its."""
+    text, tokens = datasets.Value("string"), datasets.List(datasets.Value("int64"))
+    count = datasets.Value("int64")
+    features = {
+        **{"dataset": text, "id": text, "input_ids": tokens, "labels": tokens},
+        **{"passage_input_ids": datasets.List(tokens), "passage_ids": datasets.List(text)},
+        "positive_ids": datasets.List(datasets.List(text)),
+        **{"negative_input_ids": datasets.List(tokens), "negative_ids": datasets.List(text)},
+        "num_cut_passages": count,
+    }
+    if config.query_from != "gen":
+        features |= {"query_input_ids": datasets.List(tokens), "num_cut_queries": count}
+    if args.candidates_from is not None:
+        features |= {
+            "needs_candidates": datasets.Value("bool"),
+            "answers": datasets.List(text),
+            "provenance": datasets.List(datasets.List(text)),
+            "candidate_pool": datasets.List({"id": text, "title": text, "text": text}),
+        }
+    return datasets.Features(features)
 
 
 def _report_cuts(tokenized: datasets.Dataset, max_passage_length: int, name: str) -> datasets.Dataset:
@@ -162,7 +200,11 @@ def _as_dataset(
     checked: list[CheckedInstance] = []
     for row, instance in enumerate(instances):
         checked.append(check_instance(instance, f"{name}, row {row}"))
-    return datasets.Dataset.from_list(checked), [instance.where for instance in checked]
+    fields: dict[str, None] = {}  # in order; the library would take those of the first row
+    for instance in checked:
+        fields |= dict.fromkeys(instance)
+    columns = {field: [instance.get(field) for instance in checked] for field in fields}
+    return datasets.Dataset.from_dict(columns), [instance.where for instance in checked]
 
 
 # ---------------------------------------------------------------------- checks of a whole set
@@ -197,10 +239,28 @@ def _add_passages(
                 contents.add(str(id), tuple(tokens), where)
 
 
-def _check_queries(tokenized: datasets.Dataset, supervision: str, name: str) -> None:
-    """Raise or warn if no instance has a passage."""
+def _check_queries(tokenized: datasets.Dataset, args: CoSupTrainingArguments, name: str) -> None:
+    """Raise or warn if no instance has a query that is trained."""
+    needs_candidates = "needs_candidates" in tokenized.column_names and any(tokenized["needs_candidates"])
+    check_retrieves(needs_candidates, args, name)
+    if needs_candidates:
+        return
+    if args.candidates_from is not None:
+        logger.warning(
+            f"None of the {len(tokenized)} instances of the {name} lacks a passage, so there is nothing to retrieve"
+            f" candidates for, which supervision={args.supervision!r} with candidates_from would train."
+        )
     if not any(tokenized["passage_input_ids"]):
-        report_no_query(len(tokenized), supervision, f"instances of the {name}")
+        report_no_query(len(tokenized), args.supervision, f"instances of the {name}")
+
+
+def check_retrieves(needs_candidates: bool, args: CoSupTrainingArguments, name: str) -> None:
+    """Raise if instances were tokenized for candidates, and none are retrieved."""
+    if needs_candidates and args.candidates_from is None:
+        raise ValueError(
+            f"The {name} was tokenized for candidates_from, which is not set: its rows have no passage between [NSP]"
+            " and [Cs]. Set it, or tokenize the instances without it."
+        )
 
 
 def report_no_query(num_instances: int, supervision: str, of_what: str) -> None:
@@ -242,7 +302,7 @@ class _StreamFilter:
         self.name = name
         self.contents = PassageContents(MOST_STREAMED_IDS)
         self.num_kept = 0
-        self.num_with_passages = 0
+        self.num_with_queries = 0
         self.num_dropped = 0
         self.num_cut = 0
 
@@ -257,8 +317,9 @@ class _StreamFilter:
                 )
             return False
         self.num_kept += 1
-        self.num_with_passages += bool(instance["passage_input_ids"])
-        if self.num_kept == PATIENCE and not self.num_with_passages:
+        needs_candidates = bool(instance.get("needs_candidates"))
+        self.num_with_queries += bool(instance["passage_input_ids"]) or needs_candidates
+        if self.num_kept == PATIENCE and not self.num_with_queries:
             report_no_query(PATIENCE, self.supervision, f"first instances of the {self.name}")
         if instance.get("num_cut_queries"):
             logger.warning_once(f"Some queries of the {self.name} {LONG_QUERIES}.")

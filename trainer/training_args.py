@@ -15,10 +15,13 @@ from transformers.utils import logging
 
 from modeling_cosup.names_cosup import nearest_name
 
+from .distillation_args import DISTILLATIONS, SOURCES, check_candidates
+
 logger = logging.get_logger(__name__)
 
 CHOICES = {
-    "supervision": ("co", "ntp", "nsp", "separate"),
+    "supervision": ("co", "ntp", "nsp", "separate", *DISTILLATIONS),
+    "candidates_from": SOURCES,
     "gather": ("global", "local", "detached"),
     "batch_sampler": ("batch_sampler", "no_duplicates"),
     "include_num_input_tokens_seen": (False, True, "no", "all", "non_padding"),
@@ -55,6 +58,31 @@ class CoSupTrainingArguments(TrainingArguments):
             `"separate"`: Gen learns next tokens, and Emb_seq learns next passages from queries that it encodes itself
             (the paper's baseline, section 5). The model's `query_from` says whether one encoder reads queries and
             passages, or two (appendix C.1).
+            `"attention_distillation"`, `"perplexity_distillation"`: instances whose passage is unknown teach
+            retrieval too. Gen reads `num_candidates` passages with the answer; its attention to each of them
+            (arXiv 2402.11794), or how likely each makes the answer (Atlas, arXiv 2208.03299), is the target of their
+            scores. Adds λ times `distillation_loss`. Instances with a passage are trained as with `"co"` or
+            `"separate"`. Queries come from where `query_from` says. With `freeze_gen` Gen only reads.
+        num_candidates (`int`): passages that an instance without a passage gets, K. They stand in its row as
+            `generate(top_k=K)` would write them.
+        candidates_from (`str`, *optional*): `"index"` searches an index of the training corpus, which the model
+            embeds; `"instance"` searches the instance's own `candidates` alone. Defaults to `"index"` with a
+            distillation. With `supervision="ntp"` it trains Gen alone to read what is retrieved.
+        refresh_index_steps (`int`): steps after which the corpus is embedded again, unless Emb_seq is frozen.
+        distillation_target (`str`, *optional*): of attention, `"attention"` (default), a softmax of the shares of
+            attention, or `"attention_shares"`, these shares themselves (Eq. 1 of the paper), which are nearly flat and
+            teach little. Of perplexity, `"perplexity"` (default), a softmax of the answer's mean log-likelihood with
+            each candidate alone; `"leave_one_out"`, of how much likelier the answer is with a candidate than without;
+            or `"emdr"`, the posterior of EMDR² (arXiv 2106.05346).
+        target_temperature (`float`, *optional*): divides what the softmax of the target is taken of; lower is sharper.
+            Defaults to 0.02 for `"attention"`, and to 0.1 for `"perplexity"` and `"leave_one_out"`; the other targets
+            have none.
+        rerank_candidates (`int`, *optional*): retrieve so many passages, embed them with the current weights, and keep
+            the best `num_candidates`.
+        index_factory (`str`, *optional*): FAISS factory string of an approximate search; exact by default.
+        shuffle_candidates (`bool`): put the candidates of a training row in a random order, which depends on `seed`,
+            step and instance alone; by default the best is first.
+        log_indicators (`bool`): also log `indicator_1`, Gen's attention to the tokens nearest to the answer.
         nsp_batch_size (`int`, *optional*): instances, over all ranks, whose passages are each other's negatives. Turns
             on GradCache: the NSP loss sees all of them in the memory of a micro-batch of
             `per_device_train_batch_size`, with the same gradients. One optimiser step is `gradient_accumulation_steps`
@@ -120,7 +148,38 @@ class CoSupTrainingArguments(TrainingArguments):
     train_on_passages: bool = field(
         default=False, metadata={"help": "Also train the tokens of retrieved passages (ablation)."}
     )
-    supervision: str = field(default="co", metadata={"help": "co, ntp, nsp or separate (the paper's baseline)."})
+    supervision: str = field(
+        default="co",
+        metadata={
+            "help": "co, ntp, nsp, separate (the paper's baseline), attention_distillation or perplexity_distillation."
+        },
+    )
+    num_candidates: int = field(
+        default=5, metadata={"help": "Passages that an instance without a passage gets, see candidates_from."}
+    )
+    candidates_from: str | None = field(
+        default=None, metadata={"help": "index or instance: where instances without a passage find candidates."}
+    )
+    refresh_index_steps: int = field(
+        default=100, metadata={"help": "Steps after which the training corpus is embedded again."}
+    )
+    distillation_target: str | None = field(
+        default=None,
+        metadata={"help": "attention, attention_shares; perplexity, leave_one_out, emdr: what is distilled."},
+    )
+    target_temperature: float | None = field(
+        default=None, metadata={"help": "Temperature of the distillation's target; lower is sharper."}
+    )
+    rerank_candidates: int | None = field(
+        default=None, metadata={"help": "Retrieve so many, embed them again, and keep the best num_candidates."}
+    )
+    index_factory: str | None = field(
+        default=None, metadata={"help": "FAISS factory string of an approximate search for candidates."}
+    )
+    shuffle_candidates: bool = field(
+        default=False, metadata={"help": "Put the candidates of a training row in a random order."}
+    )
+    log_indicators: bool = field(default=False, metadata={"help": "Log Indicator 1 of the reader."})
     nsp_batch_size: int | None = field(
         default=None,
         metadata={"help": "Instances, over all ranks, whose passages are each other's negatives (GradCache)."},
@@ -157,6 +216,8 @@ class CoSupTrainingArguments(TrainingArguments):
         import torch
         from transformers.trainer_pt_utils import AcceleratorConfig
 
+        if self.candidates_from is None and self.supervision in DISTILLATIONS:
+            self.candidates_from = "index"
         self._check_choices()
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise TrainingArguments refuses bf16 on a CPU
@@ -213,12 +274,17 @@ class CoSupTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"label_smoothing_factor is {self.label_smoothing_factor}, expected 0 or more, and less than 1."
             )
-        if self.label_smoothing_factor and self.supervision == "nsp":
+        if self.label_smoothing_factor and not self.trains_ntp:
+            frozen = " with freeze_gen" if self.distills else ""
             raise ValueError(
-                "label_smoothing_factor smooths next token prediction, which supervision='nsp' does not train."
+                f"label_smoothing_factor smooths next token prediction, which supervision={self.supervision!r}{frozen}"
+                " does not train."
             )
-        if self.matryoshka_dims and self.supervision == "ntp":
+        if self.matryoshka_dims and not self.trains_embeddings:
             raise ValueError("matryoshka_dims cuts embeddings, which supervision='ntp' does not train.")
+        if self.matryoshka_dims and self.distills:
+            raise ValueError("matryoshka_dims cuts embeddings for the NSP loss, not for a distillation: leave it out.")
+        check_candidates(self)
         if self.batch_sampler == "no_duplicates" and self.train_sampling_strategy != "random":
             raise ValueError(
                 f"train_sampling_strategy={self.train_sampling_strategy!r} and batch_sampler='no_duplicates' both say"
@@ -263,6 +329,32 @@ class CoSupTrainingArguments(TrainingArguments):
                 f"control_token_lr scales the optimizer's step, and optim={self._optimizer_name!r} changes weights"
                 " during backward or keeps averages of them: choose another optimizer, such as adamw_torch_fused."
             )
+
+    # ------------------------------------------------------------------ what is trained
+
+    @property
+    def distills(self) -> bool:
+        """Whether the reader teaches retrieval."""
+        return self.supervision in DISTILLATIONS
+
+    @property
+    def trains_ntp(self) -> bool:
+        """Whether Gen learns next tokens."""
+        return not (self.supervision == "nsp" or (self.distills and self.freeze_gen))
+
+    @property
+    def trains_embeddings(self) -> bool:
+        """Whether queries and passages learn to find each other."""
+        return self.supervision != "ntp"
+
+    @property
+    def target(self) -> tuple[str, float | None]:
+        """The target of a distillation, and its temperature; `None` for a target without one."""
+        temperatures = DISTILLATIONS[self.supervision]
+        name = self.distillation_target or next(iter(temperatures))
+        if self.target_temperature is None:
+            return name, temperatures[name]
+        return name, self.target_temperature
 
     @property
     def _optimizer_name(self) -> str:

@@ -280,8 +280,8 @@ def write_world(folder: Path, settings: dict[str, Any]) -> None:
             questions += distinct
         if split == "eval":
             rows = [unlabelled(split, i, *question) for i, question in enumerate(questions)]
-            if not settings["pairs"]:  # then a value alone is no answer: training never gives it
-                rows = [{**row, "answers": row["answers"][:1]} for row in rows]
+            if not settings["pairs"]:
+                rows = [with_sentence_alone(row) for row in rows]
         else:
             rows = [labelled(split, i, *question) for i, question in enumerate(questions)]
         write_lines(folder / f"{split}.jsonl", rows)
@@ -304,6 +304,11 @@ def unlabelled(split: str, i: int, question: str, answers: Answers, passage: Pas
     """Return an evaluation instance, which is also a training instance without a gold passage."""
     provenance = [[passage["id"]]] if passage else []
     return {**_question(split, i, question), "answers": list(answers), "provenance": provenance, "candidates": []}
+
+
+def with_sentence_alone(row: dict[str, Any]) -> dict[str, Any]:
+    """Return an evaluation instance without the value, so that no passage holds its answer word by word."""
+    return {**row, "answers": row["answers"][:1], "meta": {"long_answers": True}}
 
 
 def _question(split: str, i: int, question: str) -> dict[str, str]:

@@ -11,7 +11,6 @@ from support.evaluation_world import QUESTIONS as WORLD_QUESTIONS
 from support.models import PASSAGES, make_model, plain_batch
 from trainer import CoSupTrainingArguments
 from trainer.batching import BatchFacts
-from trainer.data import tokenize_instance
 from trainer.held_out import retrieval_metrics
 from trainer.judging.answers import (
     answer,
@@ -26,6 +25,7 @@ from trainer.judging.answers import (
 from trainer.judging.figures import figure
 from trainer.judging.matching import gold_ids, retrieved_ids
 from trainer.losses import embedding_losses
+from trainer.tokenizing import tokenize_instance
 
 
 def question_about(passage, i):

@@ -20,6 +20,7 @@ from trainer.reports.comparison import compare_results
 from trainer.reports.evaluation import write_report
 
 SHORT = {"max_new_tokens": 6}
+RANKED = [*QUESTIONS, UNKNOWN]  # with gold passages or, where these are unknown, with answers
 
 
 def fail_if_called(message):
@@ -128,21 +129,62 @@ def test_notes_say_what_is_left_out(judged):
 def test_rankings_against_plain_products(judged, model):
     output, results = judged
     index = model.build_index(CORPUS, show_progress_bar=False)
-    scores = (embed_queries(model, QUESTIONS) @ index.embeddings.T).numpy()
+    scores = (embed_queries(model, RANKED) @ index.embeddings.T).numpy()
     rankings = [[IDS[row] for row in np.argsort(-question_scores)] for question_scores in scores]
     rows = read_lines(output / "pool" / "query" / "ranking.jsonl")
     assert [row["corpus"] for row in rows] == rankings
-    for row, question, ranking in zip(rows, QUESTIONS, rankings, strict=True):
+    for row, question, ranking in zip(rows, RANKED, rankings, strict=True):
         pool = pool_of(question, 4)
         assert row["pool"] == [id for id in ranking if id in pool]
     ranks = []
-    for ranking, question in zip(rankings, QUESTIONS, strict=True):
+    for ranking, question in zip(rankings, QUESTIONS, strict=False):
         ranks.append(1 + min(ranking.index(id) for id in gold_ids(question)))
     figures = results["tasks"]["pool"]["query"]["corpus"]
     assert figures["mrr"]["value"] == pytest.approx(np.mean([1 / rank for rank in ranks]))
     assert figures["query_recall@5"]["value"] == pytest.approx(np.mean([rank <= 5 for rank in ranks]))
     assert "query_recall@20" not in figures  # of seven passages
-    assert set(results["tasks"]["pool"]["query"]["pool"]) == {"mrr", "ndcg@10", "query_recall@1"}
+    assert set(results["tasks"]["pool"]["query"]["pool"]) == {"mrr", "ndcg@10", "query_recall@1", "hit_rate@1"}
+
+
+def test_hit_rates_need_no_gold_passage(judged):
+    """They count the question of unknown provenance too, and neither verdicts nor a question that needs no passage."""
+    output, results = judged
+    texts = {passage["id"]: f"{passage['title']} / {passage['text']}".lower() for passage in CORPUS}
+    strings = [texts[id].split(" / ")[0] or "none" for id in IDS] + ["night"]  # the answers, in lower case
+    rows = read_lines(output / "pool" / "query" / "ranking.jsonl")
+    query = results["tasks"]["pool"]["query"]
+    for scope, k in (("corpus", 1), ("corpus", 5), ("pool", 1)):
+        hits = []
+        for row, string in zip(rows, strings, strict=True):
+            hits.append(any(string in texts[id] for id in row[scope][:k]))
+        measured = query[scope][f"hit_rate@{k}"]
+        assert (measured["value"], measured["n"]) == (pytest.approx(np.mean(hits)), len(QUESTIONS) + 1)
+        assert query[scope]["query_recall@1"]["n"] == len(QUESTIONS)
+    assert "hit_rate@20" not in query["corpus"]  # of seven passages
+
+
+def test_questions_without_an_answer_to_find_have_no_hit_rate(model, tmp_path):
+    questions = [
+        changed(QUESTIONS[0], answers=["Yes"]),
+        QUESTIONS[2],
+        changed(QUESTIONS[4], meta={"long_answers": True}),
+    ]
+    results = evaluate_tasks(model, [Task("t", **write_world(tmp_path, questions))], tmp_path / "out", ["query"])
+    task = results["tasks"]["t"]
+    assert task["query"]["corpus"]["hit_rate@5"]["n"] == 1
+    assert any("2 of 3 questions have no answer to look for" in note for note in task["left_out"])
+
+
+def test_a_ranking_of_an_earlier_version_has_no_hit_rate(model, tmp_path):
+    """Its passages were not searched for answers: nothing is known, which is not a miss."""
+    task = Task("t", **write_world(tmp_path, QUESTIONS))
+    ranking_file = tmp_path / "out" / "t" / "query" / "ranking.jsonl"
+    before = evaluate_tasks(model, [task], tmp_path / "out", ["query"])["tasks"]["t"]["query"]["corpus"]
+    assert "hit_rate@1" in before
+    rows = read_lines(ranking_file)
+    ranking_file.write_text("".join(json.dumps({"id": row["id"], "corpus": row["corpus"]}) + "\n" for row in rows))
+    after = evaluate_tasks(model, [task], tmp_path / "out", ["query"])["tasks"]["t"]["query"]["corpus"]
+    assert after == {name: measured for name, measured in before.items() if not name.startswith("hit_rate")}
 
 
 def test_recall_among_as_many_places_as_passages_is_no_figure(model, world, tmp_path, monkeypatch):
@@ -150,8 +192,9 @@ def test_recall_among_as_many_places_as_passages_is_no_figure(model, world, tmp_
     monkeypatch.setattr("trainer.judging.judge.KS", (1, 4, 6, 7))
     results = evaluate_tasks(model, [Task("pool", **world, pool=4, **SHORT)], tmp_path, ["query"])
     query = results["tasks"]["pool"]["query"]
-    assert set(query["corpus"]) == {"mrr", "ndcg@10", "query_recall@1", "query_recall@4", "query_recall@6"}
-    assert set(query["pool"]) == {"mrr", "ndcg@10", "query_recall@1"}
+    by_k = {f"{stem}@{k}" for stem in ("query_recall", "hit_rate") for k in (1, 4, 6)}
+    assert set(query["corpus"]) == {"mrr", "ndcg@10", *by_k}
+    assert set(query["pool"]) == {"mrr", "ndcg@10", "query_recall@1", "hit_rate@1"}
 
 
 def test_rows_of_rankings_name_their_scope(judged):
@@ -160,10 +203,11 @@ def test_rows_of_rankings_name_their_scope(judged):
     rows = read_lines(output / "pool" / "query" / "scores.jsonl")
     for scope in ("corpus", "pool"):
         scope_rows = [row for row in rows if row["scope"] == scope]
-        assert [row["id"] for row in scope_rows] == [question["id"] for question in QUESTIONS]
+        assert [row["id"] for row in scope_rows] == [question["id"] for question in RANKED]
+        assert scope_rows[-1]["mrr"] is None  # of unknown provenance
         mrr = results["tasks"]["pool"]["query"][scope]["mrr"]["value"]
-        assert np.mean([row["mrr"] for row in scope_rows]) == pytest.approx(mrr)
-    assert len(rows) == 2 * len(QUESTIONS)
+        assert np.mean([row["mrr"] for row in scope_rows[:-1]]) == pytest.approx(mrr)
+    assert len(rows) == 2 * len(RANKED)
 
 
 def test_results_of_another_format_are_refused(judged, tmp_path):

@@ -4,6 +4,7 @@ import pytest
 
 from support.evaluation_world import FREE, QUESTIONS, UNKNOWN
 from trainer.judging.figures import FIGURES, figure, figures_needing
+from trainer.judging.retrieval import Ranking
 from trainer.judging.scoring import cor_names, measure, score, score_rankings
 
 
@@ -203,6 +204,6 @@ def test_names_of_scores_are_in_the_vocabulary():
     questions = [*ASKED, UNKNOWN, FREE]
     predictions = [prediction(question, "Night hello", ["p0"], "text of p0") for question in questions]
     names = set(score(predictions, questions, entail=says_yes))
-    names |= set(score_rankings([["p0"]], ASKED[:1], ks=(1, 20)))
+    names |= set(score_rankings([Ranking(["p0"], 1)], ASKED[:1], ks=(1, 20)))
     assert {figure(name).name for name in names} == names
     assert len(FIGURES) == len({entry.label for entry in FIGURES.values()})  # labels are distinct for readers

@@ -13,8 +13,9 @@ from support.models import PASSAGES, make_model
 from trainer import CoSupDataCollator
 from trainer.batching import BatchFacts
 from trainer.cutting import cut_by_number, cut_by_padding, cut_by_tokens
-from trainer.data import check_instance, tokenize_instance
+from trainer.data import check_instance
 from trainer.duplicates import NoDuplicatesSampler, global_batch
+from trainer.tokenizing import tokenize_instance
 
 SEGMENTS = [[0, 1], [], [1, 2, 0], [3], [], [4]]
 

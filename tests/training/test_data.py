@@ -18,7 +18,8 @@ from support.models import PASSAGES, make_model
 from support.tokenizer_kinds import TOKENIZERS, xlm_roberta
 from support.training import NAMES, arguments, world
 from trainer import CoSupTrainer, data, load_corpus, load_evaluation_set, load_instances
-from trainer.data import check_instance, tokenize_instance
+from trainer.data import check_instance
+from trainer.tokenizing import tokenize_instance
 
 INSTANCE = {"id": "1", "dataset": "d", "instruction": "Answer.", "input": "who painted it?", "segments": []}
 

@@ -17,11 +17,12 @@ from modeling_cosup.encoding_cosup import evaluating
 from modeling_cosup.packing_cosup import pad_rows
 from modeling_cosup.tokenization_cosup import encode_prompt
 
-from ..data import tokenize_instance
+from ..tokenizing import tokenize_instance
 from .figures import MODES, QUERY, SEARCHING
 from .grounding import split_sentences
 from .intervals import Mean
-from .matching import gold_ids
+from .matching import answers_to_find, gold_ids
+from .retrieval import answer_place
 
 RANKING_LENGTH = 100  # number of passages in a ranking over the whole corpus
 
@@ -63,7 +64,9 @@ def rank_passages(
 
     Returns:
         `list[dict]`: `{"id", "corpus"}` for each question: the ids of the nearest 100 passages of the index, best
-        first. With `pools` also `"pool"`, the ids of all candidates.
+        first. With `pools` also `"pool"`, the ids of all candidates. A question with
+        [answers to find][`~trainer.judging.matching.answers_to_find`] also has `"answer_places"`: for each of these
+        rankings, the place of the first passage that holds an answer, or 0.
     """
     queries = embed_queries(model, questions, batch_size)
     rows_of_scope = {"corpus": index.search(queries, k=RANKING_LENGTH)[1]}
@@ -74,9 +77,15 @@ def rank_passages(
     rankings = []
     for i, question in enumerate(questions):
         ranking = {"id": question["id"]}
+        answers = answers_to_find(question)
+        if answers:
+            ranking["answer_places"] = {}
         for scope, rows in rows_of_scope.items():
             valid = rows[i][rows[i] >= 0]  # an approximate search may find fewer than k
-            ranking[scope] = [passage["id"] for passage in index.get_passages(valid)]
+            passages = index.get_passages(valid)
+            ranking[scope] = [passage["id"] for passage in passages]
+            if answers:
+                ranking["answer_places"][scope] = answer_place(passages, answers)
         rankings.append(ranking)
     return rankings
 

@@ -30,12 +30,13 @@ DATASET_METRICS = {
     "asqa": "str_em",
     "alce_eli5": "claim_recall",
 }
+WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 FEVER_LABELS = {"supports": ("supports", "true"), "refutes": ("refutes", "false")}
 
 
 def normalize_answer(text: str) -> str:
     """Normalise a text as SQuAD and KILT do: lower case, no punctuation, no articles, single spaces."""
-    without_punctuation = "".join(character for character in text.lower() if character not in string.punctuation)
+    without_punctuation = text.lower().translate(WITHOUT_PUNCTUATION)
     without_articles = re.sub(r"\b(a|an|the)\b", " ", without_punctuation)
     return " ".join(without_articles.split())
 

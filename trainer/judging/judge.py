@@ -30,7 +30,7 @@ from ..distributed import barrier, gather_objects, host_group, rank, world_size
 from .correctness import worded
 from .figures import MODES, QUERY, figure, figures_needing, in_order
 from .grounding import HYPOTHESIS, Judge, check_hypothesis
-from .matching import gold_ids, provenance_unknown
+from .matching import answers_to_find, gold_ids, provenance_unknown
 from .nli import SharedJudge
 from .results import FORMAT
 from .retrieval import Scores
@@ -38,7 +38,7 @@ from .runs import TaskRun, memory_settings
 from .scoring import averages, cor_names, has_rouge, measure, readings, score, score_rankings, without_empty_answers
 from .tasks import Task
 
-KS = (1, 5, 20, 100)  # the k of query_recall@k
+KS = (1, 5, 20, 100)  # the k of query_recall@k and hit_rate@k
 # Figures that apply whether or not a question needs a passage.
 FOR_ANY_QUESTION = ("num_retrievals", "gr", "k_precision", "citation_recall", "citation_precision")
 
@@ -242,8 +242,8 @@ def _score_rankings(run: TaskRun) -> dict[str, dict[str, Scores]]:
     for scope, rankings in run.rankings().items():
         size = run.num_passages if scope == "corpus" else run.task.pool
         ks = [k for k in KS if k < int(size or 0)]  # among as many places as passages, nothing is missed
-        scores[scope] = score_rankings(rankings, run.needing, ks)
-        for row in _rows(run.needing, scores[scope]):
+        scores[scope] = score_rankings(rankings, run.ranked, ks)
+        for row in _rows(run.ranked, scores[scope]):
             rows.append({"id": row.pop("id"), "scope": scope, **row})
     if rows:
         write_lines(run.folder / QUERY / "scores.jsonl", rows)
@@ -274,6 +274,13 @@ def _notes(run: TaskRun, entail: Judge | None) -> list[str]:
             f"{num_unknown} of {total} questions do not say which passages they need: "
             "they do not count in Ret and what follows from it"
         )
+    if run.index is not None and run.ranked:
+        num_without_answers = sum(not answers_to_find(question) for question in run.ranked)
+        if num_without_answers:
+            notes.append(
+                f"{num_without_answers} of {len(run.ranked)} questions have no answer to look for in passages (only "
+                f"verdicts or whole sentences): they do not count in {_labels(['hit_rate@k'])}"
+            )
     notes += _notes_on_empty_answers(run.questions, run.task.count_empty_answers)
     if run.task.pool != "full":
         notes += _notes_on_pools(run.needing)

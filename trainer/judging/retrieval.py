@@ -8,12 +8,32 @@ ir-measures is not a dependency; the tests compare them with torchmetrics.
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from .intervals import Mean
-from .matching import evidence_sets
+from .matching import evidence_sets, has_answer
 
 Provenance = Sequence[Sequence[str]]
 Scores = list[float | None]  # one per question; None if the figure does not apply
+
+
+class Ranking(NamedTuple):
+    """
+    The passages that are nearest to a query embedding.
+
+    Args:
+        ids (`Sequence[str]`): ids of the passages, best first.
+        answer_place (`int`, *optional*): see [`answer_place`]; `None` if the question has no answer to search for.
+    """
+
+    ids: Sequence[str]
+    answer_place: int | None = None
+
+    @classmethod
+    def of(cls, row: dict, scope: str = "corpus") -> "Ranking":
+        """Return a ranking of one question, given what [`~trainer.judging.answers.rank_passages`] returned for it."""
+        return cls(row[scope], row.get("answer_places", {}).get(scope))
+
 
 # ---------------------------------------------------------------------- retrieval of one question
 
@@ -127,6 +147,33 @@ def ndcg(ranking: Sequence[str], provenance: Provenance, k: int = 10) -> float:
     gain = sum(1 / math.log2(1 + rank) for rank, id in enumerate(_distinct(ranking)[:k], 1) if id in gold)
     best_gain = sum(1 / math.log2(1 + rank) for rank in range(1, min(k, len(gold)) + 1))
     return gain / best_gain
+
+
+def answer_place(passages: Iterable[dict], answers: Sequence[str]) -> int:
+    """
+    Return the place of the first passage that holds an answer, counted from 1, or 0 if none does.
+
+    Args:
+        passages (iterable of `dict`): best first, with `"title"` and `"text"`.
+        answers (`list[str]`): see [`~trainer.judging.matching.answers_to_find`].
+    """
+    for place, passage in enumerate(passages, 1):
+        if has_answer(passage, answers):
+            return place
+    return 0
+
+
+def hit_rate_at_k(answer_place: int, k: int) -> float:
+    """
+    Return 1.0 if one of the first `k` passages holds an answer string, 0.0 otherwise. No gold passage is needed.
+    Papers on open-domain questions call this HR@k, top-k accuracy or recall@k.
+
+    Args:
+        answer_place (`int`): see [`answer_place`].
+        k (`int`): number of passages.
+    """
+    _check_k(k)
+    return float(0 < answer_place <= k)
 
 
 def ranking_scores(

@@ -17,9 +17,10 @@ from modeling_cosup.lines_cosup import read_lines, write_lines
 from ..distributed import barrier, rank, world_size
 from .answers import answer, rank_passages, wrong_passages
 from .correctness import exact_match, worded
-from .figures import GIVEN, QUERY, figure, shown
-from .matching import gold_ids, match_by_id
+from .figures import GIVEN, QUERY, SCOPES, figure, shown
+from .matching import gold_ids, match_by_id, ranking_can_be_judged
 from .results import FORMAT
+from .retrieval import Ranking
 from .scoring import check_questions
 from .tasks import Task, check_ids, open_index
 
@@ -42,6 +43,8 @@ class TaskRun:
     Attributes:
         questions (`list[dict]`): all questions.
         needing (`list[dict]`): the questions that need a passage.
+        ranked (`list[dict]`): the questions for which passages are ranked, see
+            [`~trainer.judging.matching.ranking_can_be_judged`].
         modes (`list[str]`): the modes that are not left out.
         left_out (`list[str]`): notes on the modes that are left out.
         index, index_name: see [`~trainer.judging.tasks.open_index`]; `None` until `open_index` is called.
@@ -71,6 +74,7 @@ class TaskRun:
         self.questions = task.read_questions()
         check_questions(self.questions, task.name, task.metric)
         self.needing = [question for question in self.questions if question["provenance"]]
+        self.ranked = [question for question in self.questions if ranking_can_be_judged(question)]
         self.modes = [mode for mode in modes if self.asked(mode)]
         without_questions = [mode for mode in modes if not self.asked(mode)]
         self.left_out = [f"mode {mode}: left out, no question has provenance" for mode in without_questions]
@@ -91,7 +95,9 @@ class TaskRun:
 
     def asked(self, mode: str) -> list[dict]:
         """Return the questions that are asked in a mode."""
-        return self.needing if mode in (*GIVEN, QUERY) else self.questions
+        if mode == QUERY:
+            return self.ranked
+        return self.needing if mode in GIVEN else self.questions
 
     @property
     def num_passages(self) -> int | None:
@@ -100,14 +106,14 @@ class TaskRun:
 
     def rank_passages(self) -> None:
         """Write `query/ranking.jsonl` unless there is no index, see [`~trainer.judging.answers.rank_passages`]."""
-        if self.index is None or not self.needing:
+        if self.index is None or not self.ranked:
             return
         folder, done = self._begin(QUERY, RANKING_FILE)
         if not done:
-            questions = self.needing[rank() :: world_size()]
+            questions = self.ranked[rank() :: world_size()]
             pools = self.task.pool != "full"
             rankings = rank_passages(self.model, self.index, questions, self.batch_size, pools)
-            self._merge(folder, RANKING_FILE, rankings, self.needing)
+            self._merge(folder, RANKING_FILE, rankings, self.ranked)
 
     def answer(self, mode: str) -> None:
         """Write `predictions.jsonl` of a mode. Questions that an interrupted run has answered are not asked again."""
@@ -142,13 +148,17 @@ class TaskRun:
         """Read the answers of a mode, see [`~trainer.judging.answers.as_prediction`]."""
         return read_lines(self.folder / mode / PREDICTIONS_FILE)
 
-    def rankings(self) -> dict[str, list[list[str]]]:
-        """Read the rankings: scope (`"corpus"`, `"pool"`) -> passage ids of each question of `needing`, best first."""
+    def rankings(self) -> dict[str, list[Ranking]]:
+        """Read the rankings: scope (`"corpus"`, `"pool"`) -> the ranking of each question of `ranked`."""
         path = self.folder / QUERY / RANKING_FILE
         if not path.exists():
             return {}
-        rows = [row for row, _ in match_by_id(read_lines(path), self.needing)]
-        return {scope: [row[scope] for row in rows] for scope in rows[0] if scope != "id"}
+        rankings: dict[str, list[Ranking]] = {}
+        for row, _ in match_by_id(read_lines(path), self.ranked):
+            for scope in SCOPES:
+                if scope in row:
+                    rankings.setdefault(scope, []).append(Ranking.of(row, scope))
+        return rankings
 
     # ------------------------------------------------------------------ files
 

@@ -28,7 +28,17 @@ from .grounding import (
 )
 from .intervals import Mean, Rate, average
 from .matching import match_by_id, provenance_unknown, retrieved_ids
-from .retrieval import Scores, by_retrieval, cor_minus, emission, only_where, ranking_scores, retrieval_scores
+from .retrieval import (
+    Ranking,
+    Scores,
+    by_retrieval,
+    cor_minus,
+    emission,
+    hit_rate_at_k,
+    only_where,
+    ranking_scores,
+    retrieval_scores,
+)
 
 # Each field of ALCE in `meta` -> the metric that reads it, and what it must be.
 META = {
@@ -110,20 +120,28 @@ def _retrieval_scores(predictions: list[dict], questions: list[dict]) -> dict[st
     return _columns(rows)
 
 
-def score_rankings(rankings: list[list[str]], questions: list[dict], ks: Sequence[int]) -> dict[str, Scores]:
+def score_rankings(rankings: list[Ranking], questions: list[dict], ks: Sequence[int]) -> dict[str, Scores]:
     """
-    Score the rankings by the query embedding.
+    Score the rankings by the query embedding: by gold passages where a question has any, and by answer strings where
+    the ranking was searched for them.
 
     Args:
-        rankings (`list[list[str]]`): for each question the passage ids, best first.
-        questions (`list[dict]`): evaluation instances in the same order, each of which needs a passage.
-        ks (`tuple[int]`): the k of `query_recall@k`.
+        rankings (`list[Ranking]`): one for each question.
+        questions (`list[dict]`): evaluation instances in the same order.
+        ks (`tuple[int]`): the k of `query_recall@k` and `hit_rate@k`.
 
     Returns:
         `dict[str, list[float | None]]`: as [`score`].
     """
-    pairs = zip(rankings, questions, strict=True)
-    return _columns([ranking_scores(ranking, question["provenance"], ks) for ranking, question in pairs])
+    rows: list[dict[str, float]] = []
+    for ranking, question in zip(rankings, questions, strict=True):
+        row: dict[str, float] = {}
+        if question["provenance"]:
+            row |= ranking_scores(ranking.ids, question["provenance"], ks)
+        if ranking.answer_place is not None:
+            row |= {f"hit_rate@{k}": hit_rate_at_k(ranking.answer_place, k) for k in ks}
+        rows.append(row)
+    return _columns(rows)
 
 
 # ---------------------------------------------------------------------- what answers are compared with

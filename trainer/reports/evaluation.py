@@ -1,7 +1,7 @@
 """The report of a results folder, made only from the files in it: `report.md`, `report.html` and `plots/`."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from modeling_cosup.lines_cosup import read_lines
@@ -25,7 +25,8 @@ from .cells import average_cell, figure_cell
 from .document import Block, Bullets, Cell, Code, Example, Heading, Table, Text, write_document
 from .evaluation_plots import evaluation_plots
 
-RANKING = ("mrr", "ndcg@10", "query_recall@1", "query_recall@5", "query_recall@20", "query_recall@100")
+BY_GOLD = ("mrr", "ndcg@10", "query_recall@1", "query_recall@5", "query_recall@20", "query_recall@100")
+BY_ANSWER = ("hit_rate@1", "hit_rate@5", "hit_rate@20", "hit_rate@100")
 EMISSION = ("nsp_needed", "nsp_not_needed", "num_retrievals", "cor_not_needed", "em_not_needed")
 PASSAGE_SHOWN = 600  # the most characters of a passage in an example
 ANSWERS_SHOWN = 4  # the most reference answers in an example
@@ -168,19 +169,28 @@ def _figures(task: dict, mode: str) -> dict:
 
 def _rankings(results: dict) -> list[Block]:
     """Return the retrieval scores of the query embedding."""
-    table = Table(["", "ranked", "n", *(figure(name).label for name in RANKING)], [])
-    for name, task in results["tasks"].items():
-        for scope, figures in task["query"].items():
-            ranked = f"corpus of {task['passages']:,}" if scope == "corpus" else f"pool of {task['pool']}"
-            n = figures["mrr"]["n"] if "mrr" in figures else 0
-            cells = [figure_cell(figures.get(column), column) for column in RANKING]
-            table.rows.append([name, ranked, str(n), *cells])
-    if not table.rows:
+    tables = [table for table in (_ranking_table(results, BY_GOLD), _ranking_table(results, BY_ANSWER)) if table.rows]
+    if not tables:
         return []
     note = (
-        "The query embedding at an [NSP] right after the question, in percent; the corpus is ranked down to place 100."
+        "The query embedding at an [NSP] right after the question, in percent, by gold passages and by answer "
+        "strings; the corpus is ranked down to place 100."
     )
-    return [Heading("Query embedding"), table, Text(note, note=True)]
+    return [Heading("Query embedding"), *tables, Text(note, note=True)]
+
+
+def _ranking_table(results: dict, names: Sequence[str]) -> Table:
+    """Return the rankings as a table of some figures, with a row for each ranking that has one of them."""
+    table = Table(["", "ranked", "n", *(figure(name).label for name in names)], [])
+    for task_name, task in results["tasks"].items():
+        for scope, figures in task["query"].items():
+            measured = [figures[name] for name in names if name in figures]
+            if not measured:
+                continue
+            ranked = f"corpus of {task['passages']:,}" if scope == "corpus" else f"pool of {task['pool']}"
+            cells = [figure_cell(figures.get(name), name) for name in names]
+            table.rows.append([task_name, ranked, str(measured[0]["n"]), *cells])
+    return table
 
 
 def _emission(results: dict) -> list[Block]:

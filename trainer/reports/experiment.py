@@ -154,14 +154,16 @@ def _tables(results: Results) -> list[Block]:
 
 
 def _what_columns_mean(results: Results) -> str:
-    nearest = figure("query_recall@1")
     sentences = [
         "Percent; mean ± standard deviation over seeds, 95 % bootstrap interval over questions, n = questions.",
         "Yes/no figures have bootstrap intervals too, as an average over seeds is not yes or no.",
-        f"{nearest.label}: {nearest.meaning}, which is read at an [NSP] right after the question.",
         "Averages are plain means over tasks.",
         "An interval of zero width only means that all questions here scored the same.",
     ]
+    for name in ("query_recall@1", "hit_rate@5"):
+        if name in results.names:
+            entry = figure(name)
+            sentences.append(f"{entry.label}: {entry.meaning}, which is read at an [NSP] right after the question.")
     if results.cor:
         metrics = "; ".join(f"{task}: {label}" for task, label in results.cor.items())
         sentences.append(f"Cor is {metrics}.")

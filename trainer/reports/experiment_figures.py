@@ -25,7 +25,7 @@ from .experiment_scores import (
     scores_of,
 )
 
-COLUMNS = (*MAIN, "query_recall@1")
+COLUMNS = (*MAIN, "query_recall@1", "hit_rate@5")
 ALL = "all"
 
 
