@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -89,7 +89,7 @@ class ShardBuilder:
             embeddings = torch.empty(shape, dtype=self.dtype)
         else:
             embeddings = create_tensors(paths[0], {"embeddings": (shape, self.dtype)})["embeddings"]
-        self._embed(passages, emb_seq_ids, embeddings, bar)
+        self.embed([passage["id"] for passage in passages], emb_seq_ids, embeddings, bar)
         batch = record_batch(passages, gen_ids)
         if paths is not None:
             write_passages(paths[1], batch)
@@ -114,19 +114,34 @@ class ShardBuilder:
         return all_gen_ids, all_emb_seq_ids
 
     @torch.no_grad()
-    def _embed(
-        self, passages: Passages, token_ids: list[NDArray[np.int32]], embeddings: torch.Tensor, bar: tqdm
+    def embed(
+        self,
+        passage_ids: Sequence[str],
+        token_ids: list[NDArray[np.int32]],
+        embeddings: torch.Tensor,
+        bar: tqdm | None = None,
     ) -> None:
-        """Fill `embeddings` `(n, h)`. A batch is copied after the next one is queued, so a GPU never waits for us."""
+        """
+        Embed tokenized passages. A batch is copied after the next one is queued, so a GPU never waits for us.
+
+        Args:
+            passage_ids (`list[str]`): for errors.
+            token_ids (`list[numpy.ndarray]` of int32): what Emb_seq reads of each passage.
+            embeddings (`torch.Tensor` of shape `(n, h)`): filled in place.
+            bar (`tqdm`, *optional*): advances with each batch.
+
+        Raises:
+            `ValueError`: names the passages with embeddings that are not finite.
+        """
         queued = None
         for rows in self._batches(token_ids):
             ids, mask = pad_rows([token_ids[row] for row in rows], device=self.model._input_device())
             embeds = self.model.encode_passages(ids, mask)
             if queued is not None:
-                self._store(passages, *queued, embeddings, bar)
+                self._store(passage_ids, *queued, embeddings, bar)
             queued = rows, embeds
         if queued is not None:
-            self._store(passages, *queued, embeddings, bar)
+            self._store(passage_ids, *queued, embeddings, bar)
 
     def _batches(self, token_ids: list[NDArray[np.int32]]) -> Iterator[NDArray[np.int64]]:
         """Yield rows of similar length, longest first, so that a batch that does not fit in memory fails early."""
@@ -143,18 +158,24 @@ class ShardBuilder:
             start = end
 
     def _store(
-        self, passages: Passages, rows: NDArray[np.int64], embeds: torch.Tensor, embeddings: torch.Tensor, bar: tqdm
+        self,
+        passage_ids: Sequence[str],
+        rows: NDArray[np.int64],
+        embeds: torch.Tensor,
+        embeddings: torch.Tensor,
+        bar: tqdm | None,
     ) -> None:
         stored = embeds.to(self.dtype).cpu()
         finite = stored.isfinite().all(1)
         if not finite.all():
-            bad_ids = [passages[row]["id"] for row in rows[~finite.numpy()]]
+            bad_ids = [passage_ids[row] for row in rows[~finite.numpy()]]
             raise ValueError(
                 f"The embeddings of {len(bad_ids)} passages are not finite in {self.dtype}: {bad_ids[:5]}. Check"
                 " Emb_seq's weights and dtype."
             )
         embeddings[torch.from_numpy(rows)] = stored
-        bar.update(len(rows))
+        if bar is not None:
+            bar.update(len(rows))
 
 
 def report_cut(num_cut: int, max_passage_length: int) -> None:

@@ -4,11 +4,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
 
 from modeling_cosup import CoSupForCausalLM
 from modeling_cosup.tokenization_cosup import tokenizer_fingerprint
 
+from .batching import CoSupDataCollator
 from .training_args import CoSupTrainingArguments, nearest
 
 # arguments of Trainer that have no meaning here, and why
@@ -66,5 +68,45 @@ def read_by_tokenizing(model: CoSupForCausalLM, args: CoSupTrainingArguments) ->
         "emb_seq_tokenizer": tokenizer_fingerprint(model.emb_seq_tokenizer),
         "max_length": args.max_length,
         "train_on_passages": args.train_on_passages,
+        "candidates_from": args.candidates_from,
         **{name: getattr(model.config, name) for name in names},
     }
+
+
+def check_collator(collator: object, args: CoSupTrainingArguments) -> None:
+    """Raise for a collator that cannot collate instances after they got their candidates."""
+    if args.candidates_from is not None and not isinstance(collator, CoSupDataCollator):
+        raise ValueError(
+            f"candidates_from gives instances their passages before each step, and then collates them, for which it"
+            f" needs a CoSupDataCollator; data_collator is a {type(collator).__name__}."
+        )
+
+
+def check_sharding(args: CoSupTrainingArguments, distributed_type: DistributedType, is_fsdp2: bool) -> None:
+    """
+    Refuse what sharded models cannot do.
+
+    `nsp_batch_size`, `clip_gen_only` and `control_token_lr` need DDP or FSDP2: DeepSpeed takes one backward pass per
+    step, clips by itself and has an optimiser of its own; FSDP1 computes the norms of shards, and its shards have no
+    rows. `bf16_full_eval` and `fp16_full_eval` need whole weights, which are kept while they are converted. Candidates
+    need whole weights too: ranks encode and read different numbers of rows.
+    """
+    kind = distributed_type.value
+    if distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        for name in ("bf16_full_eval", "fp16_full_eval"):
+            if getattr(args, name):
+                raise ValueError(
+                    f"{name} would change the weights of a sharded model, under {kind}: leave it out. An evaluation"
+                    " computes in bfloat16 if bf16=True."
+                )
+        if args.candidates_from is not None:
+            raise ValueError(
+                f"Candidates are retrieved and read by each rank for itself, which needs the whole model, and {kind}"
+                " shards it. One process and DDP work."
+            )
+    is_fsdp1 = distributed_type == DistributedType.FSDP and not is_fsdp2
+    if distributed_type != DistributedType.DEEPSPEED and not is_fsdp1:
+        return
+    for name in ("nsp_batch_size", "clip_gen_only", "control_token_lr"):
+        if getattr(args, name):
+            raise ValueError(f"{name} works under DDP and FSDP2, not under {kind} as it is configured.")

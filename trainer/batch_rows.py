@@ -12,7 +12,7 @@ class PassageMention(NamedTuple):
     """A passage at one place in one instance."""
 
     instance_id: str
-    place: int | str  # the number of its [NSP], or "negative" and a number for a hard negative
+    place: int | str  # the number of its [NSP], or "negative" or "candidate" and a number
     content: tuple[int, ...]  # token ids
     passage_id: str | None
 
@@ -20,23 +20,27 @@ class PassageMention(NamedTuple):
 @dataclass
 class Query:
     """
-    The query of one `[NSP]`.
+    The query of one `[NSP]`, which has a positive or, if it is distilled, candidates.
 
     Args:
         instance_id (`str`): of the instance that has this `[NSP]`.
         key (`int`): hash of everything up to this `[NSP]`.
-        passage ([`PassageMention`]): its positive.
+        passage ([`PassageMention`], *optional*): its positive.
         positive_keys (`tuple[int, ...]`): hashes of the ids of further passages that would have been right.
         input_ids (`Sequence[int]`): what an encoder reads; empty if Gen makes the queries.
         number (`int`): of this query in its batch, counted instance by instance.
+        candidates (`list[PassageMention]`): the passages that its reader scored.
+        candidate_scores (`list[float]`): the reader's scores.
     """
 
     instance_id: str
     key: int
-    passage: PassageMention
-    positive_keys: tuple[int, ...]
+    passage: PassageMention | None
+    positive_keys: tuple[int, ...] = ()
     input_ids: Sequence[int] = ()
     number: int = 0
+    candidates: list[PassageMention] = field(default_factory=list)
+    candidate_scores: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -102,7 +106,8 @@ def read_batch(
     Return the rows of tokenized instances.
 
     Args:
-        features (`list[dict]`): as [`~trainer.tokenizing.tokenize_instance`] returns them.
+        features (`list[dict]`): as [`~trainer.tokenizing.tokenize_instance`] returns them; those that need candidates
+            have them, see [`~trainer.distillation_step.resolve`].
         nsp_token_id (`int`, *optional*): id of `[NSP]`.
         supervision (`str`), encoder_queries (`bool`), mask_duplicates (`bool`): see [`CoSupDataCollator`].
 
@@ -112,9 +117,11 @@ def read_batch(
     instances = [_read_instance(feature, nsp_token_id, supervision, encoder_queries) for feature in features]
     mentions = []
     for instance in instances:
-        mentions += [query.passage for query in instance.queries]
+        mentions += [query.passage for query in instance.queries if query.passage is not None]
     for instance in instances:
         mentions += instance.negatives
+        for query in instance.queries:
+            mentions += query.candidates
     passages, passage_keys, row_of_passage = _distinct_passages(mentions, mask_duplicates)
     if supervision == "nsp":
         instances = [instance for instance in instances if instance.queries]
@@ -131,7 +138,9 @@ def _read_instance(
     id = str(feature.get("id", "without id"))
     input_ids, labels, passages = feature["input_ids"], feature["labels"], feature["passage_input_ids"]
     columns = [column for column, token in enumerate(input_ids) if token == nsp_token_id]
-    if not input_ids or len(columns) != len(passages) or len(labels) != len(input_ids):
+    is_resolved = bool(feature.get("candidate_input_ids"))
+    num_passages = 1 if is_resolved else len(passages)  # that of a resolved row stands for all its candidates
+    if not input_ids or len(columns) != num_passages or len(labels) != len(input_ids):
         counts = f"{len(input_ids)} tokens, {len(labels)} labels, {len(columns)} [NSP] and {len(passages)} passages"
         raise ValueError(
             f"Instance {id!r} has {counts}; expected as many labels as tokens and as many passages as [NSP]."
@@ -144,24 +153,50 @@ def _read_instance(
             " tokenize it with this model's config."
         )
     instance = InstanceRow(id, input_ids, labels, columns)
-    passage_ids = feature.get("passage_ids") or [None] * len(columns)
-    positive_ids = feature.get("positive_ids") or [None] * len(columns)
-    for i, column in enumerate(columns):
-        key = _hash("query", *input_ids[: column + 1])
-        passage = PassageMention(id, i, tuple(passages[i]), passage_ids[i])
-        positive_keys = tuple(_hash("id", str(positive)) for positive in positive_ids[i] or ())
-        query = Query(id, key, passage, positive_keys)
-        if encoder_queries:
-            query.input_ids = feature["query_input_ids"][i]
-        instance.queries.append(query)
+    if is_resolved:
+        instance.queries = _distilled_queries(feature, id, columns)
+        instance.columns = columns[: len(instance.queries)]
+    else:
+        instance.queries = _queries(feature, id, columns)
+    if encoder_queries:
+        for query, query_input_ids in zip(instance.queries, feature["query_input_ids"], strict=False):
+            query.input_ids = query_input_ids
     negatives = feature.get("negative_input_ids") or []
     negative_ids = feature.get("negative_ids") or [None] * len(negatives)
     for i, (ids, negative_id) in enumerate(zip(negatives, negative_ids, strict=True)):
         instance.negatives.append(PassageMention(id, f"negative {i}", tuple(ids), negative_id))
     if supervision == "nsp":  # nothing after the last [NSP] contributes to the loss
-        instance.input_ids = input_ids[: columns[-1] + 1] if columns else []
+        instance.input_ids = input_ids[: columns[-1] + 1] if instance.queries else []
         instance.labels = []
     return instance
+
+
+def _queries(feature: Mapping[str, Any], id: str, columns: Sequence[int]) -> list[Query]:
+    """Return the query of each `[NSP]`, with its positive."""
+    passages = feature["passage_input_ids"]
+    passage_ids = feature.get("passage_ids") or [None] * len(columns)
+    positive_ids = feature.get("positive_ids") or [None] * len(columns)
+    queries = []
+    for i, column in enumerate(columns):
+        passage = PassageMention(id, i, tuple(passages[i]), passage_ids[i])
+        positive_keys = tuple(_hash("id", str(positive)) for positive in positive_ids[i] or ())
+        queries.append(Query(id, _query_key(feature, column), passage, positive_keys))
+    return queries
+
+
+def _distilled_queries(feature: Mapping[str, Any], id: str, columns: Sequence[int]) -> list[Query]:
+    """Return the query whose candidates the reader scored; none if there is nothing to compare a candidate with."""
+    candidates = feature["candidate_input_ids"]
+    if len(candidates) < 2:
+        return []
+    query = Query(id, _query_key(feature, columns[0]), passage=None, candidate_scores=feature["candidate_scores"])
+    for i, (ids, candidate_id) in enumerate(zip(candidates, feature["candidate_ids"], strict=True)):
+        query.candidates.append(PassageMention(id, f"candidate {i}", tuple(ids), candidate_id))
+    return [query]
+
+
+def _query_key(feature: Mapping[str, Any], column: int) -> int:
+    return _hash("query", *feature["input_ids"][: column + 1])
 
 
 def _distinct_passages(

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from modeling_cosup.packing_cosup import Packing, pad_rows
+from modeling_cosup.packing_cosup import pad_rows
 
 from .batch_rows import BatchRows, InstanceRow, Query, read_batch
 from .cutting import cut_by_number, cut_by_padding, cut_by_tokens
+from .micro_batches import flat_positions, lay_out
 
 # ---------------------------------------------------------------------- what a batch is
 
@@ -22,6 +24,8 @@ from .cutting import cut_by_number, cut_by_padding, cut_by_tokens
 class BatchFacts:
     """
     What the host knows about a batch, so that no step waits for a GPU to learn it.
+
+    A query has a passage, or else candidates, and is distilled. Below, a query is one that has a passage.
 
     Args:
         instance_ids (`list[list[str]]`): ids of the instances of each micro-batch.
@@ -32,6 +36,7 @@ class BatchFacts:
             been right.
         query_keys (`list[int]`): for each query, a hash of everything up to its `[NSP]`.
         passage_labels (`list[int]`): for each query, the row of its passage.
+        distilled_instance_ids (`list[str]`): for each distilled query, the id of its instance.
         num_labels (`int`): trained tokens.
         num_gen_tokens (`int`): tokens that Gen reads, without padding.
         num_tokens (`int`): tokens that Gen and the encoders read, without padding.
@@ -45,73 +50,28 @@ class BatchFacts:
     positive_keys: list[tuple[int, ...]] = field(default_factory=list)
     query_keys: list[int] = field(default_factory=list)
     passage_labels: list[int] = field(default_factory=list)
+    distilled_instance_ids: list[str] = field(default_factory=list)
     num_labels: int = 0
     num_gen_tokens: int = 0
     num_tokens: int = 0
     num_padded_tokens: int = 0
 
 
-def forward_arguments(micro_batch: Mapping[str, Any]) -> dict[str, Any]:
+@dataclass
+class UnresolvedBatch:
     """
-    Return the arguments of `CoSupForCausalLM.forward` for a micro-batch.
-
-    A micro-batch is a flat `dict` of tensors, which every library can pin, move and copy. Tensors that belong together
-    become one argument here.
+    Instances of which some have no passage yet: which ones they get depends on the model as it is now.
 
     Args:
-        micro_batch (`dict[str, torch.Tensor]`): as [`CoSupDataCollator`] returns it.
-
-    Returns:
-        `dict`: the same tensors without `first_pass`; for packed passages or queries, `passage_packing` or
-            `query_packing` in place of their position ids and ends.
+        features (`list[dict]`): tokenized instances.
     """
-    arguments = {name: tensor for name, tensor in micro_batch.items() if name != "first_pass"}
-    for encoder_input in ("passage", "query"):
-        if f"{encoder_input}_ends" in arguments:
-            position_ids = arguments.pop(f"{encoder_input}_position_ids")
-            ends = arguments.pop(f"{encoder_input}_ends")
-            arguments[f"{encoder_input}_packing"] = Packing(position_ids, ends)
-    return arguments
+
+    features: list[Mapping[str, Any]]
 
 
-def query_rows(micro_batch: Mapping[str, Any]) -> list[list[int]]:
-    """Return the tokens that each query embedding of a micro-batch is made from, the last of them `[NSP]`."""
-    if "query_input_ids" in micro_batch:
-        return encoder_rows(micro_batch, "query")
-    if "nsp_positions" not in micro_batch:
-        return []
-    return _rows_up_to(micro_batch["nsp_positions"], micro_batch["input_ids"], micro_batch.get("position_ids"))
-
-
-def encoder_rows(micro_batch: Mapping[str, Any], prefix: str) -> list[list[int]]:
-    """Return the rows that an encoder reads in a micro-batch, `prefix` being `"passage"` or `"query"`."""
-    if f"{prefix}_input_ids" not in micro_batch:
-        return []
-    input_ids = micro_batch[f"{prefix}_input_ids"]
-    if f"{prefix}_ends" in micro_batch:
-        return _rows_up_to(micro_batch[f"{prefix}_ends"], input_ids, micro_batch[f"{prefix}_position_ids"])
-    if not len(input_ids):
-        return []
-    ends = torch.arange(len(input_ids), device=input_ids.device) * input_ids.shape[1] - 1
-    ends += micro_batch[f"{prefix}_attention_mask"].sum(1)  # padding is on the right
-    return _rows_up_to(ends, input_ids, None)
-
-
-def _rows_up_to(ends: torch.Tensor, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> list[list[int]]:
-    """
-    Return the tokens of a row up to each of some positions.
-
-    Args:
-        ends (`torch.LongTensor` of shape `(N,)`): positions in the flattened `input_ids`.
-        input_ids (`torch.LongTensor` of shape `(B, T)`): rows, or several rows packed into one.
-        position_ids (`torch.LongTensor` of shape `(1, T)`, *optional*): of packed rows; they restart at 0 in each.
-    """
-    columns = ends % input_ids.shape[1] if position_ids is None else position_ids.flatten()[ends]
-    tokens = input_ids.flatten().tolist()
-    rows = []
-    for end, column in zip(ends.tolist(), columns.tolist(), strict=True):
-        rows.append(tokens[end - column : end + 1])
-    return rows
+def needs_candidates(feature: Mapping[str, Any]) -> bool:
+    """Return whether a tokenized instance must get candidates before it can be collated."""
+    return bool(feature.get("needs_candidates")) and not feature.get("candidate_input_ids")
 
 
 @dataclass
@@ -156,9 +116,18 @@ class CoSupDataCollator:
             all that the first pass of GradCache must read. It is empty if Gen makes no queries.
 
     Returns:
-        `dict`: `micro_batches`, a list of `dict` of tensors, see [`forward_arguments`]; `passage_labels` `(N,)`, for
-        each query, in the order of the micro-batches, the row of its passage among the passages of all micro-batches;
-        `facts`, a [`BatchFacts`].
+        `dict`:
+
+        - `micro_batches`, a list of `dict` of tensors, see [`forward_arguments`]
+        - `passage_labels` `(N,)`: for each query that has a passage, in the order of the micro-batches, the row of its
+          passage among the passages of all micro-batches
+        - `nsp_query_rows` `(N,)`: the rows of these queries among the query embeddings of all micro-batches
+        - `distilled_query_rows` `(N_d,)`: those of the queries that are distilled
+        - `candidate_rows` and `candidate_scores`, both `(N_d, K)`: passage rows of their candidates, -1 for none, and
+          the reader's scores, float32
+        - `facts`, a [`BatchFacts`]
+
+        An [`UnresolvedBatch`], if an instance still needs candidates.
 
     Raises:
         `ValueError`: for a malformed instance, naming its id.
@@ -181,15 +150,21 @@ class CoSupDataCollator:
         if self.supervision == "separate":
             self.encoder_queries = True
 
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any] | UnresolvedBatch:
+        if any(needs_candidates(feature) for feature in features):
+            return UnresolvedBatch(list(features))
+        return self.collate(features)
+
+    def collate(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the batch of instances that have their passages or candidates."""
         rows = read_batch(features, self.nsp_token_id, self.supervision, self.encoder_queries, self.mask_duplicates)
         cuts = self._cut(rows)
         micro_batches = [self._micro_batch(rows, cut) for cut in cuts]
         facts = self._facts(rows, cuts, micro_batches)
         # every part of the model takes part in every step: without passages its gradients are zero, not missing
         self.complete(micro_batches[-1])
-        passage_labels = torch.tensor(facts.passage_labels, dtype=torch.long)  # (N,)
-        return {"micro_batches": micro_batches, "passage_labels": passage_labels, "facts": facts}
+        queries = [query for cut in cuts for query in self._queries(rows, cut)]
+        return {"micro_batches": micro_batches, "facts": facts, **_query_tensors(queries, rows, _passage_order(cuts))}
 
     def complete(self, micro_batch: dict[str, Any], device: torch.device | None = None) -> dict[str, Any]:
         """
@@ -286,11 +261,8 @@ class CoSupDataCollator:
                 if name.endswith("input_ids"):
                     facts.num_padded_tokens += tensor.numel()
 
-        new_row: dict[int, int] = {}  # of each passage row, in the order of the micro-batches
-        for cut in cuts:
-            for row in cut.passages:
-                new_row[row] = len(new_row)
-                facts.passage_keys.append(tuple(rows.passage_keys[row]))
+        new_row = _passage_order(cuts)
+        facts.passage_keys = [tuple(rows.passage_keys[row]) for row in new_row]
         for cut in cuts:
             queries = self._queries(rows, cut)
             if self._without_gen:
@@ -298,6 +270,9 @@ class CoSupDataCollator:
             else:
                 facts.instance_ids.append([rows.instances[i].id for i in cut.instances])
             for query in queries:
+                if query.passage is None:
+                    facts.distilled_instance_ids.append(query.instance_id)
+                    continue
                 facts.query_instance_ids.append(query.instance_id)
                 facts.query_numbers.append(query.number)
                 facts.query_keys.append(query.key)
@@ -332,17 +307,17 @@ class CoSupDataCollator:
         """Return what Gen reads, with the positions of `[NSP]` and of labels in the flattened tensor."""
         rows = [instance.input_ids for instance in instances]
         columns = [instance.columns for instance in instances]
-        tensors, offsets = _lay_out(rows, self.pad_token_id, self.padding_free)
+        tensors, offsets = lay_out(rows, self.pad_token_id, self.padding_free)
         micro_batch: dict[str, Any] = {**tensors}
         if self._gen_queries:
-            micro_batch["nsp_positions"] = _flat_positions(offsets, columns)
+            micro_batch["nsp_positions"] = flat_positions(offsets, columns)
         if self.supervision != "nsp":
             # no label for a first token: packed, the last token of the row before would be trained to predict it
             labels = [[-100, *instance.labels[1:]] for instance in instances]
             trained_columns = [instance.trained_columns for instance in instances]
-            label_tensors, _ = _lay_out(labels, -100, self.padding_free)
+            label_tensors, _ = lay_out(labels, -100, self.padding_free)
             micro_batch["labels"] = label_tensors["input_ids"]
-            micro_batch["label_positions"] = _flat_positions(offsets, trained_columns)
+            micro_batch["label_positions"] = flat_positions(offsets, trained_columns)
         if self.shorten_first_pass:
             micro_batch["first_pass"] = self._first_pass_tensors(instances) if self._gen_queries else {}
         return micro_batch
@@ -353,15 +328,15 @@ class CoSupDataCollator:
         if not retrieving:
             return {}
         rows = [instance.input_ids[: instance.columns[-1] + 1] for instance in retrieving]
-        tensors, offsets = _lay_out(rows, self.pad_token_id, self.padding_free)
-        tensors["nsp_positions"] = _flat_positions(offsets, [instance.columns for instance in retrieving])
+        tensors, offsets = lay_out(rows, self.pad_token_id, self.padding_free)
+        tensors["nsp_positions"] = flat_positions(offsets, [instance.columns for instance in retrieving])
         return tensors
 
     def _encoder_tensors(self, prefix: str, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
         """Return what an encoder reads, under names that begin with `prefix`, `"passage"` or `"query"`."""
-        tensors, offsets = _lay_out(rows, self.emb_seq_pad_token_id, self.padding_free_passages)
+        tensors, offsets = lay_out(rows, self.emb_seq_pad_token_id, self.padding_free_passages)
         if self.padding_free_passages:
-            tensors["ends"] = _flat_positions(offsets, [[len(row) - 1] for row in rows])
+            tensors["ends"] = flat_positions(offsets, [[len(row) - 1] for row in rows])
         else:
             lengths = torch.tensor([len(row) for row in rows])
             width = tensors["input_ids"].shape[1]
@@ -369,24 +344,31 @@ class CoSupDataCollator:
         return {f"{prefix}_{name}": tensor for name, tensor in tensors.items()}
 
 
-def _lay_out(
-    rows: Sequence[Sequence[int]], pad_token_id: int, packed: bool
-) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """Return rows as one padded tensor, or packed into a single row, and where each begins in the flattened tensor."""
-    if not packed:
-        input_ids, _ = pad_rows([list(row) for row in rows], pad_token_id)  # (B, T)
-        return {"input_ids": input_ids}, [i * input_ids.shape[1] for i in range(len(rows))]
-    lengths = [len(row) for row in rows]
-    tokens = list(itertools.chain.from_iterable(rows))
-    input_ids = torch.tensor([tokens], dtype=torch.long)  # (1, T)
-    position_ids = torch.cat([torch.arange(length) for length in lengths])[None]  # (1, T)
-    offsets = [0, *itertools.accumulate(lengths[:-1])]
-    return {"input_ids": input_ids, "position_ids": position_ids}, offsets
+def _passage_order(cuts: Sequence[Cut]) -> dict[int, int]:
+    """Return for each passage row, in the order of the micro-batches, its place in that order."""
+    new_row: dict[int, int] = {}
+    for cut in cuts:
+        for row in cut.passages:
+            new_row[row] = len(new_row)
+    return new_row
 
 
-def _flat_positions(offsets: Sequence[int], columns: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Return `(K,)`: the positions, in the flattened tensor, of the given columns of each row."""
-    positions = []
-    for offset, row_columns in zip(offsets, columns, strict=True):
-        positions += [offset + column for column in row_columns]
-    return torch.tensor(positions, dtype=torch.long)
+def _query_tensors(queries: Sequence[Query], rows: BatchRows, new_row: Mapping[int, int]) -> dict[str, torch.Tensor]:
+    """Return where queries are among the query embeddings, and which passage rows belong to them, by name."""
+    nsp_rows, labels, distilled_rows, candidate_rows = [], [], [], []
+    scores: list[torch.Tensor] = []
+    for row, query in enumerate(queries):
+        if query.passage is None:
+            distilled_rows.append(row)
+            candidate_rows.append([new_row[rows.row_of_passage[passage]] for passage in query.candidates])
+            scores.append(torch.tensor(query.candidate_scores, dtype=torch.float))
+        else:
+            nsp_rows.append(row)
+            labels.append(new_row[rows.row_of_passage[query.passage]])
+    return {
+        "passage_labels": torch.tensor(labels, dtype=torch.long),
+        "nsp_query_rows": torch.tensor(nsp_rows, dtype=torch.long),
+        "distilled_query_rows": torch.tensor(distilled_rows, dtype=torch.long),
+        "candidate_rows": pad_rows(candidate_rows, -1)[0],
+        "candidate_scores": pad_sequence(scores, batch_first=True) if scores else torch.zeros(0, 1),
+    }

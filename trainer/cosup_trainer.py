@@ -12,7 +12,7 @@ import datasets
 import torch
 from accelerate.data_loader import DataLoaderShard
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType, DynamoBackend
+from accelerate.utils import DynamoBackend
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -32,8 +32,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, Tr
 
 from modeling_cosup import CoSupForCausalLM
 
-from .arguments import check_optimizer, check_trainer_arguments, read_by_tokenizing
+from .arguments import check_collator, check_optimizer, check_sharding, check_trainer_arguments, read_by_tokenizing
 from .batching import CoSupDataCollator
+from .candidate_refresh import check_given_index
+from .candidate_watch import FLATNESS, CandidateWatch
 from .control_tokens import set_control_token_lr
 from .dataset_setup import (
     COLUMNS,
@@ -44,10 +46,10 @@ from .dataset_setup import (
     report_no_query,
     tokenize_dataset,
 )
+from .distillation_step import running_figures
 from .distributed import gather_objects, host_group, world_size
 from .held_out import HeldOutMixin
 from .hub import HubMixin
-from .losses import RunningFigures
 from .model_init import ModelInitMixin
 from .model_setup import without_peft
 from .positions import check_positions
@@ -98,6 +100,9 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
         model_init (`Callable`, *optional*): returns a new model, given nothing or the trial. It is called here, and
             again by each `train()`, so by each trial of `hyperparameter_search()`. A trial may change any argument
             but those that instances were tokenized with.
+        corpus (`list[dict]`, `Dataset`, `str` or [`PassageIndex`], *optional*): where `candidates_from` finds
+            passages, `{"id", "title", "text"}`, or the path of a file of them. An index must be of this model; it is
+            searched until it is first refreshed, or always if Emb_seq is frozen. Then it may be any [`Retriever`].
 
     Raises:
         `ValueError`: for an invalid instance, naming its row, before training starts, and for arguments that do not
@@ -125,6 +130,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
         peft_config: "PeftConfig | None" = None,
         model_init: Callable[..., Any] | None = None,
         optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
+        corpus: Any = None,
         **refused: Any,
     ) -> None:
         check_trainer_arguments(refused, list(inspect.signature(CoSupTrainer).parameters)[:-1])
@@ -153,12 +159,14 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
             )
         self._given_tokenizers = processing_class, emb_seq_processing_class
         self._take_given_tokenizers(base)
+        check_given_index(corpus, base, args, model_init is not None)
         self.tokenizers = base.tokenizer, base.emb_seq_tokenizer
         self._read_by_tokenizing = read_by_tokenizing(base, args) if model_init is not None else {}
 
         self._peft_config = peft_config
         self._has_default_collator = data_collator is None
         if data_collator is not None:
+            check_collator(data_collator, args)
             self.data_collator = data_collator
         trained_model = self._prepared(model)
         check_optimizer(optimizers[0], trained_model)
@@ -191,43 +199,19 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
         self.model_init = model_init  # Trainer takes only one of model and model_init
         self._host_group = host_group(args.ddp_timeout_delta)
         self._finite = FiniteLosses()
-        self._running = RunningFigures(self.loss_weights)
+        self._running = running_figures(self.loss_weights, self.args)
         self._evaluated_batches = []
         self._step_instance_ids = []
         self._control_token_hooks: list[RemovableHandle] = []
         self._num_trained_instances = self._num_trained_queries = 0
         self._warned_of_lone_queries = self._warned_of_lone_held_out_queries = False
+        self._set_up_candidates(corpus)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Make the accelerator, also anew for a trial, and check that it can do what the arguments ask."""
         super().create_accelerator_and_postprocess()
-        self._check_sharding()
+        check_sharding(self.args, self.accelerator.distributed_type, self._fsdp2_plugin() is not None)
         self._set_up_accelerator()
-
-    def _check_sharding(self) -> None:
-        """
-        Refuse what sharded models cannot do.
-
-        `nsp_batch_size`, `clip_gen_only` and `control_token_lr` need DDP or FSDP2: DeepSpeed takes one backward pass
-        per step, clips by itself and has an optimiser of its own; FSDP1 computes the norms of shards, and its shards
-        have no rows. `bf16_full_eval` and `fp16_full_eval` need whole weights, which are kept while they are
-        converted.
-        """
-        distributed_type = self.accelerator.distributed_type
-        if distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-            for name in ("bf16_full_eval", "fp16_full_eval"):
-                if getattr(self.args, name):
-                    raise ValueError(
-                        f"{name} would change the weights of a sharded model, under {distributed_type.value}: leave it"
-                        " out. An evaluation computes in bfloat16 if bf16=True."
-                    )
-        is_fsdp1 = distributed_type == DistributedType.FSDP and self._fsdp2_plugin() is None
-        if distributed_type != DistributedType.DEEPSPEED and not is_fsdp1:
-            return
-        for name in ("nsp_batch_size", "clip_gen_only", "control_token_lr"):
-            if getattr(self.args, name):
-                kind = distributed_type.value
-                raise ValueError(f"{name} works under DDP and FSDP2, not under {kind} as it is configured.")
 
     def _set_up_accelerator(self) -> None:
         """Keep accelerate from compiling the whole model, and FSDP2 from rounding what the ranks exchange."""
@@ -297,7 +281,8 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Run `Trainer.train`; `resume_from_checkpoint=True` resumes from the last checkpoint that is complete."""
-        self._running = RunningFigures(self.loss_weights)
+        self._running = running_figures(self.loss_weights, self.args)
+        self._candidate_watch = CandidateWatch(self.args)
         self._num_trained_instances = self._num_trained_queries = 0
         if self.args.nsp_batch_size is not None:
             self._train_batch_size = self.args.per_device_train_batch_size  # where auto_find_batch_size begins
@@ -306,7 +291,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
         if self.model is not None:  # else the last trial of a search has freed it
             # an earlier evaluation has prepared the model, but not for data parallelism
             vars(self.model).pop("_is_accelerate_prepared", None)
-        with explained_memory_errors(self.args):
+        with explained_memory_errors(self.args), self._closed_candidates():
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._finite.check()
         # a whole dataset was checked before, and a resumed run may see only the end of a stream
@@ -322,7 +307,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
         if self._num_parameters is None:
             base = without_peft(self.model)
             emb_seq_parameters = 0
-            if self.args.supervision != "ntp" and base.emb_seq is not None:
+            if self.args.trains_embeddings and base.emb_seq is not None:
                 emb_seq_parameters = base.emb_seq.num_parameters(exclude_embeddings=True)
             self._num_parameters = base.gen.num_parameters(exclude_embeddings=True), emb_seq_parameters
         gen_parameters, emb_seq_parameters = self._num_parameters
@@ -352,6 +337,9 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
             figures = self._running.averages(self.args.device, self._sum_over_ranks)
             if figures.keys().isdisjoint(self.loss_weights):
                 del logs["loss"]
+            if self.args.candidates_from is not None and self.is_world_process_zero():
+                self._candidate_watch.check(figures, self._running.counts)
+            figures.pop(FLATNESS, None)
             logs |= figures
             self._running.restart()
         if not self._running.has_losses:
@@ -425,6 +413,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
+        self._save_candidates(output_dir)
         self.accelerator.wait_for_everyone()  # the state file, written next and last, says that all ranks are done
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:

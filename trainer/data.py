@@ -140,20 +140,23 @@ def _checked_answers(answers: Any, where: str) -> list[str]:
     return [check_text(answer, f"answers[{i}]", where) for i, answer in enumerate(answers)]
 
 
-def _checked_candidates(candidates: Any, where: str) -> list[dict[str, str]]:
-    """Return candidates as passages; one that was given by its id alone has neither title nor text."""
+def _checked_candidates(candidates: Any, where: str) -> list[dict[str, str] | str]:
+    """Return candidates as passages, or as ids of passages."""
     if not isinstance(candidates, list):
         raise ValueError(f"{where}: candidates is {shown(candidates)}, expected a list of passages or their ids.")
-    checked: list[dict[str, str]] = []
+    checked: list[dict[str, str] | str] = []
     for i, candidate in enumerate(candidates):
-        is_id_alone = isinstance(candidate, dict) and not (candidate.get("text") or candidate.get("title"))
-        if is_id_alone and candidate.get("id") is not None:  # checked before, and stored as a column of a dataset
-            candidate = candidate["id"]
         if isinstance(candidate, dict):
             checked.append(check_passage(candidate, where, f"candidates[{i}]."))
         else:
-            checked.append({"id": check_id(candidate, where, f"candidates[{i}]"), "title": "", "text": ""})
+            checked.append(check_id(candidate, where, f"candidates[{i}]"))
     return checked
+
+
+def candidate_ids(instance: Mapping[str, Any]) -> list[str]:
+    """Return the ids of a checked instance's own candidates."""
+    candidates = instance.get("candidates") or []
+    return [candidate if isinstance(candidate, str) else candidate["id"] for candidate in candidates]
 
 
 def _check_segment(segment: Any, name: str, where: str) -> dict:

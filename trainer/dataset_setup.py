@@ -1,7 +1,7 @@
 """Prepare a dataset for CoSupTrainer: check instances, tokenize them, and drop those that are too long."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import datasets
@@ -13,7 +13,7 @@ from modeling_cosup import CoSupConfig
 from modeling_cosup.passages_cosup import dataset_rows
 from modeling_cosup.tokenization_cosup import end_of_turn_token_id
 
-from .data import CheckedInstance, check_instance
+from .data import CheckedInstance, candidate_ids, check_instance
 from .duplicates import NoDuplicatesSampler
 from .passage_contents import MOST_STREAMED_IDS, PassageContents
 from .tokenizing import tokenize_instance
@@ -127,7 +127,7 @@ def _features(config: CoSupConfig, args: CoSupTrainingArguments) -> datasets.Fea
             "needs_candidates": datasets.Value("bool"),
             "answers": datasets.List(text),
             "provenance": datasets.List(datasets.List(text)),
-            "candidate_pool": datasets.List({"id": text, "title": text, "text": text}),
+            "candidate_pool": datasets.List(text),
         }
     return datasets.Features(features)
 
@@ -203,7 +203,9 @@ def _as_dataset(
     fields: dict[str, None] = {}  # in order; the library would take those of the first row
     for instance in checked:
         fields |= dict.fromkeys(instance)
-    columns = {field: [instance.get(field) for instance in checked] for field in fields}
+    columns: dict[str, list] = {field: [instance.get(field) for instance in checked] for field in fields}
+    if "candidates" in columns:  # Arrow has no column of both passages and ids
+        columns["candidates"] = [candidate_ids(instance) for instance in checked]
     return datasets.Dataset.from_dict(columns), [instance.where for instance in checked]
 
 
@@ -220,6 +222,29 @@ def _check_contents(tokenized: datasets.Dataset, places: list[str] | None, name:
     for row, instance in enumerate(rows):
         where = f"{name}, row {row}" if places is None else places[row]
         _add_passages(contents, instance, columns, where)
+
+
+def gold_contents(tokenized: Mapping[str, Any]) -> PassageContents:
+    """
+    Return what Emb_seq reads of each passage of tokenized sets, by passage id.
+
+    Args:
+        tokenized (`dict`): sets by name, for errors. A stream is left out: its passages are not known in advance.
+
+    Raises:
+        `ValueError`: for a passage id with two contents.
+    """
+    contents = PassageContents()
+    for name, dataset in tokenized.items():
+        if not isinstance(dataset, datasets.Dataset):
+            continue
+        columns = _passage_columns(dataset.column_names)
+        if not columns:
+            continue
+        rows = dataset.with_format(None).select_columns([column for pair in columns for column in pair])
+        for row, instance in enumerate(rows):
+            _add_passages(contents, instance, columns, f"{name}, row {row}")
+    return contents
 
 
 def _passage_columns(names: Sequence[str]) -> list[tuple[str, str]]:
@@ -310,7 +335,7 @@ class _StreamFilter:
         _add_passages(self.contents, instance, _passage_columns(list(instance)), f"{self.name}, row {row}")
         if len(instance["input_ids"]) > self.max_length:
             self.num_dropped += 1
-            if _has_doubled(self.num_dropped, 1):
+            if has_doubled(self.num_dropped, 1):
                 logger.warning(
                     f"Dropped {self.num_dropped} instance(s) of the {self.name} so far: longer than"
                     f" max_length={self.max_length}."
@@ -324,7 +349,7 @@ class _StreamFilter:
         if instance.get("num_cut_queries"):
             logger.warning_once(f"Some queries of the {self.name} {LONG_QUERIES}.")
         self.num_cut += instance["num_cut_passages"]
-        if _has_doubled(self.num_cut, instance["num_cut_passages"]):
+        if has_doubled(self.num_cut, instance["num_cut_passages"]):
             logger.warning(
                 f"Cut {self.num_cut} passage(s) of the {self.name} so far to"
                 f" max_passage_length={self.max_passage_length} tokens."
@@ -332,6 +357,6 @@ class _StreamFilter:
         return True
 
 
-def _has_doubled(count: int, added: int) -> bool:
+def has_doubled(count: int, added: int) -> bool:
     """Return whether `count` has reached a power of two with the last `added`."""
     return count.bit_length() > (count - added).bit_length()

@@ -1,6 +1,7 @@
 """Exchange objects and rows between ranks, with gradients, even if counts differ. Nothing happens in one process."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -52,6 +53,30 @@ def broadcast_object(value: T, group: dist.ProcessGroup | None = None) -> T:
     if world_size() > 1:
         dist.broadcast_object_list(values, src=0, group=group)
     return values[0]
+
+
+@contextlib.contextmanager
+def failing_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """
+    Wait for all ranks at the end of the block, and raise on all of them if the block has failed on one.
+
+    Without it, ranks that go on would wait for the failed one until the process group times out. The block may not
+    exchange anything itself.
+
+    Raises:
+        `RuntimeError`: names the error of another rank.
+    """
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    messages = gather_objects(None if error is None else f"{type(error).__name__}: {error}", group)
+    if error is not None:
+        raise error
+    for number, message in enumerate(messages):
+        if message is not None:
+            raise RuntimeError(f"Rank {number} has failed: {message}")
 
 
 def gather_rows(rows: torch.Tensor, counts: Sequence[int], gather: str = "global") -> torch.Tensor:

@@ -19,7 +19,7 @@ from torch import nn
 
 from modeling_cosup import CoSupOutput
 
-from .batching import forward_arguments
+from .micro_batches import forward_arguments
 
 OptionalTensors = list[torch.Tensor | None]  # one for each micro-batch; None if it has no such rows
 
@@ -84,7 +84,12 @@ def first_pass(
             for name in ("input_ids", "position_ids", "nsp_positions"):
                 if name in gen_inputs:
                     inputs[name] = gen_inputs[name]
-            outputs = model(**forward_arguments(inputs), use_cache=False, compute_nsp_loss=False, return_logits=False)
+            options = {
+                "compute_nsp_loss": False,
+                "return_logits": False,
+                "output_query_embeds": "nsp_positions" in inputs,
+            }
+            outputs = model(**forward_arguments(inputs), use_cache=False, **options)
             query_embeds.append(outputs.query_embeds)
             passage_embeds.append(outputs.passage_embeds)
     states.append(RandomState(device))

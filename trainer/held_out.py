@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,14 +15,16 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, PredictionOutput, denumpify_detensorize
 from transformers.utils import logging
 
-from modeling_cosup.packing_cosup import pad_rows
+from modeling_cosup import CoSupOutput
 
-from .batching import BatchFacts, CoSupDataCollator, encoder_rows, query_rows
+from .batching import BatchFacts, CoSupDataCollator, UnresolvedBatch, needs_candidates
+from .candidate_watch import FLATNESS, LEFT_OUT
 from .dataset_setup import tokenize_dataset
 from .distributed import gather_objects, world_size
-from .duplicates import global_batch
-from .grad_cache import concatenated
-from .losses import EmbeddingBatch, embedding_losses, total_loss
+from .grad_cache import RandomState, concatenated
+from .held_out_figures import order_of_queries, padded, retrieval_metrics
+from .losses import EmbeddingBatch, distillation_losses, distilled_batch, embedding_losses, total_loss
+from .micro_batches import encoder_rows, query_rows
 from .positions import check_positions
 from .training_step import TrainingStepMixin
 from .watch import explained_memory_errors
@@ -43,6 +45,8 @@ class EvaluatedBatch:
         num_nsp, num_predicted (`int`): how many `[NSP]` are trained, and where Gen's most likely token is `[NSP]`.
         query_ids, passage_ids (`list[list[int]]`): the tokens that each was made from; empty unless
             `include_for_metrics` asks for them.
+        values (`dict[str, list[float]]`): of instances that got candidates, by the name of the figure.
+        num_left_out (`int`): instances that were too long with their candidates.
     """
 
     facts: BatchFacts
@@ -53,6 +57,17 @@ class EvaluatedBatch:
     num_predicted: int = 0
     query_ids: list[list[int]] = field(default_factory=list)
     passage_ids: list[list[int]] = field(default_factory=list)
+    values: dict[str, list[float]] = field(default_factory=dict)
+    num_left_out: int = 0
+
+    def add_distilled(self, batch: "EvaluatedBatch") -> None:
+        """Add what was measured of instances that got candidates, whose passages belong to no set."""
+        self.facts.num_labels += batch.facts.num_labels
+        self.num_nsp += batch.num_nsp
+        self.num_predicted += batch.num_predicted
+        for name, loss in batch.token_losses.items():
+            self.token_losses[name] = self.token_losses.get(name, 0.0) + loss
+        self.values |= batch.values
 
 
 class HeldOutMixin(TrainingStepMixin):
@@ -75,7 +90,8 @@ class HeldOutMixin(TrainingStepMixin):
         if dataset is not None and not isinstance(dataset, str | dict):
             dataset = tokenize_dataset(dataset, self.tokenizers, self.cosup_config, self.args, "evaluation set")
             dataset = check_positions(dataset, self.cosup_config, self.args, "evaluation set")
-        return super().evaluate(dataset, ignore_keys, metric_key_prefix)
+        with self._fresh_candidates():
+            return super().evaluate(dataset, ignore_keys, metric_key_prefix)
 
     def predict(
         self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
@@ -100,10 +116,10 @@ class HeldOutMixin(TrainingStepMixin):
             With `prediction_loss_only=True` only the metrics.
 
         Raises:
-            `ValueError`: if an instance is longer than `max_length`: without it, rows would not be the caller's; with
-                `supervision="ntp"`, which embeds nothing.
+            `ValueError`: if an instance is longer than `max_length`: without it, rows would not be the caller's; if
+                one has no passage; with `supervision="ntp"`, which embeds nothing.
         """
-        if self.args.supervision == "ntp":
+        if not self.args.trains_embeddings:
             raise ValueError(
                 "predict() returns embeddings, and supervision='ntp' makes none: evaluate() has its loss."
             )
@@ -115,6 +131,8 @@ class HeldOutMixin(TrainingStepMixin):
                 " belongs to each of their queries."
             )
         dataset = check_positions(dataset, self.cosup_config, self.args, "test set")
+        if self.args.candidates_from is not None:
+            dataset = _check_passages(dataset)
         return super().predict(dataset, ignore_keys, metric_key_prefix)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -162,8 +180,16 @@ class HeldOutMixin(TrainingStepMixin):
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, None, None]:
         """Keep the embeddings and token losses of a batch until the end of the set; return nothing to the loop."""
+        if isinstance(inputs, UnresolvedBatch):
+            self._evaluated_batches.append(self._evaluate_unresolved(model, inputs))
+        else:
+            self._evaluated_batches.append(self._evaluate_batch(model, inputs))
+        return None, None, None
+
+    def _evaluate_batch(self, model: nn.Module, inputs: dict[str, Any]) -> EvaluatedBatch:
+        """Return the embeddings and token losses of a batch."""
         inputs = self._prepare_inputs(inputs)
-        if world_size() > 1:
+        if world_size() > 1 and self.args.candidates_from is None:
             self._share_facts([inputs])  # a sharded model needs the same calls on all ranks
         with explained_memory_errors(self.args), torch.no_grad(), self.compute_loss_context_manager():
             outputs = []
@@ -171,12 +197,14 @@ class HeldOutMixin(TrainingStepMixin):
                 outputs.append(self._forward(model, micro_batch, **self._options_for_nsp_logits(micro_batch)))
             # sums, not means: the number of tokens of the set is known only at its end
             token_losses = self.compute_losses(inputs, outputs)
+            values = self._distilled_values(inputs, outputs)
         width = self.cosup_config.embedding_size
         batch = EvaluatedBatch(
             facts=inputs["facts"],
             token_losses={name: float(loss) for name, loss in token_losses.items()},
             query_embeds=_as_array([output.query_embeds for output in outputs], width),
             passage_embeds=_as_array([output.passage_embeds for output in outputs], width),
+            values=values,
         )
         nsp_token_id = torch.tensor(self.cosup_config.nsp_token_id)
         for output in outputs:
@@ -188,8 +216,33 @@ class HeldOutMixin(TrainingStepMixin):
             for micro_batch in inputs["micro_batches"]:
                 batch.query_ids += query_rows(micro_batch)
                 batch.passage_ids += encoder_rows(micro_batch, "passage")
-        self._evaluated_batches.append(batch)
-        return None, None, None
+        return batch
+
+    def _evaluate_unresolved(self, model: nn.Module, batch: UnresolvedBatch) -> EvaluatedBatch:
+        """
+        Return the results of a batch in which some instances need candidates.
+
+        These are a batch of their own: a candidate is no passage of the set, over which recall is measured.
+        """
+        known = [feature for feature in batch.features if not needs_candidates(feature)]
+        resolution = self._resolve([feature for feature in batch.features if needs_candidates(feature)])
+        evaluated = self._evaluate_batch(model, self.data_collator.collate(known))
+        evaluated.values = resolution.values
+        evaluated.num_left_out = resolution.num_left_out
+        evaluated.add_distilled(self._evaluate_batch(model, self.data_collator.collate(resolution.features)))
+        return evaluated
+
+    def _distilled_values(self, inputs: dict[str, Any], outputs: Sequence[CoSupOutput]) -> dict[str, list[float]]:
+        """Return the distillation loss and its figures of each distilled query, by name; none without such a query."""
+        if not inputs["facts"].distilled_instance_ids:
+            return {}
+        query_embeds = concatenated([output.query_embeds for output in outputs])
+        passage_embeds = concatenated([output.passage_embeds for output in outputs])
+        assert query_embeds is not None and passage_embeds is not None  # there is a query, and it has candidates
+        batch = distilled_batch(inputs, query_embeds, passage_embeds)
+        losses, distributions = distillation_losses(batch, self.cosup_config, self.args)
+        values = {"distillation_loss": losses, **distributions.figures()}
+        return {name: numbers.tolist() for name, numbers in values.items() if name != FLATNESS}
 
     def _options_for_nsp_logits(self, micro_batch: dict[str, Any]) -> dict[str, Any]:
         """Return the options of a forward that also returns the logits from which each `[NSP]` is predicted."""
@@ -211,11 +264,14 @@ class HeldOutMixin(TrainingStepMixin):
         Run `Trainer`'s loop, then compute losses and recall over the whole set, not batch by batch.
 
         With `bf16_full_eval` or `fp16_full_eval`, `Trainer` converts the weights; afterwards they are what they were.
+        So are the random numbers that training draws next: a loader draws one, and dropout would depend on it.
         """
         self._evaluated_batches = []
         start = time.time()
+        random_state = RandomState(self.args.device)
         with self._kept_weights(), self._without_inputs():
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        random_state.restore()
         batches: list[EvaluatedBatch] = []
         for batches_of_ranks in zip(*gather_objects(self._evaluated_batches, self._host_group), strict=True):
             batches += batches_of_ranks  # ranks take batches in turn, so this is the order of the set
@@ -288,6 +344,10 @@ class HeldOutMixin(TrainingStepMixin):
                 for name, loss in batch.token_losses.items():
                     metrics[name] = metrics.get(name, 0.0) + loss / num_labels
         metrics |= retrieval
+        for name, mean in _means([batch.values for batch in batches]).items():
+            metrics.setdefault(name, mean)  # recall is that of queries with a passage, if there are any
+        if self.args.candidates_from is not None:
+            metrics[LEFT_OUT] = sum(batch.num_left_out for batch in batches)
         num_nsp = sum(batch.num_nsp for batch in batches)
         if num_nsp:
             metrics["nsp_predicted"] = sum(batch.num_predicted for batch in batches) / num_nsp
@@ -295,12 +355,12 @@ class HeldOutMixin(TrainingStepMixin):
         if losses:  # a sum of no losses is not 0
             metrics["loss"] = total_loss(losses, self.loss_weights)
 
-        order = _order_of_queries(facts)
+        order = order_of_queries(facts)
         asked: dict[str, Any] = {}
         if "inputs" in self.args.include_for_metrics:
             query_ids = [ids for batch in batches for ids in batch.query_ids]
             passage_ids = [ids for batch in batches for ids in batch.passage_ids]
-            asked["inputs"] = (_padded([query_ids[i] for i in order]), _padded([passage_ids[row] for row in rows]))
+            asked["inputs"] = (padded([query_ids[i] for i in order]), padded([passage_ids[row] for row in rows]))
         if "loss" in self.args.include_for_metrics:
             asked["losses"] = torch.cat(query_losses).numpy()[order]
         predictions: Any = (query_embeds[order], passage_embeds[rows])
@@ -326,104 +386,30 @@ def _as_array(pieces: Sequence[torch.Tensor | None], width: int) -> np.ndarray:
     return embeds.float().cpu().numpy()
 
 
-def _order_of_queries(facts: Sequence[BatchFacts]) -> np.ndarray:
-    """Return `(N,)`: the row of each query of a set, in the order of the instances."""
-    numbers: list[int] = []
-    for batch_facts in facts:
-        first = len(numbers)
-        numbers += [first + number for number in batch_facts.query_numbers]
-    return np.argsort(np.array(numbers, dtype=np.int64))
+def _means(values: Sequence[dict[str, list[float]]]) -> dict[str, float]:
+    """Return the mean of each figure over all batches; a figure of which nothing was measured is left out."""
+    numbers: dict[str, list[float]] = {}
+    for values_of_batch in values:
+        for name, numbers_of_batch in values_of_batch.items():
+            numbers.setdefault(name, []).extend(numbers_of_batch)
+    return {name: sum(measured) / len(measured) for name, measured in numbers.items() if measured}
 
 
-def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
-    """Return token ids as one array, padded with -100 on the right."""
-    ids, _ = pad_rows(rows, -100)
-    return ids.numpy()
+def _check_passages(dataset: Any) -> Any:
+    """Raise if an instance needs candidates; a stream checks each instance that it yields."""
+    if not isinstance(dataset, datasets.Dataset):
+        return dataset.filter(_is_no_question)
+    if "needs_candidates" in dataset.column_names:
+        for feature in dataset.select_columns(["id", "needs_candidates"]):
+            _is_no_question(feature)
+    return dataset
 
 
-def retrieval_metrics(
-    query_embeds: np.ndarray,
-    passage_embeds: np.ndarray,
-    facts: Sequence[BatchFacts],
-    embedding_losses: Callable[[EmbeddingBatch], tuple[dict[str, torch.Tensor], torch.Tensor]],
-    ks: Sequence[int] = (1, 5),
-    chunk_size: int = 1024,
-) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
-    """
-    Return embedding losses and recall of queries over all distinct passages of a set.
-
-    Another passage that is right for a query is neither a negative nor a miss. A tie is a miss. A query without a
-    negative cannot miss, so no figure counts it; nor is there a `query_recall@k` for as many places as passages.
-
-    Args:
-        query_embeds (`numpy.ndarray` of shape `(N, h)`), passage_embeds (`numpy.ndarray` of shape `(M, h)`): of all
-            batches.
-        facts (`Sequence[BatchFacts]`): of the same batches, in the same order.
-        embedding_losses (`Callable`): see [`~trainer.losses.embedding_losses`].
-        ks (`Sequence[int]`, *optional*, defaults to `(1, 5)`): of `query_recall@k`.
-        chunk_size (`int`, *optional*, defaults to 1024): queries that are scored in one call.
-
-    Returns:
-        `(dict, numpy.ndarray, numpy.ndarray)`: `num_passages`, `num_queries` (those that have a negative) and, if
-        there are such queries, the mean of each loss and `query_recall@k`; the rows of the D distinct passages,
-        `(D,)`; for each query, the number of its passage among these, `(N,)`.
-    """
-    merged = _merge(facts)
-    batch = global_batch([merged], 0)
-    rows = np.flatnonzero(~batch.repeated)  # (D,)
-    number_of_group = {int(batch.passage_groups[row]): number for number, row in enumerate(rows)}
-    number_of_row = [number_of_group[int(group)] for group in batch.passage_groups]  # among distinct passages
-    labels = np.array([number_of_row[label] for label in merged.passage_labels], dtype=np.int64)  # (N,)
-    right_queries, right_rows = batch.further_positives  # (P,), (P,)
-    right_passages = np.array([number_of_row[row] for row in right_rows], dtype=np.int64)  # (P,)
-
-    passages = torch.from_numpy(passage_embeds[rows])  # (D, h)
-    losses: dict[str, list[torch.Tensor]] = {}
-    ranks = []
-    for start in range(0, max(1, len(labels)), chunk_size):
-        queries = torch.from_numpy(query_embeds[start : start + chunk_size])  # (C, h)
-        positives = torch.from_numpy(labels[start : start + chunk_size])  # (C,)
-        also_right = torch.zeros(len(queries), len(rows), dtype=torch.bool)  # (C, D)
-        in_chunk = (right_queries >= start) & (right_queries < start + chunk_size)
-        also_right[right_queries[in_chunk] - start, right_passages[in_chunk]] = True
-        chunk_losses, scores = embedding_losses(EmbeddingBatch(queries, passages, positives, also_right))
-        for name, loss in chunk_losses.items():
-            losses.setdefault(name, []).append(loss)
-        ranks.append(_ranks(scores, positives))
-
-    compared = torch.from_numpy(batch.has_negatives)  # (N,)
-    metrics: dict[str, float] = {"num_passages": len(rows), "num_queries": int(compared.sum())}
-    if compared.any():
-        for name, chunks in losses.items():
-            metrics[name] = float(torch.cat(chunks)[compared].mean())
-        for k in ks:
-            if k < len(rows):
-                metrics[f"query_recall@{k}"] = float((torch.cat(ranks)[compared] < k).double().mean())
-    return metrics, rows, labels
-
-
-def _merge(facts: Sequence[BatchFacts]) -> BatchFacts:
-    """Return the passages and queries of all batches as one batch."""
-    merged = BatchFacts()
-    for batch_facts in facts:
-        first_row = len(merged.passage_keys)
-        merged.passage_keys += batch_facts.passage_keys
-        merged.positive_keys += batch_facts.positive_keys
-        merged.query_keys += batch_facts.query_keys
-        merged.query_instance_ids += batch_facts.query_instance_ids
-        merged.passage_labels += [first_row + label for label in batch_facts.passage_labels]
-    return merged
-
-
-def _ranks(scores: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
-    """
-    Return `(C,)`: how many other passages score at least as high as each query's positive.
-
-    Args:
-        scores (`torch.FloatTensor` of shape `(C, D)`): `-inf` for other passages that are right too, so that they do
-            not count.
-        positives (`torch.LongTensor` of shape `(C,)`): the column of each query's positive.
-    """
-    positive_scores = scores.gather(1, positives[:, None])  # (C, 1)
-    ranks = (scores >= positive_scores).sum(1) - 1
-    return torch.where(positive_scores[:, 0].isfinite(), ranks, scores.shape[1])  # NaN is a miss at every k
+def _is_no_question(feature: dict[str, Any]) -> bool:
+    """Return `True`; raise for an instance without a passage."""
+    if needs_candidates(feature):
+        raise ValueError(
+            f"Instance {feature['id']!r} of the test set has no passage, and predict() returns each query's: leave it"
+            " out, or call evaluate(), which retrieves candidates."
+        )
+    return True

@@ -1,12 +1,13 @@
 """
-The losses that are trained, by name, and the figures of the log.
+The losses that are trained, by name.
 
 There are two kinds of losses, because GradCache computes them at different times (see `grad_cache`):
 
 - Token losses depend on Gen's output for one micro-batch. Each is a sum over trained tokens, such as `ntp_loss`
   (Eq. 2).
 - Embedding losses depend on the embeddings of the whole batch, over all ranks. Each has one value per query, such as
-  `nsp_loss` (Eq. 4) and, with `matryoshka_dims`, `matryoshka_loss`.
+  `nsp_loss` (Eq. 4) and, with `matryoshka_dims`, `matryoshka_loss`. `distillation_loss` is of the queries that have
+  candidates in place of a passage.
 
 Neither kind is averaged here: the caller knows the token and query counts of all ranks.
 
@@ -15,8 +16,7 @@ the model to `forward_options`. Its name must end in `_loss`: logs, evaluation, 
 Its label goes into `judging/figures.py`.
 """
 
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -24,8 +24,10 @@ import torch
 import torch.nn.functional as F
 
 from modeling_cosup import CoSupConfig, CoSupOutput, info_nce
+from modeling_cosup.loss_cosup import similarity_scores
 
-from .batching import BatchFacts
+from .candidate_watch import FLATNESS
+from .distillation import attention_target, distillation_loss, perplexity_target
 from .distributed import gather_rows
 from .duplicates import GlobalBatch
 from .training_args import CoSupTrainingArguments
@@ -52,6 +54,52 @@ class EmbeddingBatch:
     same_passage: torch.Tensor | None = None
 
 
+@dataclass
+class DistilledBatch:
+    """
+    The distilled queries of one rank. Their candidates are among the passages of the same rank.
+
+    Args:
+        query_embeds (`torch.FloatTensor` of shape `(N, h)`), passage_embeds (`torch.FloatTensor` of shape `(M_r, h)`):
+            of this rank.
+        candidate_rows (`torch.LongTensor` of shape `(N, K)`): rows of `passage_embeds`, -1 for none.
+        candidate_scores (`torch.FloatTensor` of shape `(N, K)`): of the reader: shares of its attention, or
+            log-likelihoods of the answer.
+    """
+
+    query_embeds: torch.Tensor
+    passage_embeds: torch.Tensor
+    candidate_rows: torch.Tensor
+    candidate_scores: torch.Tensor
+
+
+@dataclass
+class Distributions:
+    """
+    Over the candidates of each distilled query, `torch.FloatTensor` of shape `(N, K)`, without a graph.
+
+    Args:
+        target: of the reader; 0 where there is no candidate.
+        student_log_probs: of the retriever; 0 where there is no candidate.
+        mask (`torch.BoolTensor`): where there is a candidate.
+    """
+
+    target: torch.Tensor
+    student_log_probs: torch.Tensor
+    mask: torch.Tensor
+
+    def figures(self) -> dict[str, torch.Tensor]:
+        """Return figures of each query, `(N,)`, by name; entropies are in nats."""
+        target_entropy = -torch.xlogy(self.target, self.target).sum(1)
+        student_entropy = -(self.student_log_probs.exp() * self.student_log_probs).sum(1)
+        return {
+            "target_entropy": target_entropy,
+            "student_entropy": student_entropy,
+            "target_max": self.target.amax(1),
+            FLATNESS: target_entropy / self.mask.sum(1).log(),
+        }
+
+
 # ---------------------------------------------------------------------- what is trained
 
 
@@ -61,6 +109,8 @@ def loss_weights(config: CoSupConfig, args: CoSupTrainingArguments) -> dict[str,
     weights = {"ntp_loss": 1.0, "nsp_loss": config.nsp_loss_weight}
     if args.matryoshka_dims:
         weights["matryoshka_loss"] = config.nsp_loss_weight
+    if args.distills:
+        weights["distillation_loss"] = config.nsp_loss_weight
     return weights
 
 
@@ -73,7 +123,7 @@ def forward_options(micro_batch: dict[str, Any], args: CoSupTrainingArguments, t
     """
     return {
         "label_smoothing": args.label_smoothing_factor if training else 0.0,
-        "output_query_embeds": args.supervision in ("co", "nsp"),
+        "output_query_embeds": "nsp_positions" in micro_batch,
         "compute_nsp_loss": False,
         "return_logits": False,
     }
@@ -144,6 +194,30 @@ def matryoshka_loss(batch: EmbeddingBatch, config: CoSupConfig, dims: Sequence[i
     return torch.stack(losses).mean(0)
 
 
+def distillation_losses(
+    batch: DistilledBatch, config: CoSupConfig, args: CoSupTrainingArguments
+) -> tuple[torch.Tensor, Distributions]:
+    """
+    Return KL(target ‖ student) of each distilled query; its target has no graph.
+
+    The student is the softmax, over the candidates, of the scores that [`info_nce`] would take.
+
+    Returns:
+        `(torch.FloatTensor, Distributions)`: the losses `(N,)`, not averaged, and what they compare.
+    """
+    mask = batch.candidate_rows >= 0  # (N, K)
+    temperature = cast(float, config.temperature)  # the config has replaced None by the default of its similarity
+    all_scores = similarity_scores(batch.query_embeds, batch.passage_embeds, temperature)  # (N, M_r)
+    scores = all_scores.gather(1, batch.candidate_rows.clamp(min=0))  # (N, K)
+    log_probs = scores.detach().masked_fill(~mask, -torch.inf).log_softmax(-1).masked_fill(~mask, 0.0)
+    name, target_temperature = args.target
+    if args.supervision == "attention_distillation":
+        target = attention_target(batch.candidate_scores, mask, target_temperature)
+    else:
+        target = perplexity_target(batch.candidate_scores, mask, target_temperature, name, log_probs)
+    return distillation_loss(scores, target, mask), Distributions(target, log_probs, mask)
+
+
 def total_loss(losses: Mapping[str, Loss], weights: Mapping[str, float]) -> Loss:
     """Return the weighted sum of losses; a loss without a weight is a `KeyError`."""
     return sum(weights[name] * loss for name, loss in losses.items())  # type: ignore[return-value]  # int if empty
@@ -177,6 +251,21 @@ def embedding_batch(
     return EmbeddingBatch(query_embeds, passage_embeds, labels, same_passage)
 
 
+def distilled_batch(
+    inputs: Mapping[str, Any], query_embeds: torch.Tensor, passage_embeds: torch.Tensor
+) -> DistilledBatch:
+    """
+    Return the distilled queries of this rank's batch.
+
+    Args:
+        inputs (`dict`): the batch, as [`CoSupDataCollator`] returns it.
+        query_embeds (`torch.FloatTensor` of shape `(Q, h)`), passage_embeds (`torch.FloatTensor` of shape `(M_r, h)`):
+            of all its micro-batches.
+    """
+    distilled = query_embeds[inputs["distilled_query_rows"]]
+    return DistilledBatch(distilled, passage_embeds, inputs["candidate_rows"], inputs["candidate_scores"])
+
+
 def _same_passage(labels: torch.Tensor, batch: GlobalBatch, device: torch.device) -> torch.Tensor:
     """Return `(N, M)`: which passages are not negatives of each query, whose positive is in row `labels` `(N,)`."""
     arrays = [torch.from_numpy(array) for array in (batch.passage_groups, batch.repeated, batch.further_positives)]
@@ -205,124 +294,3 @@ def finite_queries(losses: torch.Tensor, batch: EmbeddingBatch) -> torch.Tensor:
     finite_positive = batch.passage_embeds.detach()[batch.passage_labels].isfinite().all(1)
     finite_embeds = torch.stack([finite_query, finite_positive]).all(0)
     return torch.where(finite_embeds.all(), losses.detach().isfinite(), finite_embeds)
-
-
-# ---------------------------------------------------------------------- the log
-
-
-class RunningFigures:
-    """
-    The figures of the next log, as sums over the steps since the last log.
-
-    The sums stay on the device until [`~RunningFigures.averages`] is called.
-
-    A figure for which nothing was there to be measured (no label, no query, no negative) is left out, never 0.
-
-    Args:
-        loss_names (`Iterable[str]`): names of the losses that are trained.
-
-    Attributes:
-        steps (`int`): optimiser steps since the last log.
-        has_losses (`bool`): whether any loss was measured, since the last log or before.
-    """
-
-    def __init__(self, loss_names: Iterable[str]) -> None:
-        self._loss_names = list(loss_names)
-        self.has_losses = False
-        self.restart()
-
-    def restart(self) -> None:
-        """Set all sums to zero and restart the clock."""
-        self.steps = 0
-        self._losses: dict[str, torch.Tensor | float] = dict.fromkeys(self._loss_names, 0.0)
-        self._steps_of_loss: dict[str, set[int]] = {name: set() for name in self._loss_names}
-        self._queries = 0
-        self._compared: torch.Tensor | float = 0.0  # queries that have a negative
-        self._tokens = 0
-        self._padded_tokens = 0
-        self._correct: torch.Tensor | float = 0.0
-        self._negatives: torch.Tensor | float = 0.0
-        self._began = time.time()
-
-    def add_step(self) -> None:
-        """Count an optimiser step."""
-        self.steps += 1
-
-    def add_batch(self, facts: BatchFacts) -> None:
-        """Add the token counts of a batch."""
-        self._tokens += facts.num_tokens
-        self._padded_tokens += facts.num_padded_tokens
-
-    def add_losses(self, losses: dict[str, torch.Tensor]) -> None:
-        """
-        Add this rank's share of the losses of a batch or a micro-batch, by name.
-
-        All ranks must add the same losses in a step: those that any rank can measure.
-        """
-        for name, loss in losses.items():
-            # a trial of a search may train a loss that was not trained before
-            self._losses[name] = self._losses.get(name, 0.0) + loss.detach().float()
-            self._steps_of_loss.setdefault(name, set()).add(self.steps)
-            self.has_losses = True
-
-    def add_scores(self, scores: torch.Tensor, labels: torch.Tensor) -> None:
-        """
-        Add how queries retrieve within their batch.
-
-        Args:
-            scores (`torch.FloatTensor` of shape `(N, M)`): of queries with passages, `-inf` for other passages that
-                are not negatives.
-            labels (`torch.LongTensor` of shape `(N,)`): the row of each query's positive.
-        """
-        self._queries += len(labels)
-        if not scores.numel():
-            return
-        scores = scores.detach()
-        positives = scores.gather(1, labels[:, None])  # (N, 1)
-        negatives = scores.scatter(1, labels[:, None], float("-inf"))  # (N, M)
-        are_negatives = negatives > float("-inf")  # (N, M)
-        compared = are_negatives.any(1)  # (N,); without a negative there is nothing to be right about
-        self._correct += (compared & (positives[:, 0] > negatives.amax(1))).sum()  # a tie is a miss
-        self._compared += compared.sum()
-        self._negatives += are_negatives.sum()
-
-    def leave_out(self, seconds: float) -> None:
-        """Do not count these seconds as training time."""
-        self._began += seconds
-
-    def averages(
-        self, device: torch.device, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]
-    ) -> dict[str, float]:
-        """
-        Return the figures of all ranks since [`~RunningFigures.restart`], by name.
-
-        A loss is the mean over the steps in which it was measured. `nsp_accuracy` is over the queries that have a
-        negative, `num_negatives` over all queries.
-
-        Args:
-            device (`torch.device`): on which the sums of ranks are added.
-            sum_over_ranks (`Callable`): takes and returns a tensor of shape `(K,)`.
-        """
-        sums = {
-            **self._losses,
-            "tokens": self._tokens,
-            "padded_tokens": self._padded_tokens,
-            "queries": self._queries,
-            "compared": self._compared,
-            "correct": self._correct,
-            "negatives": self._negatives,
-        }
-        local = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in sums.values()])
-        totals = dict(zip(sums, sum_over_ranks(local).tolist(), strict=True))
-        figures = {}
-        for name, steps in self._steps_of_loss.items():
-            if steps:
-                figures[name] = totals[name] / len(steps)
-        if totals["compared"]:
-            figures["nsp_accuracy"] = totals["correct"] / totals["compared"]
-        if totals["queries"]:
-            figures["num_negatives"] = totals["negatives"] / totals["queries"]
-        figures["tokens_per_second"] = totals["tokens"] / max(1e-9, time.time() - self._began)
-        if totals["padded_tokens"]:
-            figures["padding"] = 1 - totals["tokens"] / totals["padded_tokens"]
-        return figures

@@ -13,6 +13,7 @@ from .arguments import read_by_tokenizing
 from .control_tokens import check_control_token_lr
 from .model_setup import (
     check_control_tokens,
+    check_retriever_is_trained,
     check_supervision,
     default_collator,
     freeze,
@@ -33,6 +34,7 @@ class ModelInitMixin(Trainer):
 
     args: CoSupTrainingArguments
     cosup_config: CoSupConfig
+    data_collator: Any
     tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]
     _given_tokenizers: tuple[PreTrainedTokenizerBase | None, PreTrainedTokenizerBase | None]
     _peft_config: "PeftConfig | None"
@@ -59,6 +61,7 @@ class ModelInitMixin(Trainer):
         if self._peft_config is not None:
             trained_model = wrap_in_peft(model, self._peft_config)
         freeze(base, self.args)
+        check_retriever_is_trained(base, self.args)
         freeze_unreached(base, self.args)
         if self.args.control_token_lr is not None:
             check_control_token_lr(base)

@@ -65,6 +65,23 @@ def check_supervision(args: CoSupTrainingArguments, config: CoSupConfig) -> None
         )
 
 
+def check_retriever_is_trained(model: CoSupForCausalLM, args: CoSupTrainingArguments) -> None:
+    """Raise if a distillation has nothing to teach: no part that makes queries or passage embeddings is trained."""
+    if not args.distills:
+        return
+    parts: list[nn.Module | None] = [model.emb_seq, model.emb_head, model.query_encoder]
+    if model.config.query_from == "gen":
+        parts.append(model.gen)
+    for part in parts:
+        if part is not None and any(parameter.requires_grad for parameter in part.parameters()):
+            return
+    raise ValueError(
+        f"supervision={args.supervision!r} teaches a retriever, and all of it is frozen: Emb_seq, and what makes the"
+        f" queries (query_from={model.config.query_from!r}). Leave freeze_emb_seq out, or train the reader alone:"
+        " supervision='ntp' with candidates_from='index'."
+    )
+
+
 def check_tied_arguments(args: CoSupTrainingArguments) -> None:
     """Raise if an argument tells Gen and Emb_seq apart, which are one model with `tie_emb_seq`."""
     if args.supervision == "separate":
@@ -84,16 +101,16 @@ def check_tied_arguments(args: CoSupTrainingArguments) -> None:
 def freeze(model: CoSupForCausalLM, args: CoSupTrainingArguments) -> None:
     """Turn off the gradients of frozen parts, and of parts that the supervision never reaches."""
     frozen: list[nn.Module | None] = []
-    encoders_alone = args.supervision == "nsp" and model.config.query_from != "gen"
+    encoders_alone = not args.trains_ntp and model.config.query_from != "gen"
     if args.freeze_gen or encoders_alone:
         frozen.append(model.gen)
-    if args.freeze_emb_seq or args.supervision == "ntp":
+    if args.freeze_emb_seq or not args.trains_embeddings:
         frozen.append(model.emb_head)
         if not model.config.tie_emb_seq:
             frozen.append(model.emb_seq)
-    if args.supervision == "ntp":
+    if not args.trains_embeddings:
         frozen.append(model.query_encoder)
-    if args.supervision == "nsp" and not model.config.tie_word_embeddings:
+    if not args.trains_ntp and not model.config.tie_word_embeddings:
         frozen.append(model.get_output_embeddings())
     for module in frozen:
         if module is not None:
@@ -161,8 +178,8 @@ def default_collator(
         emb_seq_pad_token_id=_pad_token_id(emb_seq_tokenizer),
         nsp_token_id=config.nsp_token_id,
         mask_duplicates=args.mask_duplicates,
-        supervision=args.supervision,
-        encoder_queries=args.supervision != "ntp" and config.query_from != "gen",
+        supervision=_collated_supervision(args),
+        encoder_queries=args.trains_embeddings and config.query_from != "gen",
         max_instances=args.per_device_train_batch_size if cached else None,
         max_tokens=args.max_tokens_per_micro_batch,
         call_overhead=_call_overhead(model, args.device),
@@ -170,6 +187,13 @@ def default_collator(
         padding_free_passages=padding_free_passages and can_pack_passages,
         shorten_first_pass=cached and not draws_noise,
     )
+
+
+def _collated_supervision(args: CoSupTrainingArguments) -> str:
+    """Return the supervision whose batches have the rows that the losses need."""
+    if not args.distills:
+        return args.supervision
+    return "co" if args.trains_ntp else "nsp"
 
 
 def _keeps_packed_rows_apart(part: Any) -> bool:

@@ -22,6 +22,13 @@ class PassageContents:
         self._ids: list[str] = []  # of a stream: those that are remembered
         self._rng = random.Random(0)
 
+    def __contains__(self, id: str) -> bool:
+        return id in self._first
+
+    def ids(self) -> list[str]:
+        """Return the ids that are remembered."""
+        return list(self._first)
+
     def add(self, id: str, content: Hashable, where: str) -> None:
         """
         Remember the content of a passage: title and text, or token ids.

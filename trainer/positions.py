@@ -32,13 +32,18 @@ def check_positions(
         The dataset. A stream checks each instance that it yields.
 
     Raises:
-        `ValueError`: naming the `max_length` that works; for a stream, whose lengths are not known in advance, if its
-            own is larger.
+        `ValueError`: naming the `max_length` that works; for a stream or for candidates, where lengths are not known
+            in advance, if its own is larger.
     """
     limit = context_length(config.get_text_config())
     gen_reads_nothing = args.supervision == "nsp" and config.query_from != "gen"
     if dataset is None or limit == EMPTY or gen_reads_nothing:
         return dataset
+    if args.candidates_from is not None and args.max_length > limit:
+        raise ValueError(
+            f"Gen reads at most {limit} tokens, and how long an instance of the {name} becomes depends on its"
+            f" candidates. Set max_length={limit}, which leaves longer ones out; it is {args.max_length}."
+        )
     remedy = f"Set max_length={limit}, which drops longer instances; it is {args.max_length}"
     if args.max_length <= limit:
         remedy = "They were tokenized before, so max_length did not drop them: leave them out"

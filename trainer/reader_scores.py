@@ -22,7 +22,7 @@ from modeling_cosup.token_keys_cosup import gen_of
 
 from .distillation import check_finite
 from .reading import ReaderRow, batches_by_length
-from .recording import recording_attention
+from .recording import recording_attention, without_compilation
 
 MAX_TOKENS = 8192  # of a forward of the reader, padding included
 LOGITS_CHUNK = 2048  # positions whose logits are in memory at a time
@@ -164,7 +164,7 @@ def answer_log_likelihoods(
         share_prompts = False
     count = max((len(row.passage_spans) for row in rows), default=0)
     scores = torch.zeros(len(rows), count, device=gen.device)
-    with evaluating(gen):
+    with evaluating(gen), without_compilation():
         for numbers in batches_by_length([row.nsp_column + 1 for row in rows], max_tokens):
             prompts = [rows[number].input_ids[: rows[number].nsp_column + 1] for number in numbers]
             readings = []

@@ -38,6 +38,7 @@ class RecordedAttention:
     def __init__(self, answer_rows: torch.Tensor, config: PreTrainedConfig) -> None:
         self.config = config
         self.rows = answer_rows.clamp(min=0)  # (B, R)
+        self.last_row = int(self.rows.max()) if self.rows.numel() else 0
         is_row = (answer_rows >= 0).float()
         self.row_weights = is_row / is_row.sum(1, keepdim=True).clamp(min=1)  # (B, R), for the mean over rows
         self.layers: dict[int, torch.Tensor] = {}  # (B, T) of each attention layer
@@ -112,7 +113,7 @@ def recording_attention(gen: Any, answer_rows: torch.Tensor) -> Iterator[Recorde
     token = _recorded.set((*_recorded.get(), recorded))
     hook = gen.base_model.register_forward_pre_hook(_refuse_packed_rows, with_kwargs=True)
     try:
-        with _without_compilation():
+        with without_compilation():
             yield recorded
     finally:
         hook.remove()
@@ -135,8 +136,8 @@ def _wrapper(implementation: str, config: PreTrainedConfig) -> str:
     return _WRAPPERS["eager" if caps_scores else "sdpa"]
 
 
-def _without_compilation() -> contextlib.AbstractContextManager:
-    """Return a context in which compiled layers run eagerly: a traced forward could not record."""
+def without_compilation() -> contextlib.AbstractContextManager:
+    """Return a context in which compiled layers run eagerly: they could not record, and would compile every shape."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes a second
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")
@@ -226,6 +227,8 @@ def _record_of(module: nn.Module, query: torch.Tensor, key: torch.Tensor) -> Rec
         raise ValueError(f"{columns} tokens attend to {key.shape[2]}: attention is recorded without a KV cache.")
     if len(recorded.rows) != rows:
         raise ValueError(f"answer_rows has {len(recorded.rows)} rows, expected one for each of {rows} of the batch.")
+    if recorded.last_row >= columns:
+        raise ValueError(f"answer_rows holds position {recorded.last_row}, and the forward has {columns} tokens.")
     return recorded
 
 

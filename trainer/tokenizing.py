@@ -15,7 +15,8 @@ from modeling_cosup.tokenization_cosup import (
     end_of_turn_token_id,
 )
 
-from .data import has_passage
+from .data import candidate_ids, has_passage
+from .judging.matching import answers_to_find
 
 
 def tokenize_instance(
@@ -56,8 +57,8 @@ def tokenize_instance(
         - `num_cut_passages`, passages and hard negatives of which Gen or Emb_seq reads only the beginning
         - if an encoder makes the queries, `query_input_ids`: what it reads for each `[NSP]`
         - with these, `num_cut_queries`: how many were too long and lost their beginning
-        - with `candidates_from`, `needs_candidates` (`bool`); and, for an instance that does, `answers`, `provenance`
-          and, with `"instance"`, `candidate_pool`: passages, without title and text if only their ids were given
+        - with `candidates_from`, `needs_candidates` (`bool`), `provenance`, `answers` that passages can be searched
+          for and, with `"instance"`, `candidate_pool`, ids of its own candidates
 
     Raises:
         `ValueError`: if a text holds a special token that the tokenizer cannot read as text, or an instance has
@@ -104,7 +105,7 @@ def tokenize_instance(
     if candidates_from is not None:
         tokenized.update(
             needs_candidates=needs_candidates,
-            answers=instance.get("answers") or [],
+            answers=answers_to_find(instance),
             provenance=instance.get("provenance") or [],
             candidate_pool=_candidate_pool(instance) if needs_candidates and candidates_from == "instance" else [],
         )
@@ -172,10 +173,11 @@ def _encode_answer(instance: dict, tokenizer: PreTrainedTokenizerBase) -> list[i
     return encode_texts(tokenizer, instance["answers"][:1], [f"Instance {instance['id']!r}, answers[0]"])[0]
 
 
-def _candidate_pool(instance: dict) -> list[dict]:
-    """Return an instance's own candidates."""
-    if not instance.get("candidates"):
+def _candidate_pool(instance: dict) -> list[str]:
+    """Return the ids of an instance's own candidates."""
+    ids = candidate_ids(instance)
+    if not ids:
         raise ValueError(
             f"Instance {instance['id']!r} has no candidates, and candidates_from='instance' searches nothing else."
         )
-    return instance["candidates"]
+    return ids

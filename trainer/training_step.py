@@ -1,10 +1,11 @@
 """
 One training step, from top to bottom.
 
-`Trainer` fetches the batches of an optimiser step (`get_batch_samples`). There the ranks exchange what their batches
-hold, so that each knows the global counts by which losses are divided, and which passages are the same. Then each
-batch runs forward and backward (`training_step`): in one pass (`compute_loss`), or, with `nsp_batch_size`, in the two
-passes of GradCache. Both get their losses, by name, from `compute_losses`.
+`Trainer` fetches the batches of an optimiser step (`get_batch_samples`). There instances whose passage is unknown get
+candidates (see `distillation_step`). Then the ranks exchange what their batches hold, so that each knows the global
+counts by which losses are divided, and which passages are the same. Then each batch runs forward and backward
+(`training_step`): in one pass (`compute_loss`), or, with `nsp_batch_size`, in the two passes of GradCache. Both get
+their losses, by name, from `compute_losses`.
 """
 
 import contextlib
@@ -20,18 +21,19 @@ import torch.distributed as dist
 from accelerate.utils import DistributedType
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
-from transformers import Trainer
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
 from modeling_cosup import CoSupConfig, CoSupForCausalLM, CoSupOutput
 
-from .batching import BatchFacts, forward_arguments
+from .batching import BatchFacts
+from .distillation_step import DistillationStepMixin
 from .distributed import gather_objects
 from .duplicates import GlobalBatch, global_batch
 from .grad_cache import OptionalTensors, RandomState, concatenated, first_pass, like_pieces, second_pass
 from .losses import (
-    RunningFigures,
+    distillation_losses,
+    distilled_batch,
     embedding_batch,
     embedding_losses,
     finite_queries,
@@ -40,13 +42,15 @@ from .losses import (
     token_losses,
     total_loss,
 )
+from .micro_batches import forward_arguments
+from .running import RunningFigures
 from .training_args import CoSupTrainingArguments
 from .watch import FiniteLosses
 
 logger = logging.get_logger(__name__)
 
 
-class TrainingStepMixin(Trainer):
+class TrainingStepMixin(DistillationStepMixin):
     """The part of [`CoSupTrainer`] that takes a step. Batches are what [`CoSupDataCollator`] returns."""
 
     args: CoSupTrainingArguments
@@ -79,6 +83,7 @@ class TrainingStepMixin(Trainer):
                 batches = []  # Trainer must not step with fewer batches
         if not batches:
             return batches, None
+        batches = self._resolved_batches(batches)
         num_items_in_batch = self._share_facts(batches)
         self._warn_of_lone_queries(batches[0]["num_queries"], batches[0]["num_compared"])
         self._step_instance_ids = []
@@ -86,17 +91,21 @@ class TrainingStepMixin(Trainer):
             for instance_ids in batch["facts"].instance_ids:
                 self._step_instance_ids += instance_ids
         self._num_trained_instances += len(self._step_instance_ids)
-        self._num_trained_queries += batches[0]["num_queries"]
+        self._num_trained_queries += batches[0]["num_queries"] + batches[0]["num_distilled"]
         self._running.add_step()
         return batches, num_items_in_batch
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
+        """Count nothing: a batch may not be collated yet, and [`~CoSupTrainer._share_facts`] counts for all ranks."""
 
     def _share_facts(self, batches: list[dict[str, Any]]) -> int:
         """
         Exchange between ranks, from host to host, what the batches hold.
 
-        Adds to each batch `global`, the [`GlobalBatch`], and three counts over all batches and ranks: `num_labels`,
-        `num_queries`, and `num_compared`, the queries that have a negative. Afterwards all ranks have equally many
-        micro-batches, each with an input for every part of the model.
+        Adds to each batch `global`, the [`GlobalBatch`], and counts over all batches and ranks: `num_labels`;
+        `num_queries`, those that have a passage; `num_compared`, those of them that have a negative; and
+        `num_distilled`. Afterwards all ranks have equally many micro-batches, each with an input for every part of the
+        model.
 
         Returns:
             `int`: trained tokens of all batches and ranks, at least 1.
@@ -106,6 +115,7 @@ class TrainingStepMixin(Trainer):
         counts = {
             "num_labels": sum(batch_facts.num_labels for batch_facts in all_facts),
             "num_queries": sum(len(batch_facts.passage_labels) for batch_facts in all_facts),
+            "num_distilled": sum(len(batch_facts.distilled_instance_ids) for batch_facts in all_facts),
             "num_compared": 0,
         }
         rank = self.args.process_index
@@ -236,7 +246,9 @@ class TrainingStepMixin(Trainer):
         losses = self._token_losses(inputs, outputs, num_items_in_batch, first)
         if query_embeds is not None:
             assert passage_embeds is not None  # the last micro-batch has them, if only with 0 rows
-            losses |= self._embedding_losses(inputs, query_embeds, passage_embeds)
+            losses |= self._embedding_losses(inputs, query_embeds[inputs["nsp_query_rows"]], passage_embeds)
+            if self.args.distills:
+                losses |= self._distillation_losses(inputs, query_embeds, passage_embeds)
         return losses
 
     def _token_losses(
@@ -296,6 +308,21 @@ class TrainingStepMixin(Trainer):
                 self._running.add_losses(losses)
         return losses
 
+    def _distillation_losses(
+        self, inputs: dict[str, Any], query_embeds: torch.Tensor, passage_embeds: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Return the distillation loss, summed over this rank's queries and divided by those of all ranks."""
+        batch = distilled_batch(inputs, query_embeds, passage_embeds)
+        values, distributions = distillation_losses(batch, self.cosup_config, self.args)
+        losses = {"distillation_loss": values.sum() / max(1, inputs["num_distilled"])}
+        if self.model.training:
+            instance_ids = [[id] for id in inputs["facts"].distilled_instance_ids]
+            self._finite.add(self.state.global_step, "distillation_loss", values.detach().isfinite(), instance_ids)
+            self._running.add_values(distributions.figures())
+            if inputs["num_distilled"]:
+                self._running.add_losses(losses)
+        return losses
+
     def _forward(self, model: nn.Module, micro_batch: dict[str, Any], **options: Any) -> CoSupOutput:
         """Run the model on a micro-batch; return its NTP loss, summed over tokens, and its embeddings."""
         arguments = forward_arguments(micro_batch) | forward_options(micro_batch, self.args, model.training) | options
@@ -327,7 +354,7 @@ class TrainingStepMixin(Trainer):
         query_gradients: OptionalTensors = [None] * len(micro_batches)
         passage_gradients: OptionalTensors = [None] * len(micro_batches)
         states = None
-        if self.args.supervision != "ntp":
+        if self.args.trains_embeddings:
             losses, query_gradients, passage_gradients, states = self._embedding_gradients(model, inputs)
 
         forward = functools.partial(self._forward, model)

@@ -48,12 +48,12 @@ def _outputs_of_a_text(model: CoSupForCausalLM, args: CoSupTrainingArguments) ->
     config = model.config
     inputs: dict[str, Any] = {}
     encoder = model.query_encoder if config.query_from == "query_encoder" else model.emb_seq
-    if args.supervision != "nsp" or config.query_from == "gen":
+    if args.trains_ntp or (args.trains_embeddings and config.query_from == "gen"):
         nsp = torch.tensor([[config.nsp_token_id]], device=model.device)
         inputs["input_ids"] = torch.cat([_tokens(model.gen), nsp], dim=1)  # (1, 9)
-        if args.supervision != "nsp":
+        if args.trains_ntp:
             inputs["labels"] = inputs["input_ids"]
-    if args.supervision != "ntp":
+    if args.trains_embeddings:
         inputs["passage_input_ids"] = _tokens(model.emb_seq)  # (1, 8)
         if config.query_from != "gen":
             inputs["query_input_ids"] = _tokens(encoder)  # (1, 8)
@@ -66,7 +66,7 @@ def _outputs_of_a_text(model: CoSupForCausalLM, args: CoSupTrainingArguments) ->
                 use_cache=False,
                 compute_nsp_loss=False,
                 return_logits=False,
-                output_query_embeds=args.supervision in ("co", "nsp"),
+                output_query_embeds=args.trains_embeddings and config.query_from == "gen",
             )
     finally:
         model.train(was_training)

@@ -11,7 +11,7 @@ from support.evaluation_world import QUESTIONS as WORLD_QUESTIONS
 from support.models import PASSAGES, make_model, plain_batch
 from trainer import CoSupTrainingArguments
 from trainer.batching import BatchFacts
-from trainer.held_out import retrieval_metrics
+from trainer.held_out_figures import retrieval_metrics
 from trainer.judging.answers import (
     answer,
     as_prediction,

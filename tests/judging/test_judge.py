@@ -401,6 +401,11 @@ def test_the_query_embedding_alone(judged, model, world, tmp_path, monkeypatch):
     write_report(tmp_path)
     report = (tmp_path / "report.md").read_text()
     assert "## Query embedding" in report
+    by_answer = results["tasks"]["full"]["query"]["corpus"]["hit_rate@5"]
+    header, _, row = report[report.index("|  | ranked | n | HR@1 |") :].splitlines()[:3]
+    assert "| HR@5 |" in header
+    assert row.startswith(f"| full | corpus of 7 | {by_answer['n']} | ")
+    assert f"| {100 * by_answer['value']:.1f} " in row
     assert "## Results" not in report
     comparison = compare_results(full_output, tmp_path)["tasks"]["full"]
     assert list(comparison) == ["query corpus"]

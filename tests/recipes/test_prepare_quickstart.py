@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from modeling_cosup import CoSupForCausalLM
 from trainer import load_corpus, load_evaluation_set, load_instances
+from trainer.judging.matching import answers_to_find
 
 from shared import quickstart_models, quickstart_world
 from shared.quickstart import WorldArguments, prepare_world
@@ -37,6 +38,7 @@ def test_files_are_valid_and_unseen_entities_are_unseen(world):
             assert titles[gold] not in training_text
             assert titles[gold] in question["input"]
             assert question["answers"][0].startswith(titles[gold])
+        assert answers_to_find(question) == []  # a passage says the same in other words: HR@k would mean nothing
 
 
 def test_gen_learns_to_say_that_it_does_not_know_what_the_world_does_not_hold(world):

@@ -1,5 +1,6 @@
 """The recipes as a user runs them: real processes, real files, real exit codes."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 from modeling_cosup import CoSupForCausalLM, PassageIndex
 from support.forks import run_forked
 from support.models import PASSAGES, make_model
-from support.recipes import ROOT, fails_here, flags, options, run, train_here
+from support.recipes import ROOT, fails_here, flags, options, run, train_here, write
 from trainer import CoSupTrainer, CoSupTrainingArguments
 
 PYTHON = sys.executable
@@ -32,6 +33,7 @@ def checkpoint(inputs, tmp_path_factory):
     result = launch_training("single", *options(inputs, output, "--eval_before_training", "true"))
     assert result.returncode == 0, result.stderr[-3000:]
     assert "query embedding: R@1" in result.stdout
+    assert "query embedding: HR@5" in result.stdout
     assert "warning" not in (result.stdout + result.stderr).lower()
     return output
 
@@ -45,7 +47,8 @@ def test_train_writes_checkpoint_index_and_numbers(checkpoint):
     assert metrics["retrieval"]["em_not_needed"]["n"] == 1
     for mode in ("retrieval", "gold", "off"):
         assert metrics[mode]["em"]["n"] == 6
-    assert {"ntp_loss", "query_recall@1", "query_recall@5"} == set(results["before"]) == set(results["after"])
+    retrieval = {"query_recall@1", "query_recall@5", "hit_rate@1", "hit_rate@5"}
+    assert {"ntp_loss", *retrieval} == set(results["before"]) == set(results["after"])
     assert results["after"]["query_recall@1"] == results["evaluation"]["query"]["corpus"]["query_recall@1"]
     assert (checkpoint / "modeling_cosup.py").exists()
     assert (checkpoint / "index" / "embeddings-00000.safetensors").exists()
@@ -107,6 +110,27 @@ def test_bad_input_is_named_with_its_place_before_training(inputs, tmp_path, mon
     assert error.startswith("error: ")
     assert message in error
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        ({"meta": {"provenance_unknown": True}}, None),  # HR@k judges the retrieval
+        ({"meta": {"provenance_unknown": True}, "answers": ["yes"]}, "nor an answer to look for in passages"),
+        ({}, "none of the 1 questions"),  # it needs no passage
+    ],
+)
+def test_questions_without_gold_passages_are_judged_by_their_answers(tmp_path, question, message):
+    row = {"id": "q", "input": "who?", "answers": ["Rembrandt"], "provenance": [], **question}
+    eval_file = write(tmp_path / "eval.jsonl", [row])
+    recipe = importlib.import_module("train")
+    script = recipe.ScriptArguments(eval_file=str(eval_file), corpus_file="corpus.jsonl")
+    this_run = recipe.Run(script, CoSupTrainingArguments(str(tmp_path), report_to="none"), corpus=PASSAGES)
+    if message is None:
+        assert [found["id"] for found in recipe.read_questions(this_run)] == ["q"]
+    else:
+        with pytest.raises(ValueError, match=message):
+            recipe.read_questions(this_run)
 
 
 @pytest.mark.parametrize(

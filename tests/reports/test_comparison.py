@@ -46,7 +46,7 @@ FIRST = {
         "out-of-domain",
         {
             "retrieval": rows([0] * 30 + [1] * 10, num_retrievals=[1] * 40),
-            "query corpus": [{"mrr": 0.5}, {"mrr": 0.25}],
+            "query corpus": [{"mrr": 0.5, "hit_rate@5": 0}, {"mrr": 0.25, "hit_rate@5": None}],
             "query pool": [{"mrr": 1.0}, {"mrr": 0.5}],
         },
     ),
@@ -57,7 +57,7 @@ SECOND = {
         "out-of-domain",
         {
             "retrieval": rows([1] * 30 + [1] * 10, num_retrievals=[2] * 40),
-            "query corpus": [{"mrr": 1.0}, {"mrr": 1.0}],
+            "query corpus": [{"mrr": 1.0, "hit_rate@5": 1}, {"mrr": 1.0, "hit_rate@5": None}],
             "query pool": [{"mrr": 1.0}, {"mrr": 1.0}],
         },
     ),
@@ -93,6 +93,8 @@ def test_differences_by_hand(folders):
     assert clear["p_value"] < 0.001
     assert comparison["tasks"]["b"]["query corpus"]["mrr"]["difference"] == 0.625
     assert comparison["tasks"]["b"]["query pool"]["mrr"]["difference"] == 0.25
+    hit_rate = comparison["tasks"]["b"]["query corpus"]["hit_rate@5"]
+    assert (hit_rate["difference"], hit_rate["n"], hit_rate["left_out"]) == (1.0, 1, 0)
 
 
 def test_averages_by_hand(folders):
@@ -250,6 +252,7 @@ def test_the_recipe(folders, tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     cor = r"  Cor +25.0 +100.0 +\+75.0 \[\+\d\d.\d, \+8\d.\d\] +p < 0.001 +n = 40 +ahead\n"
     assert re.search(rf"b, own retrieval\n\n{cor}", result.stdout)
+    assert re.search(r"  HR@5 +0.0 +100.0 +\+100.0 ", result.stdout)
     assert "note: 1 tasks are only in the second folder: c" in result.stdout
     assert (output / "comparison.html").exists()
 

@@ -228,8 +228,11 @@ def test_every_measured_figure_is_in_the_report(tmp_path):
             "cor_failure": 0,
         }
         write_scores(Path(run["evaluation"], "results", "a", "retrieval"), [row])
+        ranking = {"id": "1", "scope": "corpus", "hit_rate@5": 1}
+        write_scores(Path(run["evaluation"], "results", "a", "query"), [ranking])
     text = write_report(Results(results.experiment, results.runs, MEANING), tmp_path / "report")
     headers = [line for line in text.splitlines() if line.startswith("|  |")]
+    assert "|  | Ret | Gr | HR@5 |" in headers  # the main table
     assert "|  | KILT recall@1 | Cor, Ret = 0 | short answer | F1 |" in headers
     assert any("EM, not needed" in header for header in headers)
 

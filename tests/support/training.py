@@ -29,6 +29,19 @@ def world(names: list[str], seed: int = 0) -> list[dict]:
     return instances
 
 
+def questions(names: list[str], seed: int = 0) -> tuple[list[dict], list[dict]]:
+    """Return the questions of a world without their passages, but with answers and provenance; and all passages."""
+    asked = []
+    corpus = []
+    for instance in world(names, seed):
+        (segment,) = instance.pop("segments")
+        if segment["passage"] is not None:
+            corpus.append(segment["passage"])
+            evidence = [[segment["passage"]["id"]]]
+            asked.append({**instance, "answers": [segment["text"]], "provenance": evidence})
+    return asked, corpus
+
+
 def arguments(output_dir: str | Path, **kwargs: Any) -> CoSupTrainingArguments:
     """Return the arguments of a short training on the CPU, which logs every step."""
     defaults = {

@@ -8,7 +8,8 @@ import torch
 from support.models import make_model
 from support.training import NAMES, arguments, world
 from trainer import CoSupTrainer, held_out, training_step
-from trainer.losses import RunningFigures, embedding_losses, loss_weights, token_losses, total_loss
+from trainer.losses import embedding_losses, loss_weights, token_losses, total_loss
+from trainer.running import RunningFigures
 
 WEIGHTS = {"double_loss": 0.5, "square_loss": 0.25}
 

@@ -10,7 +10,7 @@ import torch
 from support.models import PASSAGES, make_model, plain_batch
 from support.training import NAMES, arguments, world
 from trainer import CoSupTrainer, held_out, training_step
-from trainer.losses import RunningFigures
+from trainer.running import RunningFigures
 
 ALONE = {"per_device_train_batch_size": 1}
 STEP = {"max_steps": 1, "train_sampling_strategy": "sequential"}

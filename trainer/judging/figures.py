@@ -77,9 +77,9 @@ _TRAINING = (
     ),
     Figure("target_max", "largest target", "largest share of a distillation's target, mean over queries"),
     Figure(
-        "num_too_long",
-        "too long",
-        "number of instances left out of a step, because prompt, candidates and answer exceed max_length",
+        "num_left_out",
+        "left out",
+        "number of instances left out of steps, because prompt, candidates and answer exceed max_length",
         "count",
     ),
     Figure(
@@ -152,6 +152,14 @@ _QUERY_EMBEDDING = (
         needs=_GOLD,
     ),
     Figure("ann_recall@k", "ANN recall@k", "share of the exact k nearest passages that an approximate search finds"),
+)
+_READER = (
+    Figure(
+        "indicator_1",
+        "Indicator 1",
+        "share of the reader's attention to its passages that goes to a token, mean over the 5 % of their tokens that "
+        "are nearest to the answer",
+    ),
 )
 _ANSWERS = (
     Figure("cor", "Cor", "the answer is right, by the metric of its dataset"),
@@ -245,7 +253,16 @@ _COUNTS = (
     ),
 )
 
-_TABLE = (*_TRAINING, *_RETRIEVAL_WHILE_GENERATING, *_QUERY_EMBEDDING, *_ANSWERS, *_GROUNDING, *_TEXT, *_COUNTS)
+_TABLE = (
+    *_TRAINING,
+    *_RETRIEVAL_WHILE_GENERATING,
+    *_QUERY_EMBEDDING,
+    *_READER,
+    *_ANSWERS,
+    *_GROUNDING,
+    *_TEXT,
+    *_COUNTS,
+)
 FIGURES: dict[str, Figure] = {entry.name: entry for entry in _TABLE}
 
 COR_FIGURES = ("cor", "cor_minus", "cor_success", "cor_failure", "cor_not_needed")  # by the metric of the dataset

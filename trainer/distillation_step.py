@@ -1,0 +1,277 @@
+"""
+Give instances whose passage is unknown their candidates, before each optimiser step (arXiv 2402.11794).
+
+1. The query embedding of each instance searches the index of candidates.
+2. Its row becomes prompt `[NSP]` candidates `[Cs]` answer `[CE]`, as `generate(top_k=K)` writes it.
+3. The reader, Gen, reads the row, and scores each candidate.
+
+All of this happens in evaluation mode and without a graph. From then on the candidates and their scores are data: no
+gradient reaches the reader through them, and a batch is cut, shared between ranks and trained like any other.
+"""
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+
+from modeling_cosup import CoSupConfig, CoSupForCausalLM
+from modeling_cosup.encoding_cosup import evaluating
+from modeling_cosup.packing_cosup import pad_rows
+from modeling_cosup.tokenization_cosup import encode_texts
+
+from .batching import CoSupDataCollator, UnresolvedBatch, needs_candidates
+from .candidate_refresh import CandidatesMixin
+from .candidate_watch import FLATNESS, LEFT_OUT
+from .candidates import Candidate
+from .judging.matching import gold_ids, has_answer
+from .model_setup import without_peft
+from .reader_scores import MAX_TOKENS, answer_log_likelihoods, passage_shares, token_attention
+from .reading import ReaderRow, batches_by_length, reader_row
+from .running import RunningFigures
+from .training_args import CoSupTrainingArguments
+
+
+@dataclass
+class Resolution:
+    """
+    Instances with their candidates, and what was measured as they were retrieved.
+
+    Args:
+        features (`list[dict]`): tokenized instances, as the collator takes them.
+        values (`dict[str, list[float]]`): a value for each instance that has one, by the name of the figure.
+        num_left_out (`int`): instances that are not among `features`, because they are too long.
+    """
+
+    features: list[Mapping[str, Any]] = field(default_factory=list)
+    values: dict[str, list[float]] = field(default_factory=dict)
+    num_left_out: int = 0
+
+
+def mean_names(args: CoSupTrainingArguments) -> list[str]:
+    """Return the names of the figures of candidates and distillation that are means, as logs have them."""
+    if args.candidates_from is None:
+        return []
+    names = [f"hit_rate@{args.num_candidates}", f"query_recall@{args.num_candidates}"]
+    if args.distills:
+        names += ["target_entropy", "student_entropy", "target_max", FLATNESS]
+    if args.log_indicators:
+        names.append("indicator_1")
+    return names
+
+
+def running_figures(loss_names: Iterable[str], args: CoSupTrainingArguments) -> RunningFigures:
+    """Return the figures of the log, all zero."""
+    return RunningFigures(loss_names, mean_names(args), [] if args.candidates_from is None else [LEFT_OUT])
+
+
+# ---------------------------------------------------------------------- the three steps
+
+
+@torch.no_grad()
+def query_embeddings(
+    model: CoSupForCausalLM,
+    features: Sequence[Mapping[str, Any]],
+    pad_token_id: int,
+    emb_seq_pad_token_id: int,
+    max_tokens: int = MAX_TOKENS,
+) -> torch.Tensor:
+    """
+    Return the query embeddings of instances that need candidates, from Gen or from an encoder.
+
+    Args:
+        model ([`CoSupForCausalLM`]): in evaluation mode.
+        features (`list[dict]`): tokenized instances.
+        pad_token_id, emb_seq_pad_token_id (`int`): of Gen and of the encoders.
+        max_tokens (`int`): of a forward, padding included.
+
+    Returns:
+        `torch.FloatTensor` of shape `(N, h)`.
+    """
+    from_gen = model.config.query_from == "gen"
+    rows: list[list[int]] = []
+    for feature in features:
+        if from_gen:
+            rows.append(list(feature["input_ids"])[: nsp_column(feature, model.config) + 1])
+        else:
+            rows.append(feature["query_input_ids"][0])
+    embeds = torch.zeros(len(rows), model.config.embedding_size, device=model.device)
+    for numbers in batches_by_length([len(row) for row in rows], max_tokens):
+        batch = [rows[number] for number in numbers]
+        pad = pad_token_id if from_gen else emb_seq_pad_token_id
+        ids, mask = pad_rows(batch, pad, device=model.device)  # (B, T) each
+        inputs: dict[str, Any] = {"query_input_ids": ids, "query_attention_mask": mask}
+        if from_gen:
+            ends = torch.arange(len(ids), device=ids.device) * ids.shape[1] + mask.sum(1) - 1
+            inputs = {"input_ids": ids, "nsp_positions": ends, "use_cache": False, "return_logits": False}
+        embeds[numbers] = model(**inputs).query_embeds.float()
+    return embeds
+
+
+def nsp_column(feature: Mapping[str, Any], config: CoSupConfig) -> int:
+    """Return where `[NSP]` stands in a tokenized instance; no text can hold it."""
+    return list(feature["input_ids"]).index(config.nsp_token_id)
+
+
+def row_with_candidates(
+    feature: Mapping[str, Any],
+    candidates: Sequence[Candidate],
+    config: CoSupConfig,
+    separator: Sequence[int],
+    train_on_passages: bool = False,
+) -> ReaderRow:
+    """Return the row of an instance, prompt `[NSP]` `[Cs]` answer `[CE]` end, with candidates after its `[NSP]`."""
+    ids = list(feature["input_ids"])
+    column = nsp_column(feature, config)
+    passages = [candidate.input_ids for candidate in candidates]
+    return reader_row(ids[:column], passages, ids[column + 2 : -2], config, separator, ids[-1], train_on_passages)
+
+
+def reader_scores(
+    model: CoSupForCausalLM,
+    rows: Sequence[ReaderRow],
+    names: Sequence[str],
+    args: CoSupTrainingArguments,
+    pad_token_id: int,
+) -> torch.Tensor:
+    """
+    Let Gen read rows, and return its score of each passage, as the target of `args` needs it.
+
+    Returns:
+        `torch.FloatTensor` of shape `(N, K)`; 0 where a row has fewer passages.
+
+    Raises:
+        `FloatingPointError`: if a score is not finite, with the row's name.
+    """
+    if args.supervision == "attention_distillation":
+        return passage_shares(token_attention(model, rows, pad_token_id), rows, names)
+    target, _ = args.target
+    return answer_log_likelihoods(
+        model,
+        rows,
+        pad_token_id,
+        leave_one_out=target == "leave_one_out",
+        reduction="sum" if target == "emdr" else "mean",
+        names=names,
+    )
+
+
+# ---------------------------------------------------------------------- in CoSupTrainer
+
+
+class DistillationStepMixin(CandidatesMixin):
+    """The part of [`CoSupTrainer`] that resolves batches."""
+
+    args: CoSupTrainingArguments
+    model: CoSupForCausalLM  # or the PeftModel that wraps it
+    data_collator: Any
+    cosup_config: CoSupConfig
+    _running: RunningFigures
+
+    def _resolved_batches(self, batches: Sequence[Any]) -> list[dict[str, Any]]:
+        """Return the batches of a step, with candidates for the instances that need them; all ranks call this."""
+        self._refresh_candidates()
+        resolved_batches = []
+        for batch in batches:
+            if isinstance(batch, UnresolvedBatch):
+                resolution = self._resolve(batch.features, self.args.shuffle_candidates)
+                self._running.add_values(resolution.values)
+                self._running.add_count(LEFT_OUT, resolution.num_left_out)
+                batch = self.data_collator.collate(resolution.features)
+            resolved_batches.append(batch)
+        return resolved_batches
+
+    def _resolve(self, features: Sequence[Mapping[str, Any]], shuffle: bool = False) -> Resolution:
+        """
+        Return instances with candidates, in the given order.
+
+        Args:
+            features (`list[dict]`): tokenized instances; those that need no candidates stay as they are.
+            shuffle (`bool`, *optional*, defaults to `False`): put the candidates in a random order.
+
+        Raises:
+            `FloatingPointError`: if a score of the reader is not finite, naming the instance.
+        """
+        model = without_peft(self.model)
+        waiting = [feature for feature in features if needs_candidates(feature)]
+        with evaluating(model), torch.no_grad(), self.compute_loss_context_manager():
+            retrieved = self._retrieve(model, waiting)
+            resolution = Resolution(values=self._retrieval_values(waiting, retrieved))
+            rows = {}  # by the place of the instance in `resolution.features`
+            remaining = iter(retrieved)
+            for feature in features:
+                if not needs_candidates(feature):
+                    resolution.features.append(feature)
+                    continue
+                candidates = self._in_order(next(remaining), str(feature.get("id")), shuffle)
+                row = self._row(feature, candidates)
+                if row is None or len(row.input_ids) > self.args.max_length:
+                    resolution.num_left_out += 1
+                    continue
+                if len(candidates) > 1:
+                    rows[len(resolution.features)] = row
+                resolution.features.append(_resolved(feature, row, candidates))
+            if self.args.distills:
+                self._add_scores(model, resolution, rows)
+        return resolution
+
+    def _retrieve(self, model: CoSupForCausalLM, features: Sequence[Mapping[str, Any]]) -> list[list[Candidate]]:
+        """Return the candidates of instances, the best first."""
+        assert self.candidates is not None  # a dataset with instances that need them is refused without
+        collator = cast(CoSupDataCollator, self.data_collator)
+        queries = query_embeddings(model, features, collator.pad_token_id, collator.emb_seq_pad_token_id)
+        pools = None
+        if self.args.candidates_from == "instance":
+            pools = [feature["candidate_pool"] for feature in features]
+        return self.candidates.search(model, queries, pools)
+
+    def _retrieval_values(
+        self, features: Sequence[Mapping[str, Any]], retrieved: Sequence[Sequence[Candidate]]
+    ) -> dict[str, list[float]]:
+        """Return whether candidates hold an answer, and whether one is gold, for instances of which that is known."""
+        hits, found = [], []
+        for feature, candidates in zip(features, retrieved, strict=True):
+            if feature.get("answers"):
+                passages = [{"title": candidate.title, "text": candidate.text} for candidate in candidates]
+                hits.append(float(any(has_answer(passage, feature["answers"]) for passage in passages)))
+            if feature.get("provenance"):
+                ids = {candidate.id for candidate in candidates}
+                found.append(float(not ids.isdisjoint(gold_ids({"provenance": feature["provenance"]}))))
+        k = self.args.num_candidates
+        return {f"hit_rate@{k}": hits, f"query_recall@{k}": found}
+
+    def _in_order(self, candidates: list[Candidate], instance_id: str, shuffle: bool) -> list[Candidate]:
+        """Return candidates in the order in which Gen reads them."""
+        if not shuffle:
+            return candidates
+        drawn = random.Random(f"{self.args.seed} {self.state.global_step} {instance_id}")
+        return drawn.sample(candidates, len(candidates))
+
+    def _row(self, feature: Mapping[str, Any], candidates: Sequence[Candidate]) -> ReaderRow | None:
+        """Return the row of an instance with its candidates; `None` if there are none."""
+        if not candidates:
+            return None
+        separator = encode_texts(without_peft(self.model).tokenizer, ["\n"])[0]
+        return row_with_candidates(feature, candidates, self.cosup_config, separator, self.args.train_on_passages)
+
+    def _add_scores(self, model: CoSupForCausalLM, resolution: Resolution, rows: Mapping[int, ReaderRow]) -> None:
+        """Add the reader's scores to instances, in place; `rows` has the row of each by its place."""
+        names = [f"instance {resolution.features[place].get('id')!r}" for place in rows]
+        pad_token_id = cast(CoSupDataCollator, self.data_collator).pad_token_id
+        scores = reader_scores(model, list(rows.values()), names, self.args, pad_token_id).tolist()
+        for place, row_scores in zip(rows, scores, strict=True):
+            feature = resolution.features[place]
+            count = len(feature["candidate_ids"])
+            resolution.features[place] = {**feature, "candidate_scores": row_scores[:count]}
+
+
+def _resolved(feature: Mapping[str, Any], row: ReaderRow, candidates: Sequence[Candidate]) -> dict[str, Any]:
+    """Return a tokenized instance with its candidates."""
+    return {
+        **feature,
+        "input_ids": row.input_ids,
+        "labels": row.labels,
+        "candidate_ids": [candidate.id for candidate in candidates],
+        "candidate_input_ids": [candidate.emb_seq_input_ids for candidate in candidates],
+    }

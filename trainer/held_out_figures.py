@@ -1,0 +1,115 @@
+"""Losses and recall of queries over all distinct passages of an evaluation set."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from modeling_cosup.packing_cosup import pad_rows
+
+from .batching import BatchFacts
+from .duplicates import global_batch
+from .losses import EmbeddingBatch
+
+
+def order_of_queries(facts: Sequence[BatchFacts]) -> np.ndarray:
+    """Return `(N,)`: the row of each query of a set, in the order of the instances."""
+    numbers: list[int] = []
+    for batch_facts in facts:
+        first = len(numbers)
+        numbers += [first + number for number in batch_facts.query_numbers]
+    return np.argsort(np.array(numbers, dtype=np.int64))
+
+
+def padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """Return token ids as one array, padded with -100 on the right."""
+    ids, _ = pad_rows(rows, -100)
+    return ids.numpy()
+
+
+def retrieval_metrics(
+    query_embeds: np.ndarray,
+    passage_embeds: np.ndarray,
+    facts: Sequence[BatchFacts],
+    embedding_losses: Callable[[EmbeddingBatch], tuple[dict[str, torch.Tensor], torch.Tensor]],
+    ks: Sequence[int] = (1, 5),
+    chunk_size: int = 1024,
+) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
+    """
+    Return embedding losses and recall of queries over all distinct passages of a set.
+
+    Another passage that is right for a query is neither a negative nor a miss. A tie is a miss. A query without a
+    negative cannot miss, so no figure counts it; nor is there a `query_recall@k` for as many places as passages.
+
+    Args:
+        query_embeds (`numpy.ndarray` of shape `(N, h)`), passage_embeds (`numpy.ndarray` of shape `(M, h)`): of all
+            batches.
+        facts (`Sequence[BatchFacts]`): of the same batches, in the same order.
+        embedding_losses (`Callable`): see [`~trainer.losses.embedding_losses`].
+        ks (`Sequence[int]`, *optional*, defaults to `(1, 5)`): of `query_recall@k`.
+        chunk_size (`int`, *optional*, defaults to 1024): queries that are scored in one call.
+
+    Returns:
+        `(dict, numpy.ndarray, numpy.ndarray)`: `num_passages`, `num_queries` (those that have a negative) and, if
+        there are such queries, the mean of each loss and `query_recall@k`; the rows of the D distinct passages,
+        `(D,)`; for each query, the number of its passage among these, `(N,)`.
+    """
+    merged = _merge(facts)
+    batch = global_batch([merged], 0)
+    rows = np.flatnonzero(~batch.repeated)  # (D,)
+    number_of_group = {int(batch.passage_groups[row]): number for number, row in enumerate(rows)}
+    number_of_row = [number_of_group[int(group)] for group in batch.passage_groups]  # among distinct passages
+    labels = np.array([number_of_row[label] for label in merged.passage_labels], dtype=np.int64)  # (N,)
+    right_queries, right_rows = batch.further_positives  # (P,), (P,)
+    right_passages = np.array([number_of_row[row] for row in right_rows], dtype=np.int64)  # (P,)
+
+    passages = torch.from_numpy(passage_embeds[rows])  # (D, h)
+    losses: dict[str, list[torch.Tensor]] = {}
+    ranks = []
+    for start in range(0, max(1, len(labels)), chunk_size):
+        queries = torch.from_numpy(query_embeds[start : start + chunk_size])  # (C, h)
+        positives = torch.from_numpy(labels[start : start + chunk_size])  # (C,)
+        also_right = torch.zeros(len(queries), len(rows), dtype=torch.bool)  # (C, D)
+        in_chunk = (right_queries >= start) & (right_queries < start + chunk_size)
+        also_right[right_queries[in_chunk] - start, right_passages[in_chunk]] = True
+        chunk_losses, scores = embedding_losses(EmbeddingBatch(queries, passages, positives, also_right))
+        for name, loss in chunk_losses.items():
+            losses.setdefault(name, []).append(loss)
+        ranks.append(_ranks(scores, positives))
+
+    compared = torch.from_numpy(batch.has_negatives)  # (N,)
+    metrics: dict[str, float] = {"num_passages": len(rows), "num_queries": int(compared.sum())}
+    if compared.any():
+        for name, chunks in losses.items():
+            metrics[name] = float(torch.cat(chunks)[compared].mean())
+        for k in ks:
+            if k < len(rows):
+                metrics[f"query_recall@{k}"] = float((torch.cat(ranks)[compared] < k).double().mean())
+    return metrics, rows, labels
+
+
+def _merge(facts: Sequence[BatchFacts]) -> BatchFacts:
+    """Return the passages and queries of all batches as one batch."""
+    merged = BatchFacts()
+    for batch_facts in facts:
+        first_row = len(merged.passage_keys)
+        merged.passage_keys += batch_facts.passage_keys
+        merged.positive_keys += batch_facts.positive_keys
+        merged.query_keys += batch_facts.query_keys
+        merged.query_instance_ids += batch_facts.query_instance_ids
+        merged.passage_labels += [first_row + label for label in batch_facts.passage_labels]
+    return merged
+
+
+def _ranks(scores: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+    """
+    Return `(C,)`: how many other passages score at least as high as each query's positive.
+
+    Args:
+        scores (`torch.FloatTensor` of shape `(C, D)`): `-inf` for other passages that are right too, so that they do
+            not count.
+        positives (`torch.LongTensor` of shape `(C,)`): the column of each query's positive.
+    """
+    positive_scores = scores.gather(1, positives[:, None])  # (C, 1)
+    ranks = (scores >= positive_scores).sum(1) - 1
+    return torch.where(positive_scores[:, 0].isfinite(), ranks, scores.shape[1])  # NaN is a miss at every k
