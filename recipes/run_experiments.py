@@ -51,6 +51,7 @@ from experiments.definition import (
 )
 from experiments.launching import Failed, Run, hardware, launch, locked_folder, say, training_facts
 from experiments.task_files import Entry, cut_corpora, cut_to_pools, digest_of_content, expand_tasks
+from shared.model_options import MODEL_OPTIONS
 from shared.quickstart import (
     EncoderArguments,
     TaskArguments,
@@ -180,7 +181,10 @@ def complete(options: dict[str, Any], seed: int, world: dict[str, str]) -> dict[
         `ValueError`: if there are no training data or no Gen.
     """
     corpus_file = options.get("corpus_file")
-    options = {name: value for name, value in options.items() if name not in NOT_OPTIONS}
+    left_out = set(NOT_OPTIONS)
+    if "{arm:" in str(options.get("model_name_or_path")):
+        left_out.update(MODEL_OPTIONS)  # of base: the other arm has built the model
+    options = {name: value for name, value in options.items() if name not in left_out}
     from_world: set[str] = set()
     if not _has_gen(options):
         from_world.add("gen")

@@ -44,6 +44,7 @@ from trainer.judging.results import FORMAT
 
 from experiments.task_files import digest_of_content, expand_tasks
 from shared.arguments import EvaluationArguments, ScriptArguments
+from shared.model_options import MODEL_OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_OPTIONS = {  # options of train.py that the runner sets: data, folders and seeds
@@ -219,8 +220,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _parse_value(text: str, override: str) -> Any:
-    """Parse the value of an override as YAML, except `{data}` or `{sentence}`, which YAML would read as a mapping."""
-    if re.match(r"\{\w+\}", text):
+    """Parse the value of an override as YAML, except `{data}`, `{arm:co}` or `{sentence}`, which YAML would read as a mapping."""
+    if re.match(r"\{(\w+|arm:[^{}]+)\}", text):
         return text
     try:
         return yaml.safe_load(text)
@@ -278,6 +279,8 @@ def _check_options(experiment: Experiment, where: str) -> None:
                 raise ValueError(
                     f'{where}: arm {arm}: {name} is {value!r}, but only model_name_or_path can be "{{arm:NAME}}".'
                 )
+        if experiment.starting_arm(arm) and (built := sorted(set(options) & set(MODEL_OPTIONS))):
+            raise ValueError(f"{where}: arm {arm}: {built[0]} is that of the arm whose model it starts from.")
     try:
         experiment.training_order()
     except ValueError as error:
