@@ -220,7 +220,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _parse_value(text: str, override: str) -> Any:
-    """Parse the value of an override as YAML, except `{data}`, `{arm:co}` or `{sentence}`, which YAML would read as a mapping."""
+    """Parse the value of an override as YAML, except `{data}` or `{arm:co}`, which YAML would read as a mapping."""
     if re.match(r"\{(\w+|arm:[^{}]+)\}", text):
         return text
     try:
