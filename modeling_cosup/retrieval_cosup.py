@@ -56,7 +56,7 @@ class PassageIndex(SearchableStore):
     """
 
     def __init__(self, shards: list[Shard], config: Config, folder: Path | None = None) -> None:
-        _require_packages()
+        require_packages()
         super().__init__(shards, config, folder)
 
     # ------------------------------------------------------------------ building
@@ -111,7 +111,7 @@ class PassageIndex(SearchableStore):
                 was begun by another model or with other settings (names the differences).
             `OSError`: if the folder cannot be written, or the disk is full.
         """
-        _require_packages()
+        require_packages()
         if save_directory is None and num_processes > 1:
             raise ValueError("Several processes can only build an index in files: give save_directory.")
         if not 0 <= process_index < num_processes:
@@ -266,7 +266,7 @@ class PassageIndex(SearchableStore):
             `ValueError`: for a format version that this release cannot read, a truncated or altered file, or a FAISS
                 file without `allow_faiss_files`.
         """
-        _require_packages()
+        require_packages()
         if search not in (None, "exact"):
             raise ValueError(f"search is {search!r}, expected None or 'exact'.")
         folder = find_folder(name_or_path, cls.form, allow_faiss_files and search is None, revision, **kwargs)
@@ -368,7 +368,8 @@ def _card(config: Config, num_passages: int, repo_id: str, model: str | None, li
     return cards.index_card(config, num_passages, repo_id, model, license)
 
 
-def _require_packages() -> None:
+def require_packages() -> None:
+    """Raise an `ImportError` if a package that a passage index needs is missing."""
     missing = [name for module, name in ((faiss, "faiss-cpu"), (pa, "pyarrow")) if module is None]
     if missing:
         raise ImportError(

@@ -6,6 +6,9 @@ Train Gen and Emb_seq together, then build the index and evaluate.
     accelerate launch recipes/train.py --gen NAME --train_file train.jsonl --corpus_file corpus.jsonl \\
         --eval_file eval.jsonl --output_dir out
 
+Questions whose passage is unknown get candidates from the corpus: see `--candidates_from`, and the configs of a
+distillation, `recipes/configs/distillation_*.yaml`. Then answers are evaluated with as many passages as were trained.
+
 With a frozen Emb_seq an existing index stays valid: `--index out/index`, or for a Milvus collection
 `--index wiki --index_uri http://host:19530`, evaluates it instead of building one.
 
@@ -15,15 +18,15 @@ also pushes the index, passages included, to the dataset repository whose name i
 """
 
 import gc
+import itertools
 import json
 import os
 import sys
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shared.cli import check_options, clear_errors, parse, table
+from shared.cli import check_options, clear_errors, parse
 
 from shared.arguments import TRAINING_ARGUMENTS, ScriptArguments
 
@@ -34,64 +37,25 @@ import torch
 from accelerate import DistributedType
 from transformers import set_seed
 
-from modeling_cosup import CoSupForCausalLM, PassageIndex, Retriever
+from modeling_cosup import CoSupForCausalLM, PassageIndex
 from modeling_cosup.facts_cosup import load_facts
 from modeling_cosup.files_cosup import write_json
-from modeling_cosup.lines_cosup import read_lines
 from trainer import CoSupTrainer, CoSupTrainingArguments, load_corpus, load_instances
-from trainer.card import complete_card, evaluation_groups, held_out_group, write_card
+from trainer.card import complete_card, held_out_group, write_card
 from trainer.hub import push_checkpoint
-from trainer.judging.answers import ntp_loss, rank_passages, reference_instances
-from trainer.judging.figures import MODES, QUERY, Measured, figure, figure_line
-from trainer.judging.judge import evaluate_tasks
-from trainer.judging.matching import gold_ids, provenance_unknown, ranking_can_be_judged
+from trainer.judging.figures import Measured
+from trainer.judging.matching import gold_ids
 from trainer.judging.results import FORMAT
-from trainer.judging.retrieval import Ranking
-from trainer.judging.scoring import check_questions, measure, score_rankings
-from trainer.judging.tasks import Task, task_name
-from trainer.model_setup import without_peft
+from trainer.model_setup import trains_passages, without_peft
 from trainer.watch import is_full_disk
 
 from shared.indexes import check_index_options, close_index, open_index
 from shared.model_options import check_tied_options, load_model, lora
 from shared.processes import end_processes
 from shared.quickstart import WorldArguments, prepare_world
+from shared.training_run import Run, evaluate, held_out, read_questions
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
-PRINTED = (  # mode and figure, printed if it was measured
-    (QUERY, "query_recall@1"),
-    (QUERY, "query_recall@5"),
-    (QUERY, "hit_rate@5"),
-    ("retrieval", "ret"),
-    ("retrieval", "em"),
-    ("gold", "em"),
-    ("off", "em"),
-    ("retrieval", "nsp_not_needed"),
-    ("retrieval", "em_not_needed"),
-)
-
-
-@dataclass
-class Run:
-    """
-    One run of this recipe.
-
-    Args:
-        script (`ScriptArguments`), args (`CoSupTrainingArguments`): its options.
-        corpus (`list[dict]`, *optional*): the passages of `--corpus_file`, or the gold passages of `--index`.
-        questions (`list[dict]`, *optional*): of `--eval_file`.
-        results (`dict`): what was measured so far, for `results.json`.
-    """
-
-    script: ScriptArguments
-    args: CoSupTrainingArguments
-    corpus: list[dict] | None = None
-    questions: list[dict] | None = None
-    results: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def output_dir(self) -> Path:
-        return Path(self.args.output_dir)
 
 
 def main() -> None:
@@ -149,6 +113,9 @@ def train(run: Run) -> CoSupForCausalLM | None:
     run.results["train"] = output.metrics
     if script.validation_file:
         run.results["validation"] = trainer.evaluate()
+    if run.index is not None:
+        close_index(run.index)
+        run.index = None
 
     if trainer.accelerator.distributed_type in SHARDED:
         return None
@@ -199,12 +166,14 @@ def prepare_training(run: Run) -> CoSupTrainer:
         PassageIndex.check_save_directory(run.output_dir / "index")
     if validation_instances is None and args.eval_strategy != "no":
         raise ValueError(f"eval_strategy is {args.eval_strategy.value!r} but there is no --validation_file.")
+    model = load_model(script, args)
     trainer = CoSupTrainer(
-        load_model(script, args),
+        model,
         args,
         train_dataset=train_instances,
         eval_dataset=validation_instances,
         peft_config=lora(script),
+        corpus=candidates_corpus(model, [*train_instances, *(validation_instances or [])], run),
     )
     if script.use_peft and trainer.accelerator.distributed_type in SHARDED:
         raise ValueError(
@@ -212,6 +181,32 @@ def prepare_training(run: Run) -> CoSupTrainer:
             " train LoRA with DDP or one process."
         )
     return trainer
+
+
+def candidates_corpus(model: CoSupForCausalLM, instances: list, run: Run) -> Any:
+    """
+    Return what candidates are retrieved from: the passages of `--corpus_file`, or the index of `--index`.
+
+    That is nothing if none are retrieved, or if all instances bring their own.
+
+    Raises:
+        `ValueError`: if neither is given, and for an index of another model.
+    """
+    script, args = run.script, run.args
+    if args.candidates_from is None:
+        return None
+    if args.candidates_from == "instance":
+        own = itertools.chain.from_iterable(instance.get("candidates") or [] for instance in instances)
+        if not any(isinstance(candidate, str) for candidate in own):
+            return None
+    if script.index:
+        run.index = open_index(model, script.index, script.index_uri)
+        return run.index
+    if run.corpus is None:
+        raise ValueError(
+            "Candidates are retrieved from passages: give --corpus_file, or an --index of a frozen Emb_seq."
+        )
+    return run.corpus
 
 
 def check_index(trainer: CoSupTrainer, run: Run) -> list[dict[str, str]]:
@@ -229,17 +224,16 @@ def check_index(trainer: CoSupTrainer, run: Run) -> list[dict[str, str]]:
     """
     script = run.script
     model = without_peft(trainer.model)
-    for part in (model.emb_seq, model.emb_head):
-        if part is not None and any(parameter.requires_grad for parameter in part.parameters()):
-            remedy = "add --freeze_emb_seq true"
-            if model.config.tie_emb_seq:
-                remedy = "this model is tied (tie_emb_seq), so give the passages: --corpus_file"
-            raise ValueError(
-                f"--index {script.index}: training changes Emb_seq, and no index of it stays valid; {remedy}."
-            )
+    if trains_passages(model):
+        remedy = "add --freeze_emb_seq true"
+        if model.config.tie_emb_seq:
+            remedy = "this model is tied (tie_emb_seq), so give the passages: --corpus_file"
+        raise ValueError(
+            f"--index {script.index}: training changes Emb_seq, and no index of it stays valid; {remedy}."
+        )
     if not trainer.is_world_process_zero():
         return []
-    index = open_index(model, script.index, script.index_uri)
+    index = run.index or open_index(model, script.index, script.index_uri)
     gold: set[str] = set()
     candidates: set[str] = set()
     for question in run.questions or []:
@@ -247,7 +241,8 @@ def check_index(trainer: CoSupTrainer, run: Run) -> list[dict[str, str]]:
         candidates.update(question.get("candidates") or [])
     index.rows_of(sorted(candidates))  # raises for a passage that the index lacks
     passages = index.get_passages(index.rows_of(sorted(gold)))
-    close_index(index)
+    if index is not run.index:
+        close_index(index)
     return [{name: passage[name] for name in ("id", "title", "text")} for passage in passages]
 
 
@@ -255,11 +250,12 @@ def measure_before(trainer: CoSupTrainer, run: Run) -> dict[str, Measured]:
     """Return the held-out figures of the model before training."""
     model = trainer.model.to(run.args.device)
     with precision(run.args):
-        index = open_index(model, run.script.index, run.script.index_uri)
+        index = run.index or open_index(model, run.script.index, run.script.index_uri)
         if index is None:
             index = model.build_index(run.corpus, batch_size=run.args.per_device_eval_batch_size)
         figures = held_out(model, index, run)
-        close_index(index)
+        if index is not run.index:
+            close_index(index)
     return figures
 
 
@@ -346,130 +342,6 @@ def prepare(script: ScriptArguments, args: CoSupTrainingArguments) -> None:
             continue
         if getattr(script, name) is None:
             setattr(script, name, paths[name.removesuffix("_file")])
-
-
-# ---------------------------------------------------------------------- evaluation
-
-
-def evaluation_task(run: Run) -> Task:
-    """Return the evaluation set as a task, as recipes/run_evaluation.py judges it, over the index of this run."""
-    script = run.script
-    return Task(
-        task_name(script.eval_file),
-        script.eval_file,
-        index=script.index or str(run.output_dir / "index"),
-        index_uri=script.index_uri,
-        max_eval_samples=script.max_eval_samples,
-        max_new_tokens=script.max_new_tokens,
-    )
-
-
-def read_questions(run: Run) -> list[dict]:
-    """
-    Read the questions of the evaluation set, and check that they can be judged before and after training.
-
-    Raises:
-        `ValueError`: without a corpus or index, without a question whose retrieval can be judged, or for questions
-            that cannot be judged.
-    """
-    eval_file = run.script.eval_file
-    if run.corpus is None and run.script.index is None:
-        raise ValueError("--eval_file needs --corpus_file (or --index): its questions are answered from that corpus.")
-    questions = evaluation_task(run).read_questions(run.corpus, answers_required=True)
-    if not any(ranking_can_be_judged(question) for question in questions):
-        raise ValueError(
-            f"{eval_file}: no question has provenance, nor an answer to look for in passages, so there is nothing to "
-            "retrieve."
-        )
-    check_questions(questions, eval_file)
-    return questions
-
-
-def held_out(model: CoSupForCausalLM, index: Retriever, run: Run) -> dict[str, Measured]:
-    """
-    Return the NTP loss of the reference answers, and the recall and hit rate of the query embeddings over the corpus.
-    """
-    questions = [question for question in run.questions if ranking_can_be_judged(question)]
-    rankings = rank_passages(model, index, questions, run.args.per_device_eval_batch_size)
-    ks = [k for k in (1, 5) if k < len(index)]  # among as many places as passages, nothing is missed
-    figures = measure(score_rankings([Ranking.of(ranking) for ranking in rankings], questions, ks))
-    names = [f"{stem}@{k}" for stem in ("query_recall", "hit_rate") for k in ks]
-    retrieval = {name: figures[name] for name in names if name in figures}
-    return {"ntp_loss": reference_loss(model, run), **retrieval}
-
-
-def reference_loss(model: CoSupForCausalLM, run: Run) -> Measured:
-    """Return the NTP loss of the reference answers."""
-    return ntp_loss(model, reference_instances(run.questions, run.corpus)).to_dict()
-
-
-def evaluate(model: CoSupForCausalLM, run: Run) -> list:
-    """
-    Judge the model on the evaluation set, and print figures and a few answers.
-
-    Adds all figures to the run's results. Returns the groups of figures for the card.
-    """
-    results = run.results
-    task = evaluation_task(run)
-    with tempfile.TemporaryDirectory() as folder:
-        judged = evaluate_tasks(model, [task], folder, batch_size=run.args.per_device_eval_batch_size)
-        predictions = read_lines(Path(folder, task.name, "retrieval", "predictions.jsonl"))
-    evaluation = judged["tasks"][task.name]
-    # no paths: results.json is pushed with the checkpoint
-    public_names = ("n", "passages", "cor", "modes", "query", "left_out")
-    results["evaluation"] = {name: evaluation[name] for name in public_names}
-    figures_of_mode = {mode: answers["metrics"] for mode, answers in evaluation["modes"].items()}
-    figures_of_mode[QUERY] = evaluation["query"]["corpus"]
-    print(
-        f"\n{len(run.questions)} questions over an index of {evaluation['passages']:,} passages"
-        " (95 % intervals in brackets)\n"
-    )
-    rows = []
-    for mode, name in PRINTED:
-        if name in figures_of_mode[mode]:
-            rows.append((f"{MODES[mode]}: {figure(name).label}", figure_line(figures_of_mode[mode][name], name)))
-    print(table(rows))
-    if "before" in results:
-        after = {"ntp_loss": reference_loss(model, run)}
-        for name, value in figures_of_mode[QUERY].items():
-            if name in results["before"]:
-                after[name] = value
-        results["after"] = after
-        print_before_and_after(results["before"], after)
-    print_examples(predictions, run)
-    return evaluation_groups(judged)
-
-
-def print_before_and_after(before: dict[str, Measured], after: dict[str, Measured]) -> None:
-    """Print the held-out figures of before and after training, one below the other."""
-    rows = []
-    for name in after:
-        for when, figures in (("before", before), ("after", after)):
-            rows.append((f"{figure(name).label} {when}", figure_line(figures[name], name)))
-    print("\nHeld-out reference answers and questions, before and after training\n\n" + table(rows))
-
-
-def print_examples(predictions: list[dict], run: Run) -> None:
-    """Print a few answers, one of them to a question that needs no passage, and the paths of all results."""
-    script, output_dir, questions = run.script, run.output_dir, run.questions
-    needing_passage = []
-    needing_none = []
-    for i, question in enumerate(questions):
-        if question["provenance"] or provenance_unknown(question):
-            needing_passage.append(i)
-        else:
-            needing_none.append(i)
-    needing_none = needing_none[:1]
-    num_needing_passage = max(0, script.num_examples - len(needing_none))
-    for i in needing_passage[:num_needing_passage] + needing_none[: script.num_examples]:
-        print(f"\nQ  {questions[i]['input']}\nA  {predictions[i]['cited_text']}")
-    checkpoint = output_dir / "merged" if script.use_peft else output_dir
-    index = script.index or output_dir / "index"
-    if script.index_uri is not None:
-        index = f"{index} --index_uri {script.index_uri}"
-    print(f"\nCheckpoint: {checkpoint}   Index: {index}   Numbers: {output_dir / 'results.json'}")
-    question = questions[needing_passage[0]]["input"]
-    print(f'Ask it:     python recipes/generate.py --model {checkpoint} --index {index} "{question}"')
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Fixtures for all tests."""
 
+import gc
+
 import pytest
 import torch
 
@@ -9,6 +11,10 @@ from support.recipes import write_inputs
 pytest_plugins = ["support.hub_server", "support.milvus_server"]  # their fixtures: `hub` and `milvus_server`
 
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
+
+
+def pytest_collection_finish():
+    gc.freeze()  # every train() collects garbage, and would look at all objects of the imported libraries
 
 
 @pytest.fixture

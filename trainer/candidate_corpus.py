@@ -7,12 +7,14 @@ from typing import Any
 
 import datasets
 import numpy as np
+import torch
 
 from modeling_cosup import CoSupForCausalLM, PassageIndex, Retriever
 from modeling_cosup.files_cosup import digest
 from modeling_cosup.passages_cosup import (
     can_be_read_twice,
     checked_passages,
+    dataset_rows,
     find_duplicate,
     hash_id,
     read_corpus,
@@ -20,6 +22,7 @@ from modeling_cosup.passages_cosup import (
 from modeling_cosup.retrieval_cosup import special_text_check
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq
 
+from .data import checked_candidates
 from .passage_contents import PassageContents
 
 
@@ -102,30 +105,32 @@ def _check_gold_of_index(index: Retriever, model: CoSupForCausalLM, gold: Passag
             _check_gold(passage, f"Row {index.row_of(passage['id'])} of the index", model, gold)
 
 
-def candidates_of_instances(tokenized: Mapping[str, Any]) -> tuple[list[dict[str, str]], dict[str, str]]:
+def candidates_of_instances(sets: Mapping[str, Any]) -> tuple[list[dict[str, str]], dict[str, str]]:
     """
     Return what instances bring as `candidates`: the distinct passages, and ids with the place that names them.
 
     Args:
-        tokenized (`dict`): tokenized sets by name, for errors. The candidates of a stream are not known in advance.
+        sets (`dict`): instances, tokenized or not, by the name of their set, for errors. The candidates of a stream
+            are not known in advance.
 
     Raises:
-        `ValueError`: for an id with two contents.
+        `ValueError`: for an invalid passage, and for an id with two contents.
     """
     contents = PassageContents()
     passages: dict[str, dict[str, str]] = {}
     named: dict[str, str] = {}
-    for name, dataset in tokenized.items():
-        if not isinstance(dataset, datasets.Dataset):
+    for name, dataset in sets.items():
+        if isinstance(dataset, datasets.IterableDataset | torch.utils.data.IterableDataset):
             continue
-        for row, pool in enumerate(dataset.with_format(None)["candidate_pool"]):
+        for row, instance in enumerate(dataset_rows(dataset)):
             where = f"{name}, row {row}"
-            for passage in pool:
-                if not passage["text"]:  # given by its id alone
-                    named.setdefault(passage["id"], where)
+            candidates = instance.get("candidates") or instance.get("candidate_pool") or []
+            for candidate in checked_candidates(candidates, where):
+                if isinstance(candidate, str):
+                    named.setdefault(candidate, where)
                     continue
-                contents.add(passage["id"], (passage["title"], passage["text"]), where)
-                passages[passage["id"]] = passage
+                contents.add(candidate["id"], (candidate["title"], candidate["text"]), where)
+                passages[candidate["id"]] = candidate
     for id in passages.keys() & named.keys():
         del named[id]
     return list(passages.values()), named

@@ -11,11 +11,12 @@ from transformers import Trainer
 
 from modeling_cosup import CoSupForCausalLM, PassageIndex, Retriever
 from modeling_cosup.index_approximate_cosup import empty_approximate
+from modeling_cosup.retrieval_cosup import require_packages
 
 from .candidate_corpus import CandidateCorpus, candidates_of_instances, read_candidates_corpus
-from .candidates import CandidateIndex, trains_passages
+from .candidates import CandidateIndex
 from .dataset_setup import gold_contents
-from .model_setup import without_peft
+from .model_setup import trains_passages, without_peft
 from .running import RunningFigures
 from .training_args import CoSupTrainingArguments
 
@@ -30,30 +31,32 @@ class CandidatesMixin(Trainer):
     _host_group: dist.ProcessGroup | None
     _running: RunningFigures
 
-    def _set_up_candidates(self, corpus: Any) -> None:
+    def _set_up_candidates(self, corpus: Any, train_dataset: Any, eval_dataset: Any) -> None:
         """
         Read and check the corpus, after the instances have been tokenized.
 
         Args:
-            corpus: as [`CoSupTrainer`] takes it.
+            corpus, train_dataset, eval_dataset: as [`CoSupTrainer`] takes them.
 
         Raises:
+            `ImportError`: without faiss, which every search needs.
             `ValueError`: for a corpus that cannot be searched; see [`read_candidates_corpus`].
         """
         if self.args.candidates_from is None:
             return
+        require_packages()
         base = without_peft(self.model)
-        sets = _named_sets(self.train_dataset, self.eval_dataset)
         named: dict[str, str] = {}
         if self.args.candidates_from == "instance":
-            passages, named = candidates_of_instances(sets)
+            passages, named = candidates_of_instances(_named_sets(train_dataset, eval_dataset))
             corpus = _corpus_of_instances(corpus, passages, named)
         if corpus is None:
             raise ValueError(
                 "Candidates are retrieved from a corpus: give corpus, passages (a list, a dataset or a file) or an"
                 " index of this model; or candidates_from='instance', if the instances bring their own."
             )
-        read = read_candidates_corpus(corpus, base, gold_contents(sets), named)
+        gold = gold_contents(_named_sets(self.train_dataset, self.eval_dataset))
+        read = read_candidates_corpus(corpus, base, gold, named)
         _check_corpus(read, base, self.args)
         self.candidates = CandidateIndex(read, self.args, self._host_group)
 
@@ -77,8 +80,9 @@ class CandidatesMixin(Trainer):
             yield
 
     @contextlib.contextmanager
-    def _closed_candidates(self) -> Iterator[None]:
-        """Close the index of candidates, and remove its files, at the end of the block, which trains."""
+    def _candidates_of_training(self) -> Iterator[None]:
+        """Forget earlier indexes at the beginning of the block, which trains, and all of them at its end."""
+        self._restart_candidates()
         try:
             yield
         finally:
@@ -86,14 +90,15 @@ class CandidatesMixin(Trainer):
             if self.candidates is not None:
                 self.candidates.close(without_peft(self.model))
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load what a training resumes from, and the index of candidates; each attempt at a batch size calls this."""
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self.candidates is None:
-            return
-        if checkpoint is None:
+    def _restart_candidates(self) -> None:
+        """Forget the indexes of an attempt that failed, or of a run that was killed."""
+        if self.candidates is not None:
             self.candidates.restart()
-        else:
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load what a training resumes from, the index of candidates included."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.candidates is not None and checkpoint is not None:
             self.candidates.load(Path(checkpoint))
 
     def _save_candidates(self, checkpoint: str) -> None:

@@ -6,6 +6,7 @@ The passages that a reader is shown, found in an index of the training corpus th
 
 import contextlib
 import dataclasses
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
@@ -21,6 +22,7 @@ from modeling_cosup.index_build_cosup import ShardBuilder
 
 from .candidate_corpus import CandidateCorpus
 from .candidate_files import FOLDER, IndexFolders, emb_seq_ids
+from .model_setup import trains_passages
 from .training_args import CoSupTrainingArguments
 
 STATE_FILE = "candidates.json"  # of a checkpoint, in its folder of the index
@@ -65,7 +67,7 @@ class CandidateIndex:
     ) -> None:
         self.corpus, self.args = corpus, args
         self.folders = IndexFolders(Path(cast(str, args.output_dir)), group, not args.disable_tqdm)
-        self.step: int | None = None  # whose weights the index has
+        self.step = None if corpus.index is None else 0  # whose weights the index has
         self._given = corpus.index  # of the weights at the beginning of training
         self._index = self._given  # the one that is searched
         self._built: PassageIndex | None = None  # the last refresh
@@ -100,11 +102,8 @@ class CandidateIndex:
         Raises:
             `ValueError`: for query embeddings that are NaN or infinite, and ids that the index does not hold.
         """
-        rows_of_pools = None
-        if pools is not None:
-            rows_of_pools = [None if pool is None else self.index.rows_of(pool) for pool in pools]
         num_searched = self.args.rerank_candidates or self.args.num_candidates
-        scores, rows = self.index.search(query_embeds, num_searched, rows_of_pools)
+        scores, rows = self.index.search(query_embeds, num_searched, self._rows_of_pools(pools))
         candidate_of_row = self._candidates(model, np.unique(rows[rows >= 0]))
         found = []
         for query_scores, query_rows in zip(scores.tolist(), rows.tolist(), strict=True):
@@ -117,12 +116,24 @@ class CandidateIndex:
             found = rerank(model, query_embeds, found)
         return [of_query[: self.args.num_candidates] for of_query in found]
 
+    def _rows_of_pools(self, pools: Sequence[Sequence[str] | None] | None) -> list[np.ndarray | None] | None:
+        if pools is None:
+            return None
+        try:
+            return [None if pool is None else self.index.rows_of(pool) for pool in pools]
+        except ValueError as error:
+            raise ValueError(
+                f"An instance names candidates that are not in the corpus. {error} An evaluation set that brings"
+                " passages of its own must be one that CoSupTrainer was made with."
+            ) from error
+
     def _candidates(self, model: CoSupForCausalLM, rows: np.ndarray) -> dict[int, Candidate]:
         """Return the passages of rows, without scores."""
         passages = self.index.get_passages(rows)
         candidates = {}
         for row, passage, ids in zip(rows.tolist(), passages, emb_seq_ids(model, passages), strict=True):
-            candidates[row] = Candidate(**passage, emb_seq_input_ids=ids)
+            fields = {name: passage[name] for name in ("id", "title", "text", "input_ids")}
+            candidates[row] = Candidate(**fields, emb_seq_input_ids=ids)
         return candidates
 
     # ------------------------------------------------------------------ refreshing
@@ -204,6 +215,7 @@ class CandidateIndex:
         An index that was given, and that no refresh has replaced, is not copied.
         """
         folder = checkpoint / FOLDER
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
         folder.mkdir()
         if self._built is not None:
             assert self._built.folder is not None
@@ -230,14 +242,6 @@ class CandidateIndex:
         self.step = state["step"]
         if (folder / "index").exists():
             self._index = self._built = self.folders.adopt(folder / "index", f"step-{self.step}")
-
-
-def trains_passages(model: CoSupForCausalLM) -> bool:
-    """Return whether training changes the embeddings of passages, so that no index of them stays valid."""
-    for part in (model.emb_seq, model.emb_head):
-        if part is not None and any(parameter.requires_grad for parameter in part.parameters()):
-            return True
-    return False
 
 
 @torch.no_grad()

@@ -205,7 +205,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
         self._control_token_hooks: list[RemovableHandle] = []
         self._num_trained_instances = self._num_trained_queries = 0
         self._warned_of_lone_queries = self._warned_of_lone_held_out_queries = False
-        self._set_up_candidates(corpus)
+        self._set_up_candidates(corpus, train_dataset, eval_dataset)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Make the accelerator, also anew for a trial, and check that it can do what the arguments ask."""
@@ -278,6 +278,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
             self.data_collator.max_instances = batch_size
         super()._update_auto_batch_size(batch_size)
         self._running.restart()  # the figures of an attempt that failed do not count
+        self._restart_candidates()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Run `Trainer.train`; `resume_from_checkpoint=True` resumes from the last checkpoint that is complete."""
@@ -291,7 +292,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
         if self.model is not None:  # else the last trial of a search has freed it
             # an earlier evaluation has prepared the model, but not for data parallelism
             vars(self.model).pop("_is_accelerate_prepared", None)
-        with explained_memory_errors(self.args), self._closed_candidates():
+        with explained_memory_errors(self.args), self._candidates_of_training():
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._finite.check()
         # a whole dataset was checked before, and a resumed run may see only the end of a stream

@@ -122,7 +122,7 @@ def check_instance(instance: Mapping[str, Any], where: str) -> CheckedInstance:
     if instance.get("provenance"):
         checked["provenance"] = _checked_provenance(instance["provenance"], where)
     if instance.get("candidates"):
-        checked["candidates"] = _checked_candidates(instance["candidates"], where)
+        checked["candidates"] = checked_candidates(instance["candidates"], where)
     return CheckedInstance(checked, where)
 
 
@@ -140,7 +140,7 @@ def _checked_answers(answers: Any, where: str) -> list[str]:
     return [check_text(answer, f"answers[{i}]", where) for i, answer in enumerate(answers)]
 
 
-def _checked_candidates(candidates: Any, where: str) -> list[dict[str, str] | str]:
+def checked_candidates(candidates: Any, where: str) -> list[dict[str, str] | str]:
     """Return candidates as passages, or as ids of passages."""
     if not isinstance(candidates, list):
         raise ValueError(f"{where}: candidates is {shown(candidates)}, expected a list of passages or their ids.")

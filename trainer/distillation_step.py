@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from modeling_cosup import CoSupConfig, CoSupForCausalLM
 from modeling_cosup.encoding_cosup import evaluating
@@ -27,6 +28,7 @@ from .candidate_watch import FLATNESS, LEFT_OUT
 from .candidates import Candidate
 from .judging.matching import gold_ids, has_answer
 from .model_setup import without_peft
+from .nearest_tokens import indicator_1, target_token_ids
 from .reader_scores import MAX_TOKENS, answer_log_likelihoods, passage_shares, token_attention
 from .reading import ReaderRow, batches_by_length, reader_row
 from .running import RunningFigures
@@ -134,9 +136,19 @@ def reader_scores(
     names: Sequence[str],
     args: CoSupTrainingArguments,
     pad_token_id: int,
+    attention: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """
     Let Gen read rows, and return its score of each passage, as the target of `args` needs it.
+
+    Args:
+        model ([`CoSupForCausalLM`]): the reader.
+        rows (`list[ReaderRow]`): instances with their candidates.
+        names (`list[str]`): what each row is, for the error.
+        args ([`CoSupTrainingArguments`]): `supervision` and the target.
+        pad_token_id (`int`): of Gen.
+        attention (`list[torch.FloatTensor]`, *optional*): what [`token_attention`] returned for the rows, if they have
+            been read.
 
     Returns:
         `torch.FloatTensor` of shape `(N, K)`; 0 where a row has fewer passages.
@@ -145,7 +157,9 @@ def reader_scores(
         `FloatingPointError`: if a score is not finite, with the row's name.
     """
     if args.supervision == "attention_distillation":
-        return passage_shares(token_attention(model, rows, pad_token_id), rows, names)
+        if attention is None:
+            attention = token_attention(model, rows, pad_token_id)
+        return passage_shares(attention, rows, names)
     target, _ = args.target
     return answer_log_likelihoods(
         model,
@@ -196,6 +210,7 @@ class DistillationStepMixin(CandidatesMixin):
         model = without_peft(self.model)
         waiting = [feature for feature in features if needs_candidates(feature)]
         with evaluating(model), torch.no_grad(), self.compute_loss_context_manager():
+            separator = encode_texts(model.tokenizer, ["\n"])[0]
             retrieved = self._retrieve(model, waiting)
             resolution = Resolution(values=self._retrieval_values(waiting, retrieved))
             rows = {}  # by the place of the instance in `resolution.features`
@@ -205,15 +220,15 @@ class DistillationStepMixin(CandidatesMixin):
                     resolution.features.append(feature)
                     continue
                 candidates = self._in_order(next(remaining), str(feature.get("id")), shuffle)
-                row = self._row(feature, candidates)
-                if row is None or len(row.input_ids) > self.args.max_length:
+                row = row_with_candidates(
+                    feature, candidates, self.cosup_config, separator, self.args.train_on_passages
+                )
+                if len(row.input_ids) > self.args.max_length:
                     resolution.num_left_out += 1
                     continue
-                if len(candidates) > 1:
-                    rows[len(resolution.features)] = row
+                rows[len(resolution.features)] = row
                 resolution.features.append(_resolved(feature, row, candidates))
-            if self.args.distills:
-                self._add_scores(model, resolution, rows)
+            self._read(model, resolution, rows)
         return resolution
 
     def _retrieve(self, model: CoSupForCausalLM, features: Sequence[Mapping[str, Any]]) -> list[list[Candidate]]:
@@ -248,22 +263,31 @@ class DistillationStepMixin(CandidatesMixin):
         drawn = random.Random(f"{self.args.seed} {self.state.global_step} {instance_id}")
         return drawn.sample(candidates, len(candidates))
 
-    def _row(self, feature: Mapping[str, Any], candidates: Sequence[Candidate]) -> ReaderRow | None:
-        """Return the row of an instance with its candidates; `None` if there are none."""
-        if not candidates:
-            return None
-        separator = encode_texts(without_peft(self.model).tokenizer, ["\n"])[0]
-        return row_with_candidates(feature, candidates, self.cosup_config, separator, self.args.train_on_passages)
-
-    def _add_scores(self, model: CoSupForCausalLM, resolution: Resolution, rows: Mapping[int, ReaderRow]) -> None:
-        """Add the reader's scores to instances, in place; `rows` has the row of each by its place."""
-        names = [f"instance {resolution.features[place].get('id')!r}" for place in rows]
+    def _read(self, model: CoSupForCausalLM, resolution: Resolution, rows: Mapping[int, ReaderRow]) -> None:
+        """Add the reader's scores, and its indicator, in place; `rows` has the row of each instance by its place."""
         pad_token_id = cast(CoSupDataCollator, self.data_collator).pad_token_id
-        scores = reader_scores(model, list(rows.values()), names, self.args, pad_token_id).tolist()
-        for place, row_scores in zip(rows, scores, strict=True):
-            feature = resolution.features[place]
+        read = list(rows.values())
+        features = [resolution.features[place] for place in rows]
+        attention = None
+        if self.args.log_indicators:
+            attention = token_attention(model, read, pad_token_id)
+            targets = [
+                _answer_tokens(model.tokenizer, row, feature) for row, feature in zip(read, features, strict=True)
+            ]
+            resolution.values["indicator_1"] = indicator_1(model.get_input_embeddings(), read, attention, targets)
+        if not self.args.distills:
+            return
+        names = [f"instance {feature.get('id')!r}" for feature in features]
+        scores = reader_scores(model, read, names, self.args, pad_token_id, attention).tolist()
+        for place, feature, row_scores in zip(rows, features, scores, strict=True):
             count = len(feature["candidate_ids"])
             resolution.features[place] = {**feature, "candidate_scores": row_scores[:count]}
+
+
+def _answer_tokens(tokenizer: PreTrainedTokenizerBase, row: ReaderRow, feature: Mapping[str, Any]) -> list[int]:
+    """Return the tokens of an instance's answers, or of what is trained in their place."""
+    answers = feature.get("answers") or [tokenizer.decode(row.input_ids[slice(*row.answer_span)])]
+    return target_token_ids(tokenizer, answers)
 
 
 def _resolved(feature: Mapping[str, Any], row: ReaderRow, candidates: Sequence[Candidate]) -> dict[str, Any]:

@@ -117,6 +117,14 @@ def freeze(model: CoSupForCausalLM, args: CoSupTrainingArguments) -> None:
             module.requires_grad_(False)
 
 
+def trains_passages(model: CoSupForCausalLM) -> bool:
+    """Return whether training changes the embeddings of passages, so that no index of them stays valid."""
+    for part in (model.emb_seq, model.emb_head):
+        if part is not None and any(parameter.requires_grad for parameter in part.parameters()):
+            return True
+    return False
+
+
 def keep_master_weights(model: CoSupForCausalLM, args: CoSupTrainingArguments) -> None:
     """
     Convert trained weights to float32: an update of 2e-5 to a bfloat16 weight of 0.02 would be lost.

@@ -36,7 +36,8 @@ def tokenize_instance(
     (`train_on_passages` turns passages on).
 
     With `candidates_from`, an instance whose passage is unknown gets the row prompt `[NSP]` `[Cs]` answer `[CE]`, end
-    of turn; its candidates are put between `[NSP]` and `[Cs]` when a step needs them.
+    of turn; its candidates are put between `[NSP]` and `[Cs]` when a step needs them. With `"instance"`, segments
+    without candidates stay free text.
 
     Args:
         instance (`dict`): as [`~trainer.data.check_instance`] returns it.
@@ -64,7 +65,7 @@ def tokenize_instance(
         `ValueError`: if a text holds a special token that the tokenizer cannot read as text, or an instance has
             answers alone, or no candidates, and needs more.
     """
-    needs_candidates = candidates_from is not None and not has_passage(instance)
+    needs_candidates = _needs_candidates(instance, candidates_from)
     segments = instance["segments"]
     if not segments and not needs_candidates:
         raise ValueError(
@@ -107,7 +108,7 @@ def tokenize_instance(
             needs_candidates=needs_candidates,
             answers=answers_to_find(instance),
             provenance=instance.get("provenance") or [],
-            candidate_pool=_candidate_pool(instance) if needs_candidates and candidates_from == "instance" else [],
+            candidate_pool=candidate_ids(instance) if candidates_from == "instance" else [],
         )
     return tokenized
 
@@ -173,11 +174,14 @@ def _encode_answer(instance: dict, tokenizer: PreTrainedTokenizerBase) -> list[i
     return encode_texts(tokenizer, instance["answers"][:1], [f"Instance {instance['id']!r}, answers[0]"])[0]
 
 
-def _candidate_pool(instance: dict) -> list[str]:
-    """Return the ids of an instance's own candidates."""
-    ids = candidate_ids(instance)
-    if not ids:
-        raise ValueError(
-            f"Instance {instance['id']!r} has no candidates, and candidates_from='instance' searches nothing else."
-        )
-    return ids
+def _needs_candidates(instance: dict, candidates_from: str | None) -> bool:
+    """Return whether the passage of an instance is unknown, and candidates take its place."""
+    if candidates_from is None or has_passage(instance):
+        return False
+    if candidates_from == "index" or candidate_ids(instance):
+        return True
+    if instance["segments"]:
+        return False  # free text, which has nothing to search
+    raise ValueError(
+        f"Instance {instance['id']!r} has no candidates, and candidates_from='instance' searches nothing else."
+    )

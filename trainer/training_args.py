@@ -62,12 +62,14 @@ class CoSupTrainingArguments(TrainingArguments):
             retrieval too. Gen reads `num_candidates` passages with the answer; its attention to each of them
             (arXiv 2402.11794), or how likely each makes the answer (Atlas, arXiv 2208.03299), is the target of their
             scores. Adds λ times `distillation_loss`. Instances with a passage are trained as with `"co"` or
-            `"separate"`. Queries come from where `query_from` says. With `freeze_gen` Gen only reads.
+            `"separate"`. Queries come from where `query_from` says. With `freeze_gen` Gen only reads. An instance with
+            a single candidate teaches nothing: there is nothing to compare it with.
         num_candidates (`int`): passages that an instance without a passage gets, K. They stand in its row as
             `generate(top_k=K)` would write them.
         candidates_from (`str`, *optional*): `"index"` searches an index of the training corpus, which the model
-            embeds; `"instance"` searches the instance's own `candidates` alone. Defaults to `"index"` with a
-            distillation. With `supervision="ntp"` it trains Gen alone to read what is retrieved.
+            embeds, for each instance without a passage; `"instance"` searches the instance's own `candidates` alone,
+            and leaves segments without candidates free text. Defaults to `"index"` with a distillation. With
+            `supervision="ntp"` it trains Gen alone to read what is retrieved.
         refresh_index_steps (`int`): steps after which the corpus is embedded again, unless Emb_seq is frozen.
         distillation_target (`str`, *optional*): of attention, `"attention"` (default), a softmax of the shares of
             attention, or `"attention_shares"`, these shares themselves (Eq. 1 of the paper), which are nearly flat and

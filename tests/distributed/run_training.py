@@ -30,6 +30,8 @@ PATTERNS = {
     "zero": ["p0", "p1", "p2", "p3", *[""] * 8],
     "none": [""] * 12,
     "lone": ["p1 p2", "", "p3", "p0", "p1", "", *["p0"] * 6],  # the last six have no negative among themselves
+    # questions with candidates in place of a passage: with two batches each, one of two ranks has none of them
+    "asked": ["p0", "p1 p2", "", "?p0 p1", "?p1 p2 p3", "?p4", "p3", "p0", "p5", "?p2 p0 p3 p4", "?p5 p4", "p4 p1"],
 }
 
 
@@ -59,13 +61,19 @@ def make_instances(pattern):
     hard_negative = {"id": "hard", "title": "Radium", "text": "Radium is a metal."}
     instances = []
     for i, ids in enumerate(PATTERNS[pattern]):
+        question = f"question {i} " * (i % 5 + 1)
+        instance = {"id": str(i), "dataset": "d", "instruction": "", "input": question}
+        if ids.startswith("?"):
+            candidates = [passages[id] for id in ids[1:].split()]
+            answers = [candidates[-1]["text"].split()[-1].strip(".")]
+            instances.append({**instance, "answers": answers, "candidates": candidates})
+            continue
         segments = [{"text": f"answer {i} {id}", "passage": passages[id]} for id in ids.split()]
         if i == 5 and segments:
             segments[0]["negatives"] = [passages["p0"], hard_negative]
         if not segments:
             segments = [{"text": "free", "passage": None}]
-        question = f"question {i} " * (i % 5 + 1)
-        instances.append({"id": str(i), "dataset": "d", "instruction": "", "input": question, "segments": segments})
+        instances.append({**instance, "segments": segments})
     return instances
 
 
@@ -101,7 +109,7 @@ def run(
         per_device_eval_batch_size=3,
         **options,
     )
-    held_out = make_instances("ragged")[:11]  # no multiple of anything
+    held_out = make_instances(pattern if pattern == "asked" else "ragged")[:11]  # no multiple of anything
     trainer_class = ShardedTrainer if sharded else CoSupTrainer
     trainer = trainer_class(model, args, train_dataset=make_instances(pattern), eval_dataset=held_out)
     assert trainer.accelerator.num_processes == world_size, trainer.accelerator.num_processes
@@ -125,6 +133,8 @@ def run(
     if trainer.is_world_process_zero():
         names = [name for name in entry if name.endswith("loss")]
         figures = ["nsp_accuracy", "num_negatives", "grad_norm"]
+        figures += ["target_entropy", "student_entropy", "target_max", "hit_rate@3", "num_left_out"]
+        figures += ["eval_target_entropy", "eval_hit_rate@3", "eval_num_left_out"]
         figures += ["eval_query_recall@1", "eval_query_recall@5", "eval_num_queries", "eval_nsp_predicted"]
         names += [name for name in figures if name in entry]
         names += [name for name in entry if name.startswith(("predicted", "num_input_tokens"))]

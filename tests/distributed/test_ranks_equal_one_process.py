@@ -25,6 +25,14 @@ SMOOTHED = {
     "include_num_input_tokens_seen": "non_padding",
     "predict": True,
 }
+DISTILLED = {
+    "pattern": "asked",
+    "accumulation": 2,
+    "supervision": "attention_distillation",
+    "candidates_from": "instance",
+    "num_candidates": 3,
+    "max_length": 512,
+}
 CASES = {
     "ragged": {},
     "zero": {"pattern": "zero"},
@@ -54,6 +62,8 @@ CASES = {
     "tied": TIED,
     "tied, zero": TIED | {"pattern": "zero", "accumulation": 2},
     "tied, cached, packed": TIED | CACHED | CHECKPOINTING | {"padding_free": True},
+    "distilled": DISTILLED,
+    "cached, distilled": DISTILLED | {"nsp_batch_size": 6, "per_device_train_batch_size": 2},
 }
 # the case that one process runs in place of another, whose results must be the same
 REFERENCES = {
@@ -71,6 +81,7 @@ REFERENCES = {
     "lone, local": "lone",  # each rank's six instances are one of two accumulated batches
     "cached, packed, smoothed": "smoothed",
     "tied, cached, packed": "tied",
+    "cached, distilled": "distilled",
 }
 THREE_RANKS = ["ragged", "zero", "accumulated", "checkpointed", "cached", "cached, budget", "separate", "tied"]
 SHARDED = [
