@@ -17,6 +17,7 @@ from trainer.data import check_instance
 from trainer.reader_scores import answer_log_likelihoods, attention_shares
 from trainer.reading import reader_row
 from trainer.tokenizing import tokenize_instance
+from trainer.watch import explained_memory_errors
 
 ATTENTION = {"supervision": "attention_distillation"}
 PERPLEXITY = {"supervision": "perplexity_distillation"}
@@ -482,3 +483,10 @@ def test_a_reader_that_is_not_finite_names_the_instance(models, tmp_path, superv
         trainer.model.gen.model.layers[0].self_attn.v_proj.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match=f"of instance {ASKED[0]['id']!r} are NaN or infinite"):
         trainer.train()
+
+
+def test_too_little_memory_names_the_number_of_candidates(tmp_path):
+    for options, is_named in ((ATTENTION, True), ({}, False)):
+        with pytest.raises(torch.OutOfMemoryError) as error, explained_memory_errors(arguments(tmp_path, **options)):
+            raise MemoryError
+        assert ("a num_candidates below 5" in str(error.value)) == is_named
