@@ -22,7 +22,7 @@ from typing import Any
 
 from shared.cli import check_options, clear_errors, parse, table
 
-from shared.arguments import CandidateArguments
+from shared.mining_arguments import CandidateArguments
 
 if __name__ == "__main__":  # --help and a wrong option do not wait for the imports below
     check_options([CandidateArguments], __doc__)

@@ -19,7 +19,7 @@ from typing import Any
 
 from shared.cli import check_options, clear_errors, parse, table_of_counts
 
-from shared.arguments import MiningArguments
+from shared.mining_arguments import MiningArguments
 
 if __name__ == "__main__":  # --help and a wrong option do not wait for the imports below
     check_options([MiningArguments], __doc__)

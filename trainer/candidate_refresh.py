@@ -57,16 +57,15 @@ class CandidatesMixin(Trainer):
             )
         gold = gold_contents(_named_sets(self.train_dataset, self.eval_dataset))
         read = read_candidates_corpus(corpus, base, gold, named)
-        _check_corpus(read, base, self.args)
-        self.candidates = CandidateIndex(read, self.args, self._host_group)
+        _check_searchable(read, base, self.args)
+        self.candidates = CandidateIndex(read, self.args, self._host_group, self.compute_loss_context_manager)
 
     def _refresh_candidates(self) -> None:
         """Build the index of candidates if it is time; all ranks call this before they search it for a step."""
         if self.candidates is None:
             return
         start = time.time()
-        with self.compute_loss_context_manager():
-            self.candidates.refresh(without_peft(self.model), self.state.global_step)
+        self.candidates.refresh(without_peft(self.model), self.state.global_step)
         self._running.leave_out(time.time() - start)
 
     @contextlib.contextmanager
@@ -76,7 +75,9 @@ class CandidatesMixin(Trainer):
             yield
             return
         step = self.state.global_step if self.is_in_train else None
+        start = time.time()
         with self.candidates.fresh(without_peft(self.model), step):
+            self._running.leave_out(time.time() - start)
             yield
 
     @contextlib.contextmanager
@@ -103,7 +104,7 @@ class CandidatesMixin(Trainer):
 
     def _save_candidates(self, checkpoint: str) -> None:
         """Add the index of candidates to a checkpoint."""
-        if self.candidates is not None and self.args.should_save:
+        if self.candidates is not None and self.is_world_process_zero():
             self.candidates.save(Path(checkpoint))
 
 
@@ -146,12 +147,8 @@ def _corpus_of_instances(corpus: Any, passages: list[dict[str, str]], named: Map
     return passages if corpus is None else corpus
 
 
-def _check_corpus(corpus: CandidateCorpus, model: CoSupForCausalLM, args: CoSupTrainingArguments) -> None:
-    """Raise for a corpus that is too small, or an index that cannot be kept up to date."""
-    for name in ("num_candidates", "rerank_candidates"):
-        count = getattr(args, name)
-        if count is not None and count > len(corpus):
-            raise ValueError(f"{name} is {count}, and the corpus holds only {len(corpus)} passages.")
+def _check_searchable(corpus: CandidateCorpus, model: CoSupForCausalLM, args: CoSupTrainingArguments) -> None:
+    """Raise for an index that cannot be kept up to date, and for a search that FAISS refuses."""
     index = corpus.index
     if index is not None and trains_passages(model) and not isinstance(index, PassageIndex):
         raise ValueError(

@@ -7,7 +7,8 @@ The passages that a reader is shown, found in an index of the training corpus th
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import cast
 
@@ -60,12 +61,21 @@ class CandidateIndex:
         args ([`CoSupTrainingArguments`]): `num_candidates`, `rerank_candidates`, `refresh_index_steps` and
             `index_factory`, read when they are needed, because a trial of a search may change them.
         group (`ProcessGroup`, *optional*): for messages between the hosts of all ranks.
+        precision (`Callable`, *optional*): returns the autocast context of training, in which passages are embedded.
+
+    Raises:
+        `ValueError`: for a corpus of fewer passages than are to be retrieved.
     """
 
     def __init__(
-        self, corpus: CandidateCorpus, args: CoSupTrainingArguments, group: dist.ProcessGroup | None = None
+        self,
+        corpus: CandidateCorpus,
+        args: CoSupTrainingArguments,
+        group: dist.ProcessGroup | None = None,
+        precision: Callable[[], AbstractContextManager] = contextlib.nullcontext,
     ) -> None:
-        self.corpus, self.args = corpus, args
+        self.corpus, self.args, self.precision = corpus, args, precision
+        self._check_counts()
         self.folders = IndexFolders(Path(cast(str, args.output_dir)), group, not args.disable_tqdm)
         self.step = None if corpus.index is None else 0  # whose weights the index has
         self._given = corpus.index  # of the weights at the beginning of training
@@ -73,6 +83,12 @@ class CandidateIndex:
         self._built: PassageIndex | None = None  # the last refresh
         self._evaluated: tuple[int, PassageIndex] | None = None  # step and index of an evaluation while training
         self._is_fresh = False  # inside `fresh`
+
+    def _check_counts(self) -> None:
+        for name in ("num_candidates", "rerank_candidates"):
+            count = getattr(self.args, name)
+            if count is not None and count > len(self.corpus):
+                raise ValueError(f"{name} is {count}, and the corpus holds only {len(self.corpus)} passages.")
 
     # ------------------------------------------------------------------ searching
 
@@ -113,7 +129,8 @@ class CandidateIndex:
                     of_query.append(dataclasses.replace(candidate_of_row[row], score=score))
             found.append(of_query)
         if self.args.rerank_candidates:
-            found = rerank(model, query_embeds, found)
+            with self.precision():
+                found = rerank(model, query_embeds, found)
         return [of_query[: self.args.num_candidates] for of_query in found]
 
     def _rows_of_pools(self, pools: Sequence[Sequence[str] | None] | None) -> list[np.ndarray | None] | None:
@@ -151,6 +168,8 @@ class CandidateIndex:
             else:
                 self._built = self._evaluated[1]
             self._index, self.step = self._built, step
+        elif self._evaluated is None:
+            return
         self._evaluated = None
         self._tidy()
 
@@ -181,9 +200,11 @@ class CandidateIndex:
             self._tidy()
 
     def _build(self, model: CoSupForCausalLM, name: str) -> PassageIndex:
-        if self._built is not None:
-            return self.folders.build_again(self._built, model, name, self.args.index_factory)
-        return self.folders.build(self.corpus.source, len(self.corpus), model, name, self.args.index_factory)
+        factory = self.args.index_factory
+        with self.precision():
+            if self._built is not None:
+                return self.folders.build_again(self._built, model, name, factory)
+            return self.folders.build(self.corpus.source, len(self.corpus), model, name, factory)
 
     def _tidy(self) -> None:
         """Remove the folders of indexes that are no longer needed."""
@@ -195,7 +216,8 @@ class CandidateIndex:
             self.folders.remove()
 
     def restart(self) -> None:
-        """Forget earlier refreshes, at the beginning of a training."""
+        """Forget earlier refreshes, at the beginning of a training; its arguments may be other ones."""
+        self._check_counts()
         self._index, self.step = self._given, None if self._given is None else 0
         self._built = self._evaluated = None
         self._tidy()
@@ -239,7 +261,7 @@ class CandidateIndex:
                 f"{checkpoint} was trained with another corpus than the one given now: resume with that, or begin a"
                 " new training from the weights of the checkpoint."
             )
-        self.step = state["step"]
+        self._index, self.step = self.corpus.index, state["step"]
         if (folder / "index").exists():
             self._index = self._built = self.folders.adopt(folder / "index", f"step-{self.step}")
 
@@ -270,7 +292,8 @@ def rerank(
     queries = query_embeds.float().cpu()
     reranked = []
     for query, of_query in zip(queries, found, strict=True):
-        scores = embeds[[row_of[candidate.id] for candidate in of_query]] @ query
+        # not a matrix product, which autocast would compute in half precision
+        scores = (embeds[[row_of[candidate.id] for candidate in of_query]] * query).sum(1)
         fresh = [dataclasses.replace(c, score=score) for c, score in zip(of_query, scores.tolist(), strict=True)]
         reranked.append(sorted(fresh, key=lambda candidate: -candidate.score))
     return reranked

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from transformers import AutoModel
 
 from modeling_cosup import CoSupForCausalLM, PassageIndex
 from support.forks import run_forked
@@ -169,7 +170,7 @@ def test_every_config_parses_and_the_command_line_wins():
         values = yaml.safe_load(path.read_text())
         assert args.seed == 7
         assert args.learning_rate == float(values["learning_rate"])
-        assert script.similarity == values["similarity"]
+        assert script.similarity == values.get("similarity")
 
 
 WAYS = {
@@ -269,6 +270,64 @@ def test_a_tied_checkpoint_is_trained_asked_and_judged_by_every_recipe(inputs, t
     assert len(retriever.index) == len(PASSAGES)
     run_here(generate, "who?", model=out, index=tmp_path / "index", max_new_tokens=3)
     assert "Q  who?" in capsys.readouterr().out
+
+
+def test_the_steps_of_a_distillation_follow_each_other(inputs, tmp_path, monkeypatch, capsys):
+    """Their configs, and then a training whose candidates come from the index of another."""
+    from train import main
+
+    from shared import training_run
+
+    questions = [json.loads(line) for line in (inputs / "eval.jsonl").read_text().splitlines()]
+    asked = [{"input": question["input"], "answers": question["answers"]} for question in questions[:6]]
+    settings = {"train_file": write(tmp_path / "asked.jsonl", asked), "num_candidates": 3, "max_steps": 1}
+    settings |= {"max_length": 512, "max_new_tokens": 4, "save_strategy": "no", "report_to": "none", "bf16": "false"}
+    settings |= {"learning_rate": 1e-3, "warmup_steps": 0}
+    judged = []
+
+    def evaluate_tasks(model, tasks, *rest, **options):
+        judged.extend(tasks)
+        return evaluate(model, tasks, *rest, **options)
+
+    evaluate = training_run.evaluate_tasks
+    monkeypatch.setattr(training_run, "evaluate_tasks", evaluate_tasks)
+
+    def step(name, config=None, **extra):
+        words = flags(output_dir=tmp_path / name, eval_before_training="false", **settings, **extra)
+        if config is not None:
+            words = ["--config", f"{ROOT}/recipes/configs/{config}.yaml", *words]
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        main()
+        assert not (tmp_path / name / "candidates").exists()
+        return CoSupForCausalLM.from_pretrained(tmp_path / name)
+
+    def same(part, other):
+        return all(torch.equal(value, other.state_dict()[name]) for name, value in part.state_dict().items())
+
+    corpus = {"corpus_file": inputs / "corpus.jsonl"}
+    first = step("one", "distillation_step_1", gen=inputs / "gen", emb_seq=inputs / "emb_seq", **corpus)
+    assert same(first.emb_seq.h, AutoModel.from_pretrained(inputs / "emb_seq").h)
+    eval_file = {"eval_file": inputs / "eval.jsonl"}
+    second = step("two", "distillation_step_2", model_name_or_path=tmp_path / "one", **corpus, **eval_file)
+    assert same(second.gen, first.gen) and not same(second.emb_seq, first.emb_seq)
+    assert [task.top_k for task in judged] == [3]
+    assert "--passages_per_nsp 3" in capsys.readouterr().out
+    monkeypatch.setattr(PassageIndex, "build", None)  # the given index is searched
+    index = {"model_name_or_path": tmp_path / "one", "index": tmp_path / "one" / "index"}
+    third = step("three", supervision="ntp", candidates_from="index", **index)
+    third.load_index(tmp_path / "one" / "index")
+    assert not same(third.gen, first.gen)
+
+
+def test_options_of_candidates_that_are_refused(inputs, tmp_path, monkeypatch):
+    data = flags(gen=inputs / "gen", train_file=inputs / "train.jsonl", output_dir=tmp_path / "out", max_length=512)
+    candidates = flags(supervision="attention_distillation")
+    assert "give --corpus_file, or an --index of a frozen Emb_seq" in train_here(monkeypatch, *data, *candidates)
+    make_model(query_from="emb_seq").save_pretrained(tmp_path / "model")
+    make_model(query_from="emb_seq").build_index(PASSAGES).save_pretrained(tmp_path / "index")
+    trained = flags(model_name_or_path=tmp_path / "model", index=tmp_path / "index")
+    error = train_here(monkeypatch, *data, *candidates, *trained)
+    assert "training changes Emb_seq, and no index of it stays valid; add --freeze_emb_seq true" in error
 
 
 def test_lora_writes_adapters_and_a_merged_checkpoint(inputs, tmp_path, monkeypatch):

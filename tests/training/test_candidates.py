@@ -138,6 +138,30 @@ def test_reranking_sorts_by_fresh_scores_and_encodes_each_passage_once(tmp_path,
     assert any(of_query[0].id != PASSAGES[rows[0]]["id"] for of_query, rows in zip(found, stale_rows, strict=True))
 
 
+def test_reranking_multiplies_in_float32_under_autocast(tmp_path, model):
+    candidates = candidate_index(tmp_path, model, rerank_candidates=6)
+    candidates.refresh(model, 0)
+    query_embeds = queries(2, model)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = candidates.search(model, query_embeds)
+        embeddings = model.build_index(PASSAGES, show_progress_bar=False).embeddings
+    for query, of_query in zip(query_embeds, found, strict=True):
+        scores = [float(embeddings[int(candidate.id[1:])] @ query) for candidate in of_query]
+        torch.testing.assert_close([candidate.score for candidate in of_query], scores, atol=1e-6, rtol=0)
+
+
+def test_retrieving_draws_no_random_numbers(tmp_path):
+    model = make_model(**DROPOUT).train()
+    candidates = candidate_index(tmp_path, model, rerank_candidates=4, index_factory="IVF2,Flat")
+    state = torch.get_rng_state()
+    with candidates.fresh(model, 0):
+        candidates.search(model, queries(3, model))
+    candidates.refresh(model, 0)
+    candidates.search(model, queries(3, model))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training and model.emb_seq.training
+
+
 def test_an_approximate_search_is_trained_at_each_refresh(tmp_path, model):
     candidates = candidate_index(tmp_path, model, index_factory="IVF2,Flat", refresh_index_steps=1)
     for step in range(2):
@@ -305,13 +329,13 @@ def test_training_refreshes_on_schedule_and_leaves_nothing(tmp_path, monkeypatch
 def uninterrupted(tmp_path_factory):
     """Losses of 7 steps, and the output folder with a checkpoint of every third."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    trainer = trainer_of(folder, max_steps=7, save_strategy="steps", save_steps=3)
+    trainer = trainer_of(folder, max_steps=7, save_strategy="steps", save_steps=3, bf16=True)
     trainer.train()
     return losses(trainer), folder
 
 
 def test_evaluating_does_not_change_training(tmp_path, uninterrupted):
-    trainer = trainer_of(tmp_path, max_steps=7, eval_dataset=HELD_OUT, eval_strategy="steps", eval_steps=1)
+    trainer = trainer_of(tmp_path, max_steps=7, eval_dataset=HELD_OUT, eval_strategy="steps", eval_steps=1, bf16=True)
     trainer.train()
     assert losses(trainer) == uninterrupted[0]
 
@@ -323,7 +347,7 @@ def test_a_resumed_run_gives_the_same_losses(tmp_path, uninterrupted):
     later = make_model(**DROPOUT)
     shake(later)
     later.build_index(CORPUS, save_directory=tmp_path / "candidates" / "step-6", show_progress_bar=False)
-    trainer = trainer_of(tmp_path, max_steps=7, save_strategy="steps", save_steps=3, save_total_limit=1)
+    trainer = trainer_of(tmp_path, max_steps=7, save_strategy="steps", save_steps=3, save_total_limit=1, bf16=True)
     trainer.train(resume_from_checkpoint=True)
     resumed = losses(trainer)
     assert list(resumed)[-4:] == [4, 5, 6, 7]
@@ -354,9 +378,10 @@ def test_resuming_before_the_first_refresh_searches_the_given_index(tmp_path):
     trainer = trainer_of(tmp_path, corpus=index, max_steps=3, save_strategy="steps", save_steps=1)
     trainer.train()
     assert os.listdir(tmp_path / "checkpoint-1" / "candidates") == ["candidates.json"]
-    resumed = trainer_of(tmp_path, corpus=index, max_steps=3)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert {**losses(trainer), **losses(resumed)} == losses(trainer)
+    expected = losses(trainer)
+    for resumed in (trainer_of(tmp_path, corpus=index, max_steps=3), trainer):  # a new process, and the same one
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        assert losses(resumed) == expected
 
 
 def test_each_model_of_model_init_gets_an_index_of_its_own(tmp_path, embedded):
