@@ -13,6 +13,8 @@ Written under `output_dir`:
                                     in train.jsonl or validation.jsonl
     corpus.jsonl                    the passages of all entities, trained and unseen
     gen/, emb_seq/                  two tiny Llama checkpoints with their tokenizer, ready to be co-supervised
+    pairs.jsonl, start.jsonl        with --pairs true, for distillation: the questions of train.jsonl with answers in
+                                    place of gold passages, and instances of another world with gold passages
     world.json                      the settings
 
 Gen runs a copy drill on random tokens, in place of the pretraining that a real Gen has. Without the drill, Gen still

@@ -46,10 +46,12 @@ from experiments.definition import (
     key_of,
     load_experiment,
     parse_seeds,
+    retrieves_candidates,
     scoring,
 )
 from experiments.launching import Failed, Run, hardware, launch, locked_folder, say, training_facts
 from experiments.task_files import Entry, cut_corpora, cut_to_pools, digest_of_content, expand_tasks
+from shared.model_options import MODEL_OPTIONS
 from shared.quickstart import (
     EncoderArguments,
     TaskArguments,
@@ -81,12 +83,13 @@ def main() -> None:
     for run in runs:
         if args.only and run.arm not in args.only:
             continue
+        if run.failure:  # as the start of another arm
+            continue
         try:
             train(run, args.accelerate_config)
             evaluate(run, experiment, cache, args.accelerate_config)
         except Failed as failure:
-            run.failure = str(failure)
-            say(run, f"FAILED: {failure}")
+            fail(run, failure)
     with clear_errors():
         report(experiment, runs, notes, args.output_dir)
     sys.exit(1 if any(run.failure for run in runs) else 0)
@@ -121,13 +124,21 @@ def plan_seed(experiment: Experiment, seed: int, cache: Path, notes: list[str]) 
     if experiment.pools_only:
         defaults = {name: experiment.evaluation[name] for name in TASK_OPTIONS if name in experiment.evaluation}
         entries = cut_to_pools(entries, cache / "corpora", defaults)
-    runs = []
-    for arm in experiment.arms:
+    runs: dict[str, Run] = {}
+    for arm in experiment.training_order():
         arm_options = complete(fill(options[arm], folders), seed, world)
-        folder = cache / "models" / key_of(arm_options)
+        start = runs.get(experiment.starting_arm(arm) or "")
+        folder = cache / "models" / training_key(arm_options, start and start.folder.name)
         evaluation = cache / "evaluations" / evaluation_key(folder.name, entries, experiment.evaluation)
-        runs.append(Run(arm, seed, arm_options, folder, evaluation, entries, meaning))
-    return runs
+        runs[arm] = Run(arm, seed, arm_options, folder, evaluation, entries, meaning, start)
+    return [runs[arm] for arm in experiment.arms]
+
+
+def training_key(options: dict[str, Any], start_key: str | None) -> str:
+    """Return the key of a training; `start_key` is that of the training whose model it starts from, if any."""
+    if start_key is None:
+        return key_of(options)
+    return key_of({**options, "model_name_or_path": start_key})
 
 
 def make_world(
@@ -169,7 +180,11 @@ def complete(options: dict[str, Any], seed: int, world: dict[str, str]) -> dict[
     Raises:
         `ValueError`: if there are no training data or no Gen.
     """
-    options = {name: value for name, value in options.items() if name not in NOT_OPTIONS}
+    corpus_file = options.get("corpus_file")
+    left_out = set(NOT_OPTIONS)
+    if "{arm:" in str(options.get("model_name_or_path")):
+        left_out.update(MODEL_OPTIONS)  # of base: the other arm has built the model
+    options = {name: value for name, value in options.items() if name not in left_out}
     from_world: set[str] = set()
     if not _has_gen(options):
         from_world.add("gen")
@@ -177,11 +192,18 @@ def complete(options: dict[str, Any], seed: int, world: dict[str, str]) -> dict[
             from_world.add("emb_seq")
     if options.get("train_file") is None:
         from_world |= {"train_file", "validation_file"}
+    if retrieves_candidates(options):
+        options["corpus_file"] = corpus_file
+        from_world.add("corpus_file")
     for name, path in world.items():
         if name in from_world and options.get(name) is None:
             options[name] = path
     if not options.get("train_file") or not _has_gen(options):
         raise ValueError("Nothing to train: set train_file and gen, or world: quickstart.")
+    if options.get("corpus_file", "") is None:
+        raise ValueError("Nothing to retrieve candidates from: set corpus_file, or world: quickstart.")
+    if options.get("max_steps") == 0:  # which transformers takes for unset
+        options |= {"max_steps": -1, "num_train_epochs": 0}
     if options.get("validation_file") is None:
         options.pop("validation_file", None)
         options["eval_strategy"] = "no"  # a config may set another one, but there is nothing to evaluate on
@@ -229,8 +251,12 @@ def show_plan(experiment: Experiment, cache: Path) -> None:
     print(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), end="")
     print("trainings:")
     for seed in experiment.seeds:
+        keys: dict[str, str] = {}
+        for arm in experiment.training_order():
+            start_key = keys.get(experiment.starting_arm(arm) or "")
+            keys[arm] = training_key(planned_options(experiment, arm, seed, cache), start_key)
         for arm in experiment.arms:
-            folder = cache / "models" / key_of(planned_options(experiment, arm, seed, cache))
+            folder = cache / "models" / keys[arm]
             print(f"  {arm}, seed {seed}: {training_state(folder)}")
 
 
@@ -270,19 +296,23 @@ def planned_options(experiment: Experiment, arm: str, seed: int, cache: Path) ->
 
 def train(run: Run, accelerate_config: str) -> None:
     """
-    Train the model of a run, unless it is trained already.
+    Train the model of a run, unless it is trained already; before it, the model that it starts from.
 
     Writes `options.yaml`, `train.log`, `model/` and, last of all, `trained.json` into `run.folder`.
     """
     done = run.folder / "trained.json"
     config = run.folder / "options.yaml"
     model = run.folder / "model"
+    options = run.options
+    if run.start is not None and not done.exists():
+        train_start(run.start, run.arm, accelerate_config)
+        options = {**options, "model_name_or_path": str(run.start.model)}
     run.folder.mkdir(parents=True, exist_ok=True)
     with locked_folder(run.folder) as lock:
         if done.exists():
             say(run, f"trained already: {run.folder}")
             return
-        config.write_text(yaml.safe_dump(run.options, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        config.write_text(yaml.safe_dump(options, sort_keys=False, allow_unicode=True), encoding="utf-8")
         arguments = ["--config", str(config), "--output_dir", str(model)]
         resumed = has_complete_checkpoint(model)
         if resumed:
@@ -292,6 +322,30 @@ def train(run: Run, accelerate_config: str) -> None:
             shutil.rmtree(checkpoint)
         facts = {"command": command, "seconds": seconds, "resumed": resumed, "hardware": hardware(run.options)}
         write_json(done, {**facts, **training_facts(model)})
+
+
+def train_start(start: Run, arm: str, accelerate_config: str) -> None:
+    """
+    Train the model that another arm starts from, unless it is trained already.
+
+    Raises:
+        `Failed`: if this training fails, or has failed before.
+    """
+    if (start.folder / "trained.json").exists():
+        return
+    if not start.failure:
+        try:
+            train(start, accelerate_config)
+        except Failed as failure:
+            fail(start, failure)
+    if start.failure:
+        raise Failed(f"{arm} starts from {start.arm}, which failed: {start.failure}")
+
+
+def fail(run: Run, failure: Failed) -> None:
+    """Note why a run failed, and say it."""
+    run.failure = str(failure)
+    say(run, f"FAILED: {failure}")
 
 
 def has_complete_checkpoint(model: Path) -> bool:
@@ -319,10 +373,7 @@ def evaluate(run: Run, experiment: Experiment, cache: Path, accelerate_config: s
             return
         options = {**experiment.evaluation, "modes": experiment.modes, "tasks": run.entries}
         config.write_text(yaml.safe_dump(options, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        model = run.folder / "model"
-        if (model / "merged").exists():
-            model = model / "merged"
-        arguments = ["--config", str(config), "--model", str(model)]
+        arguments = ["--config", str(config), "--model", str(run.model)]
         arguments += ["--output_dir", str(run.evaluation / "results"), "--index_cache", str(cache / "indexes")]
         # The answers of an earlier evaluation are reused, so its time counts too.
         seconds_before = read_json(done)["seconds"] if done.exists() else 0

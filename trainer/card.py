@@ -22,6 +22,7 @@ from modeling_cosup.facts_cosup import Facts, Metric, ResultGroup, TrainingRecor
 from modeling_cosup.files_cosup import read_json, write_json
 from modeling_cosup.hub_cosup import CARD_FILE, CARD_MARKER, FACTS_FILE, is_repo_id
 
+from .candidates import trains_passages
 from .judging.figures import FIGURES, MAIN, SEARCHING, Measured, cor_label, figure
 from .judging.intervals import Rate
 from .model_setup import adapter_config, without_peft
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 MAX_LOG_ENTRIES = 500  # of a record
-LOGGED = ("step", "epoch", "nsp_accuracy", "num_negatives", "learning_rate")  # and every loss
+LOGGED = ("step", "epoch", "nsp_accuracy", "num_negatives", "target_entropy", "learning_rate")  # and every loss
 GATHER_LABELS = {
     "global": "all processes",
     "local": "the query's own process",
@@ -82,8 +83,12 @@ def training_record(
 
 
 def _recorded(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of a log entry that is recorded: every loss, whatever its name, and `LOGGED`."""
-    return {name: value for name, value in entry.items() if name in LOGGED or name.endswith("loss")}
+    """Return the part of a log entry that is recorded: every loss, whatever its name, hit rates, and `LOGGED`."""
+    recorded = {}
+    for name, value in entry.items():
+        if name in LOGGED or name.endswith("loss") or name.startswith("hit_rate@"):
+            recorded[name] = value
+    return recorded
 
 
 def _arguments(
@@ -117,6 +122,8 @@ def _arguments(
     runtimes = [entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry]
     rows = {
         "supervision": args.supervision,
+        "target of the distillation": _target(args),
+        "candidates": _candidates(args, model),
         "optimizer": f"{optimizer}, weight decay {args.weight_decay:g}, gradients clipped at {args.max_grad_norm:g}",
         "learning rate": f"{args.learning_rate:g}, {schedule}",
         "Matryoshka widths": ", ".join(map(str, args.matryoshka_dims or [])) or None,
@@ -136,6 +143,23 @@ def _arguments(
         "versions": f"transformers {transformers.__version__}, torch {torch.__version__}",
     }
     return {name: value for name, value in rows.items() if value is not None}
+
+
+def _target(args: CoSupTrainingArguments) -> str | None:
+    """Return what a distillation distils, and how sharp it is; `None` without one."""
+    if not args.distills:
+        return None
+    name, temperature = args.target
+    return name if temperature is None else f"{name}, temperature {temperature:g}"
+
+
+def _candidates(args: CoSupTrainingArguments, model: "CoSupForCausalLM | PeftModel") -> str | None:
+    """Return how instances without a passage got their candidates; `None` if there are none."""
+    if args.candidates_from is None:
+        return None
+    source = "of the corpus" if args.candidates_from == "index" else "of the instance's own"
+    refreshes = f"every {args.refresh_index_steps:,} steps" if trains_passages(without_peft(model)) else "once"
+    return f"{args.num_candidates} {source}, embedded {refreshes}"
 
 
 def _adapters(model: "CoSupForCausalLM | PeftModel") -> str | None:

@@ -35,7 +35,7 @@ from modeling_cosup import CoSupForCausalLM
 from .arguments import check_collator, check_optimizer, check_sharding, check_trainer_arguments, read_by_tokenizing
 from .batching import CoSupDataCollator
 from .candidate_refresh import check_given_index
-from .candidate_watch import FLATNESS, CandidateWatch
+from .candidate_watch import FLATNESS
 from .control_tokens import set_control_token_lr
 from .dataset_setup import (
     COLUMNS,
@@ -75,7 +75,10 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
 
     Next to `loss`, the log has each loss by name (`ntp_loss`, `nsp_loss`: see `losses.py`), `nsp_accuracy` (in-batch
     retrieval accuracy), `num_negatives` (mean per query), `tokens_per_second` (tokens of Gen and Emb_seq, without
-    padding) and `padding` (its share of all tokens). A figure for which nothing was measured is left out.
+    padding) and `padding` (its share of all tokens). A figure for which nothing was measured is left out. With
+    `candidates_from` it also has `hit_rate@K` (of questions with answers), `query_recall@K` (of those with provenance)
+    and `num_left_out` (instances that were too long); with a distillation `target_entropy`, `student_entropy` and
+    `target_max`. `evaluate()` returns them too, over a fresh index.
 
     `evaluate()` returns `eval_loss`, each loss by name (`eval_ntp_loss`, `eval_nsp_loss`), `eval_query_recall@1`,
     `eval_query_recall@5`, and `eval_nsp_predicted`: how often Gen would write the `[NSP]` of the reference. The NSP
@@ -283,8 +286,6 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Run `Trainer.train`; `resume_from_checkpoint=True` resumes from the last checkpoint that is complete."""
-        self._running = running_figures(self.loss_weights, self.args)
-        self._candidate_watch = CandidateWatch(self.args)
         self._num_trained_instances = self._num_trained_queries = 0
         if self.args.nsp_batch_size is not None:
             self._train_batch_size = self.args.per_device_train_batch_size  # where auto_find_batch_size begins

@@ -1,10 +1,7 @@
 """The targets of a distillation, and checks of the arguments that retrieve candidates; imports no torch."""
 
 import math
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .training_args import CoSupTrainingArguments
+from typing import Any
 
 # the targets of each distillation, the default first, with their default temperatures; None: it has none
 DISTILLATIONS: dict[str, dict[str, float | None]] = {
@@ -14,9 +11,12 @@ DISTILLATIONS: dict[str, dict[str, float | None]] = {
 SOURCES = (None, "index", "instance")  # of candidates
 
 
-def check_candidates(args: "CoSupTrainingArguments") -> None:
+def check_candidates(args: Any) -> None:
     """
     Check the arguments of candidates and of distillation, before a model is loaded.
+
+    Args:
+        args ([`CoSupTrainingArguments`]): which call this, so that their module cannot be imported here.
 
     Raises:
         `ValueError`: naming the argument.
@@ -49,7 +49,7 @@ def check_candidates(args: "CoSupTrainingArguments") -> None:
         )
 
 
-def _check_distillation(args: "CoSupTrainingArguments") -> None:
+def _check_distillation(args: Any) -> None:
     """Check the target of a distillation."""
     if not args.distills:
         for name in ("distillation_target", "target_temperature"):
@@ -71,7 +71,7 @@ def _check_distillation(args: "CoSupTrainingArguments") -> None:
         raise ValueError(f"target_temperature has no meaning with distillation_target={name!r}: leave it out.")
 
 
-def _refuse(args: "CoSupTrainingArguments", names: tuple[str, ...]) -> None:
+def _refuse(args: Any, names: tuple[str, ...]) -> None:
     """Raise for arguments that are set and mean nothing without candidates."""
     for name in names:
         if getattr(args, name):

@@ -13,6 +13,7 @@ from .arguments import read_by_tokenizing
 from .control_tokens import check_control_token_lr
 from .model_setup import (
     check_control_tokens,
+    check_reader,
     check_retriever_is_trained,
     check_supervision,
     default_collator,
@@ -62,6 +63,7 @@ class ModelInitMixin(Trainer):
             trained_model = wrap_in_peft(model, self._peft_config)
         freeze(base, self.args)
         check_retriever_is_trained(base, self.args)
+        check_reader(base, self.args)
         freeze_unreached(base, self.args)
         if self.args.control_token_lr is not None:
             check_control_token_lr(base)

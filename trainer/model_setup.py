@@ -13,6 +13,7 @@ from modeling_cosup import CoSupConfig, CoSupForCausalLM
 
 from .batching import CoSupDataCollator
 from .grad_cache import has_dropout
+from .recording import recording_implementation
 from .training_args import CoSupTrainingArguments
 
 if TYPE_CHECKING or is_peft_available():
@@ -80,6 +81,12 @@ def check_retriever_is_trained(model: CoSupForCausalLM, args: CoSupTrainingArgum
         f" queries (query_from={model.config.query_from!r}). Leave freeze_emb_seq out, or train the reader alone:"
         " supervision='ntp' with candidates_from='index'."
     )
+
+
+def check_reader(model: CoSupForCausalLM, args: CoSupTrainingArguments) -> None:
+    """Raise if Gen's attention is needed, as a target or for an indicator, and cannot be recorded."""
+    if args.supervision == "attention_distillation" or args.log_indicators:
+        recording_implementation(model)
 
 
 def check_tied_arguments(args: CoSupTrainingArguments) -> None:

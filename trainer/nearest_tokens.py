@@ -19,7 +19,7 @@ from modeling_cosup.tokenization_cosup import encode_texts
 from .reading import ReaderRow
 
 Embed: TypeAlias = Callable[[torch.Tensor], torch.Tensor]  # token ids (n,) -> their embeddings (n, h)
-Pooling = Literal["max", "mean"]
+Pooling = Literal["mean", "max"]
 DECIMALS = 5  # similarities that agree this far differ by rounding alone
 
 
@@ -61,7 +61,7 @@ def passage_tokens(row: ReaderRow, attention: torch.Tensor) -> tuple[torch.Tenso
 
 
 def token_similarity(
-    embed: Embed, token_ids: torch.Tensor, target_ids: Sequence[int], pooling: Pooling = "max"
+    embed: Embed, token_ids: torch.Tensor, target_ids: Sequence[int], pooling: Pooling = "mean"
 ) -> torch.Tensor:
     """
     Return the similarity of tokens to target tokens: the cosine of their embeddings.
@@ -70,7 +70,8 @@ def token_similarity(
         embed (`Callable`): maps token ids `(m,)` to embeddings `(m, h)`, e.g. `gen.get_input_embeddings()`.
         token_ids (`torch.LongTensor` of shape `(n,)`).
         target_ids (`list[int]`): at least one.
-        pooling (`str`, *optional*, defaults to `"max"`): over the target tokens: the nearest one, or the `"mean"`.
+        pooling (`str`, *optional*, defaults to `"mean"`): over the target tokens, or `"max"`, the nearest of them.
+            With `"max"` all tokens of the target tie at 1; where no others are nearest, no correlation is defined.
 
     Returns:
         `torch.FloatTensor` of shape `(n,)`: equal tokens have equal similarity, rounded to five decimals.
@@ -107,7 +108,7 @@ def indicator_1(
     attention: Sequence[torch.Tensor],
     answer_ids: Sequence[Sequence[int]],
     percentile: int = 95,
-    pooling: Pooling = "max",
+    pooling: Pooling = "mean",
 ) -> list[float]:
     """
     Return Indicator 1 of each row: the mean attention to the passage tokens that are nearest to its answer.

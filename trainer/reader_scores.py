@@ -55,14 +55,15 @@ def token_attention(
     gen = gen_of(gen)
     lengths = [row.answer_span[1] - 1 for row in rows]  # the last token of the answer predicts no other
     attention: list[torch.Tensor] = [torch.empty(0)] * len(rows)
-    for numbers in batches_by_length(lengths, max_tokens):
-        ids, _ = pad_rows([rows[number].input_ids[: lengths[number]] for number in numbers], pad_token_id)
-        predicting = [range(rows[number].answer_span[0] - 1, lengths[number]) for number in numbers]
-        answer_rows, _ = pad_rows(predicting, -1, device=gen.device)
-        with evaluating(gen), recording_attention(gen, answer_rows) as recorded:
-            gen.base_model(input_ids=ids.to(gen.device), use_cache=False)
-        for number, values in zip(numbers, recorded.token_attention(), strict=True):
-            attention[number] = values[: lengths[number]]
+    with evaluating(gen):
+        for numbers in batches_by_length(lengths, max_tokens):
+            ids, _ = pad_rows([rows[number].input_ids[: lengths[number]] for number in numbers], pad_token_id)
+            predicting = [range(rows[number].answer_span[0] - 1, lengths[number]) for number in numbers]
+            answer_rows, _ = pad_rows(predicting, -1, device=gen.device)
+            with recording_attention(gen, answer_rows) as recorded:
+                gen.base_model(input_ids=ids.to(gen.device), use_cache=False)
+            for number, values in zip(numbers, recorded.token_attention(), strict=True):
+                attention[number] = values[: lengths[number]]
     return attention
 
 

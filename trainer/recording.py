@@ -97,21 +97,17 @@ def recording_attention(gen: Any, answer_rows: torch.Tensor) -> Iterator[Recorde
             `AttentionInterface`, or whose attention cannot be computed from queries and keys; for `answer_rows` that
             do not fit the batch; for packed rows, and for a forward with a KV cache.
     """
+    wrapper = recording_implementation(gen)
     gen = gen_of(gen)
     if answer_rows.ndim != 2 or answer_rows.dtype != torch.long:
-        found = f"{answer_rows.dtype} of shape {tuple(answer_rows.shape)}"
-        raise ValueError(f"answer_rows is {found}, expected torch.int64 of shape (B, R).")
-    if not gen._supports_attention_backend:
-        raise ValueError(
-            f"{type(gen).__name__} computes attention itself (it lacks _supports_attention_backend), so its attention"
-            " cannot be recorded. Distil with supervision='perplexity_distillation', or use another architecture."
-        )
+        given = f"{answer_rows.dtype} of shape {tuple(answer_rows.shape)}"
+        raise ValueError(f"answer_rows is {given}, expected torch.int64 of shape (B, R).")
     config = gen.config.get_text_config()
     implementation = config._attn_implementation
-    config._attn_implementation = _wrapper(implementation, config)
     recorded = RecordedAttention(answer_rows, config)
     token = _recorded.set((*_recorded.get(), recorded))
     hook = gen.base_model.register_forward_pre_hook(_refuse_packed_rows, with_kwargs=True)
+    config._attn_implementation = wrapper
     try:
         with without_compilation():
             yield recorded
@@ -121,8 +117,24 @@ def recording_attention(gen: Any, answer_rows: torch.Tensor) -> Iterator[Recorde
         config._attn_implementation = implementation
 
 
-def _wrapper(implementation: str, config: PreTrainedConfig) -> str:
-    """Return the recording implementation that gives the same attention as `implementation`."""
+def recording_implementation(gen: Any) -> str:
+    """
+    Return the name of the attention implementation that records what a model's own one computes.
+
+    Args:
+        gen (`PreTrainedModel`): a causal language model, or a [`CoSupForCausalLM`].
+
+    Raises:
+        `ValueError`: if there is none, with what to do.
+    """
+    gen = gen_of(gen)
+    if not gen._supports_attention_backend:
+        raise ValueError(
+            f"{type(gen).__name__} computes attention itself (it lacks _supports_attention_backend), so its attention"
+            " cannot be recorded. Distil with supervision='perplexity_distillation', or use another architecture."
+        )
+    config = gen.config.get_text_config()
+    implementation = config._attn_implementation
     if implementation in _WRAPPERS.values():  # a nested recording
         return implementation
     if implementation in _WRAPPERS:
@@ -264,11 +276,12 @@ def _weights_of_rows(
     chunk = max(1, CHUNK_SIZE // (batch_size * heads * length))
     with torch.autocast(query.device.type, enabled=False):
         for start in range(0, rows.shape[1], chunk):
-            columns = slice(start, start + chunk)
-            part = queries[:, :, :, columns]  # (B, H', H / H', r, d)
-            scores = (part.flatten(2, 3) @ keys * scaling).unflatten(2, part.shape[2:4]).flatten(1, 2)  # (B, H, r, T)
-            scores = _masked(scores, attention_mask, rows[:, columns])
-            mean += torch.einsum("bhrt,br->bht", scores.softmax(-1), row_weights[:, columns])
+            part = slice(start, start + chunk)
+            of_rows = queries[:, :, :, part]  # (B, H', H / H', r, d)
+            scores = of_rows.flatten(2, 3) @ keys * scaling
+            scores = scores.unflatten(2, of_rows.shape[2:4]).flatten(1, 2)  # (B, H, r, T)
+            scores = _masked(scores, attention_mask, rows[:, part])
+            mean += torch.einsum("bhrt,br->bht", scores.softmax(-1), row_weights[:, part])
     return mean
 
 

@@ -27,7 +27,8 @@ from transformers.utils import logging
 from modeling_cosup import CoSupConfig, CoSupForCausalLM, CoSupOutput
 
 from .batching import BatchFacts
-from .distillation_step import DistillationStepMixin
+from .candidate_watch import CandidateWatch
+from .distillation_step import DistillationStepMixin, running_figures
 from .distributed import gather_objects
 from .duplicates import GlobalBatch, global_batch
 from .grad_cache import OptionalTensors, RandomState, concatenated, first_pass, like_pieces, second_pass
@@ -60,10 +61,17 @@ class TrainingStepMixin(DistillationStepMixin):
     _host_group: dist.ProcessGroup | None
     _finite: FiniteLosses
     _running: RunningFigures
+    _candidate_watch: CandidateWatch
     _step_instance_ids: list[str]
     _warned_of_lone_queries: bool
     _num_trained_instances: int
     _num_trained_queries: int
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Run `Trainer`'s, and begin the log: a trial of a search has set its arguments by now."""
+        self._running = running_figures(self.loss_weights, self.args)
+        self._candidate_watch = CandidateWatch(self.args)
+        return super()._prepare_for_training(*args, **kwargs)
 
     # ------------------------------------------------------------------ what all ranks know of a step
 

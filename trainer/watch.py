@@ -131,6 +131,8 @@ def _memory_savers(args: "CoSupTrainingArguments") -> list[str]:
     if not args.bf16 and not args.fp16:
         savers.append("bf16")
     savers.append(f"a max_length below {args.max_length}")
+    if args.candidates_from is not None:
+        savers.append(f"a num_candidates below {args.num_candidates}: each is read, and encoded where it is distilled")
     savers.append("LoRA (peft_config) or, with two towers, freeze_emb_seq, for optimiser states")
     return savers
 

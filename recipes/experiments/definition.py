@@ -7,7 +7,8 @@ The definition of an experiment: what its file holds, and which trainings and ev
                         task_options and model_options hold options of those recipes
     base                options of recipes/train.py that all arms share. `config` names a file of recipes/configs to
                         start from
-    arms                name -> options in which the arm differs from base
+    arms                name -> options in which the arm differs from base. With model_name_or_path: "{arm:NAME}" it
+                        starts from the model of another arm with the same seed. With max_steps: 0 it trains nothing
     baseline            the arm (or, with one arm, the mode) to compare the others with; defaults to the first one
     seeds               seeds of the data order, the weights and the world
     tasks               as in a config of recipes/run_evaluation.py, or the name of a file with such a list; defaults
@@ -23,6 +24,8 @@ The definition of an experiment: what its file holds, and which trainings and ev
     axis                the option of train.py on the x axis of the plots; an arm without it is drawn as a level line
     data                a folder, for which `{data}` stands in paths. `{world}` and `{models}` stand for the folders of
                         the seed's world
+
+Arms that retrieve candidates while they train search `corpus_file`, by default the corpus of the world.
 """
 
 import re
@@ -36,10 +39,12 @@ import yaml
 from modeling_cosup.configuration_cosup import SIMILARITY_DEFAULTS
 from modeling_cosup.files_cosup import digest
 from trainer import CoSupTrainingArguments
+from trainer.distillation_args import DISTILLATIONS
 from trainer.judging.results import FORMAT
 
 from experiments.task_files import digest_of_content, expand_tasks
 from shared.arguments import EvaluationArguments, ScriptArguments
+from shared.model_options import MODEL_OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_OPTIONS = {  # options of train.py that the runner sets: data, folders and seeds
@@ -88,7 +93,13 @@ NO_PART_OF_A_RESULT = {  # options of train.py that do not change the trained mo
 # Options of an evaluation or a task that say how answers are judged. They do not change the answers.
 SCORING = ("nli_model", "gr_hypothesis", "metric", "count_empty_answers", "split")
 NO_PART_OF_AN_ANSWER = ("num_threads", "batch_size", "nli_batch_size", "num_examples", *SCORING)
-WORLD_FILES = {"gen": "gen", "emb_seq": "emb_seq", "train_file": "train.jsonl", "validation_file": "validation.jsonl"}
+WORLD_FILES = {  # option of train.py -> file or folder of the world
+    "gen": "gen",
+    "emb_seq": "emb_seq",
+    "train_file": "train.jsonl",
+    "validation_file": "validation.jsonl",
+    "corpus_file": "corpus.jsonl",
+}
 
 
 @dataclass
@@ -120,6 +131,35 @@ class Experiment:
         if not config:
             return options
         return {**read_yaml(find(config)), **options}
+
+    def starting_arm(self, arm: str) -> str | None:
+        """Return the arm whose model an arm starts from, if any: `model_name_or_path: "{arm:NAME}"`."""
+        match = re.fullmatch(r"\{arm:(.+)\}", str(self.options(arm).get("model_name_or_path")))
+        return match[1] if match else None
+
+    def training_order(self) -> list[str]:
+        """
+        Return the arms, each after the one that it starts from.
+
+        Raises:
+            `ValueError`: if an arm starts from an unknown one, or from itself.
+        """
+        order: list[str] = []
+        for arm in self.arms:
+            path: list[str] = []
+            current: str | None = arm
+            while current is not None and current not in order:
+                if current in path:
+                    circle = " -> ".join([*path[path.index(current) :], current])
+                    raise ValueError(f"arm {current} starts from its own model: {circle}.")
+                path.append(current)
+                start = self.starting_arm(current)
+                if start is not None and start not in self.arms:
+                    arms = ", ".join(self.arms)
+                    raise ValueError(f"arm {current} starts from arm {start}, expected one of {arms}.")
+                current = start
+            order += reversed(path)
+        return order
 
     @property
     def modes(self) -> list[str]:
@@ -180,8 +220,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _parse_value(text: str, override: str) -> Any:
-    """Parse the value of an override as YAML, except `{data}` or `{sentence}`, which YAML would read as a mapping."""
-    if re.match(r"\{\w+\}", text):
+    """Parse the value of an override as YAML, except `{data}` or `{arm:co}`, which YAML would read as a mapping."""
+    if re.match(r"\{(\w+|arm:[^{}]+)\}", text):
         return text
     try:
         return yaml.safe_load(text)
@@ -234,6 +274,17 @@ def _check_options(experiment: Experiment, where: str) -> None:
         # A config of train.py may hold options that the runner sets itself.
         if unknown := sorted(set(experiment.options(arm)) - TRAIN_OPTIONS - NOT_OPTIONS):
             raise ValueError(f"{where}: arm {arm}: train.py has no option {unknown[0]!r}.")
+        for name, value in experiment.options(arm).items():
+            if "{arm:" in str(value) and (name != "model_name_or_path" or not experiment.starting_arm(arm)):
+                raise ValueError(
+                    f'{where}: arm {arm}: {name} is {value!r}, but only model_name_or_path can be "{{arm:NAME}}".'
+                )
+        if experiment.starting_arm(arm) and (built := sorted(set(options) & set(MODEL_OPTIONS))):
+            raise ValueError(f"{where}: arm {arm}: {built[0]} is that of the arm whose model it starts from.")
+    try:
+        experiment.training_order()
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     if unknown := sorted(set(experiment.evaluation) - EVALUATION_OPTIONS):
         raise ValueError(
             f"{where}: evaluation: run_evaluation.py has no option {unknown[0]!r} that an experiment can set."
@@ -311,6 +362,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def retrieves_candidates(options: dict[str, Any]) -> bool:
+    """Return whether a training with these options retrieves candidates, so that it needs a corpus."""
+    return options.get("candidates_from") is not None or options.get("supervision") in DISTILLATIONS
+
+
 def key_of(options: dict[str, Any]) -> str:
     """
     Return the key of a training: a hash of the options that decide its result. For files and models, their content
@@ -319,7 +375,8 @@ def key_of(options: dict[str, Any]) -> str:
     An option that is set to train.py's default does not change the key, nor does one that is set to the default of a
     given similarity. Without one, the files of Emb_seq may decide it.
     """
-    file_options = ("gen", "emb_seq", "query_encoder", "model_name_or_path", "train_file", "validation_file")
+    models = ("gen", "emb_seq", "query_encoder", "model_name_or_path")
+    file_options = (*models, "train_file", "validation_file", "corpus_file")
     settings: dict[str, Any] = dict(SIMILARITY_DEFAULTS.get(options.get("similarity"), {}))
     settings |= {name: value for name, value in options.items() if value is not None}
     hashed = {}

@@ -42,6 +42,7 @@ class Run:
         evaluation (`Path`): folder of the evaluation.
         entries (`list[dict]`): the tasks in each of their settings.
         meaning (`dict`): name of an entry -> its task, setting, size and split.
+        start (`Run`, *optional*): the run of the same seed whose model the training starts from.
         failure (`str`, *optional*): why the training or the evaluation failed.
     """
 
@@ -52,7 +53,15 @@ class Run:
     evaluation: Path
     entries: list[Entry] = field(default_factory=list)
     meaning: Meaning = field(default_factory=dict)
+    start: "Run | None" = None
     failure: str | None = None
+
+    @property
+    def model(self) -> Path:
+        """The folder of the trained model; with adapters, of the whole model."""
+        model = self.folder / "model"
+        merged = model / "merged"
+        return merged if merged.exists() else model
 
     @property
     def name(self) -> str:

@@ -27,8 +27,9 @@ class IndicatorArguments:
             "that is drawn. Questions without provenance are left out then."
         },
     )
-    pooling: Literal["max", "mean"] = field(
-        default="max", metadata={"help": "Similarity to several target tokens: that to the nearest, or the mean."}
+    pooling: Literal["mean", "max"] = field(
+        default="mean",
+        metadata={"help": "Similarity to several target tokens: the mean, or that to the nearest (then many tie)."},
     )
     max_eval_samples: int | None = field(default=None, metadata={"help": "Read only the first questions."})
     batch_size: int = field(default=32, metadata={"help": "Questions per batch when queries are embedded."})

@@ -18,6 +18,7 @@ from modeling_cosup.files_cosup import digest, digest_file, read_json, write_jso
 from shared import quickstart_tasks, quickstart_world
 
 WORLD_NAMES = ("train.jsonl", "validation.jsonl", "eval.jsonl", "corpus.jsonl", "gen", "emb_seq", "world.json")
+PAIRS_NAMES = ("pairs.jsonl", "start.jsonl")
 
 
 @dataclass
@@ -49,6 +50,13 @@ class WorldArguments:
         default=1200,
         metadata={
             "help": "maximum steps of the copy drill, which warns if it takes all of them; 0 leaves Gen untrained"
+        },
+    )
+    pairs: bool = field(
+        default=False,
+        metadata={
+            "help": "also write pairs.jsonl, the questions of train.jsonl with answers in place of gold passages, and "
+            "start.jsonl, instances of another world with gold passages; the value alone is an answer then as well"
         },
     )
 
@@ -97,7 +105,7 @@ def prepare_world(args: WorldArguments) -> dict[str, str]:
 
     Returns:
         `dict[str, str]`: the path of each output, under "train", "validation", "eval", "corpus", "gen", "emb_seq" and
-            "world".
+            "world", and with `pairs` also "pairs" and "start".
 
     Raises:
         `FileExistsError`: if the folder holds anything but a world.
@@ -111,8 +119,9 @@ def prepare_world(args: WorldArguments) -> dict[str, str]:
         quickstart_models.write_models(folder, args.seed, args.drill_max_steps)
 
     output = Path(args.output_dir)
-    make_once(output, WORLD_NAMES, settings, write)
-    return {name.partition(".")[0]: str(output / name) for name in WORLD_NAMES}
+    make_once(output, WORLD_NAMES, settings, write, optional_names=PAIRS_NAMES)
+    names = WORLD_NAMES + PAIRS_NAMES if args.pairs else WORLD_NAMES
+    return {name.partition(".")[0]: str(output / name) for name in names}
 
 
 def prepare_encoders(args: EncoderArguments) -> dict[str, str]:
@@ -189,7 +198,13 @@ def settings_of(args: WorldArguments | EncoderArguments | TaskArguments, *module
     return settings
 
 
-def make_once(output: Path, names: Sequence[str], settings: dict[str, Any], write: Callable[[Path], None]) -> None:
+def make_once(
+    output: Path,
+    names: Sequence[str],
+    settings: dict[str, Any],
+    write: Callable[[Path], None],
+    optional_names: Sequence[str] = (),
+) -> None:
     """
     Make a folder, unless it is there and was made with the same settings.
 
@@ -198,12 +213,13 @@ def make_once(output: Path, names: Sequence[str], settings: dict[str, Any], writ
         names (sequence of `str`): everything in the folder. The last name is the file of the settings.
         settings (`dict`): values that JSON can hold.
         write (callable): takes a folder, and writes everything but the settings into it.
+        optional_names (sequence of `str`): what the folder also holds with some settings.
 
     Raises:
         `FileExistsError`: if the folder holds anything else.
     """
     present = set(os.listdir(output)) if output.exists() else set()
-    if present not in (set(), set(names)):
+    if present and present - set(optional_names) != set(names):
         raise FileExistsError(
             f"{output} does not hold exactly {', '.join(names)}: choose another folder, or remove it."
         )

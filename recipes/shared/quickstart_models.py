@@ -78,7 +78,7 @@ def write_models(folder: Path, seed: int, drill_max_steps: int) -> None:
         "intermediate_size": 256,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
-        "max_position_embeddings": 256,
+        "max_position_embeddings": 512,  # a prompt with five passages has about 250 tokens
         **special_token_ids(tokenizer),
     }
     with torch.random.fork_rng(devices=[]):

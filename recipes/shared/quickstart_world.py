@@ -10,8 +10,11 @@ from modeling_cosup.lines_cosup import write_lines
 from trainer.data import content_id
 
 Passage = dict[str, str]  # {"id", "title", "text"}
-Fact = tuple[list[str], str]  # the questions about it, and their answer
-Question = tuple[str, str, Passage | None]  # question, answer, and the passage that it needs
+Answers = tuple[str, ...]  # a sentence and, if there is one, its value alone
+Fact = tuple[list[str], Answers]  # the questions about it, and their answers
+Question = tuple[str, Answers, Passage | None]  # question, answers, and the passage that it needs
+
+NUM_START_INSTANCES = 1280
 
 LETTERS = "eeeeeeaaaaaoooooiiiiittttnnnnssssrrrrhhhlllddduuucccmmffppggwwyybbvkxjqz"  # about as often as in English
 SYLLABLES = [consonant + vowel for consonant in "b d k l m n r s t v kr th".split() for vowel in "aeiou"]
@@ -170,7 +173,7 @@ class World:
         return self.rng.choice(choices)
 
     def entity(self, split: str) -> tuple[Passage, list[Fact]]:
-        """Draw a person or a place: its passage, and the questions and the answer for each of its three facts."""
+        """Draw a person or a place: its passage, and the questions and answers for each of its three facts."""
         if self.rng.random() < 0.6:  # so that every wording of every fact is seen often enough
             kinds = PERSON
             title = self.name((2, self.rng.choice([2, 3])), "title")
@@ -186,19 +189,20 @@ class World:
             value = self.value(choices, split, avoid=names)
             names += f" {value}"  # a syllable that occurs once can be copied by looking for the one before it
             sentences.append(f"{subject} {self.rng.choice(wordings).format(v=value)}.")
-            facts.append(([question.format(n=title) for question in questions], answer.format(n=title, v=value)))
+            answers = (answer.format(n=title, v=value), str(value))
+            facts.append(([question.format(n=title) for question in questions], answers))
             subject = pronoun
         text = " ".join(sentences)
         return {"id": content_id(title, text), "title": title, "text": text}, facts
 
-    def ask(self, passage: Passage, facts: list[Fact]) -> tuple[str, str, Passage]:
-        """Draw a question about an entity: `(question, answer, passage)`."""
-        questions, answer = self.rng.choice(facts)
-        return self.rng.choice(questions), answer, passage
+    def ask(self, passage: Passage, facts: list[Fact]) -> tuple[str, Answers, Passage]:
+        """Draw a question about an entity: `(question, answers, passage)`."""
+        questions, answers = self.rng.choice(facts)
+        return self.rng.choice(questions), answers, passage
 
-    def ask_no_passage(self, split: str) -> tuple[str, str, None]:
+    def ask_no_passage(self, split: str) -> tuple[str, Answers, None]:
         """
-        Draw a question that needs no passage: `(question, answer, None)`.
+        Draw a question that needs no passage: `(question, (answer,), None)`.
 
         Training and evaluation have different counts, names and foreign words, but the same days and months.
         """
@@ -218,7 +222,7 @@ class World:
             values = {"q": self.foreign_question()}
         else:
             values = {"q": self.rng.choice(REAL_QUESTIONS)}
-        return question.format(**values), answer.format(**values), None
+        return question.format(**values), (answer.format(**values),), None
 
     def foreign_question(self) -> str:
         """Draw a question about something that the world does not hold, or a question of the world about it."""
@@ -242,7 +246,7 @@ class World:
 
 def write_world(folder: Path, settings: dict[str, Any]) -> None:
     """
-    Write the four JSON Lines files.
+    Write the four JSON Lines files and, with `pairs`, pairs.jsonl and start.jsonl.
 
     Unseen entities are drawn first, so that training cannot use their names.
 
@@ -274,15 +278,38 @@ def write_world(folder: Path, settings: dict[str, Any]) -> None:
             while len(distinct) < settings["num_eval_no_passage"]:
                 distinct[world.ask_no_passage(split)] = None
             questions += distinct
-        write_lines(folder / f"{split}.jsonl", [record(split, i, *question) for i, question in enumerate(questions)])
+        if split == "eval":
+            rows = [unlabelled(split, i, *question) for i, question in enumerate(questions)]
+            if not settings["pairs"]:
+                rows = [with_sentence_alone(row) for row in rows]
+        else:
+            rows = [labelled(split, i, *question) for i, question in enumerate(questions)]
+        write_lines(folder / f"{split}.jsonl", rows)
+        if split == "train" and settings["pairs"]:
+            pairs = [unlabelled(split, i, *question) for i, question in enumerate(questions)]
+            write_lines(folder / "pairs.jsonl", pairs)
     write_lines(folder / "corpus.jsonl", corpus)
+    if settings["pairs"]:
+        other_world = World(f"start {settings['seed']}")
+        questions = [other_world.ask(*other_world.entity("train")) for _ in range(NUM_START_INSTANCES)]
+        write_lines(folder / "start.jsonl", [labelled("start", i, *question) for i, question in enumerate(questions)])
 
 
-def record(split: str, i: int, question: str, answer: str, passage: Passage | None) -> dict[str, Any]:
-    """Return a training instance, or for split "eval" an evaluation instance."""
-    row = {"id": f"quickstart-{split}-{i}", "dataset": "quickstart", "instruction": "", "input": question}
-    if split == "eval":
-        provenance = [[passage["id"]]] if passage else []
-        meta = {"long_answers": True}  # passages say the same in other words
-        return {**row, "answers": [answer], "provenance": provenance, "candidates": [], "meta": meta}
-    return {**row, "segments": [{"text": answer, "passage": passage}]}
+def labelled(split: str, i: int, question: str, answers: Answers, passage: Passage | None) -> dict[str, Any]:
+    """Return a training instance with its gold passage."""
+    return {**_question(split, i, question), "segments": [{"text": answers[0], "passage": passage}]}
+
+
+def unlabelled(split: str, i: int, question: str, answers: Answers, passage: Passage | None) -> dict[str, Any]:
+    """Return an evaluation instance, which is also a training instance without a gold passage."""
+    provenance = [[passage["id"]]] if passage else []
+    return {**_question(split, i, question), "answers": list(answers), "provenance": provenance, "candidates": []}
+
+
+def with_sentence_alone(row: dict[str, Any]) -> dict[str, Any]:
+    """Return an evaluation instance without the value, so that no passage holds its answer word by word."""
+    return {**row, "answers": row["answers"][:1], "meta": {"long_answers": True}}
+
+
+def _question(split: str, i: int, question: str) -> dict[str, str]:
+    return {"id": f"quickstart-{split}-{i}", "dataset": "quickstart", "instruction": "", "input": question}

@@ -146,3 +146,44 @@ def test_the_costs_of_towers_belong_to_the_arm(monkeypatch, tmp_path):
     assert two["checkpoint_bytes"] > 1.8 * tied["checkpoint_bytes"]  # headers are not halved
     assert two["index_bytes"] == tied["index_bytes"] >= 32 * 4
     assert all(values["answers_per_second"] > 0 and values["seconds_per_step"] > 0 for values in costs.values())
+
+
+def test_the_arms_of_distillation_agree(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "path", [str(RECIPES / "benchmarks"), *sys.path])
+    monkeypatch.setattr(
+        sys, "argv", ["distillation.py", "--quick", "true", "--output_file", str(tmp_path / "out.json")]
+    )
+    import distillation
+
+    distillation.main()
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert [(row["tokens"], row["answer_rows"]) for row in results["recording"]] == [
+        (34, 2),
+        (37, 5),
+        (47, 2),
+        (50, 5),
+    ]
+    assert all(row["error"] < 1e-6 for row in results["recording"])
+    assert all(row["error"] < 1e-5 for row in results["perplexity"])
+    (crowded,) = results["candidates"]
+    assert crowded["rows"] == {"every mention": 12, "distinct passages": 4}  # all of the pool
+    assert results["refresh"]["error"] < 1e-5
+    assert results["refresh"]["arms"]["embedding"]["times_baseline"]["median"] == 1.0
+    assert "passages / s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sections", "speed"], "--sections holds 'speed', expected some of recording, perplexity"),
+        (["--device", "tpu"], "--device is 'tpu', expected cpu or cuda"),
+        (["--num_candidates", "5"], "--num_candidates has fewer than two numbers"),
+    ],
+)
+def test_bad_options_of_distillation_are_reported(monkeypatch, options, message):
+    monkeypatch.setattr(sys, "path", [str(RECIPES / "benchmarks"), *sys.path])
+    monkeypatch.setattr(sys, "argv", ["distillation.py", *options])
+    import distillation
+
+    with pytest.raises(SystemExit, match=message):
+        distillation.main()

@@ -62,7 +62,7 @@ def test_shipped_experiments_are_valid(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("W").mkdir()
     world = {name: f"W/{file}" for name, file in definition.WORLD_FILES.items()}
-    for place in world.values():
+    for place in (*world.values(), "W/pairs.jsonl", "W/start.jsonl"):
         Path(place).touch()
     arms = []
     for arm in experiment.arms:
@@ -71,12 +71,14 @@ def test_shipped_experiments_are_valid(path, tmp_path, monkeypatch):
     assert len({definition.key_of(options) for options in arms}) == len(arms)  # no two arms are the same training
     config = tmp_path / "options.yaml"
     for options in arms:
+        if "{arm:" in options.get("model_name_or_path", ""):
+            options["model_name_or_path"] = "W/gen"
         config.write_text(yaml.safe_dump(options))
         argv = ["--config", str(config), "--output_dir", str(tmp_path)]
         script, args = parse([ScriptArguments, CoSupTrainingArguments], "", argv)
-        assert script.gen == "W/gen"
+        assert (script.gen == "W/gen") != bool(script.model_name_or_path)
         assert args.seed == 0
-        assert args.gradient_accumulation_steps * args.train_batch_size in (64, 128)
+        assert args.gradient_accumulation_steps * args.train_batch_size in (32, 64, 128)
 
 
 def test_shipped_experiments_share_trainings(tmp_path):
@@ -123,6 +125,20 @@ def test_shipped_experiments_share_trainings(tmp_path):
         (["max_steps"], "expected key=value"),
         (["title.a.b=1"], "title holds no options"),
         (["seeds=[1"], "--override seeds=[1: malformed YAML"),
+        (["arms.co.model_name_or_path={arm:c}"], "arm co starts from arm c, expected one of co, separate."),
+        (
+            ["arms.co.model_name_or_path={arm:separate}", "arms.separate.model_name_or_path={arm:co}"],
+            "arm co starts from its own model: co -> separate -> co.",
+        ),
+        (
+            ["arms.co={model_name_or_path: '{arm:separate}', query_from: gen}"],
+            "arm co: query_from is that of the arm whose model it starts from",
+        ),
+        (["arms.co.gen={arm:separate}"], "gen is '{arm:separate}', but only model_name_or_path can be"),
+        (
+            ["arms.co.model_name_or_path={arm:separate}/model"],
+            "model_name_or_path is '{arm:separate}/model', but only",
+        ),
     ],
 )
 def test_errors_of_an_experiment_file_name_the_key(inputs, overrides, message):
@@ -166,6 +182,46 @@ def test_a_training_is_identified_by_its_options_and_data(tmp_path):
     assert definition.key_of(cosine) == definition.key_of({**cosine, "temperature": 0.05})
     (tmp_path / "train.jsonl").write_text("b")
     assert key != definition.key_of(options)
+
+
+def test_an_arm_is_identified_by_the_training_that_it_starts_from(inputs, tmp_path):
+    """Its key changes with that of the other arm, down a chain, and does not depend on where the models are."""
+    chain = [
+        "arms.last={supervision: nsp, model_name_or_path: '{arm:co}'}",
+        "arms.co.model_name_or_path={arm:separate}",
+        "arms.separate.gen=G",
+        "train_file=T",
+        f"data={inputs}",
+    ]
+    experiment = load_experiment(inputs / "experiment.yaml", chain)
+    assert experiment.training_order() == ["separate", "co", "last"]
+    runs = {run.arm: run for run in run_experiments.plan_seed(experiment, 0, tmp_path / "a", [])}
+    assert list(runs) == ["co", "separate", "last"]
+    assert (runs["last"].start, runs["co"].start, runs["separate"].start) == (runs["co"], runs["separate"], None)
+    keys = {arm: run.folder.name for arm, run in runs.items()}
+    assert len(set(keys.values())) == 3
+    elsewhere = run_experiments.plan_seed(experiment, 0, tmp_path / "b", [])
+    assert {run.arm: run.folder.name for run in elsewhere} == keys
+    other = load_experiment(inputs / "experiment.yaml", [*chain, "arms.separate.max_steps=3"])
+    for run in run_experiments.plan_seed(other, 0, tmp_path / "a", []):
+        assert run.folder.name != keys[run.arm]
+
+
+def test_arms_that_retrieve_candidates_get_a_corpus(tmp_path):
+    world = {name: f"W/{file}" for name, file in definition.WORLD_FILES.items()}
+    for retrieves in ({"supervision": "attention_distillation"}, {"supervision": "ntp", "candidates_from": "index"}):
+        assert run_experiments.complete(retrieves, 0, world)["corpus_file"] == "W/corpus.jsonl"
+        options = {**retrieves, "corpus_file": str(tmp_path / "corpus.jsonl"), "gen": "G", "train_file": "T"}
+        complete = run_experiments.complete(options, 0, world)
+        assert complete["corpus_file"] == options["corpus_file"]
+        keys = []
+        for passages in ("a", "b"):
+            (tmp_path / "corpus.jsonl").write_text(passages)
+            keys.append(definition.key_of(complete))
+        assert keys[0] != keys[1]
+        with pytest.raises(ValueError, match="retrieve candidates from: set corpus_file"):
+            run_experiments.complete({**options, "corpus_file": None}, 0, {})
+    assert "corpus_file" not in run_experiments.complete({"corpus_file": "C"}, 0, world)
 
 
 def test_results_of_another_format_have_another_key(monkeypatch):

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from modeling_cosup import CoSupForCausalLM
 from trainer import load_corpus, load_evaluation_set, load_instances
-from trainer.judging.matching import answers_to_find
+from trainer.judging.matching import answers_to_find, has_answer
 
 from shared import quickstart_models, quickstart_world
 from shared.quickstart import WorldArguments, prepare_world
@@ -73,6 +73,31 @@ def test_same_settings_are_reused_and_foreign_folders_refused(world, tmp_path):
         prepare_world(WorldArguments(str(tmp_path), **SMALL))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     assert json.loads(Path(folder, "world.json").read_text())["num_train_entities"] == 300
+
+
+def test_pairs_are_the_training_questions_without_their_gold_passages(world, tmp_path):
+    folder = tmp_path / "world"
+    pairs_world = prepare_world(WorldArguments(str(folder), pairs=True, **SMALL))
+    corpus = {passage["id"]: passage for passage in load_corpus(pairs_world["corpus"])}
+    assert Path(pairs_world["train"]).read_text() == Path(world["train"]).read_text()  # the world is the same
+    pairs = load_instances(pairs_world["pairs"])
+    for pair, instance in zip(pairs, load_instances(world["train"]), strict=True):
+        (segment,) = instance["segments"]
+        assert (pair["input"], pair["segments"]) == (instance["input"], [])
+        assert pair["answers"][0] == segment["text"]
+        if segment["passage"]:
+            assert pair["provenance"] == [[segment["passage"]["id"]]]
+            assert has_answer(corpus[segment["passage"]["id"]], pair["answers"])
+            assert pair["answers"][0].endswith(f"{pair['answers'][1]}.")
+    for question in load_evaluation_set(pairs_world["eval"]):
+        if question["provenance"]:
+            assert has_answer(corpus[question["provenance"][0][0]], answers_to_find(question))
+    assert all(not answers_to_find(question) for question in load_evaluation_set(world["eval"]))  # sentences alone
+    starts = load_instances(pairs_world["start"])
+    assert not {instance["segments"][0]["passage"]["id"] for instance in starts} & set(corpus)
+
+    prepare_world(WorldArguments(str(folder), **SMALL))  # replaces it
+    assert not (folder / "pairs.jsonl").exists()
 
 
 @pytest.mark.parametrize("module", [quickstart_world, quickstart_models], ids=lambda module: module.__name__)

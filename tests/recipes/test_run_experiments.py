@@ -219,6 +219,34 @@ def test_a_failed_arm_is_in_the_report_and_the_others_run(inputs, tmp_path, run_
     assert "There is one seed" in text
 
 
+def test_an_arm_starts_from_the_model_of_another(inputs, tmp_path, run_here):
+    """The other arm is trained first, but not evaluated unless it is asked for; `max_steps: 0` leaves its weights."""
+    start = ["seeds=[0]", "pools=[4]", "evaluation.max_eval_samples=2", "baseline=co"]
+    start += ["arms.co={model_name_or_path: '{arm:separate}', supervision: separate, max_steps: 0}"]
+    start += ["gen=null", "emb_seq=null"]
+    start += [f"arms.separate.gen={inputs / 'gen'}", f"arms.separate.emb_seq={inputs / 'emb_seq'}"]
+    code, launched = run_here(arguments(inputs, tmp_path / "out", *start, more=("--only", "co")))
+    assert (code, launched[:2]) == (0, [("train.py", "separate, seed 0"), ("train.py", "co, seed 0")])
+    assert launched[2:] == [("run_evaluation.py", "co, seed 0")]
+    trained = {}
+    for path in (tmp_path / "out" / "models").glob("*/trained.json"):
+        trained[json.loads(path.read_text())["steps"]] = load_file(path.parent / "model" / "model.safetensors")
+    assert set(trained) == {0, 2}
+    for name, weight in trained[2].items():
+        torch.testing.assert_close(trained[0][name], weight, rtol=0, atol=0)
+
+
+def test_an_arm_whose_start_fails_fails_once_and_says_why(inputs, tmp_path, run_here):
+    broken = ["seeds=[0]", "pools=[4]", "gen=null", "emb_seq=null", "arms.separate.gen=missing-model"]
+    broken += ["arms.co.model_name_or_path={arm:separate}", "arms.separate.emb_seq=missing-model"]
+    code, launched = run_here(arguments(inputs, tmp_path / "out", *broken))
+    assert (code, launched) == (1, [("train.py", "separate, seed 0")])
+    runs = json.loads((tmp_path / "out" / "experiment.json").read_text())["runs"]
+    failures = {run["arm"]: run["failure"] for run in runs}
+    assert failures["co"] == f"co starts from separate, which failed: {failures['separate']}"
+    assert failures["separate"].startswith("train.py: error: ")
+
+
 @pytest.mark.slow
 def test_a_killed_training_resumes(inputs, tmp_path, run_here):
     """After the runner and its training are killed, a second call gives the weights of a training without a kill."""

@@ -320,3 +320,42 @@ def test_no_batch_over_ranks_names_a_passage_twice():
     for first, second in list(zip(*ranks, strict=True))[:24]:
         named = [passages[i][0] for i in first + second]
         assert len(set(named)) == 8
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_distilled_queries_find_their_candidates_and_scores(model, cut):
+    """Next to queries with a passage, which stay what they are; a single candidate is no query."""
+    rows = features(model, [[0], [], [1, 2]])
+    passage_ids = {}
+    for row in features(model, [[number] for number in range(5)]):
+        (passage_ids[row["passage_ids"][0]],) = row["passage_input_ids"]
+    alone = features(model, [[0]])[0]
+    expected = {}
+    for i, candidates in enumerate((["p3", "p1", "p0"], ["p4"], ["p0", "p4"])):
+        resolved = alone | {"id": f"asked {i}", "passage_input_ids": [], "passage_ids": [], "positive_ids": []}
+        resolved |= {"candidate_ids": candidates, "candidate_scores": [float(i + j) for j in range(len(candidates))]}
+        resolved["candidate_input_ids"] = [passage_ids[id] for id in candidates]
+        rows.insert(2 * i, resolved)
+        expected[f"asked {i}"] = [*zip(resolved["candidate_input_ids"], resolved["candidate_scores"], strict=True)]
+    batch = collator(model, **cut)(rows)
+    facts = batch["facts"]
+    assert len(facts.passage_keys) == 5  # p0 and p1 are encoded once
+    assert sorted(facts.distilled_instance_ids) == ["asked 0", "asked 2"]
+    assert sorted(facts.query_instance_ids) == ["i0", "i2", "i2"]
+    num_queries = sum(len(micro_batch["nsp_positions"]) for micro_batch in batch["micro_batches"])
+    of_both = torch.cat([batch["nsp_query_rows"], batch["distilled_query_rows"]])
+    assert sorted(of_both.tolist()) == list(range(num_queries)) == list(range(5))
+
+    everyone = {**batch, "passage_labels": torch.arange(5)}
+    _, passages = queries_and_passages(model, everyone)
+    for id, candidate_rows, scores in zip(
+        facts.distilled_instance_ids, batch["candidate_rows"].tolist(), batch["candidate_scores"].tolist(), strict=True
+    ):
+        measured = [(passages[row], score) for row, score in zip(candidate_rows, scores, strict=True) if row >= 0]
+        assert measured == expected[id]
+    golds = [passages[label] for label in batch["passage_labels"].tolist()]
+    assert sorted(golds) == sorted(passage_ids[id] for id in ("p0", "p1", "p2"))
+    merged = global_batch([facts], 0)
+    assert merged.num_compared == 3 and not merged.repeated.any()
+    rows[0] = {**rows[0], "needs_candidates": True, "candidate_input_ids": None}
+    assert collator(model)(rows).features == rows  # an instance still needs candidates

@@ -199,3 +199,30 @@ def test_passages_that_were_cut_are_counted(tmp_path, warnings):
 
 def test_a_checked_instance_remembers_its_place():
     assert check_instance(instance(PASSAGES[0]), "a.jsonl, line 3").where == "a.jsonl, line 3"
+
+
+def test_columns_that_begin_empty_have_their_type(tiny_model, tmp_path):
+    """Arrow would take the type of the first 1,000 rows, and refuse the text that later ones hold."""
+    tokenizers = tiny_model.tokenizer, tiny_model.emb_seq_tokenizer
+    args = arguments(tmp_path, supervision="attention_distillation")
+    tokenized = tokenize_dataset([instance(PASSAGES[0])], tokenizers, tiny_model.config, args, "training set")
+    row = tokenized[0]
+    for name in ("positive_ids", "negative_ids", "negative_input_ids", "answers", "provenance", "candidate_pool"):
+        assert row[name] in ([], [[]])
+        assert "null" not in str(tokenized.features[name]), name
+
+
+@pytest.mark.parametrize("kind", ["list", "stream"])
+def test_instances_with_and_without_a_passage_share_a_set(tiny_model, tmp_path, kind):
+    rows = [instance(PASSAGES[0]), {"input": "q?", "answers": ["radium", "no"], "provenance": [["p0"]]}, instance()]
+    prepared_rows = prepared(tiny_model, tmp_path, KINDS[kind](rows), supervision="attention_distillation")
+    assert [row["needs_candidates"] for row in prepared_rows] == [False, True, True]
+    assert [row["passage_ids"] for row in prepared_rows] == [["p0"], [], []]
+    assert [row["answers"] for row in prepared_rows] == [[], ["radium"], []]  # a verdict is looked for in no passage
+    assert prepared_rows[1]["provenance"] == [["p0"]]
+    config = tiny_model.config
+    ids, labels = prepared_rows[1]["input_ids"], prepared_rows[1]["labels"]
+    column = ids.index(config.nsp_token_id)
+    assert ids[column + 1] == config.cs_token_id and ids[-2] == config.ce_token_id
+    assert [i for i, label in enumerate(labels) if label != -100] == [column, *range(column + 2, len(ids))]
+    assert tiny_model.tokenizer.decode(ids[column + 2 : -2]) == "radium"

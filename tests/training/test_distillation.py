@@ -13,7 +13,8 @@ from modeling_cosup.tokenization_cosup import encode_passages_for_gen, encode_pr
 from support.generation import Prefer
 from support.models import PASSAGES, make_gen, make_model
 from support.readers import CE, CONFIG, CS, END, LINE_BREAK, NSP, eager_attention, eager_shares, make_row, make_rows
-from trainer import recording
+from support.training import NAMES, arguments, questions
+from trainer import CoSupTrainer, recording
 from trainer.distillation import attention_target, distillation_loss, perplexity_target
 from trainer.reader_scores import answer_log_likelihoods, attention_shares, token_attention
 from trainer.reading import batches_by_length, reader_row
@@ -128,8 +129,10 @@ def test_nested_and_repeated_recordings():
         assert worst(record(second, rows[1]), eager_attention(second, rows[1])) < 1e-5  # of another model
         assert worst(record(first, rows[2]), eager_attention(make_gen(), rows[2])) < 1e-5  # of the same model
         assert worst(outer.token_attention()[0], expected) < 1e-5
+        first(input_ids=torch.tensor([rows[0].input_ids[::-1]]))
+        assert worst(outer.token_attention()[0], expected) > 1e-3
         first(input_ids=torch.tensor([rows[0].input_ids]))
-        assert worst(outer.token_attention()[0], expected) < 1e-5  # of the last forward, not of both
+        assert worst(outer.token_attention()[0], expected) < 1e-5  # of the last forward, not of all
     assert first.config._attn_implementation == second.config._attn_implementation == "sdpa"
 
 
@@ -255,6 +258,16 @@ def test_an_architecture_that_computes_attention_itself(architecture):
     assert answer_log_likelihoods(gen, make_rows(), PADDING).isfinite().all()
 
 
+def test_a_training_refuses_a_reader_before_it_starts(tmp_path):
+    model = make_model("gptj")
+    asked, corpus = questions(NAMES[:8])
+    perplexity = {"supervision": "perplexity_distillation"}
+    for options in ({"supervision": "attention_distillation"}, {**perplexity, "log_indicators": True}):
+        with pytest.raises(ValueError, match="GPTJForCausalLM computes attention itself"):
+            CoSupTrainer(model, arguments(tmp_path, **options), train_dataset=asked, corpus=corpus)
+    CoSupTrainer(model, arguments(tmp_path, **perplexity), train_dataset=asked, corpus=corpus)
+
+
 def test_packed_rows(reader):
     packed = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "position_ids": torch.tensor([[0, 1, 0, 1]])}
     with pytest.raises(ValueError, match="position_ids restart within a row"):
@@ -349,6 +362,8 @@ def test_the_gradient_of_emdr():
     (gradient,) = torch.autograd.grad(distillation_loss(scores, target, MASK).sum(), scores)
     assert worst(gradient, expected) < 1e-6
     assert gradient.abs().max() > 0.1
+    softer = perplexity_target(log_likelihoods, MASK, 2.0, "emdr", student)
+    assert worst(softer[0], (student[0] + log_likelihoods[0] / 2).softmax(0)) < 1e-6  # the prior is not softened
     with pytest.raises(ValueError, match="needs student_log_probs"):
         perplexity_target(log_likelihoods, MASK, None, "emdr")
 

@@ -12,10 +12,12 @@ from support.training import NAMES, arguments, questions, world
 from trainer import CoSupTrainer, candidate_watch, distillation_step
 from trainer.arguments import check_sharding
 from trainer.candidate_watch import FLATNESS, CandidateWatch
+from trainer.card import training_record
 from trainer.data import check_instance
 from trainer.reader_scores import answer_log_likelihoods, attention_shares
 from trainer.reading import reader_row
 from trainer.tokenizing import tokenize_instance
+from trainer.watch import explained_memory_errors
 
 ATTENTION = {"supervision": "attention_distillation"}
 PERPLEXITY = {"supervision": "perplexity_distillation"}
@@ -158,7 +160,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_losses_gradients_and_figures_equal_a_plain_computation(models, tmp_path, name):
+def test_losses_gradients_and_figures_equal_a_plain_computation(models, tmp_path, warnings, name):
     query_from, options = CASES[name]
     model = models[query_from]
     expected, gradients = plain_losses(model, options)
@@ -167,6 +169,9 @@ def test_losses_gradients_and_figures_equal_a_plain_computation(models, tmp_path
         assert entry[figure] == pytest.approx(value, rel=1e-4, abs=1e-5), figure
     assert entry["num_left_out"] == 0
     assert "nsp_loss" not in entry  # no instance has a passage
+    if name in ("attention", "shares"):
+        is_flat = any("target of the distillation is nearly flat" in message for message in warnings)
+        assert is_flat == (name == "shares")
     for parameter, change in update(trainer, model).items():
         gradient = gradients[parameter]
         if gradient is None:
@@ -221,6 +226,11 @@ def test_a_frozen_reader_that_makes_queries_is_trained_on_up_to_them(models, tmp
     assert any(change.any() for name, change in changes.items() if name.startswith("emb_seq."))
     expected, _ = plain_losses(models["gen"], ATTENTION)
     assert entry["loss"] == pytest.approx(expected["distillation_loss"], rel=1e-4)
+
+    record = training_record(trainer.args, trainer.model, trainer.train_dataset, trainer.state)  # for the card
+    assert record["arguments"]["target of the distillation"] == "attention, temperature 0.02"
+    assert record["arguments"]["candidates"] == "3 of the corpus, embedded every 100 steps"
+    assert record["log"][0][f"hit_rate@{K}"] == entry[f"hit_rate@{K}"]
 
 
 def gold_and_asked():
@@ -473,3 +483,10 @@ def test_a_reader_that_is_not_finite_names_the_instance(models, tmp_path, superv
         trainer.model.gen.model.layers[0].self_attn.v_proj.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match=f"of instance {ASKED[0]['id']!r} are NaN or infinite"):
         trainer.train()
+
+
+def test_too_little_memory_names_the_number_of_candidates(tmp_path):
+    for options, is_named in ((ATTENTION, True), ({}, False)):
+        with pytest.raises(torch.OutOfMemoryError) as error, explained_memory_errors(arguments(tmp_path, **options)):
+            raise MemoryError
+        assert ("a num_candidates below 5" in str(error.value)) == is_named

@@ -20,18 +20,18 @@ def row_of(tokens, spans):
     return ReaderRow(tokens, [-100] * len(tokens), spans, (len(tokens) - 1, len(tokens)), 0)
 
 
-def test_similarity_is_the_cosine_to_the_nearest_target_or_the_mean():
+def test_similarity_is_the_mean_cosine_or_that_to_the_nearest_target():
     ids = torch.tensor([2, 0, 1, 3, 4, 2])
     assert token_similarity(embed, ids, [0]).tolist() == [HALF, 1, 1, 0, -1, HALF]
-    assert token_similarity(embed, ids, [0, 3]).tolist() == [HALF, 1, 1, 1, 0, HALF]
-    assert token_similarity(embed, ids, [0, 3], "mean").tolist() == [HALF, 0.5, 0.5, 0.5, -0.5, HALF]
+    assert token_similarity(embed, ids, [0, 3]).tolist() == [HALF, 0.5, 0.5, 0.5, -0.5, HALF]
+    assert token_similarity(embed, ids, [0, 3], "max").tolist() == [HALF, 1, 1, 1, 0, HALF]
 
 
 def test_tokens_of_several_targets_tie():
     """Rounding in the last digit must not rank one target above another."""
     torch.manual_seed(0)
     weights = torch.randn(200, 64)
-    assert set(token_similarity(lambda ids: weights[ids], torch.arange(200), range(200)).tolist()) == {1.0}
+    assert set(token_similarity(lambda ids: weights[ids], torch.arange(200), range(200), "max").tolist()) == {1.0}
 
 
 @pytest.mark.parametrize("size", [1, 2, 11, 20, 21, 100, 101, 173])
@@ -59,7 +59,8 @@ def test_indicator_1_by_hand():
     values = indicator_1(embed, [row, row], [looking, alike], [[3], [3]])
     assert values == pytest.approx([0.5, 0.25])
     assert indicator_1(embed, [row], [looking], [[3]], percentile=50) == pytest.approx([(0.5 + 0.125) / 2])
-    assert indicator_1(embed, [row], [looking], [[3, 0]]) == pytest.approx([(0.5 + 0.125) / 2])  # both have cosine 1
+    both = indicator_1(embed, [row], [looking], [[3, 0]], pooling="max")  # both have cosine 1
+    assert both == pytest.approx([(0.5 + 0.125) / 2])
     assert indicator_1(embed, [], [], []) == []
 
 

@@ -6,7 +6,7 @@ nouns of the question (Indicator 2). Over the nearest 10 % and 5 % of the passag
 is the mean attention, and Spearman's rho between attention and similarity. [`~trainer.nearest_tokens`] defines both.
 
 The paper leaves open what is chosen here, and can be chosen otherwise: similarity is that of Gen's input embeddings;
-with several target tokens, the nearest one counts; and nouns are what the data says, or else what
+with several target tokens, it is the mean over them; and nouns are what the data says, or else what
 [`~trainer.judging.nouns.nouns_by_rule`] finds.
 """
 
@@ -29,6 +29,7 @@ from modeling_cosup.tokenization_cosup import (
     end_of_turn_token_id,
 )
 
+from ..distillation import check_finite
 from ..nearest_tokens import Embed, Pooling, is_nearest, passage_tokens, target_token_ids, token_similarity
 from ..reader_scores import MAX_TOKENS, token_attention
 from ..reading import ReaderRow, reader_row
@@ -40,7 +41,7 @@ from .nouns import marked_nouns, nouns_by_rule
 
 TARGETS = ("answer", "nouns")  # of Indicator 1 and of Indicator 2
 PERCENTILES = (90, 95)
-ROWS_AT_A_TIME = 64
+ROWS_AT_A_TIME = 64  # rows whose attention is in memory
 
 
 @dataclass
@@ -111,7 +112,7 @@ def indicators(
     passages: Sequence[Sequence[dict]],
     percentiles: Sequence[int] = PERCENTILES,
     embed: Embed | None = None,
-    pooling: Pooling = "max",
+    pooling: Pooling = "mean",
     find_nouns: Callable[[str], list[str]] | None = None,
     max_tokens: int = MAX_TOKENS,
 ) -> IndicatorResults:
@@ -126,7 +127,7 @@ def indicators(
         percentiles (sequence of `int`, *optional*, defaults to `(90, 95)`): the nearest tokens are those at and above.
         embed (`Callable`, *optional*): maps token ids of Gen `(n,)` to embeddings `(n, h)`; defaults to Gen's input
             embeddings.
-        pooling (`str`, *optional*, defaults to `"max"`): over several target tokens, or `"mean"`; see
+        pooling (`str`, *optional*, defaults to `"mean"`): over several target tokens, or `"max"`; see
             [`~trainer.nearest_tokens.token_similarity`].
         find_nouns (`Callable`, *optional*): returns the nouns of a question whose instance has no field; defaults to
             [`~trainer.judging.nouns.nouns_by_rule`].
@@ -138,14 +139,11 @@ def indicators(
     Raises:
         `ValueError`: if there are not as many lists of passages as instances, if no instance is left, or if Gen's
             attention cannot be recorded, see [`~trainer.recording.recording_attention`].
+        `FloatingPointError`: if the attention is not finite, naming the instance.
     """
     if len(instances) != len(passages):
         raise ValueError(f"{len(passages)} lists of passages, expected one for each of {len(instances)} instances.")
-    if pooling not in ("max", "mean"):
-        raise ValueError(f"pooling is {pooling!r}, expected 'max' or 'mean'.")
-    for percentile in percentiles:
-        if not 0 <= percentile <= 100:
-            raise ValueError(f"percentiles holds {percentile}, expected numbers from 0 to 100.")
+    _check_options(percentiles, pooling)
     left_out = dict.fromkeys(("no_passage", "no_answer", "too_long", "no_noun"), 0)
     readings = list(_readings(model, instances, passages, find_nouns or nouns_by_rule, left_out))
     if not readings:
@@ -160,6 +158,7 @@ def indicators(
         attention = token_attention(model, [reading.row for reading in chosen], pad, max_tokens)
         for reading, row_attention in zip(chosen, attention, strict=True):
             ids, of_passages = passage_tokens(reading.row, row_attention)
+            check_finite(of_passages[None], "shares of attention", [reading.name])
             uniform.append(1 / len(ids))
             for target, target_ids in reading.targets.items():
                 similarity = token_similarity(embed, ids, target_ids, pooling)
@@ -173,6 +172,14 @@ def indicators(
     return IndicatorResults(by_target, Spread.of(uniform), len(instances), left_out)
 
 
+def _check_options(percentiles: Sequence[int], pooling: str) -> None:
+    if pooling not in ("mean", "max"):
+        raise ValueError(f"pooling is {pooling!r}, expected 'mean' or 'max'.")
+    for percentile in percentiles:
+        if not 0 <= percentile <= 100:
+            raise ValueError(f"percentiles holds {percentile}, expected numbers from 0 to 100.")
+
+
 # ---------------------------------------------------------------------- what is read
 
 
@@ -180,6 +187,7 @@ def indicators(
 class _Reading:
     """An instance as it is read, and the target tokens of each indicator that it counts for."""
 
+    name: str
     row: ReaderRow
     targets: dict[str, list[int]]
 
@@ -216,7 +224,7 @@ def _readings(
             targets["nouns"] = target_token_ids(tokenizer, worded(nouns))
         else:
             left_out["no_noun"] += 1
-        yield _Reading(row, targets)
+        yield _Reading(f"instance {instance['id']!r}", row, targets)
 
 
 def candidate_passages(

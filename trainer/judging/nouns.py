@@ -5,12 +5,13 @@ import re
 # Words that are no nouns, or too common in questions to say what one is about.
 STOP_WORDS = frozenset(
     "a about after all also am an and any are as at be became become been before began begin born both but by call "
-    "called came can come could did died do does during each ever find first for found from gave get give given go "
-    "goes got had happen happened has have he held her him his how i if in into is it its join joined last lie lies "
-    "live lived lives located made make makes many me most much my name named no not of off on one or other our out "
-    "over play played plays said same say says sell she so some such take takes tell than that the their them then "
-    "there these they this those through to took under until up us use used was we went were what when where which "
-    "while who whom whose why will win wins with won would write written wrote you your".split()
+    "called came can come could did died discovered do does during each ever find first for found founded from gave "
+    "get give given go goes got had happen happened has have he held her him his how i if in into invented is it "
+    "its join joined last lie lies live lived lives located made make makes many married me most much my name named "
+    "no not of off on one or other our out over painted play played plays said same say says sell she so some such "
+    "take takes tell than that the their them then there these they this those through to took under until up us "
+    "use used was we went were what when where which while who whom whose why will win wins with won would write "
+    "written wrote you your".split()
 )
 
 
