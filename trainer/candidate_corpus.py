@@ -98,11 +98,12 @@ def _check_gold(passage: Mapping[str, Any], where: str, model: CoSupForCausalLM,
 
 
 def _check_gold_of_index(index: Retriever, model: CoSupForCausalLM, gold: PassageContents) -> None:
-    if isinstance(index, PassageIndex):  # other indexes do not say which ids they hold
-        ids = gold.ids()
-        rows = index.find(ids)
-        for passage in index.get_passages(rows[rows >= 0]):
-            _check_gold(passage, f"Row {index.row_of(passage['id'])} of the index", model, gold)
+    if not isinstance(index, PassageIndex):  # other indexes do not say which ids they hold
+        return
+    rows = index.find(gold.ids())
+    rows = rows[rows >= 0]
+    for row, passage in zip(rows.tolist(), index.get_passages(rows), strict=True):
+        _check_gold(passage, f"Row {row} of the index", model, gold)
 
 
 def candidates_of_instances(sets: Mapping[str, Any]) -> tuple[list[dict[str, str]], dict[str, str]]:

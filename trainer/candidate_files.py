@@ -37,6 +37,7 @@ from .distributed import failing_together, gather_objects, rank, world_size
 from .files import link_or_copy
 
 FOLDER = "candidates"  # in the output folder, and in a checkpoint
+TOKENS = "tokens"  # folder of what Emb_seq reads
 NUM_SHARDS = 32  # of a small corpus: ranks have nearly equal shares of it
 SMALLEST_SHARD = 256  # passages: as many as a forward takes
 
@@ -76,7 +77,7 @@ class IndexFolders:
             if rank() == 0:
                 self.root.mkdir(parents=True, exist_ok=True)
                 self._remove(f".{name}.unfinished")
-                self._remove(_TOKENS)
+                self._remove(TOKENS)
         with failing_together(self.group):
             PassageIndex.build(
                 passages,
@@ -104,7 +105,7 @@ class IndexFolders:
             if rank() == 0:
                 self._remove(unfinished.name)
                 unfinished.mkdir(parents=True)
-                (self.root / _TOKENS).mkdir(exist_ok=True)
+                (self.root / TOKENS).mkdir(exist_ok=True)
         with failing_together(self.group):
             facts = self._embed_shards(index.config["shards"], source, model, unfinished)
         facts_of_ranks = gather_objects(facts, self.group)
@@ -147,12 +148,14 @@ class IndexFolders:
 
     def _token_ids(self, number: int, shard: Shard, model: CoSupForCausalLM) -> list[NDArray[np.int32]]:
         """Return what Emb_seq reads of the passages of a shard; it is tokenized once."""
-        path = self.root / _TOKENS / f"tokens-{number:05d}.safetensors"
+        path = self.root / TOKENS / f"tokens-{number:05d}.safetensors"
         if not path.exists():
             rows = emb_seq_ids(model, shard.passages.select(["title", "text", "input_ids"]).to_pylist())
             lengths = torch.tensor([len(row) for row in rows])
             flat = torch.from_numpy(np.concatenate([np.array(row, np.int32) for row in rows]))
-            write_tensors(path, {"lengths": lengths, "ids": flat})
+            unfinished = path.with_suffix(".unfinished")
+            write_tensors(unfinished, {"lengths": lengths, "ids": flat})
+            os.replace(unfinished, path)
         tokens = read_tensors(path)
         ends = tokens["lengths"].numpy().cumsum()
         return np.split(tokens["ids"].numpy(), ends[:-1])
@@ -187,7 +190,7 @@ class IndexFolders:
         """Remove all indexes but these; no rank may search the others any more."""
         if rank() == 0:
             for path in self.root.glob("*"):
-                if path.name not in (*names, _TOKENS):
+                if path.name not in (*names, TOKENS):
                     shutil.rmtree(path)
 
     def link(self, source: Path, target: Path) -> None:
@@ -203,9 +206,6 @@ class IndexFolders:
 
     def _remove(self, name: str) -> None:
         shutil.rmtree(self.root / name, ignore_errors=True)
-
-
-_TOKENS = "tokens"  # folder of what Emb_seq reads
 
 
 def emb_seq_ids(model: CoSupForCausalLM, passages: Sequence[dict[str, Any]]) -> list[list[int]]:

@@ -105,7 +105,8 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
             but those that instances were tokenized with.
         corpus (`list[dict]`, `Dataset`, `str` or [`PassageIndex`], *optional*): where `candidates_from` finds
             passages, `{"id", "title", "text"}`, or the path of a file of them. An index must be of this model; it is
-            searched until it is first refreshed, or always if Emb_seq is frozen. Then it may be any [`Retriever`].
+            searched until the first refresh, or always if Emb_seq is frozen: then it may be any [`Retriever`]. The
+            index of the last refresh is in `output_dir` while training, and in each checkpoint; it is never pushed.
 
     Raises:
         `ValueError`: for an invalid instance, naming its row, before training starts, and for arguments that do not

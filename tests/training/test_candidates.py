@@ -395,6 +395,9 @@ def test_each_model_of_model_init_gets_an_index_of_its_own(tmp_path, embedded):
     for _ in range(2):
         trainer.train()
     assert embedded == [len(CORPUS)] * 2
+    trainer.args.num_candidates = 99  # a trial of hyperparameter_search()
+    with pytest.raises(ValueError, match="num_candidates is 99, and the corpus holds only 28 passages"):
+        trainer.train()
 
 
 # ---------------------------------------------------------------------- candidates of the instances
@@ -409,8 +412,7 @@ def with_candidates(as_ids=False):
     return instances
 
 
-@pytest.mark.parametrize("as_ids", [False, True])
-@pytest.mark.parametrize("kind", ["list", "dataset"])
+@pytest.mark.parametrize(("as_ids", "kind"), [(False, "list"), (False, "dataset"), (True, "dataset")])
 def test_instances_search_their_own_candidates(tmp_path, as_ids, kind, monkeypatch):
     instances = with_candidates(as_ids)
     allowed = {
