@@ -71,7 +71,7 @@ def test_shipped_experiments_are_valid(path, tmp_path, monkeypatch):
     assert len({definition.key_of(options) for options in arms}) == len(arms)  # no two arms are the same training
     config = tmp_path / "options.yaml"
     for options in arms:
-        if "{arm:" in options.get("model_name_or_path", ""):
+        if "{arm:" in str(options.get("model_name_or_path")):
             options["model_name_or_path"] = "W/gen"
         config.write_text(yaml.safe_dump(options))
         argv = ["--config", str(config), "--output_dir", str(tmp_path)]
