@@ -255,7 +255,7 @@ class _Reader:
         ids, _ = pad_rows(rows, self.pad_token_id, device=self.gen.device)
         options: dict[str, Any] = {"use_cache": False}
         if self.cache is not None:
-            options = self._continuation([reading.prompt for reading in readings], ids.shape[1])
+            options = self._continuation(readings, ids.shape[1])
         hidden = self.gen.base_model(input_ids=ids, **options).last_hidden_state  # (N, T, h)
         positions: list[int] = []
         targets: list[int] = []
@@ -270,13 +270,15 @@ class _Reader:
             return torch.stack([part.mean() for part in parts])
         return torch.stack([part.sum() for part in parts])
 
-    def _continuation(self, prompts: list[int], length: int) -> dict[str, Any]:
-        """Return the options of a forward that continues `prompts` by `length` tokens."""
-        chosen = torch.tensor(prompts, device=self.mask.device)
+    def _continuation(self, readings: Sequence[_Reading], length: int) -> dict[str, Any]:
+        """Return the options of a forward that continues prompts by readings, padded to `length` tokens."""
+        device = self.mask.device
+        chosen = torch.tensor([reading.prompt for reading in readings], device=device)
+        ends = torch.tensor([[len(reading.ids) - 1] for reading in readings], device=device)
         mask = self.mask[chosen]
-        # no mask on the right: no token sees the padding there
+        # no mask on the right: no token sees the padding there; but Gen needs a position that it has
         full_mask = F.pad(mask, (0, length), value=1)
-        positions = mask.sum(1, keepdim=True) + torch.arange(length, device=mask.device)
+        positions = mask.sum(1, keepdim=True) + torch.arange(length, device=device).minimum(ends)
         cache = copy.copy(self.cache)
         assert cache is not None
         cache.layers = [copy.copy(layer) for layer in cache.layers]  # their tensors are replaced, not changed

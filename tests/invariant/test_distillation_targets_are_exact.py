@@ -157,6 +157,14 @@ def test_log_likelihoods_depend_neither_on_batch_nor_cache(gen, leave_one_out):
         assert worst(answer_log_likelihoods(reader, rows, PADDING, max_tokens, **options), alone) < 2e-6
 
 
+def test_padding_needs_no_position_that_gen_lacks():
+    """A long prompt with a short passage is padded to the length of a short one's long passage."""
+    reader = make_gen("gpt2", max_position_embeddings=40)
+    rows = [make_row(30, (2, 3), 2), make_row(4, (25, 28), 2)]
+    alone = answer_log_likelihoods(reader, rows, PADDING, max_tokens=1, share_prompts=False)
+    assert worst(answer_log_likelihoods(reader, rows, PADDING), alone) < 2e-6
+
+
 def test_a_prompt_is_read_once():
     reader = make_gen()
     rows = [make_row(40, (3, 3, 3, 3), 2), make_row(40, (3, 3, 3, 3), 2, seed=1)]
