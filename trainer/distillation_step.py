@@ -33,6 +33,7 @@ from .nearest_tokens import indicator_1, target_token_ids
 from .position_bias import added, place_sums, without_bias
 from .reader_scores import MAX_TOKENS, answer_log_likelihoods, passage_shares, token_attention
 from .reading import ReaderRow, batches_by_length, reader_row
+from .recording import without_compilation
 from .running import RunningFigures
 from .training_args import CoSupTrainingArguments
 
@@ -262,7 +263,8 @@ class DistillationStepMixin(CandidatesMixin):
         """
         model = without_peft(self.model)
         waiting = [feature for feature in features if needs_candidates(feature)]
-        with evaluating(model), torch.no_grad(), self.compute_loss_context_manager():
+        # compiled layers would compile again for the shapes of queries and readings
+        with evaluating(model), torch.no_grad(), self.compute_loss_context_manager(), without_compilation():
             separator = encode_texts(model.tokenizer, ["\n"])[0]
             retrieved = self._retrieve(model, waiting)
             resolution = Resolution(values=self._retrieval_values(waiting, retrieved))
