@@ -35,7 +35,7 @@ from modeling_cosup import CoSupForCausalLM
 from .arguments import check_collator, check_optimizer, check_sharding, check_trainer_arguments, read_by_tokenizing
 from .batching import CoSupDataCollator
 from .candidate_refresh import check_given_index
-from .candidate_watch import FLATNESS
+from .candidate_watch import FLATNESS, UNTAUGHT
 from .control_tokens import set_control_token_lr
 from .dataset_setup import (
     COLUMNS,
@@ -342,7 +342,8 @@ class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Tr
                 del logs["loss"]
             if self.args.candidates_from is not None and self.is_world_process_zero():
                 self._candidate_watch.check(figures, self._running.counts)
-            figures.pop(FLATNESS, None)
+            for name in (FLATNESS, UNTAUGHT):
+                figures.pop(name, None)
             logs |= figures
             self._running.restart()
         if not self._running.has_losses:

@@ -24,13 +24,13 @@ from modeling_cosup.tokenization_cosup import encode_texts
 
 from .batching import CoSupDataCollator, UnresolvedBatch, needs_candidates
 from .candidate_refresh import CandidatesMixin
-from .candidate_watch import FLATNESS, LEFT_OUT
+from .candidate_watch import FLATNESS, LEFT_OUT, UNTAUGHT
 from .candidates import Candidate
 from .distributed import gather_objects
 from .judging.matching import gold_ids, has_answer
 from .model_setup import without_peft
 from .nearest_tokens import indicator_1, target_token_ids
-from .position_bias import added, place_sums, without_bias
+from .position_bias import Sums, added, by_candidate, place_sums, without_bias
 from .reader_scores import MAX_TOKENS, answer_log_likelihoods, passage_shares, token_attention
 from .reading import ReaderRow, batches_by_length, reader_row
 from .recording import without_compilation
@@ -86,7 +86,7 @@ def mean_names(args: CoSupTrainingArguments) -> list[str]:
 
 def running_figures(loss_names: Iterable[str], args: CoSupTrainingArguments) -> RunningFigures:
     """Return the figures of the log, all zero."""
-    return RunningFigures(loss_names, mean_names(args), [] if args.candidates_from is None else [LEFT_OUT])
+    return RunningFigures(loss_names, mean_names(args), [] if args.candidates_from is None else [LEFT_OUT, UNTAUGHT])
 
 
 # ---------------------------------------------------------------------- the three steps
@@ -192,6 +192,30 @@ def reader_scores(
     )
 
 
+def add_scores(resolution: Resolution, sums: Sums | None = None) -> int:
+    """
+    Add the reader's scores to instances that have several candidates, in place, in the order of the candidates.
+
+    Args:
+        resolution ([`Resolution`]): instances that have been read.
+        sums (`dict`, *optional*): shares by place, relative to which scores are; see [`without_bias`].
+
+    Returns:
+        `int`: instances with candidates that got no scores, because there is nothing to compare these with.
+    """
+    num_without = 0
+    for place, reading in resolution.readings.items():
+        scores: list[float] | None = reading.scores
+        if sums is not None:
+            scores = without_bias(reading.scores, sums)
+        if scores is None or len(scores) == 1:
+            num_without += 1
+            continue
+        candidate_scores = by_candidate(scores, reading.order)
+        resolution.features[place] = {**resolution.features[place], "candidate_scores": candidate_scores}
+    return num_without
+
+
 # ---------------------------------------------------------------------- in CoSupTrainer
 
 
@@ -215,7 +239,9 @@ class DistillationStepMixin(CandidatesMixin):
                 self._running.add_values(resolution.values)
                 self._running.add_count(LEFT_OUT, resolution.num_left_out)
             resolutions.append(resolution)
-        self._add_scores([resolution for resolution in resolutions if resolution is not None])
+        num_untaught = self._add_scores([resolution for resolution in resolutions if resolution is not None])
+        if num_untaught:
+            self._running.add_count(UNTAUGHT, num_untaught)
         resolved_batches = []
         for batch, resolution in zip(batches, resolutions, strict=True):
             if resolution is not None:
@@ -223,32 +249,30 @@ class DistillationStepMixin(CandidatesMixin):
             resolved_batches.append(batch)
         return resolved_batches
 
-    def _add_scores(self, resolutions: Sequence[Resolution]) -> None:
+    def _add_scores(self, resolutions: Sequence[Resolution]) -> int:
         """
         Add the reader's scores of their candidates to instances, in place; all ranks call this together.
 
         With `distillation_target="attention"`, a share is relative to the mean share of its place, over all given
         instances of all ranks. The only instance with its number of passages gets no scores, and so is not distilled.
+
+        Returns:
+            `int`: instances with candidates that got no scores.
         """
         if not self.args.distills:
-            return
-        corrects = self.args.target[0] == "attention"
-        sums = {}
-        if corrects:
+            return 0
+        sums = None
+        if self._corrects_places:
             shares: list[list[float]] = []
             for resolution in resolutions:
                 shares += [reading.scores for reading in resolution.readings.values()]
             sums = added(gather_objects(place_sums(shares), self._host_group))
-        for resolution in resolutions:
-            for place, reading in resolution.readings.items():
-                if len(reading.order) == 1:  # there is nothing to compare the candidate with
-                    continue
-                scores = without_bias(reading.scores, sums) if corrects else reading.scores
-                if scores is None:
-                    continue
-                score_of_candidate = dict(zip(reading.order, scores, strict=True))
-                candidate_scores = [score_of_candidate[number] for number in range(len(scores))]
-                resolution.features[place] = {**resolution.features[place], "candidate_scores": candidate_scores}
+        return sum(add_scores(resolution, sums) for resolution in resolutions)
+
+    @property
+    def _corrects_places(self) -> bool:
+        """Whether a share of attention is relative to the mean share of its place."""
+        return self.args.distills and self.args.target[0] == "attention"
 
     def _resolve(self, features: Sequence[Mapping[str, Any]], shuffle: bool = False) -> Resolution:
         """
@@ -275,7 +299,7 @@ class DistillationStepMixin(CandidatesMixin):
                     continue
                 candidates = next(remaining)
                 if shuffle:
-                    candidates = [candidates[number] for number in self._random_order(feature, len(candidates))]
+                    candidates = [candidates[number] for number in self._random_order(_id(feature), len(candidates))]
                 row = row_with_candidates(
                     feature, candidates, self.cosup_config, separator, self.args.train_on_passages
                 )
@@ -283,9 +307,9 @@ class DistillationStepMixin(CandidatesMixin):
                     resolution.num_left_out += 1
                     continue
                 reading = Reading(row, list(range(len(candidates))))
-                if self.args.distills and self.args.target[0] == "attention":
+                if self._corrects_places and not shuffle:
                     # read best first, the bias for a place could not be told from what the best passages deserve
-                    reading.order = self._random_order(feature, len(candidates))
+                    reading.order = self._random_order(_id(feature), len(candidates))
                     shuffled = [candidates[number] for number in reading.order]
                     reading.row = row_with_candidates(feature, shuffled, self.cosup_config, separator)
                 resolution.readings[len(resolution.features)] = reading
@@ -318,9 +342,9 @@ class DistillationStepMixin(CandidatesMixin):
         k = self.args.num_candidates
         return {f"hit_rate@{k}": hits, f"query_recall@{k}": found}
 
-    def _random_order(self, feature: Mapping[str, Any], count: int) -> list[int]:
+    def _random_order(self, instance_id: str, count: int) -> list[int]:
         """Return the numbers of `count` candidates in an order that depends on seed, step and instance alone."""
-        drawn = random.Random(f"{self.args.seed} {self.state.global_step} {feature.get('id')}")
+        drawn = random.Random(f"{self.args.seed} {self.state.global_step} {instance_id}")
         return drawn.sample(range(count), count)
 
     def _read(self, model: CoSupForCausalLM, resolution: Resolution) -> None:
@@ -344,10 +368,14 @@ class DistillationStepMixin(CandidatesMixin):
             reading.scores = row_scores[: len(reading.order)]
 
 
+def _id(feature: Mapping[str, Any]) -> str:
+    return str(feature.get("id", "without id"))
+
+
 def _answer_tokens(tokenizer: PreTrainedTokenizerBase, row: ReaderRow, feature: Mapping[str, Any]) -> list[int]:
-    """Return the tokens of an instance's answers, or of what is trained in their place."""
+    """Return the tokens of an instance's first answer, or of what is trained in its place."""
     answers = feature.get("answers") or [tokenizer.decode(row.input_ids[slice(*row.answer_span)])]
-    return target_token_ids(tokenizer, answers)
+    return target_token_ids(tokenizer, answers[:1])
 
 
 def _resolved(feature: Mapping[str, Any], row: ReaderRow, candidates: Sequence[Candidate]) -> dict[str, Any]:

@@ -18,13 +18,13 @@ from transformers.utils import logging
 from modeling_cosup import CoSupOutput
 
 from .batching import BatchFacts, CoSupDataCollator, UnresolvedBatch, needs_candidates
-from .candidate_watch import FLATNESS, LEFT_OUT
+from .candidate_watch import LEFT_OUT
 from .dataset_setup import tokenize_dataset
-from .distillation_step import Resolution
+from .distillation_step import Resolution, add_scores
 from .distributed import gather_objects, world_size
 from .grad_cache import RandomState, concatenated
-from .held_out_figures import order_of_queries, padded, retrieval_metrics
-from .losses import EmbeddingBatch, distillation_losses, distilled_batch, embedding_losses, total_loss
+from .held_out_figures import DistilledQuery, distillation_metrics, order_of_queries, padded, retrieval_metrics
+from .losses import EmbeddingBatch, distilled_batch, embedding_losses, student_scores, total_loss
 from .micro_batches import encoder_rows, query_rows
 from .positions import check_positions
 from .training_step import TrainingStepMixin
@@ -47,6 +47,7 @@ class EvaluatedBatch:
         query_ids, passage_ids (`list[list[int]]`): the tokens that each was made from; empty unless
             `include_for_metrics` asks for them.
         values (`dict[str, list[float]]`): of instances that got candidates, by the name of the figure.
+        distilled (`list[DistilledQuery]`): the queries that the reader has scored candidates of.
         num_left_out (`int`): instances that were too long with their candidates.
     """
 
@@ -59,6 +60,7 @@ class EvaluatedBatch:
     query_ids: list[list[int]] = field(default_factory=list)
     passage_ids: list[list[int]] = field(default_factory=list)
     values: dict[str, list[float]] = field(default_factory=dict)
+    distilled: list[DistilledQuery] = field(default_factory=list)
     num_left_out: int = 0
 
     def add_distilled(self, batch: "EvaluatedBatch") -> None:
@@ -68,7 +70,7 @@ class EvaluatedBatch:
         self.num_predicted += batch.num_predicted
         for name, loss in batch.token_losses.items():
             self.token_losses[name] = self.token_losses.get(name, 0.0) + loss
-        self.values |= batch.values
+        self.distilled += batch.distilled
 
 
 class HeldOutMixin(TrainingStepMixin):
@@ -183,11 +185,11 @@ class HeldOutMixin(TrainingStepMixin):
         """Keep the embeddings and token losses of a batch until the end of the set; return nothing to the loop."""
         if isinstance(inputs, UnresolvedBatch):
             resolution = self._resolve([feature for feature in inputs.features if needs_candidates(feature)])
-            self._add_scores([resolution])
+            if self.args.distills:
+                add_scores(resolution)
             known = [feature for feature in inputs.features if not needs_candidates(feature)]
             self._evaluated_batches.append(self._evaluate_resolved(model, known, resolution))
         else:
-            self._add_scores([])  # the other ranks may have instances that need candidates
             self._evaluated_batches.append(self._evaluate_batch(model, inputs))
         return None, None, None
 
@@ -202,14 +204,14 @@ class HeldOutMixin(TrainingStepMixin):
                 outputs.append(self._forward(model, micro_batch, **self._options_for_nsp_logits(micro_batch)))
             # sums, not means: the number of tokens of the set is known only at its end
             token_losses = self.compute_losses(inputs, outputs)
-            values = self._distilled_values(inputs, outputs)
+            distilled = self._distilled_queries(inputs, outputs)
         width = self.cosup_config.embedding_size
         batch = EvaluatedBatch(
             facts=inputs["facts"],
             token_losses={name: float(loss) for name, loss in token_losses.items()},
             query_embeds=_as_array([output.query_embeds for output in outputs], width),
             passage_embeds=_as_array([output.passage_embeds for output in outputs], width),
-            values=values,
+            distilled=distilled,
         )
         nsp_token_id = torch.tensor(self.cosup_config.nsp_token_id)
         for output in outputs:
@@ -237,17 +239,23 @@ class HeldOutMixin(TrainingStepMixin):
         evaluated.add_distilled(self._evaluate_batch(model, self.data_collator.collate(resolution.features)))
         return evaluated
 
-    def _distilled_values(self, inputs: dict[str, Any], outputs: Sequence[CoSupOutput]) -> dict[str, list[float]]:
-        """Return the distillation loss and its figures of each distilled query, by name; none without such a query."""
+    def _distilled_queries(self, inputs: dict[str, Any], outputs: Sequence[CoSupOutput]) -> list[DistilledQuery]:
+        """Return the distilled queries of a batch, whose scores are compared at the end of the set."""
         if not inputs["facts"].distilled_instance_ids:
-            return {}
+            return []
         query_embeds = concatenated([output.query_embeds for output in outputs])
         passage_embeds = concatenated([output.passage_embeds for output in outputs])
         assert query_embeds is not None and passage_embeds is not None  # there is a query, and it has candidates
         batch = distilled_batch(inputs, query_embeds, passage_embeds)
-        losses, distributions = distillation_losses(batch, self.cosup_config, self.args)
-        values = {"distillation_loss": losses, **distributions.figures()}
-        return {name: numbers.tolist() for name, numbers in values.items() if name != FLATNESS}
+        counts = (batch.candidate_rows >= 0).sum(1).tolist()
+        scores = zip(student_scores(batch, self.cosup_config).tolist(), batch.candidate_scores.tolist(), strict=True)
+        queries = []
+        for id, count, (of_student, of_reader) in zip(
+            inputs["facts"].distilled_instance_ids, counts, scores, strict=True
+        ):
+            order = self._random_order(id, count) if self._corrects_places else list(range(count))
+            queries.append(DistilledQuery(of_student[:count], of_reader[:count], order))
+        return queries
 
     def _options_for_nsp_logits(self, micro_batch: dict[str, Any]) -> dict[str, Any]:
         """Return the options of a forward that also returns the logits from which each `[NSP]` is predicted."""
@@ -351,6 +359,8 @@ class HeldOutMixin(TrainingStepMixin):
         metrics |= retrieval
         for name, mean in _means([batch.values for batch in batches]).items():
             metrics.setdefault(name, mean)  # recall is that of queries with a passage, if there are any
+        distilled = [query for batch in batches for query in batch.distilled]
+        metrics |= distillation_metrics(distilled, self.args, self._corrects_places)
         if self.args.candidates_from is not None:
             metrics[LEFT_OUT] = sum(batch.num_left_out for batch in batches)
         num_nsp = sum(batch.num_nsp for batch in batches)

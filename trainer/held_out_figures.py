@@ -1,15 +1,36 @@
-"""Losses and recall of queries over all distinct passages of an evaluation set."""
+"""Figures of an evaluation set: losses and recall over all its distinct passages, and distillation."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from modeling_cosup.packing_cosup import pad_rows
 
 from .batching import BatchFacts
+from .candidate_watch import FLATNESS
 from .duplicates import global_batch
-from .losses import EmbeddingBatch
+from .losses import EmbeddingBatch, losses_of_scores
+from .position_bias import by_candidate, place_sums, without_bias
+from .training_args import CoSupTrainingArguments
+
+
+@dataclass
+class DistilledQuery:
+    """
+    The scores of the K candidates of a query, the best first.
+
+    Args:
+        student_scores (`list[float]`): of the retriever, divided by its temperature.
+        reader_scores (`list[float]`): of the reader; shares of attention are not corrected for places yet.
+        order (`list[int]`): for each place in the reader's row, the number of the candidate that stood there.
+    """
+
+    student_scores: list[float]
+    reader_scores: list[float]
+    order: list[int]
 
 
 def order_of_queries(facts: Sequence[BatchFacts]) -> np.ndarray:
@@ -86,6 +107,39 @@ def retrieval_metrics(
             if k < len(rows):
                 metrics[f"query_recall@{k}"] = float((torch.cat(ranks)[compared] < k).double().mean())
     return metrics, rows, labels
+
+
+def distillation_metrics(
+    queries: Sequence[DistilledQuery], args: CoSupTrainingArguments, corrects_places: bool
+) -> dict[str, float]:
+    """
+    Return the mean of the distillation loss and of its figures, by name; nothing without queries.
+
+    Args:
+        queries (`list[DistilledQuery]`): of all batches.
+        args ([`CoSupTrainingArguments`]): the target.
+        corrects_places (`bool`): shares are relative to the mean share of their place over all these queries, so that
+            the figures do not depend on how a set is cut into batches. The only query with its K is left out.
+    """
+    students, readers = [], []
+    sums = place_sums([query.reader_scores[number] for number in query.order] for query in queries)
+    for query in queries:
+        scores = query.reader_scores
+        if corrects_places:
+            relative = without_bias([scores[number] for number in query.order], sums)
+            if relative is None:
+                continue
+            scores = by_candidate(relative, query.order)
+        students.append(torch.tensor(query.student_scores))
+        readers.append(torch.tensor(scores))
+    if not students:
+        return {}
+    student = pad_sequence(students, batch_first=True)  # (N, K)
+    reader = pad_sequence(readers, batch_first=True)  # (N, K)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in students], batch_first=True)  # (N, K)
+    losses, distributions = losses_of_scores(student, reader, mask, args)
+    values = {"distillation_loss": losses, **distributions.figures()}
+    return {name: float(numbers.mean()) for name, numbers in values.items() if name != FLATNESS}
 
 
 def _merge(facts: Sequence[BatchFacts]) -> BatchFacts:

@@ -206,15 +206,34 @@ def distillation_losses(
         `(torch.FloatTensor, Distributions)`: the losses `(N,)`, not averaged, and what they compare.
     """
     mask = batch.candidate_rows >= 0  # (N, K)
+    return losses_of_scores(student_scores(batch, config), batch.candidate_scores, mask, args)
+
+
+def student_scores(batch: DistilledBatch, config: CoSupConfig) -> torch.Tensor:
+    """Return the retriever's scores of the candidates of each distilled query, `(N, K)`."""
     temperature = cast(float, config.temperature)  # the config has replaced None by the default of its similarity
     all_scores = similarity_scores(batch.query_embeds, batch.passage_embeds, temperature)  # (N, M_r)
-    scores = all_scores.gather(1, batch.candidate_rows.clamp(min=0))  # (N, K)
+    return all_scores.gather(1, batch.candidate_rows.clamp(min=0))
+
+
+def losses_of_scores(
+    scores: torch.Tensor, candidate_scores: torch.Tensor, mask: torch.Tensor, args: CoSupTrainingArguments
+) -> tuple[torch.Tensor, Distributions]:
+    """
+    Return what [`distillation_losses`] does, of scores.
+
+    Args:
+        scores (`torch.FloatTensor` of shape `(N, K)`): the retriever's, see [`student_scores`].
+        candidate_scores (`torch.FloatTensor` of shape `(N, K)`): the reader's.
+        mask (`torch.BoolTensor` of shape `(N, K)`): `True` for candidates.
+        args ([`CoSupTrainingArguments`]): the target.
+    """
     log_probs = scores.detach().masked_fill(~mask, -torch.inf).log_softmax(-1).masked_fill(~mask, 0.0)
     name, target_temperature = args.target
     if args.supervision == "attention_distillation":
-        target = attention_target(batch.candidate_scores, mask, target_temperature)
+        target = attention_target(candidate_scores, mask, target_temperature)
     else:
-        target = perplexity_target(batch.candidate_scores, mask, target_temperature, name, log_probs)
+        target = perplexity_target(candidate_scores, mask, target_temperature, name, log_probs)
     return distillation_loss(scores, target, mask), Distributions(target, log_probs, mask)
 
 

@@ -68,19 +68,24 @@ def check_supervision(args: CoSupTrainingArguments, config: CoSupConfig) -> None
 
 def check_retriever_is_trained(model: CoSupForCausalLM, args: CoSupTrainingArguments) -> None:
     """Raise if a distillation has nothing to teach: no part that makes queries or passage embeddings is trained."""
-    if not args.distills:
+    if not args.distills or trains_retriever(model):
         return
-    parts: list[nn.Module | None] = [model.emb_seq, model.emb_head, model.query_encoder]
-    if model.config.query_from == "gen":
-        parts.append(model.gen)
-    for part in parts:
-        if part is not None and any(parameter.requires_grad for parameter in part.parameters()):
-            return
     raise ValueError(
         f"supervision={args.supervision!r} teaches a retriever, and all of it is frozen: Emb_seq, and what makes the"
         f" queries (query_from={model.config.query_from!r}). Leave freeze_emb_seq out, or train the reader alone:"
         " supervision='ntp' with candidates_from='index'."
     )
+
+
+def trains_retriever(model: CoSupForCausalLM) -> bool:
+    """Return whether training changes what a query finds: a part that makes queries or passage embeddings."""
+    parts: list[nn.Module | None] = [model.emb_seq, model.emb_head, model.query_encoder]
+    if model.config.query_from == "gen":
+        parts.append(model.gen)
+    for part in parts:
+        if part is not None and any(parameter.requires_grad for parameter in part.parameters()):
+            return True
+    return False
 
 
 def check_reader(model: CoSupForCausalLM, args: CoSupTrainingArguments) -> None:

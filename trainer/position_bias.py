@@ -2,7 +2,7 @@
 The bias of a reader for places: it attends most to the last passage, and then to the first one, whatever they hold.
 
 In a deep reader this outweighs what a passage says about the answer. So a share of attention is compared with the mean
-share of its place, over the instances of a step, on all ranks.
+share of its place, over the instances of a step on all ranks, or over an evaluation set.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -50,3 +50,15 @@ def without_bias(shares: Sequence[float], sums: Mapping[int, tuple[int, Sequence
         return None
     ratios = [share / total if total else 0.0 for share, total in zip(shares, totals, strict=True)]
     return [ratio / sum(ratios) for ratio in ratios]
+
+
+def by_candidate(scores: Sequence[float], order: Sequence[int]) -> list[float]:
+    """
+    Return scores in the order of the candidates.
+
+    Args:
+        scores (`list[float]`): in the order in which the reader read.
+        order (`list[int]`): for each place in the reader's row, the number of the candidate that stood there.
+    """
+    score_of_candidate = dict(zip(order, scores, strict=True))
+    return [score_of_candidate[number] for number in range(len(scores))]

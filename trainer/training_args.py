@@ -72,7 +72,8 @@ class CoSupTrainingArguments(TrainingArguments):
             `supervision="ntp"` it trains Gen alone to read what is retrieved.
         refresh_index_steps (`int`): steps after which the corpus is embedded again, unless Emb_seq is frozen.
         distillation_target (`str`, *optional*): of attention, `"attention"` (default), the shares of attention
-            relative to the mean share of their place in the row, over all instances of the step (see `position_bias`);
+            relative to the mean share of their place in the row, over all instances of the step, of which there must
+            be two, or of an evaluation set (see `position_bias`);
             or `"attention_shares"`, the shares themselves (Eq. 1 of the paper). Of perplexity, `"perplexity"`
             (default), the answer's mean log-likelihood with each candidate alone; `"leave_one_out"`, how much likelier
             the answer is with a candidate than without; or `"emdr"`, the posterior of EMDR² (arXiv 2106.05346).
@@ -254,6 +255,7 @@ class CoSupTrainingArguments(TrainingArguments):
         """
         self._check_choices()
         self._check_batches()
+        self._check_instances_of_step()
         self._check_control_token_lr()
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("fp16 needs a GPU; on a CPU accelerate would train in float32 without a word. Give bf16.")
@@ -319,6 +321,16 @@ class CoSupTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"optim={self._optimizer_name!r} changes weights during backward, and nsp_batch_size needs all"
                 " micro-batches to see the same weights: choose another optimizer."
+            )
+
+    def _check_instances_of_step(self) -> None:
+        """Check that a step has what the attention to a place is compared with."""
+        if not self.distills or self.target[0] != "attention":
+            return
+        if self.train_batch_size * self.gradient_accumulation_steps * self.world_size == 1:
+            raise ValueError(
+                "distillation_target='attention' compares the instances of a step, and a step has one: raise"
+                " per_device_train_batch_size or gradient_accumulation_steps, or choose 'attention_shares'."
             )
 
     def _check_control_token_lr(self) -> None:

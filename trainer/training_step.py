@@ -44,6 +44,7 @@ from .losses import (
     total_loss,
 )
 from .micro_batches import forward_arguments
+from .model_setup import trains_retriever, without_peft
 from .running import RunningFigures
 from .training_args import CoSupTrainingArguments
 from .watch import FiniteLosses
@@ -70,7 +71,7 @@ class TrainingStepMixin(DistillationStepMixin):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Run `Trainer`'s, and begin the log: a trial of a search has set its arguments by now."""
         self._running = running_figures(self.loss_weights, self.args)
-        self._candidate_watch = CandidateWatch(self.args)
+        self._candidate_watch = CandidateWatch(self.args, trains_retriever(without_peft(self.model)))
         return super()._prepare_for_training(*args, **kwargs)
 
     # ------------------------------------------------------------------ what all ranks know of a step
