@@ -44,7 +44,7 @@ from trainer import CoSupTrainer, CoSupTrainingArguments, load_corpus, load_inst
 from trainer.card import complete_card, held_out_group, write_card
 from trainer.hub import push_checkpoint
 from trainer.judging.figures import Measured
-from trainer.judging.matching import gold_ids
+from trainer.judging.matching import gold_ids, ranking_can_be_judged
 from trainer.judging.results import FORMAT
 from trainer.model_setup import trains_passages, without_peft
 from trainer.watch import is_full_disk
@@ -299,7 +299,8 @@ def share(model: CoSupForCausalLM, index: PassageIndex | None, groups: list, run
             )
     example = None  # the first question that needs a passage
     if index_place:
-        example = next((question["input"] for question in run.questions or [] if question["provenance"]), None)
+        needing_passage = filter(ranking_can_be_judged, run.questions or [])
+        example = next((question["input"] for question in needing_passage), None)
     complete_card(model, output_dir, repo_id, groups, index_place, example)
     if script.use_peft:
         merged = output_dir / "merged"

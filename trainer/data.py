@@ -279,8 +279,9 @@ def load_evaluation_set(
 
     An instance is `{"id", "dataset", "instruction", "input", "answers", "provenance", "candidates", "meta"}`.
     `candidates` may be missing, and so may `meta`, an object with anything else that a metric needs: the `qa_pairs`
-    and `claims` of ALCE, `provenance_unknown`, `long_answers` and `nouns`. Further fields are dropped. Ids are strings
-    or integers, see [`~modeling_cosup.passages_cosup.check_id`].
+    and `claims` of ALCE, `provenance_unknown`, `long_answers` and `nouns`. A missing `provenance` is unknown; an empty
+    list says that a question needs no passage. Further fields are dropped. Ids are strings or integers, see
+    [`~modeling_cosup.passages_cosup.check_id`].
 
     Args:
         source (`str` or `Path`): JSON Lines file or name of a dataset.
@@ -323,10 +324,14 @@ def _check_evaluation_instance(value: Mapping[str, Any], where: str, answers_req
         raise ValueError(f"{where}: answers is {shown(answers)}, expected a list of {expected}.")
     if not isinstance(meta, dict):
         raise ValueError(f"{where}: meta is {shown(meta)}, expected an object.")
+    provenance = value.get("provenance")
+    if provenance is None:
+        provenance = []
+        meta = {**meta, "provenance_unknown": True}
     return {
         **question,
         "answers": [check_text(answer, f"answers[{i}]", where) for i, answer in enumerate(answers)],
-        "provenance": _checked_provenance(value.get("provenance"), where),
+        "provenance": _checked_provenance(provenance, where),
         "candidates": _checked_ids(candidates, "candidates", where),
         "meta": meta,
     }

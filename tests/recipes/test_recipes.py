@@ -117,6 +117,7 @@ def test_bad_input_is_named_with_its_place_before_training(inputs, tmp_path, mon
     ("question", "message"),
     [
         ({"meta": {"provenance_unknown": True}}, None),  # HR@k judges the retrieval
+        ({"provenance": None}, None),
         ({"meta": {"provenance_unknown": True}, "answers": ["yes"]}, "nor an answer to look for in passages"),
         ({}, "none of the 1 questions"),  # it needs no passage
     ],
@@ -307,11 +308,14 @@ def test_the_steps_of_a_distillation_follow_each_other(inputs, tmp_path, monkeyp
     corpus = {"corpus_file": inputs / "corpus.jsonl"}
     first = step("one", "distillation_step_1", gen=inputs / "gen", emb_seq=inputs / "emb_seq", **corpus)
     assert same(first.emb_seq.h, AutoModel.from_pretrained(inputs / "emb_seq").h)
-    eval_file = {"eval_file": inputs / "eval.jsonl"}
+    eval_file = {"eval_file": settings["train_file"]}  # pairs of questions and answers are enough
     second = step("two", "distillation_step_2", model_name_or_path=tmp_path / "one", **corpus, **eval_file)
     assert same(second.gen, first.gen) and not same(second.emb_seq, first.emb_seq)
     assert [task.top_k for task in judged] == [3]
-    assert "--passages_per_nsp 3" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "--passages_per_nsp 3" in printed
+    assert "query embedding: HR@5" in printed and "gold passages given" not in printed
+    assert asked[0]["input"] in (tmp_path / "two" / "README.md").read_text()
     monkeypatch.setattr(PassageIndex, "build", None)  # the given index is searched
     index = {"model_name_or_path": tmp_path / "one", "index": tmp_path / "one" / "index"}
     third = step("three", supervision="ntp", candidates_from="index", **index)

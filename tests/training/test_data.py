@@ -285,6 +285,14 @@ def test_bad_evaluation_sets(tmp_path, changes, message):
         load_evaluation_set(write(tmp_path / "eval.jsonl", line), corpus=PASSAGES)
 
 
+def test_a_missing_provenance_is_unknown(tmp_path):
+    question = {"input": "q?", "answers": ["a"], "meta": {"nouns": ["q"]}}
+    rows = write(tmp_path / "eval.jsonl", question, {**question, "provenance": []})
+    unknown, free = load_evaluation_set(rows, corpus=PASSAGES)
+    assert unknown["provenance"] == [] and unknown["meta"] == {"nouns": ["q"], "provenance_unknown": True}
+    assert free["provenance"] == [] and free["meta"] == {"nouns": ["q"]}
+
+
 def test_further_columns_do_no_harm(tmp_path):
     """Datasets have columns that the schema does not know, and Arrow fills in None where a row lacks a key."""
     passage = {"id": "p", "title": "t", "text": "x", "score": 0.5, "titles": "s", "wikipedia_id": 3}

@@ -111,8 +111,8 @@ class Task:
         if not any(question["provenance"] or provenance_unknown(question) for question in questions):
             raise ValueError(
                 f"Task {self.name}: none of the {len(questions)} questions of {self.eval_file} has provenance, so "
-                "retrieval cannot be judged. Questions of unknown provenance must say so: "
-                '"meta": {"provenance_unknown": true}.'
+                "retrieval cannot be judged. If it is unknown, leave provenance out: an empty list says that a "
+                "question needs no passage."
             )
         if isinstance(self.pool, str):
             return questions
