@@ -31,7 +31,15 @@ from trainer.judging.indicators import candidate_passages, indicators
 from trainer.judging.judge import command_line, environment
 from trainer.judging.matching import provenance_unknown
 from trainer.judging.results import FORMAT
-from trainer.reports.indicators import column_title, columns, shown_attention, shown_rho, write_indicator_report
+from trainer.reports.indicators import (
+    column_title,
+    columns,
+    shown_attention,
+    shown_best,
+    shown_places,
+    shown_rho,
+    write_indicator_report,
+)
 
 from shared.indexes import open_index
 from shared.processes import processes
@@ -100,13 +108,14 @@ def measure(args: IndicatorArguments, questions: list[dict], device: torch.devic
     index = open_index(model, args.index, args.index_uri)
     gold_included = args.candidates == "gold_included"
     passages = candidate_passages(
-        model, index, questions, args.num_candidates, gold_included, args.batch_size, args.seed
+        model, index, questions, args.num_candidates, gold_included, args.batch_size, args.seed, args.shuffle
     )
     settings = {
         **environment(model),
         "command": command_line(),
         "retriever": retriever,
         **{name: getattr(args, name) for name in ("eval_file", "index", "num_candidates", "candidates", "pooling")},
+        "shuffle": args.shuffle,
         "seed": args.seed,
     }
     readers = {}
@@ -114,7 +123,9 @@ def measure(args: IndicatorArguments, questions: list[dict], device: torch.devic
         if name != retriever:
             del model  # one reader in memory at a time
             model = CoSupForCausalLM.from_pretrained(name, dtype=args.dtype, load_emb_seq=False).to(device)
-        results = indicators(model, questions, passages, pooling=args.pooling, max_tokens=args.max_tokens)
+        results = indicators(
+            model, questions, passages, pooling=args.pooling, max_tokens=args.max_tokens, likelihoods=args.likelihoods
+        )
         readers[name] = {"fingerprint": model.fingerprint(), **results.to_dict()}
     return {"format": FORMAT, "settings": settings, "models": readers}
 
@@ -128,6 +139,8 @@ def print_figures(results: dict[str, Any], output_dir: str) -> None:
             attention, rho = shown_attention(indicator["attention"]), shown_rho(indicator["rho"])
             counts = f"n = {indicator['attention']['n']}, {indicator['num_undefined']} without ρ"
             rows.append((column_title(target, percentile), f"{attention:>14}   ρ {rho:14}  {counts}"))
+        rows += [(f"best passage is gold, by {name}", shown) for name, shown in shown_best(reader).items()]
+        rows.append(("attention by place, %", shown_places(reader)))
         print(f"{name}\n{table(rows)}\n")
     print(f"Report: {Path(output_dir) / 'report.html'}   {results['seconds']:,.1f} s")
 

@@ -27,6 +27,13 @@ class IndicatorArguments:
             "that is drawn. Questions without provenance are left out then."
         },
     )
+    shuffle: bool = field(
+        default=False,
+        metadata={"help": "Read the passages of a question in a random order; else the nearest is first."},
+    )
+    likelihoods: bool = field(
+        default=False, metadata={"help": "Also read each passage alone: what perplexity distillation would teach."}
+    )
     pooling: Literal["mean", "max"] = field(
         default="mean",
         metadata={"help": "Similarity to several target tokens: the mean, or that to the nearest (then many tie)."},
@@ -36,4 +43,4 @@ class IndicatorArguments:
     max_tokens: int = field(default=8192, metadata={"help": "Tokens in a forward of a reader, padding included."})
     dtype: str = field(default="auto", metadata={"help": "Dtype of the weights, e.g. bfloat16 on a GPU."})
     num_threads: int | None = field(default=None, metadata={"help": "Threads on a CPU."})
-    seed: int = field(default=0, metadata={"help": "Seed of the places of gold passages."})
+    seed: int = field(default=0, metadata={"help": "Seed of the places of gold passages, and of their order."})

@@ -10,6 +10,7 @@ from support.models import PASSAGES, make_model
 from trainer.judging.answers import rank_passages
 from trainer.judging.indicators import Spread, candidate_passages, indicators, spearman
 from trainer.judging.nouns import nouns_by_rule
+from trainer.judging.teaching import best_is_gold, relative_to_place, shares_by_place
 
 
 def make_reader(**gen_options):
@@ -110,6 +111,35 @@ def test_a_reader_that_attends_to_all_tokens_alike(alike):
             assert indicator.attention.mean == pytest.approx(results.uniform.mean, rel=1e-5)
             assert indicator.rho == Spread(None, None, 0)
             assert indicator.num_undefined == 3
+
+
+def test_what_a_reader_would_teach():
+    shares = [[0.2, 0.8], [0.3, 0.7], [0.4, 0.6], [1.0]]
+    assert shares_by_place(shares) == pytest.approx([0.3, 0.7])
+    assert shares_by_place([]) == []
+    relative = relative_to_place(shares)
+    assert relative[3] is None  # nothing to compare its only place with
+    assert relative[0] == pytest.approx([7 / 19, 12 / 19])  # 0.2 / 0.9 against 0.8 / 2.1
+    gold = [{1}, set(), {0}, {0}]
+    assert best_is_gold(shares, gold) == [1.0, 0.0, 1.0]  # the second has no gold passage
+    assert best_is_gold(relative, gold) == [1.0, 1.0]
+
+
+def test_what_is_taught_is_of_the_passages_that_are_read(reader):
+    known = [instance(0, provenance=[[PASSAGES[1]["id"]]]), instance(2, provenance=[[PASSAGES[4]["id"]]])]
+    results = indicators(reader, known, [PASSAGES[:3], PASSAGES[:3]], likelihoods=True)
+    shares = []
+    for _ in known:
+        _, attention = plain_attention(reader, PASSAGES[:3])
+        lengths = [len(row) for row in encode_passages_for_gen(reader.tokenizer, PASSAGES[:3], reader.config)]
+        shares.append([part.sum() for part in np.split(attention, np.cumsum(lengths)[:-1])])
+    assert results.places == pytest.approx(np.mean(shares, axis=0), abs=1e-5)
+    assert results.best_is_gold["attention_shares"] == Spread(float(np.argmax(shares[0]) == 1), None, 1)
+    assert {name: spread.n for name, spread in results.best_is_gold.items()} == {
+        "attention_shares": 1,
+        "attention": 1,
+        "perplexity": 1,
+    }
 
 
 def test_other_embeddings_decide_what_is_near(reader):

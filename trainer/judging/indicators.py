@@ -31,13 +31,14 @@ from modeling_cosup.tokenization_cosup import (
 
 from ..distillation import check_finite
 from ..nearest_tokens import Embed, Pooling, is_nearest, passage_tokens, target_token_ids, token_similarity
-from ..reader_scores import MAX_TOKENS, token_attention
+from ..reader_scores import MAX_TOKENS, answer_log_likelihoods, passage_shares, token_attention
 from ..reading import ReaderRow, reader_row
 from .answers import embed_queries
 from .correctness import worded
 from .intervals import mean_and_deviation
 from .matching import gold_ids
 from .nouns import marked_nouns, nouns_by_rule
+from .teaching import best_is_gold, relative_to_place, shares_by_place
 
 TARGETS = ("answer", "nouns")  # of Indicator 1 and of Indicator 2
 PERCENTILES = (90, 95)
@@ -91,12 +92,17 @@ class IndicatorResults:
         num_instances (`int`): instances that were given.
         left_out (`dict[str, int]`): reason -> number of instances: `"no_passage"`, `"no_answer"`, `"too_long"` for
             Gen; and `"no_noun"`, which are left out of Indicator 2 alone.
+        places (`list[float]`): mean share of attention of each place in the row.
+        best_is_gold (`dict[str, Spread]`): `distillation_target` -> how often the passage that it prefers is gold, of
+            the instances with a gold passage among theirs.
     """
 
     indicators: dict[str, dict[int, Indicator]]
     uniform: Spread
     num_instances: int
     left_out: dict[str, int]
+    places: list[float]
+    best_is_gold: dict[str, Spread]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the results as JSON values: percentiles become texts."""
@@ -115,9 +121,10 @@ def indicators(
     pooling: Pooling = "mean",
     find_nouns: Callable[[str], list[str]] | None = None,
     max_tokens: int = MAX_TOKENS,
+    likelihoods: bool = False,
 ) -> IndicatorResults:
     """
-    Measure Indicators 1 and 2 of a reader.
+    Measure Indicators 1 and 2 of a reader, and what it would teach a retriever.
 
     Args:
         model ([`CoSupForCausalLM`]): its Gen is the reader.
@@ -132,6 +139,7 @@ def indicators(
         find_nouns (`Callable`, *optional*): returns the nouns of a question whose instance has no field; defaults to
             [`~trainer.judging.nouns.nouns_by_rule`].
         max_tokens (`int`, *optional*): of a forward, padding included.
+        likelihoods (`bool`, *optional*, defaults to `False`): also read each passage alone, for `"perplexity"`.
 
     Returns:
         [`IndicatorResults`].
@@ -153,9 +161,15 @@ def indicators(
     pad = model.tokenizer.pad_token_id
     measured = {(target, percentile): _Measured() for target in TARGETS for percentile in percentiles}
     uniform = []
+    scores: dict[str, list] = {"attention_shares": []}
     for start in tqdm(range(0, len(readings), ROWS_AT_A_TIME), desc="Reading", unit="batch"):
         chosen = readings[start : start + ROWS_AT_A_TIME]
-        attention = token_attention(model, [reading.row for reading in chosen], pad, max_tokens)
+        rows = [reading.row for reading in chosen]
+        attention = token_attention(model, rows, pad, max_tokens)
+        scores["attention_shares"] += _without_padding(passage_shares(attention, rows), rows)
+        if likelihoods:
+            log_likelihoods = answer_log_likelihoods(model, rows, pad, max_tokens)
+            scores.setdefault("perplexity", []).extend(_without_padding(log_likelihoods, rows))
         for reading, row_attention in zip(chosen, attention, strict=True):
             ids, of_passages = passage_tokens(reading.row, row_attention)
             check_finite(of_passages[None], "shares of attention", [reading.name])
@@ -169,7 +183,21 @@ def indicators(
         target: {percentile: measured[target, percentile].indicator() for percentile in percentiles}
         for target in TARGETS
     }
-    return IndicatorResults(by_target, Spread.of(uniform), len(instances), left_out)
+    scores["attention"] = relative_to_place(scores["attention_shares"])
+    gold = [reading.gold for reading in readings]
+    return IndicatorResults(
+        by_target,
+        Spread.of(uniform),
+        len(instances),
+        left_out,
+        places=shares_by_place(scores["attention_shares"]),
+        best_is_gold={name: Spread.of(best_is_gold(values, gold)) for name, values in scores.items()},
+    )
+
+
+def _without_padding(scores: torch.Tensor, rows: Sequence[ReaderRow]) -> list[list[float]]:
+    """Return the scores `(B, K_max)` of the passages that each row has."""
+    return [values[: len(row.passage_spans)] for values, row in zip(scores.tolist(), rows, strict=True)]
 
 
 def _check_options(percentiles: Sequence[int], pooling: str) -> None:
@@ -185,11 +213,12 @@ def _check_options(percentiles: Sequence[int], pooling: str) -> None:
 
 @dataclass
 class _Reading:
-    """An instance as it is read, and the target tokens of each indicator that it counts for."""
+    """An instance as it is read, the target tokens of each indicator that it counts for, and its gold passages."""
 
     name: str
     row: ReaderRow
     targets: dict[str, list[int]]
+    gold: set[int]  # their numbers among those that are read
 
 
 def _readings(
@@ -224,7 +253,9 @@ def _readings(
             targets["nouns"] = target_token_ids(tokenizer, worded(nouns))
         else:
             left_out["no_noun"] += 1
-        yield _Reading(f"instance {instance['id']!r}", row, targets)
+        ids = gold_ids(instance)
+        gold = {number for number, passage in enumerate(instance_passages) if passage.get("id") in ids}
+        yield _Reading(f"instance {instance['id']!r}", row, targets, gold)
 
 
 def candidate_passages(
@@ -235,6 +266,7 @@ def candidate_passages(
     gold_included: bool = False,
     batch_size: int = 32,
     seed: int = 0,
+    shuffle: bool = False,
 ) -> list[list[dict]]:
     """
     Return the passages that are nearest to each question's query embedding.
@@ -247,6 +279,8 @@ def candidate_passages(
         gold_included (`bool`): whether a gold passage replaces the last one where none was found. It is put at a place
             drawn from the seed and the id of the question, so that no place says which passage is gold.
         batch_size (`int`): questions per forward.
+        seed (`int`): of the places of gold passages, and of the order.
+        shuffle (`bool`): put the passages of each question in a random order; by default the nearest is first.
 
     Raises:
         `ValueError`: if the index holds fewer passages; with counts, if gold passages are to be included and questions
@@ -269,6 +303,8 @@ def candidate_passages(
             passages = passages[: num_candidates - 1]
             place = random.Random(f"{seed} {question['id']}").randint(0, len(passages))
             passages[place:place] = index.get_passages(gold_rows[number : number + 1])
+        if shuffle:
+            random.Random(f"order {seed} {question['id']}").shuffle(passages)
         candidates.append(passages)
     return candidates
 

@@ -37,6 +37,7 @@ def write_indicator_report(output_dir: str | Path) -> None:
 def indicator_blocks(results: dict) -> list[Block]:
     """Return the table of a results file, with its notes, as a section of a report."""
     blocks: list[Block] = [Heading("Where readers look"), _table(results["models"]), Text(_note(results), note=True)]
+    blocks += [Heading("What they would teach"), _taught(results["models"]), Text(_note_on_taught(results), note=True)]
     left_out = list(_left_out(results["models"]))
     return [*blocks, Bullets(left_out)] if left_out else blocks
 
@@ -62,6 +63,38 @@ def shown_attention(spread: dict) -> str:
 def shown_rho(spread: dict) -> str:
     """Format a mean correlation with its deviation over instances."""
     return _shown(spread, 1, "+")
+
+
+def shown_best(reader: dict) -> dict[str, str]:
+    """Format how often the passage that each target prefers is gold, by `distillation_target`."""
+    shown = {}
+    for name, spread in sorted(reader["best_is_gold"].items()):
+        shown[name] = MISSING if spread["mean"] is None else f"{100 * spread['mean']:.1f} % (n = {spread['n']})"
+    return shown
+
+
+def shown_places(reader: dict) -> str:
+    """Format the mean share of attention of each place, in percent."""
+    return ", ".join(f"{100 * share:.1f}" for share in reader["places"])
+
+
+def _taught(readers: dict) -> Table:
+    """Return how often the preferred passage is gold, a row for each reader."""
+    targets = sorted(next(iter(readers.values()))["best_is_gold"])
+    table = Table(["", *(f"best is gold, by {target}" for target in targets), "attention by place, %"], [])
+    for name, reader in readers.items():
+        shown = shown_best(reader)
+        table.rows.append([name, *(shown[target] for target in targets), shown_places(reader)])
+    return table
+
+
+def _note_on_taught(results: dict) -> str:
+    order = "in a random order" if results["settings"]["shuffle"] else "the nearest first"
+    return (
+        "How often the passage that a distillation_target prefers is gold, of the questions with a gold passage among "
+        f"theirs; 1 / {results['settings']['num_candidates']} by chance. Passages are read {order}: where the nearest "
+        "is first, a place and what it deserves cannot be told apart, so attention relative to its place says little."
+    )
 
 
 def _table(readers: dict) -> Table:
