@@ -234,7 +234,7 @@ def test_a_reader_whose_weights_are_not_finite_is_named():
     broken = make_reader()
     with torch.no_grad():
         broken.gen.model.layers[0].self_attn.v_proj.weight[0, 0] = float("nan")
-    with pytest.raises(FloatingPointError, match="The shares of attention of instance 'q0' are NaN"):
+    with pytest.raises(FloatingPointError, match="The attention shares of instance 'q0' are NaN"):
         indicators(broken, INSTANCES, READ)
 
 

@@ -29,7 +29,6 @@ from modeling_cosup.tokenization_cosup import (
     end_of_turn_token_id,
 )
 
-from ..distillation import check_finite
 from ..nearest_tokens import Embed, Pooling, is_nearest, passage_tokens, target_token_ids, token_similarity
 from ..reader_scores import MAX_TOKENS, answer_log_likelihoods, passage_shares, token_attention
 from ..reading import ReaderRow, reader_row
@@ -166,13 +165,13 @@ def indicators(
         chosen = readings[start : start + ROWS_AT_A_TIME]
         rows = [reading.row for reading in chosen]
         attention = token_attention(model, rows, pad, max_tokens)
-        scores["attention_shares"] += _without_padding(passage_shares(attention, rows), rows)
+        names = [reading.name for reading in chosen]
+        scores["attention_shares"] += _without_padding(passage_shares(attention, rows, names), rows)
         if likelihoods:
-            log_likelihoods = answer_log_likelihoods(model, rows, pad, max_tokens)
+            log_likelihoods = answer_log_likelihoods(model, rows, pad, max_tokens, names=names)
             scores.setdefault("perplexity", []).extend(_without_padding(log_likelihoods, rows))
         for reading, row_attention in zip(chosen, attention, strict=True):
             ids, of_passages = passage_tokens(reading.row, row_attention)
-            check_finite(of_passages[None], "shares of attention", [reading.name])
             uniform.append(1 / len(ids))
             for target, target_ids in reading.targets.items():
                 similarity = token_similarity(embed, ids, target_ids, pooling)
