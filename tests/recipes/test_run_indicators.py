@@ -56,7 +56,7 @@ def test_two_readers_side_by_side(world, monkeypatch, capsys):
     for title in ("answer, nearest 10 %: attention", "question nouns, nearest 5 %: ρ"):
         assert title in report
     assert "Each question is read with 3 passages (retrieved, by " in report
-    assert "best is gold, by attention_shares" in report and "best passage is gold, by attention" in printed
+    assert "What they would teach" in report and "best passage is gold, by attention_shares" in printed
     assert (output / "report.html").exists()
 
 
