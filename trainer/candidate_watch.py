@@ -66,15 +66,13 @@ class CandidateWatch:
         self._num_untaught += num_untaught
         if not has_doubled(self._num_untaught, num_untaught):
             return
-        reason, remedies = "they have a single candidate", ["give them more candidates"]
+        reason, remedy = "they have a single candidate", "give them more candidates"
         if self.args.target[0] == "attention":
             reason += ", or no other instance of their step has as many"
-            remedies = ["raise per_device_train_batch_size or gradient_accumulation_steps"]
-        if self.args.index_factory is not None:
-            remedies.append("an index_factory that finds num_candidates passages for each question")
+            remedy += ", or raise per_device_train_batch_size or gradient_accumulation_steps"
         logger.warning(
             f"{self._num_untaught} instance(s) have taught the retriever nothing so far: {reason}, so there is nothing"
-            f" to compare their candidates with. Remedies: {'; '.join(remedies)}."
+            f" to compare their candidates with. Remedy: {remedy}."
         )
 
     def _warn_of_flatness(self, entropy: float, flatness: float) -> None:

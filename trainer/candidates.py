@@ -119,7 +119,7 @@ class CandidateIndex:
             `ValueError`: for query embeddings that are NaN or infinite, and ids that the index does not hold.
         """
         num_searched = self.args.rerank_candidates or self.args.num_candidates
-        scores, rows = self.index.search(query_embeds, num_searched, self._rows_of_pools(pools))
+        scores, rows = self._search_rows(query_embeds, num_searched, self._rows_of_pools(pools))
         candidate_of_row = self._candidates(model, np.unique(rows[rows >= 0]))
         found = []
         for query_scores, query_rows in zip(scores.tolist(), rows.tolist(), strict=True):
@@ -132,6 +132,19 @@ class CandidateIndex:
             with self.precision():
                 found = rerank(model, query_embeds, found)
         return [of_query[: self.args.num_candidates] for of_query in found]
+
+    def _search_rows(
+        self, query_embeds: torch.Tensor, k: int, pools: Sequence[np.ndarray | None] | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Search the index, and exactly for queries of which an approximate search finds fewer than k passages."""
+        scores, rows = self.index.search(query_embeds, k, pools)
+        short: list[int] = np.flatnonzero(rows[:, -1] < 0).tolist()
+        if pools is not None:
+            short = [query for query in short if pools[query] is None]
+        if short:
+            live = self.index.live_rows()
+            scores[short], rows[short] = self.index.search(query_embeds[short], k, [live] * len(short))
+        return scores, rows
 
     def _rows_of_pools(self, pools: Sequence[Sequence[str] | None] | None) -> list[np.ndarray | None] | None:
         if pools is None:

@@ -356,9 +356,7 @@ class DistillationStepMixin(CandidatesMixin):
         attention = None
         if self.args.log_indicators:
             attention = token_attention(model, rows, pad_token_id)
-            targets = [
-                _answer_tokens(model.tokenizer, row, feature) for row, feature in zip(rows, features, strict=True)
-            ]
+            targets = [_answer_tokens(model.tokenizer, row) for row in rows]
             resolution.values["indicator_1"] = indicator_1(model.get_input_embeddings(), rows, attention, targets)
         if not self.args.distills:
             return
@@ -372,10 +370,9 @@ def _id(feature: Mapping[str, Any]) -> str:
     return str(feature.get("id", "without id"))
 
 
-def _answer_tokens(tokenizer: PreTrainedTokenizerBase, row: ReaderRow, feature: Mapping[str, Any]) -> list[int]:
-    """Return the tokens of an instance's first answer, or of what is trained in its place."""
-    answers = feature.get("answers") or [tokenizer.decode(row.input_ids[slice(*row.answer_span)])]
-    return target_token_ids(tokenizer, answers[:1])
+def _answer_tokens(tokenizer: PreTrainedTokenizerBase, row: ReaderRow) -> list[int]:
+    """Return the tokens of the answer that is read, as Indicator 1 takes them."""
+    return target_token_ids(tokenizer, [str(tokenizer.decode(row.input_ids[slice(*row.answer_span)])).strip()])
 
 
 def _resolved(feature: Mapping[str, Any], row: ReaderRow, candidates: Sequence[Candidate]) -> dict[str, Any]:

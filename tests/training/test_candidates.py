@@ -170,6 +170,21 @@ def test_an_approximate_search_is_trained_at_each_refresh(tmp_path, model):
         assert candidates.index._approximate is not None
 
 
+def test_an_approximate_search_that_finds_too_few_is_completed_by_an_exact_one(tmp_path, model):
+    candidates = candidate_index(tmp_path, model, index_factory="IVF6,Flat", num_candidates=4)
+    candidates.refresh(model, 0)
+    query_embeds = queries(3, model)
+    _, rows = candidates.index.search(query_embeds, 4)
+    assert (rows < 0).any(1).all()  # it reads one of six lists
+    exact = model.build_index(PASSAGES, show_progress_bar=False).search(query_embeds, 4)[1]
+    for pools in (None, [None, ["p1"], None]):
+        expected = [[PASSAGES[row]["id"] for row in query_rows] for query_rows in exact]
+        if pools is not None:
+            expected[1] = ["p1"]
+        found = candidates.search(model, query_embeds, pools)
+        assert [[candidate.id for candidate in of_query] for of_query in found] == expected
+
+
 # ---------------------------------------------------------------------- refresh
 
 

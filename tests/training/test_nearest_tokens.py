@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from support.models import make_tokenizer
+from support.models import make_model, make_tokenizer
+from support.training import NAMES, arguments, questions
+from trainer import CoSupTrainer
 from trainer.nearest_tokens import indicator_1, is_nearest, passage_tokens, target_token_ids, token_similarity
 from trainer.reading import ReaderRow
 
@@ -73,3 +75,18 @@ def test_targets_are_spelled_as_passages_spell_them():
     assert len(ids) == len(set(ids))
     with pytest.raises(ValueError, match=r"The texts \[' '\] have no tokens"):
         target_token_ids(tokenizer, [" "])
+
+
+def test_a_training_measures_the_answer_that_is_read(tmp_path):
+    """Further answers count for hit_rate, not for the indicator."""
+    asked, corpus = questions(NAMES[:10])
+    values = []
+    for further in ([], [asked[1]["answers"][0]], ["lives in"]):
+        instances = [{**question, "answers": [*question["answers"], *further]} for question in asked]
+        args = arguments(
+            tmp_path, supervision="ntp", candidates_from="index", num_candidates=3, log_indicators=True, max_steps=1
+        )
+        trainer = CoSupTrainer(make_model(), args, train_dataset=instances, corpus=corpus)
+        trainer.train()
+        values.append(trainer.state.log_history[0]["indicator_1"])
+    assert values[0] == values[1] == values[2] > 0
