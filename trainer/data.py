@@ -114,7 +114,10 @@ def check_instance(instance: Mapping[str, Any], where: str) -> CheckedInstance:
     if answers and not segments:
         segments = []
     elif not isinstance(segments, list) or not segments:
-        raise ValueError(f"{where}: segments is {shown(segments)}, expected a list of at least one segment.")
+        raise ValueError(
+            f"{where}: segments is {shown(segments)}, expected a list of at least one segment; or else answers, a list"
+            " of at least one string."
+        )
     checked_segments = [_check_segment(segment, f"segments[{i}]", where) for i, segment in enumerate(segments)]
     checked: dict[str, Any] = {**_check_question(instance, where), "segments": checked_segments}
     if answers:

@@ -162,6 +162,7 @@ BAD_INSTANCES = [
     (good(input="  "), "input is '  ', expected a string that is not empty"),
     (good(instruction=3), "instruction is 3, expected a string"),
     (good(segments=[]), "segments is [], expected a list of at least one segment"),
+    ({"input": "q?", "answers": []}, "segments is None, expected a list of at least one segment; or else answers"),
     (good(segments=None), "segments is None"),
     (good(segments=["text"]), "segments[0] is 'text'"),
     (good(segments=[segment(text="")]), "segments[0].text is ''"),
