@@ -109,12 +109,18 @@ def held_out(model: CoSupForCausalLM, index: Retriever, run: Run) -> dict[str, M
     figures = measure(score_rankings([Ranking.of(ranking) for ranking in rankings], questions, ks))
     names = [f"{stem}@{k}" for stem in ("query_recall", "hit_rate") for k in ks]
     retrieval = {name: figures[name] for name in names if name in figures}
-    return {"ntp_loss": reference_loss(model, run), **retrieval}
+    return {**reference_loss(model, run), **retrieval}
 
 
-def reference_loss(model: CoSupForCausalLM, run: Run) -> Measured:
-    """Return the NTP loss of the reference answers."""
-    return ntp_loss(model, reference_instances(run.questions, run.corpus)).to_dict()
+def reference_loss(model: CoSupForCausalLM, run: Run) -> dict[str, Measured]:
+    """Return the NTP loss of the reference answers, by name; nothing if no question says which passages it needs."""
+    known = []
+    for question in run.questions or []:
+        if question["provenance"] or not provenance_unknown(question):
+            known.append(question)
+    if not known:
+        return {}
+    return {"ntp_loss": ntp_loss(model, reference_instances(known, run.corpus)).to_dict()}
 
 
 def evaluate(model: CoSupForCausalLM, run: Run) -> list:
@@ -144,7 +150,7 @@ def evaluate(model: CoSupForCausalLM, run: Run) -> list:
             rows.append((f"{MODES[mode]}: {figure(name).label}", figure_line(figures_of_mode[mode][name], name)))
     print(table(rows))
     if "before" in results:
-        after = {"ntp_loss": reference_loss(model, run)}
+        after = reference_loss(model, run)
         for name, value in figures_of_mode[QUERY].items():
             if name in results["before"]:
                 after[name] = value

@@ -129,7 +129,11 @@ def test_questions_without_gold_passages_are_judged_by_their_answers(tmp_path, q
     script = recipe.ScriptArguments(eval_file=str(eval_file), corpus_file="corpus.jsonl")
     this_run = recipe.Run(script, CoSupTrainingArguments(str(tmp_path), report_to="none"), corpus=PASSAGES)
     if message is None:
-        assert [found["id"] for found in recipe.read_questions(this_run)] == ["q"]
+        this_run.questions = recipe.read_questions(this_run)
+        assert [found["id"] for found in this_run.questions] == ["q"]
+        model = make_model(query_from="emb_seq")
+        figures = recipe.held_out(model, model.build_index(PASSAGES, show_progress_bar=False), this_run)
+        assert figures.keys() == {"hit_rate@1", "hit_rate@5"}  # a reference without its passages is none
     else:
         with pytest.raises(ValueError, match=message):
             recipe.read_questions(this_run)
