@@ -139,6 +139,7 @@ def _context(model: "CoSupForCausalLM", repo_id: str, facts: Facts, base: str | 
         "tied": config.tie_emb_seq,
         "gen": _part(model.gen, config.gen_config, config.gen_name_or_path),
         "emb_seq": _emb_seq(model),
+        "top_k": facts.get("training", {}).get("top_k"),
         "training": _training(facts.get("training")),
         "results": [_result(group) for group in facts.get("results", [])],
         "settings": _settings(config),

@@ -39,13 +39,18 @@ class ResultGroup(TypedDict, total=False):
 
 
 class TrainingRecord(TypedDict, total=False):
-    """What training did; `curves` says whether the losses were plotted."""
+    """
+    What training did; `curves` says whether the losses were plotted.
+
+    `top_k` is the number of passages of a retrieval that Gen was trained with, if it is not 1.
+    """
 
     instances: dict[str, int]  # counts by dataset
     passages: int | None  # distinct ones, if known
     arguments: dict[str, str]
     log: list[dict[str, Any]]
     curves: bool
+    top_k: int
 
 
 class Facts(TypedDict, total=False):

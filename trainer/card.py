@@ -74,12 +74,15 @@ def training_record(
             passages = len(ids)
     entries = [_recorded(entry) for entry in state.log_history if "loss" in entry]
     stride = max(1, math.ceil(len(entries) / MAX_LOG_ENTRIES))
-    return {
+    record: TrainingRecord = {
         "instances": dict(counts.most_common()),
         "passages": passages,
         "arguments": _arguments(args, model, state),
         "log": entries[::stride],
     }
+    if args.candidates_from is not None and args.num_candidates > 1:
+        record["top_k"] = args.num_candidates
+    return record
 
 
 def _recorded(entry: dict[str, Any]) -> dict[str, Any]:

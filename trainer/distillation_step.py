@@ -2,7 +2,7 @@
 Give instances whose passage is unknown their candidates, before each optimiser step (arXiv 2402.11794).
 
 1. The query embedding of each instance searches the index of candidates.
-2. Its row becomes prompt `[NSP]` candidates `[Cs]` answer `[CE]`, as `generate(top_k=K)` writes it.
+2. Its row becomes prompt `[NSP]` candidates `[Cs]` answer `[CE]`, as `generate()` with that `top_k` writes it.
 3. The reader, Gen, reads the row, and scores each candidate.
 
 All of this happens in evaluation mode and without a graph. From then on the candidates and their scores are data: no

@@ -12,7 +12,7 @@ class ReaderRow:
     Prompt, `[NSP]`, passages, `[Cs]`, answer, `[CE]` and end of turn in Gen's token ids.
 
     Args:
-        input_ids (`list[int]` of length T): as `generate(top_k=K)` writes them.
+        input_ids (`list[int]` of length T): as `generate()` with `RetrievalConfig(top_k=K)` writes them.
         labels (`list[int]` of length T): -100 where nothing is trained.
         passage_spans (`list[tuple[int, int]]`): start and end of each passage in `input_ids`, in the order in which
             they are read; without the line breaks between them.

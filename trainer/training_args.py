@@ -65,7 +65,7 @@ class CoSupTrainingArguments(TrainingArguments):
             `"separate"`. Queries come from where `query_from` says. With `freeze_gen` Gen only reads. An instance with
             a single candidate teaches nothing: there is nothing to compare it with.
         num_candidates (`int`): passages that an instance without a passage gets, K. They stand in its row as
-            `generate(top_k=K)` would write them.
+            `generate()` with `RetrievalConfig(top_k=K)` would write them.
         candidates_from (`str`, *optional*): `"index"` searches an index of the training corpus, which the model
             embeds, for each instance without a passage; `"instance"` searches the instance's own `candidates` alone,
             and leaves segments without candidates free text. Defaults to `"index"` with a distillation. With

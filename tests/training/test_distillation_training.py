@@ -7,6 +7,7 @@ import datasets
 import pytest
 import torch
 
+from modeling_cosup.card_cosup import model_card
 from support.models import make_emb_seq, make_model
 from support.training import NAMES, arguments, questions, world
 from trainer import CoSupTrainer, candidate_watch, distillation_step
@@ -250,6 +251,8 @@ def test_a_frozen_reader_that_makes_queries_is_trained_on_up_to_them(models, tmp
     assert record["arguments"]["target of the distillation"] == "attention, temperature 0.02"
     assert record["arguments"]["candidates"] == "3 of the corpus, embedded every 100 steps"
     assert record["log"][0][f"hit_rate@{K}"] == entry[f"hit_rate@{K}"]
+    card = model_card(trainer.model, "me/reader", {"training": record})
+    assert f"retrieval_config = model.retrieval_config_class(top_k={K})" in card
 
 
 def gold_and_asked():
