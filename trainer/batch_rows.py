@@ -186,9 +186,9 @@ def _queries(feature: Mapping[str, Any], id: str, columns: Sequence[int]) -> lis
 
 def _distilled_queries(feature: Mapping[str, Any], id: str, columns: Sequence[int]) -> list[Query]:
     """Return the query whose candidates the reader scored; none if there is nothing to compare them with."""
-    if feature.get("candidate_scores") is None:
-        return []
     candidates = feature["candidate_input_ids"]
+    if len(candidates) < 2 or feature.get("candidate_scores") is None:
+        return []
     query = Query(id, _query_key(feature, columns[0]), passage=None, candidate_scores=feature["candidate_scores"])
     for i, (ids, candidate_id) in enumerate(zip(candidates, feature["candidate_ids"], strict=True)):
         query.candidates.append(PassageMention(id, f"candidate {i}", tuple(ids), candidate_id))

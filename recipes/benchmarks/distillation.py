@@ -97,7 +97,7 @@ class BenchmarkArguments:
             raise ValueError(f"--output_file {self.output_file}: its folder does not exist.")
         if self.quick:
             self.shape, self.passage_length, self.num_questions, self.num_passages = "tiny", 12, 4, 12
-            self.num_candidates, self.answer_lengths, self.prompt_lengths = [2, 3], [4], [6]
+            self.num_candidates, self.answer_lengths, self.prompt_lengths = [2, 3], [2, 5], [6]
             self.pool_sizes, self.repeats = [4], 1
         if len(self.num_candidates) < 2:
             raise ValueError("--num_candidates has fewer than two numbers, so nothing shows how memory grows.")
