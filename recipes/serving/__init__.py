@@ -1,0 +1,1 @@
+"""Serving a model: the engines that generate, and the API that clients call."""
