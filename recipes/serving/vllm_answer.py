@@ -1,19 +1,18 @@
 """The decoding loop of generate(), over a server that generates and one that embeds: one request, piece by piece."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from modeling_cosup import CoSupConfig, Retrieval
-from modeling_cosup.lookup_cosup import Lookup, ScoredPassages
+from modeling_cosup.lookup_cosup import Found, Lookup
 from modeling_cosup.trace_cosup import Row
 
 from serving.engine import EndEvent, Event, GenerationRequest, RetrievalEvent, TokenEvent
 from serving.vllm_client import VllmClient
 
-# given an answer whose last token is [NSP], returns its passages and, if the trace keeps it, its query embedding
-Find = Callable[["Answer"], Awaitable[tuple[ScoredPassages, list[float] | None]]]
+# given a row and what Gen sees of it, up to and including [NSP]
+Find = Callable[[Row, list[int]], Awaitable[Found]]
 
 
 @dataclass(frozen=True)
@@ -22,14 +21,16 @@ class AnswerSettings:
     What is the same for all answers.
 
     Args:
-        config ([`CoSupConfig`]): of the model.
+        nsp_token_id, cs_token_id, ce_token_id (`int`): of `[NSP]`, `[Cs]` and `[CE]`.
         ends (`frozenset[int]`): ids that end an answer.
         context_length (`int`): the most tokens that Gen reads.
         token_of (`dict[int, str]`): `[NSP]` and `[Cs]` by their ids; vLLM takes banned tokens by name.
         sampling (`dict`): settings of every completion.
     """
 
-    config: CoSupConfig
+    nsp_token_id: int
+    cs_token_id: int
+    ce_token_id: int
     ends: frozenset[int]
     context_length: int
     token_of: dict[int, str]
@@ -47,9 +48,8 @@ class Answer:
     Args:
         settings ([`AnswerSettings`]), request ([`GenerationRequest`]): what to do.
         gen ([`VllmClient`]): generates.
-        lookup ([`Lookup`]): of the request's retrieval settings.
+        lookup ([`Lookup`]): encodes passages.
         row ([`Row`]): its trace, with candidates and given passages.
-        retrieves (`bool`): `[NSP]` retrieves; otherwise it is a token like any other, unless forbidden.
         find (`Callable`): embeds the query and searches.
         view (`list[int]`): all token ids that Gen sees: without passages that were forgotten.
     """
@@ -59,7 +59,6 @@ class Answer:
     gen: VllmClient
     lookup: Lookup
     row: Row
-    retrieves: bool
     find: Find
     view: list[int] = field(default_factory=list)
     num_generated: int = 0
@@ -69,22 +68,22 @@ class Answer:
 
     def __post_init__(self) -> None:
         self.view = list(self.row.prompt)
-        config = self.settings.config
-        self.stops = {config.nsp_token_id, config.ce_token_id, *self.settings.ends}  # they end grounded text
+        settings = self.settings
+        self.stops = {settings.nsp_token_id, settings.ce_token_id, *settings.ends}  # they end grounded text
 
-    async def events(self) -> AsyncIterator[Sequence[Event]]:
+    async def events(self) -> AsyncGenerator[list[Event], None]:
         """
         Yield the events of the answer; the last one is an [`EndEvent`].
 
         Raises:
             [`BackendFailed`], [`SearchFailed`]: what failed.
         """
-        nsp = self.settings.config.nsp_token_id
-        self.searches = self.view[-1] == nsp and self._may_retrieve()
+        nsp = self.settings.nsp_token_id
+        self.searches = self.view[-1] == nsp and self.row.may_retrieve
         if self.searches:
             yield await self._retrieve()
         begins_with_nsp = self.request.retrieval.force_nsp_first and not self.row.retrievals
-        if begins_with_nsp and self._may_retrieve() and not self.nsp_taken_back:
+        if begins_with_nsp and self.row.may_retrieve and not self.nsp_taken_back:
             yield self._decide(TokenEvent(nsp))
         while self.finish_reason is None:
             if self.searches:
@@ -98,20 +97,17 @@ class Answer:
 
     # ------------------------------------------------------------------ decisions
 
-    def _may_retrieve(self) -> bool:
-        return self.retrieves and self.row.may_retrieve(self.request.retrieval.max_retrievals)
-
     def _piece(self) -> dict[str, Any]:
         """Return the body of the completion that decides the next tokens."""
-        config, request = self.settings.config, self.request
+        settings, request = self.settings, self.request
         stops = set(self.settings.ends)
-        banned = [config.cs_token_id]
-        if self._may_retrieve():
-            stops.add(config.nsp_token_id)
-        if request.retrieval.forbid_nsp or self.nsp_taken_back or (self.retrieves and not self._may_retrieve()):
-            banned.append(config.nsp_token_id)
+        banned = [settings.cs_token_id]
+        if self.row.may_retrieve:
+            stops.add(settings.nsp_token_id)
+        if self.nsp_taken_back or not self.row.may_decide_nsp:
+            banned.append(settings.nsp_token_id)
         if self.row.passage_columns is not None and request.retrieval.forget_passages == "recompute":
-            stops.add(config.ce_token_id)
+            stops.add(settings.ce_token_id)
         max_tokens = min(request.max_new_tokens - self.num_generated, self.settings.context_length - len(self.view))
         if self.nsp_taken_back:
             max_tokens = 1  # the ban is for one decision
@@ -132,7 +128,7 @@ class Answer:
 
     def _decide(self, decision: TokenEvent) -> list[Event]:
         """Take a decision, and return the event that it is, if it is one."""
-        config = self.settings.config
+        settings = self.settings
         token = decision.token_id
         self.view.append(token)
         self.num_generated += 1
@@ -143,10 +139,10 @@ class Answer:
             self.finish_reason = "stop"
         elif out_of_budget or out_of_context:
             self.finish_reason = "length"
-        elif token == config.nsp_token_id and self.retrieves:
+        elif token == settings.nsp_token_id and self.row.settings.retrieves:
             self.searches = True
             return []
-        elif token == config.ce_token_id and self.row.passage_columns is not None:
+        elif token == settings.ce_token_id and self.row.passage_columns is not None:
             if self.request.retrieval.forget_passages == "recompute":
                 self._forget_passage()
         return [decision]
@@ -161,8 +157,8 @@ class Answer:
     async def _retrieve(self) -> list[Event]:
         """Retrieve for the `[NSP]` that is the last token; return what happened."""
         self.searches = False
-        passages, query_embed = await self.find(self)
-        nsp = self.settings.config.nsp_token_id
+        passages, query_embed = await self.find(self.row, self.view)
+        nsp = self.settings.nsp_token_id
         is_of_prompt = self.num_generated == 0
         room = self.settings.context_length - len(self.view) - 1  # 1 for [Cs]
         if not passages:
@@ -174,27 +170,7 @@ class Answer:
         if room < 1:  # not even for one token of a passage
             self.finish_reason = "length"
             return [] if is_of_prompt else [TokenEvent(nsp)]
-        retrieval = self._add_retrieval(passages, room, query_embed)
+        self.view += self.lookup.add_retrieval(self.row, passages, len(self.view), room, query_embed)
         if len(self.view) >= self.settings.context_length:
             self.finish_reason = "length"
-        return [RetrievalEvent(retrieval)]
-
-    def _add_retrieval(self, passages: ScoredPassages, room: int, query_embed: list[float] | None) -> Retrieval:
-        """Add to the trace, and to what Gen sees the first `room` tokens of the passages, and `[Cs]`."""
-        ids, starts = self.lookup.join([passage for passage, _ in passages])
-        ids = ids[:room]
-        passages = passages[: len([start for start in starts if start < room])]  # the others have no token in `ids`
-        position = len(self.view) - 1 + self.row.num_forgotten  # of [NSP]
-        span_start = position + len(ids) + 2  # after [NSP], passages and [Cs]
-        retrieval = Retrieval(
-            row=self.row.number,
-            position=position,
-            passages=[{name: passage[name] for name in ("id", "title", "text")} for passage, _ in passages],
-            scores=[score for _, score in passages],
-            grounded_span=(span_start, span_start),
-            query_embed=query_embed,
-        )
-        self.row.retrievals.append(retrieval)
-        self.row.passage_columns = (len(self.view), len(self.view) + len(ids))
-        self.view += [*ids, self.settings.config.cs_token_id]
-        return retrieval
+        return [RetrievalEvent(self.row.retrievals[-1])]

@@ -1,7 +1,7 @@
 """What [`VllmEngine`] checks: a request, the model's settings, and that the servers serve the parts of this model."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ MOST_LOGPROBS = 20  # what a vLLM server gives unless it is told otherwise
 PROBE = "Which passage comes next?"
 # how far the server's log-probabilities may be from those of the embedded state: half precision stays below
 LOGPROB_TOLERANCE = 0.3
-COSINE_TOLERANCE = 0.01  # between a stored embedding and the server's: half precision stays below
+COSINE_TOLERANCE = 0.002  # between a stored embedding and the server's: half precision stays below
 # settings of generation_config.json that change what is decided and that no completion of vLLM takes
 WITHOUT_EQUIVALENT = (
     *("bad_words_ids", "begin_suppress_tokens", "exponential_decay_length_penalty", "forced_bos_token_id"),
@@ -100,16 +100,16 @@ def check_generation_config(model: CoSupForCausalLM) -> tuple[frozenset[int], di
 
 def control_tokens(model: CoSupForCausalLM) -> dict[int, str]:
     """
-    Return `[NSP]` and `[Cs]` by their ids; vLLM takes banned tokens by name, and encodes them itself.
+    Return `[NSP]`, `[Cs]` and `[CE]` by their ids; vLLM takes banned tokens by name, and encodes them itself.
 
     Raises:
         `ValueError`: if the model has none, or the tokenizer does not read a name as its token.
     """
-    tokens = {}
-    for token_id in (model.config.nsp_token_id, model.config.cs_token_id):
+    tokens: dict[int, str] = {}
+    for token_id in (model.config.nsp_token_id, model.config.cs_token_id, model.config.ce_token_id):
         if token_id is None:
-            raise ValueError("The model has no [NSP] and [Cs]: it is plain Gen, which needs no retrieval engine.")
-        token = model.tokenizer.convert_ids_to_tokens(token_id)
+            raise ValueError("The model has no control tokens: it is plain Gen, which vLLM serves by itself.")
+        token = cast(str, model.tokenizer.convert_ids_to_tokens(token_id))
         if model.tokenizer.encode(token, add_special_tokens=False) != [token_id]:
             raise ValueError(f"The tokenizer does not read {token!r} as one token, so vLLM could not ban it.")
         tokens[token_id] = token

@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -100,7 +100,7 @@ class VllmClient:
 
     # ------------------------------------------------------------------ generating
 
-    async def complete(self, body: dict[str, Any], stream: bool) -> AsyncIterator[list[TokenEvent]]:
+    async def complete(self, body: dict[str, Any], stream: bool) -> AsyncGenerator[list[TokenEvent], None]:
         """
         Yield the decisions that continue a prompt, a stop token last, in groups as they arrive.
 

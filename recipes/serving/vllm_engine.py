@@ -17,13 +17,14 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from modeling_cosup import CoSupConfig, CoSupForCausalLM, Retriever
 from modeling_cosup.cache_cosup import context_length
-from modeling_cosup.lookup_cosup import Lookup, ScoredPassages
+from modeling_cosup.lookup_cosup import Found, Lookup
+from modeling_cosup.settings_cosup import DecisionSettings, RowSettings
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_prompt, encode_queries_for_emb_seq
 from modeling_cosup.trace_cosup import Row
 
@@ -126,7 +127,12 @@ class VllmEngine:
         self.control_tokens = control_tokens(model)
         if index is not None:
             index.check_model(model)
-        options = {"api_key": api_key, "timeout": timeout, "num_retries": num_retries, "max_connections": max_running}
+        options: dict[str, Any] = {
+            "api_key": api_key,
+            "timeout": timeout,
+            "num_retries": num_retries,
+            "max_connections": max_running,
+        }
         self.gen = VllmClient(gen_url, "gen_url", **options)
         self.query = VllmClient(query_url, "query_url", **options)
         self.encoder: VllmClient | None = None
@@ -140,7 +146,8 @@ class VllmEngine:
             self.query_head = head.float()
         self.max_running = max_running
         self.max_waiting = max_waiting
-        self.searches = SearchQueue()
+        self.lookup = Lookup(model, index)
+        self.searches = SearchQueue(self.lookup)
         self._slots = asyncio.Semaphore(max_running)
         self._running = 0
         self._waiting = 0
@@ -192,7 +199,8 @@ class VllmEngine:
     @property
     def settings(self) -> AnswerSettings:
         """What is the same for all answers."""
-        return AnswerSettings(self.config, self.ends, self.context_length, self.control_tokens, self.sampling)
+        nsp, cs, ce = self.control_tokens
+        return AnswerSettings(nsp, cs, ce, self.ends, self.context_length, self.control_tokens, self.sampling)
 
     # ------------------------------------------------------------------ generating
 
@@ -276,30 +284,24 @@ class VllmEngine:
     async def _answer(self, request: GenerationRequest) -> Answer:
         """Return the answer of a request, before its first event; looks up candidates and given passages."""
         retrieval = request.retrieval
-        row = Row(0, list(request.prompt_ids))
-        lookup = Lookup(self.model, self.index, retrieval)
+        retrieves = (self.has_index or retrieval.passages is not None) and not retrieval.forbid_nsp
+        greedy = DecisionSettings(LogitsProcessorList(), [], do_sample=False, prompt_length=len(request.prompt_ids))
+        row = Row(0, list(request.prompt_ids), RowSettings(greedy, request.max_new_tokens, retrieval, retrieves))
         if retrieval.candidates is not None or retrieval.passages is not None:
             try:
-                await asyncio.to_thread(lookup.prepare, [row], 1)
+                await asyncio.to_thread(self.lookup.prepare, [row], retrieval)
             except ValueError as error:
                 raise UnsupportedSetting(str(error)) from error
             except Exception as error:  # a retriever may raise anything
                 raise SearchFailed(f"The candidates could not be looked up: {error}") from error
-        retrieves = (self.has_index or retrieval.passages is not None) and not retrieval.forbid_nsp
-        return Answer(self.settings, request, self.gen, lookup, row, retrieves, self._find)
+        return Answer(self.settings, request, self.gen, self.lookup, row, self._find)
 
-    async def _find(self, answer: Answer) -> tuple[ScoredPassages, list[float] | None]:
-        """Return the passages for an answer whose last token is `[NSP]`, and the query embedding if it is wanted."""
-        is_given = answer.row.given_passages is not None
-        wants_embed = answer.request.retrieval.output_query_embeds
-        if is_given and not wants_embed:
-            return answer.lookup.passages_for([answer.row], None)[0], None
-        query_embed = (await self._query_embeds([answer.view]))[0]  # (h,)
-        if is_given:
-            passages = answer.lookup.passages_for([answer.row], None)[0]
-        else:
-            passages = await self.searches.passages_for(answer.lookup, answer.row, query_embed)
-        return passages, query_embed.tolist() if wants_embed else None
+    async def _find(self, row: Row, view: list[int]) -> Found:
+        """Return the passages for a row of which Gen sees `view`, up to and including `[NSP]`."""
+        query_embed = None
+        if row.given_passages is None or row.settings.retrieval.output_query_embeds:
+            query_embed = (await self._query_embeds([view]))[0]  # (h,)
+        return await self.searches.find(row, query_embed)
 
     # ------------------------------------------------------------------ embedding
 
@@ -316,7 +318,7 @@ class VllmEngine:
         """Return the query embeddings `(N, h)` of texts, as Gen makes them at the first `[NSP]` of an answer."""
         if not texts:
             return np.zeros((0, self.config.embedding_size), np.float32)
-        rows = [[*encode_prompt(self.tokenizer, text), self.config.nsp_token_id] for text in texts]
+        rows = [[*encode_prompt(self.tokenizer, text), self.settings.nsp_token_id] for text in texts]
         return (await self._query_embeds(rows)).numpy()
 
     async def embed_passages(self, passages: Sequence[dict[str, Any]]) -> NDArray[np.float32]:
