@@ -9,11 +9,12 @@ Embed a corpus with a CoSup checkpoint and save the index.
     python recipes/build_index.py --model out --corpus_file corpus.jsonl --output_dir out/index \\
         --encoder_url http://host:8000/v1
 
-Every process embeds its share. With `--encoder_url` a vLLM server of what `save_emb_seq` wrote embeds in its place
-(`vllm serve emb_seq --runner pooling --convert embed`); the variable VLLM_API_KEY may hold its key. After a crash the same command resumes at the first incomplete shard. An index that is
-already in `output_dir` stays until the new one is complete. With `--index_uri` the index is also uploaded to Milvus,
-and an interrupted upload is resumed. Pass the same two options to the other recipes to search that collection. The
-environment variable MILVUS_TOKEN may hold `user:password` or an API key.
+Every process embeds its share. After a crash the same command resumes at the first incomplete shard. An index that is
+already in `output_dir` stays until the new one is complete. With `--encoder_url` a vLLM server of what `save_emb_seq`
+wrote embeds in place of the processes (`vllm serve emb_seq --runner pooling --convert embed`); the environment
+variable VLLM_API_KEY may hold its key. With `--index_uri` the index is also uploaded to Milvus, and an interrupted
+upload is resumed. Pass the same two options to the other recipes to search that collection. The environment variable
+MILVUS_TOKEN may hold `user:password` or an API key.
 """
 
 import json

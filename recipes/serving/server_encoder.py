@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from modeling_cosup import CoSupForCausalLM
 from modeling_cosup.packing_cosup import pad_rows
+from modeling_cosup.tokenization_cosup import added_tokens
 
 from serving.engine import BackendFailed
 from serving.vllm_client import VllmClient
@@ -90,26 +91,25 @@ class ServerEncoder:
 
     def _compare(self, token_ids: list[NDArray[np.int32]]) -> None:
         """Raise a `ValueError` unless the server embeds these passages as the model does."""
-        config = self.model.config
-        longest = config.max_passage_length + 2
+        config, name = self.model.config, self.client.name
         max_model_len = self._loop.run_until_complete(self.client.max_model_len())
-        if max_model_len < max(map(len, token_ids)):
+        longest = config.max_passage_length + sum(map(len, added_tokens(self.model.emb_seq_tokenizer, config)))
+        if max_model_len < longest:
             raise ValueError(
-                f"{self.client.name} reads {max_model_len} tokens, but a passage may have {longest}: serve it with"
-                f" --max-model-len {longest}, or nothing of the kind."
+                f"{name} reads {max_model_len} tokens, but a passage may have {longest}, with BOS and EOS: serve it"
+                " with a longer --max-model-len."
             )
-        served = torch.from_numpy(
-            self._loop.run_until_complete(self.client.embed([ids.tolist() for ids in token_ids]))
-        )
+        _, served = self._loop.run_until_complete(self._request(0, token_ids))  # (n, h)
         if served.shape[1] != config.embedding_size:
             raise ValueError(
-                f"{self.client.name} returns embeddings of width {served.shape[1]}, expected {config.embedding_size}:"
-                " it serves another model."
+                f"{name} returns embeddings of width {served.shape[1]}, expected {config.embedding_size}: it serves"
+                " another model."
             )
-        expected = self.model.encode_passages(*pad_rows(token_ids, device=self.model._input_device())).cpu()
+        with torch.no_grad():
+            expected = self.model.encode_passages(*pad_rows(token_ids, device=self.model._input_device())).cpu()
         distance = ((self.model._normalize(served) - expected).norm(dim=1) / expected.norm(dim=1)).max()
-        if distance > TOLERANCE:
+        if not distance <= TOLERANCE:
             raise ValueError(
-                f"{self.client.name} does not serve the Emb_seq of this checkpoint: its embeddings are {distance:.2f} of"
-                " their length away. Serve what save_emb_seq wrote of it."
+                f"{name} does not serve the Emb_seq of this checkpoint: its embeddings are {distance:.2f} of their"
+                " length away. Serve what save_emb_seq wrote of it."
             )
