@@ -17,15 +17,16 @@ from transformers import (
 from transformers.modeling_outputs import ModelOutput
 
 from .cache_cosup import RowCache, maskable_attention
+from .call_cosup import RetrievalCall, call_settings
 from .decoding_cosup import Decoder
 from .files_cosup import digest
 from .memory_cosup import Memory, MemoryConfig, TokenNeighbors, checked_memory_config
 from .queue_cosup import Completion, Queue, read_completions
 from .refusals_cosup import RefusalsMixin, check_configs, check_token_ids, listed_prompts, raise_together, unpadded
 from .retriever_cosup import Retriever, check_retriever
-from .settings_cosup import RetrievalCall, RetrievalConfig, decoding_settings, token_budget
+from .settings_cosup import RetrievalConfig
 from .states_cosup import watch
-from .streaming_cosup import RetrievalStreamer, ending
+from .streaming_cosup import RetrievalStreamer, StreamerListener, ending
 from .trace_cosup import Retrieval, Row, cited_text
 
 
@@ -210,11 +211,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
         results: dict[int, Completion] = {}
         if output_file is not None:
             results = read_completions(output_file, prompt_ids, settings_hash)
-        longest = max(map(len, prompt_ids), default=1)
-        if max_batch_tokens is not None:
-            self._check_prompts(prompt_ids)
-            call.columns = call.columns_needed(self.config, longest, token_budget(prepared, longest))
-            batch_size = max(1, min(batch_size, max_batch_tokens // call.columns))
+        call.max_batch_tokens = max_batch_tokens
         bar_options = {
             "total": len(prompt_ids),
             "initial": len(results),
@@ -225,6 +222,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
         queue = Queue(prompt_ids, results, batch_size, output_file, settings_hash, bar_options, on_completion)
         call.queue = queue
         # transformers prepares processors and budgets from the shape of this row
+        longest = max(map(len, prompt_ids), default=1)
         placeholder = torch.zeros((1, longest), dtype=torch.long, device=self._input_device())
         kwargs = {"attention_mask": torch.ones_like(placeholder), **kwargs}
         self._generate_with_retrieval(placeholder, generation_config, kwargs, call)
@@ -391,12 +389,16 @@ class RetrievalGenerationMixin(RefusalsMixin):
             self._check_synced(synced_gpus)
             prompts = unpadded(input_ids, attention_mask) if queue is None else queue.prompts
             self._check_prompts(prompts, streamer)
-            settings = decoding_settings(
+            settings, row_settings = call_settings(
                 self.config, call, generation_config, logits_processor, stopping_criteria, prompts, width, device
             )
-            decoder = Decoder(self, settings, call.retriever, call.memory, streamer, synced_gpus)
-            rows = [Row(number, prompt) for number, prompt in enumerate(prompts)]
-            decoder.lookup.prepare(rows, copies=generation_config.num_return_sequences or 1)
+            if call.only_settings:
+                return settings, row_settings
+            decoder = Decoder(self, settings, call.retriever, call.memory, synced_gpus)
+            rows = [Row(number, prompt, row_settings) for number, prompt in enumerate(prompts)]
+            decoder.lookup.prepare(rows, call.retrieval, copies=generation_config.num_return_sequences or 1)
+            if streamer is not None:
+                rows[0].listener = StreamerListener(streamer, call.retrieval.stream_passages)
         except ValueError as failure:
             error = failure
         raise_together(error, synced_gpus, device)
