@@ -63,7 +63,7 @@ class Answer:
     view: list[int] = field(default_factory=list)
     num_generated: int = 0
     finish_reason: str | None = None
-    searches: bool = False  # the last token is an [NSP] that retrieves
+    searching: TokenEvent | None = None  # the last token, an [NSP] that retrieves
     nsp_taken_back: bool = False  # nothing was found: the next decision may not be [NSP]
 
     def __post_init__(self) -> None:
@@ -78,15 +78,19 @@ class Answer:
         Raises:
             [`BackendFailed`], [`SearchFailed`]: what failed.
         """
-        nsp = self.settings.nsp_token_id
-        self.searches = self.view[-1] == nsp and self.row.may_retrieve
-        if self.searches:
+        nsp = TokenEvent(self.settings.nsp_token_id)
+        if self.view[-1] == nsp.token_id and self.row.may_retrieve:
+            self.searching = nsp
             yield await self._retrieve()
-        begins_with_nsp = self.request.retrieval.force_nsp_first and not self.row.retrievals
-        if begins_with_nsp and self.row.may_retrieve and not self.nsp_taken_back:
-            yield self._decide(TokenEvent(nsp))
+        must_retrieve = self.request.retrieval.force_nsp_first and not self.row.retrievals
+        if must_retrieve and self.row.may_retrieve and not self.nsp_taken_back:
+            if self.request.num_logprobs is None:
+                yield self._decide(nsp)
+            else:
+                async for decisions in self.gen.complete({**self._piece(), **self._only(nsp)}, stream=False):
+                    yield self._decide(decisions[0])
         while self.finish_reason is None:
-            if self.searches:
+            if self.searching is not None:
                 yield await self._retrieve()
                 continue
             async with aclosing(self.gen.complete(self._piece(), self.request.incremental)) as piece:
@@ -121,10 +125,15 @@ class Answer:
             "top_p": request.top_p,
         }
         if request.seed is not None:
-            body["seed"] = request.seed + self.num_generated  # otherwise each piece would draw the same numbers again
+            # another seed for each piece, which would otherwise draw the same numbers again
+            body["seed"] = (request.seed + self.num_generated) % 2**63
         if request.num_logprobs is not None:
             body["logprobs"] = request.num_logprobs
         return body
+
+    def _only(self, token: TokenEvent) -> dict[str, Any]:
+        """Return what makes a completion decide one token, for its log-probabilities."""
+        return {"allowed_token_ids": [token.token_id], "max_tokens": 1}
 
     def _decide(self, decision: TokenEvent) -> list[Event]:
         """Take a decision, and return the event that it is, if it is one."""
@@ -140,7 +149,7 @@ class Answer:
         elif out_of_budget or out_of_context:
             self.finish_reason = "length"
         elif token == settings.nsp_token_id and self.row.settings.retrieves:
-            self.searches = True
+            self.searching = decision
             return []
         elif token == settings.ce_token_id and self.row.passage_columns is not None:
             if self.request.retrieval.forget_passages == "recompute":
@@ -156,9 +165,8 @@ class Answer:
 
     async def _retrieve(self) -> list[Event]:
         """Retrieve for the `[NSP]` that is the last token; return what happened."""
-        self.searches = False
+        nsp, self.searching = self.searching, None
         passages, query_embed = await self.find(self.row, self.view)
-        nsp = self.settings.nsp_token_id
         is_of_prompt = self.num_generated == 0
         room = self.settings.context_length - len(self.view) - 1  # 1 for [Cs]
         if not passages:
@@ -169,7 +177,7 @@ class Answer:
             return []
         if room < 1:  # not even for one token of a passage
             self.finish_reason = "length"
-            return [] if is_of_prompt else [TokenEvent(nsp)]
+            return [] if nsp is None or is_of_prompt else [nsp]
         self.view += self.lookup.add_retrieval(self.row, passages, len(self.view), room, query_embed)
         if len(self.view) >= self.settings.context_length:
             self.finish_reason = "length"

@@ -1,4 +1,4 @@
-"""What [`VllmEngine`] checks: a request, the model's settings, and that the servers serve the parts of this model."""
+"""What [`VllmEngine`] checks when it starts: the settings of the model, and that the servers serve its parts."""
 
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,7 +14,6 @@ from modeling_cosup.architectures_cosup import lm_logits
 from modeling_cosup.files_cosup import read_json
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_prompt
 
-from serving.engine import GenerationRequest, UnsupportedSetting
 from serving.vllm_client import VllmClient
 
 MOST_LOGPROBS = 20  # what a vLLM server gives unless it is told otherwise
@@ -30,40 +29,7 @@ WITHOUT_EQUIVALENT = (
 )
 
 
-# ---------------------------------------------------------------------- requests and settings
-
-
-def check_request(request: GenerationRequest, vocab_size: int, context_length: int, has_index: bool) -> None:
-    """
-    Raise unless a request can be answered.
-
-    Raises:
-        [`UnsupportedSetting`]: names the setting, and what was expected.
-    """
-    ids, retrieval = request.prompt_ids, request.retrieval
-    if not ids:
-        raise UnsupportedSetting("The prompt is empty.")
-    if not 0 <= min(ids) <= max(ids) < vocab_size:
-        raise UnsupportedSetting(f"The prompt holds a token id outside of 0 to {vocab_size - 1}.")
-    if len(ids) >= context_length:
-        raise UnsupportedSetting(
-            f"The prompt has {len(ids):,} tokens, but Gen reads {context_length:,}: there is no room to write."
-        )
-    if request.max_new_tokens < 1:
-        raise UnsupportedSetting(f"max_new_tokens is {request.max_new_tokens}, expected at least 1.")
-    if not request.temperature >= 0:
-        raise UnsupportedSetting(f"temperature is {request.temperature}, expected 0 or more.")
-    if not 0 < request.top_p <= 1:
-        raise UnsupportedSetting(f"top_p is {request.top_p}, expected more than 0 and at most 1.")
-    if request.num_logprobs is not None and not 0 <= request.num_logprobs <= MOST_LOGPROBS:
-        raise UnsupportedSetting(f"The number of logprobs is {request.num_logprobs}, expected 0 to {MOST_LOGPROBS}.")
-    if retrieval.forget_passages == "mask":
-        raise UnsupportedSetting(
-            "forget_passages='mask' is not available with vLLM, whose cache cannot be masked; use 'recompute'."
-        )
-    needs_index = retrieval.force_nsp_first or retrieval.candidates is not None
-    if needs_index and not has_index and retrieval.passages is None:
-        raise UnsupportedSetting("force_nsp_first and candidates need an index, and this server has none.")
+# ---------------------------------------------------------------------- settings
 
 
 def check_generation_config(model: CoSupForCausalLM) -> tuple[frozenset[int], dict[str, Any]]:

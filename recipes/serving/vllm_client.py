@@ -119,8 +119,9 @@ class VllmClient:
             "stream": stream,
             **body,
         }
+        num_logprobs = body.get("logprobs", 0)
         if not stream:
-            decisions, _ = self._decisions(await self._request("POST", "/completions", body))
+            decisions, _ = self._decisions(await self._request("POST", "/completions", body), num_logprobs)
             yield decisions
             return
         for attempt in range(self.num_retries + 1):
@@ -130,7 +131,7 @@ class VllmClient:
                     async for line in response.aiter_lines():
                         if not line.startswith("data:") or line == "data: [DONE]":
                             continue
-                        decisions, finished = self._decisions(self._json(line.removeprefix("data:")))
+                        decisions, finished = self._decisions(self._json(line.removeprefix("data:")), num_logprobs)
                         if decisions:
                             begun = True
                             yield decisions
@@ -142,14 +143,14 @@ class VllmClient:
                     raise BackendFailed(f"In the middle of an answer: {error}") from error
                 await self._wait_or_raise(attempt, error)
 
-    def _decisions(self, part: Any) -> tuple[list[TokenEvent], bool]:
+    def _decisions(self, part: Any, num_logprobs: int) -> tuple[list[TokenEvent], bool]:
         """Return the decisions in a part of an answer, and whether it is the last one."""
         if isinstance(part, dict) and "error" in part:
             raise BackendFailed(f"{self.name}: {_message(part)}")
         try:
             choice = part["choices"][0]
             token_ids = [int(token_id) for token_id in choice["token_ids"]]
-            logprobs = _token_logprobs(choice.get("logprobs"), len(token_ids))
+            logprobs = _token_logprobs(choice.get("logprobs"), len(token_ids), num_logprobs)
             finish_reason = choice.get("finish_reason")
         except (KeyError, IndexError, TypeError, ValueError, AttributeError):
             raise BackendFailed(f"{self.name} sent what is no answer of vLLM: {str(part)[:200]}") from None
@@ -225,7 +226,7 @@ class VllmClient:
             raise BackendFailed(f"{self.name} sent malformed JSON: {text[:200]!r}") from None
 
 
-def _token_logprobs(logprobs: dict[str, Any] | None, num_tokens: int) -> list[TokenLogprobs | None]:
+def _token_logprobs(logprobs: dict[str, Any] | None, num_tokens: int, num_logprobs: int) -> list[TokenLogprobs | None]:
     """Return the log-probabilities of each decision from vLLM's lists, in which tokens are written `token_id:7`."""
     if logprobs is None:
         return [None] * num_tokens
@@ -233,7 +234,9 @@ def _token_logprobs(logprobs: dict[str, Any] | None, num_tokens: int) -> list[To
     for logprob, top in zip(logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True):
         pairs = [(int(token.removeprefix("token_id:")), float(value)) for token, value in top.items()]
         pairs.sort(key=lambda pair: -pair[1])
-        entries.append(TokenLogprobs(float(logprob), pairs))
+        entries.append(
+            TokenLogprobs(float(logprob), pairs[:num_logprobs])
+        )  # without the decided one, if it is not of them
     return entries
 
 

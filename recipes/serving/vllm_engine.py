@@ -28,6 +28,7 @@ from modeling_cosup.settings_cosup import DecisionSettings, RowSettings
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_prompt, encode_queries_for_emb_seq
 from modeling_cosup.trace_cosup import Row
 
+from serving.checks import check_passages, check_request
 from serving.engine import (
     BackendFailed,
     DeadlineExceeded,
@@ -42,9 +43,9 @@ from serving.engine import (
 from serving.search_queue import SearchQueue
 from serving.vllm_answer import Answer, AnswerSettings
 from serving.vllm_checks import (
+    MOST_LOGPROBS,
     check_encoder,
     check_generation_config,
-    check_request,
     check_servers,
     control_tokens,
     read_weight,
@@ -211,8 +212,14 @@ class VllmEngine:
         Raises:
             [`UnsupportedSetting`]: names the setting, and what was expected.
         """
-        size = self.config.get_text_config().vocab_size
-        check_request(request, size, self.context_length, self.has_index)
+        check_request(request, self.config, self.context_length, self.has_index)
+        if request.num_logprobs is not None and request.num_logprobs > MOST_LOGPROBS:
+            raise UnsupportedSetting(f"num_logprobs is {request.num_logprobs}, expected at most {MOST_LOGPROBS}.")
+        if request.retrieval.forget_passages == "mask":
+            raise UnsupportedSetting(
+                "forget_passages is 'mask', which needs the embedded engine: vLLM cannot mask what it has cached;"
+                " expected 'recompute' or nothing."
+            )
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Sequence[Event]]:
         """
@@ -330,6 +337,7 @@ class VllmEngine:
         """
         if self.encoder is None:
             raise UnsupportedSetting("Embedding passages needs a server of Emb_seq, and none was given (encoder_url).")
+        check_passages(passages)
         if not passages:
             return np.zeros((0, self.config.embedding_size), np.float32)
         ids = encode_passages_for_emb_seq(self.model.emb_seq_tokenizer, passages, self.config)
