@@ -28,7 +28,7 @@ from serving.embeddings import embed
 from serving.engine import Engine, GenerationRequest
 from serving.errors import ApiError, add_error_handlers
 from serving.generating import Answers, Job, unless_disconnected
-from serving.guards import BodyGuard, KeyGuard
+from serving.guards import BodyGuard, FaultGuard, KeyGuard
 from serving.metrics import Metrics, MetricsMiddleware
 from serving.prompts import chat_ids, checked_ids, text_ids
 from serving.protocol import LARGEST_SEED, ChatBody, CompletionBody, EmbeddingBody, GenerationBody, RetrievalBody
@@ -88,6 +88,7 @@ def build_app(engine: Engine, settings: ApiSettings) -> FastAPI:
         options = {"allow_origins": settings.cors_origins, "allow_methods": ["*"], "allow_headers": ["*"]}
         middleware.append(Middleware(CORSMiddleware, **options))
     middleware.append(Middleware(KeyGuard, keys=settings.api_keys))
+    middleware.append(Middleware(FaultGuard))
     middleware.append(Middleware(BodyGuard, max_bytes=settings.max_body_bytes))
     # the pages of /docs would load scripts from other servers
     app = FastAPI(title="CoSup", docs_url=None, redoc_url=None, middleware=middleware)
