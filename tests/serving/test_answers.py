@@ -1,13 +1,14 @@
-"""The text of an answer and its citations: offsets, spaces between spans, stop strings, for every kind of tokenizer."""
+"""The text of an answer and its citations: offsets, spaces between spans, stop strings, for any tokenizer."""
 
 import pytest
-from serving.answers import AnswerWriter, Piece
-from serving.engine import EndEvent, RetrievalEvent, TokenEvent
 
 from modeling_cosup import Retrieval
 from modeling_cosup.tokenization_cosup import encode_texts
 from support.models import make_tokenizer
 from support.tokenizer_kinds import TOKENIZERS
+
+from serving.answers import AnswerWriter, Piece
+from serving.engine import EndEvent, RetrievalEvent, TokenEvent
 
 CE, NSP = 10**6, 10**6 + 1  # ids of no tokenizer
 

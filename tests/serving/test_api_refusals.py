@@ -7,6 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+
+from modeling_cosup import Retrieval
+from support.models import make_model
+from support.serving import ScriptedEngine, running_server
+
 from serving.api import ApiSettings
 from serving.engine import (
     BackendFailed,
@@ -18,10 +23,6 @@ from serving.engine import (
     TokenEvent,
     UnsupportedSetting,
 )
-
-from modeling_cosup import Retrieval
-from support.models import make_model
-from support.serving import ScriptedEngine, running_server
 
 openai = pytest.importorskip("openai", reason="needs the official client: pip install openai")
 
