@@ -273,6 +273,11 @@ class RowScores:
         return values[order]
 
 
+def depends_on_scores_only(decision: DecisionSettings) -> bool:
+    """Return whether decisions depend on nothing but the scores, so that rows of any prompts can share them."""
+    return not decision.criteria and all(type(processor) in _SCORES_ONLY for processor in decision.processors)
+
+
 def _minimum(processor: MinLengthLogitsProcessor | MinNewTokensLengthLogitsProcessor) -> int:
     """Return the length from which a minimum-length processor changes nothing."""
     if isinstance(processor, MinLengthLogitsProcessor):
