@@ -51,8 +51,8 @@ def index(model):
 @pytest.fixture(scope="module")
 def url(model, index):
     settings = ApiSettings("tiny", model.generation_config, max_new_tokens=24)
-    with running_server(EmbeddedEngine(model, index, max_running=4), settings) as server:
-        yield server.url
+    with running_server(EmbeddedEngine(model, index, max_running=4), settings) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 
 from modeling_cosup import Retrieval
 from support.models import make_model
-from support.serving import ScriptedEngine, running_server
+from support.serving import ScriptedEngine, started_server
 
 from serving.api import ApiSettings
 from serving.engine import (
@@ -73,7 +73,7 @@ def server(engine):
     settings = ApiSettings(
         "tiny", api_keys=["other", KEY], max_body_bytes=20_000, max_new_tokens=30, cors_origins=["http://ui.example"]
     )
-    with running_server(engine, settings) as server:
+    with started_server(engine, settings) as server:
         yield server
 
 

@@ -22,23 +22,29 @@ from serving.running import EngineServer, open_socket, url_of
 
 
 @contextmanager
-def running_server(engine: Any, settings: ApiSettings, shutdown_timeout: float = 10) -> Iterator[EngineServer]:
-    """Serve an engine on a free port of loopback, in a thread; yield the server, with its `url`."""
+def started_server(engine: Any, settings: ApiSettings, shutdown_timeout: float = 10) -> Iterator[EngineServer]:
+    """Serve an engine on a free port of loopback, in a thread; yield the server, with its `url` and `thread`."""
     bound = open_socket("127.0.0.1", 0)
     server = EngineServer(build_app(engine, settings), engine, shutdown_timeout)
     server.url = url_of(bound)
-    thread = threading.Thread(target=asyncio.run, args=[server.serve_engine(bound)], daemon=True)
-    server.thread = thread
-    thread.start()
+    server.thread = threading.Thread(target=asyncio.run, args=[server.serve_engine(bound)], daemon=True)
+    server.thread.start()
     while not server.started:
-        if not thread.is_alive():
+        if not server.thread.is_alive():
             raise RuntimeError("The server did not start.")
         time.sleep(0.005)
     try:
         yield server
     finally:
         server.should_exit = True
-        thread.join(timeout=30)
+        server.thread.join(timeout=30)
+
+
+@contextmanager
+def running_server(engine: Any, settings: ApiSettings) -> Iterator[str]:
+    """Serve an engine as [`started_server`] does; yield the URL."""
+    with started_server(engine, settings) as server:
+        yield server.url
 
 
 class ScriptedEngine:
