@@ -15,7 +15,7 @@ from starlette.types import Message, Send
 
 from serving.answers import AnswerWriter, Piece
 from serving.engine import Engine, EngineError, GenerationRequest
-from serving.errors import ApiError, from_engine
+from serving.errors import from_engine, internal_error
 from serving.metrics import AnswerTimes, Metrics
 from serving.responses import ChatShape, CompletionShape, usage
 
@@ -155,8 +155,7 @@ class EventStream(StreamingResponse):
         except EngineError as error:
             yield server_sent(from_engine(error).body())
         except Exception:
-            logger.exception("An answer broke off.")
-            yield server_sent(ApiError(500, "The server made an error; its log says more.").body())
+            yield server_sent(internal_error().body())
 
     async def stream_response(self, send: Send) -> None:
         """Send the stream; give it up if its client does not read. The connection then ends without its last chunk."""
