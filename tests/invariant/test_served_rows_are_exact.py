@@ -159,7 +159,7 @@ def test_64_prompts_at_once_with_different_settings(llama):
         if requests[i].num_logprobs is not None and requests[i].retrieval.forget_passages is None:
             check_logprobs(model, events, requests[i], output)
             num_with_logprobs += len(events) > 2
-    assert num_retrievals > 30 and num_stopped >= 3 and num_with_logprobs >= 5
+    assert num_retrievals > 30 and num_stopped >= 2 and num_with_logprobs >= 5
 
 
 @pytest.mark.parametrize("limit", [None, 1800])

@@ -250,8 +250,16 @@ def test_nothing_of_finished_requests_is_kept(model, index):
             submit(row)
 
         decoder.submit = watched_submit
+        sizes = []  # of the cache, in columns of all rows
+        shrink = decoder.cache.shrink
+
+        def watched_shrink(rows, columns):
+            sizes.append(decoder.cache.rows * decoder.cache.columns)
+            shrink(rows, columns)
+
+        decoder.cache.shrink = watched_shrink
         await asyncio.gather(*[events_of(engine, request(model, 200, forbid_nsp=True)) for _ in range(2)])
-        assert decoder.cache.rows * decoder.cache.columns >= 2 * 212
+        assert sizes[0] >= 2 * 212
         for _ in range(3):
             requests = [request(model, 2, force_nsp_first=True, seed=1, temperature=1.0) for _ in range(8)]
             await asyncio.gather(*[events_of(engine, request) for request in requests])
@@ -259,6 +267,7 @@ def test_nothing_of_finished_requests_is_kept(model, index):
         gc.collect()
         assert len(rows) == 27
         assert not [row for row in rows[:-1] if row() is not None]
+        assert max(sizes) <= 8 * 256
         assert not engine._thread._tickets and not decoder.finished
         assert decoder.cache.rows * decoder.cache.columns <= 4 * 64
         assert decoder.cache.keys[0].shape[:1] + decoder.cache.keys[0].shape[2:3] == decoder.cache.positions.shape
