@@ -45,13 +45,12 @@ from .cache_cosup import EMPTY, cache_for
 from .forwards_cosup import Forwards, Outputs
 from .lookup_cosup import Lookup, ScoredPassages
 from .memory_cosup import Memory, TokenNeighbors
-from .metadata_cosup import traced_passage
 from .packing_cosup import pad_rows
 from .retriever_cosup import Retriever
 from .scores_cosup import RowScores
 from .settings_cosup import DecodingSettings
 from .slots_cosup import Slots
-from .trace_cosup import Retrieval, RetrievalError, Row
+from .trace_cosup import RetrievalError, Row
 
 _FAILED = 2  # state of a rank whose search failed; 1 if it needs a forward, 0 if not
 
@@ -361,30 +360,13 @@ class Decoder:
         self, row: Row, passages: ScoredPassages, room: int, query_embed: list[float] | None
     ) -> list[int]:
         """Add to the trace and return what the row forwards: the first `room` tokens of its passages, and `[Cs]`."""
-        ids, starts = self.lookup.join([passage for passage, _ in passages])
-        ids = ids[:room]
-        num_begun = len([start for start in starts if start < room])
-        passages = passages[:num_begun]  # the others have no token in `ids`
-        column = int(self.slots.columns[row.slot])
-        position = column - 1 + row.num_forgotten  # of [NSP]
-        span_start = position + len(ids) + 2  # after [NSP], passages and [Cs]
-        retrieval = Retrieval(
-            row=row.number,
-            position=position,
-            passages=[traced_passage(passage) for passage, _ in passages],
-            scores=[score for _, score in passages],
-            grounded_span=(span_start, span_start),
-            query_embed=query_embed,
-        )
-        row.retrievals.append(retrieval)
-        row.passage_columns = (column, column + len(ids))
+        chunk = self.lookup.add_retrieval(row, passages, int(self.slots.columns[row.slot]), room, query_embed)
         self.slots.ground(row.slot, True)
-        chunk = [*ids, self.config.cs_token_id]
         if row.listener is not None:
             nsp_ids: list[int] = []
             if row.logits_before_nsp is not None:  # otherwise [NSP] is the prompt's
                 nsp_ids.append(self.config.nsp_token_id)
-            row.listener.on_retrieval(retrieval, nsp_ids, chunk)
+            row.listener.on_retrieval(row.retrievals[-1], nsp_ids, chunk)
         self.slots.ban(row.slot, not row.may_decide_nsp)
         if int(self.slots.positions[row.slot]) + len(chunk) >= self.settings.context_length:
             self.full.append(row)
