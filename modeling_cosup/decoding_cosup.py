@@ -161,7 +161,7 @@ class Decoder:
             `list[Row]`: the rows that have ended, finished or with an `error`.
 
         Raises:
-            [`RetrievalError`]: when the search fails, unless `settings.isolates_failures`.
+            [`RetrievalError`]: when the search fails, unless `settings.serves`.
         """
         self.ended = []
         new = self._admit()
@@ -196,7 +196,7 @@ class Decoder:
                     must_retrieve.append(row)
             self._decide(outputs, must_retrieve)
         self._end_failed_rows()
-        if self.ended and self.settings.refill and not self.settings.static:
+        if self.ended and self.settings.serves and not self.admission.waiting:
             self.cache.shrink(len(self.slots), int(self.slots.columns[: len(self.slots)].max(initial=0)))
         return self.ended
 
@@ -310,9 +310,9 @@ class Decoder:
 
     def _retrieve(self, rows: list[Row], outputs: Outputs) -> dict[Row, list[int]]:
         """Look up passages for `rows`; return the token ids that each row forwards next: passages and `[Cs]`."""
-        isolates = self.settings.isolates_failures
+        query_embeds_of = partial(self._query_embeds_of, outputs.query_embeds)
         try:
-            found = self.lookup.find(rows, partial(self._query_embeds_of, outputs.query_embeds), isolates)
+            found = self.lookup.find(rows, query_embeds_of, isolates_failures=self.settings.serves)
         except Exception as error:  # an encoder or a retriever may raise anything: finished rows must not be lost
             message = f"The search failed after {len(self.finished)} finished rows: {error}"
             raise RetrievalError(message, self.finished) from error

@@ -104,7 +104,7 @@ class Lookup:
     # ------------------------------------------------------------------ in the loop
 
     def find(
-        self, rows: list[Row], query_embeds_of: Callable[[list[Row]], torch.Tensor], isolates: bool
+        self, rows: list[Row], query_embeds_of: Callable[[list[Row]], torch.Tensor], isolates_failures: bool
     ) -> dict[Row, Found]:
         """
         Search for all rows together.
@@ -112,13 +112,13 @@ class Lookup:
         Args:
             rows (`list[Row]`): the rows that retrieve.
             query_embeds_of (`Callable`): returns the query embeddings `(R, h)` of some of them.
-            isolates (`bool`): if the search fails, search for each row alone. A row for which that fails too gets the
-                `error`, and is left out of the result. Otherwise all errors are raised.
+            isolates_failures (`bool`): if the search fails, search for each row alone. A row for which that fails too
+                gets the `error`, and is left out of the result. Otherwise all errors are raised.
         """
         try:
             return self._find(rows, query_embeds_of)
         except Exception:
-            if not isolates:
+            if not isolates_failures:
                 raise
         found = {}
         for row in rows:
