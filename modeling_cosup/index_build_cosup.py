@@ -15,6 +15,7 @@ from transformers.utils import logging
 from .folders_cosup import DTYPES, create_tensors
 from .index_files_cosup import Shard, shard_files, write_passages
 from .index_search_cosup import contains
+from .metadata_cosup import metadata_text
 from .packing_cosup import pad_rows
 from .passages_cosup import can_be_read_twice, checked_passages, find_duplicate, hash_ids, read_corpus
 from .retriever_cosup import CoSupModel
@@ -34,6 +35,9 @@ MIN_LENGTH_RATIO = 0.75
 Passages: TypeAlias = list[dict[str, Any]]
 PlacedPassages: TypeAlias = list[tuple[str, dict[str, Any]]]  # (place in the corpus, for errors; passage)
 FindKnownIds: TypeAlias = Callable[[list[str]], list[str]]  # given ids, returns the ones already in the index
+# given what Emb_seq reads of each passage, yields rows of that list and their embeddings (n, h), of any length, until
+# all rows are done
+Encoder: TypeAlias = Callable[[list[NDArray[np.int32]]], Iterator[tuple[NDArray[np.int64], torch.Tensor]]]
 T = TypeVar("T")
 
 
@@ -42,22 +46,30 @@ class ShardBuilder:
     A maker of shards from passages.
 
     Args:
-        model ([`CoSupForCausalLM`]): with Emb_seq in memory; used on its device and in its dtype.
+        model ([`CoSupForCausalLM`]): with Emb_seq in memory, unless there is an `encoder`; used on its device and in
+            its dtype.
         dtype (`str`): dtype of the stored embeddings: `"float32"`, `"float16"` or `"bfloat16"`.
         batch_size (`int`): maximum number of passages in a forward.
         max_tokens_per_batch (`int`, *optional*): maximum number of tokens in a forward, with padding; a longer passage
             gets its own forward. Defaults to 4,096 on a CPU, since larger batches do not fit in its caches, and to
             32,768 on other devices.
+        encoder (`Callable`, *optional*): embeds in place of the model, e.g. on a server.
     """
 
     def __init__(
-        self, model: CoSupModel, dtype: str = "float32", batch_size: int = 256, max_tokens_per_batch: int | None = None
+        self,
+        model: CoSupModel,
+        dtype: str = "float32",
+        batch_size: int = 256,
+        max_tokens_per_batch: int | None = None,
+        encoder: Encoder | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
         self.model, self.dtype = model, DTYPES[dtype]
         self.batch_size = batch_size
         self.max_tokens_per_batch = max_tokens_per_batch or (4096 if model._input_device().type == "cpu" else 32768)
+        self.encoder = encoder
         self.num_cut = 0  # passages so far that were longer than `max_passage_length`
 
     def files_of(self, number: int) -> tuple[str, ...]:
@@ -122,7 +134,7 @@ class ShardBuilder:
         bar: tqdm | None = None,
     ) -> None:
         """
-        Embed tokenized passages. A batch is copied after the next one is queued, so a GPU never waits for us.
+        Embed tokenized passages.
 
         Args:
             passage_ids (`list[str]`): for errors.
@@ -133,15 +145,24 @@ class ShardBuilder:
         Raises:
             `ValueError`: names the passages with embeddings that are not finite.
         """
+        if self.encoder is None:
+            for rows, embeds in self._encode(token_ids):
+                self._store(passage_ids, rows, embeds, embeddings, bar)
+            return
+        for rows, embeds in self.encoder(token_ids):
+            self._store(passage_ids, rows, self.model._normalize(embeds), embeddings, bar)
+
+    def _encode(self, token_ids: list[NDArray[np.int32]]) -> Iterator[tuple[NDArray[np.int64], torch.Tensor]]:
+        """Yield rows and their embeddings: a batch after the next one is queued, so a GPU never waits for us."""
         queued = None
         for rows in self._batches(token_ids):
             ids, mask = pad_rows([token_ids[row] for row in rows], device=self.model._input_device())
             embeds = self.model.encode_passages(ids, mask)
             if queued is not None:
-                self._store(passage_ids, *queued, embeddings, bar)
+                yield queued
             queued = rows, embeds
         if queued is not None:
-            self._store(passage_ids, *queued, embeddings, bar)
+            yield queued
 
     def _batches(self, token_ids: list[NDArray[np.int32]]) -> Iterator[NDArray[np.int64]]:
         """Yield rows of similar length, longest first, so that a batch that does not fit in memory fails early."""
@@ -185,13 +206,19 @@ def report_cut(num_cut: int, max_passage_length: int) -> None:
 
 
 def record_batch(passages: Passages, gen_ids: list[NDArray[np.int32]]) -> "pa.RecordBatch":
-    """Return the `pyarrow.RecordBatch` of a shard: ids, titles, texts, token ids for Gen, and hashes of the ids."""
+    """
+    Return the `pyarrow.RecordBatch` of a shard: ids, titles, texts, token ids for Gen, and hashes of the ids; and
+    metadata as JSON text if a passage has some.
+    """
     columns = {}
     for name in ("id", "title", "text"):
         columns[name] = pa.array([passage[name] for passage in passages], pa.large_string())
     offsets = pa.array(np.cumsum([0, *map(len, gen_ids)]), pa.int64())
     columns["input_ids"] = pa.LargeListArray.from_arrays(offsets, pa.array(np.concatenate(gen_ids), pa.int32()))
     columns["id_hash"] = pa.array(hash_ids(passage["id"] for passage in passages))
+    if any(passage.get("metadata") for passage in passages):
+        texts = [metadata_text(passage["metadata"]) if passage.get("metadata") else None for passage in passages]
+        columns["metadata"] = pa.array(texts, pa.large_string())
     return pa.record_batch(columns)
 
 
@@ -202,7 +229,7 @@ def read_shards(
     source: Any,
     shard_size: int,
     show_progress_bar: bool,
-    check: Callable[[dict[str, str]], None],
+    check: Callable[[dict[str, Any]], None],
     find_known: FindKnownIds = lambda ids: [],
 ) -> tuple[int | None, Iterator[Passages]]:
     """
@@ -224,7 +251,7 @@ def read_shards(
     if shard_size < 1:
         raise ValueError(f"shard_size is {shard_size}, expected at least 1.")
 
-    def read() -> Iterator[tuple[str, dict[str, str]]]:
+    def read() -> Iterator[tuple[str, dict[str, Any]]]:
         return checked_passages(read_corpus(source), check)
 
     if not can_be_read_twice(source):
