@@ -62,6 +62,7 @@ def html_document(path: Path, id: str) -> Document:
     """Extract the main text of a web page as Markdown; the URL is its canonical link."""
     try:
         from trafilatura import extract, extract_metadata, load_html
+        from trafilatura.settings import use_config
     except ImportError as error:
         raise ImportError(f"An HTML file needs trafilatura: {EXTRA}") from error
     logging.getLogger("trafilatura").setLevel(logging.CRITICAL)  # the reasons are in the report
@@ -72,7 +73,10 @@ def html_document(path: Path, id: str) -> Document:
     tree = load_html(data)
     if tree is None:
         raise DocumentError("it is no HTML")
-    text = extract(data, output_format="markdown", include_comments=False)
+    config = use_config()
+    # by default, trafilatura distrusts a main text of less than 250 characters and takes the navigation too
+    config.set("DEFAULT", "MIN_EXTRACTED_SIZE", "1")
+    text = extract(data, output_format="markdown", include_comments=False, config=config)
     if not text:
         raise DocumentError("it holds no main text")
     facts = extract_metadata(tree)
@@ -136,7 +140,7 @@ def _table(table: Any) -> str:
         rows.append(f"| {' | '.join(cells)} |\n")
         if len(rows) == 1:
             rows.append(f"|{'---|' * len(cells)}\n")
-    return "".join(rows) + "\n"
+    return "\n" + "".join(rows) + "\n"
 
 
 # ---------------------------------------------------------------------- PDF
@@ -172,7 +176,7 @@ def pdf_document(path: Path, id: str) -> Document:
         sections += _page_sections(text, start, number, entries, headings)
         start += len(text) + 1  # the form feed between two pages
     if len(unread) == num_pages:
-        raise DocumentError(f"none of its {num_pages} pages holds text; scanned pages need OCR")
+        raise DocumentError(f"no page of {num_pages} holds text; scanned pages need OCR")
     title = " ".join(str((reader.metadata and reader.metadata.title) or "").split())
     if NO_TITLE.fullmatch(title):
         title = outline[0][2] if outline else path.stem

@@ -3,7 +3,7 @@
 import glob
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,9 +67,7 @@ def find_documents(inputs: Sequence[str], excluded: Collection[Path]) -> tuple[l
     ignored: Counter[str] = Counter()
     left_out = {path.absolute() for path in excluded}
     for name in inputs:
-        for document in _documents_of(name, ignored):
-            if document.path is not None and document.path.absolute() in left_out:
-                continue
+        for document in _documents_of(name, left_out, ignored):
             same = documents.setdefault(document.source, document)
             if same != document and _are_different(same, document):
                 raise ValueError(
@@ -85,45 +83,52 @@ def _are_different(first: DocumentFile, second: DocumentFile) -> bool:
     return not os.path.samefile(first.path, second.path)
 
 
-def _documents_of(name: str, ignored: Counter[str]) -> Iterator[DocumentFile]:
+def _documents_of(name: str, left_out: set[Path], ignored: Counter[str]) -> Iterator[DocumentFile]:
     path = Path(name)
     if path.is_dir():
-        yield from _in_folder(path, ignored)
+        yield from _documents_among(_in_folder(path, ignored), path, left_out, ignored)
     elif path.is_file():
         kind = kind_of(path)
         if kind is None:
             raise ValueError(f"{name}: the format is not known, expected a file that ends in {', '.join(KINDS)}.")
         yield DocumentFile(path.name, kind, path)
     elif glob.has_magic(name):
-        yield from _of_pattern(name, ignored)
+        folder, paths = _of_pattern(name)
+        yield from _documents_among(paths, folder, left_out, ignored)
     else:
         check_place(name, name)
         yield DocumentFile(name, "dataset")
 
 
-def _in_folder(folder: Path, ignored: Counter[str]) -> Iterator[DocumentFile]:
+def _in_folder(folder: Path, ignored: Counter[str]) -> Iterator[Path]:
+    """Yield the files of a folder that are not hidden, sorted."""
     for parent, folders, files in os.walk(folder):
-        ignored["hidden"] += len([name for name in (*folders, *files) if name.startswith(".")])
+        hidden = [name for name in (*folders, *files) if name.startswith(".")]
+        if hidden:
+            ignored["hidden"] += len(hidden)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith("."):
-                yield from _if_document(Path(parent, name), folder, ignored)
+        yield from (Path(parent, name) for name in sorted(files) if not name.startswith("."))
 
 
-def _of_pattern(pattern: str, ignored: Counter[str]) -> Iterator[DocumentFile]:
+def _of_pattern(pattern: str) -> tuple[Path, list[Path]]:
+    """Return the folder before the first wildcard, and the files that match."""
     parts = Path(pattern).parts
     num_plain = next(number for number, part in enumerate(parts) if glob.has_magic(part))
     folder = Path(*parts[:num_plain])
     paths = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
     if not paths:
         raise FileNotFoundError(f"{pattern}: no file has such a name.")
+    return folder, paths
+
+
+def _documents_among(
+    paths: Iterable[Path], folder: Path, left_out: set[Path], ignored: Counter[str]
+) -> Iterator[DocumentFile]:
     for path in paths:
-        yield from _if_document(path, folder, ignored)
-
-
-def _if_document(path: Path, folder: Path, ignored: Counter[str]) -> Iterator[DocumentFile]:
-    kind = kind_of(path)
-    if kind is None:
-        ignored[path.suffix.lower() or "no suffix"] += 1
-    else:
-        yield DocumentFile(path.relative_to(folder).as_posix(), kind, path)
+        if path.absolute() in left_out:
+            continue
+        kind = kind_of(path)
+        if kind is None:
+            ignored[path.suffix.lower() or "no suffix"] += 1
+        else:
+            yield DocumentFile(path.relative_to(folder).as_posix(), kind, path)

@@ -197,11 +197,11 @@ def _front_matter(lines: list[str]) -> tuple[int, str]:
     if not ends:
         return 0, ""
     try:
-        values = yaml.safe_load("".join(lines[1 : ends[0]]))
-    except (yaml.YAMLError, ValueError):  # a date such as 2024-13-01
+        values = yaml.load("".join(lines[1 : ends[0]]), yaml.BaseLoader)  # every value is a text
+    except yaml.YAMLError:
         values = None
     title = values.get("title") if isinstance(values, dict) else None
-    return ends[0] + 1, str(title or "")
+    return ends[0] + 1, title if isinstance(title, str) else ""
 
 
 def markdown_blocks(lines: Iterable[str]) -> Iterator[Block]:
