@@ -47,7 +47,7 @@ from modeling_cosup.metadata_cosup import check_metadata
 from modeling_cosup.passages_cosup import check_text
 
 from shared.document_cache import HASH_BYTES, DocumentCache, PassageBatch
-from shared.document_conversion import convert
+from shared.document_conversion import check_libraries, convert
 from shared.document_files import DocumentError, DocumentFile, find_documents
 from shared.document_sections import Document, row_sections, text_file_document
 from shared.passage_splitting import PassageSplitter
@@ -146,15 +146,6 @@ def check(args: DocumentArguments) -> None:
         raise ValueError(f"output_file is {args.output_file!r}, which is a folder.")
     if args.num_workers < 1:
         raise ValueError(f"num_workers is {args.num_workers}, expected at least 1.")
-
-
-def check_libraries(kinds: set[str]) -> None:
-    """Raise `ImportError` if a library that these kinds of documents need is not installed."""
-    needed = {"html": "trafilatura", "docx": "python-docx", "pdf": "pypdf"}
-    libraries = ["semantic-text-splitter", *(needed[kind] for kind in sorted(kinds & set(needed)))]
-    missing = [name for name in libraries if library_version(name) is None]
-    if missing:
-        raise ImportError(f'These documents need {", ".join(missing)}: pip install "cosup[documents]".')
 
 
 def library_version(name: str) -> str | None:

@@ -4,7 +4,8 @@ import logging
 import re
 import statistics
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from importlib import import_module
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,19 @@ MAX_DOCX_TEXT_BYTES = 64 * 2**20  # of its XML
 MAX_PAGES = 20_000
 MAX_PAGE_CHARACTERS = 1_000_000
 EXTRA = 'pip install "cosup[documents]"'
+LIBRARIES = {"html": "trafilatura", "docx": "docx", "pdf": "pypdf"}  # kind -> module
 NO_TITLE = re.compile(r"(untitled.*|microsoft word - .*|.*\.(docx?|pdf|tex|dvi|indd))?", re.IGNORECASE | re.DOTALL)
 NO_CHARACTER = re.compile("[\x00\ud800-\udfff]")  # what PDF files with damaged fonts hold
+
+
+def check_libraries(kinds: Collection[str]) -> None:
+    """Import the libraries that these kinds of documents need; `ImportError` says what to install."""
+    modules = ["semantic_text_splitter", *(module for kind, module in LIBRARIES.items() if kind in kinds)]
+    for module in modules:
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise ImportError(f"These documents need the package {module}: {EXTRA} ({error})") from error
 
 
 def convert(kind: str, path: Path, id: str) -> Document:
@@ -40,14 +52,13 @@ def convert(kind: str, path: Path, id: str) -> Document:
 
     Raises:
         [`DocumentError`]: the reason why it cannot be read.
-        `ImportError`: if the library for this format is not installed.
     """
     if path.stat().st_size == 0:
         raise DocumentError("it is empty")
     converters = {"html": html_document, "docx": docx_document, "pdf": pdf_document}
     try:
         document = converters[kind](path, id)
-    except (DocumentError, ImportError, OSError):
+    except (DocumentError, OSError):
         raise
     except Exception as error:  # a damaged file may raise anything
         raise DocumentError(f"it is damaged: {type(error).__name__}: {error}") from error
@@ -60,11 +71,9 @@ def convert(kind: str, path: Path, id: str) -> Document:
 
 def html_document(path: Path, id: str) -> Document:
     """Extract the main text of a web page as Markdown; the URL is its canonical link."""
-    try:
-        from trafilatura import extract, extract_metadata, load_html
-        from trafilatura.settings import use_config
-    except ImportError as error:
-        raise ImportError(f"An HTML file needs trafilatura: {EXTRA}") from error
+    from trafilatura import extract, extract_metadata, load_html
+    from trafilatura.settings import use_config
+
     logging.getLogger("trafilatura").setLevel(logging.CRITICAL)  # the reasons are in the report
     size = path.stat().st_size
     if size > MAX_HTML_BYTES:
@@ -94,10 +103,8 @@ def html_document(path: Path, id: str) -> Document:
 
 def docx_document(path: Path, id: str) -> Document:
     """Read the paragraphs, lists and tables of a Word file; headings are its heading styles."""
-    try:
-        import docx
-    except ImportError as error:
-        raise ImportError(f"A Word file needs python-docx: {EXTRA}") from error
+    import docx
+
     if not zipfile.is_zipfile(path):
         raise DocumentError("it is no .docx file: it is encrypted, damaged, or of an old format")
     with zipfile.ZipFile(path) as archive:
@@ -148,11 +155,9 @@ def _table(table: Any) -> str:
 
 def pdf_document(path: Path, id: str) -> Document:
     """Read the text of a PDF, page by page; headings are those of its outline. A section never crosses pages."""
-    try:
-        from pypdf import PdfReader
-        from pypdf.errors import DependencyError, PyPdfError
-    except ImportError as error:
-        raise ImportError(f"A PDF needs pypdf: {EXTRA}") from error
+    from pypdf import PdfReader
+    from pypdf.errors import DependencyError, PyPdfError
+
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # the reasons are in the report
     try:
         reader = PdfReader(path)

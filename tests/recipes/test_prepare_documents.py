@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -577,6 +578,14 @@ def test_bad_options_are_errors_before_anything_is_written(
     (tmp_path / "empty" / "x.png").write_bytes(b"")
     with pytest.raises(ValueError, match=message):
         prepare(arguments(model_folder, "out/c.jsonl", small, **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_library_that_is_missing_is_named_before_anything_is_written(model_folder, small, tmp_path, monkeypatch):
+    (small / "x.html").write_text(HTML)
+    monkeypatch.setitem(sys.modules, "trafilatura", None)
+    with pytest.raises(ImportError, match=r"need the package trafilatura: pip install \"cosup\[documents\]\""):
+        prepare(arguments(model_folder, tmp_path / "out" / "c.jsonl", small))
     assert not (tmp_path / "out").exists()
 
 
