@@ -49,9 +49,7 @@ class ClozeArguments:
     corpus_file: str = field(
         metadata={"local_or_hub": True, "help": "passages {id, title, text}: JSON Lines (.gz or plain) or Parquet"}
     )
-    output_file: str = field(
-        metadata={"help": "training instances, JSON Lines (compressed if the name ends in .gz)"}
-    )
+    output_file: str = field(metadata={"help": "training instances, JSON Lines (compressed if the name ends in .gz)"})
     queries: list[str] = field(
         default_factory=lambda: list(KINDS), metadata={"help": f"kinds of queries: {', '.join(KINDS)}"}
     )
