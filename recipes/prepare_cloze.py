@@ -20,13 +20,13 @@ title and text only the first counts. A passage of one sentence gets a title que
 the whole passage. Sentences end as in English.
 
 A seed gives a passage the same queries whatever else is in the corpus. The corpus is read twice and never held in
-memory; 8 bytes are kept for each sentence. What the kinds are worth was measured: see `docs/results`.
+memory; 16 bytes are kept for each sentence. What the kinds are worth was measured: see `docs/results`.
 """
 
 import random
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,15 +82,17 @@ def prepare(args: ClozeArguments) -> Counter[str]:
         raise ValueError(f"--queries is {' '.join(args.queries)!r}, expected some of {', '.join(KINDS)}.")
     if args.num_instances is not None and args.num_instances < 1:
         raise ValueError(f"--num_instances is {args.num_instances}, expected at least 1.")
-    counts: Counter[str] = Counter()
+    counts = Counter({"passages read": 0})
     with writing_lines(args.output_file) as write:
         instances = all_instances(args, find_repetitions(args.corpus_file), counts)
         if args.num_instances is not None:
             instances = iter(sample(instances, args.num_instances, random.Random(args.seed)))
+        num_written = 0
         for instance in instances:
             write(instance)
-            counts["instances written"] += 1
-        if not counts["instances written"]:
+            num_written += 1
+        counts["instances written"] = num_written
+        if not num_written:
             raise ValueError(f"{args.corpus_file}: no passage gives an instance.\n{table_of_counts(counts)}")
     return counts
 
@@ -111,15 +113,25 @@ def find_repetitions(corpus_file: str) -> Repetitions:
     Raises:
         `ValueError`: for a malformed passage or an id that stands twice, naming file and line.
     """
-    ids, contents, titles, sentences = array("q"), array("q"), array("q"), array("q")
+    ids, contents, titles, sentences, sentence_contents = (array("q") for _ in range(5))
     for _, passage in tqdm(passages_of(corpus_file), desc="Looking for repetitions", unit=" passages"):
         ids.append(hash_id(passage["id"]))
-        content = hash_id(content_id(passage["title"], passage["text"]))
-        contents.append(content)
+        contents.append(hash_of(passage))
         titles.append(hash_id(passage["title"]))
-        sentences.extend(sentence_hashes(passage))
-    find_duplicate(np.array(ids), lambda: passages_of(corpus_file))
-    return Repetitions(repeated(contents), repeated(titles), repeated(sentences))
+        hashes = sentence_hashes(passage)
+        sentences.extend(hashes)
+        sentence_contents.extend([hash_of(passage)] * len(hashes))
+    find_duplicate(np.array(ids, np.int64), lambda: passages_of(corpus_file))
+    return Repetitions(
+        contents=in_several(contents, range(len(contents))),
+        titles=in_several(titles, contents),
+        sentences=in_several(sentences, sentence_contents),
+    )
+
+
+def hash_of(passage: dict[str, str]) -> int:
+    """Return a hash of title and text."""
+    return hash_id(content_id(passage["title"], passage["text"]))
 
 
 def passages_of(corpus_file: str) -> Iterator[tuple[str, dict[str, str]]]:
@@ -127,10 +139,13 @@ def passages_of(corpus_file: str) -> Iterator[tuple[str, dict[str, str]]]:
     return checked_passages(read_corpus(corpus_file))
 
 
-def repeated(hashes: array) -> set[int]:
-    """Return the values that occur more than once."""
-    values = np.sort(np.array(hashes, np.int64))
-    return set(values[1:][values[1:] == values[:-1]].tolist())
+def in_several(hashes: Sequence[int], owners: Sequence[int]) -> set[int]:
+    """Return the hashes that have more than one owner; a passage that is repeated as a whole is one owner."""
+    values, owner_ids = np.array(hashes, np.int64), np.array(owners, np.int64)
+    order = np.lexsort((owner_ids, values))
+    values, owner_ids = values[order], owner_ids[order]
+    is_shared = (values[1:] == values[:-1]) & (owner_ids[1:] != owner_ids[:-1])
+    return set(values[1:][is_shared].tolist())
 
 
 def all_instances(args: ClozeArguments, repetitions: Repetitions, counts: Counter[str]) -> Iterator[dict[str, Any]]:
@@ -138,7 +153,7 @@ def all_instances(args: ClozeArguments, repetitions: Repetitions, counts: Counte
     written_contents: set[int] = set()  # of those that stand in the corpus several times
     for _, passage in tqdm(passages_of(args.corpus_file), desc="Making queries", unit=" passages"):
         counts["passages read"] += 1
-        content = hash_id(content_id(passage["title"], passage["text"]))
+        content = hash_of(passage)
         if content in written_contents:
             counts["passages left out: repeated"] += 1
             continue

@@ -10,13 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 from prepare_qa import prepare
 from prepare_retriever_data import prepare as prepare_retriever
-from shared.qa_records import Columns, Refused, read_record
 
 from modeling_cosup.lines_cosup import read_lines
 from support.models import make_model
 from support.training import arguments
 from trainer import CoSupTrainer, load_corpus, load_evaluation_set, load_instances
 from trainer.data import content_id
+
+from shared.qa_records import Columns, Refused, read_record
 
 ADA = {"title": "Ada", "text": "Ada was born in London. She wrote notes."}
 BOB = {"title": "Bob", "text": "Bob lived in Rome."}
@@ -80,7 +81,13 @@ def test_dpr(tmp_path):
             "negative_ctxs": [EVE, ADA],
             "hard_negative_ctxs": [{"title": "Zoe", "text": "Zoe is near."}],
         },
-        {"question": "who?", "answers": ["Bob"], "positive_ctxs": [], "negative_ctxs": [], "hard_negative_ctxs": [EVE]},
+        {
+            "question": "who?",
+            "answers": ["Bob"],
+            "positive_ctxs": [],
+            "negative_ctxs": [],
+            "hard_negative_ctxs": [EVE],
+        },
     ]
     zoe = with_id({"title": "Zoe", "text": "Zoe is near."})
     counts, files = run(tmp_path, "nq.json.gz", rows)
@@ -157,7 +164,9 @@ def test_squad_nested_and_flat(tmp_path, name, rows):
     assert [instance["id"] for instance in files["train"]] == ["a", "3"]
     assert counts["rows refused: no answer"] == 1  # of SQuAD 2.0: the passage has none
     (refused,) = files["refused"]
-    assert refused["where"].endswith(("item 0, paragraph 0, question 1", "squad.jsonl, line 2", "squad.parquet, row 1"))
+    assert refused["where"].endswith(
+        ("item 0, paragraph 0, question 1", "squad.jsonl, line 2", "squad.parquet, row 1")
+    )
 
 
 TABLE = [
@@ -289,7 +298,10 @@ def test_questions_that_share_a_passage_stay_on_one_side(tmp_path):
         ({"question": "q", "answer": []}, "no answer"),
         ({"question": "q", "answer": None, "passage": "p"}, "no answer"),
         ({"question": "q", "answer": b"a"}, "the answer is neither text nor a list of texts"),
-        ({"question": "q", "answer": "a", "passage": 3}, "a passage is neither text nor an object with title and text"),
+        (
+            {"question": "q", "answer": "a", "passage": 3},
+            "a passage is neither text nor an object with title and text",
+        ),
         ({"question": "q", "answer": "a", "passage": {"body": "p"}}, "a passage is neither text nor"),
         ({"question": "q", "answer": "a", "passage": "p", "title": 3}, "the title is no text"),
         ({"question": "q", "answer": "a", "id": "../a"}, "an id that is no text, or has NUL or '..' in it"),
@@ -350,7 +362,12 @@ def test_on_error_fail(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "changes", "message"),
     [
-        ("a.jsonl", '{"frage": "q", "answer": "a"}', {}, "line 1: none of the columns, frage, answer, .*--question_col"),
+        (
+            "a.jsonl",
+            '{"frage": "q", "answer": "a"}',
+            {},
+            "line 1: none of the columns, frage, answer, .*--question_col",
+        ),
         ("a.jsonl", '{"question": "q", "text": "a"}', {}, "none of the columns, question, text, .*--answer_column"),
         ("a.csv", "Frage,answer\nq,a\n", {"question_column": "frage"}, "--question_column frage .*mean 'Frage'"),
         ("a.csv", "question,answer\nq\n", {}, "line 2: found 1 columns, expected 2: question, answer"),
