@@ -42,6 +42,7 @@ from .cache_cosup import EMPTY, cache_for
 from .forwards_cosup import Forwards, Outputs
 from .lookup_cosup import Lookup, ScoredPassages
 from .memory_cosup import Memory, TokenNeighbors
+from .metadata_cosup import traced_passage
 from .packing_cosup import pad_rows
 from .retriever_cosup import Retriever
 from .scores_cosup import RowScores
@@ -337,7 +338,7 @@ class Decoder:
         retrieval = Retrieval(
             row=row.number,
             position=position,
-            passages=[{name: passage[name] for name in ("id", "title", "text")} for passage, _ in passages],
+            passages=[traced_passage(passage) for passage, _ in passages],
             scores=[score for _, score in passages],
             grounded_span=(span_start, span_start),
             query_embed=query_embed,

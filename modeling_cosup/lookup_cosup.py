@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from .metadata_cosup import check_metadata
 from .passages_cosup import check_title_and_text
 from .retriever_cosup import Retriever
 from .settings_cosup import RetrievalConfig
@@ -78,6 +79,7 @@ class Lookup:
         for passage in passages:
             if isinstance(passage, Mapping):
                 check_title_and_text(passage, "RetrievalConfig.passages")
+                check_metadata(passage.get("metadata"), "RetrievalConfig.passages")
             elif not isinstance(passage, str):
                 raise ValueError(f"RetrievalConfig.passages holds {passage!r}, expected a passage or its id.")
         ids = [passage for passage in passages if isinstance(passage, str)]

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from .memory_cosup import TokenNeighbors
+from .metadata_cosup import source_text
 
 
 @dataclass
@@ -21,7 +22,7 @@ class Retrieval:
     Args:
         row (`int`): number of the row in the batch, or of the prompt of `generate_many`.
         position (`int`): index of `[NSP]` in the row's token ids; in `sequences` its column.
-        passages (`list[dict]`): `{"id", "title", "text"}`, best first.
+        passages (`list[dict]`): `{"id", "title", "text"}`, and `"metadata"` of a passage that has some, best first.
         scores (`list[float | None]`): inner product of query and passage embedding (the cosine, if that is the
             similarity); `None` for passages that were given, not searched for.
         grounded_span (`tuple[int, int]`): positions `[start, end)` of the text between `[Cs]` and `[CE]`. Without
@@ -215,10 +216,18 @@ def cited_text(ids: list[int], trace: Sequence[Retrieval], start: int, tokenizer
     pieces.append(decode(ids[position:]))
     lines = [" ".join(piece.strip() for piece in pieces if piece.strip())]
     for key, number in numbers.items():
-        passage = passages[key]
-        title = f"{passage['title']}: " if passage["title"] else ""
-        lines.append(f"[{number}] {title}{passage['text']}")
+        lines.append(f"[{number}] {_heading(passages[key])}{passages[key]['text']}")
     return "\n".join(lines)
+
+
+def _heading(passage: dict[str, Any]) -> str:
+    """Return the title and the source of a passage, such as `Guide (guide.pdf, page 3): `; empty without both."""
+    title, source = passage["title"], source_text(passage)
+    if title and source:
+        return f"{title} ({source}): "
+    if title or source:
+        return f"{title or source}: "
+    return ""
 
 
 def written_text(ids: list[int], trace: Sequence[Retrieval], start: int, tokenizer: PreTrainedTokenizerBase) -> str:
