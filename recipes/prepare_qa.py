@@ -47,6 +47,7 @@ from tqdm import tqdm
 from modeling_cosup.lines_cosup import writing_lines
 from modeling_cosup.passages_cosup import hash_id
 from trainer.data import content_id
+from trainer.judging.correctness import normalize_answer
 from trainer.judging.grounding import split_sentences
 
 from shared.data_files import distinct
@@ -265,8 +266,9 @@ class Output(contextlib.ExitStack):
         answer = record.answers[0]
         if self.args.answer_style == "short":
             return answer
+        words = normalize_answer(answer)
         for sentence in sentences:
-            if answer.lower() in sentence.lower():
+            if words and f" {words} " in f" {normalize_answer(sentence)} ":
                 return sentence
         self.counts["answers left short: no sentence of the passage holds them"] += 1
         return answer

@@ -14,10 +14,12 @@ from modeling_cosup.passages_cosup import hash_id
 from trainer.data import content_id
 from trainer.judging.grounding import split_sentences
 
+from shared.passage_splitting import TITLE_SEPARATOR
+
 GAP = "___"
 HEADING = re.compile(r"#{1,6}\s+(.+?)[\s#]*")  # a line of Markdown
+ITEM = re.compile(r"\s*(?:[-*+•]|\d+[.)])\s+")  # before the text of a list item
 WORD = re.compile(r"\w(?:[\w'’-]*\w)?")
-TITLE_SEPARATOR = " › "  # between the title of a document and the headings above a passage
 MIN_CHARACTERS = 20  # of a sentence that is a query or is written
 MAX_CHARACTERS = 500
 MIN_WORDS = 5  # of a sentence that gets a gap: words with spaces between them
@@ -88,14 +90,28 @@ def squeezed(text: str) -> str:
     return " ".join(text.split())
 
 
+def paragraph_spans(text: str) -> Iterator[tuple[int, int]]:
+    """Yield start and end of paragraphs and of list items, without headings. A sentence may go over line breaks."""
+    begin: int | None = None
+    position = 0
+    for line in text.splitlines(keepends=True):
+        is_gap = not line.strip() or HEADING.fullmatch(line.strip()) is not None
+        item = ITEM.match(line)
+        if begin is not None and (is_gap or item):
+            yield begin, position
+            begin = None
+        if begin is None and not is_gap:
+            begin = position + (item.end() if item else 0)
+        position += len(line)
+    if begin is not None:
+        yield begin, position
+
+
 def sentence_spans(text: str) -> list[tuple[int, int]]:
     """Return start and end of the sentences that can be queries: not too short or long, and no headings."""
     spans = []
-    start = 0
-    for line in text.splitlines():
-        is_heading = HEADING.fullmatch(line.strip()) is not None
-        sentences = [] if is_heading else split_sentences(line)
-        for sentence in sentences:
+    for start, paragraph_end in paragraph_spans(text):
+        for sentence in split_sentences(text[start:paragraph_end]):
             start = text.index(sentence, start)
             end = start + len(sentence)
             if MIN_CHARACTERS <= len(sentence) <= MAX_CHARACTERS:

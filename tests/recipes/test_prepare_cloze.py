@@ -103,10 +103,17 @@ def test_a_gap_hides_a_name_or_a_number():
 
 
 def test_sentences_have_the_place_where_they_stand():
-    text = "# Head\nToo short. The same words again and again.  The same words again and again.\n- Last line of it all"
+    text = (
+        "# Head\nToo short. The same words\nagain and again.  The same words again and again.\n"
+        "- First item of the list\n2) Second item of it, Mr. Smith said.\n\nLast line of it all"
+    )
     spans = sentence_spans(text)
-    assert [text[start:end] for start, end in spans] == ["The same words again and again."] * 2 + [
-        "- Last line of it all"
+    assert [text[start:end] for start, end in spans] == [
+        "The same words\nagain and again.",
+        "The same words again and again.",
+        "First item of the list",
+        "Second item of it, Mr. Smith said.",
+        # the last line has fewer than 20 characters
     ]
     assert spans[0][1] < spans[1][0]
 

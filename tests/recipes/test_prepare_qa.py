@@ -3,12 +3,13 @@
 import csv
 import gzip
 import json
+import sys
 from argparse import Namespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from prepare_qa import prepare
+from prepare_qa import main, prepare
 from prepare_retriever_data import prepare as prepare_retriever
 
 from modeling_cosup.lines_cosup import read_lines
@@ -233,11 +234,12 @@ def test_pairs_and_triplets_are_for_a_retriever(tmp_path):
 def test_whole_sentences(tmp_path):
     rows = [
         {"question": "where?", "answer": "london", "passage": ADA["text"]},
-        {"question": "who?", "answer": "nobody", "passage": ADA["text"]},
+        {"question": "what?", "answer": "note", "passage": ADA["text"]},  # no whole word of it
+        {"question": "who?", "answer": "the", "passage": ADA["text"]},
     ]
     counts, files = run(tmp_path, "a.jsonl", rows, answer_style="sentence")
-    assert [row["segments"][0]["text"] for row in files["train"]] == ["Ada was born in London.", "nobody"]
-    assert counts["answers left short: no sentence of the passage holds them"] == 1
+    assert [row["segments"][0]["text"] for row in files["train"]] == ["Ada was born in London.", "note", "the"]
+    assert counts["answers left short: no sentence of the passage holds them"] == 2
 
 
 def test_found_passages_are_candidates(tmp_path):
@@ -350,6 +352,19 @@ def test_rows_are_counted_with_reason_and_place(tmp_path):
     write(tmp_path / "a.jsonl", ROWS[:1])
     prepare(options(tmp_path, "a.jsonl", validation_fraction=1))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["eval.jsonl"]
+
+
+def test_the_command_line(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "a.csv", [{"Q": "a?", "answer": "a"}])
+    words = ["--input_file", tmp_path / "a.csv", "--output_dir", tmp_path / "out", "--question_column", "Q"]
+    monkeypatch.setattr(sys, "argv", ["prepare_qa.py", *map(str, words), "--validation_fraction", "1"])
+    main()
+    assert "eval.jsonl: questions with answers alone           1\n" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--answer_column", "Q2"])
+    with pytest.raises(
+        SystemExit, match="^error: .*a.csv, line 2: --answer_column Q2 is none of the columns, Q, answer"
+    ):
+        main()
 
 
 def test_on_error_fail(tmp_path):
