@@ -2,8 +2,9 @@
 What a row of a question–answer set says: a question with its answers, its passages and wrong passages.
 
 Sets differ in the names of their columns and in the form of what they hold. A column that no option names is the first
-of a list of usual names that a row has. Answers are a string, a list, or an object with `text` (SQuAD) or `value` and
-`aliases` (TriviaQA); passages are a string, an object with `text` and perhaps `title` (DPR's `*_ctxs`), or a list.
+of a list of usual names that a row has, in capitals or not. Answers are a string, a list, or an object with `text`
+(SQuAD) or `value` and `aliases` (TriviaQA); passages are a string, an object with `text` and perhaps `title` (DPR's
+`*_ctxs`), or a list.
 """
 
 import ast
@@ -105,14 +106,15 @@ def find_columns(names: Collection[str], given: Mapping[str, str | None], where:
     Raises:
         `ValueError`: if no column holds questions, or none holds answers or passages. Names the option.
     """
+    usual_forms = {name.lower().replace(" ", "_"): name for name in names}
 
     def choose(role: str, usual: Iterable[str]) -> str | None:
         if given.get(role) is not None:
-            usual = [str(given[role])]
-        return next((name for name in usual if name in names), None)
+            return given[role] if given[role] in names else None
+        return next((usual_forms[name] for name in usual if name in usual_forms), None)
 
-    negatives = [name for name in NEGATIVES if name in names]
-    negatives += sorted(name for name in names if NEGATIVE.fullmatch(name))
+    negatives = [usual_forms[name] for name in NEGATIVES if name in usual_forms]
+    negatives += [usual_forms[name] for name in sorted(usual_forms) if NEGATIVE.fullmatch(name)]
     if given.get("negative") is not None:
         negatives = [str(given["negative"])]
     columns = Columns(

@@ -203,7 +203,7 @@ def test_named_columns_in_every_kind_of_file(tmp_path, name, capsys):
 
 
 def test_tables_with_semicolons_and_without_a_header(tmp_path):
-    (tmp_path / "a.csv").write_text("question;answer\nwho, then?;Bob\n", encoding="utf-8-sig")
+    (tmp_path / "a.csv").write_text("Question;ANSWER\nwho, then?;Bob\n", encoding="utf-8-sig")
     prepare(options(tmp_path, "a.csv"))
     assert load_instances(tmp_path / "out/train.jsonl")[0]["input"] == "who, then?"
     (tmp_path / "nq.tsv").write_text("who got it\t['Ada', 'Bob']\n")  # questions and answers of DPR
