@@ -160,7 +160,7 @@ def read_record(row: Mapping[str, Any], columns: Columns | None) -> Record:
     raw_answers = row.get(columns.answer or "")
     if is_squad(raw_answers):
         title = title.replace("_", " ")
-    answers = distinct(text.strip() for text in read_answers(raw_answers) if text.strip())
+    answers = distinct(stripped(text) for text in read_answers(raw_answers) if text.strip())
     if columns.answer is not None and not answers:
         raise Refused("no answer")
     passages = distinct_passages(read_passages(row.get(columns.passage or ""), title), [])
@@ -168,16 +168,14 @@ def read_record(row: Mapping[str, Any], columns: Columns | None) -> Record:
         raise Refused("no passage")
     wrong = [passage for name in columns.negatives for passage in read_passages(row.get(name), "")]
     id = row.get(columns.id or "")
-    record = Record(
-        question=value.strip(),
+    return Record(
+        question=stripped(value),
         id="" if id is None or id == "" else read_id(id),
         answers=answers,
         passages=passages,
         negatives=distinct_passages(wrong, passages),
         candidates=distinct_passages(read_passages(row.get(columns.candidates or ""), ""), []),
     )
-    check_encodable(record)
-    return record
 
 
 def read_id(id: Any) -> str:
@@ -188,12 +186,13 @@ def read_id(id: Any) -> str:
         raise Refused("an id that is no text, or has NUL or '..' in it") from None
 
 
-def check_encodable(record: Record) -> None:
-    """Refuse text that cannot be written: half a surrogate pair is valid JSON, but no character."""
+def stripped(text: str) -> str:
+    """Return a text without white space around it; refuse half a surrogate pair: valid JSON, but no character."""
     try:
-        json.dumps(vars(record), ensure_ascii=False).encode()
+        text.encode()
     except UnicodeEncodeError:
         raise Refused("text that holds half a character (a lone surrogate)") from None
+    return text.strip()
 
 
 def is_squad(answers: Any) -> bool:
@@ -202,7 +201,7 @@ def is_squad(answers: Any) -> bool:
 
 
 def read_answers(value: Any) -> list[str]:
-    """Return the answers in a value, stripped of nothing; an empty list for `None`."""
+    """Return the answers in a value; an empty list for `None`."""
     if value is None:
         return []
     if isinstance(value, str):
@@ -249,7 +248,7 @@ def read_passages(value: Any, title: str) -> list[dict[str, str]]:
         raise Refused("a passage is neither text nor an object with title and text")
     if not text.strip():
         return []
-    title, text = title.strip(), text.strip()
+    title, text = stripped(title), stripped(text)
     return [{"id": content_id(title, text), "title": title, "text": text}]
 
 

@@ -5,7 +5,9 @@ import gzip
 import json
 import sys
 from argparse import Namespace
+from unittest.mock import Mock
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -179,9 +181,13 @@ NAMED = {"question_column": "Frage", "answer_column": "Antwort", "passage_column
 
 
 @pytest.mark.parametrize("name", ["faq.csv", "faq.tsv", "faq.jsonl", "faq.parquet", "set/data.jsonl"])
-def test_named_columns_in_every_kind_of_file(tmp_path, name, capsys):
-    changes = {"input_file": str(tmp_path / "set"), "dataset": "faq"} if name.startswith("set/") else {}
-    _, files = run(tmp_path, name, TABLE, **NAMED, **changes)  # a folder is a dataset, which is streamed
+def test_named_columns_in_every_kind_of_file(tmp_path, name, capsys, monkeypatch):
+    is_dataset = name.startswith("set/")  # a folder, which is read like a dataset of the Hub
+    changes = {"input_file": str(tmp_path / "set"), "dataset": "faq"} if is_dataset else {}
+    load = Mock(wraps=datasets.load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    _, files = run(tmp_path, name, TABLE, **NAMED, **changes)
+    assert [call.kwargs["streaming"] for call in load.mock_calls if call.kwargs] == [True] * is_dataset
     ada, bob = with_id(ADA), with_id(BOB)
     assert [{name: row[name] for name in row if name != "id"} for row in files["train"]] == [
         {
@@ -308,6 +314,7 @@ def test_questions_that_share_a_passage_stay_on_one_side(tmp_path):
         ({"question": "q", "answer": "a", "passage": "p", "title": 3}, "the title is no text"),
         ({"question": "q", "answer": "a", "id": "../a"}, "an id that is no text, or has NUL or '..' in it"),
         ({"question": "q", "answer": "\ud800"}, "half a character"),
+        ({"question": "q", "answer": "a", "passage": "\ud800"}, "half a character"),
     ],
 )
 def test_rows_that_are_refused(row, reason):
