@@ -320,7 +320,7 @@ def test_the_file_needs_nothing_of_the_project():
             names.update(alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module.split(".")[0])
-    assert names - sys.stdlib_module_names == {"gradio", "torch", "transformers"}
+    assert names - sys.stdlib_module_names == {"gradio", "openai", "torch", "transformers"}
 
 
 def test_the_files_of_a_space():
@@ -379,7 +379,7 @@ def test_an_error_of_the_search_is_shown_without_its_path(module, demo, monkeypa
     def fail(*args, **kwargs):
         raise OSError("cannot read /srv/secret/index.bin: gone")
 
-    monkeypatch.setattr(demo.index, "search", fail)
+    monkeypatch.setattr(demo.backend.index, "search", fail)
     with pytest.raises(module.gr.Error) as error:
         list(demo.ask("who?", "Forced", 1, 8, "", None, visitor()))
     message = error.value.message
@@ -407,7 +407,7 @@ def test_a_bad_question_is_refused(module, demo, question, min_score, message):
 
 def test_without_an_index_and_without_emb_seq(module, checkpoint):
     demo = module.Demo(module.parse(["--model", str(checkpoint / "tiny-model"), "--no-upload"]))
-    assert demo.model.emb_seq is None
+    assert demo.backend.model.emb_seq is None
     assert "There is no index" in demo.default_status()
     assert "without Emb_seq" in str(demo.page().get_config_file()["components"])
     *_, (page, _) = demo.ask("who?", "Automatic", 1, 8, "", None, visitor())
@@ -421,9 +421,9 @@ def test_a_token_memory_speaks_in_the_answer(module, checkpoint, tmp_path):
     options = ["--model", str(checkpoint / "tiny-model"), "--no-upload"]
     demo = module.Demo(module.parse(options))
     *_, (page, _) = demo.ask("who?", "Off", 1, 8, "", None, visitor())
-    mlp_memory(demo.model).save_pretrained(tmp_path / "memory")
+    mlp_memory(demo.backend.model).save_pretrained(tmp_path / "memory")
     demo = module.Demo(module.parse([*options, "--memory", str(tmp_path / "memory")]))
-    assert type(demo.memory).__name__ == "MLPMemory"
+    assert type(demo.backend.memory).__name__ == "MLPMemory"
     *_, (other_page, _) = demo.ask("who?", "Off", 1, 8, "", None, visitor())
     assert other_page != page
     *_, (again, _) = demo.ask("who?", "Off", 1, 8, "", None, visitor())
