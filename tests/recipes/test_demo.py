@@ -4,18 +4,11 @@ import ast
 import gzip
 import importlib.util
 import json
-import os
 import re
-import shutil
-import socket
-import subprocess
 import sys
 import threading
-import urllib.error
-import urllib.request
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
-from urllib.parse import urlparse
 
 import pytest
 import torch
@@ -23,18 +16,9 @@ import yaml
 
 from support.memories import mlp_memory
 from support.models import PASSAGES, make_gen, make_model
+from support.pages import DEMO, Space, ask, chromium, upload, visitors
 
-RECIPES = Path(__file__).parents[2] / "recipes"
-BROWSER = shutil.which("chromium")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
+RECIPES = DEMO.parent
 ATTACK = "<img src=x onerror=window.hacked=1><script>window.hacked=1</script>${window.hacked=1}{{value}}"
 MINE = [{"title": f"Mine {ATTACK}", "text": f"Uploaded passage {number}. {ATTACK}"} for number in range(3)]
 
@@ -62,123 +46,32 @@ def checkpoint(tmp_path_factory):
 # ------------------------------------------------------------------ in a browser
 
 
-class Server:
-    """The demo as the `app.py` of a Space: alone in a folder in which an import of the project fails."""
-
-    def __init__(self, folder, checkpoint):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self.log = folder / "log"
-        shutil.copy(RECIPES / "demo.py", folder / "app.py")
-        for name in ("modeling_cosup", "trainer", "cli"):
-            (folder / f"{name}.py").write_text("raise SystemExit('the project was imported')")
-        variables = {
-            "COSUP_MODEL": checkpoint / "tiny-model",
-            "COSUP_INDEX": checkpoint / "index",
-            "COSUP_EXAMPLES": "who painted it?|where?",
-            "HF_HOME": folder / "hf_home",
-            "GRADIO_TEMP_DIR": folder / "gradio",
-            "GRADIO_SERVER_NAME": "127.0.0.1",
-            "GRADIO_SERVER_PORT": port,
-        }
-        environment = os.environ.copy()
-        for name in ("PYTHONPATH", "HF_MODULES_CACHE", "GRADIO_ANALYTICS_ENABLED"):
-            environment.pop(name, None)
-        for name, value in variables.items():
-            environment[name] = str(value)
-        with open(self.log, "w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "app.py"],
-                cwd=folder,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
-
-    def wait(self):
-        """Wait until the page is served."""
-        waiting = threading.Event()
-        for _ in range(1200):
-            if self.process.poll() is not None:
-                break
-            try:
-                return urllib.request.urlopen(self.url, timeout=5).close()
-            except (urllib.error.URLError, ConnectionError):
-                waiting.wait(0.1)
-        raise AssertionError(f"The demo did not start:\n{self.log.read_text()}")
-
-
 @pytest.fixture(scope="module")
 def server(checkpoint, tmp_path_factory):
     pytest.importorskip("gradio", reason="the demo is a Gradio app")
-    server = Server(tmp_path_factory.mktemp("space"), checkpoint)
+    variables = {
+        "COSUP_MODEL": checkpoint / "tiny-model",
+        "COSUP_INDEX": checkpoint / "index",
+        "COSUP_EXAMPLES": "who painted it?|where?",
+    }
+    space = Space(tmp_path_factory.mktemp("space"), variables)
     try:
-        server.wait()
-        yield server
+        space.wait()
+        yield space
     finally:
-        server.process.terminate()
-        server.process.wait(timeout=60)
+        space.stop()
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    playwright = pytest.importorskip("playwright.sync_api", reason="drives the browser")
-    if BROWSER is None:
-        pytest.skip("no chromium: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=BROWSER, args=FLAGS)
+def browser():
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
 def visit(server, browser):
-    """
-    A function that opens the page for a new visitor.
-
-    In the end, no request may have left this machine, and no script may have failed.
-    """
-    contexts, urls, failures = [], [], []
-
-    def visit():
-        context = browser.new_context(viewport={"width": 1280, "height": 800})
-        contexts.append(context)
-        context.set_default_timeout(30_000)
-        context.on("request", lambda request: urls.append(urlparse(request.url)))
-        context.on("weberror", lambda error: failures.append(str(error.error)))
-        page = context.new_page()
-        page.goto(server.url)
-        page.wait_for_selector("#question textarea")
-        return page
-
-    yield visit
-    for context in contexts:
-        context.close()
-    assert {url.hostname for url in urls if url.scheme not in ("data", "blob")} == {"127.0.0.1"}
-    assert failures == []
-
-
-def ask(page, question, retrieval="Automatic"):
-    """Ask, wait for the end of the answer, and return its text and the texts of its passages."""
-    page.locator("#retrieval").get_by_text(retrieval, exact=True).click()
-    page.fill("#question textarea", question)
-    page.click("#ask")
-    page.locator(".cosup-question").get_by_text(question, exact=True).wait_for()
-    page.wait_for_selector(".cosup-caret", state="detached")
-    return page.inner_text(".cosup-answer"), page.locator(".cosup-passage").all_inner_texts()
-
-
-def upload(page, path):
-    if not page.locator("#index").is_visible():
-        page.get_by_text("Your own corpus").click()
-    if page.locator("#corpus button[aria-label*='lear']").count():
-        page.locator("#corpus button[aria-label*='lear']").first.click()
-    page.set_input_files("#corpus input[type=file]", path)
-    page.locator("#corpus").get_by_text(path.stem).first.wait_for()
-    page.click("#index")
+    with visitors(browser) as visit:
+        yield partial(visit, server.url)
 
 
 WATCH_THE_ANSWER = """
@@ -284,7 +177,7 @@ def test_errors_are_shown_and_the_demo_keeps_running(visit, server, tmp_path):
 @pytest.fixture(scope="module")
 def module():
     pytest.importorskip("gradio", reason="the demo is a Gradio app")
-    spec = importlib.util.spec_from_file_location("cosup_demo", RECIPES / "demo.py")
+    spec = importlib.util.spec_from_file_location("cosup_demo", DEMO)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -315,7 +208,7 @@ def visitor(name="a session"):
 
 def test_the_file_needs_nothing_of_the_project():
     names = set()
-    for node in ast.walk(ast.parse((RECIPES / "demo.py").read_text())):
+    for node in ast.walk(ast.parse(DEMO.read_text())):
         if isinstance(node, ast.Import):
             names.update(alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
