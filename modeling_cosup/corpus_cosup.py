@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .lines_cosup import lines_with_places
+from .metadata_cosup import read_metadata
 from .names_cosup import refuse_misspelt
 
 try:
@@ -34,7 +35,11 @@ def read_files(paths: Iterable[str | Path]) -> Iterator[tuple[str, dict]]:
 
 
 def read_parquet(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """Read `(where, row)` pairs of a Parquet file with columns `id`, `text` and perhaps `title`."""
+    """
+    Read `(where, row)` pairs of a Parquet file with columns `id`, `text` and perhaps `title` and `metadata`.
+
+    `metadata` is a column of structs, maps or JSON text.
+    """
     if parquet is None:
         raise ImportError("A Parquet file needs pyarrow: pip install pyarrow.")
     try:
@@ -47,13 +52,25 @@ def read_parquet(path: str | Path) -> Iterator[tuple[str, dict]]:
         raise ValueError(f"{path} is damaged: {error}") from None
     names = ("id", "title", "text")
     refuse_misspelt(dict.fromkeys(file.schema_arrow.names, True), names, str(path))
-    columns = [name for name in names if name in file.schema_arrow.names]
+    columns = [name for name in (*names, "metadata") if name in file.schema_arrow.names]
     row = 0
     with file:
         for batch in _read_batches(file, columns, path):
             for value in batch.to_pylist():
-                yield f"{path}, row {row}", value
+                where = f"{path}, row {row}"
+                if "metadata" in value:
+                    value["metadata"] = _metadata(value["metadata"], where)
+                yield where, value
                 row += 1
+
+
+def _metadata(value: object, where: str) -> object:
+    """Return the metadata of a row: Arrow gives a struct as a `dict` and a map as a list of pairs."""
+    if isinstance(value, str):
+        return read_metadata(value, where) if value else None
+    if isinstance(value, list) and all(isinstance(pair, tuple) for pair in value):
+        return dict(value)
+    return value
 
 
 def _read_batches(file: "parquet.ParquetFile", columns: list[str], path: str | Path) -> "Iterator[RecordBatch]":

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from .folders_cosup import DTYPES, create_tensors
 from .index_files_cosup import Shard, shard_files, write_passages
 from .index_search_cosup import contains
+from .metadata_cosup import metadata_text
 from .packing_cosup import pad_rows
 from .passages_cosup import can_be_read_twice, checked_passages, find_duplicate, hash_ids, read_corpus
 from .retriever_cosup import CoSupModel
@@ -185,13 +186,19 @@ def report_cut(num_cut: int, max_passage_length: int) -> None:
 
 
 def record_batch(passages: Passages, gen_ids: list[NDArray[np.int32]]) -> "pa.RecordBatch":
-    """Return the `pyarrow.RecordBatch` of a shard: ids, titles, texts, token ids for Gen, and hashes of the ids."""
+    """
+    Return the `pyarrow.RecordBatch` of a shard: ids, titles, texts, token ids for Gen, and hashes of the ids; and
+    metadata as JSON text if a passage has some.
+    """
     columns = {}
     for name in ("id", "title", "text"):
         columns[name] = pa.array([passage[name] for passage in passages], pa.large_string())
     offsets = pa.array(np.cumsum([0, *map(len, gen_ids)]), pa.int64())
     columns["input_ids"] = pa.LargeListArray.from_arrays(offsets, pa.array(np.concatenate(gen_ids), pa.int32()))
     columns["id_hash"] = pa.array(hash_ids(passage["id"] for passage in passages))
+    if any(passage.get("metadata") for passage in passages):
+        texts = [metadata_text(passage["metadata"]) if passage.get("metadata") else None for passage in passages]
+        columns["metadata"] = pa.array(texts, pa.large_string())
     return pa.record_batch(columns)
 
 
@@ -202,7 +209,7 @@ def read_shards(
     source: Any,
     shard_size: int,
     show_progress_bar: bool,
-    check: Callable[[dict[str, str]], None],
+    check: Callable[[dict[str, Any]], None],
     find_known: FindKnownIds = lambda ids: [],
 ) -> tuple[int | None, Iterator[Passages]]:
     """
@@ -224,7 +231,7 @@ def read_shards(
     if shard_size < 1:
         raise ValueError(f"shard_size is {shard_size}, expected at least 1.")
 
-    def read() -> Iterator[tuple[str, dict[str, str]]]:
+    def read() -> Iterator[tuple[str, dict[str, Any]]]:
         return checked_passages(read_corpus(source), check)
 
     if not can_be_read_twice(source):

@@ -3,7 +3,8 @@ The files of a passage index, a folder as in [`folders_cosup`]:
 
     index_config.json             format_version, fingerprint, dtype, shards, ids, deleted, approximate, files
     embeddings-00000.safetensors  embeddings (n, h) of shard 0
-    passages-00000.arrow          one record batch of the same n rows: id, title, text, input_ids (for Gen), id_hash
+    passages-00000.arrow          one record batch of the same n rows: id, title, text, input_ids (for Gen), id_hash,
+                                  and metadata (JSON text or null) if a passage of the shard has some
     ids-00000.safetensors         hashes of all ids, sorted, and their rows
     deleted-00001.safetensors     deleted rows, sorted
     index-00002.faiss             an approximate index, read only if the user allows it
@@ -34,6 +35,7 @@ try:
 except ImportError:
     pa = None
 
+METADATA_COLUMN = "metadata"
 PARTITION = 2**22  # ids of the id table that are sorted together
 
 IdTable: TypeAlias = tuple[NDArray[np.int64], NDArray[np.int64]]  # hashes and rows, see make_id_table
@@ -45,7 +47,8 @@ class Shard:
     Consecutive passages of an index, in memory or mapped from files.
 
     Args:
-        passages (`pyarrow.RecordBatch`): columns `id`, `title`, `text`, `input_ids` and `id_hash`.
+        passages (`pyarrow.RecordBatch`): columns `id`, `title`, `text`, `input_ids`, `id_hash` and perhaps
+            `metadata`.
         embeddings (`torch.Tensor` of shape `(n, h)`): of the same rows, float32, float16 or bfloat16.
     """
 
@@ -128,7 +131,7 @@ def _hashes_of_partition(shards: list[Shard], partition: int, bits: int) -> IdTa
 
 
 def passage_schema() -> "pa.Schema":
-    """Return the columns of every Arrow file."""
+    """Return the columns of every Arrow file; one with metadata has a further column, `METADATA_COLUMN`."""
     columns = [(name, pa.large_string()) for name in ("id", "title", "text")]
     return pa.schema([*columns, ("input_ids", pa.large_list(pa.int32())), ("id_hash", pa.int64())])
 
@@ -143,8 +146,11 @@ def map_passages(path: Path, full: bool = False) -> "pa.RecordBatch":
     reader = pa.ipc.open_file(pa.memory_map(str(path)))
     if reader.num_record_batches != 1:
         raise ValueError(f"found {reader.num_record_batches} record batches, expected one")
-    if not reader.schema.equals(passage_schema()):
-        raise ValueError(f"found the columns {reader.schema.to_string()!r}, expected {passage_schema().to_string()!r}")
+    expected = passage_schema()
+    if METADATA_COLUMN in reader.schema.names:
+        expected = expected.append(pa.field(METADATA_COLUMN, pa.large_string()))
+    if not reader.schema.equals(expected):
+        raise ValueError(f"found the columns {reader.schema.to_string()!r}, expected {expected.to_string()!r}")
     passages = reader.get_batch(0)
     passages.validate(full=full)
     return passages

@@ -11,14 +11,15 @@ from transformers.utils import logging
 
 from .folder_store_cosup import FolderStore, is_in_hub_cache
 from .folders_cosup import Config, FileFacts, read_config, read_tensors, write_tensors
-from .index_files_cosup import INDEX_FORMAT, IdTable, Shard, make_id_table, map_shard, write_shard
+from .index_files_cosup import INDEX_FORMAT, METADATA_COLUMN, IdTable, Shard, make_id_table, map_shard, write_shard
 from .index_search_cosup import ExactSearch, contains
+from .metadata_cosup import read_metadata
 from .passages_cosup import hash_ids
 from .retriever_cosup import Rows
 
 logger = logging.get_logger(__name__)
 
-COLUMNS = ("id", "title", "text", "input_ids")
+COLUMNS = ("id", "title", "text", "input_ids", METADATA_COLUMN)
 Store = TypeVar("Store", bound="PassageStore")
 
 
@@ -85,13 +86,13 @@ class PassageStore(FolderStore):
 
         Returns:
             `list[dict]`: `{"id", "title", "text", "input_ids"}`; `input_ids` is a `list[int]` as Gen reads the
-            passage, without BOS and EOS.
+            passage, without BOS and EOS. A passage with metadata also has `"metadata"`, a `dict` of JSON values.
 
         Raises:
             `IndexError`: names rows that the index does not have, or that hold a deleted passage.
         """
         places = self._places(self._checked_rows(rows), COLUMNS)
-        return [{name: column[row].as_py() for name, column in columns.items()} for columns, row in places]
+        return [_passage(columns, row) for columns, row in places]
 
     def _checked_rows(self, rows: Rows) -> NDArray[np.int64]:
         """Return rows as an int64 array; `IndexError` names rows that hold no passage."""
@@ -106,12 +107,12 @@ class PassageStore(FolderStore):
         return rows
 
     def _places(self, rows: NDArray[np.int64], names: tuple[str, ...]) -> list[tuple[dict[str, Any], int]]:
-        """Return for each row the named columns of its shard, and its row within that shard."""
+        """Return for each row the named columns of its shard, as far as it has them, and its row within that shard."""
         owners = np.searchsorted(self._exact.starts, rows, side="right") - 1
         columns = {}
         for owner in set(owners.tolist()):
             passages = self._shards[owner].passages
-            columns[owner] = {name: passages[name] for name in names}
+            columns[owner] = {name: passages[name] for name in names if name in passages.schema.names}
         shard_rows = rows - self._exact.starts[owners]
         return [(columns[owner], row) for owner, row in zip(owners.tolist(), shard_rows.tolist(), strict=True)]
 
@@ -249,6 +250,15 @@ class PassageStore(FolderStore):
         if config["deleted"] is not None:
             index._deleted = _read_deleted(folder / config["deleted"], index.num_rows)
         return index
+
+
+def _passage(columns: dict[str, Any], row: int) -> dict[str, Any]:
+    """Return the passage in a row of a shard's columns."""
+    passage = {name: column[row].as_py() for name, column in columns.items()}
+    text = passage.pop(METADATA_COLUMN, None)
+    if text is not None:
+        passage["metadata"] = read_metadata(text, f"Passage {passage['id']!r} of the index")
+    return passage
 
 
 def _read_deleted(path: Path, num_rows: int) -> NDArray[np.int64]:

@@ -15,11 +15,11 @@ from .index_search_cosup import merge, nothing
 from .index_searchable_cosup import check_candidates, check_queries
 from .milvus_client_cosup import MAX_REQUEST_BYTES, MAX_REQUEST_ROWS, MilvusConnection, quote, split
 from .milvus_upload_cosup import (
-    TEXT_FIELDS,
     check_can_be_searched,
     check_sizes,
     count_passages,
     finish_upload,
+    passage_of,
     prepare_upload,
     read_properties,
     set_properties,
@@ -110,7 +110,7 @@ class MilvusPassageIndex:
             logger.warning(f"{self._milvus}: {state}")
 
     def _read_properties(self) -> None:
-        self._properties, self.embedding_size = read_properties(self._milvus)
+        self._properties, self.embedding_size, self._fields = read_properties(self._milvus)
 
     def close(self) -> None:
         """Close the connection; another process can then open a local file."""
@@ -260,7 +260,8 @@ class MilvusPassageIndex:
 
     def get_passages(self, rows: Rows) -> list[dict[str, Any]]:
         """
-        Return the passages of rows, `list` of `{"id", "title", "text", "input_ids"}`, in the given order.
+        Return the passages of rows, `list` of `{"id", "title", "text", "input_ids"}`, in the given order; a passage
+        with metadata also has `"metadata"`.
 
         One request reads up to 4,096 passages.
 
@@ -269,9 +270,8 @@ class MilvusPassageIndex:
         """
         rows = [int(row) for row in rows]
         passages = {}
-        for hit in self._milvus.query_rows(sorted(set(rows)), ["row", *TEXT_FIELDS, "input_ids"], MAX_REQUEST_ROWS):
-            texts = {name: hit[name] for name in TEXT_FIELDS}
-            passages[hit["row"]] = {**texts, "input_ids": list(hit["input_ids"])}
+        for hit in self._milvus.query_rows(sorted(set(rows)), ["row", *self._fields], MAX_REQUEST_ROWS):
+            passages[hit["row"]] = passage_of(hit)
         missing = sorted(set(rows) - set(passages))
         if missing:
             raise IndexError(f"The index holds no passage in {_some(missing, 'row')}.")
@@ -395,7 +395,7 @@ class MilvusPassageIndex:
         self._remove_leftovers()
         limits: dict[str, Any] = {"batch_size": batch_size, "max_tokens_per_batch": max_tokens_per_batch}
         new = PassageIndex.build(passages, model, show_progress_bar=show_progress_bar, **limits)
-        check_sizes(new)
+        check_sizes(new, self._fields)
         ids = [passage["id"] for passage in new]
         known = [ids[i] for i in np.flatnonzero(self.find(ids) >= 0)]
         if known:

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from .index_files_cosup import shard_files
+from .metadata_cosup import metadata_text
 from .milvus_client_cosup import MAX_REQUEST_BYTES, MAX_REQUEST_ROWS, MilvusConnection, milvus_packages, split
 from .retrieval_cosup import PassageIndex
 
@@ -12,6 +14,8 @@ FORMAT_VERSION = "1"
 MAX_FIELD_BYTES = 65_535  # of a VARCHAR
 MAX_TOKENS = 4_096  # of an ARRAY
 TEXT_FIELDS = ("id", "title", "text")
+METADATA_FIELD = "metadata"  # nullable; a collection from before passages had metadata has no such field
+PASSAGE_FIELDS = (*TEXT_FIELDS, "input_ids", METADATA_FIELD)
 
 
 # ---------------------------------------------------------------------- upload
@@ -85,6 +89,7 @@ def _create(connection: MilvusConnection, index: PassageIndex, source: str, inde
     for name in TEXT_FIELDS:
         schema.add_field(name, data_type.VARCHAR, max_length=MAX_FIELD_BYTES)
     schema.add_field("input_ids", data_type.ARRAY, element_type=data_type.INT32, max_capacity=MAX_TOKENS)
+    schema.add_field(METADATA_FIELD, data_type.JSON, nullable=True)
     schema.add_field("embedding", data_type.FLOAT_VECTOR, dim=index.config["embedding_size"])
     properties = {
         "cosup.format_version": FORMAT_VERSION,
@@ -152,6 +157,8 @@ def upload(
 def _request_bytes(passage: dict[str, Any]) -> int:
     """Return roughly how many bytes a passage takes in a request."""
     characters = sum(len(passage[name]) for name in TEXT_FIELDS)
+    if METADATA_FIELD in passage:
+        characters += len(metadata_text(passage[METADATA_FIELD]))
     return 4 * (len(passage["embedding"]) + len(passage["input_ids"]) + characters)
 
 
@@ -170,12 +177,12 @@ def finish_upload(connection: MilvusConnection, index: PassageIndex) -> None:
     set_properties(connection, complete="true")
 
 
-def check_sizes(index: PassageIndex) -> None:
+def check_sizes(index: PassageIndex, fields: Sequence[str] = PASSAGE_FIELDS) -> None:
     """
     Check, before any passage is sent, that all fit into the fields of a collection.
 
     Raises:
-        `ValueError`: names the passage and the field that is too long.
+        `ValueError`: names the passage and the field that is too long, or that the collection does not have.
     """
     rows = index.live_rows()
     for start in range(0, len(rows), MAX_REQUEST_ROWS):
@@ -187,6 +194,10 @@ def check_sizes(index: PassageIndex) -> None:
                     raise ValueError(
                         f"{name}: {field!r} has {size} bytes, Milvus holds at most {MAX_FIELD_BYTES}; cut it in two."
                     )
+            if "metadata" in passage and METADATA_FIELD not in fields:
+                raise ValueError(
+                    f"{name} has metadata, and this collection was made without; upload the index to a new one."
+                )
             num_tokens = len(passage["input_ids"])
             if num_tokens > MAX_TOKENS:
                 raise ValueError(f"{name} has {num_tokens} token ids, Milvus holds at most {MAX_TOKENS}.")
@@ -224,9 +235,9 @@ def count_passages(connection: MilvusConnection) -> int:
     return result["count(*)"]
 
 
-def read_properties(connection: MilvusConnection) -> tuple[dict[str, str], int]:
+def read_properties(connection: MilvusConnection) -> tuple[dict[str, str], int, list[str]]:
     """
-    Return the properties of a collection, and the size of its embeddings.
+    Return the properties of a collection, the size of its embeddings, and the names of a passage's fields.
 
     Raises:
         `ValueError`: if it is not a passage index, or has a format version that this release cannot read.
@@ -239,7 +250,17 @@ def read_properties(connection: MilvusConnection) -> tuple[dict[str, str], int]:
     if version != FORMAT_VERSION:
         raise ValueError(f"{connection} has format_version {version}, this release reads {FORMAT_VERSION}.")
     fields = {field["name"]: field for field in description["fields"]}
-    return properties, fields["embedding"]["params"]["dim"]
+    names = [name for name in PASSAGE_FIELDS if name in fields]
+    return properties, fields["embedding"]["params"]["dim"], names
+
+
+def passage_of(hit: dict[str, Any]) -> dict[str, Any]:
+    """Return the passage in the fields that a query returned."""
+    passage = {name: hit[name] for name in TEXT_FIELDS}
+    passage["input_ids"] = list(hit["input_ids"])
+    if hit.get(METADATA_FIELD) is not None:
+        passage["metadata"] = hit[METADATA_FIELD]
+    return passage
 
 
 def set_properties(connection: MilvusConnection, **properties: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .metadata_cosup import check_metadata
 from .names_cosup import refuse_misspelt
 
 _FORBIDDEN_IN_ID = re.compile(r"\x00|(^|[/\\])\.\.($|[/\\])")
@@ -118,8 +119,8 @@ def check_title_and_text(passage: Mapping[str, Any], where: str, field: str = ""
 
 
 def checked_passages(
-    pairs: Iterable[tuple[str, object]], check: Callable[[dict[str, str]], None] | None = None
-) -> Iterator[tuple[str, dict[str, str]]]:
+    pairs: Iterable[tuple[str, object]], check: Callable[[dict[str, Any]], None] | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     Check the passages of a corpus one at a time; [`find_duplicate`] checks for duplicate ids.
 
@@ -128,7 +129,7 @@ def checked_passages(
         check (`Callable`, *optional*): a further check of a passage, which raises a `ValueError`.
 
     Yields:
-        `(str, dict)`: the place and `{"id", "title", "text"}`.
+        `(str, dict)`: the place and `{"id", "title", "text"}`, with `"metadata"` if the passage has some.
 
     Raises:
         `ValueError`: names the place, the field, what was found and what was expected.
@@ -137,7 +138,10 @@ def checked_passages(
         if not isinstance(value, Mapping):
             raise ValueError(f"{where} is {shown(value)}, expected a passage: id, title and text.")
         refuse_misspelt(value, ("id",), where)
-        passage = {"id": check_id(value.get("id"), where), **check_title_and_text(value, where)}
+        passage: dict[str, Any] = {"id": check_id(value.get("id"), where), **check_title_and_text(value, where)}
+        metadata = check_metadata(value.get("metadata"), where)
+        if metadata is not None:
+            passage["metadata"] = metadata
         if check is not None:
             try:
                 check(passage)

@@ -84,9 +84,10 @@ class PassageIndex(SearchableStore):
         it is complete; an earlier index of that name stays until then.
 
         Args:
-            passages: each a dictionary `{"id", "title", "text"}`; `title` may be empty or missing. A list or another
-                iterable, a `datasets` dataset, streamed or not, or the path of a file: JSON Lines (`.gz`) or Parquet.
-                A corpus that can be read twice is checked before anything is embedded, any other as it streams.
+            passages: each a dictionary `{"id", "title", "text"}`; `title` may be empty or missing, and `"metadata"`, a
+                JSON object, says where the passage comes from. A list or another iterable, a `datasets` dataset,
+                streamed or not, or the path of a file: JSON Lines (`.gz`) or Parquet. A corpus that can be read twice
+                is checked before anything is embedded, any other as it streams.
             model ([`CoSupForCausalLM`]): with Emb_seq in memory; used on its device and in its dtype.
             tokenizer (`PreTrainedTokenizerBase`, *optional*): becomes the model's tokenizer; defaults to its own.
             save_directory (`str` or `Path`, *optional*): folder of the index; without it the index is in memory.
@@ -334,7 +335,7 @@ class PassageIndex(SearchableStore):
         )
 
 
-def special_text_check(model: CoSupModel) -> Callable[[dict[str, str]], None]:
+def special_text_check(model: CoSupModel) -> Callable[[dict[str, Any]], None]:
     """
     Return a check that raises a `ValueError` for a passage with a special token that cannot be read as text.
 
@@ -346,7 +347,7 @@ def special_text_check(model: CoSupModel) -> Callable[[dict[str, str]], None]:
         tokens.update(tokenizer.convert_ids_to_tokens(list(special_ids(tokenizer))))
     pattern = re.compile("|".join(map(re.escape, sorted(tokens))) or "(?!)")
 
-    def check(passage: dict[str, str]) -> None:
+    def check(passage: dict[str, Any]) -> None:
         if pattern.search(passage["title"]) or pattern.search(passage["text"]):
             for tokenizer in tokenizers:
                 encode_passages_for_gen(tokenizer, [passage], model.config)

@@ -70,7 +70,7 @@ class Retriever(Protocol):
 
         Returns:
             `list[dict]`: `{"id", "title", "text", "input_ids"}`; `input_ids` is a `list[int]` as Gen reads the
-            passage, without BOS and EOS.
+            passage, without BOS and EOS. A passage with metadata also has `"metadata"`, a `dict` of JSON values.
 
         Raises:
             `IndexError`: names rows that hold no passage.

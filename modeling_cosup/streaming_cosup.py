@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from .trace_cosup import Retrieval, text_decoder
+from .trace_cosup import Logprobs, Retrieval, text_decoder
 
 INCOMPLETE = "\ufffd"  # how a tokenizer shows the first bytes of a character
 
@@ -176,6 +176,34 @@ class RetrievalStreamer(BaseStreamer):
         if event is None:
             raise StopIteration
         raise event
+
+
+class StreamerListener:
+    """
+    Gives a streamer of transformers what happens to a row: tokens, and retrievals if it has a method `on_retrieval`.
+
+    Args:
+        streamer (`BaseStreamer`): of one row; it has the prompt already.
+        stream_passages (`bool`): give passages and `[Cs]` to a streamer that only takes tokens.
+    """
+
+    def __init__(self, streamer: Any, stream_passages: bool) -> None:
+        self.streamer = streamer
+        self.stream_passages = stream_passages
+
+    def on_token(self, token: int, logprobs: Logprobs | None) -> None:
+        self.streamer.put(torch.tensor([token]))
+
+    def on_retrieval(self, retrieval: Retrieval, nsp_ids: list[int], passage_ids: list[int]) -> None:
+        on_retrieval = getattr(self.streamer, "on_retrieval", None)
+        if on_retrieval is not None:
+            on_retrieval(retrieval)
+            return
+        ids = nsp_ids
+        if self.stream_passages:
+            ids = nsp_ids + passage_ids
+        if ids:
+            self.streamer.put(torch.tensor(ids))
 
 
 @contextlib.contextmanager

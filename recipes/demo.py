@@ -152,6 +152,8 @@ def read_upload(path: str) -> list[dict[str, str]]:
             id = str(id)
         passage = {"id": id, "title": value.get("title") or "", "text": value.get("text")}
         _check_passage(passage, line)
+        if isinstance(value.get("metadata"), dict):  # the index checks it
+            passage["metadata"] = value["metadata"]
         if id in lines:
             raise ValueError(f"Line {line}: id {_shorten(id)} is already in line {lines[id]}; ids must be unique.")
         lines[id] = line
@@ -290,22 +292,26 @@ class Card:
         title_html = f"<strong>{html.escape(title)}</strong>" if title else ""
         return (
             f'<article class="cosup-passage" id="cosup-passage-{self.number}" style="--hue: {_hue(self.number)}">'
-            f'<header><span class="cosup-number">[{self.number}]</span>{title_html}{self._source_html()}'
+            f'<header><span class="cosup-number">[{self.number}]</span>{title_html}'
+            f"{_source_html(self.passage.get('metadata') or {})}"
             f'<span class="cosup-score">{html.escape(similarity)} {scores}</span></header>'
             f"<p>{html.escape(self.passage['text'])}</p></article>"
         )
 
-    def _source_html(self):
-        """Return where the passage comes from: a link if that is a web address, otherwise text."""
-        metadata = self.passage.get("metadata") or {}
-        source = str(metadata.get("url") or metadata.get("source") or "")
-        page = metadata.get("page")
-        text = source if page is None else f"{source}, page {page}"
-        if not source.startswith(("http://", "https://")):
-            return f'<span class="cosup-source">{html.escape(text)}</span>' if source else ""
-        address = source if page is None or "#" in source else f"{source}#page={page}"
-        link = f'href="{html.escape(address)}" target="_blank" rel="noopener noreferrer"'
-        return f'<a class="cosup-source" {link}>{html.escape(text)}</a>'
+
+def _source_html(metadata):
+    """Return where a passage comes from, escaped: a link if that is a web page, otherwise a text."""
+    source, page = metadata.get("source"), metadata.get("page")
+    url = metadata.get("url") or source
+    if not isinstance(url, str):
+        return ""
+    label = source if isinstance(source, str) and source else url
+    if isinstance(page, int):
+        label, url = f"{label}, page {page}", f"{url.partition('#')[0]}#page={page}"
+    label = html.escape(label)
+    if url.lower().startswith(("http://", "https://")):
+        label = f'<a href="{html.escape(url)}" target="_blank" rel="noopener noreferrer">{label}</a>'
+    return f'<span class="cosup-source">{label}</span>'
 
 
 class Answer:

@@ -11,9 +11,10 @@ Server and engine run in this process as in recipes/serve.py; the clients have a
     `soak`: all clients for --seconds; some close their streams, some disconnect. Memory is sampled every second
 
 Arms take turns. Every answer that was finished is compared with that of generate_many: text, passages and number of
-tokens; in float32 all should be equal. The exit status is 1 if an answer was lost or differs, or a slot is still taken.
+tokens; in float32 all should be equal. The exit status is 1 if an answer was lost or differs, or a slot stays taken.
 """
 
+import asyncio
 import contextlib
 import itertools
 import json
@@ -34,23 +35,23 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, for `shared`
 from shared.cli import clear_errors, parse
 
 import torch
-import uvicorn
 
 from modeling_cosup import Completion, CoSupForCausalLM, RetrievalConfig, Retriever
 from modeling_cosup.files_cosup import write_json
 from modeling_cosup.lines_cosup import read_lines
 from modeling_cosup.tokenization_cosup import encode_prompt
 
-from serving.api import build_app
-from serving.embedded_engine import EmbeddedEngine
-from shared.indexes import open_index
-
 from measuring import Meter, print_hardware, print_table, spread, spread_text, take_turns
 from random_world import World
+from serving.api import ApiSettings, build_app
+from serving.embedded_engine import EmbeddedEngine
+from serving.running import EngineServer, open_socket, url_of
 from serving_clients import CANCELLED, DISCONNECTED, PLAIN, STREAMED, Job, Outcome
+from shared.indexes import open_index
 
 SECTIONS = ("throughput", "latency", "soak")
 SOAK_SHARES = {PLAIN: 0.5, STREAMED: 0.3, CANCELLED: 0.1, DISCONNECTED: 0.1}
+MODEL = "benchmark"
 MB = 1e6
 
 
@@ -68,7 +69,7 @@ class BenchmarkArguments:
     max_new_tokens: int = field(default=64, metadata={"help": "Decoded tokens of an answer."})
     seconds: float = field(default=60, metadata={"help": "`soak`: its duration."})
     num_single: int = field(default=30, metadata={"help": "`latency`: questions of the single client."})
-    repeats: int = field(default=3, metadata={"help": "`throughput`: timed rounds of every arm, after a warm-up round."})
+    repeats: int = field(default=3, metadata={"help": "`throughput`: timed rounds of every arm, after a warm-up."})
     num_threads: int | None = field(default=None, metadata={"help": "Threads of torch; defaults to all cores."})
     seed: int = field(default=0, metadata={"help": "Of what the clients do."})
     quick: bool = field(default=False, metadata={"help": "A random tiny model: shows that it runs, measures nothing."})
@@ -131,16 +132,15 @@ class Service:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Serve on a free port while the context lasts."""
-        config = uvicorn.Config(build_app(self.engine, SETTINGS), port=0, log_level="warning", access_log=False)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, daemon=True)
+        bound = open_socket("127.0.0.1", 0)
+        server = EngineServer(build_app(self.engine, ApiSettings(MODEL)), self.engine)
+        thread = threading.Thread(target=asyncio.run, args=[server.serve_engine(bound)], daemon=True)
         thread.start()
         while not server.started:
             if not thread.is_alive():
                 raise RuntimeError("The server did not start.")
             time.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        self.base_url = f"http://127.0.0.1:{port}/v1"
+        self.base_url = f"{url_of(bound)}/v1"
         try:
             yield
         finally:
@@ -149,7 +149,7 @@ class Service:
 
     def ask(self, num_clients: int, num_questions: int | None = None, **options: Any) -> "Round":
         """Let clients send their requests, and return what they got."""
-        body = {"model": "cosup", "max_tokens": self.args.max_new_tokens, "retrieval": self.retrieval}
+        body = {"model": MODEL, "max_tokens": self.args.max_new_tokens, "retrieval": self.retrieval}
         job = Job(
             base_url=self.base_url,
             questions=self.questions[:num_questions],
@@ -292,7 +292,9 @@ def soak(service: Service) -> dict[str, Any]:
     sent = Counter(outcome.kind for outcome in measured.outcomes)
     finished = Counter(outcome.kind for outcome in measured.outcomes if outcome.finished)
     rows = [[kind, str(sent[kind]), str(finished[kind])] for kind in SOAK_SHARES]
-    print(f"\n{args.num_clients} clients for {measured.seconds:.0f} s: {len(faults)} answers lost or other than expected")
+    print(
+        f"\n{args.num_clients} clients for {measured.seconds:.0f} s: {len(faults)} answers lost or other than expected"
+    )
     print_table(["requests", "sent", "finished"], rows)
     print("\nResident memory of the server, MB: " + ", ".join(f"{sample / MB:.0f}" for sample in thinned(samples)))
     return {

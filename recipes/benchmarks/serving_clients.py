@@ -130,9 +130,7 @@ async def ask(http: httpx.AsyncClient, job: Job, outcome: Outcome, rng: random.R
     outcome.finished = True
 
 
-async def stream(
-    http: httpx.AsyncClient, job: Job, outcome: Outcome, rng: random.Random, start: float
-) -> None:
+async def stream(http: httpx.AsyncClient, job: Job, outcome: Outcome, rng: random.Random, start: float) -> None:
     """Read an answer as it comes; a `"cancelled"` one only for a few chunks."""
     chunks_left = rng.randint(1, 8) if outcome.kind == CANCELLED else -1
     body = body_of(job, outcome) | {"stream": True, "stream_options": {"include_usage": True}}

@@ -39,6 +39,16 @@ CORPUS = [
     for i in range(40)
 ]
 CORPUS += [{"id": text, "title": text, "text": f"{text} {i}"} for i, text in enumerate(ODD)]
+for number, passage in enumerate(CORPUS[::3]):
+    passage["metadata"] = {
+        "source": "a.pdf",
+        "page": number,
+        "score": 0.1,
+        "largest": 2**63 - 1,
+        "deep": [{"a": None}],
+    }
+for passage in CORPUS[-4:]:
+    passage["metadata"] = {passage["id"]: passage["title"]}
 collection_names = (f"index{i}" for i in itertools.count())
 
 
@@ -413,7 +423,7 @@ def test_the_model_is_checked(retriever, the_model):
 # ------------------------------------------------------------------ maintenance
 
 NEW = [
-    {"id": "new1", "title": "", "text": "radium again"},
+    {"id": "new1", "title": "", "text": "radium again", "metadata": {"source": "new.md", "start": 0, "end": 12}},
     {"id": 'new "2"', "title": "Two", "text": "the city"},
     {"id": "new3", "text": "chemist"},
 ]

@@ -335,12 +335,34 @@ def test_a_model_must_be_named(module, capsys, monkeypatch):
     assert args.upload is False
 
 
+def test_a_passage_shows_where_it_comes_from(module):
+    def source(**metadata):
+        passage = {"id": "a", "title": "T", "text": "x", "metadata": metadata}
+        page = module.Card(1, passage, [0.5]).to_html("cosine")
+        return page.partition("</strong>")[2].partition('<span class="cosup-score">')[0]
+
+    text = '<span class="cosup-source">%s</span>'
+    link = text % '<a href="%s" target="_blank" rel="noopener noreferrer">%s</a>'
+    assert source(source="a <b>.pdf", page=3) == text % "a &lt;b&gt;.pdf, page 3"
+    assert source(source="a.md", url='https://x.org/?a&b"') == link % ("https://x.org/?a&amp;b&quot;", "a.md")
+    assert source(source="HTTP://x.org/a.pdf#top", page=2) == link % (
+        "HTTP://x.org/a.pdf#page=2",
+        "HTTP://x.org/a.pdf#top, page 2",
+    )
+    assert source(url="javascript:alert(1)") == text % "javascript:alert(1)"
+    assert source(source=["a"], page="3") == source() == ""
+
+
 # ------------------------------------------------------------------ corpora
 
 GOOD = {  # file name -> content and passages
     "corpus.jsonl": (
-        '\ufeff{"id": "a", "title": "T", "text": "one", "titles": 3}\n\n{"text": "two\u2028still", "title": null}\n',
-        [{"id": "a", "title": "T", "text": "one"}, {"id": "line 3", "title": "", "text": "two\u2028still"}],
+        '\ufeff{"id": "a", "title": "T", "text": "one", "titles": 3, "metadata": {"page": 2}}\n\n'
+        '{"text": "two\u2028still", "title": null, "metadata": "no object"}\n',
+        [
+            {"id": "a", "title": "T", "text": "one", "metadata": {"page": 2}},
+            {"id": "line 3", "title": "", "text": "two\u2028still"},
+        ],
     ),
     "corpus.csv": (
         'id,title,text\na,T,one\n,,"two\n\nstill"\n',

@@ -182,5 +182,5 @@ def test_a_bad_body(world, content, headers, status):
 def test_a_body_that_breaks_off(world):
     with raw_request(world, json.dumps(long_body()).encode()[:40], ["Content-Length: 400"]):
         pass
-    with raw_request(world, b"5\r\n{\"mod", ["Transfer-Encoding: chunked"]):
+    with raw_request(world, b'5\r\n{"mod', ["Transfer-Encoding: chunked"]):
         pass

@@ -114,8 +114,8 @@ VALUES = st.recursive(
 )
 RETRIEVAL = st.dictionaries(
     st.sampled_from(
-        "top_k max_retrievals force_nsp_first forbid_nsp candidates min_score no_repeat_passages forget_passages passages"
-        " stream_passages output_query_embeds titel".split()
+        "top_k max_retrievals force_nsp_first forbid_nsp candidates min_score no_repeat_passages forget_passages"
+        " passages stream_passages output_query_embeds titel".split()
     ),
     st.booleans() | st.integers(-1, 5) | st.lists(st.sampled_from(["p0", "p1", "nobody"]), max_size=3) | VALUES,
     max_size=3,

@@ -1,22 +1,19 @@
 """A tiny random model that retrieves, behind a real server on loopback."""
 
-import asyncio
 import contextlib
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from modeling_cosup import CoSupForCausalLM, PassageIndex, RetrievalConfig
 from modeling_cosup.tokenization_cosup import encode_prompt
+from support.models import PASSAGES, make_model
+from support.serving import running_server
 
-from serving.api import ApiSettings, build_app
+from serving.api import ApiSettings
 from serving.embedded_engine import EmbeddedEngine
 from serving.engine import EngineLoad
-from serving.running import EngineServer, open_socket, url_of
-
-from support.models import PASSAGES, make_model
 
 MODEL = "tiny"
 
@@ -69,23 +66,12 @@ class ServedWorld:
 
 @contextlib.contextmanager
 def served_world(
-    max_position_embeddings: int = 2048, api_keys: tuple[str, ...] = (), **engine_options: Any
+    max_position_embeddings: int = 2048, api_keys: Sequence[str] = (), **engine_options: Any
 ) -> Iterator[ServedWorld]:
     """Serve a random model, which now and then retrieves, until the context ends."""
     gen_kwargs = {"max_position_embeddings": max_position_embeddings}
     model = make_model("gpt2", gen_kwargs=gen_kwargs)
     index = model.build_index(PASSAGES, show_progress_bar=False)
     engine = EmbeddedEngine(model, index, **engine_options)
-    app = build_app(engine, ApiSettings(MODEL, api_keys=api_keys))
-    server = EngineServer(app, engine)
-    bound = open_socket("127.0.0.1", 0)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve_engine(bound)), daemon=True)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive(), "The server did not start."
-            time.sleep(0.005)
-        yield ServedWorld(model, index, engine, url_of(bound))
-    finally:
-        server.should_exit = True
-        thread.join(timeout=60)
+    with running_server(engine, ApiSettings(MODEL, api_keys=api_keys)) as url:
+        yield ServedWorld(model, index, engine, url)

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_cosup import Completion, CoSupForCausalLM, Memory, MemoryConfig, RetrievalConfig, Retriever
 from modeling_cosup.encoding_cosup import evaluating
+from modeling_cosup.metadata_cosup import traced_passage
 from modeling_cosup.packing_cosup import pad_rows
 from modeling_cosup.tokenization_cosup import encode_prompt
 
@@ -172,7 +173,8 @@ def as_prediction(
         - `output_with_citations`: the same in ALCE's form, with `[n]` before the end of each grounded sentence, where
           n counts the distinct passages.
         - `cited_text`: the same for human readers, with the passages listed below it.
-        - `retrievals`: `{"passages": [{"id", "title", "text"}], "scores", "grounded_text"}` for each retrieval.
+        - `retrievals`: `{"passages": [{"id", "title", "text"}], "scores", "grounded_text"}` for each retrieval; a
+          passage with metadata also has `"metadata"`.
         - `num_generated_tokens`.
     """
     tokens = completion.token_ids
@@ -189,7 +191,7 @@ def as_prediction(
         pieces.append(free_text)
         pieces.extend(cite(sentence, marks) for sentence in split_sentences(grounded_text))
         written = end
-        passages = [{name: passage[name] for name in ("id", "title", "text")} for passage in retrieval.passages]
+        passages = [traced_passage(passage) for passage in retrieval.passages]
         retrievals.append({"passages": passages, "scores": retrieval.scores, "grounded_text": grounded_text})
     pieces.append(_decode(tokenizer, tokens[written:]))
     return {
