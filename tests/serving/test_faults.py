@@ -1,29 +1,35 @@
 """What goes wrong around a running server: each fault fails its own request, and the server lives on."""
 
 import json
+import os
+import signal
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
+from support.forks import run_forked
 from support.served_world import MODEL, served_world
 
+SERVE = Path(__file__).parents[2] / "recipes" / "serve.py"
+KEY = "secret"
 LONG = 1500  # tokens: seconds of work, unless something ends it
 
 
 @pytest.fixture(scope="module")
 def world():
-    with served_world() as world:
+    with served_world(api_keys=[KEY]) as world:
         yield world
 
 
 @pytest.fixture
 def client(world):
-    with openai.OpenAI(base_url=f"{world.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+    with openai.OpenAI(base_url=f"{world.url}/v1", api_key=KEY, max_retries=0, timeout=60) as client:
         yield client
 
 
@@ -58,7 +64,8 @@ def stream(client, question, max_tokens=LONG, **retrieval):
 
 
 def test_a_forward_that_fails_ends_the_answers_of_its_batch(world, client, monkeypatch):
-    forward = world.model.gen.forward
+    body = world.model.gen.base_model
+    forward = body.forward
     fails = threading.Event()
 
     def failing_forward(*args, **kwargs):
@@ -66,7 +73,7 @@ def test_a_forward_that_fails_ends_the_answers_of_its_batch(world, client, monke
             raise RuntimeError("CUDA out of memory at /srv/secret")
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(world.model.gen, "forward", failing_forward)
+    monkeypatch.setattr(body, "forward", failing_forward)
     with stream(client, "when?") as chunks:
         next(chunks)
         next(chunks)
@@ -111,6 +118,7 @@ def raw_request(world, body, headers=()):
         "POST /v1/chat/completions HTTP/1.1",
         f"Host: {world.url.removeprefix('http://')}",
         "Content-Type: application/json",
+        f"Authorization: Bearer {KEY}",
         *(headers or [f"Content-Length: {len(content)}"]),
     ]
     connection = socket.socket()
@@ -141,10 +149,13 @@ def test_a_client_that_leaves_frees_its_slot(world, streamed):
     assert time.monotonic() - start < 0.5  # the answer itself takes seconds
 
 
-def test_a_client_that_reads_slowly_holds_nobody_up(world, client):
-    with raw_request(world, long_body(stream=True, logprobs=True, top_logprobs=20)):
-        world.wait_for(lambda load: load.running == 1)
+def test_a_client_that_does_not_read_holds_nobody_up_and_is_given_up(world, client, monkeypatch, caplog):
+    monkeypatch.setattr("serving.generating.SEND_TIMEOUT", 0.5)
+    with raw_request(world, long_body(stream=True, n=8, logprobs=True, top_logprobs=20)):
+        world.wait_for(lambda load: load.running == 8)
         assert ask(client, "who?").message.content.split() == world.expected("who?").split()
+        world.wait_until_idle()
+        assert "A client read nothing for 0.5 seconds: its answer was given up." in caplog.text
 
 
 def test_all_clients_leave_at_once(world):
@@ -158,22 +169,24 @@ def test_all_clients_leave_at_once(world):
 # ---------------------------------------------------------------------- bodies
 
 
+BODY = json.dumps(long_body()).encode()
+
+
 @pytest.mark.parametrize(
     ("content", "headers", "status"),
     [
         (b'{"model": ', {}, 400),
         (b"\xff\xfe{}", {}, 400),
         (b"[" * 100_000, {}, 400),
-        (json.dumps(long_body()).encode(), {"content-type": "text/plain"}, 400),
-        (b"a" * 3_000_000, {}, 413),
-        (json.dumps(long_body()).encode(), {"authorization": "Bearer wrong"}, None),
+        (BODY, {"content-type": "text/plain"}, 400),
+        (b" " * 5_000_000 + BODY, {}, 413),
+        (iter([b" " * 3_000_000, b" " * 3_000_000, BODY]), {}, 413),
+        (BODY, {"authorization": "Bearer wrong"}, 401),
     ],
-    ids=["half a body", "no UTF-8", "deep", "another type", "huge", "a key that nobody asked for"],
+    ids=["half a body", "no UTF-8", "deep", "another type", "huge", "huge, in chunks", "another key"],
 )
-def test_a_bad_body(world, content, headers, status):
-    if status is None:
-        pytest.skip("a server without a key takes any")
-    headers = {"content-type": "application/json", **headers}
+def test_a_body_that_is_refused(world, content, headers, status):
+    headers = {"content-type": "application/json", "authorization": f"Bearer {KEY}", **headers}
     response = httpx.post(f"{world.url}/v1/chat/completions", content=content, headers=headers)
     assert response.status_code == status
     assert response.json()["error"]["message"]
@@ -184,3 +197,56 @@ def test_a_body_that_breaks_off(world):
         pass
     with raw_request(world, b'5\r\n{"mod', ["Transfer-Encoding: chunked"]):
         pass
+
+
+# ---------------------------------------------------------------------- the process
+
+RUN = """
+import os, pathlib, runpy, sys
+pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))
+script, *arguments = sys.argv[2:]
+sys.argv = [script, *arguments]
+sys.path[0] = os.path.dirname(script)
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def test_a_port_in_use_and_a_shutdown_under_load(world, tmp_path):
+    model, index, pid_file = tmp_path / "tiny", tmp_path / "index", tmp_path / "pid"
+    world.model.save_pretrained(model)
+    world.index.save_pretrained(index)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        command = [SERVE, "--model", model, "--index", index, "--port", port]
+        refused = run_forked(*command)
+    assert refused.returncode == 1
+    assert refused.stderr == f"error: --host 127.0.0.1 --port {port}: Address already in use.\n"
+
+    with ThreadPoolExecutor() as pool, openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-") as client:
+        process = pool.submit(run_forked, "-c", RUN, pid_file, *command, env={"COSUP_API_KEY": ""})
+        wait_until_healthy(port, process)
+        with stream(client, "when?", 600) as chunks:
+            next(chunks)
+            os.kill(int(pid_file.read_text()), signal.SIGTERM)
+            with pytest.raises(openai.InternalServerError) as error:
+                while True:  # until the signal has arrived
+                    ask(client.with_options(max_retries=0), "who?", 1)
+            assert error.value.status_code == 503
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        result = process.result()
+    assert text.split() == world.expected("when?", 600, forbid_nsp=True).split()
+    assert result.returncode == 0
+    assert f"Ready: http://127.0.0.1:{port}/v1" in result.stdout
+
+
+def wait_until_healthy(port, process):
+    """Wait until a server answers."""
+    while True:
+        assert not process.done(), process.result()
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.05)
