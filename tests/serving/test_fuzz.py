@@ -1,12 +1,14 @@
 """
 Random requests to a real server: each gets an answer or an error in OpenAI's shape, and the server lives on.
 
-`COSUP_FUZZ_EXAMPLES=1000 pytest tests/serving/test_fuzz.py -n 0` sends 1,000 requests a test, new ones in each run.
+`COSUP_FUZZ_EXAMPLES=1000 pytest -s -n 0 tests/serving/test_fuzz.py` sends 1,000 requests a test, other ones each time.
 """
 
 import json
 import os
+from collections import Counter
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -15,16 +17,19 @@ from hypothesis import strategies as st
 
 from support.served_world import MODEL, served_world
 
+from serving.protocol import ChatBody, CompletionBody, EmbeddingBody, RetrievalBody
+
 schemathesis = pytest.importorskip("schemathesis", reason="makes requests from the schema of the API")
 
 NUM_EXAMPLES = int(os.environ.get("COSUP_FUZZ_EXAMPLES", "0"))
 FUZZ = settings(
-    max_examples=NUM_EXAMPLES or 12,
+    max_examples=NUM_EXAMPLES or 20,
     derandomize=not NUM_EXAMPLES,
     database=None,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
+STATUSES: Counter[int] = Counter()  # of all responses
 GOOD: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"model": MODEL, "messages": [{"role": "user", "content": "who?"}], "max_tokens": 4},
     "/v1/completions": {"model": MODEL, "prompt": "who?", "max_tokens": 4},
@@ -60,10 +65,12 @@ def alive(world, http):
     expected = world.expected("who?", good["max_tokens"])
     assert response.json()["choices"][0]["message"]["content"].split() == expected.split()
     world.wait_until_idle()
+    print(f"\n{STATUSES.total():,} requests: {dict(STATUSES)}")
 
 
 def check(response: httpx.Response) -> None:
     """Check that a response is an answer, or an error that says whose fault it is."""
+    STATUSES[response.status_code] += 1
     if response.status_code == 200:
         if response.headers["content-type"].startswith("text/event-stream"):
             assert response.text.endswith("data: [DONE]\n\n")
@@ -112,37 +119,58 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=6,
 )
-RETRIEVAL = st.dictionaries(
-    st.sampled_from(
-        "top_k max_retrievals force_nsp_first forbid_nsp candidates min_score no_repeat_passages forget_passages"
-        " passages stream_passages output_query_embeds titel".split()
-    ),
-    st.booleans() | st.integers(-1, 5) | st.lists(st.sampled_from(["p0", "p1", "nobody"]), max_size=3) | VALUES,
-    max_size=3,
-)
+PLAUSIBLE = {  # values that a request may have; the rest is random
+    "candidates": st.lists(st.sampled_from(["p0", "p1", "p5"]), min_size=1, max_size=3),
+    "force_nsp_first": st.booleans(),
+    "forget_passages": st.sampled_from(["recompute", "mask", None]),
+    "input": st.lists(st.text(min_size=1, max_size=9), min_size=1, max_size=3),
+    "input_type": st.just("query"),
+    "logprobs": st.booleans() | st.integers(0, 5),
+    "max_retrievals": st.integers(0, 3),
+    "messages": st.just([{"role": "system", "content": "Answer."}, {"role": "user", "content": "who? [NSP]"}]),
+    "min_score": st.floats(-1, 1),
+    "n": st.integers(1, 3),
+    "no_repeat_passages": st.booleans(),
+    "prompt": st.lists(st.integers(0, 399), min_size=1, max_size=9) | st.lists(st.text(min_size=1), max_size=3),
+    "seed": st.integers(-(2**63), 2**63 - 1),
+    "stop": st.text(min_size=1, max_size=2) | st.lists(st.sampled_from("abc e".split()), max_size=4),
+    "stream": st.booleans(),
+    "temperature": st.floats(0, 2),
+    "top_k": st.integers(1, 3),
+    "top_p": st.floats(0.01, 1),
+}
 
 
 @st.composite
-def changed_bodies(draw, good, names):
-    """Return a good body in which one to three fields have another value or are missing."""
+def changed(draw, good, names):
+    """Return a good body, or a part of one, in which up to three fields have other values or are missing."""
     body = dict(good)
-    for name in draw(st.lists(st.sampled_from(names), min_size=1, max_size=3)):
+    for name in draw(st.lists(st.sampled_from(names), max_size=3)):
+        kind = draw(st.integers(0, 9))
         if name == "retrieval":
-            body[name] = draw(RETRIEVAL)
-        elif draw(st.integers(0, 9)) == 0:
-            body.pop(name, None)
-        else:
+            body[name] = draw(changed({}, [*RetrievalBody.model_fields, "top-k"]))
+        elif kind < 6 and name in PLAUSIBLE:
+            body[name] = draw(PLAUSIBLE[name])
+        elif kind < 9:
             body[name] = draw(VALUES)
+        else:
+            body.pop(name, None)
     return body
 
 
-@pytest.mark.parametrize("path", GOOD)
-def test_good_requests_with_changes(http, operations, path):
-    schema = operations[path].schema.raw_schema["components"]["schemas"]
-    (names,) = [list(body["properties"]) for body in schema.values() if "model" in body.get("properties", {})][:1]
+BODIES = {
+    "/v1/chat/completions": ChatBody,
+    "/v1/completions": CompletionBody,
+    "/v1/embeddings": EmbeddingBody,
+}
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_good_requests_with_changes(http, path):
+    names = [name for name in BODIES[path].model_fields if name in PLAUSIBLE or name == "retrieval"]
 
     @FUZZ
-    @given(changed_bodies(GOOD[path], [*names, "unknown"]))
+    @given(changed(GOOD[path], names) | changed(GOOD[path], [*BODIES[path].model_fields, "unknown"]))
     def run(body):
         post(http, path, body)
 
@@ -168,6 +196,4 @@ def test_bytes(http, path, junk, cut, content_type):
 @FUZZ
 @given(st.sampled_from(["GET", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"]), st.text(max_size=20))
 def test_paths_and_methods(http, method, path):
-    response = http.request(method, httpx.URL(http.base_url.join("/"), path=f"/v1/{path}"))
-    if method != "OPTIONS" or response.status_code >= 400:
-        check(response)
+    check(http.request(method, f"/v1/{quote(path)}"))
