@@ -19,6 +19,7 @@ from support.models import PASSAGES, make_gen, make_model
 from support.pages import DEMO, Space, ask, chromium, upload, visitors
 
 RECIPES = DEMO.parent
+KEY = "secret"  # of the server
 ATTACK = "<img src=x onerror=window.hacked=1><script>window.hacked=1</script>${window.hacked=1}{{value}}"
 MINE = [{"title": f"Mine {ATTACK}", "text": f"Uploaded passage {number}. {ATTACK}"} for number in range(3)]
 
@@ -207,13 +208,20 @@ def visitor(name="a session"):
 
 
 def test_the_file_needs_nothing_of_the_project():
-    names = set()
-    for node in ast.walk(ast.parse(DEMO.read_text())):
-        if isinstance(node, ast.Import):
-            names.update(alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            names.add(node.module.split(".")[0])
-    assert names - sys.stdlib_module_names == {"gradio", "openai", "torch", "transformers"}
+    def packages(nodes):
+        names = set()
+        for node in nodes:
+            if isinstance(node, ast.Import):
+                names.update(alias.name.split(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                names.add(node.module.split(".")[0])
+        return names - sys.stdlib_module_names
+
+    tree = ast.parse(DEMO.read_text())
+    assert packages(ast.walk(tree)) == {"gradio", "openai", "torch", "transformers"}
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    needs_no_torch = [node for node in tree.body if node is not classes["LocalModel"]]
+    assert "torch" not in packages(child for node in needs_no_torch for child in ast.walk(node))
 
 
 def test_the_files_of_a_space():
@@ -351,6 +359,109 @@ def test_a_passage_shows_where_it_comes_from(module):
     )
     assert source(url="javascript:alert(1)") == text % "javascript:alert(1)"
     assert source(source=["a"], page="3") == source() == ""
+
+
+# ------------------------------------------------------------------ a model in a server
+
+
+@pytest.fixture(scope="module")
+def world():
+    pytest.importorskip("openai", reason="the client with which the demo asks a server")
+    support = pytest.importorskip("support.served_world", reason="needs the packages of a server")
+    with support.served_world(api_keys=[KEY], max_running=1) as world:
+        yield world
+
+
+@pytest.fixture(scope="module")
+def served_demo(module, world):
+    return module.Demo(module.parse(["--base_url", f"{world.url}/v1", "--api_key", KEY]))
+
+
+def test_a_served_answer_in_the_browser(served_demo, world, browser):
+    page = served_demo.page()
+    _, url, _ = page.launch(prevent_thread_lock=True, server_name="127.0.0.1", quiet=True)
+    try:
+        with visitors(browser) as visit:
+            visit = visit(url)
+            text, cards = ask(visit, "who?", "Forced")
+            assert re.sub(r"\[\d+\]", "", text).split() == world.expected("who?", 128, force_nsp_first=True).split()
+            assert text.startswith("[1]") or visit.locator("mark.cosup-grounded").count() >= 1
+            assert any(passage["text"] in cards[0] for passage in PASSAGES)
+            assert "Answers come from a server." in visit.inner_text("#status")
+            assert "This demo takes no corpora: its model runs in a server" in visit.content()
+            visit.get_by_text("More settings").click()
+            visit.get_by_label("number input for Maximum number of tokens").fill("512")
+            visit.locator("#retrieval").get_by_text("Off", exact=True).click()
+            visit.fill("#question textarea", "when?")
+            visit.click("#ask")
+            visit.locator(".cosup-question").get_by_text("when?", exact=True).wait_for()
+            world.wait_for(lambda load: load.running == 1)
+            visit.click("#stop")
+            world.wait_until_idle()
+            visit.wait_for_selector(".cosup-caret", state="detached")
+            assert len(visit.inner_text(".cosup-answer")) < len(world.expected("when?", 512, forbid_nsp=True))
+    finally:
+        page.close()
+
+
+def test_stopping_frees_a_place_in_the_queue_too(served_demo, world):
+    running = served_demo.ask("when?", "Off", 1, 1500, "", None, visitor("the first"))
+    next(running)
+    next(running)
+    waiting = served_demo.ask("when?", "Off", 1, 1500, "", None, visitor("the second"))
+    next(waiting)
+    stopping = threading.Thread(target=list, args=[waiting])  # nothing comes while the first answer is written
+    stopping.start()
+    world.wait_for(lambda load: load.waiting == 1)
+    served_demo.stop(visitor("the second"))
+    stopping.join(timeout=30)
+    world.wait_for(lambda load: load.waiting == 0 and load.running == 1)
+    running.close()  # the visitor leaves
+    world.wait_until_idle()
+    assert served_demo.running == {}
+
+
+def test_errors_of_the_server_are_shown(module, served_demo, world, monkeypatch):
+    with pytest.raises(module.gr.Error, match="The server answers: The prompt has [0-9,]+ tokens, expected"):
+        list(served_demo.ask("é" * 1900, "Off", 1, 8, "", None, visitor()))
+    with pytest.raises(module.gr.Error, match="The minimum score is"):
+        next(served_demo.ask("who?", "Off", 1, 8, "high", None, visitor()))
+
+    def fail(*args, **kwargs):
+        raise OSError("cannot read /srv/secret/index.bin")
+
+    monkeypatch.setattr(world.index, "search", fail)
+    with pytest.raises(module.gr.Error, match="The server answers: ") as error:
+        list(served_demo.ask("who?", "Forced", 1, 8, "", None, visitor()))
+    assert "secret" not in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--api_key", "wrong"], "--base_url URL: The server answers: Incorrect API key provided."),
+        (["--api_key", KEY, "--model", "other"], "--model is 'other', expected a model of URL: tiny."),
+        (["--base_url", "http://127.0.0.1:9/v1"], "The server does not answer"),
+    ],
+    ids=["a wrong key", "another model", "no server"],
+)
+def test_a_server_that_cannot_be_used_is_reported_at_the_start(module, world, options, message):
+    url = f"{world.url}/v1"
+    with pytest.raises(ValueError, match=re.escape(message.replace("URL", url))):
+        module.Demo(module.parse(["--base_url", url, *options]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--base_url", "127.0.0.1:8000"], "--base_url is '127.0.0.1:8000', expected a URL such as"),
+        (["--base_url", "http://a/v1", "--index", "out/index"], "--index cannot be used with --base_url"),
+    ],
+)
+def test_options_of_a_server_are_checked(module, capsys, options, message):
+    with pytest.raises(SystemExit):
+        module.parse(options)
+    assert message in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------ corpora
