@@ -28,7 +28,7 @@ class Admission:
         free = self.slots.free
         if not self.waiting or not free:
             return []
-        if not self.settings.refill_at_once:
+        if not self.settings.serves:
             # once rows run, several at a time, since all of them wait for a prefill
             enough = min(max(1, self.slots.count // 8), len(self.waiting))
             if free < enough:
