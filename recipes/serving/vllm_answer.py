@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import uuid4
 
 from modeling_cosup.lookup_cosup import Found, Lookup
 from modeling_cosup.trace_cosup import Row
@@ -11,8 +12,8 @@ from modeling_cosup.trace_cosup import Row
 from serving.engine import EndEvent, Event, GenerationRequest, RetrievalEvent, TokenEvent
 from serving.vllm_client import VllmClient
 
-# given a row and what Gen sees of it, up to and including [NSP]
-Find = Callable[[Row, list[int]], Awaitable[Found]]
+# given a row, what Gen sees of it, up to and including [NSP], and the session
+Find = Callable[[Row, list[int], str], Awaitable[Found]]
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Answer:
 
     def __post_init__(self) -> None:
         self.view = list(self.row.prompt)
+        self.session = uuid4().hex
         settings = self.settings
         self.stops = {settings.nsp_token_id, settings.ce_token_id, *settings.ends}  # they end grounded text
 
@@ -87,13 +89,13 @@ class Answer:
             if self.request.num_logprobs is None:
                 yield self._decide(nsp)
             else:
-                async for decisions in self.gen.complete({**self._piece(), **self._only(nsp)}, stream=False):
+                async for decisions in self.gen.complete({**self._piece(), **self._only(nsp)}, False, self.session):
                     yield self._decide(decisions[0])
         while self.finish_reason is None:
             if self.searching is not None:
                 yield await self._retrieve()
                 continue
-            async with aclosing(self.gen.complete(self._piece(), self.request.incremental)) as piece:
+            async with aclosing(self.gen.complete(self._piece(), self.request.incremental, self.session)) as piece:
                 async for decisions in piece:
                     yield [event for decision in decisions for event in self._decide(decision)]
         self.row.finish(self.view, self.stops)
@@ -166,7 +168,7 @@ class Answer:
     async def _retrieve(self) -> list[Event]:
         """Retrieve for the `[NSP]` that is the last token; return what happened."""
         nsp, self.searching = self.searching, None
-        passages, query_embed = await self.find(self.row, self.view)
+        passages, query_embed = await self.find(self.row, self.view, self.session)
         is_of_prompt = self.num_generated == 0
         room = self.settings.context_length - len(self.view) - 1  # 1 for [Cs]
         if not passages:

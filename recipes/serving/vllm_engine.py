@@ -303,20 +303,20 @@ class VllmEngine:
                 raise SearchFailed(f"The candidates could not be looked up: {error}") from error
         return Answer(self.settings, request, self.gen, self.lookup, row, self._find)
 
-    async def _find(self, row: Row, view: list[int]) -> Found:
+    async def _find(self, row: Row, view: list[int], session: str) -> Found:
         """Return the passages for a row of which Gen sees `view`, up to and including `[NSP]`."""
         query_embed = None
         if row.given_passages is None or row.settings.retrieval.output_query_embeds:
-            query_embed = (await self._query_embeds([view]))[0]  # (h,)
+            query_embed = (await self._query_embeds([view], session))[0]  # (h,)
         return await self.searches.find(row, query_embed)
 
     # ------------------------------------------------------------------ embedding
 
-    async def _query_embeds(self, rows: list[list[int]]) -> torch.Tensor:
+    async def _query_embeds(self, rows: list[list[int]], session: str = "") -> torch.Tensor:
         """Return the query embeddings `(N, h)` of token ids that end in `[NSP]`."""
         if self.config.query_from == "emb_seq":
             rows, _ = encode_queries_for_emb_seq(self.tokenizer, self.model.emb_seq_tokenizer, rows, self.config)
-        states = torch.from_numpy(await self.query.embed(rows))
+        states = torch.from_numpy(await self.query.embed(rows, session))
         if self.query_head is not None:
             states = states @ self.query_head.T
         return self.model._normalize(states)

@@ -67,6 +67,7 @@ class World:
 
         for server in self.servers.values():
             server.stand_in.bodies.clear()
+            server.stand_in.sessions.clear()
             server.stand_in.faults.clear()
         return asyncio.run(serve())
 
@@ -149,6 +150,22 @@ def test_sampling_settings_reach_the_server_and_each_piece_has_its_seed(world):
     assert (body["temperature"], body["top_p"], body["seed"]) == (0.7, 0.9, 6)  # [NSP] was decided before
     assert body["bad_words"] == ["[Cs]", "[NSP]"]
     assert body["ignore_eos"] and body["top_k"] == 0
+
+
+def test_all_requests_of_an_answer_have_one_session(world):
+    request = world.request(30, "Curie", force_nsp_first=True)
+
+    async def test(engine):
+        await events_of(engine, request)
+        await events_of(engine, request)
+
+    world.run(test)
+    sessions = {}
+    for name in ("gen", "query"):
+        sessions[name] = [header for header in world.stand_in(name).sessions if header]
+    assert len(set(sessions["gen"])) == 2
+    assert set(sessions["query"]) == set(sessions["gen"])
+    assert len(sessions["gen"]) > 2
 
 
 @torch.no_grad()
