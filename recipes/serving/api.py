@@ -160,7 +160,7 @@ class _Api:
     async def embeddings(self, body: EmbeddingBody, request: Request) -> Response:
         """Embed passages, or queries."""
         self._check_model(body.model)
-        return JSONResponse(await unless_disconnected(request, embed(self.engine, body)))
+        return JSONResponse(await unless_disconnected(request.receive, embed(self.engine, body)))
 
     async def health(self) -> Response:
         """Tell whether requests can be answered."""
@@ -268,8 +268,8 @@ class _Api:
             logger.info("%s", body.model_dump_json(exclude_unset=True))
         answers = Answers(self.engine, jobs, shape, num_prompt_tokens, self._metrics)
         if body.stream:
-            return await unless_disconnected(request, answers.stream(body.includes_usage))
-        response = await unless_disconnected(request, answers.whole())
+            return await unless_disconnected(request.receive, answers.stream(body.includes_usage))
+        response = await unless_disconnected(request.receive, answers.whole())
         if self.settings.log_prompts:
             logger.info("%s", [choice.get("text", choice.get("message")) for choice in response["choices"]])
         return JSONResponse(response)

@@ -108,6 +108,7 @@ def test_a_server_that_is_open_to_the_network_warns(tmp_path, monkeypatch, capsy
         ({"port": 70000}, "--port 70000: expected 0 to 65535."),
         ({"engine": "vllm", "query_url": "http://q/v1"}, "--engine vllm needs --gen_url."),
         ({"gen_url": "http://g/v1"}, "--gen_url is of --engine vllm."),
+        ({"engine": "vllm", "dtype": "bfloat16"}, "--dtype is of --engine embedded."),
     ],
 )
 def test_options_are_checked(options, message):

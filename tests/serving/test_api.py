@@ -197,6 +197,15 @@ def test_a_chat_has_many_roles_and_parts(client, model):
     assert answer.usage.completion_tokens <= 3
 
 
+def test_a_long_prompt_is_encoded_apart_and_alike(client, model):
+    text = "[NSP] who? " * 2000
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="tiny", prompt=text)
+    num_tokens = len(encode_texts(model.tokenizer, [text])[0])
+    assert f"The prompt has {num_tokens} tokens, expected 1 to 511." in str(caught.value)
+    assert caught.value.code == "context_length_exceeded"
+
+
 def test_stop_strings_end_the_answer(client):
     request = {"model": "tiny", "messages": MESSAGES, "extra_body": FORCED}
     whole = client.chat.completions.create(**request).choices[0].message
