@@ -53,6 +53,9 @@ class Answer:
         row ([`Row`]): its trace, with candidates and given passages.
         find (`Callable`): embeds the query and searches.
         view (`list[int]`): all token ids that Gen sees: without passages that were forgotten.
+        num_generated (`int`), finish_reason (`str`, *optional*): number of decided tokens, and why it ended.
+        searching ([`TokenEvent`], *optional*): the last token, if it is an `[NSP]` that retrieves.
+        nsp_taken_back (`bool`): nothing was found, so the next decision may not be `[NSP]`.
     """
 
     settings: AnswerSettings
@@ -64,8 +67,8 @@ class Answer:
     view: list[int] = field(default_factory=list)
     num_generated: int = 0
     finish_reason: str | None = None
-    searching: TokenEvent | None = None  # the last token, an [NSP] that retrieves
-    nsp_taken_back: bool = False  # nothing was found: the next decision may not be [NSP]
+    searching: TokenEvent | None = None
+    nsp_taken_back: bool = False
 
     def __post_init__(self) -> None:
         self.view = list(self.row.prompt)
@@ -85,7 +88,8 @@ class Answer:
             self.searching = nsp
             yield await self._retrieve()
         must_retrieve = self.request.retrieval.force_nsp_first and not self.row.retrievals
-        if must_retrieve and self.row.may_retrieve and not self.nsp_taken_back:
+        is_open = self.finish_reason is None and not self.nsp_taken_back
+        if must_retrieve and is_open and self.row.may_retrieve:
             if self.request.num_logprobs is None:
                 yield self._decide(nsp)
             else:

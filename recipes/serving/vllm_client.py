@@ -139,7 +139,7 @@ class VllmClient:
                         if decisions:
                             begun = True
                             yield decisions
-                if finished:
+                if finished and begun:
                     return
                 raise TemporaryFailure(f"{self.name} broke off an answer.")
             except TemporaryFailure as error:
