@@ -50,7 +50,7 @@ def index(model):
 
 @pytest.fixture(scope="module")
 def url(model, index):
-    settings = ApiSettings("tiny", model.generation_config, max_new_tokens=24)
+    settings = ApiSettings("tiny", model.generation_config, max_new_tokens=16)
     with running_server(EmbeddedEngine(model, index, max_running=4), settings) as url:
         yield url
 
@@ -60,7 +60,7 @@ def client(url):
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
-def expected_spans(model, index, prompt, max_new_tokens=24, **retrieval):
+def expected_spans(model, index, prompt, max_new_tokens=16, **retrieval):
     """Return the texts of generate(): `(text, retrieval)` of each span, `None` for free text."""
     with torch.no_grad():
         output = model.generate(
@@ -156,7 +156,7 @@ def test_citations_say_where_a_passage_comes_from(client):
     urls = {}
     for id in ("p0", "p1", "p2"):
         settings = {"retrieval": {"force_nsp_first": True, "candidates": [id]}}
-        answer = client.chat.completions.create(model="tiny", messages=MESSAGES, extra_body=settings)
+        answer = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=5, extra_body=settings)
         message = answer.choices[0].message
         urls[id] = message.annotations[0].url_citation.url
         assert message.annotations[0].url_citation.title == PASSAGES[int(id[1])]["title"]
