@@ -45,13 +45,12 @@ from .cache_cosup import EMPTY, cache_for
 from .forwards_cosup import Forwards, Outputs
 from .lookup_cosup import Lookup, ScoredPassages
 from .memory_cosup import Memory, TokenNeighbors
-from .metadata_cosup import traced_passage
 from .packing_cosup import pad_rows
 from .retriever_cosup import Retriever
 from .scores_cosup import RowScores
 from .settings_cosup import DecodingSettings
 from .slots_cosup import Slots
-from .trace_cosup import Retrieval, RetrievalError, Row
+from .trace_cosup import RetrievalError, Row
 
 _FAILED = 2  # state of a rank whose search failed; 1 if it needs a forward, 0 if not
 
@@ -162,7 +161,7 @@ class Decoder:
             `list[Row]`: the rows that have ended, finished or with an `error`.
 
         Raises:
-            [`RetrievalError`]: when the search fails, unless `settings.isolates_failures`.
+            [`RetrievalError`]: when the search fails, unless `settings.serves`.
         """
         self.ended = []
         new = self._admit()
@@ -197,7 +196,7 @@ class Decoder:
                     must_retrieve.append(row)
             self._decide(outputs, must_retrieve)
         self._end_failed_rows()
-        if self.ended and self.settings.refill and not self.settings.static:
+        if self.ended and self.settings.serves and not self.admission.waiting:
             self.cache.shrink(len(self.slots), int(self.slots.columns[: len(self.slots)].max(initial=0)))
         return self.ended
 
@@ -311,9 +310,9 @@ class Decoder:
 
     def _retrieve(self, rows: list[Row], outputs: Outputs) -> dict[Row, list[int]]:
         """Look up passages for `rows`; return the token ids that each row forwards next: passages and `[Cs]`."""
-        isolates = self.settings.isolates_failures
+        query_embeds_of = partial(self._query_embeds_of, outputs.query_embeds)
         try:
-            found = self.lookup.find(rows, partial(self._query_embeds_of, outputs.query_embeds), isolates)
+            found = self.lookup.find(rows, query_embeds_of, isolates_failures=self.settings.serves)
         except Exception as error:  # an encoder or a retriever may raise anything: finished rows must not be lost
             message = f"The search failed after {len(self.finished)} finished rows: {error}"
             raise RetrievalError(message, self.finished) from error
@@ -361,30 +360,13 @@ class Decoder:
         self, row: Row, passages: ScoredPassages, room: int, query_embed: list[float] | None
     ) -> list[int]:
         """Add to the trace and return what the row forwards: the first `room` tokens of its passages, and `[Cs]`."""
-        ids, starts = self.lookup.join([passage for passage, _ in passages])
-        ids = ids[:room]
-        num_begun = len([start for start in starts if start < room])
-        passages = passages[:num_begun]  # the others have no token in `ids`
-        column = int(self.slots.columns[row.slot])
-        position = column - 1 + row.num_forgotten  # of [NSP]
-        span_start = position + len(ids) + 2  # after [NSP], passages and [Cs]
-        retrieval = Retrieval(
-            row=row.number,
-            position=position,
-            passages=[traced_passage(passage) for passage, _ in passages],
-            scores=[score for _, score in passages],
-            grounded_span=(span_start, span_start),
-            query_embed=query_embed,
-        )
-        row.retrievals.append(retrieval)
-        row.passage_columns = (column, column + len(ids))
+        chunk = self.lookup.add_retrieval(row, passages, int(self.slots.columns[row.slot]), room, query_embed)
         self.slots.ground(row.slot, True)
-        chunk = [*ids, self.config.cs_token_id]
         if row.listener is not None:
             nsp_ids: list[int] = []
             if row.logits_before_nsp is not None:  # otherwise [NSP] is the prompt's
                 nsp_ids.append(self.config.nsp_token_id)
-            row.listener.on_retrieval(retrieval, nsp_ids, chunk)
+            row.listener.on_retrieval(row.retrievals[-1], nsp_ids, chunk)
         self.slots.ban(row.slot, not row.may_decide_nsp)
         if int(self.slots.positions[row.slot]) + len(chunk) >= self.settings.context_length:
             self.full.append(row)

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from .metadata_cosup import check_metadata
+from .metadata_cosup import check_metadata, traced_passage
 from .passages_cosup import check_title_and_text
 from .retriever_cosup import Retriever
 from .settings_cosup import RetrievalConfig
 from .tokenization_cosup import encode_passages_for_gen, encode_texts
-from .trace_cosup import Row
+from .trace_cosup import Retrieval, Row
 
 ScoredPassages = list[tuple[dict[str, Any], float | None]]  # best first; the score of a given passage is `None`
 Found = tuple[ScoredPassages, list[float] | None]  # passages, and the query embedding for the trace, if wanted
@@ -104,7 +104,7 @@ class Lookup:
     # ------------------------------------------------------------------ in the loop
 
     def find(
-        self, rows: list[Row], query_embeds_of: Callable[[list[Row]], torch.Tensor], isolates: bool
+        self, rows: list[Row], query_embeds_of: Callable[[list[Row]], torch.Tensor], isolates_failures: bool
     ) -> dict[Row, Found]:
         """
         Search for all rows together.
@@ -112,13 +112,13 @@ class Lookup:
         Args:
             rows (`list[Row]`): the rows that retrieve.
             query_embeds_of (`Callable`): returns the query embeddings `(R, h)` of some of them.
-            isolates (`bool`): if the search fails, search for each row alone. A row for which that fails too gets the
-                `error`, and is left out of the result. Otherwise all errors are raised.
+            isolates_failures (`bool`): if the search fails, search for each row alone. A row for which that fails too
+                gets the `error`, and is left out of the result. Otherwise all errors are raised.
         """
         try:
             return self._find(rows, query_embeds_of)
         except Exception:
-            if not isolates:
+            if not isolates_failures:
                 raise
         found = {}
         for row in rows:
@@ -187,7 +187,38 @@ class Lookup:
             results.append([(next(passages), score) for _, score in pick])
         return results
 
-    def join(self, passages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
+    def add_retrieval(
+        self, row: Row, passages: ScoredPassages, column: int, room: int, query_embed: list[float] | None = None
+    ) -> list[int]:
+        """
+        Add a retrieval to the trace of a row, and return what the row reads next: passages and `[Cs]`.
+
+        Args:
+            row ([`Row`]): its last token is `[NSP]`.
+            passages (`list[tuple[dict, float | None]]`): with their scores, best first; at least one.
+            column (`int`): the first column after `[NSP]`.
+            room (`int`): how many tokens of the passages there is room for, at least 1.
+            query_embed (`list[float]`, *optional*): for the trace.
+        """
+        ids, starts = self._join([passage for passage, _ in passages])
+        ids = ids[:room]
+        num_begun = len([start for start in starts if start < room])
+        passages = passages[:num_begun]  # the others have no token in `ids`
+        position = column - 1 + row.num_forgotten  # of [NSP]
+        span_start = position + len(ids) + 2  # after [NSP], passages and [Cs]
+        retrieval = Retrieval(
+            row=row.number,
+            position=position,
+            passages=[traced_passage(passage) for passage, _ in passages],
+            scores=[score for _, score in passages],
+            grounded_span=(span_start, span_start),
+            query_embed=query_embed,
+        )
+        row.retrievals.append(retrieval)
+        row.passage_columns = (column, column + len(ids))
+        return [*ids, self.model.config.cs_token_id]
+
+    def _join(self, passages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
         """Return the token ids of all passages, with a line break between, and the index where each passage begins."""
         if len(passages) > 1 and not self._separator:
             self._separator = encode_texts(self.model.tokenizer, ["\n"])[0]

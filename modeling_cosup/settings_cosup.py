@@ -155,9 +155,8 @@ class DecodingSettings:
         special (`torch.LongTensor`): ids after which the loop visits the rows one by one.
         static (`bool`): the decode step keeps its shapes, and is captured if `compile_config` and the device say so.
         refill (`bool`): finished rows make room for waiting ones, so processors see slots, not rows of the batch.
-        refill_at_once (`bool`): a free slot is filled at once. Otherwise several of them are filled together, since
-            all rows wait for a prefill.
-        isolates_failures (`bool`): a failing search ends only the rows for which it fails, each with its `error`.
+        serves (`bool`): rows are submitted while others run. A failing search ends only the rows for which it fails,
+            each with its `error`, and the cache gives memory back.
         max_batch_tokens (`int`, *optional*): limit the rows so that the cache has no more columns than this, all rows
             together; one row always runs.
     """
@@ -176,6 +175,5 @@ class DecodingSettings:
     special: torch.Tensor
     static: bool
     refill: bool
-    refill_at_once: bool = False
-    isolates_failures: bool = False
+    serves: bool = False
     max_batch_tokens: int | None = None

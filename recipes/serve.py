@@ -104,9 +104,19 @@ def open_engine(args: ServeArguments, memory_options: MemoryOptions) -> Engine:
 
 def open_vllm_engine(args: ServeArguments) -> Engine:
     """Open the engine of vLLM's servers."""
-    from serving.vllm_engine import VllmEngine
+    from serving.vllm_engine import VllmEngine, model_without_weights
 
-    return VllmEngine(args.model, args.index, args.gen_url, args.query_url)
+    model = model_without_weights(args.model)
+    return VllmEngine(
+        model,
+        index=open_index(model, args.index, args.index_uri),
+        gen_url=args.gen_url,
+        query_url=args.query_url,
+        encoder_url=args.encoder_url,
+        api_key=os.environ.get("VLLM_API_KEY"),
+        max_running=args.max_running,
+        max_waiting=args.max_waiting,
+    )
 
 
 if __name__ == "__main__":

@@ -22,6 +22,9 @@ class ServeArguments:
     )
     gen_url: str | None = field(default=None, metadata={"help": "vLLM server that generates, http://host:8001/v1"})
     query_url: str | None = field(default=None, metadata={"help": "vLLM server that embeds, http://host:8002/v1"})
+    encoder_url: str | None = field(
+        default=None, metadata={"help": "vLLM server of what save_emb_seq wrote, for embeddings of passages"}
+    )
     host: str = field(
         default="127.0.0.1", metadata={"help": "address to listen on; 0.0.0.0 is open to the network: set --api_key"}
     )
@@ -77,11 +80,12 @@ class ServeArguments:
         if not 0 <= self.port <= 65535:
             raise ValueError(f"--port {self.port}: expected 0 to 65535.")
         is_vllm = self.engine == "vllm"
-        for name in ("gen_url", "query_url"):
-            if is_vllm and getattr(self, name) is None:
-                raise ValueError(f"--engine vllm needs --{name}.")
-            if not is_vllm and getattr(self, name) is not None:
+        for name in ("gen_url", "query_url", "encoder_url"):
+            is_given = getattr(self, name) is not None
+            if is_given and not is_vllm:
                 raise ValueError(f"--{name} is of --engine vllm.")
+            if is_vllm and not is_given and name != "encoder_url":
+                raise ValueError(f"--engine vllm needs --{name}.")
 
     @property
     def keys(self) -> list[str]:

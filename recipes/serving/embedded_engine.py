@@ -150,8 +150,7 @@ class EmbeddedEngine:
             num_columns=1,
             special=token_ids({nsp, ce, *settings.ends}, settings.device),
             refill=True,
-            refill_at_once=True,
-            isolates_failures=True,
+            serves=True,
             max_batch_tokens=self.max_batch_tokens,
         )
 
