@@ -9,9 +9,10 @@ The HTTP API of a server: OpenAI's routes for chats, completions, embeddings and
     GET  /metrics              for Prometheus
 """
 
+import copy
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ from serving.embeddings import embed
 from serving.engine import Engine, GenerationRequest
 from serving.errors import ApiError, add_error_handlers
 from serving.generating import Answers, Job, unless_disconnected
-from serving.guards import BodyGuard, KeyGuard
+from serving.guards import BodyGuard, FaultGuard, KeyGuard
 from serving.metrics import Metrics, MetricsMiddleware
 from serving.prompts import chat_ids, checked_ids, text_ids
 from serving.protocol import LARGEST_SEED, ChatBody, CompletionBody, EmbeddingBody, GenerationBody, RetrievalBody
@@ -38,7 +39,7 @@ from serving.token_names import TokenNames
 logger = logging.getLogger("cosup.serving")
 
 GREEDY_BELOW = 1e-5  # a temperature so low takes the best token; logits divided by it could overflow
-LONG_TEXT = 20_000  # characters; encoding them would keep other requests waiting
+LONG_TEXT = 20_000  # characters; they are encoded in a thread, since other requests must not wait
 COMPLETION_TOKENS = 16  # of a completion without max_tokens, as with OpenAI
 ROUTES = ("/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/health", "/metrics")
 
@@ -88,6 +89,7 @@ def build_app(engine: Engine, settings: ApiSettings) -> FastAPI:
         options = {"allow_origins": settings.cors_origins, "allow_methods": ["*"], "allow_headers": ["*"]}
         middleware.append(Middleware(CORSMiddleware, **options))
     middleware.append(Middleware(KeyGuard, keys=settings.api_keys))
+    middleware.append(Middleware(FaultGuard))
     middleware.append(Middleware(BodyGuard, max_bytes=settings.max_body_bytes))
     # the pages of /docs would load scripts from other servers
     app = FastAPI(title="CoSup", docs_url=None, redoc_url=None, middleware=middleware)
@@ -110,6 +112,10 @@ class _Api:
         self.settings = settings
         self._metrics = metrics
         self._names = TokenNames(engine.tokenizer)
+        # A tokenizer has state, which says whether special tokens are read as text: one for each thread that encodes.
+        self._tokenizer = copy.deepcopy(engine.tokenizer)
+        self._thread_tokenizer = copy.deepcopy(engine.tokenizer)
+        self._thread_limit = anyio.CapacityLimiter(1)
         self._created = int(time.time())
         self._vocab_size: int = engine.config.get_text_config().vocab_size
         closing_ids = (engine.config.nsp_token_id, engine.config.ce_token_id)
@@ -130,7 +136,7 @@ class _Api:
         """Answer the last message of a chat."""
         self._check_model(body.model)
         num_characters = sum(len(message.content) for message in body.messages)
-        ids = await self._encoded(num_characters, chat_ids, self.engine.tokenizer, body.messages)
+        ids = await self._encoded(chat_ids, body.messages, num_characters)
         limit = body.max_completion_tokens or body.max_tokens
         if limit is None and self.settings.generation_config is not None:
             limit = self.settings.generation_config.max_new_tokens
@@ -144,7 +150,7 @@ class _Api:
         prompts = []
         for prompt in body.prompt:
             if isinstance(prompt, str):
-                prompts.append(await self._encoded(len(prompt), text_ids, self.engine.tokenizer, prompt))
+                prompts.append(await self._encoded(text_ids, prompt, len(prompt)))
             else:
                 prompts.append(checked_ids(prompt, self._vocab_size))
         jobs = self._jobs(body, prompts, body.max_tokens or COMPLETION_TOKENS, continues_text=True)
@@ -154,7 +160,7 @@ class _Api:
     async def embeddings(self, body: EmbeddingBody, request: Request) -> Response:
         """Embed passages, or queries."""
         self._check_model(body.model)
-        return JSONResponse(await unless_disconnected(request, embed(self.engine, body)))
+        return JSONResponse(await unless_disconnected(request.receive, embed(self.engine, body)))
 
     async def health(self) -> Response:
         """Tell whether requests can be answered."""
@@ -182,11 +188,11 @@ class _Api:
             message = f"The model {name!r} does not exist; this server has {self.settings.model_name!r}."
             raise ApiError(404, message, "model", "model_not_found")
 
-    async def _encoded(self, num_characters: int, encode: Any, *args: Any) -> list[int]:
-        """Return `encode(*args)`; in a thread for a long text."""
+    async def _encoded(self, encode: Callable[[Any, Any], list[int]], prompt: Any, num_characters: int) -> list[int]:
+        """Return the token ids that `encode(tokenizer, prompt)` gives; in a thread for a long prompt."""
         if num_characters < LONG_TEXT:
-            return encode(*args)
-        return await anyio.to_thread.run_sync(encode, *args)
+            return encode(self._tokenizer, prompt)
+        return await anyio.to_thread.run_sync(encode, self._thread_tokenizer, prompt, limiter=self._thread_limit)
 
     def _jobs(
         self, body: GenerationBody, prompts: list[list[int]], limit: int | None, continues_text: bool
@@ -209,14 +215,14 @@ class _Api:
         jobs = []
         for prompt in prompts:
             max_new_tokens = self._max_new_tokens(prompt, limit)
-            for copy in range(body.n or 1):
+            for number in range(body.n or 1):
                 request = GenerationRequest(
                     prompt_ids=prompt,
                     max_new_tokens=max_new_tokens,
                     retrieval=retrieval,
                     temperature=temperature,
                     top_p=top_p,
-                    seed=None if body.seed is None else (body.seed + copy) % (LARGEST_SEED + 1),
+                    seed=None if body.seed is None else (body.seed + number) % (LARGEST_SEED + 1),
                     num_logprobs=body.num_logprobs,
                     incremental=bool(body.stream or body.stop),
                     deadline=deadline,
@@ -262,8 +268,8 @@ class _Api:
             logger.info("%s", body.model_dump_json(exclude_unset=True))
         answers = Answers(self.engine, jobs, shape, num_prompt_tokens, self._metrics)
         if body.stream:
-            return await unless_disconnected(request, answers.stream(body.includes_usage))
-        response = await unless_disconnected(request, answers.whole())
+            return await unless_disconnected(request.receive, answers.stream(body.includes_usage))
+        response = await unless_disconnected(request.receive, answers.whole())
         if self.settings.log_prompts:
             logger.info("%s", [choice.get("text", choice.get("message")) for choice in response["choices"]])
         return JSONResponse(response)

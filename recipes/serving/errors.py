@@ -112,8 +112,14 @@ def from_validation(error: RequestValidationError) -> ApiError:
     return ApiError(400, f"{field}: {message}.", field)
 
 
+def internal_error() -> ApiError:
+    """Return what a client gets for a fault of the server; log the fault."""
+    logger.exception("A request failed.")
+    return ApiError(500, "The server made an error; its log says more.")
+
+
 def add_error_handlers(app: FastAPI) -> None:
-    """Let every error of an app reach the client in OpenAI's shape."""
+    """Let the errors that the routes expect reach the client in OpenAI's shape."""
 
     async def engine_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, EngineError)
@@ -137,11 +143,7 @@ def add_error_handlers(app: FastAPI) -> None:
     async def disconnected(request: Request, error: Exception) -> Response:
         return Response(status_code=CLIENT_LEFT)
 
-    async def other_error(request: Request, error: Exception) -> JSONResponse:
-        return ApiError(500, "The server made an error; its log says more.").response()
-
     app.add_exception_handler(EngineError, engine_error)
     app.add_exception_handler(RequestValidationError, validation_error)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(ClientDisconnect, disconnected)
-    app.add_exception_handler(Exception, other_error)

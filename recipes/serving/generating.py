@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 
 import anyio
 from fastapi.responses import StreamingResponse
-from starlette.requests import ClientDisconnect, Request
-from starlette.types import Message, Send
+from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive, Scope, Send
 
 from serving.answers import AnswerWriter, Piece
 from serving.engine import Engine, EngineError, GenerationRequest
-from serving.errors import ApiError, from_engine
+from serving.errors import from_engine, internal_error
 from serving.metrics import AnswerTimes, Metrics
 from serving.responses import ChatShape, CompletionShape, usage
 
@@ -155,11 +155,10 @@ class EventStream(StreamingResponse):
         except EngineError as error:
             yield server_sent(from_engine(error).body())
         except Exception:
-            logger.exception("An answer broke off.")
-            yield server_sent(ApiError(500, "The server made an error; its log says more.").body())
+            yield server_sent(internal_error().body())
 
-    async def stream_response(self, send: Send) -> None:
-        """Send the stream; give it up if its client does not read. The connection then ends without its last chunk."""
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the stream. If its client leaves or does not read, give it up: the response ends without its end."""
 
         async def send_in_time(message: Message) -> None:
             with anyio.fail_after(SEND_TIMEOUT):
@@ -167,9 +166,11 @@ class EventStream(StreamingResponse):
 
         async with aclosing(self._chunks):
             try:
-                await super().stream_response(send_in_time)
+                await unless_disconnected(receive, self.stream_response(send_in_time))
             except TimeoutError:
                 logger.warning(f"A client read nothing for {SEND_TIMEOUT} seconds: its answer was given up.")
+            except ClientDisconnect:
+                pass
 
 
 async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
@@ -207,16 +208,22 @@ async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[t
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
+async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
     """
     Return the result of `work`, which is cancelled if the client leaves meanwhile.
+
+    Starlette's own watch over streams depends on the version of ASGI that the HTTP server declares.
+
+    Args:
+        receive (`Receive`): of the request, whose body has been read.
+        work (`Awaitable`): the response.
 
     Raises:
         `ClientDisconnect`: if it left.
     """
 
     async def disconnection() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
+        while (await receive())["type"] != "http.disconnect":
             pass
 
     working = asyncio.ensure_future(work)

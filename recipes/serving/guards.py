@@ -1,4 +1,4 @@
-"""What stands before the routes: the key, and the size of a body."""
+"""What stands before the routes: the key, the size of a body, and faults of the server."""
 
 import asyncio
 import hmac
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.errors import ApiError
+from serving.errors import ApiError, internal_error
 
 BODY_TIMEOUT = 60  # seconds that a client may take for the next bytes of its body
 PROTECTED = "/v1/"
@@ -92,3 +92,30 @@ class BodyGuard:
         # the rest of the body is not read, so that no other request can follow on this connection
         message = f"The body is larger than {self.max_bytes:,} bytes, the most for this server."
         return ApiError(413, message, code="request_too_large", headers={"Connection": "close"})
+
+
+class FaultGuard:
+    """
+    Answers a request that meets a fault of the server with 500.
+
+    Starlette would also raise the error again, and uvicorn then break the connection, perhaps under the next request.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_started = False
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal has_started
+            has_started = has_started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_and_note)
+        except Exception:
+            error = internal_error()
+            if has_started:  # the client sees the response break off
+                raise
+            await error.response()(scope, receive, send)

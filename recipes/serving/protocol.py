@@ -58,6 +58,14 @@ def _check_neutral(value: Any, info: ValidationInfo) -> Any:
     raise ValueError(f"this server does not support it, expected {expected}")
 
 
+def _check_characters(text: str) -> str:
+    """Refuse half a surrogate pair: JSON can hold it, no text can."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("half a surrogate pair is no character")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_characters)]
 Neutral = Annotated[Any, AfterValidator(_check_neutral)]
 TokenIds = list[Annotated[int, Field(ge=0, le=LARGEST_ID)]]
 
@@ -81,9 +89,9 @@ class TextPart(Body):
 class PassageBody(Body):
     """A passage that the client gives."""
 
-    text: Annotated[str, Field(min_length=1)]
-    title: str = ""
-    id: str | None = None
+    text: Annotated[Text, Field(min_length=1)]
+    title: Text = ""
+    id: Text | None = None
 
 
 def _one_text(content: Any) -> Any:
@@ -103,7 +111,7 @@ class Message(Body):
     """A message of a chat. What else an assistant's message holds, such as its citations, is ignored."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_one_text, json_schema_input_type=str | list[TextPart])]
+    content: Annotated[Text, BeforeValidator(_one_text, json_schema_input_type=str | list[TextPart])]
     name: Any = None
     annotations: Any = None
     audio: Any = None
@@ -117,7 +125,7 @@ def _in_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+StopString = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 StopStrings = Annotated[
     Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)],
     BeforeValidator(_in_list, json_schema_input_type=StopString | list[StopString]),
@@ -147,7 +155,7 @@ class RetrievalBody(Body):
     max_retrievals: Annotated[int, Field(ge=0, le=LARGEST_ID)] | None = None
     force_nsp_first: bool = False
     forbid_nsp: bool = False
-    candidates: Annotated[list[str], Field(max_length=MAX_CANDIDATES)] | None = None
+    candidates: Annotated[list[Text], Field(max_length=MAX_CANDIDATES)] | None = None
     passages: Annotated[list[PassageBody], Field(max_length=MAX_PASSAGES)] | None = None
     min_score: float | None = None
     no_repeat_passages: bool = False
@@ -183,7 +191,7 @@ class RetrievalBody(Body):
 class GenerationBody(Body):
     """What bodies of chats and completions share; a default of `None` is the server's."""
 
-    model: str
+    model: Text
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     seed: Annotated[int, Field(ge=-LARGEST_SEED, le=LARGEST_SEED)] | None = None
@@ -255,7 +263,7 @@ class CompletionBody(GenerationBody):
     """The body of `/v1/completions`."""
 
     prompt: Annotated[
-        Annotated[list[str | TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)],
+        Annotated[list[Text | TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)],
         BeforeValidator(_prompts, json_schema_input_type=str | list[str] | TokenIds | list[TokenIds]),
     ]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
@@ -281,7 +289,7 @@ def _passages(value: Any) -> Any:
 class EmbeddingBody(Body):
     """The body of `/v1/embeddings`; `input_type` is `"passage"` or `"query"`."""
 
-    model: str
+    model: Text
     input: Annotated[
         Annotated[list[PassageBody], Field(min_length=1, max_length=MAX_INPUTS)],
         BeforeValidator(_passages, json_schema_input_type=str | PassageBody | list[str | PassageBody]),

@@ -80,12 +80,15 @@ class EngineServer(uvicorn.Server):
             print(f"Ready: {url_of(bound)}/v1", flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to stop. Unlike uvicorn, do not raise the signal again: to be stopped is no failure."""
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(self.begin_to_stop)
+        """Stop. Unlike uvicorn, do not raise the signal again: to be stopped is no failure."""
+        self.stop_soon()
 
-    def begin_to_stop(self) -> None:
-        """Let running answers finish and then end; if that has begun, cancel them."""
+    def stop_soon(self) -> None:
+        """Let running answers finish and then end; if that has begun, cancel them. May be called from any thread."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._stop)
+
+    def _stop(self) -> None:
         if self._stopping is None:
             self._stopping = asyncio.create_task(self._finish())
         else:

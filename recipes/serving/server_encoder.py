@@ -50,7 +50,7 @@ class ServerEncoder:
         """
         try:
             if not self.is_compared:
-                self._compare(token_ids[:NUM_COMPARED])
+                self._compare(token_ids[: min(NUM_COMPARED, self.batch_size)])
                 self.is_compared = True
             yield from self._embed(token_ids)
         except BackendFailed as error:
@@ -106,7 +106,9 @@ class ServerEncoder:
                 " another model."
             )
         with torch.no_grad():
-            expected = self.model.encode_passages(*pad_rows(token_ids, device=self.model._input_device())).cpu()
+            expected = self.model.encode_passages(
+                *pad_rows([ids.tolist() for ids in token_ids], device=self.model._input_device())
+            ).cpu()
         distance = ((self.model._normalize(served) - expected).norm(dim=1) / expected.norm(dim=1)).max()
         if not distance <= TOLERANCE:
             raise ValueError(

@@ -294,7 +294,7 @@ def test_other_failures_end_the_answer_and_no_other(world, name, fault, message)
             async for group in engine.generate(request):
                 events += group
         assert len(world.stand_in(name).bodies) == num_bodies + 1  # not sent again
-        assert str(events)[:-1] == str(expected)[: len(str(events)) - 1]
+        assert [type(event) for event in events] == [type(event) for event in expected[: len(events)]]
         assert await events_of(engine, request) == expected
 
     world.run(test)

@@ -28,9 +28,9 @@ BUDGETS = [14, 1, 20, 6, 27]
 LOGPROBS = [None, 3, None]
 
 
-def make_parts(gen, **kwargs):
+def make_parts(gen, gen_kwargs=None, **kwargs):
     """Return a random model that writes `[NSP]`, `[CE]` and ends by itself, and its index."""
-    model = make_model(gen, gen_kwargs={"tie_word_embeddings": False}, **kwargs)
+    model = make_model(gen, gen_kwargs={"tie_word_embeddings": False, **(gen_kwargs or {})}, **kwargs)
     rows = model.get_output_embeddings().weight
     generator = torch.Generator().manual_seed(1)
     (end,) = model.generation_config.eos_token_id

@@ -5,13 +5,16 @@ It speaks what the engine uses of vLLM's two endpoints, over real HTTP, but a ti
 request at a time, greedily. What vLLM itself does is tested by `tests/serving/test_real_vllm.py`.
 """
 
+import asyncio
 import base64
 import json
+import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
@@ -67,10 +70,10 @@ class StandIn:
         assert body["model"] == "stand-in"
         if len(body["prompt"]) + body["max_tokens"] > self.max_model_len:
             return JSONResponse({"error": {"message": "the prompt is too long"}}, 400)
-        parts = self.parts(body, fault)
         if body["stream"]:
-            return StreamingResponse(parts, media_type="text/event-stream")
-        return Response(Joined(parts).text(), media_type="application/json")
+            return StreamingResponse(self.stream(body, fault), media_type="text/event-stream")
+        parts = [part async for part in self.stream(body, fault)]
+        return Response(joined(parts), media_type="application/json")
 
     def failure(self, fault: str) -> Response | None:
         if fault.isdigit():
@@ -79,19 +82,21 @@ class StandIn:
             return PlainTextResponse("data: {no json\n\n")
         return None
 
-    def parts(self, body: dict[str, Any], fault: str) -> Iterator[str]:
+    async def stream(self, body: dict[str, Any], fault: str) -> AsyncIterator[str]:
         self.num_running += 1
         self.most_running = max(self.most_running, self.num_running)
         try:
-            for number, choice in enumerate(self.decisions(body)):
+            decisions = self.decisions(body)
+            for number in count():
+                choice = await asyncio.to_thread(next, decisions, None)
+                if choice is None:
+                    break
                 if fault == "slow":
-                    time.sleep(0.5)
+                    await asyncio.sleep(0.5)
                 if fault == "cut" and number == 1:
                     raise ConnectionError("cut off, as the test wants")
-                if fault == "error":
-                    yield f"data: {json.dumps({'error': {'message': 'the engine is dead'}})}\n\n"
-                    return
-                yield f"data: {json.dumps({'choices': [choice]})}\n\n"
+                part = {"error": {"message": "the engine is dead"}} if fault == "error" else {"choices": [choice]}
+                yield f"data: {json.dumps(part)}\n\n"
             yield "data: [DONE]\n\n"
         finally:
             self.num_running -= 1
@@ -139,32 +144,27 @@ class StandIn:
             encoder = self.model.gen.base_model if self.part == "gen" else self.model.emb_seq
             with self.lock:
                 state = encoder(torch.tensor([ids])).last_hidden_state[0, -1]
-            if self.part == "emb_seq" and self.model.emb_head is not None:
-                state = self.model.emb_head(state)
+            if self.part == "emb_seq":  # save_emb_seq writes emb_head, cut to truncate_dim, as a layer
+                if self.model.emb_head is not None:
+                    state = self.model.emb_head(state)
+                state = state[: self.model.config.truncate_dim]
             if fault == "nan":
                 state = state * float("nan")
             data.append({"index": index, "embedding": base64.b64encode(state.numpy().tobytes()).decode()})
         return JSONResponse({"data": data})
 
 
-class Joined:
-    """The parts of a stream as one answer."""
-
-    def __init__(self, parts: Iterator[str]) -> None:
-        self.choices = []
-        for part in parts:
-            if "[DONE]" not in part:
-                self.choices.append(json.loads(part.removeprefix("data: "))["choices"][0])
-
-    def text(self) -> str:
-        joined = {"token_ids": [], "finish_reason": self.choices[-1]["finish_reason"]}
-        for choice in self.choices:
-            joined["token_ids"] += choice["token_ids"]
-            if "logprobs" in choice:
-                lists = joined.setdefault("logprobs", {"token_logprobs": [], "top_logprobs": []})
-                for name in lists:
-                    lists[name] += choice["logprobs"][name]
-        return json.dumps({"choices": [joined]})
+def joined(parts: list[str]) -> str:
+    """Return the parts of a stream as one answer."""
+    choices = [json.loads(part.removeprefix("data: "))["choices"][0] for part in parts if "[DONE]" not in part]
+    answer = {"token_ids": [], "finish_reason": choices[-1]["finish_reason"]}
+    for choice in choices:
+        answer["token_ids"] += choice["token_ids"]
+        if "logprobs" in choice:
+            lists = answer.setdefault("logprobs", {"token_logprobs": [], "top_logprobs": []})
+            for name in lists:
+                lists[name] += choice["logprobs"][name]
+    return json.dumps({"choices": [answer]})
 
 
 class ServerThread:
@@ -180,16 +180,20 @@ class ServerThread:
     def start(self) -> None:
         bound = open_socket("127.0.0.1", self.port)
         self.server = uvicorn.Server(uvicorn.Config(self.stand_in.app(), log_level="critical", lifespan="off"))
-        self.thread = threading.Thread(target=self.server.run, args=[[bound]], daemon=True)
+        self.thread = threading.Thread(target=asyncio.run, args=[self._serve(bound)], daemon=True)
         self.thread.start()
         while not self.server.started:
             time.sleep(0.005)
+
+    async def _serve(self, bound: socket.socket) -> None:
+        self.loop = asyncio.get_running_loop()
+        await self.server.serve(sockets=[bound])
 
     def kill(self) -> None:
         """End the server, and break off all connections."""
         self.server.should_exit = self.server.force_exit = True
         for connection in list(self.server.server_state.connections):
-            connection.transport.get_loop().call_soon_threadsafe(connection.transport.abort)
+            self.loop.call_soon_threadsafe(connection.transport.abort)
         self.thread.join(timeout=10)
 
 
