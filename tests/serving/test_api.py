@@ -316,6 +316,13 @@ def test_embeddings_are_those_of_the_index(client, model, index):
     assert len(base64.b64decode(raw.json()["data"][0]["embedding"])) == 4 * 32
 
 
+def test_a_refusal_of_the_engine_names_the_field(client):
+    settings = {"retrieval": {"candidates": ["p0", "nowhere"]}}
+    with pytest.raises(openai.BadRequestError, match="nowhere") as caught:
+        client.chat.completions.create(model="tiny", messages=MESSAGES, extra_body=settings)
+    assert caught.value.param == "retrieval.candidates"
+
+
 def test_models_are_listed(client):
     (model,) = client.models.list().data
     assert (model.id, model.object, model.owned_by, model.max_model_len) == ("tiny", "model", "cosup", 512)
