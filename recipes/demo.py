@@ -3,17 +3,21 @@ Ask a CoSup checkpoint in a browser: the answer streams, with each retrieved pas
 
     python recipes/demo.py --model cosup-quickstart --index cosup-quickstart/index \\
         --examples "What is the job of Bokre Thosaba?" "Count from 2 to 8."
+    python recipes/demo.py --base_url http://127.0.0.1:8000/v1    # the model runs in a server, recipes/serve.py
 
 This file needs no other file of the project, because a checkpoint carries its own code. Unchanged, it is also the
 `app.py` of a Space; `recipes/space` has the two other files of a Space and says how to make one. In a Space, options
 come from environment variables: COSUP_MODEL, COSUP_INDEX, COSUP_INDEX_URI, COSUP_MEMORY, COSUP_REVISION,
-COSUP_INDEX_REVISION, COSUP_INSTRUCTION, COSUP_EXAMPLES (questions, separated by `|`) and COSUP_UPLOAD (0: users cannot
-upload corpora, and Emb_seq is not loaded). An index in Milvus (COSUP_INDEX_URI) also needs the package cosup[milvus].
-Gradio itself reads GRADIO_SERVER_NAME and GRADIO_SERVER_PORT. The page loads nothing from other servers. The demo runs
-the code of the checkpoint, so name one that you trust.
+COSUP_INDEX_REVISION, COSUP_INSTRUCTION, COSUP_EXAMPLES (questions, separated by `|`), COSUP_UPLOAD (0: users cannot
+upload corpora, and Emb_seq is not loaded), COSUP_BASE_URL and OPENAI_API_KEY. An index in Milvus (COSUP_INDEX_URI)
+also needs the package cosup[milvus]. Gradio itself reads GRADIO_SERVER_NAME and GRADIO_SERVER_PORT. The page loads
+nothing from other servers. The demo runs the code of the checkpoint, so name one that you trust; with --base_url it
+runs none, and needs only gradio and openai.
 """
 
 import argparse
+import asyncio
+import contextlib
 import csv
 import difflib
 import gzip
@@ -23,6 +27,7 @@ import io
 import json
 import logging
 import os
+import queue
 import re
 import sys
 import threading
@@ -49,11 +54,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "Milvus server or local file (.db) that holds the index; "
         "needs the package cosup[milvus]; MILVUS_TOKEN may hold a token"
     )
+    model_help = "name or path of a CoSup checkpoint; with --base_url name of a model there, by default its first"
+    base_url_help = "API of a server that runs the model, such as http://127.0.0.1:8000/v1"
     instruction_help = "the task's instruction, as in training"
     upload_help = "let users upload corpora; --no-upload does not load Emb_seq"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", default=variable("COSUP_MODEL"), help="name or path of a CoSup checkpoint")
+    add("--model", default=variable("COSUP_MODEL"), help=model_help)
+    add("--base_url", default=variable("COSUP_BASE_URL"), help=base_url_help)
+    add("--api_key", default=variable("OPENAI_API_KEY"), help="key of that server, if it wants one")
     add("--index", default=variable("COSUP_INDEX"), help=index_help)
     add("--index_uri", default=variable("COSUP_INDEX_URI"), help=uri_help)
     add("--memory", default=variable("COSUP_MEMORY"), help="name or path of a token memory of the model")
@@ -63,8 +72,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--examples", nargs="*", default=examples, help="questions to choose from")
     add("--upload", action=argparse.BooleanOptionalAction, default=upload, help=upload_help)
     args = parser.parse_args(argv)
-    if not args.model:
-        parser.error("no model: give --model, or set COSUP_MODEL.")
+    if args.base_url:
+        _check_base_url(args, parser)
+    elif not args.model:
+        parser.error("no model: give --model or --base_url, or set COSUP_MODEL or COSUP_BASE_URL.")
     if args.index_uri and not args.index:
         parser.error(
             "a server without an index: give --index, or set COSUP_INDEX, to the name of the Milvus collection."
@@ -72,15 +83,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def _check_base_url(args, parser):
+    if not args.base_url.startswith(("http://", "https://")):
+        parser.error(f"--base_url is {args.base_url!r}, expected a URL such as http://127.0.0.1:8000/v1.")
+    for name in ("index", "index_uri", "memory", "revision", "index_revision"):
+        if getattr(args, name):
+            parser.error(f"--{name} cannot be used with --base_url: the server opens the model with all its parts.")
+    args.upload = False  # a server takes no corpora
+
+
 if __name__ == "__main__":
     parse()  # --help and a wrong option do not wait for the imports below
 
 try:
     import gradio as gr
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, StoppingCriteria
 except ImportError as error:
-    raise ImportError(f"{error}. The demo needs: pip install gradio torch transformers") from error
+    raise ImportError(f"{error}. The demo needs: pip install gradio") from error
 
 MAX_BYTES = 5 * 2**20  # of an uploaded corpus, unpacked
 MAX_PASSAGES = 2000
@@ -91,7 +109,6 @@ INDEX_STEP = 64  # passages that are indexed between two updates of the status
 AUTOMATIC, FORCED, OFF = "Automatic", "Forced", "Off"
 FORMATS = [".jsonl", ".gz", ".txt", ".csv"]
 PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
-ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}
 
 
 # ---------------------------------------------------------------------- corpora of users
@@ -236,18 +253,23 @@ def _shorten(value):
 
 @dataclass
 class Span:
-    """A piece of an answer, and the numbers of the passages that ground it; free text has no numbers."""
+    """
+    A grounded part of an answer.
 
-    text: str
+    Args:
+        start, end (`int`): characters of the answer's text; `end` is `None` while the part is being written.
+        numbers (`list[int]`): of the passages that ground it.
+    """
+
+    start: int
+    end: int | None
     numbers: list[int]
 
-    def to_html(self) -> str:
-        """Return the escaped text; grounded text is marked and has links to its passages."""
-        if not self.numbers:
-            return html.escape(self.text)
-        words = self.text.strip()
-        start = len(self.text) - len(self.text.lstrip())
-        before, after = self.text[:start], self.text[start + len(words) :]
+    def to_html(self, text: str) -> str:
+        """Return its text, escaped and marked, with links to its passages."""
+        words = text.strip()
+        start = len(text) - len(text.lstrip())
+        before, after = text[:start], text[start + len(words) :]
         links = "".join(f'<a href="#cosup-passage-{number}">[{number}]</a>' for number in self.numbers)
         return (
             f'{html.escape(before)}<mark class="cosup-grounded" style="--hue: {_hue(self.numbers[0])}">'
@@ -293,35 +315,43 @@ def _source_html(metadata):
 
 
 class Answer:
-    """An answer that grows with each [`StreamEvent`], as HTML in which every text is escaped."""
+    """An answer that grows, as HTML in which every text is escaped."""
 
     def __init__(self, question: str, similarity: str, note: str) -> None:
         self.question = question
         self.similarity = similarity
         self.note = note
+        self.text = ""
         self.spans: list[Span] = []
         self.cards: dict[tuple, Card] = {}  # id, title and text of a passage -> its card
+        self._between_spans = False  # nothing was written since a grounded text began or ended
 
-    def add(self, event: Any) -> None:
-        """Add the text or the passages of an event."""
-        if event.type == "retrieval":
-            self.spans.append(Span("", self._numbers(event.retrieval)))
-        elif event.type == "grounded_end":
-            self.spans.append(Span("", []))
-        else:
-            if not self.spans:
-                self.spans.append(Span("", []))
-            self.spans[-1].text += event.text
+    def write(self, text: str) -> None:
+        """Add text; between a free and a grounded one, add the space that neither of them may contain."""
+        if self._between_spans and self.text[-1:].strip() and text[:1].isalnum():
+            text = f" {text}"
+        self._between_spans = False
+        self.text += text
 
-    def _numbers(self, retrieval):
-        """Return the numbers of the retrieved passages; a passage that was retrieved before keeps its number."""
+    def begin_grounded(self, passages: list[dict[str, Any]], scores: list[float | None]) -> None:
+        """Ground the text that follows, up to [`end_grounded`], on passages."""
+        self.ground(len(self.text), None, passages, scores)
+        self._between_spans = True
+
+    def end_grounded(self) -> None:
+        """End the text that [`begin_grounded`] began."""
+        self.spans[-1].end = len(self.text)
+        self._between_spans = True
+
+    def ground(self, start: int, end: int | None, passages: list[dict[str, Any]], scores: list[float | None]) -> None:
+        """Ground the characters `[start, end)` on passages; one that was retrieved before keeps its number."""
         numbers = []
-        for passage, score in zip(retrieval.passages, retrieval.scores, strict=True):
+        for passage, score in zip(passages, scores, strict=True):
             key = (passage["id"], passage["title"], passage["text"])
             card = self.cards.setdefault(key, Card(len(self.cards) + 1, passage, []))
             card.scores.append(score)
             numbers.append(card.number)
-        return numbers
+        self.spans.append(Span(start, end, numbers))
 
     def to_html(self, writing: bool = True) -> str:
         """Return the question, the answer with its citations, and the passages next to it."""
@@ -332,20 +362,19 @@ class Answer:
         return (
             f'<div class="cosup"><div class="cosup-question">{html.escape(self.question)}</div>'
             '<div class="cosup-columns">'
-            f'<div><h4>Answer</h4><div class="cosup-answer">{self._text()}{caret}</div></div>'
+            f'<div><h4>Answer</h4><div class="cosup-answer">{self._text_html()}{caret}</div></div>'
             f'<div><h4>Passages</h4><div class="cosup-passages">{cards}</div></div></div>'
             f'<p class="cosup-note">{html.escape(self.note)}</p></div>'
         )
 
-    def _text(self):
-        parts, previous_text = [], ""
+    def _text_html(self):
+        parts, position = [], 0
         for span in self.spans:
-            # Spans are tokenized separately, so neither of two neighbours may contain the space between them.
-            if previous_text[-1:].strip() and span.text[:1].isalnum():
-                parts.append(" ")
-            previous_text = span.text or previous_text
-            parts.append(span.to_html())
-        return "".join(parts)
+            end = len(self.text) if span.end is None else span.end
+            parts.append(html.escape(self.text[position : span.start]))
+            parts.append(span.to_html(self.text[span.start : end]))
+            position = end
+        return "".join([*parts, html.escape(self.text[position:])])
 
 
 def _hue(number):
@@ -368,6 +397,7 @@ CSS = """
 .cosup-passage header { display: flex; gap: .5em; align-items: baseline; flex-wrap: wrap; }
 .cosup-passage p { margin: .3em 0 0; max-height: 14em; overflow-y: auto; white-space: pre-wrap; }
 .cosup-number { font-weight: 600; }
+.cosup-source { font-size: .8em; opacity: .7; color: inherit; }
 .cosup-score { margin-left: auto; font-size: .8em; opacity: .7; white-space: nowrap; }
 .cosup-status { margin: 0; }
 .cosup-note, .cosup-status, .cosup-passages > p { font-size: .85em; opacity: .7; }
@@ -377,22 +407,44 @@ CSS = """
 """
 
 
-# ---------------------------------------------------------------------- the model
+# ---------------------------------------------------------------------- who answers
 
 
-class Stop(StoppingCriteria):
+@dataclass
+class Question:
+    """
+    A question and its settings.
+
+    Raises:
+        `ValueError`: for a user to read.
+    """
+
+    text: str
+    retrieval: str  # AUTOMATIC, FORCED or OFF
+    top_k: int
+    max_new_tokens: int
+    min_score: float | None
+
+    def __post_init__(self) -> None:
+        if not self.text.strip():
+            raise ValueError("Write a question first.")
+        if len(self.text) > MAX_QUESTION:
+            raise ValueError(f"The question has {len(self.text):,} characters, expected {MAX_QUESTION:,} at most.")
+
+
+class Stop:
     """A stopping criterion that ends generation at the next token after `event` is set."""
 
     def __init__(self, event: threading.Event) -> None:
         self.event = event
 
     def __call__(self, input_ids, scores, **kwargs):
-        return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
+        return input_ids.new_full((input_ids.shape[0],), self.event.is_set()).bool()
 
 
-class Demo:
+class LocalModel:
     """
-    A checkpoint, its index, and the actions of the page. Only one call at a time uses the model.
+    A checkpoint in this process, with its index. Only one call at a time uses the model.
 
     Args:
         args (`argparse.Namespace`): options of [`parse`].
@@ -401,10 +453,15 @@ class Demo:
         `ValueError`, `OSError`, `ImportError`: for a checkpoint or an index that cannot be loaded.
     """
 
+    at_once = 1  # answers
+    no_corpora = "This demo takes no corpora: it was started without Emb_seq, which embeds them."
+
     def __init__(self, args: argparse.Namespace) -> None:
-        self.instruction = args.instruction
-        self.examples = [[question] for question in args.examples]
-        self.takes_corpora = args.upload
+        try:
+            import torch
+            from transformers import AutoConfig, AutoModelForCausalLM
+        except ImportError as error:
+            raise ImportError(f"{error}. A model in the demo needs: pip install torch transformers") from error
         config = AutoConfig.from_pretrained(args.model, revision=args.revision, trust_remote_code=True)
         if config.model_type != "cosup":
             raise ValueError(
@@ -418,87 +475,65 @@ class Demo:
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         is_folder = Path(args.model).exists()
         self.name = Path(os.path.abspath(args.model)).name if is_folder else args.model
+        self.score_name = self.model.config.similarity
+        self.instruction = args.instruction
         self.index = None
         if args.index:
             options = {} if args.index_revision is None else {"revision": args.index_revision}
             self.index = self.model.load_index(args.index, args.index_uri, **options)
+        self.status, self.note = "There is no index: answers come from Gen alone.", "there is no index"
+        if self.index is not None:
+            self.status = f"An index of {len(self.index):,} passages is searched."
+            self.note = "searched: the index of this demo"
         self.memory = self.model.load_memory(args.memory) if args.memory else None
         # from the code of the checkpoint: it renders a question so that a typed [NSP] stays text
         package = type(self.model).__module__.rpartition(".")[0]
         self.encode_prompt = importlib.import_module(".tokenization_cosup", package).encode_prompt
         self.lock = threading.Lock()
-        self.running: dict[str, threading.Event] = {}  # session -> the event that stops its answer
 
-    def ask(
-        self,
-        question: str | None,
-        retrieval: str,
-        top_k: float,
-        max_new_tokens: float,
-        min_score: str | None,
-        corpus: Any,
-        request: gr.Request,
-    ) -> Iterator[tuple]:
-        """Answer a question: after each event, yield the HTML of the answer and the state of the stop button."""
-        question = question or ""  # a text box that was never used holds None
-        if corpus is not None:
-            index, note = corpus, "searched: your corpus"
-        elif self.index is not None:
-            index, note = self.index, "searched: the index of this demo"
-        else:
-            index, note = None, "there is no index"
-        if retrieval == OFF:
-            note = "retrieval is switched off"
-        try:
-            retrieval_config = self._retrieval_config(question, retrieval, top_k, min_score, index)
-            prompt_ids = self.encode_prompt(self.model.tokenizer, question, self.instruction)
-            prompt = torch.tensor([prompt_ids], device=self.model.device)  # (1, T)
-        except ValueError as error:
-            raise _user_error(error) from None
-        answer = Answer(question, self.model.config.similarity, note)
+    def write(self, answer: Answer, question: Question, corpus: Any, stop: threading.Event) -> Iterator[None]:
+        """
+        Check a question; return an iterator that writes the answer, until `stop` is set or it is closed.
+
+        Raises:
+            `ValueError`: at once, if the question cannot be answered with its settings.
+        """
+        index = self.index if corpus is None else corpus
+        if question.retrieval == FORCED and index is None:
+            raise ValueError("There is no index to retrieve from: upload a corpus, or start the demo with one.")
+        retrieval_config = self.model.retrieval_config_class(
+            top_k=question.top_k,
+            min_score=question.min_score,
+            force_nsp_first=question.retrieval == FORCED,
+            forbid_nsp=question.retrieval == OFF or index is None,
+        )
         options = {
-            "max_new_tokens": int(max_new_tokens),
+            "input_ids": self.encode_prompt(self.model.tokenizer, question.text, self.instruction),
+            "max_new_tokens": question.max_new_tokens,
             "retriever": index,
             "retrieval_config": retrieval_config,
             "max_retrievals": MAX_RETRIEVALS,
             "memory": self.memory,
         }
-        stop = threading.Event()
-        self.running[request.session_hash] = stop
-        try:
-            yield answer.to_html(), gr.Button(interactive=True)
-            for event in self.stream(prompt, stop, **options):
-                answer.add(event)
-                yield answer.to_html(), gr.skip()
-            yield answer.to_html(writing=False), gr.Button(interactive=False)
-        except Exception as error:
-            yield answer.to_html(writing=False), gr.Button(interactive=False)
-            raise _user_error(error) from None
-        finally:
-            stop.set()
-            self.running.pop(request.session_hash, None)
+        return self._write(answer, stop, **options)
 
-    def _retrieval_config(self, question, retrieval, top_k, min_score, index):
-        if not question.strip():
-            raise ValueError("Write a question first.")
-        if len(question) > MAX_QUESTION:
-            raise ValueError(f"The question has {len(question):,} characters, expected {MAX_QUESTION:,} at most.")
-        if retrieval == FORCED and index is None:
-            raise ValueError("There is no index to retrieve from: upload a corpus, or start the demo with one.")
-        try:
-            min_score = float(min_score) if min_score and min_score.strip() else None  # None also if never used
-        except ValueError:
-            raise ValueError(f"The minimum score is {_shorten(min_score)}, expected a number, or nothing.") from None
-        return self.model.retrieval_config_class(
-            top_k=int(top_k),
-            min_score=min_score,
-            force_nsp_first=retrieval == FORCED,
-            forbid_nsp=retrieval == OFF or index is None,
-        )
+    def _write(self, answer, stop, **options):
+        with contextlib.closing(self.stream(stop, **options)) as events:
+            for event in events:
+                if event.type == "retrieval":
+                    answer.begin_grounded(event.retrieval.passages, event.retrieval.scores)
+                elif event.type == "grounded_end":
+                    answer.end_grounded()
+                else:
+                    answer.write(event.text)
+                yield
 
-    def stream(self, prompt: torch.Tensor, stop: threading.Event, **options: Any) -> Iterator[Any]:
+    def stream(self, stop: threading.Event, input_ids: list[int], **options: Any) -> Iterator[Any]:
         """Yield the events of one generate() call, which ends when `stop` is set or the caller stops iterating."""
+        import torch
+
         streamer = self.model.make_streamer(timeout=600)
+        prompt = torch.tensor([input_ids], device=self.model.device)  # (1, T)
 
         def work():
             try:
@@ -515,6 +550,172 @@ class Demo:
             stop.set()
             thread.join()
 
+    def add_to_index(self, index: Any, passages: list[dict[str, str]]) -> Any:
+        """Return an index with these passages in addition; `None` is an empty one."""
+        with self.lock:
+            if index is None:
+                return self.model.build_index(passages, show_progress_bar=False)
+            index.add(passages, self.model, show_progress_bar=False)
+            return index
+
+
+class ServedModel:
+    """
+    A model in a server that speaks OpenAI's API, such as `recipes/serve.py`.
+
+    Args:
+        args (`argparse.Namespace`): options of [`parse`].
+
+    Raises:
+        `ValueError`: if the server does not answer, or has no such model.
+        `ImportError`: without the package openai.
+    """
+
+    at_once = 20  # answers; the server batches them
+    no_corpora = "This demo takes no corpora: its model runs in a server, which searches an index there."
+    score_name = "score"
+    note = "searched: the index of the server"
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        try:
+            import openai
+        except ImportError as error:
+            raise ImportError(f"{error}. --base_url needs: pip install openai") from error
+        self.openai = openai
+        self.instruction = args.instruction
+        # A coroutine can be cancelled while it waits for the server; that closes its connection, and frees its slot.
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        self.client = openai.AsyncOpenAI(base_url=args.base_url, api_key=args.api_key or "none", max_retries=0)
+        try:
+            names = asyncio.run_coroutine_threadsafe(self._model_names(), self.loop).result()
+        except openai.OpenAIError as error:
+            raise ValueError(f"--base_url {args.base_url}: {self._explain(error)}") from error
+        self.name = args.model or "".join(names[:1])
+        if self.name not in names:
+            raise ValueError(f"--model is {self.name!r}, expected a model of {args.base_url}: {', '.join(names)}.")
+        self.status = "Answers come from a server."
+
+    async def _model_names(self):
+        return [model.id async for model in self.client.models.list()]
+
+    def write(self, answer: Answer, question: Question, corpus: None, stop: threading.Event) -> Iterator[None]:
+        """Return an iterator that writes the answer, until `stop` is set or it is closed."""
+        messages = [{"role": "user", "content": question.text}]
+        if self.instruction:
+            messages.insert(0, {"role": "system", "content": self.instruction})
+        retrieval: dict[str, Any] = {"top_k": question.top_k, "max_retrievals": MAX_RETRIEVALS}
+        if question.min_score is not None:
+            retrieval["min_score"] = question.min_score
+        if question.retrieval == FORCED:
+            retrieval["force_nsp_first"] = True
+        if question.retrieval == OFF:
+            retrieval["forbid_nsp"] = True
+        request = {
+            "model": self.name,
+            "messages": messages,
+            "max_tokens": question.max_new_tokens,
+            "temperature": 0,
+            "extra_body": {"retrieval": retrieval},
+        }
+        with contextlib.closing(self._deltas(stop, request)) as deltas:
+            for delta in deltas:
+                answer.write(delta.content or "")
+                for span in getattr(delta, "retrievals", None) or []:
+                    answer.ground(span["start_index"], span["end_index"], span["passages"], span["scores"])
+                yield
+
+    def _deltas(self, stop, request):
+        """Yield the pieces of an answer; close its connection when `stop` is set or the caller stops iterating."""
+        deltas: queue.Queue = queue.Queue()
+
+        async def read():
+            async with await self.client.chat.completions.create(stream=True, **request) as stream:
+                async for chunk in stream:
+                    for choice in chunk.choices:
+                        deltas.put(choice.delta)
+
+        reading = asyncio.run_coroutine_threadsafe(read(), self.loop)
+        reading.add_done_callback(lambda _: deltas.put(None))
+        try:
+            while not stop.is_set():
+                try:
+                    delta = deltas.get(timeout=0.1)
+                except queue.Empty:
+                    continue
+                if delta is None:
+                    return reading.result()
+                yield delta
+        except self.openai.OpenAIError as error:
+            raise ValueError(self._explain(error)) from error
+        finally:
+            reading.cancel()
+
+    def _explain(self, error):
+        """Return an error of the client in plain words, without the server's address."""
+        body = getattr(error, "body", None)
+        if isinstance(body, dict) and body.get("message"):
+            return f"The server answers: {body['message']}"
+        if isinstance(error, self.openai.APIConnectionError):
+            return "The server does not answer, or broke off."
+        return f"The server fails: {error}"
+
+
+# ---------------------------------------------------------------------- the page
+
+
+class Demo:
+    """
+    The page and its actions.
+
+    Args:
+        args (`argparse.Namespace`): options of [`parse`].
+
+    Raises:
+        `ValueError`, `OSError`, `ImportError`: for a model, an index or a server that cannot be used.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.backend: LocalModel | ServedModel = ServedModel(args) if args.base_url else LocalModel(args)
+        self.examples = [[question] for question in args.examples]
+        self.takes_corpora = args.upload
+        self.limit = {"concurrency_id": "model", "concurrency_limit": self.backend.at_once}
+        self.running: dict[str, threading.Event] = {}  # session -> the event that stops its answer
+
+    def ask(
+        self,
+        question: str | None,
+        retrieval: str,
+        top_k: float,
+        max_new_tokens: float,
+        min_score: str | None,
+        corpus: Any,
+        request: gr.Request,
+    ) -> Iterator[tuple]:
+        """Answer a question: after each event, yield the HTML of the answer and the state of the stop button."""
+        note = self.backend.note if corpus is None else "searched: your corpus"
+        if retrieval == OFF:
+            note = "retrieval is switched off"
+        answer = Answer(question or "", self.backend.score_name, note)  # an unused text box holds None
+        stop = threading.Event()
+        try:
+            settings = Question(answer.question, retrieval, int(top_k), int(max_new_tokens), _min_score(min_score))
+            steps = self.backend.write(answer, settings, corpus, stop)
+        except ValueError as error:
+            raise _user_error(error) from None
+        self.running[request.session_hash] = stop
+        try:
+            yield answer.to_html(), gr.Button(interactive=True)
+            for _ in steps:
+                yield answer.to_html(), gr.skip()
+            yield answer.to_html(writing=False), gr.Button(interactive=False)
+        except Exception as error:
+            yield answer.to_html(writing=False), gr.Button(interactive=False)
+            raise _user_error(error) from None
+        finally:
+            steps.close()
+            self.running.pop(request.session_hash, None)
+
     def stop(self, request: gr.Request) -> None:
         """End the answer of this session, if one is being written."""
         event = self.running.get(request.session_hash)
@@ -530,12 +731,7 @@ class Demo:
             index = None
             for start in range(0, len(passages), INDEX_STEP):
                 yield _status(f"Indexing passage {start + 1:,} of {len(passages):,} …"), gr.skip(), gr.skip()
-                batch = passages[start : start + INDEX_STEP]
-                with self.lock:
-                    if index is None:
-                        index = self.model.build_index(batch, show_progress_bar=False)
-                    else:
-                        index.add(batch, self.model, show_progress_bar=False)
+                index = self.backend.add_to_index(index, passages[start : start + INDEX_STEP])
         except Exception as error:
             user_error = _user_error(error)
             yield _status(f"Not indexed. {user_error.reason}"), gr.skip(), gr.skip()
@@ -549,18 +745,14 @@ class Demo:
 
     def default_status(self) -> str:
         """Return the status for users without a corpus of their own, as HTML."""
-        if self.index is None:
-            return _status("There is no index: answers come from Gen alone.")
-        return _status(f"An index of {len(self.index):,} passages is searched.")
-
-    # ------------------------------------------------------------------ the page
+        return _status(self.backend.status)
 
     def page(self) -> gr.Blocks:
         """Build the page."""
-        with gr.Blocks(title=f"CoSup: {self.name}", analytics_enabled=False, delete_cache=(600, 600)) as page:
+        with gr.Blocks(title=f"CoSup: {self.backend.name}", analytics_enabled=False, delete_cache=(600, 600)) as page:
             corpus = gr.State()
             gr.HTML(
-                f"<h2>{html.escape(self.name)}</h2><p>A language model that retrieves while it writes. "
+                f"<h2>{html.escape(self.backend.name)}</h2><p>A language model that retrieves while it writes. "
                 "Text in colour is grounded on the passage [n].</p>"
             )
             with gr.Row():
@@ -577,7 +769,7 @@ class Demo:
                     settings = self._settings()
                     self._corpus(corpus)
             inputs = [question, *settings, corpus]
-            asked = gr.on([ask.click, question.submit], self.ask, inputs, [answer, stop], **ONE_AT_A_TIME, **PRIVATE)
+            asked = gr.on([ask.click, question.submit], self.ask, inputs, [answer, stop], **self.limit, **PRIVATE)
             asked.then(lambda: gr.Button(interactive=False), None, stop, queue=False, **PRIVATE)  # also after an error
             stop.click(self.stop, None, None, queue=False, **PRIVATE)
             page.unload(self.stop)
@@ -599,7 +791,7 @@ class Demo:
         status = gr.HTML(self.default_status(), elem_id="status", padding=False)
         with gr.Accordion("Your own corpus", open=False):
             if not self.takes_corpora:
-                gr.HTML("<p>This demo takes no corpora: it was started without Emb_seq, which embeds them.</p>")
+                gr.HTML(f"<p>{self.backend.no_corpora}</p>")
                 return
             gr.HTML(
                 "<p>JSON Lines (text, optionally title and id), CSV (the same as columns) or text (one passage per "
@@ -611,12 +803,19 @@ class Demo:
                 index = gr.Button("Index it", elem_id="index")
                 back = gr.Button("Back to the demo's index", interactive=False, elem_id="back")
         outputs = [status, corpus, back]
-        index.click(self.take_corpus, file, outputs, **ONE_AT_A_TIME, **PRIVATE)
+        index.click(self.take_corpus, file, outputs, **self.limit, **PRIVATE)
         back.click(self.drop_corpus, None, outputs, queue=False, **PRIVATE)
 
 
 def _status(text):
     return f'<p class="cosup-status">{html.escape(text)}</p>'
+
+
+def _min_score(text):
+    try:
+        return float(text) if text and text.strip() else None  # None also if never used
+    except ValueError:
+        raise ValueError(f"The minimum score is {_shorten(text)}, expected a number, or nothing.") from None
 
 
 def _user_error(error):
@@ -644,7 +843,7 @@ def _user_error(error):
 def main() -> None:
     """Start the demo."""
     args = parse()
-    if not Path(args.model).exists():
+    if not args.base_url and not Path(args.model).exists():
         print(f"{args.model}: no such folder; looking for it on the Hugging Face Hub.", file=sys.stderr, flush=True)
     try:
         page = Demo(args).page()

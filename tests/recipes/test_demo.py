@@ -4,18 +4,11 @@ import ast
 import gzip
 import importlib.util
 import json
-import os
 import re
-import shutil
-import socket
-import subprocess
 import sys
 import threading
-import urllib.error
-import urllib.request
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
-from urllib.parse import urlparse
 
 import pytest
 import torch
@@ -23,18 +16,10 @@ import yaml
 
 from support.memories import mlp_memory
 from support.models import PASSAGES, make_gen, make_model
+from support.pages import DEMO, Space, ask, chromium, upload, visitors
 
-RECIPES = Path(__file__).parents[2] / "recipes"
-BROWSER = shutil.which("chromium")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
+RECIPES = DEMO.parent
+KEY = "secret"  # of the server
 ATTACK = "<img src=x onerror=window.hacked=1><script>window.hacked=1</script>${window.hacked=1}{{value}}"
 MINE = [{"title": f"Mine {ATTACK}", "text": f"Uploaded passage {number}. {ATTACK}"} for number in range(3)]
 
@@ -62,123 +47,32 @@ def checkpoint(tmp_path_factory):
 # ------------------------------------------------------------------ in a browser
 
 
-class Server:
-    """The demo as the `app.py` of a Space: alone in a folder in which an import of the project fails."""
-
-    def __init__(self, folder, checkpoint):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self.log = folder / "log"
-        shutil.copy(RECIPES / "demo.py", folder / "app.py")
-        for name in ("modeling_cosup", "trainer", "cli"):
-            (folder / f"{name}.py").write_text("raise SystemExit('the project was imported')")
-        variables = {
-            "COSUP_MODEL": checkpoint / "tiny-model",
-            "COSUP_INDEX": checkpoint / "index",
-            "COSUP_EXAMPLES": "who painted it?|where?",
-            "HF_HOME": folder / "hf_home",
-            "GRADIO_TEMP_DIR": folder / "gradio",
-            "GRADIO_SERVER_NAME": "127.0.0.1",
-            "GRADIO_SERVER_PORT": port,
-        }
-        environment = os.environ.copy()
-        for name in ("PYTHONPATH", "HF_MODULES_CACHE", "GRADIO_ANALYTICS_ENABLED"):
-            environment.pop(name, None)
-        for name, value in variables.items():
-            environment[name] = str(value)
-        with open(self.log, "w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "app.py"],
-                cwd=folder,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
-
-    def wait(self):
-        """Wait until the page is served."""
-        waiting = threading.Event()
-        for _ in range(1200):
-            if self.process.poll() is not None:
-                break
-            try:
-                return urllib.request.urlopen(self.url, timeout=5).close()
-            except (urllib.error.URLError, ConnectionError):
-                waiting.wait(0.1)
-        raise AssertionError(f"The demo did not start:\n{self.log.read_text()}")
-
-
 @pytest.fixture(scope="module")
 def server(checkpoint, tmp_path_factory):
     pytest.importorskip("gradio", reason="the demo is a Gradio app")
-    server = Server(tmp_path_factory.mktemp("space"), checkpoint)
+    variables = {
+        "COSUP_MODEL": checkpoint / "tiny-model",
+        "COSUP_INDEX": checkpoint / "index",
+        "COSUP_EXAMPLES": "who painted it?|where?",
+    }
+    space = Space(tmp_path_factory.mktemp("space"), variables)
     try:
-        server.wait()
-        yield server
+        space.wait()
+        yield space
     finally:
-        server.process.terminate()
-        server.process.wait(timeout=60)
+        space.stop()
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    playwright = pytest.importorskip("playwright.sync_api", reason="drives the browser")
-    if BROWSER is None:
-        pytest.skip("no chromium: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=BROWSER, args=FLAGS)
+def browser():
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
 def visit(server, browser):
-    """
-    A function that opens the page for a new visitor.
-
-    In the end, no request may have left this machine, and no script may have failed.
-    """
-    contexts, urls, failures = [], [], []
-
-    def visit():
-        context = browser.new_context(viewport={"width": 1280, "height": 800})
-        contexts.append(context)
-        context.set_default_timeout(30_000)
-        context.on("request", lambda request: urls.append(urlparse(request.url)))
-        context.on("weberror", lambda error: failures.append(str(error.error)))
-        page = context.new_page()
-        page.goto(server.url)
-        page.wait_for_selector("#question textarea")
-        return page
-
-    yield visit
-    for context in contexts:
-        context.close()
-    assert {url.hostname for url in urls if url.scheme not in ("data", "blob")} == {"127.0.0.1"}
-    assert failures == []
-
-
-def ask(page, question, retrieval="Automatic"):
-    """Ask, wait for the end of the answer, and return its text and the texts of its passages."""
-    page.locator("#retrieval").get_by_text(retrieval, exact=True).click()
-    page.fill("#question textarea", question)
-    page.click("#ask")
-    page.locator(".cosup-question").get_by_text(question, exact=True).wait_for()
-    page.wait_for_selector(".cosup-caret", state="detached")
-    return page.inner_text(".cosup-answer"), page.locator(".cosup-passage").all_inner_texts()
-
-
-def upload(page, path):
-    if not page.locator("#index").is_visible():
-        page.get_by_text("Your own corpus").click()
-    if page.locator("#corpus button[aria-label*='lear']").count():
-        page.locator("#corpus button[aria-label*='lear']").first.click()
-    page.set_input_files("#corpus input[type=file]", path)
-    page.locator("#corpus").get_by_text(path.stem).first.wait_for()
-    page.click("#index")
+    with visitors(browser) as visit:
+        yield partial(visit, server.url)
 
 
 WATCH_THE_ANSWER = """
@@ -284,7 +178,7 @@ def test_errors_are_shown_and_the_demo_keeps_running(visit, server, tmp_path):
 @pytest.fixture(scope="module")
 def module():
     pytest.importorskip("gradio", reason="the demo is a Gradio app")
-    spec = importlib.util.spec_from_file_location("cosup_demo", RECIPES / "demo.py")
+    spec = importlib.util.spec_from_file_location("cosup_demo", DEMO)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -314,13 +208,20 @@ def visitor(name="a session"):
 
 
 def test_the_file_needs_nothing_of_the_project():
-    names = set()
-    for node in ast.walk(ast.parse((RECIPES / "demo.py").read_text())):
-        if isinstance(node, ast.Import):
-            names.update(alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            names.add(node.module.split(".")[0])
-    assert names - sys.stdlib_module_names == {"gradio", "torch", "transformers"}
+    def packages(nodes):
+        names = set()
+        for node in nodes:
+            if isinstance(node, ast.Import):
+                names.update(alias.name.split(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                names.add(node.module.split(".")[0])
+        return names - sys.stdlib_module_names
+
+    tree = ast.parse(DEMO.read_text())
+    assert packages(ast.walk(tree)) == {"gradio", "openai", "torch", "transformers"}
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    needs_no_torch = [node for node in tree.body if node is not classes["LocalModel"]]
+    assert "torch" not in packages(child for node in needs_no_torch for child in ast.walk(node))
 
 
 def test_the_files_of_a_space():
@@ -379,7 +280,7 @@ def test_an_error_of_the_search_is_shown_without_its_path(module, demo, monkeypa
     def fail(*args, **kwargs):
         raise OSError("cannot read /srv/secret/index.bin: gone")
 
-    monkeypatch.setattr(demo.index, "search", fail)
+    monkeypatch.setattr(demo.backend.index, "search", fail)
     with pytest.raises(module.gr.Error) as error:
         list(demo.ask("who?", "Forced", 1, 8, "", None, visitor()))
     message = error.value.message
@@ -407,7 +308,7 @@ def test_a_bad_question_is_refused(module, demo, question, min_score, message):
 
 def test_without_an_index_and_without_emb_seq(module, checkpoint):
     demo = module.Demo(module.parse(["--model", str(checkpoint / "tiny-model"), "--no-upload"]))
-    assert demo.model.emb_seq is None
+    assert demo.backend.model.emb_seq is None
     assert "There is no index" in demo.default_status()
     assert "without Emb_seq" in str(demo.page().get_config_file()["components"])
     *_, (page, _) = demo.ask("who?", "Automatic", 1, 8, "", None, visitor())
@@ -421,9 +322,9 @@ def test_a_token_memory_speaks_in_the_answer(module, checkpoint, tmp_path):
     options = ["--model", str(checkpoint / "tiny-model"), "--no-upload"]
     demo = module.Demo(module.parse(options))
     *_, (page, _) = demo.ask("who?", "Off", 1, 8, "", None, visitor())
-    mlp_memory(demo.model).save_pretrained(tmp_path / "memory")
+    mlp_memory(demo.backend.model).save_pretrained(tmp_path / "memory")
     demo = module.Demo(module.parse([*options, "--memory", str(tmp_path / "memory")]))
-    assert type(demo.memory).__name__ == "MLPMemory"
+    assert type(demo.backend.memory).__name__ == "MLPMemory"
     *_, (other_page, _) = demo.ask("who?", "Off", 1, 8, "", None, visitor())
     assert other_page != page
     *_, (again, _) = demo.ask("who?", "Off", 1, 8, "", None, visitor())
@@ -458,6 +359,109 @@ def test_a_passage_shows_where_it_comes_from(module):
     )
     assert source(url="javascript:alert(1)") == text % "javascript:alert(1)"
     assert source(source=["a"], page="3") == source() == ""
+
+
+# ------------------------------------------------------------------ a model in a server
+
+
+@pytest.fixture(scope="module")
+def world():
+    pytest.importorskip("openai", reason="the client with which the demo asks a server")
+    support = pytest.importorskip("support.served_world", reason="needs the packages of a server")
+    with support.served_world(api_keys=[KEY], max_running=1) as world:
+        yield world
+
+
+@pytest.fixture(scope="module")
+def served_demo(module, world):
+    return module.Demo(module.parse(["--base_url", f"{world.url}/v1", "--api_key", KEY]))
+
+
+def test_a_served_answer_in_the_browser(served_demo, world, browser):
+    page = served_demo.page()
+    _, url, _ = page.launch(prevent_thread_lock=True, server_name="127.0.0.1", quiet=True)
+    try:
+        with visitors(browser) as visit:
+            visit = visit(url)
+            text, cards = ask(visit, "who?", "Forced")
+            assert re.sub(r"\[\d+\]", "", text).split() == world.expected("who?", 128, force_nsp_first=True).split()
+            assert text.startswith("[1]") or visit.locator("mark.cosup-grounded").count() >= 1
+            assert any(passage["text"] in cards[0] for passage in PASSAGES)
+            assert "Answers come from a server." in visit.inner_text("#status")
+            assert "This demo takes no corpora: its model runs in a server" in visit.content()
+            visit.get_by_text("More settings").click()
+            visit.get_by_label("number input for Maximum number of tokens").fill("512")
+            visit.locator("#retrieval").get_by_text("Off", exact=True).click()
+            visit.fill("#question textarea", "when?")
+            visit.click("#ask")
+            visit.locator(".cosup-question").get_by_text("when?", exact=True).wait_for()
+            world.wait_for(lambda load: load.running == 1)
+            visit.click("#stop")
+            world.wait_until_idle()
+            visit.wait_for_selector(".cosup-caret", state="detached")
+            assert len(visit.inner_text(".cosup-answer")) < len(world.expected("when?", 512, forbid_nsp=True))
+    finally:
+        page.close()
+
+
+def test_stopping_frees_a_place_in_the_queue_too(served_demo, world):
+    running = served_demo.ask("when?", "Off", 1, 1500, "", None, visitor("the first"))
+    next(running)
+    next(running)
+    waiting = served_demo.ask("when?", "Off", 1, 1500, "", None, visitor("the second"))
+    next(waiting)
+    stopping = threading.Thread(target=list, args=[waiting])  # nothing comes while the first answer is written
+    stopping.start()
+    world.wait_for(lambda load: load.waiting == 1)
+    served_demo.stop(visitor("the second"))
+    stopping.join(timeout=30)
+    world.wait_for(lambda load: load.waiting == 0 and load.running == 1)
+    running.close()  # the visitor leaves
+    world.wait_until_idle()
+    assert served_demo.running == {}
+
+
+def test_errors_of_the_server_are_shown(module, served_demo, world, monkeypatch):
+    with pytest.raises(module.gr.Error, match="The server answers: The prompt has [0-9,]+ tokens, expected"):
+        list(served_demo.ask("é" * 1900, "Off", 1, 8, "", None, visitor()))
+    with pytest.raises(module.gr.Error, match="The minimum score is"):
+        next(served_demo.ask("who?", "Off", 1, 8, "high", None, visitor()))
+
+    def fail(*args, **kwargs):
+        raise OSError("cannot read /srv/secret/index.bin")
+
+    monkeypatch.setattr(world.index, "search", fail)
+    with pytest.raises(module.gr.Error, match="The server answers: ") as error:
+        list(served_demo.ask("who?", "Forced", 1, 8, "", None, visitor()))
+    assert "secret" not in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--api_key", "wrong"], "--base_url URL: The server answers: Incorrect API key provided."),
+        (["--api_key", KEY, "--model", "other"], "--model is 'other', expected a model of URL: tiny."),
+        (["--base_url", "http://127.0.0.1:9/v1"], "The server does not answer"),
+    ],
+    ids=["a wrong key", "another model", "no server"],
+)
+def test_a_server_that_cannot_be_used_is_reported_at_the_start(module, world, options, message):
+    url = f"{world.url}/v1"
+    with pytest.raises(ValueError, match=re.escape(message.replace("URL", url))):
+        module.Demo(module.parse(["--base_url", url, *options]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--base_url", "127.0.0.1:8000"], "--base_url is '127.0.0.1:8000', expected a URL such as"),
+        (["--base_url", "http://a/v1", "--index", "out/index"], "--index cannot be used with --base_url"),
+    ],
+)
+def test_options_of_a_server_are_checked(module, capsys, options, message):
+    with pytest.raises(SystemExit):
+        module.parse(options)
+    assert message in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------ corpora

@@ -50,7 +50,7 @@ def index(model):
 
 @pytest.fixture(scope="module")
 def url(model, index):
-    settings = ApiSettings("tiny", model.generation_config, max_new_tokens=24)
+    settings = ApiSettings("tiny", model.generation_config, max_new_tokens=16)
     with running_server(EmbeddedEngine(model, index, max_running=4), settings) as url:
         yield url
 
@@ -60,7 +60,7 @@ def client(url):
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
-def expected_spans(model, index, prompt, max_new_tokens=24, **retrieval):
+def expected_spans(model, index, prompt, max_new_tokens=16, **retrieval):
     """Return the texts of generate(): `(text, retrieval)` of each span, `None` for free text."""
     with torch.no_grad():
         output = model.generate(
@@ -156,7 +156,7 @@ def test_citations_say_where_a_passage_comes_from(client):
     urls = {}
     for id in ("p0", "p1", "p2"):
         settings = {"retrieval": {"force_nsp_first": True, "candidates": [id]}}
-        answer = client.chat.completions.create(model="tiny", messages=MESSAGES, extra_body=settings)
+        answer = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=5, extra_body=settings)
         message = answer.choices[0].message
         urls[id] = message.annotations[0].url_citation.url
         assert message.annotations[0].url_citation.title == PASSAGES[int(id[1])]["title"]
@@ -314,6 +314,13 @@ def test_embeddings_are_those_of_the_index(client, model, index):
     np.testing.assert_allclose(query.data[0].embedding, expected, atol=1e-5)
     raw = client.embeddings.with_raw_response.create(model="tiny", input="x", encoding_format="base64").http_response
     assert len(base64.b64decode(raw.json()["data"][0]["embedding"])) == 4 * 32
+
+
+def test_a_refusal_of_the_engine_names_the_field(client):
+    settings = {"retrieval": {"candidates": ["p0", "nowhere"]}}
+    with pytest.raises(openai.BadRequestError, match="nowhere") as caught:
+        client.chat.completions.create(model="tiny", messages=MESSAGES, extra_body=settings)
+    assert caught.value.param == "retrieval.candidates"
 
 
 def test_models_are_listed(client):
