@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from shared.document_cache import ID_BYTES
-from shared.document_sections import Document, Section
+from shared.document_sections import Document
 
 if TYPE_CHECKING:  # a recipe that only prints its options does not wait for torch
     from transformers import PreTrainedTokenizerBase
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # a recipe that only prints its options does not wait for tor
 TITLE_SEPARATOR = " › "
 MIN_LENGTH = 16  # tokens of a passage
 TITLE_SHARE = 1 / 3  # of a passage's tokens, at most
-SAMPLE_CHARACTERS = 4000  # of a section, to learn how long its tokens are
+SAMPLE_CHARACTERS = 1000  # of a document, to learn how long its tokens are
 FILL = 0.95  # of the room for text that a passage aims at, as tokens differ in length
 WORD = re.compile(r"\w")
 
@@ -96,11 +96,18 @@ class PassageSplitter:
             `ValueError`: if a text cannot be encoded.
         """
         title_of = lru_cache(maxsize=64)(lambda headings: self._title(document.title, headings))
+        token_size = 0.0  # characters of a token
         for section in document.sections:
             if not WORD.search(section.text):
                 continue
-            title = title_of(section.headings)
-            for start, text, length in self._split(section, title, document.is_markdown):
+            if not token_size:
+                sample = section.text.strip()[:SAMPLE_CHARACTERS]
+                token_size = len(sample) / max(1, self.lengths("", [sample])[0])
+            title, title_length = title_of(section.headings)
+            room = (self.passage_length - title_length) * token_size * FILL
+            overlap = int(self.overlap * token_size)
+            for start, text, length in self._split(section.text, title, int(room), overlap, document.is_markdown):
+                start += section.start
                 place: dict[str, Any] = {"start": start, "end": start + len(text)}
                 if section.page is not None:
                     place = {"page": section.page, **place}
@@ -120,46 +127,30 @@ class PassageSplitter:
         lengths_for_gen = map(len, encode_texts(self.tokenizers[1], rendered))
         return list(map(max, lengths, lengths_for_gen))
 
-    def _title(self, document_title: str, headings: tuple[str, ...]) -> str:
-        """Return `document title › heading`, without inner headings or last words if that is too long."""
+    def _title(self, document_title: str, headings: tuple[str, ...]) -> tuple[str, int]:
+        """Return `document title › heading`, shortened if it is too long, and its number of tokens."""
         parts: list[str] = []
         for part in (document_title, *headings):
             part = " ".join(part.split())[:300]
             if part and part not in parts:
                 parts.append(part)
-        limit = int(self.passage_length * TITLE_SHARE)
         while parts:
             title = TITLE_SEPARATOR.join(parts)
-            if self.lengths(title, ["x"])[0] - self.lengths("", ["x"])[0] <= limit:
-                return title
+            length = self.lengths(title, ["x"])[0] - 1
+            if length <= self.passage_length * TITLE_SHARE:
+                return title, length
             if len(parts) > 1:
                 del parts[1 if len(parts) > 2 else 0]
             else:
                 parts[0] = parts[0][: len(parts[0]) // 2].rpartition(" ")[0]
                 parts = [part for part in parts if part]
-        return ""
+        return "", self.lengths("", ["x"])[0] - 1
 
-    # ------------------------------------------------------------------ splitting
-
-    def _split(self, section: Section, title: str, is_markdown: bool) -> Iterator[tuple[int, str, int]]:
-        """Yield `(start, text, number of tokens)` of the passages of a section; `start` counts in the document."""
-        whole = section.text.strip()
-        title_length = self.lengths(title, ["x"])[0] - 1
-        sample = whole[:SAMPLE_CHARACTERS]
-        (sample_length,) = self.lengths(title, [sample])
-        if len(sample) == len(whole) and sample_length <= self.passage_length:
-            yield section.start + section.text.index(whole), whole, sample_length
-            return
-        characters_per_token = len(sample) / max(1, sample_length - title_length)
-        room = (self.passage_length - title_length) * characters_per_token * FILL
-        overlap = int(self.overlap * characters_per_token)
-        for start, text, length in self._chunks(section.text, title, max(1, int(room)), overlap, is_markdown):
-            yield section.start + start, text, length
-
-    def _chunks(
+    def _split(
         self, text: str, title: str, capacity: int, overlap: int, is_markdown: bool
     ) -> Iterator[tuple[int, str, int]]:
         """Yield `(start, text, number of tokens)` of chunks that fit, from chunks of at most `capacity` characters."""
+        capacity = max(1, capacity)
         chunks = [(start, chunk) for start, chunk in split_text(text, capacity, overlap, is_markdown) if chunk.strip()]
         lengths = self.lengths(title, [chunk for _, chunk in chunks])
         for (start, chunk), length in zip(chunks, lengths, strict=True):
@@ -169,8 +160,8 @@ class PassageSplitter:
                 yield start, chunk, length
                 continue
             smaller = min(capacity - 1, int(len(chunk) * FILL * self.passage_length / length))
-            for inner, inner_text, inner_length in self._chunks(chunk, title, max(1, smaller), overlap, is_markdown):
-                yield start + inner, inner_text, inner_length
+            for inner_start, inner, inner_length in self._split(chunk, title, smaller, overlap, is_markdown):
+                yield start + inner_start, inner, inner_length
 
 
 def split_text(text: str, capacity: int, overlap: int, is_markdown: bool) -> list[tuple[int, str]]:
