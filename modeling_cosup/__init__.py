@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .configuration_cosup import CoSupConfig
     from .datastore_cosup import KNNMemory
-    from .generation_cosup import CoSupGenerateOutput
     from .loss_cosup import chunked_cross_entropy, info_nce, similarity_scores
     from .memory_cosup import Memory, MemoryConfig, TokenNeighbors
     from .milvus_cosup import MilvusPassageIndex
     from .mlp_memory_cosup import MLPMemory
     from .modeling_cosup import CoSupForCausalLM, CoSupOutput
+    from .outputs_cosup import CoSupGenerateOutput
     from .queue_cosup import Completion
     from .retrieval_cosup import PassageIndex
     from .retriever_cosup import Retriever
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "CoSupConfig": "configuration_cosup",
     "CoSupForCausalLM": "modeling_cosup",
-    "CoSupGenerateOutput": "generation_cosup",
+    "CoSupGenerateOutput": "outputs_cosup",
     "CoSupOutput": "modeling_cosup",
     "Completion": "queue_cosup",
     "Memory": "memory_cosup",

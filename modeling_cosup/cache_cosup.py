@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .architectures_cosup import num_positions
+from .settings_cosup import DecodingSettings
 
 # position of a column that holds no token: later than any query, so nothing attends to it
 EMPTY = torch.iinfo(torch.int64).max
@@ -25,10 +26,11 @@ class RowCache(Cache):
     exist only in the mask: no column is evicted.
 
     Args:
-        rows (`int`): number of slots, the most rows at a time.
-        columns (`int`): number of columns to start with; the cache grows.
+        rows (`int`), columns (`int`): how many of them to start with; the cache grows.
         device (`torch.device`): of `tokens` and `positions`; keys and values are allocated on their layer's device.
         limit (`int`): the most columns that a row can fill, Gen's context length.
+        max_rows (`int`, *optional*): the most rows; by default `rows`.
+        max_tokens (`int`, *optional*): grow beyond what is needed only while rows times columns stay within this.
         static (`bool`): keep the addresses of keys and values, for a captured step (torch.compile, CUDA graphs).
         dtype (`torch.dtype`, *optional*): of the model; [`cache_for`] checks it before it reuses a cache.
 
@@ -43,14 +45,18 @@ class RowCache(Cache):
         columns: int,
         device: torch.device,
         limit: int = EMPTY,
+        max_rows: int | None = None,
+        max_tokens: int | None = None,
         static: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(layers=[])
         self.static = static
         self.limit = limit
+        self.max_rows = rows if max_rows is None else max_rows
+        self.max_tokens = max_tokens
         self.dtype = dtype
-        columns = _rounded(columns)
+        columns = rounded(columns)
         self.tokens = torch.zeros(rows, columns, dtype=torch.long, device=device)
         self.positions = torch.full((rows, columns), EMPTY, device=device)
         self.keys: list[torch.Tensor] = []
@@ -59,6 +65,11 @@ class RowCache(Cache):
         self._slots: torch.Tensor | int = 0
         self._columns = torch.zeros(0, 0, dtype=torch.long, device=device)
         self._width = 0
+
+    @property
+    def rows(self) -> int:
+        """Number of allocated rows."""
+        return self.positions.shape[0]
 
     @property
     def columns(self) -> int:
@@ -108,7 +119,7 @@ class RowCache(Cache):
         """
         if layer_idx == len(self.keys):
             for stored, states in ((self.keys, key_states), (self.values, value_states)):
-                stored.append(states.new_zeros(len(self.positions), states.shape[1], self.columns, states.shape[3]))
+                stored.append(states.new_zeros(self.rows, states.shape[1], self.columns, states.shape[3]))
                 if self.static and not torch.compiler.is_compiling():
                     torch._dynamo.mark_static_address(stored[-1])  # otherwise CUDA graphs refuse to write to it
         return self._write(self.keys[layer_idx], key_states), self._write(self.values[layer_idx], value_states)
@@ -166,24 +177,37 @@ class RowCache(Cache):
 
     # ------------------------------------------------------------------ between forwards
 
-    @torch.no_grad()
-    def grow(self, columns: int) -> None:
+    def grow(self, rows: int, columns: int) -> None:
         """
-        Make room for `columns` columns.
+        Make room for the first `rows` rows with `columns` columns.
 
-        The size doubles, so that a long text is copied only a few times, up to the length of a context.
+        Both double, so that a long text is copied only a few times, up to `max_rows` and the length of a context.
         """
-        if columns <= self.columns:
+        if rows <= self.rows and columns <= self.columns:
             return
-        doubled = min(2 * self.columns, self.limit)
-        added = _rounded(max(columns, doubled)) - self.columns
-        self.tokens = torch.nn.functional.pad(self.tokens, (0, added))
-        # not pad(), which goes through a double
-        empty = self.positions.new_full((len(self.positions), added), EMPTY)
-        self.positions = torch.cat([self.positions, empty], 1)
+        most_rows, most_columns = self.rows, self.columns
+        if rows > self.rows:
+            most_rows = max(rows, min(2 * self.rows, self.max_rows))
+        if columns > self.columns:
+            most_columns = rounded(max(columns, min(2 * self.columns, self.limit)))
+        if self.max_tokens is not None and most_rows * most_columns > self.max_tokens:
+            most_rows, most_columns = rows, rounded(columns)
+        self._resize(most_rows, most_columns)
+
+    def shrink(self, rows: int, columns: int) -> None:
+        """Give memory back if the cache is more than four times as large as `rows` rows of `columns` columns."""
+        rows = max(rows, 1)
+        if self.rows * self.columns > 4 * rows * rounded(columns):
+            self._resize(min(self.rows, 2 * rows), min(self.columns, rounded(2 * columns)))
+
+    @torch.no_grad()
+    def _resize(self, rows: int, columns: int) -> None:
+        """Allocate new tensors and copy what has room in them, layer by layer."""
+        self.tokens = _resized(self.tokens[:, None, :, None], rows, columns, 0)[:, 0, :, 0]
+        self.positions = _resized(self.positions[:, None, :, None], rows, columns, EMPTY)[:, 0, :, 0]
         for stored in (self.keys, self.values):
             for layer, states in enumerate(stored):
-                stored[layer] = torch.nn.functional.pad(states, (0, 0, 0, added))
+                stored[layer] = _resized(states, rows, columns, 0)
                 if self.static:
                     torch._dynamo.mark_static_address(stored[layer])
 
@@ -208,20 +232,28 @@ class RowCache(Cache):
         self.positions[slot, remaining:] = EMPTY
 
 
-def cache_for(model: Any, rows: int, columns: int, device: torch.device, static: bool = False) -> RowCache:
-    """
-    Return an empty cache for one call of generate().
+def _resized(states: torch.Tensor, rows: int, columns: int, fill: int) -> torch.Tensor:
+    """Return a tensor `(rows, heads, columns, head_dim)` with what has room of `states`, and `fill` elsewhere."""
+    resized = states.new_full((rows, states.shape[1], columns, states.shape[3]), fill)
+    kept = states[:rows, :, :columns]
+    resized[: kept.shape[0], :, : kept.shape[2]] = kept
+    return resized
 
-    A static cache is kept on the model for the next call: the captured step uses this cache, and would have to be
-    captured again with another one.
+
+def cache_for(model: Any, settings: DecodingSettings) -> RowCache:
+    """
+    Return an empty cache for a decoding loop.
+
+    A static cache has all rows from the start, and is kept on the model for the next call: the captured step uses this
+    cache, and would have to be captured again with another one.
 
     Args:
         model ([`CoSupForCausalLM`]): keeps the static cache in `_static_row_cache`.
-        rows, columns, device, static: see [`RowCache`].
+        settings ([`DecodingSettings`]): of the loop.
     """
-    limit = context_length(model.config.get_text_config())
-    if not static:
-        return RowCache(rows, columns, device, limit)
+    rows, columns, device, limit = settings.num_slots, settings.num_columns, settings.device, settings.context_length
+    if not settings.static:
+        return RowCache(1, columns, device, limit, max_rows=rows, max_tokens=settings.max_batch_tokens)
     cache: RowCache | None = getattr(model, "_static_row_cache", None)
     if cache is None or not _fits(cache, rows, columns, device, model.gen.dtype):
         cache = RowCache(rows, columns, device, limit, static=True, dtype=model.gen.dtype)
@@ -232,7 +264,7 @@ def cache_for(model: Any, rows: int, columns: int, device: torch.device, static:
 
 def _fits(cache: RowCache, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether a static cache can serve another call."""
-    if len(cache.positions) != rows or cache.positions.device != device or cache.dtype != dtype:
+    if cache.rows != rows or cache.positions.device != device or cache.dtype != dtype:
         return False
     # attention reads all columns of a static cache: one that is far too large would be slow in every call
     return columns <= cache.columns <= 4 * columns + 64
@@ -299,7 +331,7 @@ def context_length(config: PreTrainedConfig) -> int:
     return EMPTY if limit is None else limit
 
 
-def _rounded(columns: int) -> int:
+def rounded(columns: int) -> int:
     """Return `columns` rounded up to whole blocks, at least one."""
     blocks = -(-max(columns, 1) // _BLOCK)
     return blocks * _BLOCK

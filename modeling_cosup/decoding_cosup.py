@@ -1,12 +1,13 @@
 """
-The decoding loop of generate() and generate_many(). Rows generate, retrieve and end independently, in one batch.
+The decoding loop of generate(), generate_many() and servers. Rows generate, retrieve and end independently, in one
+batch; each has its own settings (`RowSettings`), and those of a call share them.
 
 A row (`Row`) is one sequence that is being generated. A slot (`Slots`) is a place in the batch: a row of the KV cache
 and of all other state. A row takes a free slot and leaves it when it ends; then the last row moves into the gap,
-unless the cache is static. Each pass of the loop (`Decoder._pass`) decides one token for every row:
+unless the cache is static. Rows may be submitted and cancelled between passes. Each pass of the loop (`Decoder.step`)
+decides one token for every row:
 
-1. Admit. Waiting rows take free slots: at first as many as fit, later several at a time, because all rows wait while
-   a prompt is prefilled (`_admit`).
+1. Admit. Waiting rows take free slots, in the order in which they came (`Admission`).
 2. Decode step. Every row whose last token was not forwarded yet forwards it: one token per row
    (`Forwards.decode_step`). Most of the time goes here; with a static cache the step keeps its shapes and can be
    compiled.
@@ -19,8 +20,9 @@ unless the cache is static. Each pass of the loop (`Decoder._pass`) decides one 
 5. Decide. Every row now has the logits at its last token, from the decode step or from a chunk; a memory, if there is
    one, is mixed into them. Bans, logits processors and warpers turn them into scores; argmax or sampling gives the
    next token (`_decide`). The next pass forwards it.
-6. Follow up. Only if a token is special (an end, `[NSP]`, `[CE]`), a budget is used up, or there is a streamer, the
-   loop visits the rows one by one: they retrieve in the next pass, forget a passage, or end (`_follow_up`).
+6. Follow up. Only if a token is special (an end, `[NSP]`, `[CE]`) or a budget is used up, the loop visits the rows
+   one by one: they retrieve in the next pass, forget a passage, or end (`_follow_up`). In other passes it visits only
+   rows that have a listener.
 
 Inserting a passage repacks nothing: each row fills its columns of the cache without gaps, a chunk is written where its
 row ends, and the attention mask is computed from the positions that are stored with the keys (`RowCache`). So no token
@@ -32,36 +34,36 @@ positions are copied (`Slots` says when). Device to host: once per pass, `_decid
 pass in which nothing happens waits for this one bit, copies nothing else, and does no work row by row.
 """
 
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 
+from .admission_cosup import Admission
 from .cache_cosup import EMPTY, cache_for
 from .forwards_cosup import Forwards, Outputs
 from .lookup_cosup import Lookup, ScoredPassages
 from .memory_cosup import Memory, TokenNeighbors
-from .metadata_cosup import traced_passage
 from .packing_cosup import pad_rows
 from .retriever_cosup import Retriever
 from .scores_cosup import RowScores
 from .settings_cosup import DecodingSettings
 from .slots_cosup import Slots
-from .trace_cosup import Retrieval, RetrievalError, Row
+from .trace_cosup import RetrievalError, Row
 
 _FAILED = 2  # state of a rank whose search failed; 1 if it needs a forward, 0 if not
 
 
 class Decoder:
     """
-    The decoding loop of one call of generate() or generate_many().
+    A decoding loop: of one call of generate() or generate_many(), or of a server.
 
     Args:
-        model ([`CoSupForCausalLM`]), settings ([`DecodingSettings`]): the model, and what is fixed for the call.
+        model ([`CoSupForCausalLM`]), settings ([`DecodingSettings`]): the model, and what is the same for all rows.
         retriever ([`Retriever`], *optional*): searches the index.
         memory ([`Memory`], *optional*): mixed into the logits of every decision.
-        streamer (`BaseStreamer`, *optional*), synced_gpus (`bool`): as in generate().
+        synced_gpus (`bool`): as in generate().
     """
 
     def __init__(
@@ -70,16 +72,13 @@ class Decoder:
         settings: DecodingSettings,
         retriever: Retriever | None = None,
         memory: Memory | None = None,
-        streamer: Any = None,
         synced_gpus: bool = False,
     ) -> None:
         self.model = model
         self.config = model.config
         self.settings = settings
-        self.retrieval = settings.retrieval
-        self.streamer = streamer
         self.synced_gpus = synced_gpus
-        self.cache = cache_for(model, settings.num_slots, settings.num_columns, settings.device, settings.static)
+        self.cache = cache_for(model, settings)
         self.slots = Slots(
             settings.num_slots,
             settings.device,
@@ -87,9 +86,10 @@ class Decoder:
             keeps_slots=settings.static,
             keeps_order=not settings.refill,
         )
+        self.admission = Admission(self.config, settings, self.slots)
         self.forwards = Forwards(model, settings, self.slots, self.cache, memory)
         self.scores = RowScores(settings, self.slots, self.cache, self.config.nsp_token_id)
-        self.lookup = Lookup(model, retriever, self.retrieval)
+        self.lookup = Lookup(model, retriever)
         self.stops = {self.config.ce_token_id, self.config.nsp_token_id, *settings.ends}  # they end grounded text
         # rows that the next pass must treat in a special way
         self.retrieving: list[Row] = []  # their last token is [NSP]
@@ -97,18 +97,19 @@ class Decoder:
         self.masking: list[Row] = []  # their passage leaves the cache once [CE] is forwarded
         self.banned_once: list[Row] = []  # nothing was found for them: they decide again, without [NSP]
         self.full: list[Row] = []  # a passage took the last of their context: they end
-        self.finished: list[Row] = []
-        self.on_finish: Callable[[Row], None] | None = None
+        self.failed: list[Row] = []  # their search failed: they end
+        self.listening: list[Row] = []  # they have a listener
+        self.ended: list[Row] = []  # in this pass
+        self.finished: list[Row] = []  # of `run`
 
-    # ------------------------------------------------------------------ the loop
+    # ------------------------------------------------------------------ rows come and go
 
-    @torch.no_grad()
-    def run(self, rows: list[Row], on_finish: Callable[[Row], None] | None = None) -> list[Row]:
+    def run(self, rows: Iterable[Row], on_finish: Callable[[Row], None] | None = None) -> list[Row]:
         """
         Generate all rows.
 
         Args:
-            rows (`list[Row]`): in the order in which they start.
+            rows (iterable of [`Row`]): in the order in which they start.
             on_finish (`Callable`, *optional*): gets each row when it ends.
 
         Returns:
@@ -117,20 +118,53 @@ class Decoder:
         Raises:
             [`RetrievalError`]: when the search fails; it keeps the finished rows.
         """
-        waiting = deque(rows)
-        self.on_finish = on_finish
-        while self._has_unfinished_rows(waiting):
-            self._pass(waiting)
+        for row in rows:
+            self.submit(row)
+        while self._has_unfinished_rows():
+            for row in self.step():
+                self.finished.append(row)
+                if on_finish is not None:
+                    on_finish(row)
         return self.finished
 
-    def _has_unfinished_rows(self, waiting: deque[Row]) -> bool:
-        """Return whether this rank, or with `synced_gpus` any, has rows that are not finished."""
-        done = not (waiting or self.slots.occupied.any())
-        return self.model._has_unfinished_sequences(done, self.synced_gpus, self.slots.device)
+    def submit(self, row: Row) -> None:
+        """Let a row wait for a slot."""
+        self.admission.waiting.append(row)
 
-    def _pass(self, waiting: deque[Row]) -> None:
-        """Decide one token for every row, after all forwards that must come before it."""
-        new = self._admit(waiting)
+    def cancel(self, row: Row) -> None:
+        """Take out a row that waits or runs; its slot is free at once. Nothing happens to a row that has ended."""
+        if row in self.admission.waiting:
+            self.admission.waiting.remove(row)
+        elif row in self.slots.rows:
+            for rows in (self.retrieving, self.recomputing, self.masking, self.banned_once, self.full):
+                if row in rows:
+                    rows.remove(row)
+            self._free_slot(row)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether rows wait or run."""
+        return bool(self.admission.waiting) or bool(self.slots.occupied.any())
+
+    def _has_unfinished_rows(self) -> bool:
+        """Return whether this rank, or with `synced_gpus` any, has rows that are not finished."""
+        return self.model._has_unfinished_sequences(not self.has_rows, self.synced_gpus, self.slots.device)
+
+    # ------------------------------------------------------------------ one pass
+
+    @torch.no_grad()
+    def step(self) -> list[Row]:
+        """
+        Decide one token for every row, after all forwards that must come before it.
+
+        Returns:
+            `list[Row]`: the rows that have ended, finished or with an `error`.
+
+        Raises:
+            [`RetrievalError`]: when the search fails, unless `settings.serves`.
+        """
+        self.ended = []
+        new = self._admit()
         chunks = {row: row.prompt for row in new}
         for row in self.recomputing:
             chunks[row] = row.recompute_ids
@@ -145,7 +179,7 @@ class Decoder:
         if self._sync_ranks(bool(chunks)):
             self.forwards.prefill(chunks, outputs)
         self._drop_masked_passages()
-        retrieving += [row for row in new if row.prompt[-1] == self.config.nsp_token_id and self._may_retrieve(row)]
+        retrieving += [row for row in new if row.prompt[-1] == self.config.nsp_token_id and row.may_retrieve]
         passage_chunks: dict[Row, list[int]] = {}
         error = None
         try:
@@ -156,8 +190,15 @@ class Decoder:
         if self._sync_ranks(bool(passage_chunks), error):
             self.forwards.prefill(passage_chunks, outputs)
         if self.slots.occupied.any():
-            must_retrieve = [row for row in new if self.retrieval.force_nsp_first and not row.retrievals]
+            must_retrieve = []
+            for row in new:
+                if row.settings.retrieval.force_nsp_first and not row.retrievals:
+                    must_retrieve.append(row)
             self._decide(outputs, must_retrieve)
+        self._end_failed_rows()
+        if self.ended and self.settings.serves and not self.admission.waiting:
+            self.cache.shrink(len(self.slots), int(self.slots.columns[: len(self.slots)].max(initial=0)))
+        return self.ended
 
     def _sync_ranks(self, needs_forward: bool, error: RetrievalError | None = None) -> bool:
         """
@@ -177,26 +218,18 @@ class Decoder:
             self.forwards.dummy_forward()
         return needs_forward
 
-    def _admit(self, waiting: deque[Row]) -> list[Row]:
-        """Give free slots to waiting rows; once rows run, several at a time, since all of them wait for a prefill."""
-        if not waiting:
-            return []
-        free = self.slots.free
-        enough = min(max(1, self.slots.count // 8), len(waiting))
-        if free < enough:
-            return []
-        new: list[Row] = []
-        while waiting and len(new) < free:
-            row = waiting.popleft()
-            self.slots.occupy(row)
-            self.slots.ban(row.slot, self.settings.retrieves and not self._may_retrieve(row))
+    def _admit(self) -> list[Row]:
+        """Give free slots to waiting rows, and return these rows."""
+        new = self.admission.admit()
+        if new:
+            self.cache.grow(len(self.slots), 1)
+        for row in new:
+            self.slots.ban(row.slot, not row.may_decide_nsp)
             self.slots.ground(row.slot, row.begins_grounded(self.config.cs_token_id, self.stops))
             self.cache.positions[row.slot] = EMPTY  # hides the keys of the row that was here before
-            new.append(row)
+            if row.listener is not None:
+                self.listening.append(row)
         return new
-
-    def _may_retrieve(self, row: Row) -> bool:
-        return row.may_retrieve(self.settings.max_retrievals)
 
     # ------------------------------------------------------------------ decisions
 
@@ -210,43 +243,48 @@ class Decoder:
         """
         slots, n = self.slots, len(self.slots)
         logits = outputs.logits[:n].to(slots.device)
-        scores = self.scores.decision_scores(logits)
-        if self.settings.do_sample:
-            tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0]
-        else:
-            tokens = scores.argmax(-1)
+        tokens = self.scores.choose(self.scores.decision_scores(logits))
         forced_slots = [row.slot for row in must_retrieve if not slots.banned[row.slot]]
         if forced_slots:
             tokens[forced_slots] = self.config.nsp_token_id
         for row in self.banned_once:  # the ban was for this decision only
-            slots.ban(row.slot, not self._may_retrieve(row))
+            slots.ban(row.slot, not row.may_decide_nsp)
         self.banned_once = []
         slots.set_tokens(tokens)
         self._keep_neighbors(outputs.neighbors)
-        out_of_budget = slots.generated[:n] >= self.settings.budget
+        for row, logprobs in self.scores.logprobs(logits, tokens).items():
+            row.logprobs.append(logprobs)
+        out_of_budget = slots.generated[:n] >= slots.budgets[:n]
         out_of_context = slots.positions[:n] + 1 >= self.settings.context_length
         exhausted = slots.occupied[:n] & (out_of_budget | out_of_context)
         stopped = self.scores.stopped(tokens)
         special = stopped | torch.isin(tokens, self.settings.special)
         any_special = (special & slots.occupied_on_device[:n]).any()
         # item() waits for the device
-        if any_special.item() or self.streamer is not None or exhausted.any():
+        if any_special.item() or exhausted.any():
             self._follow_up(tokens.tolist(), stopped.tolist(), exhausted.tolist(), logits)
+        elif self.listening:
+            decided = tokens.tolist()
+            for row in self.listening:
+                _tell(row, decided[row.slot])
 
     def _follow_up(self, tokens: list[int], stopped: list[bool], exhausted: list[bool], logits: torch.Tensor) -> None:
         """Act on the decisions: mark rows that retrieve next, forget passages, and finish rows that end."""
         ended: list[tuple[Row, list[int]]] = []
         for row, token, stops, is_last in zip(list(self.slots.rows), tokens, stopped, exhausted, strict=True):
-            if row is None:
+            if row is None or row.error is not None:
                 continue
+            row.finish_reason = "length"
             if row in self.full:
                 self.slots.generated[row.slot] -= 1  # there is no room for this token
                 ended.append((row, []))
                 continue
-            retrieves = self.settings.retrieves and token == self.config.nsp_token_id
-            ends = stops or is_last or token in self.settings.ends
-            if ends or not retrieves:  # an [NSP] is streamed after the search, in which the row may take it back
-                self._stream_ids([token])
+            retrieves = row.settings.retrieves and token == self.config.nsp_token_id
+            if stops or token in self.settings.ends:
+                row.finish_reason = "stop"
+            ends = is_last or row.finish_reason == "stop"
+            if ends or not retrieves:  # an [NSP] is told after the search, in which the row may take it back
+                _tell(row, token)
             if ends:
                 ended.append((row, [token]))
             elif retrieves:
@@ -268,40 +306,32 @@ class Decoder:
                 entry.position = int(self.slots.columns[slot]) + row.num_forgotten
                 row.neighbors.append(entry)
 
-    def _stream_ids(self, ids: list[int]) -> None:
-        if self.streamer is not None and ids:
-            self.streamer.put(torch.tensor(ids))
-
     # ------------------------------------------------------------------ retrieval
 
     def _retrieve(self, rows: list[Row], outputs: Outputs) -> dict[Row, list[int]]:
         """Look up passages for `rows`; return the token ids that each row forwards next: passages and `[Cs]`."""
-        query_embeds = None
+        query_embeds_of = partial(self._query_embeds_of, outputs.query_embeds)
         try:
-            if self.retrieval.output_query_embeds or any(row.given_passages is None for row in rows):
-                query_embeds = self._query_embeds_of(rows, outputs.query_embeds)  # (R, h)
-            results = self.lookup.passages_for(rows, query_embeds)
+            found = self.lookup.find(rows, query_embeds_of, isolates_failures=self.settings.serves)
         except Exception as error:  # an encoder or a retriever may raise anything: finished rows must not be lost
             message = f"The search failed after {len(self.finished)} finished rows: {error}"
             raise RetrievalError(message, self.finished) from error
-        trace_embeds: list[list[float] | None] = [None] * len(rows)
-        if self.retrieval.output_query_embeds and query_embeds is not None:
-            trace_embeds = query_embeds.tolist()
+        self.failed = [row for row in rows if row.error is not None]
         chunks = {}
-        for row, passages, query_embed in zip(rows, results, trace_embeds, strict=True):
+        for row, (passages, query_embed) in found.items():
             room = self.settings.context_length - int(self.slots.positions[row.slot]) - 1  # 1 for [Cs]
             if not passages:
                 self._take_nsp_back(row, outputs)
             elif room < 1:  # not even for one token of a passage
                 self.full.append(row)
                 if row.logits_before_nsp is not None:  # otherwise [NSP] is the prompt's
-                    self._stream_ids([self.config.nsp_token_id])
+                    _tell(row, self.config.nsp_token_id)
             else:
                 chunks[row] = self._add_retrieval(row, passages, room, query_embed)
             row.logits_before_nsp = None
         return chunks
 
-    def _query_embeds_of(self, rows: list[Row], query_embeds: torch.Tensor | None) -> torch.Tensor:
+    def _query_embeds_of(self, query_embeds: torch.Tensor | None, rows: list[Row]) -> torch.Tensor:
         """
         Return the query embeddings `(R, h)` of `rows`, in float32.
 
@@ -323,56 +353,33 @@ class Decoder:
             outputs.logits[row.slot] = row.logits_before_nsp
             if row.neighbors:
                 outputs.neighbors[row.slot] = row.neighbors.pop()
+            if row.logprobs:
+                row.logprobs.pop()
 
     def _add_retrieval(
         self, row: Row, passages: ScoredPassages, room: int, query_embed: list[float] | None
     ) -> list[int]:
         """Add to the trace and return what the row forwards: the first `room` tokens of its passages, and `[Cs]`."""
-        ids, starts = self.lookup.join([passage for passage, _ in passages])
-        ids = ids[:room]
-        num_begun = len([start for start in starts if start < room])
-        passages = passages[:num_begun]  # the others have no token in `ids`
-        column = int(self.slots.columns[row.slot])
-        position = column - 1 + row.num_forgotten  # of [NSP]
-        span_start = position + len(ids) + 2  # after [NSP], passages and [Cs]
-        retrieval = Retrieval(
-            row=row.number,
-            position=position,
-            passages=[traced_passage(passage) for passage, _ in passages],
-            scores=[score for _, score in passages],
-            grounded_span=(span_start, span_start),
-            query_embed=query_embed,
-        )
-        row.retrievals.append(retrieval)
-        row.passage_columns = (column, column + len(ids))
+        chunk = self.lookup.add_retrieval(row, passages, int(self.slots.columns[row.slot]), room, query_embed)
         self.slots.ground(row.slot, True)
-        chunk = [*ids, self.config.cs_token_id]
-        self._stream_retrieval(row, retrieval, chunk)
-        self.slots.ban(row.slot, not self._may_retrieve(row))
+        if row.listener is not None:
+            nsp_ids: list[int] = []
+            if row.logits_before_nsp is not None:  # otherwise [NSP] is the prompt's
+                nsp_ids.append(self.config.nsp_token_id)
+            row.listener.on_retrieval(row.retrievals[-1], nsp_ids, chunk)
+        self.slots.ban(row.slot, not row.may_decide_nsp)
         if int(self.slots.positions[row.slot]) + len(chunk) >= self.settings.context_length:
             self.full.append(row)
         return chunk
-
-    def _stream_retrieval(self, row: Row, retrieval: Retrieval, chunk: list[int]) -> None:
-        """Give a streamer the retrieval; or its tokens, `[NSP]` and `chunk`, if it has no method for retrievals."""
-        on_retrieval = getattr(self.streamer, "on_retrieval", None)
-        if on_retrieval is not None:
-            on_retrieval(retrieval)
-            return
-        ids: list[int] = []
-        if row.logits_before_nsp is not None:  # otherwise [NSP] is the prompt's
-            ids.append(self.config.nsp_token_id)
-        if self.retrieval.stream_passages:
-            ids += chunk
-        self._stream_ids(ids)
 
     # ------------------------------------------------------------------ forgetting
 
     def _forget_passage(self, row: Row) -> None:
         """Forget the passage of a row that has decided `[CE]`, by recomputing or masking."""
-        if self.retrieval.forget_passages == "mask":
+        forget = row.settings.retrieval.forget_passages
+        if forget == "mask":
             self.masking.append(row)  # [CE] is forwarded with the passage in view
-        elif self.retrieval.forget_passages == "recompute":
+        elif forget == "recompute":
             cached_ids = self._cached_ids(row)
             length = len(cached_ids)
             start, end = row.forget(cached_ids)
@@ -401,10 +408,27 @@ class Decoder:
         """Complete the ids and the trace of a row, with `last_ids` that were not forwarded, and free its slot."""
         row.num_generated_tokens = int(self.slots.generated[row.slot])
         row.finish(self._cached_ids(row) + last_ids, self.stops)
-        self.finished.append(row)
+        self.ended.append(row)
+        self._free_slot(row)
+
+    def _end_failed_rows(self) -> None:
+        for row in self.failed:
+            self.ended.append(row)
+            self._free_slot(row)
+        self.failed = []
+
+    def _free_slot(self, row: Row) -> None:
+        if row.listener is not None:
+            self.listening.remove(row)
+        row.logits_before_nsp = None
         freed = row.slot
         source = self.slots.vacate(row)
         if source is not None:
             self.cache.move(source, freed, int(self.slots.columns[freed]))
-        if self.on_finish is not None:
-            self.on_finish(row)
+
+
+def _tell(row: Row, token: int) -> None:
+    """Give a row's listener, if it has one, a decided token."""
+    if row.listener is not None and row.error is None:
+        logprobs = row.logprobs[-1] if row.logprobs else None
+        row.listener.on_token(token, logprobs)

@@ -57,7 +57,7 @@ def _placed(states: torch.Tensor | None, slots: torch.Tensor, new: torch.Tensor,
 
 class Forwards:
     """
-    Gen's forwards for one call of generate() or generate_many().
+    Gen's forwards in one decoding loop.
 
     Args:
         model ([`CoSupForCausalLM`]), settings ([`DecodingSettings`]), slots ([`Slots`]), cache ([`RowCache`]): of the
@@ -103,7 +103,7 @@ class Forwards:
         slots, static = self.slots, self.settings.static
         n = slots.count if static else len(slots)
         filled = int(slots.columns[: len(slots)].max()) + 1
-        self.cache.grow(filled)
+        self.cache.grow(len(slots), filled)
         width = self.cache.columns if static else filled
         columns, positions = slots.columns_and_positions(n)  # (n, 1) each
         tokens = slots.tokens[:n, None]  # (n, 1)
@@ -143,13 +143,14 @@ class Forwards:
         first_columns, first_positions = slots.columns[row_slots], slots.positions[row_slots]  # (R,) each
         ids, mask = pad_rows(list(chunks.values()), self.settings.pad, device=device)  # (R, W)
         num_rows, longest = ids.shape
-        width = int(first_columns.max()) + longest
-        self.cache.grow(width)
+        # the padding of a chunk is written to the one column after it
+        width = int((first_columns + np.minimum(lengths + 1, longest)).max())
+        self.cache.grow(len(slots), width)
         # one copy to the device for all four
         state = torch.from_numpy(np.stack([row_slots, lengths, first_columns, first_positions])).to(device)
         row_slots_on_device, counts = state[0], state[1, :, None]  # (R,), (R, 1)
         offsets = torch.arange(longest, device=device)
-        columns = state[2, :, None] + offsets  # (R, W)
+        columns = state[2, :, None] + torch.minimum(offsets, counts)  # (R, W)
         positions = state[3, :, None] + torch.minimum(offsets, counts - 1)  # (R, W); padding repeats the last one
         are_first_slots = (row_slots == np.arange(num_rows)).all()
         cache_slots = num_rows if are_first_slots else row_slots_on_device

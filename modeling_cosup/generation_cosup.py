@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,45 +14,20 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
 )
-from transformers.modeling_outputs import ModelOutput
 
 from .cache_cosup import RowCache, maskable_attention
+from .call_cosup import RetrievalCall, call_settings
 from .decoding_cosup import Decoder
 from .files_cosup import digest
-from .memory_cosup import Memory, MemoryConfig, TokenNeighbors, checked_memory_config
+from .memory_cosup import Memory, MemoryConfig, checked_memory_config
+from .outputs_cosup import CoSupGenerateOutput, call_output
 from .queue_cosup import Completion, Queue, read_completions
 from .refusals_cosup import RefusalsMixin, check_configs, check_token_ids, listed_prompts, raise_together, unpadded
 from .retriever_cosup import Retriever, check_retriever
-from .settings_cosup import RetrievalCall, RetrievalConfig, decoding_settings, token_budget
+from .settings_cosup import DecodingSettings, RetrievalConfig, RowSettings
 from .states_cosup import watch
-from .streaming_cosup import RetrievalStreamer, ending
-from .trace_cosup import Retrieval, Row, cited_text
-
-
-@dataclass
-class CoSupGenerateOutput(ModelOutput):
-    """
-    Output of `generate(..., return_dict_in_generate=True)` with a retriever, a memory, or both.
-
-    Args:
-        sequences (`torch.LongTensor` of shape `(B, T)`): the prompt, padded on the left, then the continuation of each
-            row, passages and `[Cs]` included, padded on the right.
-        retrievals (`list[list[Retrieval]]`): the retrieval trace of each row, in order.
-        prompt_length (`int`): number of columns of the prompt.
-        num_generated_tokens (`torch.LongTensor` of shape `(B,)`): number of decoded tokens, without passages and
-            `[Cs]`.
-        num_forwarded_tokens (`int`): number of tokens that Gen forwarded in the call, prompts and passages included.
-        neighbors (`list[list[TokenNeighbors]]`, *optional*): for each decoded token of each row the nearest entries of
-            the memory, with `MemoryConfig(output_neighbors=n)`.
-    """
-
-    # generate() sets all of them; ModelOutput demands these defaults
-    sequences: torch.Tensor = None  # type: ignore[assignment]
-    retrievals: list[list[Retrieval]] = None  # type: ignore[assignment]
-    prompt_length: int = None  # type: ignore[assignment]
-    num_generated_tokens: torch.Tensor = None  # type: ignore[assignment]
-    num_forwarded_tokens: int = None  # type: ignore[assignment]
-    neighbors: list[list[TokenNeighbors]] | None = None
+from .streaming_cosup import RetrievalStreamer, StreamerListener, ending
+from .trace_cosup import Row, cited_text
 
 
 class RetrievalGenerationMixin(RefusalsMixin):
@@ -210,11 +185,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
         results: dict[int, Completion] = {}
         if output_file is not None:
             results = read_completions(output_file, prompt_ids, settings_hash)
-        longest = max(map(len, prompt_ids), default=1)
-        if max_batch_tokens is not None:
-            self._check_prompts(prompt_ids)
-            call.columns = call.columns_needed(self.config, longest, token_budget(prepared, longest))
-            batch_size = max(1, min(batch_size, max_batch_tokens // call.columns))
+        call.max_batch_tokens = max_batch_tokens
         bar_options = {
             "total": len(prompt_ids),
             "initial": len(results),
@@ -225,10 +196,37 @@ class RetrievalGenerationMixin(RefusalsMixin):
         queue = Queue(prompt_ids, results, batch_size, output_file, settings_hash, bar_options, on_completion)
         call.queue = queue
         # transformers prepares processors and budgets from the shape of this row
+        longest = max(map(len, prompt_ids), default=1)
         placeholder = torch.zeros((1, longest), dtype=torch.long, device=self._input_device())
         kwargs = {"attention_mask": torch.ones_like(placeholder), **kwargs}
         self._generate_with_retrieval(placeholder, generation_config, kwargs, call)
         return [queue.results[number] for number in range(len(prompt_ids))]
+
+    def prepare_decoding(
+        self,
+        prompt_length: int,
+        generation_config: GenerationConfig | None = None,
+        *,
+        retriever: Retriever | None = None,
+        memory: Memory | None = None,
+        memory_config: MemoryConfig | None = None,
+        **kwargs: Any,
+    ) -> tuple[DecodingSettings, RowSettings]:
+        """
+        Return what [`generate`] would set for one prompt, for a [`Decoder`] that serves prompts as they come.
+
+        Args:
+            prompt_length (`int`): of the prompt, in tokens.
+            generation_config, retriever, memory, memory_config, **kwargs: as in [`generate`], e.g. `max_new_tokens`.
+
+        Raises:
+            As [`generate`], but for what depends on the tokens of the prompt.
+        """
+        call = self._retrieval_call(retriever, None, None, memory, memory_config) or RetrievalCall()
+        call.only_settings = True
+        placeholder = torch.zeros((1, prompt_length), dtype=torch.long, device=self._input_device())
+        kwargs["attention_mask"] = torch.ones_like(placeholder)
+        return self._generate_with_retrieval(placeholder, generation_config, kwargs, call)
 
     def make_streamer(
         self, tokenizer: PreTrainedTokenizerBase | None = None, timeout: float | None = None
@@ -391,52 +389,20 @@ class RetrievalGenerationMixin(RefusalsMixin):
             self._check_synced(synced_gpus)
             prompts = unpadded(input_ids, attention_mask) if queue is None else queue.prompts
             self._check_prompts(prompts, streamer)
-            settings = decoding_settings(
+            settings, row_settings = call_settings(
                 self.config, call, generation_config, logits_processor, stopping_criteria, prompts, width, device
             )
-            decoder = Decoder(self, settings, call.retriever, call.memory, streamer, synced_gpus)
-            rows = [Row(number, prompt) for number, prompt in enumerate(prompts)]
-            decoder.lookup.prepare(rows, copies=generation_config.num_return_sequences or 1)
+            if call.only_settings:
+                return settings, row_settings
+            decoder = Decoder(self, settings, call.retriever, call.memory, synced_gpus)
+            rows = [Row(number, prompt, row_settings) for number, prompt in enumerate(prompts)]
+            decoder.lookup.prepare(rows, call.retrieval, copies=generation_config.num_return_sequences or 1)
+            if streamer is not None:
+                rows[0].listener = StreamerListener(streamer, call.retrieval.stream_passages)
         except ValueError as failure:
             error = failure
         raise_together(error, synced_gpus, device)
         if queue is not None:
             return queue.answer(self, rows, decoder.run)
         decoder.run(rows)
-        return self._output(decoder, rows, input_ids, attention_mask)
-
-    def _output(
-        self, decoder: Decoder, rows: list[Row], input_ids: torch.Tensor, attention_mask: torch.Tensor | None
-    ) -> torch.Tensor | CoSupGenerateOutput:
-        """Return the prompts, padded on the left, and the continuations, padded on the right."""
-        width, device, pad = input_ids.shape[1], input_ids.device, decoder.settings.pad
-        prompts = input_ids
-        if attention_mask is not None and (attention_mask[:, -1] == 0).any():
-            # the prompts are padded on the right, where the continuations belong
-            padded_prompts = [[pad] * (width - len(row.prompt)) + row.prompt for row in rows]
-            prompts = torch.tensor(padded_prompts, device=device)
-        continuations = [torch.tensor(row.ids[len(row.prompt) :], dtype=torch.long, device=device) for row in rows]
-        padded = torch.nn.utils.rnn.pad_sequence(continuations, batch_first=True, padding_value=pad)
-        sequences = torch.cat([prompts, padded], dim=1)
-        for row in rows:
-            padding = width - len(row.prompt)
-            for entries in row.neighbors:
-                entries.position += padding
-            for retrieval in row.retrievals:
-                start, end = retrieval.grounded_span
-                retrieval.position += padding
-                retrieval.grounded_span = (start + padding, end + padding)
-        if not decoder.settings.generation_config.return_dict_in_generate:
-            return sequences
-        config = decoder.settings.memory_config
-        neighbors = None
-        if config is not None and config.output_neighbors:
-            neighbors = [row.neighbors for row in rows]
-        return CoSupGenerateOutput(
-            sequences=sequences,
-            retrievals=[row.retrievals for row in rows],
-            prompt_length=width,
-            num_generated_tokens=torch.tensor([row.num_generated_tokens for row in rows], device=device),
-            num_forwarded_tokens=decoder.forwards.num_tokens,
-            neighbors=neighbors,
-        )
+        return call_output(decoder, rows, input_ids, attention_mask)

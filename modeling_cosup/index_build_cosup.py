@@ -35,6 +35,9 @@ MIN_LENGTH_RATIO = 0.75
 Passages: TypeAlias = list[dict[str, Any]]
 PlacedPassages: TypeAlias = list[tuple[str, dict[str, Any]]]  # (place in the corpus, for errors; passage)
 FindKnownIds: TypeAlias = Callable[[list[str]], list[str]]  # given ids, returns the ones already in the index
+# given what Emb_seq reads of each passage, yields rows of that list and their embeddings (n, h), of any length, until
+# all rows are done
+Encoder: TypeAlias = Callable[[list[NDArray[np.int32]]], Iterator[tuple[NDArray[np.int64], torch.Tensor]]]
 T = TypeVar("T")
 
 
@@ -43,22 +46,30 @@ class ShardBuilder:
     A maker of shards from passages.
 
     Args:
-        model ([`CoSupForCausalLM`]): with Emb_seq in memory; used on its device and in its dtype.
+        model ([`CoSupForCausalLM`]): with Emb_seq in memory, unless there is an `encoder`; used on its device and in
+            its dtype.
         dtype (`str`): dtype of the stored embeddings: `"float32"`, `"float16"` or `"bfloat16"`.
         batch_size (`int`): maximum number of passages in a forward.
         max_tokens_per_batch (`int`, *optional*): maximum number of tokens in a forward, with padding; a longer passage
             gets its own forward. Defaults to 4,096 on a CPU, since larger batches do not fit in its caches, and to
             32,768 on other devices.
+        encoder (`Callable`, *optional*): embeds in place of the model, e.g. on a server.
     """
 
     def __init__(
-        self, model: CoSupModel, dtype: str = "float32", batch_size: int = 256, max_tokens_per_batch: int | None = None
+        self,
+        model: CoSupModel,
+        dtype: str = "float32",
+        batch_size: int = 256,
+        max_tokens_per_batch: int | None = None,
+        encoder: Encoder | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
         self.model, self.dtype = model, DTYPES[dtype]
         self.batch_size = batch_size
         self.max_tokens_per_batch = max_tokens_per_batch or (4096 if model._input_device().type == "cpu" else 32768)
+        self.encoder = encoder
         self.num_cut = 0  # passages so far that were longer than `max_passage_length`
 
     def files_of(self, number: int) -> tuple[str, ...]:
@@ -123,7 +134,7 @@ class ShardBuilder:
         bar: tqdm | None = None,
     ) -> None:
         """
-        Embed tokenized passages. A batch is copied after the next one is queued, so a GPU never waits for us.
+        Embed tokenized passages.
 
         Args:
             passage_ids (`list[str]`): for errors.
@@ -134,15 +145,24 @@ class ShardBuilder:
         Raises:
             `ValueError`: names the passages with embeddings that are not finite.
         """
+        if self.encoder is None:
+            for rows, embeds in self._encode(token_ids):
+                self._store(passage_ids, rows, embeds, embeddings, bar)
+            return
+        for rows, embeds in self.encoder(token_ids):
+            self._store(passage_ids, rows, self.model._normalize(embeds), embeddings, bar)
+
+    def _encode(self, token_ids: list[NDArray[np.int32]]) -> Iterator[tuple[NDArray[np.int64], torch.Tensor]]:
+        """Yield rows and their embeddings: a batch after the next one is queued, so a GPU never waits for us."""
         queued = None
         for rows in self._batches(token_ids):
             ids, mask = pad_rows([token_ids[row] for row in rows], device=self.model._input_device())
             embeds = self.model.encode_passages(ids, mask)
             if queued is not None:
-                self._store(passage_ids, *queued, embeddings, bar)
+                yield queued
             queued = rows, embeds
         if queued is not None:
-            self._store(passage_ids, *queued, embeddings, bar)
+            yield queued
 
     def _batches(self, token_ids: list[NDArray[np.int32]]) -> Iterator[NDArray[np.int64]]:
         """Yield rows of similar length, longest first, so that a batch that does not fit in memory fails early."""

@@ -15,7 +15,7 @@ from .folder_store_cosup import find_folder
 from .folders_cosup import Config, check_file, put_in_place, sweep, write_config
 from .hub_cosup import make_repo
 from .index_approximate_cosup import read_approximate
-from .index_build_cosup import Passages, ShardBuilder, read_shards, report_cut
+from .index_build_cosup import Encoder, Passages, ShardBuilder, read_shards, report_cut
 from .index_files_cosup import Shard, map_shard
 from .index_search_cosup import ApproximateSearch
 from .index_searchable_cosup import SearchableStore
@@ -75,6 +75,7 @@ class PassageIndex(SearchableStore):
         num_processes: int = 1,
         process_index: int = 0,
         show_progress_bar: bool = True,
+        encoder: Encoder | None = None,
     ) -> "PassageIndex | Any":  # None with several processes; Any, so that other callers need no check
         """
         Embed a corpus.
@@ -88,7 +89,8 @@ class PassageIndex(SearchableStore):
                 JSON object, says where the passage comes from. A list or another iterable, a `datasets` dataset,
                 streamed or not, or the path of a file: JSON Lines (`.gz`) or Parquet. A corpus that can be read twice
                 is checked before anything is embedded, any other as it streams.
-            model ([`CoSupForCausalLM`]): with Emb_seq in memory; used on its device and in its dtype.
+            model ([`CoSupForCausalLM`]): with Emb_seq in memory; used on its device and in its dtype. With an
+                `encoder`, only its settings, tokenizers and fingerprint are used.
             tokenizer (`PreTrainedTokenizerBase`, *optional*): becomes the model's tokenizer; defaults to its own.
             save_directory (`str` or `Path`, *optional*): folder of the index; without it the index is in memory.
             batch_size (`int`, *optional*, defaults to 256): maximum number of passages in a forward.
@@ -102,6 +104,10 @@ class PassageIndex(SearchableStore):
             process_index (`int`, *optional*, defaults to 0): number of this process. It builds the shards
                 `process_index`, `process_index + num_processes`, …
             show_progress_bar (`bool`, *optional*, defaults to `True`): show tqdm bars in process 0, for its passages.
+            encoder (`Callable`, *optional*): runs this model's Emb_seq elsewhere. It gets the token ids of the
+                passages of a shard, BOS and EOS included, and yields `(rows, embeddings)`: places in that list, and
+                a `torch.FloatTensor` of shape `(len(rows), h)`, which gets unit length here if the similarity is the
+                cosine.
 
         Returns:
             [`PassageIndex`], or `None` with several processes.
@@ -119,7 +125,7 @@ class PassageIndex(SearchableStore):
             raise ValueError(f"process_index is {process_index}, expected one of 0 to {num_processes - 1}.")
         if tokenizer is not None:
             model.tokenizer = tokenizer
-        builder = ShardBuilder(model, dtype, batch_size, max_tokens_per_batch)
+        builder = ShardBuilder(model, dtype, batch_size, max_tokens_per_batch, encoder)
         settings = {
             "fingerprint": model.fingerprint(),
             "embedding_size": model.config.embedding_size,

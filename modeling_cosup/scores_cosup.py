@@ -1,7 +1,10 @@
-"""Logits processors and stopping criteria for rows that differ in length and have changed places."""
+"""Logits processors and stopping criteria for rows that differ in length and settings, and have changed places."""
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers.generation import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
@@ -23,8 +26,9 @@ from transformers.generation import (
 )
 
 from .cache_cosup import RowCache
-from .settings_cosup import DecodingSettings
+from .settings_cosup import DecisionSettings, DecodingSettings
 from .slots_cosup import Slots
+from .trace_cosup import Logprobs, Row
 
 # these depend only on the length of a row, in which passages must not count
 _COUNTING = (
@@ -51,11 +55,36 @@ _SCORES_ONLY = (
 )
 
 
+@dataclass(frozen=True)
+class _Group:
+    """
+    Rows that are decided together.
+
+    Args:
+        decision ([`DecisionSettings`]): of these rows.
+        slots (`numpy.ndarray` of int64, *optional*): their slots; `None` for all slots, with or without a row.
+        slots_on_device (`torch.LongTensor`, *optional*): the same.
+    """
+
+    decision: DecisionSettings
+    slots: NDArray[np.int64] | None = None
+    slots_on_device: torch.Tensor | None = None
+
+    def of(self, states: torch.Tensor) -> torch.Tensor:
+        """Return the states of these rows, from states by slot `(n, ...)`."""
+        return states if self.slots_on_device is None else states[self.slots_on_device]
+
+    def on_host(self, states: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the states of these rows, from states by slot `(n,)`."""
+        return states if self.slots is None else states[self.slots]
+
+
 class RowScores:
     """
-    Logits processors and stopping criteria, run on slots.
+    Logits processors, choice of tokens, and stopping criteria, run on slots.
 
-    Scores are by slot, `(n, V)`; processors and criteria get rows in the order of the batch.
+    Scores are by slot, `(n, V)`. If all rows have the same [`DecisionSettings`], processors and criteria get them in
+    the order of the batch; otherwise group by group.
 
     Args:
         settings ([`DecodingSettings`]), slots ([`Slots`]), cache ([`RowCache`]): of the decoding loop.
@@ -67,6 +96,11 @@ class RowScores:
         self.slots = slots
         self.cache = cache
         self.nsp_token_id = nsp_token_id
+        # of the rows that are there since `_version` of the slots
+        self._version = -1
+        self._groups: list[_Group] = []
+        self._drawn_alone: list[tuple[int, torch.Generator]] = []  # slots of rows with a generator, and these
+        self._with_logprobs: list[Row] = []  # rows that keep log-probabilities
 
     def decision_scores(self, logits: torch.Tensor) -> torch.Tensor:
         """
@@ -78,67 +112,150 @@ class RowScores:
         Returns:
             `torch.FloatTensor` of shape `(n, V)`; all equal in a slot without a row.
         """
+        self._see_rows()
         occupied = self.slots.occupied[: len(logits)]
         # before the processors, since what top_p keeps must be allowed; after them, since they may change any score
         scores = self._without_banned(logits.to(torch.float32, copy=True))
-        scores = self._without_banned(self._process(scores))
+        for group in self._groups:
+            processed = self._process(group, group.of(scores))
+            if group.slots_on_device is None:
+                scores = processed
+            else:
+                scores[group.slots_on_device] = processed
+        scores = self._without_banned(scores)
         if not occupied.all():
             scores = scores.masked_fill(~self.slots.occupied_on_device[: len(logits), None], 0.0)  # any token will do
         return scores
 
+    def choose(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return the next tokens `(n,)` by their `scores` `(n, V)`: the best ones, or drawn ones."""
+        tokens = None
+        for group in self._groups:
+            if not group.decision.do_sample:
+                continue
+            drawn = torch.multinomial(group.of(scores).softmax(-1), 1)[:, 0]
+            if group.slots_on_device is None:
+                tokens = drawn
+            else:
+                if tokens is None:
+                    tokens = scores.argmax(-1)
+                tokens[group.slots_on_device] = drawn
+        if tokens is None:
+            tokens = scores.argmax(-1)
+        for slot, generator in self._drawn_alone:
+            probs = scores[slot : slot + 1].softmax(-1)  # (1, V)
+            tokens[slot] = torch.multinomial(probs, 1, generator=generator)[0, 0]
+        return tokens
+
+    def logprobs(self, logits: torch.Tensor, tokens: torch.Tensor) -> dict[Row, Logprobs]:
+        """
+        Return the log-probabilities of the decisions of rows that keep them.
+
+        Args:
+            logits (`torch.Tensor` of shape `(n, V)`): at the last token of each row, before bans and processors.
+            tokens (`torch.LongTensor` of shape `(n,)`): the decisions.
+        """
+        rows = self._with_logprobs
+        if not rows:
+            return {}
+        slots = [row.slot for row in rows]
+        counts = [row.settings.num_logprobs or 0 for row in rows]
+        log_probs = logits[slots].float().log_softmax(-1)  # (R, V)
+        decided = log_probs.gather(1, tokens[slots, None])[:, 0].tolist()
+        values, ids = log_probs.topk(min(max(counts), log_probs.shape[1]))  # (R, k) each
+        tops = [list(zip(*top, strict=True)) for top in zip(ids.tolist(), values.tolist(), strict=True)]
+        return {row: (decided[i], tops[i][: counts[i]]) for i, row in enumerate(rows)}
+
     def stopped(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return for which of the decided `tokens` `(n,)` a stopping criterion ends the row: `(n,)` of bool."""
-        if not self.settings.criteria:
-            return torch.zeros_like(tokens, dtype=torch.bool)
-        history = self._history(tokens)
-        verdicts = [criterion(history, None) for criterion in self.settings.criteria]
-        return self._to_slots(torch.stack(verdicts).any(0))
+        stopped = torch.zeros_like(tokens, dtype=torch.bool)
+        for group in self._groups:
+            if not group.decision.criteria:
+                continue
+            history = self._history(group, tokens)
+            verdicts = [criterion(history, None) for criterion in group.decision.criteria]
+            verdict = self._to_slots(torch.stack(verdicts).any(0))
+            if group.slots_on_device is None:
+                stopped = verdict
+            else:
+                stopped[group.slots_on_device] = verdict
+        return stopped
+
+    # ------------------------------------------------------------------ groups
+
+    def _see_rows(self) -> None:
+        """Group the rows, if any has come or gone."""
+        if self._version == self.slots.version:
+            return
+        self._version = self.slots.version
+        self._drawn_alone = []
+        self._with_logprobs = []
+        slots_of: dict[DecisionSettings, list[int]] = {}
+        for slot, row in enumerate(self.slots.rows):
+            if row is None:
+                continue
+            slots_of.setdefault(row.settings.decision, []).append(slot)
+            if row.generator is not None and row.settings.decision.do_sample:
+                self._drawn_alone.append((slot, row.generator))
+            if row.settings.num_logprobs is not None:
+                self._with_logprobs.append(row)
+        self._groups = []
+        for decision, members in slots_of.items():
+            if len(slots_of) == 1:
+                self._groups.append(_Group(decision))
+            else:
+                slots = np.array(members)
+                self._groups.append(_Group(decision, slots, torch.from_numpy(slots).to(self.slots.device)))
+
+    # ------------------------------------------------------------------ bans and processors
 
     def _without_banned(self, scores: torch.Tensor) -> torch.Tensor:
-        """Ban `[Cs]` for all rows, and `[NSP]` for rows that may not retrieve; in place, `scores` `(n, V)`."""
+        """Ban `[Cs]` for all rows, and `[NSP]` for rows that may not decide it; in place, `scores` `(n, V)`."""
         scores.index_fill_(1, self.settings.never, float("-inf"))
         if self.slots.banned[: len(scores)].any():
             scores[:, self.nsp_token_id].masked_fill_(self.slots.banned_on_device[: len(scores)], float("-inf"))
         return scores
 
-    def _process(self, scores: torch.Tensor) -> torch.Tensor:
-        """Return `scores` `(n, V)` after all logits processors, which see every row as if it were alone."""
+    def _process(self, group: _Group, scores: torch.Tensor) -> torch.Tensor:
+        """Return `scores` `(R, V)` of a group after its logits processors, which see every row as if it were alone."""
         history = None
-        for processor in self.settings.processors:
+        for processor in group.decision.processors:
             if type(processor) in _COUNTING:
-                self._process_by_count(processor, scores)
+                self._process_by_count(processor, group, scores)
                 continue
             if type(processor) in _SCORES_ONLY:
-                scores = processor(self.slots.tokens[: len(scores), None], scores)
+                scores = processor(group.of(self.slots.tokens[: len(self.slots), None]), scores)
                 continue
             if history is None:
-                history = self._history()
+                history = self._history(group)
             prompt_ignore_length = getattr(processor, "prompt_ignore_length", None)
             if isinstance(prompt_ignore_length, torch.Tensor):  # the padding before each row
-                processor.prompt_ignore_length = history.shape[1] - self._to_batch(self.slots.lengths())
+                lengths = self._to_batch(group.of(self.slots.lengths()))
+                processor.prompt_ignore_length = history.shape[1] - lengths
             scores = self._to_slots(processor(history, self._to_batch(scores)))
         return scores
 
-    def _process_by_count(self, processor: LogitsProcessor, scores: torch.Tensor) -> None:
-        """Run a processor that depends only on the length of a row on `scores` `(n, V)`, in place."""
-        generated = self.slots.generated[: len(scores)]
-        if isinstance(processor, _MINIMUM) and self.settings.prompt_length + generated.min() >= _minimum(processor):
+    def _process_by_count(self, processor: LogitsProcessor, group: _Group, scores: torch.Tensor) -> None:
+        """Run a processor that depends only on the length of a row on `scores` `(R, V)`, in place."""
+        generated = group.on_host(self.slots.generated[: len(self.slots)])
+        prompt_length = group.decision.prompt_length
+        if isinstance(processor, _MINIMUM) and prompt_length + generated.min() >= _minimum(processor):
             return
         for count in np.unique(generated):
-            slots = torch.from_numpy(np.flatnonzero(generated == count)).to(scores.device)
-            length = self.settings.prompt_length + int(count)
-            any_ids = scores.new_zeros((1, 1), dtype=torch.long).expand(len(slots), length)
-            scores[slots] = processor(any_ids, scores[slots])
+            members = torch.from_numpy(np.flatnonzero(generated == count)).to(scores.device)
+            any_ids = scores.new_zeros((1, 1), dtype=torch.long).expand(len(members), prompt_length + int(count))
+            scores[members] = processor(any_ids, scores[members])
 
-    def _history(self, tokens: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the rows' token ids and `tokens` in the order of the batch, padded on the left: `(B, T)`."""
+    def _history(self, group: _Group, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the group's token ids and `tokens` `(n,)` in the order of the batch, padded on the left: `(R, T)`."""
         n = len(self.slots)
-        lengths = self.slots.lengths()[:, None]  # (n, 1)
-        width = int(self.slots.columns[:n].max())
-        columns = torch.arange(width, device=lengths.device) - (width - lengths)  # (n, width), negative for padding
-        history = self.cache.tokens[:n].gather(1, columns.clamp(min=0)).masked_fill_(columns < 0, self.settings.pad)
+        lengths = group.of(self.slots.lengths())[:, None]  # (R, 1)
+        width = int(group.on_host(self.slots.columns[:n]).max())
+        columns = torch.arange(width, device=lengths.device) - (width - lengths)  # (R, width), negative for padding
+        history = group.of(self.cache.tokens[:n]).gather(1, columns.clamp(min=0))
+        history = history.masked_fill_(columns < 0, self.settings.pad)
         if tokens is not None:
-            history = torch.cat([history, tokens[:, None]], 1)
+            history = torch.cat([history, group.of(tokens)[:, None]], 1)
         return self._to_batch(history, fill=self.settings.pad)
 
     def _to_batch(self, values: torch.Tensor, fill: int = 0) -> torch.Tensor:
@@ -154,6 +271,11 @@ class RowScores:
         if order is None:
             return values
         return values[order]
+
+
+def depends_on_scores_only(decision: DecisionSettings) -> bool:
+    """Return whether decisions depend on nothing but the scores, so that rows of any prompts can share them."""
+    return not decision.criteria and all(type(processor) in _SCORES_ONLY for processor in decision.processors)
 
 
 def _minimum(processor: MinLengthLogitsProcessor | MinNewTokensLengthLogitsProcessor) -> int:

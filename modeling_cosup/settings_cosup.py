@@ -1,19 +1,15 @@
-"""The settings of one call of generate() or generate_many(): what the user passes, and what the decoding loop gets."""
+"""How to retrieve, and the settings of the decoding loop: of each row, and of the loop as a whole."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StoppingCriteria
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation import StoppingCriteria
 
-from .cache_cosup import context_length
-from .configuration_cosup import CoSupConfig
-from .memory_cosup import Memory, MemoryConfig
-from .queue_cosup import Queue
-from .retriever_cosup import Retriever
+from .memory_cosup import MemoryConfig
 
 
 @dataclass
@@ -83,201 +79,101 @@ class RetrievalConfig:
             )
 
 
-@dataclass
-class RetrievalCall:
+@dataclass(frozen=True, eq=False)
+class DecisionSettings:
     """
-    The arguments of one call for the decoding loop, which transformers' generate() passes on to `_sample`.
+    How the next token of a row is decided. Rows with the same object are decided together.
 
     Args:
-        retriever ([`Retriever`], *optional*), retrieval ([`RetrievalConfig`]): searches the index; how to retrieve.
-        memory ([`Memory`], *optional*), memory_config ([`MemoryConfig`], *optional*): mixed into the logits of every
-            decision; how. Both or neither.
-        static (`bool`): the decode step keeps its shapes.
-        queue ([`Queue`], *optional*): the prompts of generate_many().
-        columns (`int`, *optional*): number of columns of the cache to start with, if the caller has computed it.
+        processors (`LogitsProcessorList`): logits processors, warpers included.
+        criteria (`list[StoppingCriteria]`): the stopping criteria that the loop does not implement itself.
+        do_sample (`bool`): sample, or take the best token.
+        prompt_length (`int`): columns of the prompts, padding included; processors and criteria count from there.
     """
 
-    retriever: Retriever | None = None
-    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
-    memory: Memory | None = None
-    memory_config: MemoryConfig | None = None
-    static: bool = False
-    queue: Queue | None = None
-    columns: int | None = None
+    processors: LogitsProcessorList
+    criteria: list[StoppingCriteria]
+    do_sample: bool
+    prompt_length: int
 
-    @property
-    def has_passages(self) -> bool:
-        """Whether there are passages to retrieve, from an index or from an oracle."""
-        return self.retriever is not None or self.retrieval.passages is not None
 
-    @property
-    def retrieves(self) -> bool:
-        """Whether `[NSP]` retrieves passages."""
-        return self.has_passages and not self.retrieval.forbid_nsp
+@dataclass(frozen=True, eq=False)
+class RowSettings:
+    """
+    The settings of a row. All rows of one call share one object.
 
-    def columns_needed(self, config: CoSupConfig, longest: int, budget: int) -> int:
+    Args:
+        decision ([`DecisionSettings`]): how its tokens are decided.
+        budget (`int`): the most tokens that it may decide.
+        retrieval ([`RetrievalConfig`]): how it retrieves.
+        retrieves (`bool`): `[NSP]` retrieves passages. Otherwise it is a token like any other, unless forbidden.
+        num_logprobs (`int`, *optional*): how many of the most likely tokens to keep of each decision, next to the
+            decided one; `None` keeps nothing.
+    """
+
+    decision: DecisionSettings
+    budget: int
+    retrieval: RetrievalConfig
+    retrieves: bool
+    num_logprobs: int | None = None
+
+    def columns_needed(self, prompt_length: int, max_passage_length: int, context_length: int) -> int:
         """
-        Return the number of columns that the longest row may fill: prompt, decoded tokens, and the longest passages.
+        Return the number of columns that a row may fill: prompt, decoded tokens, and the longest passages.
+
+        Without `max_retrievals` one retrieval counts.
 
         Args:
-            config ([`CoSupConfig`]): of the model.
-            longest (`int`), budget (`int`): length of the longest prompt, and the most tokens that a row may decide.
+            prompt_length (`int`): of the row, in tokens.
+            max_passage_length (`int`): of the model's config.
+            context_length (`int`): the most positions that Gen can read.
         """
         retrievals = 0
         if self.retrieves:
             limit = self.retrieval.max_retrievals
             retrievals = 1 if limit is None else limit
-        tokens_per_retrieval = self.retrieval.top_k * (config.max_passage_length + 1)
-        columns = longest + budget + retrievals * tokens_per_retrieval
-        return min(columns, context_length(config.get_text_config()))
+        tokens_per_retrieval = self.retrieval.top_k * (max_passage_length + 1)
+        columns = prompt_length + self.budget + retrievals * tokens_per_retrieval
+        return min(columns, context_length)
 
 
 @dataclass(frozen=True, eq=False)
 class DecodingSettings:
     """
-    The settings of the decoding loop, fixed for one call.
+    The settings of the decoding loop, the same for all of its rows.
 
     Args:
         generation_config (`GenerationConfig`): as transformers prepared it; says how a static step is compiled.
-        retrieval ([`RetrievalConfig`]): how to retrieve.
-        retrieves (`bool`): `[NSP]` retrieves passages. Otherwise it is a token like any other, unless forbidden.
+        retrieves (`bool`): rows may retrieve.
         memory_config ([`MemoryConfig`], *optional*): how the memory is mixed in, if there is one.
         num_slots (`int`), num_columns (`int`): the most rows at a time, and columns of the cache to start with.
         device (`torch.device`): of the prompts.
-        prompt_length (`int`): columns of the prompts, padding included; processors and criteria count from there.
-        budget (`int`): the most tokens that a row may decide.
         context_length (`int`): the most positions that Gen can read.
         pad (`int`), ends (`frozenset[int]`): the id of padding, and the ids that end a row.
         kept_ids (`torch.LongTensor`): control tokens and ends, whose probabilities no memory changes.
         never (`torch.LongTensor`): ids that no row may decide.
         special (`torch.LongTensor`): ids after which the loop visits the rows one by one.
-        processors (`LogitsProcessorList`): logits processors, warpers included.
-        criteria (`list[StoppingCriteria]`): the stopping criteria that the loop does not implement itself.
-        do_sample (`bool`): sample, or take the best token.
         static (`bool`): the decode step keeps its shapes, and is captured if `compile_config` and the device say so.
         refill (`bool`): finished rows make room for waiting ones, so processors see slots, not rows of the batch.
+        serves (`bool`): rows are submitted while others run. A free slot is filled at once; a failing search ends only
+            the rows for which it fails, each with its `error`; and the cache gives memory back.
+        max_batch_tokens (`int`, *optional*): limit the rows so that the cache has no more columns than this, all rows
+            together; one row always runs.
     """
 
     generation_config: GenerationConfig
-    retrieval: RetrievalConfig
     retrieves: bool
     memory_config: MemoryConfig | None
     num_slots: int
     num_columns: int
     device: torch.device
-    prompt_length: int
-    budget: int
     context_length: int
     pad: int
     ends: frozenset[int]
     kept_ids: torch.Tensor
     never: torch.Tensor
     special: torch.Tensor
-    processors: LogitsProcessorList
-    criteria: list[StoppingCriteria]
-    do_sample: bool
     static: bool
     refill: bool
-
-    @property
-    def max_retrievals(self) -> int | None:
-        """Retrievals of each row; `None` for any number."""
-        return self.retrieval.max_retrievals if self.retrieves else 0
-
-
-def decoding_settings(
-    config: CoSupConfig,
-    call: RetrievalCall,
-    generation_config: GenerationConfig,
-    processors: LogitsProcessorList,
-    criteria: StoppingCriteriaList,
-    prompts: list[list[int]],
-    prompt_length: int,
-    device: torch.device,
-) -> DecodingSettings:
-    """
-    Return the settings of a call, from what transformers has prepared for `_sample`.
-
-    Args:
-        config ([`CoSupConfig`]), call ([`RetrievalCall`]): of the model, and of the call.
-        generation_config (`GenerationConfig`), processors (`LogitsProcessorList`), criteria (`StoppingCriteriaList`):
-            as `_sample` gets them.
-        prompts (`list[list[int]]`): token ids without padding.
-        prompt_length (`int`): columns of the prompts, padding included.
-        device (`torch.device`): of the model's inputs.
-    """
-    max_length = generation_config.max_length
-    ends: set[int] = set()
-    other_criteria = []
-    for criterion in criteria:
-        if isinstance(criterion, MaxLengthCriteria):
-            max_length = min(max_length, criterion.max_length)
-        elif isinstance(criterion, EosTokenCriteria):
-            ends.update(criterion.eos_token_id.reshape(-1).tolist())
-        else:
-            other_criteria.append(criterion)
-    never = [config.cs_token_id]
-    special: set[int | None] = set(ends)
-    if call.retrieval.forbid_nsp:
-        never.append(config.nsp_token_id)
-    if call.retrieves:
-        special.add(config.nsp_token_id)
-    if call.retrieval.forget_passages:
-        special.add(config.ce_token_id)
-    if call.memory_config is not None and call.memory_config.grounded_weight is not None:
-        special.update((config.nsp_token_id, config.ce_token_id))  # they end grounded text
-    pad = generation_config._pad_token_tensor
-    return DecodingSettings(
-        generation_config=generation_config,
-        retrieval=call.retrieval,
-        retrieves=call.retrieves,
-        memory_config=call.memory_config,
-        num_slots=_num_slots(call, len(prompts)),
-        num_columns=_num_columns(config, call, prompts, generation_config.max_length - prompt_length),
-        device=device,
-        prompt_length=prompt_length,
-        budget=max_length - prompt_length,
-        context_length=context_length(config.get_text_config()),
-        pad=0 if pad is None else int(pad),
-        ends=frozenset(ends),
-        kept_ids=_ids({config.nsp_token_id, config.cs_token_id, config.ce_token_id, *ends}, device),
-        never=_ids(never, device),
-        special=_ids(special, device),
-        processors=processors,
-        criteria=other_criteria,
-        do_sample=generation_config.do_sample,
-        static=call.static,
-        refill=call.queue is not None,
-    )
-
-
-def _num_slots(call: RetrievalCall, num_prompts: int) -> int:
-    """Return the most rows at a time; at least one, for a rank without prompts."""
-    if call.queue is None:
-        return max(num_prompts, 1)
-    if call.static:
-        return max(call.queue.batch_size, 1)
-    return max(min(call.queue.batch_size, num_prompts), 1)
-
-
-def _num_columns(config: CoSupConfig, call: RetrievalCall, prompts: list[list[int]], budget: int) -> int:
-    """Return the columns to start with; a static cache starts large, since growth changes a captured step's shapes."""
-    if call.columns:
-        return call.columns
-    longest = max(map(len, prompts), default=1)
-    if call.static:
-        return call.columns_needed(config, longest, budget)
-    return longest + min(budget, 256)
-
-
-def token_budget(generation_config: GenerationConfig, prompt_length: int) -> int:
-    """Return the most tokens that a row may decide, before transformers has prepared `max_length`."""
-    if generation_config.max_new_tokens:
-        return generation_config.max_new_tokens
-    max_length = generation_config.max_length or prompt_length + 20  # transformers' default
-    return max_length - prompt_length
-
-
-def _ids(ids: Iterable[int | None], device: torch.device) -> torch.Tensor:
-    """Return `ids` as a tensor, without `None` for control tokens that the model does not have."""
-    return torch.tensor(sorted(id for id in ids if id is not None), dtype=torch.long, device=device)
+    serves: bool = False
+    max_batch_tokens: int | None = None

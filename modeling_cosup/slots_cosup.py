@@ -18,8 +18,8 @@ class Slots:
 
     Host and device. The loop branches on the state of rows, so that state is in NumPy on the host, where reading it
     waits for nothing. Forwards and decisions compute with state on the device, since a copy from the host in every
-    pass would make the device wait. Tokens are on the device only, rows and `generated` on the host only. Five arrays
-    are on both:
+    pass would make the device wait. Tokens are on the device only, rows, `generated` and `budgets` on the host only.
+    Five arrays are on both:
 
     - `occupied`, `banned` and `grounded` seldom change, and only for one slot at a time: host and device are written
       together.
@@ -38,8 +38,8 @@ class Slots:
 
     Attributes:
         rows (`list[Row | None]`): the row in each slot, up to the last one in use.
-        columns, positions, generated (`numpy.ndarray` of int64 and shape `(count,)`): column and position of the next
-            token to forward, and number of decided tokens.
+        columns, positions, generated, budgets (`numpy.ndarray` of int64 and shape `(count,)`): column and position of
+            the next token to forward, number of decided tokens, and the most that may be decided.
         occupied, banned, grounded (`numpy.ndarray` of bool and shape `(count,)`): slots with a row, slots that may not
             decide `[NSP]` next, and slots whose next token is grounded text.
         tokens (`torch.LongTensor` of shape `(count,)`): the last decision, which is not forwarded yet.
@@ -48,6 +48,7 @@ class Slots:
         order (`torch.LongTensor` of shape `(n,)`, *optional*): the row of the batch in each slot, once a row has left;
             until then `None`.
         stale (`bool`): `columns_and_positions_on_device` no longer equals `columns` and `positions`.
+        version (`int`): changes whenever a row takes a slot or leaves one.
     """
 
     count: int
@@ -59,6 +60,7 @@ class Slots:
     columns: NDArray[np.int64] = field(init=False)
     positions: NDArray[np.int64] = field(init=False)
     generated: NDArray[np.int64] = field(init=False)
+    budgets: NDArray[np.int64] = field(init=False)
     occupied: NDArray[np.bool_] = field(init=False)
     banned: NDArray[np.bool_] = field(init=False)
     grounded: NDArray[np.bool_] = field(init=False)
@@ -69,11 +71,13 @@ class Slots:
     columns_and_positions_on_device: torch.Tensor = field(init=False)
     order: torch.Tensor | None = field(init=False, default=None)
     stale: bool = field(init=False, default=True)
+    version: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.columns = np.zeros(self.count, dtype=np.int64)
         self.positions = np.zeros(self.count, dtype=np.int64)
         self.generated = np.zeros(self.count, dtype=np.int64)
+        self.budgets = np.zeros(self.count, dtype=np.int64)
         self.occupied = np.zeros(self.count, dtype=bool)
         self.banned = np.zeros(self.count, dtype=bool)
         self.grounded = np.zeros(self.count, dtype=bool)
@@ -105,6 +109,7 @@ class Slots:
         self.columns[slot] = 0
         self.positions[slot] = 0
         self.generated[slot] = 0
+        self.budgets[slot] = row.settings.budget
         self._set_occupied(slot, True)
 
     def vacate(self, row: Row) -> int | None:
@@ -135,7 +140,7 @@ class Slots:
 
     def _move(self, row: Row, slot: int) -> None:
         """Move a row and its state to another slot."""
-        for state in (self.columns, self.positions, self.generated, self.tokens):
+        for state in (self.columns, self.positions, self.generated, self.budgets, self.tokens):
             state[slot] = state[row.slot]
         self.ban(slot, self.banned[row.slot])
         self.ground(slot, self.grounded[row.slot])
@@ -148,6 +153,7 @@ class Slots:
         self.occupied[slot] = occupied
         self.occupied_on_device[slot] = occupied
         self.stale = True
+        self.version += 1
 
     def ban(self, slot: int, banned: bool | np.bool_) -> None:
         """Set whether the next decision of a slot may not be `[NSP]`."""

@@ -2,7 +2,7 @@
 
 import contextlib
 import queue
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from .trace_cosup import Retrieval, text_decoder
+from .trace_cosup import Logprobs, Retrieval, text_decoder
 
 INCOMPLETE = "\ufffd"  # how a tokenizer shows the first bytes of a character
 
@@ -32,6 +32,51 @@ class StreamEvent:
     type: str
     text: str = ""
     retrieval: Retrieval | None = None
+
+
+class GrowingText:
+    """
+    The text of token ids that come one at a time: each call returns what the text gained.
+
+    An id is decoded together with the ids before it, which decide whether there is a space between. Only the last of
+    them count, so that the work for a token does not grow with the text.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Gen's.
+        context (`Sequence[int]`): the last ids of a text that this one continues.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: Sequence[int] = ()) -> None:
+        self._decode = text_decoder(tokenizer)
+        self._pending: list[int] = []  # ids whose text was not returned yet
+        self._context = list(context)  # the last ids whose text was returned
+
+    def add(self, id: int) -> str:
+        """Return the text gained by an id; nothing while the text ends within a character."""
+        self._pending.append(id)
+        return self._gain(allow_incomplete=False)
+
+    def flush(self) -> str:
+        """Return the text of an incomplete character, which no later id completes."""
+        return self._gain(allow_incomplete=True)
+
+    def _gain(self, allow_incomplete: bool) -> str:
+        if not self._pending:
+            return ""
+        before = self._decode(self._context)
+        after = self._decode(self._context + self._pending)
+        incomplete = after.endswith(INCOMPLETE)
+        if incomplete and not allow_incomplete:
+            return ""
+        if after.startswith(before):
+            text = after[len(before) :]
+        else:
+            text = self._decode(self._pending)
+        if text:
+            # half a character must not become a whole one with bytes from after the span
+            self._context = [] if incomplete else self._pending
+        self._pending = []
+        return text
 
 
 class RetrievalStreamer(BaseStreamer):
@@ -56,7 +101,6 @@ class RetrievalStreamer(BaseStreamer):
         self, tokenizer: PreTrainedTokenizerBase, stops: Iterable[int] = (), timeout: float | None = None
     ) -> None:
         self.tokenizer = tokenizer
-        self._decode = text_decoder(tokenizer)
         self.stops = frozenset(stops)
         self.timeout = timeout
         # events, and at the end the error of generate(), or `None`
@@ -65,8 +109,7 @@ class RetrievalStreamer(BaseStreamer):
         self._prompt_is_next = True
         self._ended = False  # for the thread that generates
         self._exhausted = False  # for the thread that reads
-        self._pending: list[int] = []  # ids whose text is not emitted yet
-        self._context: list[int] = []  # the last ids whose text was emitted
+        self._text = GrowingText(tokenizer)
 
     # ------------------------------------------------------------------ the thread that generates
 
@@ -82,8 +125,7 @@ class RetrievalStreamer(BaseStreamer):
         for id in value.reshape(-1).tolist():
             if id in self.stops and self._retrieval is not None:
                 self._emit_grounded_end()
-            self._pending.append(id)
-            self._emit_text()
+            self._emit_text(self._text.add(id))
 
     def on_retrieval(self, retrieval: Retrieval) -> None:
         """Take a [`Retrieval`] from the decoding loop, in place of the tokens of `[NSP]`, passages and `[Cs]`."""
@@ -107,34 +149,14 @@ class RetrievalStreamer(BaseStreamer):
 
     def _emit_grounded_end(self) -> None:
         """Emit all pending text and, after grounded text, its end."""
-        self._emit_text(allow_incomplete=True)
+        self._emit_text(self._text.flush())
         if self._retrieval is not None:
             self._events.put(StreamEvent("grounded_end", retrieval=self._retrieval))
             self._retrieval = None
 
-    def _emit_text(self, allow_incomplete: bool = False) -> None:
-        """
-        Emit the text of the pending ids; while it ends within a character, only if `allow_incomplete`.
-
-        They are decoded together with the ids that were emitted last, which decide whether there is a space between.
-        Earlier ids are left out, so that the work for a token does not grow with the text.
-        """
-        if not self._pending:
-            return
-        before = self._decode(self._context)
-        after = self._decode(self._context + self._pending)
-        incomplete = after.endswith(INCOMPLETE)
-        if incomplete and not allow_incomplete:
-            return
-        if after.startswith(before):
-            text = after[len(before) :]
-        else:
-            text = self._decode(self._pending)
+    def _emit_text(self, text: str) -> None:
         if text:
             self._events.put(StreamEvent("text", text, self._retrieval))
-            # half a character must not become a whole one with bytes from after the span
-            self._context = [] if incomplete else self._pending
-        self._pending = []
 
     # ------------------------------------------------------------------ the thread that reads
 
@@ -154,6 +176,34 @@ class RetrievalStreamer(BaseStreamer):
         if event is None:
             raise StopIteration
         raise event
+
+
+class StreamerListener:
+    """
+    Gives a streamer of transformers what happens to a row: tokens, and retrievals if it has a method `on_retrieval`.
+
+    Args:
+        streamer (`BaseStreamer`): of one row; it has the prompt already.
+        stream_passages (`bool`): give passages and `[Cs]` to a streamer that only takes tokens.
+    """
+
+    def __init__(self, streamer: Any, stream_passages: bool) -> None:
+        self.streamer = streamer
+        self.stream_passages = stream_passages
+
+    def on_token(self, token: int, logprobs: Logprobs | None) -> None:
+        self.streamer.put(torch.tensor([token]))
+
+    def on_retrieval(self, retrieval: Retrieval, nsp_ids: list[int], passage_ids: list[int]) -> None:
+        on_retrieval = getattr(self.streamer, "on_retrieval", None)
+        if on_retrieval is not None:
+            on_retrieval(retrieval)
+            return
+        ids = nsp_ids
+        if self.stream_passages:
+            ids = nsp_ids + passage_ids
+        if ids:
+            self.streamer.put(torch.tensor(ids))
 
 
 @contextlib.contextmanager

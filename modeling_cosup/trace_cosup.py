@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -12,6 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from .memory_cosup import TokenNeighbors
 from .metadata_cosup import source_text
+from .settings_cosup import RowSettings
+
+# of the decided token, and `(token id, log-probability)` of the most likely ones, best first
+Logprobs: TypeAlias = tuple[float, list[tuple[int, float]]]
 
 
 @dataclass
@@ -67,6 +71,25 @@ class Retrieval:
         return asdict(self)
 
 
+class Listener(Protocol):
+    """What the decoding loop tells about one row, as it happens. A row without a listener costs nothing."""
+
+    def on_token(self, token: int, logprobs: Logprobs | None) -> None:
+        """Take a decided token. An `[NSP]` comes after its search, and only if it retrieved nothing and stays."""
+        ...
+
+    def on_retrieval(self, retrieval: Retrieval, nsp_ids: list[int], passage_ids: list[int]) -> None:
+        """
+        Take a retrieval, and the token ids that the row got with it.
+
+        Args:
+            retrieval ([`Retrieval`]): the object in the trace; its `grounded_span` is final when the row ends.
+            nsp_ids (`list[int]`): the `[NSP]` that was decided; empty for the `[NSP]` of a prompt.
+            passage_ids (`list[int]`): of the passages and `[Cs]`.
+        """
+        ...
+
+
 @dataclass(eq=False)  # rows are compared by identity
 class Row:
     """
@@ -75,6 +98,9 @@ class Row:
     Args:
         number (`int`): of the row in the batch, or of the prompt of `generate_many`.
         prompt (`list[int]`): token ids.
+        settings ([`RowSettings`]): how it is decided and how it retrieves.
+        listener ([`Listener`], *optional*): is told what happens to the row.
+        generator (`torch.Generator`, *optional*): draws its tokens; by default those of all rows are drawn together.
         candidates (`numpy.ndarray` of int64, *optional*): rows of the index that may be retrieved.
         given_passages (`list[dict]`, *optional*): passages for the next `[NSP]`s, in order, in place of a search.
         slot (`int`): of the batch and the cache.
@@ -83,6 +109,7 @@ class Row:
         forgotten (`list[tuple[int, list[int]]]`): passages that left the cache: the index of their first token in the
             row's ids, and their ids.
         neighbors (`list[TokenNeighbors]`): of each decided token, if the call asks for them; positions as above.
+        logprobs (`list`): of each decided token, if `settings.num_logprobs` asks for them.
         logits_before_nsp (`torch.Tensor` of shape `(V,)`): logits, mixed with the memory, from which the last `[NSP]`
             was decided; needed again if nothing is found.
         recompute_ids (`list[int]`): with `forget_passages="recompute"`, token ids to forward again in the next pass,
@@ -91,10 +118,16 @@ class Row:
             while it is in the cache.
         ids (`list[int]`): all token ids, prompt and passages included, once the row is finished.
         num_generated_tokens (`int`): number of decided tokens, once the row is finished.
+        finish_reason (`str`): then `"stop"` for an end token or a stopping criterion, `"length"` for a used budget or
+            a full context.
+        error (`Exception`, *optional*): why the row ended without being finished.
     """
 
     number: int
     prompt: list[int]
+    settings: RowSettings
+    listener: Listener | None = None
+    generator: torch.Generator | None = None
     candidates: NDArray[np.int64] | None = None
     given_passages: list[dict[str, Any]] | None = None
     slot: int = -1
@@ -102,17 +135,29 @@ class Row:
     retrieved: set[int] = field(default_factory=set)
     forgotten: list[tuple[int, list[int]]] = field(default_factory=list)
     neighbors: list[TokenNeighbors] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)
     logits_before_nsp: torch.Tensor | None = None
     recompute_ids: list[int] = field(default_factory=list)
     passage_columns: tuple[int, int] | None = None
     ids: list[int] = field(default_factory=list)
     num_generated_tokens: int = 0
+    finish_reason: str = ""
+    error: Exception | None = None
 
-    def may_retrieve(self, max_retrievals: int | None) -> bool:
-        """Return whether the row is below `max_retrievals` (`None`: no limit) and has given passages left, if any."""
-        if max_retrievals is not None and len(self.retrievals) >= max_retrievals:
+    @property
+    def may_retrieve(self) -> bool:
+        """Whether an `[NSP]` retrieves: the row is below its limit, and has given passages left, if any."""
+        limit = self.settings.retrieval.max_retrievals
+        if not self.settings.retrieves or (limit is not None and len(self.retrievals) >= limit):
             return False
         return self.given_passages is None or len(self.given_passages) > 0
+
+    @property
+    def may_decide_nsp(self) -> bool:
+        """Whether the next decision may be `[NSP]`; to a row that never retrieves it is a token like any other."""
+        if self.settings.retrieval.forbid_nsp:
+            return False
+        return self.may_retrieve or not self.settings.retrieves
 
     def begins_grounded(self, cs_token_id: int | None, stops: set[int]) -> bool:
         """Return whether the prompt ends within grounded text: after a `[Cs]` that none of `stops` follows."""
@@ -158,7 +203,8 @@ class Row:
         self.ids = ids
         self.logits_before_nsp = None
         self.passage_columns = None
-        del self.neighbors[self.num_generated_tokens :]  # of a token for which there was no room
+        for entries in (self.neighbors, self.logprobs):
+            del entries[self.num_generated_tokens :]  # of a token for which there was no room
         for retrieval in self.retrievals:
             start = end = retrieval.grounded_span[0]
             while end < len(ids) and ids[end] not in stops:

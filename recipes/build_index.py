@@ -6,14 +6,19 @@ Embed a corpus with a CoSup checkpoint and save the index.
         --index_factory HNSW32
     python recipes/build_index.py --model out --corpus_file corpus.jsonl --output_dir out/index \\
         --index wiki --index_uri http://host:19530
+    python recipes/build_index.py --model out --corpus_file corpus.jsonl --output_dir out/index \\
+        --encoder_url http://host:8000/v1
 
 Every process embeds its share. After a crash the same command resumes at the first incomplete shard. An index that is
-already in `output_dir` stays until the new one is complete. With `--index_uri` the index is also uploaded to Milvus,
-and an interrupted upload is resumed. Pass the same two options to the other recipes to search that collection. The
-environment variable MILVUS_TOKEN may hold `user:password` or an API key.
+already in `output_dir` stays until the new one is complete. With `--encoder_url` a vLLM server of what `save_emb_seq`
+wrote embeds in place of the processes (`vllm serve emb_seq --runner pooling --convert embed`); the environment
+variable VLLM_API_KEY may hold its key. With `--index_uri` the index is also uploaded to Milvus, and an interrupted
+upload is resumed. Pass the same two options to the other recipes to search that collection. The environment variable
+MILVUS_TOKEN may hold `user:password` or an API key.
 """
 
 import json
+import os
 from typing import Any
 
 from shared.cli import check_options, clear_errors, parse, table
@@ -28,6 +33,7 @@ from modeling_cosup.index_approximate_cosup import empty_approximate
 from modeling_cosup.milvus_client_cosup import milvus_packages
 from trainer.judging.figures import figure, shown
 
+from serving.server_encoder import ServerEncoder
 from shared.indexes import check_index_options, file_or_dataset, search_options
 from shared.processes import end_processes, processes
 
@@ -37,8 +43,13 @@ def main() -> None:
     (args,) = parse([IndexArguments], __doc__)
     with clear_errors():
         state = processes()
-        model = CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(state.device)
+        model = CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype).eval()
         check(args, model.config.embedding_size)
+        encoder = None
+        if args.encoder_url is None:
+            model.to(state.device)
+        else:
+            encoder = ServerEncoder(model, args.encoder_url, os.environ.get("VLLM_API_KEY"), args.batch_size)
         model.build_index(
             file_or_dataset(args.corpus_file, args.streaming),
             save_directory=args.output_dir,
@@ -48,6 +59,7 @@ def main() -> None:
             dtype=args.embedding_dtype,
             num_processes=state.num_processes,
             process_index=state.process_index,
+            encoder=encoder,
         )
         state.wait_for_everyone()
         if state.is_main_process:

@@ -302,7 +302,16 @@ class IndexArguments:
         }
     )
     output_dir: str = field(metadata={"help": "Folder of the index."})
-    batch_size: int = field(default=256, metadata={"help": "Maximum number of passages in a forward."})
+    encoder_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "vLLM pooling server of what save_emb_seq wrote, e.g. http://host:8000/v1; the model here then "
+            "only checks its first embeddings."
+        },
+    )
+    batch_size: int = field(
+        default=256, metadata={"help": "Maximum number of passages in a forward, or in a request to --encoder_url."}
+    )
     max_tokens_per_batch: int | None = field(
         default=None, metadata={"help": "Maximum number of tokens in a forward; 4,096 on a CPU, 32,768 elsewhere."}
     )

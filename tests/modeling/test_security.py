@@ -61,6 +61,8 @@ def test_no_code_of_ours_unpickles_or_evaluates(path):
         forbidden = FORBIDDEN_WHERE_IT_TRAVELS
     elif path.parent.name == "benchmarks":  # they ask the C library about memory
         forbidden = UNPICKLE
+    elif path.parent.name == "serving":  # a server listens, and asks the servers of vLLM
+        forbidden = FORBIDDEN - {"socket", "httpx"}
     else:
         forbidden = FORBIDDEN
     assert not set(imported(tree)) & forbidden

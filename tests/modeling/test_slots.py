@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from modeling_cosup import RetrievalConfig
+from modeling_cosup.settings_cosup import DecisionSettings, RowSettings
 from modeling_cosup.slots_cosup import Slots
 from modeling_cosup.trace_cosup import Row
+
+SETTINGS = RowSettings(DecisionSettings([], [], False, 1), budget=9, retrieval=RetrievalConfig(), retrieves=True)
 
 
 def check_contents(slots, contents):
@@ -38,7 +42,7 @@ def test_host_and_device_agree_after_every_event(keeps_slots, seed):
         action = rng.choice(["occupy", "vacate", "ban", "ground", "step", "step", "chunk", "take_back"])
         row = rng.choice(list(contents)) if contents else None
         if action == "occupy" and slots.free:
-            row = Row(number, [1])
+            row = Row(number, [1], SETTINGS)
             number += 1
             slots.occupy(row)
             slots.ban(row.slot, False)
@@ -83,7 +87,7 @@ def test_host_and_device_agree_after_every_event(keeps_slots, seed):
 def test_nothing_is_copied_while_all_rows_step():
     slots = Slots(4, torch.device("cpu"))
     for number in range(3):
-        slots.occupy(Row(number, [1]))
+        slots.occupy(Row(number, [1], SETTINGS))
     slots.count_chunks(np.arange(3), np.array([4, 2, 7]))
     columns, _ = slots.columns_and_positions(3)
     for _ in range(5):
@@ -97,7 +101,7 @@ def test_nothing_is_copied_while_all_rows_step():
 
 def test_the_last_row_moves_into_the_gap():
     slots = Slots(4, torch.device("cpu"))
-    rows = [Row(number, [1]) for number in range(3)]
+    rows = [Row(number, [1], SETTINGS) for number in range(3)]
     for row in rows:
         slots.occupy(row)
     slots.set_tokens(torch.tensor([11, 12, 13]))

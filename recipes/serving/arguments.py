@@ -1,0 +1,99 @@
+"""Options of `recipes/serve.py`."""
+
+import os
+from dataclasses import dataclass, field
+from typing import Literal
+
+from shared.indexes import INDEX_HELP, INDEX_URI_HELP
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(kw_only=True)
+class ServeArguments:
+    """Model, engine, and limits of a server."""
+
+    model: str = field(metadata={"local_or_hub": True, "help": "name or path of a CoSup checkpoint"})
+    index: str | None = field(default=None, metadata={"help": f"{INDEX_HELP}; without it nothing is retrieved"})
+    index_uri: str | None = field(default=None, metadata={"help": INDEX_URI_HELP})
+    engine: Literal["embedded", "vllm"] = field(
+        default="embedded",
+        metadata={"help": "embedded: this process generates; vllm: servers of vLLM, see --gen_url and --query_url"},
+    )
+    gen_url: str | None = field(default=None, metadata={"help": "vLLM server that generates, http://host:8001/v1"})
+    query_url: str | None = field(default=None, metadata={"help": "vLLM server that embeds, http://host:8002/v1"})
+    encoder_url: str | None = field(
+        default=None, metadata={"help": "vLLM server of what save_emb_seq wrote, for embeddings of passages"}
+    )
+    host: str = field(
+        default="127.0.0.1", metadata={"help": "address to listen on; 0.0.0.0 is open to the network: set --api_key"}
+    )
+    port: int = field(default=8000, metadata={"help": "port to listen on; 0 takes a free one"})
+    api_key: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "keys, of which requests must bring one; also read from the variable COSUP_API_KEY, separated by "
+            "commas, where other users of this machine do not see them"
+        },
+    )
+    served_model_name: str | None = field(
+        default=None, metadata={"help": "name by which requests call the model; defaults to its name or folder"}
+    )
+    dtype: str = field(default="auto", metadata={"help": "dtype of the weights, e.g. bfloat16 on a GPU"})
+    load_emb_seq: bool = field(
+        default=False, metadata={"help": "also load Emb_seq, for embeddings of passages", "flag": True}
+    )
+    max_running: int = field(default=32, metadata={"help": "answers that are generated at a time"})
+    max_waiting: int = field(default=256, metadata={"help": "answers that wait; further ones get status 429"})
+    max_batch_tokens: int | None = field(
+        default=None, metadata={"help": "limit the answers at a time by the columns of their KV caches together"}
+    )
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "the most tokens of an answer; defaults to what Gen's context has room for"}
+    )
+    max_prompt_tokens: int | None = field(
+        default=None, metadata={"help": "the most tokens of a prompt; defaults to Gen's context"}
+    )
+    max_body_bytes: int = field(default=4 * 2**20, metadata={"help": "the most bytes of a request's body"})
+    request_timeout: float | None = field(
+        default=None, metadata={"help": "seconds after which an unfinished answer fails; by default never"}
+    )
+    shutdown_timeout: float = field(
+        default=30.0, metadata={"help": "seconds for running answers to finish after SIGTERM or Ctrl+C"}
+    )
+    cors_origins: list[str] = field(
+        default_factory=list,
+        metadata={"help": "origins of web pages that may call the server, e.g. http://localhost:3000, or *"},
+    )
+    log_prompts: bool = field(default=False, metadata={"help": "write prompts and answers to the log", "flag": True})
+
+    def __post_init__(self) -> None:
+        for name in ("max_running", "max_batch_tokens", "max_new_tokens", "max_prompt_tokens", "max_body_bytes"):
+            limit = getattr(self, name)
+            if limit is not None and limit < 1:
+                raise ValueError(f"--{name} {limit}: expected at least 1.")
+        for name in ("max_waiting", "shutdown_timeout"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} {getattr(self, name)}: expected at least 0.")
+        if self.request_timeout is not None and self.request_timeout <= 0:
+            raise ValueError(f"--request_timeout {self.request_timeout}: expected more than 0.")
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"--port {self.port}: expected 0 to 65535.")
+        is_vllm = self.engine == "vllm"
+        for name in ("gen_url", "query_url", "encoder_url"):
+            is_given = getattr(self, name) is not None
+            if is_given and not is_vllm:
+                raise ValueError(f"--{name} is of --engine vllm.")
+            if is_vllm and not is_given and name != "encoder_url":
+                raise ValueError(f"--engine vllm needs --{name}.")
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of `--api_key` and of the variable COSUP_API_KEY."""
+        keys = [*self.api_key, *os.environ.get("COSUP_API_KEY", "").split(",")]
+        return [key.strip() for key in keys if key.strip()]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether anyone in the network may use the server."""
+        return self.host not in LOOPBACK and not self.keys

@@ -1,0 +1,300 @@
+"""
+The bodies of requests: OpenAI's fields, and `retrieval`.
+
+A field of OpenAI that this server cannot honour is refused by name, unless its value asks for nothing; a field that
+never changes an answer is ignored. A field that OpenAI does not have is refused.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+
+from modeling_cosup import RetrievalConfig
+
+MAX_CHOICES = 16
+MAX_PROMPTS = 64  # of a completion
+MAX_INPUTS = 2048  # of embeddings
+MAX_STOP_STRINGS = 4
+MAX_STOP_LENGTH = 256  # characters
+MAX_PASSAGES = 64  # for an [NSP], and given to a prompt
+MAX_CANDIDATES = 10_000
+MAX_MESSAGES = 1024
+LARGEST_ID = 2**31 - 1
+LARGEST_SEED = 2**63 - 1
+
+NEUTRAL: dict[str, list[Any]] = {  # values that ask for nothing; null always is one
+    "audio": [],
+    "best_of": [1],
+    "echo": [False],
+    "frequency_penalty": [0],
+    "function_call": ["none"],
+    "functions": [[]],
+    "logit_bias": [{}],
+    "modalities": [["text"]],
+    "moderation": [],
+    "prediction": [],
+    "presence_penalty": [0],
+    "reasoning_effort": ["none"],
+    "response_format": [{"type": "text"}],
+    "suffix": [""],
+    "tool_calls": [[]],
+    "tool_choice": ["none", "auto"],
+    "tools": [[]],
+    "verbosity": ["medium"],
+    "web_search_options": [],
+}
+
+
+def _check_neutral(value: Any, info: ValidationInfo) -> Any:
+    """Refuse a value that asks for what this server cannot do."""
+    assert info.field_name is not None
+    allowed = NEUTRAL[info.field_name]
+    for neutral in allowed:
+        if value == neutral and isinstance(value, bool) == isinstance(neutral, bool):
+            return value
+    if value is None:
+        return value
+    expected = " or ".join(["null", *map(repr, allowed)])
+    raise ValueError(f"this server does not support it, expected {expected}")
+
+
+def _check_characters(text: str) -> str:
+    """Refuse half a surrogate pair: JSON can hold it, no text can."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("half a surrogate pair is no character")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_characters)]
+Neutral = Annotated[Any, AfterValidator(_check_neutral)]
+TokenIds = list[Annotated[int, Field(ge=0, le=LARGEST_ID)]]
+
+
+class Body(BaseModel):
+    """A JSON object without unknown fields, whose values are not converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+# ---------------------------------------------------------------------- parts of bodies
+
+
+class TextPart(Body):
+    """A part of a message; images, sound and files are refused."""
+
+    type: Literal["text"]
+    text: str
+
+
+class PassageBody(Body):
+    """A passage that the client gives."""
+
+    text: Annotated[Text, Field(min_length=1)]
+    title: Text = ""
+    id: Text | None = None
+
+
+def _one_text(content: Any) -> Any:
+    """Return the text of a message whose content is a text, or a list of text parts."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise ValueError(f"this model reads texts alone, found a part of type {str(kind)[:40]!r}")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+class Message(Body):
+    """A message of a chat. What else an assistant's message holds, such as its citations, is ignored."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[Text, BeforeValidator(_one_text, json_schema_input_type=str | list[TextPart])]
+    name: Any = None
+    annotations: Any = None
+    audio: Any = None
+    function_call: Neutral = None
+    refusal: Any = None
+    retrievals: Any = None
+    tool_calls: Neutral = None
+
+
+def _in_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+StopString = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+StopStrings = Annotated[
+    Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)],
+    BeforeValidator(_in_list, json_schema_input_type=StopString | list[StopString]),
+]
+
+
+def _prompts(value: Any) -> Any:
+    """Return a list of prompts, each a text or token ids, for any of the forms of `prompt`."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value and all(type(id) is int for id in value):
+        return [value]
+    return value
+
+
+class StreamOptions(Body):
+    """What a stream holds in addition."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class RetrievalBody(Body):
+    """How the answer retrieves: fields of [`RetrievalConfig`]; `candidates` and `passages` are those of the prompt."""
+
+    top_k: Annotated[int, Field(ge=1, le=MAX_PASSAGES)] = 1
+    max_retrievals: Annotated[int, Field(ge=0, le=LARGEST_ID)] | None = None
+    force_nsp_first: bool = False
+    forbid_nsp: bool = False
+    candidates: Annotated[list[Text], Field(max_length=MAX_CANDIDATES)] | None = None
+    passages: Annotated[list[PassageBody], Field(max_length=MAX_PASSAGES)] | None = None
+    min_score: float | None = None
+    no_repeat_passages: bool = False
+    forget_passages: Literal["recompute", "mask"] | None = None
+
+    def config(self) -> RetrievalConfig:
+        """
+        Return the settings for one prompt.
+
+        Raises:
+            `ValueError`: for settings that exclude each other.
+        """
+        candidates = None if self.candidates is None else [self.candidates]
+        passages = None
+        if self.passages is not None:
+            passages = [[passage.model_dump() for passage in self.passages]]
+        return RetrievalConfig(
+            top_k=self.top_k,
+            max_retrievals=self.max_retrievals,
+            force_nsp_first=self.force_nsp_first,
+            forbid_nsp=self.forbid_nsp,
+            candidates=candidates,
+            passages=passages,
+            min_score=self.min_score,
+            no_repeat_passages=self.no_repeat_passages,
+            forget_passages=self.forget_passages,
+        )
+
+
+# ---------------------------------------------------------------------- bodies
+
+
+class GenerationBody(Body):
+    """What bodies of chats and completions share; a default of `None` is the server's."""
+
+    model: Text
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    seed: Annotated[int, Field(ge=-LARGEST_SEED, le=LARGEST_SEED)] | None = None
+    stop: StopStrings | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    retrieval: RetrievalBody | None = None
+    frequency_penalty: Neutral = None
+    logit_bias: Neutral = None
+    presence_penalty: Neutral = None
+    user: Any = None
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> "GenerationBody":
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is only allowed with stream=true")
+        return self
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class ChatBody(GenerationBody):
+    """The body of `/v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    audio: Neutral = None
+    function_call: Neutral = None
+    functions: Neutral = None
+    modalities: Neutral = None
+    moderation: Neutral = None
+    prediction: Neutral = None
+    reasoning_effort: Neutral = None
+    response_format: Neutral = None
+    tool_choice: Neutral = None
+    tools: Neutral = None
+    verbosity: Neutral = None
+    web_search_options: Neutral = None
+    # they change no answer
+    metadata: Any = None
+    parallel_tool_calls: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
+    safety_identifier: Any = None
+    service_tier: Any = None
+    store: Any = None
+
+    @model_validator(mode="after")
+    def _check_top_logprobs(self) -> "ChatBody":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is only allowed with logprobs=true")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the most likely tokens to report; `None` for no log-probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionBody(GenerationBody):
+    """The body of `/v1/completions`."""
+
+    prompt: Annotated[
+        Annotated[list[Text | TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)],
+        BeforeValidator(_prompts, json_schema_input_type=str | list[str] | TokenIds | list[TokenIds]),
+    ]
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    best_of: Neutral = None
+    echo: Neutral = None
+    suffix: Neutral = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the most likely tokens to report; `None` for no log-probabilities."""
+        return self.logprobs
+
+
+def _passages(value: Any) -> Any:
+    """Return a list of passages for any of the forms of `input`."""
+    if isinstance(value, str | dict):
+        value = [value]
+    if not isinstance(value, list):
+        return value
+    return [{"text": text} if isinstance(text, str) else text for text in value]
+
+
+class EmbeddingBody(Body):
+    """The body of `/v1/embeddings`; `input_type` is `"passage"` or `"query"`."""
+
+    model: Text
+    input: Annotated[
+        Annotated[list[PassageBody], Field(min_length=1, max_length=MAX_INPUTS)],
+        BeforeValidator(_passages, json_schema_input_type=str | PassageBody | list[str | PassageBody]),
+    ]
+    input_type: Literal["passage", "query"] = "passage"
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    user: Any = None

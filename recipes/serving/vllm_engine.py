@@ -1,0 +1,344 @@
+"""
+An engine beyond one machine: Gen is served by vLLM, unpatched, twice: once to generate, once to embed.
+
+vLLM never hands out a hidden state while it generates. So an answer is made of pieces: the first server generates up
+to `[NSP]`, the second reads everything up to there and returns the query embedding, the index is searched here, and
+the next piece continues after the passage and `[Cs]`. With prefix caching, which is on by default, neither server
+computes a prefix twice.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.initialization import no_init_weights
+from transformers.utils import logging
+
+from modeling_cosup import CoSupConfig, CoSupForCausalLM, Retriever
+from modeling_cosup.cache_cosup import context_length
+from modeling_cosup.lookup_cosup import Found, Lookup
+from modeling_cosup.settings_cosup import DecisionSettings, RowSettings
+from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_prompt, encode_queries_for_emb_seq
+from modeling_cosup.trace_cosup import Row
+
+from serving.checks import check_passages, check_request
+from serving.engine import (
+    BackendFailed,
+    DeadlineExceeded,
+    EngineLoad,
+    Event,
+    GenerationRequest,
+    QueueFull,
+    SearchFailed,
+    ShuttingDown,
+    UnsupportedSetting,
+)
+from serving.search_queue import SearchQueue
+from serving.vllm_answer import Answer, AnswerSettings
+from serving.vllm_checks import (
+    MOST_LOGPROBS,
+    check_encoder,
+    check_generation_config,
+    check_servers,
+    control_tokens,
+    read_weight,
+)
+from serving.vllm_client import VllmClient
+
+logger = logging.get_logger(__name__)
+
+T = TypeVar("T")
+
+
+def model_without_weights(name_or_path: str | Path) -> CoSupForCausalLM:
+    """
+    Load the settings, tokenizers and fingerprint of a checkpoint, but none of its weights.
+
+    Raises:
+        `ValueError`: for what is no CoSup checkpoint, or one that stores no fingerprint of Emb_seq.
+    """
+    config = CoSupConfig.from_pretrained(name_or_path)
+    if not (config.fingerprint or {}).get("emb_seq"):
+        raise ValueError(
+            f"{name_or_path} stores no fingerprint of Emb_seq, so no index can be checked against it: load it with"
+            " CoSupForCausalLM.from_pretrained, and save it again."
+        )
+    config._name_or_path = str(name_or_path)  # where the tokenizers are
+    with torch.device("meta"), no_init_weights():  # takes neither memory nor time
+        model = CoSupForCausalLM(config)
+    model.generation_config = GenerationConfig.from_pretrained(name_or_path)
+    return model.eval()
+
+
+class VllmEngine:
+    """
+    Continues prompts with retrieval through vLLM servers; see [`~serving.engine.Engine`].
+
+    Args:
+        model ([`CoSupForCausalLM`]): whose parts are served; its weights are not used: [`model_without_weights`].
+        index ([`Retriever`], *optional*): a [`PassageIndex`], or one in Milvus.
+        gen_url (`str`): of a server of what `save_gen` wrote, such as `http://host:8001/v1`.
+        query_url (`str`): of a server of the same folder with `--runner pooling --convert embed`; if Emb_seq makes the
+            queries (`query_from="emb_seq"`), of what `save_emb_seq` wrote.
+        encoder_url (`str`, *optional*): of a pooling server of what `save_emb_seq` wrote, to embed passages.
+        api_key (`str`, *optional*): of these servers.
+        max_running (`int`), max_waiting (`int`): requests that are answered at a time, and that may wait.
+        timeout (`float`): seconds without a sign of a server after which it counts as gone.
+        num_retries (`int`): how often a request to a server is sent again.
+
+    Raises:
+        `ValueError`: for a model without `[NSP]`, an index of another model, settings that vLLM cannot honour, and
+            what is no URL.
+    """
+
+    has_index: bool
+    context_length: int
+
+    def __init__(
+        self,
+        model: CoSupForCausalLM,
+        index: Retriever | None,
+        gen_url: str,
+        query_url: str,
+        encoder_url: str | None = None,
+        api_key: str | None = None,
+        max_running: int = 256,
+        max_waiting: int = 1024,
+        timeout: float = 300.0,
+        num_retries: int = 3,
+    ) -> None:
+        for name, value, least in (("max_running", max_running, 1), ("max_waiting", max_waiting, 0)):
+            if value < least:
+                raise ValueError(f"{name} is {value}, expected at least {least}.")
+        self.model = model
+        self.config = model.config
+        self.tokenizer = model.tokenizer
+        self.index = index
+        self.has_index = index is not None
+        if self.config.query_from == "query_encoder":
+            raise ValueError("query_from='query_encoder' is not available with vLLM: use the embedded engine.")
+        self.ends, self.sampling = check_generation_config(model)
+        self.control_tokens = control_tokens(model)
+        if index is not None:
+            index.check_model(model)
+        options: dict[str, Any] = {
+            "api_key": api_key,
+            "timeout": timeout,
+            "num_retries": num_retries,
+            "max_connections": max_running,
+        }
+        self.gen = VllmClient(gen_url, "gen_url", **options)
+        self.query = VllmClient(query_url, "query_url", **options)
+        self.encoder: VllmClient | None = None
+        if encoder_url is not None:
+            self.encoder = VllmClient(encoder_url, "encoder_url", **options)
+        self.context_length = context_length(self.config.get_text_config())
+        self.query_head: torch.Tensor | None = None  # `emb_head`, through which the queries of a tied model go
+        if self.config.tie_emb_seq and model.emb_head is not None:
+            head = read_weight(model, "emb_head.weight")
+            assert head is not None  # the checkpoint would not load without it
+            self.query_head = head.float()
+        self.max_running = max_running
+        self.max_waiting = max_waiting
+        self.lookup = Lookup(model, index)
+        self.searches = SearchQueue(self.lookup)
+        self._slots = asyncio.Semaphore(max_running)
+        self._running = 0
+        self._waiting = 0
+        self._stopping = False
+        self._steps: set[asyncio.Future] = set()  # what runs for requests, to be cancelled
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    # ------------------------------------------------------------------ start and stop
+
+    async def start(self) -> None:
+        """
+        Check the servers: that they answer, and serve the parts of this model.
+
+        Raises:
+            `ConnectionError`: names the server that does not answer.
+            `ValueError`: names the server that serves something else.
+        """
+        try:
+            self.context_length = await check_servers(self.model, self.gen, self.query, self.context_length)
+            if self.encoder is not None:
+                await check_encoder(self.model, self.encoder, self.index)
+        except BackendFailed as error:
+            raise ConnectionError(str(error)) from error
+
+    async def stop(self, drain: bool = True) -> None:
+        """Refuse new requests; finish those that were taken, or with `drain=False` end them with `ShuttingDown`."""
+        self._stopping = True
+        if not drain:
+            for step in list(self._steps):
+                step.cancel()
+        await self._idle.wait()
+        for client in self._clients():
+            await client.close()
+
+    def _clients(self) -> list[VllmClient]:
+        return [client for client in (self.gen, self.query, self.encoder) if client is not None]
+
+    async def is_healthy(self) -> bool:
+        """Return whether all servers answer."""
+        if self._stopping:
+            return False
+        return all(await asyncio.gather(*(client.is_healthy() for client in self._clients())))
+
+    def load(self) -> EngineLoad:
+        """Return how busy the engine is."""
+        return EngineLoad(self._running, self._waiting, self.max_running, self.max_waiting)
+
+    @property
+    def settings(self) -> AnswerSettings:
+        """What is the same for all answers."""
+        nsp, cs, ce = self.control_tokens
+        return AnswerSettings(nsp, cs, ce, self.ends, self.context_length, self.control_tokens, self.sampling)
+
+    # ------------------------------------------------------------------ generating
+
+    def check(self, request: GenerationRequest) -> None:
+        """
+        Raise unless `generate(request)` can run.
+
+        Raises:
+            [`UnsupportedSetting`]: names the setting, and what was expected.
+        """
+        check_request(request, self.config, self.context_length, self.has_index)
+        if request.num_logprobs is not None and request.num_logprobs > MOST_LOGPROBS:
+            raise UnsupportedSetting(f"num_logprobs is {request.num_logprobs}, expected at most {MOST_LOGPROBS}.")
+        if request.retrieval.forget_passages == "mask":
+            raise UnsupportedSetting(
+                "forget_passages is 'mask', which needs the embedded engine: vLLM cannot mask what it has cached;"
+                " expected 'recompute' or nothing."
+            )
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Sequence[Event]]:
+        """
+        Yield the events of a request in groups, as they happen. Closing the iterator breaks off on the server too.
+
+        Raises:
+            [`EngineError`]: what went wrong.
+        """
+        if self._stopping:
+            raise ShuttingDown("The server is shutting down.")
+        self.check(request)
+        async with self._slot(request.deadline):
+            answer = await self._until(request.deadline, self._answer(request))
+            async with aclosing(answer.events()) as events:
+                while True:
+                    try:
+                        group = await self._until(request.deadline, anext(events))
+                    except StopAsyncIteration:
+                        return
+                    if group:
+                        yield group
+
+    @asynccontextmanager
+    async def _slot(self, deadline: float | None) -> AsyncIterator[None]:
+        """Wait until fewer than `max_running` requests are answered, and count this one while it is."""
+        if self._slots.locked() and self._waiting >= self.max_waiting:
+            raise QueueFull(f"{self._waiting} requests are waiting already.")
+        self._idle.clear()
+        self._waiting += 1
+        try:
+            try:
+                await self._until(deadline, self._slots.acquire())
+            finally:
+                self._waiting -= 1
+            self._running += 1
+            try:
+                yield
+            finally:
+                self._running -= 1
+                self._slots.release()
+        finally:
+            if not self._running + self._waiting:
+                self._idle.set()
+
+    async def _until(self, deadline: float | None, step: Awaitable[T]) -> T:
+        """
+        Return the result of a step of an answer.
+
+        Raises:
+            [`DeadlineExceeded`]: if `time.monotonic()` reaches `deadline`.
+            [`ShuttingDown`]: if `stop` cancelled it.
+        """
+        task = asyncio.ensure_future(step)
+        self._steps.add(task)
+        try:
+            timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+            await asyncio.wait({task}, timeout=timeout)
+            if not task.done():
+                raise DeadlineExceeded("The answer was not finished in time.")
+            if task.cancelled():
+                raise ShuttingDown("The server is shutting down.")
+            return task.result()
+        finally:
+            self._steps.discard(task)
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})  # its connection is closed before the slot is free
+
+    async def _answer(self, request: GenerationRequest) -> Answer:
+        """Return the answer of a request, before its first event; looks up candidates and given passages."""
+        retrieval = request.retrieval
+        retrieves = (self.has_index or retrieval.passages is not None) and not retrieval.forbid_nsp
+        greedy = DecisionSettings(LogitsProcessorList(), [], do_sample=False, prompt_length=len(request.prompt_ids))
+        row = Row(0, list(request.prompt_ids), RowSettings(greedy, request.max_new_tokens, retrieval, retrieves))
+        if retrieval.candidates is not None or retrieval.passages is not None:
+            try:
+                await asyncio.to_thread(self.lookup.prepare, [row], retrieval)
+            except ValueError as error:
+                raise UnsupportedSetting(str(error)) from error
+            except Exception as error:  # a retriever may raise anything
+                raise SearchFailed(f"The candidates could not be looked up: {error}") from error
+        return Answer(self.settings, request, self.gen, self.lookup, row, self._find)
+
+    async def _find(self, row: Row, view: list[int]) -> Found:
+        """Return the passages for a row of which Gen sees `view`, up to and including `[NSP]`."""
+        query_embed = None
+        if row.given_passages is None or row.settings.retrieval.output_query_embeds:
+            query_embed = (await self._query_embeds([view]))[0]  # (h,)
+        return await self.searches.find(row, query_embed)
+
+    # ------------------------------------------------------------------ embedding
+
+    async def _query_embeds(self, rows: list[list[int]]) -> torch.Tensor:
+        """Return the query embeddings `(N, h)` of token ids that end in `[NSP]`."""
+        if self.config.query_from == "emb_seq":
+            rows, _ = encode_queries_for_emb_seq(self.tokenizer, self.model.emb_seq_tokenizer, rows, self.config)
+        states = torch.from_numpy(await self.query.embed(rows))
+        if self.query_head is not None:
+            states = states @ self.query_head.T
+        return self.model._normalize(states)
+
+    async def embed_queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return the query embeddings `(N, h)` of texts, as Gen makes them at the first `[NSP]` of an answer."""
+        if not texts:
+            return np.zeros((0, self.config.embedding_size), np.float32)
+        rows = [[*encode_prompt(self.tokenizer, text), self.settings.nsp_token_id] for text in texts]
+        return (await self._query_embeds(rows)).numpy()
+
+    async def embed_passages(self, passages: Sequence[dict[str, Any]]) -> NDArray[np.float32]:
+        """
+        Return the embeddings `(N, h)` of passages `{"title", "text"}`, as in the index.
+
+        Raises:
+            [`UnsupportedSetting`]: without `encoder_url`.
+        """
+        if self.encoder is None:
+            raise UnsupportedSetting("Embedding passages needs a server of Emb_seq, and none was given (encoder_url).")
+        check_passages(passages)
+        if not passages:
+            return np.zeros((0, self.config.embedding_size), np.float32)
+        ids = encode_passages_for_emb_seq(self.model.emb_seq_tokenizer, passages, self.config)
+        return self.model._normalize(torch.from_numpy(await self.encoder.embed(ids))).numpy()

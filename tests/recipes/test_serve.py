@@ -1,0 +1,115 @@
+"""`recipes/serve.py`: from its options to a server that answers, and stops at a signal; what it refuses before."""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+import serve
+
+from modeling_cosup import PassageIndex
+from support.models import PASSAGES, make_model
+from support.recipes import fails_here, flags
+
+from serving.arguments import ServeArguments
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A model named `tiny` and its index, and the index of another model."""
+    folder = tmp_path_factory.mktemp("serve")
+    for seed, name in [(0, "tiny"), (5, "other")]:
+        model = make_model(emb_seq_kwargs={"seed": seed})
+        model.save_pretrained(folder / name)
+        PassageIndex.build(PASSAGES[:2], model, save_directory=folder / name / "index")
+    return folder
+
+
+@pytest.fixture
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    return port
+
+
+def test_a_server_answers_until_a_signal(checkpoint, free_port, monkeypatch, capsys):
+    monkeypatch.setenv("COSUP_API_KEY", "from-variable, second")
+    words = flags(model=checkpoint / "tiny", index=checkpoint / "tiny/index", port=free_port, max_new_tokens=3)
+    monkeypatch.setattr(sys, "argv", ["serve.py", *words, "--load_emb_seq", "--api_key", "from-option"])
+    url = f"http://127.0.0.1:{free_port}"
+    responses = {}
+
+    def call():
+        try:
+            with httpx.Client(base_url=url, headers={"Authorization": "Bearer second"}) as client:
+                for _ in range(400):
+                    try:
+                        client.get("/health")
+                        break
+                    except httpx.ConnectError:
+                        time.sleep(0.05)
+                chat = {"model": "tiny", "messages": [{"role": "user", "content": "who?"}], "max_tokens": 50}
+                chat["retrieval"] = {"force_nsp_first": True}
+                responses["chat"] = client.post("/v1/chat/completions", json=chat)
+                responses["embedding"] = client.post("/v1/embeddings", json={"model": "tiny", "input": "x"})
+                for key in ("from-variable", "from-option", "from-variable, second"):
+                    headers = {"Authorization": f"Bearer {key}"}
+                    responses[key] = client.get("/v1/models", headers=headers)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    serve.main()  # returns: to be stopped is no failure
+    caller.join()
+    assert f"Ready: {url}/v1" in capsys.readouterr().out
+    answer = responses["chat"].json()
+    assert answer["usage"]["completion_tokens"] <= 3
+    assert answer["choices"][0]["message"]["retrievals"]
+    assert len(responses["embedding"].json()["data"][0]["embedding"]) == 32
+    statuses = [responses[key].status_code for key in ("from-variable", "from-option", "from-variable, second")]
+    assert statuses == [200, 200, 401]
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url)
+
+
+def test_a_port_in_use_is_one_line_before_the_model_is_loaded(tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        message = fails_here(monkeypatch, "serve", *flags(model=tmp_path, port=port))  # no model in this folder
+    assert message == f"error: --host 127.0.0.1 --port {port}: Address already in use."
+
+
+def test_an_index_of_another_model_is_refused_at_the_start(checkpoint, free_port, monkeypatch):
+    words = flags(model=checkpoint / "tiny", index=checkpoint / "other/index", port=free_port)
+    message = fails_here(monkeypatch, "serve", *words)
+    assert "This index was built by another model" in message and "emb_seq" in message
+
+
+def test_a_server_that_is_open_to_the_network_warns(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("COSUP_API_KEY", raising=False)
+    words = flags(model=tmp_path, host="0.0.0.0", port=0)
+    fails_here(monkeypatch, "serve", *words)  # the folder is empty
+    assert "warning: --host 0.0.0.0 without --api_key" in capsys.readouterr().err
+    fails_here(monkeypatch, "serve", *words, "--api_key", "secret")
+    assert "warning: --host" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_running": 0}, "--max_running 0: expected at least 1."),
+        ({"max_waiting": -1}, "--max_waiting -1: expected at least 0."),
+        ({"request_timeout": 0.0}, "--request_timeout 0.0: expected more than 0."),
+        ({"port": 70000}, "--port 70000: expected 0 to 65535."),
+        ({"engine": "vllm", "query_url": "http://q/v1"}, "--engine vllm needs --gen_url."),
+        ({"gen_url": "http://g/v1"}, "--gen_url is of --engine vllm."),
+    ],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        ServeArguments(model="x", **options)

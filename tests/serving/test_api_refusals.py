@@ -1,0 +1,390 @@
+"""What the API refuses, in the shape of OpenAI's errors, and what it does when engine or client fail."""
+
+import json
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from modeling_cosup import Retrieval
+from support.models import make_model
+from support.serving import ScriptedEngine, started_server
+
+from serving.api import ApiSettings
+from serving.engine import (
+    BackendFailed,
+    DeadlineExceeded,
+    EndEvent,
+    QueueFull,
+    RetrievalEvent,
+    SearchFailed,
+    TokenEvent,
+    UnsupportedSetting,
+)
+
+openai = pytest.importorskip("openai", reason="needs the official client: pip install openai")
+
+MESSAGES = [{"role": "user", "content": "who?"}]
+CHAT = {"model": "tiny", "messages": MESSAGES}
+KEY = "schlüssel"  # not ASCII: the comparison is of bytes
+ERRORS = {
+    "unsupported": UnsupportedSetting("force_nsp_first: this server has no index."),
+    "full": QueueFull("The queue is full.", retry_after=7),
+    "late": DeadlineExceeded("Too late."),
+    "search": SearchFailed("The index is gone."),
+    "backend": BackendFailed("The loop crashed."),
+    "bug": RuntimeError("a secret path"),
+}
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """An engine that is told by the prompt what to do: write, wait, or fail before or after its first token."""
+    release = threading.Event()
+    model = make_model()
+    large = Retrieval(0, 100, [{"id": "p", "title": "", "text": "x" * 100_000}], [None], (105, 105))
+
+    async def script(request):
+        import asyncio
+
+        text = model.tokenizer.decode(request.prompt_ids)
+        for name, error in ERRORS.items():
+            if f"fail {name}" in text:
+                raise error
+            if f"break {name}" in text:
+                yield [TokenEvent(70)]
+                raise error
+        yield [TokenEvent(70)]
+        while "wait" in text and not release.is_set():
+            await asyncio.sleep(0.002)
+        while "flood" in text:
+            yield [RetrievalEvent(large), TokenEvent(model.config.ce_token_id)]
+        yield [TokenEvent(71), EndEvent("stop", 2)]
+
+    engine = ScriptedEngine(model, script)
+    engine.release = release
+    return engine
+
+
+@pytest.fixture(scope="module")
+def server(engine):
+    settings = ApiSettings(
+        "tiny", api_keys=["other", KEY], max_body_bytes=20_000, max_new_tokens=30, cors_origins=["http://ui.example"]
+    )
+    with started_server(engine, settings) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def http(server):
+    headers = {"Authorization": f"Bearer {KEY}".encode(), "Content-Type": "application/json"}
+    with httpx.Client(base_url=server.url, headers=headers, timeout=20) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def anyone(server):
+    """A client without a key."""
+    with httpx.Client(base_url=server.url, timeout=20) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    headers = {"Authorization": "Bearer other"}
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="other", default_headers=headers, max_retries=0)
+
+
+def refusal(response, status=400):
+    """Return the error of a response with the given status, whose shape is checked."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+# ---------------------------------------------------------------------- bodies
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"text"',
+        b"\xff{}",
+        b"[" * 9000,
+        b'{"model": ' + b"1" * 5000 + b"}",
+        json.dumps(CHAT).encode().replace(b'"who?"', b'"\\ud800"'),
+        json.dumps({**CHAT, "temperature": 1}).encode().replace(b": 1", b": NaN"),
+        json.dumps({**CHAT, "temperature": 1}).encode().replace(b": 1", b": -Infinity"),
+        json.dumps({**CHAT, "\ud800": 1}).encode(),
+    ],
+)
+def test_a_body_that_cannot_be_read_gets_400(http, body):
+    error = refusal(http.post("/v1/chat/completions", content=body))
+    assert error["type"] == "invalid_request_error" and error["message"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("top_k", 5, "Unrecognized request argument supplied: top_k"),
+        ("retrieval", {"stream_passages": True}, "Unrecognized request argument supplied: retrieval.stream_passages"),
+        ("retrieval", {"output_query_embeds": True}, "Unrecognized request argument"),
+        ("retrieval", {"force_nsp_first": True, "forbid_nsp": True}, "exclude each other"),
+        ("retrieval", {"top_k": 0}, "retrieval.top_k"),
+        ("retrieval", {"top_k": 10**30}, "retrieval.top_k"),
+        ("retrieval", {"passages": [{"text": ""}]}, "retrieval.passages.0.text"),
+        ("frequency_penalty", 0.5, "frequency_penalty: this server does not support it, expected null or 0"),
+        ("frequency_penalty", False, "frequency_penalty"),
+        ("tools", [{"type": "function"}], "tools: this server does not support it"),
+        ("response_format", {"type": "json_object"}, "response_format"),
+        ("n", 17, "n: "),
+        ("n", True, "n: "),
+        ("max_tokens", 0, "max_tokens: "),
+        ("max_tokens", "5", "max_tokens: "),
+        ("temperature", 2.1, "temperature: "),
+        ("top_p", 0, "top_p: "),
+        ("seed", 2**70, "seed: "),
+        ("stop", ["a"] * 5, "stop: "),
+        ("stop", [""], "stop.0: "),
+        ("stop", "x" * 300, "stop.0: "),
+        ("top_logprobs", 3, "logprobs=true"),
+        ("stream_options", {"include_usage": True}, "stream=true"),
+        ("messages", [], "messages: "),
+        ("messages", [{"role": "tool", "content": "x"}], "messages.0.role: "),
+        ("messages", [{"role": "user", "content": [{"type": "image_url"}]}], "found a part of type 'image_url'"),
+        ("messages", [{"role": "user", "content": "word " * 600}], "tokens, expected 1 to 511"),
+    ],
+)
+def test_fields_are_refused_by_name(http, field, value, message):
+    error = refusal(http.post("/v1/chat/completions", json={**CHAT, field: value}))
+    assert message in error["message"]
+
+
+def test_neutral_and_harmless_fields_are_accepted(http):
+    neutral = {
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0,
+        "logit_bias": {},
+        "tools": [],
+        "tool_choice": "none",
+        "response_format": {"type": "text"},
+        "n": None,
+        "stop": None,
+        "retrieval": None,
+        "user": "me",
+        "metadata": {"a": "b"},
+        "store": False,
+    }
+    assert http.post("/v1/chat/completions", json={**CHAT, **neutral}).status_code == 200
+    completion = {"model": "tiny", "prompt": "x", "echo": False, "best_of": 1, "suffix": None}
+    assert http.post("/v1/completions", json=completion).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": ""}, "The prompt has 0 tokens"),
+        ({"prompt": []}, "prompt: "),
+        ({"prompt": [[]]}, "The prompt has 0 tokens"),
+        ({"prompt": [5, 10**6]}, "1000000 is no token id"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [1.5]}, "prompt"),
+        ({"prompt": ["x"] * 65}, "prompt: "),
+        ({"echo": True}, "echo: "),
+        ({"suffix": "x"}, "suffix: "),
+        ({"best_of": 2}, "best_of: "),
+        ({"logprobs": 6}, "logprobs: "),
+    ],
+)
+def test_completions_refuse(http, changes, message):
+    error = refusal(http.post("/v1/completions", json={"model": "tiny", "prompt": "x", **changes}))
+    assert message in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "message"),
+    [
+        ({"input": []}, 400, "input: "),
+        ({"input": [1, 2]}, 400, "input.0"),
+        ({"dimensions": 5}, 400, "dimensions is 5, expected 32"),
+        ({"encoding_format": "hex"}, 400, "encoding_format: "),
+        ({"input": {"text": "x", "title": "t"}, "input_type": "query"}, 400, "a query is a text"),
+        ({}, 400, "Emb_seq is not loaded"),
+        ({"input_type": "query"}, 502, "no answer"),
+    ],
+)
+def test_embeddings_refuse(http, changes, status, message):
+    body = {"model": "tiny", "input": "x", **changes}
+    assert message in refusal(http.post("/v1/embeddings", json=body), status)["message"]
+
+
+def test_other_models_and_urls_are_not_found(http, client):
+    error = refusal(http.post("/v1/chat/completions", json={**CHAT, "model": "gpt-x"}), 404)
+    assert error["code"] == "model_not_found" and error["param"] == "model"
+    with pytest.raises(openai.NotFoundError, match="gpt-x"):
+        client.models.retrieve("gpt-x")
+    refusal(http.get("/v1/nothing"), 404)
+    refusal(http.get("/v1/chat/completions"), 405)
+
+
+def test_a_large_body_gets_413_with_and_without_its_length(http):
+    large = {**CHAT, "user": "x" * 20_000}
+    assert refusal(http.post("/v1/chat/completions", json=large), 413)["code"] == "request_too_large"
+
+    def chunks():
+        yield b'{"model": "'
+        for _ in range(30):
+            yield b"x" * 1000
+
+    assert "20,000 bytes" in refusal(http.post("/v1/chat/completions", content=chunks()), 413)["message"]
+
+
+# ---------------------------------------------------------------------- keys
+
+
+@pytest.mark.parametrize("authorization", [None, "Bearer wrong", "Bearer", "Basic other", "Bearer others", "Bearer ü"])
+def test_a_wrong_key_gets_401(anyone, authorization):
+    headers = {} if authorization is None else {"Authorization": authorization.encode()}
+    response = anyone.post("/v1/chat/completions", json=CHAT, headers=headers)
+    assert refusal(response, 401)["type"] == "authentication_error"
+    assert anyone.get("/v1/models", headers=headers).status_code == 401
+    assert anyone.get("/health", headers=headers).status_code == 200
+
+
+def test_the_official_client_raises_its_own_errors(server, client):
+    wrong = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
+    with pytest.raises(openai.AuthenticationError, match="Incorrect API key"):
+        wrong.chat.completions.create(**CHAT)
+    with pytest.raises(openai.BadRequestError, match="top_k") as caught:
+        client.chat.completions.create(**CHAT, extra_body={"top_k": 3})
+    assert caught.value.param == "top_k" and caught.value.code == "unknown_parameter"
+
+
+def test_a_browser_may_call_from_the_given_origin(anyone):
+    headers = {"Origin": "http://ui.example", "Access-Control-Request-Method": "POST"}
+    response = anyone.options("/v1/chat/completions", headers=headers)
+    assert response.headers["access-control-allow-origin"] == "http://ui.example"
+    response = anyone.options("/v1/models", headers={**headers, "Origin": "http://evil.example"})
+    assert "access-control-allow-origin" not in response.headers
+
+
+# ---------------------------------------------------------------------- failing engines
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "kind"),
+    [
+        ("unsupported", 400, openai.BadRequestError),
+        ("full", 429, openai.RateLimitError),
+        ("late", 504, openai.InternalServerError),
+        ("search", 502, openai.InternalServerError),
+        ("backend", 502, openai.InternalServerError),
+        ("bug", 500, openai.InternalServerError),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_errors_of_the_engine_reach_the_client(client, name, status, kind, stream):
+    messages = [{"role": "user", "content": f"fail {name}"}]
+    with pytest.raises(kind) as caught:
+        client.chat.completions.create(model="tiny", messages=messages, stream=stream)
+    assert caught.value.status_code == status
+    if name == "bug":
+        assert "secret" not in str(caught.value)
+    else:
+        assert str(ERRORS[name]) in str(caught.value)
+    if name == "full":
+        assert caught.value.response.headers["retry-after"] == "7"
+
+
+def test_an_error_in_mid_stream_is_its_last_event(client):
+    messages = [{"role": "user", "content": "break search"}]
+    texts = []
+    with pytest.raises(openai.APIError, match="The index is gone"):
+        for chunk in client.chat.completions.create(model="tiny", messages=messages, stream=True):
+            texts.append(chunk.choices[0].delta.content)
+    assert len(texts) == 2 and texts[1]  # the role, and the token before the error
+
+
+def test_one_failing_answer_fails_the_request_and_frees_the_others(client, engine):
+    with pytest.raises(openai.InternalServerError, match="The index is gone"):
+        client.completions.create(model="tiny", prompt=["wait", "break search", "wait"])
+    assert engine.idle.wait(5)
+
+
+# ---------------------------------------------------------------------- clients that leave, and the end
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_slot(server, engine, stream):
+    body = json.dumps({**CHAT, "stream": stream, "messages": [{"role": "user", "content": "wait"}]}).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer other\r\nContent-Length: {len(body)}"
+    )
+    with socket.create_connection(server.url.removeprefix("http://").split(":")) as connection:
+        connection.sendall(f"{head}\r\nContent-Type: application/json\r\n\r\n".encode() + body)
+        while not engine.running:
+            pass
+    assert engine.idle.wait(5)
+
+
+def test_a_client_that_does_not_read_is_given_up(server, http, engine, monkeypatch, caplog):
+    monkeypatch.setattr("serving.generating.SEND_TIMEOUT", 0.2)
+    body = json.dumps({**CHAT, "stream": True, "messages": [{"role": "user", "content": "flood"}]}).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer other\r\nContent-Length: {len(body)}"
+    )
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    host, port = server.url.removeprefix("http://").split(":")
+    connection.connect((host, int(port)))
+    with connection:
+        connection.sendall(f"{head}\r\nContent-Type: application/json\r\n\r\n".encode() + body)
+        while not engine.running:
+            pass
+        # others are served meanwhile
+        assert http.post("/v1/chat/completions", json=CHAT).status_code == 200
+        assert engine.idle.wait(10)
+    assert "A client read nothing" in caplog.text
+
+
+def test_the_metrics_count_by_route_and_status(http):
+    def count(text, route, status):
+        label = f'cosup_requests_total{{route="{route}",status="{status}"}} '
+        return next((float(line[len(label) :]) for line in text.splitlines() if line.startswith(label)), 0.0)
+
+    before = http.get("/metrics").text
+    http.post("/v1/completions", json={"model": "tiny", "prompt": "x"})
+    http.post("/v1/completions", json={"model": "other", "prompt": "x"})
+    http.get("/v1/anything/at/all")
+    after = http.get("/metrics").text
+    for route, status in (("/v1/completions", 200), ("/v1/completions", 404), ("other", 404)):
+        assert count(after, route, status) == count(before, route, status) + 1
+    assert "anything" not in after
+    for name in ("generated_tokens_total", "time_to_first_token_seconds_count", "requests_running 0.0"):
+        assert f"cosup_{name}" in after
+
+
+def test_at_the_end_running_answers_finish_and_new_ones_get_503(server, http, engine):
+    with ThreadPoolExecutor() as pool:
+        messages = [{"role": "user", "content": "wait"}]
+        running = pool.submit(http.post, "/v1/chat/completions", json={**CHAT, "messages": messages})
+        while not engine.running:
+            pass
+        server.stop_soon()
+        while not engine.is_stopping:
+            pass
+        response = http.post("/v1/chat/completions", json=CHAT)
+        assert refusal(response, 503)["code"] == "shutting_down"
+        assert response.headers["retry-after"] == "10"
+        assert http.get("/health").status_code == 503
+        engine.release.set()
+        assert running.result().status_code == 200
+    server.thread.join(10)
+    assert not server.thread.is_alive()

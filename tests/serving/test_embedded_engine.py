@@ -1,0 +1,432 @@
+"""The embedded engine: refusals, cancellation, deadlines, a full queue, failures of a part, and its end."""
+
+import asyncio
+import gc
+import math
+import time
+import weakref
+from contextlib import aclosing
+
+import numpy as np
+import pytest
+import torch
+
+from modeling_cosup import RetrievalConfig
+from modeling_cosup.packing_cosup import pad_rows
+from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_prompt
+from support.models import PASSAGES, make_model
+
+from serving.embedded_engine import EmbeddedEngine
+from serving.engine import (
+    BackendFailed,
+    DeadlineExceeded,
+    EndEvent,
+    GenerationRequest,
+    QueueFull,
+    RetrievalEvent,
+    SearchFailed,
+    ShuttingDown,
+    TokenEvent,
+    UnsupportedSetting,
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model("llama")
+
+
+@pytest.fixture(scope="module")
+def index(model):
+    return model.build_index(PASSAGES, show_progress_bar=False)
+
+
+def request(model, budget=4, text="who?", **settings):
+    retrieval = {name: settings.pop(name) for name in list(settings) if name in RetrievalConfig.__annotations__}
+    prompt = encode_prompt(model.tokenizer, text)
+    return GenerationRequest(prompt, budget, RetrievalConfig(**retrieval), **settings)
+
+
+def long_request(model, **settings):
+    """Return a request that is answered until it is cancelled, for the time of a test."""
+    return request(model, 400, forbid_nsp=True, **settings)
+
+
+async def events_of(engine, request):
+    events = []
+    async for group in engine.generate(request):
+        events += group
+    return events
+
+
+def run(test, *parts, **options):
+    """Run `test(engine)` while an engine of these parts serves."""
+
+    async def serve():
+        engine = EmbeddedEngine(*parts, **options)
+        await engine.start()
+        try:
+            await asyncio.wait_for(test(engine), 60)
+        finally:
+            await engine.stop(drain=False)
+        assert not engine._streams
+        assert not await engine.is_healthy()
+
+    asyncio.run(serve())
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"budget": 0}, "max_new_tokens is 0, expected an integer, 1 or more"),
+        ({"budget": 1.5}, "max_new_tokens is 1.5"),
+        ({"temperature": -1}, "temperature is -1, expected a number, 0 or more"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"top_p": 0.0}, "top_p is 0"),
+        ({"top_p": 1.1}, "top_p is 1.1, expected a number from 0 to 1"),
+        ({"seed": 2**64}, "seed is 18446744073709551616"),
+        ({"num_logprobs": -1}, "num_logprobs is -1"),
+        ({"candidates": [["p1", "nowhere"]]}, "candidates: .*nowhere"),
+        ({"candidates": [["p1"], ["p2"]]}, "candidates has 2 entries, expected one"),
+        ({"passages": [["nowhere"]]}, "passages: .*nowhere"),
+        ({"passages": [[{"title": "no text"}]]}, "passages: .*text"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(model, index, settings, message):
+    with pytest.raises(UnsupportedSetting, match=f"^{message}"):
+        EmbeddedEngine(model, index).check(request(model, **settings))
+
+
+def test_prompts_that_cannot_be_continued_are_refused(model, index):
+    engine = EmbeddedEngine(model, index)
+    engine.check(GenerationRequest([5] * 511, 4))
+    for ids, message in (([], "is empty"), ([5] * 512, "has 512 tokens, but Gen reads 512"), ([400], "400 to 400")):
+        with pytest.raises(UnsupportedSetting, match=f"^prompt_ids .*{message}"):
+            engine.check(GenerationRequest(ids, 4))
+
+
+def test_what_needs_an_index_is_refused_without_one(model):
+    engine = EmbeddedEngine(model)
+    for settings in ({"force_nsp_first": True}, {"candidates": [["p1"]]}):
+        with pytest.raises(UnsupportedSetting, match=f"^{next(iter(settings))}: this server has no index"):
+            engine.check(request(model, **settings))
+    engine.check(request(model, force_nsp_first=True, passages=[[PASSAGES[0]]]))
+
+
+def test_a_request_that_never_has_room_is_refused(model, index):
+    with pytest.raises(UnsupportedSetting, match="^max_new_tokens is 400.* 412 tokens.* room for 411"):
+        EmbeddedEngine(model, index, max_batch_tokens=411).check(long_request(model))
+    EmbeddedEngine(model, index, max_batch_tokens=412).check(long_request(model))
+
+
+def test_limits_and_parts_are_checked(model, index):
+    for name, value in (("max_running", 0), ("max_waiting", -1), ("max_batch_tokens", 0)):
+        with pytest.raises(ValueError, match=f"{name} is {value}"):
+            EmbeddedEngine(model, index, **{name: value})
+    other = make_model("llama", emb_seq_kwargs={"seed": 5})
+    with pytest.raises(ValueError, match="built by another model"):
+        asyncio.run(EmbeddedEngine(other, index).start())
+
+
+# ---------------------------------------------------------------------- requests come and go
+
+
+def test_a_closed_request_frees_its_slot_at_the_next_step(model, index):
+    async def test(engine):
+        steps = 0
+        step = engine._thread._decoder.step
+
+        def counted_step():
+            nonlocal steps
+            steps += 1
+            return step()
+
+        engine._thread._decoder.step = counted_step
+        second = None
+        async with aclosing(engine.generate(long_request(model))) as groups:
+            async for _ in groups:
+                second = asyncio.create_task(events_of(engine, request(model, 3, forbid_nsp=True)))
+                await asyncio.sleep(0.05)
+                assert (engine.load().running, engine.load().waiting) == (1, 1)
+                break
+        closed_at = steps
+        assert len(await second) == 4
+        assert steps <= closed_at + 1 + 3  # the pass under way, and those of the second request
+        assert (engine.load().running, engine.load().waiting) == (0, 0)
+
+    run(test, model, index, max_running=1)
+
+
+def test_a_waiting_request_can_be_cancelled(model, index):
+    async def test(engine):
+        first = asyncio.create_task(events_of(engine, long_request(model)))
+        second = asyncio.create_task(events_of(engine, request(model)))
+        third = asyncio.create_task(events_of(engine, request(model)))
+        await asyncio.sleep(0.05)
+        second.cancel()
+        await asyncio.sleep(0.01)
+        assert (engine.load().running, engine.load().waiting) == (1, 1)
+        first.cancel()
+        assert isinstance((await third)[-1], EndEvent)
+
+    run(test, model, index, max_running=1)
+
+
+def test_a_full_queue_refuses_and_says_when_to_try_again(model, index):
+    async def test(engine):
+        tasks = [asyncio.create_task(events_of(engine, long_request(model))) for _ in range(3)]
+        await asyncio.sleep(0.02)
+        with pytest.raises(QueueFull, match="1 requests are being answered and 2 wait") as refusal:
+            await events_of(engine, request(model))
+        assert 1 <= refusal.value.retry_after <= 60
+        tasks[2].cancel()
+        await asyncio.sleep(0)
+        engine.check(request(model))
+        last = asyncio.create_task(events_of(engine, request(model)))
+        for task in tasks:
+            task.cancel()
+        assert isinstance((await last)[-1], EndEvent)
+
+    run(test, model, index, max_running=1, max_waiting=2)
+
+
+def test_deadlines_of_running_and_waiting_requests(model, index):
+    async def test(engine):
+        begin = time.monotonic()
+        requests = [long_request(model, deadline=begin + after, incremental=False) for after in (0.2, 0.1, -1.0)]
+        outcomes = await asyncio.gather(*[events_of(engine, request) for request in requests], return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [DeadlineExceeded] * 3
+        assert time.monotonic() - begin < 5
+        assert isinstance((await events_of(engine, request(model, deadline=time.monotonic() + 60)))[-1], EndEvent)
+
+    run(test, model, index, max_running=1)
+
+
+def test_a_client_that_reads_slowly_gets_everything_and_holds_nobody_up(model, index):
+    async def test(engine):
+        groups = []
+        async for group in engine.generate(request(model, 30, forbid_nsp=True)):
+            groups.append(group)
+            if len(groups) == 1:
+                await events_of(engine, request(model, 60, forbid_nsp=True))
+        assert len(groups) <= 4  # what came meanwhile comes together
+        assert [type(event) for group in groups for event in group] == [TokenEvent] * 30 + [EndEvent]
+
+    run(test, model, index)
+
+
+def test_the_next_row_has_room_before_later_ones(model, index):
+    """A long request is not overtaken by short ones for which there would be room."""
+
+    async def test(engine):
+        ended = []
+
+        async def answer(name, request):
+            await events_of(engine, request)
+            ended.append(name)
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(answer("first", request(model, 60, forbid_nsp=True)))
+            group.create_task(answer("long", request(model, 180, forbid_nsp=True)))
+            for number in range(4):
+                group.create_task(answer(f"short {number}", request(model, 1, forbid_nsp=True)))
+        assert ended[:2] == ["first", "long"]  # there was room for short ones next to the first
+        assert engine._thread._decoder.cache.rows * engine._thread._decoder.cache.columns <= 256
+
+    run(test, model, index, max_batch_tokens=256)
+
+
+def test_nothing_of_finished_requests_is_kept(model, index):
+    async def test(engine):
+        decoder = engine._thread._decoder
+        rows = []
+        submit = decoder.submit
+
+        def watched_submit(row):
+            rows.append(weakref.ref(row))
+            submit(row)
+
+        decoder.submit = watched_submit
+        sizes = []  # of the cache, in columns of all rows
+        shrink = decoder.cache.shrink
+
+        def watched_shrink(rows, columns):
+            sizes.append(decoder.cache.rows * decoder.cache.columns)
+            shrink(rows, columns)
+
+        decoder.cache.shrink = watched_shrink
+        await asyncio.gather(*[events_of(engine, request(model, 200, forbid_nsp=True)) for _ in range(2)])
+        assert sizes[0] >= 2 * 212
+        for _ in range(3):
+            requests = [request(model, 2, force_nsp_first=True, seed=1, temperature=1.0) for _ in range(8)]
+            await asyncio.gather(*[events_of(engine, request) for request in requests])
+        await events_of(engine, request(model, 1, forbid_nsp=True))
+        gc.collect()
+        assert len(rows) == 27
+        assert not [row for row in rows[:-1] if row() is not None]
+        assert max(sizes) <= 8 * 256
+        assert not engine._thread._tickets and not decoder.finished
+        assert decoder.cache.rows * decoder.cache.columns <= 4 * 64
+        assert decoder.cache.keys[0].shape[:1] + decoder.cache.keys[0].shape[2:3] == decoder.cache.positions.shape
+
+    run(test, model, index, max_running=8)
+
+
+# ---------------------------------------------------------------------- what fails
+
+
+class FailingIndex:
+    """An index that cannot be searched among the passages of `p3`."""
+
+    def __init__(self, index):
+        self.index = index
+        self.searches = 0
+
+    def __getattr__(self, name):
+        return getattr(self.index, name)
+
+    def search(self, query_embeds, k=1, candidates=None):
+        self.searches += 1
+        if any(rows is not None and 3 in rows for rows in candidates or []):
+            raise ConnectionError("https://key@host went away")
+        return self.index.search(query_embeds, k, candidates)
+
+
+def test_a_failing_search_fails_its_own_request(model, index):
+    failing_index = FailingIndex(index)
+
+    async def test(engine):
+        good = request(model, 6, force_nsp_first=True, max_retrievals=1)
+        expected = await events_of(engine, good)
+        bad = request(model, 6, force_nsp_first=True, candidates=[["p3"]])
+        requests = [good, bad, good, bad, request(model, 6, forbid_nsp=True)]
+        outcomes = await asyncio.gather(*[events_of(engine, request) for request in requests], return_exceptions=True)
+        for outcome in (outcomes[1], outcomes[3]):
+            assert isinstance(outcome, SearchFailed)
+            assert str(outcome) == "The index cannot be searched (ConnectionError)."  # no address, no key
+        for outcome in (outcomes[0], outcomes[2]):
+            assert isinstance(outcome[0], RetrievalEvent)
+            assert outcome[1:] == expected[1:]
+        assert len(outcomes[4]) == 7
+        assert failing_index.searches > 2
+        assert (engine.load().running, engine.load().waiting) == (0, 0)
+        assert isinstance((await events_of(engine, good))[-1], EndEvent)
+
+    run(test, model, failing_index)
+
+
+def test_a_pass_that_breaks_off_fails_its_requests_and_the_engine_goes_on(model, index, monkeypatch):
+    async def test(engine):
+        expected = await events_of(engine, request(model, 5))
+        forward = model.gen.base_model.forward
+
+        def no_memory(*args, **kwargs):
+            raise torch.OutOfMemoryError("no memory left")
+
+        running = [asyncio.create_task(events_of(engine, long_request(model))) for _ in range(2)]
+        waiting = asyncio.create_task(events_of(engine, request(model, 5)))
+        await asyncio.sleep(0.05)
+        assert engine.load().running == 2
+        monkeypatch.setattr(model.gen.base_model, "forward", no_memory)
+        for task in running:
+            with pytest.raises(BackendFailed, match="OutOfMemoryError"):
+                await task
+            monkeypatch.setattr(model.gen.base_model, "forward", forward)
+        # the waiting request may have been admitted before the model worked again
+        outcome = (await asyncio.gather(waiting, return_exceptions=True))[0]
+        assert isinstance(outcome, BackendFailed) or outcome == expected
+        assert await events_of(engine, request(model, 5)) == expected
+        assert await engine.is_healthy()
+
+    run(test, model, index, max_running=2)
+
+
+def test_an_engine_whose_passes_all_break_off_is_ill(model, index, monkeypatch):
+    async def test(engine):
+        def broken(*args, **kwargs):
+            raise RuntimeError("device-side assert")
+
+        monkeypatch.setattr(model.gen.base_model, "forward", broken)
+        for healthy in (True, True, False):
+            with pytest.raises(BackendFailed, match="RuntimeError"):
+                await events_of(engine, request(model))
+            assert await engine.is_healthy() == healthy
+
+    run(test, model, index)
+
+
+# ---------------------------------------------------------------------- the end
+
+
+@pytest.mark.parametrize("drain", [True, False])
+def test_stopping_finishes_or_cancels_what_was_accepted(model, index, drain):
+    async def serve():
+        engine = EmbeddedEngine(model, index, max_running=1)
+        with pytest.raises(ShuttingDown, match="not started"):
+            await events_of(engine, request(model))
+        await engine.start()
+        with pytest.raises(RuntimeError, match="started before"):
+            await engine.start()
+        tasks = [asyncio.create_task(events_of(engine, request(model, 40, forbid_nsp=True))) for _ in range(2)]
+        await asyncio.sleep(0.02)
+        stopped = asyncio.create_task(engine.stop(drain=drain))
+        await asyncio.sleep(0)
+        with pytest.raises(ShuttingDown, match="shutting down"):
+            await events_of(engine, request(model))
+        with pytest.raises(ShuttingDown):
+            await engine.embed_queries(["who?"])
+        assert not await engine.is_healthy()
+        await asyncio.wait_for(stopped, 60)
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        if drain:
+            assert [len(outcome) for outcome in outcomes] == [41, 41]
+        else:
+            assert [type(outcome) for outcome in outcomes] == [ShuttingDown] * 2
+
+    asyncio.run(serve())
+
+
+# ---------------------------------------------------------------------- embeddings
+
+
+def test_embeddings_between_passes_are_those_of_index_and_generate(model, index):
+    async def test(engine):
+        running = asyncio.create_task(events_of(engine, long_request(model)))
+        await asyncio.sleep(0.02)
+        passages = [PASSAGES[i % 6] for i in range(40)]
+        embeds = await engine.embed_passages(passages)
+        assert embeds.dtype == np.float32
+        np.testing.assert_allclose(embeds, np.tile(index.embeddings, (7, 1))[:40], atol=1e-5)
+        ids, mask = pad_rows(encode_passages_for_emb_seq(model.emb_seq_tokenizer, PASSAGES[:1], model.config))
+        np.testing.assert_allclose(embeds[:1], model.encode_passages(ids, mask).detach(), atol=1e-5)
+        texts = ["who?", "who painted the Night Watch?"]
+        queries = await engine.embed_queries(texts)
+        for text, query in zip(texts, queries, strict=True):
+            events = await events_of(engine, request(model, 2, text, force_nsp_first=True, output_query_embeds=True))
+            np.testing.assert_allclose(query, events[0].retrieval.query_embed, atol=1e-5)
+        assert (await engine.embed_queries([])).shape == (0, 32)
+        assert not running.done()
+        running.cancel()
+
+    run(test, model, index)
+
+
+def test_embeddings_that_cannot_be_made_are_refused(model, index, monkeypatch):
+    async def test(engine):
+        with pytest.raises(UnsupportedSetting, match=r"^passages: .*passages\[1\]"):
+            await engine.embed_passages([PASSAGES[0], {"title": "a"}])
+        with pytest.raises(UnsupportedSetting, match=r"^queries\[0\] has .* tokens, but Gen reads 512"):
+            await engine.embed_queries(["a b c " * 300])
+        monkeypatch.setattr(model, "encode_passages", None)
+        with pytest.raises(BackendFailed, match="TypeError"):
+            await engine.embed_passages(PASSAGES)
+        model.emb_seq, emb_seq = None, model.emb_seq
+        with pytest.raises(UnsupportedSetting, match="load_emb_seq"):
+            await engine.embed_passages(PASSAGES)
+        model.emb_seq = emb_seq
+        assert (await engine.embed_queries(["who?"])).shape == (1, 32)
+
+    run(test, model, index)

@@ -1,0 +1,435 @@
+"""
+The engine over vLLM servers, against a stand-in for them: its own logic, and what it does when a server fails.
+
+The stand-in speaks vLLM's two endpoints over real HTTP, but is not vLLM; `test_real_vllm.py` needs a real one.
+"""
+
+import asyncio
+import time
+from contextlib import ExitStack, aclosing
+
+import numpy as np
+import pytest
+import torch
+
+from modeling_cosup import RetrievalConfig
+from modeling_cosup.tokenization_cosup import encode_prompt
+from support.models import PASSAGES, make_model
+from support.served_answers import alone, check_answer, check_logprobs, make_parts, requests_of
+from support.vllm_server import StandIn, running
+
+from serving import vllm_client
+from serving.engine import (
+    BackendFailed,
+    DeadlineExceeded,
+    GenerationRequest,
+    QueueFull,
+    RetrievalEvent,
+    SearchFailed,
+    ShuttingDown,
+    TokenEvent,
+    UnsupportedSetting,
+)
+from serving.vllm_engine import VllmEngine, model_without_weights
+
+
+class World:
+    """A model, its folder and index, and servers of its parts."""
+
+    def __init__(self, folder, model, index, stack):
+        self.model = model
+        self.index = index
+        model.save_pretrained(folder)
+        self.bare_model = model_without_weights(folder)
+        self.servers = {}
+        for name, part in (("gen", "gen"), ("query", "gen"), ("encoder", "emb_seq")):
+            self.servers[name] = stack.enter_context(running(StandIn(model, part)))
+
+    def stand_in(self, name):
+        return self.servers[name].stand_in
+
+    def engine(self, index=None, **options):
+        urls = {f"{name}_url": server.url for name, server in self.servers.items()}
+        return VllmEngine(self.bare_model, index or self.index, **{**urls, **options})
+
+    def run(self, test, start=True, **options):
+        """Run `test(engine)` with an engine of these servers."""
+
+        async def serve():
+            engine = self.engine(**options)
+            try:
+                if start:
+                    await engine.start()
+                return await asyncio.wait_for(test(engine), 60)
+            finally:
+                await engine.stop(drain=False)
+                assert (engine.load().running, engine.load().waiting) == (0, 0)
+
+        for server in self.servers.values():
+            server.stand_in.bodies.clear()
+            server.stand_in.faults.clear()
+        return asyncio.run(serve())
+
+    def request(self, budget=4, text="who?", **settings):
+        names = RetrievalConfig.__annotations__
+        retrieval = RetrievalConfig(**{name: settings.pop(name) for name in list(settings) if name in names})
+        return GenerationRequest(encode_prompt(self.model.tokenizer, text), budget, retrieval, **settings)
+
+    def ends(self):
+        return self.model.generation_config.eos_token_id
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    with ExitStack() as stack:
+        yield World(tmp_path_factory.mktemp("model"), *make_parts("llama"), stack)
+
+
+@pytest.fixture
+def slow_world(world):
+    """A world whose Gen takes 5 ms for a token."""
+    world.stand_in("gen").seconds_per_token = 0.005
+    yield world
+    world.stand_in("gen").seconds_per_token = 0.0
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch):
+    monkeypatch.setattr(vllm_client, "FIRST_WAIT", 0.001)
+
+
+async def events_of(engine, request):
+    events = []
+    async with aclosing(engine.generate(request)) as groups:
+        async for group in groups:
+            events += group
+    return events
+
+
+async def nothing(engine):
+    pass
+
+
+# ---------------------------------------------------------------------- answers
+
+
+@torch.no_grad()
+def test_prompts_at_once_equal_generate(world):
+    requests = requests_of(world.model, 33, can_mask=False)
+
+    async def test(engine):
+        return await asyncio.gather(*[events_of(engine, request) for request in requests])
+
+    answers = world.run(test, max_running=16)
+    assert world.stand_in("gen").most_running > 3
+    outputs = [alone(world.model, world.index, request) for request in requests]
+    for request, events, output in zip(requests, answers, outputs, strict=True):
+        check_answer(events, request, output, world.ends())
+        if request.num_logprobs is not None and request.retrieval.forget_passages is None:
+            check_logprobs(world.model, events, request, output)
+    assert sum(len(output.retrievals[0]) for output in outputs) > 20
+    assert {body["stream"] for body in world.stand_in("gen").bodies} == {True, False}
+
+
+def test_streamed_equals_not_streamed(world):
+    requests = [world.request(12, force_nsp_first=True, incremental=incremental) for incremental in (True, False)]
+
+    async def test(engine):
+        return [await events_of(engine, request) for request in requests]
+
+    streamed, whole = world.run(test)
+    assert streamed == whole
+    assert len([event for event in streamed if isinstance(event, TokenEvent)]) > 3
+
+
+def test_sampling_settings_reach_the_server_and_each_piece_has_its_seed(world):
+    request = world.request(6, force_nsp_first=True, temperature=0.7, top_p=0.9, seed=5, max_retrievals=1)
+    world.run(lambda engine: events_of(engine, request))
+    body = world.stand_in("gen").bodies[1]  # after the check of the start
+    assert (body["temperature"], body["top_p"], body["seed"]) == (0.7, 0.9, 6)  # [NSP] was decided before
+    assert body["bad_words"] == ["[Cs]", "[NSP]"]
+    assert body["ignore_eos"] and body["top_k"] == 0
+
+
+@torch.no_grad()
+def test_embeddings_are_those_of_the_model(world):
+    async def test(engine):
+        return await engine.embed_queries(["who?", "Curie"]), await engine.embed_passages(PASSAGES)
+
+    queries, passages = world.run(test)
+    assert np.abs(passages - world.index.embeddings.numpy()).max() < 1e-5
+    for text, embed in zip(["who?", "Curie"], queries, strict=True):
+        ids = [*encode_prompt(world.model.tokenizer, text), world.model.config.nsp_token_id]
+        assert np.abs(embed - world.model(torch.tensor([ids])).query_embeds[0].numpy()).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tie_emb_seq": True, "emb_head_size": 24, "similarity": "dot"},
+        {"query_from": "emb_seq", "emb_seq_kwargs": {"hidden_size": 48}, "truncate_dim": 16},
+    ],
+    ids=["tied", "emb_seq"],
+)
+@torch.no_grad()
+def test_queries_of_other_kinds_of_models(tmp_path, settings):
+    with ExitStack() as stack:
+        world = World(tmp_path, *make_parts("llama", **settings), stack)
+        if world.model.config.query_from == "emb_seq":
+            world.servers["query"] = world.servers["encoder"]
+        request = world.request(12, force_nsp_first=True, output_query_embeds=True)
+        events = world.run(lambda engine: events_of(engine, request))
+    output = alone(world.model, world.index, request)
+    check_answer(events, request, output, world.ends())
+    query_embed = next(event.retrieval.query_embed for event in events if isinstance(event, RetrievalEvent))
+    assert query_embed == pytest.approx(output.retrievals[0][0].query_embed, abs=1e-4)
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"forget_passages": "mask"}, "forget_passages is 'mask', which needs the embedded engine"),
+        ({"num_logprobs": 21}, "num_logprobs is 21, expected at most 20"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"candidates": [["p99"]]}, "p99"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(world, settings, message):
+    with pytest.raises(UnsupportedSetting, match=message):
+        world.run(lambda engine: events_of(engine, world.request(**settings)), start=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gen_url": "127.0.0.1:8000"}, "gen_url is '127.0.0.1:8000', expected the URL of a vLLM server"),
+        ({"query_url": "http://127.0.0.1:8000"}, "query_url is 'http://127.0.0.1:8000'"),
+        ({"max_running": 0}, "max_running is 0, expected at least 1"),
+        ({"num_retries": -1}, "num_retries is -1"),
+    ],
+)
+def test_bad_options_are_refused(world, options, message):
+    with pytest.raises(ValueError, match=message):
+        world.engine(**options)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "message"),
+    [
+        ("generation_config", "no_repeat_ngram_size", 3, "no_repeat_ngram_size=3 is not available with vLLM"),
+        ("generation_config", "suppress_tokens", [7], r"suppress_tokens=\[7\] is not available with vLLM"),
+        ("config", "query_from", "query_encoder", "query_from='query_encoder' is not available with vLLM"),
+        ("config", "nsp_token_id", None, "The model has no control tokens"),
+        ("config", "max_passage_length", 7, "This index was built by another model"),
+    ],
+)
+def test_settings_of_the_checkpoint_that_do_not_fit(world, monkeypatch, part, name, value, message):
+    monkeypatch.setattr(getattr(world.bare_model, part), name, value)
+    with pytest.raises(ValueError, match=message):
+        world.engine()
+
+
+def test_servers_of_other_models_are_recognised(world):
+    other = make_model(gen_kwargs={"seed": 5, "tie_word_embeddings": False}, emb_seq_kwargs={"seed": 6})
+    wide = make_model(gen_kwargs={"hidden_size": 48}, emb_seq_kwargs={"hidden_size": 48})
+
+    def error_with(name, model, part="gen"):
+        with running(StandIn(model, part)) as server, pytest.raises((ValueError, OSError)) as caught:
+            world.run(nothing, **{f"{name}_url": server.url})
+        return str(caught.value)
+
+    assert "do not serve the Gen of this checkpoint" in error_with("gen", other)
+    assert "do not serve the Gen of this checkpoint" in error_with("query", other)
+    assert "embeddings of width 48, expected 32" in error_with("query", wide)
+    assert "does not serve the Emb_seq that made the index" in error_with("encoder", other, "emb_seq")
+
+
+def test_servers_that_do_not_answer_are_named(world):
+    with pytest.raises(OSError, match="--query_url http://127.0.0.1:1/v1 does not answer"):
+        world.run(nothing, query_url="http://127.0.0.1:1/v1")
+
+
+# ---------------------------------------------------------------------- what fails
+
+
+@pytest.mark.parametrize(("name", "fault"), [("gen", "500"), ("gen", "429"), ("query", "503")])
+def test_temporary_failures_are_tried_again(world, name, fault):
+    request = world.request(8, force_nsp_first=True)
+
+    async def test(engine):
+        expected = await events_of(engine, request)
+        world.stand_in(name).faults += [fault] * 3
+        assert await events_of(engine, request) == expected
+        world.stand_in(name).faults += [fault] * 4
+        with pytest.raises(BackendFailed, match=rf"{name}_url .* refused \({fault}\)"):
+            await events_of(engine, request)
+
+    world.run(test)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "message"),
+    [
+        ("gen", "400", r"--gen_url .* refused \(400\): as the test wants"),
+        ("gen", "garbage", "--gen_url .* sent malformed JSON"),
+        ("gen", "error", "--gen_url .*: the engine is dead"),
+        ("gen", "cut", "In the middle of an answer: --gen_url .* does not answer"),
+        ("query", "400", r"--query_url .* refused \(400\)"),
+        ("query", "garbage", "--query_url .* sent malformed JSON"),
+        ("query", "nan", "--query_url .* sent embeddings that are not finite"),
+    ],
+)
+def test_other_failures_end_the_answer_and_no_other(world, name, fault, message):
+    request = world.request(8, force_nsp_first=True)
+
+    async def test(engine):
+        expected = await events_of(engine, request)
+        num_bodies = len(world.stand_in(name).bodies)
+        world.stand_in(name).faults.append(fault)
+        events = []
+        with pytest.raises(BackendFailed, match=message):
+            async for group in engine.generate(request):
+                events += group
+        assert len(world.stand_in(name).bodies) == num_bodies + 1  # not sent again
+        assert [type(event) for event in events] == [type(event) for event in expected[: len(events)]]
+        assert await events_of(engine, request) == expected
+
+    world.run(test)
+
+
+def test_a_slow_server_counts_as_gone(world):
+    async def test(engine):
+        world.stand_in("gen").faults.append("slow")
+        with pytest.raises(BackendFailed, match="--gen_url .* does not answer: ReadTimeout"):
+            await events_of(engine, world.request(forbid_nsp=True, incremental=False))
+
+    world.run(test, timeout=0.3, num_retries=0)
+
+
+def test_a_killed_server_fails_its_answers_and_serves_again_once_it_is_back(slow_world):
+    server = slow_world.servers["gen"]
+    request = slow_world.request(200, forbid_nsp=True)
+
+    async def test(engine):
+        events = []
+        with pytest.raises(BackendFailed, match="In the middle of an answer: --gen_url"):
+            async for group in engine.generate(request):
+                events += group
+                if len(events) == 3:
+                    await asyncio.to_thread(server.kill)
+        try:
+            assert not await engine.is_healthy()
+            with pytest.raises(BackendFailed, match="--gen_url .* does not answer"):
+                await events_of(engine, request)
+        finally:
+            server.start()
+        assert await engine.is_healthy()
+        assert (await events_of(engine, slow_world.request(4, forbid_nsp=True)))[:3] == events[:3]
+
+    slow_world.run(test)
+
+
+@torch.no_grad()
+def test_a_failing_search_fails_its_own_request(world):
+    class Breaking:
+        """Breaks off if row 2 is among the candidates."""
+
+        def __getattr__(self, name):
+            return getattr(world.index, name)
+
+        def search(self, query_embeds, k=1, candidates=None):
+            if any(2 in rows for rows in candidates):
+                raise ConnectionError("the index went away")
+            return world.index.search(query_embeds, k=k, candidates=candidates)
+
+    ids = ["p1", "p2", "p3", "p2", "p1"]
+    requests = [world.request(6, force_nsp_first=True, candidates=[[id]]) for id in ids]
+
+    async def test(engine):
+        answers = [events_of(engine, request) for request in requests]
+        return await asyncio.gather(*answers, return_exceptions=True)
+
+    answers = world.run(test, index=Breaking(), encoder_url=None)
+    for id, request, answer in zip(ids, requests, answers, strict=True):
+        if id == "p2":
+            assert isinstance(answer, SearchFailed)
+            assert "the index went away" in str(answer)
+        else:
+            check_answer(answer, request, alone(world.model, world.index, request), world.ends())
+
+
+def test_searches_that_wait_at_the_same_moment_share_one(world, monkeypatch):
+    sizes = []
+    search = world.index.search
+
+    def counted(query_embeds, **options):
+        sizes.append(len(query_embeds))
+        time.sleep(0.03)
+        return search(query_embeds, **options)
+
+    monkeypatch.setattr(world.index, "search", counted)
+    requests = [world.request(2, force_nsp_first=True, max_retrievals=1)] * 12
+
+    async def test(engine):
+        await asyncio.gather(*[events_of(engine, request) for request in requests])
+
+    world.run(test, encoder_url=None)
+    assert sum(sizes) == 12
+    assert len(sizes) < 8
+
+
+# ---------------------------------------------------------------------- many requests
+
+
+def test_the_queue_is_bounded_and_a_closed_request_frees_its_slot(slow_world):
+    async def test(engine):
+        long = slow_world.request(200, forbid_nsp=True)
+        running = engine.generate(long)
+        await anext(running)
+        waiting = asyncio.create_task(events_of(engine, slow_world.request(2, forbid_nsp=True)))
+        await asyncio.sleep(0.01)
+        assert (engine.load().running, engine.load().waiting) == (1, 1)
+        with pytest.raises(QueueFull):
+            await events_of(engine, long)
+        await running.aclose()
+        assert len(await waiting) == 3
+        deadline = time.monotonic() + 5
+        while slow_world.stand_in("gen").num_running:  # until the server sees that the connection was closed
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
+
+    slow_world.run(test, max_running=1, max_waiting=1)
+
+
+@pytest.mark.parametrize("incremental", [True, False])
+def test_deadlines(slow_world, incremental):
+    async def test(engine):
+        deadline = time.monotonic() + 0.1
+        request = slow_world.request(200, forbid_nsp=True, incremental=incremental, deadline=deadline)
+        with pytest.raises(DeadlineExceeded):
+            await events_of(engine, request)
+
+    slow_world.run(test)
+
+
+@pytest.mark.parametrize("drain", [True, False])
+def test_stopping_finishes_or_ends_what_runs(slow_world, drain):
+    request = slow_world.request(20, forbid_nsp=True)
+
+    async def test(engine):
+        running = asyncio.create_task(events_of(engine, request))
+        await asyncio.sleep(0.03)
+        await engine.stop(drain=drain)
+        with pytest.raises(ShuttingDown):
+            await events_of(engine, request)
+        assert not await engine.is_healthy()
+        if drain:
+            assert len(await running) == 21
+        else:
+            with pytest.raises(ShuttingDown):
+                await running
+
+    slow_world.run(test)
