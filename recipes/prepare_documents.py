@@ -73,6 +73,13 @@ class DocumentArguments:
     passage_length: int | None = field(
         default=None, metadata={"help": "most tokens of a passage; defaults to the model's max_passage_length"}
     )
+    titles: Literal["both", "document", "heading"] = field(
+        default="both",
+        metadata={
+            "help": "titles of passages: `document title › heading`, or one of them, if that is what the model was "
+            "trained with"
+        },
+    )
     overlap: int = field(default=0, metadata={"help": "tokens that neighbouring passages share"})
     text_column: str = field(default="text", metadata={"help": "field of rows that holds the text"})
     on_error: Literal["skip", "fail"] = field(
@@ -111,7 +118,7 @@ def prepare(args: DocumentArguments) -> dict[str, Any]:
     if not documents:
         raise ValueError(f"{', '.join(args.inputs)}: no document, but {ignored.total():,} other files.")
     check_libraries({document.kind for document in documents})
-    splitter = PassageSplitter.from_pretrained(args.model, args.passage_length, args.overlap)
+    splitter = PassageSplitter.from_pretrained(args.model, args.passage_length, args.overlap, args.titles)
     settings = {**splitter.settings(), "text_column": args.text_column}
     output.parent.mkdir(parents=True, exist_ok=True)
     with DocumentCache(cache_file) as cache:

@@ -36,13 +36,19 @@ class PassageSplitter:
         tokenizers (`list[PreTrainedTokenizerBase]`): Emb_seq's, and Gen's if it differs: a passage must fit for both.
         passage_length (`int`): most tokens of a passage with its title, without BOS and EOS.
         overlap (`int`): about how many tokens two neighbouring passages of a section share.
+        titles (`str`): `"both"` for `document title › heading`, or `"document"` or `"heading"` for one of them alone.
 
     Raises:
         `ValueError`: for a length that the model would cut, or an overlap of more than half of it.
     """
 
     def __init__(
-        self, config: CoSupConfig, tokenizers: list[PreTrainedTokenizerBase], passage_length: int, overlap: int = 0
+        self,
+        config: CoSupConfig,
+        tokenizers: list[PreTrainedTokenizerBase],
+        passage_length: int,
+        overlap: int = 0,
+        titles: str = "both",
     ) -> None:
         if not MIN_LENGTH <= passage_length <= config.max_passage_length:
             raise ValueError(
@@ -53,10 +59,12 @@ class PassageSplitter:
             raise ValueError(f"overlap is {overlap}, expected 0 to {passage_length // 2}, half of passage_length.")
         self.template, self.prompt = config.passage_template, config.passage_prompt
         self.tokenizers = tokenizers
-        self.passage_length, self.overlap = passage_length, overlap
+        self.passage_length, self.overlap, self.titles = passage_length, overlap, titles
 
     @classmethod
-    def from_pretrained(cls, model: str, passage_length: int | None = None, overlap: int = 0) -> PassageSplitter:
+    def from_pretrained(
+        cls, model: str, passage_length: int | None = None, overlap: int = 0, titles: str = "both"
+    ) -> PassageSplitter:
         """Load the config and tokenizers of a CoSup checkpoint, but no weights."""
         from transformers import AutoTokenizer
 
@@ -69,7 +77,9 @@ class PassageSplitter:
         if stored.get("emb_seq_tokenizer") != stored.get("tokenizer"):
             options = {"subfolder": EMB_SEQ_TOKENIZER_FOLDER, "config": config}
             tokenizers.insert(0, AutoTokenizer.from_pretrained(model, **options))
-        return cls(config, tokenizers, passage_length or config.max_passage_length, overlap)
+        if passage_length is None:
+            passage_length = config.max_passage_length
+        return cls(config, tokenizers, passage_length, overlap, titles)
 
     def settings(self) -> dict[str, Any]:
         """Return what the passages of a document depend on, as JSON values."""
@@ -78,6 +88,7 @@ class PassageSplitter:
         return {
             "passage_length": self.passage_length,
             "overlap": self.overlap,
+            "titles": self.titles,
             "passage_template": self.template,
             "passage_prompt": self.prompt,
             "tokenizers": [tokenizer_fingerprint(tokenizer) for tokenizer in self.tokenizers],
@@ -128,9 +139,12 @@ class PassageSplitter:
         return list(map(max, lengths, lengths_for_gen))
 
     def _title(self, document_title: str, headings: tuple[str, ...]) -> tuple[str, int]:
-        """Return `document title › heading`, shortened if it is too long, and its number of tokens."""
+        """Return the title below these headings, shortened if it is too long, and its number of tokens."""
+        candidates = [document_title, *headings]
+        if self.titles != "both":
+            candidates = candidates[:1] if self.titles == "document" else candidates[-1:]
         parts: list[str] = []
-        for part in (document_title, *headings):
+        for part in candidates:
             part = " ".join(part.split())[:300]
             if part and part not in parts:
                 parts.append(part)
