@@ -78,7 +78,8 @@ class ServerEncoder:
         finally:
             for task in tasks:
                 task.cancel()
-            self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            if tasks:
+                self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
 
     async def _request(self, start: int, token_ids: list[NDArray[np.int32]]) -> tuple[NDArray[np.int64], torch.Tensor]:
         batch = token_ids[start : start + self.batch_size]

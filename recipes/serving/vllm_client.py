@@ -125,7 +125,10 @@ class VllmClient:
         }
         num_logprobs = body.get("logprobs", 0)
         if not stream:
-            decisions, _ = self._decisions(await self._request("POST", "/completions", body, session), num_logprobs)
+            answer = await self._request("POST", "/completions", body, session)
+            decisions, finished = self._decisions(answer, num_logprobs)
+            if not decisions or not finished:
+                raise BackendFailed(f"{self.name} sent what is no answer of vLLM: {str(answer)[:200]}")
             yield decisions
             return
         for attempt in range(self.num_retries + 1):
