@@ -8,17 +8,20 @@ import asyncio
 import time
 from contextlib import ExitStack, aclosing
 
+import httpx
 import numpy as np
 import pytest
 import torch
 
 from modeling_cosup import RetrievalConfig
-from modeling_cosup.tokenization_cosup import encode_prompt
+from modeling_cosup.tokenization_cosup import encode_prompt, encode_texts
 from support.models import PASSAGES, make_model
 from support.served_answers import alone, check_answer, check_logprobs, make_parts, requests_of
+from support.serving import running_server
 from support.vllm_server import StandIn, running
 
 from serving import vllm_client
+from serving.api import ApiSettings
 from serving.engine import (
     BackendFailed,
     DeadlineExceeded,
@@ -200,6 +203,27 @@ def test_queries_of_other_kinds_of_models(tmp_path, settings):
     check_answer(events, request, output, world.ends())
     query_embed = next(event.retrieval.query_embed for event in events if isinstance(event, RetrievalEvent))
     assert query_embed == pytest.approx(output.retrievals[0][0].query_embed, abs=1e-4)
+
+
+@torch.no_grad()
+def test_the_api_over_this_engine(world):
+    """Answers and failures go through the API as they do with the embedded engine."""
+    settings = ApiSettings("tiny", world.model.generation_config)
+    body = {"model": "tiny", "prompt": "who?", "max_tokens": 12, "temperature": 0}
+    body |= {"retrieval": {"force_nsp_first": True, "max_retrievals": 1}}
+    with running_server(world.engine(), settings) as url, httpx.Client(base_url=f"{url}/v1") as client:
+        answer = client.post("/completions", json=body).json()
+        world.stand_in("query").faults.append("400")
+        failure = client.post("/completions", json=body)
+        refusal = client.post("/completions", json={**body, "retrieval": {"forget_passages": "mask"}})
+    retrieval = RetrievalConfig(force_nsp_first=True, max_retrievals=1)
+    prompt = encode_texts(world.model.tokenizer, ["who?"])[0]
+    output = alone(world.model, world.index, GenerationRequest(prompt, 12, retrieval))
+    assert answer["usage"]["completion_tokens"] == int(output.num_generated_tokens)
+    assert answer["choices"][0]["retrievals"][0]["passages"] == output.retrievals[0][0].passages
+    assert (failure.status_code, failure.json()["error"]["code"]) == (502, "backend_failed")
+    assert refusal.status_code == 400
+    assert "forget_passages is 'mask'" in refusal.json()["error"]["message"]
 
 
 # ---------------------------------------------------------------------- what is refused
