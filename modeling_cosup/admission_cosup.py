@@ -8,10 +8,15 @@ from .settings_cosup import DecodingSettings
 from .slots_cosup import Slots
 from .trace_cosup import Row
 
+_PATIENCE = 8  # passes for which a free slot is kept until there are more of them
+
 
 class Admission:
     """
     Waiting rows, first come, first served: none overtakes another, so none waits for ever.
+
+    While rows run, all of them wait for a prefill. So waiting rows are admitted several at a time; a few of them, or
+    rows for which a slot was free for some passes, are admitted at once.
 
     Args:
         config ([`CoSupConfig`]), settings ([`DecodingSettings`]), slots ([`Slots`]): of the decoding loop.
@@ -22,17 +27,18 @@ class Admission:
         self.settings = settings
         self.slots = slots
         self.waiting: deque[Row] = deque()
+        self._passes = 0  # for which there were waiting rows and a free slot
 
     def admit(self) -> list[Row]:
         """Put waiting rows into free slots, as many as have room, and return them."""
         free = self.slots.free
         if not self.waiting or not free:
             return []
-        if not self.settings.serves:
-            # once rows run, several at a time, since all of them wait for a prefill
-            enough = min(max(1, self.slots.count // 8), len(self.waiting))
-            if free < enough:
-                return []
+        enough = min(max(1, self.slots.count // 8), len(self.waiting))
+        self._passes += 1
+        if free < enough and self._passes < _PATIENCE:
+            return []
+        self._passes = 0
         admitted: list[Row] = []
         most_columns = 0
         if self.settings.max_batch_tokens is not None:

@@ -155,8 +155,8 @@ class DecodingSettings:
         special (`torch.LongTensor`): ids after which the loop visits the rows one by one.
         static (`bool`): the decode step keeps its shapes, and is captured if `compile_config` and the device say so.
         refill (`bool`): finished rows make room for waiting ones, so processors see slots, not rows of the batch.
-        serves (`bool`): rows are submitted while others run. A free slot is filled at once; a failing search ends only
-            the rows for which it fails, each with its `error`; and the cache gives memory back.
+        serves (`bool`): rows are submitted while others run. A failing search ends only the rows for which it fails,
+            each with its `error`, and the cache gives memory back.
         max_batch_tokens (`int`, *optional*): limit the rows so that the cache has no more columns than this, all rows
             together; one row always runs.
     """

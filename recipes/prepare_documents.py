@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from shared.cli import clear_errors, parse, table
 
@@ -57,6 +57,7 @@ LIBRARIES = ("pypdf", "python-docx", "semantic-text-splitter", "trafilatura")
 WORK_CHARACTERS = 2**18  # of rows or sections that a worker gets at a time
 WORK_ROWS = 1000
 LARGEST = 10**15  # more characters than any text has
+T = TypeVar("T")
 MAX_SHOWN = 20  # unreadable documents that are printed
 
 
@@ -71,6 +72,13 @@ class DocumentArguments:
     )
     passage_length: int | None = field(
         default=None, metadata={"help": "most tokens of a passage; defaults to the model's max_passage_length"}
+    )
+    titles: Literal["both", "document", "heading"] = field(
+        default="both",
+        metadata={
+            "help": "titles of passages: `document title › heading`, or one of them, if that is what the model was "
+            "trained with"
+        },
     )
     overlap: int = field(default=0, metadata={"help": "tokens that neighbouring passages share"})
     text_column: str = field(default="text", metadata={"help": "field of rows that holds the text"})
@@ -110,7 +118,7 @@ def prepare(args: DocumentArguments) -> dict[str, Any]:
     if not documents:
         raise ValueError(f"{', '.join(args.inputs)}: no document, but {ignored.total():,} other files.")
     check_libraries({document.kind for document in documents})
-    splitter = PassageSplitter.from_pretrained(args.model, args.passage_length, args.overlap)
+    splitter = PassageSplitter.from_pretrained(args.model, args.passage_length, args.overlap, args.titles)
     settings = {**splitter.settings(), "text_column": args.text_column}
     output.parent.mkdir(parents=True, exist_ok=True)
     with DocumentCache(cache_file) as cache:
@@ -175,24 +183,24 @@ class Work:
 def work_of(file: DocumentFile, text_column: str) -> Iterator[Work]:
     """Yield the work of a document, in order, so that a large text or many rows are never in memory as a whole."""
     if file.kind in ("rows", "dataset"):
-        for documents in _batched(_row_documents(file, text_column)):
+        rows = _row_documents(file, text_column)
+        for documents in _batched(rows, lambda row: sum(len(section.text) for section in row.sections)):
             yield Work(documents=tuple(documents))
     elif file.kind in ("text", "markdown"):
         assert file.path is not None
         document = text_file_document(file.path, file.source, file.kind == "markdown")
-        parts = (dataclasses.replace(document, sections=[section]) for section in document.sections)
-        for documents in _batched(parts):
-            yield Work(documents=tuple(documents))
+        for sections in _batched(document.sections, lambda section: len(section.text)):
+            yield Work(documents=(dataclasses.replace(document, sections=sections),))
     else:
         yield Work(file)
 
 
-def _batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
+def _batched(items: Iterable[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
+    batch: list[T] = []
     size = 0
-    for document in documents:
-        batch.append(document)
-        size += sum(len(section.text) for section in document.sections)
+    for item in items:
+        batch.append(item)
+        size += size_of(item)
         if size >= WORK_CHARACTERS or len(batch) >= WORK_ROWS:
             yield batch
             batch, size = [], 0

@@ -26,7 +26,7 @@ from transformers import GenerationConfig
 
 from serving.answers import AnswerWriter
 from serving.embeddings import embed
-from serving.engine import Engine, GenerationRequest
+from serving.engine import Engine, GenerationRequest, UnsupportedSetting
 from serving.errors import ApiError, add_error_handlers
 from serving.generating import Answers, Job, unless_disconnected
 from serving.guards import BodyGuard, FaultGuard, KeyGuard
@@ -86,8 +86,10 @@ def build_app(engine: Engine, settings: ApiSettings) -> FastAPI:
     middleware = [Middleware(MetricsMiddleware, metrics=metrics, routes=ROUTES)]
     if settings.cors_origins:
         # before the key: a browser asks without it whether it may send it
-        options = {"allow_origins": settings.cors_origins, "allow_methods": ["*"], "allow_headers": ["*"]}
-        middleware.append(Middleware(CORSMiddleware, **options))
+        allowed = Middleware(
+            CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+        middleware.append(allowed)
     middleware.append(Middleware(KeyGuard, keys=settings.api_keys))
     middleware.append(Middleware(FaultGuard))
     middleware.append(Middleware(BodyGuard, max_bytes=settings.max_body_bytes))
@@ -227,11 +229,20 @@ class _Api:
                     incremental=bool(body.stream or body.stop),
                     deadline=deadline,
                 )
-                self.engine.check(request)
+                self._check(request)
                 context = prompt[-8:] if continues_text else []
                 writer = AnswerWriter(self.engine.tokenizer, self._closing_ids, len(prompt), body.stop or (), context)
                 jobs.append(Job(request, writer))
         return jobs
+
+    def _check(self, request: GenerationRequest) -> None:
+        """Let the engine check a request; an error that begins with a field of `retrieval` has it as its `param`."""
+        try:
+            self.engine.check(request)
+        except UnsupportedSetting as error:
+            name = str(error).split(maxsplit=1)[0].rstrip(":")
+            param = f"retrieval.{name}" if name in RetrievalBody.model_fields else None
+            raise ApiError(400, str(error), param) from error
 
     def _max_new_tokens(self, prompt: list[int], limit: int | None) -> int:
         """Return the most tokens of an answer; without a limit they fill the context."""

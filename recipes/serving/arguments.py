@@ -80,6 +80,9 @@ class ServeArguments:
         if not 0 <= self.port <= 65535:
             raise ValueError(f"--port {self.port}: expected 0 to 65535.")
         is_vllm = self.engine == "vllm"
+        for name, default in (("dtype", "auto"), ("load_emb_seq", False), ("max_batch_tokens", None)):
+            if is_vllm and getattr(self, name) != default:
+                raise ValueError(f"--{name} is of --engine embedded.")
         for name in ("gen_url", "query_url", "encoder_url"):
             is_given = getattr(self, name) is not None
             if is_given and not is_vllm:

@@ -107,6 +107,10 @@ def from_validation(error: RequestValidationError) -> ApiError:
     if problem["type"] == "missing":
         return ApiError(400, f"You must provide a {field or 'body'} parameter.", field or None, "missing_parameter")
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] in ("model_type", "model_attributes_type"):  # pydantic speaks of Python
+        message = "Input should be a JSON object"
+    if isinstance(problem["input"], str | int | float):
+        message += f", found {str(problem['input'])[:80]!r}"
     if not field:
         return ApiError(400, f"The body: {message}.")
     return ApiError(400, f"{field}: {message}.", field)

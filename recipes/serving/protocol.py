@@ -121,24 +121,33 @@ class Message(Body):
     tool_calls: Neutral = None
 
 
-def _in_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+def _stop_strings(value: Any) -> Any:
+    """Return a list of stop strings for one, or for a list."""
+    if isinstance(value, str):
+        return [value]
+    if value is not None and not isinstance(value, list):
+        raise ValueError("expected a text, or a list of texts")
+    return value
 
 
 StopString = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 StopStrings = Annotated[
     Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)],
-    BeforeValidator(_in_list, json_schema_input_type=StopString | list[StopString]),
+    BeforeValidator(_stop_strings, json_schema_input_type=StopString | list[StopString]),
 ]
 
 
 def _prompts(value: Any) -> Any:
     """Return a list of prompts, each a text or token ids, for any of the forms of `prompt`."""
-    if isinstance(value, str):
+    if isinstance(value, str) or _are_token_ids(value):
         return [value]
-    if isinstance(value, list) and value and all(type(id) is int for id in value):
-        return [value]
-    return value
+    if isinstance(value, list) and all(isinstance(prompt, str) or _are_token_ids(prompt) for prompt in value):
+        return value
+    raise ValueError("expected a text, token ids, or a list of texts or of token ids")
+
+
+def _are_token_ids(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(type(id) is int and id >= 0 for id in value)
 
 
 class StreamOptions(Body):
@@ -279,11 +288,13 @@ class CompletionBody(GenerationBody):
 
 def _passages(value: Any) -> Any:
     """Return a list of passages for any of the forms of `input`."""
-    if isinstance(value, str | dict):
-        value = [value]
-    if not isinstance(value, list):
-        return value
-    return [{"text": text} if isinstance(text, str) else text for text in value]
+    values = value if isinstance(value, list) else [value]
+    passages = []
+    for passage in values:
+        if not isinstance(passage, str | dict):
+            raise ValueError("expected a text, an object with text and title, or a list of them; no token ids")
+        passages.append({"text": passage} if isinstance(passage, str) else passage)
+    return passages
 
 
 class EmbeddingBody(Body):

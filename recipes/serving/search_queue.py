@@ -56,13 +56,19 @@ class SearchQueue:
                 embeds.append(torch.zeros(width) if query_embed is None else query_embed)  # given: no one reads it
             return torch.stack(embeds)  # (R, h)
 
-        found = await asyncio.to_thread(self.lookup.find, list(searches), query_embeds_of, isolates=True)
+        found: dict[Row, Found] = {}
+        failure: Exception | None = None
+        try:
+            found = await asyncio.to_thread(self.lookup.find, list(searches), query_embeds_of, isolates_failures=True)
+        except Exception as error:  # nobody may wait for ever
+            failure = error
         for row, (_, result) in searches.items():
             if result.done():  # the request was cancelled
                 continue
-            if row.error is not None:
-                failure = SearchFailed(f"The search failed: {row.error}")
-                failure.__cause__ = row.error
-                result.set_exception(failure)
-            else:
+            if row in found:
                 result.set_result(found[row])
+            else:
+                reason = row.error or failure
+                search_failed = SearchFailed(f"The search failed: {reason}")
+                search_failed.__cause__ = reason
+                result.set_exception(search_failed)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 import torch
@@ -63,26 +64,22 @@ class ServerEncoder:
 
     def _embed(self, token_ids: list[NDArray[np.int32]]) -> Iterator[tuple[NDArray[np.int64], torch.Tensor]]:
         starts = iter(range(0, len(token_ids), self.batch_size))
-        running: set[asyncio.Task] = set()
+        tasks: set[asyncio.Task] = set()  # whose results were not given yet
         try:
             while True:
-                while len(running) < REQUESTS:
-                    start = next(starts, None)
-                    if start is None:
-                        break
-                    running.add(self._loop.create_task(self._request(start, token_ids)))
-                if not running:
+                for start in islice(starts, REQUESTS - len(tasks)):
+                    tasks.add(self._loop.create_task(self._request(start, token_ids)))
+                if not tasks:
                     return
-                done, running = self._loop.run_until_complete(
-                    asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                )
+                done, _ = self._loop.run_until_complete(asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED))
                 for task in done:
                     yield task.result()
+                    tasks.discard(task)
         finally:
-            for task in running:
+            for task in tasks:
                 task.cancel()
-            if running:
-                self._loop.run_until_complete(asyncio.wait(running))
+            if tasks:
+                self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
 
     async def _request(self, start: int, token_ids: list[NDArray[np.int32]]) -> tuple[NDArray[np.int64], torch.Tensor]:
         batch = token_ids[start : start + self.batch_size]

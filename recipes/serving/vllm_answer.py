@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import uuid4
 
 from modeling_cosup.lookup_cosup import Found, Lookup
 from modeling_cosup.trace_cosup import Row
@@ -11,8 +12,8 @@ from modeling_cosup.trace_cosup import Row
 from serving.engine import EndEvent, Event, GenerationRequest, RetrievalEvent, TokenEvent
 from serving.vllm_client import VllmClient
 
-# given a row and what Gen sees of it, up to and including [NSP]
-Find = Callable[[Row, list[int]], Awaitable[Found]]
+# given a row, what Gen sees of it, up to and including [NSP], and the session
+Find = Callable[[Row, list[int], str], Awaitable[Found]]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,9 @@ class Answer:
         row ([`Row`]): its trace, with candidates and given passages.
         find (`Callable`): embeds the query and searches.
         view (`list[int]`): all token ids that Gen sees: without passages that were forgotten.
+        num_generated (`int`), finish_reason (`str`, *optional*): number of decided tokens, and why it ended.
+        searching ([`TokenEvent`], *optional*): the last token, if it is an `[NSP]` that retrieves.
+        nsp_taken_back (`bool`): nothing was found, so the next decision may not be `[NSP]`.
     """
 
     settings: AnswerSettings
@@ -63,11 +67,12 @@ class Answer:
     view: list[int] = field(default_factory=list)
     num_generated: int = 0
     finish_reason: str | None = None
-    searching: TokenEvent | None = None  # the last token, an [NSP] that retrieves
-    nsp_taken_back: bool = False  # nothing was found: the next decision may not be [NSP]
+    searching: TokenEvent | None = None
+    nsp_taken_back: bool = False
 
     def __post_init__(self) -> None:
         self.view = list(self.row.prompt)
+        self.session = uuid4().hex
         settings = self.settings
         self.stops = {settings.nsp_token_id, settings.ce_token_id, *settings.ends}  # they end grounded text
 
@@ -83,17 +88,18 @@ class Answer:
             self.searching = nsp
             yield await self._retrieve()
         must_retrieve = self.request.retrieval.force_nsp_first and not self.row.retrievals
-        if must_retrieve and self.row.may_retrieve and not self.nsp_taken_back:
+        is_open = self.finish_reason is None and not self.nsp_taken_back
+        if must_retrieve and is_open and self.row.may_retrieve:
             if self.request.num_logprobs is None:
                 yield self._decide(nsp)
             else:
-                async for decisions in self.gen.complete({**self._piece(), **self._only(nsp)}, stream=False):
+                async for decisions in self.gen.complete({**self._piece(), **self._only(nsp)}, False, self.session):
                     yield self._decide(decisions[0])
         while self.finish_reason is None:
             if self.searching is not None:
                 yield await self._retrieve()
                 continue
-            async with aclosing(self.gen.complete(self._piece(), self.request.incremental)) as piece:
+            async with aclosing(self.gen.complete(self._piece(), self.request.incremental, self.session)) as piece:
                 async for decisions in piece:
                     yield [event for decision in decisions for event in self._decide(decision)]
         self.row.finish(self.view, self.stops)
@@ -166,7 +172,7 @@ class Answer:
     async def _retrieve(self) -> list[Event]:
         """Retrieve for the `[NSP]` that is the last token; return what happened."""
         nsp, self.searching = self.searching, None
-        passages, query_embed = await self.find(self.row, self.view)
+        passages, query_embed = await self.find(self.row, self.view, self.session)
         is_of_prompt = self.num_generated == 0
         room = self.settings.context_length - len(self.view) - 1  # 1 for [Cs]
         if not passages:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from serving.engine import BackendFailed, TokenEvent, TokenLogprobs
 
 TEMPORARY = {408, 425, 429, 500, 502, 503, 504}  # status codes after which the same request may succeed
+SESSION_HEADER = "X-Session-Id"
 FIRST_WAIT, LONGEST_WAIT = 0.1, 5.0  # seconds before a retry; doubled after each
 
 
@@ -100,13 +101,16 @@ class VllmClient:
 
     # ------------------------------------------------------------------ generating
 
-    async def complete(self, body: dict[str, Any], stream: bool) -> AsyncGenerator[list[TokenEvent], None]:
+    async def complete(
+        self, body: dict[str, Any], stream: bool, session: str = ""
+    ) -> AsyncGenerator[list[TokenEvent], None]:
         """
         Yield the decisions that continue a prompt, a stop token last, in groups as they arrive.
 
         Args:
             body (`dict`): of `/v1/completions`: `prompt`, a list of token ids, and settings.
             stream (`bool`): ask for decisions as they happen; otherwise there is one group.
+            session (`str`): the same for requests that share a prefix, for a balancer of replicas.
 
         Raises:
             [`BackendFailed`]: if the server cannot be reached, refuses, breaks off, or sends what is no answer.
@@ -121,13 +125,16 @@ class VllmClient:
         }
         num_logprobs = body.get("logprobs", 0)
         if not stream:
-            decisions, _ = self._decisions(await self._request("POST", "/completions", body), num_logprobs)
+            answer = await self._request("POST", "/completions", body, session)
+            decisions, finished = self._decisions(answer, num_logprobs)
+            if not decisions or not finished:
+                raise BackendFailed(f"{self.name} sent what is no answer of vLLM: {str(answer)[:200]}")
             yield decisions
             return
         for attempt in range(self.num_retries + 1):
             begun = finished = False
             try:
-                async with self._open("POST", "/completions", body) as response:
+                async with self._open("POST", "/completions", body, session) as response:
                     async for line in response.aiter_lines():
                         if not line.startswith("data:") or line == "data: [DONE]":
                             continue
@@ -135,7 +142,7 @@ class VllmClient:
                         if decisions:
                             begun = True
                             yield decisions
-                if finished:
+                if finished and begun:
                     return
                 raise TemporaryFailure(f"{self.name} broke off an answer.")
             except TemporaryFailure as error:
@@ -161,9 +168,9 @@ class VllmClient:
 
     # ------------------------------------------------------------------ embedding
 
-    async def embed(self, prompts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+    async def embed(self, prompts: Sequence[Sequence[int]], session: str = "") -> NDArray[np.float32]:
         """
-        Return the pooled states `(N, h)` of token ids, not normalised.
+        Return the pooled states `(N, h)` of token ids, not normalised; `session` as in [`~VllmClient.complete`].
 
         Raises:
             [`BackendFailed`]: if the server cannot be reached, refuses, or sends what are no N finite vectors of one
@@ -175,7 +182,7 @@ class VllmClient:
             "encoding_format": "base64",  # float32, exactly
             "use_activation": False,
         }
-        answer = await self._request("POST", "/embeddings", body)
+        answer = await self._request("POST", "/embeddings", body, session)
         try:
             entries = sorted(answer["data"], key=lambda entry: entry["index"])
             embeds = [np.frombuffer(base64.b64decode(entry["embedding"]), "<f4") for entry in entries]
@@ -190,20 +197,23 @@ class VllmClient:
 
     # ------------------------------------------------------------------ requests
 
-    async def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    async def _request(self, method: str, path: str, body: dict[str, Any] | None = None, session: str = "") -> Any:
         """Return the JSON value of a whole response; try again if it may help."""
         for attempt in range(self.num_retries + 1):
             try:
-                async with self._open(method, path, body) as response:
+                async with self._open(method, path, body, session) as response:
                     return self._json((await response.aread()).decode(errors="replace"))
             except TemporaryFailure as error:
                 await self._wait_or_raise(attempt, error)
 
     @asynccontextmanager
-    async def _open(self, method: str, path: str, body: dict[str, Any] | None) -> AsyncIterator[httpx.Response]:
+    async def _open(
+        self, method: str, path: str, body: dict[str, Any] | None, session: str
+    ) -> AsyncIterator[httpx.Response]:
         """Open a response of status 200; every failure of the connection, in the block too, becomes one of ours."""
         try:
-            async with self._http.stream(method, self.url + path, json=body) as response:
+            headers = {SESSION_HEADER: session} if session else {}
+            async with self._http.stream(method, self.url + path, json=body, headers=headers) as response:
                 if response.status_code != 200:
                     await response.aread()
                     kind = TemporaryFailure if response.status_code in TEMPORARY else BackendFailed

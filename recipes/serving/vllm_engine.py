@@ -132,7 +132,7 @@ class VllmEngine:
             "api_key": api_key,
             "timeout": timeout,
             "num_retries": num_retries,
-            "max_connections": max_running,
+            "max_connections": max_running + 16,  # some are left for embeddings and health
         }
         self.gen = VllmClient(gen_url, "gen_url", **options)
         self.query = VllmClient(query_url, "query_url", **options)
@@ -168,7 +168,11 @@ class VllmEngine:
             `ValueError`: names the server that serves something else.
         """
         try:
-            self.context_length = await check_servers(self.model, self.gen, self.query, self.context_length)
+            context = await check_servers(self.model, self.gen, self.query, self.context_length)
+            if context < self.context_length:
+                own = f"the model {self.context_length:,}"
+                logger.warning(f"The servers read {context:,} tokens, {own}: longer prompts are refused.")
+            self.context_length = context
             if self.encoder is not None:
                 await check_encoder(self.model, self.encoder, self.index)
         except BackendFailed as error:
@@ -296,37 +300,47 @@ class VllmEngine:
         row = Row(0, list(request.prompt_ids), RowSettings(greedy, request.max_new_tokens, retrieval, retrieves))
         if retrieval.candidates is not None or retrieval.passages is not None:
             try:
-                await asyncio.to_thread(self.lookup.prepare, [row], retrieval)
+                if retrieval.passages is None:
+                    await asyncio.to_thread(self.lookup.prepare, [row], retrieval)
+                else:  # encodes them, and a tokenizer serves one thread at a time
+                    self.lookup.prepare([row], retrieval)
             except ValueError as error:
                 raise UnsupportedSetting(str(error)) from error
             except Exception as error:  # a retriever may raise anything
                 raise SearchFailed(f"The candidates could not be looked up: {error}") from error
         return Answer(self.settings, request, self.gen, self.lookup, row, self._find)
 
-    async def _find(self, row: Row, view: list[int]) -> Found:
+    async def _find(self, row: Row, view: list[int], session: str) -> Found:
         """Return the passages for a row of which Gen sees `view`, up to and including `[NSP]`."""
         query_embed = None
         if row.given_passages is None or row.settings.retrieval.output_query_embeds:
-            query_embed = (await self._query_embeds([view]))[0]  # (h,)
+            query_embed = (await self._query_embeds([view], session))[0]  # (h,)
         return await self.searches.find(row, query_embed)
 
     # ------------------------------------------------------------------ embedding
 
-    async def _query_embeds(self, rows: list[list[int]]) -> torch.Tensor:
+    async def _query_embeds(self, rows: list[list[int]], session: str = "") -> torch.Tensor:
         """Return the query embeddings `(N, h)` of token ids that end in `[NSP]`."""
         if self.config.query_from == "emb_seq":
             rows, _ = encode_queries_for_emb_seq(self.tokenizer, self.model.emb_seq_tokenizer, rows, self.config)
-        states = torch.from_numpy(await self.query.embed(rows))
+        states = torch.from_numpy(await self.query.embed(rows, session))
         if self.query_head is not None:
             states = states @ self.query_head.T
         return self.model._normalize(states)
 
     async def embed_queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return the query embeddings `(N, h)` of texts, as Gen makes them at the first `[NSP]` of an answer."""
-        if not texts:
+        prompts = []
+        for number, text in enumerate(texts):
+            prompts.append([*encode_prompt(self.tokenizer, text), self.settings.nsp_token_id])
+            length = len(prompts[-1])
+            if length > self.context_length:
+                raise UnsupportedSetting(
+                    f"queries[{number}] has {length:,} tokens, but Gen reads {self.context_length:,}."
+                )
+        if not prompts:
             return np.zeros((0, self.config.embedding_size), np.float32)
-        rows = [[*encode_prompt(self.tokenizer, text), self.settings.nsp_token_id] for text in texts]
-        return (await self._query_embeds(rows)).numpy()
+        return (await self._query_embeds(prompts)).numpy()
 
     async def embed_passages(self, passages: Sequence[dict[str, Any]]) -> NDArray[np.float32]:
         """
@@ -336,7 +350,7 @@ class VllmEngine:
             [`UnsupportedSetting`]: without `encoder_url`.
         """
         if self.encoder is None:
-            raise UnsupportedSetting("Embedding passages needs a server of Emb_seq, and none was given (encoder_url).")
+            raise UnsupportedSetting("passages: Emb_seq, which embeds them, is not served; start with --encoder_url.")
         check_passages(passages)
         if not passages:
             return np.zeros((0, self.config.embedding_size), np.float32)

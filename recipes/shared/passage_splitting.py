@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from shared.document_cache import ID_BYTES
-from shared.document_sections import Document, Section
+from shared.document_sections import Document
 
 if TYPE_CHECKING:  # a recipe that only prints its options does not wait for torch
     from transformers import PreTrainedTokenizerBase
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # a recipe that only prints its options does not wait for tor
 TITLE_SEPARATOR = " › "
 MIN_LENGTH = 16  # tokens of a passage
 TITLE_SHARE = 1 / 3  # of a passage's tokens, at most
-SAMPLE_CHARACTERS = 4000  # of a section, to learn how long its tokens are
+SAMPLE_CHARACTERS = 1000  # of a document, to learn how long its tokens are
 FILL = 0.95  # of the room for text that a passage aims at, as tokens differ in length
 WORD = re.compile(r"\w")
 
@@ -36,13 +36,19 @@ class PassageSplitter:
         tokenizers (`list[PreTrainedTokenizerBase]`): Emb_seq's, and Gen's if it differs: a passage must fit for both.
         passage_length (`int`): most tokens of a passage with its title, without BOS and EOS.
         overlap (`int`): about how many tokens two neighbouring passages of a section share.
+        titles (`str`): `"both"` for `document title › heading`, or `"document"` or `"heading"` for one of them alone.
 
     Raises:
         `ValueError`: for a length that the model would cut, or an overlap of more than half of it.
     """
 
     def __init__(
-        self, config: CoSupConfig, tokenizers: list[PreTrainedTokenizerBase], passage_length: int, overlap: int = 0
+        self,
+        config: CoSupConfig,
+        tokenizers: list[PreTrainedTokenizerBase],
+        passage_length: int,
+        overlap: int = 0,
+        titles: str = "both",
     ) -> None:
         if not MIN_LENGTH <= passage_length <= config.max_passage_length:
             raise ValueError(
@@ -53,10 +59,12 @@ class PassageSplitter:
             raise ValueError(f"overlap is {overlap}, expected 0 to {passage_length // 2}, half of passage_length.")
         self.template, self.prompt = config.passage_template, config.passage_prompt
         self.tokenizers = tokenizers
-        self.passage_length, self.overlap = passage_length, overlap
+        self.passage_length, self.overlap, self.titles = passage_length, overlap, titles
 
     @classmethod
-    def from_pretrained(cls, model: str, passage_length: int | None = None, overlap: int = 0) -> PassageSplitter:
+    def from_pretrained(
+        cls, model: str, passage_length: int | None = None, overlap: int = 0, titles: str = "both"
+    ) -> PassageSplitter:
         """Load the config and tokenizers of a CoSup checkpoint, but no weights."""
         from transformers import AutoTokenizer
 
@@ -69,7 +77,9 @@ class PassageSplitter:
         if stored.get("emb_seq_tokenizer") != stored.get("tokenizer"):
             options = {"subfolder": EMB_SEQ_TOKENIZER_FOLDER, "config": config}
             tokenizers.insert(0, AutoTokenizer.from_pretrained(model, **options))
-        return cls(config, tokenizers, passage_length or config.max_passage_length, overlap)
+        if passage_length is None:
+            passage_length = config.max_passage_length
+        return cls(config, tokenizers, passage_length, overlap, titles)
 
     def settings(self) -> dict[str, Any]:
         """Return what the passages of a document depend on, as JSON values."""
@@ -78,6 +88,7 @@ class PassageSplitter:
         return {
             "passage_length": self.passage_length,
             "overlap": self.overlap,
+            "titles": self.titles,
             "passage_template": self.template,
             "passage_prompt": self.prompt,
             "tokenizers": [tokenizer_fingerprint(tokenizer) for tokenizer in self.tokenizers],
@@ -96,11 +107,18 @@ class PassageSplitter:
             `ValueError`: if a text cannot be encoded.
         """
         title_of = lru_cache(maxsize=64)(lambda headings: self._title(document.title, headings))
+        token_size = 0.0  # characters of a token
         for section in document.sections:
             if not WORD.search(section.text):
                 continue
-            title = title_of(section.headings)
-            for start, text, length in self._split(section, title, document.is_markdown):
+            if not token_size:
+                sample = section.text.strip()[:SAMPLE_CHARACTERS]
+                token_size = len(sample) / max(1, self.lengths("", [sample])[0])
+            title, title_length = title_of(section.headings)
+            room = (self.passage_length - title_length) * token_size * FILL
+            overlap = int(self.overlap * token_size)
+            for start, text, length in self._split(section.text, title, int(room), overlap, document.is_markdown):
+                start += section.start
                 place: dict[str, Any] = {"start": start, "end": start + len(text)}
                 if section.page is not None:
                     place = {"page": section.page, **place}
@@ -120,46 +138,33 @@ class PassageSplitter:
         lengths_for_gen = map(len, encode_texts(self.tokenizers[1], rendered))
         return list(map(max, lengths, lengths_for_gen))
 
-    def _title(self, document_title: str, headings: tuple[str, ...]) -> str:
-        """Return `document title › heading`, without inner headings or last words if that is too long."""
+    def _title(self, document_title: str, headings: tuple[str, ...]) -> tuple[str, int]:
+        """Return the title below these headings, shortened if it is too long, and its number of tokens."""
+        candidates = [document_title, *headings]
+        if self.titles != "both":
+            candidates = candidates[:1] if self.titles == "document" else candidates[-1:]
         parts: list[str] = []
-        for part in (document_title, *headings):
+        for part in candidates:
             part = " ".join(part.split())[:300]
             if part and part not in parts:
                 parts.append(part)
-        limit = int(self.passage_length * TITLE_SHARE)
         while parts:
             title = TITLE_SEPARATOR.join(parts)
-            if self.lengths(title, ["x"])[0] - self.lengths("", ["x"])[0] <= limit:
-                return title
+            length = self.lengths(title, ["x"])[0] - 1
+            if length <= self.passage_length * TITLE_SHARE:
+                return title, length
             if len(parts) > 1:
                 del parts[1 if len(parts) > 2 else 0]
             else:
                 parts[0] = parts[0][: len(parts[0]) // 2].rpartition(" ")[0]
                 parts = [part for part in parts if part]
-        return ""
+        return "", self.lengths("", ["x"])[0] - 1
 
-    # ------------------------------------------------------------------ splitting
-
-    def _split(self, section: Section, title: str, is_markdown: bool) -> Iterator[tuple[int, str, int]]:
-        """Yield `(start, text, number of tokens)` of the passages of a section; `start` counts in the document."""
-        whole = section.text.strip()
-        title_length = self.lengths(title, ["x"])[0] - 1
-        sample = whole[:SAMPLE_CHARACTERS]
-        (sample_length,) = self.lengths(title, [sample])
-        if len(sample) == len(whole) and sample_length <= self.passage_length:
-            yield section.start + section.text.index(whole), whole, sample_length
-            return
-        characters_per_token = len(sample) / max(1, sample_length - title_length)
-        room = (self.passage_length - title_length) * characters_per_token * FILL
-        overlap = int(self.overlap * characters_per_token)
-        for start, text, length in self._chunks(section.text, title, max(1, int(room)), overlap, is_markdown):
-            yield section.start + start, text, length
-
-    def _chunks(
+    def _split(
         self, text: str, title: str, capacity: int, overlap: int, is_markdown: bool
     ) -> Iterator[tuple[int, str, int]]:
         """Yield `(start, text, number of tokens)` of chunks that fit, from chunks of at most `capacity` characters."""
+        capacity = max(1, capacity)
         chunks = [(start, chunk) for start, chunk in split_text(text, capacity, overlap, is_markdown) if chunk.strip()]
         lengths = self.lengths(title, [chunk for _, chunk in chunks])
         for (start, chunk), length in zip(chunks, lengths, strict=True):
@@ -169,8 +174,8 @@ class PassageSplitter:
                 yield start, chunk, length
                 continue
             smaller = min(capacity - 1, int(len(chunk) * FILL * self.passage_length / length))
-            for inner, inner_text, inner_length in self._chunks(chunk, title, max(1, smaller), overlap, is_markdown):
-                yield start + inner, inner_text, inner_length
+            for inner_start, inner, inner_length in self._split(chunk, title, smaller, overlap, is_markdown):
+                yield start + inner_start, inner, inner_length
 
 
 def split_text(text: str, capacity: int, overlap: int, is_markdown: bool) -> list[tuple[int, str]]:

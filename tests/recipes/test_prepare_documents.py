@@ -252,6 +252,15 @@ def test_markdown_with_front_matter_and_code(result):
     check_passages(passages["notes.md"], expected)
 
 
+@pytest.mark.parametrize(
+    ("titles", "expected"),
+    [("document", ["Notes on widgets"] * 3), ("heading", ["Notes on widgets", "Care", "Storage"])],
+)
+def test_titles_of_one_kind(model_folder, folder, tmp_path, titles, expected):
+    prepare(arguments(model_folder, tmp_path / "c.jsonl", folder / "notes.md", titles=titles))
+    assert [passage["title"] for passage in read(tmp_path / "c.jsonl")] == expected
+
+
 def test_rows(result):
     report, passages = result
     first, second = passages["rows.jsonl"]

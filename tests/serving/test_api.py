@@ -50,7 +50,7 @@ def index(model):
 
 @pytest.fixture(scope="module")
 def url(model, index):
-    settings = ApiSettings("tiny", model.generation_config, max_new_tokens=24)
+    settings = ApiSettings("tiny", model.generation_config, max_new_tokens=16)
     with running_server(EmbeddedEngine(model, index, max_running=4), settings) as url:
         yield url
 
@@ -60,7 +60,7 @@ def client(url):
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
-def expected_spans(model, index, prompt, max_new_tokens=24, **retrieval):
+def expected_spans(model, index, prompt, max_new_tokens=16, **retrieval):
     """Return the texts of generate(): `(text, retrieval)` of each span, `None` for free text."""
     with torch.no_grad():
         output = model.generate(
@@ -156,7 +156,7 @@ def test_citations_say_where_a_passage_comes_from(client):
     urls = {}
     for id in ("p0", "p1", "p2"):
         settings = {"retrieval": {"force_nsp_first": True, "candidates": [id]}}
-        answer = client.chat.completions.create(model="tiny", messages=MESSAGES, extra_body=settings)
+        answer = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=5, extra_body=settings)
         message = answer.choices[0].message
         urls[id] = message.annotations[0].url_citation.url
         assert message.annotations[0].url_citation.title == PASSAGES[int(id[1])]["title"]
@@ -195,6 +195,15 @@ def test_a_chat_has_many_roles_and_parts(client, model):
     ids = model.tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
     assert answer.usage.prompt_tokens == len(ids)
     assert answer.usage.completion_tokens <= 3
+
+
+def test_a_long_prompt_is_encoded_apart_and_alike(client, model):
+    text = "[NSP] who? " * 2000
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="tiny", prompt=text)
+    num_tokens = len(encode_texts(model.tokenizer, [text])[0])
+    assert f"The prompt has {num_tokens} tokens, expected 1 to 511." in str(caught.value)
+    assert caught.value.code == "context_length_exceeded"
 
 
 def test_stop_strings_end_the_answer(client):
@@ -305,6 +314,13 @@ def test_embeddings_are_those_of_the_index(client, model, index):
     np.testing.assert_allclose(query.data[0].embedding, expected, atol=1e-5)
     raw = client.embeddings.with_raw_response.create(model="tiny", input="x", encoding_format="base64").http_response
     assert len(base64.b64decode(raw.json()["data"][0]["embedding"])) == 4 * 32
+
+
+def test_a_refusal_of_the_engine_names_the_field(client):
+    settings = {"retrieval": {"candidates": ["p0", "nowhere"]}}
+    with pytest.raises(openai.BadRequestError, match="nowhere") as caught:
+        client.chat.completions.create(model="tiny", messages=MESSAGES, extra_body=settings)
+    assert caught.value.param == "retrieval.candidates"
 
 
 def test_models_are_listed(client):

@@ -3,12 +3,15 @@
 import json
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from transformers import GenerationConfig
 
-from modeling_cosup import Retrieval
+from modeling_cosup import Retrieval, RetrievalConfig
+from modeling_cosup.tokenization_cosup import encode_prompt
 from support.models import make_model
 from support.serving import ScriptedEngine, started_server
 
@@ -71,7 +74,13 @@ def engine():
 @pytest.fixture(scope="module")
 def server(engine):
     settings = ApiSettings(
-        "tiny", api_keys=["other", KEY], max_body_bytes=20_000, max_new_tokens=30, cors_origins=["http://ui.example"]
+        "tiny",
+        GenerationConfig(do_sample=True, temperature=0.7, top_p=0.9, max_new_tokens=11),
+        api_keys=["other", KEY],
+        max_body_bytes=20_000,
+        max_new_tokens=30,
+        request_timeout=60,
+        cors_origins=["http://ui.example"],
     )
     with started_server(engine, settings) as server:
         yield server
@@ -103,6 +112,24 @@ def refusal(response, status=400):
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     return error
+
+
+def head(length):
+    """Return the head of a request whose body has so many bytes."""
+    lines = ["POST /v1/chat/completions HTTP/1.1", "Host: x", "Authorization: Bearer other"]
+    lines += ["Content-Type: application/json", f"Content-Length: {length}", "", ""]
+    return "\r\n".join(lines)
+
+
+def connected(server, receive_buffer=None):
+    """Return a connection to the server."""
+    connection = socket.socket()
+    connection.settimeout(20)
+    if receive_buffer is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    host, port = server.url.removeprefix("http://").split(":")
+    connection.connect((host, int(port)))
+    return connection
 
 
 # ---------------------------------------------------------------------- bodies
@@ -148,7 +175,8 @@ def test_a_body_that_cannot_be_read_gets_400(http, body):
         ("n", True, "n: "),
         ("max_tokens", 0, "max_tokens: "),
         ("max_tokens", "5", "max_tokens: "),
-        ("temperature", 2.1, "temperature: "),
+        ("temperature", 2.1, "temperature: Input should be less than or equal to 2, found '2.1'."),
+        ("retrieval", [], "retrieval: Input should be a JSON object."),
         ("top_p", 0, "top_p: "),
         ("seed", 2**70, "seed: "),
         ("stop", ["a"] * 5, "stop: "),
@@ -192,10 +220,11 @@ def test_neutral_and_harmless_fields_are_accepted(http):
     [
         ({"prompt": ""}, "The prompt has 0 tokens"),
         ({"prompt": []}, "prompt: "),
-        ({"prompt": [[]]}, "The prompt has 0 tokens"),
+        ({"prompt": [[]]}, "prompt: expected a text, token ids, or a list"),
         ({"prompt": [5, 10**6]}, "1000000 is no token id"),
-        ({"prompt": [-1]}, "prompt"),
-        ({"prompt": [1.5]}, "prompt"),
+        ({"prompt": [-1]}, "prompt: expected a text"),
+        ({"prompt": [5, True]}, "prompt: expected a text"),
+        ({"prompt": None}, "prompt: expected a text"),
         ({"prompt": ["x"] * 65}, "prompt: "),
         ({"echo": True}, "echo: "),
         ({"suffix": "x"}, "suffix: "),
@@ -212,7 +241,7 @@ def test_completions_refuse(http, changes, message):
     ("changes", "status", "message"),
     [
         ({"input": []}, 400, "input: "),
-        ({"input": [1, 2]}, 400, "input.0"),
+        ({"input": [1, 2]}, 400, "input: expected a text"),
         ({"dimensions": 5}, 400, "dimensions is 5, expected 32"),
         ({"encoding_format": "hex"}, 400, "encoding_format: "),
         ({"input": {"text": "x", "title": "t"}, "input_type": "query"}, 400, "a query is a text"),
@@ -244,6 +273,52 @@ def test_a_large_body_gets_413_with_and_without_its_length(http):
             yield b"x" * 1000
 
     assert "20,000 bytes" in refusal(http.post("/v1/chat/completions", content=chunks()), 413)["message"]
+
+
+def test_a_body_that_does_not_come_gets_408(server, monkeypatch):
+    monkeypatch.setattr("serving.guards.BODY_TIMEOUT", 0.05)
+    with connected(server) as connection:
+        connection.sendall(f"{head(1000)}{{".encode())
+        assert connection.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+# ---------------------------------------------------------------------- defaults, and what is written down
+
+
+def test_defaults_are_those_of_the_checkpoint(http, engine):
+    def request(path="/v1/chat/completions", **fields):
+        body = {
+            "model": "tiny",
+            **({"prompt": "x"} if path == "/v1/completions" else {"messages": MESSAGES}),
+            **fields,
+        }
+        assert http.post(path, json=body).status_code == 200
+        return engine.requests[-1]
+
+    default = request()
+    assert (default.temperature, default.top_p, default.max_new_tokens, default.seed) == (0.7, 0.9, 11, None)
+    assert 50 < default.deadline - time.monotonic() <= 60
+    assert not default.incremental
+    given = request(temperature=1e-9, top_p=1, max_tokens=7, seed=-1, stop="x")
+    assert (given.temperature, given.top_p, given.max_new_tokens, given.seed) == (0, 1, 7, 2**63 - 1)
+    assert given.incremental  # so that a stop string frees the slot
+    assert request(max_tokens=10**30).max_new_tokens == 30
+    assert request(max_tokens=5, max_completion_tokens=6).max_new_tokens == 6
+    assert request("/v1/completions").max_new_tokens == 16
+    retrieval = {"top_k": 2, "candidates": ["a"], "min_score": 0.4, "forget_passages": "mask", "max_retrievals": 0}
+    config = request(retrieval=retrieval).retrieval
+    assert config == RetrievalConfig(**{**retrieval, "candidates": [["a"]]})
+
+
+def test_prompts_are_logged_only_if_asked_for(http, engine, caplog):
+    caplog.set_level("INFO")
+    secret = {**CHAT, "messages": [{"role": "user", "content": "my secret"}]}
+    assert http.post("/v1/chat/completions", json=secret).status_code == 200
+    assert http.post("/v1/chat/completions", json={**secret, "foo": 1}).status_code == 400
+    assert "secret" not in caplog.text
+    with started_server(ScriptedEngine(make_model(), engine.script), ApiSettings("tiny", log_prompts=True)) as server:
+        assert http.post(f"{server.url}/v1/chat/completions", json=secret).status_code == 200
+    assert "my secret" in caplog.text and "'role': 'assistant'" in caplog.text
 
 
 # ---------------------------------------------------------------------- keys
@@ -323,12 +398,9 @@ def test_one_failing_answer_fails_the_request_and_frees_the_others(client, engin
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_slot(server, engine, stream):
-    body = json.dumps({**CHAT, "stream": stream, "messages": [{"role": "user", "content": "wait"}]}).encode()
-    head = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer other\r\nContent-Length: {len(body)}"
-    )
-    with socket.create_connection(server.url.removeprefix("http://").split(":")) as connection:
-        connection.sendall(f"{head}\r\nContent-Type: application/json\r\n\r\n".encode() + body)
+    body = json.dumps({**CHAT, "stream": stream, "messages": [{"role": "user", "content": "wait"}]})
+    with connected(server) as connection:
+        connection.sendall(f"{head(len(body))}{body}".encode())
         while not engine.running:
             pass
     assert engine.idle.wait(5)
@@ -336,16 +408,9 @@ def test_a_client_that_leaves_frees_its_slot(server, engine, stream):
 
 def test_a_client_that_does_not_read_is_given_up(server, http, engine, monkeypatch, caplog):
     monkeypatch.setattr("serving.generating.SEND_TIMEOUT", 0.2)
-    body = json.dumps({**CHAT, "stream": True, "messages": [{"role": "user", "content": "flood"}]}).encode()
-    head = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer other\r\nContent-Length: {len(body)}"
-    )
-    connection = socket.socket()
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    host, port = server.url.removeprefix("http://").split(":")
-    connection.connect((host, int(port)))
-    with connection:
-        connection.sendall(f"{head}\r\nContent-Type: application/json\r\n\r\n".encode() + body)
+    body = json.dumps({**CHAT, "stream": True, "messages": [{"role": "user", "content": "flood"}]})
+    with connected(server, receive_buffer=4096) as connection:
+        connection.sendall(f"{head(len(body))}{body}".encode())
         while not engine.running:
             pass
         # others are served meanwhile
@@ -354,7 +419,7 @@ def test_a_client_that_does_not_read_is_given_up(server, http, engine, monkeypat
     assert "A client read nothing" in caplog.text
 
 
-def test_the_metrics_count_by_route_and_status(http):
+def test_the_metrics_count_by_route_and_status(http, engine):
     def count(text, route, status):
         label = f'cosup_requests_total{{route="{route}",status="{status}"}} '
         return next((float(line[len(label) :]) for line in text.splitlines() if line.startswith(label)), 0.0)
@@ -367,8 +432,22 @@ def test_the_metrics_count_by_route_and_status(http):
     for route, status in (("/v1/completions", 200), ("/v1/completions", 404), ("other", 404)):
         assert count(after, route, status) == count(before, route, status) + 1
     assert "anything" not in after
-    for name in ("generated_tokens_total", "time_to_first_token_seconds_count", "requests_running 0.0"):
-        assert f"cosup_{name}" in after
+    assert "cosup_requests_running 0.0" in after
+    # the text of answers that are not streamed comes at their end
+    http.post("/v1/chat/completions", json={**CHAT, "stream": True})
+    streamed = http.get("/metrics").text
+
+    def value(text, name):
+        return next(float(line.split()[1]) for line in text.splitlines() if line.startswith(f"cosup_{name} "))
+
+    for name, before_stream, by_stream in [
+        ("generated_tokens_total", 2, 2),
+        ("prompt_tokens_total", 1, len(encode_prompt(engine.tokenizer, "who?"))),
+        ("time_to_first_token_seconds_count", 0, 1),
+        ("time_per_token_seconds_count", 0, 1),
+    ]:
+        assert value(after, name) - value(before, name) == before_stream, name
+        assert value(streamed, name) - value(after, name) == by_stream, name
 
 
 def test_at_the_end_running_answers_finish_and_new_ones_get_503(server, http, engine):

@@ -8,17 +8,20 @@ import asyncio
 import time
 from contextlib import ExitStack, aclosing
 
+import httpx
 import numpy as np
 import pytest
 import torch
 
 from modeling_cosup import RetrievalConfig
-from modeling_cosup.tokenization_cosup import encode_prompt
+from modeling_cosup.tokenization_cosup import encode_prompt, encode_texts
 from support.models import PASSAGES, make_model
 from support.served_answers import alone, check_answer, check_logprobs, make_parts, requests_of
+from support.serving import running_server
 from support.vllm_server import StandIn, running
 
 from serving import vllm_client
+from serving.api import ApiSettings
 from serving.engine import (
     BackendFailed,
     DeadlineExceeded,
@@ -67,6 +70,7 @@ class World:
 
         for server in self.servers.values():
             server.stand_in.bodies.clear()
+            server.stand_in.sessions.clear()
             server.stand_in.faults.clear()
         return asyncio.run(serve())
 
@@ -151,6 +155,22 @@ def test_sampling_settings_reach_the_server_and_each_piece_has_its_seed(world):
     assert body["ignore_eos"] and body["top_k"] == 0
 
 
+def test_all_requests_of_an_answer_have_one_session(world):
+    request = world.request(30, "Curie", force_nsp_first=True)
+
+    async def test(engine):
+        await events_of(engine, request)
+        await events_of(engine, request)
+
+    world.run(test)
+    sessions = {}
+    for name in ("gen", "query"):
+        sessions[name] = [header for header in world.stand_in(name).sessions if header]
+    assert len(set(sessions["gen"])) == 2
+    assert set(sessions["query"]) == set(sessions["gen"])
+    assert len(sessions["gen"]) > 2
+
+
 @torch.no_grad()
 def test_embeddings_are_those_of_the_model(world):
     async def test(engine):
@@ -183,6 +203,27 @@ def test_queries_of_other_kinds_of_models(tmp_path, settings):
     check_answer(events, request, output, world.ends())
     query_embed = next(event.retrieval.query_embed for event in events if isinstance(event, RetrievalEvent))
     assert query_embed == pytest.approx(output.retrievals[0][0].query_embed, abs=1e-4)
+
+
+@torch.no_grad()
+def test_the_api_over_this_engine(world):
+    """Answers and failures go through the API as they do with the embedded engine."""
+    settings = ApiSettings("tiny", world.model.generation_config)
+    body = {"model": "tiny", "prompt": "who?", "max_tokens": 12, "temperature": 0}
+    body |= {"retrieval": {"force_nsp_first": True, "max_retrievals": 1}}
+    with running_server(world.engine(), settings) as url, httpx.Client(base_url=f"{url}/v1") as client:
+        answer = client.post("/completions", json=body).json()
+        world.stand_in("query").faults.append("400")
+        failure = client.post("/completions", json=body)
+        refusal = client.post("/completions", json={**body, "retrieval": {"forget_passages": "mask"}})
+    retrieval = RetrievalConfig(force_nsp_first=True, max_retrievals=1)
+    prompt = encode_texts(world.model.tokenizer, ["who?"])[0]
+    output = alone(world.model, world.index, GenerationRequest(prompt, 12, retrieval))
+    assert answer["usage"]["completion_tokens"] == int(output.num_generated_tokens)
+    assert answer["choices"][0]["retrievals"][0]["passages"] == output.retrievals[0][0].passages
+    assert (failure.status_code, failure.json()["error"]["code"]) == (502, "backend_failed")
+    assert refusal.status_code == 400
+    assert "forget_passages is 'mask'" in refusal.json()["error"]["message"]
 
 
 # ---------------------------------------------------------------------- what is refused

@@ -37,7 +37,7 @@ class StandIn:
     Attributes:
         faults (`deque[str]`): what the next requests meet, one each: a status code, `"garbage"`, `"cut"` (the
             connection breaks after the first token), `"slow"`, `"nan"` or `"error"` (an error within a stream).
-        bodies (`list[dict]`): of all requests.
+        bodies (`list[dict]`), sessions (`list[str]`): of all requests.
         seconds_per_token (`float`): that a decision takes.
     """
 
@@ -47,6 +47,7 @@ class StandIn:
         self.max_model_len = model.config.get_text_config().max_position_embeddings
         self.faults: deque[str] = deque()
         self.bodies: list[dict[str, Any]] = []
+        self.sessions: list[str] = []
         self.seconds_per_token = 0.0
         self.lock = threading.Lock()
         self.num_running = 0
@@ -63,6 +64,7 @@ class StandIn:
     async def completions(self, request: Request) -> Response:
         body = await request.json()
         self.bodies.append(body)
+        self.sessions.append(request.headers.get("X-Session-Id", ""))
         fault = self.faults.popleft() if self.faults else ""
         failure = self.failure(fault)
         if failure is not None:
@@ -132,8 +134,9 @@ class StandIn:
                 return
 
     @torch.no_grad()
-    def embeddings(self, body: dict[str, Any]) -> Response:
+    def embeddings(self, body: dict[str, Any], request: Request) -> Response:
         self.bodies.append(body)
+        self.sessions.append(request.headers.get("X-Session-Id", ""))
         fault = self.faults.popleft() if self.faults else ""
         failure = self.failure(fault)
         if failure is not None:

@@ -1,9 +1,9 @@
 """
 Load a server with the embedded engine, and compare it with generate_many over the same questions.
 
-    python recipes/benchmarks/serving.py --model cosup-quickstart --index cosup-quickstart/index \\
+    python recipes/benchmarks/server_load.py --model cosup-quickstart --index cosup-quickstart/index \\
         --eval_file data/quickstart/eval.jsonl --output_file serving.json
-    python recipes/benchmarks/serving.py --quick true    # takes seconds, only shows that it runs
+    python recipes/benchmarks/server_load.py --quick true    # takes seconds, only shows that it runs
 
 Server and engine run in this process as in recipes/serve.py; the clients have a process of their own. Sections:
     `throughput`: answers and tokens a second, whole and streamed, against generate_many with as many rows at a time
@@ -43,10 +43,10 @@ from modeling_cosup.tokenization_cosup import encode_prompt
 
 from measuring import Meter, print_hardware, print_table, spread, spread_text, take_turns
 from random_world import World
+from server_clients import CANCELLED, DISCONNECTED, PLAIN, STREAMED, Job, Outcome
 from serving.api import ApiSettings, build_app
 from serving.embedded_engine import EmbeddedEngine
 from serving.running import EngineServer, open_socket, url_of
-from serving_clients import CANCELLED, DISCONNECTED, PLAIN, STREAMED, Job, Outcome
 from shared.indexes import open_index
 
 SECTIONS = ("throughput", "latency", "soak")
@@ -159,7 +159,7 @@ class Service:
             **options,
         )
         process = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("serving_clients.py"))],
+            [sys.executable, str(Path(__file__).with_name("server_clients.py"))],
             input=json.dumps(asdict(job)),
             stdout=subprocess.PIPE,
             text=True,

@@ -1,8 +1,8 @@
 """
-The clients of benchmarks/serving.py, in a process of their own: reads a job from stdin, writes what its requests got.
+The clients of benchmarks/server_load.py, in a process of their own: reads a job from stdin, writes what came of it.
 
     echo '{"base_url": "http://127.0.0.1:8000/v1", "questions": ["who?"], "seconds": 5}' \\
-        | python recipes/benchmarks/serving_clients.py
+        | python recipes/benchmarks/server_clients.py
 
 It imports neither torch nor this project, so that it starts at once and takes little memory.
 """
