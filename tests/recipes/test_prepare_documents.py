@@ -10,17 +10,18 @@ import prepare_documents
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from prepare_documents import DocumentArguments, prepare, work_of
+from prepare_documents import DocumentArguments, prepare
 
 from modeling_cosup import CoSupForCausalLM, RetrievalConfig
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_passages_for_gen
 from support.models import make_model, make_tokenizer
 
-from shared import document_conversion
+from shared import document_conversion, document_work
 from shared.document_cache import DocumentCache
 from shared.document_conversion import convert, join_lines
 from shared.document_files import DocumentError, DocumentFile, find_documents
 from shared.document_sections import SECTION_CHARACTERS, markdown_blocks, plain_title, sections_of, text_file_document
+from shared.document_work import work_of
 from shared.passage_splitting import PassageSplitter
 
 docx = pytest.importorskip("docx", reason="python-docx is not installed")
@@ -131,7 +132,8 @@ def write_documents(folder):
         "# Copy\nOil them *twice* a year.\n\n```python\n# no heading\noil(widget)\n```\n"
     )
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    pyarrow.parquet.write_table(pa.table({"text": ["A row of a table."]}), folder / "table.parquet")
+    table = {"text": ["A row of a table."], "url": ["https://x.org/t"], "urls": ["other"], "ids": [3]}
+    pyarrow.parquet.write_table(pa.table(table), folder / "table.parquet")
     (folder / "bad/empty.txt").write_bytes(b"")
     (folder / "bad/blank.md").write_text("# Only a heading\n\n \n---\n")
     (folder / "bad/nul.txt").write_bytes(b"MZ\0\0")
@@ -267,7 +269,8 @@ def test_rows(result):
     metadata = {"page": 7, "source": "rows.jsonl", "row": "a", "url": "https://x.org/a", "start": 0, "end": 20}
     check_passages([first], [("Row", "A row about widgets.", metadata)])
     check_passages([second], [("", "Another row.", {"source": "rows.jsonl", "row": 1, "start": 0, "end": 12})])
-    assert passages["table.parquet"][0]["text"] == "A row of a table."
+    metadata = {"source": "table.parquet", "row": 0, "url": "https://x.org/t", "start": 0, "end": 17}
+    check_passages(passages["table.parquet"], [("", "A row of a table.", metadata)])
 
 
 def test_encodings(result, tmp_path):
@@ -443,7 +446,7 @@ def small(tmp_path):
 def count_splits(monkeypatch, fail_at=None):
     """Record the sources that are split; the `fail_at`-th one is interrupted."""
     sources = []
-    split_work = prepare_documents.split_work
+    split_work = document_work.split_work
 
     def counted(work, splitter):
         sources.append(work.file.source if work.file else work.documents[0].id)
@@ -451,7 +454,7 @@ def count_splits(monkeypatch, fail_at=None):
             raise KeyboardInterrupt
         return split_work(work, splitter)
 
-    monkeypatch.setattr(prepare_documents, "split_work", counted)
+    monkeypatch.setattr(document_work, "split_work", counted)
     return sources
 
 
@@ -565,7 +568,7 @@ def test_a_dataset_is_streamed(model_folder, tmp_path, monkeypatch):
     prepare(arguments(model_folder, tmp_path / "c.jsonl", "some/dataset", text_column="body"))
     assert calls == [("some/dataset", "train", True)]
     (passage,) = read(tmp_path / "c.jsonl")
-    assert passage["metadata"] == {"source": "some/dataset", "row": 0, "start": 0, "end": 13}
+    assert passage["metadata"] == {"source": "some/dataset", "row": "5", "start": 0, "end": 13}
 
 
 @pytest.mark.parametrize(
@@ -593,7 +596,7 @@ def test_bad_options_are_errors_before_anything_is_written(
 def test_a_library_that_is_missing_is_named_before_anything_is_written(model_folder, small, tmp_path, monkeypatch):
     (small / "x.html").write_text(HTML)
     monkeypatch.setitem(sys.modules, "trafilatura", None)
-    with pytest.raises(ImportError, match=r"need the package trafilatura: pip install \"cosup\[documents\]\""):
+    with pytest.raises(ImportError, match=r'need further packages: pip install "cosup\[documents\]" \(.*trafilatura'):
         prepare(arguments(model_folder, tmp_path / "out" / "c.jsonl", small))
     assert not (tmp_path / "out").exists()
 
