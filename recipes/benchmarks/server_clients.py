@@ -1,5 +1,6 @@
 """
-The clients of benchmarks/server_load.py, in a process of their own: reads a job from stdin, writes what came of it.
+The clients of benchmarks/server_load.py, in a process of their own: a line of stdin is a job, a line of stdout what
+came of it.
 
     echo '{"base_url": "http://127.0.0.1:8000/v1", "questions": ["who?"], "seconds": 5}' \\
         | python recipes/benchmarks/server_clients.py
@@ -182,9 +183,11 @@ async def run_clients(job: Job) -> tuple[float, list[Outcome]]:
 
 
 def main() -> None:
-    """Run the job of stdin."""
-    seconds, outcomes = asyncio.run(run_clients(Job(**json.load(sys.stdin))))
-    json.dump({"seconds": seconds, "outcomes": [asdict(outcome) for outcome in outcomes]}, sys.stdout)
+    """Run each job of stdin."""
+    for line in sys.stdin:
+        seconds, outcomes = asyncio.run(run_clients(Job(**json.loads(line))))
+        result = {"seconds": seconds, "outcomes": [asdict(outcome) for outcome in outcomes]}
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
