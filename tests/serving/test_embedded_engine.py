@@ -116,6 +116,13 @@ def test_what_needs_an_index_is_refused_without_one(model):
     engine.check(request(model, force_nsp_first=True, passages=[[PASSAGES[0]]]))
 
 
+def test_the_event_loop_and_the_decoding_thread_do_not_share_a_tokenizer(model, index):
+    engine = EmbeddedEngine(model, index)
+    assert engine.tokenizer._tokenizer is not model.tokenizer._tokenizer
+    assert engine._lookup.model.tokenizer is engine.tokenizer
+    assert encode_prompt(engine.tokenizer, "who? [NSP]") == encode_prompt(model.tokenizer, "who? [NSP]")
+
+
 def test_a_request_that_never_has_room_is_refused(model, index):
     with pytest.raises(UnsupportedSetting, match="^max_new_tokens is 400.* 412 tokens.* room for 411"):
         EmbeddedEngine(model, index, max_batch_tokens=411).check(long_request(model))
