@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from prepare_quickstart_documents import NUM_PASSAGES, SampleArguments, write_documents
 from transformers import AutoTokenizer
 
 from modeling_cosup import CoSupForCausalLM
@@ -109,3 +110,15 @@ def test_other_code_makes_the_world_anew(module, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "__file__", str(tmp_path / "code.py"))
     prepare_world(args)
     assert path.stat().st_mtime_ns > before
+
+
+def test_documents_of_the_world_hold_its_passages(world, tmp_path):
+    pypdf = pytest.importorskip("pypdf")
+    pytest.importorskip("fpdf")
+    write_documents(SampleArguments(world["corpus"], str(tmp_path)))
+    passages = load_corpus(world["corpus"])[:NUM_PASSAGES]
+    notes = (tmp_path / "notes" / "notes-20.md").read_text()
+    assert [passage["text"] in notes for passage in passages[57:60]] == [True] * 3
+    last_page = pypdf.PdfReader(tmp_path / "register-10.pdf").pages[2].extract_text()
+    assert [passage["title"] in last_page for passage in passages[-3:]] == [True] * 3
+    assert len(list(tmp_path.rglob("*.*"))) == 30
