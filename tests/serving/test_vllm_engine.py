@@ -22,6 +22,7 @@ from support.vllm_server import StandIn, running
 
 from serving import vllm_client
 from serving.api import ApiSettings
+from serving.arguments import ServeArguments
 from serving.engine import (
     BackendFailed,
     DeadlineExceeded,
@@ -255,6 +256,13 @@ def test_bad_settings_are_refused_by_name(world, settings, message):
 def test_bad_options_are_refused(world, options, message):
     with pytest.raises(ValueError, match=message):
         world.engine(**options)
+
+
+def test_urls_belong_to_this_engine():
+    with pytest.raises(ValueError, match="--encoder_url is of --engine vllm"):
+        ServeArguments(model="out", encoder_url="http://127.0.0.1:8003/v1")
+    with pytest.raises(ValueError, match="--engine vllm needs --query_url"):
+        ServeArguments(model="out", engine="vllm", gen_url="http://127.0.0.1:8001/v1")
 
 
 @pytest.mark.parametrize(
