@@ -1,6 +1,6 @@
 """Corpora in files, JSON Lines or Parquet, read passage by passage. Does not travel with a checkpoint."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,13 +13,21 @@ try:
 except ImportError:
     parquet = None
 
+COLUMNS = ("id", "title", "text")
+OPTIONAL_COLUMNS = ("id", "title", "url", "metadata")
+
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
 
 
-def read_files(paths: Iterable[str | Path]) -> Iterator[tuple[str, dict]]:
+def read_files(paths: Iterable[str | Path], columns: Sequence[str] = COLUMNS) -> Iterator[tuple[str, dict]]:
     """
     Read the rows of files, one after another, unchecked: Parquet if a name ends in `.parquet`, otherwise JSON Lines.
+
+    Args:
+        paths (iterable of `str` or `Path`): the files.
+        columns (sequence of `str`, *optional*): what is read of a Parquet file, besides `OPTIONAL_COLUMNS`; a name
+            that nearly is one of these is an error.
 
     Yields:
         `(str, dict)`: the place, for error messages, and the row.
@@ -29,14 +37,14 @@ def read_files(paths: Iterable[str | Path]) -> Iterator[tuple[str, dict]]:
     """
     for path in paths:
         if Path(path).suffix == ".parquet":
-            yield from read_parquet(path)
+            yield from read_parquet(path, columns)
         else:
             yield from lines_with_places(path)
 
 
-def read_parquet(path: str | Path) -> Iterator[tuple[str, dict]]:
+def read_parquet(path: str | Path, columns: Sequence[str] = COLUMNS) -> Iterator[tuple[str, dict]]:
     """
-    Read `(where, row)` pairs of a Parquet file with columns `id`, `text` and perhaps `title` and `metadata`.
+    Read `(where, row)` pairs of a Parquet file: `columns`, and the `OPTIONAL_COLUMNS` that it has.
 
     `metadata` is a column of structs, maps or JSON text.
     """
@@ -50,12 +58,11 @@ def read_parquet(path: str | Path) -> Iterator[tuple[str, dict]]:
         raise FileNotFoundError(f"{path} is not a file.") from None
     except OSError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
-    names = ("id", "title", "text")
-    refuse_misspelt(dict.fromkeys(file.schema_arrow.names, True), names, str(path))
-    columns = [name for name in (*names, "metadata") if name in file.schema_arrow.names]
+    refuse_misspelt(dict.fromkeys(file.schema_arrow.names, True), tuple(columns), str(path))
+    present = [name for name in dict.fromkeys((*columns, *OPTIONAL_COLUMNS)) if name in file.schema_arrow.names]
     row = 0
     with file:
-        for batch in _read_batches(file, columns, path):
+        for batch in _read_batches(file, present, path):
             for value in batch.to_pylist():
                 where = f"{path}, row {row}"
                 if "metadata" in value:

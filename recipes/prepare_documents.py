@@ -17,47 +17,27 @@ canonical link). Its id depends on source, row, start and end alone. A text that
 occurs first.
 
 Documents that have not changed are not converted again: their passages are kept in `<output_file>.cache`, which may be
-deleted. An interrupted run resumes there. What could not be read stands in `<output_file without .jsonl>.report.json`.
+deleted. An interrupted run resumes there. What could not be read is printed, and stands in the report next to the
+corpus, `corpus.report.json`; with `--on_error fail` it also ends the program with status 1, and no corpus is written.
 """
 
-import contextlib
-import dataclasses
-import hashlib
 import json
-import os
-import zlib
-from array import array
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
-from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from shared.cli import clear_errors, parse, table
 
-from tqdm import tqdm
-
-from modeling_cosup.corpus_cosup import read_files
-from modeling_cosup.files_cosup import digest, digest_file, write_json
+from modeling_cosup.files_cosup import write_json
 from modeling_cosup.lines_cosup import writing_bytes
-from modeling_cosup.metadata_cosup import check_metadata
-from modeling_cosup.passages_cosup import check_text
 
-from shared.document_cache import HASH_BYTES, DocumentCache, PassageBatch
-from shared.document_conversion import check_libraries, convert
-from shared.document_files import DocumentError, DocumentFile, find_documents
-from shared.document_sections import Document, row_sections, text_file_document
+from shared.document_cache import DocumentCache
+from shared.document_conversion import check_libraries
+from shared.document_files import DocumentFile, find_documents
+from shared.document_work import CacheFiller
 from shared.passage_splitting import PassageSplitter
 
-FORMAT = 1  # of the passages; another one splits every document again
-LIBRARIES = ("pypdf", "python-docx", "semantic-text-splitter", "trafilatura")
-WORK_CHARACTERS = 2**18  # of rows or sections that a worker gets at a time
-WORK_ROWS = 1000
-LARGEST = 10**15  # more characters than any text has
-T = TypeVar("T")
 MAX_SHOWN = 20  # unreadable documents that are printed
 
 
@@ -122,11 +102,13 @@ def prepare(args: DocumentArguments) -> dict[str, Any]:
     settings = {**splitter.settings(), "text_column": args.text_column}
     output.parent.mkdir(parents=True, exist_ok=True)
     with DocumentCache(cache_file) as cache:
-        unchanged, unreadable = fill(cache, documents, splitter, settings, args.num_workers)
+        filler = CacheFiller(cache, splitter, settings, args.num_workers)
+        filler.fill(documents)
+        unreadable = filler.unreadable
         readable = [document for document in documents if document.source not in unreadable]
         report: dict[str, Any] = {
             "documents": len(readable),
-            "unchanged": unchanged,
+            "unchanged": filler.num_unchanged,
             "passages": 0,
             "tokens": {"mean": 0.0, "longest": 0},
             "duplicates": 0,
@@ -156,213 +138,9 @@ def check(args: DocumentArguments) -> None:
         raise ValueError(f"num_workers is {args.num_workers}, expected at least 1.")
 
 
-def library_version(name: str) -> str | None:
-    """Return the version of an installed package, or `None`."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def report_path(output: Path) -> Path:
     """Return the path of the report: `corpus.report.json` for `corpus.jsonl` and `corpus.jsonl.gz`."""
     return output.with_name(f"{output.name.removesuffix('.gz').removesuffix('.jsonl')}.report.json")
-
-
-# ---------------------------------------------------------------------- work
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a worker splits at a time: a file that it converts as a whole, or rows or sections of a file."""
-
-    file: DocumentFile | None = None
-    documents: tuple[Document, ...] = ()
-
-
-def work_of(file: DocumentFile, text_column: str) -> Iterator[Work]:
-    """Yield the work of a document, in order, so that a large text or many rows are never in memory as a whole."""
-    if file.kind in ("rows", "dataset"):
-        rows = _row_documents(file, text_column)
-        for documents in _batched(rows, lambda row: sum(len(section.text) for section in row.sections)):
-            yield Work(documents=tuple(documents))
-    elif file.kind in ("text", "markdown"):
-        assert file.path is not None
-        document = text_file_document(file.path, file.source, file.kind == "markdown")
-        for sections in _batched(document.sections, lambda section: len(section.text)):
-            yield Work(documents=(dataclasses.replace(document, sections=sections),))
-    else:
-        yield Work(file)
-
-
-def _batched(items: Iterable[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
-    batch: list[T] = []
-    size = 0
-    for item in items:
-        batch.append(item)
-        size += size_of(item)
-        if size >= WORK_CHARACTERS or len(batch) >= WORK_ROWS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _row_documents(file: DocumentFile, text_column: str) -> Iterator[Document]:
-    for number, (where, row) in enumerate(_rows(file)):
-        text = check_text(row.get(text_column), text_column, where, may_be_empty=True)
-        title = check_text(row.get("title") or "", "title", where, may_be_empty=True)
-        metadata = {**(check_metadata(row.get("metadata"), where) or {}), "source": file.source}
-        id = row.get("id")
-        metadata["row"] = id if isinstance(id, str) and id else number
-        if isinstance(row.get("url"), str) and row["url"]:
-            metadata["url"] = row["url"]
-        check_metadata({**metadata, "start": LARGEST, "end": LARGEST}, where)
-        yield Document(f"{file.source}#{metadata['row']}", title, list(row_sections(text)), metadata)
-
-
-def _rows(file: DocumentFile) -> Iterator[tuple[str, dict[str, Any]]]:
-    if file.path is not None:
-        yield from read_files([file.path])
-        return
-    from datasets import load_dataset
-
-    for number, row in enumerate(load_dataset(file.source, split="train", streaming=True)):
-        yield f"{file.source}, row {number}", row
-
-
-def split_work(work: Work, splitter: PassageSplitter) -> PassageBatch:
-    """
-    Convert and split, in a worker.
-
-    Raises:
-        [`DocumentError`]: the reason why a document cannot be read.
-    """
-    documents = work.documents
-    if work.file is not None:
-        assert work.file.path is not None
-        document = convert(work.file.kind, work.file.path, work.file.source)
-        documents = (document,)
-    lines, ids, hashes, lengths = [], [], [], array("I")
-    for document in documents:
-        try:
-            for passage, length in splitter.passages(document):
-                lines.append(json.dumps(passage, ensure_ascii=False).encode())
-                ids.append(bytes.fromhex(passage["id"]))
-                hashes.append(hashlib.blake2b(passage["text"].encode(), digest_size=HASH_BYTES).digest())
-                lengths.append(length)
-        except ValueError as error:
-            raise DocumentError(str(error)) from None
-    note = documents[0].note if documents else ""
-    compressed = zlib.compress(b"\n".join(lines), 1)
-    return PassageBatch(compressed, b"".join(ids), b"".join(hashes), lengths.tobytes(), note)
-
-
-_splitter: PassageSplitter  # of a worker process
-
-
-def _start_worker(splitter: PassageSplitter) -> None:
-    global _splitter
-    _splitter = splitter
-
-
-def _split_in_worker(work: Work) -> PassageBatch:
-    return split_work(work, _splitter)
-
-
-@contextlib.contextmanager
-def workers(splitter: PassageSplitter, num_workers: int) -> Iterator[Callable[[Work], "Future[PassageBatch]"]]:
-    """Yield a function that splits in one of the worker processes; with one worker, in this process."""
-    if num_workers == 1:
-
-        def split_here(work: Work) -> "Future[PassageBatch]":
-            future: Future[PassageBatch] = Future()
-            try:
-                future.set_result(split_work(work, splitter))
-            except Exception as error:
-                future.set_exception(error)
-            return future
-
-        yield split_here
-        return
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes take all cores
-    method = "fork" if "fork" in get_all_start_methods() else None
-    pool: Executor = ProcessPoolExecutor(num_workers, get_context(method), _start_worker, (splitter,))
-    try:
-        yield lambda work: pool.submit(_split_in_worker, work)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def fill(
-    cache: DocumentCache,
-    documents: list[DocumentFile],
-    splitter: PassageSplitter,
-    settings: dict[str, Any],
-    num_workers: int,
-) -> tuple[int, dict[str, str]]:
-    """
-    Split all documents that the cache does not hold.
-
-    Returns:
-        `(unchanged, unreadable)`: the number of documents that the cache held, and why others cannot be read, by
-            source.
-    """
-    versions = {name: library_version(name) for name in LIBRARIES}
-    base_key = [FORMAT, settings, versions]
-    unreadable: dict[str, str] = {}
-    unchanged = 0
-    # the work in progress, in order; without a future: the end of a document, and its key
-    pending: deque[tuple[DocumentFile, int, Future[PassageBatch] | None, str]] = deque()
-    notes: dict[str, str] = {}
-    num_passages: Counter[str] = Counter()
-
-    def take() -> None:
-        document, number, future, key = pending.popleft()
-        source = document.source
-        if future is not None:
-            try:
-                batch = future.result()
-            except (DocumentError, OSError) as error:
-                unreadable.setdefault(source, str(error))
-                return
-            except BrokenExecutor as error:
-                sources = list(dict.fromkeys([source, *(entry[0].source for entry in pending)]))
-                raise OSError(
-                    f"a worker process died, perhaps for lack of memory, on one of {', '.join(sources)}. Documents"
-                    " before these are kept: the same command resumes there."
-                ) from error
-            cache.add(source, number, batch)
-            num_passages[source] += len(batch.lengths)
-            notes[source] = batch.note
-            return
-        if not num_passages.pop(source, 0):
-            unreadable.setdefault(source, "it holds no text")
-        if source in unreadable:
-            cache.discard(source)
-        else:
-            cache.complete(source, key, notes.pop(source, ""))
-
-    with workers(splitter, num_workers) as split, tqdm(documents, desc="Documents", unit=" documents") as bar:
-        for document in bar:
-            try:
-                key = digest([*base_key, document.path and digest_file(document.path)])
-                if document.path is not None and cache.holds(document.source, key):
-                    unchanged += 1
-                    continue
-                cache.discard(document.source)
-                for number, work in enumerate(work_of(document, settings["text_column"])):
-                    pending.append((document, number, split(work), ""))
-                    while len(pending) > 4 * num_workers:
-                        take()
-                    if document.source in unreadable:
-                        break
-            except (ValueError, OSError) as error:
-                unreadable.setdefault(document.source, str(error))
-            pending.append((document, 0, None, key))
-        while pending:
-            take()
-    return unchanged, unreadable
 
 
 def notes_of(cache: DocumentCache, documents: Iterable[DocumentFile]) -> list[dict[str, str]]:

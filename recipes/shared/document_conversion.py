@@ -26,19 +26,24 @@ MAX_DOCX_TEXT_BYTES = 64 * 2**20  # of its XML
 MAX_PAGES = 20_000
 MAX_PAGE_CHARACTERS = 1_000_000
 EXTRA = 'pip install "cosup[documents]"'
-LIBRARIES = {"html": "trafilatura", "docx": "docx", "pdf": "pypdf"}  # kind -> module
+LIBRARIES = {  # kind -> how its library is imported
+    "html": lambda: import_module("trafilatura"),
+    "docx": lambda: import_module("docx"),
+    "pdf": lambda: import_module("pypdf"),
+}
 NO_TITLE = re.compile(r"(untitled.*|microsoft word - .*|.*\.(docx?|pdf|tex|dvi|indd))?", re.IGNORECASE | re.DOTALL)
 NO_CHARACTER = re.compile("[\x00\ud800-\udfff]")  # what PDF files with damaged fonts hold
 
 
 def check_libraries(kinds: Collection[str]) -> None:
     """Import the libraries that these kinds of documents need; `ImportError` says what to install."""
-    modules = ["semantic_text_splitter", *(module for kind, module in LIBRARIES.items() if kind in kinds)]
-    for module in modules:
-        try:
-            import_module(module)
-        except ImportError as error:
-            raise ImportError(f"These documents need the package {module}: {EXTRA} ({error})") from error
+    try:
+        import_module("semantic_text_splitter")
+        for kind, load in LIBRARIES.items():
+            if kind in kinds:
+                load()
+    except ImportError as error:
+        raise ImportError(f"These documents need further packages: {EXTRA} ({error})") from error
 
 
 def convert(kind: str, path: Path, id: str) -> Document:

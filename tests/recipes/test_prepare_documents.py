@@ -1,26 +1,36 @@
 """A corpus from documents: real files of every format, made here, to passages with their source, page and span."""
 
 import json
+import random
 import re
 import sys
 import tracemalloc
+from io import StringIO
 from pathlib import Path
 
 import prepare_documents
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from prepare_documents import DocumentArguments, prepare, work_of
+from prepare_documents import DocumentArguments, prepare
 
 from modeling_cosup import CoSupForCausalLM, RetrievalConfig
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_passages_for_gen
 from support.models import make_model, make_tokenizer
 
-from shared import document_conversion
+from shared import document_conversion, document_work
 from shared.document_cache import DocumentCache
 from shared.document_conversion import convert, join_lines
 from shared.document_files import DocumentError, DocumentFile, find_documents
-from shared.document_sections import SECTION_CHARACTERS, markdown_blocks, plain_title, sections_of, text_file_document
+from shared.document_sections import (
+    SECTION_CHARACTERS,
+    markdown_blocks,
+    markdown_document,
+    plain_title,
+    sections_of,
+    text_file_document,
+)
+from shared.document_work import work_of
 from shared.passage_splitting import PassageSplitter
 
 docx = pytest.importorskip("docx", reason="python-docx is not installed")
@@ -131,7 +141,8 @@ def write_documents(folder):
         "# Copy\nOil them *twice* a year.\n\n```python\n# no heading\noil(widget)\n```\n"
     )
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    pyarrow.parquet.write_table(pa.table({"text": ["A row of a table."]}), folder / "table.parquet")
+    table = {"text": ["A row of a table."], "url": ["https://x.org/t"], "urls": ["other"], "ids": [3]}
+    pyarrow.parquet.write_table(pa.table(table), folder / "table.parquet")
     (folder / "bad/empty.txt").write_bytes(b"")
     (folder / "bad/blank.md").write_text("# Only a heading\n\n \n---\n")
     (folder / "bad/nul.txt").write_bytes(b"MZ\0\0")
@@ -267,7 +278,8 @@ def test_rows(result):
     metadata = {"page": 7, "source": "rows.jsonl", "row": "a", "url": "https://x.org/a", "start": 0, "end": 20}
     check_passages([first], [("Row", "A row about widgets.", metadata)])
     check_passages([second], [("", "Another row.", {"source": "rows.jsonl", "row": 1, "start": 0, "end": 12})])
-    assert passages["table.parquet"][0]["text"] == "A row of a table."
+    metadata = {"source": "table.parquet", "row": 0, "url": "https://x.org/t", "start": 0, "end": 17}
+    check_passages(passages["table.parquet"], [("", "A row of a table.", metadata)])
 
 
 def test_encodings(result, tmp_path):
@@ -382,6 +394,30 @@ def test_a_passage_fits_for_both_tokenizers():
     assert passages and not cut
 
 
+LINES = "# head\n|## h2 #\n|```\n|~~~\n|===\n|---\n|\n|\n\n|- item\n|1. a\n|> q\n|    code\n"
+WORDS = "word |don't |東京は|😀|é|e\u0301|\u200d|**b**|`c`|[l](u)|\t|<div>|&amp;|\u00a0|\u2028|\x0b|[NSP]|</s>|﷽"
+PIECES = [*LINES.split("|"), *WORDS.split("|"), "| a | b |\n", "|---|---|\n", "x" * 70]
+
+
+@pytest.mark.parametrize("overlap", [0, 40])
+def test_any_text_is_kept_and_fits(splitter, overlap):
+    splitter = PassageSplitter(make_model().config, splitter.tokenizers, 48, min(overlap, 24))
+    for seed in range(60):
+        draw = random.Random(seed)
+        text = "".join(draw.choice(PIECES) for _ in range(draw.randrange(1, 120)))
+        converted = StringIO(text, newline=None).read()
+        document = markdown_document(StringIO(text, newline=None), "x", "stem")
+        document.sections = list(document.sections)
+        passages = list(splitter.passages(document))
+        for passage, length in passages:
+            assert converted[passage["metadata"]["start"] : passage["metadata"]["end"]] == passage["text"]
+            assert passage["text"].strip() and length <= 48
+        assert len({passage["id"] for passage, _ in passages}) == len(passages), seed
+        if not overlap:
+            before = "".join(filter(str.isalnum, "".join(section.text for section in document.sections)))
+            assert "".join(filter(str.isalnum, "".join(passage["text"] for passage, _ in passages))) == before
+
+
 def test_headings_of_markdown():
     text = (
         "Setext *one*\n===\n\na\n# Two {#anchor} #\n####### seven\n #hash\n````\n# code\n```\n````\n"
@@ -443,7 +479,7 @@ def small(tmp_path):
 def count_splits(monkeypatch, fail_at=None):
     """Record the sources that are split; the `fail_at`-th one is interrupted."""
     sources = []
-    split_work = prepare_documents.split_work
+    split_work = document_work.split_work
 
     def counted(work, splitter):
         sources.append(work.file.source if work.file else work.documents[0].id)
@@ -451,7 +487,7 @@ def count_splits(monkeypatch, fail_at=None):
             raise KeyboardInterrupt
         return split_work(work, splitter)
 
-    monkeypatch.setattr(prepare_documents, "split_work", counted)
+    monkeypatch.setattr(document_work, "split_work", counted)
     return sources
 
 
@@ -565,7 +601,7 @@ def test_a_dataset_is_streamed(model_folder, tmp_path, monkeypatch):
     prepare(arguments(model_folder, tmp_path / "c.jsonl", "some/dataset", text_column="body"))
     assert calls == [("some/dataset", "train", True)]
     (passage,) = read(tmp_path / "c.jsonl")
-    assert passage["metadata"] == {"source": "some/dataset", "row": 0, "start": 0, "end": 13}
+    assert passage["metadata"] == {"source": "some/dataset", "row": "5", "start": 0, "end": 13}
 
 
 @pytest.mark.parametrize(
@@ -593,7 +629,7 @@ def test_bad_options_are_errors_before_anything_is_written(
 def test_a_library_that_is_missing_is_named_before_anything_is_written(model_folder, small, tmp_path, monkeypatch):
     (small / "x.html").write_text(HTML)
     monkeypatch.setitem(sys.modules, "trafilatura", None)
-    with pytest.raises(ImportError, match=r"need the package trafilatura: pip install \"cosup\[documents\]\""):
+    with pytest.raises(ImportError, match=r'need further packages: pip install "cosup\[documents\]" \(.*trafilatura'):
         prepare(arguments(model_folder, tmp_path / "out" / "c.jsonl", small))
     assert not (tmp_path / "out").exists()
 

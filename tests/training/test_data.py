@@ -296,13 +296,22 @@ def test_a_missing_provenance_is_unknown(tmp_path):
 
 def test_further_columns_do_no_harm(tmp_path):
     """Datasets have columns that the schema does not know, and Arrow fills in None where a row lacks a key."""
-    passage = {"id": "p", "title": "t", "text": "x", "score": 0.5, "titles": "s", "wikipedia_id": 3}
+    passage = {
+        "id": "p",
+        "title": "t",
+        "text": "x",
+        "score": 0.5,
+        "titles": "s",
+        "wikipedia_id": 3,
+        "metadata": {"page": 1},
+    }
     row = good(idx=3, dataset_name="d", metadata={}, segments=[segment(passage=passage, pasage=None, negatives=None)])
     (instance,) = load_instances(write(tmp_path / "train.jsonl", row))
     assert instance == good(
         segments=[{**segment(passage={"id": "p", "title": "t", "text": "x"}), "negatives": [], "positives": []}]
     )
-    assert load_corpus(write(tmp_path / "corpus.jsonl", passage)) == [{"id": "p", "title": "t", "text": "x"}]
+    (corpus_passage,) = load_corpus(write(tmp_path / "corpus.jsonl", passage))
+    assert corpus_passage == {"id": "p", "title": "t", "text": "x", "metadata": {"page": 1}}
     question = {"input": "q?", "answers": ["a"], "provenance": [["p"]], "candidates": None, "idx": 3, "metadata": {}}
     (instance,) = load_evaluation_set(write(tmp_path / "eval.jsonl", question))
     assert instance.keys() == {"id", "dataset", "instruction", "input", "answers", "provenance", "candidates", "meta"}
