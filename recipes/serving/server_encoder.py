@@ -55,7 +55,7 @@ class ServerEncoder:
                 self.is_compared = True
             yield from self._embed(token_ids)
         except BackendFailed as error:
-            raise ConnectionError(str(error)) from error
+            raise ConnectionError(f"{error} ({self.client.url})") from error
 
     def close(self) -> None:
         """Close the connections."""

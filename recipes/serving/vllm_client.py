@@ -52,7 +52,7 @@ class VllmClient:
         max_connections: int = 256,
     ) -> None:
         self.url = url.rstrip("/")
-        self.name = f"--{option} {self.url}"
+        self.name = f"--{option}"  # without the URL, which is not the business of clients
         if not self.url.startswith(("http://", "https://")) or not self.url.endswith("/v1"):
             raise ValueError(
                 f"{option} is {url!r}, expected the URL of a vLLM server, such as http://127.0.0.1:8000/v1."

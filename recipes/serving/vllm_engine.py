@@ -153,6 +153,7 @@ class VllmEngine:
         self._running = 0
         self._waiting = 0
         self._stopping = False
+        self._cancels = False  # answers that run end
         self._steps: set[asyncio.Future] = set()  # what runs for requests, to be cancelled
         self._idle = asyncio.Event()
         self._idle.set()
@@ -170,18 +171,19 @@ class VllmEngine:
         try:
             context = await check_servers(self.model, self.gen, self.query, self.context_length)
             if context < self.context_length:
-                own = f"the model {self.context_length:,}"
-                logger.warning(f"The servers read {context:,} tokens, {own}: longer prompts are refused.")
+                logger.warning(f"The servers read {context:,} of the model's {self.context_length:,} tokens.")
             self.context_length = context
             if self.encoder is not None:
                 await check_encoder(self.model, self.encoder, self.index)
         except BackendFailed as error:
-            raise ConnectionError(str(error)) from error
+            urls = ", ".join(client.url for client in self._clients())
+            raise ConnectionError(f"{error} (of {urls})") from error
 
     async def stop(self, drain: bool = True) -> None:
         """Refuse new requests; finish those that were taken, or with `drain=False` end them with `ShuttingDown`."""
         self._stopping = True
         if not drain:
+            self._cancels = True
             for step in list(self._steps):
                 step.cancel()
         await self._idle.wait()
@@ -239,6 +241,8 @@ class VllmEngine:
             answer = await self._until(request.deadline, self._answer(request))
             async with aclosing(answer.events()) as events:
                 while True:
+                    if self._cancels:  # between two steps
+                        raise ShuttingDown("The server is shutting down.")
                     try:
                         group = await self._until(request.deadline, anext(events))
                     except StopAsyncIteration:

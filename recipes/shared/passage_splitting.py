@@ -108,6 +108,7 @@ class PassageSplitter:
         """
         title_of = lru_cache(maxsize=64)(lambda headings: self._title(document.title, headings))
         token_size = 0.0  # characters of a token
+        covered = 0  # end of the last passage
         for section in document.sections:
             if not WORD.search(section.text):
                 continue
@@ -119,12 +120,14 @@ class PassageSplitter:
             overlap = int(self.overlap * token_size)
             for start, text, length in self._split(section.text, title, int(room), overlap, document.is_markdown):
                 start += section.start
-                place: dict[str, Any] = {"start": start, "end": start + len(text)}
+                end = start + len(text)
+                if end <= covered:  # the overlap of a passage that was too long, and was split again
+                    continue
+                covered = end
+                place: dict[str, Any] = {"start": start, "end": end}
                 if section.page is not None:
                     place = {"page": section.page, **place}
-                id = hashlib.blake2b(
-                    f"{document.id}\0{start}\0{place['end']}".encode(), digest_size=ID_BYTES
-                ).hexdigest()
+                id = hashlib.blake2b(f"{document.id}\0{start}\0{end}".encode(), digest_size=ID_BYTES).hexdigest()
                 yield {"id": id, "title": title, "text": text, "metadata": {**document.metadata, **place}}, length
 
     def lengths(self, title: str, texts: list[str]) -> list[int]:

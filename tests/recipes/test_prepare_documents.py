@@ -1,9 +1,11 @@
 """A corpus from documents: real files of every format, made here, to passages with their source, page and span."""
 
 import json
+import random
 import re
 import sys
 import tracemalloc
+from io import StringIO
 from pathlib import Path
 
 import prepare_documents
@@ -20,7 +22,14 @@ from shared import document_conversion, document_work
 from shared.document_cache import DocumentCache
 from shared.document_conversion import convert, join_lines
 from shared.document_files import DocumentError, DocumentFile, find_documents
-from shared.document_sections import SECTION_CHARACTERS, markdown_blocks, plain_title, sections_of, text_file_document
+from shared.document_sections import (
+    SECTION_CHARACTERS,
+    markdown_blocks,
+    markdown_document,
+    plain_title,
+    sections_of,
+    text_file_document,
+)
 from shared.document_work import work_of
 from shared.passage_splitting import PassageSplitter
 
@@ -383,6 +392,30 @@ def test_a_passage_fits_for_both_tokenizers():
     encode_passages_for_gen(model.tokenizer, passages, model.config, cut)
     encode_passages_for_emb_seq(model.emb_seq_tokenizer, passages, model.config, cut)
     assert passages and not cut
+
+
+LINES = "# head\n|## h2 #\n|```\n|~~~\n|===\n|---\n|\n|\n\n|- item\n|1. a\n|> q\n|    code\n"
+WORDS = "word |don't |東京は|😀|é|e\u0301|\u200d|**b**|`c`|[l](u)|\t|<div>|&amp;|\u00a0|\u2028|\x0b|[NSP]|</s>|﷽"
+PIECES = [*LINES.split("|"), *WORDS.split("|"), "| a | b |\n", "|---|---|\n", "x" * 70]
+
+
+@pytest.mark.parametrize("overlap", [0, 40])
+def test_any_text_is_kept_and_fits(splitter, overlap):
+    splitter = PassageSplitter(make_model().config, splitter.tokenizers, 48, min(overlap, 24))
+    for seed in range(60):
+        draw = random.Random(seed)
+        text = "".join(draw.choice(PIECES) for _ in range(draw.randrange(1, 120)))
+        converted = StringIO(text, newline=None).read()
+        document = markdown_document(StringIO(text, newline=None), "x", "stem")
+        document.sections = list(document.sections)
+        passages = list(splitter.passages(document))
+        for passage, length in passages:
+            assert converted[passage["metadata"]["start"] : passage["metadata"]["end"]] == passage["text"]
+            assert passage["text"].strip() and length <= 48
+        assert len({passage["id"] for passage, _ in passages}) == len(passages), seed
+        if not overlap:
+            before = "".join(filter(str.isalnum, "".join(section.text for section in document.sections)))
+            assert "".join(filter(str.isalnum, "".join(passage["text"] for passage, _ in passages))) == before
 
 
 def test_headings_of_markdown():

@@ -176,7 +176,7 @@ def test_a_killed_server_fails_its_answers(servers):
     request = replace(requests_of(servers.model, 3)[2], max_new_tokens=400)  # [NSP] is forbidden
 
     async def test(engine):
-        with pytest.raises(BackendFailed, match="--gen_url .* does not answer"):
+        with pytest.raises(BackendFailed, match="--gen_url does not answer"):
             async with aclosing(engine.generate(request)) as groups:
                 async for _ in groups:
                     kill(servers.processes["gen"])

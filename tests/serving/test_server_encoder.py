@@ -50,10 +50,10 @@ def test_temporary_failures_are_tried_again_and_others_are_named(model, served):
     served.stand_in.faults += ["", "503", "429", "500"]  # the first request compares
     assert len(build(model, served)) == len(PASSAGES)
     faults = {
-        "400": r"--encoder_url .* refused \(400\)",
-        "garbage": "--encoder_url .* sent malformed JSON",
-        "nan": "--encoder_url .* sent embeddings that are not finite",
-        "503": r"--encoder_url .* refused \(503\)",
+        "400": r"--encoder_url refused \(400\)",
+        "garbage": "--encoder_url sent malformed JSON",
+        "nan": "--encoder_url sent embeddings that are not finite",
+        "503": r"--encoder_url refused \(503\)",
     }
     for fault, message in faults.items():
         served.stand_in.faults.clear()
@@ -106,5 +106,5 @@ def test_the_recipe_embeds_through_a_server(model, served, tmp_path, monkeypatch
     assert "2 passages in" in capsys.readouterr().out
     assert [len(body["input"]) for body in served.stand_in.bodies] == [2, 2]
     served.stand_in.faults.append("400")
-    with pytest.raises(SystemExit, match="error: --encoder_url http://127.0.0.1.* refused"):
+    with pytest.raises(SystemExit, match="error: --encoder_url refused .*http://127.0.0.1"):
         build_index.main()

@@ -22,6 +22,7 @@ from support.vllm_server import StandIn, running
 
 from serving import vllm_client
 from serving.api import ApiSettings
+from serving.arguments import ServeArguments
 from serving.engine import (
     BackendFailed,
     DeadlineExceeded,
@@ -119,7 +120,7 @@ async def nothing(engine):
 
 @torch.no_grad()
 def test_prompts_at_once_equal_generate(world):
-    requests = requests_of(world.model, 33, can_mask=False)
+    requests = requests_of(world.model, 22, can_mask=False)
 
     async def test(engine):
         return await asyncio.gather(*[events_of(engine, request) for request in requests])
@@ -131,7 +132,7 @@ def test_prompts_at_once_equal_generate(world):
         check_answer(events, request, output, world.ends())
         if request.num_logprobs is not None and request.retrieval.forget_passages is None:
             check_logprobs(world.model, events, request, output)
-    assert sum(len(output.retrievals[0]) for output in outputs) > 20
+    assert sum(len(output.retrievals[0]) for output in outputs) > 12
     assert {body["stream"] for body in world.stand_in("gen").bodies} == {True, False}
 
 
@@ -257,6 +258,13 @@ def test_bad_options_are_refused(world, options, message):
         world.engine(**options)
 
 
+def test_urls_belong_to_this_engine():
+    with pytest.raises(ValueError, match="--encoder_url is of --engine vllm"):
+        ServeArguments(model="out", encoder_url="http://127.0.0.1:8003/v1")
+    with pytest.raises(ValueError, match="--engine vllm needs --query_url"):
+        ServeArguments(model="out", engine="vllm", gen_url="http://127.0.0.1:8001/v1")
+
+
 @pytest.mark.parametrize(
     ("part", "name", "value", "message"),
     [
@@ -289,7 +297,7 @@ def test_servers_of_other_models_are_recognised(world):
 
 
 def test_servers_that_do_not_answer_are_named(world):
-    with pytest.raises(OSError, match="--query_url http://127.0.0.1:1/v1 does not answer"):
+    with pytest.raises(OSError, match="--query_url does not answer: .*http://127.0.0.1:1/v1"):
         world.run(nothing, query_url="http://127.0.0.1:1/v1")
 
 
@@ -305,7 +313,7 @@ def test_temporary_failures_are_tried_again(world, name, fault):
         world.stand_in(name).faults += [fault] * 3
         assert await events_of(engine, request) == expected
         world.stand_in(name).faults += [fault] * 4
-        with pytest.raises(BackendFailed, match=rf"{name}_url .* refused \({fault}\)"):
+        with pytest.raises(BackendFailed, match=rf"{name}_url refused \({fault}\)"):
             await events_of(engine, request)
 
     world.run(test)
@@ -314,13 +322,13 @@ def test_temporary_failures_are_tried_again(world, name, fault):
 @pytest.mark.parametrize(
     ("name", "fault", "message"),
     [
-        ("gen", "400", r"--gen_url .* refused \(400\): as the test wants"),
-        ("gen", "garbage", "--gen_url .* sent malformed JSON"),
-        ("gen", "error", "--gen_url .*: the engine is dead"),
-        ("gen", "cut", "In the middle of an answer: --gen_url .* does not answer"),
-        ("query", "400", r"--query_url .* refused \(400\)"),
-        ("query", "garbage", "--query_url .* sent malformed JSON"),
-        ("query", "nan", "--query_url .* sent embeddings that are not finite"),
+        ("gen", "400", r"--gen_url refused \(400\): as the test wants"),
+        ("gen", "garbage", "--gen_url sent malformed JSON"),
+        ("gen", "error", "--gen_url: the engine is dead"),
+        ("gen", "cut", "In the middle of an answer: --gen_url does not answer"),
+        ("query", "400", r"--query_url refused \(400\)"),
+        ("query", "garbage", "--query_url sent malformed JSON"),
+        ("query", "nan", "--query_url sent embeddings that are not finite"),
     ],
 )
 def test_other_failures_end_the_answer_and_no_other(world, name, fault, message):
@@ -344,7 +352,7 @@ def test_other_failures_end_the_answer_and_no_other(world, name, fault, message)
 def test_a_slow_server_counts_as_gone(world):
     async def test(engine):
         world.stand_in("gen").faults.append("slow")
-        with pytest.raises(BackendFailed, match="--gen_url .* does not answer: ReadTimeout"):
+        with pytest.raises(BackendFailed, match="--gen_url does not answer: ReadTimeout"):
             await events_of(engine, world.request(forbid_nsp=True, incremental=False))
 
     world.run(test, timeout=0.3, num_retries=0)
@@ -363,7 +371,7 @@ def test_a_killed_server_fails_its_answers_and_serves_again_once_it_is_back(slow
                     await asyncio.to_thread(server.kill)
         try:
             assert not await engine.is_healthy()
-            with pytest.raises(BackendFailed, match="--gen_url .* does not answer"):
+            with pytest.raises(BackendFailed, match="--gen_url does not answer"):
                 await events_of(engine, request)
         finally:
             server.start()
@@ -452,6 +460,19 @@ def test_deadlines(slow_world, incremental):
         request = slow_world.request(200, forbid_nsp=True, incremental=incremental, deadline=deadline)
         with pytest.raises(DeadlineExceeded):
             await events_of(engine, request)
+
+    slow_world.run(test)
+
+
+def test_stopping_ends_an_answer_whose_client_is_slow(slow_world):
+    async def test(engine):
+        async with aclosing(engine.generate(slow_world.request(20, forbid_nsp=True))) as running:
+            await anext(running)
+            stopping = asyncio.create_task(engine.stop(drain=False))
+            await asyncio.sleep(0)
+            with pytest.raises(ShuttingDown):  # though nothing ran for it at that moment
+                await anext(running)
+        await stopping
 
     slow_world.run(test)
 
