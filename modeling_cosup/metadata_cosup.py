@@ -86,9 +86,5 @@ def source_text(passage: Mapping[str, Any]) -> str:
     source = metadata.get("source") or metadata.get("url")
     if not isinstance(source, str):
         return ""
-    page, end_page = metadata.get("page"), metadata.get("end_page")
-    if not isinstance(page, int):
-        return source
-    if not isinstance(end_page, int) or end_page == page:
-        return f"{source}, page {page}"
-    return f"{source}, pages {page}–{end_page}"
+    page = metadata.get("page")
+    return f"{source}, page {page}" if isinstance(page, int) else source

@@ -192,8 +192,7 @@ def test_the_trace_and_the_citation_say_where_a_passage_comes_from(the_model, tm
         ({"url": "https://x.org"}, "https://x.org"),
         ({"source": "a.md", "url": "https://x.org"}, "a.md"),
         ({"source": "a.pdf", "page": "3"}, "a.pdf"),
-        ({"source": "a.pdf", "page": 3, "end_page": 3}, "a.pdf, page 3"),
-        ({"source": "a.pdf", "page": 3, "end_page": 4}, "a.pdf, pages 3–4"),
+        ({"source": "a.pdf", "page": 3}, "a.pdf, page 3"),
     ],
 )
 def test_the_source_in_words(metadata, expected):
