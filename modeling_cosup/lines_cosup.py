@@ -54,6 +54,18 @@ def writing_lines(path: str | Path | None) -> Iterator[Callable[[Any], object]]:
     if path is None:
         yield lambda value: None
         return
+    with writing_bytes(path) as file:
+
+        def write(value: Any) -> None:
+            line = json.dumps(value, ensure_ascii=False) + "\n"
+            file.write(line.encode())
+
+        yield write
+
+
+@contextlib.contextmanager
+def writing_bytes(path: str | Path) -> Iterator[BufferedIOBase]:
+    """Yield a file for bytes, compressed if `path` ends in `.gz`; it appears when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
@@ -63,12 +75,7 @@ def writing_lines(path: str | Path | None) -> Iterator[Callable[[Any], object]]:
             if path.suffix == ".gz":
                 # without a file name and a time in the header, the same lines always give the same bytes
                 file = stack.enter_context(gzip.GzipFile("", "wb", 6, raw, mtime=0))
-
-            def write(value: Any) -> None:
-                line = json.dumps(value, ensure_ascii=False) + "\n"
-                file.write(line.encode())
-
-            yield write
+            yield file
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)

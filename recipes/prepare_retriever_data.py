@@ -15,7 +15,6 @@ passages with a title give one.
 """
 
 import random
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +22,8 @@ from shared.cli import clear_errors, parse, table_of_counts
 
 from modeling_cosup.lines_cosup import writing_lines
 from trainer.data import load_instances
+
+from shared.cloze import some_words
 
 
 @dataclass
@@ -106,10 +107,7 @@ def keyword_queries(instances: list[dict[str, Any]], generator: random.Random) -
         if not title or (title, text) in seen:
             continue
         seen.add((title, text))
-        words = text.split()
-        length = generator.randint(1, 4)
-        start = generator.randrange(max(1, len(words) - length))
-        keywords = re.sub(r"[^\w\s'-]", "", " ".join(words[start : start + length]))
+        keywords = some_words(text, generator.randint(1, 4), generator)
         query = {
             "id": f"keywords-{instance['id']}",
             "dataset": "keywords",

@@ -206,7 +206,7 @@ class AnswerWriter:
         self.finish_reason = "stop"
         self.text = self.text[:end]
         self._waiting_tokens = deque(entry for entry in self._waiting_tokens if entry[1].offset < end)
-        citations = deque()
+        citations: deque[Citation] = deque()
         for entry in self._waiting_citations:
             citations.append(self._citation(min(entry.start, end), min(entry.end, end), entry.retrieval))
         self._waiting_citations = citations

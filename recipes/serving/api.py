@@ -86,8 +86,10 @@ def build_app(engine: Engine, settings: ApiSettings) -> FastAPI:
     middleware = [Middleware(MetricsMiddleware, metrics=metrics, routes=ROUTES)]
     if settings.cors_origins:
         # before the key: a browser asks without it whether it may send it
-        options = {"allow_origins": settings.cors_origins, "allow_methods": ["*"], "allow_headers": ["*"]}
-        middleware.append(Middleware(CORSMiddleware, **options))
+        allowed = Middleware(
+            CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+        middleware.append(allowed)
     middleware.append(Middleware(KeyGuard, keys=settings.api_keys))
     middleware.append(Middleware(FaultGuard))
     middleware.append(Middleware(BodyGuard, max_bytes=settings.max_body_bytes))

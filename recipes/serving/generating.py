@@ -74,7 +74,7 @@ class Answers:
 
     async def _pieces_of(self, job: Job) -> AsyncGenerator[Piece, None]:
         """Yield the pieces of an answer; once it has ended, or is not wanted any more, its slot is freed."""
-        times = AnswerTimes(self.metrics)
+        times = AnswerTimes(self.metrics, job.request.incremental)
         try:
             async with aclosing(self.engine.generate(job.request)) as groups:
                 async for events in groups:

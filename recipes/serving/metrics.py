@@ -36,13 +36,13 @@ class Metrics:
         )
         self.first_token = Histogram(
             "cosup_time_to_first_token_seconds",
-            "Seconds from a request to the first event of each answer.",
+            "Seconds from a request to the first event of each streamed answer.",
             buckets=SECONDS,
             registry=registry,
         )
         self.per_token = Histogram(
             "cosup_time_per_token_seconds",
-            "Mean seconds between the tokens of each answer.",
+            "Mean seconds between the tokens of each streamed answer.",
             buckets=SECONDS_PER_TOKEN,
             registry=registry,
         )
@@ -64,20 +64,22 @@ class Metrics:
 
 class AnswerTimes:
     """
-    Times of one answer, observed once it has ended.
+    Times of one answer.
 
     Args:
         metrics ([`Metrics`]): of the app.
+        is_incremental (`bool`): events come as they happen; otherwise they say nothing about times of tokens.
     """
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, is_incremental: bool) -> None:
         self.metrics = metrics
+        self.is_incremental = is_incremental
         self.start = time.perf_counter()
         self.first: float | None = None
 
     def event(self) -> None:
         """Note that an event has come."""
-        if self.first is None:
+        if self.is_incremental and self.first is None:
             self.first = time.perf_counter()
             self.metrics.first_token.observe(self.first - self.start)
 

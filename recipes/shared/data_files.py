@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from modeling_cosup.files_cosup import read_json
+from modeling_cosup.files_cosup import byte_lines, read_json
 from modeling_cosup.passages_cosup import check_id, check_title_and_text, read_corpus
 
 INSTRUCTIONS = Path(__file__).with_name("instructions.json")
@@ -32,25 +32,69 @@ def read_tsv(path: str | Path, columns: list[str]) -> Iterator[tuple[str, dict[s
     Raises:
         `FileNotFoundError`, `ValueError`: names file and line, what was found and what was expected.
     """
+    header = None
+    for where, row in _cells(path, "\t"):
+        if header is None:
+            header = row
+            if row != columns:
+                raise ValueError(f"{where}: the header is {row!r}, expected {columns!r}.")
+        else:
+            yield where, _row(row, columns, where)
+
+
+def read_table(path: str | Path, columns: list[str] | None = None) -> Iterator[tuple[str, dict[str, str]]]:
+    """
+    Read the rows of a CSV or TSV file with any header, `.gz` or plain.
+
+    Values end at tabs in a file that is named `.tsv`, and otherwise at commas, or at semicolons if the first line
+    holds more of them.
+
+    Args:
+        path (`str` or `Path`): the file.
+        columns (`list[str]`, *optional*): names of the columns of a file without a header.
+
+    Yields:
+        `(str, dict)`: `"file, line n"` and the row.
+
+    Raises:
+        `FileNotFoundError`, `ValueError`: names file and line, what was found and what was expected.
+    """
+    delimiter = "\t"
+    if not str(path).endswith(TSV_ENDINGS):
+        first_line = next(byte_lines(path), b"")
+        delimiter = ";" if first_line.count(b";") > first_line.count(b",") else ","
+    for where, row in _cells(path, delimiter):
+        if columns is None:
+            columns = row
+            if len(set(row)) < len(row):
+                raise ValueError(f"{where}: the header is {row!r}, which names a column twice.")
+        else:
+            yield where, _row(row, columns, where)
+
+
+def _cells(path: str | Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield the place and the values of each line that is not empty."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file.")
     csv.field_size_limit(sys.maxsize)
     open_file = gzip.open if path.suffix == ".gz" else open
     with open_file(path, "rb") as binary:
-        rows = csv.reader(io.TextIOWrapper(binary, encoding="utf-8-sig", newline=""), delimiter="\t")
+        rows = csv.reader(io.TextIOWrapper(binary, encoding="utf-8-sig", newline=""), delimiter=delimiter)
         try:
-            for number, row in enumerate(rows):
-                where = f"{path}, line {rows.line_num}"
-                if number == 0 and row != columns:
-                    raise ValueError(f"{where}: the header is {row!r}, expected {columns!r}.")
-                if row and len(row) != len(columns):
-                    names = ", ".join(columns)
-                    raise ValueError(f"{where}: found {len(row)} columns, expected {len(columns)}: {names}.")
-                if number and row:
-                    yield where, dict(zip(columns, row, strict=True))
+            for row in rows:
+                if row:
+                    yield f"{path}, line {rows.line_num}", row
         except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{path} is damaged after line {rows.line_num}: {error}") from None
+
+
+def _row(values: list[str], columns: list[str], where: str) -> dict[str, str]:
+    """Return the values of a line by column."""
+    if len(values) != len(columns):
+        names = ", ".join(columns)
+        raise ValueError(f"{where}: found {len(values)} columns, expected {len(columns)}: {names}.")
+    return dict(zip(columns, values, strict=True))
 
 
 def read_passages(source: str | Path | Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:

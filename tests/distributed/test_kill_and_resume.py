@@ -41,7 +41,6 @@ ACCUMULATED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 
 @pytest.mark.parametrize(
     ("world_size", "death", "first", "options"),
     [
-        (1, {"die_at": 9}, 8, {"per_device_train_batch_size": 4}),
         (1, {"die_while_saving": 8}, 6, CACHED),
         (1, {"die_while_saving": 4}, 2, ACCUMULATED),
         (2, {"die_at": 9}, 8, {"per_device_train_batch_size": 2, "batch_sampler": "no_duplicates"}),

@@ -83,22 +83,19 @@ REFERENCES = {
     "tied, cached, packed": "tied",
     "cached, distilled": "distilled",
 }
-THREE_RANKS = ["ragged", "zero", "accumulated", "checkpointed", "cached", "cached, budget", "separate", "tied"]
+THREE_RANKS = ["ragged", "zero", "accumulated", "cached", "separate"]
 SHARDED = [
     "ragged",
     "zero",
     "accumulated",
     "checkpointed",
     "cached",
-    "cached, checkpointed",
-    "cached, budget",
     "clipped",
     "control tokens",
     "separate",
     "packed",
     "cached, packed",
     "tied",
-    "tied, zero",
     "tied, cached, packed",
 ]
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

@@ -13,6 +13,7 @@ from transformers import LogitsProcessorList, TextStreamer
 
 from modeling_cosup import Completion, RetrievalConfig, RetrievalError
 from modeling_cosup.tokenization_cosup import encode_prompt
+from support.forks import run_forked
 from support.generation import BreakingIndex, Steer, left_pad, real_tokens
 
 WORDS = ["who", "painted", "the Night Watch", "in Amsterdam", "Curie"]
@@ -301,12 +302,11 @@ print(json.dumps([completion.token_ids for completion in completions]))
 
 
 def test_killed_and_called_again(tmp_path):
-    def start(path):
-        script = SCRIPT.format(tests=str(Path(__file__).parents[1]), here=str(Path(__file__).parent), path=str(path))
-        return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    def script(path):
+        return SCRIPT.format(tests=str(Path(__file__).parents[1]), here=str(Path(__file__).parent), path=str(path))
 
     path = tmp_path / "answers.jsonl"
-    process = start(path)
+    process = subprocess.Popen([sys.executable, "-c", script(path)])
     while not (path.exists() and path.read_bytes().count(b"\n") >= 3):
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.005)
@@ -314,8 +314,8 @@ def test_killed_and_called_again(tmp_path):
     process.wait()
     written = path.read_bytes()
     assert 3 <= written.count(b"\n") < 17
-    resumed = start(path)
-    reference = start(tmp_path / "whole.jsonl")
-    assert json.loads(resumed.communicate()[0]) == json.loads(reference.communicate()[0])
+    resumed = run_forked("-c", script(path))
+    reference = run_forked("-c", script(tmp_path / "whole.jsonl"))
+    assert json.loads(resumed.stdout) == json.loads(reference.stdout)
     whole_lines = written[: written.rindex(b"\n") + 1]
     assert path.read_bytes().startswith(whole_lines)

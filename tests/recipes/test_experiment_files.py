@@ -64,9 +64,12 @@ def test_shipped_experiments_are_valid(path, tmp_path, monkeypatch):
     world = {name: f"W/{file}" for name, file in definition.WORLD_FILES.items()}
     for place in (*world.values(), "W/pairs.jsonl", "W/start.jsonl"):
         Path(place).touch()
+    Path("D").mkdir()
+    for kind in ("title", "sentence", "span", "all", "supervised"):  # of queries, in the arms of cloze.yaml
+        Path("D", f"{kind}.jsonl").write_text(kind)
     arms = []
     for arm in experiment.arms:
-        options = run_experiments.fill(experiment.options(arm), {"world": "W", "models": "M"})
+        options = run_experiments.fill(experiment.options(arm), {"world": "W", "models": "M", "data": "D"})
         arms.append(run_experiments.complete(options, 0, world))
     assert len({definition.key_of(options) for options in arms}) == len(arms)  # no two arms are the same training
     config = tmp_path / "options.yaml"
@@ -76,7 +79,8 @@ def test_shipped_experiments_are_valid(path, tmp_path, monkeypatch):
         config.write_text(yaml.safe_dump(options))
         argv = ["--config", str(config), "--output_dir", str(tmp_path)]
         script, args = parse([ScriptArguments, CoSupTrainingArguments], "", argv)
-        assert (script.gen == "W/gen") != bool(script.model_name_or_path)
+        gen = "W/gen" if experiment.world else options["gen"]
+        assert (script.gen == gen) != bool(script.model_name_or_path)
         assert args.seed == 0
         assert args.gradient_accumulation_steps * args.train_batch_size in (32, 64, 128)
 

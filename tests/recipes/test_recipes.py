@@ -369,7 +369,7 @@ def test_the_benchmark_of_a_step_runs(inputs, tmp_path):
         num_threads=1,
         sections="step,nsp_batch,duplicates",
         batch_size=3,
-        repeats=2,
+        repeats=1,
         nsp_batch_sizes="3,6",
         output_file=tmp_path / "out.json",
     )

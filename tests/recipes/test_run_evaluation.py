@@ -18,7 +18,7 @@ from modeling_cosup.lines_cosup import read_lines
 from support.evaluation_world import CORPUS, question, without_times, write_checkpoint, write_world
 from support.forks import run_forked
 from support.nli_models import make_classifier
-from support.recipes import ROOT, run
+from support.recipes import ROOT
 from trainer.card import write_card
 from trainer.judging.figures import MAIN
 
@@ -31,12 +31,6 @@ def predictions(output, mode, task="full"):
 
 def results_of(output):
     return json.loads((output / "metrics.json").read_text())
-
-
-def launched(*words):
-    """Return a command that runs a recipe in two processes, as a user launches it."""
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    return [*launcher, "--config_file", "recipes/accelerate_configs/multi_cpu.yaml", *words]
 
 
 def well(result):
@@ -94,14 +88,15 @@ def check_same_answers(first, second):
 
 def test_two_processes_share_the_questions_and_the_corpus(many, alone, nli, tmp_path):
     options = [*many, "--output_dir", tmp_path / "out", "--index_cache", tmp_path / "indexes"]
-    result = well(run(*launched(RECIPE, *options)))
+    two_ranks = {"world_size": 2, "env": {"ACCELERATE_USE_CPU": "true"}}
+    result = well(run_forked(RECIPE, *options, **two_ranks))
     check_same_answers(tmp_path / "out", alone)
     assert results_of(tmp_path / "out")["settings"]["processes"] == 2
     assert result.stdout.count("eval, [NSP] forced first: 31 questions") == 1
 
     # They share the pairs of the NLI model too.
     judge = ["--nli_model", nli]
-    well(run_forked(RECIPE, *options, *judge, world_size=2, env={"ACCELERATE_USE_CPU": "true"}))
+    well(run_forked(RECIPE, *options, *judge, **two_ranks))
     shutil.copytree(alone, tmp_path / "alone")
     well(run_forked(RECIPE, *many, "--output_dir", tmp_path / "alone", *judge))
     figures, judged_keys = {}, {}

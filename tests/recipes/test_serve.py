@@ -11,11 +11,12 @@ import httpx
 import pytest
 import serve
 
-from modeling_cosup import PassageIndex
+from modeling_cosup import CoSupForCausalLM, MLPMemory, PassageIndex
 from support.models import PASSAGES, make_model
 from support.recipes import fails_here, flags
 
 from serving.arguments import ServeArguments
+from shared.memory_options import MemoryOptions
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +115,13 @@ def test_a_server_that_is_open_to_the_network_warns(tmp_path, monkeypatch, capsy
 def test_options_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         ServeArguments(model="x", **options)
+
+
+def test_a_memory_is_mixed_in(checkpoint, tmp_path):
+    model = CoSupForCausalLM.from_pretrained(checkpoint / "tiny")
+    MLPMemory.from_gen(model, intermediate_size=8).save_pretrained(tmp_path)
+    args = ServeArguments(model=str(checkpoint / "tiny"), max_running=3, max_waiting=0, max_batch_tokens=500)
+    engine = serve.open_engine(args, MemoryOptions(memory=str(tmp_path), memory_weight=0.4))
+    assert engine.memory_config.weight == 0.4
+    assert (engine.max_running, engine.max_waiting, engine.max_batch_tokens) == (3, 0, 500)
+    assert not engine.has_index and engine.model.emb_seq is None

@@ -11,6 +11,7 @@ import pytest
 from transformers import GenerationConfig
 
 from modeling_cosup import Retrieval, RetrievalConfig
+from modeling_cosup.tokenization_cosup import encode_prompt
 from support.models import make_model
 from support.serving import ScriptedEngine, started_server
 
@@ -418,7 +419,7 @@ def test_a_client_that_does_not_read_is_given_up(server, http, engine, monkeypat
     assert "A client read nothing" in caplog.text
 
 
-def test_the_metrics_count_by_route_and_status(http):
+def test_the_metrics_count_by_route_and_status(http, engine):
     def count(text, route, status):
         label = f'cosup_requests_total{{route="{route}",status="{status}"}} '
         return next((float(line[len(label) :]) for line in text.splitlines() if line.startswith(label)), 0.0)
@@ -431,8 +432,22 @@ def test_the_metrics_count_by_route_and_status(http):
     for route, status in (("/v1/completions", 200), ("/v1/completions", 404), ("other", 404)):
         assert count(after, route, status) == count(before, route, status) + 1
     assert "anything" not in after
-    for name in ("generated_tokens_total", "time_to_first_token_seconds_count", "requests_running 0.0"):
-        assert f"cosup_{name}" in after
+    assert "cosup_requests_running 0.0" in after
+    # the text of answers that are not streamed comes at their end
+    http.post("/v1/chat/completions", json={**CHAT, "stream": True})
+    streamed = http.get("/metrics").text
+
+    def value(text, name):
+        return next(float(line.split()[1]) for line in text.splitlines() if line.startswith(f"cosup_{name} "))
+
+    for name, before_stream, by_stream in [
+        ("generated_tokens_total", 2, 2),
+        ("prompt_tokens_total", 1, len(encode_prompt(engine.tokenizer, "who?"))),
+        ("time_to_first_token_seconds_count", 0, 1),
+        ("time_per_token_seconds_count", 0, 1),
+    ]:
+        assert value(after, name) - value(before, name) == before_stream, name
+        assert value(streamed, name) - value(after, name) == by_stream, name
 
 
 def test_at_the_end_running_answers_finish_and_new_ones_get_503(server, http, engine):

@@ -23,7 +23,7 @@ def test_losses_fall_and_retrieval_of_unseen_names_beats_chance(tmp_path):
     small = {"initializer_range": 0.02, "hidden_size": 64}
     tokenizer = make_tokenizer(vocab_size=300, texts=[f"{syllable} lives in" for syllable in SYLLABLES] * 9)
     model = make_model(gen_kwargs=small, emb_seq_kwargs=small, tokenizer=tokenizer)
-    schedule = {"max_steps": 160, "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 10}
+    schedule = {"max_steps": 100, "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 10}
     args = arguments(tmp_path, per_device_train_batch_size=32, **schedule)
     trainer = CoSupTrainer(model, args, train_dataset=world(NAMES[:400]), eval_dataset=world(NAMES[400:450]))
     before = trainer.evaluate()

@@ -1,0 +1,134 @@
+"""The documents that the inputs of `prepare_documents.py` name: folders, patterns, files and datasets."""
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.cli import check_place
+
+KINDS = {
+    ".txt": "text",
+    ".md": "markdown",
+    ".markdown": "markdown",
+    ".html": "html",
+    ".htm": "html",
+    ".pdf": "pdf",
+    ".docx": "docx",
+    ".jsonl": "rows",
+    ".jsonl.gz": "rows",
+    ".parquet": "rows",
+}
+
+
+class DocumentError(ValueError):
+    """A document that cannot be read; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class DocumentFile:
+    """
+    A document, or a file of documents.
+
+    Args:
+        source (`str`): path relative to its input, with `/` between names; or the name of a dataset.
+        kind (`str`): one of the values of `KINDS`, or `"dataset"`.
+        path (`Path`, *optional*): the file.
+    """
+
+    source: str
+    kind: str
+    path: Path | None = None
+
+
+def kind_of(path: str | Path) -> str | None:
+    """Return what a file holds by the end of its name, one of the values of `KINDS`; `None` for other files."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    return KINDS.get("".join(suffixes[-2:])) or KINDS.get("".join(suffixes[-1:]))
+
+
+def find_documents(inputs: Sequence[str], excluded: Collection[Path]) -> tuple[list[DocumentFile], Counter[str]]:
+    """
+    Return the documents of all inputs, and how many other files were ignored, by the end of their names.
+
+    Folders are searched recursively and sorted by name; hidden files and folders count as ignored.
+
+    Args:
+        inputs (`list[str]`): folders, files, patterns such as `"docs/**/*.md"`, and names of datasets.
+        excluded (collection of `Path`): files to leave out, such as the output, which may lie among the documents.
+
+    Raises:
+        `FileNotFoundError`: for an input that does not exist, or a pattern without a file.
+        `ValueError`: for a file of an unknown format, or two files with the same relative path.
+    """
+    documents: dict[str, DocumentFile] = {}
+    ignored: Counter[str] = Counter()
+    left_out = {path.absolute() for path in excluded}
+    for name in inputs:
+        for document in _documents_of(name, left_out, ignored):
+            same = documents.setdefault(document.source, document)
+            if same != document and _are_different(same, document):
+                raise ValueError(
+                    f"{same.path} and {document.path} have the same relative path {document.source!r}, from which ids"
+                    " are made: name a folder that holds both."
+                )
+    return list(documents.values()), ignored
+
+
+def _are_different(first: DocumentFile, second: DocumentFile) -> bool:
+    if first.path is None or second.path is None:
+        return True
+    return not os.path.samefile(first.path, second.path)
+
+
+def _documents_of(name: str, left_out: set[Path], ignored: Counter[str]) -> Iterator[DocumentFile]:
+    path = Path(name)
+    if path.is_dir():
+        yield from _documents_among(_in_folder(path, ignored), path, left_out, ignored)
+    elif path.is_file():
+        kind = kind_of(path)
+        if kind is None:
+            raise ValueError(f"{name}: the format is not known, expected a file that ends in {', '.join(KINDS)}.")
+        yield DocumentFile(path.name, kind, path)
+    elif glob.has_magic(name):
+        folder, paths = _of_pattern(name)
+        yield from _documents_among(paths, folder, left_out, ignored)
+    else:
+        check_place(name, name)
+        yield DocumentFile(name, "dataset")
+
+
+def _in_folder(folder: Path, ignored: Counter[str]) -> Iterator[Path]:
+    """Yield the files of a folder that are not hidden, sorted."""
+    for parent, folders, files in os.walk(folder):
+        hidden = [name for name in (*folders, *files) if name.startswith(".")]
+        if hidden:
+            ignored["hidden"] += len(hidden)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(parent, name) for name in sorted(files) if not name.startswith("."))
+
+
+def _of_pattern(pattern: str) -> tuple[Path, list[Path]]:
+    """Return the folder before the first wildcard, and the files that match."""
+    parts = Path(pattern).parts
+    num_plain = next(number for number, part in enumerate(parts) if glob.has_magic(part))
+    folder = Path(*parts[:num_plain])
+    paths = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
+    if not paths:
+        raise FileNotFoundError(f"{pattern}: no file has such a name.")
+    return folder, paths
+
+
+def _documents_among(
+    paths: Iterable[Path], folder: Path, left_out: set[Path], ignored: Counter[str]
+) -> Iterator[DocumentFile]:
+    for path in paths:
+        if path.absolute() in left_out:
+            continue
+        kind = kind_of(path)
+        if kind is None:
+            ignored[path.suffix.lower() or "no suffix"] += 1
+        else:
+            yield DocumentFile(path.relative_to(folder).as_posix(), kind, path)

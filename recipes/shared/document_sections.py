@@ -1,0 +1,278 @@
+"""
+The sections of documents: text below one heading, or of one page, of bounded size, with its place in the document.
+
+A passage's `start` and `end` count characters of the converted text of its document:
+    .txt, .md       the decoded file, with `\\n` as line ends
+    .html, .docx    Markdown; of HTML the main text, without navigation
+    .pdf            the texts of the pages, with a form feed between; lines of a paragraph are joined
+    rows            the field `text`
+"""
+
+import codecs
+import io
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from shared.document_files import DocumentError
+
+SECTION_CHARACTERS = 2**16  # a longer text is cut at the next blank line
+MAX_LINE = 2**20  # characters of a line of Markdown
+MAX_HEADING = 1000  # characters; a longer line is text
+NUM_TITLE_LINES = 400  # of a Markdown file are searched for its first heading
+SAMPLE_BYTES = 2**16  # to recognise an encoding
+
+HEADING = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*$")
+UNDERLINE = re.compile(r" {0,3}(=+|-+)[ \t]*$")
+FENCE = re.compile(r" {0,3}(`{3,}(?!.*`)|~{3,})")
+NO_PARAGRAPH = re.compile(r"\s*([-*+>|]|\d+[.)])")  # lists, quotes and tables, which an underline makes no heading
+
+
+@dataclass(frozen=True)
+class Section:
+    """
+    Consecutive text of a document.
+
+    Args:
+        text (`str`): as in the converted text, from `start` on.
+        start (`int`): index of its first character.
+        headings (`tuple[str, ...]`): above the text, outermost first.
+        page (`int`, *optional*): of a PDF, from 1.
+    """
+
+    text: str
+    start: int
+    headings: tuple[str, ...] = ()
+    page: int | None = None
+
+
+@dataclass
+class Document:
+    """
+    A document, or a part of a long one.
+
+    Args:
+        id (`str`): what the ids of its passages are made from.
+        title (`str`): from its metadata, its first heading, or the name of the file.
+        sections (iterable of [`Section`]): in order.
+        metadata (`dict`): of every passage: `source`, perhaps `url`, and what a row brings.
+        is_markdown (`bool`): whether the text is Markdown.
+        note (`str`): what could not be read, for the report.
+    """
+
+    id: str
+    title: str
+    sections: Iterable[Section]
+    metadata: dict[str, Any] = field(default_factory=dict)
+    is_markdown: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A line or paragraph; `level` is 1 to 6 for a heading, and a long section may end after `may_end`."""
+
+    text: str
+    level: int = 0
+    title: str = ""
+    may_end: bool = False
+
+
+def sections_of(blocks: Iterable[Block], start: int = 0) -> Iterator[Section]:
+    """Group blocks into sections: a heading begins one, and so does a long text; headings are not in the text."""
+    path: list[tuple[int, str]] = []
+    lines: list[str] = []
+    size = 0
+    for block in blocks:
+        if block.level or (size >= SECTION_CHARACTERS and block.may_end):
+            if lines:
+                yield Section("".join(lines), start, tuple(title for _, title in path))
+            start, lines, size = start + size, [], 0
+        if block.level:
+            path = [(level, title) for level, title in path if level < block.level]
+            if block.title:
+                path.append((block.level, block.title))
+            start += len(block.text)
+        else:
+            lines.append(block.text)
+            size += len(block.text)
+    if lines:
+        yield Section("".join(lines), start, tuple(title for _, title in path))
+
+
+# ---------------------------------------------------------------------- text
+
+
+def open_text(path: Path) -> tuple[TextIO, str]:
+    """
+    Open a text file: UTF-8, UTF-16 with a byte order mark, or another encoding that `charset_normalizer` recognises.
+
+    Returns:
+        `(file, note)`: the note names an encoding that was guessed.
+
+    Raises:
+        [`DocumentError`]: for a file that is empty or no text.
+    """
+    with path.open("rb") as file:
+        sample = file.read(SAMPLE_BYTES)
+        if not sample:
+            raise DocumentError("it is empty")
+        if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return path.open(encoding="utf-16"), ""
+        if b"\0" in sample:
+            raise DocumentError("it is no text: it holds NUL bytes")
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        try:
+            decoder.decode(sample)
+            while piece := file.read(SAMPLE_BYTES):
+                decoder.decode(piece)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            encoding = _guessed_encoding(sample)
+        else:
+            return path.open(encoding="utf-8-sig"), ""
+    return path.open(encoding=encoding), f"read as {encoding}, as it is not UTF-8"
+
+
+def _guessed_encoding(sample: bytes) -> str:
+    from charset_normalizer import from_bytes
+
+    # Windows-1252 first: it is what most files of Western languages are, and short texts fit many encodings
+    best = from_bytes(sample, cp_isolation=["cp1252"]).best() or from_bytes(sample).best()
+    if best is None:
+        raise DocumentError("its encoding is neither UTF-8 nor any that could be recognised")
+    return best.encoding
+
+
+def text_sections(file: TextIO) -> Iterator[Section]:
+    """Cut text into sections of at most `SECTION_CHARACTERS`: at blank lines, else at line ends, else at spaces."""
+    text, start = "", 0
+    while piece := file.read(SECTION_CHARACTERS - len(text)):
+        text += piece
+        if len(text) == SECTION_CHARACTERS:
+            end = _last_boundary(text)
+            yield Section(text[:end], start)
+            text, start = text[end:], start + end
+    if text:
+        yield Section(text, start)
+
+
+def _last_boundary(text: str) -> int:
+    half = len(text) // 2
+    for separator in ("\n\n", "\n", " "):
+        end = text.rfind(separator, half)
+        if end > 0:
+            return end + len(separator)
+    return len(text)
+
+
+# ---------------------------------------------------------------------- Markdown
+
+
+def markdown_document(file: TextIO, id: str, title: str) -> Document:
+    """Read Markdown; the title is that of its front matter, its first heading, or else `title`."""
+    lines = iter(partial(file.readline, MAX_LINE), "")
+    first_lines = list(islice(lines, NUM_TITLE_LINES))
+    num_front, front_title = _front_matter(first_lines)
+    start = sum(map(len, first_lines[:num_front]))
+    first_lines = first_lines[num_front:]
+    if not front_title:
+        headings = [block.title for block in markdown_blocks(first_lines) if block.level and block.title]
+        front_title = headings[0] if headings else title
+    sections = sections_of(markdown_blocks(chain(first_lines, lines)), start)
+    return Document(id, front_title, sections, is_markdown=True)
+
+
+def _front_matter(lines: list[str]) -> tuple[int, str]:
+    """Return the number of lines of YAML front matter, and its title."""
+    if not lines or lines[0].rstrip() != "---":
+        return 0, ""
+    ends = [number for number, line in enumerate(lines) if number and line.rstrip() in ("---", "...")]
+    if not ends:
+        return 0, ""
+    try:
+        values = yaml.load("".join(lines[1 : ends[0]]), yaml.BaseLoader)  # every value is a text
+    except yaml.YAMLError:
+        values = None
+    title = values.get("title") if isinstance(values, dict) else None
+    return ends[0] + 1, title if isinstance(title, str) else ""
+
+
+def markdown_blocks(lines: Iterable[str]) -> Iterator[Block]:
+    """Yield the lines of Markdown with its headings, as in CommonMark; lines in a code fence are none."""
+    fence = ""  # the characters that opened the code fence
+    held = ""  # a line that the next one may make a heading, by underlining it
+    after_blank = True
+    for line in lines:
+        if fence:
+            yield Block(line)
+            mark = line.strip()
+            if mark.startswith(fence) and not mark.strip(fence[0]):
+                fence, after_blank = "", False
+            continue
+        if held:
+            underline = UNDERLINE.match(line)
+            if underline:
+                yield Block(held + line, 1 if underline[1][0] == "=" else 2, plain_title(held))
+                held, after_blank = "", True
+                continue
+            yield Block(held)
+            held, after_blank = "", False
+        is_short = len(line) <= MAX_HEADING
+        heading = HEADING.match(line) if is_short else None
+        opening = FENCE.match(line)
+        if heading:
+            yield Block(line, len(heading[1]), plain_title(heading[2] or ""))
+        elif opening:
+            fence = opening[1]
+            yield Block(line)
+        elif is_short and after_blank and line.strip() and not NO_PARAGRAPH.match(line):
+            held = line
+            continue
+        else:
+            yield Block(line, may_end=not line.strip())
+        after_blank = bool(heading) or not line.strip()
+    if held:
+        yield Block(held)
+
+
+def plain_title(markdown: str) -> str:
+    """Return the text of a heading without links, emphasis, code marks and anchors."""
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", markdown)
+    text = re.sub(r"\s*\{[#.:][^}]*\}\s*$", "", text)
+    text = re.sub(r"\\([!-/:-@\[-`{-~])|[*`]+|(?<!\w)_+|_+(?!\w)", r"\1", text)
+    return " ".join(text.split())
+
+
+def text_file_document(path: Path, id: str, is_markdown: bool) -> Document:
+    """Open a text or Markdown file; it is read, and closed, as its sections are."""
+    file, note = open_text(path)
+    if is_markdown:
+        document = markdown_document(file, id, path.stem)
+    else:
+        document = Document(id, path.stem, text_sections(file))
+    document.sections = _closing(document.sections, file)
+    document.note = note
+    document.metadata["source"] = id
+    return document
+
+
+def _closing(sections: Iterable[Section], file: TextIO) -> Iterator[Section]:
+    with file:
+        try:
+            yield from sections
+        except UnicodeError as error:
+            raise DocumentError(f"it is not {file.encoding}: {error}") from None
+
+
+def row_sections(text: str) -> Iterable[Section]:
+    """Return the sections of a row's text."""
+    if len(text) <= SECTION_CHARACTERS:
+        return [Section(text, 0)]
+    return text_sections(io.StringIO(text, newline=None))

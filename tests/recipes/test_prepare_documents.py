@@ -1,0 +1,618 @@
+"""A corpus from documents: real files of every format, made here, to passages with their source, page and span."""
+
+import json
+import re
+import sys
+import tracemalloc
+from pathlib import Path
+
+import prepare_documents
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from prepare_documents import DocumentArguments, prepare, work_of
+
+from modeling_cosup import CoSupForCausalLM, RetrievalConfig
+from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_passages_for_gen
+from support.models import make_model, make_tokenizer
+
+from shared import document_conversion
+from shared.document_cache import DocumentCache
+from shared.document_conversion import convert, join_lines
+from shared.document_files import DocumentError, DocumentFile, find_documents
+from shared.document_sections import SECTION_CHARACTERS, markdown_blocks, plain_title, sections_of, text_file_document
+from shared.passage_splitting import PassageSplitter
+
+docx = pytest.importorskip("docx", reason="python-docx is not installed")
+fpdf = pytest.importorskip("fpdf", reason="fpdf2 is not installed")
+pytest.importorskip("pypdf", reason="pypdf is not installed")
+pytest.importorskip("semantic_text_splitter", reason="semantic-text-splitter is not installed")
+pytest.importorskip("trafilatura", reason="trafilatura is not installed")
+
+MARKDOWN = """---
+title: Notes on widgets
+date: 2024-13-01
+---
+Read this first.
+
+# Care
+
+Oil them *twice* a year.
+
+```python
+# no heading
+oil(widget)
+```
+
+Storage
+-------
+Keep them dry.
+"""
+HTML = """<html><head><title>Widget shop | ACME</title><link rel="canonical" href="https://acme.example/widgets">
+<script>var heading = "# Cart";</script></head>
+<body><nav><ul><li><a href="/">Home</a></li><li><a href="/cart">Shopping cart</a></li></ul></nav>
+<main><h1>Widget shop</h1><p>We have sold widgets since 1902, in three sizes and in two colours.</p>
+<h2>Prices</h2><p>A <b>small</b> widget costs two crowns.</p>
+<table><tr><th>Size</th><th>Crowns</th></tr><tr><td>small</td><td>2</td></tr></table></main>
+<footer>All rights reserved by ACME.</footer></body></html>"""
+LONG = " ".join(f"Sentence {i} says that widget {i * i} can't turn." for i in range(60))
+ROWS = [
+    {"id": "a", "title": "Row", "text": "A row about widgets.", "metadata": {"page": 7}, "url": "https://x.org/a"},
+    {"text": "Another row."},
+    {"id": "empty", "text": " "},
+]
+UNREADABLE = {
+    "bad/blank.md": "it holds no text",
+    "bad/broken.docx": "it is no .docx file: it is encrypted, damaged, or of an old format",
+    "bad/broken.pdf": "it is no PDF that can be read: ",
+    "bad/empty.txt": "it is empty",
+    "bad/locked.pdf": "it is encrypted: it needs a password",
+    "bad/nul.txt": "it is no text: it holds NUL bytes",
+    "bad/rows.jsonl": "rows.jsonl, line 2: text is 3, expected a string",
+    "bad/scanned.pdf": "no page of 1 holds text; scanned pages need OCR",
+}
+
+
+def write_pdf(path, pages, title=None, **encryption):
+    """Write a PDF; each page is a list of texts, and a text in a tuple is a heading of the outline."""
+    pdf = fpdf.FPDF()
+    pdf.set_font("helvetica", size=12)
+    if title:
+        pdf.set_title(title)
+    for page in pages:
+        pdf.add_page()
+        for text in page:
+            if isinstance(text, tuple):
+                (text,) = text
+                pdf.start_section(text)
+            pdf.multi_cell(0, 8, text, new_x="LMARGIN", new_y="NEXT")
+    if encryption:
+        pdf.set_encryption(**encryption)
+    pdf.output(str(path))
+
+
+def write_docx(path):
+    file = docx.Document()
+    file.add_heading("Report", 0)
+    file.add_paragraph("Sales rose.")
+    file.add_heading("North", 1)
+    file.add_paragraph("# is no heading here")
+    file.add_paragraph("by four percent", style="List Bullet")
+    table = file.add_table(2, 2)
+    for number, text in enumerate(("Size", "Load", "M4", "20 kg")):
+        table.cell(number // 2, number % 2).text = text
+    file.save(str(path))
+
+
+def write_documents(folder):
+    """Write a folder of documents of every format, bad ones among them, and other files."""
+    for name in ("bad", ".git", "sub"):
+        (folder / name).mkdir(parents=True)
+    guide = [
+        [
+            ("Assembly",),
+            "Put the widget on the axle, and then turn it as often as you can to the left, until it clicks.",
+        ],
+        ["Screws of steel last longer.", ("Care",), "Oil the widget twice a year."],
+        [],
+    ]
+    write_pdf(folder / "guide.pdf", guide, "Widget guide")
+    write_pdf(folder / "owner.pdf", [["Anyone may read this."]], owner_password="o")
+    write_pdf(folder / "bad/locked.pdf", [["secret"]], owner_password="o", user_password="u")
+    write_pdf(folder / "bad/scanned.pdf", [[]])
+    (folder / "bad/broken.pdf").write_bytes((folder / "guide.pdf").read_bytes()[:500])
+    write_docx(folder / "report.docx")
+    (folder / "bad/broken.docx").write_bytes((folder / "report.docx").read_bytes()[:500])
+    (folder / "page.html").write_text(HTML)
+    (folder / "notes.md").write_text(MARKDOWN)
+    (folder / "latin.txt").write_bytes("Das Zahnrad läuft größer und schöner über die Brücke.".encode("latin-1"))
+    (folder / "sub/long.txt").write_bytes(LONG.replace(" Sentence 30", "\r\n\r\nSentence 30").encode("utf-8-sig"))
+    (folder / "sub/z_copy.md").write_text(
+        "# Copy\nOil them *twice* a year.\n\n```python\n# no heading\noil(widget)\n```\n"
+    )
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    pyarrow.parquet.write_table(pa.table({"text": ["A row of a table."]}), folder / "table.parquet")
+    (folder / "bad/empty.txt").write_bytes(b"")
+    (folder / "bad/blank.md").write_text("# Only a heading\n\n \n---\n")
+    (folder / "bad/nul.txt").write_bytes(b"MZ\0\0")
+    (folder / "bad/rows.jsonl").write_text('{"text": "one"}\n{"text": 3}\n')
+    (folder / "picture.PNG").write_bytes(b"")
+    (folder / "Makefile").write_text("all:")
+    (folder / ".git/config.md").write_text("hidden")
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    make_model(max_passage_length=128).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("docs")
+    write_documents(folder)
+    return folder
+
+
+def arguments(model_folder, output, *inputs, **changes):
+    options = {"inputs": [str(path) for path in inputs], "output_file": str(output), "model": model_folder}
+    return DocumentArguments(**{**options, **changes})
+
+
+def read(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    return tmp_path_factory.mktemp("output") / "corpus.jsonl"
+
+
+@pytest.fixture(scope="module")
+def result(model_folder, folder, output):
+    """The report, and the passages by source."""
+    report = prepare(arguments(model_folder, output, folder))
+    passages = {}
+    for passage in read(output):
+        passages.setdefault(passage["metadata"]["source"], []).append(passage)
+    return report, passages
+
+
+@pytest.fixture(scope="module")
+def splitter(model_folder):
+    return PassageSplitter.from_pretrained(model_folder)
+
+
+def check_passages(passages, expected):
+    """Compare passages with `(title, text, metadata)`."""
+    assert [(passage["title"], passage["text"], passage["metadata"]) for passage in passages] == expected
+
+
+# ------------------------------------------------------------------ formats
+
+
+def test_pages_of_a_pdf(result):
+    report, passages = result
+    text = "Put the widget on the axle, and then turn it as often as you can to the left, until it clicks."
+    second = 9 + len(text) + 1  # after "Assembly\\n", the text and a form feed
+    metadata = {"source": "guide.pdf"}
+    expected = [
+        ("Widget guide › Assembly", text, {**metadata, "page": 1, "start": 9, "end": second - 1}),
+        (
+            "Widget guide › Assembly",
+            "Screws of steel last longer.",
+            {**metadata, "page": 2, "start": second, "end": second + 28},
+        ),
+        (
+            "Widget guide › Care",
+            "Oil the widget twice a year.",
+            {**metadata, "page": 2, "start": second + 34, "end": second + 62},
+        ),
+    ]
+    check_passages(passages["guide.pdf"], expected)
+    check_passages(
+        passages["owner.pdf"],
+        [("owner", "Anyone may read this.", {"source": "owner.pdf", "page": 1, "start": 0, "end": 21})],
+    )
+    assert {"source": "guide.pdf", "reason": "no text on 1 of 3 pages: 3"} in report["notes"]
+
+
+def test_headings_lists_and_tables_of_word(result):
+    _, passages = result
+    table = "| Size | Load |\n|---|---|\n| M4 | 20 kg |"
+    north = f"# is no heading here\n\n- by four percent\n\n{table}"
+    start = len("# Report\n\n")
+    second = start + len("Sales rose.\n\n# North\n\n")
+    expected = [
+        ("Report", "Sales rose.", {"source": "report.docx", "start": start, "end": start + 11}),
+        ("Report › North", north, {"source": "report.docx", "start": second, "end": second + len(north)}),
+    ]
+    check_passages(passages["report.docx"], expected)
+
+
+def test_html_without_navigation(result):
+    _, passages = result
+    texts = "\n".join(passage["text"] for passage in passages["page.html"])
+    assert "since 1902" in texts and "| small | 2 |" in texts
+    assert not re.search("Home|cart|rights|var", texts)
+    assert [passage["title"] for passage in passages["page.html"]] == ["Widget shop", "Widget shop › Prices"]
+    first = passages["page.html"][0]["metadata"]
+    assert first == {"url": "https://acme.example/widgets", "source": "page.html", "start": 15, "end": 82}
+
+
+def test_markdown_with_front_matter_and_code(result):
+    _, passages = result
+    expected = []
+    code = "Oil them *twice* a year.\n\n```python\n# no heading\noil(widget)\n```"
+    titles = ["Notes on widgets", "Notes on widgets › Care", "Notes on widgets › Care › Storage"]
+    for title, text in zip(titles, ("Read this first.", code, "Keep them dry."), strict=True):
+        start = MARKDOWN.index(text)
+        expected.append((title, text, {"source": "notes.md", "start": start, "end": start + len(text)}))
+    check_passages(passages["notes.md"], expected)
+
+
+def test_rows(result):
+    report, passages = result
+    first, second = passages["rows.jsonl"]
+    metadata = {"page": 7, "source": "rows.jsonl", "row": "a", "url": "https://x.org/a", "start": 0, "end": 20}
+    check_passages([first], [("Row", "A row about widgets.", metadata)])
+    check_passages([second], [("", "Another row.", {"source": "rows.jsonl", "row": 1, "start": 0, "end": 12})])
+    assert passages["table.parquet"][0]["text"] == "A row of a table."
+
+
+def test_encodings(result, tmp_path):
+    report, passages = result
+    assert passages["latin.txt"][0]["text"] == "Das Zahnrad läuft größer und schöner über die Brücke."
+    assert {"source": "latin.txt", "reason": "read as cp1252, as it is not UTF-8"} in report["notes"]
+    for encoding in ("utf-16", "utf-8-sig"):
+        path = tmp_path / f"{encoding}.txt"
+        path.write_text("Größe", encoding=encoding)
+        (section,) = text_file_document(path, "x", False).sections
+        assert (section.text, section.start) == ("Größe", 0)
+
+
+def test_what_cannot_be_read_is_listed(result, model_folder, folder, output):
+    report, passages = result
+    reasons = {entry["source"]: entry["reason"] for entry in report["unreadable"]}
+    assert sorted(reasons) == sorted(UNREADABLE)
+    for source, reason in UNREADABLE.items():
+        assert reason in reasons[source]
+        assert source not in passages
+    assert report["ignored"] == {".png": 1, "hidden": 1, "no suffix": 1}
+    assert report == json.loads(output.with_name("corpus.report.json").read_text())
+    assert (report["documents"], report["duplicates"]) == (len(passages) + 1, 1)  # the text of the copy is not new
+    corpus = output.read_bytes()
+    with pytest.raises(
+        ValueError, match=r"8 of 18 documents cannot be read; no corpus was written(.|\n)*needs a pass"
+    ):
+        prepare(arguments(model_folder, output, folder, on_error="fail"))
+    assert output.read_bytes() == corpus
+
+
+def test_limits_on_what_a_file_unpacks_to(folder, monkeypatch):
+    limits = {
+        "MAX_HTML_BYTES": (10, "page.html", "bytes, expected at most 10"),
+        "MAX_DOCX_TEXT_BYTES": (1000, "report.docx", "of them XML; expected at most .* and 1,000"),
+        "MAX_PAGES": (2, "guide.pdf", "it has 3 pages, expected at most 2"),
+        "MAX_PAGE_CHARACTERS": (50, "guide.pdf", "a page holds .* characters, expected at most 50"),
+    }
+    for name, (limit, file, message) in limits.items():
+        with monkeypatch.context() as context:
+            context.setattr(document_conversion, name, limit)
+            with pytest.raises(DocumentError, match=message):
+                convert(file.rpartition(".")[2], folder / file, file)
+
+
+# ------------------------------------------------------------------ splitting
+
+
+def test_passages_fit_keep_every_word_and_cut_none(result, splitter, model_folder):
+    report, passages = result
+    model = CoSupForCausalLM.from_pretrained(model_folder)
+    everything = [passage for of_source in passages.values() for passage in of_source]
+    cut = set()
+    ids = encode_passages_for_emb_seq(model.emb_seq_tokenizer, everything, model.config, cut)
+    assert not cut
+    lengths = [len(row) - 2 for row in ids]
+    assert report["tokens"] == {"mean": round(sum(lengths) / len(lengths), 1), "longest": max(lengths)}
+    text = LONG.replace(" Sentence 30", "\n\nSentence 30")
+    long = passages["sub/long.txt"]
+    assert len(long) > 10
+    for passage in long:
+        start, end = passage["metadata"]["start"], passage["metadata"]["end"]
+        assert text[start:end] == passage["text"] == passage["text"].strip() != ""
+        assert not re.match(r"\w\w", text[max(0, start - 1) : start + 1]) or start == 0
+        assert not re.match(r"\w\w", text[end - 1 : end + 1])
+    assert " ".join(passage["text"] for passage in long).split() == text.split()
+    short = [passage for passage in long[:-1] if len(passage["text"]) < 40]
+    assert len(short) < len(long) / 4
+
+
+def test_neighbours_share_the_overlap(model_folder, folder, tmp_path):
+    prepare(arguments(model_folder, tmp_path / "c.jsonl", folder / "sub/long.txt", overlap=60))
+    spans = [(passage["metadata"]["start"], passage["metadata"]["end"]) for passage in read(tmp_path / "c.jsonl")]
+    shared = [end - start for (_, end), (start, _) in zip(spans, spans[1:], strict=False)]
+    assert sum(length > 0 for length in shared) > 0.5 * len(shared)
+
+
+def split(splitter, text, title, is_markdown=True, headings=()):
+    from shared.document_sections import Document, Section
+
+    document = Document("x", title, [Section(text, 0, headings)], is_markdown=is_markdown)
+    return list(splitter.passages(document))
+
+
+def test_long_titles_words_and_emphasis(splitter):
+    title = "A title that is far too long for a passage, with many words " * 5
+    headings = ("outer heading that is left out first " * 2, "inner")
+    passages = split(splitter, LONG, title, headings=headings)
+    titles = {passage["title"] for passage, _ in passages}
+    assert len(titles) == 1 and "inner" in titles.pop()
+    assert max(length for _, length in passages) <= 128
+    word = "x" * 500  # too long for a passage: the only thing that is cut
+    passages = split(splitter, f"before {word} after", "T")
+    assert max(length for _, length in passages) <= 128
+    assert "".join(passage["text"].replace(" ", "") for passage, _ in passages) == f"before{word}after"
+    emphasis = " ".join(f"re**{i}mark**able{i}" for i in range(200))
+    for passage, _ in split(splitter, emphasis, "T"):
+        start = passage["metadata"]["start"]
+        assert start == 0 or not (emphasis[start - 1].isalnum() and emphasis[start].isalnum())
+    assert split(splitter, "* * *\n\n---\n", "T") == []
+
+
+def test_a_passage_fits_for_both_tokenizers():
+    other = make_tokenizer(vocab_size=300, bos="<cls>", eos="<sep>", texts=["entirely other words"])
+    options = {"emb_seq_tokenizer": other, "max_passage_length": 48, "passage_prompt": "passage: "}
+    model = make_model("gpt2", "bert", **options)
+    splitter = PassageSplitter(model.config, [model.emb_seq_tokenizer, model.tokenizer], 48)
+    passages = [passage for passage, _ in split(splitter, LONG, "Night Watch", is_markdown=False)]
+    cut = set()
+    encode_passages_for_gen(model.tokenizer, passages, model.config, cut)
+    encode_passages_for_emb_seq(model.emb_seq_tokenizer, passages, model.config, cut)
+    assert passages and not cut
+
+
+def test_headings_of_markdown():
+    text = (
+        "Setext *one*\n===\n\na\n# Two {#anchor} #\n####### seven\n #hash\n````\n# code\n```\n````\n"
+        "- item\n---\n### [Link](http://x) `code`\n\n    # indented\nlast line\nof two\n---\n"
+    )
+    blocks = list(markdown_blocks(text.splitlines(keepends=True)))
+    assert "".join(block.text for block in blocks) == text
+    levels = [(block.level, block.title) for block in blocks if block.level]
+    assert levels == [(1, "Setext one"), (1, "Two"), (3, "Link code")]
+    sections = list(sections_of(blocks))
+    assert [section.headings for section in sections] == [("Setext one",), ("Two",), ("Two", "Link code")]
+    for section in sections:
+        assert text[section.start :].startswith(section.text)
+    assert plain_title(r"snake_case \*kept\* _gone_") == "snake_case *kept* gone"
+
+
+def test_lines_of_a_page_are_joined():
+    page = (
+        "Heading\nThis is the first line of a para-\ngraph, and it goes on up to here.\nThe next one begins\nItem A\n"
+    )
+    joined = "Heading\nThis is the first line of a paragraph, and it goes on up to here.\nThe next one begins\nItem A"
+    assert join_lines(page) == joined
+    assert join_lines(" \n\n") == ""
+
+
+@pytest.mark.parametrize("kind", ["text", "rows"])
+def test_a_large_file_is_never_in_memory(tmp_path, kind):
+    line = "word " * 2000
+    if kind == "rows":
+        line = json.dumps({"text": line})
+    path = tmp_path / ("large.txt" if kind == "text" else "large.jsonl")
+    path.write_text(f"{line}\n" * 500)
+    tracemalloc.start()
+    try:
+        largest = 0
+        for work in work_of(DocumentFile(path.name, kind, path), "text"):
+            for document in work.documents:
+                largest = max(largest, *(len(section.text) for section in document.sections))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert path.stat().st_size > 5_000_000
+    assert largest <= SECTION_CHARACTERS
+    assert peak < 2_000_000
+
+
+# ------------------------------------------------------------------ ids, duplicates, what is kept
+
+
+@pytest.fixture
+def small(tmp_path):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    for name in "abc":
+        (folder / f"{name}.md").write_text(f"# {name}\n\nText of {name}.\n\n## Same\n\nThe same everywhere.\n")
+    return folder
+
+
+def count_splits(monkeypatch, fail_at=None):
+    """Record the sources that are split; the `fail_at`-th one is interrupted."""
+    sources = []
+    split_work = prepare_documents.split_work
+
+    def counted(work, splitter):
+        sources.append(work.file.source if work.file else work.documents[0].id)
+        if len(sources) == fail_at:
+            raise KeyboardInterrupt
+        return split_work(work, splitter)
+
+    monkeypatch.setattr(prepare_documents, "split_work", counted)
+    return sources
+
+
+def test_ids_depend_on_path_and_span_alone(model_folder, small, tmp_path):
+    prepare(arguments(model_folder, tmp_path / "one.jsonl", small))
+    passages = read(tmp_path / "one.jsonl")
+    assert len({passage["id"] for passage in passages}) == len(passages) == 4
+    (small / "0.md").write_text("Something new.")
+    (small / "b.md").unlink()
+    report = prepare(arguments(model_folder, tmp_path / "two.jsonl", small))
+    again = [passage for passage in read(tmp_path / "two.jsonl") if passage["metadata"]["source"] == "a.md"]
+    assert again == [passage for passage in passages if passage["metadata"]["source"] == "a.md"]
+    assert report["duplicates"] == 1
+
+
+def test_equal_texts_are_written_once(model_folder, small, tmp_path):
+    report = prepare(arguments(model_folder, tmp_path / "c.jsonl.gz", small))
+    assert (report["passages"], report["duplicates"]) == (4, 2)
+    from modeling_cosup.corpus_cosup import read_files
+
+    same = [
+        row["metadata"]["source"] for _, row in read_files([tmp_path / "c.jsonl.gz"]) if "everywhere" in row["text"]
+    ]
+    assert same == ["a.md"]
+    assert (tmp_path / "c.report.json").exists()
+
+
+def test_unchanged_documents_are_not_split_again(model_folder, small, tmp_path, monkeypatch):
+    args = arguments(model_folder, tmp_path / "c.jsonl", small)
+    prepare(args)
+    before = (tmp_path / "c.jsonl").read_bytes()
+    sources = count_splits(monkeypatch)
+    assert prepare(args)["unchanged"] == 3
+    assert sources == [] and (tmp_path / "c.jsonl").read_bytes() == before
+    (small / "a.md").write_text("Other text.\n")  # its passage "Same" is now that of b.md
+    report = prepare(args)
+    assert sources == ["a.md"] and report["unchanged"] == 2
+    assert [passage["metadata"]["source"] for passage in read(tmp_path / "c.jsonl")] == [
+        "a.md",
+        "b.md",
+        "b.md",
+        "c.md",
+    ]
+    prepare(arguments(model_folder, tmp_path / "c.jsonl", small, passage_length=60))
+    assert sources == ["a.md", "a.md", "b.md", "c.md"]
+    (tmp_path / "c.jsonl.cache").write_bytes(b"no database" * 100)
+    prepare(args)
+    assert len(sources) == 7
+
+
+def test_an_interrupted_run_resumes_and_writes_nothing(model_folder, small, tmp_path, monkeypatch):
+    args = arguments(model_folder, tmp_path / "c.jsonl", small)
+    with monkeypatch.context() as context:
+        count_splits(context, fail_at=3)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(args)
+    assert not (tmp_path / "c.jsonl").exists() and not (tmp_path / "c.report.json").exists()
+    sources = count_splits(monkeypatch)
+    prepare(args)
+    assert sources[-1] == "c.md" and len(sources) <= 3
+    prepare(arguments(model_folder, tmp_path / "other.jsonl", small))
+    assert (tmp_path / "c.jsonl").read_bytes() == (tmp_path / "other.jsonl").read_bytes()
+
+
+def test_one_run_at_a_time(model_folder, small, tmp_path):
+    with DocumentCache(tmp_path / "c.jsonl.cache"), pytest.raises(ValueError, match="is in use by another process"):
+        prepare(arguments(model_folder, tmp_path / "c.jsonl", small))
+
+
+def test_several_workers_write_the_same(model_folder, folder, result, output, tmp_path):
+    prepare(arguments(model_folder, tmp_path / "c.jsonl", folder, num_workers=2))
+    assert (tmp_path / "c.jsonl").read_bytes() == output.read_bytes()
+
+
+def test_the_output_is_no_document(model_folder, small):
+    for _ in range(2):
+        report = prepare(arguments(model_folder, small / "rows.jsonl", small))
+        assert (report["documents"], report["passages"], report["ignored"]) == (3, 4, {})
+
+
+# ------------------------------------------------------------------ inputs
+
+
+def test_inputs(small, tmp_path, monkeypatch):
+    (small / "deep").mkdir()
+    (small / "deep" / "a.md").write_text("deep")
+    documents, ignored = find_documents([f"{small}/**/*.md"], ())
+    assert [document.source for document in documents] == ["a.md", "b.md", "c.md", "deep/a.md"]
+    documents, _ = find_documents([str(small / "a.md"), str(small), str(small)], [small / "b.md"])
+    assert [document.source for document in documents] == ["a.md", "c.md", "deep/a.md"]
+    with pytest.raises(ValueError, match="have the same relative path 'a.md'"):
+        find_documents([str(small), str(small / "deep")], ())
+    (small / "x.xyz").write_text("x")
+    with pytest.raises(ValueError, match="the format is not known, expected a file that ends in .txt"):
+        find_documents([str(small / "x.xyz")], ())
+    for missing in (small / "nothing.pdf", small / "*.docx"):
+        with pytest.raises(FileNotFoundError):
+            find_documents([str(missing)], ())
+
+
+def test_a_dataset_is_streamed(model_folder, tmp_path, monkeypatch):
+    import datasets
+
+    calls = []
+
+    def load_dataset(name, split, streaming):
+        calls.append((name, split, streaming))
+        return iter([{"body": "From the Hub.", "id": 5}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    prepare(arguments(model_folder, tmp_path / "c.jsonl", "some/dataset", text_column="body"))
+    assert calls == [("some/dataset", "train", True)]
+    (passage,) = read(tmp_path / "c.jsonl")
+    assert passage["metadata"] == {"source": "some/dataset", "row": 0, "start": 0, "end": 13}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output_file": "corpus.csv"}, "output_file is 'corpus.csv', expected a name that ends in .jsonl"),
+        ({"num_workers": 0}, "num_workers is 0, expected at least 1"),
+        ({"passage_length": 129}, "passage_length is 129, expected 16 to 128, the model's max_passage_length"),
+        ({"passage_length": 8}, "passage_length is 8, expected 16 to 128"),
+        ({"overlap": 65}, "overlap is 65, expected 0 to 64, half of passage_length"),
+        ({"inputs": ["empty"]}, "empty: no document, but 1 other files"),
+    ],
+)
+def test_bad_options_are_errors_before_anything_is_written(
+    model_folder, small, tmp_path, monkeypatch, changes, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "x.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=message):
+        prepare(arguments(model_folder, "out/c.jsonl", small, **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_library_that_is_missing_is_named_before_anything_is_written(model_folder, small, tmp_path, monkeypatch):
+    (small / "x.html").write_text(HTML)
+    monkeypatch.setitem(sys.modules, "trafilatura", None)
+    with pytest.raises(ImportError, match=r"need the package trafilatura: pip install \"cosup\[documents\]\""):
+        prepare(arguments(model_folder, tmp_path / "out" / "c.jsonl", small))
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_with_one_id_are_refused(model_folder, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"id": "a", "text": "one two"}\n{"id": "a", "text": "two one"}\n')
+    with pytest.raises(ValueError, match="rows.jsonl: two rows have the id 'a'; ids must be unique"):
+        prepare(arguments(model_folder, tmp_path / "c.jsonl", tmp_path / "rows.jsonl"))
+    assert not (tmp_path / "c.jsonl").exists()
+
+
+# ------------------------------------------------------------------ the whole way
+
+
+def test_from_a_page_to_its_citation(model_folder, folder, result, tmp_path, monkeypatch, capsys):
+    words = ["prepare_documents.py", str(folder / "guide.pdf"), "--output_file", str(tmp_path / "c.jsonl")]
+    monkeypatch.setattr("sys.argv", [*words, "--model", model_folder])
+    prepare_documents.main()
+    printed = capsys.readouterr().out
+    assert "no text on 1 of 3 pages: 3" in printed
+    assert f"build_index.py --model {model_folder} --corpus_file {tmp_path / 'c.jsonl'}" in printed
+    model = CoSupForCausalLM.from_pretrained(model_folder)
+    index = model.build_index(str(tmp_path / "c.jsonl"), show_progress_bar=False)
+    prompt = [*model.tokenizer("oil?")["input_ids"], model.config.nsp_token_id]
+    care = read(tmp_path / "c.jsonl")[2]
+    settings = RetrievalConfig(candidates=[[care["id"]]], max_retrievals=1)
+    options = {"retriever": index, "retrieval_config": settings, "max_new_tokens": 4, "show_progress_bar": False}
+    (completion,) = model.generate_many([prompt], **options)
+    assert completion.retrievals[0].passages == [care]
+    assert care["metadata"]["source"] == "guide.pdf" and care["metadata"]["page"] == 2
+    assert "[1] Widget guide › Care (guide.pdf, page 2): Oil the widget" in completion.cited_text
