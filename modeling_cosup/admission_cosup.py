@@ -34,7 +34,7 @@ class Admission:
         free = self.slots.free
         if not self.waiting or not free:
             return []
-        enough = min(max(1, self.slots.count // 8), len(self.waiting))
+        enough = min(max(1, self.slots.count // 4), len(self.waiting))
         self._passes += 1
         if free < enough and self._passes < _PATIENCE:
             return []

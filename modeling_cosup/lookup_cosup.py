@@ -21,7 +21,7 @@ class Lookup:
     Passages for rows that retrieve: found by searching for them together, or given to a row beforehand.
 
     Args:
-        model ([`CoSupForCausalLM`]): its tokenizer encodes passages.
+        model ([`CoSupForCausalLM`], or another object with its `tokenizer` and `config`): they encode passages.
         retriever ([`Retriever`], *optional*): searches the index.
     """
 

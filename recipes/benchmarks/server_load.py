@@ -10,13 +10,13 @@ Server and engine run in this process as in recipes/serve.py; the clients have a
     `latency`: time to the first text of a stream, with one client and with all
     `soak`: all clients for --seconds; some close their streams, some disconnect. Memory is sampled every second
 
-Arms take turns. Every answer that was finished is compared with that of generate_many: text, passages and number of
-tokens; in float32 all should be equal. The exit status is 1 if an answer was lost or differs, or a slot stays taken.
+Arms take turns; CPU seconds are those of this process, without the clients. Every answer that was finished is compared
+with that of generate_many: text, passages and number of tokens; in float32 all should be equal. The exit status is 1
+if an answer was lost or differs, or a slot stays taken.
 """
 
 import asyncio
 import contextlib
-import itertools
 import json
 import statistics
 import subprocess
@@ -115,6 +115,7 @@ class Service:
         self.engine = EmbeddedEngine(model, index, max_running=args.max_running, max_waiting=2 * args.num_clients)
         self.answers = self.generate()
         self.base_url = ""
+        self.clients: subprocess.Popen[str] | None = None
 
     def generate(self) -> list[Completion]:
         """Return the answers of generate_many."""
@@ -131,7 +132,7 @@ class Service:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Serve on a free port while the context lasts."""
+        """Serve on a free port, and keep the process of the clients, while the context lasts."""
         bound = open_socket("127.0.0.1", 0)
         server = EngineServer(build_app(self.engine, ApiSettings(MODEL)), self.engine)
         thread = threading.Thread(target=asyncio.run, args=[server.serve_engine(bound)], daemon=True)
@@ -141,8 +142,11 @@ class Service:
                 raise RuntimeError("The server did not start.")
             time.sleep(0.01)
         self.base_url = f"{url_of(bound)}/v1"
+        command = [sys.executable, "-c", "import server_clients; server_clients.main()"]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         try:
-            yield
+            with subprocess.Popen(command, cwd=Path(__file__).parent, **pipes) as self.clients:
+                yield
         finally:
             server.should_exit = True
             thread.join()
@@ -158,15 +162,12 @@ class Service:
             seed=self.args.seed,
             **options,
         )
-        process = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("server_clients.py"))],
-            input=json.dumps(asdict(job)),
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        result = json.loads(process.stdout)
-        return Round(result["seconds"], [Outcome(**outcome) for outcome in result["outcomes"]])
+        assert self.clients is not None and self.clients.stdin is not None and self.clients.stdout is not None
+        cpu_before = time.process_time()
+        print(json.dumps(asdict(job)), file=self.clients.stdin, flush=True)
+        result = json.loads(self.clients.stdout.readline())
+        cpu_seconds = time.process_time() - cpu_before
+        return Round(result["seconds"], cpu_seconds, [Outcome(**outcome) for outcome in result["outcomes"]])
 
     def faults(self, outcomes: list[Outcome]) -> list[str]:
         """Return, in words, what is wrong with answers: lost, or other than those of generate_many."""
@@ -200,15 +201,11 @@ class Service:
 
 @dataclass
 class Round:
-    """The seconds that all requests of a job took, and what became of each."""
+    """The seconds that all requests of a job took, the CPU seconds of this process, and what became of each."""
 
     seconds: float
-    outcomes: list[Outcome]
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of decoded tokens of the answers."""
-        return sum(outcome.tokens for outcome in self.outcomes)
+    cpu_seconds: float
+    outcomes: list[Outcome] = field(default_factory=list)
 
 
 # ---------------------------------------------------------------------- sections
@@ -217,8 +214,15 @@ class Round:
 def throughput(service: Service) -> dict[str, Any]:
     """Ask all questions, whole and streamed, in turns with generate_many."""
     args = service.args
-    arms: dict[str, Callable[[], Any]] = {
-        "generate_many": service.generate,
+
+    def generate() -> Round:
+        cpu_before = time.process_time()
+        start = time.perf_counter()
+        service.generate()
+        return Round(time.perf_counter() - start, time.process_time() - cpu_before)
+
+    arms: dict[str, Callable[[], Round]] = {
+        "generate_many": generate,
         "served": lambda: service.ask(args.num_clients),
         "served, streamed": lambda: service.ask(args.num_clients, shares={STREAMED: 1.0}),
     }
@@ -227,14 +231,14 @@ def throughput(service: Service) -> dict[str, Any]:
     rows, results = [], []
     faults: list[str] = []
     for name, arm in measured.items():
-        if name != "generate_many":
-            # the clients' clock: it leaves out the start of their process
-            arm.seconds = [measured_round.seconds for measured_round in arm.results]
-            faults += itertools.chain(*(service.faults(round.outcomes) for round in arm.results))
+        arm.seconds = [measured_round.seconds for measured_round in arm.results]  # by the clients' clock
+        for measured_round in arm.results:
+            faults += service.faults(measured_round.outcomes)
         seconds = statistics.median(arm.seconds)
         result = {
             "arm": name,
             "seconds": spread(arm.seconds),
+            "cpu_seconds": spread([measured_round.cpu_seconds for measured_round in arm.results]),
             "answers_per_second": len(service.questions) / seconds,
             "tokens_per_second": num_tokens / seconds,
             "speed_to_generate_many": spread(arm.ratios(measured["generate_many"])),
@@ -244,13 +248,14 @@ def throughput(service: Service) -> dict[str, Any]:
             [
                 name,
                 f"{seconds:.2f}",
+                f"{result['cpu_seconds']['median']:.2f}",
                 f"{result['answers_per_second']:.1f}",
                 f"{result['tokens_per_second']:.0f}",
                 spread_text(result["speed_to_generate_many"]),
             ]
         )
     print(f"\n{len(service.questions)} questions, {args.num_clients} clients, {args.max_running} rows at a time")
-    print_table(["arm", "s", "answers/s", "tokens/s", "x generate_many (min to max)"], rows)
+    print_table(["arm", "s", "CPU s", "answers/s", "tokens/s", "x generate_many (min to max)"], rows)
     return {"arms": results, "faults": faults}
 
 

@@ -1,6 +1,7 @@
 """The engine in the server's own process: all requests share the passes of one decoding loop, in a thread."""
 
 import asyncio
+import copy
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -104,10 +105,11 @@ class EmbeddedEngine:
         self.max_waiting = max_waiting
         self.max_batch_tokens = max_batch_tokens
         self.config = model.config
-        self.tokenizer = model.tokenizer
+        # a copy: a tokenizer serves one thread at a time, and the decoding thread uses the model's
+        self.tokenizer = copy.deepcopy(model.tokenizer)
         self.has_index = index is not None
         self.context_length = context_length(model.config.get_text_config())
-        self._lookup = Lookup(model, index)
+        self._lookup = Lookup(self, index)
         self._decisions: dict[tuple[float, float], DecisionSettings] = {}
         self._thread: DecodingThread | None = None
         self._streams: dict[Ticket, _Stream] = {}  # requests that have not ended
@@ -326,7 +328,6 @@ class EmbeddedEngine:
             raise UnsupportedSetting("queries: this model has no [NSP] token.")
         prompts = []
         for number, text in enumerate(texts):
-            # not in the decoding thread: a tokenizer serves one thread at a time
             prompts.append([*encode_prompt(self.tokenizer, text), self.config.nsp_token_id])
             if len(prompts[-1]) > self.context_length:
                 length = len(prompts[-1])

@@ -1,9 +1,10 @@
-"""The benchmark of generate(), small: it runs, and its arms write the same tokens, which depend on the passages."""
+"""Benchmarks, small: they run, and their arms give the same results, such as tokens that depend on the passages."""
 
 import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -187,3 +188,46 @@ def test_bad_options_of_distillation_are_reported(monkeypatch, options, message)
 
     with pytest.raises(SystemExit, match=message):
         distillation.main()
+
+
+def test_a_loaded_server_answers_like_generate_many(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("uvicorn", reason="serves")
+    monkeypatch.setattr(sys, "path", [str(RECIPES / "benchmarks"), *sys.path])
+    argv = ["server_load.py", "--quick", "true", "--output_file", str(tmp_path / "out.json")]
+    monkeypatch.setattr(sys, "argv", argv)
+    import server_load
+
+    server_load.main()
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert [results[section]["faults"] for section in server_load.SECTIONS] == [[], [], []]
+    assert columns(results["throughput"]["arms"], "arm") == [("generate_many",), ("served",), ("served, streamed",)]
+    assert columns(results["latency"]["loads"], "clients", "answers") == [(1, 2), (6, 12)]
+    sent, finished = results["soak"]["sent"], results["soak"]["finished"]
+    assert sum(sent.values()) >= 6
+    assert all(sent[kind] == finished[kind] for kind in ("plain", "streamed") if kind in sent)
+    assert results["soak"]["resident_bytes"]
+    assert "x generate_many" in capsys.readouterr().out
+
+
+def test_an_answer_that_is_lost_or_mixed_up_is_a_fault(monkeypatch):
+    pytest.importorskip("uvicorn", reason="serves")
+    monkeypatch.setattr(sys, "path", [str(RECIPES / "benchmarks"), *sys.path])
+    import server_load
+
+    from server_clients import Outcome
+
+    service = object.__new__(server_load.Service)
+    service.questions = ["who?"]
+    service.answers = [SimpleNamespace(text="He did.", num_generated_tokens=4, retrievals=[])]
+    right = {"question": 0, "kind": "plain", "finished": True, "text": "He  did.", "tokens": 4}
+    outcomes = [
+        Outcome(**right),
+        Outcome(question=0, kind="disconnected"),
+        Outcome(**right | {"text": "She did."}),
+        Outcome(**right | {"tokens": 5}),
+        Outcome(**right | {"passages": [["p1"]]}),
+        Outcome(question=0, kind="streamed"),
+        Outcome(question=0, kind="cancelled", error="status 500"),
+    ]
+    assert len(service.faults(outcomes)) == 5
+    assert service.faults(outcomes[:2]) == []

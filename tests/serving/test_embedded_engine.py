@@ -59,6 +59,13 @@ async def events_of(engine, request):
     return events
 
 
+async def until_load(engine, running, waiting):
+    """Wait until so many requests run and wait."""
+    async with asyncio.timeout(60):
+        while (engine.load().running, engine.load().waiting) != (running, waiting):
+            await asyncio.sleep(0.002)
+
+
 def run(test, *parts, **options):
     """Run `test(engine)` while an engine of these parts serves."""
 
@@ -116,6 +123,13 @@ def test_what_needs_an_index_is_refused_without_one(model):
     engine.check(request(model, force_nsp_first=True, passages=[[PASSAGES[0]]]))
 
 
+def test_the_event_loop_and_the_decoding_thread_do_not_share_a_tokenizer(model, index):
+    engine = EmbeddedEngine(model, index)
+    assert engine.tokenizer._tokenizer is not model.tokenizer._tokenizer
+    assert engine._lookup.model.tokenizer is engine.tokenizer
+    assert encode_prompt(engine.tokenizer, "who? [NSP]") == encode_prompt(model.tokenizer, "who? [NSP]")
+
+
 def test_a_request_that_never_has_room_is_refused(model, index):
     with pytest.raises(UnsupportedSetting, match="^max_new_tokens is 400.* 412 tokens.* room for 411"):
         EmbeddedEngine(model, index, max_batch_tokens=411).check(long_request(model))
@@ -149,8 +163,7 @@ def test_a_closed_request_frees_its_slot_at_the_next_step(model, index):
         async with aclosing(engine.generate(long_request(model))) as groups:
             async for _ in groups:
                 second = asyncio.create_task(events_of(engine, request(model, 3, forbid_nsp=True)))
-                await asyncio.sleep(0.05)
-                assert (engine.load().running, engine.load().waiting) == (1, 1)
+                await until_load(engine, 1, 1)
                 break
         closed_at = steps
         assert len(await second) == 4
@@ -165,10 +178,9 @@ def test_a_waiting_request_can_be_cancelled(model, index):
         first = asyncio.create_task(events_of(engine, long_request(model)))
         second = asyncio.create_task(events_of(engine, request(model)))
         third = asyncio.create_task(events_of(engine, request(model)))
-        await asyncio.sleep(0.05)
+        await until_load(engine, 1, 2)
         second.cancel()
-        await asyncio.sleep(0.01)
-        assert (engine.load().running, engine.load().waiting) == (1, 1)
+        await until_load(engine, 1, 1)
         first.cancel()
         assert isinstance((await third)[-1], EndEvent)
 
@@ -178,7 +190,7 @@ def test_a_waiting_request_can_be_cancelled(model, index):
 def test_a_full_queue_refuses_and_says_when_to_try_again(model, index):
     async def test(engine):
         tasks = [asyncio.create_task(events_of(engine, long_request(model))) for _ in range(3)]
-        await asyncio.sleep(0.02)
+        await until_load(engine, 1, 2)
         with pytest.raises(QueueFull, match="1 requests are being answered and 2 wait") as refusal:
             await events_of(engine, request(model))
         assert 1 <= refusal.value.retry_after <= 60
@@ -328,8 +340,7 @@ def test_a_pass_that_breaks_off_fails_its_requests_and_the_engine_goes_on(model,
 
         running = [asyncio.create_task(events_of(engine, long_request(model))) for _ in range(2)]
         waiting = asyncio.create_task(events_of(engine, request(model, 5)))
-        await asyncio.sleep(0.05)
-        assert engine.load().running == 2
+        await until_load(engine, 2, 1)
         monkeypatch.setattr(model.gen.base_model, "forward", no_memory)
         for task in running:
             with pytest.raises(BackendFailed, match="OutOfMemoryError"):
@@ -371,7 +382,7 @@ def test_stopping_finishes_or_cancels_what_was_accepted(model, index, drain):
         with pytest.raises(RuntimeError, match="started before"):
             await engine.start()
         tasks = [asyncio.create_task(events_of(engine, request(model, 40, forbid_nsp=True))) for _ in range(2)]
-        await asyncio.sleep(0.02)
+        await until_load(engine, 1, 1)
         stopped = asyncio.create_task(engine.stop(drain=drain))
         await asyncio.sleep(0)
         with pytest.raises(ShuttingDown, match="shutting down"):
@@ -395,7 +406,7 @@ def test_stopping_finishes_or_cancels_what_was_accepted(model, index, drain):
 def test_embeddings_between_passes_are_those_of_index_and_generate(model, index):
     async def test(engine):
         running = asyncio.create_task(events_of(engine, long_request(model)))
-        await asyncio.sleep(0.02)
+        await until_load(engine, 1, 0)
         passages = [PASSAGES[i % 6] for i in range(40)]
         embeds = await engine.embed_passages(passages)
         assert embeds.dtype == np.float32
