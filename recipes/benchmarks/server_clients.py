@@ -1,9 +1,5 @@
 """
-The clients of benchmarks/server_load.py, in a process of their own: a line of stdin is a job, a line of stdout what
-came of it.
-
-    echo '{"base_url": "http://127.0.0.1:8000/v1", "questions": ["who?"], "seconds": 5}' \\
-        | python recipes/benchmarks/server_clients.py
+The clients of benchmarks/server_load.py, which runs [`main`] in a process of their own.
 
 It imports neither torch nor this project, so that it starts at once and takes little memory.
 """
@@ -183,12 +179,8 @@ async def run_clients(job: Job) -> tuple[float, list[Outcome]]:
 
 
 def main() -> None:
-    """Run each job of stdin."""
+    """Run jobs: a line of stdin is one, and gets a line of stdout with what came of it."""
     for line in sys.stdin:
         seconds, outcomes = asyncio.run(run_clients(Job(**json.loads(line))))
         result = {"seconds": seconds, "outcomes": [asdict(outcome) for outcome in outcomes]}
         print(json.dumps(result), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -142,10 +142,10 @@ class Service:
                 raise RuntimeError("The server did not start.")
             time.sleep(0.01)
         self.base_url = f"{url_of(bound)}/v1"
-        command = [sys.executable, str(Path(__file__).with_name("server_clients.py"))]
+        command = [sys.executable, "-c", "import server_clients; server_clients.main()"]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         try:
-            with subprocess.Popen(command, **pipes) as self.clients:
+            with subprocess.Popen(command, cwd=Path(__file__).parent, **pipes) as self.clients:
                 yield
         finally:
             server.should_exit = True

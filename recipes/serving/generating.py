@@ -8,7 +8,6 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import anyio
 from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
@@ -68,8 +67,14 @@ class Answers:
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """Yield the pieces of all answers as they come, each with the number of its answer."""
-        async with aclosing(merged([self._pieces_of(job) for job in self.jobs])) as pieces:
-            async for index, piece in pieces:
+        streams = [self._pieces_of(job) for job in self.jobs]
+        if len(streams) == 1:  # the usual case, without another task and its queue
+            async with aclosing(streams[0]) as pieces:
+                async for piece in pieces:
+                    yield 0, piece
+            return
+        async with aclosing(merged(streams)) as merged_pieces:
+            async for index, piece in merged_pieces:
                 yield index, piece
 
     async def _pieces_of(self, job: Job) -> AsyncGenerator[Piece, None]:
@@ -160,17 +165,31 @@ class EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream. If its client leaves or does not read, give it up: the response ends without its end."""
 
-        async def send_in_time(message: Message) -> None:
-            with anyio.fail_after(SEND_TIMEOUT):
-                await send(message)
+        loop = asyncio.get_running_loop()
+        is_stuck = False
 
+        def give_up() -> None:
+            nonlocal is_stuck
+            is_stuck = True
+            sending.cancel()
+
+        async def send_in_time(message: Message) -> None:
+            timer = loop.call_later(SEND_TIMEOUT, give_up)  # a tenth of the work of a cancel scope for each token
+            try:
+                await send(message)
+            finally:
+                timer.cancel()
+
+        sending = asyncio.create_task(self.stream_response(send_in_time))
         async with aclosing(self._chunks):
             try:
-                await unless_disconnected(receive, self.stream_response(send_in_time))
-            except TimeoutError:
-                logger.warning(f"A client read nothing for {SEND_TIMEOUT} seconds: its answer was given up.")
+                await unless_disconnected(receive, sending)
             except ClientDisconnect:
                 pass
+            except asyncio.CancelledError:
+                if not is_stuck:
+                    raise
+                logger.warning(f"A client read nothing for {SEND_TIMEOUT} seconds: its answer was given up.")
 
 
 async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
