@@ -222,7 +222,7 @@ class EmbeddedEngine:
             timeout = max(0.0, deadline - time.monotonic())
         try:
             await asyncio.wait_for(stream.news.wait(), timeout)
-        except TimeoutError:
+        except asyncio.TimeoutError:  # in Python 3.10 not the builtin one
             raise DeadlineExceeded("The answer was not finished in time.") from None
 
     def _take(self, deliveries: list[Delivery]) -> None:
