@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_cosup import PassageIndex
+from modeling_cosup import PassageIndex, RetrievalConfig
 from support.models import PASSAGES
 from support.served_answers import alone, check_answer, check_logprobs, make_parts, requests_of
 
@@ -173,7 +173,14 @@ def test_an_index_of_the_server_equals_ours(servers):
 
 
 def test_a_killed_server_fails_its_answers(servers):
-    request = replace(requests_of(servers.model, 3)[2], max_new_tokens=400)  # [NSP] is forbidden
+    retrieval = RetrievalConfig(forbid_nsp=True)
+    requests = [
+        replace(request, max_new_tokens=400, retrieval=retrieval, incremental=True)
+        for request in requests_of(servers.model, 12)
+    ]
+    lengths = [int(alone(servers.model, servers.index, request).num_generated_tokens) for request in requests]
+    assert max(lengths) > 100  # so that most of it is still to come
+    request = requests[lengths.index(max(lengths))]
 
     async def test(engine):
         with pytest.raises(BackendFailed, match="--gen_url does not answer"):
