@@ -120,7 +120,7 @@ async def nothing(engine):
 
 @torch.no_grad()
 def test_prompts_at_once_equal_generate(world):
-    requests = requests_of(world.model, 22, can_mask=False)
+    requests = requests_of(world.model, 13, can_mask=False)
 
     async def test(engine):
         return await asyncio.gather(*[events_of(engine, request) for request in requests])
@@ -132,7 +132,7 @@ def test_prompts_at_once_equal_generate(world):
         check_answer(events, request, output, world.ends())
         if request.num_logprobs is not None and request.retrieval.forget_passages is None:
             check_logprobs(world.model, events, request, output)
-    assert sum(len(output.retrievals[0]) for output in outputs) > 12
+    assert sum(len(output.retrievals[0]) for output in outputs) > 5
     assert {body["stream"] for body in world.stand_in("gen").bodies} == {True, False}
 
 
