@@ -179,7 +179,7 @@ def test_a_killed_server_fails_its_answers(servers):
         for request in requests_of(servers.model, 12)
     ]
     lengths = [int(alone(servers.model, servers.index, request).num_generated_tokens) for request in requests]
-    assert max(lengths) > 100  # so that most of it is still to come
+    assert max(lengths) > 60  # so that most of it is still to come
     request = requests[lengths.index(max(lengths))]
 
     async def test(engine):
