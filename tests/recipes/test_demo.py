@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import threading
+import time
 from functools import partial
 from types import SimpleNamespace
 
@@ -393,11 +394,13 @@ def test_a_served_answer_in_the_browser(served_demo, world, browser):
             visit.get_by_label("number input for Maximum number of tokens").fill("512")
             visit.locator("#retrieval").get_by_text("Off", exact=True).click()
             visit.fill("#question textarea", "when?")
+            slowed = world.model.register_forward_pre_hook(lambda *args: time.sleep(0.1))  # browsers are slow too
             visit.click("#ask")
             visit.locator(".cosup-question").get_by_text("when?", exact=True).wait_for()
             world.wait_for(lambda load: load.running == 1)
             visit.click("#stop")
             world.wait_until_idle()
+            slowed.remove()
             visit.wait_for_selector(".cosup-caret", state="detached")
             assert len(visit.inner_text(".cosup-answer")) < len(world.expected("when?", 512, forbid_nsp=True))
     finally:
