@@ -277,6 +277,14 @@ def test_an_experiment_may_name_a_collection(world, inputs, tmp_path, monkeypatc
     (tmp_path / "experiment.yaml").write_text(json.dumps(experiment))  # JSON is YAML
     command = ["run_experiments.py", "--experiment", tmp_path / "experiment.yaml", "--output_dir", tmp_path / "out"]
     monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+
+    def launch(recipe, arguments, run, log, *options):
+        result = run_forked(f"recipes/{recipe}", *arguments)
+        log.write_text(result.stdout + result.stderr)
+        assert result.returncode == 0, result.stderr[-3000:]
+        return recipe, 1.0
+
+    monkeypatch.setattr(run_experiments, "launch", launch)  # accelerate would import everything twice more
     with pytest.raises(SystemExit) as ending:
         run_experiments.main()
     assert ending.value.code == 0, capsys.readouterr().out[-3000:]
