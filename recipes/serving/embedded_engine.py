@@ -217,13 +217,17 @@ class EmbeddedEngine:
         if stream.events or stream.ended:
             return
         stream.news.clear()
-        timeout = None
-        if deadline is not None:
-            timeout = max(0.0, deadline - time.monotonic())
+        if deadline is None:
+            await stream.news.wait()
+            return
+        # until Python 3.12 wait_for() misses a cancellation that comes together with the news
+        timer = asyncio.get_running_loop().call_later(deadline - time.monotonic(), stream.news.set)
         try:
-            await asyncio.wait_for(stream.news.wait(), timeout)
-        except asyncio.TimeoutError:  # in Python 3.10 not the builtin one
-            raise DeadlineExceeded("The answer was not finished in time.") from None
+            await stream.news.wait()
+        finally:
+            timer.cancel()
+        if not stream.events and not stream.ended:
+            raise DeadlineExceeded("The answer was not finished in time.")
 
     def _take(self, deliveries: list[Delivery]) -> None:
         """Hand the events of a pass to their requests; the decoding thread calls it in the event loop."""

@@ -259,7 +259,7 @@ class VllmEngine:
         self._waiting += 1
         try:
             try:
-                await self._until(deadline, self._slots.acquire())
+                await self._acquire_slot(deadline)
             finally:
                 self._waiting -= 1
             self._running += 1
@@ -271,6 +271,15 @@ class VllmEngine:
         finally:
             if not self._running + self._waiting:
                 self._idle.set()
+
+    async def _acquire_slot(self, deadline: float | None) -> None:
+        acquiring = asyncio.ensure_future(self._slots.acquire())
+        try:
+            await self._until(deadline, acquiring)
+        except BaseException:
+            if not acquiring.cancelled():  # the slot came together with the end of the request
+                self._slots.release()
+            raise
 
     async def _until(self, deadline: float | None, step: Awaitable[T]) -> T:
         """

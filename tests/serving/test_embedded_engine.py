@@ -16,7 +16,8 @@ from modeling_cosup.packing_cosup import pad_rows
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_prompt
 from support.models import PASSAGES, make_model
 
-from serving.embedded_engine import EmbeddedEngine
+from serving.decoding_thread import Ticket
+from serving.embedded_engine import EmbeddedEngine, _Stream
 from serving.engine import (
     BackendFailed,
     DeadlineExceeded,
@@ -249,6 +250,22 @@ def test_the_next_row_has_room_before_later_ones(model, index):
         assert engine._thread._decoder.cache.rows * engine._thread._decoder.cache.columns <= 256
 
     run(test, model, index, max_batch_tokens=256)
+
+
+def test_a_client_that_leaves_as_news_come_is_not_missed(model, index):
+    async def test(engine):
+        stream = _Stream(Ticket(None))
+        for num_turns in range(4):  # of the event loop, between the news and the end of the request
+            waiting = asyncio.create_task(engine._wait_for_news(stream, time.monotonic() + 60))
+            await asyncio.sleep(0.01)
+            stream.news.set()
+            for _ in range(num_turns):
+                await asyncio.sleep(0)
+            was_waiting = waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+            assert waiting.cancelled() == was_waiting, num_turns
+
+    run(test, model, index)
 
 
 def test_nothing_of_finished_requests_is_kept(model, index):
