@@ -1,5 +1,6 @@
 """The text of an answer and its citations, made from the events of an engine: the same streamed and at once."""
 
+import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,10 @@ from serving.engine import EndEvent, Event, RetrievalEvent, TokenEvent
 
 OPENING = "([{«“‘¿¡"  # no space comes after these
 CLOSING = ")]}»”’'.,;:!?%…、。，．！？；："  # nor before these
+# nor between two of these, which are written without: Thai, Lao, Burmese, Khmer, Chinese and Japanese, wide signs
+WITHOUT_SPACES = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u30ff\u31f0-\u9fff\uf900-\ufaff\uff00-\uff60\U00020000-\U0003ffff]"
+)
 
 
 @dataclass(frozen=True)
@@ -228,6 +233,8 @@ class AnswerWriter:
 def _run_together(before: str, after: str) -> bool:
     """Return whether two texts need a space between."""
     if not before or before[-1].isspace() or after[0].isspace():
+        return False
+    if WITHOUT_SPACES.match(before[-1]) and WITHOUT_SPACES.match(after[0]):
         return False
     return before[-1] not in OPENING and after[0] not in CLOSING
 

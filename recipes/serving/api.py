@@ -150,9 +150,10 @@ class _Api:
         """Continue prompts."""
         self._check_model(body.model)
         prompts = []
+        num_characters = sum(len(prompt) for prompt in body.prompt if isinstance(prompt, str))
         for prompt in body.prompt:
             if isinstance(prompt, str):
-                prompts.append(await self._encoded(text_ids, prompt, len(prompt)))
+                prompts.append(await self._encoded(text_ids, prompt, num_characters))
             else:
                 prompts.append(checked_ids(prompt, self._vocab_size))
         jobs = self._jobs(body, prompts, body.max_tokens or COMPLETION_TOKENS, continues_text=True)
@@ -203,9 +204,15 @@ class _Api:
         Return a job for each answer: `n` of the first prompt, then `n` of the second.
 
         Raises:
-            [`ApiError`]: for a prompt that is empty or too long, and retrieval settings that exclude each other.
+            [`ApiError`]: for a prompt that is empty or too long, retrieval settings that exclude each other, and more
+                answers than the engine takes at a time.
             [`UnsupportedSetting`]: for what the engine refuses.
         """
+        load = self.engine.load()
+        num_answers = len(prompts) * (body.n or 1)
+        if num_answers > load.max_running + load.max_waiting:  # it would find the queue full for ever
+            most = f"{load.max_running + load.max_waiting:,}"
+            raise ApiError(400, f"n, times the prompts, is {num_answers:,}, expected at most {most}.", "n")
         try:
             retrieval = (body.retrieval or RetrievalBody()).config()
         except ValueError as error:

@@ -17,7 +17,6 @@ from modeling_cosup import CoSupForCausalLM, Memory, MemoryConfig, Retriever
 from modeling_cosup.cache_cosup import context_length
 from modeling_cosup.call_cosup import token_ids
 from modeling_cosup.decoding_cosup import Decoder
-from modeling_cosup.lookup_cosup import Lookup
 from modeling_cosup.packing_cosup import pad_rows
 from modeling_cosup.scores_cosup import depends_on_scores_only
 from modeling_cosup.settings_cosup import DecisionSettings, DecodingSettings, RowSettings
@@ -38,6 +37,7 @@ from serving.engine import (
     ShuttingDown,
     UnsupportedSetting,
 )
+from serving.prepared_lookup import PreparedLookup
 
 T = TypeVar("T")
 
@@ -80,7 +80,8 @@ class EmbeddedEngine:
         max_waiting (`int`): the most requests that wait; more are refused with [`QueueFull`].
         max_batch_tokens (`int`, *optional*): limit the requests that are decoded at a time so that their KV caches
             have no more columns than this together. A request may need its prompt, `max_new_tokens`, and
-            `max_retrievals` (one, if there is no limit) passages of full length; all take as much as the longest.
+            `max_retrievals` (one, if there is no limit, and then it may take more) passages of full length; all take
+            as much as the longest. If it is less than Gen's context, it is the context of this engine.
     """
 
     def __init__(
@@ -109,7 +110,9 @@ class EmbeddedEngine:
         self.tokenizer = copy.deepcopy(model.tokenizer)
         self.has_index = index is not None
         self.context_length = context_length(model.config.get_text_config())
-        self._lookup = Lookup(self, index)
+        if max_batch_tokens is not None:
+            self.context_length = min(self.context_length, max_batch_tokens)  # an answer alone has room
+        self._lookup = PreparedLookup(self, index)
         self._decisions: dict[tuple[float, float], DecisionSettings] = {}
         self._thread: DecodingThread | None = None
         self._streams: dict[Ticket, _Stream] = {}  # requests that have not ended
@@ -154,6 +157,7 @@ class EmbeddedEngine:
             refill=True,
             serves=True,
             max_batch_tokens=self.max_batch_tokens,
+            context_length=self.context_length,
         )
 
     async def stop(self, drain: bool = True) -> None:
@@ -217,13 +221,17 @@ class EmbeddedEngine:
         if stream.events or stream.ended:
             return
         stream.news.clear()
-        timeout = None
-        if deadline is not None:
-            timeout = max(0.0, deadline - time.monotonic())
+        if deadline is None:
+            await stream.news.wait()
+            return
+        # until Python 3.12 wait_for() misses a cancellation that comes together with the news
+        timer = asyncio.get_running_loop().call_later(deadline - time.monotonic(), stream.news.set)
         try:
-            await asyncio.wait_for(stream.news.wait(), timeout)
-        except asyncio.TimeoutError:  # in Python 3.10 not the builtin one
-            raise DeadlineExceeded("The answer was not finished in time.") from None
+            await stream.news.wait()
+        finally:
+            timer.cancel()
+        if not stream.events and not stream.ended:
+            raise DeadlineExceeded("The answer was not finished in time.")
 
     def _take(self, deliveries: list[Delivery]) -> None:
         """Hand the events of a pass to their requests; the decoding thread calls it in the event loop."""
@@ -271,14 +279,6 @@ class EmbeddedEngine:
             retrieves=has_passages and not retrieval.forbid_nsp,
             num_logprobs=request.num_logprobs,
         )
-        if self.max_batch_tokens is not None:
-            length = len(request.prompt_ids)
-            columns = settings.columns_needed(length, self.config.max_passage_length, self.context_length)
-            if columns > self.max_batch_tokens:
-                raise UnsupportedSetting(
-                    f"max_new_tokens is {request.max_new_tokens:,}: with its prompt and passages the request may need"
-                    f" {columns:,} tokens, but this server has room for {self.max_batch_tokens:,}."
-                )
         row = Row(0, list(request.prompt_ids), settings)
         try:
             self._lookup.prepare([row], retrieval)
@@ -329,6 +329,7 @@ class EmbeddedEngine:
         prompts = []
         for number, text in enumerate(texts):
             prompts.append([*encode_prompt(self.tokenizer, text), self.config.nsp_token_id])
+            await asyncio.sleep(0)  # other requests go on
             if len(prompts[-1]) > self.context_length:
                 length = len(prompts[-1])
                 raise UnsupportedSetting(

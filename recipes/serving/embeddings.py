@@ -1,5 +1,6 @@
 """Embeddings of passages and queries, in the shape of OpenAI's API."""
 
+import asyncio
 import base64
 from typing import Any
 
@@ -31,6 +32,7 @@ async def embed(engine: Engine, body: EmbeddingBody) -> dict[str, Any]:
     num_tokens = 0
     for passage in body.input:
         num_tokens += len(engine.tokenizer(f"{passage.title} {passage.text}".strip())["input_ids"])
+        await asyncio.sleep(0)  # other requests go on
     data = []
     for index, embed in enumerate(embeds):
         data.append({"object": "embedding", "index": index, "embedding": _encoded(embed, body.encoding_format)})

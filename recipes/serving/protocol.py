@@ -7,7 +7,16 @@ never changes an answer is ignored. A field that OpenAI does not have is refused
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from modeling_cosup import RetrievalConfig
 
@@ -17,6 +26,7 @@ MAX_INPUTS = 2048  # of embeddings
 MAX_STOP_STRINGS = 4
 MAX_STOP_LENGTH = 256  # characters
 MAX_PASSAGES = 64  # for an [NSP], and given to a prompt
+MAX_PASSAGE_CHARACTERS = 100_000  # of a passage, and of all given ones together: nobody is served while one is encoded
 MAX_CANDIDATES = 10_000
 MAX_MESSAGES = 1024
 LARGEST_ID = 2**31 - 1
@@ -89,8 +99,8 @@ class TextPart(Body):
 class PassageBody(Body):
     """A passage that the client gives."""
 
-    text: Annotated[Text, Field(min_length=1)]
-    title: Text = ""
+    text: Annotated[Text, Field(min_length=1, max_length=MAX_PASSAGE_CHARACTERS)]
+    title: Annotated[Text, Field(max_length=MAX_PASSAGE_CHARACTERS)] = ""
     id: Text | None = None
 
 
@@ -169,6 +179,14 @@ class RetrievalBody(Body):
     min_score: float | None = None
     no_repeat_passages: bool = False
     forget_passages: Literal["recompute", "mask"] | None = None
+
+    @field_validator("passages")
+    @classmethod
+    def _check_passages(cls, passages: list[PassageBody] | None) -> list[PassageBody] | None:
+        num_characters = sum(len(passage.title) + len(passage.text) for passage in passages or ())
+        if num_characters > MAX_PASSAGE_CHARACTERS:
+            raise ValueError(f"{num_characters:,} characters together, expected at most {MAX_PASSAGE_CHARACTERS:,}")
+        return passages
 
     def config(self) -> RetrievalConfig:
         """

@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from modeling_cosup import CoSupConfig, CoSupForCausalLM, Retriever
 from modeling_cosup.cache_cosup import context_length
-from modeling_cosup.lookup_cosup import Found, Lookup
+from modeling_cosup.lookup_cosup import Found
 from modeling_cosup.settings_cosup import DecisionSettings, RowSettings
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_prompt, encode_queries_for_emb_seq
 from modeling_cosup.trace_cosup import Row
@@ -40,6 +40,7 @@ from serving.engine import (
     ShuttingDown,
     UnsupportedSetting,
 )
+from serving.prepared_lookup import PreparedLookup
 from serving.search_queue import SearchQueue
 from serving.vllm_answer import Answer, AnswerSettings
 from serving.vllm_checks import (
@@ -147,7 +148,7 @@ class VllmEngine:
             self.query_head = head.float()
         self.max_running = max_running
         self.max_waiting = max_waiting
-        self.lookup = Lookup(model, index)
+        self.lookup = PreparedLookup(model, index)
         self.searches = SearchQueue(self.lookup)
         self._slots = asyncio.Semaphore(max_running)
         self._running = 0
@@ -259,7 +260,7 @@ class VllmEngine:
         self._waiting += 1
         try:
             try:
-                await self._until(deadline, self._slots.acquire())
+                await self._acquire_slot(deadline)
             finally:
                 self._waiting -= 1
             self._running += 1
@@ -271,6 +272,15 @@ class VllmEngine:
         finally:
             if not self._running + self._waiting:
                 self._idle.set()
+
+    async def _acquire_slot(self, deadline: float | None) -> None:
+        acquiring = asyncio.ensure_future(self._slots.acquire())
+        try:
+            await self._until(deadline, acquiring)
+        except BaseException:
+            if not acquiring.cancelled():  # the slot came together with the end of the request
+                self._slots.release()
+            raise
 
     async def _until(self, deadline: float | None, step: Awaitable[T]) -> T:
         """
@@ -337,6 +347,7 @@ class VllmEngine:
         prompts = []
         for number, text in enumerate(texts):
             prompts.append([*encode_prompt(self.tokenizer, text), self.settings.nsp_token_id])
+            await asyncio.sleep(0)  # other requests go on
             length = len(prompts[-1])
             if length > self.context_length:
                 raise UnsupportedSetting(
@@ -358,5 +369,8 @@ class VllmEngine:
         check_passages(passages)
         if not passages:
             return np.zeros((0, self.config.embedding_size), np.float32)
-        ids = encode_passages_for_emb_seq(self.model.emb_seq_tokenizer, passages, self.config)
+        ids: list[list[int]] = []
+        for passage in passages:
+            ids += encode_passages_for_emb_seq(self.model.emb_seq_tokenizer, [passage], self.config)
+            await asyncio.sleep(0)  # other requests go on
         return self.model._normalize(torch.from_numpy(await self.encoder.embed(ids))).numpy()

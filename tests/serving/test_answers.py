@@ -115,6 +115,10 @@ def test_spans_run_together_only_where_they_should():
     assert text("It is ", ["Paris"], " now") == "It is Paris now"
     assert text("(", ["Paris"], ")") == "(Paris)"
     assert text(["Paris."], ["Rome."]) == "Paris. Rome."
+    assert text("首都は", ["東京です。"], ["京都は古い"], "。") == "首都は東京です。京都は古い。"
+    assert text(["กรุงเทพ"], "เมือง") == "กรุงเทพเมือง"
+    assert text(["서울은"], "도시다") == "서울은 도시다"  # Korean has spaces
+    assert text("in", ["東京"]) == "in 東京"
 
 
 def test_control_tokens_and_ends_have_no_text_and_half_a_character_stays_half():

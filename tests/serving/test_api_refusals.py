@@ -20,12 +20,14 @@ from serving.engine import (
     BackendFailed,
     DeadlineExceeded,
     EndEvent,
+    EngineLoad,
     QueueFull,
     RetrievalEvent,
     SearchFailed,
     TokenEvent,
     UnsupportedSetting,
 )
+from serving.protocol import MAX_PASSAGE_CHARACTERS, RetrievalBody
 
 openai = pytest.importorskip("openai", reason="needs the official client: pip install openai")
 
@@ -193,6 +195,20 @@ def test_a_body_that_cannot_be_read_gets_400(http, body):
 def test_fields_are_refused_by_name(http, field, value, message):
     error = refusal(http.post("/v1/chat/completions", json={**CHAT, field: value}))
     assert message in error["message"]
+
+
+def test_more_answers_than_the_engine_takes_are_refused(http, engine, monkeypatch):
+    monkeypatch.setattr(engine, "load", lambda: EngineLoad(0, 0, max_running=2, max_waiting=5))
+    error = refusal(http.post("/v1/completions", json={"model": "tiny", "prompt": ["x", "y"], "n": 4}))
+    assert error["message"] == "n, times the prompts, is 8, expected at most 7."
+    assert http.post("/v1/completions", json={"model": "tiny", "prompt": ["x"], "n": 7}).status_code == 200
+
+
+def test_given_passages_are_short_together():
+    half = {"text": "x" * (MAX_PASSAGE_CHARACTERS // 2 - 1), "title": "t"}
+    assert len(RetrievalBody(passages=[half, half]).passages) == 2
+    with pytest.raises(ValueError, match="100,001 characters together, expected at most 100,000"):
+        RetrievalBody(passages=[half, half, {"text": "x"}])
 
 
 def test_neutral_and_harmless_fields_are_accepted(http):

@@ -6,17 +6,19 @@ import math
 import time
 import weakref
 from contextlib import aclosing
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
-from modeling_cosup import RetrievalConfig
+from modeling_cosup import RetrievalConfig, lookup_cosup
 from modeling_cosup.packing_cosup import pad_rows
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_prompt
 from support.models import PASSAGES, make_model
 
-from serving.embedded_engine import EmbeddedEngine
+from serving.decoding_thread import Ticket
+from serving.embedded_engine import EmbeddedEngine, _Stream
 from serving.engine import (
     BackendFailed,
     DeadlineExceeded,
@@ -130,10 +132,18 @@ def test_the_event_loop_and_the_decoding_thread_do_not_share_a_tokenizer(model, 
     assert encode_prompt(engine.tokenizer, "who? [NSP]") == encode_prompt(model.tokenizer, "who? [NSP]")
 
 
-def test_a_request_that_never_has_room_is_refused(model, index):
-    with pytest.raises(UnsupportedSetting, match="^max_new_tokens is 400.* 412 tokens.* room for 411"):
-        EmbeddedEngine(model, index, max_batch_tokens=411).check(long_request(model))
-    EmbeddedEngine(model, index, max_batch_tokens=412).check(long_request(model))
+def test_candidates_and_passages_are_prepared_once_for_all_answers_of_a_body(model, index, monkeypatch):
+    encode = Mock(wraps=lookup_cosup.encode_passages_for_gen)
+    monkeypatch.setattr(lookup_cosup, "encode_passages_for_gen", encode)
+    engine = EmbeddedEngine(model, index)
+    body = request(model, passages=[[PASSAGES[0]]])
+    rows = [engine._row(body) for _ in range(3)]
+    assert encode.call_count == 1
+    assert [row.given_passages[0]["id"] for row in rows] == [PASSAGES[0]["id"]] * 3
+    other = engine._row(request(model, candidates=[["p2"]]))
+    assert other.given_passages is None and other.candidates.tolist() == index.rows_of(["p2"]).tolist()
+    assert engine._row(body).candidates is None and encode.call_count == 2
+    assert engine._row(request(model)).given_passages is None
 
 
 def test_limits_and_parts_are_checked(model, index):
@@ -249,6 +259,36 @@ def test_the_next_row_has_room_before_later_ones(model, index):
         assert engine._thread._decoder.cache.rows * engine._thread._decoder.cache.columns <= 256
 
     run(test, model, index, max_batch_tokens=256)
+
+
+def test_a_client_that_leaves_as_news_come_is_not_missed(model, index):
+    async def test(engine):
+        stream = _Stream(Ticket(None))
+        for num_turns in range(4):  # of the event loop, between the news and the end of the request
+            waiting = asyncio.create_task(engine._wait_for_news(stream, time.monotonic() + 60))
+            await asyncio.sleep(0.01)
+            stream.news.set()
+            for _ in range(num_turns):
+                await asyncio.sleep(0)
+            was_waiting = waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+            assert waiting.cancelled() == was_waiting, num_turns
+
+    run(test, model, index)
+
+
+def test_an_answer_has_no_more_context_than_there_is_room_for(model, index):
+    async def test(engine):
+        assert engine.context_length == 40
+        long = long_request(model)
+        engine.check(long)
+        end = (await events_of(engine, long))[-1]
+        assert end == EndEvent("length", 40 - len(long.prompt_ids))
+        with pytest.raises(UnsupportedSetting, match="has 40 tokens, but Gen reads 40"):
+            engine.check(GenerationRequest([5] * 40, 1))
+
+    run(test, model, index, max_batch_tokens=40)
+    assert EmbeddedEngine(model, index, max_batch_tokens=10**6).context_length == 512
 
 
 def test_nothing_of_finished_requests_is_kept(model, index):

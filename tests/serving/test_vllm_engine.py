@@ -495,3 +495,23 @@ def test_stopping_finishes_or_ends_what_runs(slow_world, drain):
                 await running
 
     slow_world.run(test)
+
+
+def test_a_client_that_leaves_as_its_slot_is_free_takes_none_along(world):
+    async def test(engine):
+        async def wait_for_a_slot():
+            async with engine._slot(None):
+                pass
+
+        for num_turns in range(8):  # of the event loop, between the free slot and the end of the request
+            async with engine._slot(None):
+                waiting = asyncio.create_task(wait_for_a_slot())
+                while not engine.load().waiting:
+                    await asyncio.sleep(0)
+            for _ in range(num_turns):
+                await asyncio.sleep(0)
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+            assert not engine._slots.locked(), num_turns
+
+    world.run(test, start=False, max_running=1)

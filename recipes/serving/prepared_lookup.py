@@ -1,0 +1,35 @@
+"""The lookup of an engine: the candidates and given passages of a body are prepared once for all its answers."""
+
+from typing import Any
+
+from modeling_cosup.lookup_cosup import Lookup
+from modeling_cosup.retriever_cosup import Retriever
+from modeling_cosup.settings_cosup import RetrievalConfig
+from modeling_cosup.trace_cosup import Row
+
+
+class PreparedLookup(Lookup):
+    """
+    Prepares a row at a time, and remembers the last result: the answers of a body share their [`RetrievalConfig`].
+
+    A body may ask for a thousand answers, each of them is checked before it is generated, and to encode passages takes
+    time in which nobody is served.
+    """
+
+    def __init__(self, model: Any, retriever: Retriever | None) -> None:
+        super().__init__(model, retriever)
+        self._last: tuple[RetrievalConfig, Row] | None = None
+
+    def prepare(self, rows: list[Row], retrieval: RetrievalConfig, copies: int = 1) -> None:
+        """Give a row its candidates and passages; see [`Lookup.prepare`]."""
+        if retrieval.candidates is None and retrieval.passages is None:
+            return
+        (row,) = rows
+        last = self._last
+        if last is None or last[0] is not retrieval:
+            prepared = Row(row.number, [], row.settings)
+            super().prepare([prepared], retrieval)
+            last = (retrieval, prepared)
+            self._last = last
+        row.candidates = last[1].candidates
+        row.given_passages = last[1].given_passages
